@@ -1,0 +1,146 @@
+//! Which keys a query may see.
+//!
+//! Every supported mask gives each query one contiguous interval of keys, so kernels never read a
+//! mask tensor and never test single positions: they loop over `Mask::visible`.
+//!
+//! Shapes: N queries, M keys, B batch entries. Query `i` stands at key position `i + offset`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+
+/// The set of keys that each query may select from.
+///
+/// Built from one of [`Mask::none`], [`Mask::causal`], [`Mask::window`], and narrowed by
+/// [`Mask::packed`] and [`Mask::kv_len`]; the conditions intersect.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Mask {
+    causal: bool,
+    window: Option<usize>,
+    offset: i64,
+    packed: Option<Arc<Vec<Vec<usize>>>>,
+    kv_len: Option<Arc<Vec<usize>>>,
+}
+
+impl Mask {
+    /// Every query sees every key.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// Query `i` sees keys `j <= i + offset`.
+    pub fn causal(offset: i64) -> Self {
+        Self { causal: true, offset, ..Self::default() }
+    }
+
+    /// Query `i` sees the `window` keys with `i + offset - window < j <= i + offset`.
+    pub fn window(window: usize, offset: i64) -> Self {
+        Self { causal: true, window: Some(window), offset, ..Self::default() }
+    }
+
+    /// Restricts each query to its own packed sequence. `cumulative` holds, per batch entry (or
+    /// once for all), the boundaries `[0, e1, e2, .., M]` on the key axis; the query's sequence is
+    /// the one that contains its position `i + offset`.
+    pub fn packed(mut self, cumulative: Vec<Vec<usize>>) -> Self {
+        self.packed = Some(Arc::new(cumulative));
+        self
+    }
+
+    /// Limits batch entry `b` to its first `lengths[b]` keys (one entry may serve all).
+    pub fn kv_len(mut self, lengths: Vec<usize>) -> Self {
+        self.kv_len = Some(Arc::new(lengths));
+        self
+    }
+
+    /// The offset of query 0 on the key axis.
+    pub fn offset(&self) -> i64 {
+        self.offset
+    }
+
+    /// Whether a query never sees keys behind its own position.
+    pub fn is_causal(&self) -> bool {
+        self.causal
+    }
+
+    /// The sliding window, if there is one.
+    pub fn window_len(&self) -> Option<usize> {
+        self.window
+    }
+
+    /// The packed boundaries, one list per batch entry or one for all.
+    pub fn boundaries(&self) -> Option<&[Vec<usize>]> {
+        self.packed.as_ref().map(|p| p.as_slice())
+    }
+
+    /// The per-batch key lengths, if given.
+    pub fn lengths(&self) -> Option<&[usize]> {
+        self.kv_len.as_ref().map(|l| l.as_slice())
+    }
+
+    /// Checks the mask against a problem with `batch` entries and `keys` keys.
+    ///
+    /// # Errors
+    /// Names the first value that cannot be used: a window of 0, boundaries that do not rise from
+    /// 0 to `keys`, a length beyond `keys`, or lists that fit neither 1 nor `batch` entries.
+    pub fn validate(&self, batch: usize, keys: usize) -> Result<()> {
+        if self.window == Some(0) {
+            return Err(Error::Invalid("mask: a window of 0 keys selects nothing".into()));
+        }
+        let fits = |what: &str, n: usize| {
+            if n == 1 || n == batch {
+                Ok(())
+            } else {
+                Err(Error::Invalid(format!(
+                    "mask: {n} {what} for a batch of {batch} (1 or {batch} expected)"
+                )))
+            }
+        };
+        if let Some(packed) = &self.packed {
+            fits("lists of packed boundaries", packed.len())?;
+            for (b, cumulative) in packed.iter().enumerate() {
+                let rises = cumulative.windows(2).all(|w| w[0] <= w[1]);
+                if cumulative.first() != Some(&0) || cumulative.last() != Some(&keys) || !rises {
+                    return Err(Error::Invalid(format!(
+                        "mask: packed boundaries {cumulative:?} of batch entry {b} do not rise from 0 to {keys} keys"
+                    )));
+                }
+            }
+        }
+        if let Some(lengths) = &self.kv_len {
+            fits("key lengths", lengths.len())?;
+            if let Some(n) = lengths.iter().find(|&&n| n > keys) {
+                return Err(Error::Invalid(format!("mask: a key length of {n} exceeds the {keys} keys")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The keys that query `i` of batch entry `b` may see, as a range within `0..keys`.
+    pub fn visible(&self, b: usize, i: usize, keys: usize) -> Range<usize> {
+        let m = keys as i64;
+        let pos = i as i64 + self.offset;
+        let (mut lo, mut hi) = (0i64, m);
+        if self.causal {
+            hi = hi.min(pos + 1);
+        }
+        if let Some(w) = self.window {
+            lo = lo.max(pos + 1 - w as i64);
+        }
+        if let Some(packed) = &self.packed {
+            let cumulative = &packed[if packed.len() == 1 { 0 } else { b }];
+            if pos < 0 || pos >= m {
+                return 0..0;
+            }
+            // The last boundary at or before `pos` opens the query's sequence.
+            let s = cumulative.partition_point(|&c| c as i64 <= pos) - 1;
+            lo = lo.max(cumulative[s] as i64);
+            hi = hi.min(cumulative[s + 1] as i64);
+        }
+        if let Some(lengths) = &self.kv_len {
+            hi = hi.min(lengths[if lengths.len() == 1 { 0 } else { b }] as i64);
+        }
+        let lo = lo.clamp(0, m);
+        lo as usize..hi.clamp(lo, m) as usize
+    }
+}

@@ -1,0 +1,89 @@
+//! The choices that callers make, shared by the operators, the plans and the reference.
+
+/// How a key is scored for a query (q, k of length D; b the key prior).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Score {
+    /// Selection energy `eps = beta * |q - k|^2 - b`.
+    #[default]
+    Energy,
+    /// Plain dot product, `eps = -beta * <q, k> - b`, for models trained with one.
+    Dot,
+}
+
+/// Which of several keys with the same energy wins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TieBreak {
+    /// The least index.
+    #[default]
+    First,
+    /// The greatest index: under a causal mask, the most recent.
+    Last,
+}
+
+/// How the hard choice is replaced in the backward pass. With `p` the softmax of `-eps / T` over
+/// the candidates and the null slot (energy: the threshold), `a_j = <dy, v_j>`, `a_null = 0` and
+/// `J(p)a = p * (a - <p, a>)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Estimator {
+    /// Scores: `J(p~)a` with `p~ = (1 - f) p + f / |C|` over the candidates. Values:
+    /// `((1 - lambda) * [j = j*] + lambda * p~_j) dy`.
+    #[default]
+    Candidates,
+    /// Scores only through the consistency gate, values through the winner alone.
+    Winner,
+    /// `Candidates` over all keys, O(N * M): the reference for the others.
+    Dense,
+    /// Scores: `2 J((p + D) / 2) a - J(p) a / 2`, D the one-hot choice. Values as `Candidates`.
+    Reinmax,
+    /// The forward pass itself is the soft mixture over the candidates; its exact gradient.
+    Blend,
+}
+
+/// What scales the selected value row.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Gate {
+    /// Nothing: `y = v_j*` (gamma = 0).
+    #[default]
+    None,
+    /// `y = rho * v_j*` with `rho = sigmoid((tau - eps_j*) / T)` (gamma = 1); needs a threshold.
+    Energy {
+        /// The temperature T > 0.
+        temperature: f64,
+    },
+    /// `y = rho * v_j*` with `rho = exp(-E*)`, the mixture density at the coherence point: 1 where
+    /// query and key coincide, `max(alpha, 1 - alpha)` far away. Needs alpha, and is the gate
+    /// through which alpha learns.
+    Coherence,
+}
+
+/// Which root of the coherence equation stands for the pair when there are two wells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CoherenceMode {
+    /// The global minimum of the energy; the tie at alpha = 1/2 goes to the query.
+    #[default]
+    Global,
+    /// The root that bisection on [0, 1] meets first (at alpha = 1/2 always u = 1/2, a saddle for
+    /// t > 2): what the public reference demo computes.
+    Passage,
+}
+
+/// Conditional protection of the protected candidate with the lowest energy (score `s = -eps`).
+///
+/// With `w` its softmax weight and `gap = best other score - s`, the barrier activates if
+/// `w < floor and gap <= margin + slack`, or `gap <= margin` and the normalised entropy of the
+/// softmax is at least `entropy_trigger`. It then adds `strength * max(0, margin - gap)` to `s`,
+/// and if the weight is still below `floor` raises `s` to
+/// `ln(floor / (1 - floor)) + logsumexp(others)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Barrier {
+    /// Least softmax weight of an activated candidate, in (0, 1).
+    pub floor: f64,
+    /// Greatest gap that a lift closes.
+    pub margin: f64,
+    /// Lift per unit of gap below the margin, >= 0.
+    pub strength: f64,
+    /// Normalised entropy in [0, 1] from which a near tie counts as contested.
+    pub entropy_trigger: f64,
+    /// Extra gap allowed to a candidate below the floor.
+    pub slack: f64,
+}

@@ -1,0 +1,2 @@
+//! candle Modules for selection attention.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! A Preserve-then-Select language model.
+#![forbid(unsafe_code)]

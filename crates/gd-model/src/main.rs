@@ -1,0 +1,2 @@
+//! The gd program.
+fn main() {}

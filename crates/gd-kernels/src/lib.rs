@@ -3,7 +3,9 @@
 //! Shapes everywhere: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; query head `h` reads
 //! key-value head `h / (Hq / Hk)`.
 
+pub mod element;
 mod error;
+pub mod fused;
 mod mask;
 mod options;
 

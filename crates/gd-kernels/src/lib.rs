@@ -3,12 +3,14 @@
 //! Shapes everywhere: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; query head `h` reads
 //! key-value head `h / (Hq / Hk)`.
 
+mod conv;
 pub mod element;
 mod error;
 pub mod fused;
 mod mask;
 mod options;
 
+pub use conv::causal_conv;
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};

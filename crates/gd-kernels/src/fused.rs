@@ -29,7 +29,7 @@ pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// Calls `f(i, chunk i of out)` for all chunks, in parallel where it pays.
+/// Calls `f(i, chunk i of out)` for all chunks, in parallel where it pays. May be nested.
 pub fn for_chunks<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let chunk = chunk.max(1);
     if out.len() < SERIAL {

@@ -3,6 +3,7 @@
 //! Shapes everywhere: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; query head `h` reads
 //! key-value head `h / (Hq / Hk)`.
 
+mod average;
 mod conv;
 pub mod element;
 mod error;
@@ -10,6 +11,7 @@ pub mod fused;
 mod mask;
 mod options;
 
+pub use average::{AverageState, running_average};
 pub use conv::causal_conv;
 pub use error::{Error, Result};
 pub use mask::Mask;

@@ -7,7 +7,7 @@ use gd_kernels::{CoherenceMode, Estimator, Gate, Score, TieBreak};
 
 const SCAN_HELP: &str = "\
 Tensors read (B batch, Hq query heads, Hk key-value heads, Hq a multiple of Hk, N queries, M keys):
-  q           [B,Hq,N,D]      F32, F16, BF16 or F64; D a multiple of 8
+  q           [B,Hq,N,D]      F32, F16, BF16 or F64; D up to 1024
   k           [B,Hk,M,D]      as q
   prior       [B|1,Hq|Hk,M]   optional: key prior b, subtracted from the energy
   beta        [Hq]            optional: inverse bandwidth, > 0 (instead of --beta)
@@ -15,10 +15,11 @@ Tensors read (B batch, Hq query heads, Hk key-value heads, Hq a multiple of Hk, 
   kv_len      [B] or [1]      I32, optional: the keys that count, per batch entry
   cu_seqlens  [S+1] or [B,S+1]  I32, optional: boundaries 0..M of packed sequences
 
-Tensors written (K candidates, by rising energy; index -1 and energy +inf pad):
-  index       [B,Hq,N,K]      I32
-  energy      [B,Hq,N,K]      F32 (F64 for F64 input): beta |q-k|^2 - b, or -beta <q,k> - b
-  protected   [B,Hq,N,K]      U8, if protected was read: 1 for a protected candidate
+Tensors written (K candidates by rising energy, then the protected keys not among them in P more slots;
+index -1 and energy +inf pad):
+  index       [B,Hq,N,K+P]    I32
+  energy      [B,Hq,N,K+P]    F32 (F64 for F64 input): beta |q-k|^2 - b, or -beta <q,k> - b
+  protected   [B,Hq,N,K+P]    U8, if protected was read: 1 for a protected candidate
 
 Example:
   gd op scan --in x.safetensors --out y.safetensors --k 8 --mask causal";
@@ -38,7 +39,7 @@ Tensors written:
   margin      [B,Hq,N]        as energy: runner-up's energy minus the selected one's
   coherence   [B,Hq,N]        as energy: the coherence point's place u* on the passage, 0 query, 1 key
   gate        [B,Hq,N]        as energy: what scaled the value row
-  candidate_index, candidate_energy   [B,Hq,N,K]   as `gd op scan` writes them
+  candidate_index, candidate_energy   [B,Hq,N,K+P]   as `gd op scan` writes them
 With --backward, the gradients of sum(out * dout), each in the shape of its tensor:
   dq, dk, dv, dbeta, dalpha, and dprior, dthreshold, drounds where these were given
 

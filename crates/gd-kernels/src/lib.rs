@@ -3,10 +3,16 @@
 //! Shapes everywhere: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; query head `h` reads
 //! key-value head `h / (Hq / Hk)`.
 
+mod cpu;
+mod element;
 mod error;
 mod mask;
 mod options;
+mod plan;
+mod scan;
 
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
+pub use plan::{Backend, Isa, Plan, Problem, support_table};
+pub use scan::{Candidates, Scan, plan, scan, scan_all};

@@ -1,0 +1,206 @@
+//! Problem -> plan -> launch: one table says which backend runs what.
+
+use candle_core::{DType, Device};
+
+use crate::error::{Error, Result};
+use crate::options::{Score, TieBreak};
+
+/// Instruction sets of the CPU backend. Every one gives the same bits: each score is one chain of
+/// fused multiply-adds over the head dimension, whatever the register width.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    /// No vector instructions assumed.
+    Portable,
+    /// x86-64 with AVX2 and FMA.
+    Avx2,
+    /// x86-64 with AVX-512 (F, BW, CD, DQ, VL).
+    Avx512,
+    /// AArch64.
+    Neon,
+}
+
+impl Isa {
+    /// The instruction sets of this machine, best first; `Portable` is always the last.
+    pub fn available() -> Vec<Isa> {
+        [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable]
+            .into_iter()
+            .filter(|i| i.arch().is_some())
+            .collect()
+    }
+
+    /// The dispatcher, if this machine has the instruction set.
+    pub(crate) fn arch(self) -> Option<pulp::Arch> {
+        match self {
+            Isa::Portable => Some(pulp::Arch::Scalar),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => pulp::x86::V3::try_new().map(pulp::Arch::V3),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => pulp::x86::V4::try_new().map(pulp::Arch::V4),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => pulp::aarch64::Neon::try_new().map(pulp::Arch::Neon),
+            #[allow(unreachable_patterns)]
+            _ => None,
+        }
+    }
+
+    /// Lanes of a register for elements of `bytes` bytes.
+    pub(crate) fn lanes(self, bytes: usize) -> usize {
+        match self {
+            Isa::Portable => 1,
+            Isa::Neon => 16 / bytes,
+            Isa::Avx2 => 32 / bytes,
+            Isa::Avx512 => 64 / bytes,
+        }
+    }
+}
+
+/// Which backend an operator uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backend {
+    /// The best one for the tensors' device and this machine.
+    #[default]
+    Auto,
+    /// Exactly this instruction set on the CPU, or an error.
+    Force(Isa),
+}
+
+/// A validated scan: q `[batch, q_heads, queries, head_dim]`, k `[batch, kv_heads, keys, head_dim]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// B.
+    pub batch: usize,
+    /// Hq, a multiple of `kv_heads`.
+    pub q_heads: usize,
+    /// Hk.
+    pub kv_heads: usize,
+    /// N.
+    pub queries: usize,
+    /// M.
+    pub keys: usize,
+    /// D.
+    pub head_dim: usize,
+    /// Candidates kept per query, protected ones not counted.
+    pub candidates: usize,
+    /// Element type of q and k.
+    pub dtype: DType,
+    /// How keys are scored.
+    pub score: Score,
+    /// Which of equals wins.
+    pub tie: TieBreak,
+}
+
+impl Problem {
+    /// Query heads per key-value head.
+    pub fn group(&self) -> usize {
+        self.q_heads / self.kv_heads
+    }
+}
+
+/// How a problem is launched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The instruction set.
+    pub isa: Isa,
+    /// Query rows a task holds.
+    pub block_rows: usize,
+    /// Keys a packed panel holds.
+    pub panel_keys: usize,
+    /// What scores and energies are computed in.
+    pub precision: DType,
+}
+
+impl std::fmt::Display for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Plan { isa, block_rows, panel_keys, precision } = self;
+        write!(f, "cpu/{isa:?}: {block_rows} query rows x {panel_keys} keys, {}", precision.as_str())
+    }
+}
+
+/// One line of the support table.
+struct Support {
+    device: &'static str,
+    dtypes: &'static [DType],
+    head_dim: std::ops::RangeInclusive<usize>,
+    candidates: &'static [usize],
+}
+
+/// Everything that runs. Documentation, errors and `gd doctor` print this table.
+const SUPPORT: &[Support] = &[Support {
+    device: "cpu",
+    dtypes: &[DType::F32, DType::F16, DType::BF16, DType::F64],
+    head_dim: 1..=1024,
+    candidates: &[1, 2, 4, 8, 16, 32],
+}];
+
+/// The support table as text, one line a backend.
+pub fn support_table() -> String {
+    let line = |s: &Support| {
+        let dtypes: Vec<_> = s.dtypes.iter().map(|d| d.as_str()).collect();
+        let (lo, hi) = (s.head_dim.start(), s.head_dim.end());
+        format!(
+            "{}: dtypes {}; head_dim {lo}..={hi}; candidates {:?}",
+            s.device,
+            dtypes.join(", "),
+            s.candidates
+        )
+    };
+    SUPPORT.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// The name of a tensor's device as the table spells it.
+fn device_name(device: &Device) -> &'static str {
+    match device {
+        Device::Cpu => "cpu",
+        Device::Cuda(_) => "cuda",
+        Device::Metal(_) => "metal",
+    }
+}
+
+/// Refuses tensors on devices for which this build has no kernels.
+pub(crate) fn require_device(op: &str, device: &Device) -> Result<()> {
+    let name = device_name(device);
+    if SUPPORT.iter().any(|s| s.device == name) {
+        return Ok(());
+    }
+    Err(Error::Unsupported(format!("{op} on device {name}; supported: {}", support_table())))
+}
+
+impl Plan {
+    /// Maps a problem to a launch.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] names the value that no backend covers, and what is covered.
+    pub fn new(problem: &Problem, device: &Device, backend: Backend) -> Result<Self> {
+        require_device("scan", device)?;
+        let refuse =
+            |what: String| Err(Error::Unsupported(format!("{what}; supported: {}", support_table())));
+        let name = device_name(device);
+        let Some(s) = SUPPORT.iter().find(|s| s.device == name) else { unreachable!("checked above") };
+        if !s.dtypes.contains(&problem.dtype) {
+            return refuse(format!("dtype {}", problem.dtype.as_str()));
+        }
+        if !s.head_dim.contains(&problem.head_dim) {
+            return refuse(format!("head_dim {}", problem.head_dim));
+        }
+        if !s.candidates.contains(&problem.candidates) {
+            return refuse(format!("{} candidates", problem.candidates));
+        }
+        Self::unrestricted(problem, backend)
+    }
+
+    /// As [`Plan::new`] without the candidate table: the `dense` reference keeps every key.
+    pub(crate) fn unrestricted(problem: &Problem, backend: Backend) -> Result<Self> {
+        let isa = match backend {
+            Backend::Auto => Isa::available()[0],
+            Backend::Force(isa) if isa.arch().is_some() => isa,
+            Backend::Force(isa) => {
+                return Err(Error::Unsupported(format!(
+                    "{isa:?} on this machine, which has {:?}",
+                    Isa::available()
+                )));
+            }
+        };
+        let precision = crate::element::acc_dtype(problem.dtype);
+        Ok(Self { isa, block_rows: 64, panel_keys: 2 * isa.lanes(precision.size_in_bytes()), precision })
+    }
+}

@@ -1,0 +1,248 @@
+//! `scan`: the candidate keys of every query, without an N x M matrix.
+
+use candle_core::{DType, Tensor};
+
+use crate::cpu;
+use crate::element::{acc_dtype, with_element};
+use crate::error::{Error, Result};
+use crate::mask::Mask;
+use crate::options::{Score, TieBreak};
+use crate::plan::{Backend, Plan, Problem};
+
+/// The candidate set of every query.
+#[derive(Debug, Clone)]
+pub struct Candidates {
+    /// Keys `[B, Hq, N, K]`, i32; -1 where a query has fewer candidates.
+    pub index: Tensor,
+    /// Selection energies `[B, Hq, N, K]`, f32 (f64 for f64 tensors); +inf where `index` is -1.
+    pub energy: Tensor,
+    /// 1 where a candidate is protected, u8 `[B, Hq, N, K]`; absent if nothing is.
+    pub protected: Option<Tensor>,
+}
+
+/// What to scan for. `Scan::new` gives the defaults; set the other fields as needed.
+#[derive(Debug, Clone)]
+pub struct Scan<'a> {
+    /// Inverse bandwidth per query head `[Hq]`, finite and > 0.
+    pub beta: &'a Tensor,
+    /// Key prior b `[B|1, Hq|Hk, M]`; a prior of -inf bans a key.
+    pub prior: Option<&'a Tensor>,
+    /// Which keys each query sees.
+    pub mask: &'a Mask,
+    /// Lowest energies to keep: 1, 2, 4, 8, 16 or 32. May exceed the number of keys.
+    pub candidates: usize,
+    /// How keys are scored.
+    pub score: Score,
+    /// Which of equals comes first.
+    pub tie: TieBreak,
+    /// Keys that stay candidates whatever their energy, as long as they are visible: i32
+    /// `[B|1, Hq|Hk|1, N|1, P]`, negative where unused. Adds P slots.
+    pub protected: Option<&'a Tensor>,
+    /// Refuse NaN and infinities in the rows that take part. Unchecked, a key with no finite
+    /// energy is never a candidate.
+    pub checked: bool,
+    /// Where to run.
+    pub backend: Backend,
+}
+
+impl<'a> Scan<'a> {
+    /// A scan by energy, first of equals, unchecked, on the best backend.
+    pub fn new(beta: &'a Tensor, mask: &'a Mask, candidates: usize) -> Self {
+        Self {
+            beta,
+            prior: None,
+            mask,
+            candidates,
+            score: Score::default(),
+            tie: TieBreak::default(),
+            protected: None,
+            checked: false,
+            backend: Backend::default(),
+        }
+    }
+}
+
+/// The K keys of least selection energy for every query, sorted by (energy, index), followed by
+/// the protected keys that are not among them.
+///
+/// q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, of one dtype and device, Hq a multiple of Hk. Not
+/// differentiable: gradients start at [`crate::select`].
+///
+/// # Errors
+/// Names the shapes, values or devices that do not fit.
+pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
+    let problem = problem(q, k, scan)?;
+    let plan = Plan::new(&problem, q.device(), scan.backend)?;
+    launch(&problem, &plan, q, k, scan)
+}
+
+/// Every visible key as a candidate, K = M: the O(N * M) reference behind `Estimator::Dense`.
+/// `scan.candidates` is not used.
+///
+/// # Errors
+/// As [`scan`].
+pub fn scan_all(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
+    let mut problem = problem(q, k, scan)?;
+    problem.candidates = problem.keys;
+    let plan = Plan::unrestricted(&problem, scan.backend)?;
+    launch(&problem, &plan, q, k, scan)
+}
+
+/// The plan that [`scan`] would run.
+///
+/// # Errors
+/// As [`scan`].
+pub fn plan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Plan> {
+    Plan::new(&problem(q, k, scan)?, q.device(), scan.backend)
+}
+
+fn problem(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Problem> {
+    let (batch, q_heads, queries, head_dim) = dims4("q", q)?;
+    let (kb, kv_heads, keys, kd) = dims4("k", k)?;
+    if kb != batch || kd != head_dim {
+        return Err(Error::Invalid(format!(
+            "q {:?} and k {:?} differ in batch or head_dim",
+            q.dims(),
+            k.dims()
+        )));
+    }
+    if q_heads % kv_heads != 0 {
+        return Err(Error::Invalid(format!(
+            "{q_heads} query heads are not a multiple of {kv_heads} key heads"
+        )));
+    }
+    if q.dtype() != k.dtype() {
+        return Err(Error::Invalid(format!("q is {:?}, k is {:?}", q.dtype(), k.dtype())));
+    }
+    if !q.device().same_device(k.device()) {
+        return Err(Error::Invalid("q and k are on different devices".into()));
+    }
+    if keys > i32::MAX as usize {
+        return Err(Error::Invalid(format!("{keys} keys do not fit an i32 index")));
+    }
+    scan.mask.validate(batch, keys)?;
+    Ok(Problem {
+        batch,
+        q_heads,
+        kv_heads,
+        queries,
+        keys,
+        head_dim,
+        candidates: scan.candidates,
+        dtype: q.dtype(),
+        score: scan.score,
+        tie: scan.tie,
+    })
+}
+
+fn launch(problem: &Problem, plan: &Plan, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
+    let (q, k) = (cpu::view::rows(q)?, cpu::view::rows(k)?);
+    let protected = scan.protected.map(|p| protected_keys(p, problem)).transpose()?;
+    let (b, h, n) = (problem.batch, problem.q_heads, problem.queries);
+    with_element!(problem.dtype, T => {
+        let beta = head_values::<<T as crate::element::Element>::Acc>("beta", scan.beta, h)?;
+        positive("beta", &beta)?;
+        let prior = scan.prior.map(|p| prior_values(p, problem)).transpose()?;
+        cpu::view::with_view::<T, _>(&q, |qv| cpu::view::with_view::<T, _>(&k, |kv| {
+            let inputs = cpu::scan::Inputs {
+                q: qv, k: kv, beta: &beta, prior: prior.as_ref(), protected: protected.as_ref(), mask: scan.mask,
+            };
+            if scan.checked {
+                cpu::check::finite(problem, &inputs)?;
+            }
+            let out = cpu::scan::run(problem, plan, &inputs);
+            let shape = (b, h, n, out.slots);
+            let flags = scan.protected.map(|_| Tensor::from_vec(out.protected, shape, q.device())).transpose()?;
+            Ok(Candidates {
+                index: Tensor::from_vec(out.index, shape, q.device())?,
+                energy: Tensor::from_vec(out.energy, shape, q.device())?,
+                protected: flags,
+            })
+        }))
+    })
+}
+
+/// The four dimensions of an operator's tensor, none of them 0.
+pub(crate) fn dims4(name: &str, t: &Tensor) -> Result<(usize, usize, usize, usize)> {
+    match *t.dims() {
+        [b, h, n, d] if b * h * n * d > 0 => Ok((b, h, n, d)),
+        [_, _, _, _] => Err(Error::Invalid(format!("{name} {:?} is empty", t.dims()))),
+        _ => Err(Error::Invalid(format!("{name} {:?} is not of rank 4 [batch, heads, rows, dim]", t.dims()))),
+    }
+}
+
+/// A per-head parameter `[heads]` as accumulators, without its gradient.
+pub(crate) fn head_values<A: crate::element::Real>(name: &str, t: &Tensor, heads: usize) -> Result<Vec<A>> {
+    if t.dims() != [heads] {
+        return Err(Error::Invalid(format!(
+            "{name} {:?} is not [{heads}], one value per query head",
+            t.dims()
+        )));
+    }
+    Ok(t.detach().to_dtype(A::DTYPE)?.to_vec1()?)
+}
+
+/// Refuses a per-head parameter that is not finite and positive.
+pub(crate) fn positive<A: crate::element::Real>(name: &str, values: &[A]) -> Result<()> {
+    match values.iter().position(|x| !(x.is_finite() && *x > A::zero())) {
+        Some(h) => Err(Error::Invalid(format!("{name} of head {h} is {}, not finite and > 0", values[h]))),
+        None => Ok(()),
+    }
+}
+
+/// The shape of a key prior, checked against `[B|1, Hq|Hk, M]`.
+pub(crate) fn prior_dims(prior: &Tensor, problem: &Problem) -> Result<[usize; 3]> {
+    match *prior.dims() {
+        [b, h, m]
+            if (b == 1 || b == problem.batch)
+                && (h == problem.q_heads || h == problem.kv_heads)
+                && m == problem.keys =>
+        {
+            Ok([b, h, m])
+        }
+        _ => Err(Error::Invalid(format!(
+            "prior {:?} is not [{} or 1, {} or {}, {}] (batch, heads, keys)",
+            prior.dims(),
+            problem.batch,
+            problem.q_heads,
+            problem.kv_heads,
+            problem.keys
+        ))),
+    }
+}
+
+fn prior_values<A: crate::element::Real>(prior: &Tensor, problem: &Problem) -> Result<cpu::scan::Prior<A>> {
+    let dims = prior_dims(prior, problem)?;
+    let data: Vec<A> = prior.detach().to_dtype(acc_dtype(problem.dtype))?.flatten_all()?.to_vec1()?;
+    // -inf bans a key; NaN and +inf have no meaning.
+    if let Some(at) = data.iter().position(|x| x.is_nan() || *x == A::infinity()) {
+        return Err(Error::Invalid(format!("prior value {at} (flat) is {}", data[at])));
+    }
+    Ok(cpu::scan::Prior { data, dims })
+}
+
+fn protected_keys(t: &Tensor, problem: &Problem) -> Result<cpu::scan::Protected> {
+    let Problem { batch, q_heads, kv_heads, queries, keys, .. } = *problem;
+    let fits = |x: usize, sizes: &[usize]| x == 1 || sizes.contains(&x);
+    let dims = match *t.dims() {
+        [b, h, n, p]
+            if fits(b, &[batch]) && fits(h, &[q_heads, kv_heads]) && fits(n, &[queries]) && p > 0 =>
+        {
+            [b, h, n, p]
+        }
+        _ => {
+            return Err(Error::Invalid(format!(
+                "protected {:?} is not [{batch} or 1, {q_heads}, {kv_heads} or 1, {queries} or 1, slots]",
+                t.dims()
+            )));
+        }
+    };
+    if t.dtype() != DType::I32 {
+        return Err(Error::Invalid(format!("protected holds {:?}, not i32 key indices", t.dtype())));
+    }
+    let data: Vec<i32> = t.flatten_all()?.to_vec1()?;
+    match data.iter().find(|&&j| j >= keys as i32) {
+        Some(j) => Err(Error::Invalid(format!("protected key {j} is beyond the {keys} keys"))),
+        None => Ok(cpu::scan::Protected { data, dims }),
+    }
+}

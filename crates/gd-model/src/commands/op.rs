@@ -8,11 +8,12 @@ mod pending;
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
+use gd_kernels::{Candidates, Plan, Scan, plan, scan};
 use serde_json::{Map, Value, json};
 
 pub use args::{Args, Operator, ScanArgs, SelectArgs};
 use inputs::Inputs;
-use pending::{Candidates, Scan, Select, scan, select};
+use pending::{Select, select};
 
 use super::Context;
 use crate::tensor_file::{self, Tensors};
@@ -51,7 +52,7 @@ fn variables(inputs: &Inputs, args: &ScanArgs) -> Result<Variables> {
     Ok(Variables { q: Var::from_tensor(q)?, k: Var::from_tensor(k)?, beta: Var::from_tensor(&beta)?, prior })
 }
 
-fn find_candidates(inputs: &Inputs, vars: &Variables, args: &ScanArgs) -> Result<Candidates> {
+fn find_candidates(inputs: &Inputs, vars: &Variables, args: &ScanArgs) -> Result<(Plan, Candidates)> {
     let mask = inputs.mask(args)?;
     let protected = inputs.protected()?;
     let scan_args = Scan {
@@ -62,16 +63,16 @@ fn find_candidates(inputs: &Inputs, vars: &Variables, args: &ScanArgs) -> Result
         checked: args.checked,
         ..Scan::new(&vars.beta, &mask, inputs::candidates(args.candidates, vars.k.dim(2)?)?)
     };
-    Ok(scan(&vars.q, &vars.k, &scan_args)?)
+    Ok((plan(&vars.q, &vars.k, &scan_args)?, scan(&vars.q, &vars.k, &scan_args)?))
 }
 
 fn run_scan(args: &ScanArgs, ctx: &Context) -> Result<()> {
     let inputs = Inputs::read(&args.input, &ctx.device)?;
     let vars = variables(&inputs, args)?;
-    let found = find_candidates(&inputs, &vars, args)?;
+    let (plan, found) = find_candidates(&inputs, &vars, args)?;
     let mut out = Tensors::from([("index".into(), found.index), ("energy".into(), found.energy)]);
     out.extend(found.protected.map(|p| ("protected".into(), p)));
-    finish("scan", args, &out, ctx)
+    finish("scan", args, &plan, &out, ctx)
 }
 
 fn run_select(args: &SelectArgs, ctx: &Context) -> Result<()> {
@@ -87,7 +88,7 @@ fn run_select(args: &SelectArgs, ctx: &Context) -> Result<()> {
     let threshold = var(inputs.per_head("threshold", args.threshold, heads, dtype)?)?;
     let rounds = var(inputs.rounds(args.refine, heads, dtype)?)?;
 
-    let found = find_candidates(&inputs, &vars, &args.scan)?;
+    let (plan, found) = find_candidates(&inputs, &vars, &args.scan)?;
     let select_args = Select {
         prior: vars.prior.as_deref(),
         score: args.scan.score,
@@ -138,11 +139,11 @@ fn run_select(args: &SelectArgs, ctx: &Context) -> Result<()> {
         ("candidate_energy", found.energy),
     ];
     out.extend(rest.map(|(name, tensor)| (name.into(), tensor)));
-    finish("select", &args.scan, &out, ctx)
+    finish("select", &args.scan, &plan, &out, ctx)
 }
 
 /// Writes the file, then reports it.
-fn finish(operator: &str, args: &ScanArgs, out: &Tensors, ctx: &Context) -> Result<()> {
+fn finish(operator: &str, args: &ScanArgs, plan: &Plan, out: &Tensors, ctx: &Context) -> Result<()> {
     let out: Tensors =
         out.iter().map(|(name, t)| Ok((name.clone(), t.detach().contiguous()?))).collect::<Result<_>>()?;
     tensor_file::write(&args.output, &out)?;
@@ -162,6 +163,7 @@ fn finish(operator: &str, args: &ScanArgs, out: &Tensors, ctx: &Context) -> Resu
             .collect();
         return ctx.print(json!({
             "operator": operator,
+            "plan": plan.to_string(),
             "out": args.output,
             "queries": first.len(),
             "abstained": abstained,
@@ -170,7 +172,7 @@ fn finish(operator: &str, args: &ScanArgs, out: &Tensors, ctx: &Context) -> Resu
     }
     let names: Vec<_> = out.keys().map(String::as_str).collect();
     ctx.print(format_args!(
-        "{operator}: {abstained} of {} queries abstained; wrote {} to {}",
+        "{operator} on {plan}: {abstained} of {} queries abstained; wrote {} to {}",
         first.len(),
         names.join(", "),
         args.output.display()

@@ -1,41 +1,7 @@
 //! Stand-in for the operators until they land.
 use candle_core::Tensor;
-use gd_kernels::{Barrier, CoherenceMode, Error, Estimator, Gate, Mask, Result, Score, TieBreak};
+use gd_kernels::{Barrier, Candidates, CoherenceMode, Error, Estimator, Gate, Result, Score};
 
-pub struct Candidates {
-    pub index: Tensor,
-    pub energy: Tensor,
-    pub protected: Option<Tensor>,
-}
-pub enum Backend {
-    Auto,
-}
-pub struct Scan<'a> {
-    pub beta: &'a Tensor,
-    pub prior: Option<&'a Tensor>,
-    pub mask: &'a Mask,
-    pub candidates: usize,
-    pub score: Score,
-    pub tie: TieBreak,
-    pub protected: Option<&'a Tensor>,
-    pub checked: bool,
-    pub backend: Backend,
-}
-impl<'a> Scan<'a> {
-    pub fn new(beta: &'a Tensor, mask: &'a Mask, candidates: usize) -> Self {
-        Self {
-            beta,
-            mask,
-            candidates,
-            prior: None,
-            score: Score::Energy,
-            tie: TieBreak::First,
-            protected: None,
-            checked: true,
-            backend: Backend::Auto,
-        }
-    }
-}
 pub struct Select<'a> {
     pub beta: &'a Tensor,
     pub prior: Option<&'a Tensor>,
@@ -79,9 +45,6 @@ pub struct Selected {
     pub margin: Tensor,
     pub gate: Tensor,
     pub coherence: Option<Tensor>,
-}
-pub fn scan(_q: &Tensor, _k: &Tensor, _scan: &Scan) -> Result<Candidates> {
-    Err(Error::Unsupported("pending".into()))
 }
 pub fn select(_q: &Tensor, _k: &Tensor, _v: &Tensor, _c: &Candidates, _s: &Select) -> Result<Selected> {
     Err(Error::Unsupported("pending".into()))

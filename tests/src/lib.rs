@@ -1,2 +1,4 @@
 //! Support for the end-to-end tests.
 #![forbid(unsafe_code)]
+
+pub mod repository;

@@ -2,8 +2,11 @@
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod commands;
 pub mod data;
+pub mod device;
 pub mod error;
+pub mod tensor_file;
 pub mod tokenizer;
 
 pub use error::{Error, Result};

@@ -1,7 +1,10 @@
 //! The choices that callers make, shared by the operators, the plans and the reference.
 
+use serde::{Deserialize, Serialize};
+
 /// How a key is scored for a query (q, k of length D; b the key prior).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Score {
     /// Selection energy `eps = beta * |q - k|^2 - b`.
     #[default]
@@ -11,7 +14,8 @@ pub enum Score {
 }
 
 /// Which of several keys with the same energy wins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum TieBreak {
     /// The least index.
     #[default]
@@ -23,7 +27,8 @@ pub enum TieBreak {
 /// How the hard choice is replaced in the backward pass. With `p` the softmax of `-eps / T` over
 /// the candidates and the null slot (energy: the threshold), `a_j = <dy, v_j>`, `a_null = 0` and
 /// `J(p)a = p * (a - <p, a>)`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Estimator {
     /// Scores: `J(p~)a` with `p~ = (1 - f) p + f / |C|` over the candidates. Values:
     /// `((1 - lambda) * [j = j*] + lambda * p~_j) dy`.
@@ -40,7 +45,8 @@ pub enum Estimator {
 }
 
 /// What scales the selected value row.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Gate {
     /// Nothing: `y = v_j*` (gamma = 0).
     #[default]
@@ -57,7 +63,8 @@ pub enum Gate {
 }
 
 /// Which root of the coherence equation stands for the pair when there are two wells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum CoherenceMode {
     /// The global minimum of the energy; the tie at alpha = 1/2 goes to the query.
     #[default]
@@ -74,7 +81,8 @@ pub enum CoherenceMode {
 /// softmax is at least `entropy_trigger`. It then adds `strength * max(0, margin - gap)` to `s`,
 /// and if the weight is still below `floor` raises `s` to
 /// `ln(floor / (1 - floor)) + logsumexp(others)`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Barrier {
     /// Least softmax weight of an activated candidate, in (0, 1).
     pub floor: f64,

@@ -1,12 +1,31 @@
 //! candle Modules for selection attention.
+//!
+//! [`GdAttention`] takes the place of a multi-head attention; [`SoftmaxAttention`] is its swap
+//! partner behind the trait [`Attention`], in the same frame of projections, norms, rotation and
+//! [`Beacon`].
 #![forbid(unsafe_code)]
 
+mod attention;
+mod beacon;
+mod cache;
+mod config;
+mod gd_attention;
+mod heads;
+mod mask;
 mod norm;
 #[cfg(test)]
 mod oracle;
 mod rope;
+mod softmax_attention;
 mod swiglu;
 
+pub use attention::{Attention, Pass, Record};
+pub use beacon::Beacon;
+pub use cache::LayerCache;
+pub use config::{AttentionConfig, BeaconConfig, GdConfig};
+pub use gd_attention::GdAttention;
+pub use heads::linear;
 pub use norm::{RmsNorm, rms_norm};
 pub use rope::Rotary;
+pub use softmax_attention::SoftmaxAttention;
 pub use swiglu::swiglu;

@@ -1,0 +1,144 @@
+//! Beacon, the preserving half of Preserve-then-Select.
+//!
+//! Shapes: x `[B, N, C]`, v `[B, Hk, N, D]`; R running averages for each of the Hq heads.
+
+use candle_core::{DType, Module, Result, Tensor};
+use candle_nn::{Init, Linear, VarBuilder};
+use gd_kernels::{Mask, Scan, Score, causal_conv, running_average, scan};
+
+use crate::cache::LayerCache;
+use crate::config::AttentionConfig;
+
+/// Decay logits at bias 0 run from the first to the second value over the heads: half-lives from
+/// about half a position to about 23.
+const DECAY: (f64, f64) = (-1.0, 3.5);
+
+/// Causal convolution before the projections, a memory of running averages beside the heads, and
+/// a learned prior that ranks and protects keys.
+#[derive(Debug, Clone)]
+pub struct Beacon {
+    conv: Option<Tensor>,
+    memory: Option<Memory>,
+    prior: Option<Linear>,
+    protected: usize,
+}
+
+/// Gated running averages: decay `sigmoid(w_a x + b)`, write weight `e^(w_i x)`, output
+/// `sigmoid(w_g x) * mean`; the three projections are one matrix.
+#[derive(Debug, Clone)]
+struct Memory {
+    proj: Linear,
+    /// What the decay logits are at bias 0, `[3 R Hq]`.
+    spread: Tensor,
+    heads: usize,
+    averages: usize,
+}
+
+impl Memory {
+    fn new(channels: usize, heads: usize, averages: usize, vb: VarBuilder) -> Result<Self> {
+        let rows = heads * averages;
+        let weight =
+            vb.get_with_hints((3 * rows, channels), "weight", Init::Randn { mean: 0.0, stdev: 0.02 })?;
+        let bias = vb.get_with_hints(3 * rows, "bias", Init::Const(0.0))?;
+        // Fast heads to slow ones, every second average in the other direction.
+        let mut spread = vec![0f32; 3 * rows];
+        for (at, logit) in spread[..rows].iter_mut().enumerate() {
+            let (h, r) = (at / averages, at % averages);
+            let place = if r % 2 == 0 { h } else { heads - 1 - h };
+            let share = place as f64 / (heads.max(2) - 1) as f64;
+            *logit = (DECAY.0 + share * (DECAY.1 - DECAY.0)) as f32;
+        }
+        let spread = Tensor::new(spread, weight.device())?.to_dtype(weight.dtype())?;
+        Ok(Self { proj: Linear::new(weight, Some(bias)), spread, heads, averages })
+    }
+}
+
+impl Beacon {
+    /// Weights under `vb`: `conv.weight [C, W]`, `memory.weight [3 R Hq, C]`, `memory.bias`,
+    /// `prior.weight [Hk, C]`; each only if the config asks for the part.
+    ///
+    /// # Errors
+    /// Weights that are missing or of another shape.
+    pub fn new(cfg: &AttentionConfig, vb: VarBuilder) -> Result<Self> {
+        let Some(beacon) = &cfg.beacon else { candle_core::bail!("a Beacon needs its config") };
+        let (c, heads, r) = (cfg.hidden_size, cfg.num_attention_heads, beacon.averages);
+        let conv = match beacon.conv_width {
+            1 => None,
+            w => Some(vb.pp("conv").get_with_hints((c, w), "weight", Init::Const(0.0))?),
+        };
+        let memory = match r {
+            0 => None,
+            _ => Some(Memory::new(c, heads, r, vb.pp("memory"))?),
+        };
+        let prior = match beacon.prior {
+            true => {
+                let weight = vb.pp("prior").get_with_hints(
+                    (cfg.num_key_value_heads, c),
+                    "weight",
+                    Init::Const(0.0),
+                )?;
+                Some(Linear::new(weight, None))
+            }
+            false => None,
+        };
+        Ok(Self { conv, memory, prior, protected: beacon.protected })
+    }
+
+    /// The convolution beside the identity: x + conv(x) `[B, N, C]`.
+    pub(crate) fn mix(&self, x: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        let Some(weight) = &self.conv else { return Ok(x.clone()) };
+        let state = cache.as_ref().and_then(|c| c.conv.clone());
+        let (y, state) = causal_conv(x, weight, state.as_ref())?;
+        if let Some(cache) = cache {
+            cache.conv = Some(state);
+        }
+        x + y
+    }
+
+    /// The memory's contribution to the heads `[B, Hq, N, D]`; none without averages.
+    pub(crate) fn remember(
+        &self,
+        x: &Tensor,
+        v: &Tensor,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Option<Tensor>> {
+        let Some(memory) = &self.memory else { return Ok(None) };
+        let (b, n, _) = x.dims3()?;
+        let (h, r) = (memory.heads, memory.averages);
+        // [B, N, 3 R H] -> [B, 3, H R, N]
+        let logits = memory.proj.forward(x)?.broadcast_add(&memory.spread)?;
+        let parts = logits.reshape((b, n, 3, h * r))?.permute((0, 2, 3, 1))?.contiguous()?;
+        let part = |i: usize| parts.narrow(1, i, 1)?.squeeze(1);
+        let state = cache.as_ref().and_then(|c| c.average.clone());
+        let (mean, state) = running_average(&part(0)?, &part(1)?, v, state.as_ref())?;
+        if let Some(cache) = cache {
+            cache.average = Some(state);
+        }
+        let d = mean.dim(3)?;
+        let gate = candle_nn::ops::sigmoid(&part(2)?)?.reshape((b, h, r, n, 1))?;
+        Ok(Some(mean.reshape((b, h, r, n, d))?.broadcast_mul(&gate)?.sum(2)?))
+    }
+
+    /// The keys' prior `[B, Hk, N]`; none if it is not learned.
+    pub(crate) fn prior(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        self.prior.as_ref().map(|p| p.forward(x)?.transpose(1, 2)?.contiguous()).transpose()
+    }
+
+    /// For every query the visible keys of greatest prior, i32 `[B, Hk, N, P]`; none if P is 0.
+    pub(crate) fn protect(
+        &self,
+        prior: Option<&Tensor>,
+        queries: usize,
+        mask: &Mask,
+    ) -> Result<Option<Tensor>> {
+        let (Some(prior), 1..) = (prior, self.protected) else { return Ok(None) };
+        // A scan whose only term is the prior is a running top-P under any mask.
+        let (b, hk, m) = prior.dims3()?;
+        let prior = prior.detach().to_dtype(DType::F32)?;
+        let beta = Tensor::ones(hk, DType::F32, prior.device())?;
+        let q = Tensor::zeros((b, hk, queries, 1), DType::F32, prior.device())?;
+        let k = Tensor::zeros((b, hk, m, 1), DType::F32, prior.device())?;
+        let top = Scan { prior: Some(&prior), score: Score::Dot, ..Scan::new(&beta, mask, self.protected) };
+        Ok(Some(scan(&q, &k, &top)?.index))
+    }
+}

@@ -1,0 +1,179 @@
+//! Selection attention: every head reads the value of one key, or abstains.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Module, Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+use gd_kernels::{Estimator, Gate, Mask, Scan, Select, Selected, scan, scan_all, select};
+
+use crate::attention::{Attention, Pass, Record};
+use crate::cache::LayerCache;
+use crate::config::AttentionConfig;
+use crate::heads::Heads;
+use crate::rope::Rotary;
+
+/// The weight of the query's well starts beside 1/2, where the two wells tie.
+const ALPHA: f64 = 0.6;
+
+/// GD-Attention, in the place of a multi-head attention: same projections, same weight names, and
+/// per head under `gd`: `beta [Hq]` (log), and if configured `threshold [Hq]`, `alpha [Hq]`
+/// (logit), `rounds [Hq, R]` (deviation from (1, 0, ..)).
+#[derive(Debug, Clone)]
+pub struct GdAttention {
+    heads: Heads,
+    log_beta: Tensor,
+    threshold: Option<Tensor>,
+    alpha_logit: Option<Tensor>,
+    rounds: Option<Tensor>,
+    cache: LayerCache,
+}
+
+impl GdAttention {
+    /// Reads or creates the weights under `vb`.
+    ///
+    /// # Errors
+    /// A config that contradicts itself, or weights that are missing or of another shape.
+    pub fn new(cfg: &AttentionConfig, rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
+        let heads = Heads::new(cfg, rotary, vb.clone())?;
+        let (vb, hq, d) = (vb.pp("gd"), cfg.num_attention_heads, cfg.head_dim as f64);
+        // With keys of equal norm the scores 2 beta <q, k> then start as softmax's <q, k> / sqrt(D).
+        let beta = 0.5 / d.sqrt();
+        let log_beta = vb.get_with_hints(hq, "beta", Init::Const(beta.ln()))?;
+        let threshold = match cfg.gd.threshold {
+            Some(t) => Some(vb.get_with_hints(hq, "threshold", Init::Const(t * 2.0 * beta * d))?),
+            None => None,
+        };
+        let alpha_logit = match cfg.gd.gate {
+            Gate::Coherence => {
+                Some(vb.get_with_hints(hq, "alpha", Init::Const((ALPHA / (1.0 - ALPHA)).ln()))?)
+            }
+            Gate::None | Gate::Energy { .. } => None,
+        };
+        let rounds = match cfg.gd.rounds {
+            1 => None,
+            r => Some(vb.get_with_hints((hq, r), "rounds", Init::Const(0.0))?),
+        };
+        Ok(Self { heads, log_beta, threshold, alpha_logit, rounds, cache: LayerCache::new() })
+    }
+
+    /// As the attention of candle's own models: x `[B, N, C]`, an additive mask of 0 and -inf
+    /// (`[N, M]` or with leading dimensions) or none for one query, and the position of the first
+    /// query. Keeps a KV cache; `offset` 0 starts a new sequence. Without gradient.
+    ///
+    /// # Errors
+    /// An offset that does not follow the cached positions, or a mask that does not leave each
+    /// query one interval of keys.
+    pub fn forward(&mut self, x: &Tensor, mask: Option<&Tensor>, offset: usize) -> Result<Tensor> {
+        let mut cache = match offset {
+            0 => LayerCache::new(),
+            _ => std::mem::take(&mut self.cache),
+        };
+        if cache.len() != offset {
+            candle_core::bail!("offset {offset} does not follow {} cached positions", cache.len());
+        }
+        let mask = match mask {
+            Some(mask) => crate::mask::from_additive(mask, offset)?,
+            None => Mask::causal(offset as i64),
+        };
+        let y = self.attend(x, &Pass::new(&mask), Some(&mut cache))?;
+        self.cache = cache;
+        Ok(y)
+    }
+
+    /// Forgets the cached positions.
+    pub fn clear_kv_cache(&mut self) {
+        self.cache = LayerCache::new();
+    }
+
+    /// Preserve and select: y `[B, Hq, N, D]` and its record.
+    #[allow(clippy::too_many_arguments)]
+    fn read(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        prior: Option<&Tensor>,
+        pass: &Pass,
+    ) -> Result<Selected> {
+        let gd = &self.heads.cfg.gd;
+        let beta = self.log_beta.exp()?;
+        let protected = match &self.heads.beacon {
+            Some(beacon) => beacon.protect(prior, q.dim(2)?, pass.mask)?,
+            None => None,
+        };
+        let what = Scan {
+            prior,
+            score: gd.score,
+            tie: gd.tie,
+            protected: protected.as_ref(),
+            ..Scan::new(&beta, pass.mask, pass.candidates.unwrap_or(gd.candidates))
+        };
+        let candidates = match gd.estimator {
+            Estimator::Dense => scan_all(q, k, &what)?,
+            _ => scan(q, k, &what)?,
+        };
+        let alpha = self.alpha_logit.as_ref().map(candle_nn::ops::sigmoid).transpose()?;
+        let rounds = self.rounds.as_ref().map(|r| first_round(r)?.broadcast_add(r)).transpose()?;
+        let how = Select {
+            prior,
+            score: gd.score,
+            tie: gd.tie,
+            threshold: self.threshold.as_ref(),
+            alpha: alpha.as_ref(),
+            gate: gd.gate,
+            estimator: gd.estimator,
+            temperature: gd.temperature,
+            preserve_floor: gd.preserve_floor,
+            value_floor: gd.value_floor,
+            hardness: pass.hardness,
+            barrier: self.heads.cfg.beacon.as_ref().and_then(|b| b.barrier),
+            rounds: rounds.as_ref(),
+            coherence: gd.coherence,
+            ..Select::new(&beta)
+        };
+        Ok(select(q, k, v, &candidates, &how)?)
+    }
+}
+
+/// (1, 0, ..) in the shape of `rounds`: before training only the first selection counts.
+fn first_round(rounds: &Tensor) -> Result<Tensor> {
+    let mut first = vec![0f32; rounds.dim(1)?];
+    first[0] = 1.0;
+    Tensor::new(first, rounds.device())?.to_dtype(rounds.dtype())?.unsqueeze(0)?.broadcast_as(rounds.shape())
+}
+
+impl Attention for GdAttention {
+    fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        let ready = self.heads.prepare(x, pass, cache)?;
+        let selected = self.read(&ready.q, &ready.k, &ready.v, ready.prior.as_ref(), pass)?;
+        let y = selected.y.clone();
+        if let Some(record) = pass.record {
+            record.borrow_mut().push(summary(selected)?);
+        }
+        self.heads.finish(y, ready)
+    }
+}
+
+impl Module for GdAttention {
+    /// Causal self-attention over x `[B, N, C]`, without a cache.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.attend(x, &Pass::new(&Mask::causal(0)), None)
+    }
+}
+
+fn summary(selected: Selected) -> Result<Record> {
+    let index = selected.index.flatten_all()?.to_vec1::<i32>()?;
+    let margin = selected.margin.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    let share = |wanted: i32| index.iter().filter(|&&j| j == wanted).count() as f64 / index.len() as f64;
+    let (mut lead, mut count) = (0.0, 0usize);
+    for m in margin.into_iter().filter(|m| m.is_finite()) {
+        lead += m;
+        count += 1;
+    }
+    Ok(Record {
+        abstained: share(-1),
+        first_token: share(0),
+        margin: lead / count.max(1) as f64,
+        selected: Some(Selected { y: selected.y.detach(), ..selected }),
+    })
+}

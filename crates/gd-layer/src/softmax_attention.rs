@@ -1,0 +1,103 @@
+//! Softmax attention in the same frame: the swap partner of `GdAttention`.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Module, Result, Tensor};
+use candle_nn::VarBuilder;
+use gd_kernels::Mask;
+
+use crate::attention::{Attention, Pass, Record};
+use crate::cache::LayerCache;
+use crate::config::AttentionConfig;
+use crate::heads::Heads;
+use crate::rope::Rotary;
+
+/// `softmax(q k^T / sqrt(D) + prior) v`, from candle's differentiable primitives. A query that sees
+/// no key reads nothing (0).
+#[derive(Debug, Clone)]
+pub struct SoftmaxAttention {
+    heads: Heads,
+}
+
+impl SoftmaxAttention {
+    /// Reads or creates the weights under `vb`.
+    ///
+    /// # Errors
+    /// A config that contradicts itself, or weights that are missing or of another shape.
+    pub fn new(cfg: &AttentionConfig, rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
+        Ok(Self { heads: Heads::new(cfg, rotary, vb)? })
+    }
+}
+
+impl Attention for SoftmaxAttention {
+    fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        let ready = self.heads.prepare(x, pass, cache)?;
+        let (b, hq, n, d) = ready.q.dims4()?;
+        let (hk, m) = (ready.k.dim(1)?, ready.k.dim(2)?);
+        let group = hq / hk;
+        // The heads of a group share keys: fold them into the rows of one product.
+        let q = (ready.q.contiguous()? * (d as f64).sqrt().recip())?.reshape((b, hk, group * n, d))?;
+        let scores = q.matmul(&ready.k.transpose(2, 3)?.contiguous()?)?.reshape((b, hq, n, m))?;
+        let scores = match &ready.prior {
+            Some(p) => {
+                let p = p
+                    .reshape((b, hk, 1, 1, m))?
+                    .broadcast_as((b, hk, group, 1, m))?
+                    .reshape((b, hq, 1, m))?;
+                scores.broadcast_add(&p)?
+            }
+            None => scores,
+        };
+        let (bias, seen) = crate::mask::additive(pass.mask, b, n, m, &scores)?;
+        let weights = candle_nn::ops::softmax(&scores.broadcast_add(&bias)?, 3)?;
+        // A row of the mask without a single key is uniform after the softmax: it reads nothing.
+        let weights = match seen {
+            Some(seen) => weights.broadcast_mul(&seen)?,
+            None => weights,
+        };
+        if let Some(record) = pass.record {
+            record.borrow_mut().push(summary(&weights)?);
+        }
+        let y =
+            weights.reshape((b, hk, group * n, m))?.matmul(&ready.v.contiguous()?)?.reshape((b, hq, n, d))?;
+        self.heads.finish(y, ready)
+    }
+}
+
+impl Module for SoftmaxAttention {
+    /// Causal self-attention over x `[B, N, C]`, without a cache.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.attend(x, &Pass::new(&Mask::causal(0)), None)
+    }
+}
+
+/// Weights `[B, Hq, N, M]` in numbers; the margin is that of the scores, the log of the ratio of
+/// the two greatest weights.
+fn summary(weights: &Tensor) -> Result<Record> {
+    let m = weights.dim(3)?;
+    let w = weights.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let (mut first, mut empty, mut lead, mut count) = (0f64, 0usize, 0f64, 0usize);
+    for row in w.chunks(m) {
+        let (mut top, mut next) = (0f32, 0f32);
+        for &x in row {
+            if x > top {
+                (next, top) = (top, x);
+            } else if x > next {
+                next = x;
+            }
+        }
+        first += f64::from(row[0]);
+        empty += usize::from(top == 0.0);
+        if next > 0.0 {
+            lead += f64::from(top / next).ln();
+            count += 1;
+        }
+    }
+    let rows = (w.len() / m) as f64;
+    Ok(Record {
+        abstained: empty as f64 / rows,
+        first_token: first / rows,
+        margin: lead / count.max(1) as f64,
+        selected: None,
+    })
+}

@@ -1,2 +1,4 @@
 //! A Preserve-then-Select language model.
 #![forbid(unsafe_code)]
+
+pub mod loss;

@@ -3,10 +3,18 @@
 
 pub mod checkpoint;
 pub mod commands;
+pub mod config;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod evaluate;
+pub mod generate;
+pub mod loss;
+pub mod model_file;
+pub mod params;
 pub mod tensor_file;
 pub mod tokenizer;
+pub mod trainer;
+pub mod transformer;
 
 pub use error::{Error, Result};

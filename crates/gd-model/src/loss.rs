@@ -1,0 +1,164 @@
+//! Cross entropy of next-token prediction, in nats.
+//!
+//! logits `[rows, V]` in f64, f32, f16 or bf16, targets u32 `[rows]`. On the CPU one fused pass that
+//! stores one number a row, and a backward pass that writes `(softmax - one-hot) / rows` directly;
+//! elsewhere a composition of differentiable primitives. Sums run in f32 (f64 for f64).
+
+use candle_core::{D, DType, Result, Shape, Tensor, bail};
+use gd_kernels::by_float;
+use gd_kernels::element::{Element, Real, maximum, sum1};
+use gd_kernels::fused::{
+    Rows, attach1, for_chunks, for_chunks2, rows_per_chunk, vectorize, with_contiguous_rows,
+};
+
+/// The mean over rows of `logsumexp(logits) - logits[target]`: a scalar in f32 (f64 for f64 logits).
+///
+/// # Errors
+/// Shapes that do not fit, no rows, or a target outside the vocabulary.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let (rows, vocab) = validate(logits, targets)?;
+    if !logits.device().is_cpu() {
+        return composed(logits, targets);
+    }
+    let logits = with_contiguous_rows(logits)?;
+    let targets = checked_targets(targets, vocab)?;
+    by_float!("cross_entropy", logits.dtype(), T => {
+        let (losses, log_sums) = forward::<T>(&logits, &targets)?;
+        // Added in f64 and in order: the loss has the same bits for any thread count.
+        let mean = losses.iter().map(|l| l.wide()).sum::<f64>() / rows as f64;
+        let result = (vec![<T as Element>::Acc::of(mean)], Shape::from(()));
+        attach1("cross_entropy", &logits, result, move |logits, grad| {
+            let grad = grad.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            backward::<T>(logits, &targets, &log_sums, grad / rows as f64)
+        })
+    })
+}
+
+/// The loss of every row, without gradient.
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn token_losses(logits: &Tensor, targets: &Tensor) -> Result<Vec<f32>> {
+    let (_, vocab) = validate(logits, targets)?;
+    if !logits.device().is_cpu() {
+        return row_losses(&logits.detach(), targets)?.to_dtype(DType::F32)?.to_vec1();
+    }
+    let logits = with_contiguous_rows(&logits.detach())?;
+    let targets = checked_targets(targets, vocab)?;
+    by_float!("token_losses", logits.dtype(), T => {
+        Ok(forward::<T>(&logits, &targets)?.0.iter().map(|l| l.wide() as f32).collect())
+    })
+}
+
+fn validate(logits: &Tensor, targets: &Tensor) -> Result<(usize, usize)> {
+    let fits = matches!((logits.dims(), targets.dims()), ([r, v], [t]) if r == t && *r > 0 && *v > 0);
+    if !fits || targets.dtype() != DType::U32 {
+        bail!(
+            "cross_entropy: logits {:?} and targets {:?} {:?}; [rows, V] and u32 [rows] expected, none empty",
+            logits.dims(),
+            targets.dims(),
+            targets.dtype()
+        );
+    }
+    logits.dims2()
+}
+
+fn checked_targets(targets: &Tensor, vocab: usize) -> Result<Vec<u32>> {
+    let targets = targets.to_vec1::<u32>()?;
+    match targets.iter().position(|&t| t as usize >= vocab) {
+        None => Ok(targets),
+        Some(row) => {
+            bail!("cross_entropy: target {} of row {row} is outside the vocabulary of {vocab}", targets[row])
+        }
+    }
+}
+
+/// The same from candle primitives that have gradients.
+fn composed(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    row_losses(logits, targets)?.mean_all()
+}
+
+fn row_losses(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let wide = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let log_p = candle_nn::ops::log_softmax(&logits.to_dtype(wide)?, D::Minus1)?;
+    log_p.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?.neg()
+}
+
+type PerRow<T> = Vec<<T as Element>::Acc>;
+
+/// The loss and the logsumexp of every row.
+fn forward<T: Element>(logits: &Tensor, targets: &[u32]) -> Result<(PerRow<T>, PerRow<T>)> {
+    let (storage, layout) = logits.storage_and_layout();
+    let logits = Rows::<T>::new(&storage, layout)?;
+    let mut losses = vec![T::Acc::default(); targets.len()];
+    let mut log_sums = losses.clone();
+    let rows = rows_per_chunk(logits.len());
+    for_chunks2((&mut losses, rows), (&mut log_sums, rows), |chunk, losses, log_sums| {
+        vectorize(|| {
+            for (j, (loss, log_sum)) in losses.iter_mut().zip(log_sums).enumerate() {
+                let row = logits.row(chunk * rows + j);
+                let top = maximum(row);
+                let sum = sum1(row, |x: T| (x.up() - top).exp_fast());
+                *log_sum = top + T::Acc::of(sum.wide().ln());
+                *loss = *log_sum - row[targets[chunk * rows + j] as usize].up();
+            }
+        });
+    });
+    Ok((losses, log_sums))
+}
+
+/// `(softmax - one-hot) * scale`.
+fn backward<T: Element>(logits: &Tensor, targets: &[u32], log_sums: &[T::Acc], scale: f64) -> Result<Tensor> {
+    let (storage, layout) = logits.storage_and_layout();
+    let input = Rows::<T>::new(&storage, layout)?;
+    let vocab = input.len();
+    let mut grad = vec![T::zero(); input.count() * vocab];
+    let rows = rows_per_chunk(vocab);
+    let scale = T::Acc::of(scale);
+    for_chunks(&mut grad, rows * vocab, |chunk, grad| {
+        vectorize(|| {
+            for (j, grad) in grad.chunks_exact_mut(vocab).enumerate() {
+                let i = chunk * rows + j;
+                let (row, log_sum) = (input.row(i), log_sums[i]);
+                for (g, &x) in grad.iter_mut().zip(row) {
+                    *g = T::down((x.up() - log_sum).exp_fast() * scale);
+                }
+                let target = targets[i] as usize;
+                let p = (row[target].up() - log_sum).exp_fast();
+                grad[target] = T::down((p - T::Acc::of(1.0)) * scale);
+            }
+        });
+    });
+    Tensor::from_vec(grad, logits.shape(), logits.device())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn composition_agrees_in_values_and_gradients() -> Result<()> {
+        let logits: Vec<f64> = (0..7 * 33).map(|i| f64::from(i * 37 % 101) / 20.0 - 2.5).collect();
+        let targets = Tensor::new(&[0u32, 32, 5, 7, 7, 1, 20], &Device::Cpu)?;
+        for (dtype, bound) in
+            [(DType::F64, 1e-13), (DType::F32, 1e-6), (DType::F16, 1e-3), (DType::BF16, 1e-2)]
+        {
+            let x = Var::from_tensor(
+                &Tensor::new(&logits[..], &Device::Cpu)?.reshape((7, 33))?.to_dtype(dtype)?,
+            )?;
+            let run = |f: fn(&Tensor, &Tensor) -> Result<Tensor>| -> Result<Vec<f64>> {
+                let loss = f(x.as_tensor(), &targets)?;
+                let grads = loss.backward()?;
+                let grad = grads.get(&x).expect("a gradient").flatten_all()?.to_dtype(DType::F64)?;
+                let mut all = grad.to_vec1::<f64>()?;
+                all.push(loss.to_dtype(DType::F64)?.to_scalar()?);
+                Ok(all)
+            };
+            for (a, b) in run(cross_entropy)?.into_iter().zip(run(composed)?) {
+                assert!((a - b).abs() <= bound * (0.1 + b.abs()), "{dtype:?}: {a} against {b}");
+            }
+        }
+        Ok(())
+    }
+}

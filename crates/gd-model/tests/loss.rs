@@ -1,0 +1,89 @@
+//! cross_entropy against its formula, finite differences, dtypes, thread counts and bad targets.
+
+#[path = "../../gd-kernels/tests/support/mod.rs"]
+mod support;
+
+use candle_core::{DType, Device, Tensor};
+use gd_model::loss::{cross_entropy, token_losses};
+use support::*;
+
+fn targets(rows: usize, vocab: usize) -> Tensor {
+    let ids: Vec<u32> = (0..rows).map(|i| (i * 7919 % vocab) as u32).collect();
+    Tensor::new(&ids[..], &Device::Cpu).unwrap()
+}
+
+#[test]
+fn follows_the_formula_at_any_height() {
+    for shift in [0.0, 1e4, -1e4] {
+        let logits = Tensor::new(&[[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], &Device::Cpu).unwrap();
+        let logits = (logits + shift).unwrap();
+        let ids = Tensor::new(&[0u32, 2], &Device::Cpu).unwrap();
+        let first = (1f64.exp() + 2f64.exp() + 3f64.exp()).ln() - 1.0;
+        let loss = cross_entropy(&logits, &ids).unwrap();
+        assert!((values(&loss)[0] - (first + 3f64.ln()) / 2.0).abs() < 1e-11);
+        let each = token_losses(&logits, &ids).unwrap();
+        assert!((f64::from(each[0]) - first).abs() < 1e-6 && (f64::from(each[1]) - 3f64.ln()).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn gradients_match_finite_differences() {
+    for (rows, vocab) in [(1, 1), (1, 5), (7, 33), (65, 64), (300, 3)] {
+        let ids = targets(rows, vocab);
+        check_gradients(&[noise(1, &[rows, vocab], 4.0)], |t| cross_entropy(&t[0], &ids));
+    }
+}
+
+#[test]
+fn gradients_reach_views() {
+    let ids = targets(6, 9);
+    check_gradients(&[noise(1, &[9, 6], 4.0)], |t| cross_entropy(&t[0].t()?, &ids));
+    check_gradients(&[noise(1, &[8, 12], 4.0)], |t| {
+        cross_entropy(&t[0].narrow(1, 2, 9)?.narrow(0, 1, 6)?, &ids)
+    });
+}
+
+#[test]
+fn low_precision_stays_near_f64() {
+    let ids = targets(9, 300);
+    for (dtype, bound) in DTYPES {
+        let low = noise(1, &[9, 300], 4.0).to_dtype(dtype).unwrap();
+        let got = with_gradients(&[low.clone()], |t| cross_entropy(&t[0], &ids));
+        let want = with_gradients(&[low.to_dtype(DType::F64).unwrap()], |t| cross_entropy(&t[0], &ids));
+        // The loss itself is never kept in half precision.
+        assert_eq!(got[0].dtype(), if dtype == DType::F64 { DType::F64 } else { DType::F32 });
+        assert_close("loss", &got[0], &want[0], 2e-6);
+        let (got, want) = (values(&got[1]), values(&want[1]));
+        assert!(got.iter().zip(&want).all(|(g, w)| (g - w).abs() <= bound * w.abs() + 1e-7), "{dtype:?}");
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_the_thread_count() {
+    let (x, ids) = (noise(1, &[9000, 17], 4.0).to_dtype(DType::F32).unwrap(), targets(9000, 17));
+    same_bits(|| with_gradients(std::slice::from_ref(&x), |t| cross_entropy(&t[0], &ids)));
+}
+
+#[test]
+fn errors_name_the_values() {
+    let x = noise(1, &[3, 5], 1.0);
+    let error = |x: &Tensor, ids: &Tensor| cross_entropy(x, ids).unwrap_err().to_string();
+    let ids = Tensor::new(&[0u32, 5, 1], &Device::Cpu).unwrap();
+    let e = error(&x, &ids);
+    assert!(e.contains("target 5 of row 1") && e.contains("vocabulary of 5"), "{e}");
+    assert!(token_losses(&x, &ids).is_err());
+    assert!(error(&x, &targets(4, 5)).contains("[3, 5]"));
+    assert!(error(&x, &targets(3, 5).to_dtype(DType::I64).unwrap()).contains("I64"));
+    assert!(error(&x.narrow(0, 0, 0).unwrap(), &ids.narrow(0, 0, 0).unwrap()).contains("[0, 5]"));
+}
+
+#[test]
+fn timing() {
+    for vocab in [256, 4096] {
+        let (x, ids) = ([noise(1, &[2048, vocab], 4.0).to_dtype(DType::F32).unwrap()], targets(2048, vocab));
+        report(&format!("cross_entropy 2048x{vocab} fused"), &x, |t| cross_entropy(&t[0], &ids));
+        report(&format!("cross_entropy 2048x{vocab} candle"), &x, |t| {
+            candle_nn::loss::cross_entropy(&t[0], &ids)
+        });
+    }
+}

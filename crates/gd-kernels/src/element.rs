@@ -6,7 +6,15 @@ use pulp::Simd;
 
 /// An accumulator: f32 for f32, f16 and bf16 tensors, f64 for f64 tensors (gradient checks).
 pub(crate) trait Real:
-    Float + candle_core::WithDType + std::iter::Sum + std::ops::AddAssign + Send + Sync + 'static
+    Float
+    + candle_core::WithDType
+    + std::iter::Sum
+    + std::ops::AddAssign
+    + std::ops::MulAssign
+    + std::ops::DivAssign
+    + Send
+    + Sync
+    + 'static
 {
     /// One register of this type under instruction set `S`.
     type Lanes<S: Simd>: Copy;

@@ -10,9 +10,11 @@ mod mask;
 mod options;
 mod plan;
 mod scan;
+mod select;
 
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
 pub use plan::{Backend, Isa, Plan, Problem, support_table};
 pub use scan::{Candidates, Scan, plan, scan, scan_all};
+pub use select::{Select, Selected, scan_select, select};

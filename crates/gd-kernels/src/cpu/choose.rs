@@ -3,8 +3,6 @@
 //! A row has K slots (energy, key or -1) and a null slot whose energy is the threshold. `p` is the
 //! softmax of `-eps / T` over the slots in use and the null slot.
 
-use num_traits::{Float, One, Zero};
-
 use crate::element::Real;
 use crate::options::{Estimator, Gate, TieBreak};
 
@@ -43,8 +41,6 @@ impl<A: Real> Rule<A> {
 pub(crate) struct Choice<A> {
     /// The winning slot; none if the row abstains.
     pub(crate) winner: Option<usize>,
-    /// The slot of least energy, above the threshold or not; none if no slot is in use.
-    pub(crate) nearest: Option<usize>,
     /// Energy of the next candidate less that of the nearest; +inf if there is none.
     pub(crate) margin: A,
     /// Consistency gate of the nearest candidate; 1 without an energy gate.
@@ -68,15 +64,15 @@ pub(crate) fn choose<A: Real>(rule: &Rule<A>, energy: &[A], key: &[i32], tau: A)
             second = energy[best];
             nearest = Some(slot);
         } else {
-            second = second.min(e);
+            second = if e < second { e } else { second };
         }
     }
     let Some(best) = nearest else {
-        return Choice { winner: None, nearest, margin: A::infinity(), rho: A::one() };
+        return Choice { winner: None, margin: A::infinity(), rho: A::one() };
     };
     let e = energy[best];
     let rho = rule.gate.map_or(A::one(), |t| sigmoid((tau - e) / t));
-    Choice { winner: (e <= tau).then_some(best), nearest, margin: second - e, rho }
+    Choice { winner: (e <= tau).then_some(best), margin: second - e, rho }
 }
 
 pub(crate) fn sigmoid<A: Real>(x: A) -> A {
@@ -87,7 +83,7 @@ pub(crate) fn sigmoid<A: Real>(x: A) -> A {
 /// Softmax of `-eps / T` over used slots into `p`, returning the null slot's share.
 fn soft<A: Real>(rule: &Rule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A]) -> A {
     let used = |(e, j): (&A, &i32)| if *j < 0 { A::infinity() } else { *e };
-    let least = energy.iter().zip(key).map(used).fold(tau, A::min);
+    let least = energy.iter().zip(key).map(used).fold(tau, |least, e| if e < least { e } else { least });
     if !least.is_finite() {
         p.fill(A::zero());
         return A::zero();
@@ -99,16 +95,23 @@ fn soft<A: Real>(rule: &Rule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A])
         *p = weight(used(x));
         total += *p;
     }
-    p.iter_mut().for_each(|p| *p = *p / total);
+    p.iter_mut().for_each(|p| *p /= total);
     null / total
 }
 
 /// Weights of the value rows in the forward pass.
-pub(crate) fn weights<A: Real>(rule: &Rule<A>, c: &Choice<A>, energy: &[A], key: &[i32], tau: A, w: &mut [A]) {
+pub(crate) fn weights<A: Real>(
+    rule: &Rule<A>,
+    c: &Choice<A>,
+    energy: &[A],
+    key: &[i32],
+    tau: A,
+    w: &mut [A],
+) {
     if rule.hardness < A::one() {
         soft(rule, energy, key, tau, w);
         let share = A::one() - rule.hardness;
-        w.iter_mut().for_each(|w| *w = *w * share);
+        w.iter_mut().for_each(|w| *w *= share);
     } else {
         w.fill(A::zero());
     }

@@ -2,6 +2,9 @@
 
 pub(crate) mod best;
 pub(crate) mod check;
+pub(crate) mod choose;
+pub(crate) mod inverse;
 pub(crate) mod pack;
+pub(crate) mod rows;
 pub(crate) mod scan;
 pub(crate) mod view;

@@ -1,132 +1,314 @@
-//! Storage types and the accumulators they are computed in.
+//! Element types of the fused CPU loops, and the few vector reductions they share.
+//!
+//! Stored elements are f64, f32, f16 or bf16; arithmetic runs in [`Element::Acc`], which is f64 for
+//! f64 and f32 for the rest. Every loop has one fixed order of additions, so that results depend
+//! neither on the thread count nor on the width of the machine's vectors.
 
+use candle_core::{DType, WithDType};
 use half::{bf16, f16};
 use num_traits::Float;
 use pulp::Simd;
+use std::fmt::Debug;
+use std::iter::Sum;
+use std::ops::{AddAssign, DivAssign, MulAssign};
 
-/// An accumulator: f32 for f32, f16 and bf16 tensors, f64 for f64 tensors (gradient checks).
-pub(crate) trait Real:
-    Float
-    + candle_core::WithDType
-    + std::iter::Sum
-    + std::ops::AddAssign
-    + std::ops::MulAssign
-    + std::ops::DivAssign
-    + Send
-    + Sync
-    + 'static
+/// The type that sums are kept in: f32 or f64.
+pub trait Real:
+    Element<Acc = Self> + Float + Sum + AddAssign + MulAssign + DivAssign + Default + Debug
 {
+    /// `e^self` without branches, so that loops over it vectorise. f32: relative error below 3e-7,
+    /// 0 below -87.3 and infinity above 88.3.
+    fn exp_fast(self) -> Self;
+
+    /// The nearest value to `x`.
+    fn of(x: f64) -> Self;
+
+    /// The value as f64.
+    fn wide(self) -> f64;
+
     /// One register of this type under instruction set `S`.
     type Lanes<S: Simd>: Copy;
-    /// A register with every lane `x`.
-    fn splat<S: Simd>(simd: S, x: Self) -> Self::Lanes<S>;
+
+    /// A register with every lane `self`.
+    fn splat<S: Simd>(self, simd: S) -> Self::Lanes<S>;
+
     /// `a * b + c` with one rounding.
     fn fused<S: Simd>(simd: S, a: Self::Lanes<S>, b: Self::Lanes<S>, c: Self::Lanes<S>) -> Self::Lanes<S>;
+
     /// The whole registers of a slice; a remainder is left out.
     fn lanes<S: Simd>(x: &[Self]) -> &[Self::Lanes<S>];
-    /// As `lanes`, writable.
+
+    /// As [`Real::lanes`], writable.
     fn lanes_mut<S: Simd>(x: &mut [Self]) -> &mut [Self::Lanes<S>];
-    /// Rounds an f64.
-    fn of(x: f64) -> Self;
-    /// Widens to f64.
-    fn wide(self) -> f64;
 }
 
-macro_rules! real {
-    ($t:ty, $v:ident, $splat:ident, $fma:ident, $lanes:ident, $lanes_mut:ident) => {
-        impl Real for $t {
-            type Lanes<S: Simd> = S::$v;
-            #[inline(always)]
-            fn splat<S: Simd>(simd: S, x: Self) -> S::$v {
-                simd.$splat(x)
-            }
-            #[inline(always)]
-            fn fused<S: Simd>(simd: S, a: S::$v, b: S::$v, c: S::$v) -> S::$v {
-                simd.$fma(a, b, c)
-            }
-            #[inline(always)]
-            fn lanes<S: Simd>(x: &[Self]) -> &[S::$v] {
-                S::$lanes(x).0
-            }
-            #[inline(always)]
-            fn lanes_mut<S: Simd>(x: &mut [Self]) -> &mut [S::$v] {
-                S::$lanes_mut(x).0
-            }
-            #[inline(always)]
-            fn of(x: f64) -> Self {
-                x as $t
-            }
-            #[inline(always)]
-            fn wide(self) -> f64 {
-                self as f64
-            }
+/// The register operations of [`Real`] by their names in pulp.
+macro_rules! registers {
+    ($lanes:ident, $splat:ident, $fused:ident, $as_simd:ident, $as_mut_simd:ident) => {
+        type Lanes<S: Simd> = S::$lanes;
+
+        #[inline(always)]
+        fn splat<S: Simd>(self, simd: S) -> S::$lanes {
+            simd.$splat(self)
+        }
+
+        #[inline(always)]
+        fn fused<S: Simd>(simd: S, a: S::$lanes, b: S::$lanes, c: S::$lanes) -> S::$lanes {
+            simd.$fused(a, b, c)
+        }
+
+        #[inline(always)]
+        fn lanes<S: Simd>(x: &[Self]) -> &[S::$lanes] {
+            S::$as_simd(x).0
+        }
+
+        #[inline(always)]
+        fn lanes_mut<S: Simd>(x: &mut [Self]) -> &mut [S::$lanes] {
+            S::$as_mut_simd(x).0
         }
     };
 }
-real!(f32, f32s, splat_f32s, mul_add_f32s, as_simd_f32s, as_mut_simd_f32s);
-real!(f64, f64s, splat_f64s, mul_add_f64s, as_simd_f64s, as_mut_simd_f64s);
 
-/// A tensor's element type.
-pub(crate) trait Element: candle_core::WithDType + Send + Sync + 'static {
+/// A stored element.
+pub trait Element: WithDType {
     /// What it is computed in.
     type Acc: Real;
-    /// Widens to the accumulator (exact).
-    fn acc(self) -> Self::Acc;
-    /// Rounds an accumulator to nearest.
-    fn round(x: Self::Acc) -> Self;
+
+    /// Widens to the accumulator.
+    fn up(self) -> Self::Acc;
+
+    /// Rounds from the accumulator.
+    fn down(x: Self::Acc) -> Self;
+}
+
+impl Real for f32 {
+    registers!(f32s, splat_f32s, mul_add_f32s, as_simd_f32s, as_mut_simd_f32s);
+
+    #[inline(always)]
+    fn exp_fast(self) -> f32 {
+        // Adding 1.5 * 2^23 rounds to the nearest integer n and leaves n in the low mantissa bits.
+        const ROUND: f32 = 12_582_912.0;
+        const LN2_HIGH: f32 = 0.693_145_75;
+        const LN2_LOW: f32 = 1.428_606_8e-6;
+        let shifted = self * std::f32::consts::LOG2_E + ROUND;
+        let n = shifted - ROUND;
+        let r = self - n * LN2_HIGH - n * LN2_LOW;
+        // Taylor on |r| <= ln(2) / 2: the first omitted term is r^8 / 8! < 6e-9.
+        let p = 1.0 / 120.0 + r * (1.0 / 720.0 + r * (1.0 / 5040.0));
+        let p = 0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * p));
+        let p = 1.0 + r * (1.0 + r * p);
+        let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
+        let y = p * f32::from_bits(exponent);
+        let y = if self < -87.3 { 0.0 } else { y };
+        if self > 88.3 { f32::INFINITY } else { y }
+    }
+
+    #[inline(always)]
+    fn of(x: f64) -> f32 {
+        x as f32
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Real for f64 {
+    registers!(f64s, splat_f64s, mul_add_f64s, as_simd_f64s, as_mut_simd_f64s);
+
+    #[inline(always)]
+    fn exp_fast(self) -> f64 {
+        self.exp()
+    }
+
+    #[inline(always)]
+    fn of(x: f64) -> f64 {
+        x
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        self
+    }
 }
 
 macro_rules! element {
-    ($t:ty, $acc:ty, $x:ident => $widen:expr, $y:ident => $round:expr) => {
+    ($t:ty, $acc:ty, $up:expr, $down:expr) => {
         impl Element for $t {
             type Acc = $acc;
-            #[inline(always)]
-            fn acc(self) -> $acc {
-                let $x = self;
-                $widen
-            }
-            #[inline(always)]
-            fn round($y: $acc) -> Self {
-                $round
-            }
-        }
-    };
-}
-element!(f32, f32, x => x, y => y);
-element!(f64, f64, x => x, y => y);
-element!(f16, f32, x => x.to_f32(), y => f16::from_f32(y));
-element!(bf16, f32, x => x.to_f32(), y => bf16::from_f32(y));
 
-/// Runs `$body` with `$T` bound to the element type of a floating `DType`.
-macro_rules! with_element {
-    ($dtype:expr, $T:ident => $body:expr) => {
-        match $dtype {
-            candle_core::DType::F32 => {
-                type $T = f32;
-                $body
+            #[inline(always)]
+            fn up(self) -> $acc {
+                $up(self)
             }
-            candle_core::DType::F64 => {
-                type $T = f64;
-                $body
+
+            #[inline(always)]
+            fn down(x: $acc) -> Self {
+                $down(x)
             }
-            candle_core::DType::F16 => {
-                type $T = half::f16;
-                $body
-            }
-            candle_core::DType::BF16 => {
-                type $T = half::bf16;
-                $body
-            }
-            other => Err($crate::error::Error::Unsupported(format!(
-                "dtype {other:?}; f32, f16, bf16 and f64 are supported"
-            ))
-            .into()),
         }
     };
 }
-pub(crate) use with_element;
+
+element!(f64, f64, |x| x, |x| x);
+element!(f32, f32, |x| x, |x| x);
+element!(f16, f32, f16::to_f32, f16::from_f32);
+element!(bf16, f32, bf16::to_f32, bf16::from_f32);
+
+/// Runs `$body` with `$t` bound to the element type of `$dtype`; any other dtype ends the enclosing
+/// function with an error that starts with `$name`.
+#[macro_export]
+macro_rules! by_float {
+    ($name:expr, $dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            ::candle_core::DType::F64 => {
+                type $t = f64;
+                $body
+            }
+            ::candle_core::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            ::candle_core::DType::F16 => {
+                type $t = $crate::element::F16;
+                $body
+            }
+            ::candle_core::DType::BF16 => {
+                type $t = $crate::element::Bf16;
+                $body
+            }
+            other => {
+                return Err($crate::Error::Unsupported(format!(
+                    "{}: dtype {other:?} (f64, f32, f16 and bf16 are)",
+                    $name
+                ))
+                .into());
+            }
+        }
+    };
+}
 
 /// The accumulator dtype of a tensor dtype.
-pub(crate) fn acc_dtype(dtype: candle_core::DType) -> candle_core::DType {
-    if dtype == candle_core::DType::F64 { dtype } else { candle_core::DType::F32 }
+pub(crate) fn acc_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 { dtype } else { DType::F32 }
+}
+
+/// The f16 of [`by_float`].
+pub type F16 = f16;
+/// The bf16 of [`by_float`].
+pub type Bf16 = bf16;
+
+/// Independent partial sums of a reduction: enough for two 512-bit vectors of f32.
+const LANES: usize = 32;
+
+#[inline(always)]
+fn add_up<R: Real>(lanes: [R; LANES]) -> R {
+    let mut lanes = lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            let upper = lanes[i + width];
+            lanes[i] += upper;
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// `sum_i f(a_i)`.
+#[inline(always)]
+pub fn sum1<A: Copy, R: Real>(a: &[A], f: impl Fn(A) -> R) -> R {
+    let mut lanes = [R::zero(); LANES];
+    let body = a.len() / LANES * LANES;
+    for a in a[..body].chunks_exact(LANES) {
+        for (s, &a) in lanes.iter_mut().zip(a) {
+            *s += f(a);
+        }
+    }
+    for (s, &a) in lanes.iter_mut().zip(&a[body..]) {
+        *s += f(a);
+    }
+    add_up(lanes)
+}
+
+/// `sum_i f(a_i, b_i)`; both of the same length.
+#[inline(always)]
+pub fn sum2<A: Copy, B: Copy, R: Real>(a: &[A], b: &[B], f: impl Fn(A, B) -> R) -> R {
+    let mut lanes = [R::zero(); LANES];
+    let body = a.len() / LANES * LANES;
+    for (a, b) in a[..body].chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
+        for ((s, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *s += f(a, b);
+        }
+    }
+    for ((s, &a), &b) in lanes.iter_mut().zip(&a[body..]).zip(&b[body..]) {
+        *s += f(a, b);
+    }
+    add_up(lanes)
+}
+
+/// `sum_i f(a_i, b_i, c_i)`; all of the same length.
+#[inline(always)]
+pub fn sum3<A: Copy, B: Copy, C: Copy, R: Real>(a: &[A], b: &[B], c: &[C], f: impl Fn(A, B, C) -> R) -> R {
+    let mut lanes = [R::zero(); LANES];
+    let body = a.len() / LANES * LANES;
+    let blocks = a[..body].chunks_exact(LANES).zip(b.chunks_exact(LANES)).zip(c.chunks_exact(LANES));
+    for ((a, b), c) in blocks {
+        for (((s, &a), &b), &c) in lanes.iter_mut().zip(a).zip(b).zip(c) {
+            *s += f(a, b, c);
+        }
+    }
+    for (((s, &a), &b), &c) in lanes.iter_mut().zip(&a[body..]).zip(&b[body..]).zip(&c[body..]) {
+        *s += f(a, b, c);
+    }
+    add_up(lanes)
+}
+
+/// The greatest element, or minus infinity of an empty slice. A NaN is passed over.
+#[inline(always)]
+pub fn maximum<T: Element>(a: &[T]) -> T::Acc {
+    let mut lanes = [T::Acc::neg_infinity(); LANES];
+    let pick = |s: &mut T::Acc, a: T| {
+        let a = a.up();
+        *s = if a > *s { a } else { *s };
+    };
+    let body = a.len() / LANES * LANES;
+    for a in a[..body].chunks_exact(LANES) {
+        lanes.iter_mut().zip(a).for_each(|(s, &a)| pick(s, a));
+    }
+    lanes.iter_mut().zip(&a[body..]).for_each(|(s, &a)| pick(s, a));
+    lanes.into_iter().fold(T::Acc::neg_infinity(), |s, a| if a > s { a } else { s })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_and_safe_at_the_ends() {
+        for i in -87_200..88_200 {
+            let x = i as f32 * 1e-3;
+            let (got, want) = (f64::from(x.exp_fast()), f64::from(x).exp());
+            assert!((got - want).abs() <= 3e-7 * want, "exp({x}): {got} instead of {want}");
+        }
+        assert_eq!(f32::NEG_INFINITY.exp_fast(), 0.0);
+        assert_eq!((-1e30f32).exp_fast(), 0.0);
+        assert_eq!(f32::INFINITY.exp_fast(), f32::INFINITY);
+        assert!(f32::NAN.exp_fast().is_nan());
+    }
+
+    #[test]
+    fn reductions_cover_every_element() {
+        for n in [0usize, 1, 31, 32, 33, 65] {
+            let a: Vec<f64> = (0..n).map(|i| i as f64 + 1.0).collect();
+            let s: f64 = a.iter().sum();
+            let s2: f64 = a.iter().map(|x| x * x).sum();
+            let s3: f64 = a.iter().map(|x| x * x * x).sum();
+            assert_eq!(sum1(&a, |x| x), s);
+            assert_eq!(sum2(&a, &a, |x, y| x * y), s2);
+            assert_eq!(sum3(&a, &a, &a, |x, y, z| x * y * z), s3);
+            assert_eq!(maximum(&a), if n == 0 { f64::NEG_INFINITY } else { n as f64 });
+        }
+    }
 }

@@ -3,15 +3,20 @@
 //! Shapes everywhere: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; query head `h` reads
 //! key-value head `h / (Hq / Hk)`.
 
+mod average;
+mod conv;
 mod cpu;
-mod element;
+pub mod element;
 mod error;
+pub mod fused;
 mod mask;
 mod options;
 mod plan;
 mod scan;
 mod select;
 
+pub use average::{AverageState, running_average};
+pub use conv::causal_conv;
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};

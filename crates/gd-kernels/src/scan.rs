@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Tensor};
 
+use crate::by_float;
 use crate::cpu;
-use crate::element::{acc_dtype, with_element};
+use crate::element::acc_dtype;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::options::{Score, TieBreak};
@@ -136,10 +137,10 @@ fn problem(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Problem> {
 }
 
 fn launch(problem: &Problem, plan: &Plan, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
-    let (q, k) = (cpu::view::rows(q)?, cpu::view::rows(k)?);
+    let (q, k) = (crate::fused::with_contiguous_rows(q)?, crate::fused::with_contiguous_rows(k)?);
     let protected = scan.protected.map(|p| protected_keys(p, problem)).transpose()?;
     let (b, h, n) = (problem.batch, problem.q_heads, problem.queries);
-    with_element!(problem.dtype, T => {
+    by_float!("scan", problem.dtype, T => {
         let beta = head_values::<<T as crate::element::Element>::Acc>("beta", scan.beta, h)?;
         positive("beta", &beta)?;
         let prior = scan.prior.map(|p| prior_values(p, problem)).transpose()?;

@@ -46,10 +46,10 @@ fn first_fault<'a, T: Element>(
     [b, h]: [usize; 2],
     row: impl Fn(usize) -> &'a [T] + Sync,
 ) -> Result<()> {
-    let fault = |&i: &usize| row(i).iter().position(|x| !x.acc().is_finite()).map(|d| (i, d));
+    let fault = |&i: &usize| row(i).iter().position(|x| !x.up().is_finite()).map(|d| (i, d));
     match rows.par_iter().find_map_first(fault) {
         Some((i, d)) => {
-            Err(Error::Invalid(format!("{name}[{b}, {h}, {i}, {d}] is {}, not finite", row(i)[d].acc())))
+            Err(Error::Invalid(format!("{name}[{b}, {h}, {i}, {d}] is {}, not finite", row(i)[d].up())))
         }
         None => Ok(()),
     }

@@ -35,7 +35,7 @@ impl<A: Real> Packed<A> {
                 for (w, j) in (p * width..keys.min((p + 1) * width)).enumerate() {
                     let mut norm = A::zero();
                     for (x, slot) in k.row(b, h, j).iter().zip(panel[w..].iter_mut().step_by(width)) {
-                        let x = x.acc();
+                        let x = x.up();
                         *slot = x;
                         norm = x.mul_add(x, norm);
                     }

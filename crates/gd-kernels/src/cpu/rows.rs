@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::inverse::Inverse;
 use crate::element::{Element, Real};
-use crate::plan::Isa;
+use crate::fused::vectorize;
 
 /// The sizes of a selection: q `[b, hq, n, _]`, k and v `[b, hk, m, _]`, candidates `[b, hq, n, slots]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,13 +38,6 @@ const TASK_ROWS: usize = 64;
 /// Keys that a task takes.
 const TASK_KEYS: usize = 64;
 
-/// Runs `f` compiled for the best instruction set of this machine.
-#[inline(always)]
-pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
-    let Some(arch) = Isa::available()[0].arch() else { unreachable!("available") };
-    arch.dispatch(f)
-}
-
 /// Fills `out`, `len` elements a row, by `f(row, state, out)`; `state` is made once a task.
 pub(crate) fn for_rows<O: Send, S>(
     out: &mut [O],
@@ -53,7 +46,7 @@ pub(crate) fn for_rows<O: Send, S>(
     f: impl Fn(usize, &mut S, &mut [O]) + Sync,
 ) {
     out.par_chunks_mut(TASK_ROWS * len).enumerate().for_each(|(task, out)| {
-        vectorized(
+        vectorize(
             #[inline(always)]
             || {
                 let mut state = state();
@@ -75,7 +68,7 @@ pub(crate) fn key_gradient<T: Element>(
 ) -> Vec<T> {
     let per_head = dims.hq / dims.hk * dims.n * dims.slots;
     let inverses: Vec<Inverse> = index.par_chunks(per_head).map(|rows| Inverse::new(rows, dims.m)).collect();
-    let mut out = vec![T::round(T::Acc::of(0.0)); dims.b * dims.hk * dims.m * len];
+    let mut out = vec![T::down(T::Acc::of(0.0)); dims.b * dims.hk * dims.m * len];
     let blocks = dims.m.div_ceil(TASK_KEYS);
     let mut tasks: Vec<&mut [T]> = Vec::with_capacity(inverses.len() * blocks);
     for head in out.chunks_mut(dims.m * len) {
@@ -83,7 +76,7 @@ pub(crate) fn key_gradient<T: Element>(
     }
     tasks.into_par_iter().enumerate().for_each(|(task, out)| {
         let (head, first) = (task / blocks, task % blocks * TASK_KEYS);
-        vectorized(
+        vectorize(
             #[inline(always)]
             || {
                 let mut sum = vec![T::Acc::of(0.0); len];
@@ -93,7 +86,7 @@ pub(crate) fn key_gradient<T: Element>(
                     for slot in inverses[head].readers(first + at) {
                         add(head * per_head + slot, key, &mut sum);
                     }
-                    out.iter_mut().zip(&sum).for_each(|(o, &s)| *o = T::round(s));
+                    out.iter_mut().zip(&sum).for_each(|(o, &s)| *o = T::down(s));
                 }
             },
         );

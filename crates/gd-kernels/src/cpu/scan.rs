@@ -141,7 +141,7 @@ impl<T: Element> Block<'_, T> {
             // Rows beyond the block are zero: their scores are computed and dropped.
             let mut q = vec![T::Acc::zero(); count.next_multiple_of(R) * d];
             for (row, i) in q.chunks_mut(d).zip(self.rows.clone()) {
-                row.iter_mut().zip(self.x.q.row(self.b, self.h, i)).for_each(|(a, x)| *a = x.acc());
+                row.iter_mut().zip(self.x.q.row(self.b, self.h, i)).for_each(|(a, x)| *a = x.up());
             }
             let prior = self.x.prior.map(|p| p.row(self.b, self.h, self.problem.q_heads));
             let scale = self.prior_scale();
@@ -241,7 +241,7 @@ impl<T: Element> Block<'_, T> {
 pub(crate) fn pair_energy<T: Element>(score: Score, beta: T::Acc, prior: T::Acc, q: &[T], k: &[T]) -> T::Acc {
     let mut sum = T::Acc::zero();
     for (q, k) in q.iter().zip(k) {
-        let (q, k) = (q.acc(), k.acc());
+        let (q, k) = (q.up(), k.up());
         sum = match score {
             Score::Energy => (q - k).mul_add(q - k, sum),
             Score::Dot => (-q).mul_add(k, sum),
@@ -267,7 +267,7 @@ fn tile<A: Real, S: Simd, const R: usize>(
     let q: [&[A]; R] = std::array::from_fn(|r| &q[r * d..(r + 1) * d]);
     for (x, k) in keys.chunks_exact(2).enumerate().take(d) {
         for r in 0..R {
-            let v = A::splat(simd, q[r][x]);
+            let v = q[r][x].splat(simd);
             acc[r][0] = A::fused(simd, v, k[0], acc[r][0]);
             acc[r][1] = A::fused(simd, v, k[1], acc[r][1]);
         }

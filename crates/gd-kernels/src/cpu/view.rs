@@ -45,15 +45,6 @@ pub(crate) fn cpu(storage: &Storage) -> Result<&CpuStorage> {
     }
 }
 
-/// The tensor itself if its last dimension is contiguous, else a contiguous copy; differentiable.
-pub(crate) fn rows(t: &Tensor) -> Result<Tensor> {
-    let last = t.dims().len().wrapping_sub(1);
-    if t.dims().last().is_none_or(|&n| n <= 1) || t.stride()[last] == 1 {
-        return Ok(t.clone());
-    }
-    Ok(t.contiguous()?)
-}
-
 /// Runs `f` with a view of a tensor.
 pub(crate) fn with_view<T: Element, R>(t: &Tensor, f: impl FnOnce(View<'_, T>) -> Result<R>) -> Result<R> {
     let (guard, layout) = t.storage_and_layout();

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 
+use crate::by_float;
 use crate::cpu::rows::for_rows;
 use crate::cpu::view::flat;
-use crate::element::{Real, with_element};
+use crate::element::Real;
 use crate::options::Barrier;
 
 /// `energy [B, Hq, N, K] -> energy` with the barrier of `options::Barrier` applied to every row.
@@ -131,7 +132,7 @@ impl CustomOp1 for BarrierOp {
     }
 
     fn cpu_fwd(&self, energy: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        with_element!(energy.dtype(), T => {
+        by_float!("select", energy.dtype(), T => {
             type A = <T as crate::element::Element>::Acc;
             let out = self.forward(flat::<A>(energy, layout)?);
             Ok((A::to_cpu_storage_owned(out), layout.shape().clone()))
@@ -139,7 +140,7 @@ impl CustomOp1 for BarrierOp {
     }
 
     fn bwd(&self, energy: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        with_element!(energy.dtype(), T => {
+        by_float!("select", energy.dtype(), T => {
             type A = <T as crate::element::Element>::Acc;
             let (e, g) = (energy.flatten_all()?.to_vec1::<A>()?, grad.flatten_all()?.to_vec1::<A>()?);
             Ok(Some(Tensor::from_vec(self.backward(&e, &g), energy.shape(), energy.device())?))

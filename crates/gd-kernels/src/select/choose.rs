@@ -5,10 +5,11 @@ use std::sync::Arc;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
 
+use crate::by_float;
 use crate::cpu::choose::{Rule, Scratch, backward, choose, weights};
 use crate::cpu::rows::{Dims, for_rows, head_sums, key_gradient};
 use crate::cpu::view::{View, flat, with_view};
-use crate::element::{Element, Real, with_element};
+use crate::element::{Element, Real, sum2};
 
 /// `(energy [B, Hq, N, K], v [B, Hk, M, Dv], threshold [Hq]) -> y [B, Hq, N, Dv]`; energy and
 /// threshold in the accumulator type, a threshold of +inf excludes nothing.
@@ -66,7 +67,7 @@ impl Choose {
     fn forward<T: Element>(&self, energy: &[T::Acc], v: View<'_, T>, tau: &[T::Acc]) -> Vec<T> {
         let (rule, dims, len, zero) = (self.rule::<T::Acc>(), &self.dims, v.dims[3], T::Acc::of(0.0));
         let slots = dims.slots;
-        let mut y = vec![T::round(zero); dims.rows() * len];
+        let mut y = vec![T::down(zero); dims.rows() * len];
         for_rows(
             &mut y,
             len,
@@ -81,9 +82,9 @@ impl Choose {
                 // A row of weight 0 is not read: a NaN in it must not reach the output.
                 for (&w, &j) in w.iter().zip(key).filter(|(w, _)| **w != zero) {
                     let v = v.row(b, hk, j as usize);
-                    sum.iter_mut().zip(v).for_each(|(s, v)| *s += w * v.acc());
+                    sum.iter_mut().zip(v).for_each(|(s, v)| *s += w * v.up());
                 }
-                out.iter_mut().zip(sum).for_each(|(o, &mut s)| *o = T::round(s));
+                out.iter_mut().zip(sum).for_each(|(o, &mut s)| *o = T::down(s));
             },
         );
         y
@@ -112,7 +113,8 @@ impl Choose {
                     (&energy[row * slots..(row + 1) * slots], &self.index[row * slots..(row + 1) * slots]);
                 let dy = dy.row(b, h, i);
                 for (a, &j) in a.iter_mut().zip(key) {
-                    *a = if j < 0 { zero } else { dot(dy, v.row(b, hk, j as usize)) };
+                    *a =
+                        if j < 0 { zero } else { sum2(dy, v.row(b, hk, j as usize), |d, v| d.up() * v.up()) };
                 }
                 let c = choose(&rule, e, key, tau[h]);
                 let (de, rest) = out.split_at_mut(slots);
@@ -131,30 +133,13 @@ impl Choose {
                 let w = rows[row * (2 * slots + 1) + slots + s];
                 if w != zero {
                     let [b, h, _, i] = dims.place(row);
-                    sum.iter_mut().zip(dy.row(b, h, i)).for_each(|(s, d)| *s += w * d.acc());
+                    sum.iter_mut().zip(dy.row(b, h, i)).for_each(|(s, d)| *s += w * d.up());
                 }
             },
         );
         let de = rows.chunks(2 * slots + 1).flat_map(|r| r[..slots].iter().copied()).collect();
         (de, dv, head_sums(dims, &dtau))
     }
-}
-
-/// Inner product in eight interleaved chains: fixed order, and wide enough to vectorise.
-#[inline(always)]
-fn dot<T: Element>(a: &[T], b: &[T]) -> T::Acc {
-    let mut lanes = [T::Acc::of(0.0); 8];
-    let (ac, bc) = (a.chunks_exact(8), b.chunks_exact(8));
-    let tail = ac.remainder().iter().zip(bc.remainder());
-    for ((s, x), y) in lanes.iter_mut().zip(tail.clone().map(|t| t.0)).zip(tail.map(|t| t.1)) {
-        *s += x.acc() * y.acc();
-    }
-    for (a, b) in ac.zip(bc) {
-        for ((s, x), y) in lanes.iter_mut().zip(a).zip(b) {
-            *s += x.acc() * y.acc();
-        }
-    }
-    lanes.into_iter().sum()
 }
 
 impl CustomOp3 for Choose {
@@ -171,7 +156,7 @@ impl CustomOp3 for Choose {
         tau: &CpuStorage,
         tl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        with_element!(v.dtype(), T => {
+        by_float!("select", v.dtype(), T => {
             type A = <T as Element>::Acc;
             let view = View::<T>::new(v, vl)?;
             let shape = Shape::from((self.dims.b, self.dims.hq, self.dims.n, view.dims[3]));
@@ -189,8 +174,8 @@ impl CustomOp3 for Choose {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let device = v.device();
-        let dy = crate::cpu::view::rows(dy)?;
-        with_element!(v.dtype(), T => {
+        let dy = crate::fused::with_contiguous_rows(dy)?;
+        by_float!("select", v.dtype(), T => {
             type A = <T as Element>::Acc;
             let (e, t) = (energy.flatten_all()?.to_vec1::<A>()?, tau.to_vec1::<A>()?);
             let (de, dv, dtau) = with_view::<T, _>(v, |vv| {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
 
+use crate::by_float;
 use crate::cpu::rows::{Dims, for_rows, head_sums, key_gradient};
 use crate::cpu::view::{View, flat, with_view};
-use crate::element::{Element, Real, with_element};
+use crate::element::{Element, Real};
 use crate::options::CoherenceMode;
 
 /// Newton steps before the bisection guard alone would have reached f64 precision.
@@ -80,7 +81,7 @@ pub(crate) struct Density {
 }
 
 fn distance<T: Element>(q: &[T], k: &[T]) -> f64 {
-    q.iter().zip(k).map(|(q, k)| (q.acc().wide() - k.acc().wide()).powi(2)).sum()
+    q.iter().zip(k).map(|(q, k)| (q.up().wide() - k.up().wide()).powi(2)).sum()
 }
 
 impl Density {
@@ -139,7 +140,7 @@ impl Density {
                 }
             },
         );
-        let mut dq = vec![T::round(T::Acc::of(0.0)); dims.rows() * d];
+        let mut dq = vec![T::down(T::Acc::of(0.0)); dims.rows() * d];
         for_rows(
             &mut dq,
             d,
@@ -149,7 +150,7 @@ impl Density {
                 if j >= 0 {
                     let c = T::Acc::of(rows[row * 3]);
                     for ((o, q), k) in out.iter_mut().zip(q.row(b, h, i)).zip(k.row(b, hk, j as usize)) {
-                        *o = T::round(c * (q.acc() - k.acc()));
+                        *o = T::down(c * (q.up() - k.up()));
                     }
                 }
             },
@@ -158,7 +159,7 @@ impl Density {
             let [_, h, _, i] = dims.place(row);
             let c = T::Acc::of(rows[row * 3]);
             for ((s, q), k) in sum.iter_mut().zip(q.row(b, h, i)).zip(k.row(b, hk, j)) {
-                *s += c * (k.acc() - q.acc());
+                *s += c * (k.up() - q.up());
             }
         });
         let column = |c: usize| rows.chunks(3).map(|r| T::Acc::of(r[c])).collect::<Vec<_>>();
@@ -183,7 +184,7 @@ impl CustomOp3 for Density {
         al: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let Dims { b, hq, n, .. } = self.dims;
-        with_element!(q.dtype(), T => {
+        by_float!("select", q.dtype(), T => {
             type A = <T as Element>::Acc;
             let (q, k, aux) = (View::<T>::new(q, ql)?, View::<T>::new(k, kl)?, flat::<A>(aux, al)?);
             let rho = self.map(q, k, aux, 0.0, |t, alpha| density(t, alpha, self.mode).0);
@@ -200,7 +201,7 @@ impl CustomOp3 for Density {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let device = q.device();
-        with_element!(q.dtype(), T => {
+        by_float!("select", q.dtype(), T => {
             type A = <T as Element>::Acc;
             let (values, grads) = (aux.to_vec1::<A>()?, grad.flatten_all()?.to_vec1::<A>()?);
             let (dq, dk, daux) = with_view::<T, _>(q, |qv| {

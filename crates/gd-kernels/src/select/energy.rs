@@ -5,10 +5,11 @@ use std::sync::Arc;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
 
+use crate::by_float;
 use crate::cpu::rows::{Dims, for_rows, head_sums, key_gradient};
 use crate::cpu::scan::{Prior, pair_energy};
 use crate::cpu::view::{View, flat, with_view};
-use crate::element::{Element, Real, with_element};
+use crate::element::{Element, Real};
 use crate::options::Score;
 
 /// `(q, k, aux) -> energy [B, Hq, N, K]` where `aux` is beta `[Hq]` followed by the flat prior, in
@@ -83,7 +84,7 @@ impl Energy {
                         Score::Energy => {
                             let c = two * beta[h] * g;
                             for ((o, q), k) in dq.iter_mut().zip(q).zip(k) {
-                                let diff = q.acc() - k.acc();
+                                let diff = q.up() - k.up();
                                 *o += c * diff;
                                 sum += diff * diff;
                             }
@@ -91,8 +92,8 @@ impl Energy {
                         Score::Dot => {
                             let c = -(beta[h] * g);
                             for ((o, q), k) in dq.iter_mut().zip(q).zip(k) {
-                                *o += c * k.acc();
-                                sum += -(q.acc() * k.acc());
+                                *o += c * k.up();
+                                sum += -(q.up() * k.up());
                             }
                         }
                     }
@@ -101,7 +102,7 @@ impl Energy {
             },
         );
         let dbeta: Vec<T::Acc> = rows.chunks(d + 1).map(|r| r[d]).collect();
-        let dq = rows.chunks(d + 1).flat_map(|r| r[..d].iter().map(|&x| T::round(x))).collect();
+        let dq = rows.chunks(d + 1).flat_map(|r| r[..d].iter().map(|&x| T::down(x))).collect();
         let dk = key_gradient::<T>(
             dims,
             &self.index,
@@ -118,12 +119,12 @@ impl Energy {
                     Score::Energy => {
                         let c = two * beta[h] * g;
                         for ((s, q), k) in sum.iter_mut().zip(q).zip(k) {
-                            *s += c * (k.acc() - q.acc());
+                            *s += c * (k.up() - q.up());
                         }
                     }
                     Score::Dot => {
                         let c = -(beta[h] * g);
-                        sum.iter_mut().zip(q).for_each(|(s, q)| *s += c * q.acc());
+                        sum.iter_mut().zip(q).for_each(|(s, q)| *s += c * q.up());
                     }
                 }
             },
@@ -167,7 +168,7 @@ impl CustomOp3 for Energy {
     ) -> Result<(CpuStorage, Shape)> {
         let Dims { b, hq, n, slots, .. } = self.dims;
         let shape = Shape::from((b, hq, n, slots));
-        with_element!(q.dtype(), T => {
+        by_float!("select", q.dtype(), T => {
             type A = <T as Element>::Acc;
             let energy = match &self.known {
                 Some(known) => known.flatten_all()?.to_vec1::<A>()?,
@@ -186,7 +187,7 @@ impl CustomOp3 for Energy {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let device = q.device();
-        with_element!(q.dtype(), T => {
+        by_float!("select", q.dtype(), T => {
             type A = <T as Element>::Acc;
             let (values, grads) = (aux.to_vec1::<A>()?, grad.flatten_all()?.to_vec1::<A>()?);
             let (dq, dk, daux) = with_view::<T, _>(q, |qv| {

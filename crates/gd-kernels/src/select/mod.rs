@@ -14,11 +14,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
+use crate::by_float;
 use crate::cpu::choose::Rule;
 use crate::cpu::rows::Dims;
-use crate::cpu::view::{rows, with_view};
-use crate::element::{Element, acc_dtype, with_element};
+use crate::cpu::view::with_view;
+use crate::element::{Element, acc_dtype};
 use crate::error::{Error, Result};
+use crate::fused::with_contiguous_rows as rows;
 use crate::options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
 use crate::plan::{Problem, require_device};
 use crate::scan::{Candidates, Scan, dims4, head_values, positive, prior_dims, scan};
@@ -226,7 +228,7 @@ fn step(
         |h: f64| Rule::new(s.tie, s.estimator, s.gate, [s.temperature, s.preserve_floor, s.value_floor, h]);
     let pick = |h: f64| choose::Choose { dims, rule: rule(h), index: index.clone() };
     let shape = (dims.b, dims.hq, dims.n);
-    with_element!(q.dtype(), T => {
+    by_float!("select", q.dtype(), T => {
         type A = <T as Element>::Acc;
         let (e, t) = (energy.flatten_all()?.to_vec1::<A>()?, tau.to_vec1::<A>()?);
         let r = pick(s.hardness).record(&e, &t);

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
 
+use crate::by_float;
 use crate::cpu::rows::{Dims, for_rows, key_gradient};
 use crate::cpu::view::{View, with_view};
-use crate::element::{Element, Real, with_element};
+use crate::element::{Element, Real};
 
 /// `(q, k) -> q - <q, g> g [B, Hq, N, D]`, g the jump direction from the query to its selected key;
 /// a query without a key, or on top of it, stays as it is.
@@ -21,14 +22,14 @@ pub(crate) struct Residual {
 fn products<T: Element>(q: &[T], k: &[T]) -> (T::Acc, T::Acc) {
     let zero = T::Acc::of(0.0);
     q.iter().zip(k).fold((zero, zero), |(length, along), (q, k)| {
-        let delta = k.acc() - q.acc();
-        (length + delta * delta, along + q.acc() * delta)
+        let delta = k.up() - q.up();
+        (length + delta * delta, along + q.up() * delta)
     })
 }
 
 impl Residual {
     fn forward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>) -> Vec<T> {
-        let mut out = vec![T::round(T::Acc::of(0.0)); self.dims.rows() * q.dims[3]];
+        let mut out = vec![T::down(T::Acc::of(0.0)); self.dims.rows() * q.dims[3]];
         for_rows(
             &mut out,
             q.dims[3],
@@ -46,7 +47,7 @@ impl Residual {
                 if length > T::Acc::of(0.0) {
                     let c = along / length;
                     for ((o, q), k) in out.iter_mut().zip(q).zip(k) {
-                        *o = T::round(q.acc() - c * (k.acc() - q.acc()));
+                        *o = T::down(q.up() - c * (k.up() - q.up()));
                     }
                 }
             },
@@ -65,18 +66,16 @@ impl Residual {
                 return zero;
             }
             let c = along / length;
-            let dc = -dr
-                .iter()
-                .zip(q.iter().zip(k))
-                .fold(zero, |s, (g, (q, k))| s + g.acc() * (k.acc() - q.acc()));
+            let dc =
+                -dr.iter().zip(q.iter().zip(k)).fold(zero, |s, (g, (q, k))| s + g.up() * (k.up() - q.up()));
             let two = T::Acc::of(2.0);
             for ((o, g), (q, k)) in out.iter_mut().zip(dr).zip(q.iter().zip(k)) {
-                let delta = k.acc() - q.acc();
-                *o = -(c * g.acc()) + dc * (q.acc() - two * c * delta) / length;
+                let delta = k.up() - q.up();
+                *o = -(c * g.up()) + dc * (q.up() - two * c * delta) / length;
             }
             dc / length
         };
-        let mut dq = vec![T::round(zero); dims.rows() * d];
+        let mut dq = vec![T::down(zero); dims.rows() * d];
         for_rows(
             &mut dq,
             d,
@@ -92,7 +91,7 @@ impl Residual {
                 let k = k.row(b, hk, j as usize);
                 let c = delta_gradient(q, k, dr, delta);
                 for (((o, g), dd), (q, k)) in out.iter_mut().zip(dr).zip(delta.iter()).zip(q.iter().zip(k)) {
-                    *o = T::round(g.acc() + c * (k.acc() - q.acc()) - *dd);
+                    *o = T::down(g.up() + c * (k.up() - q.up()) - *dd);
                 }
             },
         );
@@ -124,7 +123,7 @@ impl CustomOp2 for Residual {
         k: &CpuStorage,
         kl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        with_element!(q.dtype(), T => {
+        by_float!("select", q.dtype(), T => {
             let residual = self.forward(View::<T>::new(q, ql)?, View::<T>::new(k, kl)?);
             Ok((T::to_cpu_storage_owned(residual), ql.shape().clone()))
         })
@@ -137,8 +136,8 @@ impl CustomOp2 for Residual {
         _: &Tensor,
         dr: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dr = crate::cpu::view::rows(dr)?;
-        with_element!(q.dtype(), T => {
+        let dr = crate::fused::with_contiguous_rows(dr)?;
+        by_float!("select", q.dtype(), T => {
             let (dq, dk) = with_view::<T, _>(q, |qv| {
                 with_view::<T, _>(k, |kv| with_view::<T, _>(&dr, |dr| Ok(self.backward(qv, kv, dr))))
             })?;

@@ -1,0 +1,195 @@
+//! Rotary position embedding, half-split as in Llama: element `i` of the first half and element `i`
+//! of the second turn by the angle `position * theta^(-2i / D)`.
+//!
+//! x `[B, H, N, D]` of any strides (a transposed `[B, N, H, D]` is read in place), y `[B, H, N, D]`
+//! contiguous; row `n` stands at position `offset + n`. The backward pass is the rotation by the
+//! negative angle. CPU: fused; other devices: a composition of differentiable primitives.
+
+use std::sync::Arc;
+
+use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
+use gd_kernels::element::{Bf16, Element, F16, Real};
+use gd_kernels::fused::{Rows, attach1, for_chunks, rows_per_chunk, vectorize, with_contiguous_rows};
+
+/// The angles of all positions.
+#[derive(Debug, Clone)]
+pub struct Rotary {
+    // cos and sin [max_positions, D / 2]: on the CPU as slices, elsewhere as tensors.
+    table: Table,
+    head_dim: usize,
+    max_positions: usize,
+}
+
+#[derive(Debug, Clone)]
+enum Table {
+    F32(Arc<Angles<f32>>),
+    F64(Arc<Angles<f64>>),
+    Device { cos: Tensor, sin: Tensor },
+}
+
+#[derive(Debug)]
+struct Angles<R> {
+    cos: Vec<R>,
+    sin: Vec<R>,
+}
+
+impl<R: Real> Angles<R> {
+    fn new(half: usize, positions: usize, theta: f64) -> Self {
+        let step: Vec<f64> = (0..half).map(|i| theta.powf(-(i as f64) / half as f64)).collect();
+        let angles = || (0..positions).flat_map(|p| step.iter().map(move |s| p as f64 * s));
+        Self {
+            cos: angles().map(|a| R::of(a.cos())).collect(),
+            sin: angles().map(|a| R::of(a.sin())).collect(),
+        }
+    }
+}
+
+impl Rotary {
+    /// Angles for `max_positions` positions and heads of `head_dim` elements, kept in f32, or in
+    /// f64 where `dtype` is.
+    ///
+    /// # Errors
+    /// If `head_dim` is odd or 0, or `theta` is not a positive number.
+    pub fn new(
+        head_dim: usize,
+        max_positions: usize,
+        theta: f64,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            bail!("rotary embedding: head_dim {head_dim} is not a positive even number");
+        }
+        if !(theta.is_finite() && theta > 0.0) {
+            bail!("rotary embedding: theta {theta} is not a positive number");
+        }
+        let half = head_dim / 2;
+        let table = match (device.is_cpu(), dtype) {
+            (true, DType::F64) => Table::F64(Arc::new(Angles::new(half, max_positions, theta))),
+            (true, _) => Table::F32(Arc::new(Angles::new(half, max_positions, theta))),
+            (false, dtype) => Self::on_device(half, max_positions, theta, dtype, device)?,
+        };
+        Ok(Self { table, head_dim, max_positions })
+    }
+
+    fn on_device(half: usize, positions: usize, theta: f64, dtype: DType, device: &Device) -> Result<Table> {
+        let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let angles = Angles::<f64>::new(half, positions, theta);
+        let tensor = |v: Vec<f64>| {
+            Tensor::from_vec(v, (positions, half), &Device::Cpu)?.to_dtype(wide)?.to_device(device)
+        };
+        Ok(Table::Device { cos: tensor(angles.cos)?, sin: tensor(angles.sin)? })
+    }
+
+    /// The number of positions that can be embedded.
+    pub fn max_positions(&self) -> usize {
+        self.max_positions
+    }
+
+    /// Rotates row `n` of every head of `x` `[B, H, N, D]` to position `offset + n`.
+    ///
+    /// # Errors
+    /// If D is not the head dimension, if `offset + N` exceeds the positions, or if `x` is f64 and
+    /// the angles were built for less.
+    pub fn apply(&self, x: &Tensor, offset: usize) -> Result<Tensor> {
+        let (_, _, n, d) = x.dims4()?;
+        if d != self.head_dim {
+            bail!("rotary embedding: x {:?} has head dimension {d} instead of {}", x.dims(), self.head_dim);
+        }
+        if offset.saturating_add(n) > self.max_positions {
+            bail!(
+                "rotary embedding: {n} positions from offset {offset} exceed the {} positions of the model",
+                self.max_positions
+            );
+        }
+        match (&self.table, x.dtype()) {
+            (Table::F64(angles), DType::F64) => rotate::<f64>(x, angles, offset),
+            (Table::F32(angles), DType::F32) => rotate::<f32>(x, angles, offset),
+            (Table::F32(angles), DType::F16) => rotate::<F16>(x, angles, offset),
+            (Table::F32(angles), DType::BF16) => rotate::<Bf16>(x, angles, offset),
+            (Table::Device { cos, sin }, _) => {
+                composed(x, &cos.narrow(0, offset, n)?, &sin.narrow(0, offset, n)?)
+            }
+            (_, dtype) => bail!("rotary embedding: the angles were not built for {dtype:?}"),
+        }
+    }
+}
+
+fn rotate<T: Element>(x: &Tensor, angles: &Arc<Angles<T::Acc>>, offset: usize) -> Result<Tensor> {
+    let x = with_contiguous_rows(x)?;
+    let y = turn::<T>(&x, angles, offset, false)?;
+    let angles = angles.clone();
+    attach1("rotary", &x, y, move |_, dy| {
+        let (dx, shape) = turn::<T>(dy, &angles, offset, true)?;
+        Tensor::from_vec(dx, shape, dy.device())
+    })
+}
+
+/// Rotates every row, backwards if asked.
+fn turn<T: Element>(
+    x: &Tensor,
+    angles: &Angles<T::Acc>,
+    offset: usize,
+    back: bool,
+) -> Result<(Vec<T>, Shape)> {
+    let x = with_contiguous_rows(x)?;
+    let shape = x.shape().clone();
+    let (_, _, n, d) = x.dims4()?;
+    let half = d / 2;
+    let (storage, layout) = x.storage_and_layout();
+    let input = Rows::<T>::new(&storage, layout)?;
+    let mut y = vec![T::zero(); input.count() * d];
+    let rows = rows_per_chunk(d);
+    for_chunks(&mut y, rows * d, |chunk, y| {
+        vectorize(|| {
+            for (j, y) in y.chunks_exact_mut(d).enumerate() {
+                let i = chunk * rows + j;
+                let at = (offset + i % n) * half;
+                let (cos, sin) = (&angles.cos[at..at + half], &angles.sin[at..at + half]);
+                let (x1, x2) = input.row(i).split_at(half);
+                let (y1, y2) = y.split_at_mut(half);
+                let out = y1.iter_mut().zip(y2);
+                for ((((y1, y2), &x1), &x2), (&c, &s)) in out.zip(x1).zip(x2).zip(cos.iter().zip(sin)) {
+                    let (x1, x2, s) = (x1.up(), x2.up(), if back { -s } else { s });
+                    *y1 = T::down(x1 * c - x2 * s);
+                    *y2 = T::down(x2 * c + x1 * s);
+                }
+            }
+        });
+    });
+    Ok((y, shape))
+}
+
+/// The same from candle primitives that have gradients; cos and sin `[N, D / 2]`.
+fn composed(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let half = x.dim(D::Minus1)? / 2;
+    let wide = x.to_dtype(cos.dtype())?;
+    let (x1, x2) = (wide.narrow(D::Minus1, 0, half)?, wide.narrow(D::Minus1, half, half)?);
+    let y1 = (x1.broadcast_mul(cos)? - x2.broadcast_mul(sin)?)?;
+    let y2 = (x2.broadcast_mul(cos)? + x1.broadcast_mul(sin)?)?;
+    Tensor::cat(&[y1, y2], D::Minus1)?.to_dtype(x.dtype())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::{agree, noise};
+
+    #[test]
+    fn composition_agrees_in_values_and_gradients() -> Result<()> {
+        for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+            let rotary = Rotary::new(16, 40, 1e4, dtype, &Device::Cpu)?;
+            let Table::Device { cos, sin } = Rotary::on_device(8, 40, 1e4, dtype, &Device::Cpu)? else {
+                bail!("a device table was expected")
+            };
+            let (cos, sin) = (cos.narrow(0, 3, 33)?, sin.narrow(0, 3, 33)?);
+            let x = noise(1, &[2, 33, 3, 16], dtype)?;
+            agree(
+                &[x],
+                |t| rotary.apply(&t[0].transpose(1, 2)?, 3),
+                |t| composed(&t[0].transpose(1, 2)?, &cos, &sin),
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,281 @@
+//! Text to token ids and back, always stored as a `tokenizer.json`.
+//!
+//! Two kinds are made here: raw bytes (256 tokens, id = byte value) and byte-level BPE. Both give back any
+//! UTF-8 exactly. Any other `tokenizer.json` loads as well, with its own rules for special tokens.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::{LazyLock, Once};
+
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{DecoderWrapper, ModelWrapper};
+
+use crate::checkpoint::write_file;
+use crate::error::{Error, Result};
+
+/// The number of different bytes, and so the least vocabulary.
+pub const BYTES: usize = 256;
+
+/// A tokenizer; see the module's text.
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// One more than the greatest id: the number of rows an embedding needs.
+    vocab: usize,
+    /// Id = byte value and nothing else: encoding is then a copy.
+    raw: bool,
+    /// The decoder is the byte-level alphabet, so a token's bytes are known without its neighbours.
+    bytewise: bool,
+}
+
+impl Tokenizer {
+    /// The 256 bytes as tokens, id = byte value.
+    pub fn bytes() -> Result<Self> {
+        let vocab: [(String, u32); BYTES] = std::array::from_fn(|b| (ALPHABET[b].to_string(), b as u32));
+        let model = BPE::builder().vocab_and_merges(vocab, vec![]).build();
+        let mut inner = tokenizers::Tokenizer::new(model.map_err(invalid)?);
+        inner.with_pre_tokenizer(Some(ByteLevel::new(false, false, false)));
+        inner.with_decoder(Some(ByteLevel::new(false, false, false)));
+        Ok(Self::wrap(inner, true))
+    }
+
+    /// Byte-level BPE of at most `vocab` tokens, learned from `texts`. A short text gives fewer tokens, since
+    /// no pair is left to merge; [`Tokenizer::vocab_size`] tells. The result depends on the texts alone.
+    pub fn train_bpe(texts: &[String], vocab: usize) -> Result<Self> {
+        if vocab < BYTES {
+            return Err(Error::Invalid(format!(
+                "a BPE vocabulary needs at least {BYTES} tokens, not {vocab}"
+            )));
+        }
+        if texts.iter().all(String::is_empty) {
+            return Err(Error::Invalid("a BPE vocabulary cannot be learned from an empty text".into()));
+        }
+        let trainer = BpeTrainerBuilder::new()
+            .vocab_size(vocab)
+            // A pair that occurs once teaches nothing.
+            .min_frequency(2)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .show_progress(false)
+            .build();
+        let mut inner = tokenizers::Tokenizer::new(BPE::default());
+        inner.with_pre_tokenizer(Some(ByteLevel::new(false, false, true)));
+        inner.with_decoder(Some(ByteLevel::new(false, false, true)));
+        let mut trainer = tokenizers::models::TrainerWrapper::from(trainer);
+        inner.train(&mut trainer, texts.iter()).map_err(invalid)?;
+        Ok(Self::wrap(inner, false))
+    }
+
+    /// Reads a `tokenizer.json`.
+    pub fn load(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| Error::read(path, "tokenizer file", e))?;
+        let foreign = |reason: String| Error::Foreign { path: path.into(), kind: "tokenizer.json", reason };
+        // The library slices without checks in places, so that a broken file can panic inside it.
+        let inner = quietly(|| tokenizers::Tokenizer::from_bytes(&bytes))
+            .map_err(|panic| foreign(panic.unwrap_or_else(|| "the file contradicts itself".into())))?
+            .map_err(|e| foreign(e.to_string()))?;
+        let raw = json(&inner)? == json(&Self::bytes()?.inner)?;
+        let tokenizer = Self::wrap(inner, raw);
+        if tokenizer.vocab == 0 {
+            return Err(foreign("it has no tokens".into()));
+        }
+        Ok(tokenizer)
+    }
+
+    /// Writes a `tokenizer.json`; an existing file is replaced only when the new one is complete.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        write_file(path, self.to_json()?.as_bytes())
+    }
+
+    /// The text of the `tokenizer.json`.
+    pub fn to_json(&self) -> Result<String> {
+        json(&self.inner)
+    }
+
+    /// The ids of `text`, with the special tokens that the tokenizer's own rules add (none, for those made
+    /// here).
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        if self.raw {
+            return Ok(text.bytes().map(u32::from).collect());
+        }
+        let encoding = self.inner.encode_fast(text, true).map_err(invalid)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids`, without special tokens. Bytes that are not UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        for &id in ids {
+            self.check(id)?;
+        }
+        self.inner.decode(ids, true).map_err(invalid)
+    }
+
+    /// One more than the greatest id.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab
+    }
+
+    /// The id of a token given by its stored name, special tokens included.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// A decoder for ids that come one at a time.
+    pub fn stream(&self) -> StreamDecoder<'_> {
+        StreamDecoder { tokenizer: self, bytes: Vec::new(), window: Vec::new(), shown: 0 }
+    }
+
+    fn wrap(inner: tokenizers::Tokenizer, raw: bool) -> Self {
+        let vocab = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
+        let bytewise = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
+            && matches!(inner.get_model(), ModelWrapper::BPE(_));
+        Self { inner, vocab, raw, bytewise }
+    }
+
+    fn check(&self, id: u32) -> Result<()> {
+        if (id as usize) < self.vocab {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!("token {id} is not in the vocabulary of {}", self.vocab)))
+    }
+
+    /// The bytes of one token of a bytewise tokenizer; nothing for a special token.
+    fn token_bytes(&self, id: u32) -> Vec<u8> {
+        if self.raw {
+            return vec![id as u8];
+        }
+        let Some(token) = self.inner.id_to_token(id) else { return Vec::new() };
+        if self.inner.get_added_vocabulary().is_special_token(&token) {
+            return Vec::new();
+        }
+        // A token that leaves the alphabet (an added one) stands for itself, as in the library's decoder.
+        token.chars().map(byte_of).collect::<Option<_>>().unwrap_or_else(|| token.into_bytes())
+    }
+}
+
+/// Decodes a stream of ids; every piece it yields is whole characters, and the pieces joined with
+/// [`StreamDecoder::finish`] are what [`Tokenizer::decode`] gives for all ids at once.
+pub struct StreamDecoder<'a> {
+    tokenizer: &'a Tokenizer,
+    /// Bytewise tokenizers: the start of a character that is not complete yet.
+    bytes: Vec<u8>,
+    /// Others: the last ids, decoded together because a token's text may depend on its neighbours …
+    window: Vec<u32>,
+    /// … and how many bytes of the window's text have been yielded.
+    shown: usize,
+}
+
+/// How many ids a decoder that depends on neighbours may look back at.
+const LOOK_BACK: usize = 16;
+
+impl StreamDecoder<'_> {
+    /// Takes one id; yields the text that is now certain, if there is any.
+    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
+        self.tokenizer.check(id)?;
+        let text = if self.tokenizer.bytewise {
+            self.bytes.extend(self.tokenizer.token_bytes(id));
+            self.whole_characters()
+        } else {
+            self.window.push(id);
+            self.settled()?
+        };
+        Ok((!text.is_empty()).then_some(text))
+    }
+
+    /// What is still held back; an unfinished character becomes U+FFFD.
+    pub fn finish(self) -> Result<Option<String>> {
+        let text = if self.tokenizer.bytewise {
+            String::from_utf8_lossy(&self.bytes).into_owned()
+        } else {
+            let text = self.tokenizer.decode(&self.window)?;
+            text.get(self.shown..).unwrap_or_default().to_string()
+        };
+        Ok((!text.is_empty()).then_some(text))
+    }
+
+    fn whole_characters(&mut self) -> String {
+        let mut text = String::new();
+        let mut used = 0;
+        for chunk in self.bytes.utf8_chunks() {
+            text.push_str(chunk.valid());
+            used += chunk.valid().len();
+            // An invalid sequence that reaches the end may still be completed by the next token.
+            let rest = &self.bytes[used..];
+            if rest.is_empty()
+                || std::str::from_utf8(rest).is_err_and(|e| e.valid_up_to() == 0 && e.error_len().is_none())
+            {
+                break;
+            }
+            text.push(char::REPLACEMENT_CHARACTER);
+            used += chunk.invalid().len();
+        }
+        self.bytes.drain(..used);
+        text
+    }
+
+    fn settled(&mut self) -> Result<String> {
+        let text = self.tokenizer.decode(&self.window)?;
+        // A trailing U+FFFD is a character of which the last bytes are still to come.
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.window.len() < 2 * LOOK_BACK {
+            return Ok(String::new());
+        }
+        let new = text.get(self.shown..).unwrap_or_default().to_string();
+        self.shown = text.len();
+        if self.window.len() >= 2 * LOOK_BACK {
+            self.window.drain(..LOOK_BACK);
+            self.shown = self.tokenizer.decode(&self.window)?.len();
+        }
+        Ok(new)
+    }
+}
+
+/// The printable character that stands for each byte in a byte-level `tokenizer.json`: itself where it is
+/// printable Latin-1, else the next free one from U+0100 on.
+static ALPHABET: LazyLock<[char; BYTES]> = LazyLock::new(|| {
+    let mut free = 0x100u32..;
+    std::array::from_fn(|byte| match byte as u8 {
+        b @ (b'!'..=b'~' | 0xa1..=0xac | 0xae..) => char::from(b),
+        _ => free.next().and_then(char::from_u32).unwrap_or(char::REPLACEMENT_CHARACTER),
+    })
+});
+
+/// The byte that a character of [`ALPHABET`] stands for.
+fn byte_of(c: char) -> Option<u8> {
+    static BYTE: LazyLock<std::collections::HashMap<char, u8>> =
+        LazyLock::new(|| (0..=u8::MAX).map(|b| (ALPHABET[usize::from(b)], b)).collect());
+    BYTE.get(&c).copied()
+}
+
+fn json(inner: &tokenizers::Tokenizer) -> Result<String> {
+    inner.to_string(true).map_err(invalid)
+}
+
+fn invalid(e: tokenizers::Error) -> Error {
+    Error::Invalid(format!("tokenizer: {e}"))
+}
+
+thread_local! {
+    /// Whether a panic on this thread is about to be caught and reported as an error.
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f`; a panic inside it comes back as its text and prints nothing.
+fn quietly<T>(f: impl FnOnce() -> T) -> std::result::Result<T, Option<String>> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let others = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                others(info);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let result = catch_unwind(AssertUnwindSafe(f));
+    QUIET.set(false);
+    result.map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_string()))
+    })
+}

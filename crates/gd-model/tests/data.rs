@@ -1,0 +1,193 @@
+//! Reading, splitting and batching text.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use candle_core::Device;
+use gd_model::Error;
+use gd_model::data::{Batches, Corpus, Split, Texts, read_text, text_files, windows};
+use gd_model::tokenizer::Tokenizer;
+
+fn file(folder: &tempfile::TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+    let path = folder.path().join(name);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(&path, content).unwrap();
+    path
+}
+
+/// Lines that are all different, so that a window says where it comes from.
+fn lines(name: &str, count: usize) -> String {
+    (0..count).map(|i| format!("{name} line {i} end\n")).collect()
+}
+
+#[test]
+fn read_errors_name_file_and_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("none.txt");
+    assert!(matches!(read_text(&missing), Err(Error::Missing { .. })));
+    assert!(read_text(&missing).unwrap_err().to_string().contains("none.txt: no such text file"));
+    let empty = file(&folder, "empty.txt", "");
+    assert!(matches!(read_text(&empty), Err(Error::Empty { .. })));
+    let broken = file(&folder, "broken.txt", b"good \xe2\x80 bad");
+    assert!(matches!(read_text(&broken), Err(Error::InvalidUtf8 { offset: 5, .. })));
+    assert!(read_text(&broken).unwrap_err().to_string().ends_with("broken.txt: invalid UTF-8 at byte 5"));
+    assert!(matches!(read_text(folder.path()), Err(Error::Unreadable { .. })));
+    std::fs::create_dir(folder.path().join("bare")).unwrap();
+    file(&folder, "bare/image.png", "x");
+    assert!(matches!(text_files(&[folder.path().join("bare")]), Err(Error::Empty { .. })));
+    assert!(matches!(text_files(&[missing]), Err(Error::Missing { .. })));
+    assert!(matches!(text_files(&[]), Err(Error::Invalid(_))));
+}
+
+#[test]
+fn folders_are_read_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["b.txt", "a.md", "sub/c.TXT", "skip.json"] {
+        file(&folder, name, "x");
+    }
+    let found = text_files(&[folder.path().to_path_buf()]).unwrap();
+    let names: Vec<_> =
+        found.iter().map(|p| p.strip_prefix(folder.path()).unwrap().to_str().unwrap()).collect();
+    assert_eq!(names, ["a.md", "b.txt", "sub/c.TXT"]);
+}
+
+#[test]
+fn split_by_position_cuts_every_file_at_a_line() {
+    let texts = [lines("one", 200), lines("two", 100)];
+    let split = Texts::split(&texts, &Split::Position { valid_fraction: 0.1 }).unwrap();
+    for ((train, valid), text) in split.train.iter().zip(&split.valid).zip(&texts) {
+        assert_eq!(&format!("{train}{valid}"), text);
+        assert!(train.ends_with('\n'));
+        let share = valid.len() as f64 / text.len() as f64;
+        assert!(share > 0.07 && share <= 0.1, "{share}");
+    }
+    // No line break near: the cut falls between characters.
+    let split = Texts::split(&["—".repeat(1000)], &Split::Position { valid_fraction: 0.1001 }).unwrap();
+    assert_eq!(split.train[0].len() + split.valid[0].len(), 3000);
+    assert_eq!(split.train[0].len(), 2697);
+}
+
+#[test]
+fn split_by_document_keeps_documents_whole() {
+    let text = (0..20).map(|i| format!("{}***\n", lines(&format!("doc{i}"), 5))).collect::<String>();
+    let split = Split::Documents { valid_fraction: 0.2, separator: Some("***".into()) };
+    // The repeated text adds no document: it could otherwise be on both sides.
+    let parts = Texts::split(&[text.clone(), "***\n\n***\n".into(), text.clone()], &split).unwrap();
+    assert_eq!((parts.train.len(), parts.valid.len()), (16, 4));
+    for part in parts.train.iter().chain(&parts.valid) {
+        assert!(part.ends_with("***\n"));
+        let names: HashSet<&str> =
+            part.lines().filter(|l| *l != "***").map(|l| l.split_once(' ').unwrap().0).collect();
+        assert_eq!(names.len(), 1, "{part}");
+    }
+    let train: HashSet<&String> = parts.train.iter().collect();
+    assert!(parts.valid.iter().all(|p| !train.contains(p)));
+    assert_eq!(parts, Texts::split(&[text], &split).unwrap());
+
+    let files = Split::Documents { valid_fraction: 0.01, separator: None };
+    let two = Texts::split(&["a".into(), "b".into()], &files).unwrap();
+    assert_eq!((two.train.len(), two.valid.len()), (1, 1));
+    let error = Texts::split(&["a".into(), "a".into()], &files).unwrap_err().to_string();
+    assert!(error.contains("at least 2 different documents, not 1"), "{error}");
+}
+
+#[test]
+fn validation_share_is_checked() {
+    for share in [0.0, 1.0, -0.1, f64::NAN] {
+        let error = Texts::split(&["abc".into()], &Split::Position { valid_fraction: share }).unwrap_err();
+        assert!(error.to_string().contains(&share.to_string()), "{error}");
+    }
+}
+
+#[test]
+fn no_training_window_holds_validation_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let paths = [file(&folder, "a.txt", lines("a", 300)), file(&folder, "b.txt", lines("b", 200))];
+    let tokenizer = Tokenizer::bytes().unwrap();
+    let corpus = Corpus::load(&paths, &tokenizer, 0.1).unwrap();
+    assert_eq!(corpus.valid.len(), corpus.valid_bytes);
+    assert_eq!(corpus.train.len(), corpus.train_bytes);
+    let valid = tokenizer.decode(&corpus.valid).unwrap();
+    let held_out: Vec<&str> = valid.lines().collect();
+    assert!(held_out.len() > 30);
+    let batches = Batches::new(corpus.train.clone(), 7);
+    let per_epoch = batches.windows_per_epoch(64).unwrap() as u64;
+    for step in 0..3 * per_epoch {
+        let (inputs, targets) = batches.batch(step, 1, 64, &Device::Cpu).unwrap();
+        let mut ids = inputs.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+        ids.push(*targets.flatten_all().unwrap().to_vec1::<u32>().unwrap().last().unwrap());
+        let text = tokenizer.decode(&ids).unwrap();
+        assert!(!held_out.iter().any(|line| text.contains(line)), "{text}");
+    }
+}
+
+#[test]
+fn batches_depend_on_seed_and_step_alone() {
+    let tokens: Vec<u32> = (0..1000).collect();
+    let read = |b: &Batches, step, n| {
+        let (x, y) = b.batch(step, n, 16, &Device::Cpu).unwrap();
+        (x.to_vec2::<u32>().unwrap(), y.to_vec2::<u32>().unwrap())
+    };
+    let (a, b) = (Batches::new(tokens.clone(), 1), Batches::new(tokens.clone(), 1));
+    let forward: Vec<_> = (0..50).map(|s| read(&a, s, 4)).collect();
+    let backward: Vec<_> = (0..50).rev().map(|s| read(&b, s, 4)).collect();
+    assert!(forward.iter().eq(backward.iter().rev()));
+    assert_ne!(forward[0], read(&Batches::new(tokens.clone(), 2), 0, 4));
+    for (x, y) in &forward {
+        for (x, y) in x.iter().zip(y) {
+            assert!(x.windows(2).all(|w| w[1] == w[0] + 1));
+            assert!(x.iter().zip(y).all(|(x, y)| *y == x + 1));
+        }
+    }
+}
+
+#[test]
+fn an_epoch_covers_the_text_once() {
+    let tokens: Vec<u32> = (0..1000).collect();
+    let batches = Batches::new(tokens, 3);
+    let n = batches.windows_per_epoch(16).unwrap();
+    assert_eq!(n, 61);
+    let epoch = |number: u64| -> HashSet<u32> {
+        let mut seen = HashSet::new();
+        for i in 0..n as u64 {
+            let (x, _) = batches.batch(number * n as u64 + i, 1, 16, &Device::Cpu).unwrap();
+            for id in x.flatten_all().unwrap().to_vec1::<u32>().unwrap() {
+                assert!(seen.insert(id), "token {id} twice in epoch {number}");
+            }
+        }
+        seen
+    };
+    let phases: HashSet<u32> = (0..20).map(|e| *epoch(e).iter().min().unwrap()).collect();
+    assert!(phases.len() > 10, "{phases:?}");
+}
+
+#[test]
+fn short_texts_name_both_numbers() {
+    let batches = Batches::new(vec![0; 16], 0);
+    let error = batches.batch(0, 1, 16, &Device::Cpu).unwrap_err();
+    assert!(matches!(error, Error::TooShort { found: 16, needed: 17, .. }));
+    assert_eq!(
+        error.to_string(),
+        "the training text has 16 tokens, but one window needs 17 (context 16 + 1)"
+    );
+    assert!(Batches::new(vec![0; 17], 0).batch(5, 3, 16, &Device::Cpu).is_ok());
+    assert!(batches.batch(0, 0, 4, &Device::Cpu).unwrap_err().to_string().contains("batch"));
+    assert!(batches.batch(0, 1, 0, &Device::Cpu).unwrap_err().to_string().contains("context"));
+    let corpus = Corpus { train: vec![0; 40], valid: vec![0; 8], train_bytes: 40, valid_bytes: 8 };
+    let error = corpus.check(8).unwrap_err().to_string();
+    assert!(error.contains("validation text has 8 tokens") && error.contains('9'), "{error}");
+    assert!(corpus.check(7).is_ok());
+}
+
+#[test]
+fn windows_predict_every_token_but_the_first_once() {
+    for n in 0..20u32 {
+        let tokens: Vec<u32> = (0..n).collect();
+        let targets: Vec<u32> = windows(&tokens, 6).flat_map(|(_, t)| t.iter().copied()).collect();
+        assert_eq!(targets, (1..n).collect::<Vec<_>>());
+        for (x, y) in windows(&tokens, 6) {
+            assert_eq!(x.len(), y.len());
+            assert!(x.iter().zip(y).all(|(x, y)| *y == x + 1));
+        }
+    }
+}

@@ -4,16 +4,14 @@
 
 mod args;
 mod inputs;
-mod pending;
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
-use gd_kernels::{Candidates, Plan, Scan, plan, scan};
+use gd_kernels::{Candidates, Estimator, Plan, Scan, Select, plan, scan, scan_all, select};
 use serde_json::{Map, Value, json};
 
 pub use args::{Args, Operator, ScanArgs, SelectArgs};
 use inputs::Inputs;
-use pending::{Select, select};
 
 use super::Context;
 use crate::tensor_file::{self, Tensors};
@@ -52,7 +50,13 @@ fn variables(inputs: &Inputs, args: &ScanArgs) -> Result<Variables> {
     Ok(Variables { q: Var::from_tensor(q)?, k: Var::from_tensor(k)?, beta: Var::from_tensor(&beta)?, prior })
 }
 
-fn find_candidates(inputs: &Inputs, vars: &Variables, args: &ScanArgs) -> Result<(Plan, Candidates)> {
+/// The candidates, `all` for every visible key, and the plan of the scan.
+fn find_candidates(
+    inputs: &Inputs,
+    vars: &Variables,
+    args: &ScanArgs,
+    all: bool,
+) -> Result<(Plan, Candidates)> {
     let mask = inputs.mask(args)?;
     let protected = inputs.protected()?;
     let scan_args = Scan {
@@ -63,13 +67,15 @@ fn find_candidates(inputs: &Inputs, vars: &Variables, args: &ScanArgs) -> Result
         checked: args.checked,
         ..Scan::new(&vars.beta, &mask, inputs::candidates(args.candidates, vars.k.dim(2)?)?)
     };
-    Ok((plan(&vars.q, &vars.k, &scan_args)?, scan(&vars.q, &vars.k, &scan_args)?))
+    let plan = plan(&vars.q, &vars.k, &scan_args)?;
+    let find = if all { scan_all } else { scan };
+    Ok((plan, find(&vars.q, &vars.k, &scan_args)?))
 }
 
 fn run_scan(args: &ScanArgs, ctx: &Context) -> Result<()> {
     let inputs = Inputs::read(&args.input, &ctx.device)?;
     let vars = variables(&inputs, args)?;
-    let (plan, found) = find_candidates(&inputs, &vars, args)?;
+    let (plan, found) = find_candidates(&inputs, &vars, args, false)?;
     let mut out = Tensors::from([("index".into(), found.index), ("energy".into(), found.energy)]);
     out.extend(found.protected.map(|p| ("protected".into(), p)));
     finish("scan", args, &plan, &out, ctx)
@@ -88,10 +94,11 @@ fn run_select(args: &SelectArgs, ctx: &Context) -> Result<()> {
     let threshold = var(inputs.per_head("threshold", args.threshold, heads, dtype)?)?;
     let rounds = var(inputs.rounds(args.refine, heads, dtype)?)?;
 
-    let (plan, found) = find_candidates(&inputs, &vars, &args.scan)?;
+    let (plan, found) = find_candidates(&inputs, &vars, &args.scan, args.estimator == Estimator::Dense)?;
     let select_args = Select {
         prior: vars.prior.as_deref(),
         score: args.scan.score,
+        tie: args.scan.tie,
         threshold: threshold.as_deref(),
         alpha: Some(&alpha),
         gate: args.gate,

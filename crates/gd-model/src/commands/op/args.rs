@@ -35,11 +35,13 @@ Tensors read: those of `gd op scan` (see its --help), and
 Tensors written:
   out         [B,Hq,N,Dv]     dtype of v; 0 where the head abstains
   index       [B,Hq,N]        I32: the selected key, -1 where the head abstains
-  energy      [B,Hq,N]        F32 (F64 for F64 input): the selected key's energy
-  margin      [B,Hq,N]        as energy: runner-up's energy minus the selected one's
-  coherence   [B,Hq,N]        as energy: the coherence point's place u* on the passage, 0 query, 1 key
+  energy      [B,Hq,N]        F32 (F64 for F64 input): the selected key's energy, +inf where the head abstains
+  margin      [B,Hq,N]        as energy: runner-up's energy minus the selected one's, +inf without one
+  coherence   [B,Hq,N]        as energy: the coherence point's place u* on the passage, 0 query, 1 key,
+                              NaN where the head abstains
   gate        [B,Hq,N]        as energy: what scaled the value row
   candidate_index, candidate_energy   [B,Hq,N,K+P]   as `gd op scan` writes them
+index to gate are those of the first round. With --estimator dense every key is a candidate (K = M).
 With --backward, the gradients of sum(out * dout), each in the shape of its tensor:
   dq, dk, dv, dbeta, dalpha, and dprior, dthreshold, drounds where these were given
 

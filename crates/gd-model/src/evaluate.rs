@@ -1,0 +1,93 @@
+//! Loss, perplexity and bits per byte of a model on a token stream.
+
+use std::cell::RefCell;
+
+use candle_core::{Device, Tensor};
+use gd_kernels::Mask;
+use gd_layer::{Pass, Record};
+use serde::Serialize;
+
+use crate::data::windows;
+use crate::error::{Error, Result};
+use crate::loss::token_losses;
+use crate::transformer::Transformer;
+
+/// What a model does on a text.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Mean loss, nats per predicted token.
+    pub loss: f64,
+    /// `e^loss`.
+    pub perplexity: f64,
+    /// Bits per byte of the text.
+    pub bits_per_byte: f64,
+    /// Predicted tokens.
+    pub tokens: usize,
+    /// What the heads did; means over layers, heads and queries.
+    pub heads: HeadStats,
+}
+
+/// Means over the layers of a pass, see [`gd_layer::Record`].
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct HeadStats {
+    /// Share that read nothing.
+    pub abstained: f64,
+    /// Weight on position 0.
+    pub first_token: f64,
+    /// Lead of the best key over the runner-up.
+    pub margin: f64,
+}
+
+impl HeadStats {
+    /// The mean over records.
+    pub fn mean(records: &[Record]) -> Self {
+        let n = records.len().max(1) as f64;
+        let mean = |f: fn(&Record) -> f64| records.iter().map(f).sum::<f64>() / n;
+        Self { abstained: mean(|r| r.abstained), first_token: mean(|r| r.first_token), margin: mean(|r| r.margin) }
+    }
+}
+
+/// Measures `tokens`, which stand for `bytes` bytes of text, in consecutive windows of `context`,
+/// `batch` at a time; every token but the first of each window's text is predicted once.
+///
+/// # Errors
+/// A text of fewer than two tokens.
+pub fn evaluate(
+    model: &Transformer,
+    tokens: &[u32],
+    bytes: usize,
+    context: usize,
+    batch: usize,
+    device: &Device,
+) -> Result<Evaluation> {
+    if tokens.len() < 2 {
+        return Err(Error::Invalid(format!("a text of {} tokens has nothing to predict", tokens.len())));
+    }
+    let (mask, records) = (Mask::causal(0), RefCell::new(Vec::new()));
+    let pass = Pass { record: Some(&records), ..Pass::new(&mask) };
+    let windows: Vec<_> = windows(tokens, context).collect();
+    let (mut sum, mut count) = (0f64, 0usize);
+    // Only the last window may be shorter, and goes alone.
+    for group in windows.chunk_by(|a, b| a.0.len() == b.0.len()).flat_map(|same| same.chunks(batch.max(1))) {
+        let n = group[0].0.len();
+        let pack = |side: fn(&(&[u32], &[u32])) -> Vec<u32>, shape| {
+            Tensor::from_vec(group.iter().flat_map(side).collect::<Vec<_>>(), shape, device)
+        };
+        let inputs = pack(|w| w.0.to_vec(), (group.len() * n,))?.reshape((group.len(), n))?;
+        let targets = pack(|w| w.1.to_vec(), (group.len() * n,))?;
+        let logits = model.forward(&inputs, &pass, None)?.detach().flatten_to(1)?;
+        let losses = token_losses(&logits, &targets)?;
+        sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
+        count += losses.len();
+    }
+    let loss = sum / count as f64;
+    // The first token is given, so its share of the bytes is left out.
+    let predicted = bytes as f64 * count as f64 / tokens.len() as f64;
+    Ok(Evaluation {
+        loss,
+        perplexity: loss.exp(),
+        bits_per_byte: sum / predicted / std::f64::consts::LN_2,
+        tokens: count,
+        heads: HeadStats::mean(&records.borrow()),
+    })
+}

@@ -1,0 +1,51 @@
+//! Token by token: prompt in, continuation out, with a cache of what was read.
+
+use candle_core::{DType, Device, Tensor};
+use gd_kernels::Mask;
+use gd_layer::Pass;
+
+use crate::error::{Error, Result};
+use crate::sampler::Sampler;
+use crate::transformer::Transformer;
+
+/// Continues `prompt` by up to `max_tokens` tokens, as many as the model has positions for. Each
+/// new token goes to `emit`, which returns whether to go on. Returns the new tokens.
+///
+/// # Errors
+/// An empty prompt, or one longer than the model's context.
+pub fn generate(
+    model: &Transformer,
+    prompt: &[u32],
+    max_tokens: usize,
+    sampler: &mut Sampler,
+    device: &Device,
+    mut emit: impl FnMut(u32) -> Result<bool>,
+) -> Result<Vec<u32>> {
+    let limit = model.config().max_position_embeddings;
+    if prompt.is_empty() {
+        return Err(Error::Invalid("the prompt has no tokens".into()));
+    }
+    if prompt.len() > limit {
+        return Err(Error::Invalid(format!("a prompt of {} tokens exceeds the context of {limit}", prompt.len())));
+    }
+    let mut cache = model.new_cache();
+    let mut all = prompt.to_vec();
+    let mut next = prompt.to_vec();
+    // The last token drawn is not read, so the text may be one longer than the context.
+    let count = max_tokens.min(limit + 1 - prompt.len());
+    for _ in 0..count {
+        let offset = all.len() - next.len();
+        let mask = Mask::causal(offset as i64);
+        let ids = Tensor::new(next.as_slice(), device)?.unsqueeze(0)?;
+        let hidden = model.hidden(&ids, &Pass::new(&mask), Some(&mut cache))?;
+        let last = hidden.narrow(1, next.len() - 1, 1)?;
+        let logits = model.logits(&last)?.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let token = sampler.next(&logits, &all)?;
+        all.push(token);
+        next = vec![token];
+        if !emit(token)? {
+            break;
+        }
+    }
+    Ok(all.split_off(prompt.len()))
+}

@@ -1,0 +1,138 @@
+//! The parameters of a model: created from a seed or read from a checkpoint, by name.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, Normal, Uniform};
+
+/// Named parameters in the order of their names. Clones share them.
+#[derive(Clone)]
+pub struct Params {
+    vars: Arc<Mutex<BTreeMap<String, Var>>>,
+    source: Source,
+    dtype: DType,
+    device: Device,
+}
+
+/// Where a parameter that is asked for comes from.
+#[derive(Clone)]
+enum Source {
+    /// Its initial values, drawn from a seed and its name, so that they do not depend on the order
+    /// in which a model is built.
+    Seed(u64),
+    /// A checkpoint.
+    Stored(Arc<BTreeMap<String, Tensor>>),
+}
+
+impl Params {
+    /// New parameters.
+    pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
+        Self { vars: Arc::default(), source: Source::Seed(seed), dtype, device: device.clone() }
+    }
+
+    /// The parameters of a checkpoint, cast to `dtype`.
+    pub fn stored(tensors: BTreeMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
+        Self { vars: Arc::default(), source: Source::Stored(Arc::new(tensors)), dtype, device: device.clone() }
+    }
+
+    /// What modules are built from.
+    pub fn builder(&self) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(self.clone()), self.dtype, self.device.clone())
+    }
+
+    /// The parameters that a model has asked for, by name.
+    pub fn vars(&self) -> Vec<(String, Var)> {
+        self.lock().iter().map(|(name, var)| (name.clone(), var.clone())).collect()
+    }
+
+    /// Their tensors, without gradients.
+    pub fn tensors(&self) -> BTreeMap<String, Tensor> {
+        self.lock().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
+    }
+
+    /// Elements in all parameters.
+    pub fn count(&self) -> usize {
+        self.lock().values().map(|v| v.elem_count()).sum()
+    }
+
+    /// Stored tensors that no module has asked for.
+    pub fn unused(&self) -> Vec<String> {
+        match &self.source {
+            Source::Seed(_) => Vec::new(),
+            Source::Stored(all) => {
+                let used = self.lock();
+                all.keys().filter(|name| !used.contains_key(*name)).cloned().collect()
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Var>> {
+        self.vars.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SimpleBackend for Params {
+    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        let mut vars = self.lock();
+        if let Some(var) = vars.get(name) {
+            if var.shape() != &shape {
+                candle_core::bail!("parameter {name} is {:?} here and {:?} there", var.shape(), shape);
+            }
+            return Ok(var.as_tensor().clone());
+        }
+        let var = match &self.source {
+            Source::Seed(seed) => Var::from_tensor(&initial(*seed, name, &shape, init)?.to_dtype(dtype)?.to_device(device)?)?,
+            Source::Stored(tensors) => {
+                let Some(tensor) = tensors.get(name) else {
+                    candle_core::bail!("the checkpoint has no tensor {name:?} ({:?} expected)", shape.dims());
+                };
+                if tensor.shape() != &shape {
+                    candle_core::bail!("tensor {name:?} is {:?}, not {:?}", tensor.dims(), shape.dims());
+                }
+                Var::from_tensor(&tensor.to_dtype(dtype)?.to_device(device)?)?
+            }
+        };
+        let tensor = var.as_tensor().clone();
+        vars.insert(name.to_owned(), var);
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
+        candle_core::bail!("parameter {name} was asked for without a shape")
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        match &self.source {
+            Source::Seed(_) => true,
+            Source::Stored(tensors) => tensors.contains_key(name),
+        }
+    }
+}
+
+/// Initial values from a generator of their own: keyed by seed and name.
+fn initial(seed: u64, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&seed.to_le_bytes());
+    hasher.update(name.as_bytes());
+    let mut rng = ChaCha8Rng::from_seed(*hasher.finalize().as_bytes());
+    let n = shape.elem_count();
+    let wrong = |e: &dyn std::fmt::Display| candle_core::Error::Msg(format!("initial values of {name}: {e}"));
+    let values: Vec<f32> = match init {
+        Init::Const(x) => vec![x as f32; n],
+        Init::Randn { mean, stdev } => {
+            let normal = Normal::new(mean as f32, stdev as f32).map_err(|e| wrong(&e))?;
+            (0..n).map(|_| normal.sample(&mut rng)).collect()
+        }
+        Init::Uniform { lo, up } => {
+            let uniform = Uniform::new(lo as f32, up as f32).map_err(|e| wrong(&e))?;
+            (0..n).map(|_| uniform.sample(&mut rng)).collect()
+        }
+        Init::Kaiming { .. } => return Err(wrong(&"a Kaiming rule; state the deviation")),
+    };
+    Tensor::from_vec(values, shape.clone(), &Device::Cpu)
+}

@@ -1,0 +1,152 @@
+//! The decoder: embedding, blocks of attention and SwiGLU, final norm, output projection.
+//!
+//! Shapes: ids `[B, N]` (u32), hidden states `[B, N, C]`, logits `[B, N, V]`. Weight names as in
+//! Llama.
+
+use std::sync::Arc;
+
+use candle_core::{Module, Result, Tensor};
+use candle_nn::{Init, Linear, VarBuilder};
+use gd_layer::{Attention, GdAttention, LayerCache, Pass, RmsNorm, Rotary, SoftmaxAttention, linear, swiglu};
+
+use crate::config::{Mechanism, ModelConfig};
+
+/// The feed-forward block.
+struct Mlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    fn new(c: usize, width: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            gate: linear(c, width, false, false, vb.pp("gate_proj"))?,
+            up: linear(c, width, false, false, vb.pp("up_proj"))?,
+            down: linear(width, c, false, true, vb.pp("down_proj"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.down.forward(&swiglu(&self.gate.forward(x)?, &self.up.forward(x)?)?)
+    }
+}
+
+/// One layer.
+struct Block {
+    attention: Box<dyn Attention>,
+    mlp: Mlp,
+    input_norm: RmsNorm,
+    post_norm: RmsNorm,
+}
+
+impl Block {
+    fn forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        let x = (x + self.attention.attend(&self.input_norm.forward(x)?, pass, cache)?)?;
+        let y = self.mlp.forward(&self.post_norm.forward(&x)?)?;
+        x + y
+    }
+}
+
+/// A decoder-only language model.
+pub struct Transformer {
+    embed: Tensor,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    head: Linear,
+    config: ModelConfig,
+}
+
+impl Transformer {
+    /// Reads or creates the weights under `vb`.
+    ///
+    /// # Errors
+    /// A config that contradicts itself, or weights that are missing or of another shape.
+    pub fn new(config: &ModelConfig, vb: VarBuilder) -> crate::Result<Self> {
+        config.validate()?;
+        Ok(Self::build(config, vb)?)
+    }
+
+    fn build(config: &ModelConfig, vb: VarBuilder) -> Result<Self> {
+        let (c, v) = (config.hidden_size, config.vocab_size);
+        let eps = config.rms_norm_eps;
+        let model = vb.pp("model");
+        let normal = Init::Randn { mean: 0.0, stdev: 0.02 };
+        let embed = model.pp("embed_tokens").get_with_hints((v, c), "weight", normal)?;
+        let attention = config.attention();
+        let rotary = Arc::new(Rotary::new(
+            config.head_dim,
+            config.max_position_embeddings,
+            config.theta(),
+            vb.dtype(),
+            vb.device(),
+        )?);
+        let block = |i: usize| {
+            let vb = model.pp("layers").pp(i);
+            let inner = vb.pp("self_attn");
+            let attention: Box<dyn Attention> = match config.mechanism(i) {
+                Mechanism::Softmax => Box::new(SoftmaxAttention::new(&attention, rotary.clone(), inner)?),
+                Mechanism::Gd => Box::new(GdAttention::new(&attention, rotary.clone(), inner)?),
+            };
+            Ok(Block {
+                attention,
+                mlp: Mlp::new(c, config.intermediate_size, vb.pp("mlp"))?,
+                input_norm: RmsNorm::new(c, eps, vb.pp("input_layernorm"))?,
+                post_norm: RmsNorm::new(c, eps, vb.pp("post_attention_layernorm"))?,
+            })
+        };
+        let blocks = (0..config.num_hidden_layers).map(block).collect::<Result<_>>()?;
+        let norm = RmsNorm::new(c, eps, model.pp("norm"))?;
+        let head = match config.tie_word_embeddings {
+            true => embed.clone(),
+            false => vb.pp("lm_head").get_with_hints((v, c), "weight", normal)?,
+        };
+        Ok(Self { embed, blocks, norm, head: Linear::new(head, None), config: config.clone() })
+    }
+
+    /// The config it was built from.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Empty caches, one a layer.
+    pub fn new_cache(&self) -> Vec<LayerCache> {
+        vec![LayerCache::new(); self.blocks.len()]
+    }
+
+    /// Logits `[B, N, V]` of ids `[B, N]`. With caches, the ids continue the cached positions.
+    ///
+    /// # Errors
+    /// Ids beyond the vocabulary, more positions than the model has, or caches of another model.
+    pub fn forward(&self, ids: &Tensor, pass: &Pass, cache: Option<&mut [LayerCache]>) -> Result<Tensor> {
+        self.head.forward(&self.hidden(ids, pass, cache)?)
+    }
+
+    /// The normed hidden states `[B, N, C]` in front of the output projection.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`].
+    pub fn hidden(&self, ids: &Tensor, pass: &Pass, cache: Option<&mut [LayerCache]>) -> Result<Tensor> {
+        let (b, n) = ids.dims2()?;
+        let mut x = self.embed.index_select(&ids.flatten_all()?, 0)?.reshape((b, n, self.config.hidden_size))?;
+        let mut caches = match cache {
+            Some(caches) if caches.len() != self.blocks.len() => {
+                candle_core::bail!("{} caches for {} layers", caches.len(), self.blocks.len())
+            }
+            Some(caches) => caches.iter_mut().map(Some).collect::<Vec<_>>(),
+            None => self.blocks.iter().map(|_| None).collect(),
+        };
+        for (block, cache) in self.blocks.iter().zip(&mut caches) {
+            x = block.forward(&x, pass, cache.as_deref_mut())?;
+        }
+        self.norm.forward(&x)
+    }
+
+    /// The output projection `[.., C]` -> `[.., V]`.
+    ///
+    /// # Errors
+    /// A hidden state of another width.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.head.forward(hidden)
+    }
+}

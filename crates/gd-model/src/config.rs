@@ -163,7 +163,7 @@ impl ModelConfig {
         if let Some((name, _)) = sizes.iter().find(|(_, x)| *x == 0) {
             return fail(format!("{name} is 0"));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return fail(format!("head_dim {} is odd; the rotary embedding needs pairs", self.head_dim));
         }
         if self.hidden_act != "silu" {
@@ -176,7 +176,10 @@ impl ModelConfig {
         if let (Some(theta), Some(parameters)) = (self.rope_theta, &self.rope_parameters)
             && theta != parameters.rope_theta
         {
-            return fail(format!("rope_theta {theta} and rope_parameters.rope_theta {} differ", parameters.rope_theta));
+            return fail(format!(
+                "rope_theta {theta} and rope_parameters.rope_theta {} differ",
+                parameters.rope_theta
+            ));
         }
         if let Some(r) = &self.rope_parameters
             && r.rope_type != "default"
@@ -255,13 +258,15 @@ impl TrainConfig {
     /// Names the first value that does not fit.
     pub fn validate(&self) -> Result<()> {
         let fail = |text: String| Err(Error::Invalid(text));
-        let counts =
-            [("batch", self.batch), ("context", self.context), ("accumulation", self.accumulation)];
+        let counts = [("batch", self.batch), ("context", self.context), ("accumulation", self.accumulation)];
         if let Some((name, _)) = counts.iter().find(|(_, x)| *x == 0) {
             return fail(format!("train.{name} is 0"));
         }
         if self.steps == 0 || self.eval_every == 0 {
-            return fail(format!("train.steps {} and train.eval_every {} must be positive", self.steps, self.eval_every));
+            return fail(format!(
+                "train.steps {} and train.eval_every {} must be positive",
+                self.steps, self.eval_every
+            ));
         }
         if !(0.0..=1.0).contains(&self.blend_until) || !(self.blend_until..=1.0).contains(&self.hard_from) {
             return fail(format!(
@@ -272,7 +277,7 @@ impl TrainConfig {
         if !(self.valid_fraction > 0.0 && self.valid_fraction < 1.0) {
             return fail(format!("train.valid_fraction {} is outside (0, 1)", self.valid_fraction));
         }
-        if !(self.clip > 0.0) {
+        if self.clip.is_nan() || self.clip <= 0.0 {
             return fail(format!("train.clip {} is not positive", self.clip));
         }
         self.lr.validate(self.steps)?;
@@ -305,7 +310,10 @@ impl Recipe {
         let path = Path::new(name);
         if !path.exists() {
             let names: Vec<_> = PRESETS.iter().map(|p| p.0).collect();
-            return Err(Error::Invalid(format!("config {name:?} is neither a file nor a preset ({})", names.join(", "))));
+            return Err(Error::Invalid(format!(
+                "config {name:?} is neither a file nor a preset ({})",
+                names.join(", ")
+            )));
         }
         Self::parse(&crate::data::read_text(path)?, path)
     }

@@ -153,9 +153,14 @@ impl Texts {
 /// Where validation starts: after the first line that ends in the earlier half of what it would take, or
 /// else at the character at that share of the bytes.
 fn cut(text: &str, valid_fraction: f64) -> usize {
-    let from = text.floor_char_boundary((text.len() as f64 * (1.0 - valid_fraction)) as usize);
-    let until = text.floor_char_boundary(from + (text.len() - from) / 2);
+    let from = boundary(text, (text.len() as f64 * (1.0 - valid_fraction)) as usize);
+    let until = boundary(text, from + (text.len() - from) / 2);
     text[from..until].find('\n').map_or(from, |i| from + i + 1)
+}
+
+/// The last place between characters at or before byte `at`, which lies inside the text.
+fn boundary(text: &str, at: usize) -> usize {
+    (0..=at).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0)
 }
 
 /// The documents of one text, each with the separator line that ends it.

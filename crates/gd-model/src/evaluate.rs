@@ -43,7 +43,11 @@ impl HeadStats {
     pub fn mean(records: &[Record]) -> Self {
         let n = records.len().max(1) as f64;
         let mean = |f: fn(&Record) -> f64| records.iter().map(f).sum::<f64>() / n;
-        Self { abstained: mean(|r| r.abstained), first_token: mean(|r| r.first_token), margin: mean(|r| r.margin) }
+        Self {
+            abstained: mean(|r| r.abstained),
+            first_token: mean(|r| r.first_token),
+            margin: mean(|r| r.margin),
+        }
     }
 }
 
@@ -70,11 +74,10 @@ pub fn evaluate(
     // Only the last window may be shorter, and goes alone.
     for group in windows.chunk_by(|a, b| a.0.len() == b.0.len()).flat_map(|same| same.chunks(batch.max(1))) {
         let n = group[0].0.len();
-        let pack = |side: fn(&(&[u32], &[u32])) -> Vec<u32>, shape| {
-            Tensor::from_vec(group.iter().flat_map(side).collect::<Vec<_>>(), shape, device)
-        };
-        let inputs = pack(|w| w.0.to_vec(), (group.len() * n,))?.reshape((group.len(), n))?;
-        let targets = pack(|w| w.1.to_vec(), (group.len() * n,))?;
+        let inputs: Vec<u32> = group.iter().flat_map(|w| w.0).copied().collect();
+        let targets: Vec<u32> = group.iter().flat_map(|w| w.1).copied().collect();
+        let inputs = Tensor::from_vec(inputs, (group.len(), n), device)?;
+        let targets = Tensor::from_vec(targets, group.len() * n, device)?;
         let logits = model.forward(&inputs, &pass, None)?.detach().flatten_to(1)?;
         let losses = token_losses(&logits, &targets)?;
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();

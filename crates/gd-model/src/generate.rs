@@ -26,7 +26,10 @@ pub fn generate(
         return Err(Error::Invalid("the prompt has no tokens".into()));
     }
     if prompt.len() > limit {
-        return Err(Error::Invalid(format!("a prompt of {} tokens exceeds the context of {limit}", prompt.len())));
+        return Err(Error::Invalid(format!(
+            "a prompt of {} tokens exceeds the context of {limit}",
+            prompt.len()
+        )));
     }
     let mut cache = model.new_cache();
     let mut all = prompt.to_vec();

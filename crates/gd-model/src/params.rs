@@ -37,7 +37,12 @@ impl Params {
 
     /// The parameters of a checkpoint, cast to `dtype`.
     pub fn stored(tensors: BTreeMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
-        Self { vars: Arc::default(), source: Source::Stored(Arc::new(tensors)), dtype, device: device.clone() }
+        Self {
+            vars: Arc::default(),
+            source: Source::Stored(Arc::new(tensors)),
+            dtype,
+            device: device.clone(),
+        }
     }
 
     /// What modules are built from.
@@ -86,7 +91,9 @@ impl SimpleBackend for Params {
             return Ok(var.as_tensor().clone());
         }
         let var = match &self.source {
-            Source::Seed(seed) => Var::from_tensor(&initial(*seed, name, &shape, init)?.to_dtype(dtype)?.to_device(device)?)?,
+            Source::Seed(seed) => {
+                Var::from_tensor(&initial(*seed, name, &shape, init)?.to_dtype(dtype)?.to_device(device)?)?
+            }
             Source::Stored(tensors) => {
                 let Some(tensor) = tensors.get(name) else {
                     candle_core::bail!("the checkpoint has no tensor {name:?} ({:?} expected)", shape.dims());

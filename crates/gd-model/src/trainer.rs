@@ -64,9 +64,24 @@ impl Trainer {
         corpus.check(recipe.train.context)?;
         let params = Params::new(seed, DType::F32, device);
         let model = Transformer::new(&recipe.model, params.builder())?;
-        let optimizer = AdamW::new(params.vars(), recipe.train.adamw.clone())?;
+        let optimizer = AdamW::new(params.vars(), recipe.train.adamw)?;
         let batches = Batches::new(corpus.train.clone(), seed);
-        Ok(Self { recipe, model, params, optimizer, batches, corpus, device: device.clone(), step: 0, seconds: 0.0 })
+        Ok(Self {
+            recipe,
+            model,
+            params,
+            optimizer,
+            batches,
+            corpus,
+            device: device.clone(),
+            step: 0,
+            seconds: 0.0,
+        })
+    }
+
+    /// Steps of the whole run.
+    pub fn steps(&self) -> u64 {
+        self.recipe.train.steps
     }
 
     /// Trains to the end of the run; `watch` sees every step.
@@ -114,7 +129,7 @@ impl Trainer {
         self.step += 1;
         self.seconds += started.elapsed().as_secs_f64();
         let tokens = self.step as f64 * (train.batch * train.context * train.accumulation) as f64;
-        let look = self.step % train.eval_every == 0 || self.step == train.steps;
+        let look = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
         let valid_loss = if look { Some(self.glance()?) } else { None };
         Ok(Step {
             step: self.step,
@@ -140,6 +155,13 @@ impl Trainer {
     /// Whatever the forward pass reports.
     pub fn validate(&self) -> Result<Evaluation> {
         let train = &self.recipe.train;
-        evaluate(&self.model, &self.corpus.valid, self.corpus.valid_bytes, train.context, train.batch, &self.device)
+        evaluate(
+            &self.model,
+            &self.corpus.valid,
+            self.corpus.valid_bytes,
+            train.context,
+            train.batch,
+            &self.device,
+        )
     }
 }

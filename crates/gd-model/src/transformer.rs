@@ -128,7 +128,8 @@ impl Transformer {
     /// As [`Transformer::forward`].
     pub fn hidden(&self, ids: &Tensor, pass: &Pass, cache: Option<&mut [LayerCache]>) -> Result<Tensor> {
         let (b, n) = ids.dims2()?;
-        let mut x = self.embed.index_select(&ids.flatten_all()?, 0)?.reshape((b, n, self.config.hidden_size))?;
+        let mut x =
+            self.embed.index_select(&ids.flatten_all()?, 0)?.reshape((b, n, self.config.hidden_size))?;
         let mut caches = match cache {
             Some(caches) if caches.len() != self.blocks.len() => {
                 candle_core::bail!("{} caches for {} layers", caches.len(), self.blocks.len())

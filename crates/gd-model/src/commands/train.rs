@@ -1,41 +1,173 @@
 //! `gd train`: trains a model, saves it, reloads it and generates a sample.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
 
 use super::Context;
+use crate::checkpoint;
+use crate::config::{Mechanism, Recipe, TokenizerChoice};
+use crate::data::{Corpus, Split, Texts};
+use crate::evaluate::Evaluation;
+use crate::generate::generate;
+use crate::model_file;
+use crate::sampler::{Sampler, Sampling};
+use crate::tokenizer::Tokenizer;
+use crate::trainer::{Step, Trainer};
+
+/// The text that ships with the repository; the program carries it, so that it runs anywhere.
+pub const SAMPLE: &str = include_str!("../../../../models/sample.txt");
+
+/// Tokens of the sample that is generated at the end.
+const SAMPLE_TOKENS: usize = 200;
 
 /// Train a model and save it
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out runs/book\n  gd train --resume runs/book"
+    after_help = "Writes the checkpoint, a log of every step (train.jsonl) and the resolved configuration \
+                  (recipe.json) to the folder, reloads the folder and generates a sample from it.\n\n\
+                  Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book"
 )]
 pub struct Args {
-    /// UTF-8 text files to train on (default: the shipped sample text)
-    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "resume")]
+    /// UTF-8 text files or folders to train on (default: the shipped sample text)
+    #[arg(long, value_name = "FILE", num_args = 1..)]
     pub data: Vec<PathBuf>,
     /// A preset of models/ or a JSON file with a configuration
-    #[arg(long, value_name = "PRESET|FILE", default_value = "tiny", conflicts_with = "resume")]
+    #[arg(long, value_name = "PRESET|FILE", default_value = "tiny")]
     pub config: String,
-    /// Optimizer steps of the whole run (default: from the configuration)
+    /// Optimizer steps (default: from the configuration)
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
-    /// Save and stop after this step; `--resume` goes on from there
-    #[arg(long, value_name = "N")]
-    pub stop_after: Option<u64>,
     /// The folder to write (default: out/ and the configuration's name)
-    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
-    pub out: Option<PathBuf>,
-    /// Go on with the run saved in this folder
     #[arg(long, value_name = "DIR")]
-    pub resume: Option<PathBuf>,
+    pub out: Option<PathBuf>,
 }
 
 /// Runs the command.
 ///
 /// # Errors
 /// Names the flag, file or value that cannot be used.
-pub fn run(_args: Args, _ctx: &Context) -> Result<()> {
-    bail!("train: waits for the trainer")
+pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    let seed = ctx.seed.unwrap_or(0);
+    let mut recipe = Recipe::load(&args.config)?;
+    if let Some(steps) = args.steps {
+        recipe.train.steps = steps;
+        recipe.train.lr.warmup = recipe.train.lr.warmup.min(steps / 2);
+        recipe.train.validate()?;
+    }
+    let name =
+        Path::new(&args.config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
+    let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
+    let (corpus, tokenizer) = corpus(&args.data, &mut recipe)?;
+    // Writing now shows before the training whether the folder can be written.
+    checkpoint::write_folder(&out.join("run"), |dir| {
+        let text = serde_json::to_string_pretty(&recipe).unwrap_or_default();
+        checkpoint::write_file(&dir.join("recipe.json"), text.as_bytes())
+    })?;
+    let mut trainer = Trainer::new(recipe.clone(), corpus, seed, &ctx.device)?;
+    eprintln!(
+        "{name}: {} parameters, {} steps of {} tokens",
+        trainer.params.count(),
+        recipe.train.steps,
+        recipe.train.batch * recipe.train.context * recipe.train.accumulation
+    );
+    let mut log = String::new();
+    train(&mut trainer, |step| {
+        log.push_str(&serde_json::to_string(step).unwrap_or_default());
+        log.push('\n');
+    })?;
+    let result = trainer.validate()?;
+    let card = card(&name, &recipe, &trainer, &result, &args.data);
+    let extra = BTreeMap::from([
+        ("train.jsonl".to_owned(), log.into_bytes()),
+        ("recipe.json".to_owned(), serde_json::to_vec_pretty(&recipe)?),
+    ]);
+    model_file::save(&out, &trainer.model, &trainer.params, &tokenizer, &card, &extra)?;
+    let sample = sample(&out, seed, ctx)?;
+    if ctx.json {
+        return ctx.print(&json!({
+            "folder": out, "parameters": trainer.params.count(), "steps": recipe.train.steps, "seed": seed,
+            "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
+            "tokens": result.tokens, "heads": result.heads, "sample": sample,
+        }).to_string());
+    }
+    ctx.print(&format!(
+        "validation loss {:.4} nats/token, {:.4} bits/byte, perplexity {:.2} over {} tokens\nsaved {}\n\n\
+         sample from the reloaded folder:\n{sample}",
+        result.loss,
+        result.bits_per_byte,
+        result.perplexity,
+        result.tokens,
+        out.display()
+    ))
+}
+
+/// Reads the texts, makes the tokenizer, and sets the model's vocabulary to it.
+pub(super) fn corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<(Corpus, Tokenizer)> {
+    let split = Split::Position { valid_fraction: recipe.train.valid_fraction };
+    let texts = match files {
+        [] => Texts::split(&[SAMPLE.to_owned()], &split)?,
+        files => Texts::load(files, &split)?,
+    };
+    let tokenizer = match recipe.train.tokenizer {
+        TokenizerChoice::Bytes => Tokenizer::bytes()?,
+        TokenizerChoice::Bpe { vocab } => Tokenizer::train_bpe(&texts.train, vocab)?,
+    };
+    recipe.model.vocab_size = tokenizer.vocab_size();
+    Ok((Corpus::encode(&texts, &tokenizer)?, tokenizer))
+}
+
+/// Trains under a progress bar on stderr.
+pub(super) fn train(trainer: &mut Trainer, mut watch: impl FnMut(&Step)) -> Result<()> {
+    let bar = ProgressBar::new(trainer.steps());
+    let style = "{bar:30} {pos}/{len} steps  {msg}  {elapsed_precise} (left {eta})";
+    bar.set_style(ProgressStyle::with_template(style)?);
+    bar.enable_steady_tick(Duration::from_millis(500));
+    let mut valid = None;
+    let result = trainer.run(|step| {
+        valid = step.valid_loss.or(valid);
+        let valid = valid.map_or(String::new(), |v| format!("  valid {v:.4}"));
+        bar.set_message(format!("loss {:.4}{valid}  {:.0} tokens/s", step.loss, step.tokens_per_second));
+        bar.set_position(step.step);
+        watch(step);
+        Ok(())
+    });
+    bar.finish();
+    Ok(result?)
+}
+
+/// Generates from the folder as it was saved.
+fn sample(folder: &Path, seed: u64, ctx: &Context) -> Result<String> {
+    let loaded = model_file::load(folder, &ctx.device)?;
+    let prompt = loaded.tokenizer.encode("The ")?;
+    let sampling = Sampling { temperature: 0.7, top_p: Some(0.95), ..Sampling::default() };
+    let mut sampler = Sampler::new(sampling, seed)?;
+    let new = generate(&loaded.model, &prompt, SAMPLE_TOKENS, &mut sampler, &ctx.device, |_| Ok(true))?;
+    Ok(loaded.tokenizer.decode(&[prompt, new].concat())?)
+}
+
+fn card(
+    name: &str,
+    recipe: &Recipe,
+    trainer: &Trainer,
+    result: &Evaluation,
+    data: &[PathBuf],
+) -> Vec<(&'static str, String)> {
+    let selects = recipe.model.gd.mechanism.contains(&Mechanism::Gd);
+    let data: Vec<_> = data.iter().map(|p| p.display().to_string()).collect();
+    vec![
+        ("name", name.to_owned()),
+        ("summary", "A small language model trained with gd.".to_owned()),
+        ("parameters", trainer.params.count().to_string()),
+        ("mechanism", if selects { "selection (one key a head)" } else { "softmax" }.to_owned()),
+        ("tokenizer", format!("{:?}, {} tokens", recipe.train.tokenizer, recipe.model.vocab_size)),
+        ("context", recipe.model.max_position_embeddings.to_string()),
+        ("data", if data.is_empty() { "the shipped sample text".to_owned() } else { data.join(", ") }),
+        ("steps", recipe.train.steps.to_string()),
+        ("loss", format!("{:.4} nats per token, {:.4} bits per byte", result.loss, result.bits_per_byte)),
+    ]
 }

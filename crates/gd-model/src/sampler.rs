@@ -1,0 +1,245 @@
+//! The next token from a row of logits.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How a token is chosen. The order is: repetition penalty, temperature, top-k, top-p, min-p.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the greatest one, and of equal ones the first.
+    pub temperature: f64,
+    /// Keep the k greatest; at least 1.
+    pub top_k: Option<usize>,
+    /// Keep the most probable tokens until they reach this probability together; in (0, 1].
+    pub top_p: Option<f64>,
+    /// Keep tokens at least this share as probable as the most probable one; in [0, 1].
+    pub min_p: Option<f64>,
+    /// Divides positive and multiplies negative logits of tokens that have occurred; above 0, 1 is none.
+    pub repetition_penalty: f64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: None, top_p: None, min_p: None, repetition_penalty: 1.0 }
+    }
+}
+
+impl Sampling {
+    /// Fails with the first value outside its range.
+    pub fn validate(&self) -> Result<()> {
+        let Self { temperature, top_k, top_p, min_p, repetition_penalty } = *self;
+        let fail = |name: &str, range: &str, value: String| {
+            Err(Error::Invalid(format!("{name} must be {range}, not {value}")))
+        };
+        if !(temperature >= 0.0 && temperature.is_finite()) {
+            return fail("temperature", "finite and at least 0", temperature.to_string());
+        }
+        if top_k == Some(0) {
+            return fail("top_k", "at least 1", "0".into());
+        }
+        if let Some(p) = top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
+            return fail("top_p", "in (0, 1]", p.to_string());
+        }
+        if let Some(p) = min_p.filter(|p| !(0.0..=1.0).contains(p)) {
+            return fail("min_p", "in [0, 1]", p.to_string());
+        }
+        if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
+            return fail("repetition_penalty", "finite and above 0", repetition_penalty.to_string());
+        }
+        Ok(())
+    }
+}
+
+/// Chooses tokens; the same settings, seed and logits give the same tokens.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// A sampler with checked settings.
+    pub fn new(sampling: Sampling, seed: u64) -> Result<Self> {
+        sampling.validate()?;
+        Ok(Self { sampling, rng: ChaCha8Rng::seed_from_u64(seed) })
+    }
+
+    /// A token from `logits` \[vocabulary\], after the tokens of `history`. A logit of −∞ excludes a token;
+    /// NaN, +∞ and a row without any finite logit are errors.
+    pub fn next(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
+        if let Some(i) = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
+            return Err(Error::Invalid(format!("the logit of token {i} is {}", logits[i])));
+        }
+        let mut ranked: Vec<(u32, f64)> =
+            self.penalised(logits, history).into_iter().zip(0..).map(|(x, i)| (i, x)).collect();
+        ranked.retain(|(_, logit)| *logit > f64::NEG_INFINITY);
+        let best = ranked.iter().copied().reduce(|a, b| if b.1 > a.1 { b } else { a });
+        let Some((best, greatest)) = best else {
+            return Err(Error::Invalid(format!("none of the {} logits is finite", logits.len())));
+        };
+        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
+        if temperature == 0.0 {
+            return Ok(best);
+        }
+        // Weights relative to the best token: it has 1, so that nothing overflows.
+        for (_, x) in &mut ranked {
+            *x = ((*x - greatest) / temperature).exp();
+        }
+        ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if let Some(k) = top_k {
+            ranked.truncate(k);
+        }
+        if let Some(p) = top_p {
+            let enough = p * ranked.iter().map(|(_, w)| w).sum::<f64>();
+            let mut sum = 0.0;
+            // The token that reaches the sum is kept too.
+            let reached = |(_, w): &(u32, f64)| {
+                sum += w;
+                sum >= enough
+            };
+            let keep = ranked.iter().position(reached).map_or(ranked.len(), |last| last + 1);
+            ranked.truncate(keep);
+        }
+        if let Some(p) = min_p {
+            ranked.retain(|(_, w)| *w >= p);
+        }
+        let mut left = self.rng.random::<f64>() * ranked.iter().map(|(_, w)| w).sum::<f64>();
+        let drawn = ranked.iter().find(|(_, w)| {
+            left -= w;
+            left < 0.0
+        });
+        // Rounding may leave a hair after the last one.
+        Ok(drawn.or(ranked.last()).map_or(best, |(i, _)| *i))
+    }
+
+    fn penalised(&self, logits: &[f32], history: &[u32]) -> Vec<f64> {
+        let mut logits: Vec<f64> = logits.iter().map(|&x| f64::from(x)).collect();
+        let penalty = self.sampling.repetition_penalty;
+        if penalty != 1.0 {
+            let mut seen = vec![false; logits.len()];
+            for &id in history {
+                // Each token is penalised once, however often it has occurred.
+                if let Some(x) = logits.get_mut(id as usize).filter(|_| !seen[id as usize]) {
+                    *x = if *x > 0.0 { *x / penalty } else { *x * penalty };
+                    seen[id as usize] = true;
+                }
+            }
+        }
+        logits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often each of `logits` is drawn in `n` draws.
+    fn draws(sampling: Sampling, logits: &[f32], n: usize) -> Vec<usize> {
+        let mut sampler = Sampler::new(sampling, 5).unwrap();
+        let mut counts = vec![0; logits.len()];
+        for _ in 0..n {
+            counts[sampler.next(logits, &[]).unwrap() as usize] += 1;
+        }
+        counts
+    }
+
+    fn logits(probabilities: &[f32]) -> Vec<f32> {
+        probabilities.iter().map(|p| p.ln()).collect()
+    }
+
+    #[test]
+    fn zero_temperature_takes_the_first_of_the_best() {
+        let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
+        assert_eq!(draws(greedy, &[1.0, 3.0, 3.0, 2.0], 10), [0, 10, 0, 0]);
+    }
+
+    #[test]
+    fn shares_follow_the_probabilities() {
+        let row = logits(&[0.1, 0.6, 0.3, 0.0]);
+        let counts = draws(Sampling::default(), &row, 20_000);
+        // Four standard deviations are 280.
+        for (count, expected) in counts.iter().zip([2_000, 12_000, 6_000, 0]) {
+            assert!(count.abs_diff(expected) < 280, "{counts:?}");
+        }
+        assert_eq!(counts[3], 0);
+        // Temperature ½ squares the odds: 0.01 : 0.36 : 0.09.
+        let cool = draws(Sampling { temperature: 0.5, ..Sampling::default() }, &row, 20_000);
+        for (count, expected) in cool.iter().zip([435, 15_652, 3_913, 0]) {
+            assert!(count.abs_diff(expected) < 240, "{cool:?}");
+        }
+    }
+
+    #[test]
+    fn filters_keep_what_they_say() {
+        let row = logits(&[0.05, 0.4, 0.1, 0.3, 0.15]);
+        let kept = |sampling: Sampling| -> Vec<usize> {
+            let counts = draws(sampling, &row, 2_000);
+            (0..counts.len()).filter(|&i| counts[i] > 0).collect()
+        };
+        let base = Sampling::default();
+        assert_eq!(kept(base), [0, 1, 2, 3, 4]);
+        assert_eq!(kept(Sampling { top_k: Some(2), ..base }), [1, 3]);
+        assert_eq!(kept(Sampling { top_k: Some(99), ..base }), [0, 1, 2, 3, 4]);
+        assert_eq!(kept(Sampling { top_p: Some(0.72), ..base }), [1, 3, 4]);
+        assert_eq!(kept(Sampling { top_p: Some(0.68), ..base }), [1, 3]);
+        assert_eq!(kept(Sampling { top_p: Some(1e-9), ..base }), [1]);
+        assert_eq!(kept(Sampling { min_p: Some(0.3), ..base }), [1, 3, 4]);
+        assert_eq!(kept(Sampling { min_p: Some(1.0), ..base }), [1]);
+        // Of equal logits the first ones are kept.
+        let flat = draws(Sampling { top_k: Some(2), ..base }, &[0.0; 4], 100);
+        assert!(flat[0] > 0 && flat[1] > 0 && flat[2..] == [0, 0], "{flat:?}");
+    }
+
+    #[test]
+    fn repetition_penalty_lowers_either_sign_once() {
+        let greedy = Sampling { temperature: 0.0, repetition_penalty: 2.0, ..Sampling::default() };
+        let mut sampler = Sampler::new(greedy, 0).unwrap();
+        assert_eq!(sampler.next(&[4.0, 2.5, 1.0], &[]).unwrap(), 0);
+        assert_eq!(sampler.next(&[4.0, 2.5, 1.0], &[0]).unwrap(), 1);
+        assert_eq!(sampler.next(&[4.0, 1.5, 1.0], &[0, 0, 0]).unwrap(), 0);
+        assert_eq!(sampler.next(&[-1.0, -1.5], &[0]).unwrap(), 1);
+        assert_eq!(sampler.next(&[4.0, 2.5], &[99]).unwrap(), 0);
+    }
+
+    #[test]
+    fn the_seed_decides() {
+        let row: Vec<f32> = (0..50).map(|i| (i % 7) as f32 * 0.3).collect();
+        let run = |seed| {
+            let mut sampler = Sampler::new(Sampling::default(), seed).unwrap();
+            (0..40).map(|_| sampler.next(&row, &[]).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(run(1), run(1));
+        assert_ne!(run(1), run(2));
+    }
+
+    #[test]
+    fn bad_values_and_logits_are_named() {
+        let base = Sampling::default();
+        let cases = [
+            (Sampling { temperature: -0.5, ..base }, "temperature", "-0.5"),
+            (Sampling { temperature: f64::NAN, ..base }, "temperature", "NaN"),
+            (Sampling { top_k: Some(0), ..base }, "top_k", "0"),
+            (Sampling { top_p: Some(0.0), ..base }, "top_p", "0"),
+            (Sampling { top_p: Some(1.5), ..base }, "top_p", "1.5"),
+            (Sampling { min_p: Some(-0.1), ..base }, "min_p", "-0.1"),
+            (Sampling { repetition_penalty: 0.0, ..base }, "repetition_penalty", "0"),
+        ];
+        for (sampling, name, value) in cases {
+            let error = Sampler::new(sampling, 0).unwrap_err().to_string();
+            assert!(error.starts_with(name) && error.ends_with(&format!("not {value}")), "{error}");
+        }
+        for temperature in [0.0, 1.0] {
+            let mut sampler = Sampler::new(Sampling { temperature, ..base }, 0).unwrap();
+            let error = |row: &[f32]| sampler.clone().next(row, &[]).unwrap_err().to_string();
+            assert_eq!(error(&[0.0, f32::NAN]), "the logit of token 1 is NaN");
+            assert_eq!(error(&[f32::INFINITY, 0.0]), "the logit of token 0 is inf");
+            assert_eq!(error(&[f32::NEG_INFINITY; 3]), "none of the 3 logits is finite");
+            assert_eq!(error(&[]), "none of the 0 logits is finite");
+            assert_eq!(sampler.next(&[f32::NEG_INFINITY, -3e38], &[]).unwrap(), 1);
+        }
+    }
+}

@@ -192,37 +192,33 @@ impl<T: Element> Block<'_, T> {
         }
     }
 
-    /// Writes a row's candidates: the K best by (energy, index), then protected keys not among them.
+    /// Writes a row's candidates, the K best and the protected ones, sorted by (energy, index).
     #[inline(always)]
     fn finish(&mut self, row: usize, visible: &Range<usize>, keys: &[u32]) {
         let i = self.rows.start + row;
-        let energy = |j: usize| self.candidate_energy(i, j);
-        let mut found: Vec<(T::Acc, usize)> =
-            keys.iter().map(|&j| (energy(j as usize), j as usize)).filter(|c| c.0.is_finite()).collect();
-        // Offered best first, so equal energies are already in the order of the tie rule only if
-        // their scores were equal too: sort by the full rule.
+        let mut found: Vec<(T::Acc, i32, bool)> =
+            keys.iter().map(|&j| (self.candidate_energy(i, j as usize), j as i32, false)).collect();
+        if let Some(protected) = self.x.protected {
+            for &j in protected.row(self.b, self.h, i, self.problem.q_heads) {
+                match found.iter_mut().find(|c| c.1 == j) {
+                    Some(known) => known.2 = true,
+                    None if j >= 0 && visible.contains(&(j as usize)) => {
+                        found.push((self.candidate_energy(i, j as usize), j, true));
+                    }
+                    None => {}
+                }
+            }
+        }
+        found.retain(|c| c.0.is_finite());
         found.sort_by(|a, b| {
             let by_index = if self.problem.tie == TieBreak::First { a.1.cmp(&b.1) } else { b.1.cmp(&a.1) };
             a.0.partial_cmp(&b.0).unwrap_or(std::cmp::Ordering::Equal).then(by_index)
         });
         let base = row * self.slots;
-        for (slot, &(e, j)) in found.iter().enumerate() {
-            (self.energy[base + slot], self.index[base + slot]) = (e, j as i32);
-        }
-        let Some(protected) = self.x.protected else { return };
-        let mut end = base + self.problem.candidates;
-        for &j in protected.row(self.b, self.h, i, self.problem.q_heads) {
-            if j < 0 || !visible.contains(&(j as usize)) {
-                continue;
-            }
-            if let Some(slot) = (base..end).find(|&s| self.index[s] == j) {
-                self.flags[slot] = 1;
-                continue;
-            }
-            let e = self.candidate_energy(i, j as usize);
-            if e.is_finite() {
-                (self.energy[end], self.index[end], self.flags[end]) = (e, j, 1);
-                end += 1;
+        for (slot, (e, j, flag)) in found.into_iter().enumerate() {
+            (self.energy[base + slot], self.index[base + slot]) = (e, j);
+            if flag {
+                self.flags[base + slot] = 1;
             }
         }
     }

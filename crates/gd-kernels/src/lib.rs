@@ -6,6 +6,7 @@
 mod error;
 mod mask;
 mod options;
+pub mod reference;
 
 pub use error::{Error, Result};
 pub use mask::Mask;

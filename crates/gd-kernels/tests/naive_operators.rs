@@ -1,0 +1,147 @@
+//! The reference checked against itself: masks by position and by interval, the scan's order, the
+//! running average as recurrence and as closed form.
+
+mod naive;
+
+use gd_kernels::reference::average::{average, average_backward, average_direct, shares};
+use gd_kernels::reference::scan::may_see;
+use gd_kernels::reference::{Problem, dot, scan};
+use gd_kernels::{Mask, Score, TieBreak};
+use naive::{assert_close, assert_gradient, finite_difference, problem, rng, uniform};
+use proptest::prelude::*;
+
+fn masks() -> impl Strategy<Value = (Mask, usize)> {
+    let base = prop_oneof![
+        Just(Mask::none()),
+        (-6i64..12).prop_map(Mask::causal),
+        (1usize..7, -6i64..12).prop_map(|(w, o)| Mask::window(w, o)),
+    ];
+    (
+        base,
+        1usize..14,
+        prop::option::of(prop::collection::vec(0usize..14, 0..4)),
+        prop::option::of(0usize..14),
+    )
+        .prop_map(|(mut mask, keys, cuts, length)| {
+            if let Some(mut cuts) = cuts {
+                cuts.iter_mut().for_each(|c| *c = (*c).min(keys));
+                cuts.extend([0, keys]);
+                cuts.sort_unstable();
+                mask = mask.packed(vec![cuts]);
+            }
+            if let Some(length) = length {
+                mask = mask.kv_len(vec![length.min(keys)]);
+            }
+            (mask, keys)
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_mask_is_the_same_by_position_and_by_interval((mask, keys) in masks()) {
+        mask.validate(1, keys).expect("a sound mask");
+        for i in 0..16 {
+            let range = mask.visible(0, i, keys);
+            for j in 0..keys {
+                prop_assert_eq!(may_see(&mask, 0, i, j, keys), range.contains(&j), "{:?} i {} j {}", mask, i, j);
+            }
+        }
+    }
+
+    #[test]
+    fn average_recurrence_and_closed_form(seed in 0u64..10_000, n in 1usize..20) {
+        let mut rng = rng(seed);
+        let decay: Vec<f64> = uniform(&mut rng, n).iter().map(|x| 4.0 * x).collect();
+        let write: Vec<f64> = uniform(&mut rng, n).iter().map(|x| 3.0 * x).collect();
+        let v = uniform(&mut rng, 2 * n);
+        let (m, state) = average(&decay, &write, &v, 2, None);
+        assert_close("m", &m, &average_direct(&decay, &write, &v, 2), 1e-12);
+        prop_assert!(m.iter().all(|x| x.abs() <= 1.0), "an average leaves the range of its values");
+        // Cut in two, the state carries everything.
+        let cut = n / 2;
+        let (head, carried) = average(&decay[..cut], &write[..cut], &v[..2 * cut], 2, None);
+            let (tail, end) = average(&decay[cut..], &write[cut..], &v[2 * cut..], 2, Some(&carried));
+        prop_assert_eq!([head, tail].concat(), m);
+        prop_assert_eq!(end, state);
+    }
+}
+
+#[test]
+fn average_gradient() {
+    let mut rng = rng(9);
+    let n = 7;
+    let decay: Vec<f64> = uniform(&mut rng, n).iter().map(|x| 3.0 * x).collect();
+    let write = uniform(&mut rng, n);
+    let (v, dm) = (uniform(&mut rng, 3 * n), uniform(&mut rng, 3 * n));
+    let (d_decay, d_write, d_v) = average_backward(&decay, &write, &v, 3, &dm);
+    let loss = |decay: &[f64], write: &[f64], v: &[f64]| dot(&average(decay, write, v, 3, None).0, &dm);
+    assert_gradient("decay", &d_decay, &finite_difference(&decay, |x| loss(x, &write, &v)));
+    assert_gradient("write", &d_write, &finite_difference(&write, |x| loss(&decay, x, &v)));
+    assert_gradient("v", &d_v, &finite_difference(&v, |x| loss(&decay, &write, x)));
+}
+
+#[test]
+fn average_shares_do_not_overflow() {
+    let shares = shares(&[0.0, -900.0, 900.0], &[5000.0, -5000.0, 5000.0], 2);
+    assert!(shares.iter().all(|s| s.is_finite()) && (shares.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+    assert!((shares[2] - 1.0).abs() < 1e-12, "{shares:?}");
+}
+
+#[test]
+fn scan_sorts_pads_and_shares_heads() {
+    let mut rng = rng(3);
+    let base = Problem { mask: Mask::causal(0), ..problem(&mut rng, 6) };
+    for score in [Score::Energy, Score::Dot] {
+        let found = scan(&Problem { score, ..base.clone() }, 4);
+        for (row, (b, h, i)) in base.rows() {
+            let index = &found.index[row * 4..][..4];
+            let energy = &found.energy[row * 4..][..4];
+            assert_eq!(index.iter().filter(|&&j| j >= 0).count(), i + 1, "query {i} sees {} keys", i + 1);
+            assert!(energy.is_sorted());
+            for (&j, &e) in index.iter().zip(energy) {
+                if j < 0 {
+                    assert_eq!(e, f64::INFINITY);
+                    continue;
+                }
+                // Query heads 0, 1 read key-value head 0 and 2, 3 read 1.
+                let key = &base.k[((b * 2 + h / 2) * 6 + j as usize) * 4..][..4];
+                let query = &base.q[((b * 4 + h) * 3 + i) * 4..][..4];
+                let prior = base.prior.as_ref().expect("given")[(b * 4 + h) * 6 + j as usize];
+                let norms = dot(query, query) + dot(key, key);
+                let plain = match score {
+                    Score::Energy => base.beta[h] * (norms - 2.0 * dot(query, key)) - prior,
+                    Score::Dot => -base.beta[h] * dot(query, key) - prior,
+                };
+                assert!((e - plain).abs() <= 1e-12, "{e} against {plain}");
+            }
+        }
+    }
+}
+
+#[test]
+fn scan_drops_what_is_not_finite_and_keeps_what_is_protected() {
+    let mut base = Problem {
+        batch: 1,
+        q_heads: 1,
+        kv_heads: 1,
+        queries: 1,
+        keys: 6,
+        dim: 1,
+        q: vec![0.0],
+        k: vec![1.0, f64::NAN, 1.0, 3.0, 2.0, f64::INFINITY],
+        beta: vec![1.0],
+        prior: Some(vec![0.0; 6]),
+        protected: Some(vec![3, 5, -1, 0]),
+        ..Problem::default()
+    };
+    let found = scan(&base, 2);
+    assert_eq!(found.width, 6);
+    assert_eq!(found.index, [0, 2, 3, -1, -1, -1], "keys 1 and 5 have no finite energy, 4 is beyond K");
+    assert_eq!(found.protected, [true, false, true, false, false, false]);
+    base.tie = TieBreak::Last;
+    assert_eq!(scan(&base, 2).index[..3], [2, 0, 3]);
+    base.prior = Some(vec![0.0, 0.0, f64::NEG_INFINITY, 0.0, 0.0, 0.0]);
+    assert_eq!(scan(&base, 2).index[..3], [0, 4, 3], "a prior of minus infinity hides a key");
+}

@@ -1,12 +1,12 @@
 //! The reference checked against itself: masks by position and by interval, the scan's order, the
-//! running average as recurrence and as closed form.
+//! choice on a worked example, the running average as recurrence and as closed form.
 
 mod naive;
 
 use gd_kernels::reference::average::{average, average_backward, average_direct, shares};
 use gd_kernels::reference::scan::may_see;
-use gd_kernels::reference::{Problem, dot, scan};
-use gd_kernels::{Mask, Score, TieBreak};
+use gd_kernels::reference::{Params, Problem, dot, scan, select};
+use gd_kernels::{Gate, Mask, Score, TieBreak};
 use naive::{assert_close, assert_gradient, finite_difference, problem, rng, uniform};
 use proptest::prelude::*;
 
@@ -144,4 +144,62 @@ fn scan_drops_what_is_not_finite_and_keeps_what_is_protected() {
     assert_eq!(scan(&base, 2).index[..3], [2, 0, 3]);
     base.prior = Some(vec![0.0, 0.0, f64::NEG_INFINITY, 0.0, 0.0, 0.0]);
     assert_eq!(scan(&base, 2).index[..3], [0, 4, 3], "a prior of minus infinity hides a key");
+}
+
+/// Query (3, 0) and three keys with values 1, 10, 100: at energies 4, 9.25 and 13. Without its part
+/// along the first jump the query is (0, 0), and the other two stand at 0.25 and 4.
+fn worked() -> Problem {
+    Problem {
+        batch: 1,
+        q_heads: 1,
+        kv_heads: 1,
+        queries: 1,
+        keys: 3,
+        dim: 2,
+        value_dim: 1,
+        q: vec![3.0, 0.0],
+        k: vec![5.0, 0.0, 0.0, 0.5, 0.0, 2.0],
+        v: vec![1.0, 10.0, 100.0],
+        beta: vec![1.0],
+        ..Problem::default()
+    }
+}
+
+#[test]
+fn refinement_adds_the_next_choice_and_ends_with_abstention() {
+    let base = worked();
+    let run = |tau: f64, rounds: &[f64]| {
+        let (threshold, rounds) = (Some(vec![tau]), Some(rounds.to_vec()));
+        let params = Params { threshold, rounds, ..Params::default() };
+        select(&base, &scan(&base, 3), &params)
+    };
+    let out = run(5.0, &[1.0, 0.5]);
+    assert_eq!((out.y, out.index), (vec![6.0], vec![0]));
+    // From the origin the jump to (0, 1/2) leaves the query where it is: the third key is next.
+    assert_eq!(run(5.0, &[1.0, 0.5, 0.25]).y, [31.0]);
+    assert_eq!(run(5.0, &[1.0, 0.5, 0.25, 7.0]).y, [31.0], "no candidate is left");
+    assert_eq!(run(3.9, &[1.0, 0.5, 0.25, 7.0]).y, [0.0], "nothing follows an abstention");
+    assert_eq!(run(3.9, &[1.0, 0.5]).index, [-1]);
+}
+
+#[test]
+fn the_record_of_a_choice() {
+    let base = worked();
+    let found = scan(&base, 3);
+    let params =
+        Params { alpha: Some(vec![0.7]), gate: Gate::Energy { temperature: 2.0 }, ..Params::default() };
+    let run = |tau: f64| select(&base, &found, &Params { threshold: Some(vec![tau]), ..params.clone() });
+    let out = run(9.5);
+    assert_eq!((out.index[0], out.energy[0], out.margin[0]), (0, 4.0, 5.25));
+    let rho = 1.0 / (1.0 + (-5.5f64 / 2.0).exp());
+    assert!((out.gate[0] - rho).abs() < 1e-15 && (out.y[0] - rho).abs() < 1e-15);
+    let u = out.coherence.expect("alpha is given")[0];
+    assert!((u - 1.0 / (1.0 + 7.0 / 3.0 * (4.0 * (1.0 - 2.0 * u)).exp())).abs() < 1e-12);
+    let alone = run(9.0);
+    assert_eq!((alone.index[0], alone.margin[0]), (0, f64::INFINITY), "the runner-up is above the threshold");
+    let none = run(3.0);
+    assert_eq!((none.index[0], none.energy[0], none.margin[0]), (-1, f64::INFINITY, f64::INFINITY));
+    assert_eq!((none.y[0], none.gate[0], none.coherence), (0.0, 0.0, Some(vec![0.0])));
+    let free = select(&base, &found, &Params::default());
+    assert_eq!((free.gate[0], free.coherence, free.y[0]), (1.0, None, 1.0));
 }

@@ -294,6 +294,17 @@ pub fn write_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     sync(&parent)
 }
 
+/// Fails where [`write_folder`] would, and leaves nothing behind: for the time before a long computation.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    if folder.symlink_metadata().is_ok() && !is_replaceable(folder) {
+        return Err(Error::Occupied { path: folder.into() });
+    }
+    // What does not exist will be made in the nearest folder that does.
+    let exists = |p: &&Path| p.symlink_metadata().is_ok();
+    let parent = folder.ancestors().skip(1).find(exists).unwrap_or(Path::new("."));
+    tempfile::tempdir_in(parent).map(drop).map_err(|e| Error::write(parent, e))
+}
+
 /// Temporary files are private to the user; a checkpoint has the permissions of any other file.
 #[cfg_attr(not(unix), allow(unused_variables))]
 fn ordinary(builder: &mut tempfile::Builder, mode: u32) {

@@ -295,14 +295,18 @@ pub fn write_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
 }
 
 /// Fails where [`write_folder`] would, and leaves nothing behind: for the time before a long computation.
-pub fn check_writable(folder: &Path) -> Result<()> {
+pub fn check_replaceable(folder: &Path) -> Result<()> {
     if folder.symlink_metadata().is_ok() && !is_replaceable(folder) {
         return Err(Error::Occupied { path: folder.into() });
     }
+    check_writable(folder.parent().unwrap_or(folder))
+}
+
+/// Fails where [`write_file`] into `folder` would, and leaves nothing behind.
+pub fn check_writable(folder: &Path) -> Result<()> {
     // What does not exist will be made in the nearest folder that does.
-    let exists = |p: &&Path| p.symlink_metadata().is_ok();
-    let parent = folder.ancestors().skip(1).find(exists).unwrap_or(Path::new("."));
-    tempfile::tempdir_in(parent).map(drop).map_err(|e| Error::write(parent, e))
+    let nearest = folder.ancestors().find(|p| p.symlink_metadata().is_ok()).unwrap_or(Path::new("."));
+    tempfile::tempdir_in(nearest).map(drop).map_err(|e| Error::write(nearest, e))
 }
 
 /// Temporary files are private to the user; a checkpoint has the permissions of any other file.

@@ -59,7 +59,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
     let (corpus, tokenizer) = corpus(&args.data, &mut recipe)?;
     // Before the training, so that its result is not lost after it.
-    checkpoint::check_writable(&out)?;
+    checkpoint::check_replaceable(&out)?;
     let mut trainer = Trainer::new(recipe.clone(), corpus, seed, &ctx.device)?;
     eprintln!(
         "{name}: {} parameters, {} steps of {} tokens",

@@ -261,15 +261,6 @@ pub fn write_file(path: &Path, content: &[u8]) -> Result<()> {
     sync(&parent)
 }
 
-/// Whether [`write_folder`] could write `folder` now: what a long run asks before it starts.
-pub fn check_writable(folder: &Path) -> Result<()> {
-    if folder.symlink_metadata().is_ok() && !is_replaceable(folder) {
-        return Err(Error::Occupied { path: folder.into() });
-    }
-    let (parent, _) = parent(folder)?;
-    tempfile::tempdir_in(&parent).map(drop).map_err(|e| Error::write(&parent, e))
-}
-
 /// Has `fill` write into a new folder beside `folder`, syncs it and puts it in place in one step. After an
 /// error, or a crash at any point, `folder` is what it was before.
 ///
@@ -301,6 +292,21 @@ pub fn write_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     // Its name is gone, so there is nothing left to remove.
     let _ = new.keep();
     sync(&parent)
+}
+
+/// Fails where [`write_folder`] would, and leaves nothing behind: for the time before a long computation.
+pub fn check_replaceable(folder: &Path) -> Result<()> {
+    if folder.symlink_metadata().is_ok() && !is_replaceable(folder) {
+        return Err(Error::Occupied { path: folder.into() });
+    }
+    check_writable(folder.parent().unwrap_or(folder))
+}
+
+/// Fails where [`write_file`] into `folder` would, and leaves nothing behind.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    // What does not exist will be made in the nearest folder that does.
+    let nearest = folder.ancestors().find(|p| p.symlink_metadata().is_ok()).unwrap_or(Path::new("."));
+    tempfile::tempdir_in(nearest).map(drop).map_err(|e| Error::write(nearest, e))
 }
 
 /// Temporary files are private to the user; a checkpoint has the permissions of any other file.

@@ -39,14 +39,13 @@ pub struct HeadStats {
 }
 
 impl HeadStats {
-    /// The mean over records.
-    pub fn mean(records: &[Record]) -> Self {
-        let n = records.len().max(1) as f64;
-        let mean = |f: fn(&Record) -> f64| records.iter().map(f).sum::<f64>() / n;
-        Self {
-            abstained: mean(|r| r.abstained),
-            first_token: mean(|r| r.first_token),
-            margin: mean(|r| r.margin),
+    /// Adds the mean over the layers' records, with a weight.
+    fn add(&mut self, records: &[Record], weight: f64) {
+        let weight = weight / records.len().max(1) as f64;
+        for r in records {
+            self.abstained += weight * r.abstained;
+            self.first_token += weight * r.first_token;
+            self.margin += weight * r.margin;
         }
     }
 }
@@ -70,7 +69,7 @@ pub fn evaluate(
     let (mask, records) = (Mask::causal(0), RefCell::new(Vec::new()));
     let pass = Pass { record: Some(&records), ..Pass::new(&mask) };
     let windows: Vec<_> = windows(tokens, context).collect();
-    let (mut sum, mut count) = (0f64, 0usize);
+    let (mut sum, mut count, mut heads) = (0f64, 0usize, HeadStats::default());
     // Only the last window may be shorter, and goes alone.
     for group in windows.chunk_by(|a, b| a.0.len() == b.0.len()).flat_map(|same| same.chunks(batch.max(1))) {
         let n = group[0].0.len();
@@ -82,6 +81,8 @@ pub fn evaluate(
         let losses = token_losses(&logits, &targets)?;
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
         count += losses.len();
+        // Records hold whole tensors, so they do not outlive their pass.
+        heads.add(&records.take(), losses.len() as f64 / (tokens.len() - 1) as f64);
     }
     let loss = sum / count as f64;
     // The first token is given, so its share of the bytes is left out.
@@ -91,6 +92,6 @@ pub fn evaluate(
         perplexity: loss.exp(),
         bits_per_byte: sum / predicted / std::f64::consts::LN_2,
         tokens: count,
-        heads: HeadStats::mean(&records.borrow()),
+        heads,
     })
 }

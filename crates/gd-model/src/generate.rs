@@ -8,6 +8,24 @@ use crate::error::{Error, Result};
 use crate::sampler::Sampler;
 use crate::transformer::Transformer;
 
+/// Whether the model can continue `prompt`.
+///
+/// # Errors
+/// An empty prompt, or one longer than the model's context.
+pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
+    let limit = model.config().max_position_embeddings;
+    if prompt.is_empty() {
+        return Err(Error::Invalid("the prompt has no tokens".into()));
+    }
+    if prompt.len() > limit {
+        return Err(Error::Invalid(format!(
+            "a prompt of {} tokens exceeds the context of {limit}",
+            prompt.len()
+        )));
+    }
+    Ok(())
+}
+
 /// Continues `prompt` by up to `max_tokens` tokens, as many as the model has positions for. Each
 /// new token goes to `emit`, which returns whether to go on. Returns the new tokens.
 ///
@@ -21,21 +39,12 @@ pub fn generate(
     device: &Device,
     mut emit: impl FnMut(u32) -> Result<bool>,
 ) -> Result<Vec<u32>> {
-    let limit = model.config().max_position_embeddings;
-    if prompt.is_empty() {
-        return Err(Error::Invalid("the prompt has no tokens".into()));
-    }
-    if prompt.len() > limit {
-        return Err(Error::Invalid(format!(
-            "a prompt of {} tokens exceeds the context of {limit}",
-            prompt.len()
-        )));
-    }
+    check_prompt(model, prompt)?;
     let mut cache = model.new_cache();
     let mut all = prompt.to_vec();
     let mut next = prompt.to_vec();
     // The last token drawn is not read, so the text may be one longer than the context.
-    let count = max_tokens.min(limit + 1 - prompt.len());
+    let count = max_tokens.min(model.config().max_position_embeddings + 1 - prompt.len());
     for _ in 0..count {
         let offset = all.len() - next.len();
         let mask = Mask::causal(offset as i64);

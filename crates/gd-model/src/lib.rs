@@ -3,13 +3,16 @@
 
 pub mod checkpoint;
 pub mod commands;
+pub mod compare;
 pub mod config;
 pub mod data;
 pub mod device;
 pub mod error;
 pub mod evaluate;
 pub mod generate;
+pub mod gradients;
 pub mod loss;
+pub mod memory;
 pub mod model_file;
 pub mod optimizer;
 pub mod params;
@@ -20,5 +23,6 @@ pub mod tensor_file;
 pub mod tokenizer;
 pub mod trainer;
 pub mod transformer;
+pub mod variants;
 
 pub use error::{Error, Result};

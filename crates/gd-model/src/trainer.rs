@@ -98,7 +98,11 @@ impl Trainer {
         Ok(())
     }
 
-    fn advance(&mut self) -> Result<Step> {
+    /// One step.
+    ///
+    /// # Errors
+    /// A loss or gradient that is not finite.
+    pub fn advance(&mut self) -> Result<Step> {
         let started = Instant::now();
         let train = &self.recipe.train;
         let (mask, vars) = (Mask::causal(0), self.params.vars());

@@ -1,15 +1,29 @@
 //! `gd doctor`: what this machine offers, and whether every parameter learns.
 
-use anyhow::Result;
+use std::fmt;
+
+use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::Context;
+use crate::config::Recipe;
 use crate::device;
+use crate::gradients::{Fault, check};
+use crate::variants::VARIANTS;
 
 /// List device, threads and CPU features, and check the gradients of a preset
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  gd doctor --json")]
-pub struct Args {}
+#[command(
+    after_help = "The gradient check builds the configuration with every mechanism, gives matrices that start at \
+                  zero small random values, runs one backward pass, and names every parameter whose gradient is \
+                  absent, all zero or not finite; the exit code is 1 if there is one.\n\n\
+                  Example:\n  gd doctor --config tiny --json"
+)]
+pub struct Args {
+    /// A preset of models/ or a JSON file with a configuration, for the gradient check
+    #[arg(long, value_name = "PRESET|FILE", default_value = "tiny")]
+    pub config: String,
+}
 
 /// What the command reports.
 #[derive(Debug, Serialize)]
@@ -21,13 +35,31 @@ struct Report {
     architecture: &'static str,
     threads: usize,
     cpu_features: Vec<&'static str>,
+    operators: Vec<String>,
+    config: String,
+    gradients: Vec<Check>,
+}
+
+/// The gradient check of one mechanism.
+#[derive(Debug, Serialize)]
+struct Check {
+    mechanism: &'static str,
+    /// Parameter tensors.
+    parameters: usize,
+    faults: Vec<Fault>,
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// When stdout cannot be written.
-pub fn run(_args: Args, ctx: &Context) -> Result<()> {
+/// A configuration that cannot be used, or a parameter that does not learn.
+pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    let base = Recipe::load(&args.config)?.model;
+    let mut gradients = Vec::new();
+    for v in VARIANTS.iter().filter(|v| v.applies(&base)) {
+        let (parameters, faults) = check(&v.config(&base)?, ctx.seed.unwrap_or(0), &ctx.device)?;
+        gradients.push(Check { mechanism: v.name, parameters, faults });
+    }
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
         device: device::name(&ctx.device),
@@ -36,21 +68,51 @@ pub fn run(_args: Args, ctx: &Context) -> Result<()> {
         architecture: std::env::consts::ARCH,
         threads: rayon::current_num_threads(),
         cpu_features: cpu_features(),
+        operators: gd_kernels::support_table().lines().map(str::to_owned).collect(),
+        config: args.config,
+        gradients,
     };
     if ctx.json {
-        return ctx.print(serde_json::to_string_pretty(&report)?);
+        ctx.print(serde_json::to_string_pretty(&report)?)?;
+    } else {
+        ctx.print(&report)?;
     }
-    let yes = |b| if b { "yes" } else { "no" };
-    ctx.print(format_args!(
-        "gd            {}\ndevice        {}\nCUDA built in {}\nMetal         {}\narchitecture  {}\nthreads       {}\nCPU features  {}",
-        report.version,
-        report.device,
-        yes(report.cuda_built_in),
-        yes(report.metal_built_in),
-        report.architecture,
-        report.threads,
-        if report.cpu_features.is_empty() { "none of those used".into() } else { report.cpu_features.join(" ") },
-    ))
+    let silent = |c: &Check| {
+        let names: Vec<_> = c.faults.iter().map(|f| f.parameter.as_str()).collect();
+        (!names.is_empty()).then(|| format!("{}: {}", c.mechanism, names.join(", ")))
+    };
+    let silent: Vec<_> = report.gradients.iter().filter_map(silent).collect();
+    if !silent.is_empty() {
+        bail!("{}: parameters without a useful gradient: {}", report.config, silent.join("; "));
+    }
+    Ok(())
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let yes = |b| if b { "yes" } else { "no" };
+        let features = match &self.cpu_features[..] {
+            [] => "none of those used".into(),
+            features => features.join(" "),
+        };
+        writeln!(f, "gd            {}", self.version)?;
+        writeln!(f, "device        {}", self.device)?;
+        writeln!(f, "CUDA built in {}", yes(self.cuda_built_in))?;
+        writeln!(f, "Metal         {}", yes(self.metal_built_in))?;
+        writeln!(f, "architecture  {}", self.architecture)?;
+        writeln!(f, "threads       {}", self.threads)?;
+        writeln!(f, "CPU features  {features}")?;
+        writeln!(f, "operators     {}", self.operators.join("\n              "))?;
+        write!(f, "gradients     of configuration {}", self.config)?;
+        for c in &self.gradients {
+            let learning = c.parameters - c.faults.len();
+            write!(f, "\n  {:<15} {learning} of {} parameters learn", c.mechanism, c.parameters)?;
+            for fault in &c.faults {
+                write!(f, "\n    {}: {}", fault.parameter, fault.gradient)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The vector extensions that the CPU kernels can use, as found at run time.

@@ -1,10 +1,17 @@
 //! `gd generate`: continues a prompt, token by token.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
+use serde_json::json;
 
-use super::Context;
+use super::{Context, usage};
+use crate::error::Error;
+use crate::generate::{check_prompt, generate};
+use crate::model_file;
+use crate::sampler::{Sampler, Sampling};
+use crate::stop::StopStrings;
 
 /// Continue a prompt; prompt and continuation go to stdout as they come
 #[derive(Debug, clap::Args)]
@@ -41,10 +48,94 @@ pub struct Args {
     pub stop: Vec<String>,
 }
 
+impl Args {
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+        }
+    }
+}
+
+/// A setting outside its range, under the name of its flag.
+fn flag(e: Error) -> anyhow::Error {
+    let text = e.to_string();
+    let (name, rest) = text.split_once(' ').unwrap_or((&text, ""));
+    usage(format!("--{} {rest}", name.replace('_', "-")))
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// Names the flag, file or value that cannot be used.
-pub fn run(_args: Args, _ctx: &Context) -> Result<()> {
-    bail!("generate: waits for the model")
+pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    let mut sampler = Sampler::new(args.sampling(), ctx.seed.unwrap_or(0)).map_err(flag)?;
+    if args.prompt.is_empty() {
+        return Err(usage("--prompt is empty"));
+    }
+    if args.stop.iter().any(String::is_empty) {
+        return Err(usage("--stop is empty"));
+    }
+    let mut stop = StopStrings::new(args.stop)?;
+    let loaded = model_file::load(&args.model, &ctx.device)?;
+    let prompt = loaded.tokenizer.encode(&args.prompt)?;
+    check_prompt(&loaded.model, &prompt)?;
+    let mut out = Output { ctx, text: String::new(), open: true };
+    if !ctx.json {
+        out.open = ctx.write(&args.prompt)?;
+    }
+    let mut decoder = loaded.tokenizer.stream();
+    let (started, mut failed) = (Instant::now(), None);
+    let tokens = generate(&loaded.model, &prompt, args.max_tokens, &mut sampler, &ctx.device, |token| {
+        let piece = decoder.push(token)?.unwrap_or_default();
+        match out.push(&stop.push(&piece)) {
+            Ok(open) => Ok(open && !stop.stopped()),
+            Err(e) => {
+                failed = Some(e);
+                Ok(false)
+            }
+        }
+    })?;
+    if let Some(e) = failed {
+        return Err(e);
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    // A character or a stop string that the last token leaves unfinished.
+    if let Some(rest) = decoder.finish()? {
+        out.push(&stop.push(&rest))?;
+    }
+    let stopped = stop.stopped();
+    out.push(&stop.finish())?;
+    if ctx.json {
+        return ctx.print(json!({
+            "prompt": args.prompt,
+            "text": out.text,
+            "tokens": tokens.len(),
+            "tokens_per_second": tokens.len() as f64 / seconds,
+            "stopped": stopped,
+        }));
+    }
+    ctx.print("")
+}
+
+/// The continuation: kept for `--json`, otherwise shown as it comes.
+struct Output<'a> {
+    ctx: &'a Context,
+    text: String,
+    /// Whether somebody still reads stdout.
+    open: bool,
+}
+
+impl Output<'_> {
+    fn push(&mut self, piece: &str) -> Result<bool> {
+        if self.ctx.json {
+            self.text.push_str(piece);
+        } else if self.open && !piece.is_empty() {
+            self.open = self.ctx.write(piece)?;
+        }
+        Ok(self.open)
+    }
 }

@@ -74,19 +74,26 @@ pub struct Context {
 }
 
 impl Context {
-    /// Writes `text` and a line end to stdout. A reader that has closed the pipe has seen enough,
-    /// so that is no error.
+    /// Writes `text` to stdout at once; returns whether somebody still reads there. A reader that
+    /// has closed the pipe has seen enough, so that is no error.
     ///
     /// # Errors
     /// When stdout cannot be written for another reason.
-    pub fn print(&self, text: impl fmt::Display) -> Result<()> {
+    pub fn write(&self, text: impl fmt::Display) -> Result<bool> {
         let mut out = std::io::stdout().lock();
-        match writeln!(out, "{text}").and_then(|()| out.flush()) {
-            Err(e) if e.kind() != ErrorKind::BrokenPipe => {
-                Err(anyhow::Error::new(e).context("cannot write to stdout"))
-            }
-            _ => Ok(()),
+        match write!(out, "{text}").and_then(|()| out.flush()) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(false),
+            Err(e) => Err(anyhow::Error::new(e).context("cannot write to stdout")),
         }
+    }
+
+    /// Writes `text` and a line end to stdout.
+    ///
+    /// # Errors
+    /// As [`Context::write`].
+    pub fn print(&self, text: impl fmt::Display) -> Result<()> {
+        self.write(format_args!("{text}\n")).map(|_| ())
     }
 }
 

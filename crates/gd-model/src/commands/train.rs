@@ -44,7 +44,7 @@ pub struct Args {
     #[arg(long, value_name = "PRESET|FILE", default_value = "tiny")]
     pub config: String,
     /// Optimizer steps (default: from the configuration)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: Option<u64>,
     /// The folder to write (default: out/ and the configuration's name)
     #[arg(long, value_name = "DIR")]
@@ -57,17 +57,13 @@ pub struct Args {
 /// Names the flag, file or value that cannot be used.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let seed = ctx.seed.unwrap_or(0);
-    let mut recipe = Recipe::load(&args.config)?;
-    if let Some(steps) = args.steps {
-        recipe.train.steps = steps;
-        recipe.train.lr.warmup = recipe.train.lr.warmup.min(steps / 2);
-        recipe.train.validate()?;
-    }
+    let mut recipe = recipe(&args.config, args.steps)?;
     let name =
         Path::new(&args.config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
     let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
     let (corpus, tokenizer) = corpus(&args.data, &mut recipe)?;
-    checkpoint::check_writable(&out)?;
+    // Before the training, so that its result is not lost after it.
+    checkpoint::check_replaceable(&out)?;
     let mut trainer = Trainer::new(recipe.clone(), corpus, seed, &ctx.device)?;
     eprintln!(
         "{name}: {} parameters, {} steps of {} tokens",
@@ -89,13 +85,13 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     model_file::save(&out, &trainer.model, &trainer.params, &tokenizer, &card, &extra)?;
     let sample = sample(&out, seed, ctx)?;
     if ctx.json {
-        return ctx.print(&json!({
+        return ctx.print(json!({
             "folder": out, "parameters": trainer.params.count(), "steps": recipe.train.steps, "seed": seed,
             "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
             "tokens": result.tokens, "heads": result.heads, "sample": sample,
-        }).to_string());
+        }));
     }
-    ctx.print(&format!(
+    ctx.print(format_args!(
         "validation loss {:.4} nats/token, {:.4} bits/byte, perplexity {:.2} over {} tokens\nsaved {}\n\n\
          sample from the reloaded folder:\n{sample}",
         result.loss,
@@ -104,6 +100,17 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         result.tokens,
         out.display()
     ))
+}
+
+/// A preset or a file, with the steps of `--steps`.
+pub(super) fn recipe(config: &str, steps: Option<u64>) -> Result<Recipe> {
+    let mut recipe = Recipe::load(config)?;
+    if let Some(steps) = steps {
+        recipe.train.steps = steps;
+        recipe.train.lr.warmup = recipe.train.lr.warmup.min(steps / 2);
+        recipe.train.validate()?;
+    }
+    Ok(recipe)
 }
 
 /// Reads the texts, makes the tokenizer, and sets the model's vocabulary to it.

@@ -261,6 +261,15 @@ pub fn write_file(path: &Path, content: &[u8]) -> Result<()> {
     sync(&parent)
 }
 
+/// Whether [`write_folder`] could write `folder` now: what a long run asks before it starts.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    if folder.symlink_metadata().is_ok() && !is_replaceable(folder) {
+        return Err(Error::Occupied { path: folder.into() });
+    }
+    let (parent, _) = parent(folder)?;
+    tempfile::tempdir_in(&parent).map(drop).map_err(|e| Error::write(&parent, e))
+}
+
 /// Has `fill` write into a new folder beside `folder`, syncs it and puts it in place in one step. After an
 /// error, or a crash at any point, `folder` is what it was before.
 ///

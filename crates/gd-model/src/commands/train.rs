@@ -67,11 +67,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         Path::new(&args.config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
     let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
     let (corpus, tokenizer) = corpus(&args.data, &mut recipe)?;
-    // Writing now shows before the training whether the folder can be written.
-    checkpoint::write_folder(&out.join("run"), |dir| {
-        let text = serde_json::to_string_pretty(&recipe).unwrap_or_default();
-        checkpoint::write_file(&dir.join("recipe.json"), text.as_bytes())
-    })?;
+    checkpoint::check_writable(&out)?;
     let mut trainer = Trainer::new(recipe.clone(), corpus, seed, &ctx.device)?;
     eprintln!(
         "{name}: {} parameters, {} steps of {} tokens",

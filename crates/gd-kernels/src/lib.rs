@@ -12,6 +12,7 @@ pub mod fused;
 mod mask;
 mod options;
 mod plan;
+pub mod reference;
 mod scan;
 mod select;
 

@@ -63,8 +63,8 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// The K keys of least selection energy for every query, sorted by (energy, index), followed by
-/// the protected keys that are not among them.
+/// The K keys of least selection energy for every query, and the protected ones, sorted by
+/// (energy, index).
 ///
 /// q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, of one dtype and device, Hq a multiple of Hk. Not
 /// differentiable: gradients start at [`crate::select`].

@@ -16,6 +16,7 @@ mod norm;
 #[cfg(test)]
 mod oracle;
 mod rope;
+mod softmax;
 mod softmax_attention;
 mod swiglu;
 

@@ -11,6 +11,7 @@ use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 use crate::heads::Heads;
 use crate::rope::Rotary;
+use crate::softmax::masked_softmax;
 
 /// `softmax(q k^T / sqrt(D) + prior) v`, from candle's differentiable primitives. A query that sees
 /// no key reads nothing (0).
@@ -48,13 +49,7 @@ impl Attention for SoftmaxAttention {
             }
             None => scores,
         };
-        let (bias, seen) = crate::mask::additive(pass.mask, b, n, m, &scores)?;
-        let weights = candle_nn::ops::softmax(&scores.broadcast_add(&bias)?, 3)?;
-        // A row of the mask without a single key is uniform after the softmax: it reads nothing.
-        let weights = match seen {
-            Some(seen) => weights.broadcast_mul(&seen)?,
-            None => weights,
-        };
+        let weights = masked_softmax(&scores, pass.mask)?;
         if let Some(record) = pass.record {
             record.borrow_mut().push(summary(&weights)?);
         }

@@ -36,6 +36,8 @@ pub struct Step {
     pub hardness: f64,
     /// Training tokens per second since the start, looks at the validation text left out.
     pub tokens_per_second: f64,
+    /// Seconds to the end of the run at this rate.
+    pub seconds_left: f64,
     /// Loss on the first windows of the validation text, every `eval_every` steps and at the end.
     pub valid_loss: Option<f64>,
 }
@@ -143,6 +145,7 @@ impl Trainer {
             lr,
             hardness,
             tokens_per_second: tokens / self.seconds,
+            seconds_left: self.seconds / self.step as f64 * (self.recipe.train.steps - self.step) as f64,
             valid_loss,
         })
     }

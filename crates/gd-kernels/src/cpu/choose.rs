@@ -41,38 +41,38 @@ impl<A: Real> Rule<A> {
 pub(crate) struct Choice<A> {
     /// The winning slot; none if the row abstains.
     pub(crate) winner: Option<usize>,
-    /// Energy of the next candidate less that of the nearest; +inf if there is none.
+    /// Energy of the next admitted candidate less that of the winner; +inf if there is none.
     pub(crate) margin: A,
-    /// Consistency gate of the nearest candidate; 1 without an energy gate.
+    /// Consistency gate of the nearest candidate, admitted or not; 1 without an energy gate.
     pub(crate) rho: A,
 }
 
 /// Finds the winner among slots with a key, ties by the rule.
 pub(crate) fn choose<A: Real>(rule: &Rule<A>, energy: &[A], key: &[i32], tau: A) -> Choice<A> {
-    let mut nearest: Option<usize> = None;
-    let mut second = A::infinity();
-    for (slot, (&e, &j)) in energy.iter().zip(key).enumerate() {
-        if j < 0 {
-            continue;
-        }
-        let Some(best) = nearest else {
-            nearest = Some(slot);
-            continue;
-        };
-        let earlier = (j < key[best]) == (rule.tie == TieBreak::First);
-        if e < energy[best] || (e == energy[best] && earlier) {
-            second = energy[best];
-            nearest = Some(slot);
-        } else {
-            second = if e < second { e } else { second };
+    let mut best: Option<usize> = None;
+    for (slot, (&e, &j)) in energy.iter().zip(key).enumerate().filter(|(_, (_, j))| **j >= 0) {
+        let wins = best.is_none_or(|b| {
+            let earlier = (j < key[b]) == (rule.tie == TieBreak::First);
+            e < energy[b] || (e == energy[b] && earlier)
+        });
+        if wins {
+            best = Some(slot);
         }
     }
-    let Some(best) = nearest else {
+    let Some(best) = best else {
         return Choice { winner: None, margin: A::infinity(), rho: A::one() };
     };
     let e = energy[best];
     let rho = rule.gate.map_or(A::one(), |t| sigmoid((tau - e) / t));
-    Choice { winner: (e <= tau).then_some(best), margin: second - e, rho }
+    if e > tau {
+        return Choice { winner: None, margin: A::infinity(), rho };
+    }
+    let rivals = energy.iter().zip(key).enumerate().filter(|(slot, (_, j))| *slot != best && **j >= 0);
+    let margin = rivals.map(|(_, (&x, _))| x).filter(|&x| x <= tau).fold(A::infinity(), |m, x| {
+        let lead = x - e;
+        if lead < m { lead } else { m }
+    });
+    Choice { winner: Some(best), margin, rho }
 }
 
 pub(crate) fn sigmoid<A: Real>(x: A) -> A {

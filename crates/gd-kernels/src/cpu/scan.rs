@@ -176,8 +176,9 @@ impl<T: Element> Block<'_, T> {
                 }
             }
         }
+        let mut found = Vec::with_capacity(self.slots);
         for (row, visible) in visible.iter().enumerate() {
-            self.finish(row, visible, best.keys(row));
+            self.finish(row, visible, best.keys(row), &mut found);
         }
     }
 
@@ -192,37 +193,42 @@ impl<T: Element> Block<'_, T> {
         }
     }
 
-    /// Writes a row's candidates: the K best by (energy, index), then protected keys not among them.
+    /// Writes a row's candidates, the K best and the protected ones, sorted by (energy, index).
     #[inline(always)]
-    fn finish(&mut self, row: usize, visible: &Range<usize>, keys: &[u32]) {
+    fn finish(
+        &mut self,
+        row: usize,
+        visible: &Range<usize>,
+        keys: &[u32],
+        found: &mut Vec<(T::Acc, i32, bool)>,
+    ) {
         let i = self.rows.start + row;
-        let energy = |j: usize| self.candidate_energy(i, j);
-        let mut found: Vec<(T::Acc, usize)> =
-            keys.iter().map(|&j| (energy(j as usize), j as usize)).filter(|c| c.0.is_finite()).collect();
-        // Offered best first, so equal energies are already in the order of the tie rule only if
-        // their scores were equal too: sort by the full rule.
+        // Loops rather than adaptors: a closure that is not inlined loses the instruction set.
+        found.clear();
+        for &j in keys {
+            found.push((self.candidate_energy(i, j as usize), j as i32, false));
+        }
+        if let Some(protected) = self.x.protected {
+            for &j in protected.row(self.b, self.h, i, self.problem.q_heads) {
+                match found.iter_mut().find(|c| c.1 == j) {
+                    Some(known) => known.2 = true,
+                    None if j >= 0 && visible.contains(&(j as usize)) => {
+                        found.push((self.candidate_energy(i, j as usize), j, true));
+                    }
+                    None => {}
+                }
+            }
+        }
+        found.retain(|c| c.0.is_finite());
         found.sort_by(|a, b| {
             let by_index = if self.problem.tie == TieBreak::First { a.1.cmp(&b.1) } else { b.1.cmp(&a.1) };
             a.0.partial_cmp(&b.0).unwrap_or(std::cmp::Ordering::Equal).then(by_index)
         });
         let base = row * self.slots;
-        for (slot, &(e, j)) in found.iter().enumerate() {
-            (self.energy[base + slot], self.index[base + slot]) = (e, j as i32);
-        }
-        let Some(protected) = self.x.protected else { return };
-        let mut end = base + self.problem.candidates;
-        for &j in protected.row(self.b, self.h, i, self.problem.q_heads) {
-            if j < 0 || !visible.contains(&(j as usize)) {
-                continue;
-            }
-            if let Some(slot) = (base..end).find(|&s| self.index[s] == j) {
-                self.flags[slot] = 1;
-                continue;
-            }
-            let e = self.candidate_energy(i, j as usize);
-            if e.is_finite() {
-                (self.energy[end], self.index[end], self.flags[end]) = (e, j, 1);
-                end += 1;
+        for (slot, &(e, j, flag)) in found.iter().enumerate() {
+            (self.energy[base + slot], self.index[base + slot]) = (e, j);
+            if flag {
+                self.flags[base + slot] = 1;
             }
         }
     }
@@ -277,22 +283,31 @@ fn tile<A: Real, S: Simd, const R: usize>(
     }
 }
 
+/// Most keys of a panel.
+const MAX_LANES: usize = 32;
+
 /// Offers the scores of keys `first..first + scores.len()` to a row's list. Most tiles improve
 /// nothing, and one vectorised comparison says so.
 #[inline(always)]
 fn offer<A: Real>(best: &mut Best<A>, row: usize, scores: &[A], first: usize, backwards: bool) {
     let threshold = best.threshold(row);
-    if scores.iter().fold(0u32, |n, &s| n + u32::from(s > threshold)) == 0 {
+    let mut improving = 0u32;
+    for &s in scores {
+        improving += u32::from(s > threshold);
+    }
+    if improving == 0 {
         return;
     }
-    let mut take = |w: usize| {
+    // Gather the hits without branches, since which lanes improve is not predictable.
+    let (mut hits, mut count) = ([0u8; MAX_LANES + 1], 0);
+    for (w, &s) in scores.iter().enumerate() {
+        hits[count] = w as u8;
+        count += usize::from(s > threshold);
+    }
+    for n in 0..count {
+        let w = usize::from(hits[if backwards { count - 1 - n } else { n }]);
         if scores[w] > best.threshold(row) {
             best.insert(row, scores[w], first + w);
         }
-    };
-    if backwards {
-        (0..scores.len()).rev().for_each(&mut take)
-    } else {
-        (0..scores.len()).for_each(&mut take)
     }
 }

@@ -85,9 +85,9 @@ fn distance<T: Element>(q: &[T], k: &[T]) -> f64 {
 }
 
 impl Density {
-    /// The coherence point u* of every row; NaN where there is no key.
+    /// The coherence point u* of every row; 0, the query itself, where there is no key.
     pub(crate) fn points<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, aux: &[T::Acc]) -> Vec<T::Acc> {
-        self.map(q, k, aux, f64::NAN, |t, alpha| coherence_point(t, alpha, self.mode))
+        self.map(q, k, aux, |t, alpha| coherence_point(t, alpha, self.mode))
     }
 
     fn map<T: Element>(
@@ -95,10 +95,9 @@ impl Density {
         q: View<'_, T>,
         k: View<'_, T>,
         aux: &[T::Acc],
-        none: f64,
         f: impl Fn(f64, f64) -> f64 + Sync,
     ) -> Vec<T::Acc> {
-        let mut out = vec![T::Acc::of(none); self.dims.rows()];
+        let mut out = vec![T::Acc::of(0.0); self.dims.rows()];
         for_rows(
             &mut out,
             1,
@@ -187,7 +186,7 @@ impl CustomOp3 for Density {
         by_float!("select", q.dtype(), T => {
             type A = <T as Element>::Acc;
             let (q, k, aux) = (View::<T>::new(q, ql)?, View::<T>::new(k, kl)?, flat::<A>(aux, al)?);
-            let rho = self.map(q, k, aux, 0.0, |t, alpha| density(t, alpha, self.mode).0);
+            let rho = self.map(q, k, aux, |t, alpha| density(t, alpha, self.mode).0);
             Ok((A::to_cpu_storage_owned(rho), Shape::from((b, hq, n))))
         })
     }

@@ -93,12 +93,12 @@ pub struct Selected {
     pub index: Tensor,
     /// Its energy, +inf where the head abstained; f32 (f64 for f64 tensors), as the next three.
     pub energy: Tensor,
-    /// Energy of the runner-up less that of the nearest candidate; +inf without a runner-up.
+    /// Energy of the runner-up that the threshold admits less that of the winner; +inf without one.
     pub margin: Tensor,
     /// What scaled the row: the consistency gate, 1 without one, 0 where the head abstained.
     pub gate: Tensor,
-    /// Coherence point u* on the passage from query to key; NaN where the head abstained. Present
-    /// when alpha is given.
+    /// Coherence point u* on the passage from query to key; 0 (the query) where the head abstained.
+    /// Present when alpha is given.
     pub coherence: Option<Tensor>,
 }
 
@@ -132,7 +132,7 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
         let known = (round == 0).then(|| candidates.energy.clone());
         let op = energy::Energy { dims, score: s.score, index: index.clone(), prior, known };
         let mut energy = query.apply_op3(&k, &aux, op)?;
-        if let (Some(barrier), Some(flags), 0) = (s.barrier, &candidates.protected, round) {
+        if let (Some(barrier), Some(flags)) = (s.barrier, &candidates.protected) {
             let protected = Arc::new(flags.flatten_all()?.to_vec1::<u8>()?);
             let op = barrier::BarrierOp { barrier, slots: dims.slots, index: index.clone(), protected };
             energy = energy.apply_op1(op)?;
@@ -150,8 +150,12 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
         });
         if round + 1 < count {
             let mut rest = index.to_vec();
-            for (row, slot) in step.slot.iter().enumerate().filter_map(|(row, s)| s.map(|s| (row, s))) {
-                rest[row * dims.slots + slot] = -1;
+            for (slots, winner) in rest.chunks_mut(dims.slots).zip(&step.slot) {
+                match winner {
+                    Some(slot) => slots[*slot] = -1,
+                    // What abstained once has nothing left to refine.
+                    None => slots.fill(-1),
+                }
             }
             index = Arc::new(rest);
             let winners = Arc::new(step.index.clone());

@@ -102,12 +102,12 @@ pub fn same_bits(f: impl Fn() -> Vec<Tensor> + Sync) {
     assert_eq!(one, run(3), "3 threads");
 }
 
-/// Prints the best of ten times of `f` and of its backward pass.
+/// Prints the best of five times of `f` and of its backward pass.
 pub fn report(what: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let mut best = [f64::INFINITY; 2];
-    for _ in 0..10 {
+    for _ in 0..5 {
         let start = Instant::now();
         let y = f(&tensors).unwrap();
         best[0] = best[0].min(start.elapsed().as_secs_f64());

@@ -1,11 +1,12 @@
 //! `gd train`: trains a model, saves it, reloads it and generates a sample.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::Context;
@@ -24,6 +25,9 @@ pub const SAMPLE: &str = include_str!("../../../../models/sample.txt");
 
 /// Tokens of the sample that is generated at the end.
 const SAMPLE_TOKENS: usize = 200;
+
+/// Steps between two lines of progress where no bar is drawn.
+const LINE_EVERY: u64 = 25;
 
 /// Train a model and save it
 #[derive(Debug, clap::Args)]
@@ -130,11 +134,18 @@ pub(super) fn train(trainer: &mut Trainer, mut watch: impl FnMut(&Step)) -> Resu
     let style = "{bar:30} {pos}/{len} steps  {msg}  {elapsed_precise} (left {eta})";
     bar.set_style(ProgressStyle::with_template(style)?);
     bar.enable_steady_tick(Duration::from_millis(500));
+    // Where the bar is not drawn (a file, a pipe), a line now and then says the same.
+    let lines = !std::io::stderr().is_terminal();
     let mut valid = None;
     let result = trainer.run(|step| {
         valid = step.valid_loss.or(valid);
         let valid = valid.map_or(String::new(), |v| format!("  valid {v:.4}"));
-        bar.set_message(format!("loss {:.4}{valid}  {:.0} tokens/s", step.loss, step.tokens_per_second));
+        let message = format!("loss {:.4}{valid}  {:.0} tokens/s", step.loss, step.tokens_per_second);
+        if lines && (step.valid_loss.is_some() || step.step.is_multiple_of(LINE_EVERY)) {
+            let left = HumanDuration(Duration::from_secs_f64(step.seconds_left));
+            eprintln!("{}/{} steps  {message}  left {left:#}", step.step, step.total);
+        }
+        bar.set_message(message);
         bar.set_position(step.step);
         watch(step);
         Ok(())

@@ -1,0 +1,151 @@
+//! The naive backward pass of the choice: an estimator's gradient of the energies, carried through
+//! barrier, scores and refinement to every input.
+
+use super::estimator::{logit_gradient, value_weights};
+use super::problem::{Params, Problem};
+use super::refine::residual_query_backward;
+use super::scan::Candidates;
+use super::select::{Round, Row, in_play};
+use super::{add_scaled, distance2, dot};
+use crate::options::{Estimator, Score};
+
+/// The gradients, each in the shape of its input (prior `[B, Hq, M]` and the parameters whether
+/// they were given or not).
+#[derive(Debug, Clone)]
+pub struct Gradients {
+    /// `[B, Hq, N, D]`.
+    pub q: Vec<f64>,
+    /// `[B, Hk, M, D]`.
+    pub k: Vec<f64>,
+    /// `[B, Hk, M, Dv]`.
+    pub v: Vec<f64>,
+    /// `[Hq]`.
+    pub beta: Vec<f64>,
+    /// `[B, Hq, M]`.
+    pub prior: Vec<f64>,
+    /// `[Hq]`.
+    pub threshold: Vec<f64>,
+    /// `[Hq]`.
+    pub alpha: Vec<f64>,
+    /// `[Hq, R]`.
+    pub rounds: Vec<f64>,
+}
+
+/// What one round sends to its energies and gate.
+#[derive(Debug, Clone)]
+pub struct RoundGradient {
+    /// Of the energies before the barrier, by member.
+    pub energy: Vec<f64>,
+    /// Of the values' weight in the output's gradient, by member.
+    pub value: Vec<f64>,
+    /// Of the threshold.
+    pub threshold: f64,
+    /// Of `t = beta |q - k|^2` of the best member, through the coherence gate.
+    pub t: f64,
+    /// Of alpha.
+    pub alpha: f64,
+}
+
+/// The gradients of one round from `a_j = <dy, v_j>` by member: the blend's share is exact, the
+/// hard share is the estimator's.
+pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradient {
+    let (hard, temperature) = (params.hard_share(), params.temperature);
+    let chosen = round.admitted.then_some(round.best);
+    let mut out = RoundGradient {
+        energy: vec![0.0; a.len()],
+        value: vec![0.0; a.len()],
+        threshold: 0.0,
+        t: 0.0,
+        alpha: 0.0,
+    };
+    for (estimator, share) in [
+        (Estimator::Blend, 1.0 - hard),
+        // The chosen row is scaled by the gate, and so is everything that stands for it.
+        (params.estimator, hard * round.gate.rho),
+    ] {
+        // A share of 0 must not touch `a`: it may hold the NaN of a value that is not used.
+        if share == 0.0 {
+            continue;
+        }
+        let logits = logit_gradient(estimator, &round.p, chosen, a, params.preserve_floor);
+        add_scaled(&mut out.energy, -share / temperature, &logits.candidates);
+        out.threshold -= share / temperature * logits.null;
+        let weights = value_weights(estimator, &round.p, chosen, params.preserve_floor, params.value_floor);
+        add_scaled(&mut out.value, share, &weights);
+    }
+    if let Some(best) = chosen {
+        let d_rho = hard * a[best];
+        out.energy[best] += d_rho * round.gate.d_energy;
+        out.threshold += d_rho * round.gate.d_threshold;
+        out.t += d_rho * round.gate.d_t;
+        out.alpha += d_rho * round.gate.d_alpha;
+    }
+    if let Some(lift) = &round.lift {
+        // Scores are minus energies on both sides of the barrier, so the signs cancel.
+        out.energy = lift.pull_back(&out.energy);
+    }
+    out
+}
+
+/// The gradients of every input from `dy` `[B, Hq, N, Dv]`.
+pub fn backward(problem: &Problem, found: &Candidates, params: &Params, dy: &[f64]) -> Gradients {
+    let found = in_play(problem, found, params);
+    let (heads, count) = (problem.q_heads, params.round_count(problem.q_heads));
+    let mut out = Gradients {
+        q: vec![0.0; problem.q.len()],
+        k: vec![0.0; problem.k.len()],
+        v: vec![0.0; problem.v.len()],
+        beta: vec![0.0; heads],
+        prior: vec![0.0; problem.batch * heads * problem.keys],
+        threshold: vec![0.0; heads],
+        alpha: vec![0.0; heads],
+        rounds: vec![0.0; heads * count],
+    };
+    for (number, (b, h, i)) in problem.rows() {
+        let row = Row::new(problem, params, &found, number);
+        let (rounds, weights) = (row.rounds(), row.weights());
+        let dy = &dy[number * problem.value_dim..][..problem.value_dim];
+        // The gradient of the next round's query.
+        let mut next: Option<Vec<f64>> = None;
+        for (r, round) in rounds.iter().enumerate().rev() {
+            out.rounds[h * count + r] += dot(dy, &round.output);
+            let mut d_query = vec![0.0; problem.dim];
+            let best = round.members[round.best];
+            if let Some(next) = &next {
+                let (dq, dk) = residual_query_backward(&round.query, row.key(best), next);
+                d_query = dq;
+                add_scaled(&mut out.k[problem.k_at(b, h, row.keys[best])], 1.0, &dk);
+            }
+            let a: Vec<f64> =
+                round.members.iter().map(|&slot| weights[r] * dot(dy, row.value(slot))).collect();
+            let gradient = round_gradient(round, params, &a);
+            out.threshold[h] += gradient.threshold;
+            out.alpha[h] += gradient.alpha;
+            for (j, &slot) in round.members.iter().enumerate() {
+                let d_t = if j == round.best { gradient.t } else { 0.0 };
+                let key = row.keys[slot];
+                add_scaled(&mut out.v[problem.v_at(b, h, key)], weights[r] * gradient.value[j], dy);
+                out.prior[problem.prior_at(b, h, key)] -= gradient.energy[j];
+                let d_key = &mut out.k[problem.k_at(b, h, key)];
+                let beta = problem.beta[h];
+                // The coherence gate always measures the distance, whatever scores the keys.
+                let (near, product) = match problem.score {
+                    Score::Energy => (d_t + gradient.energy[j], 0.0),
+                    Score::Dot => (d_t, gradient.energy[j]),
+                };
+                let (q, k) = (&round.query, row.key(slot));
+                let away: Vec<f64> = q.iter().zip(k).map(|(q, k)| q - k).collect();
+                out.beta[h] += near * distance2(q, k) - product * dot(q, k);
+                add_scaled(&mut d_query, 2.0 * beta * near, &away);
+                add_scaled(d_key, -2.0 * beta * near, &away);
+                add_scaled(&mut d_query, -beta * product, k);
+                add_scaled(d_key, -beta * product, q);
+            }
+            next = Some(d_query);
+        }
+        if let Some(d_query) = next {
+            add_scaled(&mut out.q[problem.q_at(b, h, i)], 1.0, &d_query);
+        }
+    }
+    out
+}

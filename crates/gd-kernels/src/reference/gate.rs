@@ -1,0 +1,48 @@
+//! The consistency gate of one selected key.
+
+use super::sigmoid;
+use super::theory::density;
+use crate::options::{CoherenceMode, Gate};
+
+/// The gate and its derivatives.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GateValue {
+    /// rho.
+    pub rho: f64,
+    /// In the key's energy.
+    pub d_energy: f64,
+    /// In the threshold.
+    pub d_threshold: f64,
+    /// In `t = beta |q - k|^2`.
+    pub d_t: f64,
+    /// In alpha.
+    pub d_alpha: f64,
+}
+
+/// The gate of a key with the given energy and squared, scaled distance `t`.
+///
+/// # Panics
+/// If the gate needs a threshold or an alpha that is not there.
+pub fn gate(
+    gate: Gate,
+    energy: f64,
+    t: f64,
+    threshold: Option<f64>,
+    alpha: Option<f64>,
+    mode: CoherenceMode,
+) -> GateValue {
+    let open = GateValue { rho: 1.0, d_energy: 0.0, d_threshold: 0.0, d_t: 0.0, d_alpha: 0.0 };
+    match gate {
+        Gate::None => open,
+        Gate::Energy { temperature } => {
+            let x = (threshold.expect("the energy gate needs a threshold") - energy) / temperature;
+            let rho = sigmoid(x);
+            let slope = rho * sigmoid(-x) / temperature;
+            GateValue { rho, d_energy: -slope, d_threshold: slope, ..open }
+        }
+        Gate::Coherence => {
+            let rho = density(t, alpha.expect("the coherence gate needs an alpha"), mode);
+            GateValue { rho: rho.value, d_t: rho.d_t, d_alpha: rho.d_alpha, ..open }
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! The naive choice: barrier, threshold, winner, gate, refinement, one row at a time.
+
+use std::borrow::Cow;
+
+use super::barrier::{Lift, barrier};
+use super::estimator::{Slots, soft_choice};
+use super::gate::{GateValue, gate};
+use super::problem::{Params, Problem};
+use super::refine::residual_query;
+use super::scan::{Candidates, energy, scan};
+use super::{add_scaled, distance2, theory};
+use crate::options::{Estimator, TieBreak};
+
+/// What was chosen: the first round's record and the sum of all rounds' outputs.
+#[derive(Debug, Clone)]
+pub struct Selected {
+    /// `[B, Hq, N, Dv]`.
+    pub y: Vec<f64>,
+    /// The winner `[B, Hq, N]`; -1 where the row abstained.
+    pub index: Vec<i32>,
+    /// Its energy after the barrier; +infinity where the row abstained.
+    pub energy: Vec<f64>,
+    /// The runner-up's energy minus the winner's, over what barrier and threshold left; +infinity
+    /// where there is no runner-up.
+    pub margin: Vec<f64>,
+    /// rho; 0 where the row abstained.
+    pub gate: Vec<f64>,
+    /// u* of query and winner where alpha is given; 0 where the row abstained.
+    pub coherence: Option<Vec<f64>>,
+}
+
+/// One row `(b, h, i)` with its candidates, by slot.
+#[derive(Debug)]
+pub struct Row<'a> {
+    pub(crate) problem: &'a Problem,
+    pub(crate) params: &'a Params,
+    pub(crate) place: (usize, usize, usize),
+    pub(crate) keys: Vec<usize>,
+    protected: Vec<bool>,
+}
+
+/// One round of a row. `members` are the slots still in play, `[C]`; the other lists go by member.
+#[derive(Debug, Clone)]
+pub struct Round {
+    /// The query of this round `[D]`.
+    pub query: Vec<f64>,
+    /// The slots still in play.
+    pub members: Vec<usize>,
+    /// The barrier's work, if there is one.
+    pub lift: Option<Lift>,
+    /// The energies after the barrier.
+    pub energy: Vec<f64>,
+    /// The member of least energy.
+    pub best: usize,
+    /// Whether the threshold admits it; otherwise the round abstains.
+    pub admitted: bool,
+    /// To the next admitted member.
+    pub margin: f64,
+    /// The gate of the best member, admitted or not, so that it has no jump at the threshold.
+    pub gate: GateValue,
+    /// The soft choice.
+    pub p: Slots,
+    /// The round's output before its refinement weight `[Dv]`.
+    pub output: Vec<f64>,
+}
+
+impl<'a> Row<'a> {
+    /// Row number `row` of a problem.
+    pub fn new(problem: &'a Problem, params: &'a Params, found: &Candidates, row: usize) -> Self {
+        let (heads, queries) = (problem.q_heads, problem.queries);
+        let slots = (row * found.width..(row + 1) * found.width).filter(|&c| found.index[c] >= 0);
+        Self {
+            problem,
+            params,
+            place: (row / (heads * queries), row / queries % heads, row % queries),
+            keys: slots.clone().map(|c| found.index[c] as usize).collect(),
+            protected: slots.map(|c| found.protected[c]).collect(),
+        }
+    }
+
+    pub(crate) fn key(&self, slot: usize) -> &'a [f64] {
+        &self.problem.k[self.problem.k_at(self.place.0, self.place.1, self.keys[slot])]
+    }
+
+    pub(crate) fn value(&self, slot: usize) -> &'a [f64] {
+        &self.problem.v[self.problem.v_at(self.place.0, self.place.1, self.keys[slot])]
+    }
+
+    /// The parameter of this row's head.
+    pub(crate) fn of_head(&self, parameter: &Option<Vec<f64>>) -> Option<f64> {
+        parameter.as_ref().map(|p| p[self.place.1])
+    }
+
+    /// The refinement weights of this row's head.
+    pub(crate) fn weights(&self) -> Vec<f64> {
+        let r = self.params.round_count(self.problem.q_heads);
+        self.params.rounds.as_ref().map_or(vec![1.0], |w| w[self.place.1 * r..][..r].to_vec())
+    }
+
+    /// All rounds: they end after the last weight, or where a round abstains or leaves no candidate.
+    pub fn rounds(&self) -> Vec<Round> {
+        let (b, h, i) = self.place;
+        let mut query = self.problem.q[self.problem.q_at(b, h, i)].to_vec();
+        let mut members: Vec<usize> = (0..self.keys.len()).collect();
+        let mut rounds = vec![];
+        for _ in self.weights() {
+            if members.is_empty() {
+                break;
+            }
+            let round = self.round(query, members);
+            let winner = round.members[round.best];
+            query = residual_query(&round.query, self.key(winner));
+            members = round.members.iter().copied().filter(|&slot| slot != winner).collect();
+            let admitted = round.admitted;
+            rounds.push(round);
+            if !admitted {
+                break;
+            }
+        }
+        rounds
+    }
+
+    fn round(&self, query: Vec<f64>, members: Vec<usize>) -> Round {
+        let ((b, h, _), params, beta) = (self.place, self.params, self.problem.beta[self.place.1]);
+        let threshold = self.of_head(&params.threshold);
+        let score = |&slot: &usize| {
+            let prior = self.problem.prior_of(b, h, self.keys[slot]);
+            -energy(&query, self.key(slot), beta, prior, self.problem.score)
+        };
+        let scores: Vec<f64> = members.iter().map(score).collect();
+        let flags: Vec<bool> = members.iter().map(|&slot| self.protected[slot]).collect();
+        let lift = params.barrier.as_ref().map(|rule| barrier(&scores, &flags, rule));
+        let energy: Vec<f64> = lift.as_ref().map_or(&scores, |l| &l.scores).iter().map(|s| -s).collect();
+
+        let admits = |e: f64| threshold.is_none_or(|tau| e <= tau);
+        let earlier = |x: usize, y: usize| match self.problem.tie {
+            TieBreak::First => self.keys[members[x]] < self.keys[members[y]],
+            TieBreak::Last => self.keys[members[x]] > self.keys[members[y]],
+        };
+        let wins = |x: usize, y: usize| energy[x] < energy[y] || energy[x] == energy[y] && earlier(x, y);
+        let best = (0..members.len()).fold(0, |best, j| if wins(j, best) { j } else { best });
+        let rivals = (0..members.len()).filter(|&j| j != best && admits(energy[j]));
+        let margin = rivals.map(|j| energy[j] - energy[best]).fold(f64::INFINITY, f64::min);
+
+        let t = beta * distance2(&query, self.key(members[best]));
+        let alpha = self.of_head(&params.alpha);
+        let gate = gate(params.gate, energy[best], t, threshold, alpha, params.coherence);
+        let p = soft_choice(&energy, threshold, params.temperature);
+        let (hard, admitted) = (params.hard_share(), admits(energy[best]));
+        let mut output = vec![0.0; self.problem.value_dim];
+        // A share of 0 must not touch the values at all: they may hold a NaN.
+        if hard < 1.0 {
+            for (&slot, p) in members.iter().zip(&p.candidates) {
+                add_scaled(&mut output, (1.0 - hard) * p, self.value(slot));
+            }
+        }
+        if hard > 0.0 && admitted {
+            add_scaled(&mut output, hard * gate.rho, self.value(members[best]));
+        }
+        Round { query, members, lift, energy, best, admitted, margin, gate, p, output }
+    }
+}
+
+/// The candidates that an estimator works on: `Dense` takes every visible key.
+pub fn in_play<'a>(problem: &Problem, found: &'a Candidates, params: &Params) -> Cow<'a, Candidates> {
+    match params.estimator {
+        Estimator::Dense => Cow::Owned(scan(problem, problem.keys)),
+        _ => Cow::Borrowed(found),
+    }
+}
+
+/// Chooses among the candidates of every row. Their energies are computed again from q and k.
+pub fn select(problem: &Problem, found: &Candidates, params: &Params) -> Selected {
+    let found = in_play(problem, found, params);
+    let (mut y, mut index, mut energy) = (vec![], vec![], vec![]);
+    let (mut margin, mut gate, mut coherence) = (vec![], vec![], vec![]);
+    for (number, (_, h, _)) in problem.rows() {
+        let row = Row::new(problem, params, &found, number);
+        let rounds = row.rounds();
+        let mut out = vec![0.0; problem.value_dim];
+        for (round, weight) in rounds.iter().zip(row.weights()) {
+            add_scaled(&mut out, weight, &round.output);
+        }
+        y.extend(out);
+        let chosen = rounds.first().filter(|r| r.admitted);
+        let slot = chosen.map(|r| r.members[r.best]);
+        index.push(slot.map_or(-1, |slot| row.keys[slot] as i32));
+        energy.push(chosen.map_or(f64::INFINITY, |r| r.energy[r.best]));
+        margin.push(chosen.map_or(f64::INFINITY, |r| r.margin));
+        gate.push(chosen.map_or(0.0, |r| r.gate.rho));
+        if let Some(alpha) = row.of_head(&params.alpha) {
+            coherence.push(chosen.zip(slot).map_or(0.0, |(round, slot)| {
+                let t = problem.beta[h] * distance2(&round.query, row.key(slot));
+                theory::coherence(t, alpha, params.coherence).u
+            }));
+        }
+    }
+    let coherence = params.alpha.as_ref().map(|_| coherence);
+    Selected { y, index, energy, margin, gate, coherence }
+}

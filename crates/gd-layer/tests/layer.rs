@@ -1,0 +1,199 @@
+//! The attention layers: gradients of every parameter, decoding, and the swap into other models.
+
+mod support;
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+use gd_kernels::Mask;
+use gd_layer::{AttentionConfig, BeaconConfig, GdAttention, GdConfig, LayerCache, Pass, Rotary};
+use support::{Fixture, Numbers, config, fixture, selecting};
+
+/// `<layer(x), w>` at a fixed random w.
+fn loss(f: &Fixture, x: &Tensor, hardness: f64) -> Result<Tensor> {
+    let mask = Mask::causal(0);
+    let pass = Pass { hardness, ..Pass::new(&mask) };
+    let y = f.layer.attend(x, &pass, None)?;
+    let w = Numbers(99).tensor(y.dims(), 1.0, y.dtype())?;
+    (y * w)?.sum_all()
+}
+
+/// Compares the gradient of every parameter (at up to `probes` elements each) and of x with finite
+/// differences.
+fn gradcheck(name: &str, f: &Fixture, hardness: f64) -> Result<()> {
+    let x = candle_core::Var::from_tensor(&Numbers(7).tensor(&[2, 7, 12], 1.0, DType::F64)?)?;
+    let grads = loss(f, x.as_tensor(), hardness)?.backward()?;
+    let mut all = f.vars.clone();
+    all.push(("x".into(), x.clone()));
+    for (var_name, var) in &all {
+        let grad = grads.get(var.as_tensor());
+        let grad = grad.unwrap_or_else(|| panic!("{name}: {var_name} receives no gradient"));
+        let grad = grad.flatten_all()?.to_vec1::<f64>()?;
+        let values = var.flatten_all()?.to_vec1::<f64>()?;
+        let shape = var.shape().clone();
+        let stride = (values.len() / 9).max(1);
+        for at in (0..values.len()).step_by(stride) {
+            let eps = 1e-6;
+            let moved = |by: f64| -> Result<f64> {
+                let mut v = values.clone();
+                v[at] += by;
+                var.set(&Tensor::from_vec(v, shape.clone(), &Device::Cpu)?)?;
+                loss(f, x.as_tensor(), hardness)?.to_scalar::<f64>()
+            };
+            let numeric = (moved(eps)? - moved(-eps)?) / (2.0 * eps);
+            let err = (numeric - grad[at]).abs();
+            assert!(
+                err <= 1e-5 + 1e-3 * numeric.abs(),
+                "{name}: {var_name}[{at}]: {} against {numeric}",
+                grad[at]
+            );
+        }
+        var.set(&Tensor::from_vec(values, shape, &Device::Cpu)?)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_of_exact_estimators_match_finite_differences() -> Result<()> {
+    for (name, exact, cfg) in selecting() {
+        if exact {
+            gradcheck(name, &fixture(&cfg, true, DType::F64, 3)?, 1.0)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_of_softmax_attention_match_finite_differences() -> Result<()> {
+    for beacon in [None, Some(BeaconConfig::default())] {
+        gradcheck("softmax", &fixture(&config(GdConfig::default(), beacon), false, DType::F64, 5)?, 1.0)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_soft_half_of_every_estimator_matches_finite_differences() -> Result<()> {
+    // At hardness 0 every estimator is the blend.
+    for (name, _, cfg) in selecting() {
+        let gated = cfg.gd.rounds > 1 || cfg.gd.gate != gd_kernels::Gate::None;
+        if !gated {
+            gradcheck(name, &fixture(&cfg, true, DType::F64, 11)?, 0.0)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_parameter_of_every_estimator_receives_a_gradient() -> Result<()> {
+    for (name, _, cfg) in selecting() {
+        let f = fixture(&cfg, true, DType::F64, 3)?;
+        let x = Numbers(7).tensor(&[2, 7, 12], 1.0, DType::F64)?;
+        for hardness in [0.5, 1.0] {
+            let grads = loss(&f, &x, hardness)?.backward()?;
+            for (var_name, var) in &f.vars {
+                let grad =
+                    grads.get(var.as_tensor()).map(|g| g.abs()?.max_all()?.to_scalar::<f64>()).transpose()?;
+                assert!(grad.is_some_and(|g| g > 0.0 && g.is_finite()), "{name}: {var_name}: {grad:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs `x` in pieces through a cache; returns outputs and selected keys.
+fn pieces(f: &Fixture, x: &Tensor, sizes: &[usize]) -> Result<(Tensor, Vec<Vec<i32>>)> {
+    let (mut cache, mut at, mut out) = (LayerCache::new(), 0, Vec::new());
+    let mut picks = vec![Vec::new(); 2 * 4];
+    for &n in sizes {
+        let (mask, record) = (Mask::causal(at as i64), RefCell::new(Vec::new()));
+        let pass = Pass { record: Some(&record), ..Pass::new(&mask) };
+        out.push(f.layer.attend(&x.narrow(1, at, n)?, &pass, Some(&mut cache))?);
+        at += n;
+        assert_eq!(cache.len(), at);
+        for r in record.borrow().iter() {
+            if let Some(s) = &r.selected {
+                for (head, row) in s.index.flatten_to(1)?.to_vec2::<i32>()?.into_iter().enumerate() {
+                    picks[head].extend(row);
+                }
+            }
+        }
+    }
+    Ok((Tensor::cat(&out, 1)?, picks))
+}
+
+#[test]
+fn decoding_equals_the_full_forward_pass() -> Result<()> {
+    let mut cases = selecting();
+    cases.push(("softmax", false, config(GdConfig::default(), Some(BeaconConfig::default()))));
+    for (name, _, cfg) in cases {
+        let f = fixture(&cfg, name != "softmax", DType::F32, 21)?;
+        let x = Numbers(31).tensor(&[2, 13, 12], 1.0, DType::F32)?;
+        let (full, full_picks) = pieces(&f, &x, &[13])?;
+        for sizes in [vec![1; 13], vec![5, 1, 1, 4, 2]] {
+            let (y, picks) = pieces(&f, &x, &sizes)?;
+            assert_eq!(picks, full_picks, "{name} in pieces {sizes:?}");
+            let err = (&y - &full)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(err <= 1e-5, "{name} in pieces {sizes:?}: off by {err}");
+        }
+        // The same without a cache.
+        let plain = f.layer.attend(&x, &Pass::new(&Mask::causal(0)), None)?;
+        assert_eq!(plain.to_vec3::<f32>()?, full.to_vec3::<f32>()?, "{name}");
+    }
+    Ok(())
+}
+
+fn attention(cfg: &AttentionConfig) -> Result<(GdAttention, VarMap)> {
+    let map = VarMap::new();
+    let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
+    let rotary = Arc::new(Rotary::new(cfg.head_dim, 64, 10_000.0, DType::F32, &Device::Cpu)?);
+    let layer = GdAttention::new(cfg, rotary, vb)?;
+    let mut numbers = Numbers(1);
+    let mut vars: Vec<_> = map.data().lock().expect("one thread").clone().into_iter().collect();
+    vars.sort_by(|a, b| a.0.cmp(&b.0));
+    for (name, var) in vars.iter().filter(|(n, _)| !n.starts_with("gd.")) {
+        assert!(!name.is_empty());
+        var.set(&numbers.tensor(var.dims(), 0.5, DType::F32)?)?;
+    }
+    Ok((layer, map))
+}
+
+#[test]
+fn stands_in_for_the_attention_of_a_candle_model() -> Result<()> {
+    let (mut layer, _map) = attention(&config(GdConfig::default(), None))?;
+    let x = Numbers(2).tensor(&[1, 6, 12], 1.0, DType::F32)?;
+    let want = Module::forward(&layer, &x)?.to_vec3::<f32>()?;
+    let inf = f32::NEG_INFINITY;
+    let rows: Vec<f32> = (0..6).flat_map(|i| (0..6).map(move |j| if j <= i { 0.0 } else { inf })).collect();
+    let mask = Tensor::from_vec(rows, (1, 1, 6, 6), &Device::Cpu)?;
+    assert_eq!(layer.forward(&x, Some(&mask), 0)?.to_vec3::<f32>()?, want);
+    layer.clear_kv_cache();
+    // Prefill of four, then one at a time, as generation does it.
+    let first = layer.forward(&x.narrow(1, 0, 4)?, Some(&mask.narrow(2, 0, 4)?.narrow(3, 0, 4)?), 0)?;
+    let next = layer.forward(&x.narrow(1, 4, 1)?, None, 4)?;
+    let last = layer.forward(&x.narrow(1, 5, 1)?, None, 5)?;
+    let got = Tensor::cat(&[first, next, last], 1)?;
+    let want = Tensor::new(want, &Device::Cpu)?;
+    let err = (&got - &want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    assert!(err <= 1e-5, "off by {err}");
+    Ok(())
+}
+
+#[test]
+fn refuses_what_does_not_follow() -> Result<()> {
+    let (mut layer, _map) = attention(&config(GdConfig::default(), None))?;
+    let x = Numbers(2).tensor(&[1, 3, 12], 1.0, DType::F32)?;
+    let message = |r: Result<Tensor>| r.expect_err("an error").to_string();
+    assert!(message(layer.forward(&x, None, 5)).contains("offset 5 does not follow 0"));
+    let bias = Tensor::new(&[[0f32, -0.5, -1.0], [0.0, 0.0, -0.5], [0.0, 0.0, 0.0]], &Device::Cpu)?;
+    assert!(message(layer.forward(&x, Some(&bias), 0)).contains("-0.5"));
+    let inf = f32::NEG_INFINITY;
+    let holes = Tensor::new(&[[0f32, inf, 0.0], [0.0, inf, 0.0], [0.0, inf, 0.0]], &Device::Cpu)?;
+    assert!(message(layer.forward(&x, Some(&holes), 0)).contains("neither full, causal nor"));
+    let wide = Numbers(2).tensor(&[1, 3, 10], 1.0, DType::F32)?;
+    assert!(message(Module::forward(&layer, &wide)).contains("hidden_size 12"));
+    let odd = AttentionConfig { num_key_value_heads: 3, ..config(GdConfig::default(), None) };
+    assert!(attention(&odd).expect_err("an error").to_string().contains("4 attention heads"));
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! Layers with random weights, and finite differences over every one of them.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+use gd_kernels::{Barrier, Estimator, Gate};
+use gd_layer::{Attention, AttentionConfig, BeaconConfig, GdAttention, GdConfig, Rotary, SoftmaxAttention};
+
+/// A small generator of numbers in (-1, 1).
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    pub fn next(&mut self) -> f64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    }
+
+    pub fn tensor(&mut self, shape: &[usize], scale: f64, dtype: DType) -> Result<Tensor> {
+        let n = shape.iter().product();
+        let values: Vec<f64> = (0..n).map(|_| scale * self.next()).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)
+    }
+}
+
+/// A layer and its parameters by name, every one of them random.
+pub struct Fixture {
+    pub layer: Box<dyn Attention>,
+    pub vars: Vec<(String, Var)>,
+}
+
+pub fn fixture(cfg: &AttentionConfig, selects: bool, dtype: DType, seed: u64) -> Result<Fixture> {
+    let map = VarMap::new();
+    let vb = VarBuilder::from_varmap(&map, dtype, &Device::Cpu);
+    let rotary = Arc::new(Rotary::new(cfg.head_dim, 64, 10_000.0, dtype, &Device::Cpu)?);
+    let layer: Box<dyn Attention> = match selects {
+        true => Box::new(GdAttention::new(cfg, rotary, vb)?),
+        false => Box::new(SoftmaxAttention::new(cfg, rotary, vb)?),
+    };
+    let mut vars: Vec<_> =
+        map.data().lock().expect("one thread").iter().map(|(n, v)| (n.clone(), v.clone())).collect();
+    vars.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut numbers = Numbers(seed);
+    for (name, var) in &vars {
+        // Around the initial values where those matter: log beta, thresholds, norm weights.
+        let (base, scale) = match name.as_str() {
+            "gd.beta" | "gd.threshold" | "gd.alpha" => (Some(var.as_tensor().clone()), 0.3),
+            "q_norm.weight" | "k_norm.weight" => (Some(var.as_tensor().clone()), 0.3),
+            _ => (None, 0.5),
+        };
+        let noise = numbers.tensor(var.dims(), scale, dtype)?;
+        var.set(&match base {
+            Some(base) => (base + noise)?,
+            None => noise,
+        })?;
+    }
+    Ok(Fixture { layer, vars })
+}
+
+/// GQA, odd sizes, every part that has parameters.
+pub fn config(gd: GdConfig, beacon: Option<BeaconConfig>) -> AttentionConfig {
+    AttentionConfig {
+        hidden_size: 12,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 6,
+        attention_bias: true,
+        qk_norm: true,
+        rms_norm_eps: 1e-5,
+        output_gate: true,
+        beacon,
+        gd,
+    }
+}
+
+/// Selecting configurations, with a name each; those marked exact have a forward pass whose own
+/// derivative the backward pass returns.
+pub fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
+    let barrier = Barrier { floor: 0.2, margin: 2.0, strength: 1.5, entropy_trigger: 0.5, slack: 0.5 };
+    let beacon = |protected, barrier| Some(BeaconConfig { protected, barrier, ..BeaconConfig::default() });
+    let gd = |estimator, gate, threshold, rounds| GdConfig {
+        estimator,
+        gate,
+        threshold,
+        rounds,
+        ..GdConfig::default()
+    };
+    let gate = Gate::Energy { temperature: 0.7 };
+    let some = Some(1.2);
+    vec![
+        ("blend", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(0, None))),
+        ("blend, barrier", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(2, Some(barrier)))),
+        ("winner, energy gate", true, config(gd(Estimator::Winner, gate, some, 2), beacon(2, None))),
+        (
+            "winner, coherence gate",
+            true,
+            config(gd(Estimator::Winner, Gate::Coherence, None, 2), beacon(0, None)),
+        ),
+        ("candidates", false, config(gd(Estimator::Candidates, Gate::None, some, 1), beacon(0, None))),
+        (
+            "candidates, barrier",
+            false,
+            config(gd(Estimator::Candidates, gate, some, 2), beacon(2, Some(barrier))),
+        ),
+        ("dense", false, config(gd(Estimator::Dense, Gate::None, some, 1), None)),
+        ("reinmax", false, config(gd(Estimator::Reinmax, Gate::None, some, 1), beacon(1, None))),
+        ("bare", false, config(gd(Estimator::Candidates, Gate::None, None, 1), None)),
+    ]
+}

@@ -130,7 +130,7 @@ mod tests {
         let vars: Vec<(String, Var)> = [("good", 2.0), ("zero", 2.0), ("infinite", 0.0), ("absent", 2.0)]
             .map(|(n, x)| (n.to_owned(), var(x)))
             .into();
-        let zero = (vars[1].1.as_tensor() * 0.0).unwrap();
+        let zero = vars[1].1.mul(&vars[1].1.zeros_like().unwrap()).unwrap();
         let loss = ((vars[0].1.as_tensor() + zero).unwrap() + vars[2].1.log().unwrap()).unwrap();
         let found = faults(&vars, &loss.sum_all().unwrap().backward().unwrap()).unwrap();
         let found: Vec<_> = found.iter().map(|f| (f.parameter.as_str(), f.gradient)).collect();

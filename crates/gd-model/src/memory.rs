@@ -35,20 +35,3 @@ fn high_water() -> Option<f64> {
     let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib / 1024.0)
 }
-
-#[cfg(all(test, target_os = "linux"))]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_peak_counts_what_was_freed_and_a_new_one_does_not() {
-        // Systems without the reset have nothing to test.
-        let Some(peak) = Peak::start() else { return };
-        let block = vec![1u8; 64 << 20];
-        assert_eq!(block.iter().map(|&x| usize::from(x)).sum::<usize>(), 64 << 20);
-        drop(block);
-        assert!(peak.above_start().unwrap() > 60.0, "{peak:?}");
-        let next = Peak::start().unwrap();
-        assert!(next.above_start().unwrap() < 30.0 && next.mib() < peak.mib().map(|m| m + 60.0), "{next:?}");
-    }
-}

@@ -76,7 +76,10 @@ fn draw(runs: &[Run], text: &mut String) -> std::result::Result<(), Box<dyn std:
     let root = SVGBackend::with_string(text, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption("Loss by step: line = training (smoothed), points = validation", ("sans-serif", 22))
+        .caption(
+            "Loss by step: line = training (smoothed), points = validation, number = whole validation text",
+            ("sans-serif", 20),
+        )
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(72)

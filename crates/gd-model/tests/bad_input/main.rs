@@ -1,6 +1,8 @@
 //! Bad input of every kind ends with one clear line that names the value, exit code 1 or 2, an
 //! empty stdout, and a folder in which nothing has changed.
 
+mod model;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
@@ -8,7 +10,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
-/// One call of the program. `{dir}` in the arguments stands for the folder with the files below.
+/// One call of the program. `{dir}` in the arguments stands for the folder with the files below,
+/// `''` for an empty argument.
 #[derive(Clone)]
 struct Case {
     args: String,
@@ -49,7 +52,6 @@ fn command_line_cases() -> Vec<Case> {
         case("eval", 2, &["MODEL"]),
         case("generate {dir}", 2, &["--prompt"]),
         case("compare --seeds 0", 2, &["0", "--seeds"]),
-        case("train --resume {dir} --out {dir}/o", 2, &["--resume", "--out"]),
     ]
 }
 
@@ -224,6 +226,9 @@ fn snapshot(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
+        if path.is_dir() {
+            files.extend(snapshot(&path)?);
+        }
         let bytes = if path.is_dir() { b"a folder".to_vec() } else { std::fs::read(&path)? };
         files.insert(path.display().to_string(), bytes);
     }
@@ -232,7 +237,11 @@ fn snapshot(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
 
 fn check(case: &Case, dir: &Path) -> Result<()> {
     let here = dir.display().to_string();
-    let args: Vec<String> = case.args.split_whitespace().map(|a| a.replace("{dir}", &here)).collect();
+    let args: Vec<String> = case
+        .args
+        .split_whitespace()
+        .map(|a| if a == "''" { String::new() } else { a.replace("{dir}", &here) })
+        .collect();
     let output = Command::new(env!("CARGO_BIN_EXE_gd")).args(&args).current_dir(dir).output()?;
     let stderr = String::from_utf8(output.stderr)?;
     let lines: Vec<_> = stderr.lines().filter(|l| !l.trim().is_empty()).collect();
@@ -255,8 +264,18 @@ fn check(case: &Case, dir: &Path) -> Result<()> {
 fn bad_input_ends_with_one_line_that_names_it() -> Result<()> {
     let dir = tempfile::tempdir()?;
     write_files(dir.path())?;
+    model::write_files(dir.path())?;
     let before = snapshot(dir.path())?;
-    let cases = [command_line_cases(), op_flag_cases(), op_file_cases(), op_tensor_cases()].concat();
+    let cases = [
+        command_line_cases(),
+        op_flag_cases(),
+        op_file_cases(),
+        op_tensor_cases(),
+        model::train_cases(),
+        model::model_cases(),
+        model::other_cases(),
+    ]
+    .concat();
     let mut failures = Vec::new();
     for case in &cases {
         if let Err(e) = check(case, dir.path()) {

@@ -1,6 +1,6 @@
 //! Selection attention: every head reads the value of one key, or abstains.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -18,14 +18,16 @@ const ALPHA: f64 = 0.6;
 /// GD-Attention, in the place of a multi-head attention: same projections, same weight names, and
 /// per head under `gd`: `beta [Hq]` (log), and if configured `threshold [Hq]`, `alpha [Hq]`
 /// (logit), `rounds [Hq, R]` (deviation from (1, 0, ..)).
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct GdAttention {
     heads: Heads,
     log_beta: Tensor,
     threshold: Option<Tensor>,
     alpha_logit: Option<Tensor>,
     rounds: Option<Tensor>,
-    cache: LayerCache,
+    // Behind a lock so that `forward` takes `&self`: an inherent `&mut self` method would lose to
+    // `Module::forward` wherever that trait is in scope.
+    cache: Mutex<LayerCache>,
 }
 
 impl GdAttention {
@@ -53,7 +55,7 @@ impl GdAttention {
             1 => None,
             r => Some(vb.get_with_hints((hq, r), "rounds", Init::Const(0.0))?),
         };
-        Ok(Self { heads, log_beta, threshold, alpha_logit, rounds, cache: LayerCache::new() })
+        Ok(Self { heads, log_beta, threshold, alpha_logit, rounds, cache: Mutex::default() })
     }
 
     /// As the attention of candle's own models: x `[B, N, C]`, an additive mask of 0 and -inf
@@ -63,11 +65,11 @@ impl GdAttention {
     /// # Errors
     /// An offset that does not follow the cached positions, or a mask that does not leave each
     /// query one interval of keys.
-    pub fn forward(&mut self, x: &Tensor, mask: Option<&Tensor>, offset: usize) -> Result<Tensor> {
-        let mut cache = match offset {
-            0 => LayerCache::new(),
-            _ => std::mem::take(&mut self.cache),
-        };
+    pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>, offset: usize) -> Result<Tensor> {
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if offset == 0 {
+            *cache = LayerCache::new();
+        }
         if cache.len() != offset {
             candle_core::bail!("offset {offset} does not follow {} cached positions", cache.len());
         }
@@ -75,14 +77,12 @@ impl GdAttention {
             Some(mask) => crate::mask::from_additive(mask, offset)?,
             None => Mask::causal(offset as i64),
         };
-        let y = self.attend(x, &Pass::new(&mask), Some(&mut cache))?;
-        self.cache = cache;
-        Ok(y)
+        self.attend(x, &Pass::new(&mask), Some(&mut cache))
     }
 
     /// Forgets the cached positions.
-    pub fn clear_kv_cache(&mut self) {
-        self.cache = LayerCache::new();
+    pub fn clear_kv_cache(&self) {
+        *self.cache.lock().unwrap_or_else(PoisonError::into_inner) = LayerCache::new();
     }
 
     /// Preserve and select: y `[B, Hq, N, D]` and its record.

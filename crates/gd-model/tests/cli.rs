@@ -86,7 +86,7 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     assert_eq!(json(&gd(dir, &args)?)?, found);
 
     let greedy = |more: &[&str]| {
-        let args = "generate model --max-tokens 40 --temperature 0 --prompt";
+        let args = "generate model --max-tokens 40 --temperature 0 --repetition-penalty 1.5 --prompt";
         command(dir, args, &[&["It was"], more].concat(), &[])
     };
     let first = succeeded(&greedy(&[])?)?;

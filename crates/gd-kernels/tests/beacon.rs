@@ -8,8 +8,9 @@ mod naive;
 
 use std::collections::BTreeMap;
 
-use gd_kernels::Barrier;
+use candle_core::{Device, Tensor};
 use gd_kernels::reference::{Lift, Params, Problem, barrier, logsumexp, scan, select};
+use gd_kernels::{Barrier, Estimator, Mask, Scan, Select};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -156,6 +157,64 @@ fn reference_operator() {
     let recording = recording();
     let found = scan(&recording.problem(), 1);
     assert!(found.width == 2 && found.protected.iter().filter(|p| **p).count() == ROWS);
+}
+
+/// The choice of the operators: indices and outputs `[ROWS, Dv]`, values v `[ROWS, 1, 5, Dv]`. The
+/// protected candidate is given to the scan; `candidates` are free.
+fn operators(
+    recording: &Recording,
+    candidates: usize,
+    estimator: Estimator,
+    v: &Tensor,
+) -> (Vec<i32>, Vec<f64>) {
+    let run = || -> candle_core::Result<(Vec<i32>, Vec<f64>)> {
+        let device = Device::Cpu;
+        let prior = Tensor::from_slice(&recording.raw, (ROWS, 1, CANDIDATES), &device)?;
+        let (q, k) =
+            (Tensor::zeros((ROWS, 1, 1, 1), prior.dtype(), &device)?, prior.zeros_like()?.unsqueeze(3)?);
+        let (beta, mask) = (Tensor::new(&[1.0], &device)?, Mask::none());
+        let protected = Tensor::new(&[recording.minority as i32], &device)?.reshape((1, 1, 1, 1))?;
+        let options =
+            Scan { prior: Some(&prior), protected: Some(&protected), ..Scan::new(&beta, &mask, candidates) };
+        let found = gd_kernels::scan(&q, &k, &options)?;
+        let options =
+            Select { prior: Some(&prior), barrier: Some(recording.rule), estimator, ..Select::new(&beta) };
+        let out = gd_kernels::select(&q, &k, v, &found, &options)?;
+        Ok((out.index.flatten_all()?.to_vec1()?, out.y.flatten_all()?.to_vec1()?))
+    };
+    run().expect("the operators run")
+}
+
+#[test]
+fn fast_operators() {
+    assert_operator(|problem, _| {
+        let v = Tensor::from_slice(&problem.v, (ROWS, 1, CANDIDATES, CLASSES), &Device::Cpu).expect("v");
+        operators(&recording(), 8, Estimator::Candidates, &v)
+    });
+}
+
+#[test]
+fn fast_scores_and_flags() {
+    // With one-hot values the blend is the softmax of the lifted scores, so its logarithms give them
+    // back, up to a constant that any candidate but the protected one settles: it keeps its score.
+    let recording = recording();
+    let one_hot: Vec<f64> = (0..ROWS * CANDIDATES * CANDIDATES)
+        .map(|x| f64::from(u8::from(x % CANDIDATES == x / CANDIDATES % CANDIDATES)))
+        .collect();
+    let v = Tensor::from_vec(one_hot, (ROWS, 1, CANDIDATES, CANDIDATES), &Device::Cpu).expect("v");
+    let (index, weights) = operators(&recording, 8, Estimator::Blend, &v);
+    let m = recording.minority;
+    for (row, weights) in weights.chunks(CANDIDATES).enumerate() {
+        let raw = &recording.raw[row * CANDIDATES..][..CANDIDATES];
+        let other = (0..CANDIDATES).filter(|&j| j != m);
+        let anchor = other.reduce(|best, j| if raw[j] > raw[best] { j } else { best }).expect("four others");
+        let scores: Vec<f64> = weights.iter().map(|w| raw[anchor] + (w / weights[anchor]).ln()).collect();
+        let expected = &recording.protected[row * CANDIDATES..][..CANDIDATES];
+        naive::assert_close(&format!("row {row}"), &scores, expected, 1e-9);
+        assert!((scores[m] - raw[m] - recording.boost[row]).abs() <= 1e-9, "row {row}");
+        assert_eq!(scores[m] - raw[m] > 1e-9, recording.activated[row], "row {row}: active without a lift");
+        assert_eq!(i64::from(index[row]), recording.selected[row], "row {row}");
+    }
 }
 
 #[test]

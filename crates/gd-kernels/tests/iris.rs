@@ -4,9 +4,10 @@
 
 mod naive;
 
+use candle_core::{DType, Device, Tensor};
 use gd_kernels::reference::theory::{Pair, minimal_energy};
 use gd_kernels::reference::{Problem, scan};
-use gd_kernels::{CoherenceMode, Score};
+use gd_kernels::{CoherenceMode, Mask, Scan, Score, Select, select};
 
 const FLOWERS: usize = 150;
 
@@ -86,4 +87,41 @@ fn least_minimal_energy_on_the_passage() {
             })
             .collect(),
     }));
+}
+
+/// Scan with one candidate, then select at alpha 1/2, by the operators in one dtype.
+fn by_the_operators(dtype: DType) {
+    assert_published(figures(|problem| {
+        let tensor = |x: &[f64], shape: [usize; 4]| {
+            Tensor::from_slice(x, &shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype)).expect("a tensor")
+        };
+        let q = tensor(&problem.q, [FLOWERS, 1, 1, 4]);
+        let k = tensor(&problem.k, [FLOWERS, 1, FLOWERS - 1, 4]);
+        let beta = Tensor::new(&problem.beta[..], &Device::Cpu).expect("beta");
+        let alpha = Tensor::new(&[0.5], &Device::Cpu).expect("alpha");
+        let mask = Mask::none();
+        let options = Scan { score: problem.score, checked: true, ..Scan::new(&beta, &mask, 1) };
+        let found = gd_kernels::scan(&q, &k, &options).expect("a scan");
+        let options = Select {
+            score: problem.score,
+            alpha: Some(&alpha),
+            coherence: CoherenceMode::Passage,
+            ..Select::new(&beta)
+        };
+        let chosen = select(&q, &k, &k, &found, &options).expect("a choice");
+        let u = chosen.coherence.expect("it comes with alpha").to_dtype(DType::F64).expect("f64");
+        let u: Vec<f64> = u.flatten_all().and_then(|u| u.to_vec1()).expect("one a flower");
+        assert!(u.iter().all(|u| *u == 0.5), "equal weights meet half-way");
+        chosen.index.flatten_all().and_then(|t| t.to_vec1::<i32>()).expect("keys")
+    }));
+}
+
+#[test]
+fn operators_in_f64() {
+    by_the_operators(DType::F64);
+}
+
+#[test]
+fn operators_in_f32() {
+    by_the_operators(DType::F32);
 }

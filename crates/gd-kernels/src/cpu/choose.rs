@@ -39,6 +39,8 @@ impl<A: Real> Rule<A> {
 /// What a row chose.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Choice<A> {
+    /// The slot of least energy, admitted or not; none if the row has no candidate.
+    pub(crate) nearest: Option<usize>,
     /// The winning slot; none if the row abstains.
     pub(crate) winner: Option<usize>,
     /// Energy of the next admitted candidate less that of the winner; +inf if there is none.
@@ -60,19 +62,19 @@ pub(crate) fn choose<A: Real>(rule: &Rule<A>, energy: &[A], key: &[i32], tau: A)
         }
     }
     let Some(best) = best else {
-        return Choice { winner: None, margin: A::infinity(), rho: A::one() };
+        return Choice { nearest: None, winner: None, margin: A::infinity(), rho: A::one() };
     };
     let e = energy[best];
     let rho = rule.gate.map_or(A::one(), |t| sigmoid((tau - e) / t));
     if e > tau {
-        return Choice { winner: None, margin: A::infinity(), rho };
+        return Choice { nearest: Some(best), winner: None, margin: A::infinity(), rho };
     }
     let rivals = energy.iter().zip(key).enumerate().filter(|(slot, (_, j))| *slot != best && **j >= 0);
     let margin = rivals.map(|(_, (&x, _))| x).filter(|&x| x <= tau).fold(A::infinity(), |m, x| {
         let lead = x - e;
         if lead < m { lead } else { m }
     });
-    Choice { winner: Some(best), margin, rho }
+    Choice { nearest: Some(best), winner: Some(best), margin, rho }
 }
 
 pub(crate) fn sigmoid<A: Real>(x: A) -> A {

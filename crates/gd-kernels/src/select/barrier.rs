@@ -9,11 +9,12 @@ use crate::by_float;
 use crate::cpu::rows::for_rows;
 use crate::cpu::view::flat;
 use crate::element::Real;
-use crate::options::Barrier;
+use crate::options::{Barrier, TieBreak};
 
 /// `energy [B, Hq, N, K] -> energy` with the barrier of `options::Barrier` applied to every row.
 pub(crate) struct BarrierOp {
     pub(crate) barrier: Barrier,
+    pub(crate) tie: TieBreak,
     pub(crate) slots: usize,
     pub(crate) index: Arc<Vec<i32>>,
     pub(crate) protected: Arc<Vec<u8>>,
@@ -36,7 +37,8 @@ impl BarrierOp {
         let used: Vec<usize> = (0..energy.len()).filter(|&j| key[j] >= 0).collect();
         let best = |slots: &mut dyn Iterator<Item = usize>| {
             slots.reduce(|a, b| {
-                let closer = score(b) > score(a) || (score(b) == score(a) && key[b] < key[a]);
+                let earlier = (key[b] < key[a]) == (self.tie == TieBreak::First);
+                let closer = score(b) > score(a) || (score(b) == score(a) && earlier);
                 if closer { b } else { a }
             })
         };

@@ -24,6 +24,8 @@ pub(crate) struct Record<A> {
     /// Winning slot of the row.
     pub(crate) slot: Vec<Option<usize>>,
     pub(crate) index: Vec<i32>,
+    /// The key of least energy, admitted or not; -1 in a row without candidates.
+    pub(crate) nearest: Vec<i32>,
     pub(crate) energy: Vec<A>,
     pub(crate) margin: Vec<A>,
     pub(crate) gate: Vec<A>,
@@ -49,6 +51,7 @@ impl Choose {
         let mut out = Record {
             slot: Vec::with_capacity(n),
             index: Vec::with_capacity(n),
+            nearest: Vec::with_capacity(n),
             energy: Vec::with_capacity(n),
             margin: Vec::with_capacity(n),
             gate: Vec::with_capacity(n),
@@ -57,6 +60,7 @@ impl Choose {
             let c = choose(&rule, energy, key, tau[dims.place(row)[1]]);
             out.slot.push(c.winner);
             out.index.push(c.winner.map_or(-1, |j| key[j]));
+            out.nearest.push(c.nearest.map_or(-1, |j| key[j]));
             out.energy.push(c.winner.map_or(A::of(f64::INFINITY), |j| energy[j]));
             out.margin.push(c.margin);
             out.gate.push(if c.winner.is_some() { c.rho } else { A::of(0.0) });

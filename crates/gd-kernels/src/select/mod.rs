@@ -134,7 +134,13 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
         let mut energy = query.apply_op3(&k, &aux, op)?;
         if let (Some(barrier), Some(flags)) = (s.barrier, &candidates.protected) {
             let protected = Arc::new(flags.flatten_all()?.to_vec1::<u8>()?);
-            let op = barrier::BarrierOp { barrier, slots: dims.slots, index: index.clone(), protected };
+            let op = barrier::BarrierOp {
+                barrier,
+                tie: s.tie,
+                slots: dims.slots,
+                index: index.clone(),
+                protected,
+            };
             energy = energy.apply_op1(op)?;
         }
         let step = step(&query, &k, &v, &energy, &tau, &beta, index.clone(), dims, s)?;
@@ -238,18 +244,25 @@ fn step(
         let r = pick(s.hardness).record(&e, &t);
         let column = |x: Vec<A>| Tensor::from_vec(x, shape, q.device());
         let (mut gate, mut coherence) = (column(r.gate)?, None);
-        let winners = Arc::new(r.index.clone());
-        let density = || coherence::Density { dims: Dims { slots: 1, ..dims }, mode: s.coherence, index: winners.clone() };
+        let density = |keys: &[i32]| coherence::Density {
+            dims: Dims { slots: 1, ..dims },
+            mode: s.coherence,
+            index: Arc::new(keys.to_vec()),
+        };
         let aux = s.alpha.map(|a| Tensor::cat(&[beta, &a.to_dtype(beta.dtype())?], 0)).transpose()?;
         if let Some(aux) = &aux {
             let values = aux.to_vec1::<A>()?;
-            let points = with_view::<T, _>(q, |q| with_view::<T, _>(k, |k| Ok(density().points(q, k, &values))))?;
+            let points = with_view::<T, _>(q, |q| with_view::<T, _>(k, |k| Ok(density(&r.index).points(q, k, &values))))?;
             coherence = Some(column(points)?);
         }
         let y = match (s.gate, &aux) {
             (Gate::Coherence, Some(aux)) => {
-                let rho = q.apply_op3(k, aux, density())?;
-                gate = rho.detach();
+                // Of the nearest key even where it is not admitted: like the energy gate, it scales
+                // the estimator's gradient there, so that a row can learn its way back.
+                let rho = q.apply_op3(k, aux, density(&r.nearest))?;
+                let mut open = rho.flatten_all()?.to_vec1::<A>()?;
+                open.iter_mut().zip(&r.slot).filter(|(_, s)| s.is_none()).for_each(|(x, _)| *x = 0.0);
+                gate = column(open)?;
                 let hard = s.hardness;
                 let soft_only = s.estimator == Estimator::Blend || hard == 0.0;
                 let scaled = |h: f64| -> Result<Tensor> {
@@ -303,6 +316,16 @@ fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Sel
             candidates.index.dtype(),
             candidates.energy.dtype(),
             acc_dtype(q.dtype())
+        )));
+    }
+    if let Some(flags) = &candidates.protected
+        && (flags.dims() != candidates.index.dims() || flags.dtype() != DType::U8)
+    {
+        return Err(Error::Invalid(format!(
+            "protected {:?} of {:?} is not one u8 for each of the candidates {:?}",
+            flags.dims(),
+            flags.dtype(),
+            candidates.index.dims()
         )));
     }
     if s.estimator == Estimator::Dense && slots < m {

@@ -71,7 +71,8 @@ impl Residual {
             let two = T::Acc::of(2.0);
             for ((o, g), (q, k)) in out.iter_mut().zip(dr).zip(q.iter().zip(k)) {
                 let delta = k.up() - q.up();
-                *o = -(c * g.up()) + dc * (q.up() - two * c * delta) / length;
+                // Divided first: the product alone may leave the range of f32.
+                *o = -(c * g.up()) + (dc / length) * (q.up() - two * c * delta);
             }
             dc / length
         };

@@ -8,15 +8,15 @@ use gd_kernels::{Barrier, Estimator, Gate};
 use gd_layer::{Attention, AttentionConfig, BeaconConfig, GdAttention, GdConfig, Rotary, SoftmaxAttention};
 
 /// A small generator of numbers in (-1, 1).
-pub struct Numbers(pub u64);
+pub(crate) struct Numbers(pub(crate) u64);
 
 impl Numbers {
-    pub fn next(&mut self) -> f64 {
+    pub(crate) fn next(&mut self) -> f64 {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (self.0 >> 11) as f64 / (1u64 << 52) as f64 - 1.0
     }
 
-    pub fn tensor(&mut self, shape: &[usize], scale: f64, dtype: DType) -> Result<Tensor> {
+    pub(crate) fn tensor(&mut self, shape: &[usize], scale: f64, dtype: DType) -> Result<Tensor> {
         let n = shape.iter().product();
         let values: Vec<f64> = (0..n).map(|_| scale * self.next()).collect();
         Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)
@@ -24,12 +24,12 @@ impl Numbers {
 }
 
 /// A layer and its parameters by name, every one of them random.
-pub struct Fixture {
-    pub layer: Box<dyn Attention>,
-    pub vars: Vec<(String, Var)>,
+pub(crate) struct Fixture {
+    pub(crate) layer: Box<dyn Attention>,
+    pub(crate) vars: Vec<(String, Var)>,
 }
 
-pub fn fixture(cfg: &AttentionConfig, selects: bool, dtype: DType, seed: u64) -> Result<Fixture> {
+pub(crate) fn fixture(cfg: &AttentionConfig, selects: bool, dtype: DType, seed: u64) -> Result<Fixture> {
     let map = VarMap::new();
     let vb = VarBuilder::from_varmap(&map, dtype, &Device::Cpu);
     let rotary = Arc::new(Rotary::new(cfg.head_dim, 64, 10_000.0, dtype, &Device::Cpu)?);
@@ -58,7 +58,7 @@ pub fn fixture(cfg: &AttentionConfig, selects: bool, dtype: DType, seed: u64) ->
 }
 
 /// GQA, odd sizes, every part that has parameters.
-pub fn config(gd: GdConfig, beacon: Option<BeaconConfig>) -> AttentionConfig {
+pub(crate) fn config(gd: GdConfig, beacon: Option<BeaconConfig>) -> AttentionConfig {
     AttentionConfig {
         hidden_size: 12,
         num_attention_heads: 4,
@@ -75,7 +75,7 @@ pub fn config(gd: GdConfig, beacon: Option<BeaconConfig>) -> AttentionConfig {
 
 /// Selecting configurations, with a name each; those marked exact have a forward pass whose own
 /// derivative the backward pass returns.
-pub fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
+pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
     let barrier = Barrier { floor: 0.2, margin: 2.0, strength: 1.5, entropy_trigger: 0.5, slack: 0.5 };
     let beacon = |protected, barrier| Some(BeaconConfig { protected, barrier, ..BeaconConfig::default() });
     let gd = |estimator, gate, threshold, rounds| GdConfig {

@@ -87,6 +87,8 @@ pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
     };
     let gate = Gate::Energy { temperature: 0.7 };
     let some = Some(1.2);
+    // The coherence gate sees distances alone: with the winner's gradient a prior would learn nothing.
+    let unranked = Some(BeaconConfig { prior: false, ..BeaconConfig::default() });
     vec![
         ("blend", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(0, None))),
         ("blend, barrier", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(2, Some(barrier)))),

@@ -168,7 +168,7 @@ fn judge_row(
         w[row / p.queries % p.q_heads * r..][..r].iter().map(|w| w.abs()).sum()
     });
     let largest = if case.exact() { 2.0 } else { 1.0 };
-    let bound = largest * weights * (8.0 * roundoff(case.dtype) + d.relative.min(1.0));
+    let bound = largest * weights * (64.0 * roundoff(case.dtype) + d.relative.min(1.0));
     for x in row * p.value_dim..(row + 1) * p.value_dim {
         near("y", y[x], want.y[x], bound);
     }
@@ -241,7 +241,13 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
     let want = expected(&case, &choice, backward(p, &known, params, &dy_values));
     let got = run(&case, &choice, &found, Some(&dy));
     let unit = roundoff(dtype);
-    let rate = if dtype == DType::F64 { 1e-9 } else { 48.0 * unit + 6.0 * relative.min(1.0) };
+    // Every round of refinement starts from the rounded query of the one before.
+    let rounds = params.round_count(p.q_heads) as f64;
+    let rate = if dtype == DType::F64 {
+        1e-9
+    } else {
+        2.0 * rounds * rounds * (48.0 * unit + 6.0 * relative.min(1.0))
+    };
     // Where numbers end: the subnormals of a dtype have no relative precision.
     let floor = match dtype {
         DType::F16 => 2e-7,
@@ -251,10 +257,15 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
     for ((what, x), (_, y)) in got.gradients.iter().zip(&want) {
         assert_eq!(x.len(), y.len(), "{}: d{what}", name());
         let greatest = |x: &[f64]| x.iter().filter(|x| x.is_finite()).fold(0f64, |m, x| m.max(x.abs()));
-        // By alpha the gate's derivative is a difference of two shares, and may cancel to nothing:
-        // its error is one of the shares times <dy, v>.
-        let size =
-            greatest(y).max(if *what == "alpha" { greatest(&dy_values) * greatest(&p.v) } else { 0.0 });
+        // Sums over all rows of a head may cancel to nothing: their error is one of their terms, which
+        // are <dy, v> times a share, and for beta times a squared distance.
+        let reading = greatest(&dy_values) * greatest(&p.v);
+        let term = match *what {
+            "beta" => reading * p.dim as f64 * (greatest(&p.q) + greatest(&p.k)).powi(2),
+            "alpha" | "threshold" | "rounds" => reading,
+            _ => 0.0,
+        };
+        let size = greatest(y).max(term);
         let bound = rate * size + floor;
         for (at, (x, y)) in x.iter().zip(y).enumerate() {
             let error = (x - y).abs();

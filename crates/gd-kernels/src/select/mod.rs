@@ -144,10 +144,12 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
             energy = energy.apply_op1(op)?;
         }
         let step = step(&query, &k, &v, &energy, &tau, &beta, index.clone(), dims, s)?;
+        // Weighted and added in the accumulator type: the weights' gradient is a sum over all rows.
         let out = match s.rounds {
-            Some(w) => step
-                .y
-                .broadcast_mul(&w.narrow(1, round, 1)?.reshape((1, dims.hq, 1, 1))?.to_dtype(v.dtype())?)?,
+            Some(w) => {
+                let w = w.narrow(1, round, 1)?.reshape((1, dims.hq, 1, 1))?.to_dtype(acc)?;
+                step.y.to_dtype(acc)?.broadcast_mul(&w)?
+            }
             None => step.y.clone(),
         };
         y = Some(match y {
@@ -171,6 +173,7 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
         first.get_or_insert(step);
     }
     let (Some(y), Some(first)) = (y, first) else { unreachable!("at least one round") };
+    let y = y.to_dtype(v.dtype())?;
     let shape = (dims.b, dims.hq, dims.n);
     let index = Tensor::from_vec(first.index, shape, q.device())?;
     Ok(Selected {

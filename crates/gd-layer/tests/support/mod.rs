@@ -93,11 +93,7 @@ pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
         ("blend", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(0, None))),
         ("blend, barrier", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(2, Some(barrier)))),
         ("winner, energy gate", true, config(gd(Estimator::Winner, gate, some, 2), beacon(2, None))),
-        (
-            "winner, coherence gate",
-            true,
-            config(gd(Estimator::Winner, Gate::Coherence, None, 2), beacon(0, None)),
-        ),
+        ("winner, coherence gate", true, config(gd(Estimator::Winner, Gate::Coherence, None, 2), unranked)),
         ("candidates", false, config(gd(Estimator::Candidates, Gate::None, some, 1), beacon(0, None))),
         (
             "candidates, barrier",

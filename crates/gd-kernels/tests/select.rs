@@ -168,7 +168,7 @@ fn judge_row(
         w[row / p.queries % p.q_heads * r..][..r].iter().map(|w| w.abs()).sum()
     });
     let largest = if case.exact() { 2.0 } else { 1.0 };
-    let bound = largest * weights * (64.0 * roundoff(case.dtype) + d.relative.min(1.0));
+    let bound = largest * weights * (64.0 * roundoff(case.dtype) + d.relative.min(1.0)) + 1e-12;
     for x in row * p.value_dim..(row + 1) * p.value_dim {
         near("y", y[x], want.y[x], bound);
     }

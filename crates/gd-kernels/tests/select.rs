@@ -169,8 +169,9 @@ fn judge_row(
     });
     let largest = if case.exact() { 2.0 } else { 1.0 };
     let bound = largest * weights * (64.0 * roundoff(case.dtype) + d.relative.min(1.0)) + 1e-12;
-    for x in row * p.value_dim..(row + 1) * p.value_dim {
-        near("y", y[x], want.y[x], bound);
+    let at = row * p.value_dim..(row + 1) * p.value_dim;
+    for (&got, &want) in y[at.clone()].iter().zip(&want.y[at]) {
+        near("y", got, want, bound);
     }
 }
 

@@ -5,7 +5,8 @@ mod support;
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use gd_kernels::Mask;
 use gd_layer::{AttentionConfig, BeaconConfig, GdAttention, GdConfig, LayerCache, Pass, Rotary};
@@ -20,14 +21,14 @@ fn loss(f: &Fixture, x: &Tensor, hardness: f64) -> Result<Tensor> {
     (y * w)?.sum_all()
 }
 
-/// Compares the gradient of every parameter (at up to `probes` elements each) and of x with finite
-/// differences.
-fn gradcheck(name: &str, f: &Fixture, hardness: f64) -> Result<()> {
-    let x = candle_core::Var::from_tensor(&Numbers(7).tensor(&[2, 7, 12], 1.0, DType::F64)?)?;
-    let grads = loss(f, x.as_tensor(), hardness)?.backward()?;
-    let mut all = f.vars.clone();
-    all.push(("x".into(), x.clone()));
-    for (var_name, var) in &all {
+/// Compares gradients with finite differences of `loss`, at about nine elements of each variable.
+fn compare(
+    name: &str,
+    vars: &[(String, Var)],
+    grads: &GradStore,
+    loss: impl Fn() -> Result<Tensor>,
+) -> Result<()> {
+    for (var_name, var) in vars {
         let grad = grads.get(var.as_tensor());
         let grad = grad.unwrap_or_else(|| panic!("{name}: {var_name} receives no gradient"));
         let grad = grad.flatten_all()?.to_vec1::<f64>()?;
@@ -40,7 +41,7 @@ fn gradcheck(name: &str, f: &Fixture, hardness: f64) -> Result<()> {
                 let mut v = values.clone();
                 v[at] += by;
                 var.set(&Tensor::from_vec(v, shape.clone(), &Device::Cpu)?)?;
-                loss(f, x.as_tensor(), hardness)?.to_scalar::<f64>()
+                loss()?.to_scalar::<f64>()
             };
             let numeric = (moved(eps)? - moved(-eps)?) / (2.0 * eps);
             let err = (numeric - grad[at]).abs();
@@ -53,6 +54,15 @@ fn gradcheck(name: &str, f: &Fixture, hardness: f64) -> Result<()> {
         var.set(&Tensor::from_vec(values, shape, &Device::Cpu)?)?;
     }
     Ok(())
+}
+
+/// Compares the gradients of every parameter and of x.
+fn gradcheck(name: &str, f: &Fixture, hardness: f64) -> Result<()> {
+    let x = Var::from_tensor(&Numbers(7).tensor(&[2, 7, 12], 1.0, DType::F64)?)?;
+    let grads = loss(f, x.as_tensor(), hardness)?.backward()?;
+    let mut all = f.vars.clone();
+    all.push(("x".into(), x.clone()));
+    compare(name, &all, &grads, || loss(f, x.as_tensor(), hardness))
 }
 
 #[test]
@@ -81,6 +91,28 @@ fn the_soft_half_of_every_estimator_matches_finite_differences() -> Result<()> {
         if !gated {
             gradcheck(name, &fixture(&cfg, true, DType::F64, 11)?, 0.0)?;
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_hard_gradient_is_the_blends_for_scores_and_the_choices_for_values() -> Result<()> {
+    // Without a preserve floor `candidates` moves the scores as if the candidates were blended, and
+    // the selected value as it is. Every other parameter lies on one side of the choice alone.
+    let gd = GdConfig { threshold: Some(1.2), preserve_floor: 0.0, ..GdConfig::default() };
+    let beacon = BeaconConfig { conv_width: 1, ..BeaconConfig::default() };
+    let f = fixture(&config(gd, Some(beacon)), true, DType::F64, 9)?;
+    let x = Numbers(7).tensor(&[2, 7, 12], 1.0, DType::F64)?;
+    let scores = ["q_proj.", "k_proj.", "q_norm.", "k_norm.", "gd.", "beacon.prior."];
+    let vars = |hardness: f64| -> Vec<_> {
+        let of = |n: &str| scores.iter().any(|s| n.starts_with(s)) == (hardness == 0.0);
+        f.vars.iter().filter(|(n, _)| of(n)).cloned().collect()
+    };
+    let grads = loss(&f, &x, 1.0)?.backward()?;
+    for hardness in [0.0, 1.0] {
+        let chosen = vars(hardness);
+        assert!(chosen.len() > 4, "{chosen:?}");
+        compare("hard", &chosen, &grads, || loss(&f, &x, hardness))?;
     }
     Ok(())
 }

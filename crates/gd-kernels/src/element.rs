@@ -35,6 +35,18 @@ pub trait Real:
     /// `a * b + c` with one rounding.
     fn fused<S: Simd>(simd: S, a: Self::Lanes<S>, b: Self::Lanes<S>, c: Self::Lanes<S>) -> Self::Lanes<S>;
 
+    /// What comparing two registers gives, lane by lane.
+    type Mask<S: Simd>: Copy;
+
+    /// `a > b`; false for a NaN.
+    fn greater<S: Simd>(simd: S, a: Self::Lanes<S>, b: Self::Lanes<S>) -> Self::Mask<S>;
+
+    /// `a` where the mask holds, else `b`.
+    fn pick<S: Simd>(simd: S, mask: Self::Mask<S>, a: Self::Lanes<S>, b: Self::Lanes<S>) -> Self::Lanes<S>;
+
+    /// The lanes in which the mask holds, as bits.
+    fn bits<S: Simd>(mask: Self::Mask<S>) -> u32;
+
     /// The whole registers of a slice; a remainder is left out.
     fn lanes<S: Simd>(x: &[Self]) -> &[Self::Lanes<S>];
 
@@ -44,8 +56,10 @@ pub trait Real:
 
 /// The register operations of [`Real`] by their names in pulp.
 macro_rules! registers {
-    ($lanes:ident, $splat:ident, $fused:ident, $as_simd:ident, $as_mut_simd:ident) => {
+    ($word:ident, $lanes:ident, $mask:ident, $splat:ident, $fused:ident, $greater:ident, $select:ident, $as_simd:ident,
+     $as_mut_simd:ident) => {
         type Lanes<S: Simd> = S::$lanes;
+        type Mask<S: Simd> = S::$mask;
 
         #[inline(always)]
         fn splat<S: Simd>(self, simd: S) -> S::$lanes {
@@ -55,6 +69,29 @@ macro_rules! registers {
         #[inline(always)]
         fn fused<S: Simd>(simd: S, a: S::$lanes, b: S::$lanes, c: S::$lanes) -> S::$lanes {
             simd.$fused(a, b, c)
+        }
+
+        #[inline(always)]
+        fn greater<S: Simd>(simd: S, a: S::$lanes, b: S::$lanes) -> S::$mask {
+            simd.$greater(a, b)
+        }
+
+        #[inline(always)]
+        fn pick<S: Simd>(simd: S, mask: S::$mask, a: S::$lanes, b: S::$lanes) -> S::$lanes {
+            simd.$select(mask, a, b)
+        }
+
+        #[inline(always)]
+        fn bits<S: Simd>(mask: S::$mask) -> u32 {
+            // One bit a lane with AVX-512, a bool without vectors, else as wide as the register.
+            if const { size_of::<S::$mask>() == 1 } {
+                u32::from(bytemuck::cast::<S::$mask, u8>(mask))
+            } else if const { size_of::<S::$mask>() == 2 } {
+                u32::from(bytemuck::cast::<S::$mask, u16>(mask))
+            } else {
+                let lanes: &[$word] = bytemuck::cast_slice(std::slice::from_ref(&mask));
+                lanes.iter().enumerate().fold(0, |bits, (w, &x)| bits | u32::from(x != 0) << w)
+            }
         }
 
         #[inline(always)]
@@ -82,7 +119,9 @@ pub trait Element: WithDType {
 }
 
 impl Real for f32 {
-    registers!(f32s, splat_f32s, mul_add_f32s, as_simd_f32s, as_mut_simd_f32s);
+    registers!(
+        u32, f32s, m32s, splat_f32s, mul_add_f32s, greater_than_f32s, select_f32s, as_simd_f32s, as_mut_simd_f32s
+    );
 
     #[inline(always)]
     fn exp_fast(self) -> f32 {
@@ -115,7 +154,9 @@ impl Real for f32 {
 }
 
 impl Real for f64 {
-    registers!(f64s, splat_f64s, mul_add_f64s, as_simd_f64s, as_mut_simd_f64s);
+    registers!(
+        u64, f64s, m64s, splat_f64s, mul_add_f64s, greater_than_f64s, select_f64s, as_simd_f64s, as_mut_simd_f64s
+    );
 
     #[inline(always)]
     fn exp_fast(self) -> f64 {

@@ -20,7 +20,7 @@ pub use average::{AverageState, running_average};
 pub use conv::causal_conv;
 pub use error::{Error, Result};
 pub use mask::Mask;
-pub use options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
+pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 pub use plan::{Backend, Isa, Plan, Problem, support_table};
 pub use scan::{Candidates, Scan, plan, scan, scan_all};
 pub use select::{Select, Selected, scan_select, select};

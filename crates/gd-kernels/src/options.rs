@@ -24,6 +24,18 @@ pub enum TieBreak {
     Last,
 }
 
+/// How a scan finds its candidates. The result is the same, to the bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Every score in the accumulator type.
+    #[default]
+    Native,
+    /// Scores of 8-bit integers with an error bound decide which keys can be candidates; those are
+    /// scored again in the accumulator type. For f32, f16 and bf16.
+    Certified,
+}
+
 /// How the hard choice is replaced in the backward pass. With `p` the softmax of `-eps / T` over
 /// the candidates and the null slot (energy: the threshold), `a_j = <dy, v_j>`, `a_null = 0` and
 /// `J(p)a = p * (a - <p, a>)`.

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device};
 
 use crate::error::{Error, Result};
-use crate::options::{Score, TieBreak};
+use crate::options::{Precision, Score, TieBreak};
 
 /// Instruction sets of the CPU backend. Every one gives the same bits: each score is one chain of
 /// fused multiply-adds over the head dimension, whatever the register width.
@@ -15,6 +15,8 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 (F, BW, CD, DQ, VL).
     Avx512,
+    /// The same with dot products of 8-bit integers (VNNI).
+    Avx512Vnni,
     /// AArch64.
     Neon,
 }
@@ -22,7 +24,7 @@ pub enum Isa {
 impl Isa {
     /// The instruction sets of this machine, best first; `Portable` is always the last.
     pub fn available() -> Vec<Isa> {
-        [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable]
+        [Isa::Avx512Vnni, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable]
             .into_iter()
             .filter(|i| i.arch().is_some())
             .collect()
@@ -36,6 +38,10 @@ impl Isa {
             Isa::Avx2 => pulp::x86::V3::try_new().map(pulp::Arch::V3),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => pulp::x86::V4::try_new().map(pulp::Arch::V4),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni if !std::arch::is_x86_feature_detected!("avx512vnni") => None,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => pulp::x86::V4::try_new().map(pulp::Arch::V4),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => pulp::aarch64::Neon::try_new().map(pulp::Arch::Neon),
             #[allow(unreachable_patterns)]
@@ -49,7 +55,7 @@ impl Isa {
             Isa::Portable => 1,
             Isa::Neon => 16 / bytes,
             Isa::Avx2 => 32 / bytes,
-            Isa::Avx512 => 64 / bytes,
+            Isa::Avx512 | Isa::Avx512Vnni => 64 / bytes,
         }
     }
 }
@@ -87,6 +93,8 @@ pub struct Problem {
     pub score: Score,
     /// Which of equals wins.
     pub tie: TieBreak,
+    /// How candidates are found.
+    pub precision: Precision,
 }
 
 impl Problem {
@@ -106,13 +114,19 @@ pub struct Plan {
     /// Keys a packed panel holds.
     pub panel_keys: usize,
     /// What scores and energies are computed in.
-    pub precision: DType,
+    pub accumulator: DType,
+    /// What finds the candidates.
+    pub precision: Precision,
 }
 
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Plan { isa, block_rows, panel_keys, precision } = self;
-        write!(f, "cpu/{isa:?}: {block_rows} query rows x {panel_keys} keys, {}", precision.as_str())
+        let Plan { isa, block_rows, panel_keys, accumulator, precision } = self;
+        write!(f, "cpu/{isa:?}: {block_rows} query rows x {panel_keys} keys, {}", accumulator.as_str())?;
+        match precision {
+            Precision::Native => Ok(()),
+            Precision::Certified => write!(f, " certified by 8-bit integers"),
+        }
     }
 }
 
@@ -120,6 +134,7 @@ impl std::fmt::Display for Plan {
 struct Support {
     device: &'static str,
     dtypes: &'static [DType],
+    certified: &'static [DType],
     head_dim: std::ops::RangeInclusive<usize>,
     candidates: &'static [usize],
 }
@@ -128,6 +143,7 @@ struct Support {
 const SUPPORT: &[Support] = &[Support {
     device: "cpu",
     dtypes: &[DType::F32, DType::F16, DType::BF16, DType::F64],
+    certified: &[DType::F32, DType::F16, DType::BF16],
     head_dim: 1..=1024,
     candidates: &[1, 2, 4, 8, 16, 32],
 }];
@@ -135,12 +151,13 @@ const SUPPORT: &[Support] = &[Support {
 /// The support table as text, one line a backend.
 pub fn support_table() -> String {
     let line = |s: &Support| {
-        let dtypes: Vec<_> = s.dtypes.iter().map(|d| d.as_str()).collect();
+        let list = |types: &[DType]| types.iter().map(|d| d.as_str()).collect::<Vec<_>>().join(", ");
         let (lo, hi) = (s.head_dim.start(), s.head_dim.end());
         format!(
-            "{}: dtypes {}; head_dim {lo}..={hi}; candidates {:?}",
+            "{}: dtypes {} (certified {}); head_dim {lo}..={hi}; candidates {:?}",
             s.device,
-            dtypes.join(", "),
+            list(s.dtypes),
+            list(s.certified),
             s.candidates
         )
     };
@@ -179,6 +196,9 @@ impl Plan {
         if !s.dtypes.contains(&problem.dtype) {
             return refuse(format!("dtype {}", problem.dtype.as_str()));
         }
+        if problem.precision == Precision::Certified && !s.certified.contains(&problem.dtype) {
+            return refuse(format!("dtype {} at certified precision", problem.dtype.as_str()));
+        }
         if !s.head_dim.contains(&problem.head_dim) {
             return refuse(format!("head_dim {}", problem.head_dim));
         }
@@ -200,7 +220,8 @@ impl Plan {
                 )));
             }
         };
-        let precision = crate::element::acc_dtype(problem.dtype);
-        Ok(Self { isa, block_rows: 64, panel_keys: 2 * isa.lanes(precision.size_in_bytes()), precision })
+        let accumulator = crate::element::acc_dtype(problem.dtype);
+        let panel_keys = 2 * isa.lanes(accumulator.size_in_bytes());
+        Ok(Self { isa, block_rows: 64, panel_keys, accumulator, precision: problem.precision })
     }
 }

@@ -7,7 +7,7 @@ use crate::cpu;
 use crate::element::acc_dtype;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
-use crate::options::{Score, TieBreak};
+use crate::options::{Precision, Score, TieBreak};
 use crate::plan::{Backend, Plan, Problem};
 
 /// The candidate set of every query.
@@ -19,6 +19,9 @@ pub struct Candidates {
     pub energy: Tensor,
     /// 1 where a candidate is protected, u8 `[B, Hq, N, K]`; absent if nothing is.
     pub protected: Option<Tensor>,
+    /// Of all visible (query, key) pairs the share that was scored in full precision: 1 unless the
+    /// scan was certified.
+    pub rescored: f64,
 }
 
 /// What to scan for. `Scan::new` gives the defaults; set the other fields as needed.
@@ -42,6 +45,8 @@ pub struct Scan<'a> {
     /// Refuse NaN and infinities in the rows that take part. Unchecked, a key with no finite
     /// energy is never a candidate.
     pub checked: bool,
+    /// How candidates are found.
+    pub precision: Precision,
     /// Where to run.
     pub backend: Backend,
 }
@@ -58,6 +63,7 @@ impl<'a> Scan<'a> {
             tie: TieBreak::default(),
             protected: None,
             checked: false,
+            precision: Precision::default(),
             backend: Backend::default(),
         }
     }
@@ -84,7 +90,7 @@ pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
 /// As [`scan`].
 pub fn scan_all(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let mut problem = problem(q, k, scan)?;
-    problem.candidates = problem.keys;
+    (problem.candidates, problem.precision) = (problem.keys, Precision::Native);
     let plan = Plan::unrestricted(&problem, scan.backend)?;
     launch(&problem, &plan, q, k, scan)
 }
@@ -133,6 +139,7 @@ fn problem(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Problem> {
         dtype: q.dtype(),
         score: scan.score,
         tie: scan.tie,
+        precision: scan.precision,
     })
 }
 
@@ -158,6 +165,7 @@ fn launch(problem: &Problem, plan: &Plan, q: &Tensor, k: &Tensor, scan: &Scan) -
                 index: Tensor::from_vec(out.index, shape, q.device())?,
                 energy: Tensor::from_vec(out.energy, shape, q.device())?,
                 protected: flags,
+                rescored: out.rescored,
             })
         }))
     })

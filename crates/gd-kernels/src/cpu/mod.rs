@@ -1,10 +1,15 @@
 //! The CPU backend: blocked, threaded, the same bits for any number of threads.
 
 pub(crate) mod best;
+pub(crate) mod certified;
 pub(crate) mod check;
 pub(crate) mod choose;
+pub(crate) mod integer;
 pub(crate) mod inverse;
+pub(crate) mod native;
 pub(crate) mod pack;
+pub(crate) mod quantize;
 pub(crate) mod rows;
 pub(crate) mod scan;
+pub(crate) mod tile;
 pub(crate) mod view;

@@ -1,22 +1,22 @@
-//! The blocked scan: QK^T fused with norm, prior, mask and running best-K.
+//! The scan: every visible key of every query is scored, and the best are kept.
 //!
-//! One task holds a block of query rows of one head and walks the packed panels of its key-value
-//! head; scores live in a tile of R x W on the stack of that task, never in an N x M buffer. Keys
-//! are ranked by `<q, k> - |k|^2 / 2 + b / (2 beta)`; the energies of the K that remain are then
-//! computed from differences, which stay accurate where query and key nearly coincide.
+//! One task holds a block of query rows of one head and walks the panels of its key-value head;
+//! scores live in registers and a tile on the task's stack, never in an N x M buffer. Keys are ranked
+//! by `<q, k> - |k|^2 / 2 + b / (2 beta)`; the energies of those that remain are then computed from
+//! differences, which stay accurate where query and key nearly coincide.
 
 use std::ops::Range;
 
 use num_traits::{Float, Zero};
-use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::best::Best;
+use super::certified::{Certified, Filter};
+use super::native::Native;
 use super::pack::Packed;
 use super::view::View;
-use crate::element::{Element, Real};
+use crate::element::{Element, Real, sum2};
 use crate::mask::Mask;
-use crate::options::{Score, TieBreak};
+use crate::options::{Precision, Score, TieBreak};
 use crate::plan::{Plan, Problem};
 
 /// Key prior b `[B|1, Hq|Hk, M]`, in the accumulator type.
@@ -71,114 +71,107 @@ pub(crate) struct Outputs<A> {
     pub(crate) index: Vec<i32>,
     pub(crate) energy: Vec<A>,
     pub(crate) protected: Vec<u8>,
+    /// Share of the visible pairs that were scored in full precision.
+    pub(crate) rescored: f64,
 }
 
 /// Runs a planned scan.
 pub(crate) fn run<T: Element>(problem: &Problem, plan: &Plan, x: &Inputs<'_, T>) -> Outputs<T::Acc> {
-    let packed = Packed::new(x.k, plan.panel_keys, problem.score);
     let slots = problem.candidates + x.protected.map_or(0, |p| p.dims[3]);
     let rows = problem.batch * problem.q_heads * problem.queries;
     let mut index = vec![-1i32; rows * slots];
     let mut energy = vec![T::Acc::infinity(); rows * slots];
     let mut protected = vec![0u8; if x.protected.is_some() { rows * slots } else { 0 }];
     let n = problem.queries;
-    let mut tasks = Vec::new();
+    let mut blocks = Vec::new();
     let mut flags = protected.chunks_mut((n * slots).max(1));
     for (head, (index, energy)) in index.chunks_mut(n * slots).zip(energy.chunks_mut(n * slots)).enumerate() {
         let mut flags = flags.next().unwrap_or_default().chunks_mut(plan.block_rows * slots);
-        let blocks =
-            index.chunks_mut(plan.block_rows * slots).zip(energy.chunks_mut(plan.block_rows * slots));
-        for (block, (index, energy)) in blocks.enumerate() {
+        let rows = index.chunks_mut(plan.block_rows * slots).zip(energy.chunks_mut(plan.block_rows * slots));
+        for (block, (index, energy)) in rows.enumerate() {
             let first = block * plan.block_rows;
             let rows = first..n.min(first + plan.block_rows);
             let (b, h) = (head / problem.q_heads, head % problem.q_heads);
             let flags = flags.next().unwrap_or_default();
-            tasks.push(Block { problem, x, packed: &packed, b, h, rows, slots, index, energy, flags });
+            blocks.push(Block { problem, x, b, h, rows, slots, index, energy, flags });
         }
     }
     // Under a causal mask the last blocks see the most keys: start with them.
-    tasks.reverse();
+    blocks.reverse();
     let Some(arch) = plan.isa.arch() else { unreachable!("a plan names an available instruction set") };
-    tasks.into_par_iter().for_each(|task| arch.dispatch(task));
-    Outputs { slots, index, energy, protected }
+    let mut rescored = 1.0;
+    if problem.precision == Precision::Certified {
+        let filter = Filter::new(problem, plan, x.k);
+        let each = blocks.into_par_iter().with_max_len(1);
+        let left = each.map(|block| arch.dispatch(Certified { block, filter: &filter })).collect::<Vec<_>>();
+        let (mut scored, mut visible) = (0, 0);
+        blocks = Vec::new();
+        for left in left {
+            scored += left.scored;
+            visible += left.visible;
+            blocks.extend(left.block);
+        }
+        rescored = scored as f64 / visible.max(1) as f64;
+    }
+    if !blocks.is_empty() {
+        let packed = Packed::new(x.k, plan.panel_keys, problem.score);
+        let each = blocks.into_par_iter().with_max_len(1);
+        each.for_each(|block| arch.dispatch(Native { block, packed: &packed }));
+    }
+    Outputs { slots, index, energy, protected, rescored }
 }
 
 /// A block of query rows of one head, and where its candidates go.
-struct Block<'a, T: Element> {
-    problem: &'a Problem,
-    x: &'a Inputs<'a, T>,
-    packed: &'a Packed<T::Acc>,
-    b: usize,
-    h: usize,
-    rows: Range<usize>,
+pub(crate) struct Block<'a, T: Element> {
+    pub(crate) problem: &'a Problem,
+    pub(crate) x: &'a Inputs<'a, T>,
+    pub(crate) b: usize,
+    pub(crate) h: usize,
+    pub(crate) rows: Range<usize>,
     slots: usize,
     index: &'a mut [i32],
     energy: &'a mut [T::Acc],
     flags: &'a mut [u8],
 }
 
-impl<T: Element> WithSimd for Block<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        // Two registers of keys by R rows of accumulators, and room for the operands.
-        if S::REGISTER_COUNT >= 32 { self.scan::<S, 8>(simd) } else { self.scan::<S, 4>(simd) }
-    }
-}
-
 impl<T: Element> Block<'_, T> {
-    #[inline(always)]
-    fn scan<S: Simd, const R: usize>(mut self, simd: S) {
-        let (d, width, count) = (self.problem.head_dim, self.packed.width(), self.rows.len());
-        let head = self.b * self.problem.kv_heads + self.h / self.problem.group();
-        let visible: Vec<Range<usize>> =
-            self.rows.clone().map(|i| self.x.mask.visible(self.b, i, self.problem.keys)).collect();
+    /// The keys that each row sees.
+    pub(crate) fn visible(&self) -> Vec<Range<usize>> {
+        self.rows.clone().map(|i| self.x.mask.visible(self.b, i, self.problem.keys)).collect()
+    }
+
+    /// The keys that some row sees, as the range from the first to the last.
+    pub(crate) fn reach(visible: &[Range<usize>]) -> Range<usize> {
         let seen = visible.iter().filter(|r| !r.is_empty());
         let (lo, hi) = seen.fold((usize::MAX, 0), |(lo, hi), r| (lo.min(r.start), hi.max(r.end)));
-        let mut best = Best::new(count, self.problem.candidates);
-        if lo < hi {
-            // Rows beyond the block are zero: their scores are computed and dropped.
-            let mut q = vec![T::Acc::zero(); count.next_multiple_of(R) * d];
-            for (row, i) in q.chunks_mut(d).zip(self.rows.clone()) {
-                row.iter_mut().zip(self.x.q.row(self.b, self.h, i)).for_each(|(a, x)| *a = x.up());
-            }
-            let prior = self.x.prior.map(|p| p.row(self.b, self.h, self.problem.q_heads));
+        if lo < hi { lo..hi } else { 0..0 }
+    }
+
+    /// The flat key-value head.
+    pub(crate) fn kv_head(&self) -> usize {
+        self.b * self.problem.kv_heads + self.h / self.problem.group()
+    }
+
+    /// Whether ties go to the last key, so that keys are walked backwards: strict comparison keeps
+    /// what came first.
+    pub(crate) fn backwards(&self) -> bool {
+        self.problem.tie == TieBreak::Last
+    }
+
+    /// The panels of W keys that cover `reach`, in the order of the walk.
+    pub(crate) fn panels(&self, reach: &Range<usize>, width: usize) -> impl Iterator<Item = usize> + use<T> {
+        let panels = reach.start / width..reach.end.div_ceil(width);
+        let backwards = self.backwards();
+        (0..panels.len()).map(move |step| if backwards { panels.end - 1 - step } else { panels.start + step })
+    }
+
+    /// Adds the scores of the prior to the biases of keys `first..`.
+    #[inline(always)]
+    pub(crate) fn add_prior(&self, bias: &mut [T::Acc], first: usize) {
+        if let Some(prior) = self.x.prior {
             let scale = self.prior_scale();
-            let mut bias = vec![T::Acc::zero(); width];
-            let mut scores = vec![T::Acc::zero(); R * width];
-            let last_first = self.problem.tie == TieBreak::Last;
-            let panels = lo / width..hi.div_ceil(width);
-            for step in 0..panels.len() {
-                // Strict comparison keeps the first of equals, so `Last` walks backwards.
-                let p = if last_first { panels.end - 1 - step } else { panels.start + step };
-                let (keys, base) = self.packed.panel(head, p);
-                let first = p * width;
-                bias.copy_from_slice(base);
-                if let Some(prior) = prior {
-                    bias.iter_mut().zip(&prior[first..]).for_each(|(b, x)| *b = x.mul_add(scale, *b));
-                }
-                for row in (0..count).step_by(R) {
-                    let group = row..count.min(row + R);
-                    if visible[group.clone()].iter().all(|r| r.end <= first || r.start >= first + width) {
-                        continue;
-                    }
-                    tile::<T::Acc, S, R>(simd, &q[row * d..(row + R) * d], keys, &bias, d, &mut scores);
-                    for (r, s) in group.zip(scores.chunks(width)) {
-                        let range = visible[r].start.max(first)..visible[r].end.min(first + width);
-                        if range.len() == width {
-                            offer(&mut best, r, s, first, last_first);
-                        } else if !range.is_empty() {
-                            let s = &s[range.start - first..range.end - first];
-                            offer(&mut best, r, s, range.start, last_first);
-                        }
-                    }
-                }
-            }
-        }
-        let mut found = Vec::with_capacity(self.slots);
-        for (row, visible) in visible.iter().enumerate() {
-            self.finish(row, visible, best.keys(row), &mut found);
+            let prior = &prior.row(self.b, self.h, self.problem.q_heads)[first..];
+            bias.iter_mut().zip(prior).for_each(|(b, x)| *b = x.mul_add(scale, *b));
         }
     }
 
@@ -195,7 +188,7 @@ impl<T: Element> Block<'_, T> {
 
     /// Writes a row's candidates, the K best and the protected ones, sorted by (energy, index).
     #[inline(always)]
-    fn finish(
+    pub(crate) fn finish(
         &mut self,
         row: usize,
         visible: &Range<usize>,
@@ -245,69 +238,12 @@ impl<T: Element> Block<'_, T> {
 /// `beta |q - k|^2 - b`, or `-beta <q, k> - b`.
 #[inline(always)]
 pub(crate) fn pair_energy<T: Element>(score: Score, beta: T::Acc, prior: T::Acc, q: &[T], k: &[T]) -> T::Acc {
-    let mut sum = T::Acc::zero();
-    for (q, k) in q.iter().zip(k) {
-        let (q, k) = (q.up(), k.up());
-        sum = match score {
-            Score::Energy => (q - k).mul_add(q - k, sum),
-            Score::Dot => (-q).mul_add(k, sum),
-        };
-    }
+    let sum = match score {
+        Score::Energy => sum2(q, k, #[inline(always)] |q, k| {
+            let x = q.up() - k.up();
+            x * x
+        }),
+        Score::Dot => -sum2(q, k, #[inline(always)] |q, k| q.up() * k.up()),
+    };
     beta * sum - prior
-}
-
-/// Scores of R query rows `[R][D]` against one panel `[D][W]`: `bias + <q, k>`, one chain of fused
-/// multiply-adds each, in the order of D.
-#[inline(always)]
-fn tile<A: Real, S: Simd, const R: usize>(
-    simd: S,
-    q: &[A],
-    panel: &[A],
-    bias: &[A],
-    d: usize,
-    scores: &mut [A],
-) {
-    let b = A::lanes::<S>(bias);
-    let mut acc = [[b[0], b[1]]; R];
-    let keys = A::lanes::<S>(panel);
-    let q: [&[A]; R] = std::array::from_fn(|r| &q[r * d..(r + 1) * d]);
-    for (x, k) in keys.chunks_exact(2).enumerate().take(d) {
-        for r in 0..R {
-            let v = q[r][x].splat(simd);
-            acc[r][0] = A::fused(simd, v, k[0], acc[r][0]);
-            acc[r][1] = A::fused(simd, v, k[1], acc[r][1]);
-        }
-    }
-    for (out, acc) in A::lanes_mut::<S>(scores).chunks_exact_mut(2).zip(acc) {
-        out.copy_from_slice(&acc);
-    }
-}
-
-/// Most keys of a panel.
-const MAX_LANES: usize = 32;
-
-/// Offers the scores of keys `first..first + scores.len()` to a row's list. Most tiles improve
-/// nothing, and one vectorised comparison says so.
-#[inline(always)]
-fn offer<A: Real>(best: &mut Best<A>, row: usize, scores: &[A], first: usize, backwards: bool) {
-    let threshold = best.threshold(row);
-    let mut improving = 0u32;
-    for &s in scores {
-        improving += u32::from(s > threshold);
-    }
-    if improving == 0 {
-        return;
-    }
-    // Gather the hits without branches, since which lanes improve is not predictable.
-    let (mut hits, mut count) = ([0u8; MAX_LANES + 1], 0);
-    for (w, &s) in scores.iter().enumerate() {
-        hits[count] = w as u8;
-        count += usize::from(s > threshold);
-    }
-    for n in 0..count {
-        let w = usize::from(hits[if backwards { count - 1 - n } else { n }]);
-        if scores[w] > best.threshold(row) {
-            best.insert(row, scores[w], first + w);
-        }
-    }
 }

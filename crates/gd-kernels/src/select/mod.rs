@@ -21,7 +21,7 @@ use crate::cpu::view::with_view;
 use crate::element::{Element, acc_dtype};
 use crate::error::{Error, Result};
 use crate::fused::with_contiguous_rows as rows;
-use crate::options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
+use crate::options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 use crate::plan::{Problem, require_device};
 use crate::scan::{Candidates, Scan, dims4, head_values, positive, prior_dims, scan};
 
@@ -399,6 +399,7 @@ fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Sel
             dtype: q.dtype(),
             score: s.score,
             tie: s.tie,
+            precision: Precision::Native,
         };
         prior_dims(prior, &problem)?;
     }

@@ -14,7 +14,7 @@ pub use shape::{Pass, Shape};
 
 use self::contenders::{CONTENDERS, Contender, table};
 use self::measure::Setup;
-use self::report::{Machine, Report};
+use self::report::{Machine, Report, compiled_for};
 use super::{Context, usage};
 use crate::checkpoint::{check_writable, write_file};
 use crate::device;
@@ -79,7 +79,9 @@ fn help() -> String {
          can do at that time. GF/s and GB/s count what a contender cannot do without: a selection one score \
          per visible pair and K, a blend two products and K and V (with a backward pass 3.5 times the \
          forward pass; of a selection only the scan). The peak memory is that of a first run in a process of \
-         its own, without the inputs. What needs more than 12 GiB of N x N matrices is left out.\n\n\
+         its own, without the inputs. What needs more than 12 GiB of N x N matrices is left out. \
+         candle chooses most vector instructions when it is compiled: build with \
+         RUSTFLAGS=\"-C target-cpu=native\" to see its best.\n\n\
          Examples:\n  gd bench attention --shapes 1x8x4096x64,1x8x4096x128 --pass fwd,fwdbwd,decode\n  \
          gd bench attention --only \"gd k=1,candle flash\" --pass decode --json out/decode.json",
         table()
@@ -147,7 +149,11 @@ fn attention(args: &AttentionArgs, ctx: &Context) -> Result<()> {
     }
     let report = Report {
         device: device::name(&ctx.device),
-        machine: Machine { threads: rayon::current_num_threads(), gemm_gflops: shape::median(&rates) },
+        machine: Machine {
+            threads: rayon::current_num_threads(),
+            compiled_for: compiled_for(),
+            gemm_gflops: shape::median(&rates),
+        },
         repeats: args.repeats as usize,
         seed,
         results,

@@ -20,8 +20,23 @@ pub(super) struct Report {
 #[derive(Debug, Serialize)]
 pub(super) struct Machine {
     pub(super) threads: usize,
+    pub(super) compiled_for: &'static str,
     /// Median over the shapes and passes.
     pub(super) gemm_gflops: f64,
+}
+
+/// The vector instructions that the compiler was allowed to use everywhere. This repository's kernels
+/// and the matrix product choose theirs when they run, but much of candle when it is compiled.
+pub(super) fn compiled_for() -> &'static str {
+    if cfg!(target_feature = "avx512f") {
+        "AVX-512"
+    } else if cfg!(target_feature = "avx2") {
+        "AVX2"
+    } else if cfg!(target_feature = "neon") {
+        "NEON"
+    } else {
+        "any CPU"
+    }
 }
 
 /// One contender on one shape and pass. What was not measured is none.
@@ -142,9 +157,10 @@ impl Report {
                 cells.resize(header.len(), String::new());
                 table.add_row(cells);
             }
+            let Machine { threads, compiled_for, .. } = self.machine;
             parts.push(format!(
-                "{} {} on {} threads: GEMM {:.1} GF/s{read}\n{table}",
-                first.pass, first.shape, self.machine.threads, first.gemm_gflops
+                "{} {} on {threads} threads, compiled for {compiled_for}: GEMM {:.1} GF/s{read}\n{table}",
+                first.pass, first.shape, first.gemm_gflops
             ));
         }
         parts.join("\n\n")
@@ -172,7 +188,7 @@ mod tests {
         let other = Line::new(Pass::Fwd, shape, "ours", 2.0, None);
         let report = Report {
             device: "cpu".into(),
-            machine: Machine { threads: 2, gemm_gflops: 2.0 },
+            machine: Machine { threads: 2, compiled_for: "any CPU", gemm_gflops: 2.0 },
             repeats: 3,
             seed: 0,
             results: vec![ours, skipped, other],

@@ -93,7 +93,7 @@ impl Pass {
     /// and after the mask, their exponentials and the weights; for the backward pass every step of
     /// the softmax and the gradients of most.
     pub(super) fn square_bytes(self, shape: Shape) -> f64 {
-        let matrices = if self == Pass::Fwdbwd { 10 } else { 4 };
+        let matrices = if self == Pass::Fwdbwd { 13 } else { 4 };
         let rows = (shape.batch * shape.heads * self.queries(shape)) as f64;
         4.0 * rows * shape.len as f64 * f64::from(matrices)
     }

@@ -108,7 +108,8 @@ impl Probe {
             let expected = (grad * &direction).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
             let slope = self.slope(var, &direction);
             let error = (slope - expected).abs();
-            if !(error <= TOLERANCE.0 * norm + TOLERANCE.1) {
+            let close = error <= TOLERANCE.0 * norm + TOLERANCE.1;
+            if !close {
                 return Some(format!("{expected:e} where the loss has slope {slope:e} (norm {norm:e})"));
             }
         }

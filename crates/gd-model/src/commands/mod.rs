@@ -3,6 +3,7 @@
 //! Every command is one module with `Args` and `run(args, ctx)`. Exit codes: 0 done, 1 failed,
 //! 2 wrong usage. An error is one line on stderr, `error: what: why`.
 
+pub mod bench;
 pub mod compare;
 pub mod doctor;
 pub mod eval;
@@ -59,6 +60,7 @@ enum Command {
     Generate(generate::Args),
     Op(op::Args),
     Compare(compare::Args),
+    Bench(bench::Args),
     Doctor(doctor::Args),
 }
 
@@ -150,6 +152,7 @@ fn start(cli: Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args, &ctx),
         Command::Op(args) => op::run(args, &ctx),
         Command::Compare(args) => compare::run(args, &ctx),
+        Command::Bench(args) => bench::run(args, &ctx),
         Command::Doctor(args) => doctor::run(args, &ctx),
     }
 }

@@ -1,0 +1,94 @@
+//! `gd bench attention` end to end on a shape that takes no time.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+
+const TINY: [&str; 5] = ["--shapes", "1x2x33x16", "--repeats", "1", "--device=cpu"];
+
+fn bench(dir: &Path, args: &[&str]) -> Result<Output> {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
+    Ok(program.args(["bench", "attention"]).args(args).args(TINY).current_dir(dir).output()?)
+}
+
+fn succeeded(output: &Output) -> Result<String> {
+    ensure!(output.status.success(), "{:?}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout.clone())?)
+}
+
+fn lines(report: &Value) -> Vec<(String, String)> {
+    let text = |line: &Value, key: &str| line[key].as_str().unwrap_or_default().to_owned();
+    report["results"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|l| (text(l, "pass"), text(l, "contender")))
+        .collect()
+}
+
+#[test]
+fn every_contender_of_every_pass_is_in_the_report() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let report: Value = serde_json::from_str(&succeeded(&bench(dir.path(), &["--json", "--seed", "5"])?)?)?;
+    let expected = [
+        ("fwd", "gd k=1"),
+        ("fwd", "gd k=8"),
+        ("fwd", "candle softmax"),
+        ("fwd", "candle softmax_last_dim"),
+        ("fwd", "candle flash"),
+        ("fwdbwd", "gd k=8"),
+        ("fwdbwd", "gd k=2"),
+        ("fwdbwd", "candle softmax"),
+        ("decode", "gd k=1"),
+        ("decode", "gd k=8"),
+        ("decode", "candle softmax"),
+        ("decode", "candle softmax_last_dim"),
+        ("decode", "candle flash"),
+    ];
+    let found = lines(&report);
+    for pair in expected {
+        assert!(found.iter().any(|(p, c)| (p.as_str(), c.as_str()) == pair), "{pair:?} is not in {report}");
+    }
+    let positive = |x: &Value| x.as_f64().is_some_and(|x| x > 0.0 && x.is_finite());
+    assert!(
+        positive(&report["machine"]["gemm_gflops"]) && positive(&report["machine"]["threads"]),
+        "{report}"
+    );
+    for line in report["results"].as_array().into_iter().flatten() {
+        assert_eq!((&line["shape"], &line["skipped"]), (&"1x2x33x16".into(), &Value::Null), "{line}");
+        for key in ["median_s", "min_s", "ratio", "gflops", "gemm_share"] {
+            assert!(positive(&line[key]), "{key}: {line}");
+        }
+        let decodes = line["pass"] == "decode";
+        assert!(
+            ["gbps", "read_share", "read_gbps"].iter().all(|key| positive(&line[*key]) == decodes),
+            "{line}"
+        );
+        let ours = line["contender"].as_str().is_some_and(|c| c.starts_with("gd "));
+        assert_eq!(line["winners_differ"] == 0, ours, "{line}");
+        let rows = if decodes { 2 } else { 66 };
+        assert_eq!(line["rows"] == rows, ours, "{line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_report_goes_to_a_file_and_the_tables_to_stdout() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let args = ["--only", "gd k=1,candle flash", "--pass", "bwd,decode", "--json", "out/report.json"];
+    let text = succeeded(&bench(dir.path(), &args)?)?;
+    assert!(text.starts_with("decode 1x2x33x16 on") && text.contains("candle flash"), "{text}");
+    assert!(text.ends_with("wrote out/report.json\n") && !text.contains("fwdbwd"), "{text}");
+    let report: Value = serde_json::from_slice(&fs::read(dir.path().join("out/report.json"))?)?;
+    let pair = |c: &str| ("decode".to_owned(), c.to_owned());
+    assert_eq!(lines(&report), [pair("gd k=1"), pair("candle flash")]);
+
+    let none = bench(dir.path(), &["--only", "candle flash", "--pass", "fwdbwd"])?;
+    let error = String::from_utf8_lossy(&none.stderr);
+    assert_eq!(none.status.code(), Some(2), "{error}");
+    assert!(error.contains("candle flash") && error.contains("fwdbwd"), "{error}");
+    Ok(())
+}

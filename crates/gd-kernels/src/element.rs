@@ -26,6 +26,15 @@ pub trait Real:
     /// The value as f64.
     fn wide(self) -> f64;
 
+    /// A number and a tie rank in one integer that orders by both.
+    type Ranked: Copy + Ord + Send + Sync;
+
+    /// The number, which is not NaN, before the rank; zeros of either sign are the same.
+    fn ranked(self, tie: u32) -> Self::Ranked;
+
+    /// The number and rank of an integer from [`Real::ranked`].
+    fn unranked(ranked: Self::Ranked) -> (Self, u32);
+
     /// One register of this type under instruction set `S`.
     type Lanes<S: Simd>: Copy;
 
@@ -52,6 +61,27 @@ pub trait Real:
 
     /// As [`Real::lanes`], writable.
     fn lanes_mut<S: Simd>(x: &mut [Self]) -> &mut [Self::Lanes<S>];
+}
+
+/// The order of [`Real`] as integers: flipping the bits of negative numbers sorts them.
+macro_rules! ranks {
+    ($bits:ident, $wide:ident) => {
+        type Ranked = $wide;
+
+        #[inline(always)]
+        fn ranked(self, tie: u32) -> $wide {
+            let bits = (self + 0.0).to_bits().cast_signed();
+            let order = bits ^ ((bits >> ($bits::BITS - 1)) & $bits::MAX);
+            $wide::from(order) << 32 | $wide::from(tie)
+        }
+
+        #[inline(always)]
+        fn unranked(ranked: $wide) -> (Self, u32) {
+            let order = (ranked >> 32) as $bits;
+            let bits = order ^ ((order >> ($bits::BITS - 1)) & $bits::MAX);
+            (Self::from_bits(bits.cast_unsigned()), ranked as u32)
+        }
+    };
 }
 
 /// The register operations of [`Real`] by their names in pulp.
@@ -119,6 +149,7 @@ pub trait Element: WithDType {
 }
 
 impl Real for f32 {
+    ranks!(i32, i64);
     registers!(
         u32, f32s, m32s, splat_f32s, mul_add_f32s, greater_than_f32s, select_f32s, as_simd_f32s, as_mut_simd_f32s
     );
@@ -154,6 +185,7 @@ impl Real for f32 {
 }
 
 impl Real for f64 {
+    ranks!(i64, i128);
     registers!(
         u64, f64s, m64s, splat_f64s, mul_add_f64s, greater_than_f64s, select_f64s, as_simd_f64s, as_mut_simd_f64s
     );
@@ -337,6 +369,18 @@ mod tests {
         assert_eq!((-1e30f32).exp_fast(), 0.0);
         assert_eq!(f32::INFINITY.exp_fast(), f32::INFINITY);
         assert!(f32::NAN.exp_fast().is_nan());
+    }
+
+    #[test]
+    fn ranked_numbers_order_as_the_numbers_and_then_by_the_rank() {
+        let sorted = [f32::NEG_INFINITY, -1e30, -2.0, -1e-40, 0.0, 1e-40, 1.0, 3.5, f32::INFINITY];
+        for pair in sorted.windows(2) {
+            assert!(pair[0].ranked(9) < pair[1].ranked(3) && f64::from(pair[0]).ranked(9) < f64::from(pair[1]).ranked(3));
+            assert!(pair[0].ranked(2) < pair[0].ranked(u32::MAX));
+            assert_eq!(f32::unranked(pair[0].ranked(7)), (pair[0], 7));
+            assert_eq!(f64::unranked(f64::from(pair[1]).ranked(8)), (f64::from(pair[1]), 8));
+        }
+        assert!((-0f32).ranked(1) > 0f32.ranked(0) && (-0f64).ranked(1) > 0f64.ranked(0));
     }
 
     #[test]

@@ -77,14 +77,13 @@ impl<A: Real> Keep<A> for Lead<A> {
     }
 }
 
-/// K > 1: sorted lists, best first; equal scores keep the order in which they were offered.
-pub(crate) struct Best<A> {
+/// The K greatest, as sorted lists of ranked integers: a smaller (for ties to the last, a greater) key
+/// goes before an equal score.
+pub(crate) struct Best<A: Real> {
     /// The last score of each list.
     threshold: Vec<A>,
-    /// Lists of K behind a slot of +inf, so that "the entry before" always exists.
-    score: Vec<A>,
-    key: Vec<u32>,
-    len: Vec<usize>,
+    /// Lists of K behind one greatest entry, so that "the entry before" always exists.
+    list: Vec<A::Ranked>,
     capacity: usize,
     width: usize,
     backwards: bool,
@@ -94,16 +93,16 @@ impl<A: Real> Best<A> {
     /// Empty lists of `capacity` for `rows` queries, panels of `width` keys; `backwards` if ties go to
     /// the last key.
     pub(crate) fn new(rows: usize, capacity: usize, width: usize, backwards: bool) -> Self {
-        let mut score = vec![A::neg_infinity(); rows * (capacity + 1)];
-        score.iter_mut().step_by(capacity + 1).for_each(|s| *s = A::infinity());
-        Self {
-            threshold: vec![A::neg_infinity(); rows],
-            score,
-            key: vec![0; rows * (capacity + 1)],
-            len: vec![0; rows],
-            capacity,
-            width,
-            backwards,
+        let mut list = vec![A::neg_infinity().ranked(0); rows * (capacity + 1)];
+        list.iter_mut().step_by(capacity + 1).for_each(|e| *e = A::infinity().ranked(u32::MAX));
+        Self { threshold: vec![A::neg_infinity(); rows], list, capacity, width, backwards }
+    }
+
+    /// Empties all lists.
+    pub(crate) fn clear(&mut self) {
+        self.threshold.fill(A::neg_infinity());
+        for list in self.list.chunks_exact_mut(self.capacity + 1) {
+            list[1..].fill(A::neg_infinity().ranked(0));
         }
     }
 
@@ -113,65 +112,48 @@ impl<A: Real> Best<A> {
         if score == A::infinity() {
             return;
         }
-        self.len[row] = (self.len[row] + 1).min(self.capacity);
-        let list = row * (self.capacity + 1)..(row + 1) * (self.capacity + 1);
-        let (scores, keys) = (&mut self.score[list.clone()], &mut self.key[list]);
+        let entry = score.ranked(if self.backwards { key } else { !key });
+        let list = &mut self.list[row * (self.capacity + 1)..(row + 1) * (self.capacity + 1)];
         match self.capacity {
-            1 => enter::<A, 1>(scores, keys, score, key),
-            2 => enter::<A, 2>(scores, keys, score, key),
-            4 => enter::<A, 4>(scores, keys, score, key),
-            8 => enter::<A, 8>(scores, keys, score, key),
-            16 => enter::<A, 16>(scores, keys, score, key),
+            1 => enter::<A, 1>(list, entry),
+            2 => enter::<A, 2>(list, entry),
+            4 => enter::<A, 4>(list, entry),
+            8 => enter::<A, 8>(list, entry),
+            16 => enter::<A, 16>(list, entry),
+            32 => enter::<A, 32>(list, entry),
             k => {
                 // Long lists: where it belongs is far from everywhere else.
-                let at = scores.partition_point(|&s| s >= score);
-                scores.copy_within(at..k, at + 1);
-                keys.copy_within(at..k, at + 1);
-                (scores[at], keys[at]) = (score, key);
+                let at = list.partition_point(|&e| e >= entry);
+                list.copy_within(at..k, at + 1);
+                list[at] = entry;
             }
         }
-        self.threshold[row] = scores[self.capacity];
+        self.threshold[row] = A::unranked(list[self.capacity]).0;
     }
 
-    /// What a score must exceed to enter a row's list: -inf while it has room.
+    /// The keys of a row, best first, into `keys`.
     #[inline(always)]
-    pub(crate) fn threshold(&self, row: usize) -> A {
-        self.threshold[row]
-    }
-
-    /// Empties all lists.
-    pub(crate) fn clear(&mut self) {
-        self.threshold.fill(A::neg_infinity());
-        self.len.fill(0);
-        for list in self.score.chunks_exact_mut(self.capacity + 1) {
-            list[1..].fill(A::neg_infinity());
+    pub(crate) fn keys(&self, row: usize, keys: &mut Vec<u32>) {
+        keys.clear();
+        let list = &self.list[row * (self.capacity + 1)..(row + 1) * (self.capacity + 1)];
+        for &entry in &list[1..] {
+            let (score, tie) = A::unranked(entry);
+            if score > A::neg_infinity() {
+                keys.push(if self.backwards { tie } else { !tie });
+            }
         }
-    }
-
-    /// The keys of a row, best first.
-    pub(crate) fn keys(&self, row: usize) -> &[u32] {
-        let first = row * (self.capacity + 1) + 1;
-        &self.key[first..first + self.len[row]]
     }
 }
 
-/// Inserts into a short sorted list without branches.
+/// Inserts into a sorted list without branches: every entry becomes the greater of itself and the
+/// lesser of its predecessor and the new one.
 #[inline(always)]
-fn enter<A: Real, const K: usize>(scores: &mut [A], keys: &mut [u32], score: A, key: u32) {
-    let (Some(before), Some(old)) = (scores.first_chunk::<K>().copied(), scores.last_chunk_mut::<K>()) else {
-        unreachable!("a list of {K}")
-    };
-    let (Some(keys_before), Some(old_keys)) = (keys.first_chunk::<K>().copied(), keys.last_chunk_mut::<K>())
-    else {
-        unreachable!("a list of {K}")
-    };
-    for i in 0..K {
-        // Behind the new entry all move up by one.
-        let (here, above) = (score > old[i], score > before[i]);
-        let moved = if above { before[i] } else { score };
-        let key = if above { keys_before[i] } else { key };
-        old[i] = if here { moved } else { old[i] };
-        old_keys[i] = if here { key } else { old_keys[i] };
+fn enter<A: Real, const K: usize>(list: &mut [A::Ranked], entry: A::Ranked) {
+    let Some(before) = list.first_chunk::<K>().copied() else { unreachable!("a list of {K}") };
+    let Some(list) = list.last_chunk_mut::<K>() else { unreachable!("a list of {K}") };
+    for (e, before) in list.iter_mut().zip(before) {
+        let moved = if before < entry { before } else { entry };
+        *e = if moved > *e { moved } else { *e };
     }
 }
 

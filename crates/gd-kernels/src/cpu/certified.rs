@@ -15,7 +15,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::best::Best;
-use super::integer::{Code, Hits, KEYS, Panel, Queries, ROWS, STEP, hits};
+use super::integer::{Code, KEYS, Lists, Panel, Queries, ROWS, STEP, collect, reached_by};
 use super::pack::pack_panel;
 use super::quantize::quantize;
 use super::scan::Block;
@@ -24,7 +24,7 @@ use crate::element::{Element, Real};
 use crate::fused::vectorize;
 use crate::plan::{Isa, Plan, Problem};
 
-/// Survivors that a row may have before it is left to the native scan: enough for 32 candidates.
+/// Keys that a row may keep before it is left to the native scan: enough for 32 candidates.
 const CAPACITY: usize = 96;
 
 /// Beyond this a bias is no longer added to a score within f32.
@@ -82,8 +82,9 @@ impl<A: Real> Filter<A> {
                     for (w, j) in range.enumerate() {
                         let s = quantize(k.row(b, h, j), &mut row);
                         (scale[w], error[w], norm[w]) = (s.scale, s.error, s.norm);
-                        for (x, &q) in row.iter().enumerate() {
-                            values[x / STEP * KEYS * STEP + w * STEP + x % STEP] = q.cast_unsigned() ^ 128;
+                        for (slots, row) in values.chunks_exact_mut(KEYS * STEP).zip(row.chunks(STEP)) {
+                            let slots = &mut slots[w * STEP..][..row.len()];
+                            slots.iter_mut().zip(row).for_each(|(s, &q)| *s = q.cast_unsigned() ^ 128);
                         }
                     }
                 },
@@ -133,31 +134,24 @@ impl<T: Element> Certified<'_, '_, T> {
     #[inline(always)]
     fn scan(&mut self, visible: &[Range<usize>]) -> Option<u64> {
         let (queries, coarseness) = self.queries(visible)?;
-        let mut survivors = self.survivors(&queries, coarseness, visible)?;
-        let block = &self.block;
-        let (problem, backwards) = (block.problem, block.backwards());
-        let mut best = Best::new(1, problem.candidates, KEYS, backwards);
-        let (mut found, mut scores, mut scored) = (Vec::new(), Vec::new(), 0);
-        let mut q = vec![T::Acc::zero(); problem.head_dim];
+        let survivors = self.survivors(&queries, coarseness, visible)?;
+        let scores = self.exact(&survivors);
+        let problem = self.block.problem;
+        let mut best = Best::new(1, problem.candidates, KEYS, self.block.backwards());
+        let (mut found, mut keys, mut at) = (Vec::new(), Vec::new(), 0);
         for (row, visible) in visible.iter().enumerate() {
-            let keys = &mut survivors[row];
-            keys.sort_unstable();
-            if backwards {
-                keys.reverse();
-            }
-            let source = self.block.x.q.row(self.block.b, self.block.h, self.block.rows.start + row);
-            q.iter_mut().zip(source).for_each(|(q, x)| *q = x.up());
-            self.exact(&q, keys, &mut scores);
-            scored += keys.len() as u64;
             best.clear();
-            for (&score, &j) in scores.iter().zip(keys.iter()) {
-                if score > best.threshold(0) {
-                    best.insert(0, score, j);
+            while let Some(&(_, j)) = survivors.get(at).filter(|s| s.0 as usize == row) {
+                // The native scan takes no score that is not finite.
+                if scores[at] > T::Acc::neg_infinity() {
+                    best.insert(0, scores[at], j);
                 }
+                at += 1;
             }
-            self.block.finish(row, visible, best.keys(0), &mut found);
+            best.keys(0, &mut keys);
+            self.block.finish(row, visible, &keys, &mut found);
         }
-        Some(scored)
+        Some(survivors.len() as u64)
     }
 
     /// The block's queries as integers, and the greatest ratio of error to norm among them; none if
@@ -192,125 +186,185 @@ impl<T: Element> Certified<'_, '_, T> {
         Some((out, coarseness))
     }
 
-    /// For every row the keys that can be candidates; none if there are too many.
+    /// The panel from key `first` as the block meets it: the keys' biases and errors rounded up,
+    /// and of each what its bias was rounded up by. Keys without a bound go to `unbounded`.
+    #[inline(always)]
+    fn bounds(&self, first: usize, coarseness: f32, unbounded: &mut Vec<u32>) -> [[f32; KEYS]; 3] {
+        let (block, filter, at) = (&self.block, self.filter, self.panel(first));
+        let rounding = (block.problem.head_dim + 16) as f32 * (0.5 * f32::EPSILON);
+        let mut bias = filter.bias[at];
+        let keys = KEYS.min(block.problem.keys - first);
+        block.add_prior(&mut bias[..keys], first);
+        let [mut upper, mut error, mut slack] = [[0f32; KEYS]; 3];
+        let norms = filter.norm[at].iter().zip(&filter.error[at]);
+        let mut bounded = true;
+        for (w, (norm, e)) in norms.enumerate() {
+            let b = bias[w].wide() as f32;
+            slack[w] = rounding * b.abs();
+            upper[w] = b + slack[w];
+            error[w] = e + (coarseness + 2.0 * rounding) * norm;
+            bounded &= (upper[w].abs() <= GREATEST_BIAS) & (error[w] < f32::INFINITY);
+        }
+        if !bounded {
+            for w in 0..KEYS {
+                if !(upper[w].abs() <= GREATEST_BIAS && error[w] < f32::INFINITY) {
+                    // A key of infinite bias is banned; others are scored by every row that sees them.
+                    if w < keys && bias[w].is_finite() {
+                        unbounded.push((first + w) as u32);
+                    }
+                    (upper[w], error[w], slack[w]) = (f32::NEG_INFINITY, 0.0, 0.0);
+                }
+            }
+        }
+        [upper, error, slack]
+    }
+
+    /// The number of the panel from key `first`.
+    #[inline(always)]
+    fn panel(&self, first: usize) -> usize {
+        self.block.kv_head() * self.filter.per_head + first / KEYS
+    }
+
+    /// Appends to `lists` what the panel from key `first` adds.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    fn collect(
+        &self,
+        queries: &Queries,
+        first: usize,
+        [bias, error, slack]: [&[f32; KEYS]; 3],
+        active: u32,
+        open: &[u32],
+        threshold: &[f32],
+        lists: &mut Lists,
+    ) {
+        let (filter, at) = (self.filter, self.panel(first));
+        let (values, scale) = (filter.values(at), &filter.scale[at]);
+        let panel = Panel { values, scale, bias, error, slack, first: first as u32 };
+        collect(filter.code, queries, active, &panel, open, threshold, lists);
+    }
+
+    /// Thresholds to begin with, from a few panels that every row sees whole: most keys of the others
+    /// then never enter a list.
+    #[inline(always)]
+    fn thresholds(&self, queries: &Queries, coarseness: f32, visible: &[Range<usize>]) -> Vec<f32> {
+        /// Panels to look at.
+        const PANELS: usize = 4;
+        let count = queries.start.len();
+        // The least finite number: -inf is the bound of a banned key.
+        let mut threshold = vec![f32::MIN; count];
+        let start = visible.iter().map(|r| r.start).max().unwrap_or(0).div_ceil(KEYS);
+        let end = visible.iter().map(|r| r.end).min().unwrap_or(0) / KEYS;
+        if end < start + 2 * PANELS {
+            return threshold;
+        }
+        let mut lists = Lists::new(count, PANELS * KEYS);
+        let mut unbounded = Vec::new();
+        let (all, open) = ((1u32 << (count / ROWS)) - 1, vec![u32::MAX; count]);
+        for p in start..start + PANELS {
+            let [bias, error, slack] = self.bounds(p * KEYS, coarseness, &mut unbounded);
+            self.collect(queries, p * KEYS, [&bias, &error, &slack], all, &open, &threshold, &mut lists);
+        }
+        for (row, threshold) in threshold.iter_mut().enumerate() {
+            *threshold = reached_by(lists.lower(row), self.block.problem.candidates, f32::MIN);
+        }
+        threshold
+    }
+
+    /// The (row, key) pairs that can be candidates, by row; none if a row has too many.
     #[inline(always)]
     fn survivors(
         &self,
         queries: &Queries,
         coarseness: f32,
         visible: &[Range<usize>],
-    ) -> Option<Vec<Vec<u32>>> {
-        let (block, filter) = (&self.block, self.filter);
-        let rounding = (block.problem.head_dim + 16) as f32 * (0.5 * f32::EPSILON);
+    ) -> Option<Vec<(u32, u32)>> {
+        let (block, k) = (&self.block, self.block.problem.candidates);
         let count = queries.start.len();
-        let mut lower = Best::new(count, block.problem.candidates, KEYS, block.backwards());
-        // The least finite threshold: -inf is the bound of a banned key.
-        let mut threshold = vec![f32::MIN; count];
-        let mut found = Hits { keys: vec![0; count], upper: vec![[0.0; KEYS]; count] };
-        let mut kept: Vec<Vec<(u32, f32)>> = vec![Vec::with_capacity(CAPACITY); visible.len()];
-        // Keys whose score has no bound: every row that sees one scores it.
+        let mut threshold = self.thresholds(queries, coarseness, visible);
+        let mut lists = Lists::new(count, CAPACITY);
         let mut unbounded = Vec::new();
         let reach = Block::<T>::reach(visible);
+        let mut open = vec![0; count];
         for p in block.panels(&reach, KEYS) {
-            let (at, first) = (block.kv_head() * filter.per_head + p, p * KEYS);
-            let mut bias = filter.bias[at];
-            let keys = KEYS.min(block.problem.keys - first);
-            block.add_prior(&mut bias[..keys], first);
-            let (mut upper, mut error, mut slack) = ([0f32; KEYS], [0f32; KEYS], [0f32; KEYS]);
-            for w in 0..KEYS {
-                let (b, norm) = (bias[w].wide() as f32, filter.norm[at][w]);
-                slack[w] = rounding * b.abs();
-                upper[w] = b + slack[w];
-                error[w] = filter.error[at][w] + (coarseness + 2.0 * rounding) * norm;
-            }
-            for w in 0..keys {
-                if error[w] == f32::INFINITY || upper[w].abs() > GREATEST_BIAS {
-                    // A key of infinite bias is banned; others are scored by every row.
-                    if bias[w].is_finite() {
-                        unbounded.push((first + w) as u32);
-                    }
-                    (upper[w], error[w], slack[w]) = (f32::NEG_INFINITY, 0.0, 0.0);
-                }
-            }
+            let first = p * KEYS;
+            let [bias, error, slack] = self.bounds(first, coarseness, &mut unbounded);
             let mut active = 0;
-            for (g, rows) in visible.chunks(ROWS).enumerate() {
-                let sees = rows.iter().any(|r| r.start < first + KEYS && r.end > first);
-                active |= u32::from(sees) << g;
+            for (row, (open, range)) in open.iter_mut().zip(visible).enumerate() {
+                *open = seen(range, first);
+                active |= u32::from(*open != 0) << (row / ROWS);
             }
-            let panel =
-                Panel { values: filter.values(at), scale: &filter.scale[at], bias: &upper, error: &error };
-            hits(filter.code, queries, active, &panel, &threshold, &mut found);
-            for (row, range) in visible.iter().enumerate() {
-                if active >> (row / ROWS) & 1 == 0 || found.keys[row] == 0 {
-                    continue;
-                }
-                let mut bits = found.keys[row] & open(range, first);
-                while bits != 0 {
-                    let w = if block.backwards() { 31 - bits.leading_zeros() } else { bits.trailing_zeros() };
-                    bits ^= 1 << w;
-                    let w = w as usize;
-                    let bound = found.upper[row][w];
-                    if bound < threshold[row] {
-                        continue;
-                    }
-                    kept[row].push(((first + w) as u32, bound));
-                    let low = bound - 2.0 * queries.norm[row].mul_add(error[w], slack[w]);
-                    if low > lower.threshold(row) {
-                        lower.insert(row, low, 0);
-                        threshold[row] = lower.threshold(row).max(f32::MIN);
-                    }
-                    if kept[row].len() == CAPACITY {
-                        kept[row].retain(|&(_, bound)| bound >= threshold[row]);
-                        if kept[row].len() > CAPACITY / 4 * 3 {
-                            return None;
-                        }
+            self.collect(queries, first, [&bias, &error, &slack], active, &open, &threshold, &mut lists);
+            for row in 0..visible.len() {
+                if lists.full(row) {
+                    threshold[row] = reached_by(lists.lower(row), k, threshold[row]);
+                    if lists.retain(row, threshold[row]) > CAPACITY / 4 * 3 {
+                        return None;
                     }
                 }
             }
         }
-        let mut out = Vec::with_capacity(visible.len());
-        for (row, (kept, range)) in kept.iter().zip(visible).enumerate() {
-            let mut keys: Vec<u32> =
-                kept.iter().filter(|(_, bound)| *bound >= threshold[row]).map(|(j, _)| *j).collect();
-            keys.extend(unbounded.iter().filter(|&&j| range.contains(&(j as usize))));
-            if keys.len() > CAPACITY {
+        let mut out = Vec::with_capacity(4 * k * visible.len());
+        for (row, range) in visible.iter().enumerate() {
+            let before = out.len();
+            let threshold = reached_by(lists.lower(row), k, threshold[row]);
+            lists.retain(row, threshold);
+            out.extend(lists.keys(row).iter().map(|&j| (row as u32, j)));
+            let seen = unbounded.iter().filter(|&&j| range.contains(&(j as usize)));
+            out.extend(seen.map(|&j| (row as u32, j)));
+            if out.len() - before > CAPACITY {
                 return None;
             }
-            out.push(keys);
         }
         Some(out)
     }
 
-    /// Scores of a query and keys as the native scan computes them.
+    /// The scores of (row, key) pairs as the native scan computes them.
     #[inline(always)]
-    fn exact(&self, q: &[T::Acc], keys: &[u32], scores: &mut Vec<T::Acc>) {
-        /// Chains that run side by side.
+    fn exact(&self, pairs: &[(u32, u32)]) -> Vec<T::Acc> {
+        /// Chains that run side by side, and their steps between two looks at a slice's length.
         const SIDE: usize = 8;
+        const STRIDE: usize = 8;
         let (block, filter) = (&self.block, self.filter);
         let head = block.kv_head() * filter.per_head;
-        scores.clear();
-        for keys in keys.chunks(SIDE) {
+        let mut scores = Vec::with_capacity(pairs.len() + SIDE);
+        for pairs in pairs.chunks(SIDE) {
             let mut acc = [T::Acc::zero(); SIDE];
-            let mut rows: [&[T]; SIDE] = [&[]; SIDE];
+            let mut rows: [(&[T], &[T]); SIDE] = [(&[], &[]); SIDE];
             for (s, row) in rows.iter_mut().enumerate() {
-                let j = keys[s.min(keys.len() - 1)] as usize;
-                *row = &block.x.k.row(block.b, block.h / block.problem.group(), j)[..q.len()];
+                let (i, j) = pairs[s.min(pairs.len() - 1)];
+                let j = j as usize;
+                let q = block.x.q.row(block.b, block.h, block.rows.start + i as usize);
+                *row = (q, block.x.k.row(block.b, block.h / block.problem.group(), j));
                 let mut bias = [filter.bias[head + j / KEYS][j % KEYS]];
                 block.add_prior(&mut bias, j);
                 acc[s] = bias[0];
             }
-            for (x, &q) in q.iter().enumerate() {
-                for s in 0..SIDE {
-                    acc[s] = q.mul_add(rows[s][x].up(), acc[s]);
+            let whole = block.problem.head_dim / STRIDE * STRIDE;
+            for x in (0..whole).step_by(STRIDE) {
+                for (acc, (q, k)) in acc.iter_mut().zip(&rows) {
+                    let (Some(q), Some(k)) = (q[x..].first_chunk::<STRIDE>(), k[x..].first_chunk::<STRIDE>())
+                    else {
+                        unreachable!("rows of D elements")
+                    };
+                    for t in 0..STRIDE {
+                        *acc = q[t].up().mul_add(k[t].up(), *acc);
+                    }
                 }
             }
-            scores.extend(&acc[..keys.len()]);
+            for (acc, (q, k)) in acc.iter_mut().zip(&rows) {
+                for (q, k) in q[whole..].iter().zip(&k[whole..]) {
+                    *acc = q.up().mul_add(k.up(), *acc);
+                }
+            }
+            scores.extend(&acc[..pairs.len()]);
         }
+        scores
     }
 }
 
 /// The keys of a panel that begins at `first` that lie in `range`, as bits.
-fn open(range: &Range<usize>, first: usize) -> u32 {
+fn seen(range: &Range<usize>, first: usize) -> u32 {
     let below = |end: usize| match end.saturating_sub(first) {
         n if n >= KEYS => u32::MAX,
         n => (1u32 << n) - 1,
@@ -324,11 +378,11 @@ mod tests {
 
     #[test]
     fn bits_of_a_range_within_a_panel() {
-        assert_eq!(open(&(0..100), 32), u32::MAX);
-        assert_eq!(open(&(33..35), 32), 0b110);
-        assert_eq!(open(&(0..33), 32), 1);
-        assert_eq!(open(&(63..64), 32), 1 << 31);
-        assert_eq!(open(&(0..32), 32), 0);
-        assert_eq!(open(&(64..70), 32), 0);
+        assert_eq!(seen(&(0..100), 32), u32::MAX);
+        assert_eq!(seen(&(33..35), 32), 0b110);
+        assert_eq!(seen(&(0..33), 32), 1);
+        assert_eq!(seen(&(63..64), 32), 1 << 31);
+        assert_eq!(seen(&(0..32), 32), 0);
+        assert_eq!(seen(&(64..70), 32), 0);
     }
 }

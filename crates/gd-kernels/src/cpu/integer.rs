@@ -22,6 +22,10 @@ pub(crate) struct Panel<'a> {
     pub(crate) bias: &'a [f32; KEYS],
     /// Error of the score for a query of norm 1.
     pub(crate) error: &'a [f32; KEYS],
+    /// By how much the bias was rounded up.
+    pub(crate) slack: &'a [f32; KEYS],
+    /// The first key.
+    pub(crate) first: u32,
 }
 
 /// A block of queries, in groups of [`ROWS`].
@@ -34,12 +38,53 @@ pub(crate) struct Queries {
     pub(crate) norm: Vec<f32>,
 }
 
-/// What a block of queries finds in a panel.
-pub(crate) struct Hits {
-    /// Keys whose upper bound reaches the threshold, as bits; of groups that were looked at.
-    pub(crate) keys: Vec<u32>,
-    /// Upper bounds of the groups that have a hit.
-    pub(crate) upper: Vec<[f32; KEYS]>,
+/// For every row the keys that may still be candidates, with bounds of their scores.
+pub(crate) struct Lists {
+    /// Entries that a list may have; it is as long as that and one panel more.
+    capacity: usize,
+    count: Vec<usize>,
+    key: Vec<u32>,
+    upper: Vec<f32>,
+    lower: Vec<f32>,
+}
+
+impl Lists {
+    /// Empty lists.
+    pub(crate) fn new(rows: usize, capacity: usize) -> Self {
+        let len = rows * (capacity + KEYS);
+        Self { capacity, count: vec![0; rows], key: vec![0; len], upper: vec![0.0; len], lower: vec![0.0; len] }
+    }
+
+    fn first(&self, row: usize) -> usize {
+        row * (self.capacity + KEYS)
+    }
+
+    /// Whether a row has no room for another panel.
+    pub(crate) fn full(&self, row: usize) -> bool {
+        self.count[row] > self.capacity
+    }
+
+    /// Lower bounds of a row's scores.
+    pub(crate) fn lower(&self, row: usize) -> &[f32] {
+        &self.lower[self.first(row)..][..self.count[row]]
+    }
+
+    /// Drops the keys whose upper bound does not reach the threshold; returns how many stay.
+    pub(crate) fn retain(&mut self, row: usize, threshold: f32) -> usize {
+        let first = self.first(row);
+        let mut to = first;
+        for at in first..first + self.count[row] {
+            (self.key[to], self.upper[to], self.lower[to]) = (self.key[at], self.upper[at], self.lower[at]);
+            to += usize::from(self.upper[at] >= threshold);
+        }
+        self.count[row] = to - first;
+        self.count[row]
+    }
+
+    /// The keys of a row.
+    pub(crate) fn keys(&self, row: usize) -> &[u32] {
+        &self.key[self.first(row)..][..self.count[row]]
+    }
 }
 
 /// Which code computes the bounds.
@@ -52,26 +97,35 @@ pub(crate) enum Code {
     Vnni,
 }
 
-/// Finds the keys whose upper bound reaches the rows' thresholds, for the groups in `active` (bits).
+/// Appends the keys whose upper bound reaches the row's threshold, of those that are `open` to the row
+/// (bits), for the groups in `active` (bits). No list may be full.
 #[inline(always)]
-pub(crate) fn hits(
+pub(crate) fn collect(
     code: Code,
     queries: &Queries,
     active: u32,
     panel: &Panel<'_>,
+    open: &[u32],
     threshold: &[f32],
-    out: &mut Hits,
+    out: &mut Lists,
 ) {
     match code {
-        Code::Plain => plain(queries, active, panel, threshold, out),
+        Code::Plain => plain(queries, active, panel, open, threshold, out),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `Code::Vnni` is made only where the instruction set was found.
-        Code::Vnni => unsafe { vnni(queries, active, panel, threshold, out) },
+        Code::Vnni => unsafe { vnni(queries, active, panel, open, threshold, out) },
     }
 }
 
 #[inline(always)]
-fn plain(queries: &Queries, active: u32, panel: &Panel<'_>, threshold: &[f32], out: &mut Hits) {
+fn plain(
+    queries: &Queries,
+    active: u32,
+    panel: &Panel<'_>,
+    open: &[u32],
+    threshold: &[f32],
+    out: &mut Lists,
+) {
     let group_len = panel.values.len() / KEYS * ROWS;
     for (g, values) in queries.values.chunks_exact(group_len.max(1)).enumerate() {
         if active >> g & 1 == 0 {
@@ -80,9 +134,7 @@ fn plain(queries: &Queries, active: u32, panel: &Panel<'_>, threshold: &[f32], o
         for r in 0..ROWS {
             let row = g * ROWS + r;
             let mut sums = [queries.start[row]; KEYS];
-            for (q, keys) in
-                values.chunks_exact(ROWS * STEP).zip(panel.values.chunks_exact(KEYS * STEP))
-            {
+            for (q, keys) in values.chunks_exact(ROWS * STEP).zip(panel.values.chunks_exact(KEYS * STEP)) {
                 let q: [i32; STEP] = std::array::from_fn(|s| i32::from(q[r * STEP + s]));
                 for (sum, k) in sums.iter_mut().zip(keys.chunks_exact(STEP)) {
                     for s in 0..STEP {
@@ -91,21 +143,38 @@ fn plain(queries: &Queries, active: u32, panel: &Panel<'_>, threshold: &[f32], o
                 }
             }
             let (scale, norm, threshold) = (queries.scale[row], queries.norm[row], threshold[row]);
-            let mut hits = 0u32;
+            let mut upper = [0f32; KEYS];
+            let mut any = false;
             for w in 0..KEYS {
                 let score = (sums[w] as f32 * panel.scale[w]).mul_add(scale, panel.bias[w]);
-                let upper = norm.mul_add(panel.error[w], score);
-                out.upper[row][w] = upper;
-                hits |= u32::from(upper >= threshold) << w;
+                upper[w] = norm.mul_add(panel.error[w], score);
+                any |= upper[w] >= threshold;
             }
-            out.keys[row] = hits;
+            if !any {
+                continue;
+            }
+            let mut to = out.first(row) + out.count[row];
+            for w in 0..KEYS {
+                let gap = norm.mul_add(panel.error[w], panel.slack[w]);
+                (out.key[to], out.upper[to]) = (panel.first + w as u32, upper[w]);
+                out.lower[to] = (-2f32).mul_add(gap, upper[w]);
+                to += usize::from(upper[w] >= threshold && open[row] >> w & 1 == 1);
+            }
+            out.count[row] = to - out.first(row);
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2")]
-fn vnni(queries: &Queries, active: u32, panel: &Panel<'_>, threshold: &[f32], out: &mut Hits) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,popcnt")]
+fn vnni(
+    queries: &Queries,
+    active: u32,
+    panel: &Panel<'_>,
+    open: &[u32],
+    threshold: &[f32],
+    out: &mut Lists,
+) {
     use std::arch::x86_64::*;
 
     let group_len = panel.values.len() / KEYS * ROWS;
@@ -114,8 +183,14 @@ fn vnni(queries: &Queries, active: u32, panel: &Panel<'_>, threshold: &[f32], ou
         unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))] }
     };
     let (scale, bias, error) = (load(panel.scale), load(panel.bias), load(panel.error));
-    let groups = queries.values.chunks_exact(group_len.max(1)).zip(queries.start.chunks_exact(ROWS));
-    for (g, (values, start)) in groups.enumerate() {
+    let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    let first = panel.first.cast_signed();
+    let key = [
+        _mm512_add_epi32(lanes, _mm512_set1_epi32(first)),
+        _mm512_add_epi32(lanes, _mm512_set1_epi32(first + 16)),
+    ];
+    let each = queries.values.chunks_exact(group_len.max(1)).zip(queries.start.chunks_exact(ROWS));
+    for (g, (values, start)) in each.enumerate() {
         if active >> g & 1 == 0 {
             continue;
         }
@@ -129,36 +204,96 @@ fn vnni(queries: &Queries, active: u32, panel: &Panel<'_>, threshold: &[f32], ou
                 [_mm512_loadu_si512(k.as_ptr().cast()), _mm512_loadu_si512(k.as_ptr().add(64).cast())]
             };
             for r in 0..ROWS {
-                let q = [q[r * STEP] as u8, q[r * STEP + 1] as u8, q[r * STEP + 2] as u8, q[r * STEP + 3] as u8];
-                let q = _mm512_set1_epi32(i32::from_le_bytes(q));
+                let q = [q[r * STEP], q[r * STEP + 1], q[r * STEP + 2], q[r * STEP + 3]];
+                let q = _mm512_set1_epi32(i32::from_le_bytes(q.map(i8::cast_unsigned)));
                 sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], k[0], q);
                 sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], k[1], q);
             }
         }
         let rows = g * ROWS..(g + 1) * ROWS;
         let (scales, norms) = (&queries.scale[rows.clone()], &queries.norm[rows.clone()]);
-        let (mut upper, mut any) = ([[_mm512_setzero_ps(); 2]; ROWS], 0);
-        let hits = out.keys[rows.clone()].iter_mut().zip(&threshold[rows.clone()]);
-        for (r, (hits, &threshold)) in hits.enumerate() {
-            let (s, n, t) = (_mm512_set1_ps(scales[r]), _mm512_set1_ps(norms[r]), _mm512_set1_ps(threshold));
-            let mut reached = [0u32; 2];
+        let (thresholds, open) = (&threshold[rows.clone()], &open[rows.clone()]);
+        let (mut upper, mut hits, mut any) = ([[_mm512_setzero_ps(); 2]; ROWS], [0u32; ROWS], 0);
+        for r in 0..ROWS {
+            let (s, n) = (_mm512_set1_ps(scales[r]), _mm512_set1_ps(norms[r]));
+            let t = _mm512_set1_ps(thresholds[r]);
             for half in 0..2 {
                 let dot = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][half]), scale[half]);
                 let score = _mm512_fmadd_ps(dot, s, bias[half]);
                 upper[r][half] = _mm512_fmadd_ps(n, error[half], score);
-                reached[half] = u32::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(upper[r][half], t));
+                let reached = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(upper[r][half], t);
+                hits[r] |= u32::from(reached) << (16 * half);
             }
-            *hits = reached[0] | reached[1] << 16;
-            any |= *hits;
+            hits[r] &= open[r];
+            any |= hits[r];
         }
-        if any != 0 {
-            for (out, upper) in out.upper[rows].iter_mut().zip(upper) {
-                // SAFETY: both halves lie within the row of KEYS = 32 bounds.
-                unsafe {
-                    _mm512_storeu_ps(out.as_mut_ptr(), upper[0]);
-                    _mm512_storeu_ps(out.as_mut_ptr().add(16), upper[1]);
-                }
+        if any == 0 {
+            continue;
+        }
+        let slack = load(panel.slack);
+        for r in 0..ROWS {
+            if hits[r] == 0 {
+                continue;
             }
+            let n = _mm512_set1_ps(norms[r]);
+            let row = rows.start + r;
+            let mut to = out.first(row) + out.count[row];
+            // The list ends a whole panel behind its capacity; checked here, once for both halves.
+            assert!(!out.full(row) && to + KEYS <= out.key.len());
+            for half in 0..2 {
+                let hit = (hits[r] >> (16 * half)) as u16;
+                let gap = _mm512_fmadd_ps(n, error[half], slack[half]);
+                let lower = _mm512_fmadd_ps(_mm512_set1_ps(-2.0), gap, upper[r][half]);
+                // SAFETY: at most 16 entries precede the second half's 16 in the panel's room.
+                unsafe {
+                    let key = _mm512_maskz_compress_epi32(hit, key[half]);
+                    _mm512_storeu_si512(out.key.as_mut_ptr().add(to).cast(), key);
+                    let upper = _mm512_maskz_compress_ps(hit, upper[r][half]);
+                    _mm512_storeu_ps(out.upper.as_mut_ptr().add(to), upper);
+                    let lower = _mm512_maskz_compress_ps(hit, lower);
+                    _mm512_storeu_ps(out.lower.as_mut_ptr().add(to), lower);
+                }
+                to += hit.count_ones() as usize;
+            }
+            out.count[row] = to - out.first(row);
         }
     }
+}
+
+/// A number that at least `k` of the values reach, near the greatest such; `floor` if there is none
+/// above it.
+#[inline(always)]
+pub(crate) fn reached_by(values: &[f32], k: usize, floor: f32) -> f32 {
+    /// Halvings of the interval.
+    const HALVINGS: usize = 12;
+    if values.len() < k {
+        return floor;
+    }
+    let (least, greatest) = extremes(values);
+    if k == 1 {
+        return if greatest > floor { greatest } else { floor };
+    }
+    // All of them reach the least.
+    let (mut low, mut high) = (if least > floor { least } else { floor }, greatest);
+    for _ in 0..HALVINGS {
+        let middle = 0.5 * low + 0.5 * high;
+        let count: u32 = values.iter().map(|&x| u32::from(x >= middle)).sum();
+        (low, high) = if count as usize >= k { (middle, high) } else { (low, middle) };
+    }
+    low
+}
+
+/// The least and the greatest of finite values.
+#[inline(always)]
+fn extremes(values: &[f32]) -> (f32, f32) {
+    const LANES: usize = 16;
+    let (mut least, mut greatest) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    for values in values.chunks(LANES) {
+        for ((l, g), &x) in least.iter_mut().zip(&mut greatest).zip(values) {
+            *l = if x < *l { x } else { *l };
+            *g = if x > *g { x } else { *g };
+        }
+    }
+    let least = least.into_iter().fold(f32::INFINITY, |m, x| if x < m { x } else { m });
+    (least, greatest.into_iter().fold(f32::NEG_INFINITY, |m, x| if x > m { x } else { m }))
 }

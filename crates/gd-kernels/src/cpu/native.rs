@@ -35,7 +35,7 @@ impl<T: Element> Native<'_, T> {
         // Lists for whole groups of R rows.
         let count = visible.len().next_multiple_of(R);
         let backwards = self.block.backwards();
-        let mut found = Vec::new();
+        let (mut found, mut keys) = (Vec::new(), Vec::new());
         if k == 1 {
             let mut lead = Lead::new(count, width);
             self.walk::<S, _, R>(simd, &visible, &mut lead);
@@ -49,7 +49,8 @@ impl<T: Element> Native<'_, T> {
         let mut best = Best::new(count, k, width, backwards);
         self.walk::<S, _, R>(simd, &visible, &mut best);
         for (row, visible) in visible.iter().enumerate() {
-            self.block.finish(row, visible, best.keys(row), &mut found);
+            best.keys(row, &mut keys);
+            self.block.finish(row, visible, &keys, &mut found);
         }
     }
 

@@ -12,6 +12,9 @@ const SAFE: std::ops::Range<f32> = 1e-12..1e15;
 /// What makes up for rounding in the bounds themselves.
 const ROUND_UP: f32 = 1.0 + 1e-4;
 
+/// 1.5 * 2^23: added to a small number it leaves no bits for a fraction.
+const ROUND: f32 = 12_582_912.0;
+
 /// What a quantised row carries beside its integers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Scale {
@@ -27,13 +30,10 @@ pub(crate) struct Scale {
 #[inline(always)]
 pub(crate) fn quantize<T: Element>(row: &[T], out: &mut [i8]) -> Scale {
     let up = |x: T| x.up().wide() as f32;
-    let mut most = 0f32;
-    let mut finite = true;
-    for &x in row {
-        let x = up(x).abs();
-        most = if x > most { x } else { most };
-        finite &= x < f32::INFINITY;
-    }
+    // Without their sign, numbers are ordered as their bits are, NaN above infinity.
+    let bits = |x: T| up(x).to_bits() & 0x7fff_ffff;
+    let most = row.iter().fold(0, |most, &x| bits(x).max(most));
+    let (most, finite) = (f32::from_bits(most), most < f32::INFINITY.to_bits());
     if most == 0.0 && finite {
         out.fill(0);
         return Scale { scale: 0.0, error: 0.0, norm: 0.0 };
@@ -44,8 +44,9 @@ pub(crate) fn quantize<T: Element>(row: &[T], out: &mut [i8]) -> Scale {
     }
     let (scale, inverse) = (most / 127.0, 127.0 / most);
     for (o, &x) in out.iter_mut().zip(row) {
-        // Saturates at the ends of i8, which rounding of the inverse cannot reach.
-        *o = (up(x) * inverse).round_ties_even() as i8;
+        // The sum's mantissa ends in the nearest integer, whose last byte is Q: at most 127, since
+        // neither the inverse nor the product is off by half a unit.
+        *o = (up(x) * inverse + ROUND).to_bits() as i8;
     }
     let square = sum1(
         row,

@@ -44,6 +44,9 @@ pub trait Real:
     /// `a * b + c` with one rounding.
     fn fused<S: Simd>(simd: S, a: Self::Lanes<S>, b: Self::Lanes<S>, c: Self::Lanes<S>) -> Self::Lanes<S>;
 
+    /// The sum of the lanes.
+    fn total<S: Simd>(simd: S, a: Self::Lanes<S>) -> Self;
+
     /// What comparing two registers gives, lane by lane.
     type Mask<S: Simd>: Copy;
 
@@ -87,7 +90,7 @@ macro_rules! ranks {
 /// The register operations of [`Real`] by their names in pulp.
 macro_rules! registers {
     ($word:ident, $lanes:ident, $mask:ident, $splat:ident, $fused:ident, $greater:ident, $select:ident, $as_simd:ident,
-     $as_mut_simd:ident) => {
+     $as_mut_simd:ident, $total:ident) => {
         type Lanes<S: Simd> = S::$lanes;
         type Mask<S: Simd> = S::$mask;
 
@@ -99,6 +102,11 @@ macro_rules! registers {
         #[inline(always)]
         fn fused<S: Simd>(simd: S, a: S::$lanes, b: S::$lanes, c: S::$lanes) -> S::$lanes {
             simd.$fused(a, b, c)
+        }
+
+        #[inline(always)]
+        fn total<S: Simd>(simd: S, a: S::$lanes) -> Self {
+            simd.$total(a)
         }
 
         #[inline(always)]
@@ -146,12 +154,17 @@ pub trait Element: WithDType {
 
     /// Rounds from the accumulator.
     fn down(x: Self::Acc) -> Self;
+
+    /// A row as accumulators: the row itself where the types are the same, else widened into
+    /// `room`, which is as long.
+    fn widened<'a>(row: &'a [Self], room: &'a mut [Self::Acc]) -> &'a [Self::Acc];
 }
 
 impl Real for f32 {
     ranks!(i32, i64);
     registers!(
-        u32, f32s, m32s, splat_f32s, mul_add_f32s, greater_than_f32s, select_f32s, as_simd_f32s, as_mut_simd_f32s
+        u32, f32s, m32s, splat_f32s, mul_add_f32s, greater_than_f32s, select_f32s, as_simd_f32s, as_mut_simd_f32s,
+        reduce_sum_f32s
     );
 
     #[inline(always)]
@@ -187,7 +200,8 @@ impl Real for f32 {
 impl Real for f64 {
     ranks!(i64, i128);
     registers!(
-        u64, f64s, m64s, splat_f64s, mul_add_f64s, greater_than_f64s, select_f64s, as_simd_f64s, as_mut_simd_f64s
+        u64, f64s, m64s, splat_f64s, mul_add_f64s, greater_than_f64s, select_f64s, as_simd_f64s, as_mut_simd_f64s,
+        reduce_sum_f64s
     );
 
     #[inline(always)]
@@ -207,7 +221,7 @@ impl Real for f64 {
 }
 
 macro_rules! element {
-    ($t:ty, $acc:ty, $up:expr, $down:expr) => {
+    ($t:ty, $acc:ty, $up:expr, $down:expr, $widened:expr) => {
         impl Element for $t {
             type Acc = $acc;
 
@@ -220,14 +234,26 @@ macro_rules! element {
             fn down(x: $acc) -> Self {
                 $down(x)
             }
+
+            #[inline(always)]
+            fn widened<'a>(row: &'a [Self], room: &'a mut [$acc]) -> &'a [$acc] {
+                $widened(row, room)
+            }
         }
     };
 }
 
-element!(f64, f64, |x| x, |x| x);
-element!(f32, f32, |x| x, |x| x);
-element!(f16, f32, f16::to_f32, f16::from_f32);
-element!(bf16, f32, bf16::to_f32, bf16::from_f32);
+/// A row of half precision as f32.
+#[inline(always)]
+fn widen<'a, T: Element>(row: &[T], room: &'a mut [T::Acc]) -> &'a [T::Acc] {
+    room.iter_mut().zip(row).for_each(|(w, x)| *w = x.up());
+    room
+}
+
+element!(f64, f64, |x| x, |x| x, |row, _| row);
+element!(f32, f32, |x| x, |x| x, |row, _| row);
+element!(f16, f32, f16::to_f32, f16::from_f32, widen);
+element!(bf16, f32, bf16::to_f32, bf16::from_f32, widen);
 
 /// Runs `$body` with `$t` bound to the element type of `$dtype`; any other dtype ends the enclosing
 /// function with an error that starts with `$name`.
@@ -293,13 +319,13 @@ fn add_up<R: Real>(lanes: [R; LANES]) -> R {
 #[inline(always)]
 pub fn sum1<A: Copy, R: Real>(a: &[A], f: impl Fn(A) -> R) -> R {
     let mut lanes = [R::zero(); LANES];
-    let body = a.len() / LANES * LANES;
-    for a in a[..body].chunks_exact(LANES) {
-        for (s, &a) in lanes.iter_mut().zip(a) {
-            *s += f(a);
+    let (body, rest) = a.as_chunks::<LANES>();
+    for a in body {
+        for i in 0..LANES {
+            lanes[i] += f(a[i]);
         }
     }
-    for (s, &a) in lanes.iter_mut().zip(&a[body..]) {
+    for (s, &a) in lanes.iter_mut().zip(rest) {
         *s += f(a);
     }
     add_up(lanes)
@@ -309,13 +335,13 @@ pub fn sum1<A: Copy, R: Real>(a: &[A], f: impl Fn(A) -> R) -> R {
 #[inline(always)]
 pub fn sum2<A: Copy, B: Copy, R: Real>(a: &[A], b: &[B], f: impl Fn(A, B) -> R) -> R {
     let mut lanes = [R::zero(); LANES];
-    let body = a.len() / LANES * LANES;
-    for (a, b) in a[..body].chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
-        for ((s, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
-            *s += f(a, b);
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            lanes[i] += f(a[i], b[i]);
         }
     }
-    for ((s, &a), &b) in lanes.iter_mut().zip(&a[body..]).zip(&b[body..]) {
+    for ((s, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
         *s += f(a, b);
     }
     add_up(lanes)
@@ -325,14 +351,14 @@ pub fn sum2<A: Copy, B: Copy, R: Real>(a: &[A], b: &[B], f: impl Fn(A, B) -> R) 
 #[inline(always)]
 pub fn sum3<A: Copy, B: Copy, C: Copy, R: Real>(a: &[A], b: &[B], c: &[C], f: impl Fn(A, B, C) -> R) -> R {
     let mut lanes = [R::zero(); LANES];
-    let body = a.len() / LANES * LANES;
-    let blocks = a[..body].chunks_exact(LANES).zip(b.chunks_exact(LANES)).zip(c.chunks_exact(LANES));
-    for ((a, b), c) in blocks {
-        for (((s, &a), &b), &c) in lanes.iter_mut().zip(a).zip(b).zip(c) {
-            *s += f(a, b, c);
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let (c, c_rest) = c.as_chunks::<LANES>();
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        for i in 0..LANES {
+            lanes[i] += f(a[i], b[i], c[i]);
         }
     }
-    for (((s, &a), &b), &c) in lanes.iter_mut().zip(&a[body..]).zip(&b[body..]).zip(&c[body..]) {
+    for (((s, &a), &b), &c) in lanes.iter_mut().zip(a_rest).zip(b_rest).zip(c_rest) {
         *s += f(a, b, c);
     }
     add_up(lanes)

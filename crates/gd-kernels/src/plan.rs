@@ -104,11 +104,26 @@ impl Problem {
     }
 }
 
+/// How the CPU walks queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Walk {
+    /// Blocks of queries against panels of packed keys.
+    Panels,
+    /// A few queries against many keys, as in decoding: the keys are read once, where they lie, and
+    /// split over threads.
+    Few,
+}
+
+/// Most queries of a head, and fewest keys, of [`Walk::Few`]: beyond, packing the keys pays.
+const FEW: (usize, usize) = (8, 64);
+
 /// How a problem is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// The instruction set.
     pub isa: Isa,
+    /// The order of the walk.
+    pub walk: Walk,
     /// Query rows a task holds.
     pub block_rows: usize,
     /// Keys a packed panel holds.
@@ -121,8 +136,14 @@ pub struct Plan {
 
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Plan { isa, block_rows, panel_keys, accumulator, precision } = self;
-        write!(f, "cpu/{isa:?}: {block_rows} query rows x {panel_keys} keys, {}", accumulator.as_str())?;
+        let Plan { isa, walk, block_rows, panel_keys, accumulator, precision } = self;
+        let accumulator = accumulator.as_str();
+        match walk {
+            Walk::Panels => {
+                write!(f, "cpu/{isa:?}: {block_rows} query rows x {panel_keys} keys, {accumulator}")?;
+            }
+            Walk::Few => write!(f, "cpu/{isa:?}: few queries, {accumulator}")?,
+        }
         match precision {
             Precision::Native => Ok(()),
             Precision::Certified => write!(f, " certified by 8-bit integers"),
@@ -139,12 +160,15 @@ struct Support {
     candidates: &'static [usize],
 }
 
+/// The greatest head_dim.
+pub(crate) const MAX_HEAD_DIM: usize = 1024;
+
 /// Everything that runs. Documentation, errors and `gd doctor` print this table.
 const SUPPORT: &[Support] = &[Support {
     device: "cpu",
     dtypes: &[DType::F32, DType::F16, DType::BF16, DType::F64],
     certified: &[DType::F32, DType::F16, DType::BF16],
-    head_dim: 1..=1024,
+    head_dim: 1..=MAX_HEAD_DIM,
     candidates: &[1, 2, 4, 8, 16, 32],
 }];
 
@@ -222,6 +246,9 @@ impl Plan {
         };
         let accumulator = crate::element::acc_dtype(problem.dtype);
         let panel_keys = 2 * isa.lanes(accumulator.size_in_bytes());
-        Ok(Self { isa, block_rows: 64, panel_keys, accumulator, precision: problem.precision })
+        // Bounds of quick scores are kept in f32, and hold for scores of f32 alone.
+        let few = problem.queries <= FEW.0 && problem.keys >= FEW.1 && accumulator == DType::F32;
+        let walk = if few { Walk::Few } else { Walk::Panels };
+        Ok(Self { isa, walk, block_rows: 64, panel_keys, accumulator, precision: problem.precision })
     }
 }

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
 use crate::plan::{Backend, Plan, Problem};
+use crate::quantized::QuantizedKeys;
 
 /// The candidate set of every query.
 #[derive(Debug, Clone)]
@@ -47,6 +48,8 @@ pub struct Scan<'a> {
     pub checked: bool,
     /// How candidates are found.
     pub precision: Precision,
+    /// k as integers, if the caller keeps them; a certified scan quantises k itself otherwise.
+    pub quantized: Option<&'a QuantizedKeys>,
     /// Where to run.
     pub backend: Backend,
 }
@@ -64,6 +67,7 @@ impl<'a> Scan<'a> {
             protected: None,
             checked: false,
             precision: Precision::default(),
+            quantized: None,
             backend: Backend::default(),
         }
     }
@@ -146,6 +150,10 @@ fn problem(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Problem> {
 fn launch(problem: &Problem, plan: &Plan, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let (q, k) = (crate::fused::with_contiguous_rows(q)?, crate::fused::with_contiguous_rows(k)?);
     let protected = scan.protected.map(|p| protected_keys(p, problem)).transpose()?;
+    let quantized = match (scan.quantized, problem.precision) {
+        (Some(keys), Precision::Certified) => Some(keys.filter(problem)?),
+        _ => None,
+    };
     let (b, h, n) = (problem.batch, problem.q_heads, problem.queries);
     by_float!("scan", problem.dtype, T => {
         let beta = head_values::<<T as crate::element::Element>::Acc>("beta", scan.beta, h)?;
@@ -154,6 +162,7 @@ fn launch(problem: &Problem, plan: &Plan, q: &Tensor, k: &Tensor, scan: &Scan) -
         cpu::view::with_view::<T, _>(&q, |qv| cpu::view::with_view::<T, _>(&k, |kv| {
             let inputs = cpu::scan::Inputs {
                 q: qv, k: kv, beta: &beta, prior: prior.as_ref(), protected: protected.as_ref(), mask: scan.mask,
+                quantized,
             };
             if scan.checked {
                 cpu::check::finite(problem, &inputs)?;

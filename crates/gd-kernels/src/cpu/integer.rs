@@ -6,6 +6,8 @@
 //! every instruction set gives the same bits.
 #![allow(unsafe_code)]
 
+use crate::plan::Isa;
+
 /// Keys of a panel.
 pub(crate) const KEYS: usize = 32;
 /// Queries of a group.
@@ -46,13 +48,30 @@ pub(crate) struct Lists {
     key: Vec<u32>,
     upper: Vec<f32>,
     lower: Vec<f32>,
+    /// Keys whose scores have no bound, whatever the row.
+    pub(crate) unbounded: Vec<u32>,
 }
 
 impl Lists {
     /// Empty lists.
     pub(crate) fn new(rows: usize, capacity: usize) -> Self {
         let len = rows * (capacity + KEYS);
-        Self { capacity, count: vec![0; rows], key: vec![0; len], upper: vec![0.0; len], lower: vec![0.0; len] }
+        Self {
+            capacity,
+            count: vec![0; rows],
+            key: vec![0; len],
+            upper: vec![0.0; len],
+            lower: vec![0.0; len],
+            unbounded: Vec::new(),
+        }
+    }
+
+    /// Appends a key; the list may not be full.
+    #[inline(always)]
+    pub(crate) fn push(&mut self, row: usize, key: u32, upper: f32, lower: f32) {
+        let at = self.first(row) + self.count[row];
+        (self.key[at], self.upper[at], self.lower[at]) = (key, upper, lower);
+        self.count[row] += 1;
     }
 
     fn first(&self, row: usize) -> usize {
@@ -67,6 +86,11 @@ impl Lists {
     /// Lower bounds of a row's scores.
     pub(crate) fn lower(&self, row: usize) -> &[f32] {
         &self.lower[self.first(row)..][..self.count[row]]
+    }
+
+    /// Upper bounds of a row's scores.
+    pub(crate) fn upper(&self, row: usize) -> &[f32] {
+        &self.upper[self.first(row)..][..self.count[row]]
     }
 
     /// Drops the keys whose upper bound does not reach the threshold; returns how many stay.
@@ -97,8 +121,20 @@ pub(crate) enum Code {
     Vnni,
 }
 
+impl Code {
+    /// The code for an instruction set of this machine.
+    pub(crate) fn of(isa: Isa) -> Self {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => Code::Vnni,
+            _ => Code::Plain,
+        }
+    }
+}
+
 /// Appends the keys whose upper bound reaches the row's threshold, of those that are `open` to the row
-/// (bits), for the groups in `active` (bits). No list may be full.
+/// (bits), for the groups in `active` (bits). No list may be full; returns the rows (bits) whose list
+/// is now.
 #[inline(always)]
 pub(crate) fn collect(
     code: Code,
@@ -108,11 +144,11 @@ pub(crate) fn collect(
     open: &[u32],
     threshold: &[f32],
     out: &mut Lists,
-) {
+) -> u64 {
     match code {
         Code::Plain => plain(queries, active, panel, open, threshold, out),
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `Code::Vnni` is made only where the instruction set was found.
+        // SAFETY: a plan names VNNI only where it was found, and `Code::of` is given a plan's.
         Code::Vnni => unsafe { vnni(queries, active, panel, open, threshold, out) },
     }
 }
@@ -125,7 +161,8 @@ fn plain(
     open: &[u32],
     threshold: &[f32],
     out: &mut Lists,
-) {
+) -> u64 {
+    let mut full = 0;
     let group_len = panel.values.len() / KEYS * ROWS;
     for (g, values) in queries.values.chunks_exact(group_len.max(1)).enumerate() {
         if active >> g & 1 == 0 {
@@ -161,8 +198,10 @@ fn plain(
                 to += usize::from(upper[w] >= threshold && open[row] >> w & 1 == 1);
             }
             out.count[row] = to - out.first(row);
+            full |= u64::from(out.full(row)) << row;
         }
     }
+    full
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -174,9 +213,10 @@ fn vnni(
     open: &[u32],
     threshold: &[f32],
     out: &mut Lists,
-) {
+) -> u64 {
     use std::arch::x86_64::*;
 
+    let mut full = 0;
     let group_len = panel.values.len() / KEYS * ROWS;
     let load = |x: &[f32; KEYS]| {
         // SAFETY: both halves lie within the array.
@@ -217,14 +257,15 @@ fn vnni(
         for r in 0..ROWS {
             let (s, n) = (_mm512_set1_ps(scales[r]), _mm512_set1_ps(norms[r]));
             let t = _mm512_set1_ps(thresholds[r]);
+            let mut halves = [0u16; 2];
             for half in 0..2 {
                 let dot = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][half]), scale[half]);
                 let score = _mm512_fmadd_ps(dot, s, bias[half]);
                 upper[r][half] = _mm512_fmadd_ps(n, error[half], score);
                 let reached = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(upper[r][half], t);
-                hits[r] |= u32::from(reached) << (16 * half);
+                halves[half] = reached;
             }
-            hits[r] &= open[r];
+            hits[r] = _mm512_kunpackw(u32::from(halves[1]), u32::from(halves[0])) & open[r];
             any |= hits[r];
         }
         if any == 0 {
@@ -256,8 +297,10 @@ fn vnni(
                 to += hit.count_ones() as usize;
             }
             out.count[row] = to - out.first(row);
+            full |= u64::from(out.full(row)) << row;
         }
     }
+    full
 }
 
 /// A number that at least `k` of the values reach, near the greatest such; `floor` if there is none

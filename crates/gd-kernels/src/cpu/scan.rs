@@ -10,14 +10,18 @@ use std::ops::Range;
 use num_traits::{Float, Zero};
 use rayon::prelude::*;
 
-use super::certified::{Certified, Filter};
+use super::certified::Certified;
+use super::few;
+use super::filter::Filter;
+use super::integer::Code;
 use super::native::Native;
 use super::pack::Packed;
+use super::settle::Settle;
 use super::view::View;
 use crate::element::{Element, Real, sum2};
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
-use crate::plan::{Plan, Problem};
+use crate::plan::{Plan, Problem, Walk};
 
 /// Key prior b `[B|1, Hq|Hk, M]`, in the accumulator type.
 pub(crate) struct Prior<A> {
@@ -63,6 +67,8 @@ pub(crate) struct Inputs<'a, T: Element> {
     pub(crate) prior: Option<&'a Prior<T::Acc>>,
     pub(crate) protected: Option<&'a Protected>,
     pub(crate) mask: &'a Mask,
+    /// The keys as integers, if the caller keeps them.
+    pub(crate) quantized: Option<&'a Filter>,
 }
 
 /// Candidates `[B, Hq, N, slots]`: key or -1, energy or +inf, and whether the key is protected.
@@ -96,24 +102,44 @@ pub(crate) fn run<T: Element>(problem: &Problem, plan: &Plan, x: &Inputs<'_, T>)
             blocks.push(Block { problem, x, b, h, rows, slots, index, energy, flags });
         }
     }
-    // Under a causal mask the last blocks see the most keys: start with them.
-    blocks.reverse();
     let Some(arch) = plan.isa.arch() else { unreachable!("a plan names an available instruction set") };
     let mut rescored = 1.0;
-    if problem.precision == Precision::Certified {
-        let filter = Filter::new(problem, plan, x.k);
-        let each = blocks.into_par_iter().with_max_len(1);
-        let left = each.map(|block| arch.dispatch(Certified { block, filter: &filter })).collect::<Vec<_>>();
+    let mut own = None;
+    if plan.precision == Precision::Certified && x.quantized.is_none() {
+        let mut filter = Filter::new(problem.batch * problem.kv_heads, problem.head_dim, problem.score);
+        filter.append(x.k);
+        own = Some(filter);
+    }
+    let filter = x.quantized.or(own.as_ref()).filter(|_| plan.precision == Precision::Certified);
+    let code = Code::of(plan.isa);
+    let left = match (plan.walk, filter) {
+        (Walk::Few, filter) => few::run(arch, problem, filter, code, std::mem::take(&mut blocks)),
+        (Walk::Panels, Some(filter)) => {
+            // Under a causal mask the last blocks see the most keys: start with them.
+            blocks.reverse();
+            let each = std::mem::take(&mut blocks).into_par_iter().with_max_len(1);
+            let certify = |block| {
+                let lists = arch.dispatch(Certified { block: &block, filter, code, keys: 0..problem.keys });
+                let lists = lists.as_ref().map(|lists| vec![lists]);
+                arch.dispatch(Settle { block, lists, filter: Some(filter) })
+            };
+            each.map(certify).collect()
+        }
+        (Walk::Panels, None) => Vec::new(),
+    };
+    if !left.is_empty() {
         let (mut scored, mut visible) = (0, 0);
-        blocks = Vec::new();
         for left in left {
             scored += left.scored;
             visible += left.visible;
             blocks.extend(left.block);
         }
-        rescored = scored as f64 / visible.max(1) as f64;
+        if plan.precision == Precision::Certified && visible > 0 {
+            rescored = scored as f64 / visible as f64;
+        }
     }
     if !blocks.is_empty() {
+        blocks.reverse();
         let packed = Packed::new(x.k, plan.panel_keys, problem.score);
         let each = blocks.into_par_iter().with_max_len(1);
         each.for_each(|block| arch.dispatch(Native { block, packed: &packed }));

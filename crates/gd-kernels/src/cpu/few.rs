@@ -1,0 +1,229 @@
+//! The scan for a few queries against many keys, as in decoding: the keys are read once, where they
+//! lie, and split over threads.
+//!
+//! A task takes the queries of all heads that share a key-value head, and a stretch of its keys. It
+//! scores them in whatever order of additions is quick, with a bound of how far that may be from the
+//! native score; the keys that the bound does not rule out are scored as the native scan does, so
+//! that the result has the same bits. With quantised keys the same holds, and a quarter of the bytes
+//! is read.
+
+use std::ops::Range;
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::certified::{Certified, seen};
+use super::filter::Filter;
+use super::integer::{Code, KEYS, Lists, reached_by};
+use super::scan::Block;
+use super::settle::{Left, Settle};
+use crate::element::{Element, Real};
+use crate::options::Score;
+use crate::plan::Problem;
+
+/// Keys of a task.
+const STRETCH: usize = 1024;
+
+/// Keys that a row may keep in a task.
+const CAPACITY: usize = 96;
+
+/// Scores and squares beyond this have no bound.
+const GREATEST: f32 = 1e30;
+
+/// What a norm loses at most where squares fall below the normal numbers.
+const LOST: f32 = 1e-21;
+
+/// Scores the blocks, one for each query head in order, and returns what is left of them.
+pub(crate) fn run<'a, T: Element>(
+    arch: Arch,
+    problem: &Problem,
+    filter: Option<&Filter>,
+    code: Code,
+    blocks: Vec<Block<'a, T>>,
+) -> Vec<Left<Block<'a, T>>> {
+    let (group, stretches) = (problem.group(), problem.keys.div_ceil(STRETCH));
+    let tasks = blocks.chunks(group).flat_map(|blocks| (0..stretches).map(move |s| (blocks, s * STRETCH)));
+    let tasks: Vec<(&[Block<'a, T>], usize)> = tasks.collect();
+    // For every task one list a head; none where the head must be left.
+    let found: Vec<Vec<Option<Lists>>> = tasks
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|(blocks, first)| {
+            let keys = first..problem.keys.min(first + STRETCH);
+            match filter {
+                Some(filter) => {
+                    let of = |block| arch.dispatch(Certified { block, filter, code, keys: keys.clone() });
+                    blocks.iter().map(of).collect()
+                }
+                None => arch.dispatch(Stretch { blocks, keys }),
+            }
+        })
+        .collect();
+    let each = blocks.into_par_iter().with_max_len(1).enumerate();
+    each.map(|(at, block)| {
+        let tasks = &found[at / group * stretches..(at / group + 1) * stretches];
+        let lists = tasks.iter().map(|lists| lists[at % group].as_ref()).collect();
+        arch.dispatch(Settle { block, lists, filter })
+    })
+    .collect()
+}
+
+/// The query heads of a key-value head, and a stretch of its keys.
+struct Stretch<'b, 'a, T: Element> {
+    blocks: &'b [Block<'a, T>],
+    keys: Range<usize>,
+}
+
+/// One query head during a walk.
+struct Head<A> {
+    visible: Vec<Range<usize>>,
+    /// `[rows][D]`.
+    q: Vec<A>,
+    norm: Vec<f32>,
+    threshold: Vec<f32>,
+    lists: Option<Lists>,
+}
+
+impl<T: Element> WithSimd for Stretch<'_, '_, T> {
+    type Output = Vec<Option<Lists>>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
+        let Some(block) = self.blocks.first() else { return Vec::new() };
+        let (x, problem) = (block.x, block.problem);
+        let d = problem.head_dim;
+        let mut heads = Vec::with_capacity(self.blocks.len());
+        for block in self.blocks {
+            heads.push(Head::new::<S, T>(simd, block));
+        }
+        let mut room = vec![T::Acc::of(0.0); KEYS * d];
+        for first in self.keys.clone().step_by(KEYS) {
+            let count = KEYS.min(self.keys.end - first);
+            let open = |h: &Head<T::Acc>| h.visible.iter().any(|r| seen(r, first) != 0);
+            if !heads.iter().any(open) {
+                continue;
+            }
+            let mut keys: [&[T::Acc]; KEYS] = [&[]; KEYS];
+            for (w, (key, room)) in keys.iter_mut().zip(room.chunks_exact_mut(d)).enumerate().take(count) {
+                *key = T::widened(x.k.row(block.b, block.h / problem.group(), first + w), room);
+            }
+            let mut square = [0f32; KEYS];
+            for (square, k) in square.iter_mut().zip(keys).take(count) {
+                *square = dot::<T::Acc, S>(simd, k, k);
+            }
+            for (head, block) in heads.iter_mut().zip(self.blocks) {
+                let mut prior = [T::Acc::of(0.0); KEYS];
+                block.add_prior(&mut prior[..count], first);
+                head.offer::<S, T>(simd, block, &keys[..count], &square, &prior, first);
+            }
+        }
+        heads.into_iter().map(|head| head.lists).collect()
+    }
+}
+
+impl<A: Real> Head<A> {
+    #[inline(always)]
+    fn new<S: Simd, T: Element<Acc = A>>(simd: S, block: &Block<'_, T>) -> Self {
+        let (d, visible) = (block.problem.head_dim, block.visible());
+        let mut q = vec![A::of(0.0); visible.len() * d];
+        for (q, i) in q.chunks_exact_mut(d).zip(block.rows.clone()) {
+            q.iter_mut().zip(block.x.q.row(block.b, block.h, i)).for_each(|(q, x)| *q = x.up());
+        }
+        let norm: Vec<f32> = q.chunks_exact(d).map(|q| dot::<A, S>(simd, q, q).sqrt() + LOST).collect();
+        let bounded = norm.iter().all(|n| *n < GREATEST.sqrt());
+        let lists = bounded.then(|| Lists::new(visible.len(), CAPACITY));
+        Self { threshold: vec![f32::MIN; visible.len()], visible, q, norm, lists }
+    }
+
+    /// Enters the keys from `first` that can be candidates.
+    #[inline(always)]
+    fn offer<S: Simd, T: Element<Acc = A>>(
+        &mut self,
+        simd: S,
+        block: &Block<'_, T>,
+        keys: &[&[A]],
+        square: &[f32; KEYS],
+        prior: &[A; KEYS],
+        first: usize,
+    ) {
+        let Some(lists) = &mut self.lists else { return };
+        let (d, problem) = (block.problem.head_dim, block.problem);
+        // Two chains of D products and their biases, the native one and this one, and the bound itself.
+        let rounding = (2 * d + 32) as f32 * (0.5 * f32::EPSILON);
+        let half = if problem.score == Score::Energy { 0.5 } else { 0.0 };
+        let mut unbounded = 0u32;
+        for (row, q) in self.q.chunks_exact(d).enumerate() {
+            let open = seen(&self.visible[row], first);
+            if open == 0 {
+                continue;
+            }
+            let mut score = [0f32; KEYS];
+            for (score, k) in score.iter_mut().zip(keys) {
+                *score = dot::<A, S>(simd, q, k);
+            }
+            let (norm, threshold) = (self.norm[row], self.threshold[row]);
+            let (mut upper, mut lower) = ([0f32; KEYS], [0f32; KEYS]);
+            let (mut hits, mut wild) = (0u32, 0u32);
+            for w in 0..KEYS {
+                let b = prior[w].wide() as f32;
+                let size = norm * (square[w].sqrt() + LOST) + square[w] + b.abs();
+                let (score, error) = (score[w] - half * square[w] + b, rounding * size);
+                (upper[w], lower[w]) = (score + error, score - error);
+                hits |= u32::from(upper[w] >= threshold) << w;
+                wild |= u32::from(!(size < GREATEST)) << w;
+            }
+            let open = open & (u32::MAX >> (KEYS - keys.len()));
+            unbounded |= wild & open;
+            let mut hits = hits & open & !wild;
+            if hits == 0 {
+                continue;
+            }
+            while hits != 0 {
+                let w = hits.trailing_zeros() as usize;
+                hits &= hits - 1;
+                lists.push(row, (first + w) as u32, upper[w], lower[w]);
+            }
+            let full = lists.full(row);
+            if full || problem.candidates == 1 {
+                self.threshold[row] = reached_by(lists.lower(row), problem.candidates, threshold);
+                if full && lists.retain(row, self.threshold[row]) > CAPACITY / 4 * 3 {
+                    self.lists = None;
+                    return;
+                }
+            }
+        }
+        while unbounded != 0 {
+            let w = unbounded.trailing_zeros();
+            unbounded &= unbounded - 1;
+            // A prior of -inf bans its key; what else has no bound is scored by every row.
+            if prior[w as usize] > A::neg_infinity() {
+                lists.unbounded.push(first as u32 + w);
+            }
+        }
+        if lists.unbounded.len() > CAPACITY {
+            self.lists = None;
+        }
+    }
+}
+
+/// `<a, b>` in f32, added up in any order.
+#[inline(always)]
+fn dot<A: Real, S: Simd>(simd: S, a: &[A], b: &[A]) -> f32 {
+    /// Chains that run side by side.
+    const SIDE: usize = 4;
+    let (x, y) = (A::lanes::<S>(a), A::lanes::<S>(b));
+    let mut sum = [A::of(0.0).splat(simd); SIDE];
+    for (x, y) in x.chunks(SIDE).zip(y.chunks(SIDE)) {
+        for ((s, &x), &y) in sum.iter_mut().zip(x).zip(y) {
+            *s = A::fused(simd, x, y, *s);
+        }
+    }
+    let one = A::of(1.0).splat(simd);
+    let (left, right) = (A::fused(simd, one, sum[0], sum[1]), A::fused(simd, one, sum[2], sum[3]));
+    let mut total = A::total(simd, A::fused(simd, one, left, right));
+    let whole = size_of_val(x) / size_of::<A>();
+    for (&x, &y) in a[whole..].iter().zip(&b[whole..]) {
+        total = x.mul_add(y, total);
+    }
+    total.wide() as f32
+}

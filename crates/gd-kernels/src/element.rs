@@ -163,7 +163,15 @@ pub trait Element: WithDType {
 impl Real for f32 {
     ranks!(i32, i64);
     registers!(
-        u32, f32s, m32s, splat_f32s, mul_add_f32s, greater_than_f32s, select_f32s, as_simd_f32s, as_mut_simd_f32s,
+        u32,
+        f32s,
+        m32s,
+        splat_f32s,
+        mul_add_f32s,
+        greater_than_f32s,
+        select_f32s,
+        as_simd_f32s,
+        as_mut_simd_f32s,
         reduce_sum_f32s
     );
 
@@ -200,7 +208,15 @@ impl Real for f32 {
 impl Real for f64 {
     ranks!(i64, i128);
     registers!(
-        u64, f64s, m64s, splat_f64s, mul_add_f64s, greater_than_f64s, select_f64s, as_simd_f64s, as_mut_simd_f64s,
+        u64,
+        f64s,
+        m64s,
+        splat_f64s,
+        mul_add_f64s,
+        greater_than_f64s,
+        select_f64s,
+        as_simd_f64s,
+        as_mut_simd_f64s,
         reduce_sum_f64s
     );
 
@@ -401,7 +417,10 @@ mod tests {
     fn ranked_numbers_order_as_the_numbers_and_then_by_the_rank() {
         let sorted = [f32::NEG_INFINITY, -1e30, -2.0, -1e-40, 0.0, 1e-40, 1.0, 3.5, f32::INFINITY];
         for pair in sorted.windows(2) {
-            assert!(pair[0].ranked(9) < pair[1].ranked(3) && f64::from(pair[0]).ranked(9) < f64::from(pair[1]).ranked(3));
+            assert!(
+                pair[0].ranked(9) < pair[1].ranked(3)
+                    && f64::from(pair[0]).ranked(9) < f64::from(pair[1]).ranked(3)
+            );
             assert!(pair[0].ranked(2) < pair[0].ranked(u32::MAX));
             assert_eq!(f32::unranked(pair[0].ranked(7)), (pair[0], 7));
             assert_eq!(f64::unranked(f64::from(pair[1]).ranked(8)), (f64::from(pair[1]), 8));

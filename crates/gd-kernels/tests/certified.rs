@@ -5,7 +5,9 @@
 mod problems;
 
 use candle_core::{DType, Device, Tensor};
-use gd_kernels::{Backend, Candidates, Isa, Mask, Precision, Scan, Score, TieBreak, plan, scan};
+use gd_kernels::{
+    Backend, Candidates, Isa, Mask, Precision, QuantizedKeys, Scan, Score, TieBreak, Walk, plan, scan,
+};
 use problems::{Spec, pick, pools, rng, values};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
@@ -143,7 +145,10 @@ fn numbers(rng: &mut ChaCha8Rng, trap: Trap, n: usize, m: usize, d: usize) -> [V
         Trap::Zeros => {
             for j in (0..m).filter(|j| j % 3 != 0) {
                 let keep = rng.random_range(0..2 * d);
-                k[j * d..(j + 1) * d].iter_mut().enumerate().for_each(|(c, x)| *x *= f32::from(u8::from(c == keep)));
+                k[j * d..(j + 1) * d]
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(c, x)| *x *= f32::from(u8::from(c == keep)));
             }
             q[..d].fill(0.0);
         }
@@ -226,7 +231,9 @@ fn adversarial_problems() {
         }
         left += usize::from(share == 1.0);
     }
-    println!("{cases} adversarial problems: {filtered} plain ones filtered well, {left} left to the native scan");
+    println!(
+        "{cases} adversarial problems: {filtered} plain ones filtered well, {left} left to the native scan"
+    );
     assert!(filtered as u64 * 500 >= cases && left as u64 * 50 >= cases, "{filtered} and {left} of {cases}");
     gd_support::log_cases("certified", cases as usize);
 }
@@ -239,4 +246,103 @@ fn a_dtype_without_a_certificate_is_refused() {
     let options = Scan { precision: Precision::Certified, ..Scan::new(&beta, &mask, 1) };
     let e = scan(&q, &q, &options).unwrap_err().to_string();
     assert!(e.contains("dtype f64 at certified precision"), "{e}");
+}
+
+/// q `[2, 6, 16, D]` and k `[2, 2, M, D]`.
+fn decoding(seed: u64, m: usize, d: usize, dtype: DType) -> [Tensor; 2] {
+    let mut rng = rng(seed);
+    let mut tensor = |heads: usize, rows: usize| {
+        let values: Vec<f32> = (0..2 * heads * rows * d).map(|_| normal(&mut rng)).collect();
+        Tensor::from_vec(values, (2, heads, rows, d), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    };
+    [tensor(6, 16), tensor(2, m)]
+}
+
+#[test]
+fn few_queries_find_what_many_do() {
+    for (seed, (m, d)) in [(64, 8), (200, 33), (1500, 16), (2100, 64)].into_iter().enumerate() {
+        for dtype in [DType::F32, DType::BF16] {
+            let [q, k] = decoding(seed as u64, m, d, dtype);
+            // Keys that tie across tasks, and keys without a finite score.
+            let k = Tensor::cat(&[&k.narrow(2, 0, m / 2).unwrap(), &k.narrow(2, 0, m - m / 2).unwrap()], 2)
+                .unwrap();
+            let mut prior = vec![0f32; 6 * m];
+            prior.iter_mut().step_by(7).for_each(|b| *b = f32::NEG_INFINITY);
+            let prior = Tensor::from_vec(prior, (1, 6, m), &Device::Cpu).unwrap();
+            let beta = Tensor::full(0.1f32, 6, &Device::Cpu).unwrap();
+            let protected =
+                Tensor::new(&[3i32, m as i32 - 1], &Device::Cpu).unwrap().reshape((1, 1, 1, 2)).unwrap();
+            for candidates in [1, 8, 32] {
+                for (score, tie) in [(Score::Energy, TieBreak::First), (Score::Dot, TieBreak::Last)] {
+                    let keys = QuantizedKeys::new(&k, score).unwrap();
+                    let whole_mask = Mask::causal(m as i64 - 16);
+                    let all = Scan {
+                        prior: (candidates == 8).then_some(&prior),
+                        protected: (candidates == 8).then_some(&protected),
+                        score,
+                        tie,
+                        ..Scan::new(&beta, &whole_mask, candidates)
+                    };
+                    let whole = scan(&q, &k, &all).unwrap();
+                    assert_eq!(plan(&q, &k, &all).unwrap().walk, Walk::Panels);
+                    for (first, count) in [(0, 1), (5, 3), (15, 1), (8, 8)] {
+                        let part = |t: &Tensor| t.narrow(2, first, count).unwrap().contiguous().unwrap();
+                        let expected = Candidates {
+                            index: part(&whole.index),
+                            energy: part(&whole.energy),
+                            protected: whole.protected.as_ref().map(part),
+                            rescored: 1.0,
+                        };
+                        let (few, mask) = (part(&q), Mask::causal((m - 16 + first) as i64));
+                        for isa in Isa::available() {
+                            for (precision, quantized) in [
+                                (Precision::Native, None),
+                                (Precision::Certified, None),
+                                (Precision::Certified, Some(&keys)),
+                            ] {
+                                let options = Scan {
+                                    precision,
+                                    quantized,
+                                    backend: Backend::Force(isa),
+                                    mask: &mask,
+                                    ..all.clone()
+                                };
+                                assert_eq!(plan(&few, &k, &options).unwrap().walk, Walk::Few);
+                                let found = scan(&few, &k, &options).unwrap();
+                                let same = bits(&found) == bits(&expected);
+                                assert!(same, "M {m} D {d} {dtype:?} {first}+{count} {options:?}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantised_keys_grow_and_say_where_they_do_not_belong() {
+    let [q, k] = decoding(9, 150, 24, DType::F32);
+    let beta = Tensor::full(0.1f32, 6, &Device::Cpu).unwrap();
+    let mask = Mask::causal(134);
+    let mut keys = QuantizedKeys::new(&k.narrow(2, 0, 40).unwrap(), Score::Energy).unwrap();
+    for (first, count) in [(40, 1), (41, 64), (105, 45)] {
+        keys.append(&k.narrow(2, first, count).unwrap()).unwrap();
+    }
+    assert_eq!((keys.len(), keys.is_empty()), (150, false));
+    let native = Scan::new(&beta, &mask, 4);
+    let certified = Scan { precision: Precision::Certified, quantized: Some(&keys), ..native.clone() };
+    let (found, alone) = (scan(&q, &k, &certified).unwrap(), Scan { quantized: None, ..certified.clone() });
+    assert_eq!(bits(&found), bits(&scan(&q, &k, &native).unwrap()));
+    assert_eq!(found.rescored, scan(&q, &k, &alone).unwrap().rescored);
+    let refused = |e: gd_kernels::Result<()>, word: &str| {
+        let text = e.unwrap_err().to_string();
+        assert!(text.contains(word), "{text}");
+    };
+    let short = k.narrow(2, 0, 149).unwrap();
+    refused(scan(&q, &short, &certified).map(drop), "[2, 2, 150, 24] of F32");
+    let dot = Scan { score: Score::Dot, ..certified.clone() };
+    refused(scan(&q, &k, &dot).map(drop), "Dot score");
+    refused(keys.append(&k.narrow(3, 0, 8).unwrap()), "head_dim 24");
+    refused(QuantizedKeys::new(&k.to_dtype(DType::F64).unwrap(), Score::Dot).map(drop), "F64");
 }

@@ -128,7 +128,7 @@ fn masks_are_checked() {
 fn plans_name_what_they_run_and_what_is_missing() {
     let g = good();
     let options = |backend| Scan { backend, ..Scan::new(&g.beta, &g.mask, 4) };
-    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon] {
+    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Neon] {
         let planned = plan(&g.q, &g.k, &options(Backend::Force(isa)));
         if Isa::available().contains(&isa) {
             let text = planned.unwrap().to_string();
@@ -141,7 +141,10 @@ fn plans_name_what_they_run_and_what_is_missing() {
     let best = Isa::available()[0];
     assert_eq!(plan(&g.q, &g.k, &options(Backend::Auto)).unwrap().isa, best);
     assert_eq!(Isa::available().last(), Some(&Isa::Portable));
-    assert!(support_table().starts_with("cpu: dtypes f32, f16, bf16, f64; head_dim 1..=1024"));
+    assert!(
+        support_table()
+            .starts_with("cpu: dtypes f32, f16, bf16, f64 (certified f32, f16, bf16); head_dim 1..=1024")
+    );
 }
 
 fn found(g: &Good) -> Candidates {

@@ -170,7 +170,7 @@ impl<A: Real> Head<A> {
                 let (score, error) = (score[w] - half * square[w] + b, rounding * size);
                 (upper[w], lower[w]) = (score + error, score - error);
                 hits |= u32::from(upper[w] >= threshold) << w;
-                wild |= u32::from(!(size < GREATEST)) << w;
+                wild |= u32::from(size.is_nan() || size >= GREATEST) << w;
             }
             let open = open & (u32::MAX >> (KEYS - keys.len()));
             unbounded |= wild & open;

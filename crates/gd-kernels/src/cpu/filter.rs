@@ -65,8 +65,12 @@ impl Filter {
         let [_, kv_heads, more, _] = k.dims;
         let (old, size, score) = (self.len, self.size, self.score);
         let panels = (old + more).div_ceil(KEYS);
-        let empty =
-            Known { scale: [0.0; KEYS], error: [0.0; KEYS], norm: [0.0; KEYS], bias: [f32::NEG_INFINITY; KEYS] };
+        let empty = Known {
+            scale: [0.0; KEYS],
+            error: [0.0; KEYS],
+            norm: [0.0; KEYS],
+            bias: [f32::NEG_INFINITY; KEYS],
+        };
         let mut tasks = Vec::new();
         for (at, head) in self.heads.iter_mut().enumerate() {
             head.values.resize(panels * size, 128);

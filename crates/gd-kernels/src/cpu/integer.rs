@@ -191,11 +191,11 @@ fn plain(
                 continue;
             }
             let mut to = out.first(row) + out.count[row];
-            for w in 0..KEYS {
+            for (w, &bound) in upper.iter().enumerate() {
                 let gap = norm.mul_add(panel.error[w], panel.slack[w]);
-                (out.key[to], out.upper[to]) = (panel.first + w as u32, upper[w]);
-                out.lower[to] = (-2f32).mul_add(gap, upper[w]);
-                to += usize::from(upper[w] >= threshold && open[row] >> w & 1 == 1);
+                (out.key[to], out.upper[to]) = (panel.first + w as u32, bound);
+                out.lower[to] = (-2f32).mul_add(gap, bound);
+                to += usize::from(bound >= threshold && open[row] >> w & 1 == 1);
             }
             out.count[row] = to - out.first(row);
             full |= u64::from(out.full(row)) << row;

@@ -85,7 +85,10 @@ mod tests {
             let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
             let wide: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
             let coarse: Vec<f64> = out.iter().map(|&q| f64::from(q) * f64::from(s.scale)).collect();
-            assert!(norm(&r) <= f64::from(s.error) && f64::from(s.error) <= norm(&wide) * 0.01, "{row:?} {s:?}");
+            assert!(
+                norm(&r) <= f64::from(s.error) && f64::from(s.error) <= norm(&wide) * 0.01,
+                "{row:?} {s:?}"
+            );
             assert!(norm(&wide).max(norm(&coarse)) <= f64::from(s.norm), "{row:?} {s:?}");
             assert!(out.iter().any(|q| q.abs() == 127), "{out:?}");
         }

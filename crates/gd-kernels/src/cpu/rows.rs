@@ -58,6 +58,27 @@ pub(crate) fn for_rows<O: Send, S>(
     });
 }
 
+/// As [`for_rows`] with two outputs.
+pub(crate) fn for_rows2<A: Send, B: Send, S>(
+    (a, a_len): (&mut [A], usize),
+    (b, b_len): (&mut [B], usize),
+    state: impl Fn() -> S + Sync,
+    f: impl Fn(usize, &mut S, &mut [A], &mut [B]) + Sync,
+) {
+    let tasks = a.par_chunks_mut(TASK_ROWS * a_len).zip(b.par_chunks_mut(TASK_ROWS * b_len));
+    tasks.enumerate().for_each(|(task, (a, b))| {
+        vectorize(
+            #[inline(always)]
+            || {
+                let mut state = state();
+                for (r, (a, b)) in a.chunks_mut(a_len).zip(b.chunks_mut(b_len)).enumerate() {
+                    f(task * TASK_ROWS + r, &mut state, a, b);
+                }
+            },
+        );
+    });
+}
+
 /// The gradient of keys or values `[B, Hk, M, len]`: for each key the sum of `add(slot, sum)` over
 /// the flat slots (row * K + slot) that hold it, in ascending order, rounded once.
 pub(crate) fn key_gradient<T: Element>(

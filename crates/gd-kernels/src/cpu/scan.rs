@@ -265,11 +265,21 @@ impl<T: Element> Block<'_, T> {
 #[inline(always)]
 pub(crate) fn pair_energy<T: Element>(score: Score, beta: T::Acc, prior: T::Acc, q: &[T], k: &[T]) -> T::Acc {
     let sum = match score {
-        Score::Energy => sum2(q, k, #[inline(always)] |q, k| {
-            let x = q.up() - k.up();
-            x * x
-        }),
-        Score::Dot => -sum2(q, k, #[inline(always)] |q, k| q.up() * k.up()),
+        Score::Energy => sum2(
+            q,
+            k,
+            #[inline(always)]
+            |q, k| {
+                let x = q.up() - k.up();
+                x * x
+            },
+        ),
+        Score::Dot => -sum2(
+            q,
+            k,
+            #[inline(always)]
+            |q, k| q.up() * k.up(),
+        ),
     };
     beta * sum - prior
 }

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDTyp
 
 use crate::by_float;
 use crate::cpu::choose::{Rule, Scratch, backward, choose, weights};
-use crate::cpu::rows::{Dims, for_rows, head_sums, key_gradient};
+use crate::cpu::rows::{Dims, for_rows, for_rows2, head_sums, key_gradient};
 use crate::cpu::view::{View, flat, with_view};
 use crate::element::{Element, Real, sum2};
 
@@ -104,14 +104,15 @@ impl Choose {
     ) -> (Vec<T::Acc>, Vec<T>, Vec<T::Acc>) {
         let (rule, dims, zero) = (self.rule::<T::Acc>(), &self.dims, T::Acc::of(0.0));
         let slots = dims.slots;
-        // A row of the result: K energy gradients, K value weights, the threshold's gradient.
-        let mut rows = vec![zero; dims.rows() * (2 * slots + 1)];
-        for_rows(
-            &mut rows,
-            2 * slots + 1,
+        let mut de = vec![zero; dims.rows() * slots];
+        // Of each row K value weights and the threshold's gradient.
+        let mut rest = vec![zero; dims.rows() * (slots + 1)];
+        for_rows2(
+            (&mut de, slots),
+            (&mut rest, slots + 1),
             || (vec![zero; slots], Scratch::new(slots)),
             #[inline(always)]
-            |row, (a, scratch), out| {
+            |row, (a, scratch), de, rest| {
                 let [b, h, hk, i] = dims.place(row);
                 let (e, key) =
                     (&energy[row * slots..(row + 1) * slots], &self.index[row * slots..(row + 1) * slots]);
@@ -121,12 +122,11 @@ impl Choose {
                         if j < 0 { zero } else { sum2(dy, v.row(b, hk, j as usize), |d, v| d.up() * v.up()) };
                 }
                 let c = choose(&rule, e, key, tau[h]);
-                let (de, rest) = out.split_at_mut(slots);
                 let (dv, dtau) = rest.split_at_mut(slots);
                 dtau[0] = backward(&rule, &c, e, key, tau[h], a, scratch, de, dv);
             },
         );
-        let dtau: Vec<T::Acc> = rows.chunks(2 * slots + 1).map(|r| r[2 * slots]).collect();
+        let dtau: Vec<T::Acc> = rest.iter().skip(slots).step_by(slots + 1).copied().collect();
         let dv = key_gradient::<T>(
             dims,
             &self.index,
@@ -134,14 +134,13 @@ impl Choose {
             #[inline(always)]
             |slot, _, sum| {
                 let (row, s) = (slot / slots, slot % slots);
-                let w = rows[row * (2 * slots + 1) + slots + s];
+                let w = rest[row * (slots + 1) + s];
                 if w != zero {
                     let [b, h, _, i] = dims.place(row);
                     sum.iter_mut().zip(dy.row(b, h, i)).for_each(|(s, d)| *s += w * d.up());
                 }
             },
         );
-        let de = rows.chunks(2 * slots + 1).flat_map(|r| r[..slots].iter().copied()).collect();
         (de, dv, head_sums(dims, &dtau))
     }
 }

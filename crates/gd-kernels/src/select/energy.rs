@@ -6,7 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
 
 use crate::by_float;
-use crate::cpu::rows::{Dims, for_rows, head_sums, key_gradient};
+use crate::cpu::rows::{Dims, for_rows, for_rows2, head_sums, key_gradient};
 use crate::cpu::scan::{Prior, pair_energy};
 use crate::cpu::view::{View, flat, with_view};
 use crate::element::{Element, Real};
@@ -63,46 +63,43 @@ impl Energy {
         let (dims, d, zero) = (&self.dims, q.dims[3], T::Acc::of(0.0));
         let (beta, slots) = (&aux[..dims.hq], dims.slots);
         let two = T::Acc::of(2.0);
-        // One pass over the candidates gives dq and, in the extra column, d beta of the row.
-        let mut rows = vec![zero; dims.rows() * (d + 1)];
-        for_rows(
-            &mut rows,
-            d + 1,
-            || (),
+        // One pass over the candidates gives dq and d beta of the row.
+        let mut dq = vec![T::down(zero); dims.rows() * d];
+        let mut dbeta = vec![zero; dims.rows()];
+        for_rows2(
+            (&mut dq, d),
+            (&mut dbeta, 1),
+            || vec![zero; d],
             #[inline(always)]
-            |row, (), out| {
+            |row, sum, dq, dbeta| {
                 let [b, h, hk, i] = dims.place(row);
-                let (dq, dbeta) = out.split_at_mut(d);
+                sum.fill(zero);
                 let q = q.row(b, h, i);
                 for (&g, &j) in grad[row * slots..(row + 1) * slots].iter().zip(&self.index[row * slots..]) {
                     if j < 0 || g == zero {
                         continue;
                     }
                     let k = k.row(b, hk, j as usize);
-                    let mut sum = zero;
                     match self.score {
                         Score::Energy => {
                             let c = two * beta[h] * g;
-                            for ((o, q), k) in dq.iter_mut().zip(q).zip(k) {
-                                let diff = q.up() - k.up();
-                                *o += c * diff;
-                                sum += diff * diff;
+                            for ((s, q), k) in sum.iter_mut().zip(q).zip(k) {
+                                *s += c * (q.up() - k.up());
                             }
                         }
                         Score::Dot => {
                             let c = -(beta[h] * g);
-                            for ((o, q), k) in dq.iter_mut().zip(q).zip(k) {
-                                *o += c * k.up();
-                                sum += -(q.up() * k.up());
+                            for (s, k) in sum.iter_mut().zip(k) {
+                                *s += c * k.up();
                             }
                         }
                     }
-                    dbeta[0] += g * sum;
+                    // The derivative by beta is the energy at beta 1, without a prior.
+                    dbeta[0] += g * pair_energy(self.score, T::Acc::of(1.0), zero, q, k);
                 }
+                dq.iter_mut().zip(sum).for_each(|(o, &mut s)| *o = T::down(s));
             },
         );
-        let dbeta: Vec<T::Acc> = rows.chunks(d + 1).map(|r| r[d]).collect();
-        let dq = rows.chunks(d + 1).flat_map(|r| r[..d].iter().map(|&x| T::down(x))).collect();
         let dk = key_gradient::<T>(
             dims,
             &self.index,

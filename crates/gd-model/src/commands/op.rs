@@ -65,6 +65,7 @@ fn find_candidates(
         tie: args.tie,
         protected: protected.as_ref(),
         checked: args.checked,
+        precision: args.precision,
         ..Scan::new(&vars.beta, &mask, inputs::candidates(args.candidates, vars.k.dim(2)?)?)
     };
     let plan = plan(&vars.q, &vars.k, &scan_args)?;

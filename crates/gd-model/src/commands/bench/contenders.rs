@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops;
-use gd_kernels::{Mask, Scan, Select, scan, scan_select, select};
+use gd_kernels::{Mask, Precision, QuantizedKeys, Scan, Score, Select, scan, scan_select, select};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -44,7 +44,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         work: Work::Select,
         square: false,
         cpu_only: false,
-        prepare: |x| selection(x, 1),
+        prepare: |x| selection(x, 1, Precision::Native),
     },
     Contender {
         name: "gd k=8",
@@ -53,7 +53,25 @@ pub(super) const CONTENDERS: &[Contender] = &[
         work: Work::Select,
         square: false,
         cpu_only: false,
-        prepare: |x| selection(x, 8),
+        prepare: |x| selection(x, 8, Precision::Native),
+    },
+    Contender {
+        name: "gd k=1 certified",
+        what: "as gd k=1, by 8-bit integers with exact re-scoring; decode keeps K as integers, too",
+        passes: INFERENCE,
+        work: Work::Certified,
+        square: false,
+        cpu_only: true,
+        prepare: |x| selection(x, 1, Precision::Certified),
+    },
+    Contender {
+        name: "gd k=8 certified",
+        what: "as gd k=8, in the same way",
+        passes: ALL,
+        work: Work::Certified,
+        square: false,
+        cpu_only: true,
+        prepare: |x| selection(x, 8, Precision::Certified),
     },
     Contender {
         name: "gd k=2",
@@ -62,7 +80,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         work: Work::Select,
         square: false,
         cpu_only: false,
-        prepare: |x| selection(x, 2),
+        prepare: |x| selection(x, 2, Precision::Native),
     },
     Contender {
         name: "candle softmax",
@@ -106,8 +124,6 @@ pub(super) struct Inputs {
     pub(super) q: Tensor,
     pub(super) k: Tensor,
     pub(super) v: Tensor,
-    /// The gradient that comes from above, as y.
-    pub(super) dy: Tensor,
 }
 
 impl Inputs {
@@ -120,8 +136,8 @@ impl Inputs {
             Ok(Tensor::from_vec(values, (batch, heads, rows, dim), device)?)
         };
         let queries = pass.queries(shape);
-        let (k, v, q, dy) = (normal(shape.len)?, normal(shape.len)?, normal(queries)?, normal(queries)?);
-        Ok(Self { shape, pass, q, k, v, dy })
+        let (k, v, q) = (normal(shape.len)?, normal(shape.len)?, normal(queries)?);
+        Ok(Self { shape, pass, q, k, v })
     }
 
     fn scale(&self) -> f64 {
@@ -157,11 +173,11 @@ fn runner(
         }));
     }
     let vars = [Var::from_tensor(&x.q)?, Var::from_tensor(&x.k)?, Var::from_tensor(&x.v)?];
-    let dy = x.dy.clone();
     Ok(Box::new(move || {
         let [q, k, v] = &vars;
         let out = forward(q, k, v)?;
-        let grads = (&out.y * &dy)?.sum_all()?.backward()?;
+        // The gradient that comes from above is 1, so that nothing else is measured.
+        let grads = out.y.backward()?;
         for (name, var) in ["q", "k", "v"].iter().zip(&vars) {
             touch(grads.get(var).with_context(|| format!("{name} got no gradient"))?)?;
         }
@@ -171,11 +187,13 @@ fn runner(
 }
 
 /// This repository's operators.
-fn selection(x: &Inputs, candidates: usize) -> Result<Runner> {
+fn selection(x: &Inputs, candidates: usize, precision: Precision) -> Result<Runner> {
     let beta = Tensor::ones(x.shape.heads, DType::F32, x.q.device())?;
     let mask = if x.pass == Pass::Decode { Mask::none() } else { Mask::causal(0) };
+    let keep = x.pass == Pass::Decode && precision == Precision::Certified;
+    let kept = keep.then(|| QuantizedKeys::new(&x.k, Score::Energy)).transpose()?;
     runner(x, move |q, k, v| {
-        let args = Scan::new(&beta, &mask, candidates);
+        let args = Scan { precision, quantized: kept.as_ref(), ..Scan::new(&beta, &mask, candidates) };
         let selected = match candidates {
             1 => scan_select(q, k, v, &args, None)?,
             _ => select(q, k, v, &scan(q, k, &args)?, &Select::new(&beta))?,
@@ -241,10 +259,10 @@ mod tests {
                 let (mut selected, mut blended) = (None::<Vec<f32>>, None::<Vec<f32>>);
                 for c in CONTENDERS.iter().filter(|c| c.passes.contains(&pass)) {
                     let out = (c.prepare)(&inputs)?()?;
-                    let first = if c.work == Work::Select { &mut selected } else { &mut blended };
+                    let first = if c.work == Work::Blend { &mut blended } else { &mut selected };
                     let y = values(&out.y)?;
                     assert_eq!(y.len(), inputs.q.elem_count(), "{} {pass} {shape}", c.name);
-                    assert_eq!(out.winners.is_some(), c.work == Work::Select, "{}", c.name);
+                    assert_eq!(out.winners.is_some(), c.work != Work::Blend, "{}", c.name);
                     let first = first.get_or_insert_with(|| y.clone());
                     for (a, b) in first.iter().zip(&y) {
                         assert!((a - b).abs() <= 1e-5, "{} {pass} {shape}: {a} against {b}", c.name);

@@ -114,6 +114,8 @@ impl fmt::Display for Pass {
 pub(super) enum Work {
     /// One score for every pair; of the values only the selected rows.
     Select,
+    /// The same by integers of 8 bits.
+    Certified,
     /// One score for every pair, and every value row weighted by it.
     Blend,
 }
@@ -124,17 +126,20 @@ impl Work {
     pub(super) fn flops(self, shape: Shape, pass: Pass) -> f64 {
         let scores = 2.0 * shape.dim as f64 * pass.pairs(shape);
         match (self, pass) {
-            (Work::Select, _) => scores,
+            (Work::Select | Work::Certified, _) => scores,
             (Work::Blend, Pass::Fwdbwd) => 2.0 * scores * 3.5,
             (Work::Blend, _) => 2.0 * scores,
         }
     }
 
-    /// Bytes of the cache that one decoding step reads: K, and V if it is blended.
+    /// Bytes of the cache that one decoding step reads: K in its form, and V if it is blended.
     pub(super) fn bytes(self, shape: Shape) -> f64 {
-        let keys = 4.0 * (shape.batch * shape.heads * shape.len * shape.dim) as f64;
+        let rows = (shape.batch * shape.heads * shape.len) as f64;
+        let keys = 4.0 * rows * shape.dim as f64;
         match self {
             Work::Select => keys,
+            // A byte for every element, and scale, error, norm and bias.
+            Work::Certified => rows * (shape.dim + 16) as f64,
             Work::Blend => 2.0 * keys,
         }
     }
@@ -202,6 +207,7 @@ mod tests {
         assert_eq!(Work::Blend.flops(shape, Pass::Fwdbwd), 6720.0);
         assert_eq!(Work::Blend.flops(shape, Pass::Decode), 768.0);
         assert_eq!((Work::Select.bytes(shape), Work::Blend.bytes(shape)), (768.0, 1536.0));
+        assert_eq!(Work::Certified.bytes(shape), 768.0 / 4.0 + 768.0 / 4.0 / shape.dim as f64 * 16.0);
         assert_eq!(Pass::Fwd.square_bytes(shape), 4.0 * 4.0 * 96.0);
         assert_eq!(Pass::Decode.square_bytes(shape), 4.0 * 4.0 * 24.0);
     }

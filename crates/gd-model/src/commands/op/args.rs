@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use gd_kernels::{CoherenceMode, Estimator, Gate, Score, TieBreak};
+use gd_kernels::{CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 
 const SCAN_HELP: &str = "\
 Tensors read (B batch, Hq query heads, Hk key-value heads, Hq a multiple of Hk, N queries, M keys):
@@ -98,6 +98,10 @@ pub struct ScanArgs {
     /// The inverse bandwidth of every head, > 0 [default: 1]
     #[arg(long, value_name = "B", allow_negative_numbers = true, value_parser = positive)]
     pub beta: Option<f64>,
+    /// How candidates are found: native scores every pair in full, certified by 8-bit integers where
+    /// their error bound decides; the result is the same
+    #[arg(long, default_value = "native", value_parser = choice(&[("native", Precision::Native), ("certified", Precision::Certified)]))]
+    pub precision: Precision,
     /// Whether NaN and infinity in q or k are errors
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub checked: bool,

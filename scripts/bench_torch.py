@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pass", dest="passes", default=",".join(PASSES), help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each in a round (default: %(default)s)")
-    parser.add_argument("--only", default="gd k=1,gd k=8", help="contenders of gd bench (default: %(default)s)")
+    parser.add_argument("--only", default="gd k=1,gd k=8,gd k=1 certified,gd k=8 certified", help="contenders of gd bench (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.rounds < 1 or args.repeats < 1:

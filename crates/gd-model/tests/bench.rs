@@ -36,14 +36,18 @@ fn every_contender_of_every_pass_is_in_the_report() -> Result<()> {
     let expected = [
         ("fwd", "gd k=1"),
         ("fwd", "gd k=8"),
+        ("fwd", "gd k=1 certified"),
+        ("fwd", "gd k=8 certified"),
         ("fwd", "candle softmax"),
         ("fwd", "candle softmax_last_dim"),
         ("fwd", "candle flash"),
         ("fwdbwd", "gd k=8"),
         ("fwdbwd", "gd k=2"),
+        ("fwdbwd", "gd k=8 certified"),
         ("fwdbwd", "candle softmax"),
         ("decode", "gd k=1"),
         ("decode", "gd k=8"),
+        ("decode", "gd k=1 certified"),
         ("decode", "candle softmax"),
         ("decode", "candle softmax_last_dim"),
         ("decode", "candle flash"),
@@ -69,6 +73,7 @@ fn every_contender_of_every_pass_is_in_the_report() -> Result<()> {
         );
         let ours = line["contender"].as_str().is_some_and(|c| c.starts_with("gd "));
         assert_eq!(line["winners_differ"] == 0, ours, "{line}");
+        assert_eq!(positive(&line["rescored"]), ours, "{line}");
         let rows = if decodes { 2 } else { 66 };
         assert_eq!(line["rows"] == rows, ours, "{line}");
     }

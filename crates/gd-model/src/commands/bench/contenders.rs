@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops;
-use gd_kernels::{Mask, Precision, QuantizedKeys, Scan, Score, Select, scan, scan_select, select};
+use gd_kernels::{Mask, Precision, QuantizedKeys, Scan, Score, Select, scan, select};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -39,7 +39,7 @@ const ALL: &[Pass] = &[Pass::Fwd, Pass::Fwdbwd, Pass::Decode];
 pub(super) const CONTENDERS: &[Contender] = &[
     Contender {
         name: "gd k=1",
-        what: "scan_select: the least-energy key and its value row",
+        what: "scan and select: the least-energy key and its value row",
         passes: INFERENCE,
         work: Work::Select,
         square: false,
@@ -151,6 +151,8 @@ pub(super) struct Output {
     pub(super) y: Tensor,
     /// The selected key of every query, where one is selected.
     pub(super) winners: Option<Tensor>,
+    /// Of the visible pairs the share that a selection scored in full precision.
+    pub(super) rescored: Option<f64>,
 }
 
 /// Waits for a tensor's values, on devices that compute behind our back.
@@ -182,7 +184,7 @@ fn runner(
             touch(grads.get(var).with_context(|| format!("{name} got no gradient"))?)?;
         }
         // The rest of the graph ends here, inside the measured time.
-        Ok(Output { y: out.y.detach(), winners: out.winners })
+        Ok(Output { y: out.y.detach(), ..out })
     }))
 }
 
@@ -194,11 +196,9 @@ fn selection(x: &Inputs, candidates: usize, precision: Precision) -> Result<Runn
     let kept = keep.then(|| QuantizedKeys::new(&x.k, Score::Energy)).transpose()?;
     runner(x, move |q, k, v| {
         let args = Scan { precision, quantized: kept.as_ref(), ..Scan::new(&beta, &mask, candidates) };
-        let selected = match candidates {
-            1 => scan_select(q, k, v, &args, None)?,
-            _ => select(q, k, v, &scan(q, k, &args)?, &Select::new(&beta))?,
-        };
-        Ok(Output { y: selected.y, winners: Some(selected.index) })
+        let found = scan(q, k, &args)?;
+        let selected = select(q, k, v, &found, &Select::new(&beta))?;
+        Ok(Output { y: selected.y, winners: Some(selected.index), rescored: Some(found.rescored) })
     })
 }
 
@@ -219,7 +219,7 @@ fn blend(x: &Inputs, softmax: fn(&Tensor) -> candle_core::Result<Tensor>) -> Res
             scores = scores.broadcast_add(bias)?;
         }
         scores = softmax(&scores)?;
-        Ok(Output { y: scores.matmul(v)?, winners: None })
+        Ok(Output { y: scores.matmul(v)?, winners: None, rescored: None })
     })
 }
 
@@ -237,7 +237,7 @@ fn flash(x: &Inputs) -> Result<Runner> {
     Ok(Box::new(move || {
         let y = flash_attn::<f32>(&q, &k, &v, scale, mask.clone(), None, None)?;
         touch(&y)?;
-        Ok(Output { y, winners: None })
+        Ok(Output { y, winners: None, rescored: None })
     }))
 }
 

@@ -73,6 +73,7 @@ struct Ready<'a> {
     contender: &'a Contender,
     item: Item<'a>,
     winners: Option<Vec<i32>>,
+    rescored: Option<f64>,
 }
 
 /// Measures `contenders`, each of which has this pass. One line each, in their order.
@@ -83,9 +84,9 @@ pub(super) fn group(setup: &Setup, contenders: &[&Contender]) -> Result<Vec<Line
     let mut ready = Vec::new();
     for (contender, _) in contenders.iter().zip(&reasons).filter(|(_, reason)| reason.is_none()) {
         let at = || format!("{} {pass} {shape}", contender.name);
-        let (run, winners) = start(contender, &inputs).with_context(at)?;
+        let (run, winners, rescored) = start(contender, &inputs).with_context(at)?;
         let item = Item::new(move || run().map(|_: Output| ())).with_context(at)?;
-        ready.push(Ready { contender, item, winners });
+        ready.push(Ready { contender, item, winners, rescored });
     }
     let gemm = gemm(device)?;
     let mut probes = vec![Item::new(move || {
@@ -121,6 +122,7 @@ pub(super) fn group(setup: &Setup, contenders: &[&Contender]) -> Result<Vec<Line
                 line.rows = Some(base.len());
                 line.winners_differ = Some(ours.iter().zip(base).filter(|(a, b)| a != b).count());
             }
+            line.rescored = r.rescored;
             line.peak_mib = peak_apart(contender, setup)?;
         }
         lines.push(line);
@@ -137,12 +139,14 @@ fn obstacle(c: &Contender, setup: &Setup) -> Option<String> {
     (c.cpu_only && !setup.device.is_cpu()).then(|| "runs on the CPU alone".to_owned())
 }
 
-/// The contender's runner and what it selects.
-fn start(contender: &Contender, inputs: &Inputs) -> Result<(Runner, Option<Vec<i32>>)> {
+/// A contender's runner, what it selects, and the share of pairs that it scored in full.
+type Started = (Runner, Option<Vec<i32>>, Option<f64>);
+
+fn start(contender: &Contender, inputs: &Inputs) -> Result<Started> {
     let run = (contender.prepare)(inputs)?;
     let out = run()?;
     let winners = out.winners.map(|w| w.flatten_all()?.to_vec1::<i32>()).transpose()?;
-    Ok((run, winners))
+    Ok((run, winners, out.rescored))
 }
 
 /// A product of two square matrices.

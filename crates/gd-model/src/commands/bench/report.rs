@@ -64,6 +64,8 @@ pub(super) struct Line {
     /// Selected rows, and how many of them are others than those of the base: near ties may be.
     pub(super) rows: Option<usize>,
     pub(super) winners_differ: Option<usize>,
+    /// Of the visible pairs the share that a selection scored in full precision.
+    pub(super) rescored: Option<f64>,
     /// Rate of a matrix product of candle's, measured in the same rounds.
     pub(super) gemm_gflops: f64,
     /// Rate at which a buffer of the size of K is added up, measured in the same rounds (decode).
@@ -93,6 +95,7 @@ impl Line {
             peak_mib: None,
             rows: None,
             winners_differ: None,
+            rescored: None,
             gemm_gflops,
             read_gbps,
         }
@@ -132,6 +135,7 @@ impl Line {
         if self.pass == Pass::Decode {
             cells.extend([cell(self.gbps, 1), percent(self.read_share)]);
         }
+        cells.push(self.rescored.map_or(String::new(), |x| format!("{:.2} %", 100.0 * x)));
         cells.push(cell(self.peak_mib, 1));
         cells
     }
@@ -150,7 +154,7 @@ impl Report {
             if first.pass == Pass::Decode {
                 header.extend(["GB/s", "of read"]);
             }
-            header.push("peak MiB");
+            header.extend(["rescored", "peak MiB"]);
             let mut table = plain_table(style, &header);
             for line in lines {
                 let mut cells = line.cells();

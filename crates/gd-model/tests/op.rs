@@ -60,6 +60,11 @@ fn scan_sorts_the_candidates_and_takes_every_flag() -> Result<()> {
     assert_eq!((&answer.1["queries"], &answer.1["abstained"]), (&2.into(), &0.into()));
     assert!(answer.1["plan"].as_str().is_some_and(|p| p.starts_with("cpu/")), "{}", answer.1);
 
+    let certified = op(&x, "scan --k 4 --precision certified")?;
+    assert_eq!(ints(&certified, "index")?, ints(&answer, "index")?);
+    assert_eq!(floats(&certified, "energy")?, floats(&answer, "energy")?);
+    assert!(certified.1["plan"].as_str().is_some_and(|p| p.contains("certified")), "{}", certified.1);
+
     assert_eq!(ints(&op(&x, "scan --k 2 --tie last")?, "index")?, [0, 2, 2, 1]);
     assert_eq!(ints(&op(&x, "scan --k 2 --mask causal")?, "index")?, [0, -1, 1, 0]);
     assert_eq!(ints(&op(&x, "scan --k 2 --mask window:1 --kv-offset 2")?, "index")?, [2, -1, 3, -1]);

@@ -14,13 +14,10 @@ use num_traits::Float;
 use pulp::{Simd, WithSimd};
 
 use super::filter::{Filter, Known};
-use super::integer::{Code, KEYS, Lists, Panel, Queries, ROWS, STEP, collect, reached_by};
+use super::integer::{CAPACITY, Code, KEYS, Lists, Panel, Queries, ROWS, STEP, collect, reached_by};
 use super::quantize::quantize;
 use super::scan::Block;
 use crate::element::{Element, Real};
-
-/// Keys that a row may keep before it is left to the native scan: enough for 32 candidates.
-const CAPACITY: usize = 96;
 
 /// Beyond this a bias is no longer added to a score within f32.
 const GREATEST_BIAS: f32 = 1e37;
@@ -188,10 +185,7 @@ impl<T: Element> Certified<'_, '_, '_, T> {
             while full != 0 {
                 let row = full.trailing_zeros() as usize;
                 full &= full - 1;
-                threshold[row] = reached_by(lists.lower(row), k, threshold[row]);
-                if lists.retain(row, threshold[row]) > CAPACITY / 4 * 3 {
-                    return None;
-                }
+                threshold[row] = lists.tighten(row, k, threshold[row])?;
             }
         }
         for (row, &threshold) in threshold[..visible.len()].iter().enumerate() {

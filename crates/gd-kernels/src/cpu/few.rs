@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use super::certified::{Certified, seen};
 use super::filter::Filter;
-use super::integer::{Code, KEYS, Lists, reached_by};
+use super::integer::{CAPACITY, Code, KEYS, Lists, reached_by};
 use super::scan::Block;
 use super::settle::{Left, Settle};
 use crate::element::{Element, Real};
@@ -23,9 +23,6 @@ use crate::plan::Problem;
 
 /// Keys of a task.
 const STRETCH: usize = 1024;
-
-/// Keys that a row may keep in a task.
-const CAPACITY: usize = 96;
 
 /// Scores and squares beyond this have no bound.
 const GREATEST: f32 = 1e30;
@@ -183,13 +180,14 @@ impl<A: Real> Head<A> {
                 hits &= hits - 1;
                 lists.push(row, (first + w) as u32, upper[w], lower[w]);
             }
-            let full = lists.full(row);
-            if full || problem.candidates == 1 {
-                self.threshold[row] = reached_by(lists.lower(row), problem.candidates, threshold);
-                if full && lists.retain(row, self.threshold[row]) > CAPACITY / 4 * 3 {
+            if lists.full(row) {
+                let Some(tight) = lists.tighten(row, problem.candidates, threshold) else {
                     self.lists = None;
                     return;
-                }
+                };
+                self.threshold[row] = tight;
+            } else if problem.candidates == 1 {
+                self.threshold[row] = reached_by(lists.lower(row), 1, threshold);
             }
         }
         while unbounded != 0 {

@@ -40,6 +40,9 @@ pub(crate) struct Queries {
     pub(crate) norm: Vec<f32>,
 }
 
+/// Keys that a row may keep before it is left to the native scan: enough for 32 candidates.
+pub(crate) const CAPACITY: usize = 96;
+
 /// For every row the keys that may still be candidates, with bounds of their scores.
 pub(crate) struct Lists {
     /// Entries that a list may have; it is as long as that and one panel more.
@@ -103,6 +106,14 @@ impl Lists {
         }
         self.count[row] = to - first;
         self.count[row]
+    }
+
+    /// Makes room in a full list: raises the row's threshold to what K of its lower bounds reach, and
+    /// drops what does not reach that. Returns the threshold; none if too many keys stay.
+    #[inline(always)]
+    pub(crate) fn tighten(&mut self, row: usize, k: usize, threshold: f32) -> Option<f32> {
+        let threshold = reached_by(self.lower(row), k, threshold);
+        (self.retain(row, threshold) <= self.capacity / 4 * 3).then_some(threshold)
     }
 
     /// The keys of a row.

@@ -102,6 +102,10 @@ pub(crate) fn run<T: Element>(problem: &Problem, plan: &Plan, x: &Inputs<'_, T>)
             blocks.push(Block { problem, x, b, h, rows, slots, index, energy, flags });
         }
     }
+    if plan.walk == Walk::Panels {
+        // Under a causal mask the last blocks see the most keys: start with them.
+        blocks.reverse();
+    }
     let Some(arch) = plan.isa.arch() else { unreachable!("a plan names an available instruction set") };
     let mut rescored = 1.0;
     let mut own = None;
@@ -115,8 +119,6 @@ pub(crate) fn run<T: Element>(problem: &Problem, plan: &Plan, x: &Inputs<'_, T>)
     let left = match (plan.walk, filter) {
         (Walk::Few, filter) => few::run(arch, problem, filter, code, std::mem::take(&mut blocks)),
         (Walk::Panels, Some(filter)) => {
-            // Under a causal mask the last blocks see the most keys: start with them.
-            blocks.reverse();
             let each = std::mem::take(&mut blocks).into_par_iter().with_max_len(1);
             let certify = |block| {
                 let lists = arch.dispatch(Certified { block: &block, filter, code, keys: 0..problem.keys });
@@ -139,7 +141,6 @@ pub(crate) fn run<T: Element>(problem: &Problem, plan: &Plan, x: &Inputs<'_, T>)
         }
     }
     if !blocks.is_empty() {
-        blocks.reverse();
         let packed = Packed::new(x.k, plan.panel_keys, problem.score);
         let each = blocks.into_par_iter().with_max_len(1);
         each.for_each(|block| arch.dispatch(Native { block, packed: &packed }));

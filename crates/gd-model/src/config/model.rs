@@ -1,14 +1,9 @@
-//! What a model is made of and how it is trained: plain JSON, checked as a whole, unknown keys
-//! refused.
-
-use std::path::Path;
+//! The shape of a model: the keys of `config.json`.
 
 use gd_layer::{AttentionConfig, BeaconConfig, GdConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::optimizer::AdamWConfig;
-use crate::schedule::LrSchedule;
 
 /// How the positions of a layer read each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -195,143 +190,5 @@ impl ModelConfig {
         let parameters = RopeParameters { rope_theta: theta, rope_type: rope_type() };
         let full = Self { rope_theta: Some(theta), rope_parameters: Some(parameters), ..self.clone() };
         serde_json::to_value(full).map_err(|e| Error::Invalid(format!("the config does not fit JSON: {e}")))
-    }
-}
-
-/// What text becomes tokens with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
-pub enum TokenizerChoice {
-    /// One token a byte.
-    Bytes,
-    /// Byte-pair encoding learned from the training text.
-    Bpe {
-        /// Tokens to learn.
-        vocab: usize,
-    },
-}
-
-/// How a run goes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TrainConfig {
-    /// Optimizer steps.
-    pub steps: u64,
-    /// Sequences a micro-batch.
-    pub batch: usize,
-    /// Tokens a sequence.
-    pub context: usize,
-    /// Micro-batches a step.
-    pub accumulation: usize,
-    /// Learning rate by step.
-    pub lr: LrSchedule,
-    /// The optimizer.
-    pub adamw: AdamWConfig,
-    /// Greatest norm of the gradient; a greater one is scaled down.
-    pub clip: f64,
-    /// Steps between two looks at the validation text.
-    pub eval_every: u64,
-    /// Share of the steps during which selecting layers blend their candidates (h = 0).
-    pub blend_until: f64,
-    /// Share of the steps from which they select (h = 1); in between h rises in a straight line.
-    pub hard_from: f64,
-    /// Share of every file, at its end, that is kept for validation.
-    pub valid_fraction: f64,
-    /// The tokenizer.
-    pub tokenizer: TokenizerChoice,
-}
-
-impl TrainConfig {
-    /// The share h of the hard forward pass at a step.
-    pub fn hardness(&self, step: u64) -> f64 {
-        let at = step as f64 / self.steps.max(1) as f64;
-        if at >= self.hard_from {
-            1.0
-        } else {
-            ((at - self.blend_until) / (self.hard_from - self.blend_until)).clamp(0.0, 1.0)
-        }
-    }
-
-    /// Checks the values against each other.
-    ///
-    /// # Errors
-    /// Names the first value that does not fit.
-    pub fn validate(&self) -> Result<()> {
-        let fail = |text: String| Err(Error::Invalid(text));
-        let counts = [("batch", self.batch), ("context", self.context), ("accumulation", self.accumulation)];
-        if let Some((name, _)) = counts.iter().find(|(_, x)| *x == 0) {
-            return fail(format!("train.{name} is 0"));
-        }
-        if self.steps == 0 || self.eval_every == 0 {
-            return fail(format!(
-                "train.steps {} and train.eval_every {} must be positive",
-                self.steps, self.eval_every
-            ));
-        }
-        if !(0.0..=1.0).contains(&self.blend_until) || !(self.blend_until..=1.0).contains(&self.hard_from) {
-            return fail(format!(
-                "train.blend_until {} and train.hard_from {} must rise within 0..=1",
-                self.blend_until, self.hard_from
-            ));
-        }
-        if !(self.valid_fraction > 0.0 && self.valid_fraction < 1.0) {
-            return fail(format!("train.valid_fraction {} is outside (0, 1)", self.valid_fraction));
-        }
-        if self.clip.is_nan() || self.clip <= 0.0 {
-            return fail(format!("train.clip {} is not positive", self.clip));
-        }
-        self.lr.validate(self.steps)?;
-        self.adamw.validate()
-    }
-}
-
-/// A preset or a configuration file: a model and its training.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Recipe {
-    /// The model; its `vocab_size` is set by the tokenizer.
-    pub model: ModelConfig,
-    /// The training.
-    pub train: TrainConfig,
-}
-
-/// The presets of models/ by name.
-pub const PRESETS: &[(&str, &str)] = &[("tiny", include_str!("../../../models/tiny.json"))];
-
-impl Recipe {
-    /// A preset by name, or a JSON file.
-    ///
-    /// # Errors
-    /// Names the file and the key or value that does not fit.
-    pub fn load(name: &str) -> Result<Self> {
-        if let Some((_, text)) = PRESETS.iter().find(|(preset, _)| *preset == name) {
-            return Self::parse(text, Path::new(name));
-        }
-        let path = Path::new(name);
-        if !path.exists() {
-            let names: Vec<_> = PRESETS.iter().map(|p| p.0).collect();
-            return Err(Error::Invalid(format!(
-                "config {name:?} is neither a file nor a preset ({})",
-                names.join(", ")
-            )));
-        }
-        Self::parse(&crate::data::read_text(path)?, path)
-    }
-
-    fn parse(text: &str, path: &Path) -> Result<Self> {
-        let recipe: Self =
-            serde_json::from_str(text).map_err(|e| Error::Invalid(format!("{}: {e}", path.display())))?;
-        let named = |e: Error| Error::Invalid(format!("{}: {e}", path.display()));
-        recipe.model.validate().map_err(named)?;
-        recipe.train.validate().map_err(named)?;
-        if recipe.train.context > recipe.model.max_position_embeddings {
-            return Err(Error::Invalid(format!(
-                "{}: train.context {} exceeds max_position_embeddings {}",
-                path.display(),
-                recipe.train.context,
-                recipe.model.max_position_embeddings
-            )));
-        }
-        Ok(recipe)
     }
 }

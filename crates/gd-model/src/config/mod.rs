@@ -1,0 +1,24 @@
+//! What a model is made of and how it is trained: read from a preset or a file, checked as a whole,
+//! unknown keys refused.
+
+mod load;
+mod model;
+mod train;
+
+use serde::{Deserialize, Serialize};
+
+pub use model::{GdBlock, Mechanism, ModelConfig, RopeParameters};
+pub use train::{TokenizerChoice, TrainConfig};
+
+/// A preset or a configuration file: a model and its training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The model; its `vocab_size` is set by the tokenizer.
+    pub model: ModelConfig,
+    /// The training.
+    pub train: TrainConfig,
+}
+
+/// The presets of models/ by name.
+pub const PRESETS: &[(&str, &str)] = &[("tiny", include_str!("../../../../models/tiny.json"))];

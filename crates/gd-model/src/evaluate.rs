@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::data::windows;
 use crate::error::{Error, Result};
-use crate::loss::token_losses;
+use crate::loss::{counted, token_losses};
 use crate::transformer::Transformer;
 
 /// What a model does on a text.
@@ -80,7 +80,7 @@ pub fn evaluate(
         let logits = model.forward(&inputs, &pass, None)?.detach().flatten_to(1)?;
         let losses = token_losses(&logits, &targets)?;
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
-        count += losses.len();
+        count += counted(&targets)?;
         // Records hold whole tensors, so they do not outlive their pass.
         heads.add(&records.take(), losses.len() as f64 / (tokens.len() - 1) as f64);
     }

@@ -1,8 +1,9 @@
 //! Cross entropy of next-token prediction, in nats.
 //!
-//! logits `[rows, V]` in f64, f32, f16 or bf16, targets u32 `[rows]`. On the CPU one fused pass that
-//! stores one number a row, and a backward pass that writes `(softmax - one-hot) / rows` directly;
-//! elsewhere a composition of differentiable primitives. Sums run in f32 (f64 for f64).
+//! logits `[rows, V]` in f64, f32, f16 or bf16, targets u32 `[rows]`; rows with the target [`IGNORE`]
+//! do not count. On the CPU one fused pass that stores one number a row, and a backward pass that
+//! writes `(softmax - one-hot) / counted rows` directly; elsewhere a composition of differentiable
+//! primitives. Sums run in f32 (f64 for f64).
 
 use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use gd_kernels::by_float;
@@ -11,17 +12,34 @@ use gd_kernels::fused::{
     Rows, attach1, for_chunks, for_chunks2, rows_per_chunk, vectorize, with_contiguous_rows,
 };
 
-/// The mean over rows of `logsumexp(logits) - logits[target]`: a scalar in f32 (f64 for f64 logits).
+/// The target of a row that is not to be predicted: no loss, no gradient, not counted in the mean.
+pub const IGNORE: u32 = u32::MAX;
+
+/// Targets that are to be predicted.
+///
+/// # Errors
+/// Targets that are not u32 `[rows]`.
+pub fn counted(targets: &Tensor) -> Result<usize> {
+    Ok(count(&targets.to_vec1()?))
+}
+
+fn count(targets: &[u32]) -> usize {
+    targets.iter().filter(|&&t| t != IGNORE).count()
+}
+
+/// The mean over counted rows of `logsumexp(logits) - logits[target]`: a scalar in f32 (f64 for f64
+/// logits). Where every row is ignored it is 0, and so is its gradient.
 ///
 /// # Errors
 /// Shapes that do not fit, no rows, or a target outside the vocabulary.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let (rows, vocab) = validate(logits, targets)?;
+    let vocab = validate(logits, targets)?;
     if !logits.device().is_cpu() {
         return composed(logits, targets);
     }
     let logits = with_contiguous_rows(logits)?;
     let targets = checked_targets(targets, vocab)?;
+    let rows = count(&targets).max(1);
     by_float!("cross_entropy", logits.dtype(), T => {
         let (losses, log_sums) = forward::<T>(&logits, &targets)?;
         // Added in f64 and in order: the loss has the same bits for any thread count.
@@ -34,12 +52,12 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// The loss of every row, without gradient.
+/// The loss of every row, 0 for ignored ones, without gradient.
 ///
 /// # Errors
 /// As [`cross_entropy`].
 pub fn token_losses(logits: &Tensor, targets: &Tensor) -> Result<Vec<f32>> {
-    let (_, vocab) = validate(logits, targets)?;
+    let vocab = validate(logits, targets)?;
     if !logits.device().is_cpu() {
         return row_losses(&logits.detach(), targets)?.to_dtype(DType::F32)?.to_vec1();
     }
@@ -50,7 +68,8 @@ pub fn token_losses(logits: &Tensor, targets: &Tensor) -> Result<Vec<f32>> {
     })
 }
 
-fn validate(logits: &Tensor, targets: &Tensor) -> Result<(usize, usize)> {
+/// The size of the vocabulary.
+fn validate(logits: &Tensor, targets: &Tensor) -> Result<usize> {
     let fits = matches!((logits.dims(), targets.dims()), ([r, v], [t]) if r == t && *r > 0 && *v > 0);
     if !fits || targets.dtype() != DType::U32 {
         bail!(
@@ -60,12 +79,12 @@ fn validate(logits: &Tensor, targets: &Tensor) -> Result<(usize, usize)> {
             targets.dtype()
         );
     }
-    logits.dims2()
+    logits.dim(1)
 }
 
 fn checked_targets(targets: &Tensor, vocab: usize) -> Result<Vec<u32>> {
     let targets = targets.to_vec1::<u32>()?;
-    match targets.iter().position(|&t| t as usize >= vocab) {
+    match targets.iter().position(|&t| t as usize >= vocab && t != IGNORE) {
         None => Ok(targets),
         Some(row) => {
             bail!("cross_entropy: target {} of row {row} is outside the vocabulary of {vocab}", targets[row])
@@ -75,13 +94,17 @@ fn checked_targets(targets: &Tensor, vocab: usize) -> Result<Vec<u32>> {
 
 /// The same from candle primitives that have gradients.
 fn composed(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    row_losses(logits, targets)?.mean_all()
+    let rows = counted(targets)?.max(1);
+    row_losses(logits, targets)?.sum_all()? / rows as f64
 }
 
 fn row_losses(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let wide = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let log_p = candle_nn::ops::log_softmax(&logits.to_dtype(wide)?, D::Minus1)?;
-    log_p.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?.neg()
+    let counts = targets.ne(IGNORE)?;
+    let targets = counts.where_cond(targets, &targets.zeros_like()?)?;
+    let losses = log_p.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?.neg()?;
+    counts.where_cond(&losses, &losses.zeros_like()?)
 }
 
 type PerRow<T> = Vec<<T as Element>::Acc>;
@@ -96,11 +119,15 @@ fn forward<T: Element>(logits: &Tensor, targets: &[u32]) -> Result<(PerRow<T>, P
     for_chunks2((&mut losses, rows), (&mut log_sums, rows), |chunk, losses, log_sums| {
         vectorize(|| {
             for (j, (loss, log_sum)) in losses.iter_mut().zip(log_sums).enumerate() {
+                let target = targets[chunk * rows + j];
+                if target == IGNORE {
+                    continue;
+                }
                 let row = logits.row(chunk * rows + j);
                 let top = maximum(row);
                 let sum = sum1(row, |x: T| (x.up() - top).exp_fast());
                 *log_sum = top + T::Acc::of(sum.wide().ln());
-                *loss = *log_sum - row[targets[chunk * rows + j] as usize].up();
+                *loss = *log_sum - row[target as usize].up();
             }
         });
     });
@@ -119,6 +146,9 @@ fn backward<T: Element>(logits: &Tensor, targets: &[u32], log_sums: &[T::Acc], s
         vectorize(|| {
             for (j, grad) in grad.chunks_exact_mut(vocab).enumerate() {
                 let i = chunk * rows + j;
+                if targets[i] == IGNORE {
+                    continue;
+                }
                 let (row, log_sum) = (input.row(i), log_sums[i]);
                 for (g, &x) in grad.iter_mut().zip(row) {
                     *g = T::down((x.up() - log_sum).exp_fast() * scale);
@@ -140,7 +170,7 @@ mod tests {
     #[test]
     fn composition_agrees_in_values_and_gradients() -> Result<()> {
         let logits: Vec<f64> = (0..7 * 33).map(|i| f64::from(i * 37 % 101) / 20.0 - 2.5).collect();
-        let targets = Tensor::new(&[0u32, 32, 5, 7, 7, 1, 20], &Device::Cpu)?;
+        let targets = Tensor::new(&[0u32, 32, IGNORE, 7, 7, 1, 20], &Device::Cpu)?;
         for (dtype, bound) in
             [(DType::F64, 1e-13), (DType::F32, 1e-6), (DType::F16, 1e-3), (DType::BF16, 1e-2)]
         {

@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use candle_core::{DType, Device};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Var};
 use gd_kernels::Mask;
 use gd_layer::Pass;
 use serde::Serialize;
@@ -11,7 +12,7 @@ use crate::config::Recipe;
 use crate::data::{Batches, Corpus};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, evaluate};
-use crate::loss::cross_entropy;
+use crate::loss::{counted, cross_entropy};
 use crate::optimizer::{AdamW, accumulate, clip_scale, global_norm};
 use crate::params::Params;
 use crate::transformer::Transformer;
@@ -40,6 +41,48 @@ pub struct Step {
     pub seconds_left: f64,
     /// Loss on the first windows of the validation text, every `eval_every` steps and at the end.
     pub valid_loss: Option<f64>,
+}
+
+/// What the micro-batches of a step add up to. Loss and gradient of the step are these sums divided by
+/// the weight, so that every predicted token counts the same, wherever it lies.
+pub struct Gradients {
+    /// Sum over micro-batches of the mean loss, times the micro-batch's weight.
+    pub loss: f64,
+    /// Sum of the weights: of each micro-batch the share of tokens that are to be predicted.
+    pub weight: f64,
+    /// The gradients of `loss`.
+    pub store: GradStore,
+}
+
+impl Gradients {
+    /// Adds those of another micro-batch.
+    ///
+    /// # Errors
+    /// Gradients of other shapes.
+    pub fn add(&mut self, vars: &[(String, Var)], more: &Self) -> Result<()> {
+        self.loss += more.loss;
+        self.weight += more.weight;
+        accumulate(vars, &mut self.store, &more.store)
+    }
+
+    /// Mean loss, nats per predicted token.
+    ///
+    /// # Errors
+    /// No token was to be predicted.
+    pub fn loss(&self) -> Result<f64> {
+        match self.weight > 0.0 {
+            true => Ok(self.loss / self.weight),
+            false => Err(Error::Invalid("a step without a token to predict".into())),
+        }
+    }
+
+    /// Norm of the gradient of the mean loss.
+    ///
+    /// # Errors
+    /// A gradient that is not finite.
+    pub fn norm(&self, vars: &[(String, Var)]) -> Result<f64> {
+        Ok(global_norm(vars, &self.store)? / self.weight)
+    }
 }
 
 /// A model in training.
@@ -104,36 +147,15 @@ impl Trainer {
     /// A loss or gradient that is not finite.
     pub fn advance(&mut self) -> Result<Step> {
         let started = Instant::now();
-        let train = &self.recipe.train;
-        let (mask, vars) = (Mask::causal(0), self.params.vars());
-        let hardness = train.hardness(self.step);
-        let pass = Pass { hardness, ..Pass::new(&mask) };
-        let (mut total, mut loss) = (None, 0f64);
-        for micro in 0..train.accumulation as u64 {
-            let at = self.step * train.accumulation as u64 + micro;
-            let (inputs, targets) = self.batches.batch(at, train.batch, train.context, &self.device)?;
-            let logits = self.model.forward(&inputs, &pass, None)?;
-            let one = cross_entropy(&logits.flatten_to(1)?, &targets.flatten_all()?)?;
-            loss += f64::from(one.to_dtype(DType::F32)?.to_scalar::<f32>()?) / train.accumulation as f64;
-            let grads = one.backward()?;
-            match &mut total {
-                None => total = Some(grads),
-                Some(total) => accumulate(&vars, total, &grads)?,
-            }
-        }
-        let Some(grads) = total else { return Err(Error::Invalid("train.accumulation is 0".into())) };
-        let mean = 1.0 / train.accumulation as f64;
-        let grad_norm = global_norm(&vars, &grads)? * mean;
-        if !(loss.is_finite() && grad_norm.is_finite()) {
-            return Err(Error::Invalid(format!(
-                "step {}: loss {loss} or gradient norm {grad_norm} is not finite",
-                self.step + 1
-            )));
-        }
-        let lr = train.lr.lr(self.step, train.steps);
-        self.optimizer.step(&grads, lr, mean * clip_scale(grad_norm, train.clip)?)?;
+        let hardness = self.recipe.train.hardness(self.step);
+        let gradients = self.gradients(hardness)?;
+        let (loss, grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
+        self.guard(loss, grad_norm)?;
+        let lr = self.recipe.train.lr.lr(self.step, self.recipe.train.steps);
+        self.update(&gradients, grad_norm, lr)?;
         self.step += 1;
         self.seconds += started.elapsed().as_secs_f64();
+        let train = &self.recipe.train;
         let tokens = self.step as f64 * (train.batch * train.context * train.accumulation) as f64;
         let look = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
         let valid_loss = if look { Some(self.glance()?) } else { None };
@@ -148,6 +170,50 @@ impl Trainer {
             seconds_left: self.seconds / self.step as f64 * (self.recipe.train.steps - self.step) as f64,
             valid_loss,
         })
+    }
+
+    /// The sums over the micro-batches of this step.
+    fn gradients(&self, hardness: f64) -> Result<Gradients> {
+        let train = &self.recipe.train;
+        let (mask, vars) = (Mask::causal(0), self.params.vars());
+        let pass = Pass { hardness, ..Pass::new(&mask) };
+        let mut sums: Option<Gradients> = None;
+        for micro in 0..train.accumulation as u64 {
+            let at = self.step * train.accumulation as u64 + micro;
+            let (inputs, targets) = self.batches.batch(at, train.batch, train.context, &self.device)?;
+            let targets = targets.flatten_all()?;
+            // 1 where every token is predicted: the weight then changes no bit.
+            let weight = counted(&targets)? as f64 / targets.elem_count() as f64;
+            let logits = self.model.forward(&inputs, &pass, None)?;
+            let loss = (cross_entropy(&logits.flatten_to(1)?, &targets)? * weight)?;
+            let one = Gradients {
+                loss: f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?),
+                weight,
+                store: loss.backward()?,
+            };
+            match &mut sums {
+                None => sums = Some(one),
+                Some(sums) => sums.add(&vars, &one)?,
+            }
+        }
+        sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))
+    }
+
+    /// Fails where an update with this loss and this gradient would spoil the model.
+    fn guard(&self, loss: f64, grad_norm: f64) -> Result<()> {
+        if loss.is_finite() && grad_norm.is_finite() {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "step {}: loss {loss} or gradient norm {grad_norm} is not finite",
+            self.step + 1
+        )))
+    }
+
+    /// Moves the parameters.
+    fn update(&mut self, gradients: &Gradients, grad_norm: f64, lr: f64) -> Result<()> {
+        let scale = clip_scale(grad_norm, self.recipe.train.clip)? / gradients.weight;
+        self.optimizer.step(&gradients.store, lr, scale)
     }
 
     fn glance(&self) -> Result<f64> {

@@ -4,7 +4,7 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use gd_model::loss::{cross_entropy, token_losses};
+use gd_model::loss::{IGNORE, counted, cross_entropy, token_losses};
 use support::*;
 
 fn targets(rows: usize, vocab: usize) -> Tensor {
@@ -31,6 +31,40 @@ fn gradients_match_finite_differences() {
     for (rows, vocab) in [(1, 1), (1, 5), (7, 33), (65, 64), (300, 3)] {
         let ids = targets(rows, vocab);
         check_gradients(&[noise(1, &[rows, vocab], 4.0)], |t| cross_entropy(&t[0], &ids));
+    }
+}
+
+#[test]
+fn ignored_rows_do_not_count() {
+    let logits = noise(1, &[5, 9], 4.0);
+    let ids = Tensor::new(&[3u32, IGNORE, 8, IGNORE, 0], &Device::Cpu).unwrap();
+    assert_eq!(counted(&ids).unwrap(), 3);
+    let kept = Tensor::new(&[0u32, 2, 4], &Device::Cpu).unwrap();
+    let run = |rows: &Tensor, ids: &Tensor| -> Vec<Vec<f64>> {
+        let got = with_gradients(std::slice::from_ref(rows), |t| cross_entropy(&t[0], ids));
+        got.iter().map(values).collect()
+    };
+    let (all, few) = (run(&logits, &ids), {
+        let rows = logits.index_select(&kept, 0).unwrap();
+        run(&rows, &ids.index_select(&kept, 0).unwrap())
+    });
+    assert_eq!(all[0], few[0]);
+    for (i, row) in all[1].chunks(9).enumerate() {
+        match [0, 2, 4].iter().position(|&k| k == i) {
+            Some(k) => assert_eq!(row, &few[1][9 * k..9 * (k + 1)], "row {i}"),
+            None => assert!(row.iter().all(|&g| g == 0.0), "row {i}: {row:?}"),
+        }
+    }
+    let each = token_losses(&logits, &ids).unwrap();
+    assert!(each[1] == 0.0 && each[3] == 0.0 && each.iter().filter(|&&l| l > 0.0).count() == 3, "{each:?}");
+    check_gradients(&[logits], |t| cross_entropy(&t[0], &ids));
+}
+
+#[test]
+fn nothing_to_predict_is_no_loss() {
+    let ids = Tensor::new(&[IGNORE, IGNORE], &Device::Cpu).unwrap();
+    for got in with_gradients(&[noise(1, &[2, 9], 4.0)], |t| cross_entropy(&t[0], &ids)) {
+        assert!(values(&got).iter().all(|&x| x == 0.0), "{got}");
     }
 }
 

@@ -11,6 +11,7 @@ pub mod error;
 pub mod evaluate;
 pub mod generate;
 pub mod gradients;
+pub mod log;
 pub mod loss;
 pub mod memory;
 pub mod model_file;

@@ -1,0 +1,201 @@
+//! Scalar files that TensorBoard reads.
+//!
+//! A file is a chain of records: length (u64), masked CRC32C of the length, data, masked CRC32C of
+//! the data, all little-endian. The data is a protocol-buffer `Event`: `wall_time` (1, double),
+//! `step` (2, int64), `file_version` (3, string) or `summary` (5), which repeats `value` (1) of
+//! `tag` (1, string) and `simple_value` (2, float).
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// How the names of the files begin.
+const PREFIX: &str = "events.out.tfevents.";
+
+/// A file of scalars, open for writing.
+#[derive(Debug)]
+pub struct TensorBoard {
+    file: File,
+    path: PathBuf,
+}
+
+impl TensorBoard {
+    /// Begins the only file of `folder`: files that are there already are removed.
+    ///
+    /// # Errors
+    /// Names the file or folder that cannot be written.
+    pub fn create(folder: &Path, wall_time: f64) -> Result<Self> {
+        let error = |e| Error::write(folder, e);
+        fs::create_dir_all(folder).map_err(error)?;
+        for entry in fs::read_dir(folder).map_err(error)? {
+            let entry = entry.map_err(error)?;
+            if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+                fs::remove_file(entry.path()).map_err(error)?;
+            }
+        }
+        let path = folder.join(format!("{PREFIX}{:010}.gd", wall_time as u64));
+        let file = File::create(&path).map_err(|e| Error::write(&path, e))?;
+        let mut new = Self { file, path };
+        let mut version = double(1, wall_time);
+        version.extend(bytes(3, b"brain.Event:2"));
+        new.write(&version)?;
+        Ok(new)
+    }
+
+    /// Writes the numbers of a log's line; an event has none.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn line(&mut self, line: &Map<String, Value>) -> Result<()> {
+        if line.contains_key("event") {
+            return Ok(());
+        }
+        let mut summary = Vec::new();
+        for (tag, value) in scalars(line) {
+            let mut entry = bytes(1, tag.as_bytes());
+            entry.extend(float(2, value as f32));
+            summary.extend(bytes(1, &entry));
+        }
+        let mut event = double(1, line.get("time").and_then(Value::as_f64).unwrap_or(0.0));
+        event.extend(integer(2, line.get("step").and_then(Value::as_u64).unwrap_or(0)));
+        event.extend(bytes(5, &summary));
+        self.write(&event)
+    }
+
+    fn write(&mut self, event: &[u8]) -> Result<()> {
+        self.file.write_all(&record(event)).map_err(|e| Error::write(&self.path, e))
+    }
+}
+
+/// The numbers of a line by name, `/` between the keys of nested ones; its step and time, which
+/// every scalar has beside it, left out.
+fn scalars(line: &Map<String, Value>) -> Vec<(String, f64)> {
+    fn visit(prefix: &str, map: &Map<String, Value>, found: &mut Vec<(String, f64)>) {
+        for (key, value) in map {
+            match value {
+                Value::Object(inner) => visit(&format!("{prefix}{key}/"), inner, found),
+                Value::Number(x) => found.extend(x.as_f64().map(|x| (format!("{prefix}{key}"), x))),
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    visit("", line, &mut found);
+    found.retain(|(name, _)| name != "step" && name != "time");
+    found
+}
+
+/// The framing of a record.
+fn record(data: &[u8]) -> Vec<u8> {
+    let length = (data.len() as u64).to_le_bytes();
+    let mut out = Vec::with_capacity(data.len() + 16);
+    out.extend(length);
+    out.extend(masked(&length).to_le_bytes());
+    out.extend(data);
+    out.extend(masked(data).to_le_bytes());
+    out
+}
+
+/// CRC32C, rotated and shifted by a constant, so that data which holds checksums keeps a good one.
+fn masked(data: &[u8]) -> u32 {
+    crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
+}
+
+/// A number in groups of 7 bits, the lowest first.
+fn varint(mut x: u64) -> Vec<u8> {
+    let mut out = Vec::new();
+    while x >= 0x80 {
+        out.push(x as u8 | 0x80);
+        x >>= 7;
+    }
+    out.push(x as u8);
+    out
+}
+
+/// The key of a field: its number and wire type.
+fn key(field: u64, wire: u64) -> Vec<u8> {
+    varint(field << 3 | wire)
+}
+
+fn integer(field: u64, x: u64) -> Vec<u8> {
+    [key(field, 0), varint(x)].concat()
+}
+
+fn double(field: u64, x: f64) -> Vec<u8> {
+    [key(field, 1), x.to_le_bytes().into()].concat()
+}
+
+fn float(field: u64, x: f32) -> Vec<u8> {
+    [key(field, 5), x.to_le_bytes().into()].concat()
+}
+
+fn bytes(field: u64, data: &[u8]) -> Vec<u8> {
+    [key(field, 2), varint(data.len() as u64), data.into()].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// The vectors of RFC 3720, B.4.
+    #[test]
+    fn checksums_are_those_of_the_standard() {
+        let rising: Vec<u8> = (0..32).collect();
+        let cases: [(&[u8], u32); 4] = [
+            (&[0; 32], 0x8a91_36aa),
+            (&[0xff; 32], 0x62a8_ab43),
+            (&rising, 0x46dd_794e),
+            (b"123456789", 0xe306_9283),
+        ];
+        for (data, crc) in cases {
+            assert_eq!(crc32c::crc32c(data), crc, "{data:?}");
+            assert_eq!(masked(data), (crc >> 15 | crc << 17).wrapping_add(0xa282_ead8));
+        }
+    }
+
+    #[test]
+    fn a_record_is_framed_by_its_length_and_two_checksums() {
+        let data = [double(1, 1.5), bytes(3, b"brain.Event:2")].concat();
+        assert_eq!(data, b"\x09\0\0\0\0\0\0\xf8\x3f\x1a\x0dbrain.Event:2");
+        let framed = record(&data);
+        assert_eq!(framed.len(), 8 + 4 + 24 + 4);
+        assert_eq!(framed[..8], 24u64.to_le_bytes());
+        assert_eq!(framed[8..12], masked(&24u64.to_le_bytes()).to_le_bytes());
+        assert_eq!(framed[12..36], data);
+        assert_eq!(framed[36..], masked(&data).to_le_bytes());
+    }
+
+    #[test]
+    fn numbers_are_encoded_in_groups_of_seven_bits() {
+        for (x, expected) in [(0, vec![0]), (127, vec![127]), (128, vec![0x80, 1]), (300, vec![0xac, 2])] {
+            assert_eq!(varint(x), expected);
+        }
+        assert_eq!(varint(u64::MAX).len(), 10);
+    }
+
+    #[test]
+    fn every_number_of_a_line_is_a_scalar() {
+        let line = json!({
+            "step": 3, "time": 1.0, "loss": 2.5, "mfu": null, "selection": { "margin": 0.5 }, "note": "x"
+        });
+        let found = scalars(line.as_object().unwrap());
+        assert_eq!(found, [("loss".to_owned(), 2.5), ("selection/margin".to_owned(), 0.5)]);
+    }
+
+    #[test]
+    fn a_new_file_replaces_the_old_ones_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = dir.path().join(format!("{PREFIX}0000000001.gd"));
+        let other = dir.path().join("mine");
+        fs::write(&old, "x").unwrap();
+        fs::write(&other, "y").unwrap();
+        let new = TensorBoard::create(dir.path(), 2.0).unwrap();
+        assert!(!old.exists() && other.exists() && new.path.exists());
+    }
+}

@@ -2,12 +2,11 @@
 
 use std::cell::RefCell;
 
-use candle_core::{Device, Tensor};
-use gd_kernels::Mask;
+use candle_core::Device;
 use gd_layer::{Pass, Record};
 use serde::Serialize;
 
-use crate::data::windows;
+use crate::data::{Batch, Tokens};
 use crate::error::{Error, Result};
 use crate::loss::{counted, token_losses};
 use crate::transformer::Transformer;
@@ -51,13 +50,14 @@ impl HeadStats {
 }
 
 /// Measures `tokens`, which stand for `bytes` bytes of text, in consecutive windows of `context`,
-/// `batch` at a time; every token but the first of each window's text is predicted once.
+/// `batch` at a time; every token but the first of each document is predicted once, from its own
+/// document alone.
 ///
 /// # Errors
-/// A text of fewer than two tokens.
+/// A text in which nothing can be predicted.
 pub fn evaluate(
     model: &Transformer,
-    tokens: &[u32],
+    tokens: &Tokens,
     bytes: usize,
     context: usize,
     batch: usize,
@@ -66,23 +66,23 @@ pub fn evaluate(
     if tokens.len() < 2 {
         return Err(Error::Invalid(format!("a text of {} tokens has nothing to predict", tokens.len())));
     }
-    let (mask, records) = (Mask::causal(0), RefCell::new(Vec::new()));
-    let pass = Pass { record: Some(&records), ..Pass::new(&mask) };
-    let windows: Vec<_> = windows(tokens, context).collect();
+    let records = RefCell::new(Vec::new());
+    let windows: Vec<_> = tokens.windows(context).collect();
     let (mut sum, mut count, mut heads) = (0f64, 0usize, HeadStats::default());
     // Only the last window may be shorter, and goes alone.
-    for group in windows.chunk_by(|a, b| a.0.len() == b.0.len()).flat_map(|same| same.chunks(batch.max(1))) {
-        let n = group[0].0.len();
-        let inputs: Vec<u32> = group.iter().flat_map(|w| w.0).copied().collect();
-        let targets: Vec<u32> = group.iter().flat_map(|w| w.1).copied().collect();
-        let inputs = Tensor::from_vec(inputs, (group.len(), n), device)?;
-        let targets = Tensor::from_vec(targets, group.len() * n, device)?;
+    for group in windows.chunk_by(|a, b| a.len() == b.len()).flat_map(|same| same.chunks(batch.max(1))) {
+        let Batch { inputs, targets, mask } = Batch::new(tokens, group, device)?;
+        let pass = Pass { record: Some(&records), ..Pass::new(&mask) };
         let logits = model.forward(&inputs, &pass, None)?.detach().flatten_to(1)?;
+        let targets = targets.flatten_all()?;
         let losses = token_losses(&logits, &targets)?;
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
         count += counted(&targets)?;
         // Records hold whole tensors, so they do not outlive their pass.
         heads.add(&records.take(), losses.len() as f64 / (tokens.len() - 1) as f64);
+    }
+    if count == 0 {
+        return Err(Error::Invalid("documents of one token each have nothing to predict".into()));
     }
     let loss = sum / count as f64;
     // The first token is given, so its share of the bytes is left out.

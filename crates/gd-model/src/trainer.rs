@@ -4,12 +4,11 @@ use std::time::Instant;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Var};
-use gd_kernels::Mask;
 use gd_layer::Pass;
 use serde::Serialize;
 
 use crate::config::Recipe;
-use crate::data::{Batches, Corpus};
+use crate::data::{Batch, Batches, Corpus, places};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::loss::{counted, cross_entropy};
@@ -175,12 +174,13 @@ impl Trainer {
     /// The sums over the micro-batches of this step.
     fn gradients(&self, hardness: f64) -> Result<Gradients> {
         let train = &self.recipe.train;
-        let (mask, vars) = (Mask::causal(0), self.params.vars());
-        let pass = Pass { hardness, ..Pass::new(&mask) };
+        let vars = self.params.vars();
         let mut sums: Option<Gradients> = None;
         for micro in 0..train.accumulation as u64 {
             let at = self.step * train.accumulation as u64 + micro;
-            let (inputs, targets) = self.batches.batch(at, train.batch, train.context, &self.device)?;
+            let places = places(at, train.batch, 0, 1);
+            let Batch { inputs, targets, mask } = self.batches.batch(places, train.context, &self.device)?;
+            let pass = Pass { hardness, ..Pass::new(&mask) };
             let targets = targets.flatten_all()?;
             // 1 where every token is predicted: the weight then changes no bit.
             let weight = counted(&targets)? as f64 / targets.elem_count() as f64;
@@ -218,8 +218,8 @@ impl Trainer {
 
     fn glance(&self) -> Result<f64> {
         let context = self.recipe.train.context;
-        let tokens = &self.corpus.valid[..self.corpus.valid.len().min(GLANCE * context + 1)];
-        Ok(evaluate(&self.model, tokens, tokens.len(), context, self.recipe.train.batch, &self.device)?.loss)
+        let tokens = self.corpus.valid.head(GLANCE * context + 1);
+        Ok(evaluate(&self.model, &tokens, tokens.len(), context, self.recipe.train.batch, &self.device)?.loss)
     }
 
     /// The whole validation text.

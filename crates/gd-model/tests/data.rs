@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use candle_core::Device;
 use gd_model::Error;
-use gd_model::data::{Batches, Corpus, Split, Texts, read_text, text_files, windows};
+use gd_model::data::{Batches, Corpus, Split, Texts, Tokens, places, read_text, text_files};
+use gd_model::loss::IGNORE;
 use gd_model::tokenizer::Tokenizer;
 
 fn file(folder: &tempfile::TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
@@ -107,15 +108,16 @@ fn no_training_window_holds_validation_text() {
     let corpus = Corpus::load(&paths, &tokenizer, 0.1).unwrap();
     assert_eq!(corpus.valid.len(), corpus.valid_bytes);
     assert_eq!(corpus.train.len(), corpus.train_bytes);
-    let valid = tokenizer.decode(&corpus.valid).unwrap();
+    let valid = tokenizer.decode(&corpus.valid.read(0..corpus.valid.len())).unwrap();
     let held_out: Vec<&str> = valid.lines().collect();
     assert!(held_out.len() > 30);
     let batches = Batches::new(corpus.train.clone(), 7);
     let per_epoch = batches.windows_per_epoch(64).unwrap() as u64;
     for step in 0..3 * per_epoch {
-        let (inputs, targets) = batches.batch(step, 1, 64, &Device::Cpu).unwrap();
-        let mut ids = inputs.flatten_all().unwrap().to_vec1::<u32>().unwrap();
-        ids.push(*targets.flatten_all().unwrap().to_vec1::<u32>().unwrap().last().unwrap());
+        let batch = batches.batch(step..step + 1, 64, &Device::Cpu).unwrap();
+        let mut ids = batch.inputs.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+        let targets = batch.targets.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+        ids.extend(targets.last().filter(|&&t| t != IGNORE));
         let text = tokenizer.decode(&ids).unwrap();
         assert!(!held_out.iter().any(|line| text.contains(line)), "{text}");
     }
@@ -123,10 +125,10 @@ fn no_training_window_holds_validation_text() {
 
 #[test]
 fn batches_depend_on_seed_and_step_alone() {
-    let tokens: Vec<u32> = (0..1000).collect();
+    let tokens = Tokens::from((0..1000).collect::<Vec<u32>>());
     let read = |b: &Batches, step, n| {
-        let (x, y) = b.batch(step, n, 16, &Device::Cpu).unwrap();
-        (x.to_vec2::<u32>().unwrap(), y.to_vec2::<u32>().unwrap())
+        let batch = b.batch(places(step, n, 0, 1), 16, &Device::Cpu).unwrap();
+        (batch.inputs.to_vec2::<u32>().unwrap(), batch.targets.to_vec2::<u32>().unwrap())
     };
     let (a, b) = (Batches::new(tokens.clone(), 1), Batches::new(tokens.clone(), 1));
     let forward: Vec<_> = (0..50).map(|s| read(&a, s, 4)).collect();
@@ -143,15 +145,15 @@ fn batches_depend_on_seed_and_step_alone() {
 
 #[test]
 fn an_epoch_covers_the_text_once() {
-    let tokens: Vec<u32> = (0..1000).collect();
-    let batches = Batches::new(tokens, 3);
+    let batches = Batches::new((0..1000).collect::<Vec<u32>>().into(), 3);
     let n = batches.windows_per_epoch(16).unwrap();
     assert_eq!(n, 61);
     let epoch = |number: u64| -> HashSet<u32> {
         let mut seen = HashSet::new();
         for i in 0..n as u64 {
-            let (x, _) = batches.batch(number * n as u64 + i, 1, 16, &Device::Cpu).unwrap();
-            for id in x.flatten_all().unwrap().to_vec1::<u32>().unwrap() {
+            let at = number * n as u64 + i;
+            let batch = batches.batch(at..at + 1, 16, &Device::Cpu).unwrap();
+            for id in batch.inputs.flatten_all().unwrap().to_vec1::<u32>().unwrap() {
                 assert!(seen.insert(id), "token {id} twice in epoch {number}");
             }
         }
@@ -163,17 +165,18 @@ fn an_epoch_covers_the_text_once() {
 
 #[test]
 fn short_texts_name_both_numbers() {
-    let batches = Batches::new(vec![0; 16], 0);
-    let error = batches.batch(0, 1, 16, &Device::Cpu).unwrap_err();
+    let batches = Batches::new(vec![0; 16].into(), 0);
+    let error = batches.batch(0..1, 16, &Device::Cpu).unwrap_err();
     assert!(matches!(error, Error::TooShort { found: 16, needed: 17, .. }));
     assert_eq!(
         error.to_string(),
         "the training text has 16 tokens, but one window needs 17 (context 16 + 1)"
     );
-    assert!(Batches::new(vec![0; 17], 0).batch(5, 3, 16, &Device::Cpu).is_ok());
-    assert!(batches.batch(0, 0, 4, &Device::Cpu).unwrap_err().to_string().contains("batch"));
-    assert!(batches.batch(0, 1, 0, &Device::Cpu).unwrap_err().to_string().contains("context"));
-    let corpus = Corpus { train: vec![0; 40], valid: vec![0; 8], train_bytes: 40, valid_bytes: 8 };
+    assert!(Batches::new(vec![0; 17].into(), 0).batch(15..18, 16, &Device::Cpu).is_ok());
+    assert!(batches.batch(0..0, 4, &Device::Cpu).unwrap_err().to_string().contains("batch"));
+    assert!(batches.batch(0..1, 0, &Device::Cpu).unwrap_err().to_string().contains("context"));
+    let corpus =
+        Corpus { train: vec![0; 40].into(), valid: vec![0; 8].into(), train_bytes: 40, valid_bytes: 8 };
     let error = corpus.check(8).unwrap_err().to_string();
     assert!(error.contains("validation text has 8 tokens") && error.contains('9'), "{error}");
     assert!(corpus.check(7).is_ok());
@@ -182,12 +185,8 @@ fn short_texts_name_both_numbers() {
 #[test]
 fn windows_predict_every_token_but_the_first_once() {
     for n in 0..20u32 {
-        let tokens: Vec<u32> = (0..n).collect();
-        let targets: Vec<u32> = windows(&tokens, 6).flat_map(|(_, t)| t.iter().copied()).collect();
-        assert_eq!(targets, (1..n).collect::<Vec<_>>());
-        for (x, y) in windows(&tokens, 6) {
-            assert_eq!(x.len(), y.len());
-            assert!(x.iter().zip(y).all(|(x, y)| *y == x + 1));
-        }
+        let tokens = Tokens::from((0..n).collect::<Vec<u32>>());
+        let inputs: Vec<usize> = tokens.windows(6).flatten().collect();
+        assert_eq!(inputs, (0..(n as usize).saturating_sub(1)).collect::<Vec<_>>());
     }
 }

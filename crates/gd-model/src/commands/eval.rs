@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 
 use super::{Context, usage};
-use crate::data::{read_text, text_files};
+use crate::data::{Tokens, read_text, text_files};
 use crate::evaluate::evaluate;
 use crate::model_file;
 
@@ -49,7 +49,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     }
     let files = text_files(&args.data)?;
     let text = files.iter().map(|f| read_text(f)).collect::<crate::Result<Vec<_>>>()?.concat();
-    let tokens = loaded.tokenizer.encode(&text)?;
+    let tokens = Tokens::from(loaded.tokenizer.encode(&text)?);
     let result = evaluate(&loaded.model, &tokens, text.len(), context, TOGETHER / context, &ctx.device)
         .with_context(|| files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{Context, TERMINAL};
 use crate::compare::plain_table;
 use crate::config::Recipe;
-use crate::data::Corpus;
+use crate::data::{Corpus, Tokens};
 use crate::device;
 use crate::memory::Peak;
 use crate::trainer::Trainer;
@@ -91,6 +91,7 @@ fn measure(base: &Recipe, variant: &Variant, context: usize, ctx: &Context) -> R
     let vocabulary = recipe.model.vocab_size;
     let tokens: Vec<u32> = (0..=context).map(|i| (i * 31 % vocabulary) as u32).collect();
     let bytes = tokens.len();
+    let tokens = Tokens::from(tokens);
     let corpus = Corpus { train: tokens.clone(), valid: tokens, train_bytes: bytes, valid_bytes: bytes };
     let mut trainer = Trainer::new(recipe, corpus, ctx.seed.unwrap_or(0), &ctx.device)?;
     let peak = Peak::start();

@@ -1,0 +1,70 @@
+//! Text files to token streams, and token streams to batches of windows.
+//!
+//! The split into training and validation happens on the text, before any token is made, and each side is
+//! tokenised alone: no training window, and no vocabulary learned from [`Texts::train`], ever sees a
+//! validation character.
+
+mod order;
+mod pack;
+mod text;
+mod tokens;
+
+pub use order::{Permutation, places};
+pub use pack::{Batch, Batches};
+pub use text::{Split, Texts, read_text, text_files};
+pub use tokens::Tokens;
+
+use std::path::PathBuf;
+
+use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+
+/// Token streams for training and validation.
+#[derive(Clone, Debug)]
+pub struct Corpus {
+    /// Training tokens; the pieces of [`Texts::train`] are its documents.
+    pub train: Tokens,
+    /// Validation tokens.
+    pub valid: Tokens,
+    /// Bytes of training text.
+    pub train_bytes: usize,
+    /// Bytes of validation text: nats per token × tokens / bytes / ln 2 is bits per byte.
+    pub valid_bytes: usize,
+}
+
+impl Corpus {
+    /// Reads files and folders, split by position.
+    pub fn load(paths: &[PathBuf], tokenizer: &Tokenizer, valid_fraction: f64) -> Result<Self> {
+        Self::encode(&Texts::load(paths, &Split::Position { valid_fraction })?, tokenizer)
+    }
+
+    /// Tokenises both sides.
+    pub fn encode(texts: &Texts, tokenizer: &Tokenizer) -> Result<Self> {
+        let encode = |pieces: &[String]| -> Result<Tokens> {
+            let pieces = pieces.iter().map(|piece| tokenizer.encode(piece));
+            Ok(Tokens::documents(pieces.collect::<Result<Vec<_>>>()?))
+        };
+        Ok(Self {
+            train: encode(&texts.train)?,
+            valid: encode(&texts.valid)?,
+            train_bytes: texts.train.iter().map(String::len).sum(),
+            valid_bytes: texts.valid.iter().map(String::len).sum(),
+        })
+    }
+
+    /// Fails unless both sides have at least one window of `context` inputs.
+    pub fn check(&self, context: usize) -> Result<()> {
+        check("the training text", &self.train, context)?;
+        check("the validation text", &self.valid, context)
+    }
+}
+
+fn check(what: &'static str, tokens: &Tokens, context: usize) -> Result<()> {
+    if context == 0 {
+        return Err(Error::Invalid("the context must be at least 1, not 0".into()));
+    }
+    if tokens.len() <= context {
+        return Err(Error::TooShort { what, found: tokens.len(), needed: context + 1 });
+    }
+    Ok(())
+}

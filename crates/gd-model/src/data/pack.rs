@@ -1,0 +1,104 @@
+//! Batches of packed windows: the text is cut into windows whatever its documents, and a mask keeps what
+//! stands in one window apart.
+
+use std::ops::Range;
+
+use candle_core::{Device, Tensor};
+use gd_kernels::Mask;
+
+use super::order::Epoch;
+use super::tokens::Tokens;
+use crate::error::{Error, Result};
+use crate::loss::IGNORE;
+
+/// What a model reads and predicts in one pass.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// u32 `[B, N]`.
+    pub inputs: Tensor,
+    /// The token after each input, u32 `[B, N]`; [`IGNORE`] after the last one of a document.
+    pub targets: Tensor,
+    /// Causal; where a row holds parts of several documents, each of them sees itself alone.
+    pub mask: Mask,
+}
+
+impl Batch {
+    /// One row for each window of inputs; all are of the same length, and end before the last token.
+    ///
+    /// # Errors
+    /// No windows, or what candle reports.
+    pub fn new(tokens: &Tokens, windows: &[Range<usize>], device: &Device) -> Result<Self> {
+        let Some(n) = windows.first().map(ExactSizeIterator::len) else {
+            return Err(Error::Invalid("a batch without windows".into()));
+        };
+        let (mut inputs, mut targets) = (Vec::new(), Vec::new());
+        let mut boundaries = Vec::with_capacity(windows.len());
+        for window in windows {
+            let ids = tokens.read(window.start..window.end + 1);
+            let first = targets.len();
+            inputs.extend_from_slice(&ids[..n]);
+            targets.extend_from_slice(&ids[1..]);
+            let mut row = vec![0];
+            for end in tokens.ends(window.clone()) {
+                targets[first + end - 1] = IGNORE;
+                row.push(end);
+            }
+            if row.last() != Some(&n) {
+                row.push(n);
+            }
+            boundaries.push(row);
+        }
+        let causal = Mask::causal(0);
+        let packed = boundaries.iter().any(|row| row.len() > 2);
+        Ok(Self {
+            inputs: Tensor::from_vec(inputs, (windows.len(), n), device)?,
+            targets: Tensor::from_vec(targets, (windows.len(), n), device)?,
+            mask: if packed { causal.packed(boundaries) } else { causal },
+        })
+    }
+}
+
+/// Training batches: every epoch goes once over the windows of the text, each time in a new random order
+/// and with a new random phase.
+#[derive(Debug)]
+pub struct Batches {
+    tokens: Tokens,
+    seed: u64,
+}
+
+impl Batches {
+    /// Batches over `tokens`.
+    pub fn new(tokens: Tokens, seed: u64) -> Self {
+        Self { tokens, seed }
+    }
+
+    /// The windows of `context` inputs at these places of the run, see [`super::places`]; N is `context`.
+    /// It depends on the tokens, the seed and the arguments alone.
+    ///
+    /// # Errors
+    /// No places, or a text shorter than one window.
+    pub fn batch(&self, places: Range<u64>, context: usize, device: &Device) -> Result<Batch> {
+        let count = self.windows_per_epoch(context)? as u64;
+        let mut epoch = None;
+        let windows: Vec<Range<usize>> = places
+            .map(|place| {
+                let number = place / count;
+                if epoch.as_ref().is_none_or(|(n, _)| *n != number) {
+                    epoch = Some((number, Epoch::new(self.seed, number, self.tokens.len(), context)));
+                }
+                let start = epoch.as_ref().map_or(0, |(_, e)| e.start(place % count));
+                start..start + context
+            })
+            .collect();
+        Batch::new(&self.tokens, &windows, device)
+    }
+
+    /// How many windows of `context` one epoch has.
+    ///
+    /// # Errors
+    /// A text shorter than one window.
+    pub fn windows_per_epoch(&self, context: usize) -> Result<usize> {
+        super::check("the training text", &self.tokens, context)?;
+        Ok(Epoch::windows(self.tokens.len(), context))
+    }
+}

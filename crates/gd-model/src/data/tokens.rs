@@ -1,0 +1,111 @@
+//! A stream of tokens with the places where its documents end, in memory.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Documents one after the other, in one or more parts; a clone shares them. Every part holds whole
+/// documents.
+#[derive(Clone, Debug)]
+pub struct Tokens {
+    parts: Arc<[Part]>,
+    /// The first token of every part, and after the last one the number of all tokens.
+    starts: Arc<[usize]>,
+}
+
+#[derive(Debug)]
+struct Part {
+    ids: Vec<u32>,
+    /// Where each document ends, counted from the start of the part.
+    ends: Vec<u64>,
+}
+
+impl Part {
+    fn len(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+impl From<Vec<u32>> for Tokens {
+    /// One document.
+    fn from(ids: Vec<u32>) -> Self {
+        Self::documents([ids])
+    }
+}
+
+impl Tokens {
+    /// Documents in memory; those without tokens are left out.
+    pub fn documents(documents: impl IntoIterator<Item = Vec<u32>>) -> Self {
+        let (mut ids, mut ends) = (Vec::new(), Vec::new());
+        for document in documents.into_iter().filter(|d| !d.is_empty()) {
+            ids.extend(document);
+            ends.push(ids.len() as u64);
+        }
+        Self::join(vec![Part { ids, ends }])
+    }
+
+    fn join(parts: Vec<Part>) -> Self {
+        let mut starts = vec![0];
+        starts.extend(parts.iter().scan(0, |at, part| {
+            *at += part.len();
+            Some(*at)
+        }));
+        Self { parts: parts.into(), starts: starts.into() }
+    }
+
+    /// The number of tokens.
+    pub fn len(&self) -> usize {
+        self.starts.last().copied().unwrap_or(0)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The parts that `range` reaches into, with the range inside each and where the part starts.
+    fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = (&Part, Range<usize>, usize)> {
+        let range = range.start..range.end.min(self.len());
+        let first = self.starts.partition_point(|&s| s <= range.start).saturating_sub(1);
+        let parts = self.parts.iter().zip(self.starts.iter().copied()).skip(first);
+        parts.take_while(move |(_, start)| *start < range.end).map(move |(part, start)| {
+            (part, range.start.max(start) - start..range.end.min(start + part.len()) - start, start)
+        })
+    }
+
+    /// The ids of `range`, cut at the end of the stream.
+    pub fn read(&self, range: Range<usize>) -> Vec<u32> {
+        let mut ids = Vec::with_capacity(range.len());
+        for (part, inside, _) in self.pieces(range) {
+            ids.extend_from_slice(&part.ids[inside]);
+        }
+        ids
+    }
+
+    /// Where documents end in `range`, counted from its start: rising, in `1..=len`.
+    pub fn ends(&self, range: Range<usize>) -> Vec<usize> {
+        let mut found = Vec::new();
+        for (part, inside, start) in self.pieces(range.clone()) {
+            let first = part.ends.partition_point(|&e| e <= inside.start as u64);
+            let ends = part.ends[first..].iter().map(|&e| e as usize);
+            found.extend(ends.take_while(|&e| e <= inside.end).map(|e| start + e - range.start));
+        }
+        found
+    }
+
+    /// The first tokens, at most `len`, as a stream of their own.
+    pub fn head(&self, len: usize) -> Self {
+        let ids = self.read(0..len);
+        let mut ends: Vec<u64> = self.ends(0..ids.len()).into_iter().map(|e| e as u64).collect();
+        if ends.last() != Some(&(ids.len() as u64)) && !ids.is_empty() {
+            ends.push(ids.len() as u64);
+        }
+        Self::join(vec![Part { ids, ends }])
+    }
+
+    /// Consecutive windows of at most `context` inputs, the last one shorter: every token but the first is
+    /// the target of one input.
+    pub fn windows(&self, context: usize) -> impl Iterator<Item = Range<usize>> {
+        let (context, inputs) = (context.max(1), self.len().saturating_sub(1));
+        (0..inputs).step_by(context).map(move |at| at..(at + context).min(inputs))
+    }
+}

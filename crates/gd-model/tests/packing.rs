@@ -1,0 +1,128 @@
+//! Order and packing of training windows: permutations, ranks, documents in windows.
+
+use candle_core::Device;
+use gd_model::data::{Batch, Batches, Permutation, Tokens, places};
+use gd_model::loss::IGNORE;
+use proptest::prelude::*;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+fn permutation(len: u64, seed: u64) -> Permutation {
+    Permutation::new(len, &mut ChaCha8Rng::seed_from_u64(seed))
+}
+
+#[test]
+fn every_short_length_is_permuted() {
+    for len in 1..300 {
+        let order = permutation(len, len);
+        let mut all: Vec<u64> = (0..len).map(|i| order.at(i)).collect();
+        all.sort_unstable();
+        assert!(all.iter().copied().eq(0..len), "{len}: {all:?}");
+    }
+}
+
+#[test]
+fn the_greatest_lengths_are_permuted() {
+    for len in [1 << 32, (1 << 32) + 1, 1 << 63, u64::MAX] {
+        let order = permutation(len, 1);
+        let found: Vec<u64> = (0..1000).map(|i| order.at(i * (len / 1000))).collect();
+        assert!(found.iter().all(|&x| x < len));
+        let mut distinct = found.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), 1000, "{len}");
+    }
+}
+
+/// Over many seeds every value comes first, and follows the first, about equally often.
+#[test]
+fn orders_are_spread_evenly() {
+    const LEN: usize = 10;
+    const SEEDS: u64 = 20_000;
+    let (mut first, mut steps) = ([0f64; LEN], [0f64; LEN]);
+    for seed in 0..SEEDS {
+        let order = permutation(LEN as u64, seed);
+        let (a, b) = (order.at(0) as usize, order.at(1) as usize);
+        first[a] += 1.0;
+        steps[(b + LEN - a) % LEN] += 1.0;
+    }
+    let chi2 = |counts: &[f64]| -> f64 {
+        let want = counts.iter().sum::<f64>() / counts.len() as f64;
+        counts.iter().map(|n| (n - want).powi(2) / want).sum()
+    };
+    // The 99.9 % quantiles for 9 and 8 degrees of freedom are 27.9 and 26.1.
+    assert!(chi2(&first) < 27.9, "{first:?}");
+    assert_eq!(steps[0], 0.0);
+    assert!(chi2(&steps[1..]) < 26.1, "{steps:?}");
+}
+
+fn rows(t: &candle_core::Tensor) -> Vec<Vec<u32>> {
+    t.to_vec2().unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_length_is_permuted(len in 1u64..5000, seed: u64) {
+        let order = permutation(len, seed);
+        let mut seen = vec![false; len as usize];
+        for i in 0..len {
+            prop_assert!(!std::mem::replace(&mut seen[order.at(i) as usize], true));
+        }
+    }
+
+    #[test]
+    fn ranks_share_the_batch_of_one_process(
+        micro in 0u64..1000, batch in 1usize..20, world in 1usize..9, seed: u64,
+    ) {
+        let tokens = Tokens::documents((0..90u32).map(|d| (0..d % 13 + 1).map(|i| 1000 * d + i).collect()));
+        let batches = Batches::new(tokens, seed);
+        let whole = batches.batch(places(micro, batch, 0, 1), 8, &Device::Cpu).unwrap();
+        let (mut inputs, mut targets) = (Vec::new(), Vec::new());
+        for share in (0..world).map(|rank| places(micro, batch, rank, world)).filter(|s| !s.is_empty()) {
+            let part = batches.batch(share, 8, &Device::Cpu).unwrap();
+            inputs.extend(rows(&part.inputs));
+            targets.extend(rows(&part.targets));
+        }
+        prop_assert_eq!(inputs, rows(&whole.inputs));
+        prop_assert_eq!(targets, rows(&whole.targets));
+    }
+
+    /// Token `1000 d + i` is the i-th of document d, so that every target can be judged alone.
+    #[test]
+    fn rows_predict_inside_documents_and_the_mask_cuts_between_them(
+        lengths in prop::collection::vec(1usize..40, 1..30), context in 1usize..50, rows_of in 1usize..4,
+    ) {
+        let text = |(d, &n): (usize, &usize)| (0..n).map(|i| (1000 * d + i) as u32).collect::<Vec<_>>();
+        let all: Vec<u32> = lengths.iter().enumerate().flat_map(text).collect();
+        let tokens = Tokens::documents(lengths.iter().enumerate().map(text));
+        prop_assert_eq!(tokens.len(), all.len());
+        let windows: Vec<_> = tokens.windows(context).collect();
+        let mut predicted = 0;
+        for group in windows.chunk_by(|a, b| a.len() == b.len()).flat_map(|g| g.chunks(rows_of)) {
+            let batch = Batch::new(&tokens, group, &Device::Cpu).unwrap();
+            let n = group[0].len();
+            batch.mask.validate(group.len(), n).unwrap();
+            for (row, window) in group.iter().enumerate() {
+                let (x, y) = (&rows(&batch.inputs)[row], &rows(&batch.targets)[row]);
+                prop_assert_eq!(&x[..], &all[window.clone()]);
+                for t in 0..n {
+                    let same = all[window.start + t] / 1000 == all[window.start + t + 1] / 1000;
+                    prop_assert_eq!(y[t], if same { all[window.start + t + 1] } else { IGNORE });
+                    predicted += usize::from(same);
+                    let first = (0..=t).find(|&s| x[s] / 1000 == x[t] / 1000).unwrap();
+                    prop_assert_eq!(batch.mask.visible(row, t, n), first..t + 1);
+                }
+            }
+        }
+        prop_assert_eq!(predicted, all.len() - lengths.len());
+    }
+}
+
+#[test]
+fn one_document_needs_no_packing() {
+    let batches = Batches::new((0..100).collect::<Vec<u32>>().into(), 1);
+    let batch = batches.batch(0..3, 8, &Device::Cpu).unwrap();
+    assert_eq!(batch.mask, gd_kernels::Mask::causal(0));
+}

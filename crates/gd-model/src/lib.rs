@@ -19,6 +19,7 @@ pub mod optimizer;
 pub mod params;
 pub mod sampler;
 pub mod schedule;
+pub mod state;
 pub mod stop;
 pub mod tensor_file;
 pub mod tokenizer;

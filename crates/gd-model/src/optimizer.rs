@@ -13,6 +13,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, Var, Wi
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::state::{State, Stateful};
 
 /// Elements that one thread updates at a time; also the pieces in which norms are summed.
 const PIECE: usize = 16 * 1024;
@@ -195,6 +196,16 @@ impl AdamW {
             (parameter.step, parameter.moments) = (step, moments);
         }
         Ok(())
+    }
+}
+
+impl Stateful for AdamW {
+    fn save(&self) -> Result<State> {
+        Ok(State { tensors: self.state()?, ..State::default() })
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        self.load_state(&state.tensors)
     }
 }
 

@@ -1,11 +1,12 @@
 //! The training loop.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use gd_layer::Pass;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::config::Recipe;
 use crate::data::{Batch, Batches, Corpus, places};
@@ -14,6 +15,7 @@ use crate::evaluate::{Evaluation, evaluate};
 use crate::loss::{counted, cross_entropy};
 use crate::optimizer::{AdamW, accumulate, clip_scale, global_norm};
 use crate::params::Params;
+use crate::state::{State, Stateful};
 use crate::transformer::Transformer;
 
 /// Validation windows of a look during training; the whole text is measured at the end.
@@ -84,6 +86,15 @@ impl Gradients {
     }
 }
 
+/// How far a run has come. The schedules and the order of the data follow from the step; between two steps
+/// no micro-batch is pending.
+#[derive(Serialize, Deserialize)]
+struct Progress {
+    step: u64,
+    /// Seconds spent on those steps.
+    seconds: f64,
+}
+
 /// A model in training.
 pub struct Trainer {
     recipe: Recipe,
@@ -121,6 +132,57 @@ impl Trainer {
             step: 0,
             seconds: 0.0,
         })
+    }
+
+    /// Every part that changes from step to step, besides the parameters and the step itself, by the name
+    /// under which a checkpoint holds it.
+    fn parts(&mut self) -> Vec<(&'static str, &mut dyn Stateful)> {
+        vec![("optimizer", &mut self.optimizer)]
+    }
+
+    /// With the parameters, all that an exact continuation needs.
+    ///
+    /// # Errors
+    /// Whatever a part reports.
+    pub fn state(&mut self) -> Result<State> {
+        let mut state = State::of(&Progress { step: self.step, seconds: self.seconds })?;
+        for (name, part) in self.parts() {
+            state.insert(name, part.save()?);
+        }
+        Ok(state)
+    }
+
+    /// Goes on from the parameters and the state of a trainer with the same recipe, text and seed.
+    ///
+    /// # Errors
+    /// Names the tensor or part that is missing or does not fit.
+    pub fn restore(&mut self, tensors: &BTreeMap<String, Tensor>, mut state: State) -> Result<()> {
+        let progress: Progress = state.read()?;
+        for (name, part) in self.parts() {
+            part.restore(state.remove(name)?)?;
+        }
+        for (name, var) in self.params.vars() {
+            let stored = tensors
+                .get(&name)
+                .ok_or_else(|| Error::Invalid(format!("the checkpoint has no tensor {name:?}")))?;
+            if (stored.dims(), stored.dtype()) != (var.dims(), var.dtype()) {
+                return Err(Error::Invalid(format!(
+                    "tensor {name:?} is {:?} {:?} in the checkpoint, {:?} {:?} in the model",
+                    stored.dtype(),
+                    stored.dims(),
+                    var.dtype(),
+                    var.dims()
+                )));
+            }
+            var.set(&stored.to_device(&self.device)?)?;
+        }
+        (self.step, self.seconds) = (progress.step, progress.seconds);
+        Ok(())
+    }
+
+    /// Steps done.
+    pub fn step(&self) -> u64 {
+        self.step
     }
 
     /// Steps of the whole run.

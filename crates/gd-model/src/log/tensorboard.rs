@@ -147,15 +147,15 @@ mod tests {
     #[test]
     fn checksums_are_those_of_the_standard() {
         let rising: Vec<u8> = (0..32).collect();
-        let cases: [(&[u8], u32); 4] = [
-            (&[0; 32], 0x8a91_36aa),
-            (&[0xff; 32], 0x62a8_ab43),
-            (&rising, 0x46dd_794e),
-            (b"123456789", 0xe306_9283),
+        let cases: [(&[u8], u32, u32); 4] = [
+            (&[0; 32], 0x8a91_36aa, 0x0fd7_fffa),
+            (&[0xff; 32], 0x62a8_ab43, 0xf909_b029),
+            (&rising, 0x46dd_794e, 0x951f_7892),
+            (b"123456789", 0xe306_9283, 0xc78a_b0e5),
         ];
-        for (data, crc) in cases {
+        for (data, crc, stored) in cases {
             assert_eq!(crc32c::crc32c(data), crc, "{data:?}");
-            assert_eq!(masked(data), (crc >> 15 | crc << 17).wrapping_add(0xa282_ead8));
+            assert_eq!(masked(data), stored, "{data:?}");
         }
     }
 

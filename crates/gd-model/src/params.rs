@@ -65,6 +65,16 @@ impl Params {
         self.lock().values().map(|v| v.elem_count()).sum()
     }
 
+    /// A hash of names, shapes and values.
+    ///
+    /// # Errors
+    /// Parameters that cannot be read from their device.
+    pub fn hash(&self) -> Result<blake3::Hash> {
+        let tensors = self.tensors();
+        let bytes = safetensors::serialize(&tensors, None).map_err(candle_core::Error::wrap)?;
+        Ok(blake3::hash(&bytes))
+    }
+
     /// Stored tensors that no module has asked for.
     pub fn unused(&self) -> Vec<String> {
         match &self.source {

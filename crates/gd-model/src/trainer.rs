@@ -12,9 +12,9 @@ use crate::config::Recipe;
 use crate::data::{Batch, Batches, Corpus, places};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, evaluate};
-use crate::guard::Guard;
 use crate::loss::{counted, cross_entropy};
-use crate::optimizer::{Optimizer, accumulate, clip_scale, global_norm, not_finite};
+use crate::optimizer::{AdamW, accumulate, clip_scale, global_norm};
+use crate::parallel::Group;
 use crate::params::Params;
 use crate::state::{State, Stateful};
 use crate::transformer::Transformer;
@@ -35,8 +35,6 @@ pub struct Step {
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f64,
-    /// Updates that the guard has skipped so far.
-    pub skipped: u64,
     /// Share of the hard forward pass.
     pub hardness: f64,
     /// Training tokens per second since the start, looks at the validation text left out.
@@ -80,10 +78,10 @@ impl Gradients {
         }
     }
 
-    /// Norm of the gradient of the mean loss; not finite if the gradient is not.
+    /// Norm of the gradient of the mean loss.
     ///
     /// # Errors
-    /// A gradient of a dtype that has no norm.
+    /// A gradient that is not finite.
     pub fn norm(&self, vars: &[(String, Var)]) -> Result<f64> {
         Ok(global_norm(vars, &self.store)? / self.weight)
     }
@@ -105,11 +103,11 @@ pub struct Trainer {
     pub model: Transformer,
     /// Its parameters.
     pub params: Params,
-    optimizer: Optimizer,
-    guard: Guard,
+    optimizer: AdamW,
     batches: Batches,
     corpus: Corpus,
     device: Device,
+    group: Group,
     step: u64,
     seconds: f64,
 }
@@ -123,18 +121,17 @@ impl Trainer {
         corpus.check(recipe.train.context)?;
         let params = Params::new(seed, DType::F32, device);
         let model = Transformer::new(&recipe.model, params.builder())?;
-        let optimizer = Optimizer::new(params.vars(), recipe.train.adamw, recipe.train.muon)?;
-        let guard = Guard::new(recipe.train.guard)?;
+        let optimizer = AdamW::new(params.vars(), recipe.train.adamw)?;
         let batches = Batches::new(corpus.train.clone(), seed);
         Ok(Self {
             recipe,
             model,
             params,
             optimizer,
-            guard,
             batches,
             corpus,
             device: device.clone(),
+            group: Group::single(),
             step: 0,
             seconds: 0.0,
         })
@@ -143,7 +140,7 @@ impl Trainer {
     /// Every part that changes from step to step, besides the parameters and the step itself, by the name
     /// under which a checkpoint holds it.
     fn parts(&mut self) -> Vec<(&'static str, &mut dyn Stateful)> {
-        vec![("optimizer", &mut self.optimizer), ("guard", &mut self.guard)]
+        vec![("optimizer", &mut self.optimizer)]
     }
 
     /// With the parameters, all that an exact continuation needs.
@@ -191,6 +188,39 @@ impl Trainer {
         self.step
     }
 
+    /// Shares the batches with the other processes of `group`, all of which take part.
+    ///
+    /// # Errors
+    /// A batch of fewer rows than processes, or processes that differ in configuration, text or parameters.
+    pub fn join(&mut self, group: Group) -> Result<()> {
+        group.check(self.recipe.train.batch)?;
+        if group.world() == 1 {
+            return Ok(());
+        }
+        let recipe = serde_json::to_vec(&self.recipe).map_err(|e| Error::Invalid(e.to_string()))?;
+        group.require_equal("the configuration", blake3::hash(&recipe))?;
+        group.require_equal("the training text", self.corpus.hash())?;
+        self.group = group;
+        self.require_equal()
+    }
+
+    /// The processes of this training.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// Fails unless all processes hold the same parameters. All take part: before every save.
+    ///
+    /// # Errors
+    /// Names the processes that differ.
+    pub fn require_equal(&self) -> Result<()> {
+        if self.group.world() == 1 {
+            return Ok(());
+        }
+        let state = [&self.params.hash()?.as_bytes()[..], &self.step.to_le_bytes()].concat();
+        self.group.require_equal(&format!("the parameters at step {}", self.step), blake3::hash(&state))
+    }
+
     /// Steps of the whole run.
     pub fn steps(&self) -> u64 {
         self.recipe.train.steps
@@ -199,7 +229,7 @@ impl Trainer {
     /// Trains to the end of the run; `watch` sees every step.
     ///
     /// # Errors
-    /// As [`Trainer::advance`], or what `watch` returns.
+    /// A loss or gradient that is not finite, or what `watch` returns.
     pub fn run(&mut self, mut watch: impl FnMut(&Step) -> Result<()>) -> Result<()> {
         while self.step < self.recipe.train.steps {
             let step = self.advance()?;
@@ -211,29 +241,28 @@ impl Trainer {
     /// One step.
     ///
     /// # Errors
-    /// Too many updates in a row were skipped by the guard.
+    /// A loss or gradient that is not finite.
     pub fn advance(&mut self) -> Result<Step> {
         let started = Instant::now();
         let hardness = self.recipe.train.hardness(self.step);
-        let gradients = self.gradients(hardness)?;
+        let mut gradients = self.gradients(hardness)?;
+        self.group.all_reduce(&self.params.vars(), &mut gradients)?;
         let (loss, grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
+        self.guard(loss, grad_norm)?;
         let lr = self.recipe.train.lr.lr(self.step, self.recipe.train.steps);
-        if !self.skip(&gradients, loss, grad_norm)? {
-            self.update(&gradients, grad_norm, lr)?;
-        }
+        self.update(&gradients, grad_norm, lr)?;
         self.step += 1;
         self.seconds += started.elapsed().as_secs_f64();
         let train = &self.recipe.train;
         let tokens = self.step as f64 * (train.batch * train.context * train.accumulation) as f64;
         let look = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
-        let valid_loss = if look { Some(self.glance()?) } else { None };
+        let valid_loss = if look && self.group.leads() { Some(self.glance()?) } else { None };
         Ok(Step {
             step: self.step,
             total: self.recipe.train.steps,
             loss,
             grad_norm,
             lr,
-            skipped: self.guard.skipped(),
             hardness,
             tokens_per_second: tokens / self.seconds,
             seconds_left: self.seconds / self.step as f64 * (self.recipe.train.steps - self.step) as f64,
@@ -248,12 +277,13 @@ impl Trainer {
         let mut sums: Option<Gradients> = None;
         for micro in 0..train.accumulation as u64 {
             let at = self.step * train.accumulation as u64 + micro;
-            let places = places(at, train.batch, 0, 1);
+            let places = places(at, train.batch, self.group.rank(), self.group.world());
             let Batch { inputs, targets, mask } = self.batches.batch(places, train.context, &self.device)?;
             let pass = Pass { hardness, ..Pass::new(&mask) };
             let targets = targets.flatten_all()?;
-            // 1 where every token is predicted: the weight then changes no bit.
-            let weight = counted(&targets)? as f64 / targets.elem_count() as f64;
+            // Of the whole micro-batch, of which this is a part if there are other processes. 1 where every
+            // token is predicted: the weight then changes no bit.
+            let weight = counted(&targets)? as f64 / (train.batch * train.context) as f64;
             let logits = self.model.forward(&inputs, &pass, None)?;
             let loss = (cross_entropy(&logits.flatten_to(1)?, &targets)? * weight)?;
             let one = Gradients {
@@ -269,18 +299,15 @@ impl Trainer {
         sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))
     }
 
-    /// Whether this step's update is to be skipped.
-    fn skip(&mut self, gradients: &Gradients, loss: f64, grad_norm: f64) -> Result<bool> {
-        let step = self.step + 1;
-        let judged = self.guard.judge(loss, grad_norm);
-        let judged = judged.map_err(|e| Error::Invalid(format!("step {step}: {e}")))?;
-        if let Some(reason) = &judged {
-            let vars = self.params.vars();
-            let first = not_finite(&vars, &gradients.store)?;
-            let whose = first.map_or(String::new(), |name| format!(" (first in {name})"));
-            tracing::warn!("step {step}: update skipped: {reason}{whose}");
+    /// Fails where an update with this loss and this gradient would spoil the model.
+    fn guard(&self, loss: f64, grad_norm: f64) -> Result<()> {
+        if loss.is_finite() && grad_norm.is_finite() {
+            return Ok(());
         }
-        Ok(judged.is_some())
+        Err(Error::Invalid(format!(
+            "step {}: loss {loss} or gradient norm {grad_norm} is not finite",
+            self.step + 1
+        )))
     }
 
     /// Moves the parameters.

@@ -160,7 +160,11 @@ fn start(cli: Cli) -> Result<()> {
 fn fail(error: &anyhow::Error) -> ExitCode {
     // Nothing is left to report to when stderr itself is gone.
     let _ = writeln!(std::io::stderr(), "error: {}", one_line(error));
-    ExitCode::from(if error.chain().any(|e| e.is::<Usage>()) { 2 } else { 1 })
+    ExitCode::from(exit_code(error))
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.chain().any(|e| e.is::<Usage>()) { 2 } else { 1 }
 }
 
 /// The causes of an error, outermost first, on one line.

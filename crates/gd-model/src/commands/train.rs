@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::Context;
@@ -16,6 +16,7 @@ use crate::data::{Corpus, Split, Texts};
 use crate::evaluate::Evaluation;
 use crate::generate::generate;
 use crate::model_file;
+use crate::parallel::Group;
 use crate::sampler::{Sampler, Sampling};
 use crate::tokenizer::Tokenizer;
 use crate::trainer::{Step, Trainer};
@@ -56,6 +57,14 @@ pub struct Args {
 /// # Errors
 /// Names the flag, file or value that cannot be used.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    let group = Group::start(&ctx.device)?;
+    match train_in(&group, args, ctx) {
+        Err(e) if group.world() > 1 => group.abort(&super::one_line(&e), super::exit_code(&e)),
+        result => result,
+    }
+}
+
+fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
     let seed = ctx.seed.unwrap_or(0);
     let mut recipe = recipe(&args.config, args.steps)?;
     let name =
@@ -65,17 +74,24 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     // Before the training, so that its result is not lost after it.
     checkpoint::check_replaceable(&out)?;
     let mut trainer = Trainer::new(recipe.clone(), corpus, seed, &ctx.device)?;
-    eprintln!(
-        "{name}: {} parameters, {} steps of {} tokens",
-        trainer.params.count(),
-        recipe.train.steps,
-        recipe.train.batch * recipe.train.context * recipe.train.accumulation
-    );
+    trainer.join(group.clone())?;
+    if group.leads() {
+        eprintln!(
+            "{name}: {} parameters, {} steps of {} tokens",
+            trainer.params.count(),
+            recipe.train.steps,
+            recipe.train.batch * recipe.train.context * recipe.train.accumulation
+        );
+    }
     let mut log = String::new();
     train(&mut trainer, |step| {
         log.push_str(&serde_json::to_string(step).unwrap_or_default());
         log.push('\n');
     })?;
+    trainer.require_equal()?;
+    if !group.leads() {
+        return Ok(());
+    }
     let result = trainer.validate()?;
     let card = card(&name, &recipe, &trainer, &result, &args.data);
     let extra = BTreeMap::from([
@@ -134,8 +150,12 @@ pub(super) fn train(trainer: &mut Trainer, mut watch: impl FnMut(&Step)) -> Resu
     let style = "{bar:30} {pos}/{len} steps  {msg}  {elapsed_precise} (left {eta})";
     bar.set_style(ProgressStyle::with_template(style)?);
     bar.enable_steady_tick(Duration::from_millis(500));
+    let leads = trainer.group().leads();
+    if !leads {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
     // Where the bar is not drawn (a file, a pipe), a line now and then says the same.
-    let lines = !std::io::stderr().is_terminal();
+    let lines = leads && !std::io::stderr().is_terminal();
     let mut valid = None;
     let result = trainer.run(|step| {
         valid = step.valid_loss.or(valid);

@@ -19,6 +19,9 @@ use std::path::PathBuf;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 
+/// Tokens that are hashed at a time.
+const HASHED: usize = 1 << 16;
+
 /// Token streams for training and validation.
 #[derive(Clone, Debug)]
 pub struct Corpus {
@@ -50,6 +53,16 @@ impl Corpus {
             train_bytes: texts.train.iter().map(String::len).sum(),
             valid_bytes: texts.valid.iter().map(String::len).sum(),
         })
+    }
+
+    /// A hash of the training tokens.
+    pub fn hash(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        for at in (0..self.train.len()).step_by(HASHED) {
+            let ids = self.train.read(at..at + HASHED);
+            hasher.update(&ids.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<_>>());
+        }
+        hasher.finalize()
     }
 
     /// Fails unless both sides have at least one window of `context` inputs.

@@ -11,6 +11,7 @@ pub mod error;
 pub mod evaluate;
 pub mod generate;
 pub mod gradients;
+pub mod guard;
 pub mod log;
 pub mod loss;
 pub mod memory;

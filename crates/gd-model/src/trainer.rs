@@ -12,8 +12,9 @@ use crate::config::Recipe;
 use crate::data::{Batch, Batches, Corpus, places};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, evaluate};
+use crate::guard::Guard;
 use crate::loss::{counted, cross_entropy};
-use crate::optimizer::{AdamW, accumulate, clip_scale, global_norm};
+use crate::optimizer::{Optimizer, accumulate, clip_scale, global_norm, not_finite};
 use crate::parallel::Group;
 use crate::params::Params;
 use crate::state::{State, Stateful};
@@ -35,6 +36,8 @@ pub struct Step {
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f64,
+    /// Updates that the guard has skipped so far.
+    pub skipped: u64,
     /// Share of the hard forward pass.
     pub hardness: f64,
     /// Training tokens per second since the start, looks at the validation text left out.
@@ -78,10 +81,10 @@ impl Gradients {
         }
     }
 
-    /// Norm of the gradient of the mean loss.
+    /// Norm of the gradient of the mean loss; not finite if the gradient is not.
     ///
     /// # Errors
-    /// A gradient that is not finite.
+    /// A gradient of a dtype that has no norm.
     pub fn norm(&self, vars: &[(String, Var)]) -> Result<f64> {
         Ok(global_norm(vars, &self.store)? / self.weight)
     }
@@ -103,7 +106,8 @@ pub struct Trainer {
     pub model: Transformer,
     /// Its parameters.
     pub params: Params,
-    optimizer: AdamW,
+    optimizer: Optimizer,
+    guard: Guard,
     batches: Batches,
     corpus: Corpus,
     device: Device,
@@ -121,13 +125,15 @@ impl Trainer {
         corpus.check(recipe.train.context)?;
         let params = Params::new(seed, DType::F32, device);
         let model = Transformer::new(&recipe.model, params.builder())?;
-        let optimizer = AdamW::new(params.vars(), recipe.train.adamw)?;
+        let optimizer = Optimizer::new(params.vars(), recipe.train.adamw, recipe.train.muon)?;
+        let guard = Guard::new(recipe.train.guard)?;
         let batches = Batches::new(corpus.train.clone(), seed);
         Ok(Self {
             recipe,
             model,
             params,
             optimizer,
+            guard,
             batches,
             corpus,
             device: device.clone(),
@@ -140,7 +146,7 @@ impl Trainer {
     /// Every part that changes from step to step, besides the parameters and the step itself, by the name
     /// under which a checkpoint holds it.
     fn parts(&mut self) -> Vec<(&'static str, &mut dyn Stateful)> {
-        vec![("optimizer", &mut self.optimizer)]
+        vec![("optimizer", &mut self.optimizer), ("guard", &mut self.guard)]
     }
 
     /// With the parameters, all that an exact continuation needs.
@@ -229,7 +235,7 @@ impl Trainer {
     /// Trains to the end of the run; `watch` sees every step.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite, or what `watch` returns.
+    /// As [`Trainer::advance`], or what `watch` returns.
     pub fn run(&mut self, mut watch: impl FnMut(&Step) -> Result<()>) -> Result<()> {
         while self.step < self.recipe.train.steps {
             let step = self.advance()?;
@@ -241,16 +247,17 @@ impl Trainer {
     /// One step.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite.
+    /// Too many updates in a row were skipped by the guard.
     pub fn advance(&mut self) -> Result<Step> {
         let started = Instant::now();
         let hardness = self.recipe.train.hardness(self.step);
         let mut gradients = self.gradients(hardness)?;
         self.group.all_reduce(&self.params.vars(), &mut gradients)?;
         let (loss, grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
-        self.guard(loss, grad_norm)?;
         let lr = self.recipe.train.lr.lr(self.step, self.recipe.train.steps);
-        self.update(&gradients, grad_norm, lr)?;
+        if !self.skip(&gradients, loss, grad_norm)? {
+            self.update(&gradients, grad_norm, lr)?;
+        }
         self.step += 1;
         self.seconds += started.elapsed().as_secs_f64();
         let train = &self.recipe.train;
@@ -263,6 +270,7 @@ impl Trainer {
             loss,
             grad_norm,
             lr,
+            skipped: self.guard.skipped(),
             hardness,
             tokens_per_second: tokens / self.seconds,
             seconds_left: self.seconds / self.step as f64 * (self.recipe.train.steps - self.step) as f64,
@@ -299,15 +307,18 @@ impl Trainer {
         sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))
     }
 
-    /// Fails where an update with this loss and this gradient would spoil the model.
-    fn guard(&self, loss: f64, grad_norm: f64) -> Result<()> {
-        if loss.is_finite() && grad_norm.is_finite() {
-            return Ok(());
+    /// Whether this step's update is to be skipped.
+    fn skip(&mut self, gradients: &Gradients, loss: f64, grad_norm: f64) -> Result<bool> {
+        let step = self.step + 1;
+        let judged = self.guard.judge(loss, grad_norm);
+        let judged = judged.map_err(|e| Error::Invalid(format!("step {step}: {e}")))?;
+        if let Some(reason) = &judged {
+            let vars = self.params.vars();
+            let first = not_finite(&vars, &gradients.store)?;
+            let whose = first.map_or(String::new(), |name| format!(" (first in {name})"));
+            tracing::warn!("step {step}: update skipped: {reason}{whose}");
         }
-        Err(Error::Invalid(format!(
-            "step {}: loss {loss} or gradient norm {grad_norm} is not finite",
-            self.step + 1
-        )))
+        Ok(judged.is_some())
     }
 
     /// Moves the parameters.

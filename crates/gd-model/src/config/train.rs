@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::optimizer::AdamWConfig;
+use crate::guard::GuardConfig;
+use crate::optimizer::{AdamWConfig, MuonConfig};
 use crate::schedule::LrSchedule;
 
 /// What text becomes tokens with.
@@ -35,8 +36,14 @@ pub struct TrainConfig {
     pub lr: LrSchedule,
     /// The optimizer.
     pub adamw: AdamWConfig,
+    /// The optimizer of the blocks' matrices, if not AdamW.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub muon: Option<MuonConfig>,
     /// Greatest norm of the gradient; a greater one is scaled down.
     pub clip: f64,
+    /// When an update is skipped.
+    #[serde(default)]
+    pub guard: GuardConfig,
     /// Steps between two looks at the validation text.
     pub eval_every: u64,
     /// Share of the steps during which selecting layers blend their candidates (h = 0).
@@ -89,6 +96,8 @@ impl TrainConfig {
             return fail(format!("train.clip {} is not positive", self.clip));
         }
         self.lr.validate(self.steps)?;
+        self.guard.validate()?;
+        self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;
         self.adamw.validate()
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! x and y `[B, N, C]`, weight `[C, W]`; weight `[.., W-1]` meets the present row. Rows before the
 //! start come from the state `[B, W-1, C]`, or are 0. The returned state is the last W-1 rows of
-//! state and x together, so that a sequence may be given in pieces, down to single rows.
+//! state and x together, so that a sequence may be given in pieces, down to single rows. Or x holds
+//! several packed sequences, each of which starts with rows of 0 before it.
 
 use candle_core::{Shape, Tensor};
 
@@ -12,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::fused::{
     Rows, attach2, for_chunks, for_chunks2, rows_per_chunk, sum_rows, vectorize, with_contiguous_rows,
 };
+use crate::mask::{check_boundaries, sequence};
 
 /// Convolves every channel of `x` with its own `weight` and returns the result and the new state.
 ///
@@ -27,16 +29,37 @@ pub fn causal_conv(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Resul
         None => Tensor::zeros((batch, width - 1, channels), x.dtype(), x.device())?,
     };
     let x = with_contiguous_rows(x)?;
-    let weight = weight.contiguous()?;
     let next = next_state(&past, &x.detach(), width - 1)?;
-    let y = by_float!("causal_conv", x.dtype(), T => {
+    Ok((convolve(&x, weight, past, None)?, next))
+}
+
+/// The same for packed sequences: none of them sees rows of another. `boundaries` holds, per batch
+/// entry (or once for all), the places `[0, e1, e2, .., N]` where they start and end, as in
+/// [`Mask::packed`](crate::Mask::packed).
+///
+/// # Errors
+/// As [`causal_conv`], and boundaries that do not rise from 0 to N.
+pub fn packed_causal_conv(x: &Tensor, weight: &Tensor, boundaries: &[Vec<usize>]) -> Result<Tensor> {
+    let (batch, n, channels, width) = validate(x, weight, None)?;
+    check_boundaries(boundaries, batch, n)?;
+    let past = Tensor::zeros((batch, width - 1, channels), x.dtype(), x.device())?;
+    convolve(&with_contiguous_rows(x)?, weight, past, Some(boundaries.to_vec()))
+}
+
+fn convolve(
+    x: &Tensor,
+    weight: &Tensor,
+    past: Tensor,
+    boundaries: Option<Vec<Vec<usize>>>,
+) -> Result<Tensor> {
+    let weight = weight.contiguous()?;
+    Ok(by_float!("causal_conv", x.dtype(), T => {
         let taps = taps::<T>(&weight)?;
-        let y = with_window::<T, _>(&x, &past, |window| forward(window, &taps))?;
-        attach2("causal_conv", &x, &weight, (y, x.shape().clone()), move |x, weight, dy| {
-            backward::<T>(x, weight, &past, dy)
+        let y = with_window::<T, _>(x, &past, boundaries.as_deref(), |window| forward(window, &taps))?;
+        attach2("causal_conv", x, &weight, (y, x.shape().clone()), move |x, weight, dy| {
+            backward::<T>(x, weight, &past, boundaries.as_deref(), dy)
         })?
-    });
-    Ok((y, next))
+    }))
 }
 
 /// (B, N, C, W), or what does not fit.
@@ -112,6 +135,7 @@ fn taps<T: Element>(weight: &Tensor) -> Result<Vec<T::Acc>> {
 struct Window<'a, T> {
     x: Rows<'a, T>,
     past: Rows<'a, T>,
+    boundaries: Option<&'a [Vec<usize>]>,
     n: usize,
     width: usize,
 }
@@ -126,17 +150,30 @@ impl<'a, T: Element> Window<'a, T> {
             None => self.past.row(b * before + t + w),
         }
     }
+
+    /// For row `t` of batch entry `b` the first tap that meets a row of its sequence, and the end of the
+    /// sequence.
+    fn reach(&self, b: usize, t: usize) -> (usize, usize) {
+        match self.boundaries {
+            None => (0, self.n),
+            Some(boundaries) => {
+                let own = sequence(boundaries, b, t);
+                ((self.width - 1).saturating_sub(t - own.start), own.end)
+            }
+        }
+    }
 }
 
 fn with_window<T: Element, R>(
     x: &Tensor,
     past: &Tensor,
+    boundaries: Option<&[Vec<usize>]>,
     f: impl FnOnce(&Window<T>) -> R,
 ) -> candle_core::Result<R> {
     let (xs, xl) = x.storage_and_layout();
     let (ps, pl) = past.storage_and_layout();
     let (n, width) = (x.dim(1)?, past.dim(1)? + 1);
-    Ok(f(&Window { x: Rows::new(&xs, xl)?, past: Rows::new(&ps, pl)?, n, width }))
+    Ok(f(&Window { x: Rows::new(&xs, xl)?, past: Rows::new(&ps, pl)?, boundaries, n, width }))
 }
 
 fn forward<T: Element>(window: &Window<T>, taps: &[T::Acc]) -> Vec<T> {
@@ -149,7 +186,8 @@ fn forward<T: Element>(window: &Window<T>, taps: &[T::Acc]) -> Vec<T> {
             for (j, y) in y.chunks_exact_mut(channels).enumerate() {
                 let (b, t) = ((chunk * rows + j) / window.n, (chunk * rows + j) % window.n);
                 sum.fill(T::Acc::default());
-                for (w, tap) in taps.chunks_exact(channels).enumerate() {
+                let (first, _) = window.reach(b, t);
+                for (w, tap) in taps.chunks_exact(channels).enumerate().skip(first) {
                     for ((s, &x), &tap) in sum.iter_mut().zip(window.row(b, t, w)).zip(tap) {
                         *s += x.up() * tap;
                     }
@@ -167,6 +205,7 @@ fn backward<T: Element>(
     x: &Tensor,
     weight: &Tensor,
     past: &Tensor,
+    boundaries: Option<&[Vec<usize>]>,
     dy: &Tensor,
 ) -> candle_core::Result<[Tensor; 2]> {
     let (_, n, channels) = x.dims3()?;
@@ -178,7 +217,7 @@ fn backward<T: Element>(
     let rows = rows_per_chunk(channels);
     let mut dx = vec![T::zero(); dy_rows.count() * channels];
     let mut parts = vec![T::Acc::default(); dy_rows.count().div_ceil(rows) * width * channels];
-    with_window::<T, _>(x, past, |window| {
+    with_window::<T, _>(x, past, boundaries, |window| {
         for_chunks2((&mut dx, rows * channels), (&mut parts, width * channels), |chunk, dx, dw| {
             let mut sum = vec![T::Acc::default(); channels];
             vectorize(|| {
@@ -186,13 +225,16 @@ fn backward<T: Element>(
                     let (b, t) = ((chunk * rows + j) / n, (chunk * rows + j) % n);
                     let present = dy_rows.row(b * n + t);
                     sum.fill(T::Acc::default());
+                    let (first, end) = window.reach(b, t);
                     let both = taps.chunks_exact(channels).zip(dw.chunks_exact_mut(channels));
                     for (w, (tap, dw)) in both.enumerate() {
-                        for ((dw, &x), &dy) in dw.iter_mut().zip(window.row(b, t, w)).zip(present) {
-                            *dw += x.up() * dy.up();
+                        if w >= first {
+                            for ((dw, &x), &dy) in dw.iter_mut().zip(window.row(b, t, w)).zip(present) {
+                                *dw += x.up() * dy.up();
+                            }
                         }
                         let later = t + width - 1 - w;
-                        if later < n {
+                        if later < end {
                             let dy = dy_rows.row(b * n + later);
                             for ((s, &dy), &tap) in sum.iter_mut().zip(dy).zip(tap) {
                                 *s += dy.up() * tap;

@@ -18,7 +18,7 @@ mod scan;
 mod select;
 
 pub use average::{AverageState, running_average};
-pub use conv::causal_conv;
+pub use conv::{causal_conv, packed_causal_conv};
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};

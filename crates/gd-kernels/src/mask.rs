@@ -87,28 +87,11 @@ impl Mask {
         if self.window == Some(0) {
             return Err(Error::Invalid("mask: a window of 0 keys selects nothing".into()));
         }
-        let fits = |what: &str, n: usize| {
-            if n == 1 || n == batch {
-                Ok(())
-            } else {
-                Err(Error::Invalid(format!(
-                    "mask: {n} {what} for a batch of {batch} (1 or {batch} expected)"
-                )))
-            }
-        };
         if let Some(packed) = &self.packed {
-            fits("lists of packed boundaries", packed.len())?;
-            for (b, cumulative) in packed.iter().enumerate() {
-                let rises = cumulative.windows(2).all(|w| w[0] <= w[1]);
-                if cumulative.first() != Some(&0) || cumulative.last() != Some(&keys) || !rises {
-                    return Err(Error::Invalid(format!(
-                        "mask: packed boundaries {cumulative:?} of batch entry {b} do not rise from 0 to {keys} keys"
-                    )));
-                }
-            }
+            check_boundaries(packed, batch, keys)?;
         }
         if let Some(lengths) = &self.kv_len {
-            fits("key lengths", lengths.len())?;
+            fits("key lengths", lengths.len(), batch)?;
             if let Some(n) = lengths.iter().find(|&&n| n > keys) {
                 return Err(Error::Invalid(format!("mask: a key length of {n} exceeds the {keys} keys")));
             }
@@ -128,14 +111,12 @@ impl Mask {
             lo = lo.max(pos + 1 - w as i64);
         }
         if let Some(packed) = &self.packed {
-            let cumulative = &packed[if packed.len() == 1 { 0 } else { b }];
             if pos < 0 || pos >= m {
                 return 0..0;
             }
-            // The last boundary at or before `pos` opens the query's sequence.
-            let s = cumulative.partition_point(|&c| c as i64 <= pos) - 1;
-            lo = lo.max(cumulative[s] as i64);
-            hi = hi.min(cumulative[s + 1] as i64);
+            let own = sequence(packed, b, pos as usize);
+            lo = lo.max(own.start as i64);
+            hi = hi.min(own.end as i64);
         }
         if let Some(lengths) = &self.kv_len {
             hi = hi.min(lengths[if lengths.len() == 1 { 0 } else { b }] as i64);
@@ -143,4 +124,33 @@ impl Mask {
         let lo = lo.clamp(0, m);
         lo as usize..hi.clamp(lo, m) as usize
     }
+}
+
+/// Fails unless each list rises from 0 to `len`, and there is one list, or one per batch entry.
+pub(crate) fn check_boundaries(packed: &[Vec<usize>], batch: usize, len: usize) -> Result<()> {
+    fits("lists of packed boundaries", packed.len(), batch)?;
+    for (b, cumulative) in packed.iter().enumerate() {
+        let rises = cumulative.windows(2).all(|w| w[0] <= w[1]);
+        if cumulative.first() != Some(&0) || cumulative.last() != Some(&len) || !rises {
+            return Err(Error::Invalid(format!(
+                "mask: packed boundaries {cumulative:?} of batch entry {b} do not rise from 0 to {len} keys"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The packed sequence that holds position `at`, which lies before the last boundary.
+pub(crate) fn sequence(packed: &[Vec<usize>], b: usize, at: usize) -> Range<usize> {
+    let cumulative = &packed[if packed.len() == 1 { 0 } else { b }];
+    // The last boundary at or before the position opens its sequence.
+    let next = cumulative.partition_point(|&c| c <= at);
+    cumulative[next - 1]..cumulative[next]
+}
+
+fn fits(what: &str, n: usize, batch: usize) -> Result<()> {
+    if n == 1 || n == batch {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("mask: {n} {what} for a batch of {batch} (1 or {batch} expected)")))
 }

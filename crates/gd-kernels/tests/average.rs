@@ -79,6 +79,31 @@ fn gradients_span_many_blocks_when_little_is_forgotten() {
     check_gradients(&[(decay + 8.0).unwrap(), write, v], |t| mean(t, None));
 }
 
+/// A decay logit of minus infinity is the start of a sequence: values and gradients on both sides are
+/// those of the two sequences alone, also across blocks.
+#[test]
+fn sequences_after_a_reset_stand_alone() {
+    for (n, starts) in [(9, vec![1, 2, 6]), (200, vec![63, 64, 130, 131, 192])] {
+        let [decay, write, v] = inputs([2, 4, 2, n, 3]);
+        let mut resets = vec![0.0; n];
+        starts.iter().for_each(|&s: &usize| resets[s] = f64::NEG_INFINITY);
+        let resets = Tensor::from_vec(resets, (1, 1, n), &Device::Cpu).unwrap();
+        let packed = |t: &[Tensor]| mean(&[t[0].broadcast_add(&resets)?, t[1].clone(), t[2].clone()], None);
+        let alone = |t: &[Tensor]| {
+            let cuts = [&[0], &starts[..], &[n]].concat();
+            let part = |c: &[usize]| {
+                let cut = |t: &Tensor| t.narrow(2, c[0], c[1] - c[0]);
+                mean(&[cut(&t[0])?, cut(&t[1])?, cut(&t[2])?], None)
+            };
+            Tensor::cat(&cuts.windows(2).map(part).collect::<Result<Vec<_>>>()?, 2)
+        };
+        let inputs = [decay, write, v];
+        for (packed, alone) in with_gradients(&inputs, packed).iter().zip(with_gradients(&inputs, alone)) {
+            assert_close("reset", packed, &alone, 1e-12);
+        }
+    }
+}
+
 #[test]
 fn gradients_reach_views() {
     let t = [noise(1, &[2, 70, 4], 3.0), noise(2, &[2, 5, 70], 3.0), noise(3, &[2, 70, 2, 7], 2.0)];

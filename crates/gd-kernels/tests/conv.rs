@@ -3,7 +3,7 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use gd_kernels::causal_conv;
+use gd_kernels::{causal_conv, packed_causal_conv};
 use support::*;
 
 /// The defining sum.
@@ -79,6 +79,55 @@ fn gradients_reach_views() {
     check_gradients(&inputs, |t| {
         Ok(causal_conv(&t[0].narrow(2, 2, 4)?.transpose(1, 2)?, &t[1].narrow(0, 1, 2)?, None)?.0)
     });
+}
+
+/// Boundaries per batch entry, with empty sequences and some shorter than the weight.
+fn boundaries() -> Vec<Vec<usize>> {
+    vec![vec![0, 1, 3, 3, 8, 20], vec![0, 0, 7, 19, 20]]
+}
+
+#[test]
+fn packed_sequences_are_convolved_alone() {
+    for w in [1, 2, 4, 9] {
+        let (x, weight) = (noise(1, &[2, 20, 3], 2.0), noise(2, &[3, w], 2.0));
+        for lists in [boundaries(), vec![boundaries()[0].clone()]] {
+            let y = packed_causal_conv(&x, &weight, &lists).unwrap();
+            for b in 0..2 {
+                for ends in lists[b % lists.len()].windows(2).filter(|e| e[0] < e[1]) {
+                    let row = |t: &Tensor| {
+                        t.narrow(0, b, 1).unwrap().narrow(1, ends[0], ends[1] - ends[0]).unwrap()
+                    };
+                    assert_close("packed", &row(&y), &naive(&row(&x), &weight, None), 1e-13);
+                }
+            }
+        }
+        check_gradients(&[x, weight], |t| Ok(packed_causal_conv(&t[0], &t[1], &boundaries())?));
+    }
+}
+
+#[test]
+fn nothing_leaks_between_packed_sequences() {
+    let mut values = values(&noise(1, &[1, 8, 2], 2.0));
+    values[6..8].fill(f64::NAN);
+    let x = Tensor::from_vec(values, (1, 8, 2), &Device::Cpu).unwrap();
+    let weight = noise(2, &[2, 4], 2.0);
+    let y = packed_causal_conv(&x, &weight, &[vec![0, 4, 8]]).unwrap();
+    let found = self::values(&y);
+    assert!(found[6..8].iter().all(|y| y.is_nan()) && found[8..].iter().all(|y| y.is_finite()), "{found:?}");
+}
+
+#[test]
+fn packed_boundaries_must_fit() {
+    let (x, weight) = (noise(1, &[2, 5, 3], 1.0), noise(2, &[3, 4], 1.0));
+    for (lists, word) in [
+        (vec![vec![0, 4]], "[0, 4]"),
+        (vec![vec![0, 3, 2, 5]], "[0, 3, 2, 5]"),
+        (vec![vec![0, 5]; 3], "3 lists"),
+        (vec![], "0 lists"),
+    ] {
+        let error = packed_causal_conv(&x, &weight, &lists).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder};
-use gd_kernels::{Mask, Scan, Score, causal_conv, running_average, scan};
+use gd_kernels::{Mask, Scan, Score, causal_conv, packed_causal_conv, running_average, scan};
 
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
@@ -85,8 +85,11 @@ impl Beacon {
     }
 
     /// The convolution beside the identity: x + conv(x) `[B, N, C]`.
-    pub(crate) fn mix(&self, x: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+    pub(crate) fn mix(&self, x: &Tensor, mask: &Mask, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let Some(weight) = &self.conv else { return Ok(x.clone()) };
+        if let Some(boundaries) = mask.boundaries() {
+            return x + packed_causal_conv(x, weight, boundaries)?;
+        }
         let state = cache.as_ref().and_then(|c| c.conv.clone());
         let (y, state) = causal_conv(x, weight, state.as_ref())?;
         if let Some(cache) = cache {
@@ -100,6 +103,7 @@ impl Beacon {
         &self,
         x: &Tensor,
         v: &Tensor,
+        mask: &Mask,
         cache: Option<&mut LayerCache>,
     ) -> Result<Option<Tensor>> {
         let Some(memory) = &self.memory else { return Ok(None) };
@@ -109,8 +113,12 @@ impl Beacon {
         let logits = memory.proj.forward(x)?.broadcast_add(&memory.spread)?;
         let parts = logits.reshape((b, n, 3, h * r))?.permute((0, 2, 3, 1))?.contiguous()?;
         let part = |i: usize| parts.narrow(1, i, 1)?.squeeze(1);
+        let decay = match mask.boundaries() {
+            Some(boundaries) => part(0)?.broadcast_add(&resets(boundaries, n, &parts)?)?,
+            None => part(0)?,
+        };
         let state = cache.as_ref().and_then(|c| c.average.clone());
-        let (mean, state) = running_average(&part(0)?, &part(1)?, v, state.as_ref())?;
+        let (mean, state) = running_average(&decay, &part(1)?, v, state.as_ref())?;
         if let Some(cache) = cache {
             cache.average = Some(state);
         }
@@ -141,4 +149,14 @@ impl Beacon {
         let top = Scan { prior: Some(&prior), score: Score::Dot, ..Scan::new(&beta, mask, self.protected) };
         Ok(Some(scan(&q, &k, &top)?.index))
     }
+}
+
+/// What makes a decay logit forget all before it where a packed sequence starts, and changes nothing
+/// elsewhere: `[B|1, 1, N]` in the dtype of `like`.
+fn resets(boundaries: &[Vec<usize>], n: usize, like: &Tensor) -> Result<Tensor> {
+    let mut bias = vec![0f32; boundaries.len() * n];
+    for (row, starts) in bias.chunks_mut(n).zip(boundaries) {
+        starts.iter().filter(|&&s| s < n).for_each(|&s| row[s] = f32::NEG_INFINITY);
+    }
+    Tensor::from_vec(bias, (boundaries.len(), 1, n), like.device())?.to_dtype(like.dtype())
 }

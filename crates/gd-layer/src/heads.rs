@@ -93,8 +93,12 @@ impl Heads {
                 pass.mask.offset()
             );
         }
+        if cache.is_some() && pass.mask.boundaries().is_some() {
+            candle_core::bail!("a cache continues one sequence, the mask packs several");
+        }
+        pass.mask.validate(b, offset + n)?;
         let x = match &self.beacon {
-            Some(beacon) => beacon.mix(x, cache.as_deref_mut())?,
+            Some(beacon) => beacon.mix(x, pass.mask, cache.as_deref_mut())?,
             None => x.clone(),
         };
         let d = self.cfg.head_dim;
@@ -108,7 +112,7 @@ impl Heads {
         let k = self.rotary.apply(&k.transpose(1, 2)?, offset)?;
         let (mut memory, mut prior) = (None, None);
         if let Some(beacon) = &self.beacon {
-            memory = beacon.remember(&x, &v, cache.as_deref_mut())?;
+            memory = beacon.remember(&x, &v, pass.mask, cache.as_deref_mut())?;
             prior = beacon.prior(&x)?;
         }
         let gate = self.g_proj.as_ref().map(|g| candle_nn::ops::sigmoid(&g.forward(&x)?)).transpose()?;

@@ -37,6 +37,7 @@ fn bad_files() -> Vec<(&'static str, String, usize, &'static str)> {
         ("crates/gd-kernels/src/cpu/x.rs", line2("use crate::reference::scan;"), 2, "upward"),
         ("crates/gd-model/src/x.rs", line2("use crate::commands::Context;"), 2, "upward"),
         ("crates/gd-model/src/x.rs", line2(concat!("uns", "afe { p.read() }")), 2, "unchecked"),
+        ("crates/gd-model/src/data/x.rs", line2(concat!("uns", "afe { p.read() }")), 2, "unchecked"),
     ]
 }
 
@@ -47,6 +48,14 @@ fn each_kind_of_violation_is_found_at_its_line() {
         assert_eq!(found.len(), 1, "{file}: {word}: {found:?}");
         assert_eq!(found[0].line, line, "{file}: {}", found[0]);
         assert!(found[0].to_string().contains(word), "{}", found[0]);
+    }
+}
+
+#[test]
+fn unchecked_code_has_its_places() {
+    let text = format!("//! Header.\n{}\n", concat!("uns", "afe { p.read() }"));
+    for file in ["crates/gd-kernels/src/x.rs", "crates/gd-model/src/data/map.rs"] {
+        assert_eq!(check_text(file, &text), []);
     }
 }
 

@@ -48,6 +48,16 @@ pub enum Error {
         /// Where the first invalid sequence starts.
         offset: usize,
     },
+    /// A line of a text file that cannot be used.
+    #[error("{path}:{line}: {reason}", path = .path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A text too short for the window that is to be cut from it.
     #[error("{what} has {found} tokens, but one window needs {needed} (context {context} + 1)", context = .needed - 1)]
     TooShort {

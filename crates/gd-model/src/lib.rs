@@ -1,5 +1,5 @@
 //! A Preserve-then-Select language model.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod checkpoint;
 pub mod commands;

@@ -1,7 +1,8 @@
 //! Text to token ids and back, always stored as a `tokenizer.json`.
 //!
-//! Two kinds are made here: raw bytes (256 tokens, id = byte value) and byte-level BPE. Both give back any
-//! UTF-8 exactly. Any other `tokenizer.json` loads as well, with its own rules for special tokens.
+//! Two kinds are made here: raw bytes (256 tokens, id = byte value) and byte-level BPE, whose last token is
+//! the end of a text. Both give back any UTF-8 exactly (BPE takes the name of that token for the token).
+//! Any other `tokenizer.json` loads as well, with its own rules for special tokens.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,13 +11,19 @@ use std::sync::{LazyLock, Once};
 
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{DecoderWrapper, ModelWrapper};
+use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper};
 
 use crate::checkpoint::write_file;
 use crate::error::{Error, Result};
 
 /// The number of different bytes, and so the least vocabulary.
 pub const BYTES: usize = 256;
+
+/// The token that ends a document in the vocabularies made here.
+pub const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// What others call theirs.
+const ENDS: [&str; 4] = [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>"];
 
 /// A tokenizer; see the module's text.
 #[derive(Clone, Debug)]
@@ -41,19 +48,25 @@ impl Tokenizer {
         Ok(Self::wrap(inner, true))
     }
 
-    /// Byte-level BPE of at most `vocab` tokens, learned from `texts`. A short text gives fewer tokens, since
-    /// no pair is left to merge; [`Tokenizer::vocab_size`] tells. The result depends on the texts alone.
-    pub fn train_bpe(texts: &[String], vocab: usize) -> Result<Self> {
-        if vocab < BYTES {
+    /// Byte-level BPE of at most `vocab` tokens, [`END_OF_TEXT`] among them, learned from `texts`. A short text
+    /// gives fewer tokens, since no pair is left to merge; [`Tokenizer::vocab_size`] tells. The result depends
+    /// on the texts alone.
+    pub fn train_bpe<S>(texts: impl Iterator<Item = S> + Send, vocab: usize) -> Result<Self>
+    where
+        S: AsRef<str> + Send,
+    {
+        if vocab <= BYTES {
             return Err(Error::Invalid(format!(
-                "a BPE vocabulary needs at least {BYTES} tokens, not {vocab}"
+                "a BPE vocabulary needs at least {} tokens, not {vocab}",
+                BYTES + 1
             )));
         }
-        if texts.iter().all(String::is_empty) {
+        let mut texts = texts.filter(|t| !t.as_ref().is_empty()).peekable();
+        if texts.peek().is_none() {
             return Err(Error::Invalid("a BPE vocabulary cannot be learned from an empty text".into()));
         }
         let trainer = BpeTrainerBuilder::new()
-            .vocab_size(vocab)
+            .vocab_size(vocab - 1)
             // A pair that occurs once teaches nothing.
             .min_frequency(2)
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
@@ -63,7 +76,8 @@ impl Tokenizer {
         inner.with_pre_tokenizer(Some(ByteLevel::new(false, false, true)));
         inner.with_decoder(Some(ByteLevel::new(false, false, true)));
         let mut trainer = tokenizers::models::TrainerWrapper::from(trainer);
-        inner.train(&mut trainer, texts.iter()).map_err(invalid)?;
+        inner.train(&mut trainer, texts).map_err(invalid)?;
+        inner.add_special_tokens([AddedToken::from(END_OF_TEXT, true)]).map_err(invalid)?;
         Ok(Self::wrap(inner, false))
     }
 
@@ -101,6 +115,22 @@ impl Tokenizer {
         }
         let encoding = self.inner.encode_fast(text, true).map_err(invalid)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The ids of a whole document: those of its text, and the end-of-text token if there is one. Nothing for
+    /// an empty text.
+    pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
+        if text.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut ids = self.encode(text)?;
+        ids.extend(self.end_of_text().filter(|end| ids.last() != Some(end)));
+        Ok(ids)
+    }
+
+    /// The token that ends a document, if the vocabulary has one by a usual name.
+    pub fn end_of_text(&self) -> Option<u32> {
+        ENDS.iter().find_map(|name| self.token_id(name))
     }
 
     /// The text of `ids`, without special tokens. Bytes that are not UTF-8 become U+FFFD.

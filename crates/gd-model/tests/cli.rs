@@ -12,7 +12,7 @@ use gd_kernels::Mask;
 use gd_layer::Pass;
 use gd_model::checkpoint::WEIGHTS;
 use gd_model::config::Recipe;
-use gd_model::data::{Corpus, Split, Texts};
+use gd_model::data::{Corpus, Texts};
 use gd_model::model_file;
 use gd_model::tokenizer::Tokenizer;
 use gd_model::trainer::Trainer;
@@ -71,7 +71,7 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     assert_eq!(log.lines().count(), 20);
 
     // What train reports is what eval finds on the same text.
-    let split = Texts::split(&[text()], &Split::Position { valid_fraction: 0.1 })?;
+    let split = Texts::split(&[text()], 0.1)?;
     fs::write(dir.join("valid.txt"), split.valid.concat())?;
     let found = json(&gd(dir, "eval model --data valid.txt --context 32 --json")?)?;
     assert!((number(&found, "loss") - loss).abs() < 1e-5, "{found} {trained}");
@@ -124,7 +124,7 @@ fn a_saved_model_gives_the_same_bits_again() -> Result<()> {
     let folder = folder()?;
     let (cpu, recipe): (_, Recipe) = (Device::Cpu, serde_json::from_str(SMALL)?);
     let tokenizer = Tokenizer::bytes()?;
-    let texts = Texts::split(&[text()], &Split::Position { valid_fraction: 0.1 })?;
+    let texts = Texts::split(&[text()], 0.1)?;
     let mut trainer = Trainer::new(recipe, Corpus::encode(&texts, &tokenizer)?, 5, &cpu)?;
     for _ in 0..5 {
         trainer.advance()?;

@@ -2,10 +2,13 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::slice::from_ref;
 
 use candle_core::Device;
 use gd_model::Error;
-use gd_model::data::{Batches, Corpus, Split, Texts, Tokens, places, read_text, text_files};
+use gd_model::data::{
+    Batches, Corpus, Document, Documents, Reading, Texts, Tokens, places, read_text, text_files,
+};
 use gd_model::loss::IGNORE;
 use gd_model::tokenizer::Tokenizer;
 
@@ -55,7 +58,7 @@ fn folders_are_read_by_name() {
 #[test]
 fn split_by_position_cuts_every_file_at_a_line() {
     let texts = [lines("one", 200), lines("two", 100)];
-    let split = Texts::split(&texts, &Split::Position { valid_fraction: 0.1 }).unwrap();
+    let split = Texts::split(&texts, 0.1).unwrap();
     for ((train, valid), text) in split.train.iter().zip(&split.valid).zip(&texts) {
         assert_eq!(&format!("{train}{valid}"), text);
         assert!(train.ends_with('\n'));
@@ -63,39 +66,79 @@ fn split_by_position_cuts_every_file_at_a_line() {
         assert!(share > 0.07 && share <= 0.1, "{share}");
     }
     // No line break near: the cut falls between characters.
-    let split = Texts::split(&["—".repeat(1000)], &Split::Position { valid_fraction: 0.1001 }).unwrap();
+    let split = Texts::split(&["—".repeat(1000)], 0.1001).unwrap();
     assert_eq!(split.train[0].len() + split.valid[0].len(), 3000);
     assert_eq!(split.train[0].len(), 2697);
 }
 
-#[test]
-fn split_by_document_keeps_documents_whole() {
-    let text = (0..20).map(|i| format!("{}***\n", lines(&format!("doc{i}"), 5))).collect::<String>();
-    let split = Split::Documents { valid_fraction: 0.2, separator: Some("***".into()) };
-    // The repeated text adds no document: it could otherwise be on both sides.
-    let parts = Texts::split(&[text.clone(), "***\n\n***\n".into(), text.clone()], &split).unwrap();
-    assert_eq!((parts.train.len(), parts.valid.len()), (16, 4));
-    for part in parts.train.iter().chain(&parts.valid) {
-        assert!(part.ends_with("***\n"));
-        let names: HashSet<&str> =
-            part.lines().filter(|l| *l != "***").map(|l| l.split_once(' ').unwrap().0).collect();
-        assert_eq!(names.len(), 1, "{part}");
-    }
-    let train: HashSet<&String> = parts.train.iter().collect();
-    assert!(parts.valid.iter().all(|p| !train.contains(p)));
-    assert_eq!(parts, Texts::split(&[text], &split).unwrap());
+fn documents(paths: &[PathBuf], reading: &Reading) -> Vec<String> {
+    Documents::open(paths, reading).unwrap().map(|d| d.unwrap().text).collect()
+}
 
-    let files = Split::Documents { valid_fraction: 0.01, separator: None };
-    let two = Texts::split(&["a".into(), "b".into()], &files).unwrap();
-    assert_eq!((two.train.len(), two.valid.len()), (1, 1));
-    let error = Texts::split(&["a".into(), "a".into()], &files).unwrap_err().to_string();
-    assert!(error.contains("at least 2 different documents, not 1"), "{error}");
+#[test]
+fn separators_and_jsonl_make_documents() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = file(&folder, "a.txt", "one\ntwo\n***\n\n***\nthree\r\n***\r\nfour");
+    let json =
+        file(&folder, "b.JSONL", "{\"text\":\"x\\ny\",\"id\":1}\n\n{\"text\":\" \"}\n{\"text\":\"z\"}");
+    let plain = Reading::default();
+    assert_eq!(documents(from_ref(&json), &plain), ["x\ny", "z"]);
+    assert_eq!(documents(from_ref(&text), &plain).len(), 1);
+    let separated = Reading { separator: Some("***".into()), ..Reading::default() };
+    let all = ["one\ntwo\n", "three\r\n", "four", "x\ny", "z"];
+    assert_eq!(documents(&[text.clone(), json.clone()], &separated), all);
+    assert_eq!(documents(&[folder.path().to_path_buf()], &separated), all);
+    // Every byte of the files is accounted for.
+    let read: u64 = Documents::open(from_ref(&text), &separated).unwrap().map(|d| d.unwrap().bytes).sum();
+    assert_eq!(read + "\n***\n".len() as u64, text.metadata().unwrap().len());
+    let ids = Reading { text_field: "id".into(), ..Reading::default() };
+    let error = Documents::open(&[json], &ids).unwrap().last().unwrap().unwrap_err().to_string();
+    assert!(error.contains("b.JSONL:1: \"id\" is no string (the first of 3 bad lines)"), "{error}");
+}
+
+#[test]
+fn bad_lines_are_named_with_file_and_number() {
+    let folder = tempfile::tempdir().unwrap();
+    for (content, expected) in [
+        (&b"{\"text\":\"a\"}\n{\"text\":\n"[..], "x.jsonl:2: no JSON"),
+        (b"\n\n{\"body\":\"a\"}\n", "x.jsonl:3: no field \"text\""),
+        (b"{\"text\":7}", "x.jsonl:1: \"text\" is no string"),
+        (b"[1]", "x.jsonl:1: no field"),
+        (b"{\"text\":\"\xff\"}", "x.jsonl:1: no JSON"),
+        (b"7\n{\"text\":\"a\"}\n8\n", "(the first of 2 bad lines)"),
+    ] {
+        let path = file(&folder, "x.jsonl", content);
+        let items: Vec<_> = Documents::open(&[path], &Reading::default()).unwrap().collect();
+        assert!(items.iter().rev().skip(1).all(Result::is_ok));
+        let error = items.into_iter().last().unwrap().unwrap_err().to_string();
+        assert!(error.contains(expected) && !error.contains('\n'), "{error}");
+    }
+    let path = file(&folder, "y.txt", b"good\n--\nbad \xff\n--\ngood\n");
+    let separated = Reading { separator: Some("--".into()), ..Reading::default() };
+    let error = Documents::open(&[path], &separated).unwrap().last().unwrap().unwrap_err().to_string();
+    assert!(error.ends_with("y.txt:4: invalid UTF-8 in the document that ends here"), "{error}");
+}
+
+#[test]
+fn documents_go_to_one_side_as_a_whole_whatever_stands_around_them() {
+    let side = |text: &str, share| {
+        let document = Document { text: text.into(), is_file: false, bytes: 0 };
+        let (train, valid) = document.split(share);
+        assert_eq!(format!("{train}{valid}"), text);
+        assert!(train.is_empty() || valid.is_empty());
+        !valid.is_empty()
+    };
+    let texts: Vec<String> = (0..4000).map(|i| format!("document {i}")).collect();
+    let valid = |share| texts.iter().filter(|t| side(t, share)).count();
+    assert!((320..480).contains(&valid(0.1)), "{}", valid(0.1));
+    assert!((1900..2100).contains(&valid(0.5)), "{}", valid(0.5));
+    assert!(texts.iter().all(|t| side(t, 0.5) || !side(t, 0.1)), "a greater share keeps the lesser one");
 }
 
 #[test]
 fn validation_share_is_checked() {
     for share in [0.0, 1.0, -0.1, f64::NAN] {
-        let error = Texts::split(&["abc".into()], &Split::Position { valid_fraction: share }).unwrap_err();
+        let error = Texts::split(&["abc".into()], share).unwrap_err();
         assert!(error.to_string().contains(&share.to_string()), "{error}");
     }
 }
@@ -105,7 +148,8 @@ fn no_training_window_holds_validation_text() {
     let folder = tempfile::tempdir().unwrap();
     let paths = [file(&folder, "a.txt", lines("a", 300)), file(&folder, "b.txt", lines("b", 200))];
     let tokenizer = Tokenizer::bytes().unwrap();
-    let corpus = Corpus::load(&paths, &tokenizer, 0.1).unwrap();
+    let texts = Texts::load(&paths, &Reading::default(), 0.1).unwrap();
+    let corpus = Corpus::encode(&texts, &tokenizer).unwrap();
     assert_eq!(corpus.valid.len(), corpus.valid_bytes);
     assert_eq!(corpus.train.len(), corpus.train_bytes);
     let valid = tokenizer.decode(&corpus.valid.read(0..corpus.valid.len())).unwrap();

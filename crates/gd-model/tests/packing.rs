@@ -1,10 +1,16 @@
-//! Order and packing of training windows: permutations, ranks, documents in windows.
+//! Order and packing of training windows: permutations, ranks, documents in windows, and models that read
+//! packed documents as they read each of them alone.
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
+use gd_layer::Pass;
+use gd_model::config::{ModelConfig, PRESETS, Recipe};
 use gd_model::data::{Batch, Batches, Permutation, Tokens, places};
-use gd_model::loss::IGNORE;
+use gd_model::loss::{IGNORE, counted, cross_entropy};
+use gd_model::params::Params;
+use gd_model::transformer::Transformer;
+use gd_model::variants::VARIANTS;
 use proptest::prelude::*;
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 fn permutation(len: u64, seed: u64) -> Permutation {
@@ -125,4 +131,90 @@ fn one_document_needs_no_packing() {
     let batches = Batches::new((0..100).collect::<Vec<u32>>().into(), 1);
     let batch = batches.batch(0..3, 8, &Device::Cpu).unwrap();
     assert_eq!(batch.mask, gd_kernels::Mask::causal(0));
+}
+
+/// A model in f64 at a random point, where no matrix of zeros hides what is behind it.
+fn random_model(config: &ModelConfig) -> (Transformer, Params) {
+    let params = Params::new(3, DType::F64, &Device::Cpu);
+    let model = Transformer::new(config, params.builder()).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(17);
+    for (_, var) in params.vars() {
+        let noise: Vec<f64> = (0..var.elem_count()).map(|_| rng.random_range(-0.15..0.15)).collect();
+        let noise = Tensor::from_vec(noise, var.shape(), &Device::Cpu).unwrap();
+        var.set(&(var.as_tensor() + noise).unwrap()).unwrap();
+    }
+    (model, params)
+}
+
+/// Logits in rows and the summed loss of the predicted tokens of one window over all of `tokens`.
+fn read(model: &Transformer, tokens: &Tokens, hardness: f64) -> (Vec<Vec<f64>>, Tensor) {
+    let all: Vec<_> = tokens.windows(usize::MAX >> 1).collect();
+    let Batch { inputs, targets, mask } = Batch::new(tokens, &all, &Device::Cpu).unwrap();
+    let pass = Pass { hardness, ..Pass::new(&mask) };
+    let logits = model.forward(&inputs, &pass, None).unwrap().flatten_to(1).unwrap();
+    let targets = targets.flatten_all().unwrap();
+    let mean = cross_entropy(&logits, &targets).unwrap();
+    let sum = (mean * counted(&targets).unwrap() as f64).unwrap();
+    (logits.to_vec2().unwrap(), sum)
+}
+
+/// Every mechanism of every preset, also with shared key-value heads.
+fn configurations() -> Vec<(String, ModelConfig)> {
+    let mut all = Vec::new();
+    for (preset, _) in PRESETS {
+        let mut base = Recipe::load(preset).unwrap().model;
+        // Packing is the same at any width and depth.
+        (base.num_hidden_layers, base.vocab_size) = (2, 40);
+        (base.hidden_size, base.intermediate_size, base.head_dim) = (32, 48, 8);
+        (base.num_attention_heads, base.num_key_value_heads) = (4, 4);
+        base.gd.mechanism.truncate(1);
+        for variant in VARIANTS.iter().filter(|v| v.applies(&base)) {
+            for kv in [4, 2] {
+                let config = ModelConfig { num_key_value_heads: kv, ..variant.config(&base).unwrap() };
+                all.push((format!("{preset}, {}, {kv} key-value heads", variant.name), config));
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn a_packed_row_equals_each_document_alone() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let lengths = [2usize, 9, 1, 14, 3, 11];
+    let documents = lengths.map(|n| (0..n).map(|_| rng.random_range(0..40)).collect::<Vec<u32>>());
+    let packed = Tokens::documents(documents.clone());
+    let configurations = configurations();
+    assert!(configurations.len() >= 8);
+    for (name, config) in configurations {
+        let (model, params) = random_model(&config);
+        for hardness in [0.0, 1.0] {
+            let (logits, loss) = read(&model, &packed, hardness);
+            let grads = loss.backward().unwrap();
+            let (mut at, mut alone_loss) = (0, None::<Tensor>);
+            for document in &documents {
+                if document.len() > 1 {
+                    let (alone, loss) = read(&model, &document.clone().into(), hardness);
+                    for (a, b) in logits[at..].iter().flatten().zip(alone.iter().flatten()) {
+                        assert!((a - b).abs() <= 1e-9 * (1.0 + b.abs()), "{name}: logit {a} against {b}");
+                    }
+                    alone_loss = Some(match alone_loss {
+                        None => loss,
+                        Some(sum) => (loss + sum).unwrap(),
+                    });
+                }
+                at += document.len();
+            }
+            let alone = alone_loss.unwrap().backward().unwrap();
+            for (parameter, var) in params.vars() {
+                let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                let (a, b) = (grads.get(&var).map(flat), alone.get(&var).map(flat));
+                assert_eq!(a.is_some(), b.is_some(), "{name}: {parameter}");
+                for (a, b) in a.iter().flatten().zip(b.iter().flatten()) {
+                    let bound = 1e-8 * (1.0 + b.abs());
+                    assert!((a - b).abs() <= bound, "{name}: gradient of {parameter}: {a} against {b}");
+                }
+            }
+        }
+    }
 }

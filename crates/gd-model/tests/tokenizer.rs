@@ -12,7 +12,7 @@ fn corpus() -> Vec<String> {
 }
 
 fn bpe() -> Tokenizer {
-    Tokenizer::train_bpe(&corpus(), 600).unwrap()
+    Tokenizer::train_bpe(corpus().iter(), 600).unwrap()
 }
 
 fn reload(tokenizer: &Tokenizer) -> Tokenizer {
@@ -46,6 +46,21 @@ fn byte_ids_are_byte_values() {
     let library = tokenizers::Tokenizer::from_file(&path).unwrap();
     assert_eq!(library.encode_fast(text, true).unwrap().get_ids(), bytes);
     assert_eq!(library.decode(&bytes, true).unwrap(), text);
+}
+
+#[test]
+fn documents_end_with_the_token_for_it() {
+    let tokenizer = reload(&bpe());
+    let end = tokenizer.end_of_text().unwrap();
+    assert_eq!((end as usize, tokenizer.vocab_size()), (599, 600));
+    let text = tokenizer.encode("Call me").unwrap();
+    let document = tokenizer.encode_document("Call me").unwrap();
+    assert_eq!(document, [&text[..], &[end]].concat());
+    assert_eq!(tokenizer.decode(&document).unwrap(), "Call me");
+    assert_eq!(stream(&tokenizer, &document), "Call me");
+    assert!(tokenizer.encode_document("").unwrap().is_empty());
+    let bytes = Tokenizer::bytes().unwrap();
+    assert_eq!((bytes.end_of_text(), bytes.encode_document("ab").unwrap()), (None, vec![97, 98]));
 }
 
 #[test]
@@ -188,6 +203,6 @@ fn values_outside_the_range_are_named() {
     let line = "token 256 is not in the vocabulary of 256";
     assert_eq!(tokenizer.decode(&[1, 256]).unwrap_err().to_string(), line);
     assert_eq!(tokenizer.stream().push(256).unwrap_err().to_string(), line);
-    assert!(Tokenizer::train_bpe(&corpus(), 255).unwrap_err().to_string().contains("not 255"));
-    assert!(Tokenizer::train_bpe(&[String::new()], 300).unwrap_err().to_string().contains("empty"));
+    assert!(Tokenizer::train_bpe(corpus().iter(), 256).unwrap_err().to_string().contains("not 256"));
+    assert!(Tokenizer::train_bpe([""].iter(), 300).unwrap_err().to_string().contains("empty"));
 }

@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
+use super::data::{ReadingArgs, prepared};
 use super::{Context, usage};
-use crate::data::{Tokens, read_text, text_files};
+use crate::data::{Documents, Reading, Tokens};
 use crate::evaluate::evaluate;
 use crate::model_file;
+use crate::tokenizer::Tokenizer;
 
 /// Tokens of a forward pass: as many windows go together as fit.
 const TOGETHER: usize = 2048;
@@ -16,16 +18,21 @@ const TOGETHER: usize = 2048;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "The text is tokenised whole, cut into consecutive windows of the model's context, and the loss \
-                  (nats per token) is averaged over every predicted token.\n\n\
+                  (nats per token) is averaged over every predicted token. Documents (JSONL lines, prepared data) \
+                  are predicted each from its own text alone.\n\n\
                   Example:\n  gd eval out/tiny --data book.txt --json"
 )]
 pub struct Args {
     /// The model: a checkpoint folder or a safetensors file in one
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
-    /// UTF-8 text files or folders to measure on; several are joined into one text
+    /// What to measure on: text files (UTF-8), joined into one text, JSONL files, folders of them, or the
+    /// validation part of one folder of prepared data
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,
+    /// How files become documents
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// Tokens a window (default: the model's context)
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
@@ -47,11 +54,9 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
             "--context {context} exceeds the model's max_position_embeddings {limit}"
         )));
     }
-    let files = text_files(&args.data)?;
-    let text = files.iter().map(|f| read_text(f)).collect::<crate::Result<Vec<_>>>()?.concat();
-    let tokens = Tokens::from(loaded.tokenizer.encode(&text)?);
-    let result = evaluate(&loaded.model, &tokens, text.len(), context, TOGETHER / context, &ctx.device)
-        .with_context(|| files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
+    let (tokens, bytes) = read(&args, &loaded.tokenizer)?;
+    let result = evaluate(&loaded.model, &tokens, bytes, context, TOGETHER / context, &ctx.device)
+        .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {
         return ctx.print(serde_json::to_string(&result)?);
     }
@@ -66,4 +71,25 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         result.heads.first_token,
         result.heads.margin
     ))
+}
+
+/// The tokens to measure on, and the bytes of text that they stand for.
+fn read(args: &Args, tokenizer: &Tokenizer) -> Result<(Tokens, usize)> {
+    if let Some(prepared) = prepared(&args.data)? {
+        if prepared.tokenizer.to_json()? != tokenizer.to_json()? {
+            let folder = args.data[0].display();
+            bail!("{folder}: prepared with another tokenizer than that of {}", args.model.display());
+        }
+        return Ok((prepared.corpus.valid, prepared.corpus.valid_bytes));
+    }
+    let mut reading = Reading::default();
+    args.reading.apply(&mut reading);
+    let documents = Documents::open(&args.data, &reading)?.collect::<crate::Result<Vec<_>>>()?;
+    let bytes = documents.iter().map(|d| d.text.len()).sum();
+    if documents.iter().all(|d| d.is_file) {
+        let text: String = documents.iter().map(|d| d.text.as_str()).collect();
+        return Ok((tokenizer.encode(&text)?.into(), bytes));
+    }
+    let ids = documents.iter().map(|d| tokenizer.encode_document(&d.text));
+    Ok((Tokens::documents(ids.collect::<crate::Result<Vec<_>>>()?), bytes))
 }

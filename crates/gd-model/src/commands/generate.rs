@@ -87,12 +87,12 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     if !ctx.json {
         out.open = ctx.write(&args.prompt)?;
     }
-    let mut decoder = loaded.tokenizer.stream();
+    let (mut decoder, end) = (loaded.tokenizer.stream(), loaded.tokenizer.end_of_text());
     let (started, mut failed) = (Instant::now(), None);
     let tokens = generate(&loaded.model, &prompt, args.max_tokens, &mut sampler, &ctx.device, |token| {
         let piece = decoder.push(token)?.unwrap_or_default();
         match out.push(&stop.push(&piece)) {
-            Ok(open) => Ok(open && !stop.stopped()),
+            Ok(open) => Ok(open && !stop.stopped() && Some(token) != end),
             Err(e) => {
                 failed = Some(e);
                 Ok(false)

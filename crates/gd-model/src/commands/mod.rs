@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod compare;
+pub mod data;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
@@ -56,6 +57,7 @@ struct Common {
 #[derive(Debug, Subcommand)]
 enum Command {
     Train(train::Args),
+    Data(data::Args),
     Eval(eval::Args),
     Generate(generate::Args),
     Op(op::Args),
@@ -148,6 +150,7 @@ fn start(cli: Cli) -> Result<()> {
     let ctx = Context { device: device.open()?, seed, json };
     match cli.command {
         Command::Train(args) => train::run(args, &ctx),
+        Command::Data(args) => data::run(args, &ctx),
         Command::Eval(args) => eval::run(args, &ctx),
         Command::Generate(args) => generate::run(args, &ctx),
         Command::Op(args) => op::run(args, &ctx),

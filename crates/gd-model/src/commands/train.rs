@@ -10,9 +10,10 @@ use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::Context;
+use super::data::{ReadingArgs, prepared};
 use crate::checkpoint;
 use crate::config::{Mechanism, Recipe, TokenizerChoice};
-use crate::data::{Corpus, Split, Texts};
+use crate::data::{Corpus, Texts};
 use crate::evaluate::Evaluation;
 use crate::generate::generate;
 use crate::model_file;
@@ -38,9 +39,13 @@ const LINE_EVERY: u64 = 25;
                   Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book"
 )]
 pub struct Args {
-    /// UTF-8 text files or folders to train on (default: the shipped sample text)
+    /// Text files (UTF-8), JSONL files, folders of them, or one folder of prepared data (default: the shipped
+    /// sample text)
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub data: Vec<PathBuf>,
+    /// How files become documents
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// A preset of models/ or a JSON file with a configuration
     #[arg(long, value_name = "PRESET|FILE", default_value = "tiny")]
     pub config: String,
@@ -70,6 +75,7 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
     let name =
         Path::new(&args.config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
     let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
+    args.reading.apply(&mut recipe.train.documents);
     let (corpus, tokenizer) = corpus(&args.data, &mut recipe)?;
     // Before the training, so that its result is not lost after it.
     checkpoint::check_replaceable(&out)?;
@@ -129,16 +135,19 @@ pub(super) fn recipe(config: &str, steps: Option<u64>) -> Result<Recipe> {
     Ok(recipe)
 }
 
-/// Reads the texts, makes the tokenizer, and sets the model's vocabulary to it.
+/// Opens prepared data, or reads the texts and makes the tokenizer; sets the model's vocabulary to it.
 pub(super) fn corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<(Corpus, Tokenizer)> {
-    let split = Split::Position { valid_fraction: recipe.train.valid_fraction };
+    if let Some(prepared) = prepared(files)? {
+        recipe.model.vocab_size = prepared.tokenizer.vocab_size();
+        return Ok((prepared.corpus, prepared.tokenizer));
+    }
     let texts = match files {
-        [] => Texts::split(&[SAMPLE.to_owned()], &split)?,
-        files => Texts::load(files, &split)?,
+        [] => Texts::split(&[SAMPLE.to_owned()], recipe.train.valid_fraction)?,
+        files => Texts::load(files, &recipe.train.documents, recipe.train.valid_fraction)?,
     };
     let tokenizer = match recipe.train.tokenizer {
         TokenizerChoice::Bytes => Tokenizer::bytes()?,
-        TokenizerChoice::Bpe { vocab } => Tokenizer::train_bpe(&texts.train, vocab)?,
+        TokenizerChoice::Bpe { vocab } => Tokenizer::train_bpe(texts.train.iter(), vocab)?,
     };
     recipe.model.vocab_size = tokenizer.vocab_size();
     Ok((Corpus::encode(&texts, &tokenizer)?, tokenizer))
@@ -177,10 +186,12 @@ pub(super) fn train(trainer: &mut Trainer, mut watch: impl FnMut(&Step)) -> Resu
 /// Generates from the folder as it was saved.
 fn sample(folder: &Path, seed: u64, ctx: &Context) -> Result<String> {
     let loaded = model_file::load(folder, &ctx.device)?;
-    let prompt = loaded.tokenizer.encode("The ")?;
+    let (prompt, end) = (loaded.tokenizer.encode("The ")?, loaded.tokenizer.end_of_text());
     let sampling = Sampling { temperature: 0.7, top_p: Some(0.95), ..Sampling::default() };
     let mut sampler = Sampler::new(sampling, seed)?;
-    let new = generate(&loaded.model, &prompt, SAMPLE_TOKENS, &mut sampler, &ctx.device, |_| Ok(true))?;
+    let new = generate(&loaded.model, &prompt, SAMPLE_TOKENS, &mut sampler, &ctx.device, |token| {
+        Ok(Some(token) != end)
+    })?;
     Ok(loaded.tokenizer.decode(&[prompt, new].concat())?)
 }
 

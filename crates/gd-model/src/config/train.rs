@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::Reading;
 use crate::error::{Error, Result};
 use crate::guard::GuardConfig;
 use crate::optimizer::{AdamWConfig, MuonConfig};
@@ -50,8 +51,11 @@ pub struct TrainConfig {
     pub blend_until: f64,
     /// Share of the steps from which they select (h = 1); in between h rises in a straight line.
     pub hard_from: f64,
-    /// Share of every file, at its end, that is kept for validation.
+    /// Share that is kept for validation: the end of every text file, or whole documents.
     pub valid_fraction: f64,
+    /// How files become documents.
+    #[serde(default)]
+    pub documents: Reading,
     /// The tokenizer.
     pub tokenizer: TokenizerChoice,
 }

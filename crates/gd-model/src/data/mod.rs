@@ -4,20 +4,28 @@
 //! tokenised alone: no training window, and no vocabulary learned from [`Texts::train`], ever sees a
 //! validation character.
 
+mod documents;
+mod map;
 mod order;
 mod pack;
+mod prepared;
+mod shard;
 mod text;
 mod tokens;
 
+pub use documents::{Document, Documents, Reading};
 pub use order::{Permutation, places};
 pub use pack::{Batch, Batches};
-pub use text::{Split, Texts, read_text, text_files};
+pub use prepared::{INDEX, Index, Part, Preparation, Prepared, prepare};
+pub use shard::{ShardEntry, TokenType};
+pub use text::{Texts, read_text, text_files};
 pub use tokens::Tokens;
 
-use std::path::PathBuf;
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
+use text::check_fraction;
 
 /// Tokens that are hashed at a time.
 const HASHED: usize = 1 << 16;
@@ -36,15 +44,10 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    /// Reads files and folders, split by position.
-    pub fn load(paths: &[PathBuf], tokenizer: &Tokenizer, valid_fraction: f64) -> Result<Self> {
-        Self::encode(&Texts::load(paths, &Split::Position { valid_fraction })?, tokenizer)
-    }
-
     /// Tokenises both sides.
     pub fn encode(texts: &Texts, tokenizer: &Tokenizer) -> Result<Self> {
         let encode = |pieces: &[String]| -> Result<Tokens> {
-            let pieces = pieces.iter().map(|piece| tokenizer.encode(piece));
+            let pieces = pieces.par_iter().map(|piece| tokenizer.encode_document(piece));
             Ok(Tokens::documents(pieces.collect::<Result<Vec<_>>>()?))
         };
         Ok(Self {

@@ -1,12 +1,14 @@
 //! Text files: reading, and the split into training and validation.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use super::documents::{Document, Documents, Reading};
 use crate::error::{Error, Result};
 
 /// The file name endings that are read from a folder.
-const TEXT_ENDINGS: [&str; 3] = ["txt", "md", "text"];
+const ENDINGS: [&str; 4] = ["txt", "md", "text", JSONL];
+/// The ending of files with one JSON object a line.
+const JSONL: &str = "jsonl";
 
 /// Reads one UTF-8 text file that is not empty.
 pub fn read_text(path: &Path) -> Result<String> {
@@ -18,7 +20,8 @@ pub fn read_text(path: &Path) -> Result<String> {
         .map_err(|e| Error::InvalidUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })
 }
 
-/// The files that `paths` stand for: a file is itself, a folder the text files in it and below, by name.
+/// The files that `paths` stand for: a file is itself, a folder the text and JSONL files in it and
+/// below, by name.
 pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
@@ -32,7 +35,7 @@ pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
         if files.len() == before {
             return Err(Error::Empty {
                 path: path.clone(),
-                reason: "the folder has no .txt, .md or .text file",
+                reason: "the folder has no .txt, .md, .text or .jsonl file",
             });
         }
     }
@@ -40,6 +43,15 @@ pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
         return Err(Error::Invalid("no text file is given".into()));
     }
     Ok(files)
+}
+
+/// Whether a file holds one JSON object a line.
+pub(super) fn is_jsonl(path: &Path) -> bool {
+    has_ending(path, JSONL)
+}
+
+fn has_ending(path: &Path, ending: &str) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case(ending))
 }
 
 fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
@@ -54,94 +66,69 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         // A link to a folder is not followed, so that the walk ends.
         if entry.file_type().map_err(unreadable)?.is_dir() {
             walk(&path, files)?;
-        } else if path.extension().is_some_and(|e| TEXT_ENDINGS.iter().any(|t| e.eq_ignore_ascii_case(t))) {
+        } else if ENDINGS.iter().any(|ending| has_ending(&path, ending)) {
             files.push(path);
         }
     }
     Ok(())
 }
 
-/// How text is divided into training and validation.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Split {
-    /// The last `valid_fraction` of every file, cut after a line where one ends nearby.
-    Position {
-        /// In (0, 1).
-        valid_fraction: f64,
-    },
-    /// Whole documents, evenly spread over the order in which they come. A document that repeats an earlier
-    /// one to the letter is dropped, or it could stand on both sides.
-    Documents {
-        /// Share of the documents, in (0, 1).
-        valid_fraction: f64,
-        /// A line that ends a document, without its line break; `None`: every file is one document. The
-        /// line itself stays in the text, at the end of its document.
-        separator: Option<String>,
-    },
-}
-
 /// Training and validation text, side by side.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Texts {
-    /// One piece per file (`Position`) or document (`Documents`).
+    /// Whole documents, and the first parts of files.
     pub train: Vec<String>,
     /// The same for validation.
     pub valid: Vec<String>,
 }
 
 impl Texts {
-    /// Reads and splits files and folders.
-    pub fn load(paths: &[PathBuf], split: &Split) -> Result<Self> {
-        let texts = text_files(paths)?.iter().map(|p| read_text(p)).collect::<Result<Vec<_>>>()?;
-        Self::split(&texts, split)
+    /// Reads files and folders and splits their documents, see [`Document::split`](super::Document::split).
+    ///
+    /// # Errors
+    /// Names the file, and in JSONL files the line, that cannot be used.
+    pub fn load(paths: &[PathBuf], reading: &Reading, valid_fraction: f64) -> Result<Self> {
+        Self::of(Documents::open(paths, reading)?, valid_fraction)
     }
 
-    /// Splits texts that are in memory.
-    pub fn split(texts: &[String], split: &Split) -> Result<Self> {
-        let (Split::Position { valid_fraction } | Split::Documents { valid_fraction, .. }) = split;
-        if !(*valid_fraction > 0.0 && *valid_fraction < 1.0) {
-            return Err(Error::Invalid(format!(
-                "the validation share must lie between 0 and 1 (both excluded), not {valid_fraction}"
-            )));
-        }
-        match split {
-            Split::Position { .. } => {
-                let (train, valid) = texts
-                    .iter()
-                    .map(|text| text.split_at(cut(text, *valid_fraction)))
-                    .map(|(t, v)| (t.to_string(), v.to_string()))
-                    .unzip();
-                Ok(Self { train, valid })
-            }
-            Split::Documents { separator, .. } => {
-                let mut seen = HashSet::new();
-                let documents: Vec<&str> = texts
-                    .iter()
-                    .flat_map(|text| documents(text, separator.as_deref()))
-                    .filter(|document| !document.trim().is_empty() && seen.insert(*document))
-                    .collect();
-                let n = documents.len();
-                if n < 2 {
-                    return Err(Error::Invalid(format!(
-                        "a split by document needs at least 2 different documents, not {n}"
-                    )));
-                }
-                let wanted = ((n as f64 * valid_fraction).round() as usize).clamp(1, n - 1);
-                let chosen: HashSet<usize> = (0..wanted).map(|i| (2 * i + 1) * n / (2 * wanted)).collect();
-                let mut result = Self::default();
-                for (i, document) in documents.into_iter().enumerate() {
-                    let side = if chosen.contains(&i) { &mut result.valid } else { &mut result.train };
-                    side.push(document.to_string());
-                }
-                Ok(result)
-            }
-        }
+    /// Splits whole files that are in memory.
+    ///
+    /// # Errors
+    /// A share for validation outside (0, 1).
+    pub fn split(files: &[String], valid_fraction: f64) -> Result<Self> {
+        let document = |text: &String| Ok(Document { text: text.clone(), is_file: true, bytes: 0 });
+        Self::of(files.iter().map(document), valid_fraction)
     }
+
+    fn of(documents: impl Iterator<Item = Result<Document>>, valid_fraction: f64) -> Result<Self> {
+        check_fraction(valid_fraction)?;
+        let mut result = Self::default();
+        for document in documents {
+            let document = document?;
+            let (train, valid) = document.split(valid_fraction);
+            for (side, text) in [(&mut result.train, train), (&mut result.valid, valid)] {
+                if !text.is_empty() {
+                    side.push(text.to_owned());
+                }
+            }
+        }
+        Ok(result)
+    }
+}
+
+/// Fails unless `valid_fraction` leaves something on both sides.
+pub(super) fn check_fraction(valid_fraction: f64) -> Result<()> {
+    if valid_fraction > 0.0 && valid_fraction < 1.0 {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "the validation share must lie between 0 and 1 (both excluded), not {valid_fraction}"
+    )))
 }
 
 /// Where validation starts: after the first line that ends in the earlier half of what it would take, or
 /// else at the character at that share of the bytes.
-fn cut(text: &str, valid_fraction: f64) -> usize {
+pub(super) fn cut(text: &str, valid_fraction: f64) -> usize {
     let from = boundary(text, (text.len() as f64 * (1.0 - valid_fraction)) as usize);
     let until = boundary(text, from + (text.len() - from) / 2);
     text[from..until].find('\n').map_or(from, |i| from + i + 1)
@@ -150,28 +137,4 @@ fn cut(text: &str, valid_fraction: f64) -> usize {
 /// The last place between characters at or before byte `at`, which lies inside the text.
 fn boundary(text: &str, at: usize) -> usize {
     (0..=at).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0)
-}
-
-/// The documents of one text, each with the separator line that ends it.
-fn documents<'a>(text: &'a str, separator: Option<&str>) -> Vec<&'a str> {
-    let Some(separator) = separator else { return vec![text] };
-    let mut parts = Vec::new();
-    let (mut start, mut end) = (0, 0);
-    let mut content = false;
-    for line in text.split_inclusive('\n') {
-        end += line.len();
-        if line.trim_end_matches(['\n', '\r']) == separator {
-            // Separators without text between them separate nothing.
-            if content {
-                parts.push(&text[start..end]);
-            }
-            (start, content) = (end, false);
-        } else {
-            content |= !line.trim().is_empty();
-        }
-    }
-    if content {
-        parts.push(&text[start..]);
-    }
-    parts
 }

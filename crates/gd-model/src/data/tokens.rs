@@ -1,7 +1,9 @@
-//! A stream of tokens with the places where its documents end, in memory.
+//! A stream of tokens with the places where its documents end, in memory or in mapped shards.
 
 use std::ops::Range;
 use std::sync::Arc;
+
+use super::shard::Shard;
 
 /// Documents one after the other, in one or more parts; a clone shares them. Every part holds whole
 /// documents.
@@ -13,15 +15,45 @@ pub struct Tokens {
 }
 
 #[derive(Debug)]
-struct Part {
-    ids: Vec<u32>,
-    /// Where each document ends, counted from the start of the part.
-    ends: Vec<u64>,
+enum Part {
+    /// Ids, and where each document ends, counted from the start of the part.
+    Memory {
+        ids: Vec<u32>,
+        ends: Vec<usize>,
+    },
+    Mapped(Shard),
 }
 
 impl Part {
     fn len(&self) -> usize {
-        self.ids.len()
+        match self {
+            Self::Memory { ids, .. } => ids.len(),
+            Self::Mapped(shard) => shard.len(),
+        }
+    }
+
+    fn documents(&self) -> usize {
+        match self {
+            Self::Memory { ends, .. } => ends.len(),
+            Self::Mapped(shard) => shard.documents(),
+        }
+    }
+
+    fn end(&self, document: usize) -> usize {
+        match self {
+            Self::Memory { ends, .. } => ends[document],
+            Self::Mapped(shard) => shard.end(document),
+        }
+    }
+
+    /// The first document that ends after `at`.
+    fn after(&self, at: usize) -> usize {
+        let (mut low, mut high) = (0, self.documents());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.end(middle) <= at { low = middle + 1 } else { high = middle }
+        }
+        low
     }
 }
 
@@ -38,9 +70,13 @@ impl Tokens {
         let (mut ids, mut ends) = (Vec::new(), Vec::new());
         for document in documents.into_iter().filter(|d| !d.is_empty()) {
             ids.extend(document);
-            ends.push(ids.len() as u64);
+            ends.push(ids.len());
         }
-        Self::join(vec![Part { ids, ends }])
+        Self::join(vec![Part::Memory { ids, ends }])
+    }
+
+    pub(super) fn shards(shards: Vec<Shard>) -> Self {
+        Self::join(shards.into_iter().map(Part::Mapped).collect())
     }
 
     fn join(parts: Vec<Part>) -> Self {
@@ -55,6 +91,11 @@ impl Tokens {
     /// The number of tokens.
     pub fn len(&self) -> usize {
         self.starts.last().copied().unwrap_or(0)
+    }
+
+    /// The number of documents.
+    pub fn document_count(&self) -> usize {
+        self.parts.iter().map(Part::documents).sum()
     }
 
     /// Whether there are none.
@@ -76,7 +117,10 @@ impl Tokens {
     pub fn read(&self, range: Range<usize>) -> Vec<u32> {
         let mut ids = Vec::with_capacity(range.len());
         for (part, inside, _) in self.pieces(range) {
-            ids.extend_from_slice(&part.ids[inside]);
+            match part {
+                Part::Memory { ids: all, .. } => ids.extend_from_slice(&all[inside]),
+                Part::Mapped(shard) => ids.extend(shard.ids(inside)),
+            }
         }
         ids
     }
@@ -85,8 +129,7 @@ impl Tokens {
     pub fn ends(&self, range: Range<usize>) -> Vec<usize> {
         let mut found = Vec::new();
         for (part, inside, start) in self.pieces(range.clone()) {
-            let first = part.ends.partition_point(|&e| e <= inside.start as u64);
-            let ends = part.ends[first..].iter().map(|&e| e as usize);
+            let ends = (part.after(inside.start)..part.documents()).map(|d| part.end(d));
             found.extend(ends.take_while(|&e| e <= inside.end).map(|e| start + e - range.start));
         }
         found
@@ -94,12 +137,11 @@ impl Tokens {
 
     /// The first tokens, at most `len`, as a stream of their own.
     pub fn head(&self, len: usize) -> Self {
-        let ids = self.read(0..len);
-        let mut ends: Vec<u64> = self.ends(0..ids.len()).into_iter().map(|e| e as u64).collect();
-        if ends.last() != Some(&(ids.len() as u64)) && !ids.is_empty() {
-            ends.push(ids.len() as u64);
+        let (ids, mut ends) = (self.read(0..len), self.ends(0..len));
+        if !ids.is_empty() && ends.last() != Some(&ids.len()) {
+            ends.push(ids.len());
         }
-        Self::join(vec![Part { ids, ends }])
+        Self::join(vec![Part::Memory { ids, ends }])
     }
 
     /// Consecutive windows of at most `context` inputs, the last one shorter: every token but the first is

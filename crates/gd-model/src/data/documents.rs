@@ -1,0 +1,199 @@
+//! Documents, one after the other: from text files, whole or cut at separator lines, and from JSONL files.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::text::{cut, is_jsonl, read_text, text_files};
+use crate::error::{Error, Result};
+
+/// How files become documents.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Reading {
+    /// The field of a JSONL line that holds its text.
+    pub text_field: String,
+    /// In text files, a line that stands between documents; none: every file is one document.
+    pub separator: Option<String>,
+}
+
+impl Default for Reading {
+    fn default() -> Self {
+        Self { text_field: "text".into(), separator: None }
+    }
+}
+
+/// One document.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// Its text, with something in it besides white space.
+    pub text: String,
+    /// Whether it is a text file as a whole.
+    pub is_file: bool,
+    /// Bytes of files read for it.
+    pub bytes: u64,
+}
+
+impl Document {
+    /// Its parts for training and for validation. The last `valid_fraction` of a file is for validation;
+    /// any other document goes to one side as a whole, by a hash of its text, so that the same text is on the
+    /// same side wherever it stands.
+    pub fn split(&self, valid_fraction: f64) -> (&str, &str) {
+        if self.is_file {
+            return self.text.split_at(cut(&self.text, valid_fraction));
+        }
+        let hash = blake3::hash(self.text.as_bytes());
+        let place = hash.as_bytes().iter().take(8).fold(0u64, |all, &b| all << 8 | u64::from(b));
+        let valid = (place as f64) < valid_fraction * u64::MAX as f64;
+        self.text.split_at(if valid { 0 } else { self.text.len() })
+    }
+}
+
+/// Reads documents one at a time, in the order of the files. A line that is no document is named in the
+/// log; from then on lines are only checked, and the last item is an error.
+#[derive(Debug)]
+pub struct Documents {
+    files: std::vec::IntoIter<PathBuf>,
+    reading: Reading,
+    open: Option<Lines>,
+    /// The first bad line, and the number of all.
+    bad: Option<(Error, usize)>,
+}
+
+/// A file that is read by lines.
+#[derive(Debug)]
+struct Lines {
+    path: PathBuf,
+    file: BufReader<File>,
+    /// The last line read, from 1.
+    number: usize,
+}
+
+impl Lines {
+    fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::read(path, "text file", e))?;
+        Ok(Self { path: path.into(), file: BufReader::with_capacity(1 << 16, file), number: 0 })
+    }
+
+    /// The next line with its end; empty after the last one.
+    fn next(&mut self) -> Result<Vec<u8>> {
+        let mut line = Vec::new();
+        self.number += 1;
+        self.file.read_until(b'\n', &mut line).map_err(|e| Error::read(&self.path, "text file", e))?;
+        Ok(line)
+    }
+
+    fn bad(&self, reason: String) -> Error {
+        Error::Line { path: self.path.clone(), line: self.number, reason }
+    }
+
+    /// The text of the next JSONL line that is not blank; none after the last one.
+    fn json(&mut self, field: &str) -> Result<Option<Document>> {
+        let line = loop {
+            let line = self.next()?;
+            if line.is_empty() {
+                return Ok(None);
+            }
+            if !line.trim_ascii().is_empty() {
+                break line;
+            }
+        };
+        let mut value: serde_json::Value =
+            serde_json::from_slice(&line).map_err(|e| self.bad(format!("no JSON: {e}")))?;
+        let bytes = line.len() as u64;
+        match value.get_mut(field).map(serde_json::Value::take) {
+            Some(serde_json::Value::String(text)) => Ok(Some(Document { text, is_file: false, bytes })),
+            Some(_) => Err(self.bad(format!("{field:?} is no string"))),
+            None => Err(self.bad(format!("no field {field:?}"))),
+        }
+    }
+
+    /// The lines up to the next separator or the end; none after the last one.
+    fn until(&mut self, separator: &str) -> Result<Option<Document>> {
+        let (mut text, mut bytes) = (Vec::new(), 0);
+        loop {
+            let line = self.next()?;
+            bytes += line.len() as u64;
+            let ends = line.trim_ascii_end() == separator.as_bytes();
+            if !ends {
+                text.extend_from_slice(&line);
+            }
+            if line.is_empty() && bytes == 0 {
+                return Ok(None);
+            }
+            if line.is_empty() || ends {
+                break;
+            }
+        }
+        let text = String::from_utf8(text)
+            .map_err(|_| self.bad("invalid UTF-8 in the document that ends here".into()))?;
+        Ok(Some(Document { text, is_file: false, bytes }))
+    }
+}
+
+impl Documents {
+    /// The documents of files and folders.
+    ///
+    /// # Errors
+    /// A file or folder that does not exist, or a folder without text.
+    pub fn open(paths: &[PathBuf], reading: &Reading) -> Result<Self> {
+        let files = text_files(paths)?.into_iter();
+        Ok(Self { files, reading: reading.clone(), open: None, bad: None })
+    }
+
+    /// The next document of the open file, or the next file as a whole.
+    fn advance(&mut self) -> Result<Option<Document>> {
+        loop {
+            if let Some(lines) = &mut self.open {
+                let next = match &self.reading.separator {
+                    _ if is_jsonl(&lines.path) => lines.json(&self.reading.text_field),
+                    Some(separator) => lines.until(separator),
+                    None => Ok(None),
+                };
+                match next? {
+                    Some(document) => return Ok(Some(document)),
+                    None => self.open = None,
+                }
+            }
+            let Some(path) = self.files.next() else { return Ok(None) };
+            if is_jsonl(&path) || self.reading.separator.is_some() {
+                self.open = Some(Lines::open(&path)?);
+            } else {
+                let text = read_text(&path)?;
+                let bytes = text.len() as u64;
+                return Ok(Some(Document { text, is_file: true, bytes }));
+            }
+        }
+    }
+}
+
+impl Iterator for Documents {
+    type Item = Result<Document>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            match self.advance() {
+                Ok(Some(document)) if self.bad.is_none() && !document.text.trim().is_empty() => {
+                    return Some(Ok(document));
+                }
+                Ok(Some(_)) => {}
+                Err(e @ Error::Line { .. }) => {
+                    tracing::error!("{e}");
+                    let (_, count) = self.bad.get_or_insert((e, 0));
+                    *count += 1;
+                }
+                Err(e) => {
+                    (self.files, self.open, self.bad) = (Vec::new().into_iter(), None, None);
+                    return Some(Err(e));
+                }
+                Ok(None) => {
+                    let (first, count) = self.bad.take()?;
+                    let more = Error::Invalid(format!("{first} (the first of {count} bad lines)"));
+                    return Some(Err(if count == 1 { first } else { more }));
+                }
+            }
+        }
+    }
+}

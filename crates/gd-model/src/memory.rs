@@ -1,4 +1,4 @@
-//! The process's peak memory since a moment, where the system tells it (Linux).
+//! The process's memory, and its peak since a moment, where the system tells it (Linux).
 
 use std::fs;
 use std::io::Write;
@@ -15,23 +15,33 @@ impl Peak {
         // 5 resets the peak to what is resident now.
         let mut refs = fs::OpenOptions::new().write(true).open("/proc/self/clear_refs").ok()?;
         refs.write_all(b"5").ok()?;
-        Some(Self { start: high_water()? })
+        Some(Self { start: peak()? })
     }
 
     /// Greatest resident memory since the start, MiB.
     pub fn mib(self) -> Option<f64> {
-        high_water()
+        peak()
     }
 
     /// The same, above what was resident at the start.
     pub fn above_start(self) -> Option<f64> {
-        Some(high_water()? - self.start)
+        Some(peak()? - self.start)
     }
 }
 
-fn high_water() -> Option<f64> {
+/// Resident memory of the process now, MiB.
+pub fn resident() -> Option<f64> {
+    status("VmRSS:")
+}
+
+/// Its greatest value, MiB, since the process or the last [`Peak`] started.
+pub fn peak() -> Option<f64> {
+    status("VmHWM:")
+}
+
+fn status(key: &str) -> Option<f64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix(key))?;
     let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib / 1024.0)
 }

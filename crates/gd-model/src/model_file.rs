@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::config::ModelConfig;
+use crate::config::{self, ModelConfig};
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::tokenizer::Tokenizer;
@@ -34,7 +34,8 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
     let tensors = checkpoint::load_tensors(path, device)?;
     let file = folder.join(checkpoint::CONFIG);
     let named = |e: &dyn std::fmt::Display| Error::Invalid(format!("{}: {e}", file.display()));
-    let config: ModelConfig = serde_json::from_value(checkpoint::load_json(&file)?).map_err(|e| named(&e))?;
+    let config: ModelConfig =
+        config::parse(checkpoint::load_json(&file)?).map_err(|problems| named(&problems.join("; ")))?;
     let tokenizer = Tokenizer::load(&folder.join(checkpoint::TOKENIZER))?;
     if tokenizer.vocab_size() > config.vocab_size {
         return Err(Error::Invalid(format!(

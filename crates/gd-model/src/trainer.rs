@@ -40,7 +40,9 @@ pub struct Step {
     pub skipped: u64,
     /// Share of the hard forward pass.
     pub hardness: f64,
-    /// Training tokens per second since the start, looks at the validation text left out.
+    /// Training tokens seen.
+    pub tokens: u64,
+    /// Training tokens per second in this step, a look at the validation text left out.
     pub tokens_per_second: f64,
     /// Seconds to the end of the run at this rate.
     pub seconds_left: f64,
@@ -232,6 +234,12 @@ impl Trainer {
         self.recipe.train.steps
     }
 
+    /// Training tokens per second since the start, looks at the validation text left out.
+    pub fn tokens_per_second(&self) -> f64 {
+        let train = &self.recipe.train;
+        (self.step * (train.batch * train.context * train.accumulation) as u64) as f64 / self.seconds
+    }
+
     /// Trains to the end of the run; `watch` sees every step.
     ///
     /// # Errors
@@ -259,9 +267,10 @@ impl Trainer {
             self.update(&gradients, grad_norm, lr)?;
         }
         self.step += 1;
-        self.seconds += started.elapsed().as_secs_f64();
+        let seconds = started.elapsed().as_secs_f64();
+        self.seconds += seconds;
         let train = &self.recipe.train;
-        let tokens = self.step as f64 * (train.batch * train.context * train.accumulation) as f64;
+        let tokens = (train.batch * train.context * train.accumulation) as u64;
         let look = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
         let valid_loss = if look && self.group.leads() { Some(self.glance()?) } else { None };
         Ok(Step {
@@ -272,7 +281,8 @@ impl Trainer {
             lr,
             skipped: self.guard.skipped(),
             hardness,
-            tokens_per_second: tokens / self.seconds,
+            tokens: self.step * tokens,
+            tokens_per_second: tokens as f64 / seconds,
             seconds_left: self.seconds / self.step as f64 * (self.recipe.train.steps - self.step) as f64,
             valid_loss,
         })

@@ -13,7 +13,7 @@ use super::train::{corpus, recipe, train};
 use super::{Context, usage};
 use crate::checkpoint::{check_writable, write_file};
 use crate::compare::{Comparison, Run, curves};
-use crate::config::Recipe;
+use crate::config::{Recipe, Setting};
 use crate::data::Corpus;
 use crate::memory::Peak;
 use crate::trainer::Trainer;
@@ -35,9 +35,12 @@ pub struct Args {
     /// UTF-8 text files or folders to train on (default: the shipped sample text)
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub data: Vec<PathBuf>,
-    /// A preset of models/ or a JSON file with a configuration
+    /// A preset of models/ or a TOML or JSON file with a configuration
     #[arg(long, value_name = "PRESET|FILE", default_value = "tiny")]
     pub config: String,
+    /// A value in place of the configuration's, by its dotted path; can be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<Setting>,
     /// Optimizer steps of each run (default: from the configuration)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: Option<u64>,
@@ -84,7 +87,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     if !args.memory.is_empty() {
         return memory::run(&args.config, &variants, &args.memory, ctx);
     }
-    let mut base = recipe(&args.config, args.steps)?;
+    let mut base = recipe(&args.config, &args.set, args.steps)?;
     let (corpus, _) = corpus(&args.data, &mut base)?;
     corpus.check(base.train.context)?;
     check_writable(&args.out)?;
@@ -114,11 +117,10 @@ fn one(mechanism: &'static str, recipe: Recipe, corpus: &Corpus, seed: u64, ctx:
     let intermediate_size = recipe.model.intermediate_size;
     let peak = Peak::start();
     let mut trainer = Trainer::new(recipe, corpus.clone(), seed, &ctx.device)?;
-    let (mut train_loss, mut valid_loss, mut tokens_per_second) = (Vec::new(), Vec::new(), 0.0);
+    let (mut train_loss, mut valid_loss) = (Vec::new(), Vec::new());
     train(&mut trainer, |step| {
         train_loss.push(step.loss);
         valid_loss.extend(step.valid_loss.map(|loss| (step.step, loss)));
-        tokens_per_second = step.tokens_per_second;
     })?;
     let peak_memory_mib = peak.and_then(Peak::mib);
     Ok(Run {
@@ -127,7 +129,7 @@ fn one(mechanism: &'static str, recipe: Recipe, corpus: &Corpus, seed: u64, ctx:
         intermediate_size,
         parameters: trainer.params.count(),
         result: trainer.validate()?,
-        tokens_per_second,
+        tokens_per_second: trainer.tokens_per_second(),
         peak_memory_mib,
         train_loss,
         valid_loss,

@@ -20,7 +20,7 @@ use crate::variants::VARIANTS;
                   Example:\n  gd doctor --config tiny --json"
 )]
 pub struct Args {
-    /// A preset of models/ or a JSON file with a configuration, for the gradient check
+    /// A preset of models/ or a TOML or JSON file with a configuration, for the gradient check
     #[arg(long, value_name = "PRESET|FILE", default_value = "tiny")]
     pub config: String,
 }

@@ -10,6 +10,8 @@ pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod op;
+pub mod plot;
+pub mod report;
 pub mod train;
 
 use std::fmt;
@@ -62,6 +64,8 @@ enum Command {
     Generate(generate::Args),
     Op(op::Args),
     Compare(compare::Args),
+    Plot(plot::Args),
+    Report(report::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
 }
@@ -155,6 +159,8 @@ fn start(cli: Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args, &ctx),
         Command::Op(args) => op::run(args, &ctx),
         Command::Compare(args) => compare::run(args, &ctx),
+        Command::Plot(args) => plot::run(args, &ctx),
+        Command::Report(args) => report::run(args, &ctx),
         Command::Bench(args) => bench::run(args, &ctx),
         Command::Doctor(args) => doctor::run(args, &ctx),
     }

@@ -12,7 +12,7 @@ use serde_json::json;
 use super::Context;
 use super::data::{ReadingArgs, prepared};
 use crate::checkpoint;
-use crate::config::{Mechanism, Recipe, TokenizerChoice};
+use crate::config::{Mechanism, Recipe, Setting, TokenizerChoice};
 use crate::data::{Corpus, Texts};
 use crate::evaluate::Evaluation;
 use crate::generate::generate;
@@ -36,7 +36,8 @@ const LINE_EVERY: u64 = 25;
 #[command(
     after_help = "Writes the checkpoint, a log of every step (train.jsonl) and the resolved configuration \
                   (recipe.json) to the folder, reloads the folder and generates a sample from it.\n\n\
-                  Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book"
+                  Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book\n  \
+                  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6"
 )]
 pub struct Args {
     /// Text files (UTF-8), JSONL files, folders of them, or one folder of prepared data (default: the shipped
@@ -46,9 +47,12 @@ pub struct Args {
     /// How files become documents
     #[command(flatten)]
     pub reading: ReadingArgs,
-    /// A preset of models/ or a JSON file with a configuration
+    /// A preset of models/ or a TOML or JSON file with a configuration
     #[arg(long, value_name = "PRESET|FILE", default_value = "tiny")]
     pub config: String,
+    /// A value in place of the configuration's, by its dotted path; can be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<Setting>,
     /// Optimizer steps (default: from the configuration)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: Option<u64>,
@@ -71,7 +75,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 
 fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
     let seed = ctx.seed.unwrap_or(0);
-    let mut recipe = recipe(&args.config, args.steps)?;
+    let mut recipe = recipe(&args.config, &args.set, args.steps)?;
     let name =
         Path::new(&args.config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
     let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
@@ -124,15 +128,14 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
     ))
 }
 
-/// A preset or a file, with the steps of `--steps`.
-pub(super) fn recipe(config: &str, steps: Option<u64>) -> Result<Recipe> {
-    let mut recipe = Recipe::load(config)?;
-    if let Some(steps) = steps {
-        recipe.train.steps = steps;
-        recipe.train.lr.warmup = recipe.train.lr.warmup.min(steps / 2);
-        recipe.train.validate()?;
-    }
-    Ok(recipe)
+/// A preset or a file, with the values of `--set` and the steps of `--steps`, which cut a warm-up that is
+/// longer than half of them.
+pub(super) fn recipe(config: &str, settings: &[Setting], steps: Option<u64>) -> Result<Recipe> {
+    let recipe = Recipe::load_with(config, settings)?;
+    let Some(steps) = steps else { return Ok(recipe) };
+    let warmup = recipe.train.lr.warmup.min(steps / 2);
+    let more = [Setting::new("train.lr.warmup", warmup), Setting::new("train.steps", steps)];
+    Ok(Recipe::load_with(config, &[settings, &more].concat())?)
 }
 
 /// Opens prepared data, or reads the texts and makes the tokenizer; sets the model's vocabulary to it.

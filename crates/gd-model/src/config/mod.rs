@@ -3,11 +3,14 @@
 
 mod load;
 mod model;
+mod set;
 mod train;
 
 use serde::{Deserialize, Serialize};
 
+pub use load::parse;
 pub use model::{GdBlock, Mechanism, ModelConfig, RopeParameters};
+pub use set::Setting;
 pub use train::{TokenizerChoice, TrainConfig};
 
 /// A preset or a configuration file: a model and its training.
@@ -21,4 +24,9 @@ pub struct Recipe {
 }
 
 /// The presets of models/ by name.
-pub const PRESETS: &[(&str, &str)] = &[("tiny", include_str!("../../../../models/tiny.json"))];
+pub const PRESETS: &[(&str, &str)] = &[
+    ("tiny", include_str!("../../../../models/tiny.json")),
+    ("small", include_str!("../../../../models/small.json")),
+    ("base", include_str!("../../../../models/base.json")),
+    ("125M", include_str!("../../../../models/125M.json")),
+];

@@ -9,10 +9,11 @@ use crate::optimizer::{AdamWConfig, MuonConfig};
 use crate::schedule::LrSchedule;
 
 /// What text becomes tokens with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum TokenizerChoice {
     /// One token a byte.
+    #[default]
     Bytes,
     /// Byte-pair encoding learned from the training text.
     Bpe {
@@ -32,32 +33,53 @@ pub struct TrainConfig {
     /// Tokens a sequence.
     pub context: usize,
     /// Micro-batches a step.
+    #[serde(default = "accumulation")]
     pub accumulation: usize,
     /// Learning rate by step.
     pub lr: LrSchedule,
     /// The optimizer.
+    #[serde(default)]
     pub adamw: AdamWConfig,
     /// The optimizer of the blocks' matrices, if not AdamW.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub muon: Option<MuonConfig>,
     /// Greatest norm of the gradient; a greater one is scaled down.
+    #[serde(default = "clip")]
     pub clip: f64,
     /// When an update is skipped.
     #[serde(default)]
     pub guard: GuardConfig,
     /// Steps between two looks at the validation text.
+    #[serde(default = "eval_every")]
     pub eval_every: u64,
     /// Share of the steps during which selecting layers blend their candidates (h = 0).
+    #[serde(default)]
     pub blend_until: f64,
     /// Share of the steps from which they select (h = 1); in between h rises in a straight line.
+    #[serde(default)]
     pub hard_from: f64,
     /// Share that is kept for validation: the end of every text file, or whole documents.
+    #[serde(default = "valid_fraction")]
     pub valid_fraction: f64,
     /// How files become documents.
     #[serde(default)]
     pub documents: Reading,
     /// The tokenizer.
+    #[serde(default)]
     pub tokenizer: TokenizerChoice,
+}
+
+fn accumulation() -> usize {
+    1
+}
+fn clip() -> f64 {
+    1.0
+}
+fn eval_every() -> u64 {
+    100
+}
+fn valid_fraction() -> f64 {
+    0.1
 }
 
 impl TrainConfig {

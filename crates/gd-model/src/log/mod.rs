@@ -1,11 +1,12 @@
 //! What a run leaves behind while it trains: `train.jsonl`, the truth, and TensorBoard's scalar
 //! files made from it.
 //!
-//! A line of `train.jsonl` is one JSON object: a step, or an event, which has the key
+//! A line of `train.jsonl` is one JSON object: a step ([`Line`]), or an event, which has the key
 //! `event` ([`Event`]). Both have `step` and `time` (seconds since 1970). Lines are written at once
 //! and stand in the order of their steps.
 
 mod jsonl;
+mod meter;
 mod tensorboard;
 
 use std::path::Path;
@@ -15,6 +16,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 pub use jsonl::{Jsonl, read};
+pub use meter::{Line, Meter};
 pub use tensorboard::TensorBoard;
 
 use crate::error::{Error, Result};
@@ -40,8 +42,8 @@ pub enum Event {
         parameters: usize,
         /// The seed.
         seed: u64,
-        /// Rate of the matrix product to which `mfu` relates, FLOP/s; null if unknown.
-        peak_flops: Option<f64>,
+        /// Rate of the matrix product to which `mfu` relates, FLOP/s.
+        peak_flops: f64,
         /// Floating-point operations a training token costs.
         flops_per_token: f64,
     },
@@ -141,6 +143,70 @@ fn object(line: &impl Serialize) -> Result<Map<String, Value>> {
     }
 }
 
+/// The numbers of a line by name, `/` between the keys of nested ones; its step and time, which
+/// every scalar has beside it, left out.
+pub fn scalars(line: &Map<String, Value>) -> Vec<(String, f64)> {
+    fn visit(prefix: &str, map: &Map<String, Value>, found: &mut Vec<(String, f64)>) {
+        for (key, value) in map {
+            match value {
+                Value::Object(inner) => visit(&format!("{prefix}{key}/"), inner, found),
+                Value::Number(x) => found.extend(x.as_f64().map(|x| (format!("{prefix}{key}"), x))),
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    visit("", line, &mut found);
+    found.retain(|(name, _)| name != "step" && name != "time");
+    found
+}
+
 fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn every_number_of_a_line_is_a_scalar() {
+        let line = json!({
+            "step": 3, "time": 1.0, "loss": 2.5, "mfu": null, "selection": { "margin": 0.5 }, "note": "x"
+        });
+        let found = scalars(line.as_object().unwrap());
+        assert_eq!(found, [("loss".to_owned(), 2.5), ("selection/margin".to_owned(), 0.5)]);
+    }
+
+    #[test]
+    fn a_log_that_is_opened_again_goes_on_after_a_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let sample = Event::Sample { prompt: "a".into(), text: "b".into() };
+        let mut log = Logger::open(dir.path(), 0).unwrap();
+        for step in 1..=3 {
+            log.step(&json!({ "step": step, "loss": 0.5 })).unwrap();
+            log.event(step, &sample).unwrap();
+        }
+        let mut log = Logger::open(dir.path(), 2).unwrap();
+        log.step(&json!({ "step": 3, "loss": 0.25 })).unwrap();
+        log.sync().unwrap();
+        let lines = read(&dir.path().join(FILE)).unwrap();
+        let steps: Vec<_> =
+            lines.iter().map(|l| (l["step"].as_u64().unwrap(), l.contains_key("event"))).collect();
+        assert_eq!(steps, [(1, false), (1, true), (2, false), (2, true), (3, false)]);
+        assert_eq!((&lines[1]["event"], &lines[1]["text"]), (&json!("sample"), &json!("b")));
+        assert!(lines.iter().all(|l| l["time"].as_f64().unwrap() > 1e9));
+        // One file, with a record for its version and one a step.
+        let files: Vec<_> = std::fs::read_dir(dir.path().join(TENSORBOARD)).unwrap().collect();
+        assert_eq!(files.len(), 1);
+        let bytes = std::fs::read(files[0].as_ref().unwrap().path()).unwrap();
+        let (mut at, mut records) = (0, 0);
+        while at < bytes.len() {
+            at += 16 + u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+            records += 1;
+        }
+        assert_eq!((at, records), (bytes.len(), 4));
+    }
 }

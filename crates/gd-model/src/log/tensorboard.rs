@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::scalars;
 use crate::error::{Error, Result};
 
 /// How the names of the files begin.
@@ -71,24 +72,6 @@ impl TensorBoard {
     }
 }
 
-/// The numbers of a line by name, `/` between the keys of nested ones; its step and time, which
-/// every scalar has beside it, left out.
-fn scalars(line: &Map<String, Value>) -> Vec<(String, f64)> {
-    fn visit(prefix: &str, map: &Map<String, Value>, found: &mut Vec<(String, f64)>) {
-        for (key, value) in map {
-            match value {
-                Value::Object(inner) => visit(&format!("{prefix}{key}/"), inner, found),
-                Value::Number(x) => found.extend(x.as_f64().map(|x| (format!("{prefix}{key}"), x))),
-                _ => {}
-            }
-        }
-    }
-    let mut found = Vec::new();
-    visit("", line, &mut found);
-    found.retain(|(name, _)| name != "step" && name != "time");
-    found
-}
-
 /// The framing of a record.
 fn record(data: &[u8]) -> Vec<u8> {
     let length = (data.len() as u64).to_le_bytes();
@@ -139,8 +122,6 @@ fn bytes(field: u64, data: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     /// The vectors of RFC 3720, B.4.
@@ -177,15 +158,6 @@ mod tests {
             assert_eq!(varint(x), expected);
         }
         assert_eq!(varint(u64::MAX).len(), 10);
-    }
-
-    #[test]
-    fn every_number_of_a_line_is_a_scalar() {
-        let line = json!({
-            "step": 3, "time": 1.0, "loss": 2.5, "mfu": null, "selection": { "margin": 0.5 }, "note": "x"
-        });
-        let found = scalars(line.as_object().unwrap());
-        assert_eq!(found, [("loss".to_owned(), 2.5), ("selection/margin".to_owned(), 0.5)]);
     }
 
     #[test]

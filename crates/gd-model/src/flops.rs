@@ -1,0 +1,107 @@
+//! Floating-point operations of training, and what the device could do: their ratio is the model
+//! FLOPs utilisation (MFU).
+//!
+//! Per token, with n = (N + 1) / 2 the mean number of keys that a query of a context of N tokens
+//! sees, Hq query heads of dimension D, K candidates:
+//!
+//! | part | forward | backward |
+//! |---|---|---|
+//! | a matrix of W weights | 2 W | 4 W |
+//! | softmax attention | 4 Hq D n | 8 Hq D n |
+//! | scan | 2 Hq D n | none: it is not differentiated |
+//! | select, each round | 2 Hq D K | 8 Hq D K |
+//! | each running average | 6 Hq D | 12 Hq D |
+//!
+//! Under the estimator `dense` K is n; under `winner` only one candidate has a gradient. Look-ups,
+//! norms, activations and RoPE are left out, and so is what a recomputation repeats.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use gd_kernels::Estimator;
+
+use crate::config::{Mechanism, ModelConfig};
+use crate::error::Result;
+
+/// Operations of forward and backward pass per training token in windows of `context` tokens.
+pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
+    let (c, d) = (config.hidden_size as f64, config.head_dim as f64);
+    let (hq, hk) = (config.num_attention_heads as f64, config.num_key_value_heads as f64);
+    let keys = (context as f64 + 1.0) / 2.0;
+    let layer = |i| {
+        let gate = f64::from(config.gd.output_gate);
+        let mut weights =
+            c * d * (2.0 * hq + 2.0 * hk + gate * hq) + 3.0 * c * config.intermediate_size as f64;
+        let mut other = 0.0;
+        if let Some(beacon) = &config.gd.beacon {
+            let averages = beacon.averages as f64;
+            let conv = if beacon.conv_width > 1 { beacon.conv_width as f64 } else { 0.0 };
+            weights += c * (conv + 3.0 * averages * hq + f64::from(beacon.prior) * hk);
+            other += 18.0 * averages * hq * d;
+        }
+        other += match config.mechanism(i) {
+            Mechanism::Softmax => 12.0 * hq * d * keys,
+            Mechanism::Gd => {
+                let select = &config.gd.select;
+                let kept = (select.candidates as f64).min(keys);
+                let (forward, backward) = match select.estimator {
+                    Estimator::Dense => (keys, keys),
+                    Estimator::Winner => (kept, 1.0),
+                    _ => (kept, kept),
+                };
+                hq * d * (2.0 * keys + select.rounds as f64 * (2.0 * forward + 8.0 * backward))
+            }
+        };
+        6.0 * weights + other
+    };
+    let layers: f64 = (0..config.num_hidden_layers).map(layer).sum();
+    layers + 6.0 * c * config.vocab_size as f64
+}
+
+/// The rate of a large f32 matrix product on the device, FLOP/s: the best of a few. What the
+/// utilisation relates to, since no table knows every machine.
+///
+/// # Errors
+/// What the device reports.
+pub fn peak(device: &Device) -> Result<f64> {
+    let n = if device.is_cpu() { 1024 } else { 8192 };
+    let x = Tensor::ones((n, n), DType::F32, device)?;
+    let mut best = 0f64;
+    for _ in 0..5 {
+        let started = Instant::now();
+        x.matmul(&x)?;
+        device.synchronize()?;
+        best = best.max(2.0 * (n as f64).powi(3) / started.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Recipe;
+
+    #[test]
+    fn operations_add_up_by_hand() {
+        let mut config = Recipe::load("tiny").unwrap().model;
+        // 4 layers of (4 projections, SwiGLU, convolution, memory, prior), and the output.
+        let weights = 4 * (4 * 128 * 128 + 3 * 128 * 384 + 128 * (4 + 3 * 2 * 8 + 8)) + 128 * 256;
+        let averages = 4 * 18 * 2 * 128;
+        let scan = 4 * 128 * 257;
+        let select = 4 * 128 * 10 * 8;
+        assert_eq!(per_token(&config, 256), f64::from(6 * weights + averages + scan + select));
+        config.gd.mechanism = vec![Mechanism::Softmax];
+        config.gd.beacon = None;
+        let weights = 4 * (4 * 128 * 128 + 3 * 128 * 384) + 128 * 256;
+        assert_eq!(per_token(&config, 256), f64::from(6 * weights + 4 * 6 * 128 * 257));
+    }
+
+    #[test]
+    fn selection_costs_a_sixth_of_softmax_per_key() {
+        let mut config = Recipe::load("tiny").unwrap().model;
+        let slope = |config: &ModelConfig| per_token(config, 4097) - per_token(config, 4095);
+        let selecting = slope(&config);
+        config.gd.mechanism = vec![Mechanism::Softmax];
+        assert!((slope(&config) / selecting - 6.0).abs() < 1e-9);
+    }
+}

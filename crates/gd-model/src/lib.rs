@@ -25,6 +25,7 @@ pub mod report;
 pub mod run;
 pub mod sampler;
 pub mod schedule;
+pub mod shapes;
 pub mod state;
 pub mod stop;
 pub mod tensor_file;

@@ -102,7 +102,7 @@ pub fn svg(panels: &[Panel]) -> Result<String> {
 /// # Errors
 /// Names the file that cannot be written.
 pub fn save(path: &Path, panels: &[Panel]) -> Result<()> {
-    if !path.extension().is_some_and(|e| e == "png") {
+    if path.extension().is_none_or(|e| e != "png") {
         return write_file(path, svg(panels)?.as_bytes());
     }
     let (width, height) = size(panels);

@@ -39,7 +39,7 @@ enum Part {
 /// Names the file that cannot be written.
 pub fn save(path: &Path, run: &Run) -> Result<()> {
     let parts = parts(run);
-    if !path.extension().is_some_and(|e| e == "md") {
+    if path.extension().is_none_or(|e| e != "md") {
         return write_file(path, html(&run.name, &parts)?.as_bytes());
     }
     let mut text = format!("# {}\n", run.name);

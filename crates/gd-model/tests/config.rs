@@ -1,10 +1,15 @@
 //! Presets, files and settings: what is read, and what is refused with which words.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use gd_model::config::{PRESETS, Recipe, Setting, TokenizerChoice};
+use candle_core::{DType, Device};
+use gd_model::config::{Mechanism, PRESETS, Recipe, Setting, TokenizerChoice};
+use gd_model::params::Params;
 use gd_model::schedule::Shape;
+use gd_model::shapes::{count, shapes};
+use gd_model::transformer::Transformer;
 
 const SMALL: &str = include_str!("fixtures/small.json");
 
@@ -125,4 +130,35 @@ fn every_preset_is_valid_and_survives_being_saved() {
     }
     let error = Recipe::load("tinny").unwrap_err().to_string();
     assert!(error.contains("did you mean tiny?"), "{error}");
+}
+
+/// The README's table of presets, and that what is counted there is what is built.
+#[test]
+fn the_readme_states_every_presets_size() {
+    let readme = include_str!("../../../README.md");
+    for (name, _) in PRESETS {
+        let Recipe { model, train } = Recipe::load(name).unwrap();
+        let row = format!(
+            "| {name} | {} | {} | {} | {} × {} | {} | {} | {} |",
+            count(&model).unwrap(),
+            model.num_hidden_layers,
+            model.hidden_size,
+            model.num_attention_heads,
+            model.head_dim,
+            model.vocab_size,
+            train.context,
+            train.batch * train.context * train.accumulation,
+        );
+        assert!(readme.lines().any(|line| line == row), "README.md lacks this row:\n{row}");
+        assert!(
+            model.gd.mechanism.iter().all(|m| *m == Mechanism::Gd) && model.gd.beacon.is_some(),
+            "{name}"
+        );
+    }
+    let tiny = Recipe::load("tiny").unwrap().model;
+    let params = Params::new(0, DType::F32, &Device::Cpu);
+    Transformer::new(&tiny, params.builder()).unwrap();
+    assert_eq!(params.count(), count(&tiny).unwrap());
+    let built: BTreeMap<_, _> = params.tensors().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
+    assert_eq!(built, shapes(&tiny).unwrap());
 }

@@ -6,8 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::write_file;
 use crate::error::Result;
+use crate::history::{Axis, History, number, panels};
 use crate::plot::{self, Panel};
-use crate::run::{Axis, Run, number, panels};
 
 /// The report in the folder of a run.
 pub const FILE: &str = "report.html";
@@ -37,7 +37,7 @@ enum Part {
 ///
 /// # Errors
 /// Names the file that cannot be written.
-pub fn save(path: &Path, run: &Run) -> Result<()> {
+pub fn save(path: &Path, run: &History) -> Result<()> {
     let parts = parts(run);
     if path.extension().is_none_or(|e| e != "md") {
         return write_file(path, html(&run.name, &parts)?.as_bytes());
@@ -63,7 +63,7 @@ pub fn save(path: &Path, run: &Run) -> Result<()> {
     write_file(path, text.as_bytes())
 }
 
-fn parts(run: &Run) -> Vec<Part> {
+fn parts(run: &History) -> Vec<Part> {
     let mut parts = vec![Part::Table(vec!["", ""], summary(run))];
     let known = run.names();
     let has = |names: &[&str]| -> Vec<String> {
@@ -106,7 +106,7 @@ fn parts(run: &Run) -> Vec<Part> {
 }
 
 /// What a reader wants to know first. Rates are medians over the steps.
-fn summary(run: &Run) -> Vec<Vec<String>> {
+fn summary(run: &History) -> Vec<Vec<String>> {
     let (mut rows, last) = (Vec::new(), &run.steps[run.steps.len() - 1]);
     let mut row = |name: &str, value: Option<String>| {
         rows.extend(value.map(|value| vec![name.to_owned(), value]));
@@ -156,7 +156,7 @@ fn summary(run: &Run) -> Vec<Vec<String>> {
 }
 
 /// From the first line to the last, pauses between starts included.
-fn duration(run: &Run) -> Option<String> {
+fn duration(run: &History) -> Option<String> {
     let times = || run.events.iter().chain(&run.steps).filter_map(|line| number(line, "time"));
     let seconds = times().fold(f64::MIN, f64::max) - times().fold(f64::MAX, f64::min);
     let minutes = seconds / 60.0;
@@ -167,7 +167,7 @@ fn duration(run: &Run) -> Option<String> {
     })
 }
 
-fn heads_table(run: &Run, names: &[String]) -> Vec<Vec<String>> {
+fn heads_table(run: &History, names: &[String]) -> Vec<Vec<String>> {
     let row = |name: &String| {
         let values: Vec<f64> = run.series(name, Axis::Step).into_iter().map(|p| p.1).collect();
         let (least, greatest) = values.iter().fold((f64::MAX, f64::MIN), |(l, g), x| (l.min(*x), g.max(*x)));

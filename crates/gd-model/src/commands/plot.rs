@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use super::{Context, usage};
+use crate::history::{Axis, History, panels};
 use crate::plot;
-use crate::run::{Axis, Run, panels};
 
 /// Draw the curves of one or several runs
 #[derive(Debug, clap::Args)]
@@ -36,7 +36,7 @@ pub struct Args {
 /// # Errors
 /// Names the run, file or number that cannot be used.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    let runs = args.runs.iter().map(|path| Run::load(path)).collect::<crate::Result<Vec<_>>>()?;
+    let runs = args.runs.iter().map(|path| History::load(path)).collect::<crate::Result<Vec<_>>>()?;
     for name in &args.y {
         if !runs.iter().any(|run| run.names().contains(name)) {
             let known: Vec<_> = runs[0].names().into_iter().collect();

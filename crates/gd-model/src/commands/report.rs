@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use super::Context;
+use crate::history::History;
 use crate::report;
-use crate::run::Run;
 
 /// Write a report of a run: summary, curves, selection, samples, configuration
 #[derive(Debug, clap::Args)]
@@ -26,7 +26,7 @@ pub struct Args {
 /// # Errors
 /// Names the run or file that cannot be used.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    let run = Run::load(&args.run)?;
+    let run = History::load(&args.run)?;
     let folder = if args.run.is_file() { args.run.parent().unwrap_or(&args.run) } else { &args.run };
     let out = args.out.unwrap_or_else(|| folder.join(report::FILE));
     report::save(&out, &run)?;

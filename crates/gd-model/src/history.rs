@@ -26,7 +26,7 @@ pub enum Axis {
 
 /// A run, read from its folder.
 #[derive(Debug)]
-pub struct Run {
+pub struct History {
     /// The name of its folder.
     pub name: String,
     /// The lines of its steps.
@@ -37,7 +37,7 @@ pub struct Run {
     pub recipe: Option<Value>,
 }
 
-impl Run {
+impl History {
     /// Reads the run in a folder, or whose log is at `path`.
     ///
     /// # Errors
@@ -88,7 +88,7 @@ const LOSSES: [&str; 2] = ["loss", "valid_loss"];
 
 /// One panel a number of the log, one colour a run; the losses share a panel. A run that lacks a number is
 /// left out of its panel.
-pub fn panels(runs: &[Run], axis: Axis, names: &[String]) -> Vec<Panel> {
+pub fn panels(runs: &[History], axis: Axis, names: &[String]) -> Vec<Panel> {
     let mut panels: Vec<Panel> = Vec::new();
     let is_loss = |name: &str| LOSSES.contains(&name);
     for name in names {

@@ -2,9 +2,7 @@
 //! through MPI. Not yet measured on hardware.
 
 use candle_core::cuda_backend::cudarc::nccl::{Comm, Id, ReduceOp};
-use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, InplaceOp1, Layout, Result, Tensor, cuda_backend::WrapErr,
-};
+use candle_core::{CpuStorage, CudaDevice, CudaStorage, InplaceOp1, Layout, Result, Tensor};
 
 use super::Engine;
 use super::mpi::Mpi;

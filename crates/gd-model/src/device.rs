@@ -10,7 +10,8 @@ use candle_core::utils::{cuda_is_available, metal_is_available};
 /// The value of `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
-    /// The first accelerator that this build supports and that opens, else the CPU.
+    /// The first accelerator that this build supports and that opens (of several processes on a machine,
+    /// each takes the one of its own number), else the CPU.
     #[default]
     Auto,
     /// The CPU.
@@ -74,7 +75,7 @@ impl DeviceChoice {
     /// log, so that nobody takes a slow run on the CPU for a fast one.
     fn first_accelerator() -> Option<Device> {
         let choice = match (cuda_is_available(), metal_is_available()) {
-            (true, _) => Self::Cuda(0),
+            (true, _) => Self::Cuda(crate::parallel::local_rank()),
             (false, true) => Self::Metal,
             (false, false) => return None,
         };

@@ -322,7 +322,9 @@ impl Trainer {
         let step = self.step + 1;
         let judged = self.guard.judge(loss, grad_norm);
         let judged = judged.map_err(|e| Error::Invalid(format!("step {step}: {e}")))?;
-        if let Some(reason) = &judged {
+        if let Some(reason) = &judged
+            && self.group.leads()
+        {
             let vars = self.params.vars();
             let first = not_finite(&vars, &gradients.store)?;
             let whose = first.map_or(String::new(), |name| format!(" (first in {name})"));

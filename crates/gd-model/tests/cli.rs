@@ -218,3 +218,15 @@ fn doctor_names_parameters_that_do_not_learn() -> Result<()> {
     );
     Ok(())
 }
+
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn several_processes_of_a_program_without_mpi_are_refused() -> Result<()> {
+    let folder = folder()?;
+    let output = command(folder.path(), &format!("{TRAIN} one"), &[], &[("OMPI_COMM_WORLD_SIZE", "4")])?;
+    let err = String::from_utf8(output.stderr)?;
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(err.contains("one of 4 processes") && err.contains("without the feature mpi"), "{err}");
+    assert!(!folder.path().join("one").exists());
+    Ok(())
+}

@@ -82,7 +82,7 @@ fn every_flipped_byte_and_every_cut_is_noticed() {
         let path = out.join(name);
         let good = fs::read(&path).unwrap();
         // The tokenizer has one checksum for all of it; a part of its bytes says as much as all.
-        let step = if good.len() > 2000 { 37 } else { 1 };
+        let step = if name == "tokenizer.json" { 37 } else { 1 };
         for at in (0..good.len()).step_by(step) {
             for bad in [flipped(&good, at), good[..at].to_vec()] {
                 fs::write(&path, &bad).unwrap();
@@ -98,7 +98,7 @@ fn every_flipped_byte_and_every_cut_is_noticed() {
         fs::write(&path, &good).unwrap();
         Prepared::open(&out).unwrap();
     }
-    assert!(cases > 4000, "{cases}");
+    assert!(cases > 6000, "{cases}");
 }
 
 fn flipped(bytes: &[u8], at: usize) -> Vec<u8> {
@@ -149,7 +149,7 @@ fn wrong_content_with_right_checksums_is_noticed() {
         (Box::new(put(32, 0)), "document 0 ends at token 0"),
         (Box::new(put(40, 1)), "document 1 ends at token 1"),
         (Box::new(|bytes, _| *bytes.last_mut().unwrap() = 1), "not in the vocabulary of 256"),
-        (Box::new(|_, index| index["vocab_size"] = 9.into()), "the index says 9"),
+        (Box::new(|_, index| index["vocab_size"] = 300.into()), "the index says 300"),
         (Box::new(|_, index| index["version"] = 2.into()), "version 2"),
         (Box::new(|_, index| index["token_type"] = "u32".into()), "the index says 4"),
         (Box::new(|_, index| index["train"]["tokens"] = 1.into()), "not the sum"),

@@ -36,7 +36,7 @@ pub struct ReadingArgs {
     #[arg(long, value_name = "FIELD")]
     pub text_field: Option<String>,
     /// In text files, a line that stands between documents (default: every file is one document)
-    #[arg(long, value_name = "LINE")]
+    #[arg(long, value_name = "LINE", allow_hyphen_values = true)]
     pub separator: Option<String>,
 }
 

@@ -212,7 +212,7 @@ fn card(
         ("summary", "A small language model trained with gd.".to_owned()),
         ("parameters", trainer.params.count().to_string()),
         ("mechanism", if selects { "selection (one key a head)" } else { "softmax" }.to_owned()),
-        ("tokenizer", format!("{:?}, {} tokens", recipe.train.tokenizer, recipe.model.vocab_size)),
+        ("tokenizer", format!("`tokenizer.json`, {} tokens", recipe.model.vocab_size)),
         ("context", recipe.model.max_position_embeddings.to_string()),
         ("data", if data.is_empty() { "the shipped sample text".to_owned() } else { data.join(", ") }),
         ("steps", recipe.train.steps.to_string()),

@@ -64,7 +64,7 @@ pub struct TrainConfig {
     /// How files become documents.
     #[serde(default)]
     pub documents: Reading,
-    /// The tokenizer.
+    /// The tokenizer; prepared data brings its own.
     #[serde(default)]
     pub tokenizer: TokenizerChoice,
 }

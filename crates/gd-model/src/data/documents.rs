@@ -16,6 +16,7 @@ pub struct Reading {
     /// The field of a JSONL line that holds its text.
     pub text_field: String,
     /// In text files, a line that stands between documents; none: every file is one document.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub separator: Option<String>,
 }
 

@@ -1,5 +1,5 @@
 //! Batches of packed windows: the text is cut into windows whatever its documents, and a mask keeps what
-//! stands in one window apart.
+//! stands in one window apart. Rotary positions count through the window: only their differences matter.
 
 use std::ops::Range;
 

@@ -248,16 +248,6 @@ impl Prepared {
         if hash(&index)? != announced {
             return Err(bad(&path, "data index", "its content does not have its checksum".into()));
         }
-        let file = folder.join(TOKENIZER);
-        let bytes = fs::read(&file).map_err(|e| Error::read(&file, "tokenizer file", e))?;
-        if blake3::hash(&bytes).to_hex().as_str() != index.tokenizer {
-            return Err(bad(&file, "tokenizer.json", "its checksum differs from the index".into()));
-        }
-        let tokenizer = Tokenizer::load(&file)?;
-        if tokenizer.vocab_size() != index.vocab_size {
-            let reason = format!("{} tokens, the index says {}", tokenizer.vocab_size(), index.vocab_size);
-            return Err(bad(&file, "tokenizer.json", reason));
-        }
         let open = |part: &Part| -> Result<Tokens> {
             if let Some(entry) =
                 part.shards.iter().find(|s| Path::new(&s.name).file_name() != Some(s.name.as_ref()))
@@ -278,6 +268,16 @@ impl Prepared {
             train_bytes: index.train.bytes as usize,
             valid_bytes: index.valid.bytes as usize,
         };
+        let file = folder.join(TOKENIZER);
+        let bytes = fs::read(&file).map_err(|e| Error::read(&file, "tokenizer file", e))?;
+        if blake3::hash(&bytes).to_hex().as_str() != index.tokenizer {
+            return Err(bad(&file, "tokenizer.json", "its checksum differs from the index".into()));
+        }
+        let tokenizer = Tokenizer::load(&file)?;
+        if tokenizer.vocab_size() != index.vocab_size {
+            let reason = format!("{} tokens, the index says {}", tokenizer.vocab_size(), index.vocab_size);
+            return Err(bad(&file, "tokenizer.json", reason));
+        }
         Ok(Self { index, corpus, tokenizer })
     }
 }

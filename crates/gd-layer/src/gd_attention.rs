@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use gd_kernels::{Estimator, Gate, Mask, Scan, Select, Selected, scan, scan_all, select};
+use gd_kernels::{Candidates, Estimator, Gate, Mask, Scan, Select, Selected, scan, scan_all, select};
 
-use crate::attention::{Attention, Pass, Record};
+use crate::attention::{Attention, Pass, Record, distinct};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 use crate::heads::Heads;
@@ -94,7 +94,7 @@ impl GdAttention {
         v: &Tensor,
         prior: Option<&Tensor>,
         pass: &Pass,
-    ) -> Result<Selected> {
+    ) -> Result<(Selected, Candidates)> {
         let gd = &self.heads.cfg.gd;
         let beta = self.log_beta.exp()?;
         let protected = match &self.heads.beacon {
@@ -114,16 +114,20 @@ impl GdAttention {
         };
         let alpha = self.alpha_logit.as_ref().map(candle_nn::ops::sigmoid).transpose()?;
         let rounds = self.rounds.as_ref().map(|r| first_round(r)?.broadcast_add(r)).transpose()?;
+        let threshold = match (&self.threshold, pass.threshold) {
+            (Some(threshold), Some(more)) => Some((threshold + more)?),
+            (threshold, _) => threshold.clone(),
+        };
         let how = Select {
             prior,
             score: gd.score,
             tie: gd.tie,
-            threshold: self.threshold.as_ref(),
+            threshold: threshold.as_ref(),
             alpha: alpha.as_ref(),
             gate: gd.gate,
             estimator: gd.estimator,
-            temperature: gd.temperature,
-            preserve_floor: gd.preserve_floor,
+            temperature: pass.temperature.unwrap_or(gd.temperature),
+            preserve_floor: pass.preserve_floor.unwrap_or(gd.preserve_floor),
             value_floor: gd.value_floor,
             hardness: pass.hardness,
             barrier: self.heads.cfg.beacon.as_ref().and_then(|b| b.barrier),
@@ -131,7 +135,8 @@ impl GdAttention {
             coherence: gd.coherence,
             ..Select::new(&beta)
         };
-        Ok(select(q, k, v, &candidates, &how)?)
+        let selected = select(q, k, v, &candidates, &how)?;
+        Ok((selected, candidates))
     }
 }
 
@@ -145,10 +150,11 @@ fn first_round(rounds: &Tensor) -> Result<Tensor> {
 impl Attention for GdAttention {
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let ready = self.heads.prepare(x, pass, cache)?;
-        let selected = self.read(&ready.q, &ready.k, &ready.v, ready.prior.as_ref(), pass)?;
+        let (selected, candidates) = self.read(&ready.q, &ready.k, &ready.v, ready.prior.as_ref(), pass)?;
         let y = selected.y.clone();
         if let Some(record) = pass.record {
-            record.borrow_mut().push(summary(selected)?);
+            let temperature = pass.temperature.unwrap_or(self.heads.cfg.gd.temperature);
+            record.borrow_mut().push(summary(selected, &candidates, temperature)?);
         }
         self.heads.finish(y, ready)
     }
@@ -161,19 +167,56 @@ impl Module for GdAttention {
     }
 }
 
-fn summary(selected: Selected) -> Result<Record> {
-    let index = selected.index.flatten_all()?.to_vec1::<i32>()?;
+/// What was selected in numbers; the entropy is that of the scan's energies at `temperature`.
+fn summary(selected: Selected, candidates: &Candidates, temperature: f64) -> Result<Record> {
+    let (b, _, n) = selected.index.dims3()?;
+    let picks = selected.index.flatten_all()?.to_vec1::<i32>()?;
     let margin = selected.margin.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    let share = |wanted: i32| index.iter().filter(|&&j| j == wanted).count() as f64 / index.len() as f64;
-    let (mut lead, mut count) = (0.0, 0usize);
-    for m in margin.into_iter().filter(|m| m.is_finite()) {
-        lead += m;
-        count += 1;
-    }
+    let share = |wanted: i32| picks.iter().filter(|&&j| j == wanted).count() as f64 / picks.len() as f64;
+    let energies = candidates.energy.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let rows = energies.chunks(candidates.energy.dim(3)?);
     Ok(Record {
         abstained: share(-1),
         first_token: share(0),
-        margin: lead / count.max(1) as f64,
+        margin: mean(margin.into_iter().filter(|m| m.is_finite())),
+        entropy: mean(rows.map(|energies| entropy(energies, temperature))),
+        distinct: distinct(&picks, b, n),
+        picks,
         selected: Some(Selected { y: selected.y.detach(), ..selected }),
     })
+}
+
+/// 0 of nothing.
+fn mean(values: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0usize), |(sum, count), x| (sum + x, count + 1));
+    sum / count.max(1) as f64
+}
+
+/// Entropy of `softmax(-energies / temperature)`, nats; padding has infinite energy and no weight.
+fn entropy(energies: &[f64], temperature: f64) -> f64 {
+    let least = energies.iter().copied().fold(f64::INFINITY, f64::min);
+    let (mut sum, mut moment) = (0.0, 0.0);
+    for &energy in energies.iter().filter(|e| e.is_finite()) {
+        let height = (least - energy) / temperature;
+        sum += height.exp();
+        moment += height * height.exp();
+    }
+    // ln(sum) - sum(w ln w') with w' the weights before they are divided by their sum.
+    if sum > 0.0 { sum.ln() - moment / sum } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entropy_of_equal_of_certain_and_of_no_candidates() {
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
+        close(entropy(&[3.0, 3.0, 3.0, f64::INFINITY], 1.0), 3f64.ln());
+        close(entropy(&[-900.0, 900.0], 1.0), 0.0);
+        close(entropy(&[f64::INFINITY; 2], 1.0), 0.0);
+        // Weights 2/3 and 1/3.
+        let expected = -(2.0 / 3.0 * (2f64 / 3.0).ln() + 1.0 / 3.0 * (1f64 / 3.0).ln());
+        close(entropy(&[0.0, 2.0 * 2f64.ln()], 2.0), expected);
+    }
 }

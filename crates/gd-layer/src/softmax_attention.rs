@@ -6,7 +6,7 @@ use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use gd_kernels::Mask;
 
-use crate::attention::{Attention, Pass, Record};
+use crate::attention::{Attention, Pass, Record, distinct};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 use crate::heads::Heads;
@@ -69,20 +69,25 @@ impl Module for SoftmaxAttention {
 /// Weights `[B, Hq, N, M]` in numbers; the margin is that of the scores, the log of the ratio of
 /// the two greatest weights.
 fn summary(weights: &Tensor) -> Result<Record> {
-    let m = weights.dim(3)?;
+    let (b, _, n, m) = weights.dims4()?;
     let w = weights.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     let (mut first, mut empty, mut lead, mut count) = (0f64, 0usize, 0f64, 0usize);
+    let (mut entropy, mut picks) = (0f64, Vec::with_capacity(w.len() / m));
     for row in w.chunks(m) {
-        let (mut top, mut next) = (0f32, 0f32);
-        for &x in row {
+        let (mut top, mut next, mut pick) = (0f32, 0f32, -1);
+        for (j, &x) in row.iter().enumerate() {
+            if x > 0.0 {
+                entropy -= f64::from(x * x.ln());
+            }
             if x > top {
-                (next, top) = (top, x);
+                (next, top, pick) = (top, x, j as i32);
             } else if x > next {
                 next = x;
             }
         }
         first += f64::from(row[0]);
         empty += usize::from(top == 0.0);
+        picks.push(pick);
         if next > 0.0 {
             lead += f64::from(top / next).ln();
             count += 1;
@@ -93,6 +98,9 @@ fn summary(weights: &Tensor) -> Result<Record> {
         abstained: empty as f64 / rows,
         first_token: first / rows,
         margin: lead / count.max(1) as f64,
+        entropy: entropy / rows,
+        distinct: distinct(&picks, b, n),
+        picks,
         selected: None,
     })
 }

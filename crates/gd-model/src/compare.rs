@@ -174,7 +174,7 @@ pub(crate) mod tests {
     use crate::evaluate::HeadStats;
 
     pub(crate) fn run(mechanism: &'static str, seed: u64, loss: f64) -> Run {
-        let heads = HeadStats { abstained: 0.25, first_token: 0.5, margin: loss };
+        let heads = HeadStats { abstained: 0.25, first_token: 0.5, margin: loss, ..HeadStats::default() };
         Run {
             mechanism,
             seed,

@@ -2,13 +2,14 @@
 
 use std::cell::RefCell;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use gd_layer::{Pass, Record};
 use serde::Serialize;
 
 use crate::data::{Batch, Tokens};
 use crate::error::{Error, Result};
-use crate::loss::{counted, token_losses};
+use crate::loss::counted;
+use crate::state::{State, Stateful};
 use crate::transformer::Transformer;
 
 /// What a model does on a text.
@@ -35,6 +36,10 @@ pub struct HeadStats {
     pub first_token: f64,
     /// Lead of the best key over the runner-up.
     pub margin: f64,
+    /// Entropy of the weights over the candidates, nats.
+    pub entropy: f64,
+    /// Different keys that the heads of a position read, as a share of the heads that read.
+    pub distinct: f64,
 }
 
 impl HeadStats {
@@ -45,7 +50,39 @@ impl HeadStats {
             self.abstained += weight * r.abstained;
             self.first_token += weight * r.first_token;
             self.margin += weight * r.margin;
+            self.entropy += weight * r.entropy;
+            self.distinct += weight * r.distinct;
         }
+    }
+}
+
+/// What was selected when one text was looked at for the last time.
+#[derive(Debug, Default)]
+pub struct Picks(Vec<i32>);
+
+impl Picks {
+    /// The share of selections that are others than the last time, and the new ones in their place; none the
+    /// first time.
+    pub fn churn(&mut self, picks: Vec<i32>) -> Option<f64> {
+        let last = std::mem::replace(&mut self.0, picks);
+        let changed = last.iter().zip(&self.0).filter(|(a, b)| a != b).count();
+        (!last.is_empty() && last.len() == self.0.len()).then(|| changed as f64 / last.len() as f64)
+    }
+}
+
+impl Stateful for Picks {
+    fn save(&self) -> Result<State> {
+        let picks = Tensor::from_slice(&self.0, self.0.len(), &Device::Cpu)?;
+        let tensors = (!self.0.is_empty()).then(|| ("last".to_owned(), picks)).into_iter().collect();
+        Ok(State { tensors, ..State::default() })
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        self.0 = match state.tensors.get("last") {
+            Some(picks) => picks.to_vec1()?,
+            None => Vec::new(),
+        };
+        Ok(())
     }
 }
 
@@ -63,6 +100,21 @@ pub fn evaluate(
     batch: usize,
     device: &Device,
 ) -> Result<Evaluation> {
+    observe(model, tokens, bytes, (context, batch), device, |_| ())
+}
+
+/// As [`evaluate`]; `watch` sees the layers' records of every batch.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn observe(
+    model: &Transformer,
+    tokens: &Tokens,
+    bytes: usize,
+    (context, batch): (usize, usize),
+    device: &Device,
+    mut watch: impl FnMut(&[Record]),
+) -> Result<Evaluation> {
     if tokens.len() < 2 {
         return Err(Error::Invalid(format!("a text of {} tokens has nothing to predict", tokens.len())));
     }
@@ -73,13 +125,13 @@ pub fn evaluate(
     for group in windows.chunk_by(|a, b| a.len() == b.len()).flat_map(|same| same.chunks(batch.max(1))) {
         let Batch { inputs, targets, mask } = Batch::new(tokens, group, device)?;
         let pass = Pass { record: Some(&records), ..Pass::new(&mask) };
-        let logits = model.forward(&inputs, &pass, None)?.detach().flatten_to(1)?;
-        let targets = targets.flatten_all()?;
-        let losses = token_losses(&logits, &targets)?;
+        let losses = model.token_losses(&inputs, &targets, &pass)?;
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
-        count += counted(&targets)?;
+        count += counted(&targets.flatten_all()?)?;
         // Records hold whole tensors, so they do not outlive their pass.
-        heads.add(&records.take(), losses.len() as f64 / (tokens.len() - 1) as f64);
+        let records = records.take();
+        watch(&records);
+        heads.add(&records, losses.len() as f64 / (tokens.len() - 1) as f64);
     }
     if count == 0 {
         return Err(Error::Invalid("documents of one token each have nothing to predict".into()));
@@ -94,4 +146,22 @@ pub fn evaluate(
         tokens: count,
         heads,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn churn_is_the_share_of_selections_that_changed_and_survives_a_stop() {
+        let mut picks = Picks::default();
+        assert_eq!(picks.churn(vec![1, 2, -1, 4]), None);
+        assert_eq!(picks.churn(vec![1, 3, -1, 0]), Some(0.5));
+        let mut other = Picks::default();
+        other.restore(picks.save().unwrap()).unwrap();
+        assert_eq!(other.churn(vec![1, 3, -1, 0]), Some(0.0));
+        let mut fresh = Picks(vec![1]);
+        fresh.restore(Picks::default().save().unwrap()).unwrap();
+        assert_eq!(fresh.churn(vec![1]), None);
+    }
 }

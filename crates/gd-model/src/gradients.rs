@@ -11,7 +11,6 @@ use serde::Serialize;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::loss::cross_entropy;
 use crate::params::Params;
 use crate::transformer::Transformer;
 
@@ -45,8 +44,7 @@ pub fn check(config: &ModelConfig, seed: u64, device: &Device) -> Result<(usize,
     };
     let (inputs, targets) = (ids()?, ids()?);
     let mask = Mask::causal(0);
-    let logits = model.forward(&inputs, &Pass::new(&mask), None)?.flatten_to(1)?;
-    let grads = cross_entropy(&logits, &targets.flatten_all()?)?.backward()?;
+    let grads = model.loss(&inputs, &targets, &Pass::new(&mask))?.backward()?;
     Ok((vars.len(), faults(&vars, &grads)?))
 }
 

@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod commands;
 pub mod compare;
 pub mod config;
+pub mod curve;
 pub mod data;
 pub mod device;
 pub mod error;

@@ -4,7 +4,13 @@
 //! do not count. On the CPU one fused pass that stores one number a row, and a backward pass that
 //! writes `(softmax - one-hot) / counted rows` directly; elsewhere a composition of differentiable
 //! primitives. Sums run in f32 (f64 for f64).
+//!
+//! [`linear_cross_entropy`] takes the hidden states `[rows, C]` and the weights `[V, C]` of the output
+//! projection instead, and holds the logits of a few rows at a time.
 
+mod linear;
+
+pub use self::linear::{linear_cross_entropy, linear_token_losses};
 use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use gd_kernels::by_float;
 use gd_kernels::element::{Element, Real, maximum, sum1};

@@ -14,7 +14,7 @@ use crate::transformer::Transformer;
 
 /// A loaded model.
 pub struct Loaded {
-    /// The model.
+    /// The model, without gradients.
     pub model: Transformer,
     /// Its parameters.
     pub params: Params,
@@ -46,7 +46,7 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
         )));
     }
     let params = Params::stored(tensors, DType::F32, device);
-    let model = Transformer::new(&config, params.builder()).map_err(|e| named(&e))?;
+    let model = Transformer::new(&config, params.frozen()).map_err(|e| named(&e))?;
     let unused = params.unused();
     if !unused.is_empty() {
         tracing::warn!("{}: tensors without a place in the model: {}", folder.display(), unused.join(", "));

@@ -50,6 +50,12 @@ impl Params {
         VarBuilder::from_backend(Box::new(self.clone()), self.dtype, self.device.clone())
     }
 
+    /// The same, without gradients: a module built from it follows every change of the parameters, and what
+    /// it computes builds no graph.
+    pub fn frozen(&self) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(Frozen(self.clone())), self.dtype, self.device.clone())
+    }
+
     /// The parameters that a model has asked for, by name.
     pub fn vars(&self) -> Vec<(String, Var)> {
         self.lock().iter().map(|(name, var)| (name.clone(), var.clone())).collect()
@@ -128,6 +134,23 @@ impl SimpleBackend for Params {
             Source::Seed(_) => true,
             Source::Stored(tensors) => tensors.contains_key(name),
         }
+    }
+}
+
+/// Hands the parameters out detached; they share their storage.
+struct Frozen(Params);
+
+impl SimpleBackend for Frozen {
+    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        Ok(self.0.get(shape, name, init, dtype, device)?.detach())
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.0.get_unchecked(name, dtype, device)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.contains_tensor(name)
     }
 }
 

@@ -5,15 +5,16 @@ use std::time::Instant;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use gd_kernels::Mask;
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Recipe;
 use crate::data::{Batch, Batches, Corpus, places};
 use crate::error::{Error, Result};
-use crate::evaluate::{Evaluation, evaluate};
+use crate::evaluate::{Evaluation, HeadStats, Picks, evaluate, observe};
 use crate::guard::Guard;
-use crate::loss::{counted, cross_entropy};
+use crate::loss::counted;
 use crate::optimizer::{Optimizer, accumulate, clip_scale, global_norm, not_finite};
 use crate::parallel::Group;
 use crate::params::Params;
@@ -40,6 +41,9 @@ pub struct Step {
     pub skipped: u64,
     /// Share of the hard forward pass.
     pub hardness: f64,
+    /// Candidates per query, if the run changes them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub candidates: Option<usize>,
     /// Training tokens seen.
     pub tokens: u64,
     /// Training tokens per second in this step, a look at the validation text left out.
@@ -48,6 +52,12 @@ pub struct Step {
     pub seconds_left: f64,
     /// Loss on the first windows of the validation text, every `eval_every` steps and at the end.
     pub valid_loss: Option<f64>,
+    /// What the heads did on them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heads: Option<HeadStats>,
+    /// Share of the selections on the first of these windows that have changed since the last look.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub churn: Option<f64>,
 }
 
 /// What the micro-batches of a step add up to. Loss and gradient of the step are these sums divided by
@@ -106,10 +116,13 @@ pub struct Trainer {
     recipe: Recipe,
     /// The model.
     pub model: Transformer,
+    /// The same over the same parameters, without gradients.
+    frozen: Transformer,
     /// Its parameters.
     pub params: Params,
     optimizer: Optimizer,
     guard: Guard,
+    picks: Picks,
     batches: Batches,
     corpus: Corpus,
     device: Device,
@@ -132,10 +145,12 @@ impl Trainer {
         let batches = Batches::new(corpus.train.clone(), seed);
         Ok(Self {
             recipe,
+            frozen: Transformer::new(model.config(), params.frozen())?,
             model,
             params,
             optimizer,
             guard,
+            picks: Picks::default(),
             batches,
             corpus,
             device: device.clone(),
@@ -148,7 +163,7 @@ impl Trainer {
     /// Every part that changes from step to step, besides the parameters and the step itself, by the name
     /// under which a checkpoint holds it.
     fn parts(&mut self) -> Vec<(&'static str, &mut dyn Stateful)> {
-        vec![("optimizer", &mut self.optimizer), ("guard", &mut self.guard)]
+        vec![("optimizer", &mut self.optimizer), ("guard", &mut self.guard), ("picks", &mut self.picks)]
     }
 
     /// With the parameters, all that an exact continuation needs.
@@ -258,38 +273,43 @@ impl Trainer {
     /// Too many updates in a row were skipped by the guard.
     pub fn advance(&mut self) -> Result<Step> {
         let started = Instant::now();
-        let hardness = self.recipe.train.hardness(self.step);
-        let mut gradients = self.gradients(hardness)?;
+        let mut gradients = self.gradients()?;
         self.group.all_reduce(&self.params.vars(), &mut gradients)?;
         let (loss, grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
         let lr = self.recipe.train.lr.lr(self.step, self.recipe.train.steps);
         if !self.skip(&gradients, loss, grad_norm)? {
             self.update(&gradients, grad_norm, lr)?;
         }
+        let mask = Mask::causal(0);
+        let Pass { hardness, candidates, .. } = self.pass(&mask);
         self.step += 1;
         let seconds = started.elapsed().as_secs_f64();
         self.seconds += seconds;
         let train = &self.recipe.train;
         let tokens = (train.batch * train.context * train.accumulation) as u64;
         let look = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
-        let valid_loss = if look && self.group.leads() { Some(self.glance()?) } else { None };
+        let steps = train.steps;
+        let look = if look && self.group.leads() { Some(self.look()?) } else { None };
         Ok(Step {
             step: self.step,
-            total: self.recipe.train.steps,
+            total: steps,
             loss,
             grad_norm,
             lr,
             skipped: self.guard.skipped(),
             hardness,
+            candidates,
             tokens: self.step * tokens,
             tokens_per_second: tokens as f64 / seconds,
-            seconds_left: self.seconds / self.step as f64 * (self.recipe.train.steps - self.step) as f64,
-            valid_loss,
+            seconds_left: self.seconds / self.step as f64 * (steps - self.step) as f64,
+            valid_loss: look.as_ref().map(|(seen, _)| seen.loss),
+            heads: look.as_ref().map(|(seen, _)| seen.heads),
+            churn: look.and_then(|(_, churn)| churn),
         })
     }
 
     /// The sums over the micro-batches of this step.
-    fn gradients(&self, hardness: f64) -> Result<Gradients> {
+    fn gradients(&self) -> Result<Gradients> {
         let train = &self.recipe.train;
         let vars = self.params.vars();
         let mut sums: Option<Gradients> = None;
@@ -297,18 +317,23 @@ impl Trainer {
             let at = self.step * train.accumulation as u64 + micro;
             let places = places(at, train.batch, self.group.rank(), self.group.world());
             let Batch { inputs, targets, mask } = self.batches.batch(places, train.context, &self.device)?;
-            let pass = Pass { hardness, ..Pass::new(&mask) };
-            let targets = targets.flatten_all()?;
+            let pass = self.pass(&mask);
             // Of the whole micro-batch, of which this is a part if there are other processes. 1 where every
             // token is predicted: the weight then changes no bit.
-            let weight = counted(&targets)? as f64 / (train.batch * train.context) as f64;
-            let logits = self.model.forward(&inputs, &pass, None)?;
-            let loss = (cross_entropy(&logits.flatten_to(1)?, &targets)? * weight)?;
-            let one = Gradients {
-                loss: f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?),
-                weight,
-                store: loss.backward()?,
+            let weight = counted(&targets.flatten_all()?)? as f64 / (train.batch * train.context) as f64;
+            let (loss, store) = match train.checkpoint_blocks {
+                true => {
+                    let batch = (&inputs, &targets);
+                    self.model.checkpointed_loss(&self.frozen, &vars, batch, &pass, weight)?
+                }
+                false => {
+                    let loss = (self.model.loss(&inputs, &targets, &pass)? * weight)?;
+                    let store = loss.backward()?;
+                    (loss, store)
+                }
             };
+            let loss = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
+            let one = Gradients { loss, weight, store };
             match &mut sums {
                 None => sums = Some(one),
                 Some(sums) => sums.add(&vars, &one)?,
@@ -339,10 +364,22 @@ impl Trainer {
         self.optimizer.step(&gradients.store, lr, scale)
     }
 
-    fn glance(&self) -> Result<f64> {
-        let context = self.recipe.train.context;
-        let tokens = self.corpus.valid.head(GLANCE * context + 1);
-        Ok(evaluate(&self.model, &tokens, tokens.len(), context, self.recipe.train.batch, &self.device)?.loss)
+    /// How the layers select at this step.
+    fn pass<'a>(&self, mask: &'a Mask) -> Pass<'a> {
+        let train = &self.recipe.train;
+        train.select.pass(mask, self.step as f64 / train.steps.max(1) as f64)
+    }
+
+    /// The first windows of the validation text, and the churn of selections on the first batch of them.
+    fn look(&mut self) -> Result<(Evaluation, Option<f64>)> {
+        let train = &self.recipe.train;
+        let tokens = self.corpus.valid.head(GLANCE * train.context + 1);
+        let mut picks = None;
+        let size = (train.context, train.batch);
+        let seen = observe(&self.frozen, &tokens, tokens.len(), size, &self.device, |records| {
+            picks.get_or_insert_with(|| records.iter().flat_map(|r| r.picks.iter().copied()).collect());
+        })?;
+        Ok((seen, self.picks.churn(picks.unwrap_or_default())))
     }
 
     /// The whole validation text.
@@ -352,7 +389,7 @@ impl Trainer {
     pub fn validate(&self) -> Result<Evaluation> {
         let train = &self.recipe.train;
         evaluate(
-            &self.model,
+            &self.frozen,
             &self.corpus.valid,
             self.corpus.valid_bytes,
             train.context,

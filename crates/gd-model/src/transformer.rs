@@ -10,6 +10,9 @@ use candle_nn::{Init, Linear, VarBuilder};
 use gd_layer::{Attention, GdAttention, LayerCache, Pass, RmsNorm, Rotary, SoftmaxAttention, linear, swiglu};
 
 use crate::config::{Mechanism, ModelConfig};
+use crate::loss::{linear_cross_entropy, linear_token_losses};
+
+pub mod checkpointed;
 
 /// The feed-forward block.
 struct Mlp {
@@ -127,9 +130,7 @@ impl Transformer {
     /// # Errors
     /// As [`Transformer::forward`].
     pub fn hidden(&self, ids: &Tensor, pass: &Pass, cache: Option<&mut [LayerCache]>) -> Result<Tensor> {
-        let (b, n) = ids.dims2()?;
-        let mut x =
-            self.embed.index_select(&ids.flatten_all()?, 0)?.reshape((b, n, self.config.hidden_size))?;
+        let mut x = self.embedded(ids)?;
         let mut caches = match cache {
             Some(caches) if caches.len() != self.blocks.len() => {
                 candle_core::bail!("{} caches for {} layers", caches.len(), self.blocks.len())
@@ -143,11 +144,40 @@ impl Transformer {
         self.norm.forward(&x)
     }
 
+    /// Mean loss of predicting `targets` `[B, N]` from ids `[B, N]`, in nats per token that is not
+    /// [ignored](crate::loss::IGNORE).
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`], or a target outside the vocabulary.
+    pub fn loss(&self, ids: &Tensor, targets: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.head_loss(&self.hidden(ids, pass, None)?, targets)
+    }
+
+    /// The loss of every token, 0 where the target is ignored; without gradient.
+    ///
+    /// # Errors
+    /// As [`Transformer::loss`].
+    pub fn token_losses(&self, ids: &Tensor, targets: &Tensor, pass: &Pass) -> Result<Vec<f32>> {
+        let hidden = self.hidden(ids, pass, None)?.flatten_to(1)?;
+        linear_token_losses(&hidden, self.head.weight(), &targets.flatten_all()?)
+    }
+
     /// The output projection `[.., C]` -> `[.., V]`.
     ///
     /// # Errors
     /// A hidden state of another width.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.head.forward(hidden)
+    }
+
+    /// The embeddings `[B, N, C]` of ids `[B, N]`.
+    fn embedded(&self, ids: &Tensor) -> Result<Tensor> {
+        let (b, n) = ids.dims2()?;
+        self.embed.index_select(&ids.flatten_all()?, 0)?.reshape((b, n, self.config.hidden_size))
+    }
+
+    /// The loss from normed hidden states.
+    fn head_loss(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        linear_cross_entropy(&hidden.flatten_to(1)?, self.head.weight(), &targets.flatten_all()?)
     }
 }

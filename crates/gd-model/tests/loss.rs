@@ -4,7 +4,9 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use gd_model::loss::{IGNORE, counted, cross_entropy, token_losses};
+use gd_model::loss::{
+    IGNORE, counted, cross_entropy, linear_cross_entropy, linear_token_losses, token_losses,
+};
 use support::*;
 
 fn targets(rows: usize, vocab: usize) -> Tensor {
@@ -111,6 +113,67 @@ fn errors_name_the_values() {
     assert!(error(&x.narrow(0, 0, 0).unwrap(), &ids.narrow(0, 0, 0).unwrap()).contains("[0, 5]"));
 }
 
+/// Hidden states and weights whose logits take several chunks, and targets, some of them ignored.
+fn projected(dtype: DType) -> ([Tensor; 2], Tensor) {
+    let (rows, vocab) = (90, 50_000);
+    let ids: Vec<u32> =
+        (0..rows as u32).map(|i| if i % 7 == 3 { IGNORE } else { i * 7919 % vocab as u32 }).collect();
+    let inputs = [noise(1, &[rows, 6], 1.0), noise(2, &[vocab, 6], 1.0)].map(|t| t.to_dtype(dtype).unwrap());
+    (inputs, Tensor::new(&ids[..], &Device::Cpu).unwrap())
+}
+
+#[test]
+fn the_projected_loss_is_that_of_all_logits() {
+    for (dtype, bound) in [(DType::F64, 1e-13), (DType::F32, 2e-6), (DType::BF16, 3e-2)] {
+        let (inputs, ids) = projected(dtype);
+        let few = inputs.clone().map(|t| t.narrow(0, 0, 20).unwrap());
+        let low = targets(20, 20);
+        for (inputs, ids) in [(inputs, ids), (few, low)] {
+            let got = with_gradients(&inputs, |t| linear_cross_entropy(&t[0], &t[1], &ids));
+            let want = with_gradients(&inputs, |t| cross_entropy(&t[0].matmul(&t[1].t()?)?, &ids));
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert_close(&format!("{dtype:?}, result {i}"), got, want, bound);
+            }
+            let each = linear_token_losses(&inputs[0], &inputs[1], &ids).unwrap();
+            assert_eq!(
+                each,
+                token_losses(&inputs[0].matmul(&inputs[1].t().unwrap()).unwrap(), &ids).unwrap()
+            );
+        }
+    }
+}
+
+#[test]
+fn projected_gradients_match_finite_differences() {
+    let ([rows, weight], ids) = projected(DType::F64);
+    let (rows, ids) = (rows.narrow(0, 0, 24).unwrap(), ids.narrow(0, 0, 24).unwrap());
+    check_gradients(&[rows, weight], |t| linear_cross_entropy(&t[0], &t[1], &ids)? * 3.0);
+    // Hidden states that are themselves a function of the weights, as with a tied head.
+    let ids = Tensor::new(&[1u32, 4, IGNORE, 0], &Device::Cpu).unwrap();
+    let rows = Tensor::new(&[0u32, 2, 3, 2], &Device::Cpu).unwrap();
+    check_gradients(&[noise(3, &[5, 3], 1.0)], |t| {
+        linear_cross_entropy(&t[0].index_select(&rows, 0)?.tanh()?, &t[0], &ids)
+    });
+}
+
+#[test]
+fn projected_bits_do_not_depend_on_the_thread_count_and_errors_name_the_values() {
+    let (inputs, ids) = projected(DType::F32);
+    same_bits(|| with_gradients(&inputs, |t| linear_cross_entropy(&t[0], &t[1], &ids)));
+    let error =
+        |x: &Tensor, w: &Tensor, ids: &Tensor| linear_cross_entropy(x, w, ids).unwrap_err().to_string();
+    let wide = noise(1, &[90, 7], 1.0).to_dtype(DType::F32).unwrap();
+    assert!(error(&wide, &inputs[1], &ids).contains("[90, 7]"));
+    assert!(error(&inputs[0].to_dtype(DType::F64).unwrap(), &inputs[1], &ids).contains("F64"));
+    let few = inputs[1].narrow(0, 0, 10).unwrap();
+    assert!(error(&inputs[0], &few, &ids).contains("vocabulary of 10"));
+    // Nothing to predict is no loss and no gradient.
+    let none = Tensor::new(&[IGNORE; 90][..], &Device::Cpu).unwrap();
+    for got in with_gradients(&inputs, |t| linear_cross_entropy(&t[0], &t[1], &none)) {
+        assert!(values(&got).iter().all(|&x| x == 0.0));
+    }
+}
+
 #[test]
 fn timing() {
     for vocab in [256, 4096] {
@@ -118,6 +181,14 @@ fn timing() {
         report(&format!("cross_entropy 2048x{vocab} fused"), &x, |t| cross_entropy(&t[0], &ids));
         report(&format!("cross_entropy 2048x{vocab} candle"), &x, |t| {
             candle_nn::loss::cross_entropy(&t[0], &ids)
+        });
+        let inputs = [noise(1, &[2048, 256], 1.0), noise(2, &[vocab, 256], 1.0)];
+        let inputs = inputs.map(|t| t.to_dtype(DType::F32).unwrap());
+        report(&format!("projection and loss 2048x256x{vocab} together"), &inputs, |t| {
+            linear_cross_entropy(&t[0], &t[1], &ids)
+        });
+        report(&format!("projection and loss 2048x256x{vocab} apart"), &inputs, |t| {
+            cross_entropy(&t[0].matmul(&t[1].t()?)?, &ids)
         });
     }
 }

@@ -3,6 +3,7 @@
 
 mod load;
 mod model;
+mod select;
 mod set;
 mod train;
 
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 pub use load::parse;
 pub use model::{GdBlock, Mechanism, ModelConfig, RopeParameters};
+pub use select::SelectSchedule;
 pub use set::Setting;
 pub use train::{TokenizerChoice, TrainConfig};
 

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::select::SelectSchedule;
 use crate::data::Reading;
 use crate::error::{Error, Result};
 use crate::guard::GuardConfig;
@@ -52,12 +53,12 @@ pub struct TrainConfig {
     /// Steps between two looks at the validation text.
     #[serde(default = "eval_every")]
     pub eval_every: u64,
-    /// Share of the steps during which selecting layers blend their candidates (h = 0).
+    /// How selection changes over the run.
     #[serde(default)]
-    pub blend_until: f64,
-    /// Share of the steps from which they select (h = 1); in between h rises in a straight line.
+    pub select: SelectSchedule,
+    /// Whether the backward pass computes the inside of every block again instead of keeping it.
     #[serde(default)]
-    pub hard_from: f64,
+    pub checkpoint_blocks: bool,
     /// Share that is kept for validation: the end of every text file, or whole documents.
     #[serde(default = "valid_fraction")]
     pub valid_fraction: f64,
@@ -83,16 +84,6 @@ fn valid_fraction() -> f64 {
 }
 
 impl TrainConfig {
-    /// The share h of the hard forward pass at a step.
-    pub fn hardness(&self, step: u64) -> f64 {
-        let at = step as f64 / self.steps.max(1) as f64;
-        if at >= self.hard_from {
-            1.0
-        } else {
-            ((at - self.blend_until) / (self.hard_from - self.blend_until)).clamp(0.0, 1.0)
-        }
-    }
-
     /// Checks the values against each other.
     ///
     /// # Errors
@@ -109,12 +100,6 @@ impl TrainConfig {
                 self.steps, self.eval_every
             ));
         }
-        if !(0.0..=1.0).contains(&self.blend_until) || !(self.blend_until..=1.0).contains(&self.hard_from) {
-            return fail(format!(
-                "train.blend_until {} and train.hard_from {} must rise within 0..=1",
-                self.blend_until, self.hard_from
-            ));
-        }
         if !(self.valid_fraction > 0.0 && self.valid_fraction < 1.0) {
             return fail(format!("train.valid_fraction {} is outside (0, 1)", self.valid_fraction));
         }
@@ -123,6 +108,7 @@ impl TrainConfig {
         }
         self.lr.validate(self.steps)?;
         self.guard.validate()?;
+        self.select.validate()?;
         self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;
         self.adamw.validate()
     }

@@ -1,0 +1,105 @@
+//! How selection changes over a run: the block `train.select` of a recipe.
+
+use gd_kernels::Mask;
+use gd_layer::Pass;
+use serde::{Deserialize, Serialize};
+
+use crate::curve::Curve;
+use crate::error::Result;
+
+/// Curves over the share of all steps; what is left out stays as the model's config has it. They hold for
+/// training steps. Evaluation always selects in full, as the model is used.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SelectSchedule {
+    /// Candidates per query, 1, 2, 4, 8, 16 or 32: changes at its points, in steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub candidates: Option<Curve>,
+    /// Share of the hard forward pass, in [0, 1]: 0 blends the candidates, 1 (if left out) selects.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hardness: Option<Curve>,
+    /// Preserve floor of the gradient, in [0, 1].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preserve_floor: Option<Curve>,
+    /// Temperature of the gradient's softmax, above 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<Curve>,
+    /// Added to the thresholds that the heads have learned, in units of the score; at least 0. A positive
+    /// start that falls to 0 keeps heads from abstaining before they have learned what to read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<Curve>,
+}
+
+impl SelectSchedule {
+    /// A pass at a share of all steps.
+    pub fn pass<'a>(&self, mask: &'a Mask, share: f64) -> Pass<'a> {
+        let at = |curve: &Option<Curve>| curve.as_ref().map(|c| c.at(share));
+        Pass {
+            candidates: self.candidates.as_ref().map(|c| c.step_at(share) as usize),
+            hardness: at(&self.hardness).unwrap_or(1.0),
+            preserve_floor: at(&self.preserve_floor),
+            temperature: at(&self.temperature),
+            threshold: at(&self.threshold),
+            ..Pass::new(mask)
+        }
+    }
+
+    /// Fails with the first value outside its range.
+    ///
+    /// # Errors
+    /// Names the curve and the value.
+    pub fn validate(&self) -> Result<()> {
+        let share = |v: f64| (0.0..=1.0).contains(&v);
+        let count = |v: f64| [1.0, 2.0, 4.0, 8.0, 16.0, 32.0].contains(&v);
+        let check = |curve: &Option<Curve>, name: &str, range: &str, fit: &dyn Fn(f64) -> bool| match curve {
+            Some(curve) => curve.validate(&format!("train.select.{name}"), range, fit),
+            None => Ok(()),
+        };
+        check(&self.candidates, "candidates", "1, 2, 4, 8, 16 or 32", &count)?;
+        check(&self.hardness, "hardness", "in [0, 1]", &share)?;
+        check(&self.preserve_floor, "preserve_floor", "in [0, 1]", &share)?;
+        check(&self.temperature, "temperature", "above 0", &|v| v > 0.0)?;
+        check(&self.threshold, "threshold", "at least 0", &|v| v >= 0.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_a_plain_pass_and_curves_reach_it() {
+        let mask = Mask::causal(0);
+        let plain = format!("{:?}", Pass::new(&mask));
+        assert_eq!(format!("{:?}", SelectSchedule::default().pass(&mask, 0.3)), plain);
+        let text = r#"{"candidates": [[0, 32], [0.5, 8]], "hardness": [[0.2, 0], [0.6, 1]],
+            "preserve_floor": [[0, 0.1], [1, 0]], "temperature": 2.0, "threshold": [[0, 4], [0.5, 0]]}"#;
+        let select: SelectSchedule = serde_json::from_str(text).unwrap();
+        select.validate().unwrap();
+        let pass = select.pass(&mask, 0.4);
+        assert_eq!((pass.candidates, pass.temperature), (Some(32), Some(2.0)));
+        assert!((pass.hardness - 0.5).abs() < 1e-12);
+        assert!((pass.preserve_floor.unwrap() - 0.06).abs() < 1e-12);
+        assert!((pass.threshold.unwrap() - 0.8).abs() < 1e-12);
+        assert_eq!(select.pass(&mask, 0.5).candidates, Some(8));
+    }
+
+    #[test]
+    fn values_that_do_not_fit_are_named() {
+        for (text, expected) in [
+            (
+                r#"{"candidates": [[0, 8], [0.5, 6]]}"#,
+                "train.select.candidates must be 1, 2, 4, 8, 16 or 32, not 6",
+            ),
+            (r#"{"hardness": 1.5}"#, "train.select.hardness must be in [0, 1], not 1.5"),
+            (r#"{"preserve_floor": -0.1}"#, "preserve_floor"),
+            (r#"{"temperature": 0}"#, "train.select.temperature must be above 0, not 0"),
+            (r#"{"threshold": -1}"#, "threshold"),
+        ] {
+            let select: SelectSchedule = serde_json::from_str(text).unwrap();
+            let error = select.validate().unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        assert!(serde_json::from_str::<SelectSchedule>(r#"{"hardnes": 1}"#).is_err());
+    }
+}

@@ -193,14 +193,18 @@ fn an_epoch_covers_the_text_once() {
     let n = batches.windows_per_epoch(16).unwrap();
     assert_eq!(n, 61);
     let epoch = |number: u64| -> HashSet<u32> {
-        let mut seen = HashSet::new();
+        let (mut seen, mut firsts) = (HashSet::new(), Vec::new());
         for i in 0..n as u64 {
             let at = number * n as u64 + i;
             let batch = batches.batch(at..at + 1, 16, &Device::Cpu).unwrap();
-            for id in batch.inputs.flatten_all().unwrap().to_vec1::<u32>().unwrap() {
+            let ids = batch.inputs.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+            firsts.push(ids[0]);
+            for id in ids {
                 assert!(seen.insert(id), "token {id} twice in epoch {number}");
             }
         }
+        let neighbours = firsts.windows(2).filter(|w| w[1] == w[0] + 16).count();
+        assert!(neighbours < 8, "epoch {number} is not shuffled: {firsts:?}");
         seen
     };
     let phases: HashSet<u32> = (0..20).map(|e| *epoch(e).iter().min().unwrap()).collect();

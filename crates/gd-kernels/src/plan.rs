@@ -17,6 +17,8 @@ pub enum Isa {
     Avx512,
     /// The same with dot products of 8-bit integers (VNNI).
     Avx512Vnni,
+    /// The same with tile products of 8-bit integers (AMX), on Linux.
+    Avx512Amx,
     /// AArch64.
     Neon,
 }
@@ -24,7 +26,7 @@ pub enum Isa {
 impl Isa {
     /// The instruction sets of this machine, best first; `Portable` is always the last.
     pub fn available() -> Vec<Isa> {
-        [Isa::Avx512Vnni, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable]
+        [Isa::Avx512Amx, Isa::Avx512Vnni, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable]
             .into_iter()
             .filter(|i| i.arch().is_some())
             .collect()
@@ -42,6 +44,10 @@ impl Isa {
             Isa::Avx512Vnni if !std::arch::is_x86_feature_detected!("avx512vnni") => None,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => pulp::x86::V4::try_new().map(pulp::Arch::V4),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Amx if !crate::cpu::amx::available() => None,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Amx => pulp::x86::V4::try_new().map(pulp::Arch::V4),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => pulp::aarch64::Neon::try_new().map(pulp::Arch::Neon),
             #[allow(unreachable_patterns)]
@@ -55,7 +61,7 @@ impl Isa {
             Isa::Portable => 1,
             Isa::Neon => 16 / bytes,
             Isa::Avx2 => 32 / bytes,
-            Isa::Avx512 | Isa::Avx512Vnni => 64 / bytes,
+            Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Amx => 64 / bytes,
         }
     }
 }

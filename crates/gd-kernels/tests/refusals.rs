@@ -128,7 +128,7 @@ fn masks_are_checked() {
 fn plans_name_what_they_run_and_what_is_missing() {
     let g = good();
     let options = |backend| Scan { backend, ..Scan::new(&g.beta, &g.mask, 4) };
-    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Neon] {
+    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Amx, Isa::Neon] {
         let planned = plan(&g.q, &g.k, &options(Backend::Force(isa)));
         if Isa::available().contains(&isa) {
             let text = planned.unwrap().to_string();

@@ -13,8 +13,11 @@ use std::ops::Range;
 use num_traits::Float;
 use pulp::{Simd, WithSimd};
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::Tiled;
 use super::filter::{Filter, Known};
-use super::integer::{CAPACITY, Code, KEYS, Lists, Panel, Queries, ROWS, STEP, collect, reached_by};
+use super::integer::{Code, KEYS, Panel, Queries, ROWS, STEP, collect};
+use super::lists::{CAPACITY, Lists, reached_by};
 use super::quantize::quantize;
 use super::scan::Block;
 use crate::element::{Element, Real};
@@ -55,6 +58,8 @@ impl<T: Element> Certified<'_, '_, '_, T> {
             start: vec![0; count],
             scale: vec![0.0; count],
             norm: vec![0.0; count],
+            #[cfg(target_arch = "x86_64")]
+            tiled: (self.code == Code::Amx).then(|| Tiled::new(count, steps)),
         };
         let (mut row, mut coarseness) = (vec![0i8; d], 0f32);
         for (r, i) in block.rows.clone().enumerate() {
@@ -65,12 +70,17 @@ impl<T: Element> Certified<'_, '_, '_, T> {
             if s.norm > 0.0 && s.error < f32::INFINITY {
                 coarseness = coarseness.max(s.error / s.norm * (1.0 + 1e-6));
             }
+            out.start[r] = -128 * row.iter().map(|&q| i32::from(q)).sum::<i32>();
+            (out.scale[r], out.norm[r]) = (s.scale, if s.error < f32::INFINITY { s.norm } else { 0.0 });
+            #[cfg(target_arch = "x86_64")]
+            if let Some(tiled) = &mut out.tiled {
+                tiled.enter(r, &row);
+                continue;
+            }
             let group = &mut out.values[r / ROWS * ROWS * steps * STEP..];
             for (values, row) in group.chunks_exact_mut(ROWS * STEP).zip(row.chunks(STEP)) {
                 values[r % ROWS * STEP..][..row.len()].copy_from_slice(row);
             }
-            out.start[r] = -128 * row.iter().map(|&q| i32::from(q)).sum::<i32>();
-            (out.scale[r], out.norm[r]) = (s.scale, if s.error < f32::INFINITY { s.norm } else { 0.0 });
         }
         Some((out, coarseness))
     }
@@ -126,7 +136,7 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         [bias, error, slack]: [&[f32; KEYS]; 3],
         active: u32,
         open: &[u32],
-        threshold: &[f32],
+        threshold: &mut [f32],
         lists: &mut Lists,
     ) -> u64 {
         let (values, known) = self.panel(first);
@@ -148,15 +158,15 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         if end < start + 2 * PANELS {
             return threshold;
         }
-        let mut lists = Lists::new(count, PANELS * KEYS);
+        let mut lists = Lists::new(count, PANELS * KEYS, self.block.problem.candidates);
         let mut unbounded = Vec::new();
         let (all, open) = ((1u32 << (count / ROWS)) - 1, vec![u32::MAX; count]);
         for p in start..start + PANELS {
             let [bias, error, slack] = self.bounds(p * KEYS, coarseness, &mut unbounded);
-            self.collect(queries, p * KEYS, [&bias, &error, &slack], all, &open, &threshold, &mut lists);
+            self.collect(queries, p * KEYS, [&bias, &error, &slack], all, &open, &mut threshold, &mut lists);
         }
         for (row, threshold) in threshold.iter_mut().enumerate() {
-            *threshold = reached_by(lists.lower(row), self.block.problem.candidates, f32::MIN);
+            *threshold = reached_by(lists.lower(row), self.block.problem.candidates, *threshold);
         }
         threshold
     }
@@ -167,7 +177,7 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         let (block, k) = (self.block, self.block.problem.candidates);
         let count = queries.start.len();
         let mut threshold = self.thresholds(queries, coarseness, visible);
-        let mut lists = Lists::new(count, CAPACITY);
+        let mut lists = Lists::new(count, CAPACITY, k);
         let mut unbounded = Vec::new();
         let reach = Block::<T>::reach(visible);
         let reach = reach.start.max(self.keys.start)..reach.end.min(self.keys.end);
@@ -181,11 +191,11 @@ impl<T: Element> Certified<'_, '_, '_, T> {
                 active |= u32::from(*open != 0) << (row / ROWS);
             }
             let bounds = [&bias, &error, &slack];
-            let mut full = self.collect(queries, first, bounds, active, &open, &threshold, &mut lists);
+            let mut full = self.collect(queries, first, bounds, active, &open, &mut threshold, &mut lists);
             while full != 0 {
                 let row = full.trailing_zeros() as usize;
                 full &= full - 1;
-                threshold[row] = lists.tighten(row, k, threshold[row])?;
+                threshold[row] = lists.tighten(row, threshold[row])?;
             }
         }
         for (row, &threshold) in threshold[..visible.len()].iter().enumerate() {

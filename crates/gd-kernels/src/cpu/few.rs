@@ -14,7 +14,8 @@ use rayon::prelude::*;
 
 use super::certified::{Certified, seen};
 use super::filter::Filter;
-use super::integer::{CAPACITY, Code, KEYS, Lists, reached_by};
+use super::integer::{Code, KEYS};
+use super::lists::{CAPACITY, Lists, reached_by};
 use super::scan::Block;
 use super::settle::{Left, Settle};
 use crate::element::{Element, Real};
@@ -128,7 +129,7 @@ impl<A: Real> Head<A> {
         }
         let norm: Vec<f32> = q.chunks_exact(d).map(|q| dot::<A, S>(simd, q, q).sqrt() + LOST).collect();
         let bounded = norm.iter().all(|n| *n < GREATEST.sqrt());
-        let lists = bounded.then(|| Lists::new(visible.len(), CAPACITY));
+        let lists = bounded.then(|| Lists::new(visible.len(), CAPACITY, block.problem.candidates));
         Self { threshold: vec![f32::MIN; visible.len()], visible, q, norm, lists }
     }
 
@@ -181,7 +182,7 @@ impl<A: Real> Head<A> {
                 lists.push(row, (first + w) as u32, upper[w], lower[w]);
             }
             if lists.full(row) {
-                let Some(tight) = lists.tighten(row, problem.candidates, threshold) else {
+                let Some(tight) = lists.tighten(row, threshold) else {
                     self.lists = None;
                     return;
                 };

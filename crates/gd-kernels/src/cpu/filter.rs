@@ -1,5 +1,7 @@
 //! Keys as 8-bit integers in the order in which the certified scan reads them.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::integer::{KEYS, STEP};
@@ -84,9 +86,12 @@ impl Filter {
             vectorize(
                 #[inline(always)]
                 || {
-                    for j in (p * KEYS).max(old)..((p + 1) * KEYS).min(old + more) {
-                        known.enter(j % KEYS, k.row(b, h, j - old), score, values);
+                    let keys = (p * KEYS).max(old)..((p + 1) * KEYS).min(old + more);
+                    for j in keys.clone() {
+                        known.enter(j % KEYS, k.row(b, h, j - old), values);
                     }
+                    let row = |j: usize| &k.row(b, h, j - old)[..k.dims[3]];
+                    known.weigh(keys, score, row);
                 },
             );
         });
@@ -97,7 +102,7 @@ impl Filter {
 impl Known {
     /// Quantises a key into place `w`.
     #[inline(always)]
-    fn enter<T: Element>(&mut self, w: usize, row: &[T], score: Score, values: &mut [u8]) {
+    fn enter<T: Element>(&mut self, w: usize, row: &[T], values: &mut [u8]) {
         let mut room = [0i8; MAX_HEAD_DIM];
         let quantized = &mut room[..row.len()];
         let s = quantize(row, quantized);
@@ -106,19 +111,41 @@ impl Known {
             let slots = &mut slots[w * STEP..][..q.len()];
             slots.iter_mut().zip(q).for_each(|(s, &q)| *s = q.cast_unsigned() ^ 128);
         }
-        self.bias[w] = match score {
-            Score::Energy => native_bias(row).wide() as f32,
-            Score::Dot => 0.0,
-        };
+    }
+
+    /// Enters the biases of some keys of this panel.
+    #[inline(always)]
+    fn weigh<'k, T: Element>(&mut self, keys: Range<usize>, score: Score, row: impl Fn(usize) -> &'k [T]) {
+        /// Chains side by side: in each, one step waits for the one before.
+        const SIDE: usize = 8;
+        let mut j = keys.start;
+        while j < keys.end {
+            let count = SIDE.min(keys.end - j);
+            // What a short last round has too many repeats its last key.
+            let biases = match score {
+                Score::Energy => {
+                    native_bias(std::array::from_fn::<_, SIDE, _>(|c| row(j + c.min(count - 1))))
+                }
+                Score::Dot => [T::Acc::of(0.0); SIDE],
+            };
+            for (c, bias) in biases[..count].iter().enumerate() {
+                self.bias[(j + c) % KEYS] = bias.wide() as f32;
+            }
+            j += count;
+        }
     }
 }
 
-/// `-|k|^2 / 2` as the native scan adds it up: one chain of fused multiply-adds in the order of D.
+/// `-|k|^2 / 2` of C keys as the native scan adds it up: one chain of fused multiply-adds each, in the
+/// order of D.
 #[inline(always)]
-pub(crate) fn native_bias<T: Element>(k: &[T]) -> T::Acc {
-    let mut square = T::Acc::of(0.0);
-    for &x in k {
-        square = num_traits::Float::mul_add(x.up(), x.up(), square);
+pub(crate) fn native_bias<T: Element, const C: usize>(keys: [&[T]; C]) -> [T::Acc; C] {
+    let mut square = [T::Acc::of(0.0); C];
+    for x in 0..keys[0].len() {
+        for c in 0..C {
+            let k = keys[c][x].up();
+            square[c] = num_traits::Float::mul_add(k, k, square[c]);
+        }
     }
-    square * T::Acc::of(-0.5)
+    square.map(|s| s * T::Acc::of(-0.5))
 }

@@ -5,7 +5,8 @@ use pulp::{Simd, WithSimd};
 
 use super::best::Best;
 use super::filter::{Filter, native_bias};
-use super::integer::{KEYS, Lists, reached_by};
+use super::integer::KEYS;
+use super::lists::{Lists, reached_by};
 use super::scan::Block;
 use crate::element::{Element, Real};
 use crate::options::Score;
@@ -86,7 +87,7 @@ impl<T: Element> Settle<'_, '_, T> {
                 T::Acc::of(f64::from(known.bias[j % KEYS]))
             }
             (None, Score::Dot) => T::Acc::zero(),
-            (None, Score::Energy) => native_bias(k),
+            (None, Score::Energy) => native_bias([k])[0],
         }
     }
 
@@ -94,8 +95,8 @@ impl<T: Element> Settle<'_, '_, T> {
     #[inline(always)]
     fn exact(&self, pairs: &[(u32, u32)]) -> Vec<T::Acc> {
         let mut scores = Vec::with_capacity(pairs.len());
-        let (fours, rest) = pairs.as_chunks::<4>();
-        for pairs in fours {
+        let (eights, rest) = pairs.as_chunks::<8>();
+        for pairs in eights {
             scores.extend(self.chains(pairs));
         }
         for pair in rest {
@@ -107,6 +108,8 @@ impl<T: Element> Settle<'_, '_, T> {
     /// C scores side by side: each is a chain in which one step waits for the one before.
     #[inline(always)]
     fn chains<const C: usize>(&self, pairs: &[(u32, u32); C]) -> [T::Acc; C] {
+        /// Steps between two looks at the rows' lengths.
+        const PIECE: usize = 8;
         let (block, d) = (&self.block, self.block.problem.head_dim);
         let mut rows: [(&[T], &[T]); C] = [(&[], &[]); C];
         let mut acc = [T::Acc::zero(); C];
@@ -118,9 +121,19 @@ impl<T: Element> Settle<'_, '_, T> {
             block.add_prior(&mut bias, j);
             acc[c] = bias[0];
         }
-        for x in 0..d {
+        let step = |acc: &mut T::Acc, q: T, k: T| *acc = q.up().mul_add(k.up(), *acc);
+        let pieces = rows.map(|(q, k)| (q.as_chunks::<PIECE>().0, k.as_chunks::<PIECE>().0));
+        for p in 0..d / PIECE {
+            let piece: [(&[T; PIECE], &[T; PIECE]); C] = pieces.map(|(q, k)| (&q[p], &k[p]));
+            for x in 0..PIECE {
+                for c in 0..C {
+                    step(&mut acc[c], piece[c].0[x], piece[c].1[x]);
+                }
+            }
+        }
+        for x in d / PIECE * PIECE..d {
             for c in 0..C {
-                acc[c] = rows[c].0[x].up().mul_add(rows[c].1[x].up(), acc[c]);
+                step(&mut acc[c], rows[c].0[x], rows[c].1[x]);
             }
         }
         acc

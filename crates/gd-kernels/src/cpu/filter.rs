@@ -141,6 +141,8 @@ impl Known {
 #[inline(always)]
 pub(crate) fn native_bias<T: Element, const C: usize>(keys: [&[T]; C]) -> [T::Acc; C] {
     let mut square = [T::Acc::of(0.0); C];
+    // One step of every key, and then the next.
+    #[allow(clippy::needless_range_loop)]
     for x in 0..keys[0].len() {
         for c in 0..C {
             let k = keys[c][x].up();

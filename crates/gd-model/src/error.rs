@@ -110,6 +110,14 @@ pub enum Error {
         /// The folder or file.
         path: PathBuf,
     },
+    /// A file that is not what it was when it was written.
+    #[error("{path}: damaged: {reason}", path = .path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// How that shows.
+        reason: String,
+    },
     /// A value outside its range; the text names it.
     #[error("{0}")]
     Invalid(String),

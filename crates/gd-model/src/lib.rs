@@ -24,6 +24,7 @@ pub mod parallel;
 pub mod params;
 pub mod plot;
 pub mod report;
+pub mod run;
 pub mod sampler;
 pub mod schedule;
 pub mod shapes;

@@ -244,6 +244,16 @@ impl Trainer {
         self.group.require_equal(&format!("the parameters at step {}", self.step), blake3::hash(&state))
     }
 
+    /// The recipe.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// The text.
+    pub fn corpus(&self) -> &Corpus {
+        &self.corpus
+    }
+
     /// Steps of the whole run.
     pub fn steps(&self) -> u64 {
         self.recipe.train.steps

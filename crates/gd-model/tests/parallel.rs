@@ -75,6 +75,7 @@ fn log(folder: &Path) -> Result<Vec<[f64; 2]>> {
     let log = fs::read_to_string(folder.join("train.jsonl"))?;
     let number = |line: &Value, key: &str| line[key].as_f64().with_context(|| format!("no {key} in {line}"));
     log.lines()
+        .filter(|line| !line.contains("\"event\""))
         .map(|line| {
             let line = serde_json::from_str(line)?;
             Ok([number(&line, "loss")?, number(&line, "grad_norm")?])

@@ -58,7 +58,9 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let result = evaluate(&loaded.model, &tokens, bytes, context, TOGETHER / context, &ctx.device)
         .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {
-        return ctx.print(serde_json::to_string(&result)?);
+        let mut json = serde_json::to_value(&result)?;
+        json["passed_over"] = serde_json::to_value(&loaded.passed_over)?;
+        return ctx.print(json);
     }
     ctx.print(format_args!(
         "loss {:.4} nats/token, perplexity {:.2}, {:.4} bits/byte, {} tokens in windows of {context}\n\

@@ -116,6 +116,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
             "tokens": tokens.len(),
             "tokens_per_second": tokens.len() as f64 / seconds,
             "stopped": stopped,
+            "passed_over": loaded.passed_over,
         }));
     }
     ctx.print("")

@@ -1,16 +1,16 @@
 //! `gd train`: trains a model, saves it, reloads it and generates a sample.
 
-use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
-use super::Context;
 use super::data::{ReadingArgs, prepared};
+use super::{Context, usage};
 use crate::checkpoint;
 use crate::config::{Mechanism, Recipe, Setting, TokenizerChoice};
 use crate::data::{Corpus, Texts};
@@ -18,12 +18,16 @@ use crate::evaluate::Evaluation;
 use crate::generate::generate;
 use crate::model_file;
 use crate::parallel::Group;
+use crate::run::{About, RECIPE, Run, Saved};
 use crate::sampler::{Sampler, Sampling};
 use crate::tokenizer::Tokenizer;
 use crate::trainer::{Step, Trainer};
 
 /// The text that ships with the repository; the program carries it, so that it runs anywhere.
 pub const SAMPLE: &str = include_str!("../../../../models/sample.txt");
+
+/// The configuration of a run that names none.
+const DEFAULT: &str = "tiny";
 
 /// Tokens of the sample that is generated at the end.
 const SAMPLE_TOKENS: usize = 200;
@@ -34,10 +38,12 @@ const LINE_EVERY: u64 = 25;
 /// Train a model and save it
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Writes the checkpoint, a log of every step (train.jsonl) and the resolved configuration \
-                  (recipe.json) to the folder, reloads the folder and generates a sample from it.\n\n\
+    after_help = "Writes a run to the folder: its configuration (recipe.json), a log of every step (train.jsonl), \
+                  checkpoints on the way (checkpoint-STEP) and at the end the model; reloads it and generates a \
+                  sample. Ctrl-C or SIGTERM ends a run after its step, with a checkpoint; --resume goes on from \
+                  there, or from the last checkpoint before a crash, to the same result.\n\n\
                   Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book\n  \
-                  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6"
+                  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6\n  gd train --resume out/book"
 )]
 pub struct Args {
     /// Text files (UTF-8), JSONL files, folders of them, or one folder of prepared data (default: the shipped
@@ -47,18 +53,28 @@ pub struct Args {
     /// How files become documents
     #[command(flatten)]
     pub reading: ReadingArgs,
-    /// A preset of models/ or a TOML or JSON file with a configuration
-    #[arg(long, value_name = "PRESET|FILE", default_value = "tiny")]
-    pub config: String,
+    /// A preset of models/ or a TOML or JSON file with a configuration (default: tiny)
+    #[arg(long, value_name = "PRESET|FILE")]
+    pub config: Option<String>,
     /// A value in place of the configuration's, by its dotted path; can be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<Setting>,
     /// Optimizer steps (default: from the configuration)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: Option<u64>,
+    /// Steps between two checkpoints (default: from the configuration)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub save_every: Option<u64>,
+    /// End after this many steps, with a checkpoint
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub stop_after: Option<u64>,
     /// The folder to write (default: out/ and the configuration's name)
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
     pub out: Option<PathBuf>,
+    /// Go on with the run in this folder from its newest whole checkpoint, with its configuration, data and
+    /// seed; flags may repeat them, or make it longer where that changes none of the steps it has done
+    #[arg(long, value_name = "DIR")]
+    pub resume: Option<PathBuf>,
 }
 
 /// Runs the command.
@@ -74,47 +90,47 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 }
 
 fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
-    let seed = ctx.seed.unwrap_or(0);
-    let mut recipe = recipe(&args.config, &args.set, args.steps)?;
-    let name =
-        Path::new(&args.config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
-    let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
-    args.reading.apply(&mut recipe.train.documents);
-    let (corpus, tokenizer) = corpus(&args.data, &mut recipe)?;
-    // Before the training, so that its result is not lost after it.
-    checkpoint::check_replaceable(&out)?;
-    let mut trainer = Trainer::new(recipe.clone(), corpus, seed, &ctx.device)?;
-    trainer.join(group.clone())?;
-    if group.leads() {
-        eprintln!(
-            "{name}: {} parameters, {} steps of {} tokens",
-            trainer.params.count(),
-            recipe.train.steps,
-            recipe.train.batch * recipe.train.context * recipe.train.accumulation
-        );
-    }
-    let mut log = String::new();
-    train(&mut trainer, |step| {
-        log.push_str(&serde_json::to_string(step).unwrap_or_default());
-        log.push('\n');
+    let (mut run, passed_over) = match &args.resume {
+        Some(folder) => resume(group, folder, &args, ctx)?,
+        None => (start(group, &args, ctx)?, Vec::new()),
+    };
+    let stop = interruptible()?;
+    let mut progress = Progress::new(&run.trainer)?;
+    let finished = run.train(args.stop_after, stop, |step| {
+        progress.show(step);
+        Ok(())
     })?;
-    trainer.require_equal()?;
+    progress.finish();
     if !group.leads() {
         return Ok(());
     }
-    let result = trainer.validate()?;
-    let card = card(&name, &recipe, &trainer, &result, &args.data);
-    let extra = BTreeMap::from([
-        ("train.jsonl".to_owned(), log.into_bytes()),
-        ("recipe.json".to_owned(), serde_json::to_vec_pretty(&recipe)?),
-    ]);
-    model_file::save(&out, &trainer.model, &trainer.params, &tokenizer, &card, &extra)?;
-    let sample = sample(&out, seed, ctx)?;
+    let (step, out) = (run.trainer.step(), run.folder().to_path_buf());
+    if !finished {
+        let checkpoint = run.save()?;
+        if ctx.json {
+            return ctx.print(json!({
+                "folder": out, "finished": false, "step": step, "steps": run.trainer.steps(),
+                "checkpoint": checkpoint, "passed_over": passed_over,
+            }));
+        }
+        return ctx.print(format_args!(
+            "stopped after step {step} of {}\nsaved {}\ngo on with: gd train --resume {}",
+            run.trainer.steps(),
+            checkpoint.display(),
+            out.display()
+        ));
+    }
+    let result = run.trainer.validate()?;
+    let (about, recipe) = (run.about().clone(), run.trainer.recipe().clone());
+    let card = card(&about, &recipe, &run.trainer, &result);
+    run.finish(&checkpoint::model_card(&card)?, &result)?;
+    let sample = sample(&out, about.seed, ctx)?;
     if ctx.json {
         return ctx.print(json!({
-            "folder": out, "parameters": trainer.params.count(), "steps": recipe.train.steps, "seed": seed,
+            "folder": out, "finished": true, "parameters": run.trainer.params.count(),
+            "steps": recipe.train.steps, "seed": about.seed,
             "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
-            "tokens": result.tokens, "heads": result.heads, "sample": sample,
+            "tokens": result.tokens, "heads": result.heads, "sample": sample, "passed_over": passed_over,
         }));
     }
     ctx.print(format_args!(
@@ -126,6 +142,87 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
         result.tokens,
         out.display()
     ))
+}
+
+/// A new run.
+fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
+    let config = args.config.as_deref().unwrap_or(DEFAULT);
+    let mut recipe = recipe(config, &args.set, args.steps)?;
+    recipe.train.save_every = args.save_every.or(recipe.train.save_every);
+    args.reading.apply(&mut recipe.train.documents);
+    let name = Path::new(config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
+    let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
+    let (corpus, tokenizer) = corpus(&args.data, &mut recipe)?;
+    let about = About { name, data: args.data.clone(), seed: ctx.seed.unwrap_or(0) };
+    let trainer = trainer(group, recipe, corpus, &about, ctx)?;
+    Ok(Run::create(&out, trainer, tokenizer, about)?)
+}
+
+/// A run that goes on, and why newer checkpoints were passed over.
+fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(Run, Vec<String>)> {
+    let mut saved = Saved::open(folder, group)?;
+    if let Some(seed) = ctx.seed.filter(|seed| *seed != saved.about.seed) {
+        return Err(usage(format!(
+            "--seed {seed}: the run in {} has seed {}",
+            folder.display(),
+            saved.about.seed
+        )));
+    }
+    if let Some(config) = &args.config {
+        saved.recipe = recipe(config, &args.set, args.steps)?;
+    } else if !args.set.is_empty() {
+        saved.recipe = Recipe::load_with(&folder.join(RECIPE).to_string_lossy(), &args.set)?;
+    }
+    saved.recipe.train.steps = args.steps.unwrap_or(saved.recipe.train.steps);
+    saved.recipe.train.save_every = args.save_every.or(saved.recipe.train.save_every);
+    if !args.data.is_empty() {
+        saved.about.data = args.data.clone();
+    }
+    args.reading.apply(&mut saved.recipe.train.documents);
+    let mut recipe = saved.recipe.clone();
+    recipe.train.validate()?;
+    recipe.model.vocab_size = saved.tokenizer.vocab_size();
+    let corpus = match prepared(&saved.about.data) {
+        Ok(Some(prepared)) => Ok(prepared.corpus),
+        Ok(None) => texts(&saved.about.data, &recipe).and_then(|t| Ok(Corpus::encode(&t, &saved.tokenizer)?)),
+        Err(e) => Err(e),
+    };
+    let corpus = corpus.context("the data of the run (--data says where it is now)")?;
+    let trainer = trainer(group, recipe, corpus, &saved.about, ctx)?;
+    let passed_over = saved.damaged().iter().map(|(_, reason)| reason.clone()).collect();
+    let run = Run::resume(saved, trainer, &ctx.device)?;
+    if group.leads() {
+        eprintln!("resumed from step {}", run.trainer.step());
+    }
+    Ok((run, passed_over))
+}
+
+fn trainer(group: &Group, recipe: Recipe, corpus: Corpus, about: &About, ctx: &Context) -> Result<Trainer> {
+    let mut trainer = Trainer::new(recipe, corpus, about.seed, &ctx.device)?;
+    trainer.join(group.clone())?;
+    if group.leads() {
+        let train = &trainer.recipe().train;
+        eprintln!(
+            "{}: {} parameters, {} steps of {} tokens",
+            about.name,
+            trainer.params.count(),
+            train.steps,
+            train.batch * train.context * train.accumulation
+        );
+    }
+    Ok(trainer)
+}
+
+/// A flag that is set by Ctrl-C, SIGTERM or SIGHUP; the second of them ends the program at once.
+fn interruptible() -> Result<&'static AtomicBool> {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after this step; again to stop at once");
+    })?;
+    Ok(&STOP)
 }
 
 /// A preset or a file, with the values of `--set` and the steps of `--steps`, which cut a warm-up that is
@@ -144,10 +241,7 @@ pub(super) fn corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<(Corpus, 
         recipe.model.vocab_size = prepared.tokenizer.vocab_size();
         return Ok((prepared.corpus, prepared.tokenizer));
     }
-    let texts = match files {
-        [] => Texts::split(&[SAMPLE.to_owned()], recipe.train.valid_fraction)?,
-        files => Texts::load(files, &recipe.train.documents, recipe.train.valid_fraction)?,
-    };
+    let texts = texts(files, recipe)?;
     let tokenizer = match recipe.train.tokenizer {
         TokenizerChoice::Bytes => Tokenizer::bytes()?,
         TokenizerChoice::Bpe { vocab } => Tokenizer::train_bpe(texts.train.iter(), vocab)?,
@@ -156,34 +250,62 @@ pub(super) fn corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<(Corpus, 
     Ok((Corpus::encode(&texts, &tokenizer)?, tokenizer))
 }
 
+fn texts(files: &[PathBuf], recipe: &Recipe) -> Result<Texts> {
+    let train = &recipe.train;
+    Ok(match files {
+        [] => Texts::split(&[SAMPLE.to_owned()], train.valid_fraction)?,
+        files => Texts::load(files, &train.documents, train.valid_fraction)?,
+    })
+}
+
 /// Trains under a progress bar on stderr.
 pub(super) fn train(trainer: &mut Trainer, mut watch: impl FnMut(&Step)) -> Result<()> {
-    let bar = ProgressBar::new(trainer.steps());
-    let style = "{bar:30} {pos}/{len} steps  {msg}  {elapsed_precise} (left {eta})";
-    bar.set_style(ProgressStyle::with_template(style)?);
-    bar.enable_steady_tick(Duration::from_millis(500));
-    let leads = trainer.group().leads();
-    if !leads {
-        bar.set_draw_target(ProgressDrawTarget::hidden());
-    }
-    // Where the bar is not drawn (a file, a pipe), a line now and then says the same.
-    let lines = leads && !std::io::stderr().is_terminal();
-    let mut valid = None;
+    let mut progress = Progress::new(trainer)?;
     let result = trainer.run(|step| {
-        valid = step.valid_loss.or(valid);
-        let valid = valid.map_or(String::new(), |v| format!("  valid {v:.4}"));
-        let message = format!("loss {:.4}{valid}  {:.0} tokens/s", step.loss, step.tokens_per_second);
-        if lines && (step.valid_loss.is_some() || step.step.is_multiple_of(LINE_EVERY)) {
-            let left = HumanDuration(Duration::from_secs_f64(step.seconds_left));
-            eprintln!("{}/{} steps  {message}  left {left:#}", step.step, step.total);
-        }
-        bar.set_message(message);
-        bar.set_position(step.step);
+        progress.show(step);
         watch(step);
         Ok(())
     });
-    bar.finish();
+    progress.finish();
     Ok(result?)
+}
+
+/// A progress bar on stderr, of the process that leads.
+struct Progress {
+    bar: ProgressBar,
+    /// Where the bar is not drawn (a file, a pipe), a line now and then says the same.
+    lines: bool,
+    valid: Option<f64>,
+}
+
+impl Progress {
+    fn new(trainer: &Trainer) -> Result<Self> {
+        let bar = ProgressBar::new(trainer.steps()).with_position(trainer.step());
+        let style = "{bar:30} {pos}/{len} steps  {msg}  {elapsed_precise} (left {eta})";
+        bar.set_style(ProgressStyle::with_template(style)?);
+        bar.enable_steady_tick(Duration::from_millis(500));
+        let leads = trainer.group().leads();
+        if !leads {
+            bar.set_draw_target(ProgressDrawTarget::hidden());
+        }
+        Ok(Self { bar, lines: leads && !std::io::stderr().is_terminal(), valid: None })
+    }
+
+    fn show(&mut self, step: &Step) {
+        self.valid = step.valid_loss.or(self.valid);
+        let valid = self.valid.map_or(String::new(), |v| format!("  valid {v:.4}"));
+        let message = format!("loss {:.4}{valid}  {:.0} tokens/s", step.loss, step.tokens_per_second);
+        if self.lines && (step.valid_loss.is_some() || step.step.is_multiple_of(LINE_EVERY)) {
+            let left = HumanDuration(Duration::from_secs_f64(step.seconds_left));
+            eprintln!("{}/{} steps  {message}  left {left:#}", step.step, step.total);
+        }
+        self.bar.set_message(message);
+        self.bar.set_position(step.step);
+    }
+
+    fn finish(&self) {
+        self.bar.finish();
+    }
 }
 
 /// Generates from the folder as it was saved.
@@ -199,16 +321,15 @@ fn sample(folder: &Path, seed: u64, ctx: &Context) -> Result<String> {
 }
 
 fn card(
-    name: &str,
+    about: &About,
     recipe: &Recipe,
     trainer: &Trainer,
     result: &Evaluation,
-    data: &[PathBuf],
 ) -> Vec<(&'static str, String)> {
     let selects = recipe.model.gd.mechanism.contains(&Mechanism::Gd);
-    let data: Vec<_> = data.iter().map(|p| p.display().to_string()).collect();
+    let data: Vec<_> = about.data.iter().map(|p| p.display().to_string()).collect();
     vec![
-        ("name", name.to_owned()),
+        ("name", about.name.clone()),
         ("summary", "A small language model trained with gd.".to_owned()),
         ("parameters", trainer.params.count().to_string()),
         ("mechanism", if selects { "selection (one key a head)" } else { "softmax" }.to_owned()),

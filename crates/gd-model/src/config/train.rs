@@ -1,5 +1,6 @@
 //! How a model is trained: the block `train` of a recipe.
 
+use gd_kernels::Mask;
 use serde::{Deserialize, Serialize};
 
 use super::select::SelectSchedule;
@@ -53,6 +54,12 @@ pub struct TrainConfig {
     /// Steps between two looks at the validation text.
     #[serde(default = "eval_every")]
     pub eval_every: u64,
+    /// Steps between two checkpoints; a tenth of the run, and at most 500, if it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub save_every: Option<u64>,
+    /// The newest checkpoints that are kept, beside the one of the least validation loss.
+    #[serde(default = "keep")]
+    pub keep: usize,
     /// How selection changes over the run.
     #[serde(default)]
     pub select: SelectSchedule,
@@ -82,8 +89,25 @@ fn eval_every() -> u64 {
 fn valid_fraction() -> f64 {
     0.1
 }
+fn keep() -> usize {
+    2
+}
 
 impl TrainConfig {
+    /// Steps between two checkpoints.
+    pub fn save_every(&self) -> u64 {
+        self.save_every.unwrap_or(self.steps.div_ceil(10).min(500))
+    }
+
+    /// Every value that a step takes from a schedule. A run may become longer where these stay the same for
+    /// the steps that it has done.
+    pub fn scheduled(&self, step: u64) -> impl PartialEq + use<> {
+        let mask = Mask::causal(0);
+        let pass = self.select.pass(&mask, step as f64 / self.steps.max(1) as f64);
+        let select = (pass.candidates, pass.hardness, pass.preserve_floor, pass.temperature, pass.threshold);
+        (self.lr.lr(step, self.steps), select)
+    }
+
     /// Checks the values against each other.
     ///
     /// # Errors
@@ -93,6 +117,9 @@ impl TrainConfig {
         let counts = [("batch", self.batch), ("context", self.context), ("accumulation", self.accumulation)];
         if let Some((name, _)) = counts.iter().find(|(_, x)| *x == 0) {
             return fail(format!("train.{name} is 0"));
+        }
+        if self.save_every == Some(0) || self.keep == 0 {
+            return fail("train.save_every and train.keep must be positive".into());
         }
         if self.steps == 0 || self.eval_every == 0 {
             return fail(format!(

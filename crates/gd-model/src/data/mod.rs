@@ -58,12 +58,18 @@ impl Corpus {
         })
     }
 
-    /// A hash of the training tokens.
+    /// A hash of both token streams and of where their documents end.
     pub fn hash(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
-        for at in (0..self.train.len()).step_by(HASHED) {
-            let ids = self.train.read(at..at + HASHED);
-            hasher.update(&ids.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<_>>());
+        for tokens in [&self.train, &self.valid] {
+            hasher.update(&(tokens.len() as u64).to_le_bytes());
+            for at in (0..tokens.len()).step_by(HASHED) {
+                let ids = tokens.read(at..at + HASHED);
+                hasher.update(&ids.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<_>>());
+                for end in tokens.ends(at..at + HASHED) {
+                    hasher.update(&((at + end) as u64).to_le_bytes());
+                }
+            }
         }
         hasher.finalize()
     }

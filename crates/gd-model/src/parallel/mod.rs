@@ -193,6 +193,11 @@ impl Group {
         sums
     }
 
+    /// Of each flag, whether any rank has set it, so that all go on alike. All ranks take part.
+    pub fn any<const N: usize>(&self, own: [bool; N]) -> [bool; N] {
+        self.sum(own.map(|set| f64::from(u8::from(set)))).map(|count| count > 0.0)
+    }
+
     /// Fails unless all ranks hold the same: `hash` is the hash of `what`. All ranks take part, and fail
     /// together.
     ///

@@ -76,7 +76,10 @@ pub(super) fn train_cases() -> Vec<Case> {
         train("--steps 0", 2, &["0", "--steps"]),
         train("--steps -5", 2, &["-5"]),
         train("--steps ten", 2, &["ten", "--steps"]),
-        train("--stop-after 5", 2, &["--stop-after"]),
+        train("--stop-after 0", 2, &["0", "--stop-after"]),
+        train("--save-every 0", 2, &["0", "--save-every"]),
+        case("train --resume {dir}/nowhere", 1, &["nowhere", "no such"]),
+        case("train --resume {dir}/model", 1, &["model", "no checkpoint"]),
         train("--resume {dir}/model", 2, &["--resume"]),
         train("--device cuda:9", 1, &["cuda:9"]),
     ]

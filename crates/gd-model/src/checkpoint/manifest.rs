@@ -1,0 +1,181 @@
+//! The sizes and hashes of a folder's files: written last, so that a folder with a manifest that fits is whole.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufWriter, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::disk::{Disk, Output};
+use super::tensors::{is_plain_name, stream};
+use crate::error::{Error, Result};
+
+/// The manifest in a folder.
+pub const MANIFEST: &str = "manifest.json";
+
+/// What a file must be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Digest {
+    /// Hash of the content, in hexadecimal digits.
+    blake3: String,
+    /// Bytes.
+    size: u64,
+}
+
+/// The files of a folder by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Manifest {
+    files: BTreeMap<String, Digest>,
+}
+
+impl Manifest {
+    /// The file's text, with a hash of the rest, so that damage to the manifest shows like any other. Keys
+    /// stand in the order of the alphabet, which every build of serde_json writes alike.
+    fn to_text(&self) -> String {
+        let files = serde_json::to_value(&self.files).unwrap_or_default();
+        let hash = blake3::hash(files.to_string().as_bytes()).to_hex();
+        format!("{:#}\n", serde_json::json!({ "blake3": hash.as_str(), "files": files }))
+    }
+}
+
+/// Checks every file of `folder` against the manifest in it.
+///
+/// # Errors
+/// Names the file that is missing, cannot be read, or differs.
+pub fn verify(disk: &dyn Disk, folder: &Path) -> Result<()> {
+    let path = folder.join(MANIFEST);
+    let mut text = Vec::new();
+    let read = disk.open(&path).and_then(|mut file| file.read_to_end(&mut text));
+    read.map_err(|e| Error::read(&path, "manifest", e))?;
+    let damaged = |path: &Path, reason: String| Error::Damaged { path: path.into(), reason };
+    let manifest: Manifest =
+        serde_json::from_slice(&text).map_err(|e| damaged(&path, format!("not a manifest: {e}")))?;
+    // One comparison sees any changed byte, be it only a space.
+    if manifest.to_text().as_bytes() != text {
+        return Err(damaged(&path, "its own hash does not fit".into()));
+    }
+    for (name, expected) in &manifest.files {
+        let path = folder.join(name);
+        if !is_plain_name(name) {
+            return Err(damaged(&path, "not a plain file name".into()));
+        }
+        let found = digest(disk, &path)?;
+        if found.size != expected.size {
+            let reason = format!("{} bytes, where the manifest says {}", found.size, expected.size);
+            return Err(damaged(&path, reason));
+        }
+        if found.blake3 != expected.blake3 {
+            let reason = format!("blake3 {}, where the manifest says {}", found.blake3, expected.blake3);
+            return Err(damaged(&path, reason));
+        }
+    }
+    Ok(())
+}
+
+fn digest(disk: &dyn Disk, path: &Path) -> Result<Digest> {
+    let (mut hasher, mut size) = (blake3::Hasher::new(), 0);
+    let mut buffer = vec![0; 1 << 16];
+    let mut read = || -> io::Result<()> {
+        let mut file = disk.open(path)?;
+        loop {
+            match file.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(n) => {
+                    hasher.update(&buffer[..n]);
+                    size += n as u64;
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+    };
+    read().map_err(|e| Error::read(path, "file that the manifest lists", e))?;
+    Ok(Digest { size, blake3: hasher.finalize().to_hex().to_string() })
+}
+
+/// A folder being filled: every file is synced as it is written, and its digest kept for the manifest.
+pub struct Filling<'a> {
+    disk: &'a dyn Disk,
+    folder: PathBuf,
+    manifest: Manifest,
+}
+
+impl<'a> Filling<'a> {
+    /// Fills a folder that exists.
+    pub(super) fn new(disk: &'a dyn Disk, folder: &Path) -> Self {
+        Self { disk, folder: folder.into(), manifest: Manifest::default() }
+    }
+
+    /// Writes a file.
+    ///
+    /// # Errors
+    /// Names the file and the system's reason.
+    pub fn file(&mut self, name: &str, content: &[u8]) -> Result<()> {
+        self.write(name, |path, out| out.write_all(content).map_err(|e| Error::write(path, e)))
+    }
+
+    /// Writes a JSON file.
+    ///
+    /// # Errors
+    /// As [`Filling::file`].
+    pub fn json(&mut self, name: &str, content: &impl Serialize) -> Result<()> {
+        let content = serde_json::to_value(content)
+            .map_err(|e| Error::Invalid(format!("{name}: the content does not fit JSON: {e}")))?;
+        self.file(name, format!("{content:#}\n").as_bytes())
+    }
+
+    /// Writes a safetensors file.
+    ///
+    /// # Errors
+    /// As [`Filling::file`].
+    pub fn tensors(&mut self, name: &str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.write(name, |path, out| stream(path, out, tensors))
+    }
+
+    /// Writes the manifest of all that was written, and syncs the folder.
+    pub(super) fn finish(mut self) -> Result<()> {
+        let text = self.manifest.to_text();
+        self.file(MANIFEST, text.as_bytes())?;
+        self.sync()
+    }
+
+    /// Makes the folder's entries survive a power failure.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.disk.sync_dir(&self.folder).map_err(|e| Error::write(&self.folder, e))
+    }
+
+    fn write(&mut self, name: &str, fill: impl FnOnce(&Path, &mut dyn Write) -> Result<()>) -> Result<()> {
+        let path = self.folder.join(name);
+        let unwritable = |e| Error::write(&path, e);
+        let file = self.disk.create(&path).map_err(unwritable)?;
+        let mut out =
+            BufWriter::with_capacity(1 << 16, Hashing { file, hasher: blake3::Hasher::new(), size: 0 });
+        fill(&path, &mut out)?;
+        let mut out = out.into_inner().map_err(|e| unwritable(e.into_error()))?;
+        out.file.sync().map_err(unwritable)?;
+        let digest = Digest { size: out.size, blake3: out.hasher.finalize().to_hex().to_string() };
+        self.manifest.files.insert(name.into(), digest);
+        Ok(())
+    }
+}
+
+/// Hashes what goes to a file, as it was meant, not as it arrives.
+struct Hashing {
+    file: Box<dyn Output>,
+    hasher: blake3::Hasher,
+    size: u64,
+}
+
+impl Write for Hashing {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..n]);
+        self.size += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}

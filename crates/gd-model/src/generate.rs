@@ -5,8 +5,12 @@ use gd_kernels::Mask;
 use gd_layer::Pass;
 
 use crate::error::{Error, Result};
-use crate::sampler::Sampler;
+use crate::sampler::{Sampler, Sampling};
+use crate::tokenizer::Tokenizer;
 use crate::transformer::Transformer;
+
+/// Tokens of a [`sample`].
+const SAMPLE: usize = 200;
 
 /// Whether the model can continue `prompt`.
 ///
@@ -60,4 +64,23 @@ pub fn generate(
         }
     }
     Ok(all.split_off(prompt.len()))
+}
+
+/// A look at what a model writes: the continuation of `prompt`, as the same model, prompt and seed give it.
+///
+/// # Errors
+/// An empty prompt, or one longer than the model's context.
+pub fn sample(
+    model: &Transformer,
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    seed: u64,
+    device: &Device,
+) -> Result<String> {
+    let (prompt, end) = (tokenizer.encode(prompt)?, tokenizer.end_of_text());
+    let sampling = Sampling { temperature: 0.7, top_p: Some(0.95), ..Sampling::default() };
+    let mut sampler = Sampler::new(sampling, seed)?;
+    let mut new = generate(model, &prompt, SAMPLE, &mut sampler, device, |token| Ok(Some(token) != end))?;
+    new.pop_if(|token| Some(*token) == end);
+    tokenizer.decode(&new)
 }

@@ -224,11 +224,13 @@ impl Panel {
 
 /// A label with as many digits as the span of its axis needs.
 fn number(x: f64, span: f64) -> String {
-    let x = if x.abs() < span * 1e-9 { 0.0 } else { x };
+    if x.abs() < span * 1e-9 {
+        return "0".into();
+    }
     if x.abs() >= 1e6 {
         return format!("{:.*}M", usize::from(span < 1e7), x / 1e6);
     }
-    if span < 1e-2 && x != 0.0 {
+    if span < 1e-2 {
         return format!("{x:.1e}");
     }
     let digits = (1.0 - (span / 2.0).log10().floor()).clamp(0.0, 6.0) as usize;
@@ -293,7 +295,7 @@ mod tests {
             (0.05, 0.3, "0.05"),
             (2_500_000.0, 4e6, "2.5M"),
             (1e-3, 3e-3, "1.0e-3"),
-            (0.0, 3e-3, "0.0000"),
+            (0.0, 3e-3, "0"),
         ];
         for (x, span, expected) in cases {
             assert_eq!(number(x, span), expected, "{x} of {span}");

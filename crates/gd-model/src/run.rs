@@ -23,8 +23,9 @@ use crate::checkpoint::{self, Disk, Found, Store, System, load_json, load_tensor
 use crate::config::Recipe;
 use crate::error::{Error, Result};
 use crate::evaluate::Evaluation;
+use crate::generate::sample;
 pub use crate::history::RECIPE;
-use crate::log::{Event, Logger};
+use crate::log::{Event, Logger, Meter};
 use crate::model_file;
 use crate::parallel::Group;
 use crate::state::State;
@@ -166,7 +167,7 @@ impl Run {
             held = Some(lock(folder)?);
             store.clean()?;
             write_file(&folder.join(RECIPE), &pretty(trainer.recipe())?)?;
-            log = Some(Logger::open(folder, 0)?);
+            log = Some(open_log(folder, 0, &trainer, &record.about)?);
         }
         let folder = folder.to_path_buf();
         let mut run = Self { trainer, tokenizer, record, folder, store, log, saved: None, _lock: held };
@@ -196,7 +197,7 @@ impl Run {
         let mut log = None;
         if trainer.group().leads() {
             store.clean()?;
-            let log = log.insert(Logger::open(&folder, found.step)?);
+            let log = log.insert(open_log(&folder, found.step, &trainer, &record.about)?);
             for (step, reason) in found.damaged {
                 let aside = store.set_aside(step)?;
                 tracing::warn!("{reason}; kept as {}, resumed from step {}", aside.display(), found.step);
@@ -229,7 +230,7 @@ impl Run {
 
     /// Trains to the end of the run, for at most `limit` steps, or until `stop` is set, and saves
     /// checkpoints on the way: every `save_every` steps, with every best look at the validation text, and
-    /// wherever it ends. Says whether the run has come to its end. `watch` sees every step.
+    /// wherever it ends. Says whether the run has come to its end. `watch` sees every step, and the samples.
     ///
     /// # Errors
     /// As [`Trainer::advance`], or the file that cannot be written.
@@ -237,7 +238,7 @@ impl Run {
         &mut self,
         limit: Option<u64>,
         stop: &AtomicBool,
-        mut watch: impl FnMut(&Step) -> Result<()>,
+        mut watch: impl FnMut(&Step, Option<String>) -> Result<()>,
     ) -> Result<bool> {
         let end = limit.map_or(u64::MAX, |n| self.trainer.step().saturating_add(n));
         let end = end.min(self.trainer.steps());
@@ -247,7 +248,7 @@ impl Run {
             if let Some(log) = &mut self.log {
                 log.step(&step)?;
             }
-            watch(&step)?;
+            watch(&step, self.sample(step.step)?)?;
             let best = self.note(&step);
             // Only the process that leads looks at the validation text, and a signal may reach only one.
             let [stop, save] = self
@@ -263,6 +264,20 @@ impl Run {
         }
         self.save()?;
         Ok(self.trainer.step() == self.trainer.steps())
+    }
+
+    /// Every `sample_every` steps a look at what the model writes, prompt and continuation, which is logged.
+    fn sample(&mut self, step: u64) -> Result<Option<String>> {
+        let train = &self.trainer.recipe().train;
+        let (Some(log), true) = (&mut self.log, train.sample_every.is_some_and(|n| step.is_multiple_of(n)))
+        else {
+            return Ok(None);
+        };
+        let (prompt, device) = (train.sample_prompt.clone(), self.trainer.device());
+        let text = sample(&self.trainer.model, &self.tokenizer, &prompt, self.record.about.seed, device)?;
+        let whole = format!("{prompt}{text}");
+        log.event(step, &Event::Sample { prompt, text })?;
+        Ok(Some(whole))
     }
 
     /// Keeps the best look at the validation text; says whether it was this one.
@@ -321,6 +336,13 @@ impl Run {
         log.event(trainer.step(), &Event::End { loss, bits_per_byte, tokens })?;
         log.sync()
     }
+}
+
+fn open_log(folder: &Path, step: u64, trainer: &Trainer, about: &About) -> Result<Logger> {
+    let meter = Meter::new(trainer.recipe(), trainer.device(), trainer.group().world())?;
+    let mut log = Logger::open(folder, step, meter)?;
+    log.start(step, trainer.params.count(), about.seed)?;
+    Ok(log)
 }
 
 /// Makes `folder` exist without a run in it.
@@ -405,7 +427,8 @@ fn changed(folder: &Path, what: &str, old: &str, new: &str) -> Error {
 /// Hash of everything in a recipe that the result depends on.
 fn recipe_hash(recipe: &Recipe) -> Result<String> {
     let mut recipe = recipe.clone();
-    (recipe.train.save_every, recipe.train.keep) = (None, 0);
+    (recipe.train.save_every, recipe.train.keep, recipe.train.sample_every) = (None, 0, None);
+    recipe.train.sample_prompt.clear();
     Ok(blake3::hash(&pretty(&recipe)?).to_hex().to_string())
 }
 

@@ -39,6 +39,9 @@ pub struct Step {
     pub lr: f64,
     /// Updates that the guard has skipped so far.
     pub skipped: u64,
+    /// Why it skipped this one; an event of its own in the log.
+    #[serde(skip)]
+    pub skip: Option<String>,
     /// Share of the hard forward pass.
     pub hardness: f64,
     /// Candidates per query, if the run changes them.
@@ -48,7 +51,8 @@ pub struct Step {
     pub tokens: u64,
     /// Training tokens per second in this step, a look at the validation text left out.
     pub tokens_per_second: f64,
-    /// Seconds to the end of the run at this rate.
+    /// Seconds to the end of the run at this rate; not logged.
+    #[serde(skip)]
     pub seconds_left: f64,
     /// Loss on the first windows of the validation text, every `eval_every` steps and at the end.
     pub valid_loss: Option<f64>,
@@ -254,6 +258,11 @@ impl Trainer {
         &self.corpus
     }
 
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Steps of the whole run.
     pub fn steps(&self) -> u64 {
         self.recipe.train.steps
@@ -287,7 +296,8 @@ impl Trainer {
         self.group.all_reduce(&self.params.vars(), &mut gradients)?;
         let (loss, grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
         let lr = self.recipe.train.lr.lr(self.step, self.recipe.train.steps);
-        if !self.skip(&gradients, loss, grad_norm)? {
+        let skip = self.skip(&gradients, loss, grad_norm)?;
+        if skip.is_none() {
             self.update(&gradients, grad_norm, lr)?;
         }
         let mask = Mask::causal(0);
@@ -307,6 +317,7 @@ impl Trainer {
             grad_norm,
             lr,
             skipped: self.guard.skipped(),
+            skip,
             hardness,
             candidates,
             tokens: self.step * tokens,
@@ -352,20 +363,22 @@ impl Trainer {
         sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))
     }
 
-    /// Whether this step's update is to be skipped.
-    fn skip(&mut self, gradients: &Gradients, loss: f64, grad_norm: f64) -> Result<bool> {
+    /// Why this step's update is to be skipped, if it is.
+    fn skip(&mut self, gradients: &Gradients, loss: f64, grad_norm: f64) -> Result<Option<String>> {
         let step = self.step + 1;
         let judged = self.guard.judge(loss, grad_norm);
         let judged = judged.map_err(|e| Error::Invalid(format!("step {step}: {e}")))?;
-        if let Some(reason) = &judged
-            && self.group.leads()
-        {
-            let vars = self.params.vars();
-            let first = not_finite(&vars, &gradients.store)?;
-            let whose = first.map_or(String::new(), |name| format!(" (first in {name})"));
-            tracing::warn!("step {step}: update skipped: {reason}{whose}");
+        let Some(reason) = judged else { return Ok(None) };
+        let vars = self.params.vars();
+        let first = not_finite(&vars, &gradients.store)?;
+        let reason = match first {
+            Some(name) => format!("{reason} (first in {name})"),
+            None => reason,
+        };
+        if self.group.leads() {
+            tracing::warn!("step {step}: update skipped: {reason}");
         }
-        Ok(judged.is_some())
+        Ok(Some(reason))
     }
 
     /// Moves the parameters.

@@ -15,11 +15,13 @@ use crate::checkpoint;
 use crate::config::{Mechanism, Recipe, Setting, TokenizerChoice};
 use crate::data::{Corpus, Texts};
 use crate::evaluate::Evaluation;
-use crate::generate::generate;
+use crate::generate::sample;
+use crate::history::History;
+use crate::log::Event;
 use crate::model_file;
 use crate::parallel::Group;
+use crate::report;
 use crate::run::{About, RECIPE, Run, Saved};
-use crate::sampler::{Sampler, Sampling};
 use crate::tokenizer::Tokenizer;
 use crate::trainer::{Step, Trainer};
 
@@ -28,9 +30,6 @@ pub const SAMPLE: &str = include_str!("../../../../models/sample.txt");
 
 /// The configuration of a run that names none.
 const DEFAULT: &str = "tiny";
-
-/// Tokens of the sample that is generated at the end.
-const SAMPLE_TOKENS: usize = 200;
 
 /// Steps between two lines of progress where no bar is drawn.
 const LINE_EVERY: u64 = 25;
@@ -96,8 +95,8 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
     };
     let stop = interruptible()?;
     let mut progress = Progress::new(&run.trainer)?;
-    let finished = run.train(args.stop_after, stop, |step| {
-        progress.show(step);
+    let finished = run.train(args.stop_after, stop, |step, sample| {
+        progress.show(step, sample.as_deref());
         Ok(())
     })?;
     progress.finish();
@@ -124,7 +123,15 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
     let (about, recipe) = (run.about().clone(), run.trainer.recipe().clone());
     let card = card(&about, &recipe, &run.trainer, &result);
     run.finish(&checkpoint::model_card(&card)?, &result)?;
-    let sample = sample(&out, about.seed, ctx)?;
+    // From the folder, as it was saved.
+    let loaded = model_file::load(&out, &ctx.device)?;
+    let prompt = recipe.train.sample_prompt.clone();
+    let text = sample(&loaded.model, &loaded.tokenizer, &prompt, about.seed, &ctx.device)?;
+    let sample = format!("{prompt}{text}");
+    if let Some(log) = run.log() {
+        log.event(step, &Event::Sample { prompt, text })?;
+    }
+    report::save(&out.join(report::FILE), &History::load(&out)?)?;
     if ctx.json {
         return ctx.print(json!({
             "folder": out, "finished": true, "parameters": run.trainer.params.count(),
@@ -262,7 +269,7 @@ fn texts(files: &[PathBuf], recipe: &Recipe) -> Result<Texts> {
 pub(super) fn train(trainer: &mut Trainer, mut watch: impl FnMut(&Step)) -> Result<()> {
     let mut progress = Progress::new(trainer)?;
     let result = trainer.run(|step| {
-        progress.show(step);
+        progress.show(step, None);
         watch(step);
         Ok(())
     });
@@ -291,7 +298,7 @@ impl Progress {
         Ok(Self { bar, lines: leads && !std::io::stderr().is_terminal(), valid: None })
     }
 
-    fn show(&mut self, step: &Step) {
+    fn show(&mut self, step: &Step, sample: Option<&str>) {
         self.valid = step.valid_loss.or(self.valid);
         let valid = self.valid.map_or(String::new(), |v| format!("  valid {v:.4}"));
         let message = format!("loss {:.4}{valid}  {:.0} tokens/s", step.loss, step.tokens_per_second);
@@ -301,23 +308,15 @@ impl Progress {
         }
         self.bar.set_message(message);
         self.bar.set_position(step.step);
+        if let Some(sample) = sample {
+            let text = format!("sample after {} steps: {sample}", step.step);
+            self.bar.suspend(|| eprintln!("{text}"));
+        }
     }
 
     fn finish(&self) {
         self.bar.finish();
     }
-}
-
-/// Generates from the folder as it was saved.
-fn sample(folder: &Path, seed: u64, ctx: &Context) -> Result<String> {
-    let loaded = model_file::load(folder, &ctx.device)?;
-    let (prompt, end) = (loaded.tokenizer.encode("The ")?, loaded.tokenizer.end_of_text());
-    let sampling = Sampling { temperature: 0.7, top_p: Some(0.95), ..Sampling::default() };
-    let mut sampler = Sampler::new(sampling, seed)?;
-    let new = generate(&loaded.model, &prompt, SAMPLE_TOKENS, &mut sampler, &ctx.device, |token| {
-        Ok(Some(token) != end)
-    })?;
-    Ok(loaded.tokenizer.decode(&[prompt, new].concat())?)
 }
 
 fn card(

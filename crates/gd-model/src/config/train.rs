@@ -60,6 +60,12 @@ pub struct TrainConfig {
     /// The newest checkpoints that are kept, beside the one of the least validation loss.
     #[serde(default = "keep")]
     pub keep: usize,
+    /// Steps between two samples for the log; none are made without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample_every: Option<u64>,
+    /// What a sample continues.
+    #[serde(default = "sample_prompt")]
+    pub sample_prompt: String,
     /// How selection changes over the run.
     #[serde(default)]
     pub select: SelectSchedule,
@@ -85,6 +91,9 @@ fn clip() -> f64 {
 }
 fn eval_every() -> u64 {
     100
+}
+fn sample_prompt() -> String {
+    "The ".into()
 }
 fn valid_fraction() -> f64 {
     0.1
@@ -126,6 +135,9 @@ impl TrainConfig {
                 "train.steps {} and train.eval_every {} must be positive",
                 self.steps, self.eval_every
             ));
+        }
+        if self.sample_every == Some(0) || self.sample_prompt.is_empty() {
+            return fail("train.sample_every must be positive and train.sample_prompt not empty".into());
         }
         if !(self.valid_fraction > 0.0 && self.valid_fraction < 1.0) {
             return fail(format!("train.valid_fraction {} is outside (0, 1)", self.valid_fraction));

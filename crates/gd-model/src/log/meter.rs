@@ -25,7 +25,7 @@ pub struct Line<'a> {
 }
 
 /// Knows what a token costs and what the device could do.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Meter {
     flops_per_token: f64,
     peak_flops: f64,
@@ -33,20 +33,21 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Measures the device, in a fraction of a second.
+    /// Measures the device, in a fraction of a second. With several processes the others' devices are
+    /// taken to be as fast.
     ///
     /// # Errors
     /// What the device reports.
-    pub fn new(recipe: &Recipe, device: &Device) -> Result<Self> {
+    pub fn new(recipe: &Recipe, device: &Device, processes: usize) -> Result<Self> {
         Ok(Self {
             flops_per_token: flops::per_token(&recipe.model, recipe.train.context),
-            peak_flops: flops::peak(device)?,
+            peak_flops: flops::peak(device)? * processes as f64,
             device: device::name(device),
         })
     }
 
     /// The event with which a run begins or goes on.
-    pub fn start(&self, parameters: usize, seed: u64) -> Event {
+    pub(super) fn start(&self, parameters: usize, seed: u64) -> Event {
         Event::Start {
             version: env!("CARGO_PKG_VERSION"),
             device: self.device.clone(),
@@ -59,7 +60,7 @@ impl Meter {
     }
 
     /// The line of a step.
-    pub fn line<'a>(&self, step: &'a Step) -> Line<'a> {
+    pub(super) fn line<'a>(&self, step: &'a Step) -> Line<'a> {
         let (resident_mib, peak_mib) = (memory::resident(), memory::peak());
         let mfu = step.tokens_per_second * self.flops_per_token / self.peak_flops;
         Line { step, mfu, resident_mib, peak_mib }

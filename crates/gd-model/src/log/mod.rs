@@ -20,6 +20,7 @@ pub use meter::{Line, Meter};
 pub use tensorboard::TensorBoard;
 
 use crate::error::{Error, Result};
+use crate::trainer::Step;
 
 /// The log in the folder of a run.
 pub const FILE: &str = "train.jsonl";
@@ -85,6 +86,7 @@ pub enum Event {
 pub struct Logger {
     jsonl: Jsonl,
     tensorboard: TensorBoard,
+    meter: Meter,
 }
 
 impl Logger {
@@ -93,24 +95,41 @@ impl Logger {
     ///
     /// # Errors
     /// Names the file that cannot be read or written.
-    pub fn open(run: &Path, step: u64) -> Result<Self> {
+    pub fn open(run: &Path, step: u64, meter: Meter) -> Result<Self> {
         let jsonl = Jsonl::open(&run.join(FILE), step)?;
         let mut tensorboard = TensorBoard::create(&run.join(TENSORBOARD), now())?;
         for line in read(&run.join(FILE))? {
             tensorboard.line(&line)?;
         }
-        Ok(Self { jsonl, tensorboard })
+        Ok(Self { jsonl, tensorboard, meter })
     }
 
-    /// Writes the line of a step: the fields of `line`, among them `step`, and the time. Its numbers
-    /// become scalars of TensorBoard, nested ones with a `/` in their name.
+    /// Writes the event with which a run begins or goes on after `step` steps.
     ///
     /// # Errors
     /// Names the file that cannot be written.
-    pub fn step(&mut self, line: &impl Serialize) -> Result<()> {
-        let line = object(line)?;
-        self.jsonl.append(&line)?;
-        self.tensorboard.line(&line)
+    pub fn start(&mut self, step: u64, parameters: usize, seed: u64) -> Result<()> {
+        let event = self.meter.start(parameters, seed);
+        self.event(step, &event)
+    }
+
+    /// Writes the line of a step, and why its update was skipped if it was. The line's numbers become
+    /// scalars of TensorBoard, nested ones with a `/` in their name.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn step(&mut self, step: &Step) -> Result<()> {
+        let line = object(&self.meter.line(step))?;
+        self.line(&line)?;
+        match &step.skip {
+            Some(reason) => self.event(step.step, &Event::Skip { reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn line(&mut self, line: &Map<String, Value>) -> Result<()> {
+        self.jsonl.append(line)?;
+        self.tensorboard.line(line)
     }
 
     /// Writes an event that happened after `step` steps.
@@ -184,13 +203,13 @@ mod tests {
     fn a_log_that_is_opened_again_goes_on_after_a_step() {
         let dir = tempfile::tempdir().unwrap();
         let sample = Event::Sample { prompt: "a".into(), text: "b".into() };
-        let mut log = Logger::open(dir.path(), 0).unwrap();
+        let mut log = Logger::open(dir.path(), 0, Meter::default()).unwrap();
         for step in 1..=3 {
-            log.step(&json!({ "step": step, "loss": 0.5 })).unwrap();
+            log.line(&object(&json!({ "step": step, "loss": 0.5 })).unwrap()).unwrap();
             log.event(step, &sample).unwrap();
         }
-        let mut log = Logger::open(dir.path(), 2).unwrap();
-        log.step(&json!({ "step": 3, "loss": 0.25 })).unwrap();
+        let mut log = Logger::open(dir.path(), 2, Meter::default()).unwrap();
+        log.line(&object(&json!({ "step": 3, "loss": 0.25 })).unwrap()).unwrap();
         log.sync().unwrap();
         let lines = read(&dir.path().join(FILE)).unwrap();
         let steps: Vec<_> =

@@ -106,7 +106,9 @@ pub fn panels(runs: &[History], axis: Axis, names: &[String]) -> Vec<Panel> {
         });
         for (colour, run) in runs.iter().enumerate() {
             let mut points = run.series(name, axis);
-            let style = if name == "valid_loss" { Style::Points } else { Style::Line };
+            // What is looked at now and then, such as the validation loss.
+            let sparse = 2 * points.len() < run.steps.len() || name == "valid_loss";
+            let style = if sparse { Style::Points } else { Style::Line };
             if name == "loss" {
                 let raw: Vec<f64> = points.iter().map(|p| p.1).collect();
                 points.iter_mut().zip(smooth(&raw)).for_each(|(p, y)| p.1 = y);

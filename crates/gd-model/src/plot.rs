@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 
 const WIDTH: u32 = 960;
 /// Height of a lone panel, and of one among several.
-const HEIGHT: [u32; 2] = [600, 340];
+const HEIGHT: [u32; 2] = [600, 300];
 const FONT: &str = "sans-serif";
 /// Colours that stay apart for colour-blind eyes too.
 const COLOURS: [RGBColor; 6] = [
@@ -263,7 +263,7 @@ mod tests {
         save(&path, &[panels[0].clone(), panel(Vec::new())]).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         assert_eq!(bytes[..8], *b"\x89PNG\r\n\x1a\n");
-        assert_eq!(bytes[16..24], [960u32.to_be_bytes(), 680u32.to_be_bytes()].concat());
+        assert_eq!(bytes[16..24], [960u32.to_be_bytes(), 600u32.to_be_bytes()].concat());
     }
 
     #[test]

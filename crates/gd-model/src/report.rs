@@ -17,8 +17,8 @@ const SAMPLES: usize = 3;
 const EVENTS: usize = 20;
 /// What has a panel besides the losses, where the log has it.
 const CURVES: [&str; 5] = ["loss", "valid_loss", "lr", "grad_norm", "tokens_per_second"];
-/// The prefix of the statistics of the heads.
-const SELECTION: &str = "selection/";
+/// How the names of most statistics of the heads begin.
+const HEADS: &str = "heads/";
 
 /// A part of the document.
 enum Part {
@@ -71,7 +71,8 @@ fn parts(run: &History) -> Vec<Part> {
     };
     parts.push(Part::Heading("Curves"));
     parts.push(Part::Curves(panels(std::slice::from_ref(run), Axis::Step, &has(&CURVES))));
-    let heads: Vec<String> = known.iter().filter(|name| name.starts_with(SELECTION)).cloned().collect();
+    let heads: Vec<String> =
+        known.iter().filter(|name| name.starts_with(HEADS) || *name == "churn").cloned().collect();
     if !heads.is_empty() {
         parts.push(Part::Heading("Selection"));
         parts.push(Part::Table(
@@ -173,7 +174,7 @@ fn heads_table(run: &History, names: &[String]) -> Vec<Vec<String>> {
         let (least, greatest) = values.iter().fold((f64::MAX, f64::MIN), |(l, g), x| (l.min(*x), g.max(*x)));
         let cells = [values.first().copied(), Some(least), Some(greatest), values.last().copied()];
         let cell = |x: Option<f64>| x.map_or(String::new(), |x| format!("{x:.4}"));
-        [name[SELECTION.len()..].to_owned()].into_iter().chain(cells.map(cell)).collect()
+        [name.trim_start_matches(HEADS).to_owned()].into_iter().chain(cells.map(cell)).collect()
     };
     names.iter().map(row).collect()
 }

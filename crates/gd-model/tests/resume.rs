@@ -58,7 +58,7 @@ fn steps(run: &Path) -> Result<Vec<Map<String, Value>>> {
     let mut lines = lines.collect::<serde_json::Result<Vec<_>>>()?;
     lines.retain(|line| !line.contains_key("event"));
     for line in &mut lines {
-        for key in ["time", "tokens_per_second", "seconds_left"] {
+        for key in ["time", "tokens_per_second", "mfu", "resident_mib", "peak_mib"] {
             ensure!(line.remove(key).is_some(), "no {key} in {line:?}");
         }
     }

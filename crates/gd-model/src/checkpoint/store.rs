@@ -128,12 +128,9 @@ impl Store {
             }
             return Err(e);
         }
-        let old = self.steps()?.into_iter().filter(|s| *s < step);
-        for old in old.skip(keep.saturating_sub(1)).filter(|s| Some(*s) != best) {
-            // The save itself is done, so this is no failure of it.
-            if let Err(e) = self.discard(old) {
-                tracing::warn!("an old checkpoint could not be removed: {e}");
-            }
+        // The save itself is done, so this is no failure of it.
+        if let Err(e) = self.prune(step, keep, best) {
+            tracing::warn!("an old checkpoint could not be removed: {e}");
         }
         Ok(path)
     }
@@ -184,11 +181,16 @@ impl Store {
         }
     }
 
-    /// Removes a checkpoint. It loses its name first, so that a crash leaves no half of one under it.
-    fn discard(&self, step: u64) -> Result<()> {
-        let aside = self.temporary(step);
-        self.rename(&self.path(step), &aside)?;
-        self.remove(&aside)
+    /// Removes what is older than the checkpoint of `step`, but for the newest and the best. Each loses its name
+    /// first, so that a crash leaves no half of one under it.
+    fn prune(&self, step: u64, keep: usize, best: Option<u64>) -> Result<()> {
+        let old = self.steps()?.into_iter().filter(|s| *s < step).skip(keep.saturating_sub(1));
+        for old in old.filter(|s| Some(*s) != best) {
+            let aside = self.temporary(old);
+            self.rename(&self.path(old), &aside)?;
+            self.remove(&aside)?;
+        }
+        Ok(())
     }
 
     fn temporary(&self, step: u64) -> PathBuf {

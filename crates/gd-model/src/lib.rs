@@ -8,6 +8,7 @@ pub mod config;
 pub mod curve;
 pub mod data;
 pub mod device;
+pub mod dry_run;
 pub mod error;
 pub mod evaluate;
 pub mod flops;

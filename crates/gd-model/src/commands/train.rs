@@ -14,6 +14,7 @@ use super::{Context, usage};
 use crate::checkpoint;
 use crate::config::{Mechanism, Recipe, Setting, TokenizerChoice};
 use crate::data::{Corpus, Texts};
+use crate::dry_run::plan;
 use crate::evaluate::Evaluation;
 use crate::generate::sample;
 use crate::history::History;
@@ -42,7 +43,7 @@ const LINE_EVERY: u64 = 25;
                   sample. Ctrl-C or SIGTERM ends a run after its step, with a checkpoint; --resume goes on from \
                   there, or from the last checkpoint before a crash, to the same result.\n\n\
                   Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book\n  \
-                  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6\n  gd train --resume out/book"
+                  gd train --config base --dry-run\n  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6\n  gd train --resume out/book"
 )]
 pub struct Args {
     /// Text files (UTF-8), JSONL files, folders of them, or one folder of prepared data (default: the shipped
@@ -61,6 +62,9 @@ pub struct Args {
     /// Optimizer steps (default: from the configuration)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: Option<u64>,
+    /// Print parameters, tokens and the predicted peak memory of the run, and write nothing
+    #[arg(long, conflicts_with = "resume")]
+    pub dry_run: bool,
     /// Steps between two checkpoints (default: from the configuration)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub save_every: Option<u64>,
@@ -89,6 +93,9 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 }
 
 fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
+    if args.dry_run {
+        return if group.leads() { dry_run(&args, ctx) } else { Ok(()) };
+    }
     let (mut run, passed_over) = match &args.resume {
         Some(folder) => resume(group, folder, &args, ctx)?,
         None => (start(group, &args, ctx)?, Vec::new()),
@@ -163,6 +170,21 @@ fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
     let about = About { name, data: args.data.clone(), seed: ctx.seed.unwrap_or(0) };
     let trainer = trainer(group, recipe, corpus, &about, ctx)?;
     Ok(Run::create(&out, trainer, tokenizer, about)?)
+}
+
+/// What the run would need.
+fn dry_run(args: &Args, ctx: &Context) -> Result<()> {
+    let mut recipe = recipe(args.config.as_deref().unwrap_or(DEFAULT), &args.set, args.steps)?;
+    args.reading.apply(&mut recipe.train.documents);
+    corpus(&args.data, &mut recipe)?;
+    let plan = plan(&recipe)?;
+    if ctx.json {
+        return ctx.print(serde_json::to_string(&plan)?);
+    }
+    ctx.print(format_args!(
+        "{} parameters\n{} steps of {} tokens\n{:.0} MiB peak memory predicted, above the program and the text",
+        plan.parameters, plan.steps, plan.tokens_per_step, plan.peak_memory_mib
+    ))
 }
 
 /// A run that goes on, and why newer checkpoints were passed over.

@@ -13,7 +13,7 @@ use gd_kernels::fused::{attach2, with_contiguous_rows};
 use super::{backward, checked_targets, composed, count, forward, token_losses};
 
 /// Logits that exist at a time: 4 MiB in f32, where products are still as fast as with all of them.
-const CHUNK: usize = 1 << 20;
+pub(crate) const CHUNK: usize = 1 << 20;
 
 /// As [`cross_entropy`](super::cross_entropy) of the logits `hidden weightᵀ`, for hidden states `[rows, C]`,
 /// weights `[V, C]` and targets u32 `[rows]`.

@@ -73,14 +73,9 @@ fn trained(dir: &Path, world: usize, args: &str) -> Result<Value> {
 /// Losses of the steps and norms of their gradients.
 fn log(folder: &Path) -> Result<Vec<[f64; 2]>> {
     let log = fs::read_to_string(folder.join("train.jsonl"))?;
-    let number = |line: &Value, key: &str| line[key].as_f64().with_context(|| format!("no {key} in {line}"));
-    log.lines()
-        .filter(|line| !line.contains("\"event\""))
-        .map(|line| {
-            let line = serde_json::from_str(line)?;
-            Ok([number(&line, "loss")?, number(&line, "grad_norm")?])
-        })
-        .collect()
+    let lines: Vec<Value> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    // The other lines are events.
+    Ok(lines.iter().filter_map(|line| Some([line["loss"].as_f64()?, line["grad_norm"].as_f64()?])).collect())
 }
 
 fn weights(folder: &Path) -> Result<Vec<(String, Tensor)>> {
@@ -88,6 +83,27 @@ fn weights(folder: &Path) -> Result<Vec<(String, Tensor)>> {
     let mut tensors: Vec<_> = tensors.into_iter().collect();
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(tensors)
+}
+
+/// Fails unless two runs of 20 steps are the same but for rounding.
+fn require_close(one: &Path, other: &Path) -> Result<()> {
+    let (a, b) = (log(one)?, log(other)?);
+    ensure!((a.len(), b.len()) == (20, 20), "{} and {} steps", a.len(), b.len());
+    let mut far = [0f64; 3];
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..2 {
+            far[i] = far[i].max((a[i] - b[i]).abs() / a[i].abs());
+        }
+    }
+    // Adam makes steps of one size out of gradients of any: where one is near 0, rounding shows. The
+    // learning rates of these steps add up to 0.06.
+    for ((_, a), (_, b)) in weights(one)?.iter().zip(weights(other)?) {
+        far[2] = far[2].max((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?.into());
+    }
+    println!("{}: losses, norms, weights differ by {far:?}", other.display());
+    ensure!(far[0] <= 1e-6 && far[1] <= 1e-5 && far[2] <= 1e-4, "{}: {far:?}", other.display());
+    gd_support::log_cases("parallel", 1);
+    Ok(())
 }
 
 #[test]
@@ -98,29 +114,26 @@ fn ranks_train_as_one_process_does() -> Result<()> {
     for (config, worlds) in [("small", vec![2, 4]), ("six", vec![4])] {
         let train = TRAIN.replace("small", config);
         trained(dir, 1, &format!("{train} --out {config}1"))?;
-        let (one_log, one) =
-            (log(&dir.join(format!("{config}1")))?, weights(&dir.join(format!("{config}1")))?);
-        ensure!(one_log.len() == 20);
         for world in worlds {
             trained(dir, world, &format!("{train} --out {config}{world}"))?;
-            let out = dir.join(format!("{config}{world}"));
-            let mut far = [0f64; 3];
-            for (a, b) in one_log.iter().zip(log(&out)?) {
-                for i in 0..2 {
-                    far[i] = far[i].max((a[i] - b[i]).abs() / a[i].abs());
-                }
-            }
-            // Adam makes steps of one size out of gradients of any: where one is near 0, rounding shows. The
-            // learning rates of these steps add up to 0.06.
-            for ((_, a), (_, b)) in one.iter().zip(weights(&out)?) {
-                far[2] = far[2].max((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?.into());
-            }
-            println!("{config} by {world}: losses, norms, weights differ by {far:?}");
-            ensure!(far[0] <= 1e-6 && far[1] <= 1e-5 && far[2] <= 1e-4, "{config} by {world}: {far:?}");
-            gd_support::log_cases("parallel", 1);
+            require_close(&dir.join(format!("{config}1")), &dir.join(format!("{config}{world}")))?;
         }
     }
     Ok(())
+}
+
+#[test]
+fn another_number_of_ranks_goes_on() -> Result<()> {
+    let folder = folder()?;
+    let dir = folder.path();
+    trained(dir, 1, &format!("{TRAIN} --out whole"))?;
+    let stopped = trained(dir, 4, &format!("{TRAIN} --stop-after 9 --out split"))?;
+    ensure!(stopped["step"] == 9 && stopped["finished"] == false, "{stopped}");
+    let stopped = trained(dir, 1, "train --resume split --stop-after 4 --json")?;
+    ensure!(stopped["step"] == 13 && stopped["finished"] == false, "{stopped}");
+    let finished = trained(dir, 2, "train --resume split --json")?;
+    ensure!(finished["finished"] == true, "{finished}");
+    require_close(&dir.join("whole"), &dir.join("split"))
 }
 
 #[test]
@@ -181,15 +194,16 @@ fn children(parent: u32) -> Result<Vec<u32>> {
 }
 
 #[test]
-fn a_killed_rank_stops_the_job() -> Result<()> {
+fn a_killed_rank_stops_the_job_and_the_last_checkpoint_goes_on() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
-    let mut job = gd(dir, 3, "train --data text.txt --config six.json --steps 1000000 --out killed");
+    let mut job =
+        gd(dir, 3, "train --data text.txt --config six.json --steps 1000000 --save-every 10 --out killed");
     let mut job = job.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     let mut stderr = BufReader::new(job.stderr.take().context("no stderr")?);
-    // Training has begun.
+    // There are checkpoints; that of step 20 at least is whole.
     let mut line = String::new();
-    while !line.contains("steps  loss") {
+    while !line.contains("30/1000000 steps") {
         line.clear();
         ensure!(stderr.read_line(&mut line)? > 0, "the job ended too early: {:?}", job.wait()?);
     }
@@ -207,6 +221,10 @@ fn a_killed_rank_stops_the_job() -> Result<()> {
     while ranks.iter().any(runs) {
         std::thread::sleep(Duration::from_millis(20));
     }
+    let resumed = trained(dir, 2, "train --resume killed --stop-after 5 --json")?;
+    let step = resumed["step"].as_u64().context("no step")?;
+    ensure!(step >= 25 && step % 10 == 5, "{resumed}");
+    ensure!(log(&dir.join("killed"))?.len() as u64 == step, "a log of other steps than the checkpoint's");
     gd_support::log_cases("parallel", 1);
     Ok(())
 }

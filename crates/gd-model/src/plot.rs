@@ -230,7 +230,7 @@ fn number(x: f64, span: f64) -> String {
     if x.abs() >= 1e6 {
         return format!("{:.*}M", usize::from(span < 1e7), x / 1e6);
     }
-    if span < 1e-2 {
+    if span < 1e-2 && x.abs() < 1e-2 {
         return format!("{x:.1e}");
     }
     let digits = (1.0 - (span / 2.0).log10().floor()).clamp(0.0, 6.0) as usize;
@@ -296,6 +296,7 @@ mod tests {
             (2_500_000.0, 4e6, "2.5M"),
             (1e-3, 3e-3, "1.0e-3"),
             (0.0, 3e-3, "0"),
+            (0.41, 3e-3, "0.4100"),
         ];
         for (x, span, expected) in cases {
             assert_eq!(number(x, span), expected, "{x} of {span}");

@@ -100,6 +100,16 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
         Some(folder) => resume(group, folder, &args, ctx)?,
         None => (start(group, &args, ctx)?, Vec::new()),
     };
+    if group.leads() {
+        let train = &run.trainer.recipe().train;
+        eprintln!(
+            "{}: {} parameters, {} steps of {} tokens",
+            run.about().name,
+            run.trainer.params.count(),
+            train.steps,
+            train.batch * train.context * train.accumulation
+        );
+    }
     let stop = interruptible()?;
     let mut progress = Progress::new(&run.trainer)?;
     let finished = run.train(args.stop_after, stop, |step, sample| {
@@ -229,16 +239,6 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
 fn trainer(group: &Group, recipe: Recipe, corpus: Corpus, about: &About, ctx: &Context) -> Result<Trainer> {
     let mut trainer = Trainer::new(recipe, corpus, about.seed, &ctx.device)?;
     trainer.join(group.clone())?;
-    if group.leads() {
-        let train = &trainer.recipe().train;
-        eprintln!(
-            "{}: {} parameters, {} steps of {} tokens",
-            about.name,
-            trainer.params.count(),
-            train.steps,
-            train.batch * train.context * train.accumulation
-        );
-    }
     Ok(trainer)
 }
 

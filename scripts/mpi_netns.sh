@@ -41,7 +41,8 @@ ip netns exec "$one" mpirun -n 2 --host 10.77.0.1:1,10.77.0.2:1 --map-by node --
     "$gd" "${train[@]}" --out "$work/together" >/dev/null
 bytes=$(($(sent) - before))
 
-losses() { grep -o '"loss":[0-9.]*' "$1/train.jsonl" | cut -d: -f2; }
+# Of the steps; the event at the end has a loss, too.
+losses() { grep '"grad_norm"' "$1/train.jsonl" | grep -o '"loss":[0-9.]*' | cut -d: -f2; }
 paste <(losses "$work/alone") <(losses "$work/together") | awk -v bytes="$bytes" '
     { d = ($1 - $2) / $1; if (d < 0) d = -d; if (d > worst) worst = d; n++ }
     END {

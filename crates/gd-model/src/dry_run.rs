@@ -1,17 +1,12 @@
 //! What a run will need, without running it: parameters exactly, memory nearly.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
-use candle_core::{DType, Device, Shape, Tensor};
-use candle_nn::var_builder::SimpleBackend;
-use candle_nn::{Init, VarBuilder};
 use serde::Serialize;
 
 use crate::config::{Mechanism, ModelConfig, Recipe};
 use crate::error::Result;
-use crate::loss::CHUNK;
+use crate::loss::chunk_rows;
 use crate::optimizer::Group;
-use crate::transformer::Transformer;
+use crate::shapes::shapes;
 
 /// What a run of a recipe comes to.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -26,44 +21,15 @@ pub struct Plan {
     pub peak_memory_mib: f64,
 }
 
-/// Names and shapes of the parameters that a model asks for; what it gets takes no memory.
-#[derive(Clone, Default)]
-struct Shapes(Arc<Mutex<Vec<(String, Shape)>>>);
-
-impl SimpleBackend for Shapes {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        _: Init,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.push((name.to_owned(), shape.clone()));
-        Tensor::zeros(1, dtype, device)?.broadcast_as(shape)
-    }
-
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        candle_core::bail!("parameter {name} was asked for without a shape")
-    }
-
-    fn contains_tensor(&self, _: &str) -> bool {
-        true
-    }
-}
-
 /// The parameters of a model of this config: all of them, and those that Muon can take.
 fn parameters(config: &ModelConfig) -> Result<(usize, usize)> {
-    let shapes = Shapes::default();
-    Transformer::new(config, VarBuilder::from_backend(Box::new(shapes.clone()), DType::F32, Device::Cpu))?;
-    let shapes = shapes.0.lock().unwrap_or_else(PoisonError::into_inner);
-    let count = |matrices: bool| {
-        let of =
-            |(name, shape): &&(String, Shape)| !matrices || Group::of(name, shape.rank()) == Group::Matrix;
-        shapes.iter().filter(of).map(|(_, shape)| shape.elem_count()).sum()
-    };
-    Ok((count(false), count(true)))
+    let (mut all, mut matrices) = (0, 0);
+    for (name, dims) in shapes(config)? {
+        let count: usize = dims.iter().product();
+        all += count;
+        matrices += if Group::of(&name, dims.len()) == Group::Matrix { count } else { 0 };
+    }
+    Ok((all, matrices))
 }
 
 /// Elements that a training step holds, besides the parameters: counts of arrays of a size, fitted to the
@@ -127,8 +93,7 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
         false => blocks.iter().map(|b| b.kept).sum(),
     };
     // The output loss: logits of a chunk of rows, and the weights' gradient.
-    let logits = tokens * model.vocab_size;
-    elements += 0.3 * logits.min(CHUNK.max(16 * model.vocab_size)) as f64;
+    elements += 0.3 * (tokens.min(chunk_rows(model.vocab_size)) * model.vocab_size) as f64;
     elements += 1.2 * (model.vocab_size * model.hidden_size) as f64;
     Ok(Plan {
         parameters,

@@ -10,7 +10,7 @@
 
 mod linear;
 
-pub(crate) use self::linear::CHUNK;
+pub(crate) use self::linear::chunk_rows;
 pub use self::linear::{linear_cross_entropy, linear_token_losses};
 use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use gd_kernels::by_float;

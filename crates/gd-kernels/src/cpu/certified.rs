@@ -16,8 +16,8 @@ use pulp::{Simd, WithSimd};
 #[cfg(target_arch = "x86_64")]
 use super::amx::Tiled;
 use super::filter::{Filter, Known};
-use super::integer::{Code, KEYS, Panel, Queries, ROWS, STEP, collect};
-use super::lists::{CAPACITY, Lists, reached_by};
+use super::integer::{Code, KEYS, Meeting, Panel, Queries, ROWS, STEP, collect};
+use super::lists::{CAPACITY, Lists};
 use super::quantize::quantize;
 use super::scan::Block;
 use crate::element::{Element, Real};
@@ -41,7 +41,7 @@ impl<T: Element> WithSimd for Certified<'_, '_, '_, T> {
     fn with_simd<S: Simd>(self, _: S) -> Option<Lists> {
         let visible = self.block.visible();
         let (queries, coarseness) = self.queries(&visible)?;
-        self.gather(&queries, coarseness, &visible)
+        self.gather((&queries, coarseness), &visible)
     }
 }
 
@@ -125,88 +125,78 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         self.filter.panel(self.block.kv_head(), first / KEYS)
     }
 
-    /// Appends to `lists` what the panel from key `first` adds; returns the rows (bits) whose list is
-    /// then full.
+    /// Appends to `lists` what the panel from key `first` adds for the active groups (bits) and the keys
+    /// that are open to each row (bits); returns the rows (bits) whose list is then full.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
     fn collect(
         &self,
-        queries: &Queries,
+        (queries, coarseness): (&Queries, f32),
         first: usize,
-        [bias, error, slack]: [&[f32; KEYS]; 3],
-        active: u32,
-        open: &[u32],
-        threshold: &mut [f32],
+        (active, open): (u32, &[u32]),
         lists: &mut Lists,
     ) -> u64 {
+        let [bias, error, slack] = &self.bounds(first, coarseness, &mut lists.unbounded);
         let (values, known) = self.panel(first);
         let panel = Panel { values, scale: &known.scale, bias, error, slack, first: first as u32 };
-        collect(self.code, queries, active, &panel, open, threshold, lists)
+        collect(self.code, &Meeting { queries, panel, active, open }, lists)
     }
 
-    /// Thresholds to begin with, from a few panels that every row sees whole: most keys of the others
-    /// then never enter a list.
+    /// Thresholds to begin with, from a few panels that every row sees whole, if there are that many: most
+    /// keys of the others then never enter a list.
     #[inline(always)]
-    fn thresholds(&self, queries: &Queries, coarseness: f32, visible: &[Range<usize>]) -> Vec<f32> {
+    fn thresholds(&self, queries: (&Queries, f32), visible: &[Range<usize>]) -> Option<Vec<f32>> {
         /// Panels to look at.
         const PANELS: usize = 4;
-        let count = queries.start.len();
-        // The least finite number: -inf is the bound of a banned key.
-        let mut threshold = vec![f32::MIN; count];
+        let count = queries.0.start.len();
         let start = visible.iter().map(|r| r.start).fold(self.keys.start, usize::max).div_ceil(KEYS);
         let end = visible.iter().map(|r| r.end).fold(self.keys.end, usize::min) / KEYS;
         if end < start + 2 * PANELS {
-            return threshold;
+            return None;
         }
         let mut lists = Lists::new(count, PANELS * KEYS, self.block.problem.candidates);
-        let mut unbounded = Vec::new();
         let (all, open) = ((1u32 << (count / ROWS)) - 1, vec![u32::MAX; count]);
         for p in start..start + PANELS {
-            let [bias, error, slack] = self.bounds(p * KEYS, coarseness, &mut unbounded);
-            self.collect(queries, p * KEYS, [&bias, &error, &slack], all, &open, &mut threshold, &mut lists);
+            self.collect(queries, p * KEYS, (all, &open), &mut lists);
         }
-        for (row, threshold) in threshold.iter_mut().enumerate() {
-            *threshold = reached_by(lists.lower(row), self.block.problem.candidates, *threshold);
+        for row in 0..count {
+            lists.tighten(row);
         }
-        threshold
+        Some(lists.threshold)
     }
 
     /// Walks the stretch.
     #[inline(always)]
-    fn gather(&self, queries: &Queries, coarseness: f32, visible: &[Range<usize>]) -> Option<Lists> {
-        let (block, k) = (self.block, self.block.problem.candidates);
-        let count = queries.start.len();
-        let mut threshold = self.thresholds(queries, coarseness, visible);
-        let mut lists = Lists::new(count, CAPACITY, k);
-        let mut unbounded = Vec::new();
+    fn gather(&self, queries: (&Queries, f32), visible: &[Range<usize>]) -> Option<Lists> {
+        let block = self.block;
+        let count = queries.0.start.len();
+        let mut lists = Lists::new(count, CAPACITY, block.problem.candidates);
+        if let Some(threshold) = self.thresholds(queries, visible) {
+            lists.threshold = threshold;
+        }
         let reach = Block::<T>::reach(visible);
         let reach = reach.start.max(self.keys.start)..reach.end.min(self.keys.end);
         let mut open = vec![0; count];
         for p in block.panels(&reach, KEYS) {
             let first = p * KEYS;
-            let [bias, error, slack] = self.bounds(first, coarseness, &mut unbounded);
             let mut active = 0;
             for (row, (open, range)) in open.iter_mut().zip(visible).enumerate() {
                 *open = seen(range, first);
                 active |= u32::from(*open != 0) << (row / ROWS);
             }
-            let bounds = [&bias, &error, &slack];
-            let mut full = self.collect(queries, first, bounds, active, &open, &mut threshold, &mut lists);
+            let mut full = self.collect(queries, first, (active, &open), &mut lists);
             while full != 0 {
                 let row = full.trailing_zeros() as usize;
                 full &= full - 1;
-                threshold[row] = lists.tighten(row, threshold[row])?;
+                if !lists.tighten(row) {
+                    return None;
+                }
             }
         }
-        for (row, &threshold) in threshold[..visible.len()].iter().enumerate() {
-            let threshold = reached_by(lists.lower(row), k, threshold);
-            lists.retain(row, threshold);
+        // Thresholds have risen since the first keys came.
+        for row in 0..visible.len() {
+            lists.tighten(row);
         }
-        if unbounded.len() > CAPACITY {
-            return None;
-        }
-        lists.unbounded = unbounded;
-        Some(lists)
+        (lists.unbounded.len() <= CAPACITY).then_some(lists)
     }
 }
 

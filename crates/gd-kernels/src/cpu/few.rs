@@ -78,7 +78,6 @@ struct Head<A> {
     /// `[rows][D]`.
     q: Vec<A>,
     norm: Vec<f32>,
-    threshold: Vec<f32>,
     lists: Option<Lists>,
 }
 
@@ -130,7 +129,7 @@ impl<A: Real> Head<A> {
         let norm: Vec<f32> = q.chunks_exact(d).map(|q| dot::<A, S>(simd, q, q).sqrt() + LOST).collect();
         let bounded = norm.iter().all(|n| *n < GREATEST.sqrt());
         let lists = bounded.then(|| Lists::new(visible.len(), CAPACITY, block.problem.candidates));
-        Self { threshold: vec![f32::MIN; visible.len()], visible, q, norm, lists }
+        Self { visible, q, norm, lists }
     }
 
     /// Enters the keys from `first` that can be candidates.
@@ -159,7 +158,7 @@ impl<A: Real> Head<A> {
             for (score, k) in score.iter_mut().zip(keys) {
                 *score = dot::<A, S>(simd, q, k);
             }
-            let (norm, threshold) = (self.norm[row], self.threshold[row]);
+            let (norm, threshold) = (self.norm[row], lists.threshold[row]);
             let (mut upper, mut lower) = ([0f32; KEYS], [0f32; KEYS]);
             let (mut hits, mut wild) = (0u32, 0u32);
             for w in 0..KEYS {
@@ -182,13 +181,12 @@ impl<A: Real> Head<A> {
                 lists.push(row, (first + w) as u32, upper[w], lower[w]);
             }
             if lists.full(row) {
-                let Some(tight) = lists.tighten(row, threshold) else {
+                if !lists.tighten(row) {
                     self.lists = None;
                     return;
-                };
-                self.threshold[row] = tight;
+                }
             } else if problem.candidates == 1 {
-                self.threshold[row] = reached_by(lists.lower(row), 1, threshold);
+                lists.threshold[row] = reached_by(lists.lower(row), 1, threshold);
             }
         }
         while unbounded != 0 {

@@ -46,6 +46,16 @@ pub(crate) struct Queries {
     pub(crate) tiled: Option<super::amx::Tiled>,
 }
 
+/// A panel and the queries that meet it.
+pub(crate) struct Meeting<'a> {
+    pub(crate) queries: &'a Queries,
+    pub(crate) panel: Panel<'a>,
+    /// The groups (bits) to look at.
+    pub(crate) active: u32,
+    /// The keys (bits) that are open to each row.
+    pub(crate) open: &'a [u32],
+}
+
 /// Which code computes the bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Code {
@@ -72,39 +82,25 @@ impl Code {
     }
 }
 
-/// Appends the keys whose upper bound reaches the row's threshold, of those that are `open` to the row
-/// (bits), for the groups in `active` (bits); with one candidate, raises the thresholds. No list may be full; returns the rows (bits) whose list
-/// is now.
+/// Appends the keys that are open to a row and whose upper bound reaches its threshold, for the active
+/// groups; with one candidate, raises the thresholds. No list may be full; returns the rows (bits) whose
+/// list is now.
 #[inline(always)]
-pub(crate) fn collect(
-    code: Code,
-    queries: &Queries,
-    active: u32,
-    panel: &Panel<'_>,
-    open: &[u32],
-    threshold: &mut [f32],
-    out: &mut Lists,
-) -> u64 {
+pub(crate) fn collect(code: Code, meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
     match code {
-        Code::Plain => plain(queries, active, panel, open, threshold, out),
+        Code::Plain => plain(meeting, out),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a plan names VNNI only where it was found, and `Code::of` is given a plan's.
-        Code::Vnni => unsafe { x86::vnni(queries, active, panel, open, threshold, out) },
+        Code::Vnni => unsafe { x86::vnni(meeting, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above; a machine with AMX has VNNI.
-        Code::Amx => unsafe { x86::amx(queries, active, panel, open, threshold, out) },
+        Code::Amx => unsafe { x86::amx(meeting, out) },
     }
 }
 
 #[inline(always)]
-fn plain(
-    queries: &Queries,
-    active: u32,
-    panel: &Panel<'_>,
-    open: &[u32],
-    threshold: &mut [f32],
-    out: &mut Lists,
-) -> u64 {
+fn plain(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
+    let Meeting { queries, panel, active, open } = meeting;
     let mut full = 0;
     let group_len = panel.values.len() / KEYS * ROWS;
     for (g, values) in queries.values.chunks_exact(group_len.max(1)).enumerate() {
@@ -122,7 +118,7 @@ fn plain(
                     }
                 }
             }
-            let (scale, norm, reached) = (queries.scale[row], queries.norm[row], threshold[row]);
+            let (scale, norm, reached) = (queries.scale[row], queries.norm[row], out.threshold[row]);
             let mut upper = [0f32; KEYS];
             let mut any = false;
             for w in 0..KEYS {
@@ -143,7 +139,7 @@ fn plain(
             if out.candidates == 1 {
                 // What one key reaches for certain bounds all others.
                 let new = &out.lower[out.first(row) + out.count[row]..to];
-                threshold[row] = new.iter().fold(reached, |most, &x| if x > most { x } else { most });
+                out.threshold[row] = new.iter().fold(reached, |most, &x| if x > most { x } else { most });
             }
             out.count[row] = to - out.first(row);
             full |= u64::from(out.full(row)) << row;

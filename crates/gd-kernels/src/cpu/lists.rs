@@ -15,6 +15,9 @@ pub(crate) struct Lists {
     pub(crate) key: Vec<u32>,
     pub(crate) upper: Vec<f32>,
     pub(crate) lower: Vec<f32>,
+    /// What an upper bound must reach to be of interest to a row; begins with the least finite number, since
+    /// -inf is the bound of a banned key.
+    pub(crate) threshold: Vec<f32>,
     /// Keys whose scores have no bound, whatever the row.
     pub(crate) unbounded: Vec<u32>,
 }
@@ -30,6 +33,7 @@ impl Lists {
             key: vec![0; len],
             upper: vec![0.0; len],
             lower: vec![0.0; len],
+            threshold: vec![f32::MIN; rows],
             unbounded: Vec::new(),
         }
     }
@@ -61,8 +65,12 @@ impl Lists {
         &self.upper[self.first(row)..][..self.count[row]]
     }
 
-    /// Drops the keys whose upper bound does not reach the threshold; returns how many stay.
-    pub(crate) fn retain(&mut self, row: usize, threshold: f32) -> usize {
+    /// Raises a row's threshold to what K of its lower bounds reach, and drops the keys whose upper bound does
+    /// not reach that. Returns whether there is room for another panel then, and some to spare.
+    #[inline(always)]
+    pub(crate) fn tighten(&mut self, row: usize) -> bool {
+        let threshold = reached_by(self.lower(row), self.candidates, self.threshold[row]);
+        self.threshold[row] = threshold;
         let first = self.first(row);
         let mut to = first;
         for at in first..first + self.count[row] {
@@ -70,15 +78,7 @@ impl Lists {
             to += usize::from(self.upper[at] >= threshold);
         }
         self.count[row] = to - first;
-        self.count[row]
-    }
-
-    /// Makes room in a full list: raises the row's threshold to what K of its lower bounds reach, and
-    /// drops what does not reach that. Returns the threshold; none if too many keys stay.
-    #[inline(always)]
-    pub(crate) fn tighten(&mut self, row: usize, threshold: f32) -> Option<f32> {
-        let threshold = reached_by(self.lower(row), self.candidates, threshold);
-        (self.retain(row, threshold) <= self.capacity / 4 * 3).then_some(threshold)
+        self.count[row] <= self.capacity / 4 * 3
     }
 
     /// The keys of a row.

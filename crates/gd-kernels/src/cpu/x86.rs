@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::amx::{STRIP, Sums};
-use super::integer::{KEYS, Panel, Queries, ROWS, STEP};
+use super::integer::{KEYS, Meeting, Panel, ROWS, STEP};
 use super::lists::Lists;
 
 /// The sums of a group of queries with the keys of a panel.
@@ -12,16 +12,10 @@ type Group = [[__m512i; 2]; ROWS];
 
 /// [`super::integer::collect`] with VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,popcnt")]
-pub(crate) fn vnni(
-    queries: &Queries,
-    active: u32,
-    panel: &Panel<'_>,
-    open: &[u32],
-    threshold: &mut [f32],
-    out: &mut Lists,
-) -> u64 {
+pub(crate) fn vnni(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
+    let Meeting { queries, panel, .. } = meeting;
     let group_len = panel.values.len() / KEYS * ROWS;
-    enter(queries, active, panel, open, threshold, out, |g| {
+    enter(meeting, out, |g| {
         let mut sums: Group = [[_mm512_setzero_si512(); 2]; ROWS];
         for (sums, &start) in sums.iter_mut().zip(&queries.start[g * ROWS..]) {
             *sums = [_mm512_set1_epi32(start); 2];
@@ -45,20 +39,14 @@ pub(crate) fn vnni(
 
 /// [`super::integer::collect`] with AMX.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,popcnt")]
-pub(crate) fn amx(
-    queries: &Queries,
-    active: u32,
-    panel: &Panel<'_>,
-    open: &[u32],
-    threshold: &mut [f32],
-    out: &mut Lists,
-) -> u64 {
+pub(crate) fn amx(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
     /// Groups of a strip.
     const GROUPS: usize = STRIP / ROWS;
+    let Meeting { queries, panel, .. } = meeting;
     let Some(tiled) = &queries.tiled else { unreachable!("queries are tiled where AMX runs") };
     let mut products = Sums([[0; KEYS]; STRIP]);
     let mut multiplied = None;
-    enter(queries, active, panel, open, threshold, out, |g| {
+    enter(meeting, out, |g| {
         if multiplied != Some(g / GROUPS) {
             tiled.multiply(g / GROUPS, panel.values, &mut products);
             multiplied = Some(g / GROUPS);
@@ -80,22 +68,15 @@ pub(crate) fn amx(
 /// the rows (bits) whose list is then full.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,popcnt")]
-fn enter(
-    queries: &Queries,
-    active: u32,
-    panel: &Panel<'_>,
-    open: &[u32],
-    threshold: &mut [f32],
-    out: &mut Lists,
-    mut sums: impl FnMut(usize) -> Group,
-) -> u64 {
+fn enter(meeting: &Meeting<'_>, out: &mut Lists, mut sums: impl FnMut(usize) -> Group) -> u64 {
+    let Meeting { queries, panel, active, open } = meeting;
     let (scale, bias, error) = (load(panel.scale), load(panel.bias), load(panel.error));
     let mut full = 0;
     for g in (0..queries.start.len() / ROWS).filter(|g| active >> g & 1 == 1) {
         let sums = sums(g);
         let rows = g * ROWS..(g + 1) * ROWS;
         let (scales, norms) = (&queries.scale[rows.clone()], &queries.norm[rows.clone()]);
-        let thresholds = &mut threshold[rows.clone()];
+        let thresholds = &out.threshold[rows.clone()];
         let (mut upper, mut any) = ([[_mm512_setzero_ps(); 2]; ROWS], 0u16);
         for r in 0..ROWS {
             let (s, n) = (_mm512_set1_ps(scales[r]), _mm512_set1_ps(norms[r]));
@@ -108,7 +89,7 @@ fn enter(
             }
         }
         if any != 0 {
-            full |= append(g, &upper, &open[rows], norms, thresholds, panel, out);
+            full |= append(g, &upper, &open[rows], norms, panel, out);
         }
     }
     full
@@ -122,21 +103,20 @@ fn append(
     upper: &[[__m512; 2]; ROWS],
     open: &[u32],
     norms: &[f32],
-    threshold: &mut [f32],
     panel: &Panel<'_>,
     out: &mut Lists,
 ) -> u64 {
     let (error, slack, mut full) = (load(panel.error), load(panel.slack), 0);
     let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for r in 0..ROWS {
-        let t = _mm512_set1_ps(threshold[r]);
+        let row = g * ROWS + r;
+        let t = _mm512_set1_ps(out.threshold[row]);
         let open = [open[r] as u16, (open[r] >> 16) as u16];
         let hits = [0, 1].map(|h| _mm512_mask_cmp_ps_mask::<_CMP_GE_OQ>(open[h], upper[r][h], t));
         if hits == [0, 0] {
             continue;
         }
         let n = _mm512_set1_ps(norms[r]);
-        let row = g * ROWS + r;
         let mut to = out.first(row) + out.count[row];
         // The list ends a whole panel behind its capacity; checked here, once for both halves.
         assert!(!out.full(row) && to + KEYS <= out.key.len());
@@ -163,7 +143,7 @@ fn append(
         full |= u64::from(out.full(row)) << row;
         if out.candidates == 1 {
             // What one key reaches for certain bounds all others.
-            threshold[r] = _mm512_reduce_max_ps(reached);
+            out.threshold[row] = _mm512_reduce_max_ps(reached);
         }
     }
     full

@@ -12,8 +12,13 @@ use gd_kernels::fused::{attach2, with_contiguous_rows};
 
 use super::{backward, checked_targets, composed, count, forward, token_losses};
 
-/// Logits that exist at a time: 4 MiB in f32, where products are still as fast as with all of them.
-pub(crate) const CHUNK: usize = 1 << 20;
+/// Logits that exist at a time: 4 MiB in f32.
+const CHUNK: usize = 1 << 20;
+
+/// Rows that go through at a time.
+pub(crate) fn chunk_rows(vocab: usize) -> usize {
+    (CHUNK / vocab).max(16)
+}
 
 /// As [`cross_entropy`](super::cross_entropy) of the logits `hidden weightᵀ`, for hidden states `[rows, C]`,
 /// weights `[V, C]` and targets u32 `[rows]`.
@@ -82,7 +87,7 @@ fn validate(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<()> {
 
 /// First row and number of rows of every chunk.
 fn pieces(rows: usize, vocab: usize) -> impl Iterator<Item = (usize, usize)> {
-    let chunk = (CHUNK / vocab).max(16);
+    let chunk = chunk_rows(vocab);
     (0..rows).step_by(chunk).map(move |at| (at, chunk.min(rows - at)))
 }
 

@@ -82,6 +82,7 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
     // Weights, two moments and the gradient; Muon has one moment, and accumulation a second gradient.
     let mut elements = 4.0 * parameters as f64;
     elements -= if train.muon.is_some() { matrices as f64 } else { 0.0 };
+    elements += if train.ema.is_some() { parameters as f64 } else { 0.0 };
     elements += if train.accumulation > 1 { parameters as f64 } else { 0.0 };
     let layers = 0..model.num_hidden_layers;
     let blocks: Vec<Elements> = layers.map(|i| block(model, i, train.batch, train.context)).collect();

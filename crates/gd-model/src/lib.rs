@@ -9,6 +9,7 @@ pub mod curve;
 pub mod data;
 pub mod device;
 pub mod dry_run;
+pub mod ema;
 pub mod error;
 pub mod evaluate;
 pub mod flops;

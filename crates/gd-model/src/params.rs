@@ -66,6 +66,33 @@ impl Params {
         self.lock().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
     }
 
+    /// Takes the values of `tensors`, one for each parameter; others are passed over.
+    ///
+    /// # Errors
+    /// Names a tensor that is missing, or of another shape or dtype; nothing has changed then.
+    pub fn set(&self, tensors: &BTreeMap<String, Tensor>) -> crate::Result<()> {
+        let invalid = |text: String| Err(crate::Error::Invalid(text));
+        let vars = self.lock();
+        for (name, var) in vars.iter() {
+            let Some(stored) = tensors.get(name) else {
+                return invalid(format!("the checkpoint has no tensor {name:?}"));
+            };
+            if (stored.dims(), stored.dtype()) != (var.dims(), var.dtype()) {
+                return invalid(format!(
+                    "tensor {name:?} is {:?} {:?} in the checkpoint, {:?} {:?} in the model",
+                    stored.dtype(),
+                    stored.dims(),
+                    var.dtype(),
+                    var.dims()
+                ));
+            }
+        }
+        for (name, var) in vars.iter() {
+            var.set(&tensors[name].to_device(&self.device)?)?;
+        }
+        Ok(())
+    }
+
     /// Elements in all parameters.
     pub fn count(&self) -> usize {
         self.lock().values().map(|v| v.elem_count()).sum()

@@ -329,7 +329,13 @@ impl Run {
     /// Names the file and the reason; the checkpoints are as they were.
     pub fn finish(&mut self, card: &str, result: &Evaluation) -> Result<()> {
         let (trainer, tokenizer) = (&self.trainer, &self.tokenizer);
-        self.store.install(|folder| model_file::write(folder, &trainer.model, &trainer.params, tokenizer))?;
+        self.store.install(|folder| {
+            model_file::write(folder, &trainer.model, &trainer.params, tokenizer)?;
+            match trainer.ema() {
+                Some(ema) => folder.tensors(checkpoint::EMA_WEIGHTS, &ema.params().tensors()),
+                None => Ok(()),
+            }
+        })?;
         write_file(&self.folder.join(checkpoint::CARD), card.as_bytes())?;
         let Some(log) = &mut self.log else { return Ok(()) };
         let Evaluation { loss, bits_per_byte, tokens, .. } = *result;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Recipe;
 use crate::data::{Batch, Batches, Corpus, places};
+use crate::ema::Ema;
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, HeadStats, Picks, evaluate, observe};
 use crate::guard::Guard;
@@ -56,6 +57,9 @@ pub struct Step {
     pub seconds_left: f64,
     /// Loss on the first windows of the validation text, every `eval_every` steps and at the end.
     pub valid_loss: Option<f64>,
+    /// The same with the averaged parameters, if the run keeps them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub valid_loss_ema: Option<f64>,
     /// What the heads did on them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heads: Option<HeadStats>,
@@ -115,6 +119,14 @@ struct Progress {
     seconds: f64,
 }
 
+/// A look at the validation text.
+struct Look {
+    seen: Evaluation,
+    /// Loss with the averaged parameters.
+    averaged: Option<f64>,
+    churn: Option<f64>,
+}
+
 /// A model in training.
 pub struct Trainer {
     recipe: Recipe,
@@ -125,6 +137,7 @@ pub struct Trainer {
     /// Its parameters.
     pub params: Params,
     optimizer: Optimizer,
+    ema: Option<Ema>,
     guard: Guard,
     picks: Picks,
     batches: Batches,
@@ -145,6 +158,8 @@ impl Trainer {
         let params = Params::new(seed, DType::F32, device);
         let model = Transformer::new(&recipe.model, params.builder())?;
         let optimizer = Optimizer::new(params.vars(), recipe.train.adamw, recipe.train.muon)?;
+        let ema = |config| Ema::new(config, model.config(), &params, device);
+        let ema = recipe.train.ema.map(ema).transpose()?;
         let guard = Guard::new(recipe.train.guard)?;
         let batches = Batches::new(corpus.train.clone(), seed);
         Ok(Self {
@@ -153,6 +168,7 @@ impl Trainer {
             model,
             params,
             optimizer,
+            ema,
             guard,
             picks: Picks::default(),
             batches,
@@ -167,7 +183,10 @@ impl Trainer {
     /// Every part that changes from step to step, besides the parameters and the step itself, by the name
     /// under which a checkpoint holds it.
     fn parts(&mut self) -> Vec<(&'static str, &mut dyn Stateful)> {
-        vec![("optimizer", &mut self.optimizer), ("guard", &mut self.guard), ("picks", &mut self.picks)]
+        let mut parts: Vec<(&'static str, &mut dyn Stateful)> =
+            vec![("optimizer", &mut self.optimizer), ("guard", &mut self.guard), ("picks", &mut self.picks)];
+        parts.extend(self.ema.as_mut().map(|ema| ("ema", ema as &mut dyn Stateful)));
+        parts
     }
 
     /// With the parameters, all that an exact continuation needs.
@@ -191,21 +210,7 @@ impl Trainer {
         for (name, part) in self.parts() {
             part.restore(state.remove(name)?)?;
         }
-        for (name, var) in self.params.vars() {
-            let stored = tensors
-                .get(&name)
-                .ok_or_else(|| Error::Invalid(format!("the checkpoint has no tensor {name:?}")))?;
-            if (stored.dims(), stored.dtype()) != (var.dims(), var.dtype()) {
-                return Err(Error::Invalid(format!(
-                    "tensor {name:?} is {:?} {:?} in the checkpoint, {:?} {:?} in the model",
-                    stored.dtype(),
-                    stored.dims(),
-                    var.dtype(),
-                    var.dims()
-                )));
-            }
-            var.set(&stored.to_device(&self.device)?)?;
-        }
+        self.params.set(tensors)?;
         (self.step, self.seconds) = (progress.step, progress.seconds);
         Ok(())
     }
@@ -323,9 +328,10 @@ impl Trainer {
             tokens: self.step * tokens,
             tokens_per_second: tokens as f64 / seconds,
             seconds_left: self.seconds / self.step as f64 * (steps - self.step) as f64,
-            valid_loss: look.as_ref().map(|(seen, _)| seen.loss),
-            heads: look.as_ref().map(|(seen, _)| seen.heads),
-            churn: look.and_then(|(_, churn)| churn),
+            valid_loss: look.as_ref().map(|look| look.seen.loss),
+            valid_loss_ema: look.as_ref().and_then(|look| look.averaged),
+            heads: look.as_ref().map(|look| look.seen.heads),
+            churn: look.and_then(|look| look.churn),
         })
     }
 
@@ -384,7 +390,8 @@ impl Trainer {
     /// Moves the parameters.
     fn update(&mut self, gradients: &Gradients, grad_norm: f64, lr: f64) -> Result<()> {
         let scale = clip_scale(grad_norm, self.recipe.train.clip)? / gradients.weight;
-        self.optimizer.step(&gradients.store, lr, scale)
+        self.optimizer.step(&gradients.store, lr, scale)?;
+        self.ema.as_mut().map_or(Ok(()), |ema| ema.update(&self.params.vars()))
     }
 
     /// How the layers select at this step.
@@ -394,7 +401,7 @@ impl Trainer {
     }
 
     /// The first windows of the validation text, and the churn of selections on the first batch of them.
-    fn look(&mut self) -> Result<(Evaluation, Option<f64>)> {
+    fn look(&mut self) -> Result<Look> {
         let train = &self.recipe.train;
         let tokens = self.corpus.valid.head(GLANCE * train.context + 1);
         let mut picks = None;
@@ -402,7 +409,16 @@ impl Trainer {
         let seen = observe(&self.frozen, &tokens, tokens.len(), size, &self.device, |records| {
             picks.get_or_insert_with(|| records.iter().flat_map(|r| r.picks.iter().copied()).collect());
         })?;
-        Ok((seen, self.picks.churn(picks.unwrap_or_default())))
+        let averaged = self.ema.as_ref().map(|ema| {
+            evaluate(ema.model(), &tokens, tokens.len(), train.context, train.batch, &self.device)
+        });
+        let averaged = averaged.transpose()?.map(|seen| seen.loss);
+        Ok(Look { seen, averaged, churn: self.picks.churn(picks.unwrap_or_default()) })
+    }
+
+    /// The averaged parameters, if the run keeps them.
+    pub fn ema(&self) -> Option<&Ema> {
+        self.ema.as_ref()
     }
 
     /// The whole validation text.
@@ -410,14 +426,19 @@ impl Trainer {
     /// # Errors
     /// Whatever the forward pass reports.
     pub fn validate(&self) -> Result<Evaluation> {
+        self.measure(&self.frozen)
+    }
+
+    /// The same with the averaged parameters, if the run keeps them.
+    ///
+    /// # Errors
+    /// Whatever the forward pass reports.
+    pub fn validate_ema(&self) -> Result<Option<Evaluation>> {
+        self.ema.as_ref().map(|ema| self.measure(ema.model())).transpose()
+    }
+
+    fn measure(&self, model: &Transformer) -> Result<Evaluation> {
         let train = &self.recipe.train;
-        evaluate(
-            &self.frozen,
-            &self.corpus.valid,
-            self.corpus.valid_bytes,
-            train.context,
-            train.batch,
-            &self.device,
-        )
+        evaluate(model, &self.corpus.valid, self.corpus.valid_bytes, train.context, train.batch, &self.device)
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 use gd_model::config::Recipe;
 use gd_model::data::{Corpus, Tokens};
+use gd_model::ema::EmaConfig;
 use gd_model::guard::GuardConfig;
 use gd_model::optimizer::MuonConfig;
 use gd_model::trainer::Trainer;
@@ -17,6 +18,7 @@ fn trainer(muon: bool) -> Trainer {
     (train.batch, train.context, train.steps, train.eval_every) = (2, 16, 40, 1000);
     train.lr.warmup = 2;
     train.guard = GuardConfig { window: 16, least: 4, sigma: 6.0, stop_after: 3 };
+    train.ema = Some(EmaConfig { decay: 0.9 });
     train.muon = muon.then(MuonConfig::default);
     let tokens: Vec<u32> = (0..400).map(|i| (i * i % 31) as u32).collect();
     let n = tokens.len();

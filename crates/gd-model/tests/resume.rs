@@ -85,6 +85,8 @@ fn assert_same(a: &Path, b: &Path, last: u64) -> Result<()> {
             |run: &Path| fs::read(run.join(file)).with_context(|| format!("{}: {file}", run.display()));
         ensure!(read(a)? == read(b)?, "{file} differs");
     }
+    let averaged = |run: &Path| fs::read(run.join("model_ema.safetensors")).ok();
+    ensure!(averaged(a) == averaged(b), "the averaged weights differ");
     let state = |run: &Path| -> Result<Value> {
         let mut state: Value =
             serde_json::from_slice(&fs::read(run.join(&newest).join("trainer_state.json"))?)?;
@@ -101,7 +103,7 @@ fn assert_same(a: &Path, b: &Path, last: u64) -> Result<()> {
 fn a_run_split_anywhere_equals_the_unbroken_one() -> Result<()> {
     let bpe = json!({"steps": 14, "accumulation": 3, "batch": 2, "eval_every": 3, "save_every": 4,
                      "tokenizer": {"bpe": {"vocab": 300}}});
-    let annealed = json!({"steps": 14, "eval_every": 5, "select": {"hardness": [[0.2, 0], [0.7, 1]]}});
+    let annealed = json!({"steps": 14, "eval_every": 5, "ema": {"decay": 0.8}, "select": {"hardness": [[0.2, 0], [0.7, 1]]}});
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let mut cases = 0;
     for train in [bpe, annealed] {
@@ -126,6 +128,20 @@ fn a_run_split_anywhere_equals_the_unbroken_one() -> Result<()> {
             assert_eq!((&end["loss"], &end["sample"]), (&whole["loss"], &whole["sample"]));
             assert_same(&dir.join("whole"), &dir.join(&name), 14)?;
             cases += 1;
+        }
+        let averaged = dir.join("whole/model_ema.safetensors");
+        assert_eq!(averaged.exists(), whole["ema"].is_object());
+        if averaged.exists() {
+            // Loads as a model; neither the weights themselves nor their initial values.
+            let seen = succeeded(&gd(dir, "eval whole/model_ema.safetensors --data text.txt --json")?)?;
+            let last = succeeded(&gd(dir, "eval whole --data text.txt --json")?)?;
+            let loss = |seen: &Value| seen["loss"].as_f64().unwrap_or(f64::NAN);
+            assert!((loss(&seen) - loss(&last)).abs() > 1e-4 && loss(&seen) < 5.5, "{seen} {last}");
+            let logged: Vec<_> = steps(&dir.join("whole"))?
+                .into_iter()
+                .filter_map(|s| s.get("valid_loss_ema").cloned())
+                .collect();
+            assert_eq!(logged.len(), 3, "steps 5, 10 and 14");
         }
     }
     log_cases("split", cases);

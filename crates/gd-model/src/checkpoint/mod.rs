@@ -36,6 +36,8 @@ use tensors::is_plain_name;
 pub const CONFIG: &str = "config.json";
 /// The weights in a checkpoint folder.
 pub const WEIGHTS: &str = "model.safetensors";
+/// The averaged weights of a run that keeps them; a model file like the other.
+pub const EMA_WEIGHTS: &str = "model_ema.safetensors";
 /// The list of shards, where the weights are in several files.
 pub const INDEX: &str = "model.safetensors.index.json";
 /// The tokenizer in a checkpoint folder.

@@ -136,7 +136,7 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
             out.display()
         ));
     }
-    let result = run.trainer.validate()?;
+    let (result, averaged) = (run.trainer.validate()?, run.trainer.validate_ema()?);
     let (about, recipe) = (run.about().clone(), run.trainer.recipe().clone());
     let card = card(&about, &recipe, &run.trainer, &result);
     run.finish(&checkpoint::model_card(&card)?, &result)?;
@@ -154,16 +154,21 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
             "folder": out, "finished": true, "parameters": run.trainer.params.count(),
             "steps": recipe.train.steps, "seed": about.seed,
             "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
-            "tokens": result.tokens, "heads": result.heads, "sample": sample, "passed_over": passed_over,
+            "tokens": result.tokens, "heads": result.heads,
+            "ema": averaged, "sample": sample, "passed_over": passed_over,
         }));
     }
+    let averaged = averaged.map(|e| {
+        format!("\nwith averaged weights {:.4} nats/token, {:.4} bits/byte", e.loss, e.bits_per_byte)
+    });
     ctx.print(format_args!(
-        "validation loss {:.4} nats/token, {:.4} bits/byte, perplexity {:.2} over {} tokens\nsaved {}\n\n\
+        "validation loss {:.4} nats/token, {:.4} bits/byte, perplexity {:.2} over {} tokens{}\nsaved {}\n\n\
          sample from the reloaded folder:\n{sample}",
         result.loss,
         result.bits_per_byte,
         result.perplexity,
         result.tokens,
+        averaged.unwrap_or_default(),
         out.display()
     ))
 }

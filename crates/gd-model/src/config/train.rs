@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::select::SelectSchedule;
 use crate::data::Reading;
+use crate::ema::EmaConfig;
 use crate::error::{Error, Result};
 use crate::guard::GuardConfig;
 use crate::optimizer::{AdamWConfig, MuonConfig};
@@ -45,6 +46,9 @@ pub struct TrainConfig {
     /// The optimizer of the blocks' matrices, if not AdamW.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub muon: Option<MuonConfig>,
+    /// The average of the parameters that is kept beside them, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<EmaConfig>,
     /// Greatest norm of the gradient; a greater one is scaled down.
     #[serde(default = "clip")]
     pub clip: f64,
@@ -148,6 +152,7 @@ impl TrainConfig {
         self.lr.validate(self.steps)?;
         self.guard.validate()?;
         self.select.validate()?;
+        self.ema.as_ref().map_or(Ok(()), EmaConfig::validate)?;
         self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;
         self.adamw.validate()
     }

@@ -2,18 +2,47 @@
 
 use std::hint::black_box;
 
+use candle_core::{DType, Device, Result, Tensor, Var};
+use gd_model::loss::{cross_entropy, linear_cross_entropy};
 use gd_model::memory::Peak;
 
 const MIB: usize = 1 << 20;
 
 #[test]
-fn a_peak_counts_what_was_freed_until_the_next_start() {
+fn peaks() -> Result<()> {
     // A system that does not tell has nothing to test.
-    let Some(peak) = Peak::start() else { return };
+    let Some(peak) = Peak::start() else { return Ok(()) };
     drop(black_box(vec![1u8; 64 * MIB]));
     let above = peak.above_start().unwrap_or(0.0);
     assert!((60.0..80.0).contains(&above), "{above} MiB");
     assert!(peak.mib().is_some_and(|m| m > above), "{peak:?}");
     let next = Peak::start().and_then(Peak::above_start).unwrap_or(f64::NAN);
     assert!(next < 10.0, "{next} MiB");
+    the_output_loss_does_not_hold_all_logits()
+}
+
+/// 1111 rows of 32,000 logits are 136 MiB.
+fn the_output_loss_does_not_hold_all_logits() -> Result<()> {
+    let (rows, vocab, width) = (1111, 32_000, 16);
+    let logits = (rows * vocab * 4) as f64 / MIB as f64;
+    let hidden = Var::from_tensor(&Tensor::randn(0f32, 1.0, (rows, width), &Device::Cpu)?)?;
+    let weight = Var::from_tensor(&Tensor::randn(0f32, 1.0, (vocab, width), &Device::Cpu)?)?;
+    let targets = Tensor::arange(0, rows as u32, &Device::Cpu)?;
+    let measured = |loss: &dyn Fn() -> Result<Tensor>| -> Result<(f64, Tensor)> {
+        let peak = Peak::start();
+        let loss = loss()?;
+        let grads = loss.backward()?;
+        let above = peak.and_then(Peak::above_start).unwrap_or(f64::NAN);
+        let grad = grads.get(&weight).map(Tensor::detach);
+        grad.map(|grad| (above, grad)).ok_or_else(|| candle_core::Error::Msg("no gradient".into()))
+    };
+    let (fused, a) = measured(&|| linear_cross_entropy(&hidden, &weight, &targets))?;
+    let (whole, b) = measured(&|| cross_entropy(&hidden.matmul(&weight.t()?)?, &targets))?;
+    let worst = (a - b)?.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+    assert!(worst <= 1e-6, "{worst}");
+    println!(
+        "output loss of {rows} x {vocab} logits ({logits:.0} MiB): peak {fused:.0} MiB, from all logits {whole:.0} MiB"
+    );
+    assert!(fused < 0.25 * logits && whole > logits, "{fused} and {whole} of {logits} MiB");
+    Ok(())
 }

@@ -217,7 +217,13 @@ impl Panel {
         if low > late {
             return [0.0, 1.0];
         }
-        let pad = 0.05 * (late - low).max(1e-6 + 0.02 * late.abs());
+        // A flat line has an axis of its own size, or up to 1 at 0.
+        let spread = match late > low {
+            true => late - low,
+            false if late == 0.0 => 20.0,
+            false => late.abs(),
+        };
+        let pad = 0.05 * spread.max(0.02 * late.abs());
         [low - pad, late + pad]
     }
 }

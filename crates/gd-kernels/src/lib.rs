@@ -22,7 +22,7 @@ pub use conv::{causal_conv, packed_causal_conv};
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
-pub use plan::{Backend, Isa, Plan, Problem, Walk, support_table};
+pub use plan::{Backend, CANDIDATES, Isa, Plan, Problem, Walk, support_table};
 pub use quantized::QuantizedKeys;
 pub use scan::{Candidates, Scan, plan, scan, scan_all};
 pub use select::{Select, Selected, scan_select, select};

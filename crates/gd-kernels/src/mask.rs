@@ -53,6 +53,12 @@ impl Mask {
         self
     }
 
+    /// Limits each query to the last `window` keys up to its own position, unless it sees fewer already.
+    pub fn windowed(mut self, window: usize) -> Self {
+        self.window = Some(self.window.map_or(window, |w| w.min(window)));
+        self
+    }
+
     /// The offset of query 0 on the key axis.
     pub fn offset(&self) -> i64 {
         self.offset

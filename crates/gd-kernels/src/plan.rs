@@ -169,13 +169,16 @@ struct Support {
 /// The greatest head_dim.
 pub(crate) const MAX_HEAD_DIM: usize = 1024;
 
+/// Candidates that a scan may keep for a query.
+pub const CANDIDATES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
+
 /// Everything that runs. Documentation, errors and `gd doctor` print this table.
 const SUPPORT: &[Support] = &[Support {
     device: "cpu",
     dtypes: &[DType::F32, DType::F16, DType::BF16, DType::F64],
     certified: &[DType::F32, DType::F16, DType::BF16],
     head_dim: 1..=MAX_HEAD_DIM,
-    candidates: &[1, 2, 4, 8, 16, 32],
+    candidates: &CANDIDATES,
 }];
 
 /// The support table as text, one line a backend.

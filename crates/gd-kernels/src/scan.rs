@@ -34,7 +34,7 @@ pub struct Scan<'a> {
     pub prior: Option<&'a Tensor>,
     /// Which keys each query sees.
     pub mask: &'a Mask,
-    /// Lowest energies to keep: 1, 2, 4, 8, 16 or 32. May exceed the number of keys.
+    /// Lowest energies to keep, one of [`CANDIDATES`](crate::CANDIDATES). May exceed the number of keys.
     pub candidates: usize,
     /// How keys are scored.
     pub score: Score,

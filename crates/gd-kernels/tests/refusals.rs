@@ -65,8 +65,8 @@ fn scan_refuses_shapes_and_dtypes() {
 
 #[test]
 fn scan_refuses_options() {
-    for n in [0, 3, 64] {
-        with_scan(|s| s.candidates = n, &[&format!("{n} candidates"), "[1, 2, 4, 8, 16, 32]"]);
+    for n in [0, 3, 128] {
+        with_scan(|s| s.candidates = n, &[&format!("{n} candidates"), "[1, 2, 4, 8, 16, 32, 64]"]);
     }
     let beta = |x: &[f32]| Tensor::new(x, &Device::Cpu).unwrap();
     for (values, words) in [

@@ -17,12 +17,16 @@ pub struct AttentionConfig {
     pub head_dim: usize,
     /// Whether q, k and v projections have a bias.
     pub attention_bias: bool,
+    /// Whether `o_proj` has a bias.
+    pub output_bias: bool,
     /// Whether q and k pass an RMSNorm per head (weights `q_norm`, `k_norm`) before the rotation.
     pub qk_norm: bool,
     /// Epsilon of that norm.
     pub rms_norm_eps: f64,
     /// Whether the heads' output passes an elementwise sigmoid gate before `o_proj` (G1).
     pub output_gate: bool,
+    /// Keys, counted back from its own position, that a query sees at most; none: as many as the pass allows.
+    pub window: Option<usize>,
     /// The preserving half in front of the heads; none leaves them bare.
     pub beacon: Option<BeaconConfig>,
     /// How a selecting layer selects; a softmax layer does not read it.
@@ -47,6 +51,9 @@ impl AttentionConfig {
         if head_dim == 0 || hidden_size == 0 {
             candle_core::bail!("hidden_size {hidden_size} and head_dim {head_dim} must be positive");
         }
+        if self.window == Some(0) {
+            candle_core::bail!("a window of 0 keys lets no query see any");
+        }
         if let Some(beacon) = &self.beacon {
             if beacon.conv_width == 0 {
                 candle_core::bail!("beacon.conv_width is 0; 1 is the plain projection");
@@ -66,10 +73,13 @@ impl AttentionConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GdConfig {
-    /// Candidates kept per query: 1, 2, 4, 8, 16 or 32.
+    /// Candidates kept per query, one of [`gd_kernels::CANDIDATES`].
     pub candidates: usize,
     /// How keys are scored.
     pub score: Score,
+    /// Whether `beta |k|^2` is added to the prior of every key, so that energies order keys as dot products
+    /// do.
+    pub norm_prior: bool,
     /// Which of equals wins.
     pub tie: TieBreak,
     /// What scales the selected row.
@@ -96,6 +106,7 @@ impl Default for GdConfig {
         Self {
             candidates: 8,
             score: Score::Energy,
+            norm_prior: false,
             tie: TieBreak::First,
             gate: Gate::None,
             estimator: Estimator::Candidates,
@@ -119,8 +130,8 @@ pub struct BeaconConfig {
     pub averages: usize,
     /// Whether keys carry a learned prior b.
     pub prior: bool,
-    /// Keys that stay candidates because their prior is among the greatest visible: 0, 1, 2, 4, 8,
-    /// 16 or 32.
+    /// Keys that stay candidates because their prior is among the greatest visible: 0, or one of
+    /// [`gd_kernels::CANDIDATES`].
     pub protected: usize,
     /// Conditional lift of the protected candidates.
     pub barrier: Option<Barrier>,

@@ -4,12 +4,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use gd_kernels::{Candidates, Estimator, Gate, Mask, Scan, Select, Selected, scan, scan_all, select};
+use gd_kernels::{Candidates, Estimator, Gate, Mask, Scan, Score, Select, Selected, scan, scan_all, select};
 
 use crate::attention::{Attention, Pass, Record, distinct};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
-use crate::heads::Heads;
+use crate::heads::{Heads, Ready};
 use crate::rope::Rotary;
 
 /// The weight of the query's well starts beside 1/2, where the two wells tie.
@@ -38,8 +38,12 @@ impl GdAttention {
     pub fn new(cfg: &AttentionConfig, rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
         let heads = Heads::new(cfg, rotary, vb.clone())?;
         let (vb, hq, d) = (vb.pp("gd"), cfg.num_attention_heads, cfg.head_dim as f64);
-        // With keys of equal norm the scores 2 beta <q, k> then start as softmax's <q, k> / sqrt(D).
-        let beta = 0.5 / d.sqrt();
+        // The scores then start as softmax's <q, k> / sqrt(D): as dot products, and as energies, in which they
+        // are 2 beta <q, k>, if all keys are of one norm or `norm_prior` makes up for it.
+        let beta = match cfg.gd.score {
+            Score::Dot => 1.0 / d.sqrt(),
+            Score::Energy => 0.5 / d.sqrt(),
+        };
         let log_beta = vb.get_with_hints(hq, "beta", Init::Const(beta.ln()))?;
         let threshold = match cfg.gd.threshold {
             Some(t) => Some(vb.get_with_hints(hq, "threshold", Init::Const(t * 2.0 * beta * d))?),
@@ -86,27 +90,25 @@ impl GdAttention {
     }
 
     /// Preserve and select: y `[B, Hq, N, D]` and its record.
-    #[allow(clippy::too_many_arguments)]
-    fn read(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        prior: Option<&Tensor>,
-        pass: &Pass,
-    ) -> Result<(Selected, Candidates)> {
+    fn read(&self, ready: &Ready, pass: &Pass) -> Result<(Selected, Candidates)> {
+        let Ready { q, k, v, mask, .. } = ready;
         let gd = &self.heads.cfg.gd;
         let beta = self.log_beta.exp()?;
         let protected = match &self.heads.beacon {
-            Some(beacon) => beacon.protect(prior, q.dim(2)?, pass.mask)?,
+            Some(beacon) => beacon.protect(ready.prior.as_ref(), q.dim(2)?, mask)?,
             None => None,
         };
+        let prior = match gd.norm_prior {
+            true => Some(norm_prior(k, &beta, ready.prior.as_ref())?),
+            false => ready.prior.clone(),
+        };
+        let prior = prior.as_ref();
         let what = Scan {
             prior,
             score: gd.score,
             tie: gd.tie,
             protected: protected.as_ref(),
-            ..Scan::new(&beta, pass.mask, pass.candidates.unwrap_or(gd.candidates))
+            ..Scan::new(&beta, mask, pass.candidates.unwrap_or(gd.candidates))
         };
         let candidates = match gd.estimator {
             Estimator::Dense => scan_all(q, k, &what)?,
@@ -140,6 +142,22 @@ impl GdAttention {
     }
 }
 
+/// `beta |k|^2` and, where there is one, the learned prior `[B, Hk, M]`: `[B, Hq, M]`, in f32 at least.
+fn norm_prior(k: &Tensor, beta: &Tensor, learned: Option<&Tensor>) -> Result<Tensor> {
+    let wide = if k.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let (b, hk, m, _) = k.dims4()?;
+    let hq = beta.dim(0)?;
+    // [B, Hk, M] -> [B, Hk, Hq / Hk, M] -> [B, Hq, M]
+    let spread =
+        |t: &Tensor| t.to_dtype(wide)?.unsqueeze(2)?.broadcast_as((b, hk, hq / hk, m))?.reshape((b, hq, m));
+    let norms = spread(&k.to_dtype(wide)?.sqr()?.sum(3)?)?;
+    let prior = norms.broadcast_mul(&beta.to_dtype(wide)?.reshape((1, hq, 1))?)?;
+    match learned {
+        Some(learned) => prior + spread(learned)?,
+        None => Ok(prior),
+    }
+}
+
 /// (1, 0, ..) in the shape of `rounds`: before training only the first selection counts.
 fn first_round(rounds: &Tensor) -> Result<Tensor> {
     let mut first = vec![0f32; rounds.dim(1)?];
@@ -150,7 +168,7 @@ fn first_round(rounds: &Tensor) -> Result<Tensor> {
 impl Attention for GdAttention {
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let ready = self.heads.prepare(x, pass, cache)?;
-        let (selected, candidates) = self.read(&ready.q, &ready.k, &ready.v, ready.prior.as_ref(), pass)?;
+        let (selected, candidates) = self.read(&ready, pass)?;
         let y = selected.y.clone();
         if let Some(record) = pass.record {
             let temperature = pass.temperature.unwrap_or(self.heads.cfg.gd.temperature);

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder};
+use gd_kernels::Mask;
 
 use crate::attention::Pass;
 use crate::beacon::Beacon;
@@ -50,6 +51,8 @@ pub(crate) struct Ready {
     pub(crate) q: Tensor,
     pub(crate) k: Tensor,
     pub(crate) v: Tensor,
+    /// Which keys each query sees: those of the pass, within the layer's window.
+    pub(crate) mask: Mask,
     /// Key prior `[B, Hk, M]`.
     pub(crate) prior: Option<Tensor>,
     memory: Option<Tensor>,
@@ -66,7 +69,7 @@ impl Heads {
             q_proj: linear(c, q, bias, false, vb.pp("q_proj"))?,
             k_proj: linear(c, kv, bias, false, vb.pp("k_proj"))?,
             v_proj: linear(c, kv, bias, false, vb.pp("v_proj"))?,
-            o_proj: linear(q, c, false, true, vb.pp("o_proj"))?,
+            o_proj: linear(q, c, cfg.output_bias, true, vb.pp("o_proj"))?,
             g_proj: if cfg.output_gate { Some(linear(c, q, false, false, vb.pp("g_proj"))?) } else { None },
             norms: if cfg.qk_norm { Some((norm("q_norm")?, norm("k_norm")?)) } else { None },
             beacon: cfg.beacon.as_ref().map(|_| Beacon::new(cfg, vb.pp("beacon"))).transpose()?,
@@ -120,7 +123,11 @@ impl Heads {
             Some(cache) => cache.extend(&k, &v, prior.as_ref())?,
             None => (k, v, prior),
         };
-        Ok(Ready { q, k, v, prior, memory, gate })
+        let mask = match self.cfg.window {
+            Some(window) => pass.mask.clone().windowed(window),
+            None => pass.mask.clone(),
+        };
+        Ok(Ready { q, k, v, mask, prior, memory, gate })
     }
 
     /// From the heads' reading y `[B, Hq, N, D]` to the layer's output.

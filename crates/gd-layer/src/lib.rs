@@ -27,6 +27,6 @@ pub use config::{AttentionConfig, BeaconConfig, GdConfig};
 pub use gd_attention::GdAttention;
 pub use heads::linear;
 pub use norm::{RmsNorm, rms_norm};
-pub use rope::Rotary;
+pub use rope::{RopeScaling, Rotary};
 pub use softmax_attention::SoftmaxAttention;
 pub use swiglu::swiglu;

@@ -11,6 +11,58 @@ use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use gd_kernels::element::{Bf16, Element, F16, Real};
 use gd_kernels::fused::{Rows, attach1, for_chunks, rows_per_chunk, vectorize, with_contiguous_rows};
 
+/// How the frequencies of the training were stretched for a longer context.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum RopeScaling {
+    /// Not at all.
+    #[default]
+    None,
+    /// All by one factor: position `p` turns as `p / factor` did.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// As in Llama 3.1: wavelengths above `original / low` by the factor, those below `original / high` not at
+    /// all, and in between by a share that is linear in the number of turns within the original context.
+    Llama3 {
+        /// The factor.
+        factor: f64,
+        /// Turns within the original context, up to which a frequency is divided by the whole factor.
+        low: f64,
+        /// Turns from which it stays as it is; more than `low`.
+        high: f64,
+        /// Positions of the original context.
+        original: usize,
+    },
+}
+
+impl RopeScaling {
+    /// The frequency (radians a position) that stands for `frequency`.
+    fn apply(self, frequency: f64) -> f64 {
+        match self {
+            Self::None => frequency,
+            Self::Linear { factor } => frequency / factor,
+            Self::Llama3 { factor, low, high, original } => {
+                let turns = original as f64 * frequency / std::f64::consts::TAU;
+                let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                (1.0 - kept) * frequency / factor + kept * frequency
+            }
+        }
+    }
+
+    fn validate(self) -> Result<()> {
+        let (factor, bands) = match self {
+            Self::None => return Ok(()),
+            Self::Linear { factor } => (factor, true),
+            Self::Llama3 { factor, low, high, original } => (factor, low > 0.0 && high > low && original > 0),
+        };
+        if !(factor.is_finite() && factor > 0.0 && bands) {
+            bail!("rotary embedding: {self:?} does not scale by positive factors in rising bands");
+        }
+        Ok(())
+    }
+}
+
 /// The angles of all positions.
 #[derive(Debug, Clone)]
 pub struct Rotary {
@@ -34,9 +86,9 @@ struct Angles<R> {
 }
 
 impl<R: Real> Angles<R> {
-    fn new(half: usize, positions: usize, theta: f64) -> Self {
-        let step: Vec<f64> = (0..half).map(|i| theta.powf(-(i as f64) / half as f64)).collect();
-        let angles = || (0..positions).flat_map(|p| step.iter().map(move |s| p as f64 * s));
+    /// The angles of `positions` positions, from the frequencies.
+    fn new(frequencies: &[f64], positions: usize) -> Self {
+        let angles = || (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
         Self {
             cos: angles().map(|a| R::of(a.cos())).collect(),
             sin: angles().map(|a| R::of(a.sin())).collect(),
@@ -45,15 +97,16 @@ impl<R: Real> Angles<R> {
 }
 
 impl Rotary {
-    /// Angles for `max_positions` positions and heads of `head_dim` elements, kept in f32, or in
+    /// Angles for `max_positions` positions and heads of `head_dim` elements, of base `theta`, kept in f32, or in
     /// f64 where `dtype` is.
     ///
     /// # Errors
-    /// If `head_dim` is odd or 0, or `theta` is not a positive number.
+    /// If `head_dim` is odd or 0, `theta` is not a positive number, or the scaling makes no sense.
     pub fn new(
         head_dim: usize,
         max_positions: usize,
         theta: f64,
+        scaling: RopeScaling,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
@@ -63,20 +116,25 @@ impl Rotary {
         if !(theta.is_finite() && theta > 0.0) {
             bail!("rotary embedding: theta {theta} is not a positive number");
         }
+        scaling.validate()?;
         let half = head_dim / 2;
+        let frequency = |i: usize| scaling.apply(theta.powf(-(i as f64) / half as f64));
+        let frequencies: Vec<f64> = (0..half).map(frequency).collect();
         let table = match (device.is_cpu(), dtype) {
-            (true, DType::F64) => Table::F64(Arc::new(Angles::new(half, max_positions, theta))),
-            (true, _) => Table::F32(Arc::new(Angles::new(half, max_positions, theta))),
-            (false, dtype) => Self::on_device(half, max_positions, theta, dtype, device)?,
+            (true, DType::F64) => Table::F64(Arc::new(Angles::new(&frequencies, max_positions))),
+            (true, _) => Table::F32(Arc::new(Angles::new(&frequencies, max_positions))),
+            (false, dtype) => Self::on_device(&frequencies, max_positions, dtype, device)?,
         };
         Ok(Self { table, head_dim, max_positions })
     }
 
-    fn on_device(half: usize, positions: usize, theta: f64, dtype: DType, device: &Device) -> Result<Table> {
+    fn on_device(frequencies: &[f64], positions: usize, dtype: DType, device: &Device) -> Result<Table> {
         let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        let angles = Angles::<f64>::new(half, positions, theta);
+        let angles = Angles::<f64>::new(frequencies, positions);
         let tensor = |v: Vec<f64>| {
-            Tensor::from_vec(v, (positions, half), &Device::Cpu)?.to_dtype(wide)?.to_device(device)
+            Tensor::from_vec(v, (positions, frequencies.len()), &Device::Cpu)?
+                .to_dtype(wide)?
+                .to_device(device)
         };
         Ok(Table::Device { cos: tensor(angles.cos)?, sin: tensor(angles.sin)? })
     }
@@ -178,8 +236,9 @@ mod tests {
     #[test]
     fn composition_agrees_in_values_and_gradients() -> Result<()> {
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
-            let rotary = Rotary::new(16, 40, 1e4, dtype, &Device::Cpu)?;
-            let Table::Device { cos, sin } = Rotary::on_device(8, 40, 1e4, dtype, &Device::Cpu)? else {
+            let rotary = Rotary::new(16, 40, 1e4, RopeScaling::None, dtype, &Device::Cpu)?;
+            let frequencies: Vec<f64> = (0..8).map(|i| 1e4f64.powf(-f64::from(i) / 8.0)).collect();
+            let Table::Device { cos, sin } = Rotary::on_device(&frequencies, 40, dtype, &Device::Cpu)? else {
                 bail!("a device table was expected")
             };
             let (cos, sin) = (cos.narrow(0, 3, 33)?, sin.narrow(0, 3, 33)?);

@@ -49,7 +49,7 @@ impl Attention for SoftmaxAttention {
             }
             None => scores,
         };
-        let weights = masked_softmax(&scores, pass.mask)?;
+        let weights = masked_softmax(&scores, &ready.mask)?;
         if let Some(record) = pass.record {
             record.borrow_mut().push(summary(&weights)?);
         }

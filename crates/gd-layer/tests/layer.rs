@@ -8,8 +8,8 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use gd_kernels::Mask;
-use gd_layer::{AttentionConfig, BeaconConfig, GdAttention, GdConfig, LayerCache, Pass, Rotary};
+use gd_kernels::{Estimator, Mask, Score};
+use gd_layer::{AttentionConfig, BeaconConfig, GdAttention, GdConfig, LayerCache, Pass, RopeScaling, Rotary};
 use support::{Fixture, Numbers, config, fixture, selecting};
 
 /// `<layer(x), w>` at a fixed random w.
@@ -176,10 +176,80 @@ fn decoding_equals_the_full_forward_pass() -> Result<()> {
     Ok(())
 }
 
+/// Softmax attention over the `best` greatest scores of each query and no others, in f64, one row at a time.
+fn best_of(f: &Fixture, cfg: &AttentionConfig, x: &Tensor, best: usize) -> Result<Tensor> {
+    let var =
+        |name: &str| f.vars.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_tensor().clone()).unwrap();
+    let linear = |x: &Tensor, name: &str| {
+        x.broadcast_matmul(&var(&format!("{name}.weight")).t()?)?.broadcast_add(&var(&format!("{name}.bias")))
+    };
+    let (b, n, _) = x.dims3()?;
+    let d = cfg.head_dim;
+    let rotary = Rotary::new(d, 64, 10_000.0, RopeScaling::None, DType::F64, &Device::Cpu)?;
+    let heads = |name: &str| linear(x, name)?.reshape((b, n, (), d))?.transpose(1, 2);
+    let rows = |t: Tensor| t.flatten_to(1)?.to_vec3::<f64>();
+    let q = rows(rotary.apply(&heads("q_proj")?, 0)?)?;
+    let (k, v) = (rows(rotary.apply(&heads("k_proj")?, 0)?)?, rows(heads("v_proj")?)?);
+    let mut y = vec![0f64; q.len() * n * d];
+    for (at, row) in y.chunks_mut(d).enumerate() {
+        // The query heads of all sequences come in order, and so do the key heads: group by group.
+        let (head, i) = (at / n, at % n);
+        let (kv, first) = (head / cfg.group(), cfg.window.map_or(0, |w| (i + 1).saturating_sub(w)));
+        let score =
+            |j: usize| q[head][i].iter().zip(&k[kv][j]).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt();
+        let mut scores: Vec<(f64, usize)> = (first..=i).map(|j| (score(j), j)).collect();
+        scores.sort_by(|a, b| b.0.total_cmp(&a.0));
+        scores.truncate(best);
+        let total: f64 = scores.iter().map(|(s, _)| s.exp()).sum();
+        for (s, j) in scores {
+            row.iter_mut().zip(&v[kv][j]).for_each(|(y, v)| *y += s.exp() / total * v);
+        }
+    }
+    let y = Tensor::from_vec(y, (b, (), n, d), &Device::Cpu)?;
+    linear(&y.transpose(1, 2)?.reshape((b, n, ()))?, "o_proj")
+}
+
+#[test]
+fn blending_the_best_scores_is_softmax_attention_without_the_others() -> Result<()> {
+    let plain = |gd| AttentionConfig { qk_norm: false, output_gate: false, ..config(gd, None) };
+    let x = Numbers(7).tensor(&[2, 13, 12], 1.0, DType::F64)?;
+    for (score, norm_prior) in [(Score::Dot, false), (Score::Energy, true)] {
+        for (candidates, window) in [(2, None), (16, None), (4, Some(6)), (16, Some(6))] {
+            let gd = GdConfig {
+                score,
+                norm_prior,
+                candidates,
+                estimator: Estimator::Blend,
+                ..GdConfig::default()
+            };
+            let cfg = AttentionConfig { window, ..plain(gd) };
+            let f = fixture(&cfg, true, DType::F64, 3)?;
+            // The fixture moves beta, which softmax attention does not learn.
+            let (_, beta) = f.vars.iter().find(|(name, _)| name == "gd.beta").unwrap();
+            let scale = if score == Score::Dot { 1.0 } else { 0.5 };
+            beta.set(&(beta.ones_like()? * (scale / 6f64.sqrt()).ln())?)?;
+            let y = f.layer.attend(&x, &Pass::new(&Mask::causal(0)), None)?;
+            let difference = |other: &Tensor| (&y - other)?.abs()?.max_all()?.to_scalar::<f64>();
+            let off = difference(&best_of(&f, &cfg, &x, candidates)?)?;
+            assert!(off < 1e-12, "{score:?}, the best {candidates} in {window:?}: off by {off}");
+            if candidates == 16 {
+                let softmax = fixture(&cfg, false, DType::F64, 3)?;
+                for (name, var) in &softmax.vars {
+                    var.set(&f.vars.iter().find(|(n, _)| n == name).unwrap().1)?;
+                }
+                let off = difference(&softmax.layer.attend(&x, &Pass::new(&Mask::causal(0)), None)?)?;
+                assert!(off < 1e-12, "{score:?}, all keys in {window:?}: off by {off}");
+            }
+        }
+    }
+    Ok(())
+}
+
 fn attention(cfg: &AttentionConfig) -> Result<(GdAttention, VarMap)> {
     let map = VarMap::new();
     let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
-    let rotary = Arc::new(Rotary::new(cfg.head_dim, 64, 10_000.0, DType::F32, &Device::Cpu)?);
+    let rotary =
+        Arc::new(Rotary::new(cfg.head_dim, 64, 10_000.0, RopeScaling::None, DType::F32, &Device::Cpu)?);
     let layer = GdAttention::new(cfg, rotary, vb)?;
     let mut numbers = Numbers(1);
     let mut vars: Vec<_> = map.data().lock().expect("one thread").clone().into_iter().collect();

@@ -4,11 +4,11 @@
 mod support;
 
 use candle_core::{D, DType, Device, Tensor};
-use gd_layer::Rotary;
+use gd_layer::{RopeScaling, Rotary};
 use support::*;
 
 fn rotary(head_dim: usize, positions: usize, dtype: DType) -> Rotary {
-    Rotary::new(head_dim, positions, 1e4, dtype, &Device::Cpu).unwrap()
+    Rotary::new(head_dim, positions, 1e4, RopeScaling::None, dtype, &Device::Cpu).unwrap()
 }
 
 #[test]
@@ -85,8 +85,35 @@ fn bits_do_not_depend_on_the_thread_count() {
 }
 
 #[test]
+fn scaled_positions_turn_as_if_they_stood_elsewhere() {
+    let scaled = |scaling| Rotary::new(8, 64, 1e4, scaling, DType::F64, &Device::Cpu);
+    let x = noise(1, &[1, 2, 1, 8], 1.0);
+    let plain = |at| values(&rotary(8, 64, DType::F64).apply(&x, at).unwrap());
+    let close =
+        |a: &[f64], b: &[f64]| assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12), "{a:?} {b:?}");
+    let linear = scaled(RopeScaling::Linear { factor: 4.0 }).unwrap();
+    close(&values(&linear.apply(&x, 20).unwrap()), &plain(5));
+    // Frequencies 1, 0.1, 0.01, 0.001: 10.2, 1.02, 0.1 and 0.01 turns within 64 positions. The first stays,
+    // the second keeps (1.02 - 1) / (4 - 1) of the whole, the others are divided by 8.
+    let scaling = RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 64 };
+    let y = values(&scaled(scaling).unwrap().apply(&x, 20).unwrap());
+    let kept = (6.4 / std::f64::consts::TAU - 1.0) / 3.0;
+    for (i, f) in [1.0, 0.1 * (kept + (1.0 - kept) / 8.0), 0.01 / 8.0, 0.001 / 8.0].into_iter().enumerate() {
+        let (a, x) = (20.0 * f, values(&x));
+        let want = x[i] * f64::cos(a) - x[i + 4] * f64::sin(a);
+        assert!((y[i] - want).abs() < 1e-12, "{i}: {} instead of {want}", y[i]);
+    }
+    for bad in [
+        RopeScaling::Linear { factor: 0.0 },
+        RopeScaling::Llama3 { factor: 8.0, low: 4.0, high: 4.0, original: 64 },
+    ] {
+        assert!(scaled(bad).unwrap_err().to_string().contains("factor"));
+    }
+}
+
+#[test]
 fn errors_name_the_values() {
-    let new = |d, theta| Rotary::new(d, 8, theta, DType::F32, &Device::Cpu);
+    let new = |d, theta| Rotary::new(d, 8, theta, RopeScaling::None, DType::F32, &Device::Cpu);
     assert!(new(7, 1e4).unwrap_err().to_string().contains("head_dim 7"));
     assert!(new(0, 1e4).unwrap_err().to_string().contains("head_dim 0"));
     assert!(new(8, -1.0).unwrap_err().to_string().contains("theta -1"));

@@ -1,8 +1,8 @@
 //! Floating-point operations of training, and what the device could do: their ratio is the model
 //! FLOPs utilisation (MFU).
 //!
-//! Per token, with n = (N + 1) / 2 the mean number of keys that a query of a context of N tokens
-//! sees, Hq query heads of dimension D, K candidates:
+//! Per token, with n the mean number of keys that a query of a context of N tokens sees, (N + 1) / 2 without a
+//! window, Hq query heads of dimension D, K candidates:
 //!
 //! | part | forward | backward |
 //! |---|---|---|
@@ -27,8 +27,8 @@ use crate::error::Result;
 pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
     let (c, d) = (config.hidden_size as f64, config.head_dim as f64);
     let (hq, hk) = (config.num_attention_heads as f64, config.num_key_value_heads as f64);
-    let keys = (context as f64 + 1.0) / 2.0;
     let layer = |i| {
+        let keys = keys(context, config.window(i));
         let gate = f64::from(config.gd.output_gate);
         let mut weights =
             c * d * (2.0 * hq + 2.0 * hk + gate * hq) + 3.0 * c * config.intermediate_size as f64;
@@ -56,6 +56,13 @@ pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
     };
     let layers: f64 = (0..config.num_hidden_layers).map(layer).sum();
     layers + 6.0 * c * config.vocab_size as f64
+}
+
+/// The mean number of keys that the queries of a context see.
+fn keys(context: usize, window: Option<usize>) -> f64 {
+    let (n, w) = (context as f64, window.map_or(context, |w| w.min(context)) as f64);
+    // The first w queries see 1, 2, .. w keys, the others w.
+    (w * (w + 1.0) / 2.0 + (n - w) * w) / n
 }
 
 /// The rate of a large f32 matrix product on the device, FLOP/s: the best of a few. What the
@@ -94,6 +101,13 @@ mod tests {
         config.gd.beacon = None;
         let weights = 4 * (4 * 128 * 128 + 3 * 128 * 384) + 128 * 256;
         assert_eq!(per_token(&config, 256), f64::from(6 * weights + 4 * 6 * 128 * 257));
+    }
+
+    #[test]
+    fn a_window_bounds_the_keys() {
+        assert_eq!(keys(4, None), 2.5);
+        assert_eq!(keys(4, Some(9)), 2.5);
+        assert_eq!(keys(4, Some(2)), (1.0 + 2.0 + 2.0 + 2.0) / 4.0);
     }
 
     #[test]

@@ -32,6 +32,7 @@ pub mod schedule;
 pub mod shapes;
 pub mod state;
 pub mod stop;
+pub mod swap;
 pub mod tensor_file;
 pub mod tokenizer;
 pub mod trainer;

@@ -1,16 +1,48 @@
-//! From a checkpoint on disk to a model that runs, and back.
+//! From a checkpoint on disk to a model that runs, and back: a folder, or whatever else holds a config,
+//! tensors and a tokenizer, becomes [`Parts`], parts become a [`Loaded`] model, and that a folder.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
 
 use crate::checkpoint::{self, Checkpoint, Filling};
-use crate::config::{self, ModelConfig};
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::tokenizer::Tokenizer;
 use crate::transformer::Transformer;
+
+/// Files of a checkpoint folder that are kept as they are when the model is saved again.
+const KEPT: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+
+/// The model in Python: what `transformers` needs to load a checkpoint that is no other family's.
+const PYTHON: [(&str, &str); 2] = [
+    ("configuration_gd.py", include_str!("../python/configuration_gd.py")),
+    ("modeling_gd.py", include_str!("../python/modeling_gd.py")),
+];
+
+/// A model as files hold it.
+#[derive(Debug)]
+pub struct Parts {
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Its weights in their stored types, by the names of Llama.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its sampling defaults.
+    pub generation: Value,
+    /// Further files by name, kept as they are.
+    pub files: BTreeMap<String, Vec<u8>>,
+    /// The seed of the parameters that no tensor holds; without one they are errors.
+    pub seed: Option<u64>,
+    /// Why something newer in the folder of a run was passed over for a checkpoint there; mostly empty.
+    pub passed_over: Vec<String>,
+    /// Where they come from, for messages.
+    path: PathBuf,
+}
 
 /// A loaded model.
 pub struct Loaded {
@@ -20,16 +52,28 @@ pub struct Loaded {
     pub params: Params,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
+    /// Its sampling defaults.
+    pub generation: Value,
+    /// Further files by name, kept as they are.
+    pub files: BTreeMap<String, Vec<u8>>,
     /// Why something newer in the folder of a run was passed over for a checkpoint there; mostly empty.
     pub passed_over: Vec<String>,
 }
 
 /// Loads a checkpoint folder, the folder of a `.safetensors` file in one, or the newest whole checkpoint in
-/// the folder of a run without a whole model.
+/// the folder of a run without a whole model. Weights are computed with in f32.
 ///
 /// # Errors
 /// Names the file and the reason.
 pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
+    read(path, device)?.build(device)
+}
+
+/// The parts of what [`load`] loads.
+///
+/// # Errors
+/// Names the file and the reason.
+pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     let (path, passed_over) = checkpoint::locate(path)?;
     for reason in &passed_over {
         tracing::warn!("{reason}; the model is loaded from {}", path.display());
@@ -40,28 +84,113 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
     };
     let tensors = checkpoint::load_tensors(&path, device)?;
     let file = folder.join(checkpoint::CONFIG);
-    let named = |e: &dyn std::fmt::Display| Error::Invalid(format!("{}: {e}", file.display()));
-    let config: ModelConfig =
-        config::parse(checkpoint::load_json(&file)?).map_err(|problems| named(&problems.join("; ")))?;
+    let config = checkpoint::load_json(&file)?;
     let tokenizer = Tokenizer::load(&folder.join(checkpoint::TOKENIZER))?;
-    if tokenizer.vocab_size() > config.vocab_size {
-        return Err(Error::Invalid(format!(
-            "{}: the tokenizer has {} tokens, the model {}",
-            folder.display(),
-            tokenizer.vocab_size(),
-            config.vocab_size
-        )));
+    let mut parts = Parts::new(&file, config, tensors, tokenizer)?;
+    let generation = folder.join(checkpoint::GENERATION);
+    if generation.exists() {
+        parts.generation = checkpoint::load_json(&generation)?;
     }
-    let params = Params::stored(tensors, DType::F32, device);
-    let model = Transformer::new(&config, params.frozen()).map_err(|e| named(&e))?;
-    let unused = params.unused();
-    if !unused.is_empty() {
-        tracing::warn!("{}: tensors without a place in the model: {}", folder.display(), unused.join(", "));
+    for name in KEPT.into_iter().filter(|name| folder.join(name).exists()) {
+        let path = folder.join(name);
+        let content = std::fs::read(&path).map_err(|e| Error::read(&path, "file", e))?;
+        parts.files.insert(name.into(), content);
     }
-    Ok(Loaded { model, params, tokenizer, passed_over })
+    Ok(Parts { passed_over, ..parts })
 }
 
-/// Writes a model's files into the folder of a checkpoint.
+impl Parts {
+    /// The parts of a model that was read from `path`: its `config.json`, ours or another family's, its
+    /// tensors and its tokenizer.
+    ///
+    /// # Errors
+    /// Names the path and every key or value that does not fit.
+    pub fn new(
+        path: &Path,
+        config: Value,
+        tensors: BTreeMap<String, Tensor>,
+        tokenizer: Tokenizer,
+    ) -> Result<Self> {
+        let invalid = |text: String| Error::Invalid(format!("{}: {text}", path.display()));
+        let config = ModelConfig::from_json(config).map_err(|problems| invalid(problems.join("; ")))?;
+        if tokenizer.vocab_size() > config.vocab_size {
+            let (tokens, known) = (tokenizer.vocab_size(), config.vocab_size);
+            return Err(invalid(format!("the tokenizer has {tokens} tokens, the model {known}")));
+        }
+        Ok(Self {
+            config,
+            tensors,
+            tokenizer,
+            generation: generation(),
+            files: BTreeMap::new(),
+            seed: None,
+            passed_over: Vec::new(),
+            path: path.into(),
+        })
+    }
+
+    /// The model, in f32 on `device`.
+    ///
+    /// # Errors
+    /// A config that contradicts itself, or tensors that are missing or of another shape.
+    pub fn build(self, device: &Device) -> Result<Loaded> {
+        let at = self.path.display();
+        let params = Params::stored(self.tensors, self.seed, DType::F32, device);
+        let model = Transformer::new(&self.config, params.frozen())
+            .map_err(|e| Error::Invalid(format!("{at}: {e}")))?;
+        let mut unused = params.unused();
+        // Files of older versions hold the rotary frequencies, and some hold a tied projection twice.
+        unused.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
+        unused.retain(|name| !(self.config.tie_word_embeddings && name == "lm_head.weight"));
+        if !unused.is_empty() {
+            tracing::warn!("{at}: tensors without a place in the model: {}", unused.join(", "));
+        }
+        Ok(Loaded {
+            generation: self.generation,
+            files: self.files,
+            passed_over: self.passed_over,
+            ..Loaded::new(model, params, self.tokenizer)
+        })
+    }
+}
+
+impl Loaded {
+    /// A model that was made here.
+    pub fn new(model: Transformer, params: Params, tokenizer: Tokenizer) -> Self {
+        Self {
+            model,
+            params,
+            tokenizer,
+            generation: generation(),
+            files: BTreeMap::new(),
+            passed_over: Vec::new(),
+        }
+    }
+
+    /// Writes a checkpoint folder, weights in the types in which they were stored; an existing one stays until
+    /// the new one is complete. A model of another family is written as such: its config as it came.
+    ///
+    /// # Errors
+    /// Names the file and the reason.
+    pub fn save(&self, folder: &Path, card: &[(&str, String)]) -> Result<()> {
+        let config = self.model.config();
+        let mut extra = self.files.clone();
+        extra.extend(python(config).map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())));
+        checkpoint::save(
+            folder,
+            &Checkpoint {
+                config: &config.to_json()?,
+                tensors: &self.params.stored_tensors()?,
+                tokenizer: &self.tokenizer,
+                generation: &self.generation,
+                card: &checkpoint::model_card(card)?,
+                extra: &extra,
+            },
+        )
+    }
+}
+
+/// Writes the files of a model that was made here into the folder of a checkpoint, weights as they are.
 ///
 /// # Errors
 /// Names the file and the reason.
@@ -74,34 +203,17 @@ pub fn write(
     folder.json(checkpoint::CONFIG, &model.config().to_json()?)?;
     folder.json(checkpoint::GENERATION, &generation())?;
     folder.file(checkpoint::TOKENIZER, tokenizer.to_json()?.as_bytes())?;
+    for (name, text) in python(model.config()) {
+        folder.file(name, text.as_bytes())?;
+    }
     folder.tensors(checkpoint::WEIGHTS, &params.tensors())
 }
 
-fn generation() -> serde_json::Value {
-    serde_json::json!({ "do_sample": true, "temperature": 0.8, "top_p": 0.95 })
+/// The Python files that go with a config; none with that of another family, which `transformers` knows.
+fn python(config: &ModelConfig) -> impl Iterator<Item = (&'static str, &'static str)> {
+    PYTHON.into_iter().filter(|_| !config.is_foreign())
 }
 
-/// Writes a checkpoint folder; an existing one stays until the new one is complete.
-///
-/// # Errors
-/// Names the file and the reason.
-pub fn save(
-    folder: &Path,
-    model: &Transformer,
-    params: &Params,
-    tokenizer: &Tokenizer,
-    card: &[(&str, String)],
-    extra: &BTreeMap<String, Vec<u8>>,
-) -> Result<()> {
-    checkpoint::save(
-        folder,
-        &Checkpoint {
-            config: &model.config().to_json()?,
-            tensors: &params.tensors(),
-            tokenizer,
-            generation: &generation(),
-            card: &checkpoint::model_card(card)?,
-            extra,
-        },
-    )
+fn generation() -> Value {
+    serde_json::json!({ "do_sample": true, "temperature": 0.8, "top_p": 0.95 })
 }

@@ -1,7 +1,7 @@
 //! The parameters of a model: created from a seed or read from a checkpoint, by name.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
@@ -13,36 +13,43 @@ use rand_distr::{Distribution, Normal, Uniform};
 /// Named parameters in the order of their names. Clones share them.
 #[derive(Clone)]
 pub struct Params {
-    vars: Arc<Mutex<BTreeMap<String, Var>>>,
+    vars: Arc<Mutex<BTreeMap<String, Parameter>>>,
     source: Source,
     dtype: DType,
     device: Device,
 }
 
-/// Where a parameter that is asked for comes from.
+/// A parameter, and the dtype in which it is stored.
+struct Parameter {
+    var: Var,
+    stored: DType,
+}
+
+/// Where a parameter that is asked for comes from: the tensors of a checkpoint that no module has asked for
+/// yet, else its initial values, drawn from a seed and its name, so that they do not depend on the order in
+/// which a model is built. Without a seed a parameter that no tensor holds is an error.
 #[derive(Clone)]
-enum Source {
-    /// Its initial values, drawn from a seed and its name, so that they do not depend on the order
-    /// in which a model is built.
-    Seed(u64),
-    /// A checkpoint.
-    Stored(Arc<BTreeMap<String, Tensor>>),
+struct Source {
+    tensors: Arc<Mutex<BTreeMap<String, Tensor>>>,
+    seed: Option<u64>,
 }
 
 impl Params {
     /// New parameters.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
-        Self { vars: Arc::default(), source: Source::Seed(seed), dtype, device: device.clone() }
+        Self::stored(BTreeMap::new(), Some(seed), dtype, device)
     }
 
-    /// The parameters of a checkpoint, cast to `dtype`.
-    pub fn stored(tensors: BTreeMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
-        Self {
-            vars: Arc::default(),
-            source: Source::Stored(Arc::new(tensors)),
-            dtype,
-            device: device.clone(),
-        }
+    /// The parameters of a checkpoint, cast to `dtype`. Those that it lacks are new ones where there is a
+    /// `seed`, else errors.
+    pub fn stored(
+        tensors: BTreeMap<String, Tensor>,
+        seed: Option<u64>,
+        dtype: DType,
+        device: &Device,
+    ) -> Self {
+        let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed };
+        Self { vars: Arc::default(), source, dtype, device: device.clone() }
     }
 
     /// What modules are built from.
@@ -58,12 +65,23 @@ impl Params {
 
     /// The parameters that a model has asked for, by name.
     pub fn vars(&self) -> Vec<(String, Var)> {
-        self.lock().iter().map(|(name, var)| (name.clone(), var.clone())).collect()
+        self.lock().iter().map(|(name, p)| (name.clone(), p.var.clone())).collect()
     }
 
     /// Their tensors, without gradients.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
-        self.lock().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
+        self.lock().iter().map(|(name, p)| (name.clone(), p.var.as_detached_tensor())).collect()
+    }
+
+    /// The same, each in the dtype in which it was stored: bit for bit what was read, unless it has changed.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn stored_tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        let stored = |(name, p): (&String, &Parameter)| {
+            Ok((name.clone(), p.var.as_detached_tensor().to_dtype(p.stored)?))
+        };
+        self.lock().iter().map(stored).collect()
     }
 
     /// Takes the values of `tensors`, one for each parameter; others are passed over.
@@ -95,7 +113,7 @@ impl Params {
 
     /// Elements in all parameters.
     pub fn count(&self) -> usize {
-        self.lock().values().map(|v| v.elem_count()).sum()
+        self.lock().values().map(|p| p.var.elem_count()).sum()
     }
 
     /// A hash of names, shapes and values.
@@ -110,16 +128,14 @@ impl Params {
 
     /// Stored tensors that no module has asked for.
     pub fn unused(&self) -> Vec<String> {
-        match &self.source {
-            Source::Seed(_) => Vec::new(),
-            Source::Stored(all) => {
-                let used = self.lock();
-                all.keys().filter(|name| !used.contains_key(*name)).cloned().collect()
-            }
-        }
+        self.tensors_left().keys().cloned().collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Var>> {
+    fn tensors_left(&self) -> MutexGuard<'_, BTreeMap<String, Tensor>> {
+        self.source.tensors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Parameter>> {
         self.vars.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -127,28 +143,26 @@ impl Params {
 impl SimpleBackend for Params {
     fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
         let mut vars = self.lock();
-        if let Some(var) = vars.get(name) {
+        if let Some(Parameter { var, .. }) = vars.get(name) {
             if var.shape() != &shape {
                 candle_core::bail!("parameter {name} is {:?} here and {:?} there", var.shape(), shape);
             }
             return Ok(var.as_tensor().clone());
         }
-        let var = match &self.source {
-            Source::Seed(seed) => {
-                Var::from_tensor(&initial(*seed, name, &shape, init)?.to_dtype(dtype)?.to_device(device)?)?
+        // Taken out, so that a tensor that is cast is not held twice.
+        let (value, stored) = match (self.tensors_left().remove(name), self.source.seed) {
+            (Some(tensor), _) if tensor.shape() != &shape => {
+                candle_core::bail!("tensor {name:?} is {:?}, not {:?}", tensor.dims(), shape.dims())
             }
-            Source::Stored(tensors) => {
-                let Some(tensor) = tensors.get(name) else {
-                    candle_core::bail!("the checkpoint has no tensor {name:?} ({:?} expected)", shape.dims());
-                };
-                if tensor.shape() != &shape {
-                    candle_core::bail!("tensor {name:?} is {:?}, not {:?}", tensor.dims(), shape.dims());
-                }
-                Var::from_tensor(&tensor.to_dtype(dtype)?.to_device(device)?)?
+            (Some(tensor), _) => (tensor.to_dtype(dtype)?, tensor.dtype()),
+            (None, Some(seed)) => (initial(seed, name, &shape, init)?.to_dtype(dtype)?, dtype),
+            (None, None) => {
+                candle_core::bail!("the checkpoint has no tensor {name:?} ({:?} expected)", shape.dims())
             }
         };
+        let var = Var::from_tensor(&value.to_device(device)?)?;
         let tensor = var.as_tensor().clone();
-        vars.insert(name.to_owned(), var);
+        vars.insert(name.to_owned(), Parameter { var, stored });
         Ok(tensor)
     }
 
@@ -157,10 +171,7 @@ impl SimpleBackend for Params {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        match &self.source {
-            Source::Seed(_) => true,
-            Source::Stored(tensors) => tensors.contains_key(name),
-        }
+        self.source.seed.is_some() || self.lock().contains_key(name) || self.tensors_left().contains_key(name)
     }
 }
 

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder};
-use gd_layer::{Attention, GdAttention, LayerCache, Pass, RmsNorm, Rotary, SoftmaxAttention, linear, swiglu};
+use gd_layer::{
+    Attention, GdAttention, LayerCache, Pass, RmsNorm, RopeScaling, Rotary, SoftmaxAttention, linear, swiglu,
+};
 
 use crate::config::{Mechanism, ModelConfig};
 use crate::loss::{linear_cross_entropy, linear_token_losses};
@@ -22,11 +24,11 @@ struct Mlp {
 }
 
 impl Mlp {
-    fn new(c: usize, width: usize, vb: VarBuilder) -> Result<Self> {
+    fn new(c: usize, width: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
-            gate: linear(c, width, false, false, vb.pp("gate_proj"))?,
-            up: linear(c, width, false, false, vb.pp("up_proj"))?,
-            down: linear(width, c, false, true, vb.pp("down_proj"))?,
+            gate: linear(c, width, bias, false, vb.pp("gate_proj"))?,
+            up: linear(c, width, bias, false, vb.pp("up_proj"))?,
+            down: linear(width, c, bias, true, vb.pp("down_proj"))?,
         })
     }
 
@@ -67,33 +69,34 @@ impl Transformer {
     /// A config that contradicts itself, or weights that are missing or of another shape.
     pub fn new(config: &ModelConfig, vb: VarBuilder) -> crate::Result<Self> {
         config.validate()?;
-        Ok(Self::build(config, vb)?)
+        let scaling = config.rope_scaling()?;
+        Ok(Self::build(config, scaling, vb)?)
     }
 
-    fn build(config: &ModelConfig, vb: VarBuilder) -> Result<Self> {
+    fn build(config: &ModelConfig, scaling: RopeScaling, vb: VarBuilder) -> Result<Self> {
         let (c, v) = (config.hidden_size, config.vocab_size);
         let eps = config.rms_norm_eps;
         let model = vb.pp("model");
         let normal = Init::Randn { mean: 0.0, stdev: 0.02 };
         let embed = model.pp("embed_tokens").get_with_hints((v, c), "weight", normal)?;
-        let attention = config.attention();
         let rotary = Arc::new(Rotary::new(
             config.head_dim,
             config.max_position_embeddings,
             config.theta(),
+            scaling,
             vb.dtype(),
             vb.device(),
         )?);
         let block = |i: usize| {
             let vb = model.pp("layers").pp(i);
-            let inner = vb.pp("self_attn");
+            let (attention, inner) = (config.attention(i), vb.pp("self_attn"));
             let attention: Box<dyn Attention> = match config.mechanism(i) {
                 Mechanism::Softmax => Box::new(SoftmaxAttention::new(&attention, rotary.clone(), inner)?),
                 Mechanism::Gd => Box::new(GdAttention::new(&attention, rotary.clone(), inner)?),
             };
             Ok(Block {
                 attention,
-                mlp: Mlp::new(c, config.intermediate_size, vb.pp("mlp"))?,
+                mlp: Mlp::new(c, config.intermediate_size, config.mlp_bias, vb.pp("mlp"))?,
                 input_norm: RmsNorm::new(c, eps, vb.pp("input_layernorm"))?,
                 post_norm: RmsNorm::new(c, eps, vb.pp("post_attention_layernorm"))?,
             })

@@ -1,7 +1,6 @@
 //! The program end to end, on a model small enough for seconds: train, evaluate, generate,
 //! compare, measure memory, check gradients.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -13,9 +12,10 @@ use gd_layer::Pass;
 use gd_model::checkpoint::WEIGHTS;
 use gd_model::config::Recipe;
 use gd_model::data::{Corpus, Texts};
-use gd_model::model_file;
+use gd_model::model_file::{self, Loaded};
 use gd_model::tokenizer::Tokenizer;
 use gd_model::trainer::Trainer;
+use gd_model::transformer::Transformer;
 use serde_json::Value;
 
 const SMALL: &str = include_str!("fixtures/small.json");
@@ -133,11 +133,12 @@ fn a_saved_model_gives_the_same_bits_again() -> Result<()> {
         ["name", "summary", "parameters", "mechanism", "tokenizer", "context", "data", "steps", "loss"];
     let card = card.map(|key| (key, "test".to_owned()));
     let path = folder.path().join("model");
-    model_file::save(&path, &trainer.model, &trainer.params, &tokenizer, &card, &BTreeMap::new())?;
+    let same = Transformer::new(trainer.model.config(), trainer.params.frozen())?;
+    Loaded::new(same, trainer.params.clone(), tokenizer).save(&path, &card)?;
     let loaded = model_file::load(&path, &cpu)?;
     let ids = Tensor::from_vec((0..50u32).map(|i| i * 37 % 256).collect::<Vec<_>>(), (2, 25), &cpu)?;
     let mask = Mask::causal(0);
-    let bits = |model: &gd_model::transformer::Transformer| -> Result<Vec<u32>> {
+    let bits = |model: &Transformer| -> Result<Vec<u32>> {
         let logits = model.forward(&ids, &Pass::new(&mask), None)?;
         Ok(logits.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
     };

@@ -121,6 +121,7 @@ impl<A: Real> Best<A> {
             8 => enter::<A, 8>(list, entry),
             16 => enter::<A, 16>(list, entry),
             32 => enter::<A, 32>(list, entry),
+            64 => enter::<A, 64>(list, entry),
             k => {
                 // Long lists: where it belongs is far from everywhere else.
                 let at = list.partition_point(|&e| e >= entry);

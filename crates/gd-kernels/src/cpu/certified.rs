@@ -17,7 +17,7 @@ use pulp::{Simd, WithSimd};
 use super::amx::Tiled;
 use super::filter::{Filter, Known};
 use super::integer::{Code, KEYS, Meeting, Panel, Queries, ROWS, STEP, collect};
-use super::lists::{CAPACITY, Lists};
+use super::lists::{Lists, capacity};
 use super::quantize::quantize;
 use super::scan::Block;
 use crate::element::{Element, Real};
@@ -169,7 +169,7 @@ impl<T: Element> Certified<'_, '_, '_, T> {
     fn gather(&self, queries: (&Queries, f32), visible: &[Range<usize>]) -> Option<Lists> {
         let block = self.block;
         let count = queries.0.start.len();
-        let mut lists = Lists::new(count, CAPACITY, block.problem.candidates);
+        let mut lists = Lists::new(count, capacity(block.problem.candidates), block.problem.candidates);
         if let Some(threshold) = self.thresholds(queries, visible) {
             lists.threshold = threshold;
         }
@@ -196,7 +196,7 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         for row in 0..visible.len() {
             lists.tighten(row);
         }
-        (lists.unbounded.len() <= CAPACITY).then_some(lists)
+        (lists.unbounded.len() <= capacity(lists.candidates)).then_some(lists)
     }
 }
 

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use super::certified::{Certified, seen};
 use super::filter::Filter;
 use super::integer::{Code, KEYS};
-use super::lists::{CAPACITY, Lists, reached_by};
+use super::lists::{Lists, capacity, reached_by};
 use super::scan::Block;
 use super::settle::{Left, Settle};
 use crate::element::{Element, Real};
@@ -128,7 +128,8 @@ impl<A: Real> Head<A> {
         }
         let norm: Vec<f32> = q.chunks_exact(d).map(|q| dot::<A, S>(simd, q, q).sqrt() + LOST).collect();
         let bounded = norm.iter().all(|n| *n < GREATEST.sqrt());
-        let lists = bounded.then(|| Lists::new(visible.len(), CAPACITY, block.problem.candidates));
+        let candidates = block.problem.candidates;
+        let lists = bounded.then(|| Lists::new(visible.len(), capacity(candidates), candidates));
         Self { visible, q, norm, lists }
     }
 
@@ -197,7 +198,7 @@ impl<A: Real> Head<A> {
                 lists.unbounded.push(first as u32 + w);
             }
         }
-        if lists.unbounded.len() > CAPACITY {
+        if lists.unbounded.len() > capacity(lists.candidates) {
             self.lists = None;
         }
     }

@@ -2,8 +2,10 @@
 
 use super::integer::KEYS;
 
-/// Keys that a row may keep before it is left to the native scan: enough for 32 candidates.
-pub(crate) const CAPACITY: usize = 96;
+/// Keys that a row may keep before it is left to the native scan.
+pub(crate) fn capacity(candidates: usize) -> usize {
+    if candidates <= 32 { 96 } else { 192 }
+}
 
 /// For every row the keys that may still be candidates, with bounds of their scores.
 pub(crate) struct Lists {

@@ -17,7 +17,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 pub const DIMS: [usize; 9] = [1, 3, 8, 16, 24, 40, 64, 80, 128];
-pub const CANDIDATES: [usize; 6] = [1, 2, 4, 8, 16, 32];
+pub const CANDIDATES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 /// Around panel widths (2 to 32 keys) and the 64 rows of a block.
 const EDGES: [usize; 12] = [1, 2, 31, 32, 33, 63, 64, 65, 95, 127, 129, 150];
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use gd_kernels::{Barrier, Estimator, Gate};
-use gd_layer::{Attention, AttentionConfig, BeaconConfig, GdAttention, GdConfig, Rotary, SoftmaxAttention};
+use gd_layer::{
+    Attention, AttentionConfig, BeaconConfig, GdAttention, GdConfig, RopeScaling, Rotary, SoftmaxAttention,
+};
 
 /// A small generator of numbers in (-1, 1).
 pub(crate) struct Numbers(pub(crate) u64);
@@ -32,7 +34,7 @@ pub(crate) struct Fixture {
 pub(crate) fn fixture(cfg: &AttentionConfig, selects: bool, dtype: DType, seed: u64) -> Result<Fixture> {
     let map = VarMap::new();
     let vb = VarBuilder::from_varmap(&map, dtype, &Device::Cpu);
-    let rotary = Arc::new(Rotary::new(cfg.head_dim, 64, 10_000.0, dtype, &Device::Cpu)?);
+    let rotary = Arc::new(Rotary::new(cfg.head_dim, 64, 10_000.0, RopeScaling::None, dtype, &Device::Cpu)?);
     let layer: Box<dyn Attention> = match selects {
         true => Box::new(GdAttention::new(cfg, rotary, vb)?),
         false => Box::new(SoftmaxAttention::new(cfg, rotary, vb)?),
@@ -65,9 +67,11 @@ pub(crate) fn config(gd: GdConfig, beacon: Option<BeaconConfig>) -> AttentionCon
         num_key_value_heads: 2,
         head_dim: 6,
         attention_bias: true,
+        output_bias: true,
         qk_norm: true,
         rms_norm_eps: 1e-5,
         output_gate: true,
+        window: None,
         beacon,
         gd,
     }
@@ -89,7 +93,12 @@ pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
     let some = Some(1.2);
     // The coherence gate sees distances alone: with the winner's gradient a prior would learn nothing.
     let unranked = Some(BeaconConfig { prior: false, ..BeaconConfig::default() });
+    let windowed = AttentionConfig {
+        window: Some(3),
+        ..config(GdConfig { norm_prior: true, ..gd(Estimator::Blend, Gate::None, some, 1) }, beacon(0, None))
+    };
     vec![
+        ("blend, prior of the norms, window", true, windowed),
         ("blend", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(0, None))),
         ("blend, barrier", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(2, Some(barrier)))),
         ("winner, energy gate", true, config(gd(Estimator::Winner, gate, some, 2), beacon(2, None))),

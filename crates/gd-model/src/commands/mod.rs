@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod compare;
+pub mod convert;
 pub mod data;
 pub mod doctor;
 pub mod eval;
@@ -62,6 +63,7 @@ enum Command {
     Data(data::Args),
     Eval(eval::Args),
     Generate(generate::Args),
+    Convert(convert::Args),
     Op(op::Args),
     Compare(compare::Args),
     Plot(plot::Args),
@@ -157,6 +159,7 @@ fn start(cli: Cli) -> Result<()> {
         Command::Data(args) => data::run(args, &ctx),
         Command::Eval(args) => eval::run(args, &ctx),
         Command::Generate(args) => generate::run(args, &ctx),
+        Command::Convert(args) => convert::run(args, &ctx),
         Command::Op(args) => op::run(args, &ctx),
         Command::Compare(args) => compare::run(args, &ctx),
         Command::Plot(args) => plot::run(args, &ctx),

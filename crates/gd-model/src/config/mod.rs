@@ -1,6 +1,7 @@
 //! What a model is made of and how it is trained: read from a preset or a file, checked as a whole,
 //! unknown keys refused.
 
+mod llama;
 mod load;
 mod model;
 mod select;

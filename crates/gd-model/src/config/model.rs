@@ -1,8 +1,11 @@
 //! The shape of a model: the keys of `config.json`.
 
-use gd_layer::{AttentionConfig, BeaconConfig, GdConfig};
+use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, RopeScaling};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
+use super::{llama, parse};
 use crate::error::{Error, Result};
 
 /// How the positions of a layer read each other.
@@ -25,6 +28,9 @@ pub struct ModelConfig {
     /// `gd`; not read.
     #[serde(default = "model_type")]
     pub model_type: String,
+    /// The Python code beside the checkpoint; written, not read.
+    #[serde(default, skip_serializing)]
+    pub auto_map: IgnoredAny,
     /// Tokens the model knows.
     pub vocab_size: usize,
     /// Width C.
@@ -47,7 +53,7 @@ pub struct ModelConfig {
     /// Base of the rotary frequencies. Read here or in `rope_parameters`, written in both.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_theta: Option<f64>,
-    /// The same, as newer configs have it.
+    /// The same, as newer configs have it, and how the frequencies are scaled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_parameters: Option<RopeParameters>,
     /// Whether the output projection is the embedding.
@@ -56,6 +62,9 @@ pub struct ModelConfig {
     /// Whether q, k, v projections have a bias.
     #[serde(default)]
     pub attention_bias: bool,
+    /// Whether the projections of the feed-forward block have a bias.
+    #[serde(default)]
+    pub mlp_bias: bool,
     /// `silu`.
     #[serde(default = "hidden_act")]
     pub hidden_act: String,
@@ -64,6 +73,10 @@ pub struct ModelConfig {
     pub dtype: String,
     /// What Llama does not have.
     pub gd: GdBlock,
+    /// The `config.json` of another family that this was translated from: what is written for as long as it
+    /// says the same.
+    #[serde(skip)]
+    pub origin: Option<Value>,
 }
 
 /// `rope_parameters` of newer configs.
@@ -72,9 +85,65 @@ pub struct ModelConfig {
 pub struct RopeParameters {
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// `default`.
+    /// `default`, `linear` or `llama3`.
     #[serde(default = "rope_type")]
     pub rope_type: String,
+    /// Of `linear` and `llama3`; see [`RopeScaling`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub factor: Option<f64>,
+    /// Of `llama3`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low_freq_factor: Option<f64>,
+    /// Of `llama3`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub high_freq_factor: Option<f64>,
+    /// Of `llama3`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_max_position_embeddings: Option<usize>,
+}
+
+impl RopeParameters {
+    /// Frequencies of this base, not scaled.
+    pub fn plain(rope_theta: f64) -> Self {
+        Self {
+            rope_theta,
+            rope_type: rope_type(),
+            factor: None,
+            low_freq_factor: None,
+            high_freq_factor: None,
+            original_max_position_embeddings: None,
+        }
+    }
+
+    /// How the frequencies are scaled.
+    ///
+    /// # Errors
+    /// An unknown type, or one without a value that it needs.
+    pub fn scaling(&self) -> Result<RopeScaling> {
+        let needs = |name: &str| Error::Invalid(format!("rope_type {:?} without {name}", self.rope_type));
+        let factor = || self.factor.ok_or_else(|| needs("factor"));
+        known_rope_type(&self.rope_type)?;
+        match self.rope_type.as_str() {
+            "linear" => Ok(RopeScaling::Linear { factor: factor()? }),
+            "llama3" => Ok(RopeScaling::Llama3 {
+                factor: factor()?,
+                low: self.low_freq_factor.ok_or_else(|| needs("low_freq_factor"))?,
+                high: self.high_freq_factor.ok_or_else(|| needs("high_freq_factor"))?,
+                original: self
+                    .original_max_position_embeddings
+                    .ok_or_else(|| needs("original_max_position_embeddings"))?,
+            }),
+            _ => Ok(RopeScaling::None),
+        }
+    }
+}
+
+/// Refuses rotary frequencies that are scaled in another way than those of [`RopeScaling`].
+pub(super) fn known_rope_type(name: &str) -> Result<()> {
+    if ["default", "linear", "llama3"].contains(&name) {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("rope_type {name:?} is not supported (default, linear and llama3 are)")))
 }
 
 /// Our keys of `config.json`.
@@ -83,9 +152,16 @@ pub struct RopeParameters {
 pub struct GdBlock {
     /// The mechanism of every layer, or one for all.
     pub mechanism: Vec<Mechanism>,
+    /// Keys that a query of a layer sees at most, counted back from its own position; null is no limit. One
+    /// for every layer, one for all, or nothing.
+    #[serde(default)]
+    pub windows: Vec<Option<usize>>,
     /// RMSNorm on q and k.
     #[serde(default)]
     pub qk_norm: bool,
+    /// Whether `o_proj` has a bias.
+    #[serde(default)]
+    pub output_bias: bool,
     /// Elementwise sigmoid gate on the heads' output.
     #[serde(default)]
     pub output_gate: bool,
@@ -97,10 +173,10 @@ pub struct GdBlock {
     pub select: GdConfig,
 }
 
-fn architectures() -> Vec<String> {
+pub(super) fn architectures() -> Vec<String> {
     vec!["GdForCausalLM".into()]
 }
-fn model_type() -> String {
+pub(super) fn model_type() -> String {
     "gd".into()
 }
 fn rms_norm_eps() -> f64 {
@@ -109,7 +185,7 @@ fn rms_norm_eps() -> f64 {
 fn hidden_act() -> String {
     "silu".into()
 }
-fn dtype() -> String {
+pub(super) fn dtype() -> String {
     "float32".into()
 }
 fn rope_type() -> String {
@@ -117,9 +193,25 @@ fn rope_type() -> String {
 }
 
 impl ModelConfig {
+    /// Reads a `config.json`: ours, which has a block `gd`, or that of another family, which is translated.
+    ///
+    /// # Errors
+    /// Every problem: a key or value that does not fit, or a family that is not known.
+    pub fn from_json(json: Value) -> std::result::Result<Self, Vec<String>> {
+        if json.get("gd").is_some() { parse(json) } else { llama::translate(json) }
+    }
+
     /// Base of the rotary frequencies.
     pub fn theta(&self) -> f64 {
         self.rope_parameters.as_ref().map(|r| r.rope_theta).or(self.rope_theta).unwrap_or(10_000.0)
+    }
+
+    /// How the rotary frequencies are scaled.
+    ///
+    /// # Errors
+    /// As [`RopeParameters::scaling`].
+    pub fn rope_scaling(&self) -> Result<RopeScaling> {
+        self.rope_parameters.as_ref().map_or(Ok(RopeScaling::None), RopeParameters::scaling)
     }
 
     /// The mechanism of a layer.
@@ -127,17 +219,25 @@ impl ModelConfig {
         self.gd.mechanism[layer.min(self.gd.mechanism.len() - 1)]
     }
 
-    /// The attention layers' config.
-    pub fn attention(&self) -> AttentionConfig {
+    /// The window of a layer, if it has one.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        let windows = &self.gd.windows;
+        windows.get(layer).or(windows.last()).copied().flatten()
+    }
+
+    /// The config of a layer's attention.
+    pub fn attention(&self, layer: usize) -> AttentionConfig {
         AttentionConfig {
             hidden_size: self.hidden_size,
             num_attention_heads: self.num_attention_heads,
             num_key_value_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
             attention_bias: self.attention_bias,
+            output_bias: self.gd.output_bias,
             qk_norm: self.gd.qk_norm,
             rms_norm_eps: self.rms_norm_eps,
             output_gate: self.gd.output_gate,
+            window: self.window(layer),
             beacon: self.gd.beacon.clone(),
             gd: self.gd.select.clone(),
         }
@@ -164,9 +264,14 @@ impl ModelConfig {
         if self.hidden_act != "silu" {
             return fail(format!("hidden_act {:?}; only silu is supported", self.hidden_act));
         }
+        let layers = self.num_hidden_layers;
         let n = self.gd.mechanism.len();
-        if n != 1 && n != self.num_hidden_layers {
-            return fail(format!("{n} mechanisms for {} layers (1 or {0} expected)", self.num_hidden_layers));
+        if n != 1 && n != layers {
+            return fail(format!("{n} mechanisms for {layers} layers (1 or {layers} expected)"));
+        }
+        let n = self.gd.windows.len();
+        if n > 1 && n != layers {
+            return fail(format!("{n} windows for {layers} layers (0, 1 or {layers} expected)"));
         }
         if let (Some(theta), Some(parameters)) = (self.rope_theta, &self.rope_parameters)
             && theta != parameters.rope_theta
@@ -176,19 +281,31 @@ impl ModelConfig {
                 parameters.rope_theta
             ));
         }
-        if let Some(r) = &self.rope_parameters
-            && r.rope_type != "default"
-        {
-            return fail(format!("rope_type {:?}; only default is supported", r.rope_type));
-        }
-        Ok(self.attention().validate()?)
+        self.rope_scaling()?;
+        (0..layers.min(n.max(1))).try_for_each(|layer| self.attention(layer).validate())?;
+        Ok(())
     }
 
-    /// The config as `config.json` holds it, with the rotary base under both of its names.
-    pub fn to_json(&self) -> Result<serde_json::Value> {
+    /// Whether it is still that of the family it came from.
+    pub fn is_foreign(&self) -> bool {
+        self.origin.as_ref().is_some_and(|origin| llama::translate(origin.clone()).as_ref() == Ok(self))
+    }
+
+    /// The config as `config.json` holds it: as it came, if it is another family's, else in our keys, with the
+    /// rotary base under both of its names and the Python code beside the checkpoint.
+    pub fn to_json(&self) -> Result<Value> {
+        if let Some(origin) = self.origin.as_ref().filter(|_| self.is_foreign()) {
+            return Ok(origin.clone());
+        }
         let theta = self.theta();
-        let parameters = RopeParameters { rope_theta: theta, rope_type: rope_type() };
+        let parameters = self.rope_parameters.clone().unwrap_or_else(|| RopeParameters::plain(theta));
         let full = Self { rope_theta: Some(theta), rope_parameters: Some(parameters), ..self.clone() };
-        serde_json::to_value(full).map_err(|e| Error::Invalid(format!("the config does not fit JSON: {e}")))
+        let mut json = serde_json::to_value(full)
+            .map_err(|e| Error::Invalid(format!("the config does not fit JSON: {e}")))?;
+        json["auto_map"] = json!({
+            "AutoConfig": "configuration_gd.GdConfig",
+            "AutoModelForCausalLM": "modeling_gd.GdForCausalLM",
+        });
+        Ok(json)
     }
 }

@@ -1,6 +1,6 @@
 //! How selection changes over a run: the block `train.select` of a recipe.
 
-use gd_kernels::Mask;
+use gd_kernels::{CANDIDATES, Mask};
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,7 @@ use crate::error::Result;
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SelectSchedule {
-    /// Candidates per query, 1, 2, 4, 8, 16 or 32: changes at its points, in steps.
+    /// Candidates per query, one of [`CANDIDATES`]: changes at its points, in steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub candidates: Option<Curve>,
     /// Share of the hard forward pass, in [0, 1]: 0 blends the candidates, 1 (if left out) selects.
@@ -50,12 +50,12 @@ impl SelectSchedule {
     /// Names the curve and the value.
     pub fn validate(&self) -> Result<()> {
         let share = |v: f64| (0.0..=1.0).contains(&v);
-        let count = |v: f64| [1.0, 2.0, 4.0, 8.0, 16.0, 32.0].contains(&v);
+        let count = |v: f64| CANDIDATES.iter().any(|&k| k as f64 == v);
         let check = |curve: &Option<Curve>, name: &str, range: &str, fit: &dyn Fn(f64) -> bool| match curve {
             Some(curve) => curve.validate(&format!("train.select.{name}"), range, fit),
             None => Ok(()),
         };
-        check(&self.candidates, "candidates", "1, 2, 4, 8, 16 or 32", &count)?;
+        check(&self.candidates, "candidates", &format!("one of {CANDIDATES:?}"), &count)?;
         check(&self.hardness, "hardness", "in [0, 1]", &share)?;
         check(&self.preserve_floor, "preserve_floor", "in [0, 1]", &share)?;
         check(&self.temperature, "temperature", "above 0", &|v| v > 0.0)?;
@@ -89,7 +89,7 @@ mod tests {
         for (text, expected) in [
             (
                 r#"{"candidates": [[0, 8], [0.5, 6]]}"#,
-                "train.select.candidates must be 1, 2, 4, 8, 16 or 32, not 6",
+                "train.select.candidates must be one of [1, 2, 4, 8, 16, 32, 64], not 6",
             ),
             (r#"{"hardness": 1.5}"#, "train.select.hardness must be in [0, 1], not 1.5"),
             (r#"{"preserve_floor": -0.1}"#, "preserve_floor"),

@@ -1,6 +1,5 @@
 //! The commands that need a model or a text: train, eval, generate, compare, doctor.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -8,7 +7,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use gd_model::checkpoint::{CONFIG, INDEX, TOKENIZER, WEIGHTS, write_tensors};
 use gd_model::config::Recipe;
-use gd_model::model_file;
+use gd_model::model_file::Loaded;
 use gd_model::params::Params;
 use gd_model::tokenizer::Tokenizer;
 use gd_model::transformer::Transformer;
@@ -210,7 +209,8 @@ pub(super) fn write_files(dir: &Path) -> Result<()> {
         ["name", "summary", "parameters", "mechanism", "tokenizer", "context", "data", "steps", "loss"];
     let card = card.map(|key| (key, "test".to_owned()));
     let good = dir.join("model");
-    model_file::save(&good, &model, &params, &Tokenizer::bytes()?, &card, &BTreeMap::new())?;
+    let model = Loaded::new(model, params, Tokenizer::bytes()?);
+    model.save(&good, &card)?;
 
     let copy = |name: &str, leave_out: &[&str]| -> Result<std::path::PathBuf> {
         let folder = dir.join(name);
@@ -223,7 +223,7 @@ pub(super) fn write_files(dir: &Path) -> Result<()> {
     let weights = fs::read(good.join(WEIGHTS))?;
     fs::write(copy("cut", &[])?.join(WEIGHTS), &weights[..weights.len() - 7])?;
     fs::write(copy("alien", &[])?.join(WEIGHTS), b"PK\x03\x04 archive")?;
-    let mut tensors = params.tensors();
+    let mut tensors = model.params.tensors();
     tensors.remove("model.layers.1.mlp.up_proj.weight").context("the tensor to leave out")?;
     write_tensors(&copy("gap", &[])?.join(WEIGHTS), &tensors)?;
     let config: Value = serde_json::from_slice(&fs::read(good.join(CONFIG))?)?;

@@ -80,7 +80,7 @@ pub struct ScanArgs {
     /// The file to write
     #[arg(long = "out", value_name = "Y.safetensors")]
     pub output: PathBuf,
-    /// Candidates per query: 1, 2, 4, 8, 16 or 32, at most the number of keys [default: 8, or the most the keys allow]
+    /// Candidates per query: 1, 2, 4, 8, 16, 32 or 64, at most the number of keys [default: 8, or the most the keys allow]
     #[arg(long = "k", value_name = "K", allow_negative_numbers = true)]
     pub candidates: Option<i64>,
     /// none, causal, or window:W for the last W keys

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
-use gd_kernels::{Barrier, Mask};
+use gd_kernels::{Barrier, CANDIDATES, Mask};
 use serde::Deserialize;
 
 use super::args::{MaskKind, ScanArgs};
@@ -17,8 +17,6 @@ const KNOWN: [&str; 11] =
     ["q", "k", "v", "prior", "beta", "alpha", "threshold", "rounds", "protected", "kv_len", "cu_seqlens"];
 /// The upstream gradient, read with `--backward`.
 const DOUT: &str = "dout";
-/// The candidate counts that the operators offer.
-const COUNTS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
 /// The tensors of the input file.
 pub(super) struct Inputs {
@@ -175,10 +173,10 @@ impl Inputs {
 /// The number of candidates for `keys` keys.
 pub(super) fn candidates(flag: Option<i64>, keys: usize) -> Result<usize> {
     let Some(k) = flag else {
-        return Ok(COUNTS.into_iter().filter(|&c| c <= 8 && c <= keys).max().unwrap_or(1));
+        return Ok(CANDIDATES.into_iter().filter(|&c| c <= 8 && c <= keys).max().unwrap_or(1));
     };
-    match COUNTS.into_iter().find(|&c| i64::try_from(c) == Ok(k)) {
-        None => Err(usage(format!("--k {k}: expected one of {COUNTS:?}"))),
+    match CANDIDATES.into_iter().find(|&c| i64::try_from(c) == Ok(k)) {
+        None => Err(usage(format!("--k {k}: expected one of {CANDIDATES:?}"))),
         Some(c) if c > keys => Err(usage(format!("--k {k}: more candidates than the {keys} keys"))),
         Some(c) => Ok(c),
     }

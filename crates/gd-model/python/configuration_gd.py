@@ -1,0 +1,79 @@
+"""The config of a selection-attention model: the keys of Llama, and those of the block `gd`."""
+
+from transformers import PretrainedConfig
+
+# What modeling_gd.py computes with. Training alone reads the gradient's keys.
+GD_KEYS = {"mechanism", "windows", "qk_norm", "output_bias", "output_gate", "beacon", "select"}
+SELECT_KEYS = {
+    "candidates", "score", "norm_prior", "tie", "gate", "estimator", "temperature", "threshold", "rounds", "coherence",
+    "preserve_floor", "value_floor",
+}
+BEACON_KEYS = {"conv_width", "averages", "prior", "protected", "barrier"}
+CHOICES = {
+    "score": {"energy", "dot"},
+    "tie": {"first", "last"},
+    "estimator": {"candidates", "winner", "dense", "reinmax", "blend"},
+    "coherence": {"global", "passage"},
+}
+
+
+def refuse(keys, known, where):
+    """Fails on the first key that is not known."""
+    for key in keys:
+        if key not in known:
+            raise ValueError(f"{where}.{key} is not implemented in modeling_gd.py")
+
+
+class GdConfig(PretrainedConfig):
+    """Keys and defaults as in `config.json` of the Rust program."""
+
+    model_type = "gd"
+
+    def __init__(
+        self,
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=128,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        rope_parameters=None,
+        attention_bias=False,
+        mlp_bias=False,
+        hidden_act="silu",
+        tie_word_embeddings=False,
+        gd=None,
+        **kwargs,
+    ):
+        gd = gd or {"mechanism": ["gd"]}
+        select, beacon = gd.get("select") or {}, gd.get("beacon") or {}
+        refuse(gd, GD_KEYS, "gd")
+        refuse(select, SELECT_KEYS, "gd.select")
+        refuse(beacon, BEACON_KEYS, "gd.beacon")
+        refuse(gd["mechanism"], {"gd", "softmax"}, "gd.mechanism")
+        for key, known in CHOICES.items():
+            refuse([select[key]] if key in select else [], known, f"gd.select.{key}")
+        refuse([hidden_act], {"silu"}, "hidden_act")
+        rope_parameters = rope_parameters or {"rope_type": "default"}
+        rope_parameters.setdefault("rope_theta", kwargs.get("rope_theta", 10000.0))
+        refuse([rope_parameters.get("rope_type", "default")], {"default", "linear", "llama3"}, "rope_type")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_parameters = rope_parameters
+        self.attention_bias = attention_bias
+        self.mlp_bias = mlp_bias
+        self.hidden_act = hidden_act
+        self.gd = gd
+        # No cache: every pass reads the whole text.
+        kwargs["use_cache"] = False
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -1,0 +1,356 @@
+"""A selection-attention model in plain PyTorch: what the Rust program computes, written for reading.
+
+Inference only, without a cache, O(N^2) in the length N of the text. Shapes: hidden states [B, N, C], queries
+[B, H, N, D], keys and values [B, Hk, N, D] and, once each query head has its own, [B, H, N, D].
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .configuration_gd import GdConfig
+
+INF = float("inf")
+
+
+class RmsNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def frequencies(config):
+    """The rotary frequencies [D / 2] in radians a position, scaled as the config says."""
+    rope, half = config.rope_parameters, config.head_dim // 2
+    f = rope["rope_theta"] ** (-torch.arange(half, dtype=torch.float64) / half)
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        f = f / rope["factor"]
+    if kind == "llama3":
+        turns = rope["original_max_position_embeddings"] * f / math.tau
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        f = (1 - kept) * f / rope["factor"] + kept * f
+    return f
+
+
+def rotate(x, f):
+    """Turns the pairs (i, i + D/2) of every row of [B, H, N, D] by its position times the frequencies."""
+    angles = torch.arange(x.shape[2], dtype=torch.float64, device=x.device)[:, None] * f.to(x.device)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Weights(nn.Module):
+    """Bare parameters with names of their own."""
+
+    def __init__(self, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+class Beacon(nn.Module):
+    """The preserving half: a causal convolution, running averages of the values, a prior of the keys."""
+
+    def __init__(self, config, beacon):
+        super().__init__()
+        c, self.heads, self.averages = config.hidden_size, config.num_attention_heads, beacon["averages"]
+        rows = self.heads * self.averages
+        self.conv = Weights(weight=(c, beacon["conv_width"])) if beacon["conv_width"] > 1 else None
+        self.memory = nn.Linear(c, 3 * rows) if rows else None
+        self.prior = nn.Linear(c, config.num_key_value_heads, bias=False) if beacon["prior"] else None
+
+    def mix(self, x):
+        if self.conv is None:
+            return x
+        taps = self.conv.weight
+        padded = F.pad(x, (0, 0, taps.shape[1] - 1, 0))
+        windows = padded.unfold(1, taps.shape[1], 1)  # [B, N, C, W], oldest first
+        return x + (windows * taps).sum(-1)
+
+    def spread(self, x):
+        """What the decay logits are at bias 0 [H R]: over the heads, every second average the other way."""
+        logits = torch.linspace(-1.0, 3.5, max(self.heads, 2), dtype=x.dtype, device=x.device)[: self.heads]
+        both = [logits if r % 2 == 0 else logits.flip(0) for r in range(self.averages)]
+        return torch.stack(both, 1).flatten()
+
+    def remember(self, x, v):
+        """The gated running averages of the values, summed over the averages of a head: [B, H, N, D]."""
+        (b, n, _), h, r = x.shape, self.heads, self.averages
+        decay, write, gate = self.memory(x).view(b, n, 3, h * r).permute(2, 0, 3, 1)  # each [B, H R, N]
+        log_keep = F.logsigmoid(decay + self.spread(x)[:, None])
+        # Position s has in t the logarithmic weight write_s + sum of log_keep over s < u <= t.
+        total = log_keep.double().cumsum(-1)
+        logs = write.double()[:, :, None, :] + total[..., :, None] - total[..., None, :]
+        logs = logs.masked_fill(torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1), -INF)
+        v = v.repeat_interleave(h * r // v.shape[1], 1)
+        mean = logs.softmax(-1).to(v.dtype) @ v
+        return (mean * gate.sigmoid()[..., None]).view(b, h, r, n, -1).sum(2)
+
+
+def coherence(t, alpha, mode):
+    """u* of pairs with t = beta |k - q|^2 and the query's weight alpha, and 1 - u*, by bisection."""
+    swapped = alpha < 0.5
+    heavy = torch.where(swapped, 1 - alpha, alpha).double().expand_as(t)
+    t, offset = t.double(), ((1 - heavy) / heavy).log()
+    lo, hi = torch.zeros_like(t), torch.full_like(t, 0.5 if mode == "global" else 1.0)
+    for _ in range(60):
+        middle = (lo + hi) / 2
+        defect = middle - torch.sigmoid(offset + t * (2 * middle - 1))
+        if mode == "global":
+            lo, hi = torch.where(defect < 0, middle, lo), torch.where(defect < 0, hi, middle)
+        else:
+            lo, hi = torch.where(defect <= 0, middle, lo), torch.where(defect >= 0, middle, hi)
+    swapped = swapped.expand_as(t)
+    return torch.where(swapped, 1 - hi, hi), torch.where(swapped, hi, 1 - hi)
+
+
+def density(t, alpha, mode):
+    """The mixture density exp(-E*) at the coherence point."""
+    u, rest = coherence(t, alpha, mode)
+    t, alpha = t.double(), alpha.double()
+    return alpha * (-t * u * u).exp() + (1 - alpha) * (-t * rest * rest).exp()
+
+
+def barrier(score, members, guarded, rule):
+    """Lifts, where the rule says so, the guarded member of greatest score: scores [B, H, N, M] in and out."""
+    positions = torch.arange(score.shape[-1], device=score.device)
+    first = guarded & (score == score.masked_fill(~guarded, -INF).amax(-1, keepdim=True))
+    own = positions == torch.where(first, positions, positions.numel()).amin(-1, keepdim=True)
+    mine = torch.where(own, score, -INF).amax(-1, keepdim=True)
+    others = score.masked_fill(own | ~members, -INF)
+    gap = others.amax(-1, keepdim=True) - mine
+    weights = score.softmax(-1).nan_to_num()
+    count = members.sum(-1, keepdim=True)
+    entropy = torch.special.entr(weights).sum(-1, keepdim=True) / count.clamp(min=2).log()
+    weight = (weights * own).sum(-1, keepdim=True)
+    faint = (weight < rule["floor"]) & (gap <= rule["margin"] + rule["slack"])
+    contested = (gap <= rule["margin"]) & (entropy >= rule["entropy_trigger"])
+    active = (faint | contested) & (count > 1) & guarded.any(-1, keepdim=True)
+    lifted = mine + rule["strength"] * (rule["margin"] - gap).clamp(min=0)
+    around = others.logsumexp(-1, keepdim=True)
+    floor = math.log(rule["floor"] / (1 - rule["floor"])) + around
+    lifted = torch.where(torch.sigmoid(lifted - around) < rule["floor"], floor, lifted)
+    return torch.where(own & active, lifted, score)
+
+
+class Gd(nn.Module):
+    """What a selecting layer learns per head: log beta, and what is configured of threshold, alpha, rounds."""
+
+    def __init__(self, heads, select):
+        super().__init__()
+        shapes = {"beta": heads}
+        if select.get("threshold") is not None:
+            shapes["threshold"] = heads
+        if select["gate"] == "coherence":
+            shapes["alpha"] = heads
+        if select["rounds"] > 1:
+            shapes["rounds"] = (heads, select["rounds"])
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+class Attention(nn.Module):
+    """Softmax or selection attention, as the layer's mechanism says."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        c, d, gd = config.hidden_size, config.head_dim, config.gd
+        self.heads, self.kv_heads, self.d = config.num_attention_heads, config.num_key_value_heads, d
+        q, kv, bias = self.heads * d, self.kv_heads * d, config.attention_bias
+        self.q_proj, self.k_proj = nn.Linear(c, q, bias=bias), nn.Linear(c, kv, bias=bias)
+        self.v_proj, self.o_proj = nn.Linear(c, kv, bias=bias), nn.Linear(q, c, bias=gd.get("output_bias", False))
+        self.g_proj = nn.Linear(c, q, bias=False) if gd.get("output_gate") else None
+        self.q_norm = RmsNorm(d, config.rms_norm_eps) if gd.get("qk_norm") else None
+        self.k_norm = RmsNorm(d, config.rms_norm_eps) if gd.get("qk_norm") else None
+        beacon = gd.get("beacon")
+        if beacon is not None:
+            beacon = {"conv_width": 4, "averages": 2, "prior": True, "protected": 0, "barrier": None, **beacon}
+        self.protected = beacon["protected"] if beacon else 0
+        self.rule = beacon["barrier"] if beacon else None
+        self.beacon = Beacon(config, beacon) if beacon else None
+        self.select = {
+            "candidates": 8, "score": "energy", "norm_prior": False, "tie": "first", "gate": "none",
+            "estimator": "candidates", "temperature": 1.0, "rounds": 1, "coherence": "global",
+            **(gd.get("select") or {}),
+        }
+        mechanisms, windows = gd["mechanism"], gd.get("windows") or [None]
+        self.gd = Gd(self.heads, self.select) if mechanisms[layer % len(mechanisms)] == "gd" else None
+        self.window = windows[layer % len(windows)]
+
+    def visible(self, n, device):
+        """Whether query i [N, 1] may see key j [1, N]."""
+        i, j = torch.arange(n, device=device)[:, None], torch.arange(n, device=device)[None, :]
+        return (j <= i) & (j > i - (self.window or n))
+
+    def forward(self, x, f):
+        b, n, _ = x.shape
+        x = self.beacon.mix(x) if self.beacon else x
+        q, k, v = (p(x).view(b, n, -1, self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q.transpose(1, 2), f), rotate(k.transpose(1, 2), f), v.transpose(1, 2)
+        memory = self.beacon.remember(x, v) if self.beacon and self.beacon.memory else None
+        own = lambda t: t.repeat_interleave(self.heads // self.kv_heads, 1)
+        prior = own(self.beacon.prior(x).transpose(1, 2)) if self.beacon and self.beacon.prior else None
+        visible = self.visible(n, x.device)
+        if self.gd is None:
+            score = q @ own(k).mT / math.sqrt(self.d)
+            score = score if prior is None else score + prior[:, :, None]
+            y = score.masked_fill(~visible, -INF).softmax(-1) @ own(v)
+        else:
+            y = self.choose(q, own(k), own(v), prior, visible)
+        y = y if memory is None else y + memory
+        y = y.transpose(1, 2).reshape(b, n, -1)
+        if self.g_proj:
+            y = y * self.g_proj(x).sigmoid()
+        return self.o_proj(y)
+
+    def energy(self, q, k, prior):
+        """Selection energies [B, H, N, M]."""
+        beta = self.gd.beta.exp()[:, None, None]
+        if self.select["score"] == "dot":
+            energy = -beta * (q @ k.mT)
+        else:
+            energy = beta * (q.square().sum(-1)[..., None] + k.square().sum(-1)[:, :, None] - 2 * q @ k.mT)
+        return energy if prior is None else energy - prior[:, :, None]
+
+    def ranks(self, energy):
+        """The place of each key in its row by energy, the least first; of equals the first or the last key."""
+        if self.select["tie"] == "last":
+            return energy.flip(-1).argsort(dim=-1, stable=True).argsort(dim=-1).flip(-1)
+        return energy.argsort(dim=-1, stable=True).argsort(dim=-1)
+
+    def choose(self, q, k, v, prior, visible):
+        """Candidates, then rounds of barrier, threshold, winner and gate: [B, H, N, D]."""
+        select, learned = self.select, prior
+        if select["norm_prior"]:
+            norms = self.gd.beta.exp()[:, None] * k.square().sum(-1)
+            prior = norms if prior is None else prior + norms
+        energy = self.energy(q, k, prior).masked_fill(~visible, INF)
+        guarded = torch.zeros_like(energy, dtype=torch.bool)
+        if self.protected and learned is not None:
+            ahead = (-learned[:, :, None]).expand_as(energy).masked_fill(~visible, INF)
+            guarded = (ahead.argsort(dim=-1, stable=True).argsort(dim=-1) < self.protected) & energy.isfinite()
+        members = energy.isfinite()
+        if select["estimator"] != "dense":
+            members = members & ((self.ranks(energy) < select["candidates"]) | guarded)
+        tau = self.gd.threshold[:, None, None] if hasattr(self.gd, "threshold") else None
+        shares = [torch.ones(self.heads, device=q.device)]
+        if hasattr(self.gd, "rounds"):
+            shares = list((self.gd.rounds + torch.eye(1, self.gd.rounds.shape[1], device=q.device)).unbind(1))
+        y, alive = torch.zeros_like(q), torch.ones_like(energy[..., :1], dtype=torch.bool)
+        for share in shares:
+            alive = alive & members.any(-1, keepdim=True)
+            output, winner, admitted = self.round(q, k, v, prior, members, guarded & members, tau)
+            y = y + torch.where(alive, share.to(q.dtype)[:, None, None] * output, 0)
+            # What is left of the query across its jump to the winner looks again among the others.
+            jump = (winner.to(k.dtype) @ k) - q
+            length = jump.norm(dim=-1, keepdim=True)
+            g = torch.where(length > 0, jump / length, 0)
+            q = q - (q * g).sum(-1, keepdim=True) * g
+            members, alive = members & ~winner, alive & admitted
+        return y
+
+    def round(self, q, k, v, prior, members, guarded, tau):
+        """One selection: its output [B, H, N, D], the winner [B, H, N, M] and whether it is admitted."""
+        select = self.select
+        score = -self.energy(q, k, prior).masked_fill(~members, INF)
+        if self.rule:
+            score = barrier(score, members, guarded, self.rule)
+        energy = -score
+        winner = members & (self.ranks(energy) == 0)
+        least = energy.amin(-1, keepdim=True)
+        null = torch.full_like(least, INF) if tau is None else tau.expand_as(least)
+        admitted = members.any(-1, keepdim=True) & (least <= null)
+        if select["estimator"] == "blend":
+            slots = torch.cat([energy, null], -1) / -select["temperature"]
+            return slots.softmax(-1)[..., :-1].nan_to_num() @ v, winner, admitted
+        rho = torch.ones_like(least)
+        if isinstance(select["gate"], dict):
+            rho = torch.sigmoid((null - least) / select["gate"]["energy"]["temperature"])
+        elif select["gate"] == "coherence":
+            t = self.gd.beta.exp()[:, None, None] * ((winner.to(k.dtype) @ k) - q).square().sum(-1, keepdim=True)
+            rho = density(t, self.gd.alpha.sigmoid()[:, None, None], select["coherence"]).to(q.dtype)
+        return torch.where(admitted, rho * (winner.to(v.dtype) @ v), 0), winner, admitted
+
+
+class Mlp(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj, self.up_proj = nn.Linear(c, width, bias=bias), nn.Linear(c, width, bias=bias)
+        self.down_proj = nn.Linear(width, c, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config, layer), Mlp(config)
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, f):
+        x = x + self.self_attn(self.input_layernorm(x), f)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids, f):
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, f)
+        return self.norm(x)
+
+
+class GdForCausalLM(PreTrainedModel, GenerationMixin):
+    """Logits [B, N, V] of ids [B, N]."""
+
+    config_class = GdConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError("padding is not implemented in modeling_gd.py: give texts of one length")
+        for name in ("inputs_embeds", "past_key_values", "labels"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not implemented in modeling_gd.py")
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(f"{input_ids.shape[1]} tokens, {self.config.max_position_embeddings} positions")
+        hidden = self.model(input_ids, frequencies(self.config))
+        return CausalLMOutput(logits=self.lm_head(hidden))

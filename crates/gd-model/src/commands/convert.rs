@@ -1,0 +1,121 @@
+//! `gd convert`: a model with another attention, in a folder of its own.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use gd_kernels::{CANDIDATES, Score};
+use serde_json::json;
+
+use super::{Context, usage};
+use crate::checkpoint::check_writable;
+use crate::config::Mechanism;
+use crate::model_file::{self, Loaded};
+use crate::swap::{Layers, Swap};
+
+/// Replace the attention of a model, keeping its weights
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "MODEL is a checkpoint of Llama, Mistral, Qwen2 or Qwen3, or one of this program. Without --attention it \
+                  is saved as it is. A selecting layer that was a softmax layer blends the values of the k best keys; \
+                  with as many candidates as keys it is that softmax layer.\n\n\
+                  Example:\n  gd convert models/SmolLM2-135M --attention gd --layers last:10 --k 8 --out out/smol-gd"
+)]
+pub struct Args {
+    /// The model: a checkpoint folder or a safetensors file in one
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// The attention to put in
+    #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(["gd", "softmax"]).map(mechanism))]
+    pub attention: Option<Mechanism>,
+    /// Where: all, last:N, or layer numbers from 0, as in 0,3,5
+    #[arg(long, value_name = "LAYERS", default_value = "all", requires = "attention")]
+    pub layers: Layers,
+    /// Keys that a selecting layer blends for a query: 1, 2, 4, 8, 16, 32 or 64
+    #[arg(long, value_name = "K", default_value_t = 8, requires = "attention")]
+    pub k: usize,
+    /// How a selecting layer scores them: by the dot product, or by the energy with the prior that makes it one
+    #[arg(long, value_name = "SCORE", default_value = "dot", requires = "attention",
+          value_parser = PossibleValuesParser::new(["dot", "energy"]).map(score))]
+    pub score: Score,
+    /// The folder for the new model, which does not exist yet
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+fn mechanism(name: String) -> Mechanism {
+    if name == "gd" { Mechanism::Gd } else { Mechanism::Softmax }
+}
+
+fn score(name: String) -> Score {
+    if name == "dot" { Score::Dot } else { Score::Energy }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Names the flag, file or value that cannot be used.
+pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    if !CANDIDATES.contains(&args.k) {
+        return Err(usage(format!("--k {}: expected one of {CANDIDATES:?}", args.k)));
+    }
+    if args.out.symlink_metadata().is_ok() {
+        return Err(usage(format!("--out {}: exists already", args.out.display())));
+    }
+    check_writable(&args.out)?;
+    let mut parts = model_file::read(&args.model, &ctx.device)?;
+    let layers = match args.attention {
+        Some(mechanism) => {
+            let swap = Swap { layers: args.layers.clone(), mechanism, candidates: args.k, score: args.score };
+            swap.apply(&mut parts)?
+        }
+        None => Vec::new(),
+    };
+    let loaded = parts.build(&ctx.device)?;
+    loaded.save(&args.out, &card(&args, &layers, &loaded))?;
+    let selecting = (0..loaded.model.config().num_hidden_layers)
+        .filter(|&i| loaded.model.config().mechanism(i) == Mechanism::Gd)
+        .count();
+    if ctx.json {
+        return ctx.print(json!({
+            "folder": args.out, "changed": layers, "selecting": selecting,
+            "layers": loaded.model.config().num_hidden_layers, "parameters": loaded.params.count(),
+            "passed_over": loaded.passed_over,
+        }));
+    }
+    ctx.print(format_args!(
+        "{} layers changed; {selecting} of {} select; {} parameters\nsaved {}",
+        layers.len(),
+        loaded.model.config().num_hidden_layers,
+        loaded.params.count(),
+        args.out.display()
+    ))
+}
+
+/// The values of the model card.
+fn card(args: &Args, layers: &[usize], loaded: &Loaded) -> Vec<(&'static str, String)> {
+    let name = |path: &PathBuf| path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let config = loaded.model.config();
+    let select = &config.gd.select;
+    let mechanism = match args.attention {
+        None => "as it was".to_owned(),
+        Some(Mechanism::Softmax) => format!("softmax in layers {layers:?}"),
+        Some(Mechanism::Gd) => {
+            format!(
+                "the {} best keys, blended, in layers {layers:?}; score {:?}",
+                select.candidates, select.score
+            )
+        }
+    };
+    vec![
+        ("name", name(&args.out)),
+        ("summary", format!("{} with another attention, not trained since.", name(&args.model))),
+        ("parameters", loaded.params.count().to_string()),
+        ("mechanism", mechanism),
+        ("tokenizer", format!("{} tokens", loaded.tokenizer.vocab_size())),
+        ("context", config.max_position_embeddings.to_string()),
+        ("data", "that of the original".into()),
+        ("steps", "none".into()),
+        ("loss", "not measured".into()),
+    ]
+}

@@ -1,0 +1,283 @@
+//! What the configs of other families mean in ours: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3.
+//!
+//! Keys that a config leaves out have the values that `transformers` gives them, which differ by family.
+//! Keys that the family's model does not read are not read here either; those that change what it computes
+//! in a way that is not supported are refused with their value.
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::model::{
+    GdBlock, Mechanism, ModelConfig, RopeParameters, architectures, dtype, known_rope_type, model_type,
+};
+use super::parse;
+
+/// The families by `model_type`.
+const FAMILIES: [(&str, Family); 4] = [
+    ("llama", Family::Llama),
+    ("mistral", Family::Mistral),
+    ("qwen2", Family::Qwen2),
+    ("qwen3", Family::Qwen3),
+];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+}
+
+impl Family {
+    /// What its model is called.
+    fn architecture(self) -> &'static str {
+        match self {
+            Self::Llama => "LlamaForCausalLM",
+            Self::Mistral => "MistralForCausalLM",
+            Self::Qwen2 => "Qwen2ForCausalLM",
+            Self::Qwen3 => "Qwen3ForCausalLM",
+        }
+    }
+
+    /// Values of keys that are left out.
+    fn defaults(self) -> Value {
+        match self {
+            Self::Llama => json!({ "max_position_embeddings": 2048 }),
+            Self::Mistral => json!({
+                "max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096,
+            }),
+            Self::Qwen2 => json!({
+                "max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096,
+            }),
+            Self::Qwen3 => json!({
+                "max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096,
+                "head_dim": 128,
+            }),
+        }
+    }
+
+    /// Whether q, k, v and whether `o_proj` have biases.
+    fn biases(self, attention_bias: bool) -> (bool, bool) {
+        match self {
+            Self::Llama | Self::Qwen3 => (attention_bias, attention_bias),
+            Self::Mistral => (false, false),
+            Self::Qwen2 => (true, false),
+        }
+    }
+}
+
+/// The keys that are read. What may be null is an option.
+#[derive(Debug, Deserialize)]
+struct Keys {
+    architectures: Option<Vec<String>>,
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    max_position_embeddings: usize,
+    #[serde(default = "rms_norm_eps")]
+    rms_norm_eps: f64,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<Value>,
+    rope_parameters: Option<Value>,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    #[serde(default = "hidden_act")]
+    hidden_act: String,
+    torch_dtype: Option<String>,
+    dtype: Option<String>,
+    sliding_window: Option<usize>,
+    #[serde(default)]
+    use_sliding_window: bool,
+    #[serde(default = "max_window_layers")]
+    max_window_layers: usize,
+    layer_types: Option<Vec<String>>,
+    partial_rotary_factor: Option<f64>,
+    pretraining_tp: Option<usize>,
+    quantization_config: Option<Value>,
+}
+
+fn rms_norm_eps() -> f64 {
+    1e-6
+}
+fn hidden_act() -> String {
+    "silu".into()
+}
+fn max_window_layers() -> usize {
+    28
+}
+
+/// `rope_scaling` or `rope_parameters`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rope {
+    rope_theta: Option<f64>,
+    rope_type: Option<String>,
+    #[serde(rename = "type")]
+    old_type: Option<String>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<usize>,
+    partial_rotary_factor: Option<f64>,
+}
+
+/// Translates a `config.json`.
+///
+/// # Errors
+/// Every problem: an unknown family, a key or value that does not fit, or one that is not supported.
+pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<String>> {
+    let known = || FAMILIES.map(|(name, _)| name).join(", ");
+    let family = match json.get("model_type").and_then(Value::as_str) {
+        Some(name) => {
+            FAMILIES.iter().find(|(n, _)| *n == name).map(|(_, family)| *family).ok_or_else(|| {
+                vec![format!(
+                    "model_type {name:?} is not supported ({} are, and configs with a gd block)",
+                    known()
+                )]
+            })?
+        }
+        None => return Err(vec![format!("neither a gd block nor a model_type ({})", known())]),
+    };
+    let mut full = family.defaults();
+    if let (Value::Object(full), Value::Object(given)) = (&mut full, json.clone()) {
+        full.extend(given);
+    }
+    let keys: Keys = parse(full)?;
+    let mut problems = refusals(&keys, family);
+    let rope = rope(&keys).map_err(|p| problems.extend(p)).ok();
+    let windows = windows(&keys, family).map_err(|p| problems.push(p)).ok();
+    let (Some(rope), Some(windows), true) = (rope, windows, problems.is_empty()) else {
+        return Err(problems);
+    };
+    let (attention_bias, output_bias) = family.biases(keys.attention_bias);
+    Ok(ModelConfig {
+        architectures: architectures(),
+        model_type: model_type(),
+        auto_map: Default::default(),
+        vocab_size: keys.vocab_size,
+        hidden_size: keys.hidden_size,
+        intermediate_size: keys.intermediate_size,
+        num_hidden_layers: keys.num_hidden_layers,
+        num_attention_heads: keys.num_attention_heads,
+        num_key_value_heads: keys.num_key_value_heads.unwrap_or(keys.num_attention_heads),
+        head_dim: keys.head_dim.unwrap_or(keys.hidden_size / keys.num_attention_heads),
+        max_position_embeddings: keys.max_position_embeddings,
+        rms_norm_eps: keys.rms_norm_eps,
+        rope_theta: Some(rope.rope_theta),
+        rope_parameters: Some(rope),
+        tie_word_embeddings: keys.tie_word_embeddings,
+        attention_bias,
+        mlp_bias: family == Family::Llama && keys.mlp_bias,
+        hidden_act: keys.hidden_act,
+        dtype: keys.dtype.or(keys.torch_dtype).unwrap_or_else(dtype),
+        gd: GdBlock {
+            mechanism: vec![Mechanism::Softmax],
+            windows,
+            qk_norm: family == Family::Qwen3,
+            output_bias,
+            output_gate: false,
+            beacon: None,
+            select: Default::default(),
+        },
+        origin: Some(json),
+    })
+}
+
+/// What the model would compute otherwise than is done here.
+fn refusals(keys: &Keys, family: Family) -> Vec<String> {
+    let mut problems = Vec::new();
+    if let Some(name) = keys.architectures.iter().flatten().find(|a| *a != family.architecture()) {
+        problems.push(format!("architectures {name:?} is not supported ({} is)", family.architecture()));
+    }
+    if keys.num_attention_heads == 0 {
+        problems.push("num_attention_heads is 0".into());
+    }
+    if let Some(n) = keys.pretraining_tp.filter(|n| *n > 1) {
+        problems.push(format!("pretraining_tp {n} is not supported (1 is)"));
+    }
+    if let Some(share) = keys.partial_rotary_factor.filter(|share| *share != 1.0) {
+        problems.push(format!("partial_rotary_factor {share} is not supported (1 is)"));
+    }
+    if let Some(value) = &keys.quantization_config {
+        problems.push(format!("quantization_config {value}: quantised weights are not supported"));
+    }
+    problems
+}
+
+/// The rotary frequencies. What `rope_scaling` says goes before `rope_parameters`, and a base in either of
+/// them before the one beside.
+fn rope(keys: &Keys) -> Result<RopeParameters, Vec<String>> {
+    let plain = RopeParameters::plain(keys.rope_theta.unwrap_or(10_000.0));
+    let given = [("rope_scaling", &keys.rope_scaling), ("rope_parameters", &keys.rope_parameters)];
+    let Some((name, tree)) = given.into_iter().find_map(|(name, tree)| {
+        let tree = tree.clone().filter(|tree| tree.as_object().is_none_or(|keys| !keys.is_empty()))?;
+        Some((name, tree))
+    }) else {
+        return Ok(plain);
+    };
+    let inside = |problem: String| vec![format!("{name}: {problem}")];
+    // The type first: the other types have keys of their own.
+    let kind = |key: &str| tree.get(key).and_then(Value::as_str);
+    kind("rope_type").or(kind("type")).map_or(Ok(()), known_rope_type).map_err(|e| inside(e.to_string()))?;
+    let rope: Rope = parse(tree).map_err(|problems| inside(problems.join("; ")))?;
+    if let Some(share) = rope.partial_rotary_factor.filter(|share| *share != 1.0) {
+        return Err(inside(format!("partial_rotary_factor {share} is not supported (1 is)")));
+    }
+    let rope_type = rope.rope_type.or(rope.old_type).unwrap_or(plain.rope_type);
+    let llama3 = rope_type == "llama3";
+    let parameters = RopeParameters {
+        rope_theta: rope.rope_theta.unwrap_or(plain.rope_theta),
+        factor: rope.factor.filter(|_| rope_type != "default"),
+        low_freq_factor: rope.low_freq_factor.filter(|_| llama3),
+        high_freq_factor: rope.high_freq_factor.filter(|_| llama3),
+        original_max_position_embeddings: llama3
+            .then(|| rope.original_max_position_embeddings.unwrap_or(keys.max_position_embeddings)),
+        rope_type,
+    };
+    parameters.scaling().map_err(|e| inside(e.to_string()))?;
+    Ok(parameters)
+}
+
+/// The window of every layer, of all, or none.
+fn windows(keys: &Keys, family: Family) -> Result<Vec<Option<usize>>, String> {
+    let window = match family {
+        Family::Llama => None,
+        Family::Mistral => keys.sliding_window,
+        Family::Qwen2 | Family::Qwen3 => keys.sliding_window.filter(|_| keys.use_sliding_window),
+    };
+    if family == Family::Llama || family == Family::Mistral {
+        return Ok(window.map(Some).into_iter().collect());
+    }
+    let slides: Vec<bool> = match &keys.layer_types {
+        None => {
+            (0..keys.num_hidden_layers).map(|i| window.is_some() && i >= keys.max_window_layers).collect()
+        }
+        Some(types) if types.len() != keys.num_hidden_layers => {
+            return Err(format!("{} layer_types for {} layers", types.len(), keys.num_hidden_layers));
+        }
+        Some(types) => types.iter().map(|kind| slides(kind)).collect::<Result<_, _>>()?,
+    };
+    match (slides.contains(&true), window) {
+        (false, _) => Ok(Vec::new()),
+        (true, None) => {
+            Err("layer_types has \"sliding_attention\", but there is no sliding_window in use".into())
+        }
+        (true, window) => Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect()),
+    }
+}
+
+fn slides(kind: &str) -> Result<bool, String> {
+    match kind {
+        "sliding_attention" => Ok(true),
+        "full_attention" => Ok(false),
+        _ => Err(format!("layer_types {kind:?} is not supported (full_attention and sliding_attention are)")),
+    }
+}

@@ -3,7 +3,8 @@
 //! Every supported mask gives each query one contiguous interval of keys, so kernels never read a
 //! mask tensor and never test single positions: they loop over `Mask::visible`.
 //!
-//! Shapes: N queries, M keys, B batch entries. Query `i` stands at key position `i + offset`.
+//! Shapes: N queries, M keys, B batch entries. Query `i` stands at key position `i + offset`; each batch entry
+//! may have its own offset.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ pub struct Mask {
     causal: bool,
     window: Option<usize>,
     offset: i64,
+    offsets: Option<Arc<Vec<i64>>>,
     packed: Option<Arc<Vec<Vec<usize>>>>,
     kv_len: Option<Arc<Vec<usize>>>,
 }
@@ -37,6 +39,13 @@ impl Mask {
     /// Query `i` sees the `window` keys with `i + offset - window < j <= i + offset`.
     pub fn window(window: usize, offset: i64) -> Self {
         Self { causal: true, window: Some(window), offset, ..Self::default() }
+    }
+
+    /// Gives every batch entry an offset of its own: query `i` of entry `b` stands at key position
+    /// `i + offsets[b]` (one entry may serve all).
+    pub fn each(mut self, offsets: Vec<i64>) -> Self {
+        self.offsets = Some(Arc::new(offsets));
+        self
     }
 
     /// Restricts each query to its own packed sequence. `cumulative` holds, per batch entry (or
@@ -59,9 +68,21 @@ impl Mask {
         self
     }
 
-    /// The offset of query 0 on the key axis.
-    pub fn offset(&self) -> i64 {
-        self.offset
+    /// The offset of query 0 of batch entry `b` on the key axis.
+    pub fn offset(&self, b: usize) -> i64 {
+        match self.offsets.as_deref().map(Vec::as_slice) {
+            Some([offset]) => *offset,
+            Some(offsets) => offsets[b],
+            None => self.offset,
+        }
+    }
+
+    /// Whether batch entries differ in what their queries see.
+    pub fn differs(&self) -> bool {
+        let several = |n: Option<usize>| n.is_some_and(|n| n > 1);
+        several(self.offsets.as_ref().map(|o| o.len()))
+            || several(self.boundaries().map(<[_]>::len))
+            || several(self.lengths().map(<[_]>::len))
     }
 
     /// Whether a query never sees keys behind its own position.
@@ -93,6 +114,9 @@ impl Mask {
         if self.window == Some(0) {
             return Err(Error::Invalid("mask: a window of 0 keys selects nothing".into()));
         }
+        if let Some(offsets) = &self.offsets {
+            fits("offsets", offsets.len(), batch)?;
+        }
         if let Some(packed) = &self.packed {
             check_boundaries(packed, batch, keys)?;
         }
@@ -108,7 +132,7 @@ impl Mask {
     /// The keys that query `i` of batch entry `b` may see, as a range within `0..keys`.
     pub fn visible(&self, b: usize, i: usize, keys: usize) -> Range<usize> {
         let m = keys as i64;
-        let pos = i as i64 + self.offset;
+        let pos = i as i64 + self.offset(b);
         let (mut lo, mut hi) = (0i64, m);
         if self.causal {
             hi = hi.min(pos + 1);

@@ -261,8 +261,11 @@ fn the_suite_covers_what_it_claims() {
     at_least("protected keys", 100, &|s| s.protected.is_some());
     let mask = |s: &Spec| s.raw.mask.clone();
     at_least("causal", 100, &|s| mask(s).is_causal() && mask(s).window_len().is_none());
-    at_least("negative offset", 50, &|s| mask(s).offset() < 0);
-    at_least("positive offset", 50, &|s| mask(s).offset() > 0);
+    at_least("negative offset", 50, &|s| mask(s).offset(0) < 0);
+    at_least("positive offset", 50, &|s| mask(s).offset(0) > 0);
+    at_least("offsets per batch", 20, &|s| {
+        mask(s).is_causal() && s.raw.batch > 1 && mask(s).offset(0) != mask(s).offset(1)
+    });
     at_least("window", 50, &|s| mask(s).window_len().is_some());
     at_least("key lengths", 50, &|s| mask(s).lengths().is_some());
     at_least("packed", 50, &|s| mask(s).boundaries().is_some_and(|b| b.len() == 1));

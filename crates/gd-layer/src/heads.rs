@@ -89,17 +89,31 @@ impl Heads {
         if c != self.cfg.hidden_size {
             candle_core::bail!("x {:?} does not have hidden_size {}", x.dims(), self.cfg.hidden_size);
         }
-        let offset = cache.as_ref().map_or(0, |c| c.len());
-        if cache.is_some() && pass.mask.is_causal() && pass.mask.offset() != offset as i64 {
-            candle_core::bail!(
-                "mask offset {} does not follow {offset} cached positions",
-                pass.mask.offset()
-            );
+        // Each sequence goes on where its cache ends.
+        let offsets = match cache.as_deref() {
+            Some(cache) if !cache.is_empty() => cache.lengths().to_vec(),
+            Some(_) => vec![0; b],
+            None => vec![0],
+        };
+        if offsets.len() != 1 && offsets.len() != b {
+            candle_core::bail!("a cache of {} sequences for a batch of {b}", offsets.len());
+        }
+        let cached = offsets.iter().copied().max().unwrap_or(0);
+        pass.mask.validate(b, cached + n)?;
+        if offsets.iter().any(|offset| *offset != cached) && !pass.mask.is_causal() {
+            candle_core::bail!("cached sequences of different lengths need a causal mask");
+        }
+        if cache.is_some() && pass.mask.is_causal() {
+            for (b, offset) in offsets.iter().enumerate() {
+                if pass.mask.offset(b) != *offset as i64 {
+                    let found = pass.mask.offset(b);
+                    candle_core::bail!("mask offset {found} does not follow {offset} cached positions");
+                }
+            }
         }
         if cache.is_some() && pass.mask.boundaries().is_some() {
             candle_core::bail!("a cache continues one sequence, the mask packs several");
         }
-        pass.mask.validate(b, offset + n)?;
         let x = match &self.beacon {
             Some(beacon) => beacon.mix(x, pass.mask, cache.as_deref_mut())?,
             None => x.clone(),
@@ -111,8 +125,8 @@ impl Heads {
         if let Some((q_norm, k_norm)) = &self.norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
-        let q = self.rotary.apply(&q.transpose(1, 2)?, offset)?;
-        let k = self.rotary.apply(&k.transpose(1, 2)?, offset)?;
+        let q = self.rotary.apply_each(&q.transpose(1, 2)?, &offsets)?;
+        let k = self.rotary.apply_each(&k.transpose(1, 2)?, &offsets)?;
         let (mut memory, mut prior) = (None, None);
         if let Some(beacon) = &self.beacon {
             memory = beacon.remember(&x, &v, pass.mask, cache.as_deref_mut())?;

@@ -16,9 +16,7 @@ pub(crate) fn additive(
     like: &Tensor,
 ) -> Result<(Tensor, Option<Tensor>)> {
     mask.validate(batch, m)?;
-    let per_batch =
-        mask.boundaries().is_some_and(|b| b.len() > 1) || mask.lengths().is_some_and(|l| l.len() > 1);
-    let b = if per_batch { batch } else { 1 };
+    let b = if mask.differs() { batch } else { 1 };
     let hidden = if like.dtype() == DType::F16 { -6e4 } else { HIDDEN };
     let mut bias = vec![hidden; b * n * m];
     let mut seen = vec![1f32; b * n];

@@ -2,7 +2,7 @@
 //! of the second turn by the angle `position * theta^(-2i / D)`.
 //!
 //! x `[B, H, N, D]` of any strides (a transposed `[B, N, H, D]` is read in place), y `[B, H, N, D]`
-//! contiguous; row `n` stands at position `offset + n`. The backward pass is the rotation by the
+//! contiguous; row `n` stands at position `offset + n`, with one offset or one for each batch entry. The backward pass is the rotation by the
 //! negative angle. CPU: fused; other devices: a composition of differentiable primitives.
 
 use std::sync::Arc;
@@ -150,35 +150,51 @@ impl Rotary {
     /// If D is not the head dimension, if `offset + N` exceeds the positions, or if `x` is f64 and
     /// the angles were built for less.
     pub fn apply(&self, x: &Tensor, offset: usize) -> Result<Tensor> {
-        let (_, _, n, d) = x.dims4()?;
+        self.apply_each(x, &[offset])
+    }
+
+    /// The same with an offset for every batch entry, or one for all.
+    ///
+    /// # Errors
+    /// As [`Rotary::apply`], or offsets that are neither one nor B.
+    pub fn apply_each(&self, x: &Tensor, offsets: &[usize]) -> Result<Tensor> {
+        let (b, _, n, d) = x.dims4()?;
         if d != self.head_dim {
             bail!("rotary embedding: x {:?} has head dimension {d} instead of {}", x.dims(), self.head_dim);
         }
-        if offset.saturating_add(n) > self.max_positions {
+        if offsets.len() != 1 && offsets.len() != b {
+            bail!("rotary embedding: {} offsets for a batch of {b} (1 or {b} expected)", offsets.len());
+        }
+        if let Some(offset) = offsets.iter().find(|offset| offset.saturating_add(n) > self.max_positions) {
             bail!(
                 "rotary embedding: {n} positions from offset {offset} exceed the {} positions of the model",
                 self.max_positions
             );
         }
         match (&self.table, x.dtype()) {
-            (Table::F64(angles), DType::F64) => rotate::<f64>(x, angles, offset),
-            (Table::F32(angles), DType::F32) => rotate::<f32>(x, angles, offset),
-            (Table::F32(angles), DType::F16) => rotate::<F16>(x, angles, offset),
-            (Table::F32(angles), DType::BF16) => rotate::<Bf16>(x, angles, offset),
+            (Table::F64(angles), DType::F64) => rotate::<f64>(x, angles, offsets),
+            (Table::F32(angles), DType::F32) => rotate::<f32>(x, angles, offsets),
+            (Table::F32(angles), DType::F16) => rotate::<F16>(x, angles, offsets),
+            (Table::F32(angles), DType::BF16) => rotate::<Bf16>(x, angles, offsets),
             (Table::Device { cos, sin }, _) => {
-                composed(x, &cos.narrow(0, offset, n)?, &sin.narrow(0, offset, n)?)
+                // [1 or B, 1, N, D / 2]
+                let rows = |table: &Tensor| {
+                    let rows = offsets.iter().map(|&offset| table.narrow(0, offset, n)?.unsqueeze(0));
+                    Tensor::stack(&rows.collect::<Result<Vec<_>>>()?, 0)
+                };
+                composed(x, &rows(cos)?, &rows(sin)?)
             }
             (_, dtype) => bail!("rotary embedding: the angles were not built for {dtype:?}"),
         }
     }
 }
 
-fn rotate<T: Element>(x: &Tensor, angles: &Arc<Angles<T::Acc>>, offset: usize) -> Result<Tensor> {
+fn rotate<T: Element>(x: &Tensor, angles: &Arc<Angles<T::Acc>>, offsets: &[usize]) -> Result<Tensor> {
     let x = with_contiguous_rows(x)?;
-    let y = turn::<T>(&x, angles, offset, false)?;
-    let angles = angles.clone();
+    let y = turn::<T>(&x, angles, offsets, false)?;
+    let (angles, offsets) = (angles.clone(), offsets.to_vec());
     attach1("rotary", &x, y, move |_, dy| {
-        let (dx, shape) = turn::<T>(dy, &angles, offset, true)?;
+        let (dx, shape) = turn::<T>(dy, &angles, &offsets, true)?;
         Tensor::from_vec(dx, shape, dy.device())
     })
 }
@@ -187,12 +203,12 @@ fn rotate<T: Element>(x: &Tensor, angles: &Arc<Angles<T::Acc>>, offset: usize) -
 fn turn<T: Element>(
     x: &Tensor,
     angles: &Angles<T::Acc>,
-    offset: usize,
+    offsets: &[usize],
     back: bool,
 ) -> Result<(Vec<T>, Shape)> {
     let x = with_contiguous_rows(x)?;
     let shape = x.shape().clone();
-    let (_, _, n, d) = x.dims4()?;
+    let (_, h, n, d) = x.dims4()?;
     let half = d / 2;
     let (storage, layout) = x.storage_and_layout();
     let input = Rows::<T>::new(&storage, layout)?;
@@ -202,6 +218,7 @@ fn turn<T: Element>(
         vectorize(|| {
             for (j, y) in y.chunks_exact_mut(d).enumerate() {
                 let i = chunk * rows + j;
+                let offset = if let [offset] = offsets { *offset } else { offsets[i / (h * n)] };
                 let at = (offset + i % n) * half;
                 let (cos, sin) = (&angles.cos[at..at + half], &angles.sin[at..at + half]);
                 let (x1, x2) = input.row(i).split_at(half);
@@ -218,7 +235,7 @@ fn turn<T: Element>(
     Ok((y, shape))
 }
 
-/// The same from candle primitives that have gradients; cos and sin `[N, D / 2]`.
+/// The same from candle primitives that have gradients; cos and sin `[1 or B, 1, N, D / 2]`.
 fn composed(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let half = x.dim(D::Minus1)? / 2;
     let wide = x.to_dtype(cos.dtype())?;
@@ -236,18 +253,18 @@ mod tests {
     #[test]
     fn composition_agrees_in_values_and_gradients() -> Result<()> {
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
-            let rotary = Rotary::new(16, 40, 1e4, RopeScaling::None, dtype, &Device::Cpu)?;
+            let fused = Rotary::new(16, 40, 1e4, RopeScaling::None, dtype, &Device::Cpu)?;
             let frequencies: Vec<f64> = (0..8).map(|i| 1e4f64.powf(-f64::from(i) / 8.0)).collect();
-            let Table::Device { cos, sin } = Rotary::on_device(&frequencies, 40, dtype, &Device::Cpu)? else {
-                bail!("a device table was expected")
-            };
-            let (cos, sin) = (cos.narrow(0, 3, 33)?, sin.narrow(0, 3, 33)?);
+            let table = Rotary::on_device(&frequencies, 40, dtype, &Device::Cpu)?;
+            let composed = Rotary { table, ..fused.clone() };
             let x = noise(1, &[2, 33, 3, 16], dtype)?;
-            agree(
-                &[x],
-                |t| rotary.apply(&t[0].transpose(1, 2)?, 3),
-                |t| composed(&t[0].transpose(1, 2)?, &cos, &sin),
-            )?;
+            for offsets in [&[3][..], &[7, 0]] {
+                agree(
+                    &[x.clone()],
+                    |t| fused.apply_each(&t[0].transpose(1, 2)?, offsets),
+                    |t| composed.apply_each(&t[0].transpose(1, 2)?, offsets),
+                )?;
+            }
         }
         Ok(())
     }

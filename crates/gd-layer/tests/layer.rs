@@ -245,6 +245,63 @@ fn blending_the_best_scores_is_softmax_attention_without_the_others() -> Result<
     Ok(())
 }
 
+/// A forward pass that continues `cache`; returns outputs `[B, N, C]` and the selected keys of each sequence.
+fn step(f: &Fixture, x: &Tensor, mask: &Mask, cache: &mut LayerCache) -> Result<(Tensor, Vec<Vec<i32>>)> {
+    let record = RefCell::new(Vec::new());
+    let y = f.layer.attend(x, &Pass { record: Some(&record), ..Pass::new(mask) }, Some(cache))?;
+    let picks = record.borrow()[0].picks.clone();
+    Ok((y, picks.chunks(picks.len() / x.dim(0)?).map(<[_]>::to_vec).collect()))
+}
+
+#[test]
+fn sequences_of_different_lengths_decode_together_as_alone() -> Result<()> {
+    const PROMPTS: [usize; 3] = [5, 1, 9];
+    let mut cases = selecting();
+    cases.push(("softmax", false, config(GdConfig::default(), Some(BeaconConfig::default()))));
+    for (name, _, cfg) in cases {
+        let f = fixture(&cfg, name != "softmax", DType::F32, 21)?;
+        let x = Numbers(31).tensor(&[3, 13, 12], 1.0, DType::F32)?;
+        let part = |b: usize, at: usize, n: usize| x.narrow(0, b, 1)?.narrow(1, at, n);
+        let mut alone = Vec::new();
+        for (b, n) in PROMPTS.into_iter().enumerate() {
+            let mut cache = LayerCache::new();
+            step(&f, &part(b, 0, n)?, &Mask::causal(0), &mut cache)?;
+            alone.push(cache);
+        }
+        let mut together = LayerCache::stack(&alone.iter().collect::<Vec<_>>())?;
+        // Two steps of all, then two of the last and the first.
+        let mut rows = vec![0, 1, 2];
+        for i in 0..4 {
+            if i == 2 {
+                together = together.select(&[2, 0])?;
+                rows = vec![2, 0];
+            }
+            let lengths: Vec<usize> = rows.iter().map(|&b| PROMPTS[b] + i).collect();
+            assert_eq!(together.lengths(), lengths, "{name}");
+            let next =
+                rows.iter().zip(&lengths).map(|(&b, &at)| part(b, at, 1)).collect::<Result<Vec<_>>>()?;
+            let mask = Mask::causal(0).each(lengths.iter().map(|&at| at as i64).collect());
+            let (y, picks) = step(&f, &Tensor::cat(&next, 0)?, &mask, &mut together)?;
+            for (row, &b) in rows.iter().enumerate() {
+                let mask = Mask::causal(lengths[row] as i64);
+                let (want, want_picks) = step(&f, &next[row], &mask, &mut alone[b])?;
+                let err = (y.narrow(0, row, 1)? - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(err <= 1e-5, "{name}: sequence {b}, step {i}: off by {err}");
+                assert_eq!(picks[row], want_picks[0], "{name}: sequence {b}, step {i}");
+            }
+        }
+        let message = |r: Result<(Tensor, Vec<Vec<i32>>)>| r.expect_err("an error").to_string();
+        let two = x.narrow(0, 0, 2)?.narrow(1, 0, 1)?;
+        assert!(
+            message(step(&f, &two, &Mask::causal(13), &mut together))
+                .contains("mask offset 13 does not follow 9")
+        );
+        assert!(message(step(&f, &two, &Mask::none(), &mut together)).contains("need a causal mask"));
+        assert!(together.select(&[2]).is_err());
+    }
+    Ok(())
+}
+
 fn attention(cfg: &AttentionConfig) -> Result<(GdAttention, VarMap)> {
     let map = VarMap::new();
     let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);

@@ -1,8 +1,8 @@
-//! Token by token: prompt in, continuation out, with a cache of what was read.
+//! Token by token: prompts in, continuations out, with a cache of what was read.
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::Mask;
-use gd_layer::Pass;
+use gd_layer::{LayerCache, Pass};
 
 use crate::error::{Error, Result};
 use crate::sampler::{Sampler, Sampling};
@@ -43,27 +43,105 @@ pub fn generate(
     device: &Device,
     mut emit: impl FnMut(u32) -> Result<bool>,
 ) -> Result<Vec<u32>> {
-    check_prompt(model, prompt)?;
-    let mut cache = model.new_cache();
-    let mut all = prompt.to_vec();
-    let mut next = prompt.to_vec();
-    // The last token drawn is not read, so the text may be one longer than the context.
-    let count = max_tokens.min(model.config().max_position_embeddings + 1 - prompt.len());
-    for _ in 0..count {
-        let offset = all.len() - next.len();
-        let mask = Mask::causal(offset as i64);
-        let ids = Tensor::new(next.as_slice(), device)?.unsqueeze(0)?;
-        let hidden = model.hidden(&ids, &Pass::new(&mask), Some(&mut cache))?;
-        let last = hidden.narrow(1, next.len() - 1, 1)?;
-        let logits = model.logits(&last)?.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let token = sampler.next(&logits, &all)?;
-        all.push(token);
-        next = vec![token];
-        if !emit(token)? {
-            break;
+    let samplers = std::slice::from_mut(sampler);
+    let new = generate_batch(model, &[prompt], max_tokens, samplers, device, |_, token| emit(token))?;
+    Ok(new.into_iter().flatten().collect())
+}
+
+/// A text that is being continued.
+struct Row {
+    /// Its place among the prompts.
+    place: usize,
+    /// Prompt and continuation.
+    all: Vec<u32>,
+    /// The most tokens to add.
+    left: usize,
+}
+
+/// Continues several prompts together, each with its sampler as [`generate`] does it alone. `emit` gets the
+/// place of the prompt and the new token, and returns whether that text goes on.
+///
+/// Prompts are read one by one; from then on all that go on are one batch, in which each has its own
+/// position and sees its own past alone.
+///
+/// # Errors
+/// As [`generate`], or another number of samplers.
+pub fn generate_batch(
+    model: &Transformer,
+    prompts: &[impl AsRef<[u32]>],
+    max_tokens: usize,
+    samplers: &mut [Sampler],
+    device: &Device,
+    mut emit: impl FnMut(usize, u32) -> Result<bool>,
+) -> Result<Vec<Vec<u32>>> {
+    if prompts.len() != samplers.len() {
+        return Err(Error::Invalid(format!("{} samplers for {} prompts", samplers.len(), prompts.len())));
+    }
+    for prompt in prompts {
+        check_prompt(model, prompt.as_ref())?;
+    }
+    let mut new = vec![Vec::new(); prompts.len()];
+    // Takes the next token of a row from its logits; whether it goes on.
+    let mut next = |row: &mut Row, logits: &[f32]| -> Result<bool> {
+        let token = samplers[row.place].next(logits, &row.all)?;
+        row.all.push(token);
+        row.left -= 1;
+        new[row.place].push(token);
+        Ok(emit(row.place, token)? && row.left > 0)
+    };
+    let (mut rows, mut caches) = (Vec::new(), Vec::new());
+    for (place, prompt) in prompts.iter().enumerate() {
+        let all = prompt.as_ref().to_vec();
+        // The last token drawn is not read, so the text may be one longer than the context.
+        let left = max_tokens.min(model.config().max_position_embeddings + 1 - all.len());
+        if left == 0 {
+            continue;
+        }
+        let mut cache = model.new_cache();
+        let ids = Tensor::new(all.as_slice(), device)?.unsqueeze(0)?;
+        let logits = last_logits(model, &ids, &Mask::causal(0), &mut cache)?;
+        let mut row = Row { place, all, left };
+        if next(&mut row, &logits[0])? {
+            rows.push(row);
+            caches.push(cache);
         }
     }
-    Ok(all.split_off(prompt.len()))
+    let layers = 0..model.config().num_hidden_layers;
+    let stack = |layer| LayerCache::stack(&caches.iter().map(|cache| &cache[layer]).collect::<Vec<_>>());
+    let mut cache = layers.map(stack).collect::<candle_core::Result<Vec<_>>>()?;
+    drop(caches);
+    while !rows.is_empty() {
+        let ids: Vec<u32> = rows.iter().filter_map(|row| row.all.last().copied()).collect();
+        let ids = Tensor::new(ids, device)?.unsqueeze(1)?;
+        let mask = Mask::causal(0).each(rows.iter().map(|row| row.all.len() as i64 - 1).collect());
+        let logits = last_logits(model, &ids, &mask, &mut cache)?;
+        let (mut places, mut left) = (Vec::new(), Vec::new());
+        for (at, (mut row, logits)) in rows.drain(..).zip(&logits).enumerate() {
+            if next(&mut row, logits)? {
+                places.push(at);
+                left.push(row);
+            }
+        }
+        rows = left;
+        if rows.len() < logits.len() {
+            for layer in &mut cache {
+                *layer = layer.select(&places)?;
+            }
+        }
+    }
+    Ok(new)
+}
+
+/// The logits `[B, V]` after the last of `ids` `[B, N]`, which continue what the cache holds.
+fn last_logits(
+    model: &Transformer,
+    ids: &Tensor,
+    mask: &Mask,
+    cache: &mut [LayerCache],
+) -> candle_core::Result<Vec<Vec<f32>>> {
+    let hidden = model.hidden(ids, &Pass::new(mask), Some(cache))?;
+    let last = hidden.narrow(1, ids.dim(1)? - 1, 1)?;
+    model.logits(&last)?.detach().to_dtype(DType::F32)?.squeeze(1)?.to_vec2()
 }
 
 /// A look at what a model writes: the continuation of `prompt`, as the same model, prompt and seed give it.

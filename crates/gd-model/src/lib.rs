@@ -1,6 +1,7 @@
 //! A Preserve-then-Select language model.
 #![deny(unsafe_code)]
 
+pub mod chat;
 pub mod checkpoint;
 pub mod commands;
 pub mod compare;
@@ -14,6 +15,7 @@ pub mod error;
 pub mod evaluate;
 pub mod flops;
 pub mod generate;
+pub mod gguf;
 pub mod gradients;
 pub mod guard;
 pub mod history;

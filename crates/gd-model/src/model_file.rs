@@ -7,15 +7,20 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
+use crate::chat::ChatTemplate;
 use crate::checkpoint::{self, Checkpoint, Filling};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::gguf::{self, Gguf};
 use crate::params::Params;
 use crate::tokenizer::Tokenizer;
 use crate::transformer::Transformer;
 
 /// Files of a checkpoint folder that are kept as they are when the model is saved again.
-const KEPT: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+const KEPT: [&str; 3] = [checkpoint::TOKENIZER_CONFIG, "special_tokens_map.json", checkpoint::CHAT_TEMPLATE];
+
+/// The tokens that end a text, in `generation_config.json` or `config.json`: a number or a list.
+const ENDS: &str = "eos_token_id";
 
 /// The model in Python: what `transformers` needs to load a checkpoint that is no other family's.
 const PYTHON: [(&str, &str); 2] = [
@@ -60,8 +65,8 @@ pub struct Loaded {
     pub passed_over: Vec<String>,
 }
 
-/// Loads a checkpoint folder, the folder of a `.safetensors` file in one, or the newest whole checkpoint in
-/// the folder of a run without a whole model. Weights are computed with in f32.
+/// Loads a checkpoint folder, the folder of a `.safetensors` file in one, the newest whole checkpoint in the
+/// folder of a run without a whole model, or a GGUF file. Weights are computed with in f32.
 ///
 /// # Errors
 /// Names the file and the reason.
@@ -74,6 +79,10 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
 /// # Errors
 /// Names the file and the reason.
 pub fn read(path: &Path, device: &Device) -> Result<Parts> {
+    if gguf::is_at(path) {
+        let Gguf { config, tensors, tokenizer, generation, files } = gguf::read(path, device)?;
+        return Ok(Parts { generation, files, ..Parts::new(path, config, tensors, tokenizer)? });
+    }
     let (path, passed_over) = checkpoint::locate(path)?;
     for reason in &passed_over {
         tracing::warn!("{reason}; the model is loaded from {}", path.display());
@@ -89,7 +98,13 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     let mut parts = Parts::new(&file, config, tensors, tokenizer)?;
     let generation = folder.join(checkpoint::GENERATION);
     if generation.exists() {
-        parts.generation = checkpoint::load_json(&generation)?;
+        let mut stored = checkpoint::load_json(&generation)?;
+        if let (None, Some(map), Some(ends)) =
+            (stored.get(ENDS).cloned(), stored.as_object_mut(), parts.generation.get(ENDS))
+        {
+            map.insert(ENDS.into(), ends.clone());
+        }
+        parts.generation = stored;
     }
     for name in KEPT.into_iter().filter(|name| folder.join(name).exists()) {
         let path = folder.join(name);
@@ -112,6 +127,10 @@ impl Parts {
         tokenizer: Tokenizer,
     ) -> Result<Self> {
         let invalid = |text: String| Error::Invalid(format!("{}: {text}", path.display()));
+        let mut generation = generation();
+        if let Some(ends) = config.get(ENDS) {
+            generation[ENDS] = ends.clone();
+        }
         let config = ModelConfig::from_json(config).map_err(|problems| invalid(problems.join("; ")))?;
         if tokenizer.vocab_size() > config.vocab_size {
             let (tokens, known) = (tokenizer.vocab_size(), config.vocab_size);
@@ -121,7 +140,7 @@ impl Parts {
             config,
             tensors,
             tokenizer,
-            generation: generation(),
+            generation,
             files: BTreeMap::new(),
             seed: None,
             passed_over: Vec::new(),
@@ -165,6 +184,31 @@ impl Loaded {
             files: BTreeMap::new(),
             passed_over: Vec::new(),
         }
+    }
+
+    /// The tokens that end a text: those that came with the model, else the tokenizer's own.
+    ///
+    /// # Errors
+    /// An `eos_token_id` that is neither a token's number nor a list of them.
+    pub fn ends(&self) -> Result<Vec<u32>> {
+        let ids = match self.generation.get(ENDS) {
+            None | Some(Value::Null) => return Ok(self.tokenizer.end_of_text().into_iter().collect()),
+            Some(Value::Array(ids)) => ids.as_slice(),
+            Some(id) => std::slice::from_ref(id),
+        };
+        let id = |id: &Value| {
+            let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            number.ok_or_else(|| Error::Invalid(format!("{ENDS} {id} is no token's number")))
+        };
+        ids.iter().map(id).collect()
+    }
+
+    /// The chat template that came with the model, if one did.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::find`].
+    pub fn chat(&self) -> Result<Option<ChatTemplate>> {
+        ChatTemplate::find(&self.files)
     }
 
     /// Writes a checkpoint folder, weights in the types in which they were stored; an existing one stays until

@@ -52,8 +52,8 @@ impl StopStrings {
     }
 
     /// What is still held back when the text ends without a stop string.
-    pub fn finish(self) -> String {
-        self.held
+    pub fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
     }
 }
 

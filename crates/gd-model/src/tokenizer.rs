@@ -86,15 +86,21 @@ impl Tokenizer {
         let bytes = std::fs::read(path).map_err(|e| Error::read(path, "tokenizer file", e))?;
         let foreign = |reason: String| Error::Foreign { path: path.into(), kind: "tokenizer.json", reason };
         // The library slices without checks in places, so that a broken file can panic inside it.
-        let inner = quietly(|| tokenizers::Tokenizer::from_bytes(&bytes))
-            .map_err(|panic| foreign(panic.unwrap_or_else(|| "the file contradicts itself".into())))?
-            .map_err(|e| foreign(e.to_string()))?;
-        let raw = json(&inner)? == json(&Self::bytes()?.inner)?;
+        quietly(|| Self::checked(tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string())?))
+            .map_err(contradicts)
+            .flatten()
+            .map_err(foreign)
+    }
+
+    /// A tokenizer from elsewhere, if it can be used; else the reason.
+    pub(crate) fn checked(mut inner: tokenizers::Tokenizer) -> std::result::Result<Self, String> {
+        // Texts are cut and put together here, and none is shortened or filled up behind our back.
+        inner.with_truncation(None).map_err(|e| e.to_string())?;
+        inner.with_padding(None);
+        let same = |other: Self| Ok(json(&inner)? == json(&other.inner)?);
+        let raw = Self::bytes().and_then(same).map_err(|e| e.to_string())?;
         let tokenizer = Self::wrap(inner, raw);
-        if tokenizer.vocab == 0 {
-            return Err(foreign("it has no tokens".into()));
-        }
-        Ok(tokenizer)
+        if tokenizer.vocab == 0 { Err("it has no tokens".into()) } else { Ok(tokenizer) }
     }
 
     /// Writes a `tokenizer.json`; an existing file is replaced only when the new one is complete.
@@ -110,11 +116,22 @@ impl Tokenizer {
     /// The ids of `text`, with the special tokens that the tokenizer's own rules add (none, for those made
     /// here).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(text, true)
+    }
+
+    /// The ids of `text` in which special tokens are written out, as in a chat: none is added.
+    pub fn encode_written(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(text, false)
+    }
+
+    fn ids(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         if self.raw {
             return Ok(text.bytes().map(u32::from).collect());
         }
-        let encoding = self.inner.encode_fast(text, true).map_err(invalid)?;
-        Ok(encoding.get_ids().to_vec())
+        // What a file from elsewhere sets up may fail at some text only.
+        let encoding = quietly(|| self.inner.encode_fast(text, add_special))
+            .map_err(|panic| Error::Invalid(format!("tokenizer: {}", contradicts(panic))))?;
+        Ok(encoding.map_err(invalid)?.get_ids().to_vec())
     }
 
     /// The ids of a whole document: those of its text, and the end-of-text token if there is one. Nothing for
@@ -138,7 +155,9 @@ impl Tokenizer {
         for &id in ids {
             self.check(id)?;
         }
-        self.inner.decode(ids, true).map_err(invalid)
+        quietly(|| self.inner.decode(ids, true))
+            .map_err(|panic| Error::Invalid(format!("tokenizer: {}", contradicts(panic))))?
+            .map_err(invalid)
     }
 
     /// One more than the greatest id.
@@ -149,6 +168,11 @@ impl Tokenizer {
     /// The id of a token given by its stored name, special tokens included.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// The stored name of a token.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     /// A decoder for ids that come one at a time.
@@ -214,12 +238,12 @@ impl StreamDecoder<'_> {
     }
 
     /// What is still held back; an unfinished character becomes U+FFFD.
-    pub fn finish(self) -> Result<Option<String>> {
+    pub fn finish(&mut self) -> Result<Option<String>> {
         let text = if self.tokenizer.bytewise {
-            String::from_utf8_lossy(&self.bytes).into_owned()
+            String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned()
         } else {
-            let text = self.tokenizer.decode(&self.window)?;
-            text.get(self.shown..).unwrap_or_default().to_string()
+            let text = self.tokenizer.decode(&std::mem::take(&mut self.window))?;
+            text.get(std::mem::take(&mut self.shown)..).unwrap_or_default().to_string()
         };
         Ok((!text.is_empty()).then_some(text))
     }
@@ -283,6 +307,11 @@ fn json(inner: &tokenizers::Tokenizer) -> Result<String> {
 
 fn invalid(e: tokenizers::Error) -> Error {
     Error::Invalid(format!("tokenizer: {e}"))
+}
+
+/// What a panic of the library says.
+fn contradicts(panic: Option<String>) -> String {
+    panic.unwrap_or_else(|| "the file contradicts itself".into())
 }
 
 thread_local! {

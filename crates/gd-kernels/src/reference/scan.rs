@@ -21,7 +21,7 @@ pub struct Candidates {
 
 /// Whether query `i` of batch entry `b` may see key `j` of `keys`.
 pub fn may_see(mask: &Mask, b: usize, i: usize, j: usize, keys: usize) -> bool {
-    let (at, key) = (i as i64 + mask.offset(), j as i64);
+    let (at, key) = (i as i64 + mask.offset(b), j as i64);
     let not_ahead = !mask.is_causal() || key <= at;
     let near = mask.window_len().is_none_or(|w| key > at - w as i64);
     let together = mask.boundaries().is_none_or(|lists| {

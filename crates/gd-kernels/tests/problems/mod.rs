@@ -202,6 +202,9 @@ fn random_mask(rng: &mut ChaCha8Rng, batch: usize, n: usize, m: usize) -> Mask {
         let length = |rng: &mut ChaCha8Rng| rng.random_range(0..=m).max(rng.random_range(0..=m));
         mask = mask.kv_len((0..entries).map(|_| length(rng)).collect());
     }
+    if batch > 1 && (n + m) % 3 == 0 {
+        mask = mask.each((0..batch as i64).map(|b| offset - 2 * b).collect());
+    }
     mask
 }
 

@@ -5,7 +5,8 @@
 //! | `config.json` | the model's shape |
 //! | `model.safetensors` | the weights, metadata `format: pt`; or shards with `model.safetensors.index.json` |
 //! | `tokenizer.json` | the tokenizer |
-//! | `generation_config.json` | sampling defaults |
+//! | `generation_config.json` | sampling defaults, and the tokens that end a text |
+//! | `tokenizer_config.json`, `chat_template.jinja` | of models from elsewhere: special tokens, how a chat is written |
 //! | `README.md` | the model card |
 //!
 //! A run's folder holds such a model, and while it trains `checkpoint-STEP` folders ([`Store`]): each a model
@@ -44,6 +45,10 @@ pub const INDEX: &str = "model.safetensors.index.json";
 pub const TOKENIZER: &str = "tokenizer.json";
 /// The sampling defaults in a checkpoint folder.
 pub const GENERATION: &str = "generation_config.json";
+/// The tokenizer's settings in a checkpoint folder, among them the chat template and names of special tokens.
+pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+/// The chat template in a checkpoint folder, where it has a file of its own.
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// The model card in a checkpoint folder.
 pub const CARD: &str = "README.md";
 

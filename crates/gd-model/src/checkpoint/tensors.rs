@@ -12,6 +12,11 @@ use safetensors::tensor::{Metadata, SafeTensorError, SafeTensors, TensorInfo, Vi
 use super::{INDEX, WEIGHTS};
 use crate::error::{Error, Result};
 
+/// The most bytes of a JSON file: its values take several times as much memory.
+const MAX_JSON: u64 = 16 << 20;
+/// The most bytes of a header that is looked into to say what is wrong with its file.
+const MAX_DIAGNOSED: usize = 1 << 20;
+
 /// Writes named tensors in the safetensors format with metadata `format: pt`, one tensor at a time, so that
 /// memory holds no second copy of all. The bytes are those that the safetensors crate itself would give.
 pub(super) fn stream(path: &Path, out: &mut dyn Write, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
@@ -67,8 +72,12 @@ pub fn require<'a>(
     if names.is_empty() { Ok(()) } else { Err(Error::MissingTensors { path: path.into(), names }) }
 }
 
-/// Reads a JSON file.
+/// Reads a JSON file of up to 16 MiB.
 pub fn load_json(path: &Path) -> Result<serde_json::Value> {
+    let size = fs::metadata(path).map_err(|e| Error::read(path, "JSON file", e))?.len();
+    if size > MAX_JSON {
+        return Err(foreign(path, "JSON", format!("{size} bytes; up to {MAX_JSON} are read")));
+    }
     let bytes = fs::read(path).map_err(|e| Error::read(path, "JSON file", e))?;
     serde_json::from_slice(&bytes).map_err(|e| foreign(path, "JSON", e.to_string()))
 }
@@ -146,11 +155,11 @@ fn diagnose(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
 
 /// The size a safetensors file should have by its header.
 fn announced(bytes: &[u8], header: u64) -> Option<u64> {
-    let start = 8 + usize::try_from(header).ok()?;
+    let start = 8 + usize::try_from(header).ok().filter(|bytes| *bytes <= MAX_DIAGNOSED)?;
     let json: serde_json::Value = serde_json::from_slice(bytes.get(8..start)?).ok()?;
     let end = |t: &serde_json::Value| t.get("data_offsets")?.get(1)?.as_u64();
     let data = json.as_object()?.values().filter_map(end).max().unwrap_or(0);
-    Some(start as u64 + data)
+    data.checked_add(start as u64)
 }
 
 pub(super) fn foreign(path: &Path, kind: &'static str, reason: String) -> Error {

@@ -1,30 +1,48 @@
-//! `gd generate`: continues a prompt, token by token.
+//! `gd generate`: continues prompts, token by token, or answers them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use super::{Context, usage};
+use crate::chat::ChatTemplate;
+use crate::data::{Documents, Reading, is_jsonl, read_text};
 use crate::error::Error;
-use crate::generate::{check_prompt, generate};
-use crate::model_file;
+use crate::generate::{check_prompt, generate_batch};
+use crate::model_file::{self, Loaded};
 use crate::sampler::{Sampler, Sampling};
 use crate::stop::StopStrings;
+use crate::tokenizer::StreamDecoder;
+
+/// Prompts that are decoded as one batch.
+const TOGETHER: usize = 32;
 
 /// Continue a prompt; prompt and continuation go to stdout as they come
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  gd generate out/tiny --prompt \"Once upon a time\" --max-tokens 100 --temperature 0.8 --top-p 0.95 --seed 7"
+    after_help = "Several prompts (--prompt more than once, or --prompts) are continued together, each as it would be \
+                  alone; with --json there is one line for each. --chat writes the prompt as the model's chat template \
+                  has it and shows the answer alone. A text ends at the tokens that the model names for that.\n\n\
+                  Example:\n  gd generate out/tiny --prompt \"Once upon a time\" --max-tokens 100 --temperature 0.8 --top-p 0.95 --seed 7"
 )]
 pub struct Args {
-    /// The model: a checkpoint folder or a safetensors file in one
+    /// The model: a checkpoint folder, a safetensors file in one, or a GGUF file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
-    /// The text to continue
-    #[arg(long, value_name = "TEXT")]
-    pub prompt: String,
+    /// The text to continue (may be given more than once)
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
+    pub prompt: Vec<String>,
+    /// More prompts: a line of a text file each, or the field `prompt` of a line of a .jsonl file
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Take each prompt for the user's turn of a chat
+    #[arg(long)]
+    pub chat: bool,
+    /// The system's turn before it
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
     /// The most tokens to add
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_tokens: usize,
@@ -72,71 +90,153 @@ fn flag(e: Error) -> anyhow::Error {
 /// # Errors
 /// Names the flag, file or value that cannot be used.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    let mut sampler = Sampler::new(args.sampling(), ctx.seed.unwrap_or(0)).map_err(flag)?;
-    if args.prompt.is_empty() {
+    let sampler = Sampler::new(args.sampling(), ctx.seed.unwrap_or(0)).map_err(flag)?;
+    let mut prompts = args.prompt.clone();
+    if prompts.iter().any(String::is_empty) {
         return Err(usage("--prompt is empty"));
     }
     if args.stop.iter().any(String::is_empty) {
         return Err(usage("--stop is empty"));
     }
-    let mut stop = StopStrings::new(args.stop)?;
-    let loaded = model_file::load(&args.model, &ctx.device)?;
-    let prompt = loaded.tokenizer.encode(&args.prompt)?;
-    check_prompt(&loaded.model, &prompt)?;
-    let mut out = Output { ctx, text: String::new(), open: true };
-    if !ctx.json {
-        out.open = ctx.write(&args.prompt)?;
+    if let Some(path) = &args.prompts {
+        prompts.extend(read_prompts(path)?);
     }
-    let (mut decoder, end) = (loaded.tokenizer.stream(), loaded.tokenizer.end_of_text());
-    let (started, mut failed) = (Instant::now(), None);
-    let tokens = generate(&loaded.model, &prompt, args.max_tokens, &mut sampler, &ctx.device, |token| {
-        let piece = decoder.push(token)?.unwrap_or_default();
-        match out.push(&stop.push(&piece)) {
-            Ok(open) => Ok(open && !stop.stopped() && Some(token) != end),
-            Err(e) => {
+    let stop = StopStrings::new(args.stop.clone())?;
+    let loaded = model_file::load(&args.model, &ctx.device)?;
+    let template = match args.chat {
+        true => Some(
+            loaded
+                .chat()?
+                .ok_or_else(|| usage(format!("--chat: {} has no chat template", args.model.display())))?,
+        ),
+        false => None,
+    };
+    let written =
+        prompts.iter().map(|prompt| encode(&loaded, template.as_ref(), args.system.as_deref(), prompt));
+    let written = written.collect::<crate::Result<Vec<_>>>()?;
+    let one = prompts.len() == 1;
+    let mut texts: Vec<Text> = prompts
+        .iter()
+        .map(|prompt| Text {
+            prompt,
+            decoder: loaded.tokenizer.stream(),
+            stop: stop.clone(),
+            text: String::new(),
+            shown: (one && !ctx.json).then_some(ctx),
+        })
+        .collect();
+    if one && !ctx.json && !args.chat {
+        ctx.write(&prompts[0])?;
+    }
+    let ends = loaded.ends().with_context(|| args.model.display().to_string())?;
+    let mut first = true;
+    for (texts, ids) in texts.chunks_mut(TOGETHER).zip(written.chunks(TOGETHER)) {
+        let mut samplers = vec![sampler.clone(); ids.len()];
+        let (started, mut failed) = (Instant::now(), None);
+        let emit = |place: usize, token: u32| {
+            if ends.contains(&token) {
+                return Ok(false);
+            }
+            texts[place].push(token).or_else(|e| {
                 failed = Some(e);
                 Ok(false)
+            })
+        };
+        let new = generate_batch(&loaded.model, ids, args.max_tokens, &mut samplers, &ctx.device, emit)?;
+        if let Some(e) = failed {
+            return Err(e);
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let count: usize = new.iter().map(Vec::len).sum();
+        for (text, new) in texts.iter_mut().zip(&new) {
+            let stopped = text.finish()?;
+            if ctx.json {
+                ctx.print(json!({
+                    "prompt": text.prompt,
+                    "text": text.text,
+                    "tokens": new.len(),
+                    "tokens_per_second": count as f64 / seconds,
+                    "stopped": stopped,
+                    "passed_over": loaded.passed_over,
+                }))?;
+            } else if one {
+                ctx.print("")?;
+            } else {
+                let (gap, prompt) = (if first { "" } else { "\n" }, if args.chat { "" } else { text.prompt });
+                ctx.print(format_args!("{gap}{prompt}{}", text.text))?;
             }
+            first = false;
         }
-    })?;
-    if let Some(e) = failed {
-        return Err(e);
     }
-    let seconds = started.elapsed().as_secs_f64();
-    // A character or a stop string that the last token leaves unfinished.
-    if let Some(rest) = decoder.finish()? {
-        out.push(&stop.push(&rest))?;
-    }
-    let stopped = stop.stopped();
-    out.push(&stop.finish())?;
-    if ctx.json {
-        return ctx.print(json!({
-            "prompt": args.prompt,
-            "text": out.text,
-            "tokens": tokens.len(),
-            "tokens_per_second": tokens.len() as f64 / seconds,
-            "stopped": stopped,
-            "passed_over": loaded.passed_over,
-        }));
-    }
-    ctx.print("")
+    Ok(())
 }
 
-/// The continuation: kept for `--json`, otherwise shown as it comes.
-struct Output<'a> {
-    ctx: &'a Context,
+/// The prompts in a file.
+fn read_prompts(path: &Path) -> Result<Vec<String>> {
+    let prompts: Vec<String> = if is_jsonl(path) {
+        let reading = Reading { text_field: "prompt".into(), separator: None };
+        let documents = Documents::open(&[path.to_path_buf()], &reading)?;
+        documents.map(|document| Ok(document?.text)).collect::<crate::Result<_>>()?
+    } else {
+        read_text(path)?.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+    };
+    if prompts.is_empty() {
+        return Err(Error::Empty { path: path.into(), reason: "no prompts in it" }.into());
+    }
+    Ok(prompts)
+}
+
+/// The ids of a prompt, or of the chat that it opens; checked against the model.
+fn encode(
+    loaded: &Loaded,
+    template: Option<&ChatTemplate>,
+    system: Option<&str>,
+    prompt: &str,
+) -> crate::Result<Vec<u32>> {
+    let ids = match template {
+        Some(template) => loaded.tokenizer.encode_written(&template.render(system, prompt)?)?,
+        None => loaded.tokenizer.encode(prompt)?,
+    };
+    check_prompt(&loaded.model, &ids)?;
+    Ok(ids)
+}
+
+/// A continuation, as it comes.
+struct Text<'a> {
+    prompt: &'a str,
+    decoder: StreamDecoder<'a>,
+    stop: StopStrings,
     text: String,
-    /// Whether somebody still reads stdout.
-    open: bool,
+    /// Where it is shown as it comes.
+    shown: Option<&'a Context>,
 }
 
-impl Output<'_> {
-    fn push(&mut self, piece: &str) -> Result<bool> {
-        if self.ctx.json {
-            self.text.push_str(piece);
-        } else if self.open && !piece.is_empty() {
-            self.open = self.ctx.write(piece)?;
+impl Text<'_> {
+    /// Takes a token; whether the text goes on.
+    fn push(&mut self, token: u32) -> Result<bool> {
+        let piece = self.decoder.push(token)?.unwrap_or_default();
+        let piece = self.stop.push(&piece);
+        Ok(self.show(&piece)? && !self.stop.stopped())
+    }
+
+    /// Adds what is still held back: a character or a stop string that the last token leaves unfinished.
+    /// Whether a stop string ended the text.
+    fn finish(&mut self) -> Result<bool> {
+        if let Some(rest) = self.decoder.finish()? {
+            let piece = self.stop.push(&rest);
+            self.show(&piece)?;
         }
-        Ok(self.open)
+        let rest = self.stop.finish();
+        self.show(&rest)?;
+        Ok(self.stop.stopped())
+    }
+
+    /// Whether somebody still reads.
+    fn show(&mut self, piece: &str) -> Result<bool> {
+        self.text.push_str(piece);
+        match self.shown {
+            Some(ctx) if !piece.is_empty() => ctx.write(piece),
+            _ => Ok(true),
+        }
     }
 }

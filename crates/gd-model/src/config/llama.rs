@@ -8,7 +8,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::model::{
-    GdBlock, Mechanism, ModelConfig, RopeParameters, architectures, dtype, known_rope_type, model_type,
+    GdBlock, Mechanism, ModelConfig, RopeParameters, architectures, check_sizes, dtype, known_rope_type,
+    model_type,
 };
 use super::parse;
 
@@ -151,6 +152,8 @@ pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<String>> {
         full.extend(given);
     }
     let keys: Keys = parse(full)?;
+    // First, since the windows are as many.
+    check_sizes(&[("num_hidden_layers", keys.num_hidden_layers)]).map_err(|e| vec![e.to_string()])?;
     let mut problems = refusals(&keys, family);
     let rope = rope(&keys).map_err(|p| problems.extend(p)).ok();
     let windows = windows(&keys, family).map_err(|p| problems.push(p)).ok();

@@ -192,6 +192,25 @@ fn rope_type() -> String {
     "default".into()
 }
 
+/// The most of anything that a config counts, many times what models have: products of two stay far from
+/// overflowing.
+const MOST: usize = 1 << 24;
+/// The most layers: a config may hold a list as long.
+const MOST_LAYERS: usize = 1 << 12;
+/// The most numbers in the table of the rotary angles.
+const MOST_ANGLES: usize = 1 << 31;
+
+/// Fails with the first of the named sizes that is more than any model has.
+pub(super) fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
+    for &(name, size) in sizes {
+        let most = if name == "num_hidden_layers" { MOST_LAYERS } else { MOST };
+        if size > most {
+            return Err(Error::Invalid(format!("{name} {size} exceeds {most}")));
+        }
+    }
+    Ok(())
+}
+
 impl ModelConfig {
     /// Reads a `config.json`: ours, which has a block `gd`, or that of another family, which is translated.
     ///
@@ -251,12 +270,23 @@ impl ModelConfig {
         let fail = |text: String| Err(Error::Invalid(text));
         let sizes = [
             ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
             ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("head_dim", self.head_dim),
             ("max_position_embeddings", self.max_position_embeddings),
         ];
         if let Some((name, _)) = sizes.iter().find(|(_, x)| *x == 0) {
             return fail(format!("{name} is 0"));
+        }
+        check_sizes(&sizes)?;
+        let (positions, d) = (self.max_position_embeddings, self.head_dim);
+        if positions.saturating_mul(d) > MOST_ANGLES {
+            return fail(format!(
+                "max_position_embeddings {positions} times head_dim {d} exceeds {MOST_ANGLES}"
+            ));
         }
         if !self.head_dim.is_multiple_of(2) {
             return fail(format!("head_dim {} is odd; the rotary embedding needs pairs", self.head_dim));

@@ -18,7 +18,7 @@ pub use order::{Permutation, places};
 pub use pack::{Batch, Batches};
 pub use prepared::{INDEX, Index, Part, Preparation, Prepared, prepare};
 pub use shard::{ShardEntry, TokenType};
-pub use text::{Texts, read_text, text_files};
+pub use text::{Texts, is_jsonl, read_text, text_files};
 pub use tokens::Tokens;
 
 use rayon::prelude::*;

@@ -46,7 +46,7 @@ pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 }
 
 /// Whether a file holds one JSON object a line.
-pub(super) fn is_jsonl(path: &Path) -> bool {
+pub fn is_jsonl(path: &Path) -> bool {
     has_ending(path, JSONL)
 }
 

@@ -1,0 +1,117 @@
+//! The metadata of a llama model as the `config.json` that Hugging Face has for it.
+
+use serde_json::{Value, json};
+
+use super::header::Header;
+
+type Result<T> = std::result::Result<T, String>;
+
+/// The bands of Llama 3's rotary frequencies: those with at most this many turns within the original context
+/// are divided by the factor, those with more than the second are kept, and what lies between is blended.
+const BANDS: (f64, f64) = (1.0, 4.0);
+/// The context that Llama 3 was trained on before it was stretched.
+const ORIGINAL: f64 = 8192.0;
+
+/// The configuration. `factors` are the values of `rope_freqs.weight`, by which the rotary frequencies are
+/// divided.
+pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> {
+    let size = |key: &str| header.size(&format!("llama.{key}"));
+    let need = |key: &str| size(key)?.ok_or_else(|| format!("key llama.{key} is missing"));
+    let float = |key: &str| header.float(&format!("llama.{key}"));
+    let (hidden, heads) = (need("embedding_length")?, need("attention.head_count")?);
+    let kv_heads = size("attention.head_count_kv")?.unwrap_or(heads);
+    if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+        return Err(format!("{heads} heads over {kv_heads} key-value heads"));
+    }
+    let head_dim = size("attention.key_length")?.unwrap_or(hidden / heads);
+    // What would change the result and is not computed here.
+    let same = [
+        ("attention.value_length", head_dim),
+        ("rope.dimension_count", head_dim),
+        ("expert_count", 0),
+        ("attention.sliding_window", 0),
+    ];
+    for (key, expected) in same {
+        if let Some(found) = size(key)?.filter(|found| *found != expected) {
+            return Err(format!("key llama.{key} is {found}; {expected} is supported"));
+        }
+    }
+    let theta = float("rope.freq_base")?.unwrap_or(10_000.0);
+    let has = |name: &str| header.tensors.contains_key(name);
+    let vocab =
+        header.tensors.get("token_embd.weight").ok_or("tensor token_embd.weight is missing")?.shape[0];
+    let biases = ["q", "k", "v", "output"].map(|part| has(&format!("blk.0.attn_{part}.bias")));
+    if biases.contains(&true) && biases.contains(&false) {
+        return Err("only some of the attention's projections have a bias".into());
+    }
+    let mut config = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": need("feed_forward_length")?,
+        "num_hidden_layers": need("block_count")?,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": need("context_length")?,
+        "rms_norm_eps": float("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+        "rope_theta": theta,
+        "tie_word_embeddings": !has("output.weight"),
+        "attention_bias": biases[0],
+        "mlp_bias": has("blk.0.ffn_gate.bias"),
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    });
+    if let Some(scaling) = scaling(header, factors, theta, head_dim)? {
+        config["rope_scaling"] = scaling;
+    }
+    Ok(config)
+}
+
+/// How rotary frequencies are scaled, if they are.
+fn scaling(header: &Header, factors: Option<&[f32]>, theta: f64, head_dim: usize) -> Result<Option<Value>> {
+    let kind = header.text("llama.rope.scaling.type")?.unwrap_or("none");
+    let factor = match header.float("llama.rope.scaling.factor")? {
+        None => header.float("llama.rope.scale_linear")?,
+        factor => factor,
+    };
+    match (kind, factor.unwrap_or(1.0), factors) {
+        ("none" | "linear", 1.0, None) | ("none", _, None) => Ok(None),
+        ("linear", factor, None) => Ok(Some(json!({ "rope_type": "linear", "factor": factor }))),
+        ("none" | "linear", 1.0, Some(factors)) => llama3(factors, theta, head_dim).map(Some),
+        (kind, factor, _) => {
+            Err(format!("key llama.rope.scaling.type is {kind:?} (factor {factor}), which is not supported"))
+        }
+    }
+}
+
+/// The factors of Llama 3, whose file holds what its four numbers give and not the numbers themselves.
+fn llama3(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value> {
+    if factors.len() != head_dim / 2 {
+        return Err(format!(
+            "tensor rope_freqs.weight has {} values for heads of {head_dim}; {} expected",
+            factors.len(),
+            head_dim / 2
+        ));
+    }
+    let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
+    for (i, &found) in factors.iter().enumerate() {
+        let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
+        let turns = ORIGINAL * frequency / std::f64::consts::TAU;
+        let keep = ((turns - BANDS.0) / (BANDS.1 - BANDS.0)).clamp(0.0, 1.0);
+        let expected = 1.0 / (keep + (1.0 - keep) / factor);
+        if !((f64::from(found) - expected).abs() <= 1e-3 * expected) {
+            return Err(format!(
+                "value {i} of tensor rope_freqs.weight is {found}; Llama 3's scaling by {factor} has {expected}"
+            ));
+        }
+    }
+    Ok(json!({
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": BANDS.0,
+        "high_freq_factor": BANDS.1,
+        "original_max_position_embeddings": ORIGINAL as u64,
+    }))
+}

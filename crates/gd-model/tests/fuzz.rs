@@ -1,0 +1,167 @@
+//! Files from elsewhere, mutated: no reader panics, and none holds more memory than its input can justify.
+//!
+//! The readers and the corpus are those of the fuzz target, see fuzz/src/readers.rs; the mutations come from
+//! a seed. `GD_FUZZ` sets how many inputs each reader gets.
+
+#[path = "../../../fuzz/src/readers.rs"]
+mod readers;
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use gd_support::log_cases;
+use peak_alloc::PeakAlloc;
+use rand::seq::IndexedRandom;
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use readers::{Bench, READERS};
+
+#[global_allocator]
+static MEMORY: PeakAlloc = PeakAlloc;
+
+/// Inputs for each reader.
+const RUNS: usize = 3000;
+
+/// Numbers at which sizes, signs and sums break.
+const NUMBERS: [u64; 16] = [
+    0,
+    1,
+    2,
+    0x7f,
+    0x80,
+    0xff,
+    0x7fff,
+    0xffff,
+    0x7fff_ffff,
+    0x8000_0000,
+    0xffff_ffff,
+    1 << 40,
+    1 << 61,
+    i64::MAX as u64,
+    1 << 63,
+    u64::MAX,
+];
+
+/// Values that stand where something else is expected, in text formats.
+const WORDS: [&str; 14] = [
+    "null",
+    "[]",
+    "{}",
+    "\"\"",
+    "-1",
+    "0",
+    "1e999",
+    "18446744073709551616",
+    "true",
+    "\"\\ud800\"",
+    "[[[[",
+    "nan",
+    "{% for x in range(9999) %}",
+    "../x",
+];
+
+/// A new input from the files of a reader.
+fn mutated(corpus: &[Vec<u8>], rng: &mut ChaCha8Rng) -> Vec<u8> {
+    let mut input = corpus.choose(rng).cloned().unwrap_or_default();
+    for _ in 0..rng.random_range(1..=4) {
+        let at = rng.random_range(0..=input.len());
+        match rng.random_range(0..9) {
+            0 => input.truncate(at),
+            1 | 2 => {
+                for _ in 0..rng.random_range(1..=8) {
+                    let at = rng.random_range(0..input.len().max(1));
+                    if let Some(byte) = input.get_mut(at) {
+                        *byte ^= 1 << rng.random_range(0..8);
+                    }
+                }
+            }
+            // A length, a count or an offset, at a place of its own width more often than not.
+            3 | 4 => {
+                let width = [1, 2, 4, 8].choose(rng).copied().unwrap_or(8);
+                let at = if rng.random_bool(0.6) { at / width * width } else { at };
+                let number = NUMBERS
+                    .choose(rng)
+                    .copied()
+                    .unwrap_or(0)
+                    .wrapping_add(rng.random_range(0..3))
+                    .wrapping_sub(1);
+                if let Some(place) = input.get_mut(at..at + width) {
+                    place.copy_from_slice(&number.to_le_bytes()[..width]);
+                }
+            }
+            // A number or a word of a text.
+            5 => {
+                let word = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'"' | b'_');
+                let start = (at..input.len()).find(|&i| word(&input[i])).unwrap_or(input.len());
+                let end = (start..input.len()).find(|&i| !word(&input[i])).unwrap_or(input.len());
+                let new = match rng.random_bool(0.5) {
+                    true => NUMBERS.choose(rng).map(u64::to_string).unwrap_or_default(),
+                    false => WORDS.choose(rng).map(|word| (*word).to_owned()).unwrap_or_default(),
+                };
+                input.splice(start..end, new.bytes());
+            }
+            // A piece of another file, or of this one, in the place of a piece.
+            6 | 7 => {
+                let other = corpus.choose(rng).cloned().unwrap_or_default();
+                let from = rng.random_range(0..=other.len());
+                let to = (from + rng.random_range(0..=64)).min(other.len());
+                let end = (at + rng.random_range(0..=64)).min(input.len());
+                input.splice(at..end, other[from..to].iter().copied());
+            }
+            _ => {
+                let mut bytes = [0; 8];
+                rng.fill_bytes(&mut bytes);
+                input.splice(at..at, bytes.into_iter().take(rng.random_range(1..=8)));
+            }
+        }
+    }
+    input
+}
+
+fn corpus_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus")
+}
+
+fn corpus(reader: &str) -> Result<Vec<Vec<u8>>> {
+    let folder = corpus_folder().join(reader);
+    let files = fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
+    let mut files = files.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    files.sort();
+    ensure!(!files.is_empty(), "{} is empty", folder.display());
+    files.iter().map(|file| Ok(fs::read(file)?)).collect()
+}
+
+/// One test for all, since memory is counted for the whole process.
+#[test]
+fn no_reader_panics_or_holds_more_than_its_input_justifies() -> Result<()> {
+    let runs = std::env::var("GD_FUZZ").ok().map(|n| n.parse()).transpose()?.unwrap_or(RUNS);
+    let bench = Bench::new(&corpus_folder())?;
+    for (at, reader) in READERS.into_iter().enumerate() {
+        let corpus = corpus(reader)?;
+        let whole = corpus.iter().filter(|file| bench.run(reader, file, &MEMORY)).count();
+        ensure!(
+            whole * 2 >= corpus.len(),
+            "{reader}: {whole} of {} files of the corpus are taken",
+            corpus.len()
+        );
+        let mut rng = ChaCha8Rng::seed_from_u64(at as u64);
+        let mut taken = 0;
+        for run in 0..runs {
+            let input = mutated(&corpus, &mut rng);
+            let result = catch_unwind(AssertUnwindSafe(|| bench.run(reader, &input, &MEMORY)));
+            let Ok(ok) = result else {
+                let file = std::env::temp_dir().join(format!("failed-{reader}"));
+                fs::write(&file, &input)?;
+                anyhow::bail!("{reader}, input {run}: failed; the input is at {}", file.display());
+            };
+            taken += usize::from(ok);
+        }
+        // Mutations that are all refused at the first byte would show nothing.
+        ensure!(taken > 0, "{reader}: none of {runs} inputs was taken");
+        println!("{reader}: {taken} of {runs} inputs were taken");
+        log_cases(&format!("fuzz-{reader}"), runs);
+    }
+    Ok(())
+}

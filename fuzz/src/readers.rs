@@ -1,0 +1,158 @@
+//! Every reader of files from elsewhere behind one function: bytes in, and whatever the reader makes of them is
+//! dropped. A panic, or more memory than the input can justify, is a bug in the reader.
+//!
+//! Used by the fuzz target beside this file and by the mutation test of gd-model, over the same corpus.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use gd_model::chat::ChatTemplate;
+use gd_model::checkpoint::{
+    CONFIG, INDEX, MANIFEST, System, TOKENIZER, WEIGHTS, load_json, load_tensors, verify,
+};
+use gd_model::config::{ModelConfig, Recipe};
+use gd_model::data::{INDEX as DATA_INDEX, Index, Prepared};
+use gd_model::gguf;
+use gd_model::tokenizer::Tokenizer;
+use peak_alloc::PeakAlloc;
+
+/// The readers by name; the corpus has a folder for each.
+pub(crate) const READERS: [&str; 11] = [
+    "safetensors",
+    "index",
+    "config",
+    "tokenizer",
+    "gguf",
+    "manifest",
+    "shard",
+    "data-index",
+    "recipe-json",
+    "recipe-toml",
+    "template",
+];
+
+/// What a reader may hold beyond eight times its input.
+const SLACK: usize = 16 << 20;
+
+/// A folder with what a reader finds beside its input.
+pub(crate) struct Bench {
+    folder: tempfile::TempDir,
+    corpus: PathBuf,
+}
+
+impl Bench {
+    /// Puts a folder together; `corpus` holds the files of each reader.
+    pub(crate) fn new(corpus: &Path) -> std::io::Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let bench = Self { folder, corpus: corpus.into() };
+        fs::write(bench.at("a.safetensors"), bench.seed("safetensors/two"))?;
+        fs::write(bench.at(TOKENIZER), bench.seed("tokenizer/bytes.json"))?;
+        for part in ["train", "valid"] {
+            fs::write(bench.at(&format!("{part}-00000.tokens")), bench.seed("shard/small"))?;
+        }
+        Ok(bench)
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A file of the corpus.
+    fn seed(&self, name: &str) -> Vec<u8> {
+        let path = self.corpus.join(name);
+        fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    }
+
+    /// Hands `input` to a reader. Whether it was taken.
+    ///
+    /// # Panics
+    /// When the reader does, or when it held more than eight times the input and 16 MiB.
+    pub(crate) fn run(&self, reader: &str, input: &[u8], memory: &PeakAlloc) -> bool {
+        memory.reset_peak_usage();
+        let before = memory.current_usage();
+        let taken = self.read(reader, input);
+        let held = memory.peak_usage().saturating_sub(before);
+        let most = 8 * input.len() + SLACK;
+        assert!(
+            held <= most,
+            "{reader}: {held} bytes held for an input of {} bytes; {most} allowed",
+            input.len()
+        );
+        taken
+    }
+
+    fn read(&self, reader: &str, input: &[u8]) -> bool {
+        // Written under the name by which the reader finds it.
+        let file = |name: &str| {
+            let path = self.at(name);
+            fs::write(&path, input).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            path
+        };
+        match reader {
+            "safetensors" => load_tensors(&file(WEIGHTS), &Device::Cpu).is_ok(),
+            "index" => load_tensors(&file(INDEX), &Device::Cpu).is_ok(),
+            "config" => {
+                let config = load_json(&file(CONFIG)).ok().and_then(|json| ModelConfig::from_json(json).ok());
+                config.is_some_and(|config| config.validate().is_ok() && config.to_json().is_ok())
+            }
+            "tokenizer" => {
+                let Ok(tokenizer) = Tokenizer::load(&file("other.json")) else { return false };
+                let ids = tokenizer
+                    .encode("It's 1234 \u{e9}t\u{e9}s,\n\n \u{65e5}\u{672c}<|im_end|>")
+                    .unwrap_or_default();
+                let mut stream = tokenizer.stream();
+                ids.iter().take(64).all(|&id| stream.push(id).is_ok()) && tokenizer.decode(&ids).is_ok()
+            }
+            "gguf" => {
+                let read = gguf::read(&file("m.gguf"), &Device::Cpu);
+                read.is_ok_and(|read| read.tokenizer.encode("ab 12").is_ok())
+            }
+            "manifest" => verify(&System, file(MANIFEST).parent().unwrap_or(Path::new("."))).is_ok(),
+            "shard" => {
+                file("train-00000.tokens");
+                // Sizes and hash as the index would have them, so that what no checksum sees is read, too.
+                let number = |at: usize| {
+                    input.get(at..at + 8).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b))
+                };
+                let Ok(mut index) = serde_json::from_slice::<Index>(&self.seed("data-index/small.json"))
+                else {
+                    panic!("data-index/small.json is no index");
+                };
+                for entry in &mut index.train.shards {
+                    (entry.tokens, entry.documents) = (number(16), number(24));
+                    entry.hash = blake3::hash(input).to_hex().to_string();
+                }
+                (index.train.tokens, index.train.documents) = (number(16), number(24));
+                self.prepared(&index)
+            }
+            "data-index" => {
+                fs::write(self.at("train-00000.tokens"), self.seed("shard/small")).expect("a file");
+                match serde_json::from_slice::<Index>(input) {
+                    // With its hash, so that what the index says is read, too.
+                    Ok(index) => self.prepared(&index),
+                    Err(_) => {
+                        file(DATA_INDEX);
+                        Prepared::open(self.folder.path()).is_ok()
+                    }
+                }
+            }
+            "recipe-json" => Recipe::load(&file("recipe.json").to_string_lossy()).is_ok(),
+            "recipe-toml" => Recipe::load(&file("recipe.toml").to_string_lossy()).is_ok(),
+            "template" => {
+                let tokens = BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]);
+                let template = ChatTemplate::new(String::from_utf8_lossy(input).into_owned(), tokens);
+                template.is_ok_and(|template| template.render(Some("system"), "user").is_ok())
+            }
+            _ => panic!("no reader {reader}; there are {}", READERS.join(", ")),
+        }
+    }
+
+    fn prepared(&self, index: &Index) -> bool {
+        let text = serde_json::to_vec(index).unwrap_or_default();
+        let sealed = serde_json::json!({ "index": index, "hash": blake3::hash(&text).to_hex().as_str() });
+        fs::write(self.at(DATA_INDEX), sealed.to_string()).expect("a file");
+        Prepared::open(self.folder.path()).is_ok()
+    }
+}

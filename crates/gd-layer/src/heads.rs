@@ -6,30 +6,16 @@
 use std::sync::Arc;
 
 use candle_core::{Module, Result, Tensor};
-use candle_nn::{Init, Linear, VarBuilder};
+use candle_nn::VarBuilder;
 use gd_kernels::Mask;
 
 use crate::attention::Pass;
 use crate::beacon::Beacon;
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
+use crate::linear::{Linear, linear};
 use crate::norm::RmsNorm;
 use crate::rope::Rotary;
-
-/// A projection with weights of standard deviation `1 / sqrt(inputs)`, or 0 for one that adds to
-/// the residual stream.
-pub fn linear(inputs: usize, outputs: usize, bias: bool, residual: bool, vb: VarBuilder) -> Result<Linear> {
-    let init = match residual {
-        true => Init::Const(0.0),
-        false => Init::Randn { mean: 0.0, stdev: (inputs as f64).sqrt().recip() },
-    };
-    let weight = vb.get_with_hints((outputs, inputs), "weight", init)?;
-    let bias = match bias {
-        true => Some(vb.get_with_hints(outputs, "bias", Init::Const(0.0))?),
-        false => None,
-    };
-    Ok(Linear::new(weight, bias))
-}
 
 /// Projections, norms, rotation, output gate and Beacon. Weight names as in Llama and Qwen3:
 /// `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`; new are `g_proj` and `beacon.*`.

@@ -11,6 +11,7 @@ mod cache;
 mod config;
 mod gd_attention;
 mod heads;
+mod linear;
 mod mask;
 mod norm;
 #[cfg(test)]
@@ -25,7 +26,7 @@ pub use beacon::Beacon;
 pub use cache::LayerCache;
 pub use config::{AttentionConfig, BeaconConfig, GdConfig};
 pub use gd_attention::GdAttention;
-pub use heads::linear;
+pub use linear::{Linear, linear};
 pub use norm::{RmsNorm, rms_norm};
 pub use rope::{RopeScaling, Rotary};
 pub use softmax_attention::SoftmaxAttention;

@@ -38,7 +38,7 @@ impl Attention for SoftmaxAttention {
         let group = hq / hk;
         // The heads of a group share keys: fold them into the rows of one product.
         let q = (ready.q.contiguous()? * (d as f64).sqrt().recip())?.reshape((b, hk, group * n, d))?;
-        let scores = q.matmul(&ready.k.transpose(2, 3)?.contiguous()?)?.reshape((b, hq, n, m))?;
+        let scores = q.matmul(&in_place(&ready.k)?.t()?)?.reshape((b, hq, n, m))?;
         let scores = match &ready.prior {
             Some(p) => {
                 let p = p
@@ -54,9 +54,16 @@ impl Attention for SoftmaxAttention {
             record.borrow_mut().push(summary(&weights)?);
         }
         let y =
-            weights.reshape((b, hk, group * n, m))?.matmul(&ready.v.contiguous()?)?.reshape((b, hq, n, d))?;
+            weights.reshape((b, hk, group * n, m))?.matmul(&in_place(&ready.v)?)?.reshape((b, hq, n, d))?;
         self.heads.finish(y, ready)
     }
+}
+
+/// What a batched product can read without a copy: a cache with room behind the positions it holds can.
+fn in_place(t: &Tensor) -> Result<Tensor> {
+    let (dims, stride) = (t.dims(), t.stride());
+    let even = dims.len() == 4 && stride[3] == 1 && (dims[0] == 1 || stride[0] == dims[1] * stride[1]);
+    if even && stride[2] == dims[3] { Ok(t.clone()) } else { t.contiguous() }
 }
 
 impl Module for SoftmaxAttention {

@@ -148,13 +148,13 @@ impl Parts {
         })
     }
 
-    /// The model, in f32 on `device`.
+    /// The model on `device`, which computes in f32; matrices in half precision stay so.
     ///
     /// # Errors
     /// A config that contradicts itself, or tensors that are missing or of another shape.
     pub fn build(self, device: &Device) -> Result<Loaded> {
         let at = self.path.display();
-        let params = Params::stored(self.tensors, self.seed, DType::F32, device);
+        let params = Params::for_inference(self.tensors, self.seed, DType::F32, device);
         let model = Transformer::new(&self.config, params.frozen())
             .map_err(|e| Error::Invalid(format!("{at}: {e}")))?;
         let mut unused = params.unused();

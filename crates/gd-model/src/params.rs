@@ -32,6 +32,8 @@ struct Parameter {
 struct Source {
     tensors: Arc<Mutex<BTreeMap<String, Tensor>>>,
     seed: Option<u64>,
+    /// Whether matrices in half precision stay as they are.
+    halves: bool,
 }
 
 impl Params {
@@ -48,7 +50,19 @@ impl Params {
         dtype: DType,
         device: &Device,
     ) -> Self {
-        let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed };
+        let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed, halves: false };
+        Self { vars: Arc::default(), source, dtype, device: device.clone() }
+    }
+
+    /// The same for a model that is not trained: the embedding and the projections stay in half precision where
+    /// they are stored so. The model computes in `dtype` and gives the same results from half the memory.
+    pub fn for_inference(
+        tensors: BTreeMap<String, Tensor>,
+        seed: Option<u64>,
+        dtype: DType,
+        device: &Device,
+    ) -> Self {
+        let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed, halves: true };
         Self { vars: Arc::default(), source, dtype, device: device.clone() }
     }
 
@@ -154,7 +168,11 @@ impl SimpleBackend for Params {
             (Some(tensor), _) if tensor.shape() != &shape => {
                 candle_core::bail!("tensor {name:?} is {:?}, not {:?}", tensor.dims(), shape.dims())
             }
-            (Some(tensor), _) => (tensor.to_dtype(dtype)?, tensor.dtype()),
+            (Some(tensor), _) => {
+                let half = matches!(tensor.dtype(), DType::BF16 | DType::F16);
+                let stays = self.source.halves && half && read_in_half(name);
+                (if stays { tensor.clone() } else { tensor.to_dtype(dtype)? }, tensor.dtype())
+            }
             (None, Some(seed)) => (initial(seed, name, &shape, init)?.to_dtype(dtype)?, dtype),
             (None, None) => {
                 candle_core::bail!("the checkpoint has no tensor {name:?} ({:?} expected)", shape.dims())
@@ -173,6 +191,11 @@ impl SimpleBackend for Params {
     fn contains_tensor(&self, name: &str) -> bool {
         self.source.seed.is_some() || self.lock().contains_key(name) || self.tensors_left().contains_key(name)
     }
+}
+
+/// Whether a module widens this parameter itself: [`gd_layer::Linear`] and the embedding do.
+fn read_in_half(name: &str) -> bool {
+    ["_proj.weight", "embed_tokens.weight", "lm_head.weight"].iter().any(|end| name.ends_with(end))
 }
 
 /// Hands the parameters out detached; they share their storage.

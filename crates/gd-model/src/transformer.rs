@@ -5,10 +5,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{Module, Result, Tensor};
-use candle_nn::{Init, Linear, VarBuilder};
+use candle_core::{DType, Module, Result, Tensor};
+use candle_nn::{Init, VarBuilder};
 use gd_layer::{
-    Attention, GdAttention, LayerCache, Pass, RmsNorm, RopeScaling, Rotary, SoftmaxAttention, linear, swiglu,
+    Attention, GdAttention, LayerCache, Linear, Pass, RmsNorm, RopeScaling, Rotary, SoftmaxAttention, linear,
+    swiglu,
 };
 
 use crate::config::{Mechanism, ModelConfig};
@@ -60,6 +61,8 @@ pub struct Transformer {
     norm: RmsNorm,
     head: Linear,
     config: ModelConfig,
+    /// What it computes in; embedding and projections may be stored in half precision.
+    dtype: DType,
 }
 
 impl Transformer {
@@ -107,7 +110,14 @@ impl Transformer {
             true => embed.clone(),
             false => vb.pp("lm_head").get_with_hints((v, c), "weight", normal)?,
         };
-        Ok(Self { embed, blocks, norm, head: Linear::new(head, None), config: config.clone() })
+        Ok(Self {
+            embed,
+            blocks,
+            norm,
+            head: Linear::new(head, None),
+            config: config.clone(),
+            dtype: vb.dtype(),
+        })
     }
 
     /// The config it was built from.
@@ -162,7 +172,7 @@ impl Transformer {
     /// As [`Transformer::loss`].
     pub fn token_losses(&self, ids: &Tensor, targets: &Tensor, pass: &Pass) -> Result<Vec<f32>> {
         let hidden = self.hidden(ids, pass, None)?.flatten_to(1)?;
-        linear_token_losses(&hidden, self.head.weight(), &targets.flatten_all()?)
+        linear_token_losses(&hidden, &self.head_weight()?, &targets.flatten_all()?)
     }
 
     /// The output projection `[.., C]` -> `[.., V]`.
@@ -176,11 +186,17 @@ impl Transformer {
     /// The embeddings `[B, N, C]` of ids `[B, N]`.
     fn embedded(&self, ids: &Tensor) -> Result<Tensor> {
         let (b, n) = ids.dims2()?;
-        self.embed.index_select(&ids.flatten_all()?, 0)?.reshape((b, n, self.config.hidden_size))
+        let rows = self.embed.index_select(&ids.flatten_all()?, 0)?.to_dtype(self.dtype)?;
+        rows.reshape((b, n, self.config.hidden_size))
     }
 
     /// The loss from normed hidden states.
     fn head_loss(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        linear_cross_entropy(&hidden.flatten_to(1)?, self.head.weight(), &targets.flatten_all()?)
+        linear_cross_entropy(&hidden.flatten_to(1)?, &self.head_weight()?, &targets.flatten_all()?)
+    }
+
+    /// The output projection's weights in the dtype of the hidden states.
+    fn head_weight(&self) -> Result<Tensor> {
+        self.head.weight().to_dtype(self.dtype)
     }
 }

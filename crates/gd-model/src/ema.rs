@@ -55,7 +55,7 @@ impl Ema {
     /// A decay outside (0, 1), or parameters of another model.
     pub fn new(config: EmaConfig, model: &ModelConfig, params: &Params, device: &Device) -> Result<Self> {
         config.validate()?;
-        let params = Params::stored(params.tensors(), DType::F32, device);
+        let params = Params::stored(params.tensors(), None, DType::F32, device);
         let model = Transformer::new(model, params.frozen())?;
         Ok(Self { config, params, model, updates: 0 })
     }

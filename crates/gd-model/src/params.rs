@@ -105,7 +105,7 @@ impl Params {
     pub fn set(&self, tensors: &BTreeMap<String, Tensor>) -> crate::Result<()> {
         let invalid = |text: String| Err(crate::Error::Invalid(text));
         let vars = self.lock();
-        for (name, var) in vars.iter() {
+        for (name, Parameter { var, .. }) in vars.iter() {
             let Some(stored) = tensors.get(name) else {
                 return invalid(format!("the checkpoint has no tensor {name:?}"));
             };
@@ -119,7 +119,7 @@ impl Params {
                 ));
             }
         }
-        for (name, var) in vars.iter() {
+        for (name, Parameter { var, .. }) in vars.iter() {
             var.set(&tensors[name].to_device(&self.device)?)?;
         }
         Ok(())

@@ -86,14 +86,21 @@ fn packed_documents_keep_to_their_windows() -> Result<()> {
     Ok(())
 }
 
-/// Bytes, type and shape of every tensor in a folder.
-fn stored(folder: &Path) -> Result<BTreeMap<String, (DType, Vec<usize>, Vec<u8>)>> {
-    let bits = |t: &Tensor| -> Result<Vec<u8>> {
-        let view = safetensors::tensor::View::data(&t);
-        Ok(view.into_owned())
+/// A tensor as its file holds it.
+#[derive(PartialEq)]
+struct Stored {
+    dtype: DType,
+    dims: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+fn stored(folder: &Path) -> Result<BTreeMap<String, Stored>> {
+    let of = |t: &Tensor| Stored {
+        dtype: t.dtype(),
+        dims: t.dims().to_vec(),
+        bytes: safetensors::tensor::View::data(&t).into_owned(),
     };
-    let tensors = load_tensors(folder, &Device::Cpu)?;
-    tensors.iter().map(|(name, t)| Ok((name.clone(), (t.dtype(), t.dims().to_vec(), bits(t)?)))).collect()
+    Ok(load_tensors(folder, &Device::Cpu)?.iter().map(|(name, t)| (name.clone(), of(t))).collect())
 }
 
 fn card() -> Vec<(&'static str, String)> {
@@ -111,7 +118,7 @@ fn what_is_loaded_is_saved_as_it_was() -> Result<()> {
         model_file::load(&from, &Device::Cpu)?.save(&to, &card())?;
         let before = stored(&from)?;
         assert!(before == stored(&to)?, "{family}");
-        types.extend(before.values().map(|(dtype, ..)| *dtype));
+        types.extend(before.values().map(|tensor| tensor.dtype));
         assert_eq!(load_json(&from.join(CONFIG))?, load_json(&to.join(CONFIG))?);
         let generation = "generation_config.json";
         assert_eq!(load_json(&from.join(generation))?, load_json(&to.join(generation))?);

@@ -5,8 +5,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use gd_kernels::Mask;
 use gd_layer::Pass;
 use gd_model::checkpoint::{CONFIG, load_json, load_tensors};
@@ -67,6 +68,18 @@ fn logits_are_those_of_transformers() -> Result<()> {
             assert!(off < 2e-5, "{family}, {way}: off by {off}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_candle_builder_is_enough_to_build_from() -> Result<()> {
+    let (ids, expected) = golden("llama")?;
+    let tensors = load_tensors(&fixture("llama"), &Device::Cpu)?.into_iter().collect();
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let config =
+        ModelConfig::from_json(load_json(&fixture("llama").join(CONFIG))?).map_err(|p| anyhow!("{p:?}"))?;
+    let model = Transformer::new(&config, vb)?;
+    assert!(distance(&whole(&model, &ids)?, &expected)? < 2e-5);
     Ok(())
 }
 

@@ -148,6 +148,35 @@ impl Parts {
         })
     }
 
+    /// Rounds the weights to `dtype`, f32, f16 or bf16.
+    ///
+    /// # Errors
+    /// Names a weight beyond the range of the type.
+    pub fn cast(&mut self, dtype: DType) -> Result<()> {
+        self.config.dtype = match dtype {
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            _ => "float32",
+        }
+        .into();
+        for (name, tensor) in &mut self.tensors {
+            let cast = tensor.to_dtype(dtype)?;
+            // The greatest element of a tensor of numbers is no number if one of the others is none.
+            let [before, after] =
+                [&*tensor, &cast].map(|t| t.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>());
+            if before?.is_finite() && !after?.is_finite() {
+                let text = format!(
+                    "{}: {name} has weights beyond the range of {}",
+                    self.path.display(),
+                    self.config.dtype
+                );
+                return Err(Error::Invalid(text));
+            }
+            *tensor = cast;
+        }
+        Ok(())
+    }
+
     /// The model on `device`, which computes in f32; matrices in half precision stay so.
     ///
     /// # Errors

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Result, ensure};
-use gd_model::checkpoint::{CONFIG, load_json};
+use candle_core::{DType, Device};
+use gd_model::checkpoint::{CONFIG, load_json, load_tensors};
+use gd_model::model_file;
 use serde_json::Value;
 
 #[path = "../examples/swap.rs"]
@@ -130,5 +132,46 @@ fn the_example_for_users_of_the_library_runs() -> Result<()> {
     assert!((softmax / all - 1.0).abs() < 1e-5, "{softmax} {all}");
     let [same, two] = example::swapped(&fixture("mistral"), TEXT, 2)?;
     assert!(same == softmax && (two / softmax - 1.0).abs() > 1e-3, "{softmax} {two}");
+    Ok(())
+}
+
+#[test]
+fn weights_are_stored_in_the_type_that_is_asked_for() -> Result<()> {
+    let folder = folder()?;
+    let dir = folder.path();
+    let model = fixture("llama");
+    let plain = loss(dir, &model)?;
+    for (flag, dtype, name) in
+        [("f32", DType::F32, "float32"), ("f16", DType::F16, "float16"), ("bf16", DType::BF16, "bfloat16")]
+    {
+        json(dir, &format!("convert {} --dtype {flag} --json --out {flag}", model.display()))?;
+        let out = dir.join(flag);
+        let config = load_json(&out.join(CONFIG))?;
+        let stored = config.get("torch_dtype").or_else(|| config.get("dtype"));
+        assert_eq!(stored, Some(&Value::from(name)));
+        assert!(load_tensors(&out, &Device::Cpu)?.values().all(|t| t.dtype() == dtype));
+        // What stays in half precision gives what the same numbers give in f32.
+        json(dir, &format!("convert {flag} --dtype f32 --json --out {flag}-wide"))?;
+        let (half, wide) = (loss(dir, flag)?, loss(dir, format!("{flag}-wide"))?);
+        assert!((half - wide).abs() < 1e-5 && (half - plain).abs() < 1e-2, "{flag}: {half} {wide} {plain}");
+        let written = json(
+            dir,
+            &format!("generate {flag} --prompt {} --temperature 0 --max-tokens 20 --json", "Whether"),
+        )?;
+        let same = json(
+            dir,
+            &format!("generate {flag}-wide --prompt {} --temperature 0 --max-tokens 20 --json", "Whether"),
+        )?;
+        assert_eq!(written["text"], same["text"]);
+        assert!(
+            written["prompt_tokens"].as_u64() > Some(0) && written["tokens_per_second"].as_f64() > Some(0.0)
+        );
+    }
+    let mut parts = model_file::read(&model, &Device::Cpu)?;
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let scaled = (parts.tensors[name].to_dtype(DType::F32)? * 1e7)?;
+    parts.tensors.insert(name.into(), scaled);
+    let error = parts.cast(DType::F16).unwrap_err().to_string();
+    assert!(error.contains(name) && error.contains("float16"), "{error}");
     Ok(())
 }

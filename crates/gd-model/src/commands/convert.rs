@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use candle_core::DType;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gd_kernels::{CANDIDATES, Score};
 use serde_json::json;
@@ -17,12 +18,12 @@ use crate::swap::{Layers, Swap};
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "MODEL is a checkpoint of Llama, Mistral, Qwen2 or Qwen3, or one of this program. Without --attention it \
-                  is saved as it is. A selecting layer that was a softmax layer blends the values of the k best keys; \
+                  is saved as it is, GGUF as safetensors. A selecting layer that was a softmax layer blends the values of the k best keys; \
                   with as many candidates as keys it is that softmax layer.\n\n\
-                  Example:\n  gd convert models/SmolLM2-135M --attention gd --layers last:10 --k 8 --out out/smol-gd"
+                  Example:\n  gd convert models/SmolLM2-135M --attention gd --layers last:10 --k 8 --out out/smol-gd\n  gd convert model.gguf --dtype bf16 --out out/model"
 )]
 pub struct Args {
-    /// The model: a checkpoint folder or a safetensors file in one
+    /// The model: a checkpoint folder, a safetensors file in one, or a GGUF file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
     /// The attention to put in
@@ -38,6 +39,9 @@ pub struct Args {
     #[arg(long, value_name = "SCORE", default_value = "dot", requires = "attention",
           value_parser = PossibleValuesParser::new(["dot", "energy"]).map(score))]
     pub score: Score,
+    /// The type to store the weights in (default: the one they came in)
+    #[arg(long, value_name = "DTYPE", value_parser = PossibleValuesParser::new(["f32", "f16", "bf16"]).map(dtype))]
+    pub dtype: Option<DType>,
     /// The folder for the new model, which does not exist yet
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -45,6 +49,14 @@ pub struct Args {
 
 fn mechanism(name: String) -> Mechanism {
     if name == "gd" { Mechanism::Gd } else { Mechanism::Softmax }
+}
+
+fn dtype(name: String) -> DType {
+    match name.as_str() {
+        "f16" => DType::F16,
+        "bf16" => DType::BF16,
+        _ => DType::F32,
+    }
 }
 
 fn score(name: String) -> Score {
@@ -71,6 +83,9 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         }
         None => Vec::new(),
     };
+    if let Some(dtype) = args.dtype {
+        parts.cast(dtype)?;
+    }
     let loaded = parts.build(&ctx.device)?;
     loaded.save(&args.out, &card(&args, &layers, &loaded))?;
     let selecting = (0..loaded.model.config().num_hidden_layers)

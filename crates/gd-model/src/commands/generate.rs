@@ -132,8 +132,14 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let mut first = true;
     for (texts, ids) in texts.chunks_mut(TOGETHER).zip(written.chunks(TOGETHER)) {
         let mut samplers = vec![sampler.clone(); ids.len()];
-        let (started, mut failed) = (Instant::now(), None);
+        let mut failed = None;
+        // Prompts are read one after the other, each up to its first token; then all are continued.
+        let started = Instant::now();
+        let (mut begun, mut prompts_read) = (vec![false; ids.len()], started);
         let emit = |place: usize, token: u32| {
+            if !std::mem::replace(&mut begun[place], true) {
+                prompts_read = Instant::now();
+            }
             if ends.contains(&token) {
                 return Ok(false);
             }
@@ -146,16 +152,21 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         if let Some(e) = failed {
             return Err(e);
         }
-        let seconds = started.elapsed().as_secs_f64();
-        let count: usize = new.iter().map(Vec::len).sum();
-        for (text, new) in texts.iter_mut().zip(&new) {
+        let reading = (prompts_read - started).as_secs_f64();
+        let writing = prompts_read.elapsed().as_secs_f64();
+        let read: usize = ids.iter().map(Vec::len).sum();
+        let written: usize = new.iter().map(|new| new.len().saturating_sub(1)).sum();
+        for ((text, ids), new) in texts.iter_mut().zip(ids).zip(&new) {
             let stopped = text.finish()?;
             if ctx.json {
                 ctx.print(json!({
                     "prompt": text.prompt,
                     "text": text.text,
+                    "prompt_tokens": ids.len(),
                     "tokens": new.len(),
-                    "tokens_per_second": count as f64 / seconds,
+                    // Of all that were continued together: up to the first tokens, and from then on.
+                    "prompt_tokens_per_second": read as f64 / reading,
+                    "tokens_per_second": (written > 0).then(|| written as f64 / writing),
                     "stopped": stopped,
                     "passed_over": loaded.passed_over,
                 }))?;

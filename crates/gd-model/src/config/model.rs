@@ -325,7 +325,11 @@ impl ModelConfig {
     /// rotary base under both of its names and the Python code beside the checkpoint.
     pub fn to_json(&self) -> Result<Value> {
         if let Some(origin) = self.origin.as_ref().filter(|_| self.is_foreign()) {
-            return Ok(origin.clone());
+            let mut origin = origin.clone();
+            // The older name stays where it was used.
+            let name = if origin.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
+            origin[name] = json!(self.dtype);
+            return Ok(origin);
         }
         let theta = self.theta();
         let parameters = self.rope_parameters.clone().unwrap_or_else(|| RopeParameters::plain(theta));

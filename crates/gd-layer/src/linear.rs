@@ -8,7 +8,7 @@
 use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::element::{Bf16, Element, F16, sum2};
-use gd_kernels::fused::{Rows, attach2, vectorize, with_contiguous_rows};
+use gd_kernels::fused::{Rows, attach1, attach2, cpu_slice, vectorize, with_contiguous_rows};
 use rayon::prelude::*;
 
 /// The most rows of x that read the stored weights directly: with more, widening them once costs less.
@@ -72,8 +72,43 @@ fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     match weight.dtype() {
         DType::BF16 if few => fused::<Bf16>(x, weight, outputs),
         DType::F16 if few => fused::<F16>(x, weight, outputs),
+        DType::BF16 if x.dtype() == DType::F32 => many::<Bf16>(x, weight),
+        DType::F16 if x.dtype() == DType::F32 => many::<F16>(x, weight),
         _ => candle_nn::Linear::new(weight.to_dtype(x.dtype())?, None).forward(x),
     }
+}
+
+/// The same for many rows of f32, by the weights in f32.
+fn many<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let wide = match weight.device().is_cpu() {
+        true => {
+            let weight = weight.contiguous()?;
+            let wide = {
+                let (storage, layout) = weight.storage_and_layout();
+                let (from, to) = layout.contiguous_offsets().unwrap_or_default();
+                widen(&cpu_slice::<T>(&storage)?[from..to])
+            };
+            attach1("widen", &weight, (wide, weight.shape().clone()), |weight, dy| {
+                dy.to_dtype(weight.dtype())
+            })?
+        }
+        false => weight.to_dtype(DType::F32)?,
+    };
+    candle_nn::Linear::new(wide, None).forward(x)
+}
+
+/// In f32, on all threads.
+fn widen<T: Element<Acc = f32>>(narrow: &[T]) -> Vec<f32> {
+    let mut wide = vec![0f32; narrow.len()];
+    wide.par_chunks_mut(TASK).zip(narrow.par_chunks(TASK)).for_each(|(wide, narrow)| {
+        vectorize(
+            #[inline(always)]
+            || {
+                T::widened(narrow, wide);
+            },
+        );
+    });
+    wide
 }
 
 /// The same for a few rows of f32 and weights of `T`.

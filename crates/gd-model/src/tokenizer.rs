@@ -25,6 +25,13 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 /// What others call theirs.
 const ENDS: [&str; 4] = [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>"];
 
+/// Ids that no token has, beyond as many as there are tokens.
+const MOST_HOLES: usize = 1 << 16;
+
+/// The `tokenizer.json` of the 256 bytes.
+static BYTES_JSON: LazyLock<String> =
+    LazyLock::new(|| Tokenizer::bytes().and_then(|bytes| bytes.to_json()).unwrap_or_default());
+
 /// A tokenizer; see the module's text.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
@@ -97,10 +104,17 @@ impl Tokenizer {
         // Texts are cut and put together here, and none is shortened or filled up behind our back.
         inner.with_truncation(None).map_err(|e| e.to_string())?;
         inner.with_padding(None);
-        let same = |other: Self| Ok(json(&inner)? == json(&other.inner)?);
-        let raw = Self::bytes().and_then(same).map_err(|e| e.to_string())?;
-        let tokenizer = Self::wrap(inner, raw);
-        if tokenizer.vocab == 0 { Err("it has no tokens".into()) } else { Ok(tokenizer) }
+        let vocab = inner.get_vocab(true);
+        let (count, greatest) = (vocab.len(), vocab.values().copied().max().unwrap_or(0) as usize);
+        if count == 0 {
+            return Err("it has no tokens".into());
+        }
+        // The library lists the ids that no token has, and an embedding needs a row for each.
+        if greatest > 2 * count + MOST_HOLES {
+            return Err(format!("{count} tokens, but an id of {greatest}"));
+        }
+        let raw = json(&inner).map_err(|e| e.to_string())? == *BYTES_JSON;
+        Ok(Self::wrap(inner, raw))
     }
 
     /// Writes a `tokenizer.json`; an existing file is replaced only when the new one is complete.

@@ -103,6 +103,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     }
     let stop = StopStrings::new(args.stop.clone())?;
     let loaded = model_file::load(&args.model, &ctx.device)?;
+    let ends = loaded.ends().with_context(|| args.model.display().to_string())?;
     let template = match args.chat {
         true => Some(
             loaded
@@ -128,7 +129,6 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     if one && !ctx.json && !args.chat {
         ctx.write(&prompts[0])?;
     }
-    let ends = loaded.ends().with_context(|| args.model.display().to_string())?;
     let mut first = true;
     for (texts, ids) in texts.chunks_mut(TOGETHER).zip(written.chunks(TOGETHER)) {
         let mut samplers = vec![sampler.clone(); ids.len()];

@@ -46,7 +46,7 @@ pub struct Parts {
     /// Why something newer in the folder of a run was passed over for a checkpoint there; mostly empty.
     pub passed_over: Vec<String>,
     /// Where they come from, for messages.
-    path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 /// A loaded model.

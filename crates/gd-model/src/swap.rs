@@ -8,9 +8,11 @@ use std::str::FromStr;
 use gd_kernels::{Estimator, Score};
 use gd_layer::GdConfig;
 
+use crate::checkpoint::require;
 use crate::config::{Mechanism, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model_file::Parts;
+use crate::shapes::shapes;
 
 /// What to put in the place of layers' attention.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,9 +80,12 @@ impl Swap {
     /// Changes the layers of a model, and returns their numbers.
     ///
     /// # Errors
-    /// A layer that the model does not have, or selecting layers among the others that select otherwise.
+    /// A layer that the model does not have, selecting layers among the others that select otherwise, or tensors
+    /// that the model lacks.
     pub fn apply(&self, parts: &mut Parts) -> Result<Vec<usize>> {
         let layers = self.layers.of(parts.config.num_hidden_layers)?;
+        // Whole before: what is missing after the swap is what the new layers add.
+        require(&parts.path, &parts.tensors, shapes(&parts.config)?.keys().map(String::as_str))?;
         parts.config = self.config(&parts.config, &layers)?;
         // What a selecting layer learns about its scores belongs to them; the new ones start as softmax's.
         let learned: Vec<_> = layers.iter().map(|i| format!("model.layers.{i}.self_attn.gd.")).collect();

@@ -6,8 +6,11 @@ use std::process::{Command, Output};
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device};
+use gd_kernels::Score;
 use gd_model::checkpoint::{CONFIG, load_json, load_tensors};
+use gd_model::config::Mechanism;
 use gd_model::model_file;
+use gd_model::swap::{Layers, Swap};
 use serde_json::Value;
 
 #[path = "../examples/swap.rs"]
@@ -122,6 +125,17 @@ fn wrong_flags_and_places_are_refused() -> Result<()> {
         assert!(words.iter().all(|w| text.contains(w)) && text.lines().count() == 1, "{args}: {text}");
     }
     assert!(!dir.join("new").exists());
+    Ok(())
+}
+
+#[test]
+fn a_swap_does_not_make_up_what_a_damaged_model_lacks() -> Result<()> {
+    let mut parts = model_file::read(&fixture("qwen3"), &Device::Cpu)?;
+    let name = "model.layers.1.self_attn.k_norm.weight";
+    ensure!(parts.tensors.remove(name).is_some());
+    let swap = Swap { layers: Layers::All, mechanism: Mechanism::Gd, candidates: 4, score: Score::Dot };
+    let e = swap.apply(&mut parts).unwrap_err().to_string();
+    assert!(e.contains("1 tensors are missing") && e.contains(name) && e.contains("qwen3"), "{e}");
     Ok(())
 }
 

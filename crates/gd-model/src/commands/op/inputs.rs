@@ -234,8 +234,8 @@ mod tests {
         for (keys, k) in [(0, 1), (1, 1), (3, 2), (7, 4), (8, 8), (1000, 8)] {
             assert_eq!(candidates(None, keys).ok(), Some(k), "{keys} keys");
         }
-        assert_eq!(candidates(Some(32), 32).ok(), Some(32));
-        for (flag, keys) in [(3, 9), (0, 9), (-1, 9), (64, 99), (8, 7)] {
+        assert_eq!(candidates(Some(64), 64).ok(), Some(64));
+        for (flag, keys) in [(3, 9), (0, 9), (-1, 9), (128, 199), (8, 7)] {
             assert!(candidates(Some(flag), keys).is_err(), "--k {flag} for {keys} keys was accepted");
         }
     }

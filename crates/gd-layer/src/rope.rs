@@ -260,7 +260,7 @@ mod tests {
             let x = noise(1, &[2, 33, 3, 16], dtype)?;
             for offsets in [&[3][..], &[7, 0]] {
                 agree(
-                    &[x.clone()],
+                    std::slice::from_ref(&x),
                     |t| fused.apply_each(&t[0].transpose(1, 2)?, offsets),
                     |t| composed.apply_each(&t[0].transpose(1, 2)?, offsets),
                 )?;

@@ -202,7 +202,7 @@ fn random_mask(rng: &mut ChaCha8Rng, batch: usize, n: usize, m: usize) -> Mask {
         let length = |rng: &mut ChaCha8Rng| rng.random_range(0..=m).max(rng.random_range(0..=m));
         mask = mask.kv_len((0..entries).map(|_| length(rng)).collect());
     }
-    if batch > 1 && (n + m) % 3 == 0 {
+    if batch > 1 && (n + m).is_multiple_of(3) {
         mask = mask.each((0..batch as i64).map(|b| offset - 2 * b).collect());
     }
     mask

@@ -101,7 +101,9 @@ fn llama3(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value> {
         let turns = ORIGINAL * frequency / std::f64::consts::TAU;
         let keep = ((turns - BANDS.0) / (BANDS.1 - BANDS.0)).clamp(0.0, 1.0);
         let expected = 1.0 / (keep + (1.0 - keep) / factor);
-        if !((f64::from(found) - expected).abs() <= 1e-3 * expected) {
+        // So that NaN is not near.
+        let near = (f64::from(found) - expected).abs() <= 1e-3 * expected;
+        if !near {
             return Err(format!(
                 "value {i} of tensor rope_freqs.weight is {found}; Llama 3's scaling by {factor} has {expected}"
             ));

@@ -83,11 +83,11 @@ fn convert(file: &mut (impl Read + Seek), device: &Device) -> std::result::Resul
         let name = name(stored).ok_or_else(|| named(&"it has no place in a llama model"))?;
         let tensor = load(file, place).map_err(|e| named(&e))?;
         let tensor = match name.rsplit('.').nth(1) {
-            Some("q_proj") => halves(&tensor, heads),
-            Some("k_proj") => halves(&tensor, kv_heads),
-            _ => Ok(tensor),
+            Some("q_proj") => halves(&tensor, heads).map_err(|e| named(&e))?,
+            Some("k_proj") => halves(&tensor, kv_heads).map_err(|e| named(&e))?,
+            _ => tensor,
         };
-        let tensor = tensor.and_then(|tensor| tensor.to_device(device)).map_err(|e| named(&e))?;
+        let tensor = tensor.to_device(device).map_err(|e| named(&e))?;
         tensors.insert(name, tensor);
     }
     let (generation, settings) = settings(&header, &tokenizer, &mut config)?;
@@ -143,12 +143,14 @@ fn load(file: &mut (impl Read + Seek), place: &Place) -> std::result::Result<Ten
 }
 
 /// Rows of pairs to rows of halves, head by head; a bias has rows of one element.
-fn halves(rows: &Tensor, heads: usize) -> candle_core::Result<Tensor> {
-    let count = rows.dim(0)?;
+fn halves(rows: &Tensor, heads: usize) -> std::result::Result<Tensor, String> {
+    let count = rows.dims().first().copied().unwrap_or(0);
+    // Not an error of candle, which may carry a backtrace of many MiB.
     if heads == 0 || !count.is_multiple_of(2 * heads) {
-        candle_core::bail!("{count} rows are no {heads} heads of pairs");
+        return Err(format!("{count} rows are no {heads} heads of pairs"));
     }
-    rows.reshape((heads, count / heads / 2, 2, ()))?.transpose(1, 2)?.reshape(rows.shape())
+    let pairs = rows.reshape((heads, count / heads / 2, 2, ())).and_then(|pairs| pairs.transpose(1, 2));
+    pairs.and_then(|halves| halves.reshape(rows.shape())).map_err(|e| e.to_string())
 }
 
 /// What else the file knows of texts and of chats: `generation_config.json` and `tokenizer_config.json`.

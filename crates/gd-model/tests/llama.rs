@@ -71,6 +71,30 @@ fn logits_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
+/// What the comparison above would not notice if it made no difference.
+#[test]
+fn every_part_of_a_config_shows_in_the_logits() -> Result<()> {
+    let parts: [(&str, &str, fn(&mut ModelConfig)); 9] = [
+        ("llama", "scaled frequencies", |c| c.rope_parameters = None),
+        ("llama", "biases of q, k, v", |c| c.attention_bias = false),
+        ("llama", "bias of o", |c| c.gd.output_bias = false),
+        ("llama", "biases of the feed-forward block", |c| c.mlp_bias = false),
+        ("mistral", "scaled frequencies", |c| c.rope_parameters = None),
+        ("mistral", "windows", |c| c.gd.windows.clear()),
+        ("qwen2", "window of one layer", |c| c.gd.windows.clear()),
+        ("qwen2", "biases of q, k, v", |c| c.attention_bias = false),
+        ("qwen3", "norms of q and k", |c| c.gd.qk_norm = false),
+    ];
+    for (family, part, leave_out) in parts {
+        let (ids, expected) = golden(family)?;
+        let mut parts = model_file::read(&fixture(family), &Device::Cpu)?;
+        leave_out(&mut parts.config);
+        let off = distance(&whole(&parts.build(&Device::Cpu)?.model, &ids)?, &expected)?;
+        assert!(off > 0.05, "{family} without {part}: off by {off}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_candle_builder_is_enough_to_build_from() -> Result<()> {
     let (ids, expected) = golden("llama")?;

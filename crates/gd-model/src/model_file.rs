@@ -128,7 +128,7 @@ impl Parts {
     ) -> Result<Self> {
         let invalid = |text: String| Error::Invalid(format!("{}: {text}", path.display()));
         let mut generation = generation();
-        if let Some(ends) = config.get(ENDS) {
+        if let Some(ends) = config.get(ENDS).filter(|ends| !ends.is_null()) {
             generation[ENDS] = ends.clone();
         }
         let config = ModelConfig::from_json(config).map_err(|problems| invalid(problems.join("; ")))?;

@@ -74,7 +74,9 @@ fn logits_are_those_of_transformers() -> Result<()> {
 /// What the comparison above would not notice if it made no difference.
 #[test]
 fn every_part_of_a_config_shows_in_the_logits() -> Result<()> {
-    let parts: [(&str, &str, fn(&mut ModelConfig)); 9] = [
+    /// A part of a family, and how a config loses it.
+    type Part = (&'static str, &'static str, fn(&mut ModelConfig));
+    let parts: [Part; 9] = [
         ("llama", "scaled frequencies", |c| c.rope_parameters = None),
         ("llama", "biases of q, k, v", |c| c.attention_bias = false),
         ("llama", "bias of o", |c| c.gd.output_bias = false),

@@ -161,7 +161,7 @@ impl Parts {
         .into();
         for (name, tensor) in &mut self.tensors {
             let cast = tensor.to_dtype(dtype)?;
-            // The greatest element of a tensor of numbers is no number if one of the others is none.
+            // The sum of all sizes is finite only if every one is.
             let [before, after] =
                 [&*tensor, &cast].map(|t| t.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>());
             if before?.is_finite() && !after?.is_finite() {

@@ -62,8 +62,9 @@ impl Params {
         dtype: DType,
         device: &Device,
     ) -> Self {
-        let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed, halves: true };
-        Self { vars: Arc::default(), source, dtype, device: device.clone() }
+        let mut params = Self::stored(tensors, seed, dtype, device);
+        params.source.halves = true;
+        params
     }
 
     /// What modules are built from.

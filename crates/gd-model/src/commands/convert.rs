@@ -40,7 +40,7 @@ pub struct Args {
           value_parser = PossibleValuesParser::new(["dot", "energy"]).map(score))]
     pub score: Score,
     /// The type to store the weights in (default: the one they came in)
-    #[arg(long, value_name = "DTYPE", value_parser = PossibleValuesParser::new(["f32", "f16", "bf16"]).map(dtype))]
+    #[arg(long, value_name = "DTYPE", value_parser = PossibleValuesParser::new(["f32", "f16", "bf16"]).try_map(|name| name.parse::<DType>()))]
     pub dtype: Option<DType>,
     /// The folder for the new model, which does not exist yet
     #[arg(long, value_name = "DIR")]
@@ -49,14 +49,6 @@ pub struct Args {
 
 fn mechanism(name: String) -> Mechanism {
     if name == "gd" { Mechanism::Gd } else { Mechanism::Softmax }
-}
-
-fn dtype(name: String) -> DType {
-    match name.as_str() {
-        "f16" => DType::F16,
-        "bf16" => DType::BF16,
-        _ => DType::F32,
-    }
 }
 
 fn score(name: String) -> Score {

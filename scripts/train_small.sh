@@ -13,7 +13,7 @@ steps="${2:-100}"
 
 if [[ ! -f data/sotu/index.json ]]; then
     [[ -f data/corpus/sotu.jsonl ]] || scripts/corpus.py --out data/corpus --sources sotu
-    cargo run --release -- data prepare --data data/corpus/sotu.jsonl --tokenizer bpe:8192 --valid-fraction 0.01 --out data/sotu
+    cargo run --release -- data prepare --data data/corpus/sotu.jsonl --tokenizer bpe:8192 --valid-fraction 0.02 --out data/sotu
 fi
 if compgen -G "$out/checkpoint-*" >/dev/null; then
     cargo run --release -- train --resume "$out"

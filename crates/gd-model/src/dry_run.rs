@@ -94,7 +94,8 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
         false => blocks.iter().map(|b| b.kept).sum(),
     };
     // The output loss: logits of a chunk of rows, and the weights' gradient.
-    elements += 0.3 * (tokens.min(chunk_rows(model.vocab_size)) * model.vocab_size) as f64;
+    let rows = tokens.min(chunk_rows(model.vocab_size, model.hidden_size));
+    elements += 0.3 * (rows * model.vocab_size) as f64;
     elements += 1.2 * (model.vocab_size * model.hidden_size) as f64;
     Ok(Plan {
         parameters,

@@ -120,6 +120,13 @@ impl Guard {
         Ok(Some(reason))
     }
 
+    /// Judges the steps from here on by each other alone, as where the loss is about to be another one. What
+    /// was skipped stays counted.
+    pub fn forget(&mut self) {
+        self.seen.losses.clear();
+        self.seen.norms.clear();
+    }
+
     /// Updates skipped so far.
     pub fn skipped(&self) -> u64 {
         self.seen.skipped

@@ -39,6 +39,7 @@ pub mod tensor_file;
 pub mod tokenizer;
 pub mod trainer;
 pub mod transformer;
+pub mod uptrain;
 pub mod variants;
 
 pub use error::{Error, Result};

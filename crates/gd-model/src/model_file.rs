@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::chat::ChatTemplate;
-use crate::checkpoint::{self, Checkpoint, Filling};
+use crate::checkpoint::{self, Checkpoint};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::gguf::{self, Gguf};
@@ -263,30 +263,12 @@ impl Loaded {
     }
 }
 
-/// Writes the files of a model that was made here into the folder of a checkpoint, weights as they are.
-///
-/// # Errors
-/// Names the file and the reason.
-pub fn write(
-    folder: &mut Filling,
-    model: &Transformer,
-    params: &Params,
-    tokenizer: &Tokenizer,
-) -> Result<()> {
-    folder.json(checkpoint::CONFIG, &model.config().to_json()?)?;
-    folder.json(checkpoint::GENERATION, &generation())?;
-    folder.file(checkpoint::TOKENIZER, tokenizer.to_json()?.as_bytes())?;
-    for (name, text) in python(model.config()) {
-        folder.file(name, text.as_bytes())?;
-    }
-    folder.tensors(checkpoint::WEIGHTS, &params.tensors())
-}
-
 /// The Python files that go with a config; none with that of another family, which `transformers` knows.
-fn python(config: &ModelConfig) -> impl Iterator<Item = (&'static str, &'static str)> {
+pub(crate) fn python(config: &ModelConfig) -> impl Iterator<Item = (&'static str, &'static str)> {
     PYTHON.into_iter().filter(|_| !config.is_foreign())
 }
 
-fn generation() -> Value {
+/// The sampling defaults of a model that was made here.
+pub(crate) fn generation() -> Value {
     serde_json::json!({ "do_sample": true, "temperature": 0.8, "top_p": 0.95 })
 }

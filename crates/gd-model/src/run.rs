@@ -19,14 +19,14 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpoint::{self, Disk, Found, Store, System, load_json, load_tensors, write_file};
+use crate::checkpoint::{self, Disk, Filling, Found, Store, System, load_json, load_tensors, write_file};
 use crate::config::Recipe;
 use crate::error::{Error, Result};
 use crate::evaluate::Evaluation;
 use crate::generate::sample;
 pub use crate::history::RECIPE;
 use crate::log::{Event, Logger, Meter};
-use crate::model_file;
+use crate::model_file::{generation, python};
 use crate::parallel::Group;
 use crate::state::State;
 use crate::tokenizer::Tokenizer;
@@ -70,6 +70,9 @@ struct Record {
     data_hash: String,
     /// Hash of the recipe.
     recipe_hash: String,
+    /// Hash of the weights of the model that this one learns from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    original_hash: Option<String>,
     best: Option<Best>,
     /// The values of [`Trainer::state`].
     trainer: Value,
@@ -157,6 +160,7 @@ impl Run {
             about,
             data_hash: trainer.corpus().hash().to_hex().to_string(),
             recipe_hash: recipe_hash(trainer.recipe())?,
+            original_hash: original_hash(&trainer),
             best: None,
             trainer: Value::Null,
         };
@@ -185,6 +189,11 @@ impl Run {
         let data = trainer.corpus().hash().to_hex().to_string();
         if data != record.data_hash {
             return Err(changed(&folder, "data", &record.data_hash, &data));
+        }
+        let original = original_hash(&trainer);
+        if original != record.original_hash {
+            let [old, new] = [&record.original_hash, &original].map(|hash| hash.as_deref().unwrap_or("none"));
+            return Err(changed(&folder, "model that this one learns from", old, new));
         }
         let trained: Recipe = parse(&found.folder.join(RECIPE), load_json(&found.folder.join(RECIPE))?)?;
         check_recipe(&folder, &trained, trainer.recipe(), found.step)?;
@@ -312,7 +321,7 @@ impl Run {
         let (trainer, tokenizer) = (&self.trainer, &self.tokenizer);
         let best = self.record.best.map(|best| best.step);
         let path = self.store.save(step, trainer.recipe().train.keep, best, |folder| {
-            model_file::write(folder, &trainer.model, &trainer.params, tokenizer)?;
+            write_model(folder, trainer, tokenizer)?;
             folder.json(RECIPE, trainer.recipe())?;
             folder.tensors(STATE, &tensors)?;
             folder.json(RECORD, &record)
@@ -330,7 +339,7 @@ impl Run {
     pub fn finish(&mut self, card: &str, result: &Evaluation) -> Result<()> {
         let (trainer, tokenizer) = (&self.trainer, &self.tokenizer);
         self.store.install(|folder| {
-            model_file::write(folder, &trainer.model, &trainer.params, tokenizer)?;
+            write_model(folder, trainer, tokenizer)?;
             match trainer.ema() {
                 Some(ema) => folder.tensors(checkpoint::EMA_WEIGHTS, &ema.params().tensors()),
                 None => Ok(()),
@@ -342,6 +351,24 @@ impl Run {
         log.event(trainer.step(), &Event::End { loss, bits_per_byte, tokens })?;
         log.sync()
     }
+}
+
+/// Writes the files of the model into the folder of a checkpoint, with those that go with its original.
+fn write_model(folder: &mut Filling, trainer: &Trainer, tokenizer: &Tokenizer) -> Result<()> {
+    let config = trainer.model.config();
+    folder.json(checkpoint::CONFIG, &config.to_json()?)?;
+    match trainer.original() {
+        Some(original) => {
+            folder.json(checkpoint::GENERATION, &original.generation)?;
+            original.files.iter().try_for_each(|(name, content)| folder.file(name, content))?;
+        }
+        None => folder.json(checkpoint::GENERATION, &generation())?,
+    }
+    folder.file(checkpoint::TOKENIZER, tokenizer.to_json()?.as_bytes())?;
+    for (name, text) in python(config) {
+        folder.file(name, text.as_bytes())?;
+    }
+    folder.tensors(checkpoint::WEIGHTS, &trainer.params.tensors())
 }
 
 fn open_log(folder: &Path, step: u64, trainer: &Trainer, about: &About) -> Result<Logger> {
@@ -430,11 +457,19 @@ fn changed(folder: &Path, what: &str, old: &str, new: &str) -> Error {
     ))
 }
 
+fn original_hash(trainer: &Trainer) -> Option<String> {
+    trainer.original().map(|original| original.hash().to_hex().to_string())
+}
+
 /// Hash of everything in a recipe that the result depends on.
 fn recipe_hash(recipe: &Recipe) -> Result<String> {
     let mut recipe = recipe.clone();
     (recipe.train.save_every, recipe.train.keep, recipe.train.sample_every) = (None, 0, None);
     recipe.train.sample_prompt.clear();
+    // What counts are its weights, which have a hash of their own.
+    if let Some(uptrain) = &mut recipe.train.uptrain {
+        uptrain.original.clear();
+    }
     Ok(blake3::hash(&pretty(&recipe)?).to_hex().to_string())
 }
 

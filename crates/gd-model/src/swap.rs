@@ -3,8 +3,10 @@
 //! A selecting layer that was a softmax layer blends the values of the K best keys by the scores that the
 //! model was trained with. Over all keys that is softmax attention itself.
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 
+use candle_core::Tensor;
 use gd_kernels::{Estimator, Score};
 use gd_layer::GdConfig;
 
@@ -76,6 +78,13 @@ impl Layers {
     }
 }
 
+/// Takes out what selecting layers have learned about their scores: it belongs to them, and new ones start as
+/// softmax's.
+pub(crate) fn forget_scores(tensors: &mut BTreeMap<String, Tensor>, layers: &[usize]) {
+    let learned: Vec<_> = layers.iter().map(|i| format!("model.layers.{i}.self_attn.gd.")).collect();
+    tensors.retain(|name, _| !learned.iter().any(|start| name.starts_with(start)));
+}
+
 impl Swap {
     /// Changes the layers of a model, and returns their numbers.
     ///
@@ -87,13 +96,12 @@ impl Swap {
         // Whole before: what is missing after the swap is what the new layers add.
         require(&parts.path, &parts.tensors, shapes(&parts.config)?.keys().map(String::as_str))?;
         parts.config = self.config(&parts.config, &layers)?;
-        // What a selecting layer learns about its scores belongs to them; the new ones start as softmax's.
-        let learned: Vec<_> = layers.iter().map(|i| format!("model.layers.{i}.self_attn.gd.")).collect();
-        parts.tensors.retain(|name, _| !learned.iter().any(|start| name.starts_with(start)));
+        forget_scores(&mut parts.tensors, &layers);
         parts.seed = Some(0);
         Ok(layers)
     }
 
+    /// The config of a model of `config` after the swap of `layers`.
     fn config(&self, config: &ModelConfig, layers: &[usize]) -> Result<ModelConfig> {
         let mut config = config.clone();
         let all = 0..config.num_hidden_layers;

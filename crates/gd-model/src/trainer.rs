@@ -16,11 +16,14 @@ use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, HeadStats, Picks, evaluate, observe};
 use crate::guard::Guard;
 use crate::loss::counted;
+use crate::model_file::Parts;
 use crate::optimizer::{Optimizer, accumulate, clip_scale, global_norm, not_finite};
 use crate::parallel::Group;
 use crate::params::Params;
 use crate::state::{State, Stateful};
+use crate::swap::forget_scores;
 use crate::transformer::Transformer;
+use crate::uptrain::Original;
 
 /// Validation windows of a look during training; the whole text is measured at the end.
 const GLANCE: usize = 32;
@@ -32,8 +35,11 @@ pub struct Step {
     pub step: u64,
     /// Steps of the whole run.
     pub total: u64,
-    /// Training loss of the step, nats per token.
+    /// Training loss of the step, nats per token; while layers are aligned, their relative squared error.
     pub loss: f64,
+    /// Whether layers were aligned with those of the original, in a run that learns from one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aligned: Option<bool>,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
     /// Learning rate.
@@ -140,6 +146,7 @@ pub struct Trainer {
     ema: Option<Ema>,
     guard: Guard,
     picks: Picks,
+    original: Option<Original>,
     batches: Batches,
     corpus: Corpus,
     device: Device,
@@ -154,8 +161,37 @@ impl Trainer {
     /// # Errors
     /// A text too short for one window, or a config that does not fit.
     pub fn new(recipe: Recipe, corpus: Corpus, seed: u64, device: &Device) -> Result<Self> {
+        if recipe.train.uptrain.is_some() {
+            return Err(Error::Invalid(
+                "train.uptrain: a run that learns from a model starts from it".into(),
+            ));
+        }
+        Self::start(recipe, corpus, seed, Params::new(seed, DType::F32, device), device)
+    }
+
+    /// The model `original` with another attention, that of the recipe, which learns from it as
+    /// `train.uptrain` says. What the original does not have is initialised from `seed`.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`] and [`Original::new`].
+    pub fn uptrain(
+        recipe: Recipe,
+        corpus: Corpus,
+        seed: u64,
+        original: Parts,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut tensors = original.tensors.clone();
+        let original = Original::new(original, &recipe.model, device)?;
+        forget_scores(&mut tensors, original.changed());
+        let params = Params::stored(tensors, Some(seed), DType::F32, device);
+        let mut trainer = Self::start(recipe, corpus, seed, params, device)?;
+        trainer.original = Some(original);
+        Ok(trainer)
+    }
+
+    fn start(recipe: Recipe, corpus: Corpus, seed: u64, params: Params, device: &Device) -> Result<Self> {
         corpus.check(recipe.train.context)?;
-        let params = Params::new(seed, DType::F32, device);
         let model = Transformer::new(&recipe.model, params.builder())?;
         let optimizer = Optimizer::new(params.vars(), recipe.train.adamw, recipe.train.muon)?;
         let ema = |config| Ema::new(config, model.config(), &params, device);
@@ -171,6 +207,7 @@ impl Trainer {
             ema,
             guard,
             picks: Picks::default(),
+            original: None,
             batches,
             corpus,
             device: device.clone(),
@@ -297,6 +334,9 @@ impl Trainer {
     /// Too many updates in a row were skipped by the guard.
     pub fn advance(&mut self) -> Result<Step> {
         let started = Instant::now();
+        if self.step > 0 && self.aligns(self.step - 1) != self.aligns(self.step) {
+            self.guard.forget();
+        }
         let mut gradients = self.gradients()?;
         self.group.all_reduce(&self.params.vars(), &mut gradients)?;
         let (loss, grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
@@ -307,6 +347,7 @@ impl Trainer {
         }
         let mask = Mask::causal(0);
         let Pass { hardness, candidates, .. } = self.pass(&mask);
+        let aligned = self.original.is_some().then(|| self.aligns(self.step));
         self.step += 1;
         let seconds = started.elapsed().as_secs_f64();
         self.seconds += seconds;
@@ -319,6 +360,7 @@ impl Trainer {
             step: self.step,
             total: steps,
             loss,
+            aligned,
             grad_norm,
             lr,
             skipped: self.guard.skipped(),
@@ -348,17 +390,7 @@ impl Trainer {
             // Of the whole micro-batch, of which this is a part if there are other processes. 1 where every
             // token is predicted: the weight then changes no bit.
             let weight = counted(&targets.flatten_all()?)? as f64 / (train.batch * train.context) as f64;
-            let (loss, store) = match train.checkpoint_blocks {
-                true => {
-                    let batch = (&inputs, &targets);
-                    self.model.checkpointed_loss(&self.frozen, &vars, batch, &pass, weight)?
-                }
-                false => {
-                    let loss = (self.model.loss(&inputs, &targets, &pass)? * weight)?;
-                    let store = loss.backward()?;
-                    (loss, store)
-                }
-            };
+            let (loss, store) = self.objective((&inputs, &targets), &pass, &vars, weight)?;
             let loss = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
             let one = Gradients { loss, weight, store };
             match &mut sums {
@@ -367,6 +399,39 @@ impl Trainer {
             }
         }
         sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))
+    }
+
+    /// The loss of a micro-batch times its weight, and the gradients of that.
+    fn objective(
+        &self,
+        (ids, targets): (&Tensor, &Tensor),
+        pass: &Pass,
+        vars: &[(String, Var)],
+        weight: f64,
+    ) -> Result<(Tensor, GradStore)> {
+        let uptrain = self.original.as_ref().zip(self.recipe.train.uptrain.as_ref());
+        if let (Some((original, _)), true) = (uptrain, self.aligns(self.step)) {
+            let (other, layers) = (original.model(), original.changed());
+            return Ok(self.model.aligned(other, vars, layers, ids, pass, weight)?);
+        }
+        let head = |hidden: &Tensor| match uptrain {
+            Some((original, how)) => {
+                original.loss(&self.model, hidden, (ids, targets), pass, how.kl)? * weight
+            }
+            None => self.model.head_loss(hidden, targets)? * weight,
+        };
+        if self.recipe.train.checkpoint_blocks {
+            return Ok(self.model.checkpointed(&self.frozen, vars, ids, pass, &head)?);
+        }
+        let loss = head(&self.model.hidden(ids, pass, None)?)?;
+        let store = loss.backward()?;
+        Ok((loss, store))
+    }
+
+    /// Whether a step aligns layers with those of the original.
+    fn aligns(&self, step: u64) -> bool {
+        let train = &self.recipe.train;
+        train.uptrain.as_ref().is_some_and(|uptrain| uptrain.aligns(step, train.steps))
     }
 
     /// Why this step's update is to be skipped, if it is.
@@ -414,6 +479,11 @@ impl Trainer {
         });
         let averaged = averaged.transpose()?.map(|seen| seen.loss);
         Ok(Look { seen, averaged, churn: self.picks.churn(picks.unwrap_or_default()) })
+    }
+
+    /// The model that this one learns from, if it does.
+    pub fn original(&self) -> Option<&Original> {
+        self.original.as_ref()
     }
 
     /// The averaged parameters, if the run keeps them.

@@ -15,7 +15,8 @@ use gd_layer::{
 use crate::config::{Mechanism, ModelConfig};
 use crate::loss::{linear_cross_entropy, linear_token_losses};
 
-pub mod checkpointed;
+mod aligned;
+mod checkpointed;
 
 /// The feed-forward block.
 struct Mlp {
@@ -48,7 +49,17 @@ struct Block {
 
 impl Block {
     fn forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        let x = (x + self.attention.attend(&self.input_norm.forward(x)?, pass, cache)?)?;
+        self.add(x, &self.read(x, pass, cache)?)
+    }
+
+    /// What the attention reads.
+    fn read(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        self.attention.attend(&self.input_norm.forward(x)?, pass, cache)
+    }
+
+    /// The block's output with what its attention has read.
+    fn add(&self, x: &Tensor, read: &Tensor) -> Result<Tensor> {
+        let x = (x + read)?;
         let y = self.mlp.forward(&self.post_norm.forward(&x)?)?;
         x + y
     }
@@ -190,13 +201,19 @@ impl Transformer {
         rows.reshape((b, n, self.config.hidden_size))
     }
 
-    /// The loss from normed hidden states.
-    fn head_loss(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    /// The loss of predicting `targets` `[B, N]` from the hidden states `[B, N, C]` behind the last norm.
+    ///
+    /// # Errors
+    /// A target outside the vocabulary.
+    pub fn head_loss(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
         linear_cross_entropy(&hidden.flatten_to(1)?, &self.head_weight()?, &targets.flatten_all()?)
     }
 
-    /// The output projection's weights in the dtype of the hidden states.
-    fn head_weight(&self) -> Result<Tensor> {
+    /// The weights `[V, C]` of the output projection in the dtype of the hidden states.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn head_weight(&self) -> Result<Tensor> {
         self.head.weight().to_dtype(self.dtype)
     }
 }

@@ -67,7 +67,9 @@ fn mutated(corpus: &[Vec<u8>], rng: &mut ChaCha8Rng) -> Vec<u8> {
     let mut input = corpus.choose(rng).cloned().unwrap_or_default();
     for _ in 0..[1, 1, 2, 4].choose(rng).copied().unwrap_or(1) {
         let at = rng.random_range(0..=input.len());
-        match rng.random_range(0..9) {
+        // In a text mostly whole words, so that the parser takes it and what is behind gets to see it.
+        let word = std::str::from_utf8(&input).is_ok() && rng.random_bool(0.6);
+        match if word { 5 } else { rng.random_range(0..9) } {
             0 => input.truncate(at),
             1 | 2 => {
                 for _ in 0..rng.random_range(1..=8) {

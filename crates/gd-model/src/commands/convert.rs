@@ -8,19 +8,22 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gd_kernels::{CANDIDATES, Score};
 use serde_json::json;
 
-use super::{Context, usage};
+use super::{Context, train, uptrain, usage};
 use crate::checkpoint::check_writable;
 use crate::config::Mechanism;
 use crate::model_file::{self, Loaded};
 use crate::swap::{Layers, Swap};
 
-/// Replace the attention of a model, keeping its weights
+/// Replace the attention of a model, keeping its weights or training them
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "MODEL is a checkpoint of Llama, Mistral, Qwen2 or Qwen3, or one of this program. Without --attention it \
                   is saved as it is, GGUF as safetensors. A selecting layer that was a softmax layer blends the values of the k best keys; \
-                  with as many candidates as keys it is that softmax layer.\n\n\
-                  Example:\n  gd convert models/SmolLM2-135M --attention gd --layers last:10 --k 8 --out out/smol-gd\n  gd convert model.gguf --dtype bf16 --out out/model"
+                  with as many candidates as keys it is that softmax layer. With --uptrain the model then learns from \
+                  the one it was, in a run like those of gd train: the changed layers first, then the whole, while \
+                  the keys become fewer; gd train --resume DIR goes on with it.\n\n\
+                  Examples:\n  gd convert models/SmolLM2-135M --attention gd --layers last:10 --k 8 --out out/smol-gd\n  gd convert model.gguf --dtype bf16 --out out/model\n  \
+                  gd convert models/SmolLM2-135M --attention gd --k 1 --uptrain --data corpus/ --steps 2000 --out out/smol-1"
 )]
 pub struct Args {
     /// The model: a checkpoint folder, a safetensors file in one, or a GGUF file
@@ -40,8 +43,11 @@ pub struct Args {
           value_parser = PossibleValuesParser::new(["dot", "energy"]).map(score))]
     pub score: Score,
     /// The type to store the weights in (default: the one they came in)
-    #[arg(long, value_name = "DTYPE", value_parser = PossibleValuesParser::new(["f32", "f16", "bf16"]).try_map(|name| name.parse::<DType>()))]
+    #[arg(long, value_name = "DTYPE", conflicts_with = "uptrain", value_parser = PossibleValuesParser::new(["f32", "f16", "bf16"]).try_map(|name| name.parse::<DType>()))]
     pub dtype: Option<DType>,
+    /// Whether and how to train it
+    #[command(flatten)]
+    pub uptrain: uptrain::Args,
     /// The folder for the new model, which does not exist yet
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -67,14 +73,11 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         return Err(usage(format!("--out {}: exists already", args.out.display())));
     }
     check_writable(&args.out)?;
+    if args.uptrain.uptrain {
+        return train::together(ctx, |group| uptrain::run(group, &args, ctx));
+    }
     let mut parts = model_file::read(&args.model, &ctx.device)?;
-    let layers = match args.attention {
-        Some(mechanism) => {
-            let swap = Swap { layers: args.layers.clone(), mechanism, candidates: args.k, score: args.score };
-            swap.apply(&mut parts)?
-        }
-        None => Vec::new(),
-    };
+    let layers = args.swap().map_or(Ok(Vec::new()), |swap| swap.apply(&mut parts))?;
     if let Some(dtype) = args.dtype {
         parts.cast(dtype)?;
     }
@@ -97,6 +100,19 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         loaded.params.count(),
         args.out.display()
     ))
+}
+
+impl Args {
+    /// What to put in the place of which attention.
+    pub(super) fn swap(&self) -> Option<Swap> {
+        let Self { layers, k, score, .. } = self;
+        self.attention.map(|mechanism| Swap {
+            layers: layers.clone(),
+            mechanism,
+            candidates: *k,
+            score: *score,
+        })
+    }
 }
 
 /// The values of the model card.

@@ -14,6 +14,7 @@ pub mod op;
 pub mod plot;
 pub mod report;
 pub mod train;
+pub mod uptrain;
 
 use std::fmt;
 use std::io::{ErrorKind, Write};

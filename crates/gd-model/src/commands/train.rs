@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use gd_kernels::Estimator;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
@@ -85,8 +86,13 @@ pub struct Args {
 /// # Errors
 /// Names the flag, file or value that cannot be used.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    together(ctx, |group| train_in(group, args, ctx))
+}
+
+/// Runs `work` in every process of the job; one that fails ends them all.
+pub(super) fn together(ctx: &Context, work: impl FnOnce(&Group) -> Result<()>) -> Result<()> {
     let group = Group::start(&ctx.device)?;
-    match train_in(&group, args, ctx) {
+    match work(&group) {
         Err(e) if group.world() > 1 => group.abort(&super::one_line(&e), super::exit_code(&e)),
         result => result,
     }
@@ -96,11 +102,23 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
     if args.dry_run {
         return if group.leads() { dry_run(&args, ctx) } else { Ok(()) };
     }
-    let (mut run, passed_over) = match &args.resume {
+    let (run, passed_over) = match &args.resume {
         Some(folder) => resume(group, folder, &args, ctx)?,
         None => (start(group, &args, ctx)?, Vec::new()),
     };
-    if group.leads() {
+    carry_out(run, passed_over, args.stop_after, ctx)
+}
+
+/// Trains to the end, or for `stop_after` steps, saves, reloads and reports. All processes of the run's group
+/// take part.
+pub(super) fn carry_out(
+    mut run: Run,
+    passed_over: Vec<String>,
+    stop_after: Option<u64>,
+    ctx: &Context,
+) -> Result<()> {
+    let leads = run.trainer.group().leads();
+    if leads {
         let train = &run.trainer.recipe().train;
         eprintln!(
             "{}: {} parameters, {} steps of {} tokens",
@@ -112,12 +130,12 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
     }
     let stop = interruptible()?;
     let mut progress = Progress::new(&run.trainer)?;
-    let finished = run.train(args.stop_after, stop, |step, sample| {
+    let finished = run.train(stop_after, stop, |step, sample| {
         progress.show(step, sample.as_deref());
         Ok(())
     })?;
     progress.finish();
-    if !group.leads() {
+    if !leads {
         return Ok(());
     }
     let (step, out) = (run.trainer.step(), run.folder().to_path_buf());
@@ -177,6 +195,9 @@ fn train_in(group: &Group, args: Args, ctx: &Context) -> Result<()> {
 fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
     let config = args.config.as_deref().unwrap_or(DEFAULT);
     let mut recipe = recipe(config, &args.set, args.steps)?;
+    if recipe.train.uptrain.is_some() {
+        return Err(usage("train.uptrain: `gd convert --uptrain` starts a run that learns from a model"));
+    }
     recipe.train.save_every = args.save_every.or(recipe.train.save_every);
     args.reading.apply(&mut recipe.train.documents);
     let name = Path::new(config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
@@ -225,7 +246,9 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
     args.reading.apply(&mut saved.recipe.train.documents);
     let mut recipe = saved.recipe.clone();
     recipe.train.validate()?;
-    recipe.model.vocab_size = saved.tokenizer.vocab_size();
+    if recipe.train.uptrain.is_none() {
+        recipe.model.vocab_size = saved.tokenizer.vocab_size();
+    }
     let corpus = match prepared(&saved.about.data) {
         Ok(Some(prepared)) => Ok(prepared.corpus),
         Ok(None) => texts(&saved.about.data, &recipe).and_then(|t| Ok(Corpus::encode(&t, &saved.tokenizer)?)),
@@ -241,8 +264,21 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
     Ok((run, passed_over))
 }
 
-fn trainer(group: &Group, recipe: Recipe, corpus: Corpus, about: &About, ctx: &Context) -> Result<Trainer> {
-    let mut trainer = Trainer::new(recipe, corpus, about.seed, &ctx.device)?;
+pub(super) fn trainer(
+    group: &Group,
+    recipe: Recipe,
+    corpus: Corpus,
+    about: &About,
+    ctx: &Context,
+) -> Result<Trainer> {
+    let mut trainer = match &recipe.train.uptrain {
+        Some(uptrain) => {
+            let original = model_file::read(&uptrain.original, &ctx.device)
+                .context("the original (--set train.uptrain.original=PATH says where it is now)")?;
+            Trainer::uptrain(recipe, corpus, about.seed, original, &ctx.device)?
+        }
+        None => Trainer::new(recipe, corpus, about.seed, &ctx.device)?,
+    };
     trainer.join(group.clone())?;
     Ok(trainer)
 }
@@ -284,7 +320,7 @@ pub(super) fn corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<(Corpus, 
     Ok((Corpus::encode(&texts, &tokenizer)?, tokenizer))
 }
 
-fn texts(files: &[PathBuf], recipe: &Recipe) -> Result<Texts> {
+pub(super) fn texts(files: &[PathBuf], recipe: &Recipe) -> Result<Texts> {
     let train = &recipe.train;
     Ok(match files {
         [] => Texts::split(&[SAMPLE.to_owned()], train.valid_fraction)?,
@@ -352,13 +388,26 @@ fn card(
     trainer: &Trainer,
     result: &Evaluation,
 ) -> Vec<(&'static str, String)> {
-    let selects = recipe.model.gd.mechanism.contains(&Mechanism::Gd);
+    let select = &recipe.model.gd.select;
+    let blends = select.estimator == Estimator::Blend && select.candidates > 1;
+    let mechanism = match recipe.model.gd.mechanism.contains(&Mechanism::Gd) {
+        true if blends => format!("the {} best keys, blended", select.candidates),
+        true => "selection (one key a head)".into(),
+        false => "softmax".into(),
+    };
+    let summary = match &recipe.train.uptrain {
+        Some(uptrain) => {
+            let name = uptrain.original.file_name().unwrap_or(uptrain.original.as_os_str());
+            format!("{} with another attention, trained since.", name.to_string_lossy())
+        }
+        None => "A small language model trained with gd.".into(),
+    };
     let data: Vec<_> = about.data.iter().map(|p| p.display().to_string()).collect();
     vec![
         ("name", about.name.clone()),
-        ("summary", "A small language model trained with gd.".to_owned()),
+        ("summary", summary),
         ("parameters", trainer.params.count().to_string()),
-        ("mechanism", if selects { "selection (one key a head)" } else { "softmax" }.to_owned()),
+        ("mechanism", mechanism),
         ("tokenizer", format!("`tokenizer.json`, {} tokens", recipe.model.vocab_size)),
         ("context", recipe.model.max_position_embeddings.to_string()),
         ("data", if data.is_empty() { "the shipped sample text".to_owned() } else { data.join(", ") }),

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use serde_path_to_error::Segment;
 
-use super::{PRESETS, Recipe, Setting};
+use super::{PRESETS, Recipe, Setting, UPTRAIN};
 use crate::data::read_text;
 use crate::error::{Error, Result};
 
@@ -48,7 +48,7 @@ impl Recipe {
 /// The unchecked content of a preset or file.
 fn tree(name: &str) -> Result<Value> {
     let named = |e: &dyn std::fmt::Display| Error::Invalid(format!("{name}: {e}"));
-    if let Some((_, text)) = PRESETS.iter().find(|(preset, _)| *preset == name) {
+    if let Some((_, text)) = PRESETS.iter().chain([&UPTRAIN]).find(|(preset, _)| *preset == name) {
         return serde_json::from_str(text).map_err(|e| named(&e));
     }
     let path = Path::new(name);

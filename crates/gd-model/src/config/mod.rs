@@ -33,3 +33,6 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("base", include_str!("../../../../models/base.json")),
     ("125M", include_str!("../../../../models/125M.json")),
 ];
+
+/// The training of a model that exists, for [`Recipe::load_with`] and the model as a setting.
+pub const UPTRAIN: (&str, &str) = ("uptrain", include_str!("../../../../models/uptrain.json"));

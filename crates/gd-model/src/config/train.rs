@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::guard::GuardConfig;
 use crate::optimizer::{AdamWConfig, MuonConfig};
 use crate::schedule::LrSchedule;
+use crate::uptrain::UptrainConfig;
 
 /// What text becomes tokens with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -85,6 +86,10 @@ pub struct TrainConfig {
     /// The tokenizer; prepared data brings its own.
     #[serde(default)]
     pub tokenizer: TokenizerChoice,
+    /// The model that this one was and learns from, if it is one whose attention was changed; it brings its
+    /// tokenizer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uptrain: Option<UptrainConfig>,
 }
 
 fn accumulation() -> usize {
@@ -118,7 +123,8 @@ impl TrainConfig {
         let mask = Mask::causal(0);
         let pass = self.select.pass(&mask, step as f64 / self.steps.max(1) as f64);
         let select = (pass.candidates, pass.hardness, pass.preserve_floor, pass.temperature, pass.threshold);
-        (self.lr.lr(step, self.steps), select)
+        let aligns = self.uptrain.as_ref().is_some_and(|uptrain| uptrain.aligns(step, self.steps));
+        (self.lr.lr(step, self.steps), select, aligns)
     }
 
     /// Checks the values against each other.
@@ -153,6 +159,7 @@ impl TrainConfig {
         self.guard.validate()?;
         self.select.validate()?;
         self.ema.as_ref().map_or(Ok(()), EmaConfig::validate)?;
+        self.uptrain.as_ref().map_or(Ok(()), UptrainConfig::validate)?;
         self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;
         self.adamw.validate()
     }

@@ -10,14 +10,15 @@ use gd_kernels::by_float;
 use gd_kernels::element::{Element, Real};
 use gd_kernels::fused::{attach2, with_contiguous_rows};
 
-use super::{backward, checked_targets, composed, count, forward, token_losses};
+use super::{PerRow, backward, checked_targets, composed, count, forward, token_losses};
 
-/// Logits that exist at a time: 4 MiB in f32.
+/// Logits that exist at a time where the vocabulary is small: 4 MiB in f32.
 const CHUNK: usize = 1 << 20;
 
-/// Rows that go through at a time.
-pub(crate) fn chunk_rows(vocab: usize) -> usize {
-    (CHUNK / vocab).max(16)
+/// Rows that go through at a time. With a large vocabulary a product of few rows does little but read the
+/// weights, and their gradient is held in any case, so that logits of a quarter of its size cost little more.
+pub(crate) fn chunk_rows(vocab: usize, hidden: usize) -> usize {
+    (CHUNK / vocab).max(hidden / 4).max(16)
 }
 
 /// As [`cross_entropy`](super::cross_entropy) of the logits `hidden weightᵀ`, for hidden states `[rows, C]`,
@@ -30,21 +31,11 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) 
     if !hidden.device().is_cpu() {
         return composed(&hidden.matmul(&weight.t()?)?, targets);
     }
-    let (hidden, weight) = (with_contiguous_rows(hidden)?, with_contiguous_rows(weight)?);
-    let wanted = hidden.track_op() || weight.track_op();
     by_float!("linear_cross_entropy", hidden.dtype(), T => {
-        let (loss, gradients) = chunks::<T>(&hidden.detach(), &weight.detach(), targets, wanted)?;
-        let result = (vec![<T as Element>::Acc::of(loss)], Shape::from(()));
-        let Some((of_hidden, of_weight)) = gradients else {
-            return Tensor::from_vec(result.0, result.1, hidden.device());
-        };
-        attach2("linear_cross_entropy", &hidden, &weight, result, move |_, _, grad| {
-            let grad = grad.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-            // The usual case: nothing but the loss is differentiated.
-            if grad == 1.0 {
-                return Ok([of_hidden.clone(), of_weight.clone()]);
-            }
-            Ok([(&of_hidden * grad)?, (&of_weight * grad)?])
+        in_chunks::<T>("linear_cross_entropy", hidden, weight, targets, |_, logits, targets, scale| {
+            let (losses, log_sums) = forward::<T>(logits, targets)?;
+            let gradient = scale.map(|scale| backward::<T>(logits, targets, &log_sums, scale));
+            Ok((losses, gradient.transpose()?))
         })
     })
 }
@@ -58,14 +49,14 @@ pub fn linear_token_losses(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -
     validate(hidden, weight, targets)?;
     let (hidden, head) = (hidden.detach(), weight.detach().t()?);
     let mut losses = Vec::with_capacity(targets.elem_count());
-    for (at, rows) in pieces(hidden.dim(0)?, weight.dim(0)?) {
+    for (at, rows) in pieces(&hidden, weight)? {
         let logits = hidden.narrow(0, at, rows)?.matmul(&head)?;
         losses.extend(token_losses(&logits, &targets.narrow(0, at, rows)?)?);
     }
     Ok(losses)
 }
 
-fn validate(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<()> {
+pub(super) fn validate(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<()> {
     let fits = matches!(
         (hidden.dims(), weight.dims(), targets.dims()),
         ([r, c], [v, w], [t]) if r == t && c == w && *r > 0 && *c > 0 && *v > 0
@@ -86,9 +77,37 @@ fn validate(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<()> {
 }
 
 /// First row and number of rows of every chunk.
-fn pieces(rows: usize, vocab: usize) -> impl Iterator<Item = (usize, usize)> {
-    let chunk = chunk_rows(vocab);
-    (0..rows).step_by(chunk).map(move |at| (at, chunk.min(rows - at)))
+fn pieces(hidden: &Tensor, weight: &Tensor) -> Result<impl Iterator<Item = (usize, usize)> + use<>> {
+    let (rows, c) = hidden.dims2()?;
+    let chunk = chunk_rows(weight.dim(0)?, c);
+    Ok((0..rows).step_by(chunk).map(move |at| (at, chunk.min(rows - at))))
+}
+
+/// The mean over counted rows of a loss of the logits `hidden weightᵀ`, differentiable by both. `piece` gets the
+/// first row of a chunk, its logits and its targets; it returns the loss of every row, and with a scale the
+/// gradient of the losses' sum times the scale.
+pub(super) fn in_chunks<T: Element>(
+    name: &'static str,
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &Tensor,
+    piece: impl Fn(usize, &Tensor, &[u32], Option<f64>) -> Result<(PerRow<T>, Option<Tensor>)>,
+) -> Result<Tensor> {
+    let (hidden, weight) = (with_contiguous_rows(hidden)?, with_contiguous_rows(weight)?);
+    let wanted = hidden.track_op() || weight.track_op();
+    let (loss, gradients) = chunks::<T>(&hidden.detach(), &weight.detach(), targets, wanted, piece)?;
+    let result = (vec![<T as Element>::Acc::of(loss)], Shape::from(()));
+    let Some((of_hidden, of_weight)) = gradients else {
+        return Tensor::from_vec(result.0, result.1, hidden.device());
+    };
+    attach2(name, &hidden, &weight, result, move |_, _, grad| {
+        let grad = grad.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        // The usual case: nothing but the loss is differentiated.
+        if grad == 1.0 {
+            return Ok([of_hidden.clone(), of_weight.clone()]);
+        }
+        Ok([(&of_hidden * grad)?, (&of_weight * grad)?])
+    })
 }
 
 /// The mean loss, and if wanted its gradients for hidden states and weights.
@@ -97,21 +116,17 @@ fn chunks<T: Element>(
     weight: &Tensor,
     targets: &Tensor,
     wanted: bool,
+    piece: impl Fn(usize, &Tensor, &[u32], Option<f64>) -> Result<(PerRow<T>, Option<Tensor>)>,
 ) -> Result<(f64, Option<(Tensor, Tensor)>)> {
     let (head, targets) = (weight.t()?, checked_targets(targets, weight.dim(0)?)?);
     let counted = count(&targets).max(1) as f64;
     let (mut sum, mut of_hidden, mut of_weight) = (0f64, Vec::new(), None::<Tensor>);
-    for (at, rows) in pieces(hidden.dim(0)?, weight.dim(0)?) {
+    for (at, rows) in pieces(hidden, weight)? {
         let (x, targets) = (hidden.narrow(0, at, rows)?, &targets[at..at + rows]);
-        let logits = x.matmul(&head)?;
-        let (losses, log_sums) = forward::<T>(&logits, targets)?;
+        let (losses, of_logits) = piece(at, &x.matmul(&head)?, targets, wanted.then_some(1.0 / counted))?;
         // Added in f64 and in order: the loss has the same bits for any thread count.
         sum = losses.iter().fold(sum, |sum, &l| sum + l.wide());
-        if !wanted {
-            continue;
-        }
-        let of_logits = backward::<T>(&logits, targets, &log_sums, 1.0 / counted)?;
-        drop(logits);
+        let Some(of_logits) = of_logits else { continue };
         of_hidden.push(of_logits.matmul(weight)?);
         let part = of_logits.t()?.matmul(&x)?.to_dtype(accumulator(weight.dtype()))?;
         of_weight = Some(match of_weight {

@@ -11,19 +11,19 @@ use gd_layer::Pass;
 use super::Transformer;
 
 impl Transformer {
-    /// The loss as [`Transformer::loss`] gives it (detached), times `weight`, and the gradients of that
-    /// product for `vars`, which are the model's parameters. `frozen` is the same model over the same
+    /// What `head` makes of the hidden states behind the last norm, a scalar (returned detached), and its
+    /// gradients for `vars`, which are the model's parameters. `frozen` is the same model over the same
     /// parameters without gradients.
     ///
     /// # Errors
-    /// As [`Transformer::loss`].
-    pub fn checkpointed_loss(
+    /// As [`Transformer::hidden`], or what `head` reports.
+    pub fn checkpointed(
         &self,
         frozen: &Self,
         vars: &[(String, Var)],
-        (ids, targets): (&Tensor, &Tensor),
+        ids: &Tensor,
         pass: &Pass,
-        weight: f64,
+        head: &dyn Fn(&Tensor) -> Result<Tensor>,
     ) -> Result<(Tensor, GradStore)> {
         let mut inputs = vec![frozen.embedded(ids)?];
         for block in &frozen.blocks {
@@ -32,7 +32,7 @@ impl Transformer {
         }
         // The last input is that of the head.
         let x = leaf(inputs.pop())?;
-        let loss = (self.head_loss(&self.norm.forward(&x)?, targets)? * weight)?;
+        let loss = head(&self.norm.forward(&x)?)?;
         let mut total = loss.backward()?;
         let mut incoming = taken(&mut total, &x)?;
         drop(x);
@@ -69,7 +69,7 @@ fn taken(grads: &mut GradStore, x: &Tensor) -> Result<Tensor> {
 }
 
 /// Moves the parameters' gradients of a segment to the others; a tied embedding has two.
-fn collect(vars: &[(String, Var)], total: &mut GradStore, mut segment: GradStore) -> Result<()> {
+pub(super) fn collect(vars: &[(String, Var)], total: &mut GradStore, mut segment: GradStore) -> Result<()> {
     for (_, var) in vars {
         let Some(grad) = segment.remove(var) else { continue };
         let grad = match total.remove(var) {

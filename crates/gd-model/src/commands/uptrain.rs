@@ -1,0 +1,93 @@
+//! `gd convert --uptrain`: a run in which the converted model learns from the one it was.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+
+use super::data::{ReadingArgs, prepared};
+use super::{Context, convert, train, usage};
+use crate::config::{Recipe, Setting, UPTRAIN};
+use crate::data::Corpus;
+use crate::model_file;
+use crate::parallel::Group;
+use crate::run::{About, Run};
+use crate::tokenizer::Tokenizer;
+use crate::uptrain::{reading, schedule};
+
+/// The flags.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Train the model on a text and on what the original makes of it
+    #[arg(long, requires = "attention")]
+    pub uptrain: bool,
+    /// The text to train on: files, JSONL files, folders of them, or one folder of prepared data (default: the
+    /// shipped sample text)
+    #[arg(long, value_name = "FILE", num_args = 1.., requires = "uptrain")]
+    pub data: Vec<PathBuf>,
+    /// How files become documents
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+    /// Optimizer steps (default: 500)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "uptrain")]
+    pub steps: Option<u64>,
+    /// A value in place of the one of models/uptrain.json, by its dotted path; can be given several times
+    #[arg(long, value_name = "KEY=VALUE", requires = "uptrain")]
+    pub set: Vec<Setting>,
+    /// End after this many steps, with a checkpoint
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "uptrain")]
+    pub stop_after: Option<u64>,
+}
+
+/// Runs the training.
+///
+/// # Errors
+/// Names the flag, file or value that cannot be used.
+pub(super) fn run(group: &Group, args: &convert::Args, ctx: &Context) -> Result<()> {
+    let (mut recipe, tokenizer) = recipe(args, ctx)?;
+    let how = &args.uptrain;
+    how.reading.apply(&mut recipe.train.documents);
+    let corpus = corpus(&how.data, &recipe, &tokenizer)?;
+    let name = args.out.file_name().unwrap_or(args.out.as_os_str()).to_string_lossy().into_owned();
+    let about = About { name, data: how.data.clone(), seed: ctx.seed.unwrap_or(0) };
+    let trainer = train::trainer(group, recipe, corpus, &about, ctx)?;
+    let run = Run::create(&args.out, trainer, tokenizer, about)?;
+    train::carry_out(run, Vec::new(), how.stop_after, ctx)
+}
+
+/// The swapped model and its training, and the tokenizer that it brings.
+fn recipe(args: &convert::Args, ctx: &Context) -> Result<(Recipe, Tokenizer)> {
+    let mut parts = model_file::read(&args.model, &ctx.device)?;
+    if let Some(swap) = args.swap() {
+        swap.apply(&mut parts)?;
+    }
+    let mut model = parts.config;
+    // Trained in f32, whatever it came in.
+    (model.dtype, model.origin) = ("float32".into(), None);
+    (model.gd.select.candidates, model.gd.select.estimator) = reading(args.k);
+    let Some(original) = args.model.to_str() else {
+        return Err(usage(format!("{}: a path in UTF-8 is needed to train", args.model.display())));
+    };
+    let load = |more: &[Setting]| {
+        let given = [
+            Setting::new("model", serde_json::to_value(&model)?),
+            Setting::new("train.uptrain.original", original),
+        ];
+        let settings = [&given[..], more, &args.uptrain.set].concat();
+        train::recipe(UPTRAIN.0, &settings, args.uptrain.steps)
+    };
+    // The way to few keys begins where the alignment ends, which a setting may have moved.
+    let align = load(&[])?.train.uptrain.map_or(0.0, |uptrain| uptrain.align);
+    let select = Setting::new("train.select", serde_json::to_value(schedule(args.k, align))?);
+    Ok((load(&[select])?, parts.tokenizer))
+}
+
+/// The text in the model's tokens.
+fn corpus(files: &[PathBuf], recipe: &Recipe, tokenizer: &Tokenizer) -> Result<Corpus> {
+    let Some(prepared) = prepared(files)? else {
+        return Ok(Corpus::encode(&train::texts(files, recipe)?, tokenizer)?);
+    };
+    if prepared.tokenizer.to_json()? != tokenizer.to_json()? {
+        bail!("{}: prepared with another tokenizer than the model's", files[0].display());
+    }
+    Ok(prepared.corpus)
+}

@@ -1,0 +1,186 @@
+//! Learning from another model: cross entropy, and beside it the Kullback-Leibler divergence of the logits
+//! from that model's (Hinton et al., arXiv 1503.02531, at temperature 1).
+
+use candle_core::{Result, Tensor, bail};
+use gd_kernels::by_float;
+use gd_kernels::element::{Element, Real, maximum, sum1, sum2};
+use gd_kernels::fused::{Rows, for_chunks, for_chunks2, rows_per_chunk, vectorize};
+
+use super::linear::{in_chunks, validate};
+use super::{IGNORE, PerRow, counted, log_softmax, row_losses};
+
+/// The mean over counted rows of `CE(s, target) + kl * KL(softmax(t) || softmax(s))`, in nats, with the logits
+/// `s = hidden weightᵀ` and those of the other model `t`, from its own hidden states `[rows, C']` and weights
+/// `[V, C']`, which get no gradient. hidden `[rows, C]`, weight `[V, C]`, targets u32 `[rows]`, all floats of one
+/// dtype; a scalar in f32 (f64 for f64). The logits of a few rows exist at a time.
+///
+/// # Errors
+/// As [`linear_cross_entropy`](super::linear_cross_entropy), another model of other rows, another vocabulary or
+/// dtype, or a `kl` that is negative or not finite.
+pub fn linear_distillation(
+    (hidden, weight): (&Tensor, &Tensor),
+    targets: &Tensor,
+    (other_hidden, other_weight): (&Tensor, &Tensor),
+    kl: f64,
+) -> Result<Tensor> {
+    validate(hidden, weight, targets)?;
+    validate(other_hidden, other_weight, targets)?;
+    if (weight.dim(0)?, weight.dtype()) != (other_weight.dim(0)?, other_weight.dtype()) {
+        bail!(
+            "linear_distillation: weights {:?} {:?} and those of the other model {:?} {:?}; the same vocabulary \
+             and dtype expected",
+            weight.dims(),
+            weight.dtype(),
+            other_weight.dims(),
+            other_weight.dtype()
+        );
+    }
+    if !(kl >= 0.0 && kl.is_finite()) {
+        bail!("linear_distillation: the weight {kl} of the divergence must be finite and at least 0");
+    }
+    let (other_hidden, other_head) = (other_hidden.detach(), other_weight.detach().t()?);
+    if !hidden.device().is_cpu() {
+        let other = other_hidden.matmul(&other_head)?;
+        return composed(&hidden.matmul(&weight.t()?)?, targets, &other, kl);
+    }
+    by_float!("linear_distillation", hidden.dtype(), T => {
+        in_chunks::<T>("linear_distillation", hidden, weight, targets, |at, logits, targets, scale| {
+            let other = other_hidden.narrow(0, at, targets.len())?.matmul(&other_head)?;
+            let (losses, sums) = forward::<T>(logits, &other, targets, kl)?;
+            let gradient = scale.map(|scale| backward::<T>(logits, &other, targets, &sums, kl, scale));
+            Ok((losses, gradient.transpose()?))
+        })
+    })
+}
+
+/// The same from candle primitives that have gradients.
+fn composed(logits: &Tensor, targets: &Tensor, other: &Tensor, kl: f64) -> Result<Tensor> {
+    let other = log_softmax(&other.detach())?;
+    let apart = (other.exp()? * (&other - log_softmax(logits)?)?)?.sum(1)?;
+    let counts = targets.ne(IGNORE)?;
+    let apart = counts.where_cond(&apart, &apart.zeros_like()?)?;
+    (row_losses(logits, targets)? + (apart * kl)?)?.sum_all()? / counted(targets)?.max(1) as f64
+}
+
+/// The logsumexps of a row of both models' logits.
+type Sums<T> = Vec<[<T as Element>::Acc; 2]>;
+
+/// The loss and the logsumexps of every row.
+fn forward<T: Element>(
+    logits: &Tensor,
+    other: &Tensor,
+    targets: &[u32],
+    kl: f64,
+) -> Result<(PerRow<T>, Sums<T>)> {
+    let ((storage, layout), (others, other)) = (logits.storage_and_layout(), other.storage_and_layout());
+    let (logits, other) = (Rows::<T>::new(&storage, layout)?, Rows::<T>::new(&others, other)?);
+    let mut losses = vec![T::Acc::default(); targets.len()];
+    let mut sums = vec![[T::Acc::default(); 2]; targets.len()];
+    let (rows, kl) = (rows_per_chunk(logits.len()), T::Acc::of(kl));
+    for_chunks2((&mut losses, rows), (&mut sums, rows), |chunk, losses, sums| {
+        vectorize(|| {
+            for (j, (loss, sums)) in losses.iter_mut().zip(sums).enumerate() {
+                let i = chunk * rows + j;
+                if targets[i] == IGNORE {
+                    continue;
+                }
+                let (s, t) = (logits.row(i), other.row(i));
+                let log_sum = |row: &[T]| {
+                    let top = maximum(row);
+                    top + T::Acc::of(sum1(row, |x: T| (x.up() - top).exp_fast()).wide().ln())
+                };
+                let (of_s, of_t) = (log_sum(s), log_sum(t));
+                let apart = sum2(t, s, |t: T, s: T| {
+                    let log_p = t.up() - of_t;
+                    log_p.exp_fast() * (log_p - (s.up() - of_s))
+                });
+                *sums = [of_s, of_t];
+                *loss = of_s - s[targets[i] as usize].up() + kl * apart;
+            }
+        });
+    });
+    Ok((losses, sums))
+}
+
+/// `((1 + kl) softmax(s) - kl softmax(t) - one-hot) * scale`.
+fn backward<T: Element>(
+    logits: &Tensor,
+    other: &Tensor,
+    targets: &[u32],
+    sums: &[[T::Acc; 2]],
+    kl: f64,
+    scale: f64,
+) -> Result<Tensor> {
+    let ((storage, layout), (others, other)) = (logits.storage_and_layout(), other.storage_and_layout());
+    let (input, other) = (Rows::<T>::new(&storage, layout)?, Rows::<T>::new(&others, other)?);
+    let vocab = input.len();
+    let mut grad = vec![T::zero(); input.count() * vocab];
+    let rows = rows_per_chunk(vocab);
+    let (mine, theirs, one) = (T::Acc::of((1.0 + kl) * scale), T::Acc::of(kl * scale), T::Acc::of(scale));
+    for_chunks(&mut grad, rows * vocab, |chunk, grad| {
+        vectorize(|| {
+            for (j, grad) in grad.chunks_exact_mut(vocab).enumerate() {
+                let i = chunk * rows + j;
+                if targets[i] == IGNORE {
+                    continue;
+                }
+                let [of_s, of_t] = sums[i];
+                let of = |s: T, t: T| (s.up() - of_s).exp_fast() * mine - (t.up() - of_t).exp_fast() * theirs;
+                let (s, t) = (input.row(i), other.row(i));
+                for ((g, &s), &t) in grad.iter_mut().zip(s).zip(t) {
+                    *g = T::down(of(s, t));
+                }
+                let target = targets[i] as usize;
+                grad[target] = T::down(of(s[target], t[target]) - one);
+            }
+        });
+    });
+    Tensor::from_vec(grad, logits.shape(), logits.device())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device, Var};
+
+    /// Values and both gradients, with rows that do not count, on a vocabulary that takes several chunks.
+    #[test]
+    fn composition_agrees_in_values_and_gradients() -> Result<()> {
+        let noise = |n: usize, step: usize, shape: (usize, usize), dtype| {
+            let values: Vec<f64> = (0..n).map(|i| (i * step % 101) as f64 / 50.0 - 1.0).collect();
+            Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)
+        };
+        let (rows, vocab) = (37, 70_001);
+        let targets: Vec<u32> =
+            (0..rows as u32).map(|i| if i % 5 == 2 { IGNORE } else { i * 7919 % vocab as u32 }).collect();
+        let targets = Tensor::new(targets, &Device::Cpu)?;
+        for (dtype, bound) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
+            let other = [noise(rows * 5, 29, (rows, 5), dtype)?, noise(vocab * 5, 53, (vocab, 5), dtype)?];
+            for kl in [0.0, 0.7] {
+                let hidden = Var::from_tensor(&noise(rows * 3, 37, (rows, 3), dtype)?)?;
+                let weight = Var::from_tensor(&noise(vocab * 3, 17, (vocab, 3), dtype)?)?;
+                let run = |loss: Tensor| -> Result<Vec<f64>> {
+                    let grads = loss.backward()?;
+                    let mut all = vec![loss.to_dtype(DType::F64)?.to_scalar()?];
+                    for var in [&hidden, &weight] {
+                        let grad = grads.get(var).expect("a gradient").flatten_all()?;
+                        // Of the order of 1 / rows and 1 / vocab; compared on the same scale.
+                        let scale = grad.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+                        assert!(scale > 0.0);
+                        let grad = (grad.to_dtype(DType::F64)? / scale)?;
+                        all.extend(grad.to_vec1::<f64>()?);
+                        all.push(scale);
+                    }
+                    Ok(all)
+                };
+                let fused = linear_distillation((&hidden, &weight), &targets, (&other[0], &other[1]), kl)?;
+                let logits = hidden.matmul(&weight.t()?)?;
+                let plain = composed(&logits, &targets, &other[0].matmul(&other[1].t()?)?, kl)?;
+                for (a, b) in run(fused)?.into_iter().zip(run(plain)?) {
+                    assert!((a - b).abs() <= bound * (1.0 + b.abs()), "{dtype:?} {kl}: {a} against {b}");
+                }
+            }
+        }
+        Ok(())
+    }
+}

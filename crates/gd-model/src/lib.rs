@@ -1,6 +1,7 @@
 //! A Preserve-then-Select language model.
 #![deny(unsafe_code)]
 
+pub mod beacon_report;
 pub mod chat;
 pub mod checkpoint;
 pub mod commands;

@@ -169,9 +169,21 @@ fn every_type_gives_the_weights_in_the_order_of_hugging_face() -> Result<()> {
             tensors.len() == weights.len() && config["tie_word_embeddings"] == json!(tied),
             "{dtype:?} {config}"
         );
+        let named = match dtype {
+            F16 => "float16",
+            BF16 => "bfloat16",
+            _ => "float32",
+        };
+        ensure!(config["torch_dtype"] == named, "{dtype:?} {config}");
         for (_, name, expected) in &weights {
             let found = tensors.get(name).context(name.clone())?;
-            ensure!(found.dims() == expected.dims() && found.dtype() == DType::F32, "{name} {found:?}");
+            let kept = match dtype {
+                F16 if expected.rank() == 2 => DType::F16,
+                BF16 if expected.rank() == 2 => DType::BF16,
+                _ => DType::F32,
+            };
+            ensure!(found.dims() == expected.dims() && found.dtype() == kept, "{name} {found:?}");
+            let found = &found.to_dtype(DType::F32)?;
             // Blocks lie within rows, so that the order of the rows does not change what they store.
             let dtype = if expected.rank() == 1 { F32 } else { dtype };
             let stored = QTensor::quantize(expected, dtype)?.dequantize(&CPU)?;

@@ -25,6 +25,9 @@ use crate::plan::Problem;
 /// Keys of a task.
 const STRETCH: usize = 1024;
 
+/// Chains of additions that run side by side.
+const SIDE: usize = 4;
+
 /// Scores and squares beyond this have no bound.
 const GREATEST: f32 = 1e30;
 
@@ -104,14 +107,24 @@ impl<T: Element> WithSimd for Stretch<'_, '_, T> {
             for (w, (key, room)) in keys.iter_mut().zip(room.chunks_exact_mut(d)).enumerate().take(count) {
                 *key = T::widened(x.k.row(block.b, block.h / problem.group(), first + w), room);
             }
-            let mut square = [0f32; KEYS];
-            for (square, k) in square.iter_mut().zip(keys).take(count) {
-                *square = dot::<T::Acc, S>(simd, k, k);
+            let keys = &keys[..count];
+            let (mut square, mut score) = ([0f32; KEYS], [0f32; KEYS]);
+            // With one query a key is walked over once for both of its products.
+            let lone = match &heads[..] {
+                [head] if head.norm.len() == 1 => Some(&head.q),
+                _ => None,
+            };
+            for ((square, score), k) in square.iter_mut().zip(&mut score).zip(keys) {
+                match lone {
+                    Some(q) => [*score, *square] = dots::<T::Acc, S>(simd, q, k),
+                    None => *square = dot::<T::Acc, S>(simd, k, k),
+                }
             }
+            let known = lone.is_some().then_some(&score);
             for (head, block) in heads.iter_mut().zip(self.blocks) {
                 let mut prior = [T::Acc::of(0.0); KEYS];
                 block.add_prior(&mut prior[..count], first);
-                head.offer::<S, T>(simd, block, &keys[..count], &square, &prior, first);
+                head.offer::<S, T>(simd, block, keys, known, &square, &prior, first);
             }
         }
         heads.into_iter().map(|head| head.lists).collect()
@@ -133,13 +146,16 @@ impl<A: Real> Head<A> {
         Self { visible, q, norm, lists }
     }
 
-    /// Enters the keys from `first` that can be candidates.
+    /// Enters the keys from `first` that can be candidates. `known` holds their products with the query, if
+    /// there is only one.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
     fn offer<S: Simd, T: Element<Acc = A>>(
         &mut self,
         simd: S,
         block: &Block<'_, T>,
         keys: &[&[A]],
+        known: Option<&[f32; KEYS]>,
         square: &[f32; KEYS],
         prior: &[A; KEYS],
         first: usize,
@@ -155,9 +171,11 @@ impl<A: Real> Head<A> {
             if open == 0 {
                 continue;
             }
-            let mut score = [0f32; KEYS];
-            for (score, k) in score.iter_mut().zip(keys) {
-                *score = dot::<A, S>(simd, q, k);
+            let mut score = known.copied().unwrap_or_default();
+            if known.is_none() {
+                for (score, k) in score.iter_mut().zip(keys) {
+                    *score = dot::<A, S>(simd, q, k);
+                }
             }
             let (norm, threshold) = (self.norm[row], lists.threshold[row]);
             let (mut upper, mut lower) = ([0f32; KEYS], [0f32; KEYS]);
@@ -207,21 +225,54 @@ impl<A: Real> Head<A> {
 /// `<a, b>` in f32, added up in any order.
 #[inline(always)]
 fn dot<A: Real, S: Simd>(simd: S, a: &[A], b: &[A]) -> f32 {
-    /// Chains that run side by side.
-    const SIDE: usize = 4;
     let (x, y) = (A::lanes::<S>(a), A::lanes::<S>(b));
+    // Chunks of a size that the compiler knows: only so do the sums stay in registers.
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<SIDE>(), y.as_chunks::<SIDE>());
     let mut sum = [A::of(0.0).splat(simd); SIDE];
-    for (x, y) in x.chunks(SIDE).zip(y.chunks(SIDE)) {
-        for ((s, &x), &y) in sum.iter_mut().zip(x).zip(y) {
-            *s = A::fused(simd, x, y, *s);
+    for (x, y) in x.iter().zip(y) {
+        for i in 0..SIDE {
+            sum[i] = A::fused(simd, x[i], y[i], sum[i]);
         }
+    }
+    let mut rest = A::of(0.0).splat(simd);
+    for (&x, &y) in x_rest.iter().zip(y_rest) {
+        rest = A::fused(simd, x, y, rest);
     }
     let one = A::of(1.0).splat(simd);
     let (left, right) = (A::fused(simd, one, sum[0], sum[1]), A::fused(simd, one, sum[2], sum[3]));
-    let mut total = A::total(simd, A::fused(simd, one, left, right));
-    let whole = size_of_val(x) / size_of::<A>();
+    let mut total = A::total(simd, A::fused(simd, one, A::fused(simd, one, left, right), rest));
+    let whole = (SIDE * x.len() + x_rest.len()) * size_of::<A::Lanes<S>>() / size_of::<A>();
     for (&x, &y) in a[whole..].iter().zip(&b[whole..]) {
         total = x.mul_add(y, total);
     }
     total.wide() as f32
+}
+
+/// `<q, k>` and `<k, k>` in f32, added up in any order, from one walk over k.
+#[inline(always)]
+fn dots<A: Real, S: Simd>(simd: S, q: &[A], k: &[A]) -> [f32; 2] {
+    const HALF: usize = SIDE / 2;
+    let (x, y) = (A::lanes::<S>(q), A::lanes::<S>(k));
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<HALF>(), y.as_chunks::<HALF>());
+    let (mut score, mut square) = ([A::of(0.0).splat(simd); HALF], [A::of(0.0).splat(simd); HALF]);
+    for (x, y) in x.iter().zip(y) {
+        for i in 0..HALF {
+            score[i] = A::fused(simd, x[i], y[i], score[i]);
+            square[i] = A::fused(simd, y[i], y[i], square[i]);
+        }
+    }
+    for (&x, &y) in x_rest.iter().zip(y_rest) {
+        score[0] = A::fused(simd, x, y, score[0]);
+        square[0] = A::fused(simd, y, y, square[0]);
+    }
+    // Spelled out: what a closure computes may end up in a function that lacks this one's instructions.
+    let one = A::of(1.0).splat(simd);
+    let mut of_score = A::total(simd, A::fused(simd, one, score[0], score[1]));
+    let mut of_square = A::total(simd, A::fused(simd, one, square[0], square[1]));
+    let whole = (HALF * x.len() + x_rest.len()) * size_of::<A::Lanes<S>>() / size_of::<A>();
+    for (&x, &y) in q[whole..].iter().zip(&k[whole..]) {
+        of_score = x.mul_add(y, of_score);
+        of_square = y.mul_add(y, of_square);
+    }
+    [of_score.wide() as f32, of_square.wide() as f32]
 }

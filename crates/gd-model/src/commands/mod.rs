@@ -3,6 +3,7 @@
 //! Every command is one module with `Args` and `run(args, ctx)`. Exit codes: 0 done, 1 failed,
 //! 2 wrong usage. An error is one line on stderr, `error: what: why`.
 
+pub mod beacon_report;
 pub mod bench;
 pub mod compare;
 pub mod convert;
@@ -69,6 +70,7 @@ enum Command {
     Compare(compare::Args),
     Plot(plot::Args),
     Report(report::Args),
+    BeaconReport(beacon_report::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
 }
@@ -165,6 +167,7 @@ fn start(cli: Cli) -> Result<()> {
         Command::Compare(args) => compare::run(args, &ctx),
         Command::Plot(args) => plot::run(args, &ctx),
         Command::Report(args) => report::run(args, &ctx),
+        Command::BeaconReport(args) => beacon_report::run(args, &ctx),
         Command::Bench(args) => bench::run(args, &ctx),
         Command::Doctor(args) => doctor::run(args, &ctx),
     }

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 pub use args::{Args, Operator, ScanArgs, SelectArgs};
 use inputs::Inputs;
+pub(super) use inputs::barrier;
 
 use super::Context;
 use crate::tensor_file::{self, Tensors};

@@ -1,5 +1,6 @@
 //! The metadata of a llama model as the `config.json` that Hugging Face has for it.
 
+use candle_core::quantized::GgmlDType;
 use serde_json::{Value, json};
 
 use super::header::Header;
@@ -38,8 +39,12 @@ pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> 
     }
     let theta = float("rope.freq_base")?.unwrap_or(10_000.0);
     let has = |name: &str| header.tensors.contains_key(name);
-    let vocab =
-        header.tensors.get("token_embd.weight").ok_or("tensor token_embd.weight is missing")?.shape[0];
+    let embedding = header.tensors.get("token_embd.weight").ok_or("tensor token_embd.weight is missing")?;
+    let dtype = match embedding.dtype {
+        GgmlDType::F16 => "float16",
+        GgmlDType::BF16 => "bfloat16",
+        _ => "float32",
+    };
     let biases = ["q", "k", "v", "output"].map(|part| has(&format!("blk.0.attn_{part}.bias")));
     if biases.contains(&true) && biases.contains(&false) {
         return Err("only some of the attention's projections have a bias".into());
@@ -47,7 +52,7 @@ pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> 
     let mut config = json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": vocab,
+        "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": need("feed_forward_length")?,
         "num_hidden_layers": need("block_count")?,
@@ -61,7 +66,7 @@ pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> 
         "attention_bias": biases[0],
         "mlp_bias": has("blk.0.ffn_gate.bias"),
         "hidden_act": "silu",
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
     });
     if let Some(scaling) = scaling(header, factors, theta, head_dim)? {
         config["rope_scaling"] = scaling;

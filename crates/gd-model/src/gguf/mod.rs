@@ -27,7 +27,7 @@ use header::{Header, Place};
 pub struct Gguf {
     /// As `config.json`.
     pub config: Value,
-    /// The weights in f32.
+    /// The weights: f16 and bf16 as they are stored, anything else in f32.
     pub tensors: BTreeMap<String, Tensor>,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
@@ -45,7 +45,7 @@ pub fn is_at(path: &Path) -> bool {
         && &start == b"GGUF"
 }
 
-/// Reads a file. In memory at any time are the weights in f32 and the stored form of one tensor.
+/// Reads a file. In memory at any time are the weights and the stored form of one tensor.
 ///
 /// # Errors
 /// Names the file, the key or tensor at fault, and its value.
@@ -69,7 +69,8 @@ fn convert(file: &mut (impl Read + Seek), device: &Device) -> std::result::Resul
     let factors = match header.tensors.get("rope_freqs.weight") {
         Some(place) => {
             let tensor = load(file, place).map_err(|e| format!("tensor rope_freqs.weight: {e}"))?;
-            Some(tensor.flatten_all().and_then(|t| t.to_vec1::<f32>()).map_err(|e| e.to_string())?)
+            let values = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>());
+            Some(values.map_err(|e| e.to_string())?)
         }
         None => None,
     };
@@ -124,14 +125,13 @@ fn name(stored: &str) -> Option<String> {
     ["weight", "bias"].contains(&kind).then(|| format!("model.layers.{layer}.{part}.{kind}"))
 }
 
-/// A tensor in f32.
+/// A tensor: f16 and bf16 as they are stored, anything else in f32.
 fn load(file: &mut (impl Read + Seek), place: &Place) -> std::result::Result<Tensor, String> {
     let mut raw = vec![0; place.bytes as usize];
     file.seek(SeekFrom::Start(place.start))
         .and_then(|_| file.read_exact(&mut raw))
         .map_err(|e| e.to_string())?;
-    let plain =
-        |dtype| Tensor::from_raw_buffer(&raw, dtype, &place.shape, &Device::Cpu)?.to_dtype(DType::F32);
+    let plain = |dtype| Tensor::from_raw_buffer(&raw, dtype, &place.shape, &Device::Cpu);
     let tensor = match place.dtype {
         GgmlDType::F32 => plain(DType::F32),
         GgmlDType::F16 => plain(DType::F16),

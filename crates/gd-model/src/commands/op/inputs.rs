@@ -199,7 +199,7 @@ struct BarrierFile {
 }
 
 /// Reads `--barrier`: `name=value` pairs, or a file of them.
-pub(super) fn barrier(spec: &str) -> Result<Barrier> {
+pub(in crate::commands) fn barrier(spec: &str) -> Result<Barrier> {
     let json = if spec.contains('=') {
         let pair = |part: &str| {
             let (name, value) = part.split_once('=')?;

@@ -58,6 +58,7 @@ impl<T: Element> Certified<'_, '_, '_, T> {
             start: vec![0; count],
             scale: vec![0.0; count],
             norm: vec![0.0; count],
+            used: visible.len().min(ROWS),
             #[cfg(target_arch = "x86_64")]
             tiled: (self.code == Code::Amx).then(|| Tiled::new(count, steps)),
         };
@@ -92,7 +93,10 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         let block = self.block;
         let known = self.panel(first).1;
         let rounding = (block.problem.head_dim + 16) as f32 * (0.5 * f32::EPSILON);
-        let mut bias = known.bias.map(|b| T::Acc::of(f64::from(b)));
+        let mut bias = [T::Acc::of(0.0); KEYS];
+        for (bias, b) in bias.iter_mut().zip(known.bias) {
+            *bias = T::Acc::of(f64::from(b));
+        }
         let keys = KEYS.min(block.problem.keys - first);
         block.add_prior(&mut bias[..keys], first);
         let [mut upper, mut error, mut slack] = [[0f32; KEYS]; 3];

@@ -53,7 +53,10 @@ pub(crate) fn run<'a, T: Element>(
             let keys = first..problem.keys.min(first + STRETCH);
             match filter {
                 Some(filter) => {
-                    let of = |block| arch.dispatch(Certified { block, filter, code, keys: keys.clone() });
+                    let of = |block: &Block<'a, T>| {
+                        let code = code.of_rows(block.rows.len());
+                        arch.dispatch(Certified { block, filter, code, keys: keys.clone() })
+                    };
                     blocks.iter().map(of).collect()
                 }
                 None => arch.dispatch(Stretch { blocks, keys }),

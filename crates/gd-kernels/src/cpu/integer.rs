@@ -41,6 +41,8 @@ pub(crate) struct Queries {
     pub(crate) start: Vec<i32>,
     pub(crate) scale: Vec<f32>,
     pub(crate) norm: Vec<f32>,
+    /// Rows of a group that hold queries: all of them, unless there is only one group.
+    pub(crate) used: usize,
     /// The values once more, as [`Code::Amx`] reads them.
     #[cfg(target_arch = "x86_64")]
     pub(crate) tiled: Option<super::amx::Tiled>,
@@ -80,6 +82,16 @@ impl Code {
             _ => Code::Plain,
         }
     }
+
+    /// The code for `rows` queries. Tiles pay for many: a group goes through VNNI as quickly, and what is left
+    /// of one more quickly.
+    pub(crate) fn of_rows(self, rows: usize) -> Self {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Code::Amx if rows <= ROWS => Code::Vnni,
+            code => code,
+        }
+    }
 }
 
 /// Appends the keys that are open to a row and whose upper bound reaches its threshold, for the active
@@ -107,7 +119,7 @@ fn plain(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
         if active >> g & 1 == 0 {
             continue;
         }
-        for r in 0..ROWS {
+        for r in 0..queries.used {
             let row = g * ROWS + r;
             let mut sums = [queries.start[row]; KEYS];
             for (q, keys) in values.chunks_exact(ROWS * STEP).zip(panel.values.chunks_exact(KEYS * STEP)) {

@@ -7,34 +7,59 @@ use super::amx::{STRIP, Sums};
 use super::integer::{KEYS, Meeting, Panel, ROWS, STEP};
 use super::lists::Lists;
 
-/// The sums of a group of queries with the keys of a panel.
-type Group = [[__m512i; 2]; ROWS];
+/// The sums of the first N queries of a group with the keys of a panel.
+type Group<const N: usize> = [[__m512i; 2]; N];
 
-/// [`super::integer::collect`] with VNNI.
+/// [`super::integer::collect`] with VNNI, for as many queries of a group as there are: in decoding often one.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,popcnt")]
 pub(crate) fn vnni(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
+    match meeting.queries.used {
+        1 => vnni_rows::<1>(meeting, out),
+        2 => vnni_rows::<2>(meeting, out),
+        3 | 4 => vnni_rows::<4>(meeting, out),
+        _ => vnni_rows::<ROWS>(meeting, out),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,popcnt")]
+fn vnni_rows<const N: usize>(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
     let Meeting { queries, panel, .. } = meeting;
     let group_len = panel.values.len() / KEYS * ROWS;
     enter(meeting, out, |g| {
-        let mut sums: Group = [[_mm512_setzero_si512(); 2]; ROWS];
+        let mut sums: Group<N> = [[_mm512_setzero_si512(); 2]; N];
+        // A second chain of additions, where there are registers for it.
+        let mut more = sums;
         for (sums, &start) in sums.iter_mut().zip(&queries.start[g * ROWS..]) {
             *sums = [_mm512_set1_epi32(start); 2];
         }
         let values = &queries.values[g * group_len..][..group_len];
-        for (q, k) in values.chunks_exact(ROWS * STEP).zip(panel.values.chunks_exact(KEYS * STEP)) {
-            // SAFETY: `k` holds KEYS * STEP = 128 bytes.
-            let k = unsafe {
-                [_mm512_loadu_si512(k.as_ptr().cast()), _mm512_loadu_si512(k.as_ptr().add(64).cast())]
-            };
-            for r in 0..ROWS {
-                let q = [q[r * STEP], q[r * STEP + 1], q[r * STEP + 2], q[r * STEP + 3]];
-                let q = _mm512_set1_epi32(i32::from_le_bytes(q.map(i8::cast_unsigned)));
-                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], k[0], q);
-                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], k[1], q);
+        let steps = values.chunks_exact(ROWS * STEP).zip(panel.values.chunks_exact(KEYS * STEP));
+        for (i, (q, k)) in steps.enumerate() {
+            if N < ROWS && i % 2 == 1 { meet(&mut more, q, k) } else { meet(&mut sums, q, k) }
+        }
+        for r in 0..N {
+            for half in 0..2 {
+                sums[r][half] = _mm512_add_epi32(sums[r][half], more[r][half]);
             }
         }
         sums
     })
+}
+
+/// Adds the products of a step: of queries `[ROWS][4]` and keys `[KEYS][4]`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn meet<const N: usize>(sums: &mut Group<N>, q: &[i8], k: &[u8]) {
+    assert!(q.len() == ROWS * STEP && k.len() == KEYS * STEP);
+    // SAFETY: `k` holds KEYS * STEP = 128 bytes.
+    let k = unsafe { [_mm512_loadu_si512(k.as_ptr().cast()), _mm512_loadu_si512(k.as_ptr().add(64).cast())] };
+    for r in 0..N {
+        let q = [q[r * STEP], q[r * STEP + 1], q[r * STEP + 2], q[r * STEP + 3]];
+        let q = _mm512_set1_epi32(i32::from_le_bytes(q.map(i8::cast_unsigned)));
+        sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], k[0], q);
+        sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], k[1], q);
+    }
 }
 
 /// [`super::integer::collect`] with AMX.
@@ -51,7 +76,7 @@ pub(crate) fn amx(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
             tiled.multiply(g / GROUPS, panel.values, &mut products);
             multiplied = Some(g / GROUPS);
         }
-        let mut sums: Group = [[_mm512_setzero_si512(); 2]; ROWS];
+        let mut sums: Group<ROWS> = [[_mm512_setzero_si512(); 2]; ROWS];
         let rows = products.0[g % GROUPS * ROWS..][..ROWS].iter().zip(&queries.start[g * ROWS..]);
         for (sums, (row, &start)) in sums.iter_mut().zip(rows) {
             for (half, sum) in sums.iter_mut().enumerate() {
@@ -64,21 +89,25 @@ pub(crate) fn amx(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
     })
 }
 
-/// Turns the sums of the active groups into bounds, and appends what reaches the thresholds; returns
+/// Turns the sums of the first N queries of the active groups into bounds, and appends what reaches the thresholds; returns
 /// the rows (bits) whose list is then full.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,popcnt")]
-fn enter(meeting: &Meeting<'_>, out: &mut Lists, mut sums: impl FnMut(usize) -> Group) -> u64 {
+fn enter<const N: usize>(
+    meeting: &Meeting<'_>,
+    out: &mut Lists,
+    mut sums: impl FnMut(usize) -> Group<N>,
+) -> u64 {
     let Meeting { queries, panel, active, open } = meeting;
     let (scale, bias, error) = (load(panel.scale), load(panel.bias), load(panel.error));
     let mut full = 0;
     for g in (0..queries.start.len() / ROWS).filter(|g| active >> g & 1 == 1) {
         let sums = sums(g);
-        let rows = g * ROWS..(g + 1) * ROWS;
+        let rows = g * ROWS..g * ROWS + N;
         let (scales, norms) = (&queries.scale[rows.clone()], &queries.norm[rows.clone()]);
         let thresholds = &out.threshold[rows.clone()];
-        let (mut upper, mut any) = ([[_mm512_setzero_ps(); 2]; ROWS], 0u16);
-        for r in 0..ROWS {
+        let (mut upper, mut any) = ([[_mm512_setzero_ps(); 2]; N], 0u16);
+        for r in 0..N {
             let (s, n) = (_mm512_set1_ps(scales[r]), _mm512_set1_ps(norms[r]));
             let t = _mm512_set1_ps(thresholds[r]);
             for half in 0..2 {
@@ -98,9 +127,9 @@ fn enter(meeting: &Meeting<'_>, out: &mut Lists, mut sums: impl FnMut(usize) -> 
 /// Appends the open keys whose upper bound reaches the threshold of their row in group `g`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,popcnt")]
-fn append(
+fn append<const N: usize>(
     g: usize,
-    upper: &[[__m512; 2]; ROWS],
+    upper: &[[__m512; 2]; N],
     open: &[u32],
     norms: &[f32],
     panel: &Panel<'_>,
@@ -108,7 +137,7 @@ fn append(
 ) -> u64 {
     let (error, slack, mut full) = (load(panel.error), load(panel.slack), 0);
     let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for r in 0..ROWS {
+    for r in 0..N {
         let row = g * ROWS + r;
         let t = _mm512_set1_ps(out.threshold[row]);
         let open = [open[r] as u16, (open[r] >> 16) as u16];

@@ -138,16 +138,14 @@ fn forward<T: Element>(logits: &Tensor, targets: &[u32]) -> Result<(PerRow<T>, P
     let rows = rows_per_chunk(logits.len());
     for_chunks2((&mut losses, rows), (&mut log_sums, rows), |chunk, losses, log_sums| {
         vectorize(|| {
-            for (j, (loss, log_sum)) in losses.iter_mut().zip(log_sums).enumerate() {
+            for (j, (loss, sum)) in losses.iter_mut().zip(log_sums).enumerate() {
                 let target = targets[chunk * rows + j];
                 if target == IGNORE {
                     continue;
                 }
                 let row = logits.row(chunk * rows + j);
-                let top = maximum(row);
-                let sum = sum1(row, |x: T| (x.up() - top).exp_fast());
-                *log_sum = top + T::Acc::of(sum.wide().ln());
-                *loss = *log_sum - row[target as usize].up();
+                *sum = log_sum(row);
+                *loss = *sum - row[target as usize].up();
             }
         });
     });
@@ -158,24 +156,46 @@ fn forward<T: Element>(logits: &Tensor, targets: &[u32]) -> Result<(PerRow<T>, P
 fn backward<T: Element>(logits: &Tensor, targets: &[u32], log_sums: &[T::Acc], scale: f64) -> Result<Tensor> {
     let (storage, layout) = logits.storage_and_layout();
     let input = Rows::<T>::new(&storage, layout)?;
-    let vocab = input.len();
-    let mut grad = vec![T::zero(); input.count() * vocab];
-    let rows = rows_per_chunk(vocab);
     let scale = T::Acc::of(scale);
+    gradient_rows::<T>(
+        logits,
+        targets,
+        #[inline(always)]
+        |i, target, grad| {
+            let (row, log_sum) = (input.row(i), log_sums[i]);
+            for (g, &x) in grad.iter_mut().zip(row) {
+                *g = T::down((x.up() - log_sum).exp_fast() * scale);
+            }
+            let p = (row[target].up() - log_sum).exp_fast();
+            grad[target] = T::down((p - T::Acc::of(1.0)) * scale);
+        },
+    )
+}
+
+/// The logsumexp of a row.
+#[inline(always)]
+fn log_sum<T: Element>(row: &[T]) -> T::Acc {
+    let top = maximum(row);
+    top + T::Acc::of(sum1(row, |x: T| (x.up() - top).exp_fast()).wide().ln())
+}
+
+/// A gradient in the shape of `logits` `[rows, V]`: `fill` gets the number, the target and the gradient of every
+/// row that counts; the others are 0. It is compiled into the widest vectors only where it is inlined.
+fn gradient_rows<T: Element>(
+    logits: &Tensor,
+    targets: &[u32],
+    fill: impl Fn(usize, usize, &mut [T]) + Sync,
+) -> Result<Tensor> {
+    let vocab = logits.dim(1)?;
+    let mut grad = vec![T::zero(); targets.len() * vocab];
+    let rows = rows_per_chunk(vocab);
     for_chunks(&mut grad, rows * vocab, |chunk, grad| {
         vectorize(|| {
             for (j, grad) in grad.chunks_exact_mut(vocab).enumerate() {
                 let i = chunk * rows + j;
-                if targets[i] == IGNORE {
-                    continue;
+                if targets[i] != IGNORE {
+                    fill(i, targets[i] as usize, grad);
                 }
-                let (row, log_sum) = (input.row(i), log_sums[i]);
-                for (g, &x) in grad.iter_mut().zip(row) {
-                    *g = T::down((x.up() - log_sum).exp_fast() * scale);
-                }
-                let target = targets[i] as usize;
-                let p = (row[target].up() - log_sum).exp_fast();
-                grad[target] = T::down((p - T::Acc::of(1.0)) * scale);
             }
         });
     });

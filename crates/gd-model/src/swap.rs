@@ -92,13 +92,22 @@ impl Swap {
     /// A layer that the model does not have, selecting layers among the others that select otherwise, or tensors
     /// that the model lacks.
     pub fn apply(&self, parts: &mut Parts) -> Result<Vec<usize>> {
-        let layers = self.layers.of(parts.config.num_hidden_layers)?;
-        // Whole before: what is missing after the swap is what the new layers add.
-        require(&parts.path, &parts.tensors, shapes(&parts.config)?.keys().map(String::as_str))?;
-        parts.config = self.config(&parts.config, &layers)?;
+        let (config, layers) = self.of(parts)?;
+        parts.config = config;
         forget_scores(&mut parts.tensors, &layers);
         parts.seed = Some(0);
         Ok(layers)
+    }
+
+    /// The config of a model after the swap, and the numbers of the layers.
+    ///
+    /// # Errors
+    /// As [`Swap::apply`].
+    pub fn of(&self, parts: &Parts) -> Result<(ModelConfig, Vec<usize>)> {
+        let layers = self.layers.of(parts.config.num_hidden_layers)?;
+        // Whole before: what is missing after the swap is what the new layers add.
+        require(&parts.path, &parts.tensors, shapes(&parts.config)?.keys().map(String::as_str))?;
+        Ok((self.config(&parts.config, &layers)?, layers))
     }
 
     /// The config of a model of `config` after the swap of `layers`.

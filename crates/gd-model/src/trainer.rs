@@ -334,7 +334,7 @@ impl Trainer {
     /// Too many updates in a row were skipped by the guard.
     pub fn advance(&mut self) -> Result<Step> {
         let started = Instant::now();
-        if self.step > 0 && self.aligns(self.step - 1) != self.aligns(self.step) {
+        if self.step > 0 && self.recipe.train.aligns(self.step - 1) != self.recipe.train.aligns(self.step) {
             self.guard.forget();
         }
         let mut gradients = self.gradients()?;
@@ -347,7 +347,7 @@ impl Trainer {
         }
         let mask = Mask::causal(0);
         let Pass { hardness, candidates, .. } = self.pass(&mask);
-        let aligned = self.original.is_some().then(|| self.aligns(self.step));
+        let aligned = self.original.is_some().then(|| self.recipe.train.aligns(self.step));
         self.step += 1;
         let seconds = started.elapsed().as_secs_f64();
         self.seconds += seconds;
@@ -410,7 +410,7 @@ impl Trainer {
         weight: f64,
     ) -> Result<(Tensor, GradStore)> {
         let uptrain = self.original.as_ref().zip(self.recipe.train.uptrain.as_ref());
-        if let (Some((original, _)), true) = (uptrain, self.aligns(self.step)) {
+        if let (Some((original, _)), true) = (uptrain, self.recipe.train.aligns(self.step)) {
             let (other, layers) = (original.model(), original.changed());
             return Ok(self.model.aligned(other, vars, layers, ids, pass, weight)?);
         }
@@ -426,12 +426,6 @@ impl Trainer {
         let loss = head(&self.model.hidden(ids, pass, None)?)?;
         let store = loss.backward()?;
         Ok((loss, store))
-    }
-
-    /// Whether a step aligns layers with those of the original.
-    fn aligns(&self, step: u64) -> bool {
-        let train = &self.recipe.train;
-        train.uptrain.as_ref().is_some_and(|uptrain| uptrain.aligns(step, train.steps))
     }
 
     /// Why this step's update is to be skipped, if it is.

@@ -3,12 +3,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::safetensors::{load, save};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
+
+mod program;
+
+use program::gd;
 
 const CPU: Device = Device::Cpu;
 
@@ -16,23 +19,13 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/beacon").join(name)
 }
 
-fn gd(dir: &Path, args: &str) -> Result<Output> {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
-    Ok(program.arg("beacon-report").args(args.split_whitespace()).current_dir(dir).output()?)
-}
-
-fn report(dir: &Path, args: &str) -> Result<Value> {
-    let out = gd(dir, &format!("{args} --json"))?;
-    ensure!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
-    Ok(serde_json::from_slice(&out.stdout)?)
-}
-
 #[test]
 fn the_recorded_run_is_reproduced() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let (data, params) = (fixture("rescue-first.safetensors"), fixture("rescue-first.json"));
-    let args = format!("--in {} --params {} --out y.safetensors", data.display(), params.display());
-    let found = report(dir.path(), &format!("{args} --figure gamma.svg"))?;
+    let args =
+        format!("beacon-report --in {} --params {} --out y.safetensors", data.display(), params.display());
+    let found = program::json(dir.path(), &format!("{args} --figure gamma.svg --json"))?;
     let recorded: Value = serde_json::from_str(&fs::read_to_string(&params)?)?;
     let metrics = recorded["metrics"].as_object().context("metrics")?;
     ensure!(metrics.len() == 26 && found.as_object().map(|m| m.len()) == Some(26), "{found}");
@@ -69,7 +62,7 @@ fn rows(dir: &Path, raw: &[[f32; 4]], labels: &[i64], params: &Value) -> Result<
     ];
     save(&tensors.into_iter().map(|(name, t)| (name.to_owned(), t)).collect(), dir.join("x.safetensors"))?;
     fs::write(dir.join("p.json"), params.to_string())?;
-    Ok("--in x.safetensors --params p.json".into())
+    Ok("beacon-report --in x.safetensors --params p.json".into())
 }
 
 fn params() -> Value {
@@ -92,7 +85,7 @@ fn rescues_false_alarms_and_lost_rows_are_counted() -> Result<()> {
         [0.0, 0.0, -3.0, 4.0],
     ];
     let args = rows(dir.path(), &raw, &[2, 2, 2, 0, 1, 0], &params())?;
-    let found = report(dir.path(), &args)?;
+    let found = program::json(dir.path(), &format!("{args} --json"))?;
     let third = 1.0 / 3.0;
     for (name, expected) in [
         ("baseline_acc", 4.0 / 6.0),
@@ -114,7 +107,7 @@ fn rescues_false_alarms_and_lost_rows_are_counted() -> Result<()> {
     }
     // Without a row of the minority nothing can be said of it.
     let args = rows(dir.path(), &raw, &[0, 0, 0, 0, 1, 0], &params())?;
-    let found = report(dir.path(), &args)?;
+    let found = program::json(dir.path(), &format!("{args} --json"))?;
     ensure!(found["rescue_rate"].is_null() && found["baseline_acc"].is_f64(), "{found}");
     ensure!(String::from_utf8(gd(dir.path(), &args)?.stdout)?.contains("no row"));
     Ok(())
@@ -150,9 +143,9 @@ fn what_does_not_fit_is_named() -> Result<()> {
     let mut short = params();
     short.as_object_mut().map(|params| params.remove("margin"));
     refused(&rows(dir, &good, &[0, 1], &short)?, &["p.json", "margin"])?;
-    refused("--in x.safetensors --params nowhere.json", &["nowhere.json"])?;
-    refused("--in nowhere.safetensors --params p.json", &["nowhere.safetensors"])?;
+    refused("beacon-report --in x.safetensors --params nowhere.json", &["nowhere.json"])?;
+    refused("beacon-report --in nowhere.safetensors --params p.json", &["nowhere.safetensors"])?;
     fs::write(dir.join("cut.safetensors"), [1, 2, 3])?;
-    refused("--in cut.safetensors --params p.json", &["cut.safetensors", "not a whole"])?;
+    refused("beacon-report --in cut.safetensors --params p.json", &["cut.safetensors", "not a whole"])?;
     Ok(())
 }

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device};
@@ -16,20 +15,12 @@ use serde_json::Value;
 #[path = "../examples/swap.rs"]
 #[allow(dead_code)]
 mod example;
+mod program;
+
+use program::{gd, json};
 
 fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama").join(family)
-}
-
-fn gd(dir: &Path, args: &str) -> Result<Output> {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
-    Ok(program.args(args.split_whitespace()).current_dir(dir).output()?)
-}
-
-fn json(dir: &Path, args: &str) -> Result<Value> {
-    let out = gd(dir, args)?;
-    ensure!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
-    Ok(serde_json::from_slice(&out.stdout)?)
 }
 
 fn folder() -> Result<tempfile::TempDir> {

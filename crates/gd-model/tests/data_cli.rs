@@ -1,11 +1,12 @@
 //! `gd data` and training on what it writes, end to end.
 
 use std::fs;
-use std::path::Path;
-use std::process::{Command, Output};
 
-use anyhow::{Result, ensure};
-use serde_json::Value;
+use anyhow::Result;
+
+mod program;
+
+use program::{gd, json};
 
 const SMALL: &str = include_str!("fixtures/small.json");
 const SAMPLE: &str = include_str!("../../../models/sample.txt");
@@ -19,16 +20,6 @@ fn folder() -> Result<tempfile::TempDir> {
     fs::write(dir.path().join("lines.jsonl"), paragraphs.iter().map(line).collect::<String>())?;
     fs::write(dir.path().join("text.txt"), paragraphs.join("\n---\n"))?;
     Ok(dir)
-}
-
-fn gd(dir: &Path, args: &str) -> Result<Output> {
-    Ok(Command::new(env!("CARGO_BIN_EXE_gd")).args(args.split_whitespace()).current_dir(dir).output()?)
-}
-
-fn json(dir: &Path, args: &str) -> Result<Value> {
-    let output = gd(dir, args)?;
-    ensure!(output.status.success(), "gd {args}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(serde_json::from_slice(&output.stdout)?)
 }
 
 const LINES: &str = "--data lines.jsonl --text-field body";
@@ -81,7 +72,7 @@ fn a_learned_vocabulary_goes_from_the_data_to_the_model() -> Result<()> {
     let output = gd(dir, "eval model --data bytes --json")?;
     let error = String::from_utf8(output.stderr)?;
     assert_eq!(output.status.code(), Some(1));
-    assert!(error.contains("bytes: prepared with another tokenizer than that of model"), "{error}");
+    assert!(error.contains("bytes: prepared with another tokenizer than the model's"), "{error}");
     Ok(())
 }
 

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
@@ -18,6 +17,10 @@ use gd_model::swap::{Layers, Swap};
 use gd_model::transformer::Transformer;
 use gd_model::uptrain::Original;
 use serde_json::Value;
+
+mod program;
+
+use program::{error, json};
 
 const CPU: Device = Device::Cpu;
 const TEXT: &str = include_str!("../../../models/sample.txt");
@@ -219,25 +222,6 @@ fn originals_that_do_not_fit_are_refused() -> Result<()> {
         other.contains("cannot learn from an original of") && other.contains(&wide.hidden_size.to_string())
     );
     Ok(())
-}
-
-fn gd(dir: &Path, args: &str) -> Result<Output> {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
-    Ok(program.args(args.split_whitespace()).current_dir(dir).output()?)
-}
-
-fn json(dir: &Path, args: &str) -> Result<Value> {
-    let out = gd(dir, args)?;
-    ensure!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
-    Ok(serde_json::from_slice(&out.stdout)?)
-}
-
-/// The error of a call that must fail with this code.
-fn error(dir: &Path, args: &str, code: i32) -> Result<String> {
-    let out = gd(dir, args)?;
-    let text = String::from_utf8_lossy(&out.stderr).into_owned();
-    ensure!(out.status.code() == Some(code), "{args}: {:?} {text}", out.status);
-    Ok(text.lines().last().unwrap_or_default().to_owned())
 }
 
 /// A folder with a text and a copy of a fixture under the name `model`, with files beside it that models have.

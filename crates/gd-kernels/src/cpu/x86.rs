@@ -89,8 +89,8 @@ pub(crate) fn amx(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
     })
 }
 
-/// Turns the sums of the first N queries of the active groups into bounds, and appends what reaches the thresholds; returns
-/// the rows (bits) whose list is then full.
+/// Turns the sums of the first N queries of the active groups into bounds, and appends what reaches the
+/// thresholds; returns the rows (bits) whose list is then full.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,popcnt")]
 fn enter<const N: usize>(

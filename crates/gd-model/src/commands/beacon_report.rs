@@ -8,7 +8,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{Context, op};
+use super::{Context, op, usage};
 use crate::beacon_report::{Protection, Report, Scores, report};
 use crate::compare::plain_table;
 use crate::config::parse;
@@ -112,9 +112,9 @@ fn protection(path: &Path) -> Result<Protection> {
     let name = path.display().to_string();
     let text = std::fs::read_to_string(path).with_context(|| name.clone())?;
     let tree: Value = serde_json::from_str(&text).with_context(|| name.clone())?;
+    let barrier = op::barrier_of(tree.clone()).map_err(|e| usage(format!("{name}: {e}")))?;
     let params: Params =
         parse(tree).map_err(|problems| anyhow::anyhow!("{name}: {}", problems.join("; ")))?;
-    let barrier = op::barrier(&name).with_context(|| name.clone())?;
     let detect_floor = params.preset.and_then(|p| p.detect_floor).or(params.detect_floor);
     Ok(Protection {
         barrier,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -124,6 +124,15 @@ pub(super) fn prepared(paths: &[PathBuf]) -> Result<Option<Prepared>> {
             Err(usage(format!("--data: {} is prepared data, which stands alone", folder.display())))
         }
     }
+}
+
+/// As [`prepared`], for a model whose tokenizer is to be the one it was prepared with.
+pub(super) fn prepared_for(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<Option<Prepared>> {
+    let Some(prepared) = prepared(paths)? else { return Ok(None) };
+    if prepared.tokenizer.to_json()? != tokenizer.to_json()? {
+        bail!("{}: prepared with another tokenizer than the model's", paths[0].display());
+    }
+    Ok(Some(prepared))
 }
 
 /// Runs the command.

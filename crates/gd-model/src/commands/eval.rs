@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
-use super::data::{ReadingArgs, prepared};
+use super::data::{ReadingArgs, prepared_for};
 use super::{Context, usage};
 use crate::data::{Documents, Reading, Tokens};
 use crate::evaluate::evaluate;
@@ -77,11 +77,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 
 /// The tokens to measure on, and the bytes of text that they stand for.
 fn read(args: &Args, tokenizer: &Tokenizer) -> Result<(Tokens, usize)> {
-    if let Some(prepared) = prepared(&args.data)? {
-        if prepared.tokenizer.to_json()? != tokenizer.to_json()? {
-            let folder = args.data[0].display();
-            bail!("{folder}: prepared with another tokenizer than that of {}", args.model.display());
-        }
+    if let Some(prepared) = prepared_for(&args.data, tokenizer)? {
         return Ok((prepared.corpus.valid, prepared.corpus.valid_bytes));
     }
     let mut reading = Reading::default();

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 pub use args::{Args, Operator, ScanArgs, SelectArgs};
 use inputs::Inputs;
-pub(super) use inputs::barrier;
+pub(super) use inputs::barrier_of;
 
 use super::Context;
 use crate::tensor_file::{self, Tensors};

@@ -20,7 +20,7 @@ use crate::evaluate::Evaluation;
 use crate::generate::sample;
 use crate::history::History;
 use crate::log::Event;
-use crate::model_file;
+use crate::model_file::{self, Parts};
 use crate::parallel::Group;
 use crate::report;
 use crate::run::{About, RECIPE, Run, Saved};
@@ -204,7 +204,7 @@ fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
     let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
     let (corpus, tokenizer) = corpus(&args.data, &mut recipe)?;
     let about = About { name, data: args.data.clone(), seed: ctx.seed.unwrap_or(0) };
-    let trainer = trainer(group, recipe, corpus, &about, ctx)?;
+    let trainer = trainer(group, recipe, None, corpus, &about, ctx)?;
     Ok(Run::create(&out, trainer, tokenizer, about)?)
 }
 
@@ -255,7 +255,8 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
         Err(e) => Err(e),
     };
     let corpus = corpus.context("the data of the run (--data says where it is now)")?;
-    let trainer = trainer(group, recipe, corpus, &saved.about, ctx)?;
+    let original = original(&recipe, ctx)?;
+    let trainer = trainer(group, recipe, original, corpus, &saved.about, ctx)?;
     let passed_over = saved.damaged().iter().map(|(_, reason)| reason.clone()).collect();
     let run = Run::resume(saved, trainer, &ctx.device)?;
     if group.leads() {
@@ -264,19 +265,23 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
     Ok((run, passed_over))
 }
 
+/// The model that a run learns from, where its recipe names one.
+fn original(recipe: &Recipe, ctx: &Context) -> Result<Option<Parts>> {
+    let Some(uptrain) = &recipe.train.uptrain else { return Ok(None) };
+    let parts = model_file::read(&uptrain.original, &ctx.device);
+    Ok(Some(parts.context("the original (--set train.uptrain.original=PATH says where it is now)")?))
+}
+
 pub(super) fn trainer(
     group: &Group,
     recipe: Recipe,
+    original: Option<Parts>,
     corpus: Corpus,
     about: &About,
     ctx: &Context,
 ) -> Result<Trainer> {
-    let mut trainer = match &recipe.train.uptrain {
-        Some(uptrain) => {
-            let original = model_file::read(&uptrain.original, &ctx.device)
-                .context("the original (--set train.uptrain.original=PATH says where it is now)")?;
-            Trainer::uptrain(recipe, corpus, about.seed, original, &ctx.device)?
-        }
+    let mut trainer = match original {
+        Some(original) => Trainer::uptrain(recipe, corpus, about.seed, original, &ctx.device)?,
         None => Trainer::new(recipe, corpus, about.seed, &ctx.device)?,
     };
     trainer.join(group.clone())?;

@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use super::data::{ReadingArgs, prepared};
+use super::data::{ReadingArgs, prepared_for};
 use super::{Context, convert, train, usage};
 use crate::config::{Recipe, Setting, UPTRAIN};
 use crate::data::Corpus;
-use crate::model_file;
+use crate::model_file::{self, Parts};
 use crate::parallel::Group;
 use crate::run::{About, Run};
 use crate::tokenizer::Tokenizer;
@@ -16,6 +16,8 @@ use crate::uptrain::{reading, schedule};
 
 /// The flags.
 #[derive(Debug, clap::Args)]
+// Flattened into those of `gd convert`, which make a group of this name.
+#[group(skip)]
 pub struct Args {
     /// Train the model on a text and on what the original makes of it
     #[arg(long, requires = "attention")]
@@ -43,24 +45,24 @@ pub struct Args {
 /// # Errors
 /// Names the flag, file or value that cannot be used.
 pub(super) fn run(group: &Group, args: &convert::Args, ctx: &Context) -> Result<()> {
-    let (mut recipe, tokenizer) = recipe(args, ctx)?;
+    let original = model_file::read(&args.model, &ctx.device)?;
+    let (mut recipe, tokenizer) = (recipe(args, &original)?, original.tokenizer.clone());
     let how = &args.uptrain;
     how.reading.apply(&mut recipe.train.documents);
     let corpus = corpus(&how.data, &recipe, &tokenizer)?;
     let name = args.out.file_name().unwrap_or(args.out.as_os_str()).to_string_lossy().into_owned();
     let about = About { name, data: how.data.clone(), seed: ctx.seed.unwrap_or(0) };
-    let trainer = train::trainer(group, recipe, corpus, &about, ctx)?;
+    let trainer = train::trainer(group, recipe, Some(original), corpus, &about, ctx)?;
     let run = Run::create(&args.out, trainer, tokenizer, about)?;
     train::carry_out(run, Vec::new(), how.stop_after, ctx)
 }
 
-/// The swapped model and its training, and the tokenizer that it brings.
-fn recipe(args: &convert::Args, ctx: &Context) -> Result<(Recipe, Tokenizer)> {
-    let mut parts = model_file::read(&args.model, &ctx.device)?;
-    if let Some(swap) = args.swap() {
-        swap.apply(&mut parts)?;
-    }
-    let mut model = parts.config;
+/// The swapped model and its training.
+fn recipe(args: &convert::Args, original: &Parts) -> Result<Recipe> {
+    let mut model = match args.swap() {
+        Some(swap) => swap.of(original)?.0,
+        None => original.config.clone(),
+    };
     // Trained in f32, whatever it came in.
     (model.dtype, model.origin) = ("float32".into(), None);
     (model.gd.select.candidates, model.gd.select.estimator) = reading(args.k);
@@ -78,16 +80,13 @@ fn recipe(args: &convert::Args, ctx: &Context) -> Result<(Recipe, Tokenizer)> {
     // The way to few keys begins where the alignment ends, which a setting may have moved.
     let align = load(&[])?.train.uptrain.map_or(0.0, |uptrain| uptrain.align);
     let select = Setting::new("train.select", serde_json::to_value(schedule(args.k, align))?);
-    Ok((load(&[select])?, parts.tokenizer))
+    load(&[select])
 }
 
 /// The text in the model's tokens.
 fn corpus(files: &[PathBuf], recipe: &Recipe, tokenizer: &Tokenizer) -> Result<Corpus> {
-    let Some(prepared) = prepared(files)? else {
-        return Ok(Corpus::encode(&train::texts(files, recipe)?, tokenizer)?);
-    };
-    if prepared.tokenizer.to_json()? != tokenizer.to_json()? {
-        bail!("{}: prepared with another tokenizer than the model's", files[0].display());
+    match prepared_for(files, tokenizer)? {
+        Some(prepared) => Ok(prepared.corpus),
+        None => Ok(Corpus::encode(&train::texts(files, recipe)?, tokenizer)?),
     }
-    Ok(prepared.corpus)
 }

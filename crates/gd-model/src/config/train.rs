@@ -117,14 +117,18 @@ impl TrainConfig {
         self.save_every.unwrap_or(self.steps.div_ceil(10).min(500))
     }
 
+    /// Whether a step, from 0, aligns layers with those of an original.
+    pub fn aligns(&self, step: u64) -> bool {
+        self.uptrain.as_ref().is_some_and(|uptrain| uptrain.aligns(step, self.steps))
+    }
+
     /// Every value that a step takes from a schedule. A run may become longer where these stay the same for
     /// the steps that it has done.
     pub fn scheduled(&self, step: u64) -> impl PartialEq + use<> {
         let mask = Mask::causal(0);
         let pass = self.select.pass(&mask, step as f64 / self.steps.max(1) as f64);
         let select = (pass.candidates, pass.hardness, pass.preserve_floor, pass.temperature, pass.threshold);
-        let aligns = self.uptrain.as_ref().is_some_and(|uptrain| uptrain.aligns(step, self.steps));
-        (self.lr.lr(step, self.steps), select, aligns)
+        (self.lr.lr(step, self.steps), select, self.aligns(step))
     }
 
     /// Checks the values against each other.

@@ -3,11 +3,11 @@
 
 use candle_core::{Result, Tensor, bail};
 use gd_kernels::by_float;
-use gd_kernels::element::{Element, Real, maximum, sum1, sum2};
-use gd_kernels::fused::{Rows, for_chunks, for_chunks2, rows_per_chunk, vectorize};
+use gd_kernels::element::{Element, Real, sum2};
+use gd_kernels::fused::{Rows, for_chunks2, rows_per_chunk, vectorize};
 
 use super::linear::{in_chunks, validate};
-use super::{IGNORE, PerRow, counted, log_softmax, row_losses};
+use super::{IGNORE, PerRow, counted, gradient_rows, log_softmax, log_sum, row_losses};
 
 /// The mean over counted rows of `CE(s, target) + kl * KL(softmax(t) || softmax(s))`, in nats, with the logits
 /// `s = hidden weightᵀ` and those of the other model `t`, from its own hidden states `[rows, C']` and weights
@@ -23,8 +23,8 @@ pub fn linear_distillation(
     (other_hidden, other_weight): (&Tensor, &Tensor),
     kl: f64,
 ) -> Result<Tensor> {
-    validate(hidden, weight, targets)?;
-    validate(other_hidden, other_weight, targets)?;
+    validate("linear_distillation", hidden, weight, targets)?;
+    validate("linear_distillation", other_hidden, other_weight, targets)?;
     if (weight.dim(0)?, weight.dtype()) != (other_weight.dim(0)?, other_weight.dtype()) {
         bail!(
             "linear_distillation: weights {:?} {:?} and those of the other model {:?} {:?}; the same vocabulary \
@@ -85,10 +85,6 @@ fn forward<T: Element>(
                     continue;
                 }
                 let (s, t) = (logits.row(i), other.row(i));
-                let log_sum = |row: &[T]| {
-                    let top = maximum(row);
-                    top + T::Acc::of(sum1(row, |x: T| (x.up() - top).exp_fast()).wide().ln())
-                };
                 let (of_s, of_t) = (log_sum(s), log_sum(t));
                 let apart = sum2(t, s, |t: T, s: T| {
                     let log_p = t.up() - of_t;
@@ -113,29 +109,21 @@ fn backward<T: Element>(
 ) -> Result<Tensor> {
     let ((storage, layout), (others, other)) = (logits.storage_and_layout(), other.storage_and_layout());
     let (input, other) = (Rows::<T>::new(&storage, layout)?, Rows::<T>::new(&others, other)?);
-    let vocab = input.len();
-    let mut grad = vec![T::zero(); input.count() * vocab];
-    let rows = rows_per_chunk(vocab);
     let (mine, theirs, one) = (T::Acc::of((1.0 + kl) * scale), T::Acc::of(kl * scale), T::Acc::of(scale));
-    for_chunks(&mut grad, rows * vocab, |chunk, grad| {
-        vectorize(|| {
-            for (j, grad) in grad.chunks_exact_mut(vocab).enumerate() {
-                let i = chunk * rows + j;
-                if targets[i] == IGNORE {
-                    continue;
-                }
-                let [of_s, of_t] = sums[i];
-                let of = |s: T, t: T| (s.up() - of_s).exp_fast() * mine - (t.up() - of_t).exp_fast() * theirs;
-                let (s, t) = (input.row(i), other.row(i));
-                for ((g, &s), &t) in grad.iter_mut().zip(s).zip(t) {
-                    *g = T::down(of(s, t));
-                }
-                let target = targets[i] as usize;
-                grad[target] = T::down(of(s[target], t[target]) - one);
+    gradient_rows::<T>(
+        logits,
+        targets,
+        #[inline(always)]
+        |i, target, grad| {
+            let [of_s, of_t] = sums[i];
+            let of = |s: T, t: T| (s.up() - of_s).exp_fast() * mine - (t.up() - of_t).exp_fast() * theirs;
+            let (s, t) = (input.row(i), other.row(i));
+            for ((g, &s), &t) in grad.iter_mut().zip(s).zip(t) {
+                *g = T::down(of(s, t));
             }
-        });
-    });
-    Tensor::from_vec(grad, logits.shape(), logits.device())
+            grad[target] = T::down(of(s[target], t[target]) - one);
+        },
+    )
 }
 
 #[cfg(test)]

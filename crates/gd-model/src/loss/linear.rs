@@ -27,7 +27,7 @@ pub(crate) fn chunk_rows(vocab: usize, hidden: usize) -> usize {
 /// # Errors
 /// Shapes that do not fit, no rows, or a target outside the vocabulary.
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    validate(hidden, weight, targets)?;
+    validate("linear_cross_entropy", hidden, weight, targets)?;
     if !hidden.device().is_cpu() {
         return composed(&hidden.matmul(&weight.t()?)?, targets);
     }
@@ -46,7 +46,7 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) 
 /// # Errors
 /// As [`linear_cross_entropy`].
 pub fn linear_token_losses(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Vec<f32>> {
-    validate(hidden, weight, targets)?;
+    validate("linear_token_losses", hidden, weight, targets)?;
     let (hidden, head) = (hidden.detach(), weight.detach().t()?);
     let mut losses = Vec::with_capacity(targets.elem_count());
     for (at, rows) in pieces(&hidden, weight)? {
@@ -56,7 +56,8 @@ pub fn linear_token_losses(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -
     Ok(losses)
 }
 
-pub(super) fn validate(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<()> {
+/// Checks the arguments of the loss `name`.
+pub(super) fn validate(name: &str, hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<()> {
     let fits = matches!(
         (hidden.dims(), weight.dims(), targets.dims()),
         ([r, c], [v, w], [t]) if r == t && c == w && *r > 0 && *c > 0 && *v > 0
@@ -65,7 +66,7 @@ pub(super) fn validate(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Re
         return Ok(());
     }
     bail!(
-        "linear_cross_entropy: hidden {:?} {:?}, weight {:?} {:?} and targets {:?} {:?}; [rows, C], [V, C] of \
+        "{name}: hidden {:?} {:?}, weight {:?} {:?} and targets {:?} {:?}; [rows, C], [V, C] of \
          the same dtype and u32 [rows] expected, none empty",
         hidden.dims(),
         hidden.dtype(),

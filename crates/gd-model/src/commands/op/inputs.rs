@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{Barrier, CANDIDATES, Mask};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::args::{MaskKind, ScanArgs};
 use crate::commands::usage;
@@ -199,23 +200,27 @@ struct BarrierFile {
 }
 
 /// Reads `--barrier`: `name=value` pairs, or a file of them.
-pub(in crate::commands) fn barrier(spec: &str) -> Result<Barrier> {
-    let json = if spec.contains('=') {
+pub(super) fn barrier(spec: &str) -> Result<Barrier> {
+    let at = || format!("--barrier {spec}");
+    let tree = if spec.contains('=') {
         let pair = |part: &str| {
             let (name, value) = part.split_once('=')?;
             Some((name.trim().to_owned(), value.trim().parse::<f64>().ok()?.into()))
         };
-        let pairs = spec.split(',').map(|part| {
-            pair(part).ok_or_else(|| usage(format!("--barrier {spec}: `{part}` is not NAME=NUMBER")))
-        });
-        serde_json::Value::Object(pairs.collect::<Result<_>>()?)
+        let pairs = spec
+            .split(',')
+            .map(|part| pair(part).ok_or_else(|| usage(format!("{}: `{part}` is not NAME=NUMBER", at()))));
+        Value::Object(pairs.collect::<Result<_>>()?)
     } else {
-        let text = std::fs::read_to_string(spec).with_context(|| format!("--barrier {spec}"))?;
-        let mut json: serde_json::Value =
-            serde_json::from_str(&text).with_context(|| format!("--barrier {spec}"))?;
-        json.get_mut("preset").map(serde_json::Value::take).unwrap_or(json)
+        serde_json::from_str(&std::fs::read_to_string(spec).with_context(at)?).with_context(at)?
     };
-    let b: BarrierFile = serde_json::from_value(json).map_err(|e| usage(format!("--barrier {spec}: {e}")))?;
+    barrier_of(tree).map_err(|e| usage(format!("{}: {e}", at())))
+}
+
+/// The barrier of a JSON file that has been read.
+pub(in crate::commands) fn barrier_of(mut tree: Value) -> Result<Barrier, serde_json::Error> {
+    let tree = tree.get_mut("preset").map(Value::take).unwrap_or(tree);
+    let b: BarrierFile = serde_json::from_value(tree)?;
     Ok(Barrier {
         floor: b.floor,
         margin: b.margin,

@@ -25,4 +25,4 @@ pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, Tie
 pub use plan::{Backend, CANDIDATES, Isa, Plan, Problem, Walk, support_table};
 pub use quantized::QuantizedKeys;
 pub use scan::{Candidates, Scan, plan, scan, scan_all};
-pub use select::{Select, Selected, scan_select, select};
+pub use select::{Round, Select, Selected, scan_select, select};

@@ -8,6 +8,7 @@ use candle_core::{Result, Tensor};
 use gd_kernels::{Mask, Selected};
 
 use crate::cache::LayerCache;
+use crate::probe::Probe;
 
 /// A layer that lets positions read each other. `GdAttention` and `SoftmaxAttention` are swap
 /// partners behind it.
@@ -21,7 +22,7 @@ pub trait Attention: Send + Sync {
 }
 
 /// What holds for all layers during one forward pass.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Pass<'a> {
     /// Which keys each query sees.
     pub mask: &'a Mask,
@@ -37,6 +38,10 @@ pub struct Pass<'a> {
     pub threshold: Option<f64>,
     /// Where every layer, first to last, leaves a record; none to save the work.
     pub record: Option<&'a RefCell<Vec<Record>>>,
+    /// What looks into the selecting layers, and may reach in.
+    pub probe: Option<&'a dyn Probe>,
+    /// The number of the layer, which the model sets for each: the probe gets it.
+    pub layer: usize,
 }
 
 impl<'a> Pass<'a> {
@@ -50,6 +55,8 @@ impl<'a> Pass<'a> {
             temperature: None,
             threshold: None,
             record: None,
+            probe: None,
+            layer: 0,
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::attention::{Attention, Pass, Record, distinct};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 use crate::heads::{Heads, Ready};
+use crate::probe::{Found, Reading};
 use crate::rope::Rotary;
 
 /// The weight of the query's well starts beside 1/2, where the two wells tie.
@@ -103,12 +104,14 @@ impl GdAttention {
             false => ready.prior.clone(),
         };
         let prior = prior.as_ref();
+        let own = pass.candidates.unwrap_or(gd.candidates);
+        let count = pass.probe.map_or(own, |probe| probe.candidates(pass.layer, own));
         let what = Scan {
             prior,
             score: gd.score,
             tie: gd.tie,
             protected: protected.as_ref(),
-            ..Scan::new(&beta, mask, pass.candidates.unwrap_or(gd.candidates))
+            ..Scan::new(&beta, mask, count)
         };
         let candidates = match gd.estimator {
             Estimator::Dense => scan_all(q, k, &what)?,
@@ -120,11 +123,16 @@ impl GdAttention {
             (Some(threshold), Some(more)) => Some((threshold + more)?),
             (threshold, _) => threshold.clone(),
         };
+        let (layer, threshold) = (pass.layer, threshold.as_ref());
+        let candidates = match pass.probe {
+            Some(probe) => probe.preserved(Found { layer, own, candidates, threshold, q, k, scan: &what })?,
+            None => candidates,
+        };
         let how = Select {
             prior,
             score: gd.score,
             tie: gd.tie,
-            threshold: threshold.as_ref(),
+            threshold,
             alpha: alpha.as_ref(),
             gate: gd.gate,
             estimator: gd.estimator,
@@ -138,6 +146,11 @@ impl GdAttention {
             ..Select::new(&beta)
         };
         let selected = select(q, k, v, &candidates, &how)?;
+        if let Some(probe) = pass.probe {
+            let (memory, output_gate) = (ready.memory.as_ref(), ready.gate.as_ref());
+            let (candidates, selected) = (&candidates, &selected);
+            probe.selected(&Reading { layer, candidates, selected, threshold, memory, output_gate })?;
+        }
         Ok((selected, candidates))
     }
 }

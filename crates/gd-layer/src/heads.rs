@@ -41,8 +41,10 @@ pub(crate) struct Ready {
     pub(crate) mask: Mask,
     /// Key prior `[B, Hk, M]`.
     pub(crate) prior: Option<Tensor>,
-    memory: Option<Tensor>,
-    gate: Option<Tensor>,
+    /// What the Beacon's running averages add to the heads `[B, Hq, N, D]`.
+    pub(crate) memory: Option<Tensor>,
+    /// The output gate `[B, N, Hq * D]`.
+    pub(crate) gate: Option<Tensor>,
 }
 
 impl Heads {

@@ -16,6 +16,7 @@ mod mask;
 mod norm;
 #[cfg(test)]
 mod oracle;
+mod probe;
 mod rope;
 mod softmax;
 mod softmax_attention;
@@ -28,6 +29,7 @@ pub use config::{AttentionConfig, BeaconConfig, GdConfig};
 pub use gd_attention::GdAttention;
 pub use linear::{Linear, linear};
 pub use norm::{RmsNorm, rms_norm};
+pub use probe::{Found, Probe, Reading};
 pub use rope::{RopeScaling, Rotary};
 pub use softmax_attention::SoftmaxAttention;
 pub use swiglu::swiglu;

@@ -99,7 +99,7 @@ pub fn generate_batch(
         }
         let mut cache = model.new_cache();
         let ids = Tensor::new(all.as_slice(), device)?.unsqueeze(0)?;
-        let logits = last_logits(model, &ids, &Mask::causal(0), &mut cache)?;
+        let logits = last_logits(model, &ids, &Pass::new(&Mask::causal(0)), &mut cache)?;
         let mut row = Row { place, all, left };
         if next(&mut row, &logits[0])? {
             rows.push(row);
@@ -114,7 +114,7 @@ pub fn generate_batch(
         let ids: Vec<u32> = rows.iter().filter_map(|row| row.all.last().copied()).collect();
         let ids = Tensor::new(ids, device)?.unsqueeze(1)?;
         let mask = Mask::causal(0).each(rows.iter().map(|row| row.all.len() as i64 - 1).collect());
-        let logits = last_logits(model, &ids, &mask, &mut cache)?;
+        let logits = last_logits(model, &ids, &Pass::new(&mask), &mut cache)?;
         let (mut places, mut left) = (Vec::new(), Vec::new());
         for (at, (mut row, logits)) in rows.drain(..).zip(&logits).enumerate() {
             if next(&mut row, logits)? {
@@ -133,13 +133,13 @@ pub fn generate_batch(
 }
 
 /// The logits `[B, V]` after the last of `ids` `[B, N]`, which continue what the cache holds.
-fn last_logits(
+pub(crate) fn last_logits(
     model: &Transformer,
     ids: &Tensor,
-    mask: &Mask,
+    pass: &Pass,
     cache: &mut [LayerCache],
 ) -> candle_core::Result<Vec<Vec<f32>>> {
-    let hidden = model.hidden(ids, &Pass::new(mask), Some(cache))?;
+    let hidden = model.hidden(ids, pass, Some(cache))?;
     let last = hidden.narrow(1, ids.dim(1)? - 1, 1)?;
     model.logits(&last)?.detach().to_dtype(DType::F32)?.squeeze(1)?.to_vec2()
 }

@@ -38,9 +38,11 @@ pub mod stop;
 pub mod swap;
 pub mod tensor_file;
 pub mod tokenizer;
+pub mod trace;
 pub mod trainer;
 pub mod transformer;
 pub mod uptrain;
 pub mod variants;
+pub mod viewer;
 
 pub use error::{Error, Result};

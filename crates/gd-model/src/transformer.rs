@@ -41,6 +41,7 @@ impl Mlp {
 
 /// One layer.
 struct Block {
+    index: usize,
     attention: Box<dyn Attention>,
     mlp: Mlp,
     input_norm: RmsNorm,
@@ -54,7 +55,8 @@ impl Block {
 
     /// What the attention reads.
     fn read(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        self.attention.attend(&self.input_norm.forward(x)?, pass, cache)
+        let pass = Pass { layer: self.index, ..*pass };
+        self.attention.attend(&self.input_norm.forward(x)?, &pass, cache)
     }
 
     /// The block's output with what its attention has read.
@@ -109,6 +111,7 @@ impl Transformer {
                 Mechanism::Gd => Box::new(GdAttention::new(&attention, rotary.clone(), inner)?),
             };
             Ok(Block {
+                index: i,
                 attention,
                 mlp: Mlp::new(c, config.intermediate_size, config.mlp_bias, vb.pp("mlp"))?,
                 input_norm: RmsNorm::new(c, eps, vb.pp("input_layernorm"))?,

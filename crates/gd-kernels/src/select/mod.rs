@@ -100,6 +100,19 @@ pub struct Selected {
     /// Coherence point u* on the passage from query to key; 0 (the query) where the head abstained.
     /// Present when alpha is given.
     pub coherence: Option<Tensor>,
+    /// The energies compared, of every candidate `[B, Hq, N, K]`: those of the scan, or the barrier's.
+    pub compared: Tensor,
+    /// What each further round of refinement read.
+    pub later: Vec<Round>,
+}
+
+/// A further round of refinement.
+#[derive(Debug, Clone)]
+pub struct Round {
+    /// The key it read `[B, Hq, N]`, i32; -1 where the head abstained, in this round or before.
+    pub index: Tensor,
+    /// What it added to the output `[B, Hq, N, Dv]`, in the accumulator type and without gradient.
+    pub y: Tensor,
 }
 
 /// Selects one value row for every query and head among its candidates, or abstains (y = 0).
@@ -126,7 +139,8 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
     let prior = s.prior.map(|p| p.dims3()).transpose()?.map(|(b, h, m)| [b, h, m]);
     let mut index = Arc::new(candidates.index.flatten_all()?.to_vec1::<i32>()?);
     let mut query = q.clone();
-    let (mut y, mut first) = (None::<Tensor>, None::<Step>);
+    let (mut y, mut first, mut later) = (None::<Tensor>, None::<(Step, Tensor)>, Vec::new());
+    let shape = (dims.b, dims.hq, dims.n);
     let count = s.rounds.map_or(1, |r| r.dims()[1]);
     for round in 0..count {
         let known = (round == 0).then(|| candidates.energy.clone());
@@ -152,6 +166,10 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
             }
             None => step.y.clone(),
         };
+        if round > 0 {
+            let index = Tensor::from_slice(&step.index, shape, q.device())?;
+            later.push(Round { index, y: out.detach() });
+        }
         y = Some(match y {
             Some(sum) => (sum + out)?,
             None => out,
@@ -170,11 +188,10 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
             query = query
                 .apply_op2(&k, residual::Residual { dims: Dims { slots: 1, ..dims }, index: winners })?;
         }
-        first.get_or_insert(step);
+        first.get_or_insert((step, energy.detach()));
     }
-    let (Some(y), Some(first)) = (y, first) else { unreachable!("at least one round") };
+    let (Some(y), Some((first, compared))) = (y, first) else { unreachable!("at least one round") };
     let y = y.to_dtype(v.dtype())?;
-    let shape = (dims.b, dims.hq, dims.n);
     let index = Tensor::from_vec(first.index, shape, q.device())?;
     Ok(Selected {
         y,
@@ -183,6 +200,8 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
         margin: first.margin,
         gate: first.gate,
         coherence: first.coherence,
+        compared,
+        later,
     })
 }
 

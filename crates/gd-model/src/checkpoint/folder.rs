@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
@@ -35,16 +35,25 @@ fn parent(path: &Path) -> Result<(PathBuf, String)> {
 
 /// Writes a file beside `path`, syncs it and renames it into place.
 pub fn write_file(path: &Path, content: &[u8]) -> Result<()> {
+    stream_file(path, |out| out.write_all(content).map_err(|e| Error::write(path, e)))
+}
+
+/// As [`write_file`], with a content that `fill` writes piece by piece; returns what `fill` does.
+pub fn stream_file<R>(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<R>) -> Result<R> {
     let (parent, name) = parent(path)?;
     let unwritable = |e| Error::write(path, e);
     let mut builder = tempfile::Builder::new();
     let prefix = format!(".{name}.");
     builder.prefix(&prefix);
     ordinary(&mut builder, 0o666);
-    let mut file = builder.tempfile_in(&parent).map_err(unwritable)?;
-    file.write_all(content).and_then(|()| file.as_file().sync_all()).map_err(unwritable)?;
+    let file = builder.tempfile_in(&parent).map_err(unwritable)?;
+    let mut out = BufWriter::new(file);
+    let result = fill(&mut out)?;
+    let file = out.into_inner().map_err(|e| unwritable(e.into_error()))?;
+    file.as_file().sync_all().map_err(unwritable)?;
     file.persist(path).map_err(|e| unwritable(e.error))?;
-    sync(&parent)
+    sync(&parent)?;
+    Ok(result)
 }
 
 /// Has `fill` write into a new folder beside `folder`, syncs it and puts it in place in one step. After an

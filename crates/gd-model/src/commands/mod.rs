@@ -14,8 +14,10 @@ pub mod generate;
 pub mod op;
 pub mod plot;
 pub mod report;
+pub mod trace;
 pub mod train;
 pub mod uptrain;
+pub mod verify;
 
 use std::fmt;
 use std::io::{ErrorKind, Write};
@@ -67,6 +69,8 @@ enum Command {
     Generate(generate::Args),
     Convert(convert::Args),
     Op(op::Args),
+    Trace(trace::Args),
+    Verify(verify::Args),
     Compare(compare::Args),
     Plot(plot::Args),
     Report(report::Args),
@@ -164,6 +168,8 @@ fn start(cli: Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args, &ctx),
         Command::Convert(args) => convert::run(args, &ctx),
         Command::Op(args) => op::run(args, &ctx),
+        Command::Trace(args) => trace::run(args, &ctx),
+        Command::Verify(args) => verify::run(args, &ctx),
         Command::Compare(args) => compare::run(args, &ctx),
         Command::Plot(args) => plot::run(args, &ctx),
         Command::Report(args) => report::run(args, &ctx),

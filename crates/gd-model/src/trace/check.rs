@@ -1,0 +1,121 @@
+//! What a record must fulfil by itself: the winner is the least of its candidates, and the margin its lead.
+
+use gd_kernels::{Gate, TieBreak};
+
+use super::header::{Header, Layer};
+use super::record::{Record, Row, Slot};
+
+/// How far a gate may lie from its formula: exponentials differ between builds in their last bits.
+const GATE: f32 = 1e-5;
+
+/// Checks a record that stands at `position`.
+///
+/// # Errors
+/// Names layer, head and what does not fit.
+pub fn check(record: &Record, position: usize, header: &Header) -> Result<(), String> {
+    if record.position as usize != position {
+        return Err(format!("position {} stands in place {position}", record.position));
+    }
+    if record.generated != (position >= header.prompt_tokens) {
+        return Err(format!(
+            "position {position} is marked as {}, the prompt has {} tokens",
+            if record.generated { "generated" } else { "read" },
+            header.prompt_tokens
+        ));
+    }
+    let mut rows = record.rows.iter();
+    for layer in header.selecting() {
+        for (h, row) in rows.by_ref().take(layer.heads).enumerate() {
+            check_row(row, layer, h, position)
+                .map_err(|e| format!("position {position}, layer {}, head {h}: {e}", layer.layer))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether `a` comes before `b` in a scan's order.
+fn before(a: &Slot, b: &Slot, tie: TieBreak) -> bool {
+    a.energy < b.energy
+        || (a.energy == b.energy && a.key != b.key && (a.key < b.key) == (tie == TieBreak::First))
+}
+
+/// The slot of least compared energy.
+pub(super) fn nearest(slots: &[Slot], tie: TieBreak) -> Option<&Slot> {
+    slots.iter().reduce(|best, slot| {
+        let (a, b) = (best.compared(), slot.compared());
+        let earlier = (slot.key < best.key) == (tie == TieBreak::First);
+        if b < a || (b == a && earlier) { slot } else { best }
+    })
+}
+
+fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), String> {
+    let tau = layer.threshold.as_ref().map(|tau| tau[h]);
+    for slot in &row.slots {
+        if slot.key < 0 || slot.key as usize > position {
+            return Err(format!("candidate {} is no position up to its own", slot.key));
+        }
+        if !slot.energy.is_finite() || !slot.compared().is_finite() {
+            return Err(format!("candidate {} has an energy of {}", slot.key, slot.compared()));
+        }
+        if slot.rejected != tau.is_some_and(|tau| slot.compared() > tau) {
+            return Err(format!(
+                "candidate {} of energy {} is {} at a threshold of {tau:?}",
+                slot.key,
+                slot.compared(),
+                if slot.rejected { "rejected" } else { "admitted" }
+            ));
+        }
+        if slot.lifted.is_some() && (layer.barrier.is_none() || !slot.protected) {
+            return Err(format!("candidate {} is lifted where nothing lifts it", slot.key));
+        }
+    }
+    if let Some(pair) = row.slots.windows(2).find(|pair| !before(&pair[0], &pair[1], layer.tie)) {
+        return Err(format!("candidates {} and {} are out of order", pair[0].key, pair[1].key));
+    }
+    if row.slots.iter().filter(|slot| !slot.protected).count() > layer.candidates {
+        return Err(format!("more than {} candidates", layer.candidates));
+    }
+    let winner = nearest(&row.slots, layer.tie).filter(|slot| !slot.rejected);
+    let selected = winner.map_or(-1, |slot| slot.key);
+    if row.selected != selected {
+        return Err(format!("{} is selected, but {selected} has the least energy", row.selected));
+    }
+    let energy = winner.map_or(f32::INFINITY, Slot::compared);
+    let rivals = row.slots.iter().filter(|slot| !slot.rejected && slot.key != selected);
+    let least = rivals.map(Slot::compared).fold(f32::INFINITY, f32::min);
+    let margin = if winner.is_some() { least - energy } else { f32::INFINITY };
+    for (name, found, stated) in [("energy", energy, row.energy), ("margin", margin, row.margin)] {
+        if found.to_bits() != stated.to_bits() {
+            return Err(format!("{name} {stated}, but the candidates give {found}"));
+        }
+    }
+    let gate = match (winner, layer.gate, tau) {
+        (None, ..) => Some(0.0),
+        (Some(_), Gate::None, _) => Some(1.0),
+        (Some(_), Gate::Energy { temperature }, Some(tau)) => {
+            Some((1.0 + (-(tau - energy) / temperature as f32).exp()).recip())
+        }
+        _ => None,
+    };
+    match gate {
+        Some(gate) if !((row.gate - gate).abs() <= GATE) => {
+            return Err(format!("gate {}, but its formula gives {gate}", row.gate));
+        }
+        _ if !(0.0..=1.0).contains(&row.gate) => return Err(format!("gate {}", row.gate)),
+        _ => {}
+    }
+    if (layer.gate == Gate::Coherence) == row.coherence.is_nan()
+        || !(row.coherence.is_nan() || (0.0..=1.0).contains(&row.coherence))
+    {
+        return Err(format!("coherence {}", row.coherence));
+    }
+    let parts = row.share + row.memory;
+    let sums = row.share >= 0.0 && row.memory >= 0.0 && parts <= 1.0 + 1e-5;
+    if !sums || (!layer.memory && row.memory != 0.0) || (winner.is_none() && row.share != 0.0) {
+        return Err(format!("shares {} and {}", row.share, row.memory));
+    }
+    if let Some(key) = row.later.iter().find(|&&key| key < -1 || key > position as i32) {
+        return Err(format!("a later round reads {key}"));
+    }
+    Ok(())
+}

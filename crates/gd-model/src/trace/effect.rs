@@ -1,0 +1,166 @@
+//! What an intervention changes: the same text read twice, once as it is and once with it.
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::ops::log_softmax;
+use gd_kernels::Mask;
+use gd_layer::Pass;
+use serde::Serialize;
+
+use super::header::Header;
+use super::intervention::{Intervention, Query};
+use super::record::Row;
+use super::recorder::Recorder;
+use crate::error::Result;
+use crate::generate::check_prompt;
+use crate::model_file::Loaded;
+
+/// Tokens that are listed.
+const TOP: usize = 8;
+
+/// Logits that are held at a time.
+const CHUNK: usize = 1 << 22;
+
+/// What interventions change in the reading of a text.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Effect {
+    /// Divergence of the changed distribution of the token after the text from the unchanged one,
+    /// `sum p ln(p / p')`, nats.
+    pub kl: f64,
+    /// Half the sum of the absolute differences of the two.
+    pub total_variation: f64,
+    /// The mean divergence over the first changed position and all after it, nats.
+    pub mean_kl: f64,
+    /// The first changed position.
+    pub first: usize,
+    /// The likeliest tokens of either.
+    pub tokens: Vec<Change>,
+    /// What the heads read that the interventions name.
+    pub picks: Vec<Pick>,
+    /// Selections that differ, in all layers, heads and positions, those named not counted.
+    pub others: u64,
+    /// All selections.
+    pub selections: u64,
+}
+
+/// The probability of a token after the text.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Change {
+    /// Its number.
+    pub token: u32,
+    /// Its text.
+    pub text: String,
+    /// Its probability without the interventions.
+    pub before: f64,
+    /// And with them.
+    pub after: f64,
+}
+
+/// What a head reads at a position.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Pick {
+    /// The layer.
+    pub layer: usize,
+    /// The query head.
+    pub head: usize,
+    /// The position of the query.
+    pub query: usize,
+    /// The position read without the interventions; -1 nothing.
+    pub before: i32,
+    /// And with them.
+    pub after: i32,
+}
+
+/// Reads `prompt` with and without the interventions of `header`.
+///
+/// # Errors
+/// As [`super::record`].
+pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device) -> Result<Effect> {
+    check_prompt(&loaded.model, prompt)?;
+    super::intervention::check(&header.interventions, &header.layers, prompt.len())?;
+    let plain = Header { interventions: Vec::new(), ..header.clone() };
+    let read = |header: &Header| -> Result<(Tensor, Vec<Vec<Row>>)> {
+        let (mask, recorder) = (Mask::causal(0), Recorder::new(header));
+        let ids = Tensor::new(prompt, device)?.unsqueeze(0)?;
+        let pass = Pass { probe: Some(&recorder), ..Pass::new(&mask) };
+        let hidden = loaded.model.hidden(&ids, &pass, None)?.squeeze(0)?;
+        Ok((hidden, recorder.take(prompt.len())?))
+    };
+    let ((before, rows), (after, changed)) = (read(&plain)?, read(header)?);
+    let first = |i: &Intervention| match i.query {
+        Query::At(query) => query,
+        Query::All => 0,
+        Query::Last => prompt.len() - 1,
+    };
+    let first = header.interventions.iter().map(first).min().unwrap_or(0);
+    let log_p = |hidden: &Tensor, start: usize, n: usize| -> candle_core::Result<Vec<Vec<f64>>> {
+        let logits = loaded.model.logits(&hidden.narrow(0, start, n)?.unsqueeze(0)?)?.squeeze(0)?;
+        log_softmax(&logits.to_dtype(DType::F64)?, 1)?.to_vec2()
+    };
+    let step = (CHUNK / loaded.model.config().vocab_size).max(1);
+    let (mut sum, mut last) = (0.0, (Vec::new(), Vec::new()));
+    for start in (first..prompt.len()).step_by(step) {
+        let n = step.min(prompt.len() - start);
+        for (p, q) in log_p(&before, start, n)?.into_iter().zip(log_p(&after, start, n)?) {
+            sum += divergence(&p, &q);
+            last = (p, q);
+        }
+    }
+    let (p, q) = last;
+    let (mut picks, mut others, mut selections) = (Vec::new(), 0, 0);
+    for (query, (rows, changed)) in rows.iter().zip(&changed).enumerate() {
+        let heads = header.selecting().flat_map(|layer| (0..layer.heads).map(|h| (layer.layer, h)));
+        for ((layer, head), (row, now)) in heads.zip(rows.iter().zip(changed)) {
+            selections += 1;
+            let (before, after) = (row.selected, now.selected);
+            if header.interventions.iter().any(|i| i.concerns(layer, head, query)) {
+                picks.push(Pick { layer, head, query, before, after });
+            } else if before != after {
+                others += 1;
+            }
+        }
+    }
+    Ok(Effect {
+        kl: divergence(&p, &q),
+        total_variation: p.iter().zip(&q).map(|(p, q)| (p.exp() - q.exp()).abs()).sum::<f64>() / 2.0,
+        mean_kl: sum / (prompt.len() - first) as f64,
+        first,
+        tokens: tokens(loaded, &p, &q)?,
+        picks,
+        others,
+        selections,
+    })
+}
+
+/// `sum p ln(p / q)` of log-probabilities.
+fn divergence(p: &[f64], q: &[f64]) -> f64 {
+    p.iter().zip(q).filter(|(p, _)| p.is_finite()).map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
+}
+
+fn tokens(loaded: &Loaded, p: &[f64], q: &[f64]) -> Result<Vec<Change>> {
+    let mut listed = Vec::new();
+    for row in [p, q] {
+        let mut order: Vec<usize> = (0..row.len()).collect();
+        order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+        listed.extend(order.into_iter().take(TOP));
+    }
+    listed.sort_by(|&a, &b| p[b].total_cmp(&p[a]).then(a.cmp(&b)));
+    listed.dedup();
+    let change = |token: usize| {
+        let text = loaded.tokenizer.decode(&[token as u32])?;
+        Ok(Change { token: token as u32, text, before: p[token].exp(), after: q[token].exp() })
+    };
+    listed.into_iter().map(change).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_of_known_distributions() {
+        let logs = |p: &[f64]| p.iter().map(|p| p.ln()).collect::<Vec<_>>();
+        let found = divergence(&logs(&[0.5, 0.5, 0.0]), &logs(&[0.25, 0.5, 0.25]));
+        assert!((found - 0.5 * 2f64.ln()).abs() < 1e-12, "{found}");
+        assert_eq!(divergence(&logs(&[0.3, 0.7]), &logs(&[0.3, 0.7])), 0.0);
+    }
+}

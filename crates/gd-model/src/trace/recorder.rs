@@ -1,0 +1,182 @@
+//! From a pass to records: the probe that every selecting layer reports to.
+
+use std::cell::{RefCell, RefMut};
+
+use candle_core::{DType, Result, Tensor, bail};
+use gd_kernels::Candidates;
+use gd_layer::{Found, Probe, Reading};
+
+use super::header::Header;
+use super::intervention::{self, Intervention};
+use super::record::{Record, Row, Slot};
+use super::replay::Replay;
+
+/// Collects what the selecting layers do in a pass over one sequence, changes what the interventions say, and in a
+/// replay lets every layer select from the recorded candidates.
+#[derive(Debug)]
+pub struct Recorder<'a> {
+    header: &'a Header,
+    interventions: &'a [Intervention],
+    state: RefCell<State<'a>>,
+}
+
+#[derive(Debug, Default)]
+struct State<'a> {
+    /// The position of the pass's first query.
+    start: usize,
+    /// Of every selecting layer its rows, head by head and query by query.
+    layers: Vec<Vec<Row>>,
+    replay: Option<Replay<'a>>,
+}
+
+impl<'a> Recorder<'a> {
+    /// A recorder for passes over positions from 0 on.
+    pub fn new(header: &'a Header) -> Self {
+        Self { header, interventions: &header.interventions, state: RefCell::default() }
+    }
+
+    /// The same in a replay of recorded rows.
+    pub(super) fn replaying(header: &'a Header, replay: Replay<'a>) -> Self {
+        let state = State { replay: Some(replay), ..State::default() };
+        Self { header, interventions: &header.interventions, state: RefCell::new(state) }
+    }
+
+    /// The rows of the pass that has ended, over `n` positions: of each position those of every selecting layer
+    /// and head.
+    ///
+    /// # Errors
+    /// A layer that did not report.
+    pub fn take(&self, n: usize) -> Result<Vec<Vec<Row>>> {
+        let mut state = self.state.borrow_mut();
+        state.start += n;
+        let layers = std::mem::take(&mut state.layers);
+        if layers.len() != self.header.selecting().count() {
+            bail!("{} layers reported, {} select", layers.len(), self.header.selecting().count());
+        }
+        let mut positions: Vec<Vec<Row>> = (0..n).map(|_| Vec::with_capacity(self.header.rows())).collect();
+        for rows in layers {
+            for (at, row) in rows.into_iter().enumerate() {
+                positions[at % n].push(row);
+            }
+        }
+        Ok(positions)
+    }
+
+    /// Names the records of the next pass.
+    pub(super) fn expect(&self, records: &'a [Record]) {
+        if let Some(replay) = self.replay().as_mut() {
+            replay.records = records;
+        }
+    }
+
+    /// The replay, where it is one.
+    pub(super) fn replay(&self) -> RefMut<'_, Option<Replay<'a>>> {
+        RefMut::map(self.state.borrow_mut(), |state| &mut state.replay)
+    }
+}
+
+impl Probe for Recorder<'_> {
+    fn candidates(&self, layer: usize, own: usize) -> usize {
+        intervention::wanted(self.interventions, layer, own)
+    }
+
+    fn preserved(&self, found: Found) -> Result<Candidates> {
+        let layer = found.layer;
+        let mut state = self.state.borrow_mut();
+        let (start, place) = (state.start, state.layers.len());
+        if !self.header.layers[layer].selects {
+            return Ok(found.candidates);
+        }
+        let candidates = intervention::apply(self.interventions, found, start)?;
+        match &mut state.replay {
+            Some(replay) => replay.candidates(&self.header.layers[layer], place, candidates),
+            None => Ok(candidates),
+        }
+    }
+
+    fn selected(&self, reading: &Reading) -> Result<()> {
+        if !self.header.layers[reading.layer].selects {
+            return Ok(());
+        }
+        let rows = rows(reading, self.header.layers[reading.layer].candidates)?;
+        self.state.borrow_mut().layers.push(rows);
+        Ok(())
+    }
+}
+
+/// What a layer has read in one sequence, head by head and query by query; of more than `own` candidates those
+/// that a layer keeps.
+fn rows(reading: &Reading, own: usize) -> Result<Vec<Row>> {
+    let (selected, candidates) = (reading.selected, reading.candidates);
+    let (b, heads, n) = selected.index.dims3()?;
+    if b != 1 {
+        bail!("a trace of {b} sequences at once; one expected");
+    }
+    let slots = candidates.index.dim(3)?;
+    let keys = candidates.index.flatten_all()?.to_vec1::<i32>()?;
+    let energy = floats(&candidates.energy)?;
+    let compared = floats(&selected.compared)?;
+    let flags = candidates.protected.as_ref().map(|f| f.flatten_all()?.to_vec1::<u8>()).transpose()?;
+    let tau = reading.threshold.map(floats).transpose()?;
+    let index = selected.index.flatten_all()?.to_vec1::<i32>()?;
+    let (least, margin, gate) =
+        (floats(&selected.energy)?, floats(&selected.margin)?, floats(&selected.gate)?);
+    let coherence = selected.coherence.as_ref().map(floats).transpose()?;
+    let later = selected.later.iter().map(|r| r.index.flatten_all()?.to_vec1::<i32>());
+    let later = later.collect::<Result<Vec<_>>>()?;
+    let shares = shares(reading)?;
+    let slot = |at: usize, h: usize| Slot {
+        key: keys[at],
+        protected: flags.as_ref().is_some_and(|f| f[at] != 0),
+        rejected: tau.as_ref().is_some_and(|tau| compared[at] > tau[h]),
+        energy: energy[at],
+        lifted: (compared[at].to_bits() != energy[at].to_bits()).then_some(compared[at]),
+    };
+    let row = |row: usize| {
+        let used = (row * slots..(row + 1) * slots).filter(|&at| keys[at] >= 0).map(|at| slot(at, row / n));
+        let kept = used.enumerate().filter(|(rank, slot)| *rank < own || slot.protected);
+        Row {
+            selected: index[row],
+            energy: least[row],
+            margin: margin[row],
+            coherence: coherence.as_ref().map_or(f32::NAN, |c| c[row]),
+            gate: gate[row],
+            share: shares[row].0,
+            memory: shares[row].1,
+            later: later.iter().map(|index| index[row]).collect(),
+            slots: kept.map(|(_, slot)| slot).collect(),
+        }
+    };
+    Ok((0..heads * n).map(row).collect())
+}
+
+fn floats(t: &Tensor) -> Result<Vec<f32>> {
+    t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+/// Of every head's output, behind the output gate, the shares of the first selection and of the running averages:
+/// their norms over the sum of the norms of all parts.
+fn shares(reading: &Reading) -> Result<Vec<(f32, f32)>> {
+    let (_, heads, n, d) = reading.selected.y.dims4()?;
+    let y = floats(&reading.selected.y)?;
+    let later = reading.selected.later.iter().map(|r| floats(&r.y)).collect::<Result<Vec<_>>>()?;
+    let memory = reading.memory.map(floats).transpose()?;
+    // [N, Hq * D]
+    let gate = reading.output_gate.map(floats).transpose()?;
+    let share = |row: usize| {
+        let (h, i) = (row / n, row % n);
+        let gate = |at: usize| gate.as_ref().map_or(1.0, |g| g[(i * heads + h) * d + at]);
+        let norm = |value: &dyn Fn(usize) -> f32| {
+            let sum: f32 = (0..d).map(|at| (value(at) * gate(at)).powi(2)).sum();
+            sum.sqrt()
+        };
+        let of = |part: &[f32], at: usize| part[row * d + at];
+        let refined = |at: usize| later.iter().map(|part| of(part, at)).sum::<f32>();
+        let first = norm(&|at| of(&y, at) - refined(at));
+        let memory = memory.as_ref().map_or(0.0, |part| norm(&|at| of(part, at)));
+        let rest = if later.is_empty() { 0.0 } else { norm(&refined) };
+        let total = first + memory + rest;
+        if total > 0.0 { (first / total, memory / total) } else { (0.0, 0.0) }
+    };
+    Ok((0..heads * n).map(share).collect())
+}

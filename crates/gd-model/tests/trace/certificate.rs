@@ -1,0 +1,206 @@
+//! Files that were changed, by accident or on purpose.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use ed25519_dalek::SigningKey;
+use gd_model::trace::{self, Header, Record, Trace};
+
+use crate::{models, record, verified, written};
+
+/// A signed trace of about four KiB, and what it holds.
+fn small() -> Result<(Vec<u8>, Header, Vec<Record>)> {
+    let recorded = record(&models()[0].1, "A whale", 6, &[])?;
+    let bytes = written(&recorded.header, &recorded.records, Some(&key(1)))?;
+    ensure!((4_000..16_000).contains(&bytes.len()), "{} bytes", bytes.len());
+    Ok((bytes, recorded.header, recorded.records))
+}
+
+fn key(seed: u8) -> SigningKey {
+    SigningKey::from_bytes(&[seed; 32])
+}
+
+/// The file with the hash of its content at its end put right.
+fn sealed_again(mut bytes: Vec<u8>) -> Vec<u8> {
+    let body = bytes.len() - 32;
+    let hash = blake3::hash(&bytes[..body]);
+    bytes[body..].copy_from_slice(hash.as_bytes());
+    bytes
+}
+
+#[test]
+fn every_flipped_bit_is_found() -> Result<()> {
+    let (bytes, ..) = small()?;
+    verified(&bytes)?;
+    let (mut flips, mut alike) = (0, 0);
+    let whole = format!("{:?}", verified(&bytes)?.records);
+    for at in 0..bytes.len() {
+        for bit in 0..8 {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1 << bit;
+            ensure!(verified(&changed).is_err(), "bit {bit} of byte {at} is not found");
+            flips += 1;
+            // Nor is it by whoever puts the file's own hash right: the other hashes bind what the records say.
+            if at >= bytes.len() - 32 {
+                continue;
+            }
+            if let Ok(found) = verified(&sealed_again(changed)) {
+                ensure!(format!("{:?}", found.records) == whole, "bit {bit} of byte {at} changed a record");
+                alike += 1;
+            }
+        }
+    }
+    println!("{flips} flipped bits found; {alike} change how the file is packed and no record");
+    ensure!(alike * 100 < flips, "{alike} of {flips}");
+    Ok(())
+}
+
+/// The file of these records with the header and the end of another file.
+fn forged(of: &[u8], records: &[&[u8]]) -> Result<Vec<u8>> {
+    let header = 12 + u32::from_le_bytes(of[8..12].try_into()?) as usize;
+    let mut raw = Vec::new();
+    for record in records {
+        raw.extend((record.len() as u32).to_le_bytes());
+        raw.extend(*record);
+    }
+    let mut bytes = of[..header].to_vec();
+    if !raw.is_empty() {
+        let stored = zstd::bulk::compress(&raw, 1)?;
+        bytes.extend((raw.len() as u32).to_le_bytes());
+        bytes.extend((stored.len() as u32).to_le_bytes());
+        bytes.extend(stored);
+    }
+    // No more blocks, count, three hashes, signature, hash of the file.
+    let end = 4 + 8 + 3 * 32 + 1 + 32 + 64 + 32;
+    bytes.extend(&of[of.len() - end..]);
+    Ok(sealed_again(bytes))
+}
+
+#[test]
+fn records_that_were_deleted_swapped_doubled_cut_or_spliced_are_found() -> Result<()> {
+    let (bytes, header, records) = small()?;
+    let trace = Trace::from_bytes(Path::new("trace"), &bytes)?;
+    let all: Vec<&[u8]> = trace.records().collect::<gd_model::Result<_>>()?;
+    verified(&forged(&bytes, &all)?).context("the forger's file of the same records")?;
+    let n = all.len();
+    ensure!(n == records.len() && n > 10);
+    let refused = |records: &[&[u8]], what: String| -> Result<()> {
+        ensure!(verified(&forged(&bytes, records)?).is_err(), "{what} is not found");
+        Ok(())
+    };
+    let mut tried = 0;
+    for i in 0..n {
+        let mut changed = all.clone();
+        changed.remove(i);
+        refused(&changed, format!("record {i} deleted"))?;
+        let mut changed = all.clone();
+        changed.insert(i, all[i]);
+        refused(&changed, format!("record {i} doubled"))?;
+        refused(&all[..i], format!("cut to {i} records"))?;
+        for j in 0..i {
+            let mut changed = all.clone();
+            changed.swap(i, j);
+            refused(&changed, format!("records {i} and {j} swapped"))?;
+            tried += 1;
+        }
+        tried += 3;
+    }
+    // The other text's records, at the same places.
+    let other = record(&models()[0].1, "B whale", 6, &[])?;
+    let other = written(&other.header, &other.records, None)?;
+    let other = Trace::from_bytes(Path::new("other"), &other)?;
+    let foreign: Vec<&[u8]> = other.records().collect::<gd_model::Result<_>>()?;
+    for i in 0..n {
+        let spliced = [&all[..i], &foreign[i..]].concat();
+        ensure!(spliced != all);
+        refused(&spliced, format!("spliced at {i}"))?;
+        tried += 1;
+    }
+    println!("{tried} forgeries found");
+    // Whoever writes all of it anew has another head, and not the key.
+    let shorter = written(&header, &records[..n - 1], None)?;
+    let forged = Trace::from_bytes(Path::new("shorter"), &shorter)?;
+    trace::verify(&forged, None, None).context("a whole trace of fewer records")?;
+    let kept = trace.stated.head;
+    let error = |kept, signer| -> Result<String> {
+        Ok(trace::verify(&forged, kept, signer).err().context("accepted")?.to_string())
+    };
+    let e = error(Some(kept), None)?;
+    ensure!(e.contains("not the kept") && e.contains(&trace::hex(&kept)), "{e}");
+    let signer = key(1).verifying_key().to_bytes();
+    ensure!(error(None, Some(signer))?.contains("not signed"));
+    let mine = Trace::from_bytes(Path::new("mine"), &written(&header, &records[..n - 1], Some(&key(2)))?)?;
+    let e = trace::verify(&mine, None, Some(signer)).err().context("accepted")?.to_string();
+    ensure!(e.contains("signed by") && e.contains(&trace::hex(&signer)), "{e}");
+    trace::verify(&trace, Some(kept), Some(signer))?;
+    Ok(())
+}
+
+/// Records whose hashes are right and which contradict themselves.
+#[test]
+fn a_selection_that_is_not_the_least_is_found() -> Result<()> {
+    let recorded = record(&models()[1].1, crate::PROMPT, 4, &[])?;
+    let header = &recorded.header;
+    // A row with a lead, and one that abstains.
+    let place = |wanted: fn(&trace::Row) -> bool| {
+        let rows = recorded.records.iter().enumerate();
+        rows.flat_map(|(i, r)| r.rows.iter().enumerate().map(move |(at, row)| (i, at, row)))
+            .find(|(_, _, row)| wanted(row))
+            .map(|(i, at, _)| (i, at))
+            .context("no such row")
+    };
+    let won = place(|row| row.selected >= 0 && row.margin.is_finite() && row.slots.len() > 1)?;
+    let none = place(|row| row.selected < 0)?;
+    let position = |record: &mut Record, by: u32| record.position += by;
+    type Change<'a> = (&'a str, (usize, usize), fn(&mut trace::Row));
+    let changes: [Change; 12] = [
+        ("selected", won, |row| row.selected = row.slots[1].key),
+        ("margin", won, |row| row.slots[1].energy = row.slots[0].energy),
+        ("out of order", won, |row| row.slots.swap(0, 1)),
+        ("margin", won, |row| row.margin *= 1.5),
+        ("margin", won, |row| row.margin = f32::INFINITY),
+        ("energy", won, |row| row.energy = f32::from_bits(row.energy.to_bits() + 1)),
+        ("gate", won, |row| row.gate = 0.0),
+        ("is rejected", won, |row| row.slots[0].rejected = true),
+        ("is admitted", none, |row| row.slots[0].rejected = false),
+        ("selected", none, |row| row.selected = row.slots[0].key),
+        ("no position up to its own", won, |row| row.slots[1].key = 1000),
+        ("shares", won, |row| row.memory = 0.5),
+    ];
+    for (word, (i, at), change) in changes {
+        let mut records = recorded.records.clone();
+        change(&mut records[i].rows[at]);
+        let error = verified(&written(header, &records, None)?).err();
+        let e = error.with_context(|| format!("{word}: not found"))?.to_string();
+        ensure!(e.contains(word), "{word}: {e}");
+        ensure!(word == "shares" || e.contains(&format!("position {i}")), "{e}");
+    }
+    let mut records = recorded.records.clone();
+    position(&mut records[3], 1);
+    ensure!(verified(&written(header, &records, None)?).is_err());
+    Ok(())
+}
+
+#[test]
+fn what_is_no_trace_is_named() -> Result<()> {
+    let (bytes, ..) = small()?;
+    let error =
+        |bytes: &[u8]| -> Result<String> { Ok(verified(bytes).err().context("accepted")?.to_string()) };
+    ensure!(error(b"")?.contains("not a valid trace"));
+    ensure!(error(b"GDTRACE1")?.contains("damaged"));
+    ensure!(error(&bytes[1..])?.contains("not a valid trace"));
+    for cut in [9, 40, bytes.len() / 2, bytes.len() - 1] {
+        ensure!(error(&bytes[..cut])?.contains("damaged"), "{cut}");
+    }
+    let mut more = bytes.clone();
+    more.push(0);
+    ensure!(error(&more)?.contains("damaged"));
+    let version = String::from_utf8_lossy(&bytes).replace("\"version\":1", "\"version\":2");
+    ensure!(version.len() > 100);
+    let at = bytes.windows(11).position(|w| w == b"\"version\":1").context("no version")?;
+    let mut newer = bytes.clone();
+    newer[at + 10] = b'2';
+    let e = error(&sealed_again(newer))?;
+    ensure!(e.contains("gd-trace 2") && e.contains("gd-trace 1 is known"), "{e}");
+    Ok(())
+}

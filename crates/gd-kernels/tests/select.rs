@@ -449,6 +449,54 @@ fn a_half_hard_blend_with_a_gated_winner() {
     });
 }
 
+/// Round by round: what each read, and what it added; and the energies that the first compared.
+#[test]
+fn the_record_adds_up() {
+    let t = smooth();
+    let mask = Mask::causal(4);
+    let protected = Tensor::new(&[2i32], &Device::Cpu).unwrap().reshape((1, 1, 1, 1)).unwrap();
+    let options = Scan { protected: Some(&protected), ..Scan::new(&t[3], &mask, 4) };
+    let found = scan(&t[0], &t[1], &options).unwrap();
+    let options = Select { threshold: Some(&t[5]), rounds: Some(&t[7]), ..Select::new(&t[3]) };
+    let chosen = select(&t[0], &t[1], &t[2], &found, &options).unwrap();
+    assert_eq!(values(&chosen.compared), values(&found.energy), "nothing lifts a candidate");
+    let (v, weights, y) = (values(&t[2]), values(&t[7]), values(&chosen.y));
+    let ints = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<i32>().unwrap();
+    let mut rounds = vec![ints(&chosen.index)];
+    rounds.extend(chosen.later.iter().map(|round| ints(&round.index)));
+    assert_eq!(rounds.len(), 3);
+    // What a round reads in a row, times its weight.
+    let read = |r: usize, row: usize, d: usize| {
+        let (b, h, j) = (row / 12, row / 3 % 4, rounds[r][row]);
+        if j < 0 { 0.0 } else { weights[h * 3 + r] * v[((b * 2 + h / 2) * 7 + j as usize) * 3 + d] }
+    };
+    let (mut read_later, mut ended) = (0, 0);
+    for row in 0..2 * 4 * 3 {
+        for d in 0..3 {
+            for (r, round) in chosen.later.iter().enumerate() {
+                let found = values(&round.y)[row * 3 + d];
+                assert!((found - read(r + 1, row, d)).abs() < 1e-12, "round {r} of row {row}: {found}");
+            }
+            let sum: f64 = (0..3).map(|r| read(r, row, d)).sum();
+            assert!((y[row * 3 + d] - sum).abs() < 1e-12, "row {row}: {} against {sum}", y[row * 3 + d]);
+        }
+        let keys: Vec<i32> = rounds.iter().map(|round| round[row]).collect();
+        assert!(keys.windows(2).all(|k| k[0] >= 0 || k[1] < 0), "{keys:?}: a row goes on after it abstained");
+        assert!(keys.iter().all(|k| *k < 0 || keys.iter().filter(|x| *x == k).count() == 1), "{keys:?}");
+        read_later += keys[1..].iter().filter(|k| **k >= 0).count();
+        ended += keys.iter().filter(|k| **k < 0).count();
+    }
+    assert!(read_later > 10 && ended > 3, "{read_later} {ended}");
+    // With the barrier the winner has the least of what was compared.
+    let lifting = Select { barrier: Some(BARRIER), ..Select::new(&t[3]) };
+    let chosen = select(&t[0], &t[1], &t[2], &found, &lifting).unwrap();
+    let (compared, scanned) = (values(&chosen.compared), values(&found.energy));
+    assert_ne!(compared, scanned);
+    for (energies, energy) in compared.chunks(5).zip(values(&chosen.energy)) {
+        assert_eq!(energies.iter().copied().fold(f64::INFINITY, f64::min), energy);
+    }
+}
+
 #[test]
 fn a_nan_in_an_unselected_value_stays_there() {
     let t = smooth();

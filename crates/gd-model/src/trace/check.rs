@@ -98,7 +98,7 @@ fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), 
         _ => None,
     };
     match gate {
-        Some(gate) if !((row.gate - gate).abs() <= GATE) => {
+        Some(gate) if row.gate.is_nan() || (row.gate - gate).abs() > GATE => {
             return Err(format!("gate {}, but its formula gives {gate}", row.gate));
         }
         _ if !(0.0..=1.0).contains(&row.gate) => return Err(format!("gate {}", row.gate)),

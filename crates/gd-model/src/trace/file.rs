@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 
 use super::chain::{Chain, Hash, Seal};
-use super::header::{FORMAT, Header};
+use super::header::Header;
 use super::record::Record;
 use crate::error::{Error, Result};
 
@@ -182,10 +182,7 @@ impl Trace {
         let size = word(at)?;
         let header_bytes = take(at, size)?.to_vec();
         let header: Header = serde_json::from_slice(&header_bytes).map_err(|e| format!("the header: {e}"))?;
-        if (header.format.as_str(), header.version) != FORMAT {
-            let (name, version) = FORMAT;
-            return Err(format!("{} {}, where {name} {version} is known", header.format, header.version));
-        }
+        header.check()?;
         let mut bytes = Vec::new();
         loop {
             let raw = word(at)?;

@@ -13,6 +13,9 @@ use crate::sampler::Sampling;
 /// What a trace file calls itself, and the version of its layout.
 pub const FORMAT: (&str, u32) = ("gd-trace", 1);
 
+/// The most heads, rounds or candidates of a layer; beyond is damage.
+const MOST: usize = 1 << 16;
+
 /// What holds for a whole trace: what was run on what, and how.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -154,6 +157,31 @@ impl Header {
             interventions: interventions.to_vec(),
             layers,
         })
+    }
+
+    /// Checks a header that was read against itself.
+    pub(super) fn check(&self) -> std::result::Result<(), String> {
+        let (name, version) = FORMAT;
+        if (self.format.as_str(), self.version) != FORMAT {
+            return Err(format!("{} {}, where {name} {version} is known", self.format, self.version));
+        }
+        for (i, layer) in self.layers.iter().enumerate() {
+            let Layer { heads, rounds, candidates, .. } = *layer;
+            let counts = [heads, rounds, candidates];
+            if layer.layer != i || counts.iter().any(|n| !(1..=MOST).contains(n)) {
+                return Err(format!(
+                    "layer {} in place {i} has {heads} heads, {rounds} rounds, {candidates} candidates",
+                    layer.layer
+                ));
+            }
+            if let Some(tau) = layer.threshold.as_ref().filter(|tau| tau.len() != heads) {
+                return Err(format!("layer {i} has {} thresholds for {heads} heads", tau.len()));
+            }
+        }
+        if self.prompt_tokens == 0 || !self.layers.iter().any(|layer| layer.selects) {
+            return Err(format!("{} tokens of a prompt, or no layer that selects", self.prompt_tokens));
+        }
+        Ok(())
     }
 
     /// The layers that select, first to last.

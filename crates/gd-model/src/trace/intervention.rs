@@ -193,13 +193,11 @@ pub(super) fn apply(all: &[Intervention], found: Found, start: usize) -> Result<
             }
         }
         // Those that a layer with its own number of candidates would not have kept.
-        let mut rank = 0;
-        for (slot, key) in keys.iter_mut().enumerate().filter(|(_, key)| **key >= 0) {
-            let protected = flags.as_ref().is_some_and(|f| f[slot] != 0);
-            if rank >= found.own && !protected {
+        let left = keys.iter_mut().enumerate().filter(|(_, key)| **key >= 0);
+        for (_, (slot, key)) in left.enumerate().filter(|(rank, _)| *rank >= found.own) {
+            if flags.as_ref().is_none_or(|f| f[slot] == 0) {
                 *key = -1;
             }
-            rank += 1;
         }
         pack(keys, energies, flags);
     }

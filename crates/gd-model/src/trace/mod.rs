@@ -73,9 +73,6 @@ pub fn verify(trace: &Trace, kept: Option<Hash>, signer: Option<Hash>) -> Result
         }
         _ => {}
     }
-    if trace.header.selecting().next().is_none() {
-        return damaged("no layer of its header selects".into());
-    }
     let mut records = Vec::new();
     for (position, bytes) in trace.records().enumerate() {
         let fits = Record::decode(bytes?, &trace.header)

@@ -133,7 +133,7 @@ impl Record {
         }
         let length = usize::from(u16::from_le_bytes(at.take()?));
         let text = std::str::from_utf8(at.slice(length)?).map_err(|e| e.to_string())?.to_owned();
-        let mut rows = Vec::with_capacity(header.rows());
+        let mut rows = Vec::new();
         for layer in header.selecting() {
             for _ in 0..layer.heads {
                 rows.push(row(&mut at, layer.rounds)?);

@@ -20,6 +20,7 @@ pub mod gguf;
 pub mod gradients;
 pub mod guard;
 pub mod history;
+pub mod landscape;
 pub mod log;
 pub mod loss;
 pub mod memory;
@@ -42,5 +43,6 @@ pub mod trainer;
 pub mod transformer;
 pub mod uptrain;
 pub mod variants;
+pub mod viewer;
 
 pub use error::{Error, Result};

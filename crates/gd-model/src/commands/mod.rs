@@ -11,6 +11,7 @@ pub mod data;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod landscape;
 pub mod op;
 pub mod plot;
 pub mod report;
@@ -71,6 +72,7 @@ enum Command {
     Plot(plot::Args),
     Report(report::Args),
     BeaconReport(beacon_report::Args),
+    Landscape(landscape::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
 }
@@ -168,6 +170,7 @@ fn start(cli: Cli) -> Result<()> {
         Command::Plot(args) => plot::run(args, &ctx),
         Command::Report(args) => report::run(args, &ctx),
         Command::BeaconReport(args) => beacon_report::run(args, &ctx),
+        Command::Landscape(args) => landscape::run(args, &ctx),
         Command::Bench(args) => bench::run(args, &ctx),
         Command::Doctor(args) => doctor::run(args, &ctx),
     }

@@ -384,4 +384,52 @@ mod tests {
         assert_eq!((places[0], places[1], places[FIELD.0]), ((0.5, -119.5), (1.5, -119.5), (0.5, -118.5)));
         assert_eq!(places.last(), Some(&(319.5, 119.5)));
     }
+    #[test]
+    fn a_field_lies_as_its_axes_say() {
+        let span = [0.0..4.0, 0.0..3.0];
+        let field = |of: fn((f64, f64)) -> f64| Field {
+            title: "title".into(),
+            x: "x".into(),
+            y: "y".into(),
+            value: "value".into(),
+            span: span.clone(),
+            values: Field::places(&span).map(of).collect(),
+            marks: vec![Mark { at: (1.0, 1.0), symbol: Symbol::Cross, colour: None, label: "here".into() }],
+        };
+        let lines = Lines {
+            title: "lines".into(),
+            x: "x".into(),
+            y: "y".into(),
+            span: [0.0..1.0, 0.0..1.0],
+            lines: Vec::new(),
+            marks: Vec::new(),
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.png");
+        let mut drawn = |of: fn((f64, f64)) -> f64| {
+            let figure = Figure { lines: lines.clone(), field: Some(field(of)) };
+            figure.save(&path).unwrap();
+            let mut reader = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap()));
+            reader.set_transformations(png::Transformations::IDENTITY);
+            let mut reader = reader.read_info().unwrap();
+            let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+            reader.next_frame(&mut pixels).unwrap();
+            assert_eq!(figure.size().0, WIDTH);
+            // The light of the pixel at a place of the field.
+            move |x: f64, y: f64| {
+                let left = f64::from(MARGIN + LABELS.0);
+                let bottom = f64::from(figure.size().1 - MARGIN - LABELS.1);
+                let side = f64::from(CELL) * FIELD.0 as f64 / 4.0;
+                let at = ((bottom - y * side) as usize * WIDTH as usize + (left + x * side) as usize) * 3;
+                pixels[at..at + 3].iter().map(|&c| u32::from(c)).sum::<u32>()
+            }
+        };
+        // Dark is low: on the left of a field that rises with x, below in one that rises with y.
+        let light = drawn(|(x, _)| x);
+        assert!(light(0.1, 0.1) < light(2.0, 0.1) && light(2.0, 0.1) < light(3.9, 0.1));
+        assert_eq!(light(0.1, 0.2), light(0.1, 2.9));
+        let light = drawn(|(_, y)| y);
+        assert!(light(0.1, 0.1) < light(0.1, 1.5) && light(0.1, 1.5) < light(0.1, 2.9));
+        assert_eq!(light(0.2, 0.1), light(3.9, 0.1));
+    }
 }

@@ -190,7 +190,7 @@ function hashes(trace) {
   const list = el('dl'), { model = {}, ...header } = trace.header;
   const entry = (name, value) => {
     if (value === undefined || value === null || value.length === 0) return;
-    const text = typeof value === 'object' ? JSON.stringify(value) : String(value);
+    const text = Array.isArray(value) ? value.join('; ') : typeof value === 'object' ? JSON.stringify(value) : value;
     list.append(el('dt', {}, name), el('dd', {}, text));
   };
   entry('head', trace.head);

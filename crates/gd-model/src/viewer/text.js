@@ -1,7 +1,8 @@
 // The text of a trace, and the arrows over it. Only the lines in view are in the document: the breaks are
 // computed here from measured widths, so that a text of any length costs what a screen of it costs.
 
-const LINE = 32, TEXT_TOP = 12, PAD = 8, SPARE = 3;
+// Pixels of a line, of the text in it, above the first line and on both sides; lines drawn beyond the view.
+const LINE = 32, TEXT = 20, TEXT_TOP = 14, PAD = 8, SPARE = 3;
 const DASHES = ['', '7 3', '2 3', '9 3 2 3', '4 2', '1 3', '12 4', '6 2 1 2 1 2'];
 const SVG = 'http://www.w3.org/2000/svg';
 
@@ -238,6 +239,7 @@ class TextPane {
       targets.get(read.key).push(read);
     }
     let used = 0, named = 0;
+    const taken = [];
     for (const [key, group] of targets) {
       const to = this.spot(key, top);
       if (from.out && from.out === to.out) continue;
@@ -246,7 +248,7 @@ class TextPane {
         const shift = (n - (group.length - 1) / 2) * step;
         this.arrow(used++, read, from, { ...to, x: to.x + shift }, n);
       });
-      this.label(named++, group, key, to);
+      if (this.label(named, group, key, to, taken)) named++;
     }
     for (; used < this.arrows.length && this.arrows[used].isConnected; used++) this.arrows[used].remove();
     for (; named < this.labels.length && this.labels[named].isConnected; named++) this.labels[named].remove();
@@ -272,8 +274,7 @@ class TextPane {
     group.dataset.cell = read.cell;
     group.setAttribute('class', `arrow c${cell.row % 7}`);
     group.setAttribute('aria-label', read.label);
-    // Text stands in the lower part of its line.
-    const head = TEXT_TOP - 2, foot = LINE - 4;
+    const head = -1, foot = TEXT + 2;
     const clamp = (y) => Math.min(this.height - 2, Math.max(2, y));
     let d, tip;
     if (to.line === from.line && !to.out) {
@@ -295,18 +296,29 @@ class TextPane {
     point.setAttribute('d', tip);
   }
 
-  label(n, group, key, to) {
+  /** Writes the heads of a group at its key where no other label is; whether there was room. */
+  label(n, group, key, to, taken) {
+    const names = group.slice(0, 3).map((read) => read.name).join(' ');
+    const rest = group.length > 3 ? ` +${group.length - 3}` : '';
+    const said = to.out ? `${to.out < 0 ? '↑' : '↓'}${key}: ${names}${rest}` : names + rest;
+    const half = said.length * 3.1 + 2, beside = to.out ? half + 4 : 0;
+    const x = Math.min(Math.max(to.x + beside, half), this.width + PAD - half);
+    // In the gap above a token; in one of a few rows at the edge for what is out of view.
+    const rows = to.out === 0 ? [Math.max(9, to.y - 3)] : [0, 1, 2, 3].map((row) => (to.out < 0 ? 10 + 11 * row
+      : this.height - 4 - 11 * row));
+    const free = (y) => taken.every((other) => Math.abs(other.y - y) > 9 || Math.abs(other.x - x) > other.half + half);
+    const y = rows.find(free);
+    if (y === undefined) return false;
+    taken.push({ x, y, half });
     let text = this.labels[n];
     if (!text) {
       text = this.labels[n] = document.createElementNS(SVG, 'text');
       text.setAttribute('aria-hidden', 'true');
     }
     if (!text.isConnected) this.svg.append(text);
-    const names = group.slice(0, 3).map((read) => read.name).join(' ');
-    const rest = group.length > 3 ? ` +${group.length - 3}` : '';
-    text.textContent = to.out ? `${to.out < 0 ? '↑' : '↓'}${key}: ${names}${rest}` : names + rest;
-    const half = text.textContent.length * 3, y = to.out < 0 ? 10 : to.out > 0 ? this.height - 4 : to.y + TEXT_TOP - 3;
-    text.setAttribute('x', Math.min(Math.max(to.x, half), this.width + 2 * PAD - half));
-    text.setAttribute('y', Math.max(9, y));
+    text.textContent = said;
+    text.setAttribute('x', x);
+    text.setAttribute('y', y);
+    return true;
   }
 }

@@ -54,7 +54,7 @@ class Trace {
 
   /** Reads what every view needs at once: texts, flags, selected keys and margins. */
   decode() {
-    const { view, length, cells } = this, width = cells.length, text = new TextDecoder();
+    const { view, length } = this, width = this.cells.length, text = new TextDecoder();
     this.first = view.getUint32(this.starts[0], true);
     this.end = this.first + length;
     this.texts = new Array(length);
@@ -65,31 +65,41 @@ class Trace {
     this.margins = new Float32Array(length * width);
     this.later = new Int32Array(length * this.laterCount);
     for (let r = 0; r < length; r++) {
-      let at = this.starts[r];
-      const position = view.getUint32(at, true);
-      if (position !== this.first + r) {
-        throw new Error(`record ${r} is of position ${position}, and ${this.first + r} was expected`);
+      try {
+        this.decodeRecord(r, text);
+      } catch (error) {
+        // A read beyond the last record, where the fields of one do not fit in its length.
+        throw error instanceof RangeError ? new Error(`record ${r} is shorter than its heads`) : error;
       }
-      this.ids[r] = view.getUint32(at + 4, true);
-      this.generated[r] = view.getUint32(at + 8, true) & GENERATED;
-      const bytes = view.getUint16(at + 12, true);
-      at += 14;
-      this.texts[r] = text.decode(this.bytes.subarray(at, at + bytes));
-      at += bytes;
-      this.cellStart[r] = at;
-      for (let c = 0; c < width; c++) {
-        const place = r * width + c, extra = cells[c].rounds - 1;
-        this.selected[place] = this.key(view.getInt32(at, true), r);
-        this.margins[place] = view.getFloat32(at + 8, true);
-        at += CELL;
-        for (let round = 0; round < extra; round++, at += 4) {
-          this.later[r * this.laterCount + cells[c].later + round] = this.key(view.getInt32(at, true), r);
-        }
-        let candidates = view.getUint8(at++);
-        for (; candidates > 0; candidates--) at += view.getUint8(at + 4) & LIFTED ? 13 : 9;
-      }
-      if (at !== this.ends[r]) throw new Error(`record ${r} does not end with its last head`);
     }
+  }
+
+  decodeRecord(r, text) {
+    const { view, cells } = this, width = cells.length;
+    let at = this.starts[r];
+    const position = view.getUint32(at, true);
+    if (position !== this.first + r) {
+      throw new Error(`record ${r} is of position ${position}, and ${this.first + r} was expected`);
+    }
+    this.ids[r] = view.getUint32(at + 4, true);
+    this.generated[r] = view.getUint32(at + 8, true) & GENERATED;
+    const bytes = view.getUint16(at + 12, true);
+    at += 14;
+    this.texts[r] = text.decode(this.bytes.subarray(at, at + bytes));
+    at += bytes;
+    this.cellStart[r] = at;
+    for (let c = 0; c < width; c++) {
+      const place = r * width + c, extra = cells[c].rounds - 1;
+      this.selected[place] = this.key(view.getInt32(at, true), r);
+      this.margins[place] = view.getFloat32(at + 8, true);
+      at += CELL;
+      for (let round = 0; round < extra; round++, at += 4) {
+        this.later[r * this.laterCount + cells[c].later + round] = this.key(view.getInt32(at, true), r);
+      }
+      let candidates = view.getUint8(at++);
+      for (; candidates > 0; candidates--) at += view.getUint8(at + 4) & LIFTED ? 13 : 9;
+    }
+    if (at !== this.ends[r]) throw new Error(`record ${r} does not end with its last head`);
   }
 
   key(key, r) {

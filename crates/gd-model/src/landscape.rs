@@ -186,9 +186,10 @@ impl Landscape {
     /// The energy of the point at `(x, y)` of a plane: for two keys, of the better pair.
     fn energy(&self, plane: &Plane, keys: &[&Seen], (x, y): (f64, f64)) -> f64 {
         let [a, b] = &plane.axes;
-        let point: Vec<f64> =
-            self.query.iter().zip(a).zip(b).map(|((q, a), b)| q + x * a + y * b).collect();
-        keys.iter().map(|seen| self.pair(&seen.key).energy(&point, self.alpha, self.beta)).fold(f64::MAX, f64::min)
+        let point: Vec<f64> = self.query.iter().zip(a).zip(b).map(|((q, a), b)| q + x * a + y * b).collect();
+        keys.iter()
+            .map(|seen| self.pair(&seen.key).energy(&point, self.alpha, self.beta))
+            .fold(f64::MAX, f64::min)
     }
 
     /// Where a point lies in a plane, or the foot of its perpendicular.
@@ -209,7 +210,8 @@ impl Landscape {
     fn passages(&self, title: &str) -> Lines {
         let (winner, runner_up) = self.best();
         let (mut lines, mut marks) = (Vec::new(), Vec::new());
-        for (n, (jump, name)) in [(Some(winner), "winner"), (runner_up, "runner-up")].into_iter().enumerate() {
+        for (n, (jump, name)) in [(Some(winner), "winner"), (runner_up, "runner-up")].into_iter().enumerate()
+        {
             let Some(jump) = jump else { continue };
             let at = |i: usize| {
                 let u = PASSAGE[0] + (PASSAGE[1] - PASSAGE[0]) * i as f64 / POINTS as f64;
@@ -221,14 +223,18 @@ impl Landscape {
                 dashed: n > 0,
                 points: (0..=POINTS).map(at).collect(),
             });
-            let mark = |point: Point, symbol, label| {
-                Mark { at: (point.u, point.energy), symbol, colour: Some(2 * n), label }
+            let mark = |point: Point, symbol, label| Mark {
+                at: (point.u, point.energy),
+                symbol,
+                colour: Some(2 * n),
+                label,
             };
             let Jump { global, passage, .. } = jump;
             let label = format!("coherence point\nu* {:.4}, E* {:.4}", global.u, global.energy);
             marks.push(mark(global, Symbol::Diamond, label));
             if apart(&jump) {
-                let label = format!("first root of bisection\nu {:.4}, energy {:.4}", passage.u, passage.energy);
+                let label =
+                    format!("first root of bisection\nu {:.4}, energy {:.4}", passage.u, passage.energy);
                 marks.push(mark(passage, Symbol::Cross, label));
             }
         }
@@ -250,15 +256,21 @@ impl Landscape {
     fn field(&self, plane: &Plane) -> Result<Field> {
         let keys = plane.keys.iter().map(|&p| self.seen(p)).collect::<Result<Vec<_>>>()?;
         let winner = self.best().0;
-        let mut marks = vec![Mark { at: (0.0, 0.0), symbol: Symbol::Square, colour: None, label: "query".into() }];
+        let mut marks =
+            vec![Mark { at: (0.0, 0.0), symbol: Symbol::Square, colour: None, label: "query".into() }];
         for (n, seen) in keys.iter().enumerate() {
             let (jump, colour) = (self.jump(seen), Some(2 + 2 * n));
             let symbol = [Symbol::Circle, Symbol::Triangle][n % 2];
-            let mark = |point: &[f64], symbol, label| Mark { at: self.place(plane, point), symbol, colour, label };
+            let mark =
+                |point: &[f64], symbol, label| Mark { at: self.place(plane, point), symbol, colour, label };
             marks.push(mark(&seen.key, symbol, format!("key {}", seen.position)));
             let pair = self.pair(&seen.key);
             let at = |point: Point| pair.passage(point.u * pair.length);
-            marks.push(mark(&at(jump.global), Symbol::Diamond, format!("coherence point to {}", seen.position)));
+            marks.push(mark(
+                &at(jump.global),
+                Symbol::Diamond,
+                format!("coherence point to {}", seen.position),
+            ));
             if apart(&jump) {
                 let label = format!("first root to {}", seen.position);
                 marks.push(mark(&at(jump.passage), Symbol::Cross, label));
@@ -266,7 +278,12 @@ impl Landscape {
         }
         let label = if plane.keys.contains(&winner.key) { "winner" } else { "winner (projected)" };
         let at = self.place(plane, &self.seen(winner.key)?.key);
-        marks.push(Mark { at, symbol: Symbol::Ring, colour: None, label: format!("{label}: key {}", winner.key) });
+        marks.push(Mark {
+            at,
+            symbol: Symbol::Ring,
+            colour: None,
+            label: format!("{label}: key {}", winner.key),
+        });
         let span = frame(&marks, 1.0 / self.beta.sqrt());
         let values = Field::places(&span).map(|place| self.energy(plane, &keys, place)).collect();
         let names: Vec<_> = plane.keys.iter().map(|p| format!("key {p}")).collect();
@@ -344,7 +361,10 @@ mod tests {
             let q = well(alpha, x, y);
             let phi = |key: f64| -(q + key).ln();
             let expected = phi(well(1.0 - alpha, x - 2.0, y)).min(phi(well(1.0 - alpha, x, y - 3.0)));
-            assert!((value - expected).abs() <= 1e-9 * (1.0 + expected.abs()), "{place:?}: {value}, {expected}");
+            assert!(
+                (value - expected).abs() <= 1e-9 * (1.0 + expected.abs()),
+                "{place:?}: {value}, {expected}"
+            );
         }
         let at = |label: &str| field.marks.iter().find(|m| m.label.starts_with(label)).unwrap().at;
         let near = |a: (f64, f64), b: (f64, f64)| (a.0 - b.0).abs() < 1e-12 && (a.1 - b.1).abs() < 1e-12;

@@ -108,7 +108,8 @@ fn check(trace: &Shown) -> std::result::Result<(), String> {
     let layers = trace.header.get("layers").and_then(Value::as_array).ok_or("its header has no layers")?;
     for (n, layer) in layers.iter().enumerate() {
         let selects = layer.get("selects").and_then(Value::as_bool);
-        let selects = selects.ok_or_else(|| format!("layer {n} of its header does not say whether it selects"))?;
+        let selects =
+            selects.ok_or_else(|| format!("layer {n} of its header does not say whether it selects"))?;
         if selects && layer.get("heads").and_then(Value::as_u64).is_none_or(|heads| heads == 0) {
             return Err(format!("layer {n} of its header has no heads"));
         }
@@ -195,7 +196,9 @@ mod tests {
         }
         // The one address names a vocabulary of elements and is not fetched.
         let foreign = page.replace("http://www.w3.org/2000/svg", "");
-        assert!(!foreign.contains("http:") && !foreign.contains("https:") && !foreign.contains("<!--style-->"));
+        assert!(
+            !foreign.contains("http:") && !foreign.contains("https:") && !foreign.contains("<!--style-->")
+        );
         assert!(!foreign.contains("@import") && !foreign.contains("url("));
     }
 
@@ -217,6 +220,9 @@ mod tests {
         refused(&[Shown { records: &[], ..good }], &["no records"]);
         refused(&[Shown { header: &json!({ "layers": 3 }), ..good }], &["no layers"]);
         refused(&[Shown { header: &json!({ "layers": [{ "heads": 3 }] }), ..good }], &["layer 0", "selects"]);
-        refused(&[Shown { header: &json!({ "layers": [{ "selects": true }] }), ..good }], &["layer 0", "heads"]);
+        refused(
+            &[Shown { header: &json!({ "layers": [{ "selects": true }] }), ..good }],
+            &["layer 0", "heads"],
+        );
     }
 }

@@ -56,8 +56,7 @@ fn the_winner_and_its_numbers_are_those_of_the_operator() -> Result<()> {
             &format!("op select --in x.safetensors --out y.safetensors --k 4 --coherence-mode {mode} {mask}"),
         )?;
         let selected = candle_core::safetensors::load(dir.path().join("y.safetensors"), &CPU)?;
-        let flat =
-            |name: &str| selected[name].to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+        let flat = |name: &str| selected[name].to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
         let (index, energy, margin, coherence) =
             (flat("index")?, flat("energy")?, flat("margin")?, flat("coherence")?);
         let problem = problem()?;
@@ -65,7 +64,8 @@ fn the_winner_and_its_numbers_are_those_of_the_operator() -> Result<()> {
         let (q, k) = (wide("q")?, wide("k")?);
         for row in 0..b * hq * n {
             let (batch, head, query) = (row / (hq * n), row / n % hq, row % n);
-            let args = format!("landscape --in x.safetensors --batch {batch} --head {head} --query {query} {mask}");
+            let args =
+                format!("landscape --in x.safetensors --batch {batch} --head {head} --query {query} {mask}");
             let found = answer(dir.path(), &args)?;
             let (winner, runner_up) = (&found["winner"], &found["runner_up"]);
             let number = |from: &Value, name: &str| from[name].as_f64().context(format!("{name}: {found}"));

@@ -115,7 +115,9 @@ fn landscape(args: &Args, inputs: &Inputs) -> Result<(usize, f64, f64, Landscape
         );
     }
     let query = args.query.unwrap_or(n - 1);
-    for (flag, value, count) in [("--batch", args.batch, b), ("--head", args.head, heads), ("--query", query, n)] {
+    for (flag, value, count) in
+        [("--batch", args.batch, b), ("--head", args.head, heads), ("--query", query, n)]
+    {
         if value >= count {
             return Err(usage(format!("{flag} {value}: {} has {count}, from 0 on", at())));
         }
@@ -139,8 +141,9 @@ fn landscape(args: &Args, inputs: &Inputs) -> Result<(usize, f64, f64, Landscape
     });
     let seen = seen.collect();
     let own = row(&q.narrow(0, args.batch, 1)?.narrow(1, args.head, 1)?.narrow(2, query, 1)?)?;
-    let landscape = Landscape::new(own, seen, alpha, beta);
-    Ok((query, alpha, beta, landscape.with_context(|| format!("{}: query {query} of head {}", at(), args.head))?))
+    let landscape = Landscape::new(own, seen, alpha, beta)
+        .with_context(|| format!("{}: query {query} of head {}", at(), args.head))?;
+    Ok((query, alpha, beta, landscape))
 }
 
 /// The head's row of a prior `[B|1, Hq|Hk, M]`.

@@ -229,7 +229,9 @@ where
     let ink = mark.colour.map_or(BLACK, |c| COLOURS[c % COLOURS.len()]);
     let polygon = |corners: &[(i32, i32)]| -> Drawn {
         let place = |scale: f64| {
-            let at = |&(dx, dy): &(i32, i32)| (x + (f64::from(dx) * scale) as i32, y + (f64::from(dy) * scale) as i32);
+            let at = |&(dx, dy): &(i32, i32)| {
+                (x + (f64::from(dx) * scale) as i32, y + (f64::from(dy) * scale) as i32)
+            };
             corners.iter().map(at).collect::<Vec<_>>()
         };
         area.draw(&Polygon::new(place(1.4), WHITE.filled()))?;
@@ -260,7 +262,12 @@ where
 }
 
 /// The marks, each in its place and in the legend from line `row` on; equal labels stand there once.
-fn marks<B: DrawingBackend>(chart: &Chart<B>, side: &DrawingArea<B, Shift>, marks: &[Mark], mut row: i32) -> Drawn
+fn marks<B: DrawingBackend>(
+    chart: &Chart<B>,
+    side: &DrawingArea<B, Shift>,
+    marks: &[Mark],
+    mut row: i32,
+) -> Drawn
 where
     B::ErrorType: 'static,
 {
@@ -311,7 +318,9 @@ impl Lines {
             // What leaves the axes and comes back is drawn in pieces.
             for piece in line.points.split(|p| !within(&p)).filter(|piece| piece.len() > 1) {
                 match line.dashed {
-                    true => chart.draw_series(DashedLineSeries::new(piece.iter().copied(), length, gap, style))?,
+                    true => {
+                        chart.draw_series(DashedLineSeries::new(piece.iter().copied(), length, gap, style))?
+                    }
                     false => chart.draw_series(LineSeries::new(piece.iter().copied(), style))?,
                 };
             }

@@ -211,25 +211,29 @@ class Trace {
     counts[position] = small ? 1 : 1n;
     const levels = [];
     for (const layer of this.layers.slice().reverse()) {
-      const next = counts.slice(), list = reached.slice();
-      const step = (key, count) => {
-        if (key < 0) return;
-        if (!next[key]) list.push(key);
-        next[key] += count;
-      };
-      const first = this.cells[layer.from].later, extra = layer.heads * (layer.rounds - 1);
+      const next = counts.slice(), { later } = this.cells[layer.from], extra = layer.heads * (layer.rounds - 1);
       for (const from of reached) {
-        const row = this.row(from);
+        const row = this.row(from), count = counts[from];
         if (row < 0) continue;
-        const place = row * width + layer.from;
-        for (let h = 0; h < layer.heads; h++) step(this.selected[place + h], counts[from]);
-        for (let n = 0; n < extra; n++) step(this.later[row * this.laterCount + first + n], counts[from]);
+        const place = row * width + layer.from, more = row * this.laterCount + later;
+        for (let h = 0; h < layer.heads; h++) {
+          const key = this.selected[place + h];
+          if (key >= 0) next[key] += count;
+        }
+        for (let n = 0; n < extra; n++) {
+          const key = this.later[more + n];
+          if (key >= 0) next[key] += count;
+        }
       }
-      [counts, reached] = [next, list.sort((a, b) => a - b)];
+      counts = next;
+      reached = [];
       let total = small ? 0 : 0n, most = total;
-      for (const p of reached) {
-        total += counts[p];
-        if (counts[p] > most) most = counts[p];
+      for (let p = 0; p < this.end; p++) {
+        const count = counts[p];
+        if (!count) continue;
+        reached.push(p);
+        total += count;
+        if (count > most) most = count;
       }
       levels.push({ layer: layer.layer, counts, reached, total, most: Number(most) });
     }

@@ -220,7 +220,8 @@ def paths(tab, made, p, sample=None):
         held = made.reached(p, depth)
         same(plain(positions), len(held), f"positions reached from {p} down to layer {layer}")
         same(plain(total), made.ways(p, [], depth)[1], f"paths from {p} down to layer {layer}")
-    shown = tab.js("""[...document.querySelectorAll('[data-paths]')].map((t) => [+t.dataset.position, t.dataset.paths])""")
+    shown = tab.js("""[...document.querySelectorAll('[data-paths]')].map((t) =>
+        [+t.dataset.position, t.dataset.paths])""")
     check(len(shown) > 30, "only", len(shown), "tokens are in view")
     picked = shown if sample is None else random.Random(p).sample(shown, sample)
     expected, _ = made.ways(p, {position for position, _ in picked}, len(made.layers))
@@ -262,7 +263,7 @@ def chosen(tab, view=1):
     return tab.js(f"+document.querySelector('.trace:nth-of-type({view}) .token.chosen')?.dataset.position")
 
 
-def one_trace(browser, build, shots):
+def one_trace(browser, build):
     made = Made(1, 300, [(4, 1, None), "softmax", (3, 3, 2.0), (4, 1, 2.5)])
     tab = browser.open(build.page((f"{EVIL} small", made)))
     same(chosen(tab), 299, "the token chosen at first")
@@ -434,7 +435,8 @@ def two_traces(browser, build):
 
 
 def broken(browser, build):
-    tab = browser.open(build.page(("cut", Made(7, 3, [(2, 1, None)])), cut=5), ready="document.querySelector('[role=alert]')")
+    page = build.page(("cut", Made(7, 3, [(2, 1, None)])), cut=5)
+    tab = browser.open(page, ready="document.querySelector('[role=alert]')")
     text = tab.js("document.querySelector('[role=alert]').textContent")
     check("cannot be shown" in text and "record 0" in text, text)
 
@@ -444,7 +446,7 @@ def speed(browser, build):
     tab = browser.open(build.page(("long", made)))
     opened = tab.js("performance.now()")
     tab.send("Performance.enable", timeDomain="threadTicks")
-    busy = lambda: next(m["value"] for m in tab.send("Performance.getMetrics")["metrics"] if m["name"] == "TaskDuration")
+    busy = lambda: {m["name"]: m["value"] for m in tab.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
     before = busy()
     times = tab.js(f"""(async () => {{
         const times = [], keys = {json.dumps(["k", "ArrowUp", "k", "PageUp", "Home", "j", "End", "ArrowLeft"] * 10)};
@@ -516,13 +518,12 @@ def main():
         args.shots.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, Browser(find_chromium()) as browser:
         build = Build(args.target, folder)
-        parts = [("one trace", lambda: one_trace(browser, build, args.shots)), ("counts beyond 2^53", lambda: deep(browser, build)),
-                 ("a trace that begins late", lambda: late(browser, build)), ("two traces", lambda: two_traces(browser, build)),
-                 ("a broken trace", lambda: broken(browser, build)), ("a long trace", lambda: speed(browser, build)),
-                 ("widths", lambda: looks(browser, build, args.shots))]
-        for name, part in parts:
+        parts = {"one trace": one_trace, "counts beyond 2^53": deep, "a trace that begins late": late,
+                 "two traces": two_traces, "a broken trace": broken, "a long trace": speed,
+                 "widths": lambda browser, build: looks(browser, build, args.shots)}
+        for name, part in parts.items():
             before = checks
-            part()
+            part(browser, build)
             print(f"{name}: {checks - before} checks")
     print(f"viewer: {checks} checks passed")
 

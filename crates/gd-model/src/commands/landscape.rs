@@ -15,12 +15,13 @@ use crate::landscape::{Jump, Landscape, Seen};
 /// Draw the energy landscape of one query: along the passages to its best keys, and over a plane
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "X is a file as `gd op scan` reads it: q [B,Hq,N,D], k [B,Hk,M,D], any D; optional beta [Hq] and alpha [Hq] \
-                  (or --beta, --alpha), prior [B|1,Hq|Hk,M], kv_len, cu_seqlens.\n\n\
-                  Above: the energy on the way from the query to the winner, the key of least beta |q-k|^2 - b, and to the \
-                  runner-up, with the coherence point u* of each, and the first root of bisection where that is another. \
-                  Below: the energy over the plane of the query and two keys; between the two pairs the lower one counts. \
-                  Where they lie on one line any plane through it is drawn; head dimension 1 has none.\n\n\
+    after_help = "X is a file as `gd op scan` reads it: q [B,Hq,N,D], k [B,Hk,M,D], any D; optional beta [Hq] and \
+                  alpha [Hq] (or --beta, --alpha), prior [B|1,Hq|Hk,M], kv_len, cu_seqlens.\n\n\
+                  Above: the energy on the way from the query to the winner, the key of least beta |q-k|^2 - b, \
+                  and to the runner-up, with the coherence point u* of each, and the first root of bisection \
+                  where that is another. Below: the energy over the plane of the query and two keys; of the two \
+                  pairs the lower one counts. Where they lie on one line any plane through it is drawn; head \
+                  dimension 1 has none.\n\n\
                   Example:\n  gd landscape --in x.safetensors --query 7 --mask causal --out landscape.png"
 )]
 pub struct Args {

@@ -274,6 +274,7 @@ async function start() {
 }
 
 start().catch((error) => {
-  document.querySelector('#traces').replaceChildren(el('p', { role: 'alert' }, `This trace cannot be shown: ${error.message}`));
+  const said = el('p', { role: 'alert' }, `This trace cannot be shown: ${error.message}`);
+  document.querySelector('#traces').replaceChildren(said);
   console.error(error);
 });

@@ -14,7 +14,8 @@ const group = (n) => n.toLocaleString('en-US').replace(/,/g, '\u202f');
 function describe(trace, position, c) {
   const { layer, head } = trace.cells[c], who = `layer ${layer} head ${head}`, key = trace.pick(position, c);
   if (key === ABSTAINED) return `${who} abstained`;
-  const margin = trace.margin(position, c), least = Number.isFinite(margin) ? `margin ${number(margin)}` : 'no runner-up';
+  const margin = trace.margin(position, c);
+  const least = Number.isFinite(margin) ? `margin ${number(margin)}` : 'no runner-up';
   return `${who} reads position ${key} ${quoted(trace.text(key))}, ${position - key} back, ${least}`;
 }
 
@@ -27,7 +28,7 @@ function describeRead(trace, position, { cell, key, round }) {
 
 /** Text that leads to a position. */
 function link(trace, position, more = '') {
-  const text = trace.text(position), short = text.length > 24 ? `${text.slice(0, 24)}…` : text;
+  const text = trace.text(position), short = text?.length > 24 ? `${text.slice(0, 24)}…` : text;
   return el('button', { type: 'button', class: 'go', 'data-go': position }, `${position} ${quoted(short)}${more}`);
 }
 
@@ -129,7 +130,8 @@ class Paths {
     this.trace = trace;
     this.level = trace.layers.length - 1;
     this.rows = trace.layers.slice().reverse().map((layer, n) => {
-      const radio = el('input', { type: 'radio', name: `${prefix}-level`, 'aria-label': `shade by layer ${layer.layer}` });
+      const label = `shade by layer ${layer.layer}`;
+      const radio = el('input', { type: 'radio', name: `${prefix}-level`, 'aria-label': label });
       radio.checked = n === this.level;
       radio.addEventListener('change', () => changed((this.level = n)));
       const cells = ['positions', 'paths', 'most'].map((kind) => el('td', { class: kind }));
@@ -163,7 +165,8 @@ function shares(trace, position, alone) {
     if (alone >= 0 && c !== alone) return;
     const { value, average } = trace.detail(position, c), rest = Math.max(0, 1 - value - average);
     const parts = [['value', value], ['average', average], ['rest', rest]];
-    const bar = el('div', { class: 'bar', role: 'img', 'aria-label': parts.map(([n, x]) => `${n} ${percent(x)}`).join(', ') });
+    const said = parts.map(([kind, share]) => `${kind} ${percent(share)}`).join(', ');
+    const bar = el('div', { class: 'bar', role: 'img', 'aria-label': said });
     for (const [kind, share] of parts) {
       const part = el('span', { class: kind });
       part.style.width = `${100 * (share || 0)}%`;

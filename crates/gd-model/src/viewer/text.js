@@ -21,6 +21,7 @@ function visible(text) {
 
 /** A token's text in quotes, for tables and descriptions. */
 function quoted(text) {
+  if (text === null) return '(not in the trace)';
   return text === '' ? '(part of a character)' : `“${visible(text.replace(/\n/g, '⏎'))}”`;
 }
 

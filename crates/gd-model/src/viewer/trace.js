@@ -112,10 +112,10 @@ class Trace {
     return position >= this.first && position < this.end ? position - this.first : -1;
   }
 
-  /** The text of the token at a position. */
+  /** The text of the token at a position; null where the trace has no record of it. */
   text(position) {
     const row = this.row(position);
-    return row < 0 ? '' : this.texts[row];
+    return row < 0 ? null : this.texts[row];
   }
 
   /** The key that cell `c` reads at a position. */

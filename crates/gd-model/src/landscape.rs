@@ -242,12 +242,14 @@ impl Landscape {
         let reach = |line: &Line| line.points.iter().map(|p| p.1).fold(f64::MIN, f64::max);
         let tops: Vec<f64> = lines.iter().map(reach).collect();
         let first = if tops[0] > 1e-9 { tops[0] } else { f64::MAX };
-        let top = tops.iter().copied().fold(tops[0], f64::max).min(4.0 * first).max(0.1);
+        let top = tops.iter().copied().fold(tops[0], f64::max).min(4.0 * first);
+        let low = lines.iter().flat_map(|line| &line.points).map(|p| p.1).fold(top, f64::min);
+        let pad = 0.06 * (top - low).max(0.1);
         Lines {
             title: title.to_owned(),
             x: "share u of the way from query (0) to key (1)".into(),
             y: "energy".into(),
-            span: [PASSAGE[0]..PASSAGE[1], -0.06 * top..1.06 * top],
+            span: [PASSAGE[0]..PASSAGE[1], low - pad..top + pad],
             lines,
             marks,
         }
@@ -282,15 +284,15 @@ impl Landscape {
             at,
             symbol: Symbol::Ring,
             colour: None,
-            label: format!("{label}: key {}", winner.key),
+            label: format!("{label}\nkey {}", winner.key),
         });
         let span = frame(&marks, 1.0 / self.beta.sqrt());
         let values = Field::places(&span).map(|place| self.energy(plane, &keys, place)).collect();
         let names: Vec<_> = plane.keys.iter().map(|p| format!("key {p}")).collect();
-        let line = if plane.free { ": on one line, so the second axis is any across it" } else { "" };
-        let pair = if keys.len() > 1 { ", of the better pair" } else { "" };
+        let line = if plane.free { " (all on one line)" } else { "" };
+        let pair = if keys.len() > 1 { ": the lower of the two pairs" } else { "" };
         Ok(Field {
-            title: format!("Energy over the plane of the query, {}{line}{pair}", names.join(" and ")),
+            title: format!("Energy over the plane of the query, {}{pair}{line}", names.join(" and ")),
             x: format!("distance from the query towards {}", names[0]),
             y: "distance across".into(),
             value: "energy".into(),

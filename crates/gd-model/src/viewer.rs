@@ -178,7 +178,7 @@ mod tests {
     fn no_text_of_a_trace_becomes_part_of_the_page() {
         let (header, records) = (header(), record(0, EVIL));
         let page = page(&[Shown { name: EVIL, header: &header, head: EVIL, records: &records }]).unwrap();
-        assert!(!page.contains("<img") && !page.contains("onerror=alert(1)>"), "{EVIL} is in the page");
+        assert!(!page.contains("<img"), "{EVIL} is in the page");
         // The three elements of this page, and no more.
         assert_eq!((page.matches("<script").count(), page.matches("</script").count()), (3, 3));
         assert!(page.contains("\\u003c/script>\\u003cimg src=x"));

@@ -71,7 +71,8 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         Some(other) => return Err(usage(format!("--keys: {} given, two expected", other.len()))),
     };
     let plane = landscape.plane(&chosen).map_err(|e| usage(format!("--keys: {e}")))?;
-    let title = format!("Query {query} of head {}: alpha {alpha}, beta {beta}", args.head);
+    // In single precision, as most files hold them, for a reader's sake.
+    let title = format!("Query {query} of head {}: alpha {}, beta {}", args.head, alpha as f32, beta as f32);
     landscape.figure(&title, plane.as_ref())?.save(&args.out)?;
     if ctx.json {
         return ctx.print(json!({

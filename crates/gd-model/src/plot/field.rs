@@ -23,7 +23,9 @@ const TITLE: u32 = 40;
 const LINES: u32 = 300;
 const MARGIN: u32 = 16;
 /// Steps of colour in a field.
-const BANDS: usize = 48;
+const BANDS: usize = 32;
+/// Points of a dashed line that are drawn, of how many.
+const DASH: (usize, usize) = (6, 10);
 /// Ticks of the colour bar.
 const TICKS: usize = 6;
 
@@ -271,13 +273,10 @@ fn marks<B: DrawingBackend>(
 where
     B::ErrorType: 'static,
 {
-    let plot = chart.plotting_area();
-    let screen = plot.use_screen_coord();
-    let (left, top) = plot.get_base_pixel();
+    let (plot, screen) = (chart.plotting_area(), chart.plotting_area().use_screen_coord());
     let mut said: Vec<&str> = Vec::new();
     for one in marks {
-        let (x, y) = plot.map_coordinate(&one.at);
-        mark(&screen, (x - left, y - top), one)?;
+        mark(&screen, plot.map_coordinate(&one.at), one)?;
         if !one.label.is_empty() && !said.contains(&one.label.as_str()) {
             said.push(&one.label);
             mark(side, (28, row + 10), one)?;
@@ -313,17 +312,16 @@ impl Lines {
         let mut row = 0;
         for line in &self.lines {
             let style = COLOURS[line.colour % COLOURS.len()].stroke_width(2);
-            let (length, gap) = if line.dashed { (8, 5) } else { (1000, 0) };
             let within = |p: &&(f64, f64)| self.span[0].contains(&p.0) && self.span[1].contains(&p.1);
             // What leaves the axes and comes back is drawn in pieces.
             for piece in line.points.split(|p| !within(&p)).filter(|piece| piece.len() > 1) {
-                match line.dashed {
-                    true => {
-                        chart.draw_series(DashedLineSeries::new(piece.iter().copied(), length, gap, style))?
-                    }
-                    false => chart.draw_series(LineSeries::new(piece.iter().copied(), style))?,
-                };
+                let (dash, step) = if line.dashed { DASH } else { (piece.len(), piece.len()) };
+                for part in piece.chunks(step) {
+                    let part = part.iter().take(dash).copied();
+                    chart.draw_series(LineSeries::new(part, style))?;
+                }
             }
+            let (length, gap) = if line.dashed { (8, 5) } else { (1000, 0) };
             side.draw(&DashedPathElement::new([(14, row + 10), (42, row + 10)], length, gap, style))?;
             row = legend_text(side, row, &line.label)?;
         }
@@ -415,7 +413,7 @@ mod tests {
         };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.png");
-        let mut drawn = |of: fn((f64, f64)) -> f64| {
+        let drawn = |of: fn((f64, f64)) -> f64| {
             let figure = Figure { lines: lines.clone(), field: Some(field(of)) };
             figure.save(&path).unwrap();
             let mut reader = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap()));
@@ -440,5 +438,7 @@ mod tests {
         let light = drawn(|(_, y)| y);
         assert!(light(0.1, 0.1) < light(0.1, 1.5) && light(0.1, 1.5) < light(0.1, 2.9));
         assert_eq!(light(0.2, 0.1), light(3.9, 0.1));
+        // The mark is where it says, in black, darker than any colour of a field.
+        assert!(light(1.0, 1.0) < 60 && light(1.3, 1.0) > 100, "{} {}", light(1.0, 1.0), light(1.3, 1.0));
     }
 }

@@ -20,6 +20,7 @@ pub mod gguf;
 pub mod gradients;
 pub mod guard;
 pub mod history;
+pub mod landscape;
 pub mod log;
 pub mod loss;
 pub mod memory;

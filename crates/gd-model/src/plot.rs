@@ -1,5 +1,7 @@
 //! Curves as SVG or PNG: panels one below the other, each with axes and a legend.
 
+mod field;
+
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -9,6 +11,8 @@ use plotters::style::register_font;
 
 use crate::checkpoint::write_file;
 use crate::error::{Error, Result};
+
+pub use field::{FIELD, Field, Figure, Line, Lines, Mark, Symbol};
 
 const WIDTH: u32 = 960;
 /// Height of a lone panel, and of one among several.
@@ -87,14 +91,43 @@ pub fn thin(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     points.chunks(stretch).flat_map(ends).collect()
 }
 
+/// What drawing ends with; each library's error in its own words.
+type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
+
+/// What can be drawn on any kind of canvas.
+pub(crate) trait Picture {
+    /// Width and height in pixels.
+    fn size(&self) -> (u32, u32);
+
+    /// Draws on a white canvas of that size.
+    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> Drawn
+    where
+        B::ErrorType: 'static;
+}
+
+impl Picture for [Panel] {
+    fn size(&self) -> (u32, u32) {
+        let height = HEIGHT[usize::from(self.len() > 1)];
+        (WIDTH, height * self.len().max(1) as u32)
+    }
+
+    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> Drawn
+    where
+        B::ErrorType: 'static,
+    {
+        for (area, panel) in root.split_evenly((self.len().max(1), 1)).iter().zip(self) {
+            draw_panel(area, panel)?;
+        }
+        Ok(())
+    }
+}
+
 /// The panels as the text of an SVG file.
 ///
 /// # Errors
 /// What the plotting library reports.
 pub fn svg(panels: &[Panel]) -> Result<String> {
-    let mut text = String::new();
-    draw(&SVGBackend::with_string(&mut text, size(panels)).into_drawing_area(), panels)?;
-    Ok(text)
+    picture_svg(panels)
 }
 
 /// Writes the panels to a file: PNG where its name ends so, else SVG.
@@ -102,12 +135,24 @@ pub fn svg(panels: &[Panel]) -> Result<String> {
 /// # Errors
 /// Names the file that cannot be written.
 pub fn save(path: &Path, panels: &[Panel]) -> Result<()> {
+    save_picture(path, panels)
+}
+
+/// [`svg`] of any picture.
+pub(crate) fn picture_svg<P: Picture + ?Sized>(picture: &P) -> Result<String> {
+    let mut text = String::new();
+    paint(&SVGBackend::with_string(&mut text, picture.size()).into_drawing_area(), picture)?;
+    Ok(text)
+}
+
+/// [`save`] of any picture.
+pub(crate) fn save_picture<P: Picture + ?Sized>(path: &Path, picture: &P) -> Result<()> {
     if path.extension().is_none_or(|e| e != "png") {
-        return write_file(path, svg(panels)?.as_bytes());
+        return write_file(path, picture_svg(picture)?.as_bytes());
     }
-    let (width, height) = size(panels);
+    let (width, height) = picture.size();
     let mut pixels = vec![0; 3 * width as usize * height as usize];
-    draw(&BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area(), panels)?;
+    paint(&BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area(), picture)?;
     let mut file = Vec::new();
     let mut encoder = png::Encoder::new(&mut file, width, height);
     encoder.set_color(png::ColorType::Rgb);
@@ -116,12 +161,7 @@ pub fn save(path: &Path, panels: &[Panel]) -> Result<()> {
     write_file(path, &file)
 }
 
-fn size(panels: &[Panel]) -> (u32, u32) {
-    let height = HEIGHT[usize::from(panels.len() > 1)];
-    (WIDTH, height * panels.len().max(1) as u32)
-}
-
-fn draw<B: DrawingBackend>(root: &DrawingArea<B, Shift>, panels: &[Panel]) -> Result<()>
+fn paint<B: DrawingBackend, P: Picture + ?Sized>(root: &DrawingArea<B, Shift>, picture: &P) -> Result<()>
 where
     B::ErrorType: 'static,
 {
@@ -132,20 +172,15 @@ where
     if !ready {
         return Err(Error::Invalid("the font for curves cannot be read".into()));
     }
-    let drawn = || -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let drawn = || -> Drawn {
         root.fill(&WHITE)?;
-        for (area, panel) in root.split_evenly((panels.len().max(1), 1)).iter().zip(panels) {
-            draw_panel(area, panel)?;
-        }
+        picture.draw(root)?;
         Ok(root.present()?)
     };
     drawn().map_err(|e| Error::Invalid(format!("the curves cannot be drawn: {e}")))
 }
 
-fn draw_panel<B: DrawingBackend>(
-    area: &DrawingArea<B, Shift>,
-    panel: &Panel,
-) -> std::result::Result<(), Box<dyn std::error::Error>>
+fn draw_panel<B: DrawingBackend>(area: &DrawingArea<B, Shift>, panel: &Panel) -> Drawn
 where
     B::ErrorType: 'static,
 {

@@ -11,6 +11,7 @@ pub mod data;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod landscape;
 pub mod op;
 pub mod plot;
 pub mod report;
@@ -75,6 +76,7 @@ enum Command {
     Plot(plot::Args),
     Report(report::Args),
     BeaconReport(beacon_report::Args),
+    Landscape(landscape::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
 }
@@ -174,6 +176,7 @@ fn start(cli: Cli) -> Result<()> {
         Command::Plot(args) => plot::run(args, &ctx),
         Command::Report(args) => report::run(args, &ctx),
         Command::BeaconReport(args) => beacon_report::run(args, &ctx),
+        Command::Landscape(args) => landscape::run(args, &ctx),
         Command::Bench(args) => bench::run(args, &ctx),
         Command::Doctor(args) => doctor::run(args, &ctx),
     }

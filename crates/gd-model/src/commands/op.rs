@@ -10,9 +10,9 @@ use candle_core::{DType, Tensor, Var};
 use gd_kernels::{Candidates, Estimator, Plan, Scan, Select, plan, scan, scan_all, select};
 use serde_json::{Map, Value, json};
 
-pub use args::{Args, Operator, ScanArgs, SelectArgs};
-use inputs::Inputs;
-pub(super) use inputs::barrier_of;
+pub use args::{Args, MaskKind, Operator, ScanArgs, SelectArgs};
+pub(super) use args::{open_unit, positive};
+pub(super) use inputs::{Inputs, barrier_of};
 
 use super::Context;
 use crate::tensor_file::{self, Tensors};
@@ -58,7 +58,7 @@ fn find_candidates(
     args: &ScanArgs,
     all: bool,
 ) -> Result<(Plan, Candidates)> {
-    let mask = inputs.mask(args)?;
+    let mask = inputs.mask(args.mask, args.kv_offset)?;
     let protected = inputs.protected()?;
     let scan_args = Scan {
         prior: vars.prior.as_deref(),

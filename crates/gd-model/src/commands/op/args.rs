@@ -205,7 +205,7 @@ fn number(s: &str) -> Result<f64, String> {
     s.parse().ok().filter(|x: &f64| !x.is_nan()).ok_or_else(|| "expected a number".into())
 }
 
-fn positive(s: &str) -> Result<f64, String> {
+pub(in crate::commands) fn positive(s: &str) -> Result<f64, String> {
     number(s).ok().filter(|&x| x > 0.0 && x.is_finite()).ok_or_else(|| "expected a number above 0".into())
 }
 
@@ -213,7 +213,7 @@ fn unit(s: &str) -> Result<f64, String> {
     number(s).ok().filter(|x| (0.0..=1.0).contains(x)).ok_or_else(|| "expected a number from 0 to 1".into())
 }
 
-fn open_unit(s: &str) -> Result<f64, String> {
+pub(in crate::commands) fn open_unit(s: &str) -> Result<f64, String> {
     unit(s).ok().filter(|&x| x > 0.0 && x < 1.0).ok_or_else(|| "expected a number between 0 and 1".into())
 }
 

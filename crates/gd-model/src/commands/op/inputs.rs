@@ -9,7 +9,7 @@ use gd_kernels::{Barrier, CANDIDATES, Mask};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::args::{MaskKind, ScanArgs};
+use super::args::MaskKind;
 use crate::commands::usage;
 use crate::tensor_file::{self, Tensors};
 
@@ -20,13 +20,13 @@ const KNOWN: [&str; 11] =
 const DOUT: &str = "dout";
 
 /// The tensors of the input file.
-pub(super) struct Inputs {
+pub(in crate::commands) struct Inputs {
     tensors: Tensors,
     path: String,
 }
 
 impl Inputs {
-    pub(super) fn read(path: &Path, device: &Device) -> Result<Self> {
+    pub(in crate::commands) fn read(path: &Path, device: &Device) -> Result<Self> {
         let tensors = tensor_file::read(path, device)?;
         let inputs = Self { tensors, path: path.display().to_string() };
         inputs.required("q")?;
@@ -39,7 +39,7 @@ impl Inputs {
         Ok(inputs)
     }
 
-    pub(super) fn optional(&self, name: &str) -> Option<&Tensor> {
+    pub(in crate::commands) fn optional(&self, name: &str) -> Option<&Tensor> {
         self.tensors.get(name)
     }
 
@@ -51,7 +51,7 @@ impl Inputs {
     }
 
     /// q, k or v: a floating-point tensor of four dimensions, the last of them contiguous.
-    pub(super) fn operand(&self, name: &str) -> Result<&Tensor> {
+    pub(in crate::commands) fn operand(&self, name: &str) -> Result<&Tensor> {
         let t = self.required(name)?;
         if t.rank() != 4 || !t.dtype().is_float() {
             bail!(
@@ -65,7 +65,7 @@ impl Inputs {
     }
 
     /// A per-head parameter `[Hq]` in `dtype`: the tensor `name`, or `flag` for every head.
-    pub(super) fn per_head(
+    pub(in crate::commands) fn per_head(
         &self,
         name: &str,
         flag: Option<f64>,
@@ -120,19 +120,19 @@ impl Inputs {
         }
     }
 
-    /// The mask of the flags, narrowed by `kv_len` and `cu_seqlens`.
-    pub(super) fn mask(&self, args: &ScanArgs) -> Result<Mask> {
-        let mut mask = match args.mask {
+    /// The mask of the flags `--mask` and `--kv-offset`, narrowed by `kv_len` and `cu_seqlens`.
+    pub(in crate::commands) fn mask(&self, kind: MaskKind, kv_offset: i64) -> Result<Mask> {
+        let mut mask = match kind {
             // Without a mask the offset matters only to packed sequences, which it would shift.
-            MaskKind::None if args.kv_offset != 0 && self.optional("cu_seqlens").is_some() => {
+            MaskKind::None if kv_offset != 0 && self.optional("cu_seqlens").is_some() => {
                 return Err(usage(format!(
                     "--kv-offset {}: packed sequences are shifted only under --mask causal or window:W",
-                    args.kv_offset
+                    kv_offset
                 )));
             }
             MaskKind::None => Mask::none(),
-            MaskKind::Causal => Mask::causal(args.kv_offset),
-            MaskKind::Window(w) => Mask::window(w, args.kv_offset),
+            MaskKind::Causal => Mask::causal(kv_offset),
+            MaskKind::Window(w) => Mask::window(w, kv_offset),
         };
         if let Some(rows) = self.lengths("kv_len", 1)? {
             mask = mask.kv_len(rows.concat());

@@ -25,6 +25,10 @@ use crate::plan::Problem;
 /// Keys of a task.
 const STRETCH: usize = 1024;
 
+/// Products of queries and keys below which handing work to another thread costs more than it saves: a few tens
+/// of microseconds of work.
+const LIGHT: usize = 1 << 19;
+
 /// Chains of additions that run side by side.
 const SIDE: usize = 4;
 
@@ -43,12 +47,16 @@ pub(crate) fn run<'a, T: Element>(
     blocks: Vec<Block<'a, T>>,
 ) -> Vec<Left<Block<'a, T>>> {
     let (group, stretches) = (problem.group(), problem.keys.div_ceil(STRETCH));
+    let products = problem.batch * problem.q_heads * problem.queries * problem.keys * problem.head_dim;
+    // Tasks that stay on one thread.
+    let together = if products < LIGHT { usize::MAX } else { 1 };
     let tasks = blocks.chunks(group).flat_map(|blocks| (0..stretches).map(move |s| (blocks, s * STRETCH)));
     let tasks: Vec<(&[Block<'a, T>], usize)> = tasks.collect();
     // For every task one list a head; none where the head must be left.
     let found: Vec<Vec<Option<Lists>>> = tasks
         .into_par_iter()
-        .with_max_len(1)
+        .with_min_len(together)
+        .with_max_len(together)
         .map(|(blocks, first)| {
             let keys = first..problem.keys.min(first + STRETCH);
             match filter {
@@ -63,7 +71,7 @@ pub(crate) fn run<'a, T: Element>(
             }
         })
         .collect();
-    let each = blocks.into_par_iter().with_max_len(1).enumerate();
+    let each = blocks.into_par_iter().with_min_len(together).with_max_len(together).enumerate();
     each.map(|(at, block)| {
         let tasks = &found[at / group * stretches..(at / group + 1) * stretches];
         let lists = tasks.iter().map(|lists| lists[at % group].as_ref()).collect();

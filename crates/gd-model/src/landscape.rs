@@ -278,8 +278,10 @@ impl Landscape {
                 marks.push(mark(&at(jump.passage), Symbol::Cross, label));
             }
         }
-        let label = if plane.keys.contains(&winner.key) { "winner" } else { "winner (projected)" };
-        let at = self.place(plane, &self.seen(winner.key)?.key);
+        let key = &self.seen(winner.key)?.key;
+        let at = self.place(plane, key);
+        let (all, within) = (distance2(key, &self.query), at.0 * at.0 + at.1 * at.1);
+        let label = if all - within <= COLLINEAR * all { "winner" } else { "winner (projected)" };
         marks.push(Mark {
             at,
             symbol: Symbol::Ring,

@@ -169,6 +169,8 @@ fn value_at(share: f64, (low, high): (f64, f64)) -> f64 {
     low + (share * (high - low).ln_1p()).exp_m1()
 }
 
+/// What a step of drawing gives.
+type Made<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 type Chart<'a, B> = ChartContext<'a, B, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
 impl Picture for Figure {
@@ -187,21 +189,25 @@ impl Picture for Figure {
     }
 }
 
-/// A titled chart of a fixed size, and the strip on its right.
-fn chart<'a, B: DrawingBackend>(
-    area: &'a DrawingArea<B, Shift>,
-    parts: &'a mut Option<(DrawingArea<B, Shift>, DrawingArea<B, Shift>)>,
-    title: &str,
-    (x, y): (&str, &str),
-    span: &[Range<f64>; 2],
-) -> std::result::Result<(Chart<'a, B>, &'a DrawingArea<B, Shift>), Box<dyn std::error::Error>>
+/// Writes a title, and splits what is below it into a chart's part, whose size is fixed, and a strip on its right.
+fn split<B: DrawingBackend>(area: &DrawingArea<B, Shift>, title: &str) -> Made<[DrawingArea<B, Shift>; 2]>
 where
     B::ErrorType: 'static,
 {
     area.draw(&Text::new(title.to_owned(), (MARGIN as i32, 12), (FONT, 20)))?;
     let (_, below) = area.split_vertically(TITLE);
     let (plot, side) = below.split_horizontally(MARGIN + LABELS.0 + FIELD.0 as u32 * CELL);
-    let (plot, side) = parts.insert((plot, side));
+    Ok([plot, side])
+}
+
+fn chart<'a, B: DrawingBackend>(
+    plot: &'a DrawingArea<B, Shift>,
+    (x, y): (&str, &str),
+    span: &[Range<f64>; 2],
+) -> Made<Chart<'a, B>>
+where
+    B::ErrorType: 'static,
+{
     let [across, up] = span.clone();
     let (width, height) = (across.end - across.start, up.end - up.start);
     let mut chart = ChartBuilder::on(plot)
@@ -220,7 +226,7 @@ where
         .x_label_formatter(&|x| number(*x, width))
         .y_label_formatter(&|y| number(*y, height))
         .draw()?;
-    Ok((chart, side))
+    Ok(chart)
 }
 
 /// A mark at a place in pixels, outlined in white so that it shows on any ground.
@@ -240,9 +246,9 @@ where
         Ok(area.draw(&Polygon::new(place(1.0), ink.filled()))?)
     };
     match mark.symbol {
-        Symbol::Square => polygon(&[(-6, -6), (6, -6), (6, 6), (-6, 6)]),
+        Symbol::Square => polygon(&[(-8, -8), (8, -8), (8, 8), (-8, 8)]),
         Symbol::Triangle => polygon(&[(-8, 6), (8, 6), (0, -8)]),
-        Symbol::Diamond => polygon(&[(-8, 0), (0, -8), (8, 0), (0, 8)]),
+        Symbol::Diamond => polygon(&[(-6, 0), (0, -6), (6, 0), (0, 6)]),
         Symbol::Circle => {
             area.draw(&Circle::new((x, y), 8, WHITE.filled()))?;
             Ok(area.draw(&Circle::new((x, y), 6, ink.filled()))?)
@@ -287,11 +293,7 @@ where
 }
 
 /// Writes a text of the legend, one line a `\n`, and returns where the next begins.
-fn legend_text<B: DrawingBackend>(
-    side: &DrawingArea<B, Shift>,
-    mut row: i32,
-    text: &str,
-) -> std::result::Result<i32, Box<dyn std::error::Error>>
+fn legend_text<B: DrawingBackend>(side: &DrawingArea<B, Shift>, mut row: i32, text: &str) -> Made<i32>
 where
     B::ErrorType: 'static,
 {
@@ -307,8 +309,8 @@ impl Lines {
     where
         B::ErrorType: 'static,
     {
-        let mut parts = None;
-        let (mut chart, side) = chart(area, &mut parts, &self.title, (&self.x, &self.y), &self.span)?;
+        let [plot, side] = split(area, &self.title)?;
+        let mut chart = chart(&plot, (&self.x, &self.y), &self.span)?;
         let mut row = 0;
         for line in &self.lines {
             let style = COLOURS[line.colour % COLOURS.len()].stroke_width(2);
@@ -323,9 +325,9 @@ impl Lines {
             }
             let (length, gap) = if line.dashed { (8, 5) } else { (1000, 0) };
             side.draw(&DashedPathElement::new([(14, row + 10), (42, row + 10)], length, gap, style))?;
-            row = legend_text(side, row, &line.label)?;
+            row = legend_text(&side, row, &line.label)?;
         }
-        marks(&chart, side, &self.marks, row)
+        marks(&chart, &side, &self.marks, row)
     }
 }
 
@@ -334,8 +336,8 @@ impl Field {
     where
         B::ErrorType: 'static,
     {
-        let mut parts = None;
-        let (mut chart, side) = chart(area, &mut parts, &self.title, (&self.x, &self.y), &self.span)?;
+        let [plot, side] = split(area, &self.title)?;
+        let mut chart = chart(&plot, (&self.x, &self.y), &self.span)?;
         let [x, y] = &self.span;
         let cell = [(x.end - x.start) / FIELD.0 as f64, (y.end - y.start) / FIELD.1 as f64];
         let bounds = self.bounds();
@@ -363,7 +365,7 @@ impl Field {
             let value = value_at(n as f64 / (TICKS as f64 - 1.0), bounds);
             side.draw(&Text::new(number(value, bounds.1 - bounds.0), (42, at - 8), (FONT, 16)))?;
         }
-        marks(&chart, side, &self.marks, bar + 24)
+        marks(&chart, &side, &self.marks, bar + 24)
     }
 }
 

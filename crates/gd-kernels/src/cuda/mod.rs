@@ -1,0 +1,174 @@
+//! NVIDIA GPUs: the launches of [`crate::gpu`] through cudarc, on the stream of candle's device.
+//!
+//! Everything is enqueued in the order of the calls, like candle's own kernels; nothing here waits.
+
+mod buffer;
+mod modules;
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, DriverError, result, sys};
+use candle_core::{CudaDevice, Device};
+
+pub(crate) use self::buffer::Buffer;
+pub use self::modules::kernel_hash;
+use self::modules::{Kernel, Loaded};
+use crate::error::{Error, Result};
+use crate::gpu::{Arch, Gpu, Launch, Slice};
+
+/// Dynamic shared memory that every kernel may have without asking.
+const SHARED: u32 = 48 << 10;
+
+/// A CUDA device of candle's.
+pub(crate) struct Cuda {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+    loaded: Arc<Loaded>,
+}
+
+impl Cuda {
+    /// The GPU behind a tensor's device.
+    ///
+    /// # Errors
+    /// A device that is no CUDA device, or one whose limits cannot be read.
+    pub(crate) fn new(device: &Device) -> Result<Self> {
+        let device = device.as_cuda_device()?.clone();
+        let stream = device.cuda_stream();
+        let loaded = Loaded::of(stream.context())?;
+        Ok(Self { device, stream, loaded })
+    }
+}
+
+/// What a device can do, for `gd doctor`: name, compute capability, bytes of memory in all and free.
+///
+/// # Errors
+/// A device that is no CUDA device, or one that does not answer.
+pub fn describe(device: &Device) -> Result<(String, (i32, i32), usize, usize)> {
+    let stream = device.as_cuda_device()?.cuda_stream();
+    let context = stream.context();
+    let read = || -> std::result::Result<_, DriverError> {
+        let (free, total) = context.mem_get_info()?;
+        Ok((context.name()?, context.compute_capability()?, total, free))
+    };
+    read().map_err(|e| failed("the device does not answer", e))
+}
+
+/// A driver's error after what was tried.
+fn failed(what: impl std::fmt::Display, e: DriverError) -> Error {
+    Error::Device(format!("{what}: {e}"))
+}
+
+/// The limits of a context's device.
+fn limits(stream: &CudaStream) -> std::result::Result<Arch, DriverError> {
+    let context = stream.context();
+    let (major, minor) = context.compute_capability()?;
+    let attribute = |a| context.attribute(a).map(i32::cast_unsigned);
+    Ok(Arch {
+        compute: (10 * major + minor).cast_unsigned(),
+        shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+    })
+}
+
+impl Gpu for Cuda {
+    type Buffer = Buffer;
+
+    fn arch(&self) -> Arch {
+        self.loaded.arch()
+    }
+
+    #[allow(unsafe_code)] // undefined contents are what the caller asks for
+    fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        // A kernel may be given an empty buffer; an allocation of no bytes is none.
+        let slice = unsafe { self.stream.alloc::<u8>(bytes.max(1)) };
+        slice.map(Buffer::Owned).map_err(|e| self.out_of_memory(bytes, e))
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Buffer> {
+        let slice = self.stream.alloc_zeros::<u8>(bytes.max(1));
+        slice.map(Buffer::Owned).map_err(|e| self.out_of_memory(bytes, e))
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
+        let bytes = if bytes.is_empty() { &[0] } else { bytes };
+        let slice = self.stream.clone_htod(bytes);
+        slice.map(Buffer::Owned).map_err(|e| self.out_of_memory(bytes.len(), e))
+    }
+
+    fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
+        from.buffer.download(&self.stream, from.offset, bytes)
+    }
+
+    fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
+        let refused = |e| failed(format!("CUDA refused the launch of {launch}"), e);
+        let kernel = self.loaded.kernel(&launch.kernel)?;
+        if launch.shared_bytes > SHARED {
+            kernel.allow_shared(launch.shared_bytes).map_err(refused)?;
+        }
+        // Every buffer stays locked until the launch is enqueued; memory is freed in the order of the stream.
+        let places = launch.buffers.iter().map(|slice| slice.as_ref().map(|s| s.buffer.lock()));
+        let places: Vec<_> = places.collect();
+        let mut pointers = Vec::with_capacity(places.len());
+        let mut recorded = Vec::with_capacity(places.len());
+        for (place, slice) in places.iter().zip(&launch.buffers) {
+            let mut pointer = 0;
+            if let (Some(place), Some(slice)) = (place, slice) {
+                let (start, bytes, record) = place.pointer(&self.stream)?;
+                if slice.offset > bytes {
+                    return Err(Error::Invalid(format!(
+                        "{}: a pointer {} bytes into a buffer of {bytes}",
+                        launch.kernel, slice.offset
+                    )));
+                }
+                pointer = start + slice.offset as u64;
+                recorded.push(record);
+            }
+            pointers.push(pointer);
+        }
+        self.enqueue(&kernel, launch, &mut pointers).map_err(refused)
+    }
+}
+
+impl Cuda {
+    /// The device, as candle has it.
+    pub(crate) fn device(&self) -> Device {
+        Device::Cuda(self.device.clone())
+    }
+
+    #[allow(unsafe_code)] // the arguments are those that the launch code and the kernel agree on
+    fn enqueue(
+        &self,
+        kernel: &Kernel,
+        launch: &Launch<'_, Buffer>,
+        pointers: &mut [sys::CUdeviceptr],
+    ) -> std::result::Result<(), DriverError> {
+        self.stream.context().bind_to_thread()?;
+        let params = launch.params.as_ptr().cast_mut().cast::<c_void>();
+        let mut arguments = vec![params];
+        arguments.extend(pointers.iter_mut().map(|p| std::ptr::from_mut(p).cast::<c_void>()));
+        let [x, y, z] = launch.grid;
+        // SAFETY: the driver copies the arguments, which outlive the call: the params struct and then one
+        // pointer for each buffer, all of them to memory of this context.
+        unsafe {
+            result::launch_kernel(
+                kernel.function(),
+                (x, y, z),
+                (launch.block, 1, 1),
+                launch.shared_bytes,
+                self.stream.cu_stream(),
+                &mut arguments,
+            )
+        }
+    }
+
+    fn out_of_memory(&self, bytes: usize, e: DriverError) -> Error {
+        let mib = |n: usize| n as f64 / (1 << 20) as f64;
+        let left = match self.stream.context().mem_get_info() {
+            Ok((free, total)) => format!(", of {:.0} MiB {:.0} are free", mib(total), mib(free)),
+            Err(_) => String::new(),
+        };
+        failed(format!("{:.1} MiB of GPU memory{left}", mib(bytes)), e)
+    }
+}

@@ -9,6 +9,7 @@ mod cpu;
 pub mod element;
 mod error;
 pub mod fused;
+pub mod gpu;
 mod mask;
 mod options;
 mod plan;

@@ -1,0 +1,79 @@
+// Parameters of the GPU kernels, one struct an operator, passed by value: the same bytes as
+// crates/gd-kernels/src/gpu/params.rs (a test compares every offset). All fields have 4 bytes.
+// Sizes and strides count elements; q [B, Hq, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv].
+#pragma once
+#ifdef __METAL_VERSION__
+typedef unsigned int u32;
+typedef int i32;
+typedef float f32;
+#else
+#include <stdint.h>
+typedef uint32_t u32;
+typedef int32_t i32;
+typedef float f32;
+#endif
+
+// Which keys a query sees. The table, if there is one, holds i32: offset [B], length [B], and if the
+// mask is packed first [B + 1] and then the boundaries, of which entry b has first[b]..first[b + 1].
+struct MaskParams {
+    u32 causal;
+    u32 window;   // 0: none
+    i32 offset;   // without a table
+    i32 length;   // without a table
+    u32 tables;   // 0: none, 1: offsets and lengths, 2: boundaries too
+    u32 batch;
+    u32 keys;
+};
+
+// The bias of every key: bias [B, bias_heads, bias_row], -inf beyond the last key.
+struct BiasParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 keys;
+    u32 head_dim;
+    u32 k_batch;
+    u32 k_head;
+    u32 k_row;
+    u32 bias_heads;   // Hk without a prior, Hq with one
+    u32 bias_row;     // M rounded up to whole tiles
+    u32 prior_batch;  // 0: no prior
+    u32 prior_heads;
+    u32 score;        // 0: energy, 1: dot product
+};
+
+struct ScanParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 queries;
+    u32 keys;
+    u32 head_dim;
+    u32 q_batch;
+    u32 q_head;
+    u32 q_row;
+    u32 k_batch;
+    u32 k_head;
+    u32 k_row;
+    u32 aligned;      // rows of q and k lie at multiples of 16 bytes
+    u32 pack;         // query heads whose rows share a block
+    u32 row_blocks;
+    u32 bias_heads;
+    u32 bias_row;
+    u32 prior_batch;  // 0: no prior
+    u32 prior_heads;
+    u32 score;
+    u32 last;         // ties go to the greatest index
+    u32 candidates;
+    u32 slots;        // candidates and protected keys
+    u32 protected_batch;
+    u32 protected_heads;
+    u32 protected_queries;
+    u32 protected_slots;  // 0: none
+    u32 select;       // write the value row of the winner, or zeros
+    u32 value_dim;
+    u32 v_batch;
+    u32 v_head;
+    u32 v_row;
+    MaskParams mask;
+};

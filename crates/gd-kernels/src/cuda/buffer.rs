@@ -7,11 +7,13 @@ use candle_core::cuda_backend::cudarc::driver::{
 };
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Shape, Storage, StorageRef, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Shape, Storage, StorageRef, Tensor};
 use half::{bf16, f16};
 
 use super::failed;
 use crate::error::{Error, Result};
+use crate::fused::with_contiguous_rows;
+use crate::gpu::{Slice, Tensor4};
 
 /// Memory of a CUDA device.
 pub(crate) enum Buffer {
@@ -66,18 +68,6 @@ impl Buffer {
         };
         Ok(Storage::Cuda(storage))
     }
-
-    /// The same as a tensor without a gradient.
-    pub(crate) fn into_tensor(
-        self,
-        device: &CudaDevice,
-        dtype: DType,
-        shape: impl Into<Shape>,
-    ) -> Result<Tensor> {
-        let shape = shape.into();
-        let storage = self.into_storage(device, dtype, &shape)?;
-        Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
-    }
 }
 
 /// The same memory, `n` elements of another type.
@@ -123,7 +113,49 @@ impl Locked<'_> {
     }
 }
 
-/// Where the elements of a tensor begin in its buffer, in bytes.
-pub(crate) fn offset(layout: &Layout, dtype: DType) -> usize {
-    layout.start_offset() * dtype.size_in_bytes()
+/// A tensor `[batch, heads, rows, dim]` as the kernels read it.
+pub(crate) struct Rows {
+    buffer: Buffer,
+    offset: usize,
+    strides: [usize; 3],
+    dim: usize,
+}
+
+impl Rows {
+    /// A tensor of rank 4; one whose last dimension is strided is copied.
+    pub(crate) fn new(t: &Tensor) -> Result<Self> {
+        let t = with_contiguous_rows(&t.detach())?;
+        let (_, _, _, dim) = t.dims4()?;
+        let [b, h, n, _] = *t.stride() else { unreachable!("of rank 4") };
+        let offset = t.layout().start_offset() * t.dtype().size_in_bytes();
+        Ok(Self { buffer: Buffer::Tensor(t), offset, strides: [b, h, n], dim })
+    }
+
+    pub(crate) fn tensor4(&self) -> Tensor4<'_, Buffer> {
+        Tensor4 { data: Slice { buffer: &self.buffer, offset: self.offset }, strides: self.strides }
+    }
+
+    /// Elements of a row.
+    pub(crate) fn dim(&self) -> usize {
+        self.dim
+    }
+}
+
+/// A contiguous tensor of any rank.
+pub(crate) struct Vector {
+    buffer: Buffer,
+    offset: usize,
+}
+
+impl Vector {
+    /// A tensor in `dtype`; copied where it is in another one, or not contiguous.
+    pub(crate) fn new(t: &Tensor, dtype: DType) -> Result<Self> {
+        let t = t.detach().to_dtype(dtype)?.contiguous()?;
+        let offset = t.layout().start_offset() * dtype.size_in_bytes();
+        Ok(Self { buffer: Buffer::Tensor(t), offset })
+    }
+
+    pub(crate) fn slice(&self) -> Slice<'_, Buffer> {
+        Slice { buffer: &self.buffer, offset: self.offset }
+    }
 }

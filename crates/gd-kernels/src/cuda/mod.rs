@@ -4,13 +4,15 @@
 
 mod buffer;
 mod modules;
+pub(crate) mod scan;
 
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
-use candle_core::cuda_backend::cudarc::driver::{CudaStream, DriverError, result, sys};
-use candle_core::{CudaDevice, Device};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
 
 pub(crate) use self::buffer::Buffer;
 pub use self::modules::kernel_hash;
@@ -41,16 +43,61 @@ impl Cuda {
     }
 }
 
-/// What a device can do, for `gd doctor`: name, compute capability, bytes of memory in all and free.
+/// Opens GPU `number`.
+///
+/// # Errors
+/// Says what is missing: a driver, a GPU, or one of this number.
+pub fn open(number: usize) -> Result<Device> {
+    let found = count()?;
+    if number >= found {
+        return Err(Error::Device(format!("this machine has {found} CUDA devices, from 0 on")));
+    }
+    Ok(Device::new_cuda(number)?)
+}
+
+/// GPUs of this machine; at least one.
+///
+/// # Errors
+/// Says what is missing.
+pub fn count() -> Result<usize> {
+    use sys::cudaError_enum::{CUDA_ERROR_NO_DEVICE, CUDA_ERROR_STUB_LIBRARY};
+    let number = result::init().and_then(|()| CudaContext::device_count());
+    match number {
+        Ok(n) if n > 0 => Ok(n.unsigned_abs() as usize),
+        Ok(_) | Err(DriverError(CUDA_ERROR_NO_DEVICE)) => {
+            Err(Error::Device("this machine has no NVIDIA GPU that its driver sees".into()))
+        }
+        Err(DriverError(CUDA_ERROR_STUB_LIBRARY)) => Err(Error::Device(
+            "this machine has no NVIDIA driver: libcuda.so.1 is the stub for linking".into(),
+        )),
+        Err(e) => Err(failed("the CUDA driver does not start", e)),
+    }
+}
+
+/// What a GPU is.
+#[derive(Debug, Clone)]
+pub struct Description {
+    /// Its name.
+    pub name: String,
+    /// Compute capability, such as 9.0.
+    pub compute_capability: (i32, i32),
+    /// Memory, in bytes.
+    pub memory: usize,
+    /// Memory that nobody uses, in bytes.
+    pub free: usize,
+}
+
+/// What the GPU behind a device is.
 ///
 /// # Errors
 /// A device that is no CUDA device, or one that does not answer.
-pub fn describe(device: &Device) -> Result<(String, (i32, i32), usize, usize)> {
+pub fn describe(device: &Device) -> Result<Description> {
     let stream = device.as_cuda_device()?.cuda_stream();
     let context = stream.context();
     let read = || -> std::result::Result<_, DriverError> {
-        let (free, total) = context.mem_get_info()?;
-        Ok((context.name()?, context.compute_capability()?, total, free))
+        let (free, memory) = context.mem_get_info()?;
+        let compute_capability = context.compute_capability()?;
+        Ok(Description { name: context.name()?, compute_capability, memory, free })
     };
     read().map_err(|e| failed("the device does not answer", e))
 }
@@ -61,8 +108,7 @@ fn failed(what: impl std::fmt::Display, e: DriverError) -> Error {
 }
 
 /// The limits of a context's device.
-fn limits(stream: &CudaStream) -> std::result::Result<Arch, DriverError> {
-    let context = stream.context();
+fn limits(context: &CudaContext) -> std::result::Result<Arch, DriverError> {
     let (major, minor) = context.compute_capability()?;
     let attribute = |a| context.attribute(a).map(i32::cast_unsigned);
     Ok(Arch {
@@ -132,9 +178,16 @@ impl Gpu for Cuda {
 }
 
 impl Cuda {
-    /// The device, as candle has it.
-    pub(crate) fn device(&self) -> Device {
-        Device::Cuda(self.device.clone())
+    /// A buffer that was filled with the elements of `shape`, as storage.
+    pub(crate) fn storage(&self, buffer: Buffer, dtype: DType, shape: &Shape) -> Result<Storage> {
+        buffer.into_storage(&self.device, dtype, shape)
+    }
+
+    /// The same as a tensor without a gradient.
+    pub(crate) fn tensor(&self, buffer: Buffer, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
+        let shape = shape.into();
+        let storage = self.storage(buffer, dtype, &shape)?;
+        Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
     }
 
     #[allow(unsafe_code)] // the arguments are those that the launch code and the kernel agree on

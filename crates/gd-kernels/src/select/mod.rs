@@ -202,8 +202,13 @@ pub fn scan_select(
     let (q, k, v) = (q.detach(), k.detach(), v.detach());
     let (beta, prior) = (s.beta.detach(), s.prior.map(Tensor::detach));
     let one = Scan { candidates: 1, protected: None, ..s.clone() };
-    let candidates = scan(&q, &k, &one)?;
     let threshold = threshold.map(Tensor::detach);
+    #[cfg(feature = "cuda")]
+    if let (problem, Plan::Cuda(plan)) = planned(&q, &k, &one)? {
+        sizes(&q, &k, &v)?;
+        return crate::cuda::scan::scan_select(&problem, &plan, [&q, &k, &v], &one, threshold.as_ref());
+    }
+    let candidates = scan(&q, &k, &one)?;
     let options = Select {
         prior: prior.as_ref(),
         score: s.score,
@@ -287,7 +292,8 @@ fn step(
     })
 }
 
-fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Select) -> Result<Dims> {
+/// The sizes of q, k and v, without candidates.
+fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Dims, usize)> {
     let (b, hq, n, d) = dims4("q", q)?;
     let (kb, hk, m, kd) = dims4("k", k)?;
     let (vb, vh, vm, _) = dims4("v", v)?;
@@ -305,6 +311,14 @@ fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Sel
     if k.dtype() != q.dtype() || v.dtype() != q.dtype() {
         return Err(Error::Invalid(format!("q, k, v are {:?}, {:?}, {:?}", q.dtype(), k.dtype(), v.dtype())));
     }
+    if !(q.device().same_device(k.device()) && q.device().same_device(v.device())) {
+        return Err(Error::Invalid("q, k and v are on different devices".into()));
+    }
+    Ok((Dims { b, hq, hk, n, m, slots: 0 }, d))
+}
+
+fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Select) -> Result<Dims> {
+    let (Dims { b, hq, hk, n, m, .. }, d) = sizes(q, k, v)?;
     let (cb, ch, cn, slots) = candidates.index.dims4()?;
     if (cb, ch, cn) != (b, hq, n) || candidates.energy.dims() != candidates.index.dims() {
         return Err(Error::Invalid(format!(

@@ -33,7 +33,7 @@ __device__ __forceinline__ void scan_best(const ScanParams &p, const T *q, const
     T *tiles = reinterpret_cast<T *>(shared);
     unsigned char *queries = shared + 2 * (TILE * sizeof(T) + KEYS * 4) + warp * S::QUERY_BYTES;
     S scoring;
-    scoring.load_queries(reinterpret_cast<T *>(queries), p.head_dim, p.aligned, [&](u32 r) {
+    scoring.load_queries(reinterpret_cast<T *>(queries), p.head_dim, p.aligned, true, [&](u32 r) {
         return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr;
     });
 

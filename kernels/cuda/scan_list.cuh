@@ -76,7 +76,7 @@ __device__ __forceinline__ void scan_list(const ScanParams &p, const T *q, const
 
     unsigned char *behind = shared + 2 * (TILE * sizeof(T) + KEYS * 4);
     S scoring;
-    scoring.load_queries(reinterpret_cast<T *>(behind + warp * S::QUERY_BYTES), p.head_dim, p.aligned, [&](u32 r) {
+    scoring.load_queries(reinterpret_cast<T *>(behind + warp * S::QUERY_BYTES), p.head_dim, p.aligned, true, [&](u32 r) {
         return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr;
     });
     List *lists = reinterpret_cast<List *>(behind + warps * S::QUERY_BYTES) + first;

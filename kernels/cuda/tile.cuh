@@ -64,7 +64,7 @@ template <class T, int DP, int MT> struct Mma {
     }
 
     // row(r) is row r of the warp, null where there is none.
-    template <class Row> __device__ __forceinline__ void load_queries(T *, u32 dim, bool aligned, Row row) {
+    template <class Row> __device__ __forceinline__ void load_queries(T *, u32 dim, bool aligned, bool, Row row) {
         u32 g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -79,20 +79,22 @@ template <class T, int DP, int MT> struct Mma {
         }
     }
 
-    // Adds the products with 32 keys of a tile, from key `first` on, to acc (which holds their biases).
-    __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][4][4]) const {
+    // Adds the products with 8 NT keys of a tile, from key `first` on, to acc (which holds their biases).
+    template <int NT> __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
         u32 lane = lane_id();
         // Lane l names a row of one of: keys 0..8 at k 0 and 8, keys 8..16 at k 0 and 8.
         const T *from = tile + (first + lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
 #pragma unroll
         for (int s = 0; s < DP / 16; s++) {
-            uint32_t b[2][4];
-            load_matrices(b[0], from + s * 16);
-            load_matrices(b[1], from + 16 * PITCH + s * 16);
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
+            for (int n = 0; n < NT; n += 2) {
+                uint32_t b[4];
+                load_matrices(b, from + n * 8 * PITCH + s * 16);
 #pragma unroll
-                for (int n = 0; n < 4; n++) mma(acc[m][n], a[m][s], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], T{});
+                for (int m = 0; m < MT; m++) {
+                    mma(acc[m][n], a[m][s], b[0], b[1], T{});
+                    mma(acc[m][n + 1], a[m][s], b[2], b[3], T{});
+                }
             }
         }
     }
@@ -133,8 +135,9 @@ template <class T, int DP, int MT> struct Ffma {
     static constexpr int QUERY_BYTES = ROWS * PITCH * 4;
     const float *queries;
 
-    template <class Row> __device__ __forceinline__ void load_queries(T *to, u32 dim, bool, Row row) {
-        for (int r = 0; r < ROWS; r++) {
+    // Where several warps share the rows, one of them stores; the others see them after a block barrier.
+    template <class Row> __device__ __forceinline__ void load_queries(T *to, u32 dim, bool, bool store, Row row) {
+        for (int r = 0; store && r < ROWS; r++) {
             const T *from = row(r);
             for (u32 d = lane_id(); d < DP; d += 32) to[r * PITCH + d] = from && d < dim ? from[d] : 0.0f;
         }
@@ -142,7 +145,7 @@ template <class T, int DP, int MT> struct Ffma {
         queries = to;
     }
 
-    __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][4][4]) const {
+    template <int NT> __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
         u32 g = lane_id() / 4, t = lane_id() % 4;
         const float *q = queries + g * PITCH, *k = tile + (first + 2 * t) * PITCH;
 #pragma unroll 4
@@ -150,7 +153,7 @@ template <class T, int DP, int MT> struct Ffma {
             float4 x = *reinterpret_cast<const float4 *>(q + d);
             float4 y = *reinterpret_cast<const float4 *>(q + 8 * PITCH + d);
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
+            for (int n = 0; n < NT; n++) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float4 z = *reinterpret_cast<const float4 *>(k + (n * 8 + e) * PITCH + d);

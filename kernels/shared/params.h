@@ -77,3 +77,35 @@ struct ScanParams {
     u32 v_row;
     MaskParams mask;
 };
+
+// Decoding: a few queries against a long cache, which lies in one piece or in pages of a block table.
+struct DecodeParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 queries;
+    u32 keys;
+    u32 head_dim;
+    u32 value_dim;
+    u32 q_batch;
+    u32 q_head;
+    u32 q_row;
+    u32 k_batch;      // or from page to page
+    u32 k_head;
+    u32 k_row;
+    u32 v_batch;      // or from page to page
+    u32 v_head;
+    u32 v_row;
+    u32 aligned;      // rows of q and k lie at multiples of 16 bytes
+    u32 pack;         // query heads whose rows share a block
+    u32 row_tiles;    // blocks of 16 rows
+    u32 splits;       // blocks that share the keys of a row
+    u32 page_keys;    // keys of a page; 0: no pages
+    u32 table_row;    // pages of a batch entry in the block table
+    u32 bias_row;
+    u32 prior_batch;  // 0: no prior
+    u32 prior_heads;
+    u32 score;
+    u32 last;
+    MaskParams mask;
+};

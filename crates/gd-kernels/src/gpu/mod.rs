@@ -5,6 +5,7 @@
 //! No function here waits for the device; buffers that a function allocates for itself are dropped
 //! after the launch that reads them, so freeing must be ordered like launches.
 
+pub mod decode;
 pub mod mask;
 pub mod params;
 pub mod scan;

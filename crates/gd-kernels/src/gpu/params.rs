@@ -99,4 +99,36 @@ params! {
         v_row: u32,
         mask: MaskParams,
     }
+
+    /// Decoding.
+    struct DecodeParams {
+        batch: u32,
+        q_heads: u32,
+        kv_heads: u32,
+        queries: u32,
+        keys: u32,
+        head_dim: u32,
+        value_dim: u32,
+        q_batch: u32,
+        q_head: u32,
+        q_row: u32,
+        k_batch: u32,
+        k_head: u32,
+        k_row: u32,
+        v_batch: u32,
+        v_head: u32,
+        v_row: u32,
+        aligned: u32,
+        pack: u32,
+        row_tiles: u32,
+        splits: u32,
+        page_keys: u32,
+        table_row: u32,
+        bias_row: u32,
+        prior_batch: u32,
+        prior_heads: u32,
+        score: u32,
+        last: u32,
+        mask: MaskParams,
+    }
 }

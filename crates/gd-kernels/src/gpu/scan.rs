@@ -28,6 +28,8 @@ pub const MAX_PROTECTED: usize = 32;
 pub(crate) const BIAS_TILE: usize = 64;
 /// Bytes of a row's list in shared memory: 64 entries of score and key.
 const LIST: usize = 512;
+/// Shared memory that the kernels declare themselves: what 256 rows see.
+const STATIC: usize = 2304;
 /// Warps of the kernel that computes biases; each takes one key.
 const BIAS_WARPS: usize = 8;
 
@@ -105,7 +107,8 @@ impl Plan {
         let shared = |warps: usize| tile_bytes(dtype, padded, tile_keys) + warps * per_warp;
         let rows = problem.queries * pack;
         let most = if list { 4 } else { 8 };
-        let fits = |w: &usize| shared(*w) <= arch.shared_bytes as usize && (*w == 1 || (w / 2) * warp_rows < rows);
+        let room = arch.shared_bytes as usize - STATIC;
+        let fits = |w: &usize| shared(*w) <= room && (*w == 1 || (w / 2) * warp_rows < rows);
         let Some(warps) = [most, most / 2, most / 4, 1].into_iter().find(|w| *w > 0 && fits(w)) else {
             return Err(Error::Unsupported(format!(
                 "scan: head_dim {head_dim} in {name} needs {} bytes of shared memory; the device has {}",

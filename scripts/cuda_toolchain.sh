@@ -59,7 +59,7 @@ if [[ "$(cat "$complete" 2>/dev/null)" != "${packages[*]}" ]]; then
     rm -f "$complete"
     wheels="$home/.wheels"
     rm -rf "$wheels"
-    python3 -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
         --only-binary=:all: --target "$wheels" "${packages[@]}" >&2
     for part in "$wheels"/nvidia/*/; do cp -al "$part/." "$home/"; done
     rm -rf "$wheels"

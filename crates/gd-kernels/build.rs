@@ -146,7 +146,8 @@ mod cuda {
             return Err(format!("{command:?}: {}\n{report}", run.status));
         }
         // The compiler's report has one such line a kernel; a spill costs speed, never a result.
-        let spills = report.lines().filter(|l| l.contains("spill stores") && !l.contains(" 0 bytes spill stores"));
+        let spills =
+            report.lines().filter(|l| l.contains("spill stores") && !l.contains(" 0 bytes spill stores"));
         for line in spills {
             println!("cargo:warning={}: {}", source.display(), line.trim());
         }

@@ -212,10 +212,9 @@ pub(crate) fn dims4(name: &str, t: &Tensor) -> Result<(usize, usize, usize, usiz
 pub(crate) fn check_head(name: &str, t: &Tensor, heads: usize) -> Result<()> {
     match t.dims() == [heads] {
         true => Ok(()),
-        false => Err(Error::Invalid(format!(
-            "{name} {:?} is not [{heads}], one value per query head",
-            t.dims()
-        ))),
+        false => {
+            Err(Error::Invalid(format!("{name} {:?} is not [{heads}], one value per query head", t.dims())))
+        }
     }
 }
 

@@ -65,9 +65,8 @@ impl DeviceChoice {
             Self::Metal if !metal_is_available() => {
                 bail!("device {self}: this program was built without Metal support (use --device cpu)")
             }
-            Self::Cuda(n) => {
-                open_cuda(n).with_context(|| format!("device {self} does not open (--device cpu runs without)"))
-            }
+            Self::Cuda(n) => open_cuda(n)
+                .with_context(|| format!("device {self} does not open (--device cpu runs without)")),
             Self::Metal => Device::new_metal(0).with_context(|| format!("device {self} does not open")),
             Self::Auto => Ok(Self::first_accelerator().unwrap_or(Device::Cpu)),
         }

@@ -191,13 +191,7 @@ impl Trainer {
         Ok(trainer)
     }
 
-    fn start(
-        mut recipe: Recipe,
-        corpus: Corpus,
-        seed: u64,
-        params: Params,
-        device: &Device,
-    ) -> Result<Self> {
+    fn start(mut recipe: Recipe, corpus: Corpus, seed: u64, params: Params, device: &Device) -> Result<Self> {
         corpus.check(recipe.train.context)?;
         // What follows from the device is told, so that the run goes on with it on another one.
         let precision = recipe.train.precision(device);
@@ -400,7 +394,8 @@ impl Trainer {
         for micro in 0..train.accumulation as u64 {
             let at = self.step * train.accumulation as u64 + micro;
             let places = places(at, train.batch, self.group.rank(), self.group.world());
-            let Batch { inputs, targets, mask, predicted } = self.batches.batch(places, train.context, &self.device)?;
+            let Batch { inputs, targets, mask, predicted } =
+                self.batches.batch(places, train.context, &self.device)?;
             let pass = self.pass(&mask);
             // Of the whole micro-batch, of which this is a part if there are other processes. 1 where every
             // token is predicted: the weight then changes no bit.

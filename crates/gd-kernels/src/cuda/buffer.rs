@@ -6,7 +6,6 @@ use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, sys,
 };
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
-use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Shape, Storage, StorageRef, Tensor};
 use half::{bf16, f16};
 
@@ -43,7 +42,10 @@ impl Buffer {
         };
         let part = offset.checked_add(bytes).and_then(|end| slice.try_slice(offset..end));
         let part = part.ok_or_else(|| {
-            Error::Invalid(format!("a copy of {bytes} bytes from {offset} on, of a buffer of {}", slice.len()))
+            Error::Invalid(format!(
+                "a copy of {bytes} bytes from {offset} on, of a buffer of {}",
+                slice.len()
+            ))
         })?;
         stream.clone_dtoh(&part).map_err(|e| failed(format!("a copy of {bytes} bytes to the host"), e))
     }
@@ -102,7 +104,9 @@ impl Locked<'_> {
                     CudaStorageSlice::F32(s) => Ok(of(s, stream)),
                     CudaStorageSlice::F16(s) => Ok(of(s, stream)),
                     CudaStorageSlice::BF16(s) => Ok(of(s, stream)),
-                    _ => Err(Error::Unsupported("a tensor of another dtype than f32, f16, bf16, i32, u32 and u8 on a GPU".into())),
+                    _ => Err(Error::Unsupported(
+                        "a tensor of another dtype than f32, f16, bf16, i32, u32 and u8 on a GPU".into(),
+                    )),
                 },
                 other => Err(Error::Invalid(format!(
                     "a tensor on {:?} among those of a CUDA device",

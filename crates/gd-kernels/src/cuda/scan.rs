@@ -24,8 +24,9 @@ struct Operands {
 impl Operands {
     fn new(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Self> {
         check_head("beta", scan.beta, problem.q_heads)?;
-        let prior = |t: &Tensor| Ok((Vector::new(t, DType::F32)?, prior_dims(t, problem)?));
-        let protected = |t: &Tensor| Ok((Vector::new(t, DType::I32)?, protected_dims(t, problem)?));
+        let prior = |t: &Tensor| -> Result<_> { Ok((Vector::new(t, DType::F32)?, prior_dims(t, problem)?)) };
+        let protected =
+            |t: &Tensor| -> Result<_> { Ok((Vector::new(t, DType::I32)?, protected_dims(t, problem)?)) };
         if scan.checked {
             check_values(problem, q, k, scan)?;
         }
@@ -43,10 +44,7 @@ impl Operands {
             q: self.q.tensor4(),
             k: self.k.tensor4(),
             beta: self.beta.slice(),
-            prior: self
-                .prior
-                .as_ref()
-                .map(|(p, [b, h, _])| gpu::Prior { data: p.slice(), dims: [*b, *h] }),
+            prior: self.prior.as_ref().map(|(p, [b, h, _])| gpu::Prior { data: p.slice(), dims: [*b, *h] }),
             protected: self
                 .protected
                 .as_ref()

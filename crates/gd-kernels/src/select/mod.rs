@@ -204,7 +204,7 @@ pub fn scan_select(
     let one = Scan { candidates: 1, protected: None, ..s.clone() };
     let threshold = threshold.map(Tensor::detach);
     #[cfg(feature = "cuda")]
-    if let (problem, Plan::Cuda(plan)) = planned(&q, &k, &one)? {
+    if let (problem, crate::Plan::Cuda(plan)) = crate::scan::planned(&q, &k, &one)? {
         sizes(&q, &k, &v)?;
         return crate::cuda::scan::scan_select(&problem, &plan, [&q, &k, &v], &one, threshold.as_ref());
     }

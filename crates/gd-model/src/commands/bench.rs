@@ -122,8 +122,7 @@ fn attention(args: &AttentionArgs, ctx: &Context) -> Result<()> {
         check_writable(folder)?;
     }
     let (seed, repeats) = (ctx.seed.unwrap_or(0), args.repeats as usize);
-    let setup =
-        |shape, pass| Setup { shape, pass, repeats, dtype: args.dtype, seed, device: &ctx.device };
+    let setup = |shape, pass| Setup { shape, pass, repeats, dtype: args.dtype, seed, device: &ctx.device };
     let of = |pass: Pass| -> Vec<&Contender> {
         chosen.iter().copied().filter(|c| c.passes.contains(&pass)).collect()
     };

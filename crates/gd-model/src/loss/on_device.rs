@@ -79,11 +79,9 @@ mod tests {
         };
         let ids: Vec<u32> = (0..rows).map(|i| if i % 4 == 1 { IGNORE } else { (i * 5 % v) as u32 }).collect();
         let none = vec![IGNORE; rows];
-        for (targets, dtype, bound) in [
-            (&ids, DType::F64, 1e-12),
-            (&ids, DType::F32, 2e-6),
-            (&none, DType::F64, 0.0),
-        ] {
+        for (targets, dtype, bound) in
+            [(&ids, DType::F64, 1e-12), (&ids, DType::F32, 2e-6), (&none, DType::F64, 0.0)]
+        {
             let targets = Tensor::new(&targets[..], &Device::Cpu)?;
             let tensor = |n: usize, step| -> Result<Var> {
                 let t = Tensor::from_vec(values(n * c, step), (n, c), &Device::Cpu)?;

@@ -203,12 +203,7 @@ fn selection(x: &Inputs, candidates: usize, precision: Precision) -> Result<Runn
 }
 
 /// The same with this gradient.
-fn selection_by(
-    x: &Inputs,
-    candidates: usize,
-    precision: Precision,
-    estimator: Estimator,
-) -> Result<Runner> {
+fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: Estimator) -> Result<Runner> {
     let beta = Tensor::ones(x.shape.heads, DType::F32, x.q.device())?;
     let mask = if x.pass == Pass::Decode { Mask::none() } else { Mask::causal(0) };
     let keep = x.pass == Pass::Decode && precision == Precision::Certified;

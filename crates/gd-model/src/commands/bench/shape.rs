@@ -208,8 +208,14 @@ mod tests {
         assert_eq!(Work::Blend.flops(shape, Pass::Fwd), 1920.0);
         assert_eq!(Work::Blend.flops(shape, Pass::Fwdbwd), 6720.0);
         assert_eq!(Work::Blend.flops(shape, Pass::Decode), 768.0);
-        assert_eq!((Work::Select.bytes(shape, DType::F32), Work::Blend.bytes(shape, DType::F32)), (768.0, 1536.0));
-        assert_eq!(Work::Certified.bytes(shape, DType::F32), 768.0 / 4.0 + 768.0 / 4.0 / shape.dim as f64 * 16.0);
+        assert_eq!(
+            (Work::Select.bytes(shape, DType::F32), Work::Blend.bytes(shape, DType::F32)),
+            (768.0, 1536.0)
+        );
+        assert_eq!(
+            Work::Certified.bytes(shape, DType::F32),
+            768.0 / 4.0 + 768.0 / 4.0 / shape.dim as f64 * 16.0
+        );
         assert_eq!(Pass::Fwd.square_bytes(shape), 4.0 * 4.0 * 96.0);
         assert_eq!(Pass::Decode.square_bytes(shape), 4.0 * 4.0 * 24.0);
     }

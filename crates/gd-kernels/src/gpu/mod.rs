@@ -6,9 +6,11 @@
 //! after the launch that reads them, so freeing must be ordered like launches.
 
 pub mod decode;
+pub mod inverse;
 pub mod mask;
 pub mod params;
 pub mod scan;
+pub mod select;
 
 use std::fmt;
 

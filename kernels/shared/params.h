@@ -163,3 +163,33 @@ struct SortParams {
     u32 blocks;       // chunks of entries
     u32 shift;        // of the digit that a pass sorts by
 };
+
+// Depthwise causal convolution: x and y [B, N, C], weight [C, W], past [B, W - 1, C].
+struct ConvParams {
+    u32 batch;
+    u32 rows;
+    u32 channels;
+    u32 width;
+    u32 x_batch;
+    u32 x_row;
+    u32 d_batch;      // of dy
+    u32 d_row;
+    u32 chunks;       // of 64 rows
+    u32 packed;       // the table holds first [B + 1] and then the boundaries, as in a mask
+};
+
+// Gated running average: decay, write [B, H, N], v [B, Hk, N, D], m [B, H, N, D].
+struct AverageParams {
+    u32 batch;
+    u32 heads;
+    u32 value_heads;
+    u32 rows;
+    u32 dim;
+    u32 blocks;       // of 64 rows
+    u32 v_batch;
+    u32 v_head;
+    u32 v_row;
+    u32 d_batch;      // of dm
+    u32 d_head;
+    u32 d_row;
+};

@@ -185,4 +185,34 @@ params! {
         blocks: u32,
         shift: u32,
     }
+
+    /// A causal convolution.
+    struct ConvParams {
+        batch: u32,
+        rows: u32,
+        channels: u32,
+        width: u32,
+        x_batch: u32,
+        x_row: u32,
+        d_batch: u32,
+        d_row: u32,
+        chunks: u32,
+        packed: u32,
+    }
+
+    /// A gated running average.
+    struct AverageParams {
+        batch: u32,
+        heads: u32,
+        value_heads: u32,
+        rows: u32,
+        dim: u32,
+        blocks: u32,
+        v_batch: u32,
+        v_head: u32,
+        v_row: u32,
+        d_batch: u32,
+        d_head: u32,
+        d_row: u32,
+    }
 }

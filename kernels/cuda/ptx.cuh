@@ -20,7 +20,9 @@ struct bf16 {
 #define GD_FAULT(n) false
 #define GD_INFINITY __int_as_float(0x7f800000)
 #define GD_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-#define GD_SHARED(type, name) __shared__ type name
+// So that an array type can stand where a name follows.
+template <class T> using gd_type = T;
+#define GD_SHARED(type, name) __shared__ gd_type<type> name
 
 __device__ __forceinline__ float up(float x) { return x; }
 __device__ __forceinline__ float up(f16 x) {

@@ -36,6 +36,7 @@ struct Request {
     uint64_t in;
     uint64_t out;
     void *data;
+    uint32_t from = 0;
 };
 void meet(Request &request, uint32_t mask);
 void block_barrier();
@@ -80,13 +81,16 @@ struct Mma {
 
 } // namespace emulate
 
+// So that an array type can stand where a name follows.
+template <class T> using gd_type = T;
+
 #define GD_REGISTER(name) static const emulate::Entry entry_##name(#name, name);
 #define GD_FAULT(n) (emulate::fault == (n))
 #define GD_INFINITY std::numeric_limits<float>::infinity()
 #define GD_DYNAMIC_SHARED(name) unsigned char *name = static_cast<unsigned char *>(emulate::dynamic_shared())
 #define GD_SHARED(type, name)                                                                                       \
     static const char name##_tag = 0;                                                                               \
-    type &name = *static_cast<type *>(emulate::static_shared(&name##_tag, sizeof(type)))
+    gd_type<type> &name = *static_cast<gd_type<type> *>(emulate::static_shared(&name##_tag, sizeof(type)))
 
 #define threadIdx emulate::thread
 #define blockIdx emulate::block
@@ -125,13 +129,11 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu) {
 }
 
 template <class T> T gd_shuffle(uint32_t mask, T x, uint32_t from) {
-    static_assert(sizeof(T) <= 4, "shuffles move 4 bytes");
-    uint32_t bits = 0;
-    std::memcpy(&bits, &x, sizeof x);
-    emulate::Request r = {emulate::Kind::shuffle, uint64_t(from % 32) << 32 | bits, 0, nullptr};
+    static_assert(sizeof(T) <= 8, "shuffles move 4 or 8 bytes");
+    emulate::Request r = {emulate::Kind::shuffle, 0, 0, nullptr, from % 32};
+    std::memcpy(&r.in, &x, sizeof x);
     emulate::meet(r, mask);
-    bits = uint32_t(r.out);
-    std::memcpy(&x, &bits, sizeof x);
+    std::memcpy(&x, &r.out, sizeof x);
     return x;
 }
 template <class T> T __shfl_sync(uint32_t mask, T x, uint32_t from) { return gd_shuffle(mask, x, from); }

@@ -252,7 +252,7 @@ void complete(Request *const (&lanes)[32]) {
     switch (lanes[0]->kind) {
     case Kind::sync: break;
     case Kind::shuffle:
-        for (Request *r : lanes) r->out = lanes[r->in >> 32]->in & 0xffffffffu;
+        for (Request *r : lanes) r->out = lanes[r->from]->in;
         break;
     case Kind::ballot: {
         uint32_t bits = 0;

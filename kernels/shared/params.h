@@ -109,3 +109,87 @@ struct DecodeParams {
     u32 last;
     MaskParams mask;
 };
+
+// The steps of select, one query row a warp: index, energy [B, Hq, N, K], contiguous.
+struct SelectParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 queries;
+    u32 keys;
+    u32 head_dim;
+    u32 value_dim;
+    u32 slots;
+    u32 q_batch;
+    u32 q_head;
+    u32 q_row;
+    u32 k_batch;
+    u32 k_head;
+    u32 k_row;
+    u32 v_batch;
+    u32 v_head;
+    u32 v_row;
+    u32 d_batch;      // of the gradient that comes in: dy, or that of a residual query
+    u32 d_head;
+    u32 d_row;
+    u32 prior_batch;  // 0: no prior
+    u32 prior_heads;
+    u32 score;
+    u32 last;
+    u32 estimator;    // 0 candidates, 1 winner, 3 reinmax
+    u32 passage;      // the coherence point that bisection meets first
+    f32 temperature;
+    f32 preserve;
+    f32 value;
+    f32 hardness;     // 0 for a blend
+    f32 gate;         // temperature of the energy gate; 0: none
+    f32 floor;        // of the barrier, as the next four
+    f32 margin;
+    f32 strength;
+    f32 trigger;
+    f32 slack;
+};
+
+// Sorting slots by the key they hold: the inverse of index, in a fixed order.
+struct SortParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 queries;
+    u32 keys;
+    u32 slots;
+    u32 count;        // entries: B Hq N K
+    u32 lists;        // keys of all heads: B Hk M
+    u32 blocks;       // chunks of entries
+    u32 shift;        // of the digit that a pass sorts by
+};
+
+// Depthwise causal convolution: x and y [B, N, C], weight [C, W], past [B, W - 1, C].
+struct ConvParams {
+    u32 batch;
+    u32 rows;
+    u32 channels;
+    u32 width;
+    u32 x_batch;
+    u32 x_row;
+    u32 d_batch;      // of dy
+    u32 d_row;
+    u32 chunks;       // of 64 rows
+    u32 packed;       // the table holds first [B + 1] and then the boundaries, as in a mask
+};
+
+// Gated running average: decay, write [B, H, N], v [B, Hk, N, D], m [B, H, N, D].
+struct AverageParams {
+    u32 batch;
+    u32 heads;
+    u32 value_heads;
+    u32 rows;
+    u32 dim;
+    u32 blocks;       // of 64 rows
+    u32 v_batch;
+    u32 v_head;
+    u32 v_row;
+    u32 d_batch;      // of dm
+    u32 d_head;
+    u32 d_row;
+};

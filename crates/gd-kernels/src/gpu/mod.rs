@@ -5,10 +5,14 @@
 //! No function here waits for the device; buffers that a function allocates for itself are dropped
 //! after the launch that reads them, so freeing must be ordered like launches.
 
+pub mod average;
+pub mod conv;
 pub mod decode;
+pub mod inverse;
 pub mod mask;
 pub mod params;
 pub mod scan;
+pub mod select;
 
 use std::fmt;
 

@@ -131,4 +131,88 @@ params! {
         last: u32,
         mask: MaskParams,
     }
+
+    /// The steps of select.
+    struct SelectParams {
+        batch: u32,
+        q_heads: u32,
+        kv_heads: u32,
+        queries: u32,
+        keys: u32,
+        head_dim: u32,
+        value_dim: u32,
+        slots: u32,
+        q_batch: u32,
+        q_head: u32,
+        q_row: u32,
+        k_batch: u32,
+        k_head: u32,
+        k_row: u32,
+        v_batch: u32,
+        v_head: u32,
+        v_row: u32,
+        d_batch: u32,
+        d_head: u32,
+        d_row: u32,
+        prior_batch: u32,
+        prior_heads: u32,
+        score: u32,
+        last: u32,
+        estimator: u32,
+        passage: u32,
+        temperature: f32,
+        preserve: f32,
+        value: f32,
+        hardness: f32,
+        gate: f32,
+        floor: f32,
+        margin: f32,
+        strength: f32,
+        trigger: f32,
+        slack: f32,
+    }
+
+    /// Sorting slots by key.
+    struct SortParams {
+        batch: u32,
+        q_heads: u32,
+        kv_heads: u32,
+        queries: u32,
+        keys: u32,
+        slots: u32,
+        count: u32,
+        lists: u32,
+        blocks: u32,
+        shift: u32,
+    }
+
+    /// A causal convolution.
+    struct ConvParams {
+        batch: u32,
+        rows: u32,
+        channels: u32,
+        width: u32,
+        x_batch: u32,
+        x_row: u32,
+        d_batch: u32,
+        d_row: u32,
+        chunks: u32,
+        packed: u32,
+    }
+
+    /// A gated running average.
+    struct AverageParams {
+        batch: u32,
+        heads: u32,
+        value_heads: u32,
+        rows: u32,
+        dim: u32,
+        blocks: u32,
+        v_batch: u32,
+        v_head: u32,
+        v_row: u32,
+        d_batch: u32,
+        d_head: u32,
+        d_row: u32,
+    }
 }

@@ -151,12 +151,22 @@ pub(crate) struct Vector {
     offset: usize,
 }
 
+impl From<Buffer> for Vector {
+    fn from(buffer: Buffer) -> Self {
+        Self { buffer, offset: 0 }
+    }
+}
+
 impl Vector {
     /// A tensor in `dtype`; copied where it is in another one, or not contiguous.
     pub(crate) fn new(t: &Tensor, dtype: DType) -> Result<Self> {
-        let t = t.detach().to_dtype(dtype)?.contiguous()?;
-        let offset = t.layout().start_offset() * dtype.size_in_bytes();
-        Ok(Self { buffer: Buffer::Tensor(t), offset })
+        Ok(Self::strided(t.detach().to_dtype(dtype)?.contiguous()?))
+    }
+
+    /// A tensor as it lies; its strides are the caller's to know.
+    pub(crate) fn strided(t: Tensor) -> Self {
+        let offset = t.layout().start_offset() * t.dtype().size_in_bytes();
+        Self { buffer: Buffer::Tensor(t), offset }
     }
 
     pub(crate) fn slice(&self) -> Slice<'_, Buffer> {

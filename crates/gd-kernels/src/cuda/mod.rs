@@ -4,7 +4,10 @@
 
 mod buffer;
 mod modules;
+pub(crate) mod average;
+pub(crate) mod conv;
 pub(crate) mod scan;
+pub(crate) mod select;
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -18,6 +21,7 @@ pub(crate) use self::buffer::Buffer;
 pub use self::modules::kernel_hash;
 use self::modules::{Kernel, Loaded};
 use crate::error::{Error, Result};
+use crate::fused::Finished;
 use crate::gpu::{Arch, Gpu, Launch, Slice};
 
 /// Dynamic shared memory that every kernel may have without asking.
@@ -181,6 +185,34 @@ impl Cuda {
     /// A buffer that was filled with the elements of `shape`, as storage.
     pub(crate) fn storage(&self, buffer: Buffer, dtype: DType, shape: &Shape) -> Result<Storage> {
         buffer.into_storage(&self.device, dtype, shape)
+    }
+
+    /// The same as a result for candle's graph.
+    pub(crate) fn finished(&self, buffer: Buffer, dtype: DType, shape: impl Into<Shape>) -> Result<Finished> {
+        let shape = shape.into();
+        Ok(Finished::new(self.storage(buffer, dtype, &shape)?, shape))
+    }
+
+    /// Room for the gradients of tensors, contiguous in their own dtypes.
+    pub(crate) fn gradients<const N: usize>(&self, of: [&Tensor; N]) -> Result<[Buffer; N]> {
+        let mut all = Vec::with_capacity(N);
+        for t in of {
+            all.push(self.allocate(t.elem_count() * t.dtype().size_in_bytes())?);
+        }
+        all.try_into().map_err(|_| Error::Invalid("as many buffers as tensors".into()))
+    }
+
+    /// Those gradients as tensors.
+    pub(crate) fn tensors<const N: usize>(
+        &self,
+        of: [&Tensor; N],
+        buffers: [Buffer; N],
+    ) -> candle_core::Result<[Tensor; N]> {
+        let mut all = Vec::with_capacity(N);
+        for (t, buffer) in of.iter().zip(buffers) {
+            all.push(self.tensor(buffer, t.dtype(), t.shape())?);
+        }
+        all.try_into().map_err(|_| candle_core::Error::Msg("as many buffers as tensors".into()))
     }
 
     /// The same as a tensor without a gradient.

@@ -433,6 +433,21 @@ pub fn barrier_backward<G: Gpu>(
     plan.launch(gpu, "barrier_backward", (plan.sizes.rows().div_ceil(128), 128), buffers)
 }
 
+/// The candidates without the winners `slot` i32 `[B, Hq, N]`: i32 `[B, Hq, N, K]`. A row that abstained has none.
+///
+/// # Errors
+/// As [`choose`].
+pub fn rest<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    index: Slice<'_, G::Buffer>,
+    slot: Slice<'_, G::Buffer>,
+    out: Slice<'_, G::Buffer>,
+) -> Result<()> {
+    let entries = plan.sizes.rows() * plan.sizes.slots;
+    plan.launch(gpu, "select_rest", (entries.div_ceil(256), 256), vec![Some(index), Some(slot), Some(out)])
+}
+
 /// The mixture density at the coherence point of one key a query, and the point u*, f32 `[B, Hq, N]` each; the
 /// plan is that of [`Sizes::single`].
 ///

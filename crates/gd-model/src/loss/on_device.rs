@@ -3,7 +3,7 @@
 //! As on the CPU, chunks of rows go through in turn, and each chunk's logits become loss and gradients at once.
 //! Nothing waits for the device: the number of counted rows and the loss stay there.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use gd_kernels::fused::{Finished, attach2};
 
 use super::linear::accumulator;
@@ -65,7 +65,7 @@ pub(super) fn linear_cross_entropy(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::{DType, Device, Var};
 
     use super::super::linear_cross_entropy as fused;
     use super::*;

@@ -4,7 +4,6 @@ use std::fmt;
 use std::str::FromStr;
 
 use candle_core::DType;
-use candle_core::DType;
 use serde::{Serialize, Serializer};
 
 /// Elements that one tensor may have: 8 GiB of f32.

@@ -51,6 +51,9 @@ pub struct Scan<'a> {
     pub precision: Precision,
     /// k as integers, if the caller keeps them; a certified scan quantises k itself otherwise.
     pub quantized: Option<&'a QuantizedKeys>,
+    /// The norms of k, if the caller keeps them; for [`scan_select`](crate::scan_select) of a few queries.
+    #[cfg(feature = "cuda")]
+    pub key_bias: Option<&'a crate::cuda::KeyBias>,
     /// Where to run.
     pub backend: Backend,
 }
@@ -69,6 +72,8 @@ impl<'a> Scan<'a> {
             checked: false,
             precision: Precision::default(),
             quantized: None,
+            #[cfg(feature = "cuda")]
+            key_bias: None,
             backend: Backend::default(),
         }
     }

@@ -15,7 +15,8 @@ use crate::fused::with_contiguous_rows;
 use crate::gpu::{Slice, Tensor4};
 
 /// Memory of a CUDA device.
-pub(crate) enum Buffer {
+#[derive(Debug)]
+pub enum Buffer {
     /// What an operator allocated.
     Owned(CudaSlice<u8>),
     /// A tensor's storage, from its first element on, whatever the tensor's own offset.

@@ -6,6 +6,7 @@ mod buffer;
 mod modules;
 pub(crate) mod average;
 pub(crate) mod conv;
+mod key_bias;
 pub(crate) mod scan;
 pub(crate) mod select;
 
@@ -17,7 +18,8 @@ use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaStream, DriverE
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
 
-pub(crate) use self::buffer::Buffer;
+pub use self::buffer::Buffer;
+pub use self::key_bias::KeyBias;
 pub use self::modules::kernel_hash;
 use self::modules::{Kernel, Loaded};
 use crate::error::{Error, Result};
@@ -27,8 +29,8 @@ use crate::gpu::{Arch, Gpu, Launch, Slice};
 /// Dynamic shared memory that every kernel may have without asking.
 const SHARED: u32 = 48 << 10;
 
-/// A CUDA device of candle's.
-pub(crate) struct Cuda {
+/// A CUDA device of candle's, for launches.
+pub struct Cuda {
     device: CudaDevice,
     stream: Arc<CudaStream>,
     loaded: Arc<Loaded>,
@@ -39,7 +41,7 @@ impl Cuda {
     ///
     /// # Errors
     /// A device that is no CUDA device, or one whose limits cannot be read.
-    pub(crate) fn new(device: &Device) -> Result<Self> {
+    pub fn new(device: &Device) -> Result<Self> {
         let device = device.as_cuda_device()?.clone();
         let stream = device.cuda_stream();
         let loaded = Loaded::of(stream.context())?;

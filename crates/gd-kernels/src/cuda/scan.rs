@@ -7,6 +7,7 @@ use candle_core::{DType, Tensor};
 use super::Cuda;
 use super::buffer::{Buffer, Rows, Vector};
 use crate::error::Result;
+use crate::gpu::decode::{self, MAX_QUERIES};
 use crate::gpu::{Gpu, Slice, scan as gpu};
 use crate::plan::Problem;
 use crate::scan::{Candidates, Scan, check_head, check_values, prior_dims, protected_dims};
@@ -54,6 +55,13 @@ impl Operands {
     }
 }
 
+impl Operands {
+    /// The same without a prior, which decoding adds by itself.
+    fn without_prior<'a>(&'a self, scan: &'a Scan) -> gpu::Inputs<'a, Buffer> {
+        gpu::Inputs { prior: None, ..self.inputs(scan) }
+    }
+}
+
 /// The scan of a planned problem.
 pub(crate) fn scan(
     problem: &Problem,
@@ -83,7 +91,8 @@ pub(crate) fn scan(
     })
 }
 
-/// The winner of every query and its value row, in one kernel.
+/// The winner of every query and its value row: for a few queries by decoding, which splits the keys over
+/// blocks, else by the fused scan.
 pub(crate) fn scan_select(
     problem: &Problem,
     plan: &gpu::Plan,
@@ -99,14 +108,37 @@ pub(crate) fn scan_select(
     let rows = problem.batch * problem.q_heads * problem.queries;
     let (index, energy) = (device.allocate(4 * rows)?, device.allocate(4 * rows)?);
     let y = device.allocate(rows * v.dim() * problem.dtype.size_in_bytes())?;
-    let out = gpu::Outputs { index: (&index).into(), energy: (&energy).into(), flags: None };
-    let values = gpu::Values {
-        v: v.tensor4(),
-        dim: v.dim(),
-        threshold: threshold.as_ref().map(Vector::slice),
-        y: (&y).into(),
-    };
-    gpu::scan_select(&device, plan, problem, &operands.inputs(scan), &values, &out)?;
+    let x = operands.inputs(scan);
+    let threshold = threshold.as_ref().map(Vector::slice);
+    if problem.queries <= MAX_QUERIES {
+        let plan = decode::Plan::new(problem, x.prior.is_some(), &device.arch())?;
+        let workspace = device.zeros(plan.workspace_bytes(problem))?;
+        let own = match scan.key_bias {
+            Some(_) => None,
+            None => Some(Vector::from(gpu::key_bias(&device, problem, &operands.without_prior(scan))?)),
+        };
+        let kept = scan.key_bias.map(|kept| kept.of(problem)).transpose()?;
+        let Some(bias) = kept.as_ref().or(own.as_ref()) else { unreachable!("one of the two") };
+        let out = decode::Outputs { index: (&index).into(), energy: (&energy).into(), y: (&y).into() };
+        let inputs = decode::Inputs {
+            q: x.q,
+            k: x.k,
+            v: v.tensor4(),
+            value_dim: v.dim(),
+            bias: bias.slice(),
+            pages: None,
+            beta: x.beta,
+            prior: x.prior,
+            threshold,
+            mask: scan.mask,
+            workspace: (&workspace).into(),
+        };
+        decode::decode(&device, &plan, problem, &inputs, &out)?;
+    } else {
+        let out = gpu::Outputs { index: (&index).into(), energy: (&energy).into(), flags: None };
+        let values = gpu::Values { v: v.tensor4(), dim: v.dim(), threshold, y: (&y).into() };
+        gpu::scan_select(&device, plan, problem, &x, &values, &out)?;
+    }
     let index = device.tensor(index, DType::I32, shape)?;
     let energy = device.tensor(energy, DType::F32, shape)?;
     Ok(Selected {

@@ -4,9 +4,12 @@
 #[path = "../../../../crates/gd-kernels/tests/problems/mod.rs"]
 mod problems;
 
+mod beacon;
+mod decode;
 mod device;
 mod faults;
 mod scan;
+mod select;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 

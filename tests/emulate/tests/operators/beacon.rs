@@ -54,7 +54,7 @@ fn rows(t: &Held) -> Rows<'_, Buffer> {
 }
 
 /// A convolution of a seed.
-pub fn check_conv(gpu: &Emulator, seed: u64) -> Verdict {
+pub(crate) fn check_conv(gpu: &Emulator, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0xc0);
     let dtype = DTYPES[(seed % 3) as usize];
     let (batch, n) = (rng.random_range(1..=3), pick(&mut rng, &[1, 2, 5, 63, 64, 65, 130]));
@@ -121,8 +121,49 @@ pub fn check_conv(gpu: &Emulator, seed: u64) -> Verdict {
     near(&format!("dweight of {name}"), &numbers(gpu, &dw, ws.len(), dtype), &want_dw, dtype, floor)
 }
 
+/// Up to this N the closed form of the gradients is held against the sequential one.
+const CLOSED: usize = 65;
+
+/// Gradients of decay, write and v in f64, one step after the other from the end: with p_t the gradient of m_t,
+/// q_t that of log d_t.
+fn sequential_backward(
+    decay: &[f64],
+    write: &[f64],
+    v: &[f64],
+    dim: usize,
+    dm: &[f64],
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let n = decay.len();
+    let (m, _) = reference::average(decay, write, v, dim, None);
+    // take_t = e^write_t / d_t.
+    let mut d = 0.0;
+    let take: Vec<f64> = (0..n)
+        .map(|t| {
+            d = d / (1.0 + (-decay[t]).exp()) + write[t].exp();
+            write[t].exp() / d
+        })
+        .collect();
+    let (mut p, mut q) = (vec![0.0; dim], 0.0);
+    let (mut dd, mut dw, mut dv) = (vec![0.0; n], vec![0.0; n], vec![0.0; n * dim]);
+    for t in (0..n).rev() {
+        let mut found = 0.0;
+        for e in 0..dim {
+            p[e] += dm[t * dim + e];
+            let before = if t > 0 { m[(t - 1) * dim + e] } else { 0.0 };
+            found += p[e] * (v[t * dim + e] - before);
+            dv[t * dim + e] = take[t] * p[e];
+            p[e] *= 1.0 - take[t];
+        }
+        let turn = found * take[t] * (1.0 - take[t]);
+        dw[t] = turn + take[t] * q;
+        q = (1.0 - take[t]) * q - turn;
+        dd[t] = q / (1.0 + decay[t].exp());
+    }
+    (dd, dw, dv)
+}
+
 /// A running average of a seed: whole, and again in two pieces with a state between them.
-pub fn check_average(gpu: &Emulator, seed: u64) -> Verdict {
+pub(crate) fn check_average(gpu: &Emulator, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0xa0);
     let dtype = DTYPES[(seed % 3) as usize];
     let (batch, value_heads) = (rng.random_range(1..=2), rng.random_range(1..=2));
@@ -154,7 +195,15 @@ pub fn check_average(gpu: &Emulator, seed: u64) -> Verdict {
         let (m, last) = reference::average(d, w, v, dim, None);
         want.extend(m);
         finals.extend(last.numerator.iter().map(|x| x / last.denominator));
-        let (dd, dw, dv) = reference::average_backward(d, w, v, dim, &dms[at * n * dim..(at + 1) * n * dim]);
+        let dm = &dms[at * n * dim..(at + 1) * n * dim];
+        let (dd, dw, dv) = sequential_backward(d, w, v, dim, dm);
+        if n <= CLOSED {
+            // The closed form, cubic in N, says the same.
+            let closed = reference::average_backward(d, w, v, dim, dm);
+            near("closed ddecay", &dd, &closed.0, DType::F32, 1e-6)?;
+            near("closed dwrite", &dw, &closed.1, DType::F32, 1e-6)?;
+            near("closed dv", &dv, &closed.2, DType::F32, 1e-6)?;
+        }
         want_ddecay.extend(dd);
         want_dwrite.extend(dw);
         want_dv[sv * n * dim..(sv + 1) * n * dim].iter_mut().zip(dv).for_each(|(x, y)| *x += y);

@@ -3,6 +3,8 @@
 //!
 //! Rows whose outcome lies within rounding of another one, or whose weights rounding moves, get no gradient.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use candle_core::{DType, Device, Tensor};
 use gd_emulate::{Buffer, Emulator};
 use gd_kernels::gpu::inverse::Inverse;
@@ -26,8 +28,12 @@ use crate::scan::Uploaded;
 use crate::{Verdict, ensure};
 
 const DIMS: [usize; 6] = [8, 24, 40, 64, 128, 136];
-const LIMIT: usize = 30_000;
+const LIMIT: usize = 200_000;
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// Rows of all problems, and those whose outcome is beyond doubt.
+static ROWS: AtomicUsize = AtomicUsize::new(0);
+static SURE: AtomicUsize = AtomicUsize::new(0);
 
 /// A problem of ordinary size: gradients of huge or tiny numbers leave the range of f16.
 fn case(seed: u64) -> Case {
@@ -98,7 +104,7 @@ fn tensor(values: &[f64], dims: &[usize], dtype: DType) -> Tensor {
 }
 
 /// One problem: record, output and all gradients of the choice.
-pub fn check(gpu: &Emulator, seed: u64) -> Verdict {
+pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let case = case(seed);
     let p = &case.problem;
     let found = reference_scan(p, case.spec.candidates);
@@ -167,9 +173,9 @@ pub fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let most = |x: &[f64]| x.iter().filter(|x| x.is_finite()).fold(0f64, |m, x| m.max(x.abs()));
     let (got_y, got_index) = (y.values(), integers(gpu, &ints[1].buffer, rows));
     let [got_energy, got_margin, got_gate] = [0, 1, 2].map(|f| floats[f].values());
-    let mut judged = 0;
+    ROWS.fetch_add(rows, Ordering::Relaxed);
     for row in (0..rows).filter(|&r| sure(r)) {
-        judged += 1;
+        SURE.fetch_add(1, Ordering::Relaxed);
         let text = || format!("row {row} of {}", case.name());
         ensure!(got_index[row] == want.index[row], "index {} not {}, {}", got_index[row], want.index[row], text());
         let bound = 2.0 * doubts[row].bounds.iter().fold(0f64, |m, x| m.max(*x)) + 1e-6 * want.energy[row].abs();
@@ -182,7 +188,6 @@ pub fn check(gpu: &Emulator, seed: u64) -> Verdict {
         let at = row * p.value_dim..(row + 1) * p.value_dim;
         near("y", &case, &got_y[at.clone()], &want.y[at], case.dtype, (0.0, 4e-4 * most(&p.v)))?;
     }
-    ensure!(judged * 4 >= rows || rows < 8, "{judged} of {rows} rows are sure, {}", case.name());
 
     // Backward.
     let mut rng = rng(seed ^ 77);
@@ -238,7 +243,7 @@ pub fn check(gpu: &Emulator, seed: u64) -> Verdict {
 }
 
 /// Residual queries and the density of one key a query, with gradients.
-pub fn check_single(gpu: &Emulator, seed: u64) -> Verdict {
+pub(crate) fn check_single(gpu: &Emulator, seed: u64) -> Verdict {
     let case = case(seed + 300);
     let p = &case.problem;
     let found: Listed = reference_scan(p, 1);
@@ -310,7 +315,8 @@ pub fn check_single(gpu: &Emulator, seed: u64) -> Verdict {
     let alpha_at = Slice::from(&alpha_held);
     density(gpu, &plan, &pairs, alpha_at, Some(got_rho.at()), Some(got_point.at())).map_err(fail)?;
     near("rho", &case, &got_rho.values(), &rho, DType::F32, (0.0, 1e-6))?;
-    near("u", &case, &got_point.values(), &point, DType::F32, (0.0, 1e-6))?;
+    // At alpha 1/2 and t = 2 two roots meet, and all that is near solves the equation.
+    near("u", &case, &got_point.values(), &point, DType::F32, (0.0, 1e-5))?;
     let [dbeta, dalpha] = [(); 2].map(|()| Out::new(gpu, p.q_heads, DType::F32));
     let (dq, dk) = (Out::new(gpu, p.q.len(), case.dtype), Out::new(gpu, p.k.len(), case.dtype));
     let out = PairGradients { q: dq.at(), k: dk.at(), beta: dbeta.at(), prior: None };
@@ -325,6 +331,9 @@ pub fn check_single(gpu: &Emulator, seed: u64) -> Verdict {
 #[test]
 fn choices_and_gradients_are_those_of_the_reference() {
     crate::suite("select", 75, |seed| check(&Emulator::new(seed + 3), seed));
+    let (rows, sure) = (ROWS.load(Ordering::Relaxed), SURE.load(Ordering::Relaxed));
+    println!("{sure} of {rows} rows beyond doubt");
+    assert!(sure * 2 > rows, "{sure} of {rows} rows");
 }
 
 #[test]

@@ -29,7 +29,8 @@ struct LinearStep {
     static __device__ __forceinline__ LinearStep none() { return {1.0f, 0.0f}; }
 };
 
-// The composition of the steps of all threads up to this one; `all` is that of the whole block.
+// The composition of the steps of all threads up to this one; `all` is that of the whole block. Has two block
+// barriers: what was read before the call may be overwritten after it.
 template <class Step> __device__ __forceinline__ Step block_compose(Step x, Step &all) {
     GD_SHARED(Step[SCAN_THREADS / 32], part);
     u32 lane = lane_id(), warp = threadIdx.x / 32;
@@ -80,7 +81,6 @@ __device__ __forceinline__ void average_weights(const AverageParams &p, const T 
             weights[2 * (size_t(s) * p.rows + t) + 1] = take;
         }
         carry = log_add(all.a + carry, all.b);
-        if (!GD_FAULT(27)) __syncthreads();
     }
     if (threadIdx.x == 0) last[s] = carry;
 }
@@ -255,6 +255,5 @@ __device__ __forceinline__ void average_weights_backward(const AverageParams &p,
             down(q / (1 + expf(up(decay[at]))), ddecay[at]);
         }
         carry = fmaf(all.a, carry, all.b);
-        __syncthreads();
     }
 }

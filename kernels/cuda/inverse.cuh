@@ -58,7 +58,6 @@ __device__ __forceinline__ void sort_places(const SortParams &p, u32 *counts) {
         if (threadIdx.x == blockDim.x - 1) total = sum;
         __syncthreads();
         before += total;
-        __syncthreads();
     }
 }
 

@@ -124,7 +124,7 @@ __device__ __forceinline__ void scan_list(const ScanParams &p, const T *q, const
                     sort_list(list, entries, p.candidates, false, p.last);
                     if (g == r) {
                         count[half] = min(entries, p.candidates);
-                        if (entries >= p.candidates && !GD_FAULT(15)) bar[half] = list.score[p.candidates - 1];
+                        if (entries >= p.candidates) bar[half] = list.score[p.candidates - 1];
                     }
                 }
                 List &list = lists[half * 8 + g];

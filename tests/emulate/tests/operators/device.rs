@@ -6,7 +6,7 @@ use gd_kernels::gpu::{Gpu, Slice, Tensor4};
 use half::{bf16, f16};
 
 /// A tensor's elements on the device, and how it sees them.
-pub struct Held {
+pub(crate) struct Held {
     buffer: Buffer,
     offset: usize,
     strides: Vec<usize>,
@@ -14,7 +14,7 @@ pub struct Held {
 
 impl Held {
     /// Uploads all that lies behind `t`, so that its strides hold; the last dimension is made contiguous.
-    pub fn new(gpu: &Emulator, t: &Tensor) -> Self {
+    pub(crate) fn new(gpu: &Emulator, t: &Tensor) -> Self {
         let t = if t.stride().last().is_none_or(|&s| s == 1) { t.clone() } else { t.contiguous().unwrap() };
         let (storage, layout) = t.storage_and_layout();
         let candle_core::Storage::Cpu(storage) = &*storage else { unreachable!("tests run on the CPU") };
@@ -35,18 +35,18 @@ impl Held {
     }
 
     /// As `[batch, heads, rows, dim]`.
-    pub fn tensor4(&self) -> Tensor4<'_, Buffer> {
+    pub(crate) fn tensor4(&self) -> Tensor4<'_, Buffer> {
         Tensor4 { data: self.slice(), strides: [self.strides[0], self.strides[1], self.strides[2]] }
     }
 
     /// Its first element.
-    pub fn slice(&self) -> Slice<'_, Buffer> {
+    pub(crate) fn slice(&self) -> Slice<'_, Buffer> {
         Slice { buffer: &self.buffer, offset: self.offset }
     }
 }
 
 /// The numbers of a buffer.
-pub fn numbers(gpu: &Emulator, buffer: &Buffer, count: usize, dtype: DType) -> Vec<f64> {
+pub(crate) fn numbers(gpu: &Emulator, buffer: &Buffer, count: usize, dtype: DType) -> Vec<f64> {
     let bytes = gpu.download(buffer.into(), count * dtype.size_in_bytes()).unwrap();
     let word = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
     match dtype {
@@ -60,6 +60,6 @@ pub fn numbers(gpu: &Emulator, buffer: &Buffer, count: usize, dtype: DType) -> V
 }
 
 /// i32 of a buffer.
-pub fn integers(gpu: &Emulator, buffer: &Buffer, count: usize) -> Vec<i32> {
+pub(crate) fn integers(gpu: &Emulator, buffer: &Buffer, count: usize) -> Vec<i32> {
     numbers(gpu, buffer, count, DType::I32).into_iter().map(|x| x as i32).collect()
 }

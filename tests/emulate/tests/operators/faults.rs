@@ -22,6 +22,17 @@ const FAULTS: &[Fault] = &[
     (12, "no barrier between reading and sorting a list", crate::scan::check),
     (13, "no barrier after a list is sorted", crate::scan::check),
     (14, "lists overflow by 8 entries", crate::scan::check),
+    (16, "decode: no wait for a tile", crate::decode::check),
+    (17, "decode: no barrier between load and use of a tile", crate::decode::check),
+    (18, "decode: half of the lanes of a row left out", crate::decode::check),
+    (19, "decode: no barrier before the warps' results are read", crate::decode::check),
+    (20, "decode: the first block writes the result, not the last", crate::decode::check),
+    (21, "select: ties go the other way", crate::select::check),
+    (22, "sort: no barrier before the sums of warps are read", crate::select::check),
+    (23, "key gradient: the last reader is left out", crate::select::check),
+    (24, "key gradient: parts are overwritten before they are read", crate::select::check),
+    (25, "conv: first tap of a packed sequence left out", crate::beacon::check_conv),
+    (26, "average: no barrier before the parts of warps are read", crate::beacon::check_average),
 ];
 
 #[test]
@@ -34,5 +45,6 @@ fn every_fault_is_seen() {
         }
     }
     println!("{} faults, all seen", FAULTS.len());
+    assert!(FAULTS.len() >= 15);
     gd_support::log_cases("emulated-faults", FAULTS.len());
 }

@@ -4,14 +4,17 @@
 #[path = "../../../../crates/gd-kernels/tests/problems/mod.rs"]
 mod problems;
 
+mod beacon;
+mod decode;
 mod device;
 mod faults;
 mod scan;
+mod select;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// What is wrong with a result.
-pub type Verdict = Result<(), String>;
+pub(crate) type Verdict = Result<(), String>;
 
 /// Ends a check with a text unless a condition holds; NaN in a comparison does not hold.
 macro_rules! ensure {
@@ -24,7 +27,7 @@ macro_rules! ensure {
 pub(crate) use ensure;
 
 /// Runs the cases of seeds `0..count` on all cores and fails with the first that is wrong.
-pub fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
+pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
     let (next, wrong) = (AtomicU64::new(0), AtomicUsize::new(0));
     let started = std::time::Instant::now();
     std::thread::scope(|scope| {

@@ -14,11 +14,11 @@ use crate::{Verdict, ensure};
 /// head_dims: of every kernel one that fits and one that is padded.
 const DIMS: [usize; 12] = [8, 24, 32, 40, 64, 72, 96, 104, 128, 136, 192, 256];
 /// Products B Hq N M D of a problem.
-const LIMIT: usize = 60_000;
+const LIMIT: usize = 600_000;
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// The problem of a seed; every second one keeps one candidate and nothing protected.
-pub fn case(seed: u64) -> Case {
+pub(crate) fn case(seed: u64) -> Case {
     let mut spec = Spec::with_dims(seed, LIMIT, &DIMS);
     spec.candidates = spec.candidates.min(32);
     if seed.is_multiple_of(2) {
@@ -27,7 +27,7 @@ pub fn case(seed: u64) -> Case {
     spec.build(DTYPES[(seed / 2 % 3) as usize])
 }
 
-pub fn problem(case: &Case) -> Problem {
+pub(crate) fn problem(case: &Case) -> Problem {
     let p = &case.problem;
     Problem {
         batch: p.batch,
@@ -45,25 +45,25 @@ pub fn problem(case: &Case) -> Problem {
 }
 
 /// What the device found, `[B, Hq, N, slots]`.
-pub struct Found {
-    pub slots: usize,
-    pub index: Vec<i32>,
-    pub energy: Vec<f64>,
-    pub flags: Vec<f64>,
+pub(crate) struct Found {
+    pub(crate) slots: usize,
+    pub(crate) index: Vec<i32>,
+    pub(crate) energy: Vec<f64>,
+    pub(crate) flags: Vec<f64>,
 }
 
 /// The inputs of a case on the device.
-pub struct Uploaded {
-    pub q: Held,
-    pub k: Held,
-    pub v: Held,
-    pub beta: Held,
+pub(crate) struct Uploaded {
+    pub(crate) q: Held,
+    pub(crate) k: Held,
+    pub(crate) v: Held,
+    pub(crate) beta: Held,
     prior: Option<Held>,
     protected: Option<Held>,
 }
 
 impl Uploaded {
-    pub fn new(gpu: &Emulator, case: &Case) -> Self {
+    pub(crate) fn new(gpu: &Emulator, case: &Case) -> Self {
         let wide = |t: &candle_core::Tensor| Held::new(gpu, &t.to_dtype(DType::F32).unwrap());
         Self {
             q: Held::new(gpu, &case.q.tensor()),
@@ -75,7 +75,7 @@ impl Uploaded {
         }
     }
 
-    pub fn inputs<'a>(&'a self, case: &'a Case) -> Inputs<'a, gd_emulate::Buffer> {
+    pub(crate) fn inputs<'a>(&'a self, case: &'a Case) -> Inputs<'a, gd_emulate::Buffer> {
         let prior = case.prior.as_ref().zip(self.prior.as_ref());
         let protected = case.protected.as_ref().zip(self.protected.as_ref());
         Inputs {
@@ -91,7 +91,7 @@ impl Uploaded {
 }
 
 /// Runs the scan of a case.
-pub fn run(gpu: &Emulator, case: &Case) -> Result<Found, String> {
+pub(crate) fn run(gpu: &Emulator, case: &Case) -> Result<Found, String> {
     let p = problem(case);
     let held = Uploaded::new(gpu, case);
     let x = held.inputs(case);
@@ -117,7 +117,7 @@ pub fn run(gpu: &Emulator, case: &Case) -> Result<Found, String> {
 }
 
 /// Whether the lists are right: sorted, padded, complete, no better key left out beyond the error bounds.
-pub fn judge(case: &Case, found: &Found) -> Verdict {
+pub(crate) fn judge(case: &Case, found: &Found) -> Verdict {
     let (p, keep) = (&case.problem, case.spec.candidates);
     let all = reference_scan(p, p.keys);
     for (row, (b, h, i)) in p.rows() {
@@ -224,7 +224,7 @@ fn fused(gpu: &Emulator, case: &Case, found: &Found) -> Verdict {
 }
 
 /// One problem with one schedule.
-pub fn check(gpu: &Emulator, seed: u64) -> Verdict {
+pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let case = case(seed);
     let found = run(gpu, &case)?;
     judge(&case, &found)?;

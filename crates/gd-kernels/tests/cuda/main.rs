@@ -6,6 +6,10 @@
 // The suites name the emulator; here its name stands for the device below.
 extern crate self as gd_emulate;
 
+#[path = "../../../../tests/emulate/tests/operators/beacon.rs"]
+mod beacon;
+#[path = "../../../../tests/emulate/tests/operators/decode.rs"]
+mod decode;
 #[path = "../../../../tests/emulate/tests/operators/device.rs"]
 mod device;
 mod graph;
@@ -14,6 +18,8 @@ mod problems;
 mod repeats;
 #[path = "../../../../tests/emulate/tests/operators/scan.rs"]
 mod scan;
+#[path = "../../../../tests/emulate/tests/operators/select.rs"]
+mod select;
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -25,7 +31,7 @@ use gd_kernels::cuda::{Cuda, open};
 use gd_kernels::gpu::{Arch, Gpu, Launch, Slice};
 
 /// What is wrong with a result.
-pub type Verdict = std::result::Result<(), String>;
+pub(crate) type Verdict = std::result::Result<(), String>;
 
 /// Ends a check with a text unless a condition holds; NaN in a comparison does not hold.
 macro_rules! ensure {
@@ -38,18 +44,18 @@ macro_rules! ensure {
 pub(crate) use ensure;
 
 /// Whether only a few problems are run.
-pub fn sanitized() -> bool {
+pub(crate) fn sanitized() -> bool {
     std::env::var_os("GD_SANITIZE").is_some_and(|x| x == "1")
 }
 
 /// The first GPU.
-pub fn gpu() -> &'static Device {
+pub(crate) fn gpu() -> &'static Device {
     static GPU: OnceLock<Device> = OnceLock::new();
     GPU.get_or_init(|| open(0).unwrap_or_else(|e| panic!("these tests need a GPU: {e}")))
 }
 
 /// Runs the cases of seeds `0..count`, or the first few, and fails with all that are wrong.
-pub fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
+pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
     let count = if sanitized() { count.min(12) } else { count };
     let (next, wrong) = (AtomicU64::new(0), AtomicUsize::new(0));
     std::thread::scope(|scope| {

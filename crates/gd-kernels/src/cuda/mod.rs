@@ -6,6 +6,7 @@ mod buffer;
 mod modules;
 pub(crate) mod average;
 pub(crate) mod conv;
+mod embedding;
 mod key_bias;
 pub(crate) mod scan;
 pub(crate) mod select;
@@ -19,6 +20,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
 
 pub use self::buffer::Buffer;
+pub use self::embedding::embedding;
 pub use self::key_bias::KeyBias;
 pub use self::modules::kernel_hash;
 use self::modules::{Kernel, Loaded};
@@ -58,7 +60,26 @@ pub fn open(number: usize) -> Result<Device> {
     if number >= found {
         return Err(Error::Device(format!("this machine has {found} CUDA devices, from 0 on")));
     }
-    Ok(Device::new_cuda(number)?)
+    let device = Device::new_cuda(number)?;
+    keep_memory(device.as_cuda_device()?.cuda_stream().context())
+        .map_err(|e| failed("the memory pool of the device", e))?;
+    Ok(device)
+}
+
+/// Has freed memory stay with this program. By default the driver takes back, whenever the host waits for the
+/// device, all that is free at that moment, and the next step of a training would ask for it again.
+#[allow(unsafe_code)] // calls of the driver
+fn keep_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut all = u64::MAX;
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device exists, and the attribute is a number of 64 bits.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, threshold, std::ptr::from_mut(&mut all).cast())
+    }
 }
 
 /// GPUs of this machine; at least one.

@@ -326,6 +326,24 @@ pub fn choose_backward<G: Gpu>(
     plan.head_sums(gpu, &dtau, dthreshold)
 }
 
+/// For every key the sum of the rows d `[B, Hq, N, Dv]` that read it, each times its weight f32 `[B, Hq, N, K]`:
+/// `[B, Hk, M, Dv]`.
+///
+/// # Errors
+/// As [`choose`].
+pub fn sum_rows<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    inverse: &Inverse<G::Buffer>,
+    weights: Slice<'_, G::Buffer>,
+    d: &Tensor4<'_, G::Buffer>,
+    out: Slice<'_, G::Buffer>,
+) -> Result<()> {
+    let [starts, entries] = inverse.slices();
+    let plan = plan.gradient(d, plan.sizes.y_dims())?;
+    plan.by_keys(gpu, "select_values", vec![starts, entries, Some(weights), Some(d.data), Some(out)])
+}
+
 /// The tensors that energies come from.
 #[derive(Debug)]
 pub struct Pairs<'a, B> {

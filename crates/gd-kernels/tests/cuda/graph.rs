@@ -2,6 +2,7 @@
 //! the graph itself puts together, and the refusals of tensors that no kernel covers.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use gd_kernels::cuda::embedding;
 use gd_kernels::{
     Backend, Barrier, CoherenceMode, Error, Estimator, Gate, Isa, Mask, Scan, Score, Select, causal_conv,
     packed_causal_conv, plan, running_average, scan, scan_all, scan_select, select,
@@ -176,6 +177,24 @@ fn convolution_and_average_and_their_gradients_are_those_of_the_cpu() {
             });
         }
     }
+}
+
+#[test]
+fn an_embedding_reads_rows_and_sums_their_gradients() -> Result<()> {
+    for (rows, width, reads) in [(5, 24, 33), (300, 130, 7), (1, 8, 3)] {
+        for (dtype, bound) in [(DType::F32, 1e-6), (DType::BF16, 2e-2)] {
+            let ids: Vec<u32> = (0..reads).map(|i| (i * i * 7 % rows) as u32).collect();
+            let table = [noise(1, &[rows, width]).to_dtype(dtype)?];
+            compare(&format!("embedding {rows} x {width} {dtype:?}"), &table, bound, |x| {
+                let ids = Tensor::new(&ids[..], x[0].device())?;
+                Ok(vec![match x[0].device().is_cpu() {
+                    true => x[0].index_select(&ids, 0)?,
+                    false => embedding(&x[0], &ids)?,
+                }])
+            });
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! each against the f64 reference; candle's graph on it against the CPU; and repetitions, equal to the bit.
 //!
 //! Needs a GPU, and fails without one. `GD_SANITIZE=1` runs a few problems of each suite, for compute-sanitizer.
+#![allow(clippy::neg_cmp_op_on_partial_ord)] // NaN must fail
 
 // The suites name the emulator; here its name stands for the device below.
 extern crate self as gd_emulate;

@@ -10,6 +10,11 @@
 #     eval "$(scripts/cuda_toolchain.sh DIR)"
 #     cargo build --release --features cuda
 #
+# A program built so starts where these libraries and a driver are found. On a machine without an NVIDIA driver
+# the stub stands in for it, and `--device cpu` runs:
+#
+#     LD_LIBRARY_PATH=DIR/lib64:DIR/lib64/stubs gd ... --device cpu
+#
 # Needs Python 3 with pip, and a C compiler. A DIR that is already complete is left as it is. 64-bit Linux.
 set -euo pipefail
 

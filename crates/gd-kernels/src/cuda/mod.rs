@@ -2,12 +2,12 @@
 //!
 //! Everything is enqueued in the order of the calls, like candle's own kernels; nothing here waits.
 
-mod buffer;
-mod modules;
 pub(crate) mod average;
+mod buffer;
 pub(crate) mod conv;
 mod embedding;
 mod key_bias;
+mod modules;
 pub(crate) mod scan;
 pub(crate) mod select;
 

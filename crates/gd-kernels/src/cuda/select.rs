@@ -166,19 +166,20 @@ impl Selection<'_> {
     }
 
     /// Energies `[B, Hq, N, K]` of the candidates from q, k and `aux`: beta `[Hq]` and the flat prior.
-    fn energy(
-        &self,
-        [q, k, aux]: [&Tensor; 3],
-        keys: &Arc<Keys>,
-        known: Option<&Tensor>,
-    ) -> Result<Tensor> {
+    fn energy(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys>, known: Option<&Tensor>) -> Result<Tensor> {
         let (device, prior) = (&self.device, self.prior);
         let result = match known {
             Some(known) => Finished::copy_of(known)?,
             None => {
                 let out = device.allocate(4 * keys.sizes.rows() * keys.sizes.slots)?;
                 let x = Operands::new([q, k, aux], prior)?;
-                gpu::energy(&**device, &keys.plan, &x.pairs(keys), x.prior(keys.sizes.q_heads).as_ref(), (&out).into())?;
+                gpu::energy(
+                    &**device,
+                    &keys.plan,
+                    &x.pairs(keys),
+                    x.prior(keys.sizes.q_heads).as_ref(),
+                    (&out).into(),
+                )?;
                 device.finished(out, DType::F32, keys.shape())?
             }
         };
@@ -239,9 +240,8 @@ impl Selection<'_> {
         let admitted = record.energy.lt(f32::INFINITY)?.to_dtype(DType::F32)?;
         record.gate = (rho.detach() * admitted)?;
         let soft_only = self.s.estimator == Estimator::Blend || hard == 0.0;
-        let scaled = |y: Tensor| -> Result<Tensor> {
-            Ok(y.broadcast_mul(&rho.unsqueeze(3)?.to_dtype(v.dtype())?)?)
-        };
+        let scaled =
+            |y: Tensor| -> Result<Tensor> { Ok(y.broadcast_mul(&rho.unsqueeze(3)?.to_dtype(v.dtype())?)?) };
         // The gate scales the selected row alone, not the soft mixture.
         let y = match (soft_only, hard == 1.0) {
             (true, _) => y,
@@ -278,7 +278,14 @@ impl Selection<'_> {
                 gate: gate.into(),
             };
             let x = Choice::new([energy, v, tau])?;
-            gpu::choose(&*device, &plan, &x.candidates(&keys), &x.v.tensor4(), Some(&into), Some((&y).into()))?;
+            gpu::choose(
+                &*device,
+                &plan,
+                &x.candidates(&keys),
+                &x.v.tensor4(),
+                Some(&into),
+                Some((&y).into()),
+            )?;
         }
         let shape = (sizes.batch, sizes.q_heads, sizes.queries);
         let [slot, index, nearest, energies, margin, gate] = record;
@@ -340,12 +347,8 @@ impl Selection<'_> {
             let x = Operands::new([q, k, aux], None)?;
             let grad = Vector::new(grad, DType::F32)?;
             let [dq, dk, daux] = device.gradients([q, k, aux])?;
-            let out = gpu::PairGradients {
-                q: (&dq).into(),
-                k: (&dk).into(),
-                beta: (&daux).into(),
-                prior: None,
-            };
+            let out =
+                gpu::PairGradients { q: (&dq).into(), k: (&dk).into(), beta: (&daux).into(), prior: None };
             let dalpha = Slice { buffer: &daux, offset: 4 * heads };
             gpu::density_backward(
                 &*device,

@@ -12,7 +12,8 @@ use crate::gpu;
 use crate::problems::{rng, uniform, values};
 
 /// [B, Hq, Hk, N, M, D, Dv].
-const SHAPES: [[usize; 7]; 3] = [[2, 4, 2, 37, 37, 24, 40], [1, 3, 3, 5, 70, 64, 64], [2, 2, 1, 65, 65, 128, 8]];
+const SHAPES: [[usize; 7]; 3] =
+    [[2, 4, 2, 37, 37, 24, 40], [1, 3, 3, 5, 70, 64, 64], [2, 2, 1, 65, 65, 128, 8]];
 
 /// Numbers of a shape, the same on every device.
 fn noise(seed: u64, shape: &[usize]) -> Tensor {
@@ -25,7 +26,9 @@ fn apart(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()));
     let (a, b) = (values(a), values(b));
     let size = b.iter().fold(1e-30, |m: f64, x| m.max(x.abs()));
-    a.iter().zip(&b).fold(0.0, |m: f64, (a, b)| if (a - b).abs() <= m * size { m } else { (a - b).abs() / size })
+    a.iter()
+        .zip(&b)
+        .fold(0.0, |m: f64, (a, b)| if (a - b).abs() <= m * size { m } else { (a - b).abs() / size })
 }
 
 /// Results and gradients on the CPU and on the device.
@@ -59,7 +62,14 @@ fn compare(
 }
 
 /// Scan and selection with everything that has a gradient.
-fn selection(what: &str, shape: [usize; 7], dtype: DType, bound: f64, change: fn(&mut Select), rounds: usize) {
+fn selection(
+    what: &str,
+    shape: [usize; 7],
+    dtype: DType,
+    bound: f64,
+    change: fn(&mut Select),
+    rounds: usize,
+) {
     let [b, hq, hk, n, m, d, dv] = shape;
     let float = |t: Tensor| t.to_dtype(dtype).unwrap();
     let wide = |t: Tensor| t.to_dtype(DType::F32).unwrap();
@@ -82,8 +92,7 @@ fn selection(what: &str, shape: [usize; 7], dtype: DType, bound: f64, change: fn
         let protected = Tensor::from_vec(kept, (1, 1, 1, 3), q.device())?;
         let what = Scan { prior: Some(prior), protected: Some(&protected), ..Scan::new(beta, &mask, 8) };
         let found = scan(q, k, &what)?;
-        let barrier =
-            Barrier { floor: 0.1, margin: 2.0, strength: 0.5, entropy_trigger: 0.5, slack: 0.5 };
+        let barrier = Barrier { floor: 0.1, margin: 2.0, strength: 0.5, entropy_trigger: 0.5, slack: 0.5 };
         let mut how = Select {
             prior: Some(prior),
             threshold: Some(threshold),

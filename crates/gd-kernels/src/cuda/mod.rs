@@ -51,16 +51,20 @@ impl Cuda {
     }
 }
 
-/// Opens GPU `number`.
+/// Opens GPU `number`, for a program that makes no streams of its own: tensors do not keep the events that would
+/// order them between streams (two a tensor), and freed memory stays with the program.
 ///
 /// # Errors
 /// Says what is missing: a driver, a GPU, or one of this number.
+#[allow(unsafe_code)] // see there
 pub fn open(number: usize) -> Result<Device> {
     let found = count()?;
     if number >= found {
         return Err(Error::Device(format!("this machine has {found} CUDA devices, from 0 on")));
     }
     let device = Device::new_cuda(number)?;
+    // SAFETY: candle's device has one stream, and all work here is enqueued there.
+    unsafe { device.as_cuda_device()?.disable_event_tracking() };
     keep_memory(device.as_cuda_device()?.cuda_stream().context())
         .map_err(|e| failed("the memory pool of the device", e))?;
     Ok(device)

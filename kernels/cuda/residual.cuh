@@ -93,3 +93,11 @@ __device__ __forceinline__ void residual_key_gradient(const SelectParams &p, con
         }
     });
 }
+
+// The candidates without each row's winner; a row that abstained has none left to refine with.
+__device__ __forceinline__ void select_rest(const SelectParams &p, const i32 *index, const i32 *slot, i32 *out) {
+    u32 at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= p.batch * p.q_heads * p.queries * p.slots) return;
+    i32 won = slot[at / p.slots];
+    out[at] = won < 0 || u32(won) == at % p.slots ? -1 : index[at];
+}

@@ -103,6 +103,9 @@ barrier_backward_sm80(SelectParams p, const float *energy, const i32 *index, con
 }
 GD_REGISTER(barrier_backward_sm80)
 
+KERNEL(256) select_rest_sm80(SelectParams p, const i32 *index, const i32 *slot, i32 *out) { select_rest(p, index, slot, out); }
+GD_REGISTER(select_rest_sm80)
+
 KERNEL(256) sort_begin_sm80(SortParams p, const i32 *index, u32 *lists, u32 *entries) { sort_begin(p, index, lists, entries); }
 GD_REGISTER(sort_begin_sm80)
 KERNEL(256) sort_count_sm80(SortParams p, const u32 *lists, u32 *counts) { sort_count(p, lists, counts); }

@@ -6,6 +6,8 @@
 mod average;
 mod conv;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod element;
 mod error;
 pub mod fused;
@@ -23,7 +25,7 @@ pub use conv::{causal_conv, packed_causal_conv};
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
-pub use plan::{Backend, CANDIDATES, Isa, Plan, Problem, Walk, support_table};
+pub use plan::{Backend, CANDIDATES, CpuPlan, Isa, Plan, Problem, Walk, support_table};
 pub use quantized::QuantizedKeys;
 pub use scan::{Candidates, Scan, plan, scan, scan_all};
 pub use select::{Select, Selected, scan_select, select};

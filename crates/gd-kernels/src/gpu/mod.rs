@@ -129,8 +129,8 @@ impl<'a, B> Tensor4<'a, B> {
     /// Whether every row starts at a multiple of 16 bytes.
     pub(crate) fn aligned(&self, dtype: DType, dims: [usize; 4]) -> bool {
         let bytes = dtype.size_in_bytes();
-        let strides = self.strides.iter().zip(dims).all(|(s, n)| n <= 1 || s * bytes % 16 == 0);
-        strides && self.data.offset % 16 == 0 && dims[3] * bytes % 16 == 0
+        let strides = self.strides.iter().zip(dims).all(|(s, n)| n <= 1 || (s * bytes).is_multiple_of(16));
+        strides && self.data.offset.is_multiple_of(16) && (dims[3] * bytes).is_multiple_of(16)
     }
 }
 

@@ -338,6 +338,24 @@ pub fn choose_backward<G: Gpu>(
     plan.head_sums(gpu, &dtau, dthreshold)
 }
 
+/// For every key the sum of the rows d `[B, Hq, N, Dv]` that read it, each times its weight f32 `[B, Hq, N, K]`:
+/// `[B, Hk, M, Dv]`.
+///
+/// # Errors
+/// As [`choose`].
+pub fn sum_rows<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    inverse: &Inverse<G::Buffer>,
+    weights: Slice<'_, G::Buffer>,
+    d: &Tensor4<'_, G::Buffer>,
+    out: Slice<'_, G::Buffer>,
+) -> Result<()> {
+    let [starts, entries] = inverse.slices();
+    let plan = plan.gradient(d, plan.sizes.y_dims())?;
+    plan.by_keys(gpu, "select_values", vec![starts, entries, Some(weights), Some(d.data), Some(out)])
+}
+
 /// The tensors that energies come from.
 #[derive(Debug)]
 pub struct Pairs<'a, B> {
@@ -448,6 +466,21 @@ pub fn barrier_backward<G: Gpu>(
 ) -> Result<()> {
     let buffers = vec![Some(energy), Some(index), Some(flags), Some(gradient), Some(out)];
     plan.launch(gpu, "barrier_backward", (plan.sizes.rows().div_ceil(128), 128), buffers)
+}
+
+/// The candidates without the winners `slot` i32 `[B, Hq, N]`: i32 `[B, Hq, N, K]`. A row that abstained has none.
+///
+/// # Errors
+/// As [`choose`].
+pub fn rest<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    index: Slice<'_, G::Buffer>,
+    slot: Slice<'_, G::Buffer>,
+    out: Slice<'_, G::Buffer>,
+) -> Result<()> {
+    let entries = plan.sizes.rows() * plan.sizes.slots;
+    plan.launch(gpu, "select_rest", (entries.div_ceil(256), 256), vec![Some(index), Some(slot), Some(out)])
 }
 
 /// The mixture density at the coherence point of one key a query, and the point u*, f32 `[B, Hq, N]` each; the

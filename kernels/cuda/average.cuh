@@ -19,13 +19,17 @@ __device__ __forceinline__ float log_add(float x, float y) {
 // z -> log_add(a + z, b), and the composition: first x, then y.
 struct LogStep {
     float a, b;
-    static __device__ __forceinline__ LogStep then(LogStep x, LogStep y) { return {x.a + y.a, log_add(y.a + x.b, y.b)}; }
+    static __device__ __forceinline__ LogStep then(LogStep x, LogStep y) {
+        return {x.a + y.a, log_add(y.a + x.b, y.b)};
+    }
     static __device__ __forceinline__ LogStep none() { return {0.0f, -GD_INFINITY}; }
 };
 // z -> a z + b.
 struct LinearStep {
     float a, b;
-    static __device__ __forceinline__ LinearStep then(LinearStep x, LinearStep y) { return {x.a * y.a, fmaf(y.a, x.b, y.b)}; }
+    static __device__ __forceinline__ LinearStep then(LinearStep x, LinearStep y) {
+        return {x.a * y.a, fmaf(y.a, x.b, y.b)};
+    }
     static __device__ __forceinline__ LinearStep none() { return {1.0f, 0.0f}; }
 };
 
@@ -53,8 +57,8 @@ template <class Step> __device__ __forceinline__ Step block_compose(Step x, Step
 
 // keep and take [B H, N, 2], and log d after the last step [B H]; `start` may be null.
 template <class T>
-__device__ __forceinline__ void average_weights(const AverageParams &p, const T *decay, const T *write, const float *start,
-                                                float *weights, float *last) {
+__device__ __forceinline__ void average_weights(const AverageParams &p, const T *decay, const T *write,
+                                                const float *start, float *weights, float *last) {
     GD_SHARED(float[SCAN_THREADS], logs);
     u32 s = blockIdx.x;
     float carry = start ? start[s] : -GD_INFINITY;
@@ -70,7 +74,8 @@ __device__ __forceinline__ void average_weights(const AverageParams &p, const T 
         logs[threadIdx.x] = log_add(upto.a + carry, upto.b);
         __syncthreads();
         if (t < p.rows) {
-            float before = threadIdx.x ? logs[threadIdx.x - 1] : carry, past = own.a + before, keep = 1, take = 0;
+            float before = threadIdx.x ? logs[threadIdx.x - 1] : carry, past = own.a + before, keep = 1,
+                  take = 0;
             if (past > -GD_INFINITY || w > -GD_INFINITY) {
                 // Each with its own relative precision.
                 float lead = w - past, e = expf(-fabsf(lead)), more = 1 / (1 + e), less = e / (1 + e);
@@ -106,15 +111,16 @@ struct Steps {
     }
 };
 
-template <class T> __device__ __forceinline__ const T *value_row(const AverageParams &p, u32 b, u32 kv, u32 t, const T *v) {
+template <class T>
+__device__ __forceinline__ const T *value_row(const AverageParams &p, u32 b, u32 kv, u32 t, const T *v) {
     return v + size_t(b) * p.v_batch + size_t(kv) * p.v_head + size_t(t) * p.v_row;
 }
 
-// What every block of steps makes of a start of zero: carry [B H, blocks, D]; and its share of the start and of
-// its own values: joint [B H, blocks, 2].
+// What every block of steps makes of a start of zero: carry [B H, blocks, D]; and its share of the start and
+// of its own values: joint [B H, blocks, 2].
 template <class T>
-__device__ __forceinline__ void average_partial(const AverageParams &p, const T *v, const float *weights, float *carry,
-                                                float *joint) {
+__device__ __forceinline__ void average_partial(const AverageParams &p, const T *v, const float *weights,
+                                                float *carry, float *joint) {
     Steps at(p);
     u32 d = threadIdx.x;
     float mean = 0, keep = 1, take = 0;
@@ -129,9 +135,10 @@ __device__ __forceinline__ void average_partial(const AverageParams &p, const T 
     if (d == 0) joint[2 * place] = keep, joint[2 * place + 1] = take;
 }
 
-// Turns them into every block's start, in place, and gives the mean after the last [B H, D]; one block a sequence.
-__device__ __forceinline__ void average_carry(const AverageParams &p, const float *joint, const float *start, float *carry,
-                                              float *last) {
+// Turns them into every block's start, in place, and gives the mean after the last [B H, D]; one block a
+// sequence.
+__device__ __forceinline__ void average_carry(const AverageParams &p, const float *joint, const float *start,
+                                              float *carry, float *last) {
     u32 s = blockIdx.x, d = threadIdx.x;
     if (d >= p.dim) return;
     float mean = start ? start[size_t(s) * p.dim + d] : 0.0f;
@@ -145,7 +152,8 @@ __device__ __forceinline__ void average_carry(const AverageParams &p, const floa
 }
 
 template <class T>
-__device__ __forceinline__ void average_rows(const AverageParams &p, const T *v, const float *weights, const float *carry, T *m) {
+__device__ __forceinline__ void average_rows(const AverageParams &p, const T *v, const float *weights,
+                                             const float *carry, T *m) {
     Steps at(p);
     u32 d = threadIdx.x;
     if (d >= p.dim) return;
@@ -157,15 +165,17 @@ __device__ __forceinline__ void average_rows(const AverageParams &p, const T *v,
     }
 }
 
-template <class T> __device__ __forceinline__ float incoming(const AverageParams &p, const T *dm, u32 b, u32 h, u32 t, u32 d) {
+template <class T>
+__device__ __forceinline__ float incoming(const AverageParams &p, const T *dm, u32 b, u32 h, u32 t, u32 d) {
     return up(dm[size_t(b) * p.d_batch + size_t(h) * p.d_head + size_t(t) * p.d_row + d]);
 }
 
 // What every block of steps adds, alone, to the gradient of the mean before it: carry [B H, blocks, D]; with
-// p_t = dm_t + keep_(t+1) p_(t+1) that is keep_first p_first. And the product of its keeps: joint [B H, blocks, 2].
+// p_t = dm_t + keep_(t+1) p_(t+1) that is keep_first p_first. And the product of its keeps: joint [B H,
+// blocks, 2].
 template <class T>
-__device__ __forceinline__ void average_partial_backward(const AverageParams &p, const T *dm, const float *weights, float *carry,
-                                                         float *joint) {
+__device__ __forceinline__ void average_partial_backward(const AverageParams &p, const T *dm,
+                                                         const float *weights, float *carry, float *joint) {
     Steps at(p);
     u32 d = threadIdx.x;
     float sum = 0, keep = 1;
@@ -180,7 +190,8 @@ __device__ __forceinline__ void average_partial_backward(const AverageParams &p,
 }
 
 // Turns them into what comes to every block from those after it, in place.
-__device__ __forceinline__ void average_carry_backward(const AverageParams &p, const float *joint, float *carry) {
+__device__ __forceinline__ void average_carry_backward(const AverageParams &p, const float *joint,
+                                                       float *carry) {
     u32 s = blockIdx.x, d = threadIdx.x;
     if (d >= p.dim) return;
     float sum = 0;
@@ -192,15 +203,17 @@ __device__ __forceinline__ void average_carry_backward(const AverageParams &p, c
     }
 }
 
-// dv [B, Hk, N, D], summed over the heads that share it, and the parts of dtake_t = <p_t, v_t - m_(t-1)> that warps
-// find: [B H, N, warps]. A CUDA block takes the 64 steps of a value head; `start` is the mean before, or null.
+// dv [B, Hk, N, D], summed over the heads that share it, and the parts of dtake_t = <p_t, v_t - m_(t-1)> that
+// warps find: [B H, N, warps]. A CUDA block takes the 64 steps of a value head; `start` is the mean before,
+// or null.
 template <class T>
-__device__ __forceinline__ void average_rows_backward(const AverageParams &p, const T *v, const T *m, const T *dm,
-                                                      const float *weights, const float *carry, const float *start, T *dv,
-                                                      float *dtake) {
+__device__ __forceinline__ void average_rows_backward(const AverageParams &p, const T *v, const T *m,
+                                                      const T *dm, const float *weights, const float *carry,
+                                                      const float *start, T *dv, float *dtake) {
     GD_DYNAMIC_SHARED(shared);
     float *held = reinterpret_cast<float *>(shared);
-    u32 sv = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, b = sv / p.value_heads, kv = sv % p.value_heads;
+    u32 sv = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks, b = sv / p.value_heads,
+        kv = sv % p.value_heads;
     u32 group = p.heads / p.value_heads, d = threadIdx.x, warps = blockDim.x / 32;
     u32 first = block * STEPS, end = min(first + STEPS, p.rows);
     auto sequence = [&](u32 j) { return size_t(b) * p.heads + kv * group + j; };
@@ -213,7 +226,9 @@ __device__ __forceinline__ void average_rows_backward(const AverageParams &p, co
             float keep = weights[2 * (s * p.rows + t)], take = weights[2 * (s * p.rows + t) + 1], found = 0;
             if (d < p.dim) {
                 float x = held[j * blockDim.x + d] + incoming(p, dm, b, kv * group + j, t, d);
-                float before = t ? up(m[(s * p.rows + t - 1) * p.dim + d]) : start ? start[s * p.dim + d] : 0.0f;
+                float before = t       ? up(m[(s * p.rows + t - 1) * p.dim + d])
+                               : start ? start[s * p.dim + d]
+                                       : 0.0f;
                 found = x * (value - before);
                 sum = fmaf(take, x, sum);
                 held[j * blockDim.x + d] = keep * x;
@@ -228,8 +243,9 @@ __device__ __forceinline__ void average_rows_backward(const AverageParams &p, co
 // ddecay and dwrite [B, H, N]: with dz = dtake take keep and q from the step after, dwrite = dz + take q, and
 // keep q - dz is both the next q and, times sigmoid(-decay), ddecay.
 template <class T>
-__device__ __forceinline__ void average_weights_backward(const AverageParams &p, const T *decay, const float *weights,
-                                                         const float *dtake, u32 warps, T *ddecay, T *dwrite) {
+__device__ __forceinline__ void average_weights_backward(const AverageParams &p, const T *decay,
+                                                         const float *weights, const float *dtake, u32 warps,
+                                                         T *ddecay, T *dwrite) {
     GD_SHARED(float[SCAN_THREADS], after);
     u32 s = blockIdx.x;
     float carry = 0;
@@ -242,7 +258,8 @@ __device__ __forceinline__ void average_weights_backward(const AverageParams &p,
             keep = weights[2 * at];
             take = weights[2 * at + 1];
             float sum = 0;
-            for (u32 w = 0; w < warps; w++) sum += dtake[at * warps + w];
+            for (u32 w = 0; w < warps; w++)
+                sum += dtake[at * warps + w];
             dz = sum * take * keep;
         }
         LinearStep all, upto = block_compose(LinearStep{keep, -dz}, all);

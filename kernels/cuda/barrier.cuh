@@ -11,11 +11,14 @@ struct Effect {
     bool floored;
 };
 
-__device__ __forceinline__ Effect barrier_effect(const SelectParams &p, const float *energy, const i32 *key, const uint8_t *flags) {
+__device__ __forceinline__ Effect barrier_effect(const SelectParams &p, const float *energy, const i32 *key,
+                                                 const uint8_t *flags) {
     Effect idle = {-1, -1, 0, 0, false};
     i32 at = -1, other = -1;
     u32 used = 0;
-    auto closer = [&](u32 x, i32 y) { return y < 0 || energy[x] < energy[y] || (energy[x] == energy[y] && before(key[x], key[y], p.last)); };
+    auto closer = [&](u32 x, i32 y) {
+        return y < 0 || energy[x] < energy[y] || (energy[x] == energy[y] && before(key[x], key[y], p.last));
+    };
     for (u32 s = 0; s < p.slots; s++) {
         if (key[s] < 0) continue;
         used++;
@@ -49,17 +52,18 @@ __device__ __forceinline__ Effect barrier_effect(const SelectParams &p, const fl
 }
 
 // Flags [B, Hq, N, K]; out may not be energy itself.
-__device__ __forceinline__ void barrier_forward(const SelectParams &p, const float *energy, const i32 *index, const uint8_t *flags,
-                                                float *out) {
+__device__ __forceinline__ void barrier_forward(const SelectParams &p, const float *energy, const i32 *index,
+                                                const uint8_t *flags, float *out) {
     size_t row = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (row >= size_t(p.batch) * p.q_heads * p.queries) return;
     size_t first = row * p.slots;
     Effect e = barrier_effect(p, energy + first, index + first, flags + first);
-    for (u32 s = 0; s < p.slots; s++) out[first + s] = i32(s) == e.at ? float(-e.score) : energy[first + s];
+    for (u32 s = 0; s < p.slots; s++)
+        out[first + s] = i32(s) == e.at ? float(-e.score) : energy[first + s];
 }
 
-__device__ __forceinline__ void barrier_backward(const SelectParams &p, const float *energy, const i32 *index, const uint8_t *flags,
-                                                 const float *grad, float *out) {
+__device__ __forceinline__ void barrier_backward(const SelectParams &p, const float *energy, const i32 *index,
+                                                 const uint8_t *flags, const float *grad, float *out) {
     size_t row = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (row >= size_t(p.batch) * p.q_heads * p.queries) return;
     size_t first = row * p.slots;
@@ -67,14 +71,17 @@ __device__ __forceinline__ void barrier_backward(const SelectParams &p, const fl
     double g = e.at >= 0 ? double(grad[first + e.at]) : 0, total = 0;
     if (e.floored)
         for (u32 s = 0; s < p.slots; s++)
-            if (index[first + s] >= 0 && i32(s) != e.at) total += exp(double(energy[first + e.best]) - double(energy[first + s]));
+            if (index[first + s] >= 0 && i32(s) != e.at)
+                total += exp(double(energy[first + e.best]) - double(energy[first + s]));
     for (u32 s = 0; s < p.slots; s++) {
         double x = double(grad[first + s]);
         if (e.at >= 0 && i32(s) == e.at) {
             x = e.floored ? 0 : g * (1 + e.strength);
         } else if (e.at >= 0 && index[first + s] >= 0) {
-            if (e.floored) x += g * exp(double(energy[first + e.best]) - double(energy[first + s])) / total;
-            else if (i32(s) == e.best) x -= g * e.strength;
+            if (e.floored)
+                x += g * exp(double(energy[first + e.best]) - double(energy[first + s])) / total;
+            else if (i32(s) == e.best)
+                x -= g * e.strength;
         }
         out[first + s] = float(x);
     }

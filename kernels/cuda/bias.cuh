@@ -5,7 +5,8 @@
 #include "row.cuh"
 
 template <class T>
-__device__ __forceinline__ void scan_bias(const BiasParams &p, const T *k, const float *beta, const float *prior, float *bias) {
+__device__ __forceinline__ void scan_bias(const BiasParams &p, const T *k, const float *beta,
+                                          const float *prior, float *bias) {
     u32 warps = blockDim.x / 32, row = blockIdx.x * warps + threadIdx.x / 32;
     if (row >= p.batch * p.bias_heads * p.bias_row) return;
     u32 j = row % p.bias_row, head = row / p.bias_row % p.bias_heads, b = row / p.bias_row / p.bias_heads;
@@ -15,7 +16,8 @@ __device__ __forceinline__ void scan_bias(const BiasParams &p, const T *k, const
         const T *key = k + size_t(b) * p.k_batch + size_t(kv) * p.k_head + size_t(j) * p.k_row;
         float sum = 0;
         if (!p.score) {
-            for (u32 d = lane_id(); d < p.head_dim; d += 32) sum = fmaf(up(key[d]), up(key[d]), sum);
+            for (u32 d = lane_id(); d < p.head_dim; d += 32)
+                sum = fmaf(up(key[d]), up(key[d]), sum);
             sum = -0.5f * warp_sum(sum);
         }
         float scale = (p.score ? 1.0f : 0.5f) / beta[head % p.q_heads];

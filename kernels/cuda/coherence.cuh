@@ -46,7 +46,8 @@ struct Density {
 __device__ __forceinline__ Density density(double t, double alpha, u32 passage) {
     double u = coherence_point(t, alpha, passage), w = 1 - u;
     double near_q = exp(-t * u * u), near_k = exp(-t * w * w);
-    return {alpha * near_q + (1 - alpha) * near_k, -(alpha * u * u * near_q + (1 - alpha) * w * w * near_k), near_q - near_k};
+    return {alpha * near_q + (1 - alpha) * near_k, -(alpha * u * u * near_q + (1 - alpha) * w * w * near_k),
+            near_q - near_k};
 }
 
 template <class T> __device__ __forceinline__ double distance(const T *q, const T *k, u32 dim) {
@@ -55,14 +56,16 @@ template <class T> __device__ __forceinline__ double distance(const T *q, const 
         double x = double(up(q[d])) - double(up(k[d]));
         sum += x * x;
     }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
+    for (int step = 16; step > 0; step /= 2)
+        sum += __shfl_xor_sync(ALL, sum, step);
     return sum;
 }
 
 // rho and u [B, Hq, N]; 0 where there is no key. Either may be null.
 template <class T>
-__device__ __forceinline__ void density_forward(const SelectParams &p, const T *q, const T *k, const float *beta,
-                                                const float *alpha, const i32 *index, float *rho, float *point) {
+__device__ __forceinline__ void density_forward(const SelectParams &p, const T *q, const T *k,
+                                                const float *beta, const float *alpha, const i32 *index,
+                                                float *rho, float *point) {
     Place at(p);
     if (!at.exists) return;
     i32 j = index[at.row];
@@ -79,9 +82,9 @@ __device__ __forceinline__ void density_forward(const SelectParams &p, const T *
 
 // dq, the factor of (q - k) in it, and the row's gradients of beta and alpha.
 template <class T>
-__device__ __forceinline__ void density_backward(const SelectParams &p, const T *q, const T *k, const float *beta,
-                                                 const float *alpha, const i32 *index, const float *grad, T *dq, float *factor,
-                                                 float *dbeta, float *dalpha) {
+__device__ __forceinline__ void
+density_backward(const SelectParams &p, const T *q, const T *k, const float *beta, const float *alpha,
+                 const i32 *index, const float *grad, T *dq, float *factor, float *dbeta, float *dalpha) {
     Place at(p);
     if (!at.exists) return;
     i32 j = index[at.row];
@@ -101,15 +104,17 @@ __device__ __forceinline__ void density_backward(const SelectParams &p, const T 
 
 // dk: factor (k - q) of all readers.
 template <class T>
-__device__ __forceinline__ void density_key_gradient(const SelectParams &p, const u32 *starts, const u32 *entries, const T *q,
-                                                     const T *k, const float *factor, T *dk) {
+__device__ __forceinline__ void density_key_gradient(const SelectParams &p, const u32 *starts,
+                                                     const u32 *entries, const T *q, const T *k,
+                                                     const float *factor, T *dk) {
     i32 j = i32(blockIdx.x % p.keys);
-    sum_readers(p, p.head_dim, starts, entries, dk, [&](u32 row, const Place &at, u32 first, float (&sum)[4]) {
-        const T *query = q_row(p, at, q), *key = k_row(p, at, k, j);
-        float c = factor[row];
-        for (u32 x = 0; x < 4; x++) {
-            u32 d = first + 32 * x + lane_id();
-            if (d < p.head_dim) sum[x] += c * (up(key[d]) - up(query[d]));
-        }
-    });
+    sum_readers(p, p.head_dim, starts, entries, dk,
+                [&](u32 row, const Place &at, u32 first, float (&sum)[4]) {
+                    const T *query = q_row(p, at, q), *key = k_row(p, at, k, j);
+                    float c = factor[row];
+                    for (u32 x = 0; x < 4; x++) {
+                        u32 d = first + 32 * x + lane_id();
+                        if (d < p.head_dim) sum[x] += c * (up(key[d]) - up(query[d]));
+                    }
+                });
 }

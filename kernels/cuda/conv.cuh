@@ -1,5 +1,6 @@
-// Depthwise causal convolution: y[b, t, c] = sum_w weight[c, w] x[b, t - W + 1 + w, c]. A thread holds a channel
-// of 64 rows. Rows before the start come from `past`, or are 0; of packed sequences none sees another.
+// Depthwise causal convolution: y[b, t, c] = sum_w weight[c, w] x[b, t - W + 1 + w, c]. A thread holds a
+// channel of 64 rows. Rows before the start come from `past`, or are 0; of packed sequences none sees
+// another.
 #pragma once
 #include "../shared/params.h"
 #include "ptx.cuh"
@@ -40,7 +41,8 @@ struct ConvPlace {
 
 // What tap w of row t meets: row t - (W - 1) + w.
 template <class T>
-__device__ __forceinline__ float tap_input(const ConvParams &p, const T *x, const T *past, u32 b, u32 t, u32 w, u32 c) {
+__device__ __forceinline__ float tap_input(const ConvParams &p, const T *x, const T *past, u32 b, u32 t,
+                                           u32 w, u32 c) {
     u32 at = t + w;
     if (at >= p.width - 1) return up(x[size_t(b) * p.x_batch + size_t(at - (p.width - 1)) * p.x_row + c]);
     return past ? up(past[(size_t(b) * (p.width - 1) + at) * p.channels + c]) : 0.0f;
@@ -54,7 +56,8 @@ __device__ __forceinline__ u32 first_tap(const ConvParams &p, const Own &own, u3
 }
 
 template <class T>
-__device__ __forceinline__ void conv_forward(const ConvParams &p, const T *x, const T *weight, const T *past, const i32 *table, T *y) {
+__device__ __forceinline__ void conv_forward(const ConvParams &p, const T *x, const T *weight, const T *past,
+                                             const i32 *table, T *y) {
     ConvPlace at(p);
     if (!at.exists) return;
     for (u32 t = at.first; t < min(at.first + CONV_ROWS, p.rows); t++) {
@@ -68,8 +71,8 @@ __device__ __forceinline__ void conv_forward(const ConvParams &p, const T *x, co
 
 // dx, and what each chunk of rows adds to dweight: parts [B, chunks, W, C].
 template <class T>
-__device__ __forceinline__ void conv_backward(const ConvParams &p, const T *x, const T *weight, const T *past, const i32 *table,
-                                              const T *dy, T *dx, float *parts) {
+__device__ __forceinline__ void conv_backward(const ConvParams &p, const T *x, const T *weight, const T *past,
+                                              const i32 *table, const T *dy, T *dx, float *parts) {
     ConvPlace at(p);
     if (!at.exists) return;
     auto gradient = [&](u32 t) { return up(dy[size_t(at.b) * p.d_batch + size_t(t) * p.d_row + at.c]); };
@@ -87,16 +90,19 @@ __device__ __forceinline__ void conv_backward(const ConvParams &p, const T *x, c
     for (u32 w = 0; w < p.width; w++) {
         float sum = 0;
         for (u32 t = at.first; t < end; t++)
-            if (w >= first_tap(p, own_rows(p, table, at.b, t), t)) sum = fmaf(gradient(t), tap_input(p, x, past, at.b, t, w, at.c), sum);
+            if (w >= first_tap(p, own_rows(p, table, at.b, t), t))
+                sum = fmaf(gradient(t), tap_input(p, x, past, at.b, t, w, at.c), sum);
         parts[(size_t(chunk) * p.width + w) * p.channels + at.c] = sum;
     }
 }
 
 // dweight [C, W] from the parts, in order.
-template <class T> __device__ __forceinline__ void conv_weights(const ConvParams &p, const float *parts, T *dweight) {
+template <class T>
+__device__ __forceinline__ void conv_weights(const ConvParams &p, const float *parts, T *dweight) {
     u32 at = blockIdx.x * blockDim.x + threadIdx.x, c = at % p.channels, w = at / p.channels;
     if (w >= p.width) return;
     double sum = 0;
-    for (u32 x = 0; x < p.batch * p.chunks; x++) sum += double(parts[(size_t(x) * p.width + w) * p.channels + c]);
+    for (u32 x = 0; x < p.batch * p.chunks; x++)
+        sum += double(parts[(size_t(x) * p.width + w) * p.channels + c]);
     down(float(sum), dweight[size_t(c) * p.width + w]);
 }

@@ -1,6 +1,7 @@
 // Decoding: a few queries against a long cache. The keys of a row are split over blocks; inside a block every
-// warp takes its own keys of a tile. Each block enters its best key of every row by an integer maximum, and the
-// last one to come writes index, energy and value row. The scores are those of the scan, and so is the result.
+// warp takes its own keys of a tile. Each block enters its best key of every row by an integer maximum, and
+// the last one to come writes index, energy and value row. The scores are those of the scan, and so is the
+// result.
 #pragma once
 #include "mask.cuh"
 #include "tile.cuh"
@@ -24,9 +25,10 @@ template <int ROWS> struct Decoding {
 };
 
 template <class T, int DP>
-__device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const T *k, const float *bias, const float *beta,
-                                       const float *prior, const i32 *table, const i32 *pages, const T *v,
-                                       const float *threshold, uint64_t *best, u32 *counter, i32 *index, float *energy, T *y) {
+__device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const T *k, const float *bias,
+                                       const float *beta, const float *prior, const i32 *table,
+                                       const i32 *pages, const T *v, const float *threshold, uint64_t *best,
+                                       u32 *counter, i32 *index, float *energy, T *y) {
     using S = typename Scoring<T>::template Of<DP, 1>;
     constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH, NT = KEYS / 8 / DECODE_WARPS, ROWS = 16;
     GD_DYNAMIC_SHARED(shared);
@@ -38,10 +40,13 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
     auto exists = [&](u32 r) { return first + r < p.queries * p.pack; };
     auto head = [&](u32 r) { return h0 + (first + r) % p.pack; };
     auto query = [&](u32 r) {
-        return q + size_t(b) * p.q_batch + size_t(head(r)) * p.q_head + size_t((first + r) / p.pack) * p.q_row;
+        return q + size_t(b) * p.q_batch + size_t(head(r)) * p.q_head +
+               size_t((first + r) / p.pack) * p.q_row;
     };
     // The page of a key, or the batch entry, and the key's row in it.
-    auto piece = [&](u32 j) { return p.page_keys ? u32(pages[size_t(b) * p.table_row + j / p.page_keys]) : b; };
+    auto piece = [&](u32 j) {
+        return p.page_keys ? u32(pages[size_t(b) * p.table_row + j / p.page_keys]) : b;
+    };
     auto inside = [&](u32 j) { return p.page_keys ? j % p.page_keys : j; };
 
     if (threadIdx.x == 0) state.all = {i32(p.keys), 0};
@@ -71,7 +76,8 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
     auto load = [&](i32 tile) {
         u32 j = u32(tile) * KEYS, row = inside(j), stage = u32(tile) % 2;
         Source<T> keys = {k + size_t(piece(j)) * p.k_batch + size_t(kv) * p.k_head, p.k_row,
-                          p.page_keys ? min(p.page_keys, p.keys - j + row) : p.keys, p.head_dim, p.aligned != 0};
+                          p.page_keys ? min(p.page_keys, p.keys - j + row) : p.keys, p.head_dim,
+                          p.aligned != 0};
         load_rows<T, DP, KEYS>(tiles + stage * TILE, keys, row);
         const float *norms = bias + (size_t(piece(j)) * p.kv_heads + kv) * p.bias_row;
         load_bias<KEYS>(biases + stage * KEYS, norms, row);
@@ -112,7 +118,8 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
                 float s = acc[0][n][c], &most = top[c / 2];
                 i32 &held = key[c / 2];
                 bool open = j >= own[c / 2].lo && j < own[c / 2].hi && s < GD_INFINITY;
-                if (open && (s > most || (s == most && held >= 0 && before(j, held, p.last)))) most = s, held = j;
+                if (open && (s > most || (s == most && held >= 0 && before(j, held, p.last))))
+                    most = s, held = j;
             }
         }
         __syncthreads();
@@ -123,7 +130,8 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
         uint64_t code = key[half] >= 0 ? ranked(top[half], key[half], p.last) : 0;
 #pragma unroll
         for (int step = 1; step < (GD_FAULT(18) ? 2 : 4); step *= 2) {
-            uint64_t high = __shfl_xor_sync(ALL, u32(code >> 32), step), low = __shfl_xor_sync(ALL, u32(code), step);
+            uint64_t high = __shfl_xor_sync(ALL, u32(code >> 32), step),
+                     low = __shfl_xor_sync(ALL, u32(code), step);
             uint64_t other = high << 32 | low;
             code = other > code ? other : code;
         }
@@ -133,8 +141,10 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
     uint64_t *rows = best + size_t(place) * ROWS;
     if (threadIdx.x < ROWS) {
         uint64_t code = 0;
-        for (int w = 0; w < DECODE_WARPS; w++) code = state.best[w][threadIdx.x] > code ? state.best[w][threadIdx.x] : code;
-        if (code) atomicMax(reinterpret_cast<unsigned long long *>(rows + threadIdx.x), (unsigned long long)(code));
+        for (int w = 0; w < DECODE_WARPS; w++)
+            code = state.best[w][threadIdx.x] > code ? state.best[w][threadIdx.x] : code;
+        if (code)
+            atomicMax(reinterpret_cast<unsigned long long *>(rows + threadIdx.x), (unsigned long long)(code));
         __threadfence();
     }
     __syncthreads();
@@ -149,7 +159,8 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
         u32 h = head(r);
         float e = GD_INFINITY;
         if (winner >= 0) {
-            const T *row = k + size_t(piece(winner)) * p.k_batch + size_t(kv) * p.k_head + size_t(inside(winner)) * p.k_row;
+            const T *row = k + size_t(piece(winner)) * p.k_batch + size_t(kv) * p.k_head +
+                           size_t(inside(winner)) * p.k_row;
             float x = p.prior_batch ? prior[prior_at(p, b, h) + winner] : 0.0f;
             e = pair_energy(p.score, beta[h], x, query(r), row, p.head_dim);
             bool admitted = finite(e) && !(threshold && e > threshold[h]);
@@ -158,8 +169,10 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
         size_t out = (size_t(b) * p.q_heads + h) * p.queries + (first + r) / p.pack;
         if (lane == 0) index[out] = winner, energy[out] = e;
         u32 j = u32(max(winner, 0));
-        const T *value = v + size_t(piece(j)) * p.v_batch + size_t(kv) * p.v_head + size_t(inside(j)) * p.v_row;
-        for (u32 d = lane; d < p.value_dim; d += 32) y[out * p.value_dim + d] = winner >= 0 ? value[d] : T{};
+        const T *value =
+            v + size_t(piece(j)) * p.v_batch + size_t(kv) * p.v_head + size_t(inside(j)) * p.v_row;
+        for (u32 d = lane; d < p.value_dim; d += 32)
+            y[out * p.value_dim + d] = winner >= 0 ? value[d] : T{};
     }
     // The workspace is zero again for the next launch.
     __syncthreads();

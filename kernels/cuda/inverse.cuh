@@ -22,14 +22,16 @@ __device__ __forceinline__ void sort_begin(const SortParams &p, const i32 *index
 // How often each digit occurs in each chunk: counts [DIGITS, blocks].
 __device__ __forceinline__ void sort_count(const SortParams &p, const u32 *lists, u32 *counts) {
     GD_SHARED(u32[DIGITS], count);
-    for (u32 d = threadIdx.x; d < DIGITS; d += blockDim.x) count[d] = 0;
+    for (u32 d = threadIdx.x; d < DIGITS; d += blockDim.x)
+        count[d] = 0;
     __syncthreads();
     for (u32 x = threadIdx.x; x < CHUNK; x += blockDim.x) {
         u32 at = blockIdx.x * CHUNK + x;
         if (at < p.count) atomicAdd(&count[lists[at] >> p.shift & (DIGITS - 1)], 1u);
     }
     __syncthreads();
-    for (u32 d = threadIdx.x; d < DIGITS; d += blockDim.x) counts[size_t(d) * p.blocks + blockIdx.x] = count[d];
+    for (u32 d = threadIdx.x; d < DIGITS; d += blockDim.x)
+        counts[size_t(d) * p.blocks + blockIdx.x] = count[d];
 }
 
 // The inclusive sums of x over the threads of a block of 256; `sums` holds 8 and is free afterwards.
@@ -41,7 +43,8 @@ __device__ __forceinline__ u32 block_prefix(u32 x, u32 *sums) {
     }
     if (lane_id() == 31) sums[threadIdx.x / 32] = x;
     if (!GD_FAULT(22)) __syncthreads();
-    for (u32 w = 0; w < threadIdx.x / 32; w++) x += sums[w];
+    for (u32 w = 0; w < threadIdx.x / 32; w++)
+        x += sums[w];
     __syncthreads();
     return x;
 }
@@ -62,15 +65,17 @@ __device__ __forceinline__ void sort_places(const SortParams &p, u32 *counts) {
 }
 
 // Moves every entry to its place. Inside a chunk, warp w takes entries 256 w.. in order, 32 at a time.
-__device__ __forceinline__ void sort_move(const SortParams &p, const u32 *places, const u32 *lists, const u32 *entries,
-                                          u32 *lists_out, u32 *entries_out) {
+__device__ __forceinline__ void sort_move(const SortParams &p, const u32 *places, const u32 *lists,
+                                          const u32 *entries, u32 *lists_out, u32 *entries_out) {
     constexpr u32 WARPS = SORT_THREADS / 32, EACH = CHUNK / WARPS;
     GD_SHARED(u32[WARPS * DIGITS], next);
     u32 warp = threadIdx.x / 32, first = blockIdx.x * CHUNK + warp * EACH;
-    for (u32 x = threadIdx.x; x < WARPS * DIGITS; x += blockDim.x) next[x] = 0;
+    for (u32 x = threadIdx.x; x < WARPS * DIGITS; x += blockDim.x)
+        next[x] = 0;
     __syncthreads();
     for (u32 x = lane_id(); x < EACH; x += 32)
-        if (first + x < p.count) atomicAdd(&next[warp * DIGITS + (lists[first + x] >> p.shift & (DIGITS - 1))], 1u);
+        if (first + x < p.count)
+            atomicAdd(&next[warp * DIGITS + (lists[first + x] >> p.shift & (DIGITS - 1))], 1u);
     __syncthreads();
     for (u32 d = threadIdx.x; d < DIGITS; d += blockDim.x) {
         u32 sum = places[size_t(d) * p.blocks + blockIdx.x];
@@ -108,5 +113,6 @@ __device__ __forceinline__ void sort_starts(const SortParams &p, const u32 *list
     u32 at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at > p.count) return;
     u32 from = at == 0 ? 0 : lists[at - 1] + 1, to = at == p.count ? p.lists : lists[at];
-    for (u32 list = from; list <= to && list <= p.lists; list++) starts[list] = at;
+    for (u32 list = from; list <= to && list <= p.lists; list++)
+        starts[list] = at;
 }

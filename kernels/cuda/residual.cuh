@@ -1,5 +1,5 @@
-// Refinement: r = q - c delta with delta = k - q, c = <q, delta> / |delta|^2; a query without a key, or on top of
-// it, stays as it is. index [B, Hq, N]: slots is 1.
+// Refinement: r = q - c delta with delta = k - q, c = <q, delta> / |delta|^2; a query without a key, or on
+// top of it, stays as it is. index [B, Hq, N]: slots is 1.
 #pragma once
 #include "gradient.cuh"
 
@@ -20,7 +20,8 @@ template <class T> __device__ __forceinline__ Jump jump(const T *q, const T *k, 
 }
 
 template <class T>
-__device__ __forceinline__ void residual_forward(const SelectParams &p, const T *q, const T *k, const i32 *index, T *out) {
+__device__ __forceinline__ void residual_forward(const SelectParams &p, const T *q, const T *k,
+                                                 const i32 *index, T *out) {
     Place at(p);
     if (!at.exists) return;
     i32 j = index[at.row];
@@ -38,9 +39,11 @@ __device__ __forceinline__ void residual_forward(const SelectParams &p, const T 
 }
 
 // What delta's gradient is made of: ddelta = -c dr + step (q - 2 c delta), step = -<dr, delta> / |delta|^2.
-template <class T> __device__ __forceinline__ float jump_step(const T *q, const T *k, const T *dr, u32 dim, const Jump &x) {
+template <class T>
+__device__ __forceinline__ float jump_step(const T *q, const T *k, const T *dr, u32 dim, const Jump &x) {
     float dot = 0;
-    for (u32 d = lane_id(); d < dim; d += 32) dot = fmaf(up(dr[d]), up(k[d]) - up(q[d]), dot);
+    for (u32 d = lane_id(); d < dim; d += 32)
+        dot = fmaf(up(dr[d]), up(k[d]) - up(q[d]), dot);
     return -warp_sum(dot) / x.length;
 }
 __device__ __forceinline__ float delta_gradient(float q, float k, float dr, float c, float step) {
@@ -49,8 +52,8 @@ __device__ __forceinline__ float delta_gradient(float q, float k, float dr, floa
 
 // dq = dr + step delta - ddelta.
 template <class T>
-__device__ __forceinline__ void residual_backward(const SelectParams &p, const T *q, const T *k, const i32 *index, const T *dr,
-                                                  T *dq) {
+__device__ __forceinline__ void residual_backward(const SelectParams &p, const T *q, const T *k,
+                                                  const i32 *index, const T *dr, T *dq) {
     Place at(p);
     if (!at.exists) return;
     i32 j = index[at.row];
@@ -75,8 +78,9 @@ __device__ __forceinline__ void residual_backward(const SelectParams &p, const T
 
 // dk: the gradients of delta of all readers.
 template <class T>
-__device__ __forceinline__ void residual_key_gradient(const SelectParams &p, const u32 *starts, const u32 *entries, const T *q,
-                                                      const T *k, const T *dr, T *dk) {
+__device__ __forceinline__ void residual_key_gradient(const SelectParams &p, const u32 *starts,
+                                                      const u32 *entries, const T *q, const T *k, const T *dr,
+                                                      T *dk) {
     i32 j = i32(blockIdx.x % p.keys);
     sum_readers(p, p.head_dim, starts, entries, dk, [&](u32, const Place &at, u32 first, float (&sum)[4]) {
         const T *query = q_row(p, at, q), *key = k_row(p, at, k, j), *grad = d_row(p, at, dr);

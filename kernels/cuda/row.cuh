@@ -8,7 +8,8 @@ __device__ __forceinline__ u32 lane_id() { return threadIdx.x % 32; }
 // The sum over the lanes, the same bits in all of them.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(ALL, x, step);
+    for (int step = 16; step > 0; step /= 2)
+        x += __shfl_xor_sync(ALL, x, step);
     return x;
 }
 
@@ -16,7 +17,8 @@ __device__ __forceinline__ bool finite(float x) { return fabsf(x) < GD_INFINITY;
 
 // sum (q - k)^2, or -<q, k>, over D elements, by a warp: the energy at beta 1 without a prior. Differences
 // stay accurate where query and key nearly coincide.
-template <class Q, class K> __device__ __forceinline__ float pair_form(u32 score, const Q *q, const K *k, u32 dim) {
+template <class Q, class K>
+__device__ __forceinline__ float pair_form(u32 score, const Q *q, const K *k, u32 dim) {
     float sum = 0;
     for (u32 d = lane_id(); d < dim; d += 32) {
         float x = up(q[d]), y = up(k[d]);
@@ -27,7 +29,8 @@ template <class Q, class K> __device__ __forceinline__ float pair_form(u32 score
 
 // beta |q - k|^2 - b, or -beta <q, k> - b.
 template <class Q, class K>
-__device__ __forceinline__ float pair_energy(u32 score, float beta, float prior, const Q *q, const K *k, u32 dim) {
+__device__ __forceinline__ float pair_energy(u32 score, float beta, float prior, const Q *q, const K *k,
+                                             u32 dim) {
     return beta * pair_form(score, q, k, dim) - prior;
 }
 

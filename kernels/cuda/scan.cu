@@ -18,7 +18,7 @@
         scan_best<T, D, MT>(p, q, k, bias, beta, prior, table, index, energy, v, threshold, y);                     \
     }                                                                                                               \
     GD_REGISTER(scan_best_##T##_d##D##_sm80)                                                                        \
-    extern "C" __global__ void __launch_bounds__(128)                                                               \
+    extern "C" __global__ void __launch_bounds__(128, 3)                                                            \
         scan_list_##T##_d##D##_sm80(ScanParams p, const T *q, const T *k, const float *bias, const float *beta,     \
                                     const float *prior, const i32 *table, i32 *index, float *energy,                \
                                     const i32 *protected_keys, uint8_t *flags) {                                    \

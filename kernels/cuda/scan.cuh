@@ -21,17 +21,25 @@ struct Block {
         first = block * rows;
     }
 
-    __device__ __forceinline__ bool exists(const ScanParams &p, u32 row) const { return first + row < p.queries * p.pack; }
-    __device__ __forceinline__ u32 head(const ScanParams &p, u32 row) const { return h0 + (first + row) % p.pack; }
-    __device__ __forceinline__ u32 query(const ScanParams &p, u32 row) const { return (first + row) / p.pack; }
+    __device__ __forceinline__ bool exists(const ScanParams &p, u32 row) const {
+        return first + row < p.queries * p.pack;
+    }
+    __device__ __forceinline__ u32 head(const ScanParams &p, u32 row) const {
+        return h0 + (first + row) % p.pack;
+    }
+    __device__ __forceinline__ u32 query(const ScanParams &p, u32 row) const {
+        return (first + row) / p.pack;
+    }
     // The row of index and energy.
     __device__ __forceinline__ size_t out(const ScanParams &p, u32 row) const {
         return (size_t(b) * p.q_heads + head(p, row)) * p.queries + query(p, row);
     }
 };
 
-template <class T> __device__ __forceinline__ const T *query_row(const ScanParams &p, const Block &at, const T *q, u32 row) {
-    return q + size_t(at.b) * p.q_batch + size_t(at.head(p, row)) * p.q_head + size_t(at.query(p, row)) * p.q_row;
+template <class T>
+__device__ __forceinline__ const T *query_row(const ScanParams &p, const Block &at, const T *q, u32 row) {
+    return q + size_t(at.b) * p.q_batch + size_t(at.head(p, row)) * p.q_head +
+           size_t(at.query(p, row)) * p.q_row;
 }
 
 // What the rows of a block see: each of them, and all together.
@@ -41,7 +49,8 @@ struct Seen {
 };
 
 // Fills it for `rows` rows, at most as many as threads; ends with a barrier.
-__device__ __forceinline__ void fill_seen(Seen &seen, const ScanParams &p, const Block &at, const i32 *table, u32 rows) {
+__device__ __forceinline__ void fill_seen(Seen &seen, const ScanParams &p, const Block &at, const i32 *table,
+                                          u32 rows) {
     if (threadIdx.x == 0) seen.all = {i32(p.keys), 0};
     __syncthreads();
     if (threadIdx.x < rows) {
@@ -77,15 +86,20 @@ struct Reach {
         }
     }
 
-    __device__ __forceinline__ bool meets(i32 first, i32 count) const { return first < some.hi && first + count > some.lo; }
-    __device__ __forceinline__ bool whole(i32 first, i32 count) const { return first >= every.lo && first + count <= every.hi; }
+    __device__ __forceinline__ bool meets(i32 first, i32 count) const {
+        return first < some.hi && first + count > some.lo;
+    }
+    __device__ __forceinline__ bool whole(i32 first, i32 count) const {
+        return first >= every.lo && first + count <= every.hi;
+    }
 };
 
 // Walks the tiles that some row sees, in rising order or, if ties go to the last key, in falling order:
 // visit(tile number, its keys, its biases). `shared` holds two tiles and two rows of biases. Loads of the
 // next tile run beside the visit of this one.
 template <class T, int DP, int KEYS, class Visit>
-__device__ __forceinline__ void walk(T *shared, const Source<T> &k, const float *bias, Range all, u32 last, Visit visit) {
+__device__ __forceinline__ void walk(T *shared, const Source<T> &k, const float *bias, Range all, u32 last,
+                                     Visit visit) {
     constexpr int PITCH = DP + 16 / sizeof(T), TILE = KEYS * PITCH;
     float *biases = reinterpret_cast<float *>(shared + 2 * TILE);
     if (all.lo >= all.hi) return;
@@ -115,8 +129,9 @@ __device__ __forceinline__ void walk(T *shared, const Source<T> &k, const float 
 
 // The scores of a group of 32 keys from key `first` of the tile on, -inf where a row does not see the key.
 template <class S, class T, int MT>
-__device__ __forceinline__ void group_scores(const S &scoring, const T *keys, const float *bias, int group, i32 first,
-                                             bool whole, const Range (&seen)[MT][2], float (&acc)[MT][4][4]) {
+__device__ __forceinline__ void group_scores(const S &scoring, const T *keys, const float *bias, int group,
+                                             i32 first, bool whole, const Range (&seen)[MT][2],
+                                             float (&acc)[MT][4][4]) {
     u32 t = lane_id() % 4;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -137,7 +152,8 @@ __device__ __forceinline__ void group_scores(const S &scoring, const T *keys, co
             for (int c = 0; c < 4; c++) {
                 i32 j = first + group + n * 8 + i32(2 * t) + c % 2;
                 Range r = seen[m][c / 2];
-                if (GD_FAULT(9) ? (j < r.lo || j > r.hi) : (j < r.lo || j >= r.hi)) acc[m][n][c] = -GD_INFINITY;
+                if (GD_FAULT(9) ? (j < r.lo || j > r.hi) : (j < r.lo || j >= r.hi))
+                    acc[m][n][c] = -GD_INFINITY;
             }
         }
     }

@@ -4,7 +4,8 @@
 #include "inverse.cuh"
 #include "residual.cuh"
 
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// Threads of a block and, where the compiler would else spill to make room for more, blocks of a processor.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 #define SELECT(T)                                                                                                   \
     KERNEL(256)                                                                                                     \
@@ -90,12 +91,12 @@ KERNEL(256) prior_gradient_sm80(SelectParams p, const u32 *starts, const u32 *en
 GD_REGISTER(prior_gradient_sm80)
 KERNEL(256) head_sums_sm80(SelectParams p, const float *rows, float *out) { head_sums(p, rows, out); }
 GD_REGISTER(head_sums_sm80)
-KERNEL(128)
+KERNEL(128, 8)
 barrier_forward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags, float *out) {
     barrier_forward(p, energy, index, flags, out);
 }
 GD_REGISTER(barrier_forward_sm80)
-KERNEL(128)
+KERNEL(128, 8)
 barrier_backward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags, const float *grad,
                       float *out) {
     barrier_backward(p, energy, index, flags, grad, out);

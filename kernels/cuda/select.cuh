@@ -17,16 +17,20 @@ struct Place {
     }
 };
 
-template <class T> __device__ __forceinline__ const T *q_row(const SelectParams &p, const Place &at, const T *q) {
+template <class T>
+__device__ __forceinline__ const T *q_row(const SelectParams &p, const Place &at, const T *q) {
     return q + size_t(at.b) * p.q_batch + size_t(at.h) * p.q_head + size_t(at.i) * p.q_row;
 }
-template <class T> __device__ __forceinline__ const T *k_row(const SelectParams &p, const Place &at, const T *k, i32 j) {
+template <class T>
+__device__ __forceinline__ const T *k_row(const SelectParams &p, const Place &at, const T *k, i32 j) {
     return k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head + size_t(j) * p.k_row;
 }
-template <class T> __device__ __forceinline__ const T *v_row(const SelectParams &p, const Place &at, const T *v, i32 j) {
+template <class T>
+__device__ __forceinline__ const T *v_row(const SelectParams &p, const Place &at, const T *v, i32 j) {
     return v + size_t(at.b) * p.v_batch + size_t(at.kv) * p.v_head + size_t(j) * p.v_row;
 }
-template <class T> __device__ __forceinline__ const T *d_row(const SelectParams &p, const Place &at, const T *d) {
+template <class T>
+__device__ __forceinline__ const T *d_row(const SelectParams &p, const Place &at, const T *d) {
     return d + size_t(at.b) * p.d_batch + size_t(at.h) * p.d_head + size_t(at.i) * p.d_row;
 }
 
@@ -34,7 +38,8 @@ template <class T> __device__ __forceinline__ const T *d_row(const SelectParams 
 template <class Visit> __device__ __forceinline__ void for_slots(const bool (&open)[2], Visit visit) {
 #pragma unroll
     for (u32 x = 0; x < 2; x++)
-        for (u32 left = __ballot_sync(ALL, open[x]); left; left &= left - 1) visit(u32(__ffs(left) - 1) + 32 * x);
+        for (u32 left = __ballot_sync(ALL, open[x]); left; left &= left - 1)
+            visit(u32(__ffs(left) - 1) + 32 * x);
 }
 
 // What lane and register of slot s hold.
@@ -43,11 +48,12 @@ template <class X> __device__ __forceinline__ X of_slot(const X (&x)[2], u32 s) 
     return s < 32 ? low : high;
 }
 
-// Record and output of a row. slot, winner, nearest, chosen energy, margin and gate [B, Hq, N]; y may be null.
+// Record and output of a row. slot, winner, nearest, chosen energy, margin and gate [B, Hq, N]; y may be
+// null.
 template <class T>
-__device__ __forceinline__ void select_forward(const SelectParams &p, const float *energy, const i32 *index, const float *tau,
-                                               const T *v, i32 *slot, i32 *winner, i32 *nearest, float *chosen, float *margin,
-                                               float *gate, T *y) {
+__device__ __forceinline__ void
+select_forward(const SelectParams &p, const float *energy, const i32 *index, const float *tau, const T *v,
+               i32 *slot, i32 *winner, i32 *nearest, float *chosen, float *margin, float *gate, T *y) {
     Place at(p);
     if (!at.exists) return;
     Candidates c = load_candidates(p, energy, index, at.row);
@@ -85,10 +91,12 @@ __device__ __forceinline__ void select_forward(const SelectParams &p, const floa
     }
 }
 
-// Gradients of the energies, the weights of dy in the value rows [B, Hq, N, K], and of the threshold [B, Hq, N].
+// Gradients of the energies, the weights of dy in the value rows [B, Hq, N, K], and of the threshold [B, Hq,
+// N].
 template <class T>
-__device__ __forceinline__ void select_backward(const SelectParams &p, const float *energy, const i32 *index, const float *tau,
-                                                const T *v, const T *dy, float *denergy, float *weights, float *dtau) {
+__device__ __forceinline__ void select_backward(const SelectParams &p, const float *energy, const i32 *index,
+                                                const float *tau, const T *v, const T *dy, float *denergy,
+                                                float *weights, float *dtau) {
     Place at(p);
     if (!at.exists) return;
     Candidates c = load_candidates(p, energy, index, at.row);
@@ -98,26 +106,30 @@ __device__ __forceinline__ void select_backward(const SelectParams &p, const flo
     // The winner's estimator needs its own product alone, and that only for a gate.
     bool own = p.estimator == 1 && p.hardness == 1.0f;
     bool open[2];
-    for (u32 x = 0; x < 2; x++) open[x] = c.key[x] >= 0 && (!own || i32(lane_id() + 32 * x) == choice.winner);
+    for (u32 x = 0; x < 2; x++)
+        open[x] = c.key[x] >= 0 && (!own || i32(lane_id() + 32 * x) == choice.winner);
     for_slots(open, [&](u32 s) {
         const T *value = v_row(p, at, v, of_slot(c.key, s));
         float sum = 0;
-        for (u32 d = lane_id(); d < p.value_dim; d += 32) sum = fmaf(up(gradient[d]), up(value[d]), sum);
+        for (u32 d = lane_id(); d < p.value_dim; d += 32)
+            sum = fmaf(up(gradient[d]), up(value[d]), sum);
         sum = warp_sum(sum);
         if (lane_id() == s % 32) a[s / 32] = sum;
     });
     float de[2], dv[2], dt = choice_backward(p, c, choice, tau[at.h], a, de, dv);
     for (u32 x = 0; x < 2; x++) {
         u32 s = lane_id() + 32 * x;
-        if (s < p.slots) denergy[size_t(at.row) * p.slots + s] = de[x], weights[size_t(at.row) * p.slots + s] = dv[x];
+        if (s < p.slots)
+            denergy[size_t(at.row) * p.slots + s] = de[x], weights[size_t(at.row) * p.slots + s] = dv[x];
     }
     if (lane_id() == 0) dtau[at.row] = dt;
 }
 
 // Energies of given candidates; +inf in unused slots.
 template <class T>
-__device__ __forceinline__ void energy_forward(const SelectParams &p, const T *q, const T *k, const float *beta,
-                                               const float *prior, const i32 *index, float *energy) {
+__device__ __forceinline__ void energy_forward(const SelectParams &p, const T *q, const T *k,
+                                               const float *beta, const float *prior, const i32 *index,
+                                               float *energy) {
     Place at(p);
     if (!at.exists) return;
     const T *query = q_row(p, at, q);
@@ -134,8 +146,9 @@ __device__ __forceinline__ void energy_forward(const SelectParams &p, const T *q
 
 // dq [B, Hq, N, D] and the row's gradient of beta [B, Hq, N] from that of the energies.
 template <class T>
-__device__ __forceinline__ void energy_backward(const SelectParams &p, const T *q, const T *k, const float *beta,
-                                                const i32 *index, const float *grad, T *dq, float *dbeta) {
+__device__ __forceinline__ void energy_backward(const SelectParams &p, const T *q, const T *k,
+                                                const float *beta, const i32 *index, const float *grad, T *dq,
+                                                float *dbeta) {
     Place at(p);
     if (!at.exists) return;
     const T *query = q_row(p, at, q);

@@ -18,7 +18,8 @@ template <class T> struct Source {
 };
 
 // Loads rows first..first + ROWS, zeros beyond the tensor's rows and dim; asynchronous where aligned.
-template <class T, int DP, int ROWS> __device__ __forceinline__ void load_rows(T *tile, const Source<T> &s, u32 first) {
+template <class T, int DP, int ROWS>
+__device__ __forceinline__ void load_rows(T *tile, const Source<T> &s, u32 first) {
     constexpr int V = 16 / sizeof(T), CHUNKS = DP / V, PITCH = DP + V;
     for (u32 c = threadIdx.x; c < u32(ROWS * CHUNKS); c += blockDim.x) {
         u32 row = first + c / CHUNKS, d = c % CHUNKS * V;
@@ -28,14 +29,16 @@ template <class T, int DP, int ROWS> __device__ __forceinline__ void load_rows(T
         if (s.aligned) {
             copy_async(to, from, inside ? 16 : 0);
         } else {
-            for (int x = 0; x < V; x++) to[x] = inside ? from[x] : T{};
+            for (int x = 0; x < V; x++)
+                to[x] = inside ? from[x] : T{};
         }
     }
 }
 
 // The 64 biases, or 32, of a tile; their rows are padded to whole tiles.
 template <int KEYS> __device__ __forceinline__ void load_bias(float *to, const float *bias, u32 first) {
-    for (u32 c = threadIdx.x; c < KEYS / 4; c += blockDim.x) copy_async(to + 4 * c, bias + first + 4 * c, 16);
+    for (u32 c = threadIdx.x; c < KEYS / 4; c += blockDim.x)
+        copy_async(to + 4 * c, bias + first + 4 * c, 16);
 }
 
 // The greatest score among keys that lanes propose (key -1: none), ties by the rule; the same in all lanes.
@@ -64,7 +67,8 @@ template <class T, int DP, int MT> struct Mma {
     }
 
     // row(r) is row r of the warp, null where there is none.
-    template <class Row> __device__ __forceinline__ void load_queries(T *, u32 dim, bool aligned, bool, Row row) {
+    template <class Row>
+    __device__ __forceinline__ void load_queries(T *, u32 dim, bool aligned, bool, Row row) {
         u32 g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -80,7 +84,8 @@ template <class T, int DP, int MT> struct Mma {
     }
 
     // Adds the products with 8 NT keys of a tile, from key `first` on, to acc (which holds their biases).
-    template <int NT> __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
+    template <int NT>
+    __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
         u32 lane = lane_id();
         // Lane l names a row of one of: keys 0..8 at k 0 and 8, keys 8..16 at k 0 and 8.
         const T *from = tile + (first + lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
@@ -102,8 +107,8 @@ template <class T, int DP, int MT> struct Mma {
     // Of the keys of tile `tile` that lanes of column pair t hold, the best for row 8 * half + g of matrix M:
     // the same products again, on gathered keys, give the same bits.
     template <int M>
-    __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t, int half, u32 g,
-                                        Range seen, u32 last) const {
+    __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t,
+                                        int half, u32 g, Range seen, u32 last) const {
         u32 lane = lane_id(), n = lane / 4, c = lane % 4;
         float score = -GD_INFINITY;
         i32 key = -1;
@@ -121,7 +126,8 @@ template <class T, int DP, int MT> struct Mma {
                 float s = half ? acc[2 + e] : acc[e];
                 i32 j = i32(at(2 * c + e));
                 bool open = lane / 4 == g && j >= seen.lo && j < seen.hi;
-                if (open && (s > score || (s == score && key >= 0 && before(j, key, last)))) score = s, key = j;
+                if (open && (s > score || (s == score && key >= 0 && before(j, key, last))))
+                    score = s, key = j;
             }
         }
         return best_key(score, key, last);
@@ -136,16 +142,19 @@ template <class T, int DP, int MT> struct Ffma {
     const float *queries;
 
     // Where several warps share the rows, one of them stores; the others see them after a block barrier.
-    template <class Row> __device__ __forceinline__ void load_queries(T *to, u32 dim, bool, bool store, Row row) {
+    template <class Row>
+    __device__ __forceinline__ void load_queries(T *to, u32 dim, bool, bool store, Row row) {
         for (int r = 0; store && r < ROWS; r++) {
             const T *from = row(r);
-            for (u32 d = lane_id(); d < DP; d += 32) to[r * PITCH + d] = from && d < dim ? from[d] : 0.0f;
+            for (u32 d = lane_id(); d < DP; d += 32)
+                to[r * PITCH + d] = from && d < dim ? from[d] : 0.0f;
         }
         __syncwarp();
         queries = to;
     }
 
-    template <int NT> __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
+    template <int NT>
+    __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
         u32 g = lane_id() / 4, t = lane_id() % 4;
         const float *q = queries + g * PITCH, *k = tile + (first + 2 * t) * PITCH;
 #pragma unroll 4
@@ -166,8 +175,8 @@ template <class T, int DP, int MT> struct Ffma {
     }
 
     template <int M>
-    __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t, int half, u32 g,
-                                        Range seen, u32 last) const {
+    __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t,
+                                        int half, u32 g, Range seen, u32 last) const {
         u32 x = lane_id() % 8;
         i32 j = i32(tile * KEYS + x / 2 * 8 + 2 * t + x % 2);
         bool open = lane_id() < 8 && j >= seen.lo && j < seen.hi;
@@ -175,7 +184,8 @@ template <class T, int DP, int MT> struct Ffma {
         if (open) {
             score = bias[j];
             const float *q = queries + (g + 8 * half) * PITCH, *row = k.first + size_t(j) * k.stride;
-            for (u32 d = 0; d < k.dim; d++) score = fmaf(q[d], row[d], score);
+            for (u32 d = 0; d < k.dim; d++)
+                score = fmaf(q[d], row[d], score);
         }
         // NaN, and what overflowed, is no score.
         return best_key(score, score > -GD_INFINITY ? j : -1, last);

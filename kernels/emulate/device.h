@@ -53,7 +53,8 @@ using Call = void (*)(void (*kernel)(), const void *params, void *const *pointer
 void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers);
 
 template <class P, class... A> struct Invoke {
-    template <size_t... I> static void all(void (*kernel)(P, A...), const P &p, void *const *pointers, std::index_sequence<I...>) {
+    template <size_t... I>
+    static void all(void (*kernel)(P, A...), const P &p, void *const *pointers, std::index_sequence<I...>) {
         kernel(p, static_cast<A>(pointers[I])...);
     }
     static void call(void (*kernel)(), const void *params, void *const *pointers) {
@@ -88,8 +89,8 @@ template <class T> using gd_type = T;
 #define GD_FAULT(n) (emulate::fault == (n))
 #define GD_INFINITY std::numeric_limits<float>::infinity()
 #define GD_DYNAMIC_SHARED(name) unsigned char *name = static_cast<unsigned char *>(emulate::dynamic_shared())
-#define GD_SHARED(type, name)                                                                                       \
-    static const char name##_tag = 0;                                                                               \
+#define GD_SHARED(type, name)                                                                                \
+    static const char name##_tag = 0;                                                                        \
     gd_type<type> &name = *static_cast<gd_type<type> *>(emulate::static_shared(&name##_tag, sizeof(type)))
 
 #define threadIdx emulate::thread

@@ -64,7 +64,8 @@ void prepare(Context &c, uint8_t *stack, void (*start)()) {
     void **top = reinterpret_cast<void **>(stack + STACK - 64);
     *--top = nullptr;
     *--top = reinterpret_cast<void *>(start);
-    for (int r = 0; r < 6; r++) *--top = nullptr;
+    for (int r = 0; r < 6; r++)
+        *--top = nullptr;
     c.stack = top;
 }
 #else
@@ -168,7 +169,8 @@ void start() {
 
 // The n-th set bit.
 uint32_t bit(uint32_t mask, uint32_t n) {
-    for (; n > 0; n--) mask &= mask - 1;
+    for (; n > 0; n--)
+        mask &= mask - 1;
     return uint32_t(__builtin_ctz(mask));
 }
 
@@ -190,8 +192,10 @@ void run_block(bool keep_warp) {
     uint32_t threads = block_size.x, warps = threads / 32;
     m.finished = m.at_barrier = 0;
     m.warps.assign(warps, Warp());
-    for (auto &w : m.warps) w.runnable = 0xffffffffu;
-    for (uint8_t *p : m.static_memory) std::free(p);
+    for (auto &w : m.warps)
+        w.runnable = 0xffffffffu;
+    for (uint8_t *p : m.static_memory)
+        std::free(p);
     m.static_memory.clear();
     m.statics.clear();
     std::memset(m.dynamic, POISON, size_t(m.shared_end - m.dynamic));
@@ -206,7 +210,8 @@ void run_block(bool keep_warp) {
     while (m.finished < threads && m.error.empty()) {
         if (!keep_warp || !m.warps[warp].runnable) {
             uint32_t first = m.draw(warps), w = first;
-            while (!m.warps[w].runnable && (w + 1) % warps != first) w = (w + 1) % warps;
+            while (!m.warps[w].runnable && (w + 1) % warps != first)
+                w = (w + 1) % warps;
             warp = w;
         }
         uint32_t &runnable = m.warps[warp].runnable;
@@ -237,27 +242,34 @@ void mma_step(Request *const (&lanes)[32], bool bfloat) {
             b[2 * t + r * 8][g] = wide(m.b[r] & 0xffff);
             b[2 * t + r * 8 + 1][g] = wide(m.b[r] >> 16);
         }
-        for (int r = 0; r < 4; r++) c[g + r / 2 * 8][2 * t + r % 2] = m.c[r];
+        for (int r = 0; r < 4; r++)
+            c[g + r / 2 * 8][2 * t + r % 2] = m.c[r];
     }
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++)
-            for (int j = 0; j < 8; j++) c[i][j] = c[i][j] + a[i][k] * b[k][j];
+            for (int j = 0; j < 8; j++)
+                c[i][j] = c[i][j] + a[i][k] * b[k][j];
     for (int l = 0; l < 32; l++) {
         const Mma &m = *static_cast<const Mma *>(lanes[l]->data);
-        for (int r = 0; r < 4; r++) m.c[r] = c[l / 4 + r / 2 * 8][2 * (l % 4) + r % 2];
+        for (int r = 0; r < 4; r++)
+            m.c[r] = c[l / 4 + r / 2 * 8][2 * (l % 4) + r % 2];
     }
 }
 
 void complete(Request *const (&lanes)[32]) {
     switch (lanes[0]->kind) {
-    case Kind::sync: break;
+    case Kind::sync:
+        break;
     case Kind::shuffle:
-        for (Request *r : lanes) r->out = lanes[r->from]->in;
+        for (Request *r : lanes)
+            r->out = lanes[r->from]->in;
         break;
     case Kind::ballot: {
         uint32_t bits = 0;
-        for (int l = 0; l < 32; l++) bits |= uint32_t(lanes[l]->in != 0) << l;
-        for (Request *r : lanes) r->out = bits;
+        for (int l = 0; l < 32; l++)
+            bits |= uint32_t(lanes[l]->in != 0) << l;
+        for (Request *r : lanes)
+            r->out = bits;
         break;
     }
     case Kind::matrices:
@@ -269,8 +281,12 @@ void complete(Request *const (&lanes)[32]) {
             }
         }
         break;
-    case Kind::mma_f16: mma_step(lanes, false); break;
-    case Kind::mma_bf16: mma_step(lanes, true); break;
+    case Kind::mma_f16:
+        mma_step(lanes, false);
+        break;
+    case Kind::mma_bf16:
+        mma_step(lanes, true);
+        break;
     }
 }
 
@@ -291,7 +307,8 @@ void fail(const char *format, ...) {
     va_start(list, format);
     std::vsnprintf(text, sizeof text, format, list);
     va_end(list);
-    machine.error = std::string(text) + " (block " + std::to_string(block.x) + ", thread " + std::to_string(thread.x) + ")";
+    machine.error = std::string(text) + " (block " + std::to_string(block.x) + ", thread " +
+                    std::to_string(thread.x) + ")";
     leave();
     std::abort();
 }
@@ -304,7 +321,8 @@ void meet(Request &request, uint32_t mask) {
     uint32_t lane = uint32_t(current % 32);
     if (w.arrived) {
         Request *other = w.request[__builtin_ctz(w.arrived)];
-        if (other->kind != request.kind) fail("lanes of a warp meet for operations %d and %d", int(other->kind), int(request.kind));
+        if (other->kind != request.kind)
+            fail("lanes of a warp meet for operations %d and %d", int(other->kind), int(request.kind));
     }
     w.request[lane] = &request;
     w.arrived |= 1u << lane;
@@ -326,7 +344,8 @@ void block_barrier() {
         return;
     }
     m.at_barrier = 0;
-    for (size_t w = 0; w < m.warps.size(); w++) m.warps[w].runnable = 0xffffffffu;
+    for (size_t w = 0; w < m.warps.size(); w++)
+        m.warps[w].runnable = 0xffffffffu;
     m.warps[m.current / 32].runnable &= ~(1u << m.current % 32);
 }
 
@@ -343,7 +362,8 @@ void *static_shared(const void *tag, size_t bytes) {
 }
 
 void copy_async(void *to, const void *from, uint32_t bytes) {
-    if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes > 16) fail("cp.async of %u bytes, or not aligned to 16", bytes);
+    if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes > 16)
+        fail("cp.async of %u bytes, or not aligned to 16", bytes);
     Fibre &f = machine.fibres[machine.current];
     std::memset(to, POISON, 16);
     f.copies.push_back({static_cast<uint8_t *>(to), static_cast<const uint8_t *>(from), bytes, f.groups});
@@ -363,7 +383,7 @@ float half_up(uint16_t bits) {
         float *t = new float[65536];
         for (uint32_t x = 0; x < 65536; x++) {
             uint32_t exponent = x >> 10 & 31, mantissa = x & 1023;
-            float y = exponent == 31   ? (mantissa ? NAN : INFINITY)
+            float y = exponent == 31  ? (mantissa ? NAN : INFINITY)
                       : exponent == 0 ? std::ldexp(float(mantissa), -24)
                                       : std::ldexp(float(mantissa + 1024), int(exponent) - 25);
             t[x] = x >> 15 ? -y : y;
@@ -409,9 +429,9 @@ void *gd_emulate_allocate(size_t bytes, uint32_t place, void **pages, size_t *ma
 void gd_emulate_free(void *pages, size_t mapped) { munmap(pages, mapped); }
 
 // Runs a kernel; returns 0, or 1 and a text.
-int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, uint32_t shared, const void *params,
-                      size_t params_bytes, void *const *pointers, size_t count, uint64_t seed, int fault_number, char *text,
-                      size_t text_bytes) {
+int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, uint32_t shared,
+                      const void *params, size_t params_bytes, void *const *pointers, size_t count,
+                      uint64_t seed, int fault_number, char *text, size_t text_bytes) {
     Machine &m = machine;
     auto refuse = [&](const std::string &why) {
         std::snprintf(text, text_bytes, "%s", why.c_str());
@@ -421,7 +441,8 @@ int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, 
     if (found == kernels().end()) return refuse("no such kernel");
     const Kernel &k = found->second;
     if (k.params != params_bytes || k.pointers != count)
-        return refuse("takes params of " + std::to_string(k.params) + " bytes and " + std::to_string(k.pointers) + " pointers");
+        return refuse("takes params of " + std::to_string(k.params) + " bytes and " +
+                      std::to_string(k.pointers) + " pointers");
     if (threads == 0 || threads % 32 || threads > 1024 || shared > SHARED || grid[1] != 1 || grid[2] != 1)
         return refuse("a launch of this shape");
     static const bool installed = [] {

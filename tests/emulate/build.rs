@@ -26,7 +26,11 @@ fn main() {
                 Some("cu") => {
                     let name = source.file_stem().unwrap().to_str().unwrap();
                     let wrapper = table.with_file_name(format!("cuda_{name}.cpp"));
-                    fs::write(&wrapper, format!("#include \"{}\"\n", source.canonicalize().unwrap().display())).unwrap();
+                    fs::write(
+                        &wrapper,
+                        format!("#include \"{}\"\n", source.canonicalize().unwrap().display()),
+                    )
+                    .unwrap();
                     build.file(wrapper);
                 }
                 Some("cpp") => {

@@ -113,7 +113,11 @@ impl Plan {
         self.sizes.dim.next_multiple_of(32) as u32
     }
 
-    fn params(&self, [v_batch, v_head, v_row]: [u32; 3], [d_batch, d_head, d_row]: [u32; 3]) -> AverageParams {
+    fn params(
+        &self,
+        [v_batch, v_head, v_row]: [u32; 3],
+        [d_batch, d_head, d_row]: [u32; 3],
+    ) -> AverageParams {
         let Sizes { batch, heads, value_heads, rows, dim, .. } = self.sizes;
         AverageParams {
             batch: batch as u32,

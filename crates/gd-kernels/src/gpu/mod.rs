@@ -183,7 +183,9 @@ pub(crate) fn dtype_name(op: &str, dtype: DType) -> Result<&'static str> {
         DType::F32 => Ok("f32"),
         DType::F16 => Ok("f16"),
         DType::BF16 => Ok("bf16"),
-        _ => Err(Error::Unsupported(format!("{op}: dtype {} on a GPU; f32, f16 and bf16 are", dtype.as_str()))),
+        _ => {
+            Err(Error::Unsupported(format!("{op}: dtype {} on a GPU; f32, f16 and bf16 are", dtype.as_str())))
+        }
     }
 }
 

@@ -140,7 +140,9 @@ impl Plan {
             Estimator::Winner => 1,
             Estimator::Reinmax => 3,
             Estimator::Dense => {
-                return Err(Error::Unsupported("select: the dense estimator on a GPU; the others are".into()));
+                return Err(Error::Unsupported(
+                    "select: the dense estimator on a GPU; the others are".into(),
+                ));
             }
         };
         let count = |n: &[usize]| n.iter().map(|&n| n as u128).product::<u128>();
@@ -232,13 +234,23 @@ impl Plan {
     }
 
     /// One row a warp.
-    fn by_rows<'a, G: Gpu>(&self, gpu: &G, op: &str, buffers: Vec<Option<Slice<'a, G::Buffer>>>) -> Result<()> {
+    fn by_rows<'a, G: Gpu>(
+        &self,
+        gpu: &G,
+        op: &str,
+        buffers: Vec<Option<Slice<'a, G::Buffer>>>,
+    ) -> Result<()> {
         let kernel = format!("{op}_{}", self.dtype);
         self.launch(gpu, &kernel, (self.sizes.rows().div_ceil(8), 256), buffers)
     }
 
     /// One key a block.
-    fn by_keys<'a, G: Gpu>(&self, gpu: &G, op: &str, buffers: Vec<Option<Slice<'a, G::Buffer>>>) -> Result<()> {
+    fn by_keys<'a, G: Gpu>(
+        &self,
+        gpu: &G,
+        op: &str,
+        buffers: Vec<Option<Slice<'a, G::Buffer>>>,
+    ) -> Result<()> {
         let keys = self.sizes.batch * self.sizes.kv_heads * self.sizes.keys;
         self.launch(gpu, &format!("{op}_{}", self.dtype), (keys, 128), buffers)
     }
@@ -433,7 +445,12 @@ pub fn barrier<G: Gpu>(
     out: Slice<'_, G::Buffer>,
 ) -> Result<()> {
     let blocks = plan.sizes.rows().div_ceil(128);
-    plan.launch(gpu, "barrier_forward", (blocks, 128), vec![Some(energy), Some(index), Some(flags), Some(out)])
+    plan.launch(
+        gpu,
+        "barrier_forward",
+        (blocks, 128),
+        vec![Some(energy), Some(index), Some(flags), Some(out)],
+    )
 }
 
 /// The gradient of the energies before the barrier from that of those after it.

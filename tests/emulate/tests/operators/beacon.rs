@@ -75,8 +75,9 @@ pub(crate) fn check_conv(gpu: &Emulator, seed: u64) -> Verdict {
     let (dy, dys) = strided(gpu, &uniform(&mut rng, batch * n * channels), &dims, dtype);
     let (w, ws) = held(gpu, &uniform(&mut rng, channels * width), &[channels, width], dtype);
     let with_past = !packed && width > 1 && rng.random_bool(0.6);
-    let past = with_past
-        .then(|| held(gpu, &uniform(&mut rng, batch * (width - 1) * channels), &[batch, width - 1, channels], dtype));
+    let past = with_past.then(|| {
+        held(gpu, &uniform(&mut rng, batch * (width - 1) * channels), &[batch, width - 1, channels], dtype)
+    });
 
     let start = |b: usize, t: usize| {
         let ends = &lists[if lists.len() == 1 { 0 } else { b }];
@@ -90,7 +91,8 @@ pub(crate) fn check_conv(gpu: &Emulator, seed: u64) -> Verdict {
             (false, None) => 0.0,
         }
     };
-    let (mut want, mut want_dx, mut want_dw) = (vec![0.0; xs.len()], vec![0.0; xs.len()], vec![0.0; ws.len()]);
+    let (mut want, mut want_dx, mut want_dw) =
+        (vec![0.0; xs.len()], vec![0.0; xs.len()], vec![0.0; ws.len()]);
     for b in 0..batch {
         for t in 0..n {
             for c in 0..channels {
@@ -107,13 +109,17 @@ pub(crate) fn check_conv(gpu: &Emulator, seed: u64) -> Verdict {
         }
     }
     let bytes = dtype.size_in_bytes();
-    let (y, dx) = (gpu.allocate(xs.len() * bytes).map_err(fail)?, gpu.allocate(xs.len() * bytes).map_err(fail)?);
+    let (y, dx) =
+        (gpu.allocate(xs.len() * bytes).map_err(fail)?, gpu.allocate(xs.len() * bytes).map_err(fail)?);
     let dw = gpu.allocate(ws.len() * bytes).map_err(fail)?;
     let (x, dy) = (rows(&x), rows(&dy));
     let past = past.as_ref().map(|p| p.0.slice());
     conv::forward(gpu, &plan, &x, w.slice(), past, (&y).into()).map_err(fail)?;
     conv::backward(gpu, &plan, &x, w.slice(), past, &dy, (&dx).into(), (&dw).into()).map_err(fail)?;
-    let name = format!("B{batch} N{n} C{channels} W{width} {dtype:?} packed {packed} {lists:?} past {}", past.is_some());
+    let name = format!(
+        "B{batch} N{n} C{channels} W{width} {dtype:?} packed {packed} {lists:?} past {}",
+        past.is_some()
+    );
     let floor = 1e-6 * width as f64;
     near(&format!("y of {name}"), &numbers(gpu, &y, xs.len(), dtype), &want, dtype, floor)?;
     near(&format!("dx of {name}"), &numbers(gpu, &dx, xs.len(), dtype), &want_dx, dtype, floor)?;
@@ -215,7 +221,13 @@ pub(crate) fn check_average(gpu: &Emulator, seed: u64) -> Verdict {
     let weights = average::forward(gpu, &plan, &x, (&m).into(), &last).map_err(fail)?;
     let name = format!("B{batch} H{heads}/{value_heads} N{n} D{dim} {dtype:?}");
     near(&format!("m of {name}"), &numbers(gpu, &m, s * n * dim, dtype), &want, dtype, 4e-6)?;
-    near(&format!("last mean of {name}"), &numbers(gpu, &mean, s * dim, DType::F32), &finals, DType::F32, 4e-6)?;
+    near(
+        &format!("last mean of {name}"),
+        &numbers(gpu, &mean, s * dim, DType::F32),
+        &finals,
+        DType::F32,
+        4e-6,
+    )?;
     let (dd, dw, dv) = (buffer(s * n, bytes)?, buffer(s * n, bytes)?, buffer(vs.len(), bytes)?);
     let out = [&dd, &dw, &dv].map(Slice::<'_, Buffer>::from);
     average::backward(gpu, &plan, &x, &weights, (&m).into(), &dm.tensor4(), out).map_err(fail)?;
@@ -230,7 +242,8 @@ pub(crate) fn check_average(gpu: &Emulator, seed: u64) -> Verdict {
     }
     // In pieces: a single sequence can be cut by offsets.
     let cut = n / 2;
-    let piece = |rows: usize| average::Plan::new(&average::Sizes { rows, ..sizes }, &gpu.arch()).map_err(fail);
+    let piece =
+        |rows: usize| average::Plan::new(&average::Sizes { rows, ..sizes }, &gpu.arch()).map_err(fail);
     let at = |s: Slice<'_, Buffer>, rows: usize, wide: usize| s.offset + rows * wide * bytes;
     let again = buffer(n * dim, bytes)?;
     let (mean, log, mean2, log2) = (buffer(dim, 4)?, buffer(1, 4)?, buffer(dim, 4)?, buffer(1, 4)?);

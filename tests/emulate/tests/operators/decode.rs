@@ -49,7 +49,10 @@ fn paged(case: &Case, values: &[f64], dim: usize, table: &[i32]) -> candle_core:
         }
     }
     let shape = [count, p.kv_heads, PAGE, dim];
-    candle_core::Tensor::from_vec(all, &shape, &candle_core::Device::Cpu).unwrap().to_dtype(case.dtype).unwrap()
+    candle_core::Tensor::from_vec(all, &shape, &candle_core::Device::Cpu)
+        .unwrap()
+        .to_dtype(case.dtype)
+        .unwrap()
 }
 
 /// One problem: decoding gives what the scan gives, twice with one workspace.
@@ -72,20 +75,21 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     table.truncate(plain.batch * row);
     let pages = seed.is_multiple_of(2);
     let (k, v, held_table);
-    let (k, v, bias, page): (Tensor4<'_, Buffer>, Tensor4<'_, Buffer>, Buffer, Option<Pages<'_, Buffer>>) = if pages {
-        k = Held::new(gpu, &paged(&case, &plain.k, plain.dim, &table));
-        v = Held::new(gpu, &paged(&case, &plain.v, plain.value_dim, &table));
-        held_table = gpu.upload(bytemuck::cast_slice(&table)).map_err(fail)?;
-        let count = table.iter().max().map_or(1, |&m| m as usize + 1);
-        let page = gd_kernels::Problem { batch: count, keys: PAGE, ..p.clone() };
-        let inputs = gd_kernels::gpu::scan::Inputs { k: k.tensor4(), prior: None, ..held.inputs(&case) };
-        let bias = key_bias(gpu, &page, &inputs).map_err(fail)?;
-        let pages = Pages { table: (&held_table).into(), row, keys: PAGE, count };
-        (k.tensor4(), v.tensor4(), bias, Some(pages))
-    } else {
-        let inputs = gd_kernels::gpu::scan::Inputs { prior: None, ..held.inputs(&case) };
-        (held.k.tensor4(), held.v.tensor4(), key_bias(gpu, &p, &inputs).map_err(fail)?, None)
-    };
+    let (k, v, bias, page): (Tensor4<'_, Buffer>, Tensor4<'_, Buffer>, Buffer, Option<Pages<'_, Buffer>>) =
+        if pages {
+            k = Held::new(gpu, &paged(&case, &plain.k, plain.dim, &table));
+            v = Held::new(gpu, &paged(&case, &plain.v, plain.value_dim, &table));
+            held_table = gpu.upload(bytemuck::cast_slice(&table)).map_err(fail)?;
+            let count = table.iter().max().map_or(1, |&m| m as usize + 1);
+            let page = gd_kernels::Problem { batch: count, keys: PAGE, ..p.clone() };
+            let inputs = gd_kernels::gpu::scan::Inputs { k: k.tensor4(), prior: None, ..held.inputs(&case) };
+            let bias = key_bias(gpu, &page, &inputs).map_err(fail)?;
+            let pages = Pages { table: (&held_table).into(), row, keys: PAGE, count };
+            (k.tensor4(), v.tensor4(), bias, Some(pages))
+        } else {
+            let inputs = gd_kernels::gpu::scan::Inputs { prior: None, ..held.inputs(&case) };
+            (held.k.tensor4(), held.v.tensor4(), key_bias(gpu, &p, &inputs).map_err(fail)?, None)
+        };
     let rows = p.batch * p.q_heads * p.queries;
     let tau: Vec<f32> = (0..p.q_heads)
         .map(|h| {
@@ -122,7 +126,11 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
             let admitted = found.index[row] >= 0 && found.energy[row] <= f64::from(tau[h]);
             let want = if admitted { (found.index[row], found.energy[row]) } else { (-1, f64::INFINITY) };
             let got = (index[row], energy[row]);
-            ensure!(got == want, "step {step}, {plan}: {got:?} not {want:?}, row {b} {h} {i} of {}", case.name());
+            ensure!(
+                got == want,
+                "step {step}, {plan}: {got:?} not {want:?}, row {b} {h} {i} of {}",
+                case.name()
+            );
             let zeros = vec![0.0; plain.value_dim];
             let value = if admitted { &plain.v[plain.v_at(b, h, want.0 as usize)] } else { &zeros[..] };
             let got = &y[row * plain.value_dim..(row + 1) * plain.value_dim];

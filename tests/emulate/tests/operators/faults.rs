@@ -38,9 +38,12 @@ const FAULTS: &[Fault] = &[
 #[test]
 fn every_fault_is_seen() {
     for &(fault, what, check) in FAULTS {
-        let seen = (0..150).find_map(|seed| check(&Emulator::with_fault(seed, fault), seed).err().map(|e| (seed, e)));
+        let seen = (0..150)
+            .find_map(|seed| check(&Emulator::with_fault(seed, fault), seed).err().map(|e| (seed, e)));
         match seen {
-            Some((seed, e)) => println!("fault {fault}, {what}: problem {seed}: {}", e.chars().take(120).collect::<String>()),
+            Some((seed, e)) => {
+                println!("fault {fault}, {what}: problem {seed}: {}", e.chars().take(120).collect::<String>())
+            }
             None => panic!("fault {fault}, {what}: nothing was seen"),
         }
     }

@@ -73,10 +73,20 @@ fn tensors_beyond_31_bits_are_refused() {
     let gpu = Emulator::new(0);
     let small = gpu.zeros(64).unwrap();
     let at = |strides| Tensor4 { data: Slice::from(&small), strides };
-    let p = Problem { candidates: 1, batch: 1, kv_heads: 1, q_heads: 1, queries: 2, keys: 2, head_dim: 32, ..problem() };
+    let p = Problem {
+        candidates: 1,
+        batch: 1,
+        kv_heads: 1,
+        q_heads: 1,
+        queries: 2,
+        keys: 2,
+        head_dim: 32,
+        ..problem()
+    };
     let plan = scan::Plan::new(&p, 0, false, &gpu.arch()).unwrap();
     let mask = Mask::none();
-    let inputs = |q, k| scan::Inputs { q, k, beta: (&small).into(), prior: None, protected: None, mask: &mask };
+    let inputs =
+        |q, k| scan::Inputs { q, k, beta: (&small).into(), prior: None, protected: None, mask: &mask };
     let out = || scan::Outputs { index: (&small).into(), energy: (&small).into(), flags: None };
     let far = [1 << 31, 1 << 31, 1 << 31];
     refused(scan::scan(&gpu, &plan, &p, &inputs(at(far), at([64, 64, 32])), &out()), "q spans 2147483680");

@@ -129,7 +129,8 @@ pub(crate) fn judge(case: &Case, found: &Found) -> Verdict {
             rank[all.index[slot] as usize] = Some((all.energy[slot], all.protected[slot]));
         }
         let list = row * found.slots..(row + 1) * found.slots;
-        let (index, energy, flags) = (&found.index[list.clone()], &found.energy[list.clone()], &found.flags[list]);
+        let (index, energy, flags) =
+            (&found.index[list.clone()], &found.energy[list.clone()], &found.flags[list]);
         let used = index.iter().take_while(|j| **j >= 0).count();
         ensure!(
             (used..found.slots).all(|s| index[s] == -1 && energy[s] == f64::INFINITY && flags[s] == 0.0),
@@ -148,7 +149,12 @@ pub(crate) fn judge(case: &Case, found: &Found) -> Verdict {
             listed[j] = true;
             ensure!((flags[slot] == 1.0) == protected, "flag of {j}, {}", at(""));
             let off = (energy[slot] - e).abs();
-            ensure!(off <= case.energy_bound(query, (b, h), j), "energy of {j} {} not {e}, {}", energy[slot], at(""));
+            ensure!(
+                off <= case.energy_bound(query, (b, h), j),
+                "energy of {j} {} not {e}, {}",
+                energy[slot],
+                at("")
+            );
             if slot > 0 {
                 let rises = (index[slot - 1] < index[slot]) == (p.tie == TieBreak::First);
                 let (a, b) = (energy[slot - 1], energy[slot]);
@@ -165,9 +171,17 @@ pub(crate) fn judge(case: &Case, found: &Found) -> Verdict {
                 let j = j as usize;
                 let Some((kept, false)) = rank[j] else { continue };
                 let lead = kept - e;
-                ensure!(lead <= bound(j) + bound(left), "{j} kept, {left} left out: {lead} better, {}", at(""));
+                ensure!(
+                    lead <= bound(j) + bound(left),
+                    "{j} kept, {left} left out: {lead} better, {}",
+                    at("")
+                );
                 if case.same_key(b, h, j, left) {
-                    ensure!((j < left) == (p.tie == TieBreak::First), "{j} instead of the same {left}, {}", at(""));
+                    ensure!(
+                        (j < left) == (p.tie == TieBreak::First),
+                        "{j} instead of the same {left}, {}",
+                        at("")
+                    );
                 }
             }
         }
@@ -215,7 +229,12 @@ fn fused(gpu: &Emulator, case: &Case, found: &Found) -> Verdict {
     for (row, (b, h, i)) in plain.rows() {
         let admitted = found.index[row] >= 0 && found.energy[row] <= f64::from(tau[h]);
         let want = if admitted { (found.index[row], found.energy[row]) } else { (-1, f64::INFINITY) };
-        ensure!((index[row], energy[row]) == want, "fused {} {} not {want:?}, row {b} {h} {i}", index[row], energy[row]);
+        ensure!(
+            (index[row], energy[row]) == want,
+            "fused {} {} not {want:?}, row {b} {h} {i}",
+            index[row],
+            energy[row]
+        );
         let zeros = vec![0.0; dim];
         let value = if admitted { &plain.v[plain.v_at(b, h, want.0 as usize)] } else { &zeros[..] };
         ensure!(y[row * dim..(row + 1) * dim] == *value, "fused value, row {b} {h} {i} of {}", case.name());
@@ -247,11 +266,37 @@ fn schedules_do_not_change_a_bit() {
         judge(&case, &first)?;
         for schedule in 2..4 {
             let again = run(&Emulator::new(schedule), &case)?;
-            let same = first.index == again.index && first.energy == again.energy && first.flags == again.flags;
+            let same =
+                first.index == again.index && first.energy == again.energy && first.flags == again.flags;
             ensure!(same, "schedule {schedule} differs: {}", case.name());
         }
         Ok(())
     });
+}
+
+/// A problem in which every third key has an infinite coordinate: its scores are infinite or NaN, and it is no
+/// candidate, nor does it hide one.
+fn check_infinite(gpu: &Emulator, seed: u64) -> Verdict {
+    let mut spec = Spec::with_dims(seed + 40_000, LIMIT / 4, &DIMS);
+    spec.views = [crate::problems::View::Plain; 3];
+    spec.candidates = spec.candidates.min(32);
+    if seed.is_multiple_of(2) {
+        (spec.candidates, spec.protected) = (1, None);
+    }
+    let mut case = spec.build(DTYPES[(seed / 2 % 3) as usize]);
+    let (p, dim) = (&mut case.problem, case.spec.raw.dim);
+    for (row, key) in p.k.chunks_mut(dim).enumerate().filter(|(row, _)| row % 3 == 1) {
+        key[row % dim] = if row % 2 == 0 { f64::INFINITY } else { f64::NEG_INFINITY };
+    }
+    let dims = [p.batch, p.kv_heads, p.keys, dim];
+    let k = candle_core::Tensor::from_vec(p.k.clone(), &dims, &candle_core::Device::Cpu).unwrap();
+    case.k.base = k.to_dtype(case.dtype).unwrap();
+    judge(&case, &run(gpu, &case)?)
+}
+
+#[test]
+fn infinite_keys_are_no_candidates() {
+    crate::suite("scan, infinite keys", 30, |seed| check_infinite(&Emulator::new(seed), seed));
 }
 
 #[test]

@@ -10,20 +10,21 @@ use gd_emulate::{Buffer, Emulator};
 use gd_kernels::gpu::inverse::Inverse;
 use gd_kernels::gpu::scan::Prior;
 use gd_kernels::gpu::select::{
-    Candidates, PairGradients, Pairs, Plan, Record, Rule, Sizes, barrier, barrier_backward, choose, choose_backward,
-    density, density_backward, energy, energy_backward, residual, residual_backward,
+    Candidates, PairGradients, Pairs, Plan, Record, Rule, Sizes, barrier, barrier_backward, choose,
+    choose_backward, density, density_backward, energy, energy_backward, residual, residual_backward,
 };
 use gd_kernels::gpu::{Gpu, Slice};
 use gd_kernels::reference::refine::{residual_query, residual_query_backward};
 use gd_kernels::reference::theory;
 use gd_kernels::reference::{
-    Candidates as Listed, Params, backward, distance2, dot, scan as reference_scan, select as reference_select,
+    Candidates as Listed, Params, backward, distance2, dot, scan as reference_scan,
+    select as reference_select,
 };
 use gd_kernels::{Estimator, Gate};
 
 use crate::device::{Held, integers, numbers};
 use crate::problems::choices::{Choice, ESTIMATORS, doubt};
-use crate::problems::{Case, Kind, Spec, roundoff, rng, uniform};
+use crate::problems::{Case, Kind, Spec, rng, roundoff, uniform};
 use crate::scan::Uploaded;
 use crate::{Verdict, ensure};
 
@@ -63,7 +64,14 @@ fn sizes(case: &Case, slots: usize) -> Sizes {
 }
 
 /// Fails unless every element is near: within rounding of the dtype, `relative` of the greatest, and `floor`.
-fn near(what: &str, case: &Case, got: &[f64], want: &[f64], dtype: DType, (relative, floor): (f64, f64)) -> Verdict {
+fn near(
+    what: &str,
+    case: &Case,
+    got: &[f64],
+    want: &[f64],
+    dtype: DType,
+    (relative, floor): (f64, f64),
+) -> Verdict {
     ensure!(got.len() == want.len(), "{what}: {} elements, not {}", got.len(), want.len());
     let greatest = want.iter().fold(0f64, |m, x| m.max(x.abs()));
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
@@ -177,14 +185,27 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     for row in (0..rows).filter(|&r| sure(r)) {
         SURE.fetch_add(1, Ordering::Relaxed);
         let text = || format!("row {row} of {}", case.name());
-        ensure!(got_index[row] == want.index[row], "index {} not {}, {}", got_index[row], want.index[row], text());
-        let bound = 2.0 * doubts[row].bounds.iter().fold(0f64, |m, x| m.max(*x)) + 1e-6 * want.energy[row].abs();
+        ensure!(
+            got_index[row] == want.index[row],
+            "index {} not {}, {}",
+            got_index[row],
+            want.index[row],
+            text()
+        );
+        let bound =
+            2.0 * doubts[row].bounds.iter().fold(0f64, |m, x| m.max(*x)) + 1e-6 * want.energy[row].abs();
         let close = |g: f64, w: f64, by: f64| g == w || (g - w).abs() <= by;
         ensure!(close(got_energy[row], want.energy[row], bound), "energy, {}", text());
         let scale = if want.margin[row].is_finite() { want.margin[row].abs() } else { 0.0 };
         let by = 2.0 * bound + 1e-6 * scale;
         ensure!(doubts[row].margin || close(got_margin[row], want.margin[row], by), "margin, {}", text());
-        ensure!(close(got_gate[row], want.gate[row], 1e-4), "gate {} not {}, {}", got_gate[row], want.gate[row], text());
+        ensure!(
+            close(got_gate[row], want.gate[row], 1e-4),
+            "gate {} not {}, {}",
+            got_gate[row],
+            want.gate[row],
+            text()
+        );
         let at = row * p.value_dim..(row + 1) * p.value_dim;
         near("y", &case, &got_y[at.clone()], &want.y[at], case.dtype, (0.0, 4e-4 * most(&p.v)))?;
     }
@@ -206,7 +227,8 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let dv = Out::new(gpu, p.v.len(), case.dtype);
     let dtau = Out::new(gpu, p.q_heads, DType::F32);
     let dy_at = dy_held.tensor4();
-    choose_backward(gpu, &plan, &candidates, &v, &dy_at, &inverse, de.at(), dv.at(), dtau.at()).map_err(fail)?;
+    choose_backward(gpu, &plan, &candidates, &v, &dy_at, &inverse, de.at(), dv.at(), dtau.at())
+        .map_err(fail)?;
     let unlifted = Out::new(gpu, slots, DType::F32);
     if params.barrier.is_some() {
         barrier_backward(gpu, &plan, before, de.at(), unlifted.at()).map_err(fail)?;
@@ -301,9 +323,12 @@ pub(crate) fn check_single(gpu: &Emulator, seed: u64) -> Verdict {
     let [got_r, got_dq] = [(); 2].map(|()| Out::new(gpu, p.q.len(), case.dtype));
     let got_dk = Out::new(gpu, p.k.len(), case.dtype);
     residual(gpu, &plan, &pairs, got_r.at()).map_err(fail)?;
-    residual_backward(gpu, &plan, &pairs, &dr_held.tensor4(), &inverse, [got_dq.at(), got_dk.at()]).map_err(fail)?;
+    residual_backward(gpu, &plan, &pairs, &dr_held.tensor4(), &inverse, [got_dq.at(), got_dk.at()])
+        .map_err(fail)?;
     // Queries that see nothing are NaN, and stay so.
-    let open = |x: Vec<f64>, nan: &[f64]| x.iter().zip(nan).map(|(x, n)| if n.is_nan() { 0.0 } else { *x }).collect::<Vec<_>>();
+    let open = |x: Vec<f64>, nan: &[f64]| {
+        x.iter().zip(nan).map(|(x, n)| if n.is_nan() { 0.0 } else { *x }).collect::<Vec<_>>()
+    };
     let loose = 4e-7 * steepest * (d as f64);
     let (r, want_r) = (open(got_r.values(), &p.q), open(want_r, &p.q));
     near("residual", &case, &r, &want_r, case.dtype, (0.0, loose * most(&p.q)))?;

@@ -10,6 +10,7 @@ mod key_bias;
 mod modules;
 pub(crate) mod scan;
 pub(crate) mod select;
+mod steps;
 
 use std::ffi::c_void;
 use std::sync::Arc;

@@ -146,8 +146,10 @@ pub(crate) fn scan_select(
         // candle has no operations on i32 there; the energy of a row that abstains is infinite.
         gate: energy.lt(f32::INFINITY)?.to_dtype(DType::F32)?,
         margin: Tensor::full(f32::INFINITY, shape, index.device())?,
+        compared: energy.unsqueeze(3)?,
         index,
         energy,
         coherence: None,
+        later: Vec::new(),
     })
 }

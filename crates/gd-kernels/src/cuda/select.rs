@@ -15,7 +15,7 @@ use crate::gpu::Gpu;
 use crate::gpu::select::{self as gpu, Rule, Sizes};
 use crate::options::{Estimator, Gate};
 use crate::scan::Candidates;
-use crate::select::{Select, Selected};
+use crate::select::{Round, Select, Selected};
 
 /// One round: its output and record.
 struct Step {
@@ -72,7 +72,7 @@ pub(crate) fn select(
     let all = Selection { device: device.clone(), s, sizes, rule, prior };
     let mut keys = Keys::new(Vector::new(&candidates.index, DType::I32)?, sizes, &rule, &device)?;
     let mut query = q.clone();
-    let (mut y, mut first) = (None::<Tensor>, None::<Step>);
+    let (mut y, mut first, mut later) = (None::<Tensor>, None::<(Step, Tensor)>, Vec::new());
     let count = s.rounds.map_or(1, |r| r.dims()[1]);
     for round in 0..count {
         let known = (round == 0).then_some(&candidates.energy);
@@ -89,6 +89,9 @@ pub(crate) fn select(
             }
             None => step.y.clone(),
         };
+        if round > 0 {
+            later.push(Round { index: step.record.index.clone(), y: out.detach() });
+        }
         y = Some(match y {
             Some(sum) => (sum + out)?,
             None => out,
@@ -100,13 +103,14 @@ pub(crate) fn select(
             keys = Keys::new(rest.into(), sizes, &rule, &device)?;
             query = all.residual([&query, k], &all.single(&step.record.index)?)?;
         }
-        first.get_or_insert(step);
+        first.get_or_insert((step, energy.detach()));
     }
-    let (Some(y), Some(Step { record, coherence, .. })) = (y, first) else {
+    let (Some(y), Some((Step { record, coherence, .. }, compared))) = (y, first) else {
         unreachable!("at least one round")
     };
     let Record { index, energy, margin, gate, .. } = record;
-    Ok(Selected { y: y.to_dtype(v.dtype())?, index, energy, margin, gate, coherence })
+    let y = y.to_dtype(v.dtype())?;
+    Ok(Selected { y, index, energy, margin, gate, coherence, compared, later })
 }
 
 impl Selection<'_> {

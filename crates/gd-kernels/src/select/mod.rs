@@ -100,7 +100,8 @@ pub struct Selected {
     /// Coherence point u* on the passage from query to key; 0 (the query) where the head abstained.
     /// Present when alpha is given.
     pub coherence: Option<Tensor>,
-    /// The energies compared, of every candidate `[B, Hq, N, K]`: those of the scan, or the barrier's.
+    /// The energies compared, of every candidate `[B, Hq, N, K]`: those of the scan, or the barrier's. Of
+    /// [`scan_select`] the winner's alone.
     pub compared: Tensor,
     /// What each further round of refinement read.
     pub later: Vec<Round>,
@@ -242,7 +243,8 @@ pub fn scan_select(
         threshold: threshold.as_ref(),
         ..Select::new(&beta)
     };
-    select(&q, &k, &v, &candidates, &options)
+    let selected = select(&q, &k, &v, &candidates, &options)?;
+    Ok(Selected { compared: selected.energy.unsqueeze(3)?, ..selected })
 }
 
 /// One round: its output and record.

@@ -14,6 +14,7 @@ use crate::fused::{
     Rows, attach2, for_chunks, for_chunks2, rows_per_chunk, sum_rows, vectorize, with_contiguous_rows,
 };
 use crate::mask::{check_boundaries, sequence};
+use crate::plan::require_device;
 
 /// Convolves every channel of `x` with its own `weight` and returns the result and the new state.
 ///
@@ -21,7 +22,7 @@ use crate::mask::{check_boundaries, sequence};
 /// returned state is detached.
 ///
 /// # Errors
-/// Shapes or dtypes that do not fit, and devices other than the CPU.
+/// Shapes or dtypes that do not fit, and devices without kernels in this build.
 pub fn causal_conv(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
     let (batch, _, channels, width) = validate(x, weight, state)?;
     let past = match state {
@@ -53,6 +54,10 @@ fn convolve(
     boundaries: Option<Vec<Vec<usize>>>,
 ) -> Result<Tensor> {
     let weight = weight.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::cuda::conv::convolve(x, &weight, &past, boundaries.as_deref());
+    }
     Ok(by_float!("causal_conv", x.dtype(), T => {
         let taps = taps::<T>(&weight)?;
         let y = with_window::<T, _>(x, &past, boundaries.as_deref(), |window| forward(window, &taps))?;
@@ -96,12 +101,10 @@ fn validate(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Result<(usiz
             )));
         }
     }
-    for t in [Some(x), Some(weight), state].into_iter().flatten() {
-        if !t.device().is_cpu() {
-            return Err(Error::Unsupported(format!(
-                "causal_conv on {:?}; it runs on the CPU",
-                t.device().location()
-            )));
+    require_device("causal_conv", x.device())?;
+    for t in [Some(weight), state].into_iter().flatten() {
+        if !t.device().same_device(x.device()) {
+            return Err(Error::Invalid("causal_conv: x, weight and state are on different devices".into()));
         }
     }
     Ok((*batch, *n, *channels, *width))

@@ -12,6 +12,9 @@ pub enum Error {
     /// The arguments are sound, but no backend covers them; the text names what is supported.
     #[error("unsupported: {0}")]
     Unsupported(String),
+    /// A device refused what it was asked for: no memory left, a launch or a copy that failed.
+    #[error("{0}")]
+    Device(String),
     /// candle reported an error.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -1,14 +1,15 @@
-//! Plumbing of the fused CPU operators: read the rows of strided tensors, fill an output in
+//! Plumbing of the fused operators: read the rows of strided tensors on the CPU, fill an output in
 //! parallel, and attach a hand-written backward pass to a finished result.
 //!
 //! candle's custom operators return one tensor and keep nothing. Here an operator computes whatever
-//! it likes first, and [`attach1`] .. [`attach3`] then put its main result into the graph together
-//! with a closure that owns what the backward pass needs.
+//! it likes first, on any device, and [`attach1`] .. [`attach3`] then put its main result into the
+//! graph together with a closure that owns what the backward pass needs.
 
 use std::sync::Mutex;
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape, Storage,
+    Tensor, bail,
 };
 use rayon::prelude::*;
 
@@ -142,26 +143,83 @@ impl<'a, T: Element> Rows<'a, T> {
     }
 }
 
+/// A finished result: its elements, on whichever device, and their shape.
+#[derive(Debug)]
+pub struct Finished {
+    storage: Storage,
+    shape: Shape,
+}
+
+impl Finished {
+    /// Contiguous elements of `shape` in `storage`, from its start.
+    pub fn new(storage: Storage, shape: Shape) -> Self {
+        Self { storage, shape }
+    }
+
+    /// A copy of a small result that tensor operations have computed.
+    ///
+    /// # Errors
+    /// Whatever copying reports.
+    pub fn copy_of(t: &Tensor) -> Result<Self> {
+        let t = t.detach().force_contiguous()?;
+        let storage = {
+            let (storage, layout) = t.storage_and_layout();
+            storage.try_clone(layout)?
+        };
+        Ok(Self { storage, shape: t.shape().clone() })
+    }
+}
+
+impl<T: Element> From<(Vec<T>, Shape)> for Finished {
+    fn from((values, shape): (Vec<T>, Shape)) -> Self {
+        Self { storage: Storage::Cpu(T::to_cpu_storage_owned(values)), shape }
+    }
+}
+
 /// A finished result on its way into the graph, with its backward pass.
 struct Attached<F> {
     name: &'static str,
     // Taken by the one forward call that candle makes.
-    result: Mutex<Option<CpuStorage>>,
-    shape: Shape,
+    result: Mutex<Option<Finished>>,
     backward: F,
 }
 
 impl<F> Attached<F> {
-    fn new<T: Element>(name: &'static str, result: Vec<T>, shape: Shape, backward: F) -> Self {
-        Self { name, result: Mutex::new(Some(T::to_cpu_storage_owned(result))), shape, backward }
+    fn new(name: &'static str, result: impl Into<Finished>, backward: F) -> Self {
+        Self { name, result: Mutex::new(Some(result.into())), backward }
     }
 
-    fn take(&self) -> Result<(CpuStorage, Shape)> {
+    fn take(&self) -> Result<Finished> {
         let result = self.result.lock().ok().and_then(|mut r| r.take());
         match result {
-            Some(result) => Ok((result, self.shape.clone())),
+            Some(result) => Ok(result),
             None => bail!("{}: the result was taken before", self.name),
         }
+    }
+
+    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
+        match self.take()? {
+            Finished { storage: Storage::Cpu(s), shape } => Ok((s, shape)),
+            Finished { storage, .. } => self.elsewhere(&storage),
+        }
+    }
+
+    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
+        match self.take()? {
+            Finished { storage: Storage::Cuda(s), shape } => Ok((s, shape)),
+            Finished { storage, .. } => self.elsewhere(&storage),
+        }
+    }
+
+    fn metal(&self) -> Result<(MetalStorage, Shape)> {
+        match self.take()? {
+            Finished { storage: Storage::Metal(s), shape } => Ok((s, shape)),
+            Finished { storage, .. } => self.elsewhere(&storage),
+        }
+    }
+
+    fn elsewhere<R>(&self, storage: &Storage) -> Result<R> {
+        bail!("{}: the result lies on {:?}, its arguments do not", self.name, storage.device().location())
     }
 }
 
@@ -174,7 +232,15 @@ where
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.take()
+        self.cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.metal()
     }
 
     fn bwd(&self, a: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -191,7 +257,27 @@ where
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.take()
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.metal()
     }
 
     fn bwd(
@@ -223,7 +309,31 @@ where
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        self.take()
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.metal()
     }
 
     fn bwd(
@@ -240,32 +350,32 @@ where
 }
 
 /// `result` as a function of `a`; `backward(a, grad)` gives the gradient of `a`.
-pub fn attach1<T: Element>(
+pub fn attach1(
     name: &'static str,
     a: &Tensor,
-    (result, shape): (Vec<T>, Shape),
+    result: impl Into<Finished>,
     backward: impl Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    a.apply_op1(Attached::new(name, result, shape, backward))
+    a.apply_op1(Attached::new(name, result, backward))
 }
 
 /// `result` as a function of `a` and `b`; `backward(a, b, grad)` gives their gradients.
-pub fn attach2<T: Element>(
+pub fn attach2(
     name: &'static str,
     a: &Tensor,
     b: &Tensor,
-    (result, shape): (Vec<T>, Shape),
+    result: impl Into<Finished>,
     backward: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<[Tensor; 2]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    a.apply_op2(b, Attached::new(name, result, shape, backward))
+    a.apply_op2(b, Attached::new(name, result, backward))
 }
 
 /// `result` as a function of three arguments; `backward(args, result, grad)` gives their gradients.
-pub fn attach3<T: Element>(
+pub fn attach3(
     name: &'static str,
     [a, b, c]: [&Tensor; 3],
-    (result, shape): (Vec<T>, Shape),
+    result: impl Into<Finished>,
     backward: impl Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Tensor; 3]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    a.apply_op3(b, c, Attached::new(name, result, shape, backward))
+    a.apply_op3(b, c, Attached::new(name, result, backward))
 }

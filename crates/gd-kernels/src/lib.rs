@@ -6,9 +6,12 @@
 mod average;
 mod conv;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod element;
 mod error;
 pub mod fused;
+pub mod gpu;
 mod mask;
 mod options;
 mod plan;
@@ -22,7 +25,7 @@ pub use conv::{causal_conv, packed_causal_conv};
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
-pub use plan::{Backend, CANDIDATES, Isa, Plan, Problem, Walk, support_table};
+pub use plan::{Backend, CANDIDATES, CpuPlan, Isa, Plan, Problem, Walk, support_table};
 pub use quantized::QuantizedKeys;
 pub use scan::{Candidates, Scan, plan, scan, scan_all};
 pub use select::{Round, Select, Selected, scan_select, select};

@@ -125,7 +125,17 @@ const FEW: (usize, usize) = (8, 64);
 
 /// How a problem is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
+pub enum Plan {
+    /// On the CPU.
+    Cpu(CpuPlan),
+    /// On an NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(crate::gpu::scan::Plan),
+}
+
+/// How a problem is launched on the CPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuPlan {
     /// The instruction set.
     pub isa: Isa,
     /// The order of the walk.
@@ -142,7 +152,17 @@ pub struct Plan {
 
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Plan { isa, walk, block_rows, panel_keys, accumulator, precision } = self;
+        match self {
+            Plan::Cpu(plan) => plan.fmt(f),
+            #[cfg(feature = "cuda")]
+            Plan::Cuda(plan) => write!(f, "cuda/{plan}"),
+        }
+    }
+}
+
+impl std::fmt::Display for CpuPlan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let CpuPlan { isa, walk, block_rows, panel_keys, accumulator, precision } = self;
         let accumulator = accumulator.as_str();
         match walk {
             Walk::Panels => {
@@ -163,6 +183,8 @@ struct Support {
     dtypes: &'static [DType],
     certified: &'static [DType],
     head_dim: std::ops::RangeInclusive<usize>,
+    /// head_dim is a multiple of this.
+    step: usize,
     candidates: &'static [usize],
 }
 
@@ -173,21 +195,37 @@ pub(crate) const MAX_HEAD_DIM: usize = 1024;
 pub const CANDIDATES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 
 /// Everything that runs. Documentation, errors and `gd doctor` print this table.
-const SUPPORT: &[Support] = &[Support {
-    device: "cpu",
-    dtypes: &[DType::F32, DType::F16, DType::BF16, DType::F64],
-    certified: &[DType::F32, DType::F16, DType::BF16],
-    head_dim: 1..=MAX_HEAD_DIM,
-    candidates: &CANDIDATES,
-}];
+const SUPPORT: &[Support] = &[
+    Support {
+        device: "cpu",
+        dtypes: &[DType::F32, DType::F16, DType::BF16, DType::F64],
+        certified: &[DType::F32, DType::F16, DType::BF16],
+        head_dim: 1..=MAX_HEAD_DIM,
+        step: 1,
+        candidates: &CANDIDATES,
+    },
+    #[cfg(feature = "cuda")]
+    Support {
+        device: "cuda",
+        dtypes: &[DType::F32, DType::F16, DType::BF16],
+        certified: &[],
+        head_dim: 8..=256,
+        step: 8,
+        candidates: &[1, 2, 4, 8, 16, 32],
+    },
+];
 
 /// The support table as text, one line a backend.
 pub fn support_table() -> String {
     let line = |s: &Support| {
-        let list = |types: &[DType]| types.iter().map(|d| d.as_str()).collect::<Vec<_>>().join(", ");
+        let list = |types: &[DType]| match types {
+            [] => "none".to_owned(),
+            types => types.iter().map(|d| d.as_str()).collect::<Vec<_>>().join(", "),
+        };
         let (lo, hi) = (s.head_dim.start(), s.head_dim.end());
+        let steps = if s.step > 1 { format!(" in steps of {}", s.step) } else { String::new() };
         format!(
-            "{}: dtypes {} (certified {}); head_dim {lo}..={hi}; candidates {:?}",
+            "{}: dtypes {} (certified {}); head_dim {lo}..={hi}{steps}; candidates {:?}",
             s.device,
             list(s.dtypes),
             list(s.certified),
@@ -215,34 +253,75 @@ pub(crate) fn require_device(op: &str, device: &Device) -> Result<()> {
     Err(Error::Unsupported(format!("{op} on device {name}; supported: {}", support_table())))
 }
 
+/// What a scan has besides its [`Problem`] that a plan depends on.
+#[derive(Debug, Clone, Copy, Default)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct Extras {
+    /// Protected keys of a row.
+    pub(crate) protected: usize,
+    /// Whether there is a key prior.
+    pub(crate) prior: bool,
+}
+
 impl Plan {
     /// Maps a problem to a launch.
     ///
     /// # Errors
     /// [`Error::Unsupported`] names the value that no backend covers, and what is covered.
-    pub fn new(problem: &Problem, device: &Device, backend: Backend) -> Result<Self> {
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub(crate) fn new(problem: &Problem, extras: Extras, device: &Device, backend: Backend) -> Result<Self> {
         require_device("scan", device)?;
         let refuse =
             |what: String| Err(Error::Unsupported(format!("{what}; supported: {}", support_table())));
         let name = device_name(device);
         let Some(s) = SUPPORT.iter().find(|s| s.device == name) else { unreachable!("checked above") };
         if !s.dtypes.contains(&problem.dtype) {
-            return refuse(format!("dtype {}", problem.dtype.as_str()));
+            return refuse(format!("dtype {} on {name}", problem.dtype.as_str()));
         }
         if problem.precision == Precision::Certified && !s.certified.contains(&problem.dtype) {
-            return refuse(format!("dtype {} at certified precision", problem.dtype.as_str()));
+            return refuse(format!("dtype {} at certified precision on {name}", problem.dtype.as_str()));
         }
-        if !s.head_dim.contains(&problem.head_dim) {
-            return refuse(format!("head_dim {}", problem.head_dim));
+        if !s.head_dim.contains(&problem.head_dim) || !problem.head_dim.is_multiple_of(s.step) {
+            return refuse(format!("head_dim {} on {name}", problem.head_dim));
         }
         if !s.candidates.contains(&problem.candidates) {
-            return refuse(format!("{} candidates", problem.candidates));
+            return refuse(format!("{} candidates on {name}", problem.candidates));
         }
-        Self::unrestricted(problem, backend)
+        match device {
+            Device::Cpu => CpuPlan::new(problem, backend).map(Self::Cpu),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => Self::cuda(problem, extras, device, backend),
+            #[allow(unreachable_patterns)]
+            _ => refuse(format!("device {name}")),
+        }
     }
 
-    /// As [`Plan::new`] without the candidate table: the `dense` reference keeps every key.
-    pub(crate) fn unrestricted(problem: &Problem, backend: Backend) -> Result<Self> {
+    #[cfg(feature = "cuda")]
+    fn cuda(problem: &Problem, extras: Extras, device: &Device, backend: Backend) -> Result<Self> {
+        use crate::gpu::Gpu;
+        if let Backend::Force(isa) = backend {
+            return Err(Error::Unsupported(format!(
+                "{isa:?}, an instruction set of CPUs, for tensors on {}",
+                device_name(device)
+            )));
+        }
+        let arch = crate::cuda::Cuda::new(device)?.arch();
+        crate::gpu::scan::Plan::new(problem, extras.protected, extras.prior, &arch).map(Self::Cuda)
+    }
+
+    /// The plan for the CPU, if it is one.
+    pub fn cpu(&self) -> Option<&CpuPlan> {
+        match self {
+            Self::Cpu(plan) => Some(plan),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => None,
+        }
+    }
+}
+
+impl CpuPlan {
+    /// The plan of any number of candidates: the `dense` reference keeps every key.
+    pub(crate) fn new(problem: &Problem, backend: Backend) -> Result<Self> {
         let isa = match backend {
             Backend::Auto => Isa::available()[0],
             Backend::Force(isa) if isa.arch().is_some() => isa,

@@ -8,7 +8,7 @@ use crate::element::acc_dtype;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
-use crate::plan::{Backend, Plan, Problem};
+use crate::plan::{Backend, CpuPlan, Extras, Plan, Problem};
 use crate::quantized::QuantizedKeys;
 
 /// The candidate set of every query.
@@ -44,12 +44,16 @@ pub struct Scan<'a> {
     /// `[B|1, Hq|Hk|1, N|1, P]`, negative where unused. Adds P slots.
     pub protected: Option<&'a Tensor>,
     /// Refuse NaN and infinities in the rows that take part. Unchecked, a key with no finite
-    /// energy is never a candidate.
+    /// energy is never a candidate. On a GPU the values of beta, prior and protected keys are looked
+    /// at in the checked mode alone, since that waits for the device.
     pub checked: bool,
     /// How candidates are found.
     pub precision: Precision,
     /// k as integers, if the caller keeps them; a certified scan quantises k itself otherwise.
     pub quantized: Option<&'a QuantizedKeys>,
+    /// The norms of k, if the caller keeps them; for [`scan_select`](crate::scan_select) of a few queries.
+    #[cfg(feature = "cuda")]
+    pub key_bias: Option<&'a crate::cuda::KeyBias>,
     /// Where to run.
     pub backend: Backend,
 }
@@ -68,6 +72,8 @@ impl<'a> Scan<'a> {
             checked: false,
             precision: Precision::default(),
             quantized: None,
+            #[cfg(feature = "cuda")]
+            key_bias: None,
             backend: Backend::default(),
         }
     }
@@ -82,9 +88,12 @@ impl<'a> Scan<'a> {
 /// # Errors
 /// Names the shapes, values or devices that do not fit.
 pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
-    let problem = problem(q, k, scan)?;
-    let plan = Plan::new(&problem, q.device(), scan.backend)?;
-    launch(&problem, &plan, q, k, scan)
+    let (problem, plan) = planned(q, k, scan)?;
+    match plan {
+        Plan::Cpu(plan) => launch(&problem, &plan, q, k, scan),
+        #[cfg(feature = "cuda")]
+        Plan::Cuda(plan) => crate::cuda::scan::scan(&problem, &plan, q, k, scan),
+    }
 }
 
 /// Every visible key as a candidate, K = M: the O(N * M) reference behind `Estimator::Dense`.
@@ -95,7 +104,13 @@ pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
 pub fn scan_all(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let mut problem = problem(q, k, scan)?;
     (problem.candidates, problem.precision) = (problem.keys, Precision::Native);
-    let plan = Plan::unrestricted(&problem, scan.backend)?;
+    if !q.device().is_cpu() {
+        return Err(Error::Unsupported(format!(
+            "every key as a candidate on {:?}: the `dense` estimator runs on the CPU",
+            q.device().location()
+        )));
+    }
+    let plan = CpuPlan::new(&problem, scan.backend)?;
     launch(&problem, &plan, q, k, scan)
 }
 
@@ -104,7 +119,16 @@ pub fn scan_all(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
 /// # Errors
 /// As [`scan`].
 pub fn plan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Plan> {
-    Plan::new(&problem(q, k, scan)?, q.device(), scan.backend)
+    planned(q, k, scan).map(|(_, plan)| plan)
+}
+
+/// The validated problem and its plan.
+pub(crate) fn planned(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<(Problem, Plan)> {
+    let problem = problem(q, k, scan)?;
+    let protected = scan.protected.map_or(0, |p| p.dims().last().copied().unwrap_or(0));
+    let extras = Extras { protected, prior: scan.prior.is_some() };
+    let plan = Plan::new(&problem, extras, q.device(), scan.backend)?;
+    Ok((problem, plan))
 }
 
 fn problem(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Problem> {
@@ -147,7 +171,7 @@ fn problem(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Problem> {
     })
 }
 
-fn launch(problem: &Problem, plan: &Plan, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
+fn launch(problem: &Problem, plan: &CpuPlan, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let (q, k) = (crate::fused::with_contiguous_rows(q)?, crate::fused::with_contiguous_rows(k)?);
     let protected = scan.protected.map(|p| protected_keys(p, problem)).transpose()?;
     let quantized = match (scan.quantized, problem.precision) {
@@ -189,14 +213,19 @@ pub(crate) fn dims4(name: &str, t: &Tensor) -> Result<(usize, usize, usize, usiz
     }
 }
 
+/// Refuses a per-head parameter that is not `[heads]`.
+pub(crate) fn check_head(name: &str, t: &Tensor, heads: usize) -> Result<()> {
+    match t.dims() == [heads] {
+        true => Ok(()),
+        false => {
+            Err(Error::Invalid(format!("{name} {:?} is not [{heads}], one value per query head", t.dims())))
+        }
+    }
+}
+
 /// A per-head parameter `[heads]` as accumulators, without its gradient.
 pub(crate) fn head_values<A: crate::element::Real>(name: &str, t: &Tensor, heads: usize) -> Result<Vec<A>> {
-    if t.dims() != [heads] {
-        return Err(Error::Invalid(format!(
-            "{name} {:?} is not [{heads}], one value per query head",
-            t.dims()
-        )));
-    }
+    check_head(name, t, heads)?;
     Ok(t.detach().to_dtype(A::DTYPE)?.to_vec1()?)
 }
 
@@ -239,28 +268,54 @@ fn prior_values<A: crate::element::Real>(prior: &Tensor, problem: &Problem) -> R
     Ok(cpu::scan::Prior { data, dims })
 }
 
-fn protected_keys(t: &Tensor, problem: &Problem) -> Result<cpu::scan::Protected> {
-    let Problem { batch, q_heads, kv_heads, queries, keys, .. } = *problem;
+/// The shape of protected keys, checked against `[B|1, Hq|Hk|1, N|1, P]`.
+pub(crate) fn protected_dims(t: &Tensor, problem: &Problem) -> Result<[usize; 4]> {
+    let Problem { batch, q_heads, kv_heads, queries, .. } = *problem;
     let fits = |x: usize, sizes: &[usize]| x == 1 || sizes.contains(&x);
-    let dims = match *t.dims() {
-        [b, h, n, p]
-            if fits(b, &[batch]) && fits(h, &[q_heads, kv_heads]) && fits(n, &[queries]) && p > 0 =>
-        {
-            [b, h, n, p]
-        }
-        _ => {
-            return Err(Error::Invalid(format!(
-                "protected {:?} is not [{batch} or 1, {q_heads}, {kv_heads} or 1, {queries} or 1, slots]",
-                t.dims()
-            )));
-        }
-    };
     if t.dtype() != DType::I32 {
         return Err(Error::Invalid(format!("protected holds {:?}, not i32 key indices", t.dtype())));
     }
+    match *t.dims() {
+        [b, h, n, p]
+            if fits(b, &[batch]) && fits(h, &[q_heads, kv_heads]) && fits(n, &[queries]) && p > 0 =>
+        {
+            Ok([b, h, n, p])
+        }
+        _ => Err(Error::Invalid(format!(
+            "protected {:?} is not [{batch} or 1, {q_heads}, {kv_heads} or 1, {queries} or 1, slots]",
+            t.dims()
+        ))),
+    }
+}
+
+fn protected_keys(t: &Tensor, problem: &Problem) -> Result<cpu::scan::Protected> {
+    let dims = protected_dims(t, problem)?;
     let data: Vec<i32> = t.flatten_all()?.to_vec1()?;
-    match data.iter().find(|&&j| j >= keys as i32) {
-        Some(j) => Err(Error::Invalid(format!("protected key {j} is beyond the {keys} keys"))),
+    match data.iter().find(|&&j| j >= problem.keys as i32) {
+        Some(j) => Err(Error::Invalid(format!("protected key {j} is beyond the {} keys", problem.keys))),
         None => Ok(cpu::scan::Protected { data, dims }),
     }
+}
+
+/// The checked mode of a device: everything is copied to the host and checked as there.
+#[cfg(feature = "cuda")]
+pub(crate) fn check_values(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<()> {
+    let host = |t: &Tensor| t.detach().to_device(&candle_core::Device::Cpu);
+    let (q, k) = (host(q)?, host(k)?);
+    let (q, k) = (crate::fused::with_contiguous_rows(&q)?, crate::fused::with_contiguous_rows(&k)?);
+    if let Some(protected) = scan.protected {
+        protected_keys(&host(protected)?, problem)?;
+    }
+    by_float!("scan", problem.dtype, T => {
+        type A = <T as crate::element::Element>::Acc;
+        let beta = head_values::<A>("beta", &host(scan.beta)?, problem.q_heads)?;
+        positive("beta", &beta)?;
+        let prior = scan.prior.map(|p| prior_values(&host(p)?, problem)).transpose()?;
+        cpu::view::with_view::<T, _>(&q, |qv| cpu::view::with_view::<T, _>(&k, |kv| {
+            let inputs = cpu::scan::Inputs {
+                q: qv, k: kv, beta: &beta, prior: prior.as_ref(), protected: None, mask: scan.mask, quantized: None,
+            };
+            cpu::check::finite(problem, &inputs)
+        }))
+    })
 }

@@ -37,7 +37,7 @@ fn compare(q: &Tensor, k: &Tensor, native: &Scan, name: &(dyn Fn() -> String + S
     let certified = Scan { precision: Precision::Certified, ..native.clone() };
     for isa in Isa::available() {
         let forced = Scan { backend: Backend::Force(isa), ..certified.clone() };
-        let made = plan(q, k, &forced).unwrap();
+        let made = plan(q, k, &forced).unwrap().cpu().unwrap().clone();
         assert_eq!((made.isa, made.precision), (isa, Precision::Certified));
         check(&forced, &format!("{isa:?}"));
     }
@@ -284,7 +284,7 @@ fn few_queries_find_what_many_do() {
                         ..Scan::new(&beta, &whole_mask, candidates)
                     };
                     let whole = scan(&q, &k, &all).unwrap();
-                    assert_eq!(plan(&q, &k, &all).unwrap().walk, Walk::Panels);
+                    assert_eq!(plan(&q, &k, &all).unwrap().cpu().unwrap().walk, Walk::Panels);
                     for (first, count) in [(0, 1), (5, 3), (15, 1), (8, 8)] {
                         let part = |t: &Tensor| t.narrow(2, first, count).unwrap().contiguous().unwrap();
                         let expected = Candidates {
@@ -307,7 +307,7 @@ fn few_queries_find_what_many_do() {
                                     mask: &mask,
                                     ..all.clone()
                                 };
-                                assert_eq!(plan(&few, &k, &options).unwrap().walk, Walk::Few);
+                                assert_eq!(plan(&few, &k, &options).unwrap().cpu().unwrap().walk, Walk::Few);
                                 let found = scan(&few, &k, &options).unwrap();
                                 let same = bits(&found) == bits(&expected);
                                 assert!(same, "M {m} D {d} {dtype:?} {first}+{count} {options:?}");

@@ -139,7 +139,7 @@ fn plans_name_what_they_run_and_what_is_missing() {
         }
     }
     let best = Isa::available()[0];
-    assert_eq!(plan(&g.q, &g.k, &options(Backend::Auto)).unwrap().isa, best);
+    assert_eq!(plan(&g.q, &g.k, &options(Backend::Auto)).unwrap().cpu().unwrap().isa, best);
     assert_eq!(Isa::available().last(), Some(&Isa::Portable));
     assert!(
         support_table()

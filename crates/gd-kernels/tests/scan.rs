@@ -175,7 +175,7 @@ fn suite(dtype: DType) {
         let first = bits(&found);
         for isa in Isa::available() {
             let forced = Scan { backend: Backend::Force(isa), ..options.clone() };
-            assert_eq!(plan(&q, &k, &forced).unwrap().isa, isa);
+            assert_eq!(plan(&q, &k, &forced).unwrap().cpu().unwrap().isa, isa);
             assert_eq!(first, bits(&scan(&q, &k, &forced).unwrap()), "{}: {isa:?}", case.name());
         }
         for pool in pools() {

@@ -144,8 +144,10 @@ impl Beacon {
         let (b, hk, m) = prior.dims3()?;
         let prior = prior.detach().to_dtype(DType::F32)?;
         let beta = Tensor::ones(hk, DType::F32, prior.device())?;
-        let q = Tensor::zeros((b, hk, queries, 1), DType::F32, prior.device())?;
-        let k = Tensor::zeros((b, hk, m, 1), DType::F32, prior.device())?;
+        // The least head_dim that the device has kernels for.
+        let d = if prior.device().is_cpu() { 1 } else { 8 };
+        let q = Tensor::zeros((b, hk, queries, d), DType::F32, prior.device())?;
+        let k = Tensor::zeros((b, hk, m, d), DType::F32, prior.device())?;
         let top = Scan { prior: Some(&prior), score: Score::Dot, ..Scan::new(&beta, mask, self.protected) };
         Ok(Some(scan(&q, &k, &top)?.index))
     }

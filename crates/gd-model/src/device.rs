@@ -65,7 +65,8 @@ impl DeviceChoice {
             Self::Metal if !metal_is_available() => {
                 bail!("device {self}: this program was built without Metal support (use --device cpu)")
             }
-            Self::Cuda(n) => Device::new_cuda(n).with_context(|| format!("device {self} does not open")),
+            Self::Cuda(n) => open_cuda(n)
+                .with_context(|| format!("device {self} does not open (--device cpu runs without)")),
             Self::Metal => Device::new_metal(0).with_context(|| format!("device {self} does not open")),
             Self::Auto => Ok(Self::first_accelerator().unwrap_or(Device::Cpu)),
         }
@@ -81,6 +82,16 @@ impl DeviceChoice {
         };
         choice.open().map_err(|e| tracing::warn!("running on the CPU: {e:#}")).ok()
     }
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(number: usize) -> Result<Device> {
+    Ok(gd_kernels::cuda::open(number)?)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(number: usize) -> Result<Device> {
+    Ok(Device::new_cuda(number)?)
 }
 
 /// The name of an open device, as `--device` spells it.
@@ -109,11 +120,10 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_not_built_in_is_named() {
-        if !cuda_is_available() {
-            let e = DeviceChoice::Cuda(3).open().unwrap_err().to_string();
-            assert!(e.contains("cuda:3") && e.contains("without CUDA"), "{e}");
-        }
+    fn a_device_that_is_missing_is_named() {
+        let e = format!("{:#}", DeviceChoice::Cuda(999).open().unwrap_err());
+        let why = if cuda_is_available() { "does not open" } else { "without CUDA" };
+        assert!(e.contains("cuda:999") && e.contains(why) && e.contains("--device cpu"), "{e}");
         assert!(DeviceChoice::Auto.open().is_ok());
     }
 }

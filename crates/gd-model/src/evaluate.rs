@@ -8,7 +8,6 @@ use serde::Serialize;
 
 use crate::data::{Batch, Tokens};
 use crate::error::{Error, Result};
-use crate::loss::counted;
 use crate::state::{State, Stateful};
 use crate::transformer::Transformer;
 
@@ -123,11 +122,11 @@ pub fn observe(
     let (mut sum, mut count, mut heads) = (0f64, 0usize, HeadStats::default());
     // Only the last window may be shorter, and goes alone.
     for group in windows.chunk_by(|a, b| a.len() == b.len()).flat_map(|same| same.chunks(batch.max(1))) {
-        let Batch { inputs, targets, mask } = Batch::new(tokens, group, device)?;
+        let Batch { inputs, targets, mask, predicted } = Batch::new(tokens, group, device)?;
         let pass = Pass { record: Some(&records), ..Pass::new(&mask) };
         let losses = model.token_losses(&inputs, &targets, &pass)?;
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
-        count += counted(&targets.flatten_all()?)?;
+        count += predicted;
         // Records hold whole tensors, so they do not outlive their pass.
         let records = records.take();
         watch(&records);

@@ -65,14 +65,14 @@ fn keys(context: usize, window: Option<usize>) -> f64 {
     (w * (w + 1.0) / 2.0 + (n - w) * w) / n
 }
 
-/// The rate of a large f32 matrix product on the device, FLOP/s: the best of a few. What the
+/// The rate of a large matrix product in `dtype` on the device, FLOP/s: the best of a few. What the
 /// utilisation relates to, since no table knows every machine.
 ///
 /// # Errors
 /// What the device reports.
-pub fn peak(device: &Device) -> Result<f64> {
+pub fn peak(dtype: DType, device: &Device) -> Result<f64> {
     let n = if device.is_cpu() { 1024 } else { 8192 };
-    let x = Tensor::ones((n, n), DType::F32, device)?;
+    let x = Tensor::ones((n, n), dtype, device)?;
     let mut best = 0f64;
     for _ in 0..5 {
         let started = Instant::now();

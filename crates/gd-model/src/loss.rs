@@ -11,6 +11,7 @@
 
 mod distill;
 mod linear;
+mod on_device;
 
 pub use self::distill::linear_distillation;
 pub(crate) use self::linear::chunk_rows;
@@ -104,8 +105,13 @@ fn checked_targets(targets: &Tensor, vocab: usize) -> Result<Vec<u32>> {
 
 /// The same from candle primitives that have gradients.
 fn composed(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let rows = counted(targets)?.max(1);
-    row_losses(logits, targets)?.sum_all()? / rows as f64
+    let losses = row_losses(logits, targets)?;
+    losses.sum_all()? / weight(targets, losses.dtype())?
+}
+
+/// The number of counted rows, at least 1, as a scalar on the targets' device: nothing waits for it.
+fn weight(targets: &Tensor, dtype: DType) -> Result<Tensor> {
+    targets.ne(IGNORE)?.to_dtype(dtype)?.sum_all()?.maximum(1.0)
 }
 
 fn row_losses(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {

@@ -182,8 +182,16 @@ impl Parts {
     /// # Errors
     /// A config that contradicts itself, or tensors that are missing or of another shape.
     pub fn build(self, device: &Device) -> Result<Loaded> {
+        self.build_in(DType::F32, device)
+    }
+
+    /// The same with a model that computes in `dtype`.
+    ///
+    /// # Errors
+    /// As [`Parts::build`].
+    pub fn build_in(self, dtype: DType, device: &Device) -> Result<Loaded> {
         let at = self.path.display();
-        let params = Params::for_inference(self.tensors, self.seed, DType::F32, device);
+        let params = Params::for_inference(self.tensors, self.seed, dtype, device);
         let model = Transformer::new(&self.config, params.frozen())
             .map_err(|e| Error::Invalid(format!("{at}: {e}")))?;
         let mut unused = params.unused();

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::{self, Disk, Filling, Found, Store, System, load_json, load_tensors, write_file};
-use crate::config::Recipe;
+use crate::config::{Precision, Recipe};
 use crate::error::{Error, Result};
 use crate::evaluate::Evaluation;
 use crate::generate::sample;
@@ -466,6 +466,7 @@ fn recipe_hash(recipe: &Recipe) -> Result<String> {
     let mut recipe = recipe.clone();
     (recipe.train.save_every, recipe.train.keep, recipe.train.sample_every) = (None, 0, None);
     recipe.train.sample_prompt.clear();
+    recipe.train.precision = recipe.train.precision.filter(|p| *p != Precision::F32);
     // What counts are its weights, which have a hash of their own.
     if let Some(uptrain) = &mut recipe.train.uptrain {
         uptrain.original.clear();

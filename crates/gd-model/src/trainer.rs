@@ -9,13 +9,12 @@ use gd_kernels::Mask;
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 
-use crate::config::Recipe;
+use crate::config::{Precision, Recipe};
 use crate::data::{Batch, Batches, Corpus, places};
 use crate::ema::Ema;
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, HeadStats, Picks, evaluate, observe};
 use crate::guard::Guard;
-use crate::loss::counted;
 use crate::model_file::Parts;
 use crate::optimizer::{Optimizer, accumulate, clip_scale, global_norm, not_finite};
 use crate::parallel::Group;
@@ -166,7 +165,8 @@ impl Trainer {
                 "train.uptrain: a run that learns from a model starts from it".into(),
             ));
         }
-        Self::start(recipe, corpus, seed, Params::new(seed, DType::F32, device), device)
+        let params = Params::new(seed, recipe.train.precision(device).dtype(), device);
+        Self::start(recipe, corpus, seed, params, device)
     }
 
     /// The model `original` with another attention, that of the recipe, which learns from it as
@@ -182,16 +182,25 @@ impl Trainer {
         device: &Device,
     ) -> Result<Self> {
         let mut tensors = original.tensors.clone();
-        let original = Original::new(original, &recipe.model, device)?;
+        let dtype = recipe.train.precision(device).dtype();
+        let original = Original::new(original, &recipe.model, dtype, device)?;
         forget_scores(&mut tensors, original.changed());
-        let params = Params::stored(tensors, Some(seed), DType::F32, device);
+        let params = Params::stored(tensors, Some(seed), dtype, device);
         let mut trainer = Self::start(recipe, corpus, seed, params, device)?;
         trainer.original = Some(original);
         Ok(trainer)
     }
 
-    fn start(recipe: Recipe, corpus: Corpus, seed: u64, params: Params, device: &Device) -> Result<Self> {
+    fn start(mut recipe: Recipe, corpus: Corpus, seed: u64, params: Params, device: &Device) -> Result<Self> {
         corpus.check(recipe.train.context)?;
+        // What follows from the device is told, so that the run goes on with it on another one.
+        let precision = recipe.train.precision(device);
+        let usual = device.is_cpu() && precision == Precision::F32;
+        recipe.train.precision = (!usual).then_some(precision);
+        if precision == Precision::Bf16 {
+            // The saved weights are the model's, not their masters.
+            recipe.model.dtype = "bfloat16".into();
+        }
         let model = Transformer::new(&recipe.model, params.builder())?;
         let optimizer = Optimizer::new(params.vars(), recipe.train.adamw, recipe.train.muon)?;
         let ema = |config| Ema::new(config, model.config(), &params, device);
@@ -381,24 +390,28 @@ impl Trainer {
     fn gradients(&self) -> Result<Gradients> {
         let train = &self.recipe.train;
         let vars = self.params.vars();
-        let mut sums: Option<Gradients> = None;
+        let (mut sums, mut losses) = (None::<Gradients>, Vec::new());
         for micro in 0..train.accumulation as u64 {
             let at = self.step * train.accumulation as u64 + micro;
             let places = places(at, train.batch, self.group.rank(), self.group.world());
-            let Batch { inputs, targets, mask } = self.batches.batch(places, train.context, &self.device)?;
+            let Batch { inputs, targets, mask, predicted } =
+                self.batches.batch(places, train.context, &self.device)?;
             let pass = self.pass(&mask);
             // Of the whole micro-batch, of which this is a part if there are other processes. 1 where every
             // token is predicted: the weight then changes no bit.
-            let weight = counted(&targets.flatten_all()?)? as f64 / (train.batch * train.context) as f64;
+            let weight = predicted as f64 / (train.batch * train.context) as f64;
             let (loss, store) = self.objective((&inputs, &targets), &pass, &vars, weight)?;
-            let loss = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
-            let one = Gradients { loss, weight, store };
+            losses.push(loss.detach().to_dtype(DType::F32)?);
+            let one = Gradients { loss: 0.0, weight, store };
             match &mut sums {
                 None => sums = Some(one),
                 Some(sums) => sums.add(&vars, &one)?,
             }
         }
-        sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))
+        let mut sums = sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))?;
+        // Only here does the host wait for a device.
+        sums.loss = Tensor::stack(&losses, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
+        Ok(sums)
     }
 
     /// The loss of a micro-batch times its weight, and the gradients of that.

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use gd_kernels::{CANDIDATES, Estimator};
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
@@ -96,11 +96,11 @@ pub struct Original {
 }
 
 impl Original {
-    /// The original of a model of the config `learner`.
+    /// The original of a model of the config `learner`; it computes in `dtype`, as the learner does.
     ///
     /// # Errors
     /// Another shape than the learner's, the same attention in every layer, or a model that cannot be built.
-    pub fn new(parts: Parts, learner: &ModelConfig, device: &Device) -> Result<Self> {
+    pub fn new(parts: Parts, learner: &ModelConfig, dtype: DType, device: &Device) -> Result<Self> {
         let sizes = |c: &ModelConfig| (c.num_hidden_layers, c.hidden_size, c.vocab_size);
         let (mine, theirs) = (sizes(learner), sizes(&parts.config));
         if mine != theirs {
@@ -108,7 +108,7 @@ impl Original {
                 "a model of (layers, width, vocabulary) {mine:?} cannot learn from an original of {theirs:?}"
             )));
         }
-        let Loaded { model, params, generation, files, .. } = parts.build(device)?;
+        let Loaded { model, params, generation, files, .. } = parts.build_in(dtype, device)?;
         let differs = |&i: &usize| {
             let (mine, theirs) = (learner.mechanism(i), model.config().mechanism(i));
             mine != theirs || (mine == Mechanism::Gd && learner.attention(i) != model.config().attention(i))

@@ -149,7 +149,7 @@ fn random_model(config: &ModelConfig) -> (Transformer, Params) {
 /// Logits in rows and the summed loss of the predicted tokens of one window over all of `tokens`.
 fn read(model: &Transformer, tokens: &Tokens, hardness: f64) -> (Vec<Vec<f64>>, Tensor) {
     let all: Vec<_> = tokens.windows(usize::MAX >> 1).collect();
-    let Batch { inputs, targets, mask } = Batch::new(tokens, &all, &Device::Cpu).unwrap();
+    let Batch { inputs, targets, mask, .. } = Batch::new(tokens, &all, &Device::Cpu).unwrap();
     let pass = Pass { hardness, ..Pass::new(&mask) };
     let logits = model.forward(&inputs, &pass, None).unwrap().flatten_to(1).unwrap();
     let mean = model.loss(&inputs, &targets, &pass).unwrap();

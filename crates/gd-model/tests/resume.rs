@@ -100,6 +100,40 @@ fn assert_same(a: &Path, b: &Path, last: u64) -> Result<()> {
 }
 
 #[test]
+fn a_run_in_bf16_keeps_masters_in_f32_and_goes_on_with_them() -> Result<()> {
+    let train = json!({"steps": 12, "eval_every": 4});
+    let dir = folder(train)?;
+    let dir = dir.path();
+    let wide = succeeded(&gd(dir, &format!("{START} wide"))?)?;
+    let half = "--set train.precision=bf16";
+    let whole = succeeded(&gd(dir, &format!("{START} whole {half}"))?)?;
+    succeeded(&gd(dir, &format!("{START} split {half} --stop-after 5"))?)?;
+    succeeded(&gd(dir, "train --resume split --json")?)?;
+    assert_same(&dir.join("whole"), &dir.join("split"), 12)?;
+    // Near the run in f32, and not the same.
+    let loss = |run: &Value| run["loss"].as_f64().unwrap_or(f64::NAN);
+    let apart = (loss(&wide) - loss(&whole)).abs();
+    assert!(apart > 0.0 && apart < 0.1, "{} and {}", loss(&wide), loss(&whole));
+    let config: Value = serde_json::from_slice(&fs::read(dir.join("whole/config.json"))?)?;
+    assert_eq!(config["dtype"], "bfloat16");
+    let load = |file: &str| candle_core::safetensors::load(dir.join(file), &candle_core::Device::Cpu);
+    let (weights, state) = (load("whole/model.safetensors")?, load("whole/checkpoint-12/state.safetensors")?);
+    for (name, weight) in &weights {
+        assert_eq!(weight.dtype(), candle_core::DType::BF16, "{name}");
+        let master = state.iter().find(|(key, _)| key.ends_with(&format!("{name}.master")));
+        let (_, master) = master.with_context(|| format!("no master of {name}"))?;
+        assert_eq!(master.dtype(), candle_core::DType::F32, "{name}");
+        let rounded = master.to_dtype(candle_core::DType::BF16)?;
+        let off = (rounded - weight)?.to_dtype(candle_core::DType::F32)?.abs()?.flatten_all()?.max(0)?;
+        assert_eq!(off.to_scalar::<f32>()?, 0.0, "{name} is not its master, rounded");
+    }
+    // In f32 it cannot go on.
+    let error = failed(&gd(dir, "train --resume split --set train.precision=f32")?, 1)?;
+    assert!(error.contains("configuration") || error.contains("recipe"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn a_run_split_anywhere_equals_the_unbroken_one() -> Result<()> {
     let bpe = json!({"steps": 14, "accumulation": 3, "batch": 2, "eval_every": 3, "save_every": 4,
                      "tokenizer": {"bpe": {"vocab": 300}}});

@@ -188,7 +188,7 @@ fn text_and_the_logits_of_the_original_are_learned_by_every_parameter() -> Resul
 
         // As a run computes it, in f32.
         let config = learner.config().clone();
-        let run = Original::new(parts, &config, &CPU)?;
+        let run = Original::new(parts, &config, DType::F32, &CPU)?;
         ensure!(run.changed().len() == config.num_hidden_layers);
         let params = Params::stored(
             vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect(),
@@ -208,7 +208,7 @@ fn text_and_the_logits_of_the_original_are_learned_by_every_parameter() -> Resul
 fn originals_that_do_not_fit_are_refused() -> Result<()> {
     let read = |family: &str| model_file::read(&fixture(family), &CPU);
     let refused = |family: &str, learner: &ModelConfig| -> Result<String> {
-        match Original::new(read(family)?, learner, &CPU) {
+        match Original::new(read(family)?, learner, DType::F32, &CPU) {
             Ok(_) => anyhow::bail!("{family} was accepted"),
             Err(e) => Ok(e.to_string()),
         }

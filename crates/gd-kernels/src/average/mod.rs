@@ -19,6 +19,7 @@ use crate::by_float;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fused::{Rows, attach3, cpu_slice, with_contiguous_rows};
+use crate::plan::require_device;
 
 /// What [`running_average`] carries from one piece of a sequence to the next. Constants, without
 /// gradient, in f32 (f64 for f64 input).
@@ -65,7 +66,7 @@ impl Sizes {
 /// its size.
 ///
 /// # Errors
-/// Shapes or dtypes that do not fit, and devices other than the CPU.
+/// Shapes or dtypes that do not fit, and devices without kernels in this build.
 pub fn running_average(
     decay: &Tensor,
     write: &Tensor,
@@ -74,6 +75,10 @@ pub fn running_average(
 ) -> Result<(Tensor, AverageState)> {
     let sizes = validate(decay, write, v, state)?;
     let (decay, write, v) = (decay.contiguous()?, write.contiguous()?, with_contiguous_rows(v)?);
+    #[cfg(feature = "cuda")]
+    if v.device().is_cuda() {
+        return crate::cuda::average::running_average([&decay, &write, &v], state);
+    }
     by_float!("running_average", v.dtype(), T => average::<T>(sizes, [&decay, &write, &v], state))
 }
 
@@ -181,12 +186,10 @@ fn validate(decay: &Tensor, write: &Tensor, v: &Tensor, state: Option<&AverageSt
         }
     }
     let states = state.map(|s| [&s.mean, &s.log_weight]);
-    for t in [decay, write, v].into_iter().chain(states.into_iter().flatten()) {
-        if !t.device().is_cpu() {
-            return Err(Error::Unsupported(format!(
-                "running_average on {:?}; it runs on the CPU",
-                t.device().location()
-            )));
+    require_device("running_average", v.device())?;
+    for t in [decay, write].into_iter().chain(states.into_iter().flatten()) {
+        if !t.device().same_device(v.device()) {
+            return Err(Error::Invalid("running_average: tensors on different devices".into()));
         }
     }
     Ok(sizes)

@@ -21,7 +21,7 @@ use super::view::View;
 use crate::element::{Element, Real, sum2};
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
-use crate::plan::{Plan, Problem, Walk};
+use crate::plan::{CpuPlan, Problem, Walk};
 
 /// Key prior b `[B|1, Hq|Hk, M]`, in the accumulator type.
 pub(crate) struct Prior<A> {
@@ -82,7 +82,7 @@ pub(crate) struct Outputs<A> {
 }
 
 /// Runs a planned scan.
-pub(crate) fn run<T: Element>(problem: &Problem, plan: &Plan, x: &Inputs<'_, T>) -> Outputs<T::Acc> {
+pub(crate) fn run<T: Element>(problem: &Problem, plan: &CpuPlan, x: &Inputs<'_, T>) -> Outputs<T::Acc> {
     let slots = problem.candidates + x.protected.map_or(0, |p| p.dims[3]);
     let rows = problem.batch * problem.q_heads * problem.queries;
     let mut index = vec![-1i32; rows * slots];

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::fused::with_contiguous_rows as rows;
 use crate::options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 use crate::plan::{Problem, require_device};
-use crate::scan::{Candidates, Scan, dims4, head_values, positive, prior_dims, scan};
+use crate::scan::{Candidates, Scan, check_head, dims4, head_values, positive, prior_dims, scan};
 
 /// How to select. `Select::new` gives the defaults; set the other fields as needed.
 #[derive(Debug, Clone)]
@@ -100,7 +100,8 @@ pub struct Selected {
     /// Coherence point u* on the passage from query to key; 0 (the query) where the head abstained.
     /// Present when alpha is given.
     pub coherence: Option<Tensor>,
-    /// The energies compared, of every candidate `[B, Hq, N, K]`: those of the scan, or the barrier's.
+    /// The energies compared, of every candidate `[B, Hq, N, K]`: those of the scan, or the barrier's. Of
+    /// [`scan_select`] the winner's alone.
     pub compared: Tensor,
     /// What each further round of refinement read.
     pub later: Vec<Round>,
@@ -120,11 +121,18 @@ pub struct Round {
 /// q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; candidates from [`scan`] of the same q
 /// and k. Differentiable in q, k, v, prior, beta, alpha, threshold and rounds.
 ///
+/// On a GPU the values of candidates, beta, threshold and alpha are not looked at, since that would wait for it.
+///
 /// # Errors
 /// Names the shapes or values that do not fit.
 pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Select) -> Result<Selected> {
     let dims = validate(q, k, v, candidates, s)?;
     let (q, k, v) = (rows(q)?, rows(k)?, rows(v)?);
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::select::select(dims, [&q, &k, &v], candidates, s);
+    }
+    check_values(&dims, candidates, s)?;
     let acc = acc_dtype(q.dtype());
     let vector = |t: &Tensor| -> Result<Tensor> { Ok(t.to_dtype(acc)?.contiguous()?) };
     let beta = vector(s.beta)?;
@@ -221,8 +229,13 @@ pub fn scan_select(
     let (q, k, v) = (q.detach(), k.detach(), v.detach());
     let (beta, prior) = (s.beta.detach(), s.prior.map(Tensor::detach));
     let one = Scan { candidates: 1, protected: None, ..s.clone() };
-    let candidates = scan(&q, &k, &one)?;
     let threshold = threshold.map(Tensor::detach);
+    #[cfg(feature = "cuda")]
+    if let (problem, crate::Plan::Cuda(plan)) = crate::scan::planned(&q, &k, &one)? {
+        sizes(&q, &k, &v)?;
+        return crate::cuda::scan::scan_select(&problem, &plan, [&q, &k, &v], &one, threshold.as_ref());
+    }
+    let candidates = scan(&q, &k, &one)?;
     let options = Select {
         prior: prior.as_ref(),
         score: s.score,
@@ -230,7 +243,8 @@ pub fn scan_select(
         threshold: threshold.as_ref(),
         ..Select::new(&beta)
     };
-    select(&q, &k, &v, &candidates, &options)
+    let selected = select(&q, &k, &v, &candidates, &options)?;
+    Ok(Selected { compared: selected.energy.unsqueeze(3)?, ..selected })
 }
 
 /// One round: its output and record.
@@ -306,7 +320,8 @@ fn step(
     })
 }
 
-fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Select) -> Result<Dims> {
+/// The sizes of q, k and v, without candidates.
+fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Dims, usize)> {
     let (b, hq, n, d) = dims4("q", q)?;
     let (kb, hk, m, kd) = dims4("k", k)?;
     let (vb, vh, vm, _) = dims4("v", v)?;
@@ -324,6 +339,14 @@ fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Sel
     if k.dtype() != q.dtype() || v.dtype() != q.dtype() {
         return Err(Error::Invalid(format!("q, k, v are {:?}, {:?}, {:?}", q.dtype(), k.dtype(), v.dtype())));
     }
+    if !(q.device().same_device(k.device()) && q.device().same_device(v.device())) {
+        return Err(Error::Invalid("q, k and v are on different devices".into()));
+    }
+    Ok((Dims { b, hq, hk, n, m, slots: 0 }, d))
+}
+
+fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Select) -> Result<Dims> {
+    let (Dims { b, hq, hk, n, m, .. }, d) = sizes(q, k, v)?;
     let (cb, ch, cn, slots) = candidates.index.dims4()?;
     if (cb, ch, cn) != (b, hq, n) || candidates.energy.dims() != candidates.index.dims() {
         return Err(Error::Invalid(format!(
@@ -355,10 +378,6 @@ fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Sel
             "the dense estimator needs all {m} keys as candidates, not {slots}"
         )));
     }
-    let index = candidates.index.flatten_all()?.to_vec1::<i32>()?;
-    if let Some(j) = index.iter().find(|&&j| j >= m as i32) {
-        return Err(Error::Invalid(format!("candidate key {j} is beyond the {m} keys")));
-    }
     let unit = |name: &str, x: f64| match (0.0..=1.0).contains(&x) {
         true => Ok(()),
         false => Err(Error::Invalid(format!("{name} {x} is outside 0..=1"))),
@@ -380,18 +399,8 @@ fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Sel
     if s.gate == Gate::Coherence && s.alpha.is_none() {
         return Err(Error::Invalid("the coherence gate needs alpha".into()));
     }
-    positive("beta", &head_values::<f64>("beta", s.beta, hq)?)?;
-    if let Some(tau) = s.threshold {
-        let tau = head_values::<f64>("threshold", tau, hq)?;
-        if let Some(h) = tau.iter().position(|x| x.is_nan()) {
-            return Err(Error::Invalid(format!("threshold of head {h} is NaN")));
-        }
-    }
-    if let Some(alpha) = s.alpha {
-        let alpha = head_values::<f64>("alpha", alpha, hq)?;
-        if let Some(h) = alpha.iter().position(|x| !(*x > 0.0 && *x < 1.0)) {
-            return Err(Error::Invalid(format!("alpha of head {h} is {}, outside (0, 1)", alpha[h])));
-        }
+    for (name, t) in [("beta", Some(s.beta)), ("threshold", s.threshold), ("alpha", s.alpha)] {
+        t.map_or(Ok(()), |t| check_head(name, t, hq))?;
     }
     if let Some(r) = s.rounds
         && (r.rank() != 2 || r.dims()[0] != hq || r.dims()[1] == 0)
@@ -423,4 +432,26 @@ fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Sel
         prior_dims(prior, &problem)?;
     }
     Ok(Dims { b, hq, hk, n, m, slots })
+}
+
+/// The values that `validate` leaves out: looking at them would wait for a device.
+fn check_values(dims: &Dims, candidates: &Candidates, s: &Select) -> Result<()> {
+    let index = candidates.index.flatten_all()?.to_vec1::<i32>()?;
+    if let Some(j) = index.iter().find(|&&j| j >= dims.m as i32) {
+        return Err(Error::Invalid(format!("candidate key {j} is beyond the {} keys", dims.m)));
+    }
+    positive("beta", &head_values::<f64>("beta", s.beta, dims.hq)?)?;
+    if let Some(tau) = s.threshold {
+        let tau = head_values::<f64>("threshold", tau, dims.hq)?;
+        if let Some(h) = tau.iter().position(|x| x.is_nan()) {
+            return Err(Error::Invalid(format!("threshold of head {h} is NaN")));
+        }
+    }
+    if let Some(alpha) = s.alpha {
+        let alpha = head_values::<f64>("alpha", alpha, dims.hq)?;
+        if let Some(h) = alpha.iter().position(|x| !(*x > 0.0 && *x < 1.0)) {
+            return Err(Error::Invalid(format!("alpha of head {h} is {}, outside (0, 1)", alpha[h])));
+        }
+    }
+    Ok(())
 }

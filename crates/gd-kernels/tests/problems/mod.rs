@@ -211,12 +211,17 @@ fn random_mask(rng: &mut ChaCha8Rng, batch: usize, n: usize, m: usize) -> Mask {
 impl Spec {
     /// The problem of a seed with at most `limit` products B Hq N M D.
     pub fn new(seed: u64, limit: usize) -> Self {
+        Self::with_dims(seed, limit, &DIMS)
+    }
+
+    /// The same with a head_dim of `dims`.
+    pub fn with_dims(seed: u64, limit: usize, dims: &[usize]) -> Self {
         use Kind::*;
         let mut rng = rng(seed);
         let kind = pick(&mut rng, &[Plain, Plain, Plain, Near, Duplicates, Integer, Huge, Tiny]);
         let (mut batch, kv_heads, group) =
             (pick(&mut rng, &[1, 2, 3]), pick(&mut rng, &[1, 1, 2, 3]), pick(&mut rng, &[1, 1, 2, 3, 8]));
-        let (q_heads, dim) = (kv_heads * group, pick(&mut rng, &DIMS));
+        let (q_heads, dim) = (kv_heads * group, pick(&mut rng, dims));
         let size = |rng: &mut ChaCha8Rng| {
             if rng.random_bool(0.4) { pick(rng, &EDGES) } else { rng.random_range(1..=150) }
         };

@@ -31,6 +31,8 @@ struct Report {
     version: &'static str,
     device: String,
     cuda_built_in: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cuda: Option<Cuda>,
     metal_built_in: bool,
     architecture: &'static str,
     threads: usize,
@@ -38,6 +40,72 @@ struct Report {
     operators: Vec<String>,
     config: String,
     gradients: Vec<Check>,
+}
+
+/// What a build with CUDA finds.
+#[derive(Debug, Serialize)]
+struct Cuda {
+    /// A hash of the code of all kernels in the program.
+    kernels: &'static str,
+    gpus: Vec<Gpu>,
+    /// Why there is none, or why one does not open.
+    missing: Option<String>,
+}
+
+/// A GPU.
+#[derive(Debug, Serialize)]
+struct Gpu {
+    device: String,
+    name: String,
+    compute_capability: String,
+    memory_mib: usize,
+    free_mib: usize,
+}
+
+#[cfg(feature = "cuda")]
+impl Cuda {
+    fn find() -> Option<Self> {
+        use gd_kernels::cuda::{count, describe, kernel_hash, open};
+        let mut gpus = Vec::new();
+        let mut look = || -> gd_kernels::Result<()> {
+            for number in 0..count()? {
+                let gpu = describe(&open(number)?)?;
+                let (major, minor) = gpu.compute_capability;
+                gpus.push(Gpu {
+                    device: format!("cuda:{number}"),
+                    name: gpu.name,
+                    compute_capability: format!("{major}.{minor}"),
+                    memory_mib: gpu.memory >> 20,
+                    free_mib: gpu.free >> 20,
+                });
+            }
+            Ok(())
+        };
+        let missing = look().err().map(|e| e.to_string());
+        Some(Self { kernels: kernel_hash(), gpus, missing })
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+impl Cuda {
+    fn find() -> Option<Self> {
+        None
+    }
+}
+
+impl fmt::Display for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "yes, kernels {}", self.kernels)?;
+        for gpu in &self.gpus {
+            let Gpu { device, name, compute_capability, memory_mib, free_mib } = gpu;
+            write!(
+                f,
+                "\n              {device}: {name}, compute capability {compute_capability}, {memory_mib} MiB, \
+                 {free_mib} MiB free"
+            )?;
+        }
+        self.missing.as_ref().map_or(Ok(()), |why| write!(f, "\n              {why}"))
+    }
 }
 
 /// The gradient check of one mechanism.
@@ -64,6 +132,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         version: env!("CARGO_PKG_VERSION"),
         device: device::name(&ctx.device),
         cuda_built_in: candle_core::utils::cuda_is_available(),
+        cuda: Cuda::find(),
         metal_built_in: candle_core::utils::metal_is_available(),
         architecture: std::env::consts::ARCH,
         threads: rayon::current_num_threads(),
@@ -97,7 +166,10 @@ impl fmt::Display for Report {
         };
         writeln!(f, "gd            {}", self.version)?;
         writeln!(f, "device        {}", self.device)?;
-        writeln!(f, "CUDA built in {}", yes(self.cuda_built_in))?;
+        match &self.cuda {
+            Some(cuda) => writeln!(f, "CUDA built in {cuda}")?,
+            None => writeln!(f, "CUDA built in {}", yes(self.cuda_built_in))?,
+        }
         writeln!(f, "Metal         {}", yes(self.metal_built_in))?;
         writeln!(f, "architecture  {}", self.architecture)?;
         writeln!(f, "threads       {}", self.threads)?;

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::data::{ReadingArgs, prepared};
 use super::{Context, usage};
 use crate::checkpoint;
-use crate::config::{Mechanism, Recipe, Setting, TokenizerChoice};
+use crate::config::{Mechanism, Precision, Recipe, Setting, TokenizerChoice};
 use crate::data::{Corpus, Texts};
 use crate::dry_run::plan;
 use crate::evaluate::Evaluation;
@@ -233,6 +233,8 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
             saved.about.seed
         )));
     }
+    // A recipe of its own says what was not f32.
+    let precision = saved.recipe.train.precision.unwrap_or(Precision::F32);
     if let Some(config) = &args.config {
         saved.recipe = recipe(config, &args.set, args.steps)?;
     } else if !args.set.is_empty() {
@@ -244,6 +246,7 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
         saved.about.data = args.data.clone();
     }
     args.reading.apply(&mut saved.recipe.train.documents);
+    saved.recipe.train.precision.get_or_insert(precision);
     let mut recipe = saved.recipe.clone();
     recipe.train.validate()?;
     if recipe.train.uptrain.is_none() {

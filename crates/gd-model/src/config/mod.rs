@@ -14,7 +14,7 @@ pub use load::parse;
 pub use model::{GdBlock, Mechanism, ModelConfig, RopeParameters};
 pub use select::SelectSchedule;
 pub use set::Setting;
-pub use train::{TokenizerChoice, TrainConfig};
+pub use train::{Precision, TokenizerChoice, TrainConfig};
 
 /// A preset or a configuration file: a model and its training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -1,5 +1,6 @@
 //! How a model is trained: the block `train` of a recipe.
 
+use candle_core::{DType, Device};
 use gd_kernels::Mask;
 use serde::{Deserialize, Serialize};
 
@@ -26,12 +27,35 @@ pub enum TokenizerChoice {
     },
 }
 
+/// What a model in training computes in, and what its parameters are stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// f32.
+    F32,
+    /// bf16; the optimizer keeps its moments and a master of every parameter in f32.
+    Bf16,
+}
+
+impl Precision {
+    /// candle's name of it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
 /// How a run goes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
     /// Optimizer steps.
     pub steps: u64,
+    /// What it computes in; if it is left out, bf16 on a CUDA device and f32 elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<Precision>,
     /// Sequences a micro-batch.
     pub batch: usize,
     /// Tokens a sequence.
@@ -112,6 +136,11 @@ fn keep() -> usize {
 }
 
 impl TrainConfig {
+    /// What a run on this device computes in.
+    pub fn precision(&self, device: &Device) -> Precision {
+        self.precision.unwrap_or(if device.is_cuda() { Precision::Bf16 } else { Precision::F32 })
+    }
+
     /// Steps between two checkpoints.
     pub fn save_every(&self) -> u64 {
         self.save_every.unwrap_or(self.steps.div_ceil(10).min(500))

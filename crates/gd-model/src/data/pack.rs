@@ -18,6 +18,8 @@ pub struct Batch {
     pub inputs: Tensor,
     /// The token after each input, u32 `[B, N]`; [`IGNORE`] after the last one of a document.
     pub targets: Tensor,
+    /// Targets that are to be predicted.
+    pub predicted: usize,
     /// Causal; where a row holds parts of several documents, each of them sees itself alone.
     pub mask: Mask,
 }
@@ -49,10 +51,12 @@ impl Batch {
             boundaries.push(row);
         }
         let causal = Mask::causal(0);
+        let predicted = targets.iter().filter(|&&t| t != IGNORE).count();
         let packed = boundaries.iter().any(|row| row.len() > 2);
         Ok(Self {
             inputs: Tensor::from_vec(inputs, (windows.len(), n), device)?,
             targets: Tensor::from_vec(targets, (windows.len(), n), device)?,
+            predicted,
             mask: if packed { causal.packed(boundaries) } else { causal },
         })
     }

@@ -41,7 +41,7 @@ impl Meter {
     pub fn new(recipe: &Recipe, device: &Device, processes: usize) -> Result<Self> {
         Ok(Self {
             flops_per_token: flops::per_token(&recipe.model, recipe.train.context),
-            peak_flops: flops::peak(device)? * processes as f64,
+            peak_flops: flops::peak(recipe.train.precision(device).dtype(), device)? * processes as f64,
             device: device::name(device),
         })
     }

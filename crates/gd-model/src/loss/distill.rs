@@ -7,7 +7,7 @@ use gd_kernels::element::{Element, Real, sum2};
 use gd_kernels::fused::{Rows, for_chunks2, rows_per_chunk, vectorize};
 
 use super::linear::{in_chunks, validate};
-use super::{IGNORE, PerRow, counted, gradient_rows, log_softmax, log_sum, row_losses};
+use super::{IGNORE, PerRow, gradient_rows, log_softmax, log_sum, row_losses, weight};
 
 /// The mean over counted rows of `CE(s, target) + kl * KL(softmax(t) || softmax(s))`, in nats, with the logits
 /// `s = hidden weightᵀ` and those of the other model `t`, from its own hidden states `[rows, C']` and weights
@@ -59,7 +59,8 @@ fn composed(logits: &Tensor, targets: &Tensor, other: &Tensor, kl: f64) -> Resul
     let apart = (other.exp()? * (&other - log_softmax(logits)?)?)?.sum(1)?;
     let counts = targets.ne(IGNORE)?;
     let apart = counts.where_cond(&apart, &apart.zeros_like()?)?;
-    (row_losses(logits, targets)? + (apart * kl)?)?.sum_all()? / counted(targets)?.max(1) as f64
+    let apart = (apart * kl)?;
+    (row_losses(logits, targets)? + &apart)?.sum_all()? / weight(targets, apart.dtype())?
 }
 
 /// The logsumexps of a row of both models' logits.

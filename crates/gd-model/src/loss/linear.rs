@@ -10,7 +10,7 @@ use gd_kernels::by_float;
 use gd_kernels::element::{Element, Real};
 use gd_kernels::fused::{attach2, with_contiguous_rows};
 
-use super::{PerRow, backward, checked_targets, composed, count, forward, token_losses};
+use super::{PerRow, backward, checked_targets, count, forward, on_device, token_losses};
 
 /// Logits that exist at a time where the vocabulary is small: 4 MiB in f32.
 const CHUNK: usize = 1 << 20;
@@ -29,7 +29,7 @@ pub(crate) fn chunk_rows(vocab: usize, hidden: usize) -> usize {
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
     validate("linear_cross_entropy", hidden, weight, targets)?;
     if !hidden.device().is_cpu() {
-        return composed(&hidden.matmul(&weight.t()?)?, targets);
+        return on_device::linear_cross_entropy(hidden, weight, targets, on_device::CHUNK);
     }
     by_float!("linear_cross_entropy", hidden.dtype(), T => {
         in_chunks::<T>("linear_cross_entropy", hidden, weight, targets, |_, logits, targets, scale| {
@@ -143,6 +143,6 @@ fn chunks<T: Element>(
 }
 
 /// What sums over chunks run in.
-fn accumulator(dtype: DType) -> DType {
+pub(super) fn accumulator(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }

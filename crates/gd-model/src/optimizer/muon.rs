@@ -163,13 +163,20 @@ type Loaded = Vec<(Tensor, Option<Tensor>)>;
 /// Not a matrix of floats.
 pub fn orthogonal(x: &Tensor) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
-    let norm = x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt();
-    if norm == 0.0 {
-        return Ok(x.clone());
-    }
+    let norm = x.to_dtype(DType::F64)?.sqr()?.sum_all()?.sqrt()?;
     // The product of the two shorter sides is the smaller one.
-    let mut x = if rows > columns { x.t()?.contiguous()? } else { x.clone() };
-    x = (x / norm)?;
+    let mut y = if rows > columns { x.t()?.contiguous()? } else { x.clone() };
+    if x.device().is_cpu() {
+        let norm = norm.to_scalar::<f64>()?;
+        if norm == 0.0 {
+            return Ok(x.clone());
+        }
+        y = (y / norm)?;
+    } else {
+        // Without waiting for the device; what is 0 stays 0.
+        y = y.broadcast_div(&norm.maximum(f64::from(f32::MIN_POSITIVE))?.to_dtype(y.dtype())?)?;
+    }
+    let mut x = y;
     let (a, b, c) = QUINTIC;
     for _ in 0..ROUNDS {
         let square = x.matmul(&x.transpose(D::Minus1, D::Minus2)?)?;

@@ -15,6 +15,11 @@ use crate::error::{Error, Result};
 /// # Errors
 /// A gradient of a dtype that has no norm.
 pub fn global_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
+    if let Some((_, var)) = vars.first()
+        && !var.device().is_cpu()
+    {
+        return norm_on_device(vars, grads);
+    }
     let mut squares = BTreeMap::new();
     for (name, var) in vars {
         if let Some(grad) = grads.get(var) {
@@ -22,6 +27,23 @@ pub fn global_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
         }
     }
     Ok(squares.values().sum::<f64>().sqrt())
+}
+
+/// The same off the CPU, where one number comes to the host instead of one for each parameter.
+fn norm_on_device(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
+    let squares = vars.iter().filter_map(|(_, var)| grads.get(var)).map(|t| squares(t)?.reshape(1));
+    let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
+    if squares.is_empty() {
+        return Ok(0.0);
+    }
+    Ok(Tensor::cat(&squares, 0)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?.sqrt())
+}
+
+/// The sum of squares by tensor operations, in f32 (f64 for f64).
+fn squares(t: &Tensor) -> candle_core::Result<Tensor> {
+    // Squares of half-precision numbers overflow in their own dtype.
+    let wide = if t.dtype() == DType::F64 { t.clone() } else { t.to_dtype(DType::F32)? };
+    wide.detach().sqr()?.sum_all()
 }
 
 /// The first parameter whose gradient is not finite.
@@ -41,9 +63,7 @@ pub fn not_finite<'a>(vars: &'a [(String, Var)], grads: &GradStore) -> Result<Op
 
 fn square_sum(t: &Tensor) -> Result<f64> {
     if !t.device().is_cpu() {
-        // Squares of half-precision numbers overflow in their own dtype.
-        let wide = if t.dtype() == DType::F64 { t.clone() } else { t.to_dtype(DType::F32)? };
-        return Ok(wide.detach().sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar()?);
+        return Ok(squares(t)?.to_dtype(DType::F64)?.to_scalar()?);
     }
     let t = t.contiguous()?;
     let (storage, layout) = t.storage_and_layout();

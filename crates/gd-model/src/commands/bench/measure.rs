@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use gd_kernels::fused::vectorize;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -22,8 +22,8 @@ const ROUND: f64 = 0.02;
 /// A contender that would store more than this in N x N matrices is left out.
 const TOO_LARGE: f64 = 12.0 * GIB;
 const GIB: f64 = (1u64 << 30) as f64;
-/// Rows of the matrices whose product tells the machine's rate.
-const GEMM: usize = 1024;
+/// Rows of the matrices whose product tells the machine's rate, on the CPU and elsewhere.
+const GEMM: (usize, usize) = (1024, 8192);
 /// Numbers of the buffer that one task adds up.
 const CHUNK: usize = 1 << 15;
 
@@ -32,12 +32,14 @@ pub(super) struct Setup<'a> {
     pub(super) shape: Shape,
     pub(super) pass: Pass,
     pub(super) repeats: usize,
+    pub(super) dtype: DType,
     pub(super) seed: u64,
     pub(super) device: &'a Device,
 }
 
 /// What is run in a round.
 struct Item<'a> {
+    device: &'a Device,
     run: Box<dyn Fn() -> Result<()> + 'a>,
     /// Runs in a round.
     count: usize,
@@ -47,8 +49,8 @@ struct Item<'a> {
 
 impl<'a> Item<'a> {
     /// Warms up, and finds out how often it fits in a round.
-    fn new(run: impl Fn() -> Result<()> + 'a) -> Result<Self> {
-        let mut item = Self { run: Box::new(run), count: 1, seconds: Vec::new() };
+    fn new(device: &'a Device, run: impl Fn() -> Result<()> + 'a) -> Result<Self> {
+        let mut item = Self { device, run: Box::new(run), count: 1, seconds: Vec::new() };
         let mut once = item.round()?;
         // The first run also starts threads and fetches memory.
         if once < 5.0 * ROUND {
@@ -64,6 +66,7 @@ impl<'a> Item<'a> {
         for _ in 0..self.count {
             (self.run)()?;
         }
+        self.device.synchronize()?;
         Ok(start.elapsed().as_secs_f64() / self.count as f64)
     }
 }
@@ -79,24 +82,24 @@ struct Ready<'a> {
 /// Measures `contenders`, each of which has this pass. One line each, in their order.
 pub(super) fn group(setup: &Setup, contenders: &[&Contender]) -> Result<Vec<Line>> {
     let &Setup { shape, pass, device, .. } = setup;
-    let inputs = Inputs::new(shape, pass, setup.seed, device)?;
+    let inputs = Inputs::new(shape, pass, setup.dtype, setup.seed, device)?;
     let reasons: Vec<Option<String>> = contenders.iter().map(|c| obstacle(c, setup)).collect();
     let mut ready = Vec::new();
     for (contender, _) in contenders.iter().zip(&reasons).filter(|(_, reason)| reason.is_none()) {
         let at = || format!("{} {pass} {shape}", contender.name);
         let (run, winners, rescored) = start(contender, &inputs).with_context(at)?;
-        let item = Item::new(move || run().map(|_: Output| ())).with_context(at)?;
+        let item = Item::new(device, move || run().map(|_: Output| ())).with_context(at)?;
         ready.push(Ready { contender, item, winners, rescored });
     }
-    let gemm = gemm(device)?;
-    let mut probes = vec![Item::new(move || {
+    let (gemm, gemm_flops) = gemm(setup.dtype, device)?;
+    let mut probes = vec![Item::new(device, move || {
         black_box(gemm()?);
         Ok(())
     })?];
     // The plain read rate is one of this machine's memory.
     if pass == Pass::Decode && device.is_cpu() {
-        let buffer = inputs.k.flatten_all()?.to_vec1::<f32>()?;
-        probes.push(Item::new(move || {
+        let buffer = inputs.k.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        probes.push(Item::new(device, move || {
             black_box(total(black_box(&buffer)));
             Ok(())
         })?);
@@ -107,7 +110,7 @@ pub(super) fn group(setup: &Setup, contenders: &[&Contender]) -> Result<Vec<Line
             item.seconds.push(seconds);
         }
     }
-    let gemm_gflops = 2.0 * (GEMM as f64).powi(3) / median(&probes[0].seconds) / 1e9;
+    let gemm_gflops = gemm_flops / median(&probes[0].seconds) / 1e9;
     let keys = 4.0 * inputs.k.elem_count() as f64;
     let read_gbps = probes.get(1).map(|p| keys / median(&p.seconds) / 1e9);
     let base = ready.iter().find(|r| r.contender.name == pass.base());
@@ -117,13 +120,14 @@ pub(super) fn group(setup: &Setup, contenders: &[&Contender]) -> Result<Vec<Line
     for (contender, skipped) in contenders.iter().zip(reasons) {
         let mut line = Line { skipped, ..Line::new(pass, shape, contender.name, gemm_gflops, read_gbps) };
         if let Some(r) = ready.iter().find(|r| r.contender.name == contender.name) {
-            line.timed(contender.work, &r.item.seconds, base_s);
+            line.timed(contender.work, setup.dtype, &r.item.seconds, base_s);
             if let (Some(ours), Some(base)) = (&r.winners, base_winners) {
                 line.rows = Some(base.len());
                 line.winners_differ = Some(ours.iter().zip(base).filter(|(a, b)| a != b).count());
             }
             line.rescored = r.rescored;
-            line.peak_mib = peak_apart(contender, setup)?;
+            // On another device the memory of the process says nothing.
+            line.peak_mib = if device.is_cpu() { peak_apart(contender, setup)? } else { None };
         }
         lines.push(line);
     }
@@ -149,15 +153,15 @@ fn start(contender: &Contender, inputs: &Inputs) -> Result<Started> {
     Ok((run, winners, out.rescored))
 }
 
-/// A product of two square matrices.
-fn gemm(device: &Device) -> Result<impl Fn() -> Result<f32>> {
-    let n = GEMM;
+/// A product of two square matrices, and its operations.
+fn gemm(dtype: DType, device: &Device) -> Result<(impl Fn() -> Result<Tensor>, f64)> {
+    let n = if device.is_cpu() { GEMM.0 } else { GEMM.1 };
     let matrix = |step: usize| -> Result<Tensor> {
         let values: Vec<f32> = (0..n * n).map(|i| (i * step % 1009) as f32 / 1009.0 - 0.5).collect();
-        Ok(Tensor::from_vec(values, (n, n), device)?)
+        Ok(Tensor::from_vec(values, (n, n), device)?.to_dtype(dtype)?)
     };
     let (a, b) = (matrix(31)?, matrix(57)?);
-    Ok(move || Ok(a.matmul(&b)?.get(0)?.get(0)?.to_scalar::<f32>()?))
+    Ok((move || Ok(a.matmul(&b)?), 2.0 * (n as f64).powi(3)))
 }
 
 /// The sum of a buffer, as fast as it can be read.
@@ -188,7 +192,7 @@ pub(super) struct PeakReport {
 
 /// The memory that a first run needs above what is there before it, in this process.
 pub(super) fn peak(setup: &Setup, contender: &Contender) -> Result<PeakReport> {
-    let inputs = Inputs::new(setup.shape, setup.pass, setup.seed, setup.device)?;
+    let inputs = Inputs::new(setup.shape, setup.pass, setup.dtype, setup.seed, setup.device)?;
     let run = (contender.prepare)(&inputs)?;
     let peak = Peak::start();
     run()?;
@@ -202,6 +206,7 @@ fn peak_apart(contender: &Contender, setup: &Setup) -> Result<Option<f64>> {
         .args(["bench", "attention", "--peak", "--only", contender.name])
         .args(["--shapes", &setup.shape.to_string(), "--pass", &setup.pass.to_string()])
         .args(["--device", &device::name(setup.device), "--seed", &setup.seed.to_string()])
+        .args(["--dtype", setup.dtype.as_str()])
         .output()
         .context("the program cannot be started again")?;
     if !output.status.success() {
@@ -231,6 +236,7 @@ mod tests {
             shape: shape.parse().expect("a shape"),
             pass,
             repeats: 1,
+            dtype: DType::F32,
             seed: 0,
             device: &Device::Cpu,
         };

@@ -1,5 +1,6 @@
 //! The numbers of a benchmark: as JSON, and as one table per shape and pass.
 
+use candle_core::DType;
 use comfy_table::TableStyle;
 use serde::Serialize;
 
@@ -10,6 +11,8 @@ use crate::compare::plain_table;
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     pub(super) device: String,
+    /// Of q, k and v.
+    pub(super) dtype: &'static str,
     pub(super) machine: Machine,
     pub(super) repeats: usize,
     pub(super) seed: u64,
@@ -102,7 +105,7 @@ impl Line {
     }
 
     /// Enters the seconds of every round, and those of the base.
-    pub(super) fn timed(&mut self, work: Work, seconds: &[f64], base: Option<f64>) {
+    pub(super) fn timed(&mut self, work: Work, dtype: DType, seconds: &[f64], base: Option<f64>) {
         let time = median(seconds);
         let gflops = work.flops(self.shape, self.pass) / time / 1e9;
         self.median_s = Some(time);
@@ -111,7 +114,7 @@ impl Line {
         self.gflops = Some(gflops);
         self.gemm_share = Some(gflops / self.gemm_gflops);
         if self.pass == Pass::Decode {
-            let gbps = work.bytes(self.shape) / time / 1e9;
+            let gbps = work.bytes(self.shape, dtype) / time / 1e9;
             self.gbps = Some(gbps);
             self.read_share = self.read_gbps.map(|r| gbps / r);
         }
@@ -182,7 +185,7 @@ mod tests {
         let shape = Shape { batch: 1, heads: 1, len: 1000, dim: 50 };
         let line = |contender| Line::new(Pass::Decode, shape, contender, 2.0, Some(10.0));
         let mut ours = line("ours");
-        ours.timed(Work::Select, &[4e-4, 1e-4, 2e-4], Some(1e-4));
+        ours.timed(Work::Select, DType::F32, &[4e-4, 1e-4, 2e-4], Some(1e-4));
         assert_eq!((ours.median_s, ours.min_s, ours.ratio), (Some(2e-4), Some(1e-4), Some(2.0)));
         // 100,000 operations and 200,000 bytes.
         let near = |x: Option<f64>, y: f64| x.is_some_and(|x| (x - y).abs() < 1e-9);
@@ -192,6 +195,7 @@ mod tests {
         let other = Line::new(Pass::Fwd, shape, "ours", 2.0, None);
         let report = Report {
             device: "cpu".into(),
+            dtype: "f32",
             machine: Machine { threads: 2, compiled_for: "any CPU", gemm_gflops: 2.0 },
             repeats: 3,
             seed: 0,

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use candle_core::DType;
 use serde::{Serialize, Serializer};
 
 /// Elements that one tensor may have: 8 GiB of f32.
@@ -133,9 +134,9 @@ impl Work {
     }
 
     /// Bytes of the cache that one decoding step reads: K in its form, and V if it is blended.
-    pub(super) fn bytes(self, shape: Shape) -> f64 {
+    pub(super) fn bytes(self, shape: Shape, dtype: DType) -> f64 {
         let rows = (shape.batch * shape.heads * shape.len) as f64;
-        let keys = 4.0 * rows * shape.dim as f64;
+        let keys = dtype.size_in_bytes() as f64 * rows * shape.dim as f64;
         match self {
             Work::Select => keys,
             // A byte for every element, and scale, error, norm and bias.
@@ -206,8 +207,14 @@ mod tests {
         assert_eq!(Work::Blend.flops(shape, Pass::Fwd), 1920.0);
         assert_eq!(Work::Blend.flops(shape, Pass::Fwdbwd), 6720.0);
         assert_eq!(Work::Blend.flops(shape, Pass::Decode), 768.0);
-        assert_eq!((Work::Select.bytes(shape), Work::Blend.bytes(shape)), (768.0, 1536.0));
-        assert_eq!(Work::Certified.bytes(shape), 768.0 / 4.0 + 768.0 / 4.0 / shape.dim as f64 * 16.0);
+        assert_eq!(
+            (Work::Select.bytes(shape, DType::F32), Work::Blend.bytes(shape, DType::F32)),
+            (768.0, 1536.0)
+        );
+        assert_eq!(
+            Work::Certified.bytes(shape, DType::F32),
+            768.0 / 4.0 + 768.0 / 4.0 / shape.dim as f64 * 16.0
+        );
         assert_eq!(Pass::Fwd.square_bytes(shape), 4.0 * 4.0 * 96.0);
         assert_eq!(Pass::Decode.square_bytes(shape), 4.0 * 4.0 * 24.0);
     }

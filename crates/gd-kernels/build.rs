@@ -1,0 +1,171 @@
+//! With the feature `cuda`: compiles kernels/cuda/*.cu, each to one fatbin with code for every architecture,
+//! and lists them for `src/cuda`. Without it: nothing.
+//!
+//! nvcc is that of `NVCC`, of `CUDA_HOME` (`CUDA_PATH`, `CUDA_ROOT`, `CUDA_TOOLKIT_ROOT_DIR`), of `PATH`, or of
+//! /usr/local/cuda. `GD_CUDA_ARCHS` (default `80,86,89,90a`) says for which GPUs; a source `*_sm90a.cu` is for
+//! Hopper's own instructions and compiled for `90a` alone. Nothing is fetched.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    #[cfg(feature = "cuda")]
+    if let Err(e) = cuda::build() {
+        eprintln!("error: {e}");
+        std::process::exit(1);
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::env;
+    use std::fmt::Write;
+    use std::fs;
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// The folders of a toolkit, as other build scripts look for them.
+    const HOMES: [&str; 4] = ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "CUDA_TOOLKIT_ROOT_DIR"];
+    const DEFAULT_ARCHS: &str = "80,86,89,90a";
+    /// Sources with instructions of Hopper alone end so.
+    const HOPPER: &str = "_sm90a";
+
+    type Result<T> = std::result::Result<T, String>;
+
+    pub(super) fn build() -> Result<()> {
+        for name in HOMES.iter().chain(&["NVCC", "GD_CUDA_ARCHS"]) {
+            println!("cargo:rerun-if-env-changed={name}");
+        }
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels");
+        let root = root.canonicalize().map_err(|e| format!("{}: {e}", root.display()))?;
+        for folder in ["cuda", "shared"] {
+            println!("cargo:rerun-if-changed={}", root.join(folder).display());
+        }
+        let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| format!("OUT_DIR: {e}"))?);
+        let (archs, nvcc) = (archs()?, nvcc()?);
+        let sources = sources(&root.join("cuda"), &archs)?;
+        compile_all(&nvcc, &root, &sources, &archs, &out)?;
+        list(&sources, &out)
+    }
+
+    /// The architectures to compile for, such as `80` and `90a`.
+    fn archs() -> Result<Vec<String>> {
+        let text = env::var("GD_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.to_owned());
+        let archs: Vec<String> =
+            text.split(',').map(|a| a.trim().trim_start_matches("sm_").to_owned()).collect();
+        let number = |a: &str| a.trim_end_matches(char::is_alphabetic).parse::<u32>().ok();
+        match archs.iter().find(|a| number(a).is_none_or(|n| n < 80)) {
+            Some(bad) => Err(format!(
+                "GD_CUDA_ARCHS={text}: `{bad}` is no compute capability from 80 on (such as {DEFAULT_ARCHS})"
+            )),
+            None => Ok(archs),
+        }
+    }
+
+    /// The compiler.
+    fn nvcc() -> Result<PathBuf> {
+        let path = env::var_os("PATH").unwrap_or_default();
+        let mut candidates: Vec<PathBuf> = env::var_os("NVCC").into_iter().map(PathBuf::from).collect();
+        candidates.extend(HOMES.iter().filter_map(env::var_os).map(|home| Path::new(&home).join("bin/nvcc")));
+        candidates.extend(env::split_paths(&path).map(|folder| folder.join("nvcc")));
+        candidates.push("/usr/local/cuda/bin/nvcc".into());
+        candidates.into_iter().find(|nvcc| nvcc.is_file()).ok_or_else(|| {
+            "the feature `cuda` needs nvcc (CUDA 12 or 13), which is neither in CUDA_HOME nor on the PATH. \
+             Install the CUDA toolkit, or assemble one from Python wheels with \
+             `eval \"$(scripts/cuda_toolchain.sh DIR)\"`; or build without `--features cuda`"
+                .to_owned()
+        })
+    }
+
+    /// The sources that have code for one of `archs`, in order.
+    fn sources(folder: &Path, archs: &[String]) -> Result<Vec<PathBuf>> {
+        let at = |e: std::io::Error| format!("{}: {e}", folder.display());
+        let mut sources = Vec::new();
+        for entry in fs::read_dir(folder).map_err(at)? {
+            let path = entry.map_err(at)?.path();
+            if path.extension().is_some_and(|e| e == "cu") && targets(&path, archs).next().is_some() {
+                sources.push(path);
+            }
+        }
+        sources.sort();
+        Ok(sources)
+    }
+
+    fn stem(source: &Path) -> String {
+        source.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// Those of `archs` for which a source is compiled.
+    fn targets<'a>(source: &Path, archs: &'a [String]) -> impl Iterator<Item = &'a String> {
+        let hopper = stem(source).ends_with(HOPPER);
+        archs.iter().filter(move |a| !hopper || *a == "90a")
+    }
+
+    /// Compiles as many sources at a time as cargo allows.
+    fn compile_all(
+        nvcc: &Path,
+        root: &Path,
+        sources: &[PathBuf],
+        archs: &[String],
+        out: &Path,
+    ) -> Result<()> {
+        let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize);
+        let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        let work = || {
+            while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if let Err(e) = compile(nvcc, root, source, archs, out) {
+                    failed.lock().expect("no thread panics").push(e);
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..jobs.clamp(1, sources.len().max(1)) {
+                scope.spawn(work);
+            }
+        });
+        let failed = failed.into_inner().expect("no thread panics");
+        if failed.is_empty() { Ok(()) } else { Err(failed.join("\n")) }
+    }
+
+    fn compile(nvcc: &Path, root: &Path, source: &Path, archs: &[String], out: &Path) -> Result<()> {
+        let mut command = Command::new(nvcc);
+        command.arg("--options-file").arg(root.join("cuda/nvcc.flags")).arg("-I").arg(root.join("shared"));
+        let hopper = stem(source).ends_with(HOPPER);
+        for arch in targets(source, archs) {
+            command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+        }
+        // What a GPU newer than all of them compiles for itself.
+        if let (false, Some(least)) = (hopper, archs.iter().find(|a| a.parse::<u32>().is_ok())) {
+            command.arg(format!("-gencode=arch=compute_{least},code=compute_{least}"));
+        }
+        let fatbin = out.join(stem(source)).with_extension("fatbin");
+        command.arg("--fatbin").arg("-o").arg(&fatbin).arg(source);
+        let run = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
+        let report = String::from_utf8_lossy(&run.stderr);
+        if !run.status.success() {
+            return Err(format!("{command:?}: {}\n{report}", run.status));
+        }
+        // The compiler's report has one such line a kernel; a spill costs speed, never a result.
+        let spills =
+            report.lines().filter(|l| l.contains("spill stores") && !l.contains(" 0 bytes spill stores"));
+        for line in spills {
+            println!("cargo:warning={}: {}", source.display(), line.trim());
+        }
+        Ok(())
+    }
+
+    /// Writes the list that `src/cuda` includes: name and code of every source, and a hash of all code.
+    fn list(sources: &[PathBuf], out: &Path) -> Result<()> {
+        let mut hasher = blake3::Hasher::new();
+        let mut text = String::from("pub(super) static MODULES: &[(&str, &[u8])] = &[\n");
+        for source in sources {
+            let fatbin = out.join(stem(source)).with_extension("fatbin");
+            let bytes = fs::read(&fatbin).map_err(|e| format!("{}: {e}", fatbin.display()))?;
+            hasher.update(stem(source).as_bytes()).update(&bytes);
+            let _ = writeln!(text, "    ({:?}, include_bytes!({:?})),", stem(source), fatbin);
+        }
+        let hash = hasher.finalize().to_hex();
+        let _ = writeln!(text, "];\npub(super) const HASH: &str = {:?};", &hash[..16]);
+        fs::write(out.join("cuda_modules.rs"), text).map_err(|e| format!("cuda_modules.rs: {e}"))
+    }
+}

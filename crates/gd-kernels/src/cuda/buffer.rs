@@ -1,0 +1,176 @@
+//! Memory of a CUDA device: a tensor that candle owns, or an allocation that becomes one.
+
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, sys,
+};
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
+use candle_core::{CudaDevice, CudaStorage, DType, Shape, Storage, StorageRef, Tensor};
+use half::{bf16, f16};
+
+use super::failed;
+use crate::error::{Error, Result};
+use crate::fused::with_contiguous_rows;
+use crate::gpu::{Slice, Tensor4};
+
+/// Memory of a CUDA device.
+#[derive(Debug)]
+pub enum Buffer {
+    /// What an operator allocated.
+    Owned(CudaSlice<u8>),
+    /// A tensor's storage, from its first element on, whatever the tensor's own offset.
+    Tensor(Tensor),
+}
+
+/// A buffer that stays where it is while this lives.
+pub(super) enum Locked<'a> {
+    Owned(&'a CudaSlice<u8>),
+    Tensor(StorageRef<'a>),
+}
+
+impl Buffer {
+    pub(super) fn lock(&self) -> Locked<'_> {
+        match self {
+            Self::Owned(slice) => Locked::Owned(slice),
+            Self::Tensor(t) => Locked::Tensor(t.storage_and_layout().0),
+        }
+    }
+
+    pub(super) fn download(&self, stream: &Arc<CudaStream>, offset: usize, bytes: usize) -> Result<Vec<u8>> {
+        let Self::Owned(slice) = self else {
+            return Err(Error::Invalid("only buffers of an operator's own are copied to the host".into()));
+        };
+        let part = offset.checked_add(bytes).and_then(|end| slice.try_slice(offset..end));
+        let part = part.ok_or_else(|| {
+            Error::Invalid(format!(
+                "a copy of {bytes} bytes from {offset} on, of a buffer of {}",
+                slice.len()
+            ))
+        })?;
+        stream.clone_dtoh(&part).map_err(|e| failed(format!("a copy of {bytes} bytes to the host"), e))
+    }
+
+    /// The buffer, which holds the elements of `shape` from its start, as storage for a tensor.
+    pub(crate) fn into_storage(self, device: &CudaDevice, dtype: DType, shape: &Shape) -> Result<Storage> {
+        let Self::Owned(slice) = self else {
+            return Err(Error::Invalid("a tensor's buffer becomes no other tensor".into()));
+        };
+        let n = shape.elem_count();
+        if slice.len() < n * dtype.size_in_bytes() {
+            return Err(Error::Invalid(format!("{shape:?} {dtype:?} in a buffer of {} bytes", slice.len())));
+        }
+        let storage = match dtype {
+            DType::U8 => typed::<u8>(slice, n, device),
+            DType::U32 => typed::<u32>(slice, n, device),
+            DType::I32 => typed::<i32>(slice, n, device),
+            DType::F32 => typed::<f32>(slice, n, device),
+            DType::F16 => typed::<f16>(slice, n, device),
+            DType::BF16 => typed::<bf16>(slice, n, device),
+            other => return Err(Error::Unsupported(format!("a result in {other:?} on a GPU"))),
+        };
+        Ok(Storage::Cuda(storage))
+    }
+}
+
+/// The same memory, `n` elements of another type.
+#[allow(unsafe_code)] // the memory goes from one owner to the other
+fn typed<T: CudaDType + DeviceRepr>(slice: CudaSlice<u8>, n: usize, device: &CudaDevice) -> CudaStorage {
+    let stream = slice.stream().clone();
+    // SAFETY: the memory is large enough, aligned as every allocation is, and owned by nobody else from here
+    // on; every bit pattern is a value of the types above.
+    let mut slice: CudaSlice<T> = unsafe { stream.upgrade_device_ptr(slice.leak(), n) };
+    // Other streams wait for what was written so far.
+    drop(slice.device_ptr_mut(&stream));
+    CudaStorage::wrap_cuda_slice(slice, device.clone())
+}
+
+impl Locked<'_> {
+    /// Address and size in bytes, for work on `stream`; the third orders it with other streams when dropped.
+    pub(super) fn pointer<'a>(
+        &'a self,
+        stream: &'a CudaStream,
+    ) -> Result<(sys::CUdeviceptr, usize, SyncOnDrop<'a>)> {
+        fn of<'a, T>(slice: &'a CudaSlice<T>, stream: &'a CudaStream) -> (u64, usize, SyncOnDrop<'a>) {
+            let (pointer, record) = slice.device_ptr(stream);
+            (pointer, slice.num_bytes(), record)
+        }
+        match self {
+            Self::Owned(slice) => Ok(of(slice, stream)),
+            Self::Tensor(storage) => match &**storage {
+                Storage::Cuda(CudaStorage { slice, .. }) => match slice {
+                    CudaStorageSlice::U8(s) => Ok(of(s, stream)),
+                    CudaStorageSlice::U32(s) => Ok(of(s, stream)),
+                    CudaStorageSlice::I32(s) => Ok(of(s, stream)),
+                    CudaStorageSlice::F32(s) => Ok(of(s, stream)),
+                    CudaStorageSlice::F16(s) => Ok(of(s, stream)),
+                    CudaStorageSlice::BF16(s) => Ok(of(s, stream)),
+                    _ => Err(Error::Unsupported(
+                        "a tensor of another dtype than f32, f16, bf16, i32, u32 and u8 on a GPU".into(),
+                    )),
+                },
+                other => Err(Error::Invalid(format!(
+                    "a tensor on {:?} among those of a CUDA device",
+                    other.device().location()
+                ))),
+            },
+        }
+    }
+}
+
+/// A tensor `[batch, heads, rows, dim]` as the kernels read it.
+pub(crate) struct Rows {
+    buffer: Buffer,
+    offset: usize,
+    strides: [usize; 3],
+    dim: usize,
+}
+
+impl Rows {
+    /// A tensor of rank 4; one whose last dimension is strided is copied.
+    pub(crate) fn new(t: &Tensor) -> Result<Self> {
+        let t = with_contiguous_rows(&t.detach())?;
+        let (_, _, _, dim) = t.dims4()?;
+        let [b, h, n, _] = *t.stride() else { unreachable!("of rank 4") };
+        let offset = t.layout().start_offset() * t.dtype().size_in_bytes();
+        Ok(Self { buffer: Buffer::Tensor(t), offset, strides: [b, h, n], dim })
+    }
+
+    pub(crate) fn tensor4(&self) -> Tensor4<'_, Buffer> {
+        Tensor4 { data: Slice { buffer: &self.buffer, offset: self.offset }, strides: self.strides }
+    }
+
+    /// Elements of a row.
+    pub(crate) fn dim(&self) -> usize {
+        self.dim
+    }
+}
+
+/// A contiguous tensor of any rank.
+pub(crate) struct Vector {
+    buffer: Buffer,
+    offset: usize,
+}
+
+impl From<Buffer> for Vector {
+    fn from(buffer: Buffer) -> Self {
+        Self { buffer, offset: 0 }
+    }
+}
+
+impl Vector {
+    /// A tensor in `dtype`; copied where it is in another one, or not contiguous.
+    pub(crate) fn new(t: &Tensor, dtype: DType) -> Result<Self> {
+        Ok(Self::strided(t.detach().to_dtype(dtype)?.contiguous()?))
+    }
+
+    /// A tensor as it lies; its strides are the caller's to know.
+    pub(crate) fn strided(t: Tensor) -> Self {
+        let offset = t.layout().start_offset() * t.dtype().size_in_bytes();
+        Self { buffer: Buffer::Tensor(t), offset }
+    }
+
+    pub(crate) fn slice(&self) -> Slice<'_, Buffer> {
+        Slice { buffer: &self.buffer, offset: self.offset }
+    }
+}

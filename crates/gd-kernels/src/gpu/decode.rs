@@ -1,0 +1,246 @@
+//! Decoding on a GPU: 1 to 16 queries against a long cache, in one piece or in pages.
+//!
+//! q `[B, Hq, N, D]`. The cache is k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, or pages `[pages, Hk, page, D|Dv]`
+//! with a block table `[B, most pages]`. Beside the keys it holds their biases without a prior, f32
+//! `[B|pages, Hk, bias_row]`, as [`scan::key_bias`](super::scan::key_bias) computes them. index and energy
+//! `[B, Hq, N]`, y `[B, Hq, N, Dv]`: what a scan with one candidate and a threshold gives, to the bit.
+
+use std::fmt;
+
+use bytemuck::{bytes_of, cast_slice};
+use candle_core::DType;
+
+use super::params::DecodeParams;
+use super::scan::{BIAS_TILE, Prior, bias_row, padded_dim, tile_bytes};
+use super::{Arch, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute};
+use crate::error::{Error, Result};
+use crate::mask::Mask;
+use crate::options::{Score, TieBreak};
+use crate::plan::Problem;
+
+/// Most queries a sequence.
+pub const MAX_QUERIES: usize = 16;
+/// Rows of a block.
+const ROWS: usize = 16;
+/// Warps of a block.
+const WARPS: u32 = 4;
+/// Blocks that a multiprocessor should have to read at the rate of its memory.
+const BLOCKS_A_PROCESSOR: usize = 4;
+/// Fewest tiles of a split.
+const LEAST_TILES: usize = 2;
+/// Shared memory that the kernel declares itself.
+const STATIC: usize = 1024;
+
+/// How a decoding step is launched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The kernel.
+    pub kernel: String,
+    /// Keys that are loaded at a time.
+    pub tile_keys: usize,
+    /// Query heads whose rows share a block.
+    pub pack: usize,
+    /// Blocks of 16 rows of a packed group of heads.
+    pub row_tiles: usize,
+    /// Blocks that share the keys of a row.
+    pub splits: usize,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Plan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes } = self;
+        write!(
+            f,
+            "{kernel}: {row_tiles} x {ROWS} rows, {pack} heads packed, {splits} splits x {tile_keys} keys, \
+             {shared_bytes} bytes"
+        )
+    }
+}
+
+impl Plan {
+    /// The plan for `problem`, whose keys are those that the cache can hold.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] names the value that the kernels do not cover.
+    pub fn new(problem: &Problem, prior: bool, arch: &Arch) -> Result<Self> {
+        require_compute("decode", arch)?;
+        let Problem { dtype, head_dim, queries, batch, q_heads, keys, .. } = *problem;
+        let name = dtype_name("decode", dtype)?;
+        let padded = padded_dim("decode", head_dim)?;
+        if queries == 0 || queries > MAX_QUERIES {
+            return Err(Error::Unsupported(format!("decode: {queries} queries; 1 to {MAX_QUERIES} are")));
+        }
+        if problem.candidates != 1 {
+            return Err(Error::Unsupported(format!("decode: {} candidates; 1 is", problem.candidates)));
+        }
+        let half = dtype != DType::F32;
+        let tile_keys = if half { 64 } else { 32 };
+        let pack = if prior { 1 } else { problem.group() };
+        let row_tiles = (queries * pack).div_ceil(ROWS);
+        let queries_bytes = if half { 0 } else { ROWS * (padded * 4 + 16) };
+        let shared_bytes = tile_bytes(dtype, padded, tile_keys) + queries_bytes;
+        let room = arch.shared_bytes as usize - STATIC;
+        if shared_bytes > room {
+            return Err(Error::Unsupported(format!(
+                "decode: head_dim {head_dim} in {name} needs {shared_bytes} bytes of shared memory; {room} are free"
+            )));
+        }
+        let places = batch * (q_heads / pack) * row_tiles;
+        let wanted = (arch.processors as usize * BLOCKS_A_PROCESSOR).div_ceil(places);
+        let splits = wanted.min(keys.div_ceil(tile_keys * LEAST_TILES)).max(1);
+        let kernel = format!("decode_{name}_d{padded}_sm80");
+        let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes };
+        grid("decode", plan.places(problem) as u128 * splits as u128)?;
+        Ok(plan)
+    }
+
+    fn places(&self, problem: &Problem) -> usize {
+        problem.batch * (problem.q_heads / self.pack) * self.row_tiles
+    }
+
+    /// Bytes of the workspace of a problem.
+    pub fn workspace_bytes(&self, problem: &Problem) -> usize {
+        self.places(problem) * (ROWS * 8 + 4)
+    }
+}
+
+/// The pages of a cache.
+#[derive(Debug)]
+pub struct Pages<'a, B> {
+    /// i32 `[B, most pages]`: the page of every 64, 128, .. keys.
+    pub table: Slice<'a, B>,
+    /// Most pages of a sequence.
+    pub row: usize,
+    /// Keys of a page, a multiple of 64.
+    pub keys: usize,
+    /// Pages in all.
+    pub count: usize,
+}
+
+/// What decoding reads.
+#[derive(Debug)]
+pub struct Inputs<'a, B> {
+    /// `[B, Hq, N, D]`.
+    pub q: Tensor4<'a, B>,
+    /// `[B, Hk, M, D]`, or `[pages, Hk, page, D]`.
+    pub k: Tensor4<'a, B>,
+    /// `[B, Hk, M, Dv]`, or `[pages, Hk, page, Dv]`.
+    pub v: Tensor4<'a, B>,
+    /// Dv.
+    pub value_dim: usize,
+    /// The keys' biases without a prior.
+    pub bias: Slice<'a, B>,
+    /// The pages, if there are.
+    pub pages: Option<Pages<'a, B>>,
+    /// f32 `[Hq]`, > 0.
+    pub beta: Slice<'a, B>,
+    /// The prior.
+    pub prior: Option<Prior<'a, B>>,
+    /// f32 `[Hq]`; without it every winner is admitted.
+    pub threshold: Option<Slice<'a, B>>,
+    /// Which keys a query sees; its key lengths say how much of the cache is filled.
+    pub mask: &'a Mask,
+    /// [`Plan::workspace_bytes`] zeros, which are zeros again after the launch: one serves all steps of a
+    /// stream.
+    pub workspace: Slice<'a, B>,
+}
+
+/// Where the results go.
+#[derive(Debug)]
+pub struct Outputs<'a, B> {
+    /// i32 `[B, Hq, N]`, -1 where no key is admitted.
+    pub index: Slice<'a, B>,
+    /// f32 `[B, Hq, N]`, +inf there.
+    pub energy: Slice<'a, B>,
+    /// `[B, Hq, N, Dv]`, zeros there.
+    pub y: Slice<'a, B>,
+}
+
+/// One decoding step.
+///
+/// # Errors
+/// Pages that are no multiple of a tile, tensors of 2^31 elements or more, what the GPU refuses.
+pub fn decode<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    problem: &Problem,
+    x: &Inputs<'_, G::Buffer>,
+    out: &Outputs<'_, G::Buffer>,
+) -> Result<()> {
+    let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
+    let (pieces, piece_keys) = x.pages.as_ref().map_or((batch, keys), |p| (p.count, p.keys));
+    if let Some(p) = &x.pages
+        && (p.keys == 0 || p.keys % BIAS_TILE != 0 || p.row * p.keys < keys)
+    {
+        return Err(Error::Invalid(format!(
+            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {BIAS_TILE}",
+            p.row, p.keys
+        )));
+    }
+    let q_dims = [batch, q_heads, queries, head_dim];
+    let k_dims = [pieces, kv_heads, piece_keys, head_dim];
+    let [q_batch, q_head, q_row] = x.q.checked("q", q_dims)?;
+    let [k_batch, k_head, k_row] = x.k.checked("k", k_dims)?;
+    let [v_batch, v_head, v_row] = x.v.checked("v", [pieces, kv_heads, piece_keys, x.value_dim])?;
+    elements("bias", (pieces * kv_heads) as u128 * bias_row(piece_keys) as u128)?;
+    let (mask, table) = mask::params(x.mask, batch, queries, keys)?;
+    let table = if table.is_empty() { None } else { Some(gpu.upload(cast_slice(&table))?) };
+    let [prior_batch, prior_heads] = x.prior.as_ref().map_or([0, 0], |p| p.dims.map(|n| n as u32));
+    let params = DecodeParams {
+        batch: batch as u32,
+        q_heads: q_heads as u32,
+        kv_heads: kv_heads as u32,
+        queries: queries as u32,
+        keys: keys as u32,
+        head_dim: head_dim as u32,
+        value_dim: x.value_dim as u32,
+        q_batch,
+        q_head,
+        q_row,
+        k_batch,
+        k_head,
+        k_row,
+        v_batch,
+        v_head,
+        v_row,
+        aligned: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
+        pack: plan.pack as u32,
+        row_tiles: plan.row_tiles as u32,
+        splits: plan.splits as u32,
+        page_keys: x.pages.as_ref().map_or(0, |p| p.keys as u32),
+        table_row: x.pages.as_ref().map_or(0, |p| p.row as u32),
+        bias_row: bias_row(piece_keys) as u32,
+        prior_batch,
+        prior_heads,
+        score: u32::from(problem.score == Score::Dot),
+        last: u32::from(problem.tie == TieBreak::Last),
+        mask,
+    };
+    let places = plan.places(problem);
+    let counter = Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + places * ROWS * 8 };
+    gpu.launch(&Launch {
+        kernel: plan.kernel.clone(),
+        grid: grid("decode", places as u128 * plan.splits as u128)?,
+        block: 32 * WARPS,
+        shared_bytes: plan.shared_bytes as u32,
+        params: bytes_of(&params).to_vec(),
+        buffers: vec![
+            Some(x.q.data),
+            Some(x.k.data),
+            Some(x.bias),
+            Some(x.beta),
+            x.prior.as_ref().map(|p| p.data),
+            table.as_ref().map(Slice::from),
+            x.pages.as_ref().map(|p| p.table),
+            Some(x.v.data),
+            x.threshold,
+            Some(x.workspace),
+            Some(counter),
+            Some(out.index),
+            Some(out.energy),
+            Some(out.y),
+        ],
+    })
+}

@@ -1,0 +1,366 @@
+//! `scan` and `scan_select` on a GPU: plan and launches.
+//!
+//! Two kernels: the bias of every key (`-|k|^2 / 2` and the prior as scores), then the scan. With one
+//! candidate the scan keeps a running maximum and finds its key at the end; otherwise every row
+//! keeps a list in shared memory, filtered by the score of its last entry.
+//!
+//! q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; index, energy `[B, Hq, N, K + P]`.
+
+use std::fmt;
+
+use bytemuck::{bytes_of, cast_slice};
+use candle_core::DType;
+
+use super::params::{BiasParams, ScanParams};
+use super::{Arch, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute};
+use crate::error::{Error, Result};
+use crate::mask::Mask;
+use crate::options::{Precision, Score, TieBreak};
+use crate::plan::Problem;
+
+/// The head_dims of the compiled kernels; others are padded to the next.
+pub const HEAD_DIMS: [usize; 6] = [32, 64, 96, 128, 192, 256];
+/// Most candidates of a row.
+pub const MAX_CANDIDATES: usize = 32;
+/// Most protected keys of a row.
+pub const MAX_PROTECTED: usize = 32;
+/// Keys to a multiple of which biases are padded.
+pub(crate) const BIAS_TILE: usize = 64;
+/// Bytes of a row's list in shared memory: 64 entries of score and key.
+const LIST: usize = 512;
+/// Shared memory that the kernels declare themselves: what 256 rows see.
+const STATIC: usize = 2304;
+/// Warps of the kernel that computes biases; each takes one key.
+const BIAS_WARPS: usize = 8;
+
+/// How a scan is launched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The kernel.
+    pub kernel: String,
+    /// head_dim of the kernel.
+    pub padded_dim: usize,
+    /// Warps of a block.
+    pub warps: usize,
+    /// Query rows of a warp.
+    pub warp_rows: usize,
+    /// Keys that are loaded at a time.
+    pub tile_keys: usize,
+    /// Query heads of a group whose rows share a block.
+    pub pack: usize,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Plan { kernel, warps, warp_rows, tile_keys, pack, shared_bytes, .. } = self;
+        let rows = warps * warp_rows;
+        write!(f, "{kernel}: {rows} query rows x {tile_keys} keys, {pack} heads packed, {shared_bytes} bytes")
+    }
+}
+
+/// The compiled head_dim for `head_dim`.
+pub(crate) fn padded_dim(op: &str, head_dim: usize) -> Result<usize> {
+    let fits = HEAD_DIMS.into_iter().find(|&d| d >= head_dim).filter(|_| head_dim.is_multiple_of(8));
+    fits.filter(|_| head_dim > 0).ok_or_else(|| {
+        Error::Unsupported(format!("{op}: head_dim {head_dim} on a GPU; multiples of 8 from 8 to 256 are"))
+    })
+}
+
+/// What a tile of keys occupies with its biases, twice: one is loaded while the other is read.
+pub(crate) fn tile_bytes(dtype: DType, padded_dim: usize, keys: usize) -> usize {
+    // Rows are padded by 16 bytes, so that rows below each other lie in different banks.
+    2 * keys * (padded_dim * dtype.size_in_bytes() + 16 + 4)
+}
+
+impl Plan {
+    /// The plan of a scan with `protected` protected keys a row; `prior` is whether there is one.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] names the value that the kernels do not cover.
+    pub fn new(problem: &Problem, protected: usize, prior: bool, arch: &Arch) -> Result<Self> {
+        require_compute("scan", arch)?;
+        let Problem { dtype, head_dim, candidates, .. } = *problem;
+        let name = dtype_name("scan", dtype)?;
+        let padded = padded_dim("scan", head_dim)?;
+        if candidates == 0 || candidates > MAX_CANDIDATES {
+            return Err(Error::Unsupported(format!(
+                "scan: {candidates} candidates on a GPU; 1 to {MAX_CANDIDATES} are"
+            )));
+        }
+        if protected > MAX_PROTECTED {
+            return Err(Error::Unsupported(format!(
+                "scan: {protected} protected keys a row on a GPU; at most {MAX_PROTECTED} are"
+            )));
+        }
+        if problem.precision == Precision::Certified {
+            return Err(Error::Unsupported("scan: certified precision on a GPU; native is".into()));
+        }
+        let list = candidates > 1 || protected > 0;
+        let half = dtype != DType::F32;
+        let warp_rows = if half && !list && padded <= 128 { 32 } else { 16 };
+        let tile_keys = if half { 64 } else { 32 };
+        let pack = if prior { 1 } else { problem.group() };
+        // Outside the tensor cores, queries are read from shared memory.
+        let per_warp =
+            if half { 0 } else { warp_rows * (padded * 4 + 16) } + if list { warp_rows * LIST } else { 0 };
+        let shared = |warps: usize| tile_bytes(dtype, padded, tile_keys) + warps * per_warp;
+        let rows = problem.queries * pack;
+        let most = if list { 4 } else { 8 };
+        let room = arch.shared_bytes as usize - STATIC;
+        let fits = |w: &usize| shared(*w) <= room && (*w == 1 || (w / 2) * warp_rows < rows);
+        let Some(warps) = [most, most / 2, most / 4, 1].into_iter().find(|w| *w > 0 && fits(w)) else {
+            return Err(Error::Unsupported(format!(
+                "scan: head_dim {head_dim} in {name} needs {} bytes of shared memory; the device has {}",
+                shared(1),
+                arch.shared_bytes
+            )));
+        };
+        let kind = if list { "list" } else { "best" };
+        let plan = Self {
+            kernel: format!("scan_{kind}_{name}_d{padded}_sm80"),
+            padded_dim: padded,
+            warps,
+            warp_rows,
+            tile_keys,
+            pack,
+            shared_bytes: shared(warps),
+        };
+        plan.grid(problem)?;
+        let rows = problem.batch as u128 * problem.q_heads as u128 * problem.queries as u128;
+        elements("index", rows * (candidates + protected) as u128)?;
+        let heads = if prior { problem.q_heads } else { problem.kv_heads };
+        elements("bias", problem.batch as u128 * heads as u128 * bias_row(problem.keys) as u128)?;
+        Ok(plan)
+    }
+
+    /// Blocks of rows of a packed group of heads.
+    fn row_blocks(&self, problem: &Problem) -> usize {
+        (problem.queries * self.pack).div_ceil(self.warps * self.warp_rows)
+    }
+
+    fn grid(&self, problem: &Problem) -> Result<[u32; 3]> {
+        let groups = problem.batch as u128 * (problem.q_heads / self.pack) as u128;
+        grid("scan", groups * self.row_blocks(problem) as u128)
+    }
+}
+
+/// Biases of a head, in whole tiles.
+pub(crate) fn bias_row(keys: usize) -> usize {
+    keys.next_multiple_of(BIAS_TILE)
+}
+
+/// A key prior, f32 `[B|1, Hq|Hk, M]`, contiguous.
+#[derive(Debug)]
+pub struct Prior<'a, B> {
+    /// Its values: finite or -inf.
+    pub data: Slice<'a, B>,
+    /// Batch and heads.
+    pub dims: [usize; 2],
+}
+
+/// Protected keys, i32 `[B|1, Hq|Hk|1, N|1, P]`, contiguous, negative where unused.
+#[derive(Debug)]
+pub struct Protected<'a, B> {
+    /// The keys.
+    pub data: Slice<'a, B>,
+    /// Its shape.
+    pub dims: [usize; 4],
+}
+
+/// What a scan reads.
+#[derive(Debug)]
+pub struct Inputs<'a, B> {
+    /// `[B, Hq, N, D]`.
+    pub q: Tensor4<'a, B>,
+    /// `[B, Hk, M, D]`.
+    pub k: Tensor4<'a, B>,
+    /// f32 `[Hq]`, > 0.
+    pub beta: Slice<'a, B>,
+    /// The prior.
+    pub prior: Option<Prior<'a, B>>,
+    /// Keys that stay candidates.
+    pub protected: Option<Protected<'a, B>>,
+    /// Which keys a query sees; validated for the problem.
+    pub mask: &'a Mask,
+}
+
+/// Where the candidates go: `[B, Hq, N, K + P]`, contiguous.
+#[derive(Debug)]
+pub struct Outputs<'a, B> {
+    /// i32, -1 in unused slots.
+    pub index: Slice<'a, B>,
+    /// f32, +inf in unused slots.
+    pub energy: Slice<'a, B>,
+    /// u8, 1 where protected; needed if there are protected keys.
+    pub flags: Option<Slice<'a, B>>,
+}
+
+/// The values of a fused scan and selection.
+#[derive(Debug)]
+pub struct Values<'a, B> {
+    /// `[B, Hk, M, Dv]`, of the dtype of q.
+    pub v: Tensor4<'a, B>,
+    /// Dv.
+    pub dim: usize,
+    /// f32 `[Hq]`; without it every winner is admitted.
+    pub threshold: Option<Slice<'a, B>>,
+    /// `[B, Hq, N, Dv]`, contiguous: the winner's value row, or zeros.
+    pub y: Slice<'a, B>,
+}
+
+/// Finds the candidates of every query; the same contract as [`crate::scan`].
+///
+/// # Errors
+/// Tensors of 2^31 elements or more, and what the GPU refuses.
+pub fn scan<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    problem: &Problem,
+    x: &Inputs<'_, G::Buffer>,
+    out: &Outputs<'_, G::Buffer>,
+) -> Result<()> {
+    launch(gpu, plan, problem, x, out, None)
+}
+
+/// The key of least energy of every query and its value row: `index` -1, energy +inf and zeros where
+/// no key is admitted. The plan is that of one candidate without protected keys.
+///
+/// # Errors
+/// As [`scan`].
+pub fn scan_select<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    problem: &Problem,
+    x: &Inputs<'_, G::Buffer>,
+    values: &Values<'_, G::Buffer>,
+    out: &Outputs<'_, G::Buffer>,
+) -> Result<()> {
+    if problem.candidates != 1 || x.protected.is_some() {
+        return Err(Error::Invalid("scan_select: one candidate and no protected keys".into()));
+    }
+    launch(gpu, plan, problem, x, out, Some(values))
+}
+
+/// The biases of all keys, f32 `[B, Hk|Hq, bias_row]`, for [`scan`] and decoding.
+///
+/// # Errors
+/// As [`scan`].
+pub fn key_bias<G: Gpu>(gpu: &G, problem: &Problem, x: &Inputs<'_, G::Buffer>) -> Result<G::Buffer> {
+    let Problem { batch, q_heads, kv_heads, keys, head_dim, dtype, .. } = *problem;
+    let [k_batch, k_head, k_row] = x.k.checked("k", [batch, kv_heads, keys, head_dim])?;
+    let heads = if x.prior.is_some() { q_heads } else { kv_heads };
+    let row = bias_row(keys);
+    let bias = gpu.allocate(batch * heads * row * 4)?;
+    let [prior_batch, prior_heads] = x.prior.as_ref().map_or([0, 0], |p| p.dims.map(|n| n as u32));
+    let params = BiasParams {
+        batch: batch as u32,
+        q_heads: q_heads as u32,
+        kv_heads: kv_heads as u32,
+        keys: keys as u32,
+        head_dim: head_dim as u32,
+        k_batch,
+        k_head,
+        k_row,
+        bias_heads: heads as u32,
+        bias_row: row as u32,
+        prior_batch,
+        prior_heads,
+        score: u32::from(problem.score == Score::Dot),
+    };
+    let blocks = (batch * heads) as u128 * row as u128 / BIAS_WARPS as u128;
+    gpu.launch(&Launch {
+        kernel: format!("scan_bias_{}_sm80", dtype_name("scan", dtype)?),
+        grid: grid("scan", blocks)?,
+        block: 32 * BIAS_WARPS as u32,
+        shared_bytes: 0,
+        params: bytes_of(&params).to_vec(),
+        buffers: vec![Some(x.k.data), Some(x.beta), x.prior.as_ref().map(|p| p.data), Some((&bias).into())],
+    })?;
+    Ok(bias)
+}
+
+fn launch<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    problem: &Problem,
+    x: &Inputs<'_, G::Buffer>,
+    out: &Outputs<'_, G::Buffer>,
+    values: Option<&Values<'_, G::Buffer>>,
+) -> Result<()> {
+    let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
+    let (q_dims, k_dims) = ([batch, q_heads, queries, head_dim], [batch, kv_heads, keys, head_dim]);
+    let [q_batch, q_head, q_row] = x.q.checked("q", q_dims)?;
+    let [k_batch, k_head, k_row] = x.k.checked("k", k_dims)?;
+    let [v_batch, v_head, v_row] = match values {
+        Some(v) => v.v.checked("v", [batch, kv_heads, keys, v.dim])?,
+        None => [0; 3],
+    };
+    if let Some(v) = values {
+        elements("y", (batch * q_heads) as u128 * queries as u128 * v.dim as u128)?;
+    }
+    let (mask, table) = mask::params(x.mask, batch, queries, keys)?;
+    let table = if table.is_empty() { None } else { Some(gpu.upload(cast_slice(&table))?) };
+    let bias = key_bias(gpu, problem, x)?;
+    let [prior_batch, prior_heads] = x.prior.as_ref().map_or([0, 0], |p| p.dims.map(|n| n as u32));
+    let protected = x.protected.as_ref().map_or([0; 4], |p| p.dims.map(|n| n as u32));
+    let params = ScanParams {
+        batch: batch as u32,
+        q_heads: q_heads as u32,
+        kv_heads: kv_heads as u32,
+        queries: queries as u32,
+        keys: keys as u32,
+        head_dim: head_dim as u32,
+        q_batch,
+        q_head,
+        q_row,
+        k_batch,
+        k_head,
+        k_row,
+        aligned: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
+        pack: plan.pack as u32,
+        row_blocks: plan.row_blocks(problem) as u32,
+        bias_heads: if x.prior.is_some() { q_heads } else { kv_heads } as u32,
+        bias_row: bias_row(keys) as u32,
+        prior_batch,
+        prior_heads,
+        score: u32::from(problem.score == Score::Dot),
+        last: u32::from(problem.tie == TieBreak::Last),
+        candidates: problem.candidates as u32,
+        slots: problem.candidates as u32 + protected[3],
+        protected_batch: protected[0],
+        protected_heads: protected[1],
+        protected_queries: protected[2],
+        protected_slots: protected[3],
+        select: u32::from(values.is_some()),
+        value_dim: values.map_or(0, |v| v.dim as u32),
+        v_batch,
+        v_head,
+        v_row,
+        mask,
+    };
+    let mut buffers = vec![
+        Some(x.q.data),
+        Some(x.k.data),
+        Some((&bias).into()),
+        Some(x.beta),
+        x.prior.as_ref().map(|p| p.data),
+        table.as_ref().map(Slice::from),
+        Some(out.index),
+        Some(out.energy),
+    ];
+    if plan.kernel.starts_with("scan_list") {
+        buffers.extend([x.protected.as_ref().map(|p| p.data), out.flags]);
+    } else {
+        buffers.extend([values.map(|v| v.v.data), values.and_then(|v| v.threshold), values.map(|v| v.y)]);
+    }
+    gpu.launch(&Launch {
+        kernel: plan.kernel.clone(),
+        grid: plan.grid(problem)?,
+        block: 32 * plan.warps as u32,
+        shared_bytes: plan.shared_bytes as u32,
+        params: bytes_of(&params).to_vec(),
+        buffers,
+    })
+}

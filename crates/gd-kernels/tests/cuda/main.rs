@@ -1,0 +1,119 @@
+//! The operators on a CUDA device: the suites of tests/emulate with the device in the place of the emulator,
+//! each against the f64 reference; candle's graph on it against the CPU; and repetitions, equal to the bit.
+//!
+//! Needs a GPU, and fails without one. `GD_SANITIZE=1` runs a few problems of each suite, for compute-sanitizer.
+#![allow(clippy::neg_cmp_op_on_partial_ord)] // NaN must fail
+
+// The suites name the emulator; here its name stands for the device below.
+extern crate self as gd_emulate;
+
+#[path = "../../../../tests/emulate/tests/operators/beacon.rs"]
+mod beacon;
+#[path = "../../../../tests/emulate/tests/operators/decode.rs"]
+mod decode;
+#[path = "../../../../tests/emulate/tests/operators/device.rs"]
+mod device;
+mod graph;
+#[path = "../problems/mod.rs"]
+mod problems;
+mod repeats;
+#[path = "../../../../tests/emulate/tests/operators/scan.rs"]
+mod scan;
+#[path = "../../../../tests/emulate/tests/operators/select.rs"]
+mod select;
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use candle_core::Device;
+use gd_kernels::Result;
+pub use gd_kernels::cuda::Buffer;
+use gd_kernels::cuda::{Cuda, open};
+use gd_kernels::gpu::{Arch, Gpu, Launch, Slice};
+
+/// What is wrong with a result.
+pub(crate) type Verdict = std::result::Result<(), String>;
+
+/// Ends a check with a text unless a condition holds; NaN in a comparison does not hold.
+macro_rules! ensure {
+    ($held:expr, $($text:tt)*) => {
+        if !$held {
+            return Err(format!($($text)*));
+        }
+    };
+}
+pub(crate) use ensure;
+
+/// Whether only a few problems are run.
+pub(crate) fn sanitized() -> bool {
+    std::env::var_os("GD_SANITIZE").is_some_and(|x| x == "1")
+}
+
+/// The first GPU.
+pub(crate) fn gpu() -> &'static Device {
+    static GPU: OnceLock<Device> = OnceLock::new();
+    GPU.get_or_init(|| open(0).unwrap_or_else(|e| panic!("these tests need a GPU: {e}")))
+}
+
+/// Runs the cases of seeds `0..count`, or the first few, and fails with all that are wrong.
+pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
+    let count = if sanitized() { count.min(12) } else { count };
+    let (next, wrong) = (AtomicU64::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= count || wrong.load(Ordering::Relaxed) >= 5 {
+                        break;
+                    }
+                    if let Err(e) = case(seed) {
+                        wrong.fetch_add(1, Ordering::Relaxed);
+                        println!("{name}, seed {seed}: {e}");
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(wrong.load(Ordering::Relaxed), 0, "{name}: see above");
+    gd_support::log_cases("device", count as usize);
+}
+
+/// The device, under the emulator's name.
+pub struct Emulator(Cuda);
+
+impl Emulator {
+    /// The device; it makes its own schedules.
+    pub fn new(_: u64) -> Self {
+        Self(Cuda::new(gpu()).unwrap())
+    }
+}
+
+impl Gpu for Emulator {
+    type Buffer = Buffer;
+
+    fn arch(&self) -> Arch {
+        self.0.arch()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        // What a kernel leaves unwritten is NaN, or -1 in integers.
+        self.0.upload(&vec![0xff; bytes])
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Buffer> {
+        self.0.zeros(bytes)
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
+        self.0.upload(bytes)
+    }
+
+    fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
+        self.0.download(from, bytes)
+    }
+
+    fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
+        self.0.launch(launch)
+    }
+}

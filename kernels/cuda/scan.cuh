@@ -1,0 +1,160 @@
+// What both scans share: which rows a block holds, which keys they see, and the walk over tiles.
+#pragma once
+#include "mask.cuh"
+#include "tile.cuh"
+
+// Most rows of a block.
+constexpr int MAX_ROWS = 256;
+
+// The rows of a block: row r of packed heads h0.. is query r / pack of head h0 + r % pack.
+struct Block {
+    u32 b, h0, kv, first;
+
+    __device__ __forceinline__ Block(const ScanParams &p, u32 rows) {
+        u32 groups = p.batch * (p.q_heads / p.pack);
+        // The last rows see the most keys under a causal mask: they start first.
+        u32 group = blockIdx.x % groups, block = p.row_blocks - 1 - blockIdx.x / groups;
+        u32 each = p.q_heads / p.pack;
+        b = group / each;
+        h0 = group % each * p.pack;
+        kv = h0 / (p.q_heads / p.kv_heads);
+        first = block * rows;
+    }
+
+    __device__ __forceinline__ bool exists(const ScanParams &p, u32 row) const {
+        return first + row < p.queries * p.pack;
+    }
+    __device__ __forceinline__ u32 head(const ScanParams &p, u32 row) const {
+        return h0 + (first + row) % p.pack;
+    }
+    __device__ __forceinline__ u32 query(const ScanParams &p, u32 row) const {
+        return (first + row) / p.pack;
+    }
+    // The row of index and energy.
+    __device__ __forceinline__ size_t out(const ScanParams &p, u32 row) const {
+        return (size_t(b) * p.q_heads + head(p, row)) * p.queries + query(p, row);
+    }
+};
+
+template <class T>
+__device__ __forceinline__ const T *query_row(const ScanParams &p, const Block &at, const T *q, u32 row) {
+    return q + size_t(at.b) * p.q_batch + size_t(at.head(p, row)) * p.q_head +
+           size_t(at.query(p, row)) * p.q_row;
+}
+
+// What the rows of a block see: each of them, and all together.
+struct Seen {
+    Range row[MAX_ROWS];
+    Range all;
+};
+
+// Fills it for `rows` rows, at most as many as threads; ends with a barrier.
+__device__ __forceinline__ void fill_seen(Seen &seen, const ScanParams &p, const Block &at, const i32 *table,
+                                          u32 rows) {
+    if (threadIdx.x == 0) seen.all = {i32(p.keys), 0};
+    __syncthreads();
+    if (threadIdx.x < rows) {
+        Range r = {0, 0};
+        if (at.exists(p, threadIdx.x)) r = visible(p.mask, table, at.b, at.query(p, threadIdx.x));
+        seen.row[threadIdx.x] = r;
+        if (r.lo < r.hi) {
+            atomicMin(&seen.all.lo, r.lo);
+            atomicMax(&seen.all.hi, r.hi);
+        }
+    }
+    __syncthreads();
+}
+
+// What the rows of a warp see, some of them and all of them.
+struct Reach {
+    Range some, every;
+
+    __device__ __forceinline__ Reach(const Seen &seen, u32 first, u32 rows) {
+        some = {0x7fffffff, 0};
+        every = {0, 0x7fffffff};
+        for (u32 r = lane_id(); r < rows; r += 32) {
+            Range x = seen.row[first + r];
+            if (x.lo < x.hi) some = {min(some.lo, x.lo), max(some.hi, x.hi)};
+            every = {max(every.lo, x.lo), min(every.hi, x.hi)};
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            some.lo = min(some.lo, __shfl_xor_sync(ALL, some.lo, step));
+            some.hi = max(some.hi, __shfl_xor_sync(ALL, some.hi, step));
+            every.lo = max(every.lo, __shfl_xor_sync(ALL, every.lo, step));
+            every.hi = min(every.hi, __shfl_xor_sync(ALL, every.hi, step));
+        }
+    }
+
+    __device__ __forceinline__ bool meets(i32 first, i32 count) const {
+        return first < some.hi && first + count > some.lo;
+    }
+    __device__ __forceinline__ bool whole(i32 first, i32 count) const {
+        return first >= every.lo && first + count <= every.hi;
+    }
+};
+
+// Walks the tiles that some row sees, in rising order or, if ties go to the last key, in falling order:
+// visit(tile number, its keys, its biases). `shared` holds two tiles and two rows of biases. Loads of the
+// next tile run beside the visit of this one.
+template <class T, int DP, int KEYS, class Visit>
+__device__ __forceinline__ void walk(T *shared, const Source<T> &k, const float *bias, Range all, u32 last,
+                                     Visit visit) {
+    constexpr int PITCH = DP + 16 / sizeof(T), TILE = KEYS * PITCH;
+    float *biases = reinterpret_cast<float *>(shared + 2 * TILE);
+    if (all.lo >= all.hi) return;
+    i32 from = all.lo / KEYS, to = (all.hi + KEYS - 1) / KEYS;
+    auto number = [&](i32 step) { return last ? to - 1 - step : from + step; };
+    auto load = [&](i32 step) {
+        u32 first = u32(number(step)) * KEYS;
+        load_rows<T, DP, KEYS>(shared + step % 2 * TILE, k, first);
+        load_bias<KEYS>(biases + step % 2 * KEYS, bias, first);
+        copy_commit();
+    };
+    load(0);
+    for (i32 step = 0; step < to - from; step++) {
+        if (step + 1 < to - from) {
+            load(step + 1);
+            if (!GD_FAULT(4)) copy_wait<1>();
+        } else {
+            if (!GD_FAULT(5)) copy_wait<0>();
+        }
+        if (!GD_FAULT(6)) __syncthreads();
+        int stage = GD_FAULT(7) ? (step + 1) % 2 : step % 2;
+        visit(u32(number(step)), shared + stage * TILE, biases + stage * KEYS);
+        // The next load overwrites what was just read.
+        if (!GD_FAULT(8)) __syncthreads();
+    }
+}
+
+// The scores of a group of 32 keys from key `first` of the tile on, -inf where a row does not see the key.
+template <class S, class T, int MT>
+__device__ __forceinline__ void group_scores(const S &scoring, const T *keys, const float *bias, int group,
+                                             i32 first, bool whole, const Range (&seen)[MT][2],
+                                             float (&acc)[MT][4][4]) {
+    u32 t = lane_id() % 4;
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            float2 b = *reinterpret_cast<const float2 *>(bias + group + n * 8 + 2 * t);
+            acc[m][n][0] = acc[m][n][2] = b.x;
+            acc[m][n][1] = acc[m][n][3] = b.y;
+        }
+    }
+    scoring.scores(keys, group, acc);
+    if (whole) return;
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                i32 j = first + group + n * 8 + i32(2 * t) + c % 2;
+                Range r = seen[m][c / 2];
+                if (GD_FAULT(9) ? (j < r.lo || j > r.hi) : (j < r.lo || j >= r.hi))
+                    acc[m][n][c] = -GD_INFINITY;
+            }
+        }
+    }
+}

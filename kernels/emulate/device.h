@@ -1,0 +1,197 @@
+// The CUDA language as far as the kernels use it, for a host compiler: every thread of a block is a fibre,
+// and operations of warps and blocks are meetings of fibres (emulate.cpp). Included by ptx.cuh.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+#define __align__(n) alignas(n)
+
+namespace emulate {
+
+struct Index {
+    uint32_t x, y, z;
+};
+
+// The running thread's place, and the fault that is switched on (0: none).
+extern thread_local Index thread, block, block_size, grid_size;
+extern thread_local int fault;
+
+// What a meeting of a warp does when its last lane has come.
+enum class Kind : int { sync, shuffle, ballot, matrices, mma_f16, mma_bf16 };
+
+// All lanes of the warp must come, to the same kind of meeting: `in` of every lane is seen by all.
+struct Request {
+    Kind kind;
+    uint64_t in;
+    uint64_t out;
+    void *data;
+    uint32_t from = 0;
+};
+void meet(Request &request, uint32_t mask);
+void block_barrier();
+[[noreturn]] void fail(const char *format, ...);
+
+void *dynamic_shared();
+void *static_shared(const void *tag, size_t bytes);
+void copy_async(void *to, const void *from, uint32_t bytes);
+void copy_commit();
+void copy_wait(int under_way);
+
+// One launchable kernel.
+using Call = void (*)(void (*kernel)(), const void *params, void *const *pointers);
+void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers);
+
+template <class P, class... A> struct Invoke {
+    template <size_t... I>
+    static void all(void (*kernel)(P, A...), const P &p, void *const *pointers, std::index_sequence<I...>) {
+        kernel(p, static_cast<A>(pointers[I])...);
+    }
+    static void call(void (*kernel)(), const void *params, void *const *pointers) {
+        P p;
+        std::memcpy(&p, params, sizeof p);
+        all(reinterpret_cast<void (*)(P, A...)>(kernel), p, pointers, std::index_sequence_for<A...>());
+    }
+};
+
+struct Entry {
+    template <class P, class... A> Entry(const char *name, void (*kernel)(P, A...)) {
+        enter(name, reinterpret_cast<void (*)()>(kernel), Invoke<P, A...>::call, sizeof(P), sizeof...(A));
+    }
+};
+
+float half_up(uint16_t bits);
+uint16_t half_down(float x);
+uint16_t bfloat_down(float x);
+
+struct Mma {
+    float *c;
+    const uint32_t *a;
+    uint32_t b[2];
+};
+
+} // namespace emulate
+
+// So that an array type can stand where a name follows.
+template <class T> using gd_type = T;
+
+#define GD_REGISTER(name) static const emulate::Entry entry_##name(#name, name);
+#define GD_FAULT(n) (emulate::fault == (n))
+#define GD_INFINITY std::numeric_limits<float>::infinity()
+#define GD_DYNAMIC_SHARED(name) unsigned char *name = static_cast<unsigned char *>(emulate::dynamic_shared())
+#define GD_SHARED(type, name)                                                                                \
+    static const char name##_tag = 0;                                                                        \
+    gd_type<type> &name = *static_cast<gd_type<type> *>(emulate::static_shared(&name##_tag, sizeof(type)))
+
+#define threadIdx emulate::thread
+#define blockIdx emulate::block
+#define blockDim emulate::block_size
+#define gridDim emulate::grid_size
+
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+inline int32_t min(int32_t x, int32_t y) { return x < y ? x : y; }
+inline int32_t max(int32_t x, int32_t y) { return x > y ? x : y; }
+inline uint32_t min(uint32_t x, uint32_t y) { return x < y ? x : y; }
+inline uint32_t max(uint32_t x, uint32_t y) { return x > y ? x : y; }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
+inline uint32_t __float_as_uint(float x) {
+    uint32_t y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
+inline float __uint_as_float(uint32_t x) {
+    float y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
+
+inline void __syncthreads() { emulate::block_barrier(); }
+inline void __threadfence() {}
+inline void __syncwarp(uint32_t mask = 0xffffffffu) {
+    emulate::Request r = {emulate::Kind::sync, 0, 0, nullptr};
+    emulate::meet(r, mask);
+}
+
+template <class T> T gd_shuffle(uint32_t mask, T x, uint32_t from) {
+    static_assert(sizeof(T) <= 8, "shuffles move 4 or 8 bytes");
+    emulate::Request r = {emulate::Kind::shuffle, 0, 0, nullptr, from % 32};
+    std::memcpy(&r.in, &x, sizeof x);
+    emulate::meet(r, mask);
+    std::memcpy(&x, &r.out, sizeof x);
+    return x;
+}
+template <class T> T __shfl_sync(uint32_t mask, T x, uint32_t from) { return gd_shuffle(mask, x, from); }
+template <class T> T __shfl_xor_sync(uint32_t mask, T x, uint32_t step) {
+    return gd_shuffle(mask, x, emulate::thread.x % 32 ^ step);
+}
+template <class T> T __shfl_up_sync(uint32_t mask, T x, uint32_t step) {
+    uint32_t lane = emulate::thread.x % 32;
+    return gd_shuffle(mask, x, lane < step ? lane : lane - step);
+}
+inline uint32_t __ballot_sync(uint32_t mask, bool x) {
+    emulate::Request r = {emulate::Kind::ballot, x, 0, nullptr};
+    emulate::meet(r, mask);
+    return uint32_t(r.out);
+}
+inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
+
+// Fibres are not interrupted, so that plain code is atomic.
+template <class T> T atomicMin(T *at, T x) {
+    T old = *at;
+    if (x < old) *at = x;
+    return old;
+}
+template <class T> T atomicMax(T *at, T x) {
+    T old = *at;
+    if (x > old) *at = x;
+    return old;
+}
+template <class T> T atomicAdd(T *at, T x) {
+    T old = *at;
+    *at += x;
+    return old;
+}
+
+inline float up(float x) { return x; }
+inline float up(f16 x) { return emulate::half_up(x.bits); }
+inline float up(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+inline void down(float x, float &y) { y = x; }
+inline void down(float x, f16 &y) { y.bits = emulate::half_down(x); }
+inline void down(float x, bf16 &y) { y.bits = emulate::bfloat_down(x); }
+
+inline void copy_async(void *to, const void *from, uint32_t bytes) { emulate::copy_async(to, from, bytes); }
+inline void copy_commit() { emulate::copy_commit(); }
+template <int N> inline void copy_wait() { emulate::copy_wait(N); }
+
+inline void load_matrices(uint32_t (&r)[4], const void *row) {
+    emulate::Request request = {emulate::Kind::matrices, uint64_t(uintptr_t(row)), 0, r};
+    emulate::meet(request, 0xffffffffu);
+}
+inline void gd_mma(emulate::Kind kind, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulate::Mma operands = {c, a, {b0, b1}};
+    emulate::Request request = {kind, 0, 0, &operands};
+    emulate::meet(request, 0xffffffffu);
+}
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
+    gd_mma(emulate::Kind::mma_f16, c, a, b0, b1);
+}
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
+    gd_mma(emulate::Kind::mma_bf16, c, a, b0, b1);
+}

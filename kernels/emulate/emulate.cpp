@@ -1,0 +1,487 @@
+// Executes kernels on the host: one fibre a thread, one block at a time, in a seeded random order. What has
+// not been written is NaN (bytes 0xff): shared memory at the start of a block, buffers after allocation,
+// and the target of an asynchronous copy until its thread has waited for it.
+#include "../cuda/ptx.cuh"
+
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <vector>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace emulate {
+
+thread_local Index thread, block, block_size, grid_size;
+thread_local int fault;
+
+namespace {
+
+constexpr size_t STACK = 128 << 10, SHARED = 256 << 10;
+constexpr uint8_t POISON = 0xff;
+
+// Where a fibre, or the scheduler, goes on.
+struct Context {
+#if defined(__x86_64__)
+    void *stack;
+#else
+    ucontext_t place;
+#endif
+};
+
+#if defined(__x86_64__)
+// Saves the registers that calls preserve on the stack, and continues on another one.
+extern "C" void gd_switch_stacks(void **from, void *to);
+asm(R"(
+    .text
+    .globl gd_switch_stacks
+gd_switch_stacks:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+void change(Context &from, Context &to) { gd_switch_stacks(&from.stack, to.stack); }
+void prepare(Context &c, uint8_t *stack, void (*start)()) {
+    // A call leaves the stack 8 bytes off a multiple of 16.
+    void **top = reinterpret_cast<void **>(stack + STACK - 64);
+    *--top = nullptr;
+    *--top = reinterpret_cast<void *>(start);
+    for (int r = 0; r < 6; r++)
+        *--top = nullptr;
+    c.stack = top;
+}
+#else
+void change(Context &from, Context &to) { swapcontext(&from.place, &to.place); }
+void prepare(Context &c, uint8_t *stack, void (*start)()) {
+    getcontext(&c.place);
+    c.place.uc_stack.ss_sp = stack;
+    c.place.uc_stack.ss_size = STACK;
+    c.place.uc_link = nullptr;
+    makecontext(&c.place, start, 0);
+}
+#endif
+
+// Memory between two pages that nobody may touch; `bytes` end (or start) at one of them.
+struct Fenced {
+    uint8_t *pages = nullptr;
+    size_t mapped = 0;
+
+    uint8_t *map(size_t bytes, size_t align, bool at_end) {
+        size_t page = size_t(sysconf(_SC_PAGESIZE)), inner = (bytes + page - 1) / page * page;
+        mapped = inner + 2 * page;
+        void *all = mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (all == MAP_FAILED) return nullptr;
+        pages = static_cast<uint8_t *>(all);
+        mprotect(pages + page, inner, PROT_READ | PROT_WRITE);
+        std::memset(pages + page, POISON, inner);
+        return at_end ? pages + page + inner - (bytes + align - 1) / align * align : pages + page;
+    }
+    void unmap() {
+        if (pages) munmap(pages, mapped);
+        pages = nullptr;
+    }
+};
+
+struct Kernel {
+    void (*function)();
+    Call call;
+    size_t params, pointers;
+};
+std::map<std::string, Kernel> &kernels() {
+    static std::map<std::string, Kernel> all;
+    return all;
+}
+
+struct Copy {
+    uint8_t *to;
+    const uint8_t *from;
+    uint32_t bytes;
+    uint32_t group;
+};
+
+struct Fibre {
+    Context context;
+    Index thread;
+    std::vector<Copy> copies;
+    uint32_t groups = 0;
+};
+
+struct Warp {
+    uint32_t runnable = 0, arrived = 0;
+    Request *request[32];
+};
+
+// All of a launch.
+struct Machine {
+    Context scheduler;
+    std::vector<Fibre> fibres;
+    std::vector<Warp> warps;
+    std::vector<std::pair<const void *, void *>> statics;
+    uint8_t *stacks = nullptr;
+    size_t stack_count = 0;
+    Fenced shared_pages;
+    uint8_t *shared_end = nullptr, *dynamic = nullptr;
+    std::vector<uint8_t *> static_memory;
+    size_t current = 0, finished = 0, at_barrier = 0;
+    const Kernel *kernel = nullptr;
+    const void *params = nullptr;
+    void *const *pointers = nullptr;
+    uint64_t random = 1;
+    std::string error;
+    bool running = false;
+
+    uint32_t draw(uint32_t below) {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        return uint32_t((random >> 20) % below);
+    }
+};
+thread_local Machine machine;
+
+void leave() { change(machine.fibres[machine.current].context, machine.scheduler); }
+
+void start() {
+    Machine &m = machine;
+    m.kernel->call(m.kernel->function, m.params, m.pointers);
+    m.finished++;
+    leave();
+    std::abort();
+}
+
+// The n-th set bit.
+uint32_t bit(uint32_t mask, uint32_t n) {
+    for (; n > 0; n--)
+        mask &= mask - 1;
+    return uint32_t(__builtin_ctz(mask));
+}
+
+void land(Fibre &f, uint32_t groups) {
+    size_t kept = 0;
+    for (Copy &c : f.copies) {
+        if (c.group < groups) {
+            std::memset(c.to, 0, 16);
+            std::memcpy(c.to, c.from, c.bytes);
+        } else {
+            f.copies[kept++] = c;
+        }
+    }
+    f.copies.resize(kept);
+}
+
+void run_block(bool keep_warp) {
+    Machine &m = machine;
+    uint32_t threads = block_size.x, warps = threads / 32;
+    m.finished = m.at_barrier = 0;
+    m.warps.assign(warps, Warp());
+    for (auto &w : m.warps)
+        w.runnable = 0xffffffffu;
+    for (uint8_t *p : m.static_memory)
+        std::free(p);
+    m.static_memory.clear();
+    m.statics.clear();
+    std::memset(m.dynamic, POISON, size_t(m.shared_end - m.dynamic));
+    for (uint32_t t = 0; t < threads; t++) {
+        Fibre &f = m.fibres[t];
+        f.thread = {t, 0, 0};
+        f.copies.clear();
+        f.groups = 0;
+        prepare(f.context, m.stacks + t * STACK, start);
+    }
+    uint32_t warp = m.draw(warps);
+    while (m.finished < threads && m.error.empty()) {
+        if (!keep_warp || !m.warps[warp].runnable) {
+            uint32_t first = m.draw(warps), w = first;
+            while (!m.warps[w].runnable && (w + 1) % warps != first)
+                w = (w + 1) % warps;
+            warp = w;
+        }
+        uint32_t &runnable = m.warps[warp].runnable;
+        if (!runnable) {
+            m.error = "deadlock: " + std::to_string(m.at_barrier) + " threads wait at a block barrier, " +
+                      std::to_string(m.finished) + " of " + std::to_string(threads) + " have finished";
+            break;
+        }
+        uint32_t lane = bit(runnable, m.draw(uint32_t(__builtin_popcount(runnable))));
+        runnable &= ~(1u << lane);
+        m.current = warp * 32 + lane;
+        thread = m.fibres[m.current].thread;
+        change(m.scheduler, m.fibres[m.current].context);
+    }
+}
+
+void mma_step(Request *const (&lanes)[32], bool bfloat) {
+    float a[16][16], b[16][8], c[16][8];
+    auto wide = [&](uint32_t x) { return bfloat ? __uint_as_float(x << 16) : half_up(uint16_t(x)); };
+    for (int l = 0; l < 32; l++) {
+        const Mma &m = *static_cast<const Mma *>(lanes[l]->data);
+        int g = l / 4, t = l % 4;
+        for (int r = 0; r < 4; r++) {
+            a[g + r % 2 * 8][2 * t + r / 2 * 8] = wide(m.a[r] & 0xffff);
+            a[g + r % 2 * 8][2 * t + r / 2 * 8 + 1] = wide(m.a[r] >> 16);
+        }
+        for (int r = 0; r < 2; r++) {
+            b[2 * t + r * 8][g] = wide(m.b[r] & 0xffff);
+            b[2 * t + r * 8 + 1][g] = wide(m.b[r] >> 16);
+        }
+        for (int r = 0; r < 4; r++)
+            c[g + r / 2 * 8][2 * t + r % 2] = m.c[r];
+    }
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 16; k++)
+            for (int j = 0; j < 8; j++)
+                c[i][j] = c[i][j] + a[i][k] * b[k][j];
+    for (int l = 0; l < 32; l++) {
+        const Mma &m = *static_cast<const Mma *>(lanes[l]->data);
+        for (int r = 0; r < 4; r++)
+            m.c[r] = c[l / 4 + r / 2 * 8][2 * (l % 4) + r % 2];
+    }
+}
+
+void complete(Request *const (&lanes)[32]) {
+    switch (lanes[0]->kind) {
+    case Kind::sync:
+        break;
+    case Kind::shuffle:
+        for (Request *r : lanes)
+            r->out = lanes[r->from]->in;
+        break;
+    case Kind::ballot: {
+        uint32_t bits = 0;
+        for (int l = 0; l < 32; l++)
+            bits |= uint32_t(lanes[l]->in != 0) << l;
+        for (Request *r : lanes)
+            r->out = bits;
+        break;
+    }
+    case Kind::matrices:
+        for (int l = 0; l < 32; l++) {
+            if (lanes[l]->in % 16) fail("ldmatrix: a row at an address that is no multiple of 16");
+            for (int x = 0; x < 4; x++) {
+                const uint8_t *row = reinterpret_cast<const uint8_t *>(lanes[x * 8 + l / 4]->in);
+                std::memcpy(static_cast<uint32_t *>(lanes[l]->data) + x, row + l % 4 * 4, 4);
+            }
+        }
+        break;
+    case Kind::mma_f16:
+        mma_step(lanes, false);
+        break;
+    case Kind::mma_bf16:
+        mma_step(lanes, true);
+        break;
+    }
+}
+
+// A read or write outside of every buffer ends the launch.
+void on_fault(int signal, siginfo_t *info, void *) {
+    if (!machine.running) {
+        std::signal(signal, SIG_DFL);
+        return;
+    }
+    fail("access outside of all buffers, at %p", info->si_addr);
+}
+
+} // namespace
+
+void fail(const char *format, ...) {
+    char text[256];
+    va_list list;
+    va_start(list, format);
+    std::vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    machine.error = std::string(text) + " (block " + std::to_string(block.x) + ", thread " +
+                    std::to_string(thread.x) + ")";
+    leave();
+    std::abort();
+}
+
+void meet(Request &request, uint32_t mask) {
+    Machine &m = machine;
+    if (mask != 0xffffffffu) fail("a warp operation without all lanes");
+    size_t current = m.current;
+    Warp &w = m.warps[current / 32];
+    uint32_t lane = uint32_t(current % 32);
+    if (w.arrived) {
+        Request *other = w.request[__builtin_ctz(w.arrived)];
+        if (other->kind != request.kind)
+            fail("lanes of a warp meet for operations %d and %d", int(other->kind), int(request.kind));
+    }
+    w.request[lane] = &request;
+    w.arrived |= 1u << lane;
+    if (w.arrived != 0xffffffffu) {
+        leave();
+        return;
+    }
+    complete(w.request);
+    w.arrived = 0;
+    w.runnable |= ~(1u << lane);
+}
+
+void block_barrier() {
+    Machine &m = machine;
+    if (m.warps[m.current / 32].arrived) fail("a block barrier while lanes of the warp wait for each other");
+    m.at_barrier++;
+    if (m.at_barrier < block_size.x) {
+        leave();
+        return;
+    }
+    m.at_barrier = 0;
+    for (size_t w = 0; w < m.warps.size(); w++)
+        m.warps[w].runnable = 0xffffffffu;
+    m.warps[m.current / 32].runnable &= ~(1u << m.current % 32);
+}
+
+void *dynamic_shared() { return machine.dynamic; }
+
+void *static_shared(const void *tag, size_t bytes) {
+    for (auto &known : machine.statics)
+        if (known.first == tag) return known.second;
+    uint8_t *memory = static_cast<uint8_t *>(std::malloc(bytes));
+    std::memset(memory, POISON, bytes);
+    machine.static_memory.push_back(memory);
+    machine.statics.emplace_back(tag, memory);
+    return memory;
+}
+
+void copy_async(void *to, const void *from, uint32_t bytes) {
+    if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes > 16)
+        fail("cp.async of %u bytes, or not aligned to 16", bytes);
+    Fibre &f = machine.fibres[machine.current];
+    std::memset(to, POISON, 16);
+    f.copies.push_back({static_cast<uint8_t *>(to), static_cast<const uint8_t *>(from), bytes, f.groups});
+}
+void copy_commit() { machine.fibres[machine.current].groups++; }
+void copy_wait(int under_way) {
+    Fibre &f = machine.fibres[machine.current];
+    land(f, f.groups - (f.groups < uint32_t(under_way) ? f.groups : uint32_t(under_way)));
+}
+
+void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers) {
+    kernels()[name] = {kernel, call, params, pointers};
+}
+
+float half_up(uint16_t bits) {
+    static const float *const table = [] {
+        float *t = new float[65536];
+        for (uint32_t x = 0; x < 65536; x++) {
+            uint32_t exponent = x >> 10 & 31, mantissa = x & 1023;
+            float y = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                      : exponent == 0 ? std::ldexp(float(mantissa), -24)
+                                      : std::ldexp(float(mantissa + 1024), int(exponent) - 25);
+            t[x] = x >> 15 ? -y : y;
+        }
+        return t;
+    }();
+    return table[bits];
+}
+
+uint16_t half_down(float x) {
+    uint32_t sign = __float_as_uint(x) >> 31 << 15;
+    float y = std::fabs(x);
+    if (!(y == y)) return uint16_t(sign | 0x7fff);
+    if (y >= 65520.0f) return uint16_t(sign | 0x7c00);
+    // In units of the last place; nearbyint rounds ties to even.
+    int exponent = y < 6.103515625e-05f ? -14 : std::ilogb(y);
+    float units = std::nearbyint(std::ldexp(y, 10 - exponent));
+    uint32_t bits = uint32_t(exponent + 14) * 1024 + uint32_t(units);
+    return uint16_t(sign | bits);
+}
+
+uint16_t bfloat_down(float x) {
+    uint32_t bits = __float_as_uint(x);
+    if (x != x) return 0x7fff;
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+} // namespace emulate
+
+using namespace emulate;
+
+extern "C" {
+
+// Memory of NaN between pages that fault; `place` says at which end of them it lies.
+void *gd_emulate_allocate(size_t bytes, uint32_t place, void **pages, size_t *mapped) {
+    Fenced f;
+    uint8_t *at = f.map(bytes ? bytes : 1, 16, place % 2 == 0);
+    *pages = f.pages;
+    *mapped = f.mapped;
+    return at;
+}
+
+void gd_emulate_free(void *pages, size_t mapped) { munmap(pages, mapped); }
+
+// Runs a kernel; returns 0, or 1 and a text.
+int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, uint32_t shared,
+                      const void *params, size_t params_bytes, void *const *pointers, size_t count,
+                      uint64_t seed, int fault_number, char *text, size_t text_bytes) {
+    Machine &m = machine;
+    auto refuse = [&](const std::string &why) {
+        std::snprintf(text, text_bytes, "%s", why.c_str());
+        return 1;
+    };
+    auto found = kernels().find(name);
+    if (found == kernels().end()) return refuse("no such kernel");
+    const Kernel &k = found->second;
+    if (k.params != params_bytes || k.pointers != count)
+        return refuse("takes params of " + std::to_string(k.params) + " bytes and " +
+                      std::to_string(k.pointers) + " pointers");
+    if (threads == 0 || threads % 32 || threads > 1024 || shared > SHARED || grid[1] != 1 || grid[2] != 1)
+        return refuse("a launch of this shape");
+    static const bool installed = [] {
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_NODEFER;
+        return sigaction(SIGSEGV, &action, nullptr) == 0 && sigaction(SIGBUS, &action, nullptr) == 0;
+    }();
+    if (!installed) return refuse("no signal handler");
+    if (m.stack_count < threads) {
+        if (m.stacks) munmap(m.stacks, m.stack_count * STACK);
+        m.stack_count = threads;
+        m.stacks = static_cast<uint8_t *>(
+            mmap(nullptr, threads * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        m.fibres.resize(threads);
+    }
+    if (!m.shared_end) m.shared_end = m.shared_pages.map(SHARED, 128, true) + SHARED;
+    m.dynamic = m.shared_end - (shared + 127) / 128 * 128;
+    m.kernel = &k;
+    m.params = params;
+    m.pointers = pointers;
+    m.error.clear();
+    m.random = seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
+    fault = fault_number;
+    block_size = {threads, 1, 1};
+    grid_size = {grid[0], 1, 1};
+    // Blocks in a random order.
+    std::vector<uint32_t> order(grid[0]);
+    for (uint32_t b = 0; b < grid[0]; b++) {
+        order[b] = b;
+        std::swap(order[b], order[m.draw(b + 1)]);
+    }
+    m.running = true;
+    for (uint32_t b : order) {
+        block = {b, 0, 0};
+        run_block(m.draw(2) == 0);
+        if (!m.error.empty()) break;
+    }
+    m.running = false;
+    return m.error.empty() ? 0 : refuse(m.error);
+}
+}

@@ -1,0 +1,195 @@
+// Parameters of the GPU kernels, one struct an operator, passed by value: the same bytes as
+// crates/gd-kernels/src/gpu/params.rs (a test compares every offset). All fields have 4 bytes.
+// Sizes and strides count elements; q [B, Hq, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv].
+#pragma once
+#ifdef __METAL_VERSION__
+typedef unsigned int u32;
+typedef int i32;
+typedef float f32;
+#else
+#include <stdint.h>
+typedef uint32_t u32;
+typedef int32_t i32;
+typedef float f32;
+#endif
+
+// Which keys a query sees. The table, if there is one, holds i32: offset [B], length [B], and if the
+// mask is packed first [B + 1] and then the boundaries, of which entry b has first[b]..first[b + 1].
+struct MaskParams {
+    u32 causal;
+    u32 window;   // 0: none
+    i32 offset;   // without a table
+    i32 length;   // without a table
+    u32 tables;   // 0: none, 1: offsets and lengths, 2: boundaries too
+    u32 batch;
+    u32 keys;
+};
+
+// The bias of every key: bias [B, bias_heads, bias_row], -inf beyond the last key.
+struct BiasParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 keys;
+    u32 head_dim;
+    u32 k_batch;
+    u32 k_head;
+    u32 k_row;
+    u32 bias_heads;   // Hk without a prior, Hq with one
+    u32 bias_row;     // M rounded up to whole tiles
+    u32 prior_batch;  // 0: no prior
+    u32 prior_heads;
+    u32 score;        // 0: energy, 1: dot product
+};
+
+struct ScanParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 queries;
+    u32 keys;
+    u32 head_dim;
+    u32 q_batch;
+    u32 q_head;
+    u32 q_row;
+    u32 k_batch;
+    u32 k_head;
+    u32 k_row;
+    u32 aligned;      // rows of q and k lie at multiples of 16 bytes
+    u32 pack;         // query heads whose rows share a block
+    u32 row_blocks;
+    u32 bias_heads;
+    u32 bias_row;
+    u32 prior_batch;  // 0: no prior
+    u32 prior_heads;
+    u32 score;
+    u32 last;         // ties go to the greatest index
+    u32 candidates;
+    u32 slots;        // candidates and protected keys
+    u32 protected_batch;
+    u32 protected_heads;
+    u32 protected_queries;
+    u32 protected_slots;  // 0: none
+    u32 select;       // write the value row of the winner, or zeros
+    u32 value_dim;
+    u32 v_batch;
+    u32 v_head;
+    u32 v_row;
+    MaskParams mask;
+};
+
+// Decoding: a few queries against a long cache, which lies in one piece or in pages of a block table.
+struct DecodeParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 queries;
+    u32 keys;
+    u32 head_dim;
+    u32 value_dim;
+    u32 q_batch;
+    u32 q_head;
+    u32 q_row;
+    u32 k_batch;      // or from page to page
+    u32 k_head;
+    u32 k_row;
+    u32 v_batch;      // or from page to page
+    u32 v_head;
+    u32 v_row;
+    u32 aligned;      // rows of q and k lie at multiples of 16 bytes
+    u32 pack;         // query heads whose rows share a block
+    u32 row_tiles;    // blocks of 16 rows
+    u32 splits;       // blocks that share the keys of a row
+    u32 page_keys;    // keys of a page; 0: no pages
+    u32 table_row;    // pages of a batch entry in the block table
+    u32 bias_row;
+    u32 prior_batch;  // 0: no prior
+    u32 prior_heads;
+    u32 score;
+    u32 last;
+    MaskParams mask;
+};
+
+// The steps of select, one query row a warp: index, energy [B, Hq, N, K], contiguous.
+struct SelectParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 queries;
+    u32 keys;
+    u32 head_dim;
+    u32 value_dim;
+    u32 slots;
+    u32 q_batch;
+    u32 q_head;
+    u32 q_row;
+    u32 k_batch;
+    u32 k_head;
+    u32 k_row;
+    u32 v_batch;
+    u32 v_head;
+    u32 v_row;
+    u32 d_batch;      // of the gradient that comes in: dy, or that of a residual query
+    u32 d_head;
+    u32 d_row;
+    u32 prior_batch;  // 0: no prior
+    u32 prior_heads;
+    u32 score;
+    u32 last;
+    u32 estimator;    // 0 candidates, 1 winner, 3 reinmax
+    u32 passage;      // the coherence point that bisection meets first
+    f32 temperature;
+    f32 preserve;
+    f32 value;
+    f32 hardness;     // 0 for a blend
+    f32 gate;         // temperature of the energy gate; 0: none
+    f32 floor;        // of the barrier, as the next four
+    f32 margin;
+    f32 strength;
+    f32 trigger;
+    f32 slack;
+};
+
+// Sorting slots by the key they hold: the inverse of index, in a fixed order.
+struct SortParams {
+    u32 batch;
+    u32 q_heads;
+    u32 kv_heads;
+    u32 queries;
+    u32 keys;
+    u32 slots;
+    u32 count;        // entries: B Hq N K
+    u32 lists;        // keys of all heads: B Hk M
+    u32 blocks;       // chunks of entries
+    u32 shift;        // of the digit that a pass sorts by
+};
+
+// Depthwise causal convolution: x and y [B, N, C], weight [C, W], past [B, W - 1, C].
+struct ConvParams {
+    u32 batch;
+    u32 rows;
+    u32 channels;
+    u32 width;
+    u32 x_batch;
+    u32 x_row;
+    u32 d_batch;      // of dy
+    u32 d_row;
+    u32 chunks;       // of 64 rows
+    u32 packed;       // the table holds first [B + 1] and then the boundaries, as in a mask
+};
+
+// Gated running average: decay, write [B, H, N], v [B, Hk, N, D], m [B, H, N, D].
+struct AverageParams {
+    u32 batch;
+    u32 heads;
+    u32 value_heads;
+    u32 rows;
+    u32 dim;
+    u32 blocks;       // of 64 rows
+    u32 v_batch;
+    u32 v_head;
+    u32 v_row;
+    u32 d_batch;      // of dm
+    u32 d_head;
+    u32 d_row;
+};

@@ -1,0 +1,204 @@
+//! A GPU for tests: the CUDA sources, compiled as C++, one fibre a thread, one block at a time.
+//!
+//! Schedules are random and seeded; what nobody has written is NaN; every access outside of a buffer ends the
+//! launch with an error. See `kernels/emulate`.
+#![allow(unsafe_code)] // calls into C++
+
+use std::cell::Cell;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+
+use gd_kernels::gpu::{Arch, Gpu, Launch, Slice};
+use gd_kernels::{Error, Result};
+
+#[repr(C)]
+struct Field {
+    name: *const c_char,
+    field: *const c_char,
+    value: usize,
+}
+
+unsafe extern "C" {
+    fn gd_emulate_allocate(bytes: usize, place: u32, pages: *mut *mut c_void, mapped: *mut usize) -> *mut u8;
+    fn gd_emulate_free(pages: *mut c_void, mapped: usize);
+    fn gd_emulate_launch(
+        name: *const c_char,
+        grid: *const u32,
+        threads: u32,
+        shared: u32,
+        params: *const u8,
+        params_bytes: usize,
+        pointers: *const *mut u8,
+        count: usize,
+        seed: u64,
+        fault: c_int,
+        text: *mut c_char,
+        text_bytes: usize,
+    ) -> c_int;
+    static gd_fields: Field;
+}
+
+/// Name, size and (field, offset) of every struct of `params.h`, as C++ lays it out.
+pub type Layouts = Vec<(String, usize, Vec<(String, usize)>)>;
+
+/// The layouts of `params.h`.
+pub fn layouts() -> Layouts {
+    let mut all = Layouts::new();
+    // SAFETY: the table is a static array that ends with a null name; its texts are static.
+    unsafe {
+        let text = |p: *const c_char| CStr::from_ptr(p).to_string_lossy().into_owned();
+        let mut at: *const Field = &raw const gd_fields;
+        while !(*at).name.is_null() {
+            match (all.last_mut(), (*at).field.is_null()) {
+                (_, true) => all.push((text((*at).name), (*at).value, Vec::new())),
+                (Some(last), false) => last.2.push((text((*at).field), (*at).value)),
+                (None, false) => unreachable!("a field before its struct"),
+            }
+            at = at.add(1);
+        }
+    }
+    all
+}
+
+/// Memory between two pages that fault, all of it NaN at first.
+#[derive(Debug)]
+pub struct Buffer {
+    at: *mut u8,
+    bytes: usize,
+    pages: *mut c_void,
+    mapped: usize,
+}
+
+impl Buffer {
+    /// The bytes.
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: `at` points to at least `bytes` mapped bytes, which kernels write only while they run.
+        unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
+    }
+
+    /// Whether the poison around the buffer, up to the pages that fault, is as it was.
+    fn intact(&self) -> bool {
+        let page = 4096;
+        let (first, last) = (self.pages as usize + page, self.pages as usize + self.mapped - page);
+        let clean = |from: usize, to: usize| {
+            // SAFETY: within the mapped pages between the two that fault.
+            unsafe { std::slice::from_raw_parts(from as *const u8, to - from) }.iter().all(|&x| x == 0xff)
+        };
+        clean(first, self.at as usize) && clean(self.at as usize + self.bytes, last)
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: the pages were mapped for this buffer alone.
+        unsafe { gd_emulate_free(self.pages, self.mapped) }
+    }
+}
+
+/// The emulated GPU.
+#[derive(Debug)]
+pub struct Emulator {
+    arch: Arch,
+    seed: Cell<u64>,
+    fault: i32,
+    launches: Cell<usize>,
+}
+
+impl Emulator {
+    /// A device whose schedules follow from `seed`.
+    pub fn new(seed: u64) -> Self {
+        // The multiprocessors of a small part: plans then split work even in small tests.
+        let arch = Arch { compute: 80, shared_bytes: 99 << 10, processors: 8 };
+        Self { arch, seed: Cell::new(seed << 20), fault: 0, launches: Cell::new(0) }
+    }
+
+    /// The same with a fault in its kernels: `GD_FAULT(fault)` holds.
+    pub fn with_fault(seed: u64, fault: i32) -> Self {
+        Self { fault, ..Self::new(seed) }
+    }
+
+    /// Kernels that have run.
+    pub fn launches(&self) -> usize {
+        self.launches.get()
+    }
+
+    fn next(&self) -> u64 {
+        self.seed.set(self.seed.get() + 1);
+        self.seed.get()
+    }
+}
+
+impl Gpu for Emulator {
+    type Buffer = Buffer;
+
+    fn arch(&self) -> Arch {
+        self.arch
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        let (mut pages, mut mapped) = (std::ptr::null_mut(), 0);
+        // SAFETY: writes the two places that it is given.
+        let at = unsafe { gd_emulate_allocate(bytes, self.next() as u32, &mut pages, &mut mapped) };
+        if at.is_null() {
+            return Err(Error::Unsupported(format!("out of memory: {bytes} bytes")));
+        }
+        Ok(Buffer { at, bytes, pages, mapped })
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Buffer> {
+        self.upload(&vec![0; bytes])
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
+        let buffer = self.allocate(bytes.len())?;
+        // SAFETY: the buffer has that many bytes, and nobody else knows it.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer.at, bytes.len()) };
+        Ok(buffer)
+    }
+
+    fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
+        let all = from.buffer.bytes();
+        match all.get(from.offset..from.offset + bytes) {
+            Some(part) => Ok(part.to_vec()),
+            None => Err(Error::Invalid(format!("{bytes} bytes from {} of {}", from.offset, all.len()))),
+        }
+    }
+
+    fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
+        let fail = |why: &str| Error::Unsupported(format!("{launch}: {why}"));
+        let name = CString::new(launch.kernel.as_str()).map_err(|e| fail(&e.to_string()))?;
+        let pointer = |slice: &Option<Slice<'_, Buffer>>| match slice {
+            Some(s) if s.offset <= s.buffer.bytes => Ok(s.buffer.at.wrapping_add(s.offset)),
+            Some(s) => Err(fail(&format!("offset {} in a buffer of {}", s.offset, s.buffer.bytes))),
+            None => Ok(std::ptr::null_mut()),
+        };
+        let pointers = launch.buffers.iter().map(pointer).collect::<Result<Vec<_>>>()?;
+        let mut text = [0 as c_char; 512];
+        // SAFETY: every pointer leads to memory that outlives the call; the kernel's accesses elsewhere
+        // end it.
+        let failed = unsafe {
+            gd_emulate_launch(
+                name.as_ptr(),
+                launch.grid.as_ptr(),
+                launch.block,
+                launch.shared_bytes,
+                launch.params.as_ptr(),
+                launch.params.len(),
+                pointers.as_ptr(),
+                pointers.len(),
+                self.next(),
+                self.fault,
+                text.as_mut_ptr(),
+                text.len(),
+            )
+        };
+        self.launches.set(self.launches.get() + 1);
+        if failed != 0 {
+            // SAFETY: the text ends with 0.
+            return Err(fail(&unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy()));
+        }
+        match launch.buffers.iter().flatten().position(|s| !s.buffer.intact()) {
+            Some(at) => Err(fail(&format!("wrote outside of buffer {at}"))),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Every operator of the GPU, its real sources executed on the host, against the f64 reference: generated
+//! problems, several schedules, poisoned memory, and seeded faults that must be seen.
+
+#[path = "../../../../crates/gd-kernels/tests/problems/mod.rs"]
+mod problems;
+
+mod beacon;
+mod decode;
+mod device;
+mod faults;
+mod plans;
+mod scan;
+mod select;
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// What is wrong with a result.
+pub(crate) type Verdict = Result<(), String>;
+
+/// Ends a check with a text unless a condition holds; NaN in a comparison does not hold.
+macro_rules! ensure {
+    ($held:expr, $($text:tt)*) => {
+        if !$held {
+            return Err(format!($($text)*));
+        }
+    };
+}
+pub(crate) use ensure;
+
+/// Runs the cases of seeds `0..count` on all cores and fails with the first that is wrong.
+pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
+    let (next, wrong) = (AtomicU64::new(0), AtomicUsize::new(0));
+    let started = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= count || wrong.load(Ordering::Relaxed) >= 5 {
+                        break;
+                    }
+                    if let Err(e) = case(seed) {
+                        wrong.fetch_add(1, Ordering::Relaxed);
+                        println!("{name}, seed {seed}: {e}");
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(wrong.load(Ordering::Relaxed), 0, "{name}: see above");
+    println!("{name}: {count} problems in {:.1} s", started.elapsed().as_secs_f64());
+    gd_support::log_cases("emulated", count as usize);
+}

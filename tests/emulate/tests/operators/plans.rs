@@ -1,0 +1,142 @@
+//! The plan table: what each operator refuses, with the value that it names, and what it plans.
+
+use candle_core::DType;
+use gd_emulate::Emulator;
+use gd_kernels::gpu::{Arch, Gpu, Slice, Tensor4, average, conv, decode, scan, select};
+use gd_kernels::{Error, Estimator, Mask, Precision, Problem, Score, TieBreak};
+
+const H100: Arch = Arch { compute: 90, shared_bytes: 227 << 10, processors: 132 };
+const A10: Arch = Arch { compute: 86, shared_bytes: 99 << 10, processors: 72 };
+
+fn problem() -> Problem {
+    Problem {
+        batch: 2,
+        q_heads: 16,
+        kv_heads: 4,
+        queries: 4096,
+        keys: 4096,
+        head_dim: 128,
+        candidates: 8,
+        dtype: DType::BF16,
+        score: Score::Energy,
+        tie: TieBreak::First,
+        precision: Precision::Native,
+    }
+}
+
+/// Fails unless `result` is refused as unsupported with a text that holds `value`.
+fn refused<T: std::fmt::Debug>(result: Result<T, Error>, value: &str) {
+    match result {
+        Err(Error::Unsupported(text)) => assert!(text.contains(value), "{text} does not name {value}"),
+        other => panic!("{other:?} instead of a refusal that names {value}"),
+    }
+}
+
+#[test]
+fn scans_are_planned_or_refused() {
+    let plan = |p: &Problem, protected: usize, arch: &Arch| scan::Plan::new(p, protected, false, arch);
+    let p = problem();
+    let kept = plan(&p, 0, &H100).unwrap();
+    assert_eq!(kept.kernel, "scan_list_bf16_d128_sm80");
+    assert_eq!((kept.warps * kept.warp_rows, kept.pack), (64, 4));
+    assert!(kept.to_string().contains("scan_list_bf16_d128_sm80: 64 query rows x 64 keys"), "{kept}");
+    let best = plan(&Problem { candidates: 1, ..p.clone() }, 0, &H100).unwrap();
+    assert_eq!((best.kernel.as_str(), best.warps * best.warp_rows), ("scan_best_bf16_d128_sm80", 256));
+    // A prior belongs to one query head: no packing.
+    assert_eq!(scan::Plan::new(&p, 0, true, &H100).unwrap().pack, 1);
+    // Padded, and few rows: fewer warps.
+    let few = plan(&Problem { candidates: 1, head_dim: 72, queries: 3, ..p.clone() }, 0, &A10).unwrap();
+    assert_eq!((few.padded_dim, few.warps), (96, 1));
+    // f32 at 256 needs more shared memory than a small part has for four warps.
+    let wide = Problem { candidates: 1, head_dim: 256, dtype: DType::F32, ..p.clone() };
+    let (large, small) = (plan(&wide, 0, &H100).unwrap(), plan(&wide, 0, &A10).unwrap());
+    assert!(small.warps < large.warps && small.shared_bytes <= 99 << 10, "{small}, {large}");
+
+    for (head_dim, name) in [(12, "head_dim 12"), (264, "head_dim 264"), (0, "head_dim 0")] {
+        refused(plan(&Problem { head_dim, ..p.clone() }, 0, &H100), name);
+    }
+    refused(plan(&Problem { dtype: DType::F64, ..p.clone() }, 0, &H100), "f64");
+    refused(plan(&Problem { candidates: 64, ..p.clone() }, 0, &H100), "64 candidates");
+    refused(plan(&Problem { candidates: 0, ..p.clone() }, 0, &H100), "0 candidates");
+    refused(plan(&p, 33, &H100), "33 protected");
+    refused(plan(&Problem { precision: Precision::Certified, ..p.clone() }, 0, &H100), "certified");
+    refused(plan(&p, 0, &Arch { compute: 75, ..H100 }), "compute capability 7.5");
+    refused(plan(&wide, 0, &Arch { shared_bytes: 48 << 10, ..A10 }), "bytes of shared memory");
+    let rows = Problem { queries: 1 << 24, q_heads: 16, ..p.clone() };
+    refused(plan(&rows, 0, &H100), &format!("{}", 2u64 * 16 * (1 << 24) * 8));
+    let blocks = Problem { queries: 1 << 30, batch: 1 << 12, candidates: 1, ..p };
+    refused(plan(&blocks, 0, &H100), "a grid of");
+}
+
+#[test]
+fn tensors_beyond_31_bits_are_refused() {
+    let gpu = Emulator::new(0);
+    let small = gpu.zeros(64).unwrap();
+    let at = |strides| Tensor4 { data: Slice::from(&small), strides };
+    let p = Problem {
+        candidates: 1,
+        batch: 1,
+        kv_heads: 1,
+        q_heads: 1,
+        queries: 2,
+        keys: 2,
+        head_dim: 32,
+        ..problem()
+    };
+    let plan = scan::Plan::new(&p, 0, false, &gpu.arch()).unwrap();
+    let mask = Mask::none();
+    let inputs =
+        |q, k| scan::Inputs { q, k, beta: (&small).into(), prior: None, protected: None, mask: &mask };
+    let out = || scan::Outputs { index: (&small).into(), energy: (&small).into(), flags: None };
+    let far = [1 << 31, 1 << 31, 1 << 31];
+    refused(scan::scan(&gpu, &plan, &p, &inputs(at(far), at([64, 64, 32])), &out()), "q spans 2147483680");
+    refused(scan::scan(&gpu, &plan, &p, &inputs(at([64, 64, 32]), at(far)), &out()), "k spans 2147483680");
+    assert_eq!(gpu.launches(), 0);
+}
+
+#[test]
+fn decoding_is_planned_or_refused() {
+    let p = Problem { queries: 1, candidates: 1, keys: 32_768, batch: 1, ..problem() };
+    let plan = decode::Plan::new(&p, false, &H100).unwrap();
+    // Four heads of keys, four rows each: 132 processors with 4 blocks.
+    assert_eq!((plan.row_tiles, plan.pack, plan.splits), (1, 4, 132));
+    assert!(plan.to_string().contains("132 splits x 64 keys"), "{plan}");
+    assert_eq!(decode::Plan::new(&Problem { keys: 100, ..p.clone() }, false, &H100).unwrap().splits, 1);
+    refused(decode::Plan::new(&Problem { queries: 17, ..p.clone() }, false, &H100), "17 queries");
+    refused(decode::Plan::new(&Problem { candidates: 2, ..p.clone() }, false, &H100), "2 candidates");
+    refused(decode::Plan::new(&Problem { head_dim: 300, ..p.clone() }, false, &H100), "head_dim 300");
+    refused(decode::Plan::new(&p, false, &Arch { compute: 70, ..H100 }), "compute capability 7.0");
+}
+
+#[test]
+fn the_other_operators_are_planned_or_refused() {
+    let s = select::Sizes {
+        batch: 1,
+        q_heads: 2,
+        kv_heads: 1,
+        queries: 8,
+        keys: 8,
+        head_dim: 16,
+        value_dim: 16,
+        slots: 4,
+        dtype: DType::F16,
+    };
+    let rule = select::Rule::default();
+    assert!(select::Plan::new(&s, &rule, &A10).is_ok());
+    refused(select::Plan::new(&select::Sizes { slots: 65, ..s }, &rule, &A10), "65 candidates");
+    refused(select::Plan::new(&select::Sizes { dtype: DType::F64, ..s }, &rule, &A10), "f64");
+    let dense = select::Rule { estimator: Estimator::Dense, ..rule };
+    refused(select::Plan::new(&s, &dense, &A10), "dense");
+    refused(select::Plan::new(&select::Sizes { queries: 1 << 29, ..s }, &rule, &A10), "4294967296");
+
+    let c = conv::Sizes { batch: 1, rows: 10, channels: 4, width: 4, dtype: DType::F32 };
+    assert!(conv::Plan::new(&c, None, &A10).is_ok());
+    refused(conv::Plan::new(&conv::Sizes { dtype: DType::F64, ..c }, None, &A10), "f64");
+    refused(conv::Plan::new(&conv::Sizes { rows: 1 << 30, ..c }, None, &A10), "4294967296");
+
+    let a = average::Sizes { batch: 1, heads: 4, value_heads: 1, rows: 10, dim: 64, dtype: DType::F32 };
+    assert!(average::Plan::new(&a, &A10).is_ok());
+    refused(average::Plan::new(&average::Sizes { dim: 1025, ..a }, &A10), "1025");
+    refused(average::Plan::new(&average::Sizes { heads: 512, ..a }, &A10), "512 heads a value head");
+    refused(average::Plan::new(&average::Sizes { rows: 1 << 28, ..a }, &A10), "68719476736");
+}

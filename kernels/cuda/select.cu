@@ -4,8 +4,8 @@
 #include "inverse.cuh"
 #include "residual.cuh"
 
-// Threads of a block and blocks of a processor: 64 registers a thread, where the compiler by itself spills to
-// make room for more blocks.
+// Threads of a block and blocks of a processor: room for 64 or 128 registers a thread, where the compiler by
+// itself spills to make room for more blocks.
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 
 #define READERS const u32 *starts, const u32 *lists, const u32 *entries, float *parts
@@ -24,7 +24,7 @@
         select_backward<T>(p, energy, index, tau, v, dy, denergy, weights, dtau);                                   \
     }                                                                                                               \
     GD_REGISTER(select_backward_##T##_sm80)                                                                         \
-    KERNEL(256, 4)                                                                                                  \
+    KERNEL(256, 2)                                                                                                  \
     select_values_##T##_sm80(SelectParams p, READERS, const float *weights,                                         \
                              const T *dy, T *dv) {                                                                  \
         value_gradient<T>(p, {starts, lists, entries, parts}, weights, dy, dv);                                     \
@@ -42,7 +42,7 @@
         energy_backward<T>(p, q, k, beta, index, grad, dq, dbeta);                                                  \
     }                                                                                                               \
     GD_REGISTER(energy_backward_##T##_sm80)                                                                         \
-    KERNEL(256, 4)                                                                                                  \
+    KERNEL(256, 2)                                                                                                  \
     energy_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                         \
                            const float *beta, const float *grad, T *dk) {                                           \
         energy_key_gradient<T>(p, {starts, lists, entries, parts}, q, k, beta, grad, dk);                           \
@@ -54,14 +54,14 @@
         density_forward<T>(p, q, k, beta, alpha, index, rho, point);                                                \
     }                                                                                                               \
     GD_REGISTER(density_forward_##T##_sm80)                                                                         \
-    KERNEL(256, 4)                                                                                                  \
+    KERNEL(256, 2)                                                                                                  \
     density_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *alpha,      \
                                 const i32 *index, const float *grad, T *dq, float *factor, float *dbeta,            \
                                 float *dalpha) {                                                                    \
         density_backward<T>(p, q, k, beta, alpha, index, grad, dq, factor, dbeta, dalpha);                          \
     }                                                                                                               \
     GD_REGISTER(density_backward_##T##_sm80)                                                                        \
-    KERNEL(256, 4)                                                                                                  \
+    KERNEL(256, 2)                                                                                                  \
     density_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                        \
                             const float *factor, T *dk) {                                                           \
         density_key_gradient<T>(p, {starts, lists, entries, parts}, q, k, factor, dk);                              \
@@ -77,7 +77,7 @@
         residual_backward<T>(p, q, k, index, dr, dq);                                                               \
     }                                                                                                               \
     GD_REGISTER(residual_backward_##T##_sm80)                                                                       \
-    KERNEL(256, 4)                                                                                                  \
+    KERNEL(256, 2)                                                                                                  \
     residual_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                       \
                              const T *dr, T *dk) {                                                                  \
         residual_key_gradient<T>(p, {starts, lists, entries, parts}, q, k, dr, dk);                                 \
@@ -92,37 +92,46 @@ SELECT(f16)
 SELECT(bf16)
 SELECT(f32)
 
-KERNEL(256, 4) prior_gradient_sm80(SelectParams p, const u32 *starts, const u32 *entries, const float *grad, float *dprior) {
+KERNEL(256, 4)
+prior_gradient_sm80(SelectParams p, const u32 *starts, const u32 *entries, const float *grad, float *dprior) {
     prior_gradient(p, starts, entries, grad, dprior);
 }
 GD_REGISTER(prior_gradient_sm80)
 KERNEL(256, 4) head_sums_sm80(SelectParams p, const float *rows, float *out) { head_sums(p, rows, out); }
 GD_REGISTER(head_sums_sm80)
 KERNEL(128, 8)
-barrier_forward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags, float *out) {
+barrier_forward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags,
+                     float *out) {
     barrier_forward(p, energy, index, flags, out);
 }
 GD_REGISTER(barrier_forward_sm80)
 KERNEL(128, 8)
-barrier_backward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags, const float *grad,
-                      float *out) {
+barrier_backward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags,
+                      const float *grad, float *out) {
     barrier_backward(p, energy, index, flags, grad, out);
 }
 GD_REGISTER(barrier_backward_sm80)
 
-KERNEL(256, 4) select_rest_sm80(SelectParams p, const i32 *index, const i32 *slot, i32 *out) { select_rest(p, index, slot, out); }
+KERNEL(256, 4) select_rest_sm80(SelectParams p, const i32 *index, const i32 *slot, i32 *out) {
+    select_rest(p, index, slot, out);
+}
 GD_REGISTER(select_rest_sm80)
 
-KERNEL(256, 4) sort_begin_sm80(SortParams p, const i32 *index, u32 *lists, u32 *entries) { sort_begin(p, index, lists, entries); }
+KERNEL(256, 4) sort_begin_sm80(SortParams p, const i32 *index, u32 *lists, u32 *entries) {
+    sort_begin(p, index, lists, entries);
+}
 GD_REGISTER(sort_begin_sm80)
 KERNEL(256, 4) sort_count_sm80(SortParams p, const u32 *lists, u32 *counts) { sort_count(p, lists, counts); }
 GD_REGISTER(sort_count_sm80)
 KERNEL(256, 4) sort_places_sm80(SortParams p, u32 *counts) { sort_places(p, counts); }
 GD_REGISTER(sort_places_sm80)
 KERNEL(256, 4)
-sort_move_sm80(SortParams p, const u32 *places, const u32 *lists, const u32 *entries, u32 *lists_out, u32 *entries_out) {
+sort_move_sm80(SortParams p, const u32 *places, const u32 *lists, const u32 *entries, u32 *lists_out,
+               u32 *entries_out) {
     sort_move(p, places, lists, entries, lists_out, entries_out);
 }
 GD_REGISTER(sort_move_sm80)
-KERNEL(256, 4) sort_starts_sm80(SortParams p, const u32 *lists, u32 *starts) { sort_starts(p, lists, starts); }
+KERNEL(256, 4) sort_starts_sm80(SortParams p, const u32 *lists, u32 *starts) {
+    sort_starts(p, lists, starts);
+}
 GD_REGISTER(sort_starts_sm80)

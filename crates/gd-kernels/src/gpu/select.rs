@@ -369,7 +369,13 @@ pub fn sum_rows<G: Gpu>(
     out: Slice<'_, G::Buffer>,
 ) -> Result<()> {
     let plan = plan.gradient(d, plan.sizes.y_dims())?;
-    plan.by_keys(gpu, "select_values", (inverse, plan.sizes.value_dim), vec![Some(weights), Some(d.data)], out)
+    plan.by_keys(
+        gpu,
+        "select_values",
+        (inverse, plan.sizes.value_dim),
+        vec![Some(weights), Some(d.data)],
+        out,
+    )
 }
 
 /// The tensors that energies come from.

@@ -1,7 +1,8 @@
 // Instantiations of the gated running average.
 #include "average.cuh"
 
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// One block a processor is enough, so that the compiler takes the registers that it needs.
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 
 #define AVERAGE(T)                                                                                                  \
     KERNEL(256)                                                                                                     \

@@ -104,17 +104,14 @@ density_backward(const SelectParams &p, const T *q, const T *k, const float *bet
 
 // dk: factor (k - q) of all readers.
 template <class T>
-__device__ __forceinline__ void density_key_gradient(const SelectParams &p, const u32 *starts,
-                                                     const u32 *entries, const T *q, const T *k,
-                                                     const float *factor, T *dk) {
-    i32 j = i32(blockIdx.x % p.keys);
-    sum_readers(p, p.head_dim, starts, entries, dk,
-                [&](u32 row, const Place &at, u32 first, float (&sum)[4]) {
-                    const T *query = q_row(p, at, q), *key = k_row(p, at, k, j);
-                    float c = factor[row];
-                    for (u32 x = 0; x < 4; x++) {
-                        u32 d = first + 32 * x + lane_id();
-                        if (d < p.head_dim) sum[x] += c * (up(key[d]) - up(query[d]));
-                    }
-                });
+__device__ __forceinline__ void density_key_gradient(const SelectParams &p, const Readers &r, const T *q,
+                                                     const T *k, const float *factor, T *dk) {
+    sum_readers(p, p.head_dim, r, dk, [&](u32 row, const Place &at, i32 j, u32 first, float (&sum)[4]) {
+        const T *query = q_row(p, at, q), *key = k_row(p, at, k, j);
+        float c = factor[row];
+        for (u32 x = 0; x < 4; x++) {
+            u32 d = first + 32 * x + lane_id();
+            if (d < p.head_dim) sum[x] += c * (up(key[d]) - up(query[d]));
+        }
+    });
 }

@@ -78,11 +78,9 @@ __device__ __forceinline__ void residual_backward(const SelectParams &p, const T
 
 // dk: the gradients of delta of all readers.
 template <class T>
-__device__ __forceinline__ void residual_key_gradient(const SelectParams &p, const u32 *starts,
-                                                      const u32 *entries, const T *q, const T *k, const T *dr,
-                                                      T *dk) {
-    i32 j = i32(blockIdx.x % p.keys);
-    sum_readers(p, p.head_dim, starts, entries, dk, [&](u32, const Place &at, u32 first, float (&sum)[4]) {
+__device__ __forceinline__ void residual_key_gradient(const SelectParams &p, const Readers &r, const T *q,
+                                                      const T *k, const T *dr, T *dk) {
+    sum_readers(p, p.head_dim, r, dk, [&](u32, const Place &at, i32 j, u32 first, float (&sum)[4]) {
         const T *query = q_row(p, at, q), *key = k_row(p, at, k, j), *grad = d_row(p, at, dr);
         Jump y = jump(query, key, p.head_dim);
         if (!(y.length > 0)) return;
@@ -95,7 +93,8 @@ __device__ __forceinline__ void residual_key_gradient(const SelectParams &p, con
 }
 
 // The candidates without each row's winner; a row that abstained has none left to refine with.
-__device__ __forceinline__ void select_rest(const SelectParams &p, const i32 *index, const i32 *slot, i32 *out) {
+__device__ __forceinline__ void select_rest(const SelectParams &p, const i32 *index, const i32 *slot,
+                                            i32 *out) {
     u32 at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= p.batch * p.q_heads * p.queries * p.slots) return;
     i32 won = slot[at / p.slots];

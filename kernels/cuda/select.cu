@@ -4,118 +4,134 @@
 #include "inverse.cuh"
 #include "residual.cuh"
 
-// Threads of a block and, where the compiler would else spill to make room for more, blocks of a processor.
-#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
+// Threads of a block and blocks of a processor: room for 64 or 128 registers a thread, where the compiler by
+// itself spills to make room for more blocks.
+#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+
+#define READERS const u32 *starts, const u32 *lists, const u32 *entries, float *parts
 
 #define SELECT(T)                                                                                                   \
-    KERNEL(256)                                                                                                     \
+    KERNEL(256, 4)                                                                                                  \
     select_forward_##T##_sm80(SelectParams p, const float *energy, const i32 *index, const float *tau, const T *v,  \
                               i32 *slot, i32 *winner, i32 *nearest, float *chosen, float *margin, float *gate,      \
                               T *y) {                                                                               \
         select_forward<T>(p, energy, index, tau, v, slot, winner, nearest, chosen, margin, gate, y);                \
     }                                                                                                               \
     GD_REGISTER(select_forward_##T##_sm80)                                                                          \
-    KERNEL(256)                                                                                                     \
+    KERNEL(256, 4)                                                                                                  \
     select_backward_##T##_sm80(SelectParams p, const float *energy, const i32 *index, const float *tau, const T *v, \
                                const T *dy, float *denergy, float *weights, float *dtau) {                          \
         select_backward<T>(p, energy, index, tau, v, dy, denergy, weights, dtau);                                   \
     }                                                                                                               \
     GD_REGISTER(select_backward_##T##_sm80)                                                                         \
-    KERNEL(128)                                                                                                     \
-    select_values_##T##_sm80(SelectParams p, const u32 *starts, const u32 *entries, const float *weights,           \
+    KERNEL(256, 2)                                                                                                  \
+    select_values_##T##_sm80(SelectParams p, READERS, const float *weights,                                         \
                              const T *dy, T *dv) {                                                                  \
-        value_gradient<T>(p, starts, entries, weights, dy, dv);                                                     \
+        value_gradient<T>(p, {starts, lists, entries, parts}, weights, dy, dv);                                     \
     }                                                                                                               \
     GD_REGISTER(select_values_##T##_sm80)                                                                           \
-    KERNEL(256)                                                                                                     \
+    KERNEL(256, 4)                                                                                                  \
     energy_forward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *prior,        \
                               const i32 *index, float *energy) {                                                    \
         energy_forward<T>(p, q, k, beta, prior, index, energy);                                                     \
     }                                                                                                               \
     GD_REGISTER(energy_forward_##T##_sm80)                                                                          \
-    KERNEL(256)                                                                                                     \
+    KERNEL(256, 4)                                                                                                  \
     energy_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const i32 *index,         \
                                const float *grad, T *dq, float *dbeta) {                                            \
         energy_backward<T>(p, q, k, beta, index, grad, dq, dbeta);                                                  \
     }                                                                                                               \
     GD_REGISTER(energy_backward_##T##_sm80)                                                                         \
-    KERNEL(128)                                                                                                     \
-    energy_keys_##T##_sm80(SelectParams p, const u32 *starts, const u32 *entries, const T *q, const T *k,           \
+    KERNEL(256, 2)                                                                                                  \
+    energy_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                         \
                            const float *beta, const float *grad, T *dk) {                                           \
-        energy_key_gradient<T>(p, starts, entries, q, k, beta, grad, dk);                                           \
+        energy_key_gradient<T>(p, {starts, lists, entries, parts}, q, k, beta, grad, dk);                           \
     }                                                                                                               \
     GD_REGISTER(energy_keys_##T##_sm80)                                                                             \
-    KERNEL(256)                                                                                                     \
+    KERNEL(256, 4)                                                                                                  \
     density_forward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *alpha,       \
                                const i32 *index, float *rho, float *point) {                                        \
         density_forward<T>(p, q, k, beta, alpha, index, rho, point);                                                \
     }                                                                                                               \
     GD_REGISTER(density_forward_##T##_sm80)                                                                         \
-    KERNEL(256)                                                                                                     \
+    KERNEL(256, 2)                                                                                                  \
     density_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *alpha,      \
                                 const i32 *index, const float *grad, T *dq, float *factor, float *dbeta,            \
                                 float *dalpha) {                                                                    \
         density_backward<T>(p, q, k, beta, alpha, index, grad, dq, factor, dbeta, dalpha);                          \
     }                                                                                                               \
     GD_REGISTER(density_backward_##T##_sm80)                                                                        \
-    KERNEL(128)                                                                                                     \
-    density_keys_##T##_sm80(SelectParams p, const u32 *starts, const u32 *entries, const T *q, const T *k,          \
+    KERNEL(256, 2)                                                                                                  \
+    density_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                        \
                             const float *factor, T *dk) {                                                           \
-        density_key_gradient<T>(p, starts, entries, q, k, factor, dk);                                              \
+        density_key_gradient<T>(p, {starts, lists, entries, parts}, q, k, factor, dk);                              \
     }                                                                                                               \
     GD_REGISTER(density_keys_##T##_sm80)                                                                            \
-    KERNEL(256)                                                                                                     \
+    KERNEL(256, 4)                                                                                                  \
     residual_forward_##T##_sm80(SelectParams p, const T *q, const T *k, const i32 *index, T *out) {                 \
         residual_forward<T>(p, q, k, index, out);                                                                   \
     }                                                                                                               \
     GD_REGISTER(residual_forward_##T##_sm80)                                                                        \
-    KERNEL(256)                                                                                                     \
+    KERNEL(256, 4)                                                                                                  \
     residual_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const i32 *index, const T *dr, T *dq) {    \
         residual_backward<T>(p, q, k, index, dr, dq);                                                               \
     }                                                                                                               \
     GD_REGISTER(residual_backward_##T##_sm80)                                                                       \
-    KERNEL(128)                                                                                                     \
-    residual_keys_##T##_sm80(SelectParams p, const u32 *starts, const u32 *entries, const T *q, const T *k,         \
+    KERNEL(256, 2)                                                                                                  \
+    residual_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                       \
                              const T *dr, T *dk) {                                                                  \
-        residual_key_gradient<T>(p, starts, entries, q, k, dr, dk);                                                 \
+        residual_key_gradient<T>(p, {starts, lists, entries, parts}, q, k, dr, dk);                                 \
     }                                                                                                               \
-    GD_REGISTER(residual_keys_##T##_sm80)
+    GD_REGISTER(residual_keys_##T##_sm80)                                                                           \
+    KERNEL(128, 8) add_parts_##T##_sm80(SelectParams p, const u32 *starts, const float *parts, T *out) {            \
+        add_parts<T>(p.head_dim, starts, parts, out);                                                               \
+    }                                                                                                               \
+    GD_REGISTER(add_parts_##T##_sm80)
 
 SELECT(f16)
 SELECT(bf16)
 SELECT(f32)
 
-KERNEL(256) prior_gradient_sm80(SelectParams p, const u32 *starts, const u32 *entries, const float *grad, float *dprior) {
+KERNEL(256, 4)
+prior_gradient_sm80(SelectParams p, const u32 *starts, const u32 *entries, const float *grad, float *dprior) {
     prior_gradient(p, starts, entries, grad, dprior);
 }
 GD_REGISTER(prior_gradient_sm80)
-KERNEL(256) head_sums_sm80(SelectParams p, const float *rows, float *out) { head_sums(p, rows, out); }
+KERNEL(256, 4) head_sums_sm80(SelectParams p, const float *rows, float *out) { head_sums(p, rows, out); }
 GD_REGISTER(head_sums_sm80)
 KERNEL(128, 8)
-barrier_forward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags, float *out) {
+barrier_forward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags,
+                     float *out) {
     barrier_forward(p, energy, index, flags, out);
 }
 GD_REGISTER(barrier_forward_sm80)
 KERNEL(128, 8)
-barrier_backward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags, const float *grad,
-                      float *out) {
+barrier_backward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags,
+                      const float *grad, float *out) {
     barrier_backward(p, energy, index, flags, grad, out);
 }
 GD_REGISTER(barrier_backward_sm80)
 
-KERNEL(256) select_rest_sm80(SelectParams p, const i32 *index, const i32 *slot, i32 *out) { select_rest(p, index, slot, out); }
+KERNEL(256, 4) select_rest_sm80(SelectParams p, const i32 *index, const i32 *slot, i32 *out) {
+    select_rest(p, index, slot, out);
+}
 GD_REGISTER(select_rest_sm80)
 
-KERNEL(256) sort_begin_sm80(SortParams p, const i32 *index, u32 *lists, u32 *entries) { sort_begin(p, index, lists, entries); }
+KERNEL(256, 4) sort_begin_sm80(SortParams p, const i32 *index, u32 *lists, u32 *entries) {
+    sort_begin(p, index, lists, entries);
+}
 GD_REGISTER(sort_begin_sm80)
-KERNEL(256) sort_count_sm80(SortParams p, const u32 *lists, u32 *counts) { sort_count(p, lists, counts); }
+KERNEL(256, 4) sort_count_sm80(SortParams p, const u32 *lists, u32 *counts) { sort_count(p, lists, counts); }
 GD_REGISTER(sort_count_sm80)
-KERNEL(256) sort_places_sm80(SortParams p, u32 *counts) { sort_places(p, counts); }
+KERNEL(256, 4) sort_places_sm80(SortParams p, u32 *counts) { sort_places(p, counts); }
 GD_REGISTER(sort_places_sm80)
-KERNEL(256)
-sort_move_sm80(SortParams p, const u32 *places, const u32 *lists, const u32 *entries, u32 *lists_out, u32 *entries_out) {
+KERNEL(256, 4)
+sort_move_sm80(SortParams p, const u32 *places, const u32 *lists, const u32 *entries, u32 *lists_out,
+               u32 *entries_out) {
     sort_move(p, places, lists, entries, lists_out, entries_out);
 }
 GD_REGISTER(sort_move_sm80)
-KERNEL(256) sort_starts_sm80(SortParams p, const u32 *lists, u32 *starts) { sort_starts(p, lists, starts); }
+KERNEL(256, 4) sort_starts_sm80(SortParams p, const u32 *lists, u32 *starts) {
+    sort_starts(p, lists, starts);
+}
 GD_REGISTER(sort_starts_sm80)

@@ -20,6 +20,7 @@ const DIGIT: u32 = 8;
 #[derive(Debug)]
 pub struct Inverse<B> {
     starts: B,
+    lists: B,
     entries: B,
 }
 
@@ -71,12 +72,12 @@ impl<B> Inverse<B> {
         let starts = gpu.allocate((lists as usize + 1) * 4)?;
         let threads = (count as usize + 1).div_ceil(THREADS);
         launch(&params, "sort_starts", threads, vec![(&from[0]).into(), (&starts).into()])?;
-        let [_, entries] = from;
-        Ok(Self { starts, entries })
+        let [lists, entries] = from;
+        Ok(Self { starts, lists, entries })
     }
 
-    /// Starts u32 `[B Hk M + 1]` and entries u32 `[B Hq N K]`.
-    pub(crate) fn slices(&self) -> [Option<Slice<'_, B>>; 2] {
-        [Some((&self.starts).into()), Some((&self.entries).into())]
+    /// Starts u32 `[B Hk M + 1]`, then the sorted lists and entries, u32 `[B Hq N K]`.
+    pub(crate) fn slices(&self) -> [Slice<'_, B>; 3] {
+        [&self.starts, &self.lists, &self.entries].map(Slice::from)
     }
 }

@@ -18,6 +18,8 @@ use crate::options::{Barrier, CoherenceMode, Estimator, Score, TieBreak};
 
 /// Most candidates of a row, protected ones counted.
 pub const MAX_SLOTS: usize = 64;
+/// Entries of the inverse index that a warp sums up.
+const PIECE: usize = 128;
 
 /// The sizes of a selection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -244,15 +246,31 @@ impl Plan {
         self.launch(gpu, &kernel, (self.sizes.rows().div_ceil(8), 256), buffers)
     }
 
-    /// One key a block.
+    /// Sums over the readers of every key into `out` `[B, Hk, M, dim]`: pieces of entries a warp each, then the
+    /// lists that lie in several of them.
     fn by_keys<'a, G: Gpu>(
         &self,
         gpu: &G,
         op: &str,
+        (inverse, dim): (&'a Inverse<G::Buffer>, usize),
         buffers: Vec<Option<Slice<'a, G::Buffer>>>,
+        out: Slice<'a, G::Buffer>,
     ) -> Result<()> {
-        let keys = self.sizes.batch * self.sizes.kv_heads * self.sizes.keys;
-        self.launch(gpu, &format!("{op}_{}", self.dtype), (keys, 128), buffers)
+        let Sizes { batch, kv_heads, keys, slots, .. } = self.sizes;
+        let pieces = (self.sizes.rows() * slots).div_ceil(PIECE);
+        elements("parts", pieces as u128 * 2 * dim as u128)?;
+        let parts = gpu.allocate(pieces * 2 * dim * 4)?;
+        let [starts, lists, entries] = inverse.slices();
+        let mut all = vec![Some(starts), Some(lists), Some(entries), Some((&parts).into())];
+        all.extend(buffers);
+        all.push(Some(out));
+        self.launch(gpu, &format!("{op}_{}", self.dtype), (pieces.div_ceil(8), 256), all)?;
+        // The kernel takes the length of a row as head_dim.
+        let params = SelectParams { head_dim: dim as u32, ..self.params };
+        let lists = batch * kv_heads * keys;
+        let buffers = vec![Some(starts), Some((&parts).into()), Some(out)];
+        let plan = Self { params, ..*self };
+        plan.launch(gpu, &format!("add_parts_{}", self.dtype), (lists, 128), buffers)
     }
 
     /// Sums f32 rows `[B, Hq, N]` into heads `[Hq]`.
@@ -332,9 +350,8 @@ pub fn choose_backward<G: Gpu>(
     let mut buffers = vec![Some(c.energy), Some(c.index), Some(c.threshold), Some(v.data), Some(dy.data)];
     buffers.extend([Some(denergy), Some((&weights).into()), Some((&dtau).into())]);
     plan.by_rows(gpu, "select_backward", buffers)?;
-    let [starts, entries] = inverse.slices();
-    let buffers = vec![starts, entries, Some((&weights).into()), Some(dy.data), Some(dv)];
-    plan.by_keys(gpu, "select_values", buffers)?;
+    let buffers = vec![Some((&weights).into()), Some(dy.data)];
+    plan.by_keys(gpu, "select_values", (inverse, plan.sizes.value_dim), buffers, dv)?;
     plan.head_sums(gpu, &dtau, dthreshold)
 }
 
@@ -351,9 +368,8 @@ pub fn sum_rows<G: Gpu>(
     d: &Tensor4<'_, G::Buffer>,
     out: Slice<'_, G::Buffer>,
 ) -> Result<()> {
-    let [starts, entries] = inverse.slices();
     let plan = plan.gradient(d, plan.sizes.y_dims())?;
-    plan.by_keys(gpu, "select_values", vec![starts, entries, Some(weights), Some(d.data), Some(out)])
+    plan.by_keys(gpu, "select_values", (inverse, plan.sizes.value_dim), vec![Some(weights), Some(d.data)], out)
 }
 
 /// The tensors that energies come from.
@@ -423,12 +439,13 @@ pub fn energy_backward<G: Gpu>(
     let buffers = vec![q, k, beta, Some(x.index), Some(gradient), Some(out.q), Some((&dbeta).into())];
     plan.by_rows(gpu, "energy_backward", buffers)?;
     plan.head_sums(gpu, &dbeta, out.beta)?;
-    let [starts, entries] = inverse.slices();
-    plan.by_keys(gpu, "energy_keys", vec![starts, entries, q, k, beta, Some(gradient), Some(out.k)])?;
+    let dim = plan.sizes.head_dim;
+    plan.by_keys(gpu, "energy_keys", (inverse, dim), vec![q, k, beta, Some(gradient)], out.k)?;
     if let Some(prior) = &out.prior {
         let values = prior.dims[0] * prior.dims[1] * plan.sizes.keys;
         let plan = plan.prior(Some(prior));
-        let buffers = vec![starts, entries, Some(gradient), Some(prior.data)];
+        let [starts, _, entries] = inverse.slices();
+        let buffers = vec![Some(starts), Some(entries), Some(gradient), Some(prior.data)];
         plan.launch(gpu, "prior_gradient", (values.div_ceil(256), 256), buffers)?;
     }
     Ok(())
@@ -525,8 +542,8 @@ pub fn density_backward<G: Gpu>(
     plan.by_rows(gpu, "density_backward", buffers)?;
     plan.head_sums(gpu, &dbeta, out.beta)?;
     plan.head_sums(gpu, &dalphas, dalpha)?;
-    let [starts, entries] = inverse.slices();
-    plan.by_keys(gpu, "density_keys", vec![starts, entries, q, k, Some((&factor).into()), Some(out.k)])
+    let dim = plan.sizes.head_dim;
+    plan.by_keys(gpu, "density_keys", (inverse, dim), vec![q, k, Some((&factor).into())], out.k)
 }
 
 /// The queries `[B, Hq, N, D]` without their components along the jumps to one key each; the plan is that of
@@ -559,6 +576,6 @@ pub fn residual_backward<G: Gpu>(
     let plan = x.plan(plan)?.gradient(gradient, plan.sizes.q_dims())?;
     let (q, k) = (Some(x.q.data), Some(x.k.data));
     plan.by_rows(gpu, "residual_backward", vec![q, k, Some(x.index), Some(gradient.data), Some(dq)])?;
-    let [starts, entries] = inverse.slices();
-    plan.by_keys(gpu, "residual_keys", vec![starts, entries, q, k, Some(gradient.data), Some(dk)])
+    let dim = plan.sizes.head_dim;
+    plan.by_keys(gpu, "residual_keys", (inverse, dim), vec![q, k, Some(gradient.data)], dk)
 }

@@ -30,7 +30,7 @@ const FAULTS: &[Fault] = &[
     (21, "select: ties go the other way", crate::select::check),
     (22, "sort: no barrier before the sums of warps are read", crate::select::check),
     (23, "key gradient: the last reader is left out", crate::select::check),
-    (24, "key gradient: parts are overwritten before they are read", crate::select::check),
+    (24, "key gradient: a list takes the first part of a piece for its own", crate::select::check),
     (25, "conv: first tap of a packed sequence left out", crate::beacon::check_conv),
     (26, "average: no barrier before the parts of warps are read", crate::beacon::check_average),
 ];

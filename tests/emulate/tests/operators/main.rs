@@ -20,7 +20,8 @@ pub(crate) type Verdict = Result<(), String>;
 /// Ends a check with a text unless a condition holds; NaN in a comparison does not hold.
 macro_rules! ensure {
     ($held:expr, $($text:tt)*) => {
-        if !$held {
+        let held: bool = $held;
+        if !held {
             return Err(format!($($text)*));
         }
     };

@@ -295,6 +295,7 @@ def one_trace(browser, build):
     tab.type("150")
     tab.press("Enter")
     tab.press("Escape")
+    tab.settle()
     for down, up in [("ArrowDown", "ArrowUp"), ("PageDown", "PageUp")]:
         line = "document.querySelector('.token.chosen').parentElement.offsetTop"
         before = tab.js(line)

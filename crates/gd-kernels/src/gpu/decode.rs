@@ -7,7 +7,7 @@
 
 use std::fmt;
 
-use bytemuck::{bytes_of, cast_slice};
+use bytemuck::bytes_of;
 use candle_core::DType;
 
 use super::params::DecodeParams;
@@ -185,9 +185,8 @@ pub fn decode<G: Gpu>(
     let [k_batch, k_head, k_row] = x.k.checked("k", k_dims)?;
     let [v_batch, v_head, v_row] = x.v.checked("v", [pieces, kv_heads, piece_keys, x.value_dim])?;
     elements("bias", (pieces * kv_heads) as u128 * bias_row(piece_keys) as u128)?;
-    let (mask, table) = mask::params(x.mask, batch, queries, keys)?;
-    let table = if table.is_empty() { None } else { Some(gpu.upload(cast_slice(&table))?) };
-    let [prior_batch, prior_heads] = x.prior.as_ref().map_or([0, 0], |p| p.dims.map(|n| n as u32));
+    let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
+    let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
     let params = DecodeParams {
         batch: batch as u32,
         q_heads: q_heads as u32,

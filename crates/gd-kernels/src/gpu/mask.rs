@@ -1,5 +1,8 @@
 //! A mask as the kernels take it: numbers, and a table where batch entries differ.
 
+use bytemuck::cast_slice;
+
+use super::Gpu;
 use super::params::MaskParams;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
@@ -49,5 +52,18 @@ pub fn params(mask: &Mask, batch: usize, queries: usize, keys: usize) -> Result<
         batch: batch as u32,
         keys: keys as u32,
     };
+    Ok((params, table))
+}
+
+/// As [`params`], with the table, if there is one, on the GPU.
+pub(super) fn upload<G: Gpu>(
+    gpu: &G,
+    mask: &Mask,
+    batch: usize,
+    queries: usize,
+    keys: usize,
+) -> Result<(MaskParams, Option<G::Buffer>)> {
+    let (params, table) = params(mask, batch, queries, keys)?;
+    let table = if table.is_empty() { None } else { Some(gpu.upload(cast_slice(&table))?) };
     Ok((params, table))
 }

@@ -8,7 +8,7 @@
 
 use std::fmt;
 
-use bytemuck::{bytes_of, cast_slice};
+use bytemuck::bytes_of;
 use candle_core::DType;
 
 use super::params::{BiasParams, ScanParams};
@@ -160,6 +160,13 @@ pub struct Prior<'a, B> {
     pub dims: [usize; 2],
 }
 
+impl<B> Prior<'_, B> {
+    /// Batch and heads as the kernels take them: zeros without a prior.
+    pub(super) fn sizes(prior: Option<&Self>) -> [u32; 2] {
+        prior.map_or([0, 0], |p| p.dims.map(|n| n as u32))
+    }
+}
+
 /// Protected keys, i32 `[B|1, Hq|Hk|1, N|1, P]`, contiguous, negative where unused.
 #[derive(Debug)]
 pub struct Protected<'a, B> {
@@ -253,7 +260,7 @@ pub fn key_bias<G: Gpu>(gpu: &G, problem: &Problem, x: &Inputs<'_, G::Buffer>) -
     let heads = if x.prior.is_some() { q_heads } else { kv_heads };
     let row = bias_row(keys);
     let bias = gpu.allocate(batch * heads * row * 4)?;
-    let [prior_batch, prior_heads] = x.prior.as_ref().map_or([0, 0], |p| p.dims.map(|n| n as u32));
+    let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
     let params = BiasParams {
         batch: batch as u32,
         q_heads: q_heads as u32,
@@ -300,10 +307,9 @@ fn launch<G: Gpu>(
     if let Some(v) = values {
         elements("y", (batch * q_heads) as u128 * queries as u128 * v.dim as u128)?;
     }
-    let (mask, table) = mask::params(x.mask, batch, queries, keys)?;
-    let table = if table.is_empty() { None } else { Some(gpu.upload(cast_slice(&table))?) };
+    let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
     let bias = key_bias(gpu, problem, x)?;
-    let [prior_batch, prior_heads] = x.prior.as_ref().map_or([0, 0], |p| p.dims.map(|n| n as u32));
+    let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
     let protected = x.protected.as_ref().map_or([0; 4], |p| p.dims.map(|n| n as u32));
     let params = ScanParams {
         batch: batch as u32,

@@ -2,7 +2,6 @@
 //! each against the f64 reference; candle's graph on it against the CPU; and repetitions, equal to the bit.
 //!
 //! Needs a GPU, and fails without one. `GD_SANITIZE=1` runs a few problems of each suite, for compute-sanitizer.
-#![allow(clippy::neg_cmp_op_on_partial_ord)] // NaN must fail
 
 // The suites name the emulator; here its name stands for the device below.
 extern crate self as gd_emulate;
@@ -21,28 +20,17 @@ mod repeats;
 mod scan;
 #[path = "../../../../tests/emulate/tests/operators/select.rs"]
 mod select;
+#[path = "../../../../tests/emulate/tests/operators/suite.rs"]
+mod suite;
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use candle_core::Device;
 use gd_kernels::Result;
 pub use gd_kernels::cuda::Buffer;
 use gd_kernels::cuda::{Cuda, open};
 use gd_kernels::gpu::{Arch, Gpu, Launch, Slice};
-
-/// What is wrong with a result.
-pub(crate) type Verdict = std::result::Result<(), String>;
-
-/// Ends a check with a text unless a condition holds; NaN in a comparison does not hold.
-macro_rules! ensure {
-    ($held:expr, $($text:tt)*) => {
-        if !$held {
-            return Err(format!($($text)*));
-        }
-    };
-}
-pub(crate) use ensure;
+pub(crate) use suite::{Verdict, ensure};
 
 /// Whether only a few problems are run.
 pub(crate) fn sanitized() -> bool {
@@ -55,27 +43,10 @@ pub(crate) fn gpu() -> &'static Device {
     GPU.get_or_init(|| open(0).unwrap_or_else(|e| panic!("these tests need a GPU: {e}")))
 }
 
-/// Runs the cases of seeds `0..count`, or the first few, and fails with all that are wrong.
+/// Runs the cases of seeds `0..count`, or the first few, and counts them.
 pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
     let count = if sanitized() { count.min(12) } else { count };
-    let (next, wrong) = (AtomicU64::new(0), AtomicUsize::new(0));
-    std::thread::scope(|scope| {
-        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= count || wrong.load(Ordering::Relaxed) >= 5 {
-                        break;
-                    }
-                    if let Err(e) = case(seed) {
-                        wrong.fetch_add(1, Ordering::Relaxed);
-                        println!("{name}, seed {seed}: {e}");
-                    }
-                }
-            });
-        }
-    });
-    assert_eq!(wrong.load(Ordering::Relaxed), 0, "{name}: see above");
+    suite::run(name, count, case);
     gd_support::log_cases("device", count as usize);
 }
 

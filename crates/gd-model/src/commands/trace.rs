@@ -108,14 +108,11 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     };
     let mut recorded = None;
     if args.out.is_some() || args.html.is_some() {
-        let onward = || -> crate::Result<_> {
-            if draws.is_none() {
-                return Ok(None);
-            }
-            let (max_tokens, sampler) = (args.max_tokens, sampler.clone());
-            Ok(Some(Continuation { max_tokens, sampler, ends: loaded.ends()? }))
+        let onward = match draws {
+            Some(_) => Some(Continuation { max_tokens: args.max_tokens, sampler, ends: loaded.ends()? }),
+            None => None,
         };
-        recorded = Some(record(&args, &loaded, &header, &prompt, onward()?, key.as_ref(), ctx)?);
+        recorded = Some(record(&args, &loaded, &header, &prompt, onward, key.as_ref(), ctx)?);
     }
     report(&args, ctx, effect.as_ref(), recorded.as_ref())
 }

@@ -40,16 +40,8 @@ pub struct Args {
 }
 
 fn hash(text: &str) -> Result<Hash, String> {
-    let digits = text.as_bytes();
-    let mut out = [0; 32];
-    if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
-        return Err(format!("`{text}` is not 64 hexadecimal digits"));
-    }
-    for (byte, pair) in out.iter_mut().zip(text.as_bytes().chunks(2)) {
-        let pair = std::str::from_utf8(pair).map_err(|e| e.to_string())?;
-        *byte = u8::from_str_radix(pair, 16).map_err(|e| e.to_string())?;
-    }
-    Ok(out)
+    let hash = blake3::Hash::from_hex(text).map_err(|_| format!("`{text}` is not 64 hexadecimal digits"))?;
+    Ok(*hash.as_bytes())
 }
 
 /// Runs the command.

@@ -7,7 +7,7 @@ use gd_kernels::Candidates;
 use gd_layer::{Found, Probe, Reading};
 
 use super::header::Header;
-use super::intervention::{self, Intervention};
+use super::intervention;
 use super::record::{Record, Row, Slot};
 use super::replay::Replay;
 
@@ -16,7 +16,6 @@ use super::replay::Replay;
 #[derive(Debug)]
 pub struct Recorder<'a> {
     header: &'a Header,
-    interventions: &'a [Intervention],
     state: RefCell<State<'a>>,
 }
 
@@ -32,13 +31,13 @@ struct State<'a> {
 impl<'a> Recorder<'a> {
     /// A recorder for passes over positions from 0 on.
     pub fn new(header: &'a Header) -> Self {
-        Self { header, interventions: &header.interventions, state: RefCell::default() }
+        Self { header, state: RefCell::default() }
     }
 
     /// The same in a replay of recorded rows.
     pub(super) fn replaying(header: &'a Header, replay: Replay<'a>) -> Self {
         let state = State { replay: Some(replay), ..State::default() };
-        Self { header, interventions: &header.interventions, state: RefCell::new(state) }
+        Self { header, state: RefCell::new(state) }
     }
 
     /// The rows of the pass that has ended, over `n` positions: of each position those of every selecting layer
@@ -77,7 +76,7 @@ impl<'a> Recorder<'a> {
 
 impl Probe for Recorder<'_> {
     fn candidates(&self, layer: usize, own: usize) -> usize {
-        intervention::wanted(self.interventions, layer, own)
+        intervention::wanted(&self.header.interventions, layer, own)
     }
 
     fn preserved(&self, found: Found) -> Result<Candidates> {
@@ -87,7 +86,7 @@ impl Probe for Recorder<'_> {
         if !self.header.layers[layer].selects {
             return Ok(found.candidates);
         }
-        let candidates = intervention::apply(self.interventions, found, start)?;
+        let candidates = intervention::apply(&self.header.interventions, found, start)?;
         match &mut state.replay {
             Some(replay) => replay.candidates(&self.header.layers[layer], place, candidates),
             None => Ok(candidates),

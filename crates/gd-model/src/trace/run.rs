@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use gd_kernels::Mask;
 use gd_layer::{LayerCache, Pass};
 
-use super::header::{Header, Model};
+use super::header::Header;
 use super::record::{Record, Row};
 use super::recorder::Recorder;
 use super::replay::{Outcome, Replay};
@@ -104,16 +104,16 @@ pub fn replay(
     tolerance: f32,
     device: &Device,
 ) -> Result<Outcome> {
-    if let Some(part) = header.model.differs(&Model::of(loaded, "")?) {
-        return Err(Error::Invalid(format!("the trace is of another model: the {part} differ")));
-    }
     let tokens: Vec<u32> = records.iter().map(|record| record.token).collect();
-    check_prompt(&loaded.model, &tokens)?;
     let prompt = header.prompt_tokens.min(tokens.len());
     let now = Header::new(loaded, "", &tokens[..prompt], None, &header.interventions, device)?;
+    if let Some(part) = header.model.differs(&now.model) {
+        return Err(Error::Invalid(format!("the trace is of another model: the {part} differ")));
+    }
     if now.input != header.input || now.layers != header.layers {
         return Err(Error::Invalid("the trace's header contradicts its tokens or the model".into()));
     }
+    check_prompt(&loaded.model, &tokens)?;
     super::intervention::check(&header.interventions, &header.layers, prompt)?;
     let mut sampler = match header.sampling.filter(|_| now.same_backend(header)) {
         Some(sampling) => Some(Sampler::new(sampling, header.seed)?),

@@ -27,12 +27,19 @@ struct Index {
 extern thread_local Index thread, block, block_size, grid_size;
 extern thread_local int fault;
 
+struct Request;
+using Lanes = Request *const (&)[32];
+
 // What a meeting of a warp does when its last lane has come.
-enum class Kind : int { sync, shuffle, ballot, matrices, mma_f16, mma_bf16 };
+struct Kind {
+    const char *name;
+    void (*complete)(Lanes lanes);
+};
+extern const Kind SYNC, SHUFFLE, BALLOT, MATRICES, MMA_F16, MMA_BF16;
 
 // All lanes of the warp must come, to the same kind of meeting: `in` of every lane is seen by all.
 struct Request {
-    Kind kind;
+    const Kind *kind;
     uint64_t in;
     uint64_t out;
     void *data;
@@ -125,13 +132,13 @@ inline float __uint_as_float(uint32_t x) {
 inline void __syncthreads() { emulate::block_barrier(); }
 inline void __threadfence() {}
 inline void __syncwarp(uint32_t mask = 0xffffffffu) {
-    emulate::Request r = {emulate::Kind::sync, 0, 0, nullptr};
+    emulate::Request r = {&emulate::SYNC, 0, 0, nullptr};
     emulate::meet(r, mask);
 }
 
 template <class T> T gd_shuffle(uint32_t mask, T x, uint32_t from) {
     static_assert(sizeof(T) <= 8, "shuffles move 4 or 8 bytes");
-    emulate::Request r = {emulate::Kind::shuffle, 0, 0, nullptr, from % 32};
+    emulate::Request r = {&emulate::SHUFFLE, 0, 0, nullptr, from % 32};
     std::memcpy(&r.in, &x, sizeof x);
     emulate::meet(r, mask);
     std::memcpy(&x, &r.out, sizeof x);
@@ -146,7 +153,7 @@ template <class T> T __shfl_up_sync(uint32_t mask, T x, uint32_t step) {
     return gd_shuffle(mask, x, lane < step ? lane : lane - step);
 }
 inline uint32_t __ballot_sync(uint32_t mask, bool x) {
-    emulate::Request r = {emulate::Kind::ballot, x, 0, nullptr};
+    emulate::Request r = {&emulate::BALLOT, x, 0, nullptr};
     emulate::meet(r, mask);
     return uint32_t(r.out);
 }
@@ -181,17 +188,17 @@ inline void copy_commit() { emulate::copy_commit(); }
 template <int N> inline void copy_wait() { emulate::copy_wait(N); }
 
 inline void load_matrices(uint32_t (&r)[4], const void *row) {
-    emulate::Request request = {emulate::Kind::matrices, uint64_t(uintptr_t(row)), 0, r};
+    emulate::Request request = {&emulate::MATRICES, uint64_t(uintptr_t(row)), 0, r};
     emulate::meet(request, 0xffffffffu);
 }
-inline void gd_mma(emulate::Kind kind, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void gd_mma(const emulate::Kind &kind, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     emulate::Mma operands = {c, a, {b0, b1}};
-    emulate::Request request = {kind, 0, 0, &operands};
+    emulate::Request request = {&kind, 0, 0, &operands};
     emulate::meet(request, 0xffffffffu);
 }
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
-    gd_mma(emulate::Kind::mma_f16, c, a, b0, b1);
+    gd_mma(emulate::MMA_F16, c, a, b0, b1);
 }
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
-    gd_mma(emulate::Kind::mma_bf16, c, a, b0, b1);
+    gd_mma(emulate::MMA_BF16, c, a, b0, b1);
 }

@@ -228,7 +228,7 @@ void run_block(bool keep_warp) {
     }
 }
 
-void mma_step(Request *const (&lanes)[32], bool bfloat) {
+void mma_step(Lanes lanes, bool bfloat) {
     float a[16][16], b[16][8], c[16][8];
     auto wide = [&](uint32_t x) { return bfloat ? __uint_as_float(x << 16) : half_up(uint16_t(x)); };
     for (int l = 0; l < 32; l++) {
@@ -256,37 +256,28 @@ void mma_step(Request *const (&lanes)[32], bool bfloat) {
     }
 }
 
-void complete(Request *const (&lanes)[32]) {
-    switch (lanes[0]->kind) {
-    case Kind::sync:
-        break;
-    case Kind::shuffle:
-        for (Request *r : lanes)
-            r->out = lanes[r->from]->in;
-        break;
-    case Kind::ballot: {
-        uint32_t bits = 0;
-        for (int l = 0; l < 32; l++)
-            bits |= uint32_t(lanes[l]->in != 0) << l;
-        for (Request *r : lanes)
-            r->out = bits;
-        break;
-    }
-    case Kind::matrices:
-        for (int l = 0; l < 32; l++) {
-            if (lanes[l]->in % 16) fail("ldmatrix: a row at an address that is no multiple of 16");
-            for (int x = 0; x < 4; x++) {
-                const uint8_t *row = reinterpret_cast<const uint8_t *>(lanes[x * 8 + l / 4]->in);
-                std::memcpy(static_cast<uint32_t *>(lanes[l]->data) + x, row + l % 4 * 4, 4);
-            }
+void no_effect(Lanes) {}
+
+void shuffle(Lanes lanes) {
+    for (Request *r : lanes)
+        r->out = lanes[r->from]->in;
+}
+
+void ballot(Lanes lanes) {
+    uint32_t bits = 0;
+    for (int l = 0; l < 32; l++)
+        bits |= uint32_t(lanes[l]->in != 0) << l;
+    for (Request *r : lanes)
+        r->out = bits;
+}
+
+void load_matrices(Lanes lanes) {
+    for (int l = 0; l < 32; l++) {
+        if (lanes[l]->in % 16) fail("ldmatrix: a row at an address that is no multiple of 16");
+        for (int x = 0; x < 4; x++) {
+            const uint8_t *row = reinterpret_cast<const uint8_t *>(lanes[x * 8 + l / 4]->in);
+            std::memcpy(static_cast<uint32_t *>(lanes[l]->data) + x, row + l % 4 * 4, 4);
         }
-        break;
-    case Kind::mma_f16:
-        mma_step(lanes, false);
-        break;
-    case Kind::mma_bf16:
-        mma_step(lanes, true);
-        break;
     }
 }
 
@@ -300,6 +291,13 @@ void on_fault(int signal, siginfo_t *info, void *) {
 }
 
 } // namespace
+
+const Kind SYNC = {"syncwarp", no_effect};
+const Kind SHUFFLE = {"shuffle", shuffle};
+const Kind BALLOT = {"ballot", ballot};
+const Kind MATRICES = {"ldmatrix", load_matrices};
+const Kind MMA_F16 = {"mma f16", [](Lanes lanes) { mma_step(lanes, false); }};
+const Kind MMA_BF16 = {"mma bf16", [](Lanes lanes) { mma_step(lanes, true); }};
 
 void fail(const char *format, ...) {
     char text[256];
@@ -322,7 +320,7 @@ void meet(Request &request, uint32_t mask) {
     if (w.arrived) {
         Request *other = w.request[__builtin_ctz(w.arrived)];
         if (other->kind != request.kind)
-            fail("lanes of a warp meet for operations %d and %d", int(other->kind), int(request.kind));
+            fail("lanes of a warp meet for %s and %s", other->kind->name, request.kind->name);
     }
     w.request[lane] = &request;
     w.arrived |= 1u << lane;
@@ -330,7 +328,7 @@ void meet(Request &request, uint32_t mask) {
         leave();
         return;
     }
-    complete(w.request);
+    request.kind->complete(w.request);
     w.arrived = 0;
     w.runnable |= ~(1u << lane);
 }

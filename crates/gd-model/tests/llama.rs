@@ -235,6 +235,29 @@ fn keys_that_are_left_out_have_the_values_of_their_family() {
 }
 
 #[test]
+fn our_config_as_transformers_saves_it_again_is_read() {
+    let ours = serde_json::to_value(read("llama", json!({}))).unwrap();
+    let mut saved = ours.clone();
+    let added = json!({
+        "transformers_version": "5.23.0", "use_cache": false, "_name_or_path": "m", "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": null, "torch_dtype": "float16",
+    });
+    saved.as_object_mut().unwrap().extend(added.as_object().unwrap().clone());
+    let dtype = saved.as_object_mut().unwrap().remove("dtype");
+    let (ours, mut again) =
+        (ModelConfig::from_json(ours).unwrap(), ModelConfig::from_json(saved.clone()).unwrap());
+    assert_eq!(again.dtype, "float16");
+    again.dtype.clone_from(&ours.dtype);
+    assert_eq!(again, ours);
+    saved["dtype"] = dtype.unwrap();
+    assert_eq!(ModelConfig::from_json(saved.clone()).unwrap(), ours);
+    // Anything else may mean something.
+    saved["partial_rotary_factor"] = json!(0.5);
+    let problems = ModelConfig::from_json(saved).unwrap_err();
+    assert!(problems[0].contains("partial_rotary_factor"), "{problems:?}");
+}
+
+#[test]
 fn keys_decide_as_in_transformers() {
     assert_eq!(read("mistral", json!({ "dtype": "bfloat16", "torch_dtype": "float16" })).dtype, "bfloat16");
     let mut none = changed("mistral", json!({}));

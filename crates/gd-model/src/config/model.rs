@@ -211,13 +211,34 @@ pub(super) fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
     Ok(())
 }
 
+/// Keys that `save_pretrained` of transformers adds to ours, and token ids, which are read beside the config. None
+/// changes what the model computes.
+const NOT_OF_THE_MODEL: [&str; 6] = [
+    "_name_or_path",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+];
+
 impl ModelConfig {
     /// Reads a `config.json`: ours, which has a block `gd`, or that of another family, which is translated.
     ///
     /// # Errors
     /// Every problem: a key or value that does not fit, or a family that is not known.
-    pub fn from_json(json: Value) -> std::result::Result<Self, Vec<String>> {
-        if json.get("gd").is_some() { parse(json) } else { llama::translate(json) }
+    pub fn from_json(mut json: Value) -> std::result::Result<Self, Vec<String>> {
+        if json.get("gd").is_none() {
+            return llama::translate(json);
+        }
+        if let Value::Object(keys) = &mut json {
+            keys.retain(|key, _| !NOT_OF_THE_MODEL.contains(&key.as_str()));
+            // As older versions of transformers name it.
+            if let Some(dtype) = keys.remove("torch_dtype") {
+                keys.entry("dtype").or_insert(dtype);
+            }
+        }
+        parse(json)
     }
 
     /// Base of the rotary frequencies.

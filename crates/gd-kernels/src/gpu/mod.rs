@@ -13,12 +13,32 @@ pub mod mask;
 pub mod params;
 pub mod scan;
 pub mod select;
+#[cfg(any(feature = "cuda", feature = "metal"))]
+pub(crate) mod tensors;
 
 use std::fmt;
 
 use candle_core::DType;
 
 use crate::error::{Error, Result};
+
+/// Evaluates `$body` with `$gpu` as the backend of `$device` and returns it from the function around; goes on where
+/// no backend of this build covers the device.
+macro_rules! on_gpu {
+    ($device:expr, $gpu:ident => $body:expr) => {
+        #[cfg(feature = "cuda")]
+        if $device.is_cuda() {
+            type $gpu = crate::cuda::Cuda;
+            return $body;
+        }
+        #[cfg(feature = "metal")]
+        if $device.is_metal() {
+            type $gpu = crate::metal::Metal;
+            return $body;
+        }
+    };
+}
+pub(crate) use on_gpu;
 
 /// What the plans need to know of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

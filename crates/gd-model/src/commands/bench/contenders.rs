@@ -208,16 +208,16 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
     let mask = if x.pass == Pass::Decode { Mask::none() } else { Mask::causal(0) };
     let keep = x.pass == Pass::Decode && precision == Precision::Certified;
     let kept = keep.then(|| QuantizedKeys::new(&x.k, Score::Energy)).transpose()?;
-    #[cfg(feature = "cuda")]
-    let norms = (x.pass == Pass::Decode && x.k.device().is_cuda())
-        .then(|| gd_kernels::cuda::KeyBias::new(&x.k, Score::Energy))
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    let norms = (x.pass == Pass::Decode && !x.k.device().is_cpu())
+        .then(|| gd_kernels::KeyBias::new(&x.k, Score::Energy))
         .transpose()?;
     let fused = candidates == 1 && precision == Precision::Native && x.pass != Pass::Fwdbwd;
     runner(x, move |q, k, v| {
         let args = Scan {
             precision,
             quantized: kept.as_ref(),
-            #[cfg(feature = "cuda")]
+            #[cfg(any(feature = "cuda", feature = "metal"))]
             key_bias: norms.as_ref(),
             ..Scan::new(&beta, &mask, candidates)
         };

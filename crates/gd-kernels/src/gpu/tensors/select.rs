@@ -1,17 +1,15 @@
-//! `select` of CUDA tensors: the flow of `select/` on the CPU over the steps of [`super::steps`].
+//! `select` of tensors: the flow of `select/` on the CPU over the steps of [`super::steps`].
 //!
-//! Parameters, energies and records are f32. Nothing is copied to the host.
+//! Parameters, energies and records are f32.
 
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use super::Cuda;
-use super::buffer::Vector;
 use super::steps::{Keys, Record, Selection};
+use super::{TensorGpu, Vector};
 use crate::cpu::rows::Dims;
 use crate::error::Result;
-use crate::gpu::Gpu;
 use crate::gpu::select::{self as gpu, Rule, Sizes};
 use crate::options::{Estimator, Gate};
 use crate::scan::Candidates;
@@ -25,13 +23,13 @@ struct Step {
 }
 
 /// The selection of validated tensors; q, k and v have contiguous rows.
-pub(crate) fn select(
+pub(crate) fn select<G: TensorGpu>(
     dims: Dims,
     [q, k, v]: [&Tensor; 3],
     candidates: &Candidates,
     s: &Select,
 ) -> Result<Selected> {
-    let device = Arc::new(Cuda::new(q.device())?);
+    let device = Arc::new(G::of(q.device())?);
     let sizes = Sizes {
         batch: dims.b,
         q_heads: dims.hq,
@@ -100,7 +98,7 @@ pub(crate) fn select(
             let rest = device.allocate(4 * sizes.rows() * sizes.slots)?;
             let slot = Vector::new(&step.record.slot, DType::I32)?;
             gpu::rest(&*device, &keys.plan, keys.index.slice(), slot.slice(), (&rest).into())?;
-            keys = Keys::new(rest.into(), sizes, &rule, &device)?;
+            keys = Keys::new(Vector::owned(rest), sizes, &rule, &device)?;
             query = all.residual([&query, k], &all.single(&step.record.index)?)?;
         }
         first.get_or_insert((step, energy.detach()));
@@ -113,7 +111,7 @@ pub(crate) fn select(
     Ok(Selected { y, index, energy, margin, gate, coherence, compared, later })
 }
 
-impl Selection<'_> {
+impl<G: TensorGpu> Selection<'_, G> {
     /// One round.
     fn step(
         &self,
@@ -121,7 +119,7 @@ impl Selection<'_> {
         energy: &Tensor,
         tau: &Tensor,
         beta: &Tensor,
-        keys: &Arc<Keys>,
+        keys: &Arc<Keys<G::Buffer>>,
     ) -> Result<Step> {
         let hard = self.s.hardness;
         let (y, mut record) = self.choose([energy, v, tau], keys, hard)?;

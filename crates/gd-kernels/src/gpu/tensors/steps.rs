@@ -1,35 +1,39 @@
-//! The steps of a selection of CUDA tensors, each with its backward pass in candle's graph.
+//! The steps of a selection of tensors, each with its backward pass in candle's graph.
 
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Tensor};
 
-use super::Cuda;
-use super::buffer::{Buffer, Rows, Vector};
+use super::{Rows, TensorGpu, Vector};
 use crate::error::Result;
 use crate::fused::{Finished, attach1, attach2, attach3};
 use crate::gpu::inverse::Inverse;
 use crate::gpu::scan::Prior;
 use crate::gpu::select::{self as gpu, Plan, Rule, Sizes};
-use crate::gpu::{Gpu, Slice};
+use crate::gpu::Slice;
 use crate::select::Select;
 
 /// One key or several for every query, and where each key is read.
-pub(super) struct Keys {
-    pub(super) index: Vector,
+pub(super) struct Keys<B> {
+    pub(super) index: Vector<B>,
     pub(super) plan: Plan,
     sizes: Sizes,
     /// Made by the first backward pass that needs it.
-    inverse: OnceLock<Inverse<Buffer>>,
+    inverse: OnceLock<Inverse<B>>,
 }
 
-impl Keys {
-    pub(super) fn new(index: Vector, sizes: Sizes, rule: &Rule, device: &Cuda) -> Result<Arc<Self>> {
+impl<B: From<Tensor>> Keys<B> {
+    pub(super) fn new<G: TensorGpu<Buffer = B>>(
+        index: Vector<B>,
+        sizes: Sizes,
+        rule: &Rule,
+        device: &G,
+    ) -> Result<Arc<Self>> {
         let plan = Plan::new(&sizes, rule, &device.arch())?;
         Ok(Arc::new(Self { index, plan, sizes, inverse: OnceLock::new() }))
     }
 
-    fn inverse(&self, device: &Cuda) -> Result<&Inverse<Buffer>> {
+    fn inverse<G: TensorGpu<Buffer = B>>(&self, device: &G) -> Result<&Inverse<B>> {
         if let Some(inverse) = self.inverse.get() {
             return Ok(inverse);
         }
@@ -44,8 +48,8 @@ impl Keys {
 }
 
 /// A selection on a device.
-pub(super) struct Selection<'a> {
-    pub(super) device: Arc<Cuda>,
+pub(super) struct Selection<'a, G> {
+    pub(super) device: Arc<G>,
     pub(super) s: &'a Select<'a>,
     pub(super) sizes: Sizes,
     pub(super) rule: Rule,
@@ -62,9 +66,9 @@ pub(super) struct Record {
     pub(super) gate: Tensor,
 }
 
-impl Selection<'_> {
+impl<G: TensorGpu> Selection<'_, G> {
     /// One key a query, i32 `[B, Hq, N]`.
-    pub(super) fn single(&self, index: &Tensor) -> Result<Arc<Keys>> {
+    pub(super) fn single(&self, index: &Tensor) -> Result<Arc<Keys<G::Buffer>>> {
         Keys::new(Vector::new(index, DType::I32)?, self.sizes.single(), &self.rule, &self.device)
     }
 
@@ -72,7 +76,7 @@ impl Selection<'_> {
     pub(super) fn energy(
         &self,
         [q, k, aux]: [&Tensor; 3],
-        keys: &Arc<Keys>,
+        keys: &Arc<Keys<G::Buffer>>,
         known: Option<&Tensor>,
     ) -> Result<Tensor> {
         let (device, prior) = (&self.device, self.prior);
@@ -109,7 +113,7 @@ impl Selection<'_> {
         })?)
     }
 
-    pub(super) fn barrier(&self, energy: &Tensor, keys: &Arc<Keys>, flags: Arc<Vector>) -> Result<Tensor> {
+    pub(super) fn barrier(&self, energy: &Tensor, keys: &Arc<Keys<G::Buffer>>, flags: Arc<Vector<G::Buffer>>) -> Result<Tensor> {
         let (device, keys) = (self.device.clone(), keys.clone());
         let out = device.allocate(4 * energy.elem_count())?;
         let e = Vector::new(energy, DType::F32)?;
@@ -130,7 +134,7 @@ impl Selection<'_> {
     pub(super) fn choose(
         &self,
         [energy, v, tau]: [&Tensor; 3],
-        keys: &Arc<Keys>,
+        keys: &Arc<Keys<G::Buffer>>,
         hardness: f64,
     ) -> Result<(Tensor, Record)> {
         let (device, keys, sizes) = (self.device.clone(), keys.clone(), self.sizes);
@@ -162,8 +166,8 @@ impl Selection<'_> {
         let shape = (sizes.batch, sizes.q_heads, sizes.queries);
         let [slot, index, nearest, energies, margin, gate] = record;
         let (int, float) = (
-            |b: Buffer| device.tensor(b, DType::I32, shape),
-            |b: Buffer| device.tensor(b, DType::F32, shape),
+            |b: G::Buffer| device.tensor(b, DType::I32, shape),
+            |b: G::Buffer| device.tensor(b, DType::F32, shape),
         );
         let record = Record {
             slot: int(slot)?,
@@ -195,7 +199,7 @@ impl Selection<'_> {
     }
 
     /// The coherence point of every row, f32 `[B, Hq, N]`; `aux` is beta and alpha `[2 Hq]`.
-    pub(super) fn points(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys>) -> Result<Tensor> {
+    pub(super) fn points(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys<G::Buffer>>) -> Result<Tensor> {
         let x = Operands::new([q, k, aux], None)?;
         let out = self.device.allocate(4 * keys.sizes.rows())?;
         let alpha = x.at(keys.sizes.q_heads);
@@ -204,7 +208,7 @@ impl Selection<'_> {
     }
 
     /// The mixture density at that point.
-    pub(super) fn density(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys>) -> Result<Tensor> {
+    pub(super) fn density(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys<G::Buffer>>) -> Result<Tensor> {
         let (device, keys) = (self.device.clone(), keys.clone());
         let heads = keys.sizes.q_heads;
         let out = device.allocate(4 * keys.sizes.rows())?;
@@ -237,7 +241,7 @@ impl Selection<'_> {
     }
 
     /// The queries `[B, Hq, N, D]` without what their keys explain.
-    pub(super) fn residual(&self, [q, k]: [&Tensor; 2], keys: &Arc<Keys>) -> Result<Tensor> {
+    pub(super) fn residual(&self, [q, k]: [&Tensor; 2], keys: &Arc<Keys<G::Buffer>>) -> Result<Tensor> {
         let (device, keys) = (self.device.clone(), keys.clone());
         let [out] = device.gradients([q])?;
         {
@@ -258,19 +262,19 @@ impl Selection<'_> {
 }
 
 /// What energies and densities are computed from.
-struct Operands {
-    q: Rows,
-    k: Rows,
-    aux: Vector,
+struct Operands<B> {
+    q: Rows<B>,
+    k: Rows<B>,
+    aux: Vector<B>,
     prior: Option<[usize; 2]>,
 }
 
-impl Operands {
+impl<B: From<Tensor>> Operands<B> {
     fn new([q, k, aux]: [&Tensor; 3], prior: Option<[usize; 2]>) -> Result<Self> {
         Ok(Self { q: Rows::new(q)?, k: Rows::new(k)?, aux: Vector::new(aux, DType::F32)?, prior })
     }
 
-    fn pairs<'a>(&'a self, keys: &'a Keys) -> gpu::Pairs<'a, Buffer> {
+    fn pairs<'a>(&'a self, keys: &'a Keys<B>) -> gpu::Pairs<'a, B> {
         gpu::Pairs {
             q: self.q.tensor4(),
             k: self.k.tensor4(),
@@ -280,30 +284,30 @@ impl Operands {
     }
 
     /// The auxiliary values from number `at` on.
-    fn at(&self, at: usize) -> Slice<'_, Buffer> {
+    fn at(&self, at: usize) -> Slice<'_, B> {
         let slice = self.aux.slice();
         Slice { offset: slice.offset + 4 * at, ..slice }
     }
 
-    fn prior(&self, heads: usize) -> Option<Prior<'_, Buffer>> {
+    fn prior(&self, heads: usize) -> Option<Prior<'_, B>> {
         self.prior.map(|dims| Prior { data: self.at(heads), dims })
     }
 }
 
 /// What a choice is made from.
-struct Choice {
-    energy: Vector,
-    v: Rows,
-    tau: Vector,
+struct Choice<B> {
+    energy: Vector<B>,
+    v: Rows<B>,
+    tau: Vector<B>,
 }
 
-impl Choice {
+impl<B: From<Tensor>> Choice<B> {
     fn new([energy, v, tau]: [&Tensor; 3]) -> Result<Self> {
         let energy = Vector::new(energy, DType::F32)?;
         Ok(Self { energy, v: Rows::new(v)?, tau: Vector::new(tau, DType::F32)? })
     }
 
-    fn candidates<'a>(&'a self, keys: &'a Keys) -> gpu::Candidates<'a, Buffer> {
+    fn candidates<'a>(&'a self, keys: &'a Keys<B>) -> gpu::Candidates<'a, B> {
         let (energy, threshold) = (self.energy.slice(), self.tau.slice());
         gpu::Candidates { energy, index: keys.index.slice(), threshold }
     }

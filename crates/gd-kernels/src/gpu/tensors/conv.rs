@@ -1,34 +1,32 @@
-//! The causal convolution of CUDA tensors.
+//! The causal convolution of tensors.
 
 use candle_core::{DType, Tensor};
 
-use super::Cuda;
-use super::buffer::{Buffer, Vector};
+use super::{TensorGpu, Vector};
 use crate::error::{Error, Result};
 use crate::fused::{attach2, with_contiguous_rows};
-use crate::gpu::Gpu;
 use crate::gpu::conv::{Plan, Rows, Sizes, backward, forward};
 
 /// Rows `[B, N, C]`.
-struct Held {
-    rows: Vector,
+struct Held<B> {
+    rows: Vector<B>,
     strides: [usize; 2],
 }
 
-impl Held {
+impl<B: From<Tensor>> Held<B> {
     fn new(t: &Tensor) -> candle_core::Result<Self> {
         let t = with_contiguous_rows(&t.detach())?;
         let [batch, row, _] = *t.stride() else { candle_core::bail!("{:?} is not [B, N, C]", t.dims()) };
         Ok(Self { rows: Vector::strided(t), strides: [batch, row] })
     }
 
-    fn rows(&self) -> Rows<'_, Buffer> {
+    fn rows(&self) -> Rows<'_, B> {
         Rows { data: self.rows.slice(), strides: self.strides }
     }
 }
 
 /// y from x `[B, N, C]`, weight `[C, W]` and the rows before the start `[B, W - 1, C]`; validated.
-pub(crate) fn convolve(
+pub(crate) fn convolve<G: TensorGpu>(
     x: &Tensor,
     weight: &Tensor,
     past: &Tensor,
@@ -39,11 +37,11 @@ pub(crate) fn convolve(
         // The state has no elements then, and candle holds no such tensor there.
         return Err(Error::Unsupported("causal_conv of width 1 on a GPU; 2 or more is".into()));
     }
-    let device = Cuda::new(x.device())?;
+    let device = G::of(x.device())?;
     let dtype: DType = x.dtype();
     let sizes = Sizes { batch, rows, channels, width, dtype };
     let plan = Plan::new(&sizes, boundaries, &device.arch())?;
-    let past = Vector::new(past, dtype)?;
+    let past = Vector::<G::Buffer>::new(past, dtype)?;
     let out = device.allocate(x.elem_count() * dtype.size_in_bytes())?;
     let (held, taps) = (Held::new(x)?, Vector::new(weight, dtype)?);
     forward(&device, &plan, &held.rows(), taps.slice(), Some(past.slice()), (&out).into())?;

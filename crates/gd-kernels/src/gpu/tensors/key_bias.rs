@@ -2,10 +2,9 @@
 
 use candle_core::{DType, Tensor};
 
-use super::Cuda;
-use super::buffer::{Rows, Vector};
+use super::{Rows, TensorGpu, Vector};
 use crate::error::{Error, Result};
-use crate::gpu::scan as gpu;
+use crate::gpu::{on_gpu, scan as gpu};
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
 use crate::plan::Problem;
@@ -27,8 +26,13 @@ impl KeyBias {
     /// # Errors
     /// A tensor of another rank, dtype or device.
     pub fn new(k: &Tensor, score: Score) -> Result<Self> {
+        on_gpu!(k.device(), G => Self::of_keys::<G>(k, score));
+        Err(Error::Unsupported(format!("key biases of keys on {:?}; on a GPU they are", k.device().location())))
+    }
+
+    fn of_keys<G: TensorGpu>(k: &Tensor, score: Score) -> Result<Self> {
         let (batch, heads, keys, head_dim) = dims4("k", k)?;
-        let device = Cuda::new(k.device())?;
+        let device = G::of(k.device())?;
         let problem = Problem {
             batch,
             q_heads: heads,
@@ -42,7 +46,7 @@ impl KeyBias {
             tie: TieBreak::default(),
             precision: Precision::default(),
         };
-        let (rows, mask) = (Rows::new(k)?, Mask::none());
+        let (rows, mask) = (Rows::<G::Buffer>::new(k)?, Mask::none());
         // Without a prior the biases do not depend on beta.
         let beta = Vector::new(&Tensor::ones(heads, DType::F32, k.device())?, DType::F32)?;
         let (q, beta) = (rows.tensor4(), beta.slice());
@@ -53,7 +57,7 @@ impl KeyBias {
     }
 
     /// The biases for a problem, if they are those of its keys.
-    pub(super) fn of(&self, problem: &Problem) -> Result<Vector> {
+    pub(super) fn of<B: From<Tensor>>(&self, problem: &Problem) -> Result<Vector<B>> {
         let Problem { batch, kv_heads, keys, head_dim, score, .. } = *problem;
         if (self.shape, self.score) != ([batch, kv_heads, keys, head_dim], score) {
             return Err(Error::Invalid(format!(

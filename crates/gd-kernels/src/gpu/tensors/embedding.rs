@@ -5,30 +5,16 @@
 
 use candle_core::{DType, Tensor};
 
-use super::Cuda;
-use super::buffer::{Rows, Vector};
-use crate::error::{Error, Result};
+use super::{Rows, TensorGpu, Vector};
+use crate::error::Result;
 use crate::fused::{Finished, attach1};
-use crate::gpu::Gpu;
 use crate::gpu::inverse::Inverse;
 use crate::gpu::select::{Plan, Rule, Sizes, sum_rows};
 
-/// The rows `ids` u32 `[R]` of a table `[V, C]` in f32, f16 or bf16, both on one CUDA device: `[R, C]`. Each
-/// row's gradient is the sum of those of its reads, in their order.
-///
-/// # Errors
-/// Tensors of other shapes, dtypes or devices. Ids beyond the table are not looked for.
-pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    let ((rows, _), reads) = (table.dims2()?, ids.dims1()?);
-    if ids.dtype() != DType::U32 || reads == 0 || rows == 0 {
-        return Err(Error::Invalid(format!(
-            "embedding: ids {:?} {:?} of a table {:?}; u32 [reads] expected, none empty",
-            ids.dims(),
-            ids.dtype(),
-            table.dims()
-        )));
-    }
-    let device = Cuda::new(table.device())?;
+/// The rows `ids` u32 `[R]` of a table `[V, C]`, validated.
+pub(crate) fn embedding<G: TensorGpu>(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let reads = ids.dims1()?;
+    let device = G::of(table.device())?;
     let result = Finished::copy_of(&table.detach().index_select(ids, 0)?)?;
     let ids = Vector::new(ids, DType::U32)?;
     Ok(attach1("embedding", table, result, move |table, grad| {

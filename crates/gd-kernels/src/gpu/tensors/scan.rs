@@ -1,28 +1,25 @@
-//! `scan` and `scan_select` of CUDA tensors.
-//!
-//! Nothing is copied to the host, unless the scan is checked.
+//! `scan` and `scan_select` of tensors.
 
 use candle_core::{DType, Tensor};
 
-use super::Cuda;
-use super::buffer::{Buffer, Rows, Vector};
+use super::{Rows, TensorGpu, Vector};
 use crate::error::Result;
 use crate::gpu::decode::{self, MAX_QUERIES};
-use crate::gpu::{Gpu, Slice, scan as gpu};
+use crate::gpu::{Slice, scan as gpu};
 use crate::plan::Problem;
 use crate::scan::{Candidates, Scan, check_head, check_values, prior_dims, protected_dims};
 use crate::select::Selected;
 
 /// The operands of a scan, held as long as its launches need them.
-struct Operands {
-    q: Rows,
-    k: Rows,
-    beta: Vector,
-    prior: Option<(Vector, [usize; 3])>,
-    protected: Option<(Vector, [usize; 4])>,
+struct Operands<B> {
+    q: Rows<B>,
+    k: Rows<B>,
+    beta: Vector<B>,
+    prior: Option<(Vector<B>, [usize; 3])>,
+    protected: Option<(Vector<B>, [usize; 4])>,
 }
 
-impl Operands {
+impl<B: From<Tensor>> Operands<B> {
     fn new(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Self> {
         check_head("beta", scan.beta, problem.q_heads)?;
         let prior = |t: &Tensor| -> Result<_> { Ok((Vector::new(t, DType::F32)?, prior_dims(t, problem)?)) };
@@ -40,7 +37,7 @@ impl Operands {
         })
     }
 
-    fn inputs<'a>(&'a self, scan: &'a Scan) -> gpu::Inputs<'a, Buffer> {
+    fn inputs<'a>(&'a self, scan: &'a Scan) -> gpu::Inputs<'a, B> {
         gpu::Inputs {
             q: self.q.tensor4(),
             k: self.k.tensor4(),
@@ -53,25 +50,23 @@ impl Operands {
             mask: scan.mask,
         }
     }
-}
 
-impl Operands {
     /// The same without a prior, which decoding adds by itself.
-    fn without_prior<'a>(&'a self, scan: &'a Scan) -> gpu::Inputs<'a, Buffer> {
+    fn without_prior<'a>(&'a self, scan: &'a Scan) -> gpu::Inputs<'a, B> {
         gpu::Inputs { prior: None, ..self.inputs(scan) }
     }
 }
 
 /// The scan of a planned problem.
-pub(crate) fn scan(
+pub(crate) fn scan<G: TensorGpu>(
     problem: &Problem,
     plan: &gpu::Plan,
     q: &Tensor,
     k: &Tensor,
     scan: &Scan,
 ) -> Result<Candidates> {
-    let device = Cuda::new(q.device())?;
-    let operands = Operands::new(problem, q, k, scan)?;
+    let device = G::of(q.device())?;
+    let operands = Operands::<G::Buffer>::new(problem, q, k, scan)?;
     let slots = problem.candidates + operands.protected.as_ref().map_or(0, |(_, dims)| dims[3]);
     let shape = (problem.batch, problem.q_heads, problem.queries, slots);
     let n = problem.batch * problem.q_heads * problem.queries * slots;
@@ -93,15 +88,15 @@ pub(crate) fn scan(
 
 /// The winner of every query and its value row: for a few queries by decoding, which splits the keys over
 /// blocks, else by the fused scan.
-pub(crate) fn scan_select(
+pub(crate) fn scan_select<G: TensorGpu>(
     problem: &Problem,
     plan: &gpu::Plan,
     [q, k, v]: [&Tensor; 3],
     scan: &Scan,
     threshold: Option<&Tensor>,
 ) -> Result<Selected> {
-    let device = Cuda::new(q.device())?;
-    let operands = Operands::new(problem, q, k, scan)?;
+    let device = G::of(q.device())?;
+    let operands = Operands::<G::Buffer>::new(problem, q, k, scan)?;
     let v = Rows::new(v)?;
     let threshold = threshold.map(|t| Vector::new(t, DType::F32)).transpose()?;
     let shape = (problem.batch, problem.q_heads, problem.queries);
@@ -115,7 +110,7 @@ pub(crate) fn scan_select(
         let workspace = device.zeros(plan.workspace_bytes(problem))?;
         let own = match scan.key_bias {
             Some(_) => None,
-            None => Some(Vector::from(gpu::key_bias(&device, problem, &operands.without_prior(scan))?)),
+            None => Some(Vector::owned(gpu::key_bias(&device, problem, &operands.without_prior(scan))?)),
         };
         let kept = scan.key_bias.map(|kept| kept.of(problem)).transpose()?;
         let Some(bias) = kept.as_ref().or(own.as_ref()) else { unreachable!("one of the two") };

@@ -26,6 +26,13 @@ template <class X> INLINE X shuffle(X x, u32 from) { return __shfl_sync(ALL, x, 
 template <class X> INLINE X shuffle_xor(X x, u32 step) { return __shfl_xor_sync(ALL, x, step); }
 template <class X> INLINE X shuffle_up(X x, u32 step) { return __shfl_up_sync(ALL, x, step); }
 INLINE u32 ballot(bool x) { return __ballot_sync(ALL, x); }
+// The sum over the lanes, the same bits in all of them.
+INLINE float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+        x += shuffle_xor(x, step);
+    return x;
+}
 INLINE void warp_barrier() { __syncwarp(); }
 INLINE void block_barrier() { __syncthreads(); }
 INLINE u32 bits_set(u32 x) { return u32(__popc(x)); }
@@ -42,9 +49,18 @@ template <class T> INLINE T down(float x) {
 
 // Long sums, and what decides between roots and conditions.
 typedef double wide;
+#define WIDE_ROUNDOFF 2.3e-16
 struct Total {
     double sum;
 };
 INLINE Total total(float x) { return {double(x)}; }
 INLINE Total plus(Total x, Total y) { return {x.sum + y.sum}; }
 INLINE float value(Total x) { return float(x.sum); }
+INLINE Total load(const Total *at) { return *at; }
+INLINE void store(Total x, Total *at) { *at = x; }
+
+// What a mask has.
+INLINE bool is_causal(const MaskParams &m) { return m.causal; }
+INLINE bool has_window(const MaskParams &m) { return m.window; }
+INLINE bool has_table(const MaskParams &m) { return m.tables; }
+INLINE bool has_boundaries(const MaskParams &m) { return m.tables == 2; }

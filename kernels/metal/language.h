@@ -24,6 +24,7 @@ using namespace metal;
 // Seeded faults exist in the emulator alone.
 #define GD_FAULT(n) false
 #define GD_SHARED(type, name) threadgroup gd_type<type> name
+#define GD_DYNAMIC_SHARED(type, name) threadgroup type *name [[threadgroup(0)]]
 constant uint gd_present [[function_constant(0)]];
 constant uint gd_features [[function_constant(1)]];
 constant uint gd_rows [[function_constant(2)]];
@@ -41,10 +42,8 @@ constant uint gd_rows [[function_constant(2)]];
 template <class T> using gd_type = T;
 
 // Number formats: arithmetic is done in f32. bfloat as storage, which needs no Metal 3.1.
-typedef float f32;
 typedef half f16;
 typedef ushort bf16;
-typedef uchar u8;
 
 // What every kernel takes beside its buffers, and what it makes of that.
 #define GD_THREAD                                                                                            \
@@ -74,6 +73,8 @@ template <class X> INLINE X shuffle(X x, u32 from) { return simd_shuffle(x, usho
 template <class X> INLINE X shuffle_xor(X x, u32 step) { return simd_shuffle_xor(x, ushort(step)); }
 template <class X> INLINE X shuffle_up(X x, u32 step) { return simd_shuffle_up(x, ushort(step)); }
 INLINE u32 ballot(bool x) { return u32(simd_vote::vote_t(simd_ballot(x))); }
+// The sum over the lanes, the same bits in all of them.
+INLINE float warp_sum(float x) { return simd_sum(x); }
 INLINE void warp_barrier() { simdgroup_barrier(mem_flags::mem_threadgroup); }
 INLINE void block_barrier() { threadgroup_barrier(mem_flags::mem_threadgroup); }
 INLINE u32 bits_set(u32 x) { return popcount(x); }
@@ -103,6 +104,7 @@ INLINE float log1p(float x) {
 
 // Metal has no double. Long sums keep what rounding takes from them (Neumaier).
 typedef float wide;
+#define WIDE_ROUNDOFF 1.2e-7f
 struct Total {
     float sum, rest;
 };
@@ -113,3 +115,11 @@ INLINE Total plus(Total x, Total y) {
     return {sum, x.rest + y.rest + lost};
 }
 INLINE float value(Total x) { return x.sum + x.rest; }
+INLINE Total load(const threadgroup Total *at) { return {at->sum, at->rest}; }
+INLINE void store(Total x, threadgroup Total *at) { at->sum = x.sum, at->rest = x.rest; }
+
+// What a mask has.
+INLINE bool is_causal(constant MaskParams &) { return has(CAUSAL); }
+INLINE bool has_window(constant MaskParams &) { return has(WINDOW); }
+INLINE bool has_table(constant MaskParams &) { return has(TABLE); }
+INLINE bool has_boundaries(constant MaskParams &) { return has(BOUNDARIES); }

@@ -2,7 +2,7 @@
 // points to: DEVICE memory, SHARED memory of a block, a LOCAL variable; params come as `PARAMS P &`. A
 // function that depends on its thread takes `Thread me`. No lambdas, no double, no recursion: Metal has none.
 #pragma once
-#ifdef GD_METAL
+#if defined(__METAL_VERSION__) || defined(GD_METAL) || defined(GD_STRICT)
 #include "../metal/language.h"
 #else
 #include "../cuda/language.cuh"

@@ -1,7 +1,7 @@
 // The choice of one row, held by a warp: slot s lies in lane s % 32, register s / 32. With p the softmax of
 // -energy / T over the used slots and the null slot, whose energy is the threshold.
 #pragma once
-#include "row.cuh"
+#include "row.h"
 
 // Slots of a row, at most.
 constexpr u32 MAX_SLOTS = 64;
@@ -20,40 +20,33 @@ struct Choice {
     float rho;    // energy gate of the nearest
 };
 
-__device__ __forceinline__ Candidates load_candidates(const SelectParams &p, const float *energy,
-                                                      const i32 *index, size_t row) {
+INLINE Candidates load_candidates(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
+                                  const DEVICE i32 *index, size_t row) {
     Candidates c;
 #pragma unroll
     for (u32 x = 0; x < 2; x++) {
-        u32 s = lane_id() + 32 * x;
+        u32 s = me.lane() + 32 * x;
         c.key[x] = s < p.slots ? index[row * p.slots + s] : -1;
         c.energy[x] = c.key[x] >= 0 ? energy[row * p.slots + s] : GD_INFINITY;
     }
     return c;
 }
 
-__device__ __forceinline__ float warp_min(float x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2)
-        x = fminf(x, __shfl_xor_sync(ALL, x, step));
-    return x;
-}
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-__device__ __forceinline__ Choice choose(const SelectParams &p, const Candidates &c, float tau) {
+INLINE Choice choose(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, float tau) {
     float best = GD_INFINITY;
     i32 key = -1, slot = -1;
 #pragma unroll
     for (u32 x = 0; x < 2; x++) {
         bool wins = c.key[x] >= 0 &&
                     (key < 0 || c.energy[x] < best || (c.energy[x] == best && before(c.key[x], key, p.last)));
-        if (wins) best = c.energy[x], key = c.key[x], slot = i32(lane_id() + 32 * x);
+        if (wins) best = c.energy[x], key = c.key[x], slot = i32(me.lane() + 32 * x);
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
-        float e = __shfl_xor_sync(ALL, best, step);
-        i32 j = __shfl_xor_sync(ALL, key, step), s = __shfl_xor_sync(ALL, slot, step);
+        float e = shuffle_xor(best, step);
+        i32 j = shuffle_xor(key, step), s = shuffle_xor(slot, step);
         bool wins =
             j >= 0 && (key < 0 || e < best ||
                        (e == best && (GD_FAULT(21) ? before(key, j, p.last) : before(j, key, p.last))));
@@ -67,23 +60,23 @@ __device__ __forceinline__ Choice choose(const SelectParams &p, const Candidates
     float margin = GD_INFINITY;
 #pragma unroll
     for (u32 x = 0; x < 2; x++) {
-        bool rival = c.key[x] >= 0 && i32(lane_id() + 32 * x) != slot && c.energy[x] <= tau;
-        if (rival) margin = fminf(margin, c.energy[x] - best);
+        bool rival = c.key[x] >= 0 && i32(me.lane() + 32 * x) != slot && c.energy[x] <= tau;
+        if (rival) margin = fmin(margin, c.energy[x] - best);
     }
     out.margin = warp_min(margin);
     return out;
 }
 
 // The soft choice of the lane's slots; returns the null slot's share.
-__device__ __forceinline__ float soft(const SelectParams &p, const Candidates &c, float tau,
-                                      float (&share)[2]) {
-    float least = fminf(tau, warp_min(fminf(c.energy[0], c.energy[1])));
+INLINE float soft(PARAMS SelectParams &p, const LOCAL Candidates &c, float tau,
+                  LOCAL float (&share)[2]) {
+    float least = fmin(tau, warp_min(fmin(c.energy[0], c.energy[1])));
     share[0] = share[1] = 0;
     if (!finite(least)) return 0;
-    float null = expf((least - tau) / p.temperature);
+    float null = exp((least - tau) / p.temperature);
 #pragma unroll
     for (u32 x = 0; x < 2; x++)
-        if (c.key[x] >= 0) share[x] = expf((least - c.energy[x]) / p.temperature);
+        if (c.key[x] >= 0) share[x] = exp((least - c.energy[x]) / p.temperature);
     float total = null + warp_sum(share[0] + share[1]);
     share[0] /= total;
     share[1] /= total;
@@ -91,8 +84,8 @@ __device__ __forceinline__ float soft(const SelectParams &p, const Candidates &c
 }
 
 // Weights of the value rows in the forward pass.
-__device__ __forceinline__ void value_weights(const SelectParams &p, const Candidates &c,
-                                              const Choice &choice, float tau, float (&w)[2]) {
+INLINE void value_weights(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c,
+                          const LOCAL Choice &choice, float tau, LOCAL float (&w)[2]) {
     w[0] = w[1] = 0;
     if (p.hardness < 1.0f) {
         soft(p, c, tau, w);
@@ -101,12 +94,12 @@ __device__ __forceinline__ void value_weights(const SelectParams &p, const Candi
     }
 #pragma unroll
     for (u32 x = 0; x < 2; x++)
-        if (i32(lane_id() + 32 * x) == choice.winner) w[x] += p.hardness * choice.rho;
+        if (i32(me.lane() + 32 * x) == choice.winner) w[x] += p.hardness * choice.rho;
 }
 
 // Adds scale J(share) a, carried to the energies, to de; returns the threshold's part.
-__device__ __forceinline__ float jacobian(const SelectParams &p, const float (&share)[2], float null,
-                                          const float (&a)[2], float scale, float (&de)[2]) {
+INLINE float jacobian(PARAMS SelectParams &p, const LOCAL float (&share)[2], float null,
+                      const LOCAL float (&a)[2], float scale, LOCAL float (&de)[2]) {
     float mean = warp_sum(share[0] * a[0] + share[1] * a[1]), rate = -scale / p.temperature;
 #pragma unroll
     for (u32 x = 0; x < 2; x++)
@@ -116,9 +109,9 @@ __device__ __forceinline__ float jacobian(const SelectParams &p, const float (&s
 
 // The backward pass: a = <dy, v> of every slot in; the energies' gradient de and the weights dv with which dy
 // enters the value rows out. Returns the threshold's gradient.
-__device__ __forceinline__ float choice_backward(const SelectParams &p, const Candidates &c,
-                                                 const Choice &choice, float tau, const float (&a)[2],
-                                                 float (&de)[2], float (&dv)[2]) {
+INLINE float choice_backward(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c,
+                             const LOCAL Choice &choice, float tau, const LOCAL float (&a)[2],
+                             LOCAL float (&de)[2], LOCAL float (&dv)[2]) {
     de[0] = de[1] = dv[0] = dv[1] = 0;
     float share[2], dtau = 0, hard = p.hardness, rest = 1.0f - p.hardness;
     float null = soft(p, c, tau, share);
@@ -131,9 +124,9 @@ __device__ __forceinline__ float choice_backward(const SelectParams &p, const Ca
     float scale = hard * choice.rho;
     bool wins[2];
     for (u32 x = 0; x < 2; x++)
-        wins[x] = i32(lane_id() + 32 * x) == choice.winner;
+        wins[x] = i32(me.lane() + 32 * x) == choice.winner;
     // The share that the preserve floor leaves, and what it spreads evenly.
-    float used = float(__popc(__ballot_sync(ALL, c.key[0] >= 0)) + __popc(__ballot_sync(ALL, c.key[1] >= 0)));
+    float used = float(bits_set(ballot(c.key[0] >= 0)) + bits_set(ballot(c.key[1] >= 0)));
     float mixed[2];
     for (u32 x = 0; x < 2; x++)
         mixed[x] = c.key[x] >= 0 ? (1.0f - p.preserve) * share[x] + p.preserve / used : 0.0f;
@@ -157,6 +150,6 @@ __device__ __forceinline__ float choice_backward(const SelectParams &p, const Ca
             dtau += d;
         }
     }
-    if (p.gate > 0 && choice.winner >= 0) dtau = __shfl_sync(ALL, dtau, choice.winner % 32);
+    if (p.gate > 0 && choice.winner >= 0) dtau = shuffle(dtau, choice.winner % 32);
     return dtau;
 }

@@ -350,7 +350,9 @@ impl Plan {
     #[cfg(any(feature = "cuda", feature = "metal"))]
     pub(crate) fn gpu(&self) -> Result<&crate::gpu::scan::Plan> {
         match self {
-            Self::Cpu(plan) => Err(Error::Invalid(format!("{plan}: the plan of a CPU, for tensors on a GPU"))),
+            Self::Cpu(plan) => {
+                Err(Error::Invalid(format!("{plan}: the plan of a CPU, for tensors on a GPU")))
+            }
             #[cfg(feature = "cuda")]
             Self::Cuda(plan) => Ok(plan),
             #[cfg(feature = "metal")]

@@ -92,9 +92,7 @@ pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     match plan {
         Plan::Cpu(plan) => launch(&problem, &plan, q, k, scan),
         #[cfg(feature = "cuda")]
-        Plan::Cuda(plan) => {
-            crate::gpu::tensors::scan::scan::<crate::cuda::Cuda>(&problem, &plan, q, k, scan)
-        }
+        Plan::Cuda(plan) => crate::gpu::tensors::scan::scan::<crate::cuda::Cuda>(&problem, &plan, q, k, scan),
         #[cfg(feature = "metal")]
         Plan::Metal(plan) => {
             crate::gpu::tensors::scan::scan::<crate::metal::Metal>(&problem, &plan, q, k, scan)

@@ -77,7 +77,10 @@ impl Metal {
         // candle keeps what is freed for reuse, until the host waits.
         let room = || {
             let taken = metal.current_allocated_size();
-            (taken.saturating_add(bytes.next_power_of_two()) <= metal.recommended_max_working_set_size(), taken)
+            (
+                taken.saturating_add(bytes.next_power_of_two()) <= metal.recommended_max_working_set_size(),
+                taken,
+            )
         };
         if !room().0 {
             self.device.wait_until_completed()?;
@@ -90,7 +93,9 @@ impl Metal {
                 )));
             }
         }
-        make(bytes).map(Buffer::Owned).map_err(|e| Error::Device(format!("{:.1} MiB of GPU memory: {e}", mib(bytes))))
+        make(bytes)
+            .map(Buffer::Owned)
+            .map_err(|e| Error::Device(format!("{:.1} MiB of GPU memory: {e}", mib(bytes))))
     }
 }
 
@@ -185,7 +190,8 @@ impl Gpu for Metal {
 
     fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
         let refused = |why: String| Error::Device(format!("Metal cannot launch {launch}: {why}"));
-        let place = |slice: &Option<Slice<'_, Buffer>>| slice.as_ref().map(|s| Buffer::place(s, 0)).transpose();
+        let place =
+            |slice: &Option<Slice<'_, Buffer>>| slice.as_ref().map(|s| Buffer::place(s, 0)).transpose();
         let places = launch.buffers.iter().map(place).collect::<Result<Vec<_>>>()?;
         let Some((any, _)) = places.iter().flatten().next() else {
             return Err(refused("it has no buffers".into()));
@@ -193,7 +199,8 @@ impl Gpu for Metal {
         let present = places.iter().enumerate().map(|(n, place)| u32::from(place.is_some()) << n).sum();
         let constants = [present, launch.constants.features, launch.constants.rows];
         let pipeline = self.loaded.pipeline(&launch.kernel, constants)?;
-        let (threads, width) = (pipeline.max_total_threads_per_threadgroup(), pipeline.as_ref().threadExecutionWidth());
+        let (threads, width) =
+            (pipeline.max_total_threads_per_threadgroup(), pipeline.as_ref().threadExecutionWidth());
         if launch.block as usize > threads || width != SIMDGROUP {
             return Err(refused(format!(
                 "it can have {threads} threads in simdgroups of {width}; {SIMDGROUP} are expected"

@@ -95,17 +95,26 @@ impl Loaded {
             return Ok(library);
         }
         let (source, text) = embedded::SOURCES[at];
-        let compiled =
-            self.device.as_ref().newLibraryWithSource_options_error(&NSString::from_str(text), Some(&options()));
-        let code = compiled
-            .map_err(|e| Error::Device(format!("Metal does not compile kernels/metal/{source}.metal: {e}")))?;
+        let compiled = self
+            .device
+            .as_ref()
+            .newLibraryWithSource_options_error(&NSString::from_str(text), Some(&options()));
+        let code = compiled.map_err(|e| {
+            Error::Device(format!("Metal does not compile kernels/metal/{source}.metal: {e}"))
+        })?;
         let kernels = code.functionNames().to_vec().iter().map(|name| name.to_string()).collect();
         Ok(self.libraries[at].get_or_init(|| Library { code, kernels }))
     }
 
-    fn specialise(&self, library: &Library, name: &str, constants: ConstantValues) -> Result<ComputePipeline> {
-        let refused =
-            |e: &dyn std::fmt::Display| Error::Device(format!("Metal kernel {name} with constants {constants:?}: {e}"));
+    fn specialise(
+        &self,
+        library: &Library,
+        name: &str,
+        constants: ConstantValues,
+    ) -> Result<ComputePipeline> {
+        let refused = |e: &dyn std::fmt::Display| {
+            Error::Device(format!("Metal kernel {name} with constants {constants:?}: {e}"))
+        };
         let function = library
             .code
             .newFunctionWithName_constantValues_error(&NSString::from_str(name), &values(constants))

@@ -1,7 +1,9 @@
-//! The operators on a CUDA device: the suites of tests/emulate with the device in the place of the emulator,
-//! each against the f64 reference; candle's graph on it against the CPU; and repetitions, equal to the bit.
+//! The operators on a GPU: the suites of tests/emulate with the device in the place of the emulator, each against
+//! the f64 reference; candle's graph on it against the CPU; and repetitions, equal to the bit.
 //!
-//! Needs a GPU, and fails without one. `GD_SANITIZE=1` runs a few problems of each suite, for compute-sanitizer.
+//! With the feature `cuda` or `metal` it needs such a GPU, and fails without one (`scripts/gpu_check.sh`,
+//! `scripts/metal_check.sh`). `GD_SANITIZE=1` runs a few problems of each suite, under a tool that checks accesses.
+#![cfg(any(feature = "cuda", feature = "metal"))]
 
 // The suites name the emulator; here its name stands for the device below.
 extern crate self as gd_emulate;
@@ -27,10 +29,31 @@ use std::sync::OnceLock;
 
 use candle_core::Device;
 use gd_kernels::Result;
-pub use gd_kernels::cuda::Buffer;
-use gd_kernels::cuda::{Cuda, open};
 use gd_kernels::gpu::{Arch, Gpu, Launch, Slice};
 pub(crate) use suite::{Verdict, ensure};
+
+/// The backend of this build.
+#[cfg(feature = "cuda")]
+mod backend {
+    pub(super) const NAME: &str = "cuda";
+    pub use gd_kernels::cuda::Buffer;
+    pub(super) use gd_kernels::cuda::Cuda as Device;
+
+    pub(super) fn open() -> gd_kernels::Result<candle_core::Device> {
+        gd_kernels::cuda::open(0)
+    }
+}
+
+/// The backend of this build.
+#[cfg(not(feature = "cuda"))]
+mod backend {
+    pub(super) const NAME: &str = "metal";
+    pub use gd_kernels::metal::Buffer;
+    pub(super) use gd_kernels::metal::Metal as Device;
+    pub(super) use gd_kernels::metal::open;
+}
+
+pub use backend::Buffer;
 
 /// Whether only a few problems are run.
 pub(crate) fn sanitized() -> bool {
@@ -40,7 +63,7 @@ pub(crate) fn sanitized() -> bool {
 /// The first GPU.
 pub(crate) fn gpu() -> &'static Device {
     static GPU: OnceLock<Device> = OnceLock::new();
-    GPU.get_or_init(|| open(0).unwrap_or_else(|e| panic!("these tests need a GPU: {e}")))
+    GPU.get_or_init(|| backend::open().unwrap_or_else(|e| panic!("these tests need a GPU: {e}")))
 }
 
 /// Runs the cases of seeds `0..count`, or the first few, and counts them.
@@ -51,12 +74,12 @@ pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync
 }
 
 /// The device, under the emulator's name.
-pub struct Emulator(Cuda);
+pub struct Emulator(backend::Device);
 
 impl Emulator {
     /// The device; it makes its own schedules.
     pub fn new(_: u64) -> Self {
-        Self(Cuda::new(gpu()).unwrap())
+        Self(backend::Device::new(gpu()).unwrap())
     }
 }
 

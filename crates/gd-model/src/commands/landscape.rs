@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use serde_json::json;
 
@@ -62,7 +62,8 @@ pub struct Args {
 /// # Errors
 /// Names the flag, file, tensor or value that cannot be used; then no file is written.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    let inputs = Inputs::read(&args.input, &ctx.device)?;
+    // All of it is computed on the host.
+    let inputs = Inputs::read(&args.input, &Device::Cpu)?;
     let (query, alpha, beta, landscape) = landscape(&args, &inputs)?;
     let (winner, runner_up) = landscape.best();
     let chosen = match args.keys.as_deref() {
@@ -129,7 +130,9 @@ fn landscape(args: &Args, inputs: &Inputs) -> Result<(usize, f64, f64, Landscape
         values.map_or(Ok(default), |t| Ok(t.to_vec1::<f64>()?[args.head]))
     };
     let (alpha, beta) = (per_head("alpha", args.alpha, 0.5)?, per_head("beta", args.beta, 1.0)?);
-    let row = |t: &Tensor| -> Result<Vec<f64>> { Ok(t.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?) };
+    let row = |t: &Tensor| -> Result<Vec<f64>> {
+        Ok(t.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+    };
     let kv_head = args.head / (heads / kv_heads);
     let own = row(&k.narrow(0, args.batch, 1)?.narrow(1, kv_head, 1)?)?;
     let prior = inputs.optional("prior").map(|p| prior(p, args, [b, heads, kv_heads, keys])).transpose();

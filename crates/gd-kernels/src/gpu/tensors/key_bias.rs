@@ -27,7 +27,10 @@ impl KeyBias {
     /// A tensor of another rank, dtype or device.
     pub fn new(k: &Tensor, score: Score) -> Result<Self> {
         on_gpu!(k.device(), G => Self::of_keys::<G>(k, score));
-        Err(Error::Unsupported(format!("key biases of keys on {:?}; on a GPU they are", k.device().location())))
+        Err(Error::Unsupported(format!(
+            "key biases of keys on {:?}; on a GPU they are",
+            k.device().location()
+        )))
     }
 
     fn of_keys<G: TensorGpu>(k: &Tensor, score: Score) -> Result<Self> {

@@ -68,7 +68,7 @@ pub(crate) fn select<G: TensorGpu>(
     };
     let prior = s.prior.map(|p| p.dims3()).transpose()?.map(|(b, h, _)| [b, h]);
     let all = Selection { device: device.clone(), s, sizes, rule, prior };
-    let mut keys = Keys::new(Vector::new(&candidates.index, DType::I32)?, sizes, &rule, &device)?;
+    let mut keys = Keys::new(Vector::new(&candidates.index, DType::I32)?, sizes, &rule, &*device)?;
     let mut query = q.clone();
     let (mut y, mut first, mut later) = (None::<Tensor>, None::<(Step, Tensor)>, Vec::new());
     let count = s.rounds.map_or(1, |r| r.dims()[1]);
@@ -98,7 +98,7 @@ pub(crate) fn select<G: TensorGpu>(
             let rest = device.allocate(4 * sizes.rows() * sizes.slots)?;
             let slot = Vector::new(&step.record.slot, DType::I32)?;
             gpu::rest(&*device, &keys.plan, keys.index.slice(), slot.slice(), (&rest).into())?;
-            keys = Keys::new(Vector::owned(rest), sizes, &rule, &device)?;
+            keys = Keys::new(Vector::owned(rest), sizes, &rule, &*device)?;
             query = all.residual([&query, k], &all.single(&step.record.index)?)?;
         }
         first.get_or_insert((step, energy.detach()));

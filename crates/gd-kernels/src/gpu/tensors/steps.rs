@@ -7,10 +7,10 @@ use candle_core::{DType, Tensor};
 use super::{Rows, TensorGpu, Vector};
 use crate::error::Result;
 use crate::fused::{Finished, attach1, attach2, attach3};
+use crate::gpu::Slice;
 use crate::gpu::inverse::Inverse;
 use crate::gpu::scan::Prior;
 use crate::gpu::select::{self as gpu, Plan, Rule, Sizes};
-use crate::gpu::Slice;
 use crate::select::Select;
 
 /// One key or several for every query, and where each key is read.
@@ -69,7 +69,7 @@ pub(super) struct Record {
 impl<G: TensorGpu> Selection<'_, G> {
     /// One key a query, i32 `[B, Hq, N]`.
     pub(super) fn single(&self, index: &Tensor) -> Result<Arc<Keys<G::Buffer>>> {
-        Keys::new(Vector::new(index, DType::I32)?, self.sizes.single(), &self.rule, &self.device)
+        Keys::new(Vector::new(index, DType::I32)?, self.sizes.single(), &self.rule, &*self.device)
     }
 
     /// Energies `[B, Hq, N, K]` of the candidates from q, k and `aux`: beta `[Hq]` and the flat prior.
@@ -107,13 +107,18 @@ impl<G: TensorGpu> Selection<'_, G> {
                 beta: (&daux).into(),
                 prior: prior.map(|dims| Prior { data: of_prior, dims }),
             };
-            let inverse = keys.inverse(&device)?;
+            let inverse = keys.inverse(&*device)?;
             gpu::energy_backward(&*device, &keys.plan, &x.pairs(&keys), grad.slice(), inverse, &out)?;
             device.tensors([q, k, aux], [dq, dk, daux])
         })?)
     }
 
-    pub(super) fn barrier(&self, energy: &Tensor, keys: &Arc<Keys<G::Buffer>>, flags: Arc<Vector<G::Buffer>>) -> Result<Tensor> {
+    pub(super) fn barrier(
+        &self,
+        energy: &Tensor,
+        keys: &Arc<Keys<G::Buffer>>,
+        flags: Arc<Vector<G::Buffer>>,
+    ) -> Result<Tensor> {
         let (device, keys) = (self.device.clone(), keys.clone());
         let out = device.allocate(4 * energy.elem_count())?;
         let e = Vector::new(energy, DType::F32)?;
@@ -188,7 +193,7 @@ impl<G: TensorGpu> Selection<'_, G> {
                 &x.candidates(&keys),
                 &x.v.tensor4(),
                 &dy.tensor4(),
-                keys.inverse(&device)?,
+                keys.inverse(&*device)?,
                 (&de).into(),
                 (&dv).into(),
                 (&dtau).into(),
@@ -232,7 +237,7 @@ impl<G: TensorGpu> Selection<'_, G> {
                 &x.pairs(&keys),
                 x.at(heads),
                 grad.slice(),
-                keys.inverse(&device)?,
+                keys.inverse(&*device)?,
                 &out,
                 dalpha,
             )?;
@@ -254,7 +259,7 @@ impl<G: TensorGpu> Selection<'_, G> {
         Ok(attach2("query-residual", q, k, result, move |q, k, dr| {
             let (x, dr) = (Operands::new([q, k, &beta], None)?, Rows::new(dr)?);
             let [dq, dk] = device.gradients([q, k])?;
-            let (inverse, out) = (keys.inverse(&device)?, [(&dq).into(), (&dk).into()]);
+            let (inverse, out) = (keys.inverse(&*device)?, [(&dq).into(), (&dk).into()]);
             gpu::residual_backward(&*device, &keys.plan, &x.pairs(&keys), &dr.tensor4(), inverse, out)?;
             device.tensors([q, k], [dq, dk])
         })?)

@@ -9,6 +9,7 @@
 #define SHARED
 #define LOCAL
 #define PARAMS const
+#define CONSTANT
 
 // A thread of a block.
 struct Thread {

@@ -117,6 +117,11 @@ template <class X, class Y> X as_type(Y y) {
     return x;
 }
 
+template <class T, int N> struct alignas(sizeof(T) * N) vec {
+    T element[N];
+    T operator[](uint at) const { return element[at]; }
+};
+
 inline int min(int x, int y) { return x < y ? x : y; }
 inline int max(int x, int y) { return x > y ? x : y; }
 inline uint min(uint x, uint y) { return x < y ? x : y; }

@@ -29,6 +29,7 @@ extern constant uint gd_features;
 extern constant uint gd_rows;
 
 template <class X, class Y> X as_type(Y y);
+template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
 
 int min(int x, int y);
 int max(int x, int y);

@@ -36,6 +36,7 @@ constant uint gd_rows [[function_constant(2)]];
 #define SHARED threadgroup
 #define LOCAL thread
 #define PARAMS constant
+#define CONSTANT constant
 #define GD_INFINITY as_type<float>(0x7f800000u)
 
 // So that an array type can stand where a name follows.

@@ -163,8 +163,8 @@ GD_REGISTER(sort_count_metal)
 kernel void sort_places_metal(constant SortParams &p [[buffer(0)]], device u32 *counts [[buffer(1)]],
                               GD_THREAD) {
     GD_SHARED(u32[SORT_WARPS], sums);
-    GD_SHARED(u32[1], total);
-    sort_places(GD_HERE, p, sums, total, counts);
+    GD_SHARED(u32[1], all);
+    sort_places(GD_HERE, p, sums, all, counts);
 }
 GD_REGISTER(sort_places_metal)
 kernel void sort_move_metal(constant SortParams &p [[buffer(0)]], const device u32 *places [[buffer(1)]],

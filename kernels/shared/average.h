@@ -7,7 +7,7 @@
 #pragma once
 #include "row.h"
 
-constexpr u32 STEPS = 64, SCAN_THREADS = 256;
+constexpr CONSTANT u32 STEPS = 64, SCAN_THREADS = 256;
 
 INLINE float log_sigmoid(float x) { return fmin(x, 0.0f) - log1p(exp(-fabs(x))); }
 

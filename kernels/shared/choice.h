@@ -4,7 +4,7 @@
 #include "row.h"
 
 // Slots of a row, at most.
-constexpr u32 MAX_SLOTS = 64;
+constexpr CONSTANT u32 MAX_SLOTS = 64;
 
 struct Candidates {
     float energy[2];

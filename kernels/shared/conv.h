@@ -4,7 +4,7 @@
 #pragma once
 #include "language.h"
 
-constexpr u32 CONV_ROWS = 64;
+constexpr CONSTANT u32 CONV_ROWS = 64;
 
 // The rows of the sequence that holds row t.
 struct Own {

@@ -5,7 +5,7 @@
 #pragma once
 #include "select.h"
 
-constexpr u32 PIECE = 128;
+constexpr CONSTANT u32 PIECE = 128;
 
 // The inverse index: where lists start, the sorted lists and entries; and room for parts [pieces, 2, dim].
 struct Readers {

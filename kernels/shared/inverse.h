@@ -7,7 +7,7 @@
 #pragma once
 #include "row.h"
 
-constexpr u32 CHUNK = 2048, DIGITS = 256, SORT_WARPS = 8, EACH = CHUNK / SORT_WARPS;
+constexpr CONSTANT u32 CHUNK = 2048, DIGITS = 256, SORT_WARPS = 8, EACH = CHUNK / SORT_WARPS;
 
 // The list of every slot.
 INLINE void sort_begin(Thread me, PARAMS SortParams &p, const DEVICE i32 *index, DEVICE u32 *lists, DEVICE u32 *entries) {

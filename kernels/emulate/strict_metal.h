@@ -2,7 +2,7 @@
 // it tells apart: a pointer to the wrong one does not compile. Nothing here runs. The command line is
 //
 //   clang++ -std=c++14 --target=arm64-apple-macos -ffreestanding -nostdinc++ -fsyntax-only -DGD_STRICT -Wall -Wextra \
-//       -Werror -Wno-unknown-attributes -Wno-ignored-attributes -Wno-duplicate-decl-specifier -x c++ FILE.metal
+//       -Wdouble-promotion -Werror -Wno-unknown-attributes -Wno-ignored-attributes -Wno-duplicate-decl-specifier -x c++ FILE.metal
 #pragma once
 #define GD_METAL
 
@@ -37,7 +37,6 @@ uint min(uint x, uint y);
 uint max(uint x, uint y);
 uint popcount(uint x);
 uint ctz(uint x);
-// One precision: a double among the arguments does not compile.
 float exp(float x);
 float log(float x);
 float tanh(float x);

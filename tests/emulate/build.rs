@@ -17,7 +17,9 @@ fn main() {
         build.cpp(true).std("c++17").define("GD_EMULATE", None).opt_level(2).debug(false);
         // Products and sums keep their own rounding unless the source says fma.
         build.flag("-ffp-contract=off").flag_if_supported("-Wno-unknown-pragmas");
-        flags.iter().for_each(|flag| drop(build.flag(flag)));
+        for flag in flags {
+            build.flag(flag);
+        }
         // Kernels announce themselves from static constructors, which nothing else refers to.
         build.files(files).link_lib_modifier("+whole-archive").compile(name);
     };

@@ -130,9 +130,7 @@ fn landscape(args: &Args, inputs: &Inputs) -> Result<(usize, f64, f64, Landscape
         values.map_or(Ok(default), |t| Ok(t.to_vec1::<f64>()?[args.head]))
     };
     let (alpha, beta) = (per_head("alpha", args.alpha, 0.5)?, per_head("beta", args.beta, 1.0)?);
-    let row = |t: &Tensor| -> Result<Vec<f64>> {
-        Ok(t.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
-    };
+    let row = |t: &Tensor| -> Result<Vec<f64>> { Ok(t.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?) };
     let kv_head = args.head / (heads / kv_heads);
     let own = row(&k.narrow(0, args.batch, 1)?.narrow(1, kv_head, 1)?)?;
     let prior = inputs.optional("prior").map(|p| prior(p, args, [b, heads, kv_heads, keys])).transpose();

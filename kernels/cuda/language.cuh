@@ -26,7 +26,7 @@ INLINE Thread here() { return {threadIdx.x, blockIdx.x, blockDim.x}; }
 template <class X> INLINE X shuffle(X x, u32 from) { return __shfl_sync(ALL, x, from); }
 template <class X> INLINE X shuffle_xor(X x, u32 step) { return __shfl_xor_sync(ALL, x, step); }
 template <class X> INLINE X shuffle_up(X x, u32 step) { return __shfl_up_sync(ALL, x, step); }
-INLINE u32 ballot(bool x) { return __ballot_sync(ALL, x); }
+INLINE u32 vote(bool x) { return __ballot_sync(ALL, x); }
 // The sum over the lanes, the same bits in all of them.
 INLINE float warp_sum(float x) {
 #pragma unroll

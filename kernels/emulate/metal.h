@@ -233,7 +233,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<float, 8, 8> &d, simdgroup_m
 #define gd_rows emulate::rows
 
 // Address spaces are the strict check's business (strict_metal.h).
-#define kernel static
+#define KERNEL(threads) static void
 #define device
 #define constant const
 #define threadgroup

@@ -11,14 +11,15 @@ typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
-typedef _Float16 half;
+// Words of the language, which name nothing else.
+#define half _Float16
 
 #define device __attribute__((address_space(1)))
 #define constant const __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
 // The space of variables.
 #define thread
-#define kernel extern "C" __attribute__((used))
+#define KERNEL(threads) extern "C" __attribute__((used)) void
 
 #define GD_REGISTER(name)
 #define GD_FAULT(n) false

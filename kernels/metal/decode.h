@@ -58,17 +58,17 @@ INLINE Best best_across(Best x, u32 step, u32 last) {
 
 // Eight elements of a row from d on, as f32; zeros without a row or beyond it.
 template <class T> INLINE void eight(const device T *row, u32 d, u32 dim, thread float (&x)[8]) {
-    for (u32 half = 0; half < 8; half += 4) {
+    for (u32 from = 0; from < 8; from += 4) {
         if (!row || d >= dim) {
             for (u32 y = 0; y < 4; y++)
-                x[half + y] = 0.0f;
+                x[from + y] = 0.0f;
         } else if (has(ALIGNED)) {
-            vec<T, 4> from = *reinterpret_cast<const device vec<T, 4> *>(row + d + half);
+            vec<T, 4> four = *reinterpret_cast<const device vec<T, 4> *>(row + d + from);
             for (u32 y = 0; y < 4; y++)
-                x[half + y] = up(from[y]);
+                x[from + y] = up(four[y]);
         } else {
             for (u32 y = 0; y < 4; y++)
-                x[half + y] = up(row[d + half + y]);
+                x[from + y] = up(row[d + from + y]);
         }
     }
 }

@@ -21,6 +21,7 @@
 using namespace metal;
 #define GD_METAL
 #define GD_REGISTER(name)
+#define KERNEL(threads) [[kernel, max_total_threads_per_threadgroup(threads)]] void
 // Seeded faults exist in the emulator alone.
 #define GD_FAULT(n) false
 #define GD_SHARED(type, name) threadgroup gd_type<type> name
@@ -47,10 +48,10 @@ typedef half f16;
 typedef ushort bf16;
 
 // What every kernel takes beside its buffers, and what it makes of that.
-#define GD_THREAD                                                                                            \
-    uint gd_index [[thread_position_in_threadgroup]], uint gd_block [[threadgroup_position_in_grid]],        \
+#define GD_THREAD                                                                                             \
+    uint gd_index [[thread_position_in_threadgroup]], uint gd_block [[threadgroup_position_in_grid]],         \
         uint gd_threads [[threads_per_threadgroup]]
-#define GD_HERE                                                                                              \
+#define GD_HERE                                                                                               \
     Thread { gd_index, gd_block, gd_threads }
 // The n-th buffer, or null where the launch has none.
 #define GD_IF_PRESENT(n, pointer) ((gd_present >> ((n) - 1) & 1) ? (pointer) : nullptr)
@@ -73,7 +74,7 @@ struct Thread {
 template <class X> INLINE X shuffle(X x, u32 from) { return simd_shuffle(x, ushort(from)); }
 template <class X> INLINE X shuffle_xor(X x, u32 step) { return simd_shuffle_xor(x, ushort(step)); }
 template <class X> INLINE X shuffle_up(X x, u32 step) { return simd_shuffle_up(x, ushort(step)); }
-INLINE u32 ballot(bool x) { return u32(simd_vote::vote_t(simd_ballot(x))); }
+INLINE u32 vote(bool x) { return u32(simd_vote::vote_t(simd_ballot(x))); }
 // The sum over the lanes, the same bits in all of them.
 INLINE float warp_sum(float x) { return simd_sum(x); }
 INLINE void warp_barrier() { simdgroup_barrier(mem_flags::mem_threadgroup); }

@@ -119,10 +119,10 @@ INLINE void scan_list(Thread me, constant ScanParams &p, threadgroup uchar *shar
         u32 hits[EACH], found = 0;
 #pragma unroll
         for (u32 x = 0; x < EACH; x++) {
-            hits[x] = ballot(s[x] > bar) & quad;
+            hits[x] = vote(s[x] > bar) & quad;
             found += bits_set(hits[x]);
         }
-        u32 full = ballot(count + found > (GD_FAULT(110) ? LIST + 8 : LIST));
+        u32 full = vote(count + found > (GD_FAULT(110) ? LIST + 8 : LIST));
         for (; full; full &= ~(0xfu << (first_bit(full) & 28))) {
             u32 r = first_bit(full) / 4, entries = shuffle(count, r * 4);
             List list(lists, r);

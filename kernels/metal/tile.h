@@ -58,7 +58,7 @@ template <class T, int D, int MT, int KEYS> struct Scoring {
     }
 
     // Products of the rows with the keys of a tile: out [ROWS, OUT].
-    void scores(const threadgroup E *tile, threadgroup float *out) const {
+    void scores(const threadgroup E *tile, threadgroup float *out) {
         for (int n = 0; n < KEYS / 8; n++) {
             simdgroup_matrix<float, 8, 8> sum[MT];
             for (int m = 0; m < MT; m++)

@@ -126,7 +126,7 @@ INLINE float choice_backward(Thread me, PARAMS SelectParams &p, const LOCAL Cand
     for (u32 x = 0; x < 2; x++)
         wins[x] = i32(me.lane() + 32 * x) == choice.winner;
     // The share that the preserve floor leaves, and what it spreads evenly.
-    float used = float(bits_set(ballot(c.key[0] >= 0)) + bits_set(ballot(c.key[1] >= 0)));
+    float used = float(bits_set(vote(c.key[0] >= 0)) + bits_set(vote(c.key[1] >= 0)));
     float mixed[2];
     for (u32 x = 0; x < 2; x++)
         mixed[x] = c.key[x] >= 0 ? (1.0f - p.preserve) * share[x] + p.preserve / used : 0.0f;

@@ -87,10 +87,10 @@ INLINE void sort_move(Thread me, PARAMS SortParams &p, SHARED u32 *next, const D
         bool inside = at < p.count;
         u32 list = inside ? lists[at] : 0, digit = list >> p.shift & (DIGITS - 1);
         // Lanes with the same digit.
-        u32 same = ballot(inside);
+        u32 same = vote(inside);
 #pragma unroll
         for (u32 b = 0; b < 8; b++) {
-            u32 set = ballot(digit >> b & 1);
+            u32 set = vote(digit >> b & 1);
             same &= digit >> b & 1 ? set : ~set;
         }
         SHARED u32 *place = &next[warp * DIGITS + digit];

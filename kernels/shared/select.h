@@ -38,7 +38,7 @@ INLINE const DEVICE T *d_row(PARAMS SelectParams &p, const LOCAL Place &at, cons
 struct OpenSlots {
     u32 low, high;
 
-    INLINE OpenSlots(const LOCAL bool (&open)[2]) : low(ballot(open[0])), high(ballot(open[1])) {}
+    INLINE OpenSlots(const LOCAL bool (&open)[2]) : low(vote(open[0])), high(vote(open[1])) {}
     INLINE bool any() const { return (low | high) != 0; }
     INLINE u32 take() {
         u32 s = low ? first_bit(low) : 32 + first_bit(high);

@@ -19,10 +19,10 @@ fn buffers_are_numbered_in_order() {
         let text = text
             .replace("PARAMS_AT_0,", "[[buffer(0)]]")
             .replace("READERS,", "[[buffer(1)]] [[buffer(2)]] [[buffer(3)]] [[buffer(4)]]");
-        for kernel in text.split("kernel void ").skip(1) {
+        for kernel in text.split("KERNEL(").skip(1) {
             let head = kernel.split('{').next().unwrap();
             let found = numbers(head, "[[buffer(");
-            let name = head.split('(').next().unwrap();
+            let name = head.split([' ', '(']).nth(1).unwrap();
             assert_eq!(found, (0..found.len()).collect::<Vec<_>>(), "{name} in {}", path.display());
             assert!(found.len() >= 2, "{name} in {}", path.display());
             kernels += 1;

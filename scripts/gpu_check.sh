@@ -20,7 +20,7 @@ if [[ "${1:-}" == --build ]]; then
     target="${CARGO_TARGET_DIR:-target}"
     export CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-90}" GD_CUDA_ARCHS="${GD_CUDA_ARCHS:-80,90a}"
     cargo build --release -p gd-model --bin gd --features cuda
-    tests=$(cargo test --release -p gd-kernels --test cuda --features cuda --no-run --message-format json |
+    tests=$(cargo test --release -p gd-kernels --test device --features cuda --no-run --message-format json |
         sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1)
     cp "$target/release/gd" "$dir/gd"
     cp "$tests" "$dir/operators"

@@ -1,5 +1,6 @@
 //! With the feature `cuda`: compiles kernels/cuda/*.cu, each to one fatbin with code for every architecture,
-//! and lists them for `src/cuda`. Without it: nothing.
+//! and lists them for `src/cuda`. With `metal`: puts the includes of kernels/metal/*.metal in place and lists
+//! the texts for `src/metal`, which Metal compiles at run time. Without them: nothing.
 //!
 //! nvcc is that of `NVCC`, of `CUDA_HOME` (`CUDA_PATH`, `CUDA_ROOT`, `CUDA_TOOLKIT_ROOT_DIR`), of `PATH`, or of
 //! /usr/local/cuda. `GD_CUDA_ARCHS` (default `80,86,89,90a`) says for which GPUs; a source `*_sm90a.cu` is for
@@ -8,9 +9,96 @@
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
-    if let Err(e) = cuda::build() {
+    done(cuda::build());
+    #[cfg(feature = "metal")]
+    done(metal::build());
+}
+
+#[cfg(any(feature = "cuda", feature = "metal"))]
+fn done(built: Result<(), String>) {
+    if let Err(e) = built {
         eprintln!("error: {e}");
         std::process::exit(1);
+    }
+}
+
+/// The folder of the kernels; cargo is to look for changes in `folders` of it.
+#[cfg(any(feature = "cuda", feature = "metal"))]
+fn kernels(folders: &[&str]) -> Result<std::path::PathBuf, String> {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels");
+    let root = root.canonicalize().map_err(|e| format!("{}: {e}", root.display()))?;
+    for folder in folders {
+        println!("cargo:rerun-if-changed={}", root.join(folder).display());
+    }
+    Ok(root)
+}
+
+#[cfg(feature = "metal")]
+mod metal {
+    use std::collections::HashSet;
+    use std::env;
+    use std::fmt::Write;
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    /// Where the sources and their headers lie.
+    const FOLDERS: [&str; 2] = ["metal", "shared"];
+
+    type Result<T> = std::result::Result<T, String>;
+
+    pub(super) fn build() -> Result<()> {
+        let root = super::kernels(&FOLDERS)?;
+        let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| format!("OUT_DIR: {e}"))?);
+        let folder = out.join("metal");
+        fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+        let mut sources: Vec<PathBuf> = fs::read_dir(root.join("metal"))
+            .and_then(|all| all.map(|entry| Ok(entry?.path())).collect())
+            .map_err(|e| format!("{}: {e}", root.join("metal").display()))?;
+        sources.retain(|path| path.extension().is_some_and(|e| e == "metal"));
+        sources.sort();
+        let mut hasher = blake3::Hasher::new();
+        let mut list = String::from("pub(super) static SOURCES: &[(&str, &str)] = &[\n");
+        for source in &sources {
+            let mut text = String::new();
+            flatten(&root, source, &mut HashSet::new(), &mut text)?;
+            let place = folder.join(source.file_name().unwrap_or_default());
+            fs::write(&place, &text).map_err(|e| format!("{}: {e}", place.display()))?;
+            let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            hasher.update(name.as_bytes()).update(text.as_bytes());
+            let _ = writeln!(list, "    ({name:?}, include_str!({place:?})),");
+        }
+        let hash = hasher.finalize().to_hex();
+        let _ = writeln!(list, "];\npub(super) const HASH: &str = {:?};", &hash[..16]);
+        fs::write(out.join("metal_sources.rs"), list).map_err(|e| format!("metal_sources.rs: {e}"))
+    }
+
+    /// Appends a file with its quoted includes in place, each file once. Lines keep the numbers that they have
+    /// in their files. What lies in other folders is for other compilers, and left out.
+    fn flatten(root: &Path, path: &Path, seen: &mut HashSet<PathBuf>, out: &mut String) -> Result<()> {
+        let at = |e: std::io::Error| format!("{}: {e}", path.display());
+        let name = path.strip_prefix(root).unwrap_or(path).display();
+        let text = fs::read_to_string(path).map_err(at)?;
+        let _ = writeln!(out, "#line 1 \"kernels/{name}\"");
+        for (number, line) in text.lines().enumerate() {
+            let include = line.trim().strip_prefix("#include \"").and_then(|rest| rest.split_once('"'));
+            match include {
+                Some((file, _)) => {
+                    let file = path.with_file_name(file);
+                    let file = file.canonicalize().map_err(|e| format!("{}: {e}", file.display()))?;
+                    let ours = FOLDERS.iter().any(|folder| file.starts_with(root.join(folder)));
+                    if ours && seen.insert(file.clone()) {
+                        flatten(root, &file, seen, out)?;
+                    }
+                    let _ = writeln!(out, "#line {} \"kernels/{name}\"", number + 2);
+                }
+                None if line.trim() == "#pragma once" => out.push('\n'),
+                None => {
+                    out.push_str(line);
+                    out.push('\n');
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -36,11 +124,7 @@ mod cuda {
         for name in HOMES.iter().chain(&["NVCC", "GD_CUDA_ARCHS"]) {
             println!("cargo:rerun-if-env-changed={name}");
         }
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels");
-        let root = root.canonicalize().map_err(|e| format!("{}: {e}", root.display()))?;
-        for folder in ["cuda", "shared"] {
-            println!("cargo:rerun-if-changed={}", root.join(folder).display());
-        }
+        let root = super::kernels(&["cuda", "shared"])?;
         let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| format!("OUT_DIR: {e}"))?);
         let (archs, nvcc) = (archs()?, nvcc()?);
         let sources = sources(&root.join("cuda"), &archs)?;

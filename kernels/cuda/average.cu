@@ -1,5 +1,5 @@
 // Instantiations of the gated running average.
-#include "average.cuh"
+#include "../shared/average.h"
 
 // One block a processor is enough, so that the compiler takes the registers that it needs.
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
@@ -8,35 +8,41 @@
     KERNEL(256)                                                                                                     \
     average_weights_##T##_sm80(AverageParams p, const T *decay, const T *write, const float *start, float *weights, \
                                float *last) {                                                                       \
-        average_weights<T>(p, decay, write, start, weights, last);                                                  \
+        GD_SHARED(float[SCAN_THREADS / 16], part);                                                                  \
+        GD_SHARED(float[SCAN_THREADS], logs);                                                                       \
+        average_weights<T>(here(), p, part, logs, decay, write, start, weights, last);                                                  \
     }                                                                                                               \
     GD_REGISTER(average_weights_##T##_sm80)                                                                         \
     KERNEL(1024)                                                                                                    \
     average_partial_##T##_sm80(AverageParams p, const T *v, const float *weights, float *carry, float *joint) {     \
-        average_partial<T>(p, v, weights, carry, joint);                                                            \
+        average_partial<T>(here(), p, v, weights, carry, joint);                                                            \
     }                                                                                                               \
     GD_REGISTER(average_partial_##T##_sm80)                                                                         \
     KERNEL(1024)                                                                                                    \
     average_rows_##T##_sm80(AverageParams p, const T *v, const float *weights, const float *carry, T *m) {          \
-        average_rows<T>(p, v, weights, carry, m);                                                                   \
+        average_rows<T>(here(), p, v, weights, carry, m);                                                                   \
     }                                                                                                               \
     GD_REGISTER(average_rows_##T##_sm80)                                                                            \
     KERNEL(1024)                                                                                                    \
     average_partial_backward_##T##_sm80(AverageParams p, const T *dm, const float *weights, float *carry,           \
                                         float *joint) {                                                             \
-        average_partial_backward<T>(p, dm, weights, carry, joint);                                                  \
+        average_partial_backward<T>(here(), p, dm, weights, carry, joint);                                                  \
     }                                                                                                               \
     GD_REGISTER(average_partial_backward_##T##_sm80)                                                                \
     KERNEL(1024)                                                                                                    \
     average_rows_backward_##T##_sm80(AverageParams p, const T *v, const T *m, const T *dm, const float *weights,    \
                                      const float *carry, const float *start, T *dv, float *dtake) {                 \
-        average_rows_backward<T>(p, v, m, dm, weights, carry, start, dv, dtake);                                    \
+        GD_DYNAMIC_SHARED(shared);                                                                                  \
+        float *held = reinterpret_cast<float *>(shared);                                                            \
+        average_rows_backward<T>(here(), p, held, v, m, dm, weights, carry, start, dv, dtake);                                    \
     }                                                                                                               \
     GD_REGISTER(average_rows_backward_##T##_sm80)                                                                   \
     KERNEL(256)                                                                                                     \
     average_weights_backward_##T##_sm80(AverageParams p, const T *decay, const float *weights, const float *dtake,  \
                                         T *ddecay, T *dwrite) {                                                     \
-        average_weights_backward<T>(p, decay, weights, dtake, (p.dim + 31) / 32, ddecay, dwrite);                   \
+        GD_SHARED(float[SCAN_THREADS / 16], part);                                                                  \
+        GD_SHARED(float[SCAN_THREADS], after);                                                                      \
+        average_weights_backward<T>(here(), p, part, after, decay, weights, dtake, (p.dim + 31) / 32, ddecay, dwrite);                   \
     }                                                                                                               \
     GD_REGISTER(average_weights_backward_##T##_sm80)
 
@@ -46,10 +52,10 @@ AVERAGE(f32)
 
 KERNEL(1024)
 average_carry_sm80(AverageParams p, const float *joint, const float *start, float *carry, float *last) {
-    average_carry(p, joint, start, carry, last);
+    average_carry(here(), p, joint, start, carry, last);
 }
 GD_REGISTER(average_carry_sm80)
 KERNEL(1024) average_carry_backward_sm80(AverageParams p, const float *joint, float *carry) {
-    average_carry_backward(p, joint, carry);
+    average_carry_backward(here(), p, joint, carry);
 }
 GD_REGISTER(average_carry_backward_sm80)

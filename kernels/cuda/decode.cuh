@@ -3,7 +3,7 @@
 // the last one to come writes index, energy and value row. The scores are those of the scan, and so is the
 // result.
 #pragma once
-#include "mask.cuh"
+#include "../shared/mask.h"
 #include "tile.cuh"
 
 // Warps of a block.

@@ -1,6 +1,6 @@
 // What both scans share: which rows a block holds, which keys they see, and the walk over tiles.
 #pragma once
-#include "mask.cuh"
+#include "../shared/mask.h"
 #include "tile.cuh"
 
 // Most rows of a block.

@@ -1,14 +1,14 @@
 // How the scan is instantiated: the head_dims of a dtype. A dtype has a source of its own, so that they compile
 // side by side.
 #pragma once
-#include "bias.cuh"
+#include "../shared/bias.h"
 #include "scan_best.cuh"
 #include "scan_list.cuh"
 
 #define BIAS(T)                                                                                                     \
     extern "C" __global__ void __launch_bounds__(256)                                                               \
         scan_bias_##T##_sm80(BiasParams p, const T *k, const float *beta, const float *prior, float *bias) {        \
-        scan_bias<T>(p, k, beta, prior, bias);                                                                      \
+        scan_bias<T>(here(), p, k, beta, prior, bias);                                                                      \
     }                                                                                                               \
     GD_REGISTER(scan_bias_##T##_sm80)
 

@@ -1,8 +1,8 @@
 // Instantiations of the steps of select.
-#include "barrier.cuh"
-#include "coherence.cuh"
-#include "inverse.cuh"
-#include "residual.cuh"
+#include "../shared/barrier.h"
+#include "../shared/coherence.h"
+#include "../shared/inverse.h"
+#include "../shared/residual.h"
 
 // Threads of a block and blocks of a processor: room for 64 or 128 registers a thread, where the compiler by
 // itself spills to make room for more blocks.
@@ -15,76 +15,76 @@
     select_forward_##T##_sm80(SelectParams p, const float *energy, const i32 *index, const float *tau, const T *v,  \
                               i32 *slot, i32 *winner, i32 *nearest, float *chosen, float *margin, float *gate,      \
                               T *y) {                                                                               \
-        select_forward<T>(p, energy, index, tau, v, slot, winner, nearest, chosen, margin, gate, y);                \
+        select_forward<T>(here(), p, energy, index, tau, v, slot, winner, nearest, chosen, margin, gate, y);                \
     }                                                                                                               \
     GD_REGISTER(select_forward_##T##_sm80)                                                                          \
     KERNEL(256, 4)                                                                                                  \
     select_backward_##T##_sm80(SelectParams p, const float *energy, const i32 *index, const float *tau, const T *v, \
                                const T *dy, float *denergy, float *weights, float *dtau) {                          \
-        select_backward<T>(p, energy, index, tau, v, dy, denergy, weights, dtau);                                   \
+        select_backward<T>(here(), p, energy, index, tau, v, dy, denergy, weights, dtau);                                   \
     }                                                                                                               \
     GD_REGISTER(select_backward_##T##_sm80)                                                                         \
     KERNEL(256, 2)                                                                                                  \
     select_values_##T##_sm80(SelectParams p, READERS, const float *weights,                                         \
                              const T *dy, T *dv) {                                                                  \
-        value_gradient<T>(p, {starts, lists, entries, parts}, weights, dy, dv);                                     \
+        value_gradient<T>(here(), p, {starts, lists, entries, parts}, weights, dy, dv);                                     \
     }                                                                                                               \
     GD_REGISTER(select_values_##T##_sm80)                                                                           \
     KERNEL(256, 4)                                                                                                  \
     energy_forward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *prior,        \
                               const i32 *index, float *energy) {                                                    \
-        energy_forward<T>(p, q, k, beta, prior, index, energy);                                                     \
+        energy_forward<T>(here(), p, q, k, beta, prior, index, energy);                                                     \
     }                                                                                                               \
     GD_REGISTER(energy_forward_##T##_sm80)                                                                          \
     KERNEL(256, 4)                                                                                                  \
     energy_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const i32 *index,         \
                                const float *grad, T *dq, float *dbeta) {                                            \
-        energy_backward<T>(p, q, k, beta, index, grad, dq, dbeta);                                                  \
+        energy_backward<T>(here(), p, q, k, beta, index, grad, dq, dbeta);                                                  \
     }                                                                                                               \
     GD_REGISTER(energy_backward_##T##_sm80)                                                                         \
     KERNEL(256, 2)                                                                                                  \
     energy_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                         \
                            const float *beta, const float *grad, T *dk) {                                           \
-        energy_key_gradient<T>(p, {starts, lists, entries, parts}, q, k, beta, grad, dk);                           \
+        energy_key_gradient<T>(here(), p, {starts, lists, entries, parts}, q, k, beta, grad, dk);                           \
     }                                                                                                               \
     GD_REGISTER(energy_keys_##T##_sm80)                                                                             \
     KERNEL(256, 4)                                                                                                  \
     density_forward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *alpha,       \
                                const i32 *index, float *rho, float *point) {                                        \
-        density_forward<T>(p, q, k, beta, alpha, index, rho, point);                                                \
+        density_forward<T>(here(), p, q, k, beta, alpha, index, rho, point);                                                \
     }                                                                                                               \
     GD_REGISTER(density_forward_##T##_sm80)                                                                         \
     KERNEL(256, 2)                                                                                                  \
     density_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *alpha,      \
                                 const i32 *index, const float *grad, T *dq, float *factor, float *dbeta,            \
                                 float *dalpha) {                                                                    \
-        density_backward<T>(p, q, k, beta, alpha, index, grad, dq, factor, dbeta, dalpha);                          \
+        density_backward<T>(here(), p, q, k, beta, alpha, index, grad, dq, factor, dbeta, dalpha);                          \
     }                                                                                                               \
     GD_REGISTER(density_backward_##T##_sm80)                                                                        \
     KERNEL(256, 2)                                                                                                  \
     density_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                        \
                             const float *factor, T *dk) {                                                           \
-        density_key_gradient<T>(p, {starts, lists, entries, parts}, q, k, factor, dk);                              \
+        density_key_gradient<T>(here(), p, {starts, lists, entries, parts}, q, k, factor, dk);                              \
     }                                                                                                               \
     GD_REGISTER(density_keys_##T##_sm80)                                                                            \
     KERNEL(256, 4)                                                                                                  \
     residual_forward_##T##_sm80(SelectParams p, const T *q, const T *k, const i32 *index, T *out) {                 \
-        residual_forward<T>(p, q, k, index, out);                                                                   \
+        residual_forward<T>(here(), p, q, k, index, out);                                                                   \
     }                                                                                                               \
     GD_REGISTER(residual_forward_##T##_sm80)                                                                        \
     KERNEL(256, 4)                                                                                                  \
     residual_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const i32 *index, const T *dr, T *dq) {    \
-        residual_backward<T>(p, q, k, index, dr, dq);                                                               \
+        residual_backward<T>(here(), p, q, k, index, dr, dq);                                                               \
     }                                                                                                               \
     GD_REGISTER(residual_backward_##T##_sm80)                                                                       \
     KERNEL(256, 2)                                                                                                  \
     residual_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                       \
                              const T *dr, T *dk) {                                                                  \
-        residual_key_gradient<T>(p, {starts, lists, entries, parts}, q, k, dr, dk);                                 \
+        residual_key_gradient<T>(here(), p, {starts, lists, entries, parts}, q, k, dr, dk);                                 \
     }                                                                                                               \
     GD_REGISTER(residual_keys_##T##_sm80)                                                                           \
     KERNEL(128, 8) add_parts_##T##_sm80(SelectParams p, const u32 *starts, const float *parts, T *out) {            \
-        add_parts<T>(p.head_dim, starts, parts, out);                                                               \
+        add_parts<T>(here(), p.head_dim, starts, parts, out);                                                               \
     }                                                                                                               \
     GD_REGISTER(add_parts_##T##_sm80)
 
@@ -94,44 +94,55 @@ SELECT(f32)
 
 KERNEL(256, 4)
 prior_gradient_sm80(SelectParams p, const u32 *starts, const u32 *entries, const float *grad, float *dprior) {
-    prior_gradient(p, starts, entries, grad, dprior);
+    prior_gradient(here(), p, starts, entries, grad, dprior);
 }
 GD_REGISTER(prior_gradient_sm80)
-KERNEL(256, 4) head_sums_sm80(SelectParams p, const float *rows, float *out) { head_sums(p, rows, out); }
+KERNEL(256, 4) head_sums_sm80(SelectParams p, const float *rows, float *out) {
+    GD_SHARED(Total[256], part);
+    head_sums(here(), p, part, rows, out);
+}
 GD_REGISTER(head_sums_sm80)
 KERNEL(128, 8)
 barrier_forward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags,
                      float *out) {
-    barrier_forward(p, energy, index, flags, out);
+    barrier_forward(here(), p, energy, index, flags, out);
 }
 GD_REGISTER(barrier_forward_sm80)
 KERNEL(128, 8)
 barrier_backward_sm80(SelectParams p, const float *energy, const i32 *index, const uint8_t *flags,
                       const float *grad, float *out) {
-    barrier_backward(p, energy, index, flags, grad, out);
+    barrier_backward(here(), p, energy, index, flags, grad, out);
 }
 GD_REGISTER(barrier_backward_sm80)
 
 KERNEL(256, 4) select_rest_sm80(SelectParams p, const i32 *index, const i32 *slot, i32 *out) {
-    select_rest(p, index, slot, out);
+    select_rest(here(), p, index, slot, out);
 }
 GD_REGISTER(select_rest_sm80)
 
 KERNEL(256, 4) sort_begin_sm80(SortParams p, const i32 *index, u32 *lists, u32 *entries) {
-    sort_begin(p, index, lists, entries);
+    sort_begin(here(), p, index, lists, entries);
 }
 GD_REGISTER(sort_begin_sm80)
-KERNEL(256, 4) sort_count_sm80(SortParams p, const u32 *lists, u32 *counts) { sort_count(p, lists, counts); }
+KERNEL(256, 4) sort_count_sm80(SortParams p, const u32 *lists, u32 *counts) {
+    GD_SHARED(u32[DIGITS], count);
+    sort_count(here(), p, count, lists, counts);
+}
 GD_REGISTER(sort_count_sm80)
-KERNEL(256, 4) sort_places_sm80(SortParams p, u32 *counts) { sort_places(p, counts); }
+KERNEL(256, 4) sort_places_sm80(SortParams p, u32 *counts) {
+    GD_SHARED(u32[SORT_WARPS], sums);
+    GD_SHARED(u32, total);
+    sort_places(here(), p, sums, &total, counts);
+}
 GD_REGISTER(sort_places_sm80)
 KERNEL(256, 4)
 sort_move_sm80(SortParams p, const u32 *places, const u32 *lists, const u32 *entries, u32 *lists_out,
                u32 *entries_out) {
-    sort_move(p, places, lists, entries, lists_out, entries_out);
+    GD_SHARED(u32[SORT_WARPS * DIGITS], next);
+    sort_move(here(), p, next, places, lists, entries, lists_out, entries_out);
 }
 GD_REGISTER(sort_move_sm80)
 KERNEL(256, 4) sort_starts_sm80(SortParams p, const u32 *lists, u32 *starts) {
-    sort_starts(p, lists, starts);
+    sort_starts(here(), p, lists, starts);
 }
 GD_REGISTER(sort_starts_sm80)

@@ -1,5 +1,6 @@
-// The CUDA language as far as the kernels use it, for a host compiler: every thread of a block is a fibre,
-// and operations of warps and blocks are meetings of fibres (emulate.cpp). Included by ptx.cuh.
+// Every thread of a block is a fibre of the host, and operations of warps and blocks are meetings of fibres
+// (emulate.cpp); behind that, the CUDA language as far as the kernels use it, for a host compiler. Included by
+// ptx.cuh, and by metal.h, which has words of its own.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -8,6 +9,7 @@
 #include <limits>
 #include <utility>
 
+#ifndef GD_METAL
 #define __global__
 #define __device__
 #define __host__
@@ -16,6 +18,7 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __align__(n) alignas(n)
+#endif
 
 namespace emulate {
 
@@ -26,6 +29,8 @@ struct Index {
 // The running thread's place, and the fault that is switched on (0: none).
 extern thread_local Index thread, block, block_size, grid_size;
 extern thread_local int fault;
+// Function constants of the running kernel, in Metal: which buffers it has, features, rows.
+extern thread_local uint32_t present, features, rows;
 
 struct Request;
 using Lanes = Request *const (&)[32];
@@ -89,11 +94,13 @@ struct Mma {
 
 } // namespace emulate
 
+#define GD_FAULT(n) (emulate::fault == (n))
+
+#ifndef GD_METAL
+#define GD_REGISTER(name) static const emulate::Entry entry_##name(#name, name);
 // So that an array type can stand where a name follows.
 template <class T> using gd_type = T;
 
-#define GD_REGISTER(name) static const emulate::Entry entry_##name(#name, name);
-#define GD_FAULT(n) (emulate::fault == (n))
 #define GD_INFINITY std::numeric_limits<float>::infinity()
 #define GD_DYNAMIC_SHARED(name) unsigned char *name = static_cast<unsigned char *>(emulate::dynamic_shared())
 #define GD_SHARED(type, name)                                                                                \
@@ -202,3 +209,4 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
     gd_mma(emulate::MMA_BF16, c, a, b0, b1);
 }
+#endif

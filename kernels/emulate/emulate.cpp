@@ -20,6 +20,7 @@ namespace emulate {
 
 thread_local Index thread, block, block_size, grid_size;
 thread_local int fault;
+thread_local uint32_t present, features, rows;
 
 namespace {
 
@@ -425,6 +426,12 @@ void *gd_emulate_allocate(size_t bytes, uint32_t place, void **pages, size_t *ma
 }
 
 void gd_emulate_free(void *pages, size_t mapped) { munmap(pages, mapped); }
+
+// Function constants of the launches of this thread from now on.
+void gd_emulate_constants(uint32_t features_bits, uint32_t row_count) {
+    features = features_bits;
+    rows = row_count;
+}
 
 // Runs a kernel; returns 0, or 1 and a text.
 int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, uint32_t shared,

@@ -1,5 +1,5 @@
-//! Compiles the CUDA sources as host C++ together with what executes them, and a table of the offsets of
-//! `params.h`.
+//! Compiles the CUDA and the Metal sources as host C++ together with what executes them, and a table of the
+//! offsets of `params.h`.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -12,36 +12,46 @@ fn main() {
     let header = kernels.join("shared/params.h");
     fs::write(&table, offsets(&fs::read_to_string(&header).unwrap(), &header)).unwrap();
 
-    let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").define("GD_EMULATE", None).opt_level(2).debug(false);
-    // Products and sums keep their own rounding unless the source says fmaf.
-    build.flag("-ffp-contract=off").flag_if_supported("-Wno-unknown-pragmas");
-    for folder in ["cuda", "emulate"] {
-        let mut sources: Vec<PathBuf> =
-            fs::read_dir(kernels.join(folder)).unwrap().map(|entry| entry.unwrap().path()).collect();
-        sources.sort();
-        for source in sources {
-            match source.extension().and_then(|e| e.to_str()) {
-                // A file name that the compiler takes for C++.
-                Some("cu") => {
-                    let name = source.file_stem().unwrap().to_str().unwrap();
-                    let wrapper = table.with_file_name(format!("cuda_{name}.cpp"));
-                    fs::write(
-                        &wrapper,
-                        format!("#include \"{}\"\n", source.canonicalize().unwrap().display()),
-                    )
-                    .unwrap();
-                    build.file(wrapper);
-                }
-                Some("cpp") => {
-                    build.file(source);
-                }
-                _ => {}
-            }
+    let build = |name: &str, files: Vec<PathBuf>, flags: &[&str]| {
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").define("GD_EMULATE", None).opt_level(2).debug(false);
+        // Products and sums keep their own rounding unless the source says fma.
+        build.flag("-ffp-contract=off").flag_if_supported("-Wno-unknown-pragmas");
+        for flag in flags {
+            build.flag(flag);
         }
-    }
-    // Kernels announce themselves from static constructors, which nothing else refers to.
-    build.file(table).link_lib_modifier("+whole-archive").compile("gd_emulate");
+        // Kernels announce themselves from static constructors, which nothing else refers to.
+        build.files(files).link_lib_modifier("+whole-archive").compile(name);
+    };
+    let sources = |folder: &str, extension: &str| {
+        let all = fs::read_dir(kernels.join(folder)).unwrap().map(|entry| entry.unwrap().path());
+        let mut all: Vec<PathBuf> =
+            all.filter(|path| path.extension().is_some_and(|e| e == extension)).collect();
+        all.sort();
+        all
+    };
+    // A file name that the compiler takes for C++; Metal's words lie in a namespace.
+    let wrapped = |source: PathBuf| {
+        let kind = source.extension().unwrap().to_str().unwrap();
+        let wrapper = table.with_file_name(format!("{kind}_{}.cpp", source.file_stem().unwrap().display()));
+        let include = |path: &Path| format!("#include \"{}\"\n", path.canonicalize().unwrap().display());
+        let text = match kind {
+            "cu" => include(&source),
+            _ => {
+                let words = include(&kernels.join("emulate/metal.h"));
+                format!("{words}namespace gd_metal {{\n{}}}\n", include(&source))
+            }
+        };
+        fs::write(&wrapper, text).unwrap();
+        wrapper
+    };
+    let mut cuda: Vec<PathBuf> = sources("cuda", "cu").into_iter().map(wrapped).collect();
+    cuda.extend(sources("emulate", "cpp"));
+    cuda.push(table.clone());
+    build("gd_emulate", cuda, &[]);
+    // Attributes of Metal mean nothing here; a double in its sources would hide what f32 loses.
+    let metal = sources("metal", "metal").into_iter().map(wrapped).collect();
+    build("gd_emulate_metal", metal, &["-Wno-attributes", "-Werror=double-promotion"]);
 }
 
 /// C++ that tells name, size, and the fields with their offsets of every struct in `text`.

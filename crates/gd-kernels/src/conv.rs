@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::fused::{
     Rows, attach2, for_chunks, for_chunks2, rows_per_chunk, sum_rows, vectorize, with_contiguous_rows,
 };
+use crate::gpu::on_gpu;
 use crate::mask::{check_boundaries, sequence};
 use crate::plan::require_device;
 
@@ -54,10 +55,9 @@ fn convolve(
     boundaries: Option<Vec<Vec<usize>>>,
 ) -> Result<Tensor> {
     let weight = weight.contiguous()?;
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
-        return crate::cuda::conv::convolve(x, &weight, &past, boundaries.as_deref());
-    }
+    on_gpu!(x.device(), G => {
+        crate::gpu::tensors::conv::convolve::<G>(x, &weight, &past, boundaries.as_deref())
+    });
     Ok(by_float!("causal_conv", x.dtype(), T => {
         let taps = taps::<T>(&weight)?;
         let y = with_window::<T, _>(x, &past, boundaries.as_deref(), |window| forward(window, &taps))?;

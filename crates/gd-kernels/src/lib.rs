@@ -9,10 +9,13 @@ mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod element;
+mod embedding;
 mod error;
 pub mod fused;
 pub mod gpu;
 mod mask;
+#[cfg(feature = "metal")]
+pub mod metal;
 mod options;
 mod plan;
 mod quantized;
@@ -22,7 +25,10 @@ mod select;
 
 pub use average::{AverageState, running_average};
 pub use conv::{causal_conv, packed_causal_conv};
+pub use embedding::embedding;
 pub use error::{Error, Result};
+#[cfg(any(feature = "cuda", feature = "metal"))]
+pub use gpu::tensors::key_bias::KeyBias;
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 pub use plan::{Backend, CANDIDATES, CpuPlan, Isa, Plan, Problem, Walk, support_table};

@@ -131,6 +131,9 @@ pub enum Plan {
     /// On an NVIDIA GPU.
     #[cfg(feature = "cuda")]
     Cuda(crate::gpu::scan::Plan),
+    /// On an Apple GPU.
+    #[cfg(feature = "metal")]
+    Metal(crate::gpu::scan::Plan),
 }
 
 /// How a problem is launched on the CPU.
@@ -156,6 +159,8 @@ impl std::fmt::Display for Plan {
             Plan::Cpu(plan) => plan.fmt(f),
             #[cfg(feature = "cuda")]
             Plan::Cuda(plan) => write!(f, "cuda/{plan}"),
+            #[cfg(feature = "metal")]
+            Plan::Metal(plan) => write!(f, "metal/{plan}"),
         }
     }
 }
@@ -213,6 +218,15 @@ const SUPPORT: &[Support] = &[
         step: 8,
         candidates: &[1, 2, 4, 8, 16, 32],
     },
+    #[cfg(feature = "metal")]
+    Support {
+        device: "metal",
+        dtypes: &[DType::F32, DType::F16, DType::BF16],
+        certified: &[],
+        head_dim: 8..=256,
+        step: 8,
+        candidates: &[1, 2, 4, 8, 16, 32],
+    },
 ];
 
 /// The support table as text, one line a backend.
@@ -255,7 +269,7 @@ pub(crate) fn require_device(op: &str, device: &Device) -> Result<()> {
 
 /// What a scan has besides its [`Problem`] that a plan depends on.
 #[derive(Debug, Clone, Copy, Default)]
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+#[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(dead_code))]
 pub(crate) struct Extras {
     /// Protected keys of a row.
     pub(crate) protected: usize,
@@ -268,7 +282,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Unsupported`] names the value that no backend covers, and what is covered.
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    #[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(unused_variables))]
     pub(crate) fn new(problem: &Problem, extras: Extras, device: &Device, backend: Backend) -> Result<Self> {
         require_device("scan", device)?;
         let refuse =
@@ -290,23 +304,35 @@ impl Plan {
         match device {
             Device::Cpu => CpuPlan::new(problem, backend).map(Self::Cpu),
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => Self::cuda(problem, extras, device, backend),
+            Device::Cuda(_) => {
+                let plan = Self::gpu_plan::<crate::cuda::Cuda>(problem, extras, device, backend);
+                plan.map(Self::Cuda)
+            }
+            #[cfg(feature = "metal")]
+            Device::Metal(_) => {
+                let plan = Self::gpu_plan::<crate::metal::Metal>(problem, extras, device, backend);
+                plan.map(Self::Metal)
+            }
             #[allow(unreachable_patterns)]
             _ => refuse(format!("device {name}")),
         }
     }
 
-    #[cfg(feature = "cuda")]
-    fn cuda(problem: &Problem, extras: Extras, device: &Device, backend: Backend) -> Result<Self> {
-        use crate::gpu::Gpu;
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    fn gpu_plan<G: crate::gpu::tensors::TensorGpu>(
+        problem: &Problem,
+        extras: Extras,
+        device: &Device,
+        backend: Backend,
+    ) -> Result<crate::gpu::scan::Plan> {
         if let Backend::Force(isa) = backend {
             return Err(Error::Unsupported(format!(
                 "{isa:?}, an instruction set of CPUs, for tensors on {}",
                 device_name(device)
             )));
         }
-        let arch = crate::cuda::Cuda::new(device)?.arch();
-        crate::gpu::scan::Plan::new(problem, extras.protected, extras.prior, &arch).map(Self::Cuda)
+        let arch = G::of(device)?.arch();
+        crate::gpu::scan::Plan::new(problem, extras.protected, extras.prior, &arch)
     }
 
     /// The plan for the CPU, if it is one.
@@ -315,6 +341,22 @@ impl Plan {
             Self::Cpu(plan) => Some(plan),
             #[cfg(feature = "cuda")]
             Self::Cuda(_) => None,
+            #[cfg(feature = "metal")]
+            Self::Metal(_) => None,
+        }
+    }
+
+    /// The plan for a GPU, whichever it is.
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    pub(crate) fn gpu(&self) -> Result<&crate::gpu::scan::Plan> {
+        match self {
+            Self::Cpu(plan) => {
+                Err(Error::Invalid(format!("{plan}: the plan of a CPU, for tensors on a GPU")))
+            }
+            #[cfg(feature = "cuda")]
+            Self::Cuda(plan) => Ok(plan),
+            #[cfg(feature = "metal")]
+            Self::Metal(plan) => Ok(plan),
         }
     }
 }

@@ -52,8 +52,8 @@ pub struct Scan<'a> {
     /// k as integers, if the caller keeps them; a certified scan quantises k itself otherwise.
     pub quantized: Option<&'a QuantizedKeys>,
     /// The norms of k, if the caller keeps them; for [`scan_select`](crate::scan_select) of a few queries.
-    #[cfg(feature = "cuda")]
-    pub key_bias: Option<&'a crate::cuda::KeyBias>,
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    pub key_bias: Option<&'a crate::KeyBias>,
     /// Where to run.
     pub backend: Backend,
 }
@@ -72,7 +72,7 @@ impl<'a> Scan<'a> {
             checked: false,
             precision: Precision::default(),
             quantized: None,
-            #[cfg(feature = "cuda")]
+            #[cfg(any(feature = "cuda", feature = "metal"))]
             key_bias: None,
             backend: Backend::default(),
         }
@@ -92,7 +92,11 @@ pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     match plan {
         Plan::Cpu(plan) => launch(&problem, &plan, q, k, scan),
         #[cfg(feature = "cuda")]
-        Plan::Cuda(plan) => crate::cuda::scan::scan(&problem, &plan, q, k, scan),
+        Plan::Cuda(plan) => crate::gpu::tensors::scan::scan::<crate::cuda::Cuda>(&problem, &plan, q, k, scan),
+        #[cfg(feature = "metal")]
+        Plan::Metal(plan) => {
+            crate::gpu::tensors::scan::scan::<crate::metal::Metal>(&problem, &plan, q, k, scan)
+        }
     }
 }
 
@@ -298,7 +302,7 @@ fn protected_keys(t: &Tensor, problem: &Problem) -> Result<cpu::scan::Protected>
 }
 
 /// The checked mode of a device: everything is copied to the host and checked as there.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "metal"))]
 pub(crate) fn check_values(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<()> {
     let host = |t: &Tensor| t.detach().to_device(&candle_core::Device::Cpu);
     let (q, k) = (host(q)?, host(k)?);

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{DType, Module, Result, Tensor};
+use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::{Candidates, Estimator, Gate, Mask, Scan, Score, Select, Selected, scan, scan_all, select};
 
@@ -202,9 +202,11 @@ impl Module for GdAttention {
 fn summary(selected: Selected, candidates: &Candidates, temperature: f64) -> Result<Record> {
     let (b, _, n) = selected.index.dims3()?;
     let picks = selected.index.flatten_all()?.to_vec1::<i32>()?;
-    let margin = selected.margin.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    // Widened on the host: Metal has no f64.
+    let wide = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+    let margin = wide(&selected.margin)?;
     let share = |wanted: i32| picks.iter().filter(|&&j| j == wanted).count() as f64 / picks.len() as f64;
-    let energies = candidates.energy.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let energies = wide(&candidates.energy.detach())?;
     let rows = energies.chunks(candidates.energy.dim(3)?);
     Ok(Record {
         abstained: share(-1),

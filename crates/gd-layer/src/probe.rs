@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{Candidates, Mask, Scan, Selected, scan};
 
 /// Sees what every selecting layer preserves and selects, and may change what is selected from.
@@ -70,7 +70,8 @@ impl Found<'_> {
             tie: self.scan.tie,
             ..Scan::new(&beta, &mask, 1)
         };
-        let energy = scan(&q, &k, &one)?.energy.to_dtype(DType::F64)?.flatten_all()?;
+        let energy =
+            scan(&q, &k, &one)?.energy.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
         Ok(Some(energy.get(0)?.to_scalar()?))
     }
 }

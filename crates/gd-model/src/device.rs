@@ -67,7 +67,8 @@ impl DeviceChoice {
             }
             Self::Cuda(n) => open_cuda(n)
                 .with_context(|| format!("device {self} does not open (--device cpu runs without)")),
-            Self::Metal => Device::new_metal(0).with_context(|| format!("device {self} does not open")),
+            Self::Metal => open_metal()
+                .with_context(|| format!("device {self} does not open (--device cpu runs without)")),
             Self::Auto => Ok(Self::first_accelerator().unwrap_or(Device::Cpu)),
         }
     }
@@ -92,6 +93,16 @@ fn open_cuda(number: usize) -> Result<Device> {
 #[cfg(not(feature = "cuda"))]
 fn open_cuda(number: usize) -> Result<Device> {
     Ok(Device::new_cuda(number)?)
+}
+
+#[cfg(feature = "metal")]
+fn open_metal() -> Result<Device> {
+    Ok(gd_kernels::metal::open()?)
+}
+
+#[cfg(not(feature = "metal"))]
+fn open_metal() -> Result<Device> {
+    Ok(Device::new_metal(0)?)
 }
 
 /// The name of an open device, as `--device` spells it.

@@ -141,7 +141,11 @@ pub(crate) fn last_logits(
 ) -> candle_core::Result<Vec<Vec<f32>>> {
     let hidden = model.hidden(ids, pass, Some(cache))?;
     let last = hidden.narrow(1, ids.dim(1)? - 1, 1)?;
-    model.logits(&last)?.detach().to_dtype(DType::F32)?.squeeze(1)?.to_vec2()
+    let logits = model.logits(&last)?.detach().to_dtype(DType::F32)?.squeeze(1)?;
+    let values = logits.to_vec2()?;
+    // Metal reports commands that failed before the last ones only when it is waited for as a whole.
+    logits.device().synchronize()?;
+    Ok(values)
 }
 
 /// A look at what a model writes: the continuation of `prompt`, as the same model, prompt and seed give it.

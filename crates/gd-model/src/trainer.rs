@@ -411,6 +411,8 @@ impl Trainer {
         let mut sums = sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))?;
         // Only here does the host wait for a device.
         sums.loss = Tensor::stack(&losses, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
+        // Metal reports commands that failed before the last ones only when it is waited for as a whole.
+        losses[0].device().synchronize()?;
         Ok(sums)
     }
 

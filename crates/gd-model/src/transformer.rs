@@ -200,7 +200,7 @@ impl Transformer {
     /// The embeddings `[B, N, C]` of ids `[B, N]`.
     fn embedded(&self, ids: &Tensor) -> Result<Tensor> {
         let (b, n) = ids.dims2()?;
-        let rows = rows(&self.embed, &ids.flatten_all()?)?.to_dtype(self.dtype)?;
+        let rows = gd_kernels::embedding(&self.embed, &ids.flatten_all()?)?.to_dtype(self.dtype)?;
         rows.reshape((b, n, self.config.hidden_size))
     }
 
@@ -219,13 +219,4 @@ impl Transformer {
     pub fn head_weight(&self) -> Result<Tensor> {
         self.head.weight().to_dtype(self.dtype)
     }
-}
-
-/// Rows `ids` `[R]` of the embedding `[V, C]`.
-fn rows(embedding: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if embedding.device().is_cuda() {
-        return Ok(gd_kernels::cuda::embedding(embedding, ids)?);
-    }
-    embedding.index_select(ids, 0)
 }

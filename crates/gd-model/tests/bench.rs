@@ -61,7 +61,9 @@ fn every_contender_of_every_pass_is_in_the_report() -> Result<()> {
         positive(&report["machine"]["gemm_gflops"]) && positive(&report["machine"]["threads"]),
         "{report}"
     );
-    for line in report["results"].as_array().into_iter().flatten() {
+    // Metal's own is not measured on the CPU.
+    let here = |line: &&Value| line["contender"] != "candle sdpa";
+    for line in report["results"].as_array().into_iter().flatten().filter(here) {
         assert_eq!((&line["shape"], &line["skipped"]), (&"1x2x33x16".into(), &Value::Null), "{line}");
         for key in ["median_s", "min_s", "ratio", "gflops", "gemm_share"] {
             assert!(positive(&line[key]), "{key}: {line}");

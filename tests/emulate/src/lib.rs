@@ -1,4 +1,4 @@
-//! A GPU for tests: the CUDA sources, compiled as C++, one fibre a thread, one block at a time.
+//! GPUs for tests: the CUDA and the Metal sources, compiled as C++, one fibre a thread, one block at a time.
 //!
 //! Schedules are random and seeded; what nobody has written is NaN; every access outside of a buffer ends the
 //! launch with an error. See `kernels/emulate`.
@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
-use gd_kernels::gpu::{Arch, Gpu, Launch, Slice};
+use gd_kernels::gpu::{Arch, Constants, Gpu, Launch, Slice};
 use gd_kernels::{Error, Result};
 
 #[repr(C)]
@@ -20,6 +20,7 @@ struct Field {
 unsafe extern "C" {
     fn gd_emulate_allocate(bytes: usize, place: u32, pages: *mut *mut c_void, mapped: *mut usize) -> *mut u8;
     fn gd_emulate_free(pages: *mut c_void, mapped: usize);
+    fn gd_emulate_constants(features: u32, rows: u32);
     fn gd_emulate_launch(
         name: *const c_char,
         grid: *const u32,
@@ -104,16 +105,29 @@ pub struct Emulator {
 }
 
 impl Emulator {
-    /// A device whose schedules follow from `seed`.
+    /// A CUDA device whose schedules follow from `seed`.
     pub fn new(seed: u64) -> Self {
         // The multiprocessors of a small part: plans then split work even in small tests.
-        let arch = Arch { compute: 80, shared_bytes: 99 << 10, processors: 8 };
+        Self::with_arch(seed, Arch { compute: 80, shared_bytes: 99 << 10, processors: 8 })
+    }
+
+    /// An Apple GPU, with the threadgroup memory that all of them have.
+    pub fn metal(seed: u64) -> Self {
+        Self::with_arch(seed, Arch { compute: Arch::METAL, shared_bytes: 32 << 10, processors: 8 })
+    }
+
+    fn with_arch(seed: u64, arch: Arch) -> Self {
         Self { arch, seed: Cell::new(seed << 20), fault: 0, launches: Cell::new(0) }
     }
 
-    /// The same with a fault in its kernels: `GD_FAULT(fault)` holds.
-    pub fn with_fault(seed: u64, fault: i32) -> Self {
-        Self { fault, ..Self::new(seed) }
+    /// The same device with a fault in its kernels: `GD_FAULT(fault)` holds.
+    pub fn with_fault(self, fault: i32) -> Self {
+        Self { fault, ..self }
+    }
+
+    /// Such a device without faults.
+    pub fn twin(&self, seed: u64) -> Self {
+        Self::with_arch(seed, self.arch)
     }
 
     /// Kernels that have run.
@@ -173,6 +187,9 @@ impl Gpu for Emulator {
         };
         let pointers = launch.buffers.iter().map(pointer).collect::<Result<Vec<_>>>()?;
         let mut text = [0 as c_char; 512];
+        let Constants { features, rows } = launch.constants;
+        // SAFETY: sets two numbers of this thread.
+        unsafe { gd_emulate_constants(features, rows) };
         // SAFETY: every pointer leads to memory that outlives the call; the kernel's accesses elsewhere
         // end it.
         let failed = unsafe {

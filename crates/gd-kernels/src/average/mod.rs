@@ -19,6 +19,7 @@ use crate::by_float;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fused::{Rows, attach3, cpu_slice, with_contiguous_rows};
+use crate::gpu::on_gpu;
 use crate::plan::require_device;
 
 /// What [`running_average`] carries from one piece of a sequence to the next. Constants, without
@@ -75,10 +76,9 @@ pub fn running_average(
 ) -> Result<(Tensor, AverageState)> {
     let sizes = validate(decay, write, v, state)?;
     let (decay, write, v) = (decay.contiguous()?, write.contiguous()?, with_contiguous_rows(v)?);
-    #[cfg(feature = "cuda")]
-    if v.device().is_cuda() {
-        return crate::cuda::average::running_average([&decay, &write, &v], state);
-    }
+    on_gpu!(v.device(), G => {
+        crate::gpu::tensors::average::running_average::<G>([&decay, &write, &v], state)
+    });
     by_float!("running_average", v.dtype(), T => average::<T>(sizes, [&decay, &write, &v], state))
 }
 

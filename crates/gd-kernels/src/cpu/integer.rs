@@ -85,6 +85,7 @@ impl Code {
 
     /// The code for `rows` queries. Tiles pay for many: a group goes through VNNI as quickly, and what is left
     /// of one more quickly.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
     pub(crate) fn of_rows(self, rows: usize) -> Self {
         match self {
             #[cfg(target_arch = "x86_64")]

@@ -11,8 +11,7 @@ use half::{bf16, f16};
 
 use super::failed;
 use crate::error::{Error, Result};
-use crate::fused::with_contiguous_rows;
-use crate::gpu::{Slice, Tensor4};
+use crate::gpu::tensors::check_room;
 
 /// Memory of a CUDA device.
 #[derive(Debug)]
@@ -27,6 +26,12 @@ pub enum Buffer {
 pub(super) enum Locked<'a> {
     Owned(&'a CudaSlice<u8>),
     Tensor(StorageRef<'a>),
+}
+
+impl From<Tensor> for Buffer {
+    fn from(t: Tensor) -> Self {
+        Self::Tensor(t)
+    }
 }
 
 impl Buffer {
@@ -56,10 +61,8 @@ impl Buffer {
         let Self::Owned(slice) = self else {
             return Err(Error::Invalid("a tensor's buffer becomes no other tensor".into()));
         };
+        check_room(dtype, shape, slice.len())?;
         let n = shape.elem_count();
-        if slice.len() < n * dtype.size_in_bytes() {
-            return Err(Error::Invalid(format!("{shape:?} {dtype:?} in a buffer of {} bytes", slice.len())));
-        }
         let storage = match dtype {
             DType::U8 => typed::<u8>(slice, n, device),
             DType::U32 => typed::<u32>(slice, n, device),
@@ -115,62 +118,5 @@ impl Locked<'_> {
                 ))),
             },
         }
-    }
-}
-
-/// A tensor `[batch, heads, rows, dim]` as the kernels read it.
-pub(crate) struct Rows {
-    buffer: Buffer,
-    offset: usize,
-    strides: [usize; 3],
-    dim: usize,
-}
-
-impl Rows {
-    /// A tensor of rank 4; one whose last dimension is strided is copied.
-    pub(crate) fn new(t: &Tensor) -> Result<Self> {
-        let t = with_contiguous_rows(&t.detach())?;
-        let (_, _, _, dim) = t.dims4()?;
-        let [b, h, n, _] = *t.stride() else { unreachable!("of rank 4") };
-        let offset = t.layout().start_offset() * t.dtype().size_in_bytes();
-        Ok(Self { buffer: Buffer::Tensor(t), offset, strides: [b, h, n], dim })
-    }
-
-    pub(crate) fn tensor4(&self) -> Tensor4<'_, Buffer> {
-        Tensor4 { data: Slice { buffer: &self.buffer, offset: self.offset }, strides: self.strides }
-    }
-
-    /// Elements of a row.
-    pub(crate) fn dim(&self) -> usize {
-        self.dim
-    }
-}
-
-/// A contiguous tensor of any rank.
-pub(crate) struct Vector {
-    buffer: Buffer,
-    offset: usize,
-}
-
-impl From<Buffer> for Vector {
-    fn from(buffer: Buffer) -> Self {
-        Self { buffer, offset: 0 }
-    }
-}
-
-impl Vector {
-    /// A tensor in `dtype`; copied where it is in another one, or not contiguous.
-    pub(crate) fn new(t: &Tensor, dtype: DType) -> Result<Self> {
-        Ok(Self::strided(t.detach().to_dtype(dtype)?.contiguous()?))
-    }
-
-    /// A tensor as it lies; its strides are the caller's to know.
-    pub(crate) fn strided(t: Tensor) -> Self {
-        let offset = t.layout().start_offset() * t.dtype().size_in_bytes();
-        Self { buffer: Buffer::Tensor(t), offset }
-    }
-
-    pub(crate) fn slice(&self) -> Slice<'_, Buffer> {
-        Slice { buffer: &self.buffer, offset: self.offset }
     }
 }

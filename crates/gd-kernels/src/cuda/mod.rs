@@ -2,31 +2,21 @@
 //!
 //! Everything is enqueued in the order of the calls, like candle's own kernels; nothing here waits.
 
-pub(crate) mod average;
 mod buffer;
-pub(crate) mod conv;
-mod embedding;
-mod key_bias;
 mod modules;
-pub(crate) mod scan;
-pub(crate) mod select;
-mod steps;
 
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
-use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
+use candle_core::{CudaDevice, DType, Device, Shape, Storage};
 
 pub use self::buffer::Buffer;
-pub use self::embedding::embedding;
-pub use self::key_bias::KeyBias;
 pub use self::modules::kernel_hash;
 use self::modules::{Kernel, Loaded};
 use crate::error::{Error, Result};
-use crate::fused::Finished;
+use crate::gpu::tensors::TensorGpu;
 use crate::gpu::{Arch, Gpu, Launch, Slice};
 
 /// Dynamic shared memory that every kernel may have without asking.
@@ -209,47 +199,17 @@ impl Gpu for Cuda {
     }
 }
 
-impl Cuda {
-    /// A buffer that was filled with the elements of `shape`, as storage.
-    pub(crate) fn storage(&self, buffer: Buffer, dtype: DType, shape: &Shape) -> Result<Storage> {
+impl TensorGpu for Cuda {
+    fn of(device: &Device) -> Result<Self> {
+        Self::new(device)
+    }
+
+    fn storage(&self, buffer: Buffer, dtype: DType, shape: &Shape) -> Result<Storage> {
         buffer.into_storage(&self.device, dtype, shape)
     }
+}
 
-    /// The same as a result for candle's graph.
-    pub(crate) fn finished(&self, buffer: Buffer, dtype: DType, shape: impl Into<Shape>) -> Result<Finished> {
-        let shape = shape.into();
-        Ok(Finished::new(self.storage(buffer, dtype, &shape)?, shape))
-    }
-
-    /// Room for the gradients of tensors, contiguous in their own dtypes.
-    pub(crate) fn gradients<const N: usize>(&self, of: [&Tensor; N]) -> Result<[Buffer; N]> {
-        let mut all = Vec::with_capacity(N);
-        for t in of {
-            all.push(self.allocate(t.elem_count() * t.dtype().size_in_bytes())?);
-        }
-        all.try_into().map_err(|_| Error::Invalid("as many buffers as tensors".into()))
-    }
-
-    /// Those gradients as tensors.
-    pub(crate) fn tensors<const N: usize>(
-        &self,
-        of: [&Tensor; N],
-        buffers: [Buffer; N],
-    ) -> candle_core::Result<[Tensor; N]> {
-        let mut all = Vec::with_capacity(N);
-        for (t, buffer) in of.iter().zip(buffers) {
-            all.push(self.tensor(buffer, t.dtype(), t.shape())?);
-        }
-        all.try_into().map_err(|_| candle_core::Error::Msg("as many buffers as tensors".into()))
-    }
-
-    /// The same as a tensor without a gradient.
-    pub(crate) fn tensor(&self, buffer: Buffer, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
-        let shape = shape.into();
-        let storage = self.storage(buffer, dtype, &shape)?;
-        Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
-    }
-
+impl Cuda {
     #[allow(unsafe_code)] // the arguments are those that the launch code and the kernel agree on
     fn enqueue(
         &self,

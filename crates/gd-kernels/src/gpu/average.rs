@@ -7,7 +7,7 @@ use bytemuck::bytes_of;
 use candle_core::DType;
 
 use super::params::AverageParams;
-use super::{Arch, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute};
+use super::{Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute};
 use crate::error::{Error, Result};
 
 /// Steps of a block.
@@ -39,6 +39,7 @@ pub struct Sizes {
 pub struct Plan {
     sizes: Sizes,
     dtype: &'static str,
+    suffix: &'static str,
 }
 
 /// What a forward pass keeps for the backward pass.
@@ -84,7 +85,7 @@ impl Plan {
                 sizes.dim
             )));
         }
-        let plan = Self { sizes: *sizes, dtype };
+        let plan = Self { sizes: *sizes, dtype, suffix: arch.suffix() };
         // Warps write a part of a product each.
         let wide = sizes.dim.max(2).max(sizes.dim.div_ceil(32));
         elements("m", plan.sequences() as u128 * sizes.rows as u128 * wide as u128)?;
@@ -144,8 +145,9 @@ impl Plan {
         buffers: Vec<Option<Slice<'_, G::Buffer>>>,
     ) -> Result<()> {
         let grid = grid("running_average", blocks as u128)?;
-        let kernel = format!("{kernel}_sm80");
-        gpu.launch(&Launch { kernel, grid, block, shared_bytes, params: bytes_of(params).to_vec(), buffers })
+        let kernel = format!("{kernel}_{}", self.suffix);
+        let (params, constants) = (bytes_of(params).to_vec(), Constants::default());
+        gpu.launch(&Launch { kernel, grid, block, shared_bytes, params, constants, buffers })
     }
 
     fn typed(&self, kernel: &str) -> String {

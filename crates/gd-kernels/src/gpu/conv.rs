@@ -7,7 +7,7 @@ use bytemuck::{bytes_of, cast_slice};
 use candle_core::DType;
 
 use super::params::ConvParams;
-use super::{Arch, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute};
+use super::{Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute};
 use crate::error::Result;
 
 /// Rows that a thread holds of its channel.
@@ -35,6 +35,7 @@ pub struct Sizes {
 pub struct Plan {
     sizes: Sizes,
     dtype: &'static str,
+    suffix: &'static str,
     table: Vec<i32>,
 }
 
@@ -78,7 +79,7 @@ impl Plan {
             }
             (0..batch).for_each(|b| table.extend(list(b).iter().map(|&end| end as i32)));
         }
-        let plan = Self { sizes: *sizes, dtype, table };
+        let plan = Self { sizes: *sizes, dtype, suffix: arch.suffix(), table };
         grid("causal_conv", plan.blocks() as u128)?;
         Ok(plan)
     }
@@ -118,11 +119,12 @@ impl Plan {
         buffers: Vec<Option<Slice<'_, G::Buffer>>>,
     ) -> Result<()> {
         gpu.launch(&Launch {
-            kernel: format!("{kernel}_{}_sm80", self.dtype),
+            kernel: format!("{kernel}_{}_{}", self.dtype, self.suffix),
             grid: grid(kernel, blocks as u128)?,
             block: THREADS as u32,
             shared_bytes: 0,
             params: bytes_of(params).to_vec(),
+            constants: Constants::default(),
             buffers,
         })
     }

@@ -12,7 +12,9 @@ use candle_core::DType;
 
 use super::params::DecodeParams;
 use super::scan::{BIAS_TILE, Prior, bias_row, padded_dim, tile_bytes};
-use super::{Arch, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute};
+use super::{
+    Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute,
+};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::options::{Score, TieBreak};
@@ -46,11 +48,13 @@ pub struct Plan {
     pub splits: usize,
     /// Dynamic shared memory of a block.
     pub shared_bytes: usize,
+    /// The kernel that picks the best of all splits (Metal, which has no 64-bit atomics to do it at once).
+    pub merge: Option<String>,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes } = self;
+        let Plan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, .. } = self;
         write!(
             f,
             "{kernel}: {row_tiles} x {ROWS} rows, {pack} heads packed, {splits} splits x {tile_keys} keys, \
@@ -75,12 +79,14 @@ impl Plan {
         if problem.candidates != 1 {
             return Err(Error::Unsupported(format!("decode: {} candidates; 1 is", problem.candidates)));
         }
-        let half = dtype != DType::F32;
-        let tile_keys = if half { 64 } else { 32 };
+        let (half, metal) = (dtype != DType::F32, arch.is_metal());
+        let tile_keys = if half || metal { 64 } else { 32 };
         let pack = if prior { 1 } else { problem.group() };
         let row_tiles = (queries * pack).div_ceil(ROWS);
-        let queries_bytes = if half { 0 } else { ROWS * (padded * 4 + 16) };
-        let shared_bytes = tile_bytes(dtype, padded, tile_keys) + queries_bytes;
+        let queries_bytes = if half && !metal { 0 } else { ROWS * (padded * 4 + 16) };
+        // On Metal every simdgroup reads its keys straight from memory.
+        let tiles = if metal { 0 } else { tile_bytes(dtype, padded, tile_keys) };
+        let shared_bytes = tiles + queries_bytes;
         let room = arch.shared_bytes as usize - STATIC;
         if shared_bytes > room {
             return Err(Error::Unsupported(format!(
@@ -90,8 +96,9 @@ impl Plan {
         let places = batch * (q_heads / pack) * row_tiles;
         let wanted = (arch.processors as usize * BLOCKS_A_PROCESSOR).div_ceil(places);
         let splits = wanted.min(keys.div_ceil(tile_keys * LEAST_TILES)).max(1);
-        let kernel = format!("decode_{name}_d{padded}_sm80");
-        let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes };
+        let kernel = format!("decode_{name}_d{padded}_{}", arch.suffix());
+        let merge = metal.then(|| format!("decode_merge_{name}_metal"));
+        let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, merge };
         grid("decode", plan.places(problem) as u128 * splits as u128)?;
         Ok(plan)
     }
@@ -102,7 +109,8 @@ impl Plan {
 
     /// Bytes of the workspace of a problem.
     pub fn workspace_bytes(&self, problem: &Problem) -> usize {
-        self.places(problem) * (ROWS * 8 + 4)
+        // Score and key of every row: of every split, or the best so far and a count of the splits.
+        self.places(problem) * if self.merge.is_some() { self.splits * ROWS * 8 } else { ROWS * 8 + 4 }
     }
 }
 
@@ -142,8 +150,8 @@ pub struct Inputs<'a, B> {
     pub threshold: Option<Slice<'a, B>>,
     /// Which keys a query sees; its key lengths say how much of the cache is filled.
     pub mask: &'a Mask,
-    /// [`Plan::workspace_bytes`] zeros, which are zeros again after the launch: one serves all steps of a
-    /// stream.
+    /// [`Plan::workspace_bytes`] zeros, which are zeros again after the launch (Metal writes before it reads):
+    /// one serves all steps of a stream.
     pub workspace: Slice<'a, B>,
 }
 
@@ -218,28 +226,38 @@ pub fn decode<G: Gpu>(
         mask,
     };
     let places = plan.places(problem);
-    let counter = Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + places * ROWS * 8 };
-    gpu.launch(&Launch {
-        kernel: plan.kernel.clone(),
-        grid: grid("decode", places as u128 * plan.splits as u128)?,
-        block: 32 * WARPS,
-        shared_bytes: plan.shared_bytes as u32,
-        params: bytes_of(&params).to_vec(),
-        buffers: vec![
-            Some(x.q.data),
-            Some(x.k.data),
-            Some(x.bias),
-            Some(x.beta),
-            x.prior.as_ref().map(|p| p.data),
-            table.as_ref().map(Slice::from),
-            x.pages.as_ref().map(|p| p.table),
-            Some(x.v.data),
-            x.threshold,
-            Some(x.workspace),
-            Some(counter),
-            Some(out.index),
-            Some(out.energy),
-            Some(out.y),
-        ],
-    })
+    let mut constants = Constants::new(&mask, params.aligned != 0, x.prior.is_some());
+    constants.rows = (queries * plan.pack).min(ROWS) as u32;
+    let launch = |kernel: &str, blocks: usize, shared_bytes: usize, buffers| {
+        gpu.launch(&Launch {
+            kernel: kernel.to_owned(),
+            grid: grid("decode", blocks as u128)?,
+            block: 32 * WARPS,
+            shared_bytes: shared_bytes as u32,
+            params: bytes_of(&params).to_vec(),
+            constants,
+            buffers,
+        })
+    };
+    let mut buffers = vec![
+        Some(x.q.data),
+        Some(x.k.data),
+        Some(x.bias),
+        Some(x.beta),
+        x.prior.as_ref().map(|p| p.data),
+        table.as_ref().map(Slice::from),
+        x.pages.as_ref().map(|p| p.table),
+    ];
+    let results = [Some(x.v.data), x.threshold, Some(x.workspace)];
+    let outputs = [out.index, out.energy, out.y].map(Some);
+    let Some(merge) = &plan.merge else {
+        let counter = Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + places * ROWS * 8 };
+        buffers.extend(results.into_iter().chain([Some(counter)]).chain(outputs));
+        return launch(&plan.kernel, places * plan.splits, plan.shared_bytes, buffers);
+    };
+    let mut merged = vec![buffers[0], buffers[1], buffers[3], buffers[4], buffers[6]];
+    merged.extend(results.into_iter().chain(outputs));
+    buffers.push(Some(x.workspace));
+    launch(&plan.kernel, places * plan.splits, plan.shared_bytes, buffers)?;
+    launch(merge, places, 0, merged)
 }

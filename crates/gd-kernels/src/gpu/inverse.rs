@@ -5,7 +5,7 @@ use bytemuck::bytes_of;
 
 use super::params::SortParams;
 use super::select::Sizes;
-use super::{Gpu, Launch, Slice, elements, grid};
+use super::{Constants, Gpu, Launch, Slice, elements, grid};
 use crate::error::Result;
 
 /// Threads of a block.
@@ -47,11 +47,12 @@ impl<B> Inverse<B> {
         };
         let launch = |params: &SortParams, kernel: &str, blocks: usize, buffers: Vec<Slice<'_, B>>| {
             gpu.launch(&Launch {
-                kernel: format!("{kernel}_sm80"),
+                kernel: format!("{kernel}_{}", gpu.arch().suffix()),
                 grid: grid(kernel, blocks as u128)?,
                 block: THREADS as u32,
                 shared_bytes: 0,
                 params: bytes_of(params).to_vec(),
+                constants: Constants::default(),
                 buffers: buffers.into_iter().map(Some).collect(),
             })
         };

@@ -13,6 +13,8 @@ pub mod mask;
 pub mod params;
 pub mod scan;
 pub mod select;
+#[cfg(any(feature = "cuda", feature = "metal"))]
+pub(crate) mod tensors;
 
 use std::fmt;
 
@@ -20,15 +22,48 @@ use candle_core::DType;
 
 use crate::error::{Error, Result};
 
+/// Evaluates `$body` with `$gpu` as the backend of `$device` and returns it from the function around; goes on where
+/// no backend of this build covers the device.
+macro_rules! on_gpu {
+    ($device:expr, $gpu:ident => $body:expr) => {
+        #[cfg(feature = "cuda")]
+        if $device.is_cuda() {
+            type $gpu = crate::cuda::Cuda;
+            return $body;
+        }
+        #[cfg(feature = "metal")]
+        if $device.is_metal() {
+            type $gpu = crate::metal::Metal;
+            return $body;
+        }
+    };
+}
+pub(crate) use on_gpu;
+
 /// What the plans need to know of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Arch {
-    /// Compute capability, 10 * major + minor.
+    /// Compute capability, 10 * major + minor; [`Arch::METAL`] for an Apple GPU.
     pub compute: u32,
-    /// Most shared memory of a block, in bytes, after opting in.
+    /// Most shared memory of a block, in bytes, after opting in (Metal: threadgroup memory).
     pub shared_bytes: u32,
-    /// Multiprocessors.
+    /// Multiprocessors (Metal: cores).
     pub processors: u32,
+}
+
+impl Arch {
+    /// In place of a compute capability: an Apple GPU, whose kernels are those of `kernels/metal`.
+    pub const METAL: u32 = 0;
+
+    /// Whether kernels of `kernels/metal` run on it.
+    pub fn is_metal(&self) -> bool {
+        self.compute == Self::METAL
+    }
+
+    /// How the names of portable kernels end.
+    pub fn suffix(&self) -> &'static str {
+        if self.is_metal() { "metal" } else { "sm80" }
+    }
 }
 
 /// A GPU: memory, and launches in the order of the calls.
@@ -65,6 +100,11 @@ pub trait Gpu {
 
     /// Starts a kernel: the params by value come first, then one pointer for each buffer (null for
     /// `None`).
+    ///
+    /// On Metal the params are bytes at buffer index 0 and the buffers follow at 1, 2, ..; a `None` is bound
+    /// to any buffer. Function constants, all of them `uint`: 0 tells which buffers are there (bit n: the
+    /// buffer of index n + 1), 1 is [`Constants::features`], 2 [`Constants::rows`]. Threadgroup memory of
+    /// `shared_bytes`, rounded up to 16, is bound at index 0 unless it is 0.
     ///
     /// # Errors
     /// An unknown kernel, or a launch that the device refuses; names kernel, grid and block.
@@ -134,6 +174,25 @@ impl<'a, B> Tensor4<'a, B> {
     }
 }
 
+/// What is the same for many launches, as kernels of `kernels/metal` take it when they are compiled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Constants {
+    /// The mask: 1 causal, 2 a window, 4 a table of offsets and lengths, 8 one of boundaries too; 16: rows of
+    /// q and k lie at multiples of 16 bytes; 32: a prior.
+    pub features: u32,
+    /// Query rows of a decoding block that are used, at most.
+    pub rows: u32,
+}
+
+impl Constants {
+    /// Of a mask, alignment and prior.
+    pub(crate) fn new(mask: &params::MaskParams, aligned: bool, prior: bool) -> Self {
+        let bits = [mask.causal != 0, mask.window != 0, mask.tables >= 1, mask.tables >= 2, aligned, prior];
+        let features = bits.iter().enumerate().map(|(at, &set)| u32::from(set) << at).sum();
+        Self { features, rows: 0 }
+    }
+}
+
 /// One kernel launch.
 #[derive(Debug)]
 pub struct Launch<'a, B> {
@@ -147,6 +206,8 @@ pub struct Launch<'a, B> {
     pub shared_bytes: u32,
     /// The operator's params struct, by value.
     pub params: Vec<u8>,
+    /// What Metal compiles in; CUDA reads it from the params.
+    pub constants: Constants,
     /// The kernel's pointers, in order.
     pub buffers: Vec<Option<Slice<'a, B>>>,
 }
@@ -191,7 +252,7 @@ pub(crate) fn dtype_name(op: &str, dtype: DType) -> Result<&'static str> {
 
 /// Refuses a device without the instructions of the kernels.
 pub(crate) fn require_compute(op: &str, arch: &Arch) -> Result<()> {
-    if arch.compute >= 80 {
+    if arch.is_metal() || arch.compute >= 80 {
         return Ok(());
     }
     Err(Error::Unsupported(format!(

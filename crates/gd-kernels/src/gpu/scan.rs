@@ -12,7 +12,9 @@ use bytemuck::bytes_of;
 use candle_core::DType;
 
 use super::params::{BiasParams, ScanParams};
-use super::{Arch, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute};
+use super::{
+    Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute,
+};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
@@ -74,6 +76,39 @@ pub(crate) fn tile_bytes(dtype: DType, padded_dim: usize, keys: usize) -> usize 
     2 * keys * (padded_dim * dtype.size_in_bytes() + 16 + 4)
 }
 
+/// What a block of a scan holds.
+struct Tiling {
+    warp_rows: usize,
+    keys: usize,
+    // Shared memory of the keys, and of every warp beside them.
+    bytes: usize,
+    warp_bytes: usize,
+    // Most warps.
+    most: usize,
+}
+
+impl Tiling {
+    fn new(dtype: DType, padded: usize, list: bool, arch: &Arch) -> Self {
+        let (half, most) = (dtype != DType::F32, if list { 4 } else { 8 });
+        if arch.is_metal() {
+            // One tile of f16 or f32 (bf16 is widened), which first holds the queries on their way to
+            // registers; a warp stores its scores between the matrix product and the search.
+            let warp_rows = if !list && padded <= 128 { 16 } else { 8 };
+            let keys = if padded <= 128 { 32 } else { 16 };
+            let size = if dtype == DType::F16 { 2 } else { 4 };
+            let bytes = keys * (padded * size + 16 + 4);
+            let warp_bytes = warp_rows * (keys * 4 + 16 + if list { LIST } else { 0 });
+            return Self { warp_rows, keys, bytes, warp_bytes, most };
+        }
+        let warp_rows = if half && !list && padded <= 128 { 32 } else { 16 };
+        let keys = if half { 64 } else { 32 };
+        // Outside the tensor cores, queries are read from shared memory.
+        let queries = if half { 0 } else { padded * 4 + 16 };
+        let warp_bytes = warp_rows * (queries + if list { LIST } else { 0 });
+        Self { warp_rows, keys, bytes: tile_bytes(dtype, padded, keys), warp_bytes, most }
+    }
+}
+
 impl Plan {
     /// The plan of a scan with `protected` protected keys a row; `prior` is whether there is one.
     ///
@@ -98,16 +133,11 @@ impl Plan {
             return Err(Error::Unsupported("scan: certified precision on a GPU; native is".into()));
         }
         let list = candidates > 1 || protected > 0;
-        let half = dtype != DType::F32;
-        let warp_rows = if half && !list && padded <= 128 { 32 } else { 16 };
-        let tile_keys = if half { 64 } else { 32 };
+        let Tiling { warp_rows, keys: tile_keys, bytes, warp_bytes, most } =
+            Tiling::new(dtype, padded, list, arch);
         let pack = if prior { 1 } else { problem.group() };
-        // Outside the tensor cores, queries are read from shared memory.
-        let per_warp =
-            if half { 0 } else { warp_rows * (padded * 4 + 16) } + if list { warp_rows * LIST } else { 0 };
-        let shared = |warps: usize| tile_bytes(dtype, padded, tile_keys) + warps * per_warp;
+        let shared = |warps: usize| bytes + warps * warp_bytes;
         let rows = problem.queries * pack;
-        let most = if list { 4 } else { 8 };
         let room = arch.shared_bytes as usize - STATIC;
         let fits = |w: &usize| shared(*w) <= room && (*w == 1 || (w / 2) * warp_rows < rows);
         let Some(warps) = [most, most / 2, most / 4, 1].into_iter().find(|w| *w > 0 && fits(w)) else {
@@ -119,7 +149,7 @@ impl Plan {
         };
         let kind = if list { "list" } else { "best" };
         let plan = Self {
-            kernel: format!("scan_{kind}_{name}_d{padded}_sm80"),
+            kernel: format!("scan_{kind}_{name}_d{padded}_{}", arch.suffix()),
             padded_dim: padded,
             warps,
             warp_rows,
@@ -278,11 +308,12 @@ pub fn key_bias<G: Gpu>(gpu: &G, problem: &Problem, x: &Inputs<'_, G::Buffer>) -
     };
     let blocks = (batch * heads) as u128 * row as u128 / BIAS_WARPS as u128;
     gpu.launch(&Launch {
-        kernel: format!("scan_bias_{}_sm80", dtype_name("scan", dtype)?),
+        kernel: format!("scan_bias_{}_{}", dtype_name("scan", dtype)?, gpu.arch().suffix()),
         grid: grid("scan", blocks)?,
         block: 32 * BIAS_WARPS as u32,
         shared_bytes: 0,
         params: bytes_of(&params).to_vec(),
+        constants: Constants::default(),
         buffers: vec![Some(x.k.data), Some(x.beta), x.prior.as_ref().map(|p| p.data), Some((&bias).into())],
     })?;
     Ok(bias)
@@ -367,6 +398,7 @@ fn launch<G: Gpu>(
         block: 32 * plan.warps as u32,
         shared_bytes: plan.shared_bytes as u32,
         params: bytes_of(&params).to_vec(),
+        constants: Constants::new(&mask, params.aligned != 0, x.prior.is_some()),
         buffers,
     })
 }

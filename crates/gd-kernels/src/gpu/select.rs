@@ -12,7 +12,7 @@ use candle_core::DType;
 use super::inverse::Inverse;
 use super::params::SelectParams;
 use super::scan::Prior;
-use super::{Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute};
+use super::{Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute};
 use crate::error::{Error, Result};
 use crate::options::{Barrier, CoherenceMode, Estimator, Score, TieBreak};
 
@@ -120,6 +120,7 @@ pub struct Plan {
     sizes: Sizes,
     params: SelectParams,
     dtype: &'static str,
+    suffix: &'static str,
 }
 
 impl Plan {
@@ -184,7 +185,7 @@ impl Plan {
             slack: barrier.slack as f32,
             ..SelectParams::default()
         };
-        Ok(Self { sizes: *sizes, params, dtype })
+        Ok(Self { sizes: *sizes, params, dtype, suffix: arch.suffix() })
     }
 
     fn q<B>(mut self, q: &Tensor4<'_, B>) -> Result<Self> {
@@ -226,11 +227,12 @@ impl Plan {
         buffers: Vec<Option<Slice<'a, G::Buffer>>>,
     ) -> Result<()> {
         gpu.launch(&Launch {
-            kernel: format!("{kernel}_sm80"),
+            kernel: format!("{kernel}_{}", self.suffix),
             grid: grid(kernel, blocks as u128)?,
             block: threads,
             shared_bytes: 0,
             params: bytes_of(&self.params).to_vec(),
+            constants: Constants::default(),
             buffers,
         })
     }

@@ -21,6 +21,7 @@ use crate::cpu::view::with_view;
 use crate::element::{Element, acc_dtype};
 use crate::error::{Error, Result};
 use crate::fused::with_contiguous_rows as rows;
+use crate::gpu::on_gpu;
 use crate::options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 use crate::plan::{Problem, require_device};
 use crate::scan::{Candidates, Scan, check_head, dims4, head_values, positive, prior_dims, scan};
@@ -128,10 +129,7 @@ pub struct Round {
 pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Select) -> Result<Selected> {
     let dims = validate(q, k, v, candidates, s)?;
     let (q, k, v) = (rows(q)?, rows(k)?, rows(v)?);
-    #[cfg(feature = "cuda")]
-    if q.device().is_cuda() {
-        return crate::cuda::select::select(dims, [&q, &k, &v], candidates, s);
-    }
+    on_gpu!(q.device(), G => crate::gpu::tensors::select::select::<G>(dims, [&q, &k, &v], candidates, s));
     check_values(&dims, candidates, s)?;
     let acc = acc_dtype(q.dtype());
     let vector = |t: &Tensor| -> Result<Tensor> { Ok(t.to_dtype(acc)?.contiguous()?) };
@@ -230,10 +228,12 @@ pub fn scan_select(
     let (beta, prior) = (s.beta.detach(), s.prior.map(Tensor::detach));
     let one = Scan { candidates: 1, protected: None, ..s.clone() };
     let threshold = threshold.map(Tensor::detach);
-    #[cfg(feature = "cuda")]
-    if let (problem, crate::Plan::Cuda(plan)) = crate::scan::planned(&q, &k, &one)? {
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    if !q.device().is_cpu() {
+        use crate::gpu::tensors::scan::scan_select;
+        let (problem, plan) = crate::scan::planned(&q, &k, &one)?;
         sizes(&q, &k, &v)?;
-        return crate::cuda::scan::scan_select(&problem, &plan, [&q, &k, &v], &one, threshold.as_ref());
+        on_gpu!(q.device(), G => scan_select::<G>(&problem, plan.gpu()?, [&q, &k, &v], &one, threshold.as_ref()));
     }
     let candidates = scan(&q, &k, &one)?;
     let options = Select {

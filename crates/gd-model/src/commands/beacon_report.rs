@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -102,7 +102,7 @@ fn scores(path: &Path, ctx: &Context) -> Result<Scores> {
         );
     }
     Ok(Scores {
-        raw: raw.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?,
+        raw: raw.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?,
         candidates: raw.dim(1)?,
         labels: label.to_dtype(DType::I64)?.to_vec1()?,
     })

@@ -34,6 +34,8 @@ struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     cuda: Option<Cuda>,
     metal_built_in: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metal: Option<Metal>,
     architecture: &'static str,
     threads: usize,
     cpu_features: Vec<&'static str>,
@@ -93,6 +95,41 @@ impl Cuda {
     }
 }
 
+/// What a build with Metal finds.
+#[derive(Debug, Serialize)]
+struct Metal {
+    /// A hash of the source of all kernels in the program.
+    kernels: &'static str,
+    /// Name and memory of the GPU, or why it does not open.
+    gpu: String,
+}
+
+#[cfg(feature = "metal")]
+impl Metal {
+    fn find() -> Option<Self> {
+        use gd_kernels::metal::{describe, kernel_hash, open};
+        let gpu = match open().and_then(|device| describe(&device)) {
+            Ok(gpu) => {
+                format!(
+                    "{}, {} MiB to use, {} MiB of them taken",
+                    gpu.name,
+                    gpu.memory >> 20,
+                    gpu.taken >> 20
+                )
+            }
+            Err(e) => e.to_string(),
+        };
+        Some(Self { kernels: kernel_hash(), gpu })
+    }
+}
+
+#[cfg(not(feature = "metal"))]
+impl Metal {
+    fn find() -> Option<Self> {
+        None
+    }
+}
+
 impl fmt::Display for Cuda {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "yes, kernels {}", self.kernels)?;
@@ -134,6 +171,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         cuda_built_in: candle_core::utils::cuda_is_available(),
         cuda: Cuda::find(),
         metal_built_in: candle_core::utils::metal_is_available(),
+        metal: Metal::find(),
         architecture: std::env::consts::ARCH,
         threads: rayon::current_num_threads(),
         cpu_features: cpu_features(),
@@ -170,7 +208,12 @@ impl fmt::Display for Report {
             Some(cuda) => writeln!(f, "CUDA built in {cuda}")?,
             None => writeln!(f, "CUDA built in {}", yes(self.cuda_built_in))?,
         }
-        writeln!(f, "Metal         {}", yes(self.metal_built_in))?;
+        match &self.metal {
+            Some(Metal { kernels, gpu }) => {
+                writeln!(f, "Metal         yes, kernels {kernels}\n              {gpu}")?
+            }
+            None => writeln!(f, "Metal         {}", yes(self.metal_built_in))?,
+        }
         writeln!(f, "architecture  {}", self.architecture)?;
         writeln!(f, "threads       {}", self.threads)?;
         writeln!(f, "CPU features  {features}")?;

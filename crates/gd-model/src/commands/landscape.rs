@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use serde_json::json;
 
@@ -62,7 +62,8 @@ pub struct Args {
 /// # Errors
 /// Names the flag, file, tensor or value that cannot be used; then no file is written.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    let inputs = Inputs::read(&args.input, &ctx.device)?;
+    // All of it is computed on the host.
+    let inputs = Inputs::read(&args.input, &Device::Cpu)?;
     let (query, alpha, beta, landscape) = landscape(&args, &inputs)?;
     let (winner, runner_up) = landscape.best();
     let chosen = match args.keys.as_deref() {

@@ -163,7 +163,9 @@ type Loaded = Vec<(Tensor, Option<Tensor>)>;
 /// Not a matrix of floats.
 pub fn orthogonal(x: &Tensor) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
-    let norm = x.to_dtype(DType::F64)?.sqr()?.sum_all()?.sqrt()?;
+    // Metal has no f64.
+    let wide = if x.device().is_metal() { DType::F32 } else { DType::F64 };
+    let norm = x.to_dtype(wide)?.sqr()?.sum_all()?.sqrt()?;
     // The product of the two shorter sides is the smaller one.
     let mut y = if rows > columns { x.t()?.contiguous()? } else { x.clone() };
     if x.device().is_cpu() {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, DType, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, Tensor, Var};
 use rayon::prelude::*;
 
 use super::parameter::PIECE;
@@ -36,7 +36,12 @@ fn norm_on_device(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
     if squares.is_empty() {
         return Ok(0.0);
     }
-    Ok(Tensor::cat(&squares, 0)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?.sqrt())
+    Ok(on_host(&Tensor::cat(&squares, 0)?)?.sum_all()?.to_scalar::<f64>()?.sqrt())
+}
+
+/// On the host in f64, which Metal does not have.
+fn on_host(t: &Tensor) -> candle_core::Result<Tensor> {
+    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)
 }
 
 /// The sum of squares by tensor operations, in f32 (f64 for f64).
@@ -63,7 +68,7 @@ pub fn not_finite<'a>(vars: &'a [(String, Var)], grads: &GradStore) -> Result<Op
 
 fn square_sum(t: &Tensor) -> Result<f64> {
     if !t.device().is_cpu() {
-        return Ok(squares(t)?.to_dtype(DType::F64)?.to_scalar()?);
+        return Ok(on_host(&squares(t)?)?.to_scalar()?);
     }
     let t = t.contiguous()?;
     let (storage, layout) = t.storage_and_layout();

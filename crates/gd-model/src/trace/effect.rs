@@ -94,7 +94,8 @@ pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device)
     let first = header.interventions.iter().map(first).min().unwrap_or(0);
     let log_p = |hidden: &Tensor, start: usize, n: usize| -> candle_core::Result<Vec<Vec<f64>>> {
         let logits = loaded.model.logits(&hidden.narrow(0, start, n)?.unsqueeze(0)?)?.squeeze(0)?;
-        log_softmax(&logits.to_dtype(DType::F64)?, 1)?.to_vec2()
+        // On the host: Metal has no f64.
+        log_softmax(&logits.to_device(&Device::Cpu)?.to_dtype(DType::F64)?, 1)?.to_vec2()
     };
     let step = (CHUNK / loaded.model.config().vocab_size).max(1);
     let (mut sum, mut last) = (0.0, (Vec::new(), Vec::new()));

@@ -5,7 +5,7 @@
 //! one layer's graph at a time.
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor, Var, bail};
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use gd_layer::Pass;
 
 use super::Transformer;
@@ -37,7 +37,8 @@ impl Transformer {
         for (i, (block, other)) in self.blocks.iter().zip(&other.blocks).enumerate() {
             let read = other.read(&x, &Pass::new(pass.mask), None)?.detach();
             if layers.contains(&i) {
-                let size = read.sqr()?.mean_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+                let size = read.sqr()?.mean_all()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+                let size = size.to_scalar::<f64>()?;
                 let scale = weight / layers.len() as f64 / size.max(f64::MIN_POSITIVE);
                 let loss = ((block.read(&x, pass, None)? - &read)?.sqr()?.mean_all()? * scale)?;
                 let grads = loss.backward()?;

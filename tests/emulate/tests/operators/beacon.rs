@@ -270,10 +270,10 @@ pub(crate) fn check_average(gpu: &Emulator, seed: u64) -> Verdict {
 
 #[test]
 fn convolutions_are_those_of_the_definition() {
-    crate::suite("conv", 40, |seed| check_conv(&Emulator::new(seed), seed));
+    crate::suites("conv", [40, 40], 0, check_conv);
 }
 
 #[test]
 fn averages_are_those_of_the_reference() {
-    crate::suite("average", 40, |seed| check_average(&Emulator::new(seed), seed));
+    crate::suites("average", [40, 40], 0, check_average);
 }

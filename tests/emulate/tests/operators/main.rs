@@ -15,8 +15,17 @@ mod suite;
 
 pub(crate) use suite::{Verdict, ensure};
 
+use gd_emulate::Emulator;
+
 /// Runs the cases of seeds `0..count` and counts them.
 pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
     suite::run(name, count, case);
     gd_support::log_cases("emulated", count as usize);
+}
+
+/// The same on both devices: so many problems on CUDA, so many on Metal, schedules from `shift` on.
+pub(crate) fn suites(name: &str, [cuda, metal]: [u64; 2], shift: u64, check: fn(&Emulator, u64) -> Verdict) {
+    suite(name, cuda, |seed| check(&Emulator::new(seed + shift), seed));
+    suite::run(&format!("{name}, Metal"), metal, |seed| check(&Emulator::metal(seed + shift), seed));
+    gd_support::log_cases("emulated-metal", metal as usize);
 }

@@ -95,6 +95,33 @@ fn tensors_beyond_31_bits_are_refused() {
 }
 
 #[test]
+fn metal_has_plans_of_its_own() {
+    let apple = Arch { compute: Arch::METAL, shared_bytes: 32 << 10, processors: 10 };
+    let p = problem();
+    let list = scan::Plan::new(&p, 0, false, &apple).unwrap();
+    assert_eq!(list.kernel, "scan_list_bf16_d128_metal");
+    // A widened tile of 32 keys, 16.5 KiB, leaves room for the lists of two simdgroups.
+    assert_eq!((list.warps, list.warp_rows, list.tile_keys), (2, 8, 32));
+    let best = scan::Plan::new(&Problem { candidates: 1, ..p.clone() }, 0, false, &apple).unwrap();
+    assert_eq!((best.kernel.as_str(), best.warp_rows), ("scan_best_bf16_d128_metal", 16));
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for head_dim in scan::HEAD_DIMS {
+            for candidates in [1, 8] {
+                let p = Problem { dtype, head_dim, candidates, ..p.clone() };
+                let plan = scan::Plan::new(&p, 0, false, &apple).unwrap();
+                assert!(plan.shared_bytes <= 32 << 10 && plan.warps >= 1, "{plan}");
+            }
+        }
+    }
+    let step = Problem { queries: 1, candidates: 1, keys: 32_768, batch: 1, ..p };
+    let plan = decode::Plan::new(&step, false, &apple).unwrap();
+    assert_eq!((plan.kernel.as_str(), plan.splits), ("decode_bf16_d128_metal", 10));
+    assert_eq!(plan.merge.as_deref(), Some("decode_merge_bf16_metal"));
+    // 16 rows of score and key a split, of four heads of keys.
+    assert_eq!(plan.workspace_bytes(&step), 4 * 10 * 16 * 8);
+}
+
+#[test]
 fn decoding_is_planned_or_refused() {
     let p = Problem { queries: 1, candidates: 1, keys: 32_768, batch: 1, ..problem() };
     let plan = decode::Plan::new(&p, false, &H100).unwrap();

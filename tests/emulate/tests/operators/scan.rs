@@ -255,17 +255,17 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
 
 #[test]
 fn lists_are_those_of_the_reference() {
-    crate::suite("scan", 150, |seed| check(&Emulator::new(seed), seed));
+    crate::suites("scan", [150, 100], 0, check);
 }
 
 #[test]
 fn schedules_do_not_change_a_bit() {
-    crate::suite("scan, three schedules", 12, |seed| {
+    crate::suites("scan, three schedules", [12, 12], 0, |gpu, seed| {
         let case = case(seed + 500);
-        let first = run(&Emulator::new(1), &case)?;
+        let first = run(gpu, &case)?;
         judge(&case, &first)?;
         for schedule in 2..4 {
-            let again = run(&Emulator::new(schedule), &case)?;
+            let again = run(&gpu.twin(schedule), &case)?;
             let same =
                 first.index == again.index && first.energy == again.energy && first.flags == again.flags;
             ensure!(same, "schedule {schedule} differs: {}", case.name());
@@ -296,7 +296,7 @@ fn check_infinite(gpu: &Emulator, seed: u64) -> Verdict {
 
 #[test]
 fn infinite_keys_are_no_candidates() {
-    crate::suite("scan, infinite keys", 30, |seed| check_infinite(&Emulator::new(seed), seed));
+    crate::suites("scan, infinite keys", [30, 30], 0, check_infinite);
 }
 
 #[test]

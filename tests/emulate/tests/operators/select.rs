@@ -355,7 +355,7 @@ pub(crate) fn check_single(gpu: &Emulator, seed: u64) -> Verdict {
 
 #[test]
 fn choices_and_gradients_are_those_of_the_reference() {
-    crate::suite("select", 75, |seed| check(&Emulator::new(seed + 3), seed));
+    crate::suites("select", [75, 60], 3, check);
     let (rows, sure) = (ROWS.load(Ordering::Relaxed), SURE.load(Ordering::Relaxed));
     println!("{sure} of {rows} rows beyond doubt");
     assert!(sure * 2 > rows, "{sure} of {rows} rows");
@@ -363,5 +363,5 @@ fn choices_and_gradients_are_those_of_the_reference() {
 
 #[test]
 fn residuals_and_densities_are_those_of_the_reference() {
-    crate::suite("select, one key a query", 30, |seed| check_single(&Emulator::new(seed + 5), seed));
+    crate::suites("select, one key a query", [30, 30], 5, check_single);
 }

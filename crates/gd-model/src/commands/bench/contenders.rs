@@ -23,8 +23,8 @@ pub(super) struct Contender {
     pub(super) work: Work,
     /// Whether it stores N x N matrices.
     pub(super) square: bool,
-    /// Whether it runs on the CPU alone.
-    pub(super) cpu_only: bool,
+    /// The device that it runs on, where it is not any: as [`crate::device::name`] has it.
+    pub(super) only_on: Option<&'static str>,
     /// Everything that is done once, before the clock starts.
     pub(super) prepare: fn(&Inputs) -> Result<Runner>,
 }
@@ -43,7 +43,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: INFERENCE,
         work: Work::Select,
         square: false,
-        cpu_only: false,
+        only_on: None,
         prepare: |x| selection(x, 1, Precision::Native),
     },
     Contender {
@@ -52,7 +52,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: ALL,
         work: Work::Select,
         square: false,
-        cpu_only: false,
+        only_on: None,
         prepare: |x| selection(x, 8, Precision::Native),
     },
     Contender {
@@ -61,7 +61,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: INFERENCE,
         work: Work::Certified,
         square: false,
-        cpu_only: true,
+        only_on: Some("cpu"),
         prepare: |x| selection(x, 1, Precision::Certified),
     },
     Contender {
@@ -70,7 +70,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: ALL,
         work: Work::Certified,
         square: false,
-        cpu_only: true,
+        only_on: Some("cpu"),
         prepare: |x| selection(x, 8, Precision::Certified),
     },
     Contender {
@@ -79,7 +79,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: &[Pass::Fwdbwd],
         work: Work::Select,
         square: false,
-        cpu_only: false,
+        only_on: None,
         prepare: |x| selection(x, 2, Precision::Native),
     },
     Contender {
@@ -88,7 +88,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: &[Pass::Fwdbwd],
         work: Work::Select,
         square: false,
-        cpu_only: false,
+        only_on: None,
         prepare: |x| selection_by(x, 1, Precision::Native, Estimator::Winner),
     },
     Contender {
@@ -97,7 +97,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: ALL,
         work: Work::Blend,
         square: true,
-        cpu_only: false,
+        only_on: None,
         prepare: |x| blend(x, |scores| ops::softmax(scores, 3)),
     },
     Contender {
@@ -106,7 +106,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: INFERENCE,
         work: Work::Blend,
         square: true,
-        cpu_only: false,
+        only_on: None,
         prepare: |x| blend(x, ops::softmax_last_dim),
     },
     Contender {
@@ -115,8 +115,18 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: INFERENCE,
         work: Work::Blend,
         square: false,
-        cpu_only: true,
+        only_on: Some("cpu"),
         prepare: flash,
+    },
+    #[cfg(feature = "metal")]
+    Contender {
+        name: "candle sdpa",
+        what: "candle-nn's fused attention for Metal, which has no gradient",
+        passes: INFERENCE,
+        work: Work::Blend,
+        square: false,
+        only_on: Some("metal"),
+        prepare: sdpa,
     },
 ];
 
@@ -208,16 +218,16 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
     let mask = if x.pass == Pass::Decode { Mask::none() } else { Mask::causal(0) };
     let keep = x.pass == Pass::Decode && precision == Precision::Certified;
     let kept = keep.then(|| QuantizedKeys::new(&x.k, Score::Energy)).transpose()?;
-    #[cfg(feature = "cuda")]
-    let norms = (x.pass == Pass::Decode && x.k.device().is_cuda())
-        .then(|| gd_kernels::cuda::KeyBias::new(&x.k, Score::Energy))
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    let norms = (x.pass == Pass::Decode && !x.k.device().is_cpu())
+        .then(|| gd_kernels::KeyBias::new(&x.k, Score::Energy))
         .transpose()?;
     let fused = candidates == 1 && precision == Precision::Native && x.pass != Pass::Fwdbwd;
     runner(x, move |q, k, v| {
         let args = Scan {
             precision,
             quantized: kept.as_ref(),
-            #[cfg(feature = "cuda")]
+            #[cfg(any(feature = "cuda", feature = "metal"))]
             key_bias: norms.as_ref(),
             ..Scan::new(&beta, &mask, candidates)
         };
@@ -272,6 +282,17 @@ fn flash(x: &Inputs) -> Result<Runner> {
     }))
 }
 
+/// Attention without the matrix, on Metal.
+#[cfg(feature = "metal")]
+fn sdpa(x: &Inputs) -> Result<Runner> {
+    let (causal, scale) = (x.pass != Pass::Decode, x.scale() as f32);
+    // 1: no soft cap.
+    runner(x, move |q, k, v| {
+        let y = ops::sdpa(q, k, v, None, causal, scale, 1.0)?;
+        Ok(Output { y, winners: None, rescored: None })
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -289,6 +310,9 @@ mod tests {
                 let inputs = Inputs::new(shape, pass, DType::F32, 3, &Device::Cpu)?;
                 let (mut selected, mut blended) = (None::<Vec<f32>>, None::<Vec<f32>>);
                 for c in CONTENDERS.iter().filter(|c| c.passes.contains(&pass)) {
+                    if c.only_on.is_some_and(|device| device != "cpu") {
+                        continue;
+                    }
                     let out = (c.prepare)(&inputs)?()?;
                     let first = if c.work == Work::Blend { &mut blended } else { &mut selected };
                     let y = values(&out.y)?;

@@ -140,7 +140,8 @@ fn obstacle(c: &Contender, setup: &Setup) -> Option<String> {
     if c.square && bytes > TOO_LARGE {
         return Some(format!("too large ({:.0} GiB of N x N matrices)", bytes / GIB));
     }
-    (c.cpu_only && !setup.device.is_cpu()).then(|| "runs on the CPU alone".to_owned())
+    let elsewhere = c.only_on.filter(|only| *only != crate::device::name(&setup.device));
+    elsewhere.map(|only| format!("runs on {only} alone"))
 }
 
 /// A contender's runner, what it selects, and the share of pairs that it scored in full.

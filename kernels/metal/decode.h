@@ -1,0 +1,215 @@
+// Decoding: a few queries against a long cache, in two passes. The keys of a row are split over blocks; in a
+// block every simdgroup takes its own keys, 16 of a tile of 64, straight from memory: four lanes read a key
+// once for all rows of the block, so that the heads of a group share the read. Each block leaves its best key
+// of every row, and a second kernel picks the best of those and writes index, energy and value row.
+#pragma once
+#include "../shared/row.h"
+#include "range.h"
+
+// Rows and simdgroups of a block, keys of a tile.
+constexpr constant u32 ROWS = 16, DECODE_WARPS = 4, TILE = 64;
+
+// The rows of a block, and where keys lie.
+struct Decoding {
+    u32 b, h0, kv, first;
+
+    Decoding(constant DecodeParams &p, u32 place) {
+        u32 each = p.q_heads / p.pack;
+        first = place % p.row_tiles * ROWS;
+        b = place / p.row_tiles / each;
+        h0 = place / p.row_tiles % each * p.pack;
+        kv = h0 / (p.q_heads / p.kv_heads);
+    }
+
+    bool exists(constant DecodeParams &p, u32 r) const { return first + r < p.queries * p.pack; }
+    u32 head(constant DecodeParams &p, u32 r) const { return h0 + (first + r) % p.pack; }
+    u32 query(constant DecodeParams &p, u32 r) const { return (first + r) / p.pack; }
+};
+
+template <class T>
+INLINE const device T *query_row(constant DecodeParams &p, const thread Decoding &at, const device T *q, u32 r) {
+    return q + size_t(at.b) * p.q_batch + size_t(at.head(p, r)) * p.q_head + size_t(at.query(p, r)) * p.q_row;
+}
+
+// The page of a key, or the batch entry, and the key's row in it.
+INLINE u32 piece_of(constant DecodeParams &p, const thread Decoding &at, const device i32 *pages, u32 j) {
+    return p.page_keys ? u32(pages[size_t(at.b) * p.table_row + j / p.page_keys]) : at.b;
+}
+INLINE u32 inside_piece(constant DecodeParams &p, u32 j) { return p.page_keys ? j % p.page_keys : j; }
+template <class T>
+INLINE const device T *key_row(constant DecodeParams &p, const thread Decoding &at, const device i32 *pages,
+                               const device T *k, u32 j) {
+    return k + size_t(piece_of(p, at, pages, j)) * p.k_batch + size_t(at.kv) * p.k_head +
+           size_t(inside_piece(p, j)) * p.k_row;
+}
+
+// A key and its score; key -1: none.
+struct Best {
+    float score;
+    i32 key;
+};
+INLINE bool better(Best x, Best y, u32 last) {
+    return x.key >= 0 && (y.key < 0 || x.score > y.score || (x.score == y.score && before(x.key, y.key, last)));
+}
+INLINE Best best_across(Best x, u32 step, u32 last) {
+    Best y = {shuffle_xor(x.score, step), shuffle_xor(x.key, step)};
+    return better(y, x, last) ? y : x;
+}
+
+// Eight elements of a row from d on, as f32; zeros without a row or beyond it.
+template <class T> INLINE void eight(const device T *row, u32 d, u32 dim, thread float (&x)[8]) {
+    for (u32 from = 0; from < 8; from += 4) {
+        if (!row || d >= dim) {
+            for (u32 y = 0; y < 4; y++)
+                x[from + y] = 0.0f;
+        } else if (has(ALIGNED)) {
+            vec<T, 4> four = *reinterpret_cast<const device vec<T, 4> *>(row + d + from);
+            for (u32 y = 0; y < 4; y++)
+                x[from + y] = up(four[y]);
+        } else {
+            for (u32 y = 0; y < 4; y++)
+                x[from + y] = up(row[d + from + y]);
+        }
+    }
+}
+
+// What a block shares beside its queries: ranges of its rows and of all, the best of every simdgroup.
+constexpr constant u32 DECODE_SEEN = 2 * ROWS + 2;
+
+// partial [places, splits, ROWS, 2]: the bits of the score, and the key.
+template <class T, int D>
+INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queries, threadgroup i32 *seen,
+                   threadgroup float *scores, threadgroup i32 *keys, const device T *q, const device T *k,
+                   const device float *bias, const device float *beta, const device float *prior,
+                   const device i32 *table, const device i32 *pages, device u32 *partial) {
+    constexpr u32 PITCH = D + 4;
+    u32 split = me.block % p.splits, lane = me.lane(), g = lane / 4, t = lane % 4;
+    Decoding at(p, me.block / p.splits);
+
+    if (me.index == 0) seen[2 * ROWS] = i32(p.keys), seen[2 * ROWS + 1] = 0;
+    block_barrier();
+    if (me.index < ROWS) {
+        Range r = {0, 0};
+        if (at.exists(p, me.index)) r = visible(p.mask, table, at.b, at.query(p, me.index));
+        seen[2 * me.index] = r.lo;
+        seen[2 * me.index + 1] = r.hi;
+        if (r.lo < r.hi) widen(seen + 2 * ROWS, r);
+    }
+    for (u32 x = me.index; x < gd_rows * D; x += me.threads) {
+        u32 r = x / D, d = x % D;
+        queries[r * PITCH + d] = at.exists(p, r) && d < p.head_dim ? up(query_row(p, at, q, r)[d]) : 0.0f;
+    }
+    if (!GD_FAULT(111)) block_barrier();
+
+    i32 lo = seen[2 * ROWS], hi = seen[2 * ROWS + 1], from = lo / i32(TILE);
+    i32 count = max((hi + i32(TILE) - 1) / i32(TILE) - from, 0), share = (count + i32(p.splits) - 1) / i32(p.splits);
+    i32 begin = from + min(share * i32(split), count);
+    i32 end = from + min(share * i32(split + 1) - (GD_FAULT(112) ? 1 : 0), count);
+    float scale = (p.score ? 1.0f : 0.5f) / beta[at.h0];
+    // Lane t of a key looks after rows t, t + 4, ..
+    Best best[ROWS / 4];
+    for (u32 x = 0; x < ROWS / 4; x++)
+        best[x] = {-GD_INFINITY, -1};
+    for (i32 tile = begin; tile < end; tile++) {
+        u32 first = u32(tile) * TILE + me.warp() * (TILE / DECODE_WARPS) + g;
+        const device T *row[2];
+        for (u32 e = 0; e < 2; e++) {
+            u32 j = first + 8 * e;
+            row[e] = j < p.keys ? key_row(p, at, pages, k, j) : nullptr;
+        }
+        float sum[2][ROWS];
+        for (u32 r = 0; r < ROWS; r++)
+            sum[0][r] = sum[1][r] = 0.0f;
+        for (u32 d = 8 * t; d < D; d += 32) {
+            float x[2][8];
+            for (u32 e = 0; e < 2; e++)
+                eight(row[e], d, p.head_dim, x[e]);
+#pragma unroll
+            for (u32 r = 0; r < ROWS; r++) {
+                if (r >= gd_rows) continue;
+                const threadgroup float *query = queries + r * PITCH + d;
+                for (u32 y = 0; y < 8; y++) {
+                    sum[0][r] = fma(query[y], x[0][y], sum[0][r]);
+                    sum[1][r] = fma(query[y], x[1][y], sum[1][r]);
+                }
+            }
+        }
+        for (u32 e = 0; e < 2; e++) {
+            u32 j = first + 8 * e;
+            float offset = -GD_INFINITY;
+            if (j < p.keys) {
+                u32 piece = piece_of(p, at, pages, j);
+                offset = bias[(size_t(piece) * p.kv_heads + at.kv) * p.bias_row + inside_piece(p, j)];
+                if (has(PRIOR)) offset = fma(prior[prior_at(p, at.b, at.h0) + j], scale, offset);
+            }
+#pragma unroll
+            for (u32 r = 0; r < ROWS; r++) {
+                if (r >= gd_rows) continue;
+                float s = sum[e][r];
+                s += shuffle_xor(s, 1);
+                if (!GD_FAULT(113)) s += shuffle_xor(s, 2);
+                Best x = {s + offset, i32(j)};
+                bool open = i32(j) >= seen[2 * r] && i32(j) < seen[2 * r + 1] && finite(x.score);
+                if (r % 4 == t && open && better(x, best[r / 4], p.last)) best[r / 4] = x;
+            }
+        }
+    }
+
+#pragma unroll
+    for (u32 x = 0; x < ROWS / 4; x++) {
+        for (u32 step = 4; step < (GD_FAULT(114) ? 16 : 32); step *= 2)
+            best[x] = best_across(best[x], step, p.last);
+        if (g == 0) {
+            scores[me.warp() * ROWS + 4 * x + t] = best[x].score;
+            keys[me.warp() * ROWS + 4 * x + t] = best[x].key;
+        }
+    }
+    if (!GD_FAULT(115)) block_barrier();
+    if (me.index < ROWS) {
+        Best all = {-GD_INFINITY, -1};
+        for (u32 w = 0; w < DECODE_WARPS; w++) {
+            Best x = {scores[w * ROWS + me.index], keys[w * ROWS + me.index]};
+            if (better(x, all, p.last)) all = x;
+        }
+        device u32 *to = partial + (size_t(me.block) * ROWS + me.index) * 2;
+        to[0] = as_type<u32>(all.score);
+        to[1] = u32(all.key);
+    }
+}
+
+// The best of all splits; a simdgroup a row.
+template <class T>
+INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q, const device T *k,
+                         const device float *beta, const device float *prior, const device i32 *pages,
+                         const device T *v, const device float *threshold, const device u32 *partial,
+                         device i32 *index, device float *energy, device T *y) {
+    Decoding at(p, me.block);
+    for (u32 r = me.warp(); r < ROWS; r += me.warps()) {
+        if (!at.exists(p, r)) continue;
+        Best best = {-GD_INFINITY, -1};
+        for (u32 s = me.lane(); s < p.splits - (GD_FAULT(116) ? 1 : 0); s += 32) {
+            const device u32 *x = partial + ((size_t(me.block) * p.splits + s) * ROWS + r) * 2;
+            Best found = {as_type<float>(x[0]), i32(x[1])};
+            if (better(found, best, p.last)) best = found;
+        }
+        for (u32 step = 16; step > 0; step /= 2)
+            best = best_across(best, step, p.last);
+        u32 h = at.head(p, r);
+        i32 winner = best.key;
+        float e = GD_INFINITY;
+        if (winner >= 0) {
+            float b = has(PRIOR) ? prior[prior_at(p, at.b, h) + winner] : 0.0f;
+            e = pair_energy(me, p.score, beta[h], b, query_row(p, at, q, r),
+                            key_row(p, at, pages, k, u32(winner)), p.head_dim);
+            bool admitted = finite(e) && !(threshold && e > threshold[h]);
+            if (!admitted) winner = -1, e = GD_INFINITY;
+        }
+        size_t to = (size_t(at.b) * p.q_heads + h) * p.queries + at.query(p, r);
+        if (me.lane() == 0) index[to] = winner, energy[to] = e;
+        u32 j = u32(max(winner, 0));
+        const device T *value = v + size_t(piece_of(p, at, pages, j)) * p.v_batch + size_t(at.kv) * p.v_head +
+                                size_t(inside_piece(p, j)) * p.v_row;
+        for (u32 d = me.lane(); d < p.value_dim; d += 32)
+            y[to * p.value_dim + d] = winner >= 0 ? value[d] : down<T>(0.0f);
+    }
+}

@@ -1,0 +1,127 @@
+// Metal's words for the bodies of kernels/shared, and how a kernel of this folder is bound (gpu::Gpu::launch
+// has the same from the host's side):
+//
+//   name        operator, dtype, head_dim if the kernel is compiled for one, `metal`: scan_best_f16_d64_metal
+//   buffer 0    the params struct, as bytes
+//   buffer n    the n-th buffer of the launch from 1 on; a missing one is bound to anything, and known to be
+//               missing by function constant 0
+//   constants   0 buffers that are there, 1 features, 2 rows (gpu::Constants); all `uint`
+//   threadgroup memory 0: dynamic shared memory, where a kernel has any
+//   grid        threadgroups [blocks, 1, 1] of [threads, 1, 1], simdgroups of 32
+//
+// Sources are compiled with precise math (no fast-math), each .metal with its quoted includes in place, once.
+#pragma once
+#if defined(GD_EMULATE)
+#include "../emulate/metal.h"
+#elif defined(GD_STRICT)
+#include "../emulate/strict_metal.h"
+#else
+#include <metal_stdlib>
+#include <metal_simdgroup_matrix>
+using namespace metal;
+#define GD_METAL
+#define GD_REGISTER(name)
+#define KERNEL(threads) [[kernel, max_total_threads_per_threadgroup(threads)]] void
+// Seeded faults exist in the emulator alone.
+#define GD_FAULT(n) false
+#define GD_SHARED(type, name) threadgroup gd_type<type> name
+#define GD_DYNAMIC_SHARED(type, name) threadgroup type *name [[threadgroup(0)]]
+constant uint gd_present [[function_constant(0)]];
+constant uint gd_features [[function_constant(1)]];
+constant uint gd_rows [[function_constant(2)]];
+#endif
+#include "../shared/params.h"
+
+#define INLINE inline
+#define DEVICE device
+#define SHARED threadgroup
+#define LOCAL thread
+#define PARAMS constant
+#define CONSTANT constant
+#define GD_INFINITY as_type<float>(0x7f800000u)
+
+// So that an array type can stand where a name follows.
+template <class T> using gd_type = T;
+
+// Number formats: arithmetic is done in f32. bfloat as storage, which needs no Metal 3.1.
+typedef half f16;
+typedef ushort bf16;
+
+// What every kernel takes beside its buffers, and what it makes of that.
+#define GD_THREAD                                                                                             \
+    uint gd_index [[thread_position_in_threadgroup]], uint gd_block [[threadgroup_position_in_grid]],         \
+        uint gd_threads [[threads_per_threadgroup]]
+#define GD_HERE                                                                                               \
+    Thread { gd_index, gd_block, gd_threads }
+// The n-th buffer, or null where the launch has none.
+#define GD_IF_PRESENT(n, pointer) ((gd_present >> ((n) - 1) & 1) ? (pointer) : nullptr)
+
+// Bits of function constant 1.
+enum Feature : u32 { CAUSAL = 1, WINDOW = 2, TABLE = 4, BOUNDARIES = 8, ALIGNED = 16, PRIOR = 32 };
+INLINE bool has(Feature f) { return (gd_features & f) != 0; }
+
+// A thread of a block.
+struct Thread {
+    u32 index, block, threads;
+
+    u32 lane() const { return index % 32; }
+    u32 warp() const { return index / 32; }
+    u32 warps() const { return threads / 32; }
+    // Its number in the grid.
+    u32 global() const { return block * threads + index; }
+};
+
+template <class X> INLINE X shuffle(X x, u32 from) { return simd_shuffle(x, ushort(from)); }
+template <class X> INLINE X shuffle_xor(X x, u32 step) { return simd_shuffle_xor(x, ushort(step)); }
+template <class X> INLINE X shuffle_up(X x, u32 step) { return simd_shuffle_up(x, ushort(step)); }
+INLINE u32 vote(bool x) { return u32(simd_vote::vote_t(simd_ballot(x))); }
+// The sum over the lanes, the same bits in all of them.
+INLINE float warp_sum(float x) { return simd_sum(x); }
+INLINE void warp_barrier() { simdgroup_barrier(mem_flags::mem_threadgroup); }
+INLINE void block_barrier() { threadgroup_barrier(mem_flags::mem_threadgroup); }
+INLINE u32 bits_set(u32 x) { return popcount(x); }
+INLINE u32 first_bit(u32 x) { return ctz(x); }
+
+// Adds 1 to a number that other threads of the block add to.
+INLINE void add_one(threadgroup u32 *at) {
+    atomic_fetch_add_explicit(reinterpret_cast<threadgroup atomic_uint *>(at), 1u, memory_order_relaxed);
+}
+
+INLINE float up(float x) { return x; }
+INLINE float up(f16 x) { return float(x); }
+INLINE float up(bf16 x) { return as_type<float>(u32(x) << 16); }
+
+// Rounds to nearest, ties to even.
+template <class T> INLINE T down(float x) { return T(x); }
+template <> INLINE bf16 down<bf16>(float x) {
+    u32 bits = as_type<u32>(x);
+    return x != x ? bf16(0x7fff) : bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// ln(1 + x) with the relative precision of x; Metal has none.
+INLINE float log1p(float x) {
+    float y = 1.0f + x;
+    return y == 1.0f ? x : log(y) * (x / (y - 1.0f));
+}
+
+// Metal has no double. Long sums keep what rounding takes from them (Neumaier).
+typedef float wide;
+#define WIDE_ROUNDOFF 1.2e-7f
+struct Total {
+    float sum, rest;
+};
+INLINE Total total(float x) { return {x, 0.0f}; }
+INLINE Total plus(Total x, Total y) {
+    float sum = x.sum + y.sum;
+    float lost = fabs(x.sum) >= fabs(y.sum) ? (x.sum - sum) + y.sum : (y.sum - sum) + x.sum;
+    return {sum, x.rest + y.rest + lost};
+}
+INLINE float value(Total x) { return x.sum + x.rest; }
+INLINE Total load(const threadgroup Total *at) { return {at->sum, at->rest}; }
+INLINE void store(Total x, threadgroup Total *at) { at->sum = x.sum, at->rest = x.rest; }
+
+// What a mask has.
+INLINE bool is_causal(constant MaskParams &) { return has(CAUSAL); }
+INLINE bool has_window(constant MaskParams &) { return has(WINDOW); }
+INLINE bool has_table(constant MaskParams &) { return has(TABLE); }
+INLINE bool has_boundaries(constant MaskParams &) { return has(BOUNDARIES); }

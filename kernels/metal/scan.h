@@ -1,0 +1,129 @@
+// What both scans share: which rows a block holds, which keys they see, and the walk over tiles.
+#pragma once
+#include "range.h"
+#include "tile.h"
+
+// Most rows of a block.
+constexpr constant u32 MAX_ROWS = 128;
+
+// The rows of a block: row r of packed heads h0.. is query r / pack of head h0 + r % pack.
+struct Block {
+    u32 b, h0, kv, first;
+
+    Block(Thread me, constant ScanParams &p, u32 rows) {
+        u32 each = p.q_heads / p.pack, groups = p.batch * each;
+        // The last rows see the most keys under a causal mask: they start first.
+        u32 group = me.block % groups, block = p.row_blocks - 1 - me.block / groups;
+        b = group / each;
+        h0 = group % each * p.pack;
+        kv = h0 / (p.q_heads / p.kv_heads);
+        first = block * rows;
+    }
+
+    bool exists(constant ScanParams &p, u32 row) const { return first + row < p.queries * p.pack; }
+    u32 head(constant ScanParams &p, u32 row) const { return h0 + (first + row) % p.pack; }
+    u32 query(constant ScanParams &p, u32 row) const { return (first + row) / p.pack; }
+    // The row of index and energy.
+    size_t out(constant ScanParams &p, u32 row) const {
+        return (size_t(b) * p.q_heads + head(p, row)) * p.queries + query(p, row);
+    }
+};
+
+template <class T>
+INLINE const device T *query_row(constant ScanParams &p, const thread Block &at, const device T *q, u32 row) {
+    return q + size_t(at.b) * p.q_batch + size_t(at.head(p, row)) * p.q_head +
+           size_t(at.query(p, row)) * p.q_row;
+}
+template <class T> struct QueryRows {
+    constant ScanParams &p;
+    const thread Block &at;
+    const device T *q;
+
+    const device T *row(u32 r) const { return at.exists(p, r) ? query_row(p, at, q, r) : nullptr; }
+};
+
+template <class T>
+INLINE KeyRows<T> key_rows(constant ScanParams &p, const thread Block &at, const device T *k) {
+    return {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys};
+}
+INLINE const device float *key_biases(constant ScanParams &p, const thread Block &at, const device float *bias) {
+    u32 head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
+    return bias + (size_t(at.b) * p.bias_heads + head) * p.bias_row;
+}
+
+// What the rows of a block see: pairs lo, hi, and behind the last row those of all together.
+constexpr constant u32 SEEN = 2 * MAX_ROWS + 2;
+INLINE Range seen_by(const threadgroup i32 *seen, u32 row) { return {seen[2 * row], seen[2 * row + 1]}; }
+
+// Fills it for `rows` rows, at most as many as threads; ends with a barrier.
+INLINE void fill_seen(Thread me, threadgroup i32 *seen, constant ScanParams &p, const thread Block &at,
+                      const device i32 *table, u32 rows) {
+    if (me.index == 0) seen[2 * MAX_ROWS] = i32(p.keys), seen[2 * MAX_ROWS + 1] = 0;
+    block_barrier();
+    if (me.index < rows) {
+        Range r = {0, 0};
+        if (at.exists(p, me.index)) r = visible(p.mask, table, at.b, at.query(p, me.index));
+        seen[2 * me.index] = r.lo;
+        seen[2 * me.index + 1] = r.hi;
+        if (r.lo < r.hi) widen(seen + 2 * MAX_ROWS, r);
+    }
+    block_barrier();
+}
+
+// What the rows of a simdgroup see, some of them and all of them.
+struct Reach {
+    Range some, every;
+
+    Reach(const threadgroup i32 *seen, u32 first, u32 rows) {
+        some = {0x7fffffff, 0};
+        every = {0, 0x7fffffff};
+        for (u32 r = 0; r < rows; r++) {
+            Range x = seen_by(seen, first + r);
+            if (x.lo < x.hi) some = {min(some.lo, x.lo), max(some.hi, x.hi)};
+            every = {max(every.lo, x.lo), min(every.hi, x.hi)};
+        }
+    }
+
+    bool meets(i32 first, i32 count) const { return first < some.hi && first + count > some.lo; }
+    bool whole(i32 first, i32 count) const { return first >= every.lo && first + count <= every.hi; }
+};
+
+// Tiles that some row of the block sees, in rising order or, if ties go to the last key, in falling order.
+struct Tiles {
+    i32 from, count;
+    bool falling;
+
+    Tiles(const threadgroup i32 *seen, u32 last, i32 keys) {
+        Range all = seen_by(seen, MAX_ROWS);
+        from = all.lo / keys;
+        count = all.lo < all.hi ? (all.hi + keys - 1) / keys - from : 0;
+        falling = last != 0;
+    }
+    u32 number(i32 step) const { return u32(falling ? from + count - 1 - step : from + step); }
+};
+
+// Loads a tile of keys with its biases; has a barrier before, when the tile before is read, and after.
+template <class T, int D, int KEYS>
+INLINE void load_tile(Thread me, threadgroup typename Element<T>::type *tile, threadgroup float *biases,
+                      const thread KeyRows<T> &keys, const device float *bias, u32 number, u32 dim) {
+    if (!GD_FAULT(101)) block_barrier();
+    load_rows<T, D, KEYS>(me, tile, keys, number * KEYS, dim);
+    for (u32 x = me.index; x < KEYS; x += me.threads)
+        biases[x] = bias[number * KEYS + x];
+    if (!GD_FAULT(102)) block_barrier();
+}
+
+// Brings the query rows of every simdgroup to its registers, by way of the tile.
+template <class T, int D, int MT, int KEYS>
+INLINE void load_queries(Thread me, thread Scoring<T, D, MT, KEYS> &scoring,
+                         threadgroup typename Element<T>::type *tile, constant ScanParams &p,
+                         const thread Block &at, const device T *q) {
+    static_assert(KEYS >= 8 * MT, "the tile holds the rows of a simdgroup");
+    QueryRows<T> rows = {p, at, q};
+    for (u32 w = 0; w < me.warps(); w++) {
+        block_barrier();
+        load_rows<T, D, 8 * MT>(me, tile, rows, w * 8 * MT, p.head_dim);
+        if (!GD_FAULT(103)) block_barrier();
+        if (me.warp() == w) scoring.load_queries(tile);
+    }
+}

@@ -1,0 +1,4 @@
+// Instantiations of the scan in f16.
+#include "scan_table.h"
+
+SCANS(f16)

@@ -1,0 +1,4 @@
+// Instantiations of the scan in f32.
+#include "scan_table.h"
+
+SCANS(f32)

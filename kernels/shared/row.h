@@ -1,0 +1,39 @@
+// What a warp does with whole rows: sums, energies, order of candidates.
+#pragma once
+#include "language.h"
+
+INLINE bool finite(float x) { return fabs(x) < GD_INFINITY; }
+
+// sum (q - k)^2, or -<q, k>, over D elements, by a warp: the energy at beta 1 without a prior. Differences
+// stay accurate where query and key nearly coincide.
+template <class Q, class K>
+INLINE float pair_form(Thread me, u32 score, const DEVICE Q *q, const DEVICE K *k, u32 dim) {
+    float sum = 0;
+    for (u32 d = me.lane(); d < dim; d += 32) {
+        float x = up(q[d]), y = up(k[d]);
+        sum = score ? fma(-x, y, sum) : fma(x - y, x - y, sum);
+    }
+    return warp_sum(sum);
+}
+
+// beta |q - k|^2 - b, or -beta <q, k> - b.
+template <class Q, class K>
+INLINE float pair_energy(Thread me, u32 score, float beta, float prior, const DEVICE Q *q, const DEVICE K *k,
+                         u32 dim) {
+    return beta * pair_form(me, score, q, k, dim) - prior;
+}
+
+INLINE float warp_min(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+        x = fmin(x, shuffle_xor(x, step));
+    return x;
+}
+
+// Whether key x goes before key y among equals.
+INLINE bool before(i32 x, i32 y, u32 last) { return last ? x > y : x < y; }
+
+// Where the prior of a head starts, of [prior_batch, prior_heads, keys].
+template <class P> INLINE size_t prior_at(PARAMS P &p, u32 b, u32 h) {
+    return (size_t(b % p.prior_batch) * p.prior_heads + h / (p.q_heads / p.prior_heads)) * p.keys;
+}

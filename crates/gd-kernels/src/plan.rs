@@ -261,6 +261,8 @@ pub(crate) struct Extras {
     pub(crate) protected: usize,
     /// Whether there is a key prior.
     pub(crate) prior: bool,
+    /// Whether the copy engine of a GPU takes q and k as they lie.
+    pub(crate) mappable: bool,
 }
 
 impl Plan {
@@ -306,7 +308,8 @@ impl Plan {
             )));
         }
         let arch = crate::cuda::Cuda::new(device)?.arch();
-        crate::gpu::scan::Plan::new(problem, extras.protected, extras.prior, &arch).map(Self::Cuda)
+        let plan = crate::gpu::scan::Plan::new(problem, extras.protected, extras.prior, &arch)?;
+        Ok(Self::Cuda(if extras.mappable { plan.on_hopper(problem, &arch) } else { plan }))
     }
 
     /// The plan for the CPU, if it is one.

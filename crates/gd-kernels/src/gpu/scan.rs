@@ -2,7 +2,8 @@
 //!
 //! Two kernels: the bias of every key (`-|k|^2 / 2` and the prior as scores), then the scan. With one
 //! candidate the scan keeps a running maximum and finds its key at the end; otherwise every row
-//! keeps a list in shared memory, filtered by the score of its last entry.
+//! keeps a list in shared memory, filtered by the score of its last entry. On compute capability 9.0 the
+//! scan for one candidate has a kernel of its own, which the copy engine feeds.
 //!
 //! q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; index, energy `[B, Hq, N, K + P]`.
 
@@ -12,7 +13,7 @@ use bytemuck::bytes_of;
 use candle_core::DType;
 
 use super::params::{BiasParams, ScanParams};
-use super::{Arch, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute};
+use super::{Arch, Gpu, Launch, Slice, Tensor4, TensorMap, dtype_name, elements, grid, mask, require_compute, tensor_map};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
@@ -30,6 +31,11 @@ pub(crate) const BIAS_TILE: usize = 64;
 const LIST: usize = 512;
 /// Shared memory that the kernels declare themselves: what 256 rows see.
 const STATIC: usize = 2304;
+/// Keys of a tile of Hopper's kernel, what its shared memory is aligned to, and the rows up to which the other
+/// kernel's smaller blocks are taken.
+const HOPPER_KEYS: usize = 128;
+const HOPPER_ALIGN: usize = 1024;
+const HOPPER_ROWS: usize = 64;
 /// Warps of the kernel that computes biases; each takes one key.
 const BIAS_WARPS: usize = 8;
 
@@ -40,8 +46,10 @@ pub struct Plan {
     pub kernel: String,
     /// head_dim of the kernel.
     pub padded_dim: usize,
-    /// Warps of a block.
+    /// Warps of a block that hold query rows.
     pub warps: usize,
+    /// Warps beside them that load keys by the copy engine; 0 where all load.
+    pub loaders: usize,
     /// Query rows of a warp.
     pub warp_rows: usize,
     /// Keys that are loaded at a time.
@@ -122,6 +130,7 @@ impl Plan {
             kernel: format!("scan_{kind}_{name}_d{padded}_sm80"),
             padded_dim: padded,
             warps,
+            loaders: 0,
             warp_rows,
             tile_keys,
             pack,
@@ -133,6 +142,40 @@ impl Plan {
         let heads = if prior { problem.q_heads } else { problem.kv_heads };
         elements("bias", problem.batch as u128 * heads as u128 * bias_row(problem.keys) as u128)?;
         Ok(plan)
+    }
+
+    /// The same by Hopper's kernel, where there is one: compute capability 9.0, 16-bit elements, one candidate,
+    /// none protected. Its blocks have at least 128 rows, so that it is not for a few.
+    #[must_use]
+    pub fn on_hopper(self, problem: &Problem, arch: &Arch) -> Self {
+        let Problem { dtype, queries, keys, .. } = *problem;
+        let rows = queries * self.pack;
+        let known = self.kernel.strip_suffix("_sm80").filter(|kernel| kernel.starts_with("scan_best"));
+        let Some(kernel) = known.filter(|_| arch.compute == 90 && dtype != DType::F32) else { return self };
+        if rows <= HOPPER_ROWS || keys == 0 {
+            return self;
+        }
+        // As scan_hopper.cuh has them: 64-row matrices of a warpgroup, stages of its ring.
+        let (matrices, stages) = match self.padded_dim {
+            ..=128 => (2, 4),
+            192 => (2, 2),
+            _ => (1, 2),
+        };
+        let row_bytes = self.padded_dim.next_multiple_of(64) * 2;
+        let stage = HOPPER_KEYS * (row_bytes + 4) + 16;
+        let shared_bytes = HOPPER_ALIGN + 128 * matrices * row_bytes + stages * stage;
+        if shared_bytes + STATIC > arch.shared_bytes as usize {
+            return self;
+        }
+        Self {
+            kernel: format!("{kernel}_sm90a"),
+            warps: 8,
+            loaders: 4,
+            warp_rows: 16 * matrices,
+            tile_keys: HOPPER_KEYS,
+            shared_bytes,
+            ..self
+        }
     }
 
     /// Blocks of rows of a packed group of heads.
@@ -191,6 +234,17 @@ pub struct Inputs<'a, B> {
     pub protected: Option<Protected<'a, B>>,
     /// Which keys a query sees; validated for the problem.
     pub mask: &'a Mask,
+}
+
+impl<B> Inputs<'_, B> {
+    /// Whether the copy engine takes q and k, as [`Plan::on_hopper`] needs.
+    pub fn mappable(&self, problem: &Problem) -> bool {
+        let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
+        let suits = |t: &Tensor4<'_, B>, heads: usize, rows: usize| {
+            tensor_map::suits(dtype, [batch, heads, rows, head_dim], t.strides, t.data.offset).is_ok()
+        };
+        suits(&self.q, q_heads, queries) && suits(&self.k, kv_heads, keys)
+    }
 }
 
 /// Where the candidates go: `[B, Hq, N, K + P]`, contiguous.
@@ -361,12 +415,18 @@ fn launch<G: Gpu>(
     } else {
         buffers.extend([values.map(|v| v.v.data), values.and_then(|v| v.threshold), values.map(|v| v.y)]);
     }
-    gpu.launch(&Launch {
+    let launch = Launch {
         kernel: plan.kernel.clone(),
         grid: plan.grid(problem)?,
-        block: 32 * plan.warps as u32,
+        block: 32 * (plan.warps + plan.loaders) as u32,
         shared_bytes: plan.shared_bytes as u32,
         params: bytes_of(&params).to_vec(),
         buffers,
-    })
+    };
+    if plan.loaders == 0 {
+        return gpu.launch(&launch);
+    }
+    // Queries are loaded as plain rows, but as aligned as keys.
+    TensorMap::new("q", &x.q, dtype, q_dims, plan.tile_keys)?;
+    gpu.launch_mapped(&TensorMap::new("k", &x.k, dtype, k_dims, plan.tile_keys)?, &launch)
 }

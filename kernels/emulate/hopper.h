@@ -6,14 +6,13 @@
 #define __grid_constant__
 
 // A tensor [batch, head, row, column] as the copy engine sees it; sizes and strides from the column on.
-struct alignas(128) TensorMap {
+struct TensorMap {
     const uint8_t *first;
     uint64_t dims[4];
     uint64_t strides[3]; // of row, head and batch, in bytes
     uint32_t box[4];
     uint32_t element; // bytes
 };
-static_assert(sizeof(TensorMap) == 128, "as large as the driver's");
 
 namespace emulate {
 

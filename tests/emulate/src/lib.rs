@@ -39,7 +39,7 @@ unsafe extern "C" {
 }
 
 /// `TensorMap` of `hopper.h`: sizes and strides from the last dimension on.
-#[repr(C, align(128))]
+#[repr(C)]
 struct Map {
     first: *const u8,
     dims: [u64; 4],
@@ -202,7 +202,8 @@ impl Emulator {
         let mut pointers = launch.buffers.iter().map(pointer).collect::<Result<Vec<_>>>()?;
         let map = map
             .map(|m| -> Result<Map> {
-                let ([batch, heads, rows, dim], [b, h, n]) = (m.dims.map(|n| n as u64), m.strides.map(|n| n as u64));
+                let ([batch, heads, rows, dim], [b, h, n]) =
+                    (m.dims.map(|n| n as u64), m.strides.map(|n| n as u64));
                 let element = m.dtype.size_in_bytes();
                 Ok(Map {
                     first: pointer(&Some(m.data))?,

@@ -13,7 +13,10 @@ use bytemuck::bytes_of;
 use candle_core::DType;
 
 use super::params::{BiasParams, ScanParams};
-use super::{Arch, Gpu, Launch, Slice, Tensor4, TensorMap, dtype_name, elements, grid, mask, require_compute, tensor_map};
+use super::{
+    Arch, Gpu, Launch, Slice, Tensor4, TensorMap, dtype_name, elements, grid, mask, require_compute,
+    tensor_map,
+};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
@@ -361,6 +364,13 @@ fn launch<G: Gpu>(
     if let Some(v) = values {
         elements("y", (batch * q_heads) as u128 * queries as u128 * v.dim as u128)?;
     }
+    let map = if plan.loaders > 0 {
+        // Queries are loaded as plain rows, but as aligned as keys.
+        TensorMap::new("q", &x.q, dtype, q_dims, plan.tile_keys)?;
+        Some(TensorMap::new("k", &x.k, dtype, k_dims, plan.tile_keys)?)
+    } else {
+        None
+    };
     let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
     let bias = key_bias(gpu, problem, x)?;
     let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
@@ -423,10 +433,8 @@ fn launch<G: Gpu>(
         params: bytes_of(&params).to_vec(),
         buffers,
     };
-    if plan.loaders == 0 {
-        return gpu.launch(&launch);
+    match map {
+        Some(map) => gpu.launch_mapped(&map, &launch),
+        None => gpu.launch(&launch),
     }
-    // Queries are loaded as plain rows, but as aligned as keys.
-    TensorMap::new("q", &x.q, dtype, q_dims, plan.tile_keys)?;
-    gpu.launch_mapped(&TensorMap::new("k", &x.k, dtype, k_dims, plan.tile_keys)?, &launch)
 }

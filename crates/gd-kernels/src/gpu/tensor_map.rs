@@ -34,7 +34,11 @@ impl<B> fmt::Display for TensorMap<'_, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { dtype, dims, strides, box_rows, .. } = self;
         let columns = BOX_BYTES / dtype.size_in_bytes();
-        write!(f, "{} {dims:?} at strides of {strides:?} bytes, boxes of {box_rows} x {columns}", dtype.as_str())
+        write!(
+            f,
+            "{} {dims:?} at strides of {strides:?} bytes, boxes of {box_rows} x {columns}",
+            dtype.as_str()
+        )
     }
 }
 
@@ -82,7 +86,10 @@ pub fn suits(
     }
     let bytes = dtype.size_in_bytes();
     if !offset.is_multiple_of(ALIGN) || !(dims[3] * bytes).is_multiple_of(ALIGN) {
-        return Err(format!("offset {offset} and rows of {} bytes; multiples of {ALIGN} are", dims[3] * bytes));
+        return Err(format!(
+            "offset {offset} and rows of {} bytes; multiples of {ALIGN} are",
+            dims[3] * bytes
+        ));
     }
     let taken = strides.iter().zip(dims).filter(|(_, n)| *n > 1).map(|(s, _)| s * bytes);
     match taken.into_iter().find(|s| *s == 0 || !s.is_multiple_of(ALIGN)) {

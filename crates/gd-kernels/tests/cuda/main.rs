@@ -13,6 +13,8 @@ mod decode;
 #[path = "../../../../tests/emulate/tests/operators/device.rs"]
 mod device;
 mod graph;
+#[path = "../../../../tests/emulate/tests/operators/hopper.rs"]
+mod hopper;
 #[path = "../problems/mod.rs"]
 mod problems;
 mod repeats;
@@ -29,7 +31,7 @@ use candle_core::Device;
 use gd_kernels::Result;
 pub use gd_kernels::cuda::Buffer;
 use gd_kernels::cuda::{Cuda, open};
-use gd_kernels::gpu::{Arch, Gpu, Launch, Slice};
+use gd_kernels::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
 pub(crate) use suite::{Verdict, ensure};
 
 /// Whether only a few problems are run.
@@ -57,6 +59,12 @@ impl Emulator {
     /// The device; it makes its own schedules.
     pub fn new(_: u64) -> Self {
         Self(Cuda::new(gpu()).unwrap())
+    }
+
+    /// The same: Hopper's kernels run where the device has its instructions.
+    #[must_use]
+    pub fn on_hopper(self) -> Self {
+        self
     }
 }
 
@@ -86,5 +94,9 @@ impl Gpu for Emulator {
 
     fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
         self.0.launch(launch)
+    }
+
+    fn launch_mapped(&self, map: &TensorMap<'_, Buffer>, launch: &Launch<'_, Buffer>) -> Result<()> {
+        self.0.launch_mapped(map, launch)
     }
 }

@@ -33,13 +33,36 @@ const FAULTS: &[Fault] = &[
     (24, "key gradient: a list takes the first part of a piece for its own", crate::select::check),
     (25, "conv: first tap of a packed sequence left out", crate::beacon::check_conv),
     (26, "average: no barrier before the parts of warps are read", crate::beacon::check_average),
+    (60, "Hopper: queries are stored without the swizzle", crate::hopper::check),
+    (61, "Hopper: no fence between stored queries and products", crate::hopper::check),
+    (62, "Hopper: mask lets one key more in", crate::hopper::check),
+    (63, "Hopper: running maximum keeps the last of equals", crate::hopper::check),
+    (64, "Hopper: half of the lanes of a row left out of the maximum", crate::hopper::check),
+    (65, "Hopper: a stage is loaded before it is empty", crate::hopper::check),
+    (66, "Hopper: no bytes are expected", crate::hopper::check),
+    (67, "Hopper: the bytes of the biases are not expected", crate::hopper::check),
+    (68, "Hopper: waits for the wrong parity of a full stage", crate::hopper::check),
+    (69, "Hopper: biases of another stage", crate::hopper::check),
+    (70, "Hopper: no fence before the first product", crate::hopper::check),
+    (71, "Hopper: matrices at half the offset", crate::hopper::check),
+    (72, "Hopper: a stage is released before its products are done", crate::hopper::check),
+    (73, "Hopper: no wait for a product", crate::hopper::check),
+    (74, "Hopper: a warp keeps its registers", crate::hopper::check),
 ];
+
+/// The first fault of Hopper's kernels.
+const HOPPER: i32 = 60;
+
+/// The device that runs the kernels with a fault.
+fn broken(seed: u64, fault: i32) -> Emulator {
+    let gpu = Emulator::with_fault(seed, fault);
+    if fault >= HOPPER { gpu.on_hopper() } else { gpu }
+}
 
 #[test]
 fn every_fault_is_seen() {
     for &(fault, what, check) in FAULTS {
-        let seen = (0..150)
-            .find_map(|seed| check(&Emulator::with_fault(seed, fault), seed).err().map(|e| (seed, e)));
+        let seen = (0..150).find_map(|seed| check(&broken(seed, fault), seed).err().map(|e| (seed, e)));
         match seen {
             Some((seed, e)) => {
                 println!("fault {fault}, {what}: problem {seed}: {}", e.chars().take(120).collect::<String>())

@@ -1,11 +1,13 @@
-// The scan for one candidate on Hopper. A block holds 128 MT query rows and three warpgroups: two of them multiply
-// their 64 MT rows with tiles of 128 keys, which one thread of the third has the copy engine load into a ring of
-// stages. A stage has two barriers: full (its bytes have landed) and empty (the eight warps have read it).
+// The scan on Hopper. A block holds 128 MT query rows and three warpgroups: two of them multiply their 64 MT rows
+// with tiles of 128 keys, which one thread of the third has the copy engine load into a ring of stages. A stage has
+// two barriers: full (its bytes have landed) and empty (the eight warps have read it).
 #pragma once
 #include "hopper.cuh"
 #include "scan_best.cuh"
+#include "scan_list.cuh"
 
-// Shared memory of a block: queries, then the stages' keys, then their biases, then the barriers.
+// Shared memory of a block: queries, then the stages' keys, their biases, the barriers, and the lists of a scan for
+// several candidates.
 template <int DP, int MT, int STAGES> struct HopperTile {
     static constexpr int KEYS = 128, ROWS = 128 * MT;
     // Columns of 64 elements, the width of a matrix row.
@@ -16,6 +18,7 @@ template <int DP, int MT, int STAGES> struct HopperTile {
     unsigned char *queries, *keys;
     float *biases;
     uint64_t *full, *empty;
+    List *lists;
 
     __device__ __forceinline__ explicit HopperTile(unsigned char *shared) {
         uint32_t off = shared_address(shared) % MATRIX_ALIGN;
@@ -24,6 +27,7 @@ template <int DP, int MT, int STAGES> struct HopperTile {
         biases = reinterpret_cast<float *>(keys + STAGES * TILE);
         full = reinterpret_cast<uint64_t *>(biases + STAGES * KEYS);
         empty = full + STAGES;
+        lists = reinterpret_cast<List *>(empty + STAGES);
     }
 };
 
@@ -53,34 +57,34 @@ __device__ __forceinline__ void store_queries(unsigned char *to, const ScanParam
     if (!GD_FAULT(61)) fence_async();
 }
 
-// The best of 64 rows so far: a lane knows the greatest score and its key of rows g and g + 8 of its warp, the
+// Puts -inf where a row does not see the key; keys first..first + 128.
+__device__ __forceinline__ void hide(float (&acc)[16][4], i32 first, const Range (&seen)[2]) {
+    i32 start = first + i32(2 * (lane_id() % 4));
+#pragma unroll
+    for (int n = 0; n < 16; n++) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            i32 j = start + n * 8 + c % 2;
+            Range r = seen[c / 2];
+            if (GD_FAULT(62) ? (j < r.lo || j > r.hi) : (j < r.lo || j >= r.hi)) acc[n][c] = -GD_INFINITY;
+        }
+    }
+}
+
+// The best of the 16 rows of a warp so far: a lane knows the greatest score and its key of rows g and g + 8, the
 // same in the four lanes that share a row.
-struct Best64 {
+struct BestRows {
     float score[2];
     i32 key[2];
 
-    __device__ __forceinline__ Best64() {
+    __device__ __forceinline__ BestRows() {
         score[0] = score[1] = -GD_INFINITY;
         key[0] = key[1] = -1;
     }
 
-    // Puts -inf where a row does not see the key.
-    static __device__ __forceinline__ void hide(float (&acc)[16][4], i32 first, const Range (&seen)[2]) {
-        i32 start = first + i32(2 * (lane_id() % 4));
-#pragma unroll
-        for (int n = 0; n < 16; n++) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                i32 j = start + n * 8 + c % 2;
-                Range r = seen[c / 2];
-                if (GD_FAULT(62) ? (j < r.lo || j > r.hi) : (j < r.lo || j >= r.hi)) acc[n][c] = -GD_INFINITY;
-            }
-        }
-    }
-
     // Takes the scores of keys first..first + 128 in. Most tiles improve no row of a warp: which key it was is
     // asked only where one does.
-    __device__ __forceinline__ void take(const float (&acc)[16][4], i32 first, u32 last) {
+    __device__ __forceinline__ void take(const float (&acc)[16][4], i32 first, const ScanParams &p) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float top = -GD_INFINITY;
@@ -95,15 +99,44 @@ struct Best64 {
             for (int x = 0; x < 32; x++)
                 equal |= acc[x / 2][2 * half + x % 2] == top ? 1u << x : 0u;
             // Of -inf alone no lane makes use.
-            i32 x = last ? 31 - __clz(equal) : __ffs(equal) - 1;
+            i32 x = p.last ? 31 - __clz(equal) : __ffs(equal) - 1;
             i32 j = first + x / 2 * 8 + i32(2 * (lane_id() % 4)) + x % 2;
 #pragma unroll
             for (int step = 1; step < (GD_FAULT(64) ? 2 : 4); step *= 2) {
                 float s = __shfl_xor_sync(ALL, top, step);
                 i32 other = __shfl_xor_sync(ALL, j, step);
-                if (s > top || (s == top && before(other, j, last))) top = s, j = other;
+                if (s > top || (s == top && before(other, j, p.last))) top = s, j = other;
             }
             if (GD_FAULT(63) ? top >= score[half] : top > score[half]) score[half] = top, key[half] = j;
+        }
+    }
+};
+
+// The lists of the same rows.
+struct LongListRows : ListRows {
+    using ListRows::ListRows;
+
+    __device__ __forceinline__ void take(const float (&acc)[16][4], i32 first, const ScanParams &p) {
+        float top[2] = {-GD_INFINITY, -GD_INFINITY};
+#pragma unroll
+        for (int n = 0; n < 16; n++) {
+            top[0] = fmaxf(top[0], fmaxf(acc[n][0], acc[n][1]));
+            top[1] = fmaxf(top[1], fmaxf(acc[n][2], acc[n][3]));
+        }
+        if (!__any_sync(ALL, top[0] > bar[0] || top[1] > bar[1])) return;
+        // Group by group in the order of the walk; registers have no index, so each is picked.
+#pragma unroll 1
+        for (int x = 0; x < 4; x++) {
+            int group = p.last != GD_FAULT(75) ? 3 - x : x;
+            float part[4][4];
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    part[n][c] = group < 2 ? (group == 0 ? acc[n][c] : acc[4 + n][c])
+                                           : (group == 2 ? acc[8 + n][c] : acc[12 + n][c]);
+            }
+            offer(part, first + GROUP * group, p);
         }
     }
 };
@@ -132,12 +165,13 @@ __device__ __forceinline__ void load_tiles(const HopperTile<DP, MT, STAGES> &til
     }
 }
 
-// Finds the best keys of the 64 MT rows of a warpgroup. Its warps take part in every product; of the tiles that
-// its rows do not see they only say that they are done. While one set of sums is looked at, products add to the
-// other.
-template <class T, int DP, int MT, int STAGES, class Number>
-__device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &tile, const Seen &seen, u32 group,
-                                           u32 last, i32 from, i32 to, Number number, Best64 (&best)[MT]) {
+// Shows rows[m] the scores of the 16 rows that a warp has of the m-th 64 rows of its warpgroup, tile by tile. Warps
+// of a warpgroup take part in every product; of tiles that their rows do not see they only say that they are done.
+// While one set of sums is looked at, products add to the other.
+template <class T, int DP, int MT, int STAGES, class Number, class Rows>
+__device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &tile, const ScanParams &p,
+                                           const Seen &seen, u32 group, i32 from, i32 to, Number number,
+                                           Rows (&rows)[MT]) {
     using Tile = HopperTile<DP, MT, STAGES>;
     constexpr i32 KEYS = Tile::KEYS;
     u32 g = lane_id() / 4, t = lane_id() % 4, first = group * 64 * MT;
@@ -153,8 +187,8 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
     bool any = reach.some.lo < reach.some.hi;
     i32 lo = any ? reach.some.lo / KEYS : from, hi = any ? (reach.some.hi + KEYS - 1) / KEYS : from;
     // The same in all lanes, and by this known to be.
-    i32 begin = __shfl_sync(ALL, last ? to - hi : lo - from, 0);
-    i32 end = __shfl_sync(ALL, last ? to - lo : hi - from, 0);
+    i32 begin = __shfl_sync(ALL, p.last ? to - hi : lo - from, 0);
+    i32 end = __shfl_sync(ALL, p.last ? to - lo : hi - from, 0);
 
     Ring<STAGES> ring;
     auto await = [&] { barrier_wait(&tile.full[ring.stage], GD_FAULT(68) ? ring.parity ^ 1 : ring.parity); };
@@ -189,8 +223,8 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
     };
     auto take = [&](float(&acc)[16][4], int m, i32 i) {
         i32 start = number(i) * KEYS;
-        if (!reach.whole(start, KEYS)) Best64::hide(acc, start, own[m]);
-        best[m].take(acc, start, last);
+        if (!reach.whole(start, KEYS)) hide(acc, start, own[m]);
+        rows[m].take(acc, start, p);
     };
 
     pass(0, begin);
@@ -237,11 +271,11 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
     pass(end, to - from);
 }
 
-template <class T, int DP, int MT, int STAGES>
-__device__ __forceinline__ void scan_hopper(const ScanParams &p, const TensorMap &map, const T *q, const T *k,
-                                            const float *bias, const float *beta, const float *prior,
-                                            const i32 *table, i32 *index, float *energy, const T *v,
-                                            const float *threshold, T *y) {
+// Runs a block: loads, and has the two multiplying warpgroups call consume(what the block is and sees, its keys and
+// their biases, scan), where scan(rows) shows them all scores.
+template <class T, int DP, int MT, int STAGES, class Consume>
+__device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMap &map, const T *q, const T *k,
+                                             const float *bias, const i32 *table, Consume consume) {
     using Tile = HopperTile<DP, MT, STAGES>;
     GD_DYNAMIC_SHARED(shared);
     GD_SHARED(Seen, seen);
@@ -270,41 +304,89 @@ __device__ __forceinline__ void scan_hopper(const ScanParams &p, const TensorMap
         if (threadIdx.x == 256) load_tiles(tile, map, p, at, biases, to - from, number);
     } else {
         registers_raise<240>();
-        Best64 best[MT];
-        scan_tiles<T>(tile, seen, group, p.last, from, to, number, best);
         Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
                           true};
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                for (u32 r = 0; r < 8; r++) {
-                    float score = __shfl_sync(ALL, best[m].score[half], r * 4);
-                    i32 winner = __shfl_sync(ALL, best[m].key[half], r * 4);
-                    u32 row = (group * MT + m) * 64 + threadIdx.x / 32 % 4 * 16 + half * 8 + r;
-                    if (!at.exists(p, row)) continue;
-                    const T *query = query_row(p, at, q, row);
-                    if (score == GD_INFINITY) winner = search_row(query, keys, biases, seen.row[row], p.last);
-                    write_best(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
-                }
-            }
-        }
+        // The first of the 16 rows that this warp has of every 64.
+        u32 first = group * 64 * MT + threadIdx.x / 32 % 4 * 16;
+        consume(tile, at, seen, first, keys, biases,
+                [&](auto &rows) { scan_tiles<T>(tile, p, seen, group, from, to, number, rows); });
     }
 }
 
-#define SCAN_HOPPER(T, D, MT, STAGES)                                                                              \
+template <class T, int DP, int MT, int STAGES>
+__device__ __forceinline__ void
+scan_best_hopper(const ScanParams &p, const TensorMap &map, const T *q, const T *k, const float *bias,
+                 const float *beta, const float *prior, const i32 *table, i32 *index, float *energy, const T *v,
+                 const float *threshold, T *y) {
+    hopper_block<T, DP, MT, STAGES>(
+        p, map, q, k, bias, table,
+        [&](const auto &, const Block &at, const Seen &seen, u32 first, const Source<T> &keys,
+            const float *biases, auto scan) {
+            BestRows best[MT];
+            scan(best);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    for (u32 r = 0; r < 8; r++) {
+                        float score = __shfl_sync(ALL, best[m].score[half], r * 4);
+                        i32 winner = __shfl_sync(ALL, best[m].key[half], r * 4);
+                        u32 row = first + m * 64 + half * 8 + r;
+                        if (!at.exists(p, row)) continue;
+                        const T *query = query_row(p, at, q, row);
+                        if (score == GD_INFINITY)
+                            winner = search_row(query, keys, biases, seen.row[row], p.last);
+                        write_best(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
+                    }
+                }
+            }
+        });
+}
+
+template <class T, int DP, int STAGES>
+__device__ __forceinline__ void
+scan_list_hopper(const ScanParams &p, const TensorMap &map, const T *q, const T *k, const float *bias,
+                 const float *beta, const float *prior, const i32 *table, i32 *index, float *energy,
+                 const i32 *protected_keys, uint8_t *flags) {
+    hopper_block<T, DP, 1, STAGES>(
+        p, map, q, k, bias, table,
+        [&](const auto &tile, const Block &at, const Seen &seen, u32 first, const Source<T> &keys, const float *,
+            auto scan) {
+            LongListRows rows[1] = {LongListRows(tile.lists + first)};
+            scan(rows);
+            rows[0].write(p, at, seen, first, q, keys, beta, prior, index, energy, protected_keys, flags);
+        });
+}
+
+#define SCAN_BEST_HOPPER(T, D, MT, STAGES)                                                                          \
     extern "C" __global__ void __launch_bounds__(384, 1)                                                            \
         scan_best_##T##_d##D##_sm90a(ScanParams p, const __grid_constant__ TensorMap map, const T *q, const T *k,   \
                                      const float *bias, const float *beta, const float *prior, const i32 *table,    \
                                      i32 *index, float *energy, const T *v, const float *threshold, T *y) {         \
-        scan_hopper<T, D, MT, STAGES>(p, map, q, k, bias, beta, prior, table, index, energy, v, threshold, y);      \
+        scan_best_hopper<T, D, MT, STAGES>(p, map, q, k, bias, beta, prior, table, index, energy, v, threshold, y); \
     }                                                                                                               \
     GD_REGISTER(scan_best_##T##_d##D##_sm90a)
 
+#define SCAN_LIST_HOPPER(T, D, STAGES)                                                                              \
+    extern "C" __global__ void __launch_bounds__(384, 1)                                                            \
+        scan_list_##T##_d##D##_sm90a(ScanParams p, const __grid_constant__ TensorMap map, const T *q, const T *k,   \
+                                     const float *bias, const float *beta, const float *prior, const i32 *table,    \
+                                     i32 *index, float *energy, const i32 *protected_keys, uint8_t *flags) {        \
+        scan_list_hopper<T, D, STAGES>(p, map, q, k, bias, beta, prior, table, index, energy, protected_keys,       \
+                                       flags);                                                                      \
+    }                                                                                                               \
+    GD_REGISTER(scan_list_##T##_d##D##_sm90a)
+
+// Lists leave no room for keys of head_dim 256.
 #define SCANS_HOPPER(T)                                                                                             \
-    SCAN_HOPPER(T, 32, 2, 4)                                                                                        \
-    SCAN_HOPPER(T, 64, 2, 4)                                                                                        \
-    SCAN_HOPPER(T, 96, 2, 4)                                                                                        \
-    SCAN_HOPPER(T, 128, 2, 4)                                                                                       \
-    SCAN_HOPPER(T, 192, 2, 2)                                                                                       \
-    SCAN_HOPPER(T, 256, 1, 2)
+    SCAN_BEST_HOPPER(T, 32, 2, 4)                                                                                   \
+    SCAN_BEST_HOPPER(T, 64, 2, 4)                                                                                   \
+    SCAN_BEST_HOPPER(T, 96, 2, 4)                                                                                   \
+    SCAN_BEST_HOPPER(T, 128, 2, 4)                                                                                  \
+    SCAN_BEST_HOPPER(T, 192, 2, 2)                                                                                  \
+    SCAN_BEST_HOPPER(T, 256, 1, 2)                                                                                  \
+    SCAN_LIST_HOPPER(T, 32, 3)                                                                                      \
+    SCAN_LIST_HOPPER(T, 64, 3)                                                                                      \
+    SCAN_LIST_HOPPER(T, 96, 3)                                                                                      \
+    SCAN_LIST_HOPPER(T, 128, 3)                                                                                     \
+    SCAN_LIST_HOPPER(T, 192, 2)

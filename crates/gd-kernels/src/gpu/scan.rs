@@ -2,8 +2,8 @@
 //!
 //! Two kernels: the bias of every key (`-|k|^2 / 2` and the prior as scores), then the scan. With one
 //! candidate the scan keeps a running maximum and finds its key at the end; otherwise every row
-//! keeps a list in shared memory, filtered by the score of its last entry. On compute capability 9.0 the
-//! scan for one candidate has a kernel of its own, which the copy engine feeds.
+//! keeps a list in shared memory, filtered by the score of its last entry. On compute capability 9.0 both
+//! have a kernel of their own, which the copy engine feeds, for tensors that it takes.
 //!
 //! q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; index, energy `[B, Hq, N, K + P]`.
 
@@ -147,26 +147,29 @@ impl Plan {
         Ok(plan)
     }
 
-    /// The same by Hopper's kernel, where there is one: compute capability 9.0, 16-bit elements, one candidate,
-    /// none protected. Its blocks have at least 128 rows, so that it is not for a few.
+    /// The same by Hopper's kernel, where there is one: compute capability 9.0, 16-bit elements, head_dim up to
+    /// 192 for lists. Its blocks have at least 128 rows, so that it is not for a few.
     #[must_use]
     pub fn on_hopper(self, problem: &Problem, arch: &Arch) -> Self {
         let Problem { dtype, queries, keys, .. } = *problem;
-        let rows = queries * self.pack;
-        let known = self.kernel.strip_suffix("_sm80").filter(|kernel| kernel.starts_with("scan_best"));
-        let Some(kernel) = known.filter(|_| arch.compute == 90 && dtype != DType::F32) else { return self };
-        if rows <= HOPPER_ROWS || keys == 0 {
+        let list = self.kernel.starts_with("scan_list");
+        // As scan_hopper.cuh has them: matrices of 64 rows a warpgroup, stages of its ring.
+        let (matrices, stages) = match (list, self.padded_dim) {
+            (false, ..=128) => (2, 4),
+            (false, 192) => (2, 2),
+            (false, _) => (1, 2),
+            (true, ..=128) => (1, 3),
+            (true, 192) => (1, 2),
+            (true, _) => return self,
+        };
+        let known = self.kernel.strip_suffix("_sm80").filter(|_| arch.compute == 90 && dtype != DType::F32);
+        let Some(kernel) = known.filter(|_| queries * self.pack > HOPPER_ROWS && keys > 0) else {
             return self;
-        }
-        // As scan_hopper.cuh has them: 64-row matrices of a warpgroup, stages of its ring.
-        let (matrices, stages) = match self.padded_dim {
-            ..=128 => (2, 4),
-            192 => (2, 2),
-            _ => (1, 2),
         };
         let row_bytes = self.padded_dim.next_multiple_of(64) * 2;
         let stage = HOPPER_KEYS * (row_bytes + 4) + 16;
-        let shared_bytes = HOPPER_ALIGN + 128 * matrices * row_bytes + stages * stage;
+        let lists = if list { LIST } else { 0 };
+        let shared_bytes = HOPPER_ALIGN + 128 * matrices * (row_bytes + lists) + stages * stage;
         if shared_bytes + STATIC > arch.shared_bytes as usize {
             return self;
         }

@@ -24,15 +24,23 @@ fn case(seed: u64, views: &[View]) -> Case {
         (0..).map(|x| Spec::with_sizes(60_000 + 1000 * seed + x, LIMIT, &DIMS, Some([&QUERIES, &KEYS])));
     let mut spec = specs
         .map(|mut spec| {
-            (spec.candidates, spec.protected) = (1, None);
+            spec.candidates = spec.candidates.min(32);
+            // Of four problems three keep one candidate and nothing protected.
+            if !seed.is_multiple_of(4) {
+                (spec.candidates, spec.protected) = (1, None);
+            }
             spec
         })
-        .find(|s| s.raw.queries * if s.prior.is_some() { 1 } else { s.raw.q_heads / s.raw.kv_heads } > 64)
+        .find(|s| {
+            let pack = if s.prior.is_some() { 1 } else { s.raw.q_heads / s.raw.kv_heads };
+            let list = s.candidates > 1 || s.protected.is_some();
+            s.raw.queries * pack > 64 && (!list || s.raw.dim <= 192)
+        })
         .unwrap();
     for (place, view) in spec.views[..2].iter_mut().enumerate() {
         *view = views[(seed as usize + place) % views.len()];
     }
-    spec.build([DType::F16, DType::BF16][(seed % 2) as usize])
+    spec.build([DType::F16, DType::BF16][(seed / 2 % 2) as usize])
 }
 
 /// One problem with one schedule.
@@ -47,7 +55,7 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
 
 #[test]
 fn winners_are_those_of_the_reference() {
-    crate::suite("scan on Hopper", 60, |seed| check(&Emulator::new(seed).on_hopper(), seed));
+    crate::suite("scan on Hopper", 80, |seed| check(&Emulator::new(seed).on_hopper(), seed));
 }
 
 #[test]
@@ -58,7 +66,8 @@ fn schedules_do_not_change_a_bit() {
         judge(&case, &first)?;
         for schedule in 2..4 {
             let again = run(&Emulator::new(schedule).on_hopper(), &case)?;
-            let same = first.index == again.index && first.energy == again.energy;
+            let same =
+                first.index == again.index && first.energy == again.energy && first.flags == again.flags;
             ensure!(same, "schedule {schedule} differs: {}", case.name());
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The plan table: what each operator refuses, with the value that it names, and what it plans.
 
 use candle_core::DType;
-use gd_emulate::Emulator;
+use gd_emulate::{Buffer, Emulator};
 use gd_kernels::gpu::{Arch, Gpu, Slice, Tensor4, TensorMap, average, conv, decode, scan, select};
 use gd_kernels::{Error, Estimator, Mask, Precision, Problem, Score, TieBreak};
 
@@ -86,13 +86,17 @@ fn hopper_has_a_kernel_of_its_own() {
         assert_eq!(plan.warps * plan.warp_rows, rows, "{plan}");
         assert!(plan.kernel.ends_with("_sm90a") && plan.shared_bytes <= 227 << 10, "{plan}");
     }
-    // The other kernel: another device, f32, lists, protected keys, few rows, too little shared memory.
+    let list = plan(&Problem { candidates: 8, ..p.clone() }, 3, &H100);
+    assert_eq!((list.kernel.as_str(), list.warps * list.warp_rows), ("scan_list_bf16_d128_sm90a", 128));
+    let widest = plan(&Problem { candidates: 2, head_dim: 192, ..p.clone() }, 0, &H100);
+    assert!(widest.kernel.ends_with("_sm90a") && widest.shared_bytes <= 227 << 10, "{widest}");
+    // The other kernel: another device, f32, wide rows with lists, few rows, too little shared memory.
     for other in [
         plan(&p, 0, &A10),
         plan(&p, 0, &Arch { compute: 100, ..H100 }),
         plan(&Problem { dtype: DType::F32, ..p.clone() }, 0, &H100),
-        plan(&Problem { candidates: 2, ..p.clone() }, 0, &H100),
-        plan(&p, 1, &H100),
+        plan(&Problem { candidates: 2, head_dim: 200, ..p.clone() }, 0, &H100),
+        plan(&p, 1, &Arch { shared_bytes: 164 << 10, ..H100 }),
         plan(&Problem { queries: 16, ..p.clone() }, 0, &H100),
         plan(&p, 0, &Arch { shared_bytes: 99 << 10, ..H100 }),
     ] {
@@ -106,7 +110,14 @@ fn what_the_copy_engine_does_not_take_is_refused() {
     let memory = gpu.zeros(1 << 12).unwrap();
     let dims = [2, 3, 5, 64];
     let at = |strides, offset| Tensor4 { data: Slice { buffer: &memory, offset }, strides };
-    let map = |t: &Tensor4<'_, _>, dtype, dims, rows| TensorMap::new("k", t, dtype, dims, rows);
+    fn map<'a>(
+        t: &Tensor4<'a, Buffer>,
+        dtype: DType,
+        dims: [usize; 4],
+        rows: usize,
+    ) -> Result<TensorMap<'a, Buffer>, Error> {
+        TensorMap::new("k", t, dtype, dims, rows)
+    }
     let plain = at([960, 320, 64], 0);
     let kept = map(&plain, DType::BF16, dims, 128).unwrap();
     assert_eq!(

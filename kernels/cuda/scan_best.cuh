@@ -19,6 +19,31 @@ __device__ __noinline__ i32 search_row(const T *q, const Source<T> &k, const flo
     return best_key(score, key, last);
 }
 
+// Writes what was found for a row: the key `winner` (-1: none) with its energy, if the threshold of the head
+// admits it, and its value row. By a warp.
+template <class T>
+__device__ __forceinline__ void write_best(const ScanParams &p, const Block &at, u32 row, i32 winner,
+                                           const T *query, const Source<T> &keys, const float *beta,
+                                           const float *prior, i32 *index, float *energy, const T *v,
+                                           const float *threshold, T *y) {
+    u32 h = at.head(p, row);
+    float e = GD_INFINITY;
+    if (winner >= 0) {
+        float b = p.prior_batch ? prior[prior_at(p, at.b, h) + winner] : 0.0f;
+        e = pair_energy(p.score, beta[h], b, query, keys.first + size_t(winner) * keys.stride, p.head_dim);
+        bool admitted = finite(e) && !(threshold && e > threshold[h]);
+        if (!admitted) winner = -1, e = GD_INFINITY;
+    }
+    size_t out = at.out(p, row);
+    if (lane_id() == 0) index[out] = winner, energy[out] = e;
+    if (p.select) {
+        const T *value =
+            v + size_t(at.b) * p.v_batch + size_t(at.kv) * p.v_head + size_t(max(winner, 0)) * p.v_row;
+        for (u32 d = lane_id(); d < p.value_dim; d += 32)
+            y[out * p.value_dim + d] = winner >= 0 ? value[d] : T{};
+    }
+}
+
 template <class T, int DP, int MT>
 __device__ __forceinline__ void scan_best(const ScanParams &p, const T *q, const T *k, const float *bias,
                                           const float *beta, const float *prior, const i32 *table, i32 *index,
@@ -27,7 +52,7 @@ __device__ __forceinline__ void scan_best(const ScanParams &p, const T *q, const
     constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH;
     GD_DYNAMIC_SHARED(shared);
     GD_SHARED(Seen, seen);
-    u32 warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4;
+    u32 warp = threadIdx.x / 32, g = lane_id() / 4;
     u32 rows = blockDim.x / 32 * S::ROWS, first = warp * S::ROWS;
     Block at(p, rows);
     fill_seen(seen, p, at, table, rows);
@@ -120,23 +145,7 @@ __device__ __forceinline__ void scan_best(const ScanParams &p, const T *q, const
                         if (j >= 0 && (winner < 0 || before(j, winner, p.last))) winner = j;
                     }
                 }
-                u32 h = at.head(p, row);
-                float e = GD_INFINITY;
-                if (winner >= 0) {
-                    float b = p.prior_batch ? prior[prior_at(p, at.b, h) + winner] : 0.0f;
-                    e = pair_energy(p.score, beta[h], b, query, keys.first + size_t(winner) * keys.stride,
-                                    p.head_dim);
-                    bool admitted = finite(e) && !(threshold && e > threshold[h]);
-                    if (!admitted) winner = -1, e = GD_INFINITY;
-                }
-                size_t out = at.out(p, row);
-                if (lane == 0) index[out] = winner, energy[out] = e;
-                if (p.select) {
-                    const T *value = v + size_t(at.b) * p.v_batch + size_t(at.kv) * p.v_head +
-                                     size_t(max(winner, 0)) * p.v_row;
-                    for (u32 d = lane; d < p.value_dim; d += 32)
-                        y[out * p.value_dim + d] = winner >= 0 ? value[d] : T{};
-                }
+                write_best(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
             }
         }
     }

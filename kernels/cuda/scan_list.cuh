@@ -64,6 +64,107 @@ __device__ __forceinline__ u32 add_protected(List &list, u32 count, const ScanPa
     return count;
 }
 
+// The lists of the 16 rows of a warp. A lane knows of rows g and g + 8 the score that a new entry has to exceed and
+// the number of entries, the same in the four lanes that share a row.
+struct ListRows {
+    List *lists;
+    float bar[2];
+    u32 count[2];
+
+    __device__ __forceinline__ explicit ListRows(List *lists) : lists(lists) {
+        bar[0] = bar[1] = -GD_INFINITY;
+        count[0] = count[1] = 0;
+    }
+
+    // Appends what exceeds the bars; acc are the scores of 32 keys from `start` on.
+    __device__ __forceinline__ void offer(const float (&acc)[4][4], i32 start, const ScanParams &p) {
+        u32 lane = lane_id(), g = lane / 4, quad = 0xfu << (lane & 28), below = (1u << lane) - 1;
+        float top[2] = {-GD_INFINITY, -GD_INFINITY};
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            top[0] = fmaxf(top[0], fmaxf(acc[n][0], acc[n][1]));
+            top[1] = fmaxf(top[1], fmaxf(acc[n][2], acc[n][3]));
+        }
+        // Most groups improve nothing.
+        if (!__any_sync(ALL, top[0] > bar[0] || top[1] > bar[1])) return;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 hits[8], total = 0;
+#pragma unroll
+            for (int x = 0; x < 8; x++) {
+                float s = acc[x / 2][2 * half + x % 2];
+                hits[x] = __ballot_sync(ALL, s > bar[half] && s < GD_INFINITY) & quad;
+                total += __popc(hits[x]);
+            }
+            u32 full = __ballot_sync(ALL, count[half] + total > (GD_FAULT(14) ? LIST + 8 : LIST));
+            for (; full; full &= ~(0xfu << ((__ffs(full) - 1) & 28))) {
+                u32 r = (__ffs(full) - 1) / 4, entries = __shfl_sync(ALL, count[half], r * 4);
+                List &list = lists[half * 8 + r];
+                sort_list(list, entries, p.candidates, false, p.last);
+                if (g == r) {
+                    count[half] = min(entries, p.candidates);
+                    if (entries >= p.candidates) bar[half] = list.score[p.candidates - 1];
+                }
+            }
+            List &list = lists[half * 8 + g];
+#pragma unroll
+            for (int x = 0; x < 8; x++) {
+                if (hits[x] >> lane & 1) {
+                    u32 to = count[half] + __popc(hits[x] & below);
+                    list.score[to] = acc[x / 2][2 * half + x % 2];
+                    list.key[to] = start + x / 2 * 8 + i32(2 * (lane % 4)) + x % 2;
+                }
+                count[half] += __popc(hits[x]);
+            }
+        }
+    }
+
+    // Writes the lists by energy; row 0 is row `first` of the block.
+    template <class T>
+    __device__ __forceinline__ void write(const ScanParams &p, const Block &at, const Seen &seen, u32 first,
+                                          const T *q, const Source<T> &keys, const float *beta,
+                                          const float *prior, i32 *index, float *energy,
+                                          const i32 *protected_keys, uint8_t *flags) {
+        u32 lane = lane_id();
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            for (u32 r = 0; r < 8; r++) {
+                u32 row = first + half * 8 + r, h = at.head(p, row);
+                u32 entries = __shfl_sync(ALL, count[half], r * 4);
+                if (!at.exists(p, row)) continue;
+                List &list = lists[half * 8 + r];
+                sort_list(list, entries, p.candidates, false, p.last);
+                entries = min(entries, p.candidates);
+                if (p.protected_slots) {
+                    size_t places = size_t(at.b % p.protected_batch) * p.protected_heads +
+                                    h / (p.q_heads / p.protected_heads);
+                    places = places * p.protected_queries + at.query(p, row) % p.protected_queries;
+                    entries = add_protected(list, entries, p, protected_keys + places * p.protected_slots,
+                                            seen.row[row]);
+                }
+                // Scores give way to energies, which decide the order.
+                const T *query = query_row(p, at, q, row);
+                for (u32 e = 0; e < entries; e++) {
+                    __syncwarp();
+                    i32 j = list.key[e] & ~PROTECTED;
+                    float b = p.prior_batch ? prior[prior_at(p, at.b, h) + j] : 0.0f;
+                    float x =
+                        pair_energy(p.score, beta[h], b, query, keys.first + size_t(j) * keys.stride, p.head_dim);
+                    if (lane == 0) list.score[e] = finite(x) ? x : GD_INFINITY;
+                }
+                sort_list(list, entries, entries, true, p.last);
+                size_t out = at.out(p, row) * p.slots;
+                for (u32 e = lane; e < p.slots; e += 32) {
+                    bool used = e < entries && list.score[e] < GD_INFINITY;
+                    index[out + e] = used ? list.key[e] & ~PROTECTED : -1;
+                    energy[out + e] = used ? list.score[e] : GD_INFINITY;
+                    if (p.protected_slots) flags[out + e] = used && (list.key[e] & PROTECTED) ? 1 : 0;
+                }
+            }
+        }
+    }
+};
+
 template <class T, int DP>
 __device__ __forceinline__ void scan_list(const ScanParams &p, const T *q, const T *k, const float *bias,
                                           const float *beta, const float *prior, const i32 *table, i32 *index,
@@ -72,28 +173,24 @@ __device__ __forceinline__ void scan_list(const ScanParams &p, const T *q, const
     constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH;
     GD_DYNAMIC_SHARED(shared);
     GD_SHARED(Seen, seen);
-    u32 warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4;
-    u32 rows = warps * S::ROWS, first = warp * S::ROWS;
-    Block at(p, rows);
-    fill_seen(seen, p, at, table, rows);
+    u32 warps = blockDim.x / 32, warp = threadIdx.x / 32, g = lane_id() / 4;
+    u32 first = warp * S::ROWS;
+    Block at(p, warps * S::ROWS);
+    fill_seen(seen, p, at, table, warps * S::ROWS);
 
     unsigned char *behind = shared + 2 * (TILE * sizeof(T) + KEYS * 4);
     S scoring;
     scoring.load_queries(
         reinterpret_cast<T *>(behind + warp * S::QUERY_BYTES), p.head_dim, p.aligned, true,
         [&](u32 r) { return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr; });
-    List *lists = reinterpret_cast<List *>(behind + warps * S::QUERY_BYTES) + first;
+    ListRows rows(reinterpret_cast<List *>(behind + warps * S::QUERY_BYTES) + first);
 
     Range own[1][2] = {{seen.row[first + g], seen.row[first + g + 8]}};
-    // Of both rows of a lane, the same in the four lanes that share them.
-    float bar[2] = {-GD_INFINITY, -GD_INFINITY};
-    u32 count[2] = {0, 0};
     Reach reach(seen, first, S::ROWS);
     Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
                       p.aligned != 0};
     u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
-    u32 quad = 0xfu << (lane & 28), below = (1u << lane) - 1;
 
     walk<T, DP, KEYS>(
         reinterpret_cast<T *>(shared), keys, biases, seen.all, p.last,
@@ -105,81 +202,9 @@ __device__ __forceinline__ void scan_list(const ScanParams &p, const T *q, const
                 int group = p.last ? KEYS - GROUP - step : step;
                 float acc[1][4][4];
                 group_scores(scoring, tile, tile_bias, group, start, whole, own, acc);
-                float top[2] = {-GD_INFINITY, -GD_INFINITY};
-#pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    top[0] = fmaxf(top[0], fmaxf(acc[0][n][0], acc[0][n][1]));
-                    top[1] = fmaxf(top[1], fmaxf(acc[0][n][2], acc[0][n][3]));
-                }
-                // Most groups improve nothing.
-                if (!__any_sync(ALL, top[0] > bar[0] || top[1] > bar[1])) continue;
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    u32 hits[8], total = 0;
-#pragma unroll
-                    for (int x = 0; x < 8; x++) {
-                        float s = acc[0][x / 2][2 * half + x % 2];
-                        hits[x] = __ballot_sync(ALL, s > bar[half] && s < GD_INFINITY) & quad;
-                        total += __popc(hits[x]);
-                    }
-                    u32 full = __ballot_sync(ALL, count[half] + total > (GD_FAULT(14) ? LIST + 8 : LIST));
-                    for (; full; full &= ~(0xfu << ((__ffs(full) - 1) & 28))) {
-                        u32 r = (__ffs(full) - 1) / 4, entries = __shfl_sync(ALL, count[half], r * 4);
-                        List &list = lists[half * 8 + r];
-                        sort_list(list, entries, p.candidates, false, p.last);
-                        if (g == r) {
-                            count[half] = min(entries, p.candidates);
-                            if (entries >= p.candidates) bar[half] = list.score[p.candidates - 1];
-                        }
-                    }
-                    List &list = lists[half * 8 + g];
-#pragma unroll
-                    for (int x = 0; x < 8; x++) {
-                        if (hits[x] >> lane & 1) {
-                            u32 to = count[half] + __popc(hits[x] & below);
-                            list.score[to] = acc[0][x / 2][2 * half + x % 2];
-                            list.key[to] = start + group + x / 2 * 8 + i32(2 * (lane % 4)) + x % 2;
-                        }
-                        count[half] += __popc(hits[x]);
-                    }
-                }
+                rows.offer(acc[0], start + group, p);
             }
         });
 
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        for (u32 r = 0; r < 8; r++) {
-            u32 row = first + half * 8 + r, h = at.head(p, row);
-            u32 entries = __shfl_sync(ALL, count[half], r * 4);
-            if (!at.exists(p, row)) continue;
-            List &list = lists[half * 8 + r];
-            sort_list(list, entries, p.candidates, false, p.last);
-            entries = min(entries, p.candidates);
-            if (p.protected_slots) {
-                size_t places = size_t(at.b % p.protected_batch) * p.protected_heads +
-                                h / (p.q_heads / p.protected_heads);
-                places = places * p.protected_queries + at.query(p, row) % p.protected_queries;
-                entries = add_protected(list, entries, p, protected_keys + places * p.protected_slots,
-                                        seen.row[row]);
-            }
-            // Scores give way to energies, which decide the order.
-            const T *query = query_row(p, at, q, row);
-            for (u32 e = 0; e < entries; e++) {
-                __syncwarp();
-                i32 j = list.key[e] & ~PROTECTED;
-                float b = p.prior_batch ? prior[prior_at(p, at.b, h) + j] : 0.0f;
-                float x =
-                    pair_energy(p.score, beta[h], b, query, keys.first + size_t(j) * keys.stride, p.head_dim);
-                if (lane == 0) list.score[e] = finite(x) ? x : GD_INFINITY;
-            }
-            sort_list(list, entries, entries, true, p.last);
-            size_t out = at.out(p, row) * p.slots;
-            for (u32 e = lane; e < p.slots; e += 32) {
-                bool used = e < entries && list.score[e] < GD_INFINITY;
-                index[out + e] = used ? list.key[e] & ~PROTECTED : -1;
-                energy[out + e] = used ? list.score[e] : GD_INFINITY;
-                if (p.protected_slots) flags[out + e] = used && (list.key[e] & PROTECTED) ? 1 : 0;
-            }
-        }
-    }
+    rows.write(p, at, seen, first, q, keys, beta, prior, index, energy, protected_keys, flags);
 }

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <string>
+#include <type_traits>
 #include <utility>
 
 #ifndef GD_METAL
@@ -60,14 +62,40 @@ void copy_async(void *to, const void *from, uint32_t bytes);
 void copy_commit();
 void copy_wait(int under_way);
 
+// For what runs beside the threads (hopper.cpp): a random number; the running thread stops until it is woken;
+// the block's window of shared memory, of 256 KiB.
+uint32_t draw(uint32_t below);
+void park();
+void wake(uint32_t thread);
+uint8_t *shared_window();
+
+// The copies, products and barriers of a block that run beside its threads.
+namespace beside {
+void begin();
+// Lets something happen, surely so if all threads are stuck; whether anything has.
+bool step(bool stuck);
+// Who waits for what.
+std::string waiting();
+// What is wrong when all threads have finished; empty if nothing is.
+std::string left();
+} // namespace beside
+
 // One launchable kernel.
 using Call = void (*)(void (*kernel)(), const void *params, void *const *pointers);
 void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers);
 
+// A kernel's argument: a pointer, or a struct that is passed by value.
+template <class A> A argument(void *at) {
+    if constexpr (std::is_pointer_v<A>)
+        return static_cast<A>(at);
+    else
+        return *static_cast<const A *>(at);
+}
+
 template <class P, class... A> struct Invoke {
     template <size_t... I>
     static void all(void (*kernel)(P, A...), const P &p, void *const *pointers, std::index_sequence<I...>) {
-        kernel(p, static_cast<A>(pointers[I])...);
+        kernel(p, argument<A>(pointers[I])...);
     }
     static void call(void (*kernel)(), const void *params, void *const *pointers) {
         P p;
@@ -124,6 +152,7 @@ inline int32_t max(int32_t x, int32_t y) { return x > y ? x : y; }
 inline uint32_t min(uint32_t x, uint32_t y) { return x < y ? x : y; }
 inline uint32_t max(uint32_t x, uint32_t y) { return x > y ? x : y; }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
 inline uint32_t __float_as_uint(float x) {
     uint32_t y;

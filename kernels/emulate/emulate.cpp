@@ -200,6 +200,7 @@ void run_block(bool keep_warp) {
     m.static_memory.clear();
     m.statics.clear();
     std::memset(m.dynamic, POISON, size_t(m.shared_end - m.dynamic));
+    beside::begin();
     for (uint32_t t = 0; t < threads; t++) {
         Fibre &f = m.fibres[t];
         f.thread = {t, 0, 0};
@@ -209,6 +210,7 @@ void run_block(bool keep_warp) {
     }
     uint32_t warp = m.draw(warps);
     while (m.finished < threads && m.error.empty()) {
+        beside::step(false);
         if (!keep_warp || !m.warps[warp].runnable) {
             uint32_t first = m.draw(warps), w = first;
             while (!m.warps[w].runnable && (w + 1) % warps != first)
@@ -216,9 +218,11 @@ void run_block(bool keep_warp) {
             warp = w;
         }
         uint32_t &runnable = m.warps[warp].runnable;
+        if (!runnable && beside::step(true)) continue;
         if (!runnable) {
             m.error = "deadlock: " + std::to_string(m.at_barrier) + " threads wait at a block barrier, " +
-                      std::to_string(m.finished) + " of " + std::to_string(threads) + " have finished";
+                      std::to_string(m.finished) + " of " + std::to_string(threads) + " have finished" +
+                      beside::waiting();
             break;
         }
         uint32_t lane = bit(runnable, m.draw(uint32_t(__builtin_popcount(runnable))));
@@ -227,6 +231,7 @@ void run_block(bool keep_warp) {
         thread = m.fibres[m.current].thread;
         change(m.scheduler, m.fibres[m.current].context);
     }
+    if (m.error.empty()) m.error = beside::left();
 }
 
 void mma_step(Lanes lanes, bool bfloat) {
@@ -347,6 +352,11 @@ void block_barrier() {
         m.warps[w].runnable = 0xffffffffu;
     m.warps[m.current / 32].runnable &= ~(1u << m.current % 32);
 }
+
+uint32_t draw(uint32_t below) { return machine.draw(below); }
+void park() { leave(); }
+void wake(uint32_t thread) { machine.warps[thread / 32].runnable |= 1u << thread % 32; }
+uint8_t *shared_window() { return machine.shared_end - SHARED; }
 
 void *dynamic_shared() { return machine.dynamic; }
 

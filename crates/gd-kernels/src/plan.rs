@@ -275,6 +275,8 @@ pub(crate) struct Extras {
     pub(crate) protected: usize,
     /// Whether there is a key prior.
     pub(crate) prior: bool,
+    /// Whether the copy engine of a GPU takes q and k as they lie.
+    pub(crate) mappable: bool,
 }
 
 impl Plan {
@@ -332,7 +334,8 @@ impl Plan {
             )));
         }
         let arch = G::of(device)?.arch();
-        crate::gpu::scan::Plan::new(problem, extras.protected, extras.prior, &arch)
+        let plan = crate::gpu::scan::Plan::new(problem, extras.protected, extras.prior, &arch)?;
+        Ok(if extras.mappable { plan.on_hopper(problem, &arch) } else { plan })
     }
 
     /// The plan for the CPU, if it is one.

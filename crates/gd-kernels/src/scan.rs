@@ -130,7 +130,8 @@ pub fn plan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Plan> {
 pub(crate) fn planned(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<(Problem, Plan)> {
     let problem = problem(q, k, scan)?;
     let protected = scan.protected.map_or(0, |p| p.dims().last().copied().unwrap_or(0));
-    let extras = Extras { protected, prior: scan.prior.is_some() };
+    let mappable = [q, k].into_iter().all(crate::gpu::tensor_map::takes);
+    let extras = Extras { protected, prior: scan.prior.is_some(), mappable };
     let plan = Plan::new(&problem, extras, q.device(), scan.backend)?;
     Ok((problem, plan))
 }

@@ -7,7 +7,8 @@
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
-use gd_kernels::gpu::{Arch, Constants, Gpu, Launch, Slice};
+use gd_kernels::gpu::tensor_map::BOX_BYTES;
+use gd_kernels::gpu::{Arch, Constants, Gpu, Launch, Slice, TensorMap};
 use gd_kernels::{Error, Result};
 
 #[repr(C)]
@@ -36,6 +37,16 @@ unsafe extern "C" {
         text_bytes: usize,
     ) -> c_int;
     static gd_fields: Field;
+}
+
+/// `TensorMap` of `hopper.h`: sizes and strides from the last dimension on.
+#[repr(C)]
+struct Map {
+    first: *const u8,
+    dims: [u64; 4],
+    strides: [u64; 3],
+    boxed: [u32; 4],
+    element: u32,
 }
 
 /// Name, size and (field, offset) of every struct of `params.h`, as C++ lays it out.
@@ -121,6 +132,7 @@ impl Emulator {
     }
 
     /// The same device with a fault in its kernels: `GD_FAULT(fault)` holds.
+    #[must_use]
     pub fn with_fault(self, fault: i32) -> Self {
         Self { fault, ..self }
     }
@@ -128,6 +140,12 @@ impl Emulator {
     /// Such a device without faults.
     pub fn twin(&self, seed: u64) -> Self {
         Self::with_arch(seed, self.arch)
+    }
+
+    /// The same with Hopper's instructions, and as much shared memory as its blocks can have.
+    #[must_use]
+    pub fn on_hopper(self) -> Self {
+        Self { arch: Arch { compute: 90, shared_bytes: 227 << 10, ..self.arch }, ..self }
     }
 
     /// Kernels that have run.
@@ -178,6 +196,16 @@ impl Gpu for Emulator {
     }
 
     fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
+        self.start(None, launch)
+    }
+
+    fn launch_mapped(&self, map: &TensorMap<'_, Buffer>, launch: &Launch<'_, Buffer>) -> Result<()> {
+        self.start(Some(map), launch)
+    }
+}
+
+impl Emulator {
+    fn start(&self, map: Option<&TensorMap<'_, Buffer>>, launch: &Launch<'_, Buffer>) -> Result<()> {
         let fail = |why: &str| Error::Unsupported(format!("{launch}: {why}"));
         let name = CString::new(launch.kernel.as_str()).map_err(|e| fail(&e.to_string()))?;
         let pointer = |slice: &Option<Slice<'_, Buffer>>| match slice {
@@ -185,7 +213,25 @@ impl Gpu for Emulator {
             Some(s) => Err(fail(&format!("offset {} in a buffer of {}", s.offset, s.buffer.bytes))),
             None => Ok(std::ptr::null_mut()),
         };
-        let pointers = launch.buffers.iter().map(pointer).collect::<Result<Vec<_>>>()?;
+        let mut pointers = launch.buffers.iter().map(pointer).collect::<Result<Vec<_>>>()?;
+        let map = map
+            .map(|m| -> Result<Map> {
+                let ([batch, heads, rows, dim], [b, h, n]) =
+                    (m.dims.map(|n| n as u64), m.strides.map(|n| n as u64));
+                let element = m.dtype.size_in_bytes();
+                Ok(Map {
+                    first: pointer(&Some(m.data))?,
+                    dims: [dim, rows, heads, batch],
+                    strides: [n, h, b],
+                    boxed: [(BOX_BYTES / element) as u32, m.box_rows as u32, 1, 1],
+                    element: element as u32,
+                })
+            })
+            .transpose()?;
+        // A struct by value is handed over by its address.
+        if let Some(map) = &map {
+            pointers.insert(0, std::ptr::from_ref(map).cast_mut().cast());
+        }
         let mut text = [0 as c_char; 512];
         let Constants { features, rows } = launch.constants;
         // SAFETY: sets two numbers of this thread.

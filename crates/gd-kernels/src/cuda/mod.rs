@@ -4,6 +4,7 @@
 
 mod buffer;
 mod modules;
+mod tensor_map;
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ pub use self::modules::kernel_hash;
 use self::modules::{Kernel, Loaded};
 use crate::error::{Error, Result};
 use crate::gpu::tensors::TensorGpu;
-use crate::gpu::{Arch, Gpu, Launch, Slice};
+use crate::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
 
 /// Dynamic shared memory that every kernel may have without asking.
 const SHARED: u32 = 48 << 10;
@@ -170,32 +171,11 @@ impl Gpu for Cuda {
     }
 
     fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
-        let refused = |e| failed(format!("CUDA refused the launch of {launch}"), e);
-        let kernel = self.loaded.kernel(&launch.kernel)?;
-        if launch.shared_bytes > SHARED {
-            kernel.allow_shared(launch.shared_bytes).map_err(refused)?;
-        }
-        // Every buffer stays locked until the launch is enqueued; memory is freed in the order of the stream.
-        let places = launch.buffers.iter().map(|slice| slice.as_ref().map(|s| s.buffer.lock()));
-        let places: Vec<_> = places.collect();
-        let mut pointers = Vec::with_capacity(places.len());
-        let mut recorded = Vec::with_capacity(places.len());
-        for (place, slice) in places.iter().zip(&launch.buffers) {
-            let mut pointer = 0;
-            if let (Some(place), Some(slice)) = (place, slice) {
-                let (start, bytes, record) = place.pointer(&self.stream)?;
-                if slice.offset > bytes {
-                    return Err(Error::Invalid(format!(
-                        "{}: a pointer {} bytes into a buffer of {bytes}",
-                        launch.kernel, slice.offset
-                    )));
-                }
-                pointer = start + slice.offset as u64;
-                recorded.push(record);
-            }
-            pointers.push(pointer);
-        }
-        self.enqueue(&kernel, launch, &mut pointers).map_err(refused)
+        self.start(None, launch)
+    }
+
+    fn launch_mapped(&self, map: &TensorMap<'_, Buffer>, launch: &Launch<'_, Buffer>) -> Result<()> {
+        self.start(Some(map), launch)
     }
 }
 
@@ -210,20 +190,54 @@ impl TensorGpu for Cuda {
 }
 
 impl Cuda {
+    fn start(&self, map: Option<&TensorMap<'_, Buffer>>, launch: &Launch<'_, Buffer>) -> Result<()> {
+        let refused = |e| failed(format!("CUDA refused the launch of {launch}"), e);
+        let kernel = self.loaded.kernel(&launch.kernel)?;
+        if launch.shared_bytes > SHARED {
+            kernel.allow_shared(launch.shared_bytes).map_err(refused)?;
+        }
+        // Every buffer stays locked until the launch is enqueued; memory is freed in the order of the stream.
+        let slices = || launch.buffers.iter().map(Option::as_ref).chain([map.map(|map| &map.data)]);
+        let places: Vec<_> = slices().map(|slice| slice.map(|s| s.buffer.lock())).collect();
+        let mut pointers = Vec::with_capacity(places.len());
+        let mut recorded = Vec::with_capacity(places.len());
+        for (place, slice) in places.iter().zip(slices()) {
+            let mut pointer = 0;
+            if let (Some(place), Some(slice)) = (place, slice) {
+                let (start, bytes, record) = place.pointer(&self.stream)?;
+                if slice.offset > bytes {
+                    return Err(Error::Invalid(format!(
+                        "{}: a pointer {} bytes into a buffer of {bytes}",
+                        launch.kernel, slice.offset
+                    )));
+                }
+                pointer = start + slice.offset as u64;
+                recorded.push(record);
+            }
+            pointers.push(pointer);
+        }
+        // The last is that of the mapped tensor.
+        let first = pointers.pop().unwrap_or_default();
+        let map = map.map(|map| tensor_map::encode(map, first)).transpose()?;
+        self.enqueue(&kernel, launch, map, &mut pointers).map_err(refused)
+    }
+
     #[allow(unsafe_code)] // the arguments are those that the launch code and the kernel agree on
     fn enqueue(
         &self,
         kernel: &Kernel,
         launch: &Launch<'_, Buffer>,
+        mut map: Option<sys::CUtensorMap>,
         pointers: &mut [sys::CUdeviceptr],
     ) -> std::result::Result<(), DriverError> {
         self.stream.context().bind_to_thread()?;
         let params = launch.params.as_ptr().cast_mut().cast::<c_void>();
         let mut arguments = vec![params];
+        arguments.extend(map.as_mut().map(|map| std::ptr::from_mut(map).cast::<c_void>()));
         arguments.extend(pointers.iter_mut().map(|p| std::ptr::from_mut(p).cast::<c_void>()));
         let [x, y, z] = launch.grid;
-        // SAFETY: the driver copies the arguments, which outlive the call: the params struct and then one
-        // pointer for each buffer, all of them to memory of this context.
+        // SAFETY: the driver copies the arguments, which outlive the call: the params struct, the map of
+        // a kernel that has one, and then one pointer for each buffer, all of them to memory of this context.
         unsafe {
             result::launch_kernel(
                 kernel.function(),

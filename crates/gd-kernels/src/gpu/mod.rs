@@ -13,6 +13,7 @@ pub mod mask;
 pub mod params;
 pub mod scan;
 pub mod select;
+pub mod tensor_map;
 #[cfg(any(feature = "cuda", feature = "metal"))]
 pub(crate) mod tensors;
 
@@ -20,6 +21,7 @@ use std::fmt;
 
 use candle_core::DType;
 
+pub use self::tensor_map::TensorMap;
 use crate::error::{Error, Result};
 
 /// Evaluates `$body` with `$gpu` as the backend of `$device` and returns it from the function around; goes on where
@@ -109,6 +111,18 @@ pub trait Gpu {
     /// # Errors
     /// An unknown kernel, or a launch that the device refuses; names kernel, grid and block.
     fn launch(&self, launch: &Launch<'_, Self::Buffer>) -> Result<()>;
+
+    /// The same for a kernel that has the copy engine load a tensor: its map comes after the params.
+    ///
+    /// # Errors
+    /// As [`Gpu::launch`]; a device without a copy engine refuses.
+    fn launch_mapped(
+        &self,
+        map: &TensorMap<'_, Self::Buffer>,
+        launch: &Launch<'_, Self::Buffer>,
+    ) -> Result<()> {
+        Err(Error::Unsupported(format!("{launch}: {map} on a device without a copy engine")))
+    }
 }
 
 /// A place in a buffer.

@@ -2,7 +2,8 @@
 //!
 //! Two kernels: the bias of every key (`-|k|^2 / 2` and the prior as scores), then the scan. With one
 //! candidate the scan keeps a running maximum and finds its key at the end; otherwise every row
-//! keeps a list in shared memory, filtered by the score of its last entry.
+//! keeps a list in shared memory, filtered by the score of its last entry. On compute capability 9.0 both
+//! have a kernel of their own, which the copy engine feeds, for tensors that it takes.
 //!
 //! q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; index, energy `[B, Hq, N, K + P]`.
 
@@ -13,7 +14,8 @@ use candle_core::DType;
 
 use super::params::{BiasParams, ScanParams};
 use super::{
-    Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute,
+    Arch, Constants, Gpu, Launch, Slice, Tensor4, TensorMap, dtype_name, elements, grid, mask,
+    require_compute, tensor_map,
 };
 use crate::error::{Error, Result};
 use crate::mask::Mask;
@@ -32,6 +34,11 @@ pub(crate) const BIAS_TILE: usize = 64;
 const LIST: usize = 512;
 /// Shared memory that the kernels declare themselves: what 256 rows see.
 const STATIC: usize = 2304;
+/// Keys of a tile of Hopper's kernel, what its shared memory is aligned to, and the rows up to which the other
+/// kernel's smaller blocks are taken.
+const HOPPER_KEYS: usize = 128;
+const HOPPER_ALIGN: usize = 1024;
+const HOPPER_ROWS: usize = 64;
 /// Warps of the kernel that computes biases; each takes one key.
 const BIAS_WARPS: usize = 8;
 
@@ -42,8 +49,10 @@ pub struct Plan {
     pub kernel: String,
     /// head_dim of the kernel.
     pub padded_dim: usize,
-    /// Warps of a block.
+    /// Warps of a block that hold query rows.
     pub warps: usize,
+    /// Warps beside them that load keys by the copy engine; 0 where all load.
+    pub loaders: usize,
     /// Query rows of a warp.
     pub warp_rows: usize,
     /// Keys that are loaded at a time.
@@ -152,6 +161,7 @@ impl Plan {
             kernel: format!("scan_{kind}_{name}_d{padded}_{}", arch.suffix()),
             padded_dim: padded,
             warps,
+            loaders: 0,
             warp_rows,
             tile_keys,
             pack,
@@ -163,6 +173,43 @@ impl Plan {
         let heads = if prior { problem.q_heads } else { problem.kv_heads };
         elements("bias", problem.batch as u128 * heads as u128 * bias_row(problem.keys) as u128)?;
         Ok(plan)
+    }
+
+    /// The same by Hopper's kernel, where there is one: compute capability 9.0, 16-bit elements, head_dim up to
+    /// 192 for lists. Its blocks have at least 128 rows, so that it is not for a few.
+    #[must_use]
+    pub fn on_hopper(self, problem: &Problem, arch: &Arch) -> Self {
+        let Problem { dtype, queries, keys, .. } = *problem;
+        let list = self.kernel.starts_with("scan_list");
+        // As scan_hopper.cuh has them: matrices of 64 rows a warpgroup, stages of its ring.
+        let (matrices, stages) = match (list, self.padded_dim) {
+            (false, ..=128) => (2, 4),
+            (false, 192) => (2, 2),
+            (false, _) => (1, 2),
+            (true, ..=128) => (1, 3),
+            (true, 192) => (1, 2),
+            (true, _) => return self,
+        };
+        let known = self.kernel.strip_suffix("_sm80").filter(|_| arch.compute == 90 && dtype != DType::F32);
+        let Some(kernel) = known.filter(|_| queries * self.pack > HOPPER_ROWS && keys > 0) else {
+            return self;
+        };
+        let row_bytes = self.padded_dim.next_multiple_of(64) * 2;
+        let stage = HOPPER_KEYS * (row_bytes + 4) + 16;
+        let lists = if list { LIST } else { 0 };
+        let shared_bytes = HOPPER_ALIGN + 128 * matrices * (row_bytes + lists) + stages * stage;
+        if shared_bytes + STATIC > arch.shared_bytes as usize {
+            return self;
+        }
+        Self {
+            kernel: format!("{kernel}_sm90a"),
+            warps: 8,
+            loaders: 4,
+            warp_rows: 16 * matrices,
+            tile_keys: HOPPER_KEYS,
+            shared_bytes,
+            ..self
+        }
     }
 
     /// Blocks of rows of a packed group of heads.
@@ -221,6 +268,17 @@ pub struct Inputs<'a, B> {
     pub protected: Option<Protected<'a, B>>,
     /// Which keys a query sees; validated for the problem.
     pub mask: &'a Mask,
+}
+
+impl<B> Inputs<'_, B> {
+    /// Whether the copy engine takes q and k, as [`Plan::on_hopper`] needs.
+    pub fn mappable(&self, problem: &Problem) -> bool {
+        let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
+        let suits = |t: &Tensor4<'_, B>, heads: usize, rows: usize| {
+            tensor_map::suits(dtype, [batch, heads, rows, head_dim], t.strides, t.data.offset).is_ok()
+        };
+        suits(&self.q, q_heads, queries) && suits(&self.k, kv_heads, keys)
+    }
 }
 
 /// Where the candidates go: `[B, Hq, N, K + P]`, contiguous.
@@ -338,6 +396,13 @@ fn launch<G: Gpu>(
     if let Some(v) = values {
         elements("y", (batch * q_heads) as u128 * queries as u128 * v.dim as u128)?;
     }
+    let map = if plan.loaders > 0 {
+        // Queries are loaded as plain rows, but as aligned as keys.
+        TensorMap::new("q", &x.q, dtype, q_dims, plan.tile_keys)?;
+        Some(TensorMap::new("k", &x.k, dtype, k_dims, plan.tile_keys)?)
+    } else {
+        None
+    };
     let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
     let bias = key_bias(gpu, problem, x)?;
     let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
@@ -392,13 +457,17 @@ fn launch<G: Gpu>(
     } else {
         buffers.extend([values.map(|v| v.v.data), values.and_then(|v| v.threshold), values.map(|v| v.y)]);
     }
-    gpu.launch(&Launch {
+    let launch = Launch {
         kernel: plan.kernel.clone(),
         grid: plan.grid(problem)?,
-        block: 32 * plan.warps as u32,
+        block: 32 * (plan.warps + plan.loaders) as u32,
         shared_bytes: plan.shared_bytes as u32,
         params: bytes_of(&params).to_vec(),
         constants: Constants::new(&mask, params.aligned != 0, x.prior.is_some()),
         buffers,
-    })
+    };
+    match map {
+        Some(map) => gpu.launch_mapped(&map, &launch),
+        None => gpu.launch(&launch),
+    }
 }

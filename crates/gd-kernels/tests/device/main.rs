@@ -15,6 +15,8 @@ mod decode;
 #[path = "../../../../tests/emulate/tests/operators/device.rs"]
 mod device;
 mod graph;
+#[path = "../../../../tests/emulate/tests/operators/hopper.rs"]
+mod hopper;
 #[path = "../problems/mod.rs"]
 mod problems;
 mod repeats;
@@ -29,7 +31,7 @@ use std::sync::OnceLock;
 
 use candle_core::Device;
 use gd_kernels::Result;
-use gd_kernels::gpu::{Arch, Gpu, Launch, Slice};
+use gd_kernels::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
 pub(crate) use suite::{Verdict, ensure};
 
 /// The backend of this build.
@@ -81,6 +83,12 @@ impl Emulator {
     pub fn new(_: u64) -> Self {
         Self(backend::Device::new(gpu()).unwrap())
     }
+
+    /// The same: Hopper's kernels run where the device has its instructions.
+    #[must_use]
+    pub fn on_hopper(self) -> Self {
+        self
+    }
 }
 
 impl Gpu for Emulator {
@@ -109,5 +117,9 @@ impl Gpu for Emulator {
 
     fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
         self.0.launch(launch)
+    }
+
+    fn launch_mapped(&self, map: &TensorMap<'_, Buffer>, launch: &Launch<'_, Buffer>) -> Result<()> {
+        self.0.launch_mapped(map, launch)
     }
 }

@@ -216,6 +216,11 @@ impl Spec {
 
     /// The same with a head_dim of `dims`.
     pub fn with_dims(seed: u64, limit: usize, dims: &[usize]) -> Self {
+        Self::with_sizes(seed, limit, dims, None)
+    }
+
+    /// The same with numbers of queries and of keys from two lists.
+    pub fn with_sizes(seed: u64, limit: usize, dims: &[usize], sizes: Option<[&[usize]; 2]>) -> Self {
         use Kind::*;
         let mut rng = rng(seed);
         let kind = pick(&mut rng, &[Plain, Plain, Plain, Near, Duplicates, Integer, Huge, Tiny]);
@@ -225,7 +230,10 @@ impl Spec {
         let size = |rng: &mut ChaCha8Rng| {
             if rng.random_bool(0.4) { pick(rng, &EDGES) } else { rng.random_range(1..=150) }
         };
-        let (mut queries, mut keys) = (size(&mut rng), size(&mut rng));
+        let (mut queries, mut keys) = match sizes {
+            None => (size(&mut rng), size(&mut rng)),
+            Some([queries, keys]) => (pick(&mut rng, queries), pick(&mut rng, keys)),
+        };
         while batch * q_heads * queries * keys * dim > limit {
             match (batch, queries > keys) {
                 (2.., _) => batch -= 1,

@@ -213,14 +213,8 @@ pub(super) fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
 
 /// Keys that `save_pretrained` of transformers adds to ours, and token ids, which are read beside the config. None
 /// changes what the model computes.
-const NOT_OF_THE_MODEL: [&str; 6] = [
-    "_name_or_path",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "transformers_version",
-    "use_cache",
-];
+const NOT_OF_THE_MODEL: [&str; 6] =
+    ["_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"];
 
 impl ModelConfig {
     /// Reads a `config.json`: ours, which has a block `gd`, or that of another family, which is translated.

@@ -35,6 +35,26 @@ const FAULTS: &[Fault] = &[
     (26, "average: no barrier before the parts of warps are read", crate::beacon::check_average),
 ];
 
+/// Those of Hopper's kernels.
+const HOPPER_FAULTS: &[Fault] = &[
+    (60, "queries are stored without the swizzle", crate::hopper::check),
+    (61, "no fence between stored queries and products", crate::hopper::check),
+    (62, "mask lets one key more in", crate::hopper::check),
+    (63, "running maximum keeps the last of equals", crate::hopper::check),
+    (64, "half of the lanes of a row left out of the maximum", crate::hopper::check),
+    (65, "a stage is loaded before it is empty", crate::hopper::check),
+    (66, "no bytes are expected", crate::hopper::check),
+    (67, "the bytes of the biases are not expected", crate::hopper::check),
+    (68, "waits for the wrong parity of a full stage", crate::hopper::check),
+    (69, "biases of another stage", crate::hopper::check),
+    (70, "no fence before the first product", crate::hopper::check),
+    (71, "matrices at half the offset", crate::hopper::check),
+    (72, "a stage is released before its products are done", crate::hopper::check),
+    (73, "no wait for a product", crate::hopper::check),
+    (74, "a warp keeps its registers", crate::hopper::check),
+    (75, "lists take the groups of a tile in the wrong order", crate::hopper::check),
+];
+
 /// Those that bodies of `kernels/shared` have on Metal too, and Metal's own.
 const METAL_FAULTS: &[Fault] = &[
     (1, "causal mask one key short", crate::scan::check),
@@ -84,6 +104,11 @@ fn all_are_seen(log: &str, faults: &[Fault], device: fn(u64) -> Emulator) {
 #[test]
 fn every_fault_is_seen() {
     all_are_seen("emulated-faults", FAULTS, Emulator::new);
+}
+
+#[test]
+fn every_fault_is_seen_on_hopper() {
+    all_are_seen("emulated-faults", HOPPER_FAULTS, |seed| Emulator::new(seed).on_hopper());
 }
 
 #[test]

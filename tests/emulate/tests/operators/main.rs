@@ -8,6 +8,7 @@ mod beacon;
 mod decode;
 mod device;
 mod faults;
+mod hopper;
 mod plans;
 mod scan;
 mod select;

@@ -1,8 +1,8 @@
 //! The plan table: what each operator refuses, with the value that it names, and what it plans.
 
 use candle_core::DType;
-use gd_emulate::Emulator;
-use gd_kernels::gpu::{Arch, Gpu, Slice, Tensor4, average, conv, decode, scan, select};
+use gd_emulate::{Buffer, Emulator};
+use gd_kernels::gpu::{Arch, Gpu, Slice, Tensor4, TensorMap, average, conv, decode, scan, select};
 use gd_kernels::{Error, Estimator, Mask, Precision, Problem, Score, TieBreak};
 
 const H100: Arch = Arch { compute: 90, shared_bytes: 227 << 10, processors: 132 };
@@ -66,6 +66,95 @@ fn scans_are_planned_or_refused() {
     refused(plan(&rows, 0, &H100), &format!("{}", 2u64 * 16 * (1 << 24) * 8));
     let blocks = Problem { queries: 1 << 30, batch: 1 << 12, candidates: 1, ..p };
     refused(plan(&blocks, 0, &H100), "a grid of");
+}
+
+#[test]
+fn hopper_has_a_kernel_of_its_own() {
+    let p = Problem { candidates: 1, ..problem() };
+    let plan = |p: &Problem, protected: usize, arch: &Arch| {
+        scan::Plan::new(p, protected, false, arch).unwrap().on_hopper(p, arch)
+    };
+    let best = plan(&p, 0, &H100);
+    assert_eq!((best.kernel.as_str(), best.warps, best.loaders), ("scan_best_bf16_d128_sm90a", 8, 4));
+    assert_eq!((best.warps * best.warp_rows, best.tile_keys, best.pack), (256, 128, 4));
+    assert!(
+        best.to_string().starts_with("scan_best_bf16_d128_sm90a: 256 query rows x 128 keys, 4 heads"),
+        "{best}"
+    );
+    for (head_dim, rows) in [(24, 256), (64, 256), (72, 256), (192, 256), (200, 128), (256, 128)] {
+        let plan = plan(&Problem { head_dim, ..p.clone() }, 0, &H100);
+        assert_eq!(plan.warps * plan.warp_rows, rows, "{plan}");
+        assert!(plan.kernel.ends_with("_sm90a") && plan.shared_bytes <= 227 << 10, "{plan}");
+    }
+    let list = plan(&Problem { candidates: 8, ..p.clone() }, 3, &H100);
+    assert_eq!((list.kernel.as_str(), list.warps * list.warp_rows), ("scan_list_bf16_d128_sm90a", 128));
+    let widest = plan(&Problem { candidates: 2, head_dim: 192, ..p.clone() }, 0, &H100);
+    assert!(widest.kernel.ends_with("_sm90a") && widest.shared_bytes <= 227 << 10, "{widest}");
+    // The other kernel: another device, f32, wide rows with lists, few rows, too little shared memory.
+    for other in [
+        plan(&p, 0, &A10),
+        plan(&p, 0, &Arch { compute: 100, ..H100 }),
+        plan(&Problem { dtype: DType::F32, ..p.clone() }, 0, &H100),
+        plan(&Problem { candidates: 2, head_dim: 200, ..p.clone() }, 0, &H100),
+        plan(&p, 1, &Arch { shared_bytes: 164 << 10, ..H100 }),
+        plan(&Problem { queries: 16, ..p.clone() }, 0, &H100),
+        plan(&p, 0, &Arch { shared_bytes: 99 << 10, ..H100 }),
+    ] {
+        assert!(other.kernel.ends_with("_sm80") && other.loaders == 0, "{other}");
+    }
+}
+
+#[test]
+fn what_the_copy_engine_does_not_take_is_refused() {
+    let gpu = Emulator::new(0).on_hopper();
+    let memory = gpu.zeros(1 << 12).unwrap();
+    let dims = [2, 3, 5, 64];
+    let at = |strides, offset| Tensor4 { data: Slice { buffer: &memory, offset }, strides };
+    fn map<'a>(
+        t: &Tensor4<'a, Buffer>,
+        dtype: DType,
+        dims: [usize; 4],
+        rows: usize,
+    ) -> Result<TensorMap<'a, Buffer>, Error> {
+        TensorMap::new("k", t, dtype, dims, rows)
+    }
+    let plain = at([960, 320, 64], 0);
+    let kept = map(&plain, DType::BF16, dims, 128).unwrap();
+    assert_eq!(
+        kept.to_string(),
+        "bf16 [2, 3, 5, 64] at strides of [1920, 640, 128] bytes, boxes of 128 x 64"
+    );
+    // Strides that are never taken may be anything.
+    let one = map(&at([7, 7, 7], 0), DType::F16, [1, 1, 1, 64], 128).unwrap();
+    assert_eq!(one.strides, [128; 3]);
+    refused(map(&plain, DType::F32, dims, 128), "f32");
+    refused(map(&plain, DType::F16, [2, 3, 0, 64], 128), "[2, 3, 0, 64]");
+    refused(map(&plain, DType::F16, [2, 3, 5, 63], 128), "rows of 126 bytes");
+    refused(map(&at([960, 320, 64], 8), DType::F16, dims, 128), "offset 8");
+    refused(map(&at([960, 320, 65], 0), DType::F16, dims, 128), "a stride of 130 bytes");
+    refused(map(&at([960, 0, 64], 0), DType::F16, dims, 128), "a stride of 0 bytes");
+    refused(map(&plain, DType::F16, dims, 257), "a box of 257 rows");
+    // A plan for Hopper with tensors that do not suit it.
+    let p = Problem {
+        candidates: 1,
+        batch: 1,
+        q_heads: 1,
+        kv_heads: 1,
+        queries: 65,
+        keys: 2,
+        head_dim: 8,
+        dtype: DType::F16,
+        ..problem()
+    };
+    let plan = scan::Plan::new(&p, 0, false, &gpu.arch()).unwrap().on_hopper(&p, &gpu.arch());
+    let (mask, place) = (Mask::none(), Slice::from(&memory));
+    let x = |q, k| scan::Inputs { q, k, beta: place, prior: None, protected: None, mask: &mask };
+    let out = scan::Outputs { index: place, energy: place, flags: None };
+    let (even, odd) = (at([0, 0, 8], 0), at([0, 0, 9], 0));
+    for (x, name) in [(x(even, odd), "k for the copy engine"), (x(odd, even), "q for the copy engine")] {
+        assert!(!x.mappable(&p));
+        refused(scan::scan(&gpu, &plan, &p, &x, &out), name);
+    }
 }
 
 #[test]

@@ -90,13 +90,20 @@ impl Uploaded {
     }
 }
 
+/// The plan for a device: Hopper's kernel where there is one and the tensors suit it.
+pub(crate) fn plan(gpu: &Emulator, p: &Problem, x: &Inputs<'_, gd_emulate::Buffer>) -> Result<Plan, String> {
+    let extra = x.protected.as_ref().map_or(0, |p| p.dims[3]);
+    let plan = Plan::new(p, extra, x.prior.is_some(), &gpu.arch()).map_err(|e| e.to_string())?;
+    Ok(if x.mappable(p) { plan.on_hopper(p, &gpu.arch()) } else { plan })
+}
+
 /// Runs the scan of a case.
 pub(crate) fn run(gpu: &Emulator, case: &Case) -> Result<Found, String> {
     let p = problem(case);
     let held = Uploaded::new(gpu, case);
     let x = held.inputs(case);
     let extra = x.protected.as_ref().map_or(0, |p| p.dims[3]);
-    let plan = Plan::new(&p, extra, x.prior.is_some(), &gpu.arch()).map_err(|e| e.to_string())?;
+    let plan = plan(gpu, &p, &x)?;
     let slots = p.candidates + extra;
     let count = p.batch * p.q_heads * p.queries * slots;
     let fail = |e: gd_kernels::Error| e.to_string();
@@ -207,7 +214,7 @@ fn fused(gpu: &Emulator, case: &Case, found: &Found) -> Verdict {
     let held = Uploaded::new(gpu, case);
     let x = held.inputs(case);
     let fail = |e: gd_kernels::Error| e.to_string();
-    let plan = Plan::new(&p, 0, x.prior.is_some(), &gpu.arch()).map_err(fail)?;
+    let plan = plan(gpu, &p, &x)?;
     let (rows, dim) = (p.batch * p.q_heads * p.queries, plain.value_dim);
     // Every head's threshold is the energy of one of its rows, so that some are admitted.
     let tau: Vec<f32> = (0..p.q_heads)
@@ -244,11 +251,15 @@ fn fused(gpu: &Emulator, case: &Case, found: &Found) -> Verdict {
 
 /// One problem with one schedule.
 pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
-    let case = case(seed);
-    let found = run(gpu, &case)?;
-    judge(&case, &found)?;
+    check_case(gpu, &case(seed))
+}
+
+/// The same of any problem.
+pub(crate) fn check_case(gpu: &Emulator, case: &Case) -> Verdict {
+    let found = run(gpu, case)?;
+    judge(case, &found)?;
     if case.spec.candidates == 1 && case.spec.protected.is_none() {
-        fused(gpu, &case, &found)?;
+        fused(gpu, case, &found)?;
     }
     Ok(())
 }
@@ -274,8 +285,18 @@ fn schedules_do_not_change_a_bit() {
     });
 }
 
-/// A problem in which every third key has an infinite coordinate: its scores are infinite or NaN, and it is no
-/// candidate, nor does it hide one.
+/// Gives every third key an infinite coordinate: its scores are infinite or NaN, and it is no candidate, nor does
+/// it hide one. Keys and values lie contiguously.
+pub(crate) fn make_infinite(case: &mut Case) {
+    let (p, dim) = (&mut case.problem, case.spec.raw.dim);
+    for (row, key) in p.k.chunks_mut(dim).enumerate().filter(|(row, _)| row % 3 == 1) {
+        key[row % dim] = if row % 2 == 0 { f64::INFINITY } else { f64::NEG_INFINITY };
+    }
+    let dims = [p.batch, p.kv_heads, p.keys, dim];
+    let k = candle_core::Tensor::from_vec(p.k.clone(), &dims, &candle_core::Device::Cpu).unwrap();
+    case.k.base = k.to_dtype(case.dtype).unwrap();
+}
+
 fn check_infinite(gpu: &Emulator, seed: u64) -> Verdict {
     let mut spec = Spec::with_dims(seed + 40_000, LIMIT / 4, &DIMS);
     spec.views = [crate::problems::View::Plain; 3];
@@ -284,13 +305,7 @@ fn check_infinite(gpu: &Emulator, seed: u64) -> Verdict {
         (spec.candidates, spec.protected) = (1, None);
     }
     let mut case = spec.build(DTYPES[(seed / 2 % 3) as usize]);
-    let (p, dim) = (&mut case.problem, case.spec.raw.dim);
-    for (row, key) in p.k.chunks_mut(dim).enumerate().filter(|(row, _)| row % 3 == 1) {
-        key[row % dim] = if row % 2 == 0 { f64::INFINITY } else { f64::NEG_INFINITY };
-    }
-    let dims = [p.batch, p.kv_heads, p.keys, dim];
-    let k = candle_core::Tensor::from_vec(p.k.clone(), &dims, &candle_core::Device::Cpu).unwrap();
-    case.k.base = k.to_dtype(case.dtype).unwrap();
+    make_infinite(&mut case);
     judge(&case, &run(gpu, &case)?)
 }
 

@@ -1,0 +1,345 @@
+// What runs beside the threads of a block on Hopper: barriers that count bytes, the copy engine, products of a
+// warpgroup. A copy lands at a random moment, mostly when no thread can go on; until then its target is NaN. A
+// product reads shared memory at a random moment between its start and the wait for its group; until that wait the
+// sums are NaN. Both see shared memory through a view of their own, in which what a thread has stored appears only
+// after a fence.
+#include <map>
+#include <memory>
+#include <vector>
+
+// Last: it has names that the library's headers use for themselves.
+#include "../cuda/hopper.cuh"
+
+namespace emulate {
+namespace {
+
+constexpr uint8_t POISON = 0xff;
+constexpr size_t WINDOW = 256 << 10;
+// Columns of a product, and rows of a warp in it.
+constexpr int KEYS = 128, ROWS = 16;
+
+struct Barrier {
+    uint32_t arrivals = 0, missing = 0;
+    int64_t bytes = 0;
+    uint32_t phase = 0;
+    std::vector<uint32_t> threads;
+};
+
+// A copy under way: pieces of 16 bytes, `from` null where the tensor ends.
+struct Copy {
+    struct Piece {
+        uint32_t to;
+        const uint8_t *from;
+    };
+    std::vector<Piece> pieces;
+    uint64_t *barrier;
+};
+
+// Sums that products under way add to; registers of a lane are known by their address.
+struct Sums {
+    float *registers[32];
+    float value[ROWS][KEYS];
+};
+struct Started {
+    std::shared_ptr<Sums> sums;
+    uint64_t a, b;
+    uint32_t group;
+    bool bfloat, done;
+};
+struct Warp {
+    std::vector<Started> products;
+    uint32_t groups = 0;
+    bool fenced = false;
+    // Products that were started, and register counts that were asked for.
+    std::vector<uint64_t> history;
+    std::vector<uint64_t> registers;
+};
+
+struct Beside {
+    std::map<uint64_t *, Barrier> barriers;
+    std::vector<Copy> copies;
+    std::map<uint32_t, Warp> warps;
+    std::vector<uint8_t> view;
+    // Whether stores of threads are to be shown before the next read.
+    bool fenced = false;
+    bool eager = false;
+};
+thread_local Beside state;
+
+std::vector<uint8_t> &view() {
+    if (state.view.empty()) state.view.assign(WINDOW, POISON);
+    return state.view;
+}
+
+uint32_t offset(const void *p, const char *what) {
+    size_t at = size_t(static_cast<const uint8_t *>(p) - shared_window());
+    if (at >= WINDOW) fail("%s outside of shared memory", what);
+    return uint32_t(at);
+}
+
+Barrier &known(uint64_t *b) {
+    auto found = state.barriers.find(b);
+    if (found == state.barriers.end()) fail("an mbarrier that nobody has initialised");
+    return found->second;
+}
+
+// Ends the phase if nothing is missing.
+void settle(Barrier &b) {
+    if (b.missing || b.bytes) return;
+    b.phase++;
+    b.missing = b.arrivals;
+    for (uint32_t t : b.threads)
+        wake(t);
+    b.threads.clear();
+}
+
+void store(uint32_t to, const uint8_t *from, bool landed) {
+    uint8_t piece[16];
+    std::memset(piece, landed ? 0 : POISON, 16);
+    if (landed && from) std::memcpy(piece, from, 16);
+    std::memcpy(shared_window() + to, piece, 16);
+    std::memcpy(view().data() + to, piece, 16);
+}
+
+void start(Copy copy) {
+    known(copy.barrier);
+    for (auto &p : copy.pieces)
+        store(p.to, p.from, false);
+    state.copies.push_back(std::move(copy));
+}
+
+void land(size_t which) {
+    std::swap(state.copies[which], state.copies.back());
+    Copy copy = std::move(state.copies.back());
+    state.copies.pop_back();
+    for (auto &p : copy.pieces)
+        store(p.to, p.from, true);
+    Barrier &b = state.barriers.find(copy.barrier)->second;
+    b.bytes -= int64_t(16 * copy.pieces.size());
+    settle(b);
+}
+
+// Element (row, column) of a matrix as its name says.
+uint16_t element(uint64_t name, uint32_t row, uint32_t column) {
+    uint32_t first = uint32_t(name & 0x3fff) << 4, eight = uint32_t(name >> 32 & 0x3fff) << 4;
+    uint32_t at = first + row / 8 * eight + row % 8 * MATRIX_ROW + 2 * column;
+    at ^= (at >> 7 & 7) << 4;
+    uint16_t bits;
+    std::memcpy(&bits, view().data() + at % WINDOW, 2);
+    return bits;
+}
+
+void multiply(Started &p, uint32_t warp) {
+    if (state.fenced) view().assign(shared_window(), shared_window() + WINDOW);
+    state.fenced = false;
+    float a[ROWS][16], b[16][KEYS];
+    auto wide = [&](uint16_t x) { return p.bfloat ? __uint_as_float(uint32_t(x) << 16) : half_up(x); };
+    for (uint32_t k = 0; k < 16; k++) {
+        for (uint32_t i = 0; i < ROWS; i++)
+            a[i][k] = wide(element(p.a, warp % 4 * ROWS + i, k));
+        for (uint32_t j = 0; j < KEYS; j++)
+            b[k][j] = wide(element(p.b, j, k));
+    }
+    // From the last product on: not the order of mma, on whose sums no result may rely here.
+    for (int i = 0; i < ROWS; i++)
+        for (int k = 15; k >= 0; k--)
+            for (int j = 0; j < KEYS; j++)
+                p.sums->value[i][j] = p.sums->value[i][j] + a[i][k] * b[k][j];
+    p.done = true;
+}
+
+// Runs the first `count` products of a warp, in order.
+void run(Warp &w, uint32_t warp, size_t count) {
+    for (size_t x = 0; x < count; x++)
+        if (!w.products[x].done) multiply(w.products[x], warp);
+}
+
+// Calls visit(register, its value) for all sums of all lanes.
+template <class Visit> void registers(Sums &s, Visit visit) {
+    for (int l = 0; l < 32; l++)
+        for (int n = 0; n < KEYS / 8; n++)
+            for (int r = 0; r < 4; r++)
+                visit(s.registers[l][4 * n + r], s.value[l / 4 + r / 2 * 8][8 * n + 2 * (l % 4) + r % 2]);
+}
+
+uint32_t this_warp() { return thread.x / 32; }
+
+// All four warps of a warpgroup do the same in the same order.
+void agree(std::vector<uint64_t> Warp::*list, uint64_t entry, const char *what) {
+    uint32_t warp = this_warp();
+    auto &own = state.warps[warp].*list;
+    own.push_back(entry);
+    for (uint32_t w = warp / 4 * 4; w < warp / 4 * 4 + 4; w++) {
+        auto found = state.warps.find(w);
+        if (found == state.warps.end()) continue;
+        auto &other = found->second.*list;
+        if (other.size() >= own.size() && other[own.size() - 1] != entry)
+            fail("the warps of a warpgroup differ in %s", what);
+    }
+}
+
+void begin_product(Lanes lanes, bool bfloat) {
+    uint32_t warp = this_warp();
+    Warp &w = state.warps[warp];
+    auto operands = [&](int l) -> const Product & { return *static_cast<const Product *>(lanes[l]->data); };
+    const Product &first = operands(0);
+    for (int l = 0; l < 32; l++)
+        if (operands(l).a != first.a || operands(l).b != first.b) fail("lanes name different matrices");
+    for (uint64_t name : {first.a, first.b})
+        if (name >> 62 != 1 || name >> 49 & 7) fail("a matrix that is not swizzled by 128 bytes");
+    agree(&Warp::history, first.a << 32 ^ first.b ^ first.a >> 32, "a product");
+    std::shared_ptr<Sums> sums;
+    for (auto &p : w.products)
+        if (p.sums->registers[0] == first.c) sums = p.sums;
+    if (!sums) {
+        if (!w.fenced) fail("a product on sums that were written before, without wgmma.fence");
+        sums = std::make_shared<Sums>();
+        for (int l = 0; l < 32; l++)
+            sums->registers[l] = operands(l).c;
+        registers(*sums, [](float &at, float &value) {
+            value = at;
+            std::memset(&at, POISON, sizeof at);
+        });
+    }
+    w.products.push_back({sums, first.a, first.b, w.groups, bfloat, false});
+    if (draw(4) == 0) run(w, warp, w.products.size());
+}
+
+void wait(Lanes lanes) {
+    uint32_t warp = this_warp(), under_way = uint32_t(lanes[0]->in);
+    Warp &w = state.warps[warp];
+    uint32_t over = w.groups - (w.groups < under_way ? w.groups : under_way);
+    size_t count = 0;
+    while (count < w.products.size() && w.products[count].group < over)
+        count++;
+    run(w, warp, count);
+    for (size_t x = 0; x < count; x++) {
+        // The last product on these sums brings them back.
+        Sums *sums = w.products[x].sums.get();
+        bool more = false;
+        for (size_t y = x + 1; y < w.products.size(); y++)
+            more |= w.products[y].sums.get() == sums;
+        if (!more) registers(*sums, [](float &at, float &value) { at = value; });
+    }
+    w.products.erase(w.products.begin(), w.products.begin() + long(count));
+    w.fenced = false;
+}
+
+} // namespace
+
+const Kind WGMMA_F16 = {"wgmma f16", [](Lanes lanes) { begin_product(lanes, false); }};
+const Kind WGMMA_BF16 = {"wgmma bf16", [](Lanes lanes) { begin_product(lanes, true); }};
+const Kind WGMMA_FENCE = {"wgmma.fence", [](Lanes) { state.warps[this_warp()].fenced = true; }};
+const Kind WGMMA_COMMIT = {"wgmma.commit_group", [](Lanes) { state.warps[this_warp()].groups++; }};
+const Kind WGMMA_WAIT = {"wgmma.wait_group", wait};
+const Kind REGISTERS = {"setmaxnreg", [](Lanes lanes) {
+                            uint64_t count = lanes[0]->in;
+                            if (count < 24 || count > 256 || count % 8) fail("setmaxnreg %d", int(count));
+                            agree(&Warp::registers, count, "setmaxnreg");
+                        }};
+
+uint32_t shared_address(const void *p) { return offset(p, "an address"); }
+
+void barrier_init(uint64_t *b, uint32_t arrivals) {
+    if (offset(b, "an mbarrier") % 8 || arrivals == 0) fail("mbarrier.init of %u arrivals", arrivals);
+    Barrier &x = state.barriers[b];
+    x = Barrier();
+    x.arrivals = x.missing = arrivals;
+}
+
+void barrier_arrive(uint64_t *b, uint32_t bytes) {
+    Barrier &x = known(b);
+    if (!x.missing) fail("more arrivals at an mbarrier than its phase has");
+    x.bytes += bytes;
+    x.missing--;
+    settle(x);
+}
+
+void barrier_wait(uint64_t *b, uint32_t parity) {
+    Barrier &x = known(b);
+    while ((x.phase & 1) == parity) {
+        x.threads.push_back(thread.x);
+        park();
+    }
+}
+
+void copy_box(void *to, const TensorMap &map, const int32_t (&at)[4], uint64_t *b) {
+    uint32_t first = offset(to, "the target of a copy"), row_bytes = map.box[0] * map.element;
+    if (first % MATRIX_ALIGN || row_bytes != MATRIX_ROW || map.box[1] > 256 || map.box[2] != 1 || map.box[3] != 1)
+        fail("a copy of a box %u x %u to offset %u", map.box[0], map.box[1], first);
+    if (uintptr_t(map.first) % 16 || map.dims[0] * map.element % 16) fail("a tensor that is not aligned to 16");
+    for (uint64_t stride : map.strides)
+        if (stride % 16) fail("a tensor with a stride of %d bytes", int(stride));
+    Copy copy = {{}, b};
+    auto inside = [&](int d, int64_t x) { return x >= 0 && x < int64_t(map.dims[d]); };
+    for (uint32_t r = 0; r < map.box[1]; r++) {
+        for (uint32_t u = 0; u < MATRIX_ROW / 16; u++) {
+            uint32_t place = first + r * MATRIX_ROW + u * 16;
+            int64_t column = at[0] + int64_t(u * 16 / map.element), row = at[1] + int64_t(r);
+            const uint8_t *from = nullptr;
+            if (inside(0, column) && inside(1, row) && inside(2, at[2]) && inside(3, at[3]))
+                from = map.first + column * map.element + row * int64_t(map.strides[0]) +
+                       at[2] * int64_t(map.strides[1]) + at[3] * int64_t(map.strides[2]);
+            copy.pieces.push_back({place ^ (place >> 7 & 7) << 4, from});
+        }
+    }
+    start(std::move(copy));
+}
+
+void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *b) {
+    uint32_t first = offset(to, "the target of a copy");
+    if (first % 16 || uintptr_t(from) % 16 || bytes % 16 || bytes == 0)
+        fail("a copy of %u bytes, or not aligned to 16", bytes);
+    Copy copy = {{}, b};
+    for (uint32_t x = 0; x < bytes; x += 16)
+        copy.pieces.push_back({first + x, static_cast<const uint8_t *>(from) + x});
+    start(std::move(copy));
+}
+
+// Shows all of shared memory, of every thread: more than the thread's own stores, never less.
+void fence_async() { state.fenced = true; }
+
+namespace beside {
+
+void begin() {
+    state = Beside();
+    state.eager = draw(4) == 0;
+}
+
+bool step(bool stuck) {
+    if (state.copies.empty()) return false;
+    if (!stuck && (!state.eager || draw(64))) return false;
+    land(draw(uint32_t(state.copies.size())));
+    return true;
+}
+
+std::string waiting() {
+    std::string text;
+    for (auto &[at, b] : state.barriers)
+        if (!b.threads.empty())
+            text += ", " + std::to_string(b.threads.size()) + " wait at the mbarrier at " +
+                    std::to_string(offset(at, "")) + " for phase " + std::to_string(b.phase) + " (" +
+                    std::to_string(b.missing) + " arrivals and " + std::to_string(b.bytes) + " bytes are missing)";
+    return text;
+}
+
+std::string left() {
+    if (!state.copies.empty()) return std::to_string(state.copies.size()) + " copies are under way at the end";
+    for (auto &[at, b] : state.barriers)
+        if (b.bytes) return "an mbarrier expects " + std::to_string(b.bytes) + " bytes more at the end";
+    for (auto &[warp, w] : state.warps) {
+        if (!w.products.empty()) return "warp " + std::to_string(warp) + " has not waited for its products";
+        for (uint32_t other = warp / 4 * 4; other < warp / 4 * 4 + 4; other++) {
+            auto found = state.warps.find(other);
+            bool same = found != state.warps.end() && found->second.history.size() == w.history.size() &&
+                        found->second.registers.size() == w.registers.size();
+            if (!same)
+                return "warps " + std::to_string(warp) + " and " + std::to_string(other) +
+                       " of a warpgroup differ in products or setmaxnreg";
+        }
+    }
+    return "";
+}
+
+} // namespace beside
+} // namespace emulate

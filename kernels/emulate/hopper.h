@@ -1,0 +1,66 @@
+// Hopper's own instructions for a host compiler; see cuda/hopper.cuh, which has what each of them does. What runs
+// beside the threads (copies, products) takes effect late, in a random order (hopper.cpp). Included by hopper.cuh.
+#pragma once
+#include "device.h"
+
+#define __grid_constant__
+
+// A tensor [batch, head, row, column] as the copy engine sees it; sizes and strides from the column on.
+struct TensorMap {
+    const uint8_t *first;
+    uint64_t dims[4];
+    uint64_t strides[3]; // of row, head and batch, in bytes
+    uint32_t box[4];
+    uint32_t element; // bytes
+};
+
+namespace emulate {
+
+// The sums of a lane and the matrices of a product.
+struct Product {
+    float *c;
+    uint64_t a, b;
+};
+extern const Kind WGMMA_F16, WGMMA_BF16, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT, REGISTERS;
+
+uint32_t shared_address(const void *p);
+void barrier_init(uint64_t *b, uint32_t arrivals);
+void barrier_arrive(uint64_t *b, uint32_t bytes);
+void barrier_wait(uint64_t *b, uint32_t parity);
+void copy_box(void *to, const TensorMap &map, const int32_t (&at)[4], uint64_t *b);
+void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *b);
+void fence_async();
+
+inline void gd_meet(const Kind &kind, uint64_t in, void *data = nullptr) {
+    Request request = {&kind, in, 0, data};
+    meet(request, 0xffffffffu);
+}
+
+} // namespace emulate
+
+using emulate::barrier_init;
+using emulate::barrier_wait;
+using emulate::copy_bulk;
+using emulate::fence_async;
+using emulate::shared_address;
+
+inline void barrier_fence() {}
+inline void barrier_arrive(uint64_t *b) { emulate::barrier_arrive(b, 0); }
+inline void barrier_expect(uint64_t *b, uint32_t bytes) { emulate::barrier_arrive(b, bytes); }
+inline void copy_box(void *to, const TensorMap &map, int32_t column, int32_t row, int32_t head, int32_t batch,
+                     uint64_t *b) {
+    emulate::copy_box(to, map, {column, row, head, batch}, b);
+}
+template <int N> inline void registers_raise() { emulate::gd_meet(emulate::REGISTERS, N); }
+template <int N> inline void registers_drop() { emulate::gd_meet(emulate::REGISTERS, N); }
+inline void wgmma_fence(float (&)[16][4]) { emulate::gd_meet(emulate::WGMMA_FENCE, 0); }
+inline void wgmma_commit() { emulate::gd_meet(emulate::WGMMA_COMMIT, 0); }
+template <int N> inline void wgmma_wait(float (&)[16][4]) { emulate::gd_meet(emulate::WGMMA_WAIT, N); }
+inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b, f16) {
+    emulate::Product operands = {c[0], a, b};
+    emulate::gd_meet(emulate::WGMMA_F16, 0, &operands);
+}
+inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b, bf16) {
+    emulate::Product operands = {c[0], a, b};
+    emulate::gd_meet(emulate::WGMMA_BF16, 0, &operands);
+}

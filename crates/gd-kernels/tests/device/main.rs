@@ -68,10 +68,11 @@ pub(crate) fn gpu() -> &'static Device {
     GPU.get_or_init(|| backend::open().unwrap_or_else(|e| panic!("these tests need a GPU: {e}")))
 }
 
-/// Runs the cases of seeds `0..count`, or the first few, and counts them.
-pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
+/// Runs as many problems as the emulator does for this kind of device, or the first few, and counts them.
+pub(crate) fn suites(name: &str, [cuda, metal]: [u64; 2], shift: u64, check: fn(&Emulator, u64) -> Verdict) {
+    let count = if cfg!(feature = "cuda") { cuda } else { metal };
     let count = if sanitized() { count.min(12) } else { count };
-    suite::run(name, count, case);
+    suite::run(name, count, |seed| check(&Emulator::new(seed + shift), seed));
     gd_support::log_cases("device", count as usize);
 }
 
@@ -88,6 +89,11 @@ impl Emulator {
     #[must_use]
     pub fn on_hopper(self) -> Self {
         self
+    }
+
+    /// Another one of its kind.
+    pub fn twin(&self, seed: u64) -> Self {
+        Self::new(seed)
     }
 }
 

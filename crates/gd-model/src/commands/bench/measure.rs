@@ -140,7 +140,7 @@ fn obstacle(c: &Contender, setup: &Setup) -> Option<String> {
     if c.square && bytes > TOO_LARGE {
         return Some(format!("too large ({:.0} GiB of N x N matrices)", bytes / GIB));
     }
-    let elsewhere = c.only_on.filter(|only| *only != crate::device::name(&setup.device));
+    let elsewhere = c.only_on.filter(|only| *only != crate::device::name(setup.device));
     elsewhere.map(|only| format!("runs on {only} alone"))
 }
 

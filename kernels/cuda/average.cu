@@ -10,23 +10,23 @@
                                float *last) {                                                                       \
         GD_SHARED(float[SCAN_THREADS / 16], part);                                                                  \
         GD_SHARED(float[SCAN_THREADS], logs);                                                                       \
-        average_weights<T>(here(), p, part, logs, decay, write, start, weights, last);                                                  \
+        average_weights<T>(here(), p, part, logs, decay, write, start, weights, last);                              \
     }                                                                                                               \
     GD_REGISTER(average_weights_##T##_sm80)                                                                         \
     KERNEL(1024)                                                                                                    \
     average_partial_##T##_sm80(AverageParams p, const T *v, const float *weights, float *carry, float *joint) {     \
-        average_partial<T>(here(), p, v, weights, carry, joint);                                                            \
+        average_partial<T>(here(), p, v, weights, carry, joint);                                                    \
     }                                                                                                               \
     GD_REGISTER(average_partial_##T##_sm80)                                                                         \
     KERNEL(1024)                                                                                                    \
     average_rows_##T##_sm80(AverageParams p, const T *v, const float *weights, const float *carry, T *m) {          \
-        average_rows<T>(here(), p, v, weights, carry, m);                                                                   \
+        average_rows<T>(here(), p, v, weights, carry, m);                                                           \
     }                                                                                                               \
     GD_REGISTER(average_rows_##T##_sm80)                                                                            \
     KERNEL(1024)                                                                                                    \
     average_partial_backward_##T##_sm80(AverageParams p, const T *dm, const float *weights, float *carry,           \
                                         float *joint) {                                                             \
-        average_partial_backward<T>(here(), p, dm, weights, carry, joint);                                                  \
+        average_partial_backward<T>(here(), p, dm, weights, carry, joint);                                          \
     }                                                                                                               \
     GD_REGISTER(average_partial_backward_##T##_sm80)                                                                \
     KERNEL(1024)                                                                                                    \
@@ -34,7 +34,7 @@
                                      const float *carry, const float *start, T *dv, float *dtake) {                 \
         GD_DYNAMIC_SHARED(shared);                                                                                  \
         float *held = reinterpret_cast<float *>(shared);                                                            \
-        average_rows_backward<T>(here(), p, held, v, m, dm, weights, carry, start, dv, dtake);                                    \
+        average_rows_backward<T>(here(), p, held, v, m, dm, weights, carry, start, dv, dtake);                      \
     }                                                                                                               \
     GD_REGISTER(average_rows_backward_##T##_sm80)                                                                   \
     KERNEL(256)                                                                                                     \
@@ -42,7 +42,8 @@
                                         T *ddecay, T *dwrite) {                                                     \
         GD_SHARED(float[SCAN_THREADS / 16], part);                                                                  \
         GD_SHARED(float[SCAN_THREADS], after);                                                                      \
-        average_weights_backward<T>(here(), p, part, after, decay, weights, dtake, (p.dim + 31) / 32, ddecay, dwrite);                   \
+        average_weights_backward<T>(here(), p, part, after, decay, weights, dtake, (p.dim + 31) / 32, ddecay,       \
+                                    dwrite);                                                                        \
     }                                                                                                               \
     GD_REGISTER(average_weights_backward_##T##_sm80)
 

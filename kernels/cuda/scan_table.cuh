@@ -8,7 +8,7 @@
 #define BIAS(T)                                                                                                     \
     extern "C" __global__ void __launch_bounds__(256)                                                               \
         scan_bias_##T##_sm80(BiasParams p, const T *k, const float *beta, const float *prior, float *bias) {        \
-        scan_bias<T>(here(), p, k, beta, prior, bias);                                                                      \
+        scan_bias<T>(here(), p, k, beta, prior, bias);                                                              \
     }                                                                                                               \
     GD_REGISTER(scan_bias_##T##_sm80)
 

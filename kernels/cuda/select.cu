@@ -15,76 +15,76 @@
     select_forward_##T##_sm80(SelectParams p, const float *energy, const i32 *index, const float *tau, const T *v,  \
                               i32 *slot, i32 *winner, i32 *nearest, float *chosen, float *margin, float *gate,      \
                               T *y) {                                                                               \
-        select_forward<T>(here(), p, energy, index, tau, v, slot, winner, nearest, chosen, margin, gate, y);                \
+        select_forward<T>(here(), p, energy, index, tau, v, slot, winner, nearest, chosen, margin, gate, y);        \
     }                                                                                                               \
     GD_REGISTER(select_forward_##T##_sm80)                                                                          \
     KERNEL(256, 4)                                                                                                  \
     select_backward_##T##_sm80(SelectParams p, const float *energy, const i32 *index, const float *tau, const T *v, \
                                const T *dy, float *denergy, float *weights, float *dtau) {                          \
-        select_backward<T>(here(), p, energy, index, tau, v, dy, denergy, weights, dtau);                                   \
+        select_backward<T>(here(), p, energy, index, tau, v, dy, denergy, weights, dtau);                           \
     }                                                                                                               \
     GD_REGISTER(select_backward_##T##_sm80)                                                                         \
     KERNEL(256, 2)                                                                                                  \
     select_values_##T##_sm80(SelectParams p, READERS, const float *weights,                                         \
                              const T *dy, T *dv) {                                                                  \
-        value_gradient<T>(here(), p, {starts, lists, entries, parts}, weights, dy, dv);                                     \
+        value_gradient<T>(here(), p, {starts, lists, entries, parts}, weights, dy, dv);                             \
     }                                                                                                               \
     GD_REGISTER(select_values_##T##_sm80)                                                                           \
     KERNEL(256, 4)                                                                                                  \
     energy_forward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *prior,        \
                               const i32 *index, float *energy) {                                                    \
-        energy_forward<T>(here(), p, q, k, beta, prior, index, energy);                                                     \
+        energy_forward<T>(here(), p, q, k, beta, prior, index, energy);                                             \
     }                                                                                                               \
     GD_REGISTER(energy_forward_##T##_sm80)                                                                          \
     KERNEL(256, 4)                                                                                                  \
     energy_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const i32 *index,         \
                                const float *grad, T *dq, float *dbeta) {                                            \
-        energy_backward<T>(here(), p, q, k, beta, index, grad, dq, dbeta);                                                  \
+        energy_backward<T>(here(), p, q, k, beta, index, grad, dq, dbeta);                                          \
     }                                                                                                               \
     GD_REGISTER(energy_backward_##T##_sm80)                                                                         \
     KERNEL(256, 2)                                                                                                  \
     energy_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                         \
                            const float *beta, const float *grad, T *dk) {                                           \
-        energy_key_gradient<T>(here(), p, {starts, lists, entries, parts}, q, k, beta, grad, dk);                           \
+        energy_key_gradient<T>(here(), p, {starts, lists, entries, parts}, q, k, beta, grad, dk);                   \
     }                                                                                                               \
     GD_REGISTER(energy_keys_##T##_sm80)                                                                             \
     KERNEL(256, 4)                                                                                                  \
     density_forward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *alpha,       \
                                const i32 *index, float *rho, float *point) {                                        \
-        density_forward<T>(here(), p, q, k, beta, alpha, index, rho, point);                                                \
+        density_forward<T>(here(), p, q, k, beta, alpha, index, rho, point);                                        \
     }                                                                                                               \
     GD_REGISTER(density_forward_##T##_sm80)                                                                         \
     KERNEL(256, 2)                                                                                                  \
     density_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const float *beta, const float *alpha,      \
                                 const i32 *index, const float *grad, T *dq, float *factor, float *dbeta,            \
                                 float *dalpha) {                                                                    \
-        density_backward<T>(here(), p, q, k, beta, alpha, index, grad, dq, factor, dbeta, dalpha);                          \
+        density_backward<T>(here(), p, q, k, beta, alpha, index, grad, dq, factor, dbeta, dalpha);                  \
     }                                                                                                               \
     GD_REGISTER(density_backward_##T##_sm80)                                                                        \
     KERNEL(256, 2)                                                                                                  \
     density_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                        \
                             const float *factor, T *dk) {                                                           \
-        density_key_gradient<T>(here(), p, {starts, lists, entries, parts}, q, k, factor, dk);                              \
+        density_key_gradient<T>(here(), p, {starts, lists, entries, parts}, q, k, factor, dk);                      \
     }                                                                                                               \
     GD_REGISTER(density_keys_##T##_sm80)                                                                            \
     KERNEL(256, 4)                                                                                                  \
     residual_forward_##T##_sm80(SelectParams p, const T *q, const T *k, const i32 *index, T *out) {                 \
-        residual_forward<T>(here(), p, q, k, index, out);                                                                   \
+        residual_forward<T>(here(), p, q, k, index, out);                                                           \
     }                                                                                                               \
     GD_REGISTER(residual_forward_##T##_sm80)                                                                        \
     KERNEL(256, 4)                                                                                                  \
     residual_backward_##T##_sm80(SelectParams p, const T *q, const T *k, const i32 *index, const T *dr, T *dq) {    \
-        residual_backward<T>(here(), p, q, k, index, dr, dq);                                                               \
+        residual_backward<T>(here(), p, q, k, index, dr, dq);                                                       \
     }                                                                                                               \
     GD_REGISTER(residual_backward_##T##_sm80)                                                                       \
     KERNEL(256, 2)                                                                                                  \
     residual_keys_##T##_sm80(SelectParams p, READERS, const T *q, const T *k,                                       \
                              const T *dr, T *dk) {                                                                  \
-        residual_key_gradient<T>(here(), p, {starts, lists, entries, parts}, q, k, dr, dk);                                 \
+        residual_key_gradient<T>(here(), p, {starts, lists, entries, parts}, q, k, dr, dk);                         \
     }                                                                                                               \
     GD_REGISTER(residual_keys_##T##_sm80)                                                                           \
     KERNEL(128, 8) add_parts_##T##_sm80(SelectParams p, const u32 *starts, const float *parts, T *out) {            \
-        add_parts<T>(here(), p.head_dim, starts, parts, out);                                                               \
+        add_parts<T>(here(), p.head_dim, starts, parts, out);                                                       \
     }                                                                                                               \
     GD_REGISTER(add_parts_##T##_sm80)
 

@@ -1,8 +1,11 @@
 // The Metal shading language as far as the kernels use it, as declarations for clang, with address spaces that
 // it tells apart: a pointer to the wrong one does not compile. Nothing here runs. The command line is
 //
-//   clang++ -std=c++14 --target=arm64-apple-macos -ffreestanding -nostdinc++ -fsyntax-only -DGD_STRICT -Wall -Wextra \
-//       -Wdouble-promotion -Werror -Wno-unknown-attributes -Wno-ignored-attributes -Wno-duplicate-decl-specifier -x c++ FILE.metal
+//   clang++ -std=c++14 --target=arm64-apple-macos -ffreestanding -nostdinc++ -fsyntax-only -DGD_STRICT
+//       -Wall -Wextra -Wdouble-promotion -Werror -Wno-unknown-attributes -Wno-ignored-attributes
+//       -Wno-duplicate-decl-specifier -x c++ FILE.metal
+//
+// (A literal without a suffix is an f32 in Metal; the kernels write it so that it is one here too.)
 #pragma once
 #define GD_METAL
 

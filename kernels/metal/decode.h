@@ -27,7 +27,8 @@ struct Decoding {
 };
 
 template <class T>
-INLINE const device T *query_row(constant DecodeParams &p, const thread Decoding &at, const device T *q, u32 r) {
+INLINE const device T *query_row(constant DecodeParams &p, const thread Decoding &at, const device T *q,
+                                 u32 r) {
     return q + size_t(at.b) * p.q_batch + size_t(at.head(p, r)) * p.q_head + size_t(at.query(p, r)) * p.q_row;
 }
 
@@ -49,7 +50,8 @@ struct Best {
     i32 key;
 };
 INLINE bool better(Best x, Best y, u32 last) {
-    return x.key >= 0 && (y.key < 0 || x.score > y.score || (x.score == y.score && before(x.key, y.key, last)));
+    return x.key >= 0 &&
+           (y.key < 0 || x.score > y.score || (x.score == y.score && before(x.key, y.key, last)));
 }
 INLINE Best best_across(Best x, u32 step, u32 last) {
     Best y = {shuffle_xor(x.score, step), shuffle_xor(x.key, step)};
@@ -102,7 +104,8 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
     if (!GD_FAULT(111)) block_barrier();
 
     i32 lo = seen[2 * ROWS], hi = seen[2 * ROWS + 1], from = lo / i32(TILE);
-    i32 count = max((hi + i32(TILE) - 1) / i32(TILE) - from, 0), share = (count + i32(p.splits) - 1) / i32(p.splits);
+    i32 count = max((hi + i32(TILE) - 1) / i32(TILE) - from, 0),
+        share = (count + i32(p.splits) - 1) / i32(p.splits);
     i32 begin = from + min(share * i32(split), count);
     i32 end = from + min(share * i32(split + 1) - (GD_FAULT(112) ? 1 : 0), count);
     float scale = (p.score ? 1.0f : 0.5f) / beta[at.h0];

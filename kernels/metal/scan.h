@@ -46,7 +46,8 @@ template <class T>
 INLINE KeyRows<T> key_rows(constant ScanParams &p, const thread Block &at, const device T *k) {
     return {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys};
 }
-INLINE const device float *key_biases(constant ScanParams &p, const thread Block &at, const device float *bias) {
+INLINE const device float *key_biases(constant ScanParams &p, const thread Block &at,
+                                      const device float *bias) {
     u32 head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     return bias + (size_t(at.b) * p.bias_heads + head) * p.bias_row;
 }

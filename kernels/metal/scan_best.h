@@ -5,12 +5,14 @@
 
 template <class T, int D, int MT, int KEYS>
 INLINE void scan_best(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *seen,
-                      const device T *q, const device T *k, const device float *bias, const device float *beta,
-                      const device float *prior, const device i32 *table, device i32 *index,
-                      device float *energy, const device T *v, const device float *threshold, device T *y) {
+                      const device T *q, const device T *k, const device float *bias,
+                      const device float *beta, const device float *prior, const device i32 *table,
+                      device i32 *index, device float *energy, const device T *v,
+                      const device float *threshold, device T *y) {
     typedef Scoring<T, D, MT, KEYS> S;
     typedef typename S::E E;
-    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, lane = me.lane(), g = lane / 4, t = lane % 4;
+    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, lane = me.lane(), g = lane / 4,
+        t = lane % 4;
     Block at(me, p, rows);
     fill_seen(me, seen, p, at, table, rows);
 

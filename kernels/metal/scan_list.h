@@ -13,7 +13,8 @@ struct List {
     threadgroup i32 *key;
 
     List(threadgroup float *lists, u32 row)
-        : score(lists + row * 2 * LIST), key(reinterpret_cast<threadgroup i32 *>(lists + (row * 2 + 1) * LIST)) {}
+        : score(lists + row * 2 * LIST),
+          key(reinterpret_cast<threadgroup i32 *>(lists + (row * 2 + 1) * LIST)) {}
 };
 
 // Whether entry x goes before entry y: by value (rising or falling), then by key.
@@ -69,13 +70,15 @@ INLINE u32 add_protected(Thread me, List list, u32 count, constant ScanParams &p
 
 template <class T, int D, int KEYS>
 INLINE void scan_list(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *seen,
-                      const device T *q, const device T *k, const device float *bias, const device float *beta,
-                      const device float *prior, const device i32 *table, device i32 *index,
-                      device float *energy, const device i32 *protected_keys, device uint8_t *flags) {
+                      const device T *q, const device T *k, const device float *bias,
+                      const device float *beta, const device float *prior, const device i32 *table,
+                      device i32 *index, device float *energy, const device i32 *protected_keys,
+                      device uint8_t *flags) {
     typedef Scoring<T, D, 1, KEYS> S;
     typedef typename S::E E;
     constexpr u32 EACH = KEYS / 4;
-    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, lane = me.lane(), g = lane / 4, t = lane % 4;
+    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, lane = me.lane(), g = lane / 4,
+        t = lane % 4;
     Block at(me, p, rows);
     fill_seen(me, seen, p, at, table, rows);
 
@@ -151,8 +154,8 @@ INLINE void scan_list(Thread me, constant ScanParams &p, threadgroup uchar *shar
         sort_list(me, list, entries, p.candidates, false, p.last);
         entries = min(entries, p.candidates);
         if (p.protected_slots) {
-            size_t place = size_t(at.b % p.protected_batch) * p.protected_heads +
-                           h / (p.q_heads / p.protected_heads);
+            size_t place =
+                size_t(at.b % p.protected_batch) * p.protected_heads + h / (p.q_heads / p.protected_heads);
             place = place * p.protected_queries + at.query(p, row) % p.protected_queries;
             entries = add_protected(me, list, entries, p, protected_keys + place * p.protected_slots,
                                     seen_by(seen, row));

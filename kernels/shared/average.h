@@ -19,17 +19,13 @@ INLINE float log_add(float x, float y) {
 // z -> log_add(a + z, b), and the composition: first x, then y.
 struct LogStep {
     float a, b;
-    static INLINE LogStep then(LogStep x, LogStep y) {
-        return {x.a + y.a, log_add(y.a + x.b, y.b)};
-    }
+    static INLINE LogStep then(LogStep x, LogStep y) { return {x.a + y.a, log_add(y.a + x.b, y.b)}; }
     static INLINE LogStep none() { return {0.0f, -GD_INFINITY}; }
 };
 // z -> a z + b.
 struct LinearStep {
     float a, b;
-    static INLINE LinearStep then(LinearStep x, LinearStep y) {
-        return {x.a * y.a, fma(y.a, x.b, y.b)};
-    }
+    static INLINE LinearStep then(LinearStep x, LinearStep y) { return {x.a * y.a, fma(y.a, x.b, y.b)}; }
     static INLINE LinearStep none() { return {1.0f, 0.0f}; }
 };
 
@@ -59,7 +55,8 @@ template <class Step> INLINE Step block_compose(Thread me, Step x, LOCAL Step &a
 // thread.
 template <class T>
 INLINE void average_weights(Thread me, PARAMS AverageParams &p, SHARED float *part, SHARED float *logs,
-                            const DEVICE T *decay, const DEVICE T *write, const DEVICE float *start, DEVICE float *weights, DEVICE float *last) {
+                            const DEVICE T *decay, const DEVICE T *write, const DEVICE float *start,
+                            DEVICE float *weights, DEVICE float *last) {
     u32 s = me.block;
     float carry = start ? start[s] : -GD_INFINITY;
     for (u32 first = 0; first < p.rows; first += SCAN_THREADS) {
@@ -74,8 +71,7 @@ INLINE void average_weights(Thread me, PARAMS AverageParams &p, SHARED float *pa
         logs[me.index] = log_add(upto.a + carry, upto.b);
         block_barrier();
         if (t < p.rows) {
-            float before = me.index ? logs[me.index - 1] : carry, past = own.a + before, keep = 1,
-                  take = 0;
+            float before = me.index ? logs[me.index - 1] : carry, past = own.a + before, keep = 1, take = 0;
             if (past > -GD_INFINITY || w > -GD_INFINITY) {
                 // Each with its own relative precision.
                 float lead = w - past, e = exp(-fabs(lead)), more = 1 / (1 + e), less = e / (1 + e);
@@ -119,8 +115,8 @@ INLINE const DEVICE T *value_row(PARAMS AverageParams &p, u32 b, u32 kv, u32 t, 
 // What every block of steps makes of a start of zero: carry [B H, blocks, D]; and its share of the start and
 // of its own values: joint [B H, blocks, 2].
 template <class T>
-INLINE void average_partial(Thread me, PARAMS AverageParams &p, const DEVICE T *v, const DEVICE float *weights,
-                                                DEVICE float *carry, DEVICE float *joint) {
+INLINE void average_partial(Thread me, PARAMS AverageParams &p, const DEVICE T *v,
+                            const DEVICE float *weights, DEVICE float *carry, DEVICE float *joint) {
     Steps at(me, p);
     u32 d = me.index;
     float mean = 0, keep = 1, take = 0;
@@ -137,8 +133,8 @@ INLINE void average_partial(Thread me, PARAMS AverageParams &p, const DEVICE T *
 
 // Turns them into every block's start, in place, and gives the mean after the last [B H, D]; one block a
 // sequence.
-INLINE void average_carry(Thread me, PARAMS AverageParams &p, const DEVICE float *joint, const DEVICE float *start,
-                                              DEVICE float *carry, DEVICE float *last) {
+INLINE void average_carry(Thread me, PARAMS AverageParams &p, const DEVICE float *joint,
+                          const DEVICE float *start, DEVICE float *carry, DEVICE float *last) {
     u32 s = me.block, d = me.index;
     if (d >= p.dim) return;
     float mean = start ? start[size_t(s) * p.dim + d] : 0.0f;
@@ -153,7 +149,7 @@ INLINE void average_carry(Thread me, PARAMS AverageParams &p, const DEVICE float
 
 template <class T>
 INLINE void average_rows(Thread me, PARAMS AverageParams &p, const DEVICE T *v, const DEVICE float *weights,
-                                             const DEVICE float *carry, DEVICE T *m) {
+                         const DEVICE float *carry, DEVICE T *m) {
     Steps at(me, p);
     u32 d = me.index;
     if (d >= p.dim) return;
@@ -175,7 +171,7 @@ INLINE float incoming(PARAMS AverageParams &p, const DEVICE T *dm, u32 b, u32 h,
 // blocks, 2].
 template <class T>
 INLINE void average_partial_backward(Thread me, PARAMS AverageParams &p, const DEVICE T *dm,
-                                                         const DEVICE float *weights, DEVICE float *carry, DEVICE float *joint) {
+                                     const DEVICE float *weights, DEVICE float *carry, DEVICE float *joint) {
     Steps at(me, p);
     u32 d = me.index;
     float sum = 0, keep = 1;
@@ -191,7 +187,7 @@ INLINE void average_partial_backward(Thread me, PARAMS AverageParams &p, const D
 
 // Turns them into what comes to every block from those after it, in place.
 INLINE void average_carry_backward(Thread me, PARAMS AverageParams &p, const DEVICE float *joint,
-                                                       DEVICE float *carry) {
+                                   DEVICE float *carry) {
     u32 s = me.block, d = me.index;
     if (d >= p.dim) return;
     float sum = 0;
@@ -208,9 +204,10 @@ INLINE void average_carry_backward(Thread me, PARAMS AverageParams &p, const DEV
 // or null. `held` holds a float a thread and head of
 // the group.
 template <class T>
-INLINE void average_rows_backward(Thread me, PARAMS AverageParams &p, SHARED float *held, const DEVICE T *v, const DEVICE T *m,
-                                                      const DEVICE T *dm, const DEVICE float *weights, const DEVICE float *carry,
-                                                      const DEVICE float *start, DEVICE T *dv, DEVICE float *dtake) {
+INLINE void average_rows_backward(Thread me, PARAMS AverageParams &p, SHARED float *held, const DEVICE T *v,
+                                  const DEVICE T *m, const DEVICE T *dm, const DEVICE float *weights,
+                                  const DEVICE float *carry, const DEVICE float *start, DEVICE T *dv,
+                                  DEVICE float *dtake) {
     u32 sv = me.block / p.blocks, block = me.block % p.blocks, b = sv / p.value_heads,
         kv = sv % p.value_heads;
     u32 group = p.heads / p.value_heads, d = me.index, warps = me.warps();
@@ -242,9 +239,10 @@ INLINE void average_rows_backward(Thread me, PARAMS AverageParams &p, SHARED flo
 // ddecay and dwrite [B, H, N]: with dz = dtake take keep and q from the step after, dwrite = dz + take q, and
 // keep q - dz is both the next q and, times sigmoid(-decay), ddecay.
 template <class T>
-INLINE void average_weights_backward(Thread me, PARAMS AverageParams &p, SHARED float *part, SHARED float *after, const DEVICE T *decay,
-                                                         const DEVICE float *weights, const DEVICE float *dtake, u32 warps,
-                                                         DEVICE T *ddecay, DEVICE T *dwrite) {
+INLINE void average_weights_backward(Thread me, PARAMS AverageParams &p, SHARED float *part,
+                                     SHARED float *after, const DEVICE T *decay, const DEVICE float *weights,
+                                     const DEVICE float *dtake, u32 warps, DEVICE T *ddecay,
+                                     DEVICE T *dwrite) {
     u32 s = me.block;
     float carry = 0;
     for (u32 done = 0; done < p.rows; done += SCAN_THREADS) {

@@ -17,7 +17,7 @@ INLINE bool closer(const DEVICE float *energy, const DEVICE i32 *key, u32 x, i32
 }
 
 INLINE Effect barrier_effect(PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *key,
-                                                 const DEVICE uint8_t *flags) {
+                             const DEVICE uint8_t *flags) {
     Effect idle = {-1, -1, 0, 0, false};
     i32 at = -1, other = -1;
     u32 used = 0;
@@ -54,8 +54,8 @@ INLINE Effect barrier_effect(PARAMS SelectParams &p, const DEVICE float *energy,
 }
 
 // Flags [B, Hq, N, K]; out may not be energy itself.
-INLINE void barrier_forward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *index,
-                                                const DEVICE uint8_t *flags, DEVICE float *out) {
+INLINE void barrier_forward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
+                            const DEVICE i32 *index, const DEVICE uint8_t *flags, DEVICE float *out) {
     size_t row = me.global();
     if (row >= size_t(p.batch) * p.q_heads * p.queries) return;
     size_t first = row * p.slots;
@@ -64,8 +64,9 @@ INLINE void barrier_forward(Thread me, PARAMS SelectParams &p, const DEVICE floa
         out[first + s] = i32(s) == e.at ? float(-e.score) : energy[first + s];
 }
 
-INLINE void barrier_backward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *index,
-                                                 const DEVICE uint8_t *flags, const DEVICE float *grad, DEVICE float *out) {
+INLINE void barrier_backward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
+                             const DEVICE i32 *index, const DEVICE uint8_t *flags, const DEVICE float *grad,
+                             DEVICE float *out) {
     size_t row = me.global();
     if (row >= size_t(p.batch) * p.q_heads * p.queries) return;
     size_t first = row * p.slots;

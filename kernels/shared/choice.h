@@ -68,8 +68,7 @@ INLINE Choice choose(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &
 }
 
 // The soft choice of the lane's slots; returns the null slot's share.
-INLINE float soft(PARAMS SelectParams &p, const LOCAL Candidates &c, float tau,
-                  LOCAL float (&share)[2]) {
+INLINE float soft(PARAMS SelectParams &p, const LOCAL Candidates &c, float tau, LOCAL float (&share)[2]) {
     float least = fmin(tau, warp_min(fmin(c.energy[0], c.energy[1])));
     share[0] = share[1] = 0;
     if (!finite(least)) return 0;

@@ -64,8 +64,8 @@ template <class T> INLINE wide distance(Thread me, const DEVICE T *q, const DEVI
 // rho and u [B, Hq, N]; 0 where there is no key. Either may be null.
 template <class T>
 INLINE void density_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
-                                                const DEVICE float *beta, const DEVICE float *alpha, const DEVICE i32 *index,
-                                                DEVICE float *rho, DEVICE float *point) {
+                            const DEVICE float *beta, const DEVICE float *alpha, const DEVICE i32 *index,
+                            DEVICE float *rho, DEVICE float *point) {
     Place at(me, p);
     if (!at.exists) return;
     i32 j = index[at.row];
@@ -82,9 +82,10 @@ INLINE void density_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q
 
 // dq, the factor of (q - k) in it, and the row's gradients of beta and alpha.
 template <class T>
-INLINE void
-density_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k, const DEVICE float *beta, const DEVICE float *alpha,
-                 const DEVICE i32 *index, const DEVICE float *grad, DEVICE T *dq, DEVICE float *factor, DEVICE float *dbeta, DEVICE float *dalpha) {
+INLINE void density_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
+                             const DEVICE float *beta, const DEVICE float *alpha, const DEVICE i32 *index,
+                             const DEVICE float *grad, DEVICE T *dq, DEVICE float *factor,
+                             DEVICE float *dbeta, DEVICE float *dalpha) {
     Place at(me, p);
     if (!at.exists) return;
     i32 j = index[at.row];
@@ -110,7 +111,8 @@ template <class T> struct AddDensityKey {
     const DEVICE T *k;
     const DEVICE float *factor;
 
-    INLINE void operator()(Thread me, u32 row, const LOCAL Place &at, i32 j, u32 first, LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32 row, const LOCAL Place &at, i32 j, u32 first,
+                           LOCAL float (&sum)[4]) const {
         const DEVICE T *query = q_row(p, at, q);
         const DEVICE T *key = k_row(p, at, k, j);
         float c = factor[row];

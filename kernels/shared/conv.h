@@ -40,8 +40,8 @@ struct ConvPlace {
 
 // What tap w of row t meets: row t - (W - 1) + w.
 template <class T>
-INLINE float tap_input(PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *past, u32 b, u32 t,
-                                           u32 w, u32 c) {
+INLINE float tap_input(PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *past, u32 b, u32 t, u32 w,
+                       u32 c) {
     u32 at = t + w;
     if (at >= p.width - 1) return up(x[size_t(b) * p.x_batch + size_t(at - (p.width - 1)) * p.x_row + c]);
     return past ? up(past[(size_t(b) * (p.width - 1) + at) * p.channels + c]) : 0.0f;
@@ -55,8 +55,8 @@ INLINE u32 first_tap(PARAMS ConvParams &p, const LOCAL Own &own, u32 t) {
 }
 
 template <class T>
-INLINE void conv_forward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *weight, const DEVICE T *past,
-                                             const DEVICE i32 *table, DEVICE T *y) {
+INLINE void conv_forward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *weight,
+                         const DEVICE T *past, const DEVICE i32 *table, DEVICE T *y) {
     ConvPlace at(me, p);
     if (!at.exists) return;
     for (u32 t = at.first; t < min(at.first + CONV_ROWS, p.rows); t++) {
@@ -70,8 +70,9 @@ INLINE void conv_forward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, con
 
 // dx, and what each chunk of rows adds to dweight: parts [B, chunks, W, C].
 template <class T>
-INLINE void conv_backward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *weight, const DEVICE T *past,
-                                              const DEVICE i32 *table, const DEVICE T *dy, DEVICE T *dx, DEVICE float *parts) {
+INLINE void conv_backward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *weight,
+                          const DEVICE T *past, const DEVICE i32 *table, const DEVICE T *dy, DEVICE T *dx,
+                          DEVICE float *parts) {
     ConvPlace at(me, p);
     if (!at.exists) return;
     const DEVICE T *gradient = dy + size_t(at.b) * p.d_batch + at.c;
@@ -81,7 +82,8 @@ INLINE void conv_backward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, co
         float sum = 0;
         for (u32 w = 0; w < p.width; w++) {
             u32 later = t + p.width - 1 - w;
-            if (later < own.end) sum = fma(up(gradient[size_t(later) * p.d_row]), up(weight[size_t(at.c) * p.width + w]), sum);
+            if (later < own.end)
+                sum = fma(up(gradient[size_t(later) * p.d_row]), up(weight[size_t(at.c) * p.width + w]), sum);
         }
         dx[(size_t(at.b) * p.rows + t) * p.channels + at.c] = down<T>(sum);
     }

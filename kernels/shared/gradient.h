@@ -22,7 +22,7 @@ INLINE size_t part_at(u32 from, u32 begin, u32 dim) {
 // out [B, Hk, M, dim] = sum over a list's entries of add(entry, place of its row, key, first d, sums of 4 d).
 template <class T, class Add>
 INLINE void sum_readers(Thread me, PARAMS SelectParams &p, u32 dim, const LOCAL Readers &r, DEVICE T *out,
-                                            Add add) {
+                        Add add) {
     Place at(me, p);
     u32 used = r.starts[p.batch * p.kv_heads * p.keys], from = at.row * PIECE, to = min(from + PIECE, used);
     for (u32 x = from, end; x < to; x = end) {
@@ -54,7 +54,8 @@ INLINE void sum_readers(Thread me, PARAMS SelectParams &p, u32 dim, const LOCAL 
 
 // The lists that no piece has written: sums of their parts, or zeros; one block of 128 threads a list.
 template <class T>
-INLINE void add_parts(Thread me, u32 dim, const DEVICE u32 *starts, const DEVICE float *parts, DEVICE T *out) {
+INLINE void add_parts(Thread me, u32 dim, const DEVICE u32 *starts, const DEVICE float *parts,
+                      DEVICE T *out) {
     u32 list = me.block, begin = starts[list], end = starts[list + 1];
     bool written = begin < end && begin / PIECE == (end - 1) / PIECE;
     if (written) return;
@@ -72,7 +73,8 @@ template <class T> struct AddValue {
     const DEVICE float *weights;
     const DEVICE T *dy;
 
-    INLINE void operator()(Thread me, u32 slot, const LOCAL Place &at, i32, u32 first, LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32 slot, const LOCAL Place &at, i32, u32 first,
+                           LOCAL float (&sum)[4]) const {
         float w = weights[slot];
         if (w == 0) return;
         const DEVICE T *row = d_row(p, at, dy);
@@ -83,8 +85,8 @@ template <class T> struct AddValue {
     }
 };
 template <class T>
-INLINE void value_gradient(Thread me, PARAMS SelectParams &p, const LOCAL Readers &r, const DEVICE float *weights,
-                           const DEVICE T *dy, DEVICE T *dv) {
+INLINE void value_gradient(Thread me, PARAMS SelectParams &p, const LOCAL Readers &r,
+                           const DEVICE float *weights, const DEVICE T *dy, DEVICE T *dv) {
     sum_readers(me, p, p.value_dim, r, dv, AddValue<T>{p, weights, dy});
 }
 
@@ -96,7 +98,8 @@ template <class T> struct AddEnergyKey {
     const DEVICE float *beta;
     const DEVICE float *grad;
 
-    INLINE void operator()(Thread me, u32 slot, const LOCAL Place &at, i32 j, u32 first, LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32 slot, const LOCAL Place &at, i32 j, u32 first,
+                           LOCAL float (&sum)[4]) const {
         float g = grad[slot];
         if (g == 0) return;
         const DEVICE T *query = q_row(p, at, q);
@@ -117,8 +120,8 @@ INLINE void energy_key_gradient(Thread me, PARAMS SelectParams &p, const LOCAL R
 
 // dprior [B|1, Hq|Hk, M]: minus the gradients of the energies in which the key's prior takes part, one
 // thread a prior.
-INLINE void prior_gradient(Thread me, PARAMS SelectParams &p, const DEVICE u32 *starts, const DEVICE u32 *entries,
-                                               const DEVICE float *grad, DEVICE float *dprior) {
+INLINE void prior_gradient(Thread me, PARAMS SelectParams &p, const DEVICE u32 *starts,
+                           const DEVICE u32 *entries, const DEVICE float *grad, DEVICE float *dprior) {
     u32 at = me.block * me.threads + me.index;
     if (at >= p.prior_batch * p.prior_heads * p.keys) return;
     u32 j = at % p.keys, head = at / p.keys % p.prior_heads, pb = at / p.keys / p.prior_heads;
@@ -144,7 +147,8 @@ INLINE void head_sums(Thread me, PARAMS SelectParams &p, SHARED Total *part, con
     store(sum, part + me.index);
     for (u32 step = me.threads / 2; step > 0; step /= 2) {
         block_barrier();
-        if (me.index < step) store(plus(load(part + me.index), load(part + me.index + step)), part + me.index);
+        if (me.index < step)
+            store(plus(load(part + me.index), load(part + me.index + step)), part + me.index);
     }
     if (me.index == 0) out[me.block] = value(load(part));
 }

@@ -10,7 +10,8 @@
 constexpr CONSTANT u32 CHUNK = 2048, DIGITS = 256, SORT_WARPS = 8, EACH = CHUNK / SORT_WARPS;
 
 // The list of every slot.
-INLINE void sort_begin(Thread me, PARAMS SortParams &p, const DEVICE i32 *index, DEVICE u32 *lists, DEVICE u32 *entries) {
+INLINE void sort_begin(Thread me, PARAMS SortParams &p, const DEVICE i32 *index, DEVICE u32 *lists,
+                       DEVICE u32 *entries) {
     u32 at = me.global();
     if (at >= p.count) return;
     i32 j = index[at];
@@ -20,7 +21,8 @@ INLINE void sort_begin(Thread me, PARAMS SortParams &p, const DEVICE i32 *index,
 }
 
 // How often each digit occurs in each chunk: counts [DIGITS, blocks]; `count` holds DIGITS.
-INLINE void sort_count(Thread me, PARAMS SortParams &p, SHARED u32 *count, const DEVICE u32 *lists, DEVICE u32 *counts) {
+INLINE void sort_count(Thread me, PARAMS SortParams &p, SHARED u32 *count, const DEVICE u32 *lists,
+                       DEVICE u32 *counts) {
     for (u32 d = me.index; d < DIGITS; d += me.threads)
         count[d] = 0;
     block_barrier();
@@ -49,7 +51,8 @@ INLINE u32 block_prefix(Thread me, u32 x, SHARED u32 *sums) {
 }
 
 // Counts become places: exclusive sums over [DIGITS, blocks], by one block; `sums` holds 8.
-INLINE void sort_places(Thread me, PARAMS SortParams &p, SHARED u32 *sums, SHARED u32 *total, DEVICE u32 *counts) {
+INLINE void sort_places(Thread me, PARAMS SortParams &p, SHARED u32 *sums, SHARED u32 *total,
+                        DEVICE u32 *counts) {
     u32 before = 0, all = DIGITS * p.blocks;
     for (u32 first = 0; first < all; first += me.threads) {
         u32 at = first + me.index, x = at < all ? counts[at] : 0;
@@ -63,15 +66,15 @@ INLINE void sort_places(Thread me, PARAMS SortParams &p, SHARED u32 *sums, SHARE
 
 // Moves every entry to its place. Inside a chunk, warp w takes entries 256 w.. in order, 32 at a time;
 // `next` holds 8 DIGITS.
-INLINE void sort_move(Thread me, PARAMS SortParams &p, SHARED u32 *next, const DEVICE u32 *places, const DEVICE u32 *lists,
-                                          const DEVICE u32 *entries, DEVICE u32 *lists_out, DEVICE u32 *entries_out) {
+INLINE void sort_move(Thread me, PARAMS SortParams &p, SHARED u32 *next, const DEVICE u32 *places,
+                      const DEVICE u32 *lists, const DEVICE u32 *entries, DEVICE u32 *lists_out,
+                      DEVICE u32 *entries_out) {
     u32 warp = me.warp(), first = me.block * CHUNK + warp * EACH;
     for (u32 x = me.index; x < SORT_WARPS * DIGITS; x += me.threads)
         next[x] = 0;
     block_barrier();
     for (u32 x = me.lane(); x < EACH; x += 32)
-        if (first + x < p.count)
-            add_one(next + warp * DIGITS + (lists[first + x] >> p.shift & (DIGITS - 1)));
+        if (first + x < p.count) add_one(next + warp * DIGITS + (lists[first + x] >> p.shift & (DIGITS - 1)));
     block_barrier();
     for (u32 d = me.index; d < DIGITS; d += me.threads) {
         u32 sum = places[size_t(d) * p.blocks + me.block];

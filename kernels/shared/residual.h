@@ -21,7 +21,7 @@ template <class T> INLINE Jump jump(Thread me, const DEVICE T *q, const DEVICE T
 
 template <class T>
 INLINE void residual_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
-                                                 const DEVICE i32 *index, DEVICE T *out) {
+                             const DEVICE i32 *index, DEVICE T *out) {
     Place at(me, p);
     if (!at.exists) return;
     i32 j = index[at.row];
@@ -41,7 +41,8 @@ INLINE void residual_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *
 
 // What delta's gradient is made of: ddelta = -c dr + step (q - 2 c delta), step = -<dr, delta> / |delta|^2.
 template <class T>
-INLINE float jump_step(Thread me, const DEVICE T *q, const DEVICE T *k, const DEVICE T *dr, u32 dim, const LOCAL Jump &x) {
+INLINE float jump_step(Thread me, const DEVICE T *q, const DEVICE T *k, const DEVICE T *dr, u32 dim,
+                       const LOCAL Jump &x) {
     float dot = 0;
     for (u32 d = me.lane(); d < dim; d += 32)
         dot = fma(up(dr[d]), up(k[d]) - up(q[d]), dot);
@@ -54,7 +55,7 @@ INLINE float delta_gradient(float q, float k, float dr, float c, float step) {
 // dq = dr + step delta - ddelta.
 template <class T>
 INLINE void residual_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
-                                                  const DEVICE i32 *index, const DEVICE T *dr, DEVICE T *dq) {
+                              const DEVICE i32 *index, const DEVICE T *dr, DEVICE T *dq) {
     Place at(me, p);
     if (!at.exists) return;
     i32 j = index[at.row];
@@ -86,7 +87,8 @@ template <class T> struct AddResidualKey {
     const DEVICE T *k;
     const DEVICE T *dr;
 
-    INLINE void operator()(Thread me, u32, const LOCAL Place &at, i32 j, u32 first, LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32, const LOCAL Place &at, i32 j, u32 first,
+                           LOCAL float (&sum)[4]) const {
         const DEVICE T *query = q_row(p, at, q);
         const DEVICE T *key = k_row(p, at, k, j);
         const DEVICE T *grad = d_row(p, at, dr);
@@ -100,14 +102,14 @@ template <class T> struct AddResidualKey {
     }
 };
 template <class T>
-INLINE void residual_key_gradient(Thread me, PARAMS SelectParams &p, const LOCAL Readers &r, const DEVICE T *q,
-                                  const DEVICE T *k, const DEVICE T *dr, DEVICE T *dk) {
+INLINE void residual_key_gradient(Thread me, PARAMS SelectParams &p, const LOCAL Readers &r,
+                                  const DEVICE T *q, const DEVICE T *k, const DEVICE T *dr, DEVICE T *dk) {
     sum_readers(me, p, p.head_dim, r, dk, AddResidualKey<T>{p, q, k, dr});
 }
 
 // The candidates without each row's winner; a row that abstained has none left to refine with.
 INLINE void select_rest(Thread me, PARAMS SelectParams &p, const DEVICE i32 *index, const DEVICE i32 *slot,
-                                            DEVICE i32 *out) {
+                        DEVICE i32 *out) {
     u32 at = me.global();
     if (at >= p.batch * p.q_heads * p.queries * p.slots) return;
     i32 won = slot[at / p.slots];

@@ -59,9 +59,10 @@ template <class X> INLINE X of_slot(const LOCAL X (&x)[2], u32 s) {
 // Record and output of a row. slot, winner, nearest, chosen energy, margin and gate [B, Hq, N]; y may be
 // null.
 template <class T>
-INLINE void
-select_forward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *index, const DEVICE float *tau, const DEVICE T *v,
-               DEVICE i32 *slot, DEVICE i32 *winner, DEVICE i32 *nearest, DEVICE float *chosen, DEVICE float *margin, DEVICE float *gate, DEVICE T *y) {
+INLINE void select_forward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
+                           const DEVICE i32 *index, const DEVICE float *tau, const DEVICE T *v,
+                           DEVICE i32 *slot, DEVICE i32 *winner, DEVICE i32 *nearest, DEVICE float *chosen,
+                           DEVICE float *margin, DEVICE float *gate, DEVICE T *y) {
     Place at(me, p);
     if (!at.exists) return;
     Candidates c = load_candidates(me, p, energy, index, at.row);
@@ -103,9 +104,10 @@ select_forward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, co
 // Gradients of the energies, the weights of dy in the value rows [B, Hq, N, K], and of the threshold [B, Hq,
 // N].
 template <class T>
-INLINE void select_backward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *index,
-                                                const DEVICE float *tau, const DEVICE T *v, const DEVICE T *dy, DEVICE float *denergy,
-                                                DEVICE float *weights, DEVICE float *dtau) {
+INLINE void select_backward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
+                            const DEVICE i32 *index, const DEVICE float *tau, const DEVICE T *v,
+                            const DEVICE T *dy, DEVICE float *denergy, DEVICE float *weights,
+                            DEVICE float *dtau) {
     Place at(me, p);
     if (!at.exists) return;
     Candidates c = load_candidates(me, p, energy, index, at.row);
@@ -124,7 +126,10 @@ INLINE void select_backward(Thread me, PARAMS SelectParams &p, const DEVICE floa
         for (u32 d = me.lane(); d < p.value_dim; d += 32)
             sum = fma(up(gradient[d]), up(value[d]), sum);
         sum = warp_sum(sum);
-        if (me.lane() == s % 32) a[s / 32] = sum;
+        bool mine = me.lane() == s % 32;
+        // No index that is only known at run time: the array would leave the registers.
+        if (mine && s < 32) a[0] = sum;
+        if (mine && s >= 32) a[1] = sum;
     }
     float de[2], dv[2], dt = choice_backward(me, p, c, choice, tau[at.h], a, de, dv);
     for (u32 x = 0; x < 2; x++) {
@@ -138,8 +143,8 @@ INLINE void select_backward(Thread me, PARAMS SelectParams &p, const DEVICE floa
 // Energies of given candidates; +inf in unused slots.
 template <class T>
 INLINE void energy_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
-                                               const DEVICE float *beta, const DEVICE float *prior, const DEVICE i32 *index,
-                                               DEVICE float *energy) {
+                           const DEVICE float *beta, const DEVICE float *prior, const DEVICE i32 *index,
+                           DEVICE float *energy) {
     Place at(me, p);
     if (!at.exists) return;
     const DEVICE T *query = q_row(p, at, q);
@@ -157,8 +162,8 @@ INLINE void energy_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q,
 // dq [B, Hq, N, D] and the row's gradient of beta [B, Hq, N] from that of the energies.
 template <class T>
 INLINE void energy_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
-                                                const DEVICE float *beta, const DEVICE i32 *index, const DEVICE float *grad, DEVICE T *dq,
-                                                DEVICE float *dbeta) {
+                            const DEVICE float *beta, const DEVICE i32 *index, const DEVICE float *grad,
+                            DEVICE T *dq, DEVICE float *dbeta) {
     Place at(me, p);
     if (!at.exists) return;
     const DEVICE T *query = q_row(p, at, q);

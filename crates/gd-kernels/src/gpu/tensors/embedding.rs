@@ -6,14 +6,22 @@
 use candle_core::{DType, Tensor};
 
 use super::{Rows, TensorGpu, Vector};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fused::{Finished, attach1};
 use crate::gpu::inverse::Inverse;
 use crate::gpu::select::{Plan, Rule, Sizes, sum_rows};
 
-/// The rows `ids` u32 `[R]` of a table `[V, C]`, validated.
+/// See [`crate::embedding`].
 pub(crate) fn embedding<G: TensorGpu>(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    let reads = ids.dims1()?;
+    let ((rows, _), reads) = (table.dims2()?, ids.dims1()?);
+    if ids.dtype() != DType::U32 || reads == 0 || rows == 0 {
+        return Err(Error::Invalid(format!(
+            "embedding: ids {:?} {:?} of a table {:?}; u32 [reads] expected, none empty",
+            ids.dims(),
+            ids.dtype(),
+            table.dims()
+        )));
+    }
     let device = G::of(table.device())?;
     let result = Finished::copy_of(&table.detach().index_select(ids, 0)?)?;
     let ids = Vector::new(ids, DType::U32)?;

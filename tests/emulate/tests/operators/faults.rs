@@ -48,7 +48,7 @@ const FAULTS: &[Fault] = &[
     (72, "Hopper: a stage is released before its products are done", crate::hopper::check),
     (73, "Hopper: no wait for a product", crate::hopper::check),
     (74, "Hopper: a warp keeps its registers", crate::hopper::check),
-    (75, "Hopper: lists take the groups of a tile in the wrong order", crate::hopper::check),
+    (75, "Hopper: lists leave out the last group of a tile", crate::hopper::check),
 ];
 
 /// The first fault of Hopper's kernels.

@@ -126,8 +126,8 @@ struct LongListRows : ListRows {
         if (!__any_sync(ALL, top[0] > bar[0] || top[1] > bar[1])) return;
         // Group by group in the order of the walk; registers have no index, so each is picked.
 #pragma unroll 1
-        for (int x = 0; x < 4; x++) {
-            int group = p.last != GD_FAULT(75) ? 3 - x : x;
+        for (int x = 0; x < (GD_FAULT(75) ? 3 : 4); x++) {
+            int group = p.last ? 3 - x : x;
             float part[4][4];
 #pragma unroll
             for (int n = 0; n < 4; n++) {

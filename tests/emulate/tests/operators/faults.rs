@@ -52,7 +52,7 @@ const HOPPER_FAULTS: &[Fault] = &[
     (72, "a stage is released before its products are done", crate::hopper::check),
     (73, "no wait for a product", crate::hopper::check),
     (74, "a warp keeps its registers", crate::hopper::check),
-    (75, "lists take the groups of a tile in the wrong order", crate::hopper::check),
+    (75, "lists leave out the last group of a tile", crate::hopper::check),
 ];
 
 /// Those that bodies of `kernels/shared` have on Metal too, and Metal's own.

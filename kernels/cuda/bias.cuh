@@ -14,12 +14,7 @@ __device__ __forceinline__ void scan_bias(const BiasParams &p, const T *k, const
     if (j < p.keys) {
         u32 kv = head / (p.bias_heads / p.kv_heads);
         const T *key = k + size_t(b) * p.k_batch + size_t(kv) * p.k_head + size_t(j) * p.k_row;
-        float sum = 0;
-        if (!p.score) {
-            for (u32 d = lane_id(); d < p.head_dim; d += 32)
-                sum = fmaf(up(key[d]), up(key[d]), sum);
-            sum = -0.5f * warp_sum(sum);
-        }
+        float sum = key_bias(p.score, key, p.head_dim);
         float scale = (p.score ? 1.0f : 0.5f) / beta[head % p.q_heads];
         x = p.prior_batch ? fmaf(prior[prior_at(p, b, head) + j], scale, sum) : sum;
     }

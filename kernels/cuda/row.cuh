@@ -34,6 +34,15 @@ __device__ __forceinline__ float pair_energy(u32 score, float beta, float prior,
     return beta * pair_form(score, q, k, dim) - prior;
 }
 
+// The bias of a key without a prior, by a warp: -|k|^2 / 2, or 0 for the dot product.
+template <class K> __device__ __forceinline__ float key_bias(u32 score, const K *k, u32 dim) {
+    if (score) return 0;
+    float sum = 0;
+    for (u32 d = lane_id(); d < dim; d += 32)
+        sum = fmaf(up(k[d]), up(k[d]), sum);
+    return -0.5f * warp_sum(sum);
+}
+
 // Whether key x goes before key y among equals.
 __device__ __forceinline__ bool before(i32 x, i32 y, u32 last) { return last ? x > y : x < y; }
 

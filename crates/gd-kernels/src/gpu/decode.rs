@@ -2,8 +2,10 @@
 //!
 //! q `[B, Hq, N, D]`. The cache is k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, or pages `[pages, Hk, page, D|Dv]`
 //! with a block table `[B, most pages]`. Beside the keys it holds their biases without a prior, f32
-//! `[B|pages, Hk, bias_row]`, as [`scan::key_bias`](super::scan::key_bias) computes them. index and energy
-//! `[B, Hq, N]`, y `[B, Hq, N, Dv]`: what a scan with one candidate and a threshold gives, to the bit.
+//! `[B|pages, Hk, bias_row]`, as [`scan::key_bias`](super::scan::key_bias) computes them, or, for certified
+//! decoding, the keys as 8-bit integers ([`super::quantize`]): those are then read instead, and of the keys
+//! themselves only the few that the bounds do not rule out. index and energy `[B, Hq, N]`, y `[B, Hq, N, Dv]`: what a
+//! scan with one candidate and a threshold gives, to the bit, at either precision.
 
 use std::fmt;
 
@@ -11,11 +13,12 @@ use bytemuck::bytes_of;
 use candle_core::DType;
 
 use super::params::DecodeParams;
+use super::quantize::{KNOWN, Quantized};
 use super::scan::{BIAS_TILE, Prior, bias_row, padded_dim, tile_bytes};
 use super::{Arch, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
-use crate::options::{Score, TieBreak};
+use crate::options::{Precision, Score, TieBreak};
 use crate::plan::Problem;
 
 /// Most queries a sequence.
@@ -30,6 +33,12 @@ const BLOCKS_A_PROCESSOR: usize = 4;
 const LEAST_TILES: usize = 2;
 /// Shared memory that the kernel declares itself.
 const STATIC: usize = 1024;
+/// Entries of a warp's list of candidates in certified decoding, of 8 bytes.
+const SIEVE: usize = 256;
+/// Candidates for which a place has room, a split; others are scored at once.
+const LISTED: usize = 64;
+/// Keys beyond which a candidate, its key and row, does not fit in 4 bytes.
+const MOST_CERTIFIED: usize = 1 << 28;
 
 /// How a decoding step is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,11 +55,13 @@ pub struct Plan {
     pub splits: usize,
     /// Dynamic shared memory of a block.
     pub shared_bytes: usize,
+    /// Candidates that the blocks of a place may list, in certified decoding; 0 otherwise.
+    pub capacity: usize,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes } = self;
+        let Plan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, .. } = self;
         write!(
             f,
             "{kernel}: {row_tiles} x {ROWS} rows, {pack} heads packed, {splits} splits x {tile_keys} keys, \
@@ -75,12 +86,28 @@ impl Plan {
         if problem.candidates != 1 {
             return Err(Error::Unsupported(format!("decode: {} candidates; 1 is", problem.candidates)));
         }
+        let certified = problem.precision == Precision::Certified;
+        if certified && keys >= MOST_CERTIFIED {
+            return Err(Error::Unsupported(format!(
+                "decode: {keys} keys at certified precision; fewer than {MOST_CERTIFIED} are"
+            )));
+        }
         let half = dtype != DType::F32;
-        let tile_keys = if half { 64 } else { 32 };
+        let tile_keys = if half || certified { 64 } else { 32 };
         let pack = if prior { 1 } else { problem.group() };
         let row_tiles = (queries * pack).div_ceil(ROWS);
-        let queries_bytes = if half { 0 } else { ROWS * (padded * 4 + 16) };
-        let shared_bytes = tile_bytes(dtype, padded, tile_keys) + queries_bytes;
+        let row_bytes = padded * dtype.size_in_bytes() + 16;
+        let queries_bytes = if half { 0 } else { ROWS * row_bytes };
+        let shared_bytes = queries_bytes
+            + if certified {
+                let gathered = if half { 16 } else { 8 };
+                // Two tiles of integers and what is known of them; lists and gathered keys of every warp; the rows.
+                (2 * tile_keys + ROWS) * (padded + 16)
+                    + 2 * tile_keys * KNOWN
+                    + WARPS as usize * (SIEVE * 8 + gathered * row_bytes)
+            } else {
+                tile_bytes(dtype, padded, tile_keys)
+            };
         let room = arch.shared_bytes as usize - STATIC;
         if shared_bytes > room {
             return Err(Error::Unsupported(format!(
@@ -90,8 +117,10 @@ impl Plan {
         let places = batch * (q_heads / pack) * row_tiles;
         let wanted = (arch.processors as usize * BLOCKS_A_PROCESSOR).div_ceil(places);
         let splits = wanted.min(keys.div_ceil(tile_keys * LEAST_TILES)).max(1);
-        let kernel = format!("decode_{name}_d{padded}_sm80");
-        let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes };
+        let kind = if certified { "decode_certified" } else { "decode" };
+        let kernel = format!("{kind}_{name}_d{padded}_sm80");
+        let capacity = if certified { splits * LISTED } else { 0 };
+        let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, capacity };
         grid("decode", plan.places(problem) as u128 * splits as u128)?;
         Ok(plan)
     }
@@ -102,7 +131,23 @@ impl Plan {
 
     /// Bytes of the workspace of a problem.
     pub fn workspace_bytes(&self, problem: &Problem) -> usize {
-        self.places(problem) * (ROWS * 8 + 4)
+        self.workspace(problem).1
+    }
+
+    /// Where the parts of the workspace begin after the first, and its end: counters; or lower bounds, counters and
+    /// candidates.
+    fn workspace(&self, problem: &Problem) -> (Vec<usize>, usize) {
+        let places = self.places(problem);
+        let sizes: &[usize] = match self.capacity {
+            0 => &[ROWS * 8, 4],
+            capacity => &[ROWS * 8, ROWS * 4, 8, capacity * 8],
+        };
+        let mut ends: Vec<usize> = Vec::new();
+        for size in sizes {
+            ends.push(ends.last().unwrap_or(&0) + places * size);
+        }
+        let end = ends.pop().unwrap_or(0);
+        (ends, end)
     }
 }
 
@@ -119,6 +164,15 @@ pub struct Pages<'a, B> {
     pub count: usize,
 }
 
+/// What a cache knows of its keys.
+#[derive(Debug)]
+pub enum Known<'a, B> {
+    /// Their biases without a prior, at native precision.
+    Bias(Slice<'a, B>),
+    /// The keys as 8-bit integers, at certified precision.
+    Quantized(Quantized<'a, B>),
+}
+
 /// What decoding reads.
 #[derive(Debug)]
 pub struct Inputs<'a, B> {
@@ -130,8 +184,8 @@ pub struct Inputs<'a, B> {
     pub v: Tensor4<'a, B>,
     /// Dv.
     pub value_dim: usize,
-    /// The keys' biases without a prior.
-    pub bias: Slice<'a, B>,
+    /// What is known of the keys, for the precision of the problem.
+    pub known: Known<'a, B>,
     /// The pages, if there are.
     pub pages: Option<Pages<'a, B>>,
     /// f32 `[Hq]`, > 0.
@@ -184,7 +238,19 @@ pub fn decode<G: Gpu>(
     let [q_batch, q_head, q_row] = x.q.checked("q", q_dims)?;
     let [k_batch, k_head, k_row] = x.k.checked("k", k_dims)?;
     let [v_batch, v_head, v_row] = x.v.checked("v", [pieces, kv_heads, piece_keys, x.value_dim])?;
-    elements("bias", (pieces * kv_heads) as u128 * bias_row(piece_keys) as u128)?;
+    let bias_row = match &x.known {
+        Known::Bias(_) => bias_row(piece_keys),
+        Known::Quantized(quantized) => quantized.room,
+    };
+    let certified = matches!(x.known, Known::Quantized(_));
+    if certified != (problem.precision == Precision::Certified) || bias_row < piece_keys {
+        return Err(Error::Invalid(format!(
+            "decode: {:?} precision with {} for {bias_row} of {piece_keys} keys",
+            problem.precision,
+            if certified { "8-bit keys" } else { "biases" }
+        )));
+    }
+    elements("bias", (pieces * kv_heads) as u128 * bias_row as u128)?;
     let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
     let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
     let params = DecodeParams {
@@ -210,36 +276,40 @@ pub fn decode<G: Gpu>(
         splits: plan.splits as u32,
         page_keys: x.pages.as_ref().map_or(0, |p| p.keys as u32),
         table_row: x.pages.as_ref().map_or(0, |p| p.row as u32),
-        bias_row: bias_row(piece_keys) as u32,
+        bias_row: bias_row as u32,
         prior_batch,
         prior_heads,
         score: u32::from(problem.score == Score::Dot),
         last: u32::from(problem.tie == TieBreak::Last),
+        capacity: plan.capacity as u32,
         mask,
     };
     let places = plan.places(problem);
-    let counter = Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + places * ROWS * 8 };
+    let (parts, _) = plan.workspace(problem);
+    let workspace =
+        parts.iter().map(|at| Some(Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + at }));
+    let mut buffers = vec![Some(x.q.data), Some(x.k.data)];
+    match &x.known {
+        Known::Bias(bias) => buffers.push(Some(*bias)),
+        Known::Quantized(quantized) => buffers.extend([Some(quantized.codes), Some(quantized.known)]),
+    }
+    buffers.extend([
+        Some(x.beta),
+        x.prior.as_ref().map(|p| p.data),
+        table.as_ref().map(Slice::from),
+        x.pages.as_ref().map(|p| p.table),
+        Some(x.v.data),
+        x.threshold,
+        Some(x.workspace),
+    ]);
+    buffers.extend(workspace);
+    buffers.extend([Some(out.index), Some(out.energy), Some(out.y)]);
     gpu.launch(&Launch {
         kernel: plan.kernel.clone(),
         grid: grid("decode", places as u128 * plan.splits as u128)?,
         block: 32 * WARPS,
         shared_bytes: plan.shared_bytes as u32,
         params: bytes_of(&params).to_vec(),
-        buffers: vec![
-            Some(x.q.data),
-            Some(x.k.data),
-            Some(x.bias),
-            Some(x.beta),
-            x.prior.as_ref().map(|p| p.data),
-            table.as_ref().map(Slice::from),
-            x.pages.as_ref().map(|p| p.table),
-            Some(x.v.data),
-            x.threshold,
-            Some(x.workspace),
-            Some(counter),
-            Some(out.index),
-            Some(out.energy),
-            Some(out.y),
-        ],
+        buffers,
     })
 }

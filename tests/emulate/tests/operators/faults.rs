@@ -33,6 +33,13 @@ const FAULTS: &[Fault] = &[
     (24, "key gradient: a list takes the first part of a piece for its own", crate::select::check),
     (25, "conv: first tap of a packed sequence left out", crate::beacon::check_conv),
     (26, "average: no barrier before the parts of warps are read", crate::beacon::check_average),
+    (60, "8-bit keys: bounds four times too tight", crate::decode::check_certified),
+    (61, "8-bit keys: no barrier between quantising queries and their use", crate::decode::check_certified),
+    (62, "8-bit keys: a full list is thrown away", crate::decode::check_certified),
+    (63, "8-bit keys: no wait for a tile", crate::decode::check_certified),
+    (64, "8-bit keys: a key beyond the mask raises the bar", crate::decode::check_certified),
+    (65, "8-bit keys: candidates for which there is no room are lost", crate::decode::check_certified),
+    (66, "8-bit keys: the count of candidates is stale in the next launch", crate::decode::check_certified),
 ];
 
 #[test]

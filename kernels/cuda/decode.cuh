@@ -62,9 +62,10 @@ template <class T> struct Step {
         return q + size_t(b) * p.q_batch + size_t(head(r)) * p.q_head +
                size_t((first + r) / p.pack) * p.q_row;
     }
-    // The page of a key, or the batch entry, and the key's row in it.
+    // The page of a key, or the batch entry, and the key's row in it. What names no page reads the last one, so that
+    // a table that nobody has checked leads nowhere outside of the cache.
     __device__ __forceinline__ u32 piece(u32 j) const {
-        return p.page_keys ? u32(pages[size_t(b) * p.table_row + j / p.page_keys]) : b;
+        return p.page_keys ? min(u32(pages[size_t(b) * p.table_row + j / p.page_keys]), p.pages - 1) : b;
     }
     __device__ __forceinline__ u32 inside(u32 j) const { return p.page_keys ? j % p.page_keys : j; }
     // The row of key j among the biases of all pieces.

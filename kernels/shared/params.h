@@ -117,6 +117,7 @@ struct DecodeParams {
     u32 splits;       // blocks that share the keys of a row
     u32 page_keys;    // keys of a page; 0: no pages
     u32 table_row;    // pages of a batch entry in the block table
+    u32 pages;        // pages in all
     u32 bias_row;     // keys of a piece for which there is room in the cache of biases, or of 8-bit keys
     u32 prior_batch;  // 0: no prior
     u32 prior_heads;

@@ -208,7 +208,7 @@ const SUPPORT: &[Support] = &[
     Support {
         device: "cuda",
         dtypes: &[DType::F32, DType::F16, DType::BF16],
-        certified: &[],
+        certified: &[DType::F32, DType::F16, DType::BF16],
         head_dim: 8..=256,
         step: 8,
         candidates: &[1, 2, 4, 8, 16, 32],

@@ -23,6 +23,8 @@ use crate::plan::Problem;
 
 /// Most queries a sequence.
 pub const MAX_QUERIES: usize = 16;
+/// What the keys of a page are a multiple of: tiles do not cross pages.
+pub const PAGE_STEP: usize = BIAS_TILE;
 /// Rows of a block.
 const ROWS: usize = 16;
 /// Warps of a block.
@@ -226,10 +228,10 @@ pub fn decode<G: Gpu>(
     let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
     let (pieces, piece_keys) = x.pages.as_ref().map_or((batch, keys), |p| (p.count, p.keys));
     if let Some(p) = &x.pages
-        && (p.keys == 0 || p.keys % BIAS_TILE != 0 || p.row * p.keys < keys)
+        && (p.keys == 0 || p.keys % PAGE_STEP != 0 || p.row * p.keys < keys)
     {
         return Err(Error::Invalid(format!(
-            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {BIAS_TILE}",
+            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {PAGE_STEP}",
             p.row, p.keys
         )));
     }
@@ -276,6 +278,7 @@ pub fn decode<G: Gpu>(
         splits: plan.splits as u32,
         page_keys: x.pages.as_ref().map_or(0, |p| p.keys as u32),
         table_row: x.pages.as_ref().map_or(0, |p| p.row as u32),
+        pages: x.pages.as_ref().map_or(0, |p| p.count as u32),
         bias_row: bias_row as u32,
         prior_batch,
         prior_heads,

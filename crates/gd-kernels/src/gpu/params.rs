@@ -139,6 +139,7 @@ params! {
         splits: u32,
         page_keys: u32,
         table_row: u32,
+        pages: u32,
         bias_row: u32,
         prior_batch: u32,
         prior_heads: u32,

@@ -13,6 +13,7 @@ use super::scan::{BIAS_TILE, padded_dim};
 use super::{Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute};
 use crate::error::{Error, Result};
 use crate::options::Score;
+use crate::plan::Problem;
 
 /// Warps of the kernel; each takes one key.
 const WARPS: usize = 8;
@@ -64,6 +65,12 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// That of a problem's keys.
+    pub fn of(problem: &Problem) -> Self {
+        let Problem { batch, kv_heads, head_dim, dtype, score, .. } = *problem;
+        Self { pieces: batch, kv_heads, head_dim, dtype, score }
+    }
+
     /// Bytes of the integers of pieces of `room` keys.
     pub fn codes_bytes(&self, room: usize) -> usize {
         self.pieces * self.kv_heads * room * width(self.head_dim)

@@ -9,6 +9,7 @@ mod decode;
 mod device;
 mod faults;
 mod plans;
+mod quantize;
 mod scan;
 mod select;
 mod suite;

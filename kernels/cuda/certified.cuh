@@ -85,7 +85,7 @@ __device__ __forceinline__ void quantize_rows(int8_t *codes, Known *known, u32 d
         Known x = quantize_row(from, from ? dim : 0, codes + r * Integers<DP>::PITCH, DP);
         if (lane_id() == 0) known[r] = x;
     }
-    if (!GD_FAULT(61)) __syncthreads();
+    __syncthreads();
 }
 
 // Exact scores of gathered keys: at most GATHER rows at a time are copied to the warp's part of shared memory and

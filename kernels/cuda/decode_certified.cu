@@ -2,7 +2,7 @@
 #include "decode_certified.cuh"
 
 #define DECODE(T, D)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(128) decode_certified_##T##_d##D##_sm80(                           \
+    extern "C" __global__ void __launch_bounds__(128, D > 192 ? 2 : 3) decode_certified_##T##_d##D##_sm80(          \
         DecodeParams p, const T *q, const T *k, const int8_t *codes, const float4 *known, const float *beta,        \
         const float *prior, const i32 *table, const i32 *pages, const T *v, const float *threshold, uint64_t *best, \
         u32 *lower, u32 *counter, Candidate *listed, i32 *index, float *energy, T *y) {                             \

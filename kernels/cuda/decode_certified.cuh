@@ -102,9 +102,8 @@ template <class T, int DP> struct Sifted {
         count = kept;
     }
 
-    // Scores all candidates of the list from `from` on. Out of line: few blocks come here, and the walk keeps its
-    // registers.
-    __device__ __noinline__ void rescore(u32 from) {
+    // Scores all candidates of the list from `from` on.
+    __device__ __forceinline__ void rescore(u32 from) {
         constexpr int KEYS = Gather<T>::KEYS, NT = KEYS / 8;
         u32 t = lane_id() % 4;
         const DecodeParams &p = at.p;
@@ -204,7 +203,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
         __syncthreads();
         int first = int(warp) * NT * 8;
         i32 start = tile * KEYS + first;
-        const float4 *about = knowns + u32(tile) % 2 * KEYS + first;
+        const float4 *about = knowns + u32(tile + (GD_FAULT(61) ? 1 : 0)) % 2 * KEYS + first;
         i32 product[NT][4] = {};
         integers.template scores<NT>(tiles + u32(tile) % 2 * TILE, first, product);
         float upper[NT][4], least[2] = {-GD_INFINITY, -GD_INFINITY};

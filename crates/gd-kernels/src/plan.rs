@@ -211,7 +211,7 @@ const SUPPORT: &[Support] = &[
         certified: &[DType::F32, DType::F16, DType::BF16],
         head_dim: 8..=256,
         step: 8,
-        candidates: &[1, 2, 4, 8, 16, 32],
+        candidates: &CANDIDATES,
     },
 ];
 

@@ -12,8 +12,10 @@ use crate::gpu::quantize::Shape;
 use crate::gpu::{Gpu, Slice, scan as gpu};
 use crate::options::Precision;
 use crate::paged::PagedCache;
-use crate::plan::Problem;
-use crate::scan::{Candidates, Scan, check_head, check_values, prior_dims, protected_dims};
+use crate::plan::{Plan, Problem};
+use crate::scan::{
+    Candidates, Scan, check_head, check_values, planned, prior_dims, problem, protected_dims,
+};
 use crate::select::Selected;
 
 /// The operands of a scan, held as long as its launches need them.
@@ -99,19 +101,19 @@ pub(crate) fn scan(
 /// The winner of every query and its value row: for a few queries by decoding, which splits the keys over
 /// blocks, else by the fused scan.
 pub(crate) fn scan_select(
-    problem: &Problem,
-    plan: &gpu::Plan,
     [q, k, v]: [&Tensor; 3],
     scan: &Scan,
     threshold: Option<&Tensor>,
 ) -> Result<Selected> {
     let device = Cuda::new(q.device())?;
+    let problem = &problem(q, k, scan)?;
     let operands = Operands::new(problem, q, k, scan)?;
     let winners = Winners::new(&device, problem, v, threshold)?;
     if problem.queries <= MAX_QUERIES {
         let pieces = [problem.batch, problem.keys];
         winners.decode(&device, problem, &operands, scan, None, pieces)?;
     } else {
+        let (_, Plan::Cuda(plan)) = planned(q, k, scan)? else { unreachable!("tensors of a CUDA device") };
         let x = operands.inputs(scan);
         let out = gpu::Outputs {
             index: (&winners.index).into(),
@@ -124,7 +126,7 @@ pub(crate) fn scan_select(
             threshold: winners.threshold.as_ref().map(Vector::slice),
             y: (&winners.y).into(),
         };
-        gpu::scan_select(&device, plan, problem, &x, &values, &out)?;
+        gpu::scan_select(&device, &plan, problem, &x, &values, &out)?;
     }
     winners.finish(&device, problem)
 }

@@ -21,13 +21,15 @@ use crate::plan::Problem;
 /// The head_dims of the compiled kernels; others are padded to the next.
 pub const HEAD_DIMS: [usize; 6] = [32, 64, 96, 128, 192, 256];
 /// Most candidates of a row.
-pub const MAX_CANDIDATES: usize = 32;
+pub const MAX_CANDIDATES: usize = 64;
 /// Most protected keys of a row.
 pub const MAX_PROTECTED: usize = 32;
 /// Keys to a multiple of which biases are padded.
 pub(crate) const BIAS_TILE: usize = 64;
-/// Bytes of a row's list in shared memory: 64 entries of score and key.
-const LIST: usize = 512;
+/// Bytes of a row's list in shared memory: 64 or 128 entries of score and key.
+fn list_bytes(candidates: usize) -> usize {
+    if candidates > 32 { 1024 } else { 512 }
+}
 /// Shared memory that the kernels declare themselves: what 256 rows see.
 const STATIC: usize = 2304;
 /// Warps of the kernel that computes biases; each takes one key.
@@ -104,7 +106,7 @@ impl Plan {
         let pack = if prior { 1 } else { problem.group() };
         // Outside the tensor cores, queries are read from shared memory.
         let per_warp =
-            if half { 0 } else { warp_rows * (padded * 4 + 16) } + if list { warp_rows * LIST } else { 0 };
+            if half { 0 } else { warp_rows * (padded * 4 + 16) } + if list { warp_rows * list_bytes(candidates) } else { 0 };
         let shared = |warps: usize| tile_bytes(dtype, padded, tile_keys) + warps * per_warp;
         let rows = problem.queries * pack;
         let most = if list { 4 } else { 8 };

@@ -231,9 +231,9 @@ pub fn scan_select(
     let one = Scan { candidates: 1, protected: None, ..s.clone() };
     let threshold = threshold.map(Tensor::detach);
     #[cfg(feature = "cuda")]
-    if let (problem, crate::Plan::Cuda(plan)) = crate::scan::planned(&q, &k, &one)? {
+    if q.device().is_cuda() {
         sizes(&q, &k, &v)?;
-        return crate::cuda::scan::scan_select(&problem, &plan, [&q, &k, &v], &one, threshold.as_ref());
+        return crate::cuda::scan::scan_select([&q, &k, &v], &one, threshold.as_ref());
     }
     let candidates = scan(&q, &k, &one)?;
     let options = Select {

@@ -34,7 +34,7 @@ const FAULTS: &[Fault] = &[
     (25, "conv: first tap of a packed sequence left out", crate::beacon::check_conv),
     (26, "average: no barrier before the parts of warps are read", crate::beacon::check_average),
     (60, "8-bit keys: bounds four times too tight", crate::decode::check_certified),
-    (61, "8-bit keys: no barrier between quantising queries and their use", crate::decode::check_certified),
+    (61, "8-bit keys: bounds of another tile's keys", crate::decode::check_certified),
     (62, "8-bit keys: a full list is thrown away", crate::decode::check_certified),
     (63, "8-bit keys: no wait for a tile", crate::decode::check_certified),
     (64, "8-bit keys: a key beyond the mask raises the bar", crate::decode::check_certified),

@@ -97,23 +97,26 @@ __device__ __forceinline__ void energy_key_gradient(const SelectParams &p, const
     });
 }
 
-// dprior [B|1, Hq|Hk, M]: minus the gradients of the energies in which the key's prior takes part, in f64,
-// one thread a prior.
-__device__ __forceinline__ void prior_gradient(const SelectParams &p, const u32 *starts, const u32 *entries,
-                                               const float *grad, float *dprior) {
-    u32 at = blockIdx.x * blockDim.x + threadIdx.x;
+// rows [B, Hk, M, prior heads of a key head]: minus the gradients of the energies in which a key's prior takes part.
+__device__ __forceinline__ void prior_parts(const SelectParams &p, const Readers &r, const float *grad, float *rows) {
+    u32 dim = p.prior_heads / p.kv_heads, share = p.q_heads / p.prior_heads;
+    sum_readers(p, dim, r, rows, [&](u32 slot, const Place &at, i32, u32 first, float (&sum)[4]) {
+        float g = grad[slot];
+#pragma unroll
+        for (u32 x = 0; x < 4; x++)
+            if (first + 32 * x + lane_id() == at.h / share % dim) sum[x] -= g;
+    });
+}
+
+// dprior [B|1, Hq|Hk, M] from those rows, one thread a prior.
+__device__ __forceinline__ void prior_gradient(const SelectParams &p, const float *rows, float *dprior) {
+    u32 at = blockIdx.x * blockDim.x + threadIdx.x, dim = p.prior_heads / p.kv_heads;
     if (at >= p.prior_batch * p.prior_heads * p.keys) return;
     u32 j = at % p.keys, head = at / p.keys % p.prior_heads, pb = at / p.keys / p.prior_heads;
-    u32 kv = head / (p.prior_heads / p.kv_heads);
-    double sum = 0;
-    for (u32 b = pb; b < p.batch; b += p.prior_batch) {
-        u32 list = (b * p.kv_heads + kv) * p.keys + j;
-        for (u32 x = starts[list]; x < starts[list + 1]; x++) {
-            u32 slot = entries[x], h = slot / p.slots / p.queries % p.q_heads;
-            if (h / (p.q_heads / p.prior_heads) == head) sum -= double(grad[slot]);
-        }
-    }
-    dprior[at] = float(sum);
+    float sum = 0;
+    for (u32 b = pb; b < p.batch; b += p.prior_batch)
+        sum += rows[((size_t(b) * p.kv_heads + head / dim) * p.keys + j) * dim + (GD_FAULT(67) ? 0 : head % dim)];
+    dprior[at] = sum;
 }
 
 // Sums of rows [B, Hq, N] into heads [Hq], in f64, one block a head.

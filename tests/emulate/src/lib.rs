@@ -4,8 +4,9 @@
 //! launch with an error. See `kernels/emulate`.
 #![allow(unsafe_code)] // calls into C++
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::hash::{DefaultHasher, Hasher};
 
 use gd_kernels::gpu::{Arch, Gpu, Launch, Slice};
 use gd_kernels::{Error, Result};
@@ -101,6 +102,7 @@ pub struct Emulator {
     seed: Cell<u64>,
     fault: i32,
     launches: Cell<usize>,
+    downloaded: RefCell<DefaultHasher>,
 }
 
 impl Emulator {
@@ -108,7 +110,7 @@ impl Emulator {
     pub fn new(seed: u64) -> Self {
         // The multiprocessors of a small part: plans then split work even in small tests.
         let arch = Arch { compute: 80, shared_bytes: 99 << 10, processors: 8 };
-        Self { arch, seed: Cell::new(seed << 20), fault: 0, launches: Cell::new(0) }
+        Self { arch, seed: Cell::new(seed << 20), fault: 0, launches: Cell::new(0), downloaded: RefCell::default() }
     }
 
     /// The same with a fault in its kernels: `GD_FAULT(fault)` holds.
@@ -119,6 +121,11 @@ impl Emulator {
     /// Kernels that have run.
     pub fn launches(&self) -> usize {
         self.launches.get()
+    }
+
+    /// A hash of all that has been downloaded so far: the same bits give the same one.
+    pub fn digest(&self) -> u64 {
+        self.downloaded.borrow().finish()
     }
 
     fn next(&self) -> u64 {
@@ -158,7 +165,10 @@ impl Gpu for Emulator {
     fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
         let all = from.buffer.bytes();
         match all.get(from.offset..from.offset + bytes) {
-            Some(part) => Ok(part.to_vec()),
+            Some(part) => {
+                self.downloaded.borrow_mut().write(part);
+                Ok(part.to_vec())
+            }
             None => Err(Error::Invalid(format!("{bytes} bytes from {} of {}", from.offset, all.len()))),
         }
     }

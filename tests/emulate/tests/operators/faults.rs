@@ -40,6 +40,8 @@ const FAULTS: &[Fault] = &[
     (64, "8-bit keys: a key beyond the mask raises the bar", crate::decode::check_certified),
     (65, "8-bit keys: candidates for which there is no room are lost", crate::decode::check_certified),
     (66, "8-bit keys: the count of candidates is stale in the next launch", crate::decode::check_certified),
+    (68, "refinement: rows that abstained go on", crate::rounds::check),
+    (67, "prior gradient: all heads take that of the first", crate::select::check),
 ];
 
 #[test]

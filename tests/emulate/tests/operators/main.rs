@@ -10,7 +10,9 @@ mod device;
 mod faults;
 mod plans;
 mod quantize;
+mod rounds;
 mod scan;
+mod schedules;
 mod select;
 mod suite;
 

@@ -74,7 +74,8 @@ impl PagedCache<'_> {
 ///
 /// On a GPU the pages are read where they lie, by up to 16 queries a sequence, and the table's values are looked
 /// at in the checked mode alone, since that waits for the device: an id that names no page then reads another one. On
-/// the CPU the pages are first copied together.
+/// the CPU the pages are first copied together. At certified precision the 8-bit keys are made anew for every call, of
+/// all pages: that saves nothing, and is for comparing alone.
 ///
 /// # Errors
 /// As [`scan_select`]; pages that are no multiple of 64 keys, a table of another dtype or shape, or with pages that

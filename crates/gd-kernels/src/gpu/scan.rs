@@ -97,7 +97,7 @@ impl Plan {
             )));
         }
         if problem.precision == Precision::Certified {
-            return Err(Error::Unsupported("scan: certified precision on a GPU; native is".into()));
+            return Err(Error::Unsupported("scan: certified precision on a GPU; native is, and decoding is at both".into()));
         }
         let list = candidates > 1 || protected > 0;
         let half = dtype != DType::F32;

@@ -12,6 +12,7 @@ mod beacon;
 mod decode;
 #[path = "../../../../tests/emulate/tests/operators/device.rs"]
 mod device;
+mod cache;
 mod graph;
 #[path = "../problems/mod.rs"]
 mod problems;

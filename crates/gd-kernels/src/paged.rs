@@ -89,7 +89,11 @@ pub fn scan_select_paged(
     let (batch, q_heads, _, head_dim) = dims4("q", q)?;
     let [keys, page] = cache.keys()?;
     let (_, kv_heads, _, kd) = dims4("k", cache.k)?;
-    if cache.table.dim(0)? != batch || kd != head_dim || q_heads % kv_heads != 0 || q.dtype() != cache.k.dtype() {
+    if cache.table.dim(0)? != batch
+        || kd != head_dim
+        || q_heads % kv_heads != 0
+        || q.dtype() != cache.k.dtype()
+    {
         return Err(Error::Invalid(format!(
             "q {:?} {:?} for pages {:?} {:?} and a block table of {:?}",
             q.dims(),
@@ -106,7 +110,9 @@ pub fn scan_select_paged(
     }
     scan.mask.validate(batch, keys)?;
     if scan.quantized.is_some() {
-        return Err(Error::Unsupported("8-bit keys of a cache in pages; keys are quantised as they are read".into()));
+        return Err(Error::Unsupported(
+            "8-bit keys of a cache in pages; keys are quantised as they are read".into(),
+        ));
     }
     let whole = [keys];
     let lengths = scan.mask.lengths().unwrap_or(&whole);

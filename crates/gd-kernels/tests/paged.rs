@@ -56,13 +56,13 @@ fn pages_give_what_one_piece_gives() -> Result<()> {
             noise(seed + 10, &[2, hk, keys, d]),
             noise(seed + 20, &[2, hk, keys, dv]),
         );
-        let (beta, threshold) = (Tensor::full(0.7f32, hq, &Device::Cpu)?, Tensor::full(4.5f32, hq, &Device::Cpu)?);
+        let (beta, threshold) =
+            (Tensor::full(0.7f32, hq, &Device::Cpu)?, Tensor::full(4.5f32, hq, &Device::Cpu)?);
         let prior = noise(seed + 30, &[2, hk, keys]);
         let offsets: Vec<i64> = lengths.iter().map(|&n| n as i64 - queries as i64).collect();
-        for mask in [
-            Mask::none().kv_len(lengths.clone()),
-            Mask::causal(0).each(offsets).kv_len(lengths.clone()),
-        ] {
+        for mask in
+            [Mask::none().kv_len(lengths.clone()), Mask::causal(0).each(offsets).kv_len(lengths.clone())]
+        {
             let how = Scan { score, prior: Some(&prior), ..Scan::new(&beta, &mask, 1) };
             let (whole_k, whole_v) = (k.to_dtype(dtype)?, v.to_dtype(dtype)?);
             let want = scan_select(&q, &whole_k, &whole_v, &how, Some(&threshold)).unwrap();
@@ -99,7 +99,8 @@ fn bad_caches_and_tables_are_refused() -> Result<()> {
     };
     // Behind the second sequence's 60 keys anything may stand.
     let good = ids(&[[0, 3], [1, -7]])?;
-    scan_select_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &mask, 1), None).unwrap();
+    scan_select_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &mask, 1), None)
+        .unwrap();
     refused(&q, &k, &v, &ids(&[[0, 4], [1, 0]])?, "page 1 of sequence 0 is 4");
     refused(&q, &k, &v, &ids(&[[0, 3], [-1, 0]])?, "page 0 of sequence 1 is -1");
     refused(&q, &k, &v, &ids(&[[0, 3]])?, "block table of [1, 2]");
@@ -111,7 +112,8 @@ fn bad_caches_and_tables_are_refused() -> Result<()> {
     refused(&q, &k.to_dtype(DType::F16)?, &v, &good, "F16");
     refused(&q.narrow(3, 0, 4)?, &k, &v, &good, "[2, 2, 1, 4]");
     let long = Mask::none().kv_len(vec![129, 1]);
-    let e = scan_select_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &long, 1), None);
+    let e =
+        scan_select_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &long, 1), None);
     assert!(e.unwrap_err().to_string().contains("129"));
     Ok(())
 }

@@ -110,7 +110,13 @@ impl Emulator {
     pub fn new(seed: u64) -> Self {
         // The multiprocessors of a small part: plans then split work even in small tests.
         let arch = Arch { compute: 80, shared_bytes: 99 << 10, processors: 8 };
-        Self { arch, seed: Cell::new(seed << 20), fault: 0, launches: Cell::new(0), downloaded: RefCell::default() }
+        Self {
+            arch,
+            seed: Cell::new(seed << 20),
+            fault: 0,
+            launches: Cell::new(0),
+            downloaded: RefCell::default(),
+        }
     }
 
     /// The same with a fault in its kernels: `GD_FAULT(fault)` holds.

@@ -13,9 +13,7 @@ use crate::gpu::{Gpu, Slice, scan as gpu};
 use crate::options::Precision;
 use crate::paged::PagedCache;
 use crate::plan::{Plan, Problem};
-use crate::scan::{
-    Candidates, Scan, check_head, check_values, planned, prior_dims, problem, protected_dims,
-};
+use crate::scan::{Candidates, Scan, check_head, check_values, planned, prior_dims, problem, protected_dims};
 use crate::select::Selected;
 
 /// The operands of a scan, held as long as its launches need them.
@@ -115,11 +113,8 @@ pub(crate) fn scan_select(
     } else {
         let (_, Plan::Cuda(plan)) = planned(q, k, scan)? else { unreachable!("tensors of a CUDA device") };
         let x = operands.inputs(scan);
-        let out = gpu::Outputs {
-            index: (&winners.index).into(),
-            energy: (&winners.energy).into(),
-            flags: None,
-        };
+        let out =
+            gpu::Outputs { index: (&winners.index).into(), energy: (&winners.energy).into(), flags: None };
         let values = gpu::Values {
             v: winners.v.tensor4(),
             dim: winners.v.dim(),
@@ -205,7 +200,9 @@ impl Winners {
         let piece = Problem { batch: pieces, keys: piece_keys, ..problem.clone() };
         let (kept, own, bias);
         let known = match (problem.precision, scan.quantized, scan.key_bias) {
-            (Precision::Certified, Some(quantized), _) => decode::Known::Quantized(quantized.codes(&piece)?.slices()),
+            (Precision::Certified, Some(quantized), _) => {
+                decode::Known::Quantized(quantized.codes(&piece)?.slices())
+            }
             (Precision::Certified, None, _) => {
                 let mut codes = Codes::new(Shape::of(&piece), piece_keys, &operands.device)?;
                 codes.enter(device, &x.k, piece_keys)?;

@@ -97,7 +97,9 @@ impl Plan {
             )));
         }
         if problem.precision == Precision::Certified {
-            return Err(Error::Unsupported("scan: certified precision on a GPU; native is, and decoding is at both".into()));
+            return Err(Error::Unsupported(
+                "scan: certified precision on a GPU; native is, and decoding is at both".into(),
+            ));
         }
         let list = candidates > 1 || protected > 0;
         let half = dtype != DType::F32;
@@ -105,8 +107,8 @@ impl Plan {
         let tile_keys = if half { 64 } else { 32 };
         let pack = if prior { 1 } else { problem.group() };
         // Outside the tensor cores, queries are read from shared memory.
-        let per_warp =
-            if half { 0 } else { warp_rows * (padded * 4 + 16) } + if list { warp_rows * list_bytes(candidates) } else { 0 };
+        let per_warp = if half { 0 } else { warp_rows * (padded * 4 + 16) }
+            + if list { warp_rows * list_bytes(candidates) } else { 0 };
         let shared = |warps: usize| tile_bytes(dtype, padded, tile_keys) + warps * per_warp;
         let rows = problem.queries * pack;
         let most = if list { 4 } else { 8 };

@@ -1,7 +1,9 @@
 //! Decoding with 8-bit keys and over a cache in pages against plain decoding on the same device: the same bits.
 
 use candle_core::{DType, Device, Result, Tensor};
-use gd_kernels::{Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select, scan_select_paged};
+use gd_kernels::{
+    Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select, scan_select_paged,
+};
 
 use crate::gpu;
 use crate::problems::{rng, uniform};
@@ -53,7 +55,8 @@ fn decoding_with_8_bit_keys_and_in_pages_is_plain_decoding() -> Result<()> {
             let ids: Vec<u32> = (0..b * row).map(|at| (2 * (b * row - 1 - at)) as u32).collect();
             let pages = |t: &Tensor| -> Result<Tensor> {
                 let dim = t.dim(3)?;
-                let t = t.reshape((b, hk, row, PAGE, dim))?.transpose(1, 2)?.reshape((b * row, hk, PAGE, dim))?;
+                let t =
+                    t.reshape((b, hk, row, PAGE, dim))?.transpose(1, 2)?.reshape((b * row, hk, PAGE, dim))?;
                 let back: Vec<u32> = (0..b * row).rev().map(|at| at as u32).collect();
                 let t = t.contiguous()?.index_select(&Tensor::new(back, gpu())?, 0)?.unsqueeze(1)?;
                 let other = Tensor::full(f32::NAN, t.dims(), gpu())?.to_dtype(dtype)?;

@@ -8,14 +8,16 @@ extern crate self as gd_emulate;
 
 #[path = "../../../../tests/emulate/tests/operators/beacon.rs"]
 mod beacon;
+mod cache;
 #[path = "../../../../tests/emulate/tests/operators/decode.rs"]
 mod decode;
 #[path = "../../../../tests/emulate/tests/operators/device.rs"]
 mod device;
-mod cache;
 mod graph;
 #[path = "../problems/mod.rs"]
 mod problems;
+#[path = "../../../../tests/emulate/tests/operators/quantize.rs"]
+mod quantize;
 mod repeats;
 #[path = "../../../../tests/emulate/tests/operators/scan.rs"]
 mod scan;

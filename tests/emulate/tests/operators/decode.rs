@@ -95,7 +95,12 @@ struct Codes {
 
 impl Codes {
     /// Quantises k `[pieces, Hk, keys, D]` in two steps, with more room than needed: what is behind stays NaN.
-    fn new(gpu: &Emulator, p: &Problem, k: &Tensor4<'_, Buffer>, [pieces, keys]: [usize; 2]) -> gd_kernels::Result<Self> {
+    fn new(
+        gpu: &Emulator,
+        p: &Problem,
+        k: &Tensor4<'_, Buffer>,
+        [pieces, keys]: [usize; 2],
+    ) -> gd_kernels::Result<Self> {
         let shape =
             Shape { pieces, kv_heads: p.kv_heads, head_dim: p.head_dim, dtype: p.dtype, score: p.score };
         let room = room(keys) + 64 * (keys % 2);

@@ -63,7 +63,8 @@ fn check(gpu: &Emulator, seed: u64) -> Verdict {
         }
     }
     // Heads behind rows, so that strides count.
-    let k = Tensor::from_vec(values, (pieces, keys, heads, dim), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+    let k =
+        Tensor::from_vec(values, (pieces, keys, heads, dim), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
     let k = k.transpose(1, 2).unwrap();
     let held = Held::new(gpu, &k);
     let shape = Shape { pieces, kv_heads: heads, head_dim: dim, dtype, score };
@@ -92,8 +93,10 @@ fn check(gpu: &Emulator, seed: u64) -> Verdict {
             continue;
         }
         // The format of the CPU, to the bit.
-        let want: Vec<i8> =
-            x.iter().map(|x| if most > 0.0 { (x * (127.0 / most)).round_ties_even() as i8 } else { 0 }).collect();
+        let want: Vec<i8> = x
+            .iter()
+            .map(|x| if most > 0.0 { (x * (127.0 / most)).round_ties_even() as i8 } else { 0 })
+            .collect();
         ensure!(got[..dim] == want, "integers of {name}");
         ensure!(scale == f64::from(most / 127.0), "scale of {name}");
         // Bounds in f64: neither too small nor needlessly large.

@@ -21,8 +21,7 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let rows = batch * q_heads * queries;
     let index: Vec<i32> = (0..rows * slots).map(|_| rng.random_range(-1..keys as i32)).collect();
     let slot: Vec<i32> = (0..rows).map(|_| rng.random_range(-1..slots as i32)).collect();
-    let [index_at, slot_at] =
-        [&index, &slot].map(|x| gpu.upload(bytemuck::cast_slice(x)).map_err(fail));
+    let [index_at, slot_at] = [&index, &slot].map(|x| gpu.upload(bytemuck::cast_slice(x)).map_err(fail));
     let (index_at, slot_at, out) = (index_at?, slot_at?, gpu.allocate(rows * slots * 4).map_err(fail)?);
     rest(gpu, &plan, (&index_at).into(), (&slot_at).into(), (&out).into()).map_err(fail)?;
     let got = integers(gpu, &out, rows * slots);
@@ -31,7 +30,11 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
             let gone = slot[row] == -1 || slot[row] == s as i32;
             let want = if gone { -1 } else { index[row * slots + s] };
             let found = got[row * slots + s];
-            ensure!(found == want, "row {row}, slot {s} of {slots}: {found} not {want}, winner {}", slot[row]);
+            ensure!(
+                found == want,
+                "row {row}, slot {s} of {slots}: {found} not {want}, winner {}",
+                slot[row]
+            );
         }
     }
     Ok(())

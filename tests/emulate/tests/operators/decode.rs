@@ -76,11 +76,9 @@ fn wild(seed: u64) -> Case {
             _ => key[row % dim] = 1e17,
         }
     }
-    let to = |values: &[f64], dims: &[usize]| {
-        let t = candle_core::Tensor::from_vec(values.to_vec(), dims, &candle_core::Device::Cpu).unwrap();
-        t.to_dtype(case.dtype).unwrap()
-    };
-    case.k.base = to(&p.k, &[p.batch, p.kv_heads, p.keys, dim]);
+    let dims = [p.batch, p.kv_heads, p.keys, dim];
+    let k = candle_core::Tensor::from_vec(p.k.clone(), &dims, &candle_core::Device::Cpu).unwrap();
+    case.k.base = k.to_dtype(case.dtype).unwrap();
     // The reference sees what the dtype keeps.
     p.k = case.k.base.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     case

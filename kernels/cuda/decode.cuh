@@ -16,6 +16,23 @@ __device__ __forceinline__ uint64_t ranked(float score, i32 key, u32 last) {
     return uint64_t(bits) << 32 | (last ? u32(key) : ~u32(key));
 }
 
+// Takes the scores of a lane into its best two rows; number(n, e) is the key of column 2t + e of group n.
+template <int NT, class Number>
+__device__ __forceinline__ void take_best(const float (&acc)[NT][4], const Range (&own)[2], u32 last,
+                                          float (&top)[2], i32 (&key)[2], Number number) {
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            i32 j = number(n, c % 2);
+            float s = acc[n][c], &most = top[c / 2];
+            i32 &held = key[c / 2];
+            bool open = j >= own[c / 2].lo && j < own[c / 2].hi && s < GD_INFINITY;
+            if (open && (s > most || (s == most && held >= 0 && before(j, held, last)))) most = s, held = j;
+        }
+    }
+}
+
 // What a block shares.
 template <int ROWS> struct Decoding {
     Range row[ROWS];
@@ -24,71 +41,177 @@ template <int ROWS> struct Decoding {
     u32 arrived;
 };
 
+// The rows of a block, and where the keys of their head lie.
+template <class T> struct Step {
+    static constexpr int ROWS = 16;
+    const DecodeParams &p;
+    const T *q;
+    const i32 *pages;
+    u32 split, place, first, b, h0, kv;
+
+    __device__ __forceinline__ Step(const DecodeParams &p, const T *q, const i32 *pages)
+        : p(p), q(q), pages(pages) {
+        u32 each = p.q_heads / p.pack;
+        split = blockIdx.x % p.splits, place = blockIdx.x / p.splits;
+        first = place % p.row_tiles * ROWS, b = place / p.row_tiles / each;
+        h0 = place / p.row_tiles % each * p.pack, kv = h0 / (p.q_heads / p.kv_heads);
+    }
+    __device__ __forceinline__ bool exists(u32 r) const { return first + r < p.queries * p.pack; }
+    __device__ __forceinline__ u32 head(u32 r) const { return h0 + (first + r) % p.pack; }
+    __device__ __forceinline__ const T *query(u32 r) const {
+        return q + size_t(b) * p.q_batch + size_t(head(r)) * p.q_head +
+               size_t((first + r) / p.pack) * p.q_row;
+    }
+    // The page of a key, or the batch entry, and the key's row in it. What names no page reads the last one, so that
+    // a table that nobody has checked leads nowhere outside of the cache.
+    __device__ __forceinline__ u32 piece(u32 j) const {
+        return p.page_keys ? min(u32(pages[size_t(b) * p.table_row + j / p.page_keys]), p.pages - 1) : b;
+    }
+    __device__ __forceinline__ u32 inside(u32 j) const { return p.page_keys ? j % p.page_keys : j; }
+    // The row of key j among the biases of all pieces.
+    __device__ __forceinline__ size_t bias_at(u32 j) const {
+        return (size_t(piece(j)) * p.kv_heads + kv) * p.bias_row + inside(j);
+    }
+    __device__ __forceinline__ const T *key(const T *k, u32 j) const {
+        return k + size_t(piece(j)) * p.k_batch + size_t(kv) * p.k_head + size_t(inside(j)) * p.k_row;
+    }
+    // Rows that the piece of key j has, counted from its first.
+    __device__ __forceinline__ u32 piece_rows(u32 j) const {
+        return p.page_keys ? min(p.page_keys, p.keys - j + inside(j)) : p.keys;
+    }
+    // A bias with the prior of a key.
+    __device__ __forceinline__ float with_prior(float bias, const float *prior, float scale, u32 j) const {
+        return p.prior_batch && j < p.keys ? fmaf(prior[prior_at(p, b, h0) + j], scale, bias) : bias;
+    }
+
+    // What the rows see; ends with a barrier.
+    __device__ __forceinline__ void fill(Decoding<ROWS> &state, const i32 *table) const {
+        if (threadIdx.x == 0) state.all = {i32(p.keys), 0};
+        __syncthreads();
+        if (threadIdx.x < ROWS) {
+            Range r = {0, 0};
+            if (exists(threadIdx.x)) r = visible(p.mask, table, b, (first + threadIdx.x) / p.pack);
+            state.row[threadIdx.x] = r;
+            if (r.lo < r.hi) {
+                atomicMin(&state.all.lo, r.lo);
+                atomicMax(&state.all.hi, r.hi);
+            }
+        }
+        __syncthreads();
+    }
+
+    // The tiles of `size` keys that are this block's.
+    __device__ __forceinline__ Range tiles(Range all, i32 size) const {
+        i32 from = all.lo / size, count = max((all.hi + size - 1) / size - from, 0);
+        i32 share = (count + i32(p.splits) - 1) / i32(p.splits);
+        return {from + min(share * i32(split), count), from + min(share * i32(split + 1), count)};
+    }
+};
+
+// Enters the best key of every row that the warps have found; ends with a barrier.
+template <int ROWS>
+__device__ __forceinline__ void enter_best(Decoding<ROWS> &state, const float (&top)[2], const i32 (&key)[2],
+                                           u32 last, uint64_t *rows) {
+    u32 warp = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint64_t code = key[half] >= 0 ? ranked(top[half], key[half], last) : 0;
+#pragma unroll
+        for (int step = 1; step < (GD_FAULT(18) ? 2 : 4); step *= 2) {
+            uint64_t high = __shfl_xor_sync(ALL, u32(code >> 32), step),
+                     low = __shfl_xor_sync(ALL, u32(code), step);
+            uint64_t other = high << 32 | low;
+            code = other > code ? other : code;
+        }
+        if (t == 0) state.best[warp][half * 8 + g] = code;
+    }
+    if (!GD_FAULT(19)) __syncthreads();
+    if (threadIdx.x < ROWS) {
+        uint64_t code = 0;
+        for (int w = 0; w < DECODE_WARPS; w++)
+            code = state.best[w][threadIdx.x] > code ? state.best[w][threadIdx.x] : code;
+        if (code)
+            atomicMax(reinterpret_cast<unsigned long long *>(rows + threadIdx.x), (unsigned long long)(code));
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+// Whether this block is the last of its place; what the others entered is then to be seen.
+template <int ROWS> __device__ __forceinline__ bool last_to_come(Decoding<ROWS> &state, u32 *counter, u32 splits) {
+    if (threadIdx.x == 0) state.arrived = atomicAdd(counter, 1u);
+    __syncthreads();
+    if (state.arrived != (GD_FAULT(20) ? 0 : splits - 1)) return false;
+    __threadfence();
+    return true;
+}
+
+// Writes index, energy and value row of the winners; ends with a barrier.
+template <class T>
+__device__ __forceinline__ void write_winners(const Step<T> &at, const T *k, const float *beta,
+                                              const float *prior, const T *v, const float *threshold,
+                                              const uint64_t *rows, i32 *index, float *energy, T *y) {
+    const DecodeParams &p = at.p;
+    u32 lane = lane_id();
+    for (u32 r = threadIdx.x / 32; r < at.ROWS; r += DECODE_WARPS) {
+        if (!at.exists(r)) continue;
+        uint64_t code = *reinterpret_cast<const volatile uint64_t *>(rows + r);
+        i32 winner = code ? i32(p.last ? u32(code) : ~u32(code)) : -1;
+        u32 h = at.head(r);
+        float e = GD_INFINITY;
+        if (winner >= 0) {
+            float x = p.prior_batch ? prior[prior_at(p, at.b, h) + winner] : 0.0f;
+            e = pair_energy(p.score, beta[h], x, at.query(r), at.key(k, u32(winner)), p.head_dim);
+            bool admitted = finite(e) && !(threshold && e > threshold[h]);
+            if (!admitted) winner = -1, e = GD_INFINITY;
+        }
+        size_t out = (size_t(at.b) * p.q_heads + h) * p.queries + (at.first + r) / p.pack;
+        if (lane == 0) index[out] = winner, energy[out] = e;
+        u32 j = u32(max(winner, 0));
+        const T *value =
+            v + size_t(at.piece(j)) * p.v_batch + size_t(at.kv) * p.v_head + size_t(at.inside(j)) * p.v_row;
+        for (u32 d = lane; d < p.value_dim; d += 32)
+            y[out * p.value_dim + d] = winner >= 0 ? value[d] : T{};
+    }
+    __syncthreads();
+}
+
 template <class T, int DP>
 __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const T *k, const float *bias,
                                        const float *beta, const float *prior, const i32 *table,
                                        const i32 *pages, const T *v, const float *threshold, uint64_t *best,
                                        u32 *counter, i32 *index, float *energy, T *y) {
     using S = typename Scoring<T>::template Of<DP, 1>;
-    constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH, NT = KEYS / 8 / DECODE_WARPS, ROWS = 16;
+    constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH, NT = KEYS / 8 / DECODE_WARPS, ROWS = Step<T>::ROWS;
     GD_DYNAMIC_SHARED(shared);
     GD_SHARED(Decoding<ROWS>, state);
-    u32 warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
-    u32 split = blockIdx.x % p.splits, place = blockIdx.x / p.splits;
-    u32 first = place % p.row_tiles * ROWS, each = p.q_heads / p.pack, b = place / p.row_tiles / each;
-    u32 h0 = place / p.row_tiles % each * p.pack, kv = h0 / (p.q_heads / p.kv_heads);
-    auto exists = [&](u32 r) { return first + r < p.queries * p.pack; };
-    auto head = [&](u32 r) { return h0 + (first + r) % p.pack; };
-    auto query = [&](u32 r) {
-        return q + size_t(b) * p.q_batch + size_t(head(r)) * p.q_head +
-               size_t((first + r) / p.pack) * p.q_row;
-    };
-    // The page of a key, or the batch entry, and the key's row in it.
-    auto piece = [&](u32 j) {
-        return p.page_keys ? u32(pages[size_t(b) * p.table_row + j / p.page_keys]) : b;
-    };
-    auto inside = [&](u32 j) { return p.page_keys ? j % p.page_keys : j; };
-
-    if (threadIdx.x == 0) state.all = {i32(p.keys), 0};
-    __syncthreads();
-    if (threadIdx.x < ROWS) {
-        Range r = {0, 0};
-        if (exists(threadIdx.x)) r = visible(p.mask, table, b, (first + threadIdx.x) / p.pack);
-        state.row[threadIdx.x] = r;
-        if (r.lo < r.hi) {
-            atomicMin(&state.all.lo, r.lo);
-            atomicMax(&state.all.hi, r.hi);
-        }
-    }
-    __syncthreads();
+    u32 warp = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
+    Step<T> at(p, q, pages);
+    at.fill(state, table);
 
     T *tiles = reinterpret_cast<T *>(shared);
     float *biases = reinterpret_cast<float *>(tiles + 2 * TILE);
     // Every warp holds all rows.
     S scoring;
     scoring.load_queries(reinterpret_cast<T *>(biases + 2 * KEYS), p.head_dim, p.aligned, warp == 0,
-                         [&](u32 r) { return exists(r) ? query(r) : nullptr; });
+                         [&](u32 r) { return at.exists(r) ? at.query(r) : nullptr; });
 
-    i32 from = state.all.lo / KEYS, count = max((state.all.hi + KEYS - 1) / KEYS - from, 0);
-    i32 share = (count + i32(p.splits) - 1) / i32(p.splits);
-    i32 begin = from + min(share * i32(split), count), end = from + min(share * i32(split + 1), count);
-    float scale = (p.score ? 1.0f : 0.5f) / beta[h0];
+    Range own_tiles = at.tiles(state.all, KEYS);
+    float scale = (p.score ? 1.0f : 0.5f) / beta[at.h0];
     auto load = [&](i32 tile) {
-        u32 j = u32(tile) * KEYS, row = inside(j), stage = u32(tile) % 2;
-        Source<T> keys = {k + size_t(piece(j)) * p.k_batch + size_t(kv) * p.k_head, p.k_row,
-                          p.page_keys ? min(p.page_keys, p.keys - j + row) : p.keys, p.head_dim,
+        u32 j = u32(tile) * KEYS, row = at.inside(j), stage = u32(tile) % 2;
+        Source<T> keys = {at.key(k, j) - size_t(row) * p.k_row, p.k_row, at.piece_rows(j), p.head_dim,
                           p.aligned != 0};
         load_rows<T, DP, KEYS>(tiles + stage * TILE, keys, row);
-        const float *norms = bias + (size_t(piece(j)) * p.kv_heads + kv) * p.bias_row;
-        load_bias<KEYS>(biases + stage * KEYS, norms, row);
+        load_bias<KEYS>(biases + stage * KEYS, bias, at.bias_at(j));
         copy_commit();
     };
     float top[2] = {-GD_INFINITY, -GD_INFINITY};
     i32 key[2] = {-1, -1};
     Range own[2] = {state.row[g], state.row[g + 8]};
-    if (begin < end) load(begin);
-    for (i32 tile = begin; tile < end; tile++) {
-        if (tile + 1 < end) {
+    if (own_tiles.lo < own_tiles.hi) load(own_tiles.lo);
+    for (i32 tile = own_tiles.lo; tile < own_tiles.hi; tile++) {
+        if (tile + 1 < own_tiles.hi) {
             load(tile + 1);
             if (!GD_FAULT(16)) copy_wait<1>();
         } else {
@@ -103,79 +226,21 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
         for (int n = 0; n < NT; n++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                float x = norms[n * 8 + 2 * t + e];
-                u32 j = u32(start) + n * 8 + 2 * t + e;
-                if (p.prior_batch && j < p.keys) x = fmaf(prior[prior_at(p, b, h0) + j], scale, x);
-                acc[0][n][e] = acc[0][n][2 + e] = x;
+                u32 x = n * 8 + 2 * t + e;
+                acc[0][n][e] = acc[0][n][2 + e] = at.with_prior(norms[x], prior, scale, u32(start) + x);
             }
         }
         scoring.template scores<NT>(keys, warp * NT * 8, acc);
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                i32 j = start + n * 8 + i32(2 * t) + c % 2;
-                float s = acc[0][n][c], &most = top[c / 2];
-                i32 &held = key[c / 2];
-                bool open = j >= own[c / 2].lo && j < own[c / 2].hi && s < GD_INFINITY;
-                if (open && (s > most || (s == most && held >= 0 && before(j, held, p.last))))
-                    most = s, held = j;
-            }
-        }
+        take_best(acc[0], own, p.last, top, key,
+                  [&](int n, int e) { return start + n * 8 + i32(2 * t) + e; });
         __syncthreads();
     }
 
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        uint64_t code = key[half] >= 0 ? ranked(top[half], key[half], p.last) : 0;
-#pragma unroll
-        for (int step = 1; step < (GD_FAULT(18) ? 2 : 4); step *= 2) {
-            uint64_t high = __shfl_xor_sync(ALL, u32(code >> 32), step),
-                     low = __shfl_xor_sync(ALL, u32(code), step);
-            uint64_t other = high << 32 | low;
-            code = other > code ? other : code;
-        }
-        if (t == 0) state.best[warp][half * 8 + g] = code;
-    }
-    if (!GD_FAULT(19)) __syncthreads();
-    uint64_t *rows = best + size_t(place) * ROWS;
-    if (threadIdx.x < ROWS) {
-        uint64_t code = 0;
-        for (int w = 0; w < DECODE_WARPS; w++)
-            code = state.best[w][threadIdx.x] > code ? state.best[w][threadIdx.x] : code;
-        if (code)
-            atomicMax(reinterpret_cast<unsigned long long *>(rows + threadIdx.x), (unsigned long long)(code));
-        __threadfence();
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) state.arrived = atomicAdd(counter + place, 1u);
-    __syncthreads();
-    if (state.arrived != (GD_FAULT(20) ? 0 : p.splits - 1)) return;
-    __threadfence();
-    for (u32 r = warp; r < ROWS; r += DECODE_WARPS) {
-        if (!exists(r)) continue;
-        uint64_t code = *reinterpret_cast<volatile uint64_t *>(rows + r);
-        i32 winner = code ? i32(p.last ? u32(code) : ~u32(code)) : -1;
-        u32 h = head(r);
-        float e = GD_INFINITY;
-        if (winner >= 0) {
-            const T *row = k + size_t(piece(winner)) * p.k_batch + size_t(kv) * p.k_head +
-                           size_t(inside(winner)) * p.k_row;
-            float x = p.prior_batch ? prior[prior_at(p, b, h) + winner] : 0.0f;
-            e = pair_energy(p.score, beta[h], x, query(r), row, p.head_dim);
-            bool admitted = finite(e) && !(threshold && e > threshold[h]);
-            if (!admitted) winner = -1, e = GD_INFINITY;
-        }
-        size_t out = (size_t(b) * p.q_heads + h) * p.queries + (first + r) / p.pack;
-        if (lane == 0) index[out] = winner, energy[out] = e;
-        u32 j = u32(max(winner, 0));
-        const T *value =
-            v + size_t(piece(j)) * p.v_batch + size_t(kv) * p.v_head + size_t(inside(j)) * p.v_row;
-        for (u32 d = lane; d < p.value_dim; d += 32)
-            y[out * p.value_dim + d] = winner >= 0 ? value[d] : T{};
-    }
+    uint64_t *rows = best + size_t(at.place) * ROWS;
+    enter_best(state, top, key, p.last, rows);
+    if (!last_to_come(state, counter + at.place, p.splits)) return;
+    write_winners(at, k, beta, prior, v, threshold, rows, index, energy, y);
     // The workspace is zero again for the next launch.
-    __syncthreads();
     if (threadIdx.x < ROWS) rows[threadIdx.x] = 0;
-    if (threadIdx.x == 0) counter[place] = 0;
+    if (threadIdx.x == 0) counter[at.place] = 0;
 }

@@ -6,6 +6,9 @@
 #include "scan_best.cuh"
 #include "scan_list.cuh"
 
+// Entries of a list: there is no room for more than 32 candidates beside the stages.
+constexpr u32 HOPPER_LIST = 64;
+
 // Shared memory of a block: queries, then the stages' keys, their biases, the barriers, and the lists of a scan for
 // several candidates.
 template <int DP, int MT, int STAGES> struct HopperTile {
@@ -18,7 +21,7 @@ template <int DP, int MT, int STAGES> struct HopperTile {
     unsigned char *queries, *keys;
     float *biases;
     uint64_t *full, *empty;
-    List *lists;
+    float *lists;
 
     __device__ __forceinline__ explicit HopperTile(unsigned char *shared) {
         uint32_t off = shared_address(shared) % MATRIX_ALIGN;
@@ -27,7 +30,7 @@ template <int DP, int MT, int STAGES> struct HopperTile {
         biases = reinterpret_cast<float *>(keys + STAGES * TILE);
         full = reinterpret_cast<uint64_t *>(biases + STAGES * KEYS);
         empty = full + STAGES;
-        lists = reinterpret_cast<List *>(empty + STAGES);
+        lists = reinterpret_cast<float *>(empty + STAGES);
     }
 };
 
@@ -352,7 +355,7 @@ scan_list_hopper(const ScanParams &p, const TensorMap &map, const T *q, const T 
         p, map, q, k, bias, table,
         [&](const auto &tile, const Block &at, const Seen &seen, u32 first, const Source<T> &keys, const float *,
             auto scan) {
-            LongListRows rows[1] = {LongListRows(tile.lists + first)};
+            LongListRows rows[1] = {LongListRows(tile.lists + size_t(first) * 2 * HOPPER_LIST, HOPPER_LIST)};
             scan(rows);
             rows[0].write(p, at, seen, first, q, keys, beta, prior, index, energy, protected_keys, flags);
         });

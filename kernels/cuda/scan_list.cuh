@@ -1,16 +1,22 @@
-// The scan for several candidates: every row keeps a list of 64 in shared memory. Only scores above that of
-// its K-th entry are appended; when there is no room, the best K stay.
+// The scan for several candidates: every row keeps a list of 64, or for more than 32 candidates of 128, in shared
+// memory. Only scores above that of its K-th entry are appended; when there is no room, the best K stay.
 #pragma once
 #include "scan.cuh"
 
-// Entries of a list, and the bit that marks a protected key in it.
-constexpr u32 LIST = 64;
+// The bit that marks a protected key in a list.
 constexpr i32 PROTECTED = 1 << 30;
 
-// The list of a row.
+// Entries of a list.
+__device__ __forceinline__ u32 list_room(u32 candidates) { return candidates > 32 ? 128 : 64; }
+
+// The list of a row, one of a warp's.
 struct List {
-    float score[LIST];
-    i32 key[LIST];
+    float *score;
+    i32 *key;
+    u32 room;
+
+    __device__ __forceinline__ List(float *lists, u32 row, u32 room)
+        : score(lists + size_t(row) * 2 * room), key(reinterpret_cast<i32 *>(score + room)), room(room) {}
 };
 
 // Whether entry x goes before entry y: by value (rising or falling), then by key.
@@ -19,13 +25,15 @@ __device__ __forceinline__ bool ahead(float x, i32 i, float y, i32 j, bool risin
     return before(i & ~PROTECTED, j & ~PROTECTED, last);
 }
 
-// Sorts the first `count` entries and keeps the first `keep`; by a warp, no NaN among the scores.
-__device__ __forceinline__ void sort_list(List &list, u32 count, u32 keep, bool rising, u32 last) {
+// Sorts the first `count` entries, at most 32 EACH, and keeps the first `keep`; by a warp, no NaN among the scores.
+template <int EACH>
+__device__ __forceinline__ void sort_entries(const List &list, u32 count, u32 keep, bool rising, u32 last) {
     __syncwarp();
-    float score[2];
-    i32 key[2];
-    u32 rank[2] = {0, 0};
-    for (u32 x = 0; x < 2; x++) {
+    float score[EACH];
+    i32 key[EACH];
+    u32 rank[EACH] = {};
+#pragma unroll
+    for (u32 x = 0; x < EACH; x++) {
         u32 e = lane_id() + 32 * x;
         score[x] = e < count ? list.score[e] : 0.0f;
         key[x] = e < count ? list.key[e] : -1;
@@ -33,19 +41,28 @@ __device__ __forceinline__ void sort_list(List &list, u32 count, u32 keep, bool 
     for (u32 e = 0; e < count; e++) {
         float s = list.score[e];
         i32 j = list.key[e];
-        for (u32 x = 0; x < 2; x++)
+#pragma unroll
+        for (u32 x = 0; x < EACH; x++)
             rank[x] += ahead(s, j, score[x], key[x], rising, last);
     }
     if (!GD_FAULT(12)) __syncwarp();
-    for (u32 x = 0; x < 2; x++) {
+#pragma unroll
+    for (u32 x = 0; x < EACH; x++) {
         if (lane_id() + 32 * x < count && rank[x] < keep)
             list.score[rank[x]] = score[x], list.key[rank[x]] = key[x];
     }
     if (!GD_FAULT(13)) __syncwarp();
 }
+__device__ __forceinline__ void sort_list(const List &list, u32 count, u32 keep, bool rising, u32 last) {
+    // Where the room is known to be 64, the other branch is not compiled.
+    if (list.room <= 64 || count <= 64)
+        sort_entries<2>(list, count, keep, rising, last);
+    else
+        sort_entries<4>(list, count, keep, rising, last);
+}
 
 // Adds the protected keys that the row sees to its `count` candidates and marks them; returns the new count.
-__device__ __forceinline__ u32 add_protected(List &list, u32 count, const ScanParams &p, const i32 *keys,
+__device__ __forceinline__ u32 add_protected(const List &list, u32 count, const ScanParams &p, const i32 *keys,
                                              Range seen) {
     for (u32 x = 0; x < p.protected_slots; x++) {
         i32 j = keys[x];
@@ -67,11 +84,12 @@ __device__ __forceinline__ u32 add_protected(List &list, u32 count, const ScanPa
 // The lists of the 16 rows of a warp. A lane knows of rows g and g + 8 the score that a new entry has to exceed and
 // the number of entries, the same in the four lanes that share a row.
 struct ListRows {
-    List *lists;
+    float *lists;
+    u32 room;
     float bar[2];
     u32 count[2];
 
-    __device__ __forceinline__ explicit ListRows(List *lists) : lists(lists) {
+    __device__ __forceinline__ ListRows(float *lists, u32 room) : lists(lists), room(room) {
         bar[0] = bar[1] = -GD_INFINITY;
         count[0] = count[1] = 0;
     }
@@ -96,17 +114,17 @@ struct ListRows {
                 hits[x] = __ballot_sync(ALL, s > bar[half] && s < GD_INFINITY) & quad;
                 total += __popc(hits[x]);
             }
-            u32 full = __ballot_sync(ALL, count[half] + total > (GD_FAULT(14) ? LIST + 8 : LIST));
+            u32 full = __ballot_sync(ALL, count[half] + total > (GD_FAULT(14) ? room + 8 : room));
             for (; full; full &= ~(0xfu << ((__ffs(full) - 1) & 28))) {
                 u32 r = (__ffs(full) - 1) / 4, entries = __shfl_sync(ALL, count[half], r * 4);
-                List &list = lists[half * 8 + r];
+                List list(lists, half * 8 + r, room);
                 sort_list(list, entries, p.candidates, false, p.last);
                 if (g == r) {
                     count[half] = min(entries, p.candidates);
                     if (entries >= p.candidates) bar[half] = list.score[p.candidates - 1];
                 }
             }
-            List &list = lists[half * 8 + g];
+            List list(lists, half * 8 + g, room);
 #pragma unroll
             for (int x = 0; x < 8; x++) {
                 if (hits[x] >> lane & 1) {
@@ -132,7 +150,7 @@ struct ListRows {
                 u32 row = first + half * 8 + r, h = at.head(p, row);
                 u32 entries = __shfl_sync(ALL, count[half], r * 4);
                 if (!at.exists(p, row)) continue;
-                List &list = lists[half * 8 + r];
+                List list(lists, half * 8 + r, room);
                 sort_list(list, entries, p.candidates, false, p.last);
                 entries = min(entries, p.candidates);
                 if (p.protected_slots) {
@@ -183,7 +201,9 @@ __device__ __forceinline__ void scan_list(const ScanParams &p, const T *q, const
     scoring.load_queries(
         reinterpret_cast<T *>(behind + warp * S::QUERY_BYTES), p.head_dim, p.aligned, true,
         [&](u32 r) { return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr; });
-    ListRows rows(reinterpret_cast<List *>(behind + warps * S::QUERY_BYTES) + first);
+    u32 room = list_room(p.candidates);
+    float *lists = reinterpret_cast<float *>(behind + warps * S::QUERY_BYTES);
+    ListRows rows(lists + size_t(first) * 2 * room, room);
 
     Range own[1][2] = {{seen.row[first + g], seen.row[first + g + 8]}};
     Reach reach(seen, first, S::ROWS);

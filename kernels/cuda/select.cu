@@ -93,8 +93,12 @@ SELECT(bf16)
 SELECT(f32)
 
 KERNEL(256, 4)
-prior_gradient_sm80(SelectParams p, const u32 *starts, const u32 *entries, const float *grad, float *dprior) {
-    prior_gradient(here(), p, starts, entries, grad, dprior);
+prior_parts_f32_sm80(SelectParams p, READERS, const float *grad, float *rows) {
+    prior_parts(here(), p, {starts, lists, entries, parts}, grad, rows);
+}
+GD_REGISTER(prior_parts_f32_sm80)
+KERNEL(256, 4) prior_gradient_sm80(SelectParams p, const float *rows, float *dprior) {
+    prior_gradient(here(), p, rows, dprior);
 }
 GD_REGISTER(prior_gradient_sm80)
 KERNEL(256, 4) head_sums_sm80(SelectParams p, const float *rows, float *out) {

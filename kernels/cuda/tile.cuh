@@ -36,7 +36,7 @@ __device__ __forceinline__ void load_rows(T *tile, const Source<T> &s, u32 first
 }
 
 // The 64 biases, or 32, of a tile; their rows are padded to whole tiles.
-template <int KEYS> __device__ __forceinline__ void load_bias(float *to, const float *bias, u32 first) {
+template <int KEYS> __device__ __forceinline__ void load_bias(float *to, const float *bias, size_t first) {
     for (u32 c = threadIdx.x; c < KEYS / 4; c += blockDim.x)
         copy_async(to + 4 * c, bias + first + 4 * c, 16);
 }

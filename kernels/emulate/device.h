@@ -42,7 +42,7 @@ struct Kind {
     const char *name;
     void (*complete)(Lanes lanes);
 };
-extern const Kind SYNC, SHUFFLE, BALLOT, MATRICES, MMA_F16, MMA_BF16;
+extern const Kind SYNC, SHUFFLE, BALLOT, MATRICES, MMA_F16, MMA_BF16, MMA_S8;
 
 // All lanes of the warp must come, to the same kind of meeting: `in` of every lane is seen by all.
 struct Request {
@@ -119,6 +119,11 @@ struct Mma {
     const uint32_t *a;
     uint32_t b[2];
 };
+struct IntegerMma {
+    int32_t *c;
+    const uint32_t *a;
+    uint32_t b[2];
+};
 
 } // namespace emulate
 
@@ -164,6 +169,10 @@ inline float __uint_as_float(uint32_t x) {
     std::memcpy(&y, &x, 4);
     return y;
 }
+
+// Never fused with one another.
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
 
 inline void __syncthreads() { emulate::block_barrier(); }
 inline void __threadfence() {}
@@ -237,5 +246,10 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 }
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
     gd_mma(emulate::MMA_BF16, c, a, b0, b1);
+}
+inline void mma(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulate::IntegerMma operands = {c, a, {b0, b1}};
+    emulate::Request request = {&emulate::MMA_S8, 0, 0, &operands};
+    emulate::meet(request, 0xffffffffu);
 }
 #endif

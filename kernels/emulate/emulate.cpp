@@ -262,6 +262,26 @@ void mma_step(Lanes lanes, bool bfloat) {
     }
 }
 
+void integer_mma_step(Lanes lanes) {
+    int a[16][32], b[32][8];
+    for (int l = 0; l < 32; l++) {
+        const IntegerMma &m = *static_cast<const IntegerMma *>(lanes[l]->data);
+        int g = l / 4, t = l % 4;
+        for (int byte = 0; byte < 4; byte++) {
+            for (int r = 0; r < 4; r++)
+                a[g + r % 2 * 8][4 * t + byte + r / 2 * 16] = int8_t(m.a[r] >> 8 * byte);
+            for (int r = 0; r < 2; r++)
+                b[4 * t + byte + r * 16][g] = int8_t(m.b[r] >> 8 * byte);
+        }
+    }
+    for (int l = 0; l < 32; l++) {
+        const IntegerMma &m = *static_cast<const IntegerMma *>(lanes[l]->data);
+        for (int r = 0; r < 4; r++)
+            for (int k = 0; k < 32; k++)
+                m.c[r] += a[l / 4 + r / 2 * 8][k] * b[k][2 * (l % 4) + r % 2];
+    }
+}
+
 void no_effect(Lanes) {}
 
 void shuffle(Lanes lanes) {
@@ -304,6 +324,7 @@ const Kind BALLOT = {"ballot", ballot};
 const Kind MATRICES = {"ldmatrix", load_matrices};
 const Kind MMA_F16 = {"mma f16", [](Lanes lanes) { mma_step(lanes, false); }};
 const Kind MMA_BF16 = {"mma bf16", [](Lanes lanes) { mma_step(lanes, true); }};
+const Kind MMA_S8 = {"mma s8", integer_mma_step};
 
 void fail(const char *format, ...) {
     char text[256];

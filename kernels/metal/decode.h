@@ -34,7 +34,7 @@ INLINE const device T *query_row(constant DecodeParams &p, const thread Decoding
 
 // The page of a key, or the batch entry, and the key's row in it.
 INLINE u32 piece_of(constant DecodeParams &p, const thread Decoding &at, const device i32 *pages, u32 j) {
-    return p.page_keys ? u32(pages[size_t(at.b) * p.table_row + j / p.page_keys]) : at.b;
+    return p.page_keys ? min(u32(pages[size_t(at.b) * p.table_row + j / p.page_keys]), p.pages - 1) : at.b;
 }
 INLINE u32 inside_piece(constant DecodeParams &p, u32 j) { return p.page_keys ? j % p.page_keys : j; }
 template <class T>

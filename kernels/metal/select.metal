@@ -114,11 +114,14 @@ SELECT(f32)
 SELECT(f16)
 SELECT(bf16)
 
-KERNEL(256) prior_gradient_metal(PARAMS_AT_0, const device u32 *starts [[buffer(1)]],
-                                 const device u32 *entries [[buffer(2)]],
-                                 const device float *grad [[buffer(3)]], device float *dprior [[buffer(4)]],
-                                 GD_THREAD) {
-    prior_gradient(GD_HERE, p, starts, entries, grad, dprior);
+KERNEL(256) prior_parts_f32_metal(PARAMS_AT_0, READERS, const device float *grad [[buffer(5)]],
+                                  device float *rows [[buffer(6)]], GD_THREAD) {
+    prior_parts(GD_HERE, p, GD_READERS, grad, rows);
+}
+GD_REGISTER(prior_parts_f32_metal)
+KERNEL(256) prior_gradient_metal(PARAMS_AT_0, const device float *rows [[buffer(1)]],
+                                 device float *dprior [[buffer(2)]], GD_THREAD) {
+    prior_gradient(GD_HERE, p, rows, dprior);
 }
 GD_REGISTER(prior_gradient_metal)
 KERNEL(256) head_sums_metal(PARAMS_AT_0, const device float *rows [[buffer(1)]],

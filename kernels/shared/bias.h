@@ -14,12 +14,7 @@ INLINE void scan_bias(Thread me, PARAMS BiasParams &p, const DEVICE T *k, const 
     if (j < p.keys) {
         u32 kv = head / (p.bias_heads / p.kv_heads);
         const DEVICE T *key = k + size_t(b) * p.k_batch + size_t(kv) * p.k_head + size_t(j) * p.k_row;
-        float sum = 0;
-        if (!p.score) {
-            for (u32 d = me.lane(); d < p.head_dim; d += 32)
-                sum = fma(up(key[d]), up(key[d]), sum);
-            sum = -0.5f * warp_sum(sum);
-        }
+        float sum = key_bias(me, p.score, key, p.head_dim);
         float scale = (p.score ? 1.0f : 0.5f) / beta[head % p.q_heads];
         x = p.prior_batch ? fma(prior[prior_at(p, b, head) + j], scale, sum) : sum;
     }

@@ -118,23 +118,36 @@ INLINE void energy_key_gradient(Thread me, PARAMS SelectParams &p, const LOCAL R
     sum_readers(me, p, p.head_dim, r, dk, AddEnergyKey<T>{p, q, k, beta, grad});
 }
 
-// dprior [B|1, Hq|Hk, M]: minus the gradients of the energies in which the key's prior takes part, one
-// thread a prior.
-INLINE void prior_gradient(Thread me, PARAMS SelectParams &p, const DEVICE u32 *starts,
-                           const DEVICE u32 *entries, const DEVICE float *grad, DEVICE float *dprior) {
-    u32 at = me.block * me.threads + me.index;
+// rows [B, Hk, M, prior heads of a key head]: minus the gradients of the energies in which a key's prior takes
+// part.
+struct AddPrior {
+    const DEVICE float *grad;
+    u32 dim, share;
+
+    INLINE void operator()(Thread me, u32 slot, const LOCAL Place &at, i32, u32 first,
+                           LOCAL float (&sum)[4]) const {
+        float g = grad[slot];
+        for (u32 x = 0; x < 4; x++)
+            if (first + 32 * x + me.lane() == at.h / share % dim) sum[x] -= g;
+    }
+};
+INLINE void prior_parts(Thread me, PARAMS SelectParams &p, const LOCAL Readers &r, const DEVICE float *grad,
+                        DEVICE float *rows) {
+    u32 dim = p.prior_heads / p.kv_heads;
+    sum_readers(me, p, dim, r, rows, AddPrior{grad, dim, p.q_heads / p.prior_heads});
+}
+
+// dprior [B|1, Hq|Hk, M] from those rows, one thread a prior.
+INLINE void prior_gradient(Thread me, PARAMS SelectParams &p, const DEVICE float *rows,
+                           DEVICE float *dprior) {
+    u32 at = me.global(), dim = p.prior_heads / p.kv_heads;
     if (at >= p.prior_batch * p.prior_heads * p.keys) return;
     u32 j = at % p.keys, head = at / p.keys % p.prior_heads, pb = at / p.keys / p.prior_heads;
-    u32 kv = head / (p.prior_heads / p.kv_heads);
-    Total sum = total(0.0f);
-    for (u32 b = pb; b < p.batch; b += p.prior_batch) {
-        u32 list = (b * p.kv_heads + kv) * p.keys + j;
-        for (u32 x = starts[list]; x < starts[list + 1]; x++) {
-            u32 slot = entries[x], h = slot / p.slots / p.queries % p.q_heads;
-            if (h / (p.q_heads / p.prior_heads) == head) sum = plus(sum, total(-grad[slot]));
-        }
-    }
-    dprior[at] = value(sum);
+    float sum = 0;
+    for (u32 b = pb; b < p.batch; b += p.prior_batch)
+        sum += rows[((size_t(b) * p.kv_heads + head / dim) * p.keys + j) * dim +
+                    (GD_FAULT(87) ? 0 : head % dim)];
+    dprior[at] = sum;
 }
 
 // Sums of rows [B, Hq, N] into heads [Hq], one block a head; `part` has an entry for each of its threads.

@@ -42,6 +42,21 @@ struct BiasParams {
     u32 score;        // 0: energy, 1: dot product
 };
 
+// Keys [pieces, Hk, m, D] as 8-bit integers, entered from row `first` on into pieces of `room` keys.
+struct QuantizeParams {
+    u32 pieces;
+    u32 kv_heads;
+    u32 keys;
+    u32 head_dim;
+    u32 k_batch;
+    u32 k_head;
+    u32 k_row;
+    u32 first;
+    u32 room;         // a multiple of 64
+    u32 width;        // bytes of a key: D rounded up to 16
+    u32 score;
+};
+
 struct ScanParams {
     u32 batch;
     u32 q_heads;
@@ -102,11 +117,13 @@ struct DecodeParams {
     u32 splits;       // blocks that share the keys of a row
     u32 page_keys;    // keys of a page; 0: no pages
     u32 table_row;    // pages of a batch entry in the block table
-    u32 bias_row;
+    u32 pages;        // pages in all
+    u32 bias_row;     // keys of a piece for which there is room in the cache of biases, or of 8-bit keys
     u32 prior_batch;  // 0: no prior
     u32 prior_heads;
     u32 score;
     u32 last;
+    u32 capacity;     // of 8-bit decoding: candidates that a place keeps
     MaskParams mask;
 };
 

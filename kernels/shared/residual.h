@@ -113,5 +113,5 @@ INLINE void select_rest(Thread me, PARAMS SelectParams &p, const DEVICE i32 *ind
     u32 at = me.global();
     if (at >= p.batch * p.q_heads * p.queries * p.slots) return;
     i32 won = slot[at / p.slots];
-    out[at] = won < 0 || u32(won) == at % p.slots ? -1 : index[at];
+    out[at] = (won < 0 && !GD_FAULT(88)) || u32(won) == at % p.slots ? -1 : index[at];
 }

@@ -23,6 +23,15 @@ INLINE float pair_energy(Thread me, u32 score, float beta, float prior, const DE
     return beta * pair_form(me, score, q, k, dim) - prior;
 }
 
+// The bias of a key without a prior, by a warp: -|k|^2 / 2, or 0 for the dot product.
+template <class K> INLINE float key_bias(Thread me, u32 score, const DEVICE K *k, u32 dim) {
+    if (score) return 0;
+    float sum = 0;
+    for (u32 d = me.lane(); d < dim; d += 32)
+        sum = fma(up(k[d]), up(k[d]), sum);
+    return -0.5f * warp_sum(sum);
+}
+
 INLINE float warp_min(float x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2)

@@ -17,6 +17,7 @@ mod mask;
 #[cfg(feature = "metal")]
 pub mod metal;
 mod options;
+mod paged;
 mod plan;
 mod quantized;
 pub mod reference;
@@ -31,6 +32,7 @@ pub use error::{Error, Result};
 pub use gpu::tensors::key_bias::KeyBias;
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
+pub use paged::{PagedCache, scan_select_paged};
 pub use plan::{Backend, CANDIDATES, CpuPlan, Isa, Plan, Problem, Walk, support_table};
 pub use quantized::QuantizedKeys;
 pub use scan::{Candidates, Scan, plan, scan, scan_all};

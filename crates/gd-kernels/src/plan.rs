@@ -213,10 +213,11 @@ const SUPPORT: &[Support] = &[
     Support {
         device: "cuda",
         dtypes: &[DType::F32, DType::F16, DType::BF16],
+        // In decoding alone, which has a plan of its own.
         certified: &[],
         head_dim: 8..=256,
         step: 8,
-        candidates: &[1, 2, 4, 8, 16, 32],
+        candidates: &CANDIDATES,
     },
     #[cfg(feature = "metal")]
     Support {

@@ -7,6 +7,8 @@ use crate::cpu::filter::Filter;
 use crate::cpu::view::with_view;
 use crate::error::{Error, Result};
 use crate::fused::with_contiguous_rows;
+#[cfg(any(feature = "cuda", feature = "metal"))]
+use crate::gpu::tensors::quantized::Codes;
 use crate::options::Score;
 use crate::plan::{Problem, require_device};
 use crate::scan::dims4;
@@ -16,9 +18,17 @@ use crate::scan::dims4;
 /// and its result is that of the native scan.
 #[derive(Debug, Clone)]
 pub struct QuantizedKeys {
-    filter: Filter,
+    held: Held,
     shape: [usize; 3],
     dtype: DType,
+}
+
+/// The integers in the order in which a device reads them.
+#[derive(Debug, Clone)]
+enum Held {
+    Cpu(Filter),
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    Gpu(Codes),
 }
 
 impl QuantizedKeys {
@@ -27,11 +37,21 @@ impl QuantizedKeys {
     /// # Errors
     /// A tensor of another rank, dtype or device.
     pub fn new(k: &Tensor, score: Score) -> Result<Self> {
-        let (b, h, _, d) = dims4("k", k)?;
+        let (b, h, _keys, d) = dims4("k", k)?;
         if d > crate::plan::MAX_HEAD_DIM {
             return Err(Error::Unsupported(format!("head_dim {d}; at most {}", crate::plan::MAX_HEAD_DIM)));
         }
-        let mut new = Self { filter: Filter::new(b * h, d, score), shape: [b, h, d], dtype: k.dtype() };
+        require_device("quantised keys", k.device())?;
+        let held = match k.device() {
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            device @ (candle_core::Device::Cuda(_) | candle_core::Device::Metal(_)) => {
+                let (pieces, kv_heads, head_dim, dtype) = (b, h, d, k.dtype());
+                let shape = crate::gpu::quantize::Shape { pieces, kv_heads, head_dim, dtype, score };
+                Held::Gpu(Codes::new(shape, _keys, device)?)
+            }
+            _ => Held::Cpu(Filter::new(b * h, d, score)),
+        };
+        let mut new = Self { held, shape: [b, h, d], dtype: k.dtype() };
         new.append(k)?;
         Ok(new)
     }
@@ -55,15 +75,32 @@ impl QuantizedKeys {
             )));
         }
         let k = with_contiguous_rows(&k.detach())?;
-        by_float!("quantised keys", k.dtype(), T => with_view::<T, _>(&k, |k| {
-            self.filter.append(k);
-            Ok(())
-        }))
+        match &mut self.held {
+            Held::Cpu(filter) => by_float!("quantised keys", k.dtype(), T => with_view::<T, _>(&k, |k| {
+                filter.append(k);
+                Ok(())
+            })),
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            Held::Gpu(codes) => codes.append(&k),
+        }
     }
 
     /// Keys held per head.
     pub fn len(&self) -> usize {
-        self.filter.len()
+        match &self.held {
+            Held::Cpu(filter) => filter.len(),
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            Held::Gpu(codes) => codes.len(),
+        }
+    }
+
+    /// The score whose biases are held.
+    fn score(&self) -> Score {
+        match &self.held {
+            Held::Cpu(filter) => filter.score(),
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            Held::Gpu(codes) => codes.score(),
+        }
     }
 
     /// Whether no key is held.
@@ -71,11 +108,30 @@ impl QuantizedKeys {
         self.len() == 0
     }
 
-    /// The integers, if they are those of a problem's keys.
+    /// The integers on the CPU, if they are those of a problem's keys.
     pub(crate) fn filter(&self, problem: &Problem) -> Result<&Filter> {
+        self.check(problem)?;
+        match &self.held {
+            Held::Cpu(filter) => Ok(filter),
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            Held::Gpu(_) => Err(Error::Invalid("quantised keys on a GPU for keys on the CPU".into())),
+        }
+    }
+
+    /// The integers on a GPU, if they are those of a problem's keys.
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    pub(crate) fn codes(&self, problem: &Problem) -> Result<&Codes> {
+        self.check(problem)?;
+        match &self.held {
+            Held::Gpu(codes) => Ok(codes),
+            Held::Cpu(_) => Err(Error::Invalid("quantised keys on the CPU for keys on a GPU".into())),
+        }
+    }
+
+    fn check(&self, problem: &Problem) -> Result<()> {
         let Problem { batch, kv_heads, keys, head_dim, .. } = *problem;
         let fits = self.shape == [batch, kv_heads, head_dim] && self.len() == keys;
-        if !fits || self.dtype != problem.dtype || self.filter.score() != problem.score {
+        if !fits || self.dtype != problem.dtype || self.score() != problem.score {
             return Err(Error::Invalid(format!(
                 "quantised keys [{}, {}, {}, {}] of {:?} for the {:?} score do not belong to keys [{batch}, \
                  {kv_heads}, {keys}, {head_dim}] of {:?} and the {:?} score",
@@ -84,11 +140,11 @@ impl QuantizedKeys {
                 self.len(),
                 self.shape[2],
                 self.dtype,
-                self.filter.score(),
+                self.score(),
                 problem.dtype,
                 problem.score
             )));
         }
-        Ok(&self.filter)
+        Ok(())
     }
 }

@@ -136,7 +136,8 @@ pub(crate) fn planned(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<(Problem, P
     Ok((problem, plan))
 }
 
-fn problem(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Problem> {
+/// The validated problem.
+pub(crate) fn problem(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Problem> {
     let (batch, q_heads, queries, head_dim) = dims4("q", q)?;
     let (kb, kv_heads, keys, kd) = dims4("k", k)?;
     if kb != batch || kd != head_dim {

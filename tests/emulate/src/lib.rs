@@ -4,8 +4,9 @@
 //! launch with an error. See `kernels/emulate`.
 #![allow(unsafe_code)] // calls into C++
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::hash::{DefaultHasher, Hasher};
 
 use gd_kernels::gpu::tensor_map::BOX_BYTES;
 use gd_kernels::gpu::{Arch, Constants, Gpu, Launch, Slice, TensorMap};
@@ -113,6 +114,7 @@ pub struct Emulator {
     seed: Cell<u64>,
     fault: i32,
     launches: Cell<usize>,
+    downloaded: RefCell<DefaultHasher>,
 }
 
 impl Emulator {
@@ -128,7 +130,8 @@ impl Emulator {
     }
 
     fn with_arch(seed: u64, arch: Arch) -> Self {
-        Self { arch, seed: Cell::new(seed << 20), fault: 0, launches: Cell::new(0) }
+        let (seed, launches, downloaded) = (Cell::new(seed << 20), Cell::new(0), RefCell::default());
+        Self { arch, seed, fault: 0, launches, downloaded }
     }
 
     /// The same device with a fault in its kernels: `GD_FAULT(fault)` holds.
@@ -151,6 +154,11 @@ impl Emulator {
     /// Kernels that have run.
     pub fn launches(&self) -> usize {
         self.launches.get()
+    }
+
+    /// A hash of all that has been downloaded so far: the same bits give the same one.
+    pub fn digest(&self) -> u64 {
+        self.downloaded.borrow().finish()
     }
 
     fn next(&self) -> u64 {
@@ -190,7 +198,10 @@ impl Gpu for Emulator {
     fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
         let all = from.buffer.bytes();
         match all.get(from.offset..from.offset + bytes) {
-            Some(part) => Ok(part.to_vec()),
+            Some(part) => {
+                self.downloaded.borrow_mut().write(part);
+                Ok(part.to_vec())
+            }
             None => Err(Error::Invalid(format!("{bytes} bytes from {} of {}", from.offset, all.len()))),
         }
     }

@@ -2,8 +2,10 @@
 //!
 //! q `[B, Hq, N, D]`. The cache is k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, or pages `[pages, Hk, page, D|Dv]`
 //! with a block table `[B, most pages]`. Beside the keys it holds their biases without a prior, f32
-//! `[B|pages, Hk, bias_row]`, as [`scan::key_bias`](super::scan::key_bias) computes them. index and energy
-//! `[B, Hq, N]`, y `[B, Hq, N, Dv]`: what a scan with one candidate and a threshold gives, to the bit.
+//! `[B|pages, Hk, bias_row]`, as [`scan::key_bias`](super::scan::key_bias) computes them, or, for certified
+//! decoding, the keys as 8-bit integers ([`super::quantize`]): those are then read instead, and of the keys
+//! themselves only the few that the bounds do not rule out. index and energy `[B, Hq, N]`, y `[B, Hq, N, Dv]`: what a
+//! scan with one candidate and a threshold gives, to the bit, at either precision.
 
 use std::fmt;
 
@@ -11,17 +13,20 @@ use bytemuck::bytes_of;
 use candle_core::DType;
 
 use super::params::DecodeParams;
+use super::quantize::{KNOWN, Quantized};
 use super::scan::{BIAS_TILE, Prior, bias_row, padded_dim, tile_bytes};
 use super::{
     Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute,
 };
 use crate::error::{Error, Result};
 use crate::mask::Mask;
-use crate::options::{Score, TieBreak};
+use crate::options::{Precision, Score, TieBreak};
 use crate::plan::Problem;
 
 /// Most queries a sequence.
 pub const MAX_QUERIES: usize = 16;
+/// What the keys of a page are a multiple of: tiles do not cross pages.
+pub const PAGE_STEP: usize = BIAS_TILE;
 /// Rows of a block.
 const ROWS: usize = 16;
 /// Warps of a block.
@@ -32,6 +37,12 @@ const BLOCKS_A_PROCESSOR: usize = 4;
 const LEAST_TILES: usize = 2;
 /// Shared memory that the kernel declares itself.
 const STATIC: usize = 1024;
+/// Entries of a warp's list of candidates in certified decoding, of 8 bytes.
+const SIEVE: usize = 256;
+/// Candidates for which a place has room, a split; others are scored at once.
+const LISTED: usize = 64;
+/// Keys beyond which a candidate, its key and row, does not fit in 4 bytes.
+const MOST_CERTIFIED: usize = 1 << 28;
 
 /// How a decoding step is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +61,8 @@ pub struct Plan {
     pub shared_bytes: usize,
     /// The kernel that picks the best of all splits (Metal, which has no 64-bit atomics to do it at once).
     pub merge: Option<String>,
+    /// Candidates that the blocks of a place may list, in certified decoding; 0 otherwise.
+    pub capacity: usize,
 }
 
 impl fmt::Display for Plan {
@@ -79,14 +92,35 @@ impl Plan {
         if problem.candidates != 1 {
             return Err(Error::Unsupported(format!("decode: {} candidates; 1 is", problem.candidates)));
         }
+        let certified = problem.precision == Precision::Certified;
         let (half, metal) = (dtype != DType::F32, arch.is_metal());
-        let tile_keys = if half || metal { 64 } else { 32 };
+        if certified && metal {
+            return Err(Error::Unsupported("decode: certified precision on Metal; native is".into()));
+        }
+        if certified && keys >= MOST_CERTIFIED {
+            return Err(Error::Unsupported(format!(
+                "decode: {keys} keys at certified precision; fewer than {MOST_CERTIFIED} are"
+            )));
+        }
+        let tile_keys = if half || metal || certified { 64 } else { 32 };
         let pack = if prior { 1 } else { problem.group() };
         let row_tiles = (queries * pack).div_ceil(ROWS);
+        let row_bytes = padded * dtype.size_in_bytes() + 16;
+        // Outside the tensor cores, queries are read from shared memory; Metal's are widened.
         let queries_bytes = if half && !metal { 0 } else { ROWS * (padded * 4 + 16) };
-        // On Metal every simdgroup reads its keys straight from memory.
-        let tiles = if metal { 0 } else { tile_bytes(dtype, padded, tile_keys) };
-        let shared_bytes = tiles + queries_bytes;
+        let shared_bytes = queries_bytes
+            + if certified {
+                let gathered = if half { 16 } else { 8 };
+                // Two tiles of integers and what is known of them; lists and gathered keys of every warp; the rows.
+                (2 * tile_keys + ROWS) * (padded + 16)
+                    + 2 * tile_keys * KNOWN
+                    + WARPS as usize * (SIEVE * 8 + gathered * row_bytes)
+            } else if metal {
+                // Every simdgroup reads its keys straight from memory.
+                0
+            } else {
+                tile_bytes(dtype, padded, tile_keys)
+            };
         let room = arch.shared_bytes as usize - STATIC;
         if shared_bytes > room {
             return Err(Error::Unsupported(format!(
@@ -96,9 +130,11 @@ impl Plan {
         let places = batch * (q_heads / pack) * row_tiles;
         let wanted = (arch.processors as usize * BLOCKS_A_PROCESSOR).div_ceil(places);
         let splits = wanted.min(keys.div_ceil(tile_keys * LEAST_TILES)).max(1);
-        let kernel = format!("decode_{name}_d{padded}_{}", arch.suffix());
+        let kind = if certified { "decode_certified" } else { "decode" };
+        let kernel = format!("{kind}_{name}_d{padded}_{}", arch.suffix());
         let merge = metal.then(|| format!("decode_merge_{name}_metal"));
-        let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, merge };
+        let capacity = if certified { splits * LISTED } else { 0 };
+        let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, merge, capacity };
         grid("decode", plan.places(problem) as u128 * splits as u128)?;
         Ok(plan)
     }
@@ -109,8 +145,25 @@ impl Plan {
 
     /// Bytes of the workspace of a problem.
     pub fn workspace_bytes(&self, problem: &Problem) -> usize {
-        // Score and key of every row: of every split, or the best so far and a count of the splits.
-        self.places(problem) * if self.merge.is_some() { self.splits * ROWS * 8 } else { ROWS * 8 + 4 }
+        self.workspace(problem).1
+    }
+
+    /// Where the parts of the workspace begin after the first, and its end. The best score and key of every row, and
+    /// a count of the splits; on Metal those of every split; in certified decoding lower bounds, counters and candidates
+    /// beside them.
+    fn workspace(&self, problem: &Problem) -> (Vec<usize>, usize) {
+        let places = self.places(problem);
+        let sizes: &[usize] = match (&self.merge, self.capacity) {
+            (Some(_), _) => &[self.splits * ROWS * 8],
+            (None, 0) => &[ROWS * 8, 4],
+            (None, capacity) => &[ROWS * 8, ROWS * 4, 8, capacity * 8],
+        };
+        let mut ends: Vec<usize> = Vec::new();
+        for size in sizes {
+            ends.push(ends.last().unwrap_or(&0) + places * size);
+        }
+        let end = ends.pop().unwrap_or(0);
+        (ends, end)
     }
 }
 
@@ -127,6 +180,15 @@ pub struct Pages<'a, B> {
     pub count: usize,
 }
 
+/// What a cache knows of its keys.
+#[derive(Debug)]
+pub enum Known<'a, B> {
+    /// Their biases without a prior, at native precision.
+    Bias(Slice<'a, B>),
+    /// The keys as 8-bit integers, at certified precision.
+    Quantized(Quantized<'a, B>),
+}
+
 /// What decoding reads.
 #[derive(Debug)]
 pub struct Inputs<'a, B> {
@@ -138,8 +200,8 @@ pub struct Inputs<'a, B> {
     pub v: Tensor4<'a, B>,
     /// Dv.
     pub value_dim: usize,
-    /// The keys' biases without a prior.
-    pub bias: Slice<'a, B>,
+    /// What is known of the keys, for the precision of the problem.
+    pub known: Known<'a, B>,
     /// The pages, if there are.
     pub pages: Option<Pages<'a, B>>,
     /// f32 `[Hq]`, > 0.
@@ -180,10 +242,10 @@ pub fn decode<G: Gpu>(
     let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
     let (pieces, piece_keys) = x.pages.as_ref().map_or((batch, keys), |p| (p.count, p.keys));
     if let Some(p) = &x.pages
-        && (p.keys == 0 || p.keys % BIAS_TILE != 0 || p.row * p.keys < keys)
+        && (p.keys == 0 || p.keys % PAGE_STEP != 0 || p.row * p.keys < keys)
     {
         return Err(Error::Invalid(format!(
-            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {BIAS_TILE}",
+            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {PAGE_STEP}",
             p.row, p.keys
         )));
     }
@@ -192,7 +254,19 @@ pub fn decode<G: Gpu>(
     let [q_batch, q_head, q_row] = x.q.checked("q", q_dims)?;
     let [k_batch, k_head, k_row] = x.k.checked("k", k_dims)?;
     let [v_batch, v_head, v_row] = x.v.checked("v", [pieces, kv_heads, piece_keys, x.value_dim])?;
-    elements("bias", (pieces * kv_heads) as u128 * bias_row(piece_keys) as u128)?;
+    let bias_row = match &x.known {
+        Known::Bias(_) => bias_row(piece_keys),
+        Known::Quantized(quantized) => quantized.room,
+    };
+    let certified = matches!(x.known, Known::Quantized(_));
+    if certified != (problem.precision == Precision::Certified) || bias_row < piece_keys {
+        return Err(Error::Invalid(format!(
+            "decode: {:?} precision with {} for {bias_row} of {piece_keys} keys",
+            problem.precision,
+            if certified { "8-bit keys" } else { "biases" }
+        )));
+    }
+    elements("bias", (pieces * kv_heads) as u128 * bias_row as u128)?;
     let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
     let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
     let params = DecodeParams {
@@ -218,11 +292,13 @@ pub fn decode<G: Gpu>(
         splits: plan.splits as u32,
         page_keys: x.pages.as_ref().map_or(0, |p| p.keys as u32),
         table_row: x.pages.as_ref().map_or(0, |p| p.row as u32),
-        bias_row: bias_row(piece_keys) as u32,
+        pages: x.pages.as_ref().map_or(0, |p| p.count as u32),
+        bias_row: bias_row as u32,
         prior_batch,
         prior_heads,
         score: u32::from(problem.score == Score::Dot),
         last: u32::from(problem.tie == TieBreak::Last),
+        capacity: plan.capacity as u32,
         mask,
     };
     let places = plan.places(problem);
@@ -239,10 +315,12 @@ pub fn decode<G: Gpu>(
             buffers,
         })
     };
-    let mut buffers = vec![
-        Some(x.q.data),
-        Some(x.k.data),
-        Some(x.bias),
+    let mut buffers = vec![Some(x.q.data), Some(x.k.data)];
+    match &x.known {
+        Known::Bias(bias) => buffers.push(Some(*bias)),
+        Known::Quantized(quantized) => buffers.extend([Some(quantized.codes), Some(quantized.known)]),
+    }
+    let scales = [
         Some(x.beta),
         x.prior.as_ref().map(|p| p.data),
         table.as_ref().map(Slice::from),
@@ -251,13 +329,17 @@ pub fn decode<G: Gpu>(
     let results = [Some(x.v.data), x.threshold, Some(x.workspace)];
     let outputs = [out.index, out.energy, out.y].map(Some);
     let Some(merge) = &plan.merge else {
-        let counter = Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + places * ROWS * 8 };
-        buffers.extend(results.into_iter().chain([Some(counter)]).chain(outputs));
+        let (parts, _) = plan.workspace(problem);
+        let rest = parts
+            .iter()
+            .map(|at| Some(Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + at }));
+        buffers.extend(scales.into_iter().chain(results).chain(rest).chain(outputs));
         return launch(&plan.kernel, places * plan.splits, plan.shared_bytes, buffers);
     };
-    let mut merged = vec![buffers[0], buffers[1], buffers[3], buffers[4], buffers[6]];
-    merged.extend(results.into_iter().chain(outputs));
-    buffers.push(Some(x.workspace));
+    let [beta, prior, _, pages] = scales;
+    let merged = [buffers[0], buffers[1], beta, prior, pages];
+    let merged = merged.into_iter().chain(results).chain(outputs).collect();
+    buffers.extend(scales.into_iter().chain([Some(x.workspace)]));
     launch(&plan.kernel, places * plan.splits, plan.shared_bytes, buffers)?;
     launch(merge, places, 0, merged)
 }

@@ -11,6 +11,7 @@ pub mod decode;
 pub mod inverse;
 pub mod mask;
 pub mod params;
+pub mod quantize;
 pub mod scan;
 pub mod select;
 pub mod tensor_map;

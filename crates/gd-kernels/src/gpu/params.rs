@@ -63,6 +63,21 @@ params! {
         score: u32,
     }
 
+    /// Keys that become 8-bit integers.
+    struct QuantizeParams {
+        pieces: u32,
+        kv_heads: u32,
+        keys: u32,
+        head_dim: u32,
+        k_batch: u32,
+        k_head: u32,
+        k_row: u32,
+        first: u32,
+        room: u32,
+        width: u32,
+        score: u32,
+    }
+
     /// A scan.
     struct ScanParams {
         batch: u32,
@@ -124,11 +139,13 @@ params! {
         splits: u32,
         page_keys: u32,
         table_row: u32,
+        pages: u32,
         bias_row: u32,
         prior_batch: u32,
         prior_heads: u32,
         score: u32,
         last: u32,
+        capacity: u32,
         mask: MaskParams,
     }
 

@@ -25,13 +25,17 @@ use crate::plan::Problem;
 /// The head_dims of the compiled kernels; others are padded to the next.
 pub const HEAD_DIMS: [usize; 6] = [32, 64, 96, 128, 192, 256];
 /// Most candidates of a row.
-pub const MAX_CANDIDATES: usize = 32;
+pub const MAX_CANDIDATES: usize = 64;
+/// The same on Metal, whose lists have 64 entries.
+const MAX_CANDIDATES_METAL: usize = 32;
 /// Most protected keys of a row.
 pub const MAX_PROTECTED: usize = 32;
 /// Keys to a multiple of which biases are padded.
 pub(crate) const BIAS_TILE: usize = 64;
-/// Bytes of a row's list in shared memory: 64 entries of score and key.
-const LIST: usize = 512;
+/// Bytes of a row's list in shared memory: 64 or 128 entries of score and key.
+fn list_bytes(candidates: usize) -> usize {
+    if candidates > 32 { 1024 } else { 512 }
+}
 /// Shared memory that the kernels declare themselves: what 256 rows see.
 const STATIC: usize = 2304;
 /// Keys of a tile of Hopper's kernel, what its shared memory is aligned to, and the rows up to which the other
@@ -97,23 +101,24 @@ struct Tiling {
 }
 
 impl Tiling {
-    fn new(dtype: DType, padded: usize, list: bool, arch: &Arch) -> Self {
-        let (half, most) = (dtype != DType::F32, if list { 4 } else { 8 });
+    /// `list`: bytes of a row's list, 0 for one candidate.
+    fn new(dtype: DType, padded: usize, list: usize, arch: &Arch) -> Self {
+        let (half, most) = (dtype != DType::F32, if list > 0 { 4 } else { 8 });
         if arch.is_metal() {
             // One tile of f16 or f32 (bf16 is widened), which first holds the queries on their way to
             // registers; a warp stores its scores between the matrix product and the search.
-            let warp_rows = if !list && padded <= 128 { 16 } else { 8 };
+            let warp_rows = if list == 0 && padded <= 128 { 16 } else { 8 };
             let keys = if padded <= 128 { 32 } else { 16 };
             let size = if dtype == DType::F16 { 2 } else { 4 };
             let bytes = keys * (padded * size + 16 + 4);
-            let warp_bytes = warp_rows * (keys * 4 + 16 + if list { LIST } else { 0 });
+            let warp_bytes = warp_rows * (keys * 4 + 16 + list);
             return Self { warp_rows, keys, bytes, warp_bytes, most };
         }
-        let warp_rows = if half && !list && padded <= 128 { 32 } else { 16 };
+        let warp_rows = if half && list == 0 && padded <= 128 { 32 } else { 16 };
         let keys = if half { 64 } else { 32 };
         // Outside the tensor cores, queries are read from shared memory.
         let queries = if half { 0 } else { padded * 4 + 16 };
-        let warp_bytes = warp_rows * (queries + if list { LIST } else { 0 });
+        let warp_bytes = warp_rows * (queries + list);
         Self { warp_rows, keys, bytes: tile_bytes(dtype, padded, keys), warp_bytes, most }
     }
 }
@@ -128,9 +133,10 @@ impl Plan {
         let Problem { dtype, head_dim, candidates, .. } = *problem;
         let name = dtype_name("scan", dtype)?;
         let padded = padded_dim("scan", head_dim)?;
-        if candidates == 0 || candidates > MAX_CANDIDATES {
+        let most = if arch.is_metal() { MAX_CANDIDATES_METAL } else { MAX_CANDIDATES };
+        if candidates == 0 || candidates > most {
             return Err(Error::Unsupported(format!(
-                "scan: {candidates} candidates on a GPU; 1 to {MAX_CANDIDATES} are"
+                "scan: {candidates} candidates on a GPU of this kind; 1 to {most} are"
             )));
         }
         if protected > MAX_PROTECTED {
@@ -139,11 +145,13 @@ impl Plan {
             )));
         }
         if problem.precision == Precision::Certified {
-            return Err(Error::Unsupported("scan: certified precision on a GPU; native is".into()));
+            return Err(Error::Unsupported(
+                "scan: certified precision on a GPU; native is, and decoding is at both".into(),
+            ));
         }
         let list = candidates > 1 || protected > 0;
         let Tiling { warp_rows, keys: tile_keys, bytes, warp_bytes, most } =
-            Tiling::new(dtype, padded, list, arch);
+            Tiling::new(dtype, padded, if list { list_bytes(candidates) } else { 0 }, arch);
         let pack = if prior { 1 } else { problem.group() };
         let shared = |warps: usize| bytes + warps * warp_bytes;
         let rows = problem.queries * pack;
@@ -176,18 +184,18 @@ impl Plan {
     }
 
     /// The same by Hopper's kernel, where there is one: compute capability 9.0, 16-bit elements, head_dim up to
-    /// 192 for lists. Its blocks have at least 128 rows, so that it is not for a few.
+    /// 192 and 32 candidates for lists. Its blocks have at least 128 rows, so that it is not for a few.
     #[must_use]
     pub fn on_hopper(self, problem: &Problem, arch: &Arch) -> Self {
-        let Problem { dtype, queries, keys, .. } = *problem;
+        let Problem { dtype, queries, keys, candidates, .. } = *problem;
         let list = self.kernel.starts_with("scan_list");
         // As scan_hopper.cuh has them: matrices of 64 rows a warpgroup, stages of its ring.
         let (matrices, stages) = match (list, self.padded_dim) {
             (false, ..=128) => (2, 4),
             (false, 192) => (2, 2),
             (false, _) => (1, 2),
-            (true, ..=128) => (1, 3),
-            (true, 192) => (1, 2),
+            (true, ..=128) if candidates <= 32 => (1, 3),
+            (true, 192) if candidates <= 32 => (1, 2),
             (true, _) => return self,
         };
         let known = self.kernel.strip_suffix("_sm80").filter(|_| arch.compute == 90 && dtype != DType::F32);
@@ -196,7 +204,7 @@ impl Plan {
         };
         let row_bytes = self.padded_dim.next_multiple_of(64) * 2;
         let stage = HOPPER_KEYS * (row_bytes + 4) + 16;
-        let lists = if list { LIST } else { 0 };
+        let lists = if list { list_bytes(candidates) } else { 0 };
         let shared_bytes = HOPPER_ALIGN + 128 * matrices * (row_bytes + lists) + stages * stage;
         if shared_bytes + STATIC > arch.shared_bytes as usize {
             return self;

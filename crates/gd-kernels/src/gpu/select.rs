@@ -451,9 +451,13 @@ pub fn energy_backward<G: Gpu>(
     plan.by_keys(gpu, "energy_keys", (inverse, dim), vec![q, k, beta, Some(gradient)], out.k)?;
     if let Some(prior) = &out.prior {
         let values = prior.dims[0] * prior.dims[1] * plan.sizes.keys;
-        let plan = plan.prior(Some(prior));
-        let [starts, _, entries] = inverse.slices();
-        let buffers = vec![Some(starts), Some(entries), Some(gradient), Some(prior.data)];
+        // Summed like the gradients of keys, a row for the prior heads of a key head, in f32.
+        let plan = Plan { dtype: "f32", ..plan.prior(Some(prior)) };
+        let Sizes { batch, kv_heads, keys, .. } = plan.sizes;
+        let rows = gpu.allocate(batch * prior.dims[1] * keys * 4)?;
+        let dim = prior.dims[1] / kv_heads;
+        plan.by_keys(gpu, "prior_parts", (inverse, dim), vec![Some(gradient)], (&rows).into())?;
+        let buffers = vec![Some((&rows).into()), Some(prior.data)];
         plan.launch(gpu, "prior_gradient", (values.div_ceil(256), 256), buffers)?;
     }
     Ok(())

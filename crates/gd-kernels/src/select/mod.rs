@@ -231,9 +231,8 @@ pub fn scan_select(
     #[cfg(any(feature = "cuda", feature = "metal"))]
     if !q.device().is_cpu() {
         use crate::gpu::tensors::scan::scan_select;
-        let (problem, plan) = crate::scan::planned(&q, &k, &one)?;
         sizes(&q, &k, &v)?;
-        on_gpu!(q.device(), G => scan_select::<G>(&problem, plan.gpu()?, [&q, &k, &v], &one, threshold.as_ref()));
+        on_gpu!(q.device(), G => scan_select::<G>([&q, &k, &v], &one, threshold.as_ref()));
     }
     let candidates = scan(&q, &k, &one)?;
     let options = Select {

@@ -10,6 +10,8 @@ extern crate self as gd_emulate;
 
 #[path = "../../../../tests/emulate/tests/operators/beacon.rs"]
 mod beacon;
+#[cfg(feature = "cuda")]
+mod cache;
 #[path = "../../../../tests/emulate/tests/operators/decode.rs"]
 mod decode;
 #[path = "../../../../tests/emulate/tests/operators/device.rs"]
@@ -19,6 +21,9 @@ mod graph;
 mod hopper;
 #[path = "../problems/mod.rs"]
 mod problems;
+#[cfg(feature = "cuda")]
+#[path = "../../../../tests/emulate/tests/operators/quantize.rs"]
+mod quantize;
 mod repeats;
 #[path = "../../../../tests/emulate/tests/operators/scan.rs"]
 mod scan;
@@ -68,12 +73,17 @@ pub(crate) fn gpu() -> &'static Device {
     GPU.get_or_init(|| backend::open().unwrap_or_else(|e| panic!("these tests need a GPU: {e}")))
 }
 
-/// Runs as many problems as the emulator does for this kind of device, or the first few, and counts them.
+/// Runs the cases of seeds `0..count`, or the first few, and counts them.
+pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
+    let count = if sanitized() { count.min(12) } else { count };
+    suite::run(name, count, case);
+    gd_support::log_cases("device", count as usize);
+}
+
+/// As many problems as the emulator runs for this kind of device.
 pub(crate) fn suites(name: &str, [cuda, metal]: [u64; 2], shift: u64, check: fn(&Emulator, u64) -> Verdict) {
     let count = if cfg!(feature = "cuda") { cuda } else { metal };
-    let count = if sanitized() { count.min(12) } else { count };
-    suite::run(name, count, |seed| check(&Emulator::new(seed + shift), seed));
-    gd_support::log_cases("device", count as usize);
+    suite(name, count, |seed| check(&Emulator::new(seed + shift), seed));
 }
 
 /// The device, under the emulator's name.

@@ -1,12 +1,14 @@
-//! Decoding, in one piece and in pages, against the scan of the same keys: the same key, bits and value row; on
-//! Metal, which adds in another order, against the reference.
+//! Decoding, in one piece and in pages, natively and with 8-bit keys, against the scan of the same keys: the same key,
+//! bits and value row; on Metal, which adds in another order, against the reference.
 
 use candle_core::DType;
 use gd_emulate::{Buffer, Emulator};
 use gd_kernels::gpu::Gpu;
-use gd_kernels::gpu::decode::{Inputs, Outputs, Pages, Plan, decode};
+use gd_kernels::gpu::decode::{Inputs, Known, Outputs, Pages, Plan, decode};
+use gd_kernels::gpu::quantize::{Quantized, Shape, quantize, room};
 use gd_kernels::gpu::scan::key_bias;
 use gd_kernels::gpu::{Slice, Tensor4};
+use gd_kernels::{Precision, Problem};
 use rand::RngExt;
 
 use crate::device::{Held, integers, numbers};
@@ -21,6 +23,10 @@ const PAGE: usize = 64;
 
 /// A problem with at most 16 queries.
 fn case(seed: u64) -> Case {
+    spec(seed).build(DTYPES[(seed % 3) as usize])
+}
+
+fn spec(seed: u64) -> Spec {
     let mut spec = Spec::with_dims(seed + 10_000, LIMIT, &DIMS);
     let raw = &mut spec.raw;
     let n = raw.queries.min(1 + seed as usize % 16);
@@ -30,7 +36,7 @@ fn case(seed: u64) -> Case {
     }
     (raw.q, raw.queries) = (q, n);
     (spec.candidates, spec.protected) = (1, None);
-    spec.build(DTYPES[(seed % 3) as usize])
+    spec
 }
 
 /// Rows of a cache in pages, in a random order, NaN in all that no key fills; and the table.
@@ -56,16 +62,100 @@ fn paged(case: &Case, values: &[f64], dim: usize, table: &[i32]) -> candle_core:
         .unwrap()
 }
 
-/// One problem: decoding gives what the scan gives, three times with one workspace.
+/// A problem with at most 16 queries in which some keys have coordinates that are not quantised, or none at all.
+fn wild(seed: u64) -> Case {
+    let mut spec = spec(seed);
+    spec.views = [crate::problems::View::Plain; 3];
+    let mut case = spec.build(DTYPES[(seed % 3) as usize]);
+    let (p, dim) = (&mut case.problem, case.spec.raw.dim);
+    for (row, key) in p.k.chunks_mut(dim).enumerate().filter(|(row, _)| row % 7 == 1) {
+        match row % 3 {
+            0 => key.fill(0.0),
+            1 => key[row % dim] = f64::INFINITY,
+            _ if case.dtype == DType::F16 => key.fill(65504.0),
+            _ => key[row % dim] = 1e17,
+        }
+    }
+    let dims = [p.batch, p.kv_heads, p.keys, dim];
+    let k = candle_core::Tensor::from_vec(p.k.clone(), &dims, &candle_core::Device::Cpu).unwrap();
+    case.k.base = k.to_dtype(case.dtype).unwrap();
+    // The reference sees what the dtype keeps.
+    p.k = case.k.base.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    case
+}
+
+/// The memory of a cache of 8-bit keys.
+struct Codes {
+    codes: Buffer,
+    known: Buffer,
+    room: usize,
+}
+
+impl Codes {
+    /// Quantises k `[pieces, Hk, keys, D]` in two steps, with more room than needed: what is behind stays NaN.
+    fn new(
+        gpu: &Emulator,
+        p: &Problem,
+        k: &Tensor4<'_, Buffer>,
+        [pieces, keys]: [usize; 2],
+    ) -> gd_kernels::Result<Self> {
+        let shape =
+            Shape { pieces, kv_heads: p.kv_heads, head_dim: p.head_dim, dtype: p.dtype, score: p.score };
+        let room = room(keys) + 64 * (keys % 2);
+        let codes = gpu.allocate(shape.codes_bytes(room))?;
+        let known = gpu.allocate(shape.known_bytes(room))?;
+        let held = Self { codes, known, room };
+        let half = keys / 2;
+        if half > 0 {
+            quantize(gpu, &shape, k, half, 0, &held.slices())?;
+        }
+        let offset = k.data.offset + half * k.strides[2] * p.dtype.size_in_bytes();
+        let rest = Tensor4 { data: Slice { buffer: k.data.buffer, offset }, strides: k.strides };
+        quantize(gpu, &shape, &rest, keys - half, half, &held.slices())?;
+        Ok(held)
+    }
+
+    fn slices(&self) -> Quantized<'_, Buffer> {
+        Quantized { codes: (&self.codes).into(), known: (&self.known).into(), room: self.room }
+    }
+}
+
+/// One problem at native precision.
 pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let case = case(seed);
     let found = run(&gpu.twin(seed), &case)?;
     judge(&case, &found)?;
-    let (p, plain) = (problem(&case), &case.problem);
+    check_case(gpu, seed, &case, &found, Precision::Native)
+}
+
+/// One problem with 8-bit keys; some have no bound.
+pub(crate) fn check_certified(gpu: &Emulator, seed: u64) -> Verdict {
+    if gpu.arch().is_metal() {
+        let certified = Problem { precision: Precision::Certified, ..problem(&case(seed)) };
+        let refused = Plan::new(&certified, false, &gpu.arch()).is_err();
+        ensure!(refused, "a plan for 8-bit keys on Metal, which has none");
+        return Ok(());
+    }
+    // The reference has no energies of infinite keys: the native scan has.
+    let case = if seed % 4 == 3 { wild(seed) } else { case(seed) };
+    let found = run(&gpu.twin(seed), &case)?;
+    if seed % 4 != 3 {
+        judge(&case, &found)?;
+    }
+    check_case(gpu, seed, &case, &found, Precision::Certified)
+}
+
+/// Decoding gives what the scan gives, twice with one workspace.
+fn check_case(gpu: &Emulator, seed: u64, case: &Case, found: &Found, precision: Precision) -> Verdict {
+    let (p, plain) = (Problem { precision, ..problem(case) }, &case.problem);
     let fail = |e: gd_kernels::Error| e.to_string();
-    let held = Uploaded::new(gpu, &case);
-    let x = held.inputs(&case);
-    let plan = Plan::new(&p, x.prior.is_some(), &gpu.arch()).map_err(fail)?;
+    let held = Uploaded::new(gpu, case);
+    let x = held.inputs(case);
+    let mut plan = Plan::new(&p, x.prior.is_some(), &gpu.arch()).map_err(fail)?;
+    if seed % 3 == 1 {
+        // Room for hardly any candidate: the others are scored at once.
+        plan.capacity = plan.capacity.min(seed as usize % 5 + 1);
+    }
     let mut rng = rng(seed);
     let row = plain.keys.div_ceil(PAGE);
     // One page more than needed, in a random order.
@@ -75,22 +165,30 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     }
     table.truncate(plain.batch * row);
     let pages = seed.is_multiple_of(2);
-    let (k, v, held_table);
-    let (k, v, bias, page): (Tensor4<'_, Buffer>, Tensor4<'_, Buffer>, Buffer, Option<Pages<'_, Buffer>>) =
-        if pages {
-            k = Held::new(gpu, &paged(&case, &plain.k, plain.dim, &table));
-            v = Held::new(gpu, &paged(&case, &plain.v, plain.value_dim, &table));
-            held_table = gpu.upload(bytemuck::cast_slice(&table)).map_err(fail)?;
-            let count = table.iter().max().map_or(1, |&m| m as usize + 1);
-            let page = gd_kernels::Problem { batch: count, keys: PAGE, ..p.clone() };
-            let inputs = gd_kernels::gpu::scan::Inputs { k: k.tensor4(), prior: None, ..held.inputs(&case) };
-            let bias = key_bias(gpu, &page, &inputs).map_err(fail)?;
-            let pages = Pages { table: (&held_table).into(), row, keys: PAGE, count };
-            (k.tensor4(), v.tensor4(), bias, Some(pages))
-        } else {
-            let inputs = gd_kernels::gpu::scan::Inputs { prior: None, ..held.inputs(&case) };
-            (held.k.tensor4(), held.v.tensor4(), key_bias(gpu, &p, &inputs).map_err(fail)?, None)
-        };
+    let (paged_k, paged_v, held_table);
+    let mut page = None;
+    let (mut k, mut v, mut pieces) = (held.k.tensor4(), held.v.tensor4(), [p.batch, p.keys]);
+    if pages {
+        paged_k = Held::new(gpu, &paged(case, &plain.k, plain.dim, &table));
+        paged_v = Held::new(gpu, &paged(case, &plain.v, plain.value_dim, &table));
+        held_table = gpu.upload(bytemuck::cast_slice(&table)).map_err(fail)?;
+        let count = table.iter().max().map_or(1, |&m| m as usize + 1);
+        page = Some(Pages { table: (&held_table).into(), row, keys: PAGE, count });
+        (k, v, pieces) = (paged_k.tensor4(), paged_v.tensor4(), [count, PAGE]);
+    }
+    let (bias, codes);
+    let known = match precision {
+        Precision::Native => {
+            let piece = Problem { batch: pieces[0], keys: pieces[1], ..p.clone() };
+            let inputs = gd_kernels::gpu::scan::Inputs { k, prior: None, ..held.inputs(case) };
+            bias = key_bias(gpu, &piece, &inputs).map_err(fail)?;
+            Known::Bias((&bias).into())
+        }
+        Precision::Certified => {
+            codes = Codes::new(gpu, &p, &k, pieces).map_err(fail)?;
+            Known::Quantized(codes.slices())
+        }
+    };
     let rows = p.batch * p.q_heads * p.queries;
     let workspace = gpu.zeros(plan.workspace_bytes(&p)).map_err(fail)?;
     let mut inputs = Inputs {
@@ -98,7 +196,7 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
         k,
         v,
         value_dim: plain.value_dim,
-        bias: (&bias).into(),
+        known,
         pages: page,
         beta: x.beta,
         prior: x.prior,
@@ -120,7 +218,7 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     if gpu.arch().is_metal() {
         // Sums in another order than the scan's: another key where rounding decides.
         let own = Found { slots: 1, index: all.clone(), energy: energies.clone(), flags: vec![0.0; rows] };
-        judge(&case, &own)?;
+        judge(case, &own)?;
     } else {
         let same = (&all, &energies) == (&found.index, &found.energy);
         ensure!(same, "{plan}: {all:?} not {:?}, {}", found.index, case.name());
@@ -152,6 +250,11 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
         }
     }
     Ok(())
+}
+
+#[test]
+fn certified_decoding_is_the_scan_to_the_bit() {
+    crate::suite("decode, 8-bit keys", 100, |seed| check_certified(&Emulator::new(seed + 78), seed));
 }
 
 #[test]

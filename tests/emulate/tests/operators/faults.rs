@@ -33,6 +33,15 @@ const FAULTS: &[Fault] = &[
     (24, "key gradient: a list takes the first part of a piece for its own", crate::select::check),
     (25, "conv: first tap of a packed sequence left out", crate::beacon::check_conv),
     (26, "average: no barrier before the parts of warps are read", crate::beacon::check_average),
+    (80, "8-bit keys: bounds four times too tight", crate::decode::check_certified),
+    (81, "8-bit keys: bounds of another tile's keys", crate::decode::check_certified),
+    (82, "8-bit keys: a full list is thrown away", crate::decode::check_certified),
+    (83, "8-bit keys: no wait for a tile", crate::decode::check_certified),
+    (84, "8-bit keys: a key beyond the mask raises the bar", crate::decode::check_certified),
+    (85, "8-bit keys: candidates for which there is no room are lost", crate::decode::check_certified),
+    (86, "8-bit keys: the count of candidates is stale in the next launch", crate::decode::check_certified),
+    (87, "prior gradient: all heads take that of the first", crate::select::check),
+    (88, "refinement: rows that abstained go on", crate::rounds::check),
 ];
 
 /// Those of Hopper's kernels.
@@ -66,6 +75,8 @@ const METAL_FAULTS: &[Fault] = &[
     (24, "key gradient: a list takes the first part of a piece for its own", crate::select::check),
     (25, "conv: first tap of a packed sequence left out", crate::beacon::check_conv),
     (26, "average: no barrier before the parts of simdgroups are read", crate::beacon::check_average),
+    (87, "prior gradient: all heads take that of the first", crate::select::check),
+    (88, "refinement: rows that abstained go on", crate::rounds::check),
     (101, "no barrier before a tile is overwritten", crate::scan::check),
     (102, "no barrier between load and use of a tile", crate::scan::check),
     (103, "no barrier between load and use of the queries", crate::scan::check),

@@ -10,7 +10,10 @@ mod device;
 mod faults;
 mod hopper;
 mod plans;
+mod quantize;
+mod rounds;
 mod scan;
+mod schedules;
 mod select;
 mod suite;
 

@@ -56,7 +56,12 @@ fn scans_are_planned_or_refused() {
         refused(plan(&Problem { head_dim, ..p.clone() }, 0, &H100), name);
     }
     refused(plan(&Problem { dtype: DType::F64, ..p.clone() }, 0, &H100), "f64");
-    refused(plan(&Problem { candidates: 64, ..p.clone() }, 0, &H100), "64 candidates");
+    let most = plan(&Problem { candidates: 64, ..p.clone() }, 32, &H100).unwrap();
+    // Lists of 128 instead of 64 entries.
+    assert_eq!(most.shared_bytes - kept.shared_bytes, 64 * 512);
+    let wide = Problem { candidates: 64, head_dim: 256, dtype: DType::F32, ..p.clone() };
+    refused(plan(&wide, 0, &A10), "shared memory");
+    refused(plan(&Problem { candidates: 65, ..p.clone() }, 0, &H100), "65 candidates");
     refused(plan(&Problem { candidates: 0, ..p.clone() }, 0, &H100), "0 candidates");
     refused(plan(&p, 33, &H100), "33 protected");
     refused(plan(&Problem { precision: Precision::Certified, ..p.clone() }, 0, &H100), "certified");
@@ -222,6 +227,24 @@ fn decoding_is_planned_or_refused() {
     refused(decode::Plan::new(&Problem { candidates: 2, ..p.clone() }, false, &H100), "2 candidates");
     refused(decode::Plan::new(&Problem { head_dim: 300, ..p.clone() }, false, &H100), "head_dim 300");
     refused(decode::Plan::new(&p, false, &Arch { compute: 70, ..H100 }), "compute capability 7.0");
+}
+
+#[test]
+fn certified_decoding_is_planned_or_refused() {
+    let precision = Precision::Certified;
+    let p = Problem { queries: 1, candidates: 1, keys: 32_768, batch: 1, precision, ..problem() };
+    let plan = decode::Plan::new(&p, false, &H100).unwrap();
+    assert_eq!((plan.kernel.as_str(), plan.tile_keys), ("decode_certified_bf16_d128_sm80", 64));
+    // 64 candidates a split.
+    assert_eq!((plan.splits, plan.capacity), (132, 132 * 64));
+    assert!(plan.workspace_bytes(&p) > plan.capacity * 8 * p.kv_heads);
+    // The largest head_dim in f32 fits into the smallest shared memory.
+    let wide = Problem { head_dim: 256, dtype: DType::F32, ..p.clone() };
+    assert!(decode::Plan::new(&wide, false, &A10).unwrap().shared_bytes <= 98 << 10);
+    refused(decode::Plan::new(&wide, false, &Arch { shared_bytes: 64 << 10, ..A10 }), "shared memory");
+    refused(decode::Plan::new(&Problem { keys: 1 << 28, ..p.clone() }, false, &H100), "268435456 keys");
+    refused(decode::Plan::new(&Problem { dtype: DType::F64, ..p.clone() }, false, &H100), "f64");
+    refused(decode::Plan::new(&Problem { queries: 17, ..p }, false, &H100), "17 queries");
 }
 
 #[test]

@@ -7,6 +7,7 @@ pub(crate) mod average;
 pub(crate) mod conv;
 pub(crate) mod embedding;
 pub(crate) mod key_bias;
+pub(crate) mod quantized;
 pub(crate) mod scan;
 pub(crate) mod select;
 mod steps;

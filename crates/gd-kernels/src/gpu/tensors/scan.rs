@@ -1,17 +1,22 @@
 //! `scan` and `scan_select` of tensors.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
+use super::quantized::Codes;
 use super::{Rows, TensorGpu, Vector};
 use crate::error::Result;
 use crate::gpu::decode::{self, MAX_QUERIES};
+use crate::gpu::quantize::Shape;
 use crate::gpu::{Slice, scan as gpu};
+use crate::options::Precision;
+use crate::paged::PagedCache;
 use crate::plan::Problem;
-use crate::scan::{Candidates, Scan, check_head, check_values, prior_dims, protected_dims};
+use crate::scan::{Candidates, Scan, check_head, check_values, planned, prior_dims, problem, protected_dims};
 use crate::select::Selected;
 
 /// The operands of a scan, held as long as its launches need them.
 struct Operands<B> {
+    device: Device,
     q: Rows<B>,
     k: Rows<B>,
     beta: Vector<B>,
@@ -29,6 +34,7 @@ impl<B: From<Tensor>> Operands<B> {
             check_values(problem, q, k, scan)?;
         }
         Ok(Self {
+            device: q.device().clone(),
             q: Rows::new(q)?,
             k: Rows::new(k)?,
             beta: Vector::new(scan.beta, DType::F32)?,
@@ -89,62 +95,163 @@ pub(crate) fn scan<G: TensorGpu>(
 /// The winner of every query and its value row: for a few queries by decoding, which splits the keys over
 /// blocks, else by the fused scan.
 pub(crate) fn scan_select<G: TensorGpu>(
-    problem: &Problem,
-    plan: &gpu::Plan,
     [q, k, v]: [&Tensor; 3],
     scan: &Scan,
     threshold: Option<&Tensor>,
 ) -> Result<Selected> {
     let device = G::of(q.device())?;
+    let problem = &problem(q, k, scan)?;
     let operands = Operands::<G::Buffer>::new(problem, q, k, scan)?;
-    let v = Rows::new(v)?;
-    let threshold = threshold.map(|t| Vector::new(t, DType::F32)).transpose()?;
-    let shape = (problem.batch, problem.q_heads, problem.queries);
-    let rows = problem.batch * problem.q_heads * problem.queries;
-    let (index, energy) = (device.allocate(4 * rows)?, device.allocate(4 * rows)?);
-    let y = device.allocate(rows * v.dim() * problem.dtype.size_in_bytes())?;
-    let x = operands.inputs(scan);
-    let threshold = threshold.as_ref().map(Vector::slice);
+    let winners = Winners::<G>::new(&device, problem, v, threshold)?;
     if problem.queries <= MAX_QUERIES {
+        let pieces = [problem.batch, problem.keys];
+        winners.decode(&device, problem, &operands, scan, None, pieces)?;
+    } else {
+        let (_, plan) = planned(q, k, scan)?;
+        let x = operands.inputs(scan);
+        let out =
+            gpu::Outputs { index: (&winners.index).into(), energy: (&winners.energy).into(), flags: None };
+        let values = gpu::Values {
+            v: winners.v.tensor4(),
+            dim: winners.v.dim(),
+            threshold: winners.threshold.as_ref().map(Vector::slice),
+            y: (&winners.y).into(),
+        };
+        gpu::scan_select(&device, plan.gpu()?, problem, &x, &values, &out)?;
+    }
+    winners.finish(&device, problem)
+}
+
+/// The same over a cache in pages, for a table with room for `keys` keys a sequence in pages of `page`.
+pub(crate) fn scan_select_paged<G: TensorGpu>(
+    q: &Tensor,
+    cache: &PagedCache,
+    [keys, page]: [usize; 2],
+    scan: &Scan,
+    threshold: Option<&Tensor>,
+) -> Result<Selected> {
+    let ((batch, q_heads, queries, head_dim), (count, kv_heads, _, _)) = (q.dims4()?, cache.k.dims4()?);
+    let problem = Problem {
+        batch,
+        q_heads,
+        kv_heads,
+        queries,
+        keys,
+        head_dim,
+        candidates: 1,
+        dtype: q.dtype(),
+        score: scan.score,
+        tie: scan.tie,
+        precision: scan.precision,
+    };
+    let device = G::of(q.device())?;
+    let operands =
+        Operands::<G::Buffer>::new(&problem, q, cache.k, &Scan { checked: false, ..scan.clone() })?;
+    let winners = Winners::<G>::new(&device, &problem, cache.v, threshold)?;
+    // candle has no conversion to i32 there; ids are below 2^31, whatever the sign of their type.
+    let table = match cache.table.dtype() {
+        DType::I64 => cache.table.to_dtype(DType::U32)?,
+        _ => cache.table.clone(),
+    };
+    let table = Vector::strided(table.contiguous()?);
+    let pages = decode::Pages { table: table.slice(), row: keys / page, keys: page, count };
+    winners.decode(&device, &problem, &operands, scan, Some(pages), [count, page])?;
+    winners.finish(&device, &problem)
+}
+
+/// The winners of a fused selection, while they are found.
+struct Winners<G: TensorGpu> {
+    v: Rows<G::Buffer>,
+    threshold: Option<Vector<G::Buffer>>,
+    index: G::Buffer,
+    energy: G::Buffer,
+    y: G::Buffer,
+}
+
+impl<G: TensorGpu> Winners<G> {
+    fn new(device: &G, problem: &Problem, v: &Tensor, threshold: Option<&Tensor>) -> Result<Self> {
+        let v = Rows::new(v)?;
+        let rows = problem.batch * problem.q_heads * problem.queries;
+        Ok(Self {
+            threshold: threshold.map(|t| Vector::new(t, DType::F32)).transpose()?,
+            index: device.allocate(4 * rows)?,
+            energy: device.allocate(4 * rows)?,
+            y: device.allocate(rows * v.dim() * problem.dtype.size_in_bytes())?,
+            v,
+        })
+    }
+
+    /// One decoding step over keys in `pieces` pieces (batch entries or pages) of a number of keys.
+    fn decode(
+        &self,
+        device: &G,
+        problem: &Problem,
+        operands: &Operands<G::Buffer>,
+        scan: &Scan,
+        pages: Option<decode::Pages<'_, G::Buffer>>,
+        [pieces, piece_keys]: [usize; 2],
+    ) -> Result<()> {
+        let x = operands.inputs(scan);
         let plan = decode::Plan::new(problem, x.prior.is_some(), &device.arch())?;
         let workspace = device.zeros(plan.workspace_bytes(problem))?;
-        let own = match scan.key_bias {
-            Some(_) => None,
-            None => Some(Vector::owned(gpu::key_bias(&device, problem, &operands.without_prior(scan))?)),
+        let piece = Problem { batch: pieces, keys: piece_keys, ..problem.clone() };
+        let (kept, lent, bias): (Vector<G::Buffer>, _, _);
+        let known = match (problem.precision, scan.quantized, scan.key_bias) {
+            (Precision::Certified, Some(quantized), _) => {
+                lent = quantized.codes(&piece)?.lent();
+                decode::Known::Quantized(lent.slices())
+            }
+            (Precision::Certified, None, _) => {
+                let mut codes = Codes::new(Shape::of(&piece), piece_keys, &operands.device)?;
+                codes.enter(device, &x.k, piece_keys)?;
+                lent = codes.lent();
+                decode::Known::Quantized(lent.slices())
+            }
+            (Precision::Native, _, Some(key_bias)) => {
+                kept = key_bias.of(&piece)?;
+                decode::Known::Bias(kept.slice())
+            }
+            (Precision::Native, _, None) => {
+                bias = gpu::key_bias(device, &piece, &operands.without_prior(scan))?;
+                decode::Known::Bias((&bias).into())
+            }
         };
-        let kept = scan.key_bias.map(|kept| kept.of(problem)).transpose()?;
-        let Some(bias) = kept.as_ref().or(own.as_ref()) else { unreachable!("one of the two") };
-        let out = decode::Outputs { index: (&index).into(), energy: (&energy).into(), y: (&y).into() };
         let inputs = decode::Inputs {
             q: x.q,
             k: x.k,
-            v: v.tensor4(),
-            value_dim: v.dim(),
-            bias: bias.slice(),
-            pages: None,
+            v: self.v.tensor4(),
+            value_dim: self.v.dim(),
+            known,
+            pages,
             beta: x.beta,
             prior: x.prior,
-            threshold,
+            threshold: self.threshold.as_ref().map(Vector::slice),
             mask: scan.mask,
             workspace: (&workspace).into(),
         };
-        decode::decode(&device, &plan, problem, &inputs, &out)?;
-    } else {
-        let out = gpu::Outputs { index: (&index).into(), energy: (&energy).into(), flags: None };
-        let values = gpu::Values { v: v.tensor4(), dim: v.dim(), threshold, y: (&y).into() };
-        gpu::scan_select(&device, plan, problem, &x, &values, &out)?;
+        let out = decode::Outputs {
+            index: (&self.index).into(),
+            energy: (&self.energy).into(),
+            y: (&self.y).into(),
+        };
+        decode::decode(device, &plan, problem, &inputs, &out)
     }
-    let index = device.tensor(index, DType::I32, shape)?;
-    let energy = device.tensor(energy, DType::F32, shape)?;
-    Ok(Selected {
-        y: device.tensor(y, problem.dtype, (problem.batch, problem.q_heads, problem.queries, v.dim()))?,
-        // candle has no operations on i32 there; the energy of a row that abstains is infinite.
-        gate: energy.lt(f32::INFINITY)?.to_dtype(DType::F32)?,
-        margin: Tensor::full(f32::INFINITY, shape, index.device())?,
-        compared: energy.unsqueeze(3)?,
-        index,
-        energy,
-        coherence: None,
-        later: Vec::new(),
-    })
+
+    fn finish(self, device: &G, problem: &Problem) -> Result<Selected> {
+        let shape = (problem.batch, problem.q_heads, problem.queries);
+        let value_shape = (problem.batch, problem.q_heads, problem.queries, self.v.dim());
+        let index = device.tensor(self.index, DType::I32, shape)?;
+        let energy = device.tensor(self.energy, DType::F32, shape)?;
+        Ok(Selected {
+            y: device.tensor(self.y, problem.dtype, value_shape)?,
+            // candle has no operations on i32 there; the energy of a row that abstains is infinite.
+            gate: energy.lt(f32::INFINITY)?.to_dtype(DType::F32)?,
+            margin: Tensor::full(f32::INFINITY, shape, index.device())?,
+            compared: energy.unsqueeze(3)?,
+            index,
+            energy,
+            coherence: None,
+            later: Vec::new(),
+        })
+    }
 }

@@ -222,7 +222,9 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
     let norms = (x.pass == Pass::Decode && !x.k.device().is_cpu())
         .then(|| gd_kernels::KeyBias::new(&x.k, Score::Energy))
         .transpose()?;
-    let fused = candidates == 1 && precision == Precision::Native && x.pass != Pass::Fwdbwd;
+    // Decoding on a GPU has 8-bit keys in its fused form alone.
+    let native = precision == Precision::Native;
+    let fused = candidates == 1 && x.pass != Pass::Fwdbwd && (native || x.k.device().is_cuda());
     runner(x, move |q, k, v| {
         let args = Scan {
             precision,
@@ -232,14 +234,14 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
             ..Scan::new(&beta, &mask, candidates)
         };
         let (selected, rescored) = match fused {
-            true => (scan_select(q, k, v, &args, None)?, 1.0),
+            true => (scan_select(q, k, v, &args, None)?, native.then_some(1.0)),
             false => {
                 let found = scan(q, k, &args)?;
                 let how = Select { estimator, ..Select::new(&beta) };
-                (select(q, k, v, &found, &how)?, found.rescored)
+                (select(q, k, v, &found, &how)?, Some(found.rescored))
             }
         };
-        Ok(Output { y: selected.y, winners: Some(selected.index), rescored: Some(rescored) })
+        Ok(Output { y: selected.y, winners: Some(selected.index), rescored })
     })
 }
 

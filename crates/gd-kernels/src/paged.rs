@@ -1,0 +1,143 @@
+//! Decoding over a cache in pages, as serving programs keep it: a block table names the pages of every sequence.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+use crate::gpu::decode::PAGE_STEP;
+#[cfg(any(feature = "cuda", feature = "metal"))]
+use crate::gpu::on_gpu;
+use crate::scan::{Scan, dims4};
+use crate::select::{Selected, scan_select};
+
+/// A key-value cache in pages.
+#[derive(Debug, Clone, Copy)]
+pub struct PagedCache<'a> {
+    /// Keys `[pages, Hk, page, D]`; a page holds a multiple of 64 keys.
+    pub k: &'a Tensor,
+    /// Values `[pages, Hk, page, Dv]`.
+    pub v: &'a Tensor,
+    /// The block table `[B, most pages]`, u32, i32 or i64: key j of a sequence is row `j % page` of page
+    /// `table[b, j / page]`. Entries behind a sequence's last key may be anything.
+    pub table: &'a Tensor,
+}
+
+impl PagedCache<'_> {
+    /// Keys for which the table has room, and those of a page.
+    fn keys(&self) -> Result<[usize; 2]> {
+        let (pages, heads, page, _) = dims4("k", self.k)?;
+        let (v_pages, v_heads, v_page, _) = dims4("v", self.v)?;
+        if [v_pages, v_heads, v_page] != [pages, heads, page] || self.v.dtype() != self.k.dtype() {
+            return Err(Error::Invalid(format!(
+                "pages of values {:?} {:?} for pages of keys {:?} {:?}",
+                self.v.dims(),
+                self.v.dtype(),
+                self.k.dims(),
+                self.k.dtype()
+            )));
+        }
+        if !page.is_multiple_of(PAGE_STEP) {
+            return Err(Error::Invalid(format!("pages of {page} keys; multiples of {PAGE_STEP} are")));
+        }
+        if !matches!(self.table.dtype(), DType::U32 | DType::I32 | DType::I64) {
+            return Err(Error::Invalid(format!(
+                "a block table of {:?}; u32, i32 and i64 are",
+                self.table.dtype()
+            )));
+        }
+        match *self.table.dims() {
+            [b, row] if b * row > 0 => Ok([row * page, page]),
+            _ => Err(Error::Invalid(format!("block table {:?} is not [batch, pages]", self.table.dims()))),
+        }
+    }
+
+    /// The table on the host, with page 0 where no key of a sequence lies; refuses pages that are not there.
+    fn table(&self, lengths: &[usize], page: usize) -> Result<Vec<Vec<u32>>> {
+        let pages = self.k.dim(0)?;
+        let mut table = self.table.to_device(&Device::Cpu)?.to_dtype(DType::I64)?.to_vec2::<i64>()?;
+        for (b, row) in table.iter_mut().enumerate() {
+            let used = lengths[if lengths.len() == 1 { 0 } else { b }].div_ceil(page);
+            for (at, id) in row.iter_mut().enumerate() {
+                if at >= used {
+                    *id = 0;
+                } else if !(0..pages as i64).contains(id) {
+                    return Err(Error::Invalid(format!(
+                        "page {at} of sequence {b} is {id} in the block table; the cache has {pages} pages"
+                    )));
+                }
+            }
+        }
+        Ok(table.into_iter().map(|row| row.into_iter().map(|id| id as u32).collect()).collect())
+    }
+}
+
+/// [`scan_select`] over a cache in pages: q `[B, Hq, N, D]`; how many keys every sequence has is in the mask
+/// ([`Mask::kv_len`](crate::Mask::kv_len)), and a prior is `[B|1, Hq|Hk, table row * page]`. The indices are positions in
+/// the sequences.
+///
+/// On a GPU the pages are read where they lie, by up to 16 queries a sequence, and the table's values are looked
+/// at in the checked mode alone, since that waits for the device: an id that names no page then reads another one. On
+/// the CPU the pages are first copied together. At certified precision the 8-bit keys are made anew for every call, of
+/// all pages: that saves nothing, and is for comparing alone.
+///
+/// # Errors
+/// As [`scan_select`]; pages that are no multiple of 64 keys, a table of another dtype or shape, or with pages that
+/// the cache does not have.
+pub fn scan_select_paged(
+    q: &Tensor,
+    cache: &PagedCache,
+    scan: &Scan,
+    threshold: Option<&Tensor>,
+) -> Result<Selected> {
+    let (batch, q_heads, _, head_dim) = dims4("q", q)?;
+    let [keys, page] = cache.keys()?;
+    let (_, kv_heads, _, kd) = dims4("k", cache.k)?;
+    if cache.table.dim(0)? != batch
+        || kd != head_dim
+        || q_heads % kv_heads != 0
+        || q.dtype() != cache.k.dtype()
+    {
+        return Err(Error::Invalid(format!(
+            "q {:?} {:?} for pages {:?} {:?} and a block table of {:?}",
+            q.dims(),
+            q.dtype(),
+            cache.k.dims(),
+            cache.k.dtype(),
+            cache.table.dims()
+        )));
+    }
+    for (name, t) in [("the pages", cache.k), ("the values", cache.v), ("the block table", cache.table)] {
+        if !t.device().same_device(q.device()) {
+            return Err(Error::Invalid(format!("q and {name} are on different devices")));
+        }
+    }
+    scan.mask.validate(batch, keys)?;
+    if scan.quantized.is_some() {
+        return Err(Error::Unsupported(
+            "8-bit keys of a cache in pages; keys are quantised as they are read".into(),
+        ));
+    }
+    let whole = [keys];
+    let lengths = scan.mask.lengths().unwrap_or(&whole);
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    if !q.device().is_cpu() {
+        use crate::gpu::tensors::scan::scan_select_paged;
+        if scan.checked {
+            let k = gathered(cache.k, &cache.table(lengths, page)?)?;
+            let (problem, _) = crate::scan::planned(q, &k, &Scan { candidates: 1, ..scan.clone() })?;
+            crate::scan::check_values(&problem, q, &k, scan)?;
+        }
+        on_gpu!(q.device(), G => scan_select_paged::<G>(q, cache, [keys, page], scan, threshold));
+    }
+    let table = cache.table(lengths, page)?;
+    scan_select(q, &gathered(cache.k, &table)?, &gathered(cache.v, &table)?, scan, threshold)
+}
+
+/// The pages `[pages, Hk, page, D]` of a table together: `[B, Hk, row * page, D]`.
+fn gathered(t: &Tensor, table: &[Vec<u32>]) -> Result<Tensor> {
+    let (_, heads, page, dim) = t.dims4()?;
+    let (batch, row) = (table.len(), table[0].len());
+    let table = Tensor::from_vec(table.concat(), batch * row, t.device())?;
+    let pages = t.detach().contiguous()?.index_select(&table, 0)?;
+    let pages = pages.reshape((batch, row, heads, page, dim))?.transpose(1, 2)?;
+    Ok(pages.reshape((batch, heads, row * page, dim))?)
+}

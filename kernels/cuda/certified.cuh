@@ -1,0 +1,114 @@
+// Scores of 8-bit integers with a bound of their error.
+//
+// With q = q^ + r_q, k = k^ + r_k (hats quantised), <q, k> - <q^, k^> = <q, r_k> + <r_q, k^>, which is at most
+// |q| e_k + e_q |k^|. To this comes what rounding may do to the native score and to the bound itself.
+#pragma once
+#include "../shared/mask.h"
+#include "quantize.cuh"
+#include "tile.cuh"
+
+// Beyond this a bias is no longer added to a score within f32.
+constexpr float MOST_BIAS = 1e37f;
+
+// What rounding may do, over |q| |k| + |b|. A tensor core adds 8 products at a time to the sum before, each cut off
+// at 2^-23 of the greatest: 9 / 8 of that a product, 2.25 D units of 2^-24 in all. A chain of D fused steps stays
+// within D. The rest is for the bound's own operations.
+__device__ __forceinline__ float rounding(u32 dim) { return float(4 * dim + 64) * (1.0f / 16777216.0f); }
+
+// The greatest ratio of error to norm among 16 rows, the same in all lanes.
+__device__ __forceinline__ float coarseness(const Known *rows) {
+    Known x = rows[lane_id() % 16];
+    float ratio = x.norm > 0 && finite(x.error) ? x.error / x.norm * (1.0f + 1e-6f) : 0.0f;
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2)
+        ratio = fmaxf(ratio, __shfl_xor_sync(ALL, ratio, step));
+    return ratio;
+}
+
+// What a key adds to the bounds of a row: the score is between scale f +- (norm error) + least or most, f the product
+// of the integers.
+struct KeyBound {
+    float scale, error, least, most;
+    bool open; // a key of bias -inf is banned
+
+    // `coarse` is the rows' coarseness plus rounding.
+    __device__ __forceinline__ KeyBound(float4 known, float bias, float coarse, float rounding) {
+        float slack = rounding * fabsf(bias);
+        scale = known.x;
+        // NaN, too, means that there is no bound: the key is scored exactly.
+        error = fabsf(bias) <= MOST_BIAS ? fmaf(coarse, known.z, known.y) : GD_INFINITY;
+        if (GD_FAULT(80)) error *= 0.25f;
+        least = bias - slack, most = bias + slack;
+        open = !(bias == -GD_INFINITY);
+    }
+};
+
+// 16 query rows as integers, in fragments; lane as for mma.
+template <int DP> struct Integers {
+    static constexpr int PITCH = DP + 16;
+    uint32_t a[DP / 32][4];
+
+    // From rows [16, PITCH].
+    __device__ __forceinline__ void load(const int8_t *rows) {
+        const int8_t *from = rows + lane_id() / 4 * PITCH + lane_id() % 4 * 4;
+#pragma unroll
+        for (int s = 0; s < DP / 32; s++) {
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                a[s][x] = *reinterpret_cast<const uint32_t *>(from + x % 2 * 8 * PITCH + s * 32 + x / 2 * 16);
+        }
+    }
+
+    // Adds the products with 8 NT keys of a tile [.., PITCH], from key `first` on.
+    template <int NT> __device__ __forceinline__ void scores(const int8_t *tile, int first, i32 (&acc)[NT][4]) const {
+        u32 lane = lane_id();
+        // Lane l names a row of one of: keys 0..8 at bytes 0 and 16, keys 8..16 at bytes 0 and 16.
+        const int8_t *from = tile + (first + lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int s = 0; s < DP / 32; s++) {
+#pragma unroll
+            for (int n = 0; n < NT; n += 2) {
+                uint32_t b[4];
+                load_matrices(b, from + n * 8 * PITCH + s * 32);
+                mma(acc[n], a[s], b[0], b[1]);
+                mma(acc[n + 1], a[s], b[2], b[3]);
+            }
+        }
+    }
+};
+
+// Quantises 16 rows by the warps of a block; row(r) is null where there is none. Ends with a barrier.
+template <class T, int DP, class Row>
+__device__ __forceinline__ void quantize_rows(int8_t *codes, Known *known, u32 dim, u32 warp, u32 warps, Row row) {
+    for (u32 r = warp; r < 16; r += warps) {
+        const T *from = row(r);
+        Known x = quantize_row(from, from ? dim : 0, codes + r * Integers<DP>::PITCH, DP);
+        if (lane_id() == 0) known[r] = x;
+    }
+    __syncthreads();
+}
+
+// Exact scores of gathered keys: at most GATHER rows at a time are copied to the warp's part of shared memory and
+// scored by the instructions of the native scan, so that the bits are the same.
+template <class T> struct Gather {
+    static constexpr int KEYS = sizeof(T) == 2 ? 16 : 8;
+};
+
+// Copies the rows row(0).. row(count - 1) of `dim` elements to tile [KEYS, PITCH]; zeros elsewhere.
+template <class T, int DP, class Row>
+__device__ __forceinline__ void gather_rows(T *tile, u32 count, u32 dim, bool aligned, Row row) {
+    constexpr int V = 16 / sizeof(T), CHUNKS = DP / V, PITCH = DP + V;
+    __syncwarp();
+    for (u32 c = lane_id(); c < u32(Gather<T>::KEYS * CHUNKS); c += 32) {
+        u32 x = c / CHUNKS, d = c % CHUNKS * V;
+        T *to = tile + x * PITCH + d;
+        bool inside = x < count && d < dim;
+        if (inside && aligned) {
+            *reinterpret_cast<float4 *>(to) = *reinterpret_cast<const float4 *>(row(x) + d);
+        } else {
+            for (int i = 0; i < V; i++)
+                to[i] = inside ? row(x)[d + i] : T{};
+        }
+    }
+    __syncwarp();
+}

@@ -1,0 +1,67 @@
+// Rows as 8-bit integers with what is known of their error: x = scale Q + r with |Q| <= 127. The format and the
+// bounds are those of crates/gd-kernels/src/cpu/quantize.rs.
+#pragma once
+#include "row.cuh"
+
+// Magnitudes outside of which a row is not quantised: between them no bound leaves the range of f32.
+constexpr float LEAST_SAFE = 1e-12f, MOST_SAFE = 1e15f;
+// What makes up for rounding in the bounds themselves.
+constexpr float ROUND_UP = 1.0f + 1e-4f;
+
+// What is known of a row beside its integers. For a row that is not quantised they are zeros, and error and norm
+// infinite.
+struct Known {
+    float scale;
+    float error; // at least |r|
+    float norm;  // at least |x| and |scale Q|
+};
+
+// Quantises a row of `dim` elements, at most 256, by a warp, and fills up to `width` with zeros.
+template <class T>
+__device__ __forceinline__ Known quantize_row(const T *row, u32 dim, int8_t *out, u32 width) {
+    float x[8];
+    // Without their sign, numbers are ordered as their bits are, NaN above infinity.
+    u32 most = 0;
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) {
+        u32 d = lane_id() + 32 * i;
+        x[i] = d < dim ? up(row[d]) : 0.0f;
+        most = max(most, __float_as_uint(x[i]) & 0x7fffffffu);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+        most = max(most, __shfl_xor_sync(ALL, most, step));
+    float size = __uint_as_float(most);
+    bool safe = size >= LEAST_SAFE && size < MOST_SAFE;
+    // 1.5 * 2^23: added to a small number it leaves no bits for a fraction.
+    const float round = 12582912.0f, scale = safe ? size / 127.0f : 0.0f, inverse = safe ? 127.0f / size : 0.0f;
+    float square = 0, left = 0;
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) {
+        u32 d = lane_id() + 32 * i;
+        // No fused step: the integers are those of the CPU, to the bit.
+        int8_t code = safe ? int8_t(__float_as_uint(__fadd_rn(__fmul_rn(x[i], inverse), round))) : int8_t(0);
+        if (d < width) out[d] = code;
+        float rest = fmaf(-scale, float(code), x[i]);
+        square = fmaf(x[i], x[i], square);
+        left = fmaf(rest, rest, left);
+    }
+    float error = sqrtf(warp_sum(left)) * ROUND_UP;
+    if (safe) return {scale, error, sqrtf(warp_sum(square)) * ROUND_UP + error};
+    return most == 0 ? Known{0.0f, 0.0f, 0.0f} : Known{0.0f, GD_INFINITY, GD_INFINITY};
+}
+
+// Appends keys to a cache of integers: codes [pieces, Hk, room, width], known [pieces, Hk, room] of scale, error,
+// norm and the bias without a prior, which has the bits of scan_bias. One warp a key.
+template <class T>
+__device__ __forceinline__ void quantize_keys(const QuantizeParams &p, const T *k, int8_t *codes, float4 *known) {
+    u32 row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= p.pieces * p.kv_heads * p.keys) return;
+    u32 j = row % p.keys, head = row / p.keys;
+    const T *key = k + size_t(head / p.kv_heads) * p.k_batch + size_t(head % p.kv_heads) * p.k_head +
+                   size_t(j) * p.k_row;
+    size_t to = size_t(head) * p.room + p.first + j;
+    Known x = quantize_row(key, p.head_dim, codes + to * p.width, p.width);
+    float bias = key_bias(here(), p.score, key, p.head_dim);
+    if (lane_id() == 0) known[to] = {x.scale, x.error, x.norm, bias};
+}

@@ -91,7 +91,7 @@ fn bad_caches_and_tables_are_refused() -> Result<()> {
     let (q, beta) = (noise(1, &[2, 2, 1, 8]), Tensor::ones(2, DType::F32, &Device::Cpu)?);
     let (k, v) = (noise(2, &[4, 1, PAGE, 8]), noise(3, &[4, 1, PAGE, 5]));
     let mask = Mask::none().kv_len(vec![100, 60]);
-    let ids = |rows: &[[i64; 2]]| Tensor::new(rows, &Device::Cpu);
+    let ids = |rows: &[[i64; 2]]| Tensor::from_vec(rows.concat(), (rows.len(), 2), &Device::Cpu);
     let refused = |q: &Tensor, k: &Tensor, v: &Tensor, table: &Tensor, value: &str| {
         let how = Scan::new(&beta, &mask, 1);
         let e = scan_select_paged(q, &PagedCache { k, v, table }, &how, None).unwrap_err().to_string();

@@ -36,10 +36,8 @@ const FAULTS: &[Fault] = &[
     (80, "8-bit keys: bounds four times too tight", crate::decode::check_certified),
     (81, "8-bit keys: bounds of another tile's keys", crate::decode::check_certified),
     (82, "8-bit keys: a full list is thrown away", crate::decode::check_certified),
-    (83, "8-bit keys: no wait for a tile", crate::decode::check_certified),
     (84, "8-bit keys: a key beyond the mask raises the bar", crate::decode::check_certified),
     (85, "8-bit keys: candidates for which there is no room are lost", crate::decode::check_certified),
-    (86, "8-bit keys: the count of candidates is stale in the next launch", crate::decode::check_certified),
     (87, "prior gradient: all heads take that of the first", crate::select::check),
     (88, "refinement: rows that abstained go on", crate::rounds::check),
 ];

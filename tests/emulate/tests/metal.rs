@@ -19,7 +19,8 @@ fn buffers_are_numbered_in_order() {
         let text = text
             .replace("PARAMS_AT_0,", "[[buffer(0)]]")
             .replace("READERS,", "[[buffer(1)]] [[buffer(2)]] [[buffer(3)]] [[buffer(4)]]");
-        for kernel in text.split("KERNEL(").skip(1) {
+        // But for the definition of the word itself.
+        for kernel in text.split("KERNEL(").skip(1).filter(|rest| !rest.starts_with("threads)")) {
             let head = kernel.split('{').next().unwrap();
             let found = numbers(head, "[[buffer(");
             let name = head.split([' ', '(']).nth(1).unwrap();

@@ -28,7 +28,12 @@ pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync
 }
 
 /// The same on both devices: so many problems on CUDA, so many on Metal, schedules from `shift` on.
-pub(crate) fn suites(name: &str, [cuda, metal]: [u64; 2], shift: u64, check: fn(&Emulator, u64) -> Verdict) {
+pub(crate) fn suites(
+    name: &str,
+    [cuda, metal]: [u64; 2],
+    shift: u64,
+    check: impl Fn(&Emulator, u64) -> Verdict + Sync,
+) {
     suite(name, cuda, |seed| check(&Emulator::new(seed + shift), seed));
     suite::run(&format!("{name}, Metal"), metal, |seed| check(&Emulator::metal(seed + shift), seed));
     gd_support::log_cases("emulated-metal", metal as usize);

@@ -42,5 +42,5 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
 
 #[test]
 fn the_next_round_has_all_but_the_winner() {
-    crate::suite("refinement rounds", 20, |seed| check(&Emulator::new(seed), seed));
+    crate::suites("refinement rounds", [20, 20], 0, check);
 }

@@ -4,6 +4,7 @@
 // result.
 #pragma once
 #include "../shared/mask.h"
+#include "../shared/rows.h"
 #include "tile.cuh"
 
 // Warps of a block.
@@ -152,26 +153,16 @@ __device__ __forceinline__ void write_winners(const Step<T> &at, const T *k, con
                                               const float *prior, const T *v, const float *threshold,
                                               const uint64_t *rows, i32 *index, float *energy, T *y) {
     const DecodeParams &p = at.p;
-    u32 lane = lane_id();
     for (u32 r = threadIdx.x / 32; r < at.ROWS; r += DECODE_WARPS) {
         if (!at.exists(r)) continue;
         uint64_t code = *reinterpret_cast<const volatile uint64_t *>(rows + r);
         i32 winner = code ? i32(p.last ? u32(code) : ~u32(code)) : -1;
-        u32 h = at.head(r);
-        float e = GD_INFINITY;
-        if (winner >= 0) {
-            float x = p.prior_batch ? prior[prior_at(p, at.b, h) + winner] : 0.0f;
-            e = pair_energy(p.score, beta[h], x, at.query(r), at.key(k, u32(winner)), p.head_dim);
-            bool admitted = finite(e) && !(threshold && e > threshold[h]);
-            if (!admitted) winner = -1, e = GD_INFINITY;
-        }
+        u32 h = at.head(r), j = u32(max(winner, 0));
+        float e = admit(here(), p, at.b, h, winner, at.query(r), at.key(k, j), beta, prior, threshold);
         size_t out = (size_t(at.b) * p.q_heads + h) * p.queries + (at.first + r) / p.pack;
-        if (lane == 0) index[out] = winner, energy[out] = e;
-        u32 j = u32(max(winner, 0));
         const T *value =
             v + size_t(at.piece(j)) * p.v_batch + size_t(at.kv) * p.v_head + size_t(at.inside(j)) * p.v_row;
-        for (u32 d = lane; d < p.value_dim; d += 32)
-            y[out * p.value_dim + d] = winner >= 0 ? value[d] : T{};
+        write_winner(here(), out, winner, e, value, p.value_dim, index, energy, y);
     }
     __syncthreads();
 }

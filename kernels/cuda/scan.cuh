@@ -1,46 +1,11 @@
 // What both scans share: which rows a block holds, which keys they see, and the walk over tiles.
 #pragma once
 #include "../shared/mask.h"
+#include "../shared/rows.h"
 #include "tile.cuh"
 
 // Most rows of a block.
 constexpr int MAX_ROWS = 256;
-
-// The rows of a block: row r of packed heads h0.. is query r / pack of head h0 + r % pack.
-struct Block {
-    u32 b, h0, kv, first;
-
-    __device__ __forceinline__ Block(const ScanParams &p, u32 rows) {
-        u32 groups = p.batch * (p.q_heads / p.pack);
-        // The last rows see the most keys under a causal mask: they start first.
-        u32 group = blockIdx.x % groups, block = p.row_blocks - 1 - blockIdx.x / groups;
-        u32 each = p.q_heads / p.pack;
-        b = group / each;
-        h0 = group % each * p.pack;
-        kv = h0 / (p.q_heads / p.kv_heads);
-        first = block * rows;
-    }
-
-    __device__ __forceinline__ bool exists(const ScanParams &p, u32 row) const {
-        return first + row < p.queries * p.pack;
-    }
-    __device__ __forceinline__ u32 head(const ScanParams &p, u32 row) const {
-        return h0 + (first + row) % p.pack;
-    }
-    __device__ __forceinline__ u32 query(const ScanParams &p, u32 row) const {
-        return (first + row) / p.pack;
-    }
-    // The row of index and energy.
-    __device__ __forceinline__ size_t out(const ScanParams &p, u32 row) const {
-        return (size_t(b) * p.q_heads + head(p, row)) * p.queries + query(p, row);
-    }
-};
-
-template <class T>
-__device__ __forceinline__ const T *query_row(const ScanParams &p, const Block &at, const T *q, u32 row) {
-    return q + size_t(at.b) * p.q_batch + size_t(at.head(p, row)) * p.q_head +
-           size_t(at.query(p, row)) * p.q_row;
-}
 
 // What the rows of a block see: each of them, and all together.
 struct Seen {

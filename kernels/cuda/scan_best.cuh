@@ -26,22 +26,9 @@ __device__ __forceinline__ void write_best(const ScanParams &p, const Block &at,
                                            const T *query, const Source<T> &keys, const float *beta,
                                            const float *prior, i32 *index, float *energy, const T *v,
                                            const float *threshold, T *y) {
-    u32 h = at.head(p, row);
-    float e = GD_INFINITY;
-    if (winner >= 0) {
-        float b = p.prior_batch ? prior[prior_at(p, at.b, h) + winner] : 0.0f;
-        e = pair_energy(p.score, beta[h], b, query, keys.first + size_t(winner) * keys.stride, p.head_dim);
-        bool admitted = finite(e) && !(threshold && e > threshold[h]);
-        if (!admitted) winner = -1, e = GD_INFINITY;
-    }
-    size_t out = at.out(p, row);
-    if (lane_id() == 0) index[out] = winner, energy[out] = e;
-    if (p.select) {
-        const T *value =
-            v + size_t(at.b) * p.v_batch + size_t(at.kv) * p.v_head + size_t(max(winner, 0)) * p.v_row;
-        for (u32 d = lane_id(); d < p.value_dim; d += 32)
-            y[out * p.value_dim + d] = winner >= 0 ? value[d] : T{};
-    }
+    const T *key = keys.first + size_t(max(winner, 0)) * keys.stride;
+    float e = admit(here(), p, at.b, at.head(p, row), winner, query, key, beta, prior, threshold);
+    write_winner(here(), at.out(p, row), winner, e, value_row(p, at, v, winner), p.value_dim, index, energy, y);
 }
 
 template <class T, int DP, int MT>
@@ -54,7 +41,7 @@ __device__ __forceinline__ void scan_best(const ScanParams &p, const T *q, const
     GD_SHARED(Seen, seen);
     u32 warp = threadIdx.x / 32, g = lane_id() / 4;
     u32 rows = blockDim.x / 32 * S::ROWS, first = warp * S::ROWS;
-    Block at(p, rows);
+    Block at(here(), p, rows);
     fill_seen(seen, p, at, table, rows);
 
     T *tiles = reinterpret_cast<T *>(shared);

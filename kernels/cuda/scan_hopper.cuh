@@ -283,7 +283,7 @@ __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMa
     GD_DYNAMIC_SHARED(shared);
     GD_SHARED(Seen, seen);
     Tile tile(shared);
-    Block at(p, Tile::ROWS);
+    Block at(here(), p, Tile::ROWS);
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(&tile.full[s], 1);

@@ -3,7 +3,7 @@
 // once for all rows of the block, so that the heads of a group share the read. Each block leaves its best key
 // of every row, and a second kernel picks the best of those and writes index, energy and value row.
 #pragma once
-#include "../shared/row.h"
+#include "../shared/rows.h"
 #include "range.h"
 
 // Rows and simdgroups of a block, keys of a tile.
@@ -197,22 +197,13 @@ INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q,
         }
         for (u32 step = 16; step > 0; step /= 2)
             best = best_across(best, step, p.last);
-        u32 h = at.head(p, r);
         i32 winner = best.key;
-        float e = GD_INFINITY;
-        if (winner >= 0) {
-            float b = has(PRIOR) ? prior[prior_at(p, at.b, h) + winner] : 0.0f;
-            e = pair_energy(me, p.score, beta[h], b, query_row(p, at, q, r),
-                            key_row(p, at, pages, k, u32(winner)), p.head_dim);
-            bool admitted = finite(e) && !(threshold && e > threshold[h]);
-            if (!admitted) winner = -1, e = GD_INFINITY;
-        }
+        u32 h = at.head(p, r), j = u32(max(winner, 0));
+        const device T *query = query_row(p, at, q, r), *key = key_row(p, at, pages, k, j);
+        float e = admit(me, p, at.b, h, winner, query, key, beta, prior, threshold);
         size_t to = (size_t(at.b) * p.q_heads + h) * p.queries + at.query(p, r);
-        if (me.lane() == 0) index[to] = winner, energy[to] = e;
-        u32 j = u32(max(winner, 0));
         const device T *value = v + size_t(piece_of(p, at, pages, j)) * p.v_batch + size_t(at.kv) * p.v_head +
                                 size_t(inside_piece(p, j)) * p.v_row;
-        for (u32 d = me.lane(); d < p.value_dim; d += 32)
-            y[to * p.value_dim + d] = winner >= 0 ? value[d] : down<T>(0.0f);
+        write_winner(me, to, winner, e, value, p.value_dim, index, energy, y);
     }
 }

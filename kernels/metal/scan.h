@@ -1,39 +1,12 @@
 // What both scans share: which rows a block holds, which keys they see, and the walk over tiles.
 #pragma once
+#include "../shared/rows.h"
 #include "range.h"
 #include "tile.h"
 
 // Most rows of a block.
 constexpr constant u32 MAX_ROWS = 128;
 
-// The rows of a block: row r of packed heads h0.. is query r / pack of head h0 + r % pack.
-struct Block {
-    u32 b, h0, kv, first;
-
-    Block(Thread me, constant ScanParams &p, u32 rows) {
-        u32 each = p.q_heads / p.pack, groups = p.batch * each;
-        // The last rows see the most keys under a causal mask: they start first.
-        u32 group = me.block % groups, block = p.row_blocks - 1 - me.block / groups;
-        b = group / each;
-        h0 = group % each * p.pack;
-        kv = h0 / (p.q_heads / p.kv_heads);
-        first = block * rows;
-    }
-
-    bool exists(constant ScanParams &p, u32 row) const { return first + row < p.queries * p.pack; }
-    u32 head(constant ScanParams &p, u32 row) const { return h0 + (first + row) % p.pack; }
-    u32 query(constant ScanParams &p, u32 row) const { return (first + row) / p.pack; }
-    // The row of index and energy.
-    size_t out(constant ScanParams &p, u32 row) const {
-        return (size_t(b) * p.q_heads + head(p, row)) * p.queries + query(p, row);
-    }
-};
-
-template <class T>
-INLINE const device T *query_row(constant ScanParams &p, const thread Block &at, const device T *q, u32 row) {
-    return q + size_t(at.b) * p.q_batch + size_t(at.head(p, row)) * p.q_head +
-           size_t(at.query(p, row)) * p.q_row;
-}
 template <class T> struct QueryRows {
     constant ScanParams &p;
     const thread Block &at;

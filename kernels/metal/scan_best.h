@@ -11,8 +11,8 @@ INLINE void scan_best(Thread me, constant ScanParams &p, threadgroup uchar *shar
                       const device float *threshold, device T *y) {
     typedef Scoring<T, D, MT, KEYS> S;
     typedef typename S::E E;
-    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, lane = me.lane(), g = lane / 4,
-        t = lane % 4;
+    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, g = me.lane() / 4,
+        t = me.lane() % 4;
     Block at(me, p, rows);
     fill_seen(me, seen, p, at, table, rows);
 
@@ -68,22 +68,9 @@ INLINE void scan_best(Thread me, constant ScanParams &p, threadgroup uchar *shar
                 bool wins = j >= 0 && (winner < 0 || s > top || (s == top && before(j, winner, p.last)));
                 if (wins) top = s, winner = j;
             }
-            u32 h = at.head(p, row);
-            float e = GD_INFINITY;
-            if (winner >= 0) {
-                float b = p.prior_batch ? prior[prior_at(p, at.b, h) + winner] : 0.0f;
-                e = pair_energy(me, p.score, beta[h], b, query_row(p, at, q, row), keys.row(u32(winner)),
-                                p.head_dim);
-                bool admitted = finite(e) && !(threshold && e > threshold[h]);
-                if (!admitted) winner = -1, e = GD_INFINITY;
-            }
-            size_t to = at.out(p, row);
-            if (lane == 0) index[to] = winner, energy[to] = e;
-            if (!p.select) continue;
-            const device T *value =
-                v + size_t(at.b) * p.v_batch + size_t(at.kv) * p.v_head + size_t(max(winner, 0)) * p.v_row;
-            for (u32 d = lane; d < p.value_dim; d += 32)
-                y[to * p.value_dim + d] = winner >= 0 ? value[d] : down<T>(0.0f);
+            const device T *query = query_row(p, at, q, row), *key = keys.first + size_t(max(winner, 0)) * p.k_row;
+            float e = admit(me, p, at.b, at.head(p, row), winner, query, key, beta, prior, threshold);
+            write_winner(me, at.out(p, row), winner, e, value_row(p, at, v, winner), p.value_dim, index, energy, y);
         }
     }
 }

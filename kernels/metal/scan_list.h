@@ -1,72 +1,10 @@
-// The scan for several candidates: every row keeps a list of 64 in threadgroup memory. Only scores above that
-// of its K-th entry are appended; when there is no room, the best K stay.
+// The scan for several candidates: every row keeps a list of 64 in threadgroup memory.
 #pragma once
+#include "../shared/list.h"
 #include "scan.h"
 
-// Entries of a list, and the bit that marks a protected key in it.
+// Entries of a list.
 constexpr constant u32 LIST = 64;
-constexpr constant i32 PROTECTED = 1 << 30;
-
-// The list of a row.
-struct List {
-    threadgroup float *score;
-    threadgroup i32 *key;
-
-    List(threadgroup float *lists, u32 row)
-        : score(lists + row * 2 * LIST),
-          key(reinterpret_cast<threadgroup i32 *>(lists + (row * 2 + 1) * LIST)) {}
-};
-
-// Whether entry x goes before entry y: by value (rising or falling), then by key.
-INLINE bool ahead(float x, i32 i, float y, i32 j, bool rising, u32 last) {
-    if (x != y) return rising ? x < y : x > y;
-    return before(i & ~PROTECTED, j & ~PROTECTED, last);
-}
-
-// Sorts the first `count` entries and keeps the first `keep`; by a simdgroup, no NaN among the scores.
-INLINE void sort_list(Thread me, List list, u32 count, u32 keep, bool rising, u32 last) {
-    warp_barrier();
-    float score[2];
-    i32 key[2];
-    u32 rank[2] = {0, 0};
-    for (u32 x = 0; x < 2; x++) {
-        u32 e = me.lane() + 32 * x;
-        score[x] = e < count ? list.score[e] : 0.0f;
-        key[x] = e < count ? list.key[e] : -1;
-    }
-    for (u32 e = 0; e < count; e++) {
-        float s = list.score[e];
-        i32 j = list.key[e];
-        for (u32 x = 0; x < 2; x++)
-            rank[x] += ahead(s, j, score[x], key[x], rising, last);
-    }
-    if (!GD_FAULT(108)) warp_barrier();
-    for (u32 x = 0; x < 2; x++) {
-        if (me.lane() + 32 * x < count && rank[x] < keep)
-            list.score[rank[x]] = score[x], list.key[rank[x]] = key[x];
-    }
-    if (!GD_FAULT(109)) warp_barrier();
-}
-
-// Adds the protected keys that the row sees to its `count` candidates and marks them; returns the new count.
-INLINE u32 add_protected(Thread me, List list, u32 count, constant ScanParams &p, const device i32 *keys,
-                         Range seen) {
-    for (u32 x = 0; x < p.protected_slots; x++) {
-        i32 j = keys[x];
-        bool known = false;
-        for (u32 e = me.lane(); e < count; e += 32) {
-            if ((list.key[e] & ~PROTECTED) == j) {
-                list.key[e] = j | PROTECTED;
-                known = true;
-            }
-        }
-        if (j < seen.lo || j >= seen.hi || simd_any(known)) continue;
-        if (me.lane() == 0) list.key[count] = j | PROTECTED;
-        count++;
-        warp_barrier();
-    }
-    return count;
-}
 
 template <class T, int D, int KEYS>
 INLINE void scan_list(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *seen,
@@ -126,16 +64,8 @@ INLINE void scan_list(Thread me, constant ScanParams &p, threadgroup uchar *shar
             found += bits_set(hits[x]);
         }
         u32 full = vote(count + found > (GD_FAULT(110) ? LIST + 8 : LIST));
-        for (; full; full &= ~(0xfu << (first_bit(full) & 28))) {
-            u32 r = first_bit(full) / 4, entries = shuffle(count, r * 4);
-            List list(lists, r);
-            sort_list(me, list, entries, p.candidates, false, p.last);
-            if (g == r) {
-                count = min(entries, p.candidates);
-                if (entries >= p.candidates) bar = list.score[p.candidates - 1];
-            }
-        }
-        List list(lists, g);
+        make_room(me, p, lists, 0, LIST, full, count, bar);
+        List list(lists, g, LIST);
 #pragma unroll
         for (u32 x = 0; x < EACH; x++) {
             if (hits[x] >> lane & 1) {
@@ -148,34 +78,10 @@ INLINE void scan_list(Thread me, constant ScanParams &p, threadgroup uchar *shar
     }
 
     for (u32 r = 0; r < 8; r++) {
-        u32 row = first + r, h = at.head(p, row), entries = shuffle(count, r * 4);
+        u32 row = first + r, entries = shuffle(count, r * 4);
         if (!at.exists(p, row)) continue;
-        List list(lists, r);
-        sort_list(me, list, entries, p.candidates, false, p.last);
-        entries = min(entries, p.candidates);
-        if (p.protected_slots) {
-            size_t place =
-                size_t(at.b % p.protected_batch) * p.protected_heads + h / (p.q_heads / p.protected_heads);
-            place = place * p.protected_queries + at.query(p, row) % p.protected_queries;
-            entries = add_protected(me, list, entries, p, protected_keys + place * p.protected_slots,
-                                    seen_by(seen, row));
-        }
-        // Scores give way to energies, which decide the order.
-        const device T *query = query_row(p, at, q, row);
-        for (u32 e = 0; e < entries; e++) {
-            warp_barrier();
-            i32 j = list.key[e] & ~PROTECTED;
-            float b = p.prior_batch ? prior[prior_at(p, at.b, h) + j] : 0.0f;
-            float x = pair_energy(me, p.score, beta[h], b, query, keys.row(u32(j)), p.head_dim);
-            if (lane == 0) list.score[e] = finite(x) ? x : GD_INFINITY;
-        }
-        sort_list(me, list, entries, entries, true, p.last);
-        size_t to = at.out(p, row) * p.slots;
-        for (u32 e = lane; e < p.slots; e += 32) {
-            bool used = e < entries && list.score[e] < GD_INFINITY;
-            index[to + e] = used ? list.key[e] & ~PROTECTED : -1;
-            energy[to + e] = used ? list.score[e] : GD_INFINITY;
-            if (p.protected_slots) flags[to + e] = used && (list.key[e] & PROTECTED) ? 1 : 0;
-        }
+        List list(lists, r, LIST);
+        write_list(me, p, at, row, list, entries, seen_by(seen, row), q, keys.first, beta, prior, index, energy,
+                   protected_keys, flags);
     }
 }

@@ -85,8 +85,7 @@ struct ScanParams {
     u32 protected_heads;
     u32 protected_queries;
     u32 protected_slots;  // 0: none
-    u32 select;       // write the value row of the winner, or zeros
-    u32 value_dim;
+    u32 value_dim;    // 0: no value row of the winner is written
     u32 v_batch;
     u32 v_head;
     u32 v_row;

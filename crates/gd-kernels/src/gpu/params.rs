@@ -107,7 +107,6 @@ params! {
         protected_heads: u32,
         protected_queries: u32,
         protected_slots: u32,
-        select: u32,
         value_dim: u32,
         v_batch: u32,
         v_head: u32,

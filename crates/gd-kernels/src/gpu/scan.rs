@@ -443,7 +443,6 @@ fn launch<G: Gpu>(
         protected_heads: protected[1],
         protected_queries: protected[2],
         protected_slots: protected[3],
-        select: u32::from(values.is_some()),
         value_dim: values.map_or(0, |v| v.dim as u32),
         v_batch,
         v_head,

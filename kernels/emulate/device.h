@@ -82,7 +82,7 @@ std::string left();
 
 // One launchable kernel.
 using Call = void (*)(void (*kernel)(), const void *params, void *const *pointers);
-void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers);
+void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers, uint32_t values);
 
 // A kernel's argument: a pointer, or a struct that is passed by value.
 template <class A> A argument(void *at) {
@@ -106,7 +106,10 @@ template <class P, class... A> struct Invoke {
 
 struct Entry {
     template <class P, class... A> Entry(const char *name, void (*kernel)(P, A...)) {
-        enter(name, reinterpret_cast<void (*)()>(kernel), Invoke<P, A...>::call, sizeof(P), sizeof...(A));
+        // A bit for each argument that is passed by value.
+        uint32_t values = 0, at = 0;
+        ((values |= uint32_t(!std::is_pointer_v<A>) << at++), ...);
+        enter(name, reinterpret_cast<void (*)()>(kernel), Invoke<P, A...>::call, sizeof(P), sizeof...(A), values);
     }
 };
 

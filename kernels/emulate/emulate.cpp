@@ -105,6 +105,7 @@ struct Kernel {
     void (*function)();
     Call call;
     size_t params, pointers;
+    uint32_t values;
 };
 std::map<std::string, Kernel> &kernels() {
     static std::map<std::string, Kernel> all;
@@ -404,8 +405,8 @@ void copy_wait(int under_way) {
     land(f, f.groups - (f.groups < uint32_t(under_way) ? f.groups : uint32_t(under_way)));
 }
 
-void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers) {
-    kernels()[name] = {kernel, call, params, pointers};
+void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers, uint32_t values) {
+    kernels()[name] = {kernel, call, params, pointers, values};
 }
 
 float half_up(uint16_t bits) {
@@ -457,6 +458,17 @@ void *gd_emulate_allocate(size_t bytes, uint32_t place, void **pages, size_t *ma
 }
 
 void gd_emulate_free(void *pages, size_t mapped) { munmap(pages, mapped); }
+
+// Bytes of a kernel's params, its other arguments, and a bit for each of those that is passed by value; 0 if there is
+// no such kernel.
+int gd_emulate_kernel(const char *name, size_t *params, size_t *pointers, uint32_t *values) {
+    auto found = kernels().find(name);
+    if (found == kernels().end()) return 0;
+    *params = found->second.params;
+    *pointers = found->second.pointers;
+    *values = found->second.values;
+    return 1;
+}
 
 // Function constants of the launches of this thread from now on.
 void gd_emulate_constants(uint32_t features_bits, uint32_t row_count) {

@@ -39,7 +39,7 @@ compile() {
     local source="$1" object="${1%.cpp}.o" flags
     flags=(-std=c++17 -O2 -fPIC -ffp-contract=off -w -I "$CUDA_HOME/include" -I tests/driver)
     case "$(basename "$source")" in
-    candle_*) flags=(-std=c++17 -O2 -fPIC -ffp-contract=off -w -I tests/driver/candle -I "$2") ;;
+    candle_*) flags=(-std=c++17 -O2 -fPIC -fno-strict-aliasing -ffp-contract=off -w -I tests/driver/candle -I "$2") ;;
     *) flags+=(-DGD_EMULATE -I kernels/emulate -I kernels/shared -I kernels/cuda) ;;
     esac
     "${CXX:-c++}" "${flags[@]}" -c -o "$object" "$source"

@@ -34,7 +34,7 @@ extern "C" int gd_emulate_kernel(const char *name, size_t *params, size_t *point
 
 namespace {
 
-constexpr size_t ZONE = 256;
+constexpr size_t ZONE = 256, MEMORY = size_t(8) << 30;
 constexpr uint8_t FENCE = 0xa5;
 
 std::recursive_mutex lock;
@@ -87,6 +87,7 @@ size_t room(uintptr_t at) {
 CUresult allocate(CUdeviceptr *at, size_t bytes) {
     Guard guard(lock);
     if (!bytes) return refuse(CUDA_ERROR_INVALID_VALUE, "an allocation of no bytes");
+    if (bytes > MEMORY) return CUDA_ERROR_OUT_OF_MEMORY;
     size_t all = (bytes + ZONE - 1) / ZONE * ZONE + 2 * ZONE;
     auto *block = static_cast<uint8_t *>(std::aligned_alloc(ZONE, all));
     if (!block) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -298,7 +299,7 @@ GD_DRIVER cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevic
     return CUDA_SUCCESS;
 }
 GD_DRIVER cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice) { return std::memset(uuid, 1, sizeof *uuid), CUDA_SUCCESS; }
-GD_DRIVER cuDeviceTotalMem(size_t *bytes, CUdevice) { return *bytes = size_t(8) << 30, CUDA_SUCCESS; }
+GD_DRIVER cuDeviceTotalMem(size_t *bytes, CUdevice) { return *bytes = MEMORY, CUDA_SUCCESS; }
 GD_DRIVER cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) { return give(pool); }
 GD_DRIVER cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void *) { return CUDA_SUCCESS; }
 GD_DRIVER cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice) { return give(context); }
@@ -326,7 +327,7 @@ GD_DRIVER cuEventSynchronize(CUevent) { return CUDA_SUCCESS; }
 GD_DRIVER cuEventQuery(CUevent) { return CUDA_SUCCESS; }
 
 GD_DRIVER cuMemGetInfo(size_t *free, size_t *total) {
-    *free = *total = size_t(8) << 30;
+    *free = *total = MEMORY;
     return CUDA_SUCCESS;
 }
 GD_DRIVER cuMemAlloc(CUdeviceptr *at, size_t bytes) { return allocate(at, bytes); }

@@ -11,6 +11,9 @@ extern crate self as gd_emulate;
 #[path = "../../../../tests/emulate/tests/operators/beacon.rs"]
 mod beacon;
 #[cfg(feature = "cuda")]
+#[path = "../../../../tests/emulate/tests/operators/certified.rs"]
+mod certified;
+#[cfg(feature = "cuda")]
 mod cache;
 #[path = "../../../../tests/emulate/tests/operators/decode.rs"]
 mod decode;
@@ -21,6 +24,8 @@ mod graph;
 mod hopper;
 #[path = "../problems/mod.rs"]
 mod problems;
+#[cfg(feature = "cuda")]
+mod prefill;
 #[cfg(feature = "cuda")]
 #[path = "../../../../tests/emulate/tests/operators/quantize.rs"]
 mod quantize;

@@ -37,6 +37,21 @@ __device__ __forceinline__ float4 key_limits(float4 known, float bias, float rou
     return {known.x, fmaf(SHIFT_ERROR, known.x, known.y), known.z, fmaf(rounded, fabsf(bias), bias)};
 }
 
+// A tile's knowledge of its keys, in the order in which it is read: scale and bias of all keys, then error and norm.
+struct Limits {
+    float2 *first;
+
+    __device__ __forceinline__ void enter(u32 x, float4 key) const {
+        first[x] = {key.x, key.w}, first[CERTIFIED_KEYS + x] = {key.y, key.z};
+    }
+    __device__ __forceinline__ float4 operator[](u32 x) const {
+        float2 scale = first[x], error = first[CERTIFIED_KEYS + x];
+        return {scale.x, error.x, error.y, scale.y};
+    }
+    // Scale and bias of key x, which is even, and of the next.
+    __device__ __forceinline__ float4 pair(u32 x) const { return *reinterpret_cast<const float4 *>(first + x); }
+};
+
 // The exact scores of a batch of a list's entries: lane x has that of entry x, the last one's where there are fewer.
 template <class T, int DP> struct Exact {
     static constexpr u32 BATCH = 8;
@@ -170,30 +185,33 @@ template <class T, int DP, int MT> struct Sift {
         }
     }
 
-    // A group of 32 keys, the first of them key `start`. Which rows see them is looked at where some bound reaches a
-    // bar; until then it does not matter.
-    __device__ __forceinline__ void meet(const int8_t *tile, const float4 *limits, int group, i32 start) {
+    // A group of 32 keys, the first of them key `start`, whose errors and norms are at most `widest`. Nearly all keys
+    // are left behind here: by two steps a score and one comparison with what the bar is for the widest bound of the
+    // group. Which rows see a key is looked at afterwards.
+    __device__ __forceinline__ void meet(const int8_t *tile, Limits limits, float2 widest, int group, i32 start) {
         u32 t = lane_id() % 4;
         i32 product[MT][4][4];
         products(tile, group, product);
-        float upper[MT][4][4];
-        bool hit[MT] = {};
+        float score[MT][4][4], reach[MT][2], width = error({0.0f, widest.x, widest.y, 0.0f});
+        bool near[MT] = {};
+#pragma unroll
+        for (int x = 0; x < 2 * MT; x++)
+            reach[x / 2][x % 2] = fmaf(-norm[x / 2][x % 2], width, bar[x / 2][x % 2]);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
+            float4 pair = limits.pair(group + n * 8 + 2 * t);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                float4 key = limits[n * 8 + 2 * t + e];
-                float shift = -SHIFT * key.x, error = this->error(key);
+                float size = e ? pair.z : pair.x, most = e ? pair.w : pair.y, shift = -SHIFT * size;
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         int c = 2 * half + e;
-                        float f = fmaf(key.x, __uint_as_float(u32(product[m][n][c])), shift);
-                        float u = fmaf(scale[m][half], f, fmaf(norm[m][half], error, key.w));
-                        upper[m][n][c] = u;
+                        float f = fmaf(size, __uint_as_float(u32(product[m][n][c])), shift);
+                        score[m][n][c] = fmaf(scale[m][half], f, most);
                         // NaN, too, may be anything.
-                        hit[m] |= !(u < bar[m][half]);
+                        near[m] |= !(score[m][n][c] < reach[m][half]);
                     }
                 }
             }
@@ -201,8 +219,15 @@ template <class T, int DP, int MT> struct Sift {
         u32 full = 0;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-            if (!__any_sync(ALL, hit[m])) continue;
-            offer(m, upper[m], limits, start);
+            if (!__any_sync(ALL, near[m])) continue;
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                bool here = false;
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    here |= !(score[m][n][c] < reach[m][c / 2]);
+                if (__any_sync(ALL, here)) offer(m, score[m][n], limits, group + n * 8, start + n * 8);
+            }
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 if (count[m][half] + GROUP > room) full |= 1u << (m * 16 + half * 8 + lane_id() / 4);
@@ -210,48 +235,45 @@ template <class T, int DP, int MT> struct Sift {
         if (__any_sync(ALL, full != 0)) make_room(full);
     }
 
-    // Appends the visible keys of a group whose upper bounds reach the bars; there is room for all of them.
-    __device__ __forceinline__ void offer(int m, const float (&upper)[4][4], const float4 *limits, i32 start) {
-        u32 g = lane_id() / 4, t = lane_id() % 4, hits = 0;
-        float most[2] = {-GD_INFINITY, -GD_INFINITY};
+    // Appends those of 8 keys, from key `place` of the tile on, whose upper bounds reach the bars of rows that see
+    // them; there is room for all.
+    __device__ __forceinline__ void offer(int m, const float (&score)[4], Limits limits, u32 place, i32 start) {
+        u32 t = lane_id() % 4, hits = 0;
+        float upper[4], most[2] = {-GD_INFINITY, -GD_INFINITY};
 #pragma unroll
-        for (int x = 0; x < 16; x++) {
-            int half = x % 4 / 2;
-            u32 at = x / 4 * 8 + 2 * t + x % 2;
-            float4 key = limits[at];
-            i32 j = start + i32(at);
-            Range seen = own[m][half];
+        for (int c = 0; c < 4; c++) {
+            float4 key = limits[place + 2 * t + c % 2];
+            i32 j = start + i32(2 * t) + c % 2;
+            Range seen = own[m][c / 2];
+            upper[c] = fmaf(norm[m][c / 2], error(key), score[c]);
             bool open = j >= seen.lo && j < (GD_FAULT(148) ? seen.hi + 1 : seen.hi) && key.w > -GD_INFINITY;
-            if (!open || upper[x / 4][x % 4] < bar[m][half]) continue;
-            hits |= 1u << x;
+            if (!open || upper[c] < bar[m][c / 2]) continue;
+            hits |= 1u << c;
             // fmaxf leaves NaN out.
-            most[half] = fmaxf(most[half], least(upper[x / 4][x % 4], key, norm[m][half]));
+            most[c / 2] = fmaxf(most[c / 2], least(upper[c], key, norm[m][c / 2]));
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float x = most[half];
-            x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(ALL, x, 2));
-            if (GD_FAULT(145)) x = __shfl_xor_sync(ALL, x, 4);
             // Of several candidates only the whole list tells the bar.
-            if (p.candidates == 1) bar[m][half] = fmaxf(bar[m][half], x);
-            u32 mine = 0;
-#pragma unroll
-            for (int n = 0; n < 8; n++) {
-                int x = n / 2 * 4 + half * 2 + n % 2;
-                if (upper[x / 4][x % 4] < bar[m][half]) hits &= ~(1u << x);
-                mine += hits >> x & 1;
+            if (p.candidates == 1) {
+                float x = most[half];
+                x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+                x = fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+                if (GD_FAULT(145)) x = __shfl_xor_sync(ALL, x, 4);
+                bar[m][half] = fmaxf(bar[m][half], x);
             }
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                if (upper[2 * half + e] < bar[m][half]) hits &= ~(1u << (2 * half + e));
+            u32 mine = __popc(hits >> (2 * half) & 3);
             u32 one = __shfl_xor_sync(ALL, mine, 1), two = __shfl_xor_sync(ALL, mine + one, 2);
             u32 to = count[m][half] + (t & 1 ? one : 0) + (t & 2 ? two : 0);
             count[m][half] += mine + one + two;
-            List list(lists, m * 16 + half * 8 + g, room);
+            List list(lists, m * 16 + half * 8 + lane_id() / 4, room);
 #pragma unroll
-            for (int n = 0; n < 8; n++) {
-                int x = n / 2 * 4 + half * 2 + n % 2;
-                if (!(hits >> x & 1)) continue;
-                list.score[to] = upper[x / 4][x % 4];
-                list.key[to] = start + i32(x / 4 * 8 + 2 * t + x % 2);
+            for (int e = 0; e < 2; e++) {
+                if (!(hits >> (2 * half + e) & 1)) continue;
+                list.score[to] = upper[2 * half + e], list.key[to] = start + i32(2 * t) + e;
                 to++;
             }
         }
@@ -383,22 +405,25 @@ template <class T, int DP, int MT> struct Sift {
 
 template <class T, int DP, int MT>
 __device__ __forceinline__ void scan_certified(const CertifiedParams &params, const T *q, const T *k,
-                                               const float *bias, const int8_t *codes, const float4 *known, const float *beta,
-                                               const float *prior, const i32 *table, i32 *index, float *energy,
-                                               const T *v, const float *threshold, T *y, const i32 *protected_keys,
-                                               uint8_t *flags, u32 *rescored) {
+                                               const float *bias, const int8_t *codes, const float4 *known,
+                                               const float *beta, const float *prior, const i32 *table, i32 *index,
+                                               float *energy, const T *v, const float *threshold, T *y,
+                                               const i32 *protected_keys, uint8_t *flags, u32 *rescored) {
     using S = Sift<T, DP, MT>;
     const ScanParams &p = params.scan;
     constexpr int KEYS = CERTIFIED_KEYS, TILE = KEYS * Integers<DP>::PITCH;
     GD_DYNAMIC_SHARED(shared);
     GD_SHARED(Seen, seen);
+    // The greatest errors and norms among the keys of a group, of two tiles.
+    GD_SHARED(float2[2][KEYS / GROUP], widest);
     u32 warps = blockDim.x / 32, warp = threadIdx.x / 32;
     Block at(here(), p, warps * S::ROWS);
     fill_seen(seen, p, at, table, warps * S::ROWS);
 
     int8_t *tiles = reinterpret_cast<int8_t *>(shared);
-    float4 *limits = reinterpret_cast<float4 *>(tiles + 2 * TILE);
-    float *lists = reinterpret_cast<float *>(limits + 2 * KEYS);
+    float2 *known_keys = reinterpret_cast<float2 *>(tiles + 2 * TILE);
+    auto limits = [&](i32 tile) { return Limits{known_keys + tile % 2 * 2 * KEYS}; };
+    float *lists = reinterpret_cast<float *>(known_keys + 4 * KEYS);
     u32 room = sift_room(p), first = warp * S::ROWS;
     SiftedRow *rows = reinterpret_cast<SiftedRow *>(lists + size_t(warps) * S::ROWS * 2 * room);
     Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
@@ -416,8 +441,8 @@ __device__ __forceinline__ void scan_certified(const CertifiedParams &params, co
     u32 width = (p.head_dim + 15) / 16 * 16;
     Source<int8_t> integers = {codes + piece * params.room * width, width, p.keys, width, true};
     Reach reach(seen, first, S::ROWS);
-    float4 next_known;
-    float next_bias;
+    float4 next_known = {};
+    float next_bias = 0;
     // Loads of the next tile run beside the work on this one; what is known of its keys waits in registers.
     auto load = [&](i32 tile) {
         u32 j = u32(tile) * KEYS;
@@ -426,8 +451,17 @@ __device__ __forceinline__ void scan_certified(const CertifiedParams &params, co
         if (threadIdx.x < KEYS) next_known = about[j + threadIdx.x], next_bias = biases[j + threadIdx.x];
     };
     auto enter = [&](i32 tile) {
-        if (threadIdx.x < KEYS)
-            limits[tile % 2 * KEYS + threadIdx.x] = key_limits(next_known, next_bias, sift.rounded);
+        // A warp enters a group.
+        if (threadIdx.x >= KEYS) return;
+        float4 key = key_limits(next_known, next_bias, sift.rounded);
+        limits(tile).enter(threadIdx.x, key);
+        float2 most = {key.y, key.z};
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            most.x = fmaxf(most.x, __shfl_xor_sync(ALL, most.x, step));
+            most.y = fmaxf(most.y, __shfl_xor_sync(ALL, most.y, step));
+        }
+        if (lane_id() == 0) widest[tile % 2][warp] = most;
     };
     i32 from = seen.all.lo / KEYS, to = seen.all.lo < seen.all.hi ? (seen.all.hi + KEYS - 1) / KEYS : from;
     if (from < to) load(from), enter(from);
@@ -442,9 +476,9 @@ __device__ __forceinline__ void scan_certified(const CertifiedParams &params, co
         i32 start = tile * KEYS;
         if (reach.meets(start, KEYS)) {
             const int8_t *own = tiles + (GD_FAULT(142) ? tile + 1 : tile) % 2 * TILE;
-            const float4 *about = limits + (GD_FAULT(146) ? tile + 1 : tile) % 2 * KEYS;
+            Limits about = limits(GD_FAULT(146) ? tile + 1 : tile);
             for (int group = 0; group < KEYS; group += GROUP)
-                sift.meet(own, about + group, group, start + group);
+                sift.meet(own, about, widest[tile % 2][group / GROUP], group, start + group);
         }
         if (tile + 1 < to) enter(tile + 1);
         // The next load overwrites what was just read.

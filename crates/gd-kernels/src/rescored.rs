@@ -60,7 +60,10 @@ mod tests {
         };
         assert_eq!(counts(&[1, 4, 2, 8])?, 0.25);
         // More than 32 bits hold.
-        assert_eq!(counts(&[1 << 31, u32::MAX, 1 << 31, u32::MAX])?, (1u64 << 31) as f64 / f64::from(u32::MAX));
+        assert_eq!(
+            counts(&[1 << 31, u32::MAX, 1 << 31, u32::MAX])?,
+            (1u64 << 31) as f64 / f64::from(u32::MAX)
+        );
         assert_eq!(counts(&[0, 0])?, 1.0);
         assert_eq!(Rescored::known(0.5).share()?, 0.5);
         assert_eq!(Rescored::ALL.share()?, 1.0);

@@ -6,7 +6,8 @@ mod problems;
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{
-    Backend, Candidates, Isa, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, TieBreak, Walk, plan, scan,
+    Backend, Candidates, Isa, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, TieBreak, Walk, plan,
+    scan,
 };
 use problems::{Spec, pick, pools, rng, values};
 use rand::RngExt;

@@ -11,10 +11,10 @@ extern crate self as gd_emulate;
 #[path = "../../../../tests/emulate/tests/operators/beacon.rs"]
 mod beacon;
 #[cfg(feature = "cuda")]
+mod cache;
+#[cfg(feature = "cuda")]
 #[path = "../../../../tests/emulate/tests/operators/certified.rs"]
 mod certified;
-#[cfg(feature = "cuda")]
-mod cache;
 #[path = "../../../../tests/emulate/tests/operators/decode.rs"]
 mod decode;
 #[path = "../../../../tests/emulate/tests/operators/device.rs"]
@@ -22,10 +22,10 @@ mod device;
 mod graph;
 #[path = "../../../../tests/emulate/tests/operators/hopper.rs"]
 mod hopper;
-#[path = "../problems/mod.rs"]
-mod problems;
 #[cfg(feature = "cuda")]
 mod prefill;
+#[path = "../problems/mod.rs"]
+mod problems;
 #[cfg(feature = "cuda")]
 #[path = "../../../../tests/emulate/tests/operators/quantize.rs"]
 mod quantize;

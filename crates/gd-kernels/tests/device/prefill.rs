@@ -23,7 +23,8 @@ fn close(a: &Tensor, b: &Tensor, name: &str) -> Result<()> {
 #[test]
 fn prefill_with_8_bit_keys_is_the_plain_scan() -> Result<()> {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
-        for (score, candidates, d) in [(Score::Energy, 1, 128), (Score::Dot, 8, 64), (Score::Energy, 32, 40)] {
+        for (score, candidates, d) in [(Score::Energy, 1, 128), (Score::Dot, 8, 64), (Score::Energy, 32, 40)]
+        {
             let (b, hq, hk, n, m, dv) = (2, 8, 2, 700, 900, 48);
             let (q, k, v) = (
                 noise(1, &[b, hq, n, d], dtype)?,

@@ -11,7 +11,7 @@ use gd_kernels::{Precision, Problem};
 
 use crate::decode::Codes;
 use crate::device::{integers, numbers};
-use crate::problems::{Case, Spec, View};
+use crate::problems::{Case, Kind, Spec, View};
 use crate::scan::{Found, Uploaded, judge, problem};
 use crate::{Verdict, ensure};
 
@@ -48,8 +48,7 @@ fn restore(case: &mut Case) {
     };
     let (q, k) = (tensor(&p.q, p.q_heads, p.queries), tensor(&p.k, p.kv_heads, p.keys));
     // The reference sees what the dtype keeps.
-    let back =
-        |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let back = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     (p.q, p.k) = (back(&q), back(&k));
     (case.q.base, case.k.base) = (q, k);
 }
@@ -65,7 +64,12 @@ fn adverse(seed: u64) -> Case {
         spec.prior = None;
     }
     let mut case = spec.build(dtype(seed / ADVERSE));
-    let (dim, keys, most) = (case.problem.dim, case.problem.keys, if case.dtype == DType::F16 { 6e4 } else { 1e17 });
+    if case.exact() {
+        // What follows leaves no integers.
+        case.spec.kind = Kind::Plain;
+    }
+    let (dim, keys) = (case.problem.dim, case.problem.keys);
+    let most = if case.dtype == DType::F16 { 6e4 } else { 1e17 };
     let p = &mut case.problem;
     let first = p.k[..dim].iter().map(|x| if x.is_finite() { *x } else { 0.5 }).collect::<Vec<_>>();
     for (row, key) in p.k.chunks_mut(dim).enumerate() {
@@ -75,7 +79,7 @@ fn adverse(seed: u64) -> Case {
             0 => key.copy_from_slice(&first),
             1 => (0..dim).for_each(|d| key[d] = first[d] * (1.0 + 1e-3 * ((j * 7 + d * 3) % 5) as f64)),
             // A single large coordinate leaves the others few of the integers.
-            2 if j % 5 == 2 => key[j % dim] *= 300.0,
+            2 if j % 5 == 2 => key[j % dim] = (300.0 * key[j % dim]).clamp(-most, most),
             // Every key is better than the ones before, or equal to every third.
             3 => (0..dim).for_each(|d| key[d] = first[d] * (1.0 + j as f64 / keys as f64)),
             4 => (0..dim).for_each(|d| key[d] = first[d] * (1.0 + (j % 3) as f64)),
@@ -89,7 +93,7 @@ fn adverse(seed: u64) -> Case {
     }
     for (row, query) in p.q.chunks_mut(dim).enumerate() {
         match seed % ADVERSE {
-            2 if row % 9 == 4 => query[row % dim] *= 300.0,
+            2 if row % 9 == 4 => query[row % dim] = (300.0 * query[row % dim]).clamp(-most, most),
             // No bounds, for some rows.
             7 if row % 4 == 1 => query[row % dim] = most,
             7 if row % 4 == 2 => query[row % dim] = f64::INFINITY,
@@ -180,7 +184,11 @@ fn same(case: &Case, native: &Whole, certified: &Whole) -> Verdict {
         let visible = (0..keys).filter(|&j| may_see(&case.problem.mask, b, i, j, keys)).count();
         ensure!(seen == visible as i32, "{seen} of {visible} visible, row {b} {h} {i} of {}", case.name());
         let scored = certified.counts[2 * row];
-        ensure!((0..=seen).contains(&scored), "{scored} of {seen} scored, row {b} {h} {i} of {}", case.name());
+        ensure!(
+            (0..=seen).contains(&scored),
+            "{scored} of {seen} scored, row {b} {h} {i} of {}",
+            case.name()
+        );
     }
     ensure!(native.found.flags == certified.found.flags, "flags of {}", case.name());
     // NaN of a value row that is selected is the same NaN.

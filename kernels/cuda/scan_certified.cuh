@@ -1,7 +1,7 @@
 // The scan with 8-bit keys: integer products and bounds of their error say which keys can be among the best K of a
 // row, and only those are scored exactly, by the instructions of the native scan: the result is the same, to the bit.
 //
-// A block holds 64 to 256 query rows as integers in registers and walks tiles of 64 keys. A row keeps a bar that the
+// A block holds 32 to 256 query rows as integers in registers and walks tiles of 64 keys. A row keeps a bar that the
 // score of its K-th best key reaches surely, and a list of the keys whose upper bound reaches the bar. A list without
 // room for another group of keys is first cut by the bar and then, if that does not help, scored: many candidates
 // cost time, and nothing else.

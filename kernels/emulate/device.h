@@ -255,4 +255,9 @@ inline void mma(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     emulate::Request request = {&emulate::MMA_S8, 0, 0, &operands};
     emulate::meet(request, 0xffffffffu);
 }
+inline void mma_from(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int32_t start) {
+    for (int32_t &x : c)
+        x = start;
+    mma(c, a, b0, b1);
+}
 #endif

@@ -92,6 +92,12 @@ struct ScanParams {
     MaskParams mask;
 };
 
+// A scan whose keys are 8-bit integers too, in pieces of `room` keys, as QuantizeParams has them.
+struct CertifiedParams {
+    ScanParams scan;
+    u32 room;
+};
+
 // Decoding: a few queries against a long cache, which lies in one piece or in pages of a block table.
 struct DecodeParams {
     u32 batch;

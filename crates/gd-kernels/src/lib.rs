@@ -21,6 +21,7 @@ mod paged;
 mod plan;
 mod quantized;
 pub mod reference;
+mod rescored;
 mod scan;
 mod select;
 
@@ -35,5 +36,6 @@ pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, Tie
 pub use paged::{PagedCache, scan_select_paged};
 pub use plan::{Backend, CANDIDATES, CpuPlan, Isa, Plan, Problem, Walk, support_table};
 pub use quantized::QuantizedKeys;
+pub use rescored::Rescored;
 pub use scan::{Candidates, Scan, plan, scan, scan_all};
 pub use select::{Round, Select, Selected, scan_select, select};

@@ -32,8 +32,8 @@ pub enum Precision {
     #[default]
     Native,
     /// Scores of 8-bit integers with an error bound decide which keys can be candidates; those are
-    /// scored again in the accumulator type. For f32, f16 and bf16; on a GPU in
-    /// [`scan_select`](crate::scan_select) of at most 16 queries.
+    /// scored again in the accumulator type. For f32, f16 and bf16, on the CPU and on CUDA, there with at
+    /// most 32 candidates.
     Certified,
 }
 

@@ -213,8 +213,7 @@ const SUPPORT: &[Support] = &[
     Support {
         device: "cuda",
         dtypes: &[DType::F32, DType::F16, DType::BF16],
-        // In decoding alone, which has a plan of its own.
-        certified: &[],
+        certified: &[DType::F32, DType::F16, DType::BF16],
         head_dim: 8..=256,
         step: 8,
         candidates: &CANDIDATES,

@@ -10,6 +10,7 @@ use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
 use crate::plan::{Backend, CpuPlan, Extras, Plan, Problem};
 use crate::quantized::QuantizedKeys;
+use crate::rescored::Rescored;
 
 /// The candidate set of every query.
 #[derive(Debug, Clone)]
@@ -20,9 +21,8 @@ pub struct Candidates {
     pub energy: Tensor,
     /// 1 where a candidate is protected, u8 `[B, Hq, N, K]`; absent if nothing is.
     pub protected: Option<Tensor>,
-    /// Of all visible (query, key) pairs the share that was scored in full precision: 1 unless the
-    /// scan was certified.
-    pub rescored: f64,
+    /// The share of pairs that was scored in full precision.
+    pub rescored: Rescored,
 }
 
 /// What to scan for. `Scan::new` gives the defaults; set the other fields as needed.
@@ -204,7 +204,7 @@ fn launch(problem: &Problem, plan: &CpuPlan, q: &Tensor, k: &Tensor, scan: &Scan
                 index: Tensor::from_vec(out.index, shape, q.device())?,
                 energy: Tensor::from_vec(out.energy, shape, q.device())?,
                 protected: flags,
-                rescored: out.rescored,
+                rescored: Rescored::known(out.rescored),
             })
         }))
     })

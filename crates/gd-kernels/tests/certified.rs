@@ -6,7 +6,8 @@ mod problems;
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{
-    Backend, Candidates, Isa, Mask, Precision, QuantizedKeys, Scan, Score, TieBreak, Walk, plan, scan,
+    Backend, Candidates, Isa, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, TieBreak, Walk, plan,
+    scan,
 };
 use problems::{Spec, pick, pools, rng, values};
 use rand::RngExt;
@@ -26,13 +27,13 @@ fn bits(found: &Candidates) -> Vec<Vec<u64>> {
 /// native one; returns the share of pairs that was scored in full.
 fn compare(q: &Tensor, k: &Tensor, native: &Scan, name: &(dyn Fn() -> String + Sync)) -> f64 {
     let expected = scan(q, k, native).unwrap_or_else(|e| panic!("{}: {e}", name()));
-    assert_eq!(expected.rescored, 1.0);
+    assert_eq!(expected.rescored.share().unwrap(), 1.0);
     let expected = bits(&expected);
     let mut shares = Vec::new();
     let mut check = |options: &Scan, how: &str| {
         let found = scan(q, k, options).unwrap_or_else(|e| panic!("{}: {e}", name()));
         assert_eq!(expected, bits(&found), "{}: {how}", name());
-        shares.push(found.rescored);
+        shares.push(found.rescored.share().unwrap());
     };
     let certified = Scan { precision: Precision::Certified, ..native.clone() };
     for isa in Isa::available() {
@@ -291,7 +292,7 @@ fn few_queries_find_what_many_do() {
                             index: part(&whole.index),
                             energy: part(&whole.energy),
                             protected: whole.protected.as_ref().map(part),
-                            rescored: 1.0,
+                            rescored: Rescored::ALL,
                         };
                         let (few, mask) = (part(&q), Mask::causal((m - 16 + first) as i64));
                         for isa in Isa::available() {
@@ -334,7 +335,8 @@ fn quantised_keys_grow_and_say_where_they_do_not_belong() {
     let certified = Scan { precision: Precision::Certified, quantized: Some(&keys), ..native.clone() };
     let (found, alone) = (scan(&q, &k, &certified).unwrap(), Scan { quantized: None, ..certified.clone() });
     assert_eq!(bits(&found), bits(&scan(&q, &k, &native).unwrap()));
-    assert_eq!(found.rescored, scan(&q, &k, &alone).unwrap().rescored);
+    let share = |found: &Candidates| found.rescored.share().unwrap();
+    assert_eq!(share(&found), share(&scan(&q, &k, &alone).unwrap()));
     let refused = |e: gd_kernels::Result<()>, word: &str| {
         let text = e.unwrap_err().to_string();
         assert!(text.contains(word), "{text}");

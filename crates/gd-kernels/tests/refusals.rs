@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Result as Candle, Tensor};
 use gd_kernels::{
-    Backend, Barrier, Candidates, Estimator, Gate, Isa, Mask, Result, Scan, Select, plan, scan, scan_all,
-    select, support_table,
+    Backend, Barrier, Candidates, Estimator, Gate, Isa, Mask, Rescored, Result, Scan, Select, plan, scan,
+    scan_all, select, support_table,
 };
 
 fn zeros(shape: &[usize]) -> Tensor {
@@ -165,7 +165,12 @@ fn select_refuses_shapes_and_candidates() {
     refused(run(&g.q, &g.k, &g.v.to_dtype(DType::BF16).unwrap(), &good_found), &["F32, F32, BF16"]);
 
     let change = |f: &dyn Fn(&Candidates) -> Candle<Candidates>| f(&good_found).unwrap();
-    let other = |index: Tensor, energy: Tensor| Candidates { index, energy, protected: None, rescored: 1.0 };
+    let other = |index: Tensor, energy: Tensor| Candidates {
+        index,
+        energy,
+        protected: None,
+        rescored: Rescored::ALL,
+    };
     let cut = change(&|c| Ok(other(c.index.narrow(2, 0, 2)?, c.energy.narrow(2, 0, 2)?)));
     refused(run(&g.q, &g.k, &g.v, &cut), &["candidates [2, 4, 2, 4]", "q [2, 4, 3, 8]"]);
     let ragged = change(&|c| Ok(other(c.index.clone(), c.energy.narrow(3, 0, 2)?)));

@@ -13,6 +13,7 @@ pub mod mask;
 pub mod params;
 pub mod quantize;
 pub mod scan;
+pub mod scan_certified;
 pub mod select;
 pub mod tensor_map;
 #[cfg(any(feature = "cuda", feature = "metal"))]

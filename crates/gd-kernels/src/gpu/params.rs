@@ -114,6 +114,12 @@ params! {
         mask: MaskParams,
     }
 
+    /// A scan with 8-bit keys.
+    struct CertifiedParams {
+        scan: ScanParams,
+        room: u32,
+    }
+
     /// Decoding.
     struct DecodeParams {
         batch: u32,

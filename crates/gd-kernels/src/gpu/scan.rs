@@ -12,10 +12,10 @@ use std::fmt;
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-use super::params::{BiasParams, ScanParams};
+use super::params::{BiasParams, MaskParams, ScanParams};
 use super::{
     Arch, Constants, Gpu, Launch, Slice, Tensor4, TensorMap, dtype_name, elements, grid, mask,
-    require_compute, tensor_map,
+    require_compute, scan_certified, tensor_map,
 };
 use crate::error::{Error, Result};
 use crate::mask::Mask;
@@ -37,7 +37,7 @@ fn list_bytes(candidates: usize) -> usize {
     if candidates > 32 { 1024 } else { 512 }
 }
 /// Shared memory that the kernels declare themselves: what 256 rows see.
-const STATIC: usize = 2304;
+pub(super) const STATIC: usize = 2304;
 /// Keys of a tile of Hopper's kernel, what its shared memory is aligned to, and the rows up to which the other
 /// kernel's smaller blocks are taken.
 const HOPPER_KEYS: usize = 128;
@@ -145,9 +145,8 @@ impl Plan {
             )));
         }
         if problem.precision == Precision::Certified {
-            return Err(Error::Unsupported(
-                "scan: certified precision on a GPU; native is, and decoding is at both".into(),
-            ));
+            let plan = scan_certified::plan(problem, protected, prior, arch)?;
+            return plan.checked(problem, protected, prior);
         }
         let list = candidates > 1 || protected > 0;
         let Tiling { warp_rows, keys: tile_keys, bytes, warp_bytes, most } =
@@ -175,19 +174,24 @@ impl Plan {
             pack,
             shared_bytes: shared(warps),
         };
-        plan.grid(problem)?;
+        plan.checked(problem, protected, prior)
+    }
+
+    /// Refuses what the grid or 31 bits cannot hold.
+    fn checked(self, problem: &Problem, protected: usize, prior: bool) -> Result<Self> {
+        self.grid(problem)?;
         let rows = problem.batch as u128 * problem.q_heads as u128 * problem.queries as u128;
-        elements("index", rows * (candidates + protected) as u128)?;
+        elements("index", rows * (problem.candidates + protected) as u128)?;
         let heads = if prior { problem.q_heads } else { problem.kv_heads };
         elements("bias", problem.batch as u128 * heads as u128 * bias_row(problem.keys) as u128)?;
-        Ok(plan)
+        Ok(self)
     }
 
     /// The same by Hopper's kernel, where there is one: compute capability 9.0, 16-bit elements, head_dim up to
     /// 192 and 32 candidates for lists. Its blocks have at least 128 rows, so that it is not for a few.
     #[must_use]
     pub fn on_hopper(self, problem: &Problem, arch: &Arch) -> Self {
-        let Problem { dtype, queries, keys, candidates, .. } = *problem;
+        let Problem { dtype, queries, keys, candidates, precision, .. } = *problem;
         let list = self.kernel.starts_with("scan_list");
         // As scan_hopper.cuh has them: matrices of 64 rows a warpgroup, stages of its ring.
         let (matrices, stages) = match (list, self.padded_dim) {
@@ -198,7 +202,8 @@ impl Plan {
             (true, 192) if candidates <= 32 => (1, 2),
             (true, _) => return self,
         };
-        let known = self.kernel.strip_suffix("_sm80").filter(|_| arch.compute == 90 && dtype != DType::F32);
+        let suits = arch.compute == 90 && dtype != DType::F32 && precision == Precision::Native;
+        let known = self.kernel.strip_suffix("_sm80").filter(|_| suits);
         let Some(kernel) = known.filter(|_| queries * self.pack > HOPPER_ROWS && keys > 0) else {
             return self;
         };
@@ -225,7 +230,7 @@ impl Plan {
         (problem.queries * self.pack).div_ceil(self.warps * self.warp_rows)
     }
 
-    fn grid(&self, problem: &Problem) -> Result<[u32; 3]> {
+    pub(super) fn grid(&self, problem: &Problem) -> Result<[u32; 3]> {
         let groups = problem.batch as u128 * (problem.q_heads / self.pack) as u128;
         grid("scan", groups * self.row_blocks(problem) as u128)
     }
@@ -385,14 +390,14 @@ pub fn key_bias<G: Gpu>(gpu: &G, problem: &Problem, x: &Inputs<'_, G::Buffer>) -
     Ok(bias)
 }
 
-fn launch<G: Gpu>(
-    gpu: &G,
+/// The parameters of a scan; refuses tensors that 31 bits cannot address.
+pub(super) fn params<B>(
     plan: &Plan,
     problem: &Problem,
-    x: &Inputs<'_, G::Buffer>,
-    out: &Outputs<'_, G::Buffer>,
-    values: Option<&Values<'_, G::Buffer>>,
-) -> Result<()> {
+    x: &Inputs<'_, B>,
+    values: Option<&Values<'_, B>>,
+    mask: MaskParams,
+) -> Result<ScanParams> {
     let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
     let (q_dims, k_dims) = ([batch, q_heads, queries, head_dim], [batch, kv_heads, keys, head_dim]);
     let [q_batch, q_head, q_row] = x.q.checked("q", q_dims)?;
@@ -404,18 +409,9 @@ fn launch<G: Gpu>(
     if let Some(v) = values {
         elements("y", (batch * q_heads) as u128 * queries as u128 * v.dim as u128)?;
     }
-    let map = if plan.loaders > 0 {
-        // Queries are loaded as plain rows, but as aligned as keys.
-        TensorMap::new("q", &x.q, dtype, q_dims, plan.tile_keys)?;
-        Some(TensorMap::new("k", &x.k, dtype, k_dims, plan.tile_keys)?)
-    } else {
-        None
-    };
-    let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
-    let bias = key_bias(gpu, problem, x)?;
     let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
     let protected = x.protected.as_ref().map_or([0; 4], |p| p.dims.map(|n| n as u32));
-    let params = ScanParams {
+    Ok(ScanParams {
         batch: batch as u32,
         q_heads: q_heads as u32,
         kv_heads: kv_heads as u32,
@@ -448,7 +444,31 @@ fn launch<G: Gpu>(
         v_head,
         v_row,
         mask,
+    })
+}
+
+fn launch<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    problem: &Problem,
+    x: &Inputs<'_, G::Buffer>,
+    out: &Outputs<'_, G::Buffer>,
+    values: Option<&Values<'_, G::Buffer>>,
+) -> Result<()> {
+    let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
+    if problem.precision != Precision::Native {
+        return Err(Error::Invalid(format!("scan at {:?} precision without 8-bit keys", problem.precision)));
+    }
+    let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
+    let params = params(plan, problem, x, values, mask)?;
+    let map = if plan.loaders > 0 {
+        // Queries are loaded as plain rows, but as aligned as keys.
+        TensorMap::new("q", &x.q, dtype, [batch, q_heads, queries, head_dim], plan.tile_keys)?;
+        Some(TensorMap::new("k", &x.k, dtype, [batch, kv_heads, keys, head_dim], plan.tile_keys)?)
+    } else {
+        None
     };
+    let bias = key_bias(gpu, problem, x)?;
     let mut buffers = vec![
         Some(x.q.data),
         Some(x.k.data),

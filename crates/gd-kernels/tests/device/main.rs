@@ -12,6 +12,9 @@ extern crate self as gd_emulate;
 mod beacon;
 #[cfg(feature = "cuda")]
 mod cache;
+#[cfg(feature = "cuda")]
+#[path = "../../../../tests/emulate/tests/operators/certified.rs"]
+mod certified;
 #[path = "../../../../tests/emulate/tests/operators/decode.rs"]
 mod decode;
 #[path = "../../../../tests/emulate/tests/operators/device.rs"]
@@ -19,6 +22,8 @@ mod device;
 mod graph;
 #[path = "../../../../tests/emulate/tests/operators/hopper.rs"]
 mod hopper;
+#[cfg(feature = "cuda")]
+mod prefill;
 #[path = "../problems/mod.rs"]
 mod problems;
 #[cfg(feature = "cuda")]

@@ -1,7 +1,9 @@
 //! The same inputs give the same bits, every time.
 
 use candle_core::{DType, Result, Tensor, Var};
-use gd_kernels::{Gate, Mask, Scan, Select, causal_conv, running_average, scan, scan_select, select};
+use gd_kernels::{
+    Gate, Mask, Precision, Scan, Select, causal_conv, running_average, scan, scan_select, select,
+};
 
 use crate::problems::{rng, uniform};
 use crate::{gpu, sanitized};
@@ -54,6 +56,15 @@ fn pass(dtype: DType) -> Result<Vec<u64>> {
     let last = scan_select(&q.narrow(2, 259, 1)?, &k, &v, &Scan::new(&beta, &Mask::none(), 1), None)?;
     for t in [&fused.index, &fused.y, &last.index, &last.y] {
         all.extend(bits(t)?);
+    }
+    if cfg!(feature = "cuda") {
+        let certified = Scan { precision: Precision::Certified, ..Scan::new(&beta, &mask, 8) };
+        let found = scan(&q, &k, &certified)?;
+        for t in [&found.index, &found.energy] {
+            all.extend(bits(t)?);
+        }
+        // Which keys are scored exactly is the same every time, too.
+        all.push(found.rescored.share()?.to_bits());
     }
     Ok(all)
 }

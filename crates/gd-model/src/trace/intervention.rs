@@ -207,7 +207,7 @@ pub(super) fn apply(all: &[Intervention], found: Found, start: usize) -> Result<
         index: Tensor::from_vec(index, shape, &device)?,
         energy: Tensor::from_vec(energy, shape, &device)?,
         protected: flags.map(|flags| Tensor::from_vec(flags, shape, &device)).transpose()?,
-        rescored: found.candidates.rescored,
+        rescored: found.candidates.rescored.clone(),
     })
 }
 

@@ -113,7 +113,7 @@ impl<'a> Replay<'a> {
             index: Tensor::from_vec(index, shape, device)?,
             energy: Tensor::from_vec(energy, shape, device)?,
             protected: flags.map(|_| Tensor::from_vec(protected, shape, device)).transpose()?,
-            rescored: found.rescored,
+            rescored: found.rescored.clone(),
         })
     }
 

@@ -85,7 +85,7 @@ fn wild(seed: u64) -> Case {
 }
 
 /// The memory of a cache of 8-bit keys.
-struct Codes {
+pub(crate) struct Codes {
     codes: Buffer,
     known: Buffer,
     room: usize,
@@ -93,7 +93,7 @@ struct Codes {
 
 impl Codes {
     /// Quantises k `[pieces, Hk, keys, D]` in two steps, with more room than needed: what is behind stays NaN.
-    fn new(
+    pub(crate) fn new(
         gpu: &Emulator,
         p: &Problem,
         k: &Tensor4<'_, Buffer>,
@@ -115,7 +115,7 @@ impl Codes {
         Ok(held)
     }
 
-    fn slices(&self) -> Quantized<'_, Buffer> {
+    pub(crate) fn slices(&self) -> Quantized<'_, Buffer> {
         Quantized { codes: (&self.codes).into(), known: (&self.known).into(), room: self.room }
     }
 }

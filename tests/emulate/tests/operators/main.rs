@@ -5,6 +5,7 @@
 mod problems;
 
 mod beacon;
+mod certified;
 mod decode;
 mod device;
 mod faults;

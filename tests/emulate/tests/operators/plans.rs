@@ -2,6 +2,8 @@
 
 use candle_core::DType;
 use gd_emulate::{Buffer, Emulator};
+use gd_kernels::gpu::quantize::Quantized;
+use gd_kernels::gpu::scan_certified::{Certified, scan_certified};
 use gd_kernels::gpu::{Arch, Gpu, Slice, Tensor4, TensorMap, average, conv, decode, scan, select};
 use gd_kernels::{Error, Estimator, Mask, Precision, Problem, Score, TieBreak};
 
@@ -64,13 +66,96 @@ fn scans_are_planned_or_refused() {
     refused(plan(&Problem { candidates: 65, ..p.clone() }, 0, &H100), "65 candidates");
     refused(plan(&Problem { candidates: 0, ..p.clone() }, 0, &H100), "0 candidates");
     refused(plan(&p, 33, &H100), "33 protected");
-    refused(plan(&Problem { precision: Precision::Certified, ..p.clone() }, 0, &H100), "certified");
     refused(plan(&p, 0, &Arch { compute: 75, ..H100 }), "compute capability 7.5");
     refused(plan(&wide, 0, &Arch { shared_bytes: 48 << 10, ..A10 }), "bytes of shared memory");
     let rows = Problem { queries: 1 << 24, q_heads: 16, ..p.clone() };
     refused(plan(&rows, 0, &H100), &format!("{}", 2u64 * 16 * (1 << 24) * 8));
     let blocks = Problem { queries: 1 << 30, batch: 1 << 12, candidates: 1, ..p };
     refused(plan(&blocks, 0, &H100), "a grid of");
+}
+
+#[test]
+fn certified_scans_are_planned_or_refused() {
+    let plan = |p: &Problem, protected: usize, arch: &Arch| scan::Plan::new(p, protected, false, arch);
+    let p = Problem { precision: Precision::Certified, ..problem() };
+    let list = plan(&p, 0, &H100).unwrap();
+    assert_eq!((list.kernel.as_str(), list.warps * list.warp_rows), ("scan_certified_bf16_d128_sm80", 256));
+    assert!(list.to_string().contains("256 query rows x 64 keys, 4 heads packed"), "{list}");
+    // One candidate and nothing protected: shorter lists.
+    let best = Problem { candidates: 1, ..p.clone() };
+    let (one, guarded) = (plan(&best, 0, &H100).unwrap(), plan(&best, 1, &H100).unwrap());
+    assert_eq!(guarded.shared_bytes - one.shared_bytes, 256 * 24 * 8);
+    // The same kernel on Hopper, a prior without packing, and few rows by two warps.
+    assert_eq!(one.clone().on_hopper(&best, &H100), one);
+    assert_eq!(scan::Plan::new(&p, 0, true, &H100).unwrap().pack, 1);
+    let few = plan(&Problem { queries: 3, ..p.clone() }, 0, &A10).unwrap();
+    assert_eq!((few.warps, few.warp_rows), (2, 32));
+    // Every kernel has room on a small part.
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for head_dim in scan::HEAD_DIMS {
+            for candidates in [1, 2, 32] {
+                let plan = plan(&Problem { dtype, head_dim, candidates, ..p.clone() }, 32, &A10).unwrap();
+                assert!(plan.shared_bytes <= 97 << 10 && plan.warps >= 2, "{plan}");
+            }
+        }
+    }
+    let apple = Arch { compute: Arch::METAL, shared_bytes: 32 << 10, processors: 10 };
+    refused(plan(&p, 0, &apple), "certified precision: Metal");
+    refused(plan(&Problem { candidates: 64, ..p.clone() }, 0, &H100), "certified precision: 64 candidates");
+    refused(plan(&Problem { keys: 1 << 28, ..p.clone() }, 0, &H100), "268435456 keys");
+    refused(plan(&Problem { dtype: DType::F64, ..p.clone() }, 0, &H100), "f64");
+    refused(plan(&Problem { head_dim: 260, ..p.clone() }, 0, &H100), "head_dim 260");
+    refused(plan(&p, 33, &H100), "33 protected");
+    refused(plan(&p, 0, &Arch { compute: 75, ..H100 }), "compute capability 7.5");
+    let wide = Problem { head_dim: 256, ..p.clone() };
+    refused(plan(&wide, 0, &Arch { shared_bytes: 48 << 10, ..A10 }), "bytes of shared memory");
+    let rows = Problem { queries: 1 << 24, ..p.clone() };
+    refused(plan(&rows, 0, &H100), &format!("{}", 2u64 * 16 * (1 << 24) * 8));
+    let blocks = Problem { queries: 1 << 30, batch: 1 << 12, candidates: 1, ..p };
+    refused(plan(&blocks, 0, &H100), "a grid of");
+}
+
+#[test]
+fn certified_scans_need_their_keys() {
+    let gpu = Emulator::new(0);
+    let small = gpu.zeros(1 << 10).unwrap();
+    let place = Slice::from(&small);
+    let p = Problem {
+        candidates: 1,
+        batch: 1,
+        kv_heads: 1,
+        q_heads: 1,
+        queries: 2,
+        keys: 65,
+        head_dim: 32,
+        precision: Precision::Certified,
+        ..problem()
+    };
+    let plan = scan::Plan::new(&p, 0, false, &gpu.arch()).unwrap();
+    let mask = Mask::none();
+    let x = || scan::Inputs {
+        q: Tensor4 { data: place, strides: [64, 64, 32] },
+        k: Tensor4 { data: place, strides: [0, 0, 0] },
+        beta: place,
+        prior: None,
+        protected: None,
+        mask: &mask,
+    };
+    let out = || scan::Outputs { index: place, energy: place, flags: None };
+    let invalid = |result: Result<(), Error>, value: &str| match result {
+        Err(Error::Invalid(text)) => assert!(text.contains(value), "{text} does not name {value}"),
+        other => panic!("{other:?} instead of a refusal that names {value}"),
+    };
+    invalid(scan::scan(&gpu, &plan, &p, &x(), &out()), "Certified precision without 8-bit keys");
+    let with = |room: usize, p: &Problem| {
+        let keys = Quantized { codes: place, known: place, room };
+        let beside = Certified { keys, rescored: place };
+        scan_certified(&gpu, &plan, p, &x(), &beside, &out(), None)
+    };
+    invalid(with(64, &p), "65 keys with 64 8-bit keys");
+    invalid(with(100, &p), "65 keys with 100 8-bit keys");
+    invalid(with(128, &Problem { precision: Precision::Native, ..p.clone() }), "Native precision");
+    assert_eq!(gpu.launches(), 0);
 }
 
 #[test]

@@ -30,6 +30,12 @@ fn of_decoding() {
 }
 
 #[test]
+fn of_scans_with_8_bit_keys() {
+    same_bits("scan, 8-bit keys", [9, 0], crate::certified::check);
+    same_bits("scan, 8-bit keys, adverse", [8, 0], crate::certified::check_adverse);
+}
+
+#[test]
 fn of_selections_and_their_gradients() {
     same_bits("select", [9, 9], crate::select::check);
     same_bits("select, one key a query", [9, 9], crate::select::check_single);

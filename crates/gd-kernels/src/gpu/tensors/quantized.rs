@@ -8,6 +8,8 @@ use super::{Rows, TensorGpu, Vector};
 use crate::error::{Error, Result};
 use crate::gpu::quantize::{Quantized, Shape, quantize, room, width};
 use crate::gpu::{Tensor4, on_gpu};
+use crate::plan::Problem;
+use crate::quantized::QuantizedKeys;
 
 /// The keys of all heads. Clones share their memory until one of them grows.
 #[derive(Debug, Clone)]
@@ -106,6 +108,22 @@ impl Codes {
     pub(super) fn lent<B: From<Tensor>>(&self) -> Lent<B> {
         let whole = |t: &Tensor| Vector::strided(t.clone());
         Lent { codes: whole(&self.memory.codes), known: whole(&self.memory.known), room: self.room }
+    }
+
+    /// The integers of k `[pieces, Hk, M, D]` as the kernels read them: those that the caller keeps, or k's own.
+    pub(super) fn of<G: TensorGpu>(
+        gpu: &G,
+        device: &Device,
+        piece: &Problem,
+        k: &Tensor4<'_, G::Buffer>,
+        kept: Option<&QuantizedKeys>,
+    ) -> Result<Lent<G::Buffer>> {
+        if let Some(kept) = kept {
+            return Ok(kept.codes(piece)?.lent());
+        }
+        let mut codes = Self::new(Shape::of(piece), piece.keys, device)?;
+        codes.enter(gpu, k, piece.keys)?;
+        Ok(codes.lent())
     }
 
     pub(crate) fn score(&self) -> crate::Score {

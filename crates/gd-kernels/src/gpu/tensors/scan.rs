@@ -6,11 +6,12 @@ use super::quantized::Codes;
 use super::{Rows, TensorGpu, Vector};
 use crate::error::Result;
 use crate::gpu::decode::{self, MAX_QUERIES};
-use crate::gpu::quantize::Shape;
+use crate::gpu::scan_certified::{Certified, scan_certified};
 use crate::gpu::{Slice, scan as gpu};
 use crate::options::Precision;
 use crate::paged::PagedCache;
 use crate::plan::Problem;
+use crate::rescored::Rescored;
 use crate::scan::{Candidates, Scan, check_head, check_values, planned, prior_dims, problem, protected_dims};
 use crate::select::Selected;
 
@@ -63,6 +64,23 @@ impl<B: From<Tensor>> Operands<B> {
     }
 }
 
+/// A certified scan of a planned problem; returns the counts of [`Certified::rescored`].
+fn certified<G: TensorGpu>(
+    device: &G,
+    (problem, plan): (&Problem, &gpu::Plan),
+    operands: &Operands<G::Buffer>,
+    scan: &Scan,
+    out: &gpu::Outputs<'_, G::Buffer>,
+    values: Option<&gpu::Values<'_, G::Buffer>>,
+) -> Result<G::Buffer> {
+    let x = operands.inputs(scan);
+    let codes = Codes::of(device, &operands.device, problem, &x.k, scan.quantized)?;
+    let rescored = device.allocate(8 * problem.batch * problem.q_heads * problem.queries)?;
+    let beside = Certified { keys: codes.slices(), rescored: (&rescored).into() };
+    scan_certified(device, plan, problem, &x, &beside, out, values)?;
+    Ok(rescored)
+}
+
 /// The scan of a planned problem.
 pub(crate) fn scan<G: TensorGpu>(
     problem: &Problem,
@@ -83,12 +101,22 @@ pub(crate) fn scan<G: TensorGpu>(
         energy: (&energy).into(),
         flags: flags.as_ref().map(Slice::from),
     };
-    gpu::scan(&device, plan, problem, &operands.inputs(scan), &out)?;
+    let rescored = match problem.precision {
+        Precision::Native => {
+            gpu::scan(&device, plan, problem, &operands.inputs(scan), &out)?;
+            Rescored::ALL
+        }
+        Precision::Certified => {
+            let counts = certified(&device, (problem, plan), &operands, scan, &out, None)?;
+            let shape = (problem.batch, problem.q_heads, problem.queries, 2);
+            Rescored::counted(device.tensor(counts, DType::U32, shape)?)
+        }
+    };
     Ok(Candidates {
         index: device.tensor(index, DType::I32, shape)?,
         energy: device.tensor(energy, DType::F32, shape)?,
         protected: flags.map(|flags| device.tensor(flags, DType::U8, shape)).transpose()?,
-        rescored: 1.0,
+        rescored,
     })
 }
 
@@ -117,7 +145,12 @@ pub(crate) fn scan_select<G: TensorGpu>(
             threshold: winners.threshold.as_ref().map(Vector::slice),
             y: (&winners.y).into(),
         };
-        gpu::scan_select(&device, plan.gpu()?, problem, &x, &values, &out)?;
+        match problem.precision {
+            Precision::Native => gpu::scan_select(&device, plan.gpu()?, problem, &x, &values, &out)?,
+            Precision::Certified => {
+                certified(&device, (problem, plan.gpu()?), &operands, scan, &out, Some(&values))?;
+            }
+        }
     }
     winners.finish(&device, problem)
 }
@@ -197,14 +230,8 @@ impl<G: TensorGpu> Winners<G> {
         let piece = Problem { batch: pieces, keys: piece_keys, ..problem.clone() };
         let (kept, lent, bias): (Vector<G::Buffer>, _, _);
         let known = match (problem.precision, scan.quantized, scan.key_bias) {
-            (Precision::Certified, Some(quantized), _) => {
-                lent = quantized.codes(&piece)?.lent();
-                decode::Known::Quantized(lent.slices())
-            }
-            (Precision::Certified, None, _) => {
-                let mut codes = Codes::new(Shape::of(&piece), piece_keys, &operands.device)?;
-                codes.enter(device, &x.k, piece_keys)?;
-                lent = codes.lent();
+            (Precision::Certified, quantized, _) => {
+                lent = Codes::of(device, &operands.device, &piece, &x.k, quantized)?;
                 decode::Known::Quantized(lent.slices())
             }
             (Precision::Native, _, Some(key_bias)) => {

@@ -6,7 +6,9 @@ use anyhow::{Context as _, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops;
-use gd_kernels::{Estimator, Mask, Precision, QuantizedKeys, Scan, Score, Select, scan, scan_select, select};
+use gd_kernels::{
+    Estimator, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, Select, scan, scan_select, select,
+};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -23,10 +25,18 @@ pub(super) struct Contender {
     pub(super) work: Work,
     /// Whether it stores N x N matrices.
     pub(super) square: bool,
-    /// The device that it runs on, where it is not any: as [`crate::device::name`] has it.
-    pub(super) only_on: Option<&'static str>,
+    /// The kinds of devices that it runs on, where they are not all.
+    pub(super) only_on: &'static [&'static str],
     /// Everything that is done once, before the clock starts.
     pub(super) prepare: fn(&Inputs) -> Result<Runner>,
+}
+
+impl Contender {
+    /// Whether it runs on a device of this kind.
+    pub(super) fn runs_on(&self, device: &Device) -> bool {
+        let name = crate::device::name(device);
+        self.only_on.is_empty() || self.only_on.iter().any(|&kind| name.split(':').next() == Some(kind))
+    }
 }
 
 /// One measured run.
@@ -43,7 +53,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: INFERENCE,
         work: Work::Select,
         square: false,
-        only_on: None,
+        only_on: &[],
         prepare: |x| selection(x, 1, Precision::Native),
     },
     Contender {
@@ -52,7 +62,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: ALL,
         work: Work::Select,
         square: false,
-        only_on: None,
+        only_on: &[],
         prepare: |x| selection(x, 8, Precision::Native),
     },
     Contender {
@@ -61,7 +71,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: INFERENCE,
         work: Work::Certified,
         square: false,
-        only_on: Some("cpu"),
+        only_on: &["cpu", "cuda"],
         prepare: |x| selection(x, 1, Precision::Certified),
     },
     Contender {
@@ -70,7 +80,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: ALL,
         work: Work::Certified,
         square: false,
-        only_on: Some("cpu"),
+        only_on: &["cpu", "cuda"],
         prepare: |x| selection(x, 8, Precision::Certified),
     },
     Contender {
@@ -79,7 +89,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: &[Pass::Fwdbwd],
         work: Work::Select,
         square: false,
-        only_on: None,
+        only_on: &[],
         prepare: |x| selection(x, 2, Precision::Native),
     },
     Contender {
@@ -88,7 +98,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: &[Pass::Fwdbwd],
         work: Work::Select,
         square: false,
-        only_on: None,
+        only_on: &[],
         prepare: |x| selection_by(x, 1, Precision::Native, Estimator::Winner),
     },
     Contender {
@@ -97,7 +107,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: ALL,
         work: Work::Blend,
         square: true,
-        only_on: None,
+        only_on: &[],
         prepare: |x| blend(x, |scores| ops::softmax(scores, 3)),
     },
     Contender {
@@ -106,7 +116,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: INFERENCE,
         work: Work::Blend,
         square: true,
-        only_on: None,
+        only_on: &[],
         prepare: |x| blend(x, ops::softmax_last_dim),
     },
     Contender {
@@ -115,7 +125,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: INFERENCE,
         work: Work::Blend,
         square: false,
-        only_on: Some("cpu"),
+        only_on: &["cpu"],
         prepare: flash,
     },
     #[cfg(feature = "metal")]
@@ -125,7 +135,7 @@ pub(super) const CONTENDERS: &[Contender] = &[
         passes: INFERENCE,
         work: Work::Blend,
         square: false,
-        only_on: Some("metal"),
+        only_on: &["metal"],
         prepare: sdpa,
     },
 ];
@@ -171,7 +181,7 @@ pub(super) struct Output {
     /// The selected key of every query, where one is selected.
     pub(super) winners: Option<Tensor>,
     /// Of the visible pairs the share that a selection scored in full precision.
-    pub(super) rescored: Option<f64>,
+    pub(super) rescored: Option<Rescored>,
 }
 
 /// Keeps the compiler from leaving out what nobody reads. Devices that compute behind our back are waited for
@@ -222,7 +232,7 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
     let norms = (x.pass == Pass::Decode && !x.k.device().is_cpu())
         .then(|| gd_kernels::KeyBias::new(&x.k, Score::Energy))
         .transpose()?;
-    // Decoding on a GPU has 8-bit keys in its fused form alone.
+    // On a GPU the fused form has a kernel of its own, which does not tell how much it scored.
     let native = precision == Precision::Native;
     let fused = candidates == 1 && x.pass != Pass::Fwdbwd && (native || x.k.device().is_cuda());
     runner(x, move |q, k, v| {
@@ -234,7 +244,7 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
             ..Scan::new(&beta, &mask, candidates)
         };
         let (selected, rescored) = match fused {
-            true => (scan_select(q, k, v, &args, None)?, native.then_some(1.0)),
+            true => (scan_select(q, k, v, &args, None)?, native.then_some(Rescored::ALL)),
             false => {
                 let found = scan(q, k, &args)?;
                 let how = Select { estimator, ..Select::new(&beta) };
@@ -312,7 +322,7 @@ mod tests {
                 let inputs = Inputs::new(shape, pass, DType::F32, 3, &Device::Cpu)?;
                 let (mut selected, mut blended) = (None::<Vec<f32>>, None::<Vec<f32>>);
                 for c in CONTENDERS.iter().filter(|c| c.passes.contains(&pass)) {
-                    if c.only_on.is_some_and(|device| device != "cpu") {
+                    if !c.runs_on(&Device::Cpu) {
                         continue;
                     }
                     let out = (c.prepare)(&inputs)?()?;

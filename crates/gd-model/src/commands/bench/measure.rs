@@ -140,8 +140,7 @@ fn obstacle(c: &Contender, setup: &Setup) -> Option<String> {
     if c.square && bytes > TOO_LARGE {
         return Some(format!("too large ({:.0} GiB of N x N matrices)", bytes / GIB));
     }
-    let elsewhere = c.only_on.filter(|only| *only != crate::device::name(setup.device));
-    elsewhere.map(|only| format!("runs on {only} alone"))
+    (!c.runs_on(setup.device)).then(|| format!("runs on {} alone", c.only_on.join(" and ")))
 }
 
 /// A contender's runner, what it selects, and the share of pairs that it scored in full.
@@ -151,7 +150,8 @@ fn start(contender: &Contender, inputs: &Inputs) -> Result<Started> {
     let run = (contender.prepare)(inputs)?;
     let out = run()?;
     let winners = out.winners.map(|w| w.flatten_all()?.to_vec1::<i32>()).transpose()?;
-    Ok((run, winners, out.rescored))
+    let rescored = out.rescored.map(|r| r.share()).transpose()?;
+    Ok((run, winners, rescored))
 }
 
 /// A product of two square matrices, and its operations.

@@ -1,0 +1,532 @@
+// The scan with 8-bit keys: integer products and bounds of their error say which keys can be among the best K of a
+// row, and only those are scored exactly, by the instructions of the native scan: the result is the same, to the bit.
+//
+// A block holds 32 to 256 query rows as integers in registers and walks tiles of 64 keys. A row keeps a bar that the
+// score of its K-th best key reaches surely, and a list of the keys whose upper bound reaches the bar. A list without
+// room for another group of keys is first cut by the bar and then, if that does not help, scored: many candidates
+// cost time, and nothing else.
+#pragma once
+#include "../shared/list.h"
+#include "certified.cuh"
+#include "scan_best.cuh"
+
+constexpr int CERTIFIED_KEYS = 64;
+
+// The bit that marks an entry of a list whose score is exact; that of others is an upper bound.
+constexpr i32 EXACT = 1 << 29;
+
+// What products of integers start from: 1.5 * 2^23 as a float, so that the sum, read as a float, is that much above
+// the product, whose size is at most 127 * 127 * 256 < 2^22.
+constexpr i32 SHIFT_BITS = 0x4b400000;
+constexpr float SHIFT = 12582912.0f;
+// What SHIFT times the scale of a key loses when it is rounded, over that scale and the norm of a row: 0.75 units of
+// the row's scale, of which the norm has 127.
+constexpr float SHIFT_ERROR = 0.008f;
+
+// Entries of a list: a group of keys, and those that stay when room is made.
+__device__ __forceinline__ u32 sift_room(const ScanParams &p) {
+    return p.candidates == 1 && !p.protected_slots ? 40 : 64;
+}
+
+// What a block knows of a key: the scale of its integers, its error and norm, and the most that its bias adds. Without
+// a bound the error and the bias are +inf; the bias of what is no candidate is -inf.
+__device__ __forceinline__ float4 key_limits(float4 known, float bias, float rounded) {
+    if (bias == -GD_INFINITY) return {0.0f, 0.0f, 0.0f, -GD_INFINITY};
+    // NaN, too, has no bound.
+    if (!(fabsf(bias) <= MOST_BIAS && known.y < GD_INFINITY)) return {0.0f, GD_INFINITY, 0.0f, GD_INFINITY};
+    return {known.x, fmaf(SHIFT_ERROR, known.x, known.y), known.z, fmaf(rounded, fabsf(bias), bias)};
+}
+
+// A tile's knowledge of its keys, in the order in which it is read: scale and bias of all keys, then error and norm.
+struct Limits {
+    float2 *first;
+
+    __device__ __forceinline__ void enter(u32 x, float4 key) const {
+        first[x] = {key.x, key.w}, first[CERTIFIED_KEYS + x] = {key.y, key.z};
+    }
+    __device__ __forceinline__ float4 operator[](u32 x) const {
+        float2 scale = first[x], error = first[CERTIFIED_KEYS + x];
+        return {scale.x, error.x, error.y, scale.y};
+    }
+    // Scale and bias of key x, which is even, and of the next.
+    __device__ __forceinline__ float4 pair(u32 x) const { return *reinterpret_cast<const float4 *>(first + x); }
+};
+
+// The exact scores of a batch of a list's entries: lane x has that of entry x, the last one's where there are fewer.
+template <class T, int DP> struct Exact {
+    static constexpr u32 BATCH = 8;
+
+    static __device__ __forceinline__ float scores(const T *query, const Source<T> &k, const float *bias,
+                                                   const i32 *entries, u32 count) {
+        using S = Mma<T, DP, 1>;
+        u32 lane = lane_id(), t = lane % 4;
+        auto key = [&](u32 x) { return u32(entries[min(x, count - 1)] & ~EXACT); };
+        const T *row = k.first + size_t(key(lane / 4)) * k.stride;
+        float acc[4];
+        acc[0] = acc[2] = bias[key(2 * t)], acc[1] = acc[3] = bias[key(2 * t + 1)];
+        // All 16 rows of the product are the query.
+#pragma unroll 4
+        for (int s = 0; s < DP / 16; s++) {
+            u32 d = u32(s) * 16 + 2 * t;
+            uint32_t low = S::pair(query, d, k.dim, k.aligned), high = S::pair(query, d + 8, k.dim, k.aligned);
+            const uint32_t a[4] = {low, low, high, high};
+            mma(acc, a, S::pair(row, d, k.dim, k.aligned), S::pair(row, d + 8, k.dim, k.aligned), T{});
+        }
+        float even = __shfl_sync(ALL, acc[0], lane / 2 % 4), odd = __shfl_sync(ALL, acc[1], lane / 2 % 4);
+        return lane % 2 ? odd : even;
+    }
+};
+template <int DP> struct Exact<float, DP> {
+    static constexpr u32 BATCH = 32;
+
+    static __device__ __forceinline__ float scores(const float *query, const Source<float> &k, const float *bias,
+                                                   const i32 *entries, u32 count) {
+        u32 j = u32(entries[min(lane_id(), count - 1)] & ~EXACT);
+        const float *row = k.first + size_t(j) * k.stride;
+        float score = bias[j];
+#pragma unroll 4
+        for (u32 d = 0; d < k.dim; d++)
+            score = fmaf(query[d], row[d], score);
+        return score;
+    }
+};
+
+// What a warp shares of a row while its list is put in order.
+struct SiftedRow {
+    float bar, norm;
+    u32 count, scored, hides; // `hides`: a score has left the range of f32
+};
+
+// The rows of a warp. With g = lane / 4 a lane knows of rows g and g + 8 of every 16 what they see, how they are
+// scaled, their bars and the lengths of their lists, the same in the four lanes that share a row.
+template <class T, int DP, int MT> struct Sift {
+    static constexpr int ROWS = 16 * MT;
+    const ScanParams &p;
+    const Block &at;
+    const T *q;
+    Source<T> keys;
+    const float *bias;
+    const float4 *known;
+    float *lists;
+    SiftedRow *rows;
+    u32 first, room;
+    // The greatest ratio of error to norm among the rows and what rounding may do, to which the norm of a key
+    // counts; rounding alone, to which its bias does.
+    float coarse, rounded;
+    Integers<DP> integers[MT];
+    Range own[MT][2];
+    float scale[MT][2], norm[MT][2], bar[MT][2];
+    u32 count[MT][2];
+
+    // Quantises the rows; `staging` has room for 16 of them.
+    __device__ __forceinline__ void load(int8_t *staging, const Seen &seen) {
+        u32 g = lane_id() / 4;
+        float ratio = 0;
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                for (u32 r = 0; r < 8; r++) {
+                    u32 x = half * 8 + r, row = first + m * 16 + x;
+                    const T *query = at.exists(p, row) ? query_row(p, at, q, row) : nullptr;
+                    Known about = quantize_row(query, query ? p.head_dim : 0, staging + x * Integers<DP>::PITCH, DP);
+                    if (about.norm > 0 && finite(about.error))
+                        ratio = fmaxf(ratio, about.error / about.norm * (1.0f + 1e-6f));
+                    if (r == (GD_FAULT(144) ? (g ^ 1) : g)) scale[m][half] = about.scale;
+                    if (r == g) norm[m][half] = about.norm;
+                }
+                own[m][half] = seen.row[first + m * 16 + half * 8 + g];
+                // A row that sees nothing has no candidates.
+                bar[m][half] = own[m][half].lo < own[m][half].hi ? -GD_INFINITY : GD_INFINITY;
+                count[m][half] = 0;
+            }
+            __syncwarp();
+            integers[m].load(staging);
+            __syncwarp();
+        }
+        coarse = ratio + rounded;
+        for (u32 r = lane_id(); r < ROWS; r += 32)
+            rows[r].scored = rows[r].hides = 0;
+    }
+
+    __device__ __forceinline__ float error(float4 key) const {
+        float e = fmaf(coarse, key.z, key.y);
+        return GD_FAULT(140) ? 0.1f * e : e;
+    }
+
+    // The lower bound of a score; NaN or -inf where there is none.
+    __device__ __forceinline__ float least(float upper, float4 key, float norm) const {
+        return fmaf(-2.0f * norm, error(key), upper) - 2.01f * rounded * fabsf(key.w);
+    }
+
+    // Products of all rows with 32 keys, SHIFT_BITS above the true ones.
+    __device__ __forceinline__ void products(const int8_t *tile, int group, i32 (&product)[MT][4][4]) const {
+        constexpr int PITCH = Integers<DP>::PITCH;
+        u32 lane = lane_id();
+        // As in Integers::scores, for all matrices of rows at once.
+        const int8_t *from = tile + (group + lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int s = 0; s < DP / 32; s++) {
+#pragma unroll
+            for (int n = 0; n < 4; n += 2) {
+                uint32_t b[4];
+                load_matrices(b, from + n * 8 * PITCH + s * 32);
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    if (s == 0) {
+                        mma_from(product[m][n], integers[m].a[s], b[0], b[1], SHIFT_BITS);
+                        mma_from(product[m][n + 1], integers[m].a[s], b[2], b[3], SHIFT_BITS);
+                    } else {
+                        mma(product[m][n], integers[m].a[s], b[0], b[1]);
+                        mma(product[m][n + 1], integers[m].a[s], b[2], b[3]);
+                    }
+                }
+            }
+        }
+    }
+
+    // A group of 32 keys, the first of them key `start`, whose errors and norms are at most `widest`. Nearly all keys
+    // are left behind here: by two steps a score and one comparison with what the bar is for the widest bound of the
+    // group. Which rows see a key is looked at afterwards.
+    __device__ __forceinline__ void meet(const int8_t *tile, Limits limits, float2 widest, int group, i32 start) {
+        u32 t = lane_id() % 4;
+        i32 product[MT][4][4];
+        products(tile, group, product);
+        float score[MT][4][4], reach[MT][2], width = error({0.0f, widest.x, widest.y, 0.0f});
+        bool near[MT] = {};
+#pragma unroll
+        for (int x = 0; x < 2 * MT; x++)
+            reach[x / 2][x % 2] = fmaf(-norm[x / 2][x % 2], width, bar[x / 2][x % 2]);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            float4 pair = limits.pair(group + n * 8 + 2 * t);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float size = e ? pair.z : pair.x, most = e ? pair.w : pair.y, shift = -SHIFT * size;
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        int c = 2 * half + e;
+                        float f = fmaf(size, __uint_as_float(u32(product[m][n][c])), shift);
+                        score[m][n][c] = fmaf(scale[m][half], f, most);
+                        // NaN, too, may be anything.
+                        near[m] |= !(score[m][n][c] < reach[m][half]);
+                    }
+                }
+            }
+        }
+        u32 full = 0;
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            if (!__any_sync(ALL, near[m])) continue;
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                bool here = false;
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    here |= !(score[m][n][c] < reach[m][c / 2]);
+                if (__any_sync(ALL, here)) offer(m, score[m][n], limits, group + n * 8, start + n * 8);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                if (count[m][half] + GROUP > room) full |= 1u << (m * 16 + half * 8 + lane_id() / 4);
+        }
+        if (__any_sync(ALL, full != 0)) make_room(full);
+    }
+
+    // Appends those of 8 keys, from key `place` of the tile on, whose upper bounds reach the bars of rows that see
+    // them; there is room for all.
+    __device__ __forceinline__ void offer(int m, const float (&score)[4], Limits limits, u32 place, i32 start) {
+        u32 t = lane_id() % 4, hits = 0;
+        float upper[4], most[2] = {-GD_INFINITY, -GD_INFINITY};
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            float4 key = limits[place + 2 * t + c % 2];
+            i32 j = start + i32(2 * t) + c % 2;
+            Range seen = own[m][c / 2];
+            upper[c] = fmaf(norm[m][c / 2], error(key), score[c]);
+            bool open = j >= seen.lo && j < (GD_FAULT(148) ? seen.hi + 1 : seen.hi) && key.w > -GD_INFINITY;
+            if (!open || upper[c] < bar[m][c / 2]) continue;
+            hits |= 1u << c;
+            // fmaxf leaves NaN out.
+            most[c / 2] = fmaxf(most[c / 2], least(upper[c], key, norm[m][c / 2]));
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            // Of several candidates only the whole list tells the bar.
+            if (p.candidates == 1) {
+                float x = most[half];
+                x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+                x = fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+                if (GD_FAULT(145)) x = __shfl_xor_sync(ALL, x, 4);
+                bar[m][half] = fmaxf(bar[m][half], x);
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                if (upper[2 * half + e] < bar[m][half]) hits &= ~(1u << (2 * half + e));
+            u32 mine = __popc(hits >> (2 * half) & 3);
+            u32 one = __shfl_xor_sync(ALL, mine, 1), two = __shfl_xor_sync(ALL, mine + one, 2);
+            u32 to = count[m][half] + (t & 1 ? one : 0) + (t & 2 ? two : 0);
+            count[m][half] += mine + one + two;
+            List list(lists, m * 16 + half * 8 + lane_id() / 4, room);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                if (!(hits >> (2 * half + e) & 1)) continue;
+                list.score[to] = upper[2 * half + e], list.key[to] = start + i32(2 * t) + e;
+                to++;
+            }
+        }
+    }
+
+    // Writes bars and lengths to where the warp shares them, and reads them back.
+    __device__ __forceinline__ void share() {
+        if (lane_id() % 4 == 0) {
+#pragma unroll
+            for (int x = 0; x < 2 * MT; x++) {
+                SiftedRow &row = rows[x * 8 + lane_id() / 4];
+                row.bar = bar[x / 2][x % 2], row.norm = norm[x / 2][x % 2], row.count = count[x / 2][x % 2];
+            }
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ void learn() {
+        __syncwarp();
+#pragma unroll
+        for (int x = 0; x < 2 * MT; x++) {
+            const SiftedRow &row = rows[x * 8 + lane_id() / 4];
+            bar[x / 2][x % 2] = row.bar, count[x / 2][x % 2] = row.count;
+        }
+        __syncwarp();
+    }
+
+    // Makes room in the lists that the lanes name by bits.
+    __device__ __forceinline__ void make_room(u32 full) {
+        share();
+        for (u32 r = 0; r < ROWS; r++) {
+            if (!__any_sync(ALL, full >> r & 1)) continue;
+            cut(r);
+            if (rows[r].count + GROUP <= room) continue;
+            if (GD_FAULT(143)) {
+                __syncwarp();
+                rows[r].count = 0;
+            } else {
+                settle(r);
+            }
+        }
+        learn();
+    }
+
+    // Raises the bar of row r to the K-th greatest lower bound and leaves out what it has passed.
+    __device__ __forceinline__ void cut(u32 r) {
+        List list(lists, r, room);
+        u32 lane = lane_id(), entries = rows[r].count;
+        float bar = rows[r].bar, norm = rows[r].norm;
+        float score[2], low[2];
+        i32 key[2];
+#pragma unroll
+        for (int x = 0; x < 2; x++) {
+            u32 e = lane + 32 * x;
+            score[x] = e < entries ? list.score[e] : -GD_INFINITY;
+            key[x] = e < entries ? list.key[e] : 0;
+        }
+        if (p.candidates > 1 && entries >= p.candidates) {
+            u32 rank[2] = {0, 0};
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                low[x] = score[x];
+                if (lane + 32 * x < entries && !(key[x] & EXACT)) {
+                    float bound = least(score[x], key_limits(known[key[x]], bias[key[x]], rounded), norm);
+                    low[x] = bound > -GD_INFINITY ? bound : -GD_INFINITY;
+                }
+            }
+            for (u32 e = 0; e < entries; e++) {
+                float other = __shfl_sync(ALL, e < 32 ? low[0] : low[1], e % 32);
+#pragma unroll
+                for (int x = 0; x < 2; x++)
+                    rank[x] += other > low[x] || (other == low[x] && e < lane + 32 * x);
+            }
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                u32 vote = __ballot_sync(ALL, lane + 32 * x < entries && rank[x] == p.candidates - 1);
+                float bound = __shfl_sync(ALL, low[x], vote ? first_bit(vote) : 0);
+                if (vote) bar = fmaxf(bar, bound);
+            }
+        }
+        __syncwarp();
+        u32 kept = 0;
+#pragma unroll
+        for (int x = 0; x < 2; x++) {
+            bool stays = lane + 32 * x < entries && !(score[x] < bar);
+            u32 vote = __ballot_sync(ALL, stays), to = kept + __popc(vote & ((1u << lane) - 1));
+            if (stays) list.score[to] = score[x], list.key[to] = key[x];
+            kept += __popc(vote);
+        }
+        if (lane == 0) rows[r].count = kept, rows[r].bar = bar;
+        __syncwarp();
+    }
+
+    // Scores the list of row r exactly and keeps the best K.
+    __device__ __forceinline__ void settle(u32 r) {
+        using E = Exact<T, DP>;
+        List list(lists, r, room);
+        u32 lane = lane_id(), entries = rows[r].count, from = 0;
+        // Those that are exact come first: they stood there when the others came.
+#pragma unroll
+        for (u32 x = 0; x < 64; x += 32)
+            from += __popc(__ballot_sync(ALL, lane + x < entries && list.key[lane + x] & EXACT));
+        const T *query = query_row(p, at, q, first + r);
+        u32 scored = entries - from;
+        bool hides = false;
+        for (; from < entries; from += E::BATCH) {
+            u32 left = min(entries - from, E::BATCH);
+            float s = E::scores(query, keys, bias, list.key + from, left);
+            hides |= lane < left && s == GD_INFINITY;
+            __syncwarp();
+            if (lane < left) {
+                // NaN, and what has left the range of f32, is no score.
+                list.score[from + lane] = finite(s) ? s : -GD_INFINITY;
+                list.key[from + lane] |= EXACT;
+            }
+            __syncwarp();
+        }
+        bool hidden = __any_sync(ALL, hides);
+        sort_entries<2>(here(), list, entries, p.candidates, false, p.last);
+        entries = min(entries, p.candidates);
+        entries = u32(__popc(__ballot_sync(ALL, lane < entries && list.score[lane] > -GD_INFINITY)));
+        if (lane == 0) {
+            SiftedRow &row = rows[r];
+            row.count = entries, row.scored += scored, row.hides |= hidden;
+            if (entries >= p.candidates) row.bar = fmaxf(row.bar, list.score[p.candidates - 1]);
+        }
+        __syncwarp();
+    }
+};
+
+template <class T, int DP, int MT>
+__device__ __forceinline__ void scan_certified(const CertifiedParams &params, const T *q, const T *k,
+                                               const float *bias, const int8_t *codes, const float4 *known,
+                                               const float *beta, const float *prior, const i32 *table, i32 *index,
+                                               float *energy, const T *v, const float *threshold, T *y,
+                                               const i32 *protected_keys, uint8_t *flags, u32 *rescored) {
+    using S = Sift<T, DP, MT>;
+    const ScanParams &p = params.scan;
+    constexpr int KEYS = CERTIFIED_KEYS, TILE = KEYS * Integers<DP>::PITCH;
+    GD_DYNAMIC_SHARED(shared);
+    GD_SHARED(Seen, seen);
+    // The greatest errors and norms among the keys of a group, of two tiles.
+    GD_SHARED(float2[2][KEYS / GROUP], widest);
+    u32 warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    Block at(here(), p, warps * S::ROWS);
+    fill_seen(seen, p, at, table, warps * S::ROWS);
+
+    int8_t *tiles = reinterpret_cast<int8_t *>(shared);
+    float2 *known_keys = reinterpret_cast<float2 *>(tiles + 2 * TILE);
+    auto limits = [&](i32 tile) { return Limits{known_keys + tile % 2 * 2 * KEYS}; };
+    float *lists = reinterpret_cast<float *>(known_keys + 4 * KEYS);
+    u32 room = sift_room(p), first = warp * S::ROWS;
+    SiftedRow *rows = reinterpret_cast<SiftedRow *>(lists + size_t(warps) * S::ROWS * 2 * room);
+    Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
+                      p.aligned != 0};
+    u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
+    size_t piece = size_t(at.b) * p.kv_heads + at.kv;
+    const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
+    const float4 *about = known + piece * params.room;
+    S sift = {p, at, q, keys, biases, about, lists + size_t(first) * 2 * room, rows + first, first, room, 0.0f,
+              rounding(p.head_dim)};
+    // 16 rows of at most 8 warps have room where the tiles will lie.
+    sift.load(tiles + warp * 16 * Integers<DP>::PITCH, seen);
+    __syncthreads();
+
+    u32 width = (p.head_dim + 15) / 16 * 16;
+    Source<int8_t> integers = {codes + piece * params.room * width, width, p.keys, width, true};
+    Reach reach(seen, first, S::ROWS);
+    float4 next_known = {};
+    float next_bias = 0;
+    // Loads of the next tile run beside the work on this one; what is known of its keys waits in registers.
+    auto load = [&](i32 tile) {
+        u32 j = u32(tile) * KEYS;
+        load_rows<int8_t, DP, KEYS>(tiles + tile % 2 * TILE, integers, j);
+        copy_commit();
+        if (threadIdx.x < KEYS) next_known = about[j + threadIdx.x], next_bias = biases[j + threadIdx.x];
+    };
+    auto enter = [&](i32 tile) {
+        // A warp enters a group.
+        if (threadIdx.x >= KEYS) return;
+        float4 key = key_limits(next_known, next_bias, sift.rounded);
+        limits(tile).enter(threadIdx.x, key);
+        float2 most = {key.y, key.z};
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            most.x = fmaxf(most.x, __shfl_xor_sync(ALL, most.x, step));
+            most.y = fmaxf(most.y, __shfl_xor_sync(ALL, most.y, step));
+        }
+        if (lane_id() == 0) widest[tile % 2][warp] = most;
+    };
+    i32 from = seen.all.lo / KEYS, to = seen.all.lo < seen.all.hi ? (seen.all.hi + KEYS - 1) / KEYS : from;
+    if (from < to) load(from), enter(from);
+    for (i32 tile = from; tile < to; tile++) {
+        if (tile + 1 < to) {
+            load(tile + 1);
+            if (!GD_FAULT(141)) copy_wait<1>();
+        } else {
+            copy_wait<0>();
+        }
+        if (!GD_FAULT(149)) __syncthreads();
+        i32 start = tile * KEYS;
+        if (reach.meets(start, KEYS)) {
+            const int8_t *own = tiles + (GD_FAULT(142) ? tile + 1 : tile) % 2 * TILE;
+            Limits about = limits(GD_FAULT(146) ? tile + 1 : tile);
+            for (int group = 0; group < KEYS; group += GROUP)
+                sift.meet(own, about, widest[tile % 2][group / GROUP], group, start + group);
+        }
+        if (tile + 1 < to) enter(tile + 1);
+        // The next load overwrites what was just read.
+        if (!GD_FAULT(150)) __syncthreads();
+    }
+
+    sift.share();
+    for (u32 r = 0; r < u32(S::ROWS); r++) {
+        u32 row = first + r;
+        if (!at.exists(p, row)) continue;
+        Range range = seen.row[row];
+        sift.cut(r);
+        if (!GD_FAULT(147)) sift.settle(r);
+        List list(sift.lists, r, room);
+        u32 entries = sift.rows[r].count, scored = sift.rows[r].scored;
+        if (lane_id() < entries) list.key[lane_id()] &= ~EXACT;
+        __syncwarp();
+        size_t out = at.out(p, row);
+        if (p.candidates == 1 && !p.protected_slots) {
+            const T *query = query_row(p, at, q, row);
+            i32 winner = entries ? list.key[0] : -1;
+            if (sift.rows[r].hides) {
+                winner = search_row(query, keys, biases, range, p.last);
+                scored = u32(range.hi - range.lo);
+            }
+            write_best(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
+        } else {
+            write_list(here(), p, at, row, list, entries, range, q, keys.first, beta, prior, index, energy,
+                       protected_keys, flags);
+        }
+        if (lane_id() == 0) rescored[2 * out] = scored, rescored[2 * out + 1] = u32(range.hi - range.lo);
+    }
+}
+
+#define SCAN_CERTIFIED(T, D, MT)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256, 1) scan_certified_##T##_d##D##_sm80(                          \
+        CertifiedParams p, const T *q, const T *k, const float *bias, const int8_t *codes, const float4 *known,     \
+        const float *beta, const float *prior, const i32 *table, i32 *index, float *energy, const T *v,             \
+        const float *threshold, T *y, const i32 *protected_keys, uint8_t *flags, u32 *rescored) {                   \
+        scan_certified<T, D, MT>(p, q, k, bias, codes, known, beta, prior, table, index, energy, v, threshold, y,   \
+                                 protected_keys, flags, rescored);                                                  \
+    }                                                                                                               \
+    GD_REGISTER(scan_certified_##T##_d##D##_sm80)
+
+#define SCANS_CERTIFIED(T)                                                                                          \
+    SCAN_CERTIFIED(T, 32, 2)                                                                                        \
+    SCAN_CERTIFIED(T, 64, 2)                                                                                        \
+    SCAN_CERTIFIED(T, 96, 2)                                                                                        \
+    SCAN_CERTIFIED(T, 128, 2)                                                                                       \
+    SCAN_CERTIFIED(T, 192, 1)                                                                                       \
+    SCAN_CERTIFIED(T, 256, 1)

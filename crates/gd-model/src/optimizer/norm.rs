@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, Tensor, Var};
+use gd_kernels::on_cpu;
 use rayon::prelude::*;
 
 use super::parameter::PIECE;
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 /// A gradient of a dtype that has no norm.
 pub fn global_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
     if let Some((_, var)) = vars.first()
-        && !var.device().is_cpu()
+        && !on_cpu(var.device())
     {
         return norm_on_device(vars, grads);
     }
@@ -67,7 +68,7 @@ pub fn not_finite<'a>(vars: &'a [(String, Var)], grads: &GradStore) -> Result<Op
 }
 
 fn square_sum(t: &Tensor) -> Result<f64> {
-    if !t.device().is_cpu() {
+    if !on_cpu(t.device()) {
         return Ok(on_host(&squares(t)?)?.to_scalar()?);
     }
     let t = t.contiguous()?;

@@ -16,6 +16,7 @@ mod scan;
 mod schedules;
 mod select;
 mod suite;
+mod training;
 
 pub(crate) use suite::{Verdict, ensure};
 

@@ -3,11 +3,13 @@
 //! One code for every backend: [`TensorGpu`] is all that it needs besides [`Gpu`]. Nothing is copied to the
 //! host, unless a scan is checked.
 
+pub(crate) mod adamw;
 pub(crate) mod average;
 pub(crate) mod conv;
 pub(crate) mod embedding;
 pub(crate) mod key_bias;
 pub(crate) mod quantized;
+pub(crate) mod rows;
 pub(crate) mod scan;
 pub(crate) mod select;
 mod steps;

@@ -38,9 +38,10 @@ impl Squares {
     /// # Errors
     /// A weight or a norm to clip to that is not above 0.
     #[allow(unused_variables)] // without a GPU in this build
-    pub fn verdict(&self, losses: &Tensor, limits: &Limits) -> Result<Tensor> {
+    pub fn verdict(&self, losses: &Tensor, limits: &Limits) -> Result<Judged> {
         on_gpu!(self.parts.device(), G => {
-            crate::gpu::tensors::adamw::judge::<G>((&self.of, &self.parts), losses, limits)
+            let judged = crate::gpu::tensors::adamw::judge::<G>((&self.of, &self.parts), losses, limits);
+            judged.map(|(verdict, reading)| Judged { verdict, reading })
         });
         refused("clipping", losses)
     }
@@ -51,6 +52,30 @@ impl Squares {
     /// What the device reports.
     pub fn not_finite(&self) -> Result<Option<usize>> {
         Ok(self.of.not_finite(&self.parts.to_vec1()?))
+    }
+}
+
+/// A verdict on its way to the host.
+pub struct Judged {
+    verdict: Tensor,
+    reading: Box<dyn FnOnce() -> Result<Vec<f32>> + Send>,
+}
+
+impl Judged {
+    /// The verdict on the device.
+    pub fn tensor(&self) -> &Tensor {
+        &self.verdict
+    }
+
+    /// Waits for the verdict; on CUDA not for anything that was launched after it.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn read(self) -> Result<Verdict> {
+        match (self.reading)()?[..] {
+            [loss, norm, factor] => Ok(Verdict { loss, norm, factor }),
+            ref other => Err(Error::Invalid(format!("a verdict of {} numbers", other.len()))),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{TensorGpu, Vector};
+use super::{Reading, TensorGpu, Vector};
 use crate::adamw::Updated;
 use crate::error::{Error, Result};
 use crate::gpu::adamw::{Limits, Operands, Parts, Step, squares, update, verdict};
@@ -31,13 +31,15 @@ pub(crate) fn judge<G: TensorGpu>(
     (of, parts): (&Parts, &Tensor),
     losses: &Tensor,
     limits: &Limits,
-) -> Result<Tensor> {
+) -> Result<(Tensor, Reading)> {
     let device = G::of(parts.device())?;
     let out = device.allocate(12)?;
     let (parts, count) = (Vector::<G::Buffer>::new(parts, DType::F32)?, losses.elem_count());
     let losses = Vector::new(losses, DType::F32)?;
     verdict(&device, (of, parts.slice()), (losses.slice(), count), limits, (&out).into())?;
-    device.tensor(out, DType::F32, 3)
+    let verdict = device.tensor(out, DType::F32, 3)?;
+    let reading = device.reading(&verdict)?;
+    Ok((verdict, reading))
 }
 
 /// See [`crate::adamw::update`].

@@ -30,7 +30,8 @@ pub use average::{AverageState, running_average};
 pub use conv::{causal_conv, packed_causal_conv};
 pub use embedding::embedding;
 pub use error::{Error, Result};
-#[cfg(any(feature = "cuda", feature = "metal"))]
+pub use gpu::on_cpu;
+#[cfg(feature = "gpu")]
 pub use gpu::tensors::key_bias::KeyBias;
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};

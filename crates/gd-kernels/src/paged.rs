@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::gpu::decode::PAGE_STEP;
-#[cfg(any(feature = "cuda", feature = "metal"))]
-use crate::gpu::on_gpu;
+#[cfg(feature = "gpu")]
+use crate::gpu::{on_cpu, on_gpu};
 use crate::scan::{Scan, dims4};
 use crate::select::{Selected, scan_select};
 
@@ -118,8 +118,8 @@ pub fn scan_select_paged(
     }
     let whole = [keys];
     let lengths = scan.mask.lengths().unwrap_or(&whole);
-    #[cfg(any(feature = "cuda", feature = "metal"))]
-    if !q.device().is_cpu() {
+    #[cfg(feature = "gpu")]
+    if !on_cpu(q.device()) {
         use crate::gpu::tensors::scan::scan_select_paged;
         if scan.checked {
             let k = gathered(cache.k, &cache.table(lengths, page)?)?;

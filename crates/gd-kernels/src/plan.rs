@@ -3,6 +3,7 @@
 use candle_core::{DType, Device};
 
 use crate::error::{Error, Result};
+use crate::gpu::on_gpu;
 use crate::options::{Precision, Score, TieBreak};
 
 /// Instruction sets of the CPU backend. Every one gives the same bits: each score is one chain of
@@ -128,12 +129,9 @@ const FEW: (usize, usize) = (8, 64);
 pub enum Plan {
     /// On the CPU.
     Cpu(CpuPlan),
-    /// On an NVIDIA GPU.
-    #[cfg(feature = "cuda")]
-    Cuda(crate::gpu::scan::Plan),
-    /// On an Apple GPU.
-    #[cfg(feature = "metal")]
-    Metal(crate::gpu::scan::Plan),
+    /// On a GPU of the kind that the support table names so.
+    #[cfg(feature = "gpu")]
+    Gpu(&'static str, crate::gpu::scan::Plan),
 }
 
 /// How a problem is launched on the CPU.
@@ -157,10 +155,8 @@ impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Plan::Cpu(plan) => plan.fmt(f),
-            #[cfg(feature = "cuda")]
-            Plan::Cuda(plan) => write!(f, "cuda/{plan}"),
-            #[cfg(feature = "metal")]
-            Plan::Metal(plan) => write!(f, "metal/{plan}"),
+            #[cfg(feature = "gpu")]
+            Plan::Gpu(name, plan) => write!(f, "{name}/{plan}"),
         }
     }
 }
@@ -209,7 +205,7 @@ const SUPPORT: &[Support] = &[
         step: 1,
         candidates: &CANDIDATES,
     },
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", feature = "emulate"))]
     Support {
         device: "cuda",
         dtypes: &[DType::F32, DType::F16, DType::BF16],
@@ -219,7 +215,7 @@ const SUPPORT: &[Support] = &[
         step: 8,
         candidates: &CANDIDATES,
     },
-    #[cfg(feature = "metal")]
+    #[cfg(any(feature = "metal", feature = "emulate"))]
     Support {
         device: "metal",
         dtypes: &[DType::F32, DType::F16, DType::BF16],
@@ -252,6 +248,10 @@ pub fn support_table() -> String {
 
 /// The name of a tensor's device as the table spells it.
 fn device_name(device: &Device) -> &'static str {
+    #[cfg(feature = "emulate")]
+    if let Some(arch) = crate::gpu::emulated() {
+        return if arch.is_metal() { "metal" } else { "cuda" };
+    }
     match device {
         Device::Cpu => "cpu",
         Device::Cuda(_) => "cuda",
@@ -270,7 +270,7 @@ pub(crate) fn require_device(op: &str, device: &Device) -> Result<()> {
 
 /// What a scan has besides its [`Problem`] that a plan depends on.
 #[derive(Debug, Clone, Copy, Default)]
-#[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(dead_code))]
+#[cfg_attr(not(feature = "gpu"), allow(dead_code))]
 pub(crate) struct Extras {
     /// Protected keys of a row.
     pub(crate) protected: usize,
@@ -285,7 +285,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Unsupported`] names the value that no backend covers, and what is covered.
-    #[cfg_attr(not(any(feature = "cuda", feature = "metal")), allow(unused_variables))]
+    #[cfg_attr(not(feature = "gpu"), allow(unused_variables))]
     pub(crate) fn new(problem: &Problem, extras: Extras, device: &Device, backend: Backend) -> Result<Self> {
         require_device("scan", device)?;
         let refuse =
@@ -304,24 +304,11 @@ impl Plan {
         if !s.candidates.contains(&problem.candidates) {
             return refuse(format!("{} candidates on {name}", problem.candidates));
         }
-        match device {
-            Device::Cpu => CpuPlan::new(problem, backend).map(Self::Cpu),
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => {
-                let plan = Self::gpu_plan::<crate::cuda::Cuda>(problem, extras, device, backend);
-                plan.map(Self::Cuda)
-            }
-            #[cfg(feature = "metal")]
-            Device::Metal(_) => {
-                let plan = Self::gpu_plan::<crate::metal::Metal>(problem, extras, device, backend);
-                plan.map(Self::Metal)
-            }
-            #[allow(unreachable_patterns)]
-            _ => refuse(format!("device {name}")),
-        }
+        on_gpu!(device, G => Ok(Self::Gpu(name, Self::gpu_plan::<G>(problem, extras, device, backend)?)));
+        CpuPlan::new(problem, backend).map(Self::Cpu)
     }
 
-    #[cfg(any(feature = "cuda", feature = "metal"))]
+    #[cfg(feature = "gpu")]
     fn gpu_plan<G: crate::gpu::tensors::TensorGpu>(
         problem: &Problem,
         extras: Extras,
@@ -343,24 +330,19 @@ impl Plan {
     pub fn cpu(&self) -> Option<&CpuPlan> {
         match self {
             Self::Cpu(plan) => Some(plan),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(_) => None,
-            #[cfg(feature = "metal")]
-            Self::Metal(_) => None,
+            #[cfg(feature = "gpu")]
+            Self::Gpu(..) => None,
         }
     }
 
     /// The plan for a GPU, whichever it is.
-    #[cfg(any(feature = "cuda", feature = "metal"))]
+    #[cfg(feature = "gpu")]
     pub(crate) fn gpu(&self) -> Result<&crate::gpu::scan::Plan> {
         match self {
             Self::Cpu(plan) => {
                 Err(Error::Invalid(format!("{plan}: the plan of a CPU, for tensors on a GPU")))
             }
-            #[cfg(feature = "cuda")]
-            Self::Cuda(plan) => Ok(plan),
-            #[cfg(feature = "metal")]
-            Self::Metal(plan) => Ok(plan),
+            Self::Gpu(_, plan) => Ok(plan),
         }
     }
 }

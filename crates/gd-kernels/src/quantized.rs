@@ -7,7 +7,8 @@ use crate::cpu::filter::Filter;
 use crate::cpu::view::with_view;
 use crate::error::{Error, Result};
 use crate::fused::with_contiguous_rows;
-#[cfg(any(feature = "cuda", feature = "metal"))]
+use crate::gpu::on_cpu;
+#[cfg(feature = "gpu")]
 use crate::gpu::tensors::quantized::Codes;
 use crate::options::Score;
 use crate::plan::{Problem, require_device};
@@ -27,7 +28,7 @@ pub struct QuantizedKeys {
 #[derive(Debug, Clone)]
 enum Held {
     Cpu(Filter),
-    #[cfg(any(feature = "cuda", feature = "metal"))]
+    #[cfg(feature = "gpu")]
     Gpu(Codes),
 }
 
@@ -42,14 +43,16 @@ impl QuantizedKeys {
             return Err(Error::Unsupported(format!("head_dim {d}; at most {}", crate::plan::MAX_HEAD_DIM)));
         }
         require_device("quantised keys", k.device())?;
-        let held = match k.device() {
-            #[cfg(any(feature = "cuda", feature = "metal"))]
-            device @ (candle_core::Device::Cuda(_) | candle_core::Device::Metal(_)) => {
+        let held = match on_cpu(k.device()) {
+            true => Held::Cpu(Filter::new(b * h, d, score)),
+            #[cfg(feature = "gpu")]
+            false => {
                 let (pieces, kv_heads, head_dim, dtype) = (b, h, d, k.dtype());
                 let shape = crate::gpu::quantize::Shape { pieces, kv_heads, head_dim, dtype, score };
-                Held::Gpu(Codes::new(shape, _keys, device)?)
+                Held::Gpu(Codes::new(shape, _keys, k.device())?)
             }
-            _ => Held::Cpu(Filter::new(b * h, d, score)),
+            #[cfg(not(feature = "gpu"))]
+            false => unreachable!("a device without kernels was refused"),
         };
         let mut new = Self { held, shape: [b, h, d], dtype: k.dtype() };
         new.append(k)?;
@@ -80,7 +83,7 @@ impl QuantizedKeys {
                 filter.append(k);
                 Ok(())
             })),
-            #[cfg(any(feature = "cuda", feature = "metal"))]
+            #[cfg(feature = "gpu")]
             Held::Gpu(codes) => codes.append(&k),
         }
     }
@@ -89,7 +92,7 @@ impl QuantizedKeys {
     pub fn len(&self) -> usize {
         match &self.held {
             Held::Cpu(filter) => filter.len(),
-            #[cfg(any(feature = "cuda", feature = "metal"))]
+            #[cfg(feature = "gpu")]
             Held::Gpu(codes) => codes.len(),
         }
     }
@@ -98,7 +101,7 @@ impl QuantizedKeys {
     fn score(&self) -> Score {
         match &self.held {
             Held::Cpu(filter) => filter.score(),
-            #[cfg(any(feature = "cuda", feature = "metal"))]
+            #[cfg(feature = "gpu")]
             Held::Gpu(codes) => codes.score(),
         }
     }
@@ -113,13 +116,13 @@ impl QuantizedKeys {
         self.check(problem)?;
         match &self.held {
             Held::Cpu(filter) => Ok(filter),
-            #[cfg(any(feature = "cuda", feature = "metal"))]
+            #[cfg(feature = "gpu")]
             Held::Gpu(_) => Err(Error::Invalid("quantised keys on a GPU for keys on the CPU".into())),
         }
     }
 
     /// The integers on a GPU, if they are those of a problem's keys.
-    #[cfg(any(feature = "cuda", feature = "metal"))]
+    #[cfg(feature = "gpu")]
     pub(crate) fn codes(&self, problem: &Problem) -> Result<&Codes> {
         self.check(problem)?;
         match &self.held {

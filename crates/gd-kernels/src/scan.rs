@@ -6,6 +6,7 @@ use crate::by_float;
 use crate::cpu;
 use crate::element::acc_dtype;
 use crate::error::{Error, Result};
+use crate::gpu::{on_cpu, on_gpu};
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
 use crate::plan::{Backend, CpuPlan, Extras, Plan, Problem};
@@ -52,7 +53,7 @@ pub struct Scan<'a> {
     /// k as integers, if the caller keeps them; a certified scan quantises k itself otherwise.
     pub quantized: Option<&'a QuantizedKeys>,
     /// The norms of k, if the caller keeps them; for [`scan_select`](crate::scan_select) of a few queries.
-    #[cfg(any(feature = "cuda", feature = "metal"))]
+    #[cfg(feature = "gpu")]
     pub key_bias: Option<&'a crate::KeyBias>,
     /// Where to run.
     pub backend: Backend,
@@ -72,7 +73,7 @@ impl<'a> Scan<'a> {
             checked: false,
             precision: Precision::default(),
             quantized: None,
-            #[cfg(any(feature = "cuda", feature = "metal"))]
+            #[cfg(feature = "gpu")]
             key_bias: None,
             backend: Backend::default(),
         }
@@ -89,14 +90,11 @@ impl<'a> Scan<'a> {
 /// Names the shapes, values or devices that do not fit.
 pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let (problem, plan) = planned(q, k, scan)?;
+    on_gpu!(q.device(), G => crate::gpu::tensors::scan::scan::<G>(&problem, plan.gpu()?, q, k, scan));
     match plan {
         Plan::Cpu(plan) => launch(&problem, &plan, q, k, scan),
-        #[cfg(feature = "cuda")]
-        Plan::Cuda(plan) => crate::gpu::tensors::scan::scan::<crate::cuda::Cuda>(&problem, &plan, q, k, scan),
-        #[cfg(feature = "metal")]
-        Plan::Metal(plan) => {
-            crate::gpu::tensors::scan::scan::<crate::metal::Metal>(&problem, &plan, q, k, scan)
-        }
+        #[cfg(feature = "gpu")]
+        Plan::Gpu(..) => Err(Error::Invalid(format!("{plan}: the plan of a GPU, for tensors on the CPU"))),
     }
 }
 
@@ -108,7 +106,7 @@ pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
 pub fn scan_all(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let mut problem = problem(q, k, scan)?;
     (problem.candidates, problem.precision) = (problem.keys, Precision::Native);
-    if !q.device().is_cpu() {
+    if !on_cpu(q.device()) {
         return Err(Error::Unsupported(format!(
             "every key as a candidate on {:?}: the `dense` estimator runs on the CPU",
             q.device().location()
@@ -304,7 +302,7 @@ fn protected_keys(t: &Tensor, problem: &Problem) -> Result<cpu::scan::Protected>
 }
 
 /// The checked mode of a device: everything is copied to the host and checked as there.
-#[cfg(any(feature = "cuda", feature = "metal"))]
+#[cfg(feature = "gpu")]
 pub(crate) fn check_values(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<()> {
     let host = |t: &Tensor| t.detach().to_device(&candle_core::Device::Cpu);
     let (q, k) = (host(q)?, host(k)?);

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder};
-use gd_kernels::{Mask, Scan, Score, causal_conv, packed_causal_conv, running_average, scan};
+use gd_kernels::{Mask, Scan, Score, causal_conv, on_cpu, packed_causal_conv, running_average, scan};
 
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
@@ -145,7 +145,7 @@ impl Beacon {
         let prior = prior.detach().to_dtype(DType::F32)?;
         let beta = Tensor::ones(hk, DType::F32, prior.device())?;
         // The least head_dim that the device has kernels for.
-        let d = if prior.device().is_cpu() { 1 } else { 8 };
+        let d = if on_cpu(prior.device()) { 1 } else { 8 };
         let q = Tensor::zeros((b, hk, queries, d), DType::F32, prior.device())?;
         let k = Tensor::zeros((b, hk, m, d), DType::F32, prior.device())?;
         let top = Scan { prior: Some(&prior), score: Score::Dot, ..Scan::new(&beta, mask, self.protected) };

@@ -9,6 +9,7 @@ use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::element::{Bf16, Element, F16, sum2};
 use gd_kernels::fused::{Rows, attach1, attach2, cpu_slice, vectorize, with_contiguous_rows};
+use gd_kernels::on_cpu;
 use rayon::prelude::*;
 
 /// The most rows of x that read the stored weights directly: with more, widening them once costs less.
@@ -68,7 +69,7 @@ fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if last != inputs {
         bail!("a projection of x {:?} by weights {:?}", x.dims(), weight.dims());
     }
-    let few = lead.iter().product::<usize>() <= FEW && x.device().is_cpu() && x.dtype() == DType::F32;
+    let few = lead.iter().product::<usize>() <= FEW && on_cpu(x.device()) && x.dtype() == DType::F32;
     match weight.dtype() {
         DType::BF16 if few => fused::<Bf16>(x, weight, outputs),
         DType::F16 if few => fused::<F16>(x, weight, outputs),
@@ -80,7 +81,7 @@ fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 
 /// The same for many rows of f32, by the weights in f32.
 fn many<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let wide = match weight.device().is_cpu() {
+    let wide = match on_cpu(weight.device()) {
         true => {
             let weight = weight.contiguous()?;
             let wide = {

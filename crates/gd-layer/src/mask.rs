@@ -1,7 +1,7 @@
 //! Between interval masks and the mask tensors of other libraries.
 
 use candle_core::{DType, Result, Tensor};
-use gd_kernels::Mask;
+use gd_kernels::{Mask, on_cpu};
 
 /// What stands for -inf: finite, so that a row without keys stays finite too.
 const HIDDEN: f32 = -1e30;
@@ -18,7 +18,7 @@ pub(crate) fn additive(
     mask.validate(batch, m)?;
     let b = if mask.differs() { batch } else { 1 };
     let hidden = if like.dtype() == DType::F16 { -6e4 } else { HIDDEN };
-    if !like.device().is_cpu() {
+    if !on_cpu(like.device()) {
         return on_device(mask, (b, n, m), hidden, like);
     }
     let mut bias = vec![hidden; b * n * m];

@@ -6,11 +6,11 @@
 
 use candle_core::{Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
-use gd_kernels::by_float;
 use gd_kernels::element::{Element, Real, sum2, sum3};
 use gd_kernels::fused::{
     Rows, attach2, for_chunks, for_chunks2, rows_per_chunk, sum_rows, vectorize, with_contiguous_rows,
 };
+use gd_kernels::{by_float, on_cpu};
 use num_traits::Float;
 
 /// Normalises the last dimension of `x` to root mean square 1 and scales it by `weight`.
@@ -30,7 +30,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
             x.dtype()
         );
     }
-    if !x.device().is_cpu() {
+    if !on_cpu(x.device()) {
         return Ok(gd_kernels::on_device::rms_norm(x, weight, eps)?);
     }
     let x = with_contiguous_rows(x)?;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 use gd_kernels::element::{Bf16, Element, F16, Real};
 use gd_kernels::fused::{Rows, attach1, for_chunks, rows_per_chunk, vectorize, with_contiguous_rows};
+use gd_kernels::on_cpu;
 
 /// How the frequencies of the training were stretched for a longer context.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -120,7 +121,7 @@ impl Rotary {
         let half = head_dim / 2;
         let frequency = |i: usize| scaling.apply(theta.powf(-(i as f64) / half as f64));
         let frequencies: Vec<f64> = (0..half).map(frequency).collect();
-        let table = match (device.is_cpu(), dtype) {
+        let table = match (on_cpu(device), dtype) {
             (true, DType::F64) => Table::F64(Arc::new(Angles::new(&frequencies, max_positions))),
             (true, _) => Table::F32(Arc::new(Angles::new(&frequencies, max_positions))),
             (false, _) => {

@@ -6,7 +6,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
 use gd_kernels::element::{Element, Real, maximum, sum1, sum2};
 use gd_kernels::fused::{cpu_slice, for_chunks, vectorize};
-use gd_kernels::{Mask, by_float};
+use gd_kernels::{Mask, by_float, on_cpu};
 use num_traits::{Float, Zero};
 
 /// `softmax` over the keys that the mask leaves to each query; 0 for the others, and for all keys of
@@ -17,7 +17,7 @@ use num_traits::{Float, Zero};
 pub(crate) fn masked_softmax(scores: &Tensor, mask: &Mask) -> Result<Tensor> {
     let (b, _, _, m) = scores.dims4()?;
     mask.validate(b, m)?;
-    if !scores.device().is_cpu() {
+    if !on_cpu(scores.device()) {
         return composed(scores, mask);
     }
     scores.contiguous()?.apply_op1(MaskedSoftmax { mask: mask.clone() })

@@ -4,11 +4,11 @@
 //! CPU one fused pass each way; on a GPU one launch each way.
 
 use candle_core::{Result, Tensor, bail};
-use gd_kernels::by_float;
 use gd_kernels::element::{Element, Real};
 use gd_kernels::fused::{
     Rows, attach2, for_chunks, for_chunks2, rows_per_chunk, vectorize, with_contiguous_rows,
 };
+use gd_kernels::{by_float, on_cpu};
 use num_traits::One;
 
 /// `silu(gate) * up`, computed in f32 (f64 for f64 input) and rounded once.
@@ -25,7 +25,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             up.dtype()
         );
     }
-    if !gate.device().is_cpu() {
+    if !on_cpu(gate.device()) {
         return Ok(gd_kernels::on_device::swiglu(gate, up)?);
     }
     let (gate, up) = (with_contiguous_rows(gate)?, with_contiguous_rows(up)?);

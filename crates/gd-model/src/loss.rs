@@ -17,11 +17,11 @@ pub use self::distill::linear_distillation;
 pub(crate) use self::linear::chunk_rows;
 pub use self::linear::{linear_cross_entropy, linear_token_losses};
 use candle_core::{D, DType, Result, Shape, Tensor, bail};
-use gd_kernels::by_float;
 use gd_kernels::element::{Element, Real, maximum, sum1};
 use gd_kernels::fused::{
     Rows, attach1, for_chunks, for_chunks2, rows_per_chunk, vectorize, with_contiguous_rows,
 };
+use gd_kernels::{by_float, on_cpu};
 
 /// The target of a row that is not to be predicted: no loss, no gradient, not counted in the mean.
 pub const IGNORE: u32 = u32::MAX;
@@ -45,7 +45,7 @@ fn count(targets: &[u32]) -> usize {
 /// Shapes that do not fit, no rows, or a target outside the vocabulary.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let vocab = validate(logits, targets)?;
-    if !logits.device().is_cpu() {
+    if !on_cpu(logits.device()) {
         return composed(logits, targets);
     }
     let logits = with_contiguous_rows(logits)?;
@@ -69,7 +69,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// As [`cross_entropy`].
 pub fn token_losses(logits: &Tensor, targets: &Tensor) -> Result<Vec<f32>> {
     let vocab = validate(logits, targets)?;
-    if !logits.device().is_cpu() {
+    if !on_cpu(logits.device()) {
         return row_losses(&logits.detach(), targets)?.to_dtype(DType::F32)?.to_vec1();
     }
     let logits = with_contiguous_rows(&logits.detach())?;

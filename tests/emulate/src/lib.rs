@@ -4,9 +4,10 @@
 //! launch with an error. See `kernels/emulate`.
 #![allow(unsafe_code)] // calls into C++
 
-use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::hash::{DefaultHasher, Hasher};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 use gd_kernels::gpu::tensor_map::BOX_BYTES;
 use gd_kernels::gpu::{Arch, Constants, Gpu, Launch, Slice, TensorMap};
@@ -111,10 +112,10 @@ impl Drop for Buffer {
 #[derive(Debug)]
 pub struct Emulator {
     arch: Arch,
-    seed: Cell<u64>,
+    seed: AtomicU64,
     fault: i32,
-    launches: Cell<usize>,
-    downloaded: RefCell<DefaultHasher>,
+    launches: AtomicUsize,
+    downloaded: Mutex<DefaultHasher>,
 }
 
 impl Emulator {
@@ -130,8 +131,8 @@ impl Emulator {
     }
 
     fn with_arch(seed: u64, arch: Arch) -> Self {
-        let (seed, launches, downloaded) = (Cell::new(seed << 20), Cell::new(0), RefCell::default());
-        Self { arch, seed, fault: 0, launches, downloaded }
+        let (seed, launches) = (AtomicU64::new(seed << 20), AtomicUsize::new(0));
+        Self { arch, seed, fault: 0, launches, downloaded: Mutex::default() }
     }
 
     /// The same device with a fault in its kernels: `GD_FAULT(fault)` holds.
@@ -153,17 +154,20 @@ impl Emulator {
 
     /// Kernels that have run.
     pub fn launches(&self) -> usize {
-        self.launches.get()
+        self.launches.load(Relaxed)
     }
 
     /// A hash of all that has been downloaded so far: the same bits give the same one.
     pub fn digest(&self) -> u64 {
-        self.downloaded.borrow().finish()
+        self.hasher().finish()
     }
 
     fn next(&self) -> u64 {
-        self.seed.set(self.seed.get() + 1);
-        self.seed.get()
+        self.seed.fetch_add(1, Relaxed) + 1
+    }
+
+    fn hasher(&self) -> std::sync::MutexGuard<'_, DefaultHasher> {
+        self.downloaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -199,7 +203,7 @@ impl Gpu for Emulator {
         let all = from.buffer.bytes();
         match all.get(from.offset..from.offset + bytes) {
             Some(part) => {
-                self.downloaded.borrow_mut().write(part);
+                self.hasher().write(part);
                 Ok(part.to_vec())
             }
             None => Err(Error::Invalid(format!("{bytes} bytes from {} of {}", from.offset, all.len()))),
@@ -265,7 +269,7 @@ impl Emulator {
                 text.len(),
             )
         };
-        self.launches.set(self.launches.get() + 1);
+        self.launches.fetch_add(1, Relaxed);
         if failed != 0 {
             // SAFETY: the text ends with 0.
             return Err(fail(&unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy()));

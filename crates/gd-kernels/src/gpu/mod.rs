@@ -9,6 +9,8 @@ pub mod adamw;
 pub mod average;
 pub mod conv;
 pub mod decode;
+#[cfg(feature = "emulate")]
+mod emulated;
 pub mod inverse;
 pub mod mask;
 pub mod norm;
@@ -19,13 +21,17 @@ pub mod scan;
 pub mod select;
 pub mod swiglu;
 pub mod tensor_map;
-#[cfg(any(feature = "cuda", feature = "metal"))]
+#[cfg(feature = "gpu")]
 pub(crate) mod tensors;
 
 use std::fmt;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 
+#[cfg(feature = "emulate")]
+pub use self::emulated::emulate;
+#[cfg(feature = "emulate")]
+pub(crate) use self::emulated::{Emulated, current as emulated};
 pub use self::tensor_map::TensorMap;
 use crate::error::{Error, Result};
 
@@ -43,9 +49,24 @@ macro_rules! on_gpu {
             type $gpu = crate::metal::Metal;
             return $body;
         }
+        #[cfg(feature = "emulate")]
+        if !crate::gpu::on_cpu($device) {
+            type $gpu = crate::gpu::Emulated;
+            return $body;
+        }
     };
 }
 pub(crate) use on_gpu;
+
+/// Whether operators on tensors of `device` run on the CPU. All code that does one thing there and another on a
+/// GPU asks here, since tests have GPUs stand for the CPU (feature `emulate`).
+pub fn on_cpu(device: &Device) -> bool {
+    #[cfg(feature = "emulate")]
+    if emulated().is_some() {
+        return false;
+    }
+    device.is_cpu()
+}
 
 /// What the plans need to know of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -228,8 +228,8 @@ pub fn scan_select(
     let (beta, prior) = (s.beta.detach(), s.prior.map(Tensor::detach));
     let one = Scan { candidates: 1, protected: None, ..s.clone() };
     let threshold = threshold.map(Tensor::detach);
-    #[cfg(any(feature = "cuda", feature = "metal"))]
-    if !q.device().is_cpu() {
+    #[cfg(feature = "gpu")]
+    if !crate::gpu::on_cpu(q.device()) {
         use crate::gpu::tensors::scan::scan_select;
         sizes(&q, &k, &v)?;
         on_gpu!(q.device(), G => scan_select::<G>([&q, &k, &v], &one, threshold.as_ref()));

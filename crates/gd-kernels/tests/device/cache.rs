@@ -1,18 +1,20 @@
-//! Decoding with 8-bit keys and over a cache in pages against plain decoding on the same device: the same bits.
+//! Decoding with 8-bit keys, with kept norms, and over a cache in pages against plain decoding on the same device: the
+//! same bits.
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select, scan_select_paged,
+    KeyBias, Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select,
+    scan_select_paged,
 };
 
-use crate::gpu;
 use crate::problems::{rng, uniform};
+use crate::{Target, sanitized, targets};
 
 const PAGE: usize = 64;
 
-fn noise(seed: u64, shape: &[usize], dtype: DType) -> Result<Tensor> {
+fn noise(seed: u64, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
     let values = uniform(&mut rng(seed), shape.iter().product());
-    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(gpu())
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
 
 /// Key, energy and value row of every query.
@@ -24,52 +26,79 @@ fn found(s: &Selected) -> Result<(Vec<i32>, Vec<f32>, Vec<f32>)> {
 
 #[test]
 fn decoding_with_8_bit_keys_and_in_pages_is_plain_decoding() -> Result<()> {
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
-        for (score, queries, d) in [(Score::Energy, 1, 128), (Score::Dot, 3, 64), (Score::Energy, 16, 40)] {
-            let (b, hq, hk, m, dv) = (2, 8, 2, 40 * PAGE, 48);
-            let (q, k, v) = (
-                noise(1, &[b, hq, queries, d], dtype)?,
-                noise(2, &[b, hk, m, d], dtype)?,
-                noise(3, &[b, hk, m, dv], dtype)?,
-            );
-            let beta = Tensor::full(0.3f32, hq, gpu())?;
-            let mask = Mask::none().kv_len(vec![m - 11, m - 700]);
-            let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
-            let want = found(&scan_select(&q, &k, &v, &how, None).unwrap())?;
-            assert!(want.0.iter().all(|j| *j >= 0));
-
-            // A cache that has grown, and a clone that grows no further.
-            let mut quantized = QuantizedKeys::new(&k.narrow(2, 0, 100)?, score).unwrap();
-            let kept = quantized.clone();
-            quantized.append(&k.narrow(2, 100, 1)?).unwrap();
-            quantized.append(&k.narrow(2, 101, m - 101)?).unwrap();
-            assert_eq!((kept.len(), quantized.len()), (100, m));
-            for quantized in [Some(&quantized), None] {
-                let certified = Scan { precision: Precision::Certified, quantized, ..how.clone() };
-                assert_eq!(found(&scan_select(&q, &k, &v, &certified, None).unwrap())?, want);
-                gd_support::log_cases("device", 1);
+    for target in targets() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (score, queries, d) in [(Score::Energy, 1, 128), (Score::Dot, 3, 64), (Score::Energy, 16, 40)]
+            {
+                target.run(|| decoded(&target, dtype, score, [queries, d]))?;
             }
+        }
+    }
+    Ok(())
+}
 
-            // Every other page of a cache, from its end.
-            let row = m / PAGE;
-            let ids: Vec<u32> = (0..b * row).map(|at| (2 * (b * row - 1 - at)) as u32).collect();
-            let pages = |t: &Tensor| -> Result<Tensor> {
-                let dim = t.dim(3)?;
-                let t =
-                    t.reshape((b, hk, row, PAGE, dim))?.transpose(1, 2)?.reshape((b * row, hk, PAGE, dim))?;
-                let back: Vec<u32> = (0..b * row).rev().map(|at| at as u32).collect();
-                let t = t.contiguous()?.index_select(&Tensor::new(back, gpu())?, 0)?.unsqueeze(1)?;
-                let other = Tensor::full(f32::NAN, t.dims(), gpu())?.to_dtype(dtype)?;
-                Tensor::cat(&[&t, &other], 1)?.reshape((2 * b * row, hk, PAGE, dim))
-            };
-            let (held_k, held_v) = (pages(&k)?, pages(&v)?);
-            let table = Tensor::from_vec(ids, (b, row), gpu())?;
-            let cache = PagedCache { k: &held_k, v: &held_v, table: &table };
-            for precision in [Precision::Native, Precision::Certified] {
-                let how = Scan { precision, ..how.clone() };
-                assert_eq!(found(&scan_select_paged(&q, &cache, &how, None).unwrap())?, want);
-                gd_support::log_cases("device", 1);
-            }
+fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]) -> Result<()> {
+    let gpu = target.device();
+    // Metal has no 8-bit keys.
+    let certified = target.name() != "metal";
+    let (b, hq, hk, m, dv) = (2, 8, 2, if sanitized() { 3 } else { 40 } * PAGE, 48);
+    let (q, k, v) = (
+        noise(1, &[b, hq, queries, d], dtype, gpu)?,
+        noise(2, &[b, hk, m, d], dtype, gpu)?,
+        noise(3, &[b, hk, m, dv], dtype, gpu)?,
+    );
+    let beta = Tensor::full(0.3f32, hq, gpu)?;
+    let mask = Mask::none().kv_len(vec![m - 11, m - 70]);
+    let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
+    let want = found(&scan_select(&q, &k, &v, &how, None).unwrap())?;
+    assert!(want.0.iter().all(|j| *j >= 0));
+
+    // Norms of the keys that were taken before.
+    let norms = KeyBias::new(&k, score).unwrap();
+    let kept = Scan { key_bias: Some(&norms), ..how.clone() };
+    assert_eq!(found(&scan_select(&q, &k, &v, &kept, None).unwrap())?, want);
+    let part = k.narrow(2, 0, m - 1)?;
+    let wrong = scan_select(&q, &part, &v.narrow(2, 0, m - 1)?, &kept, None);
+    assert!(wrong.unwrap_err().to_string().contains(&format!("{}", m - 1)));
+    target.count();
+
+    if certified {
+        // A cache that has grown, and a clone that grows no further.
+        let mut quantized = QuantizedKeys::new(&k.narrow(2, 0, 100)?, score).unwrap();
+        let kept = quantized.clone();
+        quantized.append(&k.narrow(2, 100, 1)?).unwrap();
+        quantized.append(&k.narrow(2, 101, m - 101)?).unwrap();
+        assert_eq!((kept.len(), quantized.len()), (100, m));
+        for quantized in [Some(&quantized), None] {
+            let certified = Scan { precision: Precision::Certified, quantized, ..how.clone() };
+            assert_eq!(found(&scan_select(&q, &k, &v, &certified, None).unwrap())?, want);
+            target.count();
+        }
+    }
+
+    // Every other page of a cache, from its end.
+    let row = m / PAGE;
+    let ids: Vec<u32> = (0..b * row).map(|at| (2 * (b * row - 1 - at)) as u32).collect();
+    let pages = |t: &Tensor| -> Result<Tensor> {
+        let dim = t.dim(3)?;
+        let t = t.reshape((b, hk, row, PAGE, dim))?.transpose(1, 2)?.reshape((b * row, hk, PAGE, dim))?;
+        let back: Vec<u32> = (0..b * row).rev().map(|at| at as u32).collect();
+        let t = t.contiguous()?.index_select(&Tensor::new(back, gpu)?, 0)?.unsqueeze(1)?;
+        let other = Tensor::full(f32::NAN, t.dims(), gpu)?.to_dtype(dtype)?;
+        Tensor::cat(&[&t, &other], 1)?.reshape((2 * b * row, hk, PAGE, dim))
+    };
+    let (held_k, held_v) = (pages(&k)?, pages(&v)?);
+    let table = Tensor::from_vec(ids, (b, row), gpu)?;
+    // A table of 64 bits, as Python's serving programs have it.
+    let wide = table.to_dtype(DType::I64)?;
+    for (precision, table) in
+        [(Precision::Native, &table), (Precision::Native, &wide), (Precision::Certified, &table)]
+    {
+        let cache = PagedCache { k: &held_k, v: &held_v, table };
+        let how = Scan { precision, ..how.clone() };
+        if precision == Precision::Native || certified {
+            assert_eq!(found(&scan_select_paged(&q, &cache, &how, None).unwrap())?, want);
+            target.count();
         }
     }
     Ok(())

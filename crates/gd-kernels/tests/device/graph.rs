@@ -2,39 +2,45 @@
 //! the graph itself puts together, and the refusals of tensors that no kernel covers.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use gd_kernels::gpu::Gpu as _;
 use gd_kernels::{
-    Backend, Barrier, CoherenceMode, Error, Estimator, Gate, Isa, Mask, Scan, Score, Select, causal_conv,
-    embedding, packed_causal_conv, plan, running_average, scan, scan_all, scan_select, select,
+    Backend, Barrier, Candidates, CoherenceMode, Error, Estimator, Gate, Isa, Mask, Precision, QuantizedKeys,
+    Scan, Score, Select, TieBreak, causal_conv, embedding, packed_causal_conv, plan, running_average, scan,
+    scan_all, scan_select, select,
 };
 
 use crate::problems::{rng, uniform, values};
-use crate::{backend, gpu};
+use crate::{sanitized, targets};
 
 /// [B, Hq, Hk, N, M, D, Dv].
 const SHAPES: [[usize; 7]; 3] =
     [[2, 4, 2, 37, 37, 24, 40], [1, 3, 3, 5, 70, 64, 64], [2, 2, 1, 65, 65, 128, 8]];
+/// The same where only a few problems are run.
+const FEW: [[usize; 7]; 3] = [[2, 4, 2, 19, 19, 24, 40], [1, 3, 3, 5, 41, 64, 64], [1, 2, 1, 9, 33, 128, 8]];
+
+fn shapes() -> [[usize; 7]; 3] {
+    if sanitized() { FEW } else { SHAPES }
+}
 
 /// Numbers of a shape, the same on every device.
-fn noise(seed: u64, shape: &[usize]) -> Tensor {
+pub(crate) fn noise(seed: u64, shape: &[usize]) -> Tensor {
     let values = uniform(&mut rng(seed), shape.iter().product());
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-/// Largest difference, relative to the largest value.
-fn apart(a: &Tensor, b: &Tensor) -> f64 {
+/// Largest difference, relative to the largest value; NaN if there is one.
+pub(crate) fn apart(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()));
     let (a, b) = (values(a), values(b));
     let size = b.iter().fold(1e-30, |m: f64, x| m.max(x.abs()));
-    a.iter()
-        .zip(&b)
-        .fold(0.0, |m: f64, (a, b)| if (a - b).abs() <= m * size { m } else { (a - b).abs() / size })
+    let each = a.iter().zip(&b).map(|(a, b)| (a - b).abs() / size);
+    each.fold(0.0, |most: f64, x| if x <= most || most.is_nan() { most } else { x })
 }
 
-/// Results and gradients on the CPU and on the device.
-fn compare(
+/// Results and gradients on the CPU and on the device. Of the inputs `silent` has no influence on the first result.
+pub(crate) fn compare(
     what: &str,
     inputs: &[Tensor],
+    silent: Option<usize>,
     bound: f64,
     run: impl Fn(&[Tensor]) -> std::result::Result<Vec<Tensor>, Error>,
 ) {
@@ -48,26 +54,34 @@ fn compare(
         let grads = loss.backward().unwrap();
         let mut all: Vec<Tensor> = results.iter().map(Tensor::detach).collect();
         for (i, var) in vars.iter().enumerate() {
-            all.push(grads.get(var).unwrap_or_else(|| panic!("{what}: input {i} got no gradient")).clone());
+            match grads.get(var) {
+                Some(grad) => all.push(grad.clone()),
+                None => assert_eq!(silent, Some(i), "{what}: input {i} got no gradient"),
+            }
         }
         all.iter().map(|t| t.to_device(&Device::Cpu).unwrap()).collect()
     };
-    let (expected, found) = (all(&Device::Cpu), all(gpu()));
-    assert_eq!(expected.len(), found.len());
-    for (i, (a, b)) in found.iter().zip(&expected).enumerate() {
-        let off = apart(a, b);
-        assert!(off <= bound, "{what}, result or gradient {i}: {off} apart, {bound} allowed");
+    let expected = all(&Device::Cpu);
+    for target in targets() {
+        let found = target.run(|| all(target.device()));
+        assert_eq!(expected.len(), found.len());
+        for (i, (a, b)) in found.iter().zip(&expected).enumerate() {
+            let off = apart(a, b);
+            assert!(off <= bound, "{what}, result or gradient {i}: {off} apart, {bound} allowed");
+        }
+        target.count();
     }
-    gd_support::log_cases("device", 1);
 }
 
-/// Scan and selection with everything that has a gradient.
+/// Number of the input alpha in [`selection`].
+const ALPHA: Option<usize> = Some(5);
+
+/// Scan and selection with everything that has a gradient, but for the input `silent`.
 fn selection(
     what: &str,
     shape: [usize; 7],
-    dtype: DType,
-    bound: f64,
-    change: fn(&mut Select),
+    (dtype, bound): (DType, f64),
+    (change, silent): (fn(&mut Select), Option<usize>),
     rounds: usize,
 ) {
     let [b, hq, hk, n, m, d, dv] = shape;
@@ -85,13 +99,11 @@ fn selection(
         wide(noise(8, &[b, hk, m])),
     ];
     let mask = Mask::causal((m - n) as i64);
-    compare(&format!("{what} {shape:?} {dtype:?}"), &inputs, bound, |x| {
+    compare(&format!("{what} {shape:?} {dtype:?}"), &inputs, silent, bound, |x| {
         let [q, k, v, beta, threshold, alpha, rounds, prior] = x else { unreachable!("eight inputs") };
         // A third of the keys is protected for every query.
         let kept: Vec<i32> = (0..3).map(|i| i * (m as i32 / 3)).collect();
         let protected = Tensor::from_vec(kept, (1, 1, 1, 3), q.device())?;
-        let what = Scan { prior: Some(prior), protected: Some(&protected), ..Scan::new(beta, &mask, 8) };
-        let found = scan(q, k, &what)?;
         let barrier = Barrier { floor: 0.1, margin: 2.0, strength: 0.5, entropy_trigger: 0.5, slack: 0.5 };
         let mut how = Select {
             prior: Some(prior),
@@ -106,35 +118,95 @@ fn selection(
             ..Select::new(beta)
         };
         change(&mut how);
+        let Select { score, tie, .. } = how;
+        let what =
+            Scan { prior: Some(prior), protected: Some(&protected), score, tie, ..Scan::new(beta, &mask, 8) };
+        let found = scan(q, k, &what)?;
         let s = select(q, k, v, &found, &how)?;
-        let index = s.index.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_device(q.device())?;
+        let key = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_device(q.device());
+        let mut indices = vec![key(&s.index)?];
+        for round in &s.later {
+            indices.extend([key(&round.index)?, round.y.clone()]);
+        }
         // Infinite margins and energies are the same on both sides.
         let finite = |t: &Tensor| t.clamp(-1e3, 1e3);
-        let record = [finite(&s.energy)?, finite(&s.margin)?, s.gate.clone()];
+        let record = [finite(&s.energy)?, finite(&s.margin)?, s.gate.clone(), finite(&s.compared)?];
         let coherence = s.coherence.clone().into_iter();
-        Ok([s.y, index].into_iter().chain(record).chain(coherence).collect())
+        Ok([s.y].into_iter().chain(indices).chain(record).chain(coherence).collect())
     });
 }
 
 #[test]
 fn selections_and_their_gradients_are_those_of_the_cpu() {
-    let estimators: [fn(&mut Select); 4] = [
-        |s| s.estimator = Estimator::Candidates,
-        |s| s.estimator = Estimator::Reinmax,
-        |s| (s.gate, s.hardness) = (Gate::Energy { temperature: 1.0 }, 0.4),
-        |s| (s.hardness, s.coherence) = (0.5, CoherenceMode::Passage),
+    let ways: [(fn(&mut Select), Option<usize>); 8] = [
+        (|s| s.estimator = Estimator::Candidates, None),
+        (|s| s.estimator = Estimator::Reinmax, None),
+        (|s| s.estimator = Estimator::Winner, None),
+        // What is blended alone has no gate.
+        (|s| s.estimator = Estimator::Blend, ALPHA),
+        (|s| (s.hardness, s.barrier) = (0.0, None), ALPHA),
+        (|s| (s.gate, s.hardness) = (Gate::Energy { temperature: 1.0 }, 0.4), ALPHA),
+        (|s| (s.hardness, s.coherence) = (0.5, CoherenceMode::Passage), None),
+        (|s| (s.score, s.tie, s.gate) = (Score::Dot, TieBreak::Last, Gate::None), ALPHA),
     ];
-    for shape in SHAPES {
-        for (i, change) in estimators.into_iter().enumerate() {
-            selection(&format!("selection {i}"), shape, DType::F32, 2e-4, change, 2);
+    for (at, shape) in shapes().into_iter().enumerate() {
+        for (i, way) in ways.into_iter().enumerate() {
+            // A few: every way once, with one shape or another.
+            if !sanitized() || i % 3 == at {
+                selection(&format!("selection {i}"), shape, (DType::F32, 2e-4), way, 2);
+            }
         }
+    }
+    // In half precision with enough rows for Hopper's kernel.
+    for (i, dtype) in [(0, DType::BF16), (5, DType::F16)] {
+        let bound = if dtype == DType::BF16 { 2e-2 } else { 2e-3 };
+        selection(&format!("selection {i}"), [1, 2, 1, 65, 67, 64, 8], (dtype, bound), ways[i], 1);
+    }
+}
+
+#[test]
+fn tensors_are_read_as_they_lie() {
+    // q is a transpose, k a part that starts at no multiple of 16 bytes, v strided in its last dimension; and the
+    // gradient that comes in is a transpose, too.
+    for (dtype, bound) in [(DType::F32, 2e-4), (DType::BF16, 2e-2)] {
+        let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype).unwrap();
+        let [b, hq, hk, n, d, dv] = [2, 4, 2, 21, 24, 16];
+        let inputs =
+            [float(1, &[b, n, hq, d]), float(2, &[b, hk + 1, n + 2, d + 3]), float(3, &[b, hk, dv, n])];
+        compare(&format!("views {dtype:?}"), &inputs, None, bound, |x| {
+            let q = x[0].transpose(1, 2)?;
+            let k = x[1].narrow(1, 1, hk)?.narrow(2, 1, n)?.narrow(3, 1, d)?;
+            let v = x[2].transpose(2, 3)?;
+            let heads = Tensor::full(0.4f32, (hq, 2), q.device())?;
+            let beta = heads.narrow(1, 1, 1)?.squeeze(1)?;
+            let mask = Mask::window(9, 0);
+            let found = scan(&q, &k, &Scan::new(&beta, &mask, 4))?;
+            // Candidates that are a part of what was found.
+            let part = |t: &Tensor| t.narrow(3, 0, 3);
+            let found =
+                Candidates { index: part(&found.index)?, energy: part(&found.energy)?, ..found.clone() };
+            let s = select(&q, &k, &v, &found, &Select { value_floor: 0.2, ..Select::new(&beta) })?;
+            Ok(vec![s.y.transpose(1, 2)?.reshape((b, n, hq * dv))?, s.energy])
+        });
+        // The averages of values with a strided batch, and a convolution over every second row's channels.
+        let inputs = [float(1, &[n, b, hq]), float(2, &[n, b, hq]), float(3, &[b, n, hk, dv])];
+        compare(&format!("views of averages {dtype:?}"), &inputs, None, 2.0 * bound, |x| {
+            let turned = |t: &Tensor| t.permute((1, 2, 0));
+            let (m, _) = running_average(&turned(&x[0])?, &turned(&x[1])?, &x[2].transpose(1, 2)?, None)?;
+            Ok(vec![m.transpose(1, 2)?.contiguous()?])
+        });
+        let inputs = [float(1, &[b, n, 2 * d]), float(2, &[4, d])];
+        compare(&format!("views of a convolution {dtype:?}"), &inputs, None, 2.0 * bound, |x| {
+            let (y, next) = causal_conv(&x[0].narrow(2, 5, d)?, &x[1].t()?, None)?;
+            Ok(vec![y.transpose(1, 2)?.contiguous()?, next])
+        });
     }
 }
 
 #[test]
 fn a_fused_scan_and_a_decoding_step_select_as_the_cpu_does() -> Result<()> {
     let wide = |seed, shape: &[usize]| noise(seed, shape).to_dtype(DType::F32).unwrap();
-    for [b, hq, hk, n, m, d, dv] in SHAPES {
+    for [b, hq, hk, n, m, d, dv] in shapes() {
         for queries in [n, 1] {
             for score in [Score::Energy, Score::Dot] {
                 let (q, k, v) =
@@ -150,11 +222,15 @@ fn a_fused_scan_and_a_decoding_step_select_as_the_cpu_does() -> Result<()> {
                     let energy = s.energy.clamp(-1e3, 1e3)?;
                     [s.y, s.index, energy, s.gate].iter().map(|t| t.to_device(&Device::Cpu)).collect()
                 };
-                for (i, (a, b)) in run(gpu())?.iter().zip(&run(&Device::Cpu)?).enumerate() {
-                    let off = apart(a, b);
-                    assert!(off <= 1e-5, "{queries} of {n} queries, {score:?}, result {i}: {off} apart");
+                let expected = run(&Device::Cpu)?;
+                for target in targets() {
+                    for (i, (a, b)) in target.run(|| run(target.device()))?.iter().zip(&expected).enumerate()
+                    {
+                        let off = apart(a, b);
+                        assert!(off <= 1e-5, "{queries} of {n} queries, {score:?}, result {i}: {off} apart");
+                    }
+                    target.count();
                 }
-                gd_support::log_cases("device", 1);
             }
         }
     }
@@ -167,19 +243,19 @@ fn convolution_and_average_and_their_gradients_are_those_of_the_cpu() {
         let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype).unwrap();
         for (b, n, c, w) in [(2, 67, 40, 4), (1, 3, 130, 5), (3, 1, 8, 2)] {
             let inputs = [float(1, &[b, n, c]), float(2, &[c, w])];
-            compare(&format!("convolution {n} x {c} x {w} {dtype:?}"), &inputs, bound, |x| {
+            compare(&format!("convolution {n} x {c} x {w} {dtype:?}"), &inputs, None, bound, |x| {
                 let state = float(3, &[b, w - 1, c]).to_device(x[0].device())?;
                 let (y, next) = causal_conv(&x[0], &x[1], Some(&state))?;
                 Ok(vec![y, next])
             });
-            compare(&format!("packed convolution {n} x {c} x {w} {dtype:?}"), &inputs, bound, |x| {
+            compare(&format!("packed convolution {n} x {c} x {w} {dtype:?}"), &inputs, None, bound, |x| {
                 let boundaries = vec![vec![0, n / 2, n]];
                 Ok(vec![packed_causal_conv(&x[0], &x[1], &boundaries)?])
             });
         }
         for (b, h, hk, n, d) in [(2, 4, 2, 130, 24), (1, 3, 1, 65, 64), (2, 2, 2, 1, 8)] {
             let inputs = [float(1, &[b, h, n]), float(2, &[b, h, n]), float(3, &[b, hk, n, d])];
-            compare(&format!("average {h} x {n} x {d} {dtype:?}"), &inputs, bound, |x| {
+            compare(&format!("average {h} x {n} x {d} {dtype:?}"), &inputs, None, bound, |x| {
                 let (_, state) = running_average(&x[1], &x[0], &x[2], None)?;
                 let (m, last) = running_average(&x[0], &x[1], &x[2], Some(&state))?;
                 Ok(vec![m, last.mean, last.log_weight])
@@ -194,7 +270,7 @@ fn an_embedding_reads_rows_and_sums_their_gradients() -> Result<()> {
         for (dtype, bound) in [(DType::F32, 1e-6), (DType::BF16, 2e-2)] {
             let ids: Vec<u32> = (0..reads).map(|i| (i * i * 7 % rows) as u32).collect();
             let table = [noise(1, &[rows, width]).to_dtype(dtype)?];
-            compare(&format!("embedding {rows} x {width} {dtype:?}"), &table, bound, |x| {
+            compare(&format!("embedding {rows} x {width} {dtype:?}"), &table, None, bound, |x| {
                 let ids = Tensor::new(&ids[..], x[0].device())?;
                 Ok(vec![embedding(&x[0], &ids)?])
             });
@@ -205,34 +281,79 @@ fn an_embedding_reads_rows_and_sums_their_gradients() -> Result<()> {
 
 #[test]
 fn what_no_kernel_covers_is_named() -> Result<()> {
-    let tensor = |shape: &[usize], dtype| noise(1, shape).to_dtype(dtype)?.to_device(gpu());
-    let beta = Tensor::ones(2, DType::F32, gpu())?;
+    for target in targets() {
+        target.run(|| refusals(target.device(), target.name()))?;
+        target.check_memory();
+    }
+    Ok(())
+}
+
+/// The error of a call that must have one names `word`.
+fn named<T>(result: std::result::Result<T, Error>, word: &str) {
+    let e = result.err().unwrap_or_else(|| panic!("no error names {word}")).to_string();
+    assert!(e.contains(word), "{e} does not name {word}");
+}
+
+fn refusals(device: &Device, name: &str) -> Result<()> {
+    let tensor = |shape: &[usize], dtype| noise(1, shape).to_dtype(dtype)?.to_device(device);
+    let beta = Tensor::ones(2, DType::F32, device)?;
     let mask = Mask::causal(0);
     let refused = |d: usize, dtype, change: fn(&mut Scan), word: &str| -> Result<()> {
         let (q, k) = (tensor(&[1, 2, 9, d], dtype)?, tensor(&[1, 2, 9, d], dtype)?);
         let mut how = Scan::new(&beta, &mask, 4);
         change(&mut how);
-        let e = scan(&q, &k, &how).expect_err(word).to_string();
-        assert!(e.contains(word), "{e} does not name {word}");
+        named(scan(&q, &k, &how), word);
         Ok(())
     };
     refused(12, DType::F32, |_| {}, "head_dim 12")?;
     refused(264, DType::BF16, |_| {}, "head_dim 264")?;
     refused(64, DType::F64, |_| {}, "f64")?;
-    refused(64, DType::F32, |s| s.candidates = 64, "64 candidates")?;
+    refused(64, DType::F32, |s| s.candidates = 65, "65 candidates")?;
     refused(64, DType::F32, |s| s.backend = Backend::Force(Isa::Portable), "Portable")?;
+    if name == "metal" {
+        refused(64, DType::F32, |s| s.candidates = 64, "64 candidates")?;
+        named(QuantizedKeys::new(&tensor(&[1, 2, 9, 64], DType::F32)?, Score::Energy), "8-bit keys on Metal");
+    }
     let (q, k) = (tensor(&[1, 2, 9, 64], DType::F32)?, tensor(&[1, 2, 9, 64], DType::F32)?);
-    let e = scan_all(&q, &k, &Scan::new(&beta, &mask, 1)).expect_err("dense").to_string();
-    assert!(e.contains("dense"), "{e}");
-    let text = plan(&q, &k, &Scan::new(&beta, &mask, 4))?.to_string();
-    assert!(text.starts_with(&format!("{}/scan_list_f32_d64", backend::NAME)), "{text}");
-    // More memory than any GPU has.
-    let e = backend::Device::new(gpu())?.allocate(1 << 42).map(|_| ()).expect_err("4 TiB").to_string();
-    assert!(e.contains("4194304.0 MiB of GPU memory"), "{e}");
-    // A NaN is refused in the checked mode, by name.
-    let bad = Tensor::new(&[[[[f32::NAN, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]]], gpu())?;
-    let one = Tensor::ones(1, DType::F32, gpu())?;
-    let e = scan(&bad, &bad, &Scan { checked: true, ..Scan::new(&one, &mask, 1) }).expect_err("NaN");
-    assert!(e.to_string().contains("q[0, 0, 0, 0] is NaN"), "{e}");
+    let plain = Scan::new(&beta, &mask, 4);
+    named(scan_all(&q, &k, &plain), "dense");
+    let text = plan(&q, &k, &plain)?.to_string();
+    assert!(text.starts_with(&format!("{name}/scan_list_f32_d64")), "{text}");
+    // A NaN is refused in the checked mode, by name, and so are parameters.
+    let bad = Tensor::new(&[[[[f32::NAN, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]]], device)?;
+    let one = Tensor::ones(1, DType::F32, device)?;
+    named(scan(&bad, &bad, &Scan { checked: true, ..Scan::new(&one, &mask, 1) }), "q[0, 0, 0, 0] is NaN");
+    let zero = Tensor::zeros(2, DType::F32, device)?;
+    named(scan(&q, &k, &Scan { checked: true, ..Scan::new(&zero, &mask, 1) }), "beta of head 0 is 0");
+    named(scan(&q, &k, &Scan::new(&one, &mask, 1)), "beta [1]");
+    let protected = Tensor::new(&[[[[9i32]]]], device)?;
+    let kept = Scan { protected: Some(&protected), ..plain.clone() };
+    named(scan(&q, &k, &Scan { checked: true, ..kept }), "protected key 9");
+    let prior = tensor(&[1, 2, 8], DType::F32)?;
+    named(scan(&q, &k, &Scan { prior: Some(&prior), ..plain.clone() }), "prior [1, 2, 8]");
+    // Selections.
+    let found = scan(&q, &k, &plain)?;
+    let how = Select::new(&beta);
+    named(select(&q, &k, &k.narrow(2, 0, 8)?, &found, &how), "[1, 2, 8, 64]");
+    named(select(&q, &k, &k, &found, &Select { estimator: Estimator::Dense, ..how.clone() }), "dense");
+    named(select(&q, &k, &k, &found, &Select { hardness: 1.5, ..how.clone() }), "hardness 1.5");
+    named(select(&q, &k, &k, &found, &Select { gate: Gate::Coherence, ..how.clone() }), "needs alpha");
+    let few = Candidates { index: found.index.narrow(2, 0, 8)?, ..found.clone() };
+    named(select(&q, &k, &k, &few, &how), "[1, 2, 8, 4]");
+    // 8-bit keys of other keys.
+    if name == "cuda" {
+        let quantized = Some(&QuantizedKeys::new(&k.narrow(2, 0, 5)?, Score::Energy)?);
+        let certified = Scan { precision: Precision::Certified, quantized, ..Scan::new(&beta, &mask, 1) };
+        named(scan_select(&q, &k, &k, &certified, None), "[1, 2, 5, 64]");
+    }
+    // The others.
+    let (x, taps) = (tensor(&[1, 5, 8], DType::F32)?, tensor(&[8, 4], DType::F32)?);
+    named(causal_conv(&x, &taps.narrow(1, 0, 1)?, None), "width 1");
+    named(causal_conv(&x, &taps.narrow(0, 0, 7)?, None), "[7, 4]");
+    named(packed_causal_conv(&x, &taps, &[vec![0, 3, 4]]), "4");
+    let v = tensor(&[1, 2, 9, 264], DType::F32)?;
+    named(running_average(&prior, &prior, &v, None), "[1, 2, 8]");
+    let table = tensor(&[7, 8], DType::F32)?;
+    named(embedding(&table, &Tensor::new(&[0i64], device)?), "I64");
     Ok(())
 }

@@ -10,12 +10,12 @@ extern crate self as gd_emulate;
 
 #[path = "../../../../tests/emulate/tests/operators/beacon.rs"]
 mod beacon;
-#[cfg(feature = "cuda")]
 mod cache;
 #[path = "../../../../tests/emulate/tests/operators/decode.rs"]
 mod decode;
 #[path = "../../../../tests/emulate/tests/operators/device.rs"]
 mod device;
+mod gradients;
 mod graph;
 #[path = "../../../../tests/emulate/tests/operators/hopper.rs"]
 mod hopper;
@@ -73,6 +73,42 @@ pub(crate) fn sanitized() -> bool {
 pub(crate) fn gpu() -> &'static Device {
     static GPU: OnceLock<Device> = OnceLock::new();
     GPU.get_or_init(|| backend::open().unwrap_or_else(|e| panic!("these tests need a GPU: {e}")))
+}
+
+/// A GPU for the suites of tensors, which `tests/emulate` runs on emulated ones, too.
+pub(crate) struct Target;
+
+/// Those of this build.
+pub(crate) fn targets() -> [Target; 1] {
+    [Target]
+}
+
+impl Target {
+    /// Where its tensors lie.
+    pub(crate) fn device(&self) -> &'static Device {
+        gpu()
+    }
+
+    /// Calls operators on such tensors.
+    pub(crate) fn run<R>(&self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+
+    /// Its name in plans and in the support table.
+    pub(crate) fn name(&self) -> &'static str {
+        backend::NAME
+    }
+
+    /// A case has run.
+    pub(crate) fn count(&self) {
+        gd_support::log_cases("device", 1);
+    }
+
+    /// Refuses more memory than there is.
+    pub(crate) fn check_memory(&self) {
+        let e = backend::Device::new(gpu()).unwrap().allocate(1 << 42).map(|_| ()).expect_err("4 TiB");
+        assert!(e.to_string().contains("4194304.0 MiB of GPU memory"), "{e}");
+    }
 }
 
 /// Runs the cases of seeds `0..count`, or the first few, and counts them.

@@ -1,32 +1,32 @@
 //! The same inputs give the same bits, every time.
 
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use gd_kernels::{Gate, Mask, Scan, Select, causal_conv, running_average, scan, scan_select, select};
 
 use crate::problems::{rng, uniform};
-use crate::{gpu, sanitized};
+use crate::{sanitized, targets};
 
 const REPEATS: usize = 200;
 
-fn noise(seed: u64, shape: &[usize], dtype: DType) -> Result<Tensor> {
+fn noise(seed: u64, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
     let values = uniform(&mut rng(seed), shape.iter().product());
-    Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?.to_dtype(dtype)?.to_device(gpu())
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
 
 fn bits(t: &Tensor) -> Result<Vec<u64>> {
-    let flat = t.to_device(&candle_core::Device::Cpu)?.flatten_all()?;
+    let flat = t.to_device(&Device::Cpu)?.flatten_all()?;
     match t.dtype() {
         DType::I32 => Ok(flat.to_vec1::<i32>()?.into_iter().map(|x| x as u64).collect()),
         _ => Ok(flat.to_dtype(DType::F64)?.to_vec1::<f64>()?.into_iter().map(f64::to_bits).collect()),
     }
 }
 
-/// Forward and backward pass of everything that sums: 8 candidates of 260 keys, most of them read by many queries.
-fn pass(dtype: DType) -> Result<Vec<u64>> {
-    let var = |seed, shape: &[usize]| Var::from_tensor(&noise(seed, shape, dtype)?);
-    let (q, k, v) = (var(1, &[2, 4, 260, 64])?, var(2, &[2, 2, 260, 64])?, var(3, &[2, 2, 260, 64])?);
-    let beta = Var::from_tensor(&Tensor::full(0.125f32, 4, gpu())?)?;
-    let threshold = Var::from_tensor(&Tensor::full(6f32, 4, gpu())?)?;
+/// Forward and backward pass of everything that sums: 8 candidates of `n` keys, most of them read by many queries.
+fn pass(dtype: DType, n: usize, device: &Device) -> Result<Vec<u64>> {
+    let var = |seed, shape: &[usize]| Var::from_tensor(&noise(seed, shape, dtype, device)?);
+    let (q, k, v) = (var(1, &[2, 4, n, 64])?, var(2, &[2, 2, n, 64])?, var(3, &[2, 2, n, 64])?);
+    let beta = Var::from_tensor(&Tensor::full(0.125f32, 4, device)?)?;
+    let threshold = Var::from_tensor(&Tensor::full(6f32, 4, device)?)?;
     let mask = Mask::causal(0);
     let found = scan(&q, &k, &Scan::new(&beta, &mask, 8))?;
     let how = Select {
@@ -36,9 +36,9 @@ fn pass(dtype: DType) -> Result<Vec<u64>> {
         ..Select::new(&beta)
     };
     let selected = select(&q, &k, &v, &found, &how)?;
-    let (decay, write) = (var(4, &[2, 4, 260])?, var(5, &[2, 4, 260])?);
+    let (decay, write) = (var(4, &[2, 4, n])?, var(5, &[2, 4, n])?);
     let (mean, _) = running_average(&decay, &write, &v, None)?;
-    let rows = selected.y.transpose(1, 2)?.reshape((2, 260, 256))?;
+    let rows = selected.y.transpose(1, 2)?.reshape((2, n, 256))?;
     let taps = var(6, &[256, 4])?;
     let (mixed, _) = causal_conv(&rows, &taps, None)?;
     let loss = (mixed.sqr()?.sum_all()? + mean.sqr()?.sum_all()?)?;
@@ -51,7 +51,7 @@ fn pass(dtype: DType) -> Result<Vec<u64>> {
         all.extend(bits(grads.get(var).expect("a gradient"))?);
     }
     let fused = scan_select(&q, &k, &v, &Scan::new(&beta, &mask, 1), None)?;
-    let last = scan_select(&q.narrow(2, 259, 1)?, &k, &v, &Scan::new(&beta, &Mask::none(), 1), None)?;
+    let last = scan_select(&q.narrow(2, n - 1, 1)?, &k, &v, &Scan::new(&beta, &Mask::none(), 1), None)?;
     for t in [&fused.index, &fused.y, &last.index, &last.y] {
         all.extend(bits(t)?);
     }
@@ -60,12 +60,16 @@ fn pass(dtype: DType) -> Result<Vec<u64>> {
 
 #[test]
 fn repetitions_are_equal_to_the_bit() -> Result<()> {
-    let repeats = if sanitized() { 2 } else { REPEATS };
-    for dtype in [DType::F32, DType::BF16] {
-        let first = pass(dtype)?;
-        assert!(first.iter().any(|x| *x != first[0]));
-        for n in 1..repeats {
-            assert_eq!(pass(dtype)?, first, "repetition {n} in {dtype:?}");
+    let (repeats, rows) = if sanitized() { (2, 67) } else { (REPEATS, 260) };
+    for target in targets() {
+        for dtype in [DType::F32, DType::BF16] {
+            let pass = || target.run(|| pass(dtype, rows, target.device()));
+            let first = pass()?;
+            assert!(first.iter().any(|x| *x != first[0]));
+            for n in 1..repeats {
+                assert_eq!(pass()?, first, "repetition {n} in {dtype:?}");
+            }
+            target.count();
         }
     }
     println!("{repeats} repetitions, equal to the bit");

@@ -2,9 +2,9 @@
 //! from that model's (Hinton et al., arXiv 1503.02531, at temperature 1).
 
 use candle_core::{Result, Tensor, bail};
-use gd_kernels::by_float;
 use gd_kernels::element::{Element, Real, sum2};
 use gd_kernels::fused::{Rows, for_chunks2, rows_per_chunk, vectorize};
+use gd_kernels::{by_float, on_cpu};
 
 use super::linear::{in_chunks, validate};
 use super::{IGNORE, PerRow, gradient_rows, log_softmax, log_sum, row_losses, weight};
@@ -39,7 +39,7 @@ pub fn linear_distillation(
         bail!("linear_distillation: the weight {kl} of the divergence must be finite and at least 0");
     }
     let (other_hidden, other_head) = (other_hidden.detach(), other_weight.detach().t()?);
-    if !hidden.device().is_cpu() {
+    if !on_cpu(hidden.device()) {
         let other = other_hidden.matmul(&other_head)?;
         return composed(&hidden.matmul(&weight.t()?)?, targets, &other, kl);
     }

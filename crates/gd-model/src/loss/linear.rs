@@ -6,9 +6,9 @@
 //! the weights' gradient a little earlier.
 
 use candle_core::{DType, Result, Shape, Tensor, bail};
-use gd_kernels::by_float;
 use gd_kernels::element::{Element, Real};
 use gd_kernels::fused::{attach2, with_contiguous_rows};
+use gd_kernels::{by_float, on_cpu};
 
 use super::{PerRow, backward, checked_targets, count, forward, on_device, token_losses};
 
@@ -28,7 +28,7 @@ pub(crate) fn chunk_rows(vocab: usize, hidden: usize) -> usize {
 /// Shapes that do not fit, no rows, or a target outside the vocabulary.
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
     validate("linear_cross_entropy", hidden, weight, targets)?;
-    if !hidden.device().is_cpu() {
+    if !on_cpu(hidden.device()) {
         return on_device::linear_cross_entropy(hidden, weight, targets, on_device::CHUNK);
     }
     by_float!("linear_cross_entropy", hidden.dtype(), T => {

@@ -13,6 +13,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Shape, Tensor, Var, WithDType};
 use gd_kernels::adamw::{self, Updated};
 use gd_kernels::element::{Element, Real};
+use gd_kernels::on_cpu;
 use rayon::prelude::*;
 
 use super::groups::Group;
@@ -92,19 +93,19 @@ impl Kept {
     fn new(var: &Var) -> Result<Self> {
         let (n, wide) = (var.elem_count(), wide_dtype(var));
         let half = var.dtype() != wide;
-        Ok(match (var.device(), var.dtype()) {
-            (Device::Cpu, DType::F64) => Self::F64 { m: vec![0.0; n], v: vec![0.0; n] },
-            (Device::Cpu, DType::F32) => Self::F32 { m: vec![0.0; n], v: vec![0.0; n] },
-            (Device::Cpu, _) => {
+        Ok(match (on_cpu(var.device()), var.dtype()) {
+            (true, DType::F64) => Self::F64 { m: vec![0.0; n], v: vec![0.0; n] },
+            (true, DType::F32) => Self::F32 { m: vec![0.0; n], v: vec![0.0; n] },
+            (true, _) => {
                 let master = values(&var.as_detached_tensor().to_dtype(wide)?)?;
                 Self::Half { m: vec![0.0; n], v: vec![0.0; n], master }
             }
-            (device, DType::F64) => {
-                let place = device.location();
+            (false, DType::F64) => {
+                let place = var.device().location();
                 return Err(Error::Invalid(format!("AdamW on {place:?} updates f32, f16 and bf16, not f64")));
             }
-            (device, _) => {
-                let zeros = || Tensor::zeros(var.shape(), wide, device);
+            (false, _) => {
+                let zeros = || Tensor::zeros(var.shape(), wide, var.device());
                 let master = half.then(|| var.as_detached_tensor().to_dtype(wide)).transpose()?;
                 Self::Device { m: zeros()?, v: zeros()?, master }
             }
@@ -128,16 +129,14 @@ impl Kept {
     }
 
     fn from_tensors(var: &Var, m: &Tensor, v: &Tensor, master: Option<&Tensor>) -> Result<Self> {
-        Ok(match (var.device(), master) {
-            (Device::Cpu, Some(master)) => {
-                Self::Half { m: values(m)?, v: values(v)?, master: values(master)? }
-            }
-            (Device::Cpu, None) if var.dtype() == DType::F64 => Self::F64 { m: values(m)?, v: values(v)? },
-            (Device::Cpu, None) => Self::F32 { m: values(m)?, v: values(v)? },
-            (device, master) => Self::Device {
-                m: elsewhere(m, device)?,
-                v: elsewhere(v, device)?,
-                master: master.map(|t| elsewhere(t, device)).transpose()?,
+        Ok(match (on_cpu(var.device()), master) {
+            (true, Some(master)) => Self::Half { m: values(m)?, v: values(v)?, master: values(master)? },
+            (true, None) if var.dtype() == DType::F64 => Self::F64 { m: values(m)?, v: values(v)? },
+            (true, None) => Self::F32 { m: values(m)?, v: values(v)? },
+            (false, master) => Self::Device {
+                m: elsewhere(m, var.device())?,
+                v: elsewhere(v, var.device())?,
+                master: master.map(|t| elsewhere(t, var.device())).transpose()?,
             },
         })
     }

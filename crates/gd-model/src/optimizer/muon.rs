@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Tensor, Var};
+use gd_kernels::on_cpu;
 use serde::{Deserialize, Serialize};
 
 use super::parameter::{
@@ -173,7 +174,7 @@ pub fn orthogonal(x: &Tensor) -> Result<Tensor> {
     let norm = x.to_dtype(wide)?.sqr()?.sum_all()?.sqrt()?;
     // The product of the two shorter sides is the smaller one.
     let mut y = if rows > columns { x.t()?.contiguous()? } else { x.clone() };
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         let norm = norm.to_scalar::<f64>()?;
         if norm == 0.0 {
             return Ok(x.clone());

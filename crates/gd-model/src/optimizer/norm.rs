@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Tensor, Var};
 use gd_kernels::adamw::{Limits, Squares};
+use gd_kernels::on_cpu;
 use rayon::prelude::*;
 
 use super::parameter::PIECE;
@@ -17,7 +18,7 @@ use crate::error::{Error, Result};
 /// A gradient of a dtype that has no norm.
 pub fn global_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
     if let Some((_, var)) = vars.first()
-        && !var.device().is_cpu()
+        && !on_cpu(var.device())
     {
         return norm_on_device(vars, grads);
     }
@@ -57,7 +58,7 @@ fn norm_on_device(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
 /// As [`global_norm`].
 pub fn not_finite<'a>(vars: &'a [(String, Var)], grads: &GradStore) -> Result<Option<&'a str>> {
     if let Some((_, var)) = vars.first()
-        && !var.device().is_cpu()
+        && !on_cpu(var.device())
     {
         let Some((squares, names)) = squares(vars, grads)? else { return Ok(None) };
         return Ok(squares.not_finite()?.map(|at| names[at]));

@@ -57,7 +57,7 @@ impl Trainer {
     /// processes, Muon, an average of the parameters and a run that learns from a model take part in every update.
     pub fn runs_ahead(&self) -> bool {
         let alone = self.group.world() == 1 && self.ema.is_none() && self.original.is_none();
-        !self.device.is_cpu() && alone && self.optimizer.runs_ahead()
+        !gd_kernels::on_cpu(&self.device) && alone && self.optimizer.runs_ahead()
     }
 
     /// Whether something follows this step that needs its outcome.

@@ -89,9 +89,8 @@ pub struct Limits {
     pub norm: f32,
 }
 
-/// What a verdict says.
-#[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
+/// What a verdict says: three f32 in this order.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Verdict {
     /// The loss.
     pub loss: f32,

@@ -1,7 +1,5 @@
 //! What a warp does with a row: normalisation, rotary embedding, gated activation.
 
-use std::sync::Arc;
-
 use candle_core::{DType, Tensor};
 
 use super::{Rows, TensorGpu, Vector};
@@ -52,7 +50,7 @@ pub(crate) fn rotate<G: TensorGpu>(
     [cos, sin]: [&Tensor; 2],
     offsets: &[usize],
 ) -> Result<Tensor> {
-    let device = Arc::new(G::of(x.device())?);
+    let device = G::of(x.device())?;
     let (_, sizes) = view::<G::Buffer>(x)?;
     let (positions, pairs) = cos.dims2()?;
     if (positions, pairs) != sin.dims2()? || 2 * pairs != sizes.dim || x.rank() != 4 {

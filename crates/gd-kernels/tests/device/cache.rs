@@ -88,12 +88,19 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
         Tensor::cat(&[&t, &other], 1)?.reshape((2 * b * row, hk, PAGE, dim))
     };
     let (held_k, held_v) = (pages(&k)?, pages(&v)?);
-    let table = Tensor::from_vec(ids, (b, row), gpu)?;
+    let table = Tensor::new(&ids[..], gpu)?.reshape((b, row))?;
     // A table of 64 bits, as Python's serving programs have it.
     let wide = table.to_dtype(DType::I64)?;
-    for (precision, table) in
-        [(Precision::Native, &table), (Precision::Native, &wide), (Precision::Certified, &table)]
-    {
+    // And one of i32 in a larger one.
+    let part: Vec<i32> =
+        ids.chunks(row).flat_map(|ids| ids.iter().map(|id| *id as i32).chain([-1])).collect();
+    let part = Tensor::from_vec(part, (b, row + 1), gpu)?.narrow(1, 0, row)?;
+    for (precision, table) in [
+        (Precision::Native, &table),
+        (Precision::Native, &wide),
+        (Precision::Native, &part),
+        (Precision::Certified, &table),
+    ] {
         let cache = PagedCache { k: &held_k, v: &held_v, table };
         let how = Scan { precision, ..how.clone() };
         if precision == Precision::Native || certified {

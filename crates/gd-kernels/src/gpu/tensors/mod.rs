@@ -131,7 +131,13 @@ pub(crate) struct Vector<B> {
 impl<B: From<Tensor>> Vector<B> {
     /// A tensor in `dtype`; copied where it is in another one, or not contiguous.
     pub(crate) fn new(t: &Tensor, dtype: DType) -> Result<Self> {
-        Ok(Self::strided(t.detach().to_dtype(dtype)?.contiguous()?))
+        let t = t.detach().to_dtype(dtype)?;
+        // candle has no kernel there that copies strided i32.
+        let t = match dtype == DType::I32 && !t.is_contiguous() {
+            true => t.to_device(&Device::Cpu)?.contiguous()?.to_device(t.device())?,
+            false => t.contiguous()?,
+        };
+        Ok(Self::strided(t))
     }
 
     /// A tensor as it lies; its strides are the caller's to know.

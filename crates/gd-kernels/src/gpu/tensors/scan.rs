@@ -149,11 +149,8 @@ pub(crate) fn scan_select_paged<G: TensorGpu>(
         Operands::<G::Buffer>::new(&problem, q, cache.k, &Scan { checked: false, ..scan.clone() })?;
     let winners = Winners::<G>::new(&device, &problem, cache.v, threshold)?;
     // candle has no conversion to i32 there; ids are below 2^31, whatever the sign of their type.
-    let table = match cache.table.dtype() {
-        DType::I64 => cache.table.to_dtype(DType::U32)?,
-        _ => cache.table.clone(),
-    };
-    let table = Vector::strided(table.contiguous()?);
+    let ids = if cache.table.dtype() == DType::I64 { DType::U32 } else { cache.table.dtype() };
+    let table = Vector::new(cache.table, ids)?;
     let pages = decode::Pages { table: table.slice(), row: keys / page, keys: page, count };
     winners.decode(&device, &problem, &operands, scan, Some(pages), [count, page])?;
     winners.finish(&device, &problem)

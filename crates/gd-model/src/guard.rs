@@ -222,6 +222,24 @@ mod tests {
     }
 
     #[test]
+    fn a_device_is_given_the_limits_of_the_steps_known_by_then() {
+        assert!(guard(31).limits().iter().all(|limit| limit.above == f64::INFINITY));
+        let mut guard = guard(40);
+        let limits = guard.limits().map(Limit::rounded);
+        for limit in limits {
+            assert!(limit.above > 1.04 && limit.above < 1.2, "{limit:?}");
+            assert_eq!(limit.above, f64::from(limit.above as f32));
+        }
+        // A step that the device did not know when it judged the next.
+        assert!(guard.judge(1.3, 1.0).unwrap().is_some());
+        assert!(guard.limits()[0].above > 1.2);
+        let reason = guard.judge_by(1.2, 1.0, &limits).unwrap().unwrap();
+        assert!(reason.contains("of the last 40 steps"), "{reason}");
+        assert!(guard.judge_by(1.0, 1.2, &limits).unwrap().unwrap().starts_with("the gradient norm"));
+        assert_eq!(guard.skipped(), 3);
+    }
+
+    #[test]
     fn values_that_are_not_finite_are_skipped_from_the_first_step() {
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let mut guard = guard(0);

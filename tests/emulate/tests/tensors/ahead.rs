@@ -124,7 +124,7 @@ fn what_takes_part_in_every_update_is_waited_for() {
     let [target, ..] = targets();
     target.run(|| {
         assert!(trainer(json!({})).runs_ahead());
-        for settings in [json!({ "muon": {} }), json!({ "ema": {} })] {
+        for settings in [json!({ "muon": {} }), json!({ "ema": { "decay": 0.9 } })] {
             let mut trainer = trainer(settings.clone());
             assert!(!trainer.runs_ahead(), "{settings}");
             assert_eq!(trainer.proceed().unwrap().len(), 1, "{settings}");

@@ -44,6 +44,7 @@ uint ctz(uint x);
 float exp(float x);
 float log(float x);
 float tanh(float x);
+float sqrt(float x);
 float fabs(float x);
 float fma(float x, float y, float z);
 float fmin(float x, float y);

@@ -215,3 +215,82 @@ struct AverageParams {
     u32 d_head;
     u32 d_row;
 };
+
+// Root-mean-square normalisation: x and y [B, H, N, C], weight [C].
+struct NormParams {
+    u32 batch;
+    u32 heads;
+    u32 rows;
+    u32 dim;
+    u32 x_batch;
+    u32 x_head;
+    u32 x_row;
+    u32 d_batch;      // of dy
+    u32 d_head;
+    u32 d_row;
+    u32 chunk;        // rows of a block of the backward pass
+    u32 lines;        // of the parts of dweight
+    f32 eps;
+};
+
+// Rotary embedding: x and y [B, H, N, 2 pairs], cos and sin [positions, pairs].
+struct RotaryParams {
+    u32 batch;
+    u32 heads;
+    u32 rows;
+    u32 pairs;
+    u32 x_batch;
+    u32 x_head;
+    u32 x_row;
+    u32 first;        // position of row 0, without a table
+    u32 table;        // u32 [B] instead
+    u32 back;         // by the negative angle
+};
+
+// silu(gate) * up, each [B, H, N, C].
+struct SwigluParams {
+    u32 batch;
+    u32 heads;
+    u32 rows;
+    u32 dim;
+    u32 g_batch;
+    u32 g_head;
+    u32 g_row;
+    u32 u_batch;
+    u32 u_head;
+    u32 u_row;
+    u32 d_batch;      // of dy
+    u32 d_head;
+    u32 d_row;
+};
+
+// Sums of squares of one gradient: a part for every piece of it.
+struct SquaresParams {
+    u32 count;        // elements
+    u32 first;        // of its parts
+};
+
+// What the sums of squares say about an update.
+struct ClipParams {
+    u32 parts;
+    u32 losses;
+    f32 weight;       // that loss and gradient are divided by
+    f32 most;         // the norm that is left to a gradient
+    f32 loss_limit;   // above these the update is skipped
+    f32 norm_limit;
+};
+
+// One update of a parameter by AdamW.
+struct AdamwParams {
+    u32 count;
+    f32 beta1;
+    f32 gain1;        // 1 - beta1
+    f32 beta2;
+    f32 gain2;
+    f32 keep;         // 1 - learning rate * decay
+    f32 eps;
+    f32 rate;         // learning rate / (1 - beta1^t)
+    f32 root;         // 1 / sqrt(1 - beta2^t)
+    f32 late_rate;    // the same for t - 1
+    f32 late_root;
+};

@@ -3,6 +3,7 @@
 //! Shapes everywhere: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; query head `h` reads
 //! key-value head `h / (Hq / Hk)`.
 
+pub mod adamw;
 mod average;
 mod conv;
 mod cpu;
@@ -16,6 +17,7 @@ pub mod gpu;
 mod mask;
 #[cfg(feature = "metal")]
 pub mod metal;
+pub mod on_device;
 mod options;
 mod paged;
 mod plan;

@@ -3,11 +3,11 @@
 //!
 //! x `[B, H, N, D]` of any strides (a transposed `[B, N, H, D]` is read in place), y `[B, H, N, D]`
 //! contiguous; row `n` stands at position `offset + n`, with one offset or one for each batch entry. The backward pass is the rotation by the
-//! negative angle. CPU: fused; other devices: a composition of differentiable primitives.
+//! negative angle. Fused: a pass on the CPU, a launch on a GPU.
 
 use std::sync::Arc;
 
-use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 use gd_kernels::element::{Bf16, Element, F16, Real};
 use gd_kernels::fused::{Rows, attach1, for_chunks, rows_per_chunk, vectorize, with_contiguous_rows};
 use gd_kernels::on_cpu;
@@ -124,20 +124,13 @@ impl Rotary {
         let table = match (on_cpu(device), dtype) {
             (true, DType::F64) => Table::F64(Arc::new(Angles::new(&frequencies, max_positions))),
             (true, _) => Table::F32(Arc::new(Angles::new(&frequencies, max_positions))),
-            (false, dtype) => Self::on_device(&frequencies, max_positions, dtype, device)?,
+            (false, _) => {
+                let angles = Angles::<f32>::new(&frequencies, max_positions);
+                let tensor = |v: Vec<f32>| Tensor::from_vec(v, (max_positions, half), device);
+                Table::Device { cos: tensor(angles.cos)?, sin: tensor(angles.sin)? }
+            }
         };
         Ok(Self { table, head_dim, max_positions })
-    }
-
-    fn on_device(frequencies: &[f64], positions: usize, dtype: DType, device: &Device) -> Result<Table> {
-        let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        let angles = Angles::<f64>::new(frequencies, positions);
-        let tensor = |v: Vec<f64>| {
-            Tensor::from_vec(v, (positions, frequencies.len()), &Device::Cpu)?
-                .to_dtype(wide)?
-                .to_device(device)
-        };
-        Ok(Table::Device { cos: tensor(angles.cos)?, sin: tensor(angles.sin)? })
     }
 
     /// The number of positions that can be embedded.
@@ -177,14 +170,7 @@ impl Rotary {
             (Table::F32(angles), DType::F32) => rotate::<f32>(x, angles, offsets),
             (Table::F32(angles), DType::F16) => rotate::<F16>(x, angles, offsets),
             (Table::F32(angles), DType::BF16) => rotate::<Bf16>(x, angles, offsets),
-            (Table::Device { cos, sin }, _) => {
-                // [1 or B, 1, N, D / 2]
-                let rows = |table: &Tensor| {
-                    let rows = offsets.iter().map(|&offset| table.narrow(0, offset, n)?.unsqueeze(0));
-                    Tensor::stack(&rows.collect::<Result<Vec<_>>>()?, 0)
-                };
-                composed(x, &rows(cos)?, &rows(sin)?)
-            }
+            (Table::Device { cos, sin }, _) => Ok(gd_kernels::on_device::rotary(x, cos, sin, offsets)?),
             (_, dtype) => bail!("rotary embedding: the angles were not built for {dtype:?}"),
         }
     }
@@ -236,34 +222,44 @@ fn turn<T: Element>(
     Ok((y, shape))
 }
 
-/// The same from candle primitives that have gradients; cos and sin `[1 or B, 1, N, D / 2]`.
-fn composed(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let half = x.dim(D::Minus1)? / 2;
-    let wide = x.to_dtype(cos.dtype())?;
-    let (x1, x2) = (wide.narrow(D::Minus1, 0, half)?, wide.narrow(D::Minus1, half, half)?);
-    let y1 = (x1.broadcast_mul(cos)? - x2.broadcast_mul(sin)?)?;
-    let y2 = (x2.broadcast_mul(cos)? + x1.broadcast_mul(sin)?)?;
-    Tensor::cat(&[y1, y2], D::Minus1)?.to_dtype(x.dtype())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::oracle::{agree, noise};
+    use candle_core::D;
+
+    /// The same from candle primitives that have gradients; cos and sin `[1 or B, 1, N, D / 2]`.
+    fn composed(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        let half = x.dim(D::Minus1)? / 2;
+        let wide = x.to_dtype(cos.dtype())?;
+        let (x1, x2) = (wide.narrow(D::Minus1, 0, half)?, wide.narrow(D::Minus1, half, half)?);
+        let y1 = (x1.broadcast_mul(cos)? - x2.broadcast_mul(sin)?)?;
+        let y2 = (x2.broadcast_mul(cos)? + x1.broadcast_mul(sin)?)?;
+        Tensor::cat(&[y1, y2], D::Minus1)?.to_dtype(x.dtype())
+    }
 
     #[test]
     fn composition_agrees_in_values_and_gradients() -> Result<()> {
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
             let fused = Rotary::new(16, 40, 1e4, RopeScaling::None, dtype, &Device::Cpu)?;
-            let frequencies: Vec<f64> = (0..8).map(|i| 1e4f64.powf(-f64::from(i) / 8.0)).collect();
-            let table = Rotary::on_device(&frequencies, 40, dtype, &Device::Cpu)?;
-            let composed = Rotary { table, ..fused.clone() };
+            let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+            let angle = |at: u32| f64::from(at / 8) * 1e4f64.powf(-f64::from(at % 8) / 8.0);
+            // [1 or B, 1, N, D / 2]
+            let rows = |f: fn(f64) -> f64, offsets: &[usize]| -> Result<Tensor> {
+                let table: Vec<f64> = (0..40 * 8).map(|at| f(angle(at))).collect();
+                let table = Tensor::from_vec(table, (40, 8), &Device::Cpu)?.to_dtype(wide)?;
+                let rows = offsets.iter().map(|&offset| table.narrow(0, offset, 33)?.unsqueeze(0));
+                Tensor::stack(&rows.collect::<Result<Vec<_>>>()?, 0)
+            };
             let x = noise(1, &[2, 33, 3, 16], dtype)?;
             for offsets in [&[3][..], &[7, 0]] {
                 agree(
                     std::slice::from_ref(&x),
                     |t| fused.apply_each(&t[0].transpose(1, 2)?, offsets),
-                    |t| composed.apply_each(&t[0].transpose(1, 2)?, offsets),
+                    |t| {
+                        let (cos, sin) = (rows(f64::cos, offsets)?, rows(f64::sin, offsets)?);
+                        composed(&t[0].transpose(1, 2)?, &cos, &sin)
+                    },
                 )?;
             }
         }

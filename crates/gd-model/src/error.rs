@@ -126,6 +126,12 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 }
 
+impl From<gd_kernels::Error> for Error {
+    fn from(e: gd_kernels::Error) -> Self {
+        Self::Candle(e.into())
+    }
+}
+
 impl Error {
     /// A read error at `path`, told apart by whether the path exists.
     pub(crate) fn read(path: &Path, what: &'static str, source: std::io::Error) -> Self {

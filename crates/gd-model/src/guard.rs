@@ -61,6 +61,23 @@ struct Seen {
     skipped: u64,
 }
 
+/// What a value must not exceed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Limit {
+    /// The limit; infinite as long as too few steps are known.
+    pub above: f64,
+    /// Steps that it is made from.
+    steps: usize,
+}
+
+impl Limit {
+    /// The same in f32, as a device compares.
+    #[must_use]
+    pub fn rounded(self) -> Self {
+        Self { above: f64::from(self.above as f32), ..self }
+    }
+}
+
 /// Judges every step by those before it.
 #[derive(Debug, Clone)]
 pub struct Guard {
@@ -86,18 +103,37 @@ impl Guard {
     /// # Errors
     /// Too many updates in a row would be skipped.
     pub fn judge(&mut self, loss: f64, norm: f64) -> Result<Option<String>> {
-        let GuardConfig { window, least, sigma, stop_after } = self.config;
-        let reasons = [("loss", loss, &mut self.seen.losses), ("gradient norm", norm, &mut self.seen.norms)];
+        let limits = self.limits();
+        self.judge_by(loss, norm, &limits)
+    }
+
+    /// The limits of loss and gradient norm, from all steps that have been judged.
+    pub fn limits(&self) -> [Limit; 2] {
+        let GuardConfig { least, sigma, .. } = self.config;
+        [&self.seen.losses, &self.seen.norms].map(|seen| {
+            let above = if seen.len() >= least { limit(seen, sigma) } else { f64::INFINITY };
+            Limit { above, steps: seen.len() }
+        })
+    }
+
+    /// [`Guard::judge`] by limits of an earlier moment, for a step that a device has judged by them already.
+    ///
+    /// # Errors
+    /// As [`Guard::judge`].
+    pub fn judge_by(&mut self, loss: f64, norm: f64, limits: &[Limit; 2]) -> Result<Option<String>> {
+        let GuardConfig { window, sigma, stop_after, .. } = self.config;
+        let reasons = [
+            ("loss", loss, limits[0], &mut self.seen.losses),
+            ("gradient norm", norm, limits[1], &mut self.seen.norms),
+        ];
         let mut reason = None;
-        for (what, value, seen) in reasons {
+        for (what, value, Limit { above: limit, steps: last }, seen) in reasons {
             if !value.is_finite() {
                 reason = reason.or(Some(format!("the {what} is {value}")));
                 continue;
             }
-            let limit = limit(seen, sigma);
-            if seen.len() >= least && value > limit {
+            if value > limit {
                 reason = reason.or_else(|| {
-                    let last = seen.len();
                     Some(format!(
                         "the {what} {value:.4} exceeds {limit:.4}, mean + {sigma} sigma of the last {last} steps"
                     ))
@@ -183,6 +219,24 @@ mod tests {
             assert_eq!(guard.skipped(), 2);
         }
         assert!(guard(31).judge(50.0, 50.0).unwrap().is_none(), "too few steps to judge");
+    }
+
+    #[test]
+    fn a_device_is_given_the_limits_of_the_steps_known_by_then() {
+        assert!(guard(31).limits().iter().all(|limit| limit.above == f64::INFINITY));
+        let mut guard = guard(40);
+        let limits = guard.limits().map(Limit::rounded);
+        for limit in limits {
+            assert!(limit.above > 1.04 && limit.above < 1.2, "{limit:?}");
+            assert_eq!(limit.above, f64::from(limit.above as f32));
+        }
+        // A step that the device did not know when it judged the next.
+        assert!(guard.judge(1.3, 1.0).unwrap().is_some());
+        assert!(guard.limits()[0].above > 1.2);
+        let reason = guard.judge_by(1.2, 1.0, &limits).unwrap().unwrap();
+        assert!(reason.contains("of the last 40 steps"), "{reason}");
+        assert!(guard.judge_by(1.0, 1.2, &limits).unwrap().unwrap().starts_with("the gradient norm"));
+        assert_eq!(guard.skipped(), 3);
     }
 
     #[test]

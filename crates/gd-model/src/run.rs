@@ -253,17 +253,11 @@ impl Run {
         let end = end.min(self.trainer.steps());
         let every = self.trainer.recipe().train.save_every();
         while self.trainer.step() < end {
-            let step = self.trainer.advance()?;
-            if let Some(log) = &mut self.log {
-                log.step(&step)?;
-            }
-            watch(&step, self.sample(step.step)?)?;
-            let best = self.note(&step);
+            let steps = self.trainer.proceed()?;
+            let best = self.tell(steps, &mut watch)?;
             // Only the process that leads looks at the validation text, and a signal may reach only one.
-            let [stop, save] = self
-                .trainer
-                .group()
-                .any([stop.load(Ordering::Relaxed), best || step.step.is_multiple_of(every)]);
+            let due = best || self.trainer.step().is_multiple_of(every);
+            let [stop, save] = self.trainer.group().any([stop.load(Ordering::Relaxed), due]);
             if save {
                 self.save()?;
             }
@@ -271,8 +265,27 @@ impl Run {
                 break;
             }
         }
+        let steps = self.trainer.settle()?;
+        self.tell(steps, &mut watch)?;
         self.save()?;
         Ok(self.trainer.step() == self.trainer.steps())
+    }
+
+    /// Logs the figures of these steps and shows them; says whether one of them has the best validation loss.
+    fn tell(
+        &mut self,
+        steps: Vec<Step>,
+        watch: &mut impl FnMut(&Step, Option<String>) -> Result<()>,
+    ) -> Result<bool> {
+        let mut best = false;
+        for step in steps {
+            if let Some(log) = &mut self.log {
+                log.step(&step)?;
+            }
+            watch(&step, self.sample(step.step)?)?;
+            best |= self.note(&step);
+        }
+        Ok(best)
     }
 
     /// Every `sample_every` steps a look at what the model writes, prompt and continuation, which is logged.

@@ -1,6 +1,6 @@
 //! The training loop.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use candle_core::backprop::GradStore;
@@ -23,6 +23,10 @@ use crate::state::{State, Stateful};
 use crate::swap::forget_scores;
 use crate::transformer::Transformer;
 use crate::uptrain::Original;
+
+mod launched;
+
+use self::launched::Launched;
 
 /// Validation windows of a look during training; the whole text is measured at the end.
 const GLANCE: usize = 32;
@@ -150,8 +154,12 @@ pub struct Trainer {
     corpus: Corpus,
     device: Device,
     group: Group,
+    /// Launched and not told.
+    launched: VecDeque<Launched>,
     step: u64,
     seconds: f64,
+    /// When the last figures were read, or the first step after them began.
+    clock: Instant,
 }
 
 impl Trainer {
@@ -221,8 +229,10 @@ impl Trainer {
             corpus,
             device: device.clone(),
             group: Group::single(),
+            launched: VecDeque::new(),
             step: 0,
             seconds: 0.0,
+            clock: Instant::now(),
         })
     }
 
@@ -238,8 +248,11 @@ impl Trainer {
     /// With the parameters, all that an exact continuation needs.
     ///
     /// # Errors
-    /// Whatever a part reports.
+    /// Whatever a part reports; a step whose figures have not been told (see [`Trainer::settle`]).
     pub fn state(&mut self) -> Result<State> {
+        if let Some(Launched { step, .. }) = self.launched.front() {
+            return Err(Error::Invalid(format!("the outcome of step {} is not known yet", step.step)));
+        }
         let mut state = State::of(&Progress { step: self.step, seconds: self.seconds })?;
         for (name, part) in self.parts() {
             state.insert(name, part.save()?);
@@ -331,63 +344,76 @@ impl Trainer {
     /// As [`Trainer::advance`], or what `watch` returns.
     pub fn run(&mut self, mut watch: impl FnMut(&Step) -> Result<()>) -> Result<()> {
         while self.step < self.recipe.train.steps {
-            let step = self.advance()?;
-            watch(&step)?;
+            self.proceed()?.iter().try_for_each(&mut watch)?;
         }
-        Ok(())
+        self.settle()?.iter().try_for_each(watch)
     }
 
-    /// One step.
+    /// One step, and its figures.
     ///
     /// # Errors
     /// Too many updates in a row were skipped by the guard.
     pub fn advance(&mut self) -> Result<Step> {
-        let started = Instant::now();
+        self.launch()?;
+        let step = self.known(0)?.pop();
+        step.ok_or_else(|| Error::Invalid("a step without figures".into()))
+    }
+
+    /// One step, whose figures may be known later.
+    fn launch(&mut self) -> Result<()> {
+        if self.launched.is_empty() {
+            self.clock = Instant::now();
+        }
         if self.step > 0 && self.recipe.train.aligns(self.step - 1) != self.recipe.train.aligns(self.step) {
             self.guard.forget();
         }
-        let mut gradients = self.gradients()?;
-        self.group.all_reduce(&self.params.vars(), &mut gradients)?;
-        let (loss, grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
+        let (mut gradients, losses) = self.gradients()?;
         let lr = self.recipe.train.lr.lr(self.step, self.recipe.train.steps);
-        let skip = self.skip(&gradients, loss, grad_norm)?;
-        if skip.is_none() {
-            self.update(&gradients, grad_norm, lr)?;
-        }
         let mask = Mask::causal(0);
         let Pass { hardness, candidates, .. } = self.pass(&mask);
-        let aligned = self.original.is_some().then(|| self.recipe.train.aligns(self.step));
-        self.step += 1;
-        let seconds = started.elapsed().as_secs_f64();
-        self.seconds += seconds;
         let train = &self.recipe.train;
-        let tokens = (train.batch * train.context * train.accumulation) as u64;
-        let look = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
-        let steps = train.steps;
-        let look = if look && self.group.leads() { Some(self.look()?) } else { None };
-        Ok(Step {
-            step: self.step,
-            total: steps,
-            loss,
-            aligned,
-            grad_norm,
+        let mut step = Step {
+            step: self.step + 1,
+            total: train.steps,
+            loss: f64::NAN,
+            aligned: self.original.is_some().then(|| train.aligns(self.step)),
+            grad_norm: f64::NAN,
             lr,
-            skipped: self.guard.skipped(),
-            skip,
+            skipped: 0,
+            skip: None,
             hardness,
             candidates,
-            tokens: self.step * tokens,
-            tokens_per_second: tokens as f64 / seconds,
-            seconds_left: self.seconds / self.step as f64 * (steps - self.step) as f64,
-            valid_loss: look.as_ref().map(|look| look.seen.loss),
-            valid_loss_ema: look.as_ref().and_then(|look| look.averaged),
-            heads: look.as_ref().map(|look| look.seen.heads),
-            churn: look.and_then(|look| look.churn),
-        })
+            tokens: (self.step + 1) * (train.batch * train.context * train.accumulation) as u64,
+            tokens_per_second: f64::NAN,
+            seconds_left: f64::NAN,
+            valid_loss: None,
+            valid_loss_ema: None,
+            heads: None,
+            churn: None,
+        };
+        let awaited = match self.runs_ahead() {
+            true => Some(self.update_ahead(&gradients, &losses, lr)?),
+            false => {
+                gradients.loss = losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
+                // Metal reports commands that failed before the last ones only when it is waited for as a whole.
+                self.device.synchronize()?;
+                self.group.all_reduce(&self.params.vars(), &mut gradients)?;
+                (step.loss, step.grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
+                step.skip = self.skip(&gradients, step.loss, step.grad_norm)?;
+                if step.skip.is_none() {
+                    self.update(&gradients, step.grad_norm, lr)?;
+                }
+                None
+            }
+        };
+        self.step += 1;
+        self.launched.push_back(Launched { step, awaited });
+        Ok(())
     }
 
-    /// The sums over the micro-batches of this step.
-    fn gradients(&self) -> Result<Gradients> {
+    /// The sums over the micro-batches of this step but that of the losses, which are still where they were
+    /// computed: f32 [micro-batches].
+    fn gradients(&self) -> Result<(Gradients, Tensor)> {
         let train = &self.recipe.train;
         let vars = self.params.vars();
         let (mut sums, mut losses) = (None::<Gradients>, Vec::new());
@@ -408,12 +434,8 @@ impl Trainer {
                 Some(sums) => sums.add(&vars, &one)?,
             }
         }
-        let mut sums = sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))?;
-        // Only here does the host wait for a device.
-        sums.loss = Tensor::stack(&losses, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
-        // Metal reports commands that failed before the last ones only when it is waited for as a whole.
-        losses[0].device().synchronize()?;
-        Ok(sums)
+        let sums = sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))?;
+        Ok((sums, Tensor::stack(&losses, 0)?))
     }
 
     /// The loss of a micro-batch times its weight, and the gradients of that.
@@ -445,13 +467,22 @@ impl Trainer {
 
     /// Why this step's update is to be skipped, if it is.
     fn skip(&mut self, gradients: &Gradients, loss: f64, grad_norm: f64) -> Result<Option<String>> {
-        let step = self.step + 1;
         let judged = self.guard.judge(loss, grad_norm);
+        let vars = self.params.vars();
+        let first = || Ok(not_finite(&vars, &gradients.store)?.map(str::to_owned));
+        self.skipped(self.step + 1, judged, first)
+    }
+
+    /// What the guard says of a step, with the `first` parameter whose gradient is not finite.
+    fn skipped(
+        &self,
+        step: u64,
+        judged: Result<Option<String>>,
+        first: impl FnOnce() -> Result<Option<String>>,
+    ) -> Result<Option<String>> {
         let judged = judged.map_err(|e| Error::Invalid(format!("step {step}: {e}")))?;
         let Some(reason) = judged else { return Ok(None) };
-        let vars = self.params.vars();
-        let first = not_finite(&vars, &gradients.store)?;
-        let reason = match first {
+        let reason = match first()? {
             Some(name) => format!("{reason} (first in {name})"),
             None => reason,
         };

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError, sys};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, DriverError, PinnedHostSlice, sys,
+};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
 use super::{failed, limits};
@@ -28,7 +30,12 @@ pub(super) struct Loaded {
     /// One for each source, loaded when its first kernel is asked for.
     modules: Vec<OnceLock<Arc<CudaModule>>>,
     kernels: RwLock<HashMap<String, Arc<Kernel>>>,
+    /// Host memory for copies that the device makes while the host goes on; of [`PINNED`] numbers each.
+    pinned: Mutex<Vec<PinnedHostSlice<f32>>>,
 }
+
+/// Numbers of such a copy, at most.
+pub(super) const PINNED: usize = 16;
 
 /// A kernel in a context.
 pub(super) struct Kernel {
@@ -67,6 +74,7 @@ impl Loaded {
             arch,
             modules: compiled::MODULES.iter().map(|_| OnceLock::new()).collect(),
             kernels: RwLock::default(),
+            pinned: Mutex::default(),
         });
         contexts.push(loaded.clone());
         Ok(loaded)
@@ -74,6 +82,18 @@ impl Loaded {
 
     pub(super) fn arch(&self) -> Arch {
         self.arch
+    }
+
+    /// Host memory that the device copies to on its own. To take and to free it may wait for the device, so it comes
+    /// back by [`Loaded::keep`].
+    #[allow(unsafe_code)] // undefined contents, which a copy fills
+    pub(super) fn pinned(&self) -> std::result::Result<PinnedHostSlice<f32>, DriverError> {
+        let kept = self.pinned.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        kept.map_or_else(|| unsafe { self.context.alloc_pinned_with_flags(PINNED, 0) }, Ok)
+    }
+
+    pub(super) fn keep(&self, pinned: PinnedHostSlice<f32>) {
+        self.pinned.lock().unwrap_or_else(PoisonError::into_inner).push(pinned);
     }
 
     /// The kernel of this name.

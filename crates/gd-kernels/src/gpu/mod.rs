@@ -5,6 +5,7 @@
 //! No function here waits for the device; buffers that a function allocates for itself are dropped
 //! after the launch that reads them, so freeing must be ordered like launches.
 
+pub mod adamw;
 pub mod average;
 pub mod conv;
 pub mod decode;
@@ -12,11 +13,14 @@ pub mod decode;
 mod emulated;
 pub mod inverse;
 pub mod mask;
+pub mod norm;
 pub mod params;
 pub mod quantize;
+pub mod rotary;
 pub mod scan;
 pub mod scan_certified;
 pub mod select;
+pub mod swiglu;
 pub mod tensor_map;
 #[cfg(feature = "gpu")]
 pub(crate) mod tensors;
@@ -264,6 +268,72 @@ pub(crate) fn grid(op: &str, blocks: u128) -> Result<[u32; 3]> {
     match blocks {
         1..=MAX_BLOCKS => Ok([blocks as u32, 1, 1]),
         _ => Err(Error::Unsupported(format!("{op}: a grid of {blocks} blocks; 1 to {MAX_BLOCKS} are"))),
+    }
+}
+
+/// Threads of a block of [`launch`].
+pub(crate) const THREADS: usize = 256;
+
+/// Starts a kernel of the usual shape: no dynamic shared memory, nothing for Metal to compile in.
+pub(crate) fn launch<G: Gpu>(
+    gpu: &G,
+    kernel: String,
+    blocks: usize,
+    params: &impl bytemuck::Pod,
+    buffers: Vec<Option<Slice<'_, G::Buffer>>>,
+) -> Result<()> {
+    gpu.launch(&Launch {
+        grid: grid(&kernel, blocks as u128)?,
+        kernel,
+        block: THREADS as u32,
+        shared_bytes: 0,
+        params: bytemuck::bytes_of(params).to_vec(),
+        constants: Constants::default(),
+        buffers,
+    })
+}
+
+/// Rows of a tensor `[batch, heads, rows, dim]`, of which a kernel gives each to one warp.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowSizes {
+    /// B.
+    pub batch: usize,
+    /// H.
+    pub heads: usize,
+    /// N.
+    pub rows: usize,
+    /// C.
+    pub dim: usize,
+    /// Of all tensors.
+    pub dtype: DType,
+}
+
+impl RowSizes {
+    pub(crate) fn dims(&self) -> [usize; 4] {
+        [self.batch, self.heads, self.rows, self.dim]
+    }
+
+    /// All of them.
+    pub(crate) fn count(&self) -> usize {
+        self.batch * self.heads * self.rows
+    }
+
+    /// Blocks of a launch in which every warp takes a row.
+    pub(crate) fn blocks(&self) -> usize {
+        self.count().div_ceil(THREADS / 32)
+    }
+
+    /// The end of the names of the kernels for operator `op`; refuses what they do not cover.
+    pub(crate) fn checked(&self, op: &str, arch: &Arch) -> Result<String> {
+        require_compute(op, arch)?;
+        let name = dtype_name(op, self.dtype)?;
+        let count = self.dims().iter().map(|&n| n as u128).product();
+        if count == 0 {
+            let [b, h, n, c] = self.dims();
+            return Err(Error::Unsupported(format!("{op} of nothing: [{b}, {h}, {n}, {c}]")));
+        }
+        elements("x", count)?;
+        Ok(format!("{name}_{}", arch.suffix()))
     }
 }
 

@@ -237,4 +237,83 @@ params! {
         d_head: u32,
         d_row: u32,
     }
+
+    /// Root-mean-square normalisation.
+    struct NormParams {
+        batch: u32,
+        heads: u32,
+        rows: u32,
+        dim: u32,
+        x_batch: u32,
+        x_head: u32,
+        x_row: u32,
+        d_batch: u32,
+        d_head: u32,
+        d_row: u32,
+        chunk: u32,
+        lines: u32,
+        eps: f32,
+    }
+
+    /// Rotary embedding.
+    struct RotaryParams {
+        batch: u32,
+        heads: u32,
+        rows: u32,
+        pairs: u32,
+        x_batch: u32,
+        x_head: u32,
+        x_row: u32,
+        first: u32,
+        table: u32,
+        back: u32,
+    }
+
+    /// A gated activation.
+    struct SwigluParams {
+        batch: u32,
+        heads: u32,
+        rows: u32,
+        dim: u32,
+        g_batch: u32,
+        g_head: u32,
+        g_row: u32,
+        u_batch: u32,
+        u_head: u32,
+        u_row: u32,
+        d_batch: u32,
+        d_head: u32,
+        d_row: u32,
+    }
+
+    /// Sums of squares of a gradient.
+    struct SquaresParams {
+        count: u32,
+        first: u32,
+    }
+
+    /// Clipping.
+    struct ClipParams {
+        parts: u32,
+        losses: u32,
+        weight: f32,
+        most: f32,
+        loss_limit: f32,
+        norm_limit: f32,
+    }
+
+    /// An update by AdamW.
+    struct AdamwParams {
+        count: u32,
+        beta1: f32,
+        gain1: f32,
+        beta2: f32,
+        gain2: f32,
+        keep: f32,
+        eps: f32,
+        rate: f32,
+        root: f32,
+        late_rate: f32,
+        late_root: f32,
+    }
 }

@@ -36,6 +36,8 @@ mod scan;
 mod select;
 #[path = "../../../../tests/emulate/tests/operators/suite.rs"]
 mod suite;
+#[path = "../../../../tests/emulate/tests/operators/training.rs"]
+mod training;
 
 use std::sync::OnceLock;
 

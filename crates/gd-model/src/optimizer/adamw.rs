@@ -3,21 +3,21 @@
 //! Moments are f32 (f64 for f64 parameters) whatever the parameter's dtype. A bf16 or f16 parameter is the
 //! rounding of an f32 master weight that lives here, so that updates below its resolution add up. On the
 //! CPU one fused pass updates a parameter in place, in parallel over fixed pieces, so that the result does
-//! not depend on the number of threads; elsewhere the same formula is composed of tensor operations.
+//! not depend on the number of threads; on a GPU one launch does (`gd_kernels::adamw`), which knows how the
+//! gradients are clipped, and whether the update is to be skipped, from memory of the GPU.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Shape, Tensor, Var, WithDType};
+use gd_kernels::adamw::{self, Updated};
 use gd_kernels::element::{Element, Real};
 use gd_kernels::on_cpu;
 use rayon::prelude::*;
 
 use super::groups::Group;
-use super::parameter::{
-    PIECE, check_gradient, check_step, named, nothing_left, set_wide, take, wide_dtype, wide_weight,
-};
+use super::parameter::{PIECE, check_gradient, check_step, named, nothing_left, take, wide_dtype};
 use crate::error::{Error, Result};
 
 /// Settings of [`AdamW`].
@@ -100,6 +100,10 @@ impl Kept {
                 let master = values(&var.as_detached_tensor().to_dtype(wide)?)?;
                 Self::Half { m: vec![0.0; n], v: vec![0.0; n], master }
             }
+            (false, DType::F64) => {
+                let place = var.device().location();
+                return Err(Error::Invalid(format!("AdamW on {place:?} updates f32, f16 and bf16, not f64")));
+            }
             (false, _) => {
                 let zeros = || Tensor::zeros(var.shape(), wide, var.device());
                 let master = half.then(|| var.as_detached_tensor().to_dtype(wide)).transpose()?;
@@ -116,7 +120,11 @@ impl Kept {
             Self::F32 { m, v } => (f32s(m)?, f32s(v)?, None),
             Self::F64 { m, v } => (f64s(m)?, f64s(v)?, None),
             Self::Half { m, v, master } => (f32s(m)?, f32s(v)?, Some(f32s(master)?)),
-            Self::Device { m, v, master } => (m.clone(), v.clone(), master.clone()),
+            Self::Device { m, v, master } => {
+                // Updates are made in place.
+                let kept = |t: &Tensor| elsewhere(t, &Device::Cpu);
+                (kept(m)?, kept(v)?, master.as_ref().map(kept).transpose()?)
+            }
         })
     }
 
@@ -126,12 +134,30 @@ impl Kept {
             (true, None) if var.dtype() == DType::F64 => Self::F64 { m: values(m)?, v: values(v)? },
             (true, None) => Self::F32 { m: values(m)?, v: values(v)? },
             (false, master) => Self::Device {
-                m: m.to_device(var.device())?,
-                v: v.to_device(var.device())?,
-                master: master.map(|t| t.to_device(var.device())).transpose()?,
+                m: elsewhere(m, var.device())?,
+                v: elsewhere(v, var.device())?,
+                master: master.map(|t| elsewhere(t, var.device())).transpose()?,
             },
         })
     }
+}
+
+/// A copy on `device`.
+fn elsewhere(t: &Tensor, device: &Device) -> candle_core::Result<Tensor> {
+    if t.device().same_device(device) { t.copy() } else { t.to_device(device) }
+}
+
+/// Which parameters an update has moved, for [`AdamW::take_back`].
+#[derive(Debug, Clone, Default)]
+pub struct Moved(Vec<usize>);
+
+/// What a GPU knows about an update.
+#[derive(Debug, Clone, Copy)]
+pub struct Known<'a> {
+    /// The verdict on it.
+    pub verdict: &'a Tensor,
+    /// That on the update before, where the host has not read it yet.
+    pub before: Option<(&'a Tensor, &'a Moved)>,
 }
 
 #[derive(Debug)]
@@ -174,12 +200,43 @@ impl AdamW {
     /// A rate or scale that is no number, or a gradient of another shape or dtype than its parameter.
     pub fn step(&mut self, grads: &GradStore, lr: f64, scale: f64) -> Result<()> {
         check_step(lr, scale)?;
+        let on_gpu = self.parameters.iter().find(|p| matches!(p.kept, Kept::Device { .. }));
+        if let Some(first) = on_gpu {
+            let verdict = Tensor::new(&[0f32, 0.0, scale as f32], first.var.device())?;
+            return self.step_known(grads, lr, &Known { verdict: &verdict, before: None }).map(drop);
+        }
         for parameter in &mut self.parameters {
             if let Some(grad) = grads.get(&parameter.var) {
                 parameter.update(grad, &self.config, lr, scale)?;
             }
         }
         Ok(())
+    }
+
+    /// The same on a GPU, with what only that knows: the factor of the gradients, or that nothing is to change. If
+    /// the host learns later that nothing has, it calls [`AdamW::take_back`].
+    ///
+    /// # Errors
+    /// A rate that is no number, parameters on the CPU, or a gradient of another shape or dtype than its parameter.
+    pub fn step_known(&mut self, grads: &GradStore, lr: f64, known: &Known<'_>) -> Result<Moved> {
+        check_step(lr, 1.0)?;
+        let mut moved = Moved::default();
+        for (at, parameter) in self.parameters.iter_mut().enumerate() {
+            if let Some(grad) = grads.get(&parameter.var) {
+                let before = known.before.filter(|(_, moved)| moved.0.binary_search(&at).is_ok());
+                let verdicts = (known.verdict, before.map(|(verdict, _)| verdict));
+                parameter.update_known(grad, &self.config, lr, verdicts)?;
+                moved.0.push(at);
+            }
+        }
+        Ok(moved)
+    }
+
+    /// An update did not take place after all: it counts no more.
+    pub fn take_back(&mut self, moved: &Moved) {
+        for &at in &moved.0 {
+            self.parameters[at].step -= 1;
+        }
     }
 
     /// The moments (in their own dtype), step counts and master weights, as `NAME.exp_avg`,
@@ -270,29 +327,34 @@ impl Parameter {
             root: (1.0 - config.beta2.powf(t)).sqrt().recip(),
             eps: config.eps,
         };
-        if let Kept::Device { m, v, master } = &mut self.kept {
-            return composed(&self.var, grad, m, v, master, &c);
-        }
         let update = Update { kept: RefCell::new(&mut self.kept), c };
         Ok(self.var.inplace_op2(&grad.contiguous()?, &update)?)
     }
-}
 
-/// The update from candle's operations.
-fn composed(
-    var: &Var,
-    grad: &Tensor,
-    m: &mut Tensor,
-    v: &mut Tensor,
-    master: &mut Option<Tensor>,
-    c: &Coefficients,
-) -> Result<()> {
-    let g = (grad.detach().to_dtype(m.dtype())? * c.scale)?;
-    *m = ((&*m * c.beta1)? + (&g * (1.0 - c.beta1))?)?;
-    *v = ((&*v * c.beta2)? + (g.sqr()? * (1.0 - c.beta2))?)?;
-    let change = ((&*m * c.rate)? / ((v.sqrt()? * c.root)? + c.eps)?)?;
-    let weight = wide_weight(var, master.as_ref())?;
-    set_wide(var, master, ((weight * c.keep)? - change)?)
+    fn update_known(
+        &mut self,
+        grad: &Tensor,
+        config: &AdamWConfig,
+        lr: f64,
+        (verdict, before): (&Tensor, Option<&Tensor>),
+    ) -> Result<()> {
+        check_gradient(&self.name, &self.var, grad)?;
+        let Kept::Device { m, v, master } = &self.kept else {
+            return Err(Error::Invalid(format!("{}: a parameter on the CPU has no verdict", self.name)));
+        };
+        self.step += 1;
+        let step = adamw::Step {
+            number: self.step,
+            lr,
+            beta1: config.beta1,
+            beta2: config.beta2,
+            eps: config.eps,
+            weight_decay: if self.decays { config.weight_decay } else { 0.0 },
+        };
+        let parameter = self.var.as_detached_tensor();
+        let x = Updated { parameter: &parameter, m, v, master: master.as_ref(), gradient: grad };
+        Ok(adamw::update(&step, verdict, before, &x)?)
+    }
 }
 
 /// The fused CPU update of one parameter (first tensor) by its gradient (second).

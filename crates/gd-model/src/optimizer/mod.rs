@@ -11,10 +11,10 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-pub use self::adamw::{AdamW, AdamWConfig};
+pub use self::adamw::{AdamW, AdamWConfig, Known, Moved};
 pub use self::groups::Group;
 pub use self::muon::{Muon, MuonConfig, orthogonal};
-pub use self::norm::{accumulate, clip_scale, global_norm, not_finite};
+pub use self::norm::{accumulate, clip_scale, global_norm, not_finite, squares};
 use crate::error::Result;
 use crate::state::{State, Stateful};
 
@@ -45,6 +45,27 @@ impl Optimizer {
     pub fn step(&mut self, grads: &GradStore, lr: f64, scale: f64) -> Result<()> {
         self.adamw.step(grads, lr, scale)?;
         self.muon.step(grads, lr, scale)
+    }
+
+    /// Whether a GPU can do a step without the host knowing how its gradients are clipped: all but Muon's.
+    pub fn runs_ahead(&self) -> bool {
+        self.muon.is_empty()
+    }
+
+    /// As [`AdamW::step_known`], where [`Optimizer::runs_ahead`].
+    ///
+    /// # Errors
+    /// As there, or matrices that Muon would move.
+    pub fn step_known(&mut self, grads: &GradStore, lr: f64, known: &Known<'_>) -> Result<Moved> {
+        match self.runs_ahead() {
+            true => self.adamw.step_known(grads, lr, known),
+            false => Err(crate::Error::Invalid("Muon's updates need a factor that the host knows".into())),
+        }
+    }
+
+    /// As [`AdamW::take_back`].
+    pub fn take_back(&mut self, moved: &Moved) {
+        self.adamw.take_back(moved);
     }
 
     /// With the parameters, all that an exact continuation needs, by name.

@@ -116,6 +116,11 @@ impl Muon {
         Ok(())
     }
 
+    /// Whether it has no parameters.
+    pub(super) fn is_empty(&self) -> bool {
+        self.parameters.is_empty()
+    }
+
     /// Whether a tensor of a saved state belongs to one of its parameters.
     pub(super) fn owns(&self, key: &str) -> bool {
         let name = key.rsplit_once('.').map_or(key, |(name, _)| name);

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, DType, Device, Tensor, Var};
+use candle_core::{CpuStorage, DType, Tensor, Var};
+use gd_kernels::adamw::{Limits, Squares};
 use gd_kernels::on_cpu;
 use rayon::prelude::*;
 
@@ -30,26 +31,25 @@ pub fn global_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
     Ok(squares.values().sum::<f64>().sqrt())
 }
 
+/// The squares of all gradients on a GPU, with the parameters' names in the same order; none without a gradient.
+///
+/// # Errors
+/// A gradient of a dtype that has no norm there.
+pub fn squares<'a>(vars: &'a [(String, Var)], grads: &GradStore) -> Result<Option<(Squares, Vec<&'a str>)>> {
+    let given = |(name, var): &'a (String, Var)| Some((name.as_str(), grads.get(var)?));
+    let (names, tensors): (Vec<_>, Vec<_>) = vars.iter().filter_map(given).unzip();
+    match tensors.is_empty() {
+        true => Ok(None),
+        false => Ok(Some((Squares::new(&tensors)?, names))),
+    }
+}
+
 /// The same off the CPU, where one number comes to the host instead of one for each parameter.
 fn norm_on_device(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
-    let squares = vars.iter().filter_map(|(_, var)| grads.get(var)).map(|t| squares(t)?.reshape(1));
-    let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
-    if squares.is_empty() {
-        return Ok(0.0);
-    }
-    Ok(on_host(&Tensor::cat(&squares, 0)?)?.sum_all()?.to_scalar::<f64>()?.sqrt())
-}
-
-/// On the host in f64, which Metal does not have.
-fn on_host(t: &Tensor) -> candle_core::Result<Tensor> {
-    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)
-}
-
-/// The sum of squares by tensor operations, in f32 (f64 for f64).
-fn squares(t: &Tensor) -> candle_core::Result<Tensor> {
-    // Squares of half-precision numbers overflow in their own dtype.
-    let wide = if t.dtype() == DType::F64 { t.clone() } else { t.to_dtype(DType::F32)? };
-    wide.detach().sqr()?.sum_all()
+    let Some((squares, _)) = squares(vars, grads)? else { return Ok(0.0) };
+    let none = Tensor::zeros(1, DType::F32, vars[0].1.device())?;
+    let limits = Limits { weight: 1.0, clip: 1.0, loss: f32::INFINITY, norm: f32::INFINITY };
+    Ok(f64::from(squares.verdict(&none, &limits)?.read()?.norm))
 }
 
 /// The first parameter whose gradient is not finite.
@@ -57,6 +57,12 @@ fn squares(t: &Tensor) -> candle_core::Result<Tensor> {
 /// # Errors
 /// As [`global_norm`].
 pub fn not_finite<'a>(vars: &'a [(String, Var)], grads: &GradStore) -> Result<Option<&'a str>> {
+    if let Some((_, var)) = vars.first()
+        && !on_cpu(var.device())
+    {
+        let Some((squares, names)) = squares(vars, grads)? else { return Ok(None) };
+        return Ok(squares.not_finite()?.map(|at| names[at]));
+    }
     for (name, var) in vars {
         if let Some(grad) = grads.get(var)
             && !square_sum(grad)?.is_finite()
@@ -68,9 +74,6 @@ pub fn not_finite<'a>(vars: &'a [(String, Var)], grads: &GradStore) -> Result<Op
 }
 
 fn square_sum(t: &Tensor) -> Result<f64> {
-    if !on_cpu(t.device()) {
-        return Ok(on_host(&squares(t)?)?.to_scalar()?);
-    }
     let t = t.contiguous()?;
     let (storage, layout) = t.storage_and_layout();
     let candle_core::Storage::Cpu(storage) = &*storage else {

@@ -12,14 +12,14 @@ use crate::device::{Held, numbers};
 use crate::problems::{pick, rng, roundoff, uniform, values};
 use crate::{Verdict, ensure};
 
-const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+pub(crate) const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-fn fail(e: gd_kernels::Error) -> String {
+pub(crate) fn fail(e: gd_kernels::Error) -> String {
     e.to_string()
 }
 
 /// Numbers as the device holds them, and what became of them.
-fn held(gpu: &Emulator, x: &[f64], dims: &[usize], dtype: DType) -> (Held, Vec<f64>) {
+pub(crate) fn held(gpu: &Emulator, x: &[f64], dims: &[usize], dtype: DType) -> (Held, Vec<f64>) {
     let t = Tensor::from_vec(x.to_vec(), dims, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
     (Held::new(gpu, &t), values(&t))
 }
@@ -38,7 +38,7 @@ fn strided(gpu: &Emulator, x: &[f64], dims: &[usize], dtype: DType) -> (Held, Ve
     (Held::new(gpu, &t), values(&t))
 }
 
-fn near(what: &str, got: &[f64], want: &[f64], dtype: DType, floor: f64) -> Verdict {
+pub(crate) fn near(what: &str, got: &[f64], want: &[f64], dtype: DType, floor: f64) -> Verdict {
     ensure!(got.len() == want.len(), "{what}: {} elements, not {}", got.len(), want.len());
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
         let bound = 1.5 * roundoff(dtype) * w.abs() + floor;

@@ -17,6 +17,7 @@ mod scan;
 mod schedules;
 mod select;
 mod suite;
+mod training;
 
 pub(crate) use suite::{Verdict, ensure};
 

@@ -4,7 +4,10 @@ use candle_core::DType;
 use gd_emulate::{Buffer, Emulator};
 use gd_kernels::gpu::quantize::Quantized;
 use gd_kernels::gpu::scan_certified::{Certified, scan_certified};
-use gd_kernels::gpu::{Arch, Gpu, Slice, Tensor4, TensorMap, average, conv, decode, scan, select};
+use gd_kernels::gpu::{
+    Arch, Gpu, RowSizes, Slice, Tensor4, TensorMap, adamw, average, conv, decode, norm, rotary, scan, select,
+    swiglu,
+};
 use gd_kernels::{Error, Estimator, Mask, Precision, Problem, Score, TieBreak};
 
 const H100: Arch = Arch { compute: 90, shared_bytes: 227 << 10, processors: 132 };
@@ -363,4 +366,71 @@ fn the_other_operators_are_planned_or_refused() {
     refused(average::Plan::new(&average::Sizes { dim: 1025, ..a }, &A10), "1025");
     refused(average::Plan::new(&average::Sizes { heads: 512, ..a }, &A10), "512 heads a value head");
     refused(average::Plan::new(&average::Sizes { rows: 1 << 28, ..a }, &A10), "68719476736");
+}
+
+#[test]
+fn steps_of_a_training_are_planned_or_refused() {
+    let s = RowSizes { batch: 2, heads: 3, rows: 5, dim: 8, dtype: DType::BF16 };
+    type Make = fn(&RowSizes, &Arch) -> Result<(), Error>;
+    let makes: [(&str, Make); 3] = [
+        ("rms_norm", |s, arch| norm::Plan::new(s, 1e-5, arch).map(drop)),
+        ("rotary", |s, arch| rotary::Plan::new(s, &[0], arch).map(drop)),
+        ("swiglu", |s, arch| swiglu::Plan::new(s, arch).map(drop)),
+    ];
+    for (op, make) in makes {
+        assert!(make(&s, &H100).is_ok() && make(&s, &Arch { compute: Arch::METAL, ..A10 }).is_ok());
+        let refuse = |s: RowSizes, arch: &Arch, value: &str| {
+            refused(make(&s, arch), op);
+            refused(make(&s, arch), value);
+        };
+        refuse(RowSizes { dtype: DType::F64, ..s }, &H100, "f64");
+        refuse(RowSizes { rows: 0, ..s }, &H100, "[2, 3, 0, 8]");
+        refuse(s, &Arch { compute: 75, ..H100 }, "7.5");
+        let large = RowSizes { rows: 1 << 26, ..s };
+        assert!(matches!(make(&large, &H100), Err(Error::Unsupported(text)) if text.contains("3221225472")));
+    }
+    let invalid = |result: Result<(), Error>, value: &str| match result {
+        Err(Error::Invalid(text)) => assert!(text.contains(value), "{text} does not name {value}"),
+        other => panic!("{other:?} instead of a text that names {value}"),
+    };
+    invalid(rotary::Plan::new(&RowSizes { dim: 7, ..s }, &[0], &H100).map(drop), "7 elements");
+    invalid(rotary::Plan::new(&s, &[0, 1, 2], &H100).map(drop), "3 offsets");
+    refused(rotary::Plan::new(&s, &[1 << 31], &H100), "2147483653");
+
+    let gpu = Emulator::new(0);
+    let memory = gpu.zeros(1 << 12).unwrap();
+    let at = Slice::from(&memory);
+    let x = Tensor4::contiguous(at, [3, 5, 8]);
+    let plan = rotary::Plan::new(&s, &[4], &H100).unwrap();
+    let angles = rotary::Angles { cos: at, sin: at, positions: 8 };
+    invalid(rotary::rotate(&gpu, &plan, &x, &angles, false, at), "9 positions of 8");
+    let far = Tensor4 { data: at, strides: [1 << 31, 40, 8] };
+    let plan = norm::Plan::new(&s, 1e-5, &H100).unwrap();
+    refused(norm::forward(&gpu, &plan, &far, at, at), "x spans");
+    // What is one launch, and what two.
+    norm::forward(&gpu, &plan, &x, at, at).unwrap();
+    assert_eq!(gpu.launches(), 1);
+    let out = gpu.zeros(1 << 12).unwrap();
+    norm::backward(&gpu, &plan, &x, at, &x, [(&out).into(), Slice { buffer: &out, offset: 2048 }]).unwrap();
+    assert_eq!(gpu.launches(), 3);
+
+    refused(adamw::Parts::new(vec![1, 1 << 31]), "2147483648");
+    let parts = adamw::Parts::new(vec![100, 0, 1]).unwrap();
+    assert_eq!(parts.count(), 2);
+    refused(adamw::squares(&gpu, &parts, 0, (at, DType::F64), (&out).into()), "f64");
+    adamw::squares(&gpu, &parts, 1, (at, DType::F32), (&out).into()).unwrap();
+    assert_eq!(gpu.launches(), 3, "a gradient without elements is none");
+    let limits = adamw::Limits { weight: 1.0, clip: 1.0, loss: f32::INFINITY, norm: f32::INFINITY };
+    for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let limits = adamw::Limits { weight, ..limits };
+        let result = adamw::verdict(&gpu, (&parts, at), (at, 1), &limits, (&out).into());
+        invalid(result, &format!("weight {weight}"));
+    }
+    let step = adamw::Step { number: 1, lr: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0 };
+    let x = adamw::Operands { parameter: at, gradient: at, m: at, v: at, master: None };
+    let update =
+        |dtype, x: &adamw::Operands<'_, Buffer>| adamw::update(&gpu, &step, (100, dtype), (at, None), x);
+    refused(update(DType::F64, &x), "f64");
+    invalid(update(DType::BF16, &x), "bf16 without an f32 master");
+    invalid(update(DType::F32, &adamw::Operands { master: Some(at), ..x }), "f32 with an f32 master");
 }

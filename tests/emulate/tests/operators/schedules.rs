@@ -49,6 +49,14 @@ fn of_convolutions_and_averages() {
 }
 
 #[test]
+fn of_training_steps() {
+    same_bits("norm", [9, 9], crate::training::check_norm);
+    same_bits("rotary", [6, 6], crate::training::check_rotary);
+    same_bits("swiglu", [6, 6], crate::training::check_swiglu);
+    same_bits("adamw", [9, 9], crate::training::check_adamw);
+}
+
+#[test]
 fn other_bits_have_another_digest() {
     use gd_kernels::gpu::Gpu;
     let digest = |x: u8| {

@@ -3,6 +3,7 @@
 //!
 //! The suites of operators are those that `crates/gd-kernels/tests/device` runs on a real GPU.
 
+mod ahead;
 #[path = "../../../../crates/gd-kernels/tests/device/cache.rs"]
 mod cache;
 mod generation;

@@ -3,11 +3,13 @@
 //! One code for every backend: [`TensorGpu`] is all that it needs besides [`Gpu`]. Nothing is copied to the
 //! host, unless a scan is checked.
 
+pub(crate) mod adamw;
 pub(crate) mod average;
 pub(crate) mod conv;
 pub(crate) mod embedding;
 pub(crate) mod key_bias;
 pub(crate) mod quantized;
+pub(crate) mod rows;
 pub(crate) mod scan;
 pub(crate) mod select;
 mod steps;
@@ -34,6 +36,16 @@ pub(crate) trait TensorGpu:
     /// # Errors
     /// A buffer that is too small or not the operator's own, or a dtype that no operator returns.
     fn storage(&self, buffer: Self::Buffer, dtype: DType, shape: &Shape) -> Result<Storage>;
+
+    /// Begins to copy a few numbers, f32, to the host. Where the device can, what is returned waits for that copy
+    /// alone, not for launches that follow it.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn reading(&self, t: &Tensor) -> Result<Reading> {
+        let t = t.clone();
+        Ok(Box::new(move || Ok(t.flatten_all()?.to_vec1()?)))
+    }
 
     /// The same as a result for candle's graph.
     fn finished(&self, buffer: Self::Buffer, dtype: DType, shape: impl Into<Shape>) -> Result<Finished> {
@@ -70,6 +82,9 @@ pub(crate) trait TensorGpu:
         all.try_into().map_err(|_| candle_core::Error::Msg("as many buffers as tensors".into()))
     }
 }
+
+/// Waits for a copy to the host, and returns it.
+pub(crate) type Reading = Box<dyn FnOnce() -> Result<Vec<f32>> + Send>;
 
 /// Refuses a result of `shape` in a buffer of `bytes` bytes.
 pub(crate) fn check_room(dtype: DType, shape: &Shape, bytes: usize) -> Result<()> {

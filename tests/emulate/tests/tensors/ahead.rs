@@ -1,0 +1,140 @@
+//! A trainer that launches the next step before it knows the last one's figures: it ends where one does that waits for
+//! every step, to the bit, updates that are skipped in between included.
+
+use candle_core::{DType, Device, Tensor, Var};
+use gd_model::config::{self, Recipe};
+use gd_model::data::{Corpus, Tokens};
+use gd_model::trainer::{Step, Trainer};
+use serde_json::{Value, json};
+
+use crate::targets;
+
+/// A trainer of a very small model on a text without much in it.
+fn trainer(settings: Value) -> Trainer {
+    let mut recipe: Value =
+        serde_json::from_str(include_str!("../../../../crates/gd-model/tests/fixtures/small.json")).unwrap();
+    let train = recipe["train"].as_object_mut().unwrap();
+    let few = json!({
+        "steps": 40, "batch": 2, "context": 17, "eval_every": 39, "save_every": 39,
+        "guard": { "window": 16, "least": 4, "sigma": 6.0, "stop_after": 3 },
+    });
+    train.extend(few.as_object().unwrap().clone());
+    train.extend(settings.as_object().unwrap().clone());
+    let mut recipe: Recipe = config::parse(recipe).unwrap_or_else(|problems| panic!("{problems:?}"));
+    recipe.model.vocab_size = 31;
+    let tokens: Vec<u32> = (0..400).map(|i| (i * i % 31) as u32).collect();
+    let n = tokens.len();
+    let tokens = Tokens::from(tokens);
+    let corpus = Corpus { train: tokens.clone(), valid: tokens, train_bytes: n, valid_bytes: n };
+    Trainer::new(recipe, corpus, 3, &Device::Cpu).unwrap()
+}
+
+/// A parameter behind which every gradient is.
+fn last_norm(trainer: &Trainer) -> (String, Var) {
+    trainer.params.vars().into_iter().find(|(name, _)| name == "model.norm.weight").unwrap()
+}
+
+/// Every bit of weights, moments and counts of updates.
+fn bits(trainer: &mut Trainer) -> Vec<(String, Vec<u32>)> {
+    let kept = trainer.state().unwrap().tensors;
+    let all = trainer.params.tensors().into_iter().chain(kept);
+    let bits = |t: &Tensor| -> Vec<u32> {
+        let floats = t.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+        floats.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+    };
+    all.map(|(name, t)| (name, bits(&t))).collect()
+}
+
+/// Six steps, of which the third and the fourth have a gradient of no use; each figure is known as late as `proceed`
+/// lets it, or at once. How many figures each call has told, the steps, and all bits at the end.
+fn steps(settings: &Value, at_once: bool) -> (Vec<usize>, Vec<Step>, Vec<(String, Vec<u32>)>) {
+    let mut trainer = trainer(settings.clone());
+    let (_, norm) = last_norm(&trainer);
+    let (mut told, mut all, mut good) = (Vec::new(), Vec::new(), None);
+    for step in 1..=6 {
+        if step == 3 {
+            good = Some(norm.as_detached_tensor().copy().unwrap());
+            norm.set(&(norm.as_detached_tensor() * f64::NAN).unwrap()).unwrap();
+        } else if step == 5 {
+            norm.set(&good.take().unwrap()).unwrap();
+        }
+        let steps = if at_once { vec![trainer.advance().unwrap()] } else { trainer.proceed().unwrap() };
+        told.push(steps.len());
+        all.extend(steps);
+    }
+    if !at_once && trainer.runs_ahead() {
+        let error = trainer.state().err().expect("a state without the last step's outcome").to_string();
+        assert!(error.contains("step 6"), "{error}");
+    }
+    let rest = trainer.settle().unwrap();
+    told.push(rest.len());
+    all.extend(rest);
+    let bits = bits(&mut trainer);
+    (told, all, bits)
+}
+
+#[test]
+fn running_ahead_gives_the_bits_of_waiting() {
+    for settings in [json!({}), json!({ "precision": "bf16", "accumulation": 2 })] {
+        let (_, on_cpu, _) = steps(&settings, true);
+        for target in targets() {
+            let (waits, want, at_once) = target.run(|| steps(&settings, true));
+            let (told, got, late) = target.run(|| steps(&settings, false));
+            assert_eq!((waits, told), (vec![1, 1, 1, 1, 1, 1, 0], vec![0, 1, 1, 1, 1, 1, 1]));
+            for (step, ((a, b), cpu)) in want.iter().zip(&got).zip(&on_cpu).enumerate() {
+                assert_eq!((a.step, b.step), (step as u64 + 1, step as u64 + 1));
+                assert_eq!(a.loss.to_bits(), b.loss.to_bits(), "loss of step {}", a.step);
+                assert_eq!(a.grad_norm.to_bits(), b.grad_norm.to_bits(), "norm of step {}", a.step);
+                assert_eq!((&a.skip, a.skipped), (&b.skip, b.skipped));
+                assert_eq!((a.skip.is_some(), a.skipped), (cpu.skip.is_some(), cpu.skipped));
+                let near = (a.loss - cpu.loss).abs() <= 3e-2 * cpu.loss.abs();
+                assert!(near || (a.loss.is_nan() && cpu.loss.is_nan()), "{} not {}", a.loss, cpu.loss);
+            }
+            assert!(
+                want[2].skip.as_ref().is_some_and(|reason| reason.contains("the loss is NaN (first in "))
+            );
+            assert_eq!(want[5].skipped, 2);
+            for ((name, a), (_, b)) in at_once.iter().zip(&late) {
+                assert!(a == b, "{name} differs");
+                // Two of six updates did not take place.
+                if name.ends_with(".step") {
+                    assert_eq!(a, &[4f32.to_bits()], "{name}");
+                }
+            }
+            target.count();
+        }
+    }
+}
+
+#[test]
+fn a_gpu_stops_a_run_whose_updates_are_all_skipped() {
+    let [target, ..] = targets();
+    let error = target.run(|| {
+        let mut trainer = trainer(json!({}));
+        let (_, norm) = last_norm(&trainer);
+        norm.set(&(norm.as_detached_tensor() * f64::NAN).unwrap()).unwrap();
+        (0..5).find_map(|_| trainer.proceed().err()).expect("an end").to_string()
+    });
+    assert!(error.starts_with("step 3: 3 updates in a row would be skipped: the loss is NaN"), "{error}");
+    target.count();
+}
+
+#[test]
+fn what_takes_part_in_every_update_is_waited_for() {
+    let [target, ..] = targets();
+    target.run(|| {
+        assert!(trainer(json!({})).runs_ahead());
+        for settings in [json!({ "muon": {} }), json!({ "ema": { "decay": 0.9 } })] {
+            let mut trainer = trainer(settings.clone());
+            assert!(!trainer.runs_ahead(), "{settings}");
+            assert_eq!(trainer.proceed().unwrap().len(), 1, "{settings}");
+        }
+        // Where a look at the validation text follows, the step before it is told as well.
+        let mut trainer = trainer(json!({ "eval_every": 2 }));
+        assert!(trainer.proceed().unwrap().is_empty());
+        let steps = trainer.proceed().unwrap();
+        assert_eq!(steps.iter().map(|s| s.valid_loss.is_some()).collect::<Vec<_>>(), [false, true]);
+    });
+    assert!(!trainer(json!({})).runs_ahead(), "on the CPU");
+    target.count();
+}

@@ -13,6 +13,9 @@ mod embedding;
 mod error;
 pub mod fused;
 pub mod gpu;
+mod growing;
+mod kept;
+mod key_bias;
 mod mask;
 #[cfg(feature = "metal")]
 pub mod metal;
@@ -28,8 +31,9 @@ pub use average::{AverageState, running_average};
 pub use conv::{causal_conv, packed_causal_conv};
 pub use embedding::embedding;
 pub use error::{Error, Result};
-#[cfg(any(feature = "cuda", feature = "metal"))]
-pub use gpu::tensors::key_bias::KeyBias;
+pub use growing::{Growing, Place};
+pub use kept::KeptKeys;
+pub use key_bias::KeyBias;
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 pub use paged::{PagedCache, scan_select_paged};

@@ -11,6 +11,7 @@ mod cache;
 mod config;
 mod gd_attention;
 mod heads;
+mod kept;
 mod linear;
 mod mask;
 mod norm;

@@ -139,12 +139,12 @@ impl QuantizedKeys {
                 kind(other)
             )));
         }
-        let on_cpu = |one: &&Self| match &one.held {
+        let filters = all.iter().filter_map(|one| match &one.held {
             Held::Cpu(filter) => Some(filter),
             #[cfg(any(feature = "cuda", feature = "metal"))]
             Held::Gpu(_) => None,
-        };
-        let filters: Vec<&Filter> = all.iter().filter_map(on_cpu).collect();
+        });
+        let filters: Vec<&Filter> = filters.collect();
         let held = match Filter::stack(&filters) {
             Some(filter) if filters.len() == all.len() => Held::Cpu(filter),
             #[cfg(any(feature = "cuda", feature = "metal"))]

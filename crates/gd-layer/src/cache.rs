@@ -147,11 +147,18 @@ impl LayerCache {
         Ok((push(&mut self.keys, k)?, push(&mut self.values, v)?, prior))
     }
 
-    /// What a selecting layer keeps beside the keys, with all positions held taken in.
-    pub(crate) fn keep(&mut self, score: Score, prior: Option<&KeyPrior>) -> Result<Option<&Kept>> {
+    /// What a selecting layer keeps, with all positions held taken in: what scans with this score read `of_keys`, and
+    /// its prior.
+    pub(crate) fn keep(
+        &mut self,
+        score: Score,
+        of_keys: bool,
+        prior: Option<&KeyPrior>,
+    ) -> Result<Option<&Kept>> {
         let Some(keys) = &self.keys else { return Ok(None) };
         let own = || kept::precision(keys.buffer().dtype(), keys.buffer().device());
-        let wanted = Wanted { score, precision: self.precision.unwrap_or_else(own), prior };
+        let precision = of_keys.then(|| self.precision.unwrap_or_else(own));
+        let wanted = Wanted { score, precision, prior };
         let kept = self.kept.get_or_insert_default();
         kept.follow(keys, self.prior.as_ref(), &wanted)?;
         Ok(Some(kept))

@@ -120,7 +120,10 @@ impl GdAttention {
         // A cached prior has no gradient: where beta wants one, the prior is worked out anew.
         let keeps_prior = self.heads.cfg.gd.norm_prior && !beta.track_op();
         let kept = match cache {
-            Some(cache) => cache.keep(self.heads.cfg.gd.score, keeps_prior.then_some(&norm_prior))?,
+            Some(cache) => {
+                let keys = self.reads_kept_keys(&ready.q);
+                cache.keep(self.heads.cfg.gd.score, keys, keeps_prior.then_some(&norm_prior))?
+            }
             None => None,
         };
         let prior = match (keeps_prior.then_some(kept).flatten(), self.heads.cfg.gd.norm_prior) {
@@ -144,23 +147,33 @@ impl GdAttention {
         self.heads.finish(y, ready)
     }
 
-    /// Whether the winner's value row is all that is asked for, and finding it alone gives what preserving and
-    /// selecting would: on the CPU of a layer that preserves no other candidate; on a GPU to the rounding of scores
-    /// that are nearly equal, by the kernel for decoding.
-    fn winner_suffices(&self, q: &Tensor, pass: &Pass) -> bool {
+    /// Whether what a pass returns is the winner's value row, as long as it is hard.
+    fn returns_winner(&self) -> bool {
         let AttentionConfig { gd, beacon, .. } = &self.heads.cfg;
+        let barrier = beacon.as_ref().is_some_and(|beacon| beacon.barrier.is_some());
+        let mixes = matches!(gd.estimator, Estimator::Blend | Estimator::Dense);
+        gd.gate == Gate::None && gd.rounds == 1 && !barrier && !mixes
+    }
+
+    /// Whether decoding has a use for what a cache keeps of the keys: on the CPU every scan for a number of candidates,
+    /// on a GPU the kernel for decoding, which finds the winner alone.
+    fn reads_kept_keys(&self, q: &Tensor) -> bool {
+        match q.device().is_cpu() {
+            true => self.heads.cfg.gd.estimator != Estimator::Dense,
+            false => self.returns_winner(),
+        }
+    }
+
+    /// Whether the winner is all that this pass asks for, and finding it alone gives what preserving and selecting
+    /// would: on the CPU of a layer that preserves no other candidate; on a GPU but for scores that are equal to
+    /// rounding, by the kernel for decoding.
+    fn winner_suffices(&self, q: &Tensor, pass: &Pass) -> bool {
         let one = match q.device().is_cpu() {
-            true => pass.candidates.unwrap_or(gd.candidates) == 1,
+            true => pass.candidates.unwrap_or(self.heads.cfg.gd.candidates) == 1,
             false => q.dims()[2] <= MAX_QUERIES,
         };
-        one && !q.track_op()
-            && pass.record.is_none()
-            && pass.probe.is_none()
-            && pass.hardness == 1.0
-            && gd.gate == Gate::None
-            && gd.rounds == 1
-            && !matches!(gd.estimator, Estimator::Blend | Estimator::Dense)
-            && beacon.as_ref().is_none_or(|beacon| beacon.barrier.is_none())
+        let plain = pass.record.is_none() && pass.probe.is_none() && pass.hardness == 1.0;
+        one && plain && self.returns_winner() && !q.track_op()
     }
 
     /// The value rows of the winners `[B, Hq, N, D]`.
@@ -243,8 +256,12 @@ struct Seen<'a> {
     kept: Option<&'a KeptKeys>,
 }
 
-/// `beta |k|^2` and, where there is one, the learned prior `[B, Hk, M]`: `[B, Hq, M]`, in f32 at least.
-fn norm_prior(k: &Tensor, beta: &Tensor, learned: Option<&Tensor>) -> Result<Tensor> {
+/// The prior of keys `[B, Hk, M, D]` with which energies order them as dot products do: `beta |k|^2` and, where there
+/// is one, the learned prior `[B, Hk, M]`, as `[B, Hq, M]` for beta `[Hq]`, in f32 at least.
+///
+/// # Errors
+/// Shapes that do not belong together.
+pub fn norm_prior(k: &Tensor, beta: &Tensor, learned: Option<&Tensor>) -> Result<Tensor> {
     let wide = if k.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let (b, hk, m, _) = k.dims4()?;
     let hq = beta.dim(0)?;

@@ -9,7 +9,8 @@ pub(crate) type KeyPrior<'a> = dyn Fn(&Tensor, Option<&Tensor>) -> Result<Tensor
 /// What the layer asks for.
 pub(crate) struct Wanted<'a> {
     pub(crate) score: Score,
-    pub(crate) precision: Precision,
+    /// The precision of decoding, if it is to find the keys as it reads them.
+    pub(crate) precision: Option<Precision>,
     /// What makes the layer's prior, if it has one of its own.
     pub(crate) prior: Option<&'a KeyPrior<'a>>,
 }
@@ -42,9 +43,9 @@ impl Kept {
     ) -> Result<()> {
         let like = keys.buffer();
         // On the CPU the keys themselves are all that is read at native precision.
-        let nothing = wanted.precision == Precision::Native && like.device().is_cpu();
-        if self.keys.is_none() && !nothing {
-            self.keys = Some(KeptKeys::like(like, wanted.score, wanted.precision)?);
+        let reads = |precision: &Precision| *precision == Precision::Certified || !like.device().is_cpu();
+        if let (None, Some(precision)) = (&self.keys, wanted.precision.filter(reads)) {
+            self.keys = Some(KeptKeys::like(like, wanted.score, precision)?);
         }
         if let Some(kept) = &mut self.keys {
             for (k, at) in keys.since(kept.lengths())? {

@@ -27,7 +27,7 @@ pub use attention::{Attention, Pass, Record};
 pub use beacon::Beacon;
 pub use cache::LayerCache;
 pub use config::{AttentionConfig, BeaconConfig, GdConfig};
-pub use gd_attention::GdAttention;
+pub use gd_attention::{GdAttention, norm_prior};
 pub use linear::{Linear, linear};
 pub use norm::{RmsNorm, rms_norm};
 pub use probe::{Found, Probe, Reading};

@@ -160,11 +160,8 @@ pub fn quantize_at<G: Gpu>(
             )));
         }
         let one = Shape { pieces: 1, ..*shape };
-        let behind = |s: Slice<'_, G::Buffer>, bytes: usize| Slice { offset: s.offset + bytes, ..s };
-        let rows = Tensor4 {
-            data: behind(k.data, entry * k.strides[0] * shape.dtype.size_in_bytes()),
-            strides: k.strides,
-        };
+        let offset = entry * k.strides[0] * shape.dtype.size_in_bytes();
+        let rows = Tensor4 { data: behind(k.data, offset), strides: k.strides };
         let to = Quantized {
             codes: behind(to.codes, piece * one.codes_bytes(to.room)),
             known: behind(to.known, piece * one.known_bytes(to.room)),
@@ -174,4 +171,9 @@ pub fn quantize_at<G: Gpu>(
         entry += pieces;
     }
     Ok(())
+}
+
+/// What lies `bytes` bytes behind the start of a slice.
+fn behind<B>(slice: Slice<'_, B>, bytes: usize) -> Slice<'_, B> {
+    Slice { offset: slice.offset + bytes, ..slice }
 }

@@ -139,12 +139,7 @@ impl QuantizedKeys {
                 kind(other)
             )));
         }
-        let filters = all.iter().filter_map(|one| match &one.held {
-            Held::Cpu(filter) => Some(filter),
-            #[cfg(any(feature = "cuda", feature = "metal"))]
-            Held::Gpu(_) => None,
-        });
-        let filters: Vec<&Filter> = filters.collect();
+        let filters: Vec<&Filter> = all.iter().filter_map(|one| one.on_cpu()).collect();
         let held = match Filter::stack(&filters) {
             Some(filter) if filters.len() == all.len() => Held::Cpu(filter),
             #[cfg(any(feature = "cuda", feature = "metal"))]
@@ -163,6 +158,15 @@ impl QuantizedKeys {
         };
         let batch = all.iter().map(|one| one.shape[0]).sum();
         Ok(Self { held, shape: [batch, first.shape[1], first.shape[2]], dtype: first.dtype })
+    }
+
+    /// The integers, if they are on the CPU.
+    fn on_cpu(&self) -> Option<&Filter> {
+        match &self.held {
+            Held::Cpu(filter) => Some(filter),
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            Held::Gpu(_) => None,
+        }
     }
 
     /// Keys of every batch entry.

@@ -89,7 +89,7 @@ template <class P, class... A> struct InvokeMetal {
 struct MetalEntry {
     template <class P, class... A> MetalEntry(const char *name, void (*kernel)(const P &, A...)) {
         using I = InvokeMetal<P, A...>;
-        enter(name, reinterpret_cast<void (*)()>(kernel), I::call, sizeof(P), I::COUNT);
+        enter(name, reinterpret_cast<void (*)()>(kernel), I::call, sizeof(P), I::COUNT, 0);
     }
 };
 

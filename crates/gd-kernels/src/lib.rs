@@ -14,6 +14,9 @@ mod embedding;
 mod error;
 pub mod fused;
 pub mod gpu;
+mod growing;
+mod kept;
+mod key_bias;
 mod mask;
 #[cfg(feature = "metal")]
 pub mod metal;
@@ -32,8 +35,9 @@ pub use conv::{causal_conv, packed_causal_conv};
 pub use embedding::embedding;
 pub use error::{Error, Result};
 pub use gpu::on_cpu;
-#[cfg(feature = "gpu")]
-pub use gpu::tensors::key_bias::KeyBias;
+pub use growing::{Growing, Place};
+pub use kept::KeptKeys;
+pub use key_bias::KeyBias;
 pub use mask::Mask;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 pub use paged::{PagedCache, scan_select_paged};

@@ -1,11 +1,16 @@
 //! Decoding over a cache in pages, as serving programs keep it: a block table names the pages of every sequence.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::gpu::decode::PAGE_STEP;
 #[cfg(feature = "gpu")]
 use crate::gpu::{on_cpu, on_gpu};
+use crate::growing::{Place, write_rows};
+use crate::kept::KeptKeys;
+use crate::options::Precision;
 use crate::scan::{Scan, dims4};
 use crate::select::{Selected, scan_select};
 
@@ -50,6 +55,93 @@ impl PagedCache<'_> {
         }
     }
 
+    /// Writes the keys k `[B, Hk, m, D]` and values v `[B, Hk, m, Dv]` of new positions into the pages that the
+    /// table names for them, and into what is kept of the pages' keys, if anything is: row i of sequence b becomes its
+    /// position `first[b] + i`. Nothing else is changed.
+    ///
+    /// The pages are contiguous tensors, and are changed in place for all who share their memory, as by
+    /// [`Tensor::slice_set`]. On a GPU this waits for the table's values.
+    ///
+    /// # Errors
+    /// Rows of another shape, dtype or device; positions for which the table has no room or names no page of the
+    /// cache; a page that two of the positions' sequences share; what is kept of other keys.
+    pub fn write(
+        &self,
+        k: &Tensor,
+        v: &Tensor,
+        first: &[usize],
+        mut kept: Option<&mut KeptKeys>,
+    ) -> Result<()> {
+        let [room, page] = self.keys()?;
+        let (pages, more) = (self.k.dim(0)?, dims4("k", k)?.2);
+        for (name, rows, held) in [("keys", k, self.k), ("values", v, self.v)] {
+            let batch = self.table.dim(0)?;
+            let (_, heads, _, dim) = dims4(name, held)?;
+            let fits = rows.dims() == [batch, heads, more, dim] && rows.dtype() == held.dtype();
+            if !fits || !rows.device().same_device(held.device()) || !held.is_contiguous() {
+                return Err(Error::Invalid(format!(
+                    "new {name} {:?} {:?} for pages {:?} {:?}, which must be contiguous, and a table of {batch} \
+                     sequences",
+                    rows.dims(),
+                    rows.dtype(),
+                    held.dims(),
+                    held.dtype()
+                )));
+            }
+        }
+        if let Some(kept) = kept.as_deref()
+            && (kept.lengths().len() != pages || kept.lengths().iter().any(|length| *length != page))
+        {
+            return Err(Error::Invalid(format!(
+                "what is kept is of {} pieces of {} keys; the cache has {pages} pages of {page}",
+                kept.lengths().len(),
+                kept.lengths().iter().max().unwrap_or(&0)
+            )));
+        }
+        let lengths: Vec<usize> = first.iter().map(|first| first + more).collect();
+        if lengths.len() != self.table.dim(0)? || lengths.iter().any(|length| *length > room) {
+            return Err(Error::Invalid(format!(
+                "{more} new positions of {} sequences from {first:?} on, in a block table {:?} of pages of {page} keys",
+                self.table.dim(0)?,
+                self.table.dims()
+            )));
+        }
+        // Rows from `at` on, so many, of these sequences, and their places.
+        let mut parts: BTreeMap<[usize; 2], (Vec<u32>, Vec<Place>)> = BTreeMap::new();
+        let mut owners: BTreeMap<usize, usize> = BTreeMap::new();
+        for (b, row) in self.table(&lengths, page)?.iter().enumerate() {
+            let mut at = 0;
+            while at < more {
+                let (position, id) = (first[b] + at, row[(first[b] + at) / page] as usize);
+                let count = (page - position % page).min(more - at);
+                if let Some(other) = owners.insert(id, b) {
+                    return Err(Error::Invalid(format!(
+                        "page {id} would take new positions of sequence {other} and again of sequence {b}"
+                    )));
+                }
+                let (sequences, places) = parts.entry([at, count]).or_default();
+                sequences.push(b as u32);
+                places.push([id, position % page]);
+                at += count;
+            }
+        }
+        for ([at, count], (sequences, places)) in parts {
+            let whole = sequences.len() == lengths.len();
+            let sequences = Tensor::new(sequences, k.device())?;
+            let rows = |t: &Tensor| -> Result<Tensor> {
+                let t = t.detach().narrow(2, at, count)?;
+                Ok(if whole { t } else { t.contiguous()?.index_select(&sequences, 0)? })
+            };
+            let k = rows(k)?;
+            write_rows(self.k, &k, &places)?;
+            write_rows(self.v, &rows(v)?, &places)?;
+            if let Some(kept) = kept.as_deref_mut() {
+                kept.write(&k, &places)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The table on the host, with page 0 where no key of a sequence lies; refuses pages that are not there.
     fn table(&self, lengths: &[usize], page: usize) -> Result<Vec<Vec<u32>>> {
         let pages = self.k.dim(0)?;
@@ -72,16 +164,17 @@ impl PagedCache<'_> {
 
 /// [`scan_select`] over a cache in pages: q `[B, Hq, N, D]`; how many keys every sequence has is in the mask
 /// ([`Mask::kv_len`](crate::Mask::kv_len)), and a prior is `[B|1, Hq|Hk, table row * page]`. The indices are positions in
-/// the sequences.
+/// the sequences. What is kept of the pages' keys ([`KeptKeys`], filled by [`PagedCache::write`]) is read as that of a
+/// cache in one piece.
 ///
 /// On a GPU the pages are read where they lie, by up to 16 queries a sequence, and the table's values are looked
 /// at in the checked mode alone, since that waits for the device: an id that names no page then reads another one. On
-/// the CPU the pages are first copied together. At certified precision the 8-bit keys are made anew for every call, of
-/// all pages: that saves nothing, and is for comparing alone.
+/// the CPU the pages are first copied together. Nothing that is kept means that the biases, or at certified precision
+/// the 8-bit keys, are made anew for every call, of all pages on a GPU.
 ///
 /// # Errors
 /// As [`scan_select`]; pages that are no multiple of 64 keys, a table of another dtype or shape, or with pages that
-/// the cache does not have.
+/// the cache does not have; what is kept of other pages.
 pub fn scan_select_paged(
     q: &Tensor,
     cache: &PagedCache,
@@ -111,11 +204,6 @@ pub fn scan_select_paged(
         }
     }
     scan.mask.validate(batch, keys)?;
-    if scan.quantized.is_some() {
-        return Err(Error::Unsupported(
-            "8-bit keys of a cache in pages; keys are quantised as they are read".into(),
-        ));
-    }
     let whole = [keys];
     let lengths = scan.mask.lengths().unwrap_or(&whole);
     #[cfg(feature = "gpu")]
@@ -129,6 +217,9 @@ pub fn scan_select_paged(
         on_gpu!(q.device(), G => scan_select_paged::<G>(q, cache, [keys, page], scan, threshold));
     }
     let table = cache.table(lengths, page)?;
+    let quantized = scan.quantized.filter(|_| scan.precision == Precision::Certified);
+    let quantized = quantized.map(|kept| kept.of_pages(cache.k, scan.score, &table)).transpose()?;
+    let scan = &Scan { quantized: quantized.as_ref(), ..scan.clone() };
     scan_select(q, &gathered(cache.k, &table)?, &gathered(cache.v, &table)?, scan, threshold)
 }
 

@@ -7,6 +7,7 @@ use crate::cpu;
 use crate::element::acc_dtype;
 use crate::error::{Error, Result};
 use crate::gpu::{on_cpu, on_gpu};
+use crate::key_bias::KeyBias;
 use crate::mask::Mask;
 use crate::options::{Precision, Score, TieBreak};
 use crate::plan::{Backend, CpuPlan, Extras, Plan, Problem};
@@ -50,11 +51,11 @@ pub struct Scan<'a> {
     pub checked: bool,
     /// How candidates are found.
     pub precision: Precision,
-    /// k as integers, if the caller keeps them; a certified scan quantises k itself otherwise.
+    /// k as integers, if the caller keeps them; a certified scan quantises k itself otherwise. Of a cache in pages,
+    /// those of the pages.
     pub quantized: Option<&'a QuantizedKeys>,
-    /// The norms of k, if the caller keeps them; for [`scan_select`](crate::scan_select) of a few queries.
-    #[cfg(feature = "gpu")]
-    pub key_bias: Option<&'a crate::KeyBias>,
+    /// The norms of k, if the caller keeps them; for [`scan_select`](crate::scan_select) of a few queries on a GPU.
+    pub key_bias: Option<&'a KeyBias>,
     /// Where to run.
     pub backend: Backend,
 }
@@ -73,7 +74,6 @@ impl<'a> Scan<'a> {
             checked: false,
             precision: Precision::default(),
             quantized: None,
-            #[cfg(feature = "gpu")]
             key_bias: None,
             backend: Backend::default(),
         }

@@ -4,107 +4,57 @@
 //! a shorter one is for no query to see.
 
 use candle_core::{Result, Tensor};
-use gd_kernels::AverageState;
+use gd_kernels::{AverageState, Growing, Precision, Score};
 
-/// Positions by which a growing cache is extended.
-const BLOCK: usize = 256;
+use crate::kept::{self, Kept, KeyPrior, Wanted};
 
 /// The dimension of the positions in keys, values `[B, Hk, M, D]` and prior `[B, Hk, M]`.
 const POSITIONS: usize = 2;
 
-/// A tensor that grows in its positions without copying what it holds at every step.
-#[derive(Debug, Clone)]
-struct Growing {
-    buffer: Tensor,
-    /// Positions of each sequence.
-    lengths: Vec<usize>,
-}
+/// Positions for which a cache has room at least.
+const ROOM: usize = 256;
 
-impl Growing {
-    /// Room for sequences like `like`, of which nothing is held yet.
-    fn new(like: &Tensor, lengths: Vec<usize>, capacity: usize) -> Result<Self> {
-        let mut shape = like.dims().to_vec();
-        shape[0] = lengths.len();
-        shape[POSITIONS] = capacity.next_multiple_of(BLOCK);
-        Ok(Self { buffer: Tensor::zeros(shape, like.dtype(), like.device())?, lengths })
-    }
-
-    /// Positions of the longest sequence.
-    fn longest(&self) -> usize {
-        self.lengths.iter().copied().max().unwrap_or(0)
-    }
-
-    fn append(&mut self, next: &Tensor) -> Result<()> {
-        let next = next.detach().contiguous()?;
-        let more = next.dims()[POSITIONS];
-        let capacity = self.buffer.dims()[POSITIONS];
-        if self.longest() + more > capacity {
-            let room = (self.longest() + more).max(capacity * 2);
-            let grown = Self::new(&self.buffer, self.lengths.clone(), room)?;
-            grown.buffer.slice_set(&self.get()?.contiguous()?, POSITIONS, 0)?;
-            *self = grown;
-        }
-        match self.lengths.iter().all(|length| *length == self.lengths[0]) {
-            true => self.buffer.slice_set(&next, POSITIONS, self.lengths[0])?,
-            false => {
-                for (b, length) in self.lengths.iter().enumerate() {
-                    self.buffer.narrow(0, b, 1)?.slice_set(&next.narrow(0, b, 1)?, POSITIONS, *length)?;
-                }
-            }
-        }
-        self.lengths.iter_mut().for_each(|length| *length += more);
-        Ok(())
-    }
-
-    fn get(&self) -> Result<Tensor> {
-        self.buffer.narrow(POSITIONS, 0, self.longest())
-    }
-
-    fn stack(all: &[&Self]) -> Result<Option<Self>> {
-        let Some(first) = all.first() else { return Ok(None) };
-        let lengths = all.iter().flat_map(|one| one.lengths.iter().copied()).collect();
-        let longest = all.iter().map(|one| one.longest()).max().unwrap_or(0);
-        let stacked = Self::new(&first.buffer, lengths, longest)?;
-        let mut row = 0;
-        for one in all {
-            let rows = one.lengths.len();
-            stacked.buffer.narrow(0, row, rows)?.slice_set(&one.get()?.contiguous()?, POSITIONS, 0)?;
-            row += rows;
-        }
-        Ok(Some(stacked))
-    }
-
-    fn select(&self, rows: &Tensor, lengths: Vec<usize>) -> Result<Self> {
-        Ok(Self { buffer: self.buffer.index_select(rows, 0)?, lengths })
-    }
-}
-
-/// Keys, values, key prior, the convolution's last inputs and the running averages of one layer.
-/// Nothing in it carries a gradient.
+/// Keys, values, key prior, the convolution's last inputs and the running averages of one layer; beside the keys
+/// of a selecting layer what decoding reads of them: on the CPU the keys as 8-bit integers (D + 16 bytes each), on a
+/// GPU their biases. Nothing in it carries a gradient. Clones share their memory until one of them goes on.
 #[derive(Debug, Clone, Default)]
 pub struct LayerCache {
     keys: Option<Growing>,
     values: Option<Growing>,
     prior: Option<Growing>,
+    /// None until a selecting layer has read.
+    kept: Option<Kept>,
+    precision: Option<Precision>,
     /// Last inputs of the causal convolution `[B, W-1, C]`.
     pub(crate) conv: Option<Tensor>,
     /// Running averages of the Beacon's memory.
     pub(crate) average: Option<AverageState>,
 }
 
+/// Appends `next`; returns all that is held.
 fn push(slot: &mut Option<Growing>, next: &Tensor) -> Result<Tensor> {
-    let mut grown = match slot.take() {
-        Some(grown) => grown,
-        None => Growing::new(next, vec![0; next.dim(0)?], next.dims()[POSITIONS])?,
+    let held = match slot {
+        Some(held) => held,
+        none => {
+            let mut dims = next.dims().to_vec();
+            dims[POSITIONS] = dims[POSITIONS].next_multiple_of(ROOM);
+            none.insert(Growing::new(&dims, next.dtype(), next.device())?)
+        }
     };
-    grown.append(next)?;
-    slot.insert(grown).get()
+    held.append(next)?;
+    Ok(held.get()?)
 }
 
 impl LayerCache {
     /// An empty cache.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty cache for decoding at this precision instead of the one that suits the device. The results are the
+    /// same.
+    pub fn with_precision(precision: Precision) -> Self {
+        Self { precision: Some(precision), ..Self::default() }
     }
 
     /// Positions held, of the longest sequence.
@@ -114,7 +64,7 @@ impl LayerCache {
 
     /// Positions held of every sequence; nothing for an empty cache.
     pub fn lengths(&self) -> &[usize] {
-        self.keys.as_ref().map_or(&[], |keys| &keys.lengths)
+        self.keys.as_ref().map_or(&[], Growing::lengths)
     }
 
     /// The sequences of caches of the same layer as one batch. An empty cache has none.
@@ -125,9 +75,12 @@ impl LayerCache {
         if let [one] = caches {
             return Ok((*one).clone());
         }
-        let grown = |part: fn(&Self) -> Option<&Growing>| {
-            Growing::stack(&caches.iter().filter_map(|cache| part(cache)).collect::<Vec<_>>())
+        let grown = |part: fn(&Self) -> Option<&Growing>| -> Result<Option<Growing>> {
+            let all: Vec<_> = caches.iter().filter_map(|cache| part(cache)).collect();
+            Ok(if all.is_empty() { None } else { Some(Growing::stack(&all)?) })
         };
+        let filled = caches.iter().filter(|cache| !cache.is_empty());
+        let kept: Option<Vec<&Kept>> = filled.map(|cache| cache.kept.as_ref()).collect();
         let cat = |part: fn(&Self) -> Option<&Tensor>| -> Result<Option<Tensor>> {
             let rows: Vec<_> = caches.iter().filter_map(|cache| part(cache)).collect();
             if rows.is_empty() { Ok(None) } else { Tensor::cat(&rows, 0).map(Some) }
@@ -138,6 +91,8 @@ impl LayerCache {
             keys: grown(|cache| cache.keys.as_ref())?,
             values: grown(|cache| cache.values.as_ref())?,
             prior: grown(|cache| cache.prior.as_ref())?,
+            kept: kept.filter(|kept| !kept.is_empty()).map(|kept| Kept::stack(&kept)).transpose()?,
+            precision: caches.iter().find_map(|cache| cache.precision),
             conv: cat(|cache| cache.conv.as_ref())?,
             average: mean.zip(log_weight).map(|(mean, log_weight)| AverageState { mean, log_weight }),
         })
@@ -148,15 +103,17 @@ impl LayerCache {
     /// # Errors
     /// A place beyond the batch.
     pub fn select(&self, places: &[usize]) -> Result<Self> {
-        let Some(keys) = &self.keys else { return Ok(Self::new()) };
-        if let Some(place) = places.iter().find(|place| **place >= keys.lengths.len()) {
-            candle_core::bail!("sequence {place} of a cache of {}", keys.lengths.len());
+        // A GPU has no tensors of nothing.
+        let Some(keys) = self.keys.as_ref().filter(|_| !places.is_empty()) else {
+            return Ok(Self { precision: self.precision, ..Self::new() });
+        };
+        if let Some(place) = places.iter().find(|place| **place >= keys.lengths().len()) {
+            candle_core::bail!("sequence {place} of a cache of {}", keys.lengths().len());
         }
-        let lengths: Vec<usize> = places.iter().map(|&place| keys.lengths[place]).collect();
         let rows: Vec<u32> = places.iter().map(|&place| place as u32).collect();
-        let rows = Tensor::new(rows, keys.buffer.device())?;
-        let grown = |part: &Option<Growing>| {
-            part.as_ref().map(|part| part.select(&rows, lengths.clone())).transpose()
+        let rows = Tensor::new(rows, keys.buffer().device())?;
+        let grown = |part: &Option<Growing>| -> Result<Option<Growing>> {
+            Ok(part.as_ref().map(|part| part.select(places)).transpose()?)
         };
         let average = |state: &AverageState| -> Result<AverageState> {
             Ok(AverageState {
@@ -168,6 +125,8 @@ impl LayerCache {
             keys: grown(&self.keys)?,
             values: grown(&self.values)?,
             prior: grown(&self.prior)?,
+            kept: self.kept.as_ref().map(|kept| kept.select(places)).transpose()?,
+            precision: self.precision,
             conv: self.conv.as_ref().map(|conv| conv.index_select(&rows, 0)).transpose()?,
             average: self.average.as_ref().map(average).transpose()?,
         })
@@ -187,5 +146,22 @@ impl LayerCache {
     ) -> Result<(Tensor, Tensor, Option<Tensor>)> {
         let prior = prior.map(|p| push(&mut self.prior, p)).transpose()?;
         Ok((push(&mut self.keys, k)?, push(&mut self.values, v)?, prior))
+    }
+
+    /// What a selecting layer keeps, with all positions held taken in: what scans with this score read `of_keys`, and
+    /// its prior.
+    pub(crate) fn keep(
+        &mut self,
+        score: Score,
+        of_keys: bool,
+        prior: Option<&KeyPrior>,
+    ) -> Result<Option<&Kept>> {
+        let Some(keys) = &self.keys else { return Ok(None) };
+        let own = || kept::precision(keys.buffer().dtype(), keys.buffer().device());
+        let precision = of_keys.then(|| self.precision.unwrap_or_else(own));
+        let wanted = Wanted { score, precision, prior };
+        let kept = self.kept.get_or_insert_default();
+        kept.follow(keys, self.prior.as_ref(), &wanted)?;
+        Ok(Some(kept))
     }
 }

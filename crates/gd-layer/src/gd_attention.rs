@@ -4,12 +4,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use gd_kernels::{Candidates, Estimator, Gate, Mask, Scan, Score, Select, Selected, scan, scan_all, select};
+use gd_kernels::gpu::decode::MAX_QUERIES;
+use gd_kernels::{
+    Candidates, Estimator, Gate, KeptKeys, Mask, Scan, Score, Select, Selected, on_cpu, scan, scan_all,
+    scan_select, select,
+};
 
 use crate::attention::{Attention, Pass, Record, distinct};
 use crate::cache::LayerCache;
-use crate::config::AttentionConfig;
+use crate::config::{AttentionConfig, GdConfig};
 use crate::heads::{Heads, Ready};
+use crate::kept::Kept;
 use crate::probe::{Found, Reading};
 use crate::rope::Rotary;
 
@@ -82,7 +87,7 @@ impl GdAttention {
             Some(mask) => crate::mask::from_additive(mask, offset)?,
             None => Mask::causal(offset as i64),
         };
-        self.attend(x, &Pass::new(&mask), Some(&mut cache))
+        self.attend_with(x, &Pass::new(&mask), Some(&mut cache), false)
     }
 
     /// Forgets the cached positions.
@@ -90,20 +95,104 @@ impl GdAttention {
         *self.cache.lock().unwrap_or_else(PoisonError::into_inner) = LayerCache::new();
     }
 
+    /// The heads' thresholds in this pass, where they have one.
+    fn thresholds(&self, pass: &Pass) -> Result<Option<Tensor>> {
+        match (&self.threshold, pass.threshold) {
+            (Some(threshold), Some(more)) => Ok(Some((threshold + more)?)),
+            (threshold, _) => Ok(threshold.clone()),
+        }
+    }
+
+    /// The layer's output; without a gradient if it is not `tracked`.
+    fn attend_with(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        mut cache: Option<&mut LayerCache>,
+        tracked: bool,
+    ) -> Result<Tensor> {
+        let mut ready = self.heads.prepare(x, pass, cache.as_deref_mut())?;
+        let mut beta = self.log_beta.exp()?;
+        if !tracked {
+            (ready.q, beta) = (ready.q.detach(), beta.detach());
+        }
+        let norm_prior = |k: &Tensor, learned: Option<&Tensor>| norm_prior(k, &beta, learned);
+        // A cached prior has no gradient: where beta wants one, the prior is worked out anew.
+        let keeps_prior = self.heads.cfg.gd.norm_prior && !beta.track_op();
+        let kept = match cache {
+            Some(cache) => {
+                let keys = self.reads_kept_keys(&ready.q);
+                cache.keep(self.heads.cfg.gd.score, keys, keeps_prior.then_some(&norm_prior))?
+            }
+            None => None,
+        };
+        let prior = match (keeps_prior.then_some(kept).flatten(), self.heads.cfg.gd.norm_prior) {
+            (Some(kept), _) => kept.prior()?,
+            (None, true) => Some(norm_prior(&ready.k, ready.prior.as_ref())?),
+            (None, false) => ready.prior.clone(),
+        };
+        let seen = Seen { beta: &beta, prior: prior.as_ref(), kept: kept.and_then(Kept::keys) };
+        let y = match seen.kept {
+            Some(kept) if self.winner_suffices(&ready.q, pass) => self.winner(&ready, pass, &seen, kept)?,
+            _ => {
+                let (selected, candidates) = self.read(&ready, pass, &seen)?;
+                let y = selected.y.clone();
+                if let Some(record) = pass.record {
+                    let temperature = pass.temperature.unwrap_or(self.heads.cfg.gd.temperature);
+                    record.borrow_mut().push(summary(selected, &candidates, temperature)?);
+                }
+                y
+            }
+        };
+        self.heads.finish(y, ready)
+    }
+
+    /// Whether what a pass returns is the winner's value row, as long as it is hard.
+    fn returns_winner(&self) -> bool {
+        let AttentionConfig { gd, beacon, .. } = &self.heads.cfg;
+        let barrier = beacon.as_ref().is_some_and(|beacon| beacon.barrier.is_some());
+        let mixes = matches!(gd.estimator, Estimator::Blend | Estimator::Dense);
+        gd.gate == Gate::None && gd.rounds == 1 && !barrier && !mixes
+    }
+
+    /// Whether decoding has a use for what a cache keeps of the keys: on the CPU every scan for a number of candidates,
+    /// on a GPU the kernel for decoding, which finds the winner alone.
+    fn reads_kept_keys(&self, q: &Tensor) -> bool {
+        match on_cpu(q.device()) {
+            true => self.heads.cfg.gd.estimator != Estimator::Dense,
+            false => self.returns_winner(),
+        }
+    }
+
+    /// Whether the winner is all that this pass asks for, and finding it alone gives what preserving and selecting
+    /// would: on the CPU of a layer that preserves no other candidate; on a GPU but for scores that are equal to
+    /// rounding, by the kernel for decoding.
+    fn winner_suffices(&self, q: &Tensor, pass: &Pass) -> bool {
+        let one = match on_cpu(q.device()) {
+            true => pass.candidates.unwrap_or(self.heads.cfg.gd.candidates) == 1,
+            false => q.dims()[2] <= MAX_QUERIES,
+        };
+        let plain = pass.record.is_none() && pass.probe.is_none() && pass.hardness == 1.0;
+        one && plain && self.returns_winner() && !q.track_op()
+    }
+
+    /// The value rows of the winners `[B, Hq, N, D]`.
+    fn winner(&self, ready: &Ready, pass: &Pass, seen: &Seen, kept: &KeptKeys) -> Result<Tensor> {
+        let GdConfig { score, tie, .. } = self.heads.cfg.gd;
+        let what = Scan { prior: seen.prior, score, tie, ..Scan::new(seen.beta, &ready.mask, 1) };
+        let threshold = self.thresholds(pass)?;
+        Ok(scan_select(&ready.q, &ready.k, &ready.v, &kept.scan(what), threshold.as_ref())?.y)
+    }
+
     /// Preserve and select: y `[B, Hq, N, D]` and its record.
-    fn read(&self, ready: &Ready, pass: &Pass) -> Result<(Selected, Candidates)> {
+    fn read(&self, ready: &Ready, pass: &Pass, seen: &Seen) -> Result<(Selected, Candidates)> {
         let Ready { q, k, v, mask, .. } = ready;
         let gd = &self.heads.cfg.gd;
-        let beta = self.log_beta.exp()?;
+        let Seen { beta, prior, kept } = *seen;
         let protected = match &self.heads.beacon {
             Some(beacon) => beacon.protect(ready.prior.as_ref(), q.dim(2)?, mask)?,
             None => None,
         };
-        let prior = match gd.norm_prior {
-            true => Some(norm_prior(k, &beta, ready.prior.as_ref())?),
-            false => ready.prior.clone(),
-        };
-        let prior = prior.as_ref();
         let own = pass.candidates.unwrap_or(gd.candidates);
         let count = pass.probe.map_or(own, |probe| probe.candidates(pass.layer, own));
         let what = Scan {
@@ -111,7 +200,12 @@ impl GdAttention {
             score: gd.score,
             tie: gd.tie,
             protected: protected.as_ref(),
-            ..Scan::new(&beta, mask, count)
+            ..Scan::new(beta, mask, count)
+        };
+        // Scans for several candidates read 8-bit keys on the CPU alone.
+        let what = match kept.filter(|_| on_cpu(q.device())) {
+            Some(kept) => kept.scan(what),
+            None => what,
         };
         let candidates = match gd.estimator {
             Estimator::Dense => scan_all(q, k, &what)?,
@@ -119,10 +213,7 @@ impl GdAttention {
         };
         let alpha = self.alpha_logit.as_ref().map(candle_nn::ops::sigmoid).transpose()?;
         let rounds = self.rounds.as_ref().map(|r| first_round(r)?.broadcast_add(r)).transpose()?;
-        let threshold = match (&self.threshold, pass.threshold) {
-            (Some(threshold), Some(more)) => Some((threshold + more)?),
-            (threshold, _) => threshold.clone(),
-        };
+        let threshold = self.thresholds(pass)?;
         let (layer, threshold) = (pass.layer, threshold.as_ref());
         let candidates = match pass.probe {
             Some(probe) => probe.preserved(Found { layer, own, candidates, threshold, q, k, scan: &what })?,
@@ -143,7 +234,7 @@ impl GdAttention {
             barrier: self.heads.cfg.beacon.as_ref().and_then(|b| b.barrier),
             rounds: rounds.as_ref(),
             coherence: gd.coherence,
-            ..Select::new(&beta)
+            ..Select::new(beta)
         };
         let selected = select(q, k, v, &candidates, &how)?;
         if let Some(probe) = pass.probe {
@@ -155,8 +246,22 @@ impl GdAttention {
     }
 }
 
-/// `beta |k|^2` and, where there is one, the learned prior `[B, Hk, M]`: `[B, Hq, M]`, in f32 at least.
-fn norm_prior(k: &Tensor, beta: &Tensor, learned: Option<&Tensor>) -> Result<Tensor> {
+/// What the scores of a pass are made of besides queries and keys.
+struct Seen<'a> {
+    /// `[Hq]`.
+    beta: &'a Tensor,
+    /// `[B, Hq|Hk, M]`.
+    prior: Option<&'a Tensor>,
+    /// What the cache keeps of the keys.
+    kept: Option<&'a KeptKeys>,
+}
+
+/// The prior of keys `[B, Hk, M, D]` with which energies order them as dot products do: `beta |k|^2` and, where there
+/// is one, the learned prior `[B, Hk, M]`, as `[B, Hq, M]` for beta `[Hq]`, in f32 at least.
+///
+/// # Errors
+/// Shapes that do not belong together.
+pub fn norm_prior(k: &Tensor, beta: &Tensor, learned: Option<&Tensor>) -> Result<Tensor> {
     let wide = if k.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let (b, hk, m, _) = k.dims4()?;
     let hq = beta.dim(0)?;
@@ -180,14 +285,7 @@ fn first_round(rounds: &Tensor) -> Result<Tensor> {
 
 impl Attention for GdAttention {
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        let ready = self.heads.prepare(x, pass, cache)?;
-        let (selected, candidates) = self.read(&ready, pass)?;
-        let y = selected.y.clone();
-        if let Some(record) = pass.record {
-            let temperature = pass.temperature.unwrap_or(self.heads.cfg.gd.temperature);
-            record.borrow_mut().push(summary(selected, &candidates, temperature)?);
-        }
-        self.heads.finish(y, ready)
+        self.attend_with(x, pass, cache, true)
     }
 }
 

@@ -7,8 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
-use gd_kernels::Mask;
-use gd_layer::Pass;
+use gd_kernels::{Mask, Precision};
+use gd_layer::{LayerCache, Pass};
 use gd_model::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
 use gd_model::config::{self, ModelConfig};
 use gd_model::generate::{generate, generate_batch};
@@ -24,18 +24,23 @@ const CPU: Device = Device::Cpu;
 
 /// A model whose parameters are all random, so that every part of it matters.
 fn model(gd: Value) -> Result<(Transformer, Params)> {
+    model_of(gd, 48, DType::F32)
+}
+
+/// The same for so many positions, in a dtype.
+fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, Params)> {
     let config: ModelConfig = config::parse(json!({
         "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 48,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": positions,
         "tie_word_embeddings": false, "gd": gd,
     }))
     .map_err(|problems| anyhow::anyhow!(problems.join("; ")))?;
-    let params = Params::new(5, DType::F32, &CPU);
+    let params = Params::new(5, dtype, &CPU);
     let model = Transformer::new(&config, params.frozen())?;
     for (at, (_, var)) in params.vars().iter().enumerate() {
         let noise: Vec<f32> =
             (0..var.elem_count()).map(|i| ((i * 37 + at * 101) as f32 * 12.9898).sin() * 0.25).collect();
-        var.set(&(var.as_tensor() + Tensor::from_vec(noise, var.shape(), &CPU)?)?)?;
+        var.set(&(var.as_tensor() + Tensor::from_vec(noise, var.shape(), &CPU)?.to_dtype(dtype)?)?)?;
     }
     Ok((model, params))
 }
@@ -117,6 +122,64 @@ fn a_batch_gives_each_prompt_what_it_gets_alone() -> Result<()> {
         let long = vec![1; 49];
         let error = generate_batch(&model, &[&long], 5, &mut [sampler(0.0)?], &CPU, |_, _| Ok(true));
         ensure!(error.is_err_and(|e| e.to_string() == "a prompt of 49 tokens exceeds the context of 48"));
+    }
+    Ok(())
+}
+
+/// Logits `[B, N, V]` of ids that continue caches, to the bit.
+fn logits(model: &Transformer, ids: &Tensor, mask: &Mask, cache: &mut [LayerCache]) -> Result<Vec<u32>> {
+    let logits = model.forward(ids, &Pass::new(mask), Some(cache))?.to_dtype(DType::F32)?;
+    Ok(logits.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+}
+
+#[test]
+fn decoding_with_what_caches_keep_gives_the_logits_of_native_decoding() -> Result<()> {
+    const LENGTHS: [usize; 3] = [150, 5, 97];
+    let beacon = json!({ "conv_width": 2, "averages": 1, "prior": true, "protected": 2 });
+    for (gd, dtype) in [
+        (json!({ "mechanism": ["gd"], "select": { "candidates": 4, "norm_prior": true } }), DType::F32),
+        (json!({ "mechanism": ["gd"], "select": { "candidates": 1 }, "qk_norm": true }), DType::BF16),
+        (json!({ "mechanism": ["gd"], "select": { "norm_prior": true }, "beacon": beacon }), DType::BF16),
+        (json!({ "mechanism": ["softmax", "gd", "gd"], "beacon": beacon }), DType::F16),
+        (json!({ "mechanism": ["gd"], "select": { "score": "dot" } }), DType::F32),
+    ] {
+        let name = format!("{gd} {dtype:?}");
+        let (model, params) = model_of(gd, 200, dtype)?;
+        // Over variables the prior of the norms is worked out at every step.
+        let anew = Transformer::new(model.config(), params.builder())?;
+        let ids = |b: usize, at: usize| ((at * 29 + b * 71 + at * at * 3) % 256) as u32;
+        let prompts = |b: usize| Tensor::new((0..LENGTHS[b]).map(|at| ids(b, at)).collect::<Vec<_>>(), &CPU);
+        let native = || vec![LayerCache::with_precision(Precision::Native); 3];
+        let (mut kept, mut plain) = (Vec::new(), Vec::new());
+        for b in 0..3 {
+            let (mut one, mut other, prompt) = (model.new_cache(), native(), prompts(b)?.unsqueeze(0)?);
+            let want = logits(&anew, &prompt, &Mask::causal(0), &mut other)?;
+            ensure!(logits(&model, &prompt, &Mask::causal(0), &mut one)? == want, "{name}: prompt {b}");
+            kept.push(one);
+            plain.push(other);
+        }
+        let stack = |all: &[Vec<LayerCache>]| -> Result<Vec<LayerCache>> {
+            let layer = |i: usize| LayerCache::stack(&all.iter().map(|cache| &cache[i]).collect::<Vec<_>>());
+            Ok((0..3).map(layer).collect::<candle_core::Result<_>>()?)
+        };
+        let (mut kept, mut plain) = (stack(&kept)?, stack(&plain)?);
+        let (mut rows, mut different) = (vec![0, 1, 2], BTreeSet::new());
+        for step in 0..12 {
+            if step == 7 {
+                // The longest is done, and the others change places.
+                for cache in kept.iter_mut().chain(&mut plain) {
+                    *cache = cache.select(&[2, 1])?;
+                }
+                rows = vec![2, 1];
+            }
+            let next: Vec<u32> = rows.iter().map(|b| ids(*b, LENGTHS[*b] + step)).collect();
+            let next = Tensor::new(next, &CPU)?.unsqueeze(1)?;
+            let mask = Mask::causal(0).each(rows.iter().map(|b| (LENGTHS[*b] + step) as i64).collect());
+            let want = logits(&anew, &next, &mask, &mut plain)?;
+            ensure!(logits(&model, &next, &mask, &mut kept)? == want, "{name}: step {step}");
+            different.extend(want);
+        }
+        ensure!(different.len() > 1000, "{name}: {} different logits prove little", different.len());
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Keys as 8-bit integers in the order in which the certified scan reads them.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -9,14 +10,17 @@ use super::quantize::quantize;
 use super::view::View;
 use crate::element::{Element, Real};
 use crate::fused::vectorize;
+use crate::growing::{Place, ends};
 use crate::options::Score;
 use crate::plan::MAX_HEAD_DIM;
 
-/// The keys of all heads `[B, Hk]`, which may grow.
+/// The keys of all heads `[pieces, Hk]`, which may grow; a piece is a batch entry or a page.
 #[derive(Debug, Clone)]
 pub(crate) struct Filter {
-    heads: Vec<Head>,
-    len: usize,
+    /// Shared between clones until one of them is written to.
+    heads: Arc<Vec<Head>>,
+    /// Keys of every piece.
+    lengths: Vec<usize>,
     /// Bytes of a panel.
     size: usize,
     score: Score,
@@ -40,14 +44,23 @@ pub(crate) struct Known {
 }
 
 impl Filter {
-    /// No keys yet, for `heads` heads of dimension `d`.
-    pub(crate) fn new(heads: usize, d: usize, score: Score) -> Self {
-        Self { heads: vec![Head::default(); heads], len: 0, size: d.next_multiple_of(STEP) * KEYS, score }
+    /// No keys yet, for pieces of `kv_heads` heads of dimension `d`.
+    pub(crate) fn new(pieces: usize, kv_heads: usize, d: usize, score: Score) -> Self {
+        let heads = Arc::new(vec![Head::default(); pieces * kv_heads]);
+        Self { heads, lengths: vec![0; pieces], size: d.next_multiple_of(STEP) * KEYS, score }
     }
 
-    /// Keys held, the same number in every head.
-    pub(crate) fn len(&self) -> usize {
-        self.len
+    /// The keys k `[B, Hk, M, D]`.
+    pub(crate) fn of<T: Element>(k: View<'_, T>, score: Score) -> Self {
+        let [batch, kv_heads, _, d] = k.dims;
+        let mut new = Self::new(batch, kv_heads, d, score);
+        new.write(k, &ends(&new.lengths));
+        new
+    }
+
+    /// Keys of every piece.
+    pub(crate) fn lengths(&self) -> &[usize] {
+        &self.lengths
     }
 
     /// The score whose biases it holds.
@@ -62,44 +75,99 @@ impl Filter {
         (&head.values[p * self.size..(p + 1) * self.size], &head.known[p])
     }
 
-    /// Appends k `[B, Hk, M, D]`.
-    pub(crate) fn append<T: Element>(&mut self, k: View<'_, T>) {
+    /// Heads of a piece.
+    fn kv_heads(&self) -> usize {
+        self.heads.len() / self.lengths.len().max(1)
+    }
+
+    /// Writes k `[R, Hk, m, D]` to its places, which fit and name no piece twice.
+    pub(crate) fn write<T: Element>(&mut self, k: View<'_, T>, at: &[Place]) {
         let [_, kv_heads, more, _] = k.dims;
-        let (old, size, score) = (self.len, self.size, self.score);
-        let panels = (old + more).div_ceil(KEYS);
-        let empty = Known {
-            scale: [0.0; KEYS],
-            error: [0.0; KEYS],
-            norm: [0.0; KEYS],
-            bias: [f32::NEG_INFINITY; KEYS],
-        };
-        let mut tasks = Vec::new();
-        for (at, head) in self.heads.iter_mut().enumerate() {
-            head.values.resize(panels * size, 128);
-            head.known.resize(panels, empty.clone());
-            let touched = old / KEYS;
-            let each = head.values[touched * size..].chunks_mut(size).zip(&mut head.known[touched..]);
-            tasks.extend(each.enumerate().map(|(p, panel)| (at, touched + p, panel)));
+        let (size, score) = (self.size, self.score);
+        for &[piece, first] in at {
+            self.lengths[piece] = self.lengths[piece].max(first + more);
         }
-        tasks.into_par_iter().with_min_len(4).for_each(|(at, p, (values, known))| {
-            let (b, h) = (at / kv_heads, at % kv_heads);
+        // Every head has room for the longest: scans walk all of them alike.
+        let panels = self.lengths.iter().max().map_or(0, |longest| longest.div_ceil(KEYS));
+        let mut entry_of = vec![None; self.lengths.len()];
+        for (entry, &[piece, first]) in at.iter().enumerate() {
+            entry_of[piece] = Some((entry, first));
+        }
+        let mut tasks = Vec::new();
+        for (head, each) in Arc::make_mut(&mut self.heads).iter_mut().enumerate() {
+            each.make_room(panels, size);
+            let Some((entry, first)) = entry_of[head / kv_heads] else { continue };
+            let touched = first / KEYS..(first + more).div_ceil(KEYS);
+            let values = each.values[touched.start * size..touched.end * size].chunks_mut(size);
+            let each = values.zip(&mut each.known[touched.clone()]);
+            tasks.extend(each.zip(touched).map(|(panel, p)| (entry, head % kv_heads, first, p, panel)));
+        }
+        tasks.into_par_iter().with_min_len(4).for_each(|(entry, h, first, p, (values, known))| {
             vectorize(
                 #[inline(always)]
                 || {
-                    let keys = (p * KEYS).max(old)..((p + 1) * KEYS).min(old + more);
+                    let keys = (p * KEYS).max(first)..((p + 1) * KEYS).min(first + more);
                     for j in keys.clone() {
-                        known.enter(j % KEYS, k.row(b, h, j - old), values);
+                        known.enter(j % KEYS, k.row(entry, h, j - first), values);
                     }
-                    let row = |j: usize| &k.row(b, h, j - old)[..k.dims[3]];
+                    let row = |j: usize| &k.row(entry, h, j - first)[..k.dims[3]];
                     known.weigh(keys, score, row);
                 },
             );
         });
-        self.len += more;
+    }
+
+    /// Some of the pieces, which are there, in any order.
+    pub(crate) fn select(&self, pieces: &[usize]) -> Self {
+        let kv_heads = self.kv_heads();
+        let heads = pieces.iter().flat_map(|piece| &self.heads[piece * kv_heads..][..kv_heads]).cloned();
+        let lengths = pieces.iter().map(|&piece| self.lengths[piece]).collect();
+        Self { heads: Arc::new(heads.collect()), lengths, ..*self }
+    }
+
+    /// The pieces of several for the same heads, dimension and score.
+    pub(crate) fn stack(all: &[&Self]) -> Option<Self> {
+        let first = all.first()?;
+        let lengths: Vec<usize> = all.iter().flat_map(|one| one.lengths.iter().copied()).collect();
+        let panels = lengths.iter().max().map_or(0, |longest| longest.div_ceil(KEYS));
+        let mut heads: Vec<Head> = all.iter().flat_map(|one| one.heads.iter().cloned()).collect();
+        heads.iter_mut().for_each(|head| head.make_room(panels, first.size));
+        Some(Self { heads: Arc::new(heads), lengths, ..**first })
+    }
+
+    /// The pages of a table together, as sequences: all keys of every page, which are a multiple of a panel's.
+    pub(crate) fn gathered(&self, table: &[Vec<u32>], page: usize) -> Self {
+        let (kv_heads, panels) = (self.kv_heads(), page / KEYS);
+        let together = |(row, h): (&Vec<u32>, usize)| {
+            let mut new = Head::default();
+            for &id in row {
+                let head = &self.heads[id as usize * kv_heads + h];
+                new.values.extend_from_slice(&head.values[..panels * self.size]);
+                new.known.extend_from_slice(&head.known[..panels]);
+            }
+            new
+        };
+        let heads = table.iter().flat_map(|row| (0..kv_heads).map(move |h| (row, h))).map(together);
+        let lengths = table.iter().map(|row| row.len() * page).collect();
+        Self { heads: Arc::new(heads.collect()), lengths, ..*self }
+    }
+}
+
+impl Head {
+    /// Adds panels without keys, up to `panels` of `size` bytes.
+    fn make_room(&mut self, panels: usize, size: usize) {
+        if self.known.len() < panels {
+            self.values.resize(panels * size, 128);
+            self.known.resize(panels, Known::NONE);
+        }
     }
 }
 
 impl Known {
+    /// No keys.
+    const NONE: Self =
+        Self { scale: [0.0; KEYS], error: [0.0; KEYS], norm: [0.0; KEYS], bias: [f32::NEG_INFINITY; KEYS] };
+
     /// Quantises a key into place `w`.
     #[inline(always)]
     fn enter<T: Element>(&mut self, w: usize, row: &[T], values: &mut [u8]) {

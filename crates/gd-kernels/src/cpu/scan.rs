@@ -108,12 +108,8 @@ pub(crate) fn run<T: Element>(problem: &Problem, plan: &CpuPlan, x: &Inputs<'_, 
     }
     let Some(arch) = plan.isa.arch() else { unreachable!("a plan names an available instruction set") };
     let mut rescored = 1.0;
-    let mut own = None;
-    if plan.precision == Precision::Certified && x.quantized.is_none() {
-        let mut filter = Filter::new(problem.batch * problem.kv_heads, problem.head_dim, problem.score);
-        filter.append(x.k);
-        own = Some(filter);
-    }
+    let wanted = plan.precision == Precision::Certified && x.quantized.is_none();
+    let own = wanted.then(|| Filter::of(x.k, problem.score));
     let filter = x.quantized.or(own.as_ref()).filter(|_| plan.precision == Precision::Certified);
     let code = Code::of(plan.isa);
     let left = match (plan.walk, filter) {

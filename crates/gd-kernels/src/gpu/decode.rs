@@ -2,7 +2,7 @@
 //!
 //! q `[B, Hq, N, D]`. The cache is k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, or pages `[pages, Hk, page, D|Dv]`
 //! with a block table `[B, most pages]`. Beside the keys it holds their biases without a prior, f32
-//! `[B|pages, Hk, bias_row]`, as [`scan::key_bias`](super::scan::key_bias) computes them, or, for certified
+//! `[B|pages, Hk, room]`, as [`scan::key_bias`](super::scan::key_bias) computes them, or, for certified
 //! decoding, the keys as 8-bit integers ([`super::quantize`]): those are then read instead, and of the keys
 //! themselves only the few that the bounds do not rule out. index and energy `[B, Hq, N]`, y `[B, Hq, N, Dv]`: what a
 //! scan with one candidate and a threshold gives, to the bit, at either precision.
@@ -14,7 +14,7 @@ use candle_core::DType;
 
 use super::params::DecodeParams;
 use super::quantize::{KNOWN, Quantized};
-use super::scan::{BIAS_TILE, Prior, bias_row, padded_dim, tile_bytes};
+use super::scan::{BIAS_TILE, Prior, padded_dim, tile_bytes};
 use super::{
     Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute,
 };
@@ -183,8 +183,9 @@ pub struct Pages<'a, B> {
 /// What a cache knows of its keys.
 #[derive(Debug)]
 pub enum Known<'a, B> {
-    /// Their biases without a prior, at native precision.
-    Bias(Slice<'a, B>),
+    /// Their biases without a prior, at native precision, and the keys of a piece for which these have room: a
+    /// multiple of 64.
+    Bias(Slice<'a, B>, usize),
     /// The keys as 8-bit integers, at certified precision.
     Quantized(Quantized<'a, B>),
 }
@@ -255,11 +256,12 @@ pub fn decode<G: Gpu>(
     let [k_batch, k_head, k_row] = x.k.checked("k", k_dims)?;
     let [v_batch, v_head, v_row] = x.v.checked("v", [pieces, kv_heads, piece_keys, x.value_dim])?;
     let bias_row = match &x.known {
-        Known::Bias(_) => bias_row(piece_keys),
+        Known::Bias(_, room) => *room,
         Known::Quantized(quantized) => quantized.room,
     };
     let certified = matches!(x.known, Known::Quantized(_));
-    if certified != (problem.precision == Precision::Certified) || bias_row < piece_keys {
+    let fits = bias_row >= piece_keys && bias_row.is_multiple_of(BIAS_TILE);
+    if certified != (problem.precision == Precision::Certified) || !fits {
         return Err(Error::Invalid(format!(
             "decode: {:?} precision with {} for {bias_row} of {piece_keys} keys",
             problem.precision,
@@ -317,7 +319,7 @@ pub fn decode<G: Gpu>(
     };
     let mut buffers = vec![Some(x.q.data), Some(x.k.data)];
     match &x.known {
-        Known::Bias(bias) => buffers.push(Some(*bias)),
+        Known::Bias(bias, _) => buffers.push(Some(*bias)),
         Known::Quantized(quantized) => buffers.extend([Some(quantized.codes), Some(quantized.known)]),
     }
     let scales = [

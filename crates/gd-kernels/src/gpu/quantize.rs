@@ -12,6 +12,7 @@ use super::params::QuantizeParams;
 use super::scan::{BIAS_TILE, padded_dim};
 use super::{Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute};
 use crate::error::{Error, Result};
+use crate::growing::Place;
 use crate::options::Score;
 use crate::plan::Problem;
 
@@ -132,4 +133,47 @@ pub fn quantize<G: Gpu>(
         constants: Constants::default(),
         buffers: vec![Some(k.data), Some(to.codes), Some(to.known)],
     })
+}
+
+/// Enters k `[R, Hk, keys, D]` into a cache, its entry r into piece `at[r][0]` from row `at[r][1]` on. Entries for
+/// pieces that follow each other, from the same row on, share a launch.
+///
+/// # Errors
+/// As [`quantize`], or a piece that is not there.
+pub fn quantize_at<G: Gpu>(
+    gpu: &G,
+    shape: &Shape,
+    k: &Tensor4<'_, G::Buffer>,
+    keys: usize,
+    at: &[Place],
+    to: &Quantized<'_, G::Buffer>,
+) -> Result<()> {
+    let mut entry = 0;
+    while let Some(&[piece, first]) = at.get(entry) {
+        let alike = at[entry..].iter().enumerate().take_while(|(i, place)| **place == [piece + i, first]);
+        let pieces = alike.count();
+        if piece + pieces > shape.pieces {
+            return Err(Error::Invalid(format!(
+                "8-bit keys for piece {} of {}",
+                piece + pieces - 1,
+                shape.pieces
+            )));
+        }
+        let one = Shape { pieces: 1, ..*shape };
+        let offset = entry * k.strides[0] * shape.dtype.size_in_bytes();
+        let rows = Tensor4 { data: behind(k.data, offset), strides: k.strides };
+        let to = Quantized {
+            codes: behind(to.codes, piece * one.codes_bytes(to.room)),
+            known: behind(to.known, piece * one.known_bytes(to.room)),
+            room: to.room,
+        };
+        quantize(gpu, &Shape { pieces, ..*shape }, &rows, keys, first, &to)?;
+        entry += pieces;
+    }
+    Ok(())
+}
+
+/// What lies `bytes` bytes behind the start of a slice.
+fn behind<B>(slice: Slice<'_, B>, bytes: usize) -> Slice<'_, B> {
+    Slice { offset: slice.offset + bytes, ..slice }
 }

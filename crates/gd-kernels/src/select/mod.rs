@@ -138,7 +138,11 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
         Some(t) => vector(t)?,
         None => Tensor::full(f64::INFINITY, dims.hq, q.device())?.to_dtype(acc)?,
     };
-    let aux = match s.prior {
+    let count = s.rounds.map_or(1, |r| r.dims()[1]);
+    // Where no gradient is wanted, the first round's energies are those of the scan: decoding then spares itself
+    // copies of the whole prior.
+    let wanted = [Some(&q), Some(&k), Some(&beta), s.prior].into_iter().flatten().any(Tensor::track_op);
+    let aux = match s.prior.filter(|_| wanted || count > 1) {
         Some(p) => Tensor::cat(&[&beta, &vector(&p.flatten_all()?)?], 0)?,
         None => beta.clone(),
     };
@@ -147,11 +151,15 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
     let mut query = q.clone();
     let (mut y, mut first, mut later) = (None::<Tensor>, None::<(Step, Tensor)>, Vec::new());
     let shape = (dims.b, dims.hq, dims.n);
-    let count = s.rounds.map_or(1, |r| r.dims()[1]);
     for round in 0..count {
         let known = (round == 0).then(|| candidates.energy.clone());
-        let op = energy::Energy { dims, score: s.score, index: index.clone(), prior, known };
-        let mut energy = query.apply_op3(&k, &aux, op)?;
+        let mut energy = match known {
+            Some(known) if !wanted => vector(&known.detach())?,
+            known => {
+                let op = energy::Energy { dims, score: s.score, index: index.clone(), prior, known };
+                query.apply_op3(&k, &aux, op)?
+            }
+        };
         if let (Some(barrier), Some(flags)) = (s.barrier, &candidates.protected) {
             let protected = Arc::new(flags.flatten_all()?.to_vec1::<u8>()?);
             let op = barrier::BarrierOp {

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    KeyBias, Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select,
+    KeptKeys, KeyBias, Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select,
     scan_select_paged,
 };
 
@@ -107,6 +107,93 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
             assert_eq!(found(&scan_select_paged(&q, &cache, &how, None).unwrap())?, want);
             target.count();
         }
+    }
+    Ok(())
+}
+
+/// What is kept of the first `lengths[b]` keys of every sequence of k: by one sequence after the other, which are then
+/// stacked, and the last 40 keys of all at once.
+fn stacked(k: &Tensor, lengths: &[usize], score: Score, precision: Precision) -> Result<KeptKeys> {
+    const LAST: usize = 40;
+    let part = |b: usize, first: usize, count: usize| k.narrow(0, b, 1)?.narrow(2, first, count);
+    let alone = lengths
+        .iter()
+        .enumerate()
+        .map(|(b, length)| Ok(KeptKeys::new(&part(b, 0, length - LAST)?, score, precision)?));
+    let alone = alone.collect::<Result<Vec<_>>>()?;
+    let mut all = KeptKeys::stack(&alone.iter().collect::<Vec<_>>())?;
+    let last = lengths.iter().enumerate().map(|(b, length)| part(b, length - LAST, LAST));
+    let at: Vec<_> = lengths.iter().enumerate().map(|(b, length)| [b, length - LAST]).collect();
+    all.write(&Tensor::cat(&last.collect::<Result<Vec<_>>>()?, 0)?, &at)?;
+    Ok(all)
+}
+
+#[test]
+fn what_is_kept_of_sequences_and_pages_that_grow_gives_plain_decoding() -> Result<()> {
+    for target in targets() {
+        for (dtype, score, d) in
+            [(DType::F32, Score::Energy, 128), (DType::F16, Score::Dot, 64), (DType::BF16, Score::Energy, 40)]
+        {
+            target.run(|| grown(&target, dtype, score, d))?;
+        }
+    }
+    Ok(())
+}
+
+fn grown(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
+    let gpu = target.device();
+    let certified = (target.name() != "metal").then_some(Precision::Certified);
+    let (hq, hk, m, dv) = (8, 2, 9 * PAGE, 48);
+    let (q, k, v) = (
+        noise(1, &[3, hq, 2, d], dtype, gpu)?,
+        noise(2, &[3, hk, m, d], dtype, gpu)?,
+        noise(3, &[3, hk, m, dv], dtype, gpu)?,
+    );
+    let beta = Tensor::full(0.3f32, hq, gpu)?;
+    let plain = |k: &Tensor, v: &Tensor, q: &Tensor, mask: &Mask| -> Result<_> {
+        let how = Scan { score, ..Scan::new(&beta, mask, 1) };
+        found(&scan_select(q, k, v, &how, None)?)
+    };
+    for precision in [Some(Precision::Native), certified].into_iter().flatten() {
+        let lengths = vec![70, m, 333];
+        let kept = stacked(&k, &lengths, score, precision)?;
+        let mask = Mask::none().kv_len(lengths.clone());
+        let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
+        let want = plain(&k, &v, &q, &mask)?;
+        assert_eq!(found(&scan_select(&q, &k, &v, &kept.scan(how), None)?)?, want);
+        // Reordered, without the longest.
+        let (rows, lengths) = (Tensor::new(&[2u32, 0], gpu)?, vec![333, 70]);
+        let some = |t: &Tensor| t.index_select(&rows, 0)?.narrow(2, 0, 333);
+        let (k, v, q) = (some(&k)?, some(&v)?, q.index_select(&rows, 0)?);
+        let mut kept = kept.select(&[2, 0])?;
+        assert_eq!(kept.lengths(), lengths);
+        let mask = Mask::none().kv_len(lengths);
+        let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
+        let want = plain(&k, &v, &q, &mask)?;
+        assert_eq!(found(&scan_select(&q, &k, &v, &kept.scan(how.clone()), None)?)?, want);
+        // A clone is not changed by what is written to the other.
+        let before = kept.clone();
+        kept.write(&k.narrow(0, 1, 1)?.narrow(2, 0, 9)?, &[[0, 7]])?;
+        assert_eq!(found(&scan_select(&q, &k, &v, &before.scan(how), None)?)?, want);
+
+        // Pages, in steps over their ends.
+        let (held_k, held_v) =
+            (noise(4, &[14, hk, PAGE, d], dtype, gpu)?, noise(5, &[14, hk, PAGE, dv], dtype, gpu)?);
+        let mut kept = KeptKeys::new(&held_k, score, precision)?;
+        let ids: Vec<u32> = (0..12).map(|at| (at * 5 + 1) % 14).collect();
+        let table = Tensor::from_vec(ids, (2, 6), gpu)?;
+        let cache = PagedCache { k: &held_k, v: &held_v, table: &table };
+        let mut first = 0;
+        for more in [100, 1, 27, 128, 1] {
+            let rows = |t: &Tensor| t.narrow(2, first, more);
+            cache.write(&rows(&k)?, &rows(&v)?, &[first; 2], Some(&mut kept))?;
+            first += more;
+        }
+        let mask = Mask::none().kv_len(vec![first; 2]);
+        let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
+        let want = plain(&k, &v, &q, &mask)?;
+        assert_eq!(found(&scan_select_paged(&q, &cache, &kept.scan(how), None)?)?, want);
+        target.count();
     }
     Ok(())
 }

@@ -34,7 +34,7 @@ pub(crate) struct Fixture {
 pub(crate) fn fixture(cfg: &AttentionConfig, selects: bool, dtype: DType, seed: u64) -> Result<Fixture> {
     let map = VarMap::new();
     let vb = VarBuilder::from_varmap(&map, dtype, &Device::Cpu);
-    let rotary = Arc::new(Rotary::new(cfg.head_dim, 64, 10_000.0, RopeScaling::None, dtype, &Device::Cpu)?);
+    let rotary = Arc::new(Rotary::new(cfg.head_dim, 256, 10_000.0, RopeScaling::None, dtype, &Device::Cpu)?);
     let layer: Box<dyn Attention> = match selects {
         true => Box::new(GdAttention::new(cfg, rotary, vb)?),
         false => Box::new(SoftmaxAttention::new(cfg, rotary, vb)?),

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use gd_emulate::{Buffer, Emulator};
 use gd_kernels::Score;
-use gd_kernels::gpu::quantize::{Quantized, Shape, quantize, room, width};
+use gd_kernels::gpu::quantize::{Quantized, Shape, quantize, quantize_at, room, width};
 use gd_kernels::gpu::{Gpu, Slice, Tensor4};
 use rand::RngExt;
 
@@ -30,6 +30,42 @@ fn entered(
         let rows = Tensor4 { data: Slice { buffer: k.data.buffer, offset }, strides: k.strides };
         quantize(gpu, shape, &rows, part, first, &to)?;
         first += part;
+    }
+    Ok([
+        gpu.download((&codes).into(), shape.codes_bytes(room))?,
+        gpu.download((&known).into(), shape.known_bytes(room))?,
+    ])
+}
+
+/// The same by calls in which pieces take rows from places of their own on.
+fn placed(
+    gpu: &Emulator,
+    shape: &Shape,
+    k: &Tensor4<'_, Buffer>,
+    keys: usize,
+) -> gd_kernels::Result<[Vec<u8>; 2]> {
+    let (room, pieces) = (room(keys), shape.pieces);
+    let (codes, known) = (gpu.allocate(shape.codes_bytes(room))?, gpu.allocate(shape.known_bytes(room))?);
+    let to = Quantized { codes: (&codes).into(), known: (&known).into(), room };
+    // `count` rows of the pieces from `piece` on: of each from a row that is `step` behind that of the one before.
+    let enter = |piece: usize, first: usize, step: usize, count: usize| {
+        let [by_piece, by_head, by_row] = k.strides;
+        let offset = k.data.offset + (piece * by_piece + first * by_row) * shape.dtype.size_in_bytes();
+        let data = Slice { buffer: k.data.buffer, offset };
+        let rows = Tensor4 { data, strides: [by_piece + step * by_row, by_head, by_row] };
+        let at: Vec<[usize; 2]> = (piece..pieces).map(|p| [p, first + step * (p - piece)]).collect();
+        quantize_at(gpu, shape, &rows, count, &at, &to)
+    };
+    // The first and the last rows of all pieces alike, and what lies between in steps.
+    let ends = pieces.min(keys);
+    enter(0, 0, 0, ends)?;
+    enter(0, keys - ends, 0, ends)?;
+    if keys > pieces {
+        enter(0, 0, 1, keys + 1 - pieces)?;
+    }
+    if pieces > 1 {
+        // The first entry is not of the first piece.
+        enter(1, keys / 2, 0, keys - keys / 2)?;
     }
     Ok([
         gpu.download((&codes).into(), shape.codes_bytes(room))?,
@@ -72,6 +108,8 @@ fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let whole = entered(gpu, &shape, &held.tensor4(), keys, &[keys]).map_err(fail)?;
     let ones = entered(gpu, &shape, &held.tensor4(), keys, &vec![1; keys]).map_err(fail)?;
     ensure!(whole == ones, "appended rows differ from those of one call");
+    let placed = placed(gpu, &shape, &held.tensor4(), keys).map_err(fail)?;
+    ensure!(whole == placed, "rows entered at places of their own differ from those of one call");
 
     let [codes, known] = whole;
     let known_at = gpu.upload(&known).map_err(fail)?;
@@ -133,4 +171,7 @@ fn caches_without_room_are_refused() {
     refused(100, 0, &shape, "pieces of 100 keys");
     refused(128, 0, &Shape { head_dim: 33, ..shape }, "head_dim 33");
     refused(128, 0, &Shape { dtype: DType::F64, ..shape }, "f64");
+    let to = Quantized { codes: (&memory).into(), known: (&memory).into(), room: 128 };
+    let e = quantize_at(&gpu, &shape, &held.tensor4(), 70, &[[1, 0]], &to).unwrap_err().to_string();
+    assert!(e.contains("piece 1 of 1"), "{e}");
 }

@@ -232,12 +232,14 @@ impl<G: TensorGpu> Winners<G> {
                 decode::Known::Quantized(lent.slices())
             }
             (Precision::Native, _, Some(key_bias)) => {
-                kept = key_bias.of(&piece)?;
-                decode::Known::Bias(kept.slice())
+                let Problem { batch, kv_heads, keys, head_dim, score, .. } = piece;
+                let biases = key_bias.of([batch, kv_heads, keys, head_dim], score)?;
+                kept = Vector::strided(biases.clone());
+                decode::Known::Bias(kept.slice(), biases.dim(2)?)
             }
             (Precision::Native, _, None) => {
                 bias = gpu::key_bias(device, &piece, &operands.without_prior(scan))?;
-                decode::Known::Bias((&bias).into())
+                decode::Known::Bias((&bias).into(), gpu::bias_row(piece_keys))
             }
         };
         let inputs = decode::Inputs {

@@ -7,8 +7,10 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops;
 use gd_kernels::{
-    Estimator, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, Select, scan, scan_select, select,
+    Estimator, KeptKeys, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, Select, scan, scan_select,
+    select,
 };
+use gd_layer::norm_prior;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -82,6 +84,24 @@ pub(super) const CONTENDERS: &[Contender] = &[
         square: false,
         only_on: &["cpu", "cuda"],
         prepare: |x| selection(x, 8, Precision::Certified),
+    },
+    Contender {
+        name: "gd k=8 norm prior",
+        what: "as gd k=8 certified, by dot product: the prior of the keys' norms is kept, as K is",
+        passes: &[Pass::Decode],
+        work: Work::Certified,
+        square: false,
+        only_on: &["cpu"],
+        prepare: |x| by_dot_product(x, true),
+    },
+    Contender {
+        name: "gd k=8 norm prior anew",
+        what: "the same with the norms of all keys worked out at every step",
+        passes: &[Pass::Decode],
+        work: Work::Certified,
+        square: false,
+        only_on: &["cpu"],
+        prepare: |x| by_dot_product(x, false),
     },
     Contender {
         name: "gd k=2",
@@ -226,22 +246,18 @@ fn selection(x: &Inputs, candidates: usize, precision: Precision) -> Result<Runn
 fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: Estimator) -> Result<Runner> {
     let beta = Tensor::ones(x.shape.heads, DType::F32, x.q.device())?;
     let mask = if x.pass == Pass::Decode { Mask::none() } else { Mask::causal(0) };
-    let keep = x.pass == Pass::Decode && precision == Precision::Certified;
-    let kept = keep.then(|| QuantizedKeys::new(&x.k, Score::Energy)).transpose()?;
-    #[cfg(any(feature = "cuda", feature = "metal"))]
-    let norms = (x.pass == Pass::Decode && !x.k.device().is_cpu())
-        .then(|| gd_kernels::KeyBias::new(&x.k, Score::Energy))
-        .transpose()?;
-    // On a GPU the fused form has a kernel of its own, which does not tell how much it scored.
+    // On the CPU a native step reads the keys alone.
+    let keeps = x.pass == Pass::Decode && !(precision == Precision::Native && x.k.device().is_cpu());
+    let kept = keeps.then(|| KeptKeys::new(&x.k, Score::Energy, precision)).transpose()?;
+    // On a GPU the fused form has a kernel of its own, which alone decodes with 8-bit keys and does not tell how much
+    // it scored.
     let native = precision == Precision::Native;
     let fused = candidates == 1 && x.pass != Pass::Fwdbwd && (native || x.k.device().is_cuda());
     runner(x, move |q, k, v| {
-        let args = Scan {
-            precision,
-            quantized: kept.as_ref(),
-            #[cfg(any(feature = "cuda", feature = "metal"))]
-            key_bias: norms.as_ref(),
-            ..Scan::new(&beta, &mask, candidates)
+        let args = Scan { precision, ..Scan::new(&beta, &mask, candidates) };
+        let args = match &kept {
+            Some(kept) => kept.scan(args),
+            None => args,
         };
         let (selected, rescored) = match fused {
             true => (scan_select(q, k, v, &args, None)?, native.then_some(Rescored::ALL)),
@@ -252,6 +268,29 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
             }
         };
         Ok(Output { y: selected.y, winners: Some(selected.index), rescored })
+    })
+}
+
+/// Decoding by energies that a prior of the keys' norms has order keys as dot products do: the prior kept, or worked
+/// out anew at every step.
+fn by_dot_product(x: &Inputs, kept: bool) -> Result<Runner> {
+    let beta = Tensor::ones(x.shape.heads, DType::F32, x.q.device())?;
+    let (mask, keys) = (Mask::none(), QuantizedKeys::new(&x.k, Score::Energy)?);
+    let kept = kept.then(|| norm_prior(&x.k, &beta, None)).transpose()?;
+    runner(x, move |q, k, v| {
+        let prior = match &kept {
+            Some(prior) => prior.clone(),
+            None => norm_prior(k, &beta, None)?,
+        };
+        let args = Scan {
+            prior: Some(&prior),
+            precision: Precision::Certified,
+            quantized: Some(&keys),
+            ..Scan::new(&beta, &mask, 8)
+        };
+        let found = scan(q, k, &args)?;
+        let selected = select(q, k, v, &found, &Select { prior: Some(&prior), ..Select::new(&beta) })?;
+        Ok(Output { y: selected.y, winners: Some(selected.index), rescored: Some(found.rescored) })
     })
 }
 
@@ -321,12 +360,17 @@ mod tests {
             for pass in [Pass::Fwd, Pass::Fwdbwd, Pass::Decode] {
                 let inputs = Inputs::new(shape, pass, DType::F32, 3, &Device::Cpu)?;
                 let (mut selected, mut blended) = (None::<Vec<f32>>, None::<Vec<f32>>);
+                let mut by_product = None::<Vec<f32>>;
                 for c in CONTENDERS.iter().filter(|c| c.passes.contains(&pass)) {
                     if !c.runs_on(&Device::Cpu) {
                         continue;
                     }
                     let out = (c.prepare)(&inputs)?()?;
-                    let first = if c.work == Work::Blend { &mut blended } else { &mut selected };
+                    let first = match c.work {
+                        Work::Blend => &mut blended,
+                        _ if c.name.contains("norm prior") => &mut by_product,
+                        _ => &mut selected,
+                    };
                     let y = values(&out.y)?;
                     assert_eq!(y.len(), inputs.q.elem_count(), "{} {pass} {shape}", c.name);
                     assert_eq!(out.winners.is_some(), c.work != Work::Blend, "{}", c.name);

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::fused::{
     Rows, attach2, for_chunks, for_chunks2, rows_per_chunk, sum_rows, vectorize, with_contiguous_rows,
 };
-use crate::gpu::on_gpu;
+use crate::gpu::{on_cpu, on_gpu};
 use crate::mask::{check_boundaries, sequence};
 use crate::plan::require_device;
 
@@ -82,6 +82,10 @@ fn validate(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Result<(usiz
             weight.dims(),
             x.dims()
         )));
+    }
+    if *width == 1 && !on_cpu(x.device()) {
+        // The state has no elements then, and candle holds no such tensor there.
+        return Err(Error::Unsupported("causal_conv of width 1 on a GPU; 2 or more is".into()));
     }
     if weight.dtype() != x.dtype() {
         return Err(Error::Invalid(format!(

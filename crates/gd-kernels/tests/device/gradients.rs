@@ -12,7 +12,7 @@ use crate::problems::values;
 use crate::targets;
 
 /// Steps to either side, far above the rounding of f32.
-const STEP: f64 = 4e-3;
+const STEP: f64 = 2e-3;
 /// Of the gradient's length.
 const BOUND: f64 = 1e-2;
 
@@ -62,24 +62,23 @@ fn check(
     }
 }
 
-/// q, k, v, beta, threshold, prior, and alpha where the gate has one.
-fn selections(what: &str, alpha: bool, change: fn(&mut Select)) {
+/// Selections by q, k, v, beta, threshold and prior, in which no row abstains.
+fn selections(what: &str, change: fn(&mut Select)) {
     let [b, hq, hk, n, m, d, dv] = [1, 4, 2, 3, 8, 16, 8];
-    let mut inputs = vec![
+    let inputs = [
         noise(11, &[b, hq, n, d]),
         noise(12, &[b, hk, m, d]),
         noise(13, &[b, hk, m, dv]),
-        (noise(14, &[hq]).abs().unwrap() * 0.2 + 0.1).unwrap(),
-        (noise(15, &[hq]) * 0.2 + 1.6).unwrap(),
+        noise(14, &[hq]).abs().unwrap().affine(0.2, 0.1).unwrap(),
+        noise(15, &[hq]).affine(0.2, 3.0).unwrap(),
         (noise(16, &[b, hk, m]) * 0.3).unwrap(),
     ];
-    inputs.extend(alpha.then(|| (noise(17, &[hq]) * 0.2 + 0.5).unwrap()));
     let mask = Mask::none();
     check(what, &inputs, |x| {
         let prior = Some(&x[5]);
         // Every key is a candidate.
         let found = scan(&x[0], &x[1], &Scan { prior, ..Scan::new(&x[3], &mask, 8) })?;
-        let mut how = Select { prior, threshold: Some(&x[4]), alpha: x.get(6), ..Select::new(&x[3]) };
+        let mut how = Select { prior, threshold: Some(&x[4]), ..Select::new(&x[3]) };
         change(&mut how);
         let Selected { y, index, .. } = select(&x[0], &x[1], &x[2], &found, &how)?;
         Ok((y, (how.hardness > 0.0).then_some(index)))
@@ -88,9 +87,9 @@ fn selections(what: &str, alpha: bool, change: fn(&mut Select)) {
 
 #[test]
 fn gradients_are_those_of_finite_differences() {
-    selections("a blend", false, |s| (s.estimator, s.hardness) = (Estimator::Blend, 0.0));
-    selections("a winner behind the energy gate", false, |s| {
-        (s.estimator, s.gate) = (Estimator::Winner, Gate::Energy { temperature: 0.7 });
+    selections("a blend", |s| (s.estimator, s.hardness) = (Estimator::Blend, 0.0));
+    selections("a winner behind the energy gate", |s| {
+        (s.estimator, s.gate) = (Estimator::Winner, Gate::Energy { temperature: 2.0 });
     });
     check("a convolution", &[noise(1, &[2, 9, 24]), noise(2, &[24, 4])], |x| {
         Ok((causal_conv(&x[0], &x[1], None)?.0, None))
@@ -108,11 +107,11 @@ fn the_coherence_gate_has_the_gradient_of_its_density() {
     // Without a threshold and a prior, which the density knows nothing of.
     let [b, hq, hk, n, m, d] = [1, 4, 2, 3, 8, 16];
     let inputs = [
-        noise(11, &[b, hq, n, d]),
-        noise(12, &[b, hk, m, d]),
-        noise(13, &[b, hk, m, 8]),
-        (noise(14, &[hq]).abs().unwrap() * 0.2 + 0.1).unwrap(),
-        (noise(17, &[hq]) * 0.2 + 0.4).unwrap(),
+        noise(31, &[b, hq, n, d]),
+        noise(32, &[b, hk, m, d]),
+        noise(33, &[b, hk, m, 8]),
+        noise(14, &[hq]).abs().unwrap().affine(0.2, 0.1).unwrap(),
+        noise(17, &[hq]).affine(0.2, 0.4).unwrap(),
     ];
     let mask = Mask::none();
     check("a winner behind the coherence gate", &inputs, |x| {

@@ -3,12 +3,11 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use gd_layer::{RopeScaling, Rotary, linear, rms_norm, swiglu};
+use gd_layer::{Linear, RopeScaling, Rotary, rms_norm, swiglu};
 use gd_model::loss::{
     IGNORE, cross_entropy, linear_cross_entropy, linear_distillation, linear_token_losses, token_losses,
 };
 use gd_model::optimizer::{AdamWConfig, MuonConfig, Optimizer, global_norm, not_finite, orthogonal};
-use gd_model::params::Params;
 
 use crate::graph::{apart, noise};
 use crate::{Target, targets};
@@ -74,26 +73,10 @@ fn layers_and_their_gradients_are_those_of_the_cpu() -> Result<()> {
                 [noise(1, &[1, rows, 24]).to_dtype(DType::F32)?, noise(2, &[9, 24]).to_dtype(dtype)?];
             let bound = if dtype == DType::BF16 { 1e-2 } else { 2e-3 };
             agree(&format!("projection {rows} {dtype:?}"), &inputs, bound, |x| {
-                gd_layer::Linear::new(x[1].clone(), None).forward(&x[0])
+                Linear::new(x[1].clone(), None).forward(&x[0])
             })?;
         }
     }
-    Ok(())
-}
-
-#[test]
-fn a_projection_is_created_alike() -> Result<()> {
-    let new = || -> Result<BTreeMap<String, Tensor>> {
-        let params = Params::new(3, DType::F32, &Device::Cpu);
-        linear(8, 6, true, true, params.builder().pp("p"))?;
-        Ok(params.tensors())
-    };
-    let (a, b) = (new()?, target().run(new)?);
-    assert!(a.len() == 2 && a.keys().eq(b.keys()));
-    for (name, t) in &a {
-        assert_eq!(apart(t, &b[name]), 0.0, "{name}");
-    }
-    counted();
     Ok(())
 }
 
@@ -162,7 +145,7 @@ fn optimizers_take_the_steps_of_the_cpu() -> Result<()> {
     for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 1e-2)] {
         for muon in [None, Some(MuonConfig::default())] {
             let ((want, a), (got, b)) = (optimized(dtype, muon)?, target().run(|| optimized(dtype, muon))?);
-            assert!(want.keys().eq(got.keys()) && want.len() > 8, "{:?} {:?}", want.keys(), got.keys());
+            assert!(want.keys().eq(got.keys()) && want.len() >= 8, "{:?} {:?}", want.keys(), got.keys());
             for (name, t) in &want {
                 let bound = if muon.is_some() { 4.0 * bound } else { bound };
                 let off = apart(&got[name], t);

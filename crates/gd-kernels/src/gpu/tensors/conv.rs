@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::{TensorGpu, Vector};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fused::{attach2, with_contiguous_rows};
 use crate::gpu::conv::{Plan, Rows, Sizes, backward, forward};
 
@@ -33,10 +33,6 @@ pub(crate) fn convolve<G: TensorGpu>(
     boundaries: Option<&[Vec<usize>]>,
 ) -> Result<Tensor> {
     let ((batch, rows, channels), width) = (x.dims3()?, weight.dim(1)?);
-    if width == 1 {
-        // The state has no elements then, and candle holds no such tensor there.
-        return Err(Error::Unsupported("causal_conv of width 1 on a GPU; 2 or more is".into()));
-    }
     let device = G::of(x.device())?;
     let dtype: DType = x.dtype();
     let sizes = Sizes { batch, rows, channels, width, dtype };

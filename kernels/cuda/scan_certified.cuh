@@ -118,6 +118,12 @@ template <class T, int DP, int MT> struct Sift {
     float scale[MT][2], norm[MT][2], bar[MT][2];
     u32 count[MT][2];
 
+    __device__ __forceinline__ Sift(const ScanParams &p, const Block &at, const T *q, const Source<T> &keys,
+                                    const float *bias, const float4 *known, float *lists, SiftedRow *rows, u32 first,
+                                    u32 room)
+        : p(p), at(at), q(q), keys(keys), bias(bias), known(known), lists(lists), rows(rows), first(first),
+          room(room), rounded(rounding(p.head_dim)) {}
+
     // Quantises the rows; `staging` has room for 16 of them.
     __device__ __forceinline__ void load(int8_t *staging, const Seen &seen) {
         u32 g = lane_id() / 4;
@@ -432,8 +438,7 @@ __device__ __forceinline__ void scan_certified(const CertifiedParams &params, co
     size_t piece = size_t(at.b) * p.kv_heads + at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
     const float4 *about = known + piece * params.room;
-    S sift = {p, at, q, keys, biases, about, lists + size_t(first) * 2 * room, rows + first, first, room, 0.0f,
-              rounding(p.head_dim)};
+    S sift(p, at, q, keys, biases, about, lists + size_t(first) * 2 * room, rows + first, first, room);
     // 16 rows of at most 8 warps have room where the tiles will lie.
     sift.load(tiles + warp * 16 * Integers<DP>::PITCH, seen);
     __syncthreads();

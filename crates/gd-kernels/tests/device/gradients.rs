@@ -106,10 +106,14 @@ fn gradients_are_those_of_finite_differences() {
 fn the_coherence_gate_has_the_gradient_of_its_density() {
     // Without a threshold and a prior, which the density knows nothing of.
     let [b, hq, hk, n, m, d] = [1, 4, 2, 3, 8, 16];
+    let k = noise(12, &[b, hk, m, d]);
+    // Every query lies near a key, so that no step changes what it reads.
+    let near = k.narrow(2, 3, n).unwrap().unsqueeze(2).unwrap().broadcast_as((b, hk, hq / hk, n, d)).unwrap();
+    let near = near.reshape((b, hq, n, d)).unwrap();
     let inputs = [
-        noise(31, &[b, hq, n, d]),
-        noise(32, &[b, hk, m, d]),
-        noise(33, &[b, hk, m, 8]),
+        ((near * 0.7).unwrap() + (noise(11, &[b, hq, n, d]) * 0.4).unwrap()).unwrap(),
+        k,
+        noise(13, &[b, hk, m, 8]),
         noise(14, &[hq]).abs().unwrap().affine(0.2, 0.1).unwrap(),
         noise(17, &[hq]).affine(0.2, 0.4).unwrap(),
     ];

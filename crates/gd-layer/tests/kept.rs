@@ -168,20 +168,27 @@ fn a_cached_pass_over_everything_is_the_pass_without_a_cache() -> Result<()> {
 
 #[test]
 fn gradients_reach_every_parameter_through_a_cached_pass() -> Result<()> {
-    let cfg = config(GdConfig { norm_prior: true, candidates: 1, ..GdConfig::default() }, None);
-    let f = fixture(&cfg, true, DType::F32, 3)?;
-    let x = Numbers(7).tensor(&[1, 80, 12], 1.0, DType::F32)?;
-    let gradients = |cache: Option<&mut LayerCache>| -> Result<Vec<(String, bool)>> {
-        let mask = Mask::causal(0);
-        let grads = f.layer.attend(&x, &Pass::new(&mask), cache)?.sqr()?.sum_all()?.backward()?;
-        Ok(f.vars.iter().map(|(name, var)| (name.clone(), grads.get(var).is_some())).collect())
-    };
-    let (with, without) = (gradients(Some(&mut LayerCache::new()))?, gradients(None)?);
-    for ((name, with), (_, without)) in with.into_iter().zip(without) {
-        assert!(without, "{name} has no gradient");
-        // Keys and values of a cache are cut off.
-        let cut = ["k_proj", "v_proj", "k_norm"].iter().any(|part| name.starts_with(part));
-        assert_eq!(with, !cut, "{name}");
+    for candidates in [1, 4] {
+        let cfg = config(GdConfig { norm_prior: true, candidates, ..GdConfig::default() }, None);
+        let f = fixture(&cfg, true, DType::F32, 3)?;
+        let x = Numbers(7).tensor(&[1, 80, 12], 1.0, DType::F32)?;
+        let gradients = |cache: Option<&mut LayerCache>| -> Result<Vec<Option<Tensor>>> {
+            let mask = Mask::causal(0);
+            let grads = f.layer.attend(&x, &Pass::new(&mask), cache)?.sqr()?.sum_all()?.backward()?;
+            Ok(f.vars.iter().map(|(_, var)| grads.get(var).cloned()).collect())
+        };
+        let (with, without) = (gradients(Some(&mut LayerCache::new()))?, gradients(None)?);
+        for ((name, _), (with, without)) in f.vars.iter().zip(with.iter().zip(&without)) {
+            // Keys and values of a cache are cut off.
+            let cut = ["k_proj", "v_proj", "k_norm"].iter().any(|part| name.starts_with(part));
+            assert_eq!((with.is_some(), without.is_some()), (!cut, true), "{name}");
+            // That of beta comes through the prior of the norms, too.
+            if let (Some(with), Some(without), "gd.beta") = (with, without, name.as_str()) {
+                assert_eq!(bits(with)?, bits(without)?, "{name}, {candidates} candidates");
+                let moves = with.abs()?.max_all()?.to_scalar::<f32>()? > 0.0;
+                assert_eq!(moves, candidates > 1, "{name}, {candidates} candidates");
+            }
+        }
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Operators, layers and models on tensors of the CPU with an emulated GPU in its place: the code path of a CUDA or Metal
-//! build, against the CPU's own.
+//! Operators, layers and models on tensors of the CPU with an emulated GPU in its place: the code path of a CUDA or
+//! Metal build, against the CPU's own.
 //!
 //! The suites of operators are those that `crates/gd-kernels/tests/device` runs on a real GPU.
 

@@ -76,12 +76,15 @@ pub(crate) fn compare(
 /// Number of the input alpha in [`selection`].
 const ALPHA: Option<usize> = Some(5);
 
+/// A change of the options, and the input that has no gradient then.
+type Way = (fn(&mut Select), Option<usize>);
+
 /// Scan and selection with everything that has a gradient, but for the input `silent`.
 fn selection(
     what: &str,
     shape: [usize; 7],
     (dtype, bound): (DType, f64),
-    (change, silent): (fn(&mut Select), Option<usize>),
+    (change, silent): Way,
     rounds: usize,
 ) {
     let [b, hq, hk, n, m, d, dv] = shape;
@@ -138,7 +141,7 @@ fn selection(
 
 #[test]
 fn selections_and_their_gradients_are_those_of_the_cpu() {
-    let ways: [(fn(&mut Select), Option<usize>); 8] = [
+    let ways: [Way; 8] = [
         (|s| s.estimator = Estimator::Candidates, None),
         (|s| s.estimator = Estimator::Reinmax, None),
         (|s| s.estimator = Estimator::Winner, None),

@@ -34,8 +34,11 @@ fn last_norm(trainer: &Trainer) -> (String, Var) {
     trainer.params.vars().into_iter().find(|(name, _)| name == "model.norm.weight").unwrap()
 }
 
+/// Every number that a run keeps, by name.
+type Bits = Vec<(String, Vec<u32>)>;
+
 /// Every bit of weights, moments and counts of updates.
-fn bits(trainer: &mut Trainer) -> Vec<(String, Vec<u32>)> {
+fn bits(trainer: &mut Trainer) -> Bits {
     let kept = trainer.state().unwrap().tensors;
     let all = trainer.params.tensors().into_iter().chain(kept);
     let bits = |t: &Tensor| -> Vec<u32> {
@@ -47,7 +50,7 @@ fn bits(trainer: &mut Trainer) -> Vec<(String, Vec<u32>)> {
 
 /// Six steps, of which the third and the fourth have a gradient of no use; each figure is known as late as `proceed`
 /// lets it, or at once. How many figures each call has told, the steps, and all bits at the end.
-fn steps(settings: &Value, at_once: bool) -> (Vec<usize>, Vec<Step>, Vec<(String, Vec<u32>)>) {
+fn steps(settings: &Value, at_once: bool) -> (Vec<usize>, Vec<Step>, Bits) {
     let mut trainer = trainer(settings.clone());
     let (_, norm) = last_norm(&trainer);
     let (mut told, mut all, mut good) = (Vec::new(), Vec::new(), None);
@@ -63,7 +66,7 @@ fn steps(settings: &Value, at_once: bool) -> (Vec<usize>, Vec<Step>, Vec<(String
         all.extend(steps);
     }
     if !at_once && trainer.runs_ahead() {
-        let error = trainer.state().err().expect("a state without the last step's outcome").to_string();
+        let error = trainer.state().expect_err("a state without the last step's outcome").to_string();
         assert!(error.contains("step 6"), "{error}");
     }
     let rest = trainer.settle().unwrap();

@@ -1,3 +1,4 @@
+// See grid.h.
 #include "grid.h"
 
 #include <memory>

@@ -134,7 +134,7 @@ pub fn verdict<G: Gpu>(
     launch(gpu, format!("clip_{}", gpu.arch().suffix()), 1, &params, buffers)
 }
 
-/// The numbers of one update of a parameter; see `AdamWConfig` of crate gd-model.
+/// The numbers of one update of a parameter: what is left of the settings of an optimizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
     /// Number of this update, from 1, if that before it was made.

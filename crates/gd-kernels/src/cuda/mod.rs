@@ -15,7 +15,7 @@ use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
 
 pub use self::buffer::Buffer;
 pub use self::modules::kernel_hash;
-use self::modules::{Kernel, Loaded, PINNED};
+use self::modules::{Kernel, Loaded};
 use crate::error::{Error, Result};
 use crate::gpu::tensors::{Reading, TensorGpu};
 use crate::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
@@ -190,8 +190,8 @@ impl TensorGpu for Cuda {
 
     fn reading(&self, t: &Tensor) -> Result<Reading> {
         let what = || format!("a copy of {} numbers to the host", t.elem_count());
-        if t.elem_count() > PINNED || !t.is_contiguous() {
-            return Err(Error::Invalid(format!("{}: at most {PINNED}, contiguous", what())));
+        if !t.is_contiguous() {
+            return Err(Error::Invalid(format!("{}: they are strided", what())));
         }
         let (storage, layout) = t.storage_and_layout();
         let Storage::Cuda(storage) = &*storage else {
@@ -199,12 +199,12 @@ impl TensorGpu for Cuda {
         };
         let (first, count) = (layout.start_offset(), t.elem_count());
         let from = storage.as_cuda_slice::<f32>()?.slice(first..first + count);
-        let mut host = self.loaded.pinned().map_err(|e| failed(what(), e))?;
+        let mut host = self.loaded.pinned(count).map_err(|e| failed(what(), e))?;
         // The slice keeps an event behind the copy, for which reading it waits.
         self.stream.memcpy_dtoh(&from, &mut host).map_err(|e| failed(what(), e))?;
         let loaded = self.loaded.clone();
         Ok(Box::new(move || {
-            let numbers = host.as_slice().map(|all| all[..count].to_vec());
+            let numbers = host.as_slice().map(<[f32]>::to_vec);
             let numbers = numbers.map_err(|e| failed(format!("a copy of {count} numbers to the host"), e))?;
             loaded.keep(host);
             Ok(numbers)

@@ -30,12 +30,9 @@ pub(super) struct Loaded {
     /// One for each source, loaded when its first kernel is asked for.
     modules: Vec<OnceLock<Arc<CudaModule>>>,
     kernels: RwLock<HashMap<String, Arc<Kernel>>>,
-    /// Host memory for copies that the device makes while the host goes on; of [`PINNED`] numbers each.
+    /// Host memory for copies that the device makes while the host goes on.
     pinned: Mutex<Vec<PinnedHostSlice<f32>>>,
 }
-
-/// Numbers of such a copy, at most.
-pub(super) const PINNED: usize = 16;
 
 /// A kernel in a context.
 pub(super) struct Kernel {
@@ -84,12 +81,15 @@ impl Loaded {
         self.arch
     }
 
-    /// Host memory that the device copies to on its own. To take and to free it may wait for the device, so it comes
-    /// back by [`Loaded::keep`].
+    /// Host memory for `count` numbers, which the device copies on its own: exactly as many, since cudarc copies as much
+    /// as there is room for. To take and to free it may wait for the device, so it comes back by [`Loaded::keep`].
     #[allow(unsafe_code)] // undefined contents, which a copy fills
-    pub(super) fn pinned(&self) -> std::result::Result<PinnedHostSlice<f32>, DriverError> {
-        let kept = self.pinned.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        kept.map_or_else(|| unsafe { self.context.alloc_pinned_with_flags(PINNED, 0) }, Ok)
+    pub(super) fn pinned(&self, count: usize) -> std::result::Result<PinnedHostSlice<f32>, DriverError> {
+        let mut kept = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        match kept.iter().position(|one| one.len() == count) {
+            Some(at) => Ok(kept.swap_remove(at)),
+            None => unsafe { self.context.alloc_pinned_with_flags(count, 0) },
+        }
     }
 
     pub(super) fn keep(&self, pinned: PinnedHostSlice<f32>) {

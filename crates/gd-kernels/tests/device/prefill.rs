@@ -37,8 +37,8 @@ fn prefill_with_8_bit_keys_is_the_plain_scan() -> Result<()> {
 
 fn prefill(target: &Target, dtype: DType, score: Score, candidates: usize, d: usize) -> Result<()> {
     let gpu = target.device();
-    let (b, hq, hk, dv) = (2, 8, 2, 48);
-    let (n, m) = if sanitized() { (37, 230) } else { (700, 900) };
+    let (hq, hk, dv) = (4, 2, 48);
+    let (b, n, m) = if sanitized() { (1, 37, 170) } else { (2, 700, 900) };
     let (q, k, v) = (
         noise(1, &[b, hq, n, d], dtype, gpu)?,
         noise(2, &[b, hk, m, d], dtype, gpu)?,
@@ -63,6 +63,6 @@ fn prefill(target: &Target, dtype: DType, score: Score, candidates: usize, d: us
     let other = QuantizedKeys::new(&k.narrow(2, 0, m - 1)?, score).unwrap();
     let short = Scan { precision: Precision::Certified, quantized: Some(&other), ..plain.clone() };
     let refusal = scan(&q, &k, &short).unwrap_err().to_string();
-    assert!(refusal.contains(&format!("[2, 2, {}, ", m - 1)), "{refusal}");
+    assert!(refusal.contains(&format!("[{b}, {hk}, {}, ", m - 1)), "{refusal}");
     Ok(())
 }

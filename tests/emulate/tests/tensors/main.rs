@@ -12,6 +12,8 @@ mod gradients;
 #[path = "../../../../crates/gd-kernels/tests/device/graph.rs"]
 mod graph;
 mod layers;
+#[path = "../../../../crates/gd-kernels/tests/device/prefill.rs"]
+mod prefill;
 #[path = "../../../../crates/gd-kernels/tests/problems/mod.rs"]
 mod problems;
 #[path = "../../../../crates/gd-kernels/tests/device/repeats.rs"]

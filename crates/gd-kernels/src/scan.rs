@@ -127,11 +127,16 @@ pub fn plan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Plan> {
 /// The validated problem and its plan.
 pub(crate) fn planned(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<(Problem, Plan)> {
     let problem = problem(q, k, scan)?;
+    let plan = plan_of(&problem, q, k, scan)?;
+    Ok((problem, plan))
+}
+
+/// The plan of a validated problem.
+pub(crate) fn plan_of(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Plan> {
     let protected = scan.protected.map_or(0, |p| p.dims().last().copied().unwrap_or(0));
     let mappable = [q, k].into_iter().all(crate::gpu::tensor_map::takes);
     let extras = Extras { protected, prior: scan.prior.is_some(), mappable };
-    let plan = Plan::new(&problem, extras, q.device(), scan.backend)?;
-    Ok((problem, plan))
+    Plan::new(problem, extras, q.device(), scan.backend)
 }
 
 /// The validated problem.

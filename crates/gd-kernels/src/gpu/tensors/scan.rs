@@ -12,7 +12,7 @@ use crate::options::Precision;
 use crate::paged::PagedCache;
 use crate::plan::Problem;
 use crate::rescored::Rescored;
-use crate::scan::{Candidates, Scan, check_head, check_values, planned, prior_dims, problem, protected_dims};
+use crate::scan::{Candidates, Scan, check_head, check_values, plan_of, prior_dims, problem, protected_dims};
 use crate::select::Selected;
 
 /// The operands of a scan, held as long as its launches need them.
@@ -135,7 +135,7 @@ pub(crate) fn scan_select<G: TensorGpu>(
         let pieces = [problem.batch, problem.keys];
         winners.decode(&device, problem, &operands, scan, None, pieces)?;
     } else {
-        let (_, plan) = planned(q, k, scan)?;
+        let plan = plan_of(problem, q, k, scan)?;
         let x = operands.inputs(scan);
         let out =
             gpu::Outputs { index: (&winners.index).into(), energy: (&winners.energy).into(), flags: None };
@@ -145,10 +145,11 @@ pub(crate) fn scan_select<G: TensorGpu>(
             threshold: winners.threshold.as_ref().map(Vector::slice),
             y: (&winners.y).into(),
         };
+        let plan = plan.gpu()?;
         match problem.precision {
-            Precision::Native => gpu::scan_select(&device, plan.gpu()?, problem, &x, &values, &out)?,
+            Precision::Native => gpu::scan_select(&device, plan, problem, &x, &values, &out)?,
             Precision::Certified => {
-                certified(&device, (problem, plan.gpu()?), &operands, scan, &out, Some(&values))?;
+                certified(&device, (problem, plan), &operands, scan, &out, Some(&values))?;
             }
         }
     }

@@ -112,12 +112,12 @@ impl Growing {
         Ok(self.buffer.narrow(ROWS, 0, self.longest())?)
     }
 
-    /// Counts `rows` rows at these places as written, and gives them memory that nobody shares.
+    /// Counts `rows` rows at these places, which [`check_places`] has let through, as written, and gives them memory
+    /// that nobody shares.
     ///
     /// # Errors
-    /// Places that do not fit the pieces, or what the device reports.
+    /// What the device reports.
     pub(crate) fn claim(&mut self, at: &[Place], rows: usize) -> Result<()> {
-        check_places(at, at.len(), rows, &self.lengths)?;
         let needed = at.iter().map(|[_, first]| first + rows).max().unwrap_or(0);
         let room = match self.room() {
             room if needed > room => needed.max(2 * room).next_multiple_of(BLOCK),

@@ -264,6 +264,16 @@ struct SwigluParams {
     u32 d_row;
 };
 
+// Cross entropy of logits [B, H, N, V].
+struct CrossEntropyParams {
+    u32 heads;
+    u32 rows;
+    u32 vocab;
+    u32 x_batch;
+    u32 x_head;
+    u32 x_row;
+};
+
 // Sums of squares of one gradient: a part for every piece of it.
 struct SquaresParams {
     u32 count;        // elements

@@ -1,9 +1,8 @@
 //! Cross entropy of next-token prediction, in nats.
 //!
 //! logits `[rows, V]` in f64, f32, f16 or bf16, targets u32 `[rows]`; rows with the target [`IGNORE`]
-//! do not count. On the CPU one fused pass that stores one number a row, and a backward pass that
-//! writes `(softmax - one-hot) / counted rows` directly; elsewhere a composition of differentiable
-//! primitives. Sums run in f32 (f64 for f64).
+//! do not count. One fused pass that stores one number a row, and a backward pass that writes
+//! `(softmax - one-hot) / counted rows` directly. Sums run in f32 (f64 for f64, on the CPU alone).
 //!
 //! [`linear_cross_entropy`] takes the hidden states `[rows, C]` and the weights `[V, C]` of the output
 //! projection instead, and holds the logits of a few rows at a time; [`linear_distillation`] adds the distance
@@ -46,7 +45,8 @@ fn count(targets: &[u32]) -> usize {
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let vocab = validate(logits, targets)?;
     if !on_cpu(logits.device()) {
-        return composed(logits, targets);
+        let losses = gd_kernels::on_device::cross_entropy(logits, targets)?;
+        return losses.sum_all()? / weight(targets, DType::F32)?;
     }
     let logits = with_contiguous_rows(logits)?;
     let targets = checked_targets(targets, vocab)?;
@@ -70,7 +70,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 pub fn token_losses(logits: &Tensor, targets: &Tensor) -> Result<Vec<f32>> {
     let vocab = validate(logits, targets)?;
     if !on_cpu(logits.device()) {
-        return row_losses(&logits.detach(), targets)?.to_dtype(DType::F32)?.to_vec1();
+        checked_targets(targets, vocab)?;
+        return gd_kernels::on_device::cross_entropy(&logits.detach(), targets)?.to_vec1();
     }
     let logits = with_contiguous_rows(&logits.detach())?;
     let targets = checked_targets(targets, vocab)?;
@@ -103,17 +104,13 @@ fn checked_targets(targets: &Tensor, vocab: usize) -> Result<Vec<u32>> {
     }
 }
 
-/// The same from candle primitives that have gradients.
-fn composed(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let losses = row_losses(logits, targets)?;
-    losses.sum_all()? / weight(targets, losses.dtype())?
-}
-
 /// The number of counted rows, at least 1, as a scalar on the targets' device: nothing waits for it.
 fn weight(targets: &Tensor, dtype: DType) -> Result<Tensor> {
     targets.ne(IGNORE)?.to_dtype(dtype)?.sum_all()?.maximum(1.0)
 }
 
+/// The loss of every row from candle primitives that have gradients.
+#[cfg(test)]
 fn row_losses(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let log_p = log_softmax(logits)?;
     let counts = targets.ne(IGNORE)?;
@@ -212,6 +209,11 @@ fn gradient_rows<T: Element>(
 mod tests {
     use super::*;
     use candle_core::{Device, Var};
+
+    fn composed(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let losses = row_losses(logits, targets)?;
+        losses.sum_all()? / weight(targets, losses.dtype())?
+    }
 
     #[test]
     fn composition_agrees_in_values_and_gradients() -> Result<()> {

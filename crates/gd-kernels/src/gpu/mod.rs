@@ -8,6 +8,7 @@
 pub mod adamw;
 pub mod average;
 pub mod conv;
+pub mod cross_entropy;
 pub mod decode;
 #[cfg(feature = "emulate")]
 mod emulated;

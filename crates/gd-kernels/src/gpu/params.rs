@@ -286,6 +286,16 @@ params! {
         d_row: u32,
     }
 
+    /// Cross entropy.
+    struct CrossEntropyParams {
+        heads: u32,
+        rows: u32,
+        vocab: u32,
+        x_batch: u32,
+        x_head: u32,
+        x_row: u32,
+    }
+
     /// Sums of squares of a gradient.
     struct SquaresParams {
         count: u32,

@@ -2,10 +2,11 @@
 //! the graph itself puts together, and the refusals of tensors that no kernel covers.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use gd_kernels::on_device::{cross_entropy, cross_entropy_and_gradient};
 use gd_kernels::{
     Backend, Barrier, Candidates, CoherenceMode, Error, Estimator, Gate, Isa, Mask, Precision, QuantizedKeys,
-    Scan, Score, Select, TieBreak, causal_conv, embedding, packed_causal_conv, plan, running_average, scan,
-    scan_all, scan_select, select,
+    Scan, Score, Select, TieBreak, causal_conv, embedding, on_cpu, packed_causal_conv, plan, running_average,
+    scan, scan_all, scan_select, select,
 };
 
 use crate::problems::{rng, uniform, values};
@@ -283,6 +284,36 @@ fn an_embedding_reads_rows_and_sums_their_gradients() -> Result<()> {
 }
 
 #[test]
+fn cross_entropies_and_their_gradients_are_those_of_candles_operations() {
+    for (rows, vocab) in [(7, 33), (1, 700), (40, 2)] {
+        for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 2e-2), (DType::F16, 2e-3)] {
+            // Parts of larger tensors, the targets too; every third row does not count.
+            let ids: Vec<u32> =
+                (0..=rows as u32).map(|i| if i % 3 == 2 { u32::MAX } else { i * 7 % vocab as u32 }).collect();
+            let wide = (noise(1, &[rows, vocab + 3]) * 4.0).and_then(|t| t.to_dtype(dtype)).unwrap();
+            compare(&format!("cross entropy {rows} x {vocab} {dtype:?}"), &[wide], None, bound, |x| {
+                let logits = x[0].narrow(1, 2, vocab)?;
+                let targets = Tensor::new(&ids[..], logits.device())?.narrow(0, 1, rows)?;
+                let weights = noise(2, &[rows]).to_dtype(DType::F32)?.to_device(logits.device())?;
+                if !on_cpu(logits.device()) {
+                    let (losses, gradient) = cross_entropy_and_gradient(&logits, &targets, &weights)?;
+                    return Ok(vec![cross_entropy(&logits, &targets)?, losses, gradient]);
+                }
+                let logits = logits.to_dtype(DType::F32)?.contiguous()?;
+                let counted = targets.ne(u32::MAX)?.to_dtype(DType::F32)?.unsqueeze(1)?;
+                let targets = targets.minimum(vocab as u32 - 1)?.unsqueeze(1)?;
+                let log_sums = logits.exp()?.sum_keepdim(1)?.log()?;
+                let losses = ((&log_sums - logits.gather(&targets, 1)?)? * &counted)?.squeeze(1)?;
+                let shares = logits.broadcast_sub(&log_sums)?.exp()?;
+                let gradient = shares.scatter_add(&targets, &counted.ones_like()?.neg()?, 1)?;
+                let gradient = gradient.broadcast_mul(&(weights.unsqueeze(1)? * counted)?)?;
+                Ok(vec![losses.clone(), losses, gradient.to_dtype(dtype)?])
+            });
+        }
+    }
+}
+
+#[test]
 fn what_no_kernel_covers_is_named() -> Result<()> {
     for target in targets() {
         target.run(|| refusals(target.device(), target.name()))?;
@@ -358,5 +389,10 @@ fn refusals(device: &Device, name: &str) -> Result<()> {
     named(running_average(&prior, &prior, &v, None), "[1, 2, 8]");
     let table = tensor(&[7, 8], DType::F32)?;
     named(embedding(&table, &Tensor::new(&[0i64], device)?), "I64");
+    let targets = Tensor::zeros(7, DType::U32, device)?;
+    named(cross_entropy(&table, &targets.narrow(0, 0, 6)?), "[7, 8]");
+    named(cross_entropy(&table, &targets.to_dtype(DType::I64)?), "I64");
+    named(cross_entropy(&tensor(&[7, 8], DType::F64)?, &targets), "f64");
+    named(cross_entropy_and_gradient(&table, &targets, &beta), "weights [2] of 7");
     Ok(())
 }

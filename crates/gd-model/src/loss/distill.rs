@@ -7,7 +7,10 @@ use gd_kernels::fused::{Rows, for_chunks2, rows_per_chunk, vectorize};
 use gd_kernels::{by_float, on_cpu};
 
 use super::linear::{in_chunks, validate};
-use super::{IGNORE, PerRow, gradient_rows, log_softmax, log_sum, row_losses, weight};
+use super::{IGNORE, PerRow, gradient_rows, log_softmax, log_sum, on_device};
+
+/// Logits of each model that exist at a time off the CPU: 256 MiB in f32, and a few arrays of that size beside them.
+const CHUNK: usize = 1 << 26;
 
 /// The mean over counted rows of `CE(s, target) + kl * KL(softmax(t) || softmax(s))`, in nats, with the logits
 /// `s = hidden weightᵀ` and those of the other model `t`, from its own hidden states `[rows, C']` and weights
@@ -40,8 +43,10 @@ pub fn linear_distillation(
     }
     let (other_hidden, other_head) = (other_hidden.detach(), other_weight.detach().t()?);
     if !on_cpu(hidden.device()) {
-        let other = other_hidden.matmul(&other_head)?;
-        return composed(&hidden.matmul(&weight.t()?)?, targets, &other, kl);
+        return on_device::in_chunks(hidden, weight, targets, CHUNK, |at, logits, targets, shares| {
+            let other = other_hidden.narrow(0, at, logits.dim(0)?)?.matmul(&other_head)?;
+            composed((logits, &other), targets, kl, shares)
+        });
     }
     by_float!("linear_distillation", hidden.dtype(), T => {
         in_chunks::<T>("linear_distillation", hidden, weight, targets, |at, logits, targets, scale| {
@@ -53,14 +58,26 @@ pub fn linear_distillation(
     })
 }
 
-/// The same from candle primitives that have gradients.
-fn composed(logits: &Tensor, targets: &Tensor, other: &Tensor, kl: f64) -> Result<Tensor> {
-    let other = log_softmax(&other.detach())?;
-    let apart = (other.exp()? * (&other - log_softmax(logits)?)?)?.sum(1)?;
+/// The loss of every row from tensor operations, and with shares of the rows the gradient of the losses' sum with these
+/// weights.
+fn composed(
+    (logits, other): (&Tensor, &Tensor),
+    targets: &Tensor,
+    kl: f64,
+    shares: Option<&Tensor>,
+) -> Result<(Tensor, Option<Tensor>)> {
     let counts = targets.ne(IGNORE)?;
-    let apart = counts.where_cond(&apart, &apart.zeros_like()?)?;
-    let apart = (apart * kl)?;
-    (row_losses(logits, targets)? + &apart)?.sum_all()? / weight(targets, apart.dtype())?
+    let targets = counts.where_cond(targets, &targets.zeros_like()?)?.unsqueeze(1)?;
+    let (of_s, of_t) = (log_softmax(logits)?, log_softmax(other)?);
+    let theirs = of_t.exp()?;
+    let apart = ((&theirs * (of_t - &of_s)?)?.sum_keepdim(1)? * kl)?;
+    let losses = (apart - of_s.gather(&targets, 1)?)?.squeeze(1)?;
+    let losses = counts.where_cond(&losses, &losses.zeros_like()?)?;
+    let Some(shares) = shares else { return Ok((losses, None)) };
+    let shares = (shares * counts.to_dtype(of_s.dtype())?)?.unsqueeze(1)?;
+    let gradient = ((of_s.exp()? * (1.0 + kl))? - (theirs * kl)?)?;
+    let gradient = gradient.scatter_add(&targets, &shares.ones_like()?.neg()?, 1)?.broadcast_mul(&shares)?;
+    Ok((losses, Some(gradient.to_dtype(logits.dtype())?)))
 }
 
 /// The logsumexps of a row of both models' logits.
@@ -129,8 +146,19 @@ fn backward<T: Element>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::{row_losses, weight};
     use super::*;
     use candle_core::{DType, Device, Var};
+
+    /// The same from candle primitives that have gradients.
+    fn plain(logits: &Tensor, targets: &Tensor, other: &Tensor, kl: f64) -> Result<Tensor> {
+        let other = log_softmax(&other.detach())?;
+        let apart = (other.exp()? * (&other - log_softmax(logits)?)?)?.sum(1)?;
+        let counts = targets.ne(IGNORE)?;
+        let apart = counts.where_cond(&apart, &apart.zeros_like()?)?;
+        let apart = (apart * kl)?;
+        (row_losses(logits, targets)? + &apart)?.sum_all()? / weight(targets, apart.dtype())?
+    }
 
     /// Values and both gradients, with rows that do not count, on a vocabulary that takes several chunks.
     #[test]
@@ -164,9 +192,25 @@ mod tests {
                 };
                 let fused = linear_distillation((&hidden, &weight), &targets, (&other[0], &other[1]), kl)?;
                 let logits = hidden.matmul(&weight.t()?)?;
-                let plain = composed(&logits, &targets, &other[0].matmul(&other[1].t()?)?, kl)?;
-                for (a, b) in run(fused)?.into_iter().zip(run(plain)?) {
-                    assert!((a - b).abs() <= bound * (1.0 + b.abs()), "{dtype:?} {kl}: {a} against {b}");
+                let others = other[0].matmul(&other[1].t()?)?;
+                let plain = run(plain(&logits, &targets, &others, kl)?)?;
+                // As off the CPU, in chunks of 12 and 13 rows.
+                let chunked = on_device::in_chunks(
+                    &hidden,
+                    &weight,
+                    &targets,
+                    14 * vocab,
+                    |at, logits, targets, shares| {
+                        let others = others.narrow(0, at, logits.dim(0)?)?;
+                        composed((logits, &others), targets, kl, shares)
+                    },
+                )?;
+                for (name, found) in [("fused", run(fused)?), ("chunked", run(chunked)?)] {
+                    assert_eq!(found.len(), plain.len());
+                    for (a, b) in found.into_iter().zip(&plain) {
+                        let held = (a - b).abs() <= bound * (1.0 + b.abs());
+                        assert!(held, "{name} {dtype:?} {kl}: {a} against {b}");
+                    }
                 }
             }
         }

@@ -29,7 +29,7 @@ pub(crate) fn chunk_rows(vocab: usize, hidden: usize) -> usize {
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
     validate("linear_cross_entropy", hidden, weight, targets)?;
     if !on_cpu(hidden.device()) {
-        return on_device::linear_cross_entropy(hidden, weight, targets, on_device::CHUNK);
+        return on_device::linear_cross_entropy(hidden, weight, targets);
     }
     by_float!("linear_cross_entropy", hidden.dtype(), T => {
         in_chunks::<T>("linear_cross_entropy", hidden, weight, targets, |_, logits, targets, scale| {

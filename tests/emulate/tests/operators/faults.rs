@@ -32,6 +32,12 @@ const SHARED_FAULTS: &[Fault] = &[
     (45, "clip: no update is skipped", crate::training::check_adamw),
     (46, "adamw: a skipped update counts", crate::training::check_adamw),
     (47, "adamw: the parameter does not follow its master", crate::training::check_adamw),
+    (
+        48,
+        "cross entropy: no barrier before the sums of threads are read",
+        crate::training::check_cross_entropy,
+    ),
+    (49, "cross entropy: rows that do not count have a gradient", crate::training::check_cross_entropy),
     (87, "prior gradient: all heads take that of the first", crate::select::check),
     (88, "refinement: rows that abstained go on", crate::rounds::check),
 ];

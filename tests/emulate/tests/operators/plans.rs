@@ -5,8 +5,8 @@ use gd_emulate::{Buffer, Emulator};
 use gd_kernels::gpu::quantize::Quantized;
 use gd_kernels::gpu::scan_certified::{Certified, scan_certified};
 use gd_kernels::gpu::{
-    Arch, Gpu, RowSizes, Slice, Tensor4, TensorMap, adamw, average, conv, decode, norm, rotary, scan, select,
-    swiglu,
+    Arch, Gpu, RowSizes, Slice, Tensor4, TensorMap, adamw, average, conv, cross_entropy, decode, norm,
+    rotary, scan, select, swiglu,
 };
 use gd_kernels::{Error, Estimator, Mask, Precision, Problem, Score, TieBreak};
 
@@ -372,10 +372,11 @@ fn the_other_operators_are_planned_or_refused() {
 fn steps_of_a_training_are_planned_or_refused() {
     let s = RowSizes { batch: 2, heads: 3, rows: 5, dim: 8, dtype: DType::BF16 };
     type Make = fn(&RowSizes, &Arch) -> Result<(), Error>;
-    let makes: [(&str, Make); 3] = [
+    let makes: [(&str, Make); 4] = [
         ("rms_norm", |s, arch| norm::Plan::new(s, 1e-5, arch).map(drop)),
         ("rotary", |s, arch| rotary::Plan::new(s, &[0], arch).map(drop)),
         ("swiglu", |s, arch| swiglu::Plan::new(s, arch).map(drop)),
+        ("cross_entropy", |s, arch| cross_entropy::Plan::new(s, arch).map(drop)),
     ];
     for (op, make) in makes {
         assert!(make(&s, &H100).is_ok() && make(&s, &Arch { compute: Arch::METAL, ..A10 }).is_ok());

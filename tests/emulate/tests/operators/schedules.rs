@@ -53,6 +53,7 @@ fn of_training_steps() {
     same_bits("norm", [9, 9], crate::training::check_norm);
     same_bits("rotary", [6, 6], crate::training::check_rotary);
     same_bits("swiglu", [6, 6], crate::training::check_swiglu);
+    same_bits("cross entropy", [6, 6], crate::training::check_cross_entropy);
     same_bits("adamw", [9, 9], crate::training::check_adamw);
 }
 

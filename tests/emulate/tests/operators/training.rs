@@ -1,10 +1,10 @@
-//! What a training step has besides its attention: normalisation, rotary embedding and gated activation, forward and
-//! backward, and AdamW behind a norm that stays on the device; against naive f64 versions, through strides and
+//! What a training step has besides its attention: normalisation, rotary embedding, gated activation and cross entropy,
+//! forward and backward, and AdamW behind a norm that stays on the device; against naive f64 versions, through strides and
 //! offsets.
 
 use candle_core::{DType, Device, Tensor};
 use gd_emulate::{Buffer, Emulator};
-use gd_kernels::gpu::{Gpu, RowSizes, Slice, adamw, norm, rotary, swiglu};
+use gd_kernels::gpu::{Gpu, RowSizes, Slice, adamw, cross_entropy, norm, rotary, swiglu};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
@@ -16,12 +16,22 @@ use crate::{Verdict, ensure};
 /// Random numbers `[B, H, N, C]` inside of wider rows of NaN, with heads and rows the other way round or not; as the
 /// device sees them, and as f64 in the order of the shape.
 fn view(gpu: &Emulator, rng: &mut ChaCha8Rng, s: &RowSizes) -> (Held, Vec<f64>) {
+    view_of(gpu, rng, s, |rng| uniform(rng, s.dim))
+}
+
+/// The same of the rows that `fill` makes.
+fn view_of(
+    gpu: &Emulator,
+    rng: &mut ChaCha8Rng,
+    s: &RowSizes,
+    mut fill: impl FnMut(&mut ChaCha8Rng) -> Vec<f64>,
+) -> (Held, Vec<f64>) {
     let (front, width) = (rng.random_range(0..4), s.dim + 5);
     let turned = rng.random_bool(0.5);
     let (outer, inner) = if turned { (s.rows, s.heads) } else { (s.heads, s.rows) };
     let mut wide = vec![f64::NAN; s.batch * outer * inner * width];
     for row in wide.chunks_mut(width) {
-        row[front..front + s.dim].copy_from_slice(&uniform(rng, s.dim));
+        row[front..front + s.dim].copy_from_slice(&fill(rng));
     }
     let t = Tensor::from_vec(wide, (s.batch, outer, inner, width), &Device::Cpu).unwrap();
     let t = t.to_dtype(s.dtype).unwrap().narrow(3, front, s.dim).unwrap();
@@ -131,6 +141,87 @@ pub(crate) fn check_swiglu(gpu: &Emulator, seed: u64) -> Verdict {
         near(&format!("{what} of swiglu {s:?}"), &found, &want, s.dtype, 1e-6)?;
     }
     Ok(())
+}
+
+/// A cross entropy of a seed: rows that do not count, logits of -inf, and now and then a target that is no column or
+/// a row with a number that is not finite.
+pub(crate) fn check_cross_entropy(gpu: &Emulator, seed: u64) -> Verdict {
+    const IGNORED: u32 = u32::MAX;
+    let mut rng = rng(seed ^ 0x44);
+    let s = sizes(&mut rng, seed, &[1, 2, 31, 256, 257, 1100, 2100]);
+    let (s, size) = (RowSizes { rows: s.rows.min(9), ..s }, pick(&mut rng, &[1.0, 30.0]));
+    let (rows, vocab) = (s.batch * s.heads * s.rows, s.dim);
+    let masked = rng.random_bool(0.3);
+    let (bad, kind) = (rng.random_range(0..8 * rows), pick(&mut rng, &[f64::NAN, f64::INFINITY]));
+    let mut row = 0;
+    let (logits, xs) = view_of(gpu, &mut rng, &s, |rng| {
+        let mut x: Vec<f64> = uniform(rng, vocab).into_iter().map(|x| x * size).collect();
+        // Never the first column, to which masked targets go.
+        for x in x.iter_mut().skip(1).filter(|_| masked) {
+            *x = if rng.random_bool(0.4) { f64::NEG_INFINITY } else { *x };
+        }
+        if row == bad {
+            x[rng.random_range(0..vocab)] = kind;
+        }
+        row += 1;
+        x
+    });
+    let none = rng.random_bool(0.2);
+    let mut targets = Vec::new();
+    for row in xs.chunks(vocab) {
+        let at = rng.random_range(0..vocab);
+        targets.push(match rng.random_range(0..4) {
+            0 => IGNORED,
+            1 if none => vocab as u32 + rng.random_range(0..3),
+            _ if row[at].is_finite() => at as u32,
+            _ => 0,
+        });
+    }
+    let (weights, ds) = held(gpu, &uniform(&mut rng, rows), &[rows], DType::F32);
+    let (mut want, mut want_dx) = (vec![], vec![]);
+    for ((row, &target), d) in xs.chunks(vocab).zip(&targets).zip(&ds) {
+        let top = row.iter().fold(f64::MIN, |top, x| top.max(*x));
+        let sum = row.iter().map(|x| (x - top).exp()).sum::<f64>().ln() + top;
+        let sum = if row.contains(&f64::INFINITY) { f64::NAN } else { sum };
+        want.push(match row.get(target as usize) {
+            Some(x) => sum - x,
+            None if target == IGNORED => 0.0,
+            None => f64::INFINITY,
+        });
+        want_dx.extend(row.iter().enumerate().map(|(c, x)| match target {
+            IGNORED => 0.0,
+            _ => ((x - sum).exp() - f64::from(c as u32 == target)) * d,
+        }));
+    }
+    // Behind other numbers.
+    let listed: Vec<u32> = [7, 7].into_iter().chain(targets.iter().copied()).collect();
+    let listed = gpu.upload(bytemuck::cast_slice(&listed)).map_err(fail)?;
+    let at = Slice { buffer: &listed, offset: 8 };
+    let plan = cross_entropy::Plan::new(&s, &gpu.arch()).map_err(fail)?;
+    let [losses, sums] = [(); 2].map(|()| room(gpu, rows, DType::F32));
+    let (losses, sums, dx) = (losses?, sums?, room(gpu, xs.len(), s.dtype)?);
+    let out = [(&losses).into(), (&sums).into()];
+    cross_entropy::forward(gpu, &plan, &logits.tensor4(), at, out).map_err(fail)?;
+    let operands = [at, (&sums).into(), weights.slice()];
+    cross_entropy::backward(gpu, &plan, &logits.tensor4(), operands, (&dx).into()).map_err(fail)?;
+    let name = format!("cross entropy {s:?}, {targets:?}");
+    let (mut found, mut found_dx) =
+        (numbers(gpu, &losses, rows, DType::F32), numbers(gpu, &dx, xs.len(), s.dtype));
+    // What is not finite is so here and there, and no more is asked of it.
+    let level = |what: &str, found: &mut [f64], want: &mut [f64]| -> Verdict {
+        for (at, (found, want)) in found.iter_mut().zip(want).enumerate().filter(|(_, (_, w))| !w.is_finite())
+        {
+            ensure!(!found.is_finite(), "{what} of {name}: {found} at {at}, not {want}");
+            (*found, *want) = (0.0, 0.0);
+        }
+        Ok(())
+    };
+    level("loss", &mut found, &mut want)?;
+    level("gradient", &mut found_dx, &mut want_dx)?;
+    // A rounding of the logarithm, and of the exponents.
+    let floor = 1e-6 + 3e-7 * size;
+    near(&format!("loss of {name}"), &found, &want, DType::F32, floor)?;
+    near(&format!("gradient of {name}"), &found_dx, &want_dx, s.dtype, floor)
 }
 
 /// Numbers with others around them that nobody may touch.
@@ -324,6 +415,11 @@ fn rotations_are_those_of_the_definition() {
 #[test]
 fn gated_activations_are_those_of_the_definition() {
     crate::suites("swiglu", [20, 20], 0, check_swiglu);
+}
+
+#[test]
+fn cross_entropies_are_those_of_the_definition() {
+    crate::suites("cross entropy", [24, 24], 0, check_cross_entropy);
 }
 
 #[test]

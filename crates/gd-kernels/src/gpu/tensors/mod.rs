@@ -6,6 +6,7 @@
 pub(crate) mod adamw;
 pub(crate) mod average;
 pub(crate) mod conv;
+pub(crate) mod cross_entropy;
 pub(crate) mod embedding;
 pub(crate) mod key_bias;
 pub(crate) mod quantized;

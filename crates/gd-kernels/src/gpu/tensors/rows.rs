@@ -9,7 +9,7 @@ use crate::gpu::rotary::Angles;
 use crate::gpu::{RowSizes, norm, rotary, swiglu};
 
 /// A tensor of any rank from 1 on, as the kernels read it.
-fn view<B: From<Tensor>>(t: &Tensor) -> Result<(Rows<B>, RowSizes)> {
+pub(super) fn view<B: From<Tensor>>(t: &Tensor) -> Result<(Rows<B>, RowSizes)> {
     let mut t = with_contiguous_rows(&t.detach())?;
     if t.rank() > 4 {
         t = t.flatten(0, t.rank() - 4)?;

@@ -73,18 +73,22 @@ SECONDS=0
 failed=()
 skipped=()
 ran=()
+# Seconds after which no step goes on: 9 minutes with the report.
+END=530
 # A step: name, most seconds, command. Its output goes to a file and its last lines to the terminal.
 step() {
-    local name="$1" limit="$2" began=$SECONDS status=0
+    local name="$1" limit=$(($2 < END - SECONDS ? $2 : END - SECONDS)) began=$SECONDS status=0
     shift 2
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    # To timeout 0 is no limit.
+    ((limit > 0)) || limit=1
+    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
     tail -n "${LINES_SHOWN:-6}" "$out/$name.log"
     if ((status == 0)); then
         ran+=("$name")
         echo "== $name: passed in $((SECONDS - began)) s"
     else
         failed+=("$name")
-        ((status == 124)) && echo "it ran past its $limit s"
+        ((status == 124 || status == 137)) && echo "it ran past its $limit s"
         echo "== $name: FAILED (exit $status) after $((SECONDS - began)) s"
     fi
     return 0

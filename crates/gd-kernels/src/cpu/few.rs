@@ -16,6 +16,7 @@ use super::certified::{Certified, seen};
 use super::filter::Filter;
 use super::integer::{Code, KEYS};
 use super::lists::{Lists, capacity, reached_by};
+use super::prefetch::prefetch;
 use super::scan::Block;
 use super::settle::{Left, Settle};
 use crate::element::{Element, Real};
@@ -28,6 +29,10 @@ const STRETCH: usize = 1024;
 /// Products of queries and keys below which handing work to another thread costs more than it saves: a few tens
 /// of microseconds of work.
 const LIGHT: usize = 1 << 19;
+
+/// Bytes between a key that is read and the one that is asked for meanwhile. Left to itself, a processor may see too
+/// late that one key follows another.
+const AHEAD: usize = 1 << 12;
 
 /// Chains of additions that run side by side.
 const SIDE: usize = 4;
@@ -108,6 +113,7 @@ impl<T: Element> WithSimd for Stretch<'_, '_, T> {
             heads.push(Head::new::<S, T>(simd, block));
         }
         let mut room = vec![T::Acc::of(0.0); KEYS * d];
+        let (head, ahead) = (block.h / problem.group(), AHEAD.div_ceil(d * size_of::<T>()));
         for first in self.keys.clone().step_by(KEYS) {
             let count = KEYS.min(self.keys.end - first);
             let open = |h: &Head<T::Acc>| h.visible.iter().any(|r| seen(r, first) != 0);
@@ -116,7 +122,10 @@ impl<T: Element> WithSimd for Stretch<'_, '_, T> {
             }
             let mut keys: [&[T::Acc]; KEYS] = [&[]; KEYS];
             for (w, (key, room)) in keys.iter_mut().zip(room.chunks_exact_mut(d)).enumerate().take(count) {
-                *key = T::widened(x.k.row(block.b, block.h / problem.group(), first + w), room);
+                if first + w + ahead < problem.keys {
+                    prefetch(x.k.row(block.b, head, first + w + ahead));
+                }
+                *key = T::widened(x.k.row(block.b, head, first + w), room);
             }
             let keys = &keys[..count];
             let (mut square, mut score) = ([0f32; KEYS], [0f32; KEYS]);

@@ -13,6 +13,7 @@ pub(crate) mod inverse;
 pub(crate) mod lists;
 pub(crate) mod native;
 pub(crate) mod pack;
+pub(crate) mod prefetch;
 pub(crate) mod quantize;
 pub(crate) mod rows;
 pub(crate) mod scan;

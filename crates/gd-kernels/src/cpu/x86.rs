@@ -6,6 +6,10 @@ use std::arch::x86_64::*;
 use super::amx::{STRIP, Sums};
 use super::integer::{KEYS, Meeting, Panel, ROWS, STEP};
 use super::lists::Lists;
+use super::prefetch::prefetch_line;
+
+/// Bytes between keys that are read and those that are asked for meanwhile.
+const AHEAD: usize = 1 << 13;
 
 /// The sums of the first N queries of a group with the keys of a panel.
 type Group<const N: usize> = [[__m512i; 2]; N];
@@ -36,6 +40,12 @@ fn vnni_rows<const N: usize>(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
         let values = &queries.values[g * group_len..][..group_len];
         let steps = values.chunks_exact(ROWS * STEP).zip(panel.values.chunks_exact(KEYS * STEP));
         for (i, (q, k)) in steps.enumerate() {
+            // Few queries wait for the keys, which lie panel after panel.
+            if N < ROWS {
+                for line in [0, 64] {
+                    prefetch_line(k.as_ptr().wrapping_add(AHEAD + line));
+                }
+            }
             if N < ROWS && i % 2 == 1 { meet(&mut more, q, k) } else { meet(&mut sums, q, k) }
         }
         for r in 0..N {

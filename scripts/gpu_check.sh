@@ -73,8 +73,8 @@ SECONDS=0
 failed=()
 skipped=()
 ran=()
-# Seconds after which no step goes on: 9 minutes with the report.
-END=530
+# Seconds after which no step goes on: 9 minutes with what it takes to kill the late ones, and the report.
+END=510
 # A step: name, most seconds, command. Its output goes to a file and its last lines to the terminal.
 step() {
     local name="$1" limit=$(($2 < END - SECONDS ? $2 : END - SECONDS)) began=$SECONDS status=0

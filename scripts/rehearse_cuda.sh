@@ -27,7 +27,8 @@ train() {
         --seed 3 --set "train.precision=\"$precision\"" --out "$out/$run" "$@" >"$out/$run.log" 2>&1 ||
         { tail -n 5 "$out/$run.log" >&2; return 1; }
 }
-# The losses of two runs, and what the model of the second one says, on the CPU and on the device.
+# The losses of two runs, those of six steps and of the whole validation text, and what the model of the second run
+# says, on the CPU and on the device.
 compare() {
     python3 - "$out/$1/train.jsonl" "$out/$2/train.jsonl" "$3" <<'COMPARE'
 import json
@@ -37,7 +38,7 @@ runs = [[json.loads(line) for line in open(path)] for path in sys.argv[1:3]]
 cpu, cuda = ([x["loss"] for x in run if x.get("loss") is not None] for run in runs)
 most = max(abs(a - b) / a for a, b in zip(cpu, cuda))
 print(f"{len(cuda)} losses, at most {most:.1e} off, from {cuda[0]:.4f} to {cuda[-1]:.4f}")
-sys.exit(not (len(cpu) == len(cuda) >= 6 and most < float(sys.argv[3]) and cuda[-1] < cuda[0] - 0.5))
+sys.exit(not (len(cpu) == len(cuda) == 7 and most < float(sys.argv[3]) and cuda[-1] < cuda[0] - 0.5))
 COMPARE
     for device in cpu cuda:0; do
         "$gd" eval --device "$device" "$out/$2" --data "$out/text" | tail -n 1
@@ -63,4 +64,4 @@ for compute in 80 90; do
     done
 done
 echo "calls on 9.0, by their number:"
-awk '{ n[$1] += $2 } END { for (k in n) print n[k], k }' "$out/calls-90" | sort -rn | head -n 12
+awk '{ n[$1] += $2 } END { for (k in n) print n[k], k }' "$out/calls-90" | sort -rn | sed -n '1,12p'

@@ -43,7 +43,8 @@ pub fn linear_distillation(
     }
     let (other_hidden, other_head) = (other_hidden.detach(), other_weight.detach().t()?);
     if !on_cpu(hidden.device()) {
-        return on_device::in_chunks(hidden, weight, targets, CHUNK, |at, logits, targets, shares| {
+        let name = "linear_distillation";
+        return on_device::in_chunks(name, hidden, weight, targets, CHUNK, |at, logits, targets, shares| {
             let other = other_hidden.narrow(0, at, logits.dim(0)?)?.matmul(&other_head)?;
             composed((logits, &other), targets, kl, shares)
         });
@@ -196,6 +197,7 @@ mod tests {
                 let plain = run(plain(&logits, &targets, &others, kl)?)?;
                 // As off the CPU, in chunks of 12 and 13 rows.
                 let chunked = on_device::in_chunks(
+                    "chunks",
                     &hidden,
                     &weight,
                     &targets,

@@ -16,7 +16,8 @@ const CHUNK: usize = 1 << 28;
 
 /// As [`linear_cross_entropy`](super::linear_cross_entropy); infinite with a target outside the vocabulary.
 pub(super) fn linear_cross_entropy(hidden: &Tensor, weights: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    in_chunks(hidden, weights, targets, CHUNK, |_, logits, targets, shares| match shares {
+    let name = "linear_cross_entropy";
+    in_chunks(name, hidden, weights, targets, CHUNK, |_, logits, targets, shares| match shares {
         None => Ok((cross_entropy(logits, targets)?, None)),
         Some(shares) => {
             let (losses, gradient) = cross_entropy_and_gradient(logits, targets, shares)?;
@@ -30,6 +31,7 @@ pub(super) fn linear_cross_entropy(hidden: &Tensor, weights: &Tensor, targets: &
 /// logits and targets; it returns their losses, and where it is given shares of the rows, the gradient of the losses'
 /// sum with these weights.
 pub(super) fn in_chunks(
+    name: &'static str,
     hidden: &Tensor,
     weights: &Tensor,
     targets: &Tensor,
@@ -40,7 +42,7 @@ pub(super) fn in_chunks(
     let wide = accumulator(w.dtype());
     let wanted = hidden.track_op() || weights.track_op();
     let (head, rows, vocab) = (w.t()?, x.dim(0)?, w.dim(0)?);
-    let pieces = (rows * vocab).div_ceil(chunk).min(rows);
+    let pieces = rows.div_ceil((chunk / vocab).max(1));
     let share = weight(targets, wide)?.recip()?;
     let shares = share.broadcast_as(rows)?.contiguous()?;
     let (mut losses, mut of_hidden, mut of_weights) = (Vec::new(), Vec::new(), None::<Tensor>);
@@ -63,7 +65,7 @@ pub(super) fn in_chunks(
     let loss = (Tensor::cat(&losses, 0)?.sum_all()? * share)?;
     let Some(of_weights) = of_weights else { return Ok(loss) };
     let (of_hidden, of_weights) = (Tensor::cat(&of_hidden, 0)?, of_weights.to_dtype(w.dtype())?);
-    attach2("linear_cross_entropy", hidden, weights, Finished::copy_of(&loss)?, move |_, _, grad| {
+    attach2(name, hidden, weights, Finished::copy_of(&loss)?, move |_, _, grad| {
         let scaled = |t: &Tensor| t.broadcast_mul(&grad.to_dtype(t.dtype())?);
         Ok([scaled(&of_hidden)?, scaled(&of_weights)?])
     })
@@ -121,13 +123,13 @@ mod tests {
             let expected = all(fused(&hidden, &weights, &targets)?)?;
             assert_eq!(expected.iter().any(|x| *x != 0.0), bound > 0.0, "every row is ignored or none is");
             for chunk in [1, 3 * v, usize::MAX] {
-                let found = all(in_chunks(&hidden, &weights, &targets, chunk, piece)?)?;
+                let found = all(in_chunks("chunks", &hidden, &weights, &targets, chunk, piece)?)?;
                 assert_eq!(found.len(), expected.len());
                 for (i, (a, b)) in found.iter().zip(&expected).enumerate() {
                     assert!((a - b).abs() <= bound * (1.0 + b.abs()), "{dtype:?} {chunk} {i}: {a}, not {b}");
                 }
                 // Where no gradient is wanted.
-                let found = in_chunks(&hidden.detach(), &weights.detach(), &targets, chunk, piece)?;
+                let found = in_chunks("chunks", &hidden.detach(), &weights.detach(), &targets, chunk, piece)?;
                 let off = found.to_dtype(DType::F64)?.to_scalar::<f64>()? - expected[0];
                 assert!(off.abs() <= bound * (1.0 + expected[0].abs()), "{dtype:?} {chunk}: {off} off");
             }

@@ -12,18 +12,17 @@ use std::fmt;
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-use super::params::{BiasParams, MaskParams, ScanParams};
+pub use super::kernel::HEAD_DIMS;
+use super::kernel::{Kernel, KernelOp, Variant};
+use super::params::{BiasParams, KEY_PADDING, MaskParams, ScanParams, ScoreCode, TieCode};
 use super::{
-    Arch, Constants, Gpu, Launch, Slice, Tensor4, TensorMap, dtype_name, elements, grid, mask,
-    require_compute, scan_certified, tensor_map,
+    Arch, Constants, Gpu, Launch, Slice, Tensor4, TensorMap, elements, grid, mask, scan_certified, tensor_map,
 };
 use crate::error::{Error, Result};
 use crate::mask::Mask;
-use crate::options::{Precision, Score, TieBreak};
+use crate::options::Precision;
 use crate::plan::Problem;
 
-/// The head_dims of the compiled kernels; others are padded to the next.
-pub const HEAD_DIMS: [usize; 6] = [32, 64, 96, 128, 192, 256];
 /// Most candidates of a row.
 pub const MAX_CANDIDATES: usize = 64;
 /// The same on Metal, whose lists have 64 entries.
@@ -31,7 +30,7 @@ const MAX_CANDIDATES_METAL: usize = 32;
 /// Most protected keys of a row.
 pub const MAX_PROTECTED: usize = 32;
 /// Keys to a multiple of which biases are padded.
-pub(crate) const BIAS_TILE: usize = 64;
+pub(crate) const BIAS_TILE: usize = KEY_PADDING as usize;
 /// Bytes of a row's list in shared memory: 64 or 128 entries of score and key.
 fn list_bytes(candidates: usize) -> usize {
     if candidates > 32 { 1024 } else { 512 }
@@ -50,7 +49,7 @@ const BIAS_WARPS: usize = 8;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// The kernel.
-    pub kernel: String,
+    pub kernel: Kernel,
     /// head_dim of the kernel.
     pub padded_dim: usize,
     /// Warps of a block that hold query rows.
@@ -129,9 +128,8 @@ impl Plan {
     /// # Errors
     /// [`Error::Unsupported`] names the value that the kernels do not cover.
     pub fn new(problem: &Problem, protected: usize, prior: bool, arch: &Arch) -> Result<Self> {
-        require_compute("scan", arch)?;
         let Problem { dtype, head_dim, candidates, .. } = *problem;
-        let name = dtype_name("scan", dtype)?;
+        let variant = Variant::new("scan", dtype, arch)?;
         let padded = padded_dim("scan", head_dim)?;
         let most = if arch.is_metal() { MAX_CANDIDATES_METAL } else { MAX_CANDIDATES };
         if candidates == 0 || candidates > most {
@@ -158,14 +156,15 @@ impl Plan {
         let fits = |w: &usize| shared(*w) <= room && (*w == 1 || (w / 2) * warp_rows < rows);
         let Some(warps) = [most, most / 2, most / 4, 1].into_iter().find(|w| *w > 0 && fits(w)) else {
             return Err(Error::Unsupported(format!(
-                "scan: head_dim {head_dim} in {name} needs {} bytes of shared memory; the device has {}",
+                "scan: head_dim {head_dim} in {} needs {} bytes of shared memory; the device has {}",
+                dtype.as_str(),
                 shared(1),
                 arch.shared_bytes
             )));
         };
-        let kind = if list { "list" } else { "best" };
+        let op = if list { KernelOp::ScanTopK } else { KernelOp::ScanTop1 };
         let plan = Self {
-            kernel: format!("scan_{kind}_{name}_d{padded}_{}", arch.suffix()),
+            kernel: variant.sized(op, padded),
             padded_dim: padded,
             warps,
             loaders: 0,
@@ -191,8 +190,8 @@ impl Plan {
     /// 192 and 32 candidates for lists. Its blocks have at least 128 rows, so that it is not for a few.
     #[must_use]
     pub fn on_hopper(self, problem: &Problem, arch: &Arch) -> Self {
-        let Problem { dtype, queries, keys, candidates, precision, .. } = *problem;
-        let list = self.kernel.starts_with("scan_list");
+        let Problem { queries, keys, candidates, precision, .. } = *problem;
+        let list = self.kernel.op() == KernelOp::ScanTopK;
         // As scan_hopper.cuh has them: matrices of 64 rows a warpgroup, stages of its ring.
         let (matrices, stages) = match (list, self.padded_dim) {
             (false, ..=128) => (2, 4),
@@ -202,9 +201,9 @@ impl Plan {
             (true, 192) if candidates <= 32 => (1, 2),
             (true, _) => return self,
         };
-        let suits = arch.compute == 90 && dtype != DType::F32 && precision == Precision::Native;
-        let known = self.kernel.strip_suffix("_sm80").filter(|_| suits);
-        let Some(kernel) = known.filter(|_| queries * self.pack > HOPPER_ROWS && keys > 0) else {
+        let suits = arch.compute == 90 && precision == Precision::Native;
+        let large = queries * self.pack > HOPPER_ROWS && keys > 0;
+        let Some(kernel) = self.kernel.on_hopper().filter(|_| suits && large) else {
             return self;
         };
         let row_bytes = self.padded_dim.next_multiple_of(64) * 2;
@@ -215,7 +214,7 @@ impl Plan {
             return self;
         }
         Self {
-            kernel: format!("{kernel}_sm90a"),
+            kernel,
             warps: 8,
             loaders: 4,
             warp_rows: 16 * matrices,
@@ -375,11 +374,11 @@ pub fn key_bias<G: Gpu>(gpu: &G, problem: &Problem, x: &Inputs<'_, G::Buffer>) -
         bias_row: row as u32,
         prior_batch,
         prior_heads,
-        score: u32::from(problem.score == Score::Dot),
+        score: ScoreCode::from(problem.score) as u32,
     };
     let blocks = (batch * heads) as u128 * row as u128 / BIAS_WARPS as u128;
     gpu.launch(&Launch {
-        kernel: format!("scan_bias_{}_{}", dtype_name("scan", dtype)?, gpu.arch().suffix()),
+        kernel: Variant::new("scan", dtype, &gpu.arch())?.kernel(KernelOp::KeyBias),
         grid: grid("scan", blocks)?,
         block: 32 * BIAS_WARPS as u32,
         shared_bytes: 0,
@@ -424,15 +423,15 @@ pub(super) fn params<B>(
         k_batch,
         k_head,
         k_row,
-        aligned: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
+        vector_loads: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
         pack: plan.pack as u32,
         row_blocks: plan.row_blocks(problem) as u32,
         bias_heads: if x.prior.is_some() { q_heads } else { kv_heads } as u32,
         bias_row: bias_row(keys) as u32,
         prior_batch,
         prior_heads,
-        score: u32::from(problem.score == Score::Dot),
-        last: u32::from(problem.tie == TieBreak::Last),
+        score: ScoreCode::from(problem.score) as u32,
+        tie: TieCode::from(problem.tie) as u32,
         candidates: problem.candidates as u32,
         slots: problem.candidates as u32 + protected[3],
         protected_batch: protected[0],
@@ -479,18 +478,18 @@ fn launch<G: Gpu>(
         Some(out.index),
         Some(out.energy),
     ];
-    if plan.kernel.starts_with("scan_list") {
+    if plan.kernel.op() == KernelOp::ScanTopK {
         buffers.extend([x.protected.as_ref().map(|p| p.data), out.flags]);
     } else {
         buffers.extend([values.map(|v| v.v.data), values.and_then(|v| v.threshold), values.map(|v| v.y)]);
     }
     let launch = Launch {
-        kernel: plan.kernel.clone(),
+        kernel: plan.kernel,
         grid: plan.grid(problem)?,
         block: 32 * (plan.warps + plan.loaders) as u32,
         shared_bytes: plan.shared_bytes as u32,
         params: bytes_of(&params).to_vec(),
-        constants: Constants::new(&mask, params.aligned != 0, x.prior.is_some()),
+        constants: Constants::new(&mask, params.vector_loads != 0, x.prior.is_some()),
         buffers,
     };
     match map {

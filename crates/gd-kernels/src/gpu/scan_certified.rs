@@ -8,10 +8,11 @@
 
 use bytemuck::bytes_of;
 
+use super::kernel::{KernelOp, Variant};
 use super::params::CertifiedParams;
 use super::quantize::{KNOWN, Quantized};
 use super::scan::{Inputs, Outputs, Plan, STATIC, Values, key_bias, padded_dim, params};
-use super::{Arch, Constants, Gpu, Launch, Slice, dtype_name, mask};
+use super::{Arch, Constants, Gpu, Launch, Slice, mask};
 use crate::error::{Error, Result};
 use crate::options::Precision;
 use crate::plan::Problem;
@@ -38,7 +39,7 @@ pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch
     if keys >= MOST_KEYS {
         return refuse(format!("{keys} keys on a GPU; fewer than {MOST_KEYS} are"));
     }
-    let (name, padded) = (dtype_name("scan", dtype)?, padded_dim("scan", head_dim)?);
+    let (variant, padded) = (Variant::new("scan", dtype, arch)?, padded_dim("scan", head_dim)?);
     let warp_rows = if padded <= 128 { 32 } else { 16 };
     // As scan_certified.cuh has them: two tiles of integers and what is known of their keys; a list a row.
     let entries = if candidates == 1 && protected == 0 { 40 } else { 64 };
@@ -56,7 +57,7 @@ pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch
         ));
     };
     Ok(Plan {
-        kernel: format!("scan_certified_{name}_d{padded}_{}", arch.suffix()),
+        kernel: variant.sized(KernelOp::ScanCertified, padded),
         padded_dim: padded,
         warps,
         loaders: 0,
@@ -105,11 +106,11 @@ pub fn scan_certified<G: Gpu>(
     let scan = params(plan, problem, x, values, mask)?;
     let bias = key_bias(gpu, problem, x)?;
     gpu.launch(&Launch {
-        kernel: plan.kernel.clone(),
+        kernel: plan.kernel,
         grid: plan.grid(problem)?,
         block: 32 * plan.warps as u32,
         shared_bytes: plan.shared_bytes as u32,
-        params: bytes_of(&CertifiedParams { scan, room: keys.room as u32 }).to_vec(),
+        params: bytes_of(&CertifiedParams { scan, capacity: keys.room as u32 }).to_vec(),
         constants: Constants::default(),
         buffers: vec![
             Some(x.q.data),

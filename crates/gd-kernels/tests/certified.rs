@@ -2,14 +2,13 @@
 //!
 //! `GD_CERTIFIED_CASES=100000 cargo test --release -p gd-kernels --test certified` tries harder.
 
-mod problems;
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{
     Backend, Candidates, Isa, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, TieBreak, Walk, plan,
     scan,
 };
-use problems::{Spec, pick, pools, rng, values};
+use gd_testing::problems::{Spec, pick, pools, rng, values};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
@@ -60,7 +59,7 @@ fn generated_problems() {
             cases += 1;
         }
     }
-    gd_support::log_cases("certified", cases);
+    gd_testing::log_cases("certified", cases);
 }
 
 /// What makes quantisation hard.
@@ -236,7 +235,7 @@ fn adversarial_problems() {
         "{cases} adversarial problems: {filtered} plain ones filtered well, {left} left to the native scan"
     );
     assert!(filtered as u64 * 500 >= cases && left as u64 * 50 >= cases, "{filtered} and {left} of {cases}");
-    gd_support::log_cases("certified", cases as usize);
+    gd_testing::log_cases("certified", cases as usize);
 }
 
 #[test]

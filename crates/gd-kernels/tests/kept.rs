@@ -1,13 +1,12 @@
 //! 8-bit keys of sequences that grow on their own, are reordered, dropped, stacked and cloned: scans with them give the
 //! bits of the native scan.
 
-mod problems;
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
     Candidates, Error, KeptKeys, KeyBias, Mask, Precision, QuantizedKeys, Scan, Score, TieBreak, scan,
 };
-use problems::{rng, uniform};
+use gd_testing::problems::{rng, uniform};
 
 fn noise(seed: u64, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let values = uniform(&mut rng(seed), shape.iter().product());

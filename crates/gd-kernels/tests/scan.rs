@@ -3,7 +3,6 @@
 //! A key that the reference ranks otherwise must lie within the error bound of the score
 //! ([`problems::Case::rank_bound`]); energies are held against a naive version in the same dtype.
 
-mod problems;
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::reference::{Problem, scan as reference_scan};
@@ -11,7 +10,7 @@ use gd_kernels::{
     Backend, Candidates, Isa, Mask, Scan, Score, Select, Selected, TieBreak, plan, scan, scan_all,
     scan_select, select,
 };
-use problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
+use gd_testing::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
 
 /// Problems a dtype.
 const PROBLEMS: u64 = 1024;
@@ -197,7 +196,7 @@ fn suite(dtype: DType) {
     assert!(reordered * 100 <= free_rows, "{reordered} of {free_rows} rows");
     let held = dtype == DType::F64 || error <= 1.5 * naive_error;
     assert!(held, "mean error {error}, naively {naive_error}");
-    gd_support::log_cases("scan", PROBLEMS as usize);
+    gd_testing::log_cases("scan", PROBLEMS as usize);
 }
 
 #[test]

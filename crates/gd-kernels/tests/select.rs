@@ -4,7 +4,6 @@
 //! decide (see [`problems::choices::doubt`]) gets no gradient on either side; if its winner differs,
 //! the winner's reference energy must lie within the bounds. Such rows are counted.
 
-mod problems;
 mod support;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -13,8 +12,8 @@ use gd_kernels::reference::{Candidates as Found, Gradients, backward, select as 
 use gd_kernels::{
     Barrier, Candidates, CoherenceMode, Estimator, Gate, Mask, Scan, Select, scan, scan_all, select,
 };
-use problems::choices::{Choice, Doubt, doubt, estimator};
-use problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
+use gd_testing::problems::choices::{Choice, Doubt, doubt, estimator};
+use gd_testing::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
 
 /// Problems a dtype.
 const PROBLEMS: u64 = 1024;
@@ -305,7 +304,7 @@ fn suite(dtype: DType) {
     // Residual queries are stored in the tensors' dtype, so half precision decides more often.
     let share = if matches!(dtype, DType::F16 | DType::BF16) { 2 } else { 100 };
     assert!(doubtful[1] * share < plain[1], "{} of {} rows with rounds", doubtful[1], plain[1]);
-    gd_support::log_cases("select", PROBLEMS as usize);
+    gd_testing::log_cases("select", PROBLEMS as usize);
 }
 
 #[test]

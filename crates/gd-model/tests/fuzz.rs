@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use gd_support::log_cases;
+use gd_testing::log_cases;
 use peak_alloc::PeakAlloc;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngExt, SeedableRng};

@@ -17,7 +17,7 @@ use gd_model::params::Params;
 use gd_model::sampler::{Sampler, Sampling};
 use gd_model::tokenizer::Tokenizer;
 use gd_model::transformer::Transformer;
-use gd_support::log_cases;
+use gd_testing::log_cases;
 use serde_json::{Value, json};
 
 const CPU: Device = Device::Cpu;

@@ -12,7 +12,7 @@ use gd_model::evaluate::evaluate;
 use gd_model::generate::generate;
 use gd_model::model_file;
 use gd_model::sampler::{Sampler, Sampling};
-use gd_support::log_cases;
+use gd_testing::log_cases;
 
 const CPU: Device = Device::Cpu;
 

@@ -6,9 +6,9 @@
 #include <vector>
 
 namespace emulate {
-float half_up(uint16_t bits);
-uint16_t half_down(float x);
-uint16_t bfloat_down(float x);
+float half_to_float(uint16_t bits);
+uint16_t half_from_float(float x);
+uint16_t bfloat_from_float(float x);
 } // namespace emulate
 
 namespace {
@@ -21,7 +21,7 @@ double read(const void *at, size_t n, cudaDataType type) {
     case CUDA_R_32F:
         return static_cast<const float *>(at)[n];
     case CUDA_R_16F:
-        return emulate::half_up(static_cast<const uint16_t *>(at)[n]);
+        return emulate::half_to_float(static_cast<const uint16_t *>(at)[n]);
     default:
         bits = static_cast<const uint16_t *>(at)[n];
         uint32_t wide = uint32_t(bits) << 16;
@@ -40,10 +40,10 @@ void write(void *at, size_t n, double x, cudaDataType type) {
         static_cast<float *>(at)[n] = float(x);
         break;
     case CUDA_R_16F:
-        static_cast<uint16_t *>(at)[n] = emulate::half_down(float(x));
+        static_cast<uint16_t *>(at)[n] = emulate::half_from_float(float(x));
         break;
     default:
-        static_cast<uint16_t *>(at)[n] = emulate::bfloat_down(float(x));
+        static_cast<uint16_t *>(at)[n] = emulate::bfloat_from_float(float(x));
     }
 }
 

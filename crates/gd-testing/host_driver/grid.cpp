@@ -21,23 +21,23 @@ enum class State {
 };
 
 // A stack on which threads run, one after the other as long as none of them has to wait.
-struct Fibre {
+struct Fiber {
     ucontext_t place;
     std::unique_ptr<uint8_t[]> stack;
 };
 
 struct Thread {
     State state;
-    Fibre *fibre;
+    Fiber *fiber;
     uint64_t value;
 };
 
 std::vector<Thread> threads;
-std::vector<std::unique_ptr<Fibre>> fibres;
-std::vector<Fibre *> idle;
+std::vector<std::unique_ptr<Fiber>> fibers;
+std::vector<Fiber *> idle;
 std::vector<uint64_t> shared_memory;
 ucontext_t scheduler;
-Fibre *running;
+Fiber *running;
 size_t current, started, left;
 void (*entry)(void *);
 void *argument;
@@ -52,7 +52,7 @@ void body() {
     for (;;) {
         while (started < threads.size()) {
             become(started++);
-            threads[current].fibre = running;
+            threads[current].fiber = running;
             entry(argument);
             threads[current].state = State::Left;
             left++;
@@ -62,9 +62,9 @@ void body() {
     }
 }
 
-void resume(Fibre *fibre) {
-    running = fibre;
-    swapcontext(&scheduler, &fibre->place);
+void resume(Fiber *fiber) {
+    running = fiber;
+    swapcontext(&scheduler, &fiber->place);
 }
 
 void stop(State state) {
@@ -72,9 +72,9 @@ void stop(State state) {
     swapcontext(&running->place, &scheduler);
 }
 
-Fibre *fresh() {
+Fiber *fresh() {
     if (idle.empty()) {
-        auto made = std::make_unique<Fibre>();
+        auto made = std::make_unique<Fiber>();
         made->stack = std::make_unique<uint8_t[]>(STACK);
         getcontext(&made->place);
         made->place.uc_stack.ss_sp = made->stack.get();
@@ -82,11 +82,11 @@ Fibre *fresh() {
         made->place.uc_link = nullptr;
         makecontext(&made->place, body, 0);
         idle.push_back(made.get());
-        fibres.push_back(std::move(made));
+        fibers.push_back(std::move(made));
     }
-    Fibre *fibre = idle.back();
+    Fiber *fiber = idle.back();
     idle.pop_back();
-    return fibre;
+    return fiber;
 }
 
 // Warps whose remaining threads all shuffle go on; so does the block when all that remain are at its barrier.
@@ -123,7 +123,7 @@ bool run_block() {
         for (size_t n = 0; n < threads.size(); n++)
             if (threads[n].state == State::Ready) {
                 become(n);
-                resume(threads[n].fibre);
+                resume(threads[n].fiber);
             }
     }
     return true;

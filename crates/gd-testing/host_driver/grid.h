@@ -1,4 +1,4 @@
-// Runs a kernel of plain CUDA C++ on the host: every thread of a block is a fibre, blocks run one after the other.
+// Runs a kernel of plain CUDA C++ on the host: every thread of a block is a fiber, blocks run one after the other.
 // Unlike kernels/emulate it takes blocks of any size and shape, lets threads leave before the others, and looks for
 // no races: it is for candle's kernels, which are not what is under test.
 #pragma once

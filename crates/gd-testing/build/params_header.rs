@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 
 /// A declaration of the header with the comment before it.
 #[derive(Debug)]
-pub struct Item {
+pub(crate) struct Item {
     doc: Vec<String>,
     name: String,
     body: Body,
@@ -39,7 +39,7 @@ const SCALARS: [&str; 3] = ["u32", "i32", "f32"];
 ///
 /// # Errors
 /// Names the first line that has none of the forms.
-pub fn parse(text: &str) -> Result<Vec<Item>, String> {
+pub(crate) fn parse(text: &str) -> Result<Vec<Item>, String> {
     let mut items: Vec<Item> = Vec::new();
     let (mut doc, mut open): (Vec<String>, Option<Item>) = (Vec::new(), None);
     let mut conditional = 0u32;
@@ -186,7 +186,7 @@ macro_rules! params {
 ";
 
 /// The Rust file.
-pub fn rust(items: &[Item]) -> String {
+pub(crate) fn rust(items: &[Item]) -> String {
     let mut out = HEAD.to_owned();
     let doc = |out: &mut String, indent: &str, lines: &[String]| {
         lines.iter().for_each(|line| writeln!(out, "{indent}/// {}", escaped(line)).unwrap_or_default());
@@ -235,7 +235,7 @@ fn escaped(line: &str) -> String {
 }
 
 /// C++ that lists name, size, and the fields with their offsets of every struct.
-pub fn offset_table(items: &[Item]) -> String {
+pub(crate) fn offset_table(items: &[Item]) -> String {
     let mut list = String::new();
     for item in items {
         if let Body::Struct(fields) = &item.body {

@@ -1,6 +1,6 @@
 //! Replacing the attention of a model, and what that does to its perplexity.
 //!
-//! `cargo run --release -p gd-examples --example convert_checkpoint [MODEL [TEXT_FILE]]`, where MODEL is a checkpoint
+//! `cargo run --release -p gd-examples --bin convert_checkpoint [MODEL [TEXT_FILE]]`, where MODEL is a checkpoint
 //! of Llama, Mistral, Qwen2 or Qwen3. Without it a small softmax model is trained first.
 
 use candle_core::Device;
@@ -18,10 +18,10 @@ fn perplexity(loaded: &Loaded, text: &str, device: &Device) -> gd_model::Result<
     Ok(evaluate(&loaded.model, &tokens, text.len(), context, 1, device)?.perplexity)
 }
 
-pub fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = model_or_demo("softmax", &folder.path().join("model"))?;
-    let text = match std::env::args().nth(2).filter(|_| !cfg!(test)) {
+    let text = match std::env::args().nth(2) {
         Some(file) => std::fs::read_to_string(file)?,
         None => TEXT.into(),
     };

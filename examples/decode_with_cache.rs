@@ -3,7 +3,7 @@
 //! A `LayerCache` belongs to one layer. Besides keys and values it stores what makes decoding quick: on the CPU the
 //! keys as 8-bit integers, from which the layer finds the same key as from the keys themselves.
 //!
-//! `cargo run --release -p gd-examples --example decode_with_cache`
+//! `cargo run --release -p gd-examples --bin decode_with_cache`
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ fn read(layer: &GdAttention, x: &Tensor, cache: &mut LayerCache) -> Result<Tenso
     layer.attend(x, &Pass::new(&mask), Some(cache))
 }
 
-pub fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let device = Device::Cpu;
     let weights = VarMap::new();
     let rotary = Arc::new(Rotary::new(16, 512, 10_000.0, RopeScaling::None, DType::F32, &device)?);

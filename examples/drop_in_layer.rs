@@ -3,7 +3,7 @@
 //! The block below is that of a Llama-like model: norm, attention, norm, feed-forward. To use selection attention,
 //! the type of one field changes; the call `forward(x, mask, offset)` stays.
 //!
-//! `cargo run --release -p gd-examples --example drop_in_layer`
+//! `cargo run --release -p gd-examples --bin drop_in_layer`
 
 use std::sync::Arc;
 
@@ -45,7 +45,7 @@ impl Block {
     }
 }
 
-pub fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let device = Device::Cpu;
     let weights = VarMap::new();
     let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);

@@ -1,6 +1,6 @@
 //! Loading a model and generating text.
 //!
-//! `cargo run --release -p gd-examples --example load_and_generate [MODEL]`, where MODEL is a checkpoint folder, a
+//! `cargo run --release -p gd-examples --bin load_and_generate [MODEL]`, where MODEL is a checkpoint folder, a
 //! safetensors file in one, the folder of a training run, or a GGUF file. Without it a small model is trained first.
 
 use std::io::Write;
@@ -11,7 +11,7 @@ use gd_model::infer::generate::generate;
 use gd_model::infer::sampler::{Sampler, Sampling};
 use gd_model::model::pretrained;
 
-pub fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = model_or_demo("gd", &folder.path().join("model"))?;
 

@@ -1,6 +1,6 @@
 //! Recording which position every head reads while a model generates, and verifying the record.
 //!
-//! `cargo run --release -p gd-examples --example trace_generation [MODEL]`. Without a model a small one is trained
+//! `cargo run --release -p gd-examples --bin trace_generation [MODEL]`. Without a model a small one is trained
 //! first.
 
 use std::fs::File;
@@ -11,7 +11,7 @@ use gd_model::infer::sampler::{Sampler, Sampling};
 use gd_model::model::pretrained;
 use gd_model::trace::{Continuation, Header, Trace, Writer, hex, record, replay, verify};
 
-pub fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = model_or_demo("gd", &folder.path().join("model"))?;
     let device = Device::Cpu;
@@ -38,10 +38,13 @@ pub fn main() -> anyhow::Result<()> {
     // The last token: one row for every selecting layer and head.
     let last = last.expect("the prompt has tokens");
     println!("position {} ({:?})", last.position, last.text);
-    for (row, layer_head) in last.rows.iter().zip(0..) {
+    let heads = header.selecting().flat_map(|layer| (0..layer.heads).map(move |head| (layer.layer, head)));
+    for ((layer, head), row) in heads.zip(&last.rows) {
         match row.selected {
-            -1 => println!("  row {layer_head}: abstains"),
-            position => println!("  row {layer_head}: reads position {position}, margin {:.3}", row.margin),
+            -1 => println!("  layer {layer} head {head} abstains"),
+            position => {
+                println!("  layer {layer} head {head} reads position {position}, margin {:.3}", row.margin);
+            }
         }
     }
 

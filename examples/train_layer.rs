@@ -3,7 +3,7 @@
 //! The task is associative recall: a sequence of pairs (key, value) is followed by one of the keys, and the model
 //! answers with the value that belongs to it. A head that selects one position can solve it exactly.
 //!
-//! `cargo run --release -p gd-examples --example train_layer`
+//! `cargo run --release -p gd-examples --bin train_layer`
 
 use std::sync::Arc;
 
@@ -87,7 +87,7 @@ fn batch(size: usize, random: &mut Random, device: &Device) -> Result<(Tensor, T
     Ok((Tensor::from_vec(ids, (size, LENGTH), device)?, Tensor::from_vec(answers, size, device)?))
 }
 
-pub fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let device = Device::Cpu;
     let weights = VarMap::new();
     let model = Model::new(VarBuilder::from_varmap(&weights, DType::F32, &device))?;

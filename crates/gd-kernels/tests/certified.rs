@@ -2,7 +2,6 @@
 //!
 //! `GD_CERTIFIED_CASES=100000 cargo test --release -p gd-kernels --test certified` tries harder.
 
-
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{
     Backend, Candidates, Isa, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, TieBreak, Walk, plan,
@@ -221,7 +220,7 @@ fn adversarial_problems() {
             prior: rng.random_bool(0.3).then_some(&prior),
             score: pick(&mut rng, &[Score::Energy, Score::Dot]),
             tie: pick(&mut rng, &[TieBreak::First, TieBreak::Last]),
-            ..Scan::new(&beta, &mask, pick(&mut rng, &problems::CANDIDATES))
+            ..Scan::new(&beta, &mask, pick(&mut rng, &gd_testing::problems::CANDIDATES))
         };
         let share = compare(&q, &k, &native, &|| {
             format!("seed {seed}: {trap:?} {dtype:?} N {n} M {m} D {d} {native:?}")

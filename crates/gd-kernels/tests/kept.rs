@@ -1,7 +1,6 @@
 //! 8-bit keys of sequences that grow on their own, are reordered, dropped, stacked and cloned: scans with them give the
 //! bits of the native scan.
 
-
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
     Candidates, Error, KeptKeys, KeyBias, Mask, Precision, QuantizedKeys, Scan, Score, TieBreak, scan,

@@ -237,7 +237,7 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
     }
 
     let dims = [p.batch, p.q_heads, p.queries, p.value_dim];
-    let (dy, dy_values) = problems::rounded(&dy, &dims, dtype);
+    let (dy, dy_values) = gd_testing::problems::rounded(&dy, &dims, dtype);
     let want = expected(&case, &choice, backward(p, &known, params, &dy_values));
     let got = run(&case, &choice, &found, Some(&dy));
     let unit = roundoff(dtype);
@@ -531,7 +531,7 @@ fn a_threshold_of_minus_infinity_silences_every_estimator() {
     let tau = Var::from_tensor(&Tensor::full(f64::NEG_INFINITY, 4, &Device::Cpu).unwrap()).unwrap();
     let mask = Mask::none();
     let found = scan(&t[0], &t[1], &Scan::new(&t[3], &mask, 4)).unwrap();
-    for estimator in problems::choices::ESTIMATORS.into_iter().filter(|e| *e != Estimator::Dense) {
+    for estimator in gd_testing::problems::choices::ESTIMATORS.into_iter().filter(|e| *e != Estimator::Dense) {
         for hardness in [0.3, 1.0] {
             let q = Var::from_tensor(&t[0]).unwrap();
             let options = Select { estimator, hardness, threshold: Some(&tau), ..Select::new(&t[3]) };

@@ -1,5 +1,5 @@
-//! With the feature `emulator`: compiles the CUDA and Metal kernels as host C++ together with the emulator that runs them, and a table of the field
-//! offsets of `params.h`.
+//! With the feature `emulator`: compiles the CUDA and Metal kernels as host C++ together with the emulator that runs
+//! them, writes a table of the field offsets of `params.h`, and generates the Rust side of that header for a test.
 
 #[cfg(feature = "emulator")]
 mod params_header;
@@ -20,9 +20,11 @@ mod emulator {
     pub(super) fn build() {
         let kernels = Path::new(&env::var("CARGO_MANIFEST_DIR").unwrap()).join("../../kernels");
         println!("cargo:rerun-if-changed={}", kernels.display());
-        let table = PathBuf::from(env::var("OUT_DIR").unwrap()).join("params.cpp");
+        let out = PathBuf::from(env::var("OUT_DIR").unwrap());
+        let table = out.join("params.cpp");
         let header = kernels.join("shared/params.h");
         let items = params_header::parse(&fs::read_to_string(&header).unwrap()).unwrap();
+        fs::write(out.join("params.rs"), params_header::rust(&items)).unwrap();
         let include =
             format!("#include <cstddef>\n#include \"{}\"\n", header.canonicalize().unwrap().display());
         fs::write(&table, include + &params_header::offset_table(&items)).unwrap();

@@ -1,6 +1,6 @@
 //! `scan` and `scan_select`: every list against all energies of the reference.
 
-use crate::target::TestGpu;
+use crate::target::{Buffer, TestGpu};
 use candle_core::DType;
 use gd_kernels::gpu::Gpu;
 use gd_kernels::gpu::scan::{Inputs, Outputs, Plan, Prior, Protected, Values, scan, scan_select};

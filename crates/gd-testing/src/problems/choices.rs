@@ -1,4 +1,4 @@
-//! Options of `select` for generated problems, and how far rounding may carry a choice.
+//! Options of `select` for generated problems, and bounds on what rounding may change in a choice.
 
 use candle_core::Tensor;
 use gd_kernels::reference::refine::residual_query;
@@ -10,15 +10,20 @@ use rand::RngExt;
 
 use super::{Case, acc, pick, rng, rounded, roundoff, uniform};
 
+/// All estimators.
 pub const ESTIMATORS: [Estimator; 5] =
     [Estimator::Candidates, Estimator::Winner, Estimator::Dense, Estimator::Reinmax, Estimator::Blend];
 
 /// The parameters of a choice, for the reference and for the operator.
 #[derive(Debug, Clone)]
 pub struct Choice {
+    /// For the reference.
     pub params: Params,
+    /// Thresholds `[Hq]`.
     pub threshold: Option<Tensor>,
+    /// Mixture weights `[Hq]`.
     pub alpha: Option<Tensor>,
+    /// Weights of the rounds of refinement.
     pub rounds: Option<Tensor>,
 }
 
@@ -114,7 +119,7 @@ impl Choice {
     }
 }
 
-/// What rounding may do to a row.
+/// What rounding may change in the choice of a row.
 #[derive(Debug, Clone, Default)]
 pub struct Doubt {
     /// Error bounds of the first round's energies, by member, after the barrier.
@@ -132,20 +137,21 @@ pub struct Doubt {
 /// Examines row `number` with all its rounds. The candidates' energies have the bound of
 /// [`Case::energy_bound`]. A residual query is stored in the tensors' dtype: its error is
 /// `u_T |r| + (2D + 8) u |q|`, plus the previous one's times at most `1 + 4 |q| / L`, L the jump.
-pub fn doubt(case: &Case, params: &Params, found: &Candidates, number: usize) -> Doubt {
+pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usize) -> Doubt {
     let p = &case.problem;
-    let row = Row::new(p, params, found, number);
+    let row = Row::new(p, params, candidates, number);
     let per_head = p.q_heads * p.queries;
     let (b, h) = (number / per_head, number / p.queries % p.q_heads);
     let tau = params.threshold.as_ref().map(|t| t[h]);
-    let slots: Vec<usize> =
-        (number * found.width..(number + 1) * found.width).filter(|&c| found.index[c] >= 0).collect();
+    let slots: Vec<usize> = (number * candidates.width..(number + 1) * candidates.width)
+        .filter(|&c| candidates.index[c] >= 0)
+        .collect();
     let (u, stored) = (roundoff(acc(case.dtype)), roundoff(case.dtype));
     let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
     let mut out = Doubt::default();
     let mut moved = 0.0;
     for (r, round) in row.rounds().iter().enumerate() {
-        let keys: Vec<usize> = round.members.iter().map(|&m| found.index[slots[m]] as usize).collect();
+        let keys: Vec<usize> = round.members.iter().map(|&m| candidates.index[slots[m]] as usize).collect();
         let key = |j: usize| &p.k[p.k_at(b, h, keys[j])];
         let raw = |j: usize| energy(&round.query, key(j), p.beta[h], p.prior_of(b, h, keys[j]), p.score);
         let raw: Vec<f64> = (0..keys.len()).map(raw).collect();
@@ -163,7 +169,7 @@ pub fn doubt(case: &Case, params: &Params, found: &Candidates, number: usize) ->
         let same =
             |x: usize, y: usize| case.same_key(b, h, keys[x], keys[y]) && round.energy[x] == round.energy[y];
         if let Some(rule) = &params.barrier {
-            let flags: Vec<bool> = round.members.iter().map(|&m| found.protected[slots[m]]).collect();
+            let flags: Vec<bool> = round.members.iter().map(|&m| candidates.protected[slots[m]]).collect();
             let largest = bounds.iter().copied().fold(0.0, f64::max);
             out.hidden |=
                 barrier_in_doubt(rule, &raw, &flags, &bounds, &|x, y| case.same_key(b, h, keys[x], keys[y]));

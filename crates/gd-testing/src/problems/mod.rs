@@ -1,7 +1,7 @@
-//! Generated problems for the operator tests: every size, mask, layout and kind of data from a seed.
+//! Generated problems for the operator tests: size, mask, memory layout and kind of data follow from a seed.
 //!
-//! A [`Spec`] holds numbers; [`Spec::build`] rounds them to a dtype, so that reference and operator
-//! see the same values: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`.
+//! A [`Spec`] holds f64 values; [`Spec::build`] rounds them to a dtype, so that reference and operator read the same
+//! values: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`.
 
 pub mod choices;
 
@@ -15,12 +15,14 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+/// Head dimensions of problems for the CPU.
 pub const DIMS: [usize; 9] = [1, 3, 8, 16, 24, 40, 64, 80, 128];
+/// Numbers of candidates.
 pub const CANDIDATES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 /// Around panel widths (2 to 32 keys) and the 64 rows of a block.
 const EDGES: [usize; 12] = [1, 2, 31, 32, 33, 63, 64, 65, 95, 127, 129, 150];
 
-/// What the numbers are like.
+/// The distribution of the values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Uniform.
@@ -37,7 +39,7 @@ pub enum Kind {
     Tiny,
 }
 
-/// How a tensor lies in memory.
+/// The memory layout of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum View {
     /// Contiguous.
@@ -51,7 +53,7 @@ pub enum View {
 }
 
 impl View {
-    /// The tensor seen through the view.
+    /// The tensor that the view makes of `base`.
     pub fn of(self, base: &Tensor) -> Tensor {
         let d = base.dims();
         match self {
@@ -66,7 +68,7 @@ impl View {
         .unwrap()
     }
 
-    /// A contiguous tensor that shows `values` `[dims]` through the view.
+    /// A contiguous tensor whose view has `values` `[dims]`.
     fn base(self, values: &[f64], dims: [usize; 4], dtype: DType) -> Tensor {
         let plain = || Tensor::from_vec(values.to_vec(), &dims, &Device::Cpu).unwrap();
         let base = match self {
@@ -88,28 +90,38 @@ impl View {
     }
 }
 
-/// A tensor and how to look at it.
+/// A tensor with a memory layout.
 #[derive(Debug, Clone)]
 pub struct Stored {
+    /// The contiguous tensor.
     pub base: Tensor,
+    /// What the operators get of it.
     pub view: View,
 }
 
 impl Stored {
+    /// The tensor as the operators get it.
     pub fn tensor(&self) -> Tensor {
         self.view.of(&self.base)
     }
 }
 
-/// A problem in numbers. `raw` has neither prior nor protected keys.
+/// A problem in f64.
 #[derive(Debug, Clone)]
 pub struct Spec {
+    /// The seed from which it was generated.
     pub seed: u64,
+    /// Distribution of the values.
     pub kind: Kind,
+    /// Candidates per row.
     pub candidates: usize,
+    /// Layouts of q, k and v.
     pub views: [View; 3],
+    /// Key prior with its shape.
     pub prior: Option<(Vec<f64>, [usize; 3])>,
+    /// Protected keys with their shape.
     pub protected: Option<(Vec<i32>, [usize; 4])>,
+    /// The values, without prior and protected keys.
     pub raw: Problem,
     /// Whether beta follows the size of the numbers, so that energies are near 1.
     pub scaled: bool,
@@ -118,25 +130,37 @@ pub struct Spec {
 /// The same values for the reference and for the operators.
 #[derive(Debug, Clone)]
 pub struct Case {
+    /// What it was built from.
     pub spec: Spec,
+    /// The dtype to which values were rounded.
     pub dtype: DType,
+    /// The rounded values, for the reference.
     pub problem: Problem,
+    /// `[B, Hq, N, D]`.
     pub q: Stored,
+    /// `[B, Hk, M, D]`.
     pub k: Stored,
+    /// `[B, Hk, M, Dv]`.
     pub v: Stored,
+    /// `[Hq]`.
     pub beta: Tensor,
+    /// The key prior.
     pub prior: Option<Tensor>,
+    /// Protected keys.
     pub protected: Option<Tensor>,
 }
 
+/// The random numbers of a seed.
 pub fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
 }
 
+/// A random element of a list.
 pub fn pick<T: Copy>(rng: &mut ChaCha8Rng, from: &[T]) -> T {
     from[rng.random_range(0..from.len())]
 }
 
+/// `n` uniform values in -1..1.
 pub fn uniform(rng: &mut ChaCha8Rng, n: usize) -> Vec<f64> {
     (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
@@ -146,7 +170,7 @@ pub fn values(t: &Tensor) -> Vec<f64> {
     t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// What a dtype is computed in.
+/// The accumulator type of a dtype.
 pub fn acc(dtype: DType) -> DType {
     if dtype == DType::F64 { dtype } else { DType::F32 }
 }
@@ -161,7 +185,7 @@ pub fn roundoff(dtype: DType) -> f64 {
     }
 }
 
-/// Numbers as a tensor of a dtype, and what became of them.
+/// Values rounded to a dtype: the tensor, and the rounded values.
 pub fn rounded(values_: &[f64], shape: &[usize], dtype: DType) -> (Tensor, Vec<f64>) {
     let t = Tensor::from_vec(values_.to_vec(), shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
     let back = values(&t);
@@ -435,7 +459,7 @@ impl Case {
         p.k[p.k_at(b, h, i)] == p.k[p.k_at(b, h, j)] && p.prior_of(b, h, i) == p.prior_of(b, h, j)
     }
 
-    /// What an energy's rounding is measured by: the sum of its terms' absolute values.
+    /// The sum of the absolute values of an energy's terms, to which its rounding error is relative.
     pub fn energy_size(&self, query: &[f64], (b, h): (usize, usize), j: usize) -> f64 {
         let p = &self.problem;
         let key = &p.k[p.k_at(b, h, j)];
@@ -478,17 +502,17 @@ impl Case {
         terms + (2.0 * d + 4.0) * self.underflow(h)
     }
 
-    /// What a term may lose to the end of the number range.
+    /// Absolute error of a term by underflow.
     fn underflow(&self, h: usize) -> f64 {
         let least = if self.dtype == DType::F64 { 5e-324 } else { 1.5e-45 };
         least * (1.0 + 2.0 * self.problem.beta[h])
     }
 
-    /// Puts NaN into every value row that no candidate list names.
-    pub fn poison_unread_values(&mut self, found: &Candidates) {
+    /// Puts NaN into every value row that is no candidate of any row.
+    pub fn poison_unread_values(&mut self, candidates: &Candidates) {
         let p = &mut self.problem;
-        let slots = found.index.dims()[3];
-        let index: Vec<i32> = found.index.flatten_all().unwrap().to_vec1().unwrap();
+        let slots = candidates.index.dims()[3];
+        let index: Vec<i32> = candidates.index.flatten_all().unwrap().to_vec1().unwrap();
         let group = p.q_heads / p.kv_heads;
         let mut read = vec![false; p.batch * p.kv_heads * p.keys];
         for (row, (b, h, _)) in p.rows() {

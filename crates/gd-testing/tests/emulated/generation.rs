@@ -8,8 +8,8 @@ use gd_model::generate::{generate, generate_batch};
 use gd_model::sampler::{Sampler, Sampling};
 use serde_json::Value;
 
+use crate::model_training::{config, filled, models};
 use crate::targets;
-use crate::training::{config, filled, models};
 
 const PROMPTS: [&str; 3] = ["It was the best of times", "A", "Call me Ishmael"];
 const NEW: usize = 9;

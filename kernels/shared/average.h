@@ -1,4 +1,4 @@
-// Gated running average in logarithms (crates/gd-kernels/src/average): with a_t = sigmoid(decay_t),
+// Gated running average in logarithms (crates/gd-kernels/src/ops/running_average): with a_t = sigmoid(decay_t),
 // log d_t = logaddexp(log a_t + log d_(t-1), write_t), take_t = e^(write_t - log d_t), keep_t = 1 - take_t,
 // m_t = keep_t m_(t-1) + take_t v_t. Sequences s = b H + h; blocks of 64 steps.
 //

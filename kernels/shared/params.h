@@ -1,5 +1,5 @@
 // Parameters of the GPU kernels, one struct an operator, passed by value: the same bytes as
-// crates/gd-kernels/src/gpu/params.rs (a test compares every offset). All fields have 4 bytes.
+// crates/gd-kernels/src/backend/gpu/params.rs (a test compares every offset). All fields have 4 bytes.
 // Sizes and strides count elements; q [B, Hq, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv].
 #pragma once
 #ifdef __METAL_VERSION__

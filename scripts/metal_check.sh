@@ -62,7 +62,7 @@ step() {
 } >"$report"
 
 export RUST_BACKTRACE=0
-step build cargo build --release -p gd-model --bin gd --features metal || {
+step build cargo build --release -p gd-cli --bin gd --features metal || {
     cat "$report"
     exit 1
 }

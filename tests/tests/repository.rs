@@ -35,7 +35,7 @@ fn bad_files() -> Vec<(&'static str, String, usize, &'static str)> {
         ("crates/gd-layer/src/x.rs", line2("use gd_model::Config;"), 2, "upward"),
         ("crates/gd-kernels/src/reference/x.rs", line2("use crate::cpu::dot;"), 2, "upward"),
         ("crates/gd-kernels/src/cpu/x.rs", line2("use crate::reference::scan;"), 2, "upward"),
-        ("crates/gd-model/src/x.rs", line2("use crate::commands::Context;"), 2, "upward"),
+        ("crates/gd-model/src/x.rs", line2("use gd_cli::commands::Context;"), 2, "upward"),
         ("crates/gd-model/src/x.rs", line2(concat!("uns", "afe { p.read() }")), 2, "unchecked"),
         ("crates/gd-model/src/data/x.rs", line2(concat!("uns", "afe { p.read() }")), 2, "unchecked"),
     ]

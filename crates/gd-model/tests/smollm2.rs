@@ -10,8 +10,8 @@ use gd_layer::Pass;
 use gd_model::data::{Tokens, read_text};
 use gd_model::eval::evaluate;
 use gd_model::infer::generate::generate;
-use gd_model::model::pretrained;
 use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::model::pretrained;
 use gd_support::log_cases;
 
 const CPU: Device = Device::Cpu;

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::select::SelectSchedule;
 use crate::data::Reading;
-use crate::train::ema::EmaConfig;
 use crate::error::{Error, Result};
+use crate::train::ema::EmaConfig;
 use crate::train::guard::GuardConfig;
 use crate::train::optimizer::{AdamWConfig, MuonConfig};
 use crate::train::schedule::LrSchedule;

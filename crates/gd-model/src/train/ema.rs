@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::model::Transformer;
 use crate::model::params::Params;
 use crate::train::state::{State, Stateful};
-use crate::model::Transformer;
 
 /// How slowly the average follows.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -19,16 +19,16 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::io::checkpoint::{self, Disk, Filling, Found, Store, System, load_json, load_tensors, write_file};
 use crate::config::{Precision, Recipe};
 use crate::error::{Error, Result};
 use crate::eval::Evaluation;
 use crate::infer::generate::sample;
-use crate::train::log::{Event, Logger, Meter};
+use crate::io::checkpoint::{self, Disk, Filling, Found, Store, System, load_json, load_tensors, write_file};
+use crate::io::tokenizer::Tokenizer;
 use crate::model::pretrained::{generation, python};
+use crate::train::log::{Event, Logger, Meter};
 use crate::train::parallel::Group;
 use crate::train::state::State;
-use crate::io::tokenizer::Tokenizer;
 use crate::train::{Step, Trainer};
 
 /// The resolved configuration in the folder of a run.

@@ -13,12 +13,12 @@ use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::{Mechanism, ModelConfig, SelectSchedule};
 use crate::config::Curve;
+use crate::config::{Mechanism, ModelConfig, SelectSchedule};
 use crate::error::{Error, Result};
+use crate::model::Transformer;
 use crate::model::loss::linear_distillation;
 use crate::model::pretrained::{Loaded, Parts};
-use crate::model::Transformer;
 
 /// What a run learns from another model: the block `train.uptrain` of a recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -9,20 +9,20 @@ use gd_kernels::Mask;
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 
+use super::in_flight::Launched;
 use crate::config::{Precision, Recipe};
 use crate::data::{Batch, Batches, Corpus, places};
-use super::in_flight::Launched;
-use crate::train::ema::Ema;
 use crate::error::{Error, Result};
 use crate::eval::{Evaluation, HeadStats, Picks, evaluate, observe};
-use crate::train::guard::Guard;
+use crate::model::Transformer;
+use crate::model::params::Params;
 use crate::model::pretrained::Parts;
+use crate::model::swap::forget_scores;
+use crate::train::ema::Ema;
+use crate::train::guard::Guard;
 use crate::train::optimizer::{Optimizer, accumulate, clip_scale, global_norm, not_finite};
 use crate::train::parallel::Group;
-use crate::model::params::Params;
 use crate::train::state::{State, Stateful};
-use crate::model::swap::forget_scores;
-use crate::model::Transformer;
 use crate::train::teacher::Original;
 
 /// Validation windows of a look during training; the whole text is measured at the end.

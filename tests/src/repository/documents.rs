@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{SKIPPED, Violation, extension};
+use super::{FETCHED, SKIPPED, Violation};
 
 /// A command line of a fenced block.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,10 +108,9 @@ pub(super) fn check(root: &Path, file: &str, text: &str) -> Vec<Violation> {
         if line.trim_start().starts_with("```") {
             fenced = !fenced;
         } else if !fenced {
-            let paths =
-                line.split('`').skip(1).step_by(2).filter(|path| names_paths && looks_like_a_path(path));
+            let paths = line.split('`').skip(1).step_by(2).filter(|path| names_paths && is_path(root, path));
             for path in paths {
-                if !root.join(path).exists() && !folder.join(path).exists() {
+                if !folder.join(path).exists() && !exists(root, path) {
                     report(n + 1, format!("`{path}` does not exist"));
                 }
             }
@@ -243,14 +242,32 @@ fn targets(root: &Path, kind: &str, name: &str) -> Vec<String> {
     packages.iter().flat_map(files).collect()
 }
 
-/// `crates/gd-model`, `.ci/run` or `README.md`, but not `out/tiny` (written by a command), `q/k` (too short to be one
-/// of ours) or `gd train`.
-fn looks_like_a_path(s: &str) -> bool {
+/// Whether a path exists below the root or below one of the crates.
+fn exists(root: &Path, path: &str) -> bool {
+    let crates = fs::read_dir(root.join("crates")).into_iter().flatten().flatten();
+    root.join(path).exists() || crates.into_iter().any(|entry| entry.path().join(path).exists())
+}
+
+/// Files that the walk-throughs of the book have their reader create.
+const CREATED: [&str; 1] = ["crates/gd-kernels/tests/suite/squared_relu.rs"];
+
+/// `crates/gd-model`, `.ci/run` or `README.md`, but not `out/tiny` (written by a command), `ops/scan` (below another
+/// folder), `kernels/cuda/NAME.cu` (a placeholder) or `gd train`.
+fn is_path(root: &Path, s: &str) -> bool {
     let plain = !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || "._-/".contains(c));
-    let written = SKIPPED.iter().any(|folder| s.split('/').next() == Some(folder));
-    let first = s.split('/').next().unwrap_or_default();
-    let file = ["md", "rs", "toml"].contains(&extension(s)) && s.contains('.');
-    plain && !written && (file || (s.contains('/') && first.len() > 1))
+    let Some((first, rest)) = s.split_once('/') else {
+        return plain && s.len() > 3 && s.ends_with(".md");
+    };
+    let placeholder = |part: &str| {
+        let stem = part.split('.').next().unwrap_or_default();
+        stem.len() > 1 && !part.ends_with(".md") && stem.chars().all(|c| c.is_ascii_uppercase())
+    };
+    plain
+        && !SKIPPED.contains(&first)
+        && first != FETCHED
+        && root.join(first).is_dir()
+        && !rest.split('/').any(placeholder)
+        && !CREATED.contains(&s)
 }
 
 #[cfg(test)]
@@ -304,7 +321,8 @@ mod tests {
             ("README.md", "```sh\ncargo test -p gd-none\n```", 2, "gd-none"),
             ("README.md", "```sh\ncargo test \\\n  --test none\n```", 2, "none"),
             ("README.md", "```sh\ncargo run --example none\n```", 2, "none"),
-            ("README.md", "See `src/gone.rs`.", 1, "src/gone.rs"),
+            ("README.md", "See `docs/gone.rs`.", 1, "docs/gone.rs"),
+            ("docs/src/b.md", "See `a.md` and `c.md`.", 1, "c.md"),
         ] {
             let found = rules(file, text);
             assert_eq!(found.len(), 1, "{text}: {found:?}");

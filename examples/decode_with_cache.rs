@@ -10,7 +10,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use gd_kernels::Mask;
-use gd_layer::{Attention, AttentionConfig, GdAttention, LayerCache, Pass, RopeScaling, Rotary};
+use gd_layer::{Attention, AttentionConfig, BeaconConfig, GdAttention, LayerCache, Pass, RopeScaling, Rotary};
 
 const WIDTH: usize = 64;
 
@@ -28,7 +28,7 @@ fn main() -> anyhow::Result<()> {
     let weights = VarMap::new();
     let rotary = Arc::new(Rotary::new(16, 512, 10_000.0, RopeScaling::None, DType::F32, &device)?);
     let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
-    let layer = GdAttention::new(&AttentionConfig::new(WIDTH, 4, 16), rotary, vb)?;
+    let layer = GdAttention::new(&AttentionConfig::new(WIDTH, 4, 16).with_qk_norm(true).with_beacon(BeaconConfig::default()), rotary, vb)?;
 
     // Two prompts of different lengths, each read into a cache of its own.
     let prompts =

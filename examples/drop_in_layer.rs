@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Linear, RmsNorm, VarBuilder, VarMap, linear_no_bias, rms_norm};
-use gd_layer::{AttentionConfig, GdAttention, RopeScaling, Rotary};
+use gd_layer::{AttentionConfig, BeaconConfig, GdAttention, RopeScaling, Rotary};
 
 const WIDTH: usize = 64;
 const HEADS: usize = 4;
@@ -27,7 +27,7 @@ struct Block {
 
 impl Block {
     fn new(rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
-        let config = AttentionConfig::new(WIDTH, HEADS, HEAD_DIM);
+        let config = AttentionConfig::new(WIDTH, HEADS, HEAD_DIM).with_qk_norm(true).with_beacon(BeaconConfig::default());
         Ok(Self {
             norm1: rms_norm(WIDTH, 1e-5, vb.pp("input_layernorm"))?,
             attention: GdAttention::new(&config, rotary, vb.pp("self_attn"))?,

@@ -12,7 +12,7 @@ use candle_nn::{
     AdamW, Embedding, Linear, Optimizer, ParamsAdamW, VarBuilder, VarMap, embedding, linear_no_bias, loss,
 };
 use gd_kernels::Mask;
-use gd_layer::{Attention, AttentionConfig, GdAttention, Pass, RopeScaling, Rotary};
+use gd_layer::{Attention, AttentionConfig, BeaconConfig, GdAttention, Pass, RopeScaling, Rotary};
 
 const WIDTH: usize = 32;
 const HEADS: usize = 2;
@@ -31,7 +31,7 @@ struct Model {
 
 impl Model {
     fn new(vb: VarBuilder) -> Result<Self> {
-        let config = AttentionConfig::new(WIDTH, HEADS, HEAD_DIM);
+        let config = AttentionConfig::new(WIDTH, HEADS, HEAD_DIM).with_qk_norm(true).with_beacon(BeaconConfig::default());
         let rotary =
             Arc::new(Rotary::new(HEAD_DIM, LENGTH, 10_000.0, RopeScaling::None, vb.dtype(), vb.device())?);
         let layer = |i: usize| GdAttention::new(&config, rotary.clone(), vb.pp(format!("layers.{i}")));

@@ -1,5 +1,5 @@
 // Rows as 8-bit integers with what is known of their error: x = scale Q + r with |Q| <= 127. The format and the
-// bounds are those of crates/gd-kernels/src/cpu/quantize.rs.
+// bounds are those of crates/gd-kernels/src/backend/cpu/quantize.rs.
 #pragma once
 #include "row.cuh"
 

@@ -18,7 +18,7 @@ fn rust_params_are_generated_from_the_header() {
     let header = fs::read_to_string(root().join("kernels/shared/params.h")).unwrap();
     let items = params_header::parse(&header).unwrap();
     let generated = params_header::rust(&items);
-    let path = root().join("crates/gd-kernels/src/gpu/params.rs");
+    let path = root().join("crates/gd-kernels/src/backend/gpu/params.rs");
     if std::env::var_os("UPDATE_PARAMS").is_some() {
         fs::write(&path, &generated).unwrap();
     }

@@ -75,10 +75,7 @@ const UPWARD: [(&str, &[&str]); 5] = [
     ("crates/gd-kernels/", &["gd_layer", "gd_model", "gd-layer =", "gd-model =", "gd-layer.", "gd-model."]),
     ("crates/gd-layer/", &["gd_model", "gd-model =", "gd-model."]),
     // The reference shares no code with what it judges.
-    (
-        "crates/gd-kernels/src/reference",
-        &["crate::ops", "crate::backend", "crate::cache"],
-    ),
+    ("crates/gd-kernels/src/reference", &["crate::ops", "crate::backend", "crate::cache"]),
     ("crates/gd-kernels/src/ops", &["crate::reference"]),
     ("tests/support/", &["gd_kernels", "gd_layer", "gd_model"]),
 ];

@@ -151,7 +151,7 @@ impl Original {
     ) -> candle_core::Result<Tensor> {
         let other = self.model.hidden(ids, &Pass::new(pass.mask), None)?.flatten_to(1)?;
         let mine = (&hidden.flatten_to(1)?, &learner.head_weight()?);
-        linear_distillation(mine, &targets.flatten_all()?, (&other, &self.model.head_weight()?), kl)
+        Ok(linear_distillation(mine, &targets.flatten_all()?, (&other, &self.model.head_weight()?), kl)?)
     }
 }
 

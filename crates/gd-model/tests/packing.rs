@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use gd_layer::Pass;
 use gd_model::config::{ModelConfig, PRESETS, Recipe};
 use gd_model::data::{Batch, Batches, Permutation, Tokens, places};
-use gd_model::loss::{IGNORE, counted};
+use gd_model::loss::{IGNORE, count_targets};
 use gd_model::params::Params;
 use gd_model::transformer::Transformer;
 use gd_model::variants::VARIANTS;
@@ -153,7 +153,7 @@ fn read(model: &Transformer, tokens: &Tokens, hardness: f64) -> (Vec<Vec<f64>>, 
     let pass = Pass { hardness, ..Pass::new(&mask) };
     let logits = model.forward(&inputs, &pass, None).unwrap().flatten_to(1).unwrap();
     let mean = model.loss(&inputs, &targets, &pass).unwrap();
-    let sum = (mean * counted(&targets.flatten_all().unwrap()).unwrap() as f64).unwrap();
+    let sum = (mean * count_targets(&targets.flatten_all().unwrap()).unwrap() as f64).unwrap();
     (logits.to_vec2().unwrap(), sum)
 }
 

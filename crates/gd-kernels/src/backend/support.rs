@@ -13,7 +13,7 @@ pub(crate) struct Support {
     pub(crate) certified: &'static [DType],
     pub(crate) head_dim: std::ops::RangeInclusive<usize>,
     /// head_dim is a multiple of this.
-    step: usize,
+    pub(crate) step: usize,
     pub(crate) candidates: &'static [usize],
 }
 

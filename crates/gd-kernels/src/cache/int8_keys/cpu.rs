@@ -7,8 +7,7 @@ use rayon::prelude::*;
 
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::parallel::vectorize;
-use crate::backend::cpu::quantize::quantize;
-use crate::backend::cpu::quantize::{KEYS, STEP};
+use crate::backend::cpu::quantize::{KEYS, STEP, quantize};
 use crate::backend::cpu::view::View;
 use crate::backend::support::MAX_HEAD_DIM;
 use crate::cache::append_buffer::{Place, ends};

@@ -8,11 +8,10 @@
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-use crate::backend::gpu::kernel::Variant;
-use crate::backend::gpu::kernel::padded_dim;
+use crate::backend::gpu::kernel::{Variant, padded_dim};
 use crate::backend::gpu::params::{QuantizeParams, ScoreCode};
 use crate::backend::gpu::{
-    Constants, Gpu, KernelOp, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
+    Constants, Gpu, KernelOp, Launch, Slice, Tensor4, elements, grid, require_compute,
 };
 use crate::cache::append_buffer::Place;
 use crate::cache::key_bias::BIAS_TILE;

@@ -12,11 +12,10 @@ use std::fmt;
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-use crate::backend::gpu::kernel::padded_dim;
-use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant};
+use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::{DecodeParams, ScoreCode, TieCode};
 use crate::backend::gpu::{
-    Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute,
+    Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, elements, grid, mask, require_compute,
 };
 use crate::cache::int8_keys::launch::{KNOWN, Quantized};
 use crate::cache::key_bias::BIAS_TILE;

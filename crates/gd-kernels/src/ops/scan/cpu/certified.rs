@@ -16,8 +16,7 @@ use pulp::{Simd, WithSimd};
 #[cfg(target_arch = "x86_64")]
 use crate::backend::cpu::amx::Tiled;
 use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::quantize::quantize;
-use crate::backend::cpu::quantize::{KEYS, STEP};
+use crate::backend::cpu::quantize::{KEYS, STEP, quantize};
 use crate::cache::int8_keys::cpu::{Filter, Known};
 use crate::ops::scan::cpu::Block;
 use crate::ops::scan::cpu::bounded_lists::{Lists, capacity};

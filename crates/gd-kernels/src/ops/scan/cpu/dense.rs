@@ -6,10 +6,9 @@ use num_traits::Zero;
 use pulp::{Simd, WithSimd};
 
 use crate::backend::cpu::element::Element;
-use crate::ops::scan::cpu::Block;
 use crate::ops::scan::cpu::pack::Packed;
-use crate::ops::scan::cpu::tile;
 use crate::ops::scan::cpu::top_k::{Best, Keep, Lead};
+use crate::ops::scan::cpu::{Block, tile};
 
 /// A block and the packed keys that it walks.
 pub(crate) struct Native<'a, T: Element> {

@@ -8,14 +8,12 @@
 
 use bytemuck::bytes_of;
 
-use crate::backend::gpu::kernel::padded_dim;
-use crate::backend::gpu::kernel::{KernelOp, Variant};
+use crate::backend::gpu::kernel::{KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::CertifiedParams;
-use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Slice, dtype_name, mask};
+use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Slice, mask};
 use crate::cache::int8_keys::launch::{KNOWN, Quantized};
 use crate::cache::key_bias::launch::key_bias;
 use crate::error::{Error, Result};
-use crate::ops::scan::gpu::launch::{Inputs, Outputs, Plan, STATIC, Values, params};
 use crate::ops::scan::gpu::launch::{Inputs, Outputs, Plan, STATIC, Values, params};
 use crate::ops::scan::problem::Problem;
 use crate::options::Precision;

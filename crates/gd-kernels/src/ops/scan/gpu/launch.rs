@@ -9,8 +9,7 @@
 
 use std::fmt;
 
-use crate::backend::gpu::kernel::padded_dim;
-use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant};
+use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::{MaskParams, ScanParams, ScoreCode, TieCode};
 use crate::backend::gpu::{
     Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, TensorMap, elements, grid, mask, tensor_map,

@@ -65,3 +65,20 @@ pub fn demo_model(mechanism: &str, folder: &Path) -> Result<PathBuf> {
     pretrained::load(folder, &device)?;
     Ok(folder.into())
 }
+
+/// The Rust examples of the documentation, compiled and run as documentation tests of this package.
+#[cfg(doctest)]
+mod documents {
+    #[doc = include_str!("../../docs/src/add-output-gate.md")]
+    mod add_output_gate {}
+    #[doc = include_str!("../../docs/src/checkpoints.md")]
+    mod checkpoints {}
+    #[doc = include_str!("../../docs/src/conversion.md")]
+    mod conversion {}
+    #[doc = include_str!("../../docs/src/generation.md")]
+    mod generation {}
+    #[doc = include_str!("../../docs/src/layer.md")]
+    mod layer {}
+    #[doc = include_str!("../../README.md")]
+    mod readme {}
+}

@@ -25,12 +25,15 @@ const MIN_HEAD_DIM: usize = 8;
 /// use candle_nn::{VarBuilder, VarMap};
 /// use gd_layer::{AttentionConfig, Beacon, BeaconConfig};
 ///
-/// let map = VarMap::new();
-/// let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
-/// let config = AttentionConfig::new(32, 4, 8).with_beacon(BeaconConfig { conv_width: 3, ..BeaconConfig::default() });
-/// Beacon::new(&config, vb)?;
-/// // One filter of three taps for each of the 32 channels.
-/// assert_eq!(map.data().lock().unwrap()["conv.weight"].dims(), [32, 3]);
+/// let weights = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &Device::Cpu);
+/// let beacon = BeaconConfig { conv_width: 4, averages: 2, prior: true, ..BeaconConfig::default() };
+/// Beacon::new(&AttentionConfig::new(32, 4, 8).with_beacon(beacon), vb.pp("beacon"))?;
+///
+/// let weights = weights.data().lock().unwrap();
+/// assert_eq!(weights["beacon.conv.weight"].dims(), [32, 4]);
+/// assert_eq!(weights["beacon.memory.weight"].dims(), [3 * 2 * 4, 32]);
+/// assert_eq!(weights["beacon.prior.weight"].dims(), [4, 32]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 #[derive(Debug, Clone)]

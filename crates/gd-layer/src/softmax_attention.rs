@@ -23,14 +23,15 @@ use crate::stats::SelectionStats;
 /// use candle_nn::{VarBuilder, VarMap};
 /// use gd_layer::{AttentionConfig, RopeScaling, Rotary, SoftmaxAttention};
 ///
-/// let map = VarMap::new();
-/// let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
-/// // Width 32, four query heads of 8 elements, two key-value heads.
+/// let (device, weights) = (Device::Cpu, VarMap::new());
+/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
+/// let rotary = Arc::new(Rotary::new(8, 64, 10_000.0, RopeScaling::None, DType::F32, &device)?);
+/// // Four query heads share two key-value heads.
 /// let config = AttentionConfig::new(32, 4, 8).with_key_value_heads(2);
-/// let rotary = Rotary::new(config.head_dim, 64, 10_000.0, RopeScaling::None, DType::F32, &Device::Cpu)?;
-/// let attention = SoftmaxAttention::new(&config, Arc::new(rotary), vb)?;
-/// let x = Tensor::randn(0f32, 1.0, (1, 5, 32), &Device::Cpu)?;
-/// assert_eq!(attention.forward(&x)?.dims(), [1, 5, 32]);
+/// let attention = SoftmaxAttention::new(&config, rotary, vb)?;
+///
+/// let y = attention.forward(&Tensor::randn(0f32, 1.0, (2, 16, 32), &device)?)?;
+/// assert_eq!(y.dims(), [2, 16, 32]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 #[derive(Debug, Clone)]

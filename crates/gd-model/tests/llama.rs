@@ -1,6 +1,6 @@
 //! Checkpoints of other families: their logits, what is saved again, and configs that are refused.
 //!
-//! The fixtures are made by scripts/golden_llama.py; their logits are those of Python's transformers.
+//! The fixtures are made by scripts/golden/llama.py; their logits are those of Python's transformers.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -3,7 +3,7 @@
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 #[cfg(feature = "gpu")]
-pub mod launch;
+pub(crate) mod launch;
 
 use candle_core::{DType, Tensor};
 

@@ -9,4 +9,4 @@ use crate::cache::key_bias::BIAS_TILE;
 /// Most queries a sequence.
 pub const MAX_QUERIES: usize = 16;
 /// What the keys of a page are a multiple of: tiles do not cross pages.
-pub const PAGE_STEP: usize = BIAS_TILE;
+pub(crate) const PAGE_STEP: usize = BIAS_TILE;

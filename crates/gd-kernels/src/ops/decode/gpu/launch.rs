@@ -14,9 +14,7 @@ use candle_core::DType;
 
 use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::{DecodeParams, ScoreCode, TieCode};
-use crate::backend::gpu::{
-    Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, elements, grid, mask, require_compute,
-};
+use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, elements, grid, mask};
 use crate::cache::int8_keys::launch::{KNOWN, Quantized};
 use crate::cache::key_bias::BIAS_TILE;
 use crate::error::{Error, Result};
@@ -24,7 +22,7 @@ use crate::mask::Mask;
 use crate::ops::decode::{MAX_QUERIES, PAGE_STEP};
 use crate::ops::scan::gpu::launch::tile_bytes;
 use crate::ops::scan::problem::Problem;
-use crate::options::{Precision, Score, TieBreak};
+use crate::options::Precision;
 
 /// Rows of a block.
 const ROWS: usize = 16;

@@ -79,6 +79,7 @@ pub mod gpu {
         params, tensor_map,
     };
     pub use crate::cache::int8_keys::launch as quantize;
+    pub use crate::ops::adamw::gpu::launch as adamw;
     pub use crate::ops::causal_conv::gpu::launch as conv;
     pub use crate::ops::cross_entropy::gpu::launch as cross_entropy;
     pub use crate::ops::decode::gpu::launch as decode;
@@ -88,12 +89,6 @@ pub mod gpu {
     pub use crate::ops::scan::gpu::certified as scan_certified;
     pub use crate::ops::select::gpu::{inverse_index as inverse, launch as select};
     pub use crate::ops::swiglu::gpu::launch as swiglu;
-
-    /// Launches of AdamW.
-    pub mod adamw {
-        pub use crate::ops::adamw::gpu::launch::*;
-        pub use crate::ops::adamw::update::*;
-    }
 
     /// Launches of a scan.
     pub mod scan {

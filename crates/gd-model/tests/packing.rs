@@ -2,12 +2,12 @@
 //! packed documents as they read each of them alone.
 
 use candle_core::{DType, Device, Tensor};
+use gd_kernels::cross_entropy::{IGNORE, count_targets};
 use gd_layer::Pass;
 use gd_model::analysis::variants::VARIANTS;
 use gd_model::config::{ModelConfig, PRESETS, Recipe};
 use gd_model::data::{Batch, Batches, Permutation, Tokens, places};
 use gd_model::model::Transformer;
-use gd_kernels::cross_entropy::{IGNORE, count_targets};
 use gd_model::model::params::Params;
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
+use gd_kernels::cross_entropy::linear_distillation;
 use gd_kernels::{CANDIDATES, Estimator};
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,6 @@ use crate::config::Curve;
 use crate::config::{Mechanism, ModelConfig, SelectSchedule};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
-use gd_kernels::cross_entropy::linear_distillation;
 use crate::model::pretrained::{Loaded, Parts};
 
 /// What a run learns from another model: the block `train.uptrain` of a recipe.

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use gd_kernels::{rms_norm, swiglu};
-use gd_layer::{Linear, RopeScaling, Rotary};
 use gd_kernels::cross_entropy::{
     IGNORE, cross_entropy, linear_cross_entropy, linear_distillation, linear_token_losses, token_losses,
 };
+use gd_kernels::{rms_norm, swiglu};
+use gd_layer::{Linear, RopeScaling, Rotary};
 use gd_model::train::optimizer::{AdamWConfig, MuonConfig, Optimizer, global_norm, not_finite, orthogonal};
 
 use crate::graph::{apart, noise};

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
+use gd_kernels::cross_entropy::{linear_cross_entropy, linear_token_losses};
 use gd_layer::{
     Attention, GdAttention, LayerCache, Linear, Pass, RmsNorm, RopeScaling, Rotary, SoftmaxAttention, linear,
 };
 
 use crate::config::{Mechanism, ModelConfig};
-use gd_kernels::cross_entropy::{linear_cross_entropy, linear_token_losses};
 
 mod checkpointed;
 mod layer_alignment;

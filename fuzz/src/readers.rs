@@ -8,14 +8,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use gd_model::chat::ChatTemplate;
-use gd_model::checkpoint::{
-    CONFIG, INDEX, MANIFEST, System, TOKENIZER, WEIGHTS, load_json, load_tensors, verify,
-};
 use gd_model::config::{ModelConfig, Recipe};
 use gd_model::data::{INDEX as DATA_INDEX, Index, Prepared};
-use gd_model::gguf;
-use gd_model::tokenizer::Tokenizer;
+use gd_model::io::chat_template::ChatTemplate;
+use gd_model::io::checkpoint::{
+    CONFIG, INDEX, MANIFEST, System, TOKENIZER, WEIGHTS, load_json, load_tensors, verify,
+};
+use gd_model::io::gguf;
+use gd_model::io::tokenizer::Tokenizer;
 use peak_alloc::PeakAlloc;
 
 /// The readers by name; the corpus has a folder for each.

@@ -2,7 +2,7 @@
 """Compares what the program saves with what Python's transformers makes of it.
 
     python3 -m venv venv && venv/bin/pip install torch transformers
-    cargo build --release -p gd-model --bins --examples
+    cargo build --release -p gd-model -p gd-cli --bins --examples
     venv/bin/python scripts/ci/check_transformers.py [target/release]
 
 The fixtures of tests/fixtures/llama, saved again by `gd convert`, must load as the classes of their families

@@ -2,7 +2,7 @@
 """Opens the viewer's page in headless Chromium, presses its keys and compares what it shows with the traces' records.
 
     python3 -m venv venv && venv/bin/pip install websockets
-    cargo build --release -p gd-model --example viewer
+    cargo build --release -p gd-cli --example viewer
     venv/bin/python scripts/ci/check_viewer.py [--target target/release] [--shots DIR]
 
 The traces are made here, at random from a fixed seed. Needs Chromium (Debian: chromium), in $CHROMIUM or on the path.
@@ -161,7 +161,7 @@ class Build:
     def __init__(self, target, folder):
         self.program, self.folder, self.count = Path(target) / "examples/viewer", Path(folder), 0
         if not self.program.exists():
-            sys.exit(f"{self.program} is missing: cargo build --release -p gd-model --example viewer")
+            sys.exit(f"{self.program} is missing: cargo build --release -p gd-cli --example viewer")
 
     def page(self, *traces, cut=0):
         self.count += 1

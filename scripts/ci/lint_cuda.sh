@@ -13,4 +13,4 @@ cp scripts/ci/stand_in_nvcc.sh "$cuda/bin/nvcc"
 target="${CARGO_TARGET_DIR:-target}/check-cuda"
 NVCC="$cuda/bin/nvcc" PATH="$cuda/bin:$PATH" CUDA_HOME="$cuda" CUDA_PATH="$cuda" CUDA_COMPUTE_CAP=80 \
     CARGO_TARGET_DIR="$target" \
-    cargo clippy --workspace --all-targets --features cuda,gd-model/nccl -- -D warnings
+    cargo clippy --workspace --all-targets --features cuda,gd-cli/nccl -- -D warnings

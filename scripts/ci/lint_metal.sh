@@ -16,7 +16,7 @@ rustup target list --installed | grep -q "^$apple\$" || rustup target add "$appl
 rm -rf "$target/$apple"/*/build/gd-kernels-*
 CC_aarch64_apple_darwin="$PWD/scripts/ci/stand_in_cc.sh" AR_aarch64_apple_darwin="$PWD/scripts/ci/stand_in_cc.sh" \
     SDKROOT=/ CARGO_TARGET_DIR="$target" \
-    cargo clippy --target "$apple" --features gd-model/metal -p gd-model -p gd-layer -p gd-kernels \
+    cargo clippy --target "$apple" --features gd-cli/metal -p gd-cli -p gd-model -p gd-layer -p gd-kernels \
     --lib --bins --test device -- -D warnings
 
 texts=("$target/$apple"/debug/build/gd-kernels-*/out/metal/*.metal)

@@ -61,7 +61,7 @@ step() {
     rustc --version
 } >"$report"
 
-step build cargo build --release -p gd-model --bin gd --features metal || {
+step build cargo build --release -p gd-cli --bin gd --features metal || {
     cat "$report"
     exit 1
 }

@@ -5,7 +5,7 @@
 # Usage: scripts/hardware/host_driver.sh DIR
 #
 #     eval "$(scripts/hardware/cuda_toolchain.sh target/cuda)"
-#     cargo build --release -p gd-model --features cuda
+#     cargo build --release -p gd-cli --features cuda
 #     eval "$(scripts/hardware/host_driver.sh target/host-driver)"
 #     target/release/gd train --device cuda:0 ...
 #

@@ -20,7 +20,7 @@ if [[ "${1:-}" == --build ]]; then
     target="${CARGO_TARGET_DIR:-target}"
     export CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-90}" GD_CUDA_ARCHS="${GD_CUDA_ARCHS:-80,90a}"
     # In one call: two would compile candle's kernels twice, since the packages share them with other features.
-    tests=$(cargo build --release -p gd-model -p gd-kernels --bin gd --test device --features cuda \
+    tests=$(cargo build --release -p gd-cli -p gd-kernels --bin gd --test device --features cuda \
         --message-format json | sed -n '/"name":"device"/s/.*"executable":"\([^"]*\)".*/\1/p')
     cp "$target/release/gd" "$dir/gd"
     cp "$tests" "$dir/operators"

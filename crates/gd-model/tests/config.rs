@@ -6,10 +6,10 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use gd_model::config::{Mechanism, PRESETS, Recipe, Setting, TokenizerChoice};
-use gd_model::params::Params;
-use gd_model::schedule::Shape;
-use gd_model::shapes::{count, shapes};
-use gd_model::transformer::Transformer;
+use gd_model::model::Transformer;
+use gd_model::model::params::Params;
+use gd_model::model::shapes::{count, shapes};
+use gd_model::train::schedule::Shape;
 
 const SMALL: &str = include_str!("fixtures/small.json");
 

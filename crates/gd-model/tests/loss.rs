@@ -4,7 +4,7 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use gd_model::loss::{
+use gd_model::model::loss::{
     IGNORE, counted, cross_entropy, linear_cross_entropy, linear_token_losses, token_losses,
 };
 use support::*;

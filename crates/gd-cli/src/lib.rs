@@ -1,4 +1,5 @@
-//! The program `gd`: commands, progress, tables, figures and pages around the library [`gd_model`].
+//! The program `gd`, built on [`gd_model`].
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 pub mod commands;

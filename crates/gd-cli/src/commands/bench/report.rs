@@ -5,7 +5,7 @@ use comfy_table::TableStyle;
 use serde::Serialize;
 
 use super::shape::{Pass, Shape, Work, median};
-use crate::table::plain_table;
+use crate::render::table::plain_table;
 
 /// Everything that was measured.
 #[derive(Debug, Serialize)]

@@ -14,7 +14,7 @@ use gd_model::io::checkpoint::{check_writable, write_file};
 
 pub use shape::{Pass, Shape};
 
-use self::contenders::{CONTENDERS, Contender, table};
+use self::contenders::{CONTENDERS, Contender, descriptions};
 use self::measure::Setup;
 use self::report::{Machine, Report, compiled_for};
 use crate::context::{Context, usage};
@@ -87,7 +87,7 @@ fn help() -> String {
          vector instructions at compile time: build with RUSTFLAGS=\"-C target-cpu=native\" for its full speed.\n\n\
          Examples:\n  gd bench attention --shapes 1x8x4096x64,1x8x4096x128 --pass fwd,fwdbwd,decode\n  \
          gd bench attention --only \"gd k=1,candle flash\" --pass decode --json out/decode.json",
-        table()
+        descriptions()
     )
 }
 

@@ -13,7 +13,7 @@ constexpr u32 WARP_CANDIDATES = 256;
 // A candidate: key and row as key * 16 + row.
 struct Candidate {
     float upper;
-    u32 place;
+    u32 key_and_row;
 };
 
 // A number as an integer of the same order; 0 is below all of them.
@@ -43,7 +43,7 @@ struct Workspace {
 // A warp's candidates, and what exact scores have found.
 template <class T, int DP> struct WarpCandidates {
     using S = typename Scoring<T>::template Of<DP, 1>;
-    const Step<T> &at;
+    const DecodeRows<T> &at;
     T *queries;
     const T *k;
     const float4 *stats;
@@ -57,14 +57,14 @@ template <class T, int DP> struct WarpCandidates {
     float top[2] = {-GD_INFINITY, -GD_INFINITY};
     i32 key[2] = {-1, -1};
 
-    __device__ __forceinline__ WarpCandidates(const Step<T> &at, T *queries, const T *k, const float4 *stats,
+    __device__ __forceinline__ WarpCandidates(const DecodeRows<T> &at, T *queries, const T *k, const float4 *stats,
                                               const float *prior, float scale, SharedBounds &bounds, Candidate *list,
                                               T *gathered, const Range *rows)
         : at(at), queries(queries), k(k), stats(stats), prior(prior), scale(scale), bounds(bounds), list(list),
           gathered(gathered), own{rows[lane_id() / 4], rows[lane_id() / 4 + 8]} {}
 
     // The rows for exact scores; in f32 one warp stores them first.
-    static __device__ __forceinline__ void load(S &scoring, const Step<T> &at, T *queries, bool store) {
+    static __device__ __forceinline__ void load(S &scoring, const DecodeRows<T> &at, T *queries, bool store) {
         scoring.load_queries(queries, at.p.head_dim, at.p.vector_loads, store,
                              [&](u32 r) { return at.exists(r) ? at.query(r) : nullptr; });
     }
@@ -88,18 +88,18 @@ template <class T, int DP> struct WarpCandidates {
 
     // Leaves out what a bar has passed.
     __device__ __forceinline__ void prune() {
-        u32 kept = 0;
+        u32 remaining = 0;
         __syncwarp();
         for (u32 from = 0; from < count; from += 32) {
             u32 e = from + lane_id();
             Candidate x = e < count ? list[e] : Candidate{0.0f, 0};
-            bool stays = e < count && !(x.upper < threshold(x.place % 16));
+            bool stays = e < count && !(x.upper < threshold(x.key_and_row % 16));
             u32 vote = __ballot_sync(ALL, stays);
-            if (stays) list[kept + __popc(vote & ((1u << lane_id()) - 1))] = x;
-            kept += __popc(vote);
+            if (stays) list[remaining + __popc(vote & ((1u << lane_id()) - 1))] = x;
+            remaining += __popc(vote);
             __syncwarp();
         }
-        count = kept;
+        count = remaining;
     }
 
     // Scores all candidates of the list from `from` on.
@@ -112,7 +112,7 @@ template <class T, int DP> struct WarpCandidates {
         load(scoring, at, queries, false);
         for (; from < count; from += KEYS) {
             u32 left = min(count - from, u32(KEYS));
-            auto number = [&](u32 x) { return list[from + min(x, left - 1)].place / 16; };
+            auto number = [&](u32 x) { return list[from + min(x, left - 1)].key_and_row / 16; };
             gather_rows<T, DP>(gathered, left, p.head_dim, p.vector_loads != 0,
                                [&](u32 x) { return at.key(k, number(x)); });
             float acc[1][NT][4];
@@ -152,12 +152,12 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     constexpr int KEYS = 64, PITCH = Integers<DP>::PITCH, TILE = KEYS * PITCH, NT = KEYS / 8 / DECODE_WARPS;
     constexpr int ROWS = 16, GATHERED = Gather<T>::KEYS * S::PITCH;
     GD_DYNAMIC_SHARED(shared);
-    GD_SHARED(Decoding<ROWS>, state);
+    GD_SHARED(DecodeState<ROWS>, state);
     GD_SHARED(SharedBounds, bounds);
     u32 warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
-    Step<T> at(p, q, pages);
-    u32 *lower = workspace.lower + size_t(at.place) * ROWS, *counter = workspace.counter + size_t(at.place) * 2;
-    Candidate *candidates = workspace.candidates + size_t(at.place) * p.candidate_capacity;
+    DecodeRows<T> at(p, q, pages);
+    u32 *lower = workspace.lower + size_t(at.row_tile) * ROWS, *counter = workspace.counter + size_t(at.row_tile) * 2;
+    Candidate *candidates = workspace.candidates + size_t(at.row_tile) * p.candidate_capacity;
     // What blocks before this one have found, if any have.
     if (threadIdx.x < ROWS) bounds.threshold[threadIdx.x] = const_cast<volatile u32 *>(lower)[threadIdx.x];
     at.fill(state, table);
@@ -202,7 +202,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
         __syncthreads();
         int first = int(warp) * NT * 8;
         i32 start = tile * KEYS + first;
-        const float4 *about = tile_stats + u32(tile + (GD_FAULT(81) ? 1 : 0)) % 2 * KEYS + first;
+        const float4 *key_stats = tile_stats + u32(tile + (GD_FAULT(81) ? 1 : 0)) % 2 * KEYS + first;
         i32 product[NT][4] = {};
         integers.template scores<NT>(tiles + u32(tile) % 2 * TILE, first, product);
         float upper[NT][4], least[2] = {-GD_INFINITY, -GD_INFINITY};
@@ -213,7 +213,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
             for (int e = 0; e < 2; e++) {
                 u32 x = n * 8 + 2 * t + e;
                 i32 j = start + i32(x);
-                float4 key = about[x];
+                float4 key = key_stats[x];
                 KeyBound bound(key, at.with_prior(key.w, prior, scale, u32(j)), coarse, rounded);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -271,7 +271,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     // What exact scores have raised.
     if (lane < ROWS) atomicMax(lower + lane, *const_cast<volatile u32 *>(&bounds.threshold[lane]));
     __threadfence();
-    uint64_t *best = workspace.best + size_t(at.place) * ROWS;
+    uint64_t *best = workspace.best + size_t(at.row_tile) * ROWS;
     merge_top1(state, warp_candidates.top, warp_candidates.key, p.tie, best);
     if (!is_last_block(state, counter, p.splits)) return;
 
@@ -282,8 +282,8 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     warp_candidates.count = 0;
     for (u32 from = warp * 32; from < total; from += 32 * DECODE_WARPS) {
         const volatile Candidate &x = candidates[min(from + lane, total - 1)];
-        Candidate one = {x.upper, x.place};
-        bool stays = from + lane < total && !(one.upper < warp_candidates.threshold(one.place % 16));
+        Candidate one = {x.upper, x.key_and_row};
+        bool stays = from + lane < total && !(one.upper < warp_candidates.threshold(one.key_and_row % 16));
         u32 vote = __ballot_sync(ALL, stays);
         warp_candidates.compact(__popc(vote));
         if (stays) warp_candidates.list[warp_candidates.count + __popc(vote & ((1u << lane) - 1))] = one;

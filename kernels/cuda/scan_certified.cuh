@@ -114,7 +114,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
     // counts; rounding alone, to which its bias does.
     float coarse, rounded;
     Integers<DP> integers[MT];
-    Range own[MT][2];
+    Range ranges_of_row[MT][2];
     float scale[MT][2], norm[MT][2], threshold[MT][2];
     u32 count[MT][2];
 
@@ -135,16 +135,16 @@ template <class T, int DP, int MT> struct CertifiedRows {
                 for (u32 r = 0; r < 8; r++) {
                     u32 x = half * 8 + r, row = first + m * 16 + x;
                     const T *query = at.exists(p, row) ? query_row(p, at, q, row) : nullptr;
-                    Quantization about =
+                    Quantization key_stats =
                         quantize_row(query, query ? p.head_dim : 0, staging + x * Integers<DP>::PITCH, DP);
-                    if (about.norm > 0 && finite(about.error))
-                        ratio = fmaxf(ratio, about.error / about.norm * (1.0f + 1e-6f));
-                    if (r == (GD_FAULT(144) ? (g ^ 1) : g)) scale[m][half] = about.scale;
-                    if (r == g) norm[m][half] = about.norm;
+                    if (key_stats.norm > 0 && finite(key_stats.error))
+                        ratio = fmaxf(ratio, key_stats.error / key_stats.norm * (1.0f + 1e-6f));
+                    if (r == (GD_FAULT(144) ? (g ^ 1) : g)) scale[m][half] = key_stats.scale;
+                    if (r == g) norm[m][half] = key_stats.norm;
                 }
-                own[m][half] = ranges.row[first + m * 16 + half * 8 + g];
+                ranges_of_row[m][half] = ranges.row[first + m * 16 + half * 8 + g];
                 // A row that sees nothing has no candidates.
-                threshold[m][half] = own[m][half].lo < own[m][half].hi ? -GD_INFINITY : GD_INFINITY;
+                threshold[m][half] = ranges_of_row[m][half].lo < ranges_of_row[m][half].hi ? -GD_INFINITY : GD_INFINITY;
                 count[m][half] = 0;
             }
             __syncwarp();
@@ -252,7 +252,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
         for (int c = 0; c < 4; c++) {
             float4 key = limits[place + 2 * t + c % 2];
             i32 j = start + i32(2 * t) + c % 2;
-            Range range = own[m][c / 2];
+            Range range = ranges_of_row[m][c / 2];
             upper[c] = fmaf(norm[m][c / 2], error(key), score[c]);
             bool open = j >= range.lo && j < (GD_FAULT(148) ? range.hi + 1 : range.hi) && key.w > -GD_INFINITY;
             if (!open || upper[c] < threshold[m][c / 2]) continue;
@@ -362,15 +362,15 @@ template <class T, int DP, int MT> struct CertifiedRows {
             }
         }
         __syncwarp();
-        u32 kept = 0;
+        u32 remaining = 0;
 #pragma unroll
         for (int x = 0; x < 2; x++) {
             bool stays = lane + 32 * x < entries && !(score[x] < threshold);
-            u32 vote = __ballot_sync(ALL, stays), to = kept + __popc(vote & ((1u << lane) - 1));
+            u32 vote = __ballot_sync(ALL, stays), to = remaining + __popc(vote & ((1u << lane) - 1));
             if (stays) list.score[to] = score[x], list.key[to] = key[x];
-            kept += __popc(vote);
+            remaining += __popc(vote);
         }
-        if (lane == 0) rows[r].count = kept, rows[r].threshold = threshold;
+        if (lane == 0) rows[r].count = remaining, rows[r].threshold = threshold;
         __syncwarp();
     }
 
@@ -438,8 +438,9 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
     u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     size_t sequence = size_t(at.b) * p.kv_heads + at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
-    const float4 *about = stats + sequence * params.capacity;
-    S rows_of_warp(p, at, q, keys, biases, about, lists + size_t(first) * 2 * capacity, rows + first, first, capacity);
+    const float4 *key_stats = stats + sequence * params.capacity;
+    S rows_of_warp(p, at, q, keys, biases, key_stats, lists + size_t(first) * 2 * capacity, rows + first, first,
+                   capacity);
     // 16 rows of at most 8 warps have room where the tiles will lie.
     rows_of_warp.load(tiles + warp * 16 * Integers<DP>::PITCH, ranges);
     __syncthreads();
@@ -454,7 +455,7 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
         u32 j = u32(tile) * KEYS;
         load_rows<int8_t, DP, KEYS>(tiles + tile % 2 * TILE, integers, j);
         copy_commit();
-        if (threadIdx.x < KEYS) next_stats = about[j + threadIdx.x], next_bias = biases[j + threadIdx.x];
+        if (threadIdx.x < KEYS) next_stats = key_stats[j + threadIdx.x], next_bias = biases[j + threadIdx.x];
     };
     auto enter = [&](i32 tile) {
         // A warp enters a group.
@@ -481,10 +482,10 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
         if (!GD_FAULT(149)) __syncthreads();
         i32 start = tile * KEYS;
         if (warp_range.overlaps(start, KEYS)) {
-            const int8_t *own = tiles + (GD_FAULT(142) ? tile + 1 : tile) % 2 * TILE;
-            KeyLimits about = limits(GD_FAULT(146) ? tile + 1 : tile);
+            const int8_t *tile_keys = tiles + (GD_FAULT(142) ? tile + 1 : tile) % 2 * TILE;
+            KeyLimits key_stats = limits(GD_FAULT(146) ? tile + 1 : tile);
             for (int group = 0; group < KEYS; group += GROUP)
-                rows_of_warp.score_group(own, about, widest[tile % 2][group / GROUP], group, start + group);
+                rows_of_warp.score_group(tile_keys, key_stats, widest[tile % 2][group / GROUP], group, start + group);
         }
         if (tile + 1 < to) enter(tile + 1);
         // The next load overwrites what was just read.

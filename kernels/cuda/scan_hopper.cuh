@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_queries(unsigned char *to, const ScanParam
 }
 
 // Puts -inf where a row does not see the key; keys first..first + 128.
-__device__ __forceinline__ void hide(float (&acc)[16][4], i32 first, const Range (&ranges)[2]) {
+__device__ __forceinline__ void mask_scores(float (&acc)[16][4], i32 first, const Range (&ranges)[2]) {
     i32 start = first + i32(2 * (lane_id() % 4));
 #pragma unroll
     for (int n = 0; n < 16; n++) {
@@ -200,7 +200,7 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
         __syncwarp();
         if (lane_id() == 0) barrier_arrive(&tile.empty[stage]);
     };
-    auto pass = [&](i32 i, i32 until) {
+    auto skip = [&](i32 i, i32 until) {
         for (; i < until; i++, ring.next()) {
             await();
             release(ring.stage);
@@ -227,11 +227,11 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
     };
     auto take = [&](float (&acc)[16][4], int m, i32 i) {
         i32 start = number(i) * KEYS;
-        if (!warp_range.covers(start, KEYS)) hide(acc, start, own[m]);
+        if (!warp_range.covers(start, KEYS)) mask_scores(acc, start, own[m]);
         rows[m].take(acc, start, p);
     };
 
-    pass(0, begin);
+    skip(0, begin);
     if constexpr (MT == 2) {
         float upper[16][4], lower[16][4];
         if (begin < end) {
@@ -272,7 +272,7 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
             take(acc, 0, i);
         }
     }
-    pass(end, to - from);
+    skip(end, to - from);
 }
 
 // Runs a block: loads, and has the two multiplying warpgroups call consume(what the block is and sees, its keys and

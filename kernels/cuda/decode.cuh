@@ -1,7 +1,7 @@
-// Decoding: a few queries against a long cache. The keys of a row are split over blocks; inside a block every
-// warp takes its own keys of a tile. Each block enters its best key of every row by an integer maximum, and
-// the last one to come writes index, energy and value row. The scores are those of the scan, and so is the
-// result.
+// Decoding: a few queries against a long cache, with the keys of a row split over several blocks (split-K). Within a
+// block every warp scores its own keys of a tile. Each block merges its best key of every row into the workspace by a
+// 64-bit atomic maximum, and the last block of a row tile writes index, energy and value row. Scores, and therefore
+// results, are bitwise those of the scan.
 #pragma once
 #include "../shared/mask.h"
 #include "../shared/query_rows.h"
@@ -35,7 +35,7 @@ __device__ __forceinline__ void update_top1(const float (&acc)[NT][4], const Ran
     }
 }
 
-// What a block shares.
+// Shared state of a block: key ranges of its rows and of all rows together, and the best key of every warp and row.
 template <int ROWS> struct DecodeState {
     Range row[ROWS];
     Range all;
@@ -63,20 +63,20 @@ template <class T> struct DecodeRows {
     __device__ __forceinline__ const T *query(u32 r) const {
         return q + size_t(b) * p.q_batch + size_t(head(r)) * p.q_head + size_t((first + r) / p.pack) * p.q_row;
     }
-    // The page of a key, or the batch entry, and the key's row in it. What names no page reads the last one, so that
-    // a table that nobody has checked leads nowhere outside of the cache.
+    // The page of key j (without pages: the batch entry), and the key's row in it. An invalid entry of the block table
+    // is clamped to the last page, so that an unchecked table cannot cause an access outside of the cache.
     __device__ __forceinline__ u32 page(u32 j) const {
         return p.page_keys ? min(u32(pages[size_t(b) * p.table_row + j / p.page_keys]), p.pages - 1) : b;
     }
     __device__ __forceinline__ u32 page_offset(u32 j) const { return p.page_keys ? j % p.page_keys : j; }
-    // The row of key j among the biases of all pieces.
+    // The index of key j in the biases of all pages.
     __device__ __forceinline__ size_t bias_at(u32 j) const {
         return (size_t(page(j)) * p.kv_heads + kv) * p.bias_row + page_offset(j);
     }
     __device__ __forceinline__ const T *key(const T *k, u32 j) const {
         return k + size_t(page(j)) * p.k_batch + size_t(kv) * p.k_head + size_t(page_offset(j)) * p.k_row;
     }
-    // Rows that the piece of key j has, counted from its first.
+    // Number of valid rows in the page of key j.
     __device__ __forceinline__ u32 page_rows(u32 j) const {
         return p.page_keys ? min(p.page_keys, p.keys - j + page_offset(j)) : p.keys;
     }
@@ -85,7 +85,7 @@ template <class T> struct DecodeRows {
         return p.prior_batch && j < p.keys ? fmaf(prior[prior_offset(p, b, h0) + j], scale, bias) : bias;
     }
 
-    // What the rows see; ends with a barrier.
+    // Computes the key ranges of the rows; ends with a barrier.
     __device__ __forceinline__ void fill(DecodeState<ROWS> &state, const i32 *table) const {
         if (threadIdx.x == 0) state.all = {i32(p.keys), 0};
         __syncthreads();
@@ -109,7 +109,7 @@ template <class T> struct DecodeRows {
     }
 };
 
-// Enters the best key of every row that the warps have found; ends with a barrier.
+// Merges the best key of every row over the warps and into the workspace; ends with a barrier.
 template <int ROWS>
 __device__ __forceinline__ void merge_top1(DecodeState<ROWS> &state, const float (&top)[2], const i32 (&key)[2],
                                            u32 tie, uint64_t *rows) {

@@ -1,8 +1,7 @@
-// Decoding with 8-bit keys: as decode.cuh, but the blocks read a quarter or half of the bytes of a key, as integers
-// with a bound of the score's error. A key whose upper bound reaches the greatest lower bound so far becomes a
-// candidate of its row; the last block scores the candidates of all blocks that still can win, exactly. Where
-// candidates find no room they are scored at once, so that no number of them makes the result another one than that
-// of the native scan.
+// Certified decoding: as decode.cuh, but blocks read the keys as 8-bit integers with error bounds, a quarter or half of
+// the bytes. A key whose upper bound reaches the greatest lower bound so far becomes a candidate of its row. The last
+// block rescores the candidates of all blocks that can still win. Candidates that exceed a list's capacity are rescored
+// at once, so that the result is always that of the native scan.
 #pragma once
 #include "int8_bounds.cuh"
 #include "decode.cuh"
@@ -25,7 +24,7 @@ __device__ __forceinline__ float number(u32 x) {
     return x ? __uint_as_float(x ^ (x >> 31 ? 0x80000000u : 0xffffffffu)) : -GD_INFINITY;
 }
 
-// What a block shares beside the state of decoding.
+// Bounds that a block shares beside the state of decoding.
 struct SharedBounds {
     Quantization row[16];
     // The greatest lower bound of every row, ordered.
@@ -40,7 +39,7 @@ struct Workspace {
     Candidate *candidates; // [places, capacity]
 };
 
-// A warp's candidates, and what exact scores have found.
+// The candidates of a warp, and the best exact scores so far.
 template <class T, int DP> struct WarpCandidates {
     using S = typename Scoring<T>::template Of<DP, 1>;
     const DecodeRows<T> &at;
@@ -73,7 +72,7 @@ template <class T, int DP> struct WarpCandidates {
         return number(*const_cast<const volatile u32 *>(&bounds.threshold[row]));
     }
 
-    // Raises the bars of the lane's two rows to the greatest of the four lanes that share them.
+    // Raises the thresholds of the lane's two rows to the maximum over the four lanes that share them.
     __device__ __forceinline__ void raise_thresholds(const float (&least)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -86,7 +85,7 @@ template <class T, int DP> struct WarpCandidates {
         __syncwarp();
     }
 
-    // Leaves out what a bar has passed.
+    // Drops candidates whose upper bound is below the threshold of their row.
     __device__ __forceinline__ void prune() {
         u32 remaining = 0;
         __syncwarp();
@@ -158,7 +157,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     DecodeRows<T> at(p, q, pages);
     u32 *lower = workspace.lower + size_t(at.row_tile) * ROWS, *counter = workspace.counter + size_t(at.row_tile) * 2;
     Candidate *candidates = workspace.candidates + size_t(at.row_tile) * p.candidate_capacity;
-    // What blocks before this one have found, if any have.
+    // Lower bounds that earlier blocks have published.
     if (threadIdx.x < ROWS) bounds.threshold[threadIdx.x] = const_cast<volatile u32 *>(lower)[threadIdx.x];
     at.fill(state, table);
 
@@ -254,7 +253,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
         __syncthreads();
     }
 
-    // The bars of all warps go to the other blocks, and theirs come back.
+    // Exchanges thresholds with the other blocks of the row tile.
     if (threadIdx.x < ROWS) {
         u32 mine = bounds.threshold[threadIdx.x];
         u32 theirs = atomicMax(lower + threadIdx.x, mine);
@@ -268,7 +267,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     for (u32 e = lane; e < fit; e += 32)
         candidates[to + e] = warp_candidates.list[e];
     if (!GD_FAULT(85)) warp_candidates.rescore(fit);
-    // What exact scores have raised.
+    // Publishes thresholds that exact scores have raised.
     if (lane < ROWS) atomicMax(lower + lane, *const_cast<volatile u32 *>(&bounds.threshold[lane]));
     __threadfence();
     uint64_t *best = workspace.best + size_t(at.row_tile) * ROWS;

@@ -73,7 +73,7 @@ template <class T> INLINE void eight(const device T *row, u32 d, u32 dim, thread
     }
 }
 
-// What a block shares beside its queries: ranges of its rows and of all, the best of every simdgroup.
+// Size of the shared key ranges: those of every row, then their union.
 constexpr constant u32 DECODE_RANGES = 2 * ROWS + 2;
 
 // partial [places, splits, ROWS, 2]: the bits of the score, and the key.
@@ -106,7 +106,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
     i32 begin = from + min(share * i32(split), count);
     i32 end = from + min(share * i32(split + 1) - (GD_FAULT(112) ? 1 : 0), count);
     float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
-    // Lane t of a key looks after rows t, t + 4, ..
+    // Lane t of the four lanes of a key tracks rows t, t + 4, ..
     ScoredKey best[ROWS / 4];
     for (u32 x = 0; x < ROWS / 4; x++)
         best[x] = {-GD_INFINITY, -1};

@@ -9,23 +9,6 @@ use serde::{Deserialize, Serialize};
 use super::text::{cut, is_jsonl, read_text, text_files};
 use crate::error::{Error, Result};
 
-/// How files become documents.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Reading {
-    /// The field of a JSONL line that holds its text.
-    pub text_field: String,
-    /// In text files, a line that stands between documents; none: every file is one document.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub separator: Option<String>,
-}
-
-impl Default for Reading {
-    fn default() -> Self {
-        Self { text_field: "text".into(), separator: None }
-    }
-}
-
 /// One document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {

@@ -10,16 +10,6 @@ const ENDINGS: [&str; 4] = ["txt", "md", "text", JSONL];
 /// The ending of files with one JSON object a line.
 const JSONL: &str = "jsonl";
 
-/// Reads one UTF-8 text file that is not empty.
-pub fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| Error::read(path, "text file", e))?;
-    if bytes.is_empty() {
-        return Err(Error::Empty { path: path.into(), reason: "the file is empty" });
-    }
-    String::from_utf8(bytes)
-        .map_err(|e| Error::InvalidUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })
-}
-
 /// The files that `paths` stand for: a file is itself, a folder the text and JSONL files in it and
 /// below, by name.
 pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {

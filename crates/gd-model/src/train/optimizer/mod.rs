@@ -11,10 +11,11 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-pub use self::adamw::{AdamW, AdamWConfig, Known, Moved};
+pub use self::adamw::{AdamW, Known, Moved};
 pub use self::groups::Group;
-pub use self::muon::{Muon, MuonConfig, orthogonal};
+pub use self::muon::{Muon, orthogonal};
 pub use self::norm::{accumulate, clip_scale, global_norm, not_finite, squares};
+use crate::config::{AdamWConfig, MuonConfig};
 use crate::error::Result;
 use crate::train::state::{State, Stateful};
 

@@ -28,14 +28,6 @@ const BUCKET: usize = 1 << 22;
 /// What the launchers of MPI tell a process: how many there are.
 const LAUNCHED: [&str; 2] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
 
-/// The same for their numbers among those on one machine.
-const LOCAL: [&str; 2] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"];
-
-/// The number of this process among those that `mpirun` has started on this machine; 0 without `mpirun`.
-pub fn local_rank() -> usize {
-    LOCAL.iter().find_map(|name| std::env::var(name).ok()?.parse().ok()).unwrap_or(0)
-}
-
 /// What carries data between the ranks.
 trait Engine {
     /// This process, from 0.

@@ -9,13 +9,13 @@ use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 use gd_kernels::Mask;
 use gd_layer::Pass;
-use gd_model::io::checkpoint::WEIGHTS;
 use gd_model::config::Recipe;
 use gd_model::data::{Corpus, Texts};
-use gd_model::model::pretrained::{self, Loaded};
+use gd_model::io::checkpoint::WEIGHTS;
 use gd_model::io::tokenizer::Tokenizer;
-use gd_model::train::Trainer;
 use gd_model::model::Transformer;
+use gd_model::model::pretrained::{self, Loaded};
+use gd_model::train::Trainer;
 use serde_json::Value;
 
 const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");

@@ -5,8 +5,8 @@ use std::process::Command;
 use candle_core::Device;
 use gd_model::config::{Mechanism, Recipe};
 use gd_model::data::{Corpus, Tokens};
-use gd_model::train::dry_run::plan;
 use gd_model::train::Trainer;
+use gd_model::train::dry_run::plan;
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]

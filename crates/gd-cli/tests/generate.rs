@@ -9,14 +9,14 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use gd_kernels::{Mask, Precision};
 use gd_layer::{LayerCache, Pass};
-use gd_model::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
 use gd_model::config::{self, ModelConfig};
 use gd_model::infer::generate::{generate, generate_batch};
-use gd_model::model::pretrained::{self, Loaded};
-use gd_model::model::params::Params;
 use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::Transformer;
+use gd_model::model::params::Params;
+use gd_model::model::pretrained::{self, Loaded};
 use gd_support::log_cases;
 use serde_json::{Value, json};
 

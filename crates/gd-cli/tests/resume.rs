@@ -348,8 +348,8 @@ fn kills_lose_nothing_that_was_reported_saved() -> Result<()> {
         // What was still said before the end.
         let rest = lines.map_while(|line| line.ok()).filter_map(|line| saved(&line)).max();
         reported = reported.max(rest);
-        let found =
-            gd_model::io::checkpoint::Store::new(&dir.join("run"), gd_model::io::checkpoint::System).newest()?;
+        let found = gd_model::io::checkpoint::Store::new(&dir.join("run"), gd_model::io::checkpoint::System)
+            .newest()?;
         let found = found.context("no checkpoint is whole")?;
         ensure!(found.damaged.is_empty(), "{found:?}");
         ensure!(Some(found.step) >= reported, "{found:?}, but {reported:?} was reported");

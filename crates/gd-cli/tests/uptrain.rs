@@ -10,11 +10,11 @@ use candle_core::{DType, Device, Tensor, Var};
 use gd_kernels::{Mask, Score};
 use gd_layer::Pass;
 use gd_model::config::{Mechanism, ModelConfig};
-use gd_model::model::loss::IGNORE;
-use gd_model::model::pretrained;
-use gd_model::model::params::Params;
-use gd_model::model::swap::{Layers, Swap};
 use gd_model::model::Transformer;
+use gd_model::model::loss::IGNORE;
+use gd_model::model::params::Params;
+use gd_model::model::pretrained;
+use gd_model::model::swap::{Layers, Swap};
 use gd_model::train::teacher::Original;
 use serde_json::Value;
 

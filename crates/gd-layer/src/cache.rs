@@ -17,6 +17,29 @@ const ROOM: usize = 256;
 /// Keys, values, key prior, the convolution's last inputs and the running averages of one layer; beside the keys
 /// of a selecting layer what decoding reads of them: on the CPU the keys as 8-bit integers (D + 16 bytes each), on a
 /// GPU their biases. Nothing in it carries a gradient. Clones share their memory until one of them goes on.
+///
+/// ```
+/// use std::sync::Arc;
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use gd_kernels::Mask;
+/// use gd_layer::{Attention, AttentionConfig, GdAttention, LayerCache, Pass, RopeScaling, Rotary};
+///
+/// let (device, weights) = (Device::Cpu, VarMap::new());
+/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
+/// let rotary = Arc::new(Rotary::new(8, 64, 10_000.0, RopeScaling::None, DType::F32, &device)?);
+/// let attention = GdAttention::new(&AttentionConfig::new(32, 4, 8), rotary, vb)?;
+///
+/// // A prompt of 10 positions, then two steps of one position.
+/// let mut cache = LayerCache::new();
+/// for rows in [10, 1, 1] {
+///     let x = Tensor::randn(0f32, 1.0, (1, rows, 32), &device)?;
+///     let mask = Mask::causal(cache.len() as i64);
+///     attention.attend(&x, &Pass::new(&mask), Some(&mut cache))?;
+/// }
+/// assert_eq!(cache.lengths(), [12]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct LayerCache {
     keys: Option<Growing>,

@@ -24,6 +24,28 @@ const ALPHA: f64 = 0.6;
 /// GD-Attention, in the place of a multi-head attention: same projections, same weight names, and
 /// per head under `gd`: `beta [Hq]` (log), and if configured `threshold [Hq]`, `alpha [Hq]`
 /// (logit), `rounds [Hq, R]` (deviation from (1, 0, ..)).
+///
+/// ```
+/// use std::sync::Arc;
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use gd_kernels::Mask;
+/// use gd_layer::{Attention, AttentionConfig, GdAttention, Pass, RopeScaling, Rotary};
+///
+/// let (device, weights) = (Device::Cpu, VarMap::new());
+/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
+/// let rotary = Arc::new(Rotary::new(8, 64, 10_000.0, RopeScaling::None, DType::F32, &device)?);
+/// let attention = GdAttention::new(&AttentionConfig::new(32, 4, 8), rotary, vb)?;
+///
+/// let x = Tensor::randn(0f32, 1.0, (2, 16, 32), &device)?;
+/// let mask = Mask::window(4, 0);
+/// let y = attention.attend(&x, &Pass::new(&mask), None)?;
+/// let gradients = y.sqr()?.sum_all()?.backward()?;
+/// for weight in weights.all_vars() {
+///     assert!(gradients.get(&weight).is_some());
+/// }
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct GdAttention {
     heads: Heads,

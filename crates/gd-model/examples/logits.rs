@@ -7,7 +7,8 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use gd_kernels::Mask;
 use gd_layer::Pass;
-use gd_model::{model_file, tensor_file};
+use gd_model::io::safetensors;
+use gd_model::model::pretrained;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();

@@ -7,7 +7,7 @@ use candle_core::Device;
 use gd_kernels::Score;
 use gd_model::config::Mechanism;
 use gd_model::model::swap::{Layers, Swap};
-use gd_model::{Result, evaluate::evaluate, model_file};
+use gd_model::{Result, eval::evaluate, model::pretrained};
 
 /// Perplexities of the model in `folder` on a text: as it is, and reading the `candidates` best keys alone.
 pub(crate) fn swapped(folder: &Path, text: &str, candidates: usize) -> Result<[f64; 2]> {

@@ -1,6 +1,6 @@
 //! Checkpoints of other families: their logits, what is saved again, and configs that are refused.
 //!
-//! The fixtures are made by scripts/golden_llama.py; their logits are those of Python's transformers.
+//! The fixtures are made by scripts/golden/llama.py; their logits are those of Python's transformers.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use gd_kernels::Mask;
 use gd_layer::Pass;
-use gd_model::io::checkpoint::{CONFIG, load_json, load_tensors};
 use gd_model::config::{Mechanism, ModelConfig};
-use gd_model::model::pretrained::{self, Loaded};
+use gd_model::io::checkpoint::{CONFIG, load_json, load_tensors};
 use gd_model::model::Transformer;
+use gd_model::model::pretrained::{self, Loaded};
 use serde_json::{Value, json};
 
 const FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];

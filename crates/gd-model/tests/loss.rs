@@ -1,6 +1,6 @@
 //! cross_entropy against its formula, finite differences, dtypes, thread counts and bad targets.
 
-#[path = "../../gd-kernels/tests/support/mod.rs"]
+#[path = "../../gd-kernels/tests/suite/support/mod.rs"]
 mod support;
 
 use candle_core::{DType, Device, Tensor};

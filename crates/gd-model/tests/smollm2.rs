@@ -1,5 +1,5 @@
 //! A real model, SmolLM2-135M-Instruct as a GGUF file, against golden values; see tests/fixtures/README.md of
-//! the repository. Runs where `GD_SMOLLM2`, or target/smollm2, is what scripts/fetch_smollm2.sh makes.
+//! the repository. Runs where `GD_SMOLLM2`, or target/smollm2, is what scripts/data/fetch_smollm2.sh makes.
 
 use std::path::{Path, PathBuf};
 
@@ -10,8 +10,8 @@ use gd_layer::Pass;
 use gd_model::data::{Tokens, read_text};
 use gd_model::eval::evaluate;
 use gd_model::infer::generate::generate;
-use gd_model::model::pretrained;
 use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::model::pretrained;
 use gd_support::log_cases;
 
 const CPU: Device = Device::Cpu;
@@ -25,7 +25,7 @@ fn folder() -> Option<PathBuf> {
     let named = std::env::var_os("GD_SMOLLM2").map(PathBuf::from);
     let folder = named.or_else(|| Some(root().join("target/smollm2")).filter(|path| path.exists()));
     if folder.is_none() {
-        println!("skipped: scripts/fetch_smollm2.sh target/smollm2 fetches the model");
+        println!("skipped: scripts/data/fetch_smollm2.sh target/smollm2 fetches the model");
     }
     folder
 }

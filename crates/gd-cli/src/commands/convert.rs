@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use gd_model::io::checkpoint::check_writable;
-use gd_model::config::Mechanism;
-use gd_model::model::pretrained::{self, Loaded};
-use gd_model::model::swap::{Layers, Swap};
 use anyhow::Result;
 use candle_core::DType;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gd_kernels::{CANDIDATES, Score};
+use gd_model::config::Mechanism;
+use gd_model::io::checkpoint::check_writable;
+use gd_model::model::pretrained::{self, Loaded};
+use gd_model::model::swap::{Layers, Swap};
 use serde_json::json;
 
 use super::{Context, train, uptrain, usage};

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use gd_model::data::{Documents, Index, Part, Preparation, Prepared, Reading, prepare, text_files};
-use gd_model::io::tokenizer::Tokenizer;
 use anyhow::{Context as _, Result, bail};
 use clap::Subcommand;
+use gd_model::data::{Documents, Index, Part, Preparation, Prepared, Reading, prepare, text_files};
+use gd_model::io::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 

@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-use gd_model::config::Recipe;
-use gd_model::config::device;
+use anyhow::{Result, bail};
 use gd_model::analysis::gradient_check::{Fault, check};
 use gd_model::analysis::variants::VARIANTS;
-use anyhow::{Result, bail};
+use gd_model::config::Recipe;
+use gd_model::config::device;
 use serde::Serialize;
 
 use super::Context;

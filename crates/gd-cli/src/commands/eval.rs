@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Context as _, Result};
 use gd_model::data::{Documents, Reading, Tokens};
 use gd_model::eval::evaluate;
-use gd_model::model::pretrained;
 use gd_model::io::tokenizer::Tokenizer;
-use anyhow::{Context as _, Result};
+use gd_model::model::pretrained;
 
 use super::data::{ReadingArgs, prepared_for};
 use super::{Context, usage};

@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use gd_model::io::chat_template::ChatTemplate;
+use anyhow::{Context as _, Result};
 use gd_model::data::{Documents, Reading, is_jsonl, read_text};
 use gd_model::error::Error;
 use gd_model::infer::generate::{check_prompt, generate_batch};
-use gd_model::model::pretrained::{self, Loaded};
 use gd_model::infer::sampler::{Sampler, Sampling};
 use gd_model::infer::stop::StopStrings;
+use gd_model::io::chat_template::ChatTemplate;
 use gd_model::io::tokenizer::StreamDecoder;
-use anyhow::{Context as _, Result};
+use gd_model::model::pretrained::{self, Loaded};
 use serde_json::json;
 
 use super::{Context, usage};

@@ -24,11 +24,11 @@ use std::fmt;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
-use gd_model::config::device::DeviceChoice;
 use anyhow::Result;
 use candle_core::Device;
 use clap::error::ErrorKind as ClapKind;
 use clap::{Parser, Subcommand};
+use gd_model::config::device::DeviceChoice;
 use tracing_subscriber::EnvFilter;
 
 /// Trains, runs and checks Preserve-then-Select language models.

@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use gd_model::io::checkpoint::{check_writable, stream_file, write_file};
-use gd_model::data::read_text;
-use gd_model::model::pretrained::{self, Loaded};
-use gd_model::infer::sampler::{Sampler, Sampling};
-use gd_model::trace::{self, Continuation, Effect, Header, Intervention, Record, Seal, Trace, Writer, hex};
 use anyhow::{Context as _, Result};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::DecodePrivateKey;
+use gd_model::data::read_text;
+use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::io::checkpoint::{check_writable, stream_file, write_file};
+use gd_model::model::pretrained::{self, Loaded};
+use gd_model::trace::{self, Continuation, Effect, Header, Intervention, Record, Seal, Trace, Writer, hex};
 use serde_json::{Value, json};
 
 use super::{Context, usage};

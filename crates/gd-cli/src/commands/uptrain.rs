@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
 use gd_model::config::{Recipe, Setting, UPTRAIN};
 use gd_model::data::Corpus;
+use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained::{self, Parts};
 use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, Run};
-use gd_model::io::tokenizer::Tokenizer;
 use gd_model::train::teacher::{reading, schedule};
-use anyhow::Result;
 
 use super::data::{ReadingArgs, prepared_for};
 use super::{Context, convert, train, usage};

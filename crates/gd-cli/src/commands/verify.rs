@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Result, bail};
 use gd_model::model::pretrained;
 use gd_model::trace::{self, Hash, Outcome, Trace, hex};
-use anyhow::{Result, bail};
 use serde_json::json;
 
 use super::{Context, usage};

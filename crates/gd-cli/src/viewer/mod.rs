@@ -11,11 +11,11 @@
 
 use std::io::Write;
 
-use gd_model::error::{Error, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use gd_model::error::{Error, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -23,12 +23,8 @@ use sha2::{Digest, Sha256};
 const PAGE: &str = include_str!("page.html");
 const STYLE: &str = include_str!("page.css");
 /// One module in the browser, in the order in which they build on each other.
-const SCRIPTS: [&str; 4] = [
-    include_str!("trace.js"),
-    include_str!("text.js"),
-    include_str!("panels.js"),
-    include_str!("page.js"),
-];
+const SCRIPTS: [&str; 4] =
+    [include_str!("trace.js"), include_str!("text.js"), include_str!("panels.js"), include_str!("page.js")];
 
 /// A trace as the viewer gets it.
 #[derive(Debug, Clone, Copy)]

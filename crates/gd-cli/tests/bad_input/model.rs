@@ -5,12 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
-use gd_model::io::checkpoint::{CONFIG, INDEX, TOKENIZER, WEIGHTS, write_tensors};
 use gd_model::config::Recipe;
-use gd_model::model::pretrained::Loaded;
-use gd_model::model::params::Params;
+use gd_model::io::checkpoint::{CONFIG, INDEX, TOKENIZER, WEIGHTS, write_tensors};
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::Transformer;
+use gd_model::model::params::Params;
+use gd_model::model::pretrained::Loaded;
 use serde_json::{Value, json};
 
 use super::{Case, case};

@@ -12,12 +12,12 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use gd_model::config::{self, ModelConfig};
-use gd_model::model::pretrained::Loaded;
-use gd_model::model::params::Params;
 use gd_model::infer::sampler::{Sampler, Sampling};
 use gd_model::io::tokenizer::Tokenizer;
-use gd_model::trace::{self, Continuation, Header, Intervention, Record, Trace, Writer};
 use gd_model::model::Transformer;
+use gd_model::model::params::Params;
+use gd_model::model::pretrained::Loaded;
+use gd_model::trace::{self, Continuation, Header, Intervention, Record, Trace, Writer};
 use serde_json::{Value, json};
 
 const CPU: Device = Device::Cpu;
@@ -130,7 +130,9 @@ fn a_record_says_what_the_model_read() -> Result<()> {
         // As without a trace.
         let mut sampler = Sampler::new(SAMPLING, 7)?;
         let plain =
-            gd_model::infer::generate::generate(&loaded.model, &prompt, 20, &mut sampler, &CPU, |_| Ok(true))?;
+            gd_model::infer::generate::generate(&loaded.model, &prompt, 20, &mut sampler, &CPU, |_| {
+                Ok(true)
+            })?;
         ensure!(plain == new, "{name}: the trace changed the text");
         let text: String = records.iter().map(|r| r.text.as_str()).collect();
         let all: Vec<u32> = records.iter().map(|r| r.token).collect();

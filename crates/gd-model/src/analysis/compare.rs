@@ -116,7 +116,6 @@ impl Comparison {
         }
         Self { steps, tokens_per_step, context, mechanisms, runs }
     }
-
 }
 
 #[cfg(test)]

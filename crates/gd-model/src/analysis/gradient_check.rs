@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::params::Params;
 use crate::model::Transformer;
+use crate::model::params::Params;
 
 /// Sequences and tokens of the pass: enough for every mechanism to choose among keys.
 const BATCH: (usize, usize) = (2, 24);
@@ -96,8 +96,8 @@ mod tests {
     use gd_kernels::Estimator;
 
     use super::*;
-    use crate::config::Recipe;
     use crate::analysis::variants::VARIANTS;
+    use crate::config::Recipe;
 
     #[test]
     fn every_parameter_of_every_preset_and_mechanism_learns() {

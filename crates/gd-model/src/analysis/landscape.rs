@@ -249,7 +249,6 @@ impl Landscape {
         let offset = difference(point, &self.query);
         (dot(&offset, &plane.axes[0]), dot(&offset, &plane.axes[1]))
     }
-
 }
 
 fn difference(a: &[f64], b: &[f64]) -> Vec<f64> {

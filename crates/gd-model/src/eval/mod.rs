@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use crate::data::{Batch, Tokens};
 use crate::error::{Error, Result};
-use crate::train::state::{State, Stateful};
 use crate::model::Transformer;
+use crate::train::state::{State, Stateful};
 
 /// What a model does on a text.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -13,8 +13,8 @@ use minijinja::{Environment, ErrorKind, context};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
-use crate::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
 use crate::error::{Error, Result};
+use crate::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
 
 /// The only template of its environment.
 const NAME: &str = "chat_template";

@@ -13,8 +13,8 @@ use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper};
 
-use crate::io::checkpoint::write_file;
 use crate::error::{Error, Result};
+use crate::io::checkpoint::write_file;
 
 /// The number of different bytes, and so the least vocabulary.
 pub const BYTES: usize = 256;

@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use crate::io::chat_template::ChatTemplate;
-use crate::io::checkpoint::{self, Checkpoint};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::io::chat_template::ChatTemplate;
+use crate::io::checkpoint::{self, Checkpoint};
 use crate::io::gguf::{self, Gguf};
-use crate::model::params::Params;
 use crate::io::tokenizer::Tokenizer;
 use crate::model::Transformer;
+use crate::model::params::Params;
 
 /// Files of a checkpoint folder that are kept as they are when the model is saved again.
 const KEPT: [&str; 3] = [checkpoint::TOKENIZER_CONFIG, "special_tokens_map.json", checkpoint::CHAT_TEMPLATE];

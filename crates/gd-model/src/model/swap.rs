@@ -10,9 +10,9 @@ use candle_core::Tensor;
 use gd_kernels::{Estimator, Score};
 use gd_layer::GdConfig;
 
-use crate::io::checkpoint::require;
 use crate::config::{Mechanism, ModelConfig};
 use crate::error::{Error, Result};
+use crate::io::checkpoint::require;
 use crate::model::pretrained::Parts;
 use crate::model::shapes::shapes;
 

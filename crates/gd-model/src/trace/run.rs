@@ -10,9 +10,9 @@ use super::recorder::Recorder;
 use super::replay::{Outcome, Replay};
 use crate::error::{Error, Result};
 use crate::infer::generate::{check_prompt, last_logits};
-use crate::model::pretrained::Loaded;
 use crate::infer::sampler::Sampler;
 use crate::model::Transformer;
+use crate::model::pretrained::Loaded;
 
 /// A text that is being read.
 struct Reader<'a> {

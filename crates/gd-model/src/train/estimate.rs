@@ -5,8 +5,8 @@ use serde::Serialize;
 use crate::config::{Mechanism, ModelConfig, Recipe};
 use crate::error::Result;
 use crate::model::loss::chunk_rows;
-use crate::train::optimizer::Group;
 use crate::model::shapes::shapes;
+use crate::train::optimizer::Group;
 
 /// What a run of a recipe comes to.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -4,18 +4,18 @@ mod figure;
 
 use std::path::{Path, PathBuf};
 
-use gd_model::analysis::beacon_report::{Protection, Report, Scores, report};
-use gd_model::config::parse;
-use gd_model::io::safetensors::{self, Tensors};
 use anyhow::{Context as _, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
+use gd_model::analysis::beacon_report::{Protection, Report, Scores, report};
+use gd_model::config::parse;
+use gd_model::io::safetensors::{self, Tensors};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{Context, op, usage};
-use crate::table::plain_table;
 use crate::plot;
+use crate::table::plain_table;
 
 /// Report what conditional protection does to a minority of candidates
 #[derive(Debug, clap::Args)]

@@ -5,11 +5,11 @@ use std::hint::black_box;
 use std::process::Command;
 use std::time::Instant;
 
-use gd_model::config::device;
-use gd_model::train::memory::Peak;
 use anyhow::{Context as _, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::fused::vectorize;
+use gd_model::config::device;
+use gd_model::train::memory::Peak;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 

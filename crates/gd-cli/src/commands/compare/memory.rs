@@ -3,13 +3,13 @@
 
 use std::process::Command;
 
-use gd_model::config::Recipe;
-use gd_model::data::{Corpus, Tokens};
-use gd_model::config::device;
-use gd_model::train::memory::Peak;
-use gd_model::train::Trainer;
-use gd_model::analysis::variants::Variant;
 use anyhow::{Context as _, Result, bail};
+use gd_model::analysis::variants::Variant;
+use gd_model::config::Recipe;
+use gd_model::config::device;
+use gd_model::data::{Corpus, Tokens};
+use gd_model::train::Trainer;
+use gd_model::train::memory::Peak;
 use serde::{Deserialize, Serialize};
 
 use super::{Context, TERMINAL};

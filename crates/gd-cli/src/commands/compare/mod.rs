@@ -7,16 +7,16 @@ mod table;
 
 use std::path::{Path, PathBuf};
 
-use gd_model::io::checkpoint::{check_writable, write_file};
-use gd_model::analysis::compare::{Comparison, Run};
-use gd_model::config::{Recipe, Setting};
-use gd_model::data::Corpus;
-use gd_model::train::memory::Peak;
-use gd_model::train::Trainer;
-use gd_model::analysis::variants::{VARIANTS, Variant, equalise};
 use anyhow::Result;
 use comfy_table::TableStyle;
 use comfy_table::presets::{ASCII_MARKDOWN, UTF8_FULL_CONDENSED};
+use gd_model::analysis::compare::{Comparison, Run};
+use gd_model::analysis::variants::{VARIANTS, Variant, equalise};
+use gd_model::config::{Recipe, Setting};
+use gd_model::data::Corpus;
+use gd_model::io::checkpoint::{check_writable, write_file};
+use gd_model::train::Trainer;
+use gd_model::train::memory::Peak;
 
 use super::train::{corpus, recipe, train};
 use super::{Context, usage};
@@ -149,4 +149,14 @@ fn write(out: &Path, result: &Comparison) -> Result<()> {
     write_file(&out.join("compare.json"), serde_json::to_string_pretty(result)?.as_bytes())?;
     write_file(&out.join("table.md"), table.as_bytes())?;
     Ok(write_file(&out.join("curves.svg"), curves::svg(&result.runs)?.as_bytes())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_help_describes_every_mechanism() {
+        assert!(VARIANTS.iter().all(|v| mechanisms().contains(v.name) && mechanisms().contains(v.what)));
+    }
 }

@@ -1,7 +1,7 @@
 //! The table of `gd compare`.
 
-use gd_model::analysis::compare::Comparison;
 use comfy_table::{Table, TableStyle};
+use gd_model::analysis::compare::Comparison;
 
 use crate::table::plain_table;
 

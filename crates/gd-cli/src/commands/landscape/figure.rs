@@ -1,8 +1,8 @@
 //! The figure of an energy landscape: the energies along the passages above, and over a plane below.
 
+use gd_kernels::reference::distance2;
 use gd_model::analysis::landscape::{Jump, Landscape, Plane, Point};
 use gd_model::error::Result;
-use gd_kernels::reference::distance2;
 
 use crate::plot::{Field, Figure, Line, Lines, Mark, Symbol};
 
@@ -27,8 +27,7 @@ pub(super) fn figure(landscape: &Landscape, title: &str, plane: Option<&Plane>) 
 fn passages(landscape: &Landscape, title: &str) -> Lines {
     let (winner, runner_up) = landscape.best();
     let (mut lines, mut marks) = (Vec::new(), Vec::new());
-    for (n, (jump, name)) in [(Some(winner), "winner"), (runner_up, "runner-up")].into_iter().enumerate()
-    {
+    for (n, (jump, name)) in [(Some(winner), "winner"), (runner_up, "runner-up")].into_iter().enumerate() {
         let Some(jump) = jump else { continue };
         let at = |i: usize| {
             let u = PASSAGE[0] + (PASSAGE[1] - PASSAGE[0]) * i as f64 / POINTS as f64;
@@ -50,8 +49,7 @@ fn passages(landscape: &Landscape, title: &str) -> Lines {
         let label = format!("coherence point\nu* {:.4}, E* {:.4}", global.u, global.energy);
         marks.push(mark(global, Symbol::Diamond, label));
         if jump.has_two_roots() {
-            let label =
-                format!("first root of bisection\nu {:.4}, energy {:.4}", passage.u, passage.energy);
+            let label = format!("first root of bisection\nu {:.4}, energy {:.4}", passage.u, passage.energy);
             marks.push(mark(passage, Symbol::Cross, label));
         }
     }
@@ -79,15 +77,15 @@ fn field(landscape: &Landscape, plane: &Plane) -> Result<Field> {
     for (n, &position) in plane.keys.iter().enumerate() {
         let (jump, colour) = (landscape.jump_to(position)?, Some(2 + 2 * n));
         let symbol = [Symbol::Circle, Symbol::Triangle][n % 2];
-        let mark =
-            |point: &[f64], symbol, label| Mark { at: landscape.project(plane, point), symbol, colour, label };
+        let mark = |point: &[f64], symbol, label| Mark {
+            at: landscape.project(plane, point),
+            symbol,
+            colour,
+            label,
+        };
         marks.push(mark(landscape.key(position)?, symbol, format!("key {position}")));
         let at = |point: Point| landscape.passage_point(position, point.u);
-        marks.push(mark(
-            &at(jump.global)?,
-            Symbol::Diamond,
-            format!("coherence point to {}", position),
-        ));
+        marks.push(mark(&at(jump.global)?, Symbol::Diamond, format!("coherence point to {}", position)));
         if jump.has_two_roots() {
             let label = format!("first root to {}", position);
             marks.push(mark(&at(jump.passage)?, Symbol::Cross, label));

@@ -4,10 +4,10 @@ mod figure;
 
 use std::path::PathBuf;
 
-use gd_model::analysis::landscape::{Jump, Landscape, Seen};
 use anyhow::{Context as _, Result};
 use candle_core::{DType, Device, Tensor};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
+use gd_model::analysis::landscape::{Jump, Landscape, Seen};
 use serde_json::json;
 
 use super::op::{Inputs, MaskKind, open_unit, positive};

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use gd_model::io::safetensors::{self, Tensors};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{Barrier, CANDIDATES, Mask};
+use gd_model::io::safetensors::{self, Tensors};
 use serde::Deserialize;
 use serde_json::Value;
 

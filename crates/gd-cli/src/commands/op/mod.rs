@@ -5,10 +5,10 @@
 mod args;
 mod inputs;
 
-use gd_model::io::safetensors::{self, Tensors};
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
 use gd_kernels::{Candidates, Estimator, Plan, Scan, Select, plan, scan, scan_all, select};
+use gd_model::io::safetensors::{self, Tensors};
 use serde_json::{Map, Value, json};
 
 pub use args::{Args, MaskKind, Operator, ScanArgs, SelectArgs};

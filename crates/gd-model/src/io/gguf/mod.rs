@@ -17,8 +17,8 @@ use candle_core::quantized::{GgmlDType, ggml_file};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use crate::io::checkpoint::TOKENIZER_CONFIG;
 use crate::error::{Error, Result};
+use crate::io::checkpoint::TOKENIZER_CONFIG;
 use crate::io::tokenizer::Tokenizer;
 use header::{Header, Place};
 

@@ -15,8 +15,8 @@ use gd_layer::{
 use crate::config::{Mechanism, ModelConfig};
 use crate::model::loss::{linear_cross_entropy, linear_token_losses};
 
-mod aligned;
 mod checkpointed;
+mod layer_alignment;
 
 /// The feed-forward block.
 struct Mlp {

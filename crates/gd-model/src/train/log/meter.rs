@@ -5,10 +5,10 @@ use serde::Serialize;
 
 use super::Event;
 use crate::config::Recipe;
-use crate::error::Result;
-use crate::train::Step;
 use crate::config::device;
+use crate::error::Result;
 use crate::model::flops;
+use crate::train::Step;
 use crate::train::memory;
 
 /// The line of a step.

@@ -51,10 +51,10 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
-    use crate::config::{PRESETS, Recipe};
-    use crate::model::params::Params;
-    use crate::model::Transformer;
     use crate::analysis::variants::VARIANTS;
+    use crate::config::{PRESETS, Recipe};
+    use crate::model::Transformer;
+    use crate::model::params::Params;
 
     #[test]
     fn the_table_knows_every_parameter_and_no_vector_decays() {

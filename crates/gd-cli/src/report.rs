@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use gd_model::error::Result;
-use gd_model::io::checkpoint::write_file;
+use gd_model::io::files::write_file;
 use serde_json::{Map, Value};
 
 use crate::history::{Axis, History, number, panels};

@@ -7,7 +7,7 @@ use candle_core::DType;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gd_kernels::{CANDIDATES, Score};
 use gd_model::config::Mechanism;
-use gd_model::io::checkpoint::check_writable;
+use gd_model::io::files::check_writable;
 use gd_model::model::pretrained::{self, Loaded};
 use gd_model::model::swap::{Layers, Swap};
 use serde_json::json;

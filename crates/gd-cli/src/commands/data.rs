@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Subcommand;
-use gd_model::data::{Documents, Index, Part, Preparation, Prepared, Reading, prepare, text_files};
+use gd_model::config::DocumentFormat;
+use gd_model::data::{Documents, Index, Part, Preparation, Prepared, prepare, text_files};
 use gd_model::io::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -42,7 +43,7 @@ pub struct ReadingArgs {
 
 impl ReadingArgs {
     /// Puts the flags that were given in the place of what the configuration says.
-    pub fn apply(&self, reading: &mut Reading) {
+    pub fn apply(&self, reading: &mut DocumentFormat) {
         if let Some(field) = &self.text_field {
             reading.text_field.clone_from(field);
         }
@@ -150,7 +151,7 @@ fn run_prepare(args: &PrepareArgs, ctx: &Context) -> Result<()> {
     if !(args.valid_fraction > 0.0 && args.valid_fraction < 1.0) {
         return Err(usage(format!("--valid-fraction {} is outside (0, 1)", args.valid_fraction)));
     }
-    let mut reading = Reading::default();
+    let mut reading = DocumentFormat::default();
     args.reading.apply(&mut reading);
     let mut total = 0;
     for file in text_files(&args.data)? {
@@ -175,7 +176,7 @@ fn run_prepare(args: &PrepareArgs, ctx: &Context) -> Result<()> {
 }
 
 /// Learns a vocabulary from the training part, which is read for that and not kept.
-fn learn(args: &PrepareArgs, reading: &Reading, vocab: usize, total: u64) -> Result<Tokenizer> {
+fn learn(args: &PrepareArgs, reading: &DocumentFormat, vocab: usize, total: u64) -> Result<Tokenizer> {
     let bar = bar("learning tokens", total)?;
     let mut failed = None;
     let documents = Documents::open(&args.data, reading)?.map_while(|document| match document {

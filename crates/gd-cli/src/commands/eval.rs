@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use gd_model::data::{Documents, Reading, Tokens};
+use gd_model::config::DocumentFormat;
+use gd_model::data::{Documents, Tokens};
 use gd_model::eval::evaluate;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained;
@@ -80,7 +81,7 @@ fn read(args: &Args, tokenizer: &Tokenizer) -> Result<(Tokens, usize)> {
     if let Some(prepared) = prepared_for(&args.data, tokenizer)? {
         return Ok((prepared.corpus.valid, prepared.corpus.valid_bytes));
     }
-    let mut reading = Reading::default();
+    let mut reading = DocumentFormat::default();
     args.reading.apply(&mut reading);
     let documents = Documents::open(&args.data, &reading)?.collect::<gd_model::Result<Vec<_>>>()?;
     let bytes = documents.iter().map(|d| d.text.len()).sum();

@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use gd_model::data::{Documents, Reading, is_jsonl, read_text};
+use gd_model::config::DocumentFormat;
+use gd_model::data::{Documents, is_jsonl};
 use gd_model::error::Error;
 use gd_model::infer::generate::{check_prompt, generate_batch};
 use gd_model::infer::sampler::{Sampler, Sampling};
 use gd_model::infer::stop::StopStrings;
 use gd_model::io::chat_template::ChatTemplate;
+use gd_model::io::files::read_text;
 use gd_model::io::tokenizer::StreamDecoder;
 use gd_model::model::pretrained::{self, Loaded};
 use serde_json::json;
@@ -185,7 +187,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 /// The prompts in a file.
 fn read_prompts(path: &Path) -> Result<Vec<String>> {
     let prompts: Vec<String> = if is_jsonl(path) {
-        let reading = Reading { text_field: "prompt".into(), separator: None };
+        let reading = DocumentFormat { text_field: "prompt".into(), separator: None };
         let documents = Documents::open(&[path.to_path_buf()], &reading)?;
         documents.map(|document| Ok(document?.text)).collect::<gd_model::Result<_>>()?
     } else {

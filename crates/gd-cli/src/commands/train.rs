@@ -14,7 +14,7 @@ use gd_model::infer::generate::sample;
 use gd_model::io::checkpoint;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained::{self, Parts};
-use gd_model::train::dry_run::plan;
+use gd_model::train::estimate::estimate;
 use gd_model::train::log::Event;
 use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, RECIPE, Run, Saved};
@@ -213,7 +213,7 @@ fn dry_run(args: &Args, ctx: &Context) -> Result<()> {
     let mut recipe = recipe(args.config.as_deref().unwrap_or(DEFAULT), &args.set, args.steps)?;
     args.reading.apply(&mut recipe.train.documents);
     corpus(&args.data, &mut recipe)?;
-    let plan = plan(&recipe)?;
+    let plan = estimate(&recipe)?;
     if ctx.json {
         return ctx.print(serde_json::to_string(&plan)?);
     }
@@ -271,7 +271,7 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
 /// The model that a run learns from, where its recipe names one.
 fn original(recipe: &Recipe, ctx: &Context) -> Result<Option<Parts>> {
     let Some(uptrain) = &recipe.train.uptrain else { return Ok(None) };
-    let parts = pretrained::read(&uptrain.original, &ctx.device);
+    let parts = pretrained::read(&uptrain.teacher, &ctx.device);
     Ok(Some(parts.context("the original (--set train.uptrain.original=PATH says where it is now)")?))
 }
 
@@ -405,7 +405,7 @@ fn card(
     };
     let summary = match &recipe.train.uptrain {
         Some(uptrain) => {
-            let name = uptrain.original.file_name().unwrap_or(uptrain.original.as_os_str());
+            let name = uptrain.teacher.file_name().unwrap_or(uptrain.teacher.as_os_str());
             format!("{} with another attention, trained since.", name.to_string_lossy())
         }
         None => "A small language model trained with gd.".into(),

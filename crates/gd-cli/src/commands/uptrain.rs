@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use gd_model::config::{Recipe, Setting, UPTRAIN};
+use gd_model::config::{training_candidates, uptrain_schedule};
 use gd_model::data::Corpus;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained::{self, Parts};
 use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, Run};
-use gd_model::train::teacher::{reading, schedule};
 
 use super::data::{ReadingArgs, prepared_for};
 use super::{Context, convert, train, usage};
@@ -65,7 +65,7 @@ fn recipe(args: &convert::Args, original: &Parts) -> Result<Recipe> {
     };
     // Trained in f32, whatever it came in.
     (model.dtype, model.origin) = ("float32".into(), None);
-    (model.gd.select.candidates, model.gd.select.estimator) = reading(args.k);
+    (model.gd.select.candidates, model.gd.select.estimator) = training_candidates(args.k);
     let Some(original) = args.model.to_str() else {
         return Err(usage(format!("{}: a path in UTF-8 is needed to train", args.model.display())));
     };
@@ -79,7 +79,7 @@ fn recipe(args: &convert::Args, original: &Parts) -> Result<Recipe> {
     };
     // The way to few keys begins where the alignment ends, which a setting may have moved.
     let align = load(&[])?.train.uptrain.map_or(0.0, |uptrain| uptrain.align);
-    let select = Setting::new("train.select", serde_json::to_value(schedule(args.k, align))?);
+    let select = Setting::new("train.select", serde_json::to_value(uptrain_schedule(args.k, align))?);
     load(&[select])
 }
 

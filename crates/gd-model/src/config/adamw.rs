@@ -36,7 +36,12 @@ impl AdamWConfig {
             ("adamw.beta1", beta1, (0.0..1.0).contains(&beta1), "in [0, 1)"),
             ("adamw.beta2", beta2, (0.0..1.0).contains(&beta2), "in [0, 1)"),
             ("adamw.eps", eps, eps > 0.0 && eps.is_finite(), "above 0"),
-            ("adamw.weight_decay", weight_decay, weight_decay >= 0.0 && weight_decay.is_finite(), "at least 0"),
+            (
+                "adamw.weight_decay",
+                weight_decay,
+                weight_decay >= 0.0 && weight_decay.is_finite(),
+                "at least 0",
+            ),
         ];
         match checks.into_iter().find(|check| !check.2) {
             Some((name, value, _, allowed)) => Err(Error::out_of_range(name, value, allowed)),

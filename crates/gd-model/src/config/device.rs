@@ -62,9 +62,8 @@ impl DeviceChoice {
     /// [`Error::Device`] if the device was named and this build or this machine lacks it.
     pub fn open(self) -> Result<Device> {
         let refused = |reason: String| Error::Device { device: self.to_string(), reason };
-        let built_without = |name: &str| {
-            refused(format!("this program was built without {name} support (use --device cpu)"))
-        };
+        let built_without =
+            |name: &str| refused(format!("this program was built without {name} support (use --device cpu)"));
         let closed = |e: Error| refused(format!("does not open (--device cpu runs without): {e}"));
         match self {
             Self::Cpu => Ok(Device::Cpu),

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::model::{
-    GdBlock, Mechanism, ModelConfig, RopeParameters, architectures, check_sizes, dtype, check_rope_type,
+    GdBlock, Mechanism, ModelConfig, RopeParameters, architectures, check_rope_type, check_sizes, dtype,
     model_type,
 };
 use super::parse;
@@ -138,12 +138,14 @@ struct Rope {
 pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<ConfigProblem>> {
     let supported = || FAMILIES.map(|(name, _)| name).join(", ");
     let family = match json.get("model_type").and_then(Value::as_str) {
-        Some(name) => FAMILIES.iter().find(|(n, _)| *n == name).map(|(_, family)| *family).ok_or_else(|| {
-            let supported = supported();
-            vec![refusal(format!(
-                "model_type {name:?} is not supported ({supported} are, and configs with a gd block)"
-            ))]
-        })?,
+        Some(name) => {
+            FAMILIES.iter().find(|(n, _)| *n == name).map(|(_, family)| *family).ok_or_else(|| {
+                let supported = supported();
+                vec![refusal(format!(
+                    "model_type {name:?} is not supported ({supported} are, and configs with a gd block)"
+                ))]
+            })?
+        }
         None => return Err(vec![refusal(format!("neither a gd block nor a model_type ({})", supported()))]),
     };
     let mut full = family.defaults();
@@ -202,7 +204,8 @@ fn refusal(text: String) -> ConfigProblem {
 fn refusals(keys: &Keys, family: Family) -> Vec<ConfigProblem> {
     let mut problems = Vec::new();
     if let Some(name) = keys.architectures.iter().flatten().find(|a| *a != family.architecture()) {
-        problems.push(refusal(format!("architectures {name:?} is not supported ({} is)", family.architecture())));
+        problems
+            .push(refusal(format!("architectures {name:?} is not supported ({} is)", family.architecture())));
     }
     if keys.num_attention_heads == 0 {
         problems.push(Error::out_of_range("num_attention_heads", 0, "at least 1").into());
@@ -247,8 +250,7 @@ fn rope(keys: &Keys) -> Result<RopeParameters, Vec<ConfigProblem>> {
         factor: rope.factor.filter(|_| rope_type != "default"),
         low_freq_factor: rope.low_freq_factor.filter(|_| llama3),
         high_freq_factor: rope.high_freq_factor.filter(|_| llama3),
-        unscaled_context: llama3
-            .then(|| rope.unscaled_context.unwrap_or(keys.max_position_embeddings)),
+        unscaled_context: llama3.then(|| rope.unscaled_context.unwrap_or(keys.max_position_embeddings)),
         rope_type,
     };
     parameters.scaling().map_err(|e| inside(e.to_string()))?;
@@ -277,9 +279,9 @@ fn windows(keys: &Keys, family: Family) -> Result<Vec<Option<usize>>, ConfigProb
     };
     match (slides.contains(&true), window) {
         (false, _) => Ok(Vec::new()),
-        (true, None) => {
-            Err(refusal("layer_types has \"sliding_attention\", but there is no sliding_window in use".into()))
-        }
+        (true, None) => Err(refusal(
+            "layer_types has \"sliding_attention\", but there is no sliding_window in use".into(),
+        )),
         (true, window) => Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect()),
     }
 }

@@ -98,11 +98,7 @@ pub struct RopeParameters {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub high_freq_factor: Option<f64>,
     /// The context before the scaling, a parameter of `llama3`.
-    #[serde(
-        default,
-        rename = "original_max_position_embeddings",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, rename = "original_max_position_embeddings", skip_serializing_if = "Option::is_none")]
     pub unscaled_context: Option<usize>,
 }
 
@@ -133,9 +129,7 @@ impl RopeParameters {
                 factor: factor()?,
                 low: self.low_freq_factor.ok_or_else(|| needs("low_freq_factor"))?,
                 high: self.high_freq_factor.ok_or_else(|| needs("high_freq_factor"))?,
-                original: self
-                    .unscaled_context
-                    .ok_or_else(|| needs("original_max_position_embeddings"))?,
+                original: self.unscaled_context.ok_or_else(|| needs("original_max_position_embeddings"))?,
             }),
             _ => Ok(RopeScaling::None),
         }
@@ -337,7 +331,9 @@ impl ModelConfig {
 
     /// Whether the configuration still describes the model of another family that it was translated from.
     pub fn is_foreign(&self) -> bool {
-        self.origin.as_ref().is_some_and(|origin| llama::translate(origin.clone()).is_ok_and(|config| config == *self))
+        self.origin
+            .as_ref()
+            .is_some_and(|origin| llama::translate(origin.clone()).is_ok_and(|config| config == *self))
     }
 
     /// The content of `config.json`. If [`ModelConfig::is_foreign`], it is that of the other family. Else it has the keys

@@ -4,7 +4,8 @@ use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AdamWConfig, DocumentFormat, EmaConfig, GuardConfig, LrSchedule, MuonConfig, SelectSchedule, UptrainConfig,
+    AdamWConfig, DocumentFormat, EmaConfig, GuardConfig, LrSchedule, MuonConfig, SelectSchedule,
+    UptrainConfig,
 };
 use crate::error::{Error, Result};
 

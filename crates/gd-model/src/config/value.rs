@@ -139,12 +139,11 @@ impl<'de> Deserializer<'de> for Tree {
         match self.0 {
             Value::String(name) => visitor.visit_enum(Variant { name, value: None }),
             Value::Object(map) if map.len() == 1 => {
-                let variant = map.into_iter().next().map(|(name, value)| Variant { name, value: Some(value) });
+                let variant =
+                    map.into_iter().next().map(|(name, value)| Variant { name, value: Some(value) });
                 visitor.visit_enum(variant.unwrap_or(Variant { name: String::new(), value: None }))
             }
-            Value::Object(_) => {
-                Err(de::Error::invalid_value(Unexpected::Map, &"map with a single key"))
-            }
+            Value::Object(_) => Err(de::Error::invalid_value(Unexpected::Map, &"map with a single key")),
             other => Err(de::Error::invalid_type(unexpected(&other), &"string or map")),
         }
     }

@@ -82,7 +82,9 @@ impl Trainer {
     /// A text shorter than one window, or a recipe that contradicts itself or needs a teacher.
     pub fn new(recipe: Recipe, corpus: Corpus, seed: u64, device: &Device) -> Result<Self> {
         if recipe.train.uptrain.is_some() {
-            return Err(Error::Invalid("train.uptrain: the run needs a teacher; use Trainer::uptrain".into()));
+            return Err(Error::Invalid(
+                "train.uptrain: the run needs a teacher; use Trainer::uptrain".into(),
+            ));
         }
         let params = Params::new(seed, recipe.train.precision(device).dtype(), device);
         Self::start(recipe, corpus, seed, params, device)
@@ -462,7 +464,9 @@ impl Trainer {
         let train = &self.recipe.train;
         let due = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
         match steps.last_mut() {
-            Some(last) if due && last.step == self.step && self.group.leads() => last.record(self.evaluate()?),
+            Some(last) if due && last.step == self.step && self.group.leads() => {
+                last.record(self.evaluate()?)
+            }
             _ => {}
         }
         Ok(())

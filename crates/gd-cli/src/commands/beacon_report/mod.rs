@@ -84,7 +84,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 }
 
 fn scores(path: &Path, ctx: &Context) -> Result<Scores> {
-    let tensors = safetensors::read(path, &ctx.device)?;
+    let tensors = safetensors::load(path, &ctx.device)?;
     let tensor = |name: &str| {
         let held = || tensors.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         tensors
@@ -116,7 +116,7 @@ fn protection(path: &Path) -> Result<Protection> {
     let tree: Value = serde_json::from_str(&text).with_context(|| name.clone())?;
     let barrier = op::barrier_of(tree.clone()).map_err(|e| usage(format!("{name}: {e}")))?;
     let params: Params =
-        parse(tree).map_err(|problems| anyhow::anyhow!("{name}: {}", problems.join("; ")))?;
+        parse(tree).map_err(|problems| gd_model::Error::Config { source_name: name.clone(), problems })?;
     let detect_floor = params.preset.and_then(|p| p.detect_floor).or(params.detect_floor);
     Ok(Protection {
         barrier,

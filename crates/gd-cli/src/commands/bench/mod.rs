@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use candle_core::DType;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use gd_model::config::device;
-use gd_model::io::checkpoint::{check_writable, write_file};
+use gd_model::io::files::{check_writable, write_file};
 
 pub use shape::{Pass, Shape};
 

@@ -26,7 +26,7 @@ use candle_core::Tensor;
 pub use disk::{Disk, Output, System};
 pub use folder::{check_replaceable, write_folder, write_tensors};
 pub use manifest::{Filling, MANIFEST, verify};
-pub use store::{Found, Store, locate};
+pub use store::{Store, StoredCheckpoint, locate};
 pub use tensors::{load_json, load_tensors, require};
 
 use crate::error::{Error, Result};

@@ -90,7 +90,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         return ctx.print(json!({
             "folder": args.out, "changed": layers, "selecting": selecting,
             "layers": loaded.model.config().num_hidden_layers, "parameters": loaded.params.count(),
-            "passed_over": loaded.passed_over,
+            "passed_over": loaded.skipped,
         }));
     }
     ctx.print(format_args!(

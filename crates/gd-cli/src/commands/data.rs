@@ -165,7 +165,7 @@ fn run_prepare(args: &PrepareArgs, ctx: &Context) -> Result<()> {
     let bar = bar("tokenising", total)?;
     let what = Preparation {
         paths: &args.data,
-        reading: &reading,
+        format: &reading,
         tokenizer: &tokenizer,
         shard_tokens: args.shard_tokens as usize,
         valid_fraction: args.valid_fraction,

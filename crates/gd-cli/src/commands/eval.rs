@@ -60,7 +60,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {
         let mut json = serde_json::to_value(&result)?;
-        json["passed_over"] = serde_json::to_value(&loaded.passed_over)?;
+        json["passed_over"] = serde_json::to_value(&loaded.skipped)?;
         return ctx.print(json);
     }
     ctx.print(format_args!(

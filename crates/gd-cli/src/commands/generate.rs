@@ -170,7 +170,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
                     "prompt_tokens_per_second": read as f64 / reading,
                     "tokens_per_second": (written > 0).then(|| written as f64 / writing),
                     "stopped": stopped,
-                    "passed_over": loaded.passed_over,
+                    "passed_over": loaded.skipped,
                 }))?;
             } else if one {
                 ctx.print("")?;

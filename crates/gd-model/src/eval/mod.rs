@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use gd_layer::{Pass, Record};
 use serde::Serialize;
 

@@ -7,14 +7,14 @@ use crate::error::Result;
 
 /// The selections of the last evaluation of a text.
 #[derive(Debug, Default)]
-pub struct Churn {
+pub(super) struct Churn {
     selections: Vec<i32>,
 }
 
 impl Churn {
     /// Replaces the selections by those of a new evaluation. Returns the fraction that differ; `None` without an earlier
     /// evaluation of as many.
-    pub fn update(&mut self, selections: Vec<i32>) -> Option<f64> {
+    pub(super) fn update(&mut self, selections: Vec<i32>) -> Option<f64> {
         let last = std::mem::replace(&mut self.selections, selections);
         let changed = last.iter().zip(&self.selections).filter(|(a, b)| a != b).count();
         (!last.is_empty() && last.len() == self.selections.len()).then(|| changed as f64 / last.len() as f64)

@@ -14,7 +14,6 @@ use std::time::Instant;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use gd_kernels::Mask;
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 

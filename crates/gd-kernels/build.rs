@@ -1,6 +1,6 @@
 //! With the feature `cuda`: compiles kernels/cuda/*.cu, each to one fatbin with code for every architecture,
-//! and lists them for `src/cuda`. With `metal`: puts the includes of kernels/metal/*.metal in place and lists
-//! the texts for `src/metal`, which Metal compiles at run time. Without them: nothing.
+//! and lists them for `src/backend/cuda`. With `metal`: puts the includes of kernels/metal/*.metal in place and lists
+//! the texts for `src/backend/metal`, which Metal compiles at run time. Without them: nothing.
 //!
 //! nvcc is that of `NVCC`, of `CUDA_HOME` (`CUDA_PATH`, `CUDA_ROOT`, `CUDA_TOOLKIT_ROOT_DIR`), of `PATH`, or of
 //! /usr/local/cuda. `GD_CUDA_ARCHS` (default `80,86,89,90a`) says for which GPUs; a source `*_sm90a.cu` is for
@@ -238,7 +238,7 @@ mod cuda {
         Ok(())
     }
 
-    /// Writes the list that `src/cuda` includes: name and code of every source, and a hash of all code.
+    /// Writes the list that `src/backend/cuda` includes: name and code of every source, and a hash of all code.
     fn list(sources: &[PathBuf], out: &Path) -> Result<()> {
         let mut hasher = blake3::Hasher::new();
         let mut text = String::from("pub(super) static MODULES: &[(&str, &[u8])] = &[\n");

@@ -3,46 +3,106 @@
 //! Shapes everywhere: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; query head `h` reads
 //! key-value head `h / (Hq / Hk)`.
 
-pub mod adamw;
-mod average;
-mod conv;
-mod cpu;
-#[cfg(feature = "cuda")]
-pub mod cuda;
-pub mod element;
-mod embedding;
+mod backend;
+mod cache;
 mod error;
-pub mod fused;
-pub mod gpu;
-mod growing;
-mod kept;
-mod key_bias;
 mod mask;
-#[cfg(feature = "metal")]
-pub mod metal;
-pub mod on_device;
+mod ops;
 mod options;
-mod paged;
-mod plan;
-mod quantized;
 pub mod reference;
-mod rescored;
-mod scan;
-mod select;
 
-pub use average::{AverageState, running_average};
-pub use conv::{causal_conv, packed_causal_conv};
-pub use embedding::embedding;
+pub use backend::Backend;
+pub use backend::cpu::isa::Isa;
+pub use backend::dispatch::on_cpu;
+pub use backend::support::{CANDIDATES, support_table};
+pub use cache::append_buffer::{Growing, Place};
+pub use cache::int8_keys::QuantizedKeys;
+pub use cache::key_bias::KeyBias;
+pub use cache::key_cache::KeptKeys;
 pub use error::{Error, Result};
-pub use gpu::on_cpu;
-pub use growing::{Growing, Place};
-pub use kept::KeptKeys;
-pub use key_bias::KeyBias;
 pub use mask::Mask;
+pub use ops::adamw;
+pub use ops::causal_conv::{causal_conv, packed_causal_conv};
+#[doc(hidden)]
+pub use ops::decode::MAX_QUERIES;
+pub use ops::decode::paged::{PagedCache, scan_select_paged};
+pub use ops::embedding::embedding;
+pub use ops::running_average::{AverageState, running_average};
+pub use ops::scan::plan::{CpuPlan, Plan, Walk};
+pub use ops::scan::problem::Problem;
+pub use ops::scan::rescored::Rescored;
+pub use ops::scan::{Candidates, Scan, plan, scan, scan_all};
+pub use ops::select::{Round, Select, Selected, scan_select, select};
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
-pub use paged::{PagedCache, scan_select_paged};
-pub use plan::{Backend, CANDIDATES, CpuPlan, Isa, Plan, Problem, Walk, support_table};
-pub use quantized::QuantizedKeys;
-pub use rescored::Rescored;
-pub use scan::{Candidates, Scan, plan, scan, scan_all};
-pub use select::{Round, Select, Selected, scan_select, select};
+
+#[doc(hidden)]
+pub use backend::cpu::element;
+
+/// Loops and graph nodes for operators of other crates.
+#[doc(hidden)]
+pub mod fused {
+    pub use crate::backend::cpu::parallel::*;
+    pub use crate::backend::cpu::view::{Rows, cpu_slice};
+    pub use crate::backend::graph::*;
+}
+
+/// Operators that run on a GPU alone.
+#[doc(hidden)]
+pub mod on_device {
+    pub use crate::ops::cross_entropy::{cross_entropy, cross_entropy_and_gradient};
+    pub use crate::ops::rms_norm::rms_norm;
+    pub use crate::ops::rotary::rotary;
+    pub use crate::ops::swiglu::swiglu;
+}
+
+/// NVIDIA GPUs.
+#[cfg(feature = "cuda")]
+pub mod cuda {
+    #[doc(hidden)]
+    pub use crate::backend::cuda::{Buffer, Cuda};
+    pub use crate::backend::cuda::{count, describe, kernel_hash, open};
+}
+
+/// Apple GPUs.
+#[cfg(feature = "metal")]
+pub mod metal {
+    #[doc(hidden)]
+    pub use crate::backend::metal::{Buffer, Metal};
+    pub use crate::backend::metal::{describe, kernel_hash, open};
+}
+
+/// Launches over buffers, which tests run on an emulated device.
+#[cfg(feature = "gpu")]
+#[doc(hidden)]
+pub mod gpu {
+    #[cfg(feature = "emulate")]
+    pub use crate::backend::gpu::emulate;
+    pub use crate::backend::gpu::{
+        Arch, Constants, Gpu, Kernel, KernelOp, Launch, Prior, RowSizes, Slice, Tensor4, TensorMap, kernel,
+        params, tensor_map,
+    };
+    pub use crate::cache::int8_keys::launch as quantize;
+    pub use crate::ops::causal_conv::gpu::launch as conv;
+    pub use crate::ops::cross_entropy::gpu::launch as cross_entropy;
+    pub use crate::ops::decode::gpu::launch as decode;
+    pub use crate::ops::rms_norm::gpu::launch as norm;
+    pub use crate::ops::rotary::gpu::launch as rotary;
+    pub use crate::ops::running_average::gpu::launch as average;
+    pub use crate::ops::scan::gpu::certified as scan_certified;
+    pub use crate::ops::select::gpu::{inverse, launch as select};
+    pub use crate::ops::swiglu::gpu::launch as swiglu;
+
+    /// Launches of AdamW.
+    pub mod adamw {
+        pub use crate::ops::adamw::gpu::launch::*;
+        pub use crate::ops::adamw::update::*;
+    }
+
+    /// Launches of a scan.
+    pub mod scan {
+        pub use crate::backend::gpu::Prior;
+        pub use crate::backend::gpu::kernel::HEAD_DIMS;
+        pub use crate::cache::key_bias::launch::key_bias;
+        pub use crate::ops::scan::gpu::launch::*;
+    }
+}

@@ -4,10 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use gd_kernels::gpu::decode::MAX_QUERIES;
 use gd_kernels::{
-    Candidates, Estimator, Gate, KeptKeys, Mask, Scan, Score, Select, Selected, on_cpu, scan, scan_all,
-    scan_select, select,
+    Candidates, Estimator, Gate, KeptKeys, MAX_QUERIES, Mask, Scan, Score, Select, Selected, on_cpu, scan,
+    scan_all, scan_select, select,
 };
 
 use crate::attention::{Attention, Pass, Record, distinct};

@@ -1,0 +1,10 @@
+//! What operators share on the CPU.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+pub mod element;
+pub(crate) mod isa;
+pub(crate) mod parallel;
+pub(crate) mod prefetch;
+pub(crate) mod quantize;
+pub(crate) mod view;

@@ -1,0 +1,292 @@
+//! For tests alone: tensors of the CPU as those of a GPU, so that operators take the very path of a CUDA or Metal
+//! build, from the validation to the gradients.
+//!
+//! The GPU is any [`Gpu`], such as the one of `tests/emulate`, with a memory of its own: before a launch all that its
+//! buffers hold is copied there, and what the kernel has written is copied back. So every access beyond the
+//! memory of a tensor is found, and what a kernel leaves unwritten stays NaN.
+
+use std::cell::RefCell;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytemuck::{Pod, cast_slice, cast_slice_mut};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, Tensor};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+
+use crate::backend::gpu::tensors::{TensorGpu, check_room};
+use crate::backend::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
+use crate::error::{Error, Result};
+
+thread_local! {
+    static CURRENT: RefCell<Option<Emulated>> = const { RefCell::new(None) };
+}
+
+/// Runs `run` with `gpu` in the place of the CPU, for operators that this thread calls: they plan and launch as on
+/// that GPU, and tensors of the CPU are its memory. What they put into candle's graph goes back the same way.
+pub fn emulate<G, R>(gpu: &Arc<G>, run: impl FnOnce() -> R) -> R
+where
+    G: Gpu + Send + Sync + 'static,
+{
+    /// Puts back what was there before, also when the test fails.
+    struct Restore(Option<Emulated>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            CURRENT.set(self.0.take());
+        }
+    }
+    let machine: Arc<dyn Machine> = gpu.clone();
+    let _restore = Restore(CURRENT.replace(Some(Emulated(machine))));
+    run()
+}
+
+/// The kind of GPU that stands for the CPU on this thread, if one does.
+pub(crate) fn current() -> Option<Arch> {
+    CURRENT.with_borrow(|current| current.as_ref().map(Gpu::arch))
+}
+
+/// A GPU whatever its buffers are.
+trait Machine: Send + Sync {
+    fn arch(&self) -> Arch;
+
+    /// Runs a kernel over copies of `memory`, and copies them back. The buffers of the launch, and last the one of the
+    /// map, lie in those of the numbers `places`.
+    fn run(
+        &self,
+        map: Option<&TensorMap<'_, Buffer>>,
+        launch: &Launch<'_, Buffer>,
+        places: &[Option<usize>],
+        memory: &mut [Vec<u8>],
+    ) -> Result<()>;
+}
+
+impl<G: Gpu + Send + Sync> Machine for G {
+    fn arch(&self) -> Arch {
+        Gpu::arch(self)
+    }
+
+    fn run(
+        &self,
+        map: Option<&TensorMap<'_, Buffer>>,
+        launch: &Launch<'_, Buffer>,
+        places: &[Option<usize>],
+        memory: &mut [Vec<u8>],
+    ) -> Result<()> {
+        let held = memory.iter().map(|bytes| self.upload(bytes)).collect::<Result<Vec<_>>>()?;
+        let at =
+            |slice: &Slice<'_, Buffer>, place: usize| Slice { buffer: &held[place], offset: slice.offset };
+        let buffers = launch.buffers.iter().zip(places);
+        let on_gpu = Launch {
+            kernel: launch.kernel,
+            grid: launch.grid,
+            block: launch.block,
+            shared_bytes: launch.shared_bytes,
+            params: launch.params.clone(),
+            constants: launch.constants,
+            buffers: buffers.map(|(slice, place)| Some(at(slice.as_ref()?, (*place)?))).collect(),
+        };
+        match (map, places.last()) {
+            (Some(map), Some(Some(place))) => {
+                let TensorMap { data, dtype, dims, strides, box_rows } = map;
+                let data = at(data, *place);
+                let map =
+                    TensorMap { data, dtype: *dtype, dims: *dims, strides: *strides, box_rows: *box_rows };
+                self.launch_mapped(&map, &on_gpu)?;
+            }
+            _ => self.launch(&on_gpu)?,
+        }
+        for (bytes, buffer) in memory.iter_mut().zip(&held) {
+            *bytes = self.download(buffer.into(), bytes.len())?;
+        }
+        Ok(())
+    }
+}
+
+/// The GPU that stands for the CPU.
+#[derive(Clone)]
+pub(crate) struct Emulated(Arc<dyn Machine>);
+
+/// Its memory.
+#[derive(Debug)]
+pub(crate) enum Buffer {
+    /// What an operator allocated.
+    Owned(Mutex<Vec<u8>>),
+    /// A tensor's storage, from its first element on, whatever the tensor's own offset.
+    Tensor(Tensor),
+}
+
+impl From<Tensor> for Buffer {
+    fn from(t: Tensor) -> Self {
+        Self::Tensor(t)
+    }
+}
+
+impl Buffer {
+    fn owned(bytes: Vec<u8>) -> Self {
+        Self::Owned(Mutex::new(bytes))
+    }
+
+    /// Where the memory itself is.
+    fn address(&self) -> usize {
+        match self {
+            Self::Owned(bytes) => std::ptr::from_ref(bytes).addr(),
+            Self::Tensor(t) => std::ptr::from_ref(&*t.storage_and_layout().0).addr(),
+        }
+    }
+
+    fn read(&self) -> Result<Vec<u8>> {
+        let t = match self {
+            Self::Owned(bytes) => return Ok(bytes.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+            Self::Tensor(t) => t,
+        };
+        match &*t.storage_and_layout().0 {
+            Storage::Cpu(storage) => Ok(bytes(storage)?.to_vec()),
+            other => Err(Error::Invalid(format!(
+                "a tensor on {:?} among those of the CPU",
+                other.device().location()
+            ))),
+        }
+    }
+
+    fn write(&self, new: Vec<u8>) -> Result<()> {
+        match self {
+            Self::Owned(bytes) => *bytes.lock().unwrap_or_else(PoisonError::into_inner) = new,
+            Self::Tensor(t) => t.inplace_op1(&Overwrite(new))?,
+        }
+        Ok(())
+    }
+}
+
+/// The whole memory behind a tensor.
+struct Overwrite(Vec<u8>);
+
+impl InplaceOp1 for Overwrite {
+    fn name(&self) -> &'static str {
+        "overwrite"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        let new = &self.0[..];
+        match storage {
+            CpuStorage::U8(x) => x.copy_from_slice(new),
+            CpuStorage::U32(x) => cast_slice_mut(x).copy_from_slice(new),
+            CpuStorage::I32(x) => cast_slice_mut(x).copy_from_slice(new),
+            CpuStorage::F32(x) => cast_slice_mut(x).copy_from_slice(new),
+            CpuStorage::F16(x) => cast_slice_mut(x.reinterpret_cast_mut()).copy_from_slice(new),
+            CpuStorage::BF16(x) => cast_slice_mut(x.reinterpret_cast_mut()).copy_from_slice(new),
+            _ => return Err(unsupported().into()),
+        }
+        Ok(())
+    }
+}
+
+fn bytes(storage: &CpuStorage) -> Result<&[u8]> {
+    match storage {
+        CpuStorage::U8(x) => Ok(x),
+        CpuStorage::U32(x) => Ok(cast_slice(x)),
+        CpuStorage::I32(x) => Ok(cast_slice(x)),
+        CpuStorage::F32(x) => Ok(cast_slice(x)),
+        CpuStorage::F16(x) => Ok(cast_slice(x.reinterpret_cast())),
+        CpuStorage::BF16(x) => Ok(cast_slice(x.reinterpret_cast())),
+        _ => Err(unsupported()),
+    }
+}
+
+fn unsupported() -> Error {
+    Error::Unsupported("a tensor of another dtype than f32, f16, bf16, i32, u32 and u8 on a GPU".into())
+}
+
+impl Gpu for Emulated {
+    type Buffer = Buffer;
+
+    fn arch(&self) -> Arch {
+        self.0.arch()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        Ok(Buffer::owned(vec![0xff; bytes]))
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Buffer> {
+        Ok(Buffer::owned(vec![0; bytes]))
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
+        Ok(Buffer::owned(bytes.to_vec()))
+    }
+
+    fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
+        if let Buffer::Tensor(_) = from.buffer {
+            return Err(Error::Invalid("only buffers of an operator's own are copied to the host".into()));
+        }
+        let all = from.buffer.read()?;
+        match all.get(from.offset..from.offset + bytes) {
+            Some(part) => Ok(part.to_vec()),
+            None => Err(Error::Invalid(format!("{bytes} bytes from {} of {}", from.offset, all.len()))),
+        }
+    }
+
+    fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
+        self.start(None, launch)
+    }
+
+    fn launch_mapped(&self, map: &TensorMap<'_, Buffer>, launch: &Launch<'_, Buffer>) -> Result<()> {
+        self.start(Some(map), launch)
+    }
+}
+
+impl Emulated {
+    fn start(&self, map: Option<&TensorMap<'_, Buffer>>, launch: &Launch<'_, Buffer>) -> Result<()> {
+        let slices = launch.buffers.iter().map(Option::as_ref).chain(map.map(|map| Some(&map.data)));
+        // One copy of what several buffers share.
+        let (mut distinct, mut places) = (Vec::<(usize, &Buffer)>::new(), Vec::new());
+        for slice in slices {
+            places.push(slice.map(|slice| {
+                let address = slice.buffer.address();
+                let known = distinct.iter().position(|(at, _)| *at == address);
+                known.unwrap_or_else(|| {
+                    distinct.push((address, slice.buffer));
+                    distinct.len() - 1
+                })
+            }));
+        }
+        let before = distinct.iter().map(|(_, buffer)| buffer.read()).collect::<Result<Vec<_>>>()?;
+        let mut memory = before.clone();
+        self.0.run(map, launch, &places, &mut memory)?;
+        for (((_, buffer), before), after) in distinct.iter().zip(before).zip(memory) {
+            if after != before {
+                buffer.write(after)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl TensorGpu for Emulated {
+    fn of(_: &Device) -> Result<Self> {
+        CURRENT.with_borrow(|current| {
+            current.clone().ok_or_else(|| Error::Device("no GPU stands for the CPU on this thread".into()))
+        })
+    }
+
+    fn storage(&self, buffer: Buffer, dtype: DType, shape: &Shape) -> Result<Storage> {
+        let Buffer::Owned(bytes) = buffer else {
+            return Err(Error::Invalid("a tensor's buffer becomes no other tensor".into()));
+        };
+        let bytes = bytes.into_inner().unwrap_or_else(PoisonError::into_inner);
+        check_room(dtype, shape, bytes.len())?;
+        fn typed<T: Pod>(bytes: &[u8]) -> Vec<T> {
+            let mut all = vec![T::zeroed(); bytes.len() / size_of::<T>()];
+            cast_slice_mut(&mut all).copy_from_slice(bytes);
+            all
+        }
+        let bytes = &bytes[..shape.elem_count() * dtype.size_in_bytes()];
+        Ok(Storage::Cpu(match dtype {
+            DType::U8 => CpuStorage::U8(bytes.to_vec()),
+            DType::U32 => CpuStorage::U32(typed(bytes)),
+            DType::I32 => CpuStorage::I32(typed(bytes)),
+            DType::F32 => CpuStorage::F32(typed(bytes)),
+            DType::F16 => CpuStorage::F16(typed::<u16>(bytes).reinterpret_cast().to_vec()),
+            DType::BF16 => CpuStorage::BF16(typed::<u16>(bytes).reinterpret_cast().to_vec()),
+            other => return Err(Error::Unsupported(format!("a result in {other:?} on a GPU"))),
+        }))
+    }
+}

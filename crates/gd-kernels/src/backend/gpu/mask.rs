@@ -1,0 +1,74 @@
+//! A mask as the kernels take it: numbers, and a table where batch entries differ.
+
+use bytemuck::cast_slice;
+
+use crate::backend::gpu::Gpu;
+use crate::backend::gpu::params::{MaskParams, MaskTableCode};
+use crate::error::{Error, Result};
+use crate::mask::Mask;
+
+/// Beyond this an offset means "all" or "none" whatever the keys.
+const FAR: i64 = 1 << 30;
+
+/// The params of a mask over `keys` keys for `queries` queries, and its table (empty if there is none).
+///
+/// # Errors
+/// More than 2^30 queries or keys.
+pub(crate) fn params(mask: &Mask, batch: usize, queries: usize, keys: usize) -> Result<(MaskParams, Vec<i32>)> {
+    if queries.max(keys) as i64 >= FAR {
+        return Err(Error::Unsupported(format!(
+            "a mask over {queries} queries and {keys} keys; fewer than {FAR} are"
+        )));
+    }
+    let offset = |b: usize| mask.offset(b).clamp(-FAR, FAR) as i32;
+    let length = |b: usize| match mask.lengths() {
+        Some([n]) => *n as i32,
+        Some(lengths) => lengths[b] as i32,
+        None => keys as i32,
+    };
+    let mut table = Vec::new();
+    if mask.differs() || mask.boundaries().is_some() {
+        table.extend((0..batch).map(offset));
+        table.extend((0..batch).map(length));
+    }
+    if let Some(lists) = mask.boundaries() {
+        let list = |b: usize| &lists[if lists.len() == 1 { 0 } else { b }];
+        let mut first = 0;
+        for b in 0..batch {
+            table.push(first);
+            first += list(b).len() as i32;
+        }
+        table.push(first);
+        for b in 0..batch {
+            table.extend(list(b).iter().map(|&end| end as i32));
+        }
+    }
+    let code = match (table.is_empty(), mask.boundaries()) {
+        (true, _) => MaskTableCode::None,
+        (false, None) => MaskTableCode::Lengths,
+        (false, Some(_)) => MaskTableCode::Boundaries,
+    };
+    let params = MaskParams {
+        causal: u32::from(mask.is_causal()),
+        window: mask.window_len().map_or(0, |w| w.min(FAR as usize) as u32),
+        offset: offset(0),
+        length: length(0),
+        table: code as u32,
+        batch: batch as u32,
+        keys: keys as u32,
+    };
+    Ok((params, table))
+}
+
+/// As [`params`], with the table, if there is one, on the GPU.
+pub(crate) fn upload<G: Gpu>(
+    gpu: &G,
+    mask: &Mask,
+    batch: usize,
+    queries: usize,
+    keys: usize,
+) -> Result<(MaskParams, Option<G::Buffer>)> {
+    let (params, table) = params(mask, batch, queries, keys)?;
+    let table = if table.is_empty() { None } else { Some(gpu.upload(cast_slice(&table))?) };
+    Ok((params, table))
+}

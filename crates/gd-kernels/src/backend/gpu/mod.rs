@@ -1,0 +1,331 @@
+//! The operators on a GPU, whichever it is: problem -> plan -> launches, over buffers and strides.
+//!
+//! [`Gpu`] is all that an operator needs of a device. CUDA through cudarc, Metal, and the emulator
+//! that executes the kernel sources on the host implement it, so that one launch code drives them all.
+//! No function here waits for the device; buffers that a function allocates for itself are dropped
+//! after the launch that reads them, so freeing must be ordered like launches.
+
+mod codes;
+#[cfg(feature = "emulate")]
+mod emulated;
+pub mod kernel;
+pub(crate) mod mask;
+pub mod params;
+pub mod tensor_map;
+pub(crate) mod tensors;
+
+use std::fmt;
+
+use candle_core::DType;
+
+#[cfg(feature = "emulate")]
+pub use self::emulated::emulate;
+#[cfg(feature = "emulate")]
+pub(crate) use self::emulated::{Emulated, current as emulated};
+pub use self::kernel::{Kernel, KernelOp};
+use self::kernel::{KernelTarget, Variant};
+use self::params::{FeatureBit, MaskParams, MaskTableCode};
+pub use self::tensor_map::TensorMap;
+pub(crate) use crate::backend::check::elements;
+use crate::error::{Error, Result};
+
+/// What the plans need to know of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arch {
+    /// Compute capability, 10 * major + minor; [`Arch::METAL`] for an Apple GPU.
+    pub compute: u32,
+    /// Most shared memory of a block, in bytes, after opting in (Metal: threadgroup memory).
+    pub shared_bytes: u32,
+    /// Multiprocessors (Metal: cores).
+    pub processors: u32,
+}
+
+impl Arch {
+    /// In place of a compute capability: an Apple GPU, whose kernels are those of `kernels/metal`.
+    pub const METAL: u32 = 0;
+
+    /// Whether kernels of `kernels/metal` run on it.
+    pub fn is_metal(&self) -> bool {
+        self.compute == Self::METAL
+    }
+
+    /// The target of portable kernels.
+    pub(crate) fn target(&self) -> KernelTarget {
+        if self.is_metal() { KernelTarget::Metal } else { KernelTarget::Sm80 }
+    }
+}
+
+/// A GPU: memory, and launches in the order of the calls.
+pub trait Gpu {
+    /// A part of its memory, at least 16-byte aligned, freed when dropped.
+    type Buffer;
+
+    /// Its limits.
+    fn arch(&self) -> Arch;
+
+    /// Memory with undefined contents.
+    ///
+    /// # Errors
+    /// Out of memory, with the number of bytes.
+    fn allocate(&self, bytes: usize) -> Result<Self::Buffer>;
+
+    /// Memory of zeros.
+    ///
+    /// # Errors
+    /// As [`Gpu::allocate`].
+    fn zeros(&self, bytes: usize) -> Result<Self::Buffer>;
+
+    /// Copies from the host.
+    ///
+    /// # Errors
+    /// As [`Gpu::allocate`].
+    fn upload(&self, bytes: &[u8]) -> Result<Self::Buffer>;
+
+    /// Copies `bytes` bytes to the host, after all launches before.
+    ///
+    /// # Errors
+    /// A copy beyond the buffer, or an earlier launch that failed.
+    fn download(&self, from: Slice<'_, Self::Buffer>, bytes: usize) -> Result<Vec<u8>>;
+
+    /// Starts a kernel: the params by value come first, then one pointer for each buffer (null for
+    /// `None`).
+    ///
+    /// On Metal the params are bytes at buffer index 0 and the buffers follow at 1, 2, ..; a `None` is bound
+    /// to any buffer. Function constants, all of them `uint`: 0 tells which buffers are there (bit n: the
+    /// buffer of index n + 1), 1 is [`Constants::features`], 2 [`Constants::rows`]. Threadgroup memory of
+    /// `shared_bytes`, rounded up to 16, is bound at index 0 unless it is 0.
+    ///
+    /// # Errors
+    /// An unknown kernel, or a launch that the device refuses; names kernel, grid and block.
+    fn launch(&self, launch: &Launch<'_, Self::Buffer>) -> Result<()>;
+
+    /// The same for a kernel that has the copy engine load a tensor: its map comes after the params.
+    ///
+    /// # Errors
+    /// As [`Gpu::launch`]; a device without a copy engine refuses.
+    fn launch_mapped(
+        &self,
+        map: &TensorMap<'_, Self::Buffer>,
+        launch: &Launch<'_, Self::Buffer>,
+    ) -> Result<()> {
+        Err(Error::Unsupported(format!("{launch}: {map} on a device without a copy engine")))
+    }
+}
+
+/// A place in a buffer.
+#[derive(Debug)]
+pub struct Slice<'a, B> {
+    /// The buffer.
+    pub buffer: &'a B,
+    /// Where the slice starts, in bytes.
+    pub offset: usize,
+}
+
+impl<B> Clone for Slice<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for Slice<'_, B> {}
+
+impl<'a, B> From<&'a B> for Slice<'a, B> {
+    fn from(buffer: &'a B) -> Self {
+        Self { buffer, offset: 0 }
+    }
+}
+
+/// A tensor `[batch, heads, rows, dim]` whose last dimension is contiguous.
+#[derive(Debug)]
+pub struct Tensor4<'a, B> {
+    /// Its first element.
+    pub data: Slice<'a, B>,
+    /// Strides of batch, heads and rows, in elements.
+    pub strides: [usize; 3],
+}
+
+impl<B> Clone for Tensor4<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for Tensor4<'_, B> {}
+
+impl<'a, B> Tensor4<'a, B> {
+    /// A contiguous tensor `[_, heads, rows, dim]`.
+    pub fn contiguous(data: impl Into<Slice<'a, B>>, [heads, rows, dim]: [usize; 3]) -> Self {
+        Self { data: data.into(), strides: [heads * rows * dim, rows * dim, dim] }
+    }
+
+    /// The strides as the kernels take them; refuses a tensor `dims` that 31 bits cannot address.
+    pub(crate) fn checked(&self, name: &str, dims: [usize; 4]) -> Result<[u32; 3]> {
+        let last = dims.iter().zip(&self.strides).map(|(n, s)| (n.max(&1) - 1) as u128 * *s as u128);
+        elements(name, last.sum::<u128>() + dims[3] as u128)?;
+        // A stride that is never taken may be anything.
+        let stride = |at: usize| if dims[at] > 1 { self.strides[at] as u32 } else { 0 };
+        Ok([stride(0), stride(1), stride(2)])
+    }
+
+    /// Whether every row starts at a multiple of 16 bytes.
+    pub(crate) fn aligned(&self, dtype: DType, dims: [usize; 4]) -> bool {
+        let bytes = dtype.size_in_bytes();
+        let strides = self.strides.iter().zip(dims).all(|(s, n)| n <= 1 || (s * bytes).is_multiple_of(16));
+        strides && self.data.offset.is_multiple_of(16) && (dims[3] * bytes).is_multiple_of(16)
+    }
+}
+
+/// What is the same for many launches, as kernels of `kernels/metal` take it when they are compiled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Constants {
+    /// Bits of [`params::FeatureBit`].
+    pub features: u32,
+    /// Query rows of a decoding block that are used, at most.
+    pub rows: u32,
+}
+
+impl Constants {
+    /// Of a mask, whether rows allow 16-byte loads, and whether there is a prior.
+    pub(crate) fn new(mask: &MaskParams, vector_loads: bool, prior: bool) -> Self {
+        let features = [
+            (FeatureBit::Causal, mask.causal != 0),
+            (FeatureBit::Window, mask.window != 0),
+            (FeatureBit::Table, mask.table != MaskTableCode::None as u32),
+            (FeatureBit::Boundaries, mask.table == MaskTableCode::Boundaries as u32),
+            (FeatureBit::VectorLoads, vector_loads),
+            (FeatureBit::Prior, prior),
+        ];
+        let features = features.iter().filter(|(_, set)| *set).map(|(bit, _)| *bit as u32).sum();
+        Self { features, rows: 0 }
+    }
+}
+
+/// One kernel launch.
+#[derive(Debug)]
+pub struct Launch<'a, B> {
+    /// The kernel.
+    pub kernel: Kernel,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// The operator's params struct, by value.
+    pub params: Vec<u8>,
+    /// What Metal compiles in; CUDA reads it from the params.
+    pub constants: Constants,
+    /// The kernel's pointers, in order.
+    pub buffers: Vec<Option<Slice<'a, B>>>,
+}
+
+impl<B> fmt::Display for Launch<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Launch { kernel, grid: [x, y, z], block, shared_bytes, .. } = self;
+        write!(f, "{kernel}: {x} x {y} x {z} blocks of {block} threads, {shared_bytes} bytes shared")
+    }
+}
+
+/// Most blocks of a grid along x, to which every plan here maps.
+pub(crate) const MAX_BLOCKS: u128 = i32::MAX as u128;
+
+/// The grid of `blocks` blocks; refuses more than a grid can have.
+pub(crate) fn grid(op: &str, blocks: u128) -> Result<[u32; 3]> {
+    match blocks {
+        1..=MAX_BLOCKS => Ok([blocks as u32, 1, 1]),
+        _ => Err(Error::Unsupported(format!("{op}: a grid of {blocks} blocks; 1 to {MAX_BLOCKS} are"))),
+    }
+}
+
+/// Threads of a block of [`launch`].
+pub(crate) const THREADS: usize = 256;
+
+/// Starts a kernel of the usual shape: no dynamic shared memory, nothing for Metal to compile in.
+pub(crate) fn launch<G: Gpu>(
+    gpu: &G,
+    kernel: Kernel,
+    blocks: usize,
+    params: &impl bytemuck::Pod,
+    buffers: Vec<Option<Slice<'_, G::Buffer>>>,
+) -> Result<()> {
+    gpu.launch(&Launch {
+        grid: grid(kernel.op().symbol(), blocks as u128)?,
+        kernel,
+        block: THREADS as u32,
+        shared_bytes: 0,
+        params: bytemuck::bytes_of(params).to_vec(),
+        constants: Constants::default(),
+        buffers,
+    })
+}
+
+/// Rows of a tensor `[batch, heads, rows, dim]`, of which a kernel gives each to one warp.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowSizes {
+    /// B.
+    pub batch: usize,
+    /// H.
+    pub heads: usize,
+    /// N.
+    pub rows: usize,
+    /// C.
+    pub dim: usize,
+    /// Of all tensors.
+    pub dtype: DType,
+}
+
+impl RowSizes {
+    pub(crate) fn dims(&self) -> [usize; 4] {
+        [self.batch, self.heads, self.rows, self.dim]
+    }
+
+    /// All of them.
+    pub(crate) fn count(&self) -> usize {
+        self.batch * self.heads * self.rows
+    }
+
+    /// Blocks of a launch in which every warp takes a row.
+    pub(crate) fn blocks(&self) -> usize {
+        self.count().div_ceil(THREADS / 32)
+    }
+
+    /// The variant of the kernels for operator `op`; refuses what they do not cover.
+    pub(crate) fn checked(&self, op: &str, arch: &Arch) -> Result<Variant> {
+        let variant = Variant::new(op, self.dtype, arch)?;
+        let count = self.dims().iter().map(|&n| n as u128).product();
+        if count == 0 {
+            let [b, h, n, c] = self.dims();
+            return Err(Error::Unsupported(format!("{op} of nothing: [{b}, {h}, {n}, {c}]")));
+        }
+        elements("x", count)?;
+        Ok(variant)
+    }
+}
+
+/// Refuses a device without the instructions of the kernels.
+pub(crate) fn require_compute(op: &str, arch: &Arch) -> Result<()> {
+    if arch.is_metal() || arch.compute >= 80 {
+        return Ok(());
+    }
+    Err(Error::Unsupported(format!(
+        "{op} on compute capability {}.{}; 8.0 or more is",
+        arch.compute / 10,
+        arch.compute % 10
+    )))
+}
+
+/// A key prior, f32 `[B|1, Hq|Hk, M]`, contiguous.
+#[derive(Debug)]
+pub struct Prior<'a, B> {
+    /// Its values: finite or -inf.
+    pub data: Slice<'a, B>,
+    /// Batch and heads.
+    pub dims: [usize; 2],
+}
+
+impl<B> Prior<'_, B> {
+    /// Batch and heads as the kernels take them: zeros without a prior.
+    pub(crate) fn sizes(prior: Option<&Self>) -> [u32; 2] {
+        prior.map_or([0, 0], |p| p.dims.map(|n| n as u32))
+    }
+}

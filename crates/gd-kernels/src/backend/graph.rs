@@ -1,0 +1,259 @@
+//! Attaches a hand-written backward pass to a result that is already computed.
+//!
+//! A custom operator of candle returns one tensor and keeps no state. Here an operator first computes its results, on
+//! any device, and [`attach1`], [`attach2`] or [`attach3`] then enter the main result into the autograd graph,
+//! together with a closure that owns what the backward pass needs.
+
+use std::sync::Mutex;
+
+use crate::backend::cpu::element::Element;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape, Storage,
+    Tensor, bail,
+};
+
+/// `t` itself if its last dimension is contiguous, or else a (differentiable) contiguous copy.
+pub fn with_contiguous_rows(t: &Tensor) -> Result<Tensor> {
+    let last = t.rank().wrapping_sub(1);
+    match (t.dims().get(last), t.stride().get(last)) {
+        (Some(&len), Some(&stride)) if stride == 1 || len <= 1 => Ok(t.clone()),
+        _ => t.contiguous(),
+    }
+}
+
+/// A finished result: its elements, on whichever device, and their shape.
+#[derive(Debug)]
+pub struct Finished {
+    storage: Storage,
+    shape: Shape,
+}
+
+impl Finished {
+    /// Contiguous elements of `shape` in `storage`, from its start.
+    pub fn new(storage: Storage, shape: Shape) -> Self {
+        Self { storage, shape }
+    }
+
+    /// A copy of a small result that tensor operations have computed.
+    ///
+    /// # Errors
+    /// Whatever copying reports.
+    pub fn copy_of(t: &Tensor) -> Result<Self> {
+        let t = t.detach().force_contiguous()?;
+        let storage = {
+            let (storage, layout) = t.storage_and_layout();
+            storage.try_clone(layout)?
+        };
+        Ok(Self { storage, shape: t.shape().clone() })
+    }
+}
+
+impl<T: Element> From<(Vec<T>, Shape)> for Finished {
+    fn from((values, shape): (Vec<T>, Shape)) -> Self {
+        Self { storage: Storage::Cpu(T::to_cpu_storage_owned(values)), shape }
+    }
+}
+
+/// A finished result on its way into the graph, with its backward pass.
+struct Attached<F> {
+    name: &'static str,
+    // Taken by the one forward call that candle makes.
+    result: Mutex<Option<Finished>>,
+    backward: F,
+}
+
+impl<F> Attached<F> {
+    fn new(name: &'static str, result: impl Into<Finished>, backward: F) -> Self {
+        Self { name, result: Mutex::new(Some(result.into())), backward }
+    }
+
+    fn take(&self) -> Result<Finished> {
+        let result = self.result.lock().ok().and_then(|mut r| r.take());
+        match result {
+            Some(result) => Ok(result),
+            None => bail!("{}: the result was taken before", self.name),
+        }
+    }
+
+    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
+        match self.take()? {
+            Finished { storage: Storage::Cpu(s), shape } => Ok((s, shape)),
+            Finished { storage, .. } => self.elsewhere(&storage),
+        }
+    }
+
+    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
+        match self.take()? {
+            Finished { storage: Storage::Cuda(s), shape } => Ok((s, shape)),
+            Finished { storage, .. } => self.elsewhere(&storage),
+        }
+    }
+
+    fn metal(&self) -> Result<(MetalStorage, Shape)> {
+        match self.take()? {
+            Finished { storage: Storage::Metal(s), shape } => Ok((s, shape)),
+            Finished { storage, .. } => self.elsewhere(&storage),
+        }
+    }
+
+    fn elsewhere<R>(&self, storage: &Storage) -> Result<R> {
+        bail!("{}: the result lies on {:?}, its arguments do not", self.name, storage.device().location())
+    }
+}
+
+impl<F> CustomOp1 for Attached<F>
+where
+    F: Fn(&Tensor, &Tensor) -> Result<Tensor>,
+{
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(&self, a: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        (self.backward)(a, grad).map(Some)
+    }
+}
+
+impl<F> CustomOp2 for Attached<F>
+where
+    F: Fn(&Tensor, &Tensor, &Tensor) -> Result<[Tensor; 2]>,
+{
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [da, db] = (self.backward)(a, b, grad)?;
+        Ok((Some(da), Some(db)))
+    }
+}
+
+impl<F> CustomOp3 for Attached<F>
+where
+    F: Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Tensor; 3]>,
+{
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [da, db, dc] = (self.backward)([a, b, c], result, grad)?;
+        Ok((Some(da), Some(db), Some(dc)))
+    }
+}
+
+/// `result` as a function of `a`; `backward(a, grad)` gives the gradient of `a`.
+pub fn attach1(
+    name: &'static str,
+    a: &Tensor,
+    result: impl Into<Finished>,
+    backward: impl Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    a.apply_op1(Attached::new(name, result, backward))
+}
+
+/// `result` as a function of `a` and `b`; `backward(a, b, grad)` gives their gradients.
+pub fn attach2(
+    name: &'static str,
+    a: &Tensor,
+    b: &Tensor,
+    result: impl Into<Finished>,
+    backward: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<[Tensor; 2]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    a.apply_op2(b, Attached::new(name, result, backward))
+}
+
+/// `result` as a function of three arguments; `backward(args, result, grad)` gives their gradients.
+pub fn attach3(
+    name: &'static str,
+    [a, b, c]: [&Tensor; 3],
+    result: impl Into<Finished>,
+    backward: impl Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Tensor; 3]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    a.apply_op3(b, c, Attached::new(name, result, backward))
+}

@@ -1,0 +1,244 @@
+//! Apple GPUs: the launches of [`crate::backend::gpu`] through candle's Metal device and its command buffers.
+//!
+//! A compiler has seen every line for macOS (`scripts/ci/lint_metal.sh`), but no Apple GPU has run one.
+//!
+//! Everything is enqueued in the order of the calls, like candle's own kernels; nothing here waits, but for a
+//! download, and for memory when all of it is taken.
+
+mod buffer;
+mod pipelines;
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, MetalDevice, Shape, Storage};
+use candle_metal_kernels::metal::{self, MetalDeviceType};
+use objc2_metal::{MTLComputePipelineState, MTLDevice, MTLGPUFamily, MTLSize};
+
+pub use self::buffer::Buffer;
+use self::pipelines::Loaded;
+pub use self::pipelines::kernel_hash;
+use crate::backend::gpu::tensors::TensorGpu;
+use crate::backend::gpu::{Arch, Gpu, Launch, Slice};
+use crate::error::{Error, Result};
+
+/// Threads of a simdgroup, as the kernels assume.
+const SIMDGROUP: usize = 32;
+/// What lengths and offsets of buffers are multiples of.
+const ALIGNMENT: usize = 16;
+
+/// A Metal device of candle's, for launches.
+pub struct Metal {
+    device: MetalDevice,
+    loaded: Arc<Loaded>,
+    arch: Arch,
+}
+
+impl Metal {
+    /// The GPU behind a tensor's device.
+    ///
+    /// # Errors
+    /// A device that is no Metal device, or a GPU older than Apple's M1 and A14, whose simdgroups multiply no
+    /// matrices.
+    pub fn new(device: &Device) -> Result<Self> {
+        let device = device.as_metal_device()?.clone();
+        let metal = device.metal_device();
+        if !metal.as_ref().supportsFamily(MTLGPUFamily::Apple7) {
+            return Err(Error::Device(format!(
+                "the GPU {} is not of Apple's family 7 (M1, A14) or later",
+                metal.as_ref().name()
+            )));
+        }
+        let arch = Arch {
+            compute: Arch::METAL,
+            shared_bytes: metal.as_ref().maxThreadgroupMemoryLength() as u32,
+            processors: cores(metal.device_type()),
+        };
+        let loaded = Loaded::of(metal);
+        Ok(Self { device, loaded, arch })
+    }
+
+    /// Takes memory from candle by `make`, which is given the number of bytes.
+    fn take(
+        &self,
+        bytes: usize,
+        make: impl FnOnce(usize) -> candle_core::Result<Arc<metal::Buffer>>,
+    ) -> Result<Buffer> {
+        // A kernel may be given an empty buffer; an allocation of no bytes is none.
+        let bytes = bytes.max(1).next_multiple_of(ALIGNMENT);
+        let metal = self.device.metal_device();
+        let longest = metal.as_ref().maxBufferLength();
+        if bytes > longest {
+            return Err(Error::Device(format!(
+                "{:.1} MiB of GPU memory in one piece; {:.0} MiB are the most here",
+                mib(bytes),
+                mib(longest)
+            )));
+        }
+        // candle keeps what is freed for reuse, until the host waits.
+        let room = || {
+            let taken = metal.current_allocated_size();
+            (
+                taken.saturating_add(bytes.next_power_of_two()) <= metal.recommended_max_working_set_size(),
+                taken,
+            )
+        };
+        if !room().0 {
+            self.device.wait_until_completed()?;
+            if let (false, taken) = room() {
+                return Err(Error::Device(format!(
+                    "{:.1} MiB of GPU memory; of {:.0} MiB that it should hold at a time {:.0} are taken",
+                    mib(bytes),
+                    mib(metal.recommended_max_working_set_size()),
+                    mib(taken)
+                )));
+            }
+        }
+        make(bytes)
+            .map(Buffer::Owned)
+            .map_err(|e| Error::Device(format!("{:.1} MiB of GPU memory: {e}", mib(bytes))))
+    }
+}
+
+/// Opens the system's GPU.
+///
+/// # Errors
+/// Says what is missing: a GPU that Metal sees, or a recent one.
+pub fn open() -> Result<Device> {
+    // candle takes the first of the list unseen.
+    if metal::Device::all().is_empty() {
+        return Err(Error::Device("this machine has no GPU that Metal sees".into()));
+    }
+    let device = Device::new_metal(0)?;
+    Metal::new(&device)?;
+    Ok(device)
+}
+
+/// What a GPU is.
+#[derive(Debug, Clone)]
+pub struct Description {
+    /// Its name.
+    pub name: String,
+    /// Memory that it should hold at a time, in bytes.
+    pub memory: usize,
+    /// What this program has taken of it, in bytes.
+    pub taken: usize,
+}
+
+/// What the GPU behind a device is.
+///
+/// # Errors
+/// A device that is no Metal device.
+pub fn describe(device: &Device) -> Result<Description> {
+    let metal = device.as_metal_device()?.metal_device();
+    Ok(Description {
+        name: metal.as_ref().name().to_string(),
+        memory: metal.recommended_max_working_set_size(),
+        taken: metal.current_allocated_size(),
+    })
+}
+
+/// Metal does not say how many cores a GPU has; these are those of a usual one of its class.
+fn cores(class: MetalDeviceType) -> u32 {
+    match class {
+        MetalDeviceType::Phone => 5,
+        MetalDeviceType::BasePro | MetalDeviceType::Medium => 10,
+        MetalDeviceType::Max => 32,
+        MetalDeviceType::Ultra => 64,
+    }
+}
+
+fn mib(bytes: usize) -> f64 {
+    bytes as f64 / (1 << 20) as f64
+}
+
+impl Gpu for Metal {
+    type Buffer = Buffer;
+
+    fn arch(&self) -> Arch {
+        self.arch
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        self.take(bytes, |n| self.device.new_buffer_builder().with_size_for(n, DType::U8).build())
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Buffer> {
+        self.take(bytes, |n| self.device.new_buffer_builder().with_zeros(n).build())
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
+        self.take(bytes.len(), |n| {
+            let mut padded = bytes.to_vec();
+            padded.resize(n, 0);
+            self.device.new_buffer_with_data(&padded)
+        })
+    }
+
+    #[allow(unsafe_code)] // reads memory that the GPU has filled
+    fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
+        // Copies are of whole words; an operator's own buffers end with one.
+        let length = bytes.next_multiple_of(4);
+        let (source, offset) = Buffer::place(&from, length)?;
+        let host = self.device.new_buffer_builder().with_size(length.max(ALIGNMENT)).build()?;
+        self.device.blit_command_encoder()?.copy_from_buffer(&source, offset, &host, 0, length);
+        self.device.flush_and_wait_current()?;
+        // Of the buffers before, which this one says nothing about.
+        self.device.wait_until_completed()?;
+        // SAFETY: the host can read this memory, which nobody else knows and the GPU has finished to write.
+        Ok(unsafe { std::slice::from_raw_parts(host.contents(), bytes) }.to_vec())
+    }
+
+    fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
+        let refused = |why: String| Error::Device(format!("Metal cannot launch {launch}: {why}"));
+        let place =
+            |slice: &Option<Slice<'_, Buffer>>| slice.as_ref().map(|s| Buffer::place(s, 0)).transpose();
+        let places = launch.buffers.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let Some((any, _)) = places.iter().flatten().next() else {
+            return Err(refused("it has no buffers".into()));
+        };
+        let present = places.iter().enumerate().map(|(n, place)| u32::from(place.is_some()) << n).sum();
+        let constants = [present, launch.constants.features, launch.constants.rows];
+        let pipeline = self.loaded.pipeline(launch.kernel, constants)?;
+        let (threads, width) =
+            (pipeline.max_total_threads_per_threadgroup(), pipeline.as_ref().threadExecutionWidth());
+        if launch.block as usize > threads || width != SIMDGROUP {
+            return Err(refused(format!(
+                "it can have {threads} threads in simdgroups of {width}; {SIMDGROUP} are expected"
+            )));
+        }
+        let shared_bytes = (launch.shared_bytes as usize).next_multiple_of(ALIGNMENT);
+        let own = pipeline.as_ref().staticThreadgroupMemoryLength();
+        if own + shared_bytes > self.arch.shared_bytes as usize {
+            return Err(refused(format!(
+                "{own} bytes of its own and these exceed the {} of threadgroup memory",
+                self.arch.shared_bytes
+            )));
+        }
+        let guard = self.device.command_encoder()?;
+        let encoder: &metal::ComputeCommandEncoder = guard.as_ref();
+        encoder.set_compute_pipeline_state(&pipeline);
+        encoder.set_bytes_directly(0, launch.params.len(), launch.params.as_ptr().cast());
+        for (n, place) in places.iter().enumerate() {
+            let (buffer, offset) = place.as_ref().map_or((any, 0), |(buffer, offset)| (buffer, *offset));
+            // candle orders launches by what they write; which of the buffers that is, is not known here.
+            encoder.set_output_buffer(n + 1, Some(buffer), offset);
+        }
+        if shared_bytes > 0 {
+            encoder.set_threadgroup_memory_length(0, shared_bytes);
+        }
+        let [width, height, depth] = launch.grid.map(|n| n as usize);
+        let threads = MTLSize { width: launch.block as usize, height: 1, depth: 1 };
+        encoder.dispatch_thread_groups(MTLSize { width, height, depth }, threads);
+        Ok(())
+    }
+}
+
+impl TensorGpu for Metal {
+    fn of(device: &Device) -> Result<Self> {
+        Self::new(device)
+    }
+
+    fn storage(&self, buffer: Buffer, dtype: DType, shape: &Shape) -> Result<Storage> {
+        buffer.into_storage(&self.device, dtype, shape)
+    }
+}

@@ -1,0 +1,4 @@
+//! `causal_conv` on a GPU: launches over buffers, and the same over tensors.
+
+pub mod launch;
+pub(crate) mod tensors;

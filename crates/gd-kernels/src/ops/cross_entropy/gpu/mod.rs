@@ -1,0 +1,4 @@
+//! `cross_entropy` on a GPU: launches over buffers, and the same over tensors.
+
+pub mod launch;
+pub(crate) mod tensors;

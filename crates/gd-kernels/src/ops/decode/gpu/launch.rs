@@ -1,0 +1,344 @@
+//! Decoding on a GPU: 1 to 16 queries against a long cache, in one piece or in pages.
+//!
+//! q `[B, Hq, N, D]`. The cache is k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, or pages `[pages, Hk, page, D|Dv]`
+//! with a block table `[B, most pages]`. Beside the keys it holds their biases without a prior, f32
+//! `[B|pages, Hk, room]`, as [`scan::key_bias`](crate::cache::key_bias::launch::key_bias) computes them, or, for certified
+//! decoding, the keys as 8-bit integers ([`crate::cache::int8_keys::launch`]): those are then read instead, and of the keys
+//! themselves only the few that the bounds do not rule out. index and energy `[B, Hq, N]`, y `[B, Hq, N, Dv]`: what a
+//! scan with one candidate and a threshold gives, to the bit, at either precision.
+
+use std::fmt;
+
+use bytemuck::bytes_of;
+use candle_core::DType;
+
+use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant, padded_dim};
+use crate::backend::gpu::params::{DecodeParams, ScoreCode, TieCode};
+use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, elements, grid, mask};
+use crate::cache::int8_keys::launch::{KNOWN, Quantized};
+use crate::cache::key_bias::BIAS_TILE;
+use crate::error::{Error, Result};
+use crate::mask::Mask;
+use crate::ops::decode::{MAX_QUERIES, PAGE_STEP};
+use crate::ops::scan::gpu::launch::tile_bytes;
+use crate::ops::scan::problem::Problem;
+use crate::options::Precision;
+
+/// Rows of a block.
+const ROWS: usize = 16;
+/// Warps of a block.
+const WARPS: u32 = 4;
+/// Blocks that a multiprocessor should have to read at the rate of its memory.
+const BLOCKS_A_PROCESSOR: usize = 4;
+/// Fewest tiles of a split.
+const LEAST_TILES: usize = 2;
+/// Shared memory that the kernel declares itself.
+const STATIC: usize = 1024;
+/// Entries of a warp's list of candidates in certified decoding, of 8 bytes.
+const SIEVE: usize = 256;
+/// Candidates for which a place has room, a split; others are scored at once.
+const LISTED: usize = 64;
+/// Keys beyond which a candidate, its key and row, does not fit in 4 bytes.
+const MOST_CERTIFIED: usize = 1 << 28;
+
+/// How a decoding step is launched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The kernel.
+    pub kernel: Kernel,
+    /// Keys that are loaded at a time.
+    pub tile_keys: usize,
+    /// Query heads whose rows share a block.
+    pub pack: usize,
+    /// Blocks of 16 rows of a packed group of heads.
+    pub row_tiles: usize,
+    /// Blocks that share the keys of a row.
+    pub splits: usize,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: usize,
+    /// The kernel that picks the best of all splits (Metal, which has no 64-bit atomics to do it at once).
+    pub merge: Option<Kernel>,
+    /// Candidates that the blocks of a place may list, in certified decoding; 0 otherwise.
+    pub capacity: usize,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Plan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, .. } = self;
+        write!(
+            f,
+            "{kernel}: {row_tiles} x {ROWS} rows, {pack} heads packed, {splits} splits x {tile_keys} keys, \
+             {shared_bytes} bytes"
+        )
+    }
+}
+
+impl Plan {
+    /// The plan for `problem`, whose keys are those that the cache can hold.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] names the value that the kernels do not cover.
+    pub fn new(problem: &Problem, prior: bool, arch: &Arch) -> Result<Self> {
+        let Problem { dtype, head_dim, queries, batch, q_heads, keys, .. } = *problem;
+        let variant = Variant::new("decode", dtype, arch)?;
+        let padded = padded_dim("decode", head_dim)?;
+        if queries == 0 || queries > MAX_QUERIES {
+            return Err(Error::Unsupported(format!("decode: {queries} queries; 1 to {MAX_QUERIES} are")));
+        }
+        if problem.candidates != 1 {
+            return Err(Error::Unsupported(format!("decode: {} candidates; 1 is", problem.candidates)));
+        }
+        let certified = problem.precision == Precision::Certified;
+        let (half, metal) = (dtype != DType::F32, arch.is_metal());
+        if certified && metal {
+            return Err(Error::Unsupported("decode: certified precision on Metal; native is".into()));
+        }
+        if certified && keys >= MOST_CERTIFIED {
+            return Err(Error::Unsupported(format!(
+                "decode: {keys} keys at certified precision; fewer than {MOST_CERTIFIED} are"
+            )));
+        }
+        let tile_keys = if half || metal || certified { 64 } else { 32 };
+        let pack = if prior { 1 } else { problem.group() };
+        let row_tiles = (queries * pack).div_ceil(ROWS);
+        let row_bytes = padded * dtype.size_in_bytes() + 16;
+        // Outside the tensor cores, queries are read from shared memory; Metal's are widened.
+        let queries_bytes = if half && !metal { 0 } else { ROWS * (padded * 4 + 16) };
+        let shared_bytes = queries_bytes
+            + if certified {
+                let gathered = if half { 16 } else { 8 };
+                // Two tiles of integers and what is known of them; lists and gathered keys of every warp; the rows.
+                (2 * tile_keys + ROWS) * (padded + 16)
+                    + 2 * tile_keys * KNOWN
+                    + WARPS as usize * (SIEVE * 8 + gathered * row_bytes)
+            } else if metal {
+                // Every simdgroup reads its keys straight from memory.
+                0
+            } else {
+                tile_bytes(dtype, padded, tile_keys)
+            };
+        let room = arch.shared_bytes as usize - STATIC;
+        if shared_bytes > room {
+            return Err(Error::Unsupported(format!(
+                "decode: head_dim {head_dim} in {} needs {shared_bytes} bytes of shared memory; {room} are free",
+                dtype.as_str()
+            )));
+        }
+        let places = batch * (q_heads / pack) * row_tiles;
+        let wanted = (arch.processors as usize * BLOCKS_A_PROCESSOR).div_ceil(places);
+        let splits = wanted.min(keys.div_ceil(tile_keys * LEAST_TILES)).max(1);
+        let op = if certified { KernelOp::DecodeCertified } else { KernelOp::Decode };
+        let kernel = variant.sized(op, padded);
+        let merge = metal.then(|| variant.kernel(KernelOp::DecodeMerge));
+        let capacity = if certified { splits * LISTED } else { 0 };
+        let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, merge, capacity };
+        grid("decode", plan.places(problem) as u128 * splits as u128)?;
+        Ok(plan)
+    }
+
+    fn places(&self, problem: &Problem) -> usize {
+        problem.batch * (problem.q_heads / self.pack) * self.row_tiles
+    }
+
+    /// Bytes of the workspace of a problem.
+    pub fn workspace_bytes(&self, problem: &Problem) -> usize {
+        self.workspace(problem).1
+    }
+
+    /// Where the parts of the workspace begin after the first, and its end. The best score and key of every row, and
+    /// a count of the splits; on Metal those of every split; in certified decoding lower bounds, counters and candidates
+    /// beside them.
+    fn workspace(&self, problem: &Problem) -> (Vec<usize>, usize) {
+        let places = self.places(problem);
+        let sizes: &[usize] = match (&self.merge, self.capacity) {
+            (Some(_), _) => &[self.splits * ROWS * 8],
+            (None, 0) => &[ROWS * 8, 4],
+            (None, capacity) => &[ROWS * 8, ROWS * 4, 8, capacity * 8],
+        };
+        let mut ends: Vec<usize> = Vec::new();
+        for size in sizes {
+            ends.push(ends.last().unwrap_or(&0) + places * size);
+        }
+        let end = ends.pop().unwrap_or(0);
+        (ends, end)
+    }
+}
+
+/// The pages of a cache.
+#[derive(Debug)]
+pub struct Pages<'a, B> {
+    /// i32 `[B, most pages]`: the page of every 64, 128, .. keys.
+    pub table: Slice<'a, B>,
+    /// Most pages of a sequence.
+    pub row: usize,
+    /// Keys of a page, a multiple of 64.
+    pub keys: usize,
+    /// Pages in all.
+    pub count: usize,
+}
+
+/// What a cache knows of its keys.
+#[derive(Debug)]
+pub enum Known<'a, B> {
+    /// Their biases without a prior, at native precision, and the keys of a piece for which these have room: a
+    /// multiple of 64.
+    Bias(Slice<'a, B>, usize),
+    /// The keys as 8-bit integers, at certified precision.
+    Quantized(Quantized<'a, B>),
+}
+
+/// What decoding reads.
+#[derive(Debug)]
+pub struct Inputs<'a, B> {
+    /// `[B, Hq, N, D]`.
+    pub q: Tensor4<'a, B>,
+    /// `[B, Hk, M, D]`, or `[pages, Hk, page, D]`.
+    pub k: Tensor4<'a, B>,
+    /// `[B, Hk, M, Dv]`, or `[pages, Hk, page, Dv]`.
+    pub v: Tensor4<'a, B>,
+    /// Dv.
+    pub value_dim: usize,
+    /// What is known of the keys, for the precision of the problem.
+    pub known: Known<'a, B>,
+    /// The pages, if there are.
+    pub pages: Option<Pages<'a, B>>,
+    /// f32 `[Hq]`, > 0.
+    pub beta: Slice<'a, B>,
+    /// The prior.
+    pub prior: Option<Prior<'a, B>>,
+    /// f32 `[Hq]`; without it every winner is admitted.
+    pub threshold: Option<Slice<'a, B>>,
+    /// Which keys a query sees; its key lengths say how much of the cache is filled.
+    pub mask: &'a Mask,
+    /// [`Plan::workspace_bytes`] zeros, which are zeros again after the launch (Metal writes before it reads):
+    /// one serves all steps of a stream.
+    pub workspace: Slice<'a, B>,
+}
+
+/// Where the results go.
+#[derive(Debug)]
+pub struct Outputs<'a, B> {
+    /// i32 `[B, Hq, N]`, -1 where no key is admitted.
+    pub index: Slice<'a, B>,
+    /// f32 `[B, Hq, N]`, +inf there.
+    pub energy: Slice<'a, B>,
+    /// `[B, Hq, N, Dv]`, zeros there.
+    pub y: Slice<'a, B>,
+}
+
+/// One decoding step.
+///
+/// # Errors
+/// Pages that are no multiple of a tile, tensors of 2^31 elements or more, what the GPU refuses.
+pub fn decode<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    problem: &Problem,
+    x: &Inputs<'_, G::Buffer>,
+    out: &Outputs<'_, G::Buffer>,
+) -> Result<()> {
+    let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
+    let (pieces, piece_keys) = x.pages.as_ref().map_or((batch, keys), |p| (p.count, p.keys));
+    if let Some(p) = &x.pages
+        && (p.keys == 0 || p.keys % PAGE_STEP != 0 || p.row * p.keys < keys)
+    {
+        return Err(Error::Invalid(format!(
+            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {PAGE_STEP}",
+            p.row, p.keys
+        )));
+    }
+    let q_dims = [batch, q_heads, queries, head_dim];
+    let k_dims = [pieces, kv_heads, piece_keys, head_dim];
+    let [q_batch, q_head, q_row] = x.q.checked("q", q_dims)?;
+    let [k_batch, k_head, k_row] = x.k.checked("k", k_dims)?;
+    let [v_batch, v_head, v_row] = x.v.checked("v", [pieces, kv_heads, piece_keys, x.value_dim])?;
+    let bias_row = match &x.known {
+        Known::Bias(_, room) => *room,
+        Known::Quantized(quantized) => quantized.room,
+    };
+    let certified = matches!(x.known, Known::Quantized(_));
+    let fits = bias_row >= piece_keys && bias_row.is_multiple_of(BIAS_TILE);
+    if certified != (problem.precision == Precision::Certified) || !fits {
+        return Err(Error::Invalid(format!(
+            "decode: {:?} precision with {} for {bias_row} of {piece_keys} keys",
+            problem.precision,
+            if certified { "8-bit keys" } else { "biases" }
+        )));
+    }
+    elements("bias", (pieces * kv_heads) as u128 * bias_row as u128)?;
+    let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
+    let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
+    let params = DecodeParams {
+        batch: batch as u32,
+        q_heads: q_heads as u32,
+        kv_heads: kv_heads as u32,
+        queries: queries as u32,
+        keys: keys as u32,
+        head_dim: head_dim as u32,
+        value_dim: x.value_dim as u32,
+        q_batch,
+        q_head,
+        q_row,
+        k_batch,
+        k_head,
+        k_row,
+        v_batch,
+        v_head,
+        v_row,
+        vector_loads: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
+        pack: plan.pack as u32,
+        row_tiles: plan.row_tiles as u32,
+        splits: plan.splits as u32,
+        page_keys: x.pages.as_ref().map_or(0, |p| p.keys as u32),
+        table_row: x.pages.as_ref().map_or(0, |p| p.row as u32),
+        pages: x.pages.as_ref().map_or(0, |p| p.count as u32),
+        bias_row: bias_row as u32,
+        prior_batch,
+        prior_heads,
+        score: ScoreCode::from(problem.score) as u32,
+        tie: TieCode::from(problem.tie) as u32,
+        candidate_capacity: plan.capacity as u32,
+        mask,
+    };
+    let places = plan.places(problem);
+    let mut constants = Constants::new(&mask, params.vector_loads != 0, x.prior.is_some());
+    constants.rows = (queries * plan.pack).min(ROWS) as u32;
+    let launch = |kernel: Kernel, blocks: usize, shared_bytes: usize, buffers| {
+        gpu.launch(&Launch {
+            kernel,
+            grid: grid("decode", blocks as u128)?,
+            block: 32 * WARPS,
+            shared_bytes: shared_bytes as u32,
+            params: bytes_of(&params).to_vec(),
+            constants,
+            buffers,
+        })
+    };
+    let mut buffers = vec![Some(x.q.data), Some(x.k.data)];
+    match &x.known {
+        Known::Bias(bias, _) => buffers.push(Some(*bias)),
+        Known::Quantized(quantized) => buffers.extend([Some(quantized.codes), Some(quantized.known)]),
+    }
+    let scales = [
+        Some(x.beta),
+        x.prior.as_ref().map(|p| p.data),
+        table.as_ref().map(Slice::from),
+        x.pages.as_ref().map(|p| p.table),
+    ];
+    let results = [Some(x.v.data), x.threshold, Some(x.workspace)];
+    let outputs = [out.index, out.energy, out.y].map(Some);
+    let Some(merge) = plan.merge else {
+        let (parts, _) = plan.workspace(problem);
+        let rest = parts
+            .iter()
+            .map(|at| Some(Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + at }));
+        buffers.extend(scales.into_iter().chain(results).chain(rest).chain(outputs));
+        return launch(plan.kernel, places * plan.splits, plan.shared_bytes, buffers);
+    };
+    let [beta, prior, _, pages] = scales;
+    let merged = [buffers[0], buffers[1], beta, prior, pages];
+    let merged = merged.into_iter().chain(results).chain(outputs).collect();
+    buffers.extend(scales.into_iter().chain([Some(x.workspace)]));
+    launch(plan.kernel, places * plan.splits, plan.shared_bytes, buffers)?;
+    launch(merge, places, 0, merged)
+}

@@ -1,0 +1,3 @@
+//! `decode` on a GPU: plan and launches over buffers.
+
+pub mod launch;

@@ -1,0 +1,50 @@
+//! Rows of an embedding table, with a backward pass that goes over the rows that were read.
+//!
+//! candle's own goes over all reads one after the other for every element of a row (`index_add`), and is most of
+//! a training step where the vocabulary is large.
+
+use candle_core::{DType, Tensor};
+
+use crate::backend::gpu::tensors::{Rows, TensorGpu, Vector};
+use crate::backend::graph::{Finished, attach1};
+use crate::error::{Error, Result};
+use crate::ops::select::gpu::inverse::Inverse;
+use crate::ops::select::gpu::launch::{Plan, Rule, Sizes, sum_rows};
+
+/// See [`crate::ops::embedding`].
+pub(crate) fn embedding<G: TensorGpu>(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let ((rows, _), reads) = (table.dims2()?, ids.dims1()?);
+    if ids.dtype() != DType::U32 || reads == 0 || rows == 0 {
+        return Err(Error::Invalid(format!(
+            "embedding: ids {:?} {:?} of a table {:?}; u32 [reads] expected, none empty",
+            ids.dims(),
+            ids.dtype(),
+            table.dims()
+        )));
+    }
+    let device = G::of(table.device())?;
+    let result = Finished::copy_of(&table.detach().index_select(ids, 0)?)?;
+    let ids = Vector::new(ids, DType::U32)?;
+    Ok(attach1("embedding", table, result, move |table, grad| {
+        let (rows, width) = table.dims2()?;
+        let sizes = Sizes {
+            batch: 1,
+            q_heads: 1,
+            kv_heads: 1,
+            queries: reads,
+            keys: rows,
+            head_dim: width,
+            value_dim: width,
+            slots: 1,
+            dtype: table.dtype(),
+        };
+        let plan = Plan::new(&sizes, &Rule::default(), &device.arch())?;
+        let inverse = Inverse::new(&device, &sizes, ids.slice())?;
+        let grad = Rows::new(&grad.reshape((1, 1, reads, width))?)?;
+        let ones = Vector::new(&Tensor::ones(reads, DType::F32, table.device())?, DType::F32)?;
+        let [out] = device.gradients([table])?;
+        sum_rows(&device, &plan, &inverse, ones.slice(), &grad.tensor4(), (&out).into())?;
+        let [out] = device.tensors([table], [out])?;
+        Ok(out)
+    })?)
+}

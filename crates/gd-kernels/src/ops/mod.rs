@@ -1,0 +1,13 @@
+//! The operators, a folder each.
+
+pub mod adamw;
+pub(crate) mod causal_conv;
+pub(crate) mod cross_entropy;
+pub(crate) mod decode;
+pub(crate) mod embedding;
+pub(crate) mod rms_norm;
+pub(crate) mod rotary;
+pub(crate) mod running_average;
+pub(crate) mod scan;
+pub(crate) mod select;
+pub(crate) mod swiglu;

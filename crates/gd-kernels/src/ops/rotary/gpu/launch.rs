@@ -1,0 +1,89 @@
+//! Rotary position embedding on a GPU: one launch, which is its own backward pass with the negative angle.
+//!
+//! x of any strides and y contiguous, `[B, H, N, D]` of one dtype; cos and sin f32 `[positions, D / 2]`.
+
+use crate::backend::gpu::kernel::Variant;
+use crate::backend::gpu::params::RotaryParams;
+use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, Tensor4, launch};
+use crate::error::{Error, Result};
+
+/// A rotation, checked.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    sizes: RowSizes,
+    offsets: Vec<u32>,
+    variant: Variant,
+}
+
+/// The angles of all positions.
+#[derive(Debug, Clone, Copy)]
+pub struct Angles<'a, B> {
+    /// Cosines.
+    pub cos: Slice<'a, B>,
+    /// Sines.
+    pub sin: Slice<'a, B>,
+    /// How many positions they cover.
+    pub positions: usize,
+}
+
+impl Plan {
+    /// The plan for rows that stand at `offset + n`, with one offset or one for every batch entry.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] names the value that the kernels do not cover; [`Error::Invalid`] an odd D, or offsets
+    /// that are neither one nor B.
+    pub fn new(sizes: &RowSizes, offsets: &[usize], arch: &Arch) -> Result<Self> {
+        let variant = sizes.checked("rotary", arch)?;
+        if !sizes.dim.is_multiple_of(2) || (offsets.len() != 1 && offsets.len() != sizes.batch) {
+            return Err(Error::Invalid(format!(
+                "rotary: rows of {} elements at {} offsets; an even number, and 1 or {} offsets",
+                sizes.dim,
+                offsets.len(),
+                sizes.batch
+            )));
+        }
+        let narrow =
+            |&offset: &usize| crate::backend::gpu::elements("positions", offset as u128 + sizes.rows as u128);
+        offsets.iter().try_for_each(|offset| narrow(offset).map(drop))?;
+        Ok(Self { sizes: *sizes, offsets: offsets.iter().map(|&n| n as u32).collect(), variant })
+    }
+}
+
+/// y from x, or dx from dy where it goes `back`.
+///
+/// # Errors
+/// Positions beyond the angles, tensors of 2^31 elements or more, and what the GPU refuses.
+pub fn rotate<G: Gpu>(
+    gpu: &G,
+    plan: &Plan,
+    x: &Tensor4<'_, G::Buffer>,
+    angles: &Angles<'_, G::Buffer>,
+    back: bool,
+    y: Slice<'_, G::Buffer>,
+) -> Result<()> {
+    let [batch, heads, rows, dim] = plan.sizes.dims();
+    let last = plan.offsets.iter().max().map_or(0, |&offset| offset as usize) + rows;
+    if last > angles.positions {
+        return Err(Error::Invalid(format!("rotary: {last} positions of {}", angles.positions)));
+    }
+    let [x_batch, x_head, x_row] = x.checked("x", plan.sizes.dims())?;
+    let table = match &plan.offsets[..] {
+        [_] => None,
+        each => Some(gpu.upload(bytemuck::cast_slice(each))?),
+    };
+    let params = RotaryParams {
+        batch: batch as u32,
+        heads: heads as u32,
+        rows: rows as u32,
+        pairs: dim as u32 / 2,
+        x_batch,
+        x_head,
+        x_row,
+        offset: plan.offsets[0],
+        table: u32::from(table.is_some()),
+        inverse: u32::from(back),
+    };
+    let table = table.as_ref().map(Slice::from);
+    let buffers = vec![Some(x.data), Some(angles.cos), Some(angles.sin), table, Some(y)];
+    launch(gpu, plan.variant.kernel(KernelOp::Rotary), plan.sizes.blocks(), &params, buffers)
+}

@@ -1,0 +1,186 @@
+//! The vector half of the running average: `m_t = keep_t m_(t-1) + take_t v_t` over rows of D.
+//!
+//! Time is cut into blocks of [`BLOCK`] steps whatever the number of threads. Each block first finds
+//! out, alone, what it adds to a start of zero; an ordered pass over the blocks turns that into every
+//! block's true start; then all blocks run again from there and write their rows. The backward pass
+//! does the same in the other direction.
+//!
+//! v rows `[B * Hk * N]` of D, m rows `[B * H * N]` of D, weights `[B * H, N]`, carry
+//! `[B * H, blocks, D]`.
+
+use num_traits::One;
+
+use crate::backend::cpu::element::{Element, Real, sum3};
+use crate::backend::cpu::parallel::{for_chunks, for_chunks2, vectorize};
+use crate::backend::cpu::view::Rows;
+use crate::ops::running_average::Sizes;
+use crate::ops::running_average::cpu::weights::Weight;
+
+/// Steps in a block.
+const BLOCK: usize = 64;
+
+/// `mean <- keep mean + take value`, in the form that loses least: a small share as a correction of
+/// the mean (constant values then stay constant), a large one without the mean's own rounding (a
+/// reset then leaves nothing behind).
+#[inline(always)]
+fn advance<T: Element>(weight: Weight<T::Acc>, mean: &mut [T::Acc], value: &[T]) {
+    let Weight { keep, take } = weight;
+    if take > T::Acc::of(0.5) {
+        mean.iter_mut().zip(value).for_each(|(m, v)| *m = keep * *m + take * v.up());
+    } else {
+        mean.iter_mut().zip(value).for_each(|(m, v)| *m += take * (v.up() - *m));
+    }
+}
+
+/// The steps of block `c`.
+fn steps(sizes: Sizes, c: usize) -> std::ops::Range<usize> {
+    c * BLOCK..((c + 1) * BLOCK).min(sizes.n)
+}
+
+/// What the whole of `weights` keeps of the mean before it, and takes of the values in it.
+fn joint<R: Real>(weights: &[Weight<R>]) -> Weight<R> {
+    weights.iter().fold(Weight { keep: R::one(), take: R::zero() }, |all, w| {
+        // The share taken follows the mean's own recurrence for values of 1.
+        let mut take = [all.take];
+        advance(*w, &mut take, &[R::one()]);
+        Weight { keep: all.keep * w.keep, take: take[0] }
+    })
+}
+
+/// The averages, and the last one of every sequence unrounded.
+pub(crate) fn forward<T: Element>(
+    sizes: Sizes,
+    v: &Rows<T>,
+    weights: &[Weight<T::Acc>],
+    start: Option<&[T::Acc]>,
+) -> (Vec<T>, Vec<T::Acc>) {
+    let Sizes { n, d, .. } = sizes;
+    let blocks = n.div_ceil(BLOCK);
+    let value = |s: usize, t: usize| v.row(sizes.values_of(s) * n + t);
+    let mut carry = vec![T::Acc::default(); sizes.sequences() * blocks * d];
+    for_chunks(&mut carry, d, |i, mean| {
+        let (s, c) = (i / blocks, i % blocks);
+        match (c.checked_sub(1), start) {
+            (Some(before), _) => vectorize(|| {
+                for t in steps(sizes, before) {
+                    advance(weights[s * n + t], mean, value(s, t));
+                }
+            }),
+            (None, Some(start)) => mean.copy_from_slice(&start[s * d..(s + 1) * d]),
+            (None, None) => {}
+        }
+    });
+    for_chunks(&mut carry, blocks * d, |s, carry| {
+        for c in 1..blocks {
+            let all = joint(&weights[s * n..(s + 1) * n][steps(sizes, c - 1)]);
+            let (before, here) = carry[(c - 1) * d..].split_at_mut(d);
+            for (here, &before) in here.iter_mut().zip(before.iter()) {
+                *here = match all.take > T::Acc::of(0.5) {
+                    true => all.keep * before + *here,
+                    false => before + (*here - all.take * before),
+                };
+            }
+        }
+    });
+    let mut m = vec![T::zero(); sizes.sequences() * n * d];
+    for_chunks2((&mut m, n * d), (&mut carry, blocks * d), |s, m, carry| {
+        for_chunks2((m, BLOCK * d), (carry, d), |c, m, mean| {
+            vectorize(|| {
+                for (t, m) in steps(sizes, c).zip(m.chunks_exact_mut(d)) {
+                    advance(weights[s * n + t], mean, value(s, t));
+                    m.iter_mut().zip(mean.iter()).for_each(|(m, &mean)| *m = T::down(mean));
+                }
+            });
+        });
+    });
+    // Every block has turned its start into its end.
+    if blocks > 1 {
+        carry = carry.chunks_exact(blocks * d).flat_map(|c| &c[(blocks - 1) * d..]).copied().collect();
+    }
+    (m, carry)
+}
+
+/// Gradients of v and of the shares taken. With `p_t = dm_t + keep_(t+1) p_(t+1)`, the whole gradient
+/// of `m_t`: `dv_t = take_t p_t`, summed over the heads that share v, and
+/// `dtake_t = <p_t, v_t - m_(t-1)>`.
+pub(crate) fn backward<T: Element>(
+    sizes: Sizes,
+    v: &Rows<T>,
+    m: &Rows<T>,
+    dm: &Rows<T>,
+    weights: &[Weight<T::Acc>],
+    start: Option<&[T::Acc]>,
+) -> (Vec<T>, Vec<T::Acc>) {
+    let Sizes { n, d, .. } = sizes;
+    let (blocks, group) = (n.div_ceil(BLOCK), sizes.group());
+    let carry = later(sizes, dm, weights);
+    // dtake in the order in which it is found, [B * Hk, blocks, group, BLOCK].
+    let mut found = vec![T::Acc::default(); sizes.sequences() * blocks * BLOCK];
+    let mut dv = vec![T::zero(); v.count() * d];
+    let per_value = blocks * group * BLOCK;
+    for_chunks2((&mut dv, n * d), (&mut found, per_value), |sv, dv, found| {
+        for_chunks2((dv, BLOCK * d), (found, group * BLOCK), |c, dv, found| {
+            let mut sum = vec![T::Acc::default(); dv.len()];
+            let mut p = vec![T::Acc::default(); d];
+            let origin = vec![T::Acc::default(); d];
+            vectorize(|| {
+                for (j, found) in found.chunks_exact_mut(BLOCK).enumerate() {
+                    let s = sv * group + j;
+                    p.copy_from_slice(&carry[(s * blocks + c) * d..][..d]);
+                    for (i, t) in steps(sizes, c).enumerate().rev() {
+                        let Weight { keep, take } = weights[s * n + t];
+                        let value = v.row(sv * n + t);
+                        p.iter_mut().zip(dm.row(s * n + t)).for_each(|(p, dm)| *p += dm.up());
+                        found[i] = if t > 0 {
+                            let rise = |p, v: T, m: T| p * (v.up() - m.up());
+                            sum3(&p, value, m.row(s * n + t - 1), rise)
+                        } else {
+                            let before = start.map_or(&origin[..], |start| &start[s * d..(s + 1) * d]);
+                            sum3(&p, value, before, |p, v: T, m| p * (v.up() - m))
+                        };
+                        for (sum, p) in sum[i * d..(i + 1) * d].iter_mut().zip(p.iter_mut()) {
+                            *sum += take * *p;
+                            *p = keep * *p;
+                        }
+                    }
+                }
+                dv.iter_mut().zip(&sum).for_each(|(dv, &sum)| *dv = T::down(sum));
+            });
+        });
+    });
+    let mut dtake = vec![T::Acc::default(); sizes.sequences() * n];
+    for (s, dtake) in dtake.chunks_exact_mut(n).enumerate() {
+        for (c, dtake) in dtake.chunks_mut(BLOCK).enumerate() {
+            let at = (s / group * blocks + c) * group + s % group;
+            dtake.copy_from_slice(&found[at * BLOCK..][..dtake.len()]);
+        }
+    }
+    (dv, dtake)
+}
+
+/// For every block, what the blocks after it add to the gradient of its last mean.
+fn later<T: Element>(sizes: Sizes, dm: &Rows<T>, weights: &[Weight<T::Acc>]) -> Vec<T::Acc> {
+    let Sizes { n, d, .. } = sizes;
+    let blocks = n.div_ceil(BLOCK);
+    let mut carry = vec![T::Acc::default(); sizes.sequences() * blocks * d];
+    for_chunks(&mut carry, d, |i, p| {
+        let (s, next) = (i / blocks, i % blocks + 1);
+        if next < blocks {
+            vectorize(|| {
+                for t in steps(sizes, next).rev() {
+                    let keep = weights[s * n + t].keep;
+                    p.iter_mut().zip(dm.row(s * n + t)).for_each(|(p, dm)| *p = keep * (*p + dm.up()));
+                }
+            });
+        }
+    });
+    for_chunks(&mut carry, blocks * d, |s, carry| {
+        for c in (1..blocks).rev() {
+            let block = &weights[s * n..(s + 1) * n][steps(sizes, c)];
+            let keep = block.iter().fold(T::Acc::one(), |all, w| all * w.keep);
+            let (here, after) = carry[(c - 1) * d..].split_at_mut(d);
+            here.iter_mut().zip(after.iter()).for_each(|(here, &after)| *here += keep * after);
+        }
+    });
+    carry
+}

@@ -1,0 +1,4 @@
+//! `running_average` on a GPU: launches over buffers, and the same over tensors.
+
+pub mod launch;
+pub(crate) mod tensors;

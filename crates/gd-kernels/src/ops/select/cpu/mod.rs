@@ -1,0 +1,5 @@
+//! Loops of `select` on the CPU.
+
+pub(crate) mod choose;
+mod inverse;
+pub(crate) mod rows;

@@ -1,0 +1,319 @@
+//! The steps of a selection of tensors, each with its backward pass in candle's graph.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{DType, Tensor};
+
+use crate::backend::gpu::tensors::{Rows, TensorGpu, Vector};
+use crate::backend::gpu::{Prior, Slice};
+use crate::backend::graph::{Finished, attach1, attach2, attach3};
+use crate::error::Result;
+use crate::ops::select::Select;
+use crate::ops::select::gpu::inverse::Inverse;
+use crate::ops::select::gpu::launch as gpu;
+use crate::ops::select::gpu::launch::{Plan, Rule, Sizes};
+
+/// One key or several for every query, and where each key is read.
+pub(super) struct Keys<B> {
+    pub(super) index: Vector<B>,
+    pub(super) plan: Plan,
+    sizes: Sizes,
+    /// Made by the first backward pass that needs it.
+    inverse: OnceLock<Inverse<B>>,
+}
+
+impl<B: From<Tensor>> Keys<B> {
+    pub(super) fn new<G: TensorGpu<Buffer = B>>(
+        index: Vector<B>,
+        sizes: Sizes,
+        rule: &Rule,
+        device: &G,
+    ) -> Result<Arc<Self>> {
+        let plan = Plan::new(&sizes, rule, &device.arch())?;
+        Ok(Arc::new(Self { index, plan, sizes, inverse: OnceLock::new() }))
+    }
+
+    fn inverse<G: TensorGpu<Buffer = B>>(&self, device: &G) -> Result<&Inverse<B>> {
+        if let Some(inverse) = self.inverse.get() {
+            return Ok(inverse);
+        }
+        let inverse = Inverse::new(device, &self.sizes, self.index.slice())?;
+        Ok(self.inverse.get_or_init(|| inverse))
+    }
+
+    /// `[B, Hq, N, K]`.
+    fn shape(&self) -> (usize, usize, usize, usize) {
+        (self.sizes.batch, self.sizes.q_heads, self.sizes.queries, self.sizes.slots)
+    }
+}
+
+/// A selection on a device.
+pub(super) struct Selection<'a, G> {
+    pub(super) device: Arc<G>,
+    pub(super) s: &'a Select<'a>,
+    pub(super) sizes: Sizes,
+    pub(super) rule: Rule,
+    pub(super) prior: Option<[usize; 2]>,
+}
+
+/// What every row chose.
+pub(super) struct Record {
+    pub(super) slot: Tensor,
+    pub(super) index: Tensor,
+    pub(super) nearest: Tensor,
+    pub(super) energy: Tensor,
+    pub(super) margin: Tensor,
+    pub(super) gate: Tensor,
+}
+
+impl<G: TensorGpu> Selection<'_, G> {
+    /// One key a query, i32 `[B, Hq, N]`.
+    pub(super) fn single(&self, index: &Tensor) -> Result<Arc<Keys<G::Buffer>>> {
+        Keys::new(Vector::new(index, DType::I32)?, self.sizes.single(), &self.rule, &*self.device)
+    }
+
+    /// Energies `[B, Hq, N, K]` of the candidates from q, k and `aux`: beta `[Hq]` and the flat prior.
+    pub(super) fn energy(
+        &self,
+        [q, k, aux]: [&Tensor; 3],
+        keys: &Arc<Keys<G::Buffer>>,
+        known: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (device, prior) = (&self.device, self.prior);
+        let result = match known {
+            Some(known) => Finished::copy_of(known)?,
+            None => {
+                let out = device.allocate(4 * keys.sizes.rows() * keys.sizes.slots)?;
+                let x = Operands::new([q, k, aux], prior)?;
+                gpu::energy(
+                    &**device,
+                    &keys.plan,
+                    &x.pairs(keys),
+                    x.prior(keys.sizes.q_heads).as_ref(),
+                    (&out).into(),
+                )?;
+                device.finished(out, DType::F32, keys.shape())?
+            }
+        };
+        let (device, keys) = (device.clone(), keys.clone());
+        Ok(attach3("candidate-energy", [q, k, aux], result, move |[q, k, aux], _, grad| {
+            let x = Operands::new([q, k, aux], prior)?;
+            let grad = Vector::new(grad, DType::F32)?;
+            let [dq, dk, daux] = device.gradients([q, k, aux])?;
+            let of_prior = Slice { buffer: &daux, offset: 4 * keys.sizes.q_heads };
+            let out = gpu::PairGradients {
+                q: (&dq).into(),
+                k: (&dk).into(),
+                beta: (&daux).into(),
+                prior: prior.map(|dims| Prior { data: of_prior, dims }),
+            };
+            let inverse = keys.inverse(&*device)?;
+            gpu::energy_backward(&*device, &keys.plan, &x.pairs(&keys), grad.slice(), inverse, &out)?;
+            device.tensors([q, k, aux], [dq, dk, daux])
+        })?)
+    }
+
+    pub(super) fn barrier(
+        &self,
+        energy: &Tensor,
+        keys: &Arc<Keys<G::Buffer>>,
+        flags: Arc<Vector<G::Buffer>>,
+    ) -> Result<Tensor> {
+        let (device, keys) = (self.device.clone(), keys.clone());
+        let out = device.allocate(4 * energy.elem_count())?;
+        let e = Vector::new(energy, DType::F32)?;
+        let rows = [e.slice(), keys.index.slice(), flags.slice()];
+        gpu::barrier(&*device, &keys.plan, rows, (&out).into())?;
+        let result = device.finished(out, DType::F32, keys.shape())?;
+        Ok(attach1("barrier", energy, result, move |energy, grad| {
+            let (e, g) = (Vector::new(energy, DType::F32)?, Vector::new(grad, DType::F32)?);
+            let [de] = device.gradients([energy])?;
+            let rows = [e.slice(), keys.index.slice(), flags.slice()];
+            gpu::barrier_backward(&*device, &keys.plan, rows, g.slice(), (&de).into())?;
+            let [de] = device.tensors([energy], [de])?;
+            Ok(de)
+        })?)
+    }
+
+    /// The choice at the energies, and the values that it reads `[B, Hq, N, Dv]`.
+    pub(super) fn choose(
+        &self,
+        [energy, v, tau]: [&Tensor; 3],
+        keys: &Arc<Keys<G::Buffer>>,
+        hardness: f64,
+    ) -> Result<(Tensor, Record)> {
+        let (device, keys, sizes) = (self.device.clone(), keys.clone(), self.sizes);
+        let plan = Plan::new(&sizes, &Rule { hardness, ..self.rule }, &device.arch())?;
+        let rows = sizes.rows();
+        let y = device.allocate(rows * sizes.value_dim * sizes.dtype.size_in_bytes())?;
+        let column = || device.allocate(4 * rows);
+        let record = [column()?, column()?, column()?, column()?, column()?, column()?];
+        {
+            let [slot, index, nearest, energies, margin, gate] = &record;
+            let into = gpu::Record {
+                slot: slot.into(),
+                index: index.into(),
+                nearest: nearest.into(),
+                energy: energies.into(),
+                margin: margin.into(),
+                gate: gate.into(),
+            };
+            let x = Choice::new([energy, v, tau])?;
+            gpu::choose(
+                &*device,
+                &plan,
+                &x.candidates(&keys),
+                &x.v.tensor4(),
+                Some(&into),
+                Some((&y).into()),
+            )?;
+        }
+        let shape = (sizes.batch, sizes.q_heads, sizes.queries);
+        let [slot, index, nearest, energies, margin, gate] = record;
+        let (int, float) = (
+            |b: G::Buffer| device.tensor(b, DType::I32, shape),
+            |b: G::Buffer| device.tensor(b, DType::F32, shape),
+        );
+        let record = Record {
+            slot: int(slot)?,
+            index: int(index)?,
+            nearest: int(nearest)?,
+            energy: float(energies)?,
+            margin: float(margin)?,
+            gate: float(gate)?,
+        };
+        let shape = (sizes.batch, sizes.q_heads, sizes.queries, sizes.value_dim);
+        let result = device.finished(y, sizes.dtype, shape)?;
+        let y = attach3("choose", [energy, v, tau], result, move |[energy, v, tau], _, dy| {
+            let (x, dy) = (Choice::new([energy, v, tau])?, Rows::new(dy)?);
+            let [de, dv, dtau] = device.gradients([energy, v, tau])?;
+            gpu::choose_backward(
+                &*device,
+                &plan,
+                &x.candidates(&keys),
+                &x.v.tensor4(),
+                &dy.tensor4(),
+                keys.inverse(&*device)?,
+                (&de).into(),
+                (&dv).into(),
+                (&dtau).into(),
+            )?;
+            device.tensors([energy, v, tau], [de, dv, dtau])
+        })?;
+        Ok((y, record))
+    }
+
+    /// The coherence point of every row, f32 `[B, Hq, N]`; `aux` is beta and alpha `[2 Hq]`.
+    pub(super) fn points(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys<G::Buffer>>) -> Result<Tensor> {
+        let x = Operands::new([q, k, aux], None)?;
+        let out = self.device.allocate(4 * keys.sizes.rows())?;
+        let alpha = x.at(keys.sizes.q_heads);
+        gpu::density(&*self.device, &keys.plan, &x.pairs(keys), alpha, None, Some((&out).into()))?;
+        self.device.tensor(out, DType::F32, (self.sizes.batch, self.sizes.q_heads, self.sizes.queries))
+    }
+
+    /// The mixture density at that point.
+    pub(super) fn density(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys<G::Buffer>>) -> Result<Tensor> {
+        let (device, keys) = (self.device.clone(), keys.clone());
+        let heads = keys.sizes.q_heads;
+        let out = device.allocate(4 * keys.sizes.rows())?;
+        {
+            let x = Operands::new([q, k, aux], None)?;
+            let (pairs, alpha) = (x.pairs(&keys), x.at(heads));
+            gpu::density(&*device, &keys.plan, &pairs, alpha, Some((&out).into()), None)?;
+        }
+        let (b, h, n, _) = keys.shape();
+        let result = device.finished(out, DType::F32, (b, h, n))?;
+        Ok(attach3("coherence-density", [q, k, aux], result, move |[q, k, aux], _, grad| {
+            let x = Operands::new([q, k, aux], None)?;
+            let grad = Vector::new(grad, DType::F32)?;
+            let [dq, dk, daux] = device.gradients([q, k, aux])?;
+            let out =
+                gpu::PairGradients { q: (&dq).into(), k: (&dk).into(), beta: (&daux).into(), prior: None };
+            let dalpha = Slice { buffer: &daux, offset: 4 * heads };
+            gpu::density_backward(
+                &*device,
+                &keys.plan,
+                &x.pairs(&keys),
+                x.at(heads),
+                grad.slice(),
+                keys.inverse(&*device)?,
+                &out,
+                dalpha,
+            )?;
+            device.tensors([q, k, aux], [dq, dk, daux])
+        })?)
+    }
+
+    /// The queries `[B, Hq, N, D]` without what their keys explain.
+    pub(super) fn residual(&self, [q, k]: [&Tensor; 2], keys: &Arc<Keys<G::Buffer>>) -> Result<Tensor> {
+        let (device, keys) = (self.device.clone(), keys.clone());
+        let [out] = device.gradients([q])?;
+        {
+            let x = Operands::new([q, k, &self.s.beta.to_dtype(DType::F32)?], None)?;
+            gpu::residual(&*device, &keys.plan, &x.pairs(&keys), (&out).into())?;
+        }
+        let result = device.finished(out, q.dtype(), q.dims())?;
+        // Not used there, but the kernels take it.
+        let beta = Tensor::ones(keys.sizes.q_heads, DType::F32, q.device())?;
+        Ok(attach2("query-residual", q, k, result, move |q, k, dr| {
+            let (x, dr) = (Operands::new([q, k, &beta], None)?, Rows::new(dr)?);
+            let [dq, dk] = device.gradients([q, k])?;
+            let (inverse, out) = (keys.inverse(&*device)?, [(&dq).into(), (&dk).into()]);
+            gpu::residual_backward(&*device, &keys.plan, &x.pairs(&keys), &dr.tensor4(), inverse, out)?;
+            device.tensors([q, k], [dq, dk])
+        })?)
+    }
+}
+
+/// What energies and densities are computed from.
+struct Operands<B> {
+    q: Rows<B>,
+    k: Rows<B>,
+    aux: Vector<B>,
+    prior: Option<[usize; 2]>,
+}
+
+impl<B: From<Tensor>> Operands<B> {
+    fn new([q, k, aux]: [&Tensor; 3], prior: Option<[usize; 2]>) -> Result<Self> {
+        Ok(Self { q: Rows::new(q)?, k: Rows::new(k)?, aux: Vector::new(aux, DType::F32)?, prior })
+    }
+
+    fn pairs<'a>(&'a self, keys: &'a Keys<B>) -> gpu::Pairs<'a, B> {
+        gpu::Pairs {
+            q: self.q.tensor4(),
+            k: self.k.tensor4(),
+            beta: self.aux.slice(),
+            index: keys.index.slice(),
+        }
+    }
+
+    /// The auxiliary values from number `at` on.
+    fn at(&self, at: usize) -> Slice<'_, B> {
+        let slice = self.aux.slice();
+        Slice { offset: slice.offset + 4 * at, ..slice }
+    }
+
+    fn prior(&self, heads: usize) -> Option<Prior<'_, B>> {
+        self.prior.map(|dims| Prior { data: self.at(heads), dims })
+    }
+}
+
+/// What a choice is made from.
+struct Choice<B> {
+    energy: Vector<B>,
+    v: Rows<B>,
+    tau: Vector<B>,
+}
+
+impl<B: From<Tensor>> Choice<B> {
+    fn new([energy, v, tau]: [&Tensor; 3]) -> Result<Self> {
+        let energy = Vector::new(energy, DType::F32)?;
+        Ok(Self { energy, v: Rows::new(v)?, tau: Vector::new(tau, DType::F32)? })
+    }
+
+    fn candidates<'a>(&'a self, keys: &'a Keys<B>) -> gpu::Candidates<'a, B> {
+        let (energy, threshold) = (self.energy.slice(), self.tau.slice());
+        gpu::Candidates { energy, index: keys.index.slice(), threshold }
+    }
+}

@@ -1,0 +1,266 @@
+// Gated running average in logarithms (crates/gd-kernels/src/ops/running_average): with a_t = sigmoid(decay_t),
+// log d_t = logaddexp(log a_t + log d_(t-1), write_t), take_t = e^(write_t - log d_t), keep_t = 1 - take_t,
+// m_t = keep_t m_(t-1) + take_t v_t. Sequences s = b H + h; blocks of 64 steps.
+//
+// Scalars: both recurrences are associative and run as scans of a block of 256 threads over each sequence.
+// Rows: every block of steps runs from zero, an ordered pass over the blocks carries, then all run again.
+#pragma once
+#include "row.h"
+
+INLINE float log_sigmoid(float x) { return fmin(x, 0.0f) - log1p(exp(-fabs(x))); }
+
+INLINE float log_add(float x, float y) {
+    float top = fmax(x, y);
+    return top == -GD_INFINITY ? top : top + log1p(exp(-fabs(x - y)));
+}
+
+// z -> log_add(a + z, b), and the composition: first x, then y.
+struct LogStep {
+    float a, b;
+    static INLINE LogStep then(LogStep x, LogStep y) { return {x.a + y.a, log_add(y.a + x.b, y.b)}; }
+    static INLINE LogStep none() { return {0.0f, -GD_INFINITY}; }
+};
+// z -> a z + b.
+struct LinearStep {
+    float a, b;
+    static INLINE LinearStep then(LinearStep x, LinearStep y) { return {x.a * y.a, fma(y.a, x.b, y.b)}; }
+    static INLINE LinearStep none() { return {1.0f, 0.0f}; }
+};
+
+// The composition of the steps of all threads up to this one; `all` is that of the whole block. Has two block
+// barriers: what was read before the call may be overwritten after it. `part` holds 2 floats a warp.
+template <class Step> INLINE Step block_compose(Thread me, Step x, LOCAL Step &all, SHARED float *part) {
+    u32 lane = me.lane(), warp = me.warp();
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+        Step y = {shuffle_up(x.a, step), shuffle_up(x.b, step)};
+        if (lane >= step) x = Step::then(y, x);
+    }
+    if (lane == 31) part[2 * warp] = x.a, part[2 * warp + 1] = x.b;
+    if (!GD_FAULT(26)) block_barrier();
+    Step before = Step::none();
+    all = Step::none();
+    for (u32 w = 0; w < AVERAGE_SCAN_THREADS / 32; w++) {
+        Step y = {part[2 * w], part[2 * w + 1]};
+        if (w < warp) before = Step::then(before, y);
+        all = Step::then(all, y);
+    }
+    block_barrier();
+    return Step::then(before, x);
+}
+
+// keep and take [B H, N, 2], and log d after the last step [B H]; `start` may be null. `logs` holds a float a
+// thread.
+template <class T>
+INLINE void running_average_weights(Thread me, PARAMS RunningAverageParams &p, SHARED float *part, SHARED float *logs,
+                                    const DEVICE T *decay, const DEVICE T *write, const DEVICE float *start,
+                                    DEVICE float *weights, DEVICE float *last) {
+    u32 s = me.block;
+    float carry = start ? start[s] : -GD_INFINITY;
+    for (u32 first = 0; first < p.rows; first += AVERAGE_SCAN_THREADS) {
+        u32 t = first + me.index;
+        LogStep own = LogStep::none(), all;
+        float w = 0;
+        if (t < p.rows) {
+            w = up(write[size_t(s) * p.rows + t]);
+            own = {log_sigmoid(up(decay[size_t(s) * p.rows + t])), w};
+        }
+        LogStep upto = block_compose(me, own, all, part);
+        logs[me.index] = log_add(upto.a + carry, upto.b);
+        block_barrier();
+        if (t < p.rows) {
+            float before = me.index ? logs[me.index - 1] : carry, past = own.a + before, keep = 1, take = 0;
+            if (past > -GD_INFINITY || w > -GD_INFINITY) {
+                // Each with its own relative precision.
+                float lead = w - past, e = exp(-fabs(lead)), more = 1 / (1 + e), less = e / (1 + e);
+                keep = lead >= 0 ? less : more;
+                take = lead >= 0 ? more : less;
+            }
+            weights[2 * (size_t(s) * p.rows + t)] = keep;
+            weights[2 * (size_t(s) * p.rows + t) + 1] = take;
+        }
+        carry = log_add(all.a + carry, all.b);
+    }
+    if (me.index == 0) last[s] = carry;
+}
+
+// mean <- keep mean + take value: a small share as a correction of the mean, a large one without the mean's
+// own rounding.
+INLINE float advance(float keep, float take, float mean, float value) {
+    return take > 0.5f ? fma(keep, mean, take * value) : fma(take, value - mean, mean);
+}
+
+// Sequence and block of steps of a block; a thread holds one d.
+struct Steps {
+    u32 s, block, first, end, b, h, kv;
+
+    INLINE Steps(Thread me, PARAMS RunningAverageParams &p) {
+        s = me.block / p.blocks;
+        block = me.block % p.blocks;
+        first = block * AVERAGE_BLOCK_STEPS;
+        end = min(first + AVERAGE_BLOCK_STEPS, p.rows);
+        b = s / p.heads;
+        h = s % p.heads;
+        kv = h / (p.heads / p.value_heads);
+    }
+};
+
+template <class T>
+INLINE const DEVICE T *value_row(PARAMS RunningAverageParams &p, u32 b, u32 kv, u32 t, const DEVICE T *v) {
+    return v + size_t(b) * p.v_batch + size_t(kv) * p.v_head + size_t(t) * p.v_row;
+}
+
+// What every block of steps makes of a start of zero: carry [B H, blocks, D]; and its share of the start and
+// of its own values: joint [B H, blocks, 2].
+template <class T>
+INLINE void running_average_partial(Thread me, PARAMS RunningAverageParams &p, const DEVICE T *v,
+                                    const DEVICE float *weights, DEVICE float *carry, DEVICE float *joint) {
+    Steps at(me, p);
+    u32 d = me.index;
+    float mean = 0, keep = 1, take = 0;
+    for (u32 t = at.first; t < at.end; t++) {
+        const DEVICE float *w = weights + 2 * (size_t(at.s) * p.rows + t);
+        if (d < p.dim) mean = advance(w[0], w[1], mean, up(value_row(p, at.b, at.kv, t, v)[d]));
+        keep *= w[0];
+        take = advance(w[0], w[1], take, 1.0f);
+    }
+    size_t place = size_t(at.s) * p.blocks + at.block;
+    if (d < p.dim) carry[place * p.dim + d] = mean;
+    if (d == 0) joint[2 * place] = keep, joint[2 * place + 1] = take;
+}
+
+// Turns them into every block's start, in place, and gives the mean after the last [B H, D]; one block a
+// sequence.
+INLINE void running_average_carry(Thread me, PARAMS RunningAverageParams &p, const DEVICE float *joint,
+                                  const DEVICE float *start, DEVICE float *carry, DEVICE float *last) {
+    u32 s = me.block, d = me.index;
+    if (d >= p.dim) return;
+    float mean = start ? start[size_t(s) * p.dim + d] : 0.0f;
+    for (u32 c = 0; c < p.blocks; c++) {
+        size_t place = size_t(s) * p.blocks + c;
+        float alone = carry[place * p.dim + d], keep = joint[2 * place], take = joint[2 * place + 1];
+        carry[place * p.dim + d] = mean;
+        mean = take > 0.5f ? fma(keep, mean, alone) : mean + (alone - take * mean);
+    }
+    last[size_t(s) * p.dim + d] = mean;
+}
+
+template <class T>
+INLINE void running_average_rows(Thread me, PARAMS RunningAverageParams &p, const DEVICE T *v,
+                                 const DEVICE float *weights, const DEVICE float *carry, DEVICE T *m) {
+    Steps at(me, p);
+    u32 d = me.index;
+    if (d >= p.dim) return;
+    float mean = carry[(size_t(at.s) * p.blocks + at.block) * p.dim + d];
+    for (u32 t = at.first; t < at.end; t++) {
+        const DEVICE float *w = weights + 2 * (size_t(at.s) * p.rows + t);
+        mean = advance(w[0], w[1], mean, up(value_row(p, at.b, at.kv, t, v)[d]));
+        m[(size_t(at.s) * p.rows + t) * p.dim + d] = down<T>(mean);
+    }
+}
+
+template <class T>
+INLINE float incoming(PARAMS RunningAverageParams &p, const DEVICE T *dm, u32 b, u32 h, u32 t, u32 d) {
+    return up(dm[size_t(b) * p.d_batch + size_t(h) * p.d_head + size_t(t) * p.d_row + d]);
+}
+
+// What every block of steps adds, alone, to the gradient of the mean before it: carry [B H, blocks, D]; with
+// p_t = dm_t + keep_(t+1) p_(t+1) that is keep_first p_first. And the product of its keeps: joint [B H,
+// blocks, 2].
+template <class T>
+INLINE void running_average_partial_backward(Thread me, PARAMS RunningAverageParams &p, const DEVICE T *dm,
+                                             const DEVICE float *weights, DEVICE float *carry, DEVICE float *joint) {
+    Steps at(me, p);
+    u32 d = me.index;
+    float sum = 0, keep = 1;
+    for (u32 t = at.end; t-- > at.first;) {
+        float k = weights[2 * (size_t(at.s) * p.rows + t)];
+        if (d < p.dim) sum = k * (sum + incoming(p, dm, at.b, at.h, t, d));
+        keep *= k;
+    }
+    size_t place = size_t(at.s) * p.blocks + at.block;
+    if (d < p.dim) carry[place * p.dim + d] = sum;
+    if (d == 0) joint[2 * place] = keep;
+}
+
+// Turns them into what comes to every block from those after it, in place.
+INLINE void running_average_carry_backward(Thread me, PARAMS RunningAverageParams &p, const DEVICE float *joint,
+                                           DEVICE float *carry) {
+    u32 s = me.block, d = me.index;
+    if (d >= p.dim) return;
+    float sum = 0;
+    for (u32 c = p.blocks; c-- > 0;) {
+        size_t place = size_t(s) * p.blocks + c;
+        float alone = carry[place * p.dim + d];
+        carry[place * p.dim + d] = sum;
+        sum = fma(joint[2 * place], sum, alone);
+    }
+}
+
+// dv [B, Hk, N, D], summed over the heads that share it, and the parts of dtake_t = <p_t, v_t - m_(t-1)> that
+// warps find: [B H, N, warps]. A block takes the 64 steps of a value head; `start` is the mean before,
+// or null. `held` holds a float a thread and head of
+// the group.
+template <class T>
+INLINE void running_average_rows_backward(Thread me, PARAMS RunningAverageParams &p, SHARED float *held,
+                                          const DEVICE T *v, const DEVICE T *m, const DEVICE T *dm,
+                                          const DEVICE float *weights, const DEVICE float *carry,
+                                          const DEVICE float *start, DEVICE T *dv, DEVICE float *dtake) {
+    u32 sv = me.block / p.blocks, block = me.block % p.blocks, b = sv / p.value_heads, kv = sv % p.value_heads;
+    u32 group = p.heads / p.value_heads, d = me.index, warps = me.warps();
+    u32 first = block * AVERAGE_BLOCK_STEPS, end = min(first + AVERAGE_BLOCK_STEPS, p.rows);
+    size_t own = size_t(b) * p.heads + kv * group;
+    for (u32 j = 0; j < group; j++)
+        held[j * me.threads + d] = d < p.dim ? carry[((own + j) * p.blocks + block) * p.dim + d] : 0.0f;
+    for (u32 t = end; t-- > first;) {
+        float sum = 0, value = d < p.dim ? up(value_row(p, b, kv, t, v)[d]) : 0.0f;
+        for (u32 j = 0; j < group; j++) {
+            size_t s = own + j;
+            float keep = weights[2 * (s * p.rows + t)], take = weights[2 * (s * p.rows + t) + 1], found = 0;
+            if (d < p.dim) {
+                float x = held[j * me.threads + d] + incoming(p, dm, b, kv * group + j, t, d);
+                float before = t ? up(m[(s * p.rows + t - 1) * p.dim + d]) : start ? start[s * p.dim + d] : 0.0f;
+                found = x * (value - before);
+                sum = fma(take, x, sum);
+                held[j * me.threads + d] = keep * x;
+            }
+            found = warp_sum(found);
+            if (me.lane() == 0) dtake[(s * p.rows + t) * warps + me.warp()] = found;
+        }
+        if (d < p.dim) dv[(size_t(sv) * p.rows + t) * p.dim + d] = down<T>(sum);
+    }
+}
+
+// ddecay and dwrite [B, H, N]: with dz = dtake take keep and q from the step after, dwrite = dz + take q, and
+// keep q - dz is both the next q and, times sigmoid(-decay), ddecay.
+template <class T>
+INLINE void running_average_weights_backward(Thread me, PARAMS RunningAverageParams &p, SHARED float *part,
+                                             SHARED float *after, const DEVICE T *decay, const DEVICE float *weights,
+                                             const DEVICE float *dtake, u32 warps, DEVICE T *ddecay, DEVICE T *dwrite) {
+    u32 s = me.block;
+    float carry = 0;
+    for (u32 done = 0; done < p.rows; done += AVERAGE_SCAN_THREADS) {
+        bool inside = done + me.index < p.rows;
+        u32 t = inside ? p.rows - 1 - done - me.index : 0;
+        size_t at = size_t(s) * p.rows + t;
+        float keep = 1, take = 0, dz = 0;
+        if (inside) {
+            keep = weights[2 * at];
+            take = weights[2 * at + 1];
+            float sum = 0;
+            for (u32 w = 0; w < warps; w++)
+                sum += dtake[at * warps + w];
+            dz = sum * take * keep;
+        }
+        LinearStep all, upto = block_compose(me, LinearStep{keep, -dz}, all, part);
+        float q = fma(upto.a, carry, upto.b);
+        after[me.index] = q;
+        block_barrier();
+        if (inside) {
+            float before = me.index ? after[me.index - 1] : carry;
+            dwrite[at] = down<T>(dz + take * before);
+            ddecay[at] = down<T>(q / (1 + exp(up(decay[at]))));
+        }
+        carry = fma(all.a, carry, all.b);
+    }
+}

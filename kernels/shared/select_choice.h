@@ -1,0 +1,151 @@
+// The choice of one row, held by a warp: slot s lies in lane s % 32, register s / 32. With p the softmax of
+// -energy / T over the used slots and the null slot, whose energy is the threshold.
+#pragma once
+#include "row.h"
+
+// Slots of a row, at most.
+
+struct Candidates {
+    float energy[2];
+    i32 key[2];
+};
+
+// The nearest key of a row, and what the threshold makes of it.
+struct Choice {
+    i32 nearest;  // slot of least energy, admitted or not; -1 without candidates
+    i32 winner;   // the same if admitted, or -1
+    float energy; // of the nearest
+    float margin; // to the next admitted one; +inf without one
+    float rho;    // energy gate of the nearest
+};
+
+INLINE Candidates load_candidates(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
+                                  const DEVICE i32 *index, size_t row) {
+    Candidates c;
+#pragma unroll
+    for (u32 x = 0; x < 2; x++) {
+        u32 s = me.lane() + 32 * x;
+        c.key[x] = s < p.slots ? index[row * p.slots + s] : -1;
+        c.energy[x] = c.key[x] >= 0 ? energy[row * p.slots + s] : GD_INFINITY;
+    }
+    return c;
+}
+
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
+
+INLINE Choice choose(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, float tau) {
+    float best = GD_INFINITY;
+    i32 key = -1, slot = -1;
+#pragma unroll
+    for (u32 x = 0; x < 2; x++) {
+        bool wins =
+            c.key[x] >= 0 && (key < 0 || c.energy[x] < best || (c.energy[x] == best && before(c.key[x], key, p.tie)));
+        if (wins) best = c.energy[x], key = c.key[x], slot = i32(me.lane() + 32 * x);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        float e = shuffle_xor(best, step);
+        i32 j = shuffle_xor(key, step), s = shuffle_xor(slot, step);
+        bool wins = j >= 0 && (key < 0 || e < best ||
+                               (e == best && (GD_FAULT(21) ? before(key, j, p.tie) : before(j, key, p.tie))));
+        if (wins) best = e, key = j, slot = s;
+    }
+    Choice out = {slot, -1, best, GD_INFINITY, 1.0f};
+    if (slot < 0) return out;
+    if (p.gate_temperature > 0) out.rho = sigmoid((tau - best) / p.gate_temperature);
+    if (best > tau) return out;
+    out.winner = slot;
+    float margin = GD_INFINITY;
+#pragma unroll
+    for (u32 x = 0; x < 2; x++) {
+        bool rival = c.key[x] >= 0 && i32(me.lane() + 32 * x) != slot && c.energy[x] <= tau;
+        if (rival) margin = fmin(margin, c.energy[x] - best);
+    }
+    out.margin = warp_min(margin);
+    return out;
+}
+
+// The soft choice of the lane's slots; returns the null slot's share.
+INLINE float soft(PARAMS SelectParams &p, const LOCAL Candidates &c, float tau, LOCAL float (&share)[2]) {
+    float least = fmin(tau, warp_min(fmin(c.energy[0], c.energy[1])));
+    share[0] = share[1] = 0;
+    if (!finite(least)) return 0;
+    float null = exp((least - tau) / p.temperature);
+#pragma unroll
+    for (u32 x = 0; x < 2; x++)
+        if (c.key[x] >= 0) share[x] = exp((least - c.energy[x]) / p.temperature);
+    float total = null + warp_sum(share[0] + share[1]);
+    share[0] /= total;
+    share[1] /= total;
+    return null / total;
+}
+
+// Weights of the value rows in the forward pass.
+INLINE void value_weights(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, const LOCAL Choice &choice,
+                          float tau, LOCAL float (&w)[2]) {
+    w[0] = w[1] = 0;
+    if (p.hardness < 1.0f) {
+        soft(p, c, tau, w);
+        w[0] *= 1.0f - p.hardness;
+        w[1] *= 1.0f - p.hardness;
+    }
+#pragma unroll
+    for (u32 x = 0; x < 2; x++)
+        if (i32(me.lane() + 32 * x) == choice.winner) w[x] += p.hardness * choice.rho;
+}
+
+// Adds scale J(share) a, carried to the energies, to de; returns the threshold's part.
+INLINE float jacobian(PARAMS SelectParams &p, const LOCAL float (&share)[2], float null, const LOCAL float (&a)[2],
+                      float scale, LOCAL float (&de)[2]) {
+    float mean = warp_sum(share[0] * a[0] + share[1] * a[1]), rate = -scale / p.temperature;
+#pragma unroll
+    for (u32 x = 0; x < 2; x++)
+        de[x] += rate * share[x] * (a[x] - mean);
+    return -rate * null * mean;
+}
+
+// The backward pass: a = <dy, v> of every slot in; the energies' gradient de and the weights dv with which dy
+// enters the value rows out. Returns the threshold's gradient.
+INLINE float choice_backward(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, const LOCAL Choice &choice,
+                             float tau, const LOCAL float (&a)[2], LOCAL float (&de)[2], LOCAL float (&dv)[2]) {
+    de[0] = de[1] = dv[0] = dv[1] = 0;
+    float share[2], dtau = 0, hard = p.hardness, rest = 1.0f - p.hardness;
+    float null = soft(p, c, tau, share);
+    if (rest > 0) {
+        dtau += jacobian(p, share, null, a, rest, de);
+        dv[0] = rest * share[0];
+        dv[1] = rest * share[1];
+    }
+    if (hard == 0) return dtau;
+    float scale = hard * choice.rho;
+    bool wins[2];
+    for (u32 x = 0; x < 2; x++)
+        wins[x] = i32(me.lane() + 32 * x) == choice.winner;
+    // The share that the preserve floor leaves, and what it spreads evenly.
+    float used = float(bits_set(vote(c.key[0] >= 0)) + bits_set(vote(c.key[1] >= 0)));
+    float mixed[2];
+    for (u32 x = 0; x < 2; x++)
+        mixed[x] = c.key[x] >= 0 ? (1.0f - p.preserve_floor) * share[x] + p.preserve_floor / used : 0.0f;
+    if (p.estimator == ESTIMATOR_CANDIDATES) {
+        dtau += jacobian(p, mixed, (1.0f - p.preserve_floor) * null, a, scale, de);
+    } else if (p.estimator == ESTIMATOR_REINMAX) {
+        dtau += jacobian(p, share, null, a, -0.5f * scale, de);
+        float middle[2];
+        for (u32 x = 0; x < 2; x++)
+            middle[x] = 0.5f * share[x] + (wins[x] ? 0.5f : 0.0f);
+        dtau += jacobian(p, middle, 0.5f * null + (choice.winner < 0 ? 0.5f : 0.0f), a, 2.0f * scale, de);
+    }
+    float lambda = p.estimator == ESTIMATOR_WINNER ? 0.0f : p.value_floor;
+    for (u32 x = 0; x < 2; x++) {
+        dv[x] += scale * lambda * mixed[x];
+        if (!wins[x]) continue;
+        dv[x] += scale * (1.0f - lambda);
+        if (p.gate_temperature > 0) {
+            float d = hard * a[x] * choice.rho * (1.0f - choice.rho) / p.gate_temperature;
+            de[x] -= d;
+            dtau += d;
+        }
+    }
+    if (p.gate_temperature > 0 && choice.winner >= 0) dtau = shuffle(dtau, choice.winner % 32);
+    return dtau;
+}

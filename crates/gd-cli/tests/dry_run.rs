@@ -42,7 +42,7 @@ fn the_prediction_meets_the_allocator() {
                     recipe.model.max_position_embeddings = recipe.model.max_position_embeddings.max(context);
                     (recipe.train.batch, recipe.train.context) = (batch, context);
                     (recipe.train.accumulation, recipe.train.checkpoint_blocks) = (1, checkpoint_blocks);
-                    let plan = plan(&recipe).unwrap();
+                    let plan = estimate(&recipe).unwrap();
                     let (parameters, peak) = measured(recipe);
                     assert_eq!(plan.parameters, parameters, "{preset}");
                     let error = plan.peak_memory_mib / peak - 1.0;

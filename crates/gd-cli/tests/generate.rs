@@ -122,7 +122,7 @@ fn a_batch_gives_each_prompt_what_it_gets_alone() -> Result<()> {
         let long = vec![1; 49];
         let error = generate_batch(&model, &[&long], 5, &mut [sampler(0.0)?], &CPU, |_, _| Ok(true));
         ensure!(
-            error.is_err_and(|e| e.to_string() == "the prompt has 49 tokens; between 1 and 48 are possible")
+            error.is_err_and(|e| e.to_string() == "the prompt has 49 tokens; the context of 48 allows 1 to 48")
         );
     }
     Ok(())

@@ -219,7 +219,7 @@ fn originals_that_do_not_fit_are_refused() -> Result<()> {
     wide.hidden_size *= 2;
     let other = refused("llama", &wide)?;
     ensure!(
-        other.contains("cannot learn from an original of") && other.contains(&wide.hidden_size.to_string())
+        other.contains("cannot learn from a teacher of") && other.contains(&wide.hidden_size.to_string())
     );
     Ok(())
 }

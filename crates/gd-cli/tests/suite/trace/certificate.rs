@@ -7,7 +7,7 @@ use ed25519_dalek::SigningKey;
 use gd_model::trace::{self, Header, Record, Trace};
 use gd_support::log_cases;
 
-use crate::{models, record, verified, written};
+use super::{models, record, verified, written};
 
 /// A signed trace of about four KiB, and what it holds.
 fn small() -> Result<(Vec<u8>, Header, Vec<Record>)> {
@@ -142,7 +142,7 @@ fn records_that_were_deleted_swapped_doubled_cut_or_spliced_are_found() -> Resul
 /// Records whose hashes are right and which contradict themselves.
 #[test]
 fn a_selection_that_is_not_the_least_is_found() -> Result<()> {
-    let recorded = record(&models()[1].1, crate::PROMPT, 4, &[])?;
+    let recorded = record(&models()[1].1, super::PROMPT, 4, &[])?;
     let header = &recorded.header;
     // A row with a lead, and one that abstains.
     let place = |wanted: fn(&trace::Row) -> bool| {

@@ -5,7 +5,7 @@ use gd_kernels::cross_entropy::{
     IGNORE, count_targets, cross_entropy, linear_cross_entropy, linear_token_losses, token_losses,
 };
 
-use crate::support::*;
+use gd_testing::tensors::*;
 
 fn targets(rows: usize, vocab: usize) -> Tensor {
     let ids: Vec<u32> = (0..rows).map(|i| (i * 7919 % vocab) as u32).collect();

@@ -16,6 +16,4 @@ mod packing;
 mod prepared;
 mod recomputation;
 mod smollm2;
-#[path = "../../../gd-kernels/tests/suite/support/mod.rs"]
-mod support;
 mod tokenizer;

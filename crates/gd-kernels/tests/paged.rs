@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    KeptKeys, Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select,
+    KeyCache, Mask, PagedCache, Precision, Int8Keys, Scan, Score, Selected, scan_select,
     scan_select_paged,
 };
 
@@ -142,7 +142,7 @@ fn pages_that_are_written_step_by_step_give_what_one_piece_gives() -> Result<()>
         // Pages that were somebody else's.
         let held_k = noise(seed + 40, &[count, hk, PAGE, d])?;
         let held_v = noise(seed + 50, &[count, hk, PAGE, dv])?;
-        let mut kept = KeptKeys::new(&held_k, score, Precision::Certified)?;
+        let mut kept = KeyCache::new(&held_k, score, Precision::Certified)?;
         let (old_k, old_v) = (held_k.copy()?, held_v.copy()?);
         let ids = table.iter().flatten().map(|&id| i64::from(id)).collect::<Vec<_>>();
         let ids = Tensor::from_vec(ids, (2, 3), &Device::Cpu)?;
@@ -174,7 +174,7 @@ fn pages_that_are_written_step_by_step_give_what_one_piece_gives() -> Result<()>
                 "{dtype:?}"
             );
             // The same as quantising all pages at once.
-            let anew = QuantizedKeys::new(&held_k, score)?;
+            let anew = Int8Keys::new(&held_k, score)?;
             let how = Scan { precision: Precision::Certified, quantized: Some(&anew), ..how };
             assert_eq!(bits(&scan_select_paged(&q, &cache, &how, None)?)?, want, "{dtype:?}");
         }
@@ -212,7 +212,7 @@ fn writes_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     let (new_k, new_v) = (noise(4, &[2, 1, 3, 8]), noise(5, &[2, 1, 3, 5]));
     let refused = |table: &Tensor, k_rows: &Tensor, v_rows: &Tensor, first: &[usize], value: &str| {
         let cache = PagedCache { k: &k, v: &v, table };
-        let mut kept = KeptKeys::new(&k, Score::Energy, Precision::Certified).unwrap();
+        let mut kept = KeyCache::new(&k, Score::Energy, Precision::Certified).unwrap();
         let e = cache.write(k_rows, v_rows, first, Some(&mut kept)).unwrap_err().to_string();
         assert!(e.contains(value), "{e} does not name {value}");
     };
@@ -226,7 +226,7 @@ fn writes_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     refused(&table([0, 3, 0, 2])?, &new_k, &new_v, &[5, 9], "page 0 would take");
     refused(&table([0, 0, 1, 2])?, &new_k, &new_v, &[62, 0], "page 0 would take");
     let cache = PagedCache { k: &k, v: &v, table: &good };
-    let mut other = KeptKeys::new(&k.narrow(0, 0, 3)?, Score::Energy, Precision::Certified)?;
+    let mut other = KeyCache::new(&k.narrow(0, 0, 3)?, Score::Energy, Precision::Certified)?;
     let e = cache.write(&new_k, &new_v, &[0, 0], Some(&mut other)).unwrap_err().to_string();
     assert!(e.contains("3 pieces of 64"), "{e}");
     let strided = noise(6, &[4, PAGE, 1, 16]).narrow(3, 0, 8)?.transpose(1, 2)?;
@@ -236,7 +236,7 @@ fn writes_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     let cache = PagedCache { k: &k, v: &v, table: &good };
     let (q, beta) = (noise(1, &[2, 2, 1, 8]), Tensor::ones(2, DType::F32, &Device::Cpu)?);
     let mask = Mask::none().kv_len(vec![100, 60]);
-    for kept in [QuantizedKeys::new(&k, Score::Dot)?, QuantizedKeys::new(&k.narrow(0, 1, 3)?, Score::Energy)?]
+    for kept in [Int8Keys::new(&k, Score::Dot)?, Int8Keys::new(&k.narrow(0, 1, 3)?, Score::Energy)?]
     {
         let how =
             Scan { precision: Precision::Certified, quantized: Some(&kept), ..Scan::new(&beta, &mask, 1) };

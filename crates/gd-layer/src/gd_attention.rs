@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::{
-    Candidates, Estimator, Gate, KeptKeys, MAX_QUERIES, Mask, Scan, Score, Select, Selected, on_cpu, scan,
+    Candidates, Estimator, Gate, KeyCache, MAX_QUERIES, Mask, Scan, Score, Select, Selected, on_cpu, scan,
     scan_all, scan_select, select,
 };
 
@@ -176,7 +176,7 @@ impl GdAttention {
     }
 
     /// The value rows of the winners `[B, Hq, N, D]`.
-    fn winner(&self, ready: &Ready, pass: &Pass, seen: &Seen, kept: &KeptKeys) -> Result<Tensor> {
+    fn winner(&self, ready: &Ready, pass: &Pass, seen: &Seen, kept: &KeyCache) -> Result<Tensor> {
         let GdConfig { score, tie, .. } = self.heads.cfg.gd;
         let what = Scan { prior: seen.prior, score, tie, ..Scan::new(seen.beta, &ready.mask, 1) };
         let threshold = self.thresholds(pass)?;
@@ -252,7 +252,7 @@ struct Seen<'a> {
     /// `[B, Hq|Hk, M]`.
     prior: Option<&'a Tensor>,
     /// What the cache keeps of the keys.
-    kept: Option<&'a KeptKeys>,
+    kept: Option<&'a KeyCache>,
 }
 
 /// The prior of keys `[B, Hk, M, D]` with which energies order them as dot products do: `beta |k|^2` and, where there

@@ -1,7 +1,7 @@
 //! What a selecting layer keeps beside its keys, so that a decoding step works it out for the new positions alone.
 
 use candle_core::{DType, Device, Result, Tensor};
-use gd_kernels::{Growing, KeptKeys, Precision, Score, on_cpu};
+use gd_kernels::{AppendBuffer, KeyCache, Precision, Score, on_cpu};
 
 /// From keys `[R, Hk, m, D]` and their learned prior `[R, Hk, m]`, if there is one, the layer's own `[R, Hq, m]`.
 pub(crate) type KeyPrior<'a> = dyn Fn(&Tensor, Option<&Tensor>) -> Result<Tensor> + 'a;
@@ -18,8 +18,8 @@ pub(crate) struct Wanted<'a> {
 /// For all positions of a cache what decoding reads instead of the keys or beside them, and the layer's prior.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Kept {
-    keys: Option<KeptKeys>,
-    prior: Option<Growing>,
+    keys: Option<KeyCache>,
+    prior: Option<AppendBuffer>,
 }
 
 /// The precision at which keys of this kind are decoded: the result is the same.
@@ -37,15 +37,15 @@ impl Kept {
     /// Takes in the positions that have come to `keys` `[B, Hk, M, D]` with their learned prior `[B, Hk, M]`.
     pub(crate) fn follow(
         &mut self,
-        keys: &Growing,
-        learned: Option<&Growing>,
+        keys: &AppendBuffer,
+        learned: Option<&AppendBuffer>,
         wanted: &Wanted,
     ) -> Result<()> {
         let like = keys.buffer();
         // On the CPU the keys themselves are all that is read at native precision.
         let reads = |precision: &Precision| *precision == Precision::Certified || !on_cpu(like.device());
         if let (None, Some(precision)) = (&self.keys, wanted.precision.filter(reads)) {
-            self.keys = Some(KeptKeys::like(like, wanted.score, precision)?);
+            self.keys = Some(KeyCache::like(like, wanted.score, precision)?);
         }
         if let Some(kept) = &mut self.keys {
             for (k, at) in keys.since(kept.lengths())? {
@@ -63,7 +63,7 @@ impl Kept {
                 Some(kept) => kept,
                 none => {
                     let dims = [from.len(), new.dim(1)?, keys.room()];
-                    none.insert(Growing::new(&dims, new.dtype(), new.device())?)
+                    none.insert(AppendBuffer::new(&dims, new.dtype(), new.device())?)
                 }
             };
             kept.write(&new, &at)?;
@@ -72,13 +72,13 @@ impl Kept {
     }
 
     /// What decoding reads.
-    pub(crate) fn keys(&self) -> Option<&KeptKeys> {
+    pub(crate) fn keys(&self) -> Option<&KeyCache> {
         self.keys.as_ref()
     }
 
     /// The layer's prior `[B, Hq, M]`.
     pub(crate) fn prior(&self) -> Result<Option<Tensor>> {
-        Ok(self.prior.as_ref().map(Growing::get).transpose()?)
+        Ok(self.prior.as_ref().map(AppendBuffer::get).transpose()?)
     }
 
     /// That of some sequences, by their places in the batch.
@@ -91,11 +91,11 @@ impl Kept {
 
     /// That of several batches. What one of them lacks is left out, for all to be worked out anew.
     pub(crate) fn stack(all: &[&Self]) -> Result<Self> {
-        let keys: Option<Vec<&KeptKeys>> = all.iter().map(|kept| kept.keys.as_ref()).collect();
-        let prior: Option<Vec<&Growing>> = all.iter().map(|kept| kept.prior.as_ref()).collect();
+        let keys: Option<Vec<&KeyCache>> = all.iter().map(|kept| kept.keys.as_ref()).collect();
+        let prior: Option<Vec<&AppendBuffer>> = all.iter().map(|kept| kept.prior.as_ref()).collect();
         Ok(Self {
-            keys: keys.map(|keys| KeptKeys::stack(&keys)).transpose()?,
-            prior: prior.map(|prior| Growing::stack(&prior)).transpose()?,
+            keys: keys.map(|keys| KeyCache::stack(&keys)).transpose()?,
+            prior: prior.map(|prior| AppendBuffer::stack(&prior)).transpose()?,
         })
     }
 }

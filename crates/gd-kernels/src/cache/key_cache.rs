@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 
-use crate::cache::append_buffer::Place;
-use crate::cache::int8_keys::QuantizedKeys;
+use crate::cache::append_buffer::WritePosition;
+use crate::cache::int8_keys::Int8Keys;
 use crate::cache::key_bias::KeyBias;
 use crate::error::{Error, Result};
 use crate::ops::scan::Scan;
@@ -12,21 +12,21 @@ use crate::options::{Precision, Score};
 /// What decoding reads beside the keys `[B, Hk, M, D]` of a cache, or instead of them: computed once for every key,
 /// when it comes.
 #[derive(Debug, Clone)]
-pub enum KeptKeys {
+pub enum KeyCache {
     /// The keys as 8-bit integers, at certified precision.
-    Quantized(QuantizedKeys),
+    Quantized(Int8Keys),
     /// Their biases, at native precision on a GPU.
     Bias(KeyBias),
 }
 
-impl KeptKeys {
+impl KeyCache {
     /// None yet, for batch entries (or pages), heads, head_dim, dtype and device as those of k `[B, Hk, M, D]`.
     ///
     /// # Errors
     /// Native precision on the CPU, where nothing is to be kept; a tensor of another rank, dtype or device.
     pub fn like(k: &Tensor, score: Score, precision: Precision) -> Result<Self> {
         match precision {
-            Precision::Certified => QuantizedKeys::like(k, score).map(Self::Quantized),
+            Precision::Certified => Int8Keys::like(k, score).map(Self::Quantized),
             Precision::Native => KeyBias::like(k, score).map(Self::Bias),
         }
     }
@@ -34,10 +34,10 @@ impl KeptKeys {
     /// The same with the keys k.
     ///
     /// # Errors
-    /// As [`KeptKeys::like`].
+    /// As [`KeyCache::like`].
     pub fn new(k: &Tensor, score: Score, precision: Precision) -> Result<Self> {
         match precision {
-            Precision::Certified => QuantizedKeys::new(k, score).map(Self::Quantized),
+            Precision::Certified => Int8Keys::new(k, score).map(Self::Quantized),
             Precision::Native => KeyBias::new(k, score).map(Self::Bias),
         }
     }
@@ -46,8 +46,8 @@ impl KeptKeys {
     /// or behind them.
     ///
     /// # Errors
-    /// As [`QuantizedKeys::write`].
-    pub fn write(&mut self, k: &Tensor, at: &[Place]) -> Result<()> {
+    /// As [`Int8Keys::write`].
+    pub fn write(&mut self, k: &Tensor, at: &[WritePosition]) -> Result<()> {
         match self {
             Self::Quantized(keys) => keys.write(k, at),
             Self::Bias(bias) => bias.write(k, at),
@@ -86,7 +86,7 @@ impl KeptKeys {
             }
         }
         match (quantized.as_slice(), biases.as_slice()) {
-            (keys, []) => QuantizedKeys::stack(keys).map(Self::Quantized),
+            (keys, []) => Int8Keys::stack(keys).map(Self::Quantized),
             ([], bias) => KeyBias::stack(bias).map(Self::Bias),
             (keys, bias) => Err(Error::Invalid(format!(
                 "{} caches of 8-bit keys and {} of key biases are not of one precision",

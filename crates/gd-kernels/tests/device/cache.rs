@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    KeptKeys, KeyBias, Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select,
+    KeyCache, KeyBias, Mask, PagedCache, Precision, Int8Keys, Scan, Score, Selected, scan_select,
     scan_select_paged,
 };
 
@@ -64,7 +64,7 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
 
     if certified {
         // A cache that has grown, and a clone that grows no further.
-        let mut quantized = QuantizedKeys::new(&k.narrow(2, 0, 100)?, score).unwrap();
+        let mut quantized = Int8Keys::new(&k.narrow(2, 0, 100)?, score).unwrap();
         let kept = quantized.clone();
         quantized.append(&k.narrow(2, 100, 1)?).unwrap();
         quantized.append(&k.narrow(2, 101, m - 101)?).unwrap();
@@ -113,15 +113,15 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
 
 /// What is kept of the first `lengths[b]` keys of every sequence of k: by one sequence after the other, which are then
 /// stacked, and the last 40 keys of all at once.
-fn stacked(k: &Tensor, lengths: &[usize], score: Score, precision: Precision) -> Result<KeptKeys> {
+fn stacked(k: &Tensor, lengths: &[usize], score: Score, precision: Precision) -> Result<KeyCache> {
     const LAST: usize = 40;
     let part = |b: usize, first: usize, count: usize| k.narrow(0, b, 1)?.narrow(2, first, count);
     let alone = lengths
         .iter()
         .enumerate()
-        .map(|(b, length)| Ok(KeptKeys::new(&part(b, 0, length - LAST)?, score, precision)?));
+        .map(|(b, length)| Ok(KeyCache::new(&part(b, 0, length - LAST)?, score, precision)?));
     let alone = alone.collect::<Result<Vec<_>>>()?;
-    let mut all = KeptKeys::stack(&alone.iter().collect::<Vec<_>>())?;
+    let mut all = KeyCache::stack(&alone.iter().collect::<Vec<_>>())?;
     let last = lengths.iter().enumerate().map(|(b, length)| part(b, length - LAST, LAST));
     let at: Vec<_> = lengths.iter().enumerate().map(|(b, length)| [b, length - LAST]).collect();
     all.write(&Tensor::cat(&last.collect::<Result<Vec<_>>>()?, 0)?, &at)?;
@@ -179,7 +179,7 @@ fn grown(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
         // Pages, in steps over their ends.
         let (held_k, held_v) =
             (noise(4, &[14, hk, PAGE, d], dtype, gpu)?, noise(5, &[14, hk, PAGE, dv], dtype, gpu)?);
-        let mut kept = KeptKeys::new(&held_k, score, precision)?;
+        let mut kept = KeyCache::new(&held_k, score, precision)?;
         let ids: Vec<u32> = (0..12).map(|at| (at * 5 + 1) % 14).collect();
         let table = Tensor::from_vec(ids, (2, 6), gpu)?;
         let cache = PagedCache { k: &held_k, v: &held_v, table: &table };

@@ -7,7 +7,7 @@ mod inputs;
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
-use gd_kernels::{Candidates, Estimator, Plan, Scan, Select, plan, scan, scan_all, select};
+use gd_kernels::{Candidates, Estimator, Scan, ScanPlan, Select, plan, scan, scan_all, select};
 use serde_json::{Map, Value, json};
 
 pub use args::{Args, MaskKind, Operator, ScanArgs, SelectArgs};
@@ -57,7 +57,7 @@ fn find_candidates(
     vars: &Variables,
     args: &ScanArgs,
     all: bool,
-) -> Result<(Plan, Candidates)> {
+) -> Result<(ScanPlan, Candidates)> {
     let mask = inputs.mask(args.mask, args.kv_offset)?;
     let protected = inputs.protected()?;
     let scan_args = Scan {
@@ -152,7 +152,7 @@ fn run_select(args: &SelectArgs, ctx: &Context) -> Result<()> {
 }
 
 /// Writes the file, then reports it.
-fn finish(operator: &str, args: &ScanArgs, plan: &Plan, out: &Tensors, ctx: &Context) -> Result<()> {
+fn finish(operator: &str, args: &ScanArgs, plan: &ScanPlan, out: &Tensors, ctx: &Context) -> Result<()> {
     let out: Tensors =
         out.iter().map(|(name, t)| Ok((name.clone(), t.detach().contiguous()?))).collect::<Result<_>>()?;
     tensor_file::write(&args.output, &out)?;

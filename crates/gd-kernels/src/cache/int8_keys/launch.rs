@@ -12,7 +12,7 @@ use crate::backend::gpu::params::QuantizeParams;
 use crate::backend::gpu::{
     Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
 };
-use crate::cache::append_buffer::Place;
+use crate::cache::append_buffer::WritePosition;
 use crate::cache::key_bias::BIAS_TILE;
 use crate::cache::key_bias::launch::padded_dim;
 use crate::error::{Error, Result};
@@ -148,7 +148,7 @@ pub fn quantize_at<G: Gpu>(
     shape: &Shape,
     k: &Tensor4<'_, G::Buffer>,
     keys: usize,
-    at: &[Place],
+    at: &[WritePosition],
     to: &Quantized<'_, G::Buffer>,
 ) -> Result<()> {
     let mut entry = 0;

@@ -9,7 +9,7 @@ use candle_core::{DType, Tensor};
 
 use crate::backend::check::dims4;
 use crate::backend::dispatch::on_gpu;
-use crate::cache::append_buffer::{Growing, Place, check_places, ends};
+use crate::cache::append_buffer::{AppendBuffer, WritePosition, check_places, ends};
 use crate::error::{Error, Result};
 use crate::options::Score;
 
@@ -29,7 +29,7 @@ pub(crate) fn bias_row(keys: usize) -> usize {
 #[derive(Debug, Clone)]
 pub struct KeyBias {
     /// f32 `[B, Hk, room]`, room a multiple of the tiles of keys that decoding reads.
-    bias: Growing,
+    bias: AppendBuffer,
     head_dim: usize,
     dtype: DType,
     score: Score,
@@ -53,7 +53,7 @@ impl KeyBias {
     pub fn like(k: &Tensor, score: Score) -> Result<Self> {
         let (batch, heads, keys, head_dim) = dims4("k", k)?;
         let room = bias_row(keys);
-        let bias = Growing::new(&[batch, heads, room], DType::F32, k.device())?;
+        let bias = AppendBuffer::new(&[batch, heads, room], DType::F32, k.device())?;
         Ok(Self { bias, head_dim, dtype: k.dtype(), score })
     }
 
@@ -69,8 +69,8 @@ impl KeyBias {
     /// `at[r][1]` on, or behind them.
     ///
     /// # Errors
-    /// As [`QuantizedKeys::write`](crate::QuantizedKeys::write).
-    pub fn write(&mut self, k: &Tensor, at: &[Place]) -> Result<()> {
+    /// As [`Int8Keys::write`](crate::Int8Keys::write).
+    pub fn write(&mut self, k: &Tensor, at: &[WritePosition]) -> Result<()> {
         let (entries, heads, more, head_dim) = dims4("k", k)?;
         let own = self.bias.buffer().dims();
         if (heads, head_dim, k.dtype()) != (own[1], self.head_dim, self.dtype) {
@@ -111,7 +111,7 @@ impl KeyBias {
                 kind(other)
             )));
         }
-        let bias = Growing::stack(&all.iter().map(|one| &one.bias).collect::<Vec<_>>())?;
+        let bias = AppendBuffer::stack(&all.iter().map(|one| &one.bias).collect::<Vec<_>>())?;
         Ok(Self { bias, ..**first })
     }
 

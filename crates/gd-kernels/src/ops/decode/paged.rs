@@ -7,8 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use crate::backend::check::dims4;
 #[cfg(feature = "gpu")]
 use crate::backend::dispatch::{on_cpu, on_gpu};
-use crate::cache::append_buffer::{Place, write_rows};
-use crate::cache::key_cache::KeptKeys;
+use crate::cache::append_buffer::{WritePosition, write_rows};
+use crate::cache::key_cache::KeyCache;
 use crate::error::{Error, Result};
 use crate::ops::decode::PAGE_STEP;
 use crate::ops::scan::Scan;
@@ -71,7 +71,7 @@ impl PagedCache<'_> {
         k: &Tensor,
         v: &Tensor,
         first: &[usize],
-        mut kept: Option<&mut KeptKeys>,
+        mut kept: Option<&mut KeyCache>,
     ) -> Result<()> {
         let [room, page] = self.keys()?;
         let (pages, more) = (self.k.dim(0)?, dims4("k", k)?.2);
@@ -108,7 +108,7 @@ impl PagedCache<'_> {
             )));
         }
         // Rows from `at` on, so many, of these sequences, and their places.
-        let mut parts: BTreeMap<[usize; 2], (Vec<u32>, Vec<Place>)> = BTreeMap::new();
+        let mut parts: BTreeMap<[usize; 2], (Vec<u32>, Vec<WritePosition>)> = BTreeMap::new();
         let mut owners: BTreeMap<usize, usize> = BTreeMap::new();
         for (b, row) in self.table(&lengths, page)?.iter().enumerate() {
             let mut at = 0;
@@ -165,7 +165,7 @@ impl PagedCache<'_> {
 
 /// [`scan_select`] over a cache in pages: q `[B, Hq, N, D]`; how many keys every sequence has is in the mask
 /// ([`Mask::kv_len`](crate::Mask::kv_len)), and a prior is `[B|1, Hq|Hk, table row * page]`. The indices are positions in
-/// the sequences. What is kept of the pages' keys ([`KeptKeys`], filled by [`PagedCache::write`]) is read as that of a
+/// the sequences. What is kept of the pages' keys ([`KeyCache`], filled by [`PagedCache::write`]) is read as that of a
 /// cache in one piece.
 ///
 /// On a GPU the pages are read where they lie, by up to 16 queries a sequence, and the table's values are looked

@@ -16,11 +16,11 @@ use crate::backend::cpu::view::with_view;
 use crate::backend::dispatch::{on_cpu, on_gpu};
 use crate::backend::graph::with_contiguous_rows;
 use crate::by_float;
-use crate::cache::int8_keys::QuantizedKeys;
+use crate::cache::int8_keys::Int8Keys;
 use crate::cache::key_bias::KeyBias;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
-use crate::ops::scan::plan::{CpuPlan, Extras, Plan};
+use crate::ops::scan::plan::{CpuScanPlan, Extras, ScanPlan};
 use crate::ops::scan::problem::{Problem, prior_dims, problem, protected_dims};
 use crate::ops::scan::rescored::Rescored;
 use crate::options::{Precision, Score, TieBreak};
@@ -64,7 +64,7 @@ pub struct Scan<'a> {
     pub precision: Precision,
     /// k as integers, if the caller keeps them; a certified scan quantises k itself otherwise. Of a cache in pages,
     /// those of the pages.
-    pub quantized: Option<&'a QuantizedKeys>,
+    pub quantized: Option<&'a Int8Keys>,
     /// The norms of k, if the caller keeps them; for [`scan_select`](crate::scan_select) of a few queries on a GPU.
     pub key_bias: Option<&'a KeyBias>,
     /// Where to run.
@@ -103,9 +103,9 @@ pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let (problem, plan) = planned(q, k, scan)?;
     on_gpu!(q.device(), G => crate::ops::scan::gpu::tensors::scan::<G>(&problem, plan.gpu()?, q, k, scan));
     match plan {
-        Plan::Cpu(plan) => launch(&problem, &plan, q, k, scan),
+        ScanPlan::Cpu(plan) => launch(&problem, &plan, q, k, scan),
         #[cfg(feature = "gpu")]
-        Plan::Gpu(..) => Err(Error::Invalid(format!("{plan}: the plan of a GPU, for tensors on the CPU"))),
+        ScanPlan::Gpu(..) => Err(Error::Invalid(format!("{plan}: the plan of a GPU, for tensors on the CPU"))),
     }
 }
 
@@ -123,7 +123,7 @@ pub fn scan_all(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
             q.device().location()
         )));
     }
-    let plan = CpuPlan::new(&problem, scan.backend)?;
+    let plan = CpuScanPlan::new(&problem, scan.backend)?;
     launch(&problem, &plan, q, k, scan)
 }
 
@@ -131,29 +131,29 @@ pub fn scan_all(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
 ///
 /// # Errors
 /// As [`scan`].
-pub fn plan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Plan> {
+pub fn plan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<ScanPlan> {
     planned(q, k, scan).map(|(_, plan)| plan)
 }
 
 /// The validated problem and its plan.
-pub(crate) fn planned(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<(Problem, Plan)> {
+pub(crate) fn planned(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<(Problem, ScanPlan)> {
     let problem = problem(q, k, scan)?;
     let plan = plan_of(&problem, q, k, scan)?;
     Ok((problem, plan))
 }
 
 /// The plan of a validated problem.
-pub(crate) fn plan_of(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Plan> {
+pub(crate) fn plan_of(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<ScanPlan> {
     let protected = scan.protected.map_or(0, |p| p.dims().last().copied().unwrap_or(0));
     #[cfg(feature = "gpu")]
     let mappable = [q, k].into_iter().all(crate::backend::gpu::tensor_map::takes);
     #[cfg(not(feature = "gpu"))]
     let mappable = false;
     let extras = Extras { protected, prior: scan.prior.is_some(), mappable };
-    Plan::new(problem, extras, q.device(), scan.backend)
+    ScanPlan::new(problem, extras, q.device(), scan.backend)
 }
 
-fn launch(problem: &Problem, plan: &CpuPlan, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
+fn launch(problem: &Problem, plan: &CpuScanPlan, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let (q, k) = (with_contiguous_rows(q)?, with_contiguous_rows(k)?);
     let protected = scan.protected.map(|p| protected_keys(p, problem)).transpose()?;
     let quantized = match (scan.quantized, problem.precision) {

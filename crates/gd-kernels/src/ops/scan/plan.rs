@@ -20,22 +20,22 @@ pub enum Walk {
     Few,
 }
 
-/// Most queries of a head, and fewest keys, of [`Walk::Few`]: beyond, packing the keys pays.
+/// Most queries of a head, and fewest keys, of [`Walk::Decode`]: beyond, packing the keys pays.
 const FEW: (usize, usize) = (8, 64);
 
 /// How a problem is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Plan {
+pub enum ScanPlan {
     /// On the CPU.
-    Cpu(CpuPlan),
+    Cpu(CpuScanPlan),
     /// On a GPU of the kind that the support table names so.
     #[cfg(feature = "gpu")]
-    Gpu(&'static str, crate::ops::scan::gpu::launch::Plan),
+    Gpu(&'static str, crate::ops::scan::gpu::launch::ScanPlan),
 }
 
 /// How a problem is launched on the CPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CpuPlan {
+pub struct CpuScanPlan {
     /// The instruction set.
     pub isa: Isa,
     /// The order of the walk.
@@ -50,25 +50,25 @@ pub struct CpuPlan {
     pub precision: Precision,
 }
 
-impl std::fmt::Display for Plan {
+impl std::fmt::Display for ScanPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Plan::Cpu(plan) => plan.fmt(f),
+            ScanPlan::Cpu(plan) => plan.fmt(f),
             #[cfg(feature = "gpu")]
-            Plan::Gpu(name, plan) => write!(f, "{name}/{plan}"),
+            ScanPlan::Gpu(name, plan) => write!(f, "{name}/{plan}"),
         }
     }
 }
 
-impl std::fmt::Display for CpuPlan {
+impl std::fmt::Display for CpuScanPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let CpuPlan { isa, walk, block_rows, panel_keys, accumulator, precision } = self;
+        let CpuScanPlan { isa, walk, block_rows, panel_keys, accumulator, precision } = self;
         let accumulator = accumulator.as_str();
         match walk {
-            Walk::Panels => {
+            Walk::Blocks => {
                 write!(f, "cpu/{isa:?}: {block_rows} query rows x {panel_keys} keys, {accumulator}")?;
             }
-            Walk::Few => write!(f, "cpu/{isa:?}: few queries, {accumulator}")?,
+            Walk::Decode => write!(f, "cpu/{isa:?}: few queries, {accumulator}")?,
         }
         match precision {
             Precision::Native => Ok(()),
@@ -89,7 +89,7 @@ pub(crate) struct Extras {
     pub(crate) mappable: bool,
 }
 
-impl Plan {
+impl ScanPlan {
     /// Maps a problem to a launch.
     ///
     /// # Errors
@@ -114,7 +114,7 @@ impl Plan {
             return refuse(format!("{} candidates on {name}", problem.candidates));
         }
         on_gpu!(device, G => Ok(Self::Gpu(name, Self::gpu_plan::<G>(problem, extras, device, backend)?)));
-        CpuPlan::new(problem, backend).map(Self::Cpu)
+        CpuScanPlan::new(problem, backend).map(Self::Cpu)
     }
 
     #[cfg(feature = "gpu")]
@@ -123,7 +123,7 @@ impl Plan {
         extras: Extras,
         device: &Device,
         backend: Backend,
-    ) -> Result<crate::ops::scan::gpu::launch::Plan> {
+    ) -> Result<crate::ops::scan::gpu::launch::ScanPlan> {
         if let Backend::Force(isa) = backend {
             return Err(Error::Unsupported(format!(
                 "{isa:?}, an instruction set of CPUs, for tensors on {}",
@@ -131,12 +131,12 @@ impl Plan {
             )));
         }
         let arch = G::of(device)?.arch();
-        let plan = crate::ops::scan::gpu::launch::Plan::new(problem, extras.protected, extras.prior, &arch)?;
+        let plan = crate::ops::scan::gpu::launch::ScanPlan::new(problem, extras.protected, extras.prior, &arch)?;
         Ok(if extras.mappable { plan.on_hopper(problem, &arch) } else { plan })
     }
 
     /// The plan for the CPU, if it is one.
-    pub fn cpu(&self) -> Option<&CpuPlan> {
+    pub fn cpu(&self) -> Option<&CpuScanPlan> {
         match self {
             Self::Cpu(plan) => Some(plan),
             #[cfg(feature = "gpu")]
@@ -146,7 +146,7 @@ impl Plan {
 
     /// The plan for a GPU, whichever it is.
     #[cfg(feature = "gpu")]
-    pub(crate) fn gpu(&self) -> Result<&crate::ops::scan::gpu::launch::Plan> {
+    pub(crate) fn gpu(&self) -> Result<&crate::ops::scan::gpu::launch::ScanPlan> {
         match self {
             Self::Cpu(plan) => {
                 Err(Error::Invalid(format!("{plan}: the plan of a CPU, for tensors on a GPU")))
@@ -156,7 +156,7 @@ impl Plan {
     }
 }
 
-impl CpuPlan {
+impl CpuScanPlan {
     /// The plan of any number of candidates: the `dense` reference keeps every key.
     pub(crate) fn new(problem: &Problem, backend: Backend) -> Result<Self> {
         let isa = match backend {
@@ -173,7 +173,7 @@ impl CpuPlan {
         let panel_keys = 2 * isa.lanes(accumulator.size_in_bytes());
         // Bounds of quick scores are kept in f32, and hold for scores of f32 alone.
         let few = problem.queries <= FEW.0 && problem.keys >= FEW.1 && accumulator == DType::F32;
-        let walk = if few { Walk::Few } else { Walk::Panels };
+        let walk = if few { Walk::Decode } else { Walk::Blocks };
         Ok(Self { isa, walk, block_rows: 64, panel_keys, accumulator, precision: problem.precision })
     }
 }

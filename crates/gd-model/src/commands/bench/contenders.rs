@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops;
 use gd_kernels::{
-    Estimator, KeptKeys, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, Select, scan, scan_select,
+    Estimator, KeyCache, Mask, Precision, Int8Keys, Rescored, Scan, Score, Select, scan, scan_select,
     select,
 };
 use gd_layer::norm_prior;
@@ -248,7 +248,7 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
     let mask = if x.pass == Pass::Decode { Mask::none() } else { Mask::causal(0) };
     // On the CPU a native step reads the keys alone.
     let keeps = x.pass == Pass::Decode && !(precision == Precision::Native && x.k.device().is_cpu());
-    let kept = keeps.then(|| KeptKeys::new(&x.k, Score::Energy, precision)).transpose()?;
+    let kept = keeps.then(|| KeyCache::new(&x.k, Score::Energy, precision)).transpose()?;
     // On a GPU the fused form has a kernel of its own, which alone decodes with 8-bit keys and does not tell how much
     // it scored.
     let native = precision == Precision::Native;
@@ -275,7 +275,7 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
 /// out anew at every step.
 fn by_dot_product(x: &Inputs, kept: bool) -> Result<Runner> {
     let beta = Tensor::ones(x.shape.heads, DType::F32, x.q.device())?;
-    let (mask, keys) = (Mask::none(), QuantizedKeys::new(&x.k, Score::Energy)?);
+    let (mask, keys) = (Mask::none(), Int8Keys::new(&x.k, Score::Energy)?);
     let kept = kept.then(|| norm_prior(&x.k, &beta, None)).transpose()?;
     runner(x, move |q, k, v| {
         let prior = match &kept {

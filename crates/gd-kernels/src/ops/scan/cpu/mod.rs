@@ -31,7 +31,7 @@ use crate::ops::scan::cpu::dense::Native;
 use crate::ops::scan::cpu::int8::Code;
 use crate::ops::scan::cpu::pack::Packed;
 use crate::ops::scan::cpu::rescore::Settle;
-use crate::ops::scan::plan::{CpuPlan, Walk};
+use crate::ops::scan::plan::{CpuScanPlan, Walk};
 use crate::ops::scan::problem::Problem;
 use crate::options::{Precision, Score, TieBreak};
 
@@ -94,7 +94,7 @@ pub(crate) struct Outputs<A> {
 }
 
 /// Runs a planned scan.
-pub(crate) fn run<T: Element>(problem: &Problem, plan: &CpuPlan, x: &Inputs<'_, T>) -> Outputs<T::Acc> {
+pub(crate) fn run<T: Element>(problem: &Problem, plan: &CpuScanPlan, x: &Inputs<'_, T>) -> Outputs<T::Acc> {
     let slots = problem.candidates + x.protected.map_or(0, |p| p.dims[3]);
     let rows = problem.batch * problem.q_heads * problem.queries;
     let mut index = vec![-1i32; rows * slots];
@@ -114,7 +114,7 @@ pub(crate) fn run<T: Element>(problem: &Problem, plan: &CpuPlan, x: &Inputs<'_, 
             blocks.push(Block { problem, x, b, h, rows, slots, index, energy, flags });
         }
     }
-    if plan.walk == Walk::Panels {
+    if plan.walk == Walk::Blocks {
         // Under a causal mask the last blocks see the most keys: start with them.
         blocks.reverse();
     }
@@ -125,8 +125,8 @@ pub(crate) fn run<T: Element>(problem: &Problem, plan: &CpuPlan, x: &Inputs<'_, 
     let filter = x.quantized.or(own.as_ref()).filter(|_| plan.precision == Precision::Certified);
     let code = Code::of(plan.isa);
     let left = match (plan.walk, filter) {
-        (Walk::Few, filter) => few::run(arch, problem, filter, code, std::mem::take(&mut blocks)),
-        (Walk::Panels, Some(filter)) => {
+        (Walk::Decode, filter) => few::run(arch, problem, filter, code, std::mem::take(&mut blocks)),
+        (Walk::Blocks, Some(filter)) => {
             let each = std::mem::take(&mut blocks).into_par_iter().with_max_len(1);
             let certify = |block| {
                 let lists = arch.dispatch(Certified { block: &block, filter, code, keys: 0..problem.keys });
@@ -135,7 +135,7 @@ pub(crate) fn run<T: Element>(problem: &Problem, plan: &CpuPlan, x: &Inputs<'_, 
             };
             each.map(certify).collect()
         }
-        (Walk::Panels, None) => Vec::new(),
+        (Walk::Blocks, None) => Vec::new(),
     };
     if !left.is_empty() {
         let (mut scored, mut visible) = (0, 0);

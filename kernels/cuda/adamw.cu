@@ -3,16 +3,16 @@
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(256, 4)
 
-#define ADAMW(T)                                                                                                    \
-    KERNEL squares_##T##_sm80(SquaresParams p, const T *gradient, float *parts) {                                   \
-        GD_SHARED(Total[256], sums);                                                                                \
-        squares<T>(here(), p, sums, gradient, parts);                                                               \
-    }                                                                                                               \
-    GD_REGISTER(squares_##T##_sm80)                                                                                 \
-    KERNEL adamw_##T##_sm80(AdamwParams p, const Verdict *verdict, const Verdict *before, const T *gradient,        \
-                            float *m, float *v, float *master, T *parameter) {                                      \
-        adamw<T>(here(), p, verdict, before, gradient, m, v, master, parameter);                                    \
-    }                                                                                                               \
+#define ADAMW(T)                                                                                                       \
+    KERNEL squares_##T##_sm80(SquaresParams p, const T *gradient, float *parts) {                                      \
+        GD_SHARED(Total[256], sums);                                                                                   \
+        squares<T>(here(), p, sums, gradient, parts);                                                                  \
+    }                                                                                                                  \
+    GD_REGISTER(squares_##T##_sm80)                                                                                    \
+    KERNEL adamw_##T##_sm80(AdamwParams p, const Verdict *verdict, const Verdict *before, const T *gradient, float *m, \
+                            float *v, float *master, T *parameter) {                                                   \
+        adamw<T>(here(), p, verdict, before, gradient, m, v, master, parameter);                                       \
+    }                                                                                                                  \
     GD_REGISTER(adamw_##T##_sm80)
 
 ADAMW(f16)

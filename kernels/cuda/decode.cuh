@@ -4,23 +4,23 @@
 // result.
 #pragma once
 #include "../shared/mask.h"
-#include "../shared/rows.h"
+#include "../shared/query_rows.h"
 #include "tile.cuh"
 
 // Warps of a block.
 constexpr int DECODE_WARPS = 4;
 
 // Score and key as one number that is greater for the better: 0 for none. Needs a finite score.
-__device__ __forceinline__ uint64_t ranked(float score, i32 key, u32 last) {
+__device__ __forceinline__ uint64_t ranked(float score, i32 key, u32 tie) {
     u32 bits = __float_as_uint(score + 0.0f);
     bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
-    return uint64_t(bits) << 32 | (last ? u32(key) : ~u32(key));
+    return uint64_t(bits) << 32 | (tie == TIE_LAST ? u32(key) : ~u32(key));
 }
 
 // Takes the scores of a lane into its best two rows; number(n, e) is the key of column 2t + e of group n.
 template <int NT, class Number>
-__device__ __forceinline__ void take_best(const float (&acc)[NT][4], const Range (&own)[2], u32 last,
-                                          float (&top)[2], i32 (&key)[2], Number number) {
+__device__ __forceinline__ void take_best(const float (&acc)[NT][4], const Range (&own)[2], u32 tie, float (&top)[2],
+                                          i32 (&key)[2], Number number) {
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -29,7 +29,7 @@ __device__ __forceinline__ void take_best(const float (&acc)[NT][4], const Range
             float s = acc[n][c], &most = top[c / 2];
             i32 &held = key[c / 2];
             bool open = j >= own[c / 2].lo && j < own[c / 2].hi && s < GD_INFINITY;
-            if (open && (s > most || (s == most && held >= 0 && before(j, held, last)))) most = s, held = j;
+            if (open && (s > most || (s == most && held >= 0 && before(j, held, tie)))) most = s, held = j;
         }
     }
 }
@@ -50,8 +50,7 @@ template <class T> struct Step {
     const i32 *pages;
     u32 split, place, first, b, h0, kv;
 
-    __device__ __forceinline__ Step(const DecodeParams &p, const T *q, const i32 *pages)
-        : p(p), q(q), pages(pages) {
+    __device__ __forceinline__ Step(const DecodeParams &p, const T *q, const i32 *pages) : p(p), q(q), pages(pages) {
         u32 each = p.q_heads / p.pack;
         split = blockIdx.x % p.splits, place = blockIdx.x / p.splits;
         first = place % p.row_tiles * ROWS, b = place / p.row_tiles / each;
@@ -60,8 +59,7 @@ template <class T> struct Step {
     __device__ __forceinline__ bool exists(u32 r) const { return first + r < p.queries * p.pack; }
     __device__ __forceinline__ u32 head(u32 r) const { return h0 + (first + r) % p.pack; }
     __device__ __forceinline__ const T *query(u32 r) const {
-        return q + size_t(b) * p.q_batch + size_t(head(r)) * p.q_head +
-               size_t((first + r) / p.pack) * p.q_row;
+        return q + size_t(b) * p.q_batch + size_t(head(r)) * p.q_head + size_t((first + r) / p.pack) * p.q_row;
     }
     // The page of a key, or the batch entry, and the key's row in it. What names no page reads the last one, so that
     // a table that nobody has checked leads nowhere outside of the cache.
@@ -111,16 +109,15 @@ template <class T> struct Step {
 
 // Enters the best key of every row that the warps have found; ends with a barrier.
 template <int ROWS>
-__device__ __forceinline__ void enter_best(Decoding<ROWS> &state, const float (&top)[2], const i32 (&key)[2],
-                                           u32 last, uint64_t *rows) {
+__device__ __forceinline__ void enter_best(Decoding<ROWS> &state, const float (&top)[2], const i32 (&key)[2], u32 tie,
+                                           uint64_t *rows) {
     u32 warp = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        uint64_t code = key[half] >= 0 ? ranked(top[half], key[half], last) : 0;
+        uint64_t code = key[half] >= 0 ? ranked(top[half], key[half], tie) : 0;
 #pragma unroll
         for (int step = 1; step < (GD_FAULT(18) ? 2 : 4); step *= 2) {
-            uint64_t high = __shfl_xor_sync(ALL, u32(code >> 32), step),
-                     low = __shfl_xor_sync(ALL, u32(code), step);
+            uint64_t high = __shfl_xor_sync(ALL, u32(code >> 32), step), low = __shfl_xor_sync(ALL, u32(code), step);
             uint64_t other = high << 32 | low;
             code = other > code ? other : code;
         }
@@ -131,8 +128,7 @@ __device__ __forceinline__ void enter_best(Decoding<ROWS> &state, const float (&
         uint64_t code = 0;
         for (int w = 0; w < DECODE_WARPS; w++)
             code = state.best[w][threadIdx.x] > code ? state.best[w][threadIdx.x] : code;
-        if (code)
-            atomicMax(reinterpret_cast<unsigned long long *>(rows + threadIdx.x), (unsigned long long)(code));
+        if (code) atomicMax(reinterpret_cast<unsigned long long *>(rows + threadIdx.x), (unsigned long long)(code));
         __threadfence();
     }
     __syncthreads();
@@ -149,14 +145,14 @@ template <int ROWS> __device__ __forceinline__ bool last_to_come(Decoding<ROWS> 
 
 // Writes index, energy and value row of the winners; ends with a barrier.
 template <class T>
-__device__ __forceinline__ void write_winners(const Step<T> &at, const T *k, const float *beta,
-                                              const float *prior, const T *v, const float *threshold,
-                                              const uint64_t *rows, i32 *index, float *energy, T *y) {
+__device__ __forceinline__ void write_winners(const Step<T> &at, const T *k, const float *beta, const float *prior,
+                                              const T *v, const float *threshold, const uint64_t *rows, i32 *index,
+                                              float *energy, T *y) {
     const DecodeParams &p = at.p;
     for (u32 r = threadIdx.x / 32; r < at.ROWS; r += DECODE_WARPS) {
         if (!at.exists(r)) continue;
         uint64_t code = *reinterpret_cast<const volatile uint64_t *>(rows + r);
-        i32 winner = code ? i32(p.last ? u32(code) : ~u32(code)) : -1;
+        i32 winner = code ? i32(p.tie == TIE_LAST ? u32(code) : ~u32(code)) : -1;
         u32 h = at.head(r), j = u32(max(winner, 0));
         float e = admit(here(), p, at.b, h, winner, at.query(r), at.key(k, j), beta, prior, threshold);
         size_t out = (size_t(at.b) * p.q_heads + h) * p.queries + (at.first + r) / p.pack;
@@ -169,9 +165,9 @@ __device__ __forceinline__ void write_winners(const Step<T> &at, const T *k, con
 
 template <class T, int DP>
 __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const T *k, const float *bias,
-                                       const float *beta, const float *prior, const i32 *table,
-                                       const i32 *pages, const T *v, const float *threshold, uint64_t *best,
-                                       u32 *counter, i32 *index, float *energy, T *y) {
+                                       const float *beta, const float *prior, const i32 *table, const i32 *pages,
+                                       const T *v, const float *threshold, uint64_t *best, u32 *counter, i32 *index,
+                                       float *energy, T *y) {
     using S = typename Scoring<T>::template Of<DP, 1>;
     constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH, NT = KEYS / 8 / DECODE_WARPS, ROWS = Step<T>::ROWS;
     GD_DYNAMIC_SHARED(shared);
@@ -184,15 +180,15 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
     float *biases = reinterpret_cast<float *>(tiles + 2 * TILE);
     // Every warp holds all rows.
     S scoring;
-    scoring.load_queries(reinterpret_cast<T *>(biases + 2 * KEYS), p.head_dim, p.aligned, warp == 0,
+    scoring.load_queries(reinterpret_cast<T *>(biases + 2 * KEYS), p.head_dim, p.vector_loads, warp == 0,
                          [&](u32 r) { return at.exists(r) ? at.query(r) : nullptr; });
 
     Range own_tiles = at.tiles(state.all, KEYS);
-    float scale = (p.score ? 1.0f : 0.5f) / beta[at.h0];
+    float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
     auto load = [&](i32 tile) {
         u32 j = u32(tile) * KEYS, row = at.inside(j), stage = u32(tile) % 2;
         Source<T> keys = {at.key(k, j) - size_t(row) * p.k_row, p.k_row, at.piece_rows(j), p.head_dim,
-                          p.aligned != 0};
+                          p.vector_loads != 0};
         load_rows<T, DP, KEYS>(tiles + stage * TILE, keys, row);
         load_bias<KEYS>(biases + stage * KEYS, bias, at.bias_at(j));
         copy_commit();
@@ -222,13 +218,12 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
             }
         }
         scoring.template scores<NT>(keys, warp * NT * 8, acc);
-        take_best(acc[0], own, p.last, top, key,
-                  [&](int n, int e) { return start + n * 8 + i32(2 * t) + e; });
+        take_best(acc[0], own, p.tie, top, key, [&](int n, int e) { return start + n * 8 + i32(2 * t) + e; });
         __syncthreads();
     }
 
     uint64_t *rows = best + size_t(at.place) * ROWS;
-    enter_best(state, top, key, p.last, rows);
+    enter_best(state, top, key, p.tie, rows);
     if (!last_to_come(state, counter + at.place, p.splits)) return;
     write_winners(at, k, beta, prior, v, threshold, rows, index, energy, y);
     // The workspace is zero again for the next launch.

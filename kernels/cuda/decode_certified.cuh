@@ -4,7 +4,7 @@
 // candidates find no room they are scored at once, so that no number of them makes the result another one than that
 // of the native scan.
 #pragma once
-#include "certified.cuh"
+#include "int8_bounds.cuh"
 #include "decode.cuh"
 
 // Entries of a warp's list: a tile adds 256 at most.
@@ -65,7 +65,7 @@ template <class T, int DP> struct Sifted {
 
     // The rows for exact scores; in f32 one warp stores them first.
     static __device__ __forceinline__ void load(S &scoring, const Step<T> &at, T *queries, bool store) {
-        scoring.load_queries(queries, at.p.head_dim, at.p.aligned, store,
+        scoring.load_queries(queries, at.p.head_dim, at.p.vector_loads, store,
                              [&](u32 r) { return at.exists(r) ? at.query(r) : nullptr; });
     }
 
@@ -113,7 +113,7 @@ template <class T, int DP> struct Sifted {
         for (; from < count; from += KEYS) {
             u32 left = min(count - from, u32(KEYS));
             auto number = [&](u32 x) { return list[from + min(x, left - 1)].place / 16; };
-            gather_rows<T, DP>(gathered, left, p.head_dim, p.aligned != 0,
+            gather_rows<T, DP>(gathered, left, p.head_dim, p.vector_loads != 0,
                                [&](u32 x) { return at.key(k, number(x)); });
             float acc[1][NT][4];
 #pragma unroll
@@ -125,7 +125,7 @@ template <class T, int DP> struct Sifted {
                 }
             }
             scoring.template scores<NT>(gathered, 0, acc);
-            take_best(acc[0], own, p.last, top, key, [&](int n, int e) {
+            take_best(acc[0], own, p.tie, top, key, [&](int n, int e) {
                 u32 x = n * 8 + 2 * t + e;
                 return x < left ? i32(number(x)) : -1;
             });
@@ -146,9 +146,8 @@ template <class T, int DP> struct Sifted {
 template <class T, int DP>
 __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T *q, const T *k, const int8_t *codes,
                                                  const float4 *known, const float *beta, const float *prior,
-                                                 const i32 *table, const i32 *pages, const T *v,
-                                                 const float *threshold, const Places &places, i32 *index,
-                                                 float *energy, T *y) {
+                                                 const i32 *table, const i32 *pages, const T *v, const float *threshold,
+                                                 const Places &places, i32 *index, float *energy, T *y) {
     using S = typename Scoring<T>::template Of<DP, 1>;
     constexpr int KEYS = 64, PITCH = Integers<DP>::PITCH, TILE = KEYS * PITCH, NT = KEYS / 8 / DECODE_WARPS;
     constexpr int ROWS = 16, GATHERED = Gather<T>::KEYS * S::PITCH;
@@ -158,7 +157,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     u32 warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
     Step<T> at(p, q, pages);
     u32 *lower = places.lower + size_t(at.place) * ROWS, *counter = places.counter + size_t(at.place) * 2;
-    Candidate *listed = places.listed + size_t(at.place) * p.capacity;
+    Candidate *listed = places.listed + size_t(at.place) * p.candidate_capacity;
     // What blocks before this one have found, if any have.
     if (threadIdx.x < ROWS) sieve.bar[threadIdx.x] = const_cast<volatile u32 *>(lower)[threadIdx.x];
     at.fill(state, table);
@@ -179,7 +178,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     float rounded = rounding(p.head_dim), coarse = coarseness(sieve.row) + rounded;
 
     Range own_tiles = at.tiles(state.all, KEYS);
-    float scale = (p.score ? 1.0f : 0.5f) / beta[at.h0];
+    float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
     u32 width = (p.head_dim + 15) / 16 * 16;
     auto load = [&](i32 tile) {
         u32 j = u32(tile) * KEYS, row = at.inside(j), stage = u32(tile) % 2;
@@ -190,8 +189,8 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
         copy_commit();
     };
     Range own[2] = {state.row[g], state.row[g + 8]};
-    Sifted<T, DP> sifted(at, queries, k, known, prior, scale, sieve, lists + warp * SIEVE,
-                         gathered + warp * GATHERED, state.row);
+    Sifted<T, DP> sifted(at, queries, k, known, prior, scale, sieve, lists + warp * SIEVE, gathered + warp * GATHERED,
+                         state.row);
     if (own_tiles.lo < own_tiles.hi) load(own_tiles.lo);
     for (i32 tile = own_tiles.lo; tile < own_tiles.hi; tile++) {
         if (tile + 1 < own_tiles.hi) {
@@ -226,8 +225,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
                     if (!visible || !bound.open) continue;
                     open |= 1u << (n * 4 + c);
                     // fmaxf leaves NaN out.
-                    least[half] =
-                        fmaxf(least[half], fmaf(s, f, fmaf(-query[half].norm, bound.error, bound.least)));
+                    least[half] = fmaxf(least[half], fmaf(s, f, fmaf(-query[half].norm, bound.error, bound.least)));
                 }
             }
         }
@@ -248,8 +246,8 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
                 u32 vote = __ballot_sync(ALL, hits >> x & 1);
                 u32 j = u32(start) + x / 4 * 8 + 2 * t + x % 2;
                 if (hits >> x & 1)
-                    sifted.list[sifted.count + __popc(vote & ((1u << lane) - 1))] = {
-                        upper[x / 4][x % 4], j * 16 + g + (x % 4 / 2) * 8};
+                    sifted.list[sifted.count + __popc(vote & ((1u << lane) - 1))] = {upper[x / 4][x % 4],
+                                                                                     j * 16 + g + (x % 4 / 2) * 8};
                 sifted.count += __popc(vote);
             }
         }
@@ -266,7 +264,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     sifted.tighten();
     u32 to = lane == 0 && sifted.count ? atomicAdd(counter + 1, sifted.count) : 0;
     to = __shfl_sync(ALL, to, 0);
-    u32 fit = to < p.capacity ? min(p.capacity - to, sifted.count) : 0;
+    u32 fit = to < p.candidate_capacity ? min(p.candidate_capacity - to, sifted.count) : 0;
     for (u32 e = lane; e < fit; e += 32)
         listed[to + e] = sifted.list[e];
     if (!GD_FAULT(85)) sifted.rescore(fit);
@@ -274,13 +272,13 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     if (lane < ROWS) atomicMax(lower + lane, *const_cast<volatile u32 *>(&sieve.bar[lane]));
     __threadfence();
     uint64_t *best = places.best + size_t(at.place) * ROWS;
-    enter_best(state, sifted.top, sifted.key, p.last, best);
+    enter_best(state, sifted.top, sifted.key, p.tie, best);
     if (!last_to_come(state, counter, p.splits)) return;
 
     if (threadIdx.x < ROWS) sieve.bar[threadIdx.x] = const_cast<volatile u32 *>(lower)[threadIdx.x];
     __syncthreads();
     u32 total = const_cast<volatile u32 *>(counter)[1];
-    if (total > p.capacity) total = p.capacity;
+    if (total > p.candidate_capacity) total = p.candidate_capacity;
     sifted.count = 0;
     for (u32 from = warp * 32; from < total; from += 32 * DECODE_WARPS) {
         const volatile Candidate &x = listed[min(from + lane, total - 1)];
@@ -293,7 +291,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     }
     sifted.tighten();
     sifted.rescore(0);
-    enter_best(state, sifted.top, sifted.key, p.last, best);
+    enter_best(state, sifted.top, sifted.key, p.tie, best);
     write_winners(at, k, beta, prior, v, threshold, best, index, energy, y);
     if (threadIdx.x < ROWS) best[threadIdx.x] = 0, lower[threadIdx.x] = 0;
     if (threadIdx.x < 2) counter[threadIdx.x] = 0;

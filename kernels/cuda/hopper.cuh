@@ -12,18 +12,14 @@ struct alignas(128) TensorMap {
     uint64_t opaque[16];
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return uint32_t(__cvta_generic_to_shared(p));
-}
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // A barrier whose phase is over when `arrivals` have come and all bytes that were expected have landed.
 __device__ __forceinline__ void barrier_init(uint64_t *b, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
 // Shows new barriers to the copy engine; a block barrier shows them to the other threads.
-__device__ __forceinline__ void barrier_fence() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+__device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_arrive(uint64_t *b) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
@@ -74,9 +70,9 @@ template <int N> __device__ __forceinline__ void registers_drop() {
 
 // The 64 sums of a thread as operands, so that nothing moves them across a fence or a wait.
 #define GD_FOUR(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define GD_SUMS                                                                                              \
-    GD_FOUR(0), GD_FOUR(1), GD_FOUR(2), GD_FOUR(3), GD_FOUR(4), GD_FOUR(5), GD_FOUR(6), GD_FOUR(7),          \
-        GD_FOUR(8), GD_FOUR(9), GD_FOUR(10), GD_FOUR(11), GD_FOUR(12), GD_FOUR(13), GD_FOUR(14), GD_FOUR(15)
+#define GD_SUMS                                                                                                        \
+    GD_FOUR(0), GD_FOUR(1), GD_FOUR(2), GD_FOUR(3), GD_FOUR(4), GD_FOUR(5), GD_FOUR(6), GD_FOUR(7), GD_FOUR(8),        \
+        GD_FOUR(9), GD_FOUR(10), GD_FOUR(11), GD_FOUR(12), GD_FOUR(13), GD_FOUR(14), GD_FOUR(15)
 
 // Before the first product on sums that the thread has written.
 __device__ __forceinline__ void wgmma_fence(float (&c)[16][4]) {
@@ -90,15 +86,15 @@ template <int N> __device__ __forceinline__ void wgmma_wait(float (&c)[16][4]) {
 
 // c [64, 128] += a [64, 16] b [128, 16]^T by a warpgroup; a and b lie in shared memory (see matrix below). Warp w
 // of the four holds rows 16 w on, each as mma does: c[n] are keys 8 n on.
-#define GD_WGMMA(type)                                                                                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " "                            \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                   \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "          \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "          \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "         \
-                 "%64, %65, 1, 1, 1, 0, 0;"                                                                  \
-                 : GD_SUMS                                                                                   \
-                 : "l"(a), "l"(b)                                                                            \
+#define GD_WGMMA(type)                                                                                                 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " "                                      \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                    \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                    \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                   \
+                 "%64, %65, 1, 1, 1, 0, 0;"                                                                            \
+                 : GD_SUMS                                                                                             \
+                 : "l"(a), "l"(b)                                                                                      \
                  : "memory")
 __device__ __forceinline__ void wgmma(float (&c)[16][4], uint64_t a, uint64_t b, f16) { GD_WGMMA("f16"); }
 __device__ __forceinline__ void wgmma(float (&c)[16][4], uint64_t a, uint64_t b, bf16) { GD_WGMMA("bf16"); }
@@ -115,6 +111,6 @@ constexpr int MATRIX_ALIGN = 8 * MATRIX_ROW;
 // Names the matrix whose first row starts at `at` for a product, in the format of the PTX manual: address, bytes
 // between groups of eight rows, swizzle of 128 bytes. 16 columns further on is 32 bytes further on.
 __device__ __forceinline__ uint64_t matrix(const void *at) {
-    return uint64_t((shared_address(at) & 0x3ffff) >> 4) | uint64_t(1) << 16 |
-           uint64_t(MATRIX_ALIGN >> 4) << 32 | uint64_t(1) << 62;
+    return uint64_t((shared_address(at) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(MATRIX_ALIGN >> 4) << 32 |
+           uint64_t(1) << 62;
 }

@@ -63,5 +63,5 @@ INLINE void store(Total x, Total *at) { *at = x; }
 // What a mask has.
 INLINE bool is_causal(const MaskParams &m) { return m.causal; }
 INLINE bool has_window(const MaskParams &m) { return m.window; }
-INLINE bool has_table(const MaskParams &m) { return m.tables; }
-INLINE bool has_boundaries(const MaskParams &m) { return m.tables == 2; }
+INLINE bool has_table(const MaskParams &m) { return m.table != MASK_TABLE_NONE; }
+INLINE bool has_boundaries(const MaskParams &m) { return m.table == MASK_TABLE_BOUNDARIES; }

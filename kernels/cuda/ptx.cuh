@@ -34,12 +34,8 @@ __device__ __forceinline__ float up(bf16 x) { return __uint_as_float(uint32_t(x.
 
 // Rounds to nearest, ties to even.
 __device__ __forceinline__ void down(float x, float &y) { y = x; }
-__device__ __forceinline__ void down(float x, f16 &y) {
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-}
-__device__ __forceinline__ void down(float x, bf16 &y) {
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-}
+__device__ __forceinline__ void down(float x, f16 &y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ __forceinline__ void down(float x, bf16 &y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
 // Copies `bytes` (0 to 16) of 16 bytes to shared memory and fills up with zeros; both ends are aligned.
 __device__ __forceinline__ void copy_async(void *to, const void *from, uint32_t bytes) {

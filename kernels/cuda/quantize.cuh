@@ -17,8 +17,7 @@ struct Known {
 };
 
 // Quantises a row of `dim` elements, at most 256, by a warp, and fills up to `width` with zeros.
-template <class T>
-__device__ __forceinline__ Known quantize_row(const T *row, u32 dim, int8_t *out, u32 width) {
+template <class T> __device__ __forceinline__ Known quantize_row(const T *row, u32 dim, int8_t *out, u32 width) {
     float x[8];
     // Without their sign, numbers are ordered as their bits are, NaN above infinity.
     u32 most = 0;
@@ -52,15 +51,15 @@ __device__ __forceinline__ Known quantize_row(const T *row, u32 dim, int8_t *out
 }
 
 // Appends keys to a cache of integers: codes [pieces, Hk, room, width], known [pieces, Hk, room] of scale, error,
-// norm and the bias without a prior, which has the bits of scan_bias. One warp a key.
+// norm and the bias without a prior, which has the bits of key_bias. One warp a key.
 template <class T>
 __device__ __forceinline__ void quantize_keys(const QuantizeParams &p, const T *k, int8_t *codes, float4 *known) {
     u32 row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= p.pieces * p.kv_heads * p.keys) return;
+    if (row >= p.sequences * p.kv_heads * p.keys) return;
     u32 j = row % p.keys, head = row / p.keys;
-    const T *key = k + size_t(head / p.kv_heads) * p.k_batch + size_t(head % p.kv_heads) * p.k_head +
-                   size_t(j) * p.k_row;
-    size_t to = size_t(head) * p.room + p.first + j;
+    const T *key =
+        k + size_t(head / p.kv_heads) * p.k_batch + size_t(head % p.kv_heads) * p.k_head + size_t(j) * p.k_row;
+    size_t to = size_t(head) * p.capacity + p.first + j;
     Known x = quantize_row(key, p.head_dim, codes + to * p.width, p.width);
     float bias = key_bias(here(), p.score, key, p.head_dim);
     if (lane_id() == 0) known[to] = {x.scale, x.error, x.norm, bias};

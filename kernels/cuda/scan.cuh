@@ -1,7 +1,7 @@
 // What both scans share: which rows a block holds, which keys they see, and the walk over tiles.
 #pragma once
 #include "../shared/mask.h"
-#include "../shared/rows.h"
+#include "../shared/query_rows.h"
 #include "tile.cuh"
 
 // Most rows of a block.
@@ -63,13 +63,13 @@ struct Reach {
 // visit(tile number, its keys, its biases). `shared` holds two tiles and two rows of biases. Loads of the
 // next tile run beside the visit of this one.
 template <class T, int DP, int KEYS, class Visit>
-__device__ __forceinline__ void walk(T *shared, const Source<T> &k, const float *bias, Range all, u32 last,
+__device__ __forceinline__ void walk(T *shared, const Source<T> &k, const float *bias, Range all, u32 tie,
                                      Visit visit) {
     constexpr int PITCH = DP + 16 / sizeof(T), TILE = KEYS * PITCH;
     float *biases = reinterpret_cast<float *>(shared + 2 * TILE);
     if (all.lo >= all.hi) return;
     i32 from = all.lo / KEYS, to = (all.hi + KEYS - 1) / KEYS;
-    auto number = [&](i32 step) { return last ? to - 1 - step : from + step; };
+    auto number = [&](i32 step) { return tie == TIE_LAST ? to - 1 - step : from + step; };
     auto load = [&](i32 step) {
         u32 first = u32(number(step)) * KEYS;
         load_rows<T, DP, KEYS>(shared + step % 2 * TILE, k, first);
@@ -94,9 +94,8 @@ __device__ __forceinline__ void walk(T *shared, const Source<T> &k, const float 
 
 // The scores of a group of 32 keys from key `first` of the tile on, -inf where a row does not see the key.
 template <class S, class T, int MT>
-__device__ __forceinline__ void group_scores(const S &scoring, const T *keys, const float *bias, int group,
-                                             i32 first, bool whole, const Range (&seen)[MT][2],
-                                             float (&acc)[MT][4][4]) {
+__device__ __forceinline__ void group_scores(const S &scoring, const T *keys, const float *bias, int group, i32 first,
+                                             bool whole, const Range (&seen)[MT][2], float (&acc)[MT][4][4]) {
     u32 t = lane_id() % 4;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -117,8 +116,7 @@ __device__ __forceinline__ void group_scores(const S &scoring, const T *keys, co
             for (int c = 0; c < 4; c++) {
                 i32 j = first + group + n * 8 + i32(2 * t) + c % 2;
                 Range r = seen[m][c / 2];
-                if (GD_FAULT(9) ? (j < r.lo || j > r.hi) : (j < r.lo || j >= r.hi))
-                    acc[m][n][c] = -GD_INFINITY;
+                if (GD_FAULT(9) ? (j < r.lo || j > r.hi) : (j < r.lo || j >= r.hi)) acc[m][n][c] = -GD_INFINITY;
             }
         }
     }

@@ -1,4 +1,4 @@
 // Instantiations of the scan in bf16.
-#include "scan_table.cuh"
+#include "scan_instances.cuh"
 
 SCANS(bf16)

@@ -6,9 +6,9 @@
 // room for another group of keys is first cut by the bar and then, if that does not help, scored: many candidates
 // cost time, and nothing else.
 #pragma once
-#include "../shared/list.h"
-#include "certified.cuh"
-#include "scan_best.cuh"
+#include "../shared/bounded_list.h"
+#include "int8_bounds.cuh"
+#include "scan_top1.cuh"
 
 constexpr int CERTIFIED_KEYS = 64;
 
@@ -121,8 +121,8 @@ template <class T, int DP, int MT> struct Sift {
     __device__ __forceinline__ Sift(const ScanParams &p, const Block &at, const T *q, const Source<T> &keys,
                                     const float *bias, const float4 *known, float *lists, SiftedRow *rows, u32 first,
                                     u32 room)
-        : p(p), at(at), q(q), keys(keys), bias(bias), known(known), lists(lists), rows(rows), first(first),
-          room(room), rounded(rounding(p.head_dim)) {}
+        : p(p), at(at), q(q), keys(keys), bias(bias), known(known), lists(lists), rows(rows), first(first), room(room),
+          rounded(rounding(p.head_dim)) {}
 
     // Quantises the rows; `staging` has room for 16 of them.
     __device__ __forceinline__ void load(int8_t *staging, const Seen &seen) {
@@ -397,7 +397,7 @@ template <class T, int DP, int MT> struct Sift {
             __syncwarp();
         }
         bool hidden = __any_sync(ALL, hides);
-        sort_entries<2>(here(), list, entries, p.candidates, false, p.last);
+        sort_entries<2>(here(), list, entries, p.candidates, false, p.tie);
         entries = min(entries, p.candidates);
         entries = u32(__popc(__ballot_sync(ALL, lane < entries && list.score[lane] > -GD_INFINITY)));
         if (lane == 0) {
@@ -410,11 +410,10 @@ template <class T, int DP, int MT> struct Sift {
 };
 
 template <class T, int DP, int MT>
-__device__ __forceinline__ void scan_certified(const CertifiedParams &params, const T *q, const T *k,
-                                               const float *bias, const int8_t *codes, const float4 *known,
-                                               const float *beta, const float *prior, const i32 *table, i32 *index,
-                                               float *energy, const T *v, const float *threshold, T *y,
-                                               const i32 *protected_keys, uint8_t *flags, u32 *rescored) {
+__device__ __forceinline__ void
+scan_certified(const CertifiedParams &params, const T *q, const T *k, const float *bias, const int8_t *codes,
+               const float4 *known, const float *beta, const float *prior, const i32 *table, i32 *index, float *energy,
+               const T *v, const float *threshold, T *y, const i32 *protected_keys, uint8_t *flags, u32 *rescored) {
     using S = Sift<T, DP, MT>;
     const ScanParams &p = params.scan;
     constexpr int KEYS = CERTIFIED_KEYS, TILE = KEYS * Integers<DP>::PITCH;
@@ -433,18 +432,18 @@ __device__ __forceinline__ void scan_certified(const CertifiedParams &params, co
     u32 room = sift_room(p), first = warp * S::ROWS;
     SiftedRow *rows = reinterpret_cast<SiftedRow *>(lists + size_t(warps) * S::ROWS * 2 * room);
     Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
-                      p.aligned != 0};
+                      p.vector_loads != 0};
     u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     size_t piece = size_t(at.b) * p.kv_heads + at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
-    const float4 *about = known + piece * params.room;
+    const float4 *about = known + piece * params.capacity;
     S sift(p, at, q, keys, biases, about, lists + size_t(first) * 2 * room, rows + first, first, room);
     // 16 rows of at most 8 warps have room where the tiles will lie.
     sift.load(tiles + warp * 16 * Integers<DP>::PITCH, seen);
     __syncthreads();
 
     u32 width = (p.head_dim + 15) / 16 * 16;
-    Source<int8_t> integers = {codes + piece * params.room * width, width, p.keys, width, true};
+    Source<int8_t> integers = {codes + piece * params.capacity * width, width, p.keys, width, true};
     Reach reach(seen, first, S::ROWS);
     float4 next_known = {};
     float next_bias = 0;
@@ -506,7 +505,7 @@ __device__ __forceinline__ void scan_certified(const CertifiedParams &params, co
             const T *query = query_row(p, at, q, row);
             i32 winner = entries ? list.key[0] : -1;
             if (sift.rows[r].hides) {
-                winner = search_row(query, keys, biases, range, p.last);
+                winner = search_row(query, keys, biases, range, p.tie);
                 scored = u32(range.hi - range.lo);
             }
             write_best(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
@@ -518,20 +517,20 @@ __device__ __forceinline__ void scan_certified(const CertifiedParams &params, co
     }
 }
 
-#define SCAN_CERTIFIED(T, D, MT)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, 1) scan_certified_##T##_d##D##_sm80(                          \
-        CertifiedParams p, const T *q, const T *k, const float *bias, const int8_t *codes, const float4 *known,     \
-        const float *beta, const float *prior, const i32 *table, i32 *index, float *energy, const T *v,             \
-        const float *threshold, T *y, const i32 *protected_keys, uint8_t *flags, u32 *rescored) {                   \
-        scan_certified<T, D, MT>(p, q, k, bias, codes, known, beta, prior, table, index, energy, v, threshold, y,   \
-                                 protected_keys, flags, rescored);                                                  \
-    }                                                                                                               \
+#define SCAN_CERTIFIED(T, D, MT)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(256, 1) scan_certified_##T##_d##D##_sm80(                             \
+        CertifiedParams p, const T *q, const T *k, const float *bias, const int8_t *codes, const float4 *known,        \
+        const float *beta, const float *prior, const i32 *table, i32 *index, float *energy, const T *v,                \
+        const float *threshold, T *y, const i32 *protected_keys, uint8_t *flags, u32 *rescored) {                      \
+        scan_certified<T, D, MT>(p, q, k, bias, codes, known, beta, prior, table, index, energy, v, threshold, y,      \
+                                 protected_keys, flags, rescored);                                                     \
+    }                                                                                                                  \
     GD_REGISTER(scan_certified_##T##_d##D##_sm80)
 
-#define SCANS_CERTIFIED(T)                                                                                          \
-    SCAN_CERTIFIED(T, 32, 2)                                                                                        \
-    SCAN_CERTIFIED(T, 64, 2)                                                                                        \
-    SCAN_CERTIFIED(T, 96, 2)                                                                                        \
-    SCAN_CERTIFIED(T, 128, 2)                                                                                       \
-    SCAN_CERTIFIED(T, 192, 1)                                                                                       \
+#define SCANS_CERTIFIED(T)                                                                                             \
+    SCAN_CERTIFIED(T, 32, 2)                                                                                           \
+    SCAN_CERTIFIED(T, 64, 2)                                                                                           \
+    SCAN_CERTIFIED(T, 96, 2)                                                                                           \
+    SCAN_CERTIFIED(T, 128, 2)                                                                                          \
+    SCAN_CERTIFIED(T, 192, 1)                                                                                          \
     SCAN_CERTIFIED(T, 256, 1)

@@ -1,4 +1,4 @@
 // Instantiations of the scan in f16.
-#include "scan_table.cuh"
+#include "scan_instances.cuh"
 
 SCANS(f16)

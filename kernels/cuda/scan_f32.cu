@@ -1,5 +1,5 @@
 // Instantiations of the scan in f32: one row of tiles a warp at any head_dim.
-#include "scan_table.cuh"
+#include "scan_instances.cuh"
 
 BIAS(f32)
 SCAN(f32, 32, 1)

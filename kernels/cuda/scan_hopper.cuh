@@ -3,8 +3,8 @@
 // two barriers: full (its bytes have landed) and empty (the eight warps have read it).
 #pragma once
 #include "hopper.cuh"
-#include "scan_best.cuh"
-#include "scan_list.cuh"
+#include "scan_top1.cuh"
+#include "scan_topk.cuh"
 
 // Entries of a list: there is no room for more than 32 candidates beside the stages.
 constexpr u32 HOPPER_LIST = 64;
@@ -102,13 +102,13 @@ struct BestRows {
             for (int x = 0; x < 32; x++)
                 equal |= acc[x / 2][2 * half + x % 2] == top ? 1u << x : 0u;
             // Of -inf alone no lane makes use.
-            i32 x = p.last ? 31 - __clz(equal) : __ffs(equal) - 1;
+            i32 x = p.tie == TIE_LAST ? 31 - __clz(equal) : __ffs(equal) - 1;
             i32 j = first + x / 2 * 8 + i32(2 * (lane_id() % 4)) + x % 2;
 #pragma unroll
             for (int step = 1; step < (GD_FAULT(64) ? 2 : 4); step *= 2) {
                 float s = __shfl_xor_sync(ALL, top, step);
                 i32 other = __shfl_xor_sync(ALL, j, step);
-                if (s > top || (s == top && before(other, j, p.last))) top = s, j = other;
+                if (s > top || (s == top && before(other, j, p.tie))) top = s, j = other;
             }
             if (GD_FAULT(63) ? top >= score[half] : top > score[half]) score[half] = top, key[half] = j;
         }
@@ -130,7 +130,7 @@ struct LongListRows : ListRows {
         // Group by group in the order of the walk; registers have no index, so each is picked.
 #pragma unroll 1
         for (int x = 0; x < (GD_FAULT(75) ? 3 : 4); x++) {
-            int group = p.last ? 3 - x : x;
+            int group = p.tie == TIE_LAST ? 3 - x : x;
             float part[4][4];
 #pragma unroll
             for (int n = 0; n < 4; n++) {
@@ -190,8 +190,8 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
     bool any = reach.some.lo < reach.some.hi;
     i32 lo = any ? reach.some.lo / KEYS : from, hi = any ? (reach.some.hi + KEYS - 1) / KEYS : from;
     // The same in all lanes, and by this known to be.
-    i32 begin = __shfl_sync(ALL, p.last ? to - hi : lo - from, 0);
-    i32 end = __shfl_sync(ALL, p.last ? to - lo : hi - from, 0);
+    i32 begin = __shfl_sync(ALL, p.tie == TIE_LAST ? to - hi : lo - from, 0);
+    i32 end = __shfl_sync(ALL, p.tie == TIE_LAST ? to - lo : hi - from, 0);
 
     Ring<STAGES> ring;
     auto await = [&] { barrier_wait(&tile.full[ring.stage], GD_FAULT(68) ? ring.parity ^ 1 : ring.parity); };
@@ -205,7 +205,7 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
             release(ring.stage);
         }
     };
-    auto multiply = [&](float(&acc)[16][4], int m, u32 stage) {
+    auto multiply = [&](float (&acc)[16][4], int m, u32 stage) {
         const float *biases = tile.biases + (GD_FAULT(69) ? (stage + 1) % STAGES : stage) * KEYS + 2 * t;
 #pragma unroll
         for (int n = 0; n < 16; n++) {
@@ -224,7 +224,7 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
         }
         wgmma_commit();
     };
-    auto take = [&](float(&acc)[16][4], int m, i32 i) {
+    auto take = [&](float (&acc)[16][4], int m, i32 i) {
         i32 start = number(i) * KEYS;
         if (!reach.whole(start, KEYS)) hide(acc, start, own[m]);
         rows[m].take(acc, start, p);
@@ -298,7 +298,7 @@ __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMa
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
     bool any = seen.all.lo < seen.all.hi;
     i32 from = any ? seen.all.lo / Tile::KEYS : 0, to = any ? (seen.all.hi + Tile::KEYS - 1) / Tile::KEYS : 0;
-    auto number = [&](i32 i) { return p.last ? to - 1 - i : from + i; };
+    auto number = [&](i32 i) { return p.tie == TIE_LAST ? to - 1 - i : from + i; };
     u32 group = __shfl_sync(ALL, threadIdx.x / 128, 0);
 
     if (group == 2) {
@@ -307,8 +307,7 @@ __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMa
         if (threadIdx.x == 256) load_tiles(tile, map, p, at, biases, to - from, number);
     } else {
         registers_raise<240>();
-        Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
-                          true};
+        Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim, true};
         // The first of the 16 rows that this warp has of every 64.
         u32 first = group * 64 * MT + threadIdx.x / 32 % 4 * 16;
         consume(tile, at, seen, first, keys, biases,
@@ -317,40 +316,40 @@ __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMa
 }
 
 template <class T, int DP, int MT, int STAGES>
-__device__ __forceinline__ void
-scan_best_hopper(const ScanParams &p, const TensorMap &map, const T *q, const T *k, const float *bias,
-                 const float *beta, const float *prior, const i32 *table, i32 *index, float *energy, const T *v,
-                 const float *threshold, T *y) {
-    hopper_block<T, DP, MT, STAGES>(
-        p, map, q, k, bias, table,
-        [&](const auto &, const Block &at, const Seen &seen, u32 first, const Source<T> &keys,
-            const float *biases, auto scan) {
-            BestRows best[MT];
-            scan(best);
+__device__ __forceinline__ void scan_top1_hopper(const ScanParams &p, const TensorMap &map, const T *q, const T *k,
+                                                 const float *bias, const float *beta, const float *prior,
+                                                 const i32 *table, i32 *index, float *energy, const T *v,
+                                                 const float *threshold, T *y) {
+    hopper_block<T, DP, MT, STAGES>(p, map, q, k, bias, table,
+                                    [&](const auto &, const Block &at, const Seen &seen, u32 first,
+                                        const Source<T> &keys, const float *biases, auto scan) {
+                                        BestRows best[MT];
+                                        scan(best);
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
+                                        for (int m = 0; m < MT; m++) {
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    for (u32 r = 0; r < 8; r++) {
-                        float score = __shfl_sync(ALL, best[m].score[half], r * 4);
-                        i32 winner = __shfl_sync(ALL, best[m].key[half], r * 4);
-                        u32 row = first + m * 64 + half * 8 + r;
-                        if (!at.exists(p, row)) continue;
-                        const T *query = query_row(p, at, q, row);
-                        if (score == GD_INFINITY)
-                            winner = search_row(query, keys, biases, seen.row[row], p.last);
-                        write_best(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
-                    }
-                }
-            }
-        });
+                                            for (int half = 0; half < 2; half++) {
+                                                for (u32 r = 0; r < 8; r++) {
+                                                    float score = __shfl_sync(ALL, best[m].score[half], r * 4);
+                                                    i32 winner = __shfl_sync(ALL, best[m].key[half], r * 4);
+                                                    u32 row = first + m * 64 + half * 8 + r;
+                                                    if (!at.exists(p, row)) continue;
+                                                    const T *query = query_row(p, at, q, row);
+                                                    if (score == GD_INFINITY)
+                                                        winner = search_row(query, keys, biases, seen.row[row], p.tie);
+                                                    write_best(p, at, row, winner, query, keys, beta, prior, index,
+                                                               energy, v, threshold, y);
+                                                }
+                                            }
+                                        }
+                                    });
 }
 
 template <class T, int DP, int STAGES>
-__device__ __forceinline__ void
-scan_list_hopper(const ScanParams &p, const TensorMap &map, const T *q, const T *k, const float *bias,
-                 const float *beta, const float *prior, const i32 *table, i32 *index, float *energy,
-                 const i32 *protected_keys, uint8_t *flags) {
+__device__ __forceinline__ void scan_topk_hopper(const ScanParams &p, const TensorMap &map, const T *q, const T *k,
+                                                 const float *bias, const float *beta, const float *prior,
+                                                 const i32 *table, i32 *index, float *energy, const i32 *protected_keys,
+                                                 uint8_t *flags) {
     hopper_block<T, DP, 1, STAGES>(
         p, map, q, k, bias, table,
         [&](const auto &tile, const Block &at, const Seen &seen, u32 first, const Source<T> &keys, const float *,
@@ -361,35 +360,34 @@ scan_list_hopper(const ScanParams &p, const TensorMap &map, const T *q, const T 
         });
 }
 
-#define SCAN_BEST_HOPPER(T, D, MT, STAGES)                                                                          \
-    extern "C" __global__ void __launch_bounds__(384, 1)                                                            \
-        scan_best_##T##_d##D##_sm90a(ScanParams p, const __grid_constant__ TensorMap map, const T *q, const T *k,   \
-                                     const float *bias, const float *beta, const float *prior, const i32 *table,    \
-                                     i32 *index, float *energy, const T *v, const float *threshold, T *y) {         \
-        scan_best_hopper<T, D, MT, STAGES>(p, map, q, k, bias, beta, prior, table, index, energy, v, threshold, y); \
-    }                                                                                                               \
-    GD_REGISTER(scan_best_##T##_d##D##_sm90a)
+#define SCAN_TOP1_HOPPER(T, D, MT, STAGES)                                                                             \
+    extern "C" __global__ void __launch_bounds__(384, 1)                                                               \
+        scan_top1_##T##_d##D##_sm90a(ScanParams p, const __grid_constant__ TensorMap map, const T *q, const T *k,      \
+                                     const float *bias, const float *beta, const float *prior, const i32 *table,       \
+                                     i32 *index, float *energy, const T *v, const float *threshold, T *y) {            \
+        scan_top1_hopper<T, D, MT, STAGES>(p, map, q, k, bias, beta, prior, table, index, energy, v, threshold, y);    \
+    }                                                                                                                  \
+    GD_REGISTER(scan_top1_##T##_d##D##_sm90a)
 
-#define SCAN_LIST_HOPPER(T, D, STAGES)                                                                              \
-    extern "C" __global__ void __launch_bounds__(384, 1)                                                            \
-        scan_list_##T##_d##D##_sm90a(ScanParams p, const __grid_constant__ TensorMap map, const T *q, const T *k,   \
-                                     const float *bias, const float *beta, const float *prior, const i32 *table,    \
-                                     i32 *index, float *energy, const i32 *protected_keys, uint8_t *flags) {        \
-        scan_list_hopper<T, D, STAGES>(p, map, q, k, bias, beta, prior, table, index, energy, protected_keys,       \
-                                       flags);                                                                      \
-    }                                                                                                               \
-    GD_REGISTER(scan_list_##T##_d##D##_sm90a)
+#define SCAN_TOPK_HOPPER(T, D, STAGES)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(384, 1)                                                               \
+        scan_topk_##T##_d##D##_sm90a(ScanParams p, const __grid_constant__ TensorMap map, const T *q, const T *k,      \
+                                     const float *bias, const float *beta, const float *prior, const i32 *table,       \
+                                     i32 *index, float *energy, const i32 *protected_keys, uint8_t *flags) {           \
+        scan_topk_hopper<T, D, STAGES>(p, map, q, k, bias, beta, prior, table, index, energy, protected_keys, flags);  \
+    }                                                                                                                  \
+    GD_REGISTER(scan_topk_##T##_d##D##_sm90a)
 
 // Lists leave no room for keys of head_dim 256.
-#define SCANS_HOPPER(T)                                                                                             \
-    SCAN_BEST_HOPPER(T, 32, 2, 4)                                                                                   \
-    SCAN_BEST_HOPPER(T, 64, 2, 4)                                                                                   \
-    SCAN_BEST_HOPPER(T, 96, 2, 4)                                                                                   \
-    SCAN_BEST_HOPPER(T, 128, 2, 4)                                                                                  \
-    SCAN_BEST_HOPPER(T, 192, 2, 2)                                                                                  \
-    SCAN_BEST_HOPPER(T, 256, 1, 2)                                                                                  \
-    SCAN_LIST_HOPPER(T, 32, 3)                                                                                      \
-    SCAN_LIST_HOPPER(T, 64, 3)                                                                                      \
-    SCAN_LIST_HOPPER(T, 96, 3)                                                                                      \
-    SCAN_LIST_HOPPER(T, 128, 3)                                                                                     \
-    SCAN_LIST_HOPPER(T, 192, 2)
+#define SCANS_HOPPER(T)                                                                                                \
+    SCAN_TOP1_HOPPER(T, 32, 2, 4)                                                                                      \
+    SCAN_TOP1_HOPPER(T, 64, 2, 4)                                                                                      \
+    SCAN_TOP1_HOPPER(T, 96, 2, 4)                                                                                      \
+    SCAN_TOP1_HOPPER(T, 128, 2, 4)                                                                                     \
+    SCAN_TOP1_HOPPER(T, 192, 2, 2)                                                                                     \
+    SCAN_TOP1_HOPPER(T, 256, 1, 2)                                                                                     \
+    SCAN_TOPK_HOPPER(T, 32, 3)                                                                                         \
+    SCAN_TOPK_HOPPER(T, 64, 3)                                                                                         \
+    SCAN_TOPK_HOPPER(T, 96, 3)                                                                                         \
+    SCAN_TOPK_HOPPER(T, 128, 3)                                                                                        \
+    SCAN_TOPK_HOPPER(T, 192, 2)

@@ -1,16 +1,16 @@
 // Instantiations of the gated activation.
 #include "../shared/swiglu.h"
 
-#define SWIGLU(T)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(256, 4)                                                            \
-        swiglu_forward_##T##_sm80(SwigluParams p, const T *gate, const T *lift, T *y) {                             \
-        swiglu_forward<T>(here(), p, gate, lift, y);                                                                \
-    }                                                                                                               \
-    GD_REGISTER(swiglu_forward_##T##_sm80)                                                                          \
-    extern "C" __global__ void __launch_bounds__(256, 4)                                                            \
-        swiglu_backward_##T##_sm80(SwigluParams p, const T *gate, const T *lift, const T *dy, T *dgate, T *dlift) { \
-        swiglu_backward<T>(here(), p, gate, lift, dy, dgate, dlift);                                                \
-    }                                                                                                               \
+#define SWIGLU(T)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
+        swiglu_forward_##T##_sm80(SwigluParams p, const T *gate, const T *lift, T *y) {                                \
+        swiglu_forward<T>(here(), p, gate, lift, y);                                                                   \
+    }                                                                                                                  \
+    GD_REGISTER(swiglu_forward_##T##_sm80)                                                                             \
+    extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
+        swiglu_backward_##T##_sm80(SwigluParams p, const T *gate, const T *lift, const T *dy, T *dgate, T *dlift) {    \
+        swiglu_backward<T>(here(), p, gate, lift, dy, dgate, dlift);                                                   \
+    }                                                                                                                  \
     GD_REGISTER(swiglu_backward_##T##_sm80)
 
 SWIGLU(f16)

@@ -18,8 +18,7 @@ template <class T> struct Source {
 };
 
 // Loads rows first..first + ROWS, zeros beyond the tensor's rows and dim; asynchronous where aligned.
-template <class T, int DP, int ROWS>
-__device__ __forceinline__ void load_rows(T *tile, const Source<T> &s, u32 first) {
+template <class T, int DP, int ROWS> __device__ __forceinline__ void load_rows(T *tile, const Source<T> &s, u32 first) {
     constexpr int V = 16 / sizeof(T), CHUNKS = DP / V, PITCH = DP + V;
     for (u32 c = threadIdx.x; c < u32(ROWS * CHUNKS); c += blockDim.x) {
         u32 row = first + c / CHUNKS, d = c % CHUNKS * V;
@@ -42,12 +41,12 @@ template <int KEYS> __device__ __forceinline__ void load_bias(float *to, const f
 }
 
 // The greatest score among keys that lanes propose (key -1: none), ties by the rule; the same in all lanes.
-__device__ __forceinline__ i32 best_key(float score, i32 key, u32 last) {
+__device__ __forceinline__ i32 best_key(float score, i32 key, u32 tie) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
         float s = __shfl_xor_sync(ALL, score, step);
         i32 j = __shfl_xor_sync(ALL, key, step);
-        bool wins = j >= 0 && (key < 0 || s > score || (s == score && before(j, key, last)));
+        bool wins = j >= 0 && (key < 0 || s > score || (s == score && before(j, key, tie)));
         if (wins) score = s, key = j;
     }
     return key;
@@ -67,8 +66,7 @@ template <class T, int DP, int MT> struct Mma {
     }
 
     // row(r) is row r of the warp, null where there is none.
-    template <class Row>
-    __device__ __forceinline__ void load_queries(T *, u32 dim, bool aligned, bool, Row row) {
+    template <class Row> __device__ __forceinline__ void load_queries(T *, u32 dim, bool aligned, bool, Row row) {
         u32 g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -84,8 +82,7 @@ template <class T, int DP, int MT> struct Mma {
     }
 
     // Adds the products with 8 NT keys of a tile, from key `first` on, to acc (which holds their biases).
-    template <int NT>
-    __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
+    template <int NT> __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
         u32 lane = lane_id();
         // Lane l names a row of one of: keys 0..8 at k 0 and 8, keys 8..16 at k 0 and 8.
         const T *from = tile + (first + lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
@@ -107,8 +104,8 @@ template <class T, int DP, int MT> struct Mma {
     // Of the keys of tile `tile` that lanes of column pair t hold, the best for row 8 * half + g of matrix M:
     // the same products again, on gathered keys, give the same bits.
     template <int M>
-    __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t,
-                                        int half, u32 g, Range seen, u32 last) const {
+    __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t, int half,
+                                        u32 g, Range seen, u32 tie) const {
         u32 lane = lane_id(), n = lane / 4, c = lane % 4;
         float score = -GD_INFINITY;
         i32 key = -1;
@@ -126,11 +123,10 @@ template <class T, int DP, int MT> struct Mma {
                 float s = half ? acc[2 + e] : acc[e];
                 i32 j = i32(at(2 * c + e));
                 bool open = lane / 4 == g && j >= seen.lo && j < seen.hi;
-                if (open && (s > score || (s == score && key >= 0 && before(j, key, last))))
-                    score = s, key = j;
+                if (open && (s > score || (s == score && key >= 0 && before(j, key, tie)))) score = s, key = j;
             }
         }
-        return best_key(score, key, last);
+        return best_key(score, key, tie);
     }
 };
 
@@ -142,8 +138,7 @@ template <class T, int DP, int MT> struct Ffma {
     const float *queries;
 
     // Where several warps share the rows, one of them stores; the others see them after a block barrier.
-    template <class Row>
-    __device__ __forceinline__ void load_queries(T *to, u32 dim, bool, bool store, Row row) {
+    template <class Row> __device__ __forceinline__ void load_queries(T *to, u32 dim, bool, bool store, Row row) {
         for (int r = 0; store && r < ROWS; r++) {
             const T *from = row(r);
             for (u32 d = lane_id(); d < DP; d += 32)
@@ -153,8 +148,7 @@ template <class T, int DP, int MT> struct Ffma {
         queries = to;
     }
 
-    template <int NT>
-    __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
+    template <int NT> __device__ __forceinline__ void scores(const T *tile, int first, float (&acc)[MT][NT][4]) const {
         u32 g = lane_id() / 4, t = lane_id() % 4;
         const float *q = queries + g * PITCH, *k = tile + (first + 2 * t) * PITCH;
 #pragma unroll 4
@@ -175,8 +169,8 @@ template <class T, int DP, int MT> struct Ffma {
     }
 
     template <int M>
-    __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t,
-                                        int half, u32 g, Range seen, u32 last) const {
+    __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t, int half,
+                                        u32 g, Range seen, u32 tie) const {
         u32 x = lane_id() % 8;
         i32 j = i32(tile * KEYS + x / 2 * 8 + 2 * t + x % 2);
         bool open = lane_id() < 8 && j >= seen.lo && j < seen.hi;
@@ -188,7 +182,7 @@ template <class T, int DP, int MT> struct Ffma {
                 score = fmaf(q[d], row[d], score);
         }
         // NaN, and what overflowed, is no score.
-        return best_key(score, score > -GD_INFINITY ? j : -1, last);
+        return best_key(score, score > -GD_INFINITY ? j : -1, tie);
     }
 };
 

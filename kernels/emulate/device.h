@@ -82,7 +82,8 @@ std::string left();
 
 // One launchable kernel.
 using Call = void (*)(void (*kernel)(), const void *params, void *const *pointers);
-void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers, uint32_t values);
+void enter(const char *name, const char *file, void (*kernel)(), Call call, size_t params, size_t pointers,
+           uint32_t values);
 
 // A kernel's argument: a pointer, or a struct that is passed by value.
 template <class A> A argument(void *at) {
@@ -105,11 +106,11 @@ template <class P, class... A> struct Invoke {
 };
 
 struct Entry {
-    template <class P, class... A> Entry(const char *name, void (*kernel)(P, A...)) {
+    template <class P, class... A> Entry(const char *name, const char *file, void (*kernel)(P, A...)) {
         // A bit for each argument that is passed by value.
         uint32_t values = 0, at = 0;
         ((values |= uint32_t(!std::is_pointer_v<A>) << at++), ...);
-        enter(name, reinterpret_cast<void (*)()>(kernel), Invoke<P, A...>::call, sizeof(P), sizeof...(A), values);
+        enter(name, file, reinterpret_cast<void (*)()>(kernel), Invoke<P, A...>::call, sizeof(P), sizeof...(A), values);
     }
 };
 
@@ -133,14 +134,14 @@ struct IntegerMma {
 #define GD_FAULT(n) (emulate::fault == (n))
 
 #ifndef GD_METAL
-#define GD_REGISTER(name) static const emulate::Entry entry_##name(#name, name);
+#define GD_REGISTER(name) static const emulate::Entry entry_##name(#name, __FILE__, name);
 // So that an array type can stand where a name follows.
 template <class T> using gd_type = T;
 
 #define GD_INFINITY std::numeric_limits<float>::infinity()
 #define GD_DYNAMIC_SHARED(name) unsigned char *name = static_cast<unsigned char *>(emulate::dynamic_shared())
-#define GD_SHARED(type, name)                                                                                \
-    static const char name##_tag = 0;                                                                        \
+#define GD_SHARED(type, name)                                                                                          \
+    static const char name##_tag = 0;                                                                                  \
     gd_type<type> &name = *static_cast<gd_type<type> *>(emulate::static_shared(&name##_tag, sizeof(type)))
 
 #define threadIdx emulate::thread

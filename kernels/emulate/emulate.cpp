@@ -102,6 +102,7 @@ struct Fenced {
 };
 
 struct Kernel {
+    const char *file;
     void (*function)();
     Call call;
     size_t params, pointers;
@@ -333,8 +334,8 @@ void fail(const char *format, ...) {
     va_start(list, format);
     std::vsnprintf(text, sizeof text, format, list);
     va_end(list);
-    machine.error = std::string(text) + " (block " + std::to_string(block.x) + ", thread " +
-                    std::to_string(thread.x) + ")";
+    machine.error =
+        std::string(text) + " (block " + std::to_string(block.x) + ", thread " + std::to_string(thread.x) + ")";
     leave();
     std::abort();
 }
@@ -405,8 +406,9 @@ void copy_wait(int under_way) {
     land(f, f.groups - (f.groups < uint32_t(under_way) ? f.groups : uint32_t(under_way)));
 }
 
-void enter(const char *name, void (*kernel)(), Call call, size_t params, size_t pointers, uint32_t values) {
-    kernels()[name] = {kernel, call, params, pointers, values};
+void enter(const char *name, const char *file, void (*kernel)(), Call call, size_t params, size_t pointers,
+           uint32_t values) {
+    kernels()[name] = {file, kernel, call, params, pointers, values};
 }
 
 float half_up(uint16_t bits) {
@@ -470,6 +472,14 @@ int gd_emulate_kernel(const char *name, size_t *params, size_t *pointers, uint32
     return 1;
 }
 
+// Name of the kernel at this position of all kernels, and the source file that defines it; null beyond the last.
+const char *gd_emulate_registered(size_t position, const char **file) {
+    if (position >= kernels().size()) return nullptr;
+    auto kernel = std::next(kernels().begin(), long(position));
+    *file = kernel->second.file;
+    return kernel->first.c_str();
+}
+
 // Function constants of the launches of this thread from now on.
 void gd_emulate_constants(uint32_t features_bits, uint32_t row_count) {
     features = features_bits;
@@ -477,9 +487,9 @@ void gd_emulate_constants(uint32_t features_bits, uint32_t row_count) {
 }
 
 // Runs a kernel; returns 0, or 1 and a text.
-int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, uint32_t shared,
-                      const void *params, size_t params_bytes, void *const *pointers, size_t count,
-                      uint64_t seed, int fault_number, char *text, size_t text_bytes) {
+int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, uint32_t shared, const void *params,
+                      size_t params_bytes, void *const *pointers, size_t count, uint64_t seed, int fault_number,
+                      char *text, size_t text_bytes) {
     Machine &m = machine;
     auto refuse = [&](const std::string &why) {
         std::snprintf(text, text_bytes, "%s", why.c_str());
@@ -489,8 +499,8 @@ int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, 
     if (found == kernels().end()) return refuse("no such kernel");
     const Kernel &k = found->second;
     if (k.params != params_bytes || k.pointers != count)
-        return refuse("takes params of " + std::to_string(k.params) + " bytes and " +
-                      std::to_string(k.pointers) + " pointers");
+        return refuse("takes params of " + std::to_string(k.params) + " bytes and " + std::to_string(k.pointers) +
+                      " pointers");
     if (threads == 0 || threads % 32 || threads > 1024 || shared > SHARED || grid[1] != 1 || grid[2] != 1)
         return refuse("a launch of this shape");
     static const bool installed = [] {

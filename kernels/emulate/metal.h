@@ -87,9 +87,9 @@ template <class P, class... A> struct InvokeMetal {
 };
 
 struct MetalEntry {
-    template <class P, class... A> MetalEntry(const char *name, void (*kernel)(const P &, A...)) {
+    template <class P, class... A> MetalEntry(const char *name, const char *file, void (*kernel)(const P &, A...)) {
         using I = InvokeMetal<P, A...>;
-        enter(name, reinterpret_cast<void (*)()>(kernel), I::call, sizeof(P), I::COUNT, 0);
+        enter(name, file, reinterpret_cast<void (*)()>(kernel), I::call, sizeof(P), I::COUNT, 0);
     }
 };
 
@@ -144,12 +144,18 @@ struct simd_vote {
 inline simd_vote simd_ballot(bool x) { return {emulate::meet_for(emulate::BALLOT, x)}; }
 inline bool simd_any(bool x) { return emulate::meet_for(emulate::BALLOT, x) != 0; }
 
-enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+enum class mem_flags {
+    mem_none,
+    mem_device,
+    mem_threadgroup
+};
 inline void simdgroup_barrier(mem_flags) { emulate::meet_for(emulate::SYNC, 0); }
 inline void threadgroup_barrier(mem_flags) { emulate::block_barrier(); }
 
 // Fibres are not interrupted, so that plain code is atomic.
-enum memory_order { memory_order_relaxed };
+enum memory_order {
+    memory_order_relaxed
+};
 struct atomic_uint {
     uint value;
 };
@@ -182,9 +188,7 @@ template <class T, int C, int R> struct simdgroup_matrix {
     static_assert(C == 8 && R == 8, "matrices are 8 x 8");
     T element[2];
 };
-template <class T, int C, int R = C> simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T x) {
-    return {{x, x}};
-}
+template <class T, int C, int R = C> simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T x) { return {{x, x}}; }
 
 // Element (row, column) is at row * elements_per_row + column; transposed, at column * .. + row.
 template <class T>
@@ -223,9 +227,9 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<float, 8, 8> &d, simdgroup_m
 
 } // namespace gd_metal
 
-#define GD_REGISTER(name) static const emulate::MetalEntry entry_##name(#name, name);
-#define GD_SHARED(type, name)                                                                                \
-    static const char name##_tag = 0;                                                                        \
+#define GD_REGISTER(name) static const emulate::MetalEntry entry_##name(#name, __FILE__, name);
+#define GD_SHARED(type, name)                                                                                          \
+    static const char name##_tag = 0;                                                                                  \
     gd_type<type> &name = *static_cast<gd_type<type> *>(emulate::static_shared(&name##_tag, sizeof(type)))
 #define GD_DYNAMIC_SHARED(type, name) emulate::Dynamic<type> name
 #define gd_present emulate::present

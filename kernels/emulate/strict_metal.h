@@ -61,11 +61,17 @@ struct simd_vote {
 simd_vote simd_ballot(bool x);
 bool simd_any(bool x);
 
-enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+enum class mem_flags {
+    mem_none,
+    mem_device,
+    mem_threadgroup
+};
 void simdgroup_barrier(mem_flags flags);
 void threadgroup_barrier(mem_flags flags);
 
-enum memory_order { memory_order_relaxed };
+enum memory_order {
+    memory_order_relaxed
+};
 struct atomic_uint {
     uint value;
 };
@@ -88,8 +94,8 @@ template <class T>
 void simdgroup_load(simdgroup_matrix<T, 8, 8> &m, const threadgroup T *from, ulong elements_per_row = 8,
                     ulong2 origin = 0, bool transpose = false);
 template <class T>
-void simdgroup_store(simdgroup_matrix<T, 8, 8> m, threadgroup T *to, ulong elements_per_row = 8,
-                     ulong2 origin = 0, bool transpose = false);
+void simdgroup_store(simdgroup_matrix<T, 8, 8> m, threadgroup T *to, ulong elements_per_row = 8, ulong2 origin = 0,
+                     bool transpose = false);
 template <class A, class B>
 void simdgroup_multiply_accumulate(simdgroup_matrix<float, 8, 8> &d, simdgroup_matrix<A, 8, 8> a,
                                    simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<float, 8, 8> c);

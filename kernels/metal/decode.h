@@ -3,7 +3,7 @@
 // once for all rows of the block, so that the heads of a group share the read. Each block leaves its best key
 // of every row, and a second kernel picks the best of those and writes index, energy and value row.
 #pragma once
-#include "../shared/rows.h"
+#include "../shared/query_rows.h"
 #include "range.h"
 
 // Rows and simdgroups of a block, keys of a tile.
@@ -27,8 +27,7 @@ struct Decoding {
 };
 
 template <class T>
-INLINE const device T *query_row(constant DecodeParams &p, const thread Decoding &at, const device T *q,
-                                 u32 r) {
+INLINE const device T *query_row(constant DecodeParams &p, const thread Decoding &at, const device T *q, u32 r) {
     return q + size_t(at.b) * p.q_batch + size_t(at.head(p, r)) * p.q_head + size_t(at.query(p, r)) * p.q_row;
 }
 
@@ -49,13 +48,12 @@ struct Best {
     float score;
     i32 key;
 };
-INLINE bool better(Best x, Best y, u32 last) {
-    return x.key >= 0 &&
-           (y.key < 0 || x.score > y.score || (x.score == y.score && before(x.key, y.key, last)));
+INLINE bool better(Best x, Best y, u32 tie) {
+    return x.key >= 0 && (y.key < 0 || x.score > y.score || (x.score == y.score && before(x.key, y.key, tie)));
 }
-INLINE Best best_across(Best x, u32 step, u32 last) {
+INLINE Best best_across(Best x, u32 step, u32 tie) {
     Best y = {shuffle_xor(x.score, step), shuffle_xor(x.key, step)};
-    return better(y, x, last) ? y : x;
+    return better(y, x, tie) ? y : x;
 }
 
 // Eight elements of a row from d on, as f32; zeros without a row or beyond it.
@@ -64,7 +62,7 @@ template <class T> INLINE void eight(const device T *row, u32 d, u32 dim, thread
         if (!row || d >= dim) {
             for (u32 y = 0; y < 4; y++)
                 x[from + y] = 0.0f;
-        } else if (has(ALIGNED)) {
+        } else if (has(FEATURE_VECTOR_LOADS)) {
             vec<T, 4> four = *reinterpret_cast<const device vec<T, 4> *>(row + d + from);
             for (u32 y = 0; y < 4; y++)
                 x[from + y] = up(four[y]);
@@ -104,11 +102,10 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
     if (!GD_FAULT(111)) block_barrier();
 
     i32 lo = seen[2 * ROWS], hi = seen[2 * ROWS + 1], from = lo / i32(TILE);
-    i32 count = max((hi + i32(TILE) - 1) / i32(TILE) - from, 0),
-        share = (count + i32(p.splits) - 1) / i32(p.splits);
+    i32 count = max((hi + i32(TILE) - 1) / i32(TILE) - from, 0), share = (count + i32(p.splits) - 1) / i32(p.splits);
     i32 begin = from + min(share * i32(split), count);
     i32 end = from + min(share * i32(split + 1) - (GD_FAULT(112) ? 1 : 0), count);
-    float scale = (p.score ? 1.0f : 0.5f) / beta[at.h0];
+    float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
     // Lane t of a key looks after rows t, t + 4, ..
     Best best[ROWS / 4];
     for (u32 x = 0; x < ROWS / 4; x++)
@@ -143,7 +140,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
             if (j < p.keys) {
                 u32 piece = piece_of(p, at, pages, j);
                 offset = bias[(size_t(piece) * p.kv_heads + at.kv) * p.bias_row + inside_piece(p, j)];
-                if (has(PRIOR)) offset = fma(prior[prior_at(p, at.b, at.h0) + j], scale, offset);
+                if (has(FEATURE_PRIOR)) offset = fma(prior[prior_at(p, at.b, at.h0) + j], scale, offset);
             }
 #pragma unroll
             for (u32 r = 0; r < ROWS; r++) {
@@ -153,7 +150,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
                 if (!GD_FAULT(113)) s += shuffle_xor(s, 2);
                 Best x = {s + offset, i32(j)};
                 bool open = i32(j) >= seen[2 * r] && i32(j) < seen[2 * r + 1] && finite(x.score);
-                if (r % 4 == t && open && better(x, best[r / 4], p.last)) best[r / 4] = x;
+                if (r % 4 == t && open && better(x, best[r / 4], p.tie)) best[r / 4] = x;
             }
         }
     }
@@ -161,7 +158,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
 #pragma unroll
     for (u32 x = 0; x < ROWS / 4; x++) {
         for (u32 step = 4; step < (GD_FAULT(114) ? 16 : 32); step *= 2)
-            best[x] = best_across(best[x], step, p.last);
+            best[x] = best_across(best[x], step, p.tie);
         if (g == 0) {
             scores[me.warp() * ROWS + 4 * x + t] = best[x].score;
             keys[me.warp() * ROWS + 4 * x + t] = best[x].key;
@@ -172,7 +169,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
         Best all = {-GD_INFINITY, -1};
         for (u32 w = 0; w < DECODE_WARPS; w++) {
             Best x = {scores[w * ROWS + me.index], keys[w * ROWS + me.index]};
-            if (better(x, all, p.last)) all = x;
+            if (better(x, all, p.tie)) all = x;
         }
         device u32 *to = partial + (size_t(me.block) * ROWS + me.index) * 2;
         to[0] = as_type<u32>(all.score);
@@ -184,8 +181,8 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
 template <class T>
 INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q, const device T *k,
                          const device float *beta, const device float *prior, const device i32 *pages,
-                         const device T *v, const device float *threshold, const device u32 *partial,
-                         device i32 *index, device float *energy, device T *y) {
+                         const device T *v, const device float *threshold, const device u32 *partial, device i32 *index,
+                         device float *energy, device T *y) {
     Decoding at(p, me.block);
     for (u32 r = me.warp(); r < ROWS; r += me.warps()) {
         if (!at.exists(p, r)) continue;
@@ -193,10 +190,10 @@ INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q,
         for (u32 s = me.lane(); s < p.splits - (GD_FAULT(116) ? 1 : 0); s += 32) {
             const device u32 *x = partial + ((size_t(me.block) * p.splits + s) * ROWS + r) * 2;
             Best found = {as_type<float>(x[0]), i32(x[1])};
-            if (better(found, best, p.last)) best = found;
+            if (better(found, best, p.tie)) best = found;
         }
         for (u32 step = 16; step > 0; step /= 2)
-            best = best_across(best, step, p.last);
+            best = best_across(best, step, p.tie);
         i32 winner = best.key;
         u32 h = at.head(p, r), j = u32(max(winner, 0));
         const device T *query = query_row(p, at, q, r), *key = key_row(p, at, pages, k, j);

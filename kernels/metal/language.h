@@ -1,7 +1,7 @@
 // Metal's words for the bodies of kernels/shared, and how a kernel of this folder is bound (gpu::Gpu::launch
 // has the same from the host's side):
 //
-//   name        operator, dtype, head_dim if the kernel is compiled for one, `metal`: scan_best_f16_d64_metal
+//   name        operator, dtype, head_dim if the kernel is compiled for one, `metal`: scan_top1_f16_d64_metal
 //   buffer 0    the params struct, as bytes
 //   buffer n    the n-th buffer of the launch from 1 on; a missing one is bound to anything, and known to be
 //               missing by function constant 0
@@ -48,17 +48,16 @@ typedef half f16;
 typedef ushort bf16;
 
 // What every kernel takes beside its buffers, and what it makes of that.
-#define GD_THREAD                                                                                             \
-    uint gd_index [[thread_position_in_threadgroup]], uint gd_block [[threadgroup_position_in_grid]],         \
+#define GD_THREAD                                                                                                      \
+    uint gd_index [[thread_position_in_threadgroup]], uint gd_block [[threadgroup_position_in_grid]],                  \
         uint gd_threads [[threads_per_threadgroup]]
-#define GD_HERE                                                                                               \
+#define GD_HERE                                                                                                        \
     Thread { gd_index, gd_block, gd_threads }
 // The n-th buffer, or null where the launch has none.
 #define GD_IF_PRESENT(n, pointer) ((gd_present >> ((n) - 1) & 1) ? (pointer) : nullptr)
 
 // Bits of function constant 1.
-enum Feature : u32 { CAUSAL = 1, WINDOW = 2, TABLE = 4, BOUNDARIES = 8, ALIGNED = 16, PRIOR = 32 };
-INLINE bool has(Feature f) { return (gd_features & f) != 0; }
+INLINE bool has(FeatureBit f) { return (gd_features & f) != 0; }
 
 // A thread of a block.
 struct Thread {
@@ -121,7 +120,7 @@ INLINE Total load(const threadgroup Total *at) { return {at->sum, at->rest}; }
 INLINE void store(Total x, threadgroup Total *at) { at->sum = x.sum, at->rest = x.rest; }
 
 // What a mask has.
-INLINE bool is_causal(constant MaskParams &) { return has(CAUSAL); }
-INLINE bool has_window(constant MaskParams &) { return has(WINDOW); }
-INLINE bool has_table(constant MaskParams &) { return has(TABLE); }
-INLINE bool has_boundaries(constant MaskParams &) { return has(BOUNDARIES); }
+INLINE bool is_causal(constant MaskParams &) { return has(FEATURE_CAUSAL); }
+INLINE bool has_window(constant MaskParams &) { return has(FEATURE_WINDOW); }
+INLINE bool has_table(constant MaskParams &) { return has(FEATURE_TABLE); }
+INLINE bool has_boundaries(constant MaskParams &) { return has(FEATURE_BOUNDARIES); }

@@ -1,6 +1,6 @@
 // What both scans share: which rows a block holds, which keys they see, and the walk over tiles.
 #pragma once
-#include "../shared/rows.h"
+#include "../shared/query_rows.h"
 #include "range.h"
 #include "tile.h"
 
@@ -15,12 +15,10 @@ template <class T> struct QueryRows {
     const device T *row(u32 r) const { return at.exists(p, r) ? query_row(p, at, q, r) : nullptr; }
 };
 
-template <class T>
-INLINE KeyRows<T> key_rows(constant ScanParams &p, const thread Block &at, const device T *k) {
+template <class T> INLINE KeyRows<T> key_rows(constant ScanParams &p, const thread Block &at, const device T *k) {
     return {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys};
 }
-INLINE const device float *key_biases(constant ScanParams &p, const thread Block &at,
-                                      const device float *bias) {
+INLINE const device float *key_biases(constant ScanParams &p, const thread Block &at, const device float *bias) {
     u32 head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     return bias + (size_t(at.b) * p.bias_heads + head) * p.bias_row;
 }
@@ -67,11 +65,11 @@ struct Tiles {
     i32 from, count;
     bool falling;
 
-    Tiles(const threadgroup i32 *seen, u32 last, i32 keys) {
+    Tiles(const threadgroup i32 *seen, u32 tie, i32 keys) {
         Range all = seen_by(seen, MAX_ROWS);
         from = all.lo / keys;
         count = all.lo < all.hi ? (all.hi + keys - 1) / keys - from : 0;
-        falling = last != 0;
+        falling = tie == TIE_LAST;
     }
     u32 number(i32 step) const { return u32(falling ? from + count - 1 - step : from + step); }
 };
@@ -90,8 +88,8 @@ INLINE void load_tile(Thread me, threadgroup typename Element<T>::type *tile, th
 // Brings the query rows of every simdgroup to its registers, by way of the tile.
 template <class T, int D, int MT, int KEYS>
 INLINE void load_queries(Thread me, thread Scoring<T, D, MT, KEYS> &scoring,
-                         threadgroup typename Element<T>::type *tile, constant ScanParams &p,
-                         const thread Block &at, const device T *q) {
+                         threadgroup typename Element<T>::type *tile, constant ScanParams &p, const thread Block &at,
+                         const device T *q) {
     static_assert(KEYS >= 8 * MT, "the tile holds the rows of a simdgroup");
     QueryRows<T> rows = {p, at, q};
     for (u32 w = 0; w < me.warps(); w++) {

@@ -1,4 +1,4 @@
 // Instantiations of the scan in bf16.
-#include "scan_table.h"
+#include "scan_instances.h"
 
 SCANS(bf16)

@@ -1,21 +1,19 @@
 // Instantiations of the gated activation.
 #include "../shared/swiglu.h"
 
-#define SWIGLU(T)                                                                                             \
-    KERNEL(256) swiglu_forward_##T##_metal(constant SwigluParams &p [[buffer(0)]],                            \
-                                           const device T *gate [[buffer(1)]],                                \
-                                           const device T *lift [[buffer(2)]], device T *y [[buffer(3)]],     \
-                                           GD_THREAD) {                                                       \
-        swiglu_forward<T>(GD_HERE, p, gate, lift, y);                                                         \
-    }                                                                                                         \
-    GD_REGISTER(swiglu_forward_##T##_metal)                                                                   \
-    KERNEL(256) swiglu_backward_##T##_metal(constant SwigluParams &p [[buffer(0)]],                           \
-                                            const device T *gate [[buffer(1)]],                               \
-                                            const device T *lift [[buffer(2)]],                               \
-                                            const device T *dy [[buffer(3)]], device T *dgate [[buffer(4)]],  \
-                                            device T *dlift [[buffer(5)]], GD_THREAD) {                       \
-        swiglu_backward<T>(GD_HERE, p, gate, lift, dy, dgate, dlift);                                         \
-    }                                                                                                         \
+#define SWIGLU(T)                                                                                                      \
+    KERNEL(256)                                                                                                        \
+    swiglu_forward_##T##_metal(constant SwigluParams &p [[buffer(0)]], const device T *gate [[buffer(1)]],             \
+                               const device T *lift [[buffer(2)]], device T *y [[buffer(3)]], GD_THREAD) {             \
+        swiglu_forward<T>(GD_HERE, p, gate, lift, y);                                                                  \
+    }                                                                                                                  \
+    GD_REGISTER(swiglu_forward_##T##_metal)                                                                            \
+    KERNEL(256)                                                                                                        \
+    swiglu_backward_##T##_metal(constant SwigluParams &p [[buffer(0)]], const device T *gate [[buffer(1)]],            \
+                                const device T *lift [[buffer(2)]], const device T *dy [[buffer(3)]],                  \
+                                device T *dgate [[buffer(4)]], device T *dlift [[buffer(5)]], GD_THREAD) {             \
+        swiglu_backward<T>(GD_HERE, p, gate, lift, dy, dgate, dlift);                                                  \
+    }                                                                                                                  \
     GD_REGISTER(swiglu_backward_##T##_metal)
 
 SWIGLU(f32)

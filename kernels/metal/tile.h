@@ -22,8 +22,8 @@ template <class T> struct KeyRows {
 
 // Loads ROWS rows from `first` on, zeros beyond the last row and beyond dim; by all threads of a block.
 template <class T, int D, int ROWS, class Rows>
-INLINE void load_rows(Thread me, threadgroup typename Element<T>::type *tile, const thread Rows &rows,
-                      u32 first, u32 dim) {
+INLINE void load_rows(Thread me, threadgroup typename Element<T>::type *tile, const thread Rows &rows, u32 first,
+                      u32 dim) {
     typedef typename Element<T>::type E;
     constexpr u32 PITCH = D + 16 / sizeof(E);
     for (u32 c = me.index; c < ROWS * D / 4; c += me.threads) {
@@ -33,7 +33,7 @@ INLINE void load_rows(Thread me, threadgroup typename Element<T>::type *tile, co
         if (!row || d >= dim) {
             for (u32 x = 0; x < 4; x++)
                 to[x] = Element<T>::of(down<T>(0.0f));
-        } else if (has(ALIGNED)) {
+        } else if (has(FEATURE_VECTOR_LOADS)) {
             vec<T, 4> from = *reinterpret_cast<const device vec<T, 4> *>(row + d);
             for (u32 x = 0; x < 4; x++)
                 to[x] = Element<T>::of(from[x]);

@@ -4,9 +4,7 @@
 #include "row.h"
 
 // Elements of a gradient that make one part of its sum of squares; each thread of a block of 256 takes 64.
-constexpr CONSTANT u32 SQUARES_PIECE = 16384;
 // Elements of a thread of an update.
-constexpr CONSTANT u32 ADAMW_EACH = 4;
 
 // The sum over a block, in thread 0, in an order of its own; `sums` holds one a thread.
 INLINE Total block_total(Thread me, Total x, SHARED Total *sums) {
@@ -26,7 +24,7 @@ INLINE Total block_total(Thread me, Total x, SHARED Total *sums) {
 template <class T>
 INLINE void squares(Thread me, PARAMS SquaresParams &p, SHARED Total *sums, const DEVICE T *gradient,
                     DEVICE float *parts) {
-    u32 first = me.block * SQUARES_PIECE, end = min(p.count, first + SQUARES_PIECE);
+    u32 first = me.block * SQUARES_BLOCK_ELEMENTS, end = min(p.count, first + SQUARES_BLOCK_ELEMENTS);
     float sum = 0;
     for (u32 at = first + me.index; at < end; at += me.threads)
         sum = fma(up(gradient[at]), up(gradient[at]), sum);
@@ -44,7 +42,7 @@ struct Verdict {
 INLINE void clip(Thread me, PARAMS ClipParams &p, SHARED Total *sums, const DEVICE float *parts,
                  const DEVICE float *losses, DEVICE Verdict *verdict) {
     Total sum = total(0.0f);
-    for (u32 at = me.index; at < p.parts; at += me.threads)
+    for (u32 at = me.index; at < p.partials; at += me.threads)
         sum = plus(sum, total(parts[at]));
     sum = block_total(me, sum, sums);
     if (me.index > 0) return;
@@ -53,7 +51,7 @@ INLINE void clip(Thread me, PARAMS ClipParams &p, SHARED Total *sums, const DEVI
         loss = plus(loss, total(losses[at]));
     float mean = value(loss) / p.weight, norm = sqrt(value(sum)) / p.weight;
     bool good = finite(mean) && finite(norm) && !(mean > p.loss_limit) && !(norm > p.norm_limit);
-    float factor = (norm > p.most ? p.most / norm : 1.0f) / p.weight;
+    float factor = (norm > p.max_norm ? p.max_norm / norm : 1.0f) / p.weight;
     verdict->loss = mean;
     verdict->norm = norm;
     verdict->factor = good || GD_FAULT(45) ? factor : GD_INFINITY;
@@ -70,16 +68,16 @@ INLINE void adamw(Thread me, PARAMS AdamwParams &p, const DEVICE Verdict *verdic
     float factor = verdict->factor;
     if (!finite(factor)) return;
     bool late = before && !finite(before->factor) && !GD_FAULT(46);
-    float rate = late ? p.late_rate : p.rate, root = late ? p.late_root : p.root;
-    u32 first = me.block * me.threads * ADAMW_EACH + me.index;
+    float rate = late ? p.previous_step_size : p.step_size, root = late ? p.previous_root_scale : p.root_scale;
+    u32 first = me.block * me.threads * ADAMW_THREAD_ELEMENTS + me.index;
 #pragma unroll
-    for (u32 e = 0; e < ADAMW_EACH; e++) {
+    for (u32 e = 0; e < ADAMW_THREAD_ELEMENTS; e++) {
         u32 at = first + e * me.threads;
         if (at >= p.count) return;
         float g = up(gradient[at]) * factor;
-        float x = m[at] * p.beta1 + g * p.gain1, y = v[at] * p.beta2 + g * g * p.gain2;
+        float x = m[at] * p.beta1 + g * p.one_minus_beta1, y = v[at] * p.beta2 + g * g * p.one_minus_beta2;
         float w = master ? master[at] : up(parameter[at]);
-        w = w * p.keep - rate * x / (sqrt(y) * root + p.eps);
+        w = w * p.weight_scale - rate * x / (sqrt(y) * root + p.eps);
         m[at] = x;
         v[at] = y;
         if (master) master[at] = w;

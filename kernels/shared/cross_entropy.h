@@ -2,7 +2,7 @@
 // of logits [B, H, N, V]; targets, losses and the logarithms of the sums [B H N]. Computed in f32; gradients are
 // rounded once.
 #pragma once
-#include "place.h"
+#include "row_index.h"
 
 // The target of a row that does not count.
 constexpr CONSTANT u32 IGNORED = 0xffffffffu;
@@ -71,8 +71,8 @@ INLINE void cross_entropy_forward(Thread me, PARAMS CrossEntropyParams &p, SHARE
 // (softmax - one-hot) times the gradient of the row's loss.
 template <class T>
 INLINE void cross_entropy_backward(Thread me, PARAMS CrossEntropyParams &p, const DEVICE T *logits,
-                                   const DEVICE u32 *targets, const DEVICE float *log_sums,
-                                   const DEVICE float *dlosses, DEVICE T *dlogits) {
+                                   const DEVICE u32 *targets, const DEVICE float *log_sums, const DEVICE float *dlosses,
+                                   DEVICE T *dlogits) {
     u32 target = targets[me.block];
     float log_sum = log_sums[me.block], scale = dlosses[me.block];
     logits += Place(me.block, p.heads, p.rows).at(p.x_batch, p.x_head, p.x_row);

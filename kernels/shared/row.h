@@ -11,21 +11,20 @@ INLINE float pair_form(Thread me, u32 score, const DEVICE Q *q, const DEVICE K *
     float sum = 0;
     for (u32 d = me.lane(); d < dim; d += 32) {
         float x = up(q[d]), y = up(k[d]);
-        sum = score ? fma(-x, y, sum) : fma(x - y, x - y, sum);
+        sum = score == SCORE_DOT ? fma(-x, y, sum) : fma(x - y, x - y, sum);
     }
     return warp_sum(sum);
 }
 
 // beta |q - k|^2 - b, or -beta <q, k> - b.
 template <class Q, class K>
-INLINE float pair_energy(Thread me, u32 score, float beta, float prior, const DEVICE Q *q, const DEVICE K *k,
-                         u32 dim) {
+INLINE float pair_energy(Thread me, u32 score, float beta, float prior, const DEVICE Q *q, const DEVICE K *k, u32 dim) {
     return beta * pair_form(me, score, q, k, dim) - prior;
 }
 
 // The bias of a key without a prior, by a warp: -|k|^2 / 2, or 0 for the dot product.
 template <class K> INLINE float key_bias(Thread me, u32 score, const DEVICE K *k, u32 dim) {
-    if (score) return 0;
+    if (score == SCORE_DOT) return 0;
     float sum = 0;
     for (u32 d = me.lane(); d < dim; d += 32)
         sum = fma(up(k[d]), up(k[d]), sum);
@@ -40,7 +39,7 @@ INLINE float warp_min(float x) {
 }
 
 // Whether key x goes before key y among equals.
-INLINE bool before(i32 x, i32 y, u32 last) { return last ? x > y : x < y; }
+INLINE bool before(i32 x, i32 y, u32 tie) { return tie == TIE_LAST ? x > y : x < y; }
 
 // Where the prior of a head starts, of [prior_batch, prior_heads, keys].
 template <class P> INLINE size_t prior_at(PARAMS P &p, u32 b, u32 h) {

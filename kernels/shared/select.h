@@ -1,6 +1,6 @@
 // The choice among candidates, one query row a warp: record, output, and the row's part of the backward pass.
 #pragma once
-#include "choice.h"
+#include "select_choice.h"
 
 // The row of a warp.
 struct Place {
@@ -17,8 +17,7 @@ struct Place {
     }
 };
 
-template <class T>
-INLINE const DEVICE T *q_row(PARAMS SelectParams &p, const LOCAL Place &at, const DEVICE T *q) {
+template <class T> INLINE const DEVICE T *q_row(PARAMS SelectParams &p, const LOCAL Place &at, const DEVICE T *q) {
     return q + size_t(at.b) * p.q_batch + size_t(at.h) * p.q_head + size_t(at.i) * p.q_row;
 }
 template <class T>
@@ -29,8 +28,7 @@ template <class T>
 INLINE const DEVICE T *v_row(PARAMS SelectParams &p, const LOCAL Place &at, const DEVICE T *v, i32 j) {
     return v + size_t(at.b) * p.v_batch + size_t(at.kv) * p.v_head + size_t(j) * p.v_row;
 }
-template <class T>
-INLINE const DEVICE T *d_row(PARAMS SelectParams &p, const LOCAL Place &at, const DEVICE T *d) {
+template <class T> INLINE const DEVICE T *d_row(PARAMS SelectParams &p, const LOCAL Place &at, const DEVICE T *d) {
     return d + size_t(at.b) * p.d_batch + size_t(at.h) * p.d_head + size_t(at.i) * p.d_row;
 }
 
@@ -59,10 +57,10 @@ template <class X> INLINE X of_slot(const LOCAL X (&x)[2], u32 s) {
 // Record and output of a row. slot, winner, nearest, chosen energy, margin and gate [B, Hq, N]; y may be
 // null.
 template <class T>
-INLINE void select_forward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
-                           const DEVICE i32 *index, const DEVICE float *tau, const DEVICE T *v,
-                           DEVICE i32 *slot, DEVICE i32 *winner, DEVICE i32 *nearest, DEVICE float *chosen,
-                           DEVICE float *margin, DEVICE float *gate, DEVICE T *y) {
+INLINE void select_forward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *index,
+                           const DEVICE float *tau, const DEVICE T *v, DEVICE i32 *slot, DEVICE i32 *winner,
+                           DEVICE i32 *nearest, DEVICE float *chosen, DEVICE float *margin, DEVICE float *gate,
+                           DEVICE T *y) {
     Place at(me, p);
     if (!at.exists) return;
     Candidates c = load_candidates(me, p, energy, index, at.row);
@@ -104,10 +102,9 @@ INLINE void select_forward(Thread me, PARAMS SelectParams &p, const DEVICE float
 // Gradients of the energies, the weights of dy in the value rows [B, Hq, N, K], and of the threshold [B, Hq,
 // N].
 template <class T>
-INLINE void select_backward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
-                            const DEVICE i32 *index, const DEVICE float *tau, const DEVICE T *v,
-                            const DEVICE T *dy, DEVICE float *denergy, DEVICE float *weights,
-                            DEVICE float *dtau) {
+INLINE void select_backward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *index,
+                            const DEVICE float *tau, const DEVICE T *v, const DEVICE T *dy, DEVICE float *denergy,
+                            DEVICE float *weights, DEVICE float *dtau) {
     Place at(me, p);
     if (!at.exists) return;
     Candidates c = load_candidates(me, p, energy, index, at.row);
@@ -115,7 +112,7 @@ INLINE void select_backward(Thread me, PARAMS SelectParams &p, const DEVICE floa
     const DEVICE T *gradient = d_row(p, at, dy);
     float a[2] = {0, 0};
     // The winner's estimator needs its own product alone, and that only for a gate.
-    bool own = p.estimator == 1 && p.hardness == 1.0f;
+    bool own = p.estimator == ESTIMATOR_WINNER && p.hardness == 1.0f;
     bool open[2];
     for (u32 x = 0; x < 2; x++)
         open[x] = c.key[x] >= 0 && (!own || i32(me.lane() + 32 * x) == choice.winner);
@@ -134,8 +131,7 @@ INLINE void select_backward(Thread me, PARAMS SelectParams &p, const DEVICE floa
     float de[2], dv[2], dt = choice_backward(me, p, c, choice, tau[at.h], a, de, dv);
     for (u32 x = 0; x < 2; x++) {
         u32 s = me.lane() + 32 * x;
-        if (s < p.slots)
-            denergy[size_t(at.row) * p.slots + s] = de[x], weights[size_t(at.row) * p.slots + s] = dv[x];
+        if (s < p.slots) denergy[size_t(at.row) * p.slots + s] = de[x], weights[size_t(at.row) * p.slots + s] = dv[x];
     }
     if (me.lane() == 0) dtau[at.row] = dt;
 }
@@ -162,8 +158,8 @@ INLINE void energy_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q,
 // dq [B, Hq, N, D] and the row's gradient of beta [B, Hq, N] from that of the energies.
 template <class T>
 INLINE void energy_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
-                            const DEVICE float *beta, const DEVICE i32 *index, const DEVICE float *grad,
-                            DEVICE T *dq, DEVICE float *dbeta) {
+                            const DEVICE float *beta, const DEVICE i32 *index, const DEVICE float *grad, DEVICE T *dq,
+                            DEVICE float *dbeta) {
     Place at(me, p);
     if (!at.exists) return;
     const DEVICE T *query = q_row(p, at, q);
@@ -175,11 +171,11 @@ INLINE void energy_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *q
             float g = j >= 0 ? grad[size_t(at.row) * p.slots + s] : 0.0f;
             if (g == 0) continue;
             const DEVICE T *key = k_row(p, at, k, j);
-            float c = p.score ? -(scale * g) : 2.0f * scale * g;
+            float c = p.score == SCORE_DOT ? -(scale * g) : 2.0f * scale * g;
 #pragma unroll
             for (u32 x = 0; x < 4; x++) {
                 u32 d = first + 32 * x + me.lane();
-                if (d < p.head_dim) sum[x] += c * (p.score ? up(key[d]) : up(query[d]) - up(key[d]));
+                if (d < p.head_dim) sum[x] += c * (p.score == SCORE_DOT ? up(key[d]) : up(query[d]) - up(key[d]));
             }
             // The derivative by beta is the energy at beta 1, without a prior.
             if (first == 0) db += g * pair_form(me, p.score, query, key, p.head_dim);

@@ -1,13 +1,12 @@
 // The gated activation of a feed-forward block: y = silu(gate) up, elementwise. A warp takes a row of gate, up and y
 // [B, H, N, C]. Computed in f32, rounded once.
 #pragma once
-#include "place.h"
+#include "row_index.h"
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
 template <class T>
-INLINE void swiglu_forward(Thread me, PARAMS SwigluParams &p, const DEVICE T *gate, const DEVICE T *lift,
-                           DEVICE T *y) {
+INLINE void swiglu_forward(Thread me, PARAMS SwigluParams &p, const DEVICE T *gate, const DEVICE T *lift, DEVICE T *y) {
     u32 row = me.block * me.warps() + me.warp();
     if (row >= p.batch * p.heads * p.rows) return;
     Place place(row, p.heads, p.rows);

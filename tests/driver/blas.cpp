@@ -16,9 +16,12 @@ namespace {
 double read(const void *at, size_t n, cudaDataType type) {
     uint16_t bits;
     switch (type) {
-    case CUDA_R_64F: return static_cast<const double *>(at)[n];
-    case CUDA_R_32F: return static_cast<const float *>(at)[n];
-    case CUDA_R_16F: return emulate::half_up(static_cast<const uint16_t *>(at)[n]);
+    case CUDA_R_64F:
+        return static_cast<const double *>(at)[n];
+    case CUDA_R_32F:
+        return static_cast<const float *>(at)[n];
+    case CUDA_R_16F:
+        return emulate::half_up(static_cast<const uint16_t *>(at)[n]);
     default:
         bits = static_cast<const uint16_t *>(at)[n];
         uint32_t wide = uint32_t(bits) << 16;
@@ -30,10 +33,17 @@ double read(const void *at, size_t n, cudaDataType type) {
 
 void write(void *at, size_t n, double x, cudaDataType type) {
     switch (type) {
-    case CUDA_R_64F: static_cast<double *>(at)[n] = x; break;
-    case CUDA_R_32F: static_cast<float *>(at)[n] = float(x); break;
-    case CUDA_R_16F: static_cast<uint16_t *>(at)[n] = emulate::half_down(float(x)); break;
-    default: static_cast<uint16_t *>(at)[n] = emulate::bfloat_down(float(x));
+    case CUDA_R_64F:
+        static_cast<double *>(at)[n] = x;
+        break;
+    case CUDA_R_32F:
+        static_cast<float *>(at)[n] = float(x);
+        break;
+    case CUDA_R_16F:
+        static_cast<uint16_t *>(at)[n] = emulate::half_down(float(x));
+        break;
+    default:
+        static_cast<uint16_t *>(at)[n] = emulate::bfloat_down(float(x));
     }
 }
 
@@ -47,7 +57,8 @@ void product(bool ta, bool tb, int m, int n, int k, double alpha, const void *a,
     if (double(m) * n * k > 4e9) {
         // By such a product a program measures the rate of a GPU; its numbers are of no use here.
         for (int i = 0; i < batch; i++)
-            std::memset(static_cast<char *>(c) + size_t(i * c_step) * bytes(c_type), 0, size_t(n) * ldc * bytes(c_type));
+            std::memset(static_cast<char *>(c) + size_t(i * c_step) * bytes(c_type), 0,
+                        size_t(n) * ldc * bytes(c_type));
         return;
     }
     std::vector<Sum> wide_a(size_t(m) * k), column(k), sums(m);
@@ -57,8 +68,7 @@ void product(bool ta, bool tb, int m, int n, int k, double alpha, const void *a,
         auto *pc = static_cast<char *>(c) + size_t(i * c_step) * bytes(c_type);
         for (int x = 0; x < k; x++)
             for (int row = 0; row < m; row++)
-                wide_a[size_t(x) * m + row] =
-                    Sum(read(pa, ta ? size_t(row) * lda + x : size_t(x) * lda + row, a_type));
+                wide_a[size_t(x) * m + row] = Sum(read(pa, ta ? size_t(row) * lda + x : size_t(x) * lda + row, a_type));
         for (int col = 0; col < n; col++) {
             sums.assign(size_t(m), 0);
             for (int x = 0; x < k; x++) {

@@ -123,8 +123,8 @@ CUresult release(CUdeviceptr at) {
 CUresult copy(const char *what, void *to, const void *from, size_t bytes, bool to_device, bool from_device) {
     Guard guard(lock);
     if ((to_device && room(uintptr_t(to)) < bytes) || (from_device && room(uintptr_t(from)) < bytes))
-        return refuse(CUDA_ERROR_INVALID_VALUE, "%s of %zu bytes from %p to %p: not within device memory", what,
-                      bytes, from, to);
+        return refuse(CUDA_ERROR_INVALID_VALUE, "%s of %zu bytes from %p to %p: not within device memory", what, bytes,
+                      from, to);
     std::memcpy(to, from, bytes);
     counts.add(what, bytes);
     return CUDA_SUCCESS;
@@ -159,7 +159,8 @@ void parse(const std::string &ptx, Module &module) {
             size_t end = list.find(',', from);
             std::string one = list.substr(from, end == std::string::npos ? end : end - from);
             Argument a = {0, one.find(" .f32") != std::string::npos || one.find(" .f64") != std::string::npos};
-            for (auto [name, bytes] : {std::pair(" .b8", 1), {" .u8", 1}, {" .s8", 1}, {"16", 2}, {"32", 4}, {"64", 8}}) {
+            for (auto [name, bytes] :
+                 {std::pair(" .b8", 1), {" .u8", 1}, {" .s8", 1}, {"16", 2}, {"32", 4}, {"64", 8}}) {
                 std::string text = name;
                 if (text[0] != ' ') {
                     for (const char *kind : {" .u", " .s", " .b", " .f"})
@@ -191,8 +192,8 @@ void enter(void *with) {
                           uint64_t, uint64_t, uint64_t, uint64_t);
     const uint64_t *i = c.integers;
     const double *d = c.numbers;
-    reinterpret_cast<Code>(c.code)(i[0], i[1], i[2], i[3], i[4], i[5], d[0], d[1], d[2], d[3], d[4], d[5], d[6],
-                                   d[7], i[6], i[7], i[8], i[9], i[10], i[11], i[12], i[13], i[14], i[15]);
+    reinterpret_cast<Code>(c.code)(i[0], i[1], i[2], i[3], i[4], i[5], d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7],
+                                   i[6], i[7], i[8], i[9], i[10], i[11], i[12], i[13], i[14], i[15]);
 }
 
 CUresult launch(Function &f, grid::Index blocks, grid::Index threads, uint32_t shared, void **arguments) {
@@ -242,8 +243,10 @@ CUresult launch(Function &f, grid::Index blocks, grid::Index threads, uint32_t s
             std::memcpy(to, arguments[n], bytes);
             if (bytes == 8 && !floating) device(arguments[n]);
         }
-        if (integers > 16 || numbers > 8) error = "more arguments than this driver passes";
-        else error = grid::run(enter, &call, blocks, threads, shared);
+        if (integers > 16 || numbers > 8)
+            error = "more arguments than this driver passes";
+        else
+            error = grid::run(enter, &call, blocks, threads, shared);
     }
     counts.add(f.name, touched);
     if (!error.empty()) return refuse(CUDA_ERROR_LAUNCH_FAILED, "%s: %s", f.name.c_str(), error.c_str());
@@ -287,14 +290,29 @@ GD_DRIVER cuDeviceGetName(char *name, int bytes, CUdevice) {
 }
 GD_DRIVER cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) {
     switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = compute() / 10; break;
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = compute() % 10; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = (compute() >= 90 ? 227 : 163) << 10; break;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 4; break;
-    case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
-    case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = 1024; break;
-    default: *value = 0;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+        *value = compute() / 10;
+        break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
+        *value = compute() % 10;
+        break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
+        *value = (compute() >= 90 ? 227 : 163) << 10;
+        break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+        *value = 4;
+        break;
+    case CU_DEVICE_ATTRIBUTE_WARP_SIZE:
+        *value = 32;
+        break;
+    case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED:
+        *value = 1;
+        break;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+        *value = 1024;
+        break;
+    default:
+        *value = 0;
     }
     return CUDA_SUCCESS;
 }
@@ -392,13 +410,14 @@ GD_DRIVER cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attribute, 
     if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
         int most;
         cuDeviceGetAttribute(&most, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 0);
-        if (value > most) return refuse(CUDA_ERROR_INVALID_VALUE, "%s: %d bytes of shared memory", f.name.c_str(), value);
+        if (value > most)
+            return refuse(CUDA_ERROR_INVALID_VALUE, "%s: %d bytes of shared memory", f.name.c_str(), value);
         f.shared = uint32_t(value);
     }
     return CUDA_SUCCESS;
 }
-GD_DRIVER cuLaunchKernel(CUfunction handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                         unsigned shared, CUstream, void **arguments, void **) {
+GD_DRIVER cuLaunchKernel(CUfunction handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                         unsigned bz, unsigned shared, CUstream, void **arguments, void **) {
     return launch(*reinterpret_cast<Function *>(handle), {gx, gy, gz}, {bx, by, bz}, shared, arguments);
 }
 

@@ -13,7 +13,12 @@ namespace {
 
 constexpr size_t STACK = 64 << 10;
 
-enum class State { Ready, Barrier, Shuffle, Left };
+enum class State {
+    Ready,
+    Barrier,
+    Shuffle,
+    Left
+};
 
 // A stack on which threads run, one after the other as long as none of them has to wait.
 struct Fibre {

@@ -8,6 +8,8 @@ curandStatus_t curandCreateGenerator(curandGenerator_t *generator, curandRngType
     return CURAND_STATUS_SUCCESS;
 }
 curandStatus_t curandDestroyGenerator(curandGenerator_t) { return CURAND_STATUS_SUCCESS; }
-curandStatus_t curandSetPseudoRandomGeneratorSeed(curandGenerator_t, unsigned long long) { return CURAND_STATUS_SUCCESS; }
+curandStatus_t curandSetPseudoRandomGeneratorSeed(curandGenerator_t, unsigned long long) {
+    return CURAND_STATUS_SUCCESS;
+}
 curandStatus_t curandSetStream(curandGenerator_t, cudaStream_t) { return CURAND_STATUS_SUCCESS; }
 }

@@ -78,7 +78,8 @@ pub mod gpu {
     #[cfg(feature = "emulate")]
     pub use crate::backend::gpu::emulate;
     pub use crate::backend::gpu::{
-        Arch, Constants, Gpu, Launch, Prior, RowSizes, Slice, Tensor4, TensorMap, params, tensor_map,
+        Arch, Constants, Gpu, Kernel, KernelOp, Launch, Prior, RowSizes, Slice, Tensor4, TensorMap, kernel,
+        params, tensor_map,
     };
     pub use crate::cache::int8_keys::launch as quantize;
     pub use crate::ops::adamw::gpu::launch as adamw;
@@ -95,6 +96,7 @@ pub mod gpu {
     /// Launches of a scan.
     pub mod scan {
         pub use crate::backend::gpu::Prior;
+        pub use crate::backend::gpu::kernel::HEAD_DIMS;
         pub use crate::cache::key_bias::launch::key_bias;
         pub use crate::ops::scan::gpu::launch::*;
     }

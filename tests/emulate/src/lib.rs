@@ -6,6 +6,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::hash::{DefaultHasher, Hasher};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
@@ -23,6 +24,7 @@ struct Field {
 unsafe extern "C" {
     fn gd_emulate_allocate(bytes: usize, place: u32, pages: *mut *mut c_void, mapped: *mut usize) -> *mut u8;
     fn gd_emulate_free(pages: *mut c_void, mapped: usize);
+    fn gd_emulate_registered(position: usize, file: *mut *const c_char) -> *const c_char;
     fn gd_emulate_constants(features: u32, rows: u32);
     fn gd_emulate_launch(
         name: *const c_char,
@@ -71,6 +73,24 @@ pub fn layouts() -> Layouts {
         }
     }
     all
+}
+
+/// Every kernel that the sources define: its symbol, and its source file without folder and extension.
+pub fn registered() -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    let mut file = std::ptr::null();
+    // SAFETY: the call writes a pointer to `file`; both texts are static and end with 0.
+    unsafe {
+        let text = |p: *const c_char| CStr::from_ptr(p).to_string_lossy().into_owned();
+        loop {
+            let name = gd_emulate_registered(all.len(), &raw mut file);
+            if name.is_null() {
+                return all;
+            }
+            let stem = Path::new(&text(file)).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            all.push((text(name), stem));
+        }
+    }
 }
 
 /// Memory between two pages that fault, all of it NaN at first.
@@ -222,7 +242,7 @@ impl Gpu for Emulator {
 impl Emulator {
     fn start(&self, map: Option<&TensorMap<'_, Buffer>>, launch: &Launch<'_, Buffer>) -> Result<()> {
         let fail = |why: &str| Error::Unsupported(format!("{launch}: {why}"));
-        let name = CString::new(launch.kernel.as_str()).map_err(|e| fail(&e.to_string()))?;
+        let name = CString::new(launch.kernel.to_string()).map_err(|e| fail(&e.to_string()))?;
         let pointer = |slice: &Option<Slice<'_, Buffer>>| match slice {
             Some(s) if s.offset <= s.buffer.bytes => Ok(s.buffer.at.wrapping_add(s.offset)),
             Some(s) => Err(fail(&format!("offset {} in a buffer of {}", s.offset, s.buffer.bytes))),

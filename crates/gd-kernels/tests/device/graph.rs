@@ -352,7 +352,7 @@ fn refusals(device: &Device, name: &str) -> Result<()> {
     let plain = Scan::new(&beta, &mask, 4);
     named(scan_all(&q, &k, &plain), "dense");
     let text = plan(&q, &k, &plain)?.to_string();
-    assert!(text.starts_with(&format!("{name}/scan_list_f32_d64")), "{text}");
+    assert!(text.starts_with(&format!("{name}/scan_topk_f32_d64")), "{text}");
     // A NaN is refused in the checked mode, by name, and so are parameters.
     let bad = Tensor::new(&[[[[f32::NAN, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]]], device)?;
     let one = Tensor::ones(1, DType::F32, device)?;

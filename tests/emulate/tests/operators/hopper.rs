@@ -4,6 +4,7 @@
 use candle_core::DType;
 use gd_emulate::Emulator;
 use gd_kernels::gpu::Gpu;
+use gd_kernels::gpu::kernel::KernelTarget;
 
 use crate::problems::{Case, Spec, View};
 use crate::scan::{Uploaded, check_case, judge, make_infinite, plan, problem, run};
@@ -48,7 +49,7 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let case = case(seed, &[View::Plain, View::Heads, View::Turned]);
     let held = Uploaded::new(gpu, &case);
     let plan = plan(gpu, &problem(&case), &held.inputs(&case))?;
-    let expected = gpu.arch().compute != 90 || plan.kernel.ends_with("_sm90a");
+    let expected = gpu.arch().compute != 90 || plan.kernel.target() == KernelTarget::Sm90a;
     ensure!(expected, "{plan} instead of Hopper's kernel: {}", case.name());
     check_case(gpu, &case)
 }
@@ -92,7 +93,7 @@ fn tensors_that_do_not_suit_the_copy_engine_have_the_other_kernel() {
         let gpu = Emulator::new(seed).on_hopper();
         let held = Uploaded::new(&gpu, &case);
         let plan = plan(&gpu, &problem(&case), &held.inputs(&case))?;
-        ensure!(plan.kernel.ends_with("_sm80"), "{plan}: {}", case.name());
+        ensure!(plan.kernel.target() == KernelTarget::Sm80, "{plan}: {}", case.name());
         check_case(&gpu, &case)
     });
 }

@@ -2,6 +2,7 @@
 
 use candle_core::DType;
 use gd_emulate::{Buffer, Emulator};
+use gd_kernels::gpu::kernel::KernelTarget;
 use gd_kernels::gpu::quantize::Quantized;
 use gd_kernels::gpu::scan_certified::{Certified, scan_certified};
 use gd_kernels::gpu::{
@@ -42,11 +43,14 @@ fn scans_are_planned_or_refused() {
     let plan = |p: &Problem, protected: usize, arch: &Arch| scan::Plan::new(p, protected, false, arch);
     let p = problem();
     let kept = plan(&p, 0, &H100).unwrap();
-    assert_eq!(kept.kernel, "scan_list_bf16_d128_sm80");
+    assert_eq!(kept.kernel.to_string(), "scan_topk_bf16_d128_sm80");
     assert_eq!((kept.warps * kept.warp_rows, kept.pack), (64, 4));
-    assert!(kept.to_string().contains("scan_list_bf16_d128_sm80: 64 query rows x 64 keys"), "{kept}");
+    assert!(kept.to_string().contains("scan_topk_bf16_d128_sm80: 64 query rows x 64 keys"), "{kept}");
     let best = plan(&Problem { candidates: 1, ..p.clone() }, 0, &H100).unwrap();
-    assert_eq!((best.kernel.as_str(), best.warps * best.warp_rows), ("scan_best_bf16_d128_sm80", 256));
+    assert_eq!(
+        (best.kernel.to_string().as_str(), best.warps * best.warp_rows),
+        ("scan_top1_bf16_d128_sm80", 256)
+    );
     // A prior belongs to one query head: no packing.
     assert_eq!(scan::Plan::new(&p, 0, true, &H100).unwrap().pack, 1);
     // Padded, and few rows: fewer warps.
@@ -82,7 +86,10 @@ fn certified_scans_are_planned_or_refused() {
     let plan = |p: &Problem, protected: usize, arch: &Arch| scan::Plan::new(p, protected, false, arch);
     let p = Problem { precision: Precision::Certified, ..problem() };
     let list = plan(&p, 0, &H100).unwrap();
-    assert_eq!((list.kernel.as_str(), list.warps * list.warp_rows), ("scan_certified_bf16_d128_sm80", 256));
+    assert_eq!(
+        (list.kernel.to_string().as_str(), list.warps * list.warp_rows),
+        ("scan_certified_bf16_d128_sm80", 256)
+    );
     assert!(list.to_string().contains("256 query rows x 64 keys, 4 heads packed"), "{list}");
     // One candidate and nothing protected: shorter lists.
     let best = Problem { candidates: 1, ..p.clone() };
@@ -168,21 +175,27 @@ fn hopper_has_a_kernel_of_its_own() {
         scan::Plan::new(p, protected, false, arch).unwrap().on_hopper(p, arch)
     };
     let best = plan(&p, 0, &H100);
-    assert_eq!((best.kernel.as_str(), best.warps, best.loaders), ("scan_best_bf16_d128_sm90a", 8, 4));
+    assert_eq!(
+        (best.kernel.to_string().as_str(), best.warps, best.loaders),
+        ("scan_top1_bf16_d128_sm90a", 8, 4)
+    );
     assert_eq!((best.warps * best.warp_rows, best.tile_keys, best.pack), (256, 128, 4));
     assert!(
-        best.to_string().starts_with("scan_best_bf16_d128_sm90a: 256 query rows x 128 keys, 4 heads"),
+        best.to_string().starts_with("scan_top1_bf16_d128_sm90a: 256 query rows x 128 keys, 4 heads"),
         "{best}"
     );
     for (head_dim, rows) in [(24, 256), (64, 256), (72, 256), (192, 256), (200, 128), (256, 128)] {
         let plan = plan(&Problem { head_dim, ..p.clone() }, 0, &H100);
         assert_eq!(plan.warps * plan.warp_rows, rows, "{plan}");
-        assert!(plan.kernel.ends_with("_sm90a") && plan.shared_bytes <= 227 << 10, "{plan}");
+        assert!(plan.kernel.target() == KernelTarget::Sm90a && plan.shared_bytes <= 227 << 10, "{plan}");
     }
     let list = plan(&Problem { candidates: 8, ..p.clone() }, 3, &H100);
-    assert_eq!((list.kernel.as_str(), list.warps * list.warp_rows), ("scan_list_bf16_d128_sm90a", 128));
+    assert_eq!(
+        (list.kernel.to_string().as_str(), list.warps * list.warp_rows),
+        ("scan_topk_bf16_d128_sm90a", 128)
+    );
     let widest = plan(&Problem { candidates: 2, head_dim: 192, ..p.clone() }, 0, &H100);
-    assert!(widest.kernel.ends_with("_sm90a") && widest.shared_bytes <= 227 << 10, "{widest}");
+    assert!(widest.kernel.target() == KernelTarget::Sm90a && widest.shared_bytes <= 227 << 10, "{widest}");
     // The other kernel: another device, f32, wide rows with lists, few rows, too little shared memory.
     for other in [
         plan(&p, 0, &A10),
@@ -193,7 +206,7 @@ fn hopper_has_a_kernel_of_its_own() {
         plan(&Problem { queries: 16, ..p.clone() }, 0, &H100),
         plan(&p, 0, &Arch { shared_bytes: 99 << 10, ..H100 }),
     ] {
-        assert!(other.kernel.ends_with("_sm80") && other.loaders == 0, "{other}");
+        assert!(other.kernel.target() == KernelTarget::Sm80 && other.loaders == 0, "{other}");
     }
 }
 
@@ -281,11 +294,11 @@ fn metal_has_plans_of_its_own() {
     let apple = Arch { compute: Arch::METAL, shared_bytes: 32 << 10, processors: 10 };
     let p = problem();
     let list = scan::Plan::new(&p, 0, false, &apple).unwrap();
-    assert_eq!(list.kernel, "scan_list_bf16_d128_metal");
+    assert_eq!(list.kernel.to_string(), "scan_topk_bf16_d128_metal");
     // A widened tile of 32 keys, 16.5 KiB, leaves room for the lists of two simdgroups.
     assert_eq!((list.warps, list.warp_rows, list.tile_keys), (2, 8, 32));
     let best = scan::Plan::new(&Problem { candidates: 1, ..p.clone() }, 0, false, &apple).unwrap();
-    assert_eq!((best.kernel.as_str(), best.warp_rows), ("scan_best_bf16_d128_metal", 16));
+    assert_eq!((best.kernel.to_string().as_str(), best.warp_rows), ("scan_top1_bf16_d128_metal", 16));
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for head_dim in scan::HEAD_DIMS {
             for candidates in [1, 8] {
@@ -297,8 +310,8 @@ fn metal_has_plans_of_its_own() {
     }
     let step = Problem { queries: 1, candidates: 1, keys: 32_768, batch: 1, ..p };
     let plan = decode::Plan::new(&step, false, &apple).unwrap();
-    assert_eq!((plan.kernel.as_str(), plan.splits), ("decode_bf16_d128_metal", 10));
-    assert_eq!(plan.merge.as_deref(), Some("decode_merge_bf16_metal"));
+    assert_eq!((plan.kernel.to_string().as_str(), plan.splits), ("decode_bf16_d128_metal", 10));
+    assert_eq!(plan.merge.map(|k| k.to_string()).as_deref(), Some("decode_merge_bf16_metal"));
     // 16 rows of score and key a split, of four heads of keys.
     assert_eq!(plan.workspace_bytes(&step), 4 * 10 * 16 * 8);
 }
@@ -322,7 +335,7 @@ fn certified_decoding_is_planned_or_refused() {
     let precision = Precision::Certified;
     let p = Problem { queries: 1, candidates: 1, keys: 32_768, batch: 1, precision, ..problem() };
     let plan = decode::Plan::new(&p, false, &H100).unwrap();
-    assert_eq!((plan.kernel.as_str(), plan.tile_keys), ("decode_certified_bf16_d128_sm80", 64));
+    assert_eq!((plan.kernel.to_string().as_str(), plan.tile_keys), ("decode_certified_bf16_d128_sm80", 64));
     // 64 candidates a split.
     assert_eq!((plan.splits, plan.capacity), (132, 132 * 64));
     assert!(plan.workspace_bytes(&p) > plan.capacity * 8 * p.kv_heads);

@@ -15,7 +15,7 @@ use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
 
 pub use self::buffer::Buffer;
 pub use self::modules::kernel_hash;
-use self::modules::{Kernel, Loaded};
+use self::modules::{Function, Kernel, Loaded};
 use crate::backend::gpu::tensors::{Reading, TensorGpu};
 use crate::backend::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
 use crate::error::{Error, Result};
@@ -215,7 +215,7 @@ impl TensorGpu for Cuda {
 impl Cuda {
     fn start(&self, map: Option<&TensorMap<'_, Buffer>>, launch: &Launch<'_, Buffer>) -> Result<()> {
         let refused = |e| failed(format!("CUDA refused the launch of {launch}"), e);
-        let kernel = self.loaded.kernel(&launch.kernel)?;
+        let kernel = self.loaded.kernel(launch.kernel)?;
         if launch.shared_bytes > SHARED {
             kernel.allow_shared(launch.shared_bytes).map_err(refused)?;
         }
@@ -248,7 +248,7 @@ impl Cuda {
     #[allow(unsafe_code)] // the arguments are those that the launch code and the kernel agree on
     fn enqueue(
         &self,
-        kernel: &Kernel,
+        kernel: &Function,
         launch: &Launch<'_, Buffer>,
         mut map: Option<sys::CUtensorMap>,
         pointers: &mut [sys::CUdeviceptr],

@@ -1,4 +1,4 @@
-//! The compiled kernels: loaded into a context once, found by name.
+//! The compiled kernels, loaded into a context when they are first launched.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,6 +11,7 @@ use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
 use crate::backend::cuda::{failed, limits};
 use crate::backend::gpu::Arch;
+use crate::backend::gpu::{Arch, Kernel};
 use crate::error::{Error, Result};
 
 /// What the build script compiled.
@@ -29,19 +30,19 @@ pub(super) struct Loaded {
     arch: Arch,
     /// One for each source, loaded when its first kernel is asked for.
     modules: Vec<OnceLock<Arc<CudaModule>>>,
-    kernels: RwLock<HashMap<String, Arc<Kernel>>>,
+    kernels: RwLock<HashMap<Kernel, Arc<Function>>>,
     /// Host memory for copies that the device makes while the host goes on.
     pinned: Mutex<Vec<PinnedHostSlice<f32>>>,
 }
 
 /// A kernel in a context.
-pub(super) struct Kernel {
+pub(super) struct Function {
     function: CudaFunction,
     /// Dynamic shared memory that it has been allowed.
     shared: AtomicU32,
 }
 
-impl Kernel {
+impl Function {
     pub(super) fn function(&self) -> sys::CUfunction {
         self.function.cu_function()
     }
@@ -96,39 +97,31 @@ impl Loaded {
         self.pinned.lock().unwrap_or_else(PoisonError::into_inner).push(pinned);
     }
 
-    /// The kernel of this name.
-    pub(super) fn kernel(&self, name: &str) -> Result<Arc<Kernel>> {
-        let known = self.kernels.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
-        if let Some(kernel) = known {
-            return Ok(kernel);
+    /// The loaded code of a kernel.
+    pub(super) fn kernel(&self, kernel: Kernel) -> Result<Arc<Function>> {
+        let cached = self.kernels.read().unwrap_or_else(PoisonError::into_inner).get(&kernel).cloned();
+        if let Some(function) = cached {
+            return Ok(function);
         }
-        let kernel = Arc::new(Kernel { function: self.find(name)?, shared: AtomicU32::new(0) });
+        let function = Arc::new(Function { function: self.load(kernel)?, shared: AtomicU32::new(0) });
         let mut kernels = self.kernels.write().unwrap_or_else(PoisonError::into_inner);
-        Ok(kernels.entry(name.to_owned()).or_insert(kernel).clone())
+        Ok(kernels.entry(kernel).or_insert(function).clone())
     }
 
-    /// Looks through the sources; a kernel's name begins with that of its operator, and mostly of its source.
-    fn find(&self, name: &str) -> Result<CudaFunction> {
-        let mut order: Vec<usize> = (0..compiled::MODULES.len()).collect();
-        order.sort_by_key(|&at| !name.starts_with(compiled::MODULES[at].0));
-        let mut refused = None;
-        for at in order {
-            match self.module(at) {
-                Ok(module) => {
-                    if let Ok(function) = module.load_function(name) {
-                        return Ok(function);
-                    }
-                }
-                // A source without code for this GPU, such as Hopper's on another one.
-                Err(e) => refused = Some((compiled::MODULES[at].0, e)),
-            }
-        }
-        let reason = refused.map_or(String::new(), |(source, e)| format!("; {source} does not load: {e}"));
-        Err(Error::Device(format!(
-            "no kernel {name} for compute capability {}.{} in this program{reason}",
-            self.arch.compute / 10,
-            self.arch.compute % 10
-        )))
+    fn load(&self, kernel: Kernel) -> Result<CudaFunction> {
+        let missing = |reason: String| {
+            Error::Device(format!(
+                "no kernel {kernel} for compute capability {}.{} in this program: {reason}",
+                self.arch.compute / 10,
+                self.arch.compute % 10
+            ))
+        };
+        let source = kernel.source();
+        let at = compiled::MODULES.iter().position(|(name, _)| *name == source);
+        let at = at.ok_or_else(|| missing(format!("{source} was not compiled")))?;
+        // A source may have no code for this GPU, such as Hopper's on another one.
+        let module = self.module(at).map_err(|e| missing(format!("{source} does not load: {e}")))?;
+        module.load_function(&kernel.to_string()).map_err(|e| missing(e.to_string()))
     }
 
     fn module(&self, at: usize) -> std::result::Result<&Arc<CudaModule>, DriverError> {

@@ -75,7 +75,7 @@ impl<G: Gpu + Send + Sync> Machine for G {
             |slice: &Slice<'_, Buffer>, place: usize| Slice { buffer: &held[place], offset: slice.offset };
         let buffers = launch.buffers.iter().zip(places);
         let on_gpu = Launch {
-            kernel: launch.kernel.clone(),
+            kernel: launch.kernel,
             grid: launch.grid,
             block: launch.block,
             shared_bytes: launch.shared_bytes,

@@ -3,7 +3,7 @@
 use bytemuck::cast_slice;
 
 use crate::backend::gpu::Gpu;
-use crate::backend::gpu::params::MaskParams;
+use crate::backend::gpu::params::{MaskParams, MaskTableCode};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 
@@ -43,12 +43,17 @@ pub fn params(mask: &Mask, batch: usize, queries: usize, keys: usize) -> Result<
             table.extend(list(b).iter().map(|&end| end as i32));
         }
     }
+    let code = match (table.is_empty(), mask.boundaries()) {
+        (true, _) => MaskTableCode::None,
+        (false, None) => MaskTableCode::Lengths,
+        (false, Some(_)) => MaskTableCode::Boundaries,
+    };
     let params = MaskParams {
         causal: u32::from(mask.is_causal()),
         window: mask.window_len().map_or(0, |w| w.min(FAR as usize) as u32),
         offset: offset(0),
         length: length(0),
-        tables: u32::from(!table.is_empty()) + u32::from(mask.boundaries().is_some()),
+        table: code as u32,
         batch: batch as u32,
         keys: keys as u32,
     };

@@ -5,8 +5,10 @@
 //! No function here waits for the device; buffers that a function allocates for itself are dropped
 //! after the launch that reads them, so freeing must be ordered like launches.
 
+mod codes;
 #[cfg(feature = "emulate")]
 mod emulated;
+pub mod kernel;
 pub(crate) mod mask;
 pub mod params;
 pub mod tensor_map;
@@ -20,6 +22,9 @@ use candle_core::DType;
 pub use self::emulated::emulate;
 #[cfg(feature = "emulate")]
 pub(crate) use self::emulated::{Emulated, current as emulated};
+pub use self::kernel::{Kernel, KernelOp};
+use self::kernel::{KernelTarget, Variant};
+use self::params::{FeatureBit, MaskParams, MaskTableCode};
 pub use self::tensor_map::TensorMap;
 pub(crate) use crate::backend::check::elements;
 use crate::error::{Error, Result};
@@ -44,9 +49,9 @@ impl Arch {
         self.compute == Self::METAL
     }
 
-    /// How the names of portable kernels end.
-    pub fn suffix(&self) -> &'static str {
-        if self.is_metal() { "metal" } else { "sm80" }
+    /// The target of portable kernels.
+    pub(crate) fn target(&self) -> KernelTarget {
+        if self.is_metal() { KernelTarget::Metal } else { KernelTarget::Sm80 }
     }
 }
 
@@ -173,18 +178,24 @@ impl<'a, B> Tensor4<'a, B> {
 /// What is the same for many launches, as kernels of `kernels/metal` take it when they are compiled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Constants {
-    /// The mask: 1 causal, 2 a window, 4 a table of offsets and lengths, 8 one of boundaries too; 16: rows of
-    /// q and k lie at multiples of 16 bytes; 32: a prior.
+    /// Bits of [`params::FeatureBit`].
     pub features: u32,
     /// Query rows of a decoding block that are used, at most.
     pub rows: u32,
 }
 
 impl Constants {
-    /// Of a mask, alignment and prior.
-    pub(crate) fn new(mask: &params::MaskParams, aligned: bool, prior: bool) -> Self {
-        let bits = [mask.causal != 0, mask.window != 0, mask.tables >= 1, mask.tables >= 2, aligned, prior];
-        let features = bits.iter().enumerate().map(|(at, &set)| u32::from(set) << at).sum();
+    /// Of a mask, whether rows allow 16-byte loads, and whether there is a prior.
+    pub(crate) fn new(mask: &MaskParams, vector_loads: bool, prior: bool) -> Self {
+        let features = [
+            (FeatureBit::Causal, mask.causal != 0),
+            (FeatureBit::Window, mask.window != 0),
+            (FeatureBit::Table, mask.table != MaskTableCode::None as u32),
+            (FeatureBit::Boundaries, mask.table == MaskTableCode::Boundaries as u32),
+            (FeatureBit::VectorLoads, vector_loads),
+            (FeatureBit::Prior, prior),
+        ];
+        let features = features.iter().filter(|(_, set)| *set).map(|(bit, _)| *bit as u32).sum();
         Self { features, rows: 0 }
     }
 }
@@ -192,8 +203,8 @@ impl Constants {
 /// One kernel launch.
 #[derive(Debug)]
 pub struct Launch<'a, B> {
-    /// Its name, which holds operator, dtype, head_dim and architecture.
-    pub kernel: String,
+    /// The kernel.
+    pub kernel: Kernel,
     /// Blocks.
     pub grid: [u32; 3],
     /// Threads of a block.
@@ -232,13 +243,13 @@ pub(crate) const THREADS: usize = 256;
 /// Starts a kernel of the usual shape: no dynamic shared memory, nothing for Metal to compile in.
 pub(crate) fn launch<G: Gpu>(
     gpu: &G,
-    kernel: String,
+    kernel: Kernel,
     blocks: usize,
     params: &impl bytemuck::Pod,
     buffers: Vec<Option<Slice<'_, G::Buffer>>>,
 ) -> Result<()> {
     gpu.launch(&Launch {
-        grid: grid(&kernel, blocks as u128)?,
+        grid: grid(kernel.op().symbol(), blocks as u128)?,
         kernel,
         block: THREADS as u32,
         shared_bytes: 0,
@@ -278,29 +289,16 @@ impl RowSizes {
         self.count().div_ceil(THREADS / 32)
     }
 
-    /// The end of the names of the kernels for operator `op`; refuses what they do not cover.
-    pub(crate) fn checked(&self, op: &str, arch: &Arch) -> Result<String> {
-        require_compute(op, arch)?;
-        let name = dtype_name(op, self.dtype)?;
+    /// The variant of the kernels for operator `op`; refuses what they do not cover.
+    pub(crate) fn checked(&self, op: &str, arch: &Arch) -> Result<Variant> {
+        let variant = Variant::new(op, self.dtype, arch)?;
         let count = self.dims().iter().map(|&n| n as u128).product();
         if count == 0 {
             let [b, h, n, c] = self.dims();
             return Err(Error::Unsupported(format!("{op} of nothing: [{b}, {h}, {n}, {c}]")));
         }
         elements("x", count)?;
-        Ok(format!("{name}_{}", arch.suffix()))
-    }
-}
-
-/// The kernels' name of a dtype.
-pub(crate) fn dtype_name(op: &str, dtype: DType) -> Result<&'static str> {
-    match dtype {
-        DType::F32 => Ok("f32"),
-        DType::F16 => Ok("f16"),
-        DType::BF16 => Ok("bf16"),
-        _ => {
-            Err(Error::Unsupported(format!("{op}: dtype {} on a GPU; f32, f16 and bf16 are", dtype.as_str())))
-        }
+        Ok(variant)
     }
 }
 

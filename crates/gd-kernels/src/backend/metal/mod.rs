@@ -198,7 +198,7 @@ impl Gpu for Metal {
         };
         let present = places.iter().enumerate().map(|(n, place)| u32::from(place.is_some()) << n).sum();
         let constants = [present, launch.constants.features, launch.constants.rows];
-        let pipeline = self.loaded.pipeline(&launch.kernel, constants)?;
+        let pipeline = self.loaded.pipeline(launch.kernel, constants)?;
         let (threads, width) =
             (pipeline.max_total_threads_per_threadgroup(), pipeline.as_ref().threadExecutionWidth());
         if launch.block as usize > threads || width != SIMDGROUP {

@@ -1,6 +1,6 @@
-//! The kernels of `kernels/metal`: compiled once a device and source, specialised once a name and constants.
+//! The kernels of `kernels/metal`: compiled once per device and source, specialised once per kernel and constants.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
@@ -14,6 +14,7 @@ use objc2_metal::{
     MTLMathFloatingPointFunctions, MTLMathMode,
 };
 
+use crate::backend::gpu::Kernel;
 use crate::error::{Error, Result};
 
 /// What the build script embedded: the text of every source with its includes in place.
@@ -29,19 +30,16 @@ pub fn kernel_hash() -> &'static str {
 /// The values of function constants 0, 1 and 2; see [`crate::backend::gpu::Gpu::launch`].
 pub(super) type ConstantValues = [u32; 3];
 
-/// A compiled source, and the names of its kernels.
-struct Library {
-    code: Retained<ProtocolObject<dyn MTLLibrary>>,
-    kernels: HashSet<String>,
-}
+/// A compiled source.
+type Library = Retained<ProtocolObject<dyn MTLLibrary>>;
 
 /// The kernels of one device.
 pub(super) struct Loaded {
     registry_id: u64,
     device: Device,
-    /// One for each source, compiled when a kernel is first looked for in it.
+    /// One for each source, compiled when one of its kernels is first launched.
     libraries: Vec<OnceLock<Library>>,
-    pipelines: RwLock<HashMap<String, HashMap<ConstantValues, ComputePipeline>>>,
+    pipelines: RwLock<HashMap<(Kernel, ConstantValues), ComputePipeline>>,
 }
 
 impl Loaded {
@@ -63,31 +61,19 @@ impl Loaded {
         loaded
     }
 
-    /// The kernel of this name with these constants.
-    pub(super) fn pipeline(&self, name: &str, constants: ConstantValues) -> Result<ComputePipeline> {
-        let known = self.pipelines.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = known.get(name).and_then(|of_name| of_name.get(&constants)) {
+    /// A kernel specialised for these constants.
+    pub(super) fn pipeline(&self, kernel: Kernel, constants: ConstantValues) -> Result<ComputePipeline> {
+        let cached = self.pipelines.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = cached.get(&(kernel, constants)) {
             return Ok(pipeline.clone());
         }
-        drop(known);
-        let pipeline = self.specialise(self.find(name)?, name, constants)?;
+        drop(cached);
+        let source = kernel.source();
+        let at = embedded::SOURCES.iter().position(|(name, _)| *name == source);
+        let at = at.ok_or_else(|| Error::Device(format!("no Metal kernel {kernel} in this program")))?;
+        let pipeline = self.specialise(self.library(at)?, kernel, constants)?;
         let mut pipelines = self.pipelines.write().unwrap_or_else(PoisonError::into_inner);
-        let of_name = pipelines.entry(name.to_owned()).or_default();
-        Ok(of_name.entry(constants).or_insert(pipeline).clone())
-    }
-
-    /// Looks through the sources, first those whose names begin most like that of the kernel.
-    fn find(&self, name: &str) -> Result<&Library> {
-        let alike = |source: &str| name.bytes().zip(source.bytes()).take_while(|(a, b)| a == b).count();
-        let mut order: Vec<usize> = (0..embedded::SOURCES.len()).collect();
-        order.sort_by_key(|&at| std::cmp::Reverse(alike(embedded::SOURCES[at].0)));
-        for at in order {
-            let library = self.library(at)?;
-            if library.kernels.contains(name) {
-                return Ok(library);
-            }
-        }
-        Err(Error::Device(format!("no Metal kernel {name} in this program")))
+        Ok(pipelines.entry((kernel, constants)).or_insert(pipeline).clone())
     }
 
     fn library(&self, at: usize) -> Result<&Library> {
@@ -102,22 +88,21 @@ impl Loaded {
         let code = compiled.map_err(|e| {
             Error::Device(format!("Metal does not compile kernels/metal/{source}.metal: {e}"))
         })?;
-        let kernels = code.functionNames().to_vec().iter().map(|name| name.to_string()).collect();
-        Ok(self.libraries[at].get_or_init(|| Library { code, kernels }))
+        Ok(self.libraries[at].get_or_init(|| code))
     }
 
     fn specialise(
         &self,
         library: &Library,
-        name: &str,
+        kernel: Kernel,
         constants: ConstantValues,
     ) -> Result<ComputePipeline> {
         let refused = |e: &dyn std::fmt::Display| {
-            Error::Device(format!("Metal kernel {name} with constants {constants:?}: {e}"))
+            Error::Device(format!("Metal kernel {kernel} with constants {constants:?}: {e}"))
         };
+        let name = NSString::from_str(&kernel.to_string());
         let function = library
-            .code
-            .newFunctionWithName_constantValues_error(&NSString::from_str(name), &values(constants))
+            .newFunctionWithName_constantValues_error(&name, &values(constants))
             .map_err(|e| refused(&e))?;
         let state = self.device.as_ref().newComputePipelineStateWithFunction_error(&function);
         Ok(ComputePipeline::new(state.map_err(|e| refused(&e))?))

@@ -8,13 +8,14 @@
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-use crate::backend::gpu::params::QuantizeParams;
+use crate::backend::gpu::kernel::Variant;
+use crate::backend::gpu::kernel::padded_dim;
+use crate::backend::gpu::params::{QuantizeParams, ScoreCode};
 use crate::backend::gpu::{
-    Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
+    Constants, Gpu, KernelOp, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
 };
 use crate::cache::append_buffer::WritePosition;
 use crate::cache::key_bias::BIAS_TILE;
-use crate::cache::key_bias::launch::padded_dim;
 use crate::error::{Error, Result};
 use crate::ops::scan::problem::Problem;
 use crate::options::Score;
@@ -114,7 +115,7 @@ pub fn quantize<G: Gpu>(
     let [k_batch, k_head, k_row] = k.checked("k", [pieces, kv_heads, keys, head_dim])?;
     elements("8-bit keys", (pieces * kv_heads) as u128 * to.room as u128)?;
     let params = QuantizeParams {
-        pieces: pieces as u32,
+        sequences: pieces as u32,
         kv_heads: kv_heads as u32,
         keys: keys as u32,
         head_dim: head_dim as u32,
@@ -122,13 +123,13 @@ pub fn quantize<G: Gpu>(
         k_head,
         k_row,
         first: first as u32,
-        room: to.room as u32,
+        capacity: to.room as u32,
         width: width(head_dim) as u32,
-        score: u32::from(score == Score::Dot),
+        score: ScoreCode::from(score) as u32,
     };
     let count = pieces as u128 * kv_heads as u128 * keys as u128;
     gpu.launch(&Launch {
-        kernel: format!("quantize_{}_sm80", dtype_name("quantise", dtype)?),
+        kernel: Variant::new("quantise", dtype, &gpu.arch())?.kernel(KernelOp::Quantize),
         grid: grid("quantise", count.div_ceil(WARPS as u128))?,
         block: 32 * WARPS as u32,
         shared_bytes: 0,

@@ -1,28 +1,19 @@
 //! The biases of keys on a GPU, which scans and decoding add to the products of queries and keys.
 
 use bytemuck::bytes_of;
-use candle_core::DType;
 
-use crate::backend::gpu::params::BiasParams;
-use crate::backend::gpu::{Constants, Gpu, Launch, Prior, dtype_name, grid};
-use crate::cache::key_bias::bias_row;
-use crate::error::{Error, Result};
+use crate::backend::gpu::kernel::{KernelOp, Variant};
+use crate::backend::gpu::params::{BiasParams, KEY_PADDING, ScoreCode};
+use crate::backend::gpu::{Constants, Gpu, Launch, Prior, grid};
+use crate::cache::key_bias::{BIAS_TILE, bias_row};
+use crate::error::Result;
 use crate::ops::scan::gpu::launch::Inputs;
 use crate::ops::scan::problem::Problem;
-use crate::options::Score;
 
-/// The head_dims of the compiled kernels; others are padded to the next.
-pub const HEAD_DIMS: [usize; 6] = [32, 64, 96, 128, 192, 256];
+const _: () = assert!(BIAS_TILE == KEY_PADDING as usize, "the padding that kernels expect");
+
 /// Warps of the kernel that computes biases; each takes one key.
 const BIAS_WARPS: usize = 8;
-
-/// The compiled head_dim for `head_dim`.
-pub(crate) fn padded_dim(op: &str, head_dim: usize) -> Result<usize> {
-    let fits = HEAD_DIMS.into_iter().find(|&d| d >= head_dim).filter(|_| head_dim.is_multiple_of(8));
-    fits.filter(|_| head_dim > 0).ok_or_else(|| {
-        Error::Unsupported(format!("{op}: head_dim {head_dim} on a GPU; multiples of 8 from 8 to 256 are"))
-    })
-}
 
 /// The biases of all keys, f32 `[B, Hk|Hq, bias_row]`, for [`scan`] and decoding.
 ///
@@ -48,11 +39,11 @@ pub fn key_bias<G: Gpu>(gpu: &G, problem: &Problem, x: &Inputs<'_, G::Buffer>) -
         bias_row: row as u32,
         prior_batch,
         prior_heads,
-        score: u32::from(problem.score == Score::Dot),
+        score: ScoreCode::from(problem.score) as u32,
     };
     let blocks = (batch * heads) as u128 * row as u128 / BIAS_WARPS as u128;
     gpu.launch(&Launch {
-        kernel: format!("scan_bias_{}_{}", dtype_name("scan", dtype)?, gpu.arch().suffix()),
+        kernel: Variant::new("scan", dtype, &gpu.arch())?.kernel(KernelOp::KeyBias),
         grid: grid("scan", blocks)?,
         block: 32 * BIAS_WARPS as u32,
         shared_bytes: 0,

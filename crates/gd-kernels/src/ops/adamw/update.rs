@@ -3,8 +3,8 @@
 use crate::backend::check::elements;
 use crate::error::Result;
 
-/// Elements that make one part of a sum of squares, as in `adamw.h`.
-const PIECE: usize = 1 << 14;
+/// Elements of a gradient that one partial sum of squares covers.
+pub(crate) const ELEMENTS_PER_SUM: usize = 1 << 14;
 
 /// Where the sums of squares of several gradients lie: f32, one for each piece of a gradient.
 #[derive(Debug, Clone)]
@@ -23,7 +23,7 @@ impl Parts {
         let mut starts = vec![0];
         for &count in &counts {
             elements("a gradient", count as u128)?;
-            starts.push(starts[starts.len() - 1] + count.div_ceil(PIECE));
+            starts.push(starts[starts.len() - 1] + count.div_ceil(ELEMENTS_PER_SUM));
         }
         elements("sums of squares", starts[counts.len()] as u128)?;
         Ok(Self { counts, starts })

@@ -7,19 +7,17 @@
 
 use candle_core::DType;
 
-use crate::backend::gpu::params::{AdamwParams, ClipParams, SquaresParams};
-use crate::backend::gpu::{Arch, Gpu, Slice, THREADS, dtype_name, elements, launch, require_compute};
+use crate::backend::gpu::kernel::{ElementType, Variant};
+use crate::backend::gpu::params::{
+    ADAMW_THREAD_ELEMENTS, AdamwParams, ClipParams, SQUARES_BLOCK_ELEMENTS, SquaresParams,
+};
+use crate::backend::gpu::{
+    Arch, Gpu, KernelOp, Slice, THREADS, dtype_name, elements, launch, require_compute,
+};
 use crate::error::{Error, Result};
-use crate::ops::adamw::update::{Limits, Parts, Step};
+use crate::ops::adamw::update::{ELEMENTS_PER_SUM, Limits, Parts, Step};
 
-/// Elements of a thread of an update.
-const EACH: usize = 4;
-
-/// The end of the names of kernels for this dtype.
-fn suffix(op: &str, dtype: DType, arch: &Arch) -> Result<String> {
-    require_compute(op, arch)?;
-    Ok(format!("{}_{}", dtype_name(op, dtype)?, arch.suffix()))
-}
+const _: () = assert!(ELEMENTS_PER_SUM == SQUARES_BLOCK_ELEMENTS as usize, "the elements that a block sums");
 
 /// Puts the sums of squares of gradient number `at`, contiguous in f32, f16 or bf16, among the `parts`.
 ///
@@ -32,13 +30,13 @@ pub fn squares<G: Gpu>(
     (gradient, dtype): (Slice<'_, G::Buffer>, DType),
     parts: Slice<'_, G::Buffer>,
 ) -> Result<()> {
-    let suffix = suffix("squares", dtype, &gpu.arch())?;
+    let variant = Variant::new("squares", dtype, &gpu.arch())?;
     let params = SquaresParams { count: of.counts[at] as u32, first: of.starts[at] as u32 };
     if params.count == 0 {
         return Ok(());
     }
     let blocks = of.starts[at + 1] - of.starts[at];
-    launch(gpu, format!("squares_{suffix}"), blocks, &params, vec![Some(gradient), Some(parts)])
+    launch(gpu, variant.kernel(KernelOp::Squares), blocks, &params, vec![Some(gradient), Some(parts)])
 }
 
 /// Writes a [`Verdict`] from the squares and the sum of `losses` (f32, so many).
@@ -57,15 +55,16 @@ pub fn verdict<G: Gpu>(
         return Err(Error::Invalid(format!("a gradient of weight {weight} cannot be clipped to {clip}")));
     }
     let params = ClipParams {
-        parts: of.count() as u32,
+        partials: of.count() as u32,
         losses: elements("losses", count as u128)?,
         weight: weight as f32,
-        most: clip as f32,
+        max_norm: clip as f32,
         loss_limit: limits.loss,
         norm_limit: limits.norm,
     };
     let buffers = [parts, losses, out].map(Some).to_vec();
-    launch(gpu, format!("clip_{}", gpu.arch().suffix()), 1, &params, buffers)
+    let variant = Variant { element: ElementType::F32, target: gpu.arch().target() };
+    launch(gpu, variant.kernel(KernelOp::Clip), 1, &params, buffers)
 }
 
 impl Step {
@@ -78,15 +77,15 @@ impl Step {
         AdamwParams {
             count,
             beta1: beta1 as f32,
-            gain1: (1.0 - beta1) as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
-            gain2: (1.0 - beta2) as f32,
-            keep: (1.0 - lr * weight_decay) as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            weight_scale: (1.0 - lr * weight_decay) as f32,
             eps: eps as f32,
-            rate: rate(now),
-            root: root(now),
-            late_rate: rate(late),
-            late_root: root(late),
+            step_size: rate(now),
+            root_scale: root(now),
+            previous_step_size: rate(late),
+            previous_root_scale: root(late),
         }
     }
 }
@@ -118,7 +117,7 @@ pub fn update<G: Gpu>(
     (verdict, before): (Slice<'_, G::Buffer>, Option<Slice<'_, G::Buffer>>),
     x: &Operands<'_, G::Buffer>,
 ) -> Result<()> {
-    let suffix = suffix("adamw", dtype, &gpu.arch())?;
+    let variant = Variant::new("adamw", dtype, &gpu.arch())?;
     if x.master.is_some() != (dtype != DType::F32) {
         return Err(Error::Invalid(format!(
             "adamw: a parameter in {} {} an f32 master weight",
@@ -132,5 +131,6 @@ pub fn update<G: Gpu>(
     }
     let mut buffers = vec![Some(verdict), before];
     buffers.extend([Some(x.gradient), Some(x.m), Some(x.v), x.master, Some(x.parameter)]);
-    launch(gpu, format!("adamw_{suffix}"), count.div_ceil(THREADS * EACH), &params, buffers)
+    let blocks = count.div_ceil(THREADS * ADAMW_THREAD_ELEMENTS as usize);
+    launch(gpu, variant.kernel(KernelOp::Adamw), blocks, &params, buffers)
 }

@@ -6,14 +6,13 @@
 use bytemuck::{bytes_of, cast_slice};
 use candle_core::DType;
 
-use crate::backend::gpu::params::ConvParams;
+use crate::backend::gpu::kernel::Variant;
+use crate::backend::gpu::params::{CONV_BLOCK_ROWS, CausalConvParams, ConvParams};
 use crate::backend::gpu::{
-    Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
+    Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
 };
 use crate::error::Result;
 
-/// Rows that a thread holds of its channel.
-const CHUNK: usize = 64;
 /// Channels of a block.
 const THREADS: usize = 128;
 
@@ -36,8 +35,7 @@ pub struct Sizes {
 #[derive(Debug, Clone)]
 pub struct Plan {
     sizes: Sizes,
-    dtype: &'static str,
-    suffix: &'static str,
+    variant: Variant,
     table: Vec<i32>,
 }
 
@@ -65,9 +63,8 @@ impl Plan {
     /// # Errors
     /// [`crate::Error::Unsupported`] names the value that the kernels do not cover.
     pub fn new(sizes: &Sizes, boundaries: Option<&[Vec<usize>]>, arch: &Arch) -> Result<Self> {
-        require_compute("causal_conv", arch)?;
         let Sizes { batch, rows, channels, width, dtype } = *sizes;
-        let dtype = dtype_name("causal_conv", dtype)?;
+        let variant = Variant::new("causal_conv", dtype, arch)?;
         elements("x", batch as u128 * rows as u128 * channels as u128)?;
         elements("weight", channels as u128 * width as u128)?;
         elements("rows and taps", rows as u128 + width as u128)?;
@@ -81,13 +78,13 @@ impl Plan {
             }
             (0..batch).for_each(|b| table.extend(list(b).iter().map(|&end| end as i32)));
         }
-        let plan = Self { sizes: *sizes, dtype, suffix: arch.suffix(), table };
+        let plan = Self { sizes: *sizes, variant, table };
         grid("causal_conv", plan.blocks() as u128)?;
         Ok(plan)
     }
 
     fn chunks(&self) -> usize {
-        self.sizes.rows.div_ceil(CHUNK)
+        self.sizes.rows.div_ceil(CONV_BLOCK_ROWS as usize)
     }
 
     fn blocks(&self) -> usize {
@@ -98,8 +95,8 @@ impl Plan {
         if self.table.is_empty() { Ok(None) } else { gpu.upload(cast_slice(&self.table)).map(Some) }
     }
 
-    fn params(&self, [x_batch, x_row]: [u32; 2], [d_batch, d_row]: [u32; 2]) -> ConvParams {
-        ConvParams {
+    fn params(&self, [x_batch, x_row]: [u32; 2], [d_batch, d_row]: [u32; 2]) -> CausalConvParams {
+        CausalConvParams {
             batch: self.sizes.batch as u32,
             rows: self.sizes.rows as u32,
             channels: self.sizes.channels as u32,
@@ -116,13 +113,13 @@ impl Plan {
     fn launch<G: Gpu>(
         &self,
         gpu: &G,
-        (kernel, blocks): (&str, usize),
-        params: &ConvParams,
+        (op, blocks): (KernelOp, usize),
+        params: &CausalConvParams,
         buffers: Vec<Option<Slice<'_, G::Buffer>>>,
     ) -> Result<()> {
         gpu.launch(&Launch {
-            kernel: format!("{kernel}_{}_{}", self.dtype, self.suffix),
-            grid: grid(kernel, blocks as u128)?,
+            kernel: self.variant.kernel(op),
+            grid: grid(op.symbol(), blocks as u128)?,
             block: THREADS as u32,
             shared_bytes: 0,
             params: bytes_of(params).to_vec(),
@@ -147,7 +144,7 @@ pub fn forward<G: Gpu>(
     let table = plan.table(gpu)?;
     let params = plan.params(x.checked("x", &plan.sizes)?, [0; 2]);
     let buffers = vec![Some(x.data), Some(weight), past, table.as_ref().map(Slice::from), Some(y)];
-    plan.launch(gpu, ("conv_forward", plan.blocks()), &params, buffers)
+    plan.launch(gpu, (KernelOp::CausalConvForward, plan.blocks()), &params, buffers)
 }
 
 /// dx `[B, N, C]` and dweight `[C, W]` from dy.
@@ -171,7 +168,12 @@ pub fn backward<G: Gpu>(
     let parts = gpu.allocate(batch * plan.chunks() * width * channels * 4)?;
     let mut buffers = vec![Some(x.data), Some(weight), past, table.as_ref().map(Slice::from)];
     buffers.extend([Some(dy.data), Some(dx), Some((&parts).into())]);
-    plan.launch(gpu, ("conv_backward", plan.blocks()), &params, buffers)?;
+    plan.launch(gpu, (KernelOp::CausalConvBackward, plan.blocks()), &params, buffers)?;
     let blocks = (channels * width).div_ceil(THREADS);
-    plan.launch(gpu, ("conv_weights", blocks), &params, vec![Some((&parts).into()), Some(dweight)])
+    plan.launch(
+        gpu,
+        (KernelOp::CausalConvWeightGradient, blocks),
+        &params,
+        vec![Some((&parts).into()), Some(dweight)],
+    )
 }

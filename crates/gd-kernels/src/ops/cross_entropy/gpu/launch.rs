@@ -4,15 +4,16 @@
 //! (u32), a loss, the logarithm of its sum of powers, and the gradient of the loss (f32). What targets mean is said at
 //! [`crate::ops::cross_entropy::cross_entropy`].
 
+use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::CrossEntropyParams;
-use crate::backend::gpu::{Arch, Gpu, RowSizes, Slice, Tensor4, launch};
+use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, Tensor4, launch};
 use crate::error::Result;
 
 /// A loss, checked.
 #[derive(Debug, Clone)]
 pub struct Plan {
     sizes: RowSizes,
-    suffix: String,
+    variant: Variant,
 }
 
 impl Plan {
@@ -21,7 +22,7 @@ impl Plan {
     /// # Errors
     /// [`crate::Error::Unsupported`] names the value that the kernels do not cover.
     pub fn new(sizes: &RowSizes, arch: &Arch) -> Result<Self> {
-        Ok(Self { sizes: *sizes, suffix: sizes.checked("cross_entropy", arch)? })
+        Ok(Self { sizes: *sizes, variant: sizes.checked("cross_entropy", arch)? })
     }
 
     fn params<B>(&self, logits: &Tensor4<'_, B>) -> Result<CrossEntropyParams> {
@@ -50,7 +51,7 @@ pub fn forward<G: Gpu>(
     [losses, log_sums]: [Slice<'_, G::Buffer>; 2],
 ) -> Result<()> {
     let buffers = [logits.data, targets, losses, log_sums].map(Some).to_vec();
-    let kernel = format!("cross_entropy_forward_{}", plan.suffix);
+    let kernel = plan.variant.kernel(KernelOp::CrossEntropyForward);
     launch(gpu, kernel, plan.sizes.count(), &plan.params(logits)?, buffers)
 }
 
@@ -66,6 +67,6 @@ pub fn backward<G: Gpu>(
     dlogits: Slice<'_, G::Buffer>,
 ) -> Result<()> {
     let buffers = [logits.data, targets, log_sums, dlosses, dlogits].map(Some).to_vec();
-    let kernel = format!("cross_entropy_backward_{}", plan.suffix);
+    let kernel = plan.variant.kernel(KernelOp::CrossEntropyBackward);
     launch(gpu, kernel, plan.sizes.count(), &plan.params(logits)?, buffers)
 }

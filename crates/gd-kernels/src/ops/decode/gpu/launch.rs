@@ -12,14 +12,14 @@ use std::fmt;
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-use crate::backend::gpu::Prior;
-use crate::backend::gpu::params::DecodeParams;
+use crate::backend::gpu::kernel::padded_dim;
+use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant};
+use crate::backend::gpu::params::{DecodeParams, ScoreCode, TieCode};
 use crate::backend::gpu::{
-    Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute,
+    Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute,
 };
 use crate::cache::int8_keys::launch::{KNOWN, Quantized};
 use crate::cache::key_bias::BIAS_TILE;
-use crate::cache::key_bias::launch::padded_dim;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::ops::decode::{MAX_QUERIES, PAGE_STEP};
@@ -48,7 +48,7 @@ const MOST_CERTIFIED: usize = 1 << 28;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// The kernel.
-    pub kernel: String,
+    pub kernel: Kernel,
     /// Keys that are loaded at a time.
     pub tile_keys: usize,
     /// Query heads whose rows share a block.
@@ -60,7 +60,7 @@ pub struct Plan {
     /// Dynamic shared memory of a block.
     pub shared_bytes: usize,
     /// The kernel that picks the best of all splits (Metal, which has no 64-bit atomics to do it at once).
-    pub merge: Option<String>,
+    pub merge: Option<Kernel>,
     /// Candidates that the blocks of a place may list, in certified decoding; 0 otherwise.
     pub capacity: usize,
 }
@@ -82,9 +82,8 @@ impl Plan {
     /// # Errors
     /// [`Error::Unsupported`] names the value that the kernels do not cover.
     pub fn new(problem: &Problem, prior: bool, arch: &Arch) -> Result<Self> {
-        require_compute("decode", arch)?;
         let Problem { dtype, head_dim, queries, batch, q_heads, keys, .. } = *problem;
-        let name = dtype_name("decode", dtype)?;
+        let variant = Variant::new("decode", dtype, arch)?;
         let padded = padded_dim("decode", head_dim)?;
         if queries == 0 || queries > MAX_QUERIES {
             return Err(Error::Unsupported(format!("decode: {queries} queries; 1 to {MAX_QUERIES} are")));
@@ -124,15 +123,16 @@ impl Plan {
         let room = arch.shared_bytes as usize - STATIC;
         if shared_bytes > room {
             return Err(Error::Unsupported(format!(
-                "decode: head_dim {head_dim} in {name} needs {shared_bytes} bytes of shared memory; {room} are free"
+                "decode: head_dim {head_dim} in {} needs {shared_bytes} bytes of shared memory; {room} are free",
+                dtype.as_str()
             )));
         }
         let places = batch * (q_heads / pack) * row_tiles;
         let wanted = (arch.processors as usize * BLOCKS_A_PROCESSOR).div_ceil(places);
         let splits = wanted.min(keys.div_ceil(tile_keys * LEAST_TILES)).max(1);
-        let kind = if certified { "decode_certified" } else { "decode" };
-        let kernel = format!("{kind}_{name}_d{padded}_{}", arch.suffix());
-        let merge = metal.then(|| format!("decode_merge_{name}_metal"));
+        let op = if certified { KernelOp::DecodeCertified } else { KernelOp::Decode };
+        let kernel = variant.sized(op, padded);
+        let merge = metal.then(|| variant.kernel(KernelOp::DecodeMerge));
         let capacity = if certified { splits * LISTED } else { 0 };
         let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, merge, capacity };
         grid("decode", plan.places(problem) as u128 * splits as u128)?;
@@ -288,7 +288,7 @@ pub fn decode<G: Gpu>(
         v_batch,
         v_head,
         v_row,
-        aligned: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
+        vector_loads: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
         pack: plan.pack as u32,
         row_tiles: plan.row_tiles as u32,
         splits: plan.splits as u32,
@@ -298,17 +298,17 @@ pub fn decode<G: Gpu>(
         bias_row: bias_row as u32,
         prior_batch,
         prior_heads,
-        score: u32::from(problem.score == Score::Dot),
-        last: u32::from(problem.tie == TieBreak::Last),
-        capacity: plan.capacity as u32,
+        score: ScoreCode::from(problem.score) as u32,
+        tie: TieCode::from(problem.tie) as u32,
+        candidate_capacity: plan.capacity as u32,
         mask,
     };
     let places = plan.places(problem);
-    let mut constants = Constants::new(&mask, params.aligned != 0, x.prior.is_some());
+    let mut constants = Constants::new(&mask, params.vector_loads != 0, x.prior.is_some());
     constants.rows = (queries * plan.pack).min(ROWS) as u32;
-    let launch = |kernel: &str, blocks: usize, shared_bytes: usize, buffers| {
+    let launch = |kernel: Kernel, blocks: usize, shared_bytes: usize, buffers| {
         gpu.launch(&Launch {
-            kernel: kernel.to_owned(),
+            kernel,
             grid: grid("decode", blocks as u128)?,
             block: 32 * WARPS,
             shared_bytes: shared_bytes as u32,
@@ -330,18 +330,18 @@ pub fn decode<G: Gpu>(
     ];
     let results = [Some(x.v.data), x.threshold, Some(x.workspace)];
     let outputs = [out.index, out.energy, out.y].map(Some);
-    let Some(merge) = &plan.merge else {
+    let Some(merge) = plan.merge else {
         let (parts, _) = plan.workspace(problem);
         let rest = parts
             .iter()
             .map(|at| Some(Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + at }));
         buffers.extend(scales.into_iter().chain(results).chain(rest).chain(outputs));
-        return launch(&plan.kernel, places * plan.splits, plan.shared_bytes, buffers);
+        return launch(plan.kernel, places * plan.splits, plan.shared_bytes, buffers);
     };
     let [beta, prior, _, pages] = scales;
     let merged = [buffers[0], buffers[1], beta, prior, pages];
     let merged = merged.into_iter().chain(results).chain(outputs).collect();
     buffers.extend(scales.into_iter().chain([Some(x.workspace)]));
-    launch(&plan.kernel, places * plan.splits, plan.shared_bytes, buffers)?;
+    launch(plan.kernel, places * plan.splits, plan.shared_bytes, buffers)?;
     launch(merge, places, 0, merged)
 }

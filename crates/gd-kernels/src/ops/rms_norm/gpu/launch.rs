@@ -4,21 +4,22 @@
 //! launch forward; backward one for dx and for what each block of rows adds to dweight, and one that adds those up
 //! in order.
 
-use crate::backend::gpu::params::NormParams;
-use crate::backend::gpu::{Arch, Gpu, RowSizes, Slice, THREADS, Tensor4, launch};
+use crate::backend::gpu::kernel::Variant;
+use crate::backend::gpu::params::{NORM_MAX_BLOCK_ROWS, NormParams, RmsNormParams};
+use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, THREADS, Tensor4, launch};
 use crate::error::Result;
 
 /// Elements of a block of the backward pass, about; so many make 400 blocks of 8192 rows of 768.
 const BLOCK_ELEMENTS: usize = 1 << 14;
-/// Fewest and most rows of such a block; the most is what the kernels keep in shared memory.
-const CHUNK: (usize, usize) = (8, 256);
+/// Fewest rows of such a block.
+const MIN_BLOCK_ROWS: usize = 8;
 
 /// A normalisation, checked.
 #[derive(Debug, Clone)]
 pub struct Plan {
     sizes: RowSizes,
     eps: f32,
-    suffix: String,
+    variant: Variant,
 }
 
 impl Plan {
@@ -27,13 +28,13 @@ impl Plan {
     /// # Errors
     /// [`crate::Error::Unsupported`] names the value that the kernels do not cover.
     pub fn new(sizes: &RowSizes, eps: f64, arch: &Arch) -> Result<Self> {
-        let suffix = sizes.checked("rms_norm", arch)?;
-        Ok(Self { sizes: *sizes, eps: eps as f32, suffix })
+        let variant = sizes.checked("rms_norm", arch)?;
+        Ok(Self { sizes: *sizes, eps: eps as f32, variant })
     }
 
     /// Rows of a block of the backward pass.
     fn chunk(&self) -> usize {
-        (BLOCK_ELEMENTS / self.sizes.dim).clamp(CHUNK.0, CHUNK.1)
+        (BLOCK_ELEMENTS / self.sizes.dim).clamp(MIN_BLOCK_ROWS, NORM_MAX_BLOCK_ROWS as usize)
     }
 
     /// Blocks of the backward pass, and the parts of dweight that each of them writes.
@@ -42,13 +43,13 @@ impl Plan {
         (self.sizes.count().div_ceil(self.chunk()), (THREADS / 32 / tiles).max(1))
     }
 
-    fn params<B>(&self, x: &Tensor4<'_, B>, dy: Option<&Tensor4<'_, B>>) -> Result<NormParams> {
+    fn params<B>(&self, x: &Tensor4<'_, B>, dy: Option<&Tensor4<'_, B>>) -> Result<RmsNormParams> {
         let [batch, heads, rows, dim] = self.sizes.dims();
         let [x_batch, x_head, x_row] = x.checked("x", self.sizes.dims())?;
         let d = dy.map(|dy| dy.checked("dy", self.sizes.dims())).transpose()?;
         let [d_batch, d_head, d_row] = d.unwrap_or_default();
         let (blocks, each) = self.parts();
-        Ok(NormParams {
+        Ok(RmsNormParams {
             batch: batch as u32,
             heads: heads as u32,
             rows: rows as u32,
@@ -59,8 +60,8 @@ impl Plan {
             d_batch,
             d_head,
             d_row,
-            chunk: self.chunk() as u32,
-            lines: (blocks * each) as u32,
+            block_rows: self.chunk() as u32,
+            partials: (blocks * each) as u32,
             eps: self.eps,
         })
     }
@@ -78,7 +79,13 @@ pub fn forward<G: Gpu>(
     y: Slice<'_, G::Buffer>,
 ) -> Result<()> {
     let buffers = vec![Some(x.data), Some(weight), Some(y)];
-    launch(gpu, format!("norm_forward_{}", plan.suffix), plan.sizes.blocks(), &plan.params(x, None)?, buffers)
+    launch(
+        gpu,
+        plan.variant.kernel(KernelOp::RmsNormForward),
+        plan.sizes.blocks(),
+        &plan.params(x, None)?,
+        buffers,
+    )
 }
 
 /// dx `[B, H, N, C]` and dweight `[C]` from dy.
@@ -95,9 +102,9 @@ pub fn backward<G: Gpu>(
 ) -> Result<()> {
     let params = plan.params(x, Some(dy))?;
     let dim = plan.sizes.dim;
-    let parts = gpu.allocate(params.lines as usize * dim * 4)?;
+    let parts = gpu.allocate(params.partials as usize * dim * 4)?;
     let buffers = [x.data, weight, dy.data, dx, (&parts).into()].map(Some).to_vec();
-    launch(gpu, format!("norm_backward_{}", plan.suffix), plan.parts().0, &params, buffers)?;
+    launch(gpu, plan.variant.kernel(KernelOp::RmsNormBackward), plan.parts().0, &params, buffers)?;
     let buffers = vec![Some((&parts).into()), Some(dweight)];
-    launch(gpu, format!("norm_weights_{}", plan.suffix), dim.div_ceil(32), &params, buffers)
+    launch(gpu, plan.variant.kernel(KernelOp::RmsNormWeightGradient), dim.div_ceil(32), &params, buffers)
 }

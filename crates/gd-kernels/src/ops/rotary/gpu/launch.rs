@@ -2,8 +2,9 @@
 //!
 //! x of any strides and y contiguous, `[B, H, N, D]` of one dtype; cos and sin f32 `[positions, D / 2]`.
 
+use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::RotaryParams;
-use crate::backend::gpu::{Arch, Gpu, RowSizes, Slice, Tensor4, launch};
+use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, Tensor4, launch};
 use crate::error::{Error, Result};
 
 /// A rotation, checked.
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 pub struct Plan {
     sizes: RowSizes,
     offsets: Vec<u32>,
-    suffix: String,
+    variant: Variant,
 }
 
 /// The angles of all positions.
@@ -32,7 +33,7 @@ impl Plan {
     /// [`Error::Unsupported`] names the value that the kernels do not cover; [`Error::Invalid`] an odd D, or offsets
     /// that are neither one nor B.
     pub fn new(sizes: &RowSizes, offsets: &[usize], arch: &Arch) -> Result<Self> {
-        let suffix = sizes.checked("rotary", arch)?;
+        let variant = sizes.checked("rotary", arch)?;
         if !sizes.dim.is_multiple_of(2) || (offsets.len() != 1 && offsets.len() != sizes.batch) {
             return Err(Error::Invalid(format!(
                 "rotary: rows of {} elements at {} offsets; an even number, and 1 or {} offsets",
@@ -44,7 +45,7 @@ impl Plan {
         let narrow =
             |&offset: &usize| crate::backend::gpu::elements("positions", offset as u128 + sizes.rows as u128);
         offsets.iter().try_for_each(|offset| narrow(offset).map(drop))?;
-        Ok(Self { sizes: *sizes, offsets: offsets.iter().map(|&n| n as u32).collect(), suffix })
+        Ok(Self { sizes: *sizes, offsets: offsets.iter().map(|&n| n as u32).collect(), variant })
     }
 }
 
@@ -78,11 +79,11 @@ pub fn rotate<G: Gpu>(
         x_batch,
         x_head,
         x_row,
-        first: plan.offsets[0],
+        offset: plan.offsets[0],
         table: u32::from(table.is_some()),
-        back: u32::from(back),
+        inverse: u32::from(back),
     };
     let table = table.as_ref().map(Slice::from);
     let buffers = vec![Some(x.data), Some(angles.cos), Some(angles.sin), table, Some(y)];
-    launch(gpu, format!("rotary_{}", plan.suffix), plan.sizes.blocks(), &params, buffers)
+    launch(gpu, plan.variant.kernel(KernelOp::Rotary), plan.sizes.blocks(), &params, buffers)
 }

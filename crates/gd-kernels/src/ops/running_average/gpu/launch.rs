@@ -6,16 +6,15 @@
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-use crate::backend::gpu::params::AverageParams;
+use crate::backend::gpu::kernel::Variant;
+use crate::backend::gpu::params::{
+    AVERAGE_BLOCK_STEPS, AVERAGE_SCAN_THREADS, AverageParams, RunningAverageParams,
+};
 use crate::backend::gpu::{
-    Arch, Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
+    Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
 };
 use crate::error::{Error, Result};
 
-/// Steps of a block.
-const STEPS: usize = 64;
-/// Threads of the kernels over scalars.
-const SCAN_THREADS: u32 = 256;
 /// Most elements of a value row: one thread each.
 pub const MAX_DIM: usize = 1024;
 
@@ -40,8 +39,7 @@ pub struct Sizes {
 #[derive(Debug, Clone)]
 pub struct Plan {
     sizes: Sizes,
-    dtype: &'static str,
-    suffix: &'static str,
+    variant: Variant,
 }
 
 /// What a forward pass keeps for the backward pass.
@@ -79,15 +77,14 @@ impl Plan {
     /// # Errors
     /// [`Error::Unsupported`] names the value that the kernels do not cover.
     pub fn new(sizes: &Sizes, arch: &Arch) -> Result<Self> {
-        require_compute("running_average", arch)?;
-        let dtype = dtype_name("running_average", sizes.dtype)?;
+        let variant = Variant::new("running_average", sizes.dtype, arch)?;
         if sizes.dim > MAX_DIM {
             return Err(Error::Unsupported(format!(
                 "running_average: value rows of {} on a GPU; at most {MAX_DIM} are",
                 sizes.dim
             )));
         }
-        let plan = Self { sizes: *sizes, dtype, suffix: arch.suffix() };
+        let plan = Self { sizes: *sizes, variant };
         // Warps write a part of a product each.
         let wide = sizes.dim.max(2).max(sizes.dim.div_ceil(32));
         elements("m", plan.sequences() as u128 * sizes.rows as u128 * wide as u128)?;
@@ -108,7 +105,7 @@ impl Plan {
     }
 
     fn blocks(&self) -> usize {
-        self.sizes.rows.div_ceil(STEPS)
+        self.sizes.rows.div_ceil(AVERAGE_BLOCK_STEPS as usize)
     }
 
     /// One thread an element of a row.
@@ -120,9 +117,9 @@ impl Plan {
         &self,
         [v_batch, v_head, v_row]: [u32; 3],
         [d_batch, d_head, d_row]: [u32; 3],
-    ) -> AverageParams {
+    ) -> RunningAverageParams {
         let Sizes { batch, heads, value_heads, rows, dim, .. } = self.sizes;
-        AverageParams {
+        RunningAverageParams {
             batch: batch as u32,
             heads: heads as u32,
             value_heads: value_heads as u32,
@@ -141,19 +138,15 @@ impl Plan {
     fn launch<G: Gpu>(
         &self,
         gpu: &G,
-        kernel: String,
+        op: KernelOp,
         (blocks, block, shared_bytes): (usize, u32, u32),
-        params: &AverageParams,
+        params: &RunningAverageParams,
         buffers: Vec<Option<Slice<'_, G::Buffer>>>,
     ) -> Result<()> {
         let grid = grid("running_average", blocks as u128)?;
-        let kernel = format!("{kernel}_{}", self.suffix);
+        let kernel = self.variant.kernel(op);
         let (params, constants) = (bytes_of(params).to_vec(), Constants::default());
         gpu.launch(&Launch { kernel, grid, block, shared_bytes, params, constants, buffers })
-    }
-
-    fn typed(&self, kernel: &str) -> String {
-        format!("{kernel}_{}", self.dtype)
     }
 
     /// Room for the carry of every block of steps and what it keeps and takes.
@@ -193,12 +186,18 @@ pub fn forward<G: Gpu>(
     let start = x.start.as_ref();
     let mut buffers = vec![Some(x.decay), Some(x.write), start.map(|s| s.log_weight), weights];
     buffers.push(Some(last.log_weight));
-    plan.launch(gpu, plan.typed("average_weights"), (sequences, SCAN_THREADS, 0), &params, buffers)?;
+    plan.launch(
+        gpu,
+        KernelOp::RunningAverageWeights,
+        (sequences, AVERAGE_SCAN_THREADS, 0),
+        &params,
+        buffers,
+    )?;
     let shape = (sequences * blocks, threads, 0);
-    plan.launch(gpu, plan.typed("average_partial"), shape, &params, vec![v, weights, carry, joint])?;
+    plan.launch(gpu, KernelOp::RunningAveragePartial, shape, &params, vec![v, weights, carry, joint])?;
     let buffers = vec![joint, start.map(|s| s.mean), carry, Some(last.mean)];
-    plan.launch(gpu, "average_carry".into(), (sequences, threads, 0), &params, buffers)?;
-    plan.launch(gpu, plan.typed("average_rows"), shape, &params, vec![v, weights, carry, Some(m)])?;
+    plan.launch(gpu, KernelOp::RunningAverageCarry, (sequences, threads, 0), &params, buffers)?;
+    plan.launch(gpu, KernelOp::RunningAverageRows, shape, &params, vec![v, weights, carry, Some(m)])?;
     Ok(Weights { steps })
 }
 
@@ -225,14 +224,20 @@ pub fn backward<G: Gpu>(
     let steps = Slice::from(&weights.steps);
     let buffers = vec![Some(dm.data), Some(steps), Some(carry), Some(joint)];
     let shape = (sequences * blocks, threads, 0);
-    plan.launch(gpu, plan.typed("average_partial_backward"), shape, &params, buffers)?;
+    plan.launch(gpu, KernelOp::RunningAveragePartialBackward, shape, &params, buffers)?;
     let shape = (sequences, threads, 0);
-    plan.launch(gpu, "average_carry_backward".into(), shape, &params, vec![Some(joint), Some(carry)])?;
+    plan.launch(gpu, KernelOp::RunningAverageCarryBackward, shape, &params, vec![Some(joint), Some(carry)])?;
     let mut buffers = vec![Some(x.v.data), Some(m), Some(dm.data), Some(steps), Some(carry)];
     buffers.extend([x.start.as_ref().map(|s| s.mean), Some(dv), Some(dtake)]);
     let held = (heads / value_heads) as u32 * threads * 4;
     let shape = (batch * value_heads * blocks, threads, held);
-    plan.launch(gpu, plan.typed("average_rows_backward"), shape, &params, buffers)?;
+    plan.launch(gpu, KernelOp::RunningAverageRowsBackward, shape, &params, buffers)?;
     let buffers = vec![Some(x.decay), Some(steps), Some(dtake), Some(ddecay), Some(dwrite)];
-    plan.launch(gpu, plan.typed("average_weights_backward"), (sequences, SCAN_THREADS, 0), &params, buffers)
+    plan.launch(
+        gpu,
+        KernelOp::RunningAverageWeightsBackward,
+        (sequences, AVERAGE_SCAN_THREADS, 0),
+        &params,
+        buffers,
+    )
 }

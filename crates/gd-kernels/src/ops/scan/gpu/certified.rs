@@ -8,11 +8,14 @@
 
 use bytemuck::bytes_of;
 
+use crate::backend::gpu::kernel::padded_dim;
+use crate::backend::gpu::kernel::{KernelOp, Variant};
 use crate::backend::gpu::params::CertifiedParams;
 use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Slice, dtype_name, mask};
 use crate::cache::int8_keys::launch::{KNOWN, Quantized};
-use crate::cache::key_bias::launch::{key_bias, padded_dim};
+use crate::cache::key_bias::launch::key_bias;
 use crate::error::{Error, Result};
+use crate::ops::scan::gpu::launch::{Inputs, Outputs, Plan, STATIC, Values, params};
 use crate::ops::scan::gpu::launch::{Inputs, Outputs, Plan, STATIC, Values, params};
 use crate::ops::scan::problem::Problem;
 use crate::options::Precision;
@@ -39,7 +42,7 @@ pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch
     if keys >= MOST_KEYS {
         return refuse(format!("{keys} keys on a GPU; fewer than {MOST_KEYS} are"));
     }
-    let (name, padded) = (dtype_name("scan", dtype)?, padded_dim("scan", head_dim)?);
+    let (variant, padded) = (Variant::new("scan", dtype, arch)?, padded_dim("scan", head_dim)?);
     let warp_rows = if padded <= 128 { 32 } else { 16 };
     // As scan_certified.cuh has them: two tiles of integers and what is known of their keys; a list a row.
     let entries = if candidates == 1 && protected == 0 { 40 } else { 64 };
@@ -57,7 +60,7 @@ pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch
         ));
     };
     Ok(Plan {
-        kernel: format!("scan_certified_{name}_d{padded}_{}", arch.suffix()),
+        kernel: variant.sized(KernelOp::ScanCertified, padded),
         padded_dim: padded,
         warps,
         loaders: 0,
@@ -106,11 +109,11 @@ pub fn scan_certified<G: Gpu>(
     let scan = params(plan, problem, x, values, mask)?;
     let bias = key_bias(gpu, problem, x)?;
     gpu.launch(&Launch {
-        kernel: plan.kernel.clone(),
+        kernel: plan.kernel,
         grid: plan.grid(problem)?,
         block: 32 * plan.warps as u32,
         shared_bytes: plan.shared_bytes as u32,
-        params: bytes_of(&CertifiedParams { scan, room: keys.room as u32 }).to_vec(),
+        params: bytes_of(&CertifiedParams { scan, capacity: keys.room as u32 }).to_vec(),
         constants: Constants::default(),
         buffers: vec![
             Some(x.q.data),

@@ -9,21 +9,21 @@
 
 use std::fmt;
 
-use bytemuck::bytes_of;
-use candle_core::DType;
-
-use crate::backend::gpu::params::{MaskParams, ScanParams};
+use crate::backend::gpu::kernel::padded_dim;
+use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant};
+use crate::backend::gpu::params::{MaskParams, ScanParams, ScoreCode, TieCode};
 use crate::backend::gpu::{
-    Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, TensorMap, dtype_name, elements, grid, mask,
-    require_compute, tensor_map,
+    Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, TensorMap, elements, grid, mask, tensor_map,
 };
 use crate::cache::key_bias::bias_row;
-use crate::cache::key_bias::launch::{key_bias, padded_dim};
+use crate::cache::key_bias::launch::key_bias;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::ops::scan::gpu::certified as scan_certified;
 use crate::ops::scan::problem::Problem;
-use crate::options::{Precision, Score, TieBreak};
+use crate::options::Precision;
+use bytemuck::bytes_of;
+use candle_core::DType;
 
 /// Most candidates of a row.
 pub const MAX_CANDIDATES: usize = 64;
@@ -46,7 +46,7 @@ const HOPPER_ROWS: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// The kernel.
-    pub kernel: String,
+    pub kernel: Kernel,
     /// head_dim of the kernel.
     pub padded_dim: usize,
     /// Warps of a block that hold query rows.
@@ -117,9 +117,8 @@ impl Plan {
     /// # Errors
     /// [`Error::Unsupported`] names the value that the kernels do not cover.
     pub fn new(problem: &Problem, protected: usize, prior: bool, arch: &Arch) -> Result<Self> {
-        require_compute("scan", arch)?;
         let Problem { dtype, head_dim, candidates, .. } = *problem;
-        let name = dtype_name("scan", dtype)?;
+        let variant = Variant::new("scan", dtype, arch)?;
         let padded = padded_dim("scan", head_dim)?;
         let most = if arch.is_metal() { MAX_CANDIDATES_METAL } else { MAX_CANDIDATES };
         if candidates == 0 || candidates > most {
@@ -146,14 +145,15 @@ impl Plan {
         let fits = |w: &usize| shared(*w) <= room && (*w == 1 || (w / 2) * warp_rows < rows);
         let Some(warps) = [most, most / 2, most / 4, 1].into_iter().find(|w| *w > 0 && fits(w)) else {
             return Err(Error::Unsupported(format!(
-                "scan: head_dim {head_dim} in {name} needs {} bytes of shared memory; the device has {}",
+                "scan: head_dim {head_dim} in {} needs {} bytes of shared memory; the device has {}",
+                dtype.as_str(),
                 shared(1),
                 arch.shared_bytes
             )));
         };
-        let kind = if list { "list" } else { "best" };
+        let op = if list { KernelOp::ScanTopK } else { KernelOp::ScanTop1 };
         let plan = Self {
-            kernel: format!("scan_{kind}_{name}_d{padded}_{}", arch.suffix()),
+            kernel: variant.sized(op, padded),
             padded_dim: padded,
             warps,
             loaders: 0,
@@ -179,8 +179,8 @@ impl Plan {
     /// 192 and 32 candidates for lists. Its blocks have at least 128 rows, so that it is not for a few.
     #[must_use]
     pub fn on_hopper(self, problem: &Problem, arch: &Arch) -> Self {
-        let Problem { dtype, queries, keys, candidates, precision, .. } = *problem;
-        let list = self.kernel.starts_with("scan_list");
+        let Problem { queries, keys, candidates, precision, .. } = *problem;
+        let list = self.kernel.op() == KernelOp::ScanTopK;
         // As scan_hopper.cuh has them: matrices of 64 rows a warpgroup, stages of its ring.
         let (matrices, stages) = match (list, self.padded_dim) {
             (false, ..=128) => (2, 4),
@@ -190,9 +190,9 @@ impl Plan {
             (true, 192) if candidates <= 32 => (1, 2),
             (true, _) => return self,
         };
-        let suits = arch.compute == 90 && dtype != DType::F32 && precision == Precision::Native;
-        let known = self.kernel.strip_suffix("_sm80").filter(|_| suits);
-        let Some(kernel) = known.filter(|_| queries * self.pack > HOPPER_ROWS && keys > 0) else {
+        let suits = arch.compute == 90 && precision == Precision::Native;
+        let large = queries * self.pack > HOPPER_ROWS && keys > 0;
+        let Some(kernel) = self.kernel.on_hopper().filter(|_| suits && large) else {
             return self;
         };
         let row_bytes = self.padded_dim.next_multiple_of(64) * 2;
@@ -203,7 +203,7 @@ impl Plan {
             return self;
         }
         Self {
-            kernel: format!("{kernel}_sm90a"),
+            kernel,
             warps: 8,
             loaders: 4,
             warp_rows: 16 * matrices,
@@ -352,15 +352,15 @@ pub(super) fn params<B>(
         k_batch,
         k_head,
         k_row,
-        aligned: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
+        vector_loads: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
         pack: plan.pack as u32,
         row_blocks: plan.row_blocks(problem) as u32,
         bias_heads: if x.prior.is_some() { q_heads } else { kv_heads } as u32,
         bias_row: bias_row(keys) as u32,
         prior_batch,
         prior_heads,
-        score: u32::from(problem.score == Score::Dot),
-        last: u32::from(problem.tie == TieBreak::Last),
+        score: ScoreCode::from(problem.score) as u32,
+        tie: TieCode::from(problem.tie) as u32,
         candidates: problem.candidates as u32,
         slots: problem.candidates as u32 + protected[3],
         protected_batch: protected[0],
@@ -407,18 +407,18 @@ fn launch<G: Gpu>(
         Some(out.index),
         Some(out.energy),
     ];
-    if plan.kernel.starts_with("scan_list") {
+    if plan.kernel.op() == KernelOp::ScanTopK {
         buffers.extend([x.protected.as_ref().map(|p| p.data), out.flags]);
     } else {
         buffers.extend([values.map(|v| v.v.data), values.and_then(|v| v.threshold), values.map(|v| v.y)]);
     }
     let launch = Launch {
-        kernel: plan.kernel.clone(),
+        kernel: plan.kernel,
         grid: plan.grid(problem)?,
         block: 32 * (plan.warps + plan.loaders) as u32,
         shared_bytes: plan.shared_bytes as u32,
         params: bytes_of(&params).to_vec(),
-        constants: Constants::new(&mask, params.aligned != 0, x.prior.is_some()),
+        constants: Constants::new(&mask, params.vector_loads != 0, x.prior.is_some()),
         buffers,
     };
     match map {

@@ -3,17 +3,15 @@
 
 use bytemuck::bytes_of;
 
-use crate::backend::gpu::params::SortParams;
-use crate::backend::gpu::{Constants, Gpu, Launch, Slice, elements, grid};
+use crate::backend::gpu::kernel::{ElementType, Variant};
+use crate::backend::gpu::params::{SORT_BLOCK_ENTRIES, SORT_DIGIT_BITS, SortParams};
+use crate::backend::gpu::{Constants, Gpu, KernelOp, Launch, Slice, elements, grid};
 use crate::error::Result;
+use crate::ops::select::gpu::launch::Sizes;
 use crate::ops::select::gpu::launch::Sizes;
 
 /// Threads of a block.
 const THREADS: usize = 256;
-/// Entries of a block.
-const CHUNK: usize = 2048;
-/// Bits of a digit.
-const DIGIT: u32 = 8;
 
 /// For every key of every key-value head, the flat slots that hold it, in ascending order: slots of list
 /// `(b Hk + kv) M + j` are `entries[starts[list]..starts[list + 1]]`.
@@ -32,7 +30,7 @@ impl<B> Inverse<B> {
     pub fn new<G: Gpu<Buffer = B>>(gpu: &G, sizes: &Sizes, index: Slice<'_, B>) -> Result<Self> {
         let count = elements("index", sizes.rows() as u128 * sizes.slots as u128)?;
         let lists = elements("keys", (sizes.batch * sizes.kv_heads) as u128 * sizes.keys as u128)?;
-        let blocks = (count as usize).div_ceil(CHUNK);
+        let blocks = (count as usize).div_ceil(SORT_BLOCK_ENTRIES as usize);
         let mut params = SortParams {
             batch: sizes.batch as u32,
             q_heads: sizes.q_heads as u32,
@@ -40,15 +38,16 @@ impl<B> Inverse<B> {
             queries: sizes.queries as u32,
             keys: sizes.keys as u32,
             slots: sizes.slots as u32,
-            count,
-            lists,
+            entries: count,
+            segments: lists,
             blocks: blocks as u32,
             shift: 0,
         };
-        let launch = |params: &SortParams, kernel: &str, blocks: usize, buffers: Vec<Slice<'_, B>>| {
+        let variant = Variant { element: ElementType::F32, target: gpu.arch().target() };
+        let launch = |params: &SortParams, op: KernelOp, blocks: usize, buffers: Vec<Slice<'_, B>>| {
             gpu.launch(&Launch {
-                kernel: format!("{kernel}_{}", gpu.arch().suffix()),
-                grid: grid(kernel, blocks as u128)?,
+                kernel: variant.kernel(op),
+                grid: grid(op.symbol(), blocks as u128)?,
                 block: THREADS as u32,
                 shared_bytes: 0,
                 params: bytes_of(params).to_vec(),
@@ -58,21 +57,21 @@ impl<B> Inverse<B> {
         };
         let entries = || gpu.allocate(count as usize * 4);
         let (mut from, mut to) = ([entries()?, entries()?], [entries()?, entries()?]);
-        let counts = gpu.allocate(blocks * (1 << DIGIT) * 4)?;
+        let counts = gpu.allocate(blocks * (1 << SORT_DIGIT_BITS) * 4)?;
         let threads = (count as usize).div_ceil(THREADS);
-        launch(&params, "sort_begin", threads, vec![index, (&from[0]).into(), (&from[1]).into()])?;
+        launch(&params, KernelOp::SortInit, threads, vec![index, (&from[0]).into(), (&from[1]).into()])?;
         // List numbers go up to `lists` itself, that of unused slots.
         while params.shift < u32::BITS - lists.leading_zeros() {
-            launch(&params, "sort_count", blocks, vec![(&from[0]).into(), (&counts).into()])?;
-            launch(&params, "sort_places", 1, vec![(&counts).into()])?;
+            launch(&params, KernelOp::SortHistogram, blocks, vec![(&from[0]).into(), (&counts).into()])?;
+            launch(&params, KernelOp::SortOffsets, 1, vec![(&counts).into()])?;
             let moved = [&counts, &from[0], &from[1], &to[0], &to[1]].map(Slice::from);
-            launch(&params, "sort_move", blocks, moved.to_vec())?;
+            launch(&params, KernelOp::SortScatter, blocks, moved.to_vec())?;
             std::mem::swap(&mut from, &mut to);
-            params.shift += DIGIT;
+            params.shift += SORT_DIGIT_BITS;
         }
         let starts = gpu.allocate((lists as usize + 1) * 4)?;
         let threads = (count as usize + 1).div_ceil(THREADS);
-        launch(&params, "sort_starts", threads, vec![(&from[0]).into(), (&starts).into()])?;
+        launch(&params, KernelOp::SortSegmentStarts, threads, vec![(&from[0]).into(), (&starts).into()])?;
         let [lists, entries] = from;
         Ok(Self { starts, lists, entries })
     }

@@ -9,19 +9,20 @@
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-use crate::backend::gpu::Prior;
-use crate::backend::gpu::params::SelectParams;
+use crate::backend::gpu::kernel::{ElementType, KernelOp, Variant};
+use crate::backend::gpu::params::{
+    CoherenceCode, EstimatorCode, READERS_PER_WARP, ScoreCode, SelectParams, TieCode,
+};
 use crate::backend::gpu::{
-    Constants, Gpu, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
+    Constants, Gpu, Launch, Prior, Slice, Tensor4, dtype_name, elements, grid, params, require_compute,
 };
 use crate::error::{Error, Result};
+use crate::ops::select::gpu::inverse::Inverse;
 use crate::ops::select::gpu::inverse::Inverse;
 use crate::options::{Barrier, CoherenceMode, Estimator, Score, TieBreak};
 
 /// Most candidates of a row, protected ones counted.
-pub const MAX_SLOTS: usize = 64;
-/// Entries of the inverse index that a warp sums up.
-const PIECE: usize = 128;
+pub const MAX_SLOTS: usize = params::MAX_SLOTS as usize;
 
 /// The sizes of a selection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,8 +122,7 @@ impl Default for Rule {
 pub struct Plan {
     sizes: Sizes,
     params: SelectParams,
-    dtype: &'static str,
-    suffix: &'static str,
+    variant: Variant,
 }
 
 impl Plan {
@@ -130,9 +130,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Unsupported`] names the value that the kernels do not cover.
-    pub fn new(sizes: &Sizes, rule: &Rule, arch: &crate::backend::gpu::Arch) -> Result<Self> {
-        require_compute("select", arch)?;
-        let dtype = dtype_name("select", sizes.dtype)?;
+    pub fn new(sizes: &Sizes, rule: &Rule, arch: &Arch) -> Result<Self> {
+        let variant = Variant::new("select", sizes.dtype, arch)?;
         let s = sizes;
         if s.slots == 0 || s.slots > MAX_SLOTS {
             return Err(Error::Unsupported(format!(
@@ -140,16 +139,7 @@ impl Plan {
                 s.slots
             )));
         }
-        let estimator = match rule.estimator {
-            Estimator::Candidates | Estimator::Blend => 0,
-            Estimator::Winner => 1,
-            Estimator::Reinmax => 3,
-            Estimator::Dense => {
-                return Err(Error::Unsupported(
-                    "select: the dense estimator on a GPU; the others are".into(),
-                ));
-            }
-        };
+        let estimator = EstimatorCode::try_from(rule.estimator)?;
         let count = |n: &[usize]| n.iter().map(|&n| n as u128).product::<u128>();
         elements("index", count(&[s.rows(), s.slots]))?;
         elements("y", count(&[s.rows(), s.value_dim]))?;
@@ -171,23 +161,23 @@ impl Plan {
             head_dim: s.head_dim as u32,
             value_dim: s.value_dim as u32,
             slots: s.slots as u32,
-            score: u32::from(rule.score == Score::Dot),
-            last: u32::from(rule.tie == TieBreak::Last),
-            estimator,
-            passage: u32::from(rule.coherence == CoherenceMode::Passage),
+            score: ScoreCode::from(rule.score) as u32,
+            tie: TieCode::from(rule.tie) as u32,
+            estimator: estimator as u32,
+            coherence: CoherenceCode::from(rule.coherence) as u32,
             temperature: rule.temperature as f32,
-            preserve: rule.preserve as f32,
-            value: rule.value as f32,
+            preserve_floor: rule.preserve as f32,
+            value_floor: rule.value as f32,
             hardness: if rule.estimator == Estimator::Blend { 0.0 } else { rule.hardness as f32 },
-            gate: rule.gate.unwrap_or(0.0) as f32,
-            floor: barrier.floor as f32,
-            margin: barrier.margin as f32,
-            strength: barrier.strength as f32,
-            trigger: barrier.entropy_trigger as f32,
-            slack: barrier.slack as f32,
+            gate_temperature: rule.gate.unwrap_or(0.0) as f32,
+            barrier_floor: barrier.floor as f32,
+            barrier_margin: barrier.margin as f32,
+            barrier_strength: barrier.strength as f32,
+            barrier_entropy: barrier.entropy_trigger as f32,
+            barrier_slack: barrier.slack as f32,
             ..SelectParams::default()
         };
-        Ok(Self { sizes: *sizes, params, dtype, suffix: arch.suffix() })
+        Ok(Self { sizes: *sizes, params, variant })
     }
 
     fn q<B>(mut self, q: &Tensor4<'_, B>) -> Result<Self> {
@@ -220,17 +210,17 @@ impl Plan {
         self
     }
 
-    /// Launches `kernel`, or `kernel_dtype` where one is needed, over `blocks` blocks.
+    /// Launches the kernel of `op` over `blocks` blocks.
     fn launch<'a, G: Gpu>(
         &self,
         gpu: &G,
-        kernel: &str,
+        op: KernelOp,
         (blocks, threads): (usize, u32),
         buffers: Vec<Option<Slice<'a, G::Buffer>>>,
     ) -> Result<()> {
         gpu.launch(&Launch {
-            kernel: format!("{kernel}_{}", self.suffix),
-            grid: grid(kernel, blocks as u128)?,
+            kernel: self.variant.kernel(op),
+            grid: grid(op.symbol(), blocks as u128)?,
             block: threads,
             shared_bytes: 0,
             params: bytes_of(&self.params).to_vec(),
@@ -243,11 +233,10 @@ impl Plan {
     fn by_rows<'a, G: Gpu>(
         &self,
         gpu: &G,
-        op: &str,
+        op: KernelOp,
         buffers: Vec<Option<Slice<'a, G::Buffer>>>,
     ) -> Result<()> {
-        let kernel = format!("{op}_{}", self.dtype);
-        self.launch(gpu, &kernel, (self.sizes.rows().div_ceil(8), 256), buffers)
+        self.launch(gpu, op, (self.sizes.rows().div_ceil(8), 256), buffers)
     }
 
     /// Sums over the readers of every key into `out` `[B, Hk, M, dim]`: pieces of entries a warp each, then the
@@ -255,31 +244,31 @@ impl Plan {
     fn by_keys<'a, G: Gpu>(
         &self,
         gpu: &G,
-        op: &str,
+        op: KernelOp,
         (inverse, dim): (&'a Inverse<G::Buffer>, usize),
         buffers: Vec<Option<Slice<'a, G::Buffer>>>,
         out: Slice<'a, G::Buffer>,
     ) -> Result<()> {
         let Sizes { batch, kv_heads, keys, slots, .. } = self.sizes;
-        let pieces = (self.sizes.rows() * slots).div_ceil(PIECE);
+        let pieces = (self.sizes.rows() * slots).div_ceil(READERS_PER_WARP as usize);
         elements("parts", pieces as u128 * 2 * dim as u128)?;
         let parts = gpu.allocate(pieces * 2 * dim * 4)?;
         let [starts, lists, entries] = inverse.slices();
         let mut all = vec![Some(starts), Some(lists), Some(entries), Some((&parts).into())];
         all.extend(buffers);
         all.push(Some(out));
-        self.launch(gpu, &format!("{op}_{}", self.dtype), (pieces.div_ceil(8), 256), all)?;
+        self.launch(gpu, op, (pieces.div_ceil(8), 256), all)?;
         // The kernel takes the length of a row as head_dim.
         let params = SelectParams { head_dim: dim as u32, ..self.params };
         let lists = batch * kv_heads * keys;
         let buffers = vec![Some(starts), Some((&parts).into()), Some(out)];
         let plan = Self { params, ..*self };
-        plan.launch(gpu, &format!("add_parts_{}", self.dtype), (lists, 128), buffers)
+        plan.launch(gpu, KernelOp::AddPartials, (lists, 128), buffers)
     }
 
     /// Sums f32 rows `[B, Hq, N]` into heads `[Hq]`.
     fn head_sums<G: Gpu>(&self, gpu: &G, rows: &G::Buffer, out: Slice<'_, G::Buffer>) -> Result<()> {
-        self.launch(gpu, "head_sums", (self.sizes.q_heads, 256), vec![Some(rows.into()), Some(out)])
+        self.launch(gpu, KernelOp::HeadSums, (self.sizes.q_heads, 256), vec![Some(rows.into()), Some(out)])
     }
 }
 
@@ -329,7 +318,7 @@ pub fn choose<G: Gpu>(
         None => buffers.extend([None; 6]),
     }
     buffers.push(y);
-    plan.v(v)?.by_rows(gpu, "select_forward", buffers)
+    plan.v(v)?.by_rows(gpu, KernelOp::SelectForward, buffers)
 }
 
 /// Gradients of the energies `[B, Hq, N, K]`, of v `[B, Hk, M, Dv]` and of the threshold `[Hq]` from dy.
@@ -353,9 +342,9 @@ pub fn choose_backward<G: Gpu>(
     let (weights, dtau) = (gpu.allocate(rows * plan.sizes.slots * 4)?, gpu.allocate(rows * 4)?);
     let mut buffers = vec![Some(c.energy), Some(c.index), Some(c.threshold), Some(v.data), Some(dy.data)];
     buffers.extend([Some(denergy), Some((&weights).into()), Some((&dtau).into())]);
-    plan.by_rows(gpu, "select_backward", buffers)?;
+    plan.by_rows(gpu, KernelOp::SelectBackward, buffers)?;
     let buffers = vec![Some((&weights).into()), Some(dy.data)];
-    plan.by_keys(gpu, "select_values", (inverse, plan.sizes.value_dim), buffers, dv)?;
+    plan.by_keys(gpu, KernelOp::ValueGradient, (inverse, plan.sizes.value_dim), buffers, dv)?;
     plan.head_sums(gpu, &dtau, dthreshold)
 }
 
@@ -375,7 +364,7 @@ pub fn sum_rows<G: Gpu>(
     let plan = plan.gradient(d, plan.sizes.y_dims())?;
     plan.by_keys(
         gpu,
-        "select_values",
+        KernelOp::ValueGradient,
         (inverse, plan.sizes.value_dim),
         vec![Some(weights), Some(d.data)],
         out,
@@ -414,7 +403,7 @@ pub fn energy<G: Gpu>(
 ) -> Result<()> {
     let (q, k, beta, index) = (Some(x.q.data), Some(x.k.data), Some(x.beta), Some(x.index));
     let buffers = vec![q, k, beta, prior.map(|p| p.data), index, Some(energy)];
-    x.plan(plan)?.prior(prior).by_rows(gpu, "energy_forward", buffers)
+    x.plan(plan)?.prior(prior).by_rows(gpu, KernelOp::EnergyForward, buffers)
 }
 
 /// Where the gradients of energies go: dq `[B, Hq, N, D]`, dk `[B, Hk, M, D]`, f32 dbeta `[Hq]` and, if there is
@@ -447,20 +436,23 @@ pub fn energy_backward<G: Gpu>(
     let dbeta = gpu.allocate(plan.sizes.rows() * 4)?;
     let (q, k, beta) = (Some(x.q.data), Some(x.k.data), Some(x.beta));
     let buffers = vec![q, k, beta, Some(x.index), Some(gradient), Some(out.q), Some((&dbeta).into())];
-    plan.by_rows(gpu, "energy_backward", buffers)?;
+    plan.by_rows(gpu, KernelOp::EnergyBackward, buffers)?;
     plan.head_sums(gpu, &dbeta, out.beta)?;
     let dim = plan.sizes.head_dim;
-    plan.by_keys(gpu, "energy_keys", (inverse, dim), vec![q, k, beta, Some(gradient)], out.k)?;
+    plan.by_keys(gpu, KernelOp::EnergyKeyGradient, (inverse, dim), vec![q, k, beta, Some(gradient)], out.k)?;
     if let Some(prior) = &out.prior {
         let values = prior.dims[0] * prior.dims[1] * plan.sizes.keys;
         // Summed like the gradients of keys, a row for the prior heads of a key head, in f32.
-        let plan = Plan { dtype: "f32", ..plan.prior(Some(prior)) };
+        let plan = Plan {
+            variant: Variant { element: ElementType::F32, ..plan.variant },
+            ..plan.prior(Some(prior))
+        };
         let Sizes { batch, kv_heads, keys, .. } = plan.sizes;
         let rows = gpu.allocate(batch * prior.dims[1] * keys * 4)?;
         let dim = prior.dims[1] / kv_heads;
-        plan.by_keys(gpu, "prior_parts", (inverse, dim), vec![Some(gradient)], (&rows).into())?;
+        plan.by_keys(gpu, KernelOp::PriorRows, (inverse, dim), vec![Some(gradient)], (&rows).into())?;
         let buffers = vec![Some((&rows).into()), Some(prior.data)];
-        plan.launch(gpu, "prior_gradient", (values.div_ceil(256), 256), buffers)?;
+        plan.launch(gpu, KernelOp::PriorGradient, (values.div_ceil(256), 256), buffers)?;
     }
     Ok(())
 }
@@ -478,7 +470,7 @@ pub fn barrier<G: Gpu>(
     let blocks = plan.sizes.rows().div_ceil(128);
     plan.launch(
         gpu,
-        "barrier_forward",
+        KernelOp::BarrierForward,
         (blocks, 128),
         vec![Some(energy), Some(index), Some(flags), Some(out)],
     )
@@ -496,7 +488,7 @@ pub fn barrier_backward<G: Gpu>(
     out: Slice<'_, G::Buffer>,
 ) -> Result<()> {
     let buffers = vec![Some(energy), Some(index), Some(flags), Some(gradient), Some(out)];
-    plan.launch(gpu, "barrier_backward", (plan.sizes.rows().div_ceil(128), 128), buffers)
+    plan.launch(gpu, KernelOp::BarrierBackward, (plan.sizes.rows().div_ceil(128), 128), buffers)
 }
 
 /// The candidates without the winners `slot` i32 `[B, Hq, N]`: i32 `[B, Hq, N, K]`. A row that abstained has none.
@@ -511,7 +503,12 @@ pub fn rest<G: Gpu>(
     out: Slice<'_, G::Buffer>,
 ) -> Result<()> {
     let entries = plan.sizes.rows() * plan.sizes.slots;
-    plan.launch(gpu, "select_rest", (entries.div_ceil(256), 256), vec![Some(index), Some(slot), Some(out)])
+    plan.launch(
+        gpu,
+        KernelOp::SelectRemaining,
+        (entries.div_ceil(256), 256),
+        vec![Some(index), Some(slot), Some(out)],
+    )
 }
 
 /// The mixture density at the coherence point of one key a query, and the point u*, f32 `[B, Hq, N]` each; the
@@ -529,7 +526,7 @@ pub fn density<G: Gpu>(
 ) -> Result<()> {
     let (q, k, beta) = (Some(x.q.data), Some(x.k.data), Some(x.beta));
     let buffers = vec![q, k, beta, Some(alpha), Some(x.index), rho, point];
-    x.plan(plan)?.by_rows(gpu, "density_forward", buffers)
+    x.plan(plan)?.by_rows(gpu, KernelOp::DensityForward, buffers)
 }
 
 /// Gradients of q, k, beta and alpha `[Hq]` from that of the density.
@@ -553,11 +550,11 @@ pub fn density_backward<G: Gpu>(
     let (q, k, beta) = (Some(x.q.data), Some(x.k.data), Some(x.beta));
     let mut buffers = vec![q, k, beta, Some(alpha), Some(x.index), Some(gradient), Some(out.q)];
     buffers.extend([&factor, &dbeta, &dalphas].map(|b| Some(b.into())));
-    plan.by_rows(gpu, "density_backward", buffers)?;
+    plan.by_rows(gpu, KernelOp::DensityBackward, buffers)?;
     plan.head_sums(gpu, &dbeta, out.beta)?;
     plan.head_sums(gpu, &dalphas, dalpha)?;
     let dim = plan.sizes.head_dim;
-    plan.by_keys(gpu, "density_keys", (inverse, dim), vec![q, k, Some((&factor).into())], out.k)
+    plan.by_keys(gpu, KernelOp::DensityKeyGradient, (inverse, dim), vec![q, k, Some((&factor).into())], out.k)
 }
 
 /// The queries `[B, Hq, N, D]` without their components along the jumps to one key each; the plan is that of
@@ -572,7 +569,7 @@ pub fn residual<G: Gpu>(
     out: Slice<'_, G::Buffer>,
 ) -> Result<()> {
     let buffers = vec![Some(x.q.data), Some(x.k.data), Some(x.index), Some(out)];
-    x.plan(plan)?.by_rows(gpu, "residual_forward", buffers)
+    x.plan(plan)?.by_rows(gpu, KernelOp::ResidualForward, buffers)
 }
 
 /// Gradients of q `[B, Hq, N, D]` and k `[B, Hk, M, D]` from that of the residual queries.
@@ -589,7 +586,7 @@ pub fn residual_backward<G: Gpu>(
 ) -> Result<()> {
     let plan = x.plan(plan)?.gradient(gradient, plan.sizes.q_dims())?;
     let (q, k) = (Some(x.q.data), Some(x.k.data));
-    plan.by_rows(gpu, "residual_backward", vec![q, k, Some(x.index), Some(gradient.data), Some(dq)])?;
+    plan.by_rows(gpu, KernelOp::ResidualBackward, vec![q, k, Some(x.index), Some(gradient.data), Some(dq)])?;
     let dim = plan.sizes.head_dim;
-    plan.by_keys(gpu, "residual_keys", (inverse, dim), vec![q, k, Some(gradient.data)], dk)
+    plan.by_keys(gpu, KernelOp::ResidualKeyGradient, (inverse, dim), vec![q, k, Some(gradient.data)], dk)
 }

@@ -2,15 +2,16 @@
 //!
 //! gate, up, their gradients and y `[B, H, N, C]` of one dtype; outputs are contiguous.
 
+use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::SwigluParams;
-use crate::backend::gpu::{Arch, Gpu, RowSizes, Slice, Tensor4, launch};
+use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, Tensor4, launch};
 use crate::error::Result;
 
 /// An activation, checked.
 #[derive(Debug, Clone)]
 pub struct Plan {
     sizes: RowSizes,
-    suffix: String,
+    variant: Variant,
 }
 
 impl Plan {
@@ -19,7 +20,7 @@ impl Plan {
     /// # Errors
     /// [`crate::Error::Unsupported`] names the value that the kernels do not cover.
     pub fn new(sizes: &RowSizes, arch: &Arch) -> Result<Self> {
-        Ok(Self { sizes: *sizes, suffix: sizes.checked("swiglu", arch)? })
+        Ok(Self { sizes: *sizes, variant: sizes.checked("swiglu", arch)? })
     }
 
     fn params<B>(
@@ -62,7 +63,7 @@ pub fn forward<G: Gpu>(
 ) -> Result<()> {
     let buffers = vec![Some(inputs[0].data), Some(inputs[1].data), Some(y)];
     let params = plan.params(inputs, None)?;
-    launch(gpu, format!("swiglu_forward_{}", plan.suffix), plan.sizes.blocks(), &params, buffers)
+    launch(gpu, plan.variant.kernel(KernelOp::SwigluForward), plan.sizes.blocks(), &params, buffers)
 }
 
 /// The gradients of gate and up from dy.
@@ -78,5 +79,5 @@ pub fn backward<G: Gpu>(
 ) -> Result<()> {
     let buffers = [inputs[0].data, inputs[1].data, dy.data, dgate, dup].map(Some).to_vec();
     let params = plan.params(inputs, Some(dy))?;
-    launch(gpu, format!("swiglu_backward_{}", plan.suffix), plan.sizes.blocks(), &params, buffers)
+    launch(gpu, plan.variant.kernel(KernelOp::SwigluBackward), plan.sizes.blocks(), &params, buffers)
 }

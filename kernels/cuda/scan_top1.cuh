@@ -6,33 +6,31 @@
 // The best key of a row by plain sums, for rows in which a score has left the range of f32: such a score
 // belongs to no candidate and hides the others.
 template <class T>
-__device__ __noinline__ i32 search_row(const T *q, const Source<T> &k, const float *bias, Range seen,
-                                       u32 last) {
+__device__ __noinline__ i32 search_row(const T *q, const Source<T> &k, const float *bias, Range seen, u32 tie) {
     float score = -GD_INFINITY;
     i32 key = -1;
     for (i32 j = seen.lo + i32(lane_id()); j < seen.hi; j += 32) {
         float s = bias[j];
         for (u32 d = 0; d < k.dim; d++)
             s = fmaf(up(q[d]), up(k.first[size_t(j) * k.stride + d]), s);
-        if (finite(s) && (s > score || (s == score && key >= 0 && before(j, key, last)))) score = s, key = j;
+        if (finite(s) && (s > score || (s == score && key >= 0 && before(j, key, tie)))) score = s, key = j;
     }
-    return best_key(score, key, last);
+    return best_key(score, key, tie);
 }
 
 // Writes what was found for a row: the key `winner` (-1: none) with its energy, if the threshold of the head
 // admits it, and its value row. By a warp.
 template <class T>
-__device__ __forceinline__ void write_best(const ScanParams &p, const Block &at, u32 row, i32 winner,
-                                           const T *query, const Source<T> &keys, const float *beta,
-                                           const float *prior, i32 *index, float *energy, const T *v,
-                                           const float *threshold, T *y) {
+__device__ __forceinline__ void write_best(const ScanParams &p, const Block &at, u32 row, i32 winner, const T *query,
+                                           const Source<T> &keys, const float *beta, const float *prior, i32 *index,
+                                           float *energy, const T *v, const float *threshold, T *y) {
     const T *key = keys.first + size_t(max(winner, 0)) * keys.stride;
     float e = admit(here(), p, at.b, at.head(p, row), winner, query, key, beta, prior, threshold);
     write_winner(here(), at.out(p, row), winner, e, value_row(p, at, v, winner), p.value_dim, index, energy, y);
 }
 
 template <class T, int DP, int MT>
-__device__ __forceinline__ void scan_best(const ScanParams &p, const T *q, const T *k, const float *bias,
+__device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const T *k, const float *bias,
                                           const float *beta, const float *prior, const i32 *table, i32 *index,
                                           float *energy, const T *v, const float *threshold, T *y) {
     using S = typename Scoring<T>::template Of<DP, MT>;
@@ -47,9 +45,8 @@ __device__ __forceinline__ void scan_best(const ScanParams &p, const T *q, const
     T *tiles = reinterpret_cast<T *>(shared);
     unsigned char *queries = shared + 2 * (TILE * sizeof(T) + KEYS * 4) + warp * S::QUERY_BYTES;
     S scoring;
-    scoring.load_queries(reinterpret_cast<T *>(queries), p.head_dim, p.aligned, true, [&](u32 r) {
-        return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr;
-    });
+    scoring.load_queries(reinterpret_cast<T *>(queries), p.head_dim, p.vector_loads, true,
+                         [&](u32 r) { return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr; });
 
     Range own[MT][2];
     float best[MT][2];
@@ -65,45 +62,44 @@ __device__ __forceinline__ void scan_best(const ScanParams &p, const T *q, const
     }
     Reach reach(seen, first, S::ROWS);
     Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
-                      p.aligned != 0};
+                      p.vector_loads != 0};
     u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
 
-    walk<T, DP, KEYS>(
-        tiles, keys, biases, seen.all, p.last, [&](u32 number, const T *tile, const float *tile_bias) {
-            i32 start = i32(number * KEYS);
-            if (!reach.meets(start, KEYS)) return;
-            bool whole = reach.whole(start, KEYS);
-            float top[MT][2];
+    walk<T, DP, KEYS>(tiles, keys, biases, seen.all, p.tie, [&](u32 number, const T *tile, const float *tile_bias) {
+        i32 start = i32(number * KEYS);
+        if (!reach.meets(start, KEYS)) return;
+        bool whole = reach.whole(start, KEYS);
+        float top[MT][2];
 #pragma unroll
-            for (int m = 0; m < MT; m++)
-                top[m][0] = top[m][1] = -GD_INFINITY;
+        for (int m = 0; m < MT; m++)
+            top[m][0] = top[m][1] = -GD_INFINITY;
 #pragma unroll
-            for (int group = 0; group < KEYS; group += GROUP) {
-                float acc[MT][4][4];
-                group_scores(scoring, tile, tile_bias, group, start, whole, own, acc);
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-#pragma unroll
-                    for (int n = 0; n < 4; n++) {
-                        // fmaxf leaves NaN out.
-                        top[m][0] = fmaxf(top[m][0], fmaxf(acc[m][n][0], acc[m][n][1]));
-                        top[m][1] = fmaxf(top[m][1], fmaxf(acc[m][n][2], acc[m][n][3]));
-                    }
-                }
-            }
+        for (int group = 0; group < KEYS; group += GROUP) {
+            float acc[MT][4][4];
+            group_scores(scoring, tile, tile_bias, group, start, whole, own, acc);
 #pragma unroll
             for (int m = 0; m < MT; m++) {
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    // In the order of the walk, what comes first stays.
-                    if (GD_FAULT(10) ? top[m][half] >= best[m][half] : top[m][half] > best[m][half]) {
-                        best[m][half] = top[m][half];
-                        where[m][half] = i32(number);
-                    }
+                for (int n = 0; n < 4; n++) {
+                    // fmaxf leaves NaN out.
+                    top[m][0] = fmaxf(top[m][0], fmaxf(acc[m][n][0], acc[m][n][1]));
+                    top[m][1] = fmaxf(top[m][1], fmaxf(acc[m][n][2], acc[m][n][3]));
                 }
             }
-        });
+        }
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                // In the order of the walk, what comes first stays.
+                if (GD_FAULT(10) ? top[m][half] >= best[m][half] : top[m][half] > best[m][half]) {
+                    best[m][half] = top[m][half];
+                    where[m][half] = i32(number);
+                }
+            }
+        }
+    });
 
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -119,17 +115,17 @@ __device__ __forceinline__ void scan_best(const ScanParams &p, const T *q, const
                 const T *query = query_row(p, at, q, row);
                 i32 winner = -1;
                 if (top == GD_INFINITY) {
-                    winner = search_row(query, keys, biases, range, p.last);
+                    winner = search_row(query, keys, biases, range, p.tie);
                 } else if (top > -GD_INFINITY) {
                     for (u32 t = 0; t < 4; t++) {
                         float score = __shfl_sync(ALL, best[m][half], r * 4 + t);
                         i32 tile = __shfl_sync(ALL, where[m][half], r * 4 + t);
                         if (score != top) continue;
-                        i32 j = m == 0 ? scoring.template find<0>(tiles, keys, biases, u32(tile), t, half, r,
-                                                                  range, p.last)
-                                       : scoring.template find<MT - 1>(tiles, keys, biases, u32(tile), t,
-                                                                       half, r, range, p.last);
-                        if (j >= 0 && (winner < 0 || before(j, winner, p.last))) winner = j;
+                        i32 j = m == 0
+                                    ? scoring.template find<0>(tiles, keys, biases, u32(tile), t, half, r, range, p.tie)
+                                    : scoring.template find<MT - 1>(tiles, keys, biases, u32(tile), t, half, r, range,
+                                                                    p.tie);
+                        if (j >= 0 && (winner < 0 || before(j, winner, p.tie))) winner = j;
                     }
                 }
                 write_best(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);

@@ -4,7 +4,6 @@
 #include "row.h"
 
 // Slots of a row, at most.
-constexpr CONSTANT u32 MAX_SLOTS = 64;
 
 struct Candidates {
     float energy[2];
@@ -39,22 +38,21 @@ INLINE Choice choose(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &
     i32 key = -1, slot = -1;
 #pragma unroll
     for (u32 x = 0; x < 2; x++) {
-        bool wins = c.key[x] >= 0 &&
-                    (key < 0 || c.energy[x] < best || (c.energy[x] == best && before(c.key[x], key, p.last)));
+        bool wins =
+            c.key[x] >= 0 && (key < 0 || c.energy[x] < best || (c.energy[x] == best && before(c.key[x], key, p.tie)));
         if (wins) best = c.energy[x], key = c.key[x], slot = i32(me.lane() + 32 * x);
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
         float e = shuffle_xor(best, step);
         i32 j = shuffle_xor(key, step), s = shuffle_xor(slot, step);
-        bool wins =
-            j >= 0 && (key < 0 || e < best ||
-                       (e == best && (GD_FAULT(21) ? before(key, j, p.last) : before(j, key, p.last))));
+        bool wins = j >= 0 && (key < 0 || e < best ||
+                               (e == best && (GD_FAULT(21) ? before(key, j, p.tie) : before(j, key, p.tie))));
         if (wins) best = e, key = j, slot = s;
     }
     Choice out = {slot, -1, best, GD_INFINITY, 1.0f};
     if (slot < 0) return out;
-    if (p.gate > 0) out.rho = sigmoid((tau - best) / p.gate);
+    if (p.gate_temperature > 0) out.rho = sigmoid((tau - best) / p.gate_temperature);
     if (best > tau) return out;
     out.winner = slot;
     float margin = GD_INFINITY;
@@ -83,8 +81,8 @@ INLINE float soft(PARAMS SelectParams &p, const LOCAL Candidates &c, float tau, 
 }
 
 // Weights of the value rows in the forward pass.
-INLINE void value_weights(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c,
-                          const LOCAL Choice &choice, float tau, LOCAL float (&w)[2]) {
+INLINE void value_weights(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, const LOCAL Choice &choice,
+                          float tau, LOCAL float (&w)[2]) {
     w[0] = w[1] = 0;
     if (p.hardness < 1.0f) {
         soft(p, c, tau, w);
@@ -97,8 +95,8 @@ INLINE void value_weights(Thread me, PARAMS SelectParams &p, const LOCAL Candida
 }
 
 // Adds scale J(share) a, carried to the energies, to de; returns the threshold's part.
-INLINE float jacobian(PARAMS SelectParams &p, const LOCAL float (&share)[2], float null,
-                      const LOCAL float (&a)[2], float scale, LOCAL float (&de)[2]) {
+INLINE float jacobian(PARAMS SelectParams &p, const LOCAL float (&share)[2], float null, const LOCAL float (&a)[2],
+                      float scale, LOCAL float (&de)[2]) {
     float mean = warp_sum(share[0] * a[0] + share[1] * a[1]), rate = -scale / p.temperature;
 #pragma unroll
     for (u32 x = 0; x < 2; x++)
@@ -108,9 +106,8 @@ INLINE float jacobian(PARAMS SelectParams &p, const LOCAL float (&share)[2], flo
 
 // The backward pass: a = <dy, v> of every slot in; the energies' gradient de and the weights dv with which dy
 // enters the value rows out. Returns the threshold's gradient.
-INLINE float choice_backward(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c,
-                             const LOCAL Choice &choice, float tau, const LOCAL float (&a)[2],
-                             LOCAL float (&de)[2], LOCAL float (&dv)[2]) {
+INLINE float choice_backward(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, const LOCAL Choice &choice,
+                             float tau, const LOCAL float (&a)[2], LOCAL float (&de)[2], LOCAL float (&dv)[2]) {
     de[0] = de[1] = dv[0] = dv[1] = 0;
     float share[2], dtau = 0, hard = p.hardness, rest = 1.0f - p.hardness;
     float null = soft(p, c, tau, share);
@@ -128,27 +125,27 @@ INLINE float choice_backward(Thread me, PARAMS SelectParams &p, const LOCAL Cand
     float used = float(bits_set(vote(c.key[0] >= 0)) + bits_set(vote(c.key[1] >= 0)));
     float mixed[2];
     for (u32 x = 0; x < 2; x++)
-        mixed[x] = c.key[x] >= 0 ? (1.0f - p.preserve) * share[x] + p.preserve / used : 0.0f;
-    if (p.estimator == 0) {
-        dtau += jacobian(p, mixed, (1.0f - p.preserve) * null, a, scale, de);
-    } else if (p.estimator == 3) {
+        mixed[x] = c.key[x] >= 0 ? (1.0f - p.preserve_floor) * share[x] + p.preserve_floor / used : 0.0f;
+    if (p.estimator == ESTIMATOR_CANDIDATES) {
+        dtau += jacobian(p, mixed, (1.0f - p.preserve_floor) * null, a, scale, de);
+    } else if (p.estimator == ESTIMATOR_REINMAX) {
         dtau += jacobian(p, share, null, a, -0.5f * scale, de);
         float middle[2];
         for (u32 x = 0; x < 2; x++)
             middle[x] = 0.5f * share[x] + (wins[x] ? 0.5f : 0.0f);
         dtau += jacobian(p, middle, 0.5f * null + (choice.winner < 0 ? 0.5f : 0.0f), a, 2.0f * scale, de);
     }
-    float lambda = p.estimator == 1 ? 0.0f : p.value;
+    float lambda = p.estimator == ESTIMATOR_WINNER ? 0.0f : p.value_floor;
     for (u32 x = 0; x < 2; x++) {
         dv[x] += scale * lambda * mixed[x];
         if (!wins[x]) continue;
         dv[x] += scale * (1.0f - lambda);
-        if (p.gate > 0) {
-            float d = hard * a[x] * choice.rho * (1.0f - choice.rho) / p.gate;
+        if (p.gate_temperature > 0) {
+            float d = hard * a[x] * choice.rho * (1.0f - choice.rho) / p.gate_temperature;
             de[x] -= d;
             dtau += d;
         }
     }
-    if (p.gate > 0 && choice.winner >= 0) dtau = shuffle(dtau, choice.winner % 32);
+    if (p.gate_temperature > 0 && choice.winner >= 0) dtau = shuffle(dtau, choice.winner % 32);
     return dtau;
 }

@@ -7,28 +7,28 @@
 #pragma once
 #include "row.h"
 
-constexpr CONSTANT u32 CHUNK = 2048, DIGITS = 256, SORT_WARPS = 8, EACH = CHUNK / SORT_WARPS;
+constexpr CONSTANT u32 DIGITS = 1u << SORT_DIGIT_BITS, SORT_WARPS = 8, WARP_ENTRIES = SORT_BLOCK_ENTRIES / SORT_WARPS;
 
 // The list of every slot.
-INLINE void sort_begin(Thread me, PARAMS SortParams &p, const DEVICE i32 *index, DEVICE u32 *lists,
-                       DEVICE u32 *entries) {
+INLINE void sort_init(Thread me, PARAMS SortParams &p, const DEVICE i32 *index, DEVICE u32 *segments,
+                      DEVICE u32 *entries) {
     u32 at = me.global();
-    if (at >= p.count) return;
+    if (at >= p.entries) return;
     i32 j = index[at];
     u32 head = at / p.slots / p.queries, kv = head % p.q_heads / (p.q_heads / p.kv_heads);
-    lists[at] = j < 0 ? p.lists : (head / p.q_heads * p.kv_heads + kv) * p.keys + u32(j);
+    segments[at] = j < 0 ? p.segments : (head / p.q_heads * p.kv_heads + kv) * p.keys + u32(j);
     entries[at] = at;
 }
 
 // How often each digit occurs in each chunk: counts [DIGITS, blocks]; `count` holds DIGITS.
-INLINE void sort_count(Thread me, PARAMS SortParams &p, SHARED u32 *count, const DEVICE u32 *lists,
-                       DEVICE u32 *counts) {
+INLINE void sort_histogram(Thread me, PARAMS SortParams &p, SHARED u32 *count, const DEVICE u32 *segments,
+                           DEVICE u32 *counts) {
     for (u32 d = me.index; d < DIGITS; d += me.threads)
         count[d] = 0;
     block_barrier();
-    for (u32 x = me.index; x < CHUNK; x += me.threads) {
-        u32 at = me.block * CHUNK + x;
-        if (at < p.count) add_one(count + (lists[at] >> p.shift & (DIGITS - 1)));
+    for (u32 x = me.index; x < SORT_BLOCK_ENTRIES; x += me.threads) {
+        u32 at = me.block * SORT_BLOCK_ENTRIES + x;
+        if (at < p.entries) add_one(count + (segments[at] >> p.shift & (DIGITS - 1)));
     }
     block_barrier();
     for (u32 d = me.index; d < DIGITS; d += me.threads)
@@ -51,8 +51,7 @@ INLINE u32 block_prefix(Thread me, u32 x, SHARED u32 *sums) {
 }
 
 // Counts become places: exclusive sums over [DIGITS, blocks], by one block; `sums` holds 8.
-INLINE void sort_places(Thread me, PARAMS SortParams &p, SHARED u32 *sums, SHARED u32 *total,
-                        DEVICE u32 *counts) {
+INLINE void sort_offsets(Thread me, PARAMS SortParams &p, SHARED u32 *sums, SHARED u32 *total, DEVICE u32 *counts) {
     u32 before = 0, all = DIGITS * p.blocks;
     for (u32 first = 0; first < all; first += me.threads) {
         u32 at = first + me.index, x = at < all ? counts[at] : 0;
@@ -66,15 +65,15 @@ INLINE void sort_places(Thread me, PARAMS SortParams &p, SHARED u32 *sums, SHARE
 
 // Moves every entry to its place. Inside a chunk, warp w takes entries 256 w.. in order, 32 at a time;
 // `next` holds 8 DIGITS.
-INLINE void sort_move(Thread me, PARAMS SortParams &p, SHARED u32 *next, const DEVICE u32 *places,
-                      const DEVICE u32 *lists, const DEVICE u32 *entries, DEVICE u32 *lists_out,
-                      DEVICE u32 *entries_out) {
-    u32 warp = me.warp(), first = me.block * CHUNK + warp * EACH;
+INLINE void sort_scatter(Thread me, PARAMS SortParams &p, SHARED u32 *next, const DEVICE u32 *places,
+                         const DEVICE u32 *segments, const DEVICE u32 *entries, DEVICE u32 *segments_out,
+                         DEVICE u32 *entries_out) {
+    u32 warp = me.warp(), first = me.block * SORT_BLOCK_ENTRIES + warp * WARP_ENTRIES;
     for (u32 x = me.index; x < SORT_WARPS * DIGITS; x += me.threads)
         next[x] = 0;
     block_barrier();
-    for (u32 x = me.lane(); x < EACH; x += 32)
-        if (first + x < p.count) add_one(next + warp * DIGITS + (lists[first + x] >> p.shift & (DIGITS - 1)));
+    for (u32 x = me.lane(); x < WARP_ENTRIES; x += 32)
+        if (first + x < p.entries) add_one(next + warp * DIGITS + (segments[first + x] >> p.shift & (DIGITS - 1)));
     block_barrier();
     for (u32 d = me.index; d < DIGITS; d += me.threads) {
         u32 sum = places[size_t(d) * p.blocks + me.block];
@@ -85,14 +84,14 @@ INLINE void sort_move(Thread me, PARAMS SortParams &p, SHARED u32 *next, const D
         }
     }
     block_barrier();
-    for (u32 x = me.lane(); x < EACH; x += 32) {
+    for (u32 x = me.lane(); x < WARP_ENTRIES; x += 32) {
         u32 at = first + x;
-        bool inside = at < p.count;
-        u32 list = inside ? lists[at] : 0, digit = list >> p.shift & (DIGITS - 1);
+        bool inside = at < p.entries;
+        u32 segment = inside ? segments[at] : 0, digit = segment >> p.shift & (DIGITS - 1);
         // Lanes with the same digit.
         u32 same = vote(inside);
 #pragma unroll
-        for (u32 b = 0; b < 8; b++) {
+        for (u32 b = 0; b < SORT_DIGIT_BITS; b++) {
             u32 set = vote(digit >> b & 1);
             same &= digit >> b & 1 ? set : ~set;
         }
@@ -102,17 +101,17 @@ INLINE void sort_move(Thread me, PARAMS SortParams &p, SHARED u32 *next, const D
         if (inside && first_bit(same) == me.lane()) *place += bits_set(same);
         warp_barrier();
         if (inside) {
-            lists_out[to] = list;
+            segments_out[to] = segment;
             entries_out[to] = entries[at];
         }
     }
 }
 
 // Where each list starts: starts [lists + 1]; what is behind the last holds the unused slots.
-INLINE void sort_starts(Thread me, PARAMS SortParams &p, const DEVICE u32 *lists, DEVICE u32 *starts) {
+INLINE void sort_segment_starts(Thread me, PARAMS SortParams &p, const DEVICE u32 *segments, DEVICE u32 *starts) {
     u32 at = me.global();
-    if (at > p.count) return;
-    u32 from = at == 0 ? 0 : lists[at - 1] + 1, to = at == p.count ? p.lists : lists[at];
-    for (u32 list = from; list <= to && list <= p.lists; list++)
-        starts[list] = at;
+    if (at > p.entries) return;
+    u32 from = at == 0 ? 0 : segments[at - 1] + 1, to = at == p.entries ? p.segments : segments[at];
+    for (u32 segment = from; segment <= to && segment <= p.segments; segment++)
+        starts[segment] = at;
 }

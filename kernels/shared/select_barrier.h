@@ -12,8 +12,8 @@ struct Effect {
 };
 
 // Whether slot x goes before slot y (-1: none).
-INLINE bool closer(const DEVICE float *energy, const DEVICE i32 *key, u32 x, i32 y, u32 last) {
-    return y < 0 || energy[x] < energy[y] || (energy[x] == energy[y] && before(key[x], key[y], last));
+INLINE bool closer(const DEVICE float *energy, const DEVICE i32 *key, u32 x, i32 y, u32 tie) {
+    return y < 0 || energy[x] < energy[y] || (energy[x] == energy[y] && before(key[x], key[y], tie));
 }
 
 INLINE Effect barrier_effect(PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *key,
@@ -24,10 +24,10 @@ INLINE Effect barrier_effect(PARAMS SelectParams &p, const DEVICE float *energy,
     for (u32 s = 0; s < p.slots; s++) {
         if (key[s] < 0) continue;
         used++;
-        if (flags[s] && closer(energy, key, s, at, p.last)) at = i32(s);
+        if (flags[s] && closer(energy, key, s, at, p.tie)) at = i32(s);
     }
     for (u32 s = 0; s < p.slots; s++)
-        if (key[s] >= 0 && i32(s) != at && closer(energy, key, s, other, p.last)) other = i32(s);
+        if (key[s] >= 0 && i32(s) != at && closer(energy, key, s, other, p.tie)) other = i32(s);
     if (at < 0 || other < 0) return idle;
     wide score = -wide(energy[at]), rival = -wide(energy[other]), top = score > rival ? score : rival;
     wide total = 0, others = 0;
@@ -36,26 +36,26 @@ INLINE Effect barrier_effect(PARAMS SelectParams &p, const DEVICE float *energy,
         total += exp(-wide(energy[s]) - top);
         if (i32(s) != at) others += exp(-wide(energy[s]) - rival);
     }
-    wide gap = rival - score, margin = wide(p.margin), floor = wide(p.floor);
-    bool active = exp(score - top) / total < floor && gap <= margin + wide(p.slack);
+    wide gap = rival - score, margin = wide(p.barrier_margin), floor = wide(p.barrier_floor);
+    bool active = exp(score - top) / total < floor && gap <= margin + wide(p.barrier_slack);
     if (!active && gap <= margin) {
         wide entropy = 0;
         for (u32 s = 0; s < p.slots; s++) {
             wide w = key[s] < 0 ? wide(0) : exp(-wide(energy[s]) - top) / total;
             if (w > 0) entropy -= w * log(w);
         }
-        active = entropy / log(wide(used)) >= wide(p.trigger);
+        active = entropy / log(wide(used)) >= wide(p.barrier_entropy);
     }
     if (!active) return idle;
-    wide room = margin - gap, strength = room > 0 ? wide(p.strength) : wide(0);
+    wide room = margin - gap, strength = room > 0 ? wide(p.barrier_strength) : wide(0);
     wide lifted = score + strength * (room > 0 ? room : wide(0)), rest = rival + log(others);
     if (1 / (1 + exp(rest - lifted)) < floor) return {at, other, log(floor / (1 - floor)) + rest, 0, true};
     return {at, other, lifted, strength, false};
 }
 
 // Flags [B, Hq, N, K]; out may not be energy itself.
-INLINE void barrier_forward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
-                            const DEVICE i32 *index, const DEVICE uint8_t *flags, DEVICE float *out) {
+INLINE void barrier_forward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *index,
+                            const DEVICE uint8_t *flags, DEVICE float *out) {
     size_t row = me.global();
     if (row >= size_t(p.batch) * p.q_heads * p.queries) return;
     size_t first = row * p.slots;
@@ -64,9 +64,8 @@ INLINE void barrier_forward(Thread me, PARAMS SelectParams &p, const DEVICE floa
         out[first + s] = i32(s) == e.at ? float(-e.score) : energy[first + s];
 }
 
-INLINE void barrier_backward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy,
-                             const DEVICE i32 *index, const DEVICE uint8_t *flags, const DEVICE float *grad,
-                             DEVICE float *out) {
+INLINE void barrier_backward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *index,
+                             const DEVICE uint8_t *flags, const DEVICE float *grad, DEVICE float *out) {
     size_t row = me.global();
     if (row >= size_t(p.batch) * p.q_heads * p.queries) return;
     size_t first = row * p.slots;

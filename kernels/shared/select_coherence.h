@@ -1,7 +1,7 @@
 // The coherence point and the mixture density at it, one key a query (index [B, Hq, N]; slots is 1). In f64
 // where there is one: near t = 2 the point turns with the square root of an error of t.
 #pragma once
-#include "gradient.h"
+#include "key_gradient.h"
 
 // m = tanh((l + t m) / 2) in the heavier well; the tie at l = 0 goes to the query (m < 0).
 INLINE wide global_root(wide t, wide l) {
@@ -24,9 +24,9 @@ INLINE wide global_root(wide t, wide l) {
 }
 
 // u in [0, 1] on the passage from query to key, u = sigmoid(l + t (2u - 1)), l = ln((1 - alpha) / alpha).
-INLINE wide coherence_point(wide t, wide alpha, u32 passage) {
+INLINE wide coherence_point(wide t, wide alpha, u32 mode) {
     wide l = log((1 - alpha) / alpha);
-    if (!passage) return wide(0.5) * (1 + global_root(t, l));
+    if (mode == COHERENCE_GLOBAL) return wide(0.5) * (1 + global_root(t, l));
     wide lo = 0, hi = 1;
     for (int step = 0; step < 60; step++) {
         wide u = wide(0.5) * (lo + hi), f = u - 1 / (1 + exp(-(l + t * (2 * u - 1))));
@@ -43,8 +43,8 @@ INLINE wide coherence_point(wide t, wide alpha, u32 passage) {
 struct Density {
     wide value, by_t, by_alpha;
 };
-INLINE Density density(wide t, wide alpha, u32 passage) {
-    wide u = coherence_point(t, alpha, passage), w = 1 - u;
+INLINE Density density(wide t, wide alpha, u32 mode) {
+    wide u = coherence_point(t, alpha, mode), w = 1 - u;
     wide near_q = exp(-t * u * u), near_k = exp(-t * w * w);
     return {alpha * near_q + (1 - alpha) * near_k, -(alpha * u * u * near_q + (1 - alpha) * w * w * near_k),
             near_q - near_k};
@@ -72,8 +72,8 @@ INLINE void density_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q
     wide r = 0, u = 0;
     if (j >= 0) {
         wide t = wide(beta[at.h]) * distance(me, q_row(p, at, q), k_row(p, at, k, j), p.head_dim);
-        if (rho) r = density(t, wide(alpha[at.h]), p.passage).value;
-        if (point) u = coherence_point(t, wide(alpha[at.h]), p.passage);
+        if (rho) r = density(t, wide(alpha[at.h]), p.coherence).value;
+        if (point) u = coherence_point(t, wide(alpha[at.h]), p.coherence);
     }
     if (me.lane() != 0) return;
     if (rho) rho[at.row] = float(r);
@@ -84,8 +84,8 @@ INLINE void density_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q
 template <class T>
 INLINE void density_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
                              const DEVICE float *beta, const DEVICE float *alpha, const DEVICE i32 *index,
-                             const DEVICE float *grad, DEVICE T *dq, DEVICE float *factor,
-                             DEVICE float *dbeta, DEVICE float *dalpha) {
+                             const DEVICE float *grad, DEVICE T *dq, DEVICE float *factor, DEVICE float *dbeta,
+                             DEVICE float *dalpha) {
     Place at(me, p);
     if (!at.exists) return;
     i32 j = index[at.row];
@@ -94,7 +94,7 @@ INLINE void density_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *
     wide c = 0, db = 0, da = 0;
     if (j >= 0) {
         wide b = wide(beta[at.h]), g = wide(grad[at.row]), d = distance(me, query, key, p.head_dim);
-        Density x = density(b * d, wide(alpha[at.h]), p.passage);
+        Density x = density(b * d, wide(alpha[at.h]), p.coherence);
         c = g * x.by_t * 2 * b;
         db = g * x.by_t * d;
         da = g * x.by_alpha;
@@ -111,8 +111,7 @@ template <class T> struct AddDensityKey {
     const DEVICE T *k;
     const DEVICE float *factor;
 
-    INLINE void operator()(Thread me, u32 row, const LOCAL Place &at, i32 j, u32 first,
-                           LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32 row, const LOCAL Place &at, i32 j, u32 first, LOCAL float (&sum)[4]) const {
         const DEVICE T *query = q_row(p, at, q);
         const DEVICE T *key = k_row(p, at, k, j);
         float c = factor[row];

@@ -4,15 +4,13 @@
 #include "scan.h"
 
 template <class T, int D, int MT, int KEYS>
-INLINE void scan_best(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *seen,
-                      const device T *q, const device T *k, const device float *bias,
-                      const device float *beta, const device float *prior, const device i32 *table,
-                      device i32 *index, device float *energy, const device T *v,
-                      const device float *threshold, device T *y) {
+INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *seen,
+                      const device T *q, const device T *k, const device float *bias, const device float *beta,
+                      const device float *prior, const device i32 *table, device i32 *index, device float *energy,
+                      const device T *v, const device float *threshold, device T *y) {
     typedef Scoring<T, D, MT, KEYS> S;
     typedef typename S::E E;
-    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, g = me.lane() / 4,
-        t = me.lane() % 4;
+    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, g = me.lane() / 4, t = me.lane() % 4;
     Block at(me, p, rows);
     fill_seen(me, seen, p, at, table, rows);
 
@@ -33,7 +31,7 @@ INLINE void scan_best(Thread me, constant ScanParams &p, threadgroup uchar *shar
     Reach reach(seen, first, S::ROWS);
     KeyRows<T> keys = key_rows(p, at, k);
     const device float *biases = key_biases(p, at, bias);
-    Tiles tiles(seen, p.last, KEYS);
+    Tiles tiles(seen, p.tie, KEYS);
     for (i32 step = 0; step < tiles.count; step++) {
         u32 number = tiles.number(step);
         load_tile<T, D, KEYS>(me, tile, tile_bias, keys, biases, number, p.head_dim);
@@ -46,7 +44,7 @@ INLINE void scan_best(Thread me, constant ScanParams &p, threadgroup uchar *shar
 #pragma unroll
             for (u32 y = 0; y < KEYS / 4; y++) {
                 // In the order of the walk, what comes first stays.
-                u32 x = (p.last ? KEYS / 4 - 1 - y : y) * 4 + t;
+                u32 x = (p.tie == TIE_LAST ? KEYS / 4 - 1 - y : y) * 4 + t;
                 i32 j = start + i32(x);
                 float s = out[(m * 8 + g) * S::OUT + x] + tile_bias[x];
                 i32 hi = own[m].hi + (GD_FAULT(105) ? 1 : 0);
@@ -65,7 +63,7 @@ INLINE void scan_best(Thread me, constant ScanParams &p, threadgroup uchar *shar
             for (u32 part = 0; part < (GD_FAULT(107) ? 3 : 4); part++) {
                 float s = shuffle(best[m], r * 4 + part);
                 i32 j = shuffle(where[m], r * 4 + part);
-                bool wins = j >= 0 && (winner < 0 || s > top || (s == top && before(j, winner, p.last)));
+                bool wins = j >= 0 && (winner < 0 || s > top || (s == top && before(j, winner, p.tie)));
                 if (wins) top = s, winner = j;
             }
             const device T *query = query_row(p, at, q, row), *key = keys.first + size_t(max(winner, 0)) * p.k_row;

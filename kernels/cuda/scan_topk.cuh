@@ -1,6 +1,6 @@
 // The scan for several candidates: every row keeps a list in shared memory.
 #pragma once
-#include "../shared/list.h"
+#include "../shared/bounded_list.h"
 #include "scan.cuh"
 
 // Entries of a list.
@@ -56,25 +56,24 @@ struct ListRows {
 
     // Writes the lists by energy; row 0 is row `first` of the block.
     template <class T>
-    __device__ __forceinline__ void write(const ScanParams &p, const Block &at, const Seen &seen, u32 first,
-                                          const T *q, const Source<T> &keys, const float *beta,
-                                          const float *prior, i32 *index, float *energy,
-                                          const i32 *protected_keys, uint8_t *flags) {
+    __device__ __forceinline__ void write(const ScanParams &p, const Block &at, const Seen &seen, u32 first, const T *q,
+                                          const Source<T> &keys, const float *beta, const float *prior, i32 *index,
+                                          float *energy, const i32 *protected_keys, uint8_t *flags) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             for (u32 r = 0; r < 8; r++) {
                 u32 row = first + half * 8 + r, entries = __shfl_sync(ALL, count[half], r * 4);
                 if (!at.exists(p, row)) continue;
                 List list(lists, half * 8 + r, room);
-                write_list(here(), p, at, row, list, entries, seen.row[row], q, keys.first, beta, prior, index,
-                           energy, protected_keys, flags);
+                write_list(here(), p, at, row, list, entries, seen.row[row], q, keys.first, beta, prior, index, energy,
+                           protected_keys, flags);
             }
         }
     }
 };
 
 template <class T, int DP>
-__device__ __forceinline__ void scan_list(const ScanParams &p, const T *q, const T *k, const float *bias,
+__device__ __forceinline__ void scan_topk(const ScanParams &p, const T *q, const T *k, const float *bias,
                                           const float *beta, const float *prior, const i32 *table, i32 *index,
                                           float *energy, const i32 *protected_keys, uint8_t *flags) {
     using S = typename Scoring<T>::template Of<DP, 1>;
@@ -88,9 +87,8 @@ __device__ __forceinline__ void scan_list(const ScanParams &p, const T *q, const
 
     unsigned char *behind = shared + 2 * (TILE * sizeof(T) + KEYS * 4);
     S scoring;
-    scoring.load_queries(
-        reinterpret_cast<T *>(behind + warp * S::QUERY_BYTES), p.head_dim, p.aligned, true,
-        [&](u32 r) { return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr; });
+    scoring.load_queries(reinterpret_cast<T *>(behind + warp * S::QUERY_BYTES), p.head_dim, p.vector_loads, true,
+                         [&](u32 r) { return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr; });
     u32 room = list_room(p.candidates);
     float *lists = reinterpret_cast<float *>(behind + warps * S::QUERY_BYTES);
     ListRows rows(lists + size_t(first) * 2 * room, room);
@@ -98,23 +96,22 @@ __device__ __forceinline__ void scan_list(const ScanParams &p, const T *q, const
     Range own[1][2] = {{seen.row[first + g], seen.row[first + g + 8]}};
     Reach reach(seen, first, S::ROWS);
     Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
-                      p.aligned != 0};
+                      p.vector_loads != 0};
     u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
 
-    walk<T, DP, KEYS>(
-        reinterpret_cast<T *>(shared), keys, biases, seen.all, p.last,
-        [&](u32 number, const T *tile, const float *tile_bias) {
-            i32 start = i32(number * KEYS);
-            if (!reach.meets(start, KEYS)) return;
-            bool whole = reach.whole(start, KEYS);
-            for (int step = 0; step < KEYS; step += GROUP) {
-                int group = p.last ? KEYS - GROUP - step : step;
-                float acc[1][4][4];
-                group_scores(scoring, tile, tile_bias, group, start, whole, own, acc);
-                rows.offer(acc[0], start + group, p);
-            }
-        });
+    walk<T, DP, KEYS>(reinterpret_cast<T *>(shared), keys, biases, seen.all, p.tie,
+                      [&](u32 number, const T *tile, const float *tile_bias) {
+                          i32 start = i32(number * KEYS);
+                          if (!reach.meets(start, KEYS)) return;
+                          bool whole = reach.whole(start, KEYS);
+                          for (int step = 0; step < KEYS; step += GROUP) {
+                              int group = p.tie == TIE_LAST ? KEYS - GROUP - step : step;
+                              float acc[1][4][4];
+                              group_scores(scoring, tile, tile_bias, group, start, whole, own, acc);
+                              rows.offer(acc[0], start + group, p);
+                          }
+                      });
 
     rows.write(p, at, seen, first, q, keys, beta, prior, index, energy, protected_keys, flags);
 }

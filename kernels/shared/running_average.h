@@ -7,8 +7,6 @@
 #pragma once
 #include "row.h"
 
-constexpr CONSTANT u32 STEPS = 64, SCAN_THREADS = 256;
-
 INLINE float log_sigmoid(float x) { return fmin(x, 0.0f) - log1p(exp(-fabs(x))); }
 
 INLINE float log_add(float x, float y) {
@@ -42,7 +40,7 @@ template <class Step> INLINE Step block_compose(Thread me, Step x, LOCAL Step &a
     if (!GD_FAULT(26)) block_barrier();
     Step before = Step::none();
     all = Step::none();
-    for (u32 w = 0; w < SCAN_THREADS / 32; w++) {
+    for (u32 w = 0; w < AVERAGE_SCAN_THREADS / 32; w++) {
         Step y = {part[2 * w], part[2 * w + 1]};
         if (w < warp) before = Step::then(before, y);
         all = Step::then(all, y);
@@ -54,12 +52,12 @@ template <class Step> INLINE Step block_compose(Thread me, Step x, LOCAL Step &a
 // keep and take [B H, N, 2], and log d after the last step [B H]; `start` may be null. `logs` holds a float a
 // thread.
 template <class T>
-INLINE void average_weights(Thread me, PARAMS AverageParams &p, SHARED float *part, SHARED float *logs,
-                            const DEVICE T *decay, const DEVICE T *write, const DEVICE float *start,
-                            DEVICE float *weights, DEVICE float *last) {
+INLINE void running_average_weights(Thread me, PARAMS RunningAverageParams &p, SHARED float *part, SHARED float *logs,
+                                    const DEVICE T *decay, const DEVICE T *write, const DEVICE float *start,
+                                    DEVICE float *weights, DEVICE float *last) {
     u32 s = me.block;
     float carry = start ? start[s] : -GD_INFINITY;
-    for (u32 first = 0; first < p.rows; first += SCAN_THREADS) {
+    for (u32 first = 0; first < p.rows; first += AVERAGE_SCAN_THREADS) {
         u32 t = first + me.index;
         LogStep own = LogStep::none(), all;
         float w = 0;
@@ -96,11 +94,11 @@ INLINE float advance(float keep, float take, float mean, float value) {
 struct Steps {
     u32 s, block, first, end, b, h, kv;
 
-    INLINE Steps(Thread me, PARAMS AverageParams &p) {
+    INLINE Steps(Thread me, PARAMS RunningAverageParams &p) {
         s = me.block / p.blocks;
         block = me.block % p.blocks;
-        first = block * STEPS;
-        end = min(first + STEPS, p.rows);
+        first = block * AVERAGE_BLOCK_STEPS;
+        end = min(first + AVERAGE_BLOCK_STEPS, p.rows);
         b = s / p.heads;
         h = s % p.heads;
         kv = h / (p.heads / p.value_heads);
@@ -108,15 +106,15 @@ struct Steps {
 };
 
 template <class T>
-INLINE const DEVICE T *value_row(PARAMS AverageParams &p, u32 b, u32 kv, u32 t, const DEVICE T *v) {
+INLINE const DEVICE T *value_row(PARAMS RunningAverageParams &p, u32 b, u32 kv, u32 t, const DEVICE T *v) {
     return v + size_t(b) * p.v_batch + size_t(kv) * p.v_head + size_t(t) * p.v_row;
 }
 
 // What every block of steps makes of a start of zero: carry [B H, blocks, D]; and its share of the start and
 // of its own values: joint [B H, blocks, 2].
 template <class T>
-INLINE void average_partial(Thread me, PARAMS AverageParams &p, const DEVICE T *v,
-                            const DEVICE float *weights, DEVICE float *carry, DEVICE float *joint) {
+INLINE void running_average_partial(Thread me, PARAMS RunningAverageParams &p, const DEVICE T *v,
+                                    const DEVICE float *weights, DEVICE float *carry, DEVICE float *joint) {
     Steps at(me, p);
     u32 d = me.index;
     float mean = 0, keep = 1, take = 0;
@@ -133,8 +131,8 @@ INLINE void average_partial(Thread me, PARAMS AverageParams &p, const DEVICE T *
 
 // Turns them into every block's start, in place, and gives the mean after the last [B H, D]; one block a
 // sequence.
-INLINE void average_carry(Thread me, PARAMS AverageParams &p, const DEVICE float *joint,
-                          const DEVICE float *start, DEVICE float *carry, DEVICE float *last) {
+INLINE void running_average_carry(Thread me, PARAMS RunningAverageParams &p, const DEVICE float *joint,
+                                  const DEVICE float *start, DEVICE float *carry, DEVICE float *last) {
     u32 s = me.block, d = me.index;
     if (d >= p.dim) return;
     float mean = start ? start[size_t(s) * p.dim + d] : 0.0f;
@@ -148,8 +146,8 @@ INLINE void average_carry(Thread me, PARAMS AverageParams &p, const DEVICE float
 }
 
 template <class T>
-INLINE void average_rows(Thread me, PARAMS AverageParams &p, const DEVICE T *v, const DEVICE float *weights,
-                         const DEVICE float *carry, DEVICE T *m) {
+INLINE void running_average_rows(Thread me, PARAMS RunningAverageParams &p, const DEVICE T *v,
+                                 const DEVICE float *weights, const DEVICE float *carry, DEVICE T *m) {
     Steps at(me, p);
     u32 d = me.index;
     if (d >= p.dim) return;
@@ -162,7 +160,7 @@ INLINE void average_rows(Thread me, PARAMS AverageParams &p, const DEVICE T *v, 
 }
 
 template <class T>
-INLINE float incoming(PARAMS AverageParams &p, const DEVICE T *dm, u32 b, u32 h, u32 t, u32 d) {
+INLINE float incoming(PARAMS RunningAverageParams &p, const DEVICE T *dm, u32 b, u32 h, u32 t, u32 d) {
     return up(dm[size_t(b) * p.d_batch + size_t(h) * p.d_head + size_t(t) * p.d_row + d]);
 }
 
@@ -170,8 +168,8 @@ INLINE float incoming(PARAMS AverageParams &p, const DEVICE T *dm, u32 b, u32 h,
 // p_t = dm_t + keep_(t+1) p_(t+1) that is keep_first p_first. And the product of its keeps: joint [B H,
 // blocks, 2].
 template <class T>
-INLINE void average_partial_backward(Thread me, PARAMS AverageParams &p, const DEVICE T *dm,
-                                     const DEVICE float *weights, DEVICE float *carry, DEVICE float *joint) {
+INLINE void running_average_partial_backward(Thread me, PARAMS RunningAverageParams &p, const DEVICE T *dm,
+                                             const DEVICE float *weights, DEVICE float *carry, DEVICE float *joint) {
     Steps at(me, p);
     u32 d = me.index;
     float sum = 0, keep = 1;
@@ -186,8 +184,8 @@ INLINE void average_partial_backward(Thread me, PARAMS AverageParams &p, const D
 }
 
 // Turns them into what comes to every block from those after it, in place.
-INLINE void average_carry_backward(Thread me, PARAMS AverageParams &p, const DEVICE float *joint,
-                                   DEVICE float *carry) {
+INLINE void running_average_carry_backward(Thread me, PARAMS RunningAverageParams &p, const DEVICE float *joint,
+                                           DEVICE float *carry) {
     u32 s = me.block, d = me.index;
     if (d >= p.dim) return;
     float sum = 0;
@@ -204,14 +202,13 @@ INLINE void average_carry_backward(Thread me, PARAMS AverageParams &p, const DEV
 // or null. `held` holds a float a thread and head of
 // the group.
 template <class T>
-INLINE void average_rows_backward(Thread me, PARAMS AverageParams &p, SHARED float *held, const DEVICE T *v,
-                                  const DEVICE T *m, const DEVICE T *dm, const DEVICE float *weights,
-                                  const DEVICE float *carry, const DEVICE float *start, DEVICE T *dv,
-                                  DEVICE float *dtake) {
-    u32 sv = me.block / p.blocks, block = me.block % p.blocks, b = sv / p.value_heads,
-        kv = sv % p.value_heads;
+INLINE void running_average_rows_backward(Thread me, PARAMS RunningAverageParams &p, SHARED float *held,
+                                          const DEVICE T *v, const DEVICE T *m, const DEVICE T *dm,
+                                          const DEVICE float *weights, const DEVICE float *carry,
+                                          const DEVICE float *start, DEVICE T *dv, DEVICE float *dtake) {
+    u32 sv = me.block / p.blocks, block = me.block % p.blocks, b = sv / p.value_heads, kv = sv % p.value_heads;
     u32 group = p.heads / p.value_heads, d = me.index, warps = me.warps();
-    u32 first = block * STEPS, end = min(first + STEPS, p.rows);
+    u32 first = block * AVERAGE_BLOCK_STEPS, end = min(first + AVERAGE_BLOCK_STEPS, p.rows);
     size_t own = size_t(b) * p.heads + kv * group;
     for (u32 j = 0; j < group; j++)
         held[j * me.threads + d] = d < p.dim ? carry[((own + j) * p.blocks + block) * p.dim + d] : 0.0f;
@@ -222,9 +219,7 @@ INLINE void average_rows_backward(Thread me, PARAMS AverageParams &p, SHARED flo
             float keep = weights[2 * (s * p.rows + t)], take = weights[2 * (s * p.rows + t) + 1], found = 0;
             if (d < p.dim) {
                 float x = held[j * me.threads + d] + incoming(p, dm, b, kv * group + j, t, d);
-                float before = t       ? up(m[(s * p.rows + t - 1) * p.dim + d])
-                               : start ? start[s * p.dim + d]
-                                       : 0.0f;
+                float before = t ? up(m[(s * p.rows + t - 1) * p.dim + d]) : start ? start[s * p.dim + d] : 0.0f;
                 found = x * (value - before);
                 sum = fma(take, x, sum);
                 held[j * me.threads + d] = keep * x;
@@ -239,13 +234,12 @@ INLINE void average_rows_backward(Thread me, PARAMS AverageParams &p, SHARED flo
 // ddecay and dwrite [B, H, N]: with dz = dtake take keep and q from the step after, dwrite = dz + take q, and
 // keep q - dz is both the next q and, times sigmoid(-decay), ddecay.
 template <class T>
-INLINE void average_weights_backward(Thread me, PARAMS AverageParams &p, SHARED float *part,
-                                     SHARED float *after, const DEVICE T *decay, const DEVICE float *weights,
-                                     const DEVICE float *dtake, u32 warps, DEVICE T *ddecay,
-                                     DEVICE T *dwrite) {
+INLINE void running_average_weights_backward(Thread me, PARAMS RunningAverageParams &p, SHARED float *part,
+                                             SHARED float *after, const DEVICE T *decay, const DEVICE float *weights,
+                                             const DEVICE float *dtake, u32 warps, DEVICE T *ddecay, DEVICE T *dwrite) {
     u32 s = me.block;
     float carry = 0;
-    for (u32 done = 0; done < p.rows; done += SCAN_THREADS) {
+    for (u32 done = 0; done < p.rows; done += AVERAGE_SCAN_THREADS) {
         bool inside = done + me.index < p.rows;
         u32 t = inside ? p.rows - 1 - done - me.index : 0;
         size_t at = size_t(s) * p.rows + t;

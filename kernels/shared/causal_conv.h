@@ -4,13 +4,11 @@
 #pragma once
 #include "language.h"
 
-constexpr CONSTANT u32 CONV_ROWS = 64;
-
 // The rows of the sequence that holds row t.
 struct Own {
     u32 start, end;
 };
-INLINE Own own_rows(PARAMS ConvParams &p, const DEVICE i32 *table, u32 b, u32 t) {
+INLINE Own own_rows(PARAMS CausalConvParams &p, const DEVICE i32 *table, u32 b, u32 t) {
     if (!p.packed) return {0, p.rows};
     const DEVICE i32 *ends = table + p.batch + 1;
     i32 below = table[b], above = table[b + 1];
@@ -29,10 +27,10 @@ struct ConvPlace {
     u32 b, first, c;
     bool exists;
 
-    INLINE ConvPlace(Thread me, PARAMS ConvParams &p) {
+    INLINE ConvPlace(Thread me, PARAMS CausalConvParams &p) {
         u32 columns = (p.channels + me.threads - 1) / me.threads;
         c = me.block % columns * me.threads + me.index;
-        first = me.block / columns % p.chunks * CONV_ROWS;
+        first = me.block / columns % p.chunks * CONV_BLOCK_ROWS;
         b = me.block / columns / p.chunks;
         exists = c < p.channels;
     }
@@ -40,7 +38,7 @@ struct ConvPlace {
 
 // What tap w of row t meets: row t - (W - 1) + w.
 template <class T>
-INLINE float tap_input(PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *past, u32 b, u32 t, u32 w,
+INLINE float tap_input(PARAMS CausalConvParams &p, const DEVICE T *x, const DEVICE T *past, u32 b, u32 t, u32 w,
                        u32 c) {
     u32 at = t + w;
     if (at >= p.width - 1) return up(x[size_t(b) * p.x_batch + size_t(at - (p.width - 1)) * p.x_row + c]);
@@ -48,18 +46,18 @@ INLINE float tap_input(PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *
 }
 
 // The first tap that meets a row of the sequence.
-INLINE u32 first_tap(PARAMS ConvParams &p, const LOCAL Own &own, u32 t) {
+INLINE u32 first_tap(PARAMS CausalConvParams &p, const LOCAL Own &own, u32 t) {
     if (!p.packed) return 0;
     u32 behind = t - own.start;
     return behind >= p.width - 1 ? 0 : p.width - 1 - behind + (GD_FAULT(25) ? 1 : 0);
 }
 
 template <class T>
-INLINE void conv_forward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *weight,
-                         const DEVICE T *past, const DEVICE i32 *table, DEVICE T *y) {
+INLINE void causal_conv_forward(Thread me, PARAMS CausalConvParams &p, const DEVICE T *x, const DEVICE T *weight,
+                                const DEVICE T *past, const DEVICE i32 *table, DEVICE T *y) {
     ConvPlace at(me, p);
     if (!at.exists) return;
-    for (u32 t = at.first; t < min(at.first + CONV_ROWS, p.rows); t++) {
+    for (u32 t = at.first; t < min(at.first + CONV_BLOCK_ROWS, p.rows); t++) {
         Own own = own_rows(p, table, at.b, t);
         float sum = 0;
         for (u32 w = first_tap(p, own, t); w < p.width; w++)
@@ -70,13 +68,13 @@ INLINE void conv_forward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, con
 
 // dx, and what each chunk of rows adds to dweight: parts [B, chunks, W, C].
 template <class T>
-INLINE void conv_backward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, const DEVICE T *weight,
-                          const DEVICE T *past, const DEVICE i32 *table, const DEVICE T *dy, DEVICE T *dx,
-                          DEVICE float *parts) {
+INLINE void causal_conv_backward(Thread me, PARAMS CausalConvParams &p, const DEVICE T *x, const DEVICE T *weight,
+                                 const DEVICE T *past, const DEVICE i32 *table, const DEVICE T *dy, DEVICE T *dx,
+                                 DEVICE float *parts) {
     ConvPlace at(me, p);
     if (!at.exists) return;
     const DEVICE T *gradient = dy + size_t(at.b) * p.d_batch + at.c;
-    u32 end = min(at.first + CONV_ROWS, p.rows);
+    u32 end = min(at.first + CONV_BLOCK_ROWS, p.rows);
     for (u32 t = at.first; t < end; t++) {
         Own own = own_rows(p, table, at.b, t);
         float sum = 0;
@@ -87,7 +85,7 @@ INLINE void conv_backward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, co
         }
         dx[(size_t(at.b) * p.rows + t) * p.channels + at.c] = down<T>(sum);
     }
-    u32 chunk = at.b * p.chunks + at.first / CONV_ROWS;
+    u32 chunk = at.b * p.chunks + at.first / CONV_BLOCK_ROWS;
     for (u32 w = 0; w < p.width; w++) {
         float sum = 0;
         for (u32 t = at.first; t < end; t++)
@@ -99,7 +97,8 @@ INLINE void conv_backward(Thread me, PARAMS ConvParams &p, const DEVICE T *x, co
 
 // dweight [C, W] from the parts, in order.
 template <class T>
-INLINE void conv_weights(Thread me, PARAMS ConvParams &p, const DEVICE float *parts, DEVICE T *dweight) {
+INLINE void causal_conv_weight_gradient(Thread me, PARAMS CausalConvParams &p, const DEVICE float *parts,
+                                        DEVICE T *dweight) {
     u32 at = me.global(), c = at % p.channels, w = at / p.channels;
     if (w >= p.width) return;
     Total sum = total(0.0f);

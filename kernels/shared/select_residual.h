@@ -1,7 +1,7 @@
 // Refinement: r = q - c delta with delta = k - q, c = <q, delta> / |delta|^2; a query without a key, or on
 // top of it, stays as it is. index [B, Hq, N]: slots is 1.
 #pragma once
-#include "gradient.h"
+#include "key_gradient.h"
 
 struct Jump {
     float length, along;
@@ -87,8 +87,7 @@ template <class T> struct AddResidualKey {
     const DEVICE T *k;
     const DEVICE T *dr;
 
-    INLINE void operator()(Thread me, u32, const LOCAL Place &at, i32 j, u32 first,
-                           LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32, const LOCAL Place &at, i32 j, u32 first, LOCAL float (&sum)[4]) const {
         const DEVICE T *query = q_row(p, at, q);
         const DEVICE T *key = k_row(p, at, k, j);
         const DEVICE T *grad = d_row(p, at, dr);
@@ -102,14 +101,14 @@ template <class T> struct AddResidualKey {
     }
 };
 template <class T>
-INLINE void residual_key_gradient(Thread me, PARAMS SelectParams &p, const LOCAL Readers &r,
-                                  const DEVICE T *q, const DEVICE T *k, const DEVICE T *dr, DEVICE T *dk) {
+INLINE void residual_key_gradient(Thread me, PARAMS SelectParams &p, const LOCAL Readers &r, const DEVICE T *q,
+                                  const DEVICE T *k, const DEVICE T *dr, DEVICE T *dk) {
     sum_readers(me, p, p.head_dim, r, dk, AddResidualKey<T>{p, q, k, dr});
 }
 
 // The candidates without each row's winner; a row that abstained has none left to refine with.
-INLINE void select_rest(Thread me, PARAMS SelectParams &p, const DEVICE i32 *index, const DEVICE i32 *slot,
-                        DEVICE i32 *out) {
+INLINE void select_remaining(Thread me, PARAMS SelectParams &p, const DEVICE i32 *index, const DEVICE i32 *slot,
+                             DEVICE i32 *out) {
     u32 at = me.global();
     if (at >= p.batch * p.q_heads * p.queries * p.slots) return;
     i32 won = slot[at / p.slots];

@@ -1,12 +1,11 @@
 // Root-mean-square normalisation: y = x r w with r = 1 / sqrt(mean(x^2) + eps). A warp takes a row of x, y
 // [B, H, N, C]; weight [C]. Sums run in f32, and every result is rounded once.
 #pragma once
-#include "place.h"
+#include "row_index.h"
 
 // Most rows of a block of the backward pass.
-constexpr CONSTANT u32 NORM_CHUNK = 256;
 
-template <class T> INLINE float inverse_rms(Thread me, PARAMS NormParams &p, const DEVICE T *x) {
+template <class T> INLINE float inverse_rms(Thread me, PARAMS RmsNormParams &p, const DEVICE T *x) {
     float sum = 0;
     for (u32 c = me.lane(); c < p.dim; c += 32)
         sum = fma(up(x[c]), up(x[c]), sum);
@@ -14,7 +13,8 @@ template <class T> INLINE float inverse_rms(Thread me, PARAMS NormParams &p, con
 }
 
 template <class T>
-INLINE void norm_forward(Thread me, PARAMS NormParams &p, const DEVICE T *x, const DEVICE T *weight, DEVICE T *y) {
+INLINE void rms_norm_forward(Thread me, PARAMS RmsNormParams &p, const DEVICE T *x, const DEVICE T *weight,
+                             DEVICE T *y) {
     u32 row = me.block * me.warps() + me.warp();
     if (row >= p.batch * p.heads * p.rows) return;
     x += Place(row, p.heads, p.rows).at(p.x_batch, p.x_head, p.x_row);
@@ -28,9 +28,9 @@ INLINE void norm_forward(Thread me, PARAMS NormParams &p, const DEVICE T *x, con
 // [lines, C]. A block takes `chunk` rows. First a warp takes a row, then 32 columns of some of the rows; `inverse`
 // holds NORM_CHUNK.
 template <class T>
-INLINE void norm_backward(Thread me, PARAMS NormParams &p, SHARED float *inverse, const DEVICE T *x,
-                          const DEVICE T *weight, const DEVICE T *dy, DEVICE T *dx, DEVICE float *parts) {
-    u32 first = me.block * p.chunk, end = min(first + p.chunk, p.batch * p.heads * p.rows);
+INLINE void rms_norm_backward(Thread me, PARAMS RmsNormParams &p, SHARED float *inverse, const DEVICE T *x,
+                              const DEVICE T *weight, const DEVICE T *dy, DEVICE T *dx, DEVICE float *parts) {
+    u32 first = me.block * p.block_rows, end = min(first + p.block_rows, p.batch * p.heads * p.rows);
     for (u32 row = first + me.warp(); row < end; row += me.warps()) {
         Place place(row, p.heads, p.rows);
         const DEVICE T *from = x + place.at(p.x_batch, p.x_head, p.x_row);
@@ -63,12 +63,12 @@ INLINE void norm_backward(Thread me, PARAMS NormParams &p, SHARED float *inverse
 
 // dweight [C] from the parts: a block takes 32 columns, each warp every so many lines; `sums` holds one a thread.
 template <class T>
-INLINE void norm_weights(Thread me, PARAMS NormParams &p, SHARED Total *sums, const DEVICE float *parts,
-                         DEVICE T *dweight) {
+INLINE void rms_norm_weight_gradient(Thread me, PARAMS RmsNormParams &p, SHARED Total *sums, const DEVICE float *parts,
+                                     DEVICE T *dweight) {
     u32 c = me.block * 32 + me.lane();
     Total sum = total(0.0f);
     if (c < p.dim)
-        for (u32 line = me.warp(); line < p.lines - (GD_FAULT(41) ? 1 : 0); line += me.warps())
+        for (u32 line = me.warp(); line < p.partials - (GD_FAULT(41) ? 1 : 0); line += me.warps())
             sum = plus(sum, total(parts[size_t(line) * p.dim + c]));
     store(sum, sums + me.index);
     block_barrier();

@@ -1,7 +1,8 @@
-//! Compiles the CUDA and the Metal sources as host C++ together with what executes them, and a table of the
+//! Compiles the CUDA and Metal kernels as host C++ together with the emulator that runs them, and a table of the field
 //! offsets of `params.h`.
 
-use std::fmt::Write as _;
+mod params_header;
+
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
@@ -10,7 +11,9 @@ fn main() {
     println!("cargo:rerun-if-changed={}", kernels.display());
     let table = PathBuf::from(env::var("OUT_DIR").unwrap()).join("params.cpp");
     let header = kernels.join("shared/params.h");
-    fs::write(&table, offsets(&fs::read_to_string(&header).unwrap(), &header)).unwrap();
+    let items = params_header::parse(&fs::read_to_string(&header).unwrap()).unwrap();
+    let include = format!("#include <cstddef>\n#include \"{}\"\n", header.canonicalize().unwrap().display());
+    fs::write(&table, include + &params_header::offset_table(&items)).unwrap();
 
     let build = |name: &str, files: Vec<PathBuf>, flags: &[&str]| {
         let mut build = cc::Build::new();
@@ -20,7 +23,7 @@ fn main() {
         for flag in flags {
             build.flag(flag);
         }
-        // Kernels announce themselves from static constructors, which nothing else refers to.
+        // Kernels register themselves in static constructors, to which nothing else refers.
         build.files(files).link_lib_modifier("+whole-archive").compile(name);
     };
     let sources = |folder: &str, extension: &str| {
@@ -30,7 +33,7 @@ fn main() {
         all.sort();
         all
     };
-    // A file name that the compiler takes for C++; Metal's words lie in a namespace.
+    // The compiler needs a .cpp file; Metal sources are wrapped in a namespace that has Metal's own names.
     let wrapped = |source: PathBuf| {
         let kind = source.extension().unwrap().to_str().unwrap();
         let wrapper = table.with_file_name(format!("{kind}_{}.cpp", source.file_stem().unwrap().display()));
@@ -38,8 +41,8 @@ fn main() {
         let text = match kind {
             "cu" => include(&source),
             _ => {
-                let words = include(&kernels.join("emulate/metal.h"));
-                format!("{words}namespace gd_metal {{\n{}}}\n", include(&source))
+                let language = include(&kernels.join("emulate/metal.h"));
+                format!("{language}namespace gd_metal {{\n{}}}\n", include(&source))
             }
         };
         fs::write(&wrapper, text).unwrap();
@@ -49,29 +52,7 @@ fn main() {
     cuda.extend(sources("emulate", "cpp"));
     cuda.push(table.clone());
     build("gd_emulate", cuda, &[]);
-    // Attributes of Metal mean nothing here; a double in its sources would hide what f32 loses.
+    // The host ignores Metal's attributes; a double in its sources would hide a loss of precision.
     let metal = sources("metal", "metal").into_iter().map(wrapped).collect();
     build("gd_emulate_metal", metal, &["-Wno-attributes", "-Werror=double-promotion"]);
-}
-
-/// C++ that tells name, size, and the fields with their offsets of every struct in `text`.
-fn offsets(text: &str, header: &Path) -> String {
-    let mut out = format!("#include <cstddef>\n#include \"{}\"\n", header.canonicalize().unwrap().display());
-    out.push_str("extern \"C\" {\n");
-    let mut list = String::new();
-    let mut name = None;
-    for line in text.lines() {
-        let code = line.split("//").next().unwrap_or_default().trim();
-        if let Some(found) = code.strip_prefix("struct ").and_then(|rest| rest.strip_suffix(" {")) {
-            writeln!(list, "{{\"{found}\", nullptr, sizeof({found})}},").unwrap();
-            name = Some(found.to_owned());
-        } else if code == "};" {
-            name = None;
-        } else if let (Some(name), Some((_, field))) = (&name, code.trim_end_matches(';').split_once(' ')) {
-            writeln!(list, "{{\"{name}\", \"{field}\", offsetof({name}, {field})}},").unwrap();
-        }
-    }
-    out.push_str("struct GdField { const char *name; const char *field; size_t value; };\n");
-    writeln!(out, "extern const GdField gd_fields[] = {{\n{list}{{nullptr, nullptr, 0}}\n}};\n}}").unwrap();
-    out
 }

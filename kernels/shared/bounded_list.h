@@ -2,7 +2,7 @@
 // candidates 128. Only scores above that of the K-th entry are appended; when there is no room, the best K stay.
 #pragma once
 #include "mask.h"
-#include "rows.h"
+#include "query_rows.h"
 
 // The bit that marks a protected key in a list.
 constexpr CONSTANT i32 PROTECTED = 1 << 30;
@@ -19,14 +19,14 @@ struct List {
 };
 
 // Whether entry x goes before entry y: by value (rising or falling), then by key.
-INLINE bool ahead(float x, i32 i, float y, i32 j, bool rising, u32 last) {
+INLINE bool ahead(float x, i32 i, float y, i32 j, bool rising, u32 tie) {
     if (x != y) return rising ? x < y : x > y;
-    return before(i & ~PROTECTED, j & ~PROTECTED, last);
+    return before(i & ~PROTECTED, j & ~PROTECTED, tie);
 }
 
 // Sorts the first `count` entries, at most 32 PARTS, and keeps the first `keep`; by a warp, no NaN among the scores.
 template <int PARTS>
-INLINE void sort_entries(Thread me, const LOCAL List &list, u32 count, u32 keep, bool rising, u32 last) {
+INLINE void sort_entries(Thread me, const LOCAL List &list, u32 count, u32 keep, bool rising, u32 tie) {
     warp_barrier();
     float score[PARTS];
     i32 key[PARTS];
@@ -43,7 +43,7 @@ INLINE void sort_entries(Thread me, const LOCAL List &list, u32 count, u32 keep,
         i32 j = list.key[e];
 #pragma unroll
         for (int x = 0; x < PARTS; x++)
-            rank[x] += ahead(s, j, score[x], key[x], rising, last);
+            rank[x] += ahead(s, j, score[x], key[x], rising, tie);
     }
     if (!GD_FAULT(12)) warp_barrier();
 #pragma unroll
@@ -53,12 +53,12 @@ INLINE void sort_entries(Thread me, const LOCAL List &list, u32 count, u32 keep,
     }
     if (!GD_FAULT(13)) warp_barrier();
 }
-INLINE void sort_list(Thread me, const LOCAL List &list, u32 count, u32 keep, bool rising, u32 last) {
+INLINE void sort_list(Thread me, const LOCAL List &list, u32 count, u32 keep, bool rising, u32 tie) {
     // Where the room is known to be 64, the other branch is not compiled.
     if (list.room <= 64 || count <= 64)
-        sort_entries<2>(me, list, count, keep, rising, last);
+        sort_entries<2>(me, list, count, keep, rising, tie);
     else
-        sort_entries<4>(me, list, count, keep, rising, last);
+        sort_entries<4>(me, list, count, keep, rising, tie);
 }
 
 // Adds the protected keys that the row sees to its `count` candidates and marks them; returns the new count.
@@ -88,7 +88,7 @@ INLINE void make_room(Thread me, PARAMS ScanParams &p, SHARED float *lists, u32 
     for (; full; full &= ~(0xfu << (first_bit(full) & 28))) {
         u32 r = first_bit(full) / 4, entries = shuffle(count, r * 4);
         List list(lists, first + r, room);
-        sort_list(me, list, entries, p.candidates, false, p.last);
+        sort_list(me, list, entries, p.candidates, false, p.tie);
         if (me.lane() / 4 == r) {
             count = min(entries, p.candidates);
             if (entries >= p.candidates) bar = list.score[p.candidates - 1];
@@ -103,7 +103,7 @@ INLINE void write_list(Thread me, PARAMS ScanParams &p, const LOCAL Block &at, u
                        const DEVICE float *prior, DEVICE i32 *index, DEVICE float *energy,
                        const DEVICE i32 *protected_keys, DEVICE uint8_t *flags) {
     u32 h = at.head(p, row);
-    sort_list(me, list, entries, p.candidates, false, p.last);
+    sort_list(me, list, entries, p.candidates, false, p.tie);
     entries = min(entries, p.candidates);
     if (p.protected_slots) {
         size_t place = size_t(at.b % p.protected_batch) * p.protected_heads + h / (p.q_heads / p.protected_heads);
@@ -119,7 +119,7 @@ INLINE void write_list(Thread me, PARAMS ScanParams &p, const LOCAL Block &at, u
         float x = pair_energy(me, p.score, beta[h], b, query, keys + size_t(j) * p.k_row, p.head_dim);
         if (me.lane() == 0) list.score[e] = finite(x) ? x : GD_INFINITY;
     }
-    sort_list(me, list, entries, entries, true, p.last);
+    sort_list(me, list, entries, entries, true, p.tie);
     size_t out = at.out(p, row) * p.slots;
     for (u32 e = me.lane(); e < p.slots; e += 32) {
         bool used = e < entries && list.score[e] < GD_INFINITY;

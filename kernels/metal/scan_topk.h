@@ -1,22 +1,20 @@
 // The scan for several candidates: every row keeps a list of 64 in threadgroup memory.
 #pragma once
-#include "../shared/list.h"
+#include "../shared/bounded_list.h"
 #include "scan.h"
 
 // Entries of a list.
 constexpr constant u32 LIST = 64;
 
 template <class T, int D, int KEYS>
-INLINE void scan_list(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *seen,
-                      const device T *q, const device T *k, const device float *bias,
-                      const device float *beta, const device float *prior, const device i32 *table,
-                      device i32 *index, device float *energy, const device i32 *protected_keys,
-                      device uint8_t *flags) {
+INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *seen,
+                      const device T *q, const device T *k, const device float *bias, const device float *beta,
+                      const device float *prior, const device i32 *table, device i32 *index, device float *energy,
+                      const device i32 *protected_keys, device uint8_t *flags) {
     typedef Scoring<T, D, 1, KEYS> S;
     typedef typename S::E E;
     constexpr u32 EACH = KEYS / 4;
-    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, lane = me.lane(), g = lane / 4,
-        t = lane % 4;
+    u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, lane = me.lane(), g = lane / 4, t = lane % 4;
     Block at(me, p, rows);
     fill_seen(me, seen, p, at, table, rows);
 
@@ -35,7 +33,7 @@ INLINE void scan_list(Thread me, constant ScanParams &p, threadgroup uchar *shar
     Reach reach(seen, first, S::ROWS);
     KeyRows<T> keys = key_rows(p, at, k);
     const device float *biases = key_biases(p, at, bias);
-    Tiles tiles(seen, p.last, KEYS);
+    Tiles tiles(seen, p.tie, KEYS);
     for (i32 step = 0; step < tiles.count; step++) {
         u32 number = tiles.number(step);
         load_tile<T, D, KEYS>(me, tile, tile_bias, keys, biases, number, p.head_dim);

@@ -156,7 +156,7 @@ mod cuda {
         candidates.into_iter().find(|nvcc| nvcc.is_file()).ok_or_else(|| {
             "the feature `cuda` needs nvcc (CUDA 12 or 13), which is neither in CUDA_HOME nor on the PATH. \
              Install the CUDA toolkit, or assemble one from Python wheels with \
-             `eval \"$(scripts/cuda_toolchain.sh DIR)\"`; or build without `--features cuda`"
+             `eval \"$(scripts/hardware/cuda_toolchain.sh DIR)\"`; or build without `--features cuda`"
                 .to_owned()
         })
     }

@@ -1,4 +1,4 @@
-//! The fuzz target: libFuzzer's inputs for the reader that `GD_READER` names; scripts/fuzz.sh runs it.
+//! The fuzz target: libFuzzer's inputs for the reader that `GD_READER` names; scripts/ci/fuzz.sh runs it.
 #![no_main]
 
 mod readers;

@@ -8,14 +8,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use gd_model::chat::ChatTemplate;
-use gd_model::checkpoint::{
-    CONFIG, INDEX, MANIFEST, System, TOKENIZER, WEIGHTS, load_json, load_tensors, verify,
-};
 use gd_model::config::{ModelConfig, Recipe};
 use gd_model::data::{INDEX as DATA_INDEX, Index, Prepared};
-use gd_model::gguf;
-use gd_model::tokenizer::Tokenizer;
+use gd_model::io::chat_template::ChatTemplate;
+use gd_model::io::checkpoint::{
+    CONFIG, INDEX, MANIFEST, System, TOKENIZER, WEIGHTS, load_json, load_tensors, verify,
+};
+use gd_model::io::gguf;
+use gd_model::io::tokenizer::Tokenizer;
 use peak_alloc::PeakAlloc;
 
 /// The readers by name; the corpus has a folder for each.
@@ -70,18 +70,9 @@ impl Bench {
     /// # Panics
     /// When the reader does, or when it held more than eight times the input and 16 MiB.
     pub(crate) fn run(&self, reader: &str, input: &[u8], memory: &PeakAlloc) -> bool {
-        memory.reset_peak_usage();
-        let before = memory.current_usage();
-        let taken = self.read(reader, input);
-        let held = memory.peak_usage().saturating_sub(before);
         // A template is a program, whose steps are bounded and whose texts are its author's.
-        let most = if reader == "template" { usize::MAX } else { 8 * input.len() + SLACK };
-        assert!(
-            held <= most,
-            "{reader}: {held} bytes held for an input of {} bytes; {most} allowed",
-            input.len()
-        );
-        taken
+        let limit = if reader == "template" { usize::MAX } else { 8 * input.len() + SLACK };
+        bounded(reader, limit, memory, || self.read(reader, input))
     }
 
     fn read(&self, reader: &str, input: &[u8]) -> bool {
@@ -156,4 +147,27 @@ impl Bench {
         fs::write(self.at(DATA_INDEX), sealed.to_string()).expect("a file");
         Prepared::open(self.folder.path()).is_ok()
     }
+}
+
+/// The result of `read`, which may hold `limit` bytes beyond what was allocated before.
+///
+/// A peak above the limit is measured a second time. The first backtrace that the text of an error contains makes the
+/// standard library load the symbols of the whole program, tens of megabytes, once for the process. A reader that
+/// holds too much for an input does so every time.
+///
+/// # Panics
+/// When both peaks are above the limit.
+pub(crate) fn bounded(reader: &str, limit: usize, memory: &PeakAlloc, read: impl Fn() -> bool) -> bool {
+    let peak = || {
+        memory.reset_peak_usage();
+        let before = memory.current_usage();
+        let result = read();
+        (memory.peak_usage().saturating_sub(before), result)
+    };
+    let (mut held, result) = peak();
+    if held > limit {
+        held = held.min(peak().0);
+    }
+    assert!(held <= limit, "{reader}: {held} bytes held; {limit} allowed");
+    result
 }

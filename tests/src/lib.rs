@@ -1,4 +1,4 @@
-//! Support for the end-to-end tests.
+//! The rules of this repository, as functions over its files. The tests of this package apply them.
 #![forbid(unsafe_code)]
 
 pub mod repository;

@@ -15,24 +15,23 @@ pub use backend::Backend;
 pub use backend::cpu::isa::Isa;
 pub use backend::dispatch::on_cpu;
 pub use backend::support::{CANDIDATES, support_table};
-pub use cache::append_buffer::{AppendBuffer, WritePosition};
-pub use cache::int8_keys::Int8Keys;
-pub use cache::key_bias::KeyBias;
-pub use cache::key_cache::KeyCache;
+pub use cache::{
+    AppendBuffer, CachedKeys, DecodeUse, Int8Keys, KeyBias, KeyCache, KeyShape, PagedCache, SequenceCache,
+    WritePosition,
+};
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use ops::adamw;
 pub use ops::causal_conv::{causal_conv, packed_causal_conv};
-#[doc(hidden)]
-pub use ops::decode::MAX_QUERIES;
-pub use ops::decode::paged::{PagedCache, scan_select_paged};
+pub use ops::decode::{decode, decode_paged, scan_select};
 pub use ops::embedding::embedding;
 pub use ops::running_average::{AverageState, running_average};
+pub use ops::scan::options::Scan;
 pub use ops::scan::plan::{CpuScanPlan, ScanPlan, Walk};
 pub use ops::scan::problem::Problem;
 pub use ops::scan::rescored::Rescored;
-pub use ops::scan::{Candidates, Scan, plan, scan, scan_all};
-pub use ops::select::{Round, Select, Selected, scan_select, select};
+pub use ops::scan::{Candidates, plan, scan, scan_all};
+pub use ops::select::{Round, Select, Selected, select};
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 
 #[doc(hidden)]
@@ -82,7 +81,6 @@ pub mod gpu {
         params, tensor_map,
     };
     pub use crate::cache::int8_keys::launch as quantize;
-    pub use crate::ops::adamw::gpu::launch as adamw;
     pub use crate::ops::causal_conv::gpu::launch as conv;
     pub use crate::ops::cross_entropy::gpu::launch as cross_entropy;
     pub use crate::ops::decode::gpu::launch as decode;
@@ -93,11 +91,17 @@ pub mod gpu {
     pub use crate::ops::select::gpu::{inverse, launch as select};
     pub use crate::ops::swiglu::gpu::launch as swiglu;
 
+    /// Launches of AdamW.
+    pub mod adamw {
+        pub use crate::ops::adamw::gpu::launch::*;
+        pub use crate::ops::adamw::update::*;
+    }
+
     /// Launches of a scan.
     pub mod scan {
         pub use crate::backend::gpu::Prior;
         pub use crate::backend::gpu::kernel::HEAD_DIMS;
-        pub use crate::cache::key_bias::launch::key_bias;
+        pub use crate::cache::key_bias::launch::{BiasInputs, key_bias};
         pub use crate::ops::scan::gpu::launch::*;
     }
 }

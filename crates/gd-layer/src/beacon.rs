@@ -15,6 +15,25 @@ const DECAY: (f64, f64) = (-1.0, 3.5);
 
 /// Causal convolution before the projections, a memory of running averages beside the heads, and
 /// a learned prior that ranks and protects keys.
+///
+/// A layer builds its Beacon from its config; it is constructed alone to see which weights it has.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use gd_layer::{AttentionConfig, Beacon, BeaconConfig};
+///
+/// let weights = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &Device::Cpu);
+/// let beacon = BeaconConfig { conv_width: 4, averages: 2, prior: true, ..BeaconConfig::default() };
+/// Beacon::new(&AttentionConfig::new(32, 4, 8).with_beacon(beacon), vb.pp("beacon"))?;
+///
+/// let weights = weights.data().lock().unwrap();
+/// assert_eq!(weights["beacon.conv.weight"].dims(), [32, 4]);
+/// assert_eq!(weights["beacon.memory.weight"].dims(), [3 * 2 * 4, 32]);
+/// assert_eq!(weights["beacon.prior.weight"].dims(), [4, 32]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Beacon {
     conv: Option<Tensor>,

@@ -4,9 +4,9 @@
 //! a shorter one is for no query to see.
 
 use candle_core::{Result, Tensor};
-use gd_kernels::{AverageState, AppendBuffer, Precision, Score};
+use gd_kernels::{AppendBuffer, AverageState, DecodeUse, Precision, Score, SequenceCache};
 
-use crate::kept::{self, Kept, KeyPrior, Wanted};
+use crate::kept::{Kept, KeyPrior, Wanted};
 
 /// The dimension of the positions in keys, values `[B, Hk, M, D]` and prior `[B, Hk, M]`.
 const POSITIONS: usize = 2;
@@ -17,6 +17,29 @@ const ROOM: usize = 256;
 /// Keys, values, key prior, the convolution's last inputs and the running averages of one layer; beside the keys
 /// of a selecting layer what decoding reads of them: on the CPU the keys as 8-bit integers (D + 16 bytes each), on a
 /// GPU their biases. Nothing in it carries a gradient. Clones share their memory until one of them goes on.
+///
+/// ```
+/// use std::sync::Arc;
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use gd_kernels::Mask;
+/// use gd_layer::{Attention, AttentionConfig, GdAttention, LayerCache, Pass, RopeScaling, Rotary};
+///
+/// let (device, weights) = (Device::Cpu, VarMap::new());
+/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
+/// let rotary = Arc::new(Rotary::new(8, 64, 10_000.0, RopeScaling::None, DType::F32, &device)?);
+/// let attention = GdAttention::new(&AttentionConfig::new(32, 4, 8), rotary, vb)?;
+///
+/// // A prompt of 10 positions, then two steps of one position.
+/// let mut cache = LayerCache::new();
+/// for rows in [10, 1, 1] {
+///     let x = Tensor::randn(0f32, 1.0, (1, rows, 32), &device)?;
+///     let mask = Mask::causal(cache.len() as i64);
+///     attention.attend(&x, &Pass::new(&mask), Some(&mut cache))?;
+/// }
+/// assert_eq!(cache.lengths(), [12]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct LayerCache {
     keys: Option<AppendBuffer>,
@@ -148,18 +171,16 @@ impl LayerCache {
         Ok((push(&mut self.keys, k)?, push(&mut self.values, v)?, prior))
     }
 
-    /// What a selecting layer keeps, with all positions held taken in: what scans with this score read `of_keys`, and
+    /// What a selecting layer keeps, with all positions held taken in: data derived from the keys for scans with this score, if decoding `reads` them, and
     /// its prior.
     pub(crate) fn keep(
         &mut self,
         score: Score,
-        of_keys: bool,
+        reads: Option<DecodeUse>,
         prior: Option<&KeyPrior>,
     ) -> Result<Option<&Kept>> {
         let Some(keys) = &self.keys else { return Ok(None) };
-        let own = || kept::precision(keys.buffer().dtype(), keys.buffer().device());
-        let precision = of_keys.then(|| self.precision.unwrap_or_else(own));
-        let wanted = Wanted { score, precision, prior };
+        let wanted = Wanted { score, reads, precision: self.precision, prior };
         let kept = self.kept.get_or_insert_default();
         kept.follow(keys, self.prior.as_ref(), &wanted)?;
         Ok(Some(kept))

@@ -34,6 +34,55 @@ pub struct AttentionConfig {
 }
 
 impl AttentionConfig {
+    /// Plain multi-head attention: as many key-value heads as query heads, no biases, QK norm, gate, window or
+    /// Beacon, [`GdConfig::default`]. Its weights are those of a Llama layer and the few under `gd`.
+    pub fn new(hidden_size: usize, num_attention_heads: usize, head_dim: usize) -> Self {
+        Self {
+            hidden_size,
+            num_attention_heads,
+            num_key_value_heads: num_attention_heads,
+            head_dim,
+            attention_bias: false,
+            output_bias: false,
+            qk_norm: false,
+            rms_norm_eps: 1e-5,
+            output_gate: false,
+            window: None,
+            beacon: None,
+            gd: GdConfig::default(),
+        }
+    }
+
+    /// The same with `heads` key-value heads (grouped-query attention).
+    #[must_use]
+    pub fn with_key_value_heads(self, heads: usize) -> Self {
+        Self { num_key_value_heads: heads, ..self }
+    }
+
+    /// The same with or without an RMSNorm on q and k per head.
+    #[must_use]
+    pub fn with_qk_norm(self, qk_norm: bool) -> Self {
+        Self { qk_norm, ..self }
+    }
+
+    /// The same with a sliding window of `keys` keys.
+    #[must_use]
+    pub fn with_window(self, keys: usize) -> Self {
+        Self { window: Some(keys), ..self }
+    }
+
+    /// The same with a Beacon.
+    #[must_use]
+    pub fn with_beacon(self, beacon: BeaconConfig) -> Self {
+        Self { beacon: Some(beacon), ..self }
+    }
+
+    /// The same with other options of the selection.
+    #[must_use]
+    pub fn with_gd(self, gd: GdConfig) -> Self {
+        Self { gd, ..self }
+    }
+
     /// Query heads per key-value head.
     pub fn group(&self) -> usize {
         self.num_attention_heads / self.num_key_value_heads

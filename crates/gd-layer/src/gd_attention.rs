@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::{
-    Candidates, Estimator, Gate, KeyCache, MAX_QUERIES, Mask, Scan, Score, Select, Selected, on_cpu, scan,
-    scan_all, scan_select, select,
+    Candidates, DecodeUse, Estimator, Gate, KeyCache, Mask, Scan, Score, Select, Selected, decode, scan, scan_all,
+    select,
 };
 
 use crate::attention::{Attention, Pass, Record, distinct};
@@ -23,6 +23,28 @@ const ALPHA: f64 = 0.6;
 /// GD-Attention, in the place of a multi-head attention: same projections, same weight names, and
 /// per head under `gd`: `beta [Hq]` (log), and if configured `threshold [Hq]`, `alpha [Hq]`
 /// (logit), `rounds [Hq, R]` (deviation from (1, 0, ..)).
+///
+/// ```
+/// use std::sync::Arc;
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use gd_kernels::Mask;
+/// use gd_layer::{Attention, AttentionConfig, GdAttention, Pass, RopeScaling, Rotary};
+///
+/// let (device, weights) = (Device::Cpu, VarMap::new());
+/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
+/// let rotary = Arc::new(Rotary::new(8, 64, 10_000.0, RopeScaling::None, DType::F32, &device)?);
+/// let attention = GdAttention::new(&AttentionConfig::new(32, 4, 8), rotary, vb)?;
+///
+/// let x = Tensor::randn(0f32, 1.0, (2, 16, 32), &device)?;
+/// let mask = Mask::window(4, 0);
+/// let y = attention.attend(&x, &Pass::new(&mask), None)?;
+/// let gradients = y.sqr()?.sum_all()?.backward()?;
+/// for weight in weights.all_vars() {
+///     assert!(gradients.get(&weight).is_some());
+/// }
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct GdAttention {
     heads: Heads,
@@ -120,8 +142,8 @@ impl GdAttention {
         let keeps_prior = self.heads.cfg.gd.norm_prior && !beta.track_op();
         let kept = match cache {
             Some(cache) => {
-                let keys = self.reads_kept_keys(&ready.q);
-                cache.keep(self.heads.cfg.gd.score, keys, keeps_prior.then_some(&norm_prior))?
+                let reads = self.decode_use();
+                cache.keep(self.heads.cfg.gd.score, reads, keeps_prior.then_some(&norm_prior))?
             }
             None => None,
         };
@@ -154,33 +176,25 @@ impl GdAttention {
         gd.gate == Gate::None && gd.rounds == 1 && !barrier && !mixes
     }
 
-    /// Whether decoding has a use for what a cache keeps of the keys: on the CPU every scan for a number of candidates,
-    /// on a GPU the kernel for decoding, which finds the winner alone.
-    fn reads_kept_keys(&self, q: &Tensor) -> bool {
-        match on_cpu(q.device()) {
-            true => self.heads.cfg.gd.estimator != Estimator::Dense,
-            false => self.returns_winner(),
-        }
+    /// What decoding asks of the cached keys; nothing where every key is a candidate.
+    fn decode_use(&self) -> Option<DecodeUse> {
+        let reads = if self.returns_winner() { DecodeUse::Winner } else { DecodeUse::Candidates };
+        (self.heads.cfg.gd.estimator != Estimator::Dense).then_some(reads)
     }
 
-    /// Whether the winner is all that this pass asks for, and finding it alone gives what preserving and selecting
-    /// would: on the CPU of a layer that preserves no other candidate; on a GPU but for scores that are equal to
-    /// rounding, by the kernel for decoding.
+    /// Whether this pass needs the value row of the winner and nothing else.
     fn winner_suffices(&self, q: &Tensor, pass: &Pass) -> bool {
-        let one = match on_cpu(q.device()) {
-            true => pass.candidates.unwrap_or(self.heads.cfg.gd.candidates) == 1,
-            false => q.dims()[2] <= MAX_QUERIES,
-        };
         let plain = pass.record.is_none() && pass.probe.is_none() && pass.hardness == 1.0;
-        one && plain && self.returns_winner() && !q.track_op()
+        plain && self.returns_winner() && !q.track_op()
     }
 
     /// The value rows of the winners `[B, Hq, N, D]`.
     fn winner(&self, ready: &Ready, pass: &Pass, seen: &Seen, kept: &KeyCache) -> Result<Tensor> {
         let GdConfig { score, tie, .. } = self.heads.cfg.gd;
-        let what = Scan { prior: seen.prior, score, tie, ..Scan::new(seen.beta, &ready.mask, 1) };
+        let candidates = pass.candidates.unwrap_or(self.heads.cfg.gd.candidates);
+        let scan = Scan { prior: seen.prior, score, tie, ..Scan::new(seen.beta, &ready.mask, candidates) };
         let threshold = self.thresholds(pass)?;
-        Ok(scan_select(&ready.q, &ready.k, &ready.v, &kept.scan(what), threshold.as_ref())?.y)
+        Ok(decode(&ready.q, &ready.k, &ready.v, &scan.with_cached(kept), threshold.as_ref())?.y)
     }
 
     /// Preserve and select: y `[B, Hq, N, D]` and its record.
@@ -201,9 +215,8 @@ impl GdAttention {
             protected: protected.as_ref(),
             ..Scan::new(beta, mask, count)
         };
-        // Scans for several candidates read 8-bit keys on the CPU alone.
-        let what = match kept.filter(|_| on_cpu(q.device())) {
-            Some(kept) => kept.scan(what),
+        let what = match kept {
+            Some(kept) => what.with_cached(kept),
             None => what,
         };
         let candidates = match gd.estimator {

@@ -15,6 +15,24 @@ use crate::softmax::masked_softmax;
 
 /// `softmax(q k^T / sqrt(D) + prior) v`, from candle's differentiable primitives. A query that sees
 /// no key reads nothing (0).
+///
+/// ```
+/// use std::sync::Arc;
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use gd_layer::{AttentionConfig, RopeScaling, Rotary, SoftmaxAttention};
+///
+/// let (device, weights) = (Device::Cpu, VarMap::new());
+/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
+/// let rotary = Arc::new(Rotary::new(8, 64, 10_000.0, RopeScaling::None, DType::F32, &device)?);
+/// // Four query heads share two key-value heads.
+/// let config = AttentionConfig::new(32, 4, 8).with_key_value_heads(2);
+/// let attention = SoftmaxAttention::new(&config, rotary, vb)?;
+///
+/// let y = attention.forward(&Tensor::randn(0f32, 1.0, (2, 16, 32), &device)?)?;
+/// assert_eq!(y.dims(), [2, 16, 32]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct SoftmaxAttention {
     heads: Heads,

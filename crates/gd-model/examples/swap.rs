@@ -6,14 +6,14 @@ use std::path::Path;
 use candle_core::Device;
 use gd_kernels::Score;
 use gd_model::config::Mechanism;
-use gd_model::swap::{Layers, Swap};
-use gd_model::{Result, evaluate::evaluate, model_file};
+use gd_model::model::swap::{Layers, Swap};
+use gd_model::{Result, eval::evaluate, model::pretrained};
 
 /// Perplexities of the model in `folder` on a text: as it is, and reading the `candidates` best keys alone.
 pub(crate) fn swapped(folder: &Path, text: &str, candidates: usize) -> Result<[f64; 2]> {
     let cpu = Device::Cpu;
-    let softmax = model_file::load(folder, &cpu)?;
-    let mut parts = model_file::read(folder, &cpu)?;
+    let softmax = pretrained::load(folder, &cpu)?;
+    let mut parts = pretrained::read(folder, &cpu)?;
     Swap { layers: Layers::All, mechanism: Mechanism::Gd, candidates, score: Score::Dot }
         .apply(&mut parts)?;
     let selecting = parts.build(&cpu)?;

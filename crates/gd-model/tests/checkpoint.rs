@@ -6,8 +6,8 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use gd_model::Error;
-use gd_model::checkpoint::*;
-use gd_model::tokenizer::Tokenizer;
+use gd_model::io::checkpoint::*;
+use gd_model::io::tokenizer::Tokenizer;
 use serde_json::json;
 
 /// One tensor of each stored dtype, with the bit patterns that conversions lose: −0, subnormals, NaN, ∞.

@@ -4,9 +4,9 @@ use candle_core::{DType, Device, Tensor};
 use gd_kernels::Mask;
 use gd_layer::Pass;
 use gd_model::config::{Mechanism, ModelConfig, Recipe};
-use gd_model::loss::IGNORE;
-use gd_model::params::Params;
-use gd_model::transformer::Transformer;
+use gd_model::model::Transformer;
+use gd_model::model::loss::IGNORE;
+use gd_model::model::params::Params;
 
 fn model(mechanism: Vec<Mechanism>, tied: bool) -> ModelConfig {
     let mut config = Recipe::load("tiny").unwrap().model;

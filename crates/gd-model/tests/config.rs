@@ -6,10 +6,10 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use gd_model::config::{Mechanism, PRESETS, Recipe, Setting, TokenizerChoice};
-use gd_model::params::Params;
-use gd_model::schedule::Shape;
-use gd_model::shapes::{count, shapes};
-use gd_model::transformer::Transformer;
+use gd_model::model::Transformer;
+use gd_model::model::params::Params;
+use gd_model::model::shapes::{count, shapes};
+use gd_model::train::schedule::Shape;
 
 const SMALL: &str = include_str!("fixtures/small.json");
 
@@ -132,10 +132,10 @@ fn every_preset_is_valid_and_survives_being_saved() {
     assert!(error.contains("did you mean tiny?"), "{error}");
 }
 
-/// The README's table of presets, and that what is counted there is what is built.
+/// The table of presets in the documentation, and that what is counted there is what is built.
 #[test]
-fn the_readme_states_every_presets_size() {
-    let readme = include_str!("../../../README.md");
+fn the_documentation_states_every_presets_size() {
+    let page = include_str!("../../../docs/src/configuration.md");
     for (name, _) in PRESETS {
         let Recipe { model, train } = Recipe::load(name).unwrap();
         let row = format!(
@@ -149,7 +149,7 @@ fn the_readme_states_every_presets_size() {
             train.context,
             train.batch * train.context * train.accumulation,
         );
-        assert!(readme.lines().any(|line| line == row), "README.md lacks this row:\n{row}");
+        assert!(page.lines().any(|line| line == row), "docs/src/configuration.md lacks this row:\n{row}");
         assert!(
             model.gd.mechanism.iter().all(|m| *m == Mechanism::Gd) && model.gd.beacon.is_some(),
             "{name}"

@@ -7,8 +7,10 @@
 mod readers;
 
 use std::fs;
+use std::hint::black_box;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 use gd_support::log_cases;
@@ -16,7 +18,7 @@ use peak_alloc::PeakAlloc;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use readers::{Bench, READERS};
+use readers::{Bench, READERS, bounded};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
@@ -135,9 +137,22 @@ fn corpus(reader: &str) -> Result<Vec<Vec<u8>>> {
     files.iter().map(|file| Ok(fs::read(file)?)).collect()
 }
 
+/// The limit holds: memory of every call is refused, that of the first call alone is not.
+fn check_the_measurement() {
+    const LIMIT: usize = 1 << 20;
+    let allocate = || black_box(vec![0u8; 2 * LIMIT]);
+    let every_call = || bounded("every call", LIMIT, &MEMORY, || !allocate().is_empty());
+    let panic = catch_unwind(every_call).expect_err("2 MiB of 1 MiB");
+    let text = panic.downcast_ref::<String>().map(String::as_str).unwrap_or_default();
+    assert!(text.contains("every call: 2097") && text.contains("1048576 allowed"), "{text}");
+    let once = OnceLock::new();
+    assert!(bounded("first call", LIMIT, &MEMORY, || !once.get_or_init(allocate).is_empty()));
+}
+
 /// One test for all, since memory is counted for the whole process.
 #[test]
 fn no_reader_panics_or_holds_more_than_its_input_justifies() -> Result<()> {
+    check_the_measurement();
     let runs = std::env::var("GD_FUZZ").ok().map(|n| n.parse()).transpose()?.unwrap_or(RUNS);
     let bench = Bench::new(&corpus_folder())?;
     for (at, reader) in READERS.into_iter().enumerate() {

@@ -11,11 +11,11 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::{Barrier, Estimator, Gate, Mask};
 use gd_layer::{BeaconConfig, GdConfig, Pass};
+use gd_model::analysis::variants::VARIANTS;
 use gd_model::config::{Mechanism, ModelConfig, PRESETS, Recipe};
-use gd_model::loss::cross_entropy;
-use gd_model::params::Params;
-use gd_model::transformer::Transformer;
-use gd_model::variants::VARIANTS;
+use gd_model::model::Transformer;
+use gd_model::model::loss::cross_entropy;
+use gd_model::model::params::Params;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -4,8 +4,8 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor, Var};
-use gd_model::parallel::Group;
-use gd_model::trainer::Gradients;
+use gd_model::train::Gradients;
+use gd_model::train::parallel::Group;
 
 /// A role, how many ranks play it, the exit code of the job, and words of its stderr.
 const ROLES: &[(&str, usize, i32, &[&str])] = &[

@@ -3,10 +3,10 @@
 use candle_core::{Device, Tensor};
 use gd_model::config::Recipe;
 use gd_model::data::{Corpus, Tokens};
-use gd_model::ema::EmaConfig;
-use gd_model::guard::GuardConfig;
-use gd_model::optimizer::MuonConfig;
-use gd_model::trainer::Trainer;
+use gd_model::train::Trainer;
+use gd_model::train::ema::EmaConfig;
+use gd_model::train::guard::GuardConfig;
+use gd_model::train::optimizer::MuonConfig;
 
 /// A trainer of a very small model on a text without much in it.
 fn trainer(muon: bool) -> Trainer {

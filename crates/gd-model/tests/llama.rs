@@ -1,6 +1,6 @@
 //! Checkpoints of other families: their logits, what is saved again, and configs that are refused.
 //!
-//! The fixtures are made by scripts/golden_llama.py; their logits are those of Python's transformers.
+//! The fixtures are made by scripts/golden/llama.py; their logits are those of Python's transformers.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use gd_kernels::Mask;
 use gd_layer::Pass;
-use gd_model::checkpoint::{CONFIG, load_json, load_tensors};
 use gd_model::config::{Mechanism, ModelConfig};
-use gd_model::model_file::{self, Loaded};
-use gd_model::transformer::Transformer;
+use gd_model::io::checkpoint::{CONFIG, load_json, load_tensors};
+use gd_model::model::Transformer;
+use gd_model::model::pretrained::{self, Loaded};
 use serde_json::{Value, json};
 
 const FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
@@ -52,7 +52,7 @@ fn distance(a: &Tensor, b: &Tensor) -> Result<f32> {
 fn logits_are_those_of_transformers() -> Result<()> {
     for family in FAMILIES {
         let (ids, expected) = golden(family)?;
-        let model = model_file::load(&fixture(family), &Device::Cpu)?.model;
+        let model = pretrained::load(&fixture(family), &Device::Cpu)?.model;
         let (n, longest) = (ids.dim(1)?, (0..3).filter_map(|i| model.config().window(i)).max());
         assert!(
             longest.is_none_or(|w| n > 3 * w),
@@ -89,7 +89,7 @@ fn every_part_of_a_config_shows_in_the_logits() -> Result<()> {
     ];
     for (family, part, leave_out) in parts {
         let (ids, expected) = golden(family)?;
-        let mut parts = model_file::read(&fixture(family), &Device::Cpu)?;
+        let mut parts = pretrained::read(&fixture(family), &Device::Cpu)?;
         leave_out(&mut parts.config);
         let off = distance(&whole(&parts.build(&Device::Cpu)?.model, &ids)?, &expected)?;
         assert!(off > 0.05, "{family} without {part}: off by {off}");
@@ -113,7 +113,7 @@ fn a_candle_builder_is_enough_to_build_from() -> Result<()> {
 fn packed_documents_keep_to_their_windows() -> Result<()> {
     for family in ["mistral", "qwen2"] {
         let (ids, _) = golden(family)?;
-        let model = model_file::load(&fixture(family), &Device::Cpu)?.model;
+        let model = pretrained::load(&fixture(family), &Device::Cpu)?.model;
         let (n, cut) = (ids.dim(1)?, 19);
         let mask = Mask::causal(0).packed(vec![vec![0, cut, n]]);
         let packed = model.forward(&ids, &Pass::new(&mask), None)?.squeeze(0)?;
@@ -154,7 +154,7 @@ fn what_is_loaded_is_saved_as_it_was() -> Result<()> {
     let mut types = Vec::new();
     for family in FAMILIES {
         let (from, to) = (fixture(family), dir.path().join(family));
-        model_file::load(&from, &Device::Cpu)?.save(&to, &card())?;
+        pretrained::load(&from, &Device::Cpu)?.save(&to, &card())?;
         let before = stored(&from)?;
         assert!(before == stored(&to)?, "{family}");
         types.extend(before.values().map(|tensor| tensor.dtype));
@@ -163,7 +163,7 @@ fn what_is_loaded_is_saved_as_it_was() -> Result<()> {
         assert_eq!(load_json(&from.join(generation))?, load_json(&to.join(generation))?);
         assert!(!to.join("modeling_gd.py").exists(), "{family} is known to transformers");
         let (ids, expected) = golden(family)?;
-        assert!(distance(&whole(&model_file::load(&to, &Device::Cpu)?.model, &ids)?, &expected)? < 2e-5);
+        assert!(distance(&whole(&pretrained::load(&to, &Device::Cpu)?.model, &ids)?, &expected)? < 2e-5);
     }
     assert!([DType::F32, DType::F16, DType::BF16].iter().all(|t| types.contains(t)), "{types:?}");
     Ok(())
@@ -172,7 +172,7 @@ fn what_is_loaded_is_saved_as_it_was() -> Result<()> {
 #[test]
 fn a_model_that_was_changed_is_saved_as_ours() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let mut parts = model_file::read(&fixture("mistral"), &Device::Cpu)?;
+    let mut parts = pretrained::read(&fixture("mistral"), &Device::Cpu)?;
     parts.files.insert("tokenizer_config.json".into(), b"{}".to_vec());
     parts.config.gd.windows = vec![Some(5)];
     parts.build(&Device::Cpu)?.save(dir.path(), &card())?;
@@ -182,7 +182,7 @@ fn a_model_that_was_changed_is_saved_as_ours() -> Result<()> {
     for file in ["modeling_gd.py", "configuration_gd.py", "tokenizer_config.json"] {
         assert!(dir.path().join(file).exists(), "{file}");
     }
-    let Loaded { model, files, .. } = model_file::load(dir.path(), &Device::Cpu)?;
+    let Loaded { model, files, .. } = pretrained::load(dir.path(), &Device::Cpu)?;
     assert_eq!((model.config().window(1), files.len()), (Some(5), 1));
     Ok(())
 }

@@ -1,10 +1,10 @@
 //! cross_entropy against its formula, finite differences, dtypes, thread counts and bad targets.
 
-#[path = "../../gd-kernels/tests/support/mod.rs"]
+#[path = "../../gd-kernels/tests/suite/support/mod.rs"]
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use gd_model::loss::{
+use gd_model::model::loss::{
     IGNORE, counted, cross_entropy, linear_cross_entropy, linear_token_losses, token_losses,
 };
 use support::*;

@@ -3,8 +3,8 @@
 use std::hint::black_box;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use gd_model::loss::{cross_entropy, linear_cross_entropy};
-use gd_model::memory::Peak;
+use gd_model::model::loss::{cross_entropy, linear_cross_entropy};
+use gd_model::train::memory::Peak;
 
 const MIB: usize = 1 << 20;
 

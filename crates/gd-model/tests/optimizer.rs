@@ -3,7 +3,7 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use gd_model::optimizer::{
+use gd_model::train::optimizer::{
     AdamW, AdamWConfig, MuonConfig, Optimizer, accumulate, clip_scale, global_norm, not_finite, orthogonal,
 };
 
@@ -187,8 +187,8 @@ fn continues_from_its_state_to_the_bit() {
         // Through a file and back, and with the parameters in another order.
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("optimizer.safetensors");
-        gd_model::checkpoint::write_tensors(&path, &saved.unwrap()).unwrap();
-        let state = gd_model::checkpoint::load_tensors(&path, &Device::Cpu).unwrap();
+        gd_model::io::checkpoint::write_tensors(&path, &saved.unwrap()).unwrap();
+        let state = gd_model::io::checkpoint::load_tensors(&path, &Device::Cpu).unwrap();
         assert_eq!(state["w.exp_avg"].dtype(), if dtype == DType::F64 { DType::F64 } else { DType::F32 });
         let mut adam = AdamW::new(resumed.iter().rev().cloned().collect(), CONFIG).unwrap();
         adam.load_state(&state).unwrap();

@@ -3,12 +3,12 @@
 
 use candle_core::{DType, Device, Tensor};
 use gd_layer::Pass;
+use gd_model::analysis::variants::VARIANTS;
 use gd_model::config::{ModelConfig, PRESETS, Recipe};
 use gd_model::data::{Batch, Batches, Permutation, Tokens, places};
-use gd_model::loss::{IGNORE, counted};
-use gd_model::params::Params;
-use gd_model::transformer::Transformer;
-use gd_model::variants::VARIANTS;
+use gd_model::model::Transformer;
+use gd_model::model::loss::{IGNORE, counted};
+use gd_model::model::params::Params;
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

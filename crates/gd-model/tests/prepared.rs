@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use gd_model::data::{Index, Preparation, Prepared, Reading, Tokens, prepare};
-use gd_model::tokenizer::Tokenizer;
+use gd_model::io::tokenizer::Tokenizer;
 use gd_model::{Error, Result};
 use serde_json::Value;
 

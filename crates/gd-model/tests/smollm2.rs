@@ -1,5 +1,5 @@
 //! A real model, SmolLM2-135M-Instruct as a GGUF file, against golden values; see tests/fixtures/README.md of
-//! the repository. Runs where `GD_SMOLLM2`, or target/smollm2, is what scripts/fetch_smollm2.sh makes.
+//! the repository. Runs where `GD_SMOLLM2`, or target/smollm2, is what scripts/data/fetch_smollm2.sh makes.
 
 use std::path::{Path, PathBuf};
 
@@ -8,10 +8,10 @@ use candle_core::{Device, Tensor};
 use gd_kernels::Mask;
 use gd_layer::Pass;
 use gd_model::data::{Tokens, read_text};
-use gd_model::evaluate::evaluate;
-use gd_model::generate::generate;
-use gd_model::model_file;
-use gd_model::sampler::{Sampler, Sampling};
+use gd_model::eval::evaluate;
+use gd_model::infer::generate::generate;
+use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::model::pretrained;
 use gd_support::log_cases;
 
 const CPU: Device = Device::Cpu;
@@ -25,7 +25,7 @@ fn folder() -> Option<PathBuf> {
     let named = std::env::var_os("GD_SMOLLM2").map(PathBuf::from);
     let folder = named.or_else(|| Some(root().join("target/smollm2")).filter(|path| path.exists()));
     if folder.is_none() {
-        println!("skipped: scripts/fetch_smollm2.sh target/smollm2 fetches the model");
+        println!("skipped: scripts/data/fetch_smollm2.sh target/smollm2 fetches the model");
     }
     folder
 }
@@ -33,7 +33,7 @@ fn folder() -> Option<PathBuf> {
 #[test]
 fn golden_values_of_smollm2() -> Result<()> {
     let Some(folder) = folder() else { return Ok(()) };
-    let loaded = model_file::load(&folder.join("SmolLM2-135M-Instruct.Q4_1.gguf"), &CPU)?;
+    let loaded = pretrained::load(&folder.join("SmolLM2-135M-Instruct.Q4_1.gguf"), &CPU)?;
     let (model, tokenizer) = (&loaded.model, &loaded.tokenizer);
     let count = loaded.params.count();
     ensure!(count == 134_515_008, "{count} parameters");

@@ -1,7 +1,7 @@
 //! Tokenizers: exact round trips, one stored format, streaming, and files that must be refused.
 
 use gd_model::Error;
-use gd_model::tokenizer::Tokenizer;
+use gd_model::io::tokenizer::Tokenizer;
 use proptest::prelude::*;
 
 const SAMPLE: &str = include_str!("../../../models/sample.txt");

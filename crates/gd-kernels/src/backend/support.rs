@@ -72,7 +72,8 @@ pub fn support_table() -> String {
             types => types.iter().map(|d| d.as_str()).collect::<Vec<_>>().join(", "),
         };
         let (lo, hi) = (s.head_dim.start(), s.head_dim.end());
-        let steps = if s.head_dim_step > 1 { format!(" in steps of {}", s.head_dim_step) } else { String::new() };
+        let steps =
+            if s.head_dim_step > 1 { format!(" in steps of {}", s.head_dim_step) } else { String::new() };
         format!(
             "{}: dtypes {} (certified {}); head_dim {lo}..={hi}{steps}; candidates {:?}",
             s.device,

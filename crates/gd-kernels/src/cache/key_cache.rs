@@ -47,8 +47,7 @@ impl KeyCache {
     ) -> Result<Option<Self>> {
         let precision = match on_cpu(k.device()) {
             true => {
-                let default =
-                    if k.dtype() == DType::F64 { Precision::Native } else { Precision::Certified };
+                let default = if k.dtype() == DType::F64 { Precision::Native } else { Precision::Certified };
                 Some(precision.unwrap_or(default)).filter(|p| *p == Precision::Certified)
             }
             false => (reads == DecodeUse::Winner).then(|| precision.unwrap_or(Precision::Native)),

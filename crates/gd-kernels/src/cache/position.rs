@@ -19,7 +19,10 @@ pub(crate) fn check_positions(
     lengths: &[usize],
 ) -> Result<()> {
     if at.len() != entries {
-        return Err(Error::Invalid(format!("{} write positions for {entries} entries of new rows", at.len())));
+        return Err(Error::Invalid(format!(
+            "{} write positions for {entries} entries of new rows",
+            at.len()
+        )));
     }
     let mut named = vec![false; lengths.len()];
     for &[sequence, first] in at {

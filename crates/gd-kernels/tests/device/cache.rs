@@ -4,8 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
     KeyCache, KeyBias, Mask, PagedCache, Precision, Int8Keys, Scan, Score, Selected, scan_select,
-    scan_select_paged,
-};
+    decode_paged, SequenceCache};
 
 use crate::problems::{rng, uniform};
 use crate::{Target, sanitized, targets};
@@ -55,7 +54,7 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
 
     // Norms of the keys that were taken before.
     let norms = KeyBias::new(&k, score).unwrap();
-    let kept = Scan { key_bias: Some(&norms), ..how.clone() };
+    let kept = Scan { cached: Some((&norms).into()), ..how.clone() };
     assert_eq!(found(&scan_select(&q, &k, &v, &kept, None).unwrap())?, want);
     let part = k.narrow(2, 0, m - 1)?;
     let wrong = scan_select(&q, &part, &v.narrow(2, 0, m - 1)?, &kept, None);
@@ -69,8 +68,8 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
         quantized.append(&k.narrow(2, 100, 1)?).unwrap();
         quantized.append(&k.narrow(2, 101, m - 101)?).unwrap();
         assert_eq!((kept.len(), quantized.len()), (100, m));
-        for quantized in [Some(&quantized), None] {
-            let certified = Scan { precision: Precision::Certified, quantized, ..how.clone() };
+        for cached in [Some((&quantized).into()), None] {
+            let certified = Scan { precision: Precision::Certified, cached, ..how.clone() };
             assert_eq!(found(&scan_select(&q, &k, &v, &certified, None).unwrap())?, want);
             target.count();
         }
@@ -104,7 +103,7 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
         let cache = PagedCache { k: &held_k, v: &held_v, table };
         let how = Scan { precision, ..how.clone() };
         if precision == Precision::Native || certified {
-            assert_eq!(found(&scan_select_paged(&q, &cache, &how, None).unwrap())?, want);
+            assert_eq!(found(&decode_paged(&q, &cache, &how, None).unwrap())?, want);
             target.count();
         }
     }
@@ -160,7 +159,7 @@ fn grown(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
         let mask = Mask::none().kv_len(lengths.clone());
         let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
         let want = plain(&k, &v, &q, &mask)?;
-        assert_eq!(found(&scan_select(&q, &k, &v, &kept.scan(how), None)?)?, want);
+        assert_eq!(found(&scan_select(&q, &k, &v, &how.with_cached(&kept), None)?)?, want);
         // Reordered, without the longest.
         let (rows, lengths) = (Tensor::new(&[2u32, 0], gpu)?, vec![333, 70]);
         let some = |t: &Tensor| t.index_select(&rows, 0)?.narrow(2, 0, 333);
@@ -170,11 +169,11 @@ fn grown(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
         let mask = Mask::none().kv_len(lengths);
         let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
         let want = plain(&k, &v, &q, &mask)?;
-        assert_eq!(found(&scan_select(&q, &k, &v, &kept.scan(how.clone()), None)?)?, want);
+        assert_eq!(found(&scan_select(&q, &k, &v, &how.clone().with_cached(&kept), None)?)?, want);
         // A clone is not changed by what is written to the other.
         let before = kept.clone();
         kept.write(&k.narrow(0, 1, 1)?.narrow(2, 0, 9)?, &[[0, 7]])?;
-        assert_eq!(found(&scan_select(&q, &k, &v, &before.scan(how), None)?)?, want);
+        assert_eq!(found(&scan_select(&q, &k, &v, &how.with_cached(&before), None)?)?, want);
 
         // Pages, in steps over their ends.
         let (held_k, held_v) =
@@ -192,7 +191,7 @@ fn grown(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
         let mask = Mask::none().kv_len(vec![first; 2]);
         let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
         let want = plain(&k, &v, &q, &mask)?;
-        assert_eq!(found(&scan_select_paged(&q, &cache, &kept.scan(how), None)?)?, want);
+        assert_eq!(found(&decode_paged(&q, &cache, &how.with_cached(&kept), None)?)?, want);
         target.count();
     }
     Ok(())

@@ -376,8 +376,8 @@ fn refusals(device: &Device, name: &str) -> Result<()> {
     named(select(&q, &k, &k, &few, &how), "[1, 2, 8, 4]");
     // 8-bit keys of other keys.
     if name == "cuda" {
-        let quantized = Some(&Int8Keys::new(&k.narrow(2, 0, 5)?, Score::Energy)?);
-        let certified = Scan { precision: Precision::Certified, quantized, ..Scan::new(&beta, &mask, 1) };
+        let other = Int8Keys::new(&k.narrow(2, 0, 5)?, Score::Energy)?;
+        let certified = Scan::new(&beta, &mask, 1).with_precision(Precision::Certified).with_cached(&other);
         named(scan_select(&q, &k, &k, &certified, None), "[1, 2, 5, 64]");
     }
     // The others.

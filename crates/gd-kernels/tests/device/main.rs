@@ -1,8 +1,8 @@
 //! The operators on a GPU: the suites of tests/emulate with the device in the place of the emulator, each against
 //! the f64 reference; candle's graph on it against the CPU; and repetitions, equal to the bit.
 //!
-//! With the feature `cuda` or `metal` it needs such a GPU, and fails without one (`scripts/gpu_check.sh`,
-//! `scripts/metal_check.sh`). `GD_SANITIZE=1` runs a few problems of each suite, under a tool that checks accesses.
+//! With the feature `cuda` or `metal` it needs such a GPU, and fails without one (`scripts/hardware/nvidia_gpu.sh`,
+//! `scripts/hardware/apple_gpu.sh`). `GD_SANITIZE=1` runs a few problems of each suite, under a tool that checks accesses.
 #![cfg(any(feature = "cuda", feature = "metal"))]
 
 // The suites name the emulator; here its name stands for the device below.

@@ -48,9 +48,9 @@ fn prefill(target: &Target, dtype: DType, score: Score, candidates: usize, d: us
     let mask = Mask::causal((m - n) as i64);
     let plain = Scan { score, ..Scan::new(&beta, &mask, candidates) };
     let kept = Int8Keys::new(&k, score).unwrap();
-    for quantized in [Some(&kept), None] {
-        let certified = Scan { precision: Precision::Certified, quantized, ..plain.clone() };
-        let name = format!("{dtype:?} {score:?} K {candidates} D {d}, kept {}", quantized.is_some());
+    for cached in [Some((&kept).into()), None] {
+        let certified = Scan { precision: Precision::Certified, cached, ..plain.clone() };
+        let name = format!("{dtype:?} {score:?} K {candidates} D {d}, cached {}", cached.is_some());
         let (want, got) = (scan(&q, &k, &plain).unwrap(), scan(&q, &k, &certified).unwrap());
         close(&got.energy, &want.energy, &name)?;
         assert_eq!(want.rescored.share().unwrap(), 1.0);
@@ -61,7 +61,7 @@ fn prefill(target: &Target, dtype: DType, score: Score, candidates: usize, d: us
         target.count();
     }
     let other = Int8Keys::new(&k.narrow(2, 0, m - 1)?, score).unwrap();
-    let short = Scan { precision: Precision::Certified, quantized: Some(&other), ..plain.clone() };
+    let short = Scan { precision: Precision::Certified, cached: Some((&other).into()), ..plain.clone() };
     let refusal = scan(&q, &k, &short).unwrap_err().to_string();
     assert!(refusal.contains(&format!("[{b}, {hk}, {}, ", m - 1)), "{refusal}");
     Ok(())

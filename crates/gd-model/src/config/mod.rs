@@ -1,6 +1,8 @@
 //! What a model is made of and how it is trained: read from a preset or a file, checked as a whole,
 //! unknown keys refused.
 
+mod curve;
+pub mod device;
 mod llama;
 mod load;
 mod model;
@@ -10,6 +12,7 @@ mod train;
 
 use serde::{Deserialize, Serialize};
 
+pub use curve::Curve;
 pub use load::parse;
 pub use model::{GdBlock, Mechanism, ModelConfig, RopeParameters};
 pub use select::SelectSchedule;

@@ -4,7 +4,7 @@ use gd_kernels::{CANDIDATES, Mask};
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 
-use crate::curve::Curve;
+use crate::config::Curve;
 use crate::error::Result;
 
 /// Curves over the share of all steps; what is left out stays as the model's config has it. They hold for

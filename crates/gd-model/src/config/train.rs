@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use super::select::SelectSchedule;
 use crate::data::Reading;
-use crate::ema::EmaConfig;
 use crate::error::{Error, Result};
-use crate::guard::GuardConfig;
-use crate::optimizer::{AdamWConfig, MuonConfig};
-use crate::schedule::LrSchedule;
-use crate::uptrain::UptrainConfig;
+use crate::train::ema::EmaConfig;
+use crate::train::guard::GuardConfig;
+use crate::train::optimizer::{AdamWConfig, MuonConfig};
+use crate::train::schedule::LrSchedule;
+use crate::train::teacher::UptrainConfig;
 
 /// What text becomes tokens with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

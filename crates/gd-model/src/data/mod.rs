@@ -24,7 +24,7 @@ pub use tokens::Tokens;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::tokenizer::Tokenizer;
+use crate::io::tokenizer::Tokenizer;
 use text::check_fraction;
 
 /// Tokens that are hashed at a time.

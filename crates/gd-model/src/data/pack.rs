@@ -9,7 +9,7 @@ use gd_kernels::Mask;
 use super::order::Epoch;
 use super::tokens::Tokens;
 use crate::error::{Error, Result};
-use crate::loss::IGNORE;
+use crate::model::loss::IGNORE;
 
 /// What a model reads and predicts in one pass.
 #[derive(Clone, Debug)]

@@ -16,9 +16,9 @@ use serde::{Deserialize, Serialize};
 use super::documents::{Document, Documents, Reading};
 use super::shard::{self, Shard, ShardEntry, TokenType};
 use super::{Corpus, Tokens, check_fraction};
-use crate::checkpoint::{TOKENIZER, check_replaceable, write_file, write_folder};
 use crate::error::{Error, Result};
-use crate::tokenizer::Tokenizer;
+use crate::io::checkpoint::{TOKENIZER, check_replaceable, write_file, write_folder};
+use crate::io::tokenizer::Tokenizer;
 
 /// The index of a prepared folder.
 pub const INDEX: &str = "index.json";

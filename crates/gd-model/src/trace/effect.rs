@@ -11,8 +11,8 @@ use super::intervention::{Intervention, Query};
 use super::record::Row;
 use super::recorder::Recorder;
 use crate::error::Result;
-use crate::generate::check_prompt;
-use crate::model_file::Loaded;
+use crate::infer::generate::check_prompt;
+use crate::model::pretrained::Loaded;
 
 /// Tokens that are listed.
 const TOP: usize = 8;

@@ -15,6 +15,7 @@
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "sign")]
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 
 use super::chain::{Chain, Hash, Seal};
@@ -73,30 +74,43 @@ impl<'a> Writer<'a> {
         if self.block.len() >= BLOCK { self.flush() } else { Ok(()) }
     }
 
-    /// Writes what seals the trace, signed if there is a key.
+    /// Writes the hashes that seal the trace, without a signature.
     ///
     /// # Errors
-    /// What writing reports.
-    pub fn finish(mut self, key: Option<&SigningKey>) -> Result<Seal> {
+    /// Names the file that cannot be written.
+    pub fn finish(mut self) -> Result<Seal> {
         self.flush()?;
         let seal = self.chain.seal();
+        self.end(&seal, &[0])?;
+        Ok(seal)
+    }
+
+    /// Writes the hashes that seal the trace, with the Ed25519 signature of its head by `key`.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    #[cfg(feature = "sign")]
+    pub fn finish_signed(mut self, key: &SigningKey) -> Result<Seal> {
+        self.flush()?;
+        let seal = self.chain.seal();
+        let mut signature = vec![1];
+        signature.extend(key.verifying_key().as_bytes());
+        signature.extend(key.sign(&seal.head).to_bytes());
+        self.end(&seal, &signature)?;
+        Ok(seal)
+    }
+
+    /// Writes the end of the file: count and hashes, the signature's kind and bytes, and the hash of the file.
+    fn end(&mut self, seal: &Seal, signature: &[u8]) -> Result<()> {
         let mut end = length(0)?.to_vec();
         end.extend(seal.count.to_le_bytes());
         for part in [seal.chain, seal.root, seal.head] {
             end.extend(part);
         }
-        match key {
-            None => end.push(0),
-            Some(key) => {
-                end.push(1);
-                end.extend(key.verifying_key().as_bytes());
-                end.extend(key.sign(&seal.head).to_bytes());
-            }
-        }
+        end.extend(signature);
         self.put(&end)?;
         let whole = *self.whole.finalize().as_bytes();
-        self.put(&whole)?;
-        Ok(seal)
+        self.put(&whole)
     }
 
     fn flush(&mut self) -> Result<()> {
@@ -246,7 +260,8 @@ impl Trace {
         Ok(chain.seal())
     }
 
-    /// Whether the signature is its key's over this head.
+    /// Whether the trace is signed, and the signature is that of its key over `head`.
+    #[cfg(feature = "sign")]
     pub fn signature_fits(&self, head: &Hash) -> bool {
         self.signed.is_some_and(|Signed { key, signature }| {
             let key = VerifyingKey::from_bytes(&key);

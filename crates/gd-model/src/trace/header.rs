@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::Intervention;
 use crate::config::{Mechanism, ModelConfig};
 use crate::error::{Error, Result};
-use crate::model_file::Loaded;
-use crate::sampler::Sampling;
+use crate::infer::sampler::Sampling;
+use crate::model::pretrained::Loaded;
 
 /// What a trace file calls itself, and the version of its layout.
 pub const FORMAT: (&str, u32) = ("gd-trace", 1);

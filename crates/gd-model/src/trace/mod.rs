@@ -63,8 +63,8 @@ pub fn verify(trace: &Trace, kept: Option<Hash>, signer: Option<Hash>) -> Result
     if let Some(kept) = kept.filter(|kept| *kept != seal.head) {
         return damaged(format!("its head is {}, not the kept {}", hex(&seal.head), hex(&kept)));
     }
-    if trace.signed.is_some() && !trace.signature_fits(&seal.head) {
-        return damaged("the signature does not fit its key and the head".into());
+    if trace.signed.is_some() {
+        check_signature(trace, &seal.head)?;
     }
     match (signer, trace.signed.map(|signed| signed.key)) {
         (Some(_), None) => return damaged("it is not signed".into()),
@@ -91,4 +91,23 @@ pub fn verify(trace: &Trace, kept: Option<Hash>, signer: Option<Hash>) -> Result
         ));
     }
     Ok(Verified { seal, records })
+}
+
+/// Checks the signature of a signed trace over its head.
+#[cfg(feature = "sign")]
+fn check_signature(trace: &Trace, head: &Hash) -> Result<()> {
+    if trace.signature_fits(head) {
+        return Ok(());
+    }
+    let reason = "the signature does not fit its key and the head".into();
+    Err(Error::Damaged { path: trace.path.clone(), reason })
+}
+
+/// Without the feature `sign` no signature can be checked, so a signed trace is refused.
+#[cfg(not(feature = "sign"))]
+fn check_signature(trace: &Trace, _: &Hash) -> Result<()> {
+    Err(Error::Invalid(format!(
+        "{}: the trace is signed, and this build cannot check signatures (gd-model's feature `sign`)",
+        trace.path.display()
+    )))
 }

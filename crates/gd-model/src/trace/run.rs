@@ -9,10 +9,10 @@ use super::record::{Record, Row};
 use super::recorder::Recorder;
 use super::replay::{Outcome, Replay};
 use crate::error::{Error, Result};
-use crate::generate::{check_prompt, last_logits};
-use crate::model_file::Loaded;
-use crate::sampler::Sampler;
-use crate::transformer::Transformer;
+use crate::infer::generate::{check_prompt, last_logits};
+use crate::infer::sampler::Sampler;
+use crate::model::Transformer;
+use crate::model::pretrained::Loaded;
 
 /// A text that is being read.
 struct Reader<'a> {
@@ -48,7 +48,7 @@ pub struct Continuation {
     pub ends: Vec<u32>,
 }
 
-/// Reads `prompt` as [`crate::generate::generate`] does, continues it as that would with the same sampler, and
+/// Reads `prompt` as [`crate::infer::generate::generate`] does, continues it as that would with the same sampler, and
 /// hands every position's record on, that of the last token too. Returns the new tokens.
 ///
 /// # Errors

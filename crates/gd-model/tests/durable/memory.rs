@@ -6,7 +6,7 @@ use std::io::{self, Cursor, Read, Write};
 use std::path::Path;
 use std::rc::Rc;
 
-use gd_model::checkpoint::{Disk, Output};
+use gd_model::io::checkpoint::{Disk, Output};
 
 /// A file or a folder, as programs see it and as it would be after a power failure.
 #[derive(Clone)]

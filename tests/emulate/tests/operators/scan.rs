@@ -3,7 +3,7 @@
 use candle_core::DType;
 use gd_emulate::Emulator;
 use gd_kernels::gpu::Gpu;
-use gd_kernels::gpu::scan::{Inputs, Outputs, Plan, Prior, Protected, Values, scan, scan_select};
+use gd_kernels::gpu::scan::{Inputs, Outputs, GpuScanPlan, Prior, Protected, Values, scan, scan_select};
 use gd_kernels::reference::scan as reference_scan;
 use gd_kernels::{Precision, Problem, TieBreak};
 
@@ -96,9 +96,9 @@ impl Uploaded {
 }
 
 /// The plan for a device: Hopper's kernel where there is one and the tensors suit it.
-pub(crate) fn plan(gpu: &Emulator, p: &Problem, x: &Inputs<'_, gd_emulate::Buffer>) -> Result<Plan, String> {
+pub(crate) fn plan(gpu: &Emulator, p: &Problem, x: &Inputs<'_, gd_emulate::Buffer>) -> Result<GpuScanPlan, String> {
     let extra = x.protected.as_ref().map_or(0, |p| p.dims[3]);
-    let plan = Plan::new(p, extra, x.prior.is_some(), &gpu.arch()).map_err(|e| e.to_string())?;
+    let plan = GpuScanPlan::new(p, extra, x.prior.is_some(), &gpu.arch()).map_err(|e| e.to_string())?;
     Ok(if x.mappable(p) { plan.on_hopper(p, &gpu.arch()) } else { plan })
 }
 

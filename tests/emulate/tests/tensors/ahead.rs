@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use gd_model::config::{self, Recipe};
 use gd_model::data::{Corpus, Tokens};
-use gd_model::trainer::{Step, Trainer};
+use gd_model::train::{Step, Trainer};
 use serde_json::{Value, json};
 
 use crate::targets;

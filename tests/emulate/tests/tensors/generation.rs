@@ -4,8 +4,8 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 use gd_kernels::Mask;
 use gd_layer::Pass;
-use gd_model::generate::{generate, generate_batch};
-use gd_model::sampler::{Sampler, Sampling};
+use gd_model::infer::generate::{generate, generate_batch};
+use gd_model::infer::sampler::{Sampler, Sampling};
 use serde_json::Value;
 
 use crate::targets;

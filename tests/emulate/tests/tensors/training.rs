@@ -5,10 +5,10 @@ use gd_kernels::Mask;
 use gd_layer::Pass;
 use gd_model::config::{self, ModelConfig, Recipe};
 use gd_model::data::{Corpus, Texts};
-use gd_model::params::Params;
-use gd_model::tokenizer::Tokenizer;
-use gd_model::trainer::Trainer;
-use gd_model::transformer::Transformer;
+use gd_model::io::tokenizer::Tokenizer;
+use gd_model::model::Transformer;
+use gd_model::model::params::Params;
+use gd_model::train::Trainer;
 use serde_json::{Value, json};
 
 use crate::graph::apart;
@@ -111,8 +111,9 @@ fn a_step_has_the_loss_and_the_gradients_of_the_cpu() -> Result<()> {
 fn every_parameter_learns() {
     for (name, gd) in models() {
         for target in targets() {
-            let (count, faults) =
-                target.run(|| gd_model::gradients::check(&config(&gd), 7, &Device::Cpu)).unwrap();
+            let (count, faults) = target
+                .run(|| gd_model::analysis::gradient_check::check(&config(&gd), 7, &Device::Cpu))
+                .unwrap();
             assert!(count > 20 && faults.is_empty(), "{name} on {}: {faults:?}", target.name());
             target.count();
         }

@@ -314,11 +314,11 @@ macro_rules! by_float {
                 $body
             }
             ::candle_core::DType::F16 => {
-                type $t = $crate::backend::cpu::element::F16;
+                type $t = $crate::element::F16;
                 $body
             }
             ::candle_core::DType::BF16 => {
-                type $t = $crate::backend::cpu::element::Bf16;
+                type $t = $crate::element::Bf16;
                 $body
             }
             other => {

@@ -4,7 +4,7 @@
 pub(crate) mod amx;
 pub mod element;
 pub(crate) mod isa;
-pub mod parallel;
+pub(crate) mod parallel;
 pub(crate) mod prefetch;
 pub(crate) mod quantize;
-pub mod view;
+pub(crate) mod view;

@@ -10,7 +10,6 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
 use crate::backend::cuda::{failed, limits};
-use crate::backend::gpu::Arch;
 use crate::backend::gpu::{Arch, Kernel};
 use crate::error::{Error, Result};
 

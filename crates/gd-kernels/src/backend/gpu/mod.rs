@@ -329,3 +329,11 @@ impl<B> Prior<'_, B> {
         prior.map_or([0, 0], |p| p.dims.map(|n| n as u32))
     }
 }
+
+impl<B> Clone for Prior<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for Prior<'_, B> {}

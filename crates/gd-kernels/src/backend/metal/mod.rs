@@ -1,6 +1,6 @@
 //! Apple GPUs: the launches of [`crate::backend::gpu`] through candle's Metal device and its command buffers.
 //!
-//! A compiler has seen every line for macOS (`scripts/check_metal.sh`), but no Apple GPU has run one.
+//! A compiler has seen every line for macOS (`scripts/ci/lint_metal.sh`), but no Apple GPU has run one.
 //!
 //! Everything is enqueued in the order of the calls, like candle's own kernels; nothing here waits, but for a
 //! download, and for memory when all of it is taken.

@@ -1,7 +1,7 @@
 //! The biases of cached keys, which decoding on a GPU adds to the products of queries and keys.
 
 #[cfg(feature = "gpu")]
-pub mod launch;
+pub(crate) mod launch;
 
 use candle_core::{DType, Tensor};
 

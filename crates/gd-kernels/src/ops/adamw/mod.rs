@@ -10,8 +10,7 @@ pub mod update;
 
 use candle_core::Tensor;
 
-use crate::backend::dispatch::on_gpu;
-use crate::backend::dispatch::refused;
+use crate::backend::dispatch::{on_gpu, refused};
 use crate::error::{Error, Result};
 use crate::ops::adamw::update::Parts;
 pub use crate::ops::adamw::update::{Limits, Step, Verdict};

@@ -36,7 +36,7 @@ pub struct AverageState {
 
 /// Sizes of one call.
 #[derive(Debug, Clone, Copy)]
-struct Sizes {
+pub(crate) struct Sizes {
     batch: usize,
     heads: usize,
     value_heads: usize,

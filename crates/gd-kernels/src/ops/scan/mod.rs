@@ -63,7 +63,9 @@ pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     match plan {
         ScanPlan::Cpu(plan) => cpu::scan(&problem, &plan, q, k, scan),
         #[cfg(feature = "gpu")]
-        ScanPlan::Gpu(..) => Err(Error::Invalid(format!("{plan}: a plan for a GPU, with tensors on the CPU"))),
+        ScanPlan::Gpu(..) => {
+            Err(Error::Invalid(format!("{plan}: a plan for a GPU, with tensors on the CPU")))
+        }
     }
 }
 

@@ -161,7 +161,9 @@ impl ScanPlan {
     #[cfg(feature = "gpu")]
     pub(crate) fn gpu(&self) -> Result<&GpuScanPlan> {
         match self {
-            Self::Cpu(plan) => Err(Error::Invalid(format!("{plan}: a plan for the CPU, with tensors on a GPU"))),
+            Self::Cpu(plan) => {
+                Err(Error::Invalid(format!("{plan}: a plan for the CPU, with tensors on a GPU")))
+            }
             Self::Gpu(_, plan) => Ok(plan),
         }
     }
@@ -187,13 +189,6 @@ impl CpuScanPlan {
             && problem.keys >= MIN_DECODE_KEYS
             && accumulator == DType::F32;
         let walk = if decode { Walk::Decode } else { Walk::Blocks };
-        Ok(Self {
-            isa,
-            walk,
-            block_rows: BLOCK_ROWS,
-            panel_keys,
-            accumulator,
-            precision: problem.precision,
-        })
+        Ok(Self { isa, walk, block_rows: BLOCK_ROWS, panel_keys, accumulator, precision: problem.precision })
     }
 }

@@ -8,7 +8,8 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDTyp
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::view::{View, flat, with_view};
 use crate::by_float;
-use crate::ops::scan::cpu::{Prior, pair_energy};
+use crate::ops::scan::cpu::arguments::Prior;
+use crate::ops::scan::cpu::block::pair_energy;
 use crate::ops::select::cpu::rows::{Dims, for_rows, for_rows2, head_sums, key_gradient};
 use crate::options::Score;
 

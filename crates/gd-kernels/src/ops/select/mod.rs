@@ -25,9 +25,8 @@ use crate::backend::graph::with_contiguous_rows as rows;
 use crate::backend::support::require_device;
 use crate::by_float;
 use crate::error::{Error, Result};
+use crate::ops::scan::Candidates;
 use crate::ops::scan::problem::Problem;
-use crate::ops::scan::problem::prior_dims;
-use crate::ops::scan::{Candidates, Scan, scan};
 use crate::ops::select::cpu::choose::Rule;
 use crate::ops::select::cpu::rows::Dims;
 use crate::options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
@@ -108,7 +107,7 @@ pub struct Selected {
     /// Present when alpha is given.
     pub coherence: Option<Tensor>,
     /// The energies compared, of every candidate `[B, Hq, N, K]`: those of the scan, or the barrier's. Of
-    /// [`scan_select`] the winner's alone.
+    /// [`scan_select`](crate::scan_select) the winner's alone.
     pub compared: Tensor,
     /// What each further round of refinement read.
     pub later: Vec<Round>,
@@ -125,7 +124,7 @@ pub struct Round {
 
 /// Selects one value row for every query and head among its candidates, or abstains (y = 0).
 ///
-/// q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; candidates from [`scan`] of the same q
+/// q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; candidates from [`scan`](crate::scan) of the same q
 /// and k. Differentiable in q, k, v, prior, beta, alpha, threshold and rounds.
 ///
 /// On a GPU the values of candidates, beta, threshold and alpha are not looked at, since that would wait for it.
@@ -225,41 +224,6 @@ pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &S
     })
 }
 
-/// The least-energy key of every query and its value row, for inference: `scan` with one
-/// candidate, then the threshold. Not differentiable. `scan.candidates` and `scan.protected` are
-/// not used; the margin is unknown (+inf).
-///
-/// # Errors
-/// As [`scan`] and [`select`].
-pub fn scan_select(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    s: &Scan,
-    threshold: Option<&Tensor>,
-) -> Result<Selected> {
-    let (q, k, v) = (q.detach(), k.detach(), v.detach());
-    let (beta, prior) = (s.beta.detach(), s.prior.map(Tensor::detach));
-    let one = Scan { candidates: 1, protected: None, ..s.clone() };
-    let threshold = threshold.map(Tensor::detach);
-    #[cfg(feature = "gpu")]
-    if !crate::backend::dispatch::on_cpu(q.device()) {
-        use crate::ops::scan::gpu::tensors::scan_select;
-        sizes(&q, &k, &v)?;
-        on_gpu!(q.device(), G => scan_select::<G>([&q, &k, &v], &one, threshold.as_ref()));
-    }
-    let candidates = scan(&q, &k, &one)?;
-    let options = Select {
-        prior: prior.as_ref(),
-        score: s.score,
-        tie: s.tie,
-        threshold: threshold.as_ref(),
-        ..Select::new(&beta)
-    };
-    let selected = select(&q, &k, &v, &candidates, &options)?;
-    Ok(Selected { compared: selected.energy.unsqueeze(3)?, ..selected })
-}
-
 /// One round: its output and record.
 struct Step {
     y: Tensor,
@@ -334,7 +298,7 @@ fn step(
 }
 
 /// The sizes of q, k and v, without candidates.
-fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Dims, usize)> {
+pub(crate) fn check_sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Dims, usize)> {
     let (b, hq, n, d) = dims4("q", q)?;
     let (kb, hk, m, kd) = dims4("k", k)?;
     let (vb, vh, vm, _) = dims4("v", v)?;
@@ -359,7 +323,7 @@ fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Dims, usize)> {
 }
 
 fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Select) -> Result<Dims> {
-    let (Dims { b, hq, hk, n, m, .. }, d) = sizes(q, k, v)?;
+    let (Dims { b, hq, hk, n, m, .. }, d) = check_sizes(q, k, v)?;
     let (cb, ch, cn, slots) = candidates.index.dims4()?;
     if (cb, ch, cn) != (b, hq, n) || candidates.energy.dims() != candidates.index.dims() {
         return Err(Error::Invalid(format!(
@@ -442,7 +406,7 @@ fn validate(q: &Tensor, k: &Tensor, v: &Tensor, candidates: &Candidates, s: &Sel
             tie: s.tie,
             precision: Precision::Native,
         };
-        prior_dims(prior, &problem)?;
+        problem.prior_dims(prior)?;
     }
     Ok(Dims { b, hq, hk, n, m, slots })
 }

@@ -11,9 +11,7 @@ use crate::backend::gpu::kernel::{ElementType, Variant};
 use crate::backend::gpu::params::{
     ADAMW_THREAD_ELEMENTS, AdamwParams, ClipParams, SQUARES_BLOCK_ELEMENTS, SquaresParams,
 };
-use crate::backend::gpu::{
-    Arch, Gpu, KernelOp, Slice, THREADS, dtype_name, elements, launch, require_compute,
-};
+use crate::backend::gpu::{Gpu, KernelOp, Slice, THREADS, elements, launch};
 use crate::error::{Error, Result};
 use crate::ops::adamw::update::{ELEMENTS_PER_SUM, Limits, Parts, Step};
 

@@ -7,10 +7,8 @@ use bytemuck::{bytes_of, cast_slice};
 use candle_core::DType;
 
 use crate::backend::gpu::kernel::Variant;
-use crate::backend::gpu::params::{CONV_BLOCK_ROWS, CausalConvParams, ConvParams};
-use crate::backend::gpu::{
-    Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
-};
+use crate::backend::gpu::params::{CONV_BLOCK_ROWS, CausalConvParams};
+use crate::backend::gpu::{Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4, elements, grid};
 use crate::error::Result;
 
 /// Channels of a block.

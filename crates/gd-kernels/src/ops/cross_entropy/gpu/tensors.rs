@@ -2,8 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::backend::gpu::tensors::view;
-use crate::backend::gpu::tensors::{TensorGpu, Vector};
+use crate::backend::gpu::tensors::{TensorGpu, Vector, view};
 use crate::backend::graph::attach1;
 use crate::error::{Error, Result};
 use crate::ops::cross_entropy::gpu::launch::{Plan, backward, forward};

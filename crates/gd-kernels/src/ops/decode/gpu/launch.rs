@@ -12,20 +12,17 @@ use std::fmt;
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-use crate::backend::gpu::kernel::padded_dim;
-use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant};
+use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::{DecodeParams, ScoreCode, TieCode};
-use crate::backend::gpu::{
-    Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, dtype_name, elements, grid, mask, require_compute,
-};
-use crate::cache::int8_keys::launch::{KNOWN, Quantized};
-use crate::cache::key_bias::BIAS_TILE;
+use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, elements, grid, mask};
+use crate::cache::int8_keys::launch::{BOUNDS_BYTES, Int8Slices};
+use crate::cache::key_bias::KEY_PADDING;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
-use crate::ops::decode::{MAX_QUERIES, PAGE_STEP};
+use crate::ops::decode::MAX_QUERIES;
 use crate::ops::scan::gpu::launch::tile_bytes;
 use crate::ops::scan::problem::Problem;
-use crate::options::{Precision, Score, TieBreak};
+use crate::options::Precision;
 
 /// Rows of a block.
 const ROWS: usize = 16;
@@ -46,7 +43,7 @@ const MOST_CERTIFIED: usize = 1 << 28;
 
 /// How a decoding step is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
+pub struct DecodePlan {
     /// The kernel.
     pub kernel: Kernel,
     /// Keys that are loaded at a time.
@@ -65,9 +62,9 @@ pub struct Plan {
     pub capacity: usize,
 }
 
-impl fmt::Display for Plan {
+impl fmt::Display for DecodePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, .. } = self;
+        let DecodePlan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, .. } = self;
         write!(
             f,
             "{kernel}: {row_tiles} x {ROWS} rows, {pack} heads packed, {splits} splits x {tile_keys} keys, \
@@ -76,7 +73,7 @@ impl fmt::Display for Plan {
     }
 }
 
-impl Plan {
+impl DecodePlan {
     /// The plan for `problem`, whose keys are those that the cache can hold.
     ///
     /// # Errors
@@ -112,7 +109,7 @@ impl Plan {
                 let gathered = if half { 16 } else { 8 };
                 // Two tiles of integers and what is known of them; lists and gathered keys of every warp; the rows.
                 (2 * tile_keys + ROWS) * (padded + 16)
-                    + 2 * tile_keys * KNOWN
+                    + 2 * tile_keys * BOUNDS_BYTES
                     + WARPS as usize * (SIEVE * 8 + gathered * row_bytes)
             } else if metal {
                 // Every simdgroup reads its keys straight from memory.
@@ -180,14 +177,14 @@ pub struct Pages<'a, B> {
     pub count: usize,
 }
 
-/// What a cache knows of its keys.
+/// Data derived from cached keys.
 #[derive(Debug)]
-pub enum Known<'a, B> {
+pub enum KeyData<'a, B> {
     /// Their biases without a prior, at native precision, and the keys of a piece for which these have room: a
     /// multiple of 64.
     Bias(Slice<'a, B>, usize),
     /// The keys as 8-bit integers, at certified precision.
-    Quantized(Quantized<'a, B>),
+    Int8(Int8Slices<'a, B>),
 }
 
 /// What decoding reads.
@@ -201,8 +198,8 @@ pub struct Inputs<'a, B> {
     pub v: Tensor4<'a, B>,
     /// Dv.
     pub value_dim: usize,
-    /// What is known of the keys, for the precision of the problem.
-    pub known: Known<'a, B>,
+    /// Data derived from the keys, for the precision of the problem.
+    pub key_data: KeyData<'a, B>,
     /// The pages, if there are.
     pub pages: Option<Pages<'a, B>>,
     /// f32 `[Hq]`, > 0.
@@ -213,7 +210,7 @@ pub struct Inputs<'a, B> {
     pub threshold: Option<Slice<'a, B>>,
     /// Which keys a query sees; its key lengths say how much of the cache is filled.
     pub mask: &'a Mask,
-    /// [`Plan::workspace_bytes`] zeros, which are zeros again after the launch (Metal writes before it reads):
+    /// [`DecodePlan::workspace_bytes`] zeros, which are zeros again after the launch (Metal writes before it reads):
     /// one serves all steps of a stream.
     pub workspace: Slice<'a, B>,
 }
@@ -235,7 +232,7 @@ pub struct Outputs<'a, B> {
 /// Pages that are no multiple of a tile, tensors of 2^31 elements or more, what the GPU refuses.
 pub fn decode<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &DecodePlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     out: &Outputs<'_, G::Buffer>,
@@ -243,10 +240,10 @@ pub fn decode<G: Gpu>(
     let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
     let (pieces, piece_keys) = x.pages.as_ref().map_or((batch, keys), |p| (p.count, p.keys));
     if let Some(p) = &x.pages
-        && (p.keys == 0 || p.keys % PAGE_STEP != 0 || p.row * p.keys < keys)
+        && (p.keys == 0 || p.keys % KEY_PADDING != 0 || p.row * p.keys < keys)
     {
         return Err(Error::Invalid(format!(
-            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {PAGE_STEP}",
+            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {KEY_PADDING}",
             p.row, p.keys
         )));
     }
@@ -255,12 +252,12 @@ pub fn decode<G: Gpu>(
     let [q_batch, q_head, q_row] = x.q.checked("q", q_dims)?;
     let [k_batch, k_head, k_row] = x.k.checked("k", k_dims)?;
     let [v_batch, v_head, v_row] = x.v.checked("v", [pieces, kv_heads, piece_keys, x.value_dim])?;
-    let bias_row = match &x.known {
-        Known::Bias(_, room) => *room,
-        Known::Quantized(quantized) => quantized.room,
+    let bias_row = match &x.key_data {
+        KeyData::Bias(_, row) => *row,
+        KeyData::Int8(int8) => int8.capacity,
     };
-    let certified = matches!(x.known, Known::Quantized(_));
-    let fits = bias_row >= piece_keys && bias_row.is_multiple_of(BIAS_TILE);
+    let certified = matches!(x.key_data, KeyData::Int8(_));
+    let fits = bias_row >= piece_keys && bias_row.is_multiple_of(KEY_PADDING);
     if certified != (problem.precision == Precision::Certified) || !fits {
         return Err(Error::Invalid(format!(
             "decode: {:?} precision with {} for {bias_row} of {piece_keys} keys",
@@ -318,9 +315,9 @@ pub fn decode<G: Gpu>(
         })
     };
     let mut buffers = vec![Some(x.q.data), Some(x.k.data)];
-    match &x.known {
-        Known::Bias(bias, _) => buffers.push(Some(*bias)),
-        Known::Quantized(quantized) => buffers.extend([Some(quantized.codes), Some(quantized.known)]),
+    match &x.key_data {
+        KeyData::Bias(bias, _) => buffers.push(Some(*bias)),
+        KeyData::Int8(int8) => buffers.extend([Some(int8.values), Some(int8.bounds)]),
     }
     let scales = [
         Some(x.beta),

@@ -5,7 +5,7 @@
 //! in order.
 
 use crate::backend::gpu::kernel::Variant;
-use crate::backend::gpu::params::{NORM_MAX_BLOCK_ROWS, NormParams, RmsNormParams};
+use crate::backend::gpu::params::{NORM_MAX_BLOCK_ROWS, RmsNormParams};
 use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, THREADS, Tensor4, launch};
 use crate::error::Result;
 

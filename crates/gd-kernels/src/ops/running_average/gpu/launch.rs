@@ -7,12 +7,8 @@ use bytemuck::bytes_of;
 use candle_core::DType;
 
 use crate::backend::gpu::kernel::Variant;
-use crate::backend::gpu::params::{
-    AVERAGE_BLOCK_STEPS, AVERAGE_SCAN_THREADS, AverageParams, RunningAverageParams,
-};
-use crate::backend::gpu::{
-    Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4, dtype_name, elements, grid, require_compute,
-};
+use crate::backend::gpu::params::{AVERAGE_BLOCK_STEPS, AVERAGE_SCAN_THREADS, RunningAverageParams};
+use crate::backend::gpu::{Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4, elements, grid};
 use crate::error::{Error, Result};
 
 /// Most elements of a value row: one thread each.

@@ -8,15 +8,13 @@
 
 use bytemuck::bytes_of;
 
-use crate::backend::gpu::kernel::padded_dim;
-use crate::backend::gpu::kernel::{KernelOp, Variant};
+use crate::backend::gpu::kernel::{KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::CertifiedParams;
-use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Slice, dtype_name, mask};
-use crate::cache::int8_keys::launch::{KNOWN, Quantized};
+use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Slice, mask};
+use crate::cache::int8_keys::launch::{BOUNDS_BYTES, Int8Slices};
 use crate::cache::key_bias::launch::key_bias;
 use crate::error::{Error, Result};
-use crate::ops::scan::gpu::launch::{Inputs, Outputs, Plan, STATIC, Values, params};
-use crate::ops::scan::gpu::launch::{Inputs, Outputs, Plan, STATIC, Values, params};
+use crate::ops::scan::gpu::launch::{GpuScanPlan, Inputs, Outputs, STATIC, Values, params};
 use crate::ops::scan::problem::Problem;
 use crate::options::Precision;
 
@@ -29,8 +27,8 @@ const MOST_KEYS: usize = 1 << 28;
 /// Bytes of a row beside its list.
 const ROW: usize = 20;
 
-/// The plan of a scan that [`Plan::new`] has looked at so far.
-pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch) -> Result<Plan> {
+/// The plan of a scan that [`GpuScanPlan::new`] has looked at so far.
+pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch) -> Result<GpuScanPlan> {
     let Problem { dtype, head_dim, candidates, keys, .. } = *problem;
     let refuse = |what: String| Err(Error::Unsupported(format!("scan at certified precision: {what}")));
     if arch.is_metal() {
@@ -46,7 +44,7 @@ pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch
     let warp_rows = if padded <= 128 { 32 } else { 16 };
     // As scan_certified.cuh has them: two tiles of integers and what is known of their keys; a list a row.
     let entries = if candidates == 1 && protected == 0 { 40 } else { 64 };
-    let tiles = 2 * TILE_KEYS * (padded + 16 + KNOWN);
+    let tiles = 2 * TILE_KEYS * (padded + 16 + BOUNDS_BYTES);
     let shared = |warps: usize| tiles + warps * warp_rows * (entries * 8 + ROW);
     let pack = if prior { 1 } else { problem.group() };
     let (rows, room) = (problem.queries * pack, (arch.shared_bytes as usize).saturating_sub(STATIC));
@@ -59,7 +57,7 @@ pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch
             arch.shared_bytes
         ));
     };
-    Ok(Plan {
+    Ok(GpuScanPlan {
         kernel: variant.sized(KernelOp::ScanCertified, padded),
         padded_dim: padded,
         warps,
@@ -75,7 +73,7 @@ pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch
 #[derive(Debug)]
 pub struct Certified<'a, B> {
     /// The keys as 8-bit integers, with room for at least M.
-    pub keys: Quantized<'a, B>,
+    pub keys: Int8Slices<'a, B>,
     /// Where the number of keys goes that a row scored exactly, and of those that it sees: u32 `[B, Hq, N, 2]`.
     pub rescored: Slice<'a, B>,
 }
@@ -87,7 +85,7 @@ pub struct Certified<'a, B> {
 /// As those, and 8-bit keys without room for all keys.
 pub fn scan_certified<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     certified: &Certified<'_, G::Buffer>,
@@ -95,11 +93,11 @@ pub fn scan_certified<G: Gpu>(
     values: Option<&Values<'_, G::Buffer>>,
 ) -> Result<()> {
     let Certified { keys, rescored } = certified;
-    let fitting = keys.room >= problem.keys && keys.room.is_multiple_of(TILE_KEYS);
+    let fitting = keys.capacity >= problem.keys && keys.capacity.is_multiple_of(TILE_KEYS);
     if problem.precision != Precision::Certified || !fitting {
         return Err(Error::Invalid(format!(
             "scan at {:?} precision of {} keys with {} 8-bit keys, of which there must be a multiple of {TILE_KEYS}",
-            problem.precision, problem.keys, keys.room
+            problem.precision, problem.keys, keys.capacity
         )));
     }
     if values.is_some() && (problem.candidates != 1 || x.protected.is_some()) {
@@ -107,20 +105,20 @@ pub fn scan_certified<G: Gpu>(
     }
     let (mask, table) = mask::upload(gpu, x.mask, problem.batch, problem.queries, problem.keys)?;
     let scan = params(plan, problem, x, values, mask)?;
-    let bias = key_bias(gpu, problem, x)?;
+    let bias = key_bias(gpu, &problem.key_shape(), problem.keys, &x.bias_inputs(problem.q_heads))?;
     gpu.launch(&Launch {
         kernel: plan.kernel,
         grid: plan.grid(problem)?,
         block: 32 * plan.warps as u32,
         shared_bytes: plan.shared_bytes as u32,
-        params: bytes_of(&CertifiedParams { scan, capacity: keys.room as u32 }).to_vec(),
+        params: bytes_of(&CertifiedParams { scan, capacity: keys.capacity as u32 }).to_vec(),
         constants: Constants::default(),
         buffers: vec![
             Some(x.q.data),
             Some(x.k.data),
             Some((&bias).into()),
-            Some(keys.codes),
-            Some(keys.known),
+            Some(keys.values),
+            Some(keys.bounds),
             Some(x.beta),
             x.prior.as_ref().map(|p| p.data),
             table.as_ref().map(Slice::from),

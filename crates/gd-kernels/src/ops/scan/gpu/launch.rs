@@ -9,14 +9,13 @@
 
 use std::fmt;
 
-use crate::backend::gpu::kernel::padded_dim;
-use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant};
+use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::{MaskParams, ScanParams, ScoreCode, TieCode};
 use crate::backend::gpu::{
     Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, TensorMap, elements, grid, mask, tensor_map,
 };
 use crate::cache::key_bias::bias_row;
-use crate::cache::key_bias::launch::key_bias;
+use crate::cache::key_bias::launch::{BiasInputs, key_bias};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::ops::scan::gpu::certified as scan_certified;
@@ -44,7 +43,7 @@ const HOPPER_ALIGN: usize = 1024;
 const HOPPER_ROWS: usize = 64;
 /// How a scan is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
+pub struct GpuScanPlan {
     /// The kernel.
     pub kernel: Kernel,
     /// head_dim of the kernel.
@@ -63,9 +62,9 @@ pub struct Plan {
     pub shared_bytes: usize,
 }
 
-impl fmt::Display for Plan {
+impl fmt::Display for GpuScanPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { kernel, warps, warp_rows, tile_keys, pack, shared_bytes, .. } = self;
+        let GpuScanPlan { kernel, warps, warp_rows, tile_keys, pack, shared_bytes, .. } = self;
         let rows = warps * warp_rows;
         write!(f, "{kernel}: {rows} query rows x {tile_keys} keys, {pack} heads packed, {shared_bytes} bytes")
     }
@@ -111,7 +110,7 @@ impl Tiling {
     }
 }
 
-impl Plan {
+impl GpuScanPlan {
     /// The plan of a scan with `protected` protected keys a row; `prior` is whether there is one.
     ///
     /// # Errors
@@ -250,8 +249,13 @@ pub struct Inputs<'a, B> {
     pub mask: &'a Mask,
 }
 
-impl<B> Inputs<'_, B> {
-    /// Whether the copy engine takes q and k, as [`Plan::on_hopper`] needs.
+impl<'a, B> Inputs<'a, B> {
+    /// What the biases of the keys are computed from.
+    pub(crate) fn bias_inputs(&self, q_heads: usize) -> BiasInputs<'a, B> {
+        BiasInputs { k: self.k, q_heads, beta: self.beta, prior: self.prior }
+    }
+
+    /// Whether the copy engine takes q and k, as [`GpuScanPlan::on_hopper`] needs.
     pub fn mappable(&self, problem: &Problem) -> bool {
         let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
         let suits = |t: &Tensor4<'_, B>, heads: usize, rows: usize| {
@@ -291,7 +295,7 @@ pub struct Values<'a, B> {
 /// Tensors of 2^31 elements or more, and what the GPU refuses.
 pub fn scan<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     out: &Outputs<'_, G::Buffer>,
@@ -306,7 +310,7 @@ pub fn scan<G: Gpu>(
 /// As [`scan`].
 pub fn scan_select<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     values: &Values<'_, G::Buffer>,
@@ -320,7 +324,7 @@ pub fn scan_select<G: Gpu>(
 
 /// The parameters of a scan; refuses tensors that 31 bits cannot address.
 pub(super) fn params<B>(
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, B>,
     values: Option<&Values<'_, B>>,
@@ -377,7 +381,7 @@ pub(super) fn params<B>(
 
 fn launch<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     out: &Outputs<'_, G::Buffer>,
@@ -396,7 +400,7 @@ fn launch<G: Gpu>(
     } else {
         None
     };
-    let bias = key_bias(gpu, problem, x)?;
+    let bias = key_bias(gpu, &problem.key_shape(), keys, &x.bias_inputs(q_heads))?;
     let mut buffers = vec![
         Some(x.q.data),
         Some(x.k.data),

@@ -8,7 +8,6 @@ use crate::backend::gpu::params::{SORT_BLOCK_ENTRIES, SORT_DIGIT_BITS, SortParam
 use crate::backend::gpu::{Constants, Gpu, KernelOp, Launch, Slice, elements, grid};
 use crate::error::Result;
 use crate::ops::select::gpu::launch::Sizes;
-use crate::ops::select::gpu::launch::Sizes;
 
 /// Threads of a block.
 const THREADS: usize = 256;

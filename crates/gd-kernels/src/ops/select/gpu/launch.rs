@@ -13,11 +13,8 @@ use crate::backend::gpu::kernel::{ElementType, KernelOp, Variant};
 use crate::backend::gpu::params::{
     CoherenceCode, EstimatorCode, READERS_PER_WARP, ScoreCode, SelectParams, TieCode,
 };
-use crate::backend::gpu::{
-    Constants, Gpu, Launch, Prior, Slice, Tensor4, dtype_name, elements, grid, params, require_compute,
-};
+use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, elements, grid, params};
 use crate::error::{Error, Result};
-use crate::ops::select::gpu::inverse::Inverse;
 use crate::ops::select::gpu::inverse::Inverse;
 use crate::options::{Barrier, CoherenceMode, Estimator, Score, TieBreak};
 

@@ -4,9 +4,8 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Tensor};
 
-use crate::backend::gpu::Prior;
-use crate::backend::gpu::Slice;
 use crate::backend::gpu::tensors::{Rows, TensorGpu, Vector};
+use crate::backend::gpu::{Prior, Slice};
 use crate::backend::graph::{Finished, attach1, attach2, attach3};
 use crate::error::Result;
 use crate::ops::select::Select;

@@ -1,0 +1,100 @@
+//! `gd compare --memory`: the peak memory of one training step, each in a process of its own, so
+//! that no peak hides behind another.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use gd_model::analysis::variants::Variant;
+use gd_model::config::Recipe;
+use gd_model::config::device;
+use gd_model::data::{Corpus, Tokens};
+use gd_model::train::Trainer;
+use gd_model::train::memory::Peak;
+use serde::{Deserialize, Serialize};
+
+use super::{Context, TERMINAL};
+use crate::table::plain_table;
+
+/// One measurement.
+#[derive(Debug, Serialize, Deserialize)]
+struct Cell {
+    mechanism: String,
+    /// Tokens of the one sequence.
+    context: usize,
+    /// None where the system does not tell.
+    mib: Option<f64>,
+}
+
+/// What `--json` prints.
+#[derive(Debug, Serialize, Deserialize)]
+struct Report {
+    memory: Vec<Cell>,
+}
+
+/// Measures every mechanism at every context. A single pair is measured in this very process: that
+/// is what the processes for several pairs are called with.
+pub(super) fn run(config: &str, variants: &[Variant], contexts: &[u32], ctx: &Context) -> Result<()> {
+    let base = Recipe::load(config)?;
+    for v in variants {
+        v.config(&base.model)?;
+    }
+    let mut memory = Vec::new();
+    match (variants, contexts) {
+        ([variant], [context]) => memory.push(measure(&base, variant, *context as usize, ctx)?),
+        _ => {
+            for (v, context) in variants.iter().flat_map(|v| contexts.iter().map(move |c| (v, c))) {
+                eprintln!("{} at {context} tokens", v.name);
+                memory.extend(apart(config, v, *context, ctx)?);
+            }
+        }
+    }
+    if ctx.json {
+        return ctx.print(serde_json::to_string(&Report { memory })?);
+    }
+    let lengths: Vec<String> = contexts.iter().map(u32::to_string).collect();
+    let header: Vec<&str> = std::iter::once("MiB").chain(lengths.iter().map(String::as_str)).collect();
+    let mut table = plain_table(TERMINAL, &header);
+    for (v, row) in variants.iter().zip(memory.chunks(contexts.len())) {
+        let cells = row.iter().map(|c| c.mib.map_or(String::new(), |m| format!("{m:.1}")));
+        table.add_row(std::iter::once(v.name.to_owned()).chain(cells));
+    }
+    ctx.print(table)
+}
+
+/// One measurement in a process of its own.
+fn apart(config: &str, variant: &Variant, context: u32, ctx: &Context) -> Result<Vec<Cell>> {
+    let program = std::env::current_exe().context("the program does not find itself")?;
+    let context = context.to_string();
+    let output = Command::new(program)
+        .args(["compare", "--json", "--mechanisms", variant.name, "--memory", &context, "--config", config])
+        .args(["--device", &device::name(&ctx.device), "--seed", &ctx.seed.unwrap_or(0).to_string()])
+        .output()
+        .context("the program cannot be started again")?;
+    if !output.status.success() {
+        let reason = String::from_utf8_lossy(&output.stderr);
+        let reason = reason.trim().trim_start_matches("error: ");
+        bail!("{} at {context} tokens: {}: {reason}", variant.name, output.status);
+    }
+    let report: Report = serde_json::from_slice(&output.stdout).context("the measuring process")?;
+    Ok(report.memory)
+}
+
+/// One training step on one sequence, in this process.
+fn measure(base: &Recipe, variant: &Variant, context: usize, ctx: &Context) -> Result<Cell> {
+    let mut recipe = Recipe { model: variant.config(&base.model)?, train: base.train.clone() };
+    recipe.model.max_position_embeddings = recipe.model.max_position_embeddings.max(context);
+    let train = &mut recipe.train;
+    (train.batch, train.accumulation, train.context) = (1, 1, context);
+    // The only step is neither the last nor one after which the validation text is looked at.
+    (train.steps, train.eval_every) = (train.steps.max(2), u64::MAX);
+    // Any tokens do; these differ from their neighbours.
+    let vocabulary = recipe.model.vocab_size;
+    let tokens: Vec<u32> = (0..=context).map(|i| (i * 31 % vocabulary) as u32).collect();
+    let bytes = tokens.len();
+    let tokens = Tokens::from(tokens);
+    let corpus = Corpus { train: tokens.clone(), valid: tokens, train_bytes: bytes, valid_bytes: bytes };
+    let mut trainer = Trainer::new(recipe, corpus, ctx.seed.unwrap_or(0), &ctx.device)?;
+    let peak = Peak::start();
+    trainer.advance()?;
+    Ok(Cell { mechanism: variant.name.to_owned(), context, mib: peak.and_then(Peak::above_start) })
+}

@@ -1,0 +1,93 @@
+//! `gd eval`: loss, perplexity and bits per byte of a model on a text.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use gd_model::data::{Documents, Reading, Tokens};
+use gd_model::eval::evaluate;
+use gd_model::io::tokenizer::Tokenizer;
+use gd_model::model::pretrained;
+
+use super::data::{ReadingArgs, prepared_for};
+use super::{Context, usage};
+
+/// Tokens of a forward pass: as many windows go together as fit.
+const TOGETHER: usize = 2048;
+
+/// Measure a model on a text: loss, perplexity, bits per byte
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The text is tokenised whole, cut into consecutive windows of the model's context, and the loss \
+                  (nats per token) is averaged over every predicted token. Documents (JSONL lines, prepared data) \
+                  are predicted each from its own text alone.\n\n\
+                  Example:\n  gd eval out/tiny --data book.txt --json"
+)]
+pub struct Args {
+    /// The model: a checkpoint folder or a safetensors file in one
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// What to measure on: text files (UTF-8), joined into one text, JSONL files, folders of them, or the
+    /// validation part of one folder of prepared data
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub data: Vec<PathBuf>,
+    /// How files become documents
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+    /// Tokens a window (default: the model's context)
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<usize>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Names the flag, file or value that cannot be used.
+pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    if args.context == Some(0) {
+        return Err(usage("--context 0: a window has at least 1 token"));
+    }
+    let loaded = pretrained::load(&args.model, &ctx.device)?;
+    let limit = loaded.model.config().max_position_embeddings;
+    let context = args.context.unwrap_or(limit);
+    if context > limit {
+        return Err(usage(format!(
+            "--context {context} exceeds the model's max_position_embeddings {limit}"
+        )));
+    }
+    let (tokens, bytes) = read(&args, &loaded.tokenizer)?;
+    let result = evaluate(&loaded.model, &tokens, bytes, context, TOGETHER / context, &ctx.device)
+        .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
+    if ctx.json {
+        let mut json = serde_json::to_value(&result)?;
+        json["passed_over"] = serde_json::to_value(&loaded.passed_over)?;
+        return ctx.print(json);
+    }
+    ctx.print(format_args!(
+        "loss {:.4} nats/token, perplexity {:.2}, {:.4} bits/byte, {} tokens in windows of {context}\n\
+         heads: abstain rate {:.4}, first-token share {:.4}, top-1 margin {:.3}",
+        result.loss,
+        result.perplexity,
+        result.bits_per_byte,
+        result.tokens,
+        result.heads.abstained,
+        result.heads.first_token,
+        result.heads.margin
+    ))
+}
+
+/// The tokens to measure on, and the bytes of text that they stand for.
+fn read(args: &Args, tokenizer: &Tokenizer) -> Result<(Tokens, usize)> {
+    if let Some(prepared) = prepared_for(&args.data, tokenizer)? {
+        return Ok((prepared.corpus.valid, prepared.corpus.valid_bytes));
+    }
+    let mut reading = Reading::default();
+    args.reading.apply(&mut reading);
+    let documents = Documents::open(&args.data, &reading)?.collect::<gd_model::Result<Vec<_>>>()?;
+    let bytes = documents.iter().map(|d| d.text.len()).sum();
+    if documents.iter().all(|d| d.is_file) {
+        let text: String = documents.iter().map(|d| d.text.as_str()).collect();
+        return Ok((tokenizer.encode(&text)?.into(), bytes));
+    }
+    let ids = documents.iter().map(|d| tokenizer.encode_document(&d.text));
+    Ok((Tokens::documents(ids.collect::<gd_model::Result<Vec<_>>>()?), bytes))
+}

@@ -1,0 +1,51 @@
+//! `gd plot`: the curves of runs, as a picture.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use super::{Context, usage};
+use crate::history::{Axis, History, panels};
+use crate::plot;
+
+/// Draw the curves of one or several runs
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "A run is the folder that gd train writes, or its train.jsonl. The training loss is smoothed; \
+                  loss and valid_loss share a panel. Nested numbers of the log have a `/` in their name.\n\n\
+                  Examples:\n  gd plot out/tiny\n  \
+                  gd plot out/a out/b --out ab.png --x tokens --y loss,valid_loss,lr,grad_norm"
+)]
+pub struct Args {
+    /// Folders of runs
+    #[arg(value_name = "RUN", required = true)]
+    pub runs: Vec<PathBuf>,
+    /// The picture to write: PNG where its name ends so, else SVG
+    #[arg(long, value_name = "FILE", default_value = "curves.svg")]
+    pub out: PathBuf,
+    /// What the curves go by
+    #[arg(long, value_enum, default_value_t = Axis::Step)]
+    pub x: Axis,
+    /// The numbers of the log to draw, separated by commas
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_value = "loss,valid_loss")]
+    pub y: Vec<String>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Names the run, file or number that cannot be used.
+pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    let runs = args.runs.iter().map(|path| History::load(path)).collect::<gd_model::Result<Vec<_>>>()?;
+    for name in &args.y {
+        if !runs.iter().any(|run| run.names().contains(name)) {
+            let known: Vec<_> = runs[0].names().into_iter().collect();
+            return Err(usage(format!("--y {name}: no run has it; the first has {}", known.join(", "))));
+        }
+    }
+    plot::save(&args.out, &panels(&runs, args.x, &args.y))?;
+    match ctx.json {
+        true => ctx.print(serde_json::json!({ "file": args.out })),
+        false => ctx.print(format_args!("saved {}", args.out.display())),
+    }
+}

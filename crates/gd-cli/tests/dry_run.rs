@@ -1,0 +1,82 @@
+//! `--dry-run`: parameters exactly, peak memory within 15 % of the allocator's, and nothing written.
+
+use std::process::Command;
+
+use candle_core::Device;
+use gd_model::config::{Mechanism, Recipe};
+use gd_model::data::{Corpus, Tokens};
+use gd_model::train::Trainer;
+use gd_model::train::dry_run::plan;
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+/// Parameters, and the allocator's peak over two steps in MiB, above what was there before.
+fn measured(mut recipe: Recipe) -> (usize, f64) {
+    recipe.train.eval_every = u64::MAX;
+    let tokens: Vec<u32> = (0..4000).map(|i| i * 31 % 256).collect();
+    let n = tokens.len();
+    let tokens = Tokens::from(tokens);
+    let corpus = Corpus { train: tokens.clone(), valid: tokens, train_bytes: n, valid_bytes: n };
+    let before = ALLOCATOR.current_usage();
+    let mut trainer = Trainer::new(recipe, corpus, 3, &Device::Cpu).unwrap();
+    ALLOCATOR.reset_peak_usage();
+    for _ in 0..2 {
+        trainer.advance().unwrap();
+    }
+    (trainer.params.count(), (ALLOCATOR.peak_usage() - before) as f64 / f64::from(1 << 20))
+}
+
+/// One test, since the allocator counts for the whole process.
+#[test]
+fn the_prediction_meets_the_allocator() {
+    let mut faults = Vec::new();
+    for (preset, contexts, batch) in [("tiny", &[128, 256, 512][..], 4), ("small", &[256][..], 1)] {
+        for mechanism in [Mechanism::Gd, Mechanism::Softmax] {
+            for &context in contexts {
+                let mut mib = Vec::new();
+                for checkpoint_blocks in [false, true] {
+                    let mut recipe = Recipe::load(preset).unwrap();
+                    recipe.model.gd.mechanism = vec![mechanism];
+                    recipe.model.max_position_embeddings = recipe.model.max_position_embeddings.max(context);
+                    (recipe.train.batch, recipe.train.context) = (batch, context);
+                    (recipe.train.accumulation, recipe.train.checkpoint_blocks) = (1, checkpoint_blocks);
+                    let plan = plan(&recipe).unwrap();
+                    let (parameters, peak) = measured(recipe);
+                    assert_eq!(plan.parameters, parameters, "{preset}");
+                    let error = plan.peak_memory_mib / peak - 1.0;
+                    let what = format!(
+                        "{preset} {mechanism:?} {batch}x{context}, recomputed {checkpoint_blocks}: {:.1} MiB, \
+                         measured {peak:.1} ({:+.1} %)",
+                        plan.peak_memory_mib,
+                        100.0 * error
+                    );
+                    println!("{what}");
+                    if error.is_nan() || error.abs() > 0.15 {
+                        faults.push(what);
+                    }
+                    mib.push(peak);
+                }
+                assert!(mib[1] < mib[0], "recomputed blocks need {} MiB instead of {}", mib[1], mib[0]);
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+#[test]
+fn the_command_prints_the_plan_and_writes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_gd"))
+        .args(["train", "--dry-run", "--json", "--steps", "7", "--out", "run"])
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((plan["steps"].as_u64(), plan["tokens_per_step"].as_u64()), (Some(7), Some(1024)));
+    assert_eq!(plan["parameters"], 916_960);
+    assert!(plan["peak_memory_mib"].as_f64().unwrap() > 10.0);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}

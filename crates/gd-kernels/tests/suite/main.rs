@@ -1,0 +1,21 @@
+//! The operators of gd-kernels on the CPU, in one program.
+//!
+//! `cargo test -p gd-kernels --test suite select::` runs the tests of one module.
+
+mod beacon;
+mod causal_conv;
+mod certified;
+mod estimators;
+mod iris;
+mod key_cache;
+mod naive;
+mod paged;
+#[path = "../problems/mod.rs"]
+mod problems;
+mod reference;
+mod refusals;
+mod running_average;
+mod scan;
+mod select;
+mod support;
+mod theory;

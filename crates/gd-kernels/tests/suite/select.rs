@@ -1,0 +1,549 @@
+//! `select`, forward and backward, against the naive f64 reference on generated problems.
+//!
+//! Both choose among the same candidates, those of the operator's scan. A row in which rounding may
+//! decide (see [`problems::choices::doubt`]) gets no gradient on either side; if its winner differs,
+//! the winner's reference energy must lie within the bounds. Such rows are counted.
+
+use candle_core::{DType, Device, Tensor, Var};
+use gd_kernels::reference::select::in_play;
+use gd_kernels::reference::{Candidates as Found, Gradients, backward, select as reference_select};
+use gd_kernels::{
+    Barrier, Candidates, CoherenceMode, Estimator, Gate, Mask, Scan, Select, scan, scan_all, select,
+};
+
+use crate::problems;
+use crate::problems::choices::{Choice, Doubt, doubt, estimator};
+use crate::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
+use crate::support;
+
+/// Problems a dtype.
+const PROBLEMS: u64 = 1024;
+/// Products B Hq N M D of one.
+const LIMIT: usize = 60_000;
+
+/// Everything that comes out of one forward and backward pass.
+struct Run {
+    /// y, index, energy, margin, gate, coherence.
+    record: [Vec<f64>; 6],
+    /// Gradients by name, in the shapes of the inputs.
+    gradients: Vec<(&'static str, Vec<f64>)>,
+}
+
+impl Run {
+    fn bits(&self) -> Vec<u64> {
+        let all = self.record.iter().chain(self.gradients.iter().map(|g| &g.1));
+        all.flatten().map(|x| x.to_bits()).collect()
+    }
+}
+
+fn run(case: &Case, choice: &Choice, found: &Candidates, dy: Option<&Tensor>) -> Run {
+    let leaf = |t: &Tensor| Var::from_tensor(t).unwrap();
+    let optional = |t: &Option<Tensor>| t.as_ref().map(leaf);
+    let [q, k, v, beta] = [&case.q.base, &case.k.base, &case.v.base, &case.beta].map(leaf);
+    let [prior, threshold, alpha, rounds] =
+        [&case.prior, &choice.threshold, &choice.alpha, &choice.rounds].map(optional);
+    let (p, params) = (&case.problem, &choice.params);
+    let options = Select {
+        prior: prior.as_deref(),
+        score: p.score,
+        tie: p.tie,
+        threshold: threshold.as_deref(),
+        alpha: alpha.as_deref(),
+        gate: params.gate,
+        estimator: params.estimator,
+        temperature: params.temperature,
+        preserve_floor: params.preserve_floor,
+        value_floor: params.value_floor,
+        hardness: params.hardness,
+        barrier: params.barrier,
+        rounds: rounds.as_deref(),
+        coherence: params.coherence,
+        ..Select::new(&beta)
+    };
+    let [qt, kt, vt] = [(&case.q, &q), (&case.k, &k), (&case.v, &v)].map(|(s, t)| s.view.of(t));
+    let out = select(&qt, &kt, &vt, found, &options)
+        .unwrap_or_else(|e| panic!("{} {}: {e}", case.name(), choice.name()));
+    assert_eq!(out.y.dtype(), case.dtype);
+    assert_eq!(out.y.dims(), [p.batch, p.q_heads, p.queries, p.value_dim]);
+    assert_eq!((out.index.dtype(), out.energy.dtype()), (DType::I32, acc(case.dtype)));
+    let record = [&out.y, &out.index, &out.energy, &out.margin, &out.gate].map(values);
+    let [y, index, energy, margin, gate] = record;
+    let coherence = out.coherence.as_ref().map(values).unwrap_or_default();
+    let mut gradients = vec![];
+    if let Some(dy) = dy {
+        let grads = (&out.y * dy).unwrap().sum_all().unwrap().backward().unwrap();
+        let of = |t: &Tensor| grads.get(t).cloned().unwrap_or_else(|| t.zeros_like().unwrap());
+        gradients = vec![
+            ("q", values(&case.q.view.of(&of(&q)))),
+            ("k", values(&case.k.view.of(&of(&k)))),
+            ("v", values(&case.v.view.of(&of(&v)))),
+            ("beta", values(&of(&beta))),
+        ];
+        for (name, t) in
+            [("prior", &prior), ("threshold", &threshold), ("alpha", &alpha), ("rounds", &rounds)]
+        {
+            gradients.extend(t.as_ref().map(|t| (name, values(&of(t)))));
+        }
+    }
+    Run { record: [y, index, energy, margin, gate, coherence], gradients }
+}
+
+/// The operator's candidates for the reference.
+fn convert(found: &Candidates) -> Found {
+    let index: Vec<i32> = found.index.flatten_all().unwrap().to_vec1().unwrap();
+    let protected = found
+        .protected
+        .as_ref()
+        .map_or(vec![false; index.len()], |t| values(t).iter().map(|x| *x == 1.0).collect());
+    Found { width: found.index.dims()[3], energy: values(&found.energy), index, protected }
+}
+
+#[derive(Default)]
+struct Tally {
+    rows: usize,
+    abstained: usize,
+    /// Rows without ties on purpose, with one round; those among them that rounding may decide; the
+    /// same for more rounds.
+    plain: [usize; 2],
+    doubtful: [usize; 2],
+    differing: usize,
+    lifted: usize,
+    /// Greatest gradient error, in units of its tolerance.
+    worst: f64,
+}
+
+/// The error of u* by that of `t`: `du/dt = u (1 - u) (2u - 1) / (1 - 2 t u (1 - u))`.
+fn coherence_bound(t: f64, u: f64, unit: f64) -> f64 {
+    let flow = u * (1.0 - u);
+    let slope = (1.0 - 2.0 * t * flow).abs().max(1e-6);
+    2.0 * unit + 1e-13 * (1.0 + t * flow / slope) / slope.min(1.0)
+}
+
+/// Compares record and y of a row that rounding does not decide.
+fn judge_row(
+    case: &Case,
+    choice: &Choice,
+    got: &Run,
+    want: &gd_kernels::reference::Selected,
+    row: usize,
+    d: &Doubt,
+) {
+    let (p, params) = (&case.problem, &choice.params);
+    let name = || format!("{} {} row {row}", case.name(), choice.name());
+    let unit = roundoff(acc(case.dtype));
+    let [y, index, energy, margin, gate, coherence] = &got.record;
+    assert_eq!(index[row], f64::from(want.index[row]), "{}", name());
+    let reach = d.bounds.iter().copied().fold(0.0, f64::max);
+    let near = |what: &str, x: f64, y: f64, bound: f64| {
+        assert!(x == y || (x - y).abs() <= bound, "{}: {what} is {x}, not {y} (bound {bound})", name());
+    };
+    near("energy", energy[row], want.energy[row], reach + 2.0 * unit * want.energy[row].abs());
+    if !d.margin {
+        near("margin", margin[row], want.margin[row], 2.0 * reach + 2.0 * unit * want.margin[row].abs());
+    }
+    let gate_bound = match params.gate {
+        Gate::Energy { temperature } => reach / temperature,
+        _ => 0.0,
+    };
+    near("gate", gate[row], want.gate[row], gate_bound + 4.0 * unit + 1e-12);
+    if let (Some(u), Some(alpha)) = (&want.coherence, &params.alpha) {
+        let per_head = p.queries;
+        let h = row / per_head % p.q_heads;
+        if want.index[row] >= 0 {
+            let b = row / per_head / p.q_heads;
+            let (q, j) = (p.q_at(b, h, row % per_head), want.index[row] as usize);
+            let t = p.beta[h] * gd_kernels::reference::distance2(&p.q[q], &p.k[p.k_at(b, h, j)]);
+            near(
+                &format!("u* at alpha {}", alpha[h]),
+                coherence[row],
+                u[row],
+                coherence_bound(t, u[row], unit),
+            );
+        } else {
+            assert_eq!(coherence[row], 0.0, "{}", name());
+        }
+    }
+    let weights: f64 = params.rounds.as_ref().map_or(1.0, |w| {
+        let r = params.round_count(p.q_heads);
+        w[row / p.queries % p.q_heads * r..][..r].iter().map(|w| w.abs()).sum()
+    });
+    let largest = if case.exact() { 2.0 } else { 1.0 };
+    let bound = largest * weights * (64.0 * roundoff(case.dtype) + d.relative.min(1.0)) + 1e-12;
+    let at = row * p.value_dim..(row + 1) * p.value_dim;
+    for (&got, &want) in y[at.clone()].iter().zip(&want.y[at]) {
+        near("y", got, want, bound);
+    }
+}
+
+/// The gradients of the reference by name, in the shapes of the inputs.
+fn expected(case: &Case, choice: &Choice, g: Gradients) -> Vec<(&'static str, Vec<f64>)> {
+    let mut out = vec![("q", g.q), ("k", g.k), ("v", g.v), ("beta", g.beta)];
+    out.extend(case.prior.is_some().then(|| ("prior", case.fold_prior(&g.prior))));
+    out.extend(choice.threshold.is_some().then_some(("threshold", g.threshold)));
+    out.extend(choice.alpha.is_some().then_some(("alpha", g.alpha)));
+    out.extend(choice.rounds.is_some().then_some(("rounds", g.rounds)));
+    out
+}
+
+/// One problem: forward, backward, determinism.
+fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
+    let mut case = Spec::new(seed, LIMIT).build(dtype);
+    if case.spec.kind == Kind::Huge && !case.spec.scaled {
+        // At beta 1 energies of 1e30 differ by far more than any temperature; that is a test of its own.
+        case = Spec { scaled: true, ..case.spec }.build(dtype);
+    }
+    let (q, k) = (case.q.tensor(), case.k.tensor());
+    let found = match estimator(seed) {
+        Estimator::Dense => scan_all(&q, &k, &case.scan()),
+        _ => scan(&q, &k, &case.scan()),
+    }
+    .unwrap();
+    case.poison_unread_values(&found);
+    let choice = Choice::new(seed, &case, &values(&found.energy));
+    let (p, params) = (&case.problem, &choice.params);
+    let name = || format!("{} {}", case.name(), choice.name());
+    let known = convert(&found);
+    let want = reference_select(p, &known, params);
+    let got = run(&case, &choice, &found, None);
+    let playing = in_play(p, &known, params);
+
+    let mut dy = uniform(&mut rng(seed ^ 0xd1), p.batch * p.q_heads * p.queries * p.value_dim);
+    let several = usize::from(params.round_count(p.q_heads) > 1);
+    let ties = matches!(case.spec.kind, Kind::Duplicates | Kind::Integer);
+    let mut relative = 0f64;
+    for (row, (b, h, i)) in p.rows() {
+        let d = doubt(&case, params, &playing, row);
+        let (index, wanted) = (got.record[1][row] as i32, want.index[row]);
+        tally.rows += 1;
+        tally.abstained += usize::from(wanted < 0);
+        tally.plain[several] += usize::from(!ties);
+        if index == wanted && !d.hidden {
+            judge_row(&case, &choice, &got, &want, row, &d);
+            relative = relative.max(d.relative);
+            continue;
+        }
+        assert!(d.first || d.hidden, "{}, row {row}: {index} instead of {wanted}", name());
+        tally.doubtful[several] += usize::from(!ties);
+        tally.differing += usize::from(index != wanted);
+        if params.barrier.is_none() && index >= 0 && wanted >= 0 {
+            let query = &p.q[p.q_at(b, h, i)];
+            let energy = |j: i32| {
+                let (key, prior) = (&p.k[p.k_at(b, h, j as usize)], p.prior_of(b, h, j as usize));
+                gd_kernels::reference::scan::energy(query, key, p.beta[h], prior, p.score)
+            };
+            let reach = 2.0 * d.bounds.iter().copied().fold(0.0, f64::max);
+            assert!(energy(index) - energy(wanted) <= reach, "{}, row {row}: {index} for {wanted}", name());
+        }
+        dy[row * p.value_dim..(row + 1) * p.value_dim].fill(0.0);
+    }
+
+    let dims = [p.batch, p.q_heads, p.queries, p.value_dim];
+    let (dy, dy_values) = problems::rounded(&dy, &dims, dtype);
+    let want = expected(&case, &choice, backward(p, &known, params, &dy_values));
+    let got = run(&case, &choice, &found, Some(&dy));
+    let unit = roundoff(dtype);
+    // Every round of refinement starts from the rounded query of the one before.
+    let rounds = params.round_count(p.q_heads) as f64;
+    let rate = if dtype == DType::F64 {
+        1e-9
+    } else {
+        2.0 * rounds * rounds * (48.0 * unit + 6.0 * relative.min(1.0))
+    };
+    // Where numbers end: the subnormals of a dtype have no relative precision.
+    let floor = match dtype {
+        DType::F16 => 2e-7,
+        DType::F64 => 1e-290,
+        _ => 1e-35,
+    };
+    for ((what, x), (_, y)) in got.gradients.iter().zip(&want) {
+        assert_eq!(x.len(), y.len(), "{}: d{what}", name());
+        let greatest = |x: &[f64]| x.iter().filter(|x| x.is_finite()).fold(0f64, |m, x| m.max(x.abs()));
+        // Sums over all rows of a head may cancel to nothing: their error is one of their terms, which
+        // are <dy, v> times a share, and for beta times a squared distance.
+        let reading = greatest(&dy_values) * greatest(&p.v);
+        let term = match *what {
+            "beta" => reading * p.dim as f64 * (greatest(&p.q) + greatest(&p.k)).powi(2),
+            "alpha" | "threshold" | "rounds" => reading,
+            _ => 0.0,
+        };
+        let size = greatest(y).max(term);
+        let bound = rate * size + floor;
+        for (at, (x, y)) in x.iter().zip(y).enumerate() {
+            let error = (x - y).abs();
+            assert!(
+                error <= bound,
+                "{}: d{what}[{at}] is {x}, not {y}: off by {:.2e} of the greatest {size}, {rate:.2e} allowed",
+                name(),
+                error / size
+            );
+            tally.worst = tally.worst.max(error / bound);
+        }
+    }
+    let first = got.bits();
+    for pool in pools() {
+        let again = pool.install(|| run(&case, &choice, &found, Some(&dy)).bits());
+        assert_eq!(first, again, "{}: {} threads", name(), pool.current_num_threads());
+    }
+    tally.lifted += usize::from(params.barrier.is_some());
+}
+
+/// The suite in one dtype.
+fn suite(dtype: DType) {
+    let mut tally = Tally::default();
+    for seed in 0..PROBLEMS {
+        examine(100_000 + seed, dtype, &mut tally);
+    }
+    let Tally { rows, abstained, plain, doubtful, differing, lifted, worst } = tally;
+    println!(
+        "{dtype:?}: {rows} rows, {abstained} abstain; rounding may decide {} of {} rows with one round and {} of {} \
+         with more, {differing} differ; {lifted} problems with a barrier; greatest gradient error {worst:.2} of \
+         what is allowed",
+        doubtful[0], plain[0], doubtful[1], plain[1]
+    );
+    assert!(abstained > rows / 50 && lifted > 100);
+    assert!(doubtful[0] * 100 < plain[0], "{} of {} rows", doubtful[0], plain[0]);
+    // Residual queries are stored in the tensors' dtype, so half precision decides more often.
+    let share = if matches!(dtype, DType::F16 | DType::BF16) { 2 } else { 100 };
+    assert!(doubtful[1] * share < plain[1], "{} of {} rows with rounds", doubtful[1], plain[1]);
+    gd_support::log_cases("select", PROBLEMS as usize);
+}
+
+#[test]
+fn generated_problems_f32() {
+    suite(DType::F32);
+}
+
+#[test]
+fn generated_problems_f16() {
+    suite(DType::F16);
+}
+
+#[test]
+fn generated_problems_bf16() {
+    suite(DType::BF16);
+}
+
+#[test]
+fn generated_problems_f64() {
+    suite(DType::F64);
+}
+
+#[test]
+fn numbers_of_1e15_at_bandwidth_1_stay_finite() {
+    for seed in 0..2000u64 {
+        let spec = Spec::new(200_000 + seed, 20_000);
+        if spec.kind != Kind::Huge {
+            continue;
+        }
+        for dtype in [DType::F32, DType::BF16, DType::F64] {
+            let mut case = Spec { scaled: false, ..spec.clone() }.build(dtype);
+            let (q, k) = (case.q.tensor(), case.k.tensor());
+            let found = match estimator(seed) {
+                Estimator::Dense => scan_all(&q, &k, &case.scan()),
+                _ => scan(&q, &k, &case.scan()),
+            }
+            .unwrap();
+            case.poison_unread_values(&found);
+            let choice = Choice::new(seed, &case, &values(&found.energy));
+            let p = &case.problem;
+            let dy = Tensor::ones((p.batch, p.q_heads, p.queries, p.value_dim), dtype, &Device::Cpu).unwrap();
+            let out = run(&case, &choice, &found, Some(&dy));
+            assert!(out.record[0].iter().all(|x| x.is_finite()), "{} {}", case.name(), choice.name());
+            for (what, g) in &out.gradients {
+                assert!(g.iter().all(|x| x.is_finite()), "{} {}: d{what}", case.name(), choice.name());
+            }
+        }
+    }
+}
+
+/// q, k, v, beta, prior, threshold, alpha, rounds in f64: B 2, Hq 4, Hk 2, N 3, M 7, D 4, Dv 3.
+fn smooth() -> Vec<Tensor> {
+    let shapes: [&[usize]; 8] =
+        [&[2, 4, 3, 4], &[2, 2, 7, 4], &[2, 2, 7, 3], &[4], &[2, 4, 7], &[4], &[4], &[4, 3]];
+    let mut rng = rng(77);
+    let tensor = |(n, shape): (usize, &&[usize])| {
+        let x = uniform(&mut rng, shape.iter().product());
+        let x: Vec<f64> = match n {
+            3 => x.iter().map(|x| 0.6 + 0.2 * x).collect(),
+            5 => x.iter().map(|x| 1.0 + 0.5 * x).collect(),
+            6 => x.iter().map(|x| 0.5 + 0.4 * x).collect(),
+            _ => x,
+        };
+        Tensor::from_vec(x, *shape, &Device::Cpu).unwrap()
+    };
+    shapes.iter().enumerate().map(tensor).collect()
+}
+
+/// `select` as a function of [`smooth`], over all keys, with key 2 protected.
+fn of_smooth(t: &[Tensor], set: impl Fn(&mut Select)) -> candle_core::Result<Tensor> {
+    let mask = Mask::causal(4);
+    let protected = Tensor::new(&[2i32], &Device::Cpu)?.reshape((1, 1, 1, 1))?;
+    let detached = |t: &Tensor| t.detach();
+    let (beta, prior) = (detached(&t[3]), detached(&t[4]));
+    let options = Scan { prior: Some(&prior), protected: Some(&protected), ..Scan::new(&beta, &mask, 8) };
+    let found = scan(&detached(&t[0]), &detached(&t[1]), &options)?;
+    let mut options = Select {
+        prior: Some(&t[4]),
+        threshold: Some(&t[5]),
+        alpha: Some(&t[6]),
+        rounds: Some(&t[7]),
+        ..Select::new(&t[3])
+    };
+    set(&mut options);
+    Ok(select(&t[0], &t[1], &t[2], &found, &options)?.y)
+}
+
+/// Checks all inputs of [`smooth`] but those that the result does not depend on.
+fn differences(without: &[usize], set: impl Fn(&mut Select) + Copy) {
+    let all = smooth();
+    let used: Vec<usize> = (0..all.len()).filter(|n| !without.contains(n)).collect();
+    let inputs: Vec<Tensor> = used.iter().map(|&n| all[n].clone()).collect();
+    support::check_gradients(&inputs, |inputs| {
+        let mut t = all.clone();
+        used.iter().zip(inputs).for_each(|(&n, x)| t[n] = x.clone());
+        of_smooth(&t, set)
+    });
+}
+
+const BARRIER: Barrier = Barrier { floor: 0.3, margin: 0.4, strength: 0.7, entropy_trigger: 0.5, slack: 3.0 };
+
+#[test]
+fn the_blend_is_its_own_gradient() {
+    for (rounds, barrier) in [(false, None), (true, None), (true, Some(BARRIER))] {
+        let without: &[usize] = if rounds { &[6] } else { &[6, 7] };
+        differences(without, |s| {
+            s.estimator = Estimator::Blend;
+            s.temperature = 0.7;
+            s.barrier = barrier;
+            s.rounds = s.rounds.filter(|_| rounds);
+        });
+    }
+}
+
+#[test]
+fn the_winner_learns_through_its_gate() {
+    for barrier in [None, Some(BARRIER)] {
+        differences(&[6], |s| {
+            s.estimator = Estimator::Winner;
+            s.gate = Gate::Energy { temperature: 0.8 };
+            s.barrier = barrier;
+        });
+        for coherence in [CoherenceMode::Global, CoherenceMode::Passage] {
+            // The prior and the threshold only decide who wins.
+            differences(&[4, 5], |s| {
+                s.estimator = Estimator::Winner;
+                s.gate = Gate::Coherence;
+                s.barrier = barrier;
+                s.coherence = coherence;
+            });
+        }
+    }
+}
+
+#[test]
+fn a_half_hard_blend_with_a_gated_winner() {
+    differences(&[6], |s| {
+        s.estimator = Estimator::Winner;
+        s.gate = Gate::Energy { temperature: 0.8 };
+        s.hardness = 0.3;
+    });
+}
+
+/// Round by round: what each read, and what it added; and the energies that the first compared.
+#[test]
+fn the_record_adds_up() {
+    let t = smooth();
+    let mask = Mask::causal(4);
+    let protected = Tensor::new(&[2i32], &Device::Cpu).unwrap().reshape((1, 1, 1, 1)).unwrap();
+    let options = Scan { protected: Some(&protected), ..Scan::new(&t[3], &mask, 4) };
+    let found = scan(&t[0], &t[1], &options).unwrap();
+    let options = Select { threshold: Some(&t[5]), rounds: Some(&t[7]), ..Select::new(&t[3]) };
+    let chosen = select(&t[0], &t[1], &t[2], &found, &options).unwrap();
+    assert_eq!(values(&chosen.compared), values(&found.energy), "nothing lifts a candidate");
+    let (v, weights, y) = (values(&t[2]), values(&t[7]), values(&chosen.y));
+    let ints = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<i32>().unwrap();
+    let mut rounds = vec![ints(&chosen.index)];
+    rounds.extend(chosen.later.iter().map(|round| ints(&round.index)));
+    assert_eq!(rounds.len(), 3);
+    // What a round reads in a row, times its weight.
+    let read = |r: usize, row: usize, d: usize| {
+        let (b, h, j) = (row / 12, row / 3 % 4, rounds[r][row]);
+        if j < 0 { 0.0 } else { weights[h * 3 + r] * v[((b * 2 + h / 2) * 7 + j as usize) * 3 + d] }
+    };
+    let (mut read_later, mut ended) = (0, 0);
+    for row in 0..2 * 4 * 3 {
+        for d in 0..3 {
+            for (r, round) in chosen.later.iter().enumerate() {
+                let found = values(&round.y)[row * 3 + d];
+                assert!((found - read(r + 1, row, d)).abs() < 1e-12, "round {r} of row {row}: {found}");
+            }
+            let sum: f64 = (0..3).map(|r| read(r, row, d)).sum();
+            assert!((y[row * 3 + d] - sum).abs() < 1e-12, "row {row}: {} against {sum}", y[row * 3 + d]);
+        }
+        let keys: Vec<i32> = rounds.iter().map(|round| round[row]).collect();
+        assert!(keys.windows(2).all(|k| k[0] >= 0 || k[1] < 0), "{keys:?}: a row goes on after it abstained");
+        assert!(keys.iter().all(|k| *k < 0 || keys.iter().filter(|x| *x == k).count() == 1), "{keys:?}");
+        read_later += keys[1..].iter().filter(|k| **k >= 0).count();
+        ended += keys.iter().filter(|k| **k < 0).count();
+    }
+    assert!(read_later > 10 && ended > 3, "{read_later} {ended}");
+    // With the barrier the winner has the least of what was compared.
+    let lifting = Select { barrier: Some(BARRIER), ..Select::new(&t[3]) };
+    let chosen = select(&t[0], &t[1], &t[2], &found, &lifting).unwrap();
+    let (compared, scanned) = (values(&chosen.compared), values(&found.energy));
+    assert_ne!(compared, scanned);
+    for (energies, energy) in compared.chunks(5).zip(values(&chosen.energy)) {
+        assert_eq!(energies.iter().copied().fold(f64::INFINITY, f64::min), energy);
+    }
+}
+
+#[test]
+fn a_nan_in_an_unselected_value_stays_there() {
+    let t = smooth();
+    let mask = Mask::none();
+    let found = scan(&t[0], &t[1], &Scan::new(&t[3], &mask, 4)).unwrap();
+    let options = Select { estimator: Estimator::Winner, ..Select::new(&t[3]) };
+    let chosen = select(&t[0], &t[1], &t[2], &found, &options).unwrap();
+    let index: Vec<i32> = chosen.index.flatten_all().unwrap().to_vec1().unwrap();
+    let mut v = values(&t[2]);
+    for (row, v) in v.chunks_mut(3).enumerate() {
+        let (b, h, j) = (row / 14, row / 7 % 2, row % 7);
+        // Query heads 2h and 2h + 1 of this entry, three queries each.
+        let readers = &index[(b * 4 + 2 * h) * 3..][..6];
+        if !readers.contains(&(j as i32)) {
+            v.fill(f64::NAN);
+        }
+    }
+    assert!(v.iter().any(|x| x.is_nan()));
+    let v = Var::from_tensor(&Tensor::from_vec(v, t[2].shape(), &Device::Cpu).unwrap()).unwrap();
+    for estimator in [Estimator::Winner, Estimator::Candidates] {
+        let options = Select { estimator, ..options.clone() };
+        let y = select(&t[0], &t[1], &v, &found, &options).unwrap().y;
+        assert_eq!(values(&y), values(&chosen.y), "{estimator:?}");
+    }
+    let y = select(&t[0], &t[1], &v, &found, &options).unwrap().y;
+    let grads = y.sum_all().unwrap().backward().unwrap();
+    assert!(values(grads.get(&v).unwrap()).iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn a_threshold_of_minus_infinity_silences_every_estimator() {
+    let t = smooth();
+    let tau = Var::from_tensor(&Tensor::full(f64::NEG_INFINITY, 4, &Device::Cpu).unwrap()).unwrap();
+    let mask = Mask::none();
+    let found = scan(&t[0], &t[1], &Scan::new(&t[3], &mask, 4)).unwrap();
+    for estimator in problems::choices::ESTIMATORS.into_iter().filter(|e| *e != Estimator::Dense) {
+        for hardness in [0.3, 1.0] {
+            let q = Var::from_tensor(&t[0]).unwrap();
+            let options = Select { estimator, hardness, threshold: Some(&tau), ..Select::new(&t[3]) };
+            let out = select(&q, &t[1], &t[2], &found, &options).unwrap();
+            assert!(
+                values(&out.y).iter().all(|x| *x == 0.0) && values(&out.index).iter().all(|j| *j == -1.0)
+            );
+            let grads = out.y.sum_all().unwrap().backward().unwrap();
+            for t in [&q, &tau] {
+                assert!(values(grads.get(t).unwrap()).iter().all(|x| x.is_finite()), "{estimator:?}");
+            }
+        }
+    }
+}

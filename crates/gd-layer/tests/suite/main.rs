@@ -1,0 +1,13 @@
+//! The attention layers of gd-layer, in one program.
+//!
+//! `cargo test -p gd-layer --test suite layer::` runs the tests of one module.
+
+mod decoding;
+mod layer;
+mod layers;
+mod packed;
+mod rms_norm;
+mod rotary;
+#[path = "../../../gd-kernels/tests/suite/support/mod.rs"]
+mod support;
+mod swiglu;

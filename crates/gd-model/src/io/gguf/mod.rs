@@ -1,0 +1,188 @@
+//! GGUF files of the llama architecture, as llama.cpp writes them, read into what a Hugging Face folder holds.
+//!
+//! llama.cpp turns neighbouring pairs of a head's elements, Hugging Face its two halves against each other, so
+//! the rows of the query and key projections lie in another order: row `2 i + s` of a head there is row
+//! `s D / 2 + i` here.
+
+mod config;
+mod header;
+mod tokenizer;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use candle_core::quantized::{GgmlDType, ggml_file};
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::io::checkpoint::TOKENIZER_CONFIG;
+use crate::io::tokenizer::Tokenizer;
+use header::{Header, Place};
+
+/// What a file holds, under the names and in the order of Hugging Face.
+#[derive(Debug)]
+pub struct Gguf {
+    /// As `config.json`.
+    pub config: Value,
+    /// The weights: f16 and bf16 as they are stored, anything else in f32.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// As `generation_config.json`: the tokens that end a text.
+    pub generation: Value,
+    /// Further files by name: `tokenizer_config.json` with the chat template and the special tokens.
+    pub files: BTreeMap<String, Vec<u8>>,
+}
+
+/// Whether the file at `path` starts as a GGUF file does.
+pub fn is_at(path: &Path) -> bool {
+    let mut start = [0; 4];
+    path.is_file()
+        && File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok()
+        && &start == b"GGUF"
+}
+
+/// Reads a file. In memory at any time are the weights and the stored form of one tensor.
+///
+/// # Errors
+/// Names the file, the key or tensor at fault, and its value.
+pub fn read(path: &Path, device: &Device) -> Result<Gguf> {
+    let file = File::open(path).map_err(|e| Error::read(path, "GGUF file", e))?;
+    convert(&mut BufReader::new(file), device).map_err(|reason| Error::Foreign {
+        path: path.into(),
+        kind: "GGUF",
+        reason,
+    })
+}
+
+/// The same of any input; an error is the reason alone.
+fn convert(file: &mut (impl Read + Seek), device: &Device) -> std::result::Result<Gguf, String> {
+    let header = Header::read(file)?;
+    match header.text("general.architecture")? {
+        Some("llama") => {}
+        Some(other) => return Err(format!("key general.architecture is {other:?}; llama is supported")),
+        None => return Err("key general.architecture is missing".into()),
+    }
+    let factors = match header.tensors.get("rope_freqs.weight") {
+        Some(place) => {
+            let tensor = load(file, place).map_err(|e| format!("tensor rope_freqs.weight: {e}"))?;
+            let values = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>());
+            Some(values.map_err(|e| e.to_string())?)
+        }
+        None => None,
+    };
+    let mut config = config::config(&header, factors.as_deref())?;
+    let count = |key: &str| config[key].as_u64().unwrap_or_default() as usize;
+    let (heads, kv_heads) = (count("num_attention_heads"), count("num_key_value_heads"));
+    let tokenizer = tokenizer::tokenizer(&header, count("vocab_size"))?;
+    let mut tensors = BTreeMap::new();
+    for (stored, place) in header.tensors.iter().filter(|(name, _)| *name != "rope_freqs.weight") {
+        let named = |e: &dyn std::fmt::Display| format!("tensor {stored}: {e}");
+        let name = name(stored).ok_or_else(|| named(&"it has no place in a llama model"))?;
+        let tensor = load(file, place).map_err(|e| named(&e))?;
+        let tensor = match name.rsplit('.').nth(1) {
+            Some("q_proj") => halves(&tensor, heads).map_err(|e| named(&e))?,
+            Some("k_proj") => halves(&tensor, kv_heads).map_err(|e| named(&e))?,
+            _ => tensor,
+        };
+        let tensor = tensor.to_device(device).map_err(|e| named(&e))?;
+        tensors.insert(name, tensor);
+    }
+    let (generation, settings) = settings(&header, &tokenizer, &mut config)?;
+    let files = BTreeMap::from([(TOKENIZER_CONFIG.to_owned(), format!("{settings:#}\n").into_bytes())]);
+    Ok(Gguf { config, tensors, tokenizer, generation, files })
+}
+
+/// Hugging Face's name for a tensor of the llama architecture.
+fn name(stored: &str) -> Option<String> {
+    let whole = match stored {
+        "token_embd.weight" => Some("model.embed_tokens.weight"),
+        "output_norm.weight" => Some("model.norm.weight"),
+        "output.weight" => Some("lm_head.weight"),
+        _ => None,
+    };
+    if let Some(name) = whole {
+        return Some(name.to_owned());
+    }
+    let (layer, rest) = stored.strip_prefix("blk.")?.split_once('.')?;
+    let layer: u32 = layer.parse().ok()?;
+    let (part, kind) = rest.split_once('.')?;
+    let part = match part {
+        "attn_norm" => "input_layernorm",
+        "ffn_norm" => "post_attention_layernorm",
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_output" => "self_attn.o_proj",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
+        _ => return None,
+    };
+    ["weight", "bias"].contains(&kind).then(|| format!("model.layers.{layer}.{part}.{kind}"))
+}
+
+/// A tensor: f16 and bf16 as they are stored, anything else in f32.
+fn load(file: &mut (impl Read + Seek), place: &Place) -> std::result::Result<Tensor, String> {
+    let mut raw = vec![0; place.bytes as usize];
+    file.seek(SeekFrom::Start(place.start))
+        .and_then(|_| file.read_exact(&mut raw))
+        .map_err(|e| e.to_string())?;
+    let plain = |dtype| Tensor::from_raw_buffer(&raw, dtype, &place.shape, &Device::Cpu);
+    let tensor = match place.dtype {
+        GgmlDType::F32 => plain(DType::F32),
+        GgmlDType::F16 => plain(DType::F16),
+        GgmlDType::BF16 => plain(DType::BF16),
+        dtype => ggml_file::qtensor_from_ggml(dtype, &raw, place.shape.clone(), &Device::Cpu)
+            .and_then(|blocks| blocks.dequantize(&Device::Cpu)),
+    };
+    tensor.map_err(|e| e.to_string())
+}
+
+/// Rows of pairs to rows of halves, head by head; a bias has rows of one element.
+fn halves(rows: &Tensor, heads: usize) -> std::result::Result<Tensor, String> {
+    let count = rows.dims().first().copied().unwrap_or(0);
+    // Not an error of candle, which may carry a backtrace of many MiB.
+    if heads == 0 || !count.is_multiple_of(2 * heads) {
+        return Err(format!("{count} rows are no {heads} heads of pairs"));
+    }
+    let pairs = rows.reshape((heads, count / heads / 2, 2, ())).and_then(|pairs| pairs.transpose(1, 2));
+    pairs.and_then(|halves| halves.reshape(rows.shape())).map_err(|e| e.to_string())
+}
+
+/// What else the file knows of texts and of chats: `generation_config.json` and `tokenizer_config.json`.
+fn settings(
+    header: &Header,
+    tokenizer: &Tokenizer,
+    config: &mut Value,
+) -> std::result::Result<(Value, Value), String> {
+    let mut settings = json!({});
+    let mut ends = Vec::new();
+    for (kind, name) in [("bos", "bos_token"), ("eos", "eos_token"), ("eot", ""), ("unknown", "unk_token")] {
+        let Some(id) = header.integer(&format!("tokenizer.ggml.{kind}_token_id"))? else { continue };
+        let token = u32::try_from(id).ok().and_then(|id| tokenizer.token(id));
+        let Some(token) = token else {
+            return Err(format!("key tokenizer.ggml.{kind}_token_id is {id}, which is no token"));
+        };
+        match kind {
+            "eos" | "eot" if !ends.contains(&id) => ends.push(id),
+            "bos" => config["bos_token_id"] = id.into(),
+            _ => {}
+        }
+        if !name.is_empty() {
+            settings[name] = token.into();
+        }
+    }
+    if let Some(template) = header.text("tokenizer.chat_template")? {
+        settings["chat_template"] = template.into();
+    }
+    let mut generation = json!({});
+    if let Some(first) = ends.first() {
+        config["eos_token_id"] = (*first).into();
+        generation["eos_token_id"] = ends.into();
+    }
+    Ok((generation, settings))
+}

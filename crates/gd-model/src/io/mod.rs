@@ -1,0 +1,7 @@
+//! Files: checkpoints, safetensors, GGUF, tokenizers and chat templates.
+
+pub mod chat_template;
+pub mod checkpoint;
+pub mod gguf;
+pub mod safetensors;
+pub mod tokenizer;

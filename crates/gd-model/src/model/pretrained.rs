@@ -1,0 +1,282 @@
+//! From a checkpoint on disk to a model that runs, and back: a folder, or whatever else holds a config,
+//! tensors and a tokenizer, becomes [`Parts`], parts become a [`Loaded`] model, and that a folder.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::io::chat_template::ChatTemplate;
+use crate::io::checkpoint::{self, Checkpoint};
+use crate::io::gguf::{self, Gguf};
+use crate::io::tokenizer::Tokenizer;
+use crate::model::Transformer;
+use crate::model::params::Params;
+
+/// Files of a checkpoint folder that are kept as they are when the model is saved again.
+const KEPT: [&str; 3] = [checkpoint::TOKENIZER_CONFIG, "special_tokens_map.json", checkpoint::CHAT_TEMPLATE];
+
+/// The tokens that end a text, in `generation_config.json` or `config.json`: a number or a list.
+const ENDS: &str = "eos_token_id";
+
+/// The model in Python: what `transformers` needs to load a checkpoint that is no other family's.
+const PYTHON: [(&str, &str); 2] = [
+    ("configuration_gd.py", include_str!("../../python/configuration_gd.py")),
+    ("modeling_gd.py", include_str!("../../python/modeling_gd.py")),
+];
+
+/// A model as files hold it.
+#[derive(Debug)]
+pub struct Parts {
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Its weights in their stored types, by the names of Llama.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its sampling defaults.
+    pub generation: Value,
+    /// Further files by name, kept as they are.
+    pub files: BTreeMap<String, Vec<u8>>,
+    /// The seed of the parameters that no tensor holds; without one they are errors.
+    pub seed: Option<u64>,
+    /// Why something newer in the folder of a run was passed over for a checkpoint there; mostly empty.
+    pub passed_over: Vec<String>,
+    /// Where they come from, for messages.
+    pub(crate) path: PathBuf,
+}
+
+/// A loaded model.
+pub struct Loaded {
+    /// The model, without gradients.
+    pub model: Transformer,
+    /// Its parameters.
+    pub params: Params,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its sampling defaults.
+    pub generation: Value,
+    /// Further files by name, kept as they are.
+    pub files: BTreeMap<String, Vec<u8>>,
+    /// Why something newer in the folder of a run was passed over for a checkpoint there; mostly empty.
+    pub passed_over: Vec<String>,
+}
+
+/// Loads a checkpoint folder, the folder of a `.safetensors` file in one, the newest whole checkpoint in the
+/// folder of a run without a whole model, or a GGUF file. Weights are computed with in f32.
+///
+/// # Errors
+/// Names the file and the reason.
+pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
+    read(path, device)?.build(device)
+}
+
+/// The parts of what [`load`] loads.
+///
+/// # Errors
+/// Names the file and the reason.
+pub fn read(path: &Path, device: &Device) -> Result<Parts> {
+    if gguf::is_at(path) {
+        let Gguf { config, tensors, tokenizer, generation, files } = gguf::read(path, device)?;
+        return Ok(Parts { generation, files, ..Parts::new(path, config, tensors, tokenizer)? });
+    }
+    let (path, passed_over) = checkpoint::locate(path)?;
+    for reason in &passed_over {
+        tracing::warn!("{reason}; the model is loaded from {}", path.display());
+    }
+    let folder: PathBuf = match path.is_file() {
+        true => path.parent().map(Path::to_path_buf).unwrap_or_default(),
+        false => path.clone(),
+    };
+    let tensors = checkpoint::load_tensors(&path, device)?;
+    let file = folder.join(checkpoint::CONFIG);
+    let config = checkpoint::load_json(&file)?;
+    let tokenizer = Tokenizer::load(&folder.join(checkpoint::TOKENIZER))?;
+    let mut parts = Parts::new(&file, config, tensors, tokenizer)?;
+    let generation = folder.join(checkpoint::GENERATION);
+    if generation.exists() {
+        let mut stored = checkpoint::load_json(&generation)?;
+        if let (None, Some(map), Some(ends)) =
+            (stored.get(ENDS).cloned(), stored.as_object_mut(), parts.generation.get(ENDS))
+        {
+            map.insert(ENDS.into(), ends.clone());
+        }
+        parts.generation = stored;
+    }
+    for name in KEPT.into_iter().filter(|name| folder.join(name).exists()) {
+        let path = folder.join(name);
+        let content = std::fs::read(&path).map_err(|e| Error::read(&path, "file", e))?;
+        parts.files.insert(name.into(), content);
+    }
+    Ok(Parts { passed_over, ..parts })
+}
+
+impl Parts {
+    /// The parts of a model that was read from `path`: its `config.json`, ours or another family's, its
+    /// tensors and its tokenizer.
+    ///
+    /// # Errors
+    /// Names the path and every key or value that does not fit.
+    pub fn new(
+        path: &Path,
+        config: Value,
+        tensors: BTreeMap<String, Tensor>,
+        tokenizer: Tokenizer,
+    ) -> Result<Self> {
+        let invalid = |text: String| Error::Invalid(format!("{}: {text}", path.display()));
+        let mut generation = generation();
+        if let Some(ends) = config.get(ENDS).filter(|ends| !ends.is_null()) {
+            generation[ENDS] = ends.clone();
+        }
+        let config = ModelConfig::from_json(config).map_err(|problems| invalid(problems.join("; ")))?;
+        if tokenizer.vocab_size() > config.vocab_size {
+            let (tokens, known) = (tokenizer.vocab_size(), config.vocab_size);
+            return Err(invalid(format!("the tokenizer has {tokens} tokens, the model {known}")));
+        }
+        Ok(Self {
+            config,
+            tensors,
+            tokenizer,
+            generation,
+            files: BTreeMap::new(),
+            seed: None,
+            passed_over: Vec::new(),
+            path: path.into(),
+        })
+    }
+
+    /// Rounds the weights to `dtype`, f32, f16 or bf16.
+    ///
+    /// # Errors
+    /// Names a weight beyond the range of the type.
+    pub fn cast(&mut self, dtype: DType) -> Result<()> {
+        self.config.dtype = match dtype {
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            _ => "float32",
+        }
+        .into();
+        for (name, tensor) in &mut self.tensors {
+            let cast = tensor.to_dtype(dtype)?;
+            // The sum of all sizes is finite only if every one is.
+            let [before, after] =
+                [&*tensor, &cast].map(|t| t.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>());
+            if before?.is_finite() && !after?.is_finite() {
+                let text = format!(
+                    "{}: {name} has weights beyond the range of {}",
+                    self.path.display(),
+                    self.config.dtype
+                );
+                return Err(Error::Invalid(text));
+            }
+            *tensor = cast;
+        }
+        Ok(())
+    }
+
+    /// The model on `device`, which computes in f32; matrices in half precision stay so.
+    ///
+    /// # Errors
+    /// A config that contradicts itself, or tensors that are missing or of another shape.
+    pub fn build(self, device: &Device) -> Result<Loaded> {
+        self.build_in(DType::F32, device)
+    }
+
+    /// The same with a model that computes in `dtype`.
+    ///
+    /// # Errors
+    /// As [`Parts::build`].
+    pub fn build_in(self, dtype: DType, device: &Device) -> Result<Loaded> {
+        let at = self.path.display();
+        let params = Params::for_inference(self.tensors, self.seed, dtype, device);
+        let model = Transformer::new(&self.config, params.frozen())
+            .map_err(|e| Error::Invalid(format!("{at}: {e}")))?;
+        let mut unused = params.unused();
+        // Files of older versions hold the rotary frequencies, and some hold a tied projection twice.
+        unused.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
+        unused.retain(|name| !(self.config.tie_word_embeddings && name == "lm_head.weight"));
+        if !unused.is_empty() {
+            tracing::warn!("{at}: tensors without a place in the model: {}", unused.join(", "));
+        }
+        Ok(Loaded {
+            generation: self.generation,
+            files: self.files,
+            passed_over: self.passed_over,
+            ..Loaded::new(model, params, self.tokenizer)
+        })
+    }
+}
+
+impl Loaded {
+    /// A model that was made here.
+    pub fn new(model: Transformer, params: Params, tokenizer: Tokenizer) -> Self {
+        Self {
+            model,
+            params,
+            tokenizer,
+            generation: generation(),
+            files: BTreeMap::new(),
+            passed_over: Vec::new(),
+        }
+    }
+
+    /// The tokens that end a text: those that came with the model, else the tokenizer's own.
+    ///
+    /// # Errors
+    /// An `eos_token_id` that is neither a token's number nor a list of them.
+    pub fn ends(&self) -> Result<Vec<u32>> {
+        let ids = match self.generation.get(ENDS) {
+            None | Some(Value::Null) => return Ok(self.tokenizer.end_of_text().into_iter().collect()),
+            Some(Value::Array(ids)) => ids.as_slice(),
+            Some(id) => std::slice::from_ref(id),
+        };
+        let id = |id: &Value| {
+            let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            number.ok_or_else(|| Error::Invalid(format!("{ENDS} {id} is no token's number")))
+        };
+        ids.iter().map(id).collect()
+    }
+
+    /// The chat template that came with the model, if one did.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::find`].
+    pub fn chat(&self) -> Result<Option<ChatTemplate>> {
+        ChatTemplate::find(&self.files)
+    }
+
+    /// Writes a checkpoint folder, weights in the types in which they were stored; an existing one stays until
+    /// the new one is complete. A model of another family is written as such: its config as it came.
+    ///
+    /// # Errors
+    /// Names the file and the reason.
+    pub fn save(&self, folder: &Path, card: &[(&str, String)]) -> Result<()> {
+        let config = self.model.config();
+        let mut extra = self.files.clone();
+        extra.extend(python(config).map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())));
+        checkpoint::save(
+            folder,
+            &Checkpoint {
+                config: &config.to_json()?,
+                tensors: &self.params.stored_tensors()?,
+                tokenizer: &self.tokenizer,
+                generation: &self.generation,
+                card: &checkpoint::model_card(card)?,
+                extra: &extra,
+            },
+        )
+    }
+}
+
+/// The Python files that go with a config; none with that of another family, which `transformers` knows.
+pub(crate) fn python(config: &ModelConfig) -> impl Iterator<Item = (&'static str, &'static str)> {
+    PYTHON.into_iter().filter(|_| !config.is_foreign())
+}
+
+/// The sampling defaults of a model that was made here.
+pub(crate) fn generation() -> Value {
+    serde_json::json!({ "do_sample": true, "temperature": 0.8, "top_p": 0.95 })
+}

@@ -1,0 +1,175 @@
+//! Another attention for layers of a model that exists: the weights stay, what reads them changes.
+//!
+//! A selecting layer that was a softmax layer blends the values of the K best keys by the scores that the
+//! model was trained with. Over all keys that is softmax attention itself.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+use candle_core::Tensor;
+use gd_kernels::{Estimator, Score};
+use gd_layer::GdConfig;
+
+use crate::config::{Mechanism, ModelConfig};
+use crate::error::{Error, Result};
+use crate::io::checkpoint::require;
+use crate::model::pretrained::Parts;
+use crate::model::shapes::shapes;
+
+/// What to put in the place of layers' attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Swap {
+    /// The layers.
+    pub layers: Layers,
+    /// Their new mechanism.
+    pub mechanism: Mechanism,
+    /// Keys that a selecting layer blends, one of [`gd_kernels::CANDIDATES`].
+    pub candidates: usize,
+    /// How a selecting layer scores keys: as dot products over the square root of head_dim, or as energies with
+    /// the prior that makes both equal.
+    pub score: Score,
+}
+
+/// Some of the layers of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Layers {
+    /// Every one.
+    All,
+    /// The last so many.
+    Last(usize),
+    /// These, from 0.
+    List(Vec<usize>),
+}
+
+impl FromStr for Layers {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let number = |n: &str| n.trim().parse::<usize>().map_err(|_| format!("`{n}` is not a layer number"));
+        match text.strip_prefix("last:") {
+            Some(n) => Ok(Self::Last(number(n)?)),
+            None if text == "all" => Ok(Self::All),
+            None => Ok(Self::List(text.split(',').map(number).collect::<std::result::Result<_, _>>()?)),
+        }
+    }
+}
+
+impl Layers {
+    /// Their numbers in a model of `count` layers, rising.
+    ///
+    /// # Errors
+    /// A layer that the model does not have.
+    pub fn of(&self, count: usize) -> Result<Vec<usize>> {
+        let mut layers = match self {
+            Self::All => (0..count).collect(),
+            Self::Last(n) if *n <= count => (count - n..count).collect(),
+            Self::Last(n) => return Err(Error::Invalid(format!("the last {n} of {count} layers"))),
+            Self::List(list) => list.clone(),
+        };
+        layers.sort_unstable();
+        layers.dedup();
+        match layers.last() {
+            Some(last) if *last >= count => {
+                Err(Error::Invalid(format!("layer {last} of a model with layers 0 to {}", count - 1)))
+            }
+            Some(_) => Ok(layers),
+            None => Err(Error::Invalid("no layer is named".into())),
+        }
+    }
+}
+
+/// Takes out what selecting layers have learned about their scores: it belongs to them, and new ones start as
+/// softmax's.
+pub(crate) fn forget_scores(tensors: &mut BTreeMap<String, Tensor>, layers: &[usize]) {
+    let learned: Vec<_> = layers.iter().map(|i| format!("model.layers.{i}.self_attn.gd.")).collect();
+    tensors.retain(|name, _| !learned.iter().any(|start| name.starts_with(start)));
+}
+
+impl Swap {
+    /// Changes the layers of a model, and returns their numbers.
+    ///
+    /// # Errors
+    /// A layer that the model does not have, selecting layers among the others that select otherwise, or tensors
+    /// that the model lacks.
+    pub fn apply(&self, parts: &mut Parts) -> Result<Vec<usize>> {
+        let (config, layers) = self.of(parts)?;
+        parts.config = config;
+        forget_scores(&mut parts.tensors, &layers);
+        parts.seed = Some(0);
+        Ok(layers)
+    }
+
+    /// The config of a model after the swap, and the numbers of the layers.
+    ///
+    /// # Errors
+    /// As [`Swap::apply`].
+    pub fn of(&self, parts: &Parts) -> Result<(ModelConfig, Vec<usize>)> {
+        let layers = self.layers.of(parts.config.num_hidden_layers)?;
+        // Whole before: what is missing after the swap is what the new layers add.
+        require(&parts.path, &parts.tensors, shapes(&parts.config)?.keys().map(String::as_str))?;
+        Ok((self.config(&parts.config, &layers)?, layers))
+    }
+
+    /// The config of a model of `config` after the swap of `layers`.
+    fn config(&self, config: &ModelConfig, layers: &[usize]) -> Result<ModelConfig> {
+        let mut config = config.clone();
+        let all = 0..config.num_hidden_layers;
+        let others = || all.clone().filter(|i| !layers.contains(i));
+        if self.mechanism == Mechanism::Gd {
+            let select = GdConfig {
+                candidates: self.candidates,
+                score: self.score,
+                norm_prior: self.score == Score::Energy,
+                estimator: Estimator::Blend,
+                ..GdConfig::default()
+            };
+            let keeps = others().find(|&i| config.mechanism(i) == Mechanism::Gd);
+            if let Some(other) = keeps.filter(|_| config.gd.select != select) {
+                return Err(Error::Invalid(format!(
+                    "layer {other} selects already, and in another way; swap it too"
+                )));
+            }
+            config.gd.select = select;
+        }
+        let of = |i| if layers.contains(&i) { self.mechanism } else { config.mechanism(i) };
+        let mut mechanism: Vec<_> = all.clone().map(of).collect();
+        if mechanism.iter().all(|m| *m == mechanism[0]) {
+            mechanism.truncate(1);
+        }
+        config.gd.mechanism = mechanism;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Recipe;
+
+    #[test]
+    fn layers_are_read_and_must_exist() {
+        let of = |text: &str| text.parse::<Layers>().unwrap().of(4).map_err(|e| e.to_string());
+        assert_eq!(of("all"), Ok(vec![0, 1, 2, 3]));
+        assert_eq!(of("last:2"), Ok(vec![2, 3]));
+        assert_eq!(of("3, 0,3"), Ok(vec![0, 3]));
+        assert_eq!(of("4"), Err("layer 4 of a model with layers 0 to 3".into()));
+        assert_eq!(of("last:5"), Err("the last 5 of 4 layers".into()));
+        assert_eq!(of("last:0"), Err("no layer is named".into()));
+        for bad in ["", "some", "1-2", "last:", "-1"] {
+            assert!(bad.parse::<Layers>().unwrap_err().contains("not a layer number"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn one_way_of_selecting_holds_for_all_selecting_layers() {
+        let tiny = Recipe::load("tiny").unwrap().model;
+        let swap = Swap { layers: Layers::All, mechanism: Mechanism::Gd, candidates: 4, score: Score::Dot };
+        let e = swap.config(&tiny, &[3]).unwrap_err().to_string();
+        assert!(e.contains("layer 0"), "{e}");
+        let all = swap.config(&tiny, &[0, 1, 2, 3]).unwrap();
+        assert_eq!((all.gd.mechanism.len(), all.gd.select.candidates), (1, 4));
+        let some = Swap { mechanism: Mechanism::Softmax, ..swap }.config(&all, &[1, 2]).unwrap();
+        assert_eq!(some.gd.mechanism, [Mechanism::Gd, Mechanism::Softmax, Mechanism::Softmax, Mechanism::Gd]);
+        assert_eq!(some.gd.select, all.gd.select);
+    }
+}

@@ -1,0 +1,222 @@
+//! The decoder: embedding, blocks of attention and SwiGLU, final norm, output projection.
+//!
+//! Shapes: ids `[B, N]` (u32), hidden states `[B, N, C]`, logits `[B, N, V]`. Weight names as in
+//! Llama.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Module, Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+use gd_layer::{
+    Attention, GdAttention, LayerCache, Linear, Pass, RmsNorm, RopeScaling, Rotary, SoftmaxAttention, linear,
+    swiglu,
+};
+
+use crate::config::{Mechanism, ModelConfig};
+use crate::model::loss::{linear_cross_entropy, linear_token_losses};
+
+mod checkpointed;
+mod layer_alignment;
+
+/// The feed-forward block.
+struct Mlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    fn new(c: usize, width: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            gate: linear(c, width, bias, false, vb.pp("gate_proj"))?,
+            up: linear(c, width, bias, false, vb.pp("up_proj"))?,
+            down: linear(width, c, bias, true, vb.pp("down_proj"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.down.forward(&swiglu(&self.gate.forward(x)?, &self.up.forward(x)?)?)
+    }
+}
+
+/// One layer.
+struct Block {
+    index: usize,
+    attention: Box<dyn Attention>,
+    mlp: Mlp,
+    input_norm: RmsNorm,
+    post_norm: RmsNorm,
+}
+
+impl Block {
+    fn forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        self.add(x, &self.read(x, pass, cache)?)
+    }
+
+    /// What the attention reads.
+    fn read(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        let pass = Pass { layer: self.index, ..*pass };
+        self.attention.attend(&self.input_norm.forward(x)?, &pass, cache)
+    }
+
+    /// The block's output with what its attention has read.
+    fn add(&self, x: &Tensor, read: &Tensor) -> Result<Tensor> {
+        let x = (x + read)?;
+        let y = self.mlp.forward(&self.post_norm.forward(&x)?)?;
+        x + y
+    }
+}
+
+/// A decoder-only language model.
+pub struct Transformer {
+    embed: Tensor,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    head: Linear,
+    config: ModelConfig,
+    /// What it computes in; embedding and projections may be stored in half precision.
+    dtype: DType,
+}
+
+impl Transformer {
+    /// Reads or creates the weights under `vb`.
+    ///
+    /// # Errors
+    /// A config that contradicts itself, or weights that are missing or of another shape.
+    pub fn new(config: &ModelConfig, vb: VarBuilder) -> crate::Result<Self> {
+        config.validate()?;
+        let scaling = config.rope_scaling()?;
+        Ok(Self::build(config, scaling, vb)?)
+    }
+
+    fn build(config: &ModelConfig, scaling: RopeScaling, vb: VarBuilder) -> Result<Self> {
+        let (c, v) = (config.hidden_size, config.vocab_size);
+        let eps = config.rms_norm_eps;
+        let model = vb.pp("model");
+        let normal = Init::Randn { mean: 0.0, stdev: 0.02 };
+        let embed = model.pp("embed_tokens").get_with_hints((v, c), "weight", normal)?;
+        let rotary = Arc::new(Rotary::new(
+            config.head_dim,
+            config.max_position_embeddings,
+            config.theta(),
+            scaling,
+            vb.dtype(),
+            vb.device(),
+        )?);
+        let block = |i: usize| {
+            let vb = model.pp("layers").pp(i);
+            let (attention, inner) = (config.attention(i), vb.pp("self_attn"));
+            let attention: Box<dyn Attention> = match config.mechanism(i) {
+                Mechanism::Softmax => Box::new(SoftmaxAttention::new(&attention, rotary.clone(), inner)?),
+                Mechanism::Gd => Box::new(GdAttention::new(&attention, rotary.clone(), inner)?),
+            };
+            Ok(Block {
+                index: i,
+                attention,
+                mlp: Mlp::new(c, config.intermediate_size, config.mlp_bias, vb.pp("mlp"))?,
+                input_norm: RmsNorm::new(c, eps, vb.pp("input_layernorm"))?,
+                post_norm: RmsNorm::new(c, eps, vb.pp("post_attention_layernorm"))?,
+            })
+        };
+        let blocks = (0..config.num_hidden_layers).map(block).collect::<Result<_>>()?;
+        let norm = RmsNorm::new(c, eps, model.pp("norm"))?;
+        let head = match config.tie_word_embeddings {
+            true => embed.clone(),
+            false => vb.pp("lm_head").get_with_hints((v, c), "weight", normal)?,
+        };
+        Ok(Self {
+            embed,
+            blocks,
+            norm,
+            head: Linear::new(head, None),
+            config: config.clone(),
+            dtype: vb.dtype(),
+        })
+    }
+
+    /// The config it was built from.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Empty caches, one a layer.
+    pub fn new_cache(&self) -> Vec<LayerCache> {
+        vec![LayerCache::new(); self.blocks.len()]
+    }
+
+    /// Logits `[B, N, V]` of ids `[B, N]`. With caches, the ids continue the cached positions.
+    ///
+    /// # Errors
+    /// Ids beyond the vocabulary, more positions than the model has, or caches of another model.
+    pub fn forward(&self, ids: &Tensor, pass: &Pass, cache: Option<&mut [LayerCache]>) -> Result<Tensor> {
+        self.head.forward(&self.hidden(ids, pass, cache)?)
+    }
+
+    /// The normed hidden states `[B, N, C]` in front of the output projection.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`].
+    pub fn hidden(&self, ids: &Tensor, pass: &Pass, cache: Option<&mut [LayerCache]>) -> Result<Tensor> {
+        let mut x = self.embedded(ids)?;
+        let mut caches = match cache {
+            Some(caches) if caches.len() != self.blocks.len() => {
+                candle_core::bail!("{} caches for {} layers", caches.len(), self.blocks.len())
+            }
+            Some(caches) => caches.iter_mut().map(Some).collect::<Vec<_>>(),
+            None => self.blocks.iter().map(|_| None).collect(),
+        };
+        for (block, cache) in self.blocks.iter().zip(&mut caches) {
+            x = block.forward(&x, pass, cache.as_deref_mut())?;
+        }
+        self.norm.forward(&x)
+    }
+
+    /// Mean loss of predicting `targets` `[B, N]` from ids `[B, N]`, in nats per token that is not
+    /// [ignored](crate::model::loss::IGNORE).
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`], or a target outside the vocabulary.
+    pub fn loss(&self, ids: &Tensor, targets: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.head_loss(&self.hidden(ids, pass, None)?, targets)
+    }
+
+    /// The loss of every token, 0 where the target is ignored; without gradient.
+    ///
+    /// # Errors
+    /// As [`Transformer::loss`].
+    pub fn token_losses(&self, ids: &Tensor, targets: &Tensor, pass: &Pass) -> Result<Vec<f32>> {
+        let hidden = self.hidden(ids, pass, None)?.flatten_to(1)?;
+        linear_token_losses(&hidden, &self.head_weight()?, &targets.flatten_all()?)
+    }
+
+    /// The output projection `[.., C]` -> `[.., V]`.
+    ///
+    /// # Errors
+    /// A hidden state of another width.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.head.forward(hidden)
+    }
+
+    /// The embeddings `[B, N, C]` of ids `[B, N]`.
+    fn embedded(&self, ids: &Tensor) -> Result<Tensor> {
+        let (b, n) = ids.dims2()?;
+        let rows = gd_kernels::embedding(&self.embed, &ids.flatten_all()?)?.to_dtype(self.dtype)?;
+        rows.reshape((b, n, self.config.hidden_size))
+    }
+
+    /// The loss of predicting `targets` `[B, N]` from the hidden states `[B, N, C]` behind the last norm.
+    ///
+    /// # Errors
+    /// A target outside the vocabulary.
+    pub fn head_loss(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        linear_cross_entropy(&hidden.flatten_to(1)?, &self.head_weight()?, &targets.flatten_all()?)
+    }
+
+    /// The weights `[V, C]` of the output projection in the dtype of the hidden states.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn head_weight(&self) -> Result<Tensor> {
+        self.head.weight().to_dtype(self.dtype)
+    }
+}

@@ -1,0 +1,231 @@
+//! What a run leaves behind while it trains: `train.jsonl`, the truth, and TensorBoard's scalar
+//! files made from it.
+//!
+//! A line of `train.jsonl` is one JSON object: a step ([`Line`]), or an event, which has the key
+//! `event` ([`Event`]). Both have `step` and `time` (seconds since 1970). Lines are written at once
+//! and stand in the order of their steps.
+
+mod jsonl;
+mod meter;
+mod tensorboard;
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+pub use jsonl::{Jsonl, read};
+pub use meter::{Line, Meter};
+pub use tensorboard::TensorBoard;
+
+use crate::error::{Error, Result};
+use crate::train::Step;
+
+/// The log in the folder of a run.
+pub const FILE: &str = "train.jsonl";
+/// The folder of TensorBoard's files in the folder of a run.
+pub const TENSORBOARD: &str = "tb";
+
+/// Something that happened besides the steps.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+pub enum Event {
+    /// The run began, or went on.
+    Start {
+        /// Version of the program.
+        version: &'static str,
+        /// The device, in words.
+        device: String,
+        /// Threads of the CPU.
+        threads: usize,
+        /// Parameters of the model.
+        parameters: usize,
+        /// The seed.
+        seed: u64,
+        /// Rate of the matrix product to which `mfu` relates, FLOP/s.
+        peak_flops: f64,
+        /// Floating-point operations a training token costs.
+        flops_per_token: f64,
+    },
+    /// A checkpoint was saved and read back.
+    Checkpoint {
+        /// Its folder.
+        path: String,
+    },
+    /// The newest checkpoint could not be used, so an older one was taken.
+    Fallback {
+        /// What was wrong with the newer one.
+        reason: String,
+    },
+    /// An update was left out.
+    Skip {
+        /// Why.
+        reason: String,
+    },
+    /// Text that the model generated.
+    Sample {
+        /// What it continued.
+        prompt: String,
+        /// The continuation.
+        text: String,
+    },
+    /// The run is complete: the measures of the whole validation text.
+    End {
+        /// Loss, nats per token.
+        loss: f64,
+        /// Bits per byte.
+        bits_per_byte: f64,
+        /// Predicted tokens.
+        tokens: usize,
+    },
+}
+
+/// The log of a run, open for writing.
+#[derive(Debug)]
+pub struct Logger {
+    jsonl: Jsonl,
+    tensorboard: TensorBoard,
+    meter: Meter,
+}
+
+impl Logger {
+    /// Opens the log in the folder `run`, which exists, and cuts it back to what was written up to
+    /// the end of `step`; 0 starts it anew. TensorBoard's files are made again from what is left.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read or written.
+    pub fn open(run: &Path, step: u64, meter: Meter) -> Result<Self> {
+        let jsonl = Jsonl::open(&run.join(FILE), step)?;
+        let mut tensorboard = TensorBoard::create(&run.join(TENSORBOARD), now())?;
+        for line in read(&run.join(FILE))? {
+            tensorboard.line(&line)?;
+        }
+        Ok(Self { jsonl, tensorboard, meter })
+    }
+
+    /// Writes the event with which a run begins or goes on after `step` steps.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn start(&mut self, step: u64, parameters: usize, seed: u64) -> Result<()> {
+        let event = self.meter.start(parameters, seed);
+        self.event(step, &event)
+    }
+
+    /// Writes the line of a step, and why its update was skipped if it was. The line's numbers become
+    /// scalars of TensorBoard, nested ones with a `/` in their name.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn step(&mut self, step: &Step) -> Result<()> {
+        let line = object(&self.meter.line(step))?;
+        self.line(&line)?;
+        match &step.skip {
+            Some(reason) => self.event(step.step, &Event::Skip { reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn line(&mut self, line: &Map<String, Value>) -> Result<()> {
+        self.jsonl.append(line)?;
+        self.tensorboard.line(line)
+    }
+
+    /// Writes an event that happened after `step` steps.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn event(&mut self, step: u64, event: &Event) -> Result<()> {
+        let mut line = object(event)?;
+        line.insert("step".into(), step.into());
+        self.jsonl.append(&line)
+    }
+
+    /// Makes sure that what was written stays, whatever happens to the machine.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn sync(&mut self) -> Result<()> {
+        self.jsonl.sync()
+    }
+}
+
+/// A line with the time of now.
+fn object(line: &impl Serialize) -> Result<Map<String, Value>> {
+    match serde_json::to_value(line) {
+        Ok(Value::Object(mut object)) => {
+            object.insert("time".into(), now().into());
+            Ok(object)
+        }
+        other => Err(Error::Invalid(format!("a line of the log is no JSON object: {other:?}"))),
+    }
+}
+
+/// The numbers of a line by name, `/` between the keys of nested ones; its step and time, which
+/// every scalar has beside it, left out.
+pub fn scalars(line: &Map<String, Value>) -> Vec<(String, f64)> {
+    fn visit(prefix: &str, map: &Map<String, Value>, found: &mut Vec<(String, f64)>) {
+        for (key, value) in map {
+            match value {
+                Value::Object(inner) => visit(&format!("{prefix}{key}/"), inner, found),
+                Value::Number(x) => found.extend(x.as_f64().map(|x| (format!("{prefix}{key}"), x))),
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    visit("", line, &mut found);
+    found.retain(|(name, _)| name != "step" && name != "time");
+    found
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn every_number_of_a_line_is_a_scalar() {
+        let line = json!({
+            "step": 3, "time": 1.0, "loss": 2.5, "mfu": null, "selection": { "margin": 0.5 }, "note": "x"
+        });
+        let found = scalars(line.as_object().unwrap());
+        assert_eq!(found, [("loss".to_owned(), 2.5), ("selection/margin".to_owned(), 0.5)]);
+    }
+
+    #[test]
+    fn a_log_that_is_opened_again_goes_on_after_a_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let sample = Event::Sample { prompt: "a".into(), text: "b".into() };
+        let mut log = Logger::open(dir.path(), 0, Meter::default()).unwrap();
+        for step in 1..=3 {
+            log.line(&object(&json!({ "step": step, "loss": 0.5 })).unwrap()).unwrap();
+            log.event(step, &sample).unwrap();
+        }
+        let mut log = Logger::open(dir.path(), 2, Meter::default()).unwrap();
+        log.line(&object(&json!({ "step": 3, "loss": 0.25 })).unwrap()).unwrap();
+        log.sync().unwrap();
+        let lines = read(&dir.path().join(FILE)).unwrap();
+        let steps: Vec<_> =
+            lines.iter().map(|l| (l["step"].as_u64().unwrap(), l.contains_key("event"))).collect();
+        assert_eq!(steps, [(1, false), (1, true), (2, false), (2, true), (3, false)]);
+        assert_eq!((&lines[1]["event"], &lines[1]["text"]), (&json!("sample"), &json!("b")));
+        assert!(lines.iter().all(|l| l["time"].as_f64().unwrap() > 1e9));
+        // One file, with a record for its version and one a step.
+        let files: Vec<_> = std::fs::read_dir(dir.path().join(TENSORBOARD)).unwrap().collect();
+        assert_eq!(files.len(), 1);
+        let bytes = std::fs::read(files[0].as_ref().unwrap().path()).unwrap();
+        let (mut at, mut records) = (0, 0);
+        while at < bytes.len() {
+            at += 16 + u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+            records += 1;
+        }
+        assert_eq!((at, records), (bytes.len(), 4));
+    }
+}

@@ -1,0 +1,79 @@
+//! Which parameters decay, and which are matrices that Muon may orthogonalise: one table of names.
+
+/// How a parameter is treated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// A matrix between two hidden spaces: Muon, if it is configured; decays.
+    Matrix,
+    /// Any other array of weights, as embeddings and filters: AdamW; decays.
+    Array,
+    /// A vector, norm, gain or fixed gate: AdamW; does not decay.
+    Gain,
+}
+
+/// Groups by the end of the name; the first that fits counts.
+const TABLE: &[(&str, Group)] = &[
+    ("_proj.weight", Group::Matrix),
+    ("norm.weight", Group::Gain),
+    (".bias", Group::Gain),
+    (".gd.beta", Group::Gain),
+    (".gd.threshold", Group::Gain),
+    (".gd.alpha", Group::Gain),
+    // Deviations from the weights (1, 0, ..) of the rounds.
+    (".gd.rounds", Group::Gain),
+    ("embed_tokens.weight", Group::Array),
+    ("lm_head.weight", Group::Array),
+    (".beacon.conv.weight", Group::Array),
+    (".beacon.memory.weight", Group::Array),
+    (".beacon.prior.weight", Group::Array),
+];
+
+impl Group {
+    /// The group of a parameter by its name and number of dimensions. What the table does not know decays
+    /// if it has two dimensions or more.
+    pub fn of(name: &str, rank: usize) -> Self {
+        match TABLE.iter().find(|(end, _)| name.ends_with(end)) {
+            Some((_, Self::Matrix)) if rank != 2 => Self::Array,
+            Some((_, group)) => *group,
+            None if rank >= 2 => Self::Array,
+            None => Self::Gain,
+        }
+    }
+
+    /// Whether weight decay applies.
+    pub fn decays(self) -> bool {
+        self != Self::Gain
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::analysis::variants::VARIANTS;
+    use crate::config::{PRESETS, Recipe};
+    use crate::model::Transformer;
+    use crate::model::params::Params;
+
+    #[test]
+    fn the_table_knows_every_parameter_and_no_vector_decays() {
+        for (preset, _) in PRESETS.iter().take(1) {
+            let mut base = Recipe::load(preset).unwrap().model;
+            (base.attention_bias, base.gd.output_gate, base.tie_word_embeddings) = (true, true, false);
+            (base.gd.select.threshold, base.gd.select.rounds) = (Some(1.0), 2);
+            base.gd.select.gate = gd_kernels::Gate::Coherence;
+            for v in VARIANTS.iter().filter(|v| v.applies(&base)) {
+                let params = Params::new(0, DType::F32, &Device::Cpu);
+                Transformer::new(&v.config(&base).unwrap(), params.builder()).unwrap();
+                for (name, var) in params.vars() {
+                    assert!(TABLE.iter().any(|(end, _)| name.ends_with(end)), "{name}");
+                    let group = Group::of(&name, var.rank());
+                    assert!(var.rank() >= 2 || group == Group::Gain, "{name}: {group:?}");
+                    let inner = name.contains("layers.") && name.ends_with("proj.weight");
+                    assert_eq!(group == Group::Matrix, inner, "{name}: {group:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What moves the parameters: AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest.
+
+mod adamw;
+mod groups;
+mod muon;
+mod norm;
+mod parameter;
+
+use std::collections::BTreeMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
+
+pub use self::adamw::{AdamW, AdamWConfig, Known, Moved};
+pub use self::groups::Group;
+pub use self::muon::{Muon, MuonConfig, orthogonal};
+pub use self::norm::{accumulate, clip_scale, global_norm, not_finite, squares};
+use crate::error::Result;
+use crate::train::state::{State, Stateful};
+
+/// The optimizer of a training run.
+#[derive(Debug)]
+pub struct Optimizer {
+    adamw: AdamW,
+    /// Over the parameters of [`Group::Matrix`]; without a config over none.
+    muon: Muon,
+}
+
+impl Optimizer {
+    /// AdamW over named parameters; with a config for Muon, that over the matrices among them.
+    ///
+    /// # Errors
+    /// As [`AdamW::new`] and [`Muon::new`].
+    pub fn new(vars: Vec<(String, Var)>, adamw: AdamWConfig, muon: Option<MuonConfig>) -> Result<Self> {
+        let is_matrix = |(name, var): &(String, Var)| Group::of(name, var.rank()) == Group::Matrix;
+        let (matrices, others) = vars.into_iter().partition(|v| muon.is_some() && is_matrix(v));
+        Ok(Self { adamw: AdamW::new(others, adamw)?, muon: Muon::new(matrices, muon.unwrap_or_default())? })
+    }
+
+    /// Updates every parameter that has a gradient, with the gradients times `scale` (for clipping and
+    /// averaging) at learning rate `lr`.
+    ///
+    /// # Errors
+    /// As [`AdamW::step`].
+    pub fn step(&mut self, grads: &GradStore, lr: f64, scale: f64) -> Result<()> {
+        self.adamw.step(grads, lr, scale)?;
+        self.muon.step(grads, lr, scale)
+    }
+
+    /// Whether a GPU can do a step without the host knowing how its gradients are clipped: all but Muon's.
+    pub fn runs_ahead(&self) -> bool {
+        self.muon.is_empty()
+    }
+
+    /// As [`AdamW::step_known`], where [`Optimizer::runs_ahead`].
+    ///
+    /// # Errors
+    /// As there, or matrices that Muon would move.
+    pub fn step_known(&mut self, grads: &GradStore, lr: f64, known: &Known<'_>) -> Result<Moved> {
+        match self.runs_ahead() {
+            true => self.adamw.step_known(grads, lr, known),
+            false => Err(crate::Error::Invalid("Muon's updates need a factor that the host knows".into())),
+        }
+    }
+
+    /// As [`AdamW::take_back`].
+    pub fn take_back(&mut self, moved: &Moved) {
+        self.adamw.take_back(moved);
+    }
+
+    /// With the parameters, all that an exact continuation needs, by name.
+    ///
+    /// # Errors
+    /// Whatever copying a tensor reports.
+    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut state = self.adamw.state()?;
+        state.extend(self.muon.state());
+        Ok(state)
+    }
+
+    /// Takes over what [`Optimizer::state`] gave for the same parameters and settings. After an error nothing
+    /// has changed.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing, superfluous, or of another shape or dtype.
+    pub fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        let (muon, adamw) = state.clone().into_iter().partition(|(key, _)| self.muon.owns(key));
+        let (adamw, muon) = (self.adamw.read(adamw)?, self.muon.read(muon)?);
+        self.adamw.adopt(adamw);
+        self.muon.adopt(muon);
+        Ok(())
+    }
+}
+
+impl Stateful for Optimizer {
+    fn save(&self) -> Result<State> {
+        Ok(State { tensors: self.state()?, ..State::default() })
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        self.load_state(&state.tensors)
+    }
+}

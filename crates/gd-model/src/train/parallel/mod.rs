@@ -1,0 +1,222 @@
+//! Data-parallel training: several processes (ranks) share the batch of every step.
+//!
+//! Every rank holds the whole model. It computes the gradients of its own rows of each micro-batch; the
+//! sums over all ranks then replace them, and each rank makes the same update. So the ranks stay equal to
+//! the bit, and equal to one process with the same batch but for the order of additions.
+//!
+//! A [`Group`] is what the trainer sees of this. Without the feature `mpi`, or without `mpirun`, it is a
+//! group of one, which costs nothing. Every method that takes part of all ranks (it says so) must be
+//! called by all of them in the same order.
+
+mod single;
+
+#[cfg(feature = "mpi")]
+mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
+
+use std::rc::Rc;
+
+use candle_core::{DType, Device, Tensor, Var};
+
+use crate::error::{Error, Result};
+use crate::train::Gradients;
+
+/// Elements of the gradients that travel together; one larger parameter travels alone.
+const BUCKET: usize = 1 << 22;
+
+/// What the launchers of MPI tell a process: how many there are.
+const LAUNCHED: [&str; 2] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
+
+/// The same for their numbers among those on one machine.
+const LOCAL: [&str; 2] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"];
+
+/// The number of this process among those that `mpirun` has started on this machine; 0 without `mpirun`.
+pub fn local_rank() -> usize {
+    LOCAL.iter().find_map(|name| std::env::var(name).ok()?.parse().ok()).unwrap_or(0)
+}
+
+/// What carries data between the ranks.
+trait Engine {
+    /// This process, from 0.
+    fn rank(&self) -> usize;
+
+    /// Processes.
+    fn world(&self) -> usize;
+
+    /// Replaces every element of a contiguous f32 vector by its sum over the ranks; all ranks get the
+    /// same bits, in every run.
+    fn sum(&self, flat: &Tensor) -> candle_core::Result<()>;
+
+    /// What the ranks give, of one length, one after the other.
+    fn gather(&self, own: &[u8]) -> Vec<u8>;
+
+    /// Ends all ranks.
+    fn abort(&self, code: u8) -> !;
+}
+
+/// The processes of one training. Clones are the same group; it ends with the last of them.
+#[derive(Clone)]
+pub struct Group(Rc<dyn Engine>);
+
+impl Group {
+    /// This process alone.
+    pub fn single() -> Self {
+        Self(Rc::new(single::Single))
+    }
+
+    /// The processes that `mpirun` has started together, or this one alone where it was not started so.
+    /// All ranks take part.
+    ///
+    /// # Errors
+    /// Several processes, but a program without the feature `mpi`; or MPI or NCCL does not start.
+    pub fn start(device: &Device) -> Result<Self> {
+        let Some(launched) = LAUNCHED.iter().find_map(|name| std::env::var(name).ok()) else {
+            return Ok(Self::single());
+        };
+        Self::launched(&launched, device)
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    fn launched(world: &str, _: &Device) -> Result<Self> {
+        if world == "1" {
+            return Ok(Self::single());
+        }
+        Err(Error::Invalid(format!(
+            "this is one of {world} processes, but the program was built without the feature mpi"
+        )))
+    }
+
+    #[cfg(feature = "mpi")]
+    fn launched(_: &str, device: &Device) -> Result<Self> {
+        let mpi = mpi::Mpi::start()?;
+        #[cfg(feature = "nccl")]
+        if let Device::Cuda(device) = device {
+            return Ok(Self(Rc::new(nccl::Nccl::start(mpi, device)?)));
+        }
+        if !device.is_cpu() {
+            return Err(Error::Invalid(format!(
+                "{:?}: this program sums gradients on the CPU (built without the feature nccl)",
+                device.location()
+            )));
+        }
+        Ok(Self(Rc::new(mpi)))
+    }
+
+    /// The number of this process, from 0.
+    pub fn rank(&self) -> usize {
+        self.0.rank()
+    }
+
+    /// The number of processes.
+    pub fn world(&self) -> usize {
+        self.0.world()
+    }
+
+    /// Whether this process is the one that prints, logs, evaluates and saves.
+    pub fn leads(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// Fails where a micro-batch of `batch` rows has not a row for every rank.
+    ///
+    /// # Errors
+    /// Names both numbers.
+    pub fn check(&self, batch: usize) -> Result<()> {
+        if batch >= self.world() {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "train.batch {batch} has not a row for each of {} processes",
+            self.world()
+        )))
+    }
+
+    /// Replaces loss, weight and gradients by their sums over the ranks. All ranks take part, and get the
+    /// same bits; what follows from the sums, such as to skip a step or to stop, they decide alike.
+    ///
+    /// # Errors
+    /// A gradient that has another shape than its parameter.
+    pub fn all_reduce(&self, vars: &[(String, Var)], sums: &mut Gradients) -> Result<()> {
+        if self.world() == 1 {
+            return Ok(());
+        }
+        [sums.loss, sums.weight] = self.sum([sums.loss, sums.weight]);
+        // A parameter has a gradient if it has one on any rank.
+        let own: Vec<u8> = vars.iter().map(|(_, var)| u8::from(sums.store.get(var).is_some())).collect();
+        let all = self.0.gather(&own);
+        let given = |i: usize| all.chunks(own.len().max(1)).any(|rank| rank[i] == 1);
+        let vars: Vec<&Var> = (0..vars.len()).filter(|&i| given(i)).map(|i| &vars[i].1).collect();
+        let mut rest = vars.as_slice();
+        while !rest.is_empty() {
+            let mut size = 0;
+            let fits = rest.iter().take_while(|var| {
+                size += var.elem_count();
+                size <= BUCKET
+            });
+            let (bucket, others) = rest.split_at(fits.count().max(1));
+            self.reduce(bucket, sums)?;
+            rest = others;
+        }
+        Ok(())
+    }
+
+    /// Sums the gradients of these parameters in one vector.
+    fn reduce(&self, vars: &[&Var], sums: &mut Gradients) -> Result<()> {
+        let size = vars.iter().map(|var| var.elem_count()).sum::<usize>();
+        // Gradients may share their storage with each other, so the sum is not taken in place.
+        let flat = Tensor::zeros(size, DType::F32, vars[0].device())?;
+        let mut at = 0;
+        for var in vars {
+            if let Some(grad) = sums.store.get(var) {
+                flat.slice_set(&grad.detach().flatten_all()?.to_dtype(DType::F32)?.contiguous()?, 0, at)?;
+            }
+            at += var.elem_count();
+        }
+        self.0.sum(&flat)?;
+        at = 0;
+        for var in vars {
+            let sum = flat.narrow(0, at, var.elem_count())?.reshape(var.shape())?.to_dtype(var.dtype())?;
+            sums.store.insert(var, sum);
+            at += var.elem_count();
+        }
+        Ok(())
+    }
+
+    /// Sums over the ranks, in their order.
+    fn sum<const N: usize>(&self, own: [f64; N]) -> [f64; N] {
+        let bytes: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let mut sums = [0.0; N];
+        for (i, bytes) in self.0.gather(&bytes).as_chunks().0.iter().enumerate() {
+            sums[i % N] += f64::from_le_bytes(*bytes);
+        }
+        sums
+    }
+
+    /// Of each flag, whether any rank has set it, so that all go on alike. All ranks take part.
+    pub fn any<const N: usize>(&self, own: [bool; N]) -> [bool; N] {
+        self.sum(own.map(|set| f64::from(u8::from(set)))).map(|count| count > 0.0)
+    }
+
+    /// Fails unless all ranks hold the same: `hash` is the hash of `what`. All ranks take part, and fail
+    /// together.
+    ///
+    /// # Errors
+    /// Names the ranks that differ from rank 0.
+    pub fn require_equal(&self, what: &str, hash: blake3::Hash) -> Result<()> {
+        let all = self.0.gather(hash.as_bytes());
+        let ranks = all.chunks(blake3::OUT_LEN).enumerate();
+        let other: Vec<String> =
+            ranks.filter(|(_, hash)| *hash != &all[..blake3::OUT_LEN]).map(|(r, _)| r.to_string()).collect();
+        if other.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!("{what}: different on rank 0 and on rank {}", other.join(", "))))
+    }
+
+    /// Ends all ranks with this exit code, for an error of this one: the others would wait for it forever.
+    pub fn abort(&self, error: &str, code: u8) -> ! {
+        eprintln!("error: rank {} of {}: {error}", self.rank(), self.world());
+        self.0.abort(code)
+    }
+}

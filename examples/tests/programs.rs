@@ -1,0 +1,47 @@
+//! Every example program runs to its end.
+
+use std::process::Command;
+
+/// Runs a program without arguments and returns what it prints.
+fn run(program: &str) -> String {
+    let output = Command::new(program).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program}: {}\n{stderr}", output.status);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn the_layer_replaces_multi_head_attention() {
+    let text = run(env!("CARGO_BIN_EXE_drop_in_layer"));
+    assert!(text.contains("[1, 12, 64]"), "{text}");
+}
+
+#[test]
+fn the_layer_learns_with_candles_optimizer() {
+    let text = run(env!("CARGO_BIN_EXE_train_layer"));
+    assert!(text.contains("step 200"), "{text}");
+}
+
+#[test]
+fn sequences_decode_alone_and_as_a_batch() {
+    let text = run(env!("CARGO_BIN_EXE_decode_with_cache"));
+    assert!(text.contains("[108, 48]"), "{text}");
+}
+
+#[test]
+fn a_model_generates_text() {
+    let text = run(env!("CARGO_BIN_EXE_load_and_generate"));
+    assert!(text.contains("It was the "), "{text}");
+}
+
+#[test]
+fn a_checkpoint_is_converted() {
+    let text = run(env!("CARGO_BIN_EXE_convert_checkpoint"));
+    assert!(text.contains(" 1 keys: perplexity"), "{text}");
+}
+
+#[test]
+fn a_generation_is_traced_and_verified() {
+    let text = run(env!("CARGO_BIN_EXE_trace_generation"));
+    assert!(text.contains("verified"), "{text}");
+}

@@ -1,0 +1,57 @@
+//! Recording which position every head reads while a model generates, and verifying the record.
+//!
+//! `cargo run --release -p gd-examples --bin trace_generation [MODEL]`. Without a model a small one is trained
+//! first.
+
+use std::fs::File;
+
+use candle_core::Device;
+use gd_examples::model_or_demo;
+use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::model::pretrained;
+use gd_model::trace::{Continuation, Header, Trace, Writer, hex, record, replay, verify};
+
+fn main() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = model_or_demo("gd", &folder.path().join("model"))?;
+    let device = Device::Cpu;
+    let loaded = pretrained::load(&path, &device)?;
+
+    // Record a generation.
+    let (seed, sampling) = (7, Sampling { temperature: 0.7, ..Sampling::default() });
+    let prompt = loaded.tokenizer.encode("It was the ")?;
+    let header = Header::new(&loaded, "demo", &prompt, Some((sampling, seed)), &[], &device)?;
+    let continuation =
+        Continuation { max_tokens: 20, sampler: Sampler::new(sampling, seed)?, ends: loaded.ends()? };
+    let file = folder.path().join("demo.trace");
+    let mut out = File::create(&file)?;
+    let mut writer = Writer::new(&file, &mut out, &header)?;
+    let mut last = None;
+    record(&loaded, &header, &prompt, Some(continuation), &device, |record| {
+        writer.push(&record)?;
+        last = Some(record);
+        Ok(())
+    })?;
+    let seal = writer.finish()?;
+    println!("{} positions, head {}", seal.count, hex(&seal.head));
+
+    // The last token: one row for every selecting layer and head.
+    let last = last.expect("the prompt has tokens");
+    println!("position {} ({:?})", last.position, last.text);
+    let heads = header.selecting().flat_map(|layer| (0..layer.heads).map(move |head| (layer.layer, head)));
+    for ((layer, head), row) in heads.zip(&last.rows) {
+        match row.selected {
+            -1 => println!("  layer {layer} head {head} abstains"),
+            position => {
+                println!("  layer {layer} head {head} reads position {position}, margin {:.3}", row.margin);
+            }
+        }
+    }
+
+    // Anybody who has the file and the printed head can check it; who has the model, too, can replay it.
+    let trace = Trace::read(&file)?;
+    let verified = verify(&trace, Some(seal.head), None)?;
+    let outcome = replay(&trace.header, &verified.records, &loaded, 1e-3, &device)?;
+    println!("verified; replay: {outcome:?}");
+    Ok(())
+}

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Compares what the program saves with what Python's transformers makes of it.
+
+    python3 -m venv venv && venv/bin/pip install torch transformers
+    cargo build --release -p gd-model -p gd-cli --bins --examples
+    venv/bin/python scripts/ci/check_transformers.py [target/release]
+
+The fixtures of tests/fixtures/llama, saved again by `gd convert`, must load as the classes of their families
+and give the same bits. Selecting models, trained for a few steps and converted, must load through the Python
+files beside them and give the program's logits. Prints the greatest difference of each.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests/fixtures/llama"
+SMALL = ROOT / "crates/gd-model/tests/fixtures/small.json"
+CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+           "qwen3": "Qwen3ForCausalLM"}
+BOUND = 1e-4
+BARRIER = {"floor": 0.2, "margin": 2.0, "strength": 1.5, "entropy_trigger": 0.5, "slack": 0.5}
+BEACON = {"conv_width": 4, "averages": 2, "prior": True, "protected": 2, "barrier": BARRIER}
+
+# What differs from tests/fixtures/small.json in its block `gd`, by the name of the model.
+SELECTING = {
+    "as-it-is": {},
+    "barrier-rounds": {"beacon": BEACON, "output_gate": True, "output_bias": True, "windows": [None, 9],
+                       "select": {"candidates": 4, "rounds": 3, "threshold": 1.0, "tie": "last"}},
+    "energy-gate": {"select": {"candidates": 2, "gate": {"energy": {"temperature": 0.5}}, "threshold": 0.8}},
+    "coherence-gate": {"qk_norm": False, "select": {"gate": "coherence", "estimator": "dense", "rounds": 2}},
+    "passage": {"beacon": None, "select": {"gate": "coherence", "coherence": "passage", "norm_prior": True}},
+    "blend-dot": {"beacon": BEACON | {"averages": 1, "conv_width": 1},
+                  "select": {"score": "dot", "estimator": "blend", "temperature": 0.7, "threshold": 2.0}},
+    "softmax": {"mechanism": ["gd", "softmax"]},
+}
+
+
+def run(*args):
+    done = subprocess.run([str(a) for a in args], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, args))}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def load(folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return model.eval()
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def families(gd, work):
+    """The families' fixtures, saved again by the program."""
+    for family, expected in CLASSES.items():
+        folder = work / family
+        run(gd, "convert", FIXTURES / family, "--out", folder)
+        before, after = load(FIXTURES / family), load(folder)
+        assert type(after).__name__ == expected, type(after)
+        ids = load_file(FIXTURES / family / "golden.safetensors")["ids"].tolist()
+        assert torch.equal(logits(before, ids), logits(after, ids)), family
+        print(f"{family}: {expected}, the same bits")
+
+
+def shake(folder, halved):
+    """Moves every weight by a share of its size, so that no part of the model is still as it began."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in sorted(tensors.items()):
+        size = 0.15 if tensor.dim() == 1 else max(0.2 * tensor.std().item(), 0.5 * tensor.shape[-1] ** -0.5)
+        tensors[name] = tensor + size * torch.randn(tensor.shape)
+        # Equal weights of query and key: the only ones for which the modes of coherence differ.
+        if halved and name.endswith("gd.alpha"):
+            tensors[name] = torch.zeros(tensor.shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def compare(program, folder, work):
+    """The greatest difference of logits between the program and the Python files in the folder."""
+    out = work / "logits.safetensors"
+    run(program, folder, work / "text.txt", out)
+    found = load_file(out)
+    model = load(folder, trust_remote_code=True)
+    assert type(model).__name__ == "GdForCausalLM", type(model)
+    return model, found["ids"], (logits(model, found["ids"].tolist()) - found["logits"]).abs().max().item()
+
+
+def selecting(gd, program, work):
+    """Models that select: trained here, and converted from another family."""
+    small, worst = json.loads(SMALL.read_text()), 0.0
+    for name, changes in SELECTING.items():
+        config = json.loads(json.dumps(small))
+        block = config["model"]["gd"]
+        block |= {key: value for key, value in changes.items() if key != "select"}
+        block["select"] |= changes.get("select", {})
+        config["model"]["num_key_value_heads"] = 1
+        (work / "config.json").write_text(json.dumps(config))
+        run(gd, "train", "--config", work / "config.json", "--out", work / "run")
+        run(gd, "convert", work / "run", "--out", work / name)
+        shake(work / name, name == "passage")
+        model, ids, off = compare(program, work / name, work)
+        worst = max(worst, off)
+        print(f"{name}: off by {off:.1e}")
+    # The last of them also generates, and saved by transformers loads again.
+    said = model.generate(ids[None, :8].long(), max_new_tokens=4, do_sample=False)[0]
+    assert said[-1] == logits(model, said[:-1].tolist())[-1].argmax(), said
+    for family in CLASSES:
+        for score in ("dot", "energy"):
+            folder = work / f"{family}-{score}"
+            run(gd, "convert", FIXTURES / family, "--attention", "gd", "--k", 4, "--score", score, "--out", folder)
+            _, _, off = compare(program, folder, work)
+            worst = max(worst, off)
+            print(f"{family}, 4 keys by {score}: off by {off:.1e}")
+    return worst
+
+
+def refusals(work):
+    """A config with a part that the Python files do not have."""
+    path = work / "as-it-is" / "config.json"
+    config = json.loads(path.read_text())
+    config["gd"]["select"]["colour"] = 1
+    path.write_text(json.dumps(config))
+    try:
+        load(path.parent, trust_remote_code=True)
+    except ValueError as e:
+        assert "gd.select.colour is not implemented" in str(e), e
+        return
+    sys.exit("an unknown key was accepted")
+
+
+def main():
+    built = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "target/release"
+    gd, program = built / "gd", built / "examples/logits"
+    torch.manual_seed(0)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "text.txt").write_text("All work is made of words, and words of letters; letters of ink.")
+        families(gd, work)
+        worst = selecting(gd, program, work)
+        refusals(work)
+    print(f"greatest difference {worst:.1e}, at most {BOUND} allowed")
+    if not worst <= BOUND:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,530 @@
+#!/usr/bin/env python3
+"""Opens the viewer's page in headless Chromium, presses its keys and compares what it shows with the traces' records.
+
+    python3 -m venv venv && venv/bin/pip install websockets
+    cargo build --release -p gd-cli --example viewer
+    venv/bin/python scripts/ci/check_viewer.py [--target target/release] [--shots DIR]
+
+The traces are made here, at random from a fixed seed. Needs Chromium (Debian: chromium), in $CHROMIUM or on the path.
+Paths are counted again here, from the other end. Prints each part's checks and the time of a frame after a key; ends
+with exit code 1 at the first check that fails, or where Chromium or the example is missing.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from viewer_browser import Browser, find_chromium
+
+EVIL = "</script><img src=x onerror=\"window.evil=1\"><script>window.evil=1</script>"
+WORDS = ["the", " king", " of", " France", ",", " said", " a", " stranger", ".", " He", " could", " not", "\n", "\n\n",
+         "\n  ", "\tindent", " ", "", "é", "漢", "字", "🙂", " שלום", EVIL, "—" * 70, " <b>", " &amp;", "x\ny"]
+GENERATED, PROTECTED, REJECTED, LIFTED = 1, 1, 2, 4
+checks = 0
+
+
+def check(fits, *what):
+    global checks
+    checks += 1
+    if not fits:
+        sys.exit(f"check {checks} failed: {' '.join(map(str, what))}")
+
+
+def same(found, expected, *what):
+    check(found == expected, *what, f"the page has {found!r}, expected {expected!r}")
+
+
+def single(x):
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
+class Made:
+    """A made-up trace: `layers` of (heads, rounds, threshold or none), or a name for one that blends."""
+
+    def __init__(self, seed, tokens, layers, first=0):
+        self.random = random.Random(seed)
+        self.first, self.end = first, first + tokens
+        self.layers = [entry for entry in enumerate(layers) if not isinstance(entry[1], str)]
+        self.header = {"format": "gd-trace", "version": 1, "gd": "0.1.0", "seed": 2**63 + 1, "device": "cpu",
+                       "isa": "avx512", "precision": "native", "interventions": [EVIL], "sampling": None,
+                       "input": "blake3:" + "0f" * 32, "prompt_tokens": tokens // 2,
+                       "model": {"name": "small", "weights": "blake3:" + "a1" * 32, "config": "blake3:" + "b2" * 32,
+                                 "tokenizer": "blake3:" + "c3" * 32},
+                       "layers": [self.layer(*entry) for entry in enumerate(layers)]}
+        self.texts = [self.random.choice(WORDS) for _ in range(tokens)]
+        self.ids = [self.random.randrange(50_000) for _ in range(tokens)]
+        self.cells = [(layer, head) for layer, (heads, _, _) in self.layers for head in range(heads)]
+        self.rows = [[self.cell(p, *place) for place in self.cells] for p in range(first, self.end)]
+
+    @staticmethod
+    def layer(n, kind):
+        if isinstance(kind, str):
+            return {"layer": n, "mechanism": kind, "selects": False}
+        heads, rounds, threshold = kind
+        bounds = None if threshold is None else [threshold] * heads
+        return {"layer": n, "mechanism": "gd", "selects": True, "heads": heads, "rounds": rounds, "threshold": bounds}
+
+    def cell(self, p, layer, head):
+        rng = self.random
+        _, rounds, threshold = dict(self.layers)[layer]
+        keys = rng.sample(range(p + 1), min(p + 1, rng.randrange(1, 6)))
+        if head == 0 and p:
+            keys = [p - 1] + [k for k in keys if k != p - 1]
+        candidates, energy = [], 0.0
+        for n, key in enumerate(keys):
+            energy += rng.random() + 0.01
+            flags = PROTECTED * (rng.random() < 0.2)
+            flags |= REJECTED * (threshold is not None and energy > threshold)
+            lifted = LIFTED * (n == 1 and rng.random() < 0.2)
+            candidates.append({"key": key, "flags": flags | lifted, "energy": single(energy),
+                               "lifted": single(energy - 0.005)})
+        kept = [c for c in candidates if not c["flags"] & REJECTED]
+        if not kept or rng.random() < 0.05:
+            kept = []
+        margin = single(kept[1]["energy"] - kept[0]["energy"]) if len(kept) > 1 else math.inf
+        later = [kept[n]["key"] if n < len(kept) else -1 for n in range(1, rounds)]
+        value = rng.random()
+        return {"selected": kept[0]["key"] if kept else -1, "energy": kept[0]["energy"] if kept else math.inf,
+                "margin": margin, "coherence": rng.random() if rng.random() < 0.8 else math.nan, "gate": 1.0,
+                "value": single(value), "average": single((1 - value) * rng.random()), "later": later,
+                "candidates": candidates}
+
+    def change(self, share, seed):
+        """Other picks in a share of the cells, each among the candidates."""
+        rng = random.Random(seed)
+        for row in self.rows:
+            for cell in row:
+                if rng.random() < share:
+                    cell["selected"] = rng.choice([c["key"] for c in cell["candidates"]])
+
+    def records(self):
+        out = bytearray()
+        for n, row in enumerate(self.rows):
+            text = self.texts[n].encode()
+            flags = GENERATED * (2 * n >= len(self.rows))
+            body = bytearray(struct.pack("<IIIH", self.first + n, self.ids[n], flags, len(text)) + text)
+            for c in row:
+                body += struct.pack("<iffffff", c["selected"], c["energy"], c["margin"], c["coherence"], c["gate"],
+                                    c["value"], c["average"])
+                body += struct.pack(f"<{len(c['later'])}i", *c["later"]) + bytes([len(c["candidates"])])
+                for k in c["candidates"]:
+                    body += struct.pack("<iBf", k["key"], k["flags"], k["energy"])
+                    if k["flags"] & LIFTED:
+                        body += struct.pack("<f", k["lifted"])
+            out += struct.pack("<I", len(body)) + body
+        return bytes(out)
+
+    def row(self, p):
+        return self.rows[p - self.first]
+
+    def reads(self, p, layer):
+        """Every key read at a position in a layer, in all rounds."""
+        if p < self.first:
+            return []
+        cells = [c for (at, _), c in zip(self.cells, self.row(p)) if at == layer]
+        return [key for c in cells for key in [c["selected"], *c["later"]] if key >= 0]
+
+    def ways(self, start, goals, depth):
+        """How many paths lead from `start` through the last `depth` selecting layers to each goal, counted from the
+        goals up, and how many there are in all."""
+        names = [layer for layer, _ in self.layers][len(self.layers) - depth:]
+
+        @cache
+        def count(level, at, goal):
+            if level < 0:
+                return int(goal is None or at == goal)
+            return sum(count(level - 1, key, goal) for key in [at, *self.reads(at, names[level])])
+
+        sys.setrecursionlimit(10_000)
+        return {goal: count(depth - 1, start, goal) for goal in goals}, count(depth - 1, start, None)
+
+    def reached(self, start, depth):
+        held = {start}
+        for layer, _ in self.layers[::-1][:depth]:
+            held |= {key for p in held for key in self.reads(p, layer)}
+        return held
+
+
+class Build:
+    """Pages from the example program."""
+
+    def __init__(self, target, folder):
+        self.program, self.folder, self.count = Path(target) / "examples/viewer", Path(folder), 0
+        if not self.program.exists():
+            sys.exit(f"{self.program} is missing: cargo build --release -p gd-cli --example viewer")
+
+    def page(self, *traces, cut=0):
+        self.count += 1
+        base, args = self.folder / f"page{self.count}", []
+        for n, (name, made) in enumerate(traces):
+            header, records = base.with_suffix(f".{n}.json"), base.with_suffix(f".{n}.bin")
+            header.write_text(json.dumps(made.header))
+            data = made.records()
+            records.write_bytes(data if not cut else cut_inside(data, cut))
+            args += [name, header, records]
+        path = base.with_suffix(".html")
+        subprocess.run([self.program, path, *args], check=True)
+        return path
+
+
+def cut_inside(data, count):
+    """The first record without its last bytes, its length set right."""
+    (length,) = struct.unpack_from("<I", data)
+    return struct.pack("<I", length - count) + data[4:4 + length - count]
+
+
+def number(text):
+    return math.inf if text == "∞" else float(text.replace("−", "-"))
+
+
+def near(text, x):
+    """Whether a shown number is `x` to its four digits."""
+    found = number(text)
+    return found == x or abs(found - x) <= 6e-4 * abs(x)
+
+
+def matrix(tab, made, p, view=1):
+    cells = tab.js(f"""[...document.querySelectorAll('.trace:nth-of-type({view}) .matrix [data-cell]')].map((c) =>
+        [c.dataset.cell, c.textContent, c.getAttribute('aria-label'), c.className.includes('abstained')])""")
+    same([c[0] for c in cells], [f"{layer}.{head}" for layer, head in made.cells], "the heads in the matrix")
+    for (name, text, label, abstained), c in zip(cells, made.row(p)):
+        gone = c["selected"] < 0
+        same(abstained, gone, f"position {p} head {name}: whether it abstained")
+        if gone:
+            same((text, "abstained" in label), ("∅", True), f"position {p} head {name}")
+            continue
+        endless = math.isinf(c["margin"])
+        same(text, f"{p - c['selected']}{'∞' if endless else ''}", f"position {p} head {name}")
+        check(f"reads position {c['selected']} " in label, label)
+        shown = re.search(r"margin (\S+)|(no runner-up)", label)
+        check(bool(shown[2]) if endless else near(shown[1].rstrip(";"), c["margin"]), label, c["margin"])
+
+
+def paths(tab, made, p, sample=None):
+    rows = tab.js("""[...document.querySelectorAll('.paths tr[data-layer]')].map((r) => [r.dataset.layer,
+        r.querySelector('.positions').textContent, r.querySelector('.paths').textContent])""")
+    plain = lambda text: int(text.replace("\u202f", ""))
+    same([row[0] for row in rows], [str(layer) for layer, _ in made.layers[::-1]], "layers of the paths")
+    for depth, (layer, positions, total) in enumerate(rows, 1):
+        held = made.reached(p, depth)
+        same(plain(positions), len(held), f"positions reached from {p} down to layer {layer}")
+        same(plain(total), made.ways(p, [], depth)[1], f"paths from {p} down to layer {layer}")
+    shown = tab.js("""[...document.querySelectorAll('[data-paths]')].map((t) =>
+        [+t.dataset.position, t.dataset.paths])""")
+    check(len(shown) > 30, "only", len(shown), "tokens are in view")
+    picked = shown if sample is None else random.Random(p).sample(shown, sample)
+    expected, _ = made.ways(p, {position for position, _ in picked}, len(made.layers))
+    for position, count in picked:
+        same(int(count), expected[position], f"paths from {p} to {position}")
+
+
+def candidates(tab, made, p, c):
+    layer, head = made.cells[c]
+    cell, threshold = made.row(p)[c], dict(made.layers)[layer][2]
+    rows = tab.js("""[...document.querySelectorAll('.candidates tr[data-key]')].map((r) =>
+        [+r.dataset.key, ...[...r.children].slice(1).map((d) => d.textContent)])""")
+    same([row[0] for row in rows], [k["key"] for k in cell["candidates"]], f"candidates of {layer}.{head} at {p}")
+    for (key, energy, lifted, protected, fate), k in zip(rows, cell["candidates"]):
+        check(near(energy, k["energy"]), f"energy of {key}: {energy}, {k['energy']} expected")
+        check(near(lifted, k["lifted"]) if k["flags"] & LIFTED else lifted == "", f"lift of {key}: {lifted}")
+        same(protected == "yes", bool(k["flags"] & PROTECTED), f"protection of {key}")
+        word = ("selected" if key == cell["selected"] else "round" if key in cell["later"]
+                else "threshold" if k["flags"] & REJECTED else "not least")
+        check(word in fate and (word != "threshold" or f"> {threshold:g}" in fate), f"fate of {key}: {fate}, {word}")
+    reads = tab.js("""[...document.querySelectorAll('.arrow')].map((a) => a.getAttribute('aria-label'))""")
+    expected = [key for key in [cell["selected"], *cell["later"]] if key >= 0]
+    check(len(reads) <= len(expected) and all(f"layer {layer} head {head} " in r for r in reads), reads, expected)
+
+
+def totals(tab, made):
+    rows = tab.js("""[...document.querySelectorAll('.totals tr[data-cell]')].map((r) =>
+        [...r.children].map((d) => d.textContent))""")
+    for c, (name, abstains, margin, zero) in enumerate(rows):
+        column = [row[c] for row in made.rows]
+        picked = [cell for cell in column if cell["selected"] >= 0]
+        margins = [cell["margin"] for cell in picked if math.isfinite(cell["margin"])]
+        same(abstains, f"{100 * (1 - len(picked) / len(column)):.1f} %", f"abstention of {name}")
+        check(near(margin, statistics.fmean(margins)), f"mean margin of {name}: {margin}")
+        same(zero, f"{100 * sum(cell['selected'] == 0 for cell in picked) / len(picked):.1f} %", f"first token, {name}")
+
+
+def chosen(tab, view=1):
+    return tab.js(f"+document.querySelector('.trace:nth-of-type({view}) .token.chosen')?.dataset.position")
+
+
+def one_trace(browser, build):
+    made = Made(1, 300, [(4, 1, None), "softmax", (3, 3, 2.0), (4, 1, 2.5)])
+    tab = browser.open(build.page((f"{EVIL} small", made)))
+    same(chosen(tab), 299, "the token chosen at first")
+    totals(tab, made)
+    hashes = tab.js("document.querySelector('.proof dl').textContent")
+    for text in [*made.header["model"].values()][1:] + [made.header["input"], str(2**63 + 1), EVIL, "not chained"]:
+        check(text in hashes, f"{text} is not among the hashes: {hashes}")
+    blends = tab.js("document.querySelector('.blends').textContent")
+    same(blends, "softmax: blends, no single source", "the layer that does not select")
+    rng, p = random.Random(2), 299
+    for step in range(40):
+        key = rng.choice(["j", "k", "ArrowLeft", "ArrowRight", "search", "Home", "End", "k", "k"])
+        if key == "search":
+            p = rng.randrange(300)
+            tab.press("/")
+            tab.type(str(p))
+            tab.press("Enter")
+            tab.press("Escape")
+        else:
+            tab.press(key)
+            by = {"j": 1, "ArrowRight": 1, "k": -1, "ArrowLeft": -1, "Home": -300, "End": 300}[key]
+            p = min(299, max(0, p + by))
+        tab.settle()
+        same(chosen(tab), p, f"the token chosen after key {step}, {key}")
+        matrix(tab, made, p)
+        if step % 4 == 0:
+            paths(tab, made, p)
+    # Up and down lead back, and a page leads further than a line.
+    tab.press("/")
+    tab.type("150")
+    tab.press("Enter")
+    tab.press("Escape")
+    tab.settle()
+    for down, up in [("ArrowDown", "ArrowUp"), ("PageDown", "PageUp")]:
+        line = "document.querySelector('.token.chosen').parentElement.offsetTop"
+        before = tab.js(line)
+        tab.press(down)
+        tab.settle()
+        check(tab.js(line) > before, f"{down} does not lead down")
+        tab.press(up)
+        tab.settle()
+        same(tab.js(line), before, f"the line after {down} and {up}")
+    # The matrix by keys: one head alone, its candidates, its key; then all again.
+    tab.press("/")
+    tab.type("199")
+    tab.press("Enter")
+    tab.press("Escape")
+    tab.press("m")
+    for key, at in [("", 0), ("ArrowRight", 1), ("ArrowDown", 5), ("ArrowRight", 6), ("ArrowDown", 9), ("Home", 7)]:
+        if key:
+            tab.press(key)
+        same(tab.js("document.activeElement.dataset.cell"), "{}.{}".format(*made.cells[at]), "focus in the matrix")
+        tab.press("Enter")
+        tab.settle()
+        same(tab.js("document.querySelector('.matrix [aria-selected=true]')?.dataset.cell"),
+             "{}.{}".format(*made.cells[at]), "the head alone")
+        candidates(tab, made, 199, at)
+    followed = made.row(199)[7]["selected"]
+    tab.press("f")
+    tab.settle()
+    same(chosen(tab), followed if followed >= 0 else 199, "the key of the head alone")
+    tab.press("b")
+    tab.press("Escape")
+    tab.settle()
+    same(chosen(tab), 199, "the way back")
+    same(tab.js("document.querySelectorAll('.matrix [aria-selected=true]').length"), 0, "no head alone")
+    # The arrows of all heads: one for each read that is not out of view on the side of the token itself.
+    expected = sum(len(made.reads(199, layer)) for layer, _ in made.layers)
+    drawn = tab.js("document.querySelectorAll('.arrow').length")
+    check(0 < drawn <= expected, f"{drawn} arrows for {expected} reads")
+    tab.press("r")
+    status = tab.js("document.querySelector('.status').textContent")
+    same(status, tab.js("document.activeElement.getAttribute('aria-label')"), "the status of an arrow with the focus")
+    check(re.search(r"layer \d head \d reads position \d+ “.*” ?.*back", status, re.S) is not None, status)
+    tab.press("t")
+    same(tab.js("document.activeElement.className"), "scroll", "the focus after t")
+    tab.js("document.querySelector('.shares').open = true")
+    tab.settle()
+    texts = tab.js("[...document.querySelectorAll('.shares tbody tr')].map((r) => r.children[2].textContent)")
+    same(texts, [f"{100 * c['value']:.1f} %" for c in made.row(199)], "shares of the selected value")
+    # A click chooses; what the page shows is the text, and none of it has become part of the page.
+    tab.press("Home")
+    tab.settle()
+    spot = tab.js("(({ x, y, width }) => [x + width / 2, y + 5])(document.querySelector("
+                  "'[data-position=\"9\"]').getBoundingClientRect())")
+    tab.click(*spot)
+    tab.settle()
+    same(chosen(tab), 9, "the token chosen by a click")
+    evil = made.texts.index(EVIL)
+    tab.press("/")
+    tab.type(str(evil))
+    tab.press("Enter")
+    tab.settle()
+    shown = tab.js(f"[...document.querySelectorAll('[data-position=\"{evil}\"]')].map((t) => t.textContent).join('')")
+    same(shown, EVIL, "a token that looks like markup")
+    same(tab.js("[document.images.length, typeof window.evil]"), [0, "undefined"], "markup of a token in the page")
+    clean(tab)
+    # Nor may the page run or fetch anything else.
+    tab.js("document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.evil = 1' }))")
+    same(tab.js("typeof window.evil"), "undefined", "a script put into the page")
+    refused = tab.js("fetch('http://127.0.0.1:9/').then(() => 'fetched', () => 'refused')")
+    same(refused, "refused", "a fetch from the page")
+    check(any("Content Security Policy" in error for error in tab.errors), "the policy did not forbid it:", tab.errors)
+    return made
+
+
+def clean(tab):
+    same(tab.errors, [], "errors on the console")
+    same([url for url in tab.requests if not url.startswith(("file:", "data:"))], [], "requests")
+    same(len([url for url in tab.requests if url.startswith("file:")]), 1, "files read")
+
+
+def deep(browser, build):
+    """Counts beyond 2^53."""
+    made = Made(3, 150, [(9, 1, None)] * 30)
+    tab = browser.open(build.page(("deep", made)))
+    tab.wait("document.querySelector('.paths .paths').textContent !== '…'")
+    paths(tab, made, 149, sample=12)
+    total = made.ways(149, [], 30)[1]
+    check(total > 2**53, f"{total} paths do not need more than a double")
+    clean(tab)
+
+
+def late(browser, build):
+    """A trace that begins later than its text: keys without a record."""
+    made = Made(4, 80, [(3, 1, None), (2, 2, 2.0)], first=40)
+    tab = browser.open(build.page(("late", made)))
+    for _ in range(5):
+        matrix(tab, made, chosen(tab))
+        paths(tab, made, chosen(tab))
+        tab.press("k")
+        tab.settle()
+    clean(tab)
+
+
+def two_traces(browser, build):
+    shape = [(4, 1, None), (3, 1, 2.5)]
+    left, right = Made(5, 250, shape), Made(5, 250, shape)
+    right.change(0.02, 6)
+    tab = browser.open(build.page(("left", left), ("right", right)))
+    apart = [[a["selected"] != b["selected"] for a, b in zip(*rows)] for rows in zip(left.rows, right.rows)]
+    count = sum(map(sum, apart))
+    check(10 < count < 100, count, "differences are no test")
+    same(tab.js("document.querySelector('#differences').textContent"),
+         f"{count} of 1\u202f750 picks differ, 0 tokens", "the differences of the two")
+    tab.press("Home")
+    found, at = [], -1
+    for _ in range(12):
+        tab.press("n")
+        tab.settle()
+        at = next(p for p in range(max(at, 0) + 1, 250) if any(apart[p]))
+        found.append((chosen(tab), chosen(tab, 2)))
+        same(found[-1], (at, at), "the next difference, in both")
+        for view, made in [(1, left), (2, right)]:
+            matrix(tab, made, at, view)
+            marks = tab.js(f"[...document.querySelectorAll('.trace:nth-of-type({view}) .matrix [data-cell]')]"
+                           ".map((c) => c.className.includes('differs'))")
+            same(marks, apart[at], f"the marks of differences at {at}")
+    tab.press("p")
+    tab.settle()
+    same(chosen(tab, 2), found[-2][0], "the previous difference")
+    tab.press("u")
+    tab.press("End")
+    tab.settle()
+    same((chosen(tab), chosen(tab, 2)), (249, found[-2][0]), "the choice once unlinked")
+    tab.press("u")
+    tab.settle()
+    same(chosen(tab, 2), 249, "the choice once linked again")
+    clean(tab)
+
+
+def broken(browser, build):
+    page = build.page(("cut", Made(7, 3, [(2, 1, None)])), cut=5)
+    tab = browser.open(page, ready="document.querySelector('[role=alert]')")
+    text = tab.js("document.querySelector('[role=alert]').textContent")
+    check("cannot be shown" in text and "record 0" in text, text)
+
+
+def speed(browser, build):
+    made = Made(8, 10_000, [(6, 1, None)] * 6)
+    tab = browser.open(build.page(("long", made)))
+    opened = tab.js("performance.now()")
+    tab.send("Performance.enable", timeDomain="threadTicks")
+    busy = lambda: {m["name"]: m["value"] for m in tab.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
+    before = busy()
+    times = tab.js(f"""(async () => {{
+        const times = [], keys = {json.dumps(["k", "ArrowUp", "k", "PageUp", "Home", "j", "End", "ArrowLeft"] * 10)};
+        for (const key of keys) {{
+            const start = performance.now();
+            document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{ key, bubbles: true }}));
+            // The page draws in a frame's callback; a message after it arrives once that frame is laid out and painted.
+            await new Promise((done) => requestAnimationFrame(() => {{
+                const channel = new MessageChannel();
+                channel.port1.onmessage = done;
+                channel.port2.postMessage(0);
+            }}));
+            times.push(performance.now() - start);
+        }}
+        return times;
+    }})()""")
+    middle, worst, work = statistics.median(times), max(times), 1000 * (busy() - before) / len(times)
+    print(f"10,000 tokens, 6 x 6 heads: open after {opened:.0f} ms; {len(times)} keys, a frame after "
+          f"{middle:.1f} ms (median), {worst:.1f} ms (longest), {work:.1f} ms of the page's thread a key")
+    drawn = tab.js("document.querySelectorAll('.token').length")
+    check(drawn < 3000, f"{drawn} tokens are in the document")
+    matrix(tab, made, chosen(tab))
+    paths(tab, made, chosen(tab), sample=4)
+    clean(tab)
+
+
+def looks(browser, build, shots):
+    """Pictures to look at, and that no page is wider than its window."""
+    one = build.page(("out/small.trace", prose(9)))
+    two = build.page(("a.trace", prose(9)), ("b.trace", prose(9, change=0.05)))
+    for name, page in [("one", one), ("two", two)]:
+        for width, height in [(1280, 900), (360, 780)]:
+            for dark in [False, True]:
+                tab = browser.open(page, width=width, height=height, dark=dark)
+                for key in ["k", "k", "ArrowUp", "m", "ArrowRight", "Enter", "a", "t"]:
+                    tab.press(key)
+                tab.settle()
+                wide = tab.js("document.documentElement.scrollWidth")
+                check(wide <= width, f"the page is {wide} wide in a window of {width}")
+                if not shots:
+                    continue
+                stem = f"{name}-{width}-{'dark' if dark else 'light'}"
+                tab.shot(shots / f"{stem}.png")
+                for key in ["n", "m", "ArrowDown", "Enter"]:
+                    tab.press(key)
+                tab.js("document.querySelector('.shares').open = true")
+                tab.js("document.querySelector('.panels').scrollIntoView()")
+                tab.settle()
+                tab.shot(shots / f"{stem}-panels.png")
+
+
+def prose(seed, change=0.0):
+    made = Made(seed, 420, [(4, 1, None), (4, 1, 2.5), "softmax", (4, 1, 2.5)])
+    text = (Path(__file__).resolve().parents[2] / "models/sample.txt").read_text()[:10000]
+    made.texts = re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)[:420]
+    if change:
+        made.change(change, seed)
+    return made
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", default=os.environ.get("CARGO_TARGET_DIR", "target") + "/release")
+    parser.add_argument("--shots", type=Path)
+    args = parser.parse_args()
+    if args.shots:
+        args.shots.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, Browser(find_chromium()) as browser:
+        build = Build(args.target, folder)
+        parts = {"one trace": one_trace, "counts beyond 2^53": deep, "a trace that begins late": late,
+                 "two traces": two_traces, "a broken trace": broken, "a long trace": speed,
+                 "widths": lambda browser, build: looks(browser, build, args.shots)}
+        for name, part in parts.items():
+            before = checks
+            part(browser, build)
+            print(f"{name}: {checks - before} checks")
+    print(f"viewer: {checks} checks passed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Compiles every CUDA kernel for sm_80 and sm_90a, and fails unless none of them spills registers.
+#
+# Usage: scripts/ci/compile_kernels.sh [--all | --record]
+#
+# The compiler needs minutes for a source, so what it said of each is kept in kernels/cuda/compiled, under a hash of
+# the source, all headers and the flags: only what has changed since is compiled. --all compiles everything,
+# --record everything, and writes that file.
+# nvcc is that of CUDA_HOME, or of PATH, or one that scripts/hardware/cuda_toolchain.sh assembles below target/.
+# A source *_sm90a.cu is for Hopper's own instructions and compiled for sm_90a alone.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+mode="${1:-changed}"
+record=kernels/cuda/compiled
+target="${CARGO_TARGET_DIR:-target}"
+work="$target/check-kernels"
+rm -rf "$work"
+mkdir -p "$work"
+touch "$record"
+
+# What a source's code depends on, hashed.
+key() { cat "$1" kernels/cuda/*.cuh kernels/shared/*.h kernels/cuda/nvcc.flags | sha256sum | cut -c 1-32; }
+
+jobs=()
+for source in kernels/cuda/*.cu; do
+    name="$(basename "$source" .cu)"
+    for arch in 80 90a; do
+        [[ "$name" == *_sm90a && "$arch" != 90a ]] && continue
+        line="$(grep "^$name sm_$arch $(key "$source") " "$record" || true)"
+        if [[ "$mode" == changed && -n "$line" ]]; then
+            echo "$line" >>"$work/lines"
+        else
+            jobs+=("$source" "$arch")
+        fi
+    done
+done
+
+if ((${#jobs[@]})); then
+    if [[ -n "${CUDA_HOME:-}" ]]; then
+        nvcc="$CUDA_HOME/bin/nvcc"
+    elif ! nvcc="$(command -v nvcc)"; then
+        eval "$(scripts/hardware/cuda_toolchain.sh --compiler "$target/cuda-compiler")"
+        nvcc="$CUDA_HOME/bin/nvcc"
+    fi
+    "$nvcc" --version | sed -n 's/^Cuda compilation tools, /nvcc: /p'
+    # One source for one architecture; the report of the assembler goes to a file.
+    compile() {
+        local nvcc="$1" work="$2" source="$3" arch="$4" name
+        name="$(basename "$source" .cu)"
+        "$nvcc" --options-file kernels/cuda/nvcc.flags -I kernels/shared \
+            "-gencode=arch=compute_$arch,code=sm_$arch" --cubin -o "$work/$name.sm_$arch.cubin" "$source" \
+            >"$work/$name.sm_$arch.report" 2>&1 || { cat "$work/$name.sm_$arch.report" >&2; return 1; }
+    }
+    export -f compile
+    printf '%s\0' "${jobs[@]}" | xargs -0 -n 2 -P "$(nproc)" bash -c 'compile "$@"' compile "$nvcc" "$work"
+    # "N bytes stack frame, N bytes spill stores, N bytes spill loads": one line a kernel.
+    for ((i = 0; i < ${#jobs[@]}; i += 2)); do
+        name="$(basename "${jobs[i]}" .cu)" arch="${jobs[i + 1]}"
+        report="$work/$name.sm_$arch.report"
+        kernels=$(grep -c 'bytes spill stores' "$report" || true)
+        spilling=$(grep -c -E '[1-9][0-9]* bytes spill (stores|loads)' "$report" || true)
+        registers=$(sed -n 's/.*Used \([0-9]*\) registers.*/\1/p' "$report" | sort -n | tail -1)
+        echo "$name sm_$arch $(key "${jobs[i]}") kernels=$kernels spilling=$spilling registers=${registers:-0}" >>"$work/lines"
+        grep -h -B 1 -E '[1-9][0-9]* bytes spill (stores|loads)' "$report" >&2 || true
+    done
+fi
+echo "$((${#jobs[@]} / 2)) of $(wc -l <"$work/lines") compiled, the others as recorded"
+
+failed=0
+sort "$work/lines" | while read -r name arch _ kernels spilling registers; do
+    echo "$name $arch: $kernels $spilling $registers"
+    if [[ "$kernels" == kernels=0 || "$spilling" != spilling=0 ]]; then
+        echo "error: $name for $arch: $kernels, $spilling" >&2
+        exit 1
+    fi
+done || failed=1
+if [[ "$mode" == --record ]] && ! ((failed)); then sort "$work/lines" >"$record"; fi
+exit "$failed"

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Checks the Metal backend as far as that goes without a Mac: lints the Rust side for macOS with the real crates, then
+# type-checks with clang the very texts that the program hands to Metal, with the address spaces of pointers apart.
+# That neither check is blind is checked, too: a pointer into the wrong space, and a text with a missing header, must
+# be refused. What the kernels compute is tested by tests/emulate.
+# Needs Rust from rustup, for the target aarch64-apple-darwin, and clang.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+apple=aarch64-apple-darwin
+# A folder of its own: scripts/ci/stand_in_cc.sh answers the build scripts with empty libraries.
+target="${CARGO_TARGET_DIR:-target}/check-metal"
+mkdir -p "$target"
+target="$(cd "$target" && pwd)"
+
+rustup target list --installed | grep -q "^$apple\$" || rustup target add "$apple"
+rm -rf "$target/$apple"/*/build/gd-kernels-*
+CC_aarch64_apple_darwin="$PWD/scripts/ci/stand_in_cc.sh" AR_aarch64_apple_darwin="$PWD/scripts/ci/stand_in_cc.sh" \
+    SDKROOT=/ CARGO_TARGET_DIR="$target" \
+    cargo clippy --target "$apple" --features gd-cli/metal -p gd-cli -p gd-model -p gd-layer -p gd-kernels \
+    --lib --bins --test device -- -D warnings
+
+texts=("$target/$apple"/debug/build/gd-kernels-*/out/metal/*.metal)
+# With every header in place clang warns of constants that one source does not use.
+strict() {
+    clang++ -std=c++14 --target=arm64-apple-macos -ffreestanding -nostdinc++ -fsyntax-only -DGD_STRICT -Wall -Wextra \
+        -Wdouble-promotion -Werror -Wno-unused-const-variable -Wno-unknown-attributes -Wno-ignored-attributes \
+        -Wno-duplicate-decl-specifier -x c++ "$@"
+}
+header=kernels/emulate/strict_metal.h
+for text in "${texts[@]}"; do
+    strict -include "$header" "$text"
+done
+[[ "${#texts[@]}" -eq "$(find kernels/metal -name '*.metal' | wc -l)" ]] || {
+    echo "error: ${#texts[@]} texts of the sources in kernels/metal: ${texts[*]}" >&2
+    exit 1
+}
+
+# refused WHAT WHY FILE: the check must fail with this message.
+refused() {
+    local said
+    if said="$(strict -include "$header" "$3" 2>&1)"; then
+        echo "error: $1 passed the check" >&2
+        exit 1
+    fi
+    grep -q "$2" <<<"$said" || { printf 'error: %s was refused for another reason:\n%s\n' "$1" "$said" >&2; exit 1; }
+}
+seeded="$target/seeded.metal"
+for spaces in "threadgroup device" "device constant" "threadgroup constant"; do
+    read -r from to <<<"$spaces"
+    { cat "${texts[0]}"; echo "$to const float *gd_wrong($from float *x) { return x; }"; } >"$seeded"
+    refused "a pointer from $from to $to" "cannot initialize return object" "$seeded"
+done
+grep -v '^struct .*Params {$' "${texts[0]}" >"$seeded"
+refused "a text without the params" "error:" "$seeded"
+echo "Metal: the Rust side checked for $apple, ${#texts[@]} sources by clang, 4 seeded faults refused"

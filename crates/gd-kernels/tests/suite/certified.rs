@@ -4,8 +4,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{
-    Backend, Candidates, Isa, Mask, Precision, Int8Keys, Rescored, Scan, Score, TieBreak, Walk, plan,
-    scan, SequenceCache};
+    Backend, Candidates, Int8Keys, Isa, Mask, Precision, Rescored, Scan, Score, SequenceCache, TieBreak,
+    Walk, plan, scan,
+};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
@@ -307,7 +308,10 @@ fn few_queries_find_what_many_do() {
                                     mask: &mask,
                                     ..all.clone()
                                 };
-                                assert_eq!(plan(&few, &k, &options).unwrap().cpu().unwrap().walk, Walk::Decode);
+                                assert_eq!(
+                                    plan(&few, &k, &options).unwrap().cpu().unwrap().walk,
+                                    Walk::Decode
+                                );
                                 let found = scan(&few, &k, &options).unwrap();
                                 let same = bits(&found) == bits(&expected);
                                 assert!(same, "M {m} D {d} {dtype:?} {first}+{count} {options:?}");

@@ -3,7 +3,9 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    Candidates, Error, KeyCache, KeyBias, Mask, Precision, Int8Keys, Scan, Score, TieBreak, scan, SequenceCache};
+    Candidates, Error, Int8Keys, KeyBias, KeyCache, Mask, Precision, Scan, Score, SequenceCache, TieBreak,
+    scan,
+};
 
 use crate::problems::{rng, uniform};
 

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    KeyCache, Mask, PagedCache, Precision, Int8Keys, Scan, Score, Selected, scan_select,
-    decode_paged, SequenceCache};
+    Int8Keys, KeyCache, Mask, PagedCache, Precision, Scan, Score, Selected, decode_paged, scan_select,
+};
 
 const PAGE: usize = 64;
 
@@ -101,8 +101,7 @@ fn bad_caches_and_tables_are_refused() -> Result<()> {
     };
     // Behind the second sequence's 60 keys anything may stand.
     let good = ids(&[[0, 3], [1, -7]])?;
-    decode_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &mask, 1), None)
-        .unwrap();
+    decode_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &mask, 1), None).unwrap();
     refused(&q, &k, &v, &ids(&[[0, 4], [1, 0]])?, "page 1 of sequence 0 is 4");
     refused(&q, &k, &v, &ids(&[[0, 3], [-1, 0]])?, "page 0 of sequence 1 is -1");
     refused(&q, &k, &v, &ids(&[[0, 3]])?, "block table of [1, 2]");
@@ -114,8 +113,7 @@ fn bad_caches_and_tables_are_refused() -> Result<()> {
     refused(&q, &k.to_dtype(DType::F16)?, &v, &good, "F16");
     refused(&q.narrow(3, 0, 4)?, &k, &v, &good, "[2, 2, 1, 4]");
     let long = Mask::none().kv_len(vec![129, 1]);
-    let e =
-        decode_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &long, 1), None);
+    let e = decode_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &long, 1), None);
     assert!(e.unwrap_err().to_string().contains("129"));
     Ok(())
 }
@@ -235,10 +233,12 @@ fn writes_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     let cache = PagedCache { k: &k, v: &v, table: &good };
     let (q, beta) = (noise(1, &[2, 2, 1, 8]), Tensor::ones(2, DType::F32, &Device::Cpu)?);
     let mask = Mask::none().kv_len(vec![100, 60]);
-    for kept in [Int8Keys::new(&k, Score::Dot)?, Int8Keys::new(&k.narrow(0, 1, 3)?, Score::Energy)?]
-    {
-        let how =
-            Scan { precision: Precision::Certified, cached: Some((&kept).into()), ..Scan::new(&beta, &mask, 1) };
+    for kept in [Int8Keys::new(&k, Score::Dot)?, Int8Keys::new(&k.narrow(0, 1, 3)?, Score::Energy)?] {
+        let how = Scan {
+            precision: Precision::Certified,
+            cached: Some((&kept).into()),
+            ..Scan::new(&beta, &mask, 1)
+        };
         let e = decode_paged(&q, &cache, &how, None).unwrap_err().to_string();
         assert!(e.contains("do not belong to keys [4, 1, 64, 8]"), "{e}");
     }

@@ -6,13 +6,17 @@ pub(crate) mod gpu;
 use candle_core::Tensor;
 
 use crate::backend::check::dims4;
-use crate::backend::dispatch::{on_cpu, on_gpu};
+use crate::backend::dispatch::on_cpu;
+#[cfg(feature = "gpu")]
+use crate::backend::dispatch::on_gpu;
 use crate::cache::paged::{PagedCache, gather_pages};
 use crate::cache::{CachedKeys, Int8Keys};
 use crate::error::{Error, Result};
 use crate::ops::scan::options::Scan;
 use crate::ops::scan::scan;
-use crate::ops::select::{Select, Selected, check_sizes, select};
+#[cfg(feature = "gpu")]
+use crate::ops::select::check_sizes;
+use crate::ops::select::{Select, Selected, select};
 
 /// Most queries per sequence of the decoding kernels on a GPU.
 pub(crate) const MAX_QUERIES: usize = 16;
@@ -142,7 +146,7 @@ pub fn decode_paged(
     #[cfg(feature = "gpu")]
     if !on_cpu(q.device()) {
         if scan.checked {
-            use crate::ops::scan::cpu::arguments::check_on_host;
+            use crate::ops::scan::cpu::check_on_host::check_on_host;
             use crate::ops::scan::plan_of;
             use crate::ops::scan::problem::Problem;
             let k = gather_pages(cache.k, &cache.host_table(lengths, page)?)?;

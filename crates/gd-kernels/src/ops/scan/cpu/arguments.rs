@@ -1,17 +1,13 @@
 //! The arguments of a scan, read from tensors on the CPU.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
-use crate::backend::check::{head_values, positive};
 use crate::backend::cpu::element::{Element, Real, acc_dtype};
-use crate::backend::cpu::view::{View, with_view};
-use crate::backend::graph::with_contiguous_rows;
-use crate::by_float;
+use crate::backend::cpu::view::View;
 use crate::cache::CachedKeys;
 use crate::cache::int8_keys::cpu::Int8Panels;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
-use crate::ops::scan::cpu::check;
 use crate::ops::scan::options::Scan;
 use crate::ops::scan::problem::Problem;
 use crate::options::Precision;
@@ -99,26 +95,4 @@ pub(crate) fn cached_int8<'a>(scan: &Scan<'a>, problem: &Problem) -> Result<Opti
         }
         _ => Ok(None),
     }
-}
-
-/// The checks of a scan in checked mode, for tensors on any device: copies everything to the host.
-#[cfg(feature = "gpu")]
-pub(crate) fn check_on_host(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<()> {
-    let host = |t: &Tensor| t.detach().to_device(&Device::Cpu);
-    let (q, k) = (with_contiguous_rows(&host(q)?)?, with_contiguous_rows(&host(k)?)?);
-    if let Some(protected) = scan.protected {
-        protected_keys(&host(protected)?, problem)?;
-    }
-    by_float!("scan", problem.dtype, T => {
-        type A = <T as Element>::Acc;
-        let beta = head_values::<A>("beta", &host(scan.beta)?, problem.q_heads)?;
-        positive("beta", &beta)?;
-        let prior = scan.prior.map(|p| prior_values(&host(p)?, problem)).transpose()?;
-        with_view::<T, _>(&q, |q| with_view::<T, _>(&k, |k| {
-            let x = Arguments {
-                q, k, beta: &beta, prior: prior.as_ref(), protected: None, mask: scan.mask, int8: None,
-            };
-            check::finite(problem, &x)
-        }))
-    })
 }

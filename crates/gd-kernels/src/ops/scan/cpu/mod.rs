@@ -12,6 +12,8 @@ pub(crate) mod block;
 mod bounded_lists;
 mod certified;
 mod check;
+#[cfg(feature = "gpu")]
+pub(crate) mod check_on_host;
 mod decode;
 mod dense;
 mod int8;

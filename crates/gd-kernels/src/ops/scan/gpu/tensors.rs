@@ -9,7 +9,7 @@ use crate::cache::CachedKeys;
 use crate::cache::int8_keys::gpu::Int8Rows;
 use crate::error::Result;
 use crate::ops::scan::Candidates;
-use crate::ops::scan::cpu::arguments::check_on_host;
+use crate::ops::scan::cpu::check_on_host::check_on_host;
 use crate::ops::scan::gpu::certified::{Certified, scan_certified};
 use crate::ops::scan::gpu::launch::{self, GpuScanPlan};
 use crate::ops::scan::options::Scan;

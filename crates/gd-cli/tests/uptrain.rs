@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use gd_kernels::cross_entropy::IGNORE;
 use gd_kernels::{Mask, Score};
 use gd_layer::Pass;
 use gd_model::config::{Mechanism, ModelConfig};
 use gd_model::model::Transformer;
-use gd_model::model::loss::IGNORE;
 use gd_model::model::params::Params;
 use gd_model::model::pretrained;
 use gd_model::model::swap::{Layers, Swap};
@@ -161,7 +161,7 @@ fn text_and_the_logits_of_the_original_are_learned_by_every_parameter() -> Resul
             let mine = learner.hidden(&ids, &pass, None)?.flatten_to(1)?;
             let other = original.hidden(&ids, &pass, None)?.flatten_to(1)?;
             let targets = targets.flatten_all()?;
-            Ok(gd_model::model::loss::linear_distillation(
+            Ok(gd_kernels::cross_entropy::linear_distillation(
                 (&mine, &learner.head_weight()?),
                 &targets,
                 (&other, &original.head_weight()?),

@@ -1,8 +1,7 @@
 //! candle Modules for selection attention.
 //!
-//! [`GdAttention`] takes the place of a multi-head attention; [`SoftmaxAttention`] is its swap
-//! partner behind the trait [`Attention`], in the same frame of projections, norms, rotation and
-//! [`Beacon`].
+//! [`GdAttention`] takes the place of a multi-head attention. [`SoftmaxAttention`] has the same projections, norms,
+//! rotation and [`Beacon`]; both implement the trait [`Attention`], so that a model can use either.
 #![forbid(unsafe_code)]
 
 mod attention;
@@ -13,24 +12,20 @@ mod gd_attention;
 mod heads;
 mod kept;
 mod linear;
-mod mask;
 mod norm;
-#[cfg(test)]
-mod oracle;
 mod probe;
 mod rope;
-mod softmax;
 mod softmax_attention;
-mod swiglu;
+mod stats;
 
-pub use attention::{Attention, Pass, Record};
+pub use attention::{Attention, Pass};
 pub use beacon::Beacon;
 pub use cache::LayerCache;
 pub use config::{AttentionConfig, BeaconConfig, GdConfig};
 pub use gd_attention::{GdAttention, norm_prior};
 pub use linear::{Linear, linear};
-pub use norm::{RmsNorm, rms_norm};
-pub use probe::{Found, Probe, Reading};
+pub use norm::RmsNorm;
+pub use probe::{CandidateView, Probe, SelectionView};
 pub use rope::{RopeScaling, Rotary};
 pub use softmax_attention::SoftmaxAttention;
-pub use swiglu::swiglu;
+pub use stats::SelectionStats;

@@ -143,7 +143,7 @@ fn a_record_says_what_the_model_read() -> Result<()> {
         // The picks of the whole text in one pass are the layers' own records.
         let layers = std::cell::RefCell::new(Vec::new());
         let mask = gd_kernels::Mask::causal(0);
-        let pass = gd_layer::Pass { record: Some(&layers), ..gd_layer::Pass::new(&mask) };
+        let pass = gd_layer::Pass { stats: Some(&layers), ..gd_layer::Pass::new(&mask) };
         loaded.model.hidden(&Tensor::new(all.as_slice(), &CPU)?.unsqueeze(0)?, &pass, None)?;
         let layers = layers.take();
         let mut place = 0;

@@ -2,7 +2,7 @@
 //! the graph itself puts together, and the refusals of tensors that no kernel covers.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use gd_kernels::on_device::{cross_entropy, cross_entropy_and_gradient};
+use gd_kernels::cross_entropy::{row_losses, row_losses_and_gradient};
 use gd_kernels::{
     Backend, Barrier, Candidates, CoherenceMode, Error, Estimator, Gate, Isa, Mask, Precision, Int8Keys,
     Scan, Score, Select, TieBreak, causal_conv, embedding, on_cpu, packed_causal_conv, plan, running_average,
@@ -296,8 +296,8 @@ fn cross_entropies_and_their_gradients_are_those_of_candles_operations() {
                 let targets = Tensor::new(&ids[..], logits.device())?.narrow(0, 1, rows)?;
                 let weights = noise(2, &[rows]).to_dtype(DType::F32)?.to_device(logits.device())?;
                 if !on_cpu(logits.device()) {
-                    let (losses, gradient) = cross_entropy_and_gradient(&logits, &targets, &weights)?;
-                    return Ok(vec![cross_entropy(&logits, &targets)?, losses, gradient]);
+                    let (losses, gradient) = row_losses_and_gradient(&logits, &targets, &weights)?;
+                    return Ok(vec![row_losses(&logits, &targets)?, losses, gradient]);
                 }
                 let logits = logits.to_dtype(DType::F32)?.contiguous()?;
                 let counted = targets.ne(u32::MAX)?.to_dtype(DType::F32)?.unsqueeze(1)?;
@@ -390,9 +390,9 @@ fn refusals(device: &Device, name: &str) -> Result<()> {
     let table = tensor(&[7, 8], DType::F32)?;
     named(embedding(&table, &Tensor::new(&[0i64], device)?), "I64");
     let targets = Tensor::zeros(7, DType::U32, device)?;
-    named(cross_entropy(&table, &targets.narrow(0, 0, 6)?), "[7, 8]");
-    named(cross_entropy(&table, &targets.to_dtype(DType::I64)?), "I64");
-    named(cross_entropy(&tensor(&[7, 8], DType::F64)?, &targets), "f64");
-    named(cross_entropy_and_gradient(&table, &targets, &beta), "weights [2] of 7");
+    named(row_losses(&table, &targets.narrow(0, 0, 6)?), "[7, 8]");
+    named(row_losses(&table, &targets.to_dtype(DType::I64)?), "I64");
+    named(row_losses(&tensor(&[7, 8], DType::F64)?, &targets), "f64");
+    named(row_losses_and_gradient(&table, &targets, &beta), "weights [2] of 7");
     Ok(())
 }

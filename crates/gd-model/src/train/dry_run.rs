@@ -1,10 +1,10 @@
 //! What a run will need, without running it: parameters exactly, memory nearly.
 
+use gd_kernels::cross_entropy::chunk_rows;
 use serde::Serialize;
 
 use crate::config::{Mechanism, ModelConfig, Recipe};
 use crate::error::Result;
-use crate::model::loss::chunk_rows;
 use crate::model::shapes::shapes;
 use crate::train::optimizer::Group;
 

@@ -6,12 +6,12 @@
 //! then (the update in between was launched with the numbers of both cases).
 
 use candle_core::Tensor;
-use gd_kernels::adamw::{self, Judged, Squares};
+use gd_kernels::adamw::{self, GradientSquares, PendingVerdict};
 
 use super::trainer::{Gradients, Step, Trainer};
 use crate::error::{Error, Result};
 use crate::train::guard::Limit;
-use crate::train::optimizer::{Known, Moved, squares};
+use crate::train::optimizer::{DeviceVerdict, Updated, squares};
 
 /// A step that has been launched.
 pub(super) struct Launched {
@@ -23,9 +23,9 @@ pub(super) struct Launched {
 
 /// What tells about a step that is judged on the device.
 pub(super) struct Awaited {
-    judged: Judged,
-    moved: Moved,
-    squares: Squares,
+    judged: PendingVerdict,
+    updated: Updated,
+    squares: GradientSquares,
     /// Of the parameters with a gradient.
     names: Vec<String>,
     /// By which the device judges.
@@ -110,16 +110,16 @@ impl Trainer {
         };
         let judged = squares.verdict(losses, &bounds)?;
         let last = self.launched.back().and_then(|launched| launched.awaited.as_ref());
-        let before = last.map(|awaited| (awaited.judged.tensor(), &awaited.moved));
-        let known = Known { verdict: judged.tensor(), before };
-        let moved = self.optimizer.step_known(&gradients.store, lr, &known)?;
-        Ok(Awaited { judged, moved, squares, names, limits })
+        let previous = last.map(|awaited| (awaited.judged.tensor(), &awaited.updated));
+        let verdict = DeviceVerdict { verdict: judged.tensor(), previous };
+        let updated = self.optimizer.step_by_verdict(&gradients.store, lr, &verdict)?;
+        Ok(Awaited { judged, updated, squares, names, limits })
     }
 
     /// The figures of a launched step; waits for them.
     pub(super) fn read(&mut self, launched: Launched) -> Result<Step> {
         let Launched { mut step, awaited } = launched;
-        if let Some(Awaited { judged, moved, squares, names, limits }) = awaited {
+        if let Some(Awaited { judged, updated, squares, names, limits }) = awaited {
             let verdict = judged.read()?;
             if self.device.is_metal() {
                 // It reports commands that failed before the last ones only when it is waited for as a whole.
@@ -127,11 +127,11 @@ impl Trainer {
             }
             (step.loss, step.grad_norm) = (f64::from(verdict.loss), f64::from(verdict.norm));
             if !verdict.applies() {
-                self.optimizer.take_back(&moved);
+                self.optimizer.undo_step(&updated);
             }
             let judged = self.guard.judge_by(step.loss, step.grad_norm, &limits);
-            step.skip =
-                self.skipped(step.step, judged, || Ok(squares.not_finite()?.map(|at| names[at].clone())))?;
+            step.skip = self
+                .skipped(step.step, judged, || Ok(squares.first_not_finite()?.map(|at| names[at].clone())))?;
             if step.skip.is_some() == verdict.applies() {
                 let Step { step, loss, grad_norm, .. } = step;
                 return Err(Error::Invalid(format!(

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
+use gd_kernels::cross_entropy::linear_distillation;
 use gd_kernels::{CANDIDATES, Estimator};
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,6 @@ use crate::config::Curve;
 use crate::config::{Mechanism, ModelConfig, SelectSchedule};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
-use crate::model::loss::linear_distillation;
 use crate::model::pretrained::{Loaded, Parts};
 
 /// What a run learns from another model: the block `train.uptrain` of a recipe.
@@ -151,7 +151,7 @@ impl Original {
     ) -> candle_core::Result<Tensor> {
         let other = self.model.hidden(ids, &Pass::new(pass.mask), None)?.flatten_to(1)?;
         let mine = (&hidden.flatten_to(1)?, &learner.head_weight()?);
-        linear_distillation(mine, &targets.flatten_all()?, (&other, &self.model.head_weight()?), kl)
+        Ok(linear_distillation(mine, &targets.flatten_all()?, (&other, &self.model.head_weight()?), kl)?)
     }
 }
 

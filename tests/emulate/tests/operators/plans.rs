@@ -362,12 +362,12 @@ fn the_other_operators_are_planned_or_refused() {
         dtype: DType::F16,
     };
     let rule = select::Rule::default();
-    assert!(select::Plan::new(&s, &rule, &A10).is_ok());
-    refused(select::Plan::new(&select::Sizes { slots: 65, ..s }, &rule, &A10), "65 candidates");
-    refused(select::Plan::new(&select::Sizes { dtype: DType::F64, ..s }, &rule, &A10), "f64");
+    assert!(select::SelectPlan::new(&s, &rule, &A10).is_ok());
+    refused(select::SelectPlan::new(&select::Sizes { slots: 65, ..s }, &rule, &A10), "65 candidates");
+    refused(select::SelectPlan::new(&select::Sizes { dtype: DType::F64, ..s }, &rule, &A10), "f64");
     let dense = select::Rule { estimator: Estimator::Dense, ..rule };
-    refused(select::Plan::new(&s, &dense, &A10), "dense");
-    refused(select::Plan::new(&select::Sizes { queries: 1 << 29, ..s }, &rule, &A10), "4294967296");
+    refused(select::SelectPlan::new(&s, &dense, &A10), "dense");
+    refused(select::SelectPlan::new(&select::Sizes { queries: 1 << 29, ..s }, &rule, &A10), "4294967296");
 
     let c = conv::Sizes { batch: 1, rows: 10, channels: 4, width: 4, dtype: DType::F32 };
     assert!(conv::Plan::new(&c, None, &A10).is_ok());
@@ -386,10 +386,10 @@ fn steps_of_a_training_are_planned_or_refused() {
     let s = RowSizes { batch: 2, heads: 3, rows: 5, dim: 8, dtype: DType::BF16 };
     type Make = fn(&RowSizes, &Arch) -> Result<(), Error>;
     let makes: [(&str, Make); 4] = [
-        ("rms_norm", |s, arch| norm::Plan::new(s, 1e-5, arch).map(drop)),
-        ("rotary", |s, arch| rotary::Plan::new(s, &[0], arch).map(drop)),
-        ("swiglu", |s, arch| swiglu::Plan::new(s, arch).map(drop)),
-        ("cross_entropy", |s, arch| cross_entropy::Plan::new(s, arch).map(drop)),
+        ("rms_norm", |s, arch| norm::NormPlan::new(s, 1e-5, arch).map(drop)),
+        ("rotary", |s, arch| rotary::RotaryPlan::new(s, &[0], arch).map(drop)),
+        ("swiglu", |s, arch| swiglu::SwigluPlan::new(s, arch).map(drop)),
+        ("cross_entropy", |s, arch| cross_entropy::CrossEntropyPlan::new(s, arch).map(drop)),
     ];
     for (op, make) in makes {
         assert!(make(&s, &H100).is_ok() && make(&s, &Arch { compute: Arch::METAL, ..A10 }).is_ok());
@@ -407,19 +407,19 @@ fn steps_of_a_training_are_planned_or_refused() {
         Err(Error::Invalid(text)) => assert!(text.contains(value), "{text} does not name {value}"),
         other => panic!("{other:?} instead of a text that names {value}"),
     };
-    invalid(rotary::Plan::new(&RowSizes { dim: 7, ..s }, &[0], &H100).map(drop), "7 elements");
-    invalid(rotary::Plan::new(&s, &[0, 1, 2], &H100).map(drop), "3 offsets");
-    refused(rotary::Plan::new(&s, &[1 << 31], &H100), "2147483653");
+    invalid(rotary::RotaryPlan::new(&RowSizes { dim: 7, ..s }, &[0], &H100).map(drop), "7 elements");
+    invalid(rotary::RotaryPlan::new(&s, &[0, 1, 2], &H100).map(drop), "3 offsets");
+    refused(rotary::RotaryPlan::new(&s, &[1 << 31], &H100), "2147483653");
 
     let gpu = Emulator::new(0);
     let memory = gpu.zeros(1 << 12).unwrap();
     let at = Slice::from(&memory);
     let x = Tensor4::contiguous(at, [3, 5, 8]);
-    let plan = rotary::Plan::new(&s, &[4], &H100).unwrap();
+    let plan = rotary::RotaryPlan::new(&s, &[4], &H100).unwrap();
     let angles = rotary::Angles { cos: at, sin: at, positions: 8 };
     invalid(rotary::rotate(&gpu, &plan, &x, &angles, false, at), "9 positions of 8");
     let far = Tensor4 { data: at, strides: [1 << 31, 40, 8] };
-    let plan = norm::Plan::new(&s, 1e-5, &H100).unwrap();
+    let plan = norm::NormPlan::new(&s, 1e-5, &H100).unwrap();
     refused(norm::forward(&gpu, &plan, &far, at, at), "x spans");
     // What is one launch, and what two.
     norm::forward(&gpu, &plan, &x, at, at).unwrap();
@@ -428,8 +428,8 @@ fn steps_of_a_training_are_planned_or_refused() {
     norm::backward(&gpu, &plan, &x, at, &x, [(&out).into(), Slice { buffer: &out, offset: 2048 }]).unwrap();
     assert_eq!(gpu.launches(), 3);
 
-    refused(adamw::Parts::new(vec![1, 1 << 31]), "2147483648");
-    let parts = adamw::Parts::new(vec![100, 0, 1]).unwrap();
+    refused(adamw::PartialSums::new(vec![1, 1 << 31]), "2147483648");
+    let parts = adamw::PartialSums::new(vec![100, 0, 1]).unwrap();
     assert_eq!(parts.count(), 2);
     refused(adamw::squares(&gpu, &parts, 0, (at, DType::F64), (&out).into()), "f64");
     adamw::squares(&gpu, &parts, 1, (at, DType::F32), (&out).into()).unwrap();

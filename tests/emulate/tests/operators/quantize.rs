@@ -164,7 +164,7 @@ fn caches_without_capacity_are_refused() {
     let k = Tensor::zeros((1, 2, 70, 32), DType::F32, &Device::Cpu).unwrap();
     let held = Held::new(&gpu, &k);
     let shape = KeyShape { sequences: 1, kv_heads: 2, head_dim: 32, dtype: DType::F32, score: Score::Energy };
-    let memory = gpu.zeros(shape.codes_bytes(128)).unwrap();
+    let memory = gpu.zeros(values_bytes(&shape, 128)).unwrap();
     let refused = |capacity: usize, first: usize, shape: &KeyShape, value: &str| {
         let to = Int8Slices { values: (&memory).into(), bounds: (&memory).into(), capacity };
         let e = quantize(&gpu, shape, &held.tensor4(), 70, first, &to).unwrap_err().to_string();

@@ -3,7 +3,7 @@
 use candle_core::DType;
 use gd_emulate::Emulator;
 use gd_kernels::gpu::Gpu;
-use gd_kernels::gpu::select::{Plan, Rule, Sizes, rest};
+use gd_kernels::gpu::select::{Rule, SelectPlan, Sizes, remaining};
 use rand::RngExt;
 
 use crate::device::integers;
@@ -17,13 +17,13 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let (head_dim, value_dim, dtype) = (8, 8, DType::F32);
     let sizes = Sizes { batch, q_heads, kv_heads, queries, keys, head_dim, value_dim, slots, dtype };
     let fail = |e: gd_kernels::Error| e.to_string();
-    let plan = Plan::new(&sizes, &Rule::default(), &gpu.arch()).map_err(fail)?;
+    let plan = SelectPlan::new(&sizes, &Rule::default(), &gpu.arch()).map_err(fail)?;
     let rows = batch * q_heads * queries;
     let index: Vec<i32> = (0..rows * slots).map(|_| rng.random_range(-1..keys as i32)).collect();
     let slot: Vec<i32> = (0..rows).map(|_| rng.random_range(-1..slots as i32)).collect();
     let [index_at, slot_at] = [&index, &slot].map(|x| gpu.upload(bytemuck::cast_slice(x)).map_err(fail));
     let (index_at, slot_at, out) = (index_at?, slot_at?, gpu.allocate(rows * slots * 4).map_err(fail)?);
-    rest(gpu, &plan, (&index_at).into(), (&slot_at).into(), (&out).into()).map_err(fail)?;
+    remaining(gpu, &plan, (&index_at).into(), (&slot_at).into(), (&out).into()).map_err(fail)?;
     let got = integers(gpu, &out, rows * slots);
     for row in 0..rows {
         for s in 0..slots {

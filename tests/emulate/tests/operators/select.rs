@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 use gd_emulate::{Buffer, Emulator};
-use gd_kernels::gpu::inverse::Inverse;
+use gd_kernels::gpu::inverse::InverseIndex;
 use gd_kernels::gpu::scan::Prior;
 use gd_kernels::gpu::select::{
-    Candidates, PairGradients, Pairs, Plan, Record, Rule, Sizes, barrier, barrier_backward, choose,
+    Candidates, PairGradients, Pairs, Record, Rule, SelectPlan, Sizes, barrier, barrier_backward, choose,
     choose_backward, density, density_backward, energy, energy_backward, residual, residual_backward,
 };
 use gd_kernels::gpu::{Gpu, Slice};
@@ -131,14 +131,18 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
         tie: p.tie,
         estimator: params.estimator,
         temperature: params.temperature,
-        preserve: params.preserve_floor,
-        value: params.value_floor,
+        preserve_floor: params.preserve_floor,
+        value_floor: params.value_floor,
         hardness: params.hardness,
-        gate: if let Gate::Energy { temperature } = params.gate { Some(temperature) } else { None },
+        gate_temperature: if let Gate::Energy { temperature } = params.gate {
+            Some(temperature)
+        } else {
+            None
+        },
         barrier: params.barrier,
         ..Rule::default()
     };
-    let plan = Plan::new(&s, &rule, &gpu.arch()).map_err(fail)?;
+    let plan = SelectPlan::new(&s, &rule, &gpu.arch()).map_err(fail)?;
     let held = Uploaded::new(gpu, &case);
     let x = held.inputs(&case);
     let index = gpu.upload(bytemuck::cast_slice(&found.index)).map_err(fail)?;
@@ -222,7 +226,7 @@ pub(crate) fn check(gpu: &Emulator, seed: u64) -> Verdict {
     let dy_tensor = dy_tensor.transpose(1, 2).unwrap();
     let dy = crate::problems::values(&dy_tensor);
     let dy_held = Held::new(gpu, &dy_tensor);
-    let inverse = Inverse::new(gpu, &s, (&index).into()).map_err(fail)?;
+    let inverse = InverseIndex::new(gpu, &s, (&index).into()).map_err(fail)?;
     let de = Out::new(gpu, slots, DType::F32);
     let dv = Out::new(gpu, p.v.len(), case.dtype);
     let dtau = Out::new(gpu, p.q_heads, DType::F32);
@@ -274,12 +278,13 @@ pub(crate) fn check_single(gpu: &Emulator, seed: u64) -> Verdict {
     let s = sizes(&case, 1);
     let passage = seed.is_multiple_of(3);
     let mode = if passage { gd_kernels::CoherenceMode::Passage } else { gd_kernels::CoherenceMode::Global };
-    let plan = Plan::new(&s, &Rule { coherence: mode, ..Rule::default() }, &gpu.arch()).map_err(fail)?;
+    let plan =
+        SelectPlan::new(&s, &Rule { coherence: mode, ..Rule::default() }, &gpu.arch()).map_err(fail)?;
     let held = Uploaded::new(gpu, &case);
     let x = held.inputs(&case);
     let index_held = gpu.upload(bytemuck::cast_slice(&index)).map_err(fail)?;
     let pairs = Pairs { q: x.q, k: x.k, beta: x.beta, index: (&index_held).into() };
-    let inverse = Inverse::new(gpu, &s, (&index_held).into()).map_err(fail)?;
+    let inverse = InverseIndex::new(gpu, &s, (&index_held).into()).map_err(fail)?;
     let (rows, d) = (s.rows(), p.dim);
     let mut rng = rng(seed ^ 99);
     let alpha: Vec<f32> = (0..p.q_heads).map(|h| [0.5, 0.2, 0.9, 0.35][(h + seed as usize) % 4]).collect();

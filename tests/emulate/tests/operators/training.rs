@@ -71,7 +71,7 @@ pub(crate) fn check_norm(gpu: &Emulator, seed: u64) -> Verdict {
             want_dw[c] += dy[c] * x[c] * r;
         }
     }
-    let plan = norm::Plan::new(&s, eps, &gpu.arch()).map_err(fail)?;
+    let plan = norm::NormPlan::new(&s, eps, &gpu.arch()).map_err(fail)?;
     let (y, dx) = (room(gpu, want.len(), s.dtype)?, room(gpu, want.len(), s.dtype)?);
     let dw = room(gpu, dim, s.dtype)?;
     norm::forward(gpu, &plan, &x.tensor4(), w.slice(), (&y).into()).map_err(fail)?;
@@ -97,7 +97,7 @@ pub(crate) fn check_rotary(gpu: &Emulator, seed: u64) -> Verdict {
     let (cos, coss) = held(gpu, &table(f64::cos), &[positions, half], DType::F32);
     let (sin, sins) = held(gpu, &table(f64::sin), &[positions, half], DType::F32);
     let (x, xs) = view(gpu, &mut rng, &s);
-    let plan = rotary::Plan::new(&s, &offsets, &gpu.arch()).map_err(fail)?;
+    let plan = rotary::RotaryPlan::new(&s, &offsets, &gpu.arch()).map_err(fail)?;
     let angles = rotary::Angles { cos: cos.slice(), sin: sin.slice(), positions };
     for back in [false, true] {
         let mut want = vec![0.0; xs.len()];
@@ -130,7 +130,7 @@ pub(crate) fn check_swiglu(gpu: &Emulator, seed: u64) -> Verdict {
         want_gate.push(d * u * t * (1.0 + g * (1.0 - t)));
         want_up.push(d * g * t);
     }
-    let plan = swiglu::Plan::new(&s, &gpu.arch()).map_err(fail)?;
+    let plan = swiglu::SwigluPlan::new(&s, &gpu.arch()).map_err(fail)?;
     let [y, dgate, dup] = [(); 3].map(|()| room(gpu, want.len(), s.dtype));
     let (y, dgate, dup) = (y?, dgate?, dup?);
     let inputs = [&gate.tensor4(), &up.tensor4()];
@@ -197,7 +197,7 @@ pub(crate) fn check_cross_entropy(gpu: &Emulator, seed: u64) -> Verdict {
     let listed: Vec<u32> = [7, 7].into_iter().chain(targets.iter().copied()).collect();
     let listed = gpu.upload(bytemuck::cast_slice(&listed)).map_err(fail)?;
     let at = Slice { buffer: &listed, offset: 8 };
-    let plan = cross_entropy::Plan::new(&s, &gpu.arch()).map_err(fail)?;
+    let plan = cross_entropy::CrossEntropyPlan::new(&s, &gpu.arch()).map_err(fail)?;
     let [losses, sums] = [(); 2].map(|()| room(gpu, rows, DType::F32));
     let (losses, sums, dx) = (losses?, sums?, room(gpu, xs.len(), s.dtype)?);
     let out = [(&losses).into(), (&sums).into()];
@@ -328,7 +328,7 @@ pub(crate) fn check_adamw(gpu: &Emulator, seed: u64) -> Verdict {
             loss: above(want_loss, event == Event::Loss),
             norm: above(want_norm, event == Event::Norm),
         };
-        let of = adamw::Parts::new(parameters.iter().map(|p| p.w.len()).collect()).map_err(fail)?;
+        let of = adamw::PartialSums::new(parameters.iter().map(|p| p.w.len()).collect()).map_err(fail)?;
         let parts = room(gpu, of.count(), DType::F32)?;
         for (at, ((g, _), p)) in gradients.iter().zip(&parameters).enumerate() {
             adamw::squares(gpu, &of, at, (g.slice(), p.dtype), (&parts).into()).map_err(fail)?;
@@ -337,7 +337,7 @@ pub(crate) fn check_adamw(gpu: &Emulator, seed: u64) -> Verdict {
         let (sums, loss) = ((&of, (&parts).into()), (losses.slice(), 3));
         adamw::verdict(gpu, sums, loss, &limits, (&verdict).into()).map_err(fail)?;
         let parts = numbers(gpu, &parts, of.count(), DType::F32);
-        let first = of.not_finite(&parts.iter().map(|x| *x as f32).collect::<Vec<_>>());
+        let first = of.first_not_finite(&parts.iter().map(|x| *x as f32).collect::<Vec<_>>());
         let name = format!("adamw of seed {seed}, update {update}, {event:?}");
         let found: Vec<f64> = numbers(gpu, &verdict, 3, DType::F32);
         if event == Event::NotFinite {

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use gd_layer::{Linear, RopeScaling, Rotary, rms_norm, swiglu};
-use gd_model::model::loss::{
+use gd_kernels::cross_entropy::{
     IGNORE, cross_entropy, linear_cross_entropy, linear_distillation, linear_token_losses, token_losses,
 };
+use gd_kernels::{rms_norm, swiglu};
+use gd_layer::{Linear, RopeScaling, Rotary};
 use gd_model::train::optimizer::{AdamWConfig, MuonConfig, Optimizer, global_norm, not_finite, orthogonal};
 
 use crate::graph::{apart, noise};
@@ -55,10 +56,10 @@ fn layers_and_their_gradients_are_those_of_the_cpu() -> Result<()> {
         // Parts of larger tensors, the second one strided in its last dimension.
         let inputs = [float(1, &[2, 5, 40])?, float(2, &[37])?];
         agree(&format!("rms_norm {dtype:?}"), &inputs, bound, |x| {
-            rms_norm(&x[0].narrow(2, 3, 37)?, &x[1], 1e-5)
+            Ok(rms_norm(&x[0].narrow(2, 3, 37)?, &x[1], 1e-5)?)
         })?;
         let inputs = [float(1, &[2, 5, 40])?, float(2, &[2, 40, 5])?];
-        agree(&format!("swiglu {dtype:?}"), &inputs, bound, |x| swiglu(&x[0], &x[1].transpose(1, 2)?))?;
+        agree(&format!("swiglu {dtype:?}"), &inputs, bound, |x| Ok(swiglu(&x[0], &x[1].transpose(1, 2)?)?))?;
         for scaling in [RopeScaling::None, RopeScaling::Linear { factor: 2.0 }] {
             agree(&format!("rope {dtype:?}"), &[float(1, &[2, 7, 3, 16])?], bound, |x| {
                 let rotary = Rotary::new(16, 32, 1e4, scaling, dtype, &Device::Cpu)?;
@@ -89,14 +90,14 @@ fn losses_and_their_gradients_are_those_of_the_cpu() -> Result<()> {
     for (dtype, bound) in BOUNDS {
         let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype);
         let logits = [float(1, &[rows, v])?];
-        agree(&format!("cross entropy {dtype:?}"), &logits, bound, |x| cross_entropy(&x[0], &targets))?;
+        agree(&format!("cross entropy {dtype:?}"), &logits, bound, |x| Ok(cross_entropy(&x[0], &targets)?))?;
         let inputs = [float(1, &[rows, c])?, float(2, &[v, c])?];
         agree(&format!("linear cross entropy {dtype:?}"), &inputs, bound, |x| {
-            linear_cross_entropy(&x[0], &x[1], &targets)
+            Ok(linear_cross_entropy(&x[0], &x[1], &targets)?)
         })?;
         let (other, head) = (float(3, &[rows, c])?, float(4, &[v, c])?);
         agree(&format!("distillation {dtype:?}"), &inputs, bound, |x| {
-            linear_distillation((&x[0], &x[1]), &targets, (&other, &head), 0.7)
+            Ok(linear_distillation((&x[0], &x[1]), &targets, (&other, &head), 0.7)?)
         })?;
         let each = || -> Result<[Vec<f32>; 2]> {
             Ok([token_losses(&logits[0], &targets)?, linear_token_losses(&inputs[0], &inputs[1], &targets)?])

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-pub use self::adamw::{AdamW, AdamWConfig, Known, Moved};
+pub use self::adamw::{AdamW, AdamWConfig, DeviceVerdict, Updated};
 pub use self::groups::Group;
 pub use self::muon::{Muon, MuonConfig, orthogonal};
 pub use self::norm::{accumulate, clip_scale, global_norm, not_finite, squares};
@@ -52,20 +52,25 @@ impl Optimizer {
         self.muon.is_empty()
     }
 
-    /// As [`AdamW::step_known`], where [`Optimizer::runs_ahead`].
+    /// As [`AdamW::step_by_verdict`], where [`Optimizer::runs_ahead`].
     ///
     /// # Errors
     /// As there, or matrices that Muon would move.
-    pub fn step_known(&mut self, grads: &GradStore, lr: f64, known: &Known<'_>) -> Result<Moved> {
+    pub fn step_by_verdict(
+        &mut self,
+        grads: &GradStore,
+        lr: f64,
+        verdict: &DeviceVerdict<'_>,
+    ) -> Result<Updated> {
         match self.runs_ahead() {
-            true => self.adamw.step_known(grads, lr, known),
+            true => self.adamw.step_by_verdict(grads, lr, verdict),
             false => Err(crate::Error::Invalid("Muon's updates need a factor that the host knows".into())),
         }
     }
 
-    /// As [`AdamW::take_back`].
-    pub fn take_back(&mut self, moved: &Moved) {
-        self.adamw.take_back(moved);
+    /// As [`AdamW::undo_step`].
+    pub fn undo_step(&mut self, updated: &Updated) {
+        self.adamw.undo_step(updated);
     }
 
     /// With the parameters, all that an exact continuation needs, by name.

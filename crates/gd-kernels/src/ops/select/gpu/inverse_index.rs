@@ -1,5 +1,5 @@
-//! From "query reads keys" to "key is read by queries", on a GPU: a stable radix sort of the slots by the key
-//! that they hold, so that key gradients are sums in the order of the rows.
+//! The inverse of the candidates on a GPU: for every key the slots that hold it. A stable radix sort of the slots by
+//! their keys, so that gradients of keys are sums in the order of the rows.
 
 use bytemuck::bytes_of;
 
@@ -7,21 +7,21 @@ use crate::backend::gpu::kernel::{ElementType, Variant};
 use crate::backend::gpu::params::{SORT_BLOCK_ENTRIES, SORT_DIGIT_BITS, SortParams};
 use crate::backend::gpu::{Constants, Gpu, KernelOp, Launch, Slice, elements, grid};
 use crate::error::Result;
-use crate::ops::select::gpu::launch::Sizes;
+use crate::ops::select::Sizes;
 
 /// Threads of a block.
-const THREADS: usize = 256;
+const BLOCK_THREADS: usize = 256;
 
 /// For every key of every key-value head, the flat slots that hold it, in ascending order: slots of list
 /// `(b Hk + kv) M + j` are `entries[starts[list]..starts[list + 1]]`.
 #[derive(Debug)]
-pub struct Inverse<B> {
+pub struct InverseIndex<B> {
     starts: B,
     lists: B,
     entries: B,
 }
 
-impl<B> Inverse<B> {
+impl<B> InverseIndex<B> {
     /// Inverts index i32 `[B, Hq, N, K]`, -1 where unused.
     ///
     /// # Errors
@@ -47,7 +47,7 @@ impl<B> Inverse<B> {
             gpu.launch(&Launch {
                 kernel: variant.kernel(op),
                 grid: grid(op.symbol(), blocks as u128)?,
-                block: THREADS as u32,
+                block: BLOCK_THREADS as u32,
                 shared_bytes: 0,
                 params: bytes_of(params).to_vec(),
                 constants: Constants::default(),
@@ -57,7 +57,7 @@ impl<B> Inverse<B> {
         let entries = || gpu.allocate(count as usize * 4);
         let (mut from, mut to) = ([entries()?, entries()?], [entries()?, entries()?]);
         let counts = gpu.allocate(blocks * (1 << SORT_DIGIT_BITS) * 4)?;
-        let threads = (count as usize).div_ceil(THREADS);
+        let threads = (count as usize).div_ceil(BLOCK_THREADS);
         launch(&params, KernelOp::SortInit, threads, vec![index, (&from[0]).into(), (&from[1]).into()])?;
         // List numbers go up to `lists` itself, that of unused slots.
         while params.shift < u32::BITS - lists.leading_zeros() {
@@ -69,7 +69,7 @@ impl<B> Inverse<B> {
             params.shift += SORT_DIGIT_BITS;
         }
         let starts = gpu.allocate((lists as usize + 1) * 4)?;
-        let threads = (count as usize + 1).div_ceil(THREADS);
+        let threads = (count as usize + 1).div_ceil(BLOCK_THREADS);
         launch(&params, KernelOp::SortSegmentStarts, threads, vec![(&from[0]).into(), (&starts).into()])?;
         let [lists, entries] = from;
         Ok(Self { starts, lists, entries })

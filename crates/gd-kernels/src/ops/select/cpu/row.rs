@@ -4,86 +4,89 @@
 //! softmax of `-eps / T` over the slots in use and the null slot.
 
 use crate::backend::cpu::element::Real;
-use crate::options::{Estimator, Gate, TieBreak};
+use crate::ops::select::Rule;
+use crate::options::{Estimator, TieBreak};
 
-/// What a row needs besides its energies.
+/// The options of a row in the accumulator type.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rule<A> {
-    pub(crate) tie: TieBreak,
-    pub(crate) estimator: Estimator,
+pub(super) struct RowRule<A> {
+    tie: TieBreak,
+    estimator: Estimator,
     /// Temperature T of the estimator's softmax.
-    pub(crate) temperature: A,
+    temperature: A,
     /// Preserve floor f.
-    pub(crate) preserve: A,
+    preserve_floor: A,
     /// Value floor lambda.
-    pub(crate) value: A,
+    value_floor: A,
     /// Share h of the hard forward pass; 1 - h is the soft mixture over the candidates.
-    pub(crate) hardness: A,
+    hardness: A,
     /// Temperature of the energy gate; `None` leaves the value as it is.
-    pub(crate) gate: Option<A>,
+    gate_temperature: Option<A>,
 }
 
-impl<A: Real> Rule<A> {
-    /// Folds the estimator and gate options into what a row computes.
-    pub(crate) fn new(tie: TieBreak, estimator: Estimator, gate: Gate, f: [f64; 4]) -> Self {
-        let [temperature, preserve, value, hardness] = f.map(A::of);
-        let hardness = if estimator == Estimator::Blend { A::zero() } else { hardness };
-        let gate = match gate {
-            Gate::Energy { temperature } => Some(A::of(temperature)),
-            Gate::None | Gate::Coherence => None,
-        };
-        Self { tie, estimator, temperature, preserve, value, hardness, gate }
+impl<A: Real> RowRule<A> {
+    /// The options of a selection.
+    pub(super) fn of(rule: &Rule) -> Self {
+        Self {
+            tie: rule.tie,
+            estimator: rule.estimator,
+            temperature: A::of(rule.temperature),
+            preserve_floor: A::of(rule.preserve_floor),
+            value_floor: A::of(rule.value_floor),
+            hardness: A::of(rule.hard_share()),
+            gate_temperature: rule.gate_temperature.map(A::of),
+        }
     }
 }
 
 /// What a row chose.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Choice<A> {
+pub(super) struct RowChoice<A> {
     /// The slot of least energy, admitted or not; none if the row has no candidate.
-    pub(crate) nearest: Option<usize>,
+    pub(super) nearest: Option<usize>,
     /// The winning slot; none if the row abstains.
-    pub(crate) winner: Option<usize>,
+    pub(super) winner: Option<usize>,
     /// Energy of the next admitted candidate less that of the winner; +inf if there is none.
-    pub(crate) margin: A,
+    pub(super) margin: A,
     /// Consistency gate of the nearest candidate, admitted or not; 1 without an energy gate.
-    pub(crate) rho: A,
+    pub(super) rho: A,
 }
 
 /// Finds the winner among slots with a key, ties by the rule.
-pub(crate) fn choose<A: Real>(rule: &Rule<A>, energy: &[A], key: &[i32], tau: A) -> Choice<A> {
-    let mut best: Option<usize> = None;
+pub(super) fn choose<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A) -> RowChoice<A> {
+    let mut nearest: Option<usize> = None;
     for (slot, (&e, &j)) in energy.iter().zip(key).enumerate().filter(|(_, (_, j))| **j >= 0) {
-        let wins = best.is_none_or(|b| {
+        let wins = nearest.is_none_or(|b| {
             let earlier = (j < key[b]) == (rule.tie == TieBreak::First);
             e < energy[b] || (e == energy[b] && earlier)
         });
         if wins {
-            best = Some(slot);
+            nearest = Some(slot);
         }
     }
-    let Some(best) = best else {
-        return Choice { nearest: None, winner: None, margin: A::infinity(), rho: A::one() };
+    let Some(nearest) = nearest else {
+        return RowChoice { nearest: None, winner: None, margin: A::infinity(), rho: A::one() };
     };
-    let e = energy[best];
-    let rho = rule.gate.map_or(A::one(), |t| sigmoid((tau - e) / t));
+    let e = energy[nearest];
+    let rho = rule.gate_temperature.map_or(A::one(), |t| sigmoid((tau - e) / t));
     if e > tau {
-        return Choice { nearest: Some(best), winner: None, margin: A::infinity(), rho };
+        return RowChoice { nearest: Some(nearest), winner: None, margin: A::infinity(), rho };
     }
-    let rivals = energy.iter().zip(key).enumerate().filter(|(slot, (_, j))| *slot != best && **j >= 0);
+    let rivals = energy.iter().zip(key).enumerate().filter(|(slot, (_, j))| *slot != nearest && **j >= 0);
     let margin = rivals.map(|(_, (&x, _))| x).filter(|&x| x <= tau).fold(A::infinity(), |m, x| {
         let lead = x - e;
         if lead < m { lead } else { m }
     });
-    Choice { nearest: Some(best), winner: Some(best), margin, rho }
+    RowChoice { nearest: Some(nearest), winner: Some(nearest), margin, rho }
 }
 
-pub(crate) fn sigmoid<A: Real>(x: A) -> A {
+pub(super) fn sigmoid<A: Real>(x: A) -> A {
     // exp never overflows to a NaN here: exp(+big) = inf gives 0.
     (A::one() + (-x).exp()).recip()
 }
 
 /// Softmax of `-eps / T` over used slots into `p`, returning the null slot's share.
-fn soft<A: Real>(rule: &Rule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A]) -> A {
+fn soft<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A]) -> A {
     let used = |(e, j): (&A, &i32)| if *j < 0 { A::infinity() } else { *e };
     let least = energy.iter().zip(key).map(used).fold(tau, |least, e| if e < least { e } else { least });
     if !least.is_finite() {
@@ -102,9 +105,9 @@ fn soft<A: Real>(rule: &Rule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A])
 }
 
 /// Weights of the value rows in the forward pass.
-pub(crate) fn weights<A: Real>(
-    rule: &Rule<A>,
-    c: &Choice<A>,
+pub(super) fn weights<A: Real>(
+    rule: &RowRule<A>,
+    c: &RowChoice<A>,
     energy: &[A],
     key: &[i32],
     tau: A,
@@ -123,13 +126,13 @@ pub(crate) fn weights<A: Real>(
 }
 
 /// Scratch for the backward pass of a row of K slots.
-pub(crate) struct Scratch<A> {
+pub(super) struct Scratch<A> {
     p: Vec<A>,
     mixed: Vec<A>,
 }
 
 impl<A: Real> Scratch<A> {
-    pub(crate) fn new(slots: usize) -> Self {
+    pub(super) fn new(slots: usize) -> Self {
         Self { p: vec![A::zero(); slots], mixed: vec![A::zero(); slots] }
     }
 }
@@ -137,9 +140,9 @@ impl<A: Real> Scratch<A> {
 /// The backward pass of a row: `a[j] = <dy, v_j>` in, the energies' gradient `de` and the weights
 /// `dv` with which `dy` enters the value rows out; returns the threshold's gradient.
 #[allow(clippy::too_many_arguments)]
-pub(crate) fn backward<A: Real>(
-    rule: &Rule<A>,
-    c: &Choice<A>,
+pub(super) fn backward<A: Real>(
+    rule: &RowRule<A>,
+    c: &RowChoice<A>,
     energy: &[A],
     key: &[i32],
     tau: A,
@@ -163,11 +166,11 @@ pub(crate) fn backward<A: Real>(
     let scale = hard * c.rho;
     let floor = |s: &mut Scratch<A>| {
         let used = key.iter().filter(|&&j| j >= 0).count();
-        let each = rule.preserve / A::of(used.max(1) as f64);
+        let each = rule.preserve_floor / A::of(used.max(1) as f64);
         for ((m, &p), &j) in s.mixed.iter_mut().zip(&s.p).zip(key) {
-            *m = (A::one() - rule.preserve) * p + if j < 0 { A::zero() } else { each };
+            *m = (A::one() - rule.preserve_floor) * p + if j < 0 { A::zero() } else { each };
         }
-        (A::one() - rule.preserve) * null
+        (A::one() - rule.preserve_floor) * null
     };
     match rule.estimator {
         Estimator::Blend | Estimator::Winner => {}
@@ -188,13 +191,13 @@ pub(crate) fn backward<A: Real>(
             floor(s);
         }
     }
-    let lambda = if rule.estimator == Estimator::Winner { A::zero() } else { rule.value };
+    let lambda = if rule.estimator == Estimator::Winner { A::zero() } else { rule.value_floor };
     if lambda > A::zero() {
         dv.iter_mut().zip(&s.mixed).for_each(|(d, &m)| *d += scale * lambda * m);
     }
     if let Some(j) = c.winner {
         dv[j] += scale * (A::one() - lambda);
-        if let Some(t) = rule.gate {
+        if let Some(t) = rule.gate_temperature {
             // rho = sigmoid((tau - eps) / T) multiplies the selected row.
             let d = hard * a[j] * c.rho * (A::one() - c.rho) / t;
             de[j] += -d;
@@ -206,7 +209,7 @@ pub(crate) fn backward<A: Real>(
 
 /// Adds `scale * J(p) a`, carried from scores `-eps / T` to energies, to `de`; returns the null
 /// slot's share, whose `a` is 0.
-fn jacobian<A: Real>(rule: &Rule<A>, p: &[A], null: A, a: &[A], scale: A, de: &mut [A]) -> A {
+fn jacobian<A: Real>(rule: &RowRule<A>, p: &[A], null: A, a: &[A], scale: A, de: &mut [A]) -> A {
     let mean = p.iter().zip(a).fold(A::zero(), |m, (&p, &a)| p.mul_add(a, m));
     let rate = -scale / rule.temperature;
     for ((d, &p), &a) in de.iter_mut().zip(p).zip(a) {

@@ -1,16 +1,16 @@
-//! From "query reads keys" to "key is read by queries", so that key gradients are summed in a fixed
+//! The inverse of the candidates: for every key the queries that hold it, so that key gradients are summed in a fixed
 //! order and no two threads write one row.
 
 /// For every key of one key-value head, the (flat query row, slot) pairs that hold it, in ascending
 /// order.
-pub(crate) struct Inverse {
+pub(super) struct InverseIndex {
     start: Vec<u32>,
     entry: Vec<u32>,
 }
 
-impl Inverse {
+impl InverseIndex {
     /// Inverts `index`: the concatenated rows of K slots of the query heads that read the head.
-    pub(crate) fn new(index: &[i32], keys: usize) -> Self {
+    pub(super) fn new(index: &[i32], keys: usize) -> Self {
         let mut start = vec![0u32; keys + 1];
         for &j in index.iter().filter(|&&j| j >= 0) {
             start[j as usize + 1] += 1;
@@ -28,7 +28,7 @@ impl Inverse {
     }
 
     /// The flat slots (row * K + slot) that hold key `j`.
-    pub(crate) fn readers(&self, j: usize) -> impl Iterator<Item = usize> + '_ {
+    pub(super) fn readers(&self, j: usize) -> impl Iterator<Item = usize> + '_ {
         self.entry[self.start[j] as usize..self.start[j + 1] as usize].iter().map(|&e| e as usize)
     }
 }

@@ -2,49 +2,46 @@
 
 use std::sync::Arc;
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
-
+use super::Keys;
+use super::loops::{for_rows, for_rows2, head_sums, key_gradient};
 use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::view::{View, flat, with_view};
-use crate::by_float;
+use crate::backend::cpu::view::View;
 use crate::ops::scan::cpu::arguments::Prior;
 use crate::ops::scan::cpu::block::pair_energy;
-use crate::ops::select::cpu::rows::{Dims, for_rows, for_rows2, head_sums, key_gradient};
 use crate::options::Score;
 
 /// `(q, k, aux) -> energy [B, Hq, N, K]` where `aux` is beta `[Hq]` followed by the flat prior, in
 /// the accumulator type. Slots without a key get +inf and no gradient.
-pub(crate) struct Energy {
-    pub(crate) dims: Dims,
-    pub(crate) score: Score,
-    pub(crate) index: Arc<Vec<i32>>,
-    pub(crate) prior: Option<[usize; 3]>,
-    /// Energies already known from the scan of the same q and k.
-    pub(crate) known: Option<Tensor>,
+pub(super) struct Energy {
+    pub(super) keys: Arc<Keys>,
+    pub(super) score: Score,
+    /// The shape of the prior.
+    pub(super) prior: Option<[usize; 3]>,
 }
 
 impl Energy {
     fn aux<'a, A: Real>(&self, aux: &'a [A]) -> (&'a [A], Option<Prior<A>>) {
-        let (beta, prior) = aux.split_at(self.dims.hq);
+        let (beta, prior) = aux.split_at(self.keys.sizes.q_heads);
         (beta, self.prior.map(|dims| Prior { data: prior.to_vec(), dims }))
     }
 
-    fn forward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, aux: &[T::Acc]) -> Vec<T::Acc> {
+    /// The energies.
+    pub(super) fn forward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, aux: &[T::Acc]) -> Vec<T::Acc> {
         let (beta, prior) = self.aux(aux);
-        let dims = &self.dims;
-        let mut out = vec![T::Acc::of(f64::INFINITY); self.index.len()];
+        let sizes = &self.keys.sizes;
+        let mut out = vec![T::Acc::of(f64::INFINITY); self.keys.index.len()];
         for_rows(
             &mut out,
-            dims.slots,
+            sizes.slots,
             || (),
             #[inline(always)]
             |row, (), out| {
-                let [b, h, hk, i] = dims.place(row);
-                for (e, &j) in out.iter_mut().zip(&self.index[row * dims.slots..]) {
+                let [b, h, hk, i] = sizes.coordinates(row);
+                for (e, &j) in out.iter_mut().zip(self.keys.row(row)) {
                     if j >= 0 {
-                        let bias =
-                            prior.as_ref().map_or(T::Acc::of(0.0), |p| p.row(b, h, dims.hq)[j as usize]);
+                        let bias = prior
+                            .as_ref()
+                            .map_or(T::Acc::of(0.0), |p| p.row(b, h, sizes.q_heads)[j as usize]);
                         *e = pair_energy(self.score, beta[h], bias, q.row(b, h, i), k.row(b, hk, j as usize));
                     }
                 }
@@ -54,29 +51,29 @@ impl Energy {
     }
 
     /// Gradients of q, k (in T) and aux.
-    fn backward<T: Element>(
+    pub(super) fn backward<T: Element>(
         &self,
         q: View<'_, T>,
         k: View<'_, T>,
         aux: &[T::Acc],
         grad: &[T::Acc],
     ) -> (Vec<T>, Vec<T>, Vec<T::Acc>) {
-        let (dims, d, zero) = (&self.dims, q.dims[3], T::Acc::of(0.0));
-        let (beta, slots) = (&aux[..dims.hq], dims.slots);
+        let (sizes, d, zero) = (&self.keys.sizes, q.dims[3], T::Acc::of(0.0));
+        let (beta, slots) = (&aux[..sizes.q_heads], sizes.slots);
         let two = T::Acc::of(2.0);
         // One pass over the candidates gives dq and d beta of the row.
-        let mut dq = vec![T::down(zero); dims.rows() * d];
-        let mut dbeta = vec![zero; dims.rows()];
+        let mut dq = vec![T::down(zero); sizes.rows() * d];
+        let mut dbeta = vec![zero; sizes.rows()];
         for_rows2(
             (&mut dq, d),
             (&mut dbeta, 1),
             || vec![zero; d],
             #[inline(always)]
             |row, sum, dq, dbeta| {
-                let [b, h, hk, i] = dims.place(row);
+                let [b, h, hk, i] = sizes.coordinates(row);
                 sum.fill(zero);
                 let q = q.row(b, h, i);
-                for (&g, &j) in grad[row * slots..(row + 1) * slots].iter().zip(&self.index[row * slots..]) {
+                for (&g, &j) in grad[row * slots..(row + 1) * slots].iter().zip(self.keys.row(row)) {
                     if j < 0 || g == zero {
                         continue;
                     }
@@ -102,12 +99,11 @@ impl Energy {
             },
         );
         let dk = key_gradient::<T>(
-            dims,
-            &self.index,
+            &self.keys,
             d,
             #[inline(always)]
             |slot, [b, hk, j], sum| {
-                let [_, h, _, i] = dims.place(slot / slots);
+                let [_, h, _, i] = sizes.coordinates(slot / slots);
                 let g = grad[slot];
                 if g == zero {
                     return;
@@ -127,7 +123,7 @@ impl Energy {
                 }
             },
         );
-        let mut daux = head_sums(dims, &dbeta);
+        let mut daux = head_sums(sizes, &dbeta);
         daux.extend(self.prior_gradient(grad));
         (dq, dk, daux)
     }
@@ -137,65 +133,14 @@ impl Energy {
         let Some(dims) = self.prior else { return Vec::new() };
         let shape = Prior { data: Vec::<A>::new(), dims };
         let mut sum = vec![0f64; dims.iter().product()];
-        for (row, (grad, index)) in
-            grad.chunks(self.dims.slots).zip(self.index.chunks(self.dims.slots)).enumerate()
-        {
-            let [b, h, _, _] = self.dims.place(row);
-            let base = shape.offset(b, h, self.dims.hq);
-            for (g, &j) in grad.iter().zip(index).filter(|(_, j)| **j >= 0) {
+        let sizes = &self.keys.sizes;
+        for (row, grad) in grad.chunks(sizes.slots).enumerate() {
+            let [b, h, _, _] = sizes.coordinates(row);
+            let base = shape.offset(b, h, sizes.q_heads);
+            for (g, &j) in grad.iter().zip(self.keys.row(row)).filter(|(_, j)| **j >= 0) {
                 sum[base + j as usize] -= g.wide();
             }
         }
         sum.into_iter().map(A::of).collect()
-    }
-}
-
-impl CustomOp3 for Energy {
-    fn name(&self) -> &'static str {
-        "candidate-energy"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        ql: &Layout,
-        k: &CpuStorage,
-        kl: &Layout,
-        aux: &CpuStorage,
-        al: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let Dims { b, hq, n, slots, .. } = self.dims;
-        let shape = Shape::from((b, hq, n, slots));
-        by_float!("select", q.dtype(), T => {
-            type A = <T as Element>::Acc;
-            let energy = match &self.known {
-                Some(known) => known.flatten_all()?.to_vec1::<A>()?,
-                None => self.forward(View::<T>::new(q, ql)?, View::<T>::new(k, kl)?, flat::<A>(aux, al)?),
-            };
-            Ok((A::to_cpu_storage_owned(energy), shape))
-        })
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        aux: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let device = q.device();
-        by_float!("select", q.dtype(), T => {
-            type A = <T as Element>::Acc;
-            let (values, grads) = (aux.to_vec1::<A>()?, grad.flatten_all()?.to_vec1::<A>()?);
-            let (dq, dk, daux) = with_view::<T, _>(q, |qv| {
-                with_view::<T, _>(k, |kv| Ok(self.backward(qv, kv, &values, &grads)))
-            })?;
-            Ok((
-                Some(Tensor::from_vec(dq, q.shape(), device)?),
-                Some(Tensor::from_vec(dk, k.shape(), device)?),
-                Some(Tensor::from_vec(daux, aux.shape(), device)?),
-            ))
-        })
     }
 }

@@ -1,36 +1,12 @@
-//! Loops over query rows and keys that the operators of Select share.
+//! Loops over query rows and keys that the steps of `select` share.
 
 use rayon::prelude::*;
 
+use super::Keys;
+use super::inverse_index::InverseIndex;
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::parallel::vectorize;
-use crate::ops::select::cpu::inverse::Inverse;
-
-/// The sizes of a selection: q `[b, hq, n, _]`, k and v `[b, hk, m, _]`, candidates `[b, hq, n, slots]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Dims {
-    pub(crate) b: usize,
-    pub(crate) hq: usize,
-    pub(crate) hk: usize,
-    pub(crate) n: usize,
-    pub(crate) m: usize,
-    pub(crate) slots: usize,
-}
-
-impl Dims {
-    /// Query rows in all.
-    pub(crate) fn rows(&self) -> usize {
-        self.b * self.hq * self.n
-    }
-
-    /// Batch entry, query head, key head and query of a flat row.
-    #[inline(always)]
-    pub(crate) fn place(&self, row: usize) -> [usize; 4] {
-        let (head, i) = (row / self.n, row % self.n);
-        let h = head % self.hq;
-        [head / self.hq, h, h / (self.hq / self.hk), i]
-    }
-}
+use crate::ops::select::Sizes;
 
 /// Query rows that a task takes; fixed, so that results do not depend on the thread count.
 const TASK_ROWS: usize = 64;
@@ -39,7 +15,7 @@ const TASK_ROWS: usize = 64;
 const TASK_KEYS: usize = 64;
 
 /// Fills `out`, `len` elements a row, by `f(row, state, out)`; `state` is made once a task.
-pub(crate) fn for_rows<O: Send, S>(
+pub(super) fn for_rows<O: Send, S>(
     out: &mut [O],
     len: usize,
     state: impl Fn() -> S + Sync,
@@ -59,7 +35,7 @@ pub(crate) fn for_rows<O: Send, S>(
 }
 
 /// As [`for_rows`] with two outputs.
-pub(crate) fn for_rows2<A: Send, B: Send, S>(
+pub(super) fn for_rows2<A: Send, B: Send, S>(
     (a, a_len): (&mut [A], usize),
     (b, b_len): (&mut [B], usize),
     state: impl Fn() -> S + Sync,
@@ -81,18 +57,19 @@ pub(crate) fn for_rows2<A: Send, B: Send, S>(
 
 /// The gradient of keys or values `[B, Hk, M, len]`: for each key the sum of `add(slot, sum)` over
 /// the flat slots (row * K + slot) that hold it, in ascending order, rounded once.
-pub(crate) fn key_gradient<T: Element>(
-    dims: &Dims,
-    index: &[i32],
+pub(super) fn key_gradient<T: Element>(
+    keys: &Keys,
     len: usize,
     add: impl Fn(usize, [usize; 3], &mut [T::Acc]) + Sync,
 ) -> Vec<T> {
-    let per_head = dims.hq / dims.hk * dims.n * dims.slots;
-    let inverses: Vec<Inverse> = index.par_chunks(per_head).map(|rows| Inverse::new(rows, dims.m)).collect();
-    let mut out = vec![T::down(T::Acc::of(0.0)); dims.b * dims.hk * dims.m * len];
-    let blocks = dims.m.div_ceil(TASK_KEYS);
+    let Sizes { batch, q_heads, kv_heads, queries, keys: key_count, slots, .. } = keys.sizes;
+    let per_head = q_heads / kv_heads * queries * slots;
+    let inverses: Vec<InverseIndex> =
+        keys.index.par_chunks(per_head).map(|rows| InverseIndex::new(rows, key_count)).collect();
+    let mut out = vec![T::down(T::Acc::of(0.0)); batch * kv_heads * key_count * len];
+    let blocks = key_count.div_ceil(TASK_KEYS);
     let mut tasks: Vec<&mut [T]> = Vec::with_capacity(inverses.len() * blocks);
-    for head in out.chunks_mut(dims.m * len) {
+    for head in out.chunks_mut(key_count * len) {
         tasks.extend(head.chunks_mut(TASK_KEYS * len));
     }
     tasks.into_par_iter().enumerate().for_each(|(task, out)| {
@@ -102,7 +79,7 @@ pub(crate) fn key_gradient<T: Element>(
             || {
                 let mut sum = vec![T::Acc::of(0.0); len];
                 for (at, out) in out.chunks_mut(len).enumerate() {
-                    let key = [head / dims.hk, head % dims.hk, first + at];
+                    let key = [head / kv_heads, head % kv_heads, first + at];
                     sum.fill(T::Acc::of(0.0));
                     for slot in inverses[head].readers(first + at) {
                         add(head * per_head + slot, key, &mut sum);
@@ -116,10 +93,10 @@ pub(crate) fn key_gradient<T: Element>(
 }
 
 /// Sums per-row values `[B, Hq, N]` into heads `[Hq]`, in row order, in f64.
-pub(crate) fn head_sums<A: Real>(dims: &Dims, rows: &[A]) -> Vec<A> {
-    let mut sums = vec![0f64; dims.hq];
-    for (head, rows) in rows.chunks(dims.n).enumerate() {
-        sums[head % dims.hq] += rows.iter().map(|x| x.wide()).sum::<f64>();
+pub(super) fn head_sums<A: Real>(sizes: &Sizes, rows: &[A]) -> Vec<A> {
+    let mut sums = vec![0f64; sizes.q_heads];
+    for (head, rows) in rows.chunks(sizes.queries).enumerate() {
+        sums[head % sizes.q_heads] += rows.iter().map(|x| x.wide()).sum::<f64>();
     }
     sums.into_iter().map(A::of).collect()
 }

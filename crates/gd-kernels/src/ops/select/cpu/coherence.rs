@@ -2,27 +2,24 @@
 
 use std::sync::Arc;
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
-
+use super::Keys;
+use super::loops::{for_rows, head_sums, key_gradient};
 use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::view::{View, flat, with_view};
-use crate::by_float;
-use crate::ops::select::cpu::rows::{Dims, for_rows, head_sums, key_gradient};
+use crate::backend::cpu::view::View;
 use crate::options::CoherenceMode;
 
-/// Newton steps before the bisection guard alone would have reached f64 precision.
-const STEPS: usize = 60;
+/// Most Newton steps: in as many, the bisection guard alone reaches f64 precision.
+const MAX_NEWTON_STEPS: usize = 60;
 
 /// The coherence point u* in [0, 1] on the passage from query to key, for `t = beta |q - k|^2` and
 /// the mixture weight `alpha` of the query's well: `u = sigmoid(l + t (2u - 1))`.
-pub(crate) fn coherence_point(t: f64, alpha: f64, mode: CoherenceMode) -> f64 {
+fn coherence_point(t: f64, alpha: f64, mode: CoherenceMode) -> f64 {
     let l = ((1.0 - alpha) / alpha).ln();
     match mode {
         CoherenceMode::Global => 0.5 * (1.0 + global_root(t, l)),
         CoherenceMode::Passage => {
             let (mut lo, mut hi) = (0.0f64, 1.0f64);
-            for _ in 0..STEPS {
+            for _ in 0..MAX_NEWTON_STEPS {
                 let u = 0.5 * (lo + hi);
                 let f = u - 1.0 / (1.0 + (-(l + t * (2.0 * u - 1.0))).exp());
                 if f == 0.0 {
@@ -45,7 +42,7 @@ fn global_root(t: f64, l: f64) -> f64 {
     let l = l.abs();
     let (mut lo, mut hi) = (0.0f64, 1.0f64);
     let mut m = 1.0f64;
-    for _ in 0..STEPS {
+    for _ in 0..MAX_NEWTON_STEPS {
         let th = (0.5 * (l + t * m)).tanh();
         let f = m - th;
         if f > 0.0 {
@@ -74,10 +71,10 @@ fn density(t: f64, alpha: f64, mode: CoherenceMode) -> (f64, f64, f64) {
 }
 
 /// `(q, k, [beta, alpha]) -> rho [B, Hq, N]` for one key a query; 0 where there is none.
-pub(crate) struct Density {
-    pub(crate) dims: Dims,
-    pub(crate) mode: CoherenceMode,
-    pub(crate) index: Arc<Vec<i32>>,
+pub(super) struct Density {
+    pub(super) mode: CoherenceMode,
+    /// One key for every query.
+    pub(super) keys: Arc<Keys>,
 }
 
 fn distance<T: Element>(q: &[T], k: &[T]) -> f64 {
@@ -85,8 +82,13 @@ fn distance<T: Element>(q: &[T], k: &[T]) -> f64 {
 }
 
 impl Density {
+    /// The density of every row.
+    pub(super) fn forward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, aux: &[T::Acc]) -> Vec<T::Acc> {
+        self.map(q, k, aux, |t, alpha| density(t, alpha, self.mode).0)
+    }
+
     /// The coherence point u* of every row; 0, the query itself, where there is no key.
-    pub(crate) fn points<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, aux: &[T::Acc]) -> Vec<T::Acc> {
+    pub(super) fn points<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, aux: &[T::Acc]) -> Vec<T::Acc> {
         self.map(q, k, aux, |t, alpha| coherence_point(t, alpha, self.mode))
     }
 
@@ -97,16 +99,16 @@ impl Density {
         aux: &[T::Acc],
         f: impl Fn(f64, f64) -> f64 + Sync,
     ) -> Vec<T::Acc> {
-        let mut out = vec![T::Acc::of(0.0); self.dims.rows()];
+        let mut out = vec![T::Acc::of(0.0); self.keys.sizes.rows()];
         for_rows(
             &mut out,
             1,
             || (),
             |row, (), out| {
-                let ([b, h, hk, i], j) = (self.dims.place(row), self.index[row]);
+                let ([b, h, hk, i], j) = (self.keys.sizes.coordinates(row), self.keys.index[row]);
                 if j >= 0 {
                     let t = aux[h].wide() * distance(q.row(b, h, i), k.row(b, hk, j as usize));
-                    out[0] = T::Acc::of(f(t, aux[self.dims.hq + h].wide()));
+                    out[0] = T::Acc::of(f(t, aux[self.keys.sizes.q_heads + h].wide()));
                 }
             },
         );
@@ -114,24 +116,24 @@ impl Density {
     }
 
     /// Gradients of q, k and `[beta, alpha]`.
-    fn backward<T: Element>(
+    pub(super) fn backward<T: Element>(
         &self,
         q: View<'_, T>,
         k: View<'_, T>,
         aux: &[T::Acc],
         grad: &[T::Acc],
     ) -> (Vec<T>, Vec<T>, Vec<T::Acc>) {
-        let (dims, d) = (&self.dims, q.dims[3]);
+        let (sizes, d) = (&self.keys.sizes, q.dims[3]);
         // Per row: the factor of (q - k) in dq, then the gradients of beta and alpha.
-        let mut rows = vec![0f64; dims.rows() * 3];
+        let mut rows = vec![0f64; sizes.rows() * 3];
         for_rows(
             &mut rows,
             3,
             || (),
             |row, (), out| {
-                let ([b, h, hk, i], j) = (dims.place(row), self.index[row]);
+                let ([b, h, hk, i], j) = (sizes.coordinates(row), self.keys.index[row]);
                 if j >= 0 {
-                    let (beta, alpha) = (aux[h].wide(), aux[dims.hq + h].wide());
+                    let (beta, alpha) = (aux[h].wide(), aux[sizes.q_heads + h].wide());
                     let dist = distance(q.row(b, h, i), k.row(b, hk, j as usize));
                     let (_, by_t, by_alpha) = density(beta * dist, alpha, self.mode);
                     let g = grad[row].wide();
@@ -139,13 +141,13 @@ impl Density {
                 }
             },
         );
-        let mut dq = vec![T::down(T::Acc::of(0.0)); dims.rows() * d];
+        let mut dq = vec![T::down(T::Acc::of(0.0)); sizes.rows() * d];
         for_rows(
             &mut dq,
             d,
             || (),
             |row, (), out| {
-                let ([b, h, hk, i], j) = (dims.place(row), self.index[row]);
+                let ([b, h, hk, i], j) = (sizes.coordinates(row), self.keys.index[row]);
                 if j >= 0 {
                     let c = T::Acc::of(rows[row * 3]);
                     for ((o, q), k) in out.iter_mut().zip(q.row(b, h, i)).zip(k.row(b, hk, j as usize)) {
@@ -154,63 +156,16 @@ impl Density {
                 }
             },
         );
-        let dk = key_gradient::<T>(dims, &self.index, d, |row, [b, hk, j], sum| {
-            let [_, h, _, i] = dims.place(row);
+        let dk = key_gradient::<T>(&self.keys, d, |row, [b, hk, j], sum| {
+            let [_, h, _, i] = sizes.coordinates(row);
             let c = T::Acc::of(rows[row * 3]);
             for ((s, q), k) in sum.iter_mut().zip(q.row(b, h, i)).zip(k.row(b, hk, j)) {
                 *s += c * (k.up() - q.up());
             }
         });
         let column = |c: usize| rows.chunks(3).map(|r| T::Acc::of(r[c])).collect::<Vec<_>>();
-        let mut daux = head_sums(dims, &column(1));
-        daux.extend(head_sums(dims, &column(2)));
+        let mut daux = head_sums(sizes, &column(1));
+        daux.extend(head_sums(sizes, &column(2)));
         (dq, dk, daux)
-    }
-}
-
-impl CustomOp3 for Density {
-    fn name(&self) -> &'static str {
-        "coherence-density"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        ql: &Layout,
-        k: &CpuStorage,
-        kl: &Layout,
-        aux: &CpuStorage,
-        al: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let Dims { b, hq, n, .. } = self.dims;
-        by_float!("select", q.dtype(), T => {
-            type A = <T as Element>::Acc;
-            let (q, k, aux) = (View::<T>::new(q, ql)?, View::<T>::new(k, kl)?, flat::<A>(aux, al)?);
-            let rho = self.map(q, k, aux, |t, alpha| density(t, alpha, self.mode).0);
-            Ok((A::to_cpu_storage_owned(rho), Shape::from((b, hq, n))))
-        })
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        aux: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let device = q.device();
-        by_float!("select", q.dtype(), T => {
-            type A = <T as Element>::Acc;
-            let (values, grads) = (aux.to_vec1::<A>()?, grad.flatten_all()?.to_vec1::<A>()?);
-            let (dq, dk, daux) = with_view::<T, _>(q, |qv| {
-                with_view::<T, _>(k, |kv| Ok(self.backward(qv, kv, &values, &grads)))
-            })?;
-            Ok((
-                Some(Tensor::from_vec(dq, q.shape(), device)?),
-                Some(Tensor::from_vec(dk, k.shape(), device)?),
-                Some(Tensor::from_vec(daux, aux.shape(), device)?),
-            ))
-        })
     }
 }

@@ -1,40 +1,24 @@
-//! The gated activation of the feed-forward block: `y = silu(gate) * up`, elementwise.
-//!
-//! gate and up `[.., C]` of any strides (such as two halves of one projection), y `[.., C]`. On the
-//! CPU one fused pass each way; on a GPU one launch each way.
+//! The CPU body of [`swiglu`](super::swiglu): one pass forward and one backward.
 
-use candle_core::{Result, Tensor, bail};
-use gd_kernels::element::{Element, Real};
-use gd_kernels::fused::{
-    Rows, attach2, for_chunks, for_chunks2, rows_per_chunk, vectorize, with_contiguous_rows,
-};
-use gd_kernels::{by_float, on_cpu};
+use candle_core::Tensor;
 use num_traits::One;
 
-/// `silu(gate) * up`, computed in f32 (f64 for f64 input) and rounded once.
-///
-/// # Errors
-/// If shapes or dtypes differ.
-pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if gate.dims() != up.dims() || gate.dtype() != up.dtype() || gate.rank() == 0 {
-        bail!(
-            "swiglu: gate {:?} {:?} and up {:?} {:?} differ or have no dimension",
-            gate.dims(),
-            gate.dtype(),
-            up.dims(),
-            up.dtype()
-        );
-    }
-    if !on_cpu(gate.device()) {
-        return Ok(gd_kernels::on_device::swiglu(gate, up)?);
-    }
+use crate::backend::cpu::element::{Element, Real};
+use crate::backend::cpu::parallel::{for_chunks, for_chunks2, rows_per_chunk, vectorize};
+use crate::backend::cpu::view::Rows;
+use crate::backend::graph::{attach2, with_contiguous_rows};
+use crate::by_float;
+use crate::error::Result;
+
+/// Applies the activation to validated tensors.
+pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (gate, up) = (with_contiguous_rows(gate)?, with_contiguous_rows(up)?);
     by_float!("swiglu", gate.dtype(), T => {
         let y = {
             let ((g, gl), (u, ul)) = (gate.storage_and_layout(), up.storage_and_layout());
             forward(&Rows::<T>::new(&g, gl)?, &Rows::<T>::new(&u, ul)?)
         };
-        attach2("swiglu", &gate, &up, (y, gate.shape().clone()), backward::<T>)
+        Ok(attach2("swiglu", &gate, &up, (y, gate.shape().clone()), backward::<T>)?)
     })
 }
 
@@ -62,7 +46,7 @@ fn forward<T: Element>(gate: &Rows<T>, up: &Rows<T>) -> Vec<T> {
 }
 
 /// `dgate = dy up s (1 + gate (1 - s))` and `dup = dy gate s`, with `s = sigmoid(gate)`.
-fn backward<T: Element>(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<[Tensor; 2]> {
+fn backward<T: Element>(gate: &Tensor, up: &Tensor, dy: &Tensor) -> candle_core::Result<[Tensor; 2]> {
     let dy = with_contiguous_rows(dy)?;
     let ((g, gl), (u, ul), (d, dl)) =
         (gate.storage_and_layout(), up.storage_and_layout(), dy.storage_and_layout());
@@ -92,11 +76,12 @@ fn backward<T: Element>(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<[Tens
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::oracle::{agree, noise};
-    use candle_core::DType;
+    use candle_core::{DType, Result, Tensor};
 
-    /// The same from candle primitives that have gradients.
+    use crate::ops::agreement::{agree, noise};
+    use crate::swiglu;
+
+    /// The same operator composed of candle operations that have gradients.
     fn composed(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         gate.silu()? * up
     }
@@ -105,7 +90,7 @@ mod tests {
     fn composition_agrees_in_values_and_gradients() -> Result<()> {
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
             let inputs = [noise(1, &[3, 5, 37], dtype)?, noise(2, &[3, 5, 37], dtype)?];
-            agree(&inputs, |t| swiglu(&t[0], &t[1]), |t| composed(&t[0], &t[1]))?;
+            agree(&inputs, |t| Ok(swiglu(&t[0], &t[1])?), |t| composed(&t[0], &t[1]))?;
         }
         Ok(())
     }

@@ -2,19 +2,16 @@
 
 use std::sync::Arc;
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
-
+use super::Keys;
+use super::loops::{for_rows, key_gradient};
 use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::view::{View, with_view};
-use crate::by_float;
-use crate::ops::select::cpu::rows::{Dims, for_rows, key_gradient};
+use crate::backend::cpu::view::View;
 
 /// `(q, k) -> q - <q, g> g [B, Hq, N, D]`, g the jump direction from the query to its selected key;
 /// a query without a key, or on top of it, stays as it is.
-pub(crate) struct Residual {
-    pub(crate) dims: Dims,
-    pub(crate) index: Arc<Vec<i32>>,
+pub(super) struct Residual {
+    /// One key for every query.
+    pub(super) keys: Arc<Keys>,
 }
 
 /// `|delta|^2` and `<q, delta>` for `delta = k - q`.
@@ -28,15 +25,16 @@ fn products<T: Element>(q: &[T], k: &[T]) -> (T::Acc, T::Acc) {
 }
 
 impl Residual {
-    fn forward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>) -> Vec<T> {
-        let mut out = vec![T::down(T::Acc::of(0.0)); self.dims.rows() * q.dims[3]];
+    /// The residual queries.
+    pub(super) fn forward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>) -> Vec<T> {
+        let mut out = vec![T::down(T::Acc::of(0.0)); self.keys.sizes.rows() * q.dims[3]];
         for_rows(
             &mut out,
             q.dims[3],
             || (),
             #[inline(always)]
             |row, (), out| {
-                let ([b, h, hk, i], j) = (self.dims.place(row), self.index[row]);
+                let ([b, h, hk, i], j) = (self.keys.sizes.coordinates(row), self.keys.index[row]);
                 let q = q.row(b, h, i);
                 out.copy_from_slice(q);
                 if j < 0 {
@@ -56,8 +54,13 @@ impl Residual {
     }
 
     /// Gradients of q and k: with `c = <q, delta> / |delta|^2`, `r = q - c delta`.
-    fn backward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, dr: View<'_, T>) -> (Vec<T>, Vec<T>) {
-        let (dims, d, zero) = (&self.dims, q.dims[3], T::Acc::of(0.0));
+    pub(super) fn backward<T: Element>(
+        &self,
+        q: View<'_, T>,
+        k: View<'_, T>,
+        dr: View<'_, T>,
+    ) -> (Vec<T>, Vec<T>) {
+        let (sizes, d, zero) = (&self.keys.sizes, q.dims[3], T::Acc::of(0.0));
         // dk row by row; dq = dr + dc delta / |delta|^2 - dk, and dk again summed over its readers.
         let delta_gradient = |q: &[T], k: &[T], dr: &[T], out: &mut [T::Acc]| -> T::Acc {
             let (length, along) = products(q, k);
@@ -76,14 +79,14 @@ impl Residual {
             }
             dc / length
         };
-        let mut dq = vec![T::down(zero); dims.rows() * d];
+        let mut dq = vec![T::down(zero); sizes.rows() * d];
         for_rows(
             &mut dq,
             d,
             || vec![zero; d],
             #[inline(always)]
             |row, delta, out| {
-                let ([b, h, hk, i], j) = (dims.place(row), self.index[row]);
+                let ([b, h, hk, i], j) = (sizes.coordinates(row), self.keys.index[row]);
                 let (q, dr) = (q.row(b, h, i), dr.row(b, h, i));
                 if j < 0 {
                     out.copy_from_slice(dr);
@@ -97,55 +100,16 @@ impl Residual {
             },
         );
         let dk = key_gradient::<T>(
-            dims,
-            &self.index,
+            &self.keys,
             d,
             #[inline(always)]
             |row, [b, hk, j], sum| {
-                let [_, h, _, i] = dims.place(row);
+                let [_, h, _, i] = sizes.coordinates(row);
                 let mut delta = vec![zero; d];
                 delta_gradient(q.row(b, h, i), k.row(b, hk, j), dr.row(b, h, i), &mut delta);
                 sum.iter_mut().zip(&delta).for_each(|(s, &x)| *s += x);
             },
         );
         (dq, dk)
-    }
-}
-
-impl CustomOp2 for Residual {
-    fn name(&self) -> &'static str {
-        "query-residual"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        ql: &Layout,
-        k: &CpuStorage,
-        kl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_float!("select", q.dtype(), T => {
-            let residual = self.forward(View::<T>::new(q, ql)?, View::<T>::new(k, kl)?);
-            Ok((T::to_cpu_storage_owned(residual), ql.shape().clone()))
-        })
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        _: &Tensor,
-        dr: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dr = crate::backend::graph::with_contiguous_rows(dr)?;
-        by_float!("select", q.dtype(), T => {
-            let (dq, dk) = with_view::<T, _>(q, |qv| {
-                with_view::<T, _>(k, |kv| with_view::<T, _>(&dr, |dr| Ok(self.backward(qv, kv, dr))))
-            })?;
-            Ok((
-                Some(Tensor::from_vec(dq, q.shape(), q.device())?),
-                Some(Tensor::from_vec(dk, k.shape(), k.device())?),
-            ))
-        })
     }
 }

@@ -407,7 +407,7 @@ def two_traces(browser, build):
     count = sum(map(sum, apart))
     check(10 < count < 100, count, "differences are no test")
     same(tab.js("document.querySelector('#differences').textContent"),
-         f"{count} of 1\u202f750 picks differ, 0 tokens", "the differences of the two")
+         f"{count} of 1\u202f750 selections differ, 0 tokens", "the differences of the two")
     tab.press("Home")
     found, at = [], -1
     for _ in range(12):

@@ -1,9 +1,14 @@
-//! The program `gd`: commands, progress, tables, figures and pages around the library [`gd_model`].
+//! The program `gd`: argument parsing, progress, tables, plots and HTML pages for the library [`gd_model`].
+//!
+//! [`commands`] parse their arguments, call `gd-model` or `gd-kernels`, and print the result. [`render`] turns results
+//! into tables, plots and pages. This library exists for the program and its tests; its API may change in every
+//! release.
 #![forbid(unsafe_code)]
 
 pub mod commands;
+pub mod context;
+pub mod data_source;
 pub mod history;
-pub mod plot;
-pub mod report;
-pub mod table;
-pub mod viewer;
+pub mod progress;
+pub mod render;
+pub mod training;

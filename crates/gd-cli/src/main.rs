@@ -1,13 +1,13 @@
-//! The gd program: everything it does is in [`gd_cli::commands`].
+//! The program `gd`.
 #![forbid(unsafe_code)]
 
-/// Stack of a thread: what the system gives the main thread of a program.
-const STACK: usize = 8 << 20;
+/// Stack size of the threads of the pool, equal to the usual stack size of a main thread.
+const STACK_BYTES: usize = 8 << 20;
 
-/// The whole program runs on a thread of the pool that its operators run on. From any other thread each parallel
-/// loop would wake the pool and wait for it, which costs a small model more than the loop.
+/// Runs the whole program on a thread of the rayon pool. The operators are parallel loops on that pool, and to start
+/// one from a thread outside it costs a wake-up and a wait, which is more than the loop costs for a small model.
 fn main() -> std::process::ExitCode {
-    if let Err(e) = rayon::ThreadPoolBuilder::new().stack_size(STACK).build_global() {
+    if let Err(e) = rayon::ThreadPoolBuilder::new().stack_size(STACK_BYTES).build_global() {
         eprintln!("error: cannot start threads: {e}");
         return std::process::ExitCode::FAILURE;
     }

@@ -8,32 +8,32 @@ use gd_model::eval::evaluate;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained;
 
-use super::data::{ReadingArgs, prepared_for};
-use super::{Context, usage};
+use crate::context::{Context, usage};
+use crate::data_source::{ReadingArgs, prepared_data_for};
 
-/// Tokens of a forward pass: as many windows go together as fit.
-const TOGETHER: usize = 2048;
+/// A forward pass contains as many windows as fit in this number of tokens.
+const TOKENS_PER_PASS: usize = 2048;
 
 /// Measure a model on a text: loss, perplexity, bits per byte
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "The text is tokenised whole, cut into consecutive windows of the model's context, and the loss \
-                  (nats per token) is averaged over every predicted token. Documents (JSONL lines, prepared data) \
-                  are predicted each from its own text alone.\n\n\
+    after_help = "The text is tokenized as a whole and cut into consecutive windows of the model's context. The loss \
+                  (nats per token) is the mean over all predicted tokens. Documents (JSONL lines, prepared data) are \
+                  predicted from their own text only.\n\n\
                   Example:\n  gd eval out/tiny --data book.txt --json"
 )]
 pub struct Args {
-    /// The model: a checkpoint folder or a safetensors file in one
+    /// Model: a checkpoint folder, a safetensors file in one, or a GGUF file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
-    /// What to measure on: text files (UTF-8), joined into one text, JSONL files, folders of them, or the
+    /// Text to measure on: text files (UTF-8), which are concatenated, JSONL files, folders of them, or the
     /// validation part of one folder of prepared data
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,
-    /// How files become documents
+    /// How files are split into documents
     #[command(flatten)]
     pub reading: ReadingArgs,
-    /// Tokens a window (default: the model's context)
+    /// Tokens per window (default: the model's context)
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
 }
@@ -41,7 +41,7 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// Names the flag, file or value that cannot be used.
+/// Names the flag, file or value that is not valid.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     if args.context == Some(0) {
         return Err(usage("--context 0: a window has at least 1 token"));
@@ -54,8 +54,8 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
             "--context {context} exceeds the model's max_position_embeddings {limit}"
         )));
     }
-    let (tokens, bytes) = read(&args, &loaded.tokenizer)?;
-    let result = evaluate(&loaded.model, &tokens, bytes, context, TOGETHER / context, &ctx.device)
+    let (tokens, bytes) = read_tokens(&args, &loaded.tokenizer)?;
+    let result = evaluate(&loaded.model, &tokens, bytes, context, TOKENS_PER_PASS / context, &ctx.device)
         .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {
         let mut json = serde_json::to_value(&result)?;
@@ -75,9 +75,9 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     ))
 }
 
-/// The tokens to measure on, and the bytes of text that they stand for.
-fn read(args: &Args, tokenizer: &Tokenizer) -> Result<(Tokens, usize)> {
-    if let Some(prepared) = prepared_for(&args.data, tokenizer)? {
+/// Reads the text. Returns its tokens and its length in bytes.
+fn read_tokens(args: &Args, tokenizer: &Tokenizer) -> Result<(Tokens, usize)> {
+    if let Some(prepared) = prepared_data_for(&args.data, tokenizer)? {
         return Ok((prepared.corpus.valid, prepared.corpus.valid_bytes));
     }
     let mut reading = Reading::default();

@@ -1,18 +1,19 @@
-//! `gd plot`: the curves of runs, as a picture.
+//! `gd plot`: the curves of runs as a plot.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::{Context, usage};
-use crate::history::{Axis, History, panels};
-use crate::plot;
+use crate::context::{Context, usage};
+use crate::history::{Axis, History};
+use crate::render::plot;
+use crate::render::run_curves::panels;
 
-/// Draw the curves of one or several runs
+/// Plot the curves of one or more runs
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "A run is the folder that gd train writes, or its train.jsonl. The training loss is smoothed; \
-                  loss and valid_loss share a panel. Nested numbers of the log have a `/` in their name.\n\n\
+    after_help = "A run is the folder that gd train writes, or its train.jsonl. The training loss is smoothed. loss \
+                  and valid_loss share a panel. The name of a nested number of the log contains `/`.\n\n\
                   Examples:\n  gd plot out/tiny\n  \
                   gd plot out/a out/b --out ab.png --x tokens --y loss,valid_loss,lr,grad_norm"
 )]
@@ -20,13 +21,13 @@ pub struct Args {
     /// Folders of runs
     #[arg(value_name = "RUN", required = true)]
     pub runs: Vec<PathBuf>,
-    /// The picture to write: PNG where its name ends so, else SVG
+    /// Plot to write: PNG if the name ends in .png, else SVG
     #[arg(long, value_name = "FILE", default_value = "curves.svg")]
     pub out: PathBuf,
-    /// What the curves go by
+    /// Quantity of the x axis
     #[arg(long, value_enum, default_value_t = Axis::Step)]
     pub x: Axis,
-    /// The numbers of the log to draw, separated by commas
+    /// Numbers of the log to plot, separated by commas
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_value = "loss,valid_loss")]
     pub y: Vec<String>,
 }
@@ -34,16 +35,16 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// Names the run, file or number that cannot be used.
+/// Names the run, file or number that is not valid.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    let runs = args.runs.iter().map(|path| History::load(path)).collect::<gd_model::Result<Vec<_>>>()?;
+    let runs = args.runs.iter().map(|path| History::load(path)).collect::<Result<Vec<_>>>()?;
     for name in &args.y {
         if !runs.iter().any(|run| run.names().contains(name)) {
-            let known: Vec<_> = runs[0].names().into_iter().collect();
-            return Err(usage(format!("--y {name}: no run has it; the first has {}", known.join(", "))));
+            let names: Vec<_> = runs[0].names().into_iter().collect();
+            return Err(usage(format!("--y {name}: no run has it; the first has {}", names.join(", "))));
         }
     }
-    plot::save(&args.out, &panels(&runs, args.x, &args.y))?;
+    plot::save(&args.out, &panels(&runs, args.x, &args.y)[..])?;
     match ctx.json {
         true => ctx.print(serde_json::json!({ "file": args.out })),
         false => ctx.print(format_args!("saved {}", args.out.display())),

@@ -1,22 +1,25 @@
-//! `gd report`: one document about a run.
+//! `gd report`: a report of a run.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::Context;
+use crate::context::Context;
 use crate::history::History;
-use crate::report;
+use crate::render::report;
 
 /// Write a report of a run: summary, curves, selection, samples, configuration
 #[derive(Debug, clap::Args)]
-#[command(after_help = "The HTML is self-contained. Markdown has its curves in SVG files beside it.\n\n\
-                  Example:\n  gd report out/tiny --out tiny.md")]
+#[command(
+    after_help = "An HTML report is one self-contained file. A Markdown report has its curves in SVG files next to \
+                  it.\n\n\
+                  Example:\n  gd report out/tiny --out tiny.md"
+)]
 pub struct Args {
-    /// The folder of a run
+    /// Folder of a run
     #[arg(value_name = "RUN")]
     pub run: PathBuf,
-    /// The file to write: Markdown where its name ends in .md, else HTML (default: report.html in the folder)
+    /// File to write: Markdown if the name ends in .md, else HTML (default: report.html in the folder)
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
 }
@@ -24,7 +27,7 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// Names the run or file that cannot be used.
+/// Names the run or file that is not valid.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let run = History::load(&args.run)?;
     let folder = if args.run.is_file() { args.run.parent().unwrap_or(&args.run) } else { &args.run };

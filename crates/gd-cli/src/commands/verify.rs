@@ -1,4 +1,4 @@
-//! `gd verify`: whether a trace is whole, and whether the model does what it says.
+//! `gd verify`: checks that a trace is intact, and that a model makes the recorded selections.
 
 use std::path::PathBuf;
 
@@ -7,39 +7,39 @@ use gd_model::model::pretrained;
 use gd_model::trace::{self, Hash, Outcome, Trace, hex};
 use serde_json::json;
 
-use super::{Context, usage};
+use crate::context::{Context, usage};
 
-/// Check a trace: its hashes, its signature, every selection, and by a replay with the model
+/// Verify a trace: its hashes, its signature, every selection, and optionally by a replay with the model
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Without a model: the file, the order of its records, their chain, Merkle root and head, the \
-                  signature, and that each winner is the least-energy candidate that the threshold admits, by the \
-                  stated margin. With --model the text is read again: on the backend of the record all bits must be \
-                  equal, on another one energies may differ by the tolerance, and selections that fall the other \
-                  way within it are counted as ambiguous. The chain alone does not stop its owner from writing a \
-                  whole new trace: compare the head with one that was kept (--kept), or ask for a signature \
+    after_help = "Without a model the command checks the file, the order of the records, the hash chain, the Merkle root \
+                  and the head, the signature, and that each selected position is the least-energy candidate that the \
+                  threshold admits, with the recorded margin. With --model the text is processed again. On the backend \
+                  of the record all bits must be equal. On another backend energies may differ by the tolerance, and \
+                  selections that differ within it are counted as ambiguous. The hash chain does not prevent its author \
+                  from writing a new trace: compare the head with a stored one (--kept), or require a signature \
                   (--signer).\n\n\
                   Example:\n  gd verify call.trace --model out/tiny --kept 5f0c..."
 )]
 pub struct Args {
-    /// The trace
+    /// Trace to verify
     #[arg(value_name = "T")]
     pub trace: PathBuf,
-    /// The model to run it again with
+    /// Model for a replay
     #[arg(long, value_name = "MODEL")]
     pub model: Option<PathBuf>,
-    /// The head that was kept, 64 hexadecimal digits
-    #[arg(long, value_name = "HEAD", value_parser = hash)]
-    pub kept: Option<Hash>,
-    /// The Ed25519 public key that is to have signed, 64 hexadecimal digits
-    #[arg(long, value_name = "KEY", value_parser = hash)]
+    /// Expected head, 64 hexadecimal digits
+    #[arg(id = "kept", long = "kept", value_name = "HEAD", value_parser = parse_hash)]
+    pub expected_head: Option<Hash>,
+    /// Ed25519 public key of the required signature, 64 hexadecimal digits
+    #[arg(long, value_name = "KEY", value_parser = parse_hash)]
     pub signer: Option<Hash>,
-    /// How far energies may differ on another backend, in units of the energy or of 1
+    /// Maximum difference of energies on another backend, relative to the larger of the energy and 1
     #[arg(long, value_name = "X", default_value_t = 1e-3, allow_negative_numbers = true)]
     pub tolerance: f32,
 }
 
-fn hash(text: &str) -> Result<Hash, String> {
+fn parse_hash(text: &str) -> Result<Hash, String> {
     let hash = blake3::Hash::from_hex(text).map_err(|_| format!("`{text}` is not 64 hexadecimal digits"))?;
     Ok(*hash.as_bytes())
 }
@@ -47,24 +47,24 @@ fn hash(text: &str) -> Result<Hash, String> {
 /// Runs the command.
 ///
 /// # Errors
-/// The first thing that does not hold.
+/// Names the first check that fails.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     if !(args.tolerance >= 0.0 && args.tolerance.is_finite()) {
         return Err(usage(format!("--tolerance {} is not finite and at least 0", args.tolerance)));
     }
-    let read = Trace::read(&args.trace)?;
-    let verified = trace::verify(&read, args.kept, args.signer)?;
+    let trace = Trace::read(&args.trace)?;
+    let verified = trace::verify(&trace, args.expected_head, args.signer)?;
     let replay = match &args.model {
         Some(model) => {
             let loaded = pretrained::load(model, &ctx.device)?;
-            Some(trace::replay(&read.header, &verified.records, &loaded, args.tolerance, &ctx.device)?)
+            Some(trace::replay(&trace.header, &verified.records, &loaded, args.tolerance, &ctx.device)?)
         }
         None => None,
     };
     let rows = verified.records.iter().flat_map(|record| &record.rows);
     let (selections, abstained) =
         rows.fold((0u64, 0u64), |(all, none), row| (all + 1, none + u64::from(row.selected < 0)));
-    let signer = read.signed.map(|signed| hex(&signed.key));
+    let signer = trace.signed.map(|signed| hex(&signed.key));
     if ctx.json {
         ctx.print(json!({
             "head": hex(&verified.seal.head),
@@ -77,14 +77,14 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         }))?;
     } else {
         ctx.print(format_args!(
-            "{} positions, {selections} selections, {abstained} abstained: each is the least of its candidates\n\
-             head {}\n{}",
+            "{} positions, {selections} selections, {abstained} abstained: each selection has the least energy of its \
+             candidates\nhead {}\n{}",
             verified.seal.count,
             hex(&verified.seal.head),
             signer.map_or("not signed".into(), |key| format!("signed by {key}"))
         ))?;
         if let Some(outcome) = &replay {
-            ctx.print(told(outcome))?;
+            ctx.print(replay_text(outcome))?;
         }
     }
     match replay {
@@ -98,11 +98,12 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     }
 }
 
-fn told(outcome: &Outcome) -> String {
-    let how = if outcome.exact { "to the bit" } else { "within the tolerance" };
-    let agreed = outcome.selections - outcome.ambiguous.min(outcome.selections);
+/// Describes the result of a replay.
+fn replay_text(outcome: &Outcome) -> String {
+    let comparison = if outcome.exact { "bit-exact" } else { "within the tolerance" };
+    let equal = outcome.selections - outcome.ambiguous.min(outcome.selections);
     let mut text = format!(
-        "replay ({how}): {agreed} of {} selections agree, {} ambiguous, {} contradictions",
+        "replay ({comparison}): {equal} of {} selections agree, {} ambiguous, {} contradictions",
         outcome.selections, outcome.ambiguous, outcome.contradictions
     );
     for finding in &outcome.findings {

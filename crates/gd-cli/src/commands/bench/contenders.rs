@@ -1,14 +1,13 @@
-//! What is measured: one table of ways to compute attention or a selection.
+//! The contenders: ways to compute attention or a selection.
 //!
-//! Shapes: k, v `[B, H, N, D]`; q as k, in a decoding pass `[B, H, 1, D]`.
+//! Shapes: k, v `[B, H, N, D]`; q as k, in a decode pass `[B, H, 1, D]`.
 
 use anyhow::{Context as _, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops;
 use gd_kernels::{
-    Estimator, KeyCache, Mask, Precision, Int8Keys, Rescored, Scan, Score, Select, scan, scan_select,
-    select,
+    Estimator, Int8Keys, KeyCache, Mask, Precision, Rescored, Scan, Score, Select, scan, scan_select, select,
 };
 use gd_layer::norm_prior;
 use rand::SeedableRng;
@@ -17,24 +16,24 @@ use rand_distr::{Distribution, StandardNormal};
 
 use super::shape::{Pass, Shape, Work};
 
-/// One way to compute the output.
+/// A way to compute the output.
 pub(super) struct Contender {
     pub(super) name: &'static str,
-    /// For the help.
-    pub(super) what: &'static str,
-    /// The passes it has.
+    /// Description for the help text.
+    pub(super) description: &'static str,
+    /// The supported passes.
     pub(super) passes: &'static [Pass],
     pub(super) work: Work,
-    /// Whether it stores N x N matrices.
-    pub(super) square: bool,
-    /// The kinds of devices that it runs on, where they are not all.
+    /// Whether N x N matrices are stored.
+    pub(super) stores_matrix: bool,
+    /// The kinds of devices that the contender runs on; empty for all.
     pub(super) only_on: &'static [&'static str],
-    /// Everything that is done once, before the clock starts.
+    /// Prepares everything that is not part of the measured time.
     pub(super) prepare: fn(&Inputs) -> Result<Runner>,
 }
 
 impl Contender {
-    /// Whether it runs on a device of this kind.
+    /// Whether the contender runs on this device.
     pub(super) fn runs_on(&self, device: &Device) -> bool {
         let name = gd_model::config::device::name(device);
         self.only_on.is_empty() || self.only_on.iter().any(|&kind| name.split(':').next() == Some(kind))
@@ -47,126 +46,126 @@ pub(super) type Runner = Box<dyn Fn() -> Result<Output>>;
 const INFERENCE: &[Pass] = &[Pass::Fwd, Pass::Decode];
 const ALL: &[Pass] = &[Pass::Fwd, Pass::Fwdbwd, Pass::Decode];
 
-/// The base of each pass ([`Pass::base`]) comes before what is compared to it.
+/// The baseline of each pass ([`Pass::baseline`]) comes before the contenders that are compared with it.
 pub(super) const CONTENDERS: &[Contender] = &[
     Contender {
         name: "gd k=1",
-        what: "scan and select: the least-energy key and its value row",
+        description: "scan and select: the least-energy key and its value row",
         passes: INFERENCE,
         work: Work::Select,
-        square: false,
+        stores_matrix: false,
         only_on: &[],
         prepare: |x| selection(x, 1, Precision::Native),
     },
     Contender {
         name: "gd k=8",
-        what: "scan for 8 candidates, then select; gradient through the 8",
+        description: "scan for 8 candidates, then select; gradient through the 8",
         passes: ALL,
         work: Work::Select,
-        square: false,
+        stores_matrix: false,
         only_on: &[],
         prepare: |x| selection(x, 8, Precision::Native),
     },
     Contender {
         name: "gd k=1 certified",
-        what: "as gd k=1, by 8-bit integers with exact re-scoring; decode keeps K as integers, too",
+        description: "as gd k=1 with 8-bit integers and exact rescoring; decode also caches K as integers",
         passes: INFERENCE,
         work: Work::Certified,
-        square: false,
+        stores_matrix: false,
         only_on: &["cpu", "cuda"],
         prepare: |x| selection(x, 1, Precision::Certified),
     },
     Contender {
         name: "gd k=8 certified",
-        what: "as gd k=8, in the same way",
+        description: "as gd k=8 with 8-bit integers and exact rescoring",
         passes: ALL,
         work: Work::Certified,
-        square: false,
+        stores_matrix: false,
         only_on: &["cpu", "cuda"],
         prepare: |x| selection(x, 8, Precision::Certified),
     },
     Contender {
         name: "gd k=8 norm prior",
-        what: "as gd k=8 certified, by dot product: the prior of the keys' norms is kept, as K is",
+        description: "as gd k=8 certified with a prior that orders keys by dot product; the prior is cached",
         passes: &[Pass::Decode],
         work: Work::Certified,
-        square: false,
+        stores_matrix: false,
         only_on: &["cpu"],
         prepare: |x| by_dot_product(x, true),
     },
     Contender {
         name: "gd k=8 norm prior anew",
-        what: "the same with the norms of all keys worked out at every step",
+        description: "as gd k=8 norm prior, but the prior is computed in every step",
         passes: &[Pass::Decode],
         work: Work::Certified,
-        square: false,
+        stores_matrix: false,
         only_on: &["cpu"],
         prepare: |x| by_dot_product(x, false),
     },
     Contender {
         name: "gd k=2",
-        what: "the same with 2 candidates",
+        description: "as gd k=8 with 2 candidates",
         passes: &[Pass::Fwdbwd],
         work: Work::Select,
-        square: false,
+        stores_matrix: false,
         only_on: &[],
         prepare: |x| selection(x, 2, Precision::Native),
     },
     Contender {
         name: "gd k=1 winner",
-        what: "one candidate, whose value row alone gets a gradient",
+        description: "one candidate; only its value row gets a gradient",
         passes: &[Pass::Fwdbwd],
         work: Work::Select,
-        square: false,
+        stores_matrix: false,
         only_on: &[],
         prepare: |x| selection_by(x, 1, Precision::Native, Estimator::Winner),
     },
     Contender {
         name: "candle softmax",
-        what: "softmax(q k^T / sqrt(D) + mask) v from candle's differentiable operations",
+        description: "softmax(q k^T / sqrt(D) + mask) v with candle's differentiable operations",
         passes: ALL,
         work: Work::Blend,
-        square: true,
+        stores_matrix: true,
         only_on: &[],
         prepare: |x| blend(x, |scores| ops::softmax(scores, 3)),
     },
     Contender {
         name: "candle softmax_last_dim",
-        what: "the same with the fused softmax, which has no gradient",
+        description: "as candle softmax with the fused softmax, which has no gradient",
         passes: INFERENCE,
         work: Work::Blend,
-        square: true,
+        stores_matrix: true,
         only_on: &[],
         prepare: |x| blend(x, ops::softmax_last_dim),
     },
     Contender {
         name: "candle flash",
-        what: "candle-nn's flash attention for the CPU, which has no gradient",
+        description: "candle-nn's flash attention for the CPU, which has no gradient",
         passes: INFERENCE,
         work: Work::Blend,
-        square: false,
+        stores_matrix: false,
         only_on: &["cpu"],
         prepare: flash,
     },
     #[cfg(feature = "metal")]
     Contender {
         name: "candle sdpa",
-        what: "candle-nn's fused attention for Metal, which has no gradient",
+        description: "candle-nn's fused attention for Metal, which has no gradient",
         passes: INFERENCE,
         work: Work::Blend,
-        square: false,
+        stores_matrix: false,
         only_on: &["metal"],
         prepare: sdpa,
     },
 ];
 
-/// The table's names and what they mean, for the help.
-pub(super) fn table() -> String {
-    let lines = CONTENDERS.iter().map(|c| format!("  {:<24} {}", c.name, c.what));
+/// Names and descriptions of all contenders for the help text.
+pub(super) fn descriptions() -> String {
+    let lines = CONTENDERS.iter().map(|c| format!("  {:<24} {}", c.name, c.description));
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// What every contender of one shape and pass gets: the same numbers, normally distributed.
+/// The inputs of all contenders of one shape and pass, normally distributed.
 pub(super) struct Inputs {
     pub(super) shape: Shape,
     pub(super) pass: Pass,
@@ -194,23 +193,23 @@ impl Inputs {
     }
 }
 
-/// What a run leaves behind.
+/// The result of a run.
 pub(super) struct Output {
-    /// As q, without its gradient.
+    /// The output, with the shape of q and without gradient.
     pub(super) y: Tensor,
-    /// The selected key of every query, where one is selected.
+    /// The selected key of every query, if the contender selects one.
     pub(super) winners: Option<Tensor>,
-    /// Of the visible pairs the share that a selection scored in full precision.
+    /// How many of the visible pairs were scored in full precision.
     pub(super) rescored: Option<Rescored>,
 }
 
-/// Keeps the compiler from leaving out what nobody reads. Devices that compute behind our back are waited for
-/// once a round.
-fn touch(t: &Tensor) {
+/// Prevents the compiler from removing a result that is not used. Asynchronous devices are synchronized once per
+/// round.
+fn use_result(t: &Tensor) {
     std::hint::black_box(t);
 }
 
-/// Runs `forward(q, k, v)`, and the backward pass where there is one.
+/// Returns a function that runs `forward(q, k, v)`, and the backward pass if the pass has one.
 fn runner(
     x: &Inputs,
     forward: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<Output> + 'static,
@@ -219,7 +218,7 @@ fn runner(
         let (q, k, v) = (x.q.clone(), x.k.clone(), x.v.clone());
         return Ok(Box::new(move || {
             let out = forward(&q, &k, &v)?;
-            touch(&out.y);
+            use_result(&out.y);
             Ok(out)
         }));
     }
@@ -227,58 +226,58 @@ fn runner(
     Ok(Box::new(move || {
         let [q, k, v] = &vars;
         let out = forward(q, k, v)?;
-        // The gradient that comes from above is 1, so that nothing else is measured.
+        // The upstream gradient is 1, so that only the operator is measured.
         let grads = out.y.backward()?;
         for (name, var) in ["q", "k", "v"].iter().zip(&vars) {
-            touch(grads.get(var).with_context(|| format!("{name} got no gradient"))?);
+            use_result(grads.get(var).with_context(|| format!("{name} got no gradient"))?);
         }
-        // The rest of the graph ends here, inside the measured time.
+        // The graph is dropped here, within the measured time.
         Ok(Output { y: out.y.detach(), ..out })
     }))
 }
 
-/// This repository's operators.
+/// Scan and selection with the default estimator.
 fn selection(x: &Inputs, candidates: usize, precision: Precision) -> Result<Runner> {
     selection_by(x, candidates, precision, Estimator::default())
 }
 
-/// The same with this gradient.
+/// Scan and selection.
 fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: Estimator) -> Result<Runner> {
     let beta = Tensor::ones(x.shape.heads, DType::F32, x.q.device())?;
     let mask = if x.pass == Pass::Decode { Mask::none() } else { Mask::causal(0) };
-    // On the CPU a native step reads the keys alone.
-    let keeps = x.pass == Pass::Decode && !(precision == Precision::Native && x.k.device().is_cpu());
-    let kept = keeps.then(|| KeyCache::new(&x.k, Score::Energy, precision)).transpose()?;
-    // On a GPU the fused form has a kernel of its own, which alone decodes with 8-bit keys and does not tell how much
-    // it scored.
+    // On the CPU a native decode step uses no cached data besides the keys.
+    let caches = x.pass == Pass::Decode && !(precision == Precision::Native && x.k.device().is_cpu());
+    let cache = caches.then(|| KeyCache::new(&x.k, Score::Energy, precision)).transpose()?;
+    // On a GPU the fused operator has its own kernel. It is the only one that decodes with 8-bit keys, and it does not
+    // report the number of rescored pairs.
     let native = precision == Precision::Native;
     let fused = candidates == 1 && x.pass != Pass::Fwdbwd && (native || x.k.device().is_cuda());
     runner(x, move |q, k, v| {
         let args = Scan { precision, ..Scan::new(&beta, &mask, candidates) };
-        let args = match &kept {
-            Some(kept) => args.with_cached(kept),
+        let args = match &cache {
+            Some(cache) => args.with_cached(cache),
             None => args,
         };
         let (selected, rescored) = match fused {
             true => (scan_select(q, k, v, &args, None)?, native.then_some(Rescored::ALL)),
             false => {
-                let found = scan(q, k, &args)?;
-                let how = Select { estimator, ..Select::new(&beta) };
-                (select(q, k, v, &found, &how)?, Some(found.rescored))
+                let candidates = scan(q, k, &args)?;
+                let options = Select { estimator, ..Select::new(&beta) };
+                (select(q, k, v, &candidates, &options)?, Some(candidates.rescored))
             }
         };
         Ok(Output { y: selected.y, winners: Some(selected.index), rescored })
     })
 }
 
-/// Decoding by energies that a prior of the keys' norms has order keys as dot products do: the prior kept, or worked
-/// out anew at every step.
-fn by_dot_product(x: &Inputs, kept: bool) -> Result<Runner> {
+/// Decoding with a prior of the key norms, with which energies order keys as dot products do. The prior is cached or
+/// computed in every step.
+fn by_dot_product(x: &Inputs, cache_prior: bool) -> Result<Runner> {
     let beta = Tensor::ones(x.shape.heads, DType::F32, x.q.device())?;
     let (mask, keys) = (Mask::none(), Int8Keys::new(&x.k, Score::Energy)?);
-    let kept = kept.then(|| norm_prior(&x.k, &beta, None)).transpose()?;
+    let cached_prior = cache_prior.then(|| norm_prior(&x.k, &beta, None)).transpose()?;
     runner(x, move |q, k, v| {
-        let prior = match &kept {
+        let prior = match &cached_prior {
             Some(prior) => prior.clone(),
             None => norm_prior(k, &beta, None)?,
         };
@@ -288,9 +287,9 @@ fn by_dot_product(x: &Inputs, kept: bool) -> Result<Runner> {
             cached: Some((&keys).into()),
             ..Scan::new(&beta, &mask, 8)
         };
-        let found = scan(q, k, &args)?;
-        let selected = select(q, k, v, &found, &Select { prior: Some(&prior), ..Select::new(&beta) })?;
-        Ok(Output { y: selected.y, winners: Some(selected.index), rescored: Some(found.rescored) })
+        let candidates = scan(q, k, &args)?;
+        let selected = select(q, k, v, &candidates, &Select { prior: Some(&prior), ..Select::new(&beta) })?;
+        Ok(Output { y: selected.y, winners: Some(selected.index), rescored: Some(candidates.rescored) })
     })
 }
 
@@ -304,10 +303,10 @@ fn blend(x: &Inputs, softmax: fn(&Tensor) -> candle_core::Result<Tensor>) -> Res
         bias = Some(Tensor::from_vec(values, (n, n), x.q.device())?.to_dtype(x.q.dtype())?);
     }
     runner(x, move |q, k, v| {
-        // The queries are fewer numbers to scale than the scores.
+        // There are fewer queries than scores to scale.
         let mut scores = (q * scale)?.matmul(&k.t()?)?;
         if let Some(bias) = &bias {
-            // Assigned, not shadowed: without a gradient the old matrix goes at once.
+            // Assigned instead of shadowed, so that the old matrix is freed if there is no gradient.
             scores = scores.broadcast_add(bias)?;
         }
         scores = softmax(&scores)?;
@@ -317,8 +316,8 @@ fn blend(x: &Inputs, softmax: fn(&Tensor) -> candle_core::Result<Tensor>) -> Res
 
 /// Attention without the matrix.
 fn flash(x: &Inputs) -> Result<Runner> {
-    // [B, N, H, D]. One batch entry is read with strides, where a head's rows stay together; more
-    // are copied together first, which is not to be measured.
+    // [B, N, H, D]. The operator reads one batch entry with strides and copies several ones first. The copy is not part
+    // of the measurement.
     let rows_first = |t: &Tensor| -> candle_core::Result<Tensor> {
         let t = t.transpose(1, 2)?;
         if x.shape.batch == 1 { Ok(t) } else { t.contiguous() }
@@ -328,7 +327,7 @@ fn flash(x: &Inputs) -> Result<Runner> {
     let scale = x.scale() as f32;
     Ok(Box::new(move || {
         let y = flash_attn::<f32>(&q, &k, &v, scale, mask.clone(), None, None)?;
-        touch(&y);
+        use_result(&y);
         Ok(Output { y, winners: None, rescored: None })
     }))
 }
@@ -337,7 +336,7 @@ fn flash(x: &Inputs) -> Result<Runner> {
 #[cfg(feature = "metal")]
 fn sdpa(x: &Inputs) -> Result<Runner> {
     let (causal, scale) = (x.pass != Pass::Decode, x.scale() as f32);
-    // 1: no soft cap.
+    // A soft cap of 1 means none.
     runner(x, move |q, k, v| {
         let y = ops::sdpa(q, k, v, None, causal, scale, 1.0)?;
         Ok(Output { y, winners: None, rescored: None })
@@ -352,7 +351,7 @@ mod tests {
         Ok(t.flatten_all()?.to_vec1()?)
     }
 
-    /// Each family computes one thing, so that their times can be compared.
+    /// The contenders of each kind compute the same output, so that their times are comparable.
     #[test]
     fn contenders_of_a_kind_agree() -> Result<()> {
         for shape in ["1x2x33x16", "2x3x9x8"] {
@@ -386,10 +385,10 @@ mod tests {
     }
 
     #[test]
-    fn every_pass_has_its_base_and_no_name_comes_twice() {
+    fn every_pass_starts_with_its_baseline_and_names_are_unique() {
         for pass in [Pass::Fwd, Pass::Fwdbwd, Pass::Decode] {
             let first = CONTENDERS.iter().find(|c| c.passes.contains(&pass)).map(|c| c.name);
-            assert_eq!(first, Some(pass.base()));
+            assert_eq!(first, Some(pass.baseline()));
         }
         for (i, c) in CONTENDERS.iter().enumerate() {
             assert!(CONTENDERS[..i].iter().all(|d| d.name != c.name), "{} twice", c.name);

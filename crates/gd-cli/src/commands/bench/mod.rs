@@ -1,4 +1,4 @@
-//! `gd bench`: how fast the operators are, next to candle's attention and to what the machine can do.
+//! `gd bench`: measures the operators, candle's attention, and the peak rates of the machine.
 
 mod contenders;
 mod measure;
@@ -9,27 +9,27 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use candle_core::DType;
-use comfy_table::presets::UTF8_FULL_CONDENSED;
 use gd_model::config::device;
 use gd_model::io::checkpoint::{check_writable, write_file};
 
 pub use shape::{Pass, Shape};
 
-use self::contenders::{CONTENDERS, Contender, table};
+use self::contenders::{CONTENDERS, Contender, descriptions};
 use self::measure::Setup;
 use self::report::{Machine, Report, compiled_for};
-use super::{Context, usage};
+use crate::context::{Context, usage};
+use crate::render::table::TERMINAL;
 
 /// Measure speed and memory of the operators
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  gd bench attention --shapes 1x8x4096x64 --pass fwd,decode")]
 pub struct Args {
-    /// What is measured.
+    /// The kind of benchmark.
     #[command(subcommand)]
     pub target: Target,
 }
 
-/// What can be measured.
+/// The benchmarks.
 #[derive(Debug, clap::Subcommand)]
 pub enum Target {
     /// Selection against softmax attention on random q, k and v
@@ -48,7 +48,7 @@ pub struct AttentionArgs {
         default_value = "1x8x4096x64,1x8x4096x128"
     )]
     pub shapes: Vec<Shape>,
-    /// Which passes; `bwd` is another name of fwdbwd
+    /// Passes. `bwd` is another name for fwdbwd
     #[arg(
         long = "pass",
         value_name = "PASS,..",
@@ -57,16 +57,16 @@ pub struct AttentionArgs {
         default_value = "fwd,fwdbwd,decode"
     )]
     pub passes: Vec<Pass>,
-    /// Rounds; the medians are over these
+    /// Number of rounds, over which the medians are taken
     #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub repeats: u32,
-    /// Element type of q, k and v: f32, f16 or bf16
+    /// Data type of q, k and v: f32, f16 or bf16
     #[arg(long, value_name = "DTYPE", default_value = "f32")]
     pub dtype: DType,
     /// Contenders, separated by commas (default: all)
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     pub only: Vec<String>,
-    /// Where --json writes to; the tables are then printed as well
+    /// File for the output of --json. The tables are then printed to stdout
     #[arg(value_name = "FILE")]
     pub file: Option<PathBuf>,
     /// Measure the memory of a single contender in this process
@@ -77,25 +77,24 @@ pub struct AttentionArgs {
 fn help() -> String {
     format!(
         "Contenders:\n{}\n\n\
-         fwd and fwdbwd are causal. All contenders of a shape and pass take turns, round after round, after a \
-         warm-up; what takes less than 20 ms is run several times a round. Beside them a product of two \
-         matrices of 1024 rows (8192 on a GPU) and, for decode, the sum of a buffer of the size of K show what the machine \
-         can do at that time. GF/s and GB/s count what a contender cannot do without: a selection one score \
-         per visible pair and K, a blend two products and K and V (with a backward pass 3.5 times the \
-         forward pass; of a selection only the scan). The peak memory is that of a first run in a process of \
-         its own, without the inputs. What needs more than 12 GiB of N x N matrices is left out. \
-         candle chooses most vector instructions when it is compiled: build with \
-         RUSTFLAGS=\"-C target-cpu=native\" to see its best.\n\n\
+         fwd and fwdbwd are causal. After a warm-up, every round runs all contenders of a shape and pass in turn. A \
+         contender that takes less than 20 ms runs several times per round. Each round also measures a product of two \
+         matrices of 1024 rows (8192 on a GPU) and, for decode, the sum of a buffer of the size of K, as the peak rates \
+         of the machine at that time. GF/s and GB/s are based on the minimal work: for a selection one score per \
+         visible pair, and K; for a blend two products, and K and V. A backward pass adds 2.5 times the forward pass \
+         for a blend, and nothing for a selection. The peak memory is that of a first run in a separate process, \
+         without the inputs. Contenders that need more than 12 GiB of N x N matrices are skipped. candle selects most \
+         vector instructions at compile time: build with RUSTFLAGS=\"-C target-cpu=native\" for its full speed.\n\n\
          Examples:\n  gd bench attention --shapes 1x8x4096x64,1x8x4096x128 --pass fwd,fwdbwd,decode\n  \
          gd bench attention --only \"gd k=1,candle flash\" --pass decode --json out/decode.json",
-        table()
+        descriptions()
     )
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// Names the flag, file or value that cannot be used.
+/// Names the flag, file or value that is not valid.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     match args.target {
         Target::Attention(args) => attention(&args, ctx),
@@ -103,7 +102,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 }
 
 fn attention(args: &AttentionArgs, ctx: &Context) -> Result<()> {
-    let chosen = chosen(&args.only)?;
+    let contenders = select_contenders(&args.only)?;
     let mut passes: Vec<Pass> = Vec::new();
     for pass in &args.passes {
         if !passes.contains(pass) {
@@ -112,31 +111,28 @@ fn attention(args: &AttentionArgs, ctx: &Context) -> Result<()> {
     }
     if let Some(file) = &args.file {
         if !ctx.json {
-            return Err(usage(format!(
-                "{} is where --json writes to, but there is no --json",
-                file.display()
-            )));
+            return Err(usage(format!("{} is the output file of --json, which is missing", file.display())));
         }
         ensure!(!file.is_dir(), "{} is a folder, not a file for the report", file.display());
         let folder = file.parent().filter(|p| *p != Path::new("")).unwrap_or(Path::new("."));
         check_writable(folder)?;
     }
-    let (seed, repeats) = (ctx.seed.unwrap_or(0), args.repeats as usize);
+    let (seed, repeats) = (ctx.seed(), args.repeats as usize);
     let setup = |shape, pass| Setup { shape, pass, repeats, dtype: args.dtype, seed, device: &ctx.device };
-    let of = |pass: Pass| -> Vec<&Contender> {
-        chosen.iter().copied().filter(|c| c.passes.contains(&pass)).collect()
+    let with_pass = |pass: Pass| -> Vec<&Contender> {
+        contenders.iter().copied().filter(|c| c.passes.contains(&pass)).collect()
     };
     if args.peak {
         let ([shape], [pass]) = (&args.shapes[..], &passes[..]) else {
             return Err(usage("--peak measures one shape and one pass"));
         };
-        let [contender] = of(*pass)[..] else { return Err(usage("--peak measures one contender")) };
+        let [contender] = with_pass(*pass)[..] else { return Err(usage("--peak measures one contender")) };
         return ctx.print(serde_json::to_string(&measure::peak(&setup(*shape, *pass), contender)?)?);
     }
     let (mut results, mut rates) = (Vec::new(), Vec::new());
     for &shape in &args.shapes {
         for &pass in &passes {
-            let contenders = of(pass);
+            let contenders = with_pass(pass);
             if contenders.is_empty() {
                 continue;
             }
@@ -164,20 +160,20 @@ fn attention(args: &AttentionArgs, ctx: &Context) -> Result<()> {
     };
     match &args.file {
         None if ctx.json => ctx.print(serde_json::to_string(&report)?),
-        None => ctx.print(report.tables(UTF8_FULL_CONDENSED)),
+        None => ctx.print(report.tables(TERMINAL)),
         Some(file) => {
             write_file(file, serde_json::to_string_pretty(&report)?.as_bytes())?;
-            let tables = report.tables(UTF8_FULL_CONDENSED);
+            let tables = report.tables(TERMINAL);
             ctx.print(format_args!("{tables}\nwrote {}", file.display()))
         }
     }
 }
 
-/// The contenders of these names, in the order of the table; all without names.
-fn chosen(names: &[String]) -> Result<Vec<&'static Contender>> {
+/// The contenders with these names, in the order of the table. Without names, all contenders.
+fn select_contenders(names: &[String]) -> Result<Vec<&'static Contender>> {
     if let Some(name) = names.iter().find(|n| CONTENDERS.iter().all(|c| c.name != n.as_str())) {
-        let known: Vec<&str> = CONTENDERS.iter().map(|c| c.name).collect();
-        return Err(usage(format!("--only: no contender `{name}`; there are {}", known.join(", "))));
+        let names: Vec<&str> = CONTENDERS.iter().map(|c| c.name).collect();
+        return Err(usage(format!("--only: no contender `{name}`; the contenders are {}", names.join(", "))));
     }
     let wanted = |c: &&Contender| names.is_empty() || names.iter().any(|n| n == c.name);
     Ok(CONTENDERS.iter().filter(wanted).collect())

@@ -1,17 +1,17 @@
-//! The numbers of a benchmark: as JSON, and as one table per shape and pass.
+//! The results of a benchmark, as JSON and as one table per shape and pass.
 
 use candle_core::DType;
 use comfy_table::TableStyle;
 use serde::Serialize;
 
 use super::shape::{Pass, Shape, Work, median};
-use crate::table::plain_table;
+use crate::render::table::plain_table;
 
-/// Everything that was measured.
+/// The results of a benchmark.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     pub(super) device: String,
-    /// Of q, k and v.
+    /// Data type of q, k and v.
     pub(super) dtype: &'static str,
     pub(super) machine: Machine,
     pub(super) repeats: usize,
@@ -19,17 +19,17 @@ pub(super) struct Report {
     pub(super) results: Vec<Line>,
 }
 
-/// What it was measured on.
+/// The machine that was measured.
 #[derive(Debug, Serialize)]
 pub(super) struct Machine {
     pub(super) threads: usize,
     pub(super) compiled_for: &'static str,
-    /// Median over the shapes and passes.
+    /// Rate of a matrix product, median over the shapes and passes.
     pub(super) gemm_gflops: f64,
 }
 
-/// The vector instructions that the compiler was allowed to use everywhere. This repository's kernels
-/// and the matrix product choose theirs when they run, but much of candle when it is compiled.
+/// The vector instructions that the compiler could use. The kernels of this repository and the matrix product select
+/// theirs at run time, but most of candle does so at compile time.
 pub(super) fn compiled_for() -> &'static str {
     if cfg!(target_feature = "avx512f") {
         "AVX-512"
@@ -42,36 +42,36 @@ pub(super) fn compiled_for() -> &'static str {
     }
 }
 
-/// One contender on one shape and pass. What was not measured is none.
+/// The result of one contender for one shape and pass. A value that was not measured is `None`.
 #[derive(Debug, Serialize)]
 pub(super) struct Line {
     pub(super) pass: Pass,
     pub(super) shape: Shape,
     pub(super) contender: &'static str,
-    /// Why it was not run.
+    /// Why the contender was not run.
     pub(super) skipped: Option<String>,
     pub(super) median_s: Option<f64>,
     pub(super) min_s: Option<f64>,
-    /// How many times as long as the base of the pass it takes.
+    /// Time relative to the baseline of the pass.
     pub(super) ratio: Option<f64>,
-    /// The work it cannot do without, by the time it takes.
+    /// Minimal operations per second.
     pub(super) gflops: Option<f64>,
-    /// That, relative to the machine's matrix product.
+    /// `gflops` relative to the matrix product.
     pub(super) gemm_share: Option<f64>,
-    /// The bytes it cannot do without, by the time it takes (decode).
+    /// Minimal bytes per second (decode).
     pub(super) gbps: Option<f64>,
-    /// That, relative to the machine's plain read rate (decode).
+    /// `gbps` relative to the read rate (decode).
     pub(super) read_share: Option<f64>,
-    /// Memory above the inputs.
+    /// Peak memory in addition to the inputs.
     pub(super) peak_mib: Option<f64>,
-    /// Selected rows, and how many of them are others than those of the base: near ties may be.
+    /// Number of selected rows, and how many of them differ from those of the baseline. Near ties can differ.
     pub(super) rows: Option<usize>,
     pub(super) winners_differ: Option<usize>,
-    /// Of the visible pairs the share that a selection scored in full precision.
+    /// Share of the visible pairs that were scored in full precision.
     pub(super) rescored: Option<f64>,
-    /// Rate of a matrix product of candle's, measured in the same rounds.
+    /// Rate of candle's matrix product, measured in the same rounds.
     pub(super) gemm_gflops: f64,
-    /// Rate at which a buffer of the size of K is added up, measured in the same rounds (decode).
+    /// Rate at which a buffer of the size of K is summed, measured in the same rounds (decode).
     pub(super) read_gbps: Option<f64>,
 }
 
@@ -104,13 +104,14 @@ impl Line {
         }
     }
 
-    /// Enters the seconds of every round, and those of the base.
-    pub(super) fn timed(&mut self, work: Work, dtype: DType, seconds: &[f64], base: Option<f64>) {
+    /// Sets the values that depend on the time. `seconds` has one value per round; `baseline` is the median time of
+    /// the baseline.
+    pub(super) fn set_time(&mut self, work: Work, dtype: DType, seconds: &[f64], baseline: Option<f64>) {
         let time = median(seconds);
         let gflops = work.flops(self.shape, self.pass) / time / 1e9;
         self.median_s = Some(time);
         self.min_s = seconds.iter().copied().reduce(f64::min);
-        self.ratio = base.map(|b| time / b);
+        self.ratio = baseline.map(|b| time / b);
         self.gflops = Some(gflops);
         self.gemm_share = Some(gflops / self.gemm_gflops);
         if self.pass == Pass::Decode {
@@ -120,6 +121,7 @@ impl Line {
         }
     }
 
+    /// The cells of the row in the table.
     fn cells(&self) -> Vec<String> {
         if let Some(reason) = &self.skipped {
             return vec![self.contender.to_owned(), reason.clone()];
@@ -145,14 +147,14 @@ impl Line {
 }
 
 impl Report {
-    /// One table per shape and pass, with the machine's rates above it.
+    /// One table per shape and pass, below a line with the rates of the machine.
     pub(super) fn tables(&self, style: TableStyle) -> String {
-        let same = |a: &Line, b: &Line| (a.pass, a.shape) == (b.pass, b.shape);
+        let same_group = |a: &Line, b: &Line| (a.pass, a.shape) == (b.pass, b.shape);
         let mut parts = Vec::new();
-        for lines in self.results.chunk_by(same) {
+        for lines in self.results.chunk_by(same_group) {
             let first = &lines[0];
             let read = first.read_gbps.map_or(String::new(), |r| format!(", plain read {r:.1} GB/s"));
-            let ratio = format!("to {}", first.pass.base());
+            let ratio = format!("to {}", first.pass.baseline());
             let mut header = vec!["contender", "median ms", "min ms", &ratio, "GF/s", "of GEMM"];
             if first.pass == Pass::Decode {
                 header.extend(["GB/s", "of read"]);
@@ -176,16 +178,15 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
-    use comfy_table::presets::ASCII_MARKDOWN;
-
     use super::*;
+    use crate::render::table::MARKDOWN;
 
     #[test]
-    fn rates_shares_and_skipped_lines_are_told() {
+    fn tables_contain_rates_shares_and_skipped_contenders() {
         let shape = Shape { batch: 1, heads: 1, len: 1000, dim: 50 };
         let line = |contender| Line::new(Pass::Decode, shape, contender, 2.0, Some(10.0));
         let mut ours = line("ours");
-        ours.timed(Work::Select, DType::F32, &[4e-4, 1e-4, 2e-4], Some(1e-4));
+        ours.set_time(Work::Select, DType::F32, &[4e-4, 1e-4, 2e-4], Some(1e-4));
         assert_eq!((ours.median_s, ours.min_s, ours.ratio), (Some(2e-4), Some(1e-4), Some(2.0)));
         // 100,000 operations and 200,000 bytes.
         let near = |x: Option<f64>, y: f64| x.is_some_and(|x| (x - y).abs() < 1e-9);
@@ -201,7 +202,7 @@ mod tests {
             seed: 0,
             results: vec![ours, skipped, other],
         };
-        let text = report.tables(ASCII_MARKDOWN);
+        let text = report.tables(MARKDOWN);
         assert!(text.contains("plain read 10.0 GB/s") && text.contains("too large"), "{text}");
         assert!(text.contains("0.200") && text.contains("25 %") && text.contains("10 %"), "{text}");
         assert_eq!(text.matches("| contender").count(), 2, "{text}");

@@ -1,4 +1,4 @@
-//! What a benchmark runs on: shapes and passes, and how much work they are.
+//! Shapes and passes of a benchmark, and the work that they require.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,19 +6,19 @@ use std::str::FromStr;
 use candle_core::DType;
 use serde::{Serialize, Serializer};
 
-/// Elements that one tensor may have: 8 GiB of f32.
-const MOST: usize = 1 << 31;
+/// Maximum number of elements of a tensor: 8 GiB of f32.
+const MAX_ELEMENTS: usize = 1 << 31;
 
 /// The shape of q, k and v: `[batch, heads, length, head dimension]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// B.
+    /// Batch size B.
     pub batch: usize,
-    /// H, of queries and keys alike.
+    /// Number of heads H of queries and keys.
     pub heads: usize,
-    /// N keys; as many queries, except in a decoding pass.
+    /// Number of keys N. There are as many queries, except in a decode pass.
     pub len: usize,
-    /// D, of keys and values.
+    /// Head dimension D of keys and values.
     pub dim: usize,
 }
 
@@ -32,14 +32,14 @@ impl FromStr for Shape {
         };
         let size = |name: &str, text: &str| match text.parse() {
             Ok(n) if n > 0 => Ok(n),
-            _ => Err(format!("{name} is `{text}`, not a whole number above 0")),
+            _ => Err(format!("{name} is `{text}`, not a positive integer")),
         };
         let shape =
             Self { batch: size("B", b)?, heads: size("H", h)?, len: size("N", n)?, dim: size("D", d)? };
         let sizes = [shape.batch, shape.heads, shape.len, shape.dim];
         match sizes.iter().try_fold(1usize, |product, n| product.checked_mul(*n)) {
-            Some(n) if n <= MOST => Ok(shape),
-            _ => Err(format!("more than {MOST} elements")),
+            Some(n) if n <= MAX_ELEMENTS => Ok(shape),
+            _ => Err(format!("more than {MAX_ELEMENTS} elements")),
         }
     }
 }
@@ -56,44 +56,44 @@ impl Serialize for Shape {
     }
 }
 
-/// What is run on a shape.
+/// The computation that is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Pass {
-    /// N queries on N keys, causal, without a gradient
+    /// Forward pass: N causal queries on N keys
     Fwd,
-    /// The same with the gradients of q, k and v
+    /// Forward and backward pass with the gradients of q, k and v
     #[value(alias = "bwd")]
     Fwdbwd,
-    /// One query per head on N keys, without a gradient
+    /// Decode step: one query per head on N keys
     Decode,
 }
 
 impl Pass {
-    /// The contender that the others are compared to.
-    pub(super) fn base(self) -> &'static str {
+    /// The contender that the others are compared with.
+    pub(super) fn baseline(self) -> &'static str {
         match self {
             Pass::Fwd | Pass::Decode => "gd k=1",
             Pass::Fwdbwd => "gd k=8",
         }
     }
 
-    /// Queries per head.
+    /// Number of queries per head.
     pub(super) fn queries(self, shape: Shape) -> usize {
         if self == Pass::Decode { 1 } else { shape.len }
     }
 
-    /// (Query, key) pairs of all heads that the mask admits.
+    /// Number of visible (query, key) pairs of all heads.
     pub(super) fn pairs(self, shape: Shape) -> f64 {
         let n = shape.len as f64;
         let per_head = if self == Pass::Decode { n } else { n * (n + 1.0) / 2.0 };
         (shape.batch * shape.heads) as f64 * per_head
     }
 
-    /// Bytes that a mechanism needs which keeps N x N matrices: in a forward pass the scores before
-    /// and after the mask, their exponentials and the weights; for the backward pass every step of
-    /// the softmax and the gradients of most.
-    pub(super) fn square_bytes(self, shape: Shape) -> f64 {
+    /// Bytes of the N x N matrices of a mechanism that stores them: in a forward pass the scores before and after the
+    /// mask, their exponentials and the weights; for the backward pass all steps of the softmax and most of their
+    /// gradients.
+    pub(super) fn matrix_bytes(self, shape: Shape) -> f64 {
         let matrices = if self == Pass::Fwdbwd { 13 } else { 4 };
         let rows = (shape.batch * shape.heads * self.queries(shape)) as f64;
         4.0 * rows * shape.len as f64 * f64::from(matrices)
@@ -110,20 +110,20 @@ impl fmt::Display for Pass {
     }
 }
 
-/// What a mechanism cannot do without.
+/// The minimal work of a mechanism.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Work {
-    /// One score for every pair; of the values only the selected rows.
+    /// One score per pair, and the selected rows of the values.
     Select,
-    /// The same by integers of 8 bits.
+    /// As `Select` with 8-bit integers.
     Certified,
-    /// One score for every pair, and every value row weighted by it.
+    /// One score per pair, and all value rows weighted by it.
     Blend,
 }
 
 impl Work {
-    /// Floating-point operations, a multiplication and an addition being two. A backward pass costs
-    /// a blend 2.5 times the forward pass; of a selection only the scan is counted.
+    /// Number of floating-point operations; a multiplication and an addition count as two. The backward pass of a blend
+    /// counts 2.5 times its forward pass, that of a selection counts as 0.
     pub(super) fn flops(self, shape: Shape, pass: Pass) -> f64 {
         let scores = 2.0 * shape.dim as f64 * pass.pairs(shape);
         match (self, pass) {
@@ -133,20 +133,20 @@ impl Work {
         }
     }
 
-    /// Bytes of the cache that one decoding step reads: K in its form, and V if it is blended.
+    /// Bytes of the cache that a decode step reads: K in its storage format, and V for a blend.
     pub(super) fn bytes(self, shape: Shape, dtype: DType) -> f64 {
         let rows = (shape.batch * shape.heads * shape.len) as f64;
         let keys = dtype.size_in_bytes() as f64 * rows * shape.dim as f64;
         match self {
             Work::Select => keys,
-            // A byte for every element, and scale, error, norm and bias.
+            // One byte per element, and four f32 per row: scale, error, norm and bias.
             Work::Certified => rows * (shape.dim + 16) as f64,
             Work::Blend => 2.0 * keys,
         }
     }
 }
 
-/// The median; NaN of nothing.
+/// The median, or NaN if there are no values.
 pub(super) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -163,14 +163,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shapes_parse_and_print_alike() {
+    fn shapes_are_printed_as_they_are_parsed() {
         let shape: Shape = "2x8x4096x64".parse().expect("a shape");
         assert_eq!(shape, Shape { batch: 2, heads: 8, len: 4096, dim: 64 });
         assert_eq!(shape.to_string(), "2x8x4096x64");
     }
 
     #[test]
-    fn bad_shapes_say_what_is_wrong() {
+    fn errors_name_the_invalid_size() {
         let huge = format!("1x1x{}x64", usize::MAX);
         let cases = [
             ("", "BxHxNxD"),
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn the_median_is_the_middle_of_any_order() {
+    fn the_median_does_not_depend_on_the_order() {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert_eq!(median(&[7.0]), 7.0);
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn work_is_counted_by_admitted_pairs() {
+    fn work_is_proportional_to_the_visible_pairs() {
         let shape = Shape { batch: 2, heads: 3, len: 4, dim: 8 };
         assert_eq!((Pass::Fwd.pairs(shape), Pass::Decode.pairs(shape)), (60.0, 24.0));
         assert_eq!(Work::Select.flops(shape, Pass::Fwd), 960.0);
@@ -215,7 +215,7 @@ mod tests {
             Work::Certified.bytes(shape, DType::F32),
             768.0 / 4.0 + 768.0 / 4.0 / shape.dim as f64 * 16.0
         );
-        assert_eq!(Pass::Fwd.square_bytes(shape), 4.0 * 4.0 * 96.0);
-        assert_eq!(Pass::Decode.square_bytes(shape), 4.0 * 4.0 * 24.0);
+        assert_eq!(Pass::Fwd.matrix_bytes(shape), 4.0 * 4.0 * 96.0);
+        assert_eq!(Pass::Decode.matrix_bytes(shape), 4.0 * 4.0 * 24.0);
     }
 }

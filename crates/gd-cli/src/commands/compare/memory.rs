@@ -1,38 +1,37 @@
-//! `gd compare --memory`: the peak memory of one training step, each in a process of its own, so
-//! that no peak hides behind another.
+//! `gd compare --memory`: the peak memory of one training step. Each step runs in a separate process because the peak
+//! of a process never decreases.
 
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use gd_model::analysis::variants::Variant;
-use gd_model::config::Recipe;
-use gd_model::config::device;
+use gd_model::config::{Recipe, device};
 use gd_model::data::{Corpus, Tokens};
 use gd_model::train::Trainer;
 use gd_model::train::memory::Peak;
 use serde::{Deserialize, Serialize};
 
-use super::{Context, TERMINAL};
-use crate::table::plain_table;
+use crate::context::Context;
+use crate::render::table::{TERMINAL, plain_table};
 
 /// One measurement.
 #[derive(Debug, Serialize, Deserialize)]
 struct Cell {
     mechanism: String,
-    /// Tokens of the one sequence.
+    /// Number of tokens of the sequence.
     context: usize,
-    /// None where the system does not tell.
+    /// `None` if the system does not report it.
     mib: Option<f64>,
 }
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Debug, Serialize, Deserialize)]
 struct Report {
     memory: Vec<Cell>,
 }
 
-/// Measures every mechanism at every context. A single pair is measured in this very process: that
-/// is what the processes for several pairs are called with.
+/// Measures every mechanism at every context length. A single pair is measured in this process; the processes for
+/// several pairs are called with one each.
 pub(super) fn run(config: &str, variants: &[Variant], contexts: &[u32], ctx: &Context) -> Result<()> {
     let base = Recipe::load(config)?;
     for v in variants {
@@ -44,7 +43,7 @@ pub(super) fn run(config: &str, variants: &[Variant], contexts: &[u32], ctx: &Co
         _ => {
             for (v, context) in variants.iter().flat_map(|v| contexts.iter().map(move |c| (v, c))) {
                 eprintln!("{} at {context} tokens", v.name);
-                memory.extend(apart(config, v, *context, ctx)?);
+                memory.extend(in_subprocess(config, v, *context, ctx)?);
             }
         }
     }
@@ -61,13 +60,13 @@ pub(super) fn run(config: &str, variants: &[Variant], contexts: &[u32], ctx: &Co
     ctx.print(table)
 }
 
-/// One measurement in a process of its own.
-fn apart(config: &str, variant: &Variant, context: u32, ctx: &Context) -> Result<Vec<Cell>> {
-    let program = std::env::current_exe().context("the program does not find itself")?;
+/// One measurement in a separate process.
+fn in_subprocess(config: &str, variant: &Variant, context: u32, ctx: &Context) -> Result<Vec<Cell>> {
+    let program = std::env::current_exe().context("the path of the program cannot be determined")?;
     let context = context.to_string();
     let output = Command::new(program)
         .args(["compare", "--json", "--mechanisms", variant.name, "--memory", &context, "--config", config])
-        .args(["--device", &device::name(&ctx.device), "--seed", &ctx.seed.unwrap_or(0).to_string()])
+        .args(["--device", &device::name(&ctx.device), "--seed", &ctx.seed().to_string()])
         .output()
         .context("the program cannot be started again")?;
     if !output.status.success() {
@@ -85,15 +84,15 @@ fn measure(base: &Recipe, variant: &Variant, context: usize, ctx: &Context) -> R
     recipe.model.max_position_embeddings = recipe.model.max_position_embeddings.max(context);
     let train = &mut recipe.train;
     (train.batch, train.accumulation, train.context) = (1, 1, context);
-    // The only step is neither the last nor one after which the validation text is looked at.
+    // No evaluation follows the step: it is not the last one, and it is not a multiple of `eval_every`.
     (train.steps, train.eval_every) = (train.steps.max(2), u64::MAX);
-    // Any tokens do; these differ from their neighbours.
+    // The values of the tokens do not matter, except that neighbors differ.
     let vocabulary = recipe.model.vocab_size;
     let tokens: Vec<u32> = (0..=context).map(|i| (i * 31 % vocabulary) as u32).collect();
     let bytes = tokens.len();
     let tokens = Tokens::from(tokens);
     let corpus = Corpus { train: tokens.clone(), valid: tokens, train_bytes: bytes, valid_bytes: bytes };
-    let mut trainer = Trainer::new(recipe, corpus, ctx.seed.unwrap_or(0), &ctx.device)?;
+    let mut trainer = Trainer::new(recipe, corpus, ctx.seed(), &ctx.device)?;
     let peak = Peak::start();
     trainer.advance()?;
     Ok(Cell { mechanism: variant.name.to_owned(), context, mib: peak.and_then(Peak::above_start) })

@@ -3,9 +3,9 @@
 use comfy_table::{Table, TableStyle};
 use gd_model::analysis::compare::Comparison;
 
-use crate::table::plain_table;
+use crate::render::table::plain_table;
 
-/// The table, one row a mechanism.
+/// Creates the table with one row per mechanism.
 pub(super) fn table(comparison: &Comparison, style: TableStyle) -> Table {
     let mut table = plain_table(
         style,
@@ -42,11 +42,11 @@ pub(super) fn table(comparison: &Comparison, style: TableStyle) -> Table {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use comfy_table::presets::ASCII_MARKDOWN;
     use gd_model::analysis::compare::Run;
     use gd_model::eval::{Evaluation, HeadStats};
 
     use super::*;
+    use crate::render::table::MARKDOWN;
 
     pub(in super::super) fn run(mechanism: &'static str, seed: u64, loss: f64) -> Run {
         let heads = HeadStats { abstained: 0.25, first_token: 0.5, margin: loss, ..HeadStats::default() };
@@ -73,7 +73,7 @@ pub(super) mod tests {
     fn the_table_has_a_row_per_mechanism_with_mean_and_deviation() {
         let runs = vec![run("a", 0, 2.0), run("b", 0, 2.2), run("a", 1, 4.0), run("b", 1, 3.2)];
         let c = Comparison::new(runs, 20, 8, 4);
-        let text = table(&c, ASCII_MARKDOWN).to_string();
+        let text = table(&c, MARKDOWN).to_string();
         assert!(text.contains("3.0000 ± 1.4142") && text.contains("-10.00 %"), "{text}");
         assert_eq!(text.lines().count(), 4, "{text}");
     }
@@ -81,7 +81,7 @@ pub(super) mod tests {
     #[test]
     fn a_missing_peak_memory_is_an_empty_cell() {
         let c = Comparison::new(vec![run("a", 0, 2.0)], 20, 8, 4);
-        let text = table(&c, ASCII_MARKDOWN).to_string();
+        let text = table(&c, MARKDOWN).to_string();
         assert!(!text.contains('±') && text.lines().all(|l| l.matches('|').count() == 11), "{text}");
     }
 }

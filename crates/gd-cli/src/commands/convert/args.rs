@@ -1,0 +1,98 @@
+//! The flags of `gd convert`.
+
+use std::path::PathBuf;
+
+use candle_core::DType;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use gd_kernels::Score;
+use gd_model::config::{Mechanism, Setting};
+use gd_model::model::swap::{Layers, Swap};
+
+use crate::data_source::ReadingArgs;
+
+/// Replace the attention of a model, and keep its weights or train them further
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "MODEL is a checkpoint of Llama, Mistral, Qwen2 or Qwen3, or one of this program. Without --attention \
+                  the model is saved unchanged, a GGUF file as safetensors. A softmax layer becomes a selecting layer \
+                  that takes the softmax over the K keys of least energy; if K is the number of keys, it computes the \
+                  same as before. With --uptrain the converted model then distills the source model in a run like \
+                  those of gd train: first only the changed layers, then the whole model, while the number of keys \
+                  decreases to K. gd train --resume DIR continues such a run.\n\n\
+                  Examples:\n  gd convert models/SmolLM2-135M --attention gd --layers last:10 --k 8 --out out/smol-gd\n  gd convert model.gguf --dtype bf16 --out out/model\n  \
+                  gd convert models/SmolLM2-135M --attention gd --k 1 --uptrain --data corpus/ --steps 2000 --out out/smol-1"
+)]
+pub struct Args {
+    /// Model: a checkpoint folder, a safetensors file in one, or a GGUF file
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// New attention mechanism
+    #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(["gd", "softmax"]).map(parse_mechanism))]
+    pub attention: Option<Mechanism>,
+    /// Layers to change: all, last:N, or layer numbers from 0, as in 0,3,5
+    #[arg(long, value_name = "LAYERS", default_value = "all", requires = "attention")]
+    pub layers: Layers,
+    /// Number of keys per query in a selecting layer: 1, 2, 4, 8, 16, 32 or 64
+    #[arg(long, value_name = "K", default_value_t = 8, requires = "attention")]
+    pub k: usize,
+    /// Score of a selecting layer: the dot product, or the energy with the key prior that gives the same order
+    #[arg(long, value_name = "SCORE", default_value = "dot", requires = "attention",
+          value_parser = PossibleValuesParser::new(["dot", "energy"]).map(parse_score))]
+    pub score: Score,
+    /// Data type of the stored weights (default: that of the source model)
+    #[arg(long, value_name = "DTYPE", conflicts_with = "uptrain", value_parser = PossibleValuesParser::new(["f32", "f16", "bf16"]).try_map(|name| name.parse::<DType>()))]
+    pub dtype: Option<DType>,
+    /// The flags of the training
+    #[command(flatten)]
+    pub uptrain: UptrainArgs,
+    /// Folder for the new model, which must not exist
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+/// The flags of `gd convert --uptrain`.
+#[derive(Debug, clap::Args)]
+// The flags belong to the group of `gd convert`, into which they are flattened.
+#[group(skip)]
+pub struct UptrainArgs {
+    /// Train the converted model on a text and on the logits of the source model
+    #[arg(long, requires = "attention")]
+    pub uptrain: bool,
+    /// Text to train on: files, JSONL files, folders of them, or one folder of prepared data (default: the sample
+    /// text)
+    #[arg(long, value_name = "FILE", num_args = 1.., requires = "uptrain")]
+    pub data: Vec<PathBuf>,
+    /// How files are split into documents
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+    /// Number of optimizer steps (default: 500)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "uptrain")]
+    pub steps: Option<u64>,
+    /// Override a value of models/uptrain.json by its dotted path. Can be repeated
+    #[arg(long, value_name = "KEY=VALUE", requires = "uptrain")]
+    pub set: Vec<Setting>,
+    /// Stop after this many steps with a checkpoint
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "uptrain")]
+    pub stop_after: Option<u64>,
+}
+
+impl Args {
+    /// The replacement that the flags describe, if there is one.
+    pub(super) fn swap(&self) -> Option<Swap> {
+        let Self { layers, k, score, .. } = self;
+        self.attention.map(|mechanism| Swap {
+            layers: layers.clone(),
+            mechanism,
+            candidates: *k,
+            score: *score,
+        })
+    }
+}
+
+fn parse_mechanism(name: String) -> Mechanism {
+    if name == "gd" { Mechanism::Gd } else { Mechanism::Softmax }
+}
+
+fn parse_score(name: String) -> Score {
+    if name == "dot" { Score::Dot } else { Score::Energy }
+}

@@ -1,0 +1,90 @@
+//! `gd convert`: replaces the attention of a model and saves the result as a new model.
+
+mod args;
+mod uptrain;
+
+use anyhow::Result;
+use gd_kernels::CANDIDATES;
+use gd_model::config::Mechanism;
+use gd_model::io::checkpoint::check_writable;
+use gd_model::model::pretrained::{self, Loaded};
+use serde_json::json;
+
+pub use args::Args;
+
+use crate::context::{Context, usage};
+use crate::training::in_group;
+
+/// Runs the command.
+///
+/// # Errors
+/// Names the flag, file or value that is not valid.
+pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    if !CANDIDATES.contains(&args.k) {
+        return Err(usage(format!("--k {}: expected one of {CANDIDATES:?}", args.k)));
+    }
+    if args.out.symlink_metadata().is_ok() {
+        return Err(usage(format!("--out {}: exists already", args.out.display())));
+    }
+    check_writable(&args.out)?;
+    if args.uptrain.uptrain {
+        return in_group(ctx, |group| uptrain::run(group, &args, ctx));
+    }
+    let mut parts = pretrained::read(&args.model, &ctx.device)?;
+    let changed = args.swap().map_or(Ok(Vec::new()), |swap| swap.apply(&mut parts))?;
+    if let Some(dtype) = args.dtype {
+        parts.cast(dtype)?;
+    }
+    let loaded = parts.build(&ctx.device)?;
+    loaded.save(&args.out, &model_card(&args, &changed, &loaded))?;
+    print_result(&args, &changed, &loaded, ctx)
+}
+
+fn print_result(args: &Args, changed: &[usize], loaded: &Loaded, ctx: &Context) -> Result<()> {
+    let config = loaded.model.config();
+    let layers = config.num_hidden_layers;
+    let selecting = (0..layers).filter(|&i| config.mechanism(i) == Mechanism::Gd).count();
+    if ctx.json {
+        return ctx.print(json!({
+            "folder": args.out, "changed": changed, "selecting": selecting,
+            "layers": layers, "parameters": loaded.params.count(),
+            "passed_over": loaded.passed_over,
+        }));
+    }
+    ctx.print(format_args!(
+        "{} layers changed; {selecting} of {layers} select; {} parameters\nsaved {}",
+        changed.len(),
+        loaded.params.count(),
+        args.out.display()
+    ))
+}
+
+/// The placeholders of the model card template and their values.
+fn model_card(args: &Args, changed: &[usize], loaded: &Loaded) -> Vec<(&'static str, String)> {
+    let file_name =
+        |path: &std::path::Path| path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let config = loaded.model.config();
+    let select = &config.gd.select;
+    let mechanism = match args.attention {
+        None => "unchanged".to_owned(),
+        Some(Mechanism::Softmax) => format!("softmax in layers {changed:?}"),
+        Some(Mechanism::Gd) => format!(
+            "softmax over the {} keys of least energy in layers {changed:?}; score {:?}",
+            select.candidates, select.score
+        ),
+    };
+    vec![
+        ("name", file_name(&args.out)),
+        (
+            "summary",
+            format!("{} with its attention replaced, without further training.", file_name(&args.model)),
+        ),
+        ("parameters", loaded.params.count().to_string()),
+        ("mechanism", mechanism),
+        ("tokenizer", format!("{} tokens", loaded.tokenizer.vocab_size())),
+        ("context", config.max_position_embeddings.to_string()),
+        ("data", "that of the source model".into()),
+        ("steps", "none".into()),
+        ("loss", "not measured".into()),
+    ]
+}

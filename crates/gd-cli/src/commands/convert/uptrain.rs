@@ -1,0 +1,68 @@
+//! `gd convert --uptrain`: a run in which the converted model distills the source model.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use gd_model::config::{Recipe, Setting, UPTRAIN};
+use gd_model::data::Corpus;
+use gd_model::io::tokenizer::Tokenizer;
+use gd_model::model::pretrained::{self, Parts};
+use gd_model::train::parallel::Group;
+use gd_model::train::run::{About, Run};
+use gd_model::train::teacher::{reading, schedule};
+
+use super::args::Args;
+use crate::context::{Context, usage};
+use crate::data_source::prepared_data_for;
+use crate::training::{load_recipe, load_texts, new_trainer, run_to_end};
+
+/// Runs the training.
+///
+/// # Errors
+/// Names the flag, file or value that is not valid.
+pub(super) fn run(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
+    let teacher = pretrained::read(&args.model, &ctx.device)?;
+    let (mut recipe, tokenizer) = (recipe(args, &teacher)?, teacher.tokenizer.clone());
+    let flags = &args.uptrain;
+    flags.reading.apply(&mut recipe.train.documents);
+    let corpus = load_corpus(&flags.data, &recipe, &tokenizer)?;
+    let name = args.out.file_name().unwrap_or(args.out.as_os_str()).to_string_lossy().into_owned();
+    let about = About { name, data: flags.data.clone(), seed: ctx.seed() };
+    let trainer = new_trainer(group, recipe, Some(teacher), corpus, &about, ctx)?;
+    let run = Run::create(&args.out, trainer, tokenizer, about)?;
+    run_to_end(run, Vec::new(), flags.stop_after, ctx)
+}
+
+/// The configuration of the converted model and of its training.
+fn recipe(args: &Args, teacher: &Parts) -> Result<Recipe> {
+    let mut model = match args.swap() {
+        Some(swap) => swap.of(teacher)?.0,
+        None => teacher.config.clone(),
+    };
+    // The training is in f32 for every stored data type.
+    (model.dtype, model.origin) = ("float32".into(), None);
+    (model.gd.select.candidates, model.gd.select.estimator) = reading(args.k);
+    let Some(teacher_path) = args.model.to_str() else {
+        return Err(usage(format!("{}: --uptrain requires a path in UTF-8", args.model.display())));
+    };
+    let load = |more: &[Setting]| {
+        let given = [
+            Setting::new("model", serde_json::to_value(&model)?),
+            Setting::new("train.uptrain.original", teacher_path),
+        ];
+        let settings = [&given[..], more, &args.uptrain.set].concat();
+        load_recipe(UPTRAIN.0, &settings, args.uptrain.steps)
+    };
+    // The number of keys decreases from the end of the layer alignment on, which --set may have changed.
+    let align = load(&[])?.train.uptrain.map_or(0.0, |uptrain| uptrain.align);
+    let select = Setting::new("train.select", serde_json::to_value(schedule(args.k, align))?);
+    load(&[select])
+}
+
+/// The text in tokens of the model's tokenizer.
+fn load_corpus(files: &[PathBuf], recipe: &Recipe, tokenizer: &Tokenizer) -> Result<Corpus> {
+    match prepared_data_for(files, tokenizer)? {
+        Some(prepared) => Ok(prepared.corpus),
+        None => Ok(Corpus::encode(&load_texts(files, recipe)?, tokenizer)?),
+    }
+}

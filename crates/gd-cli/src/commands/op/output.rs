@@ -1,0 +1,51 @@
+//! The result of `gd op`: a safetensors file and a summary.
+
+use std::path::Path;
+
+use anyhow::Result;
+use candle_core::Tensor;
+use gd_kernels::ScanPlan;
+use gd_model::io::safetensors::{self, Tensors};
+use serde_json::{Map, Value, json};
+
+use crate::context::Context;
+
+/// Writes the tensors and prints a summary. `selected` holds one position per query and head, negative if the head
+/// abstains.
+pub(super) fn finish(
+    operator: &str,
+    path: &Path,
+    plan: &ScanPlan,
+    out: &Tensors,
+    selected: &Tensor,
+    ctx: &Context,
+) -> Result<()> {
+    let out: Tensors =
+        out.iter().map(|(name, t)| Ok((name.clone(), t.detach().contiguous()?))).collect::<Result<_>>()?;
+    safetensors::write(path, &out)?;
+    let selected = selected.flatten_all()?.to_vec1::<i32>()?;
+    let abstained = selected.iter().filter(|&&j| j < 0).count();
+    if ctx.json {
+        let tensors: Map<String, Value> = out
+            .iter()
+            .map(|(name, t)| {
+                (name.clone(), json!({ "shape": t.dims(), "dtype": format!("{:?}", t.dtype()) }))
+            })
+            .collect();
+        return ctx.print(json!({
+            "operator": operator,
+            "plan": plan.to_string(),
+            "out": path,
+            "queries": selected.len(),
+            "abstained": abstained,
+            "tensors": tensors,
+        }));
+    }
+    let names: Vec<_> = out.keys().map(String::as_str).collect();
+    ctx.print(format_args!(
+        "{operator} on {plan}: {abstained} of {} queries abstained; wrote {} to {}",
+        selected.len(),
+        names.join(", "),
+        path.display()
+    ))
+}

@@ -1,0 +1,174 @@
+//! `gd train`: trains a model, saves it, reloads it and generates a sample.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use gd_model::config::{Precision, Recipe, Setting};
+use gd_model::data::Corpus;
+use gd_model::model::pretrained::{self, Parts};
+use gd_model::train::dry_run;
+use gd_model::train::parallel::Group;
+use gd_model::train::run::{About, RECIPE, Run, Saved};
+
+use crate::context::{Context, usage};
+use crate::data_source::{ReadingArgs, prepared_data};
+use crate::training::{in_group, load_corpus, load_recipe, load_texts, new_trainer, run_to_end};
+
+/// The configuration of a run without `--config`.
+const DEFAULT_CONFIG: &str = "tiny";
+
+/// Train a model and save it
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The folder of the run receives the configuration (recipe.json), a log of all steps (train.jsonl), \
+                  checkpoints (checkpoint-STEP) and, at the end, the model. The model is then reloaded to generate a \
+                  sample. Ctrl-C or SIGTERM ends the run after the current step with a checkpoint. --resume continues \
+                  from there, or from the last checkpoint before a crash, with the same final result.\n\n\
+                  Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book\n  \
+                  gd train --config base --dry-run\n  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6\n  gd train --resume out/book"
+)]
+pub struct Args {
+    /// Text files (UTF-8), JSONL files, folders of them, or one folder of prepared data (default: the sample text)
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub data: Vec<PathBuf>,
+    /// How files are split into documents
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+    /// Preset of models/, or a TOML or JSON configuration file (default: tiny)
+    #[arg(long, value_name = "PRESET|FILE")]
+    pub config: Option<String>,
+    /// Override a value of the configuration by its dotted path. Can be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<Setting>,
+    /// Number of optimizer steps (default: from the configuration)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub steps: Option<u64>,
+    /// Print the number of parameters and tokens and the predicted peak memory, and write nothing
+    #[arg(long, conflicts_with = "resume")]
+    pub dry_run: bool,
+    /// Steps between two checkpoints (default: from the configuration)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub save_every: Option<u64>,
+    /// Stop after this many steps with a checkpoint
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub stop_after: Option<u64>,
+    /// Folder to write (default: out/ and the name of the configuration)
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    pub out: Option<PathBuf>,
+    /// Continue the run in this folder from its newest intact checkpoint, with its configuration, data and seed.
+    /// Other flags may repeat these values, or extend the run if that changes none of the completed steps
+    #[arg(long, value_name = "DIR")]
+    pub resume: Option<PathBuf>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Names the flag, file or value that is not valid.
+pub fn run(args: Args, ctx: &Context) -> Result<()> {
+    in_group(ctx, |group| {
+        if args.dry_run {
+            return if group.leads() { print_plan(&args, ctx) } else { Ok(()) };
+        }
+        let (run, skipped_files) = match &args.resume {
+            Some(folder) => resume(group, folder, &args, ctx)?,
+            None => (start(group, &args, ctx)?, Vec::new()),
+        };
+        run_to_end(run, skipped_files, args.stop_after, ctx)
+    })
+}
+
+/// Creates a new run.
+fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
+    let config = args.config.as_deref().unwrap_or(DEFAULT_CONFIG);
+    let mut recipe = load_recipe(config, &args.set, args.steps)?;
+    if recipe.train.uptrain.is_some() {
+        return Err(usage("train.uptrain: use `gd convert --uptrain` to start a run that distills a model"));
+    }
+    recipe.train.save_every = args.save_every.or(recipe.train.save_every);
+    args.reading.apply(&mut recipe.train.documents);
+    let name = Path::new(config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
+    let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
+    let (corpus, tokenizer) = load_corpus(&args.data, &mut recipe)?;
+    let about = About { name, data: args.data.clone(), seed: ctx.seed() };
+    let trainer = new_trainer(group, recipe, None, corpus, &about, ctx)?;
+    Ok(Run::create(&out, trainer, tokenizer, about)?)
+}
+
+/// Prints the size of a run without training.
+fn print_plan(args: &Args, ctx: &Context) -> Result<()> {
+    let mut recipe = load_recipe(args.config.as_deref().unwrap_or(DEFAULT_CONFIG), &args.set, args.steps)?;
+    args.reading.apply(&mut recipe.train.documents);
+    load_corpus(&args.data, &mut recipe)?;
+    let plan = dry_run::plan(&recipe)?;
+    if ctx.json {
+        return ctx.print(serde_json::to_string(&plan)?);
+    }
+    ctx.print(format_args!(
+        "{} parameters\n{} steps of {} tokens\n{:.0} MiB predicted peak memory, in addition to the program and the text",
+        plan.parameters, plan.steps, plan.tokens_per_step, plan.peak_memory_mib
+    ))
+}
+
+/// Opens a run to continue it. Also returns why newer checkpoints cannot be used.
+fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(Run, Vec<String>)> {
+    let mut saved = Saved::open(folder, group)?;
+    if let Some(seed) = ctx.seed.filter(|seed| *seed != saved.about.seed) {
+        return Err(usage(format!(
+            "--seed {seed}: the run in {} has seed {}",
+            folder.display(),
+            saved.about.seed
+        )));
+    }
+    update_recipe(&mut saved, folder, args)?;
+    if !args.data.is_empty() {
+        saved.about.data = args.data.clone();
+    }
+    let mut recipe = saved.recipe.clone();
+    recipe.train.validate()?;
+    if recipe.train.uptrain.is_none() {
+        recipe.model.vocab_size = saved.tokenizer.vocab_size();
+    }
+    let corpus =
+        saved_corpus(&saved, &recipe).context("the data of the run (--data gives its new location)")?;
+    let teacher = teacher(&recipe, ctx)?;
+    let trainer = new_trainer(group, recipe, teacher, corpus, &saved.about, ctx)?;
+    let skipped_files = saved.damaged().iter().map(|(_, reason)| reason.clone()).collect();
+    let run = Run::resume(saved, trainer, &ctx.device)?;
+    if group.leads() {
+        eprintln!("resumed from step {}", run.trainer.step());
+    }
+    Ok((run, skipped_files))
+}
+
+/// Applies the flags to the recipe of a saved run.
+fn update_recipe(saved: &mut Saved, folder: &Path, args: &Args) -> Result<()> {
+    // A recipe without a precision was trained in f32.
+    let precision = saved.recipe.train.precision.unwrap_or(Precision::F32);
+    if let Some(config) = &args.config {
+        saved.recipe = load_recipe(config, &args.set, args.steps)?;
+    } else if !args.set.is_empty() {
+        saved.recipe = Recipe::load_with(&folder.join(RECIPE).to_string_lossy(), &args.set)?;
+    }
+    let train = &mut saved.recipe.train;
+    train.steps = args.steps.unwrap_or(train.steps);
+    train.save_every = args.save_every.or(train.save_every);
+    args.reading.apply(&mut train.documents);
+    train.precision.get_or_insert(precision);
+    Ok(())
+}
+
+/// The tokens that a saved run is trained on.
+fn saved_corpus(saved: &Saved, recipe: &Recipe) -> Result<Corpus> {
+    match prepared_data(&saved.about.data)? {
+        Some(prepared) => Ok(prepared.corpus),
+        None => Ok(Corpus::encode(&load_texts(&saved.about.data, recipe)?, &saved.tokenizer)?),
+    }
+}
+
+/// Reads the model that a run distills, if its recipe names one.
+fn teacher(recipe: &Recipe, ctx: &Context) -> Result<Option<Parts>> {
+    let Some(uptrain) = &recipe.train.uptrain else { return Ok(None) };
+    let parts = pretrained::read(&uptrain.original, &ctx.device);
+    Ok(Some(parts.context("the teacher model (--set train.uptrain.original=PATH gives its new location)")?))
+}

@@ -1,0 +1,108 @@
+//! What every command gets besides its own flags, and how an error ends the program.
+
+use std::fmt;
+use std::io::{ErrorKind, Write};
+
+use anyhow::Result;
+use candle_core::Device;
+
+/// The values of the flags that all commands share.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// The open device.
+    pub device: Device,
+    /// The value of `--seed`, if it was given.
+    pub seed: Option<u64>,
+    /// Whether stdout is to be JSON.
+    pub json: bool,
+}
+
+impl Context {
+    /// Writes `text` to stdout and flushes it. Returns false if the reader has closed the pipe, which is not an
+    /// error.
+    ///
+    /// # Errors
+    /// Reports any other error of stdout.
+    pub fn write(&self, text: impl fmt::Display) -> Result<bool> {
+        let mut out = std::io::stdout().lock();
+        match write!(out, "{text}").and_then(|()| out.flush()) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(false),
+            Err(e) => Err(anyhow::Error::new(e).context("cannot write to stdout")),
+        }
+    }
+
+    /// Writes `text` and a newline to stdout.
+    ///
+    /// # Errors
+    /// As [`Context::write`].
+    pub fn print(&self, text: impl fmt::Display) -> Result<()> {
+        self.write(format_args!("{text}\n")).map(|_| ())
+    }
+
+    /// The value of `--seed`, or its default.
+    pub fn seed(&self) -> u64 {
+        self.seed.unwrap_or(0)
+    }
+}
+
+/// A usage error that was detected after the flags were parsed. It ends the program with exit code 2.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Creates an error that ends the program with exit code 2. `message` names the flag and its value.
+pub fn usage(message: impl Into<String>) -> anyhow::Error {
+    anyhow::Error::new(Usage(message.into()))
+}
+
+/// Creates a usage error that names the flag of an invalid setting, such as `--top-k` for `top_k`.
+pub fn flag_error(e: gd_model::Error) -> anyhow::Error {
+    let text = e.to_string();
+    let (name, rest) = text.split_once(' ').unwrap_or((&text, ""));
+    usage(format!("--{} {rest}", name.replace('_', "-")))
+}
+
+/// The exit code for an error: 2 for a usage error, else 1.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.chain().any(|e| e.is::<Usage>()) { 2 } else { 1 }
+}
+
+/// The message of an error and of its causes on one line, outermost first.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        // If RUST_BACKTRACE is set, the message of a candle error ends with a backtrace.
+        let text = text.split("\n   0: ").next().unwrap_or_default();
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        // A transparent error repeats the message of its source.
+        if !line.ends_with(&text) {
+            if !line.is_empty() {
+                line.push_str(": ");
+            }
+            line.push_str(&text);
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line_that_contains_each_cause_once() {
+        let e = anyhow::anyhow!("in\nner   cause\n   0: frame\n   1: frame").context("outer");
+        assert_eq!(one_line(&e), "outer: in ner cause");
+        let e = gd_kernels::Error::from(candle_core::Error::Msg("k is short".into()));
+        assert_eq!(one_line(&anyhow::Error::new(e)), "k is short");
+    }
+}

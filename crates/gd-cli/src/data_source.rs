@@ -1,0 +1,59 @@
+//! Where a command reads text from: text files, JSONL files, folders of them, or one folder of prepared data.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use gd_model::data::{Prepared, Reading};
+use gd_model::io::tokenizer::Tokenizer;
+
+use crate::context::usage;
+
+/// Flags that define how files are split into documents.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ReadingArgs {
+    /// Field of a JSONL line that contains its text (default: text)
+    #[arg(long, value_name = "FIELD")]
+    pub text_field: Option<String>,
+    /// Line that separates the documents of a text file (default: each file is one document)
+    #[arg(long, value_name = "LINE", allow_hyphen_values = true)]
+    pub separator: Option<String>,
+}
+
+impl ReadingArgs {
+    /// Replaces the values of `reading` by the flags that were given.
+    pub fn apply(&self, reading: &mut Reading) {
+        if let Some(field) = &self.text_field {
+            reading.text_field.clone_from(field);
+        }
+        if self.separator.is_some() {
+            reading.separator.clone_from(&self.separator);
+        }
+    }
+}
+
+/// Opens the prepared data that `--data` names. Returns `None` if `paths` contains no prepared data.
+///
+/// # Errors
+/// A usage error if prepared data is one of several paths, or a folder that cannot be opened.
+pub fn prepared_data(paths: &[PathBuf]) -> Result<Option<Prepared>> {
+    match paths.iter().find(|p| Prepared::is_at(p)) {
+        None => Ok(None),
+        Some(folder) if paths.len() == 1 => Ok(Some(Prepared::open(folder)?)),
+        Some(folder) => Err(usage(format!(
+            "--data: {} is prepared data and cannot be combined with other paths",
+            folder.display()
+        ))),
+    }
+}
+
+/// As [`prepared_data`] for a model with this tokenizer.
+///
+/// # Errors
+/// As [`prepared_data`], or data that was prepared with another tokenizer.
+pub fn prepared_data_for(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<Option<Prepared>> {
+    let Some(prepared) = prepared_data(paths)? else { return Ok(None) };
+    if prepared.tokenizer.to_json()? != tokenizer.to_json()? {
+        bail!("{}: prepared with another tokenizer than the model's", paths[0].display());
+    }
+    Ok(Some(prepared))
+}

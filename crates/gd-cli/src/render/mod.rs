@@ -1,0 +1,7 @@
+//! Output of the program: tables, plots, reports and the trace viewer.
+
+pub mod plot;
+pub mod report;
+pub mod run_curves;
+pub mod table;
+pub mod viewer;

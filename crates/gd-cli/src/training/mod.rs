@@ -1,0 +1,188 @@
+//! Training runs, as `gd train`, `gd convert --uptrain` and `gd compare` start them.
+
+mod model_card;
+mod recipe;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Result;
+use gd_model::config::Recipe;
+use gd_model::data::Corpus;
+use gd_model::eval::Evaluation;
+use gd_model::infer::generate::sample;
+use gd_model::io::checkpoint;
+use gd_model::model::pretrained::{self, Parts};
+use gd_model::train::log::Event;
+use gd_model::train::parallel::Group;
+use gd_model::train::run::{About, Run};
+use gd_model::train::{Step, Trainer};
+use serde_json::json;
+
+pub use self::recipe::{load_corpus, load_recipe, load_texts};
+
+use crate::context::{Context, exit_code, one_line};
+use crate::history::History;
+use crate::progress::TrainingProgress;
+use crate::render::report;
+
+/// Exit code after a second Ctrl-C: 128 + SIGINT.
+const INTERRUPTED: i32 = 130;
+
+/// Runs `work` in every process of a distributed job. If it fails in one process, all processes end.
+///
+/// # Errors
+/// Reports the error of `work`, or that the processes cannot connect.
+pub fn in_group(ctx: &Context, work: impl FnOnce(&Group) -> Result<()>) -> Result<()> {
+    let group = Group::start(&ctx.device)?;
+    match work(&group) {
+        Err(e) if group.world() > 1 => group.abort(&one_line(&e), exit_code(&e)),
+        result => result,
+    }
+}
+
+/// Creates a trainer that is a member of `group`. With a `teacher` the trainer distills it.
+///
+/// # Errors
+/// A recipe, corpus or teacher that do not fit together.
+pub fn new_trainer(
+    group: &Group,
+    recipe: Recipe,
+    teacher: Option<Parts>,
+    corpus: Corpus,
+    about: &About,
+    ctx: &Context,
+) -> Result<Trainer> {
+    let mut trainer = match teacher {
+        Some(teacher) => Trainer::uptrain(recipe, corpus, about.seed, teacher, &ctx.device)?,
+        None => Trainer::new(recipe, corpus, about.seed, &ctx.device)?,
+    };
+    trainer.join(group.clone())?;
+    Ok(trainer)
+}
+
+/// Trains all remaining steps and displays the progress. `watch` is called after every step.
+///
+/// # Errors
+/// Reports the error of a step.
+pub fn train_all(trainer: &mut Trainer, mut watch: impl FnMut(&Step)) -> Result<()> {
+    let mut progress = TrainingProgress::new(trainer)?;
+    let result = trainer.run(|step| {
+        progress.show(step, None);
+        watch(step);
+        Ok(())
+    });
+    progress.finish();
+    Ok(result?)
+}
+
+/// Trains a run to its end, or for at most `stop_after` steps, saves it and prints the result. A finished run is
+/// loaded again from its folder for the sample that is printed. All processes of the run's group call this;
+/// `skipped_files` lists damaged files that a resumed run could not use.
+///
+/// # Errors
+/// Reports the error of a step, or names the file that cannot be written.
+pub fn run_to_end(
+    mut run: Run,
+    skipped_files: Vec<String>,
+    stop_after: Option<u64>,
+    ctx: &Context,
+) -> Result<()> {
+    let leads = run.trainer.group().leads();
+    if leads {
+        let train = &run.trainer.recipe().train;
+        eprintln!(
+            "{}: {} parameters, {} steps of {} tokens",
+            run.about().name,
+            run.trainer.params.count(),
+            train.steps,
+            train.batch * train.context * train.accumulation
+        );
+    }
+    let stop = stop_on_signal()?;
+    let mut progress = TrainingProgress::new(&run.trainer)?;
+    let finished = run.train(stop_after, stop, |step, sample| {
+        progress.show(step, sample.as_deref());
+        Ok(())
+    })?;
+    progress.finish();
+    match (leads, finished) {
+        (false, _) => Ok(()),
+        (true, false) => report_stopped(&mut run, &skipped_files, ctx),
+        (true, true) => finish_run(&mut run, &skipped_files, ctx),
+    }
+}
+
+/// Saves a checkpoint of a run that is not finished and prints how to resume it.
+fn report_stopped(run: &mut Run, skipped_files: &[String], ctx: &Context) -> Result<()> {
+    let checkpoint = run.save()?;
+    let (step, steps) = (run.trainer.step(), run.trainer.steps());
+    if ctx.json {
+        return ctx.print(json!({
+            "folder": run.folder(), "finished": false, "step": step, "steps": steps,
+            "checkpoint": checkpoint, "passed_over": skipped_files,
+        }));
+    }
+    ctx.print(format_args!(
+        "stopped after step {step} of {steps}\nsaved {}\nresume with: gd train --resume {}",
+        checkpoint.display(),
+        run.folder().display()
+    ))
+}
+
+/// Validates the model of a finished run, saves it with a sample and a report, and prints the result.
+fn finish_run(run: &mut Run, skipped_files: &[String], ctx: &Context) -> Result<()> {
+    let (step, out) = (run.trainer.step(), run.folder().to_path_buf());
+    let (result, ema_result) = (run.trainer.validate()?, run.trainer.validate_ema()?);
+    let (about, recipe) = (run.about().clone(), run.trainer.recipe().clone());
+    let card = model_card::entries(&about, &recipe, &run.trainer, &result);
+    run.finish(&checkpoint::model_card(&card)?, &result)?;
+    let loaded = pretrained::load(&out, &ctx.device)?;
+    let prompt = recipe.train.sample_prompt.clone();
+    let text = sample(&loaded.model, &loaded.tokenizer, &prompt, about.seed, &ctx.device)?;
+    let sample = format!("{prompt}{text}");
+    if let Some(log) = run.log() {
+        log.event(step, &Event::Sample { prompt, text })?;
+    }
+    report::save(&out.join(report::FILE), &History::load(&out)?)?;
+    if ctx.json {
+        return ctx.print(json!({
+            "folder": out, "finished": true, "parameters": run.trainer.params.count(),
+            "steps": recipe.train.steps, "seed": about.seed,
+            "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
+            "tokens": result.tokens, "heads": result.heads,
+            "ema": ema_result, "sample": sample, "passed_over": skipped_files,
+        }));
+    }
+    ctx.print(format_args!(
+        "{}\nsaved {}\n\nsample from the reloaded folder:\n{sample}",
+        result_line(&result, ema_result.as_ref()),
+        out.display()
+    ))
+}
+
+/// The validation result as text, with that of the averaged weights if there are some.
+fn result_line(result: &Evaluation, ema_result: Option<&Evaluation>) -> String {
+    let ema = ema_result.map(|e| {
+        format!("\nwith averaged weights {:.4} nats/token, {:.4} bits/byte", e.loss, e.bits_per_byte)
+    });
+    format!(
+        "validation loss {:.4} nats/token, {:.4} bits/byte, perplexity {:.2} over {} tokens{}",
+        result.loss,
+        result.bits_per_byte,
+        result.perplexity,
+        result.tokens,
+        ema.unwrap_or_default()
+    )
+}
+
+/// Returns a flag that Ctrl-C, SIGTERM or SIGHUP sets. A second signal ends the program immediately.
+fn stop_on_signal() -> Result<&'static AtomicBool> {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED);
+        }
+        eprintln!("stopping after this step; interrupt again to stop immediately");
+    })?;
+    Ok(&STOP)
+}

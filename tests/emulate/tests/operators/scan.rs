@@ -99,7 +99,7 @@ impl Uploaded {
 pub(crate) fn plan(gpu: &Emulator, p: &Problem, x: &Inputs<'_, gd_emulate::Buffer>) -> Result<GpuScanPlan, String> {
     let extra = x.protected.as_ref().map_or(0, |p| p.dims[3]);
     let plan = GpuScanPlan::new(p, extra, x.prior.is_some(), &gpu.arch()).map_err(|e| e.to_string())?;
-    Ok(if x.mappable(p) { plan.on_hopper(p, &gpu.arch()) } else { plan })
+    Ok(if x.tma_loadable(p) { plan.on_hopper(p, &gpu.arch()) } else { plan })
 }
 
 /// Runs the scan of a case.

@@ -99,7 +99,7 @@ pub fn plan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<ScanPlan> {
 #[cfg_attr(not(feature = "gpu"), allow(unused_variables))]
 pub(crate) fn plan_of(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<ScanPlan> {
     #[cfg(feature = "gpu")]
-    let tma_loadable = [q, k].into_iter().all(crate::backend::gpu::tensor_map::takes);
+    let tma_loadable = [q, k].into_iter().all(crate::backend::gpu::tensor_map::loadable);
     #[cfg(not(feature = "gpu"))]
     let tma_loadable = false;
     let properties = ArgumentProperties {

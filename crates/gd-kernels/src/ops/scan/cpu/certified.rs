@@ -137,12 +137,12 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         (queries, relative_error): (&Queries, f32),
         first: usize,
         (active, visible): (u32, &[u32]),
-        lists: &mut BoundedLists,
+        bounded: &mut BoundedLists,
     ) -> u64 {
-        let [bias, error, slack] = &self.bounds(first, relative_error, &mut lists.unbounded);
+        let [bias, error, slack] = &self.bounds(first, relative_error, &mut bounded.unbounded);
         let (values, bounds) = self.panel(first);
         let panel = Panel { values, scale: &bounds.scale, bias, error, slack, first: first as u32 };
-        collect(self.path, &PanelTask { queries, panel, active, visible }, lists)
+        collect(self.path, &PanelTask { queries, panel, active, visible }, bounded)
     }
 
     /// Initial thresholds from a few panels whose keys are visible to every row, if there are enough such panels. Most keys
@@ -157,15 +157,15 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         if end < start + 2 * PANELS {
             return None;
         }
-        let mut lists = BoundedLists::new(count, PANELS * KEYS, self.block.problem.candidates);
+        let mut bounded = BoundedLists::new(count, PANELS * KEYS, self.block.problem.candidates);
         let (all, visible) = ((1u32 << (count / ROWS)) - 1, vec![u32::MAX; count]);
         for p in start..start + PANELS {
-            self.collect(queries, p * KEYS, (all, &visible), &mut lists);
+            self.collect(queries, p * KEYS, (all, &visible), &mut bounded);
         }
         for row in 0..count {
-            lists.tighten(row);
+            bounded.tighten(row);
         }
-        Some(lists.threshold)
+        Some(bounded.threshold)
     }
 
     /// Searches the range of keys.
@@ -173,10 +173,10 @@ impl<T: Element> Certified<'_, '_, '_, T> {
     fn gather(&self, queries: (&Queries, f32), visible: &[Range<usize>]) -> Option<BoundedLists> {
         let block = self.block;
         let count = queries.0.start.len();
-        let mut lists =
+        let mut bounded =
             BoundedLists::new(count, capacity(block.problem.candidates), block.problem.candidates);
         if let Some(threshold) = self.thresholds(queries, visible) {
-            lists.threshold = threshold;
+            bounded.threshold = threshold;
         }
         let reach = Block::<T>::reach(visible);
         let reach = reach.start.max(self.keys.start)..reach.end.min(self.keys.end);
@@ -188,20 +188,20 @@ impl<T: Element> Certified<'_, '_, '_, T> {
                 *bits = visible_bits(range, first);
                 active |= u32::from(*bits != 0) << (row / ROWS);
             }
-            let mut full = self.collect(queries, first, (active, &bits), &mut lists);
+            let mut full = self.collect(queries, first, (active, &bits), &mut bounded);
             while full != 0 {
                 let row = full.trailing_zeros() as usize;
                 full &= full - 1;
-                if !lists.tighten(row) {
+                if !bounded.tighten(row) {
                     return None;
                 }
             }
         }
         // Thresholds have risen since the first keys were appended.
         for row in 0..visible.len() {
-            lists.tighten(row);
+            bounded.tighten(row);
         }
-        (lists.unbounded.len() <= capacity(lists.candidates)).then_some(lists)
+        (bounded.unbounded.len() <= capacity(bounded.candidates)).then_some(bounded)
     }
 }
 

@@ -57,7 +57,7 @@ pub(crate) fn run<'a, T: Element>(
     let tasks = blocks.chunks(group).flat_map(|blocks| (0..chunks).map(move |c| (blocks, c * CHUNK_KEYS)));
     let tasks: Vec<(&[Block<'a, T>], usize)> = tasks.collect();
     // For every task, the lists of each head; none if the head must be scanned densely.
-    let lists: Vec<Vec<Option<BoundedLists>>> = tasks
+    let bounded: Vec<Vec<Option<BoundedLists>>> = tasks
         .into_par_iter()
         .with_min_len(tasks_per_job)
         .with_max_len(tasks_per_job)
@@ -77,9 +77,9 @@ pub(crate) fn run<'a, T: Element>(
         .collect();
     let each = blocks.into_par_iter().with_min_len(tasks_per_job).with_max_len(tasks_per_job).enumerate();
     each.map(|(at, block)| {
-        let tasks = &lists[at / group * chunks..(at / group + 1) * chunks];
-        let lists = tasks.iter().map(|lists| lists[at % group].as_ref()).collect();
-        arch.dispatch(Rescore { block, lists, int8 })
+        let tasks = &bounded[at / group * chunks..(at / group + 1) * chunks];
+        let bounded = tasks.iter().map(|bounded| bounded[at % group].as_ref()).collect();
+        arch.dispatch(Rescore { block, bounded, int8 })
     })
     .collect()
 }
@@ -96,7 +96,7 @@ struct Head<A> {
     /// `[rows][D]`.
     q: Vec<A>,
     norm: Vec<f32>,
-    lists: Option<BoundedLists>,
+    bounded: Option<BoundedLists>,
 }
 
 impl<T: Element> WithSimd for KeyChunk<'_, '_, T> {
@@ -149,7 +149,7 @@ impl<T: Element> WithSimd for KeyChunk<'_, '_, T> {
                 head.add_keys::<S, T>(simd, block, keys, scores, &square, &prior, first);
             }
         }
-        heads.into_iter().map(|head| head.lists).collect()
+        heads.into_iter().map(|head| head.bounded).collect()
     }
 }
 
@@ -165,8 +165,8 @@ impl<A: Real> Head<A> {
             q.chunks_exact(d).map(|q| dot::<A, S>(simd, q, q).sqrt() + SUBNORMAL_NORM_ERROR).collect();
         let bounded = norm.iter().all(|n| *n < MAX_BOUNDED.sqrt());
         let candidates = block.problem.candidates;
-        let lists = bounded.then(|| BoundedLists::new(visible.len(), capacity(candidates), candidates));
-        Self { visible, q, norm, lists }
+        let bounded = bounded.then(|| BoundedLists::new(visible.len(), capacity(candidates), candidates));
+        Self { visible, q, norm, bounded }
     }
 
     /// Appends the keys from `first` on that can be candidates to the lists. `scores` holds their products with the query
@@ -183,7 +183,7 @@ impl<A: Real> Head<A> {
         prior: &[A; KEYS],
         first: usize,
     ) {
-        let Some(lists) = &mut self.lists else { return };
+        let Some(bounded) = &mut self.bounded else { return };
         let (d, problem) = (block.problem.head_dim, block.problem);
         // Covers two chains of D products with their biases, the native and this one, and the rounding of the bound.
         let rounding = (2 * d + 32) as f32 * (0.5 * f32::EPSILON);
@@ -200,7 +200,7 @@ impl<A: Real> Head<A> {
                     *score = dot::<A, S>(simd, q, k);
                 }
             }
-            let (norm, threshold) = (self.norm[row], lists.threshold[row]);
+            let (norm, threshold) = (self.norm[row], bounded.threshold[row]);
             let (mut upper, mut lower) = ([0f32; KEYS], [0f32; KEYS]);
             let (mut hits, mut no_bound) = (0u32, 0u32);
             for w in 0..KEYS {
@@ -220,15 +220,15 @@ impl<A: Real> Head<A> {
             while hits != 0 {
                 let w = hits.trailing_zeros() as usize;
                 hits &= hits - 1;
-                lists.push(row, (first + w) as u32, upper[w], lower[w]);
+                bounded.push(row, (first + w) as u32, upper[w], lower[w]);
             }
-            if lists.full(row) {
-                if !lists.tighten(row) {
-                    self.lists = None;
+            if bounded.full(row) {
+                if !bounded.tighten(row) {
+                    self.bounded = None;
                     return;
                 }
             } else if problem.candidates == 1 {
-                lists.threshold[row] = reached_by(lists.lower(row), 1, threshold);
+                bounded.threshold[row] = reached_by(bounded.lower(row), 1, threshold);
             }
         }
         while unbounded != 0 {
@@ -236,11 +236,11 @@ impl<A: Real> Head<A> {
             unbounded &= unbounded - 1;
             // A prior of -inf excludes its key; other keys without a bound are scored for every row.
             if prior[w as usize] > A::neg_infinity() {
-                lists.unbounded.push(first as u32 + w);
+                bounded.unbounded.push(first as u32 + w);
             }
         }
-        if lists.unbounded.len() > capacity(lists.candidates) {
-            self.lists = None;
+        if bounded.unbounded.len() > capacity(bounded.candidates) {
+            self.bounded = None;
         }
     }
 }

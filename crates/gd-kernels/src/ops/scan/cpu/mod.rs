@@ -162,9 +162,9 @@ fn rescore_blocks<'a, T: Element>(
         (Walk::Blocks, Some(int8)) => {
             let each = blocks.into_par_iter().with_max_len(1);
             let certify = |block| {
-                let lists = arch.dispatch(Certified { block: &block, int8, path, keys: 0..problem.keys });
-                let lists = lists.as_ref().map(|lists| vec![lists]);
-                arch.dispatch(Rescore { block, lists, int8: Some(int8) })
+                let bounded = arch.dispatch(Certified { block: &block, int8, path, keys: 0..problem.keys });
+                let bounded = bounded.as_ref().map(|bounded| vec![bounded]);
+                arch.dispatch(Rescore { block, bounded, int8: Some(int8) })
             };
             each.map(certify).collect()
         }

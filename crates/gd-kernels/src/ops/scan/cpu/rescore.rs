@@ -25,7 +25,7 @@ pub(crate) struct Rescoring<B> {
 /// densely.
 pub(crate) struct Rescore<'a, 'f, T: Element> {
     pub(crate) block: Block<'a, T>,
-    pub(crate) lists: Option<Vec<&'f BoundedLists>>,
+    pub(crate) bounded: Option<Vec<&'f BoundedLists>>,
     /// The 8-bit keys, which store the biases of the keys.
     pub(crate) int8: Option<&'f Int8Panels>,
 }
@@ -36,8 +36,8 @@ impl<'a, T: Element> WithSimd for Rescore<'a, '_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, _: S) -> Self::Output {
         let visible = self.block.visible().iter().map(|r| r.len() as u64).sum();
-        match self.lists.take() {
-            Some(lists) => Rescoring { scored: self.rescore(&lists), visible, unresolved: None },
+        match self.bounded.take() {
+            Some(bounded) => Rescoring { scored: self.rescore(&bounded), visible, unresolved: None },
             None => Rescoring { unresolved: Some(self.block), scored: visible, visible },
         }
     }
@@ -46,15 +46,15 @@ impl<'a, T: Element> WithSimd for Rescore<'a, '_, T> {
 impl<T: Element> Rescore<'_, '_, T> {
     /// Writes the candidates of the block; returns how many pairs were scored in full precision.
     #[inline(always)]
-    fn rescore(&mut self, lists: &[&BoundedLists]) -> u64 {
+    fn rescore(&mut self, bounded: &[&BoundedLists]) -> u64 {
         let visible = self.block.visible();
         let k = self.block.problem.candidates;
         let (mut pairs, mut lower) = (Vec::with_capacity(4 * k * visible.len()), Vec::new());
         for (row, range) in visible.iter().enumerate() {
             lower.clear();
-            lists.iter().for_each(|l| lower.extend_from_slice(l.lower(row)));
+            bounded.iter().for_each(|l| lower.extend_from_slice(l.lower(row)));
             let threshold = reached_by(&lower, k, f32::MIN);
-            for list in lists {
+            for list in bounded {
                 let upper = list.keys(row).iter().zip(list.upper(row));
                 pairs.extend(upper.filter(|(_, u)| **u >= threshold).map(|(&j, _)| (row as u32, j)));
                 let unbounded = list.unbounded.iter().filter(|&&j| range.contains(&(j as usize)));

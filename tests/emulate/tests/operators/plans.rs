@@ -257,7 +257,7 @@ fn what_the_copy_engine_does_not_take_is_refused() {
     let x = |q, k| scan::Inputs { q, k, beta: place, prior: None, protected: None, mask: &mask };
     let out = scan::Outputs { index: place, energy: place, flags: None };
     let (even, odd) = (at([0, 0, 8], 0), at([0, 0, 9], 0));
-    for (x, name) in [(x(even, odd), "k for the copy engine"), (x(odd, even), "q for the copy engine")] {
+    for (x, name) in [(x(even, odd), "k for TMA"), (x(odd, even), "q for TMA")] {
         assert!(!x.tma_loadable(&p));
         refused(scan::scan(&gpu, &plan, &p, &x, &out), name);
     }

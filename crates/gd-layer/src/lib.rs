@@ -1,7 +1,5 @@
-//! candle Modules for selection attention.
-//!
-//! [`GdAttention`] takes the place of a multi-head attention. [`SoftmaxAttention`] has the same projections, norms,
-//! rotation and [`Beacon`]; both implement the trait [`Attention`], so that a model can use either.
+//! candle modules for selection attention.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 mod attention;

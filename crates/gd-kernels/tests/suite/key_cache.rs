@@ -6,8 +6,7 @@ use gd_kernels::{
     Candidates, Error, Int8Keys, KeyBias, KeyCache, Mask, Precision, Scan, Score, SequenceCache, TieBreak,
     scan,
 };
-
-use crate::problems::{rng, uniform};
+use gd_testing::problems::{rng, uniform};
 
 fn noise(seed: u64, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let values = uniform(&mut rng(seed), shape.iter().product());

@@ -1,7 +1,7 @@
 //! For tests: an emulated GPU whose tensors are those of the CPU, so that operators run the code of a CUDA or Metal build,
 //! from the validation to the gradients.
 //!
-//! The GPU is any [`Gpu`] with its own memory, such as the emulator of the tests. Before a launch the contents of all
+//! The GPU is any [`Gpu`] with its own memory, such as the emulator of `gd-testing`. Before a launch the contents of all
 //! buffers are copied there, and afterwards they are copied back. This detects every access outside of the memory of a
 //! tensor, and elements that a kernel does not write stay NaN.
 

@@ -11,7 +11,7 @@ use gd_model::model::Transformer;
 use gd_model::model::params::Params;
 use gd_model::model::shapes::{count, shapes};
 
-const SMALL: &str = include_str!("fixtures/small.json");
+const SMALL: &str = include_str!("../fixtures/small.json");
 
 /// The error of the small configuration with these settings, without the file's name.
 fn refused(settings: &[&str]) -> String {
@@ -137,7 +137,7 @@ fn every_preset_is_valid_and_survives_being_saved() {
 /// The table of presets in the documentation, and that what is counted there is what is built.
 #[test]
 fn the_documentation_states_every_presets_size() {
-    let page = include_str!("../../../docs/src/configuration.md");
+    let page = include_str!("../../../../docs/src/configuration.md");
     for (name, _) in PRESETS {
         let Recipe { model, train } = Recipe::load(name).unwrap();
         let row = format!(

@@ -12,12 +12,11 @@ use gd_model::model::pretrained;
 use gd_model::model::swap::{Layers, Swap};
 use serde_json::Value;
 
-#[path = "../../gd-model/examples/swap.rs"]
+use crate::program::{gd, json};
+
+#[path = "../../../gd-model/examples/swap.rs"]
 #[allow(dead_code)]
 mod example;
-mod program;
-
-use program::{gd, json};
 
 fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama").join(family)

@@ -7,7 +7,7 @@ use ed25519_dalek::SigningKey;
 use gd_model::trace::{self, Header, Record, Trace};
 use gd_testing::log_cases;
 
-use crate::{models, record, verified, written};
+use super::{models, record, verified, written};
 
 /// A signed trace of about 4 KiB, its header and its records.
 fn small() -> Result<(Vec<u8>, Header, Vec<Record>)> {
@@ -142,7 +142,7 @@ fn deleted_swapped_duplicated_truncated_or_spliced_records_are_detected() -> Res
 /// Inconsistent records with correct hashes.
 #[test]
 fn a_selection_without_the_least_energy_is_detected() -> Result<()> {
-    let recorded = record(&models()[1].1, crate::PROMPT, 4, &[])?;
+    let recorded = record(&models()[1].1, super::PROMPT, 4, &[])?;
     let header = &recorded.header;
     // A row with a margin, and one that abstains.
     let place = |wanted: fn(&trace::Row) -> bool| {

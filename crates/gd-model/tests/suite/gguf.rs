@@ -285,7 +285,7 @@ fn text_is_cut_as_the_file_names_it() -> Result<()> {
 /// Tokens and texts of a vocabulary that Python's sentencepiece 0.2.3 learned: BPE with byte fallback.
 #[test]
 fn sentencepiece_gives_the_same_tokens() -> Result<()> {
-    let golden: serde_json::Value = serde_json::from_str(include_str!("fixtures/sentencepiece.json"))?;
+    let golden: serde_json::Value = serde_json::from_str(include_str!("../fixtures/sentencepiece.json"))?;
     let list = |key: &str| golden[key].as_array().cloned().unwrap_or_default();
     let tokens = list("tokens").into_iter().map(|t| Value::String(t.as_str().unwrap_or_default().into()));
     let scores = list("scores").into_iter().map(|x| Value::F32(x.as_f64().unwrap_or(f64::NAN) as f32));

@@ -4,12 +4,7 @@ use std::fs;
 
 use anyhow::Result;
 
-mod program;
-
-use program::{gd, json};
-
-const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");
-const SAMPLE: &str = include_str!("../../../models/sample.txt");
+use crate::program::{SAMPLE, SMALL, gd, json};
 
 /// A folder with the small configuration and the first paragraphs of the sample text, as JSONL and as text with
 /// separators.

@@ -2,19 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
+use crate::program::gd;
+
 const CPU: Device = Device::Cpu;
 /// The sizes B, Hq, Hk, N, M, D.
 const SHAPE: [usize; 6] = [2, 4, 2, 3, 7, 8];
-
-fn gd(dir: &Path, args: &str) -> Result<Output> {
-    Ok(Command::new(env!("CARGO_BIN_EXE_gd")).args(args.split_whitespace()).current_dir(dir).output()?)
-}
 
 fn answer(dir: &Path, args: &str) -> Result<Value> {
     let out = gd(dir, &format!("{args} --json"))?;

@@ -14,8 +14,7 @@ use gd_model::model::pretrained::Loaded;
 use serde_json::{Value, json};
 
 use super::{Case, case};
-
-const SMALL: &str = include_str!("../../../gd-model/tests/fixtures/small.json");
+use crate::program::SMALL;
 
 /// `gd train` on the valid text with the small configuration. Additional flags take precedence.
 fn train(flags: &str, code: i32, names: &'static [&'static str]) -> Case {

@@ -1,5 +1,4 @@
-//! Shared by the operator tests: deterministic inputs, finite differences, comparisons.
-#![allow(dead_code, unreachable_pub)] // every test file includes it and uses a part
+//! Deterministic tensors, finite differences and comparisons for the tests of operators.
 
 use std::time::Instant;
 
@@ -19,6 +18,7 @@ pub fn noise(seed: u64, shape: &[usize], scale: f64) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
+/// The elements of a tensor of any float type, in order.
 pub fn values(t: &Tensor) -> Vec<f64> {
     t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
@@ -102,19 +102,19 @@ pub fn same_bits(f: impl Fn() -> Vec<Tensor> + Sync) {
     assert_eq!(one, run(3), "3 threads");
 }
 
-/// Prints the best of five times of `f` and of its backward pass.
+/// Prints the least of five times of `f` and of its backward pass.
 pub fn report(what: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let mut best = [f64::INFINITY; 2];
+    let mut least = [f64::INFINITY; 2];
     for _ in 0..5 {
         let start = Instant::now();
         let y = f(&tensors).unwrap();
-        best[0] = best[0].min(start.elapsed().as_secs_f64());
+        least[0] = least[0].min(start.elapsed().as_secs_f64());
         let objective = y.sum_all().unwrap();
         let start = Instant::now();
         objective.backward().unwrap();
-        best[1] = best[1].min(start.elapsed().as_secs_f64());
+        least[1] = least[1].min(start.elapsed().as_secs_f64());
     }
-    println!("{what}: forward {:.3} ms, backward {:.3} ms", best[0] * 1e3, best[1] * 1e3);
+    println!("{what}: forward {:.3} ms, backward {:.3} ms", least[0] * 1e3, least[1] * 1e3);
 }

@@ -2,24 +2,15 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");
-const SAMPLE: &str = include_str!("../../../models/sample.txt");
+use crate::program::{SAMPLE, SMALL, gd, succeeded};
+
 const TRAIN: &str = "train --config small.json --data text.txt --set train.sample_every=8 \
                      --set train.sample_prompt=<b> --json --out";
-
-fn gd(dir: &Path, args: &str) -> Result<Output> {
-    Ok(Command::new(env!("CARGO_BIN_EXE_gd")).args(args.split_whitespace()).current_dir(dir).output()?)
-}
-
-fn succeeded(output: &Output) -> Result<String> {
-    ensure!(output.status.success(), "{:?}: {}", output.status, String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout.clone())?)
-}
 
 /// The error line of a call that must fail with this exit code.
 fn failed(output: &Output, code: i32) -> Result<String> {

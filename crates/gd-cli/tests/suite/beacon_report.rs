@@ -9,9 +9,7 @@ use candle_core::safetensors::{load, save};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-mod program;
-
-use program::gd;
+use crate::program::{gd, json};
 
 const CPU: Device = Device::Cpu;
 
@@ -25,7 +23,7 @@ fn the_recorded_run_is_reproduced() -> Result<()> {
     let (data, params) = (fixture("rescue-first.safetensors"), fixture("rescue-first.json"));
     let args =
         format!("beacon-report --in {} --params {} --out y.safetensors", data.display(), params.display());
-    let found = program::json(dir.path(), &format!("{args} --figure gamma.svg --json"))?;
+    let found = json(dir.path(), &format!("{args} --figure gamma.svg --json"))?;
     let recorded: Value = serde_json::from_str(&fs::read_to_string(&params)?)?;
     let metrics = recorded["metrics"].as_object().context("metrics")?;
     ensure!(metrics.len() == 26 && found.as_object().map(|m| m.len()) == Some(26), "{found}");
@@ -85,7 +83,7 @@ fn metrics_count_rescues_and_false_rescues() -> Result<()> {
         [0.0, 0.0, -3.0, 4.0],
     ];
     let args = rows(dir.path(), &raw, &[2, 2, 2, 0, 1, 0], &params())?;
-    let found = program::json(dir.path(), &format!("{args} --json"))?;
+    let found = json(dir.path(), &format!("{args} --json"))?;
     let third = 1.0 / 3.0;
     for (name, expected) in [
         ("baseline_acc", 4.0 / 6.0),
@@ -107,7 +105,7 @@ fn metrics_count_rescues_and_false_rescues() -> Result<()> {
     }
     // Without rows of the minority its metrics are undefined.
     let args = rows(dir.path(), &raw, &[0, 0, 0, 0, 1, 0], &params())?;
-    let found = program::json(dir.path(), &format!("{args} --json"))?;
+    let found = json(dir.path(), &format!("{args} --json"))?;
     ensure!(found["rescue_rate"].is_null() && found["baseline_acc"].is_f64(), "{found}");
     ensure!(String::from_utf8(gd(dir.path(), &args)?.stdout)?.contains("no row"));
     Ok(())

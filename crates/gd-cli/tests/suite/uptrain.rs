@@ -18,12 +18,9 @@ use gd_model::model::swap::{Layers, Swap};
 use gd_model::train::teacher::Teacher;
 use serde_json::Value;
 
-mod program;
-
-use program::{error, json};
+use crate::program::{SAMPLE, SMALL, error, json};
 
 const CPU: Device = Device::Cpu;
-const TEXT: &str = include_str!("../../../models/sample.txt");
 
 fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama").join(family)
@@ -226,7 +223,7 @@ fn incompatible_teachers_are_errors() -> Result<()> {
 /// A folder with a text and a copy `model` of a fixture, with the optional files of a model.
 fn folder(family: &str) -> Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
-    fs::write(dir.path().join("text.txt"), TEXT.chars().take(8_000).collect::<String>())?;
+    fs::write(dir.path().join("text.txt"), SAMPLE.chars().take(8_000).collect::<String>())?;
     let model = dir.path().join("model");
     fs::create_dir(&model)?;
     for entry in fs::read_dir(fixture(family))? {
@@ -340,7 +337,7 @@ fn divergence(original: &Path, model: &Path) -> Result<f64> {
     let (original, model) = (original?, model?);
     let (mut sum, mut count) = (0.0, 0);
     let mask = Mask::causal(0);
-    for ids in original.tokenizer.encode(&TEXT[..6_400])?.chunks_exact(32) {
+    for ids in original.tokenizer.encode(&SAMPLE[..6_400])?.chunks_exact(32) {
         let ids = Tensor::new(ids, &CPU)?.unsqueeze(0)?;
         let logits =
             |model: &Transformer| -> Result<_> { rows(&model.forward(&ids, &Pass::new(&mask), None)?) };
@@ -357,8 +354,8 @@ fn divergence(original: &Path, model: &Path) -> Result<f64> {
 fn a_model_with_one_key_recovers_the_predictions_of_its_teacher() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let dir = dir.path();
-    fs::write(dir.join("text.txt"), TEXT.chars().take(60_000).collect::<String>())?;
-    let mut small: Value = serde_json::from_str(include_str!("../../gd-model/tests/fixtures/small.json"))?;
+    fs::write(dir.join("text.txt"), SAMPLE.chars().take(60_000).collect::<String>())?;
+    let mut small: Value = serde_json::from_str(SMALL)?;
     small["model"]["gd"] = serde_json::json!({ "mechanism": ["softmax"] });
     fs::write(dir.join("c.json"), small.to_string())?;
     json(dir, "train --config c.json --data text.txt --steps 300 --out model --json")?;

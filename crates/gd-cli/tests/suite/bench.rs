@@ -4,19 +4,16 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde_json::Value;
+
+use crate::program::succeeded;
 
 const TINY: [&str; 5] = ["--shapes", "1x2x33x16", "--repeats", "1", "--device=cpu"];
 
 fn bench(dir: &Path, args: &[&str]) -> Result<Output> {
     let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
     Ok(program.args(["bench", "attention"]).args(args).args(TINY).current_dir(dir).output()?)
-}
-
-fn succeeded(output: &Output) -> Result<String> {
-    ensure!(output.status.success(), "{:?}: {}", output.status, String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout.clone())?)
 }
 
 fn lines(report: &Value) -> Vec<(String, String)> {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use gd_model::trace::{self, Outcome, Record};
 
-use crate::{CPU, PROMPT, Recorded, model, models, record, verified, written};
+use super::{CPU, PROMPT, Recorded, model, models, record, verified, written};
 
 fn replay(recorded: &Recorded, records: &[Record], tolerance: f32) -> Result<Outcome> {
     Ok(trace::replay(&recorded.header, records, &recorded.loaded, tolerance, &CPU)?)

@@ -1,13 +1,11 @@
 //! cross_entropy against its formula, finite differences, dtypes, thread counts and bad targets.
 
-#[path = "../../gd-kernels/tests/suite/support/mod.rs"]
-mod support;
-
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::cross_entropy::{
     IGNORE, count_targets, cross_entropy, linear_cross_entropy, linear_token_losses, token_losses,
 };
-use support::*;
+
+use gd_testing::tensors::*;
 
 fn targets(rows: usize, vocab: usize) -> Tensor {
     let ids: Vec<u32> = (0..rows).map(|i| (i * 7919 % vocab) as u32).collect();

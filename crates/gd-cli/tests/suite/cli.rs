@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use candle_core::{Device, Tensor};
 use gd_kernels::Mask;
 use gd_layer::Pass;
@@ -17,8 +17,7 @@ use gd_model::model::pretrained::{self, Loaded};
 use gd_model::train::Trainer;
 use serde_json::Value;
 
-const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");
-const SAMPLE: &str = include_str!("../../../models/sample.txt");
+use crate::program::{SAMPLE, SMALL, gd, parsed, succeeded};
 
 /// A folder with a text of 20,000 characters and the small configuration.
 fn folder() -> Result<tempfile::TempDir> {
@@ -32,24 +31,11 @@ fn text() -> String {
     SAMPLE.chars().take(20_000).collect()
 }
 
-fn gd(dir: &Path, args: &str) -> Result<Output> {
-    command(dir, args, &[], &[])
-}
-
 /// Runs the program. `args` are separated by spaces; the elements of `more` may contain spaces.
 fn command(dir: &Path, args: &str, more: &[&str], env: &[(&str, &str)]) -> Result<Output> {
     let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
     program.args(args.split_whitespace()).args(more).envs(env.to_vec()).current_dir(dir);
     Ok(program.output()?)
-}
-
-fn succeeded(output: &Output) -> Result<String> {
-    ensure!(output.status.success(), "{:?}: {}", output.status, String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout.clone())?)
-}
-
-fn json(output: &Output) -> Result<Value> {
-    Ok(serde_json::from_str(&succeeded(output)?)?)
 }
 
 fn number(value: &Value, key: &str) -> f64 {
@@ -62,7 +48,7 @@ const TRAIN: &str = "train --config small.json --data text.txt --seed 3 --json -
 fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
-    let trained = json(&gd(dir, &format!("{TRAIN} model"))?)?;
+    let trained = parsed(&gd(dir, &format!("{TRAIN} model"))?)?;
     let loss = number(&trained, "loss");
     // A uniform distribution over 256 bytes has a loss of 5.55.
     assert!(loss > 2.0 && loss < 4.5, "{trained}");
@@ -72,7 +58,7 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     // `eval` measures the loss that `train` reports.
     let split = Texts::split(&[text()], 0.1)?;
     fs::write(dir.join("valid.txt"), split.valid.concat())?;
-    let found = json(&gd(dir, "eval model --data valid.txt --context 32 --json")?)?;
+    let found = parsed(&gd(dir, "eval model --data valid.txt --context 32 --json")?)?;
     assert!((number(&found, "loss") - loss).abs() < 1e-5, "{found} {trained}");
     assert_eq!(found["tokens"], split.valid.concat().len() - 1);
     let bits = number(&found, "loss") / 2f64.ln();
@@ -82,7 +68,7 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     fs::write(dir.join("half.txt"), &split.valid.concat()[..100])?;
     fs::write(dir.join("rest.txt"), &split.valid.concat()[100..])?;
     let args = format!("eval model/{WEIGHTS} --data half.txt rest.txt --context 32 --json");
-    assert_eq!(json(&gd(dir, &args)?)?, found);
+    assert_eq!(parsed(&gd(dir, &args)?)?, found);
 
     let greedy = |more: &[&str]| {
         let args = "generate model --max-tokens 40 --temperature 0 --repetition-penalty 1.5 --prompt";
@@ -91,14 +77,14 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     let first = succeeded(&greedy(&[])?)?;
     assert!(first.starts_with("It was") && first.ends_with('\n') && first.len() > 30, "{first:?}");
     assert_eq!(succeeded(&greedy(&[])?)?, first);
-    let same = json(&greedy(&["--json", "--seed", "9"])?)?;
+    let same = parsed(&greedy(&["--json", "--seed", "9"])?)?;
     let text = same["text"].as_str().unwrap_or_default();
     assert_eq!(format!("It was{text}\n"), first, "the seed plays no part");
     assert_eq!((same["tokens"].clone(), same["stopped"].clone()), (40.into(), false.into()));
     // The text ends before the stop string.
     let stop: String = text.chars().skip(5).take(1).collect();
     let before = text.split(&stop).next().unwrap_or_default().to_owned();
-    let stopped = json(&greedy(&["--json", "--stop", &stop])?)?;
+    let stopped = parsed(&greedy(&["--json", "--stop", &stop])?)?;
     assert_eq!((stopped["text"].as_str(), stopped["stopped"].as_bool()), (Some(&*before), Some(true)));
     let hot = |seed| succeeded(&gd(dir, &format!("generate model --prompt It --seed {seed}"))?);
     assert_eq!(hot(1)?, hot(1)?);
@@ -154,7 +140,7 @@ fn compare_trains_every_mechanism_with_equal_parameters_and_data() -> Result<()>
     let folder = folder()?;
     let dir = folder.path();
     let args = "compare --config small.json --data text.txt --mechanisms softmax,gd --seed 4 --out c --json";
-    let result = json(&gd(dir, args)?)?;
+    let result = parsed(&gd(dir, args)?)?;
     let stored: Value = serde_json::from_slice(&fs::read(dir.join("c/compare.json"))?)?;
     assert_eq!(result, stored);
     let [softmax, selecting] = [&result["mechanisms"][0], &result["mechanisms"][1]];
@@ -183,7 +169,7 @@ fn compare_trains_every_mechanism_with_equal_parameters_and_data() -> Result<()>
 fn only_the_memory_of_softmax_grows_quadratically() -> Result<()> {
     let folder = folder()?;
     let args = "compare --config small.json --mechanisms softmax,gd --memory 256,1024 --json";
-    let result = json(&gd(folder.path(), args)?)?;
+    let result = parsed(&gd(folder.path(), args)?)?;
     let cells: Vec<&Value> = result["memory"].as_array().into_iter().flatten().collect();
     assert_eq!(cells.len(), 4, "{result}");
     assert_eq!((&cells[3]["mechanism"], &cells[3]["context"]), (&"gd".into(), &1024.into()));
@@ -201,7 +187,7 @@ fn only_the_memory_of_softmax_grows_quadratically() -> Result<()> {
 fn doctor_names_parameters_without_a_gradient() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
-    let report = json(&gd(dir, "doctor --config small.json --json")?)?;
+    let report = parsed(&gd(dir, "doctor --config small.json --json")?)?;
     assert_eq!(report["gradients"].as_array().map(Vec::len), Some(4), "{report}");
     let mut recipe: Value = serde_json::from_str(SMALL)?;
     recipe["model"]["gd"]["select"]["estimator"] = "winner".into();

@@ -9,8 +9,8 @@ use gd_kernels::Mask;
 use gd_layer::Pass;
 use gd_model::trace::{self, Header, Row};
 
+use super::{CPU, PROMPT, model, models, record};
 use crate::program::{error, gd, json};
-use crate::{CPU, PROMPT, model, models, record};
 
 #[test]
 fn interventions_change_the_selections() -> Result<()> {

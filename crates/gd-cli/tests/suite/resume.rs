@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -12,8 +12,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
-const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");
-const SAMPLE: &str = include_str!("../../../models/sample.txt");
+use crate::program::{SAMPLE, SMALL, command, failed, gd, parsed};
 
 /// A folder with a text and `c.json`, the small configuration with these values in `train`.
 fn folder(train: Value) -> Result<tempfile::TempDir> {
@@ -25,28 +24,6 @@ fn folder(train: Value) -> Result<tempfile::TempDir> {
     }
     fs::write(dir.path().join("c.json"), recipe.to_string())?;
     Ok(dir)
-}
-
-fn gd(dir: &Path, args: &str) -> Result<Output> {
-    Ok(command(dir, args).output()?)
-}
-
-fn command(dir: &Path, args: &str) -> Command {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
-    program.args(args.split_whitespace()).current_dir(dir);
-    program
-}
-
-fn succeeded(output: &Output) -> Result<Value> {
-    ensure!(output.status.success(), "{:?}: {}", output.status, String::from_utf8_lossy(&output.stderr));
-    Ok(serde_json::from_slice(&output.stdout)?)
-}
-
-/// The error message of a call that must fail with this exit code.
-fn failed(output: &Output, code: i32) -> Result<String> {
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.code() == Some(code), "{:?}: {error}", output.status);
-    Ok(error.lines().last().unwrap_or_default().to_owned())
 }
 
 const START: &str = "train --config c.json --data text.txt --seed 3 --json --out";
@@ -104,11 +81,11 @@ fn a_run_in_bf16_keeps_masters_in_f32_and_goes_on_with_them() -> Result<()> {
     let train = json!({"steps": 12, "eval_every": 4});
     let dir = folder(train)?;
     let dir = dir.path();
-    let wide = succeeded(&gd(dir, &format!("{START} wide"))?)?;
+    let wide = parsed(&gd(dir, &format!("{START} wide"))?)?;
     let half = "--set train.precision=bf16";
-    let whole = succeeded(&gd(dir, &format!("{START} whole {half}"))?)?;
-    succeeded(&gd(dir, &format!("{START} split {half} --stop-after 5"))?)?;
-    succeeded(&gd(dir, "train --resume split --json")?)?;
+    let whole = parsed(&gd(dir, &format!("{START} whole {half}"))?)?;
+    parsed(&gd(dir, &format!("{START} split {half} --stop-after 5"))?)?;
+    parsed(&gd(dir, "train --resume split --json")?)?;
     assert_same(&dir.join("whole"), &dir.join("split"), 12)?;
     // The result is close to that of the f32 run, but not equal.
     let loss = |run: &Value| run["loss"].as_f64().unwrap_or(f64::NAN);
@@ -143,17 +120,16 @@ fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
     for train in [bpe, annealed] {
         let dir = folder(train)?;
         let dir = dir.path();
-        let whole = succeeded(&gd(dir, &format!("{START} whole"))?)?;
+        let whole = parsed(&gd(dir, &format!("{START} whole"))?)?;
         for n in 0..4 {
             let name = format!("split{n}");
             let mut at = rng.random_range(1..=6u64);
-            let first = succeeded(&gd(dir, &format!("{START} {name} --stop-after {at}"))?)?;
+            let first = parsed(&gd(dir, &format!("{START} {name} --stop-after {at}"))?)?;
             assert_eq!((&first["finished"], &first["step"]), (&json!(false), &json!(at)));
             let end = loop {
                 let more = rng.random_range(1..=6u64);
                 at += more;
-                let next =
-                    succeeded(&gd(dir, &format!("train --resume {name} --json --stop-after {more}"))?)?;
+                let next = parsed(&gd(dir, &format!("train --resume {name} --json --stop-after {more}"))?)?;
                 if next["finished"] == true {
                     break next;
                 }
@@ -167,8 +143,8 @@ fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
         assert_eq!(averaged.exists(), whole["ema"].is_object());
         if averaged.exists() {
             // The averaged weights are a loadable model. They differ from the weights and from their initial values.
-            let seen = succeeded(&gd(dir, "eval whole/model_ema.safetensors --data text.txt --json")?)?;
-            let last = succeeded(&gd(dir, "eval whole --data text.txt --json")?)?;
+            let seen = parsed(&gd(dir, "eval whole/model_ema.safetensors --data text.txt --json")?)?;
+            let last = parsed(&gd(dir, "eval whole --data text.txt --json")?)?;
             let loss = |seen: &Value| seen["loss"].as_f64().unwrap_or(f64::NAN);
             assert!((loss(&seen) - loss(&last)).abs() > 1e-4 && loss(&seen) < 5.5, "{seen} {last}");
             let logged: Vec<_> = steps(&dir.join("whole"))?
@@ -186,7 +162,7 @@ fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
 fn a_run_does_not_resume_with_other_inputs() -> Result<()> {
     let dir = folder(json!({}))?;
     let dir = dir.path();
-    succeeded(&gd(dir, &format!("{START} run --stop-after 7"))?)?;
+    parsed(&gd(dir, &format!("{START} run --stop-after 7"))?)?;
     let refused = |args: &str, code: i32, names: &[&str]| -> Result<()> {
         let error = failed(&gd(dir, &format!("train --resume run {args}"))?, code)?;
         let all = names.iter().all(|name| error.contains(name));
@@ -207,7 +183,7 @@ fn a_run_does_not_resume_with_other_inputs() -> Result<()> {
     // Data with another path and flags that repeat the saved values are accepted.
     let args =
         "train --resume run --json --data moved.txt --config c.json --seed 3 --steps 20 --save-every 7";
-    assert_eq!(succeeded(&gd(dir, args)?)?["finished"], true);
+    assert_eq!(parsed(&gd(dir, args)?)?["finished"], true);
     // A run that another process is training is an error.
     let lock = fs::File::open(dir.join("run"))?;
     lock.try_lock()?;
@@ -222,10 +198,10 @@ fn a_run_can_be_extended_if_no_completed_step_changes() -> Result<()> {
     let lr = json!({"peak": 5e-3, "warmup": 3, "floor": 0.1, "shape": "constant"});
     let dir = folder(json!({"lr": lr, "steps": 6}))?;
     let dir = dir.path();
-    succeeded(&gd(dir, &format!("{START} run"))?)?;
-    let longer = succeeded(&gd(dir, "train --resume run --steps 9 --json")?)?;
+    parsed(&gd(dir, &format!("{START} run"))?)?;
+    let longer = parsed(&gd(dir, "train --resume run --steps 9 --json")?)?;
     assert_eq!(longer["steps"], 9);
-    succeeded(&gd(dir, &format!("{START} whole --steps 9"))?)?;
+    parsed(&gd(dir, &format!("{START} whole --steps 9"))?)?;
     let weights = |run: &str| fs::read(dir.join(run).join("model.safetensors"));
     assert!(weights("run")? == weights("whole")?);
     Ok(())
@@ -235,8 +211,8 @@ fn a_run_can_be_extended_if_no_completed_step_changes() -> Result<()> {
 fn a_damaged_checkpoint_is_skipped_and_reported() -> Result<()> {
     let dir = folder(json!({"save_every": 3, "eval_every": 20}))?;
     let dir = dir.path();
-    succeeded(&gd(dir, &format!("{START} whole"))?)?;
-    succeeded(&gd(dir, &format!("{START} run --stop-after 7"))?)?;
+    parsed(&gd(dir, &format!("{START} whole"))?)?;
+    parsed(&gd(dir, &format!("{START} run --stop-after 7"))?)?;
     let file = dir.join("run/checkpoint-7/state.safetensors");
     let mut bytes = fs::read(&file)?;
     let middle = bytes.len() / 2;
@@ -244,29 +220,29 @@ fn a_damaged_checkpoint_is_skipped_and_reported() -> Result<()> {
     fs::write(&file, bytes)?;
     // The model of an unfinished run is that of its newest intact checkpoint.
     let output = gd(dir, "eval run --data text.txt --json")?;
-    let found = succeeded(&output)?;
+    let found = parsed(&output)?;
     let said = found["passed_over"].to_string();
     assert!(said.contains("not ended") && said.contains("checkpoint-7/state.safetensors"), "{said}");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(stderr.contains("damaged") && stderr.contains("checkpoint-6"), "{stderr}");
-    let same = succeeded(&gd(dir, "eval run/checkpoint-6 --data text.txt --json")?)?;
+    let same = parsed(&gd(dir, "eval run/checkpoint-6 --data text.txt --json")?)?;
     assert_eq!((&same["loss"], &same["passed_over"]), (&found["loss"], &json!([])));
     let error = failed(&gd(dir, "eval run/checkpoint-7 --data text.txt")?, 1)?;
     assert!(error.contains("checkpoint-7/state.safetensors: damaged"), "{error}");
     // The run resumes from that checkpoint, and the damaged one is renamed.
-    let resumed = succeeded(&gd(dir, "train --resume run --json")?)?;
+    let resumed = parsed(&gd(dir, "train --resume run --json")?)?;
     assert!(resumed["passed_over"].to_string().contains("checkpoint-7"), "{resumed}");
     assert!(dir.join("run/checkpoint-7.damaged").is_dir());
     assert_same(&dir.join("whole"), &dir.join("run"), 20)?;
     // A new run does not overwrite an existing one.
-    succeeded(&gd(dir, &format!("{START} run"))?)?;
+    parsed(&gd(dir, &format!("{START} run"))?)?;
     assert!(dir.join("run.1/checkpoint-7.damaged").is_dir());
     assert_same(&dir.join("run.1"), &dir.join("run"), 20)?;
     // A damaged final model is also detected.
     let weights = dir.join("run/model.safetensors");
     let length = fs::metadata(&weights)?.len();
     fs::OpenOptions::new().write(true).open(&weights)?.set_len(length - 1)?;
-    let found = succeeded(&gd(dir, "eval run --data text.txt --json")?)?;
+    let found = parsed(&gd(dir, "eval run --data text.txt --json")?)?;
     assert!(found["passed_over"].to_string().contains("run/model.safetensors: damaged"), "{found}");
     Ok(())
 }
@@ -301,7 +277,7 @@ fn a_signal_ends_a_run_with_a_checkpoint() -> Result<()> {
         let step = result["step"].as_u64().context("step")?;
         assert!(last.is_none_or(|last| last == step), "{last:?} {result}");
         assert!(dir.join(format!("run/checkpoint-{step}/manifest.json")).is_file());
-        let next = succeeded(&gd(dir, "train --resume run --json --stop-after 1")?)?;
+        let next = parsed(&gd(dir, "train --resume run --json --stop-after 1")?)?;
         assert_eq!(next["step"], step + 1);
     }
     Ok(())
@@ -362,8 +338,8 @@ fn kills_lose_no_reported_checkpoint() -> Result<()> {
         ensure!(logged >= found.step, "{logged} lines at step {}", found.step);
         ensure!(found.step < STEPS, "the run ended after {kills} kills, from {from:?}");
     }
-    succeeded(&gd(dir, "train --resume run --json --save-every 100")?)?;
-    succeeded(&gd(dir, &format!("{START} whole --save-every 100"))?)?;
+    parsed(&gd(dir, "train --resume run --json --save-every 100")?)?;
+    parsed(&gd(dir, &format!("{START} whole --save-every 100"))?)?;
     assert_same(&dir.join("whole"), &dir.join("run"), STEPS)?;
     log_cases("kill", kills);
     Ok(())

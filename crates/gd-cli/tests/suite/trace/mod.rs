@@ -3,8 +3,6 @@
 
 mod certificate;
 mod effects;
-#[path = "../program/mod.rs"]
-mod program;
 mod replays;
 
 use std::path::Path;

@@ -323,7 +323,8 @@ mod tests {
 
     #[test]
     fn absent_keys_have_the_values_of_new_and_unknown_keys_are_refused() {
-        let sizes = r#""hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16"#;
+        let sizes =
+            r#""hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16"#;
         let read = |text: String| serde_json::from_str::<AttentionConfig>(&text);
         assert_eq!(read(format!("{{{sizes}}}")).unwrap(), AttentionConfig::new(64, 4, 16));
         let error = read(format!("{{{sizes}, \"windw\": 3}}")).unwrap_err().to_string();

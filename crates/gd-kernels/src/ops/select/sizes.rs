@@ -29,7 +29,8 @@ pub struct Sizes {
 
 impl Sizes {
     /// Query rows: B * Hq * N.
-    pub(crate) fn rows(&self) -> usize {
+    #[cfg_attr(not(feature = "gpu"), allow(unreachable_pub))]
+    pub fn rows(&self) -> usize {
         self.batch * self.q_heads * self.queries
     }
 

@@ -33,9 +33,8 @@ fn average<T: Element>(
     let (weights, log) = with_rows::<T, _>(inputs, |[decay, write, _]| {
         weights::forward(sizes, decay, write, start_log.as_deref())
     })?;
-    let (m, mean) = with_rows::<T, _>(inputs, |[_, _, v]| {
-        blocks::forward(sizes, v, &weights, start_mean.as_deref())
-    })?;
+    let (m, mean) =
+        with_rows::<T, _>(inputs, |[_, _, v]| blocks::forward(sizes, v, &weights, start_mean.as_deref()))?;
     let state = AverageState {
         mean: Tensor::from_vec(mean, (sizes.batch, sizes.heads, sizes.dim), device)?,
         log_weight: Tensor::from_vec(log, (sizes.batch, sizes.heads), device)?,

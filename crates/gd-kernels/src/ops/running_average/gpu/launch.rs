@@ -3,12 +3,12 @@
 //! decay, write `[B, H, N]`, v `[B, Hk, N, D]`, m `[B, H, N, D]`, of one dtype; states f32, mean `[B, H, D]` and
 //! log weight `[B, H]`. All but v and dm are contiguous.
 
-use bytemuck::bytes_of;
 use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::{AVERAGE_BLOCK_STEPS, AVERAGE_SCAN_THREADS, RunningAverageParams};
 use crate::backend::gpu::{Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4, elements, grid};
 use crate::error::{Error, Result};
 pub use crate::ops::running_average::Sizes;
+use bytemuck::bytes_of;
 
 /// The most elements of a value row, which have a thread each.
 pub const MAX_DIM: usize = 1024;

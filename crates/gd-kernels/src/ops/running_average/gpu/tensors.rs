@@ -5,8 +5,8 @@ use candle_core::{DType, Tensor};
 use crate::backend::gpu::tensors::{Rows, TensorGpu, Vector};
 use crate::backend::graph::attach3;
 use crate::error::Result;
-use crate::ops::running_average::{AverageState, Sizes};
 use crate::ops::running_average::gpu::launch::{AveragePlan, Inputs, State, backward, forward};
+use crate::ops::running_average::{AverageState, Sizes};
 
 /// decay, write `[B, H, N]` and v `[B, Hk, N, D]`.
 struct Operands<B> {

@@ -17,7 +17,7 @@ use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::Transformer;
 use gd_model::model::params::Params;
 use gd_model::model::pretrained::{self, Loaded};
-use gd_support::log_cases;
+use gd_testing::log_cases;
 use serde_json::{Value, json};
 
 const CPU: Device = Device::Cpu;

@@ -12,18 +12,16 @@ use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 use crate::mask::check_boundaries;
 
-/// Convolves every channel of `x` with a filter of its own.
+/// Convolves every channel of `x` with its own filter: `y[b,t,c] = sum_w weight[c,w] x[b,t-W+1+w,c]`.
 ///
-/// * `x`: `[B, N, C]`, f64, f32, f16 or bf16 on the CPU; f32, f16 or bf16 on a GPU.
-/// * `weight`: `[C, W]` in the same dtype; the last tap meets the present row. W is at least 2 on a GPU.
-/// * `state`: `[B, W - 1, C]`, the rows before `x`; none for rows of 0.
+/// * `x`: `[B, N, C]`; `weight`: `[C, W]` of the same dtype (f64, f32, f16 or bf16 on the CPU; f32, f16 or bf16 on a GPU).
+/// * `state`: the last W - 1 rows of an earlier call `[B, W-1, C]`; without it the rows before the start are 0.
 ///
-/// Returns y `[B, N, C]`, and the state that continues the sequence: the last W - 1 rows of state and x together. A
-/// sequence may thus be given in parts, down to single rows. `x` and `weight` get gradients; `state` and the returned
-/// state are constants.
+/// Returns y `[B, N, C]` and the new state, so that a sequence may be given in chunks, down to single rows. x and weight
+/// get gradients. The state is a constant: no gradient flows into `state`, and the returned state is detached.
 ///
 /// # Errors
-/// [`Error::Invalid`] for shapes or dtypes that do not fit; [`Error::Unsupported`] for a device without kernels in this
+/// [`Error::Invalid`] for shapes or dtypes that do not fit, [`Error::Unsupported`] for a device without kernels in this
 /// build.
 ///
 /// # Examples
@@ -31,13 +29,15 @@ use crate::mask::check_boundaries;
 /// use candle_core::{Device, Tensor};
 /// use gd_kernels::causal_conv;
 ///
-/// // One channel, and a filter that adds half of the row before.
-/// let x = Tensor::new(&[[[2f32], [4.0], [6.0]]], &Device::Cpu)?;
-/// let weight = Tensor::new(&[[0.5f32, 1.0]], &Device::Cpu)?;
-/// let (y, state) = causal_conv(&x, &weight, None)?;
-/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [2.0, 5.0, 8.0]);
-/// let (next, _) = causal_conv(&x.narrow(1, 0, 1)?, &weight, Some(&state))?;
-/// assert_eq!(next.flatten_all()?.to_vec1::<f32>()?, [5.0]);
+/// let weight = Tensor::new(&[[1f32, 10.0]], &Device::Cpu)?;
+/// let x = Tensor::new(&[[[1f32], [2.0], [3.0]]], &Device::Cpu)?;
+/// let (y, _) = causal_conv(&x, &weight, None)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [10.0, 21.0, 32.0]);
+///
+/// // The same in two chunks.
+/// let (_, state) = causal_conv(&x.narrow(1, 0, 2)?, &weight, None)?;
+/// let (y, _) = causal_conv(&x.narrow(1, 2, 1)?, &weight, Some(&state))?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [32.0]);
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn causal_conv(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Result<(Tensor, Tensor)> {

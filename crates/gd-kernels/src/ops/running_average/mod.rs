@@ -66,38 +66,33 @@ impl Sizes {
     }
 }
 
-/// The gated running averages of `v`, and the state after the last row.
+/// Gated running averages of the values, `m_t = n_t / d_t` with `n_t = a_t n_(t-1) + e^(write_t) v_t`,
+/// `d_t = a_t d_(t-1) + e^(write_t)` and `a_t = sigmoid(decay_t)`.
 ///
-/// * `decay`, `write`: `[B, H, N]`, logits of the decay and logarithms of the write weights.
-/// * `v`: `[B, Hk, N, D]`, of any strides; head h averages the values of head `h / (H / Hk)`. All of one dtype: f64, f32,
-///   f16 or bf16 on the CPU; f32, f16 or bf16 on a GPU.
-/// * `state`: what a previous call returned, to continue its sequence; none to start one.
+/// * `decay`, `write`: logits `[B, H, N]`; `v`: `[B, Hk, N, D]`, all of one dtype (f64, f32, f16 or bf16 on the CPU; f32,
+///   f16 or bf16 on a GPU). H is a multiple of Hk; average h reads value head `h / (H / Hk)`.
+/// * `state`: what an earlier call returned, to continue its sequence; none at the start.
 ///
-/// Returns the averages `[B, H, N, D]` in the dtype of `v`. `decay`, `write` and `v` get gradients; `state` and the
-/// returned state are constants. A decay of minus infinity forgets all that came before (the start of a packed sequence);
-/// a write weight of minus infinity leaves the average as it was. No finite input gives a NaN, whatever its size.
+/// Returns m `[B, H, N, D]` and the state after the last row. decay, write and v get gradients; `state` and the
+/// returned state are constants. A decay of minus infinity discards everything before (a sequence boundary); a write
+/// weight of minus infinity leaves the average unchanged. No other input gives NaN, as long as it is finite.
 ///
 /// # Errors
-/// [`Error::Invalid`] for shapes or dtypes that do not fit; [`Error::Unsupported`] for a device without kernels in this
+/// [`Error::Invalid`] for shapes or dtypes that do not fit, [`Error::Unsupported`] for a device without kernels in this
 /// build.
 ///
 /// # Examples
 /// ```
-/// use candle_core::{DType, Device, Tensor};
+/// use candle_core::{Device, Tensor};
 /// use gd_kernels::running_average;
 ///
-/// let device = Device::Cpu;
-/// // Large decay logits forget nothing, and equal write weights make it the plain average.
-/// let decay = Tensor::full(40f32, (1, 1, 3), &device)?;
-/// let write = Tensor::zeros((1, 1, 3), DType::F32, &device)?;
-/// let v = Tensor::new(&[[[[3f32], [6.0], [0.0]]]], &device)?;
-/// let (m, state) = running_average(&decay, &write, &v, None)?;
+/// // A decay logit of 0 halves the weight of the past, a write logit of 0 gives a row weight 1.
+/// let zeros = Tensor::new(&[[[0f32, 0.0]]], &Device::Cpu)?;
+/// let v = Tensor::new(&[[[[3f32], [6.0]]]], &Device::Cpu)?;
+/// let (m, _) = running_average(&zeros, &zeros, &v, None)?;
 /// let m = m.flatten_all()?.to_vec1::<f32>()?;
-/// assert!(m.iter().zip([3.0, 4.5, 3.0]).all(|(m, expected)| (m - expected).abs() < 1e-5));
-/// // The next row continues the sequence.
-/// let next = |t: &Tensor| t.narrow(2, 0, 1);
-/// let (m, _) = running_average(&next(&decay)?, &next(&write)?, &next(&v)?, Some(&state))?;
-/// assert!((m.flatten_all()?.to_vec1::<f32>()?[0] - 3.0).abs() < 1e-5);
+/// assert_eq!(m[0], 3.0);
+/// assert!((m[1] - (0.5 * 3.0 + 6.0) / 1.5).abs() < 1e-5);
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn running_average(

@@ -1,0 +1,296 @@
+//! Generation with a cache, in batches, and of chats.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{D, DType, Device, Tensor};
+use gd_kernels::{Mask, Precision};
+use gd_layer::{LayerCache, Pass};
+use gd_model::config::{self, ModelConfig};
+use gd_model::infer::generate::{generate, generate_batch};
+use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
+use gd_model::io::tokenizer::Tokenizer;
+use gd_model::model::Transformer;
+use gd_model::model::params::Params;
+use gd_model::model::pretrained::{self, Loaded};
+use gd_testing::log_cases;
+use serde_json::{Value, json};
+
+const CPU: Device = Device::Cpu;
+
+/// A model with random parameters, so that each of them affects the result.
+fn model(gd: Value) -> Result<(Transformer, Params)> {
+    model_of(gd, 48, DType::F32)
+}
+
+/// As [`model`] for a number of positions and a dtype.
+fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, Params)> {
+    let config: ModelConfig = config::parse(json!({
+        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": positions,
+        "tie_word_embeddings": false, "gd": gd,
+    }))
+    .map_err(|problems| anyhow::anyhow!(problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
+    let params = Params::new(5, dtype, &CPU);
+    let model = Transformer::new(&config, params.frozen())?;
+    for (at, (_, var)) in params.vars().iter().enumerate() {
+        let noise: Vec<f32> =
+            (0..var.elem_count()).map(|i| ((i * 37 + at * 101) as f32 * 12.9898).sin() * 0.25).collect();
+        var.set(&(var.as_tensor() + Tensor::from_vec(noise, var.shape(), &CPU)?.to_dtype(dtype)?)?)?;
+    }
+    Ok((model, params))
+}
+
+fn models() -> [(&'static str, Value); 4] {
+    let beacon = json!({ "conv_width": 4, "averages": 2, "prior": true, "protected": 2 });
+    [
+        ("softmax", json!({ "mechanism": ["softmax"] })),
+        ("softmax with a Beacon", json!({ "mechanism": ["softmax"], "beacon": beacon })),
+        ("gd", json!({ "mechanism": ["gd"], "select": { "candidates": 4 } })),
+        (
+            "gd with a Beacon",
+            json!({ "mechanism": ["softmax", "gd", "gd"], "qk_norm": true, "beacon": beacon }),
+        ),
+    ]
+}
+
+fn sampler(temperature: f64) -> Result<Sampler> {
+    Ok(Sampler::new(Sampling { temperature, repetition_penalty: 1.3, ..Sampling::default() }, 11)?)
+}
+
+const PROMPTS: [&str; 4] = ["It was the best of times, it was", "A", "Call me Ishmael", "!?"];
+
+#[test]
+fn greedy_generation_equals_the_full_forward_pass_at_every_step() -> Result<()> {
+    let mut steps = 0;
+    for (name, gd) in models() {
+        let (model, _) = model(gd)?;
+        let mut seen = BTreeSet::new();
+        for prompt in PROMPTS {
+            let mut all: Vec<u32> = prompt.bytes().map(u32::from).collect();
+            let mut greedy = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0)?;
+            let new = generate(&model, &all, 20, &mut greedy, &CPU, |_| Ok(true))?;
+            // One more token can be sampled after the last position.
+            ensure!(new.len() == 20.min(49 - all.len()), "{name}: {} tokens", new.len());
+            for (step, token) in new.iter().enumerate() {
+                let ids = Tensor::new(all.as_slice(), &CPU)?.unsqueeze(0)?;
+                let logits = model.forward(&ids, &Pass::new(&Mask::causal(0)), None)?;
+                let best = logits.argmax(D::Minus1)?.flatten_all()?.to_vec1::<u32>()?[all.len() - 1];
+                ensure!(*token == best, "{name}, {prompt:?}, step {step}: {token} instead of {best}");
+                all.push(*token);
+                steps += 1;
+            }
+            seen.extend(new);
+        }
+        ensure!(seen.len() >= 8, "{name}: {} different tokens prove little", seen.len());
+    }
+    log_cases("generate-steps", steps);
+    Ok(())
+}
+
+#[test]
+fn a_batch_gives_the_same_text_as_single_prompts() -> Result<()> {
+    for (name, gd) in models() {
+        let (model, _) = model(gd)?;
+        let prompts: Vec<Vec<u32>> = PROMPTS.iter().map(|p| p.bytes().map(u32::from).collect()).collect();
+        for temperature in [0.0, 0.9] {
+            // The second text ends early, the first one at the last position of the model.
+            let goes_on = |place: usize, count: usize| place != 1 || count < 5;
+            let mut counts = vec![0; prompts.len()];
+            let mut samplers = vec![sampler(temperature)?; prompts.len()];
+            let together = generate_batch(&model, &prompts, 25, &mut samplers, &CPU, |place, _| {
+                counts[place] += 1;
+                Ok(goes_on(place, counts[place]))
+            })?;
+            let lengths: Vec<usize> = together.iter().map(Vec::len).collect();
+            ensure!(lengths == [17, 5, 25, 25] && counts == lengths, "{name}: {lengths:?}");
+            for (place, prompt) in prompts.iter().enumerate() {
+                let mut count = 0;
+                let alone = generate(&model, prompt, 25, &mut sampler(temperature)?, &CPU, |_| {
+                    count += 1;
+                    Ok(goes_on(place, count))
+                })?;
+                ensure!(together[place] == alone, "{name}, {place}: {:?} alone {alone:?}", together[place]);
+            }
+        }
+        let none: [&[u32]; 0] = [];
+        ensure!(generate_batch(&model, &none, 5, &mut [], &CPU, |_, _| Ok(true))?.is_empty());
+        let long = vec![1; 49];
+        let error = generate_batch(&model, &[&long], 5, &mut [sampler(0.0)?], &CPU, |_, _| Ok(true));
+        ensure!(
+            error.is_err_and(|e| e.to_string() == "the prompt has 49 tokens; the context of 48 allows 1 to 48")
+        );
+    }
+    Ok(())
+}
+
+/// The bits of the logits `[B, N, V]` of ids that continue cached sequences.
+fn logits(model: &Transformer, ids: &Tensor, mask: &Mask, cache: &mut [LayerCache]) -> Result<Vec<u32>> {
+    let logits = model.forward(ids, &Pass::new(mask), Some(cache))?.to_dtype(DType::F32)?;
+    Ok(logits.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+}
+
+#[test]
+fn decoding_with_cached_key_data_equals_native_decoding() -> Result<()> {
+    const LENGTHS: [usize; 3] = [150, 5, 97];
+    let beacon = json!({ "conv_width": 2, "averages": 1, "prior": true, "protected": 2 });
+    for (gd, dtype) in [
+        (json!({ "mechanism": ["gd"], "select": { "candidates": 4, "norm_prior": true } }), DType::F32),
+        (json!({ "mechanism": ["gd"], "select": { "candidates": 1 }, "qk_norm": true }), DType::BF16),
+        (json!({ "mechanism": ["gd"], "select": { "norm_prior": true }, "beacon": beacon }), DType::BF16),
+        (json!({ "mechanism": ["softmax", "gd", "gd"], "beacon": beacon }), DType::F16),
+        (json!({ "mechanism": ["gd"], "select": { "score": "dot" } }), DType::F32),
+    ] {
+        let name = format!("{gd} {dtype:?}");
+        let (model, params) = model_of(gd, 200, dtype)?;
+        // If the key norms are not cached, their prior is computed in every step.
+        let anew = Transformer::new(model.config(), params.builder())?;
+        let ids = |b: usize, at: usize| ((at * 29 + b * 71 + at * at * 3) % 256) as u32;
+        let prompts = |b: usize| Tensor::new((0..LENGTHS[b]).map(|at| ids(b, at)).collect::<Vec<_>>(), &CPU);
+        let native = || vec![LayerCache::with_precision(Precision::Native); 3];
+        let (mut kept, mut plain) = (Vec::new(), Vec::new());
+        for b in 0..3 {
+            let (mut one, mut other, prompt) = (model.new_cache(), native(), prompts(b)?.unsqueeze(0)?);
+            let want = logits(&anew, &prompt, &Mask::causal(0), &mut other)?;
+            ensure!(logits(&model, &prompt, &Mask::causal(0), &mut one)? == want, "{name}: prompt {b}");
+            kept.push(one);
+            plain.push(other);
+        }
+        let stack = |all: &[Vec<LayerCache>]| -> Result<Vec<LayerCache>> {
+            let layer = |i: usize| LayerCache::stack(&all.iter().map(|cache| &cache[i]).collect::<Vec<_>>());
+            Ok((0..3).map(layer).collect::<candle_core::Result<_>>()?)
+        };
+        let (mut kept, mut plain) = (stack(&kept)?, stack(&plain)?);
+        let (mut rows, mut different) = (vec![0, 1, 2], BTreeSet::new());
+        for step in 0..12 {
+            if step == 7 {
+                // The longest sequence ends, and the order of the others changes.
+                for cache in kept.iter_mut().chain(&mut plain) {
+                    *cache = cache.select(&[2, 1])?;
+                }
+                rows = vec![2, 1];
+            }
+            let next: Vec<u32> = rows.iter().map(|b| ids(*b, LENGTHS[*b] + step)).collect();
+            let next = Tensor::new(next, &CPU)?.unsqueeze(1)?;
+            let mask = Mask::causal(0).each(rows.iter().map(|b| (LENGTHS[*b] + step) as i64).collect());
+            let want = logits(&anew, &next, &mask, &mut plain)?;
+            ensure!(logits(&model, &next, &mask, &mut kept)? == want, "{name}: step {step}");
+            different.extend(want);
+        }
+        ensure!(different.len() > 1000, "{name}: {} different logits prove little", different.len());
+    }
+    Ok(())
+}
+
+/// Runs the program. Returns its exit code, stdout and stderr.
+fn gd(folder: &Path, args: &[&str]) -> Result<(i32, String, String)> {
+    let output = Command::new(env!("CARGO_BIN_EXE_gd")).args(args).current_dir(folder).output()?;
+    let code = output.status.code().context("an exit code")?;
+    Ok((code, String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?))
+}
+
+/// Runs `gd generate` greedily. Returns each line of stdout as JSON.
+fn generated(folder: &Path, args: &[&str]) -> Result<Vec<Value>> {
+    let args = [&["generate", "model", "--temperature", "0", "--max-tokens", "12", "--json"], args].concat();
+    let (code, out, err) = gd(folder, &args)?;
+    ensure!(code == 0, "{args:?}: {err}");
+    out.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+}
+
+/// Saves a model with its optional files.
+fn save(folder: &Path, files: &[(&str, &str)], generation: Option<Value>) -> Result<()> {
+    let (model, params) = model(models()[3].1.clone())?;
+    let mut loaded = Loaded::new(model, params, Tokenizer::bytes()?);
+    loaded.files = files.iter().map(|(name, text)| ((*name).to_owned(), text.as_bytes().to_vec())).collect();
+    loaded.generation = generation.unwrap_or(loaded.generation);
+    let card =
+        ["name", "summary", "parameters", "mechanism", "tokenizer", "context", "data", "steps", "loss"];
+    Ok(loaded.save(folder, &card.map(|key| (key, "test".to_owned())))?)
+}
+
+#[test]
+fn the_program_continues_many_prompts_and_answers_chats() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    let template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:";
+    let settings = json!({ "chat_template": template, "model_max_length": 48 }).to_string();
+    let files = [(TOKENIZER_CONFIG, settings.as_str())];
+    save(&dir.join("model"), &files, None)?;
+
+    let texts = |values: &[Value]| values.iter().map(|v| v["text"].to_string()).collect::<Vec<_>>();
+    let [a, b] = ["It was", "Ishmael, then"].map(|p| generated(dir, &["--prompt", p]));
+    let alone = [texts(&a?), texts(&b?)].concat();
+    ensure!(alone[0] != alone[1], "{alone:?}");
+    let both = generated(dir, &["--prompt", "It was", "--prompt", "Ishmael, then"])?;
+    ensure!(texts(&both) == alone && both[1]["prompt"] == "Ishmael, then", "{both:?} {alone:?}");
+    fs::write(dir.join("p.txt"), "It was\n\nIshmael, then\n")?;
+    fs::write(dir.join("p.jsonl"), "{\"prompt\": \"It was\"}\n{\"prompt\": \"Ishmael, then\", \"id\": 2}\n")?;
+    for file in ["p.txt", "p.jsonl"] {
+        ensure!(texts(&generated(dir, &["--prompts", file])?) == alone, "{file}");
+    }
+    let args = ["generate", "model", "--temperature", "0", "--max-tokens", "12"];
+    let (_, plain, _) = gd(dir, &[&args[..], &["--prompts", "p.txt"]].concat())?;
+    let text = |at: usize| both[at]["text"].as_str().unwrap_or_default();
+    ensure!(plain == format!("It was{}\n\nIshmael, then{}\n", text(0), text(1)), "{plain:?}");
+
+    // A chat continues the text of its template and prints only the answer.
+    let written = generated(dir, &["--prompt", "s:Be brief\nu:Hi\na:"])?;
+    let chat = ["--chat", "--system", "Be brief", "--prompt", "Hi"];
+    ensure!(texts(&generated(dir, &chat)?) == texts(&written));
+    let (_, shown, _) = gd(dir, &[&args[..], &chat].concat())?;
+    ensure!(shown == format!("{}\n", written[0]["text"].as_str().unwrap_or_default()), "{shown:?}");
+
+    // An end token ends the text and is not part of it.
+    let loaded = pretrained::load(&dir.join("model"), &CPU)?;
+    let prompt = loaded.tokenizer.encode("It was")?;
+    let mut greedy = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0)?;
+    let ids = generate(&loaded.model, &prompt, 12, &mut greedy, &CPU, |_| Ok(true))?;
+    let at = (2..ids.len()).find(|&i| !ids[..i].contains(&ids[i])).context("a new token")?;
+    save(&dir.join("model"), &files, Some(json!({ "eos_token_id": [300, ids[at]] })))?;
+    let ended = generated(dir, &["--prompt", "It was"])?;
+    ensure!(
+        ended[0]["text"] == loaded.tokenizer.decode(&ids[..at])? && ended[0]["tokens"] == at + 1,
+        "{ended:?} {at}"
+    );
+
+    let loaded = pretrained::load(&dir.join("model"), &CPU)?;
+    ensure!(loaded.ends()? == [300, ids[at]], "{}", loaded.generation);
+    Ok(())
+}
+
+#[test]
+fn invalid_prompts_and_models_are_errors() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    save(&dir.join("model"), &[], None)?;
+    save(&dir.join("broken"), &[(CHAT_TEMPLATE, "{% if %}")], None)?;
+    save(&dir.join("strict"), &[(CHAT_TEMPLATE, "{{ raise_exception('only two') }}")], None)?;
+    save(&dir.join("ends"), &[], Some(json!({ "eos_token_id": -1 })))?;
+    fs::write(dir.join("empty.txt"), "\n")?;
+    fs::write(dir.join("bad.jsonl"), "{\"prompt\": \"a\"}\n{\"text\": \"b\"}\n")?;
+    let cases: [(&[&str], i32, &str); 9] = [
+        (&["ends", "--prompt", "a"], 1, "ends: eos_token_id -1 is no token's number"),
+        (&["model", "--prompt", "a", "--prompt", ""], 2, "--prompt is empty"),
+        (&["model", "--prompt", "a", "--system", "b"], 2, "--chat"),
+        (&["model", "--prompt", "a", "--chat"], 2, "--chat: model has no chat template"),
+        (&["broken", "--prompt", "a", "--chat"], 1, "chat template: syntax error"),
+        (&["strict", "--prompt", "a", "--chat"], 1, "only two"),
+        (&["model", "--prompts", "none.txt"], 1, "none.txt"),
+        (&["model", "--prompts", "empty.txt"], 1, "empty.txt: no prompts in it"),
+        (&["model", "--prompts", "bad.jsonl"], 1, "bad.jsonl:2"),
+    ];
+    for (args, expected, names) in cases {
+        let (code, out, err) = gd(dir, &[&["generate"], args].concat())?;
+        let last = err.trim_end().lines().last().unwrap_or_default();
+        ensure!(
+            code == expected && last.starts_with("error: ") && last.contains(names),
+            "{args:?}: {code} {err}"
+        );
+        ensure!(out.is_empty(), "{args:?}: {out}");
+    }
+    Ok(())
+}

@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # Sources that are not committed yet are packaged as they are.
-cargo package --workspace --allow-dirty --exclude gd-testing --exclude gd-tests
+cargo package --workspace --allow-dirty --exclude gd-examples --exclude gd-testing --exclude gd-tests

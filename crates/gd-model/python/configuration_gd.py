@@ -1,8 +1,8 @@
-"""The config of a selection-attention model: the keys of Llama, and those of the block `gd`."""
+"""Configuration of a selection-attention model: the keys of Llama and the keys of the block `gd`."""
 
 from transformers import PretrainedConfig
 
-# What modeling_gd.py computes with. Training alone reads the gradient's keys.
+# The keys that modeling_gd.py supports. The keys of the gradient estimator only affect training.
 GD_KEYS = {"mechanism", "windows", "qk_norm", "output_bias", "output_gate", "beacon", "select"}
 SELECT_KEYS = {
     "candidates", "score", "norm_prior", "tie", "gate", "estimator", "temperature", "threshold", "rounds", "coherence",
@@ -17,15 +17,15 @@ CHOICES = {
 }
 
 
-def refuse(keys, known, where):
-    """Fails on the first key that is not known."""
+def check_supported(keys, supported, where):
+    """Raises a ValueError for the first key that is not supported."""
     for key in keys:
-        if key not in known:
+        if key not in supported:
             raise ValueError(f"{where}.{key} is not implemented in modeling_gd.py")
 
 
 class GdConfig(PretrainedConfig):
-    """Keys and defaults as in `config.json` of the Rust program."""
+    """The keys and defaults of `config.json` as the Rust implementation writes it."""
 
     model_type = "gd"
 
@@ -50,16 +50,16 @@ class GdConfig(PretrainedConfig):
     ):
         gd = gd or {"mechanism": ["gd"]}
         select, beacon = gd.get("select") or {}, gd.get("beacon") or {}
-        refuse(gd, GD_KEYS, "gd")
-        refuse(select, SELECT_KEYS, "gd.select")
-        refuse(beacon, BEACON_KEYS, "gd.beacon")
-        refuse(gd["mechanism"], {"gd", "softmax"}, "gd.mechanism")
-        for key, known in CHOICES.items():
-            refuse([select[key]] if key in select else [], known, f"gd.select.{key}")
-        refuse([hidden_act], {"silu"}, "hidden_act")
+        check_supported(gd, GD_KEYS, "gd")
+        check_supported(select, SELECT_KEYS, "gd.select")
+        check_supported(beacon, BEACON_KEYS, "gd.beacon")
+        check_supported(gd["mechanism"], {"gd", "softmax"}, "gd.mechanism")
+        for key, choices in CHOICES.items():
+            check_supported([select[key]] if key in select else [], choices, f"gd.select.{key}")
+        check_supported([hidden_act], {"silu"}, "hidden_act")
         rope_parameters = rope_parameters or {"rope_type": "default"}
         rope_parameters.setdefault("rope_theta", kwargs.get("rope_theta", 10000.0))
-        refuse([rope_parameters.get("rope_type", "default")], {"default", "linear", "llama3"}, "rope_type")
+        check_supported([rope_parameters.get("rope_type", "default")], {"default", "linear", "llama3"}, "rope_type")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -74,6 +74,6 @@ class GdConfig(PretrainedConfig):
         self.mlp_bias = mlp_bias
         self.hidden_act = hidden_act
         self.gd = gd
-        # No cache: every pass reads the whole text.
+        # There is no cache: every forward pass processes the whole sequence.
         kwargs["use_cache"] = False
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -1,7 +1,7 @@
-"""A selection-attention model in plain PyTorch: what the Rust program computes, written for reading.
+"""A selection-attention model in plain PyTorch, with the same results as the Rust implementation.
 
-Inference only, without a cache, O(N^2) in the length N of the text. Shapes: hidden states [B, N, C], queries
-[B, H, N, D], keys and values [B, Hk, N, D] and, once each query head has its own, [B, H, N, D].
+Inference only, without a cache, O(N^2) in the sequence length N. Shapes: hidden states [B, N, C], queries
+[B, H, N, D], keys and values [B, Hk, N, D], or [B, H, N, D] after they are repeated for each query head.
 """
 
 import math
@@ -28,7 +28,7 @@ class RmsNorm(nn.Module):
 
 
 def frequencies(config):
-    """The rotary frequencies [D / 2] in radians a position, scaled as the config says."""
+    """The rotary frequencies [D / 2] in radians per position, with the scaling of the config."""
     rope, half = config.rope_parameters, config.head_dim // 2
     f = rope["rope_theta"] ** (-torch.arange(half, dtype=torch.float64) / half)
     kind = rope.get("rope_type", "default")
@@ -37,13 +37,13 @@ def frequencies(config):
     if kind == "llama3":
         turns = rope["original_max_position_embeddings"] * f / math.tau
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        f = (1 - kept) * f / rope["factor"] + kept * f
+        unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+        f = (1 - unscaled) * f / rope["factor"] + unscaled * f
     return f
 
 
 def rotate(x, f):
-    """Turns the pairs (i, i + D/2) of every row of [B, H, N, D] by its position times the frequencies."""
+    """Rotates the pairs (i, i + D/2) of each row of [B, H, N, D] by its position times the frequencies."""
     angles = torch.arange(x.shape[2], dtype=torch.float64, device=x.device)[:, None] * f.to(x.device)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
@@ -51,7 +51,7 @@ def rotate(x, f):
 
 
 class Weights(nn.Module):
-    """Bare parameters with names of their own."""
+    """Parameters with the given names and shapes."""
 
     def __init__(self, **shapes):
         super().__init__()
@@ -60,7 +60,7 @@ class Weights(nn.Module):
 
 
 class Beacon(nn.Module):
-    """The preserving half: a causal convolution, running averages of the values, a prior of the keys."""
+    """Causal convolution of the hidden states, running averages of the values, and key prior."""
 
     def __init__(self, config, beacon):
         super().__init__()
@@ -71,25 +71,26 @@ class Beacon(nn.Module):
         self.prior = nn.Linear(c, config.num_key_value_heads, bias=False) if beacon["prior"] else None
 
     def mix(self, x):
+        """Adds the causal convolution of the hidden states, if there is one."""
         if self.conv is None:
             return x
         taps = self.conv.weight
         padded = F.pad(x, (0, 0, taps.shape[1] - 1, 0))
-        windows = padded.unfold(1, taps.shape[1], 1)  # [B, N, C, W], oldest first
+        windows = padded.unfold(1, taps.shape[1], 1)  # [B, N, C, W], oldest position first
         return x + (windows * taps).sum(-1)
 
-    def spread(self, x):
-        """What the decay logits are at bias 0 [H R]: over the heads, every second average the other way."""
+    def decay_offsets(self, x):
+        """Offsets [H R] of the decay logits: linear in the head, in reverse order for every second average."""
         logits = torch.linspace(-1.0, 3.5, max(self.heads, 2), dtype=x.dtype, device=x.device)[: self.heads]
         both = [logits if r % 2 == 0 else logits.flip(0) for r in range(self.averages)]
         return torch.stack(both, 1).flatten()
 
-    def remember(self, x, v):
-        """The gated running averages of the values, summed over the averages of a head: [B, H, N, D]."""
+    def running_averages(self, x, v):
+        """The gated running averages of the values, summed over the averages of each head: [B, H, N, D]."""
         (b, n, _), h, r = x.shape, self.heads, self.averages
         decay, write, gate = self.memory(x).view(b, n, 3, h * r).permute(2, 0, 3, 1)  # each [B, H R, N]
-        log_keep = F.logsigmoid(decay + self.spread(x)[:, None])
-        # Position s has in t the logarithmic weight write_s + sum of log_keep over s < u <= t.
+        log_keep = F.logsigmoid(decay + self.decay_offsets(x)[:, None])
+        # The logarithm of the weight of position s at position t is write_s + sum of log_keep over s < u <= t.
         total = log_keep.double().cumsum(-1)
         logs = write.double()[:, :, None, :] + total[..., :, None] - total[..., None, :]
         logs = logs.masked_fill(torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1), -INF)
@@ -99,7 +100,7 @@ class Beacon(nn.Module):
 
 
 def coherence(t, alpha, mode):
-    """u* of pairs with t = beta |k - q|^2 and the query's weight alpha, and 1 - u*, by bisection."""
+    """u* and 1 - u* for t = beta |k - q|^2 and the weight alpha of the query's well, by bisection."""
     swapped = alpha < 0.5
     heavy = torch.where(swapped, 1 - alpha, alpha).double().expand_as(t)
     t, offset = t.double(), ((1 - heavy) / heavy).log()
@@ -116,16 +117,19 @@ def coherence(t, alpha, mode):
 
 
 def density(t, alpha, mode):
-    """The mixture density exp(-E*) at the coherence point."""
+    """The density exp(-E*) of the mixture at the coherence point."""
     u, rest = coherence(t, alpha, mode)
     t, alpha = t.double(), alpha.double()
     return alpha * (-t * u * u).exp() + (1 - alpha) * (-t * rest * rest).exp()
 
 
-def barrier(score, members, guarded, rule):
-    """Lifts, where the rule says so, the guarded member of greatest score: scores [B, H, N, M] in and out."""
+def barrier(score, members, protected, rule):
+    """Raises the score of the protected candidate with the highest score where the barrier is active.
+
+    `score` [B, H, N, M]; `members` marks the candidates and `protected` those that are protected.
+    """
     positions = torch.arange(score.shape[-1], device=score.device)
-    first = guarded & (score == score.masked_fill(~guarded, -INF).amax(-1, keepdim=True))
+    first = protected & (score == score.masked_fill(~protected, -INF).amax(-1, keepdim=True))
     own = positions == torch.where(first, positions, positions.numel()).amin(-1, keepdim=True)
     mine = torch.where(own, score, -INF).amax(-1, keepdim=True)
     others = score.masked_fill(own | ~members, -INF)
@@ -134,18 +138,18 @@ def barrier(score, members, guarded, rule):
     count = members.sum(-1, keepdim=True)
     entropy = torch.special.entr(weights).sum(-1, keepdim=True) / count.clamp(min=2).log()
     weight = (weights * own).sum(-1, keepdim=True)
-    faint = (weight < rule["floor"]) & (gap <= rule["margin"] + rule["slack"])
+    low_weight = (weight < rule["floor"]) & (gap <= rule["margin"] + rule["slack"])
     contested = (gap <= rule["margin"]) & (entropy >= rule["entropy_trigger"])
-    active = (faint | contested) & (count > 1) & guarded.any(-1, keepdim=True)
-    lifted = mine + rule["strength"] * (rule["margin"] - gap).clamp(min=0)
-    around = others.logsumexp(-1, keepdim=True)
-    floor = math.log(rule["floor"] / (1 - rule["floor"])) + around
-    lifted = torch.where(torch.sigmoid(lifted - around) < rule["floor"], floor, lifted)
-    return torch.where(own & active, lifted, score)
+    active = (low_weight | contested) & (count > 1) & protected.any(-1, keepdim=True)
+    raised = mine + rule["strength"] * (rule["margin"] - gap).clamp(min=0)
+    rest = others.logsumexp(-1, keepdim=True)
+    floor = math.log(rule["floor"] / (1 - rule["floor"])) + rest
+    raised = torch.where(torch.sigmoid(raised - rest) < rule["floor"], floor, raised)
+    return torch.where(own & active, raised, score)
 
 
 class Gd(nn.Module):
-    """What a selecting layer learns per head: log beta, and what is configured of threshold, alpha, rounds."""
+    """Per-head parameters of a selecting layer: log beta and, if configured, threshold, alpha logit and rounds."""
 
     def __init__(self, heads, select):
         super().__init__()
@@ -161,7 +165,7 @@ class Gd(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax or selection attention, as the layer's mechanism says."""
+    """Softmax or selection attention, depending on the mechanism of the layer."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -189,7 +193,7 @@ class Attention(nn.Module):
         self.window = windows[layer % len(windows)]
 
     def visible(self, n, device):
-        """Whether query i [N, 1] may see key j [1, N]."""
+        """Whether key j is visible to query i: [N, N]."""
         i, j = torch.arange(n, device=device)[:, None], torch.arange(n, device=device)[None, :]
         return (j <= i) & (j > i - (self.window or n))
 
@@ -200,16 +204,16 @@ class Attention(nn.Module):
         if self.q_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q.transpose(1, 2), f), rotate(k.transpose(1, 2), f), v.transpose(1, 2)
-        memory = self.beacon.remember(x, v) if self.beacon and self.beacon.memory else None
-        own = lambda t: t.repeat_interleave(self.heads // self.kv_heads, 1)
-        prior = own(self.beacon.prior(x).transpose(1, 2)) if self.beacon and self.beacon.prior else None
+        memory = self.beacon.running_averages(x, v) if self.beacon and self.beacon.memory else None
+        per_head = lambda t: t.repeat_interleave(self.heads // self.kv_heads, 1)
+        prior = per_head(self.beacon.prior(x).transpose(1, 2)) if self.beacon and self.beacon.prior else None
         visible = self.visible(n, x.device)
         if self.gd is None:
-            score = q @ own(k).mT / math.sqrt(self.d)
+            score = q @ per_head(k).mT / math.sqrt(self.d)
             score = score if prior is None else score + prior[:, :, None]
-            y = score.masked_fill(~visible, -INF).softmax(-1) @ own(v)
+            y = score.masked_fill(~visible, -INF).softmax(-1) @ per_head(v)
         else:
-            y = self.choose(q, own(k), own(v), prior, visible)
+            y = self.selection(q, per_head(k), per_head(v), prior, visible)
         y = y if memory is None else y + memory
         y = y.transpose(1, 2).reshape(b, n, -1)
         if self.g_proj:
@@ -226,25 +230,25 @@ class Attention(nn.Module):
         return energy if prior is None else energy - prior[:, :, None]
 
     def ranks(self, energy):
-        """The place of each key in its row by energy, the least first; of equals the first or the last key."""
+        """Rank of each key in its row by ascending energy. `tie` decides the order of equal energies."""
         if self.select["tie"] == "last":
             return energy.flip(-1).argsort(dim=-1, stable=True).argsort(dim=-1).flip(-1)
         return energy.argsort(dim=-1, stable=True).argsort(dim=-1)
 
-    def choose(self, q, k, v, prior, visible):
-        """Candidates, then rounds of barrier, threshold, winner and gate: [B, H, N, D]."""
+    def selection(self, q, k, v, prior, visible):
+        """Finds the candidates and runs the rounds of selection: [B, H, N, D]."""
         select, learned = self.select, prior
         if select["norm_prior"]:
             norms = self.gd.beta.exp()[:, None] * k.square().sum(-1)
             prior = norms if prior is None else prior + norms
         energy = self.energy(q, k, prior).masked_fill(~visible, INF)
-        guarded = torch.zeros_like(energy, dtype=torch.bool)
+        protected = torch.zeros_like(energy, dtype=torch.bool)
         if self.protected and learned is not None:
-            ahead = (-learned[:, :, None]).expand_as(energy).masked_fill(~visible, INF)
-            guarded = (ahead.argsort(dim=-1, stable=True).argsort(dim=-1) < self.protected) & energy.isfinite()
+            order = (-learned[:, :, None]).expand_as(energy).masked_fill(~visible, INF)
+            protected = (order.argsort(dim=-1, stable=True).argsort(dim=-1) < self.protected) & energy.isfinite()
         members = energy.isfinite()
         if select["estimator"] != "dense":
-            members = members & ((self.ranks(energy) < select["candidates"]) | guarded)
+            members = members & ((self.ranks(energy) < select["candidates"]) | protected)
         tau = self.gd.threshold[:, None, None] if hasattr(self.gd, "threshold") else None
         shares = [torch.ones(self.heads, device=q.device)]
         if hasattr(self.gd, "rounds"):
@@ -252,9 +256,10 @@ class Attention(nn.Module):
         y, alive = torch.zeros_like(q), torch.ones_like(energy[..., :1], dtype=torch.bool)
         for share in shares:
             alive = alive & members.any(-1, keepdim=True)
-            output, winner, admitted = self.round(q, k, v, prior, members, guarded & members, tau)
+            output, winner, admitted = self.round(q, k, v, prior, members, protected & members, tau)
             y = y + torch.where(alive, share.to(q.dtype)[:, None, None] * output, 0)
-            # What is left of the query across its jump to the winner looks again among the others.
+            # The next round uses the component of the query that is orthogonal to its jump to the winner, and the
+            # remaining candidates.
             jump = (winner.to(k.dtype) @ k) - q
             length = jump.norm(dim=-1, keepdim=True)
             g = torch.where(length > 0, jump / length, 0)
@@ -262,12 +267,13 @@ class Attention(nn.Module):
             members, alive = members & ~winner, alive & admitted
         return y
 
-    def round(self, q, k, v, prior, members, guarded, tau):
-        """One selection: its output [B, H, N, D], the winner [B, H, N, M] and whether it is admitted."""
+    def round(self, q, k, v, prior, members, protected, tau):
+        """One round of selection. Returns its output [B, H, N, D], the winner [B, H, N, M] as a mask, and whether the
+        threshold admits the winner [B, H, N, 1]."""
         select = self.select
         score = -self.energy(q, k, prior).masked_fill(~members, INF)
         if self.rule:
-            score = barrier(score, members, guarded, self.rule)
+            score = barrier(score, members, protected, self.rule)
         energy = -score
         winner = members & (self.ranks(energy) == 0)
         least = energy.amin(-1, keepdim=True)
@@ -323,7 +329,7 @@ class Decoder(nn.Module):
 
 
 class GdForCausalLM(PreTrainedModel, GenerationMixin):
-    """Logits [B, N, V] of ids [B, N]."""
+    """Computes the logits [B, N, V] of token ids [B, N]."""
 
     config_class = GdConfig
     base_model_prefix = "model"
@@ -346,11 +352,11 @@ class GdForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
         if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("padding is not implemented in modeling_gd.py: give texts of one length")
+            raise ValueError("padding is not implemented in modeling_gd.py: all sequences of a batch must have the same length")
         for name in ("inputs_embeds", "past_key_values", "labels"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not implemented in modeling_gd.py")
         if input_ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(f"{input_ids.shape[1]} tokens, {self.config.max_position_embeddings} positions")
+            raise ValueError(f"{input_ids.shape[1]} tokens exceed the {self.config.max_position_embeddings} positions of the model")
         hidden = self.model(input_ids, frequencies(self.config))
         return CausalLMOutput(logits=self.lm_head(hidden))

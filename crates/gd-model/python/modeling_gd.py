@@ -352,11 +352,12 @@ class GdForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
         if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("padding is not implemented in modeling_gd.py: all sequences of a batch must have the same length")
+            raise ValueError("padding is not implemented in modeling_gd.py: sequences must have the same length")
         for name in ("inputs_embeds", "past_key_values", "labels"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not implemented in modeling_gd.py")
         if input_ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(f"{input_ids.shape[1]} tokens exceed the {self.config.max_position_embeddings} positions of the model")
+            positions = self.config.max_position_embeddings
+            raise ValueError(f"{input_ids.shape[1]} tokens exceed the {positions} positions of the model")
         hidden = self.model(input_ids, frequencies(self.config))
         return CausalLMOutput(logits=self.lm_head(hidden))

@@ -4,7 +4,7 @@
 //! of Llama, Mistral, Qwen2 or Qwen3. Without it a small softmax model is trained first.
 
 use candle_core::Device;
-use gd_examples::{TEXT, model_or_demo};
+use gd_examples::{TEXT, card, model_or_demo};
 use gd_kernels::Score;
 use gd_model::config::Mechanism;
 use gd_model::eval::evaluate;
@@ -38,7 +38,7 @@ fn main() -> anyhow::Result<()> {
 
         // A folder that `gd` and `transformers` load.
         let out = folder.path().join(format!("gd-{candidates}"));
-        converted.save(&out, &[])?;
+        converted.save(&out, &card("converted", "A model with another attention."))?;
         anyhow::ensure!(out.join("config.json").exists(), "{} has no config.json", out.display());
     }
     Ok(())

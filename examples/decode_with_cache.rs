@@ -10,7 +10,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use gd_kernels::Mask;
-use gd_layer::{Attention, AttentionConfig, BeaconConfig, GdAttention, LayerCache, Pass, RopeScaling, Rotary};
+use gd_layer::{
+    Attention, AttentionConfig, BeaconConfig, GdAttention, LayerCache, Pass, RopeScaling, Rotary,
+};
 
 const WIDTH: usize = 64;
 
@@ -28,11 +30,17 @@ fn main() -> anyhow::Result<()> {
     let weights = VarMap::new();
     let rotary = Arc::new(Rotary::new(16, 512, 10_000.0, RopeScaling::None, DType::F32, &device)?);
     let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
-    let layer = GdAttention::new(&AttentionConfig::new(WIDTH, 4, 16).with_qk_norm(true).with_beacon(BeaconConfig::default()), rotary, vb)?;
+    let layer = GdAttention::new(
+        &AttentionConfig::new(WIDTH, 4, 16).with_qk_norm(true).with_beacon(BeaconConfig::default()),
+        rotary,
+        vb,
+    )?;
 
     // Two prompts of different lengths, each read into a cache of its own.
-    let prompts =
-        [Tensor::randn(0f32, 1.0, (1, 100, WIDTH), &device)?, Tensor::randn(0f32, 1.0, (1, 40, WIDTH), &device)?];
+    let prompts = [
+        Tensor::randn(0f32, 1.0, (1, 100, WIDTH), &device)?,
+        Tensor::randn(0f32, 1.0, (1, 40, WIDTH), &device)?,
+    ];
     let mut caches = [LayerCache::new(), LayerCache::new()];
     for (prompt, cache) in prompts.iter().zip(&mut caches) {
         read(&layer, prompt, cache)?;

@@ -27,7 +27,9 @@ struct Block {
 
 impl Block {
     fn new(rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
-        let config = AttentionConfig::new(WIDTH, HEADS, HEAD_DIM).with_qk_norm(true).with_beacon(BeaconConfig::default());
+        let config = AttentionConfig::new(WIDTH, HEADS, HEAD_DIM)
+            .with_qk_norm(true)
+            .with_beacon(BeaconConfig::default());
         Ok(Self {
             norm1: rms_norm(WIDTH, 1e-5, vb.pp("input_layernorm"))?,
             attention: GdAttention::new(&config, rotary, vb.pp("self_attn"))?,

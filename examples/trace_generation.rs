@@ -52,6 +52,9 @@ fn main() -> anyhow::Result<()> {
     let trace = Trace::read(&file)?;
     let verified = verify(&trace, Some(seal.head), None)?;
     let outcome = replay(&trace.header, &verified.records, &loaded, 1e-3, &device)?;
-    println!("verified; replay: {outcome:?}");
+    println!(
+        "verified; replayed {} selections: {} ambiguous, {} contradictions",
+        outcome.selections, outcome.ambiguous, outcome.contradictions
+    );
     Ok(())
 }

@@ -31,7 +31,9 @@ struct Model {
 
 impl Model {
     fn new(vb: VarBuilder) -> Result<Self> {
-        let config = AttentionConfig::new(WIDTH, HEADS, HEAD_DIM).with_qk_norm(true).with_beacon(BeaconConfig::default());
+        let config = AttentionConfig::new(WIDTH, HEADS, HEAD_DIM)
+            .with_qk_norm(true)
+            .with_beacon(BeaconConfig::default());
         let rotary =
             Arc::new(Rotary::new(HEAD_DIM, LENGTH, 10_000.0, RopeScaling::None, vb.dtype(), vb.device())?);
         let layer = |i: usize| GdAttention::new(&config, rotary.clone(), vb.pp(format!("layers.{i}")));

@@ -9,8 +9,9 @@ use candle_core::{DType, Device};
 use gd_model::config::{Recipe, Setting};
 use gd_model::data::{Corpus, Texts};
 use gd_model::io::tokenizer::Tokenizer;
+use gd_model::model::Transformer;
 use gd_model::model::params::Params;
-use gd_model::model::pretrained::{self, Loaded};
+use gd_model::model::pretrained::Loaded;
 use gd_model::train::Trainer;
 
 /// The text that the small model is trained on.
@@ -60,10 +61,18 @@ pub fn demo_model(mechanism: &str, folder: &Path) -> Result<PathBuf> {
     })?;
     // The same weights without gradients, and what goes with them into a checkpoint folder.
     let params = Params::stored(trainer.params.tensors(), None, DType::F32, &device);
-    let model = gd_model::model::Transformer::new(trainer.model.config(), params.frozen())?;
-    Loaded::new(model, params, tokenizer).save(folder, &[])?;
-    pretrained::load(folder, &device)?;
+    let model = Transformer::new(trainer.model.config(), params.frozen())?;
+    Loaded::new(model, params, tokenizer).save(folder, &card("demo", "A model of the examples."))?;
     Ok(folder.into())
+}
+
+/// The values of a model card (README.md of a checkpoint folder).
+pub fn card(name: &str, summary: &str) -> Vec<(&'static str, String)> {
+    let mut values = vec![("name", name.to_owned()), ("summary", summary.to_owned())];
+    for key in ["parameters", "mechanism", "tokenizer", "context", "data", "steps", "loss"] {
+        values.push((key, "not stated".into()));
+    }
+    values
 }
 
 /// The Rust examples of the documentation, compiled and run as documentation tests of this package.

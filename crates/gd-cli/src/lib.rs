@@ -3,6 +3,8 @@
 //! [`commands`] parse their arguments, call `gd-model` or `gd-kernels`, and print the result. [`render`] turns results
 //! into tables, plots and pages. This library exists for the program and its tests; its API may change in every
 //! release.
+//!
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 pub mod commands;

@@ -1,8 +1,5 @@
-//! candle Modules for selection attention.
-//!
-//! [`GdAttention`] takes the place of a multi-head attention; [`SoftmaxAttention`] is its swap
-//! partner behind the trait [`Attention`], in the same frame of projections, norms, rotation and
-//! [`Beacon`].
+//! candle modules for selection attention.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 mod attention;

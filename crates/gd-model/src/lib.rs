@@ -1,4 +1,5 @@
-//! A Preserve-then-Select language model.
+//! A language model with selection attention, as a library.
+#![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
 pub mod analysis;

@@ -218,6 +218,7 @@ fn check_command(root: &Path, words: &[String]) -> Result<(), String> {
         let (flag, value) = (pair[0].as_str(), pair[1].as_str());
         let places: Vec<String> = match flag {
             "-p" | "--package" if value == "gd-tests" => vec!["tests".into()],
+            "-p" | "--package" if value == "gd-examples" => vec!["examples".into()],
             "-p" | "--package" if value.starts_with("gd-") => vec![format!("crates/{value}")],
             "--path" => vec![value.to_owned()],
             "--example" | "--test" => targets(root, flag.trim_start_matches('-'), value),

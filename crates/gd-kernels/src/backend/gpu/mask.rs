@@ -14,7 +14,12 @@ const FAR: i64 = 1 << 30;
 ///
 /// # Errors
 /// More than 2^30 queries or keys.
-pub(crate) fn params(mask: &Mask, batch: usize, queries: usize, keys: usize) -> Result<(MaskParams, Vec<i32>)> {
+pub(crate) fn params(
+    mask: &Mask,
+    batch: usize,
+    queries: usize,
+    keys: usize,
+) -> Result<(MaskParams, Vec<i32>)> {
     if queries.max(keys) as i64 >= FAR {
         return Err(Error::Unsupported(format!(
             "a mask over {queries} queries and {keys} keys; fewer than {FAR} are"

@@ -1,0 +1,2 @@
+//! Nothing to build: with a build script, its dependencies count.
+fn main() {}

@@ -158,7 +158,7 @@ fn ranks_that_do_not_fit_together_are_refused() -> Result<()> {
         (
             TRAIN.replace("small", "two"),
             TRAIN.replace("small", "two"),
-            "train.batch 2 has not a row for each of 4 processes",
+            "train.batch must be at least the number of processes, 4, not 2",
         ),
         (
             TRAIN.into(),

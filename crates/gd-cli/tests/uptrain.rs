@@ -15,7 +15,7 @@ use gd_model::model::loss::IGNORE;
 use gd_model::model::params::Params;
 use gd_model::model::pretrained;
 use gd_model::model::swap::{Layers, Swap};
-use gd_model::train::teacher::Original;
+use gd_model::train::teacher::Teacher;
 use serde_json::Value;
 
 mod program;
@@ -94,7 +94,7 @@ fn changed_layers_learn_what_the_others_read_and_nothing_else_learns() -> Result
         let aligned = |k: usize| -> Result<(Pair, Tensor, GradStore)> {
             let pair = pair(family, Layers::List(layers.clone()), k)?;
             let Pair { original, learner, vars, ids } = &pair;
-            let (loss, grads) = learner.aligned(original, vars, &layers, ids, &pass, 0.75)?;
+            let (loss, grads) = learner.layer_alignment(original, vars, &layers, ids, &pass, 0.75)?;
             Ok((pair, loss, grads))
         };
         // Every key there is.
@@ -111,7 +111,7 @@ fn changed_layers_learn_what_the_others_read_and_nothing_else_learns() -> Result
         };
         check_directions(&pair.vars, &grads, learns, || {
             let Pair { original, learner, vars, ids } = &pair;
-            Ok(learner.aligned(original, vars, &layers, ids, &pass, 0.75)?.0.to_scalar()?)
+            Ok(learner.layer_alignment(original, vars, &layers, ids, &pass, 0.75)?.0.to_scalar()?)
         })?;
     }
     Ok(())
@@ -123,7 +123,7 @@ fn the_error_is_relative_to_what_the_original_reads() -> Result<()> {
     let Pair { original, learner, vars, ids } = &pair;
     let (mask, last) = (Mask::causal(0), learner.config().num_hidden_layers - 1);
     let error = |weight: f64| -> Result<f64> {
-        Ok(learner.aligned(original, vars, &[last], ids, &Pass::new(&mask), weight)?.0.to_scalar()?)
+        Ok(learner.layer_alignment(original, vars, &[last], ids, &Pass::new(&mask), weight)?.0.to_scalar()?)
     };
     let once = error(1.0)?;
     ensure!((error(0.5)? * 2.0 - once).abs() < 1e-12 && once < 4.0, "{once}");
@@ -188,7 +188,7 @@ fn text_and_the_logits_of_the_original_are_learned_by_every_parameter() -> Resul
 
         // As a run computes it, in f32.
         let config = learner.config().clone();
-        let run = Original::new(parts, &config, DType::F32, &CPU)?;
+        let run = Teacher::new(parts, &config, DType::F32, &CPU)?;
         ensure!(run.changed().len() == config.num_hidden_layers);
         let params = Params::stored(
             vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect(),
@@ -208,7 +208,7 @@ fn text_and_the_logits_of_the_original_are_learned_by_every_parameter() -> Resul
 fn originals_that_do_not_fit_are_refused() -> Result<()> {
     let read = |family: &str| pretrained::read(&fixture(family), &CPU);
     let refused = |family: &str, learner: &ModelConfig| -> Result<String> {
-        match Original::new(read(family)?, learner, DType::F32, &CPU) {
+        match Teacher::new(read(family)?, learner, DType::F32, &CPU) {
             Ok(_) => anyhow::bail!("{family} was accepted"),
             Err(e) => Ok(e.to_string()),
         }

@@ -280,7 +280,7 @@ fn keys_decide_as_in_transformers() {
     assert_eq!((rope.rope_type.as_str(), rope.factor, rope.rope_theta), ("linear", Some(4.0), 500.0));
     let scaling = json!({ "rope_type": "llama3", "type": "llama3", "factor": 2, "low_freq_factor": 1, "high_freq_factor": 4 });
     let rope = read("llama", json!({ "rope_scaling": scaling })).rope_parameters.unwrap();
-    assert_eq!((rope.original_max_position_embeddings, rope.rope_theta), (Some(128), 200.0));
+    assert_eq!((rope.unscaled_context, rope.rope_theta), (Some(128), 200.0));
     // What nothing reads may be there.
     read(
         "llama",
@@ -309,7 +309,7 @@ fn configs_that_mean_something_else_are_refused_with_their_value() {
         ("llama", json!({ "partial_rotary_factor": 0.5 }), vec!["partial_rotary_factor 0.5"]),
         ("llama", json!({ "hidden_size": null }), vec!["hidden_size is missing"]),
         ("llama", json!({ "hidden_size": "wide" }), vec!["hidden_size: invalid type"]),
-        ("llama", json!({ "num_attention_heads": 0 }), vec!["num_attention_heads is 0"]),
+        ("llama", json!({ "num_attention_heads": 0 }), vec!["num_attention_heads must be at least 1, not 0"]),
         ("llama", scaled("yarn"), vec!["rope_scaling", "\"yarn\""]),
         ("llama", scaled("dynamic"), vec!["\"dynamic\""]),
         ("llama", scaled("longrope"), vec!["\"longrope\""]),

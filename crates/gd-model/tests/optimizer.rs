@@ -3,8 +3,9 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use gd_model::config::{AdamWConfig, MuonConfig};
 use gd_model::train::optimizer::{
-    AdamW, AdamWConfig, MuonConfig, Optimizer, accumulate, clip_scale, global_norm, not_finite, orthogonal,
+    AdamW, Optimizer, accumulate, clip_scale, global_norm, not_finite, orthogonal,
 };
 
 const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };

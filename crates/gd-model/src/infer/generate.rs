@@ -18,16 +18,10 @@ const SAMPLE: usize = 200;
 /// An empty prompt, or one longer than the model's context.
 pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
     let limit = model.config().max_position_embeddings;
-    if prompt.is_empty() {
-        return Err(Error::Invalid("the prompt has no tokens".into()));
+    match (1..=limit).contains(&prompt.len()) {
+        true => Ok(()),
+        false => Err(Error::PromptLength { tokens: prompt.len(), limit }),
     }
-    if prompt.len() > limit {
-        return Err(Error::Invalid(format!(
-            "a prompt of {} tokens exceeds the context of {limit}",
-            prompt.len()
-        )));
-    }
-    Ok(())
 }
 
 /// Continues `prompt` by up to `max_tokens` tokens, as many as the model has positions for. Each

@@ -32,9 +32,7 @@ impl Sampling {
     /// Fails with the first value outside its range.
     pub fn validate(&self) -> Result<()> {
         let Self { temperature, top_k, top_p, min_p, repetition_penalty } = *self;
-        let fail = |name: &str, range: &str, value: String| {
-            Err(Error::Invalid(format!("{name} must be {range}, not {value}")))
-        };
+        let fail = |name: &str, allowed: &str, value: String| Err(Error::out_of_range(name, value, allowed));
         if !(temperature >= 0.0 && temperature.is_finite()) {
             return fail("temperature", "finite and at least 0", temperature.to_string());
         }

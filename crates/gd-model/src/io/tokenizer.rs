@@ -14,7 +14,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper};
 
 use crate::error::{Error, Result};
-use crate::io::checkpoint::write_file;
+use crate::io::files::write_file;
 
 /// The number of different bytes, and so the least vocabulary.
 pub const BYTES: usize = 256;
@@ -63,10 +63,7 @@ impl Tokenizer {
         S: AsRef<str> + Send,
     {
         if vocab <= BYTES {
-            return Err(Error::Invalid(format!(
-                "a BPE vocabulary needs at least {} tokens, not {vocab}",
-                BYTES + 1
-            )));
+            return Err(Error::out_of_range("a BPE vocabulary", vocab, format!("at least {}", BYTES + 1)));
         }
         let mut texts = texts.filter(|t| !t.as_ref().is_empty()).peekable();
         if texts.peek().is_none() {
@@ -205,7 +202,7 @@ impl Tokenizer {
         if (id as usize) < self.vocab {
             return Ok(());
         }
-        Err(Error::Invalid(format!("token {id} is not in the vocabulary of {}", self.vocab)))
+        Err(Error::UnknownToken { token: id, vocab_size: self.vocab })
     }
 
     /// The bytes of one token of a bytewise tokenizer; nothing for a special token.

@@ -7,7 +7,8 @@ use gd_layer::{Linear, RopeScaling, Rotary, rms_norm, swiglu};
 use gd_model::model::loss::{
     IGNORE, cross_entropy, linear_cross_entropy, linear_distillation, linear_token_losses, token_losses,
 };
-use gd_model::train::optimizer::{AdamWConfig, MuonConfig, Optimizer, global_norm, not_finite, orthogonal};
+use gd_model::config::{AdamWConfig, MuonConfig};
+use gd_model::train::optimizer::{Optimizer, global_norm, not_finite, orthogonal};
 
 use crate::graph::{apart, noise};
 use crate::{Target, targets};

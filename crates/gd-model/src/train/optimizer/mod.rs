@@ -11,10 +11,11 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-pub use self::adamw::{AdamW, AdamWConfig, Known, Moved};
+pub use self::adamw::{AdamW, Known, Moved};
 pub use self::groups::Group;
-pub use self::muon::{Muon, MuonConfig, orthogonal};
+pub use self::muon::{Muon, orthogonal};
 pub use self::norm::{accumulate, clip_scale, global_norm, not_finite, squares};
+use crate::config::{AdamWConfig, MuonConfig};
 use crate::error::Result;
 use crate::train::state::{State, Stateful};
 
@@ -48,16 +49,16 @@ impl Optimizer {
     }
 
     /// Whether a GPU can do a step without the host knowing how its gradients are clipped: all but Muon's.
-    pub fn runs_ahead(&self) -> bool {
+    pub fn is_asynchronous(&self) -> bool {
         self.muon.is_empty()
     }
 
-    /// As [`AdamW::step_known`], where [`Optimizer::runs_ahead`].
+    /// As [`AdamW::step_known`], where [`Optimizer::is_asynchronous`].
     ///
     /// # Errors
     /// As there, or matrices that Muon would move.
     pub fn step_known(&mut self, grads: &GradStore, lr: f64, known: &Known<'_>) -> Result<Moved> {
-        match self.runs_ahead() {
+        match self.is_asynchronous() {
             true => self.adamw.step_known(grads, lr, known),
             false => Err(crate::Error::Invalid("Muon's updates need a factor that the host knows".into())),
         }

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use gd_model::data::{Prepared};
 use gd_model::config::DocumentFormat;
+use gd_model::data::Prepared;
 use gd_model::io::tokenizer::Tokenizer;
 
 use crate::context::usage;

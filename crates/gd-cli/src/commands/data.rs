@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
 use clap::Subcommand;
-use gd_model::data::{Documents, Index, Part, Preparation, Prepared, prepare, text_files};
 use gd_model::config::DocumentFormat;
+use gd_model::data::{Documents, Index, Part, Preparation, Prepared, prepare, text_files};
 use gd_model::io::tokenizer::Tokenizer;
 use serde_json::json;
 

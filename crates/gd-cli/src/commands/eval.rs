@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use gd_model::data::{Documents, Tokens};
 use gd_model::config::DocumentFormat;
+use gd_model::data::{Documents, Tokens};
 use gd_model::eval::evaluate;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained;

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use gd_model::config::{Recipe, Setting, UPTRAIN};
+use gd_model::config::{training_candidates, uptrain_schedule};
 use gd_model::data::Corpus;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained::{self, Parts};
 use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, Run};
-use gd_model::config::{training_candidates, uptrain_schedule};
 
 use super::args::Args;
 use crate::context::{Context, usage};

@@ -8,13 +8,13 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use gd_model::Error;
-use gd_model::data::{Documents, is_jsonl};
-use gd_model::io::files::read_text;
 use gd_model::config::DocumentFormat;
+use gd_model::data::{Documents, is_jsonl};
 use gd_model::infer::generate::{check_prompt, generate_batch};
 use gd_model::infer::sampler::Sampler;
 use gd_model::infer::stop::StopStrings;
 use gd_model::io::chat_template::ChatTemplate;
+use gd_model::io::files::read_text;
 use gd_model::model::pretrained::{self, Loaded};
 use serde_json::json;
 

@@ -1,5 +1,5 @@
-//! `gd beacon-report` on the recorded run of the public demo, on rows small enough to judge by eye, and on files that
-//! do not fit.
+//! `gd beacon-report` on the recorded run of the public demo, on small examples with hand-computed metrics, and on
+//! invalid files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -54,7 +54,7 @@ fn the_recorded_run_is_reproduced() -> Result<()> {
     Ok(())
 }
 
-/// A file of three classes and the candidate for all alike; the last class is the minority.
+/// Writes a file with three classes, of which the last is the minority, and the candidate that represents all classes.
 fn rows(dir: &Path, raw: &[[f32; 4]], labels: &[i64], params: &Value) -> Result<String> {
     let tensors = [
         ("raw_logits", Tensor::from_vec(raw.concat(), (raw.len(), 4), &CPU)?),
@@ -66,22 +66,22 @@ fn rows(dir: &Path, raw: &[[f32; 4]], labels: &[i64], params: &Value) -> Result<
 }
 
 fn params() -> Value {
-    // The names without a preset; what is within 1 of the best is lifted over it.
+    // The short names at the top level. A candidate within 1 of the highest score is raised above it.
     json!({ "floor": 0.2, "margin": 1.0, "strength": 2.0, "entropy": 0.9, "slack": 0.0, "minority_index": 2 })
 }
 
 #[test]
-fn rescues_false_alarms_and_lost_rows_are_counted() -> Result<()> {
+fn metrics_count_rescues_and_false_rescues() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let raw = [
-        // Of the minority: drowned but near, so lifted from 0.5 behind to 0.5 before; lost by 5; the best already.
+        // Rows of the minority: 0.5 below the highest score and raised to 0.5 above it; 5 below; already the highest.
         [0.5, 0.4, 0.0, 0.4],
         [5.0, 0.0, 0.0, 0.0],
         [0.0, 0.0, 3.0, 0.0],
-        // Of others: the minority's candidate is lifted over the right one; and is far behind.
+        // Rows of other classes: the minority candidate is raised above the correct one; it is far below.
         [0.5, 0.4, 0.0, 0.4],
         [0.0, 4.0, 0.0, 0.0],
-        // The best is the candidate that stands for all alike: read as the first class.
+        // The highest score is that of the candidate for all classes, which counts as the first class.
         [0.0, 0.0, -3.0, 4.0],
     ];
     let args = rows(dir.path(), &raw, &[2, 2, 2, 0, 1, 0], &params())?;
@@ -105,7 +105,7 @@ fn rescues_false_alarms_and_lost_rows_are_counted() -> Result<()> {
         let found = found[name].as_f64().context(name)?;
         ensure!((found - expected).abs() < 1e-6, "{name}: {found}, {expected} expected");
     }
-    // Without a row of the minority nothing can be said of it.
+    // Without rows of the minority its metrics are undefined.
     let args = rows(dir.path(), &raw, &[0, 0, 0, 0, 1, 0], &params())?;
     let found = program::json(dir.path(), &format!("{args} --json"))?;
     ensure!(found["rescue_rate"].is_null() && found["baseline_acc"].is_f64(), "{found}");
@@ -114,7 +114,7 @@ fn rescues_false_alarms_and_lost_rows_are_counted() -> Result<()> {
 }
 
 #[test]
-fn what_does_not_fit_is_named() -> Result<()> {
+fn invalid_inputs_are_errors_that_name_them() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let dir = dir.path();
     let refused = |args: &str, words: &[&str]| -> Result<()> {

@@ -1,4 +1,4 @@
-//! `gd bench attention` end to end on a shape that takes no time.
+//! `gd bench attention` on a small shape.
 
 use std::fs;
 use std::path::Path;
@@ -63,7 +63,7 @@ fn every_contender_of_every_pass_is_in_the_report() -> Result<()> {
         positive(&report["machine"]["gemm_gflops"]) && positive(&report["machine"]["threads"]),
         "{report}"
     );
-    // Metal's own is not measured on the CPU.
+    // The contender for Metal is skipped on the CPU.
     let here = |line: &&Value| line["contender"] != "candle sdpa";
     for line in report["results"].as_array().into_iter().flatten().filter(here) {
         assert_eq!((&line["shape"], &line["skipped"]), (&"1x2x33x16".into(), &Value::Null), "{line}");
@@ -76,7 +76,7 @@ fn every_contender_of_every_pass_is_in_the_report() -> Result<()> {
             "{line}"
         );
         let ours = line["contender"].as_str().is_some_and(|c| c.starts_with("gd "));
-        // Those of dot products are others than those of distances.
+        // Dot products select other keys than distances.
         let products = line["contender"].as_str().is_some_and(|c| c.contains("norm prior"));
         assert_eq!(line["winners_differ"] == 0, ours && !products, "{line}");
         assert_eq!(positive(&line["rescored"]), ours, "{line}");

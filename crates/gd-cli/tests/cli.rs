@@ -1,5 +1,4 @@
-//! The program end to end, on a model small enough for seconds: train, evaluate, generate,
-//! compare, measure memory, check gradients.
+//! The program on a small model: train, evaluate, generate, compare, measure memory, check gradients.
 
 use std::fs;
 use std::path::Path;
@@ -21,7 +20,7 @@ use serde_json::Value;
 const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");
 const SAMPLE: &str = include_str!("../../../models/sample.txt");
 
-/// A text of 20,000 characters and the small configuration.
+/// A folder with a text of 20,000 characters and the small configuration.
 fn folder() -> Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
     fs::write(dir.path().join("small.json"), SMALL)?;
@@ -37,7 +36,7 @@ fn gd(dir: &Path, args: &str) -> Result<Output> {
     command(dir, args, &[], &[])
 }
 
-/// `args` are separated by spaces, `more` may contain some.
+/// Runs the program. `args` are separated by spaces; the elements of `more` may contain spaces.
 fn command(dir: &Path, args: &str, more: &[&str], env: &[(&str, &str)]) -> Result<Output> {
     let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
     program.args(args.split_whitespace()).args(more).envs(env.to_vec()).current_dir(dir);
@@ -65,12 +64,12 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     let dir = folder.path();
     let trained = json(&gd(dir, &format!("{TRAIN} model"))?)?;
     let loss = number(&trained, "loss");
-    // Guessing among 256 bytes costs 5.55.
+    // A uniform distribution over 256 bytes has a loss of 5.55.
     assert!(loss > 2.0 && loss < 4.5, "{trained}");
     let log = fs::read_to_string(dir.join("model/train.jsonl"))?;
     assert_eq!(log.lines().filter(|line| !line.contains("\"event\"")).count(), 20);
 
-    // What train reports is what eval finds on the same text.
+    // `eval` measures the loss that `train` reports.
     let split = Texts::split(&[text()], 0.1)?;
     fs::write(dir.join("valid.txt"), split.valid.concat())?;
     let found = json(&gd(dir, "eval model --data valid.txt --context 32 --json")?)?;
@@ -79,7 +78,7 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     let bits = number(&found, "loss") / 2f64.ln();
     assert!((number(&found, "bits_per_byte") - bits).abs() < 1e-9, "a byte is a token: {found}");
     assert!((number(&found, "perplexity").ln() - number(&found, "loss")).abs() < 1e-9, "{found}");
-    // The file in the folder is the same model, and several texts are one.
+    // The weights file names the same model, and several text files are concatenated.
     fs::write(dir.join("half.txt"), &split.valid.concat()[..100])?;
     fs::write(dir.join("rest.txt"), &split.valid.concat()[100..])?;
     let args = format!("eval model/{WEIGHTS} --data half.txt rest.txt --context 32 --json");
@@ -96,7 +95,7 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     let text = same["text"].as_str().unwrap_or_default();
     assert_eq!(format!("It was{text}\n"), first, "the seed plays no part");
     assert_eq!((same["tokens"].clone(), same["stopped"].clone()), (40.into(), false.into()));
-    // A stop string ends the text in front of it.
+    // The text ends before the stop string.
     let stop: String = text.chars().skip(5).take(1).collect();
     let before = text.split(&stop).next().unwrap_or_default().to_owned();
     let stopped = json(&greedy(&["--json", "--stop", &stop])?)?;
@@ -120,7 +119,7 @@ fn the_number_of_threads_does_not_change_a_run() -> Result<()> {
 }
 
 #[test]
-fn a_saved_model_gives_the_same_bits_again() -> Result<()> {
+fn a_reloaded_model_is_bit_identical() -> Result<()> {
     let folder = folder()?;
     let (cpu, recipe): (_, Recipe) = (Device::Cpu, serde_json::from_str(SMALL)?);
     let tokenizer = Tokenizer::bytes()?;
@@ -151,7 +150,7 @@ fn a_saved_model_gives_the_same_bits_again() -> Result<()> {
 }
 
 #[test]
-fn compare_trains_each_mechanism_on_equal_terms() -> Result<()> {
+fn compare_trains_every_mechanism_with_equal_parameters_and_data() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
     let args = "compare --config small.json --data text.txt --mechanisms softmax,gd --seed 4 --out c --json";
@@ -160,7 +159,7 @@ fn compare_trains_each_mechanism_on_equal_terms() -> Result<()> {
     assert_eq!(result, stored);
     let [softmax, selecting] = [&result["mechanisms"][0], &result["mechanisms"][1]];
     assert_eq!((&softmax["mechanism"], &selecting["mechanism"]), (&"softmax".into(), &"gd".into()));
-    // Equal to half of what 4 more columns of the feed-forward block bring.
+    // The numbers differ by at most half the parameters of 4 columns of the feed-forward block.
     let half = 3.0 * 4.0 * 32.0 * 2.0 / 2.0;
     let apart = number(softmax, "parameters") - number(selecting, "parameters");
     assert!(apart.abs() <= half, "{softmax} {selecting}");
@@ -181,7 +180,7 @@ fn compare_trains_each_mechanism_on_equal_terms() -> Result<()> {
 
 /// Softmax stores N × N weights, selection a few candidates per query.
 #[test]
-fn memory_grows_with_the_square_for_softmax_alone() -> Result<()> {
+fn only_the_memory_of_softmax_grows_quadratically() -> Result<()> {
     let folder = folder()?;
     let args = "compare --config small.json --mechanisms softmax,gd --memory 256,1024 --json";
     let result = json(&gd(folder.path(), args)?)?;
@@ -189,7 +188,7 @@ fn memory_grows_with_the_square_for_softmax_alone() -> Result<()> {
     assert_eq!(cells.len(), 4, "{result}");
     assert_eq!((&cells[3]["mechanism"], &cells[3]["context"]), (&"gd".into(), &1024.into()));
     if cells[0]["mib"].is_null() {
-        // This system does not tell.
+        // The system does not report its memory.
         return Ok(());
     }
     let growth = |short: usize| number(cells[short + 1], "mib") / number(cells[short], "mib");
@@ -199,7 +198,7 @@ fn memory_grows_with_the_square_for_softmax_alone() -> Result<()> {
 }
 
 #[test]
-fn doctor_names_parameters_that_do_not_learn() -> Result<()> {
+fn doctor_names_parameters_without_a_gradient() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
     let report = json(&gd(dir, "doctor --config small.json --json")?)?;
@@ -222,7 +221,7 @@ fn doctor_names_parameters_that_do_not_learn() -> Result<()> {
 
 #[cfg(not(feature = "mpi"))]
 #[test]
-fn several_processes_of_a_program_without_mpi_are_refused() -> Result<()> {
+fn several_processes_without_mpi_are_an_error() -> Result<()> {
     let folder = folder()?;
     let output = command(folder.path(), &format!("{TRAIN} one"), &[], &[("OMPI_COMM_WORLD_SIZE", "4")])?;
     let err = String::from_utf8(output.stderr)?;

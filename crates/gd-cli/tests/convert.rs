@@ -1,4 +1,4 @@
-//! `gd convert`, and the same by the library: other attention, same weights.
+//! `gd convert` and the library functions behind it: another attention with the same weights.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -69,10 +69,10 @@ fn blending_every_key_is_softmax_and_fewer_keys_are_not() -> Result<()> {
                 "{family}: {two} with two keys, {last} in the last layer, softmax {softmax}"
             );
         }
-        // And back: the scores had not been trained.
+        // The conversion can be reversed because the weights were not trained.
         json(dir, &format!("convert {family}-two --attention softmax --json --out {family}-back"))?;
         assert!((of("back")? - softmax).abs() < 1e-6, "{family}");
-        // One layer each: two layers of another way of scoring must not stay behind.
+        // Layers with different scores in one model are an error.
         let mixed =
             gd(dir, &format!("convert {family}-two --attention gd --layers 0 --k 4 --out {family}-mixed"))?;
         let text = String::from_utf8_lossy(&mixed.stderr).into_owned();
@@ -82,7 +82,7 @@ fn blending_every_key_is_softmax_and_fewer_keys_are_not() -> Result<()> {
 }
 
 #[test]
-fn without_an_attention_the_model_is_saved_as_it_is() -> Result<()> {
+fn without_a_new_attention_the_model_is_saved_unchanged() -> Result<()> {
     let folder = folder()?;
     let model = fixture("qwen2");
     let found = json(folder.path(), &format!("convert {} --json --out same", model.display()))?;
@@ -93,7 +93,7 @@ fn without_an_attention_the_model_is_saved_as_it_is() -> Result<()> {
 }
 
 #[test]
-fn wrong_flags_and_places_are_refused() -> Result<()> {
+fn invalid_flags_are_errors() -> Result<()> {
     let folder = folder()?;
     let model = fixture("llama");
     let (model, dir) = (model.display(), folder.path());
@@ -120,7 +120,7 @@ fn wrong_flags_and_places_are_refused() -> Result<()> {
 }
 
 #[test]
-fn a_swap_does_not_make_up_what_a_damaged_model_lacks() -> Result<()> {
+fn a_swap_does_not_create_missing_tensors() -> Result<()> {
     let mut parts = pretrained::read(&fixture("qwen3"), &Device::Cpu)?;
     let name = "model.layers.1.self_attn.k_norm.weight";
     ensure!(parts.tensors.remove(name).is_some());
@@ -133,7 +133,7 @@ fn a_swap_does_not_make_up_what_a_damaged_model_lacks() -> Result<()> {
 #[test]
 fn the_example_for_users_of_the_library_runs() -> Result<()> {
     let [softmax, all] = example::swapped(&fixture("mistral"), TEXT, 64)?;
-    // The window is shorter than 64.
+    // The sliding window of the model is shorter than 64.
     assert!((softmax / all - 1.0).abs() < 1e-5, "{softmax} {all}");
     let [same, two] = example::swapped(&fixture("mistral"), TEXT, 2)?;
     assert!(same == softmax && (two / softmax - 1.0).abs() > 1e-3, "{softmax} {two}");
@@ -141,7 +141,7 @@ fn the_example_for_users_of_the_library_runs() -> Result<()> {
 }
 
 #[test]
-fn weights_are_stored_in_the_type_that_is_asked_for() -> Result<()> {
+fn weights_are_stored_in_the_requested_dtype() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
     let model = fixture("llama");
@@ -155,7 +155,7 @@ fn weights_are_stored_in_the_type_that_is_asked_for() -> Result<()> {
         let stored = config.get("torch_dtype").or_else(|| config.get("dtype"));
         assert_eq!(stored, Some(&Value::from(name)));
         assert!(load_tensors(&out, &Device::Cpu)?.values().all(|t| t.dtype() == dtype));
-        // What stays in half precision gives what the same numbers give in f32.
+        // Weights that are stored in half precision give the results of the same values in f32.
         json(dir, &format!("convert {flag} --dtype f32 --json --out {flag}-wide"))?;
         let (half, wide) = (loss(dir, flag)?, loss(dir, format!("{flag}-wide"))?);
         assert!((half - wide).abs() < 1e-5 && (half - plain).abs() < 1e-2, "{flag}: {half} {wide} {plain}");

@@ -1,4 +1,4 @@
-//! `gd data` and training on what it writes, end to end.
+//! `gd data`, and training on prepared data.
 
 use std::fs;
 
@@ -11,7 +11,8 @@ use program::{gd, json};
 const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");
 const SAMPLE: &str = include_str!("../../../models/sample.txt");
 
-/// The small configuration; the sample's first paragraphs as JSONL, and as text with separators.
+/// A folder with the small configuration and the first paragraphs of the sample text, as JSONL and as text with
+/// separators.
 fn folder() -> Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
     let paragraphs: Vec<&str> = SAMPLE.split("\n\n").filter(|p| p.len() > 20).take(120).collect();
@@ -47,7 +48,7 @@ fn training_on_prepared_data_equals_training_on_its_text() -> Result<()> {
     }
     let loss = json(dir, "eval a --data data --context 32 --json")?;
     assert_eq!(loss["loss"], shards["loss"]);
-    // The separators of the text make the same documents; they are all of them, so the loss is another.
+    // The separators of the text give the same documents.
     let documents = json(dir, "eval a --data text.txt --separator --- --context 32 --json")?;
     let lines = json(dir, &format!("eval a {LINES} --context 32 --json"))?;
     assert!((documents["loss"].as_f64().unwrap() - lines["loss"].as_f64().unwrap()).abs() < 0.1);
@@ -55,7 +56,7 @@ fn training_on_prepared_data_equals_training_on_its_text() -> Result<()> {
 }
 
 #[test]
-fn a_learned_vocabulary_goes_from_the_data_to_the_model() -> Result<()> {
+fn a_trained_vocabulary_is_copied_from_the_data_to_the_model() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
     let made = json(dir, &format!("data prepare {LINES} --tokenizer bpe:400 --out data --json"))?;
@@ -67,7 +68,7 @@ fn a_learned_vocabulary_goes_from_the_data_to_the_model() -> Result<()> {
     }
     let again = format!("data prepare {LINES} --tokenizer model/tokenizer.json --out again --json");
     assert_eq!(json(dir, &again)?["index"], made["index"]);
-    // Data of other tokens is refused, not measured wrongly.
+    // Data with another tokenizer is an error.
     json(dir, &format!("data prepare {LINES} --out bytes --json"))?;
     let output = gd(dir, "eval model --data bytes --json")?;
     let error = String::from_utf8(output.stderr)?;
@@ -77,7 +78,7 @@ fn a_learned_vocabulary_goes_from_the_data_to_the_model() -> Result<()> {
 }
 
 #[test]
-fn mistakes_are_named_and_leave_nothing() -> Result<()> {
+fn invalid_data_is_an_error_and_writes_nothing() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
     json(dir, &format!("data prepare {LINES} --out good --json"))?;

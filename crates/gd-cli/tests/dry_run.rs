@@ -1,4 +1,4 @@
-//! `--dry-run`: parameters exactly, peak memory within 15 % of the allocator's, and nothing written.
+//! `gd train --dry-run` predicts the exact number of parameters and the peak memory within 15 %, and writes nothing.
 
 use std::process::Command;
 
@@ -12,7 +12,7 @@ use peak_alloc::PeakAlloc;
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-/// Parameters, and the allocator's peak over two steps in MiB, above what was there before.
+/// The number of parameters, and the allocator's peak during two steps in MiB, minus the memory in use before.
 fn measured(mut recipe: Recipe) -> (usize, f64) {
     recipe.train.eval_every = u64::MAX;
     let tokens: Vec<u32> = (0..4000).map(|i| i * 31 % 256).collect();
@@ -28,9 +28,9 @@ fn measured(mut recipe: Recipe) -> (usize, f64) {
     (trainer.params.count(), (ALLOCATOR.peak_usage() - before) as f64 / f64::from(1 << 20))
 }
 
-/// One test, since the allocator counts for the whole process.
+/// This is one test because the allocator counts the memory of the whole process.
 #[test]
-fn the_prediction_meets_the_allocator() {
+fn the_predicted_memory_matches_the_allocator() {
     let mut faults = Vec::new();
     for (preset, contexts, batch) in [("tiny", &[128, 256, 512][..], 4), ("small", &[256][..], 1)] {
         for mechanism in [Mechanism::Gd, Mechanism::Softmax] {

@@ -1,4 +1,4 @@
-//! Generation: what is cached changes nothing, a batch gives each prompt what it gets alone, and chats.
+//! Generation with a cache, in batches, and of chats.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,12 +22,12 @@ use serde_json::{Value, json};
 
 const CPU: Device = Device::Cpu;
 
-/// A model whose parameters are all random, so that every part of it matters.
+/// A model with random parameters, so that each of them affects the result.
 fn model(gd: Value) -> Result<(Transformer, Params)> {
     model_of(gd, 48, DType::F32)
 }
 
-/// The same for so many positions, in a dtype.
+/// As [`model`] for a number of positions and a dtype.
 fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, Params)> {
     let config: ModelConfig = config::parse(json!({
         "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -74,7 +74,7 @@ fn greedy_generation_equals_the_full_forward_pass_at_every_step() -> Result<()> 
             let mut all: Vec<u32> = prompt.bytes().map(u32::from).collect();
             let mut greedy = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0)?;
             let new = generate(&model, &all, 20, &mut greedy, &CPU, |_| Ok(true))?;
-            // One may be drawn after the last position.
+            // One more token can be sampled after the last position.
             ensure!(new.len() == 20.min(49 - all.len()), "{name}: {} tokens", new.len());
             for (step, token) in new.iter().enumerate() {
                 let ids = Tensor::new(all.as_slice(), &CPU)?.unsqueeze(0)?;
@@ -93,12 +93,12 @@ fn greedy_generation_equals_the_full_forward_pass_at_every_step() -> Result<()> 
 }
 
 #[test]
-fn a_batch_gives_each_prompt_what_it_gets_alone() -> Result<()> {
+fn a_batch_gives_the_same_text_as_single_prompts() -> Result<()> {
     for (name, gd) in models() {
         let (model, _) = model(gd)?;
         let prompts: Vec<Vec<u32>> = PROMPTS.iter().map(|p| p.bytes().map(u32::from).collect()).collect();
         for temperature in [0.0, 0.9] {
-            // The second text ends early, the first at the model's last position.
+            // The second text ends early, the first one at the last position of the model.
             let goes_on = |place: usize, count: usize| place != 1 || count < 5;
             let mut counts = vec![0; prompts.len()];
             let mut samplers = vec![sampler(temperature)?; prompts.len()];
@@ -128,14 +128,14 @@ fn a_batch_gives_each_prompt_what_it_gets_alone() -> Result<()> {
     Ok(())
 }
 
-/// Logits `[B, N, V]` of ids that continue caches, to the bit.
+/// The bits of the logits `[B, N, V]` of ids that continue cached sequences.
 fn logits(model: &Transformer, ids: &Tensor, mask: &Mask, cache: &mut [LayerCache]) -> Result<Vec<u32>> {
     let logits = model.forward(ids, &Pass::new(mask), Some(cache))?.to_dtype(DType::F32)?;
     Ok(logits.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
 }
 
 #[test]
-fn decoding_with_what_caches_keep_gives_the_logits_of_native_decoding() -> Result<()> {
+fn decoding_with_cached_key_data_equals_native_decoding() -> Result<()> {
     const LENGTHS: [usize; 3] = [150, 5, 97];
     let beacon = json!({ "conv_width": 2, "averages": 1, "prior": true, "protected": 2 });
     for (gd, dtype) in [
@@ -147,7 +147,7 @@ fn decoding_with_what_caches_keep_gives_the_logits_of_native_decoding() -> Resul
     ] {
         let name = format!("{gd} {dtype:?}");
         let (model, params) = model_of(gd, 200, dtype)?;
-        // Over variables the prior of the norms is worked out at every step.
+        // If the key norms are not cached, their prior is computed in every step.
         let anew = Transformer::new(model.config(), params.builder())?;
         let ids = |b: usize, at: usize| ((at * 29 + b * 71 + at * at * 3) % 256) as u32;
         let prompts = |b: usize| Tensor::new((0..LENGTHS[b]).map(|at| ids(b, at)).collect::<Vec<_>>(), &CPU);
@@ -168,7 +168,7 @@ fn decoding_with_what_caches_keep_gives_the_logits_of_native_decoding() -> Resul
         let (mut rows, mut different) = (vec![0, 1, 2], BTreeSet::new());
         for step in 0..12 {
             if step == 7 {
-                // The longest is done, and the others change places.
+                // The longest sequence ends, and the order of the others changes.
                 for cache in kept.iter_mut().chain(&mut plain) {
                     *cache = cache.select(&[2, 1])?;
                 }
@@ -186,14 +186,14 @@ fn decoding_with_what_caches_keep_gives_the_logits_of_native_decoding() -> Resul
     Ok(())
 }
 
-/// Runs the program; its exit code, stdout and stderr.
+/// Runs the program. Returns its exit code, stdout and stderr.
 fn gd(folder: &Path, args: &[&str]) -> Result<(i32, String, String)> {
     let output = Command::new(env!("CARGO_BIN_EXE_gd")).args(args).current_dir(folder).output()?;
     let code = output.status.code().context("an exit code")?;
     Ok((code, String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?))
 }
 
-/// A greedy call of `gd generate`; every line of its stdout as JSON.
+/// Runs `gd generate` greedily. Returns each line of stdout as JSON.
 fn generated(folder: &Path, args: &[&str]) -> Result<Vec<Value>> {
     let args = [&["generate", "model", "--temperature", "0", "--max-tokens", "12", "--json"], args].concat();
     let (code, out, err) = gd(folder, &args)?;
@@ -201,7 +201,7 @@ fn generated(folder: &Path, args: &[&str]) -> Result<Vec<Value>> {
     out.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
 }
 
-/// Saves a model with what may come with one.
+/// Saves a model with its optional files.
 fn save(folder: &Path, files: &[(&str, &str)], generation: Option<Value>) -> Result<()> {
     let (model, params) = model(models()[3].1.clone())?;
     let mut loaded = Loaded::new(model, params, Tokenizer::bytes()?);
@@ -237,14 +237,14 @@ fn the_program_continues_many_prompts_and_answers_chats() -> Result<()> {
     let text = |at: usize| both[at]["text"].as_str().unwrap_or_default();
     ensure!(plain == format!("It was{}\n\nIshmael, then{}\n", text(0), text(1)), "{plain:?}");
 
-    // A chat is the continuation of what its template writes, and shows the answer alone.
+    // A chat continues the text of its template and prints only the answer.
     let written = generated(dir, &["--prompt", "s:Be brief\nu:Hi\na:"])?;
     let chat = ["--chat", "--system", "Be brief", "--prompt", "Hi"];
     ensure!(texts(&generated(dir, &chat)?) == texts(&written));
     let (_, shown, _) = gd(dir, &[&args[..], &chat].concat())?;
     ensure!(shown == format!("{}\n", written[0]["text"].as_str().unwrap_or_default()), "{shown:?}");
 
-    // The tokens named to end a text end it, and are no part of it.
+    // An end token ends the text and is not part of it.
     let loaded = pretrained::load(&dir.join("model"), &CPU)?;
     let prompt = loaded.tokenizer.encode("It was")?;
     let mut greedy = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0)?;
@@ -263,7 +263,7 @@ fn the_program_continues_many_prompts_and_answers_chats() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_generated_is_named() -> Result<()> {
+fn invalid_prompts_and_models_are_errors() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let dir = folder.path();
     save(&dir.join("model"), &[], None)?;

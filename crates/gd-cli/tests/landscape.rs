@@ -1,4 +1,4 @@
-//! `gd landscape` against what `gd op` selects, and on files and flags that do not fit.
+//! `gd landscape` compared with `gd op`, and on invalid files and flags.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 const CPU: Device = Device::Cpu;
-/// B, Hq, Hk, N, M, D.
+/// The sizes B, Hq, Hk, N, M, D.
 const SHAPE: [usize; 6] = [2, 4, 2, 3, 7, 8];
 
 fn gd(dir: &Path, args: &str) -> Result<Output> {
@@ -22,7 +22,7 @@ fn answer(dir: &Path, args: &str) -> Result<Value> {
     Ok(serde_json::from_slice(&out.stdout)?)
 }
 
-/// Values that look random, the same on every run.
+/// Deterministic values without a visible pattern.
 fn values(n: usize, seed: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919 + seed * 104_729) as f32 * 0.37).sin() * 1.3).collect()
 }
@@ -78,7 +78,7 @@ fn the_winner_and_its_numbers_are_those_of_the_operator() -> Result<()> {
             near("energy", number(winner, "energy")?, energy[row])?;
             near("margin", number(runner_up, "energy")? - number(winner, "energy")?, margin[row])?;
             near("u*", number(&winner[mode], "u")?, coherence[row])?;
-            // The length and the energy at the coherence point, worked out here.
+            // The length, and the energy at the coherence point from its formula.
             let j = index[row] as usize;
             let key = &k[((batch * hk + head / (hq / hk)) * m + j) * d..][..d];
             let squared: f64 = q[row * d..][..d].iter().zip(key).map(|(q, k)| (q - k) * (q - k)).sum();
@@ -98,7 +98,7 @@ fn the_winner_and_its_numbers_are_those_of_the_operator() -> Result<()> {
 }
 
 #[test]
-fn the_figure_is_written_as_its_name_says() -> Result<()> {
+fn the_file_name_selects_the_format_of_the_figure() -> Result<()> {
     let dir = tempfile::tempdir()?;
     save(dir.path(), &problem()?)?;
     let found = answer(dir.path(), "landscape --in x.safetensors --keys 5,2 --out z.svg --head 2")?;
@@ -134,7 +134,7 @@ fn one_key_one_dimension_and_equal_points_have_a_figure() -> Result<()> {
 }
 
 #[test]
-fn what_does_not_fit_is_named() -> Result<()> {
+fn invalid_inputs_are_errors_that_name_them() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let dir = dir.path();
     let refused = |args: &str, code: i32, words: &[&str]| -> Result<()> {

@@ -1,4 +1,4 @@
-//! What a run logs, and the pictures and reports made from it, by the program itself.
+//! The log of a run, and the plots and reports that are made from it.
 
 use std::fs;
 use std::path::Path;
@@ -21,7 +21,7 @@ fn succeeded(output: &Output) -> Result<String> {
     Ok(String::from_utf8(output.stdout.clone())?)
 }
 
-/// The error line of a failure with this exit code.
+/// The error line of a call that must fail with this exit code.
 fn failed(output: &Output, code: i32) -> Result<String> {
     let line = String::from_utf8(output.stderr.clone())?;
     ensure!(output.status.code() == Some(code) && line.lines().count() == 1, "{:?}: {line}", output.status);
@@ -48,7 +48,7 @@ fn number(line: &Value, key: &str) -> Result<f64> {
 }
 
 #[test]
-fn a_run_is_logged_drawn_and_reported() -> Result<()> {
+fn a_run_has_a_log_plots_and_a_report() -> Result<()> {
     let folder = runs()?;
     let dir = folder.path();
     log(dir)?;
@@ -93,7 +93,7 @@ fn pictures(dir: &Path) -> Result<()> {
     succeeded(&gd(dir, "plot one --out one.png --x time --y lr,grad_norm")?)?;
     let png = fs::read(dir.join("one.png"))?;
     assert_eq!(png[..8], *b"\x89PNG\r\n\x1a\n");
-    // More than white paper: it has text and lines.
+    // The file is larger than that of an empty image.
     assert!(png.len() > 10_000, "{} bytes", png.len());
     let error = failed(&gd(dir, "plot one --y los")?, 2)?;
     assert!(error.contains("--y los") && error.contains("valid_loss"), "{error}");
@@ -110,7 +110,7 @@ fn pictures(dir: &Path) -> Result<()> {
 }
 
 fn reports(dir: &Path) -> Result<()> {
-    // Training leaves one.
+    // Training writes a report.
     let html = fs::read_to_string(dir.join("one/report.html"))?;
     succeeded(&gd(dir, "report one --out again.html")?)?;
     assert_eq!(fs::read_to_string(dir.join("again.html"))?, html);
@@ -127,7 +127,7 @@ fn reports(dir: &Path) -> Result<()> {
     ] {
         assert!(html.contains(text), "{text} is missing:\n{html}");
     }
-    // Nothing is fetched from elsewhere, and no text of the model is taken for markup.
+    // The report fetches nothing, and text of the model does not become markup.
     assert!(!html.contains("<b>") && !html.contains("src=") && !html.contains("href="), "{html}");
     succeeded(&gd(dir, "report one --out one.md")?)?;
     let text = fs::read_to_string(dir.join("one.md"))?;

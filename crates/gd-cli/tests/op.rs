@@ -1,4 +1,4 @@
-//! `gd op` on small problems with answers worked out by hand.
+//! `gd op` on small problems with hand-computed results.
 //!
 //! One head of dimension 8 in which only the first coordinate varies: queries at 0 and 3, keys at
 //! 1, 2, 2, 9, so that with beta = 1 the energies are 1, 4, 4, 81 and 4, 1, 1, 36.
@@ -25,7 +25,7 @@ fn problem() -> Result<BTreeMap<&'static str, Tensor>> {
     ]))
 }
 
-/// What the program wrote, and its JSON summary.
+/// The tensors that the program writes, and its JSON summary.
 type Answer = (HashMap<String, Tensor>, serde_json::Value);
 
 fn op(tensors: &BTreeMap<&str, Tensor>, args: &str) -> Result<Answer> {
@@ -104,7 +104,7 @@ fn scan_reads_every_optional_tensor() -> Result<()> {
 }
 
 #[test]
-fn low_precision_stays_as_it_came() -> Result<()> {
+fn half_precision_inputs_keep_their_dtype() -> Result<()> {
     for dtype in [DType::F16, DType::BF16, DType::F64] {
         let x: BTreeMap<_, _> =
             problem()?.into_iter().map(|(n, t)| Ok((n, t.to_dtype(dtype)?))).collect::<Result<_>>()?;
@@ -135,7 +135,7 @@ fn select_returns_one_row_or_none_and_the_gradients() -> Result<()> {
     assert_eq!((ints(&nothing, "index")?, &nothing.1["abstained"]), (vec![-1, -1], &2.into()));
     assert!(floats(&nothing, "out")?.iter().all(|&y| y == 0.0));
 
-    // `winner` without a gate: the value row gets all of dout, the scores nothing.
+    // Estimator `winner` without a gate: the whole gradient goes to the value row, none to the scores.
     x.insert("dout", rows(&[1.0, 5.0])?);
     let answer = op(&x, "select --estimator winner --backward")?;
     assert_eq!(floats(&answer, "dv")?, rows(&[1.0, 5.0, 0.0, 0.0])?.flatten_all()?.to_vec1::<f32>()?);
@@ -147,7 +147,7 @@ fn select_returns_one_row_or_none_and_the_gradients() -> Result<()> {
     assert_eq!(written.len(), 2);
     assert!(!answer.0.contains_key("dprior") && !answer.0.contains_key("dthreshold"));
 
-    // `candidates` moves the scores: with equal temperatures its gradient of q is that of the softmax.
+    // Estimator `candidates`: the scores get the gradient of the softmax.
     let answer = op(&x, "select --k 4 --backward")?;
     let (energy, v, k) = ([1.0f64, 4.0, 4.0, 81.0], [10.0, 20.0, 30.0, 40.0], [1.0, 2.0, 2.0, 9.0]);
     let weights: Vec<f64> = energy.iter().map(|e| (-e).exp()).collect();

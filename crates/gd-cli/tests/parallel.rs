@@ -1,5 +1,5 @@
-//! `gd train` by several ranks under a real `mpirun`: equal to one process, refused where it must be, and
-//! stopped as a whole when one rank stops.
+//! `gd train` with several ranks under `mpirun`: the results of one process, errors for inconsistent ranks, and the end
+//! of all ranks when one fails.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -16,7 +16,7 @@ const GD: &str = env!("CARGO_BIN_EXE_gd");
 const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");
 const SAMPLE: &str = include_str!("../../../models/sample.txt");
 
-/// The small configuration with two micro-batches a step, and two texts.
+/// A folder with the small configuration, two micro-batches per step, and two texts.
 fn folder() -> Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
     let mut config: Value = serde_json::from_str(SMALL)?;
@@ -34,7 +34,7 @@ fn folder() -> Result<tempfile::TempDir> {
 
 const TRAIN: &str = "train --data text.txt --config small.json --seed 3 --json";
 
-/// `gd` in `dir`, by `world` ranks, or without `mpirun` by one.
+/// Runs `gd` in `dir` with `world` ranks, or without `mpirun` for one rank.
 fn gd(dir: &Path, world: usize, args: &str) -> Command {
     let mut command = match world {
         1 => Command::new(GD),
@@ -46,7 +46,7 @@ fn gd(dir: &Path, world: usize, args: &str) -> Command {
     command
 }
 
-/// `gd` in `dir`, by as many ranks with these arguments, then as many with those.
+/// Runs `gd` in `dir` with groups of ranks that have different arguments.
 fn mpirun(dir: &Path, ranks: &[(usize, &str)]) -> Command {
     let mut command = Command::new("mpirun");
     command
@@ -60,21 +60,21 @@ fn mpirun(dir: &Path, ranks: &[(usize, &str)]) -> Command {
     command
 }
 
-/// The result on stdout.
+/// The JSON result on stdout.
 fn trained(dir: &Path, world: usize, args: &str) -> Result<Value> {
     let output = gd(dir, world, args).output().context("mpirun does not start; OpenMPI is needed")?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{world} ranks: {:?}\n{stderr}", output.status);
-    // One result and one line of progress, not one of each rank.
+    // Only one rank prints the result and the progress.
     ensure!(stderr.matches("parameters, ").count() == 1, "{stderr}");
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// Losses of the steps and norms of their gradients.
+/// The losses and gradient norms of the steps.
 fn log(folder: &Path) -> Result<Vec<[f64; 2]>> {
     let log = fs::read_to_string(folder.join("train.jsonl"))?;
     let lines: Vec<Value> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-    // The other lines are events.
+    // The other lines of the log are events.
     Ok(lines.iter().filter_map(|line| Some([line["loss"].as_f64()?, line["grad_norm"].as_f64()?])).collect())
 }
 
@@ -85,7 +85,7 @@ fn weights(folder: &Path) -> Result<Vec<(String, Tensor)>> {
     Ok(tensors)
 }
 
-/// Fails unless two runs of 20 steps are the same but for rounding.
+/// Fails unless two runs of 20 steps are equal except for rounding.
 fn require_close(one: &Path, other: &Path) -> Result<()> {
     let (a, b) = (log(one)?, log(other)?);
     ensure!((a.len(), b.len()) == (20, 20), "{} and {} steps", a.len(), b.len());
@@ -95,8 +95,8 @@ fn require_close(one: &Path, other: &Path) -> Result<()> {
             far[i] = far[i].max((a[i] - b[i]).abs() / a[i].abs());
         }
     }
-    // Adam makes steps of one size out of gradients of any: where one is near 0, rounding shows. The
-    // learning rates of these steps add up to 0.06.
+    // The size of an Adam step does not depend on the size of the gradient, so that rounding is visible where the
+    // gradient is near 0. The learning rates of these steps add up to 0.06.
     for ((_, a), (_, b)) in weights(one)?.iter().zip(weights(other)?) {
         far[2] = far[2].max((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?.into());
     }
@@ -107,10 +107,10 @@ fn require_close(one: &Path, other: &Path) -> Result<()> {
 }
 
 #[test]
-fn ranks_train_as_one_process_does() -> Result<()> {
+fn ranks_train_like_one_process() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
-    // Six rows have no equal parts for four ranks.
+    // Six rows cannot be divided equally among four ranks.
     for (config, worlds) in [("small", vec![2, 4]), ("six", vec![4])] {
         let train = TRAIN.replace("small", config);
         trained(dir, 1, &format!("{train} --out {config}1"))?;
@@ -123,7 +123,7 @@ fn ranks_train_as_one_process_does() -> Result<()> {
 }
 
 #[test]
-fn another_number_of_ranks_goes_on() -> Result<()> {
+fn a_run_resumes_with_another_number_of_ranks() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
     trained(dir, 1, &format!("{TRAIN} --out whole"))?;
@@ -150,10 +150,10 @@ fn the_same_ranks_give_the_same_bits() -> Result<()> {
 }
 
 #[test]
-fn ranks_that_do_not_fit_together_are_refused() -> Result<()> {
+fn inconsistent_ranks_are_an_error() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
-    // What rank 0 to 2 are given, what rank 3 is given, and the error.
+    // The arguments of ranks 0 to 2, those of rank 3, and the error.
     let cases = [
         (
             TRAIN.replace("small", "two"),
@@ -187,21 +187,21 @@ fn ranks_that_do_not_fit_together_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// The processes that `parent` has started.
+/// The child processes of `parent`.
 fn children(parent: u32) -> Result<Vec<u32>> {
     let list = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))?;
     Ok(list.split_whitespace().map(str::parse).collect::<Result<_, _>>()?)
 }
 
 #[test]
-fn a_killed_rank_stops_the_job_and_the_last_checkpoint_goes_on() -> Result<()> {
+fn a_killed_rank_ends_the_job_and_the_last_checkpoint_resumes() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
     let mut job =
         gd(dir, 3, "train --data text.txt --config six.json --steps 1000000 --save-every 10 --out killed");
     let mut job = job.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     let mut stderr = BufReader::new(job.stderr.take().context("no stderr")?);
-    // There are checkpoints; that of step 20 at least is whole.
+    // The checkpoint of step 20 is complete.
     let mut line = String::new();
     while !line.contains("30/1000000 steps") {
         line.clear();
@@ -210,13 +210,13 @@ fn a_killed_rank_stops_the_job_and_the_last_checkpoint_goes_on() -> Result<()> {
     let ranks = children(job.id())?;
     ensure!(ranks.len() == 3, "{} ranks", ranks.len());
     ensure!(Command::new("kill").args(["-9", &ranks[1].to_string()]).status()?.success());
-    // It ends by itself, or this test does not.
+    // The job must end without further signals.
     let mut rest = String::new();
     stderr.read_to_string(&mut rest)?;
     let status = job.wait()?;
     ensure!(!status.success(), "{status:?}");
     ensure!(rest.contains("rank 1") && rest.contains("Killed"), "{rest}");
-    // The ranks may outlive `mpirun` for a moment.
+    // The ranks can end shortly after `mpirun`.
     let runs = |rank: &u32| fs::read(format!("/proc/{rank}/cmdline")).is_ok_and(|line| !line.is_empty());
     while ranks.iter().any(runs) {
         std::thread::sleep(Duration::from_millis(20));

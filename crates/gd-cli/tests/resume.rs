@@ -1,4 +1,4 @@
-//! Runs that are stopped, killed, damaged and resumed: they end with the bits of a run that was not.
+//! Runs that are stopped, killed, damaged and resumed. Their results are bit-identical to those of an uninterrupted run.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");
 const SAMPLE: &str = include_str!("../../../models/sample.txt");
 
-/// A folder with a text and the configuration `c.json`: the small one with these values in `train`.
+/// A folder with a text and `c.json`, the small configuration with these values in `train`.
 fn folder(train: Value) -> Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
     fs::write(dir.path().join("text.txt"), SAMPLE.chars().take(12_000).collect::<String>())?;
@@ -42,7 +42,7 @@ fn succeeded(output: &Output) -> Result<Value> {
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// The error of a call that must fail with this code.
+/// The error message of a call that must fail with this exit code.
 fn failed(output: &Output, code: i32) -> Result<String> {
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.code() == Some(code), "{:?}: {error}", output.status);
@@ -51,7 +51,7 @@ fn failed(output: &Output, code: i32) -> Result<String> {
 
 const START: &str = "train --config c.json --data text.txt --seed 3 --json --out";
 
-/// The steps in a run's log, without what depends on the time.
+/// The steps in the log of a run, without the values that depend on time.
 fn steps(run: &Path) -> Result<Vec<Map<String, Value>>> {
     let text = fs::read_to_string(run.join("train.jsonl"))?;
     let lines = text.lines().map(serde_json::from_str::<Map<String, Value>>);
@@ -65,7 +65,7 @@ fn steps(run: &Path) -> Result<Vec<Map<String, Value>>> {
     Ok(lines)
 }
 
-/// Fails unless two runs of `last` steps ended with the same bits and the same log.
+/// Fails unless two runs of `last` steps have bit-identical results and the same log.
 fn assert_same(a: &Path, b: &Path, last: u64) -> Result<()> {
     let newest = format!("checkpoint-{last}");
     let files = [
@@ -110,7 +110,7 @@ fn a_run_in_bf16_keeps_masters_in_f32_and_goes_on_with_them() -> Result<()> {
     succeeded(&gd(dir, &format!("{START} split {half} --stop-after 5"))?)?;
     succeeded(&gd(dir, "train --resume split --json")?)?;
     assert_same(&dir.join("whole"), &dir.join("split"), 12)?;
-    // Near the run in f32, and not the same.
+    // The result is close to that of the f32 run, but not equal.
     let loss = |run: &Value| run["loss"].as_f64().unwrap_or(f64::NAN);
     let apart = (loss(&wide) - loss(&whole)).abs();
     assert!(apart > 0.0 && apart < 0.1, "{} and {}", loss(&wide), loss(&whole));
@@ -127,14 +127,14 @@ fn a_run_in_bf16_keeps_masters_in_f32_and_goes_on_with_them() -> Result<()> {
         let off = (rounded - weight)?.to_dtype(candle_core::DType::F32)?.abs()?.flatten_all()?.max(0)?;
         assert_eq!(off.to_scalar::<f32>()?, 0.0, "{name} is not its master, rounded");
     }
-    // In f32 it cannot go on.
+    // The run cannot be resumed in f32.
     let error = failed(&gd(dir, "train --resume split --set train.precision=f32")?, 1)?;
     assert!(error.contains("configuration") || error.contains("recipe"), "{error}");
     Ok(())
 }
 
 #[test]
-fn a_run_split_anywhere_equals_the_unbroken_one() -> Result<()> {
+fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
     let bpe = json!({"steps": 14, "accumulation": 3, "batch": 2, "eval_every": 3, "save_every": 4,
                      "tokenizer": {"bpe": {"vocab": 300}}});
     let annealed = json!({"steps": 14, "eval_every": 5, "ema": {"decay": 0.8}, "select": {"hardness": [[0.2, 0], [0.7, 1]]}});
@@ -166,7 +166,7 @@ fn a_run_split_anywhere_equals_the_unbroken_one() -> Result<()> {
         let averaged = dir.join("whole/model_ema.safetensors");
         assert_eq!(averaged.exists(), whole["ema"].is_object());
         if averaged.exists() {
-            // Loads as a model; neither the weights themselves nor their initial values.
+            // The averaged weights are a loadable model. They differ from the weights and from their initial values.
             let seen = succeeded(&gd(dir, "eval whole/model_ema.safetensors --data text.txt --json")?)?;
             let last = succeeded(&gd(dir, "eval whole --data text.txt --json")?)?;
             let loss = |seen: &Value| seen["loss"].as_f64().unwrap_or(f64::NAN);
@@ -183,7 +183,7 @@ fn a_run_split_anywhere_equals_the_unbroken_one() -> Result<()> {
 }
 
 #[test]
-fn what_does_not_fit_the_run_is_refused() -> Result<()> {
+fn a_run_does_not_resume_with_other_inputs() -> Result<()> {
     let dir = folder(json!({}))?;
     let dir = dir.path();
     succeeded(&gd(dir, &format!("{START} run --stop-after 7"))?)?;
@@ -204,11 +204,11 @@ fn what_does_not_fit_the_run_is_refused() -> Result<()> {
     refused("--steps 40", 1, &["20 steps", "40", "another one"])?;
     fs::rename(dir.join("text.txt"), dir.join("moved.txt"))?;
     refused("", 1, &["text.txt", "--data"])?;
-    // The same under another name, and flags that repeat what is so already, are accepted.
+    // Data with another path and flags that repeat the saved values are accepted.
     let args =
         "train --resume run --json --data moved.txt --config c.json --seed 3 --steps 20 --save-every 7";
     assert_eq!(succeeded(&gd(dir, args)?)?["finished"], true);
-    // A run of another process is left alone.
+    // A run that another process is training is an error.
     let lock = fs::File::open(dir.join("run"))?;
     lock.try_lock()?;
     refused("--data moved.txt", 1, &["another process"])?;
@@ -218,7 +218,7 @@ fn what_does_not_fit_the_run_is_refused() -> Result<()> {
 }
 
 #[test]
-fn a_run_may_become_longer_where_that_changes_no_step() -> Result<()> {
+fn a_run_can_be_extended_if_no_completed_step_changes() -> Result<()> {
     let lr = json!({"peak": 5e-3, "warmup": 3, "floor": 0.1, "shape": "constant"});
     let dir = folder(json!({"lr": lr, "steps": 6}))?;
     let dir = dir.path();
@@ -232,7 +232,7 @@ fn a_run_may_become_longer_where_that_changes_no_step() -> Result<()> {
 }
 
 #[test]
-fn a_damaged_checkpoint_is_passed_over_and_said() -> Result<()> {
+fn a_damaged_checkpoint_is_skipped_and_reported() -> Result<()> {
     let dir = folder(json!({"save_every": 3, "eval_every": 20}))?;
     let dir = dir.path();
     succeeded(&gd(dir, &format!("{START} whole"))?)?;
@@ -242,7 +242,7 @@ fn a_damaged_checkpoint_is_passed_over_and_said() -> Result<()> {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(&file, bytes)?;
-    // The model of an unfinished run is that of its newest whole checkpoint.
+    // The model of an unfinished run is that of its newest intact checkpoint.
     let output = gd(dir, "eval run --data text.txt --json")?;
     let found = succeeded(&output)?;
     let said = found["passed_over"].to_string();
@@ -253,16 +253,16 @@ fn a_damaged_checkpoint_is_passed_over_and_said() -> Result<()> {
     assert_eq!((&same["loss"], &same["passed_over"]), (&found["loss"], &json!([])));
     let error = failed(&gd(dir, "eval run/checkpoint-7 --data text.txt")?, 1)?;
     assert!(error.contains("checkpoint-7/state.safetensors: damaged"), "{error}");
-    // The run goes on from there, and the damaged checkpoint is kept beside it.
+    // The run resumes from that checkpoint, and the damaged one is renamed.
     let resumed = succeeded(&gd(dir, "train --resume run --json")?)?;
     assert!(resumed["passed_over"].to_string().contains("checkpoint-7"), "{resumed}");
     assert!(dir.join("run/checkpoint-7.damaged").is_dir());
     assert_same(&dir.join("whole"), &dir.join("run"), 20)?;
-    // A run is not trained over.
+    // A new run does not overwrite an existing one.
     succeeded(&gd(dir, &format!("{START} run"))?)?;
     assert!(dir.join("run.1/checkpoint-7.damaged").is_dir());
     assert_same(&dir.join("run.1"), &dir.join("run"), 20)?;
-    // A damaged model at the end of a run is one, too.
+    // A damaged final model is also detected.
     let weights = dir.join("run/model.safetensors");
     let length = fs::metadata(&weights)?.len();
     fs::OpenOptions::new().write(true).open(&weights)?.set_len(length - 1)?;
@@ -271,13 +271,13 @@ fn a_damaged_checkpoint_is_passed_over_and_said() -> Result<()> {
     Ok(())
 }
 
-/// A run that says on stderr what it has saved.
+/// A run that logs its checkpoints on stderr.
 fn spawn(dir: &Path, args: &str) -> Result<Child> {
     let mut run = command(dir, args);
     Ok(run.env("GD_LOG", "info").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
 }
 
-/// The step in the line that says that a checkpoint was saved.
+/// The step in a log line about a saved checkpoint.
 fn saved(line: &str) -> Option<u64> {
     line.split_once("saved ")?.1.rsplit_once("checkpoint-")?.1.trim().parse().ok()
 }
@@ -307,9 +307,9 @@ fn a_signal_ends_a_run_with_a_checkpoint() -> Result<()> {
     Ok(())
 }
 
-/// Ends a run at once, at random moments, 100 times over, and resumes it each time.
+/// Kills a run at random times and resumes it, 100 times.
 #[test]
-fn kills_lose_nothing_that_was_reported_saved() -> Result<()> {
+fn kills_lose_no_reported_checkpoint() -> Result<()> {
     const KILLS: usize = 100;
     const STEPS: u64 = 420;
     let dir = folder(json!({"steps": STEPS, "batch": 1, "context": 16, "eval_every": 50, "save_every": 1}))?;
@@ -324,7 +324,7 @@ fn kills_lose_nothing_that_was_reported_saved() -> Result<()> {
         };
         let mut run = spawn(dir, &args)?;
         let mut lines = BufReader::new(run.stderr.take().context("stderr")?).lines();
-        // Wait for a few checkpoints, so that the run gets on, and then for a random part of a step.
+        // Wait for some checkpoints, so that the run makes progress, and then for a random part of a step.
         let mut wanted = rng.random_range(0..3);
         let pause = if wanted == 0 { 200_000 } else { 10_000 };
         let mut text = String::new();
@@ -345,7 +345,7 @@ fn kills_lose_nothing_that_was_reported_saved() -> Result<()> {
         run.kill()?;
         run.wait()?;
         kills += usize::from(ended.is_none());
-        // What was still said before the end.
+        // The lines that were written before the kill.
         let rest = lines.map_while(|line| line.ok()).filter_map(|line| saved(&line)).max();
         reported = reported.max(rest);
         let found = gd_model::io::checkpoint::Store::new(&dir.join("run"), gd_model::io::checkpoint::System)
@@ -353,9 +353,9 @@ fn kills_lose_nothing_that_was_reported_saved() -> Result<()> {
         let found = found.context("no checkpoint is whole")?;
         ensure!(found.damaged.is_empty(), "{found:?}");
         ensure!(Some(found.step) >= reported, "{found:?}, but {reported:?} was reported");
-        // Every line of the log up to there is there.
+        // The log contains all lines up to the checkpoint.
         let logged = steps(&dir.join("run")).or_else(|_| -> Result<_> {
-            // The last line may be torn.
+            // The last line may be incomplete.
             Ok(gd_model::train::log::read(&dir.join("run/train.jsonl"))?)
         })?;
         let logged = logged.iter().filter(|line| !line.contains_key("event")).count() as u64;

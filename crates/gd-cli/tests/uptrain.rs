@@ -1,5 +1,5 @@
-//! Models with another attention that learn from the ones they were: the two losses against naive arithmetic and
-//! finite differences, and runs of `gd convert --uptrain`.
+//! Distillation of a model into a copy with another attention: the two losses compared with naive arithmetic and finite
+//! differences, and runs of `gd convert --uptrain`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,8 +29,7 @@ fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama").join(family)
 }
 
-/// A fixture, the same with some layers selecting, and ids `[2, 23]`: both models in f64, the second one with
-/// parameters.
+/// A fixture model, a copy of it with selecting layers and its parameters, and ids `[2, 23]`, all in f64.
 struct Pair {
     original: Transformer,
     learner: Transformer,
@@ -52,7 +51,7 @@ fn pair(family: &str, layers: Layers, k: usize) -> Result<Pair> {
     Ok(Pair { original, learner, vars: params.vars(), ids: Tensor::from_vec(ids, (2, 23), &CPU)? })
 }
 
-/// Compares a gradient along a direction of each parameter with the difference of the losses there.
+/// Compares the directional derivative of each parameter with a finite difference of the loss.
 fn check_directions(
     vars: &[(String, Var)],
     grads: &GradStore,
@@ -87,7 +86,7 @@ fn check_directions(
 }
 
 #[test]
-fn changed_layers_learn_what_the_others_read_and_nothing_else_learns() -> Result<()> {
+fn layer_alignment_trains_only_the_changed_layers() -> Result<()> {
     let mask = Mask::causal(0);
     let pass = Pass::new(&mask);
     for (family, layers) in [("llama", vec![0, 2]), ("qwen3", vec![1]), ("mistral", vec![0, 1])] {
@@ -97,7 +96,7 @@ fn changed_layers_learn_what_the_others_read_and_nothing_else_learns() -> Result
             let (loss, grads) = learner.layer_alignment(original, vars, &layers, ids, &pass, 0.75)?;
             Ok((pair, loss, grads))
         };
-        // Every key there is.
+        // All visible keys.
         let (_, loss, _) = aligned(64)?;
         ensure!(loss.to_scalar::<f64>()? < 1e-12, "{family}: {loss}");
         let (pair, loss, grads) = aligned(2)?;
@@ -118,7 +117,7 @@ fn changed_layers_learn_what_the_others_read_and_nothing_else_learns() -> Result
 }
 
 #[test]
-fn the_error_is_relative_to_what_the_original_reads() -> Result<()> {
+fn the_alignment_error_is_relative_to_the_teacher() -> Result<()> {
     let pair = pair("qwen2", Layers::Last(1), 2)?;
     let Pair { original, learner, vars, ids } = &pair;
     let (mask, last) = (Mask::causal(0), learner.config().num_hidden_layers - 1);
@@ -127,7 +126,7 @@ fn the_error_is_relative_to_what_the_original_reads() -> Result<()> {
     };
     let once = error(1.0)?;
     ensure!((error(0.5)? * 2.0 - once).abs() < 1e-12 && once < 4.0, "{once}");
-    // A layer that reads nothing is off by all there is.
+    // The relative error of a layer with output 0 is 1.
     let name = format!("model.layers.{last}.self_attn.o_proj.weight");
     let (_, var) = vars.iter().find(|v| v.0 == name).context("a projection")?;
     var.set(&var.zeros_like()?)?;
@@ -147,7 +146,7 @@ fn log_softmax(row: &[f64]) -> Vec<f64> {
 }
 
 #[test]
-fn text_and_the_logits_of_the_original_are_learned_by_every_parameter() -> Result<()> {
+fn distillation_trains_every_parameter() -> Result<()> {
     let (mask, kl) = (Mask::causal(0), 0.6);
     let pass = Pass::new(&mask);
     for family in ["llama", "qwen2"] {
@@ -186,7 +185,7 @@ fn text_and_the_logits_of_the_original_are_learned_by_every_parameter() -> Resul
         );
         check_directions(&vars, &got.backward()?, |_| true, || Ok(loss()?.to_scalar()?))?;
 
-        // As a run computes it, in f32.
+        // In f32, as in a run.
         let config = learner.config().clone();
         let run = Teacher::new(parts, &config, DType::F32, &CPU)?;
         ensure!(run.changed().len() == config.num_hidden_layers);
@@ -205,7 +204,7 @@ fn text_and_the_logits_of_the_original_are_learned_by_every_parameter() -> Resul
 }
 
 #[test]
-fn originals_that_do_not_fit_are_refused() -> Result<()> {
+fn incompatible_teachers_are_errors() -> Result<()> {
     let read = |family: &str| pretrained::read(&fixture(family), &CPU);
     let refused = |family: &str, learner: &ModelConfig| -> Result<String> {
         match Teacher::new(read(family)?, learner, DType::F32, &CPU) {
@@ -224,7 +223,7 @@ fn originals_that_do_not_fit_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// A folder with a text and a copy of a fixture under the name `model`, with files beside it that models have.
+/// A folder with a text and a copy `model` of a fixture, with the optional files of a model.
 fn folder(family: &str) -> Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
     fs::write(dir.path().join("text.txt"), TEXT.chars().take(8_000).collect::<String>())?;
@@ -245,7 +244,7 @@ const SHORT: &str =
     "--set train.batch=2 --set train.context=24 --set train.eval_every=5 --set train.uptrain.align=0.3";
 
 #[test]
-fn a_run_split_anywhere_equals_the_unbroken_one_and_brings_the_files_of_its_original() -> Result<()> {
+fn a_resumed_run_equals_an_uninterrupted_one_and_has_the_files_of_its_teacher() -> Result<()> {
     let folder = folder("qwen3")?;
     let dir = folder.path();
     for (k, flags) in [(1, ""), (4, "--layers last:1 --score energy --set train.accumulation=2")] {
@@ -254,7 +253,7 @@ fn a_run_split_anywhere_equals_the_unbroken_one_and_brings_the_files_of_its_orig
         );
         let whole = json(dir, &format!("{start} --out whole{k}"))?;
         ensure!(whole["finished"] == true && whole["steps"] == 12, "{whole}");
-        // In the middle of the alignment, at its end, and behind it.
+        // During the layer alignment, at its end, and after it.
         for (n, at) in [2, 4, 9].into_iter().enumerate() {
             let out = format!("split{k}-{n}");
             let first = json(dir, &format!("{start} --stop-after {at} --out {out}"))?;
@@ -289,7 +288,7 @@ fn a_run_split_anywhere_equals_the_unbroken_one_and_brings_the_files_of_its_orig
 }
 
 #[test]
-fn a_run_goes_on_only_with_the_original_it_began_with() -> Result<()> {
+fn a_run_resumes_only_with_its_teacher() -> Result<()> {
     let folder = folder("qwen2")?;
     let dir = folder.path();
     let start = format!("convert model --attention gd --uptrain --data text.txt --steps 8 {SHORT} --json");
@@ -311,7 +310,7 @@ fn a_run_goes_on_only_with_the_original_it_began_with() -> Result<()> {
 }
 
 #[test]
-fn wrong_flags_values_and_texts_are_refused() -> Result<()> {
+fn invalid_flags_values_and_texts_are_errors() -> Result<()> {
     let folder = folder("mistral")?;
     let dir = folder.path();
     json(dir, "data prepare --data text.txt --tokenizer bytes --out bytes --json")?;
@@ -335,7 +334,7 @@ fn wrong_flags_values_and_texts_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// Mean divergence of a model's predictions from those of `original`, nats per token of a text.
+/// Mean KL divergence of a model's predictions from those of `original`, in nats per token of a text.
 fn divergence(original: &Path, model: &Path) -> Result<f64> {
     let [original, model] = [original, model].map(|folder| pretrained::load(folder, &CPU));
     let (original, model) = (original?, model?);
@@ -355,7 +354,7 @@ fn divergence(original: &Path, model: &Path) -> Result<f64> {
 }
 
 #[test]
-fn a_model_with_one_key_comes_back_to_what_its_original_predicts() -> Result<()> {
+fn a_model_with_one_key_recovers_the_predictions_of_its_teacher() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let dir = dir.path();
     fs::write(dir.join("text.txt"), TEXT.chars().take(60_000).collect::<String>())?;
@@ -376,7 +375,7 @@ fn a_model_with_one_key_comes_back_to_what_its_original_predicts() -> Result<()>
     train("aligned", "--steps 60 --set train.uptrain.align=0.98")?;
     let apart = |model: &str| divergence(&dir.join("model"), &dir.join(model));
     let (swapped, learned) = (apart("swapped")?, apart("learned")?);
-    // The relative error of the aligned layers, from its log.
+    // The relative alignment error from the log.
     let log = fs::read_to_string(dir.join("aligned/train.jsonl"))?;
     let steps: Vec<Value> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     let errors: Vec<f64> = steps

@@ -1,5 +1,5 @@
-//! Bad input of every kind ends with one clear line that names the value, exit code 1 or 2, an
-//! empty stdout, and a folder in which nothing has changed.
+//! Every kind of invalid input gives one line that names the value, exit code 1 or 2, an empty stdout, and no changes in
+//! the folder.
 
 mod model;
 
@@ -10,8 +10,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
-/// One call of the program. `{dir}` in the arguments stands for the folder with the files below,
-/// `''` for an empty argument.
+/// A call of the program. `{dir}` in the arguments is replaced by the folder with the input files, `''` by an empty
+/// argument.
 #[derive(Clone)]
 struct Case {
     args: String,
@@ -23,12 +23,12 @@ fn case(args: impl Into<String>, code: i32, names: &'static [&'static str]) -> C
     Case { args: args.into(), code, names }
 }
 
-/// `gd op scan` on `file` with more flags.
+/// `gd op scan` on `file` with additional flags.
 fn scan(file: &str, flags: &str, code: i32, names: &'static [&'static str]) -> Case {
     case(format!("op scan --in {{dir}}/{file}.safetensors --out {{dir}}/y.safetensors {flags}"), code, names)
 }
 
-/// `gd op select` on `file` with more flags.
+/// `gd op select` on `file` with additional flags.
 fn select(file: &str, flags: &str, code: i32, names: &'static [&'static str]) -> Case {
     case(
         format!("op select --in {{dir}}/{file}.safetensors --out {{dir}}/y.safetensors {flags}"),
@@ -148,7 +148,7 @@ fn op_tensor_cases() -> Vec<Case> {
     ]
 }
 
-/// Writes every input file of the cases above into `dir`.
+/// Writes the input files of the cases into `dir`.
 fn write_files(dir: &Path) -> Result<()> {
     let cpu = &Device::Cpu;
     let rows = |shape: &[usize]| -> Result<Tensor> {
@@ -163,7 +163,7 @@ fn write_files(dir: &Path) -> Result<()> {
         Ok(Tensor::from_vec(values, shape, cpu)?)
     };
     let (q, k) = ([1, 2, 3, 16], [1, 2, 5, 16]);
-    // Each file holds good q, k and v, but for the tensors named.
+    // Each file contains valid q, k and v, except for the named tensors.
     let changed: Vec<(&str, &str, Tensor)> = vec![
         ("beta", "beta", floats(&[1.0, 2.0])?),
         ("packed", "cu_seqlens", ints(&[0, 2, 5])?),
@@ -221,7 +221,7 @@ fn write_files(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Every file below `dir` with its bytes.
+/// All files below `dir` with their bytes.
 fn snapshot(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(dir)? {
@@ -261,7 +261,7 @@ fn check(case: &Case, dir: &Path) -> Result<()> {
 }
 
 #[test]
-fn bad_input_ends_with_one_line_that_names_it() -> Result<()> {
+fn invalid_input_ends_with_one_line_that_names_it() -> Result<()> {
     let dir = tempfile::tempdir()?;
     write_files(dir.path())?;
     model::write_files(dir.path())?;
@@ -291,10 +291,9 @@ fn bad_input_ends_with_one_line_that_names_it() -> Result<()> {
     Ok(())
 }
 
-/// The counterpart: the same call with nothing wrong passes, so that the cases above fail for
-/// their own reason.
+/// The same call with valid input succeeds, so that the cases above fail because of their input.
 #[test]
-fn the_good_file_passes() -> Result<()> {
+fn the_valid_file_is_accepted() -> Result<()> {
     let dir = tempfile::tempdir()?;
     write_files(dir.path())?;
     for args in ["op scan --k 4", "op select --k 4 --backward"] {

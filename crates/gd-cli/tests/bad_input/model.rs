@@ -17,7 +17,7 @@ use super::{Case, case};
 
 const SMALL: &str = include_str!("../../../gd-model/tests/fixtures/small.json");
 
-/// `gd train` on the good text with the small configuration and more flags, which win.
+/// `gd train` on the valid text with the small configuration. Additional flags take precedence.
 fn train(flags: &str, code: i32, names: &'static [&'static str]) -> Case {
     let mut args = "train".to_owned();
     for (flag, value) in
@@ -30,22 +30,22 @@ fn train(flags: &str, code: i32, names: &'static [&'static str]) -> Case {
     case(format!("{args} {flags}"), code, names)
 }
 
-/// `gd eval` of a model on the good text.
+/// `gd eval` of a model on the valid text.
 fn eval(model: &str, code: i32, names: &'static [&'static str]) -> Case {
     case(format!("eval {{dir}}/{model} --data {{dir}}/good.txt"), code, names)
 }
 
-/// `gd eval` of the good model with these flags.
+/// `gd eval` of the valid model with these flags.
 fn eval_on(flags: &str, code: i32, names: &'static [&'static str]) -> Case {
     case(format!("eval {{dir}}/model {flags}"), code, names)
 }
 
-/// `gd generate` from the good model.
+/// `gd generate` with the valid model.
 fn generate(flags: &str, code: i32, names: &'static [&'static str]) -> Case {
     case(format!("generate {{dir}}/model {flags}"), code, names)
 }
 
-/// `gd compare` on the good text.
+/// `gd compare` on the valid text.
 fn compare(flags: &str, code: i32, names: &'static [&'static str]) -> Case {
     case(format!("compare --data {{dir}}/good.txt {flags}"), code, names)
 }
@@ -166,7 +166,7 @@ pub(super) fn other_cases() -> Vec<Case> {
     ]
 }
 
-/// The small configuration with one value changed; the key is a JSON pointer.
+/// The small configuration with one changed value. The key is a JSON pointer.
 fn changed(pointer: &str, value: Value) -> Result<Value> {
     let mut recipe: Value = serde_json::from_str(SMALL)?;
     let (parent, key) = pointer.rsplit_once('/').context("a pointer")?;
@@ -174,7 +174,7 @@ fn changed(pointer: &str, value: Value) -> Result<Value> {
     Ok(recipe)
 }
 
-/// Writes every text, configuration and model of the cases above into `dir`.
+/// Writes the texts, configurations and models of the cases into `dir`.
 pub(super) fn write_files(dir: &Path) -> Result<()> {
     let text = "All work is made of words, and words of letters.\n".repeat(40);
     fs::write(dir.join("good.txt"), text)?;

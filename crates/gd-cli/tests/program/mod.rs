@@ -1,5 +1,5 @@
-//! The program as tests call it: arguments separated by spaces, in a folder of the test's own.
-// Not every test file calls it in every way.
+//! Runs the program in the folder of a test, with arguments that are separated by spaces.
+// Not every test uses all functions.
 #![allow(dead_code)]
 
 use std::path::Path;
@@ -13,14 +13,14 @@ pub(crate) fn gd(dir: &Path, args: &str) -> Result<Output> {
     Ok(program.args(args.split_whitespace()).current_dir(dir).output()?)
 }
 
-/// What a call that must succeed prints.
+/// The JSON output of a call that must succeed.
 pub(crate) fn json(dir: &Path, args: &str) -> Result<Value> {
     let out = gd(dir, args)?;
     ensure!(out.status.success(), "gd {args}: {}", String::from_utf8_lossy(&out.stderr));
     Ok(serde_json::from_slice(&out.stdout)?)
 }
 
-/// The error of a call that must fail with this code: the last line.
+/// The last line of stderr of a call that must fail with this exit code.
 pub(crate) fn error(dir: &Path, args: &str, code: i32) -> Result<String> {
     let out = gd(dir, args)?;
     let text = String::from_utf8_lossy(&out.stderr).into_owned();

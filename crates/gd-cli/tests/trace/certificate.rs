@@ -1,4 +1,4 @@
-//! Files that were changed, by accident or on purpose.
+//! Trace files that were changed by accident or on purpose.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use gd_support::log_cases;
 
 use crate::{models, record, verified, written};
 
-/// A signed trace of about four KiB, and what it holds.
+/// A signed trace of about 4 KiB, its header and its records.
 fn small() -> Result<(Vec<u8>, Header, Vec<Record>)> {
     let recorded = record(&models()[0].1, "A whale", 6, &[])?;
     let bytes = written(&recorded.header, &recorded.records, Some(&key(1)))?;
@@ -21,7 +21,7 @@ fn key(seed: u8) -> SigningKey {
     SigningKey::from_bytes(&[seed; 32])
 }
 
-/// The file with the hash of its content at its end put right.
+/// The file with a corrected hash of its content at its end.
 fn sealed_again(mut bytes: Vec<u8>) -> Vec<u8> {
     let body = bytes.len() - 32;
     let hash = blake3::hash(&bytes[..body]);
@@ -30,7 +30,7 @@ fn sealed_again(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 #[test]
-fn every_flipped_bit_is_found() -> Result<()> {
+fn every_flipped_bit_is_detected() -> Result<()> {
     let (bytes, ..) = small()?;
     verified(&bytes)?;
     let (mut flips, mut alike) = (0, 0);
@@ -41,7 +41,7 @@ fn every_flipped_bit_is_found() -> Result<()> {
             changed[at] ^= 1 << bit;
             ensure!(verified(&changed).is_err(), "bit {bit} of byte {at} is not found");
             flips += 1;
-            // Nor is it by whoever puts the file's own hash right: the other hashes bind what the records say.
+            // A corrected hash of the file does not hide the change: the other hashes cover the content of the records.
             if at >= bytes.len() - 32 {
                 continue;
             }
@@ -57,7 +57,7 @@ fn every_flipped_bit_is_found() -> Result<()> {
     Ok(())
 }
 
-/// The file of these records with the header and the end of another file.
+/// A file of these records with the header and the end of another file.
 fn forged(of: &[u8], records: &[&[u8]]) -> Result<Vec<u8>> {
     let header = 12 + u32::from_le_bytes(of[8..12].try_into()?) as usize;
     let mut raw = Vec::new();
@@ -72,14 +72,14 @@ fn forged(of: &[u8], records: &[&[u8]]) -> Result<Vec<u8>> {
         bytes.extend((stored.len() as u32).to_le_bytes());
         bytes.extend(stored);
     }
-    // No more blocks, count, three hashes, signature, hash of the file.
+    // The end of the blocks, the count, three hashes, the signature, and the hash of the file.
     let end = 4 + 8 + 3 * 32 + 1 + 32 + 64 + 32;
     bytes.extend(&of[of.len() - end..]);
     Ok(sealed_again(bytes))
 }
 
 #[test]
-fn records_that_were_deleted_swapped_doubled_cut_or_spliced_are_found() -> Result<()> {
+fn deleted_swapped_duplicated_truncated_or_spliced_records_are_detected() -> Result<()> {
     let (bytes, header, records) = small()?;
     let trace = Trace::from_bytes(Path::new("trace"), &bytes)?;
     let all: Vec<&[u8]> = trace.records().collect::<gd_model::Result<_>>()?;
@@ -107,7 +107,7 @@ fn records_that_were_deleted_swapped_doubled_cut_or_spliced_are_found() -> Resul
         }
         tried += 3;
     }
-    // The other text's records, at the same places.
+    // The records of another text at the same positions.
     let other = record(&models()[0].1, "B whale", 6, &[])?;
     let other = written(&other.header, &other.records, None)?;
     let other = Trace::from_bytes(Path::new("other"), &other)?;
@@ -120,7 +120,7 @@ fn records_that_were_deleted_swapped_doubled_cut_or_spliced_are_found() -> Resul
     }
     println!("{tried} forgeries found");
     log_cases("trace-forgeries", tried);
-    // Whoever writes all of it anew has another head, and not the key.
+    // A trace that is written again has another head, and no signature of the key.
     let shorter = written(&header, &records[..n - 1], None)?;
     let forged = Trace::from_bytes(Path::new("shorter"), &shorter)?;
     trace::verify(&forged, None, None).context("a whole trace of fewer records")?;
@@ -139,12 +139,12 @@ fn records_that_were_deleted_swapped_doubled_cut_or_spliced_are_found() -> Resul
     Ok(())
 }
 
-/// Records whose hashes are right and which contradict themselves.
+/// Inconsistent records with correct hashes.
 #[test]
-fn a_selection_that_is_not_the_least_is_found() -> Result<()> {
+fn a_selection_without_the_least_energy_is_detected() -> Result<()> {
     let recorded = record(&models()[1].1, crate::PROMPT, 4, &[])?;
     let header = &recorded.header;
-    // A row with a lead, and one that abstains.
+    // A row with a margin, and one that abstains.
     let place = |wanted: fn(&trace::Row) -> bool| {
         let rows = recorded.records.iter().enumerate();
         rows.flat_map(|(i, r)| r.rows.iter().enumerate().map(move |(at, row)| (i, at, row)))
@@ -185,7 +185,7 @@ fn a_selection_that_is_not_the_least_is_found() -> Result<()> {
 }
 
 #[test]
-fn what_is_no_trace_is_named() -> Result<()> {
+fn files_that_are_not_traces_are_errors() -> Result<()> {
     let (bytes, ..) = small()?;
     let error =
         |bytes: &[u8]| -> Result<String> { Ok(verified(bytes).err().context("accepted")?.to_string()) };
@@ -198,7 +198,7 @@ fn what_is_no_trace_is_named() -> Result<()> {
     let mut more = bytes.clone();
     more.push(0);
     ensure!(error(&more)?.contains("damaged"));
-    // Headers that no run writes, under hashes that fit.
+    // Invalid headers with correct hashes.
     let recorded = record(&models()[1].1, "A whale", 0, &[])?;
     type Change<'a> = (&'a str, fn(&mut Header));
     let changes: [Change; 8] = [

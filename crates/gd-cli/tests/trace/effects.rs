@@ -1,4 +1,4 @@
-//! Forced, banned and silenced picks, and the program.
+//! Interventions that force, ban or ablate selections, and `gd trace`.
 
 use std::fs;
 use std::path::Path;
@@ -13,21 +13,21 @@ use crate::program::{error, gd, json};
 use crate::{CPU, PROMPT, model, models, record};
 
 #[test]
-fn picks_change_as_asked() -> Result<()> {
+fn interventions_change_the_selections() -> Result<()> {
     for (name, value) in models() {
         let plain = record(&value, PROMPT, 0, &[])?;
         let (heads, last) = (4, plain.records.len() - 1);
-        // Rows of layers 1 and 2, which select in every model; the first of them may be the first that selects.
+        // Rows of layers 1 and 2, which select in all models. Layer 1 may be the first that selects.
         let skipped = plain.header.layers.iter().take_while(|layer| !layer.selects).count();
         let row = |records: &[trace::Record], layer: usize, head: usize, at: usize| -> Row {
             records[at].rows[(layer - skipped) * heads + head].clone()
         };
-        // By their texts: a coherence that is not resolved is NaN.
+        // Rows are compared as text because a coherence point that is not computed is NaN.
         let same = |records: &[trace::Record], layer: usize, head: usize, at: usize| {
             format!("{:?}", row(records, layer, head, at))
                 == format!("{:?}", row(&plain.records, layer, head, at))
         };
-        // What it reads by itself, so that a ban has something to take away.
+        // The position that the head reads without an intervention, so that the ban has an effect.
         let own = |layer: usize, head: usize, at: usize| row(&plain.records, layer, head, at).selected;
         let at = (5..=last).find(|&at| own(1, 2, at) >= 0).context("every row abstains")?;
         let pick = own(1, 2, at);
@@ -37,7 +37,7 @@ fn picks_change_as_asked() -> Result<()> {
         let changed = record(&value, PROMPT, 0, &[&format!("ban 1.2@{at}:{pick}")])?;
         let (before, after) = (row(&plain.records, 1, 2, at), row(&changed.records, 1, 2, at));
         ensure!(after.selected != pick && after.slots.iter().all(|s| s.key != pick), "{name}: not banned");
-        // The runner-up, and as many candidates as before where there are as many keys.
+        // The runner-up, and the same number of candidates if there are enough keys.
         if let Some(next) = before.slots.iter().find(|s| s.key != pick && !s.rejected && s.lifted.is_none())
             && before.slots.iter().all(|s| s.lifted.is_none())
         {
@@ -47,7 +47,7 @@ fn picks_change_as_asked() -> Result<()> {
             after.slots.len() >= plain.header.layers[1].candidates.min(at),
             "{name}: {after:?} after {before:?}"
         );
-        // Other heads of the layer, and all before, read what they read.
+        // The other heads of the layer and those of earlier layers are not affected.
         for head in [0, 1, 3] {
             ensure!(same(&changed.records, 1, head, at), "{name}: head {head}");
         }
@@ -58,7 +58,7 @@ fn picks_change_as_asked() -> Result<()> {
     Ok(())
 }
 
-/// The log-probabilities of the next token, in f64.
+/// The log-probabilities of the next token in f64.
 fn next(model: &gd_model::model::pretrained::Loaded, ids: &[u32], pass: &Pass) -> Result<Vec<f64>> {
     let ids = Tensor::new(ids, &CPU)?.unsqueeze(0)?;
     let logits = model.model.forward(&ids, pass, None)?.squeeze(0)?;
@@ -79,7 +79,7 @@ fn the_effect_is_the_divergence_of_two_runs() -> Result<()> {
         Ok(trace::effect(&loaded, &header, &ids, &CPU)?)
     };
     let effect = of(&["ablate 0.1", "force 2.3:4"])?;
-    // The same two runs by hand.
+    // Two runs without `effect`.
     let acts = ["ablate 0.1", "force 2.3:4"].map(|a| a.parse::<trace::Intervention>());
     let acts = acts.into_iter().map(|a| a.map(|a| a.placed(ids.len())));
     let acts = acts.collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::msg)?;
@@ -97,7 +97,7 @@ fn the_effect_is_the_divergence_of_two_runs() -> Result<()> {
         let (before, after) = (p[change.token as usize].exp(), q[change.token as usize].exp());
         ensure!((change.before - before).abs() < 1e-6 && (change.after - after).abs() < 1e-6, "{change:?}");
     }
-    // Forcing what is read anyway changes nothing.
+    // Forcing the selected position has no effect.
     let plain = record(&models()[0].1, PROMPT, 0, &[])?;
     let own = plain.records[ids.len() - 1].rows[4 + 2].selected;
     let effect = of(&[&format!("force 1.2:{own}")])?;
@@ -120,7 +120,7 @@ fn saved(gd: &serde_json::Value, seed: u64, folder: &Path) -> Result<()> {
     Ok(model(gd, seed)?.save(folder, &card.map(|key| (key, "test".to_owned())))?)
 }
 
-/// The key of RFC 8410, section 10.3, and its public half.
+/// The private key of RFC 8410, section 10.3, and its public key.
 const KEY: &str = "-----BEGIN PRIVATE KEY-----\n\
                    MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n\
                    -----END PRIVATE KEY-----\n";
@@ -140,7 +140,7 @@ fn the_program_records_shows_and_verifies() -> Result<()> {
     let plain = json(dir, "generate m --prompts text.txt --max-tokens 10 --seed 3 --json")?;
     let text = made["text"].as_str().context("text")?;
     let whole = format!("{PROMPT}{}", plain["text"].as_str().context("text")?);
-    // A character that is not complete is not shown.
+    // An incomplete character has no text.
     ensure!(whole.starts_with(text) && text.len() > PROMPT.len(), "{text:?}, generated {whole:?}");
     let head = made["head"].as_str().context("head")?.to_owned();
     let page = fs::read_to_string(dir.join("t.html"))?;
@@ -169,7 +169,7 @@ fn the_program_records_shows_and_verifies() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_traced_is_named() -> Result<()> {
+fn invalid_trace_requests_are_errors() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let dir = folder.path();
     saved(&models()[0].1, 5, &dir.join("m"))?;

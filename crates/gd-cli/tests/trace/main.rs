@@ -1,5 +1,5 @@
-//! Traces: what is recorded is what the model read; any change to a file is found, and a replay agrees with what
-//! was recorded and with nothing else.
+//! Traces: the records contain the selections of the model, every change of a file is detected, and a replay agrees only
+//! with the recorded model and text.
 
 mod certificate;
 mod effects;
@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 const CPU: Device = Device::Cpu;
 const PROMPT: &str = "Call me Ishmael. Some years ago, never";
 
-/// Ways to select, each with its name: together every field of a record has something to hold.
+/// Configurations that together set every field of a record, with their names.
 fn models() -> [(&'static str, Value); 4] {
     let beacon = json!({ "conv_width": 4, "averages": 2, "prior": true });
     let barrier = json!({
@@ -49,7 +49,7 @@ fn models() -> [(&'static str, Value); 4] {
     ]
 }
 
-/// A model whose parameters are all random, so that every part of it matters.
+/// A model with random parameters, so that each of them affects the result.
 fn model(gd: &Value, seed: u64) -> Result<Loaded> {
     let config: ModelConfig = config::parse(json!({
         "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -70,7 +70,7 @@ fn model(gd: &Value, seed: u64) -> Result<Loaded> {
     Ok(Loaded::new(model, params, Tokenizer::bytes()?))
 }
 
-/// A recorded text.
+/// Records a text.
 struct Recorded {
     loaded: Loaded,
     header: Header,
@@ -103,7 +103,7 @@ fn record(gd: &Value, prompt: &str, max_tokens: usize, interventions: &[&str]) -
     Ok(Recorded { loaded, header, records, new })
 }
 
-/// The bytes of a trace of these records.
+/// The bytes of a trace with these records.
 fn written(header: &Header, records: &[Record], key: Option<&ed25519_dalek::SigningKey>) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut writer = Writer::new(Path::new("trace"), &mut bytes, header)?;
@@ -117,19 +117,19 @@ fn written(header: &Header, records: &[Record], key: Option<&ed25519_dalek::Sign
     Ok(bytes)
 }
 
-/// Reads and verifies the bytes of a trace.
+/// Reads and verifies a trace.
 fn verified(bytes: &[u8]) -> gd_model::Result<trace::Verified> {
     trace::verify(&Trace::from_bytes(Path::new("trace"), bytes)?, None, None)
 }
 
 #[test]
-fn a_record_says_what_the_model_read() -> Result<()> {
+fn a_record_contains_the_selections_of_the_model() -> Result<()> {
     let (mut abstained, mut lifted, mut later, mut rejected) = (0, 0, 0, 0);
     for (name, gd) in models() {
         let Recorded { loaded, header, records, new } = record(&gd, PROMPT, 20, &[])?;
         let prompt = loaded.tokenizer.encode(PROMPT)?;
         ensure!(new.len() == 20 && records.len() == prompt.len() + 20, "{name}: {} records", records.len());
-        // As without a trace.
+        // The result is the same as without recording.
         let mut sampler = Sampler::new(SAMPLING, 7)?;
         let plain =
             gd_model::infer::generate::generate(&loaded.model, &prompt, 20, &mut sampler, &CPU, |_| {
@@ -142,7 +142,7 @@ fn a_record_says_what_the_model_read() -> Result<()> {
             loaded.tokenizer.decode(&all)?.starts_with(&text) && text.starts_with(PROMPT),
             "{name}: {text}"
         );
-        // The picks of the whole text in one pass are the layers' own records.
+        // The selections of a single pass over the whole text.
         let layers = std::cell::RefCell::new(Vec::new());
         let mask = gd_kernels::Mask::causal(0);
         let pass = gd_layer::Pass { record: Some(&layers), ..gd_layer::Pass::new(&mask) };
@@ -188,7 +188,7 @@ fn a_record_says_what_the_model_read() -> Result<()> {
 }
 
 #[test]
-fn a_model_without_a_single_source_is_refused() -> Result<()> {
+fn a_model_without_a_selecting_layer_is_an_error() -> Result<()> {
     for (gd, word) in [
         (json!({ "mechanism": ["softmax"] }), "all layers are softmax attention"),
         (
@@ -199,7 +199,7 @@ fn a_model_without_a_single_source_is_refused() -> Result<()> {
         let e = record(&gd, PROMPT, 0, &[]).err().context("a trace of a blend")?.to_string();
         ensure!(e.contains(word) && e.contains("no layer that selects"), "{e}");
     }
-    // A blend of one is a selection.
+    // A blend of one candidate is a selection.
     record(
         &json!({ "mechanism": ["gd"], "select": { "estimator": "blend", "candidates": 1 } }),
         PROMPT,

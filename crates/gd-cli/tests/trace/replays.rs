@@ -1,4 +1,4 @@
-//! A recorded text run again.
+//! Replays of a recorded text.
 
 use anyhow::{Context, Result, ensure};
 use gd_model::trace::{self, Outcome, Record};
@@ -9,7 +9,7 @@ fn replay(recorded: &Recorded, records: &[Record], tolerance: f32) -> Result<Out
     Ok(trace::replay(&recorded.header, records, &recorded.loaded, tolerance, &CPU)?)
 }
 
-/// As if it had been recorded on a backend of another kind.
+/// The header with another backend, so that the replay compares with a tolerance.
 fn elsewhere(recorded: &mut Recorded) {
     recorded.header.isa = "another".into();
 }
@@ -33,7 +33,7 @@ fn a_replay_agrees_to_the_bit_and_within_the_tolerance() -> Result<()> {
     Ok(())
 }
 
-/// Moves every energy by a relative `size`, and mends all that follows from it.
+/// Changes all energies by a relative `size`, and updates the values that depend on them.
 fn shaken(recorded: &Recorded, size: f32) -> Vec<Record> {
     let mut records = recorded.records.clone();
     let mut seed = 1u32;
@@ -51,7 +51,7 @@ fn shaken(recorded: &Recorded, size: f32) -> Vec<Record> {
 }
 
 #[test]
-fn near_ties_that_fall_otherwise_are_ambiguous_and_the_rest_contradicts() -> Result<()> {
+fn different_near_ties_are_ambiguous_and_other_differences_contradict() -> Result<()> {
     let mut recorded = record(&models()[0].1, PROMPT, 12, &[])?;
     let (size, tolerance) = (0.02, 0.05);
     let shaken = shaken(&recorded, size);
@@ -63,17 +63,17 @@ fn near_ties_that_fall_otherwise_are_ambiguous_and_the_rest_contradicts() -> Res
     };
     let moved = moved(&recorded.records, &shaken);
     ensure!(moved > 5, "{moved} picks moved");
-    // On the same backend nothing may move.
+    // On the same backend every difference is a contradiction.
     let outcome = replay(&recorded, &shaken, tolerance)?;
     ensure!(outcome.exact && outcome.contradictions > 100, "{outcome:?}");
     elsewhere(&mut recorded);
     let outcome = replay(&recorded, &shaken, tolerance)?;
     ensure!(outcome.ambiguous >= 5 && outcome.ambiguous < outcome.selections / 4, "{outcome:?}");
-    // A value of another key goes into the layers above, which therefore find other energies: those contradict.
-    // In the first layer nothing but the energies was moved.
+    // The value of another key changes the energies of the layers above, which contradict the record.
+    // In the first layer only the energies were changed.
     let first = outcome.findings.iter().filter(|f| !f.starts_with("ambiguous") && f.contains("layer 0,"));
     ensure!(first.count() == 0, "{outcome:?}");
-    // What moved by more than the tolerance contradicts in the first layer already.
+    // Changes above the tolerance are contradictions in the first layer.
     let outcome = replay(&recorded, &shaken, 1e-4)?;
     ensure!(outcome.contradictions > 400, "{outcome:?}");
     ensure!(outcome.findings.iter().any(|f| f.contains("layer 0,")), "{outcome:?}");
@@ -81,7 +81,7 @@ fn near_ties_that_fall_otherwise_are_ambiguous_and_the_rest_contradicts() -> Res
 }
 
 #[test]
-fn another_text_or_model_is_not_what_was_recorded() -> Result<()> {
+fn a_replay_with_another_text_or_model_is_an_error() -> Result<()> {
     let gd = models()[0].1.clone();
     let recorded = record(&gd, PROMPT, 8, &[])?;
     let mut records = recorded.records.clone();

@@ -4,10 +4,10 @@
 //! The records are little-endian and concatenated. Each consists of a u32 length and that many bytes:
 //! - u32 position (consecutive), u32 token id, u32 flags (1: generated), u16 text length in bytes and UTF-8 text;
 //! - for each head of each selecting layer of the header: i32 selected position (-1: abstained); f32 energy, margin to
-//!   the runner-up (+inf: no runner-up), coherence point u* (NaN: not computed), gate, share of the output norm from the
-//!   selected value, share from the running average; i32 position read in each later round (-1: none); u8 number of
-//!   candidates, and for each candidate: i32 position, u8 flags (1 protected, 2 rejected by the threshold, 4 raised by
-//!   the barrier), f32 energy from the scan, and f32 energy after the barrier if flag 4 is set.
+//!   the runner-up (+inf: no runner-up), coherence point u* (NaN: not computed), gate, share of the output norm that
+//!   the selected value has, share that the running average has; i32 position read in each later round (-1: none); u8
+//!   number of candidates, and for each candidate: i32 position, u8 flags (1 protected, 2 rejected by the threshold,
+//!   4 raised by the barrier), f32 energy from the scan, and f32 energy after the barrier if flag 4 is set.
 
 use std::io::Write;
 

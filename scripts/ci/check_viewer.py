@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Opens the viewer's page in headless Chromium, presses its keys and compares what it shows with the traces' records.
+"""Tests the page of the trace viewer in headless Chromium: presses keys and compares the page with the records.
 
     python3 -m venv venv && venv/bin/pip install websockets
     cargo build --release -p gd-cli --example viewer
     venv/bin/python scripts/ci/check_viewer.py [--target target/release] [--shots DIR]
 
-The traces are made here, at random from a fixed seed. Needs Chromium (Debian: chromium), in $CHROMIUM or on the path.
-Paths are counted again here, from the other end. Prints each part's checks and the time of a frame after a key; ends
-with exit code 1 at the first check that fails, or where Chromium or the example is missing.
+The traces are random, with a fixed seed. Needs Chromium (Debian: chromium), in $CHROMIUM or on the path.
+The expected path counts are computed here with another algorithm. Prints the number of checks of each part and the time
+of a frame after a key. The exit code is 1 if a check fails, or if Chromium or the example is missing.
 """
 
 import argparse
@@ -33,23 +33,23 @@ GENERATED, PROTECTED, REJECTED, LIFTED = 1, 1, 2, 4
 checks = 0
 
 
-def check(fits, *what):
+def check(condition, *what):
     global checks
     checks += 1
-    if not fits:
+    if not condition:
         sys.exit(f"check {checks} failed: {' '.join(map(str, what))}")
 
 
-def same(found, expected, *what):
-    check(found == expected, *what, f"the page has {found!r}, expected {expected!r}")
+def same(actual, expected, *what):
+    check(actual == expected, *what, f"the page has {actual!r}, expected {expected!r}")
 
 
-def single(x):
+def to_f32(x):
     return struct.unpack("<f", struct.pack("<f", x))[0]
 
 
-class Made:
-    """A made-up trace: `layers` of (heads, rounds, threshold or none), or a name for one that blends."""
+class RandomTrace:
+    """A random trace. `layers` lists (heads, rounds, threshold or None), or the mechanism of a layer that blends."""
 
     def __init__(self, seed, tokens, layers, first=0):
         self.random = random.Random(seed)
@@ -86,21 +86,22 @@ class Made:
             flags = PROTECTED * (rng.random() < 0.2)
             flags |= REJECTED * (threshold is not None and energy > threshold)
             lifted = LIFTED * (n == 1 and rng.random() < 0.2)
-            candidates.append({"key": key, "flags": flags | lifted, "energy": single(energy),
-                               "lifted": single(energy - 0.005)})
-        kept = [c for c in candidates if not c["flags"] & REJECTED]
-        if not kept or rng.random() < 0.05:
-            kept = []
-        margin = single(kept[1]["energy"] - kept[0]["energy"]) if len(kept) > 1 else math.inf
-        later = [kept[n]["key"] if n < len(kept) else -1 for n in range(1, rounds)]
+            candidates.append({"key": key, "flags": flags | lifted, "energy": to_f32(energy),
+                               "lifted": to_f32(energy - 0.005)})
+        admitted = [c for c in candidates if not c["flags"] & REJECTED]
+        if not admitted or rng.random() < 0.05:
+            admitted = []
+        margin = to_f32(admitted[1]["energy"] - admitted[0]["energy"]) if len(admitted) > 1 else math.inf
+        later = [admitted[n]["key"] if n < len(admitted) else -1 for n in range(1, rounds)]
         value = rng.random()
-        return {"selected": kept[0]["key"] if kept else -1, "energy": kept[0]["energy"] if kept else math.inf,
-                "margin": margin, "coherence": rng.random() if rng.random() < 0.8 else math.nan, "gate": 1.0,
-                "value": single(value), "average": single((1 - value) * rng.random()), "later": later,
+        selected, energy = (admitted[0]["key"], admitted[0]["energy"]) if admitted else (-1, math.inf)
+        return {"selected": selected, "energy": energy, "margin": margin,
+                "coherence": rng.random() if rng.random() < 0.8 else math.nan, "gate": 1.0,
+                "value": to_f32(value), "average": to_f32((1 - value) * rng.random()), "later": later,
                 "candidates": candidates}
 
     def change(self, share, seed):
-        """Other picks in a share of the cells, each among the candidates."""
+        """Changes the selection in a share of the cells to a random candidate."""
         rng = random.Random(seed)
         for row in self.rows:
             for cell in row:
@@ -128,15 +129,14 @@ class Made:
         return self.rows[p - self.first]
 
     def reads(self, p, layer):
-        """Every key read at a position in a layer, in all rounds."""
+        """All positions that a layer reads at position p, in all rounds."""
         if p < self.first:
             return []
         cells = [c for (at, _), c in zip(self.cells, self.row(p)) if at == layer]
         return [key for c in cells for key in [c["selected"], *c["later"]] if key >= 0]
 
-    def ways(self, start, goals, depth):
-        """How many paths lead from `start` through the last `depth` selecting layers to each goal, counted from the
-        goals up, and how many there are in all."""
+    def path_counts(self, start, goals, depth):
+        """The number of paths from `start` through the last `depth` selecting layers to each goal, and in total."""
         names = [layer for layer, _ in self.layers][len(self.layers) - depth:]
 
         @cache
@@ -149,14 +149,14 @@ class Made:
         return {goal: count(depth - 1, start, goal) for goal in goals}, count(depth - 1, start, None)
 
     def reached(self, start, depth):
-        held = {start}
+        positions = {start}
         for layer, _ in self.layers[::-1][:depth]:
-            held |= {key for p in held for key in self.reads(p, layer)}
-        return held
+            positions |= {key for p in positions for key in self.reads(p, layer)}
+        return positions
 
 
 class Build:
-    """Pages from the example program."""
+    """Creates pages with the example program."""
 
     def __init__(self, target, folder):
         self.program, self.folder, self.count = Path(target) / "examples/viewer", Path(folder), 0
@@ -166,10 +166,10 @@ class Build:
     def page(self, *traces, cut=0):
         self.count += 1
         base, args = self.folder / f"page{self.count}", []
-        for n, (name, made) in enumerate(traces):
+        for n, (name, trace) in enumerate(traces):
             header, records = base.with_suffix(f".{n}.json"), base.with_suffix(f".{n}.bin")
-            header.write_text(json.dumps(made.header))
-            data = made.records()
+            header.write_text(json.dumps(trace.header))
+            data = trace.records()
             records.write_bytes(data if not cut else cut_inside(data, cut))
             args += [name, header, records]
         path = base.with_suffix(".html")
@@ -178,7 +178,7 @@ class Build:
 
 
 def cut_inside(data, count):
-    """The first record without its last bytes, its length set right."""
+    """The first record without its last `count` bytes, with a correct length."""
     (length,) = struct.unpack_from("<I", data)
     return struct.pack("<I", length - count) + data[4:4 + length - count]
 
@@ -188,74 +188,76 @@ def number(text):
 
 
 def near(text, x):
-    """Whether a shown number is `x` to its four digits."""
-    found = number(text)
-    return found == x or abs(found - x) <= 6e-4 * abs(x)
+    """Whether a formatted number is `x` with four significant digits."""
+    value = number(text)
+    return value == x or abs(value - x) <= 6e-4 * abs(x)
 
 
-def matrix(tab, made, p, view=1):
+def matrix(tab, trace, p, view=1):
     cells = tab.js(f"""[...document.querySelectorAll('.trace:nth-of-type({view}) .matrix [data-cell]')].map((c) =>
         [c.dataset.cell, c.textContent, c.getAttribute('aria-label'), c.className.includes('abstained')])""")
-    same([c[0] for c in cells], [f"{layer}.{head}" for layer, head in made.cells], "the heads in the matrix")
-    for (name, text, label, abstained), c in zip(cells, made.row(p)):
-        gone = c["selected"] < 0
-        same(abstained, gone, f"position {p} head {name}: whether it abstained")
-        if gone:
+    same([c[0] for c in cells], [f"{layer}.{head}" for layer, head in trace.cells], "the heads in the matrix")
+    for (name, text, label, abstained), c in zip(cells, trace.row(p)):
+        expected = c["selected"] < 0
+        same(abstained, expected, f"position {p} head {name}: whether it abstained")
+        if expected:
             same((text, "abstained" in label), ("∅", True), f"position {p} head {name}")
             continue
-        endless = math.isinf(c["margin"])
-        same(text, f"{p - c['selected']}{'∞' if endless else ''}", f"position {p} head {name}")
+        no_runner_up = math.isinf(c["margin"])
+        same(text, f"{p - c['selected']}{'∞' if no_runner_up else ''}", f"position {p} head {name}")
         check(f"reads position {c['selected']} " in label, label)
         shown = re.search(r"margin (\S+)|(no runner-up)", label)
-        check(bool(shown[2]) if endless else near(shown[1].rstrip(";"), c["margin"]), label, c["margin"])
+        check(bool(shown[2]) if no_runner_up else near(shown[1].rstrip(";"), c["margin"]), label, c["margin"])
 
 
-def paths(tab, made, p, sample=None):
+def paths(tab, trace, p, sample=None):
     rows = tab.js("""[...document.querySelectorAll('.paths tr[data-layer]')].map((r) => [r.dataset.layer,
         r.querySelector('.positions').textContent, r.querySelector('.paths').textContent])""")
     plain = lambda text: int(text.replace("\u202f", ""))
-    same([row[0] for row in rows], [str(layer) for layer, _ in made.layers[::-1]], "layers of the paths")
+    same([row[0] for row in rows], [str(layer) for layer, _ in trace.layers[::-1]], "layers of the paths")
     for depth, (layer, positions, total) in enumerate(rows, 1):
-        held = made.reached(p, depth)
-        same(plain(positions), len(held), f"positions reached from {p} down to layer {layer}")
-        same(plain(total), made.ways(p, [], depth)[1], f"paths from {p} down to layer {layer}")
+        expected = trace.reached(p, depth)
+        same(plain(positions), len(expected), f"positions reached from {p} down to layer {layer}")
+        same(plain(total), trace.path_counts(p, [], depth)[1], f"paths from {p} down to layer {layer}")
     shown = tab.js("""[...document.querySelectorAll('[data-paths]')].map((t) =>
         [+t.dataset.position, t.dataset.paths])""")
     check(len(shown) > 30, "only", len(shown), "tokens are in view")
-    picked = shown if sample is None else random.Random(p).sample(shown, sample)
-    expected, _ = made.ways(p, {position for position, _ in picked}, len(made.layers))
-    for position, count in picked:
+    checked = shown if sample is None else random.Random(p).sample(shown, sample)
+    expected, _ = trace.path_counts(p, {position for position, _ in checked}, len(trace.layers))
+    for position, count in checked:
         same(int(count), expected[position], f"paths from {p} to {position}")
 
 
-def candidates(tab, made, p, c):
-    layer, head = made.cells[c]
-    cell, threshold = made.row(p)[c], dict(made.layers)[layer][2]
+def candidates(tab, trace, p, c):
+    layer, head = trace.cells[c]
+    cell, threshold = trace.row(p)[c], dict(trace.layers)[layer][2]
     rows = tab.js("""[...document.querySelectorAll('.candidates tr[data-key]')].map((r) =>
         [+r.dataset.key, ...[...r.children].slice(1).map((d) => d.textContent)])""")
     same([row[0] for row in rows], [k["key"] for k in cell["candidates"]], f"candidates of {layer}.{head} at {p}")
-    for (key, energy, lifted, protected, fate), k in zip(rows, cell["candidates"]):
+    for (key, energy, lifted, protected, outcome), k in zip(rows, cell["candidates"]):
         check(near(energy, k["energy"]), f"energy of {key}: {energy}, {k['energy']} expected")
         check(near(lifted, k["lifted"]) if k["flags"] & LIFTED else lifted == "", f"lift of {key}: {lifted}")
         same(protected == "yes", bool(k["flags"] & PROTECTED), f"protection of {key}")
         word = ("selected" if key == cell["selected"] else "round" if key in cell["later"]
                 else "threshold" if k["flags"] & REJECTED else "not least")
-        check(word in fate and (word != "threshold" or f"> {threshold:g}" in fate), f"fate of {key}: {fate}, {word}")
+        check(word in outcome and (word != "threshold" or f"> {threshold:g}" in outcome),
+              f"outcome of {key}: {outcome}, {word}")
     reads = tab.js("""[...document.querySelectorAll('.arrow')].map((a) => a.getAttribute('aria-label'))""")
     expected = [key for key in [cell["selected"], *cell["later"]] if key >= 0]
     check(len(reads) <= len(expected) and all(f"layer {layer} head {head} " in r for r in reads), reads, expected)
 
 
-def totals(tab, made):
+def totals(tab, trace):
     rows = tab.js("""[...document.querySelectorAll('.totals tr[data-cell]')].map((r) =>
         [...r.children].map((d) => d.textContent))""")
     for c, (name, abstains, margin, zero) in enumerate(rows):
-        column = [row[c] for row in made.rows]
-        picked = [cell for cell in column if cell["selected"] >= 0]
-        margins = [cell["margin"] for cell in picked if math.isfinite(cell["margin"])]
-        same(abstains, f"{100 * (1 - len(picked) / len(column)):.1f} %", f"abstention of {name}")
+        column = [row[c] for row in trace.rows]
+        selecting = [cell for cell in column if cell["selected"] >= 0]
+        margins = [cell["margin"] for cell in selecting if math.isfinite(cell["margin"])]
+        same(abstains, f"{100 * (1 - len(selecting) / len(column)):.1f} %", f"abstention of {name}")
         check(near(margin, statistics.fmean(margins)), f"mean margin of {name}: {margin}")
-        same(zero, f"{100 * sum(cell['selected'] == 0 for cell in picked) / len(picked):.1f} %", f"first token, {name}")
+        share = sum(cell["selected"] == 0 for cell in selecting) / len(selecting)
+        same(zero, f"{100 * share:.1f} %", f"first token, {name}")
 
 
 def chosen(tab, view=1):
@@ -263,12 +265,12 @@ def chosen(tab, view=1):
 
 
 def one_trace(browser, build):
-    made = Made(1, 300, [(4, 1, None), "softmax", (3, 3, 2.0), (4, 1, 2.5)])
-    tab = browser.open(build.page((f"{EVIL} small", made)))
+    trace = RandomTrace(1, 300, [(4, 1, None), "softmax", (3, 3, 2.0), (4, 1, 2.5)])
+    tab = browser.open(build.page((f"{EVIL} small", trace)))
     same(chosen(tab), 299, "the token chosen at first")
-    totals(tab, made)
+    totals(tab, trace)
     hashes = tab.js("document.querySelector('.proof dl').textContent")
-    for text in [*made.header["model"].values()][1:] + [made.header["input"], str(2**63 + 1), EVIL, "not chained"]:
+    for text in [*trace.header["model"].values()][1:] + [trace.header["input"], str(2**63 + 1), EVIL, "not chained"]:
         check(text in hashes, f"{text} is not among the hashes: {hashes}")
     blends = tab.js("document.querySelector('.blends').textContent")
     same(blends, "softmax: blends, no single source", "the layer that does not select")
@@ -287,10 +289,10 @@ def one_trace(browser, build):
             p = min(299, max(0, p + by))
         tab.settle()
         same(chosen(tab), p, f"the token chosen after key {step}, {key}")
-        matrix(tab, made, p)
+        matrix(tab, trace, p)
         if step % 4 == 0:
-            paths(tab, made, p)
-    # Up and down lead back, and a page leads further than a line.
+            paths(tab, trace, p)
+    # Up reverses Down, and Page Down moves further than one line.
     tab.press("/")
     tab.type("150")
     tab.press("Enter")
@@ -314,13 +316,13 @@ def one_trace(browser, build):
     for key, at in [("", 0), ("ArrowRight", 1), ("ArrowDown", 5), ("ArrowRight", 6), ("ArrowDown", 9), ("Home", 7)]:
         if key:
             tab.press(key)
-        same(tab.js("document.activeElement.dataset.cell"), "{}.{}".format(*made.cells[at]), "focus in the matrix")
+        same(tab.js("document.activeElement.dataset.cell"), "{}.{}".format(*trace.cells[at]), "focus in the matrix")
         tab.press("Enter")
         tab.settle()
         same(tab.js("document.querySelector('.matrix [aria-selected=true]')?.dataset.cell"),
-             "{}.{}".format(*made.cells[at]), "the head alone")
-        candidates(tab, made, 199, at)
-    followed = made.row(199)[7]["selected"]
+             "{}.{}".format(*trace.cells[at]), "the head alone")
+        candidates(tab, trace, 199, at)
+    followed = trace.row(199)[7]["selected"]
     tab.press("f")
     tab.settle()
     same(chosen(tab), followed if followed >= 0 else 199, "the key of the head alone")
@@ -330,7 +332,7 @@ def one_trace(browser, build):
     same(chosen(tab), 199, "the way back")
     same(tab.js("document.querySelectorAll('.matrix [aria-selected=true]').length"), 0, "no head alone")
     # The arrows of all heads: one for each read that is not out of view on the side of the token itself.
-    expected = sum(len(made.reads(199, layer)) for layer, _ in made.layers)
+    expected = sum(len(trace.reads(199, layer)) for layer, _ in trace.layers)
     drawn = tab.js("document.querySelectorAll('.arrow').length")
     check(0 < drawn <= expected, f"{drawn} arrows for {expected} reads")
     tab.press("r")
@@ -342,8 +344,8 @@ def one_trace(browser, build):
     tab.js("document.querySelector('.shares').open = true")
     tab.settle()
     texts = tab.js("[...document.querySelectorAll('.shares tbody tr')].map((r) => r.children[2].textContent)")
-    same(texts, [f"{100 * c['value']:.1f} %" for c in made.row(199)], "shares of the selected value")
-    # A click chooses; what the page shows is the text, and none of it has become part of the page.
+    same(texts, [f"{100 * c['value']:.1f} %" for c in trace.row(199)], "shares of the selected value")
+    # A click chooses a token. Text of the trace is shown as text and does not become markup.
     tab.press("Home")
     tab.settle()
     spot = tab.js("(({ x, y, width }) => [x + width / 2, y + 5])(document.querySelector("
@@ -351,7 +353,7 @@ def one_trace(browser, build):
     tab.click(*spot)
     tab.settle()
     same(chosen(tab), 9, "the token chosen by a click")
-    evil = made.texts.index(EVIL)
+    evil = trace.texts.index(EVIL)
     tab.press("/")
     tab.type(str(evil))
     tab.press("Enter")
@@ -360,13 +362,13 @@ def one_trace(browser, build):
     same(shown, EVIL, "a token that looks like markup")
     same(tab.js("[document.images.length, typeof window.evil]"), [0, "undefined"], "markup of a token in the page")
     clean(tab)
-    # Nor may the page run or fetch anything else.
+    # The policy forbids other scripts and requests.
     tab.js("document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.evil = 1' }))")
     same(tab.js("typeof window.evil"), "undefined", "a script put into the page")
     refused = tab.js("fetch('http://127.0.0.1:9/').then(() => 'fetched', () => 'refused')")
     same(refused, "refused", "a fetch from the page")
     check(any("Content Security Policy" in error for error in tab.errors), "the policy did not forbid it:", tab.errors)
-    return made
+    return trace
 
 
 def clean(tab):
@@ -376,23 +378,23 @@ def clean(tab):
 
 
 def deep(browser, build):
-    """Counts beyond 2^53."""
-    made = Made(3, 150, [(9, 1, None)] * 30)
-    tab = browser.open(build.page(("deep", made)))
+    """Path counts above 2^53."""
+    trace = RandomTrace(3, 150, [(9, 1, None)] * 30)
+    tab = browser.open(build.page(("deep", trace)))
     tab.wait("document.querySelector('.paths .paths').textContent !== '…'")
-    paths(tab, made, 149, sample=12)
-    total = made.ways(149, [], 30)[1]
+    paths(tab, trace, 149, sample=12)
+    total = trace.path_counts(149, [], 30)[1]
     check(total > 2**53, f"{total} paths do not need more than a double")
     clean(tab)
 
 
-def late(browser, build):
-    """A trace that begins later than its text: keys without a record."""
-    made = Made(4, 80, [(3, 1, None), (2, 2, 2.0)], first=40)
-    tab = browser.open(build.page(("late", made)))
+def late_start(browser, build):
+    """A trace that starts after the beginning of its text, so that some keys have no record."""
+    trace = RandomTrace(4, 80, [(3, 1, None), (2, 2, 2.0)], first=40)
+    tab = browser.open(build.page(("late", trace)))
     for _ in range(5):
-        matrix(tab, made, chosen(tab))
-        paths(tab, made, chosen(tab))
+        matrix(tab, trace, chosen(tab))
+        paths(tab, trace, chosen(tab))
         tab.press("k")
         tab.settle()
     clean(tab)
@@ -400,7 +402,7 @@ def late(browser, build):
 
 def two_traces(browser, build):
     shape = [(4, 1, None), (3, 1, 2.5)]
-    left, right = Made(5, 250, shape), Made(5, 250, shape)
+    left, right = RandomTrace(5, 250, shape), RandomTrace(5, 250, shape)
     right.change(0.02, 6)
     tab = browser.open(build.page(("left", left), ("right", right)))
     apart = [[a["selected"] != b["selected"] for a, b in zip(*rows)] for rows in zip(left.rows, right.rows)]
@@ -409,25 +411,25 @@ def two_traces(browser, build):
     same(tab.js("document.querySelector('#differences').textContent"),
          f"{count} of 1\u202f750 selections differ, 0 tokens", "the differences of the two")
     tab.press("Home")
-    found, at = [], -1
+    visited, at = [], -1
     for _ in range(12):
         tab.press("n")
         tab.settle()
         at = next(p for p in range(max(at, 0) + 1, 250) if any(apart[p]))
-        found.append((chosen(tab), chosen(tab, 2)))
-        same(found[-1], (at, at), "the next difference, in both")
-        for view, made in [(1, left), (2, right)]:
-            matrix(tab, made, at, view)
+        visited.append((chosen(tab), chosen(tab, 2)))
+        same(visited[-1], (at, at), "the next difference, in both")
+        for view, trace in [(1, left), (2, right)]:
+            matrix(tab, trace, at, view)
             marks = tab.js(f"[...document.querySelectorAll('.trace:nth-of-type({view}) .matrix [data-cell]')]"
                            ".map((c) => c.className.includes('differs'))")
             same(marks, apart[at], f"the marks of differences at {at}")
     tab.press("p")
     tab.settle()
-    same(chosen(tab, 2), found[-2][0], "the previous difference")
+    same(chosen(tab, 2), visited[-2][0], "the previous difference")
     tab.press("u")
     tab.press("End")
     tab.settle()
-    same((chosen(tab), chosen(tab, 2)), (249, found[-2][0]), "the choice once unlinked")
+    same((chosen(tab), chosen(tab, 2)), (249, visited[-2][0]), "the choice once unlinked")
     tab.press("u")
     tab.settle()
     same(chosen(tab, 2), 249, "the choice once linked again")
@@ -435,15 +437,15 @@ def two_traces(browser, build):
 
 
 def broken(browser, build):
-    page = build.page(("cut", Made(7, 3, [(2, 1, None)])), cut=5)
+    page = build.page(("cut", RandomTrace(7, 3, [(2, 1, None)])), cut=5)
     tab = browser.open(page, ready="document.querySelector('[role=alert]')")
     text = tab.js("document.querySelector('[role=alert]').textContent")
     check("cannot be shown" in text and "record 0" in text, text)
 
 
 def speed(browser, build):
-    made = Made(8, 10_000, [(6, 1, None)] * 6)
-    tab = browser.open(build.page(("long", made)))
+    trace = RandomTrace(8, 10_000, [(6, 1, None)] * 6)
+    tab = browser.open(build.page(("long", trace)))
     opened = tab.js("performance.now()")
     tab.send("Performance.enable", timeDomain="threadTicks")
     busy = lambda: {m["name"]: m["value"] for m in tab.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
@@ -453,7 +455,7 @@ def speed(browser, build):
         for (const key of keys) {{
             const start = performance.now();
             document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{ key, bubbles: true }}));
-            // The page draws in a frame's callback; a message after it arrives once that frame is laid out and painted.
+            // The page draws in a frame callback. A message that is sent there arrives after layout and paint.
             await new Promise((done) => requestAnimationFrame(() => {{
                 const channel = new MessageChannel();
                 channel.port1.onmessage = done;
@@ -468,13 +470,13 @@ def speed(browser, build):
           f"{middle:.1f} ms (median), {worst:.1f} ms (longest), {work:.1f} ms of the page's thread a key")
     drawn = tab.js("document.querySelectorAll('.token').length")
     check(drawn < 3000, f"{drawn} tokens are in the document")
-    matrix(tab, made, chosen(tab))
-    paths(tab, made, chosen(tab), sample=4)
+    matrix(tab, trace, chosen(tab))
+    paths(tab, trace, chosen(tab), sample=4)
     clean(tab)
 
 
-def looks(browser, build, shots):
-    """Pictures to look at, and that no page is wider than its window."""
+def layouts(browser, build, shots):
+    """Checks that no page is wider than its window, and takes screenshots."""
     one = build.page(("out/small.trace", prose(9)))
     two = build.page(("a.trace", prose(9)), ("b.trace", prose(9, change=0.05)))
     for name, page in [("one", one), ("two", two)]:
@@ -499,12 +501,12 @@ def looks(browser, build, shots):
 
 
 def prose(seed, change=0.0):
-    made = Made(seed, 420, [(4, 1, None), (4, 1, 2.5), "softmax", (4, 1, 2.5)])
+    trace = RandomTrace(seed, 420, [(4, 1, None), (4, 1, 2.5), "softmax", (4, 1, 2.5)])
     text = (Path(__file__).resolve().parents[2] / "models/sample.txt").read_text()[:10000]
-    made.texts = re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)[:420]
+    trace.texts = re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)[:420]
     if change:
-        made.change(change, seed)
-    return made
+        trace.change(change, seed)
+    return trace
 
 
 def main():
@@ -516,9 +518,9 @@ def main():
         args.shots.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, Browser(find_chromium()) as browser:
         build = Build(args.target, folder)
-        parts = {"one trace": one_trace, "counts beyond 2^53": deep, "a trace that begins late": late,
+        parts = {"one trace": one_trace, "counts above 2^53": deep, "a trace that starts late": late_start,
                  "two traces": two_traces, "a broken trace": broken, "a long trace": speed,
-                 "widths": lambda browser, build: looks(browser, build, args.shots)}
+                 "widths": lambda browser, build: layouts(browser, build, args.shots)}
         for name, part in parts.items():
             before = checks
             part(browser, build)

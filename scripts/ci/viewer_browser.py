@@ -1,4 +1,4 @@
-"""Headless Chromium by its DevTools protocol, as far as check_viewer.py needs it."""
+"""The part of the DevTools protocol of headless Chromium that check_viewer.py needs."""
 
 import base64
 import json
@@ -12,34 +12,34 @@ import time
 
 from websockets.sync.client import connect
 
-# Patience with a page, in seconds.
-PATIENCE_S = 60
+# Timeout of a wait for the browser, in seconds.
+TIMEOUT_S = 60
 
 
 def find_chromium():
-    """The browser's path; ends the program where there is none."""
+    """Returns the path of the browser, or ends the program if there is none."""
     names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    return found or sys.exit("no Chromium on the path (Debian: apt-get install chromium) and none in $CHROMIUM")
+    path = next((path for name in names if name and (path := shutil.which(name))), None)
+    return path or sys.exit("no Chromium on the path (Debian: apt-get install chromium) and none in $CHROMIUM")
 
 
 class Browser:
-    """A browser of its own, with a profile that is thrown away."""
+    """A browser process with a temporary profile."""
 
     def __init__(self, program):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        # A root user, as in most containers, cannot have the sandbox.
+        # The sandbox does not work for root, as in most containers.
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
         self.process = subprocess.Popen(
             [program, "--headless", *sandbox, "--disable-gpu", "--remote-debugging-port=0", "--no-first-run",
              f"--user-data-dir={self.profile.name}", "about:blank"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
             text=True)
         for line in self.process.stderr:
-            if found := re.search(r"DevTools listening on (ws://\S+)", line):
+            if match := re.search(r"DevTools listening on (ws://\S+)", line):
                 break
         else:
-            sys.exit(f"{program} ended before it listened")
-        self.socket = connect(found[1], max_size=None)
+            sys.exit(f"{program} ended before it opened its debugging port")
+        self.socket = connect(match[1], max_size=None)
         self.sent, self.tabs = 0, {}
 
     def __enter__(self):
@@ -47,16 +47,16 @@ class Browser:
 
     def __exit__(self, *_):
         self.send("Browser.close")
-        self.process.wait(timeout=PATIENCE_S)
+        self.process.wait(timeout=TIMEOUT_S)
         self.profile.cleanup()
 
     def send(self, method, session=None, **params):
-        """Sends a command and waits for its answer; events on the way go to their tabs."""
+        """Sends a command and waits for its answer. Events that arrive meanwhile are passed to their tabs."""
         self.sent += 1
         message = {"id": self.sent, "method": method, "params": params}
         self.socket.send(json.dumps(message | ({"sessionId": session} if session else {})))
         while True:
-            answer = json.loads(self.socket.recv(timeout=PATIENCE_S))
+            answer = json.loads(self.socket.recv(timeout=TIMEOUT_S))
             if answer.get("id") == self.sent:
                 if "error" in answer:
                     sys.exit(f"{method}: {answer['error']['message']}")
@@ -65,7 +65,7 @@ class Browser:
                 self.tabs[answer["sessionId"]].event(answer["method"], answer["params"])
 
     def open(self, path, ready="document.querySelector('.token.chosen')", width=1280, height=900, dark=False):
-        """A tab with the page, once the expression `ready` holds."""
+        """Opens the page in a tab and waits until the expression `ready` is true."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.tabs[session] = tab = Tab(self, session)
@@ -82,7 +82,7 @@ class Browser:
 
 
 class Tab:
-    """A page: its requests and errors so far, its keys and what it shows."""
+    """A page with the requests and errors that it has caused."""
 
     def __init__(self, browser, session):
         self.browser, self.session = browser, session
@@ -103,21 +103,21 @@ class Tab:
         return self.browser.send(method, self.session, **params)
 
     def js(self, expression):
-        """The value of an expression, awaited."""
+        """Evaluates an expression and awaits its value."""
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             sys.exit(f"{expression}: {answer['exceptionDetails'].get('exception', {}).get('description')}")
         return answer["result"].get("value")
 
     def wait(self, condition):
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + TIMEOUT_S
         while not self.js(f"!!({condition})"):
             if time.monotonic() > end:
-                sys.exit(f"not so after {PATIENCE_S} s: {condition}; errors: {self.errors}")
+                sys.exit(f"not true after {TIMEOUT_S} s: {condition}; errors: {self.errors}")
             time.sleep(0.05)
 
     def settle(self):
-        """Waits for two frames: what was asked for is drawn."""
+        """Waits for two frames, after which requested changes are drawn."""
         self.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def press(self, key):

@@ -68,7 +68,7 @@ pub fn usage(message: impl Into<String>) -> anyhow::Error {
 pub fn flag_error(error: gd_model::Error) -> anyhow::Error {
     match error {
         gd_model::Error::OutOfRange { name, value, allowed } => {
-            usage(format!("--{} {value}: must be {allowed}", name.replace('_', "-")))
+            usage(format!("--{} must be {allowed}, not {value}", name.replace('_', "-")))
         }
         other => other.into(),
     }
@@ -117,7 +117,7 @@ mod tests {
             value: "2".into(),
             allowed: "in (0, 1]".into(),
         });
-        assert_eq!((exit_code(&e), one_line(&e).as_str()), (2, "--top-p 2: must be in (0, 1]"));
+        assert_eq!((exit_code(&e), one_line(&e).as_str()), (2, "--top-p must be in (0, 1], not 2"));
         let e = flag_error(gd_model::Error::Invalid("no text".into()));
         assert_eq!((exit_code(&e), one_line(&e).as_str()), (1, "no text"));
     }

@@ -19,8 +19,8 @@ __device__ __forceinline__ uint64_t ranked(float score, i32 key, u32 tie) {
 
 // Takes the scores of a lane into its best two rows; number(n, e) is the key of column 2t + e of group n.
 template <int NT, class Number>
-__device__ __forceinline__ void take_best(const float (&acc)[NT][4], const Range (&own)[2], u32 tie, float (&top)[2],
-                                          i32 (&key)[2], Number number) {
+__device__ __forceinline__ void update_top1(const float (&acc)[NT][4], const Range (&own)[2], u32 tie, float (&top)[2],
+                                            i32 (&key)[2], Number number) {
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -29,7 +29,7 @@ __device__ __forceinline__ void take_best(const float (&acc)[NT][4], const Range
             float s = acc[n][c], &most = top[c / 2];
             i32 &held = key[c / 2];
             bool open = j >= own[c / 2].lo && j < own[c / 2].hi && s < GD_INFINITY;
-            if (open && (s > most || (s == most && held >= 0 && before(j, held, tie)))) most = s, held = j;
+            if (open && (s > most || (s == most && held >= 0 && wins_tie(j, held, tie)))) most = s, held = j;
         }
     }
 }
@@ -63,24 +63,24 @@ template <class T> struct Step {
     }
     // The page of a key, or the batch entry, and the key's row in it. What names no page reads the last one, so that
     // a table that nobody has checked leads nowhere outside of the cache.
-    __device__ __forceinline__ u32 piece(u32 j) const {
+    __device__ __forceinline__ u32 page(u32 j) const {
         return p.page_keys ? min(u32(pages[size_t(b) * p.table_row + j / p.page_keys]), p.pages - 1) : b;
     }
-    __device__ __forceinline__ u32 inside(u32 j) const { return p.page_keys ? j % p.page_keys : j; }
+    __device__ __forceinline__ u32 page_offset(u32 j) const { return p.page_keys ? j % p.page_keys : j; }
     // The row of key j among the biases of all pieces.
     __device__ __forceinline__ size_t bias_at(u32 j) const {
-        return (size_t(piece(j)) * p.kv_heads + kv) * p.bias_row + inside(j);
+        return (size_t(page(j)) * p.kv_heads + kv) * p.bias_row + page_offset(j);
     }
     __device__ __forceinline__ const T *key(const T *k, u32 j) const {
-        return k + size_t(piece(j)) * p.k_batch + size_t(kv) * p.k_head + size_t(inside(j)) * p.k_row;
+        return k + size_t(page(j)) * p.k_batch + size_t(kv) * p.k_head + size_t(page_offset(j)) * p.k_row;
     }
     // Rows that the piece of key j has, counted from its first.
-    __device__ __forceinline__ u32 piece_rows(u32 j) const {
-        return p.page_keys ? min(p.page_keys, p.keys - j + inside(j)) : p.keys;
+    __device__ __forceinline__ u32 page_rows(u32 j) const {
+        return p.page_keys ? min(p.page_keys, p.keys - j + page_offset(j)) : p.keys;
     }
     // A bias with the prior of a key.
     __device__ __forceinline__ float with_prior(float bias, const float *prior, float scale, u32 j) const {
-        return p.prior_batch && j < p.keys ? fmaf(prior[prior_at(p, b, h0) + j], scale, bias) : bias;
+        return p.prior_batch && j < p.keys ? fmaf(prior[prior_offset(p, b, h0) + j], scale, bias) : bias;
     }
 
     // What the rows see; ends with a barrier.
@@ -89,7 +89,7 @@ template <class T> struct Step {
         __syncthreads();
         if (threadIdx.x < ROWS) {
             Range r = {0, 0};
-            if (exists(threadIdx.x)) r = visible(p.mask, table, b, (first + threadIdx.x) / p.pack);
+            if (exists(threadIdx.x)) r = visible_keys(p.mask, table, b, (first + threadIdx.x) / p.pack);
             state.row[threadIdx.x] = r;
             if (r.lo < r.hi) {
                 atomicMin(&state.all.lo, r.lo);
@@ -109,7 +109,7 @@ template <class T> struct Step {
 
 // Enters the best key of every row that the warps have found; ends with a barrier.
 template <int ROWS>
-__device__ __forceinline__ void enter_best(Decoding<ROWS> &state, const float (&top)[2], const i32 (&key)[2], u32 tie,
+__device__ __forceinline__ void merge_top1(Decoding<ROWS> &state, const float (&top)[2], const i32 (&key)[2], u32 tie,
                                            uint64_t *rows) {
     u32 warp = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
@@ -134,8 +134,8 @@ __device__ __forceinline__ void enter_best(Decoding<ROWS> &state, const float (&
     __syncthreads();
 }
 
-// Whether this block is the last of its place; what the others entered is then to be seen.
-template <int ROWS> __device__ __forceinline__ bool last_to_come(Decoding<ROWS> &state, u32 *counter, u32 splits) {
+// Whether this block is the last of its place; what the others entered is then to be ranges.
+template <int ROWS> __device__ __forceinline__ bool is_last_block(Decoding<ROWS> &state, u32 *counter, u32 splits) {
     if (threadIdx.x == 0) state.arrived = atomicAdd(counter, 1u);
     __syncthreads();
     if (state.arrived != (GD_FAULT(20) ? 0 : splits - 1)) return false;
@@ -154,11 +154,11 @@ __device__ __forceinline__ void write_winners(const Step<T> &at, const T *k, con
         uint64_t code = *reinterpret_cast<const volatile uint64_t *>(rows + r);
         i32 winner = code ? i32(p.tie == TIE_LAST ? u32(code) : ~u32(code)) : -1;
         u32 h = at.head(r), j = u32(max(winner, 0));
-        float e = admit(here(), p, at.b, h, winner, at.query(r), at.key(k, j), beta, prior, threshold);
+        float e = admit_winner(this_thread(), p, at.b, h, winner, at.query(r), at.key(k, j), beta, prior, threshold);
         size_t out = (size_t(at.b) * p.q_heads + h) * p.queries + (at.first + r) / p.pack;
         const T *value =
-            v + size_t(at.piece(j)) * p.v_batch + size_t(at.kv) * p.v_head + size_t(at.inside(j)) * p.v_row;
-        write_winner(here(), out, winner, e, value, p.value_dim, index, energy, y);
+            v + size_t(at.page(j)) * p.v_batch + size_t(at.kv) * p.v_head + size_t(at.page_offset(j)) * p.v_row;
+        write_winner(this_thread(), out, winner, e, value, p.value_dim, index, energy, y);
     }
     __syncthreads();
 }
@@ -186,8 +186,8 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
     Range own_tiles = at.tiles(state.all, KEYS);
     float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
     auto load = [&](i32 tile) {
-        u32 j = u32(tile) * KEYS, row = at.inside(j), stage = u32(tile) % 2;
-        Source<T> keys = {at.key(k, j) - size_t(row) * p.k_row, p.k_row, at.piece_rows(j), p.head_dim,
+        u32 j = u32(tile) * KEYS, row = at.page_offset(j), stage = u32(tile) % 2;
+        Source<T> keys = {at.key(k, j) - size_t(row) * p.k_row, p.k_row, at.page_rows(j), p.head_dim,
                           p.vector_loads != 0};
         load_rows<T, DP, KEYS>(tiles + stage * TILE, keys, row);
         load_bias<KEYS>(biases + stage * KEYS, bias, at.bias_at(j));
@@ -218,13 +218,13 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
             }
         }
         scoring.template scores<NT>(keys, warp * NT * 8, acc);
-        take_best(acc[0], own, p.tie, top, key, [&](int n, int e) { return start + n * 8 + i32(2 * t) + e; });
+        update_top1(acc[0], own, p.tie, top, key, [&](int n, int e) { return start + n * 8 + i32(2 * t) + e; });
         __syncthreads();
     }
 
     uint64_t *rows = best + size_t(at.place) * ROWS;
-    enter_best(state, top, key, p.tie, rows);
-    if (!last_to_come(state, counter + at.place, p.splits)) return;
+    merge_top1(state, top, key, p.tie, rows);
+    if (!is_last_block(state, counter + at.place, p.splits)) return;
     write_winners(at, k, beta, prior, v, threshold, rows, index, energy, y);
     // The workspace is zero again for the next launch.
     if (threadIdx.x < ROWS) rows[threadIdx.x] = 0;

@@ -16,8 +16,8 @@ constexpr float MOST_BIAS = 1e37f;
 __device__ __forceinline__ float rounding(u32 dim) { return float(4 * dim + 64) * (1.0f / 16777216.0f); }
 
 // The greatest ratio of error to norm among 16 rows, the same in all lanes.
-__device__ __forceinline__ float coarseness(const Known *rows) {
-    Known x = rows[lane_id() % 16];
+__device__ __forceinline__ float coarseness(const Quantization *rows) {
+    Quantization x = rows[lane_id() % 16];
     float ratio = x.norm > 0 && finite(x.error) ? x.error / x.norm * (1.0f + 1e-6f) : 0.0f;
 #pragma unroll
     for (int step = 8; step > 0; step /= 2)
@@ -32,11 +32,11 @@ struct KeyBound {
     bool open; // a key of bias -inf is banned
 
     // `coarse` is the rows' coarseness plus rounding.
-    __device__ __forceinline__ KeyBound(float4 known, float bias, float coarse, float rounding) {
+    __device__ __forceinline__ KeyBound(float4 stats, float bias, float coarse, float rounding) {
         float slack = rounding * fabsf(bias);
-        scale = known.x;
+        scale = stats.x;
         // NaN, too, means that there is no bound: the key is scored exactly.
-        error = fabsf(bias) <= MOST_BIAS ? fmaf(coarse, known.z, known.y) : GD_INFINITY;
+        error = fabsf(bias) <= MOST_BIAS ? fmaf(coarse, stats.z, stats.y) : GD_INFINITY;
         if (GD_FAULT(80)) error *= 0.25f;
         least = bias - slack, most = bias + slack;
         open = !(bias == -GD_INFINITY);
@@ -79,11 +79,12 @@ template <int DP> struct Integers {
 
 // Quantises 16 rows by the warps of a block; row(r) is null where there is none. Ends with a barrier.
 template <class T, int DP, class Row>
-__device__ __forceinline__ void quantize_rows(int8_t *codes, Known *known, u32 dim, u32 warp, u32 warps, Row row) {
+__device__ __forceinline__ void quantize_rows(int8_t *codes, Quantization *stats, u32 dim, u32 warp, u32 warps,
+                                              Row row) {
     for (u32 r = warp; r < 16; r += warps) {
         const T *from = row(r);
-        Known x = quantize_row(from, from ? dim : 0, codes + r * Integers<DP>::PITCH, DP);
-        if (lane_id() == 0) known[r] = x;
+        Quantization x = quantize_row(from, from ? dim : 0, codes + r * Integers<DP>::PITCH, DP);
+        if (lane_id() == 0) stats[r] = x;
     }
     __syncthreads();
 }

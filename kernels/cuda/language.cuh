@@ -21,7 +21,7 @@ struct Thread {
     // Its number in the grid.
     INLINE u32 global() const { return block * threads + index; }
 };
-INLINE Thread here() { return {threadIdx.x, blockIdx.x, blockDim.x}; }
+INLINE Thread this_thread() { return {threadIdx.x, blockIdx.x, blockDim.x}; }
 
 template <class X> INLINE X shuffle(X x, u32 from) { return __shfl_sync(ALL, x, from); }
 template <class X> INLINE X shuffle_xor(X x, u32 step) { return __shfl_xor_sync(ALL, x, step); }
@@ -42,9 +42,9 @@ INLINE u32 first_bit(u32 x) { return u32(__ffs(x) - 1); }
 // Adds 1 to a number that other threads of the block add to.
 INLINE void add_one(u32 *at) { atomicAdd(at, 1u); }
 
-template <class T> INLINE T down(float x) {
+template <class T> INLINE T from_float(float x) {
     T y;
-    down(x, y);
+    from_float(x, y);
     return y;
 }
 

@@ -24,18 +24,18 @@ struct bf16 {
 template <class T> using gd_type = T;
 #define GD_SHARED(type, name) __shared__ gd_type<type> name
 
-__device__ __forceinline__ float up(float x) { return x; }
-__device__ __forceinline__ float up(f16 x) {
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(f16 x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
     return y;
 }
-__device__ __forceinline__ float up(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 
 // Rounds to nearest, ties to even.
-__device__ __forceinline__ void down(float x, float &y) { y = x; }
-__device__ __forceinline__ void down(float x, f16 &y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-__device__ __forceinline__ void down(float x, bf16 &y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ __forceinline__ void from_float(float x, float &y) { y = x; }
+__device__ __forceinline__ void from_float(float x, f16 &y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ __forceinline__ void from_float(float x, bf16 &y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
 // Copies `bytes` (0 to 16) of 16 bytes to shared memory and fills up with zeros; both ends are aligned.
 __device__ __forceinline__ void copy_async(void *to, const void *from, uint32_t bytes) {

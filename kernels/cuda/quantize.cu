@@ -3,8 +3,8 @@
 
 #define QUANTIZE(T)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        quantize_##T##_sm80(QuantizeParams p, const T *k, int8_t *codes, float4 *known) {                              \
-        quantize_keys<T>(p, k, codes, known);                                                                          \
+        quantize_##T##_sm80(QuantizeParams p, const T *k, int8_t *codes, float4 *stats) {                              \
+        quantize_keys<T>(p, k, codes, stats);                                                                          \
     }                                                                                                                  \
     GD_REGISTER(quantize_##T##_sm80)
 

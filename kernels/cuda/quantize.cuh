@@ -10,21 +10,21 @@ constexpr float ROUND_UP = 1.0f + 1e-4f;
 
 // What is known of a row beside its integers. For a row that is not quantised they are zeros, and error and norm
 // infinite.
-struct Known {
+struct Quantization {
     float scale;
     float error; // at least |r|
     float norm;  // at least |x| and |scale Q|
 };
 
 // Quantises a row of `dim` elements, at most 256, by a warp, and fills up to `width` with zeros.
-template <class T> __device__ __forceinline__ Known quantize_row(const T *row, u32 dim, int8_t *out, u32 width) {
+template <class T> __device__ __forceinline__ Quantization quantize_row(const T *row, u32 dim, int8_t *out, u32 width) {
     float x[8];
     // Without their sign, numbers are ordered as their bits are, NaN above infinity.
     u32 most = 0;
 #pragma unroll
     for (u32 i = 0; i < 8; i++) {
         u32 d = lane_id() + 32 * i;
-        x[i] = d < dim ? up(row[d]) : 0.0f;
+        x[i] = d < dim ? to_float(row[d]) : 0.0f;
         most = max(most, __float_as_uint(x[i]) & 0x7fffffffu);
     }
 #pragma unroll
@@ -47,20 +47,20 @@ template <class T> __device__ __forceinline__ Known quantize_row(const T *row, u
     }
     float error = sqrtf(warp_sum(left)) * ROUND_UP;
     if (safe) return {scale, error, sqrtf(warp_sum(square)) * ROUND_UP + error};
-    return most == 0 ? Known{0.0f, 0.0f, 0.0f} : Known{0.0f, GD_INFINITY, GD_INFINITY};
+    return most == 0 ? Quantization{0.0f, 0.0f, 0.0f} : Quantization{0.0f, GD_INFINITY, GD_INFINITY};
 }
 
 // Appends keys to a cache of integers: codes [pieces, Hk, room, width], known [pieces, Hk, room] of scale, error,
 // norm and the bias without a prior, which has the bits of key_bias. One warp a key.
 template <class T>
-__device__ __forceinline__ void quantize_keys(const QuantizeParams &p, const T *k, int8_t *codes, float4 *known) {
+__device__ __forceinline__ void quantize_keys(const QuantizeParams &p, const T *k, int8_t *codes, float4 *stats) {
     u32 row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= p.sequences * p.kv_heads * p.keys) return;
     u32 j = row % p.keys, head = row / p.keys;
     const T *key =
         k + size_t(head / p.kv_heads) * p.k_batch + size_t(head % p.kv_heads) * p.k_head + size_t(j) * p.k_row;
     size_t to = size_t(head) * p.capacity + p.first + j;
-    Known x = quantize_row(key, p.head_dim, codes + to * p.width, p.width);
-    float bias = key_bias(here(), p.score, key, p.head_dim);
-    if (lane_id() == 0) known[to] = {x.scale, x.error, x.norm, bias};
+    Quantization x = quantize_row(key, p.head_dim, codes + to * p.width, p.width);
+    float bias = key_bias(this_thread(), p.score, key, p.head_dim);
+    if (lane_id() == 0) stats[to] = {x.scale, x.error, x.norm, bias};
 }

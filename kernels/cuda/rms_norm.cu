@@ -5,18 +5,18 @@
 
 #define NORM(T)                                                                                                        \
     KERNEL rms_norm_forward_##T##_sm80(RmsNormParams p, const T *x, const T *weight, T *y) {                           \
-        rms_norm_forward<T>(here(), p, x, weight, y);                                                                  \
+        rms_norm_forward<T>(this_thread(), p, x, weight, y);                                                           \
     }                                                                                                                  \
     GD_REGISTER(rms_norm_forward_##T##_sm80)                                                                           \
     KERNEL rms_norm_backward_##T##_sm80(RmsNormParams p, const T *x, const T *weight, const T *dy, T *dx,              \
                                         float *parts) {                                                                \
         GD_SHARED(float[NORM_MAX_BLOCK_ROWS], inverse);                                                                \
-        rms_norm_backward<T>(here(), p, inverse, x, weight, dy, dx, parts);                                            \
+        rms_norm_backward<T>(this_thread(), p, inverse, x, weight, dy, dx, parts);                                     \
     }                                                                                                                  \
     GD_REGISTER(rms_norm_backward_##T##_sm80)                                                                          \
     KERNEL rms_norm_weight_gradient_##T##_sm80(RmsNormParams p, const float *parts, T *dweight) {                      \
         GD_SHARED(Total[256], sums);                                                                                   \
-        rms_norm_weight_gradient<T>(here(), p, sums, parts, dweight);                                                  \
+        rms_norm_weight_gradient<T>(this_thread(), p, sums, parts, dweight);                                           \
     }                                                                                                                  \
     GD_REGISTER(rms_norm_weight_gradient_##T##_sm80)
 

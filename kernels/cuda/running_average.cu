@@ -1,7 +1,7 @@
 // Instantiations of the gated running average.
 #include "../shared/running_average.h"
 
-// One block a processor is enough, so that the compiler takes the registers that it needs.
+// At least one block per multiprocessor: the compiler may use all registers that it needs.
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 
 #define AVERAGE(T)                                                                                                     \
@@ -10,25 +10,25 @@
                                        float *weights, float *last) {                                                  \
         GD_SHARED(float[AVERAGE_SCAN_THREADS / 16], part);                                                             \
         GD_SHARED(float[AVERAGE_SCAN_THREADS], logs);                                                                  \
-        running_average_weights<T>(here(), p, part, logs, decay, write, start, weights, last);                         \
+        running_average_weights<T>(this_thread(), p, part, logs, decay, write, start, weights, last);                  \
     }                                                                                                                  \
     GD_REGISTER(running_average_weights_##T##_sm80)                                                                    \
     KERNEL(1024)                                                                                                       \
     running_average_partial_##T##_sm80(RunningAverageParams p, const T *v, const float *weights, float *carry,         \
                                        float *joint) {                                                                 \
-        running_average_partial<T>(here(), p, v, weights, carry, joint);                                               \
+        running_average_partial<T>(this_thread(), p, v, weights, carry, joint);                                        \
     }                                                                                                                  \
     GD_REGISTER(running_average_partial_##T##_sm80)                                                                    \
     KERNEL(1024)                                                                                                       \
     running_average_rows_##T##_sm80(RunningAverageParams p, const T *v, const float *weights, const float *carry,      \
                                     T *m) {                                                                            \
-        running_average_rows<T>(here(), p, v, weights, carry, m);                                                      \
+        running_average_rows<T>(this_thread(), p, v, weights, carry, m);                                               \
     }                                                                                                                  \
     GD_REGISTER(running_average_rows_##T##_sm80)                                                                       \
     KERNEL(1024)                                                                                                       \
     running_average_partial_backward_##T##_sm80(RunningAverageParams p, const T *dm, const float *weights,             \
                                                 float *carry, float *joint) {                                          \
-        running_average_partial_backward<T>(here(), p, dm, weights, carry, joint);                                     \
+        running_average_partial_backward<T>(this_thread(), p, dm, weights, carry, joint);                              \
     }                                                                                                                  \
     GD_REGISTER(running_average_partial_backward_##T##_sm80)                                                           \
     KERNEL(1024)                                                                                                       \
@@ -36,8 +36,8 @@
                                              const float *weights, const float *carry, const float *start, T *dv,      \
                                              float *dtake) {                                                           \
         GD_DYNAMIC_SHARED(shared);                                                                                     \
-        float *held = reinterpret_cast<float *>(shared);                                                               \
-        running_average_rows_backward<T>(here(), p, held, v, m, dm, weights, carry, start, dv, dtake);                 \
+        float *gradient = reinterpret_cast<float *>(shared);                                                           \
+        running_average_rows_backward<T>(this_thread(), p, gradient, v, m, dm, weights, carry, start, dv, dtake);      \
     }                                                                                                                  \
     GD_REGISTER(running_average_rows_backward_##T##_sm80)                                                              \
     KERNEL(256)                                                                                                        \
@@ -45,8 +45,8 @@
                                                 const float *dtake, T *ddecay, T *dwrite) {                            \
         GD_SHARED(float[AVERAGE_SCAN_THREADS / 16], part);                                                             \
         GD_SHARED(float[AVERAGE_SCAN_THREADS], after);                                                                 \
-        running_average_weights_backward<T>(here(), p, part, after, decay, weights, dtake, (p.dim + 31) / 32, ddecay,  \
-                                            dwrite);                                                                   \
+        running_average_weights_backward<T>(this_thread(), p, part, after, decay, weights, dtake, (p.dim + 31) / 32,   \
+                                            ddecay, dwrite);                                                           \
     }                                                                                                                  \
     GD_REGISTER(running_average_weights_backward_##T##_sm80)
 
@@ -56,10 +56,10 @@ AVERAGE(f32)
 
 KERNEL(1024)
 running_average_carry_sm80(RunningAverageParams p, const float *joint, const float *start, float *carry, float *last) {
-    running_average_carry(here(), p, joint, start, carry, last);
+    running_average_carry(this_thread(), p, joint, start, carry, last);
 }
 GD_REGISTER(running_average_carry_sm80)
 KERNEL(1024) running_average_carry_backward_sm80(RunningAverageParams p, const float *joint, float *carry) {
-    running_average_carry_backward(here(), p, joint, carry);
+    running_average_carry_backward(this_thread(), p, joint, carry);
 }
 GD_REGISTER(running_average_carry_backward_sm80)

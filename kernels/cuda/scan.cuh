@@ -8,54 +8,54 @@
 constexpr int MAX_ROWS = 256;
 
 // What the rows of a block see: each of them, and all together.
-struct Seen {
+struct KeyRanges {
     Range row[MAX_ROWS];
     Range all;
 };
 
 // Fills it for `rows` rows, at most as many as threads; ends with a barrier.
-__device__ __forceinline__ void fill_seen(Seen &seen, const ScanParams &p, const Block &at, const i32 *table,
-                                          u32 rows) {
-    if (threadIdx.x == 0) seen.all = {i32(p.keys), 0};
+__device__ __forceinline__ void compute_key_ranges(KeyRanges &ranges, const ScanParams &p, const QueryBlock &at,
+                                                   const i32 *table, u32 rows) {
+    if (threadIdx.x == 0) ranges.all = {i32(p.keys), 0};
     __syncthreads();
     if (threadIdx.x < rows) {
         Range r = {0, 0};
-        if (at.exists(p, threadIdx.x)) r = visible(p.mask, table, at.b, at.query(p, threadIdx.x));
-        seen.row[threadIdx.x] = r;
+        if (at.exists(p, threadIdx.x)) r = visible_keys(p.mask, table, at.b, at.query(p, threadIdx.x));
+        ranges.row[threadIdx.x] = r;
         if (r.lo < r.hi) {
-            atomicMin(&seen.all.lo, r.lo);
-            atomicMax(&seen.all.hi, r.hi);
+            atomicMin(&ranges.all.lo, r.lo);
+            atomicMax(&ranges.all.hi, r.hi);
         }
     }
     __syncthreads();
 }
 
 // What the rows of a warp see, some of them and all of them.
-struct Reach {
-    Range some, every;
+struct WarpRange {
+    Range any, all;
 
-    __device__ __forceinline__ Reach(const Seen &seen, u32 first, u32 rows) {
-        some = {0x7fffffff, 0};
-        every = {0, 0x7fffffff};
+    __device__ __forceinline__ WarpRange(const KeyRanges &ranges, u32 first, u32 rows) {
+        any = {0x7fffffff, 0};
+        all = {0, 0x7fffffff};
         for (u32 r = lane_id(); r < rows; r += 32) {
-            Range x = seen.row[first + r];
-            if (x.lo < x.hi) some = {min(some.lo, x.lo), max(some.hi, x.hi)};
-            every = {max(every.lo, x.lo), min(every.hi, x.hi)};
+            Range x = ranges.row[first + r];
+            if (x.lo < x.hi) any = {min(any.lo, x.lo), max(any.hi, x.hi)};
+            all = {max(all.lo, x.lo), min(all.hi, x.hi)};
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) {
-            some.lo = min(some.lo, __shfl_xor_sync(ALL, some.lo, step));
-            some.hi = max(some.hi, __shfl_xor_sync(ALL, some.hi, step));
-            every.lo = max(every.lo, __shfl_xor_sync(ALL, every.lo, step));
-            every.hi = min(every.hi, __shfl_xor_sync(ALL, every.hi, step));
+            any.lo = min(any.lo, __shfl_xor_sync(ALL, any.lo, step));
+            any.hi = max(any.hi, __shfl_xor_sync(ALL, any.hi, step));
+            all.lo = max(all.lo, __shfl_xor_sync(ALL, all.lo, step));
+            all.hi = min(all.hi, __shfl_xor_sync(ALL, all.hi, step));
         }
     }
 
-    __device__ __forceinline__ bool meets(i32 first, i32 count) const {
-        return first < some.hi && first + count > some.lo;
+    __device__ __forceinline__ bool overlaps(i32 first, i32 count) const {
+        return first < any.hi && first + count > any.lo;
     }
-    __device__ __forceinline__ bool whole(i32 first, i32 count) const {
-        return first >= every.lo && first + count <= every.hi;
+    __device__ __forceinline__ bool covers(i32 first, i32 count) const {
+        return first >= all.lo && first + count <= all.hi;
     }
 };
 
@@ -63,8 +63,8 @@ struct Reach {
 // visit(tile number, its keys, its biases). `shared` holds two tiles and two rows of biases. Loads of the
 // next tile run beside the visit of this one.
 template <class T, int DP, int KEYS, class Visit>
-__device__ __forceinline__ void walk(T *shared, const Source<T> &k, const float *bias, Range all, u32 tie,
-                                     Visit visit) {
+__device__ __forceinline__ void for_each_tile(T *shared, const Source<T> &k, const float *bias, Range all, u32 tie,
+                                              Visit visit) {
     constexpr int PITCH = DP + 16 / sizeof(T), TILE = KEYS * PITCH;
     float *biases = reinterpret_cast<float *>(shared + 2 * TILE);
     if (all.lo >= all.hi) return;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void walk(T *shared, const Source<T> &k, const float 
 // The scores of a group of 32 keys from key `first` of the tile on, -inf where a row does not see the key.
 template <class S, class T, int MT>
 __device__ __forceinline__ void group_scores(const S &scoring, const T *keys, const float *bias, int group, i32 first,
-                                             bool whole, const Range (&seen)[MT][2], float (&acc)[MT][4][4]) {
+                                             bool whole, const Range (&ranges)[MT][2], float (&acc)[MT][4][4]) {
     u32 t = lane_id() % 4;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -115,7 +115,7 @@ __device__ __forceinline__ void group_scores(const S &scoring, const T *keys, co
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 i32 j = first + group + n * 8 + i32(2 * t) + c % 2;
-                Range r = seen[m][c / 2];
+                Range r = ranges[m][c / 2];
                 if (GD_FAULT(9) ? (j < r.lo || j > r.hi) : (j < r.lo || j >= r.hi)) acc[m][n][c] = -GD_INFINITY;
             }
         }

@@ -24,21 +24,21 @@ constexpr float SHIFT = 12582912.0f;
 constexpr float SHIFT_ERROR = 0.008f;
 
 // Entries of a list: a group of keys, and those that stay when room is made.
-__device__ __forceinline__ u32 sift_room(const ScanParams &p) {
+__device__ __forceinline__ u32 certified_list_capacity(const ScanParams &p) {
     return p.candidates == 1 && !p.protected_slots ? 40 : 64;
 }
 
 // What a block knows of a key: the scale of its integers, its error and norm, and the most that its bias adds. Without
 // a bound the error and the bias are +inf; the bias of what is no candidate is -inf.
-__device__ __forceinline__ float4 key_limits(float4 known, float bias, float rounded) {
+__device__ __forceinline__ float4 key_limits(float4 stats, float bias, float rounded) {
     if (bias == -GD_INFINITY) return {0.0f, 0.0f, 0.0f, -GD_INFINITY};
     // NaN, too, has no bound.
-    if (!(fabsf(bias) <= MOST_BIAS && known.y < GD_INFINITY)) return {0.0f, GD_INFINITY, 0.0f, GD_INFINITY};
-    return {known.x, fmaf(SHIFT_ERROR, known.x, known.y), known.z, fmaf(rounded, fabsf(bias), bias)};
+    if (!(fabsf(bias) <= MOST_BIAS && stats.y < GD_INFINITY)) return {0.0f, GD_INFINITY, 0.0f, GD_INFINITY};
+    return {stats.x, fmaf(SHIFT_ERROR, stats.x, stats.y), stats.z, fmaf(rounded, fabsf(bias), bias)};
 }
 
 // A tile's knowledge of its keys, in the order in which it is read: scale and bias of all keys, then error and norm.
-struct Limits {
+struct KeyLimits {
     float2 *first;
 
     __device__ __forceinline__ void enter(u32 x, float4 key) const {
@@ -92,40 +92,40 @@ template <int DP> struct Exact<float, DP> {
 };
 
 // What a warp shares of a row while its list is put in order.
-struct SiftedRow {
-    float bar, norm;
-    u32 count, scored, hides; // `hides`: a score has left the range of f32
+struct RowState {
+    float threshold, norm;
+    u32 count, scored, overflowed; // `overflowed`: a score has left the range of f32
 };
 
 // The rows of a warp. With g = lane / 4 a lane knows of rows g and g + 8 of every 16 what they see, how they are
 // scaled, their bars and the lengths of their lists, the same in the four lanes that share a row.
-template <class T, int DP, int MT> struct Sift {
+template <class T, int DP, int MT> struct CertifiedRows {
     static constexpr int ROWS = 16 * MT;
     const ScanParams &p;
-    const Block &at;
+    const QueryBlock &at;
     const T *q;
     Source<T> keys;
     const float *bias;
-    const float4 *known;
+    const float4 *stats;
     float *lists;
-    SiftedRow *rows;
-    u32 first, room;
+    RowState *rows;
+    u32 first, capacity;
     // The greatest ratio of error to norm among the rows and what rounding may do, to which the norm of a key
     // counts; rounding alone, to which its bias does.
     float coarse, rounded;
     Integers<DP> integers[MT];
     Range own[MT][2];
-    float scale[MT][2], norm[MT][2], bar[MT][2];
+    float scale[MT][2], norm[MT][2], threshold[MT][2];
     u32 count[MT][2];
 
-    __device__ __forceinline__ Sift(const ScanParams &p, const Block &at, const T *q, const Source<T> &keys,
-                                    const float *bias, const float4 *known, float *lists, SiftedRow *rows, u32 first,
-                                    u32 room)
-        : p(p), at(at), q(q), keys(keys), bias(bias), known(known), lists(lists), rows(rows), first(first), room(room),
-          rounded(rounding(p.head_dim)) {}
+    __device__ __forceinline__ CertifiedRows(const ScanParams &p, const QueryBlock &at, const T *q,
+                                             const Source<T> &keys, const float *bias, const float4 *stats,
+                                             float *lists, RowState *rows, u32 first, u32 capacity)
+        : p(p), at(at), q(q), keys(keys), bias(bias), stats(stats), lists(lists), rows(rows), first(first),
+          capacity(capacity), rounded(rounding(p.head_dim)) {}
 
     // Quantises the rows; `staging` has room for 16 of them.
-    __device__ __forceinline__ void load(int8_t *staging, const Seen &seen) {
+    __device__ __forceinline__ void load(int8_t *staging, const KeyRanges &ranges) {
         u32 g = lane_id() / 4;
         float ratio = 0;
 #pragma unroll
@@ -135,15 +135,16 @@ template <class T, int DP, int MT> struct Sift {
                 for (u32 r = 0; r < 8; r++) {
                     u32 x = half * 8 + r, row = first + m * 16 + x;
                     const T *query = at.exists(p, row) ? query_row(p, at, q, row) : nullptr;
-                    Known about = quantize_row(query, query ? p.head_dim : 0, staging + x * Integers<DP>::PITCH, DP);
+                    Quantization about =
+                        quantize_row(query, query ? p.head_dim : 0, staging + x * Integers<DP>::PITCH, DP);
                     if (about.norm > 0 && finite(about.error))
                         ratio = fmaxf(ratio, about.error / about.norm * (1.0f + 1e-6f));
                     if (r == (GD_FAULT(144) ? (g ^ 1) : g)) scale[m][half] = about.scale;
                     if (r == g) norm[m][half] = about.norm;
                 }
-                own[m][half] = seen.row[first + m * 16 + half * 8 + g];
+                own[m][half] = ranges.row[first + m * 16 + half * 8 + g];
                 // A row that sees nothing has no candidates.
-                bar[m][half] = own[m][half].lo < own[m][half].hi ? -GD_INFINITY : GD_INFINITY;
+                threshold[m][half] = own[m][half].lo < own[m][half].hi ? -GD_INFINITY : GD_INFINITY;
                 count[m][half] = 0;
             }
             __syncwarp();
@@ -152,7 +153,7 @@ template <class T, int DP, int MT> struct Sift {
         }
         coarse = ratio + rounded;
         for (u32 r = lane_id(); r < ROWS; r += 32)
-            rows[r].scored = rows[r].hides = 0;
+            rows[r].scored = rows[r].overflowed = 0;
     }
 
     __device__ __forceinline__ float error(float4 key) const {
@@ -194,7 +195,8 @@ template <class T, int DP, int MT> struct Sift {
     // A group of 32 keys, the first of them key `start`, whose errors and norms are at most `widest`. Nearly all keys
     // are left behind here: by two steps a score and one comparison with what the bar is for the widest bound of the
     // group. Which rows see a key is looked at afterwards.
-    __device__ __forceinline__ void meet(const int8_t *tile, Limits limits, float2 widest, int group, i32 start) {
+    __device__ __forceinline__ void score_group(const int8_t *tile, KeyLimits limits, float2 widest, int group,
+                                                i32 start) {
         u32 t = lane_id() % 4;
         i32 product[MT][4][4];
         products(tile, group, product);
@@ -202,7 +204,7 @@ template <class T, int DP, int MT> struct Sift {
         bool near[MT] = {};
 #pragma unroll
         for (int x = 0; x < 2 * MT; x++)
-            reach[x / 2][x % 2] = fmaf(-norm[x / 2][x % 2], width, bar[x / 2][x % 2]);
+            reach[x / 2][x % 2] = fmaf(-norm[x / 2][x % 2], width, threshold[x / 2][x % 2]);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             float4 pair = limits.pair(group + n * 8 + 2 * t);
@@ -232,28 +234,28 @@ template <class T, int DP, int MT> struct Sift {
 #pragma unroll
                 for (int c = 0; c < 4; c++)
                     here |= !(score[m][n][c] < reach[m][c / 2]);
-                if (__any_sync(ALL, here)) offer(m, score[m][n], limits, group + n * 8, start + n * 8);
+                if (__any_sync(ALL, here)) append(m, score[m][n], limits, group + n * 8, start + n * 8);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                if (count[m][half] + GROUP > room) full |= 1u << (m * 16 + half * 8 + lane_id() / 4);
+                if (count[m][half] + GROUP > capacity) full |= 1u << (m * 16 + half * 8 + lane_id() / 4);
         }
-        if (__any_sync(ALL, full != 0)) make_room(full);
+        if (__any_sync(ALL, full != 0)) compact(full);
     }
 
     // Appends those of 8 keys, from key `place` of the tile on, whose upper bounds reach the bars of rows that see
     // them; there is room for all.
-    __device__ __forceinline__ void offer(int m, const float (&score)[4], Limits limits, u32 place, i32 start) {
+    __device__ __forceinline__ void append(int m, const float (&score)[4], KeyLimits limits, u32 place, i32 start) {
         u32 t = lane_id() % 4, hits = 0;
         float upper[4], most[2] = {-GD_INFINITY, -GD_INFINITY};
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             float4 key = limits[place + 2 * t + c % 2];
             i32 j = start + i32(2 * t) + c % 2;
-            Range seen = own[m][c / 2];
+            Range range = own[m][c / 2];
             upper[c] = fmaf(norm[m][c / 2], error(key), score[c]);
-            bool open = j >= seen.lo && j < (GD_FAULT(148) ? seen.hi + 1 : seen.hi) && key.w > -GD_INFINITY;
-            if (!open || upper[c] < bar[m][c / 2]) continue;
+            bool open = j >= range.lo && j < (GD_FAULT(148) ? range.hi + 1 : range.hi) && key.w > -GD_INFINITY;
+            if (!open || upper[c] < threshold[m][c / 2]) continue;
             hits |= 1u << c;
             // fmaxf leaves NaN out.
             most[c / 2] = fmaxf(most[c / 2], least(upper[c], key, norm[m][c / 2]));
@@ -266,16 +268,16 @@ template <class T, int DP, int MT> struct Sift {
                 x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
                 x = fmaxf(x, __shfl_xor_sync(ALL, x, 2));
                 if (GD_FAULT(145)) x = __shfl_xor_sync(ALL, x, 4);
-                bar[m][half] = fmaxf(bar[m][half], x);
+                threshold[m][half] = fmaxf(threshold[m][half], x);
             }
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                if (upper[2 * half + e] < bar[m][half]) hits &= ~(1u << (2 * half + e));
+                if (upper[2 * half + e] < threshold[m][half]) hits &= ~(1u << (2 * half + e));
             u32 mine = __popc(hits >> (2 * half) & 3);
             u32 one = __shfl_xor_sync(ALL, mine, 1), two = __shfl_xor_sync(ALL, mine + one, 2);
             u32 to = count[m][half] + (t & 1 ? one : 0) + (t & 2 ? two : 0);
             count[m][half] += mine + one + two;
-            List list(lists, m * 16 + half * 8 + lane_id() / 4, room);
+            List list(lists, m * 16 + half * 8 + lane_id() / 4, capacity);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 if (!(hits >> (2 * half + e) & 1)) continue;
@@ -286,48 +288,48 @@ template <class T, int DP, int MT> struct Sift {
     }
 
     // Writes bars and lengths to where the warp shares them, and reads them back.
-    __device__ __forceinline__ void share() {
+    __device__ __forceinline__ void store_state() {
         if (lane_id() % 4 == 0) {
 #pragma unroll
             for (int x = 0; x < 2 * MT; x++) {
-                SiftedRow &row = rows[x * 8 + lane_id() / 4];
-                row.bar = bar[x / 2][x % 2], row.norm = norm[x / 2][x % 2], row.count = count[x / 2][x % 2];
+                RowState &row = rows[x * 8 + lane_id() / 4];
+                row.threshold = threshold[x / 2][x % 2], row.norm = norm[x / 2][x % 2], row.count = count[x / 2][x % 2];
             }
         }
         __syncwarp();
     }
-    __device__ __forceinline__ void learn() {
+    __device__ __forceinline__ void load_state() {
         __syncwarp();
 #pragma unroll
         for (int x = 0; x < 2 * MT; x++) {
-            const SiftedRow &row = rows[x * 8 + lane_id() / 4];
-            bar[x / 2][x % 2] = row.bar, count[x / 2][x % 2] = row.count;
+            const RowState &row = rows[x * 8 + lane_id() / 4];
+            threshold[x / 2][x % 2] = row.threshold, count[x / 2][x % 2] = row.count;
         }
         __syncwarp();
     }
 
     // Makes room in the lists that the lanes name by bits.
-    __device__ __forceinline__ void make_room(u32 full) {
-        share();
+    __device__ __forceinline__ void compact(u32 full) {
+        store_state();
         for (u32 r = 0; r < ROWS; r++) {
             if (!__any_sync(ALL, full >> r & 1)) continue;
-            cut(r);
-            if (rows[r].count + GROUP <= room) continue;
+            prune(r);
+            if (rows[r].count + GROUP <= capacity) continue;
             if (GD_FAULT(143)) {
                 __syncwarp();
                 rows[r].count = 0;
             } else {
-                settle(r);
+                rescore(r);
             }
         }
-        learn();
+        load_state();
     }
 
     // Raises the bar of row r to the K-th greatest lower bound and leaves out what it has passed.
-    __device__ __forceinline__ void cut(u32 r) {
-        List list(lists, r, room);
+    __device__ __forceinline__ void prune(u32 r) {
+        List list(lists, r, capacity);
         u32 lane = lane_id(), entries = rows[r].count;
-        float bar = rows[r].bar, norm = rows[r].norm;
+        float threshold = rows[r].threshold, norm = rows[r].norm;
         float score[2], low[2];
         i32 key[2];
 #pragma unroll
@@ -342,7 +344,7 @@ template <class T, int DP, int MT> struct Sift {
             for (int x = 0; x < 2; x++) {
                 low[x] = score[x];
                 if (lane + 32 * x < entries && !(key[x] & EXACT)) {
-                    float bound = least(score[x], key_limits(known[key[x]], bias[key[x]], rounded), norm);
+                    float bound = least(score[x], key_limits(stats[key[x]], bias[key[x]], rounded), norm);
                     low[x] = bound > -GD_INFINITY ? bound : -GD_INFINITY;
                 }
             }
@@ -356,26 +358,26 @@ template <class T, int DP, int MT> struct Sift {
             for (int x = 0; x < 2; x++) {
                 u32 vote = __ballot_sync(ALL, lane + 32 * x < entries && rank[x] == p.candidates - 1);
                 float bound = __shfl_sync(ALL, low[x], vote ? first_bit(vote) : 0);
-                if (vote) bar = fmaxf(bar, bound);
+                if (vote) threshold = fmaxf(threshold, bound);
             }
         }
         __syncwarp();
         u32 kept = 0;
 #pragma unroll
         for (int x = 0; x < 2; x++) {
-            bool stays = lane + 32 * x < entries && !(score[x] < bar);
+            bool stays = lane + 32 * x < entries && !(score[x] < threshold);
             u32 vote = __ballot_sync(ALL, stays), to = kept + __popc(vote & ((1u << lane) - 1));
             if (stays) list.score[to] = score[x], list.key[to] = key[x];
             kept += __popc(vote);
         }
-        if (lane == 0) rows[r].count = kept, rows[r].bar = bar;
+        if (lane == 0) rows[r].count = kept, rows[r].threshold = threshold;
         __syncwarp();
     }
 
     // Scores the list of row r exactly and keeps the best K.
-    __device__ __forceinline__ void settle(u32 r) {
+    __device__ __forceinline__ void rescore(u32 r) {
         using E = Exact<T, DP>;
-        List list(lists, r, room);
+        List list(lists, r, capacity);
         u32 lane = lane_id(), entries = rows[r].count, from = 0;
         // Those that are exact come first: they stood there when the others came.
 #pragma unroll
@@ -383,11 +385,11 @@ template <class T, int DP, int MT> struct Sift {
             from += __popc(__ballot_sync(ALL, lane + x < entries && list.key[lane + x] & EXACT));
         const T *query = query_row(p, at, q, first + r);
         u32 scored = entries - from;
-        bool hides = false;
+        bool overflowed = false;
         for (; from < entries; from += E::BATCH) {
             u32 left = min(entries - from, E::BATCH);
             float s = E::scores(query, keys, bias, list.key + from, left);
-            hides |= lane < left && s == GD_INFINITY;
+            overflowed |= lane < left && s == GD_INFINITY;
             __syncwarp();
             if (lane < left) {
                 // NaN, and what has left the range of f32, is no score.
@@ -396,14 +398,14 @@ template <class T, int DP, int MT> struct Sift {
             }
             __syncwarp();
         }
-        bool hidden = __any_sync(ALL, hides);
-        sort_entries<2>(here(), list, entries, p.candidates, false, p.tie);
+        bool any_overflow = __any_sync(ALL, overflowed);
+        sort_entries<2>(this_thread(), list, entries, p.candidates, false, p.tie);
         entries = min(entries, p.candidates);
         entries = u32(__popc(__ballot_sync(ALL, lane < entries && list.score[lane] > -GD_INFINITY)));
         if (lane == 0) {
-            SiftedRow &row = rows[r];
-            row.count = entries, row.scored += scored, row.hides |= hidden;
-            if (entries >= p.candidates) row.bar = fmaxf(row.bar, list.score[p.candidates - 1]);
+            RowState &row = rows[r];
+            row.count = entries, row.scored += scored, row.overflowed |= any_overflow;
+            if (entries >= p.candidates) row.threshold = fmaxf(row.threshold, list.score[p.candidates - 1]);
         }
         __syncwarp();
     }
@@ -412,52 +414,52 @@ template <class T, int DP, int MT> struct Sift {
 template <class T, int DP, int MT>
 __device__ __forceinline__ void
 scan_certified(const CertifiedParams &params, const T *q, const T *k, const float *bias, const int8_t *codes,
-               const float4 *known, const float *beta, const float *prior, const i32 *table, i32 *index, float *energy,
+               const float4 *stats, const float *beta, const float *prior, const i32 *table, i32 *index, float *energy,
                const T *v, const float *threshold, T *y, const i32 *protected_keys, uint8_t *flags, u32 *rescored) {
-    using S = Sift<T, DP, MT>;
+    using S = CertifiedRows<T, DP, MT>;
     const ScanParams &p = params.scan;
     constexpr int KEYS = CERTIFIED_KEYS, TILE = KEYS * Integers<DP>::PITCH;
     GD_DYNAMIC_SHARED(shared);
-    GD_SHARED(Seen, seen);
+    GD_SHARED(KeyRanges, ranges);
     // The greatest errors and norms among the keys of a group, of two tiles.
     GD_SHARED(float2[2][KEYS / GROUP], widest);
     u32 warps = blockDim.x / 32, warp = threadIdx.x / 32;
-    Block at(here(), p, warps * S::ROWS);
-    fill_seen(seen, p, at, table, warps * S::ROWS);
+    QueryBlock at(this_thread(), p, warps * S::ROWS);
+    compute_key_ranges(ranges, p, at, table, warps * S::ROWS);
 
     int8_t *tiles = reinterpret_cast<int8_t *>(shared);
-    float2 *known_keys = reinterpret_cast<float2 *>(tiles + 2 * TILE);
-    auto limits = [&](i32 tile) { return Limits{known_keys + tile % 2 * 2 * KEYS}; };
-    float *lists = reinterpret_cast<float *>(known_keys + 4 * KEYS);
-    u32 room = sift_room(p), first = warp * S::ROWS;
-    SiftedRow *rows = reinterpret_cast<SiftedRow *>(lists + size_t(warps) * S::ROWS * 2 * room);
+    float2 *tile_limits = reinterpret_cast<float2 *>(tiles + 2 * TILE);
+    auto limits = [&](i32 tile) { return KeyLimits{tile_limits + tile % 2 * 2 * KEYS}; };
+    float *lists = reinterpret_cast<float *>(tile_limits + 4 * KEYS);
+    u32 capacity = certified_list_capacity(p), first = warp * S::ROWS;
+    RowState *rows = reinterpret_cast<RowState *>(lists + size_t(warps) * S::ROWS * 2 * capacity);
     Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
                       p.vector_loads != 0};
     u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
-    size_t piece = size_t(at.b) * p.kv_heads + at.kv;
+    size_t sequence = size_t(at.b) * p.kv_heads + at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
-    const float4 *about = known + piece * params.capacity;
-    S sift(p, at, q, keys, biases, about, lists + size_t(first) * 2 * room, rows + first, first, room);
+    const float4 *about = stats + sequence * params.capacity;
+    S rows_of_warp(p, at, q, keys, biases, about, lists + size_t(first) * 2 * capacity, rows + first, first, capacity);
     // 16 rows of at most 8 warps have room where the tiles will lie.
-    sift.load(tiles + warp * 16 * Integers<DP>::PITCH, seen);
+    rows_of_warp.load(tiles + warp * 16 * Integers<DP>::PITCH, ranges);
     __syncthreads();
 
     u32 width = (p.head_dim + 15) / 16 * 16;
-    Source<int8_t> integers = {codes + piece * params.capacity * width, width, p.keys, width, true};
-    Reach reach(seen, first, S::ROWS);
-    float4 next_known = {};
+    Source<int8_t> integers = {codes + sequence * params.capacity * width, width, p.keys, width, true};
+    WarpRange warp_range(ranges, first, S::ROWS);
+    float4 next_stats = {};
     float next_bias = 0;
     // Loads of the next tile run beside the work on this one; what is known of its keys waits in registers.
     auto load = [&](i32 tile) {
         u32 j = u32(tile) * KEYS;
         load_rows<int8_t, DP, KEYS>(tiles + tile % 2 * TILE, integers, j);
         copy_commit();
-        if (threadIdx.x < KEYS) next_known = about[j + threadIdx.x], next_bias = biases[j + threadIdx.x];
+        if (threadIdx.x < KEYS) next_stats = about[j + threadIdx.x], next_bias = biases[j + threadIdx.x];
     };
     auto enter = [&](i32 tile) {
         // A warp enters a group.
         if (threadIdx.x >= KEYS) return;
-        float4 key = key_limits(next_known, next_bias, sift.rounded);
+        float4 key = key_limits(next_stats, next_bias, rows_of_warp.rounded);
         limits(tile).enter(threadIdx.x, key);
         float2 most = {key.y, key.z};
 #pragma unroll
@@ -467,7 +469,7 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
         }
         if (lane_id() == 0) widest[tile % 2][warp] = most;
     };
-    i32 from = seen.all.lo / KEYS, to = seen.all.lo < seen.all.hi ? (seen.all.hi + KEYS - 1) / KEYS : from;
+    i32 from = ranges.all.lo / KEYS, to = ranges.all.lo < ranges.all.hi ? (ranges.all.hi + KEYS - 1) / KEYS : from;
     if (from < to) load(from), enter(from);
     for (i32 tile = from; tile < to; tile++) {
         if (tile + 1 < to) {
@@ -478,39 +480,39 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
         }
         if (!GD_FAULT(149)) __syncthreads();
         i32 start = tile * KEYS;
-        if (reach.meets(start, KEYS)) {
+        if (warp_range.overlaps(start, KEYS)) {
             const int8_t *own = tiles + (GD_FAULT(142) ? tile + 1 : tile) % 2 * TILE;
-            Limits about = limits(GD_FAULT(146) ? tile + 1 : tile);
+            KeyLimits about = limits(GD_FAULT(146) ? tile + 1 : tile);
             for (int group = 0; group < KEYS; group += GROUP)
-                sift.meet(own, about, widest[tile % 2][group / GROUP], group, start + group);
+                rows_of_warp.score_group(own, about, widest[tile % 2][group / GROUP], group, start + group);
         }
         if (tile + 1 < to) enter(tile + 1);
         // The next load overwrites what was just read.
         if (!GD_FAULT(150)) __syncthreads();
     }
 
-    sift.share();
+    rows_of_warp.store_state();
     for (u32 r = 0; r < u32(S::ROWS); r++) {
         u32 row = first + r;
         if (!at.exists(p, row)) continue;
-        Range range = seen.row[row];
-        sift.cut(r);
-        if (!GD_FAULT(147)) sift.settle(r);
-        List list(sift.lists, r, room);
-        u32 entries = sift.rows[r].count, scored = sift.rows[r].scored;
+        Range range = ranges.row[row];
+        rows_of_warp.prune(r);
+        if (!GD_FAULT(147)) rows_of_warp.rescore(r);
+        List list(rows_of_warp.lists, r, capacity);
+        u32 entries = rows_of_warp.rows[r].count, scored = rows_of_warp.rows[r].scored;
         if (lane_id() < entries) list.key[lane_id()] &= ~EXACT;
         __syncwarp();
-        size_t out = at.out(p, row);
+        size_t out = at.output_row(p, row);
         if (p.candidates == 1 && !p.protected_slots) {
             const T *query = query_row(p, at, q, row);
             i32 winner = entries ? list.key[0] : -1;
-            if (sift.rows[r].hides) {
-                winner = search_row(query, keys, biases, range, p.tie);
+            if (rows_of_warp.rows[r].overflowed) {
+                winner = rescan_row(query, keys, biases, range, p.tie);
                 scored = u32(range.hi - range.lo);
             }
-            write_best(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
+            write_top1(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
         } else {
-            write_list(here(), p, at, row, list, entries, range, q, keys.first, beta, prior, index, energy,
+            write_list(this_thread(), p, at, row, list, entries, range, q, keys.first, beta, prior, index, energy,
                        protected_keys, flags);
         }
         if (lane_id() == 0) rescored[2 * out] = scored, rescored[2 * out + 1] = u32(range.hi - range.lo);
@@ -519,10 +521,10 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
 
 #define SCAN_CERTIFIED(T, D, MT)                                                                                       \
     extern "C" __global__ void __launch_bounds__(256, 1) scan_certified_##T##_d##D##_sm80(                             \
-        CertifiedParams p, const T *q, const T *k, const float *bias, const int8_t *codes, const float4 *known,        \
+        CertifiedParams p, const T *q, const T *k, const float *bias, const int8_t *codes, const float4 *stats,        \
         const float *beta, const float *prior, const i32 *table, i32 *index, float *energy, const T *v,                \
         const float *threshold, T *y, const i32 *protected_keys, uint8_t *flags, u32 *rescored) {                      \
-        scan_certified<T, D, MT>(p, q, k, bias, codes, known, beta, prior, table, index, energy, v, threshold, y,      \
+        scan_certified<T, D, MT>(p, q, k, bias, codes, stats, beta, prior, table, index, energy, v, threshold, y,      \
                                  protected_keys, flags, rescored);                                                     \
     }                                                                                                                  \
     GD_REGISTER(scan_certified_##T##_d##D##_sm80)

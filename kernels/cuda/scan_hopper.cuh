@@ -46,29 +46,30 @@ template <int STAGES> struct Ring {
 // Stores the rows of a block in the layout of `matrix`: of every 64 rows part after part. Rows that do not exist
 // and columns beyond head_dim are zeros.
 template <class T, int DP, int ROWS>
-__device__ __forceinline__ void store_queries(unsigned char *to, const ScanParams &p, const Block &at, const T *q) {
-    constexpr u32 PIECES = DP / 8, PARTS = (DP + 63) / 64;
-    for (u32 c = threadIdx.x; c < ROWS * PIECES; c += blockDim.x) {
-        u32 row = c / PIECES, piece = c % PIECES, inner = piece % 8;
+__device__ __forceinline__ void store_queries(unsigned char *to, const ScanParams &p, const QueryBlock &at,
+                                              const T *q) {
+    constexpr u32 UNITS = DP / 8, PARTS = (DP + 63) / 64;
+    for (u32 c = threadIdx.x; c < ROWS * UNITS; c += blockDim.x) {
+        u32 row = c / UNITS, unit = c % UNITS, inner = unit % 8;
         float4 x = {0, 0, 0, 0};
-        if (at.exists(p, row) && piece * 8 < p.head_dim)
-            x = *reinterpret_cast<const float4 *>(query_row(p, at, q, row) + piece * 8);
+        if (at.exists(p, row) && unit * 8 < p.head_dim)
+            x = *reinterpret_cast<const float4 *>(query_row(p, at, q, row) + unit * 8);
         if (!GD_FAULT(60)) inner ^= row % 8;
-        u32 part = row / 64 * PARTS + piece / 8;
+        u32 part = row / 64 * PARTS + unit / 8;
         *reinterpret_cast<float4 *>(to + (part * 64 + row % 64) * MATRIX_ROW + inner * 16) = x;
     }
     if (!GD_FAULT(61)) fence_async();
 }
 
 // Puts -inf where a row does not see the key; keys first..first + 128.
-__device__ __forceinline__ void hide(float (&acc)[16][4], i32 first, const Range (&seen)[2]) {
+__device__ __forceinline__ void hide(float (&acc)[16][4], i32 first, const Range (&ranges)[2]) {
     i32 start = first + i32(2 * (lane_id() % 4));
 #pragma unroll
     for (int n = 0; n < 16; n++) {
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             i32 j = start + n * 8 + c % 2;
-            Range r = seen[c / 2];
+            Range r = ranges[c / 2];
             if (GD_FAULT(62) ? (j < r.lo || j > r.hi) : (j < r.lo || j >= r.hi)) acc[n][c] = -GD_INFINITY;
         }
     }
@@ -76,11 +77,11 @@ __device__ __forceinline__ void hide(float (&acc)[16][4], i32 first, const Range
 
 // The best of the 16 rows of a warp so far: a lane knows the greatest score and its key of rows g and g + 8, the
 // same in the four lanes that share a row.
-struct BestRows {
+struct Top1Rows {
     float score[2];
     i32 key[2];
 
-    __device__ __forceinline__ BestRows() {
+    __device__ __forceinline__ Top1Rows() {
         score[0] = score[1] = -GD_INFINITY;
         key[0] = key[1] = -1;
     }
@@ -108,7 +109,7 @@ struct BestRows {
             for (int step = 1; step < (GD_FAULT(64) ? 2 : 4); step *= 2) {
                 float s = __shfl_xor_sync(ALL, top, step);
                 i32 other = __shfl_xor_sync(ALL, j, step);
-                if (s > top || (s == top && before(other, j, p.tie))) top = s, j = other;
+                if (s > top || (s == top && wins_tie(other, j, p.tie))) top = s, j = other;
             }
             if (GD_FAULT(63) ? top >= score[half] : top > score[half]) score[half] = top, key[half] = j;
         }
@@ -116,8 +117,8 @@ struct BestRows {
 };
 
 // The lists of the same rows.
-struct LongListRows : ListRows {
-    using ListRows::ListRows;
+struct HopperTopKRows : TopKRows {
+    using TopKRows::TopKRows;
 
     __device__ __forceinline__ void take(const float (&acc)[16][4], i32 first, const ScanParams &p) {
         float top[2] = {-GD_INFINITY, -GD_INFINITY};
@@ -126,7 +127,7 @@ struct LongListRows : ListRows {
             top[0] = fmaxf(top[0], fmaxf(acc[n][0], acc[n][1]));
             top[1] = fmaxf(top[1], fmaxf(acc[n][2], acc[n][3]));
         }
-        if (!__any_sync(ALL, top[0] > bar[0] || top[1] > bar[1])) return;
+        if (!__any_sync(ALL, top[0] > threshold[0] || top[1] > threshold[1])) return;
         // Group by group in the order of the walk; registers have no index, so each is picked.
 #pragma unroll 1
         for (int x = 0; x < (GD_FAULT(75) ? 3 : 4); x++) {
@@ -139,7 +140,7 @@ struct LongListRows : ListRows {
                     part[n][c] = group < 2 ? (group == 0 ? acc[n][c] : acc[4 + n][c])
                                            : (group == 2 ? acc[8 + n][c] : acc[12 + n][c]);
             }
-            offer(part, first + GROUP * group, p);
+            append(part, first + GROUP * group, p);
         }
     }
 };
@@ -147,7 +148,7 @@ struct LongListRows : ListRows {
 // Loads the tiles of a block, one after the other; by one thread. number(i) is the i-th of `count` tiles.
 template <int DP, int MT, int STAGES, class Number>
 __device__ __forceinline__ void load_tiles(const HopperTile<DP, MT, STAGES> &tile, const TensorMap &map,
-                                           const ScanParams &p, const Block &at, const float *biases, i32 count,
+                                           const ScanParams &p, const QueryBlock &at, const float *biases, i32 count,
                                            Number number) {
     using Tile = HopperTile<DP, MT, STAGES>;
     Ring<STAGES> ring;
@@ -173,7 +174,7 @@ __device__ __forceinline__ void load_tiles(const HopperTile<DP, MT, STAGES> &til
 // While one set of sums is looked at, products add to the other.
 template <class T, int DP, int MT, int STAGES, class Number, class Rows>
 __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &tile, const ScanParams &p,
-                                           const Seen &seen, u32 group, i32 from, i32 to, Number number,
+                                           const KeyRanges &ranges, u32 group, i32 from, i32 to, Number number,
                                            Rows (&rows)[MT]) {
     using Tile = HopperTile<DP, MT, STAGES>;
     constexpr i32 KEYS = Tile::KEYS;
@@ -183,12 +184,12 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            own[m][half] = seen.row[first + m * 64 + threadIdx.x / 32 % 4 * 16 + half * 8 + g];
+            own[m][half] = ranges.row[first + m * 64 + threadIdx.x / 32 % 4 * 16 + half * 8 + g];
     }
-    Reach reach(seen, first, 64 * MT);
+    WarpRange warp_range(ranges, first, 64 * MT);
     // The steps of tiles that some row of the warpgroup sees.
-    bool any = reach.some.lo < reach.some.hi;
-    i32 lo = any ? reach.some.lo / KEYS : from, hi = any ? (reach.some.hi + KEYS - 1) / KEYS : from;
+    bool any = warp_range.any.lo < warp_range.any.hi;
+    i32 lo = any ? warp_range.any.lo / KEYS : from, hi = any ? (warp_range.any.hi + KEYS - 1) / KEYS : from;
     // The same in all lanes, and by this known to be.
     i32 begin = __shfl_sync(ALL, p.tie == TIE_LAST ? to - hi : lo - from, 0);
     i32 end = __shfl_sync(ALL, p.tie == TIE_LAST ? to - lo : hi - from, 0);
@@ -226,7 +227,7 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
     };
     auto take = [&](float (&acc)[16][4], int m, i32 i) {
         i32 start = number(i) * KEYS;
-        if (!reach.whole(start, KEYS)) hide(acc, start, own[m]);
+        if (!warp_range.covers(start, KEYS)) hide(acc, start, own[m]);
         rows[m].take(acc, start, p);
     };
 
@@ -281,9 +282,9 @@ __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMa
                                              const float *bias, const i32 *table, Consume consume) {
     using Tile = HopperTile<DP, MT, STAGES>;
     GD_DYNAMIC_SHARED(shared);
-    GD_SHARED(Seen, seen);
+    GD_SHARED(KeyRanges, ranges);
     Tile tile(shared);
-    Block at(here(), p, Tile::ROWS);
+    QueryBlock at(this_thread(), p, Tile::ROWS);
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(&tile.full[s], 1);
@@ -292,12 +293,12 @@ __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMa
         barrier_fence();
     }
     store_queries<T, DP, Tile::ROWS>(tile.queries, p, at, q);
-    fill_seen(seen, p, at, table, Tile::ROWS);
+    compute_key_ranges(ranges, p, at, table, Tile::ROWS);
 
     u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
-    bool any = seen.all.lo < seen.all.hi;
-    i32 from = any ? seen.all.lo / Tile::KEYS : 0, to = any ? (seen.all.hi + Tile::KEYS - 1) / Tile::KEYS : 0;
+    bool any = ranges.all.lo < ranges.all.hi;
+    i32 from = any ? ranges.all.lo / Tile::KEYS : 0, to = any ? (ranges.all.hi + Tile::KEYS - 1) / Tile::KEYS : 0;
     auto number = [&](i32 i) { return p.tie == TIE_LAST ? to - 1 - i : from + i; };
     u32 group = __shfl_sync(ALL, threadIdx.x / 128, 0);
 
@@ -310,8 +311,8 @@ __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMa
         Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim, true};
         // The first of the 16 rows that this warp has of every 64.
         u32 first = group * 64 * MT + threadIdx.x / 32 % 4 * 16;
-        consume(tile, at, seen, first, keys, biases,
-                [&](auto &rows) { scan_tiles<T>(tile, p, seen, group, from, to, number, rows); });
+        consume(tile, at, ranges, first, keys, biases,
+                [&](auto &rows) { scan_tiles<T>(tile, p, ranges, group, from, to, number, rows); });
     }
 }
 
@@ -320,29 +321,28 @@ __device__ __forceinline__ void scan_top1_hopper(const ScanParams &p, const Tens
                                                  const float *bias, const float *beta, const float *prior,
                                                  const i32 *table, i32 *index, float *energy, const T *v,
                                                  const float *threshold, T *y) {
-    hopper_block<T, DP, MT, STAGES>(p, map, q, k, bias, table,
-                                    [&](const auto &, const Block &at, const Seen &seen, u32 first,
-                                        const Source<T> &keys, const float *biases, auto scan) {
-                                        BestRows best[MT];
-                                        scan(best);
+    hopper_block<T, DP, MT, STAGES>(
+        p, map, q, k, bias, table,
+        [&](const auto &, const QueryBlock &at, const KeyRanges &ranges, u32 first, const Source<T> &keys,
+            const float *biases, auto scan) {
+            Top1Rows best[MT];
+            scan(best);
 #pragma unroll
-                                        for (int m = 0; m < MT; m++) {
+            for (int m = 0; m < MT; m++) {
 #pragma unroll
-                                            for (int half = 0; half < 2; half++) {
-                                                for (u32 r = 0; r < 8; r++) {
-                                                    float score = __shfl_sync(ALL, best[m].score[half], r * 4);
-                                                    i32 winner = __shfl_sync(ALL, best[m].key[half], r * 4);
-                                                    u32 row = first + m * 64 + half * 8 + r;
-                                                    if (!at.exists(p, row)) continue;
-                                                    const T *query = query_row(p, at, q, row);
-                                                    if (score == GD_INFINITY)
-                                                        winner = search_row(query, keys, biases, seen.row[row], p.tie);
-                                                    write_best(p, at, row, winner, query, keys, beta, prior, index,
-                                                               energy, v, threshold, y);
-                                                }
-                                            }
-                                        }
-                                    });
+                for (int half = 0; half < 2; half++) {
+                    for (u32 r = 0; r < 8; r++) {
+                        float score = __shfl_sync(ALL, best[m].score[half], r * 4);
+                        i32 winner = __shfl_sync(ALL, best[m].key[half], r * 4);
+                        u32 row = first + m * 64 + half * 8 + r;
+                        if (!at.exists(p, row)) continue;
+                        const T *query = query_row(p, at, q, row);
+                        if (score == GD_INFINITY) winner = rescan_row(query, keys, biases, ranges.row[row], p.tie);
+                        write_top1(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
+                    }
+                }
+            }
+        });
 }
 
 template <class T, int DP, int STAGES>
@@ -352,11 +352,11 @@ __device__ __forceinline__ void scan_topk_hopper(const ScanParams &p, const Tens
                                                  uint8_t *flags) {
     hopper_block<T, DP, 1, STAGES>(
         p, map, q, k, bias, table,
-        [&](const auto &tile, const Block &at, const Seen &seen, u32 first, const Source<T> &keys, const float *,
-            auto scan) {
-            LongListRows rows[1] = {LongListRows(tile.lists + size_t(first) * 2 * HOPPER_LIST, HOPPER_LIST)};
+        [&](const auto &tile, const QueryBlock &at, const KeyRanges &ranges, u32 first, const Source<T> &keys,
+            const float *, auto scan) {
+            HopperTopKRows rows[1] = {HopperTopKRows(tile.lists + size_t(first) * 2 * HOPPER_LIST, HOPPER_LIST)};
             scan(rows);
-            rows[0].write(p, at, seen, first, q, keys, beta, prior, index, energy, protected_keys, flags);
+            rows[0].write(p, at, ranges, first, q, keys, beta, prior, index, energy, protected_keys, flags);
         });
 }
 

@@ -8,7 +8,7 @@
 #define BIAS(T)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         key_bias_##T##_sm80(BiasParams p, const T *k, const float *beta, const float *prior, float *bias) {            \
-        write_key_biases<T>(here(), p, k, beta, prior, bias);                                                          \
+        write_key_biases<T>(this_thread(), p, k, beta, prior, bias);                                                   \
     }                                                                                                                  \
     GD_REGISTER(key_bias_##T##_sm80)
 

@@ -6,27 +6,28 @@
 // The best key of a row by plain sums, for rows in which a score has left the range of f32: such a score
 // belongs to no candidate and hides the others.
 template <class T>
-__device__ __noinline__ i32 search_row(const T *q, const Source<T> &k, const float *bias, Range seen, u32 tie) {
+__device__ __noinline__ i32 rescan_row(const T *q, const Source<T> &k, const float *bias, Range range, u32 tie) {
     float score = -GD_INFINITY;
     i32 key = -1;
-    for (i32 j = seen.lo + i32(lane_id()); j < seen.hi; j += 32) {
+    for (i32 j = range.lo + i32(lane_id()); j < range.hi; j += 32) {
         float s = bias[j];
         for (u32 d = 0; d < k.dim; d++)
-            s = fmaf(up(q[d]), up(k.first[size_t(j) * k.stride + d]), s);
-        if (finite(s) && (s > score || (s == score && key >= 0 && before(j, key, tie)))) score = s, key = j;
+            s = fmaf(to_float(q[d]), to_float(k.first[size_t(j) * k.stride + d]), s);
+        if (finite(s) && (s > score || (s == score && key >= 0 && wins_tie(j, key, tie)))) score = s, key = j;
     }
-    return best_key(score, key, tie);
+    return argmax_key(score, key, tie);
 }
 
 // Writes what was found for a row: the key `winner` (-1: none) with its energy, if the threshold of the head
 // admits it, and its value row. By a warp.
 template <class T>
-__device__ __forceinline__ void write_best(const ScanParams &p, const Block &at, u32 row, i32 winner, const T *query,
-                                           const Source<T> &keys, const float *beta, const float *prior, i32 *index,
-                                           float *energy, const T *v, const float *threshold, T *y) {
+__device__ __forceinline__ void write_top1(const ScanParams &p, const QueryBlock &at, u32 row, i32 winner,
+                                           const T *query, const Source<T> &keys, const float *beta, const float *prior,
+                                           i32 *index, float *energy, const T *v, const float *threshold, T *y) {
     const T *key = keys.first + size_t(max(winner, 0)) * keys.stride;
-    float e = admit(here(), p, at.b, at.head(p, row), winner, query, key, beta, prior, threshold);
-    write_winner(here(), at.out(p, row), winner, e, value_row(p, at, v, winner), p.value_dim, index, energy, y);
+    float e = admit_winner(this_thread(), p, at.b, at.head(p, row), winner, query, key, beta, prior, threshold);
+    write_winner(this_thread(), at.output_row(p, row), winner, e, value_row(p, at, v, winner), p.value_dim, index,
+                 energy, y);
 }
 
 template <class T, int DP, int MT>
@@ -36,11 +37,11 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
     using S = typename Scoring<T>::template Of<DP, MT>;
     constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH;
     GD_DYNAMIC_SHARED(shared);
-    GD_SHARED(Seen, seen);
+    GD_SHARED(KeyRanges, ranges);
     u32 warp = threadIdx.x / 32, g = lane_id() / 4;
     u32 rows = blockDim.x / 32 * S::ROWS, first = warp * S::ROWS;
-    Block at(here(), p, rows);
-    fill_seen(seen, p, at, table, rows);
+    QueryBlock at(this_thread(), p, rows);
+    compute_key_ranges(ranges, p, at, table, rows);
 
     T *tiles = reinterpret_cast<T *>(shared);
     unsigned char *queries = shared + 2 * (TILE * sizeof(T) + KEYS * 4) + warp * S::QUERY_BYTES;
@@ -55,51 +56,52 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            own[m][half] = seen.row[first + m * 16 + half * 8 + g];
+            own[m][half] = ranges.row[first + m * 16 + half * 8 + g];
             best[m][half] = -GD_INFINITY;
             where[m][half] = -1;
         }
     }
-    Reach reach(seen, first, S::ROWS);
+    WarpRange warp_range(ranges, first, S::ROWS);
     Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
                       p.vector_loads != 0};
     u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
 
-    walk<T, DP, KEYS>(tiles, keys, biases, seen.all, p.tie, [&](u32 number, const T *tile, const float *tile_bias) {
-        i32 start = i32(number * KEYS);
-        if (!reach.meets(start, KEYS)) return;
-        bool whole = reach.whole(start, KEYS);
-        float top[MT][2];
+    for_each_tile<T, DP, KEYS>(
+        tiles, keys, biases, ranges.all, p.tie, [&](u32 number, const T *tile, const float *tile_bias) {
+            i32 start = i32(number * KEYS);
+            if (!warp_range.overlaps(start, KEYS)) return;
+            bool whole = warp_range.covers(start, KEYS);
+            float top[MT][2];
 #pragma unroll
-        for (int m = 0; m < MT; m++)
-            top[m][0] = top[m][1] = -GD_INFINITY;
+            for (int m = 0; m < MT; m++)
+                top[m][0] = top[m][1] = -GD_INFINITY;
 #pragma unroll
-        for (int group = 0; group < KEYS; group += GROUP) {
-            float acc[MT][4][4];
-            group_scores(scoring, tile, tile_bias, group, start, whole, own, acc);
+            for (int group = 0; group < KEYS; group += GROUP) {
+                float acc[MT][4][4];
+                group_scores(scoring, tile, tile_bias, group, start, whole, own, acc);
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+#pragma unroll
+                    for (int n = 0; n < 4; n++) {
+                        // fmaxf leaves NaN out.
+                        top[m][0] = fmaxf(top[m][0], fmaxf(acc[m][n][0], acc[m][n][1]));
+                        top[m][1] = fmaxf(top[m][1], fmaxf(acc[m][n][2], acc[m][n][3]));
+                    }
+                }
+            }
 #pragma unroll
             for (int m = 0; m < MT; m++) {
 #pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    // fmaxf leaves NaN out.
-                    top[m][0] = fmaxf(top[m][0], fmaxf(acc[m][n][0], acc[m][n][1]));
-                    top[m][1] = fmaxf(top[m][1], fmaxf(acc[m][n][2], acc[m][n][3]));
+                for (int half = 0; half < 2; half++) {
+                    // In the order of the walk, what comes first stays.
+                    if (GD_FAULT(10) ? top[m][half] >= best[m][half] : top[m][half] > best[m][half]) {
+                        best[m][half] = top[m][half];
+                        where[m][half] = i32(number);
+                    }
                 }
             }
-        }
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                // In the order of the walk, what comes first stays.
-                if (GD_FAULT(10) ? top[m][half] >= best[m][half] : top[m][half] > best[m][half]) {
-                    best[m][half] = top[m][half];
-                    where[m][half] = i32(number);
-                }
-            }
-        }
-    });
+        });
 
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -108,14 +110,14 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
             for (u32 r = 0; r < 8; r++) {
                 u32 row = first + m * 16 + half * 8 + r;
                 if (!at.exists(p, row)) continue;
-                Range range = seen.row[row];
+                Range range = ranges.row[row];
                 float top = -GD_INFINITY;
                 for (u32 t = 0; t < (GD_FAULT(11) ? 3 : 4); t++)
                     top = fmaxf(top, __shfl_sync(ALL, best[m][half], r * 4 + t));
                 const T *query = query_row(p, at, q, row);
                 i32 winner = -1;
                 if (top == GD_INFINITY) {
-                    winner = search_row(query, keys, biases, range, p.tie);
+                    winner = rescan_row(query, keys, biases, range, p.tie);
                 } else if (top > -GD_INFINITY) {
                     for (u32 t = 0; t < 4; t++) {
                         float score = __shfl_sync(ALL, best[m][half], r * 4 + t);
@@ -125,10 +127,10 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
                                     ? scoring.template find<0>(tiles, keys, biases, u32(tile), t, half, r, range, p.tie)
                                     : scoring.template find<MT - 1>(tiles, keys, biases, u32(tile), t, half, r, range,
                                                                     p.tie);
-                        if (j >= 0 && (winner < 0 || before(j, winner, p.tie))) winner = j;
+                        if (j >= 0 && (winner < 0 || wins_tie(j, winner, p.tie))) winner = j;
                     }
                 }
-                write_best(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
+                write_top1(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
             }
         }
     }

@@ -3,13 +3,13 @@
 
 #define SWIGLU(T)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
-        swiglu_forward_##T##_sm80(SwigluParams p, const T *gate, const T *lift, T *y) {                                \
-        swiglu_forward<T>(here(), p, gate, lift, y);                                                                   \
+        swiglu_forward_##T##_sm80(SwigluParams p, const T *gate, const T *up, T *y) {                                  \
+        swiglu_forward<T>(this_thread(), p, gate, up, y);                                                              \
     }                                                                                                                  \
     GD_REGISTER(swiglu_forward_##T##_sm80)                                                                             \
     extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
-        swiglu_backward_##T##_sm80(SwigluParams p, const T *gate, const T *lift, const T *dy, T *dgate, T *dlift) {    \
-        swiglu_backward<T>(here(), p, gate, lift, dy, dgate, dlift);                                                   \
+        swiglu_backward_##T##_sm80(SwigluParams p, const T *gate, const T *up, const T *dy, T *dgate, T *dup) {        \
+        swiglu_backward<T>(this_thread(), p, gate, up, dy, dgate, dup);                                                \
     }                                                                                                                  \
     GD_REGISTER(swiglu_backward_##T##_sm80)
 

@@ -41,12 +41,12 @@ template <int KEYS> __device__ __forceinline__ void load_bias(float *to, const f
 }
 
 // The greatest score among keys that lanes propose (key -1: none), ties by the rule; the same in all lanes.
-__device__ __forceinline__ i32 best_key(float score, i32 key, u32 tie) {
+__device__ __forceinline__ i32 argmax_key(float score, i32 key, u32 tie) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
         float s = __shfl_xor_sync(ALL, score, step);
         i32 j = __shfl_xor_sync(ALL, key, step);
-        bool wins = j >= 0 && (key < 0 || s > score || (s == score && before(j, key, tie)));
+        bool wins = j >= 0 && (key < 0 || s > score || (s == score && wins_tie(j, key, tie)));
         if (wins) score = s, key = j;
     }
     return key;
@@ -105,7 +105,7 @@ template <class T, int DP, int MT> struct Mma {
     // the same products again, on gathered keys, give the same bits.
     template <int M>
     __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t, int half,
-                                        u32 g, Range seen, u32 tie) const {
+                                        u32 g, Range range, u32 tie) const {
         u32 lane = lane_id(), n = lane / 4, c = lane % 4;
         float score = -GD_INFINITY;
         i32 key = -1;
@@ -122,11 +122,11 @@ template <class T, int DP, int MT> struct Mma {
             for (u32 e = 0; e < 2; e++) {
                 float s = half ? acc[2 + e] : acc[e];
                 i32 j = i32(at(2 * c + e));
-                bool open = lane / 4 == g && j >= seen.lo && j < seen.hi;
-                if (open && (s > score || (s == score && key >= 0 && before(j, key, tie)))) score = s, key = j;
+                bool open = lane / 4 == g && j >= range.lo && j < range.hi;
+                if (open && (s > score || (s == score && key >= 0 && wins_tie(j, key, tie)))) score = s, key = j;
             }
         }
-        return best_key(score, key, tie);
+        return argmax_key(score, key, tie);
     }
 };
 
@@ -170,10 +170,10 @@ template <class T, int DP, int MT> struct Ffma {
 
     template <int M>
     __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t, int half,
-                                        u32 g, Range seen, u32 tie) const {
+                                        u32 g, Range range, u32 tie) const {
         u32 x = lane_id() % 8;
         i32 j = i32(tile * KEYS + x / 2 * 8 + 2 * t + x % 2);
-        bool open = lane_id() < 8 && j >= seen.lo && j < seen.hi;
+        bool open = lane_id() < 8 && j >= range.lo && j < range.hi;
         float score = -GD_INFINITY;
         if (open) {
             score = bias[j];
@@ -182,7 +182,7 @@ template <class T, int DP, int MT> struct Ffma {
                 score = fmaf(q[d], row[d], score);
         }
         // NaN, and what overflowed, is no score.
-        return best_key(score, score > -GD_INFINITY ? j : -1, tie);
+        return argmax_key(score, score > -GD_INFINITY ? j : -1, tie);
     }
 };
 

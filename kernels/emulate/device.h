@@ -1,4 +1,4 @@
-// Every thread of a block is a fibre of the host, and operations of warps and blocks are meetings of fibres
+// Every thread of a block is a fiber of the host, and operations of warps and blocks are meetings of fibers
 // (emulate.cpp); behind that, the CUDA language as far as the kernels use it, for a host compiler. Included by
 // ptx.cuh, and by metal.h, which has words of its own.
 #pragma once
@@ -44,7 +44,7 @@ struct Kind {
 };
 extern const Kind SYNC, SHUFFLE, BALLOT, MATRICES, MMA_F16, MMA_BF16, MMA_S8;
 
-// All lanes of the warp must come, to the same kind of meeting: `in` of every lane is seen by all.
+// All lanes of the warp must come, to the same kind of meeting: `in` of every lane is ranges by all.
 struct Request {
     const Kind *kind;
     uint64_t in;
@@ -70,15 +70,15 @@ void wake(uint32_t thread);
 uint8_t *shared_window();
 
 // The copies, products and barriers of a block that run beside its threads.
-namespace beside {
+namespace async_proxy {
 void begin();
 // Lets something happen, surely so if all threads are stuck; whether anything has.
 bool step(bool stuck);
 // Who waits for what.
 std::string waiting();
 // What is wrong when all threads have finished; empty if nothing is.
-std::string left();
-} // namespace beside
+std::string unfinished();
+} // namespace async_proxy
 
 // One launchable kernel.
 using Call = void (*)(void (*kernel)(), const void *params, void *const *pointers);
@@ -114,9 +114,9 @@ struct Entry {
     }
 };
 
-float half_up(uint16_t bits);
-uint16_t half_down(float x);
-uint16_t bfloat_down(float x);
+float half_to_float(uint16_t bits);
+uint16_t half_from_float(float x);
+uint16_t bfloat_from_float(float x);
 
 struct Mma {
     float *c;
@@ -225,12 +225,12 @@ template <class T> T atomicAdd(T *at, T x) {
     return old;
 }
 
-inline float up(float x) { return x; }
-inline float up(f16 x) { return emulate::half_up(x.bits); }
-inline float up(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-inline void down(float x, float &y) { y = x; }
-inline void down(float x, f16 &y) { y.bits = emulate::half_down(x); }
-inline void down(float x, bf16 &y) { y.bits = emulate::bfloat_down(x); }
+inline float to_float(float x) { return x; }
+inline float to_float(f16 x) { return emulate::half_to_float(x.bits); }
+inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+inline void from_float(float x, float &y) { y = x; }
+inline void from_float(float x, f16 &y) { y.bits = emulate::half_from_float(x); }
+inline void from_float(float x, bf16 &y) { y.bits = emulate::bfloat_from_float(x); }
 
 inline void copy_async(void *to, const void *from, uint32_t bytes) { emulate::copy_async(to, from, bytes); }
 inline void copy_commit() { emulate::copy_commit(); }

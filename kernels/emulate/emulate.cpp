@@ -1,4 +1,4 @@
-// Executes kernels on the host: one fibre a thread, one block at a time, in a seeded random order. What has
+// Executes kernels on the host: one fiber a thread, one block at a time, in a seeded random order. What has
 // not been written is NaN (bytes 0xff): shared memory at the start of a block, buffers after allocation,
 // and the target of an asynchronous copy until its thread has waited for it.
 #include "../cuda/ptx.cuh"
@@ -27,7 +27,7 @@ namespace {
 constexpr size_t STACK = 128 << 10, SHARED = 256 << 10;
 constexpr uint8_t POISON = 0xff;
 
-// Where a fibre, or the scheduler, goes on.
+// Where a fiber, or the scheduler, goes on.
 struct Context {
 #if defined(__x86_64__)
     void *stack;
@@ -81,7 +81,7 @@ void prepare(Context &c, uint8_t *stack, void (*start)()) {
 #endif
 
 // Memory between two pages that nobody may touch; `bytes` end (or start) at one of them.
-struct Fenced {
+struct GuardedMemory {
     uint8_t *pages = nullptr;
     size_t mapped = 0;
 
@@ -120,7 +120,7 @@ struct Copy {
     uint32_t group;
 };
 
-struct Fibre {
+struct Fiber {
     Context context;
     Index thread;
     std::vector<Copy> copies;
@@ -135,12 +135,12 @@ struct Warp {
 // All of a launch.
 struct Machine {
     Context scheduler;
-    std::vector<Fibre> fibres;
+    std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<std::pair<const void *, void *>> statics;
     uint8_t *stacks = nullptr;
     size_t stack_count = 0;
-    Fenced shared_pages;
+    GuardedMemory shared_pages;
     uint8_t *shared_end = nullptr, *dynamic = nullptr;
     std::vector<uint8_t *> static_memory;
     size_t current = 0, finished = 0, at_barrier = 0;
@@ -160,7 +160,7 @@ struct Machine {
 };
 thread_local Machine machine;
 
-void leave() { change(machine.fibres[machine.current].context, machine.scheduler); }
+void leave() { change(machine.fibers[machine.current].context, machine.scheduler); }
 
 void start() {
     Machine &m = machine;
@@ -177,17 +177,17 @@ uint32_t bit(uint32_t mask, uint32_t n) {
     return uint32_t(__builtin_ctz(mask));
 }
 
-void land(Fibre &f, uint32_t groups) {
-    size_t kept = 0;
+void complete_copies(Fiber &f, uint32_t groups) {
+    size_t pending = 0;
     for (Copy &c : f.copies) {
         if (c.group < groups) {
             std::memset(c.to, 0, 16);
             std::memcpy(c.to, c.from, c.bytes);
         } else {
-            f.copies[kept++] = c;
+            f.copies[pending++] = c;
         }
     }
-    f.copies.resize(kept);
+    f.copies.resize(pending);
 }
 
 void run_block(bool keep_warp) {
@@ -202,9 +202,9 @@ void run_block(bool keep_warp) {
     m.static_memory.clear();
     m.statics.clear();
     std::memset(m.dynamic, POISON, size_t(m.shared_end - m.dynamic));
-    beside::begin();
+    async_proxy::begin();
     for (uint32_t t = 0; t < threads; t++) {
-        Fibre &f = m.fibres[t];
+        Fiber &f = m.fibers[t];
         f.thread = {t, 0, 0};
         f.copies.clear();
         f.groups = 0;
@@ -212,7 +212,7 @@ void run_block(bool keep_warp) {
     }
     uint32_t warp = m.draw(warps);
     while (m.finished < threads && m.error.empty()) {
-        beside::step(false);
+        async_proxy::step(false);
         if (!keep_warp || !m.warps[warp].runnable) {
             uint32_t first = m.draw(warps), w = first;
             while (!m.warps[w].runnable && (w + 1) % warps != first)
@@ -220,25 +220,25 @@ void run_block(bool keep_warp) {
             warp = w;
         }
         uint32_t &runnable = m.warps[warp].runnable;
-        if (!runnable && beside::step(true)) continue;
+        if (!runnable && async_proxy::step(true)) continue;
         if (!runnable) {
             m.error = "deadlock: " + std::to_string(m.at_barrier) + " threads wait at a block barrier, " +
                       std::to_string(m.finished) + " of " + std::to_string(threads) + " have finished" +
-                      beside::waiting();
+                      async_proxy::waiting();
             break;
         }
         uint32_t lane = bit(runnable, m.draw(uint32_t(__builtin_popcount(runnable))));
         runnable &= ~(1u << lane);
         m.current = warp * 32 + lane;
-        thread = m.fibres[m.current].thread;
-        change(m.scheduler, m.fibres[m.current].context);
+        thread = m.fibers[m.current].thread;
+        change(m.scheduler, m.fibers[m.current].context);
     }
-    if (m.error.empty()) m.error = beside::left();
+    if (m.error.empty()) m.error = async_proxy::unfinished();
 }
 
 void mma_step(Lanes lanes, bool bfloat) {
     float a[16][16], b[16][8], c[16][8];
-    auto wide = [&](uint32_t x) { return bfloat ? __uint_as_float(x << 16) : half_up(uint16_t(x)); };
+    auto wide = [&](uint32_t x) { return bfloat ? __uint_as_float(x << 16) : half_to_float(uint16_t(x)); };
     for (int l = 0; l < 32; l++) {
         const Mma &m = *static_cast<const Mma *>(lanes[l]->data);
         int g = l / 4, t = l % 4;
@@ -384,8 +384,8 @@ uint8_t *shared_window() { return machine.shared_end - SHARED; }
 void *dynamic_shared() { return machine.dynamic; }
 
 void *static_shared(const void *tag, size_t bytes) {
-    for (auto &known : machine.statics)
-        if (known.first == tag) return known.second;
+    for (auto &entry : machine.statics)
+        if (entry.first == tag) return entry.second;
     uint8_t *memory = static_cast<uint8_t *>(std::malloc(bytes));
     std::memset(memory, POISON, bytes);
     machine.static_memory.push_back(memory);
@@ -396,14 +396,14 @@ void *static_shared(const void *tag, size_t bytes) {
 void copy_async(void *to, const void *from, uint32_t bytes) {
     if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes > 16)
         fail("cp.async of %u bytes, or not aligned to 16", bytes);
-    Fibre &f = machine.fibres[machine.current];
+    Fiber &f = machine.fibers[machine.current];
     std::memset(to, POISON, 16);
     f.copies.push_back({static_cast<uint8_t *>(to), static_cast<const uint8_t *>(from), bytes, f.groups});
 }
-void copy_commit() { machine.fibres[machine.current].groups++; }
+void copy_commit() { machine.fibers[machine.current].groups++; }
 void copy_wait(int under_way) {
-    Fibre &f = machine.fibres[machine.current];
-    land(f, f.groups - (f.groups < uint32_t(under_way) ? f.groups : uint32_t(under_way)));
+    Fiber &f = machine.fibers[machine.current];
+    complete_copies(f, f.groups - (f.groups < uint32_t(under_way) ? f.groups : uint32_t(under_way)));
 }
 
 void enter(const char *name, const char *file, void (*kernel)(), Call call, size_t params, size_t pointers,
@@ -411,7 +411,7 @@ void enter(const char *name, const char *file, void (*kernel)(), Call call, size
     kernels()[name] = {file, kernel, call, params, pointers, values};
 }
 
-float half_up(uint16_t bits) {
+float half_to_float(uint16_t bits) {
     static const float *const table = [] {
         float *t = new float[65536];
         for (uint32_t x = 0; x < 65536; x++) {
@@ -426,7 +426,7 @@ float half_up(uint16_t bits) {
     return table[bits];
 }
 
-uint16_t half_down(float x) {
+uint16_t half_from_float(float x) {
     uint32_t sign = __float_as_uint(x) >> 31 << 15;
     float y = std::fabs(x);
     if (!(y == y)) return uint16_t(sign | 0x7fff);
@@ -438,7 +438,7 @@ uint16_t half_down(float x) {
     return uint16_t(sign | bits);
 }
 
-uint16_t bfloat_down(float x) {
+uint16_t bfloat_from_float(float x) {
     uint32_t bits = __float_as_uint(x);
     if (x != x) return 0x7fff;
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -452,7 +452,7 @@ extern "C" {
 
 // Memory of NaN between pages that fault; `place` says at which end of them it lies.
 void *gd_emulate_allocate(size_t bytes, uint32_t place, void **pages, size_t *mapped) {
-    Fenced f;
+    GuardedMemory f;
     uint8_t *at = f.map(bytes ? bytes : 1, 16, place % 2 == 0);
     *pages = f.pages;
     *mapped = f.mapped;
@@ -515,7 +515,7 @@ int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, 
         m.stack_count = threads;
         m.stacks = static_cast<uint8_t *>(
             mmap(nullptr, threads * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        m.fibres.resize(threads);
+        m.fibers.resize(threads);
     }
     if (!m.shared_end) m.shared_end = m.shared_pages.map(SHARED, 128, true) + SHARED;
     m.dynamic = m.shared_end - (shared + 127) / 128 * 128;

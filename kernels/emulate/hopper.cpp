@@ -27,11 +27,11 @@ struct Barrier {
 
 // A copy under way: pieces of 16 bytes, `from` null where the tensor ends.
 struct Copy {
-    struct Piece {
+    struct Unit {
         uint32_t to;
         const uint8_t *from;
     };
-    std::vector<Piece> pieces;
+    std::vector<Unit> units;
     uint64_t *barrier;
 };
 
@@ -55,7 +55,7 @@ struct Warp {
     std::vector<uint64_t> registers;
 };
 
-struct Beside {
+struct AsyncProxy {
     std::map<uint64_t *, Barrier> barriers;
     std::vector<Copy> copies;
     std::map<uint32_t, Warp> warps;
@@ -64,7 +64,7 @@ struct Beside {
     bool fenced = false;
     bool eager = false;
 };
-thread_local Beside state;
+thread_local AsyncProxy state;
 
 std::vector<uint8_t> &view() {
     if (state.view.empty()) state.view.assign(WINDOW, POISON);
@@ -77,14 +77,14 @@ uint32_t offset(const void *p, const char *what) {
     return uint32_t(at);
 }
 
-Barrier &known(uint64_t *b) {
+Barrier &find_barrier(uint64_t *b) {
     auto found = state.barriers.find(b);
     if (found == state.barriers.end()) fail("an mbarrier that nobody has initialised");
     return found->second;
 }
 
 // Ends the phase if nothing is missing.
-void settle(Barrier &b) {
+void finish_phase(Barrier &b) {
     if (b.missing || b.bytes) return;
     b.phase++;
     b.missing = b.arrivals;
@@ -94,29 +94,29 @@ void settle(Barrier &b) {
 }
 
 void store(uint32_t to, const uint8_t *from, bool landed) {
-    uint8_t piece[16];
-    std::memset(piece, landed ? 0 : POISON, 16);
-    if (landed && from) std::memcpy(piece, from, 16);
-    std::memcpy(shared_window() + to, piece, 16);
-    std::memcpy(view().data() + to, piece, 16);
+    uint8_t unit[16];
+    std::memset(unit, landed ? 0 : POISON, 16);
+    if (landed && from) std::memcpy(unit, from, 16);
+    std::memcpy(shared_window() + to, unit, 16);
+    std::memcpy(view().data() + to, unit, 16);
 }
 
 void start(Copy copy) {
-    known(copy.barrier);
-    for (auto &p : copy.pieces)
+    find_barrier(copy.barrier);
+    for (auto &p : copy.units)
         store(p.to, p.from, false);
     state.copies.push_back(std::move(copy));
 }
 
-void land(size_t which) {
+void complete_copy(size_t which) {
     std::swap(state.copies[which], state.copies.back());
     Copy copy = std::move(state.copies.back());
     state.copies.pop_back();
-    for (auto &p : copy.pieces)
+    for (auto &p : copy.units)
         store(p.to, p.from, true);
     Barrier &b = state.barriers.find(copy.barrier)->second;
-    b.bytes -= int64_t(16 * copy.pieces.size());
-    settle(b);
+    b.bytes -= int64_t(16 * copy.units.size());
+    finish_phase(b);
 }
 
 // Element (row, column) of a matrix as its name says.
@@ -133,7 +133,7 @@ void multiply(Started &p, uint32_t warp) {
     if (state.fenced) view().assign(shared_window(), shared_window() + WINDOW);
     state.fenced = false;
     float a[ROWS][16], b[16][KEYS];
-    auto wide = [&](uint16_t x) { return p.bfloat ? __uint_as_float(uint32_t(x) << 16) : half_up(x); };
+    auto wide = [&](uint16_t x) { return p.bfloat ? __uint_as_float(uint32_t(x) << 16) : half_to_float(x); };
     for (uint32_t k = 0; k < 16; k++) {
         for (uint32_t i = 0; i < ROWS; i++)
             a[i][k] = wide(element(p.a, warp % 4 * ROWS + i, k));
@@ -248,15 +248,15 @@ void barrier_init(uint64_t *b, uint32_t arrivals) {
 }
 
 void barrier_arrive(uint64_t *b, uint32_t bytes) {
-    Barrier &x = known(b);
+    Barrier &x = find_barrier(b);
     if (!x.missing) fail("more arrivals at an mbarrier than its phase has");
     x.bytes += bytes;
     x.missing--;
-    settle(x);
+    finish_phase(x);
 }
 
 void barrier_wait(uint64_t *b, uint32_t parity) {
-    Barrier &x = known(b);
+    Barrier &x = find_barrier(b);
     while ((x.phase & 1) == parity) {
         x.threads.push_back(thread.x);
         park();
@@ -280,7 +280,7 @@ void copy_box(void *to, const TensorMap &map, const int32_t (&at)[4], uint64_t *
             if (inside(0, column) && inside(1, row) && inside(2, at[2]) && inside(3, at[3]))
                 from = map.first + column * map.element + row * int64_t(map.strides[0]) +
                        at[2] * int64_t(map.strides[1]) + at[3] * int64_t(map.strides[2]);
-            copy.pieces.push_back({place ^ (place >> 7 & 7) << 4, from});
+            copy.units.push_back({place ^ (place >> 7 & 7) << 4, from});
         }
     }
     start(std::move(copy));
@@ -292,24 +292,24 @@ void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *b) {
         fail("a copy of %u bytes, or not aligned to 16", bytes);
     Copy copy = {{}, b};
     for (uint32_t x = 0; x < bytes; x += 16)
-        copy.pieces.push_back({first + x, static_cast<const uint8_t *>(from) + x});
+        copy.units.push_back({first + x, static_cast<const uint8_t *>(from) + x});
     start(std::move(copy));
 }
 
 // Shows all of shared memory, of every thread: more than the thread's own stores, never less.
 void fence_async() { state.fenced = true; }
 
-namespace beside {
+namespace async_proxy {
 
 void begin() {
-    state = Beside();
+    state = AsyncProxy();
     state.eager = draw(4) == 0;
 }
 
 bool step(bool stuck) {
     if (state.copies.empty()) return false;
     if (!stuck && (!state.eager || draw(64))) return false;
-    land(draw(uint32_t(state.copies.size())));
+    complete_copy(draw(uint32_t(state.copies.size())));
     return true;
 }
 
@@ -323,7 +323,7 @@ std::string waiting() {
     return text;
 }
 
-std::string left() {
+std::string unfinished() {
     if (!state.copies.empty()) return std::to_string(state.copies.size()) + " copies are under way at the end";
     for (auto &[at, b] : state.barriers)
         if (b.bytes) return "an mbarrier expects " + std::to_string(b.bytes) + " bytes more at the end";
@@ -341,5 +341,5 @@ std::string left() {
     return "";
 }
 
-} // namespace beside
+} // namespace async_proxy
 } // namespace emulate

@@ -106,8 +106,8 @@ struct half {
     uint16_t bits;
 
     half() = default;
-    explicit half(float x) : bits(emulate::half_down(x)) {}
-    explicit operator float() const { return emulate::half_up(bits); }
+    explicit half(float x) : bits(emulate::half_from_float(x)) {}
+    explicit operator float() const { return emulate::half_to_float(bits); }
 };
 
 template <class X, class Y> X as_type(Y y) {

@@ -10,11 +10,11 @@
     }                                                                                                                  \
     GD_REGISTER(squares_##T##_metal)                                                                                   \
     KERNEL(256)                                                                                                        \
-    adamw_##T##_metal(constant AdamwParams &p [[buffer(0)]], const device Verdict *verdict [[buffer(1)]],              \
-                      const device Verdict *before [[buffer(2)]], const device T *gradient [[buffer(3)]],              \
+    adamw_##T##_metal(constant AdamwParams &p [[buffer(0)]], const device ClipResult *result [[buffer(1)]],            \
+                      const device ClipResult *before [[buffer(2)]], const device T *gradient [[buffer(3)]],           \
                       device float *m [[buffer(4)]], device float *v [[buffer(5)]],                                    \
                       device float *master [[buffer(6)]], device T *parameter [[buffer(7)]], GD_THREAD) {              \
-        adamw<T>(GD_HERE, p, verdict, GD_IF_PRESENT(2, before), gradient, m, v, GD_IF_PRESENT(6, master), parameter);  \
+        adamw<T>(GD_HERE, p, result, GD_IF_PRESENT(2, before), gradient, m, v, GD_IF_PRESENT(6, master), parameter);   \
     }                                                                                                                  \
     GD_REGISTER(adamw_##T##_metal)
 
@@ -24,8 +24,8 @@ ADAMW(bf16)
 
 KERNEL(256)
 clip_metal(constant ClipParams &p [[buffer(0)]], const device float *parts [[buffer(1)]],
-           const device float *losses [[buffer(2)]], device Verdict *verdict [[buffer(3)]], GD_THREAD) {
+           const device float *losses [[buffer(2)]], device ClipResult *result [[buffer(3)]], GD_THREAD) {
     GD_SHARED(Total[256], sums);
-    clip(GD_HERE, p, sums, parts, losses, verdict);
+    clip(GD_HERE, p, sums, parts, losses, result);
 }
 GD_REGISTER(clip_metal)

@@ -7,9 +7,9 @@
                                       const device T *logits [[buffer(1)]], const device u32 *targets [[buffer(2)]],   \
                                       device float *losses [[buffer(3)]], device float *log_sums [[buffer(4)]],        \
                                       GD_THREAD) {                                                                     \
-        GD_SHARED(float[256], tops);                                                                                   \
+        GD_SHARED(float[256], maxima);                                                                                 \
         GD_SHARED(float[256], sums);                                                                                   \
-        cross_entropy_forward<T>(GD_HERE, p, tops, sums, logits, targets, losses, log_sums);                           \
+        cross_entropy_forward<T>(GD_HERE, p, maxima, sums, logits, targets, losses, log_sums);                         \
     }                                                                                                                  \
     GD_REGISTER(cross_entropy_forward_##T##_metal)                                                                     \
     KERNEL(256)                                                                                                        \

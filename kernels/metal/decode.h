@@ -32,27 +32,27 @@ INLINE const device T *query_row(constant DecodeParams &p, const thread Decoding
 }
 
 // The page of a key, or the batch entry, and the key's row in it.
-INLINE u32 piece_of(constant DecodeParams &p, const thread Decoding &at, const device i32 *pages, u32 j) {
+INLINE u32 page_of(constant DecodeParams &p, const thread Decoding &at, const device i32 *pages, u32 j) {
     return p.page_keys ? min(u32(pages[size_t(at.b) * p.table_row + j / p.page_keys]), p.pages - 1) : at.b;
 }
-INLINE u32 inside_piece(constant DecodeParams &p, u32 j) { return p.page_keys ? j % p.page_keys : j; }
+INLINE u32 page_offset(constant DecodeParams &p, u32 j) { return p.page_keys ? j % p.page_keys : j; }
 template <class T>
 INLINE const device T *key_row(constant DecodeParams &p, const thread Decoding &at, const device i32 *pages,
                                const device T *k, u32 j) {
-    return k + size_t(piece_of(p, at, pages, j)) * p.k_batch + size_t(at.kv) * p.k_head +
-           size_t(inside_piece(p, j)) * p.k_row;
+    return k + size_t(page_of(p, at, pages, j)) * p.k_batch + size_t(at.kv) * p.k_head +
+           size_t(page_offset(p, j)) * p.k_row;
 }
 
 // A key and its score; key -1: none.
-struct Best {
+struct ScoredKey {
     float score;
     i32 key;
 };
-INLINE bool better(Best x, Best y, u32 tie) {
-    return x.key >= 0 && (y.key < 0 || x.score > y.score || (x.score == y.score && before(x.key, y.key, tie)));
+INLINE bool better(ScoredKey x, ScoredKey y, u32 tie) {
+    return x.key >= 0 && (y.key < 0 || x.score > y.score || (x.score == y.score && wins_tie(x.key, y.key, tie)));
 }
-INLINE Best best_across(Best x, u32 step, u32 tie) {
-    Best y = {shuffle_xor(x.score, step), shuffle_xor(x.key, step)};
+INLINE ScoredKey better_across(ScoredKey x, u32 step, u32 tie) {
+    ScoredKey y = {shuffle_xor(x.score, step), shuffle_xor(x.key, step)};
     return better(y, x, tie) ? y : x;
 }
 
@@ -65,20 +65,20 @@ template <class T> INLINE void eight(const device T *row, u32 d, u32 dim, thread
         } else if (has(FEATURE_VECTOR_LOADS)) {
             vec<T, 4> four = *reinterpret_cast<const device vec<T, 4> *>(row + d + from);
             for (u32 y = 0; y < 4; y++)
-                x[from + y] = up(four[y]);
+                x[from + y] = to_float(four[y]);
         } else {
             for (u32 y = 0; y < 4; y++)
-                x[from + y] = up(row[d + from + y]);
+                x[from + y] = to_float(row[d + from + y]);
         }
     }
 }
 
 // What a block shares beside its queries: ranges of its rows and of all, the best of every simdgroup.
-constexpr constant u32 DECODE_SEEN = 2 * ROWS + 2;
+constexpr constant u32 DECODE_RANGES = 2 * ROWS + 2;
 
 // partial [places, splits, ROWS, 2]: the bits of the score, and the key.
 template <class T, int D>
-INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queries, threadgroup i32 *seen,
+INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queries, threadgroup i32 *ranges,
                    threadgroup float *scores, threadgroup i32 *keys, const device T *q, const device T *k,
                    const device float *bias, const device float *beta, const device float *prior,
                    const device i32 *table, const device i32 *pages, device u32 *partial) {
@@ -86,28 +86,28 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
     u32 split = me.block % p.splits, lane = me.lane(), g = lane / 4, t = lane % 4;
     Decoding at(p, me.block / p.splits);
 
-    if (me.index == 0) seen[2 * ROWS] = i32(p.keys), seen[2 * ROWS + 1] = 0;
+    if (me.index == 0) ranges[2 * ROWS] = i32(p.keys), ranges[2 * ROWS + 1] = 0;
     block_barrier();
     if (me.index < ROWS) {
         Range r = {0, 0};
-        if (at.exists(p, me.index)) r = visible(p.mask, table, at.b, at.query(p, me.index));
-        seen[2 * me.index] = r.lo;
-        seen[2 * me.index + 1] = r.hi;
-        if (r.lo < r.hi) widen(seen + 2 * ROWS, r);
+        if (at.exists(p, me.index)) r = visible_keys(p.mask, table, at.b, at.query(p, me.index));
+        ranges[2 * me.index] = r.lo;
+        ranges[2 * me.index + 1] = r.hi;
+        if (r.lo < r.hi) widen(ranges + 2 * ROWS, r);
     }
     for (u32 x = me.index; x < gd_rows * D; x += me.threads) {
         u32 r = x / D, d = x % D;
-        queries[r * PITCH + d] = at.exists(p, r) && d < p.head_dim ? up(query_row(p, at, q, r)[d]) : 0.0f;
+        queries[r * PITCH + d] = at.exists(p, r) && d < p.head_dim ? to_float(query_row(p, at, q, r)[d]) : 0.0f;
     }
     if (!GD_FAULT(111)) block_barrier();
 
-    i32 lo = seen[2 * ROWS], hi = seen[2 * ROWS + 1], from = lo / i32(TILE);
+    i32 lo = ranges[2 * ROWS], hi = ranges[2 * ROWS + 1], from = lo / i32(TILE);
     i32 count = max((hi + i32(TILE) - 1) / i32(TILE) - from, 0), share = (count + i32(p.splits) - 1) / i32(p.splits);
     i32 begin = from + min(share * i32(split), count);
     i32 end = from + min(share * i32(split + 1) - (GD_FAULT(112) ? 1 : 0), count);
     float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
     // Lane t of a key looks after rows t, t + 4, ..
-    Best best[ROWS / 4];
+    ScoredKey best[ROWS / 4];
     for (u32 x = 0; x < ROWS / 4; x++)
         best[x] = {-GD_INFINITY, -1};
     for (i32 tile = begin; tile < end; tile++) {
@@ -138,9 +138,9 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
             u32 j = first + 8 * e;
             float offset = -GD_INFINITY;
             if (j < p.keys) {
-                u32 piece = piece_of(p, at, pages, j);
-                offset = bias[(size_t(piece) * p.kv_heads + at.kv) * p.bias_row + inside_piece(p, j)];
-                if (has(FEATURE_PRIOR)) offset = fma(prior[prior_at(p, at.b, at.h0) + j], scale, offset);
+                u32 page = page_of(p, at, pages, j);
+                offset = bias[(size_t(page) * p.kv_heads + at.kv) * p.bias_row + page_offset(p, j)];
+                if (has(FEATURE_PRIOR)) offset = fma(prior[prior_offset(p, at.b, at.h0) + j], scale, offset);
             }
 #pragma unroll
             for (u32 r = 0; r < ROWS; r++) {
@@ -148,8 +148,8 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
                 float s = sum[e][r];
                 s += shuffle_xor(s, 1);
                 if (!GD_FAULT(113)) s += shuffle_xor(s, 2);
-                Best x = {s + offset, i32(j)};
-                bool open = i32(j) >= seen[2 * r] && i32(j) < seen[2 * r + 1] && finite(x.score);
+                ScoredKey x = {s + offset, i32(j)};
+                bool open = i32(j) >= ranges[2 * r] && i32(j) < ranges[2 * r + 1] && finite(x.score);
                 if (r % 4 == t && open && better(x, best[r / 4], p.tie)) best[r / 4] = x;
             }
         }
@@ -158,7 +158,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
 #pragma unroll
     for (u32 x = 0; x < ROWS / 4; x++) {
         for (u32 step = 4; step < (GD_FAULT(114) ? 16 : 32); step *= 2)
-            best[x] = best_across(best[x], step, p.tie);
+            best[x] = better_across(best[x], step, p.tie);
         if (g == 0) {
             scores[me.warp() * ROWS + 4 * x + t] = best[x].score;
             keys[me.warp() * ROWS + 4 * x + t] = best[x].key;
@@ -166,9 +166,9 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
     }
     if (!GD_FAULT(115)) block_barrier();
     if (me.index < ROWS) {
-        Best all = {-GD_INFINITY, -1};
+        ScoredKey all = {-GD_INFINITY, -1};
         for (u32 w = 0; w < DECODE_WARPS; w++) {
-            Best x = {scores[w * ROWS + me.index], keys[w * ROWS + me.index]};
+            ScoredKey x = {scores[w * ROWS + me.index], keys[w * ROWS + me.index]};
             if (better(x, all, p.tie)) all = x;
         }
         device u32 *to = partial + (size_t(me.block) * ROWS + me.index) * 2;
@@ -186,21 +186,21 @@ INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q,
     Decoding at(p, me.block);
     for (u32 r = me.warp(); r < ROWS; r += me.warps()) {
         if (!at.exists(p, r)) continue;
-        Best best = {-GD_INFINITY, -1};
+        ScoredKey best = {-GD_INFINITY, -1};
         for (u32 s = me.lane(); s < p.splits - (GD_FAULT(116) ? 1 : 0); s += 32) {
             const device u32 *x = partial + ((size_t(me.block) * p.splits + s) * ROWS + r) * 2;
-            Best found = {as_type<float>(x[0]), i32(x[1])};
+            ScoredKey found = {as_type<float>(x[0]), i32(x[1])};
             if (better(found, best, p.tie)) best = found;
         }
         for (u32 step = 16; step > 0; step /= 2)
-            best = best_across(best, step, p.tie);
+            best = better_across(best, step, p.tie);
         i32 winner = best.key;
         u32 h = at.head(p, r), j = u32(max(winner, 0));
         const device T *query = query_row(p, at, q, r), *key = key_row(p, at, pages, k, j);
-        float e = admit(me, p, at.b, h, winner, query, key, beta, prior, threshold);
+        float e = admit_winner(me, p, at.b, h, winner, query, key, beta, prior, threshold);
         size_t to = (size_t(at.b) * p.q_heads + h) * p.queries + at.query(p, r);
-        const device T *value = v + size_t(piece_of(p, at, pages, j)) * p.v_batch + size_t(at.kv) * p.v_head +
-                                size_t(inside_piece(p, j)) * p.v_row;
+        const device T *value = v + size_t(page_of(p, at, pages, j)) * p.v_batch + size_t(at.kv) * p.v_head +
+                                size_t(page_offset(p, j)) * p.v_row;
         write_winner(me, to, winner, e, value, p.value_dim, index, energy, y);
     }
 }

@@ -8,10 +8,10 @@
                               const device float *beta [[buffer(4)]], const device float *prior [[buffer(5)]],         \
                               const device i32 *table [[buffer(6)]], const device i32 *pages [[buffer(7)]],            \
                               device u32 *partial [[buffer(8)]], GD_DYNAMIC_SHARED(float, queries), GD_THREAD) {       \
-        GD_SHARED(i32[DECODE_SEEN], seen);                                                                             \
+        GD_SHARED(i32[DECODE_RANGES], ranges);                                                                         \
         GD_SHARED(float[DECODE_WARPS * ROWS], scores);                                                                 \
         GD_SHARED(i32[DECODE_WARPS * ROWS], keys);                                                                     \
-        decode<T, D>(GD_HERE, p, queries, seen, scores, keys, q, k, bias, beta, prior, table, pages, partial);         \
+        decode<T, D>(GD_HERE, p, queries, ranges, scores, keys, q, k, bias, beta, prior, table, pages, partial);       \
     }                                                                                                                  \
     GD_REGISTER(decode_##T##_d##D##_metal)
 

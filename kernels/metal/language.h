@@ -86,13 +86,13 @@ INLINE void add_one(threadgroup u32 *at) {
     atomic_fetch_add_explicit(reinterpret_cast<threadgroup atomic_uint *>(at), 1u, memory_order_relaxed);
 }
 
-INLINE float up(float x) { return x; }
-INLINE float up(f16 x) { return float(x); }
-INLINE float up(bf16 x) { return as_type<float>(u32(x) << 16); }
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(f16 x) { return float(x); }
+INLINE float to_float(bf16 x) { return as_type<float>(u32(x) << 16); }
 
 // Rounds to nearest, ties to even.
-template <class T> INLINE T down(float x) { return T(x); }
-template <> INLINE bf16 down<bf16>(float x) {
+template <class T> INLINE T from_float(float x) { return T(x); }
+template <> INLINE bf16 from_float<bf16>(float x) {
     u32 bits = as_type<u32>(x);
     return x != x ? bf16(0x7fff) : bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }

@@ -40,8 +40,8 @@
         constant RunningAverageParams &p [[buffer(0)]], const device T *v [[buffer(1)]],                               \
         const device T *m [[buffer(2)]], const device T *dm [[buffer(3)]], const device float *weights [[buffer(4)]],  \
         const device float *carry [[buffer(5)]], const device float *start [[buffer(6)]], device T *dv [[buffer(7)]],  \
-        device float *dtake [[buffer(8)]], GD_DYNAMIC_SHARED(float, held), GD_THREAD) {                                \
-        running_average_rows_backward<T>(GD_HERE, p, held, v, m, dm, weights, carry, GD_IF_PRESENT(6, start), dv,      \
+        device float *dtake [[buffer(8)]], GD_DYNAMIC_SHARED(float, gradient), GD_THREAD) {                            \
+        running_average_rows_backward<T>(GD_HERE, p, gradient, v, m, dm, weights, carry, GD_IF_PRESENT(6, start), dv,  \
                                          dtake);                                                                       \
     }                                                                                                                  \
     GD_REGISTER(running_average_rows_backward_##T##_metal)                                                             \

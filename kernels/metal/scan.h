@@ -9,55 +9,55 @@ constexpr constant u32 MAX_ROWS = 128;
 
 template <class T> struct QueryRows {
     constant ScanParams &p;
-    const thread Block &at;
+    const thread QueryBlock &at;
     const device T *q;
 
     const device T *row(u32 r) const { return at.exists(p, r) ? query_row(p, at, q, r) : nullptr; }
 };
 
-template <class T> INLINE KeyRows<T> key_rows(constant ScanParams &p, const thread Block &at, const device T *k) {
+template <class T> INLINE KeyRows<T> key_rows(constant ScanParams &p, const thread QueryBlock &at, const device T *k) {
     return {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys};
 }
-INLINE const device float *key_biases(constant ScanParams &p, const thread Block &at, const device float *bias) {
+INLINE const device float *key_biases(constant ScanParams &p, const thread QueryBlock &at, const device float *bias) {
     u32 head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     return bias + (size_t(at.b) * p.bias_heads + head) * p.bias_row;
 }
 
 // What the rows of a block see: pairs lo, hi, and behind the last row those of all together.
-constexpr constant u32 SEEN = 2 * MAX_ROWS + 2;
-INLINE Range seen_by(const threadgroup i32 *seen, u32 row) { return {seen[2 * row], seen[2 * row + 1]}; }
+constexpr constant u32 KEY_RANGES = 2 * MAX_ROWS + 2;
+INLINE Range range_of_row(const threadgroup i32 *ranges, u32 row) { return {ranges[2 * row], ranges[2 * row + 1]}; }
 
 // Fills it for `rows` rows, at most as many as threads; ends with a barrier.
-INLINE void fill_seen(Thread me, threadgroup i32 *seen, constant ScanParams &p, const thread Block &at,
-                      const device i32 *table, u32 rows) {
-    if (me.index == 0) seen[2 * MAX_ROWS] = i32(p.keys), seen[2 * MAX_ROWS + 1] = 0;
+INLINE void compute_key_ranges(Thread me, threadgroup i32 *ranges, constant ScanParams &p, const thread QueryBlock &at,
+                               const device i32 *table, u32 rows) {
+    if (me.index == 0) ranges[2 * MAX_ROWS] = i32(p.keys), ranges[2 * MAX_ROWS + 1] = 0;
     block_barrier();
     if (me.index < rows) {
         Range r = {0, 0};
-        if (at.exists(p, me.index)) r = visible(p.mask, table, at.b, at.query(p, me.index));
-        seen[2 * me.index] = r.lo;
-        seen[2 * me.index + 1] = r.hi;
-        if (r.lo < r.hi) widen(seen + 2 * MAX_ROWS, r);
+        if (at.exists(p, me.index)) r = visible_keys(p.mask, table, at.b, at.query(p, me.index));
+        ranges[2 * me.index] = r.lo;
+        ranges[2 * me.index + 1] = r.hi;
+        if (r.lo < r.hi) widen(ranges + 2 * MAX_ROWS, r);
     }
     block_barrier();
 }
 
 // What the rows of a simdgroup see, some of them and all of them.
-struct Reach {
-    Range some, every;
+struct WarpRange {
+    Range any, all;
 
-    Reach(const threadgroup i32 *seen, u32 first, u32 rows) {
-        some = {0x7fffffff, 0};
-        every = {0, 0x7fffffff};
+    WarpRange(const threadgroup i32 *ranges, u32 first, u32 rows) {
+        any = {0x7fffffff, 0};
+        all = {0, 0x7fffffff};
         for (u32 r = 0; r < rows; r++) {
-            Range x = seen_by(seen, first + r);
-            if (x.lo < x.hi) some = {min(some.lo, x.lo), max(some.hi, x.hi)};
-            every = {max(every.lo, x.lo), min(every.hi, x.hi)};
+            Range x = range_of_row(ranges, first + r);
+            if (x.lo < x.hi) any = {min(any.lo, x.lo), max(any.hi, x.hi)};
+            all = {max(all.lo, x.lo), min(all.hi, x.hi)};
         }
     }
 
-    bool meets(i32 first, i32 count) const { return first < some.hi && first + count > some.lo; }
-    bool whole(i32 first, i32 count) const { return first >= every.lo && first + count <= every.hi; }
+    bool overlaps(i32 first, i32 count) const { return first < any.hi && first + count > any.lo; }
+    bool covers(i32 first, i32 count) const { return first >= all.lo && first + count <= all.hi; }
 };
 
 // Tiles that some row of the block sees, in rising order or, if ties go to the last key, in falling order.
@@ -65,8 +65,8 @@ struct Tiles {
     i32 from, count;
     bool falling;
 
-    Tiles(const threadgroup i32 *seen, u32 tie, i32 keys) {
-        Range all = seen_by(seen, MAX_ROWS);
+    Tiles(const threadgroup i32 *ranges, u32 tie, i32 keys) {
+        Range all = range_of_row(ranges, MAX_ROWS);
         from = all.lo / keys;
         count = all.lo < all.hi ? (all.hi + keys - 1) / keys - from : 0;
         falling = tie == TIE_LAST;
@@ -88,8 +88,8 @@ INLINE void load_tile(Thread me, threadgroup typename Element<T>::type *tile, th
 // Brings the query rows of every simdgroup to its registers, by way of the tile.
 template <class T, int D, int MT, int KEYS>
 INLINE void load_queries(Thread me, thread Scoring<T, D, MT, KEYS> &scoring,
-                         threadgroup typename Element<T>::type *tile, constant ScanParams &p, const thread Block &at,
-                         const device T *q) {
+                         threadgroup typename Element<T>::type *tile, constant ScanParams &p,
+                         const thread QueryBlock &at, const device T *q) {
     static_assert(KEYS >= 8 * MT, "the tile holds the rows of a simdgroup");
     QueryRows<T> rows = {p, at, q};
     for (u32 w = 0; w < me.warps(); w++) {

@@ -23,8 +23,8 @@
                                  device float *energy [[buffer(8)]], const device T *v [[buffer(9)]],                  \
                                  const device float *threshold [[buffer(10)]], device T *y [[buffer(11)]],             \
                                  GD_DYNAMIC_SHARED(uchar, shared), GD_THREAD) {                                        \
-        GD_SHARED(i32[SEEN], seen);                                                                                    \
-        scan_top1<T, D, MT, KEYS>(GD_HERE, p, shared, seen, q, k, bias, beta, prior, table, index, energy, v,          \
+        GD_SHARED(i32[KEY_RANGES], ranges);                                                                            \
+        scan_top1<T, D, MT, KEYS>(GD_HERE, p, shared, ranges, q, k, bias, beta, prior, table, index, energy, v,        \
                                   GD_IF_PRESENT(10, threshold), y);                                                    \
     }                                                                                                                  \
     GD_REGISTER(scan_top1_##T##_d##D##_metal)                                                                          \
@@ -35,9 +35,9 @@
                                  const device i32 *table [[buffer(6)]], device i32 *index [[buffer(7)]],               \
                                  device float *energy [[buffer(8)]], const device i32 *protected_keys [[buffer(9)]],   \
                                  device uint8_t *flags [[buffer(10)]], GD_DYNAMIC_SHARED(uchar, shared), GD_THREAD) {  \
-        GD_SHARED(i32[SEEN], seen);                                                                                    \
-        scan_topk<T, D, KEYS>(GD_HERE, p, shared, seen, q, k, bias, beta, prior, table, index, energy, protected_keys, \
-                              flags);                                                                                  \
+        GD_SHARED(i32[KEY_RANGES], ranges);                                                                            \
+        scan_topk<T, D, KEYS>(GD_HERE, p, shared, ranges, q, k, bias, beta, prior, table, index, energy,               \
+                              protected_keys, flags);                                                                  \
     }                                                                                                                  \
     GD_REGISTER(scan_topk_##T##_d##D##_metal)
 

@@ -4,15 +4,15 @@
 #include "scan.h"
 
 template <class T, int D, int MT, int KEYS>
-INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *seen,
+INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *ranges,
                       const device T *q, const device T *k, const device float *bias, const device float *beta,
                       const device float *prior, const device i32 *table, device i32 *index, device float *energy,
                       const device T *v, const device float *threshold, device T *y) {
     typedef Scoring<T, D, MT, KEYS> S;
     typedef typename S::E E;
     u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, g = me.lane() / 4, t = me.lane() % 4;
-    Block at(me, p, rows);
-    fill_seen(me, seen, p, at, table, rows);
+    QueryBlock at(me, p, rows);
+    compute_key_ranges(me, ranges, p, at, table, rows);
 
     threadgroup E *tile = reinterpret_cast<threadgroup E *>(shared);
     threadgroup float *tile_bias = reinterpret_cast<threadgroup float *>(tile + KEYS * S::PITCH);
@@ -24,20 +24,20 @@ INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shar
     float best[MT];
     i32 where[MT];
     for (int m = 0; m < MT; m++) {
-        own[m] = seen_by(seen, first + m * 8 + g);
+        own[m] = range_of_row(ranges, first + m * 8 + g);
         best[m] = -GD_INFINITY;
         where[m] = -1;
     }
-    Reach reach(seen, first, S::ROWS);
+    WarpRange warp_range(ranges, first, S::ROWS);
     KeyRows<T> keys = key_rows(p, at, k);
     const device float *biases = key_biases(p, at, bias);
-    Tiles tiles(seen, p.tie, KEYS);
+    Tiles tiles(ranges, p.tie, KEYS);
     for (i32 step = 0; step < tiles.count; step++) {
         u32 number = tiles.number(step);
         load_tile<T, D, KEYS>(me, tile, tile_bias, keys, biases, number, p.head_dim);
         i32 start = i32(number * KEYS);
-        if (!reach.meets(start, KEYS)) continue;
-        bool whole = reach.whole(start, KEYS);
+        if (!warp_range.overlaps(start, KEYS)) continue;
+        bool whole = warp_range.covers(start, KEYS);
         scoring.scores(tile, out);
         if (!GD_FAULT(104)) warp_barrier();
         for (int m = 0; m < MT; m++) {
@@ -63,12 +63,13 @@ INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shar
             for (u32 part = 0; part < (GD_FAULT(107) ? 3 : 4); part++) {
                 float s = shuffle(best[m], r * 4 + part);
                 i32 j = shuffle(where[m], r * 4 + part);
-                bool wins = j >= 0 && (winner < 0 || s > top || (s == top && before(j, winner, p.tie)));
+                bool wins = j >= 0 && (winner < 0 || s > top || (s == top && wins_tie(j, winner, p.tie)));
                 if (wins) top = s, winner = j;
             }
             const device T *query = query_row(p, at, q, row), *key = keys.first + size_t(max(winner, 0)) * p.k_row;
-            float e = admit(me, p, at.b, at.head(p, row), winner, query, key, beta, prior, threshold);
-            write_winner(me, at.out(p, row), winner, e, value_row(p, at, v, winner), p.value_dim, index, energy, y);
+            float e = admit_winner(me, p, at.b, at.head(p, row), winner, query, key, beta, prior, threshold);
+            write_winner(me, at.output_row(p, row), winner, e, value_row(p, at, v, winner), p.value_dim, index, energy,
+                         y);
         }
     }
 }

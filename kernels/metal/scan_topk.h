@@ -7,7 +7,7 @@
 constexpr constant u32 LIST = 64;
 
 template <class T, int D, int KEYS>
-INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *seen,
+INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *ranges,
                       const device T *q, const device T *k, const device float *bias, const device float *beta,
                       const device float *prior, const device i32 *table, device i32 *index, device float *energy,
                       const device i32 *protected_keys, device uint8_t *flags) {
@@ -15,8 +15,8 @@ INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shar
     typedef typename S::E E;
     constexpr u32 EACH = KEYS / 4;
     u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, lane = me.lane(), g = lane / 4, t = lane % 4;
-    Block at(me, p, rows);
-    fill_seen(me, seen, p, at, table, rows);
+    QueryBlock at(me, p, rows);
+    compute_key_ranges(me, ranges, p, at, table, rows);
 
     threadgroup E *tile = reinterpret_cast<threadgroup E *>(shared);
     threadgroup float *tile_bias = reinterpret_cast<threadgroup float *>(tile + KEYS * S::PITCH);
@@ -25,21 +25,21 @@ INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shar
     S scoring;
     load_queries(me, scoring, tile, p, at, q);
 
-    Range own = seen_by(seen, first + g);
+    Range own = range_of_row(ranges, first + g);
     // Of the lane's row, the same in the four lanes that share it.
-    float bar = -GD_INFINITY;
+    float threshold = -GD_INFINITY;
     u32 count = 0;
     u32 quad = 0xfu << (lane & 28), below = (1u << lane) - 1;
-    Reach reach(seen, first, S::ROWS);
+    WarpRange warp_range(ranges, first, S::ROWS);
     KeyRows<T> keys = key_rows(p, at, k);
     const device float *biases = key_biases(p, at, bias);
-    Tiles tiles(seen, p.tie, KEYS);
+    Tiles tiles(ranges, p.tie, KEYS);
     for (i32 step = 0; step < tiles.count; step++) {
         u32 number = tiles.number(step);
         load_tile<T, D, KEYS>(me, tile, tile_bias, keys, biases, number, p.head_dim);
         i32 start = i32(number * KEYS);
-        if (!reach.meets(start, KEYS)) continue;
-        bool whole = reach.whole(start, KEYS);
+        if (!warp_range.overlaps(start, KEYS)) continue;
+        bool whole = warp_range.covers(start, KEYS);
         scoring.scores(tile, out);
         warp_barrier();
         float s[EACH];
@@ -51,18 +51,18 @@ INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shar
             s[x] = out[g * S::OUT + at_key] + tile_bias[at_key];
             bool open = s[x] < GD_INFINITY && (whole || (j >= own.lo && j < own.hi));
             if (!open) s[x] = -GD_INFINITY;
-            any = any || s[x] > bar;
+            any = any || s[x] > threshold;
         }
         // Most tiles improve nothing.
         if (!simd_any(any)) continue;
         u32 hits[EACH], found = 0;
 #pragma unroll
         for (u32 x = 0; x < EACH; x++) {
-            hits[x] = vote(s[x] > bar) & quad;
+            hits[x] = vote(s[x] > threshold) & quad;
             found += bits_set(hits[x]);
         }
         u32 full = vote(count + found > (GD_FAULT(110) ? LIST + 8 : LIST));
-        make_room(me, p, lists, 0, LIST, full, count, bar);
+        compact_lists(me, p, lists, 0, LIST, full, count, threshold);
         List list(lists, g, LIST);
 #pragma unroll
         for (u32 x = 0; x < EACH; x++) {
@@ -79,7 +79,7 @@ INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shar
         u32 row = first + r, entries = shuffle(count, r * 4);
         if (!at.exists(p, row)) continue;
         List list(lists, r, LIST);
-        write_list(me, p, at, row, list, entries, seen_by(seen, row), q, keys.first, beta, prior, index, energy,
+        write_list(me, p, at, row, list, entries, range_of_row(ranges, row), q, keys.first, beta, prior, index, energy,
                    protected_keys, flags);
     }
 }

@@ -9,7 +9,7 @@ template <class T> struct Element {
 };
 template <> struct Element<bf16> {
     typedef float type;
-    static INLINE float of(bf16 x) { return up(x); }
+    static INLINE float of(bf16 x) { return to_float(x); }
 };
 
 // Rows of a tensor of which a tile takes some; null beyond the last.
@@ -32,7 +32,7 @@ INLINE void load_rows(Thread me, threadgroup typename Element<T>::type *tile, co
         threadgroup E *to = tile + r * PITCH + d;
         if (!row || d >= dim) {
             for (u32 x = 0; x < 4; x++)
-                to[x] = Element<T>::of(down<T>(0.0f));
+                to[x] = Element<T>::of(from_float<T>(0.0f));
         } else if (has(FEATURE_VECTOR_LOADS)) {
             vec<T, 4> from = *reinterpret_cast<const device vec<T, 4> *>(row + d);
             for (u32 x = 0; x < 4; x++)

@@ -1,5 +1,6 @@
-// The lists of a scan for several candidates, in the shared memory of a block: 64 entries a row, or for more than 32
-// candidates 128. Only scores above that of the K-th entry are appended; when there is no room, the best K stay.
+// Bounded lists of candidates for a top-K scan, in the shared memory of a block: 64 entries per row, or 128 for more
+// than 32 candidates. A score is appended only if it exceeds the row's threshold, the K-th greatest score of its last
+// compaction; a full list is sorted and cut to the K greatest.
 #pragma once
 #include "mask.h"
 #include "query_rows.h"
@@ -7,26 +8,27 @@
 // The bit that marks a protected key in a list.
 constexpr CONSTANT i32 PROTECTED = 1 << 30;
 
-// The list of a row, one of a warp's.
+// The list of row `row` of a warp.
 struct List {
     SHARED float *score;
     SHARED i32 *key;
-    u32 room;
+    u32 capacity;
 
     INLINE List(SHARED float *lists, u32 row, u32 entries)
         : score(lists + size_t(row) * 2 * entries), key(reinterpret_cast<SHARED i32 *>(score + entries)),
-          room(entries) {}
+          capacity(entries) {}
 };
 
-// Whether entry x goes before entry y: by value (rising or falling), then by key.
-INLINE bool ahead(float x, i32 i, float y, i32 j, bool rising, u32 tie) {
-    if (x != y) return rising ? x < y : x > y;
-    return before(i & ~PROTECTED, j & ~PROTECTED, tie);
+// Whether entry (x, i) comes before entry (y, j): by value, ascending or descending, then by key.
+INLINE bool precedes(float x, i32 i, float y, i32 j, bool ascending, u32 tie) {
+    if (x != y) return ascending ? x < y : x > y;
+    return wins_tie(i & ~PROTECTED, j & ~PROTECTED, tie);
 }
 
-// Sorts the first `count` entries, at most 32 PARTS, and keeps the first `keep`; by a warp, no NaN among the scores.
+// Sorts the first `count` entries, at most 32 PARTS, and stores the first `keep`. A rank sort by a whole warp: every
+// lane holds PARTS entries and counts how many come before each. Scores must not be NaN.
 template <int PARTS>
-INLINE void sort_entries(Thread me, const LOCAL List &list, u32 count, u32 keep, bool rising, u32 tie) {
+INLINE void sort_entries(Thread me, const LOCAL List &list, u32 count, u32 keep, bool ascending, u32 tie) {
     warp_barrier();
     float score[PARTS];
     i32 key[PARTS];
@@ -43,7 +45,7 @@ INLINE void sort_entries(Thread me, const LOCAL List &list, u32 count, u32 keep,
         i32 j = list.key[e];
 #pragma unroll
         for (int x = 0; x < PARTS; x++)
-            rank[x] += ahead(s, j, score[x], key[x], rising, tie);
+            rank[x] += precedes(s, j, score[x], key[x], ascending, tie);
     }
     if (!GD_FAULT(12)) warp_barrier();
 #pragma unroll
@@ -53,27 +55,27 @@ INLINE void sort_entries(Thread me, const LOCAL List &list, u32 count, u32 keep,
     }
     if (!GD_FAULT(13)) warp_barrier();
 }
-INLINE void sort_list(Thread me, const LOCAL List &list, u32 count, u32 keep, bool rising, u32 tie) {
-    // Where the room is known to be 64, the other branch is not compiled.
-    if (list.room <= 64 || count <= 64)
-        sort_entries<2>(me, list, count, keep, rising, tie);
+INLINE void sort_list(Thread me, const LOCAL List &list, u32 count, u32 keep, bool ascending, u32 tie) {
+    // Where the capacity is the constant 64, the compiler drops the second branch.
+    if (list.capacity <= 64 || count <= 64)
+        sort_entries<2>(me, list, count, keep, ascending, tie);
     else
-        sort_entries<4>(me, list, count, keep, rising, tie);
+        sort_entries<4>(me, list, count, keep, ascending, tie);
 }
 
-// Adds the protected keys that the row sees to its `count` candidates and marks them; returns the new count.
+// Adds the protected keys inside of `range` to the `count` candidates of a row and marks them; returns the new count.
 INLINE u32 add_protected(Thread me, const LOCAL List &list, u32 count, PARAMS ScanParams &p, const DEVICE i32 *keys,
-                         Range seen) {
+                         Range range) {
     for (u32 x = 0; x < p.protected_slots; x++) {
         i32 j = keys[x];
-        bool known = false;
+        bool listed = false;
         for (u32 e = me.lane(); e < count; e += 32) {
             if ((list.key[e] & ~PROTECTED) == j) {
                 list.key[e] = j | PROTECTED;
-                known = true;
+                listed = true;
             }
         }
-        if (j < seen.lo || j >= seen.hi || vote(known)) continue;
+        if (j < range.lo || j >= range.hi || vote(listed)) continue;
         if (me.lane() == 0) list.key[count] = j | PROTECTED;
         count++;
         warp_barrier();
@@ -81,46 +83,47 @@ INLINE u32 add_protected(Thread me, const LOCAL List &list, u32 count, PARAMS Sc
     return count;
 }
 
-// Keeps the best K of the lists that `full` names by the four lanes of their rows: list `first` + r is that of the
-// lanes from 4 r on. A lane's `count` and `bar`, the score that a new entry has to exceed, are those of its own list.
-INLINE void make_room(Thread me, PARAMS ScanParams &p, SHARED float *lists, u32 first, u32 room, u32 full,
-                      LOCAL u32 &count, LOCAL float &bar) {
+// Cuts full lists to their K greatest scores. Lanes 4 r.. 4 r + 3 share list `first` + r, and `full` has the bits of
+// the lanes whose lists are full. `count` and `threshold` (which a new score must exceed) are those of the lane's own
+// list.
+INLINE void compact_lists(Thread me, PARAMS ScanParams &p, SHARED float *lists, u32 first, u32 capacity, u32 full,
+                          LOCAL u32 &count, LOCAL float &threshold) {
     for (; full; full &= ~(0xfu << (first_bit(full) & 28))) {
         u32 r = first_bit(full) / 4, entries = shuffle(count, r * 4);
-        List list(lists, first + r, room);
+        List list(lists, first + r, capacity);
         sort_list(me, list, entries, p.candidates, false, p.tie);
         if (me.lane() / 4 == r) {
             count = min(entries, p.candidates);
-            if (entries >= p.candidates) bar = list.score[p.candidates - 1];
+            if (entries >= p.candidates) threshold = list.score[p.candidates - 1];
         }
     }
 }
 
-// Writes the list of a row of the block by energy; keys are the rows of its head.
+// Writes the list of a row of the block, sorted by energy; `keys` points to the key rows of its head.
 template <class T>
-INLINE void write_list(Thread me, PARAMS ScanParams &p, const LOCAL Block &at, u32 row, const LOCAL List &list,
-                       u32 entries, Range seen, const DEVICE T *q, const DEVICE T *keys, const DEVICE float *beta,
+INLINE void write_list(Thread me, PARAMS ScanParams &p, const LOCAL QueryBlock &at, u32 row, const LOCAL List &list,
+                       u32 entries, Range range, const DEVICE T *q, const DEVICE T *keys, const DEVICE float *beta,
                        const DEVICE float *prior, DEVICE i32 *index, DEVICE float *energy,
                        const DEVICE i32 *protected_keys, DEVICE uint8_t *flags) {
     u32 h = at.head(p, row);
     sort_list(me, list, entries, p.candidates, false, p.tie);
     entries = min(entries, p.candidates);
     if (p.protected_slots) {
-        size_t place = size_t(at.b % p.protected_batch) * p.protected_heads + h / (p.q_heads / p.protected_heads);
-        place = place * p.protected_queries + at.query(p, row) % p.protected_queries;
-        entries = add_protected(me, list, entries, p, protected_keys + place * p.protected_slots, seen);
+        size_t row_at = size_t(at.b % p.protected_batch) * p.protected_heads + h / (p.q_heads / p.protected_heads);
+        row_at = row_at * p.protected_queries + at.query(p, row) % p.protected_queries;
+        entries = add_protected(me, list, entries, p, protected_keys + row_at * p.protected_slots, range);
     }
-    // Scores give way to energies, which decide the order.
+    // Scores are replaced by energies, which are computed as differences and decide the final order.
     const DEVICE T *query = query_row(p, at, q, row);
     for (u32 e = 0; e < entries; e++) {
         warp_barrier();
         u32 j = u32(list.key[e] & ~PROTECTED);
-        float b = p.prior_batch ? prior[prior_at(p, at.b, h) + j] : 0.0f;
+        float b = p.prior_batch ? prior[prior_offset(p, at.b, h) + j] : 0.0f;
         float x = pair_energy(me, p.score, beta[h], b, query, keys + size_t(j) * p.k_row, p.head_dim);
         if (me.lane() == 0) list.score[e] = finite(x) ? x : GD_INFINITY;
     }
     sort_list(me, list, entries, entries, true, p.tie);
-    size_t out = at.out(p, row) * p.slots;
+    size_t out = at.output_row(p, row) * p.slots;
     for (u32 e = me.lane(); e < p.slots; e += 32) {
         bool used = e < entries && list.score[e] < GD_INFINITY;
         index[out + e] = used ? list.key[e] & ~PROTECTED : -1;

@@ -20,7 +20,7 @@ INLINE size_t part_at(u32 from, u32 begin, u32 dim) {
 // out [B, Hk, M, dim] = sum over a list's entries of add(entry, place of its row, key, first d, sums of 4 d).
 template <class T, class Add>
 INLINE void sum_readers(Thread me, PARAMS SelectParams &p, u32 dim, const LOCAL Readers &r, DEVICE T *out, Add add) {
-    Place at(me, p);
+    SelectRow at(me, p);
     u32 used = r.starts[p.batch * p.kv_heads * p.keys], from = at.row * READERS_PER_WARP,
         to = min(from + READERS_PER_WARP, used);
     for (u32 x = from, end; x < to; x = end) {
@@ -42,7 +42,7 @@ INLINE void sum_readers(Thread me, PARAMS SelectParams &p, u32 dim, const LOCAL 
                 u32 d = first + 32 * y + me.lane();
                 if (d >= dim) continue;
                 if (whole)
-                    out[size_t(segment) * dim + d] = down<T>(sum[y]);
+                    out[size_t(segment) * dim + d] = from_float<T>(sum[y]);
                 else
                     r.parts[part_at(from, begin, dim) + d] = sum[y];
             }
@@ -61,7 +61,7 @@ INLINE void add_partials(Thread me, u32 dim, const DEVICE u32 *starts, const DEV
         for (u32 from = begin / READERS_PER_WARP * READERS_PER_WARP; from < end && begin < end;
              from += READERS_PER_WARP)
             sum += parts[part_at(from, begin, dim) + d];
-        out[size_t(segment) * dim + d] = down<T>(sum);
+        out[size_t(segment) * dim + d] = from_float<T>(sum);
     }
 }
 
@@ -71,13 +71,14 @@ template <class T> struct AddValue {
     const DEVICE float *weights;
     const DEVICE T *dy;
 
-    INLINE void operator()(Thread me, u32 slot, const LOCAL Place &at, i32, u32 first, LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32 slot, const LOCAL SelectRow &at, i32, u32 first,
+                           LOCAL float (&sum)[4]) const {
         float w = weights[slot];
         if (w == 0) return;
         const DEVICE T *row = d_row(p, at, dy);
         for (u32 x = 0; x < 4; x++) {
             u32 d = first + 32 * x + me.lane();
-            if (d < p.value_dim) sum[x] = fma(w, up(row[d]), sum[x]);
+            if (d < p.value_dim) sum[x] = fma(w, to_float(row[d]), sum[x]);
         }
     }
 };
@@ -95,7 +96,8 @@ template <class T> struct AddEnergyKey {
     const DEVICE float *beta;
     const DEVICE float *grad;
 
-    INLINE void operator()(Thread me, u32 slot, const LOCAL Place &at, i32 j, u32 first, LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32 slot, const LOCAL SelectRow &at, i32 j, u32 first,
+                           LOCAL float (&sum)[4]) const {
         float g = grad[slot];
         if (g == 0) return;
         const DEVICE T *query = q_row(p, at, q);
@@ -103,7 +105,8 @@ template <class T> struct AddEnergyKey {
         float c = p.score == SCORE_DOT ? -(beta[at.h] * g) : 2.0f * beta[at.h] * g;
         for (u32 x = 0; x < 4; x++) {
             u32 d = first + 32 * x + me.lane();
-            if (d < p.head_dim) sum[x] += c * (p.score == SCORE_DOT ? up(query[d]) : up(key[d]) - up(query[d]));
+            if (d < p.head_dim)
+                sum[x] += c * (p.score == SCORE_DOT ? to_float(query[d]) : to_float(key[d]) - to_float(query[d]));
         }
     }
 };
@@ -119,7 +122,8 @@ struct AddPrior {
     const DEVICE float *grad;
     u32 dim, share;
 
-    INLINE void operator()(Thread me, u32 slot, const LOCAL Place &at, i32, u32 first, LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32 slot, const LOCAL SelectRow &at, i32, u32 first,
+                           LOCAL float (&sum)[4]) const {
         float g = grad[slot];
         for (u32 x = 0; x < 4; x++)
             if (first + 32 * x + me.lane() == at.h / share % dim) sum[x] -= g;

@@ -1,14 +1,15 @@
-// Which keys a query sees: always one interval, empty or not.
+// The keys that a query attends to under a mask. They always form one interval, which may be empty.
 #pragma once
 #include "language.h"
 
+// Keys lo <= j < hi.
 struct Range {
     i32 lo;
     i32 hi;
 };
 
-// The keys lo..hi of query i of batch entry b; table as in params.h.
-INLINE Range visible(PARAMS MaskParams &m, const DEVICE i32 *table, u32 b, u32 i) {
+// The keys of query i of batch entry b; `table` is described at MaskParams.
+INLINE Range visible_keys(PARAMS MaskParams &m, const DEVICE i32 *table, u32 b, u32 i) {
     i32 keys = i32(m.keys);
     i32 at = i32(i) + (has_table(m) ? table[b] : m.offset);
     Range r = {0, keys};
@@ -18,7 +19,7 @@ INLINE Range visible(PARAMS MaskParams &m, const DEVICE i32 *table, u32 b, u32 i
         if (at < 0 || at >= keys) return {0, 0};
         const DEVICE i32 *first = table + 2 * m.batch;
         const DEVICE i32 *ends = first + m.batch + 1;
-        // The last boundary at or before the position opens its sequence.
+        // Binary search for the last boundary at or before the position, which is the start of its sequence.
         i32 below = first[b], above = first[b + 1];
         while (above - below > 1) {
             i32 middle = (below + above) / 2;

@@ -1,8 +1,8 @@
 // Parameters of the GPU kernels: one struct per operator, passed by value, and the constants and codes that launch code
 // and kernels share.
 //
-// The Rust side (crates/gd-kernels/src/backend/gpu/params.rs) is generated from this file: `UPDATE_PARAMS=1 cargo test -p gd-testing
-// --test params` rewrites it, and the same test without the variable fails when the two differ. The generator reads
+// The Rust side (crates/gd-kernels, params.rs) is generated from this file: `UPDATE_PARAMS=1 cargo test -p gd-testing
+// params` rewrites it, and the same test without the variable fails when the two differ. The generator reads
 // enums with explicit values, integer constants and structs of u32, i32, f32 or earlier structs, one field per line,
 // and refuses anything else. A comment after a field or before a declaration becomes its documentation.
 //

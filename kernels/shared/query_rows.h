@@ -1,14 +1,15 @@
-// The query rows of a scan's block, and what is written of a row's winner.
+// The query rows of a block of a scan, and the output of a row's winner.
 #pragma once
 #include "row.h"
 
-// The rows of a block: row r of packed heads h0.. is query r / pack of head h0 + r % pack.
-struct Block {
+// The query rows of a block. The rows of `pack` query heads that share a KV head are interleaved, so that one load of
+// the keys serves all of them: row r is query r / pack of head h0 + r % pack.
+struct QueryBlock {
     u32 b, h0, kv, first;
 
-    INLINE Block(Thread me, PARAMS ScanParams &p, u32 rows) {
+    INLINE QueryBlock(Thread me, PARAMS ScanParams &p, u32 rows) {
         u32 each = p.q_heads / p.pack, groups = p.batch * each;
-        // The last rows see the most keys under a causal mask: they start first.
+        // Under a causal mask the last rows have the most keys. Their blocks start first, for load balance.
         u32 group = me.block % groups, block = p.row_blocks - 1 - me.block / groups;
         b = group / each;
         h0 = group % each * p.pack;
@@ -19,40 +20,41 @@ struct Block {
     INLINE bool exists(PARAMS ScanParams &p, u32 row) const { return first + row < p.queries * p.pack; }
     INLINE u32 head(PARAMS ScanParams &p, u32 row) const { return h0 + (first + row) % p.pack; }
     INLINE u32 query(PARAMS ScanParams &p, u32 row) const { return (first + row) / p.pack; }
-    // The row of index and energy.
-    INLINE size_t out(PARAMS ScanParams &p, u32 row) const {
+    // The row in index and energy.
+    INLINE size_t output_row(PARAMS ScanParams &p, u32 row) const {
         return (size_t(b) * p.q_heads + head(p, row)) * p.queries + query(p, row);
     }
 };
 
 template <class T>
-INLINE const DEVICE T *query_row(PARAMS ScanParams &p, const LOCAL Block &at, const DEVICE T *q, u32 row) {
+INLINE const DEVICE T *query_row(PARAMS ScanParams &p, const LOCAL QueryBlock &at, const DEVICE T *q, u32 row) {
     return q + size_t(at.b) * p.q_batch + size_t(at.head(p, row)) * p.q_head + size_t(at.query(p, row)) * p.q_row;
 }
 
 template <class T>
-INLINE const DEVICE T *value_row(PARAMS ScanParams &p, const LOCAL Block &at, const DEVICE T *v, i32 key) {
+INLINE const DEVICE T *value_row(PARAMS ScanParams &p, const LOCAL QueryBlock &at, const DEVICE T *v, i32 key) {
     return v + size_t(at.b) * p.v_batch + size_t(at.kv) * p.v_head + size_t(max(key, 0)) * p.v_row;
 }
 
-// The energy of a query's winner, by a warp. Where that is not finite, or above the threshold of the head, there is
-// no winner (-1) and the energy is +inf. k is the row of the winner; it is not read without one.
+// The energy of a query's winner, whose key row is k (not read where winner is -1). If the energy is not finite or
+// above the threshold of the head, the winner becomes -1 and the energy +inf. Called by a whole warp.
 template <class P, class T>
-INLINE float admit(Thread me, PARAMS P &p, u32 b, u32 h, LOCAL i32 &winner, const DEVICE T *query, const DEVICE T *k,
-                   const DEVICE float *beta, const DEVICE float *prior, const DEVICE float *threshold) {
+INLINE float admit_winner(Thread me, PARAMS P &p, u32 b, u32 h, LOCAL i32 &winner, const DEVICE T *query,
+                          const DEVICE T *k, const DEVICE float *beta, const DEVICE float *prior,
+                          const DEVICE float *threshold) {
     if (winner < 0) return GD_INFINITY;
-    float x = p.prior_batch ? prior[prior_at(p, b, h) + u32(winner)] : 0.0f;
+    float x = p.prior_batch ? prior[prior_offset(p, b, h) + u32(winner)] : 0.0f;
     float e = pair_energy(me, p.score, beta[h], x, query, k, p.head_dim);
     if (finite(e) && !(threshold && e > threshold[h])) return e;
     winner = -1;
     return GD_INFINITY;
 }
 
-// Writes row `out` of index, energy and y: the value row of the winner, or zeros without one. By a warp.
+// Writes row `out` of index, energy and y: the value row of the winner, or zeros without one. Called by a whole warp.
 template <class T>
 INLINE void write_winner(Thread me, size_t out, i32 winner, float e, const DEVICE T *value, u32 dim, DEVICE i32 *index,
                          DEVICE float *energy, DEVICE T *y) {
     if (me.lane() == 0) index[out] = winner, energy[out] = e;
     for (u32 d = me.lane(); d < dim; d += 32)
-        y[out * dim + d] = winner >= 0 ? value[d] : down<T>(0.0f);
+        y[out * dim + d] = winner >= 0 ? value[d] : from_float<T>(0.0f);
 }

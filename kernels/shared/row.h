@@ -1,16 +1,16 @@
-// What a warp does with whole rows: sums, energies, order of candidates.
+// Warp-level operations on whole rows: sums, energies, and the order of candidates.
 #pragma once
 #include "language.h"
 
 INLINE bool finite(float x) { return fabs(x) < GD_INFINITY; }
 
-// sum (q - k)^2, or -<q, k>, over D elements, by a warp: the energy at beta 1 without a prior. Differences
-// stay accurate where query and key nearly coincide.
+// sum (q - k)^2, or -<q, k>, over D elements: the energy for beta = 1 and no prior. Called by a whole warp. Squared
+// differences stay accurate where query and key nearly coincide, unlike |q|^2 - 2 <q, k> + |k|^2.
 template <class Q, class K>
 INLINE float pair_form(Thread me, u32 score, const DEVICE Q *q, const DEVICE K *k, u32 dim) {
     float sum = 0;
     for (u32 d = me.lane(); d < dim; d += 32) {
-        float x = up(q[d]), y = up(k[d]);
+        float x = to_float(q[d]), y = to_float(k[d]);
         sum = score == SCORE_DOT ? fma(-x, y, sum) : fma(x - y, x - y, sum);
     }
     return warp_sum(sum);
@@ -22,12 +22,12 @@ INLINE float pair_energy(Thread me, u32 score, float beta, float prior, const DE
     return beta * pair_form(me, score, q, k, dim) - prior;
 }
 
-// The bias of a key without a prior, by a warp: -|k|^2 / 2, or 0 for the dot product.
+// The bias of a key without its prior: -|k|^2 / 2, or 0 for the dot product. Called by a whole warp.
 template <class K> INLINE float key_bias(Thread me, u32 score, const DEVICE K *k, u32 dim) {
     if (score == SCORE_DOT) return 0;
     float sum = 0;
     for (u32 d = me.lane(); d < dim; d += 32)
-        sum = fma(up(k[d]), up(k[d]), sum);
+        sum = fma(to_float(k[d]), to_float(k[d]), sum);
     return -0.5f * warp_sum(sum);
 }
 
@@ -38,10 +38,10 @@ INLINE float warp_min(float x) {
     return x;
 }
 
-// Whether key x goes before key y among equals.
-INLINE bool before(i32 x, i32 y, u32 tie) { return tie == TIE_LAST ? x > y : x < y; }
+// Whether key x wins against key y at equal scores.
+INLINE bool wins_tie(i32 x, i32 y, u32 tie) { return tie == TIE_LAST ? x > y : x < y; }
 
-// Where the prior of a head starts, of [prior_batch, prior_heads, keys].
-template <class P> INLINE size_t prior_at(PARAMS P &p, u32 b, u32 h) {
+// Offset of the prior of a head in [prior_batch, prior_heads, keys].
+template <class P> INLINE size_t prior_offset(PARAMS P &p, u32 b, u32 h) {
     return (size_t(b % p.prior_batch) * p.prior_heads + h / (p.q_heads / p.prior_heads)) * p.keys;
 }

@@ -12,8 +12,8 @@ struct Effect {
 };
 
 // Whether slot x goes before slot y (-1: none).
-INLINE bool closer(const DEVICE float *energy, const DEVICE i32 *key, u32 x, i32 y, u32 tie) {
-    return y < 0 || energy[x] < energy[y] || (energy[x] == energy[y] && before(key[x], key[y], tie));
+INLINE bool precedes(const DEVICE float *energy, const DEVICE i32 *key, u32 x, i32 y, u32 tie) {
+    return y < 0 || energy[x] < energy[y] || (energy[x] == energy[y] && wins_tie(key[x], key[y], tie));
 }
 
 INLINE Effect barrier_effect(PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *key,
@@ -24,10 +24,10 @@ INLINE Effect barrier_effect(PARAMS SelectParams &p, const DEVICE float *energy,
     for (u32 s = 0; s < p.slots; s++) {
         if (key[s] < 0) continue;
         used++;
-        if (flags[s] && closer(energy, key, s, at, p.tie)) at = i32(s);
+        if (flags[s] && precedes(energy, key, s, at, p.tie)) at = i32(s);
     }
     for (u32 s = 0; s < p.slots; s++)
-        if (key[s] >= 0 && i32(s) != at && closer(energy, key, s, other, p.tie)) other = i32(s);
+        if (key[s] >= 0 && i32(s) != at && precedes(energy, key, s, other, p.tie)) other = i32(s);
     if (at < 0 || other < 0) return idle;
     wide score = -wide(energy[at]), rival = -wide(energy[other]), top = score > rival ? score : rival;
     wide total = 0, others = 0;
@@ -47,8 +47,8 @@ INLINE Effect barrier_effect(PARAMS SelectParams &p, const DEVICE float *energy,
         active = entropy / log(wide(used)) >= wide(p.barrier_entropy);
     }
     if (!active) return idle;
-    wide room = margin - gap, strength = room > 0 ? wide(p.barrier_strength) : wide(0);
-    wide lifted = score + strength * (room > 0 ? room : wide(0)), rest = rival + log(others);
+    wide deficit = margin - gap, strength = deficit > 0 ? wide(p.barrier_strength) : wide(0);
+    wide lifted = score + strength * (deficit > 0 ? deficit : wide(0)), rest = rival + log(others);
     if (1 / (1 + exp(rest - lifted)) < floor) return {at, other, log(floor / (1 - floor)) + rest, 0, true};
     return {at, other, lifted, strength, false};
 }

@@ -1,21 +1,19 @@
-// The choice of one row, held by a warp: slot s lies in lane s % 32, register s / 32. With p the softmax of
-// -energy / T over the used slots and the null slot, whose energy is the threshold.
+// The choice of one row, distributed over a warp: slot s is in register s / 32 of lane s % 32. p denotes the softmax of
+// -energy / T over the used slots and the null slot, whose energy is the threshold tau.
 #pragma once
 #include "row.h"
-
-// Slots of a row, at most.
 
 struct Candidates {
     float energy[2];
     i32 key[2];
 };
 
-// The nearest key of a row, and what the threshold makes of it.
+// The nearest key of a row, and whether the threshold admits it.
 struct Choice {
-    i32 nearest;  // slot of least energy, admitted or not; -1 without candidates
-    i32 winner;   // the same if admitted, or -1
+    i32 nearest;  // slot of the lowest energy, admitted or not; -1 without candidates
+    i32 winner;   // the same slot if its energy is at most the threshold, else -1
     float energy; // of the nearest
-    float margin; // to the next admitted one; +inf without one
+    float margin; // to the second lowest admitted energy; +inf without one
     float rho;    // energy gate of the nearest
 };
 
@@ -34,39 +32,39 @@ INLINE Candidates load_candidates(Thread me, PARAMS SelectParams &p, const DEVIC
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
 INLINE Choice choose(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, float tau) {
-    float best = GD_INFINITY;
+    float lowest = GD_INFINITY;
     i32 key = -1, slot = -1;
 #pragma unroll
     for (u32 x = 0; x < 2; x++) {
-        bool wins =
-            c.key[x] >= 0 && (key < 0 || c.energy[x] < best || (c.energy[x] == best && before(c.key[x], key, p.tie)));
-        if (wins) best = c.energy[x], key = c.key[x], slot = i32(me.lane() + 32 * x);
+        bool wins = c.key[x] >= 0 &&
+                    (key < 0 || c.energy[x] < lowest || (c.energy[x] == lowest && wins_tie(c.key[x], key, p.tie)));
+        if (wins) lowest = c.energy[x], key = c.key[x], slot = i32(me.lane() + 32 * x);
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
-        float e = shuffle_xor(best, step);
+        float e = shuffle_xor(lowest, step);
         i32 j = shuffle_xor(key, step), s = shuffle_xor(slot, step);
-        bool wins = j >= 0 && (key < 0 || e < best ||
-                               (e == best && (GD_FAULT(21) ? before(key, j, p.tie) : before(j, key, p.tie))));
-        if (wins) best = e, key = j, slot = s;
+        bool wins = j >= 0 && (key < 0 || e < lowest ||
+                               (e == lowest && (GD_FAULT(21) ? wins_tie(key, j, p.tie) : wins_tie(j, key, p.tie))));
+        if (wins) lowest = e, key = j, slot = s;
     }
-    Choice out = {slot, -1, best, GD_INFINITY, 1.0f};
+    Choice out = {slot, -1, lowest, GD_INFINITY, 1.0f};
     if (slot < 0) return out;
-    if (p.gate_temperature > 0) out.rho = sigmoid((tau - best) / p.gate_temperature);
-    if (best > tau) return out;
+    if (p.gate_temperature > 0) out.rho = sigmoid((tau - lowest) / p.gate_temperature);
+    if (lowest > tau) return out;
     out.winner = slot;
     float margin = GD_INFINITY;
 #pragma unroll
     for (u32 x = 0; x < 2; x++) {
-        bool rival = c.key[x] >= 0 && i32(me.lane() + 32 * x) != slot && c.energy[x] <= tau;
-        if (rival) margin = fmin(margin, c.energy[x] - best);
+        bool other = c.key[x] >= 0 && i32(me.lane() + 32 * x) != slot && c.energy[x] <= tau;
+        if (other) margin = fmin(margin, c.energy[x] - lowest);
     }
     out.margin = warp_min(margin);
     return out;
 }
 
-// The soft choice of the lane's slots; returns the null slot's share.
-INLINE float soft(PARAMS SelectParams &p, const LOCAL Candidates &c, float tau, LOCAL float (&share)[2]) {
+// p of the lane's slots; returns p of the null slot.
+INLINE float softmax(PARAMS SelectParams &p, const LOCAL Candidates &c, float tau, LOCAL float (&share)[2]) {
     float least = fmin(tau, warp_min(fmin(c.energy[0], c.energy[1])));
     share[0] = share[1] = 0;
     if (!finite(least)) return 0;
@@ -80,12 +78,12 @@ INLINE float soft(PARAMS SelectParams &p, const LOCAL Candidates &c, float tau, 
     return null / total;
 }
 
-// Weights of the value rows in the forward pass.
+// Weights of the value rows in the forward pass: (1 - hardness) p + hardness rho one-hot(winner).
 INLINE void value_weights(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, const LOCAL Choice &choice,
                           float tau, LOCAL float (&w)[2]) {
     w[0] = w[1] = 0;
     if (p.hardness < 1.0f) {
-        soft(p, c, tau, w);
+        softmax(p, c, tau, w);
         w[0] *= 1.0f - p.hardness;
         w[1] *= 1.0f - p.hardness;
     }
@@ -94,7 +92,8 @@ INLINE void value_weights(Thread me, PARAMS SelectParams &p, const LOCAL Candida
         if (i32(me.lane() + 32 * x) == choice.winner) w[x] += p.hardness * choice.rho;
 }
 
-// Adds scale J(share) a, carried to the energies, to de; returns the threshold's part.
+// Adds the gradient of the energies through scale J(share) a to de, with J(p) a = p (a - <p, a>); returns the gradient
+// of the threshold.
 INLINE float jacobian(PARAMS SelectParams &p, const LOCAL float (&share)[2], float null, const LOCAL float (&a)[2],
                       float scale, LOCAL float (&de)[2]) {
     float mean = warp_sum(share[0] * a[0] + share[1] * a[1]), rate = -scale / p.temperature;
@@ -104,13 +103,13 @@ INLINE float jacobian(PARAMS SelectParams &p, const LOCAL float (&share)[2], flo
     return -rate * null * mean;
 }
 
-// The backward pass: a = <dy, v> of every slot in; the energies' gradient de and the weights dv with which dy
-// enters the value rows out. Returns the threshold's gradient.
+// Backward pass from a = <dy, v> of every slot: the gradient `de` of the energies, and the weights `dv` of dy in the
+// gradients of the value rows. Returns the gradient of the threshold.
 INLINE float choice_backward(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, const LOCAL Choice &choice,
                              float tau, const LOCAL float (&a)[2], LOCAL float (&de)[2], LOCAL float (&dv)[2]) {
     de[0] = de[1] = dv[0] = dv[1] = 0;
     float share[2], dtau = 0, hard = p.hardness, rest = 1.0f - p.hardness;
-    float null = soft(p, c, tau, share);
+    float null = softmax(p, c, tau, share);
     if (rest > 0) {
         dtau += jacobian(p, share, null, a, rest, de);
         dv[0] = rest * share[0];
@@ -121,7 +120,7 @@ INLINE float choice_backward(Thread me, PARAMS SelectParams &p, const LOCAL Cand
     bool wins[2];
     for (u32 x = 0; x < 2; x++)
         wins[x] = i32(me.lane() + 32 * x) == choice.winner;
-    // The share that the preserve floor leaves, and what it spreads evenly.
+    // p mixed with a uniform distribution over the used slots: (1 - f) p + f / |C|, f the preserve floor.
     float used = float(bits_set(vote(c.key[0] >= 0)) + bits_set(vote(c.key[1] >= 0)));
     float mixed[2];
     for (u32 x = 0; x < 2; x++)

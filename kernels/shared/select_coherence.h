@@ -53,7 +53,7 @@ INLINE Density density(wide t, wide alpha, u32 mode) {
 template <class T> INLINE wide distance(Thread me, const DEVICE T *q, const DEVICE T *k, u32 dim) {
     wide sum = 0;
     for (u32 d = me.lane(); d < dim; d += 32) {
-        wide x = wide(up(q[d])) - wide(up(k[d]));
+        wide x = wide(to_float(q[d])) - wide(to_float(k[d]));
         sum += x * x;
     }
     for (int step = 16; step > 0; step /= 2)
@@ -66,7 +66,7 @@ template <class T>
 INLINE void density_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
                             const DEVICE float *beta, const DEVICE float *alpha, const DEVICE i32 *index,
                             DEVICE float *rho, DEVICE float *point) {
-    Place at(me, p);
+    SelectRow at(me, p);
     if (!at.exists) return;
     i32 j = index[at.row];
     wide r = 0, u = 0;
@@ -86,7 +86,7 @@ INLINE void density_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *
                              const DEVICE float *beta, const DEVICE float *alpha, const DEVICE i32 *index,
                              const DEVICE float *grad, DEVICE T *dq, DEVICE float *factor, DEVICE float *dbeta,
                              DEVICE float *dalpha) {
-    Place at(me, p);
+    SelectRow at(me, p);
     if (!at.exists) return;
     i32 j = index[at.row];
     const DEVICE T *query = q_row(p, at, q);
@@ -100,7 +100,8 @@ INLINE void density_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *
         da = g * x.by_alpha;
     }
     for (u32 d = me.lane(); d < p.head_dim; d += 32)
-        dq[size_t(at.row) * p.head_dim + d] = down<T>(j >= 0 ? float(c) * (up(query[d]) - up(key[d])) : 0.0f);
+        dq[size_t(at.row) * p.head_dim + d] =
+            from_float<T>(j >= 0 ? float(c) * (to_float(query[d]) - to_float(key[d])) : 0.0f);
     if (me.lane() == 0) factor[at.row] = float(c), dbeta[at.row] = float(db), dalpha[at.row] = float(da);
 }
 
@@ -111,13 +112,14 @@ template <class T> struct AddDensityKey {
     const DEVICE T *k;
     const DEVICE float *factor;
 
-    INLINE void operator()(Thread me, u32 row, const LOCAL Place &at, i32 j, u32 first, LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32 row, const LOCAL SelectRow &at, i32 j, u32 first,
+                           LOCAL float (&sum)[4]) const {
         const DEVICE T *query = q_row(p, at, q);
         const DEVICE T *key = k_row(p, at, k, j);
         float c = factor[row];
         for (u32 x = 0; x < 4; x++) {
             u32 d = first + 32 * x + me.lane();
-            if (d < p.head_dim) sum[x] += c * (up(key[d]) - up(query[d]));
+            if (d < p.head_dim) sum[x] += c * (to_float(key[d]) - to_float(query[d]));
         }
     }
 };

@@ -10,7 +10,7 @@ struct Jump {
 template <class T> INLINE Jump jump(Thread me, const DEVICE T *q, const DEVICE T *k, u32 dim) {
     Jump j = {0, 0};
     for (u32 d = me.lane(); d < dim; d += 32) {
-        float x = up(q[d]), delta = up(k[d]) - x;
+        float x = to_float(q[d]), delta = to_float(k[d]) - x;
         j.length = fma(delta, delta, j.length);
         j.along = fma(x, delta, j.along);
     }
@@ -22,7 +22,7 @@ template <class T> INLINE Jump jump(Thread me, const DEVICE T *q, const DEVICE T
 template <class T>
 INLINE void residual_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
                              const DEVICE i32 *index, DEVICE T *out) {
-    Place at(me, p);
+    SelectRow at(me, p);
     if (!at.exists) return;
     i32 j = index[at.row];
     const DEVICE T *query = q_row(p, at, q);
@@ -33,7 +33,7 @@ INLINE void residual_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *
     float c = x.length > 0 ? x.along / x.length : 0.0f;
     for (u32 d = me.lane(); d < p.head_dim; d += 32) {
         if (x.length > 0)
-            row[d] = down<T>(up(query[d]) - c * (up(key[d]) - up(query[d])));
+            row[d] = from_float<T>(to_float(query[d]) - c * (to_float(key[d]) - to_float(query[d])));
         else
             row[d] = query[d];
     }
@@ -45,7 +45,7 @@ INLINE float jump_step(Thread me, const DEVICE T *q, const DEVICE T *k, const DE
                        const LOCAL Jump &x) {
     float dot = 0;
     for (u32 d = me.lane(); d < dim; d += 32)
-        dot = fma(up(dr[d]), up(k[d]) - up(q[d]), dot);
+        dot = fma(to_float(dr[d]), to_float(k[d]) - to_float(q[d]), dot);
     return -warp_sum(dot) / x.length;
 }
 INLINE float delta_gradient(float q, float k, float dr, float c, float step) {
@@ -56,7 +56,7 @@ INLINE float delta_gradient(float q, float k, float dr, float c, float step) {
 template <class T>
 INLINE void residual_backward(Thread me, PARAMS SelectParams &p, const DEVICE T *q, const DEVICE T *k,
                               const DEVICE i32 *index, const DEVICE T *dr, DEVICE T *dq) {
-    Place at(me, p);
+    SelectRow at(me, p);
     if (!at.exists) return;
     i32 j = index[at.row];
     const DEVICE T *query = q_row(p, at, q);
@@ -72,8 +72,8 @@ INLINE void residual_backward(Thread me, PARAMS SelectParams &p, const DEVICE T 
     }
     for (u32 d = me.lane(); d < p.head_dim; d += 32) {
         if (x.length > 0) {
-            float a = up(query[d]), b = up(key[d]), g = up(grad[d]);
-            row[d] = down<T>(g + step * (b - a) - delta_gradient(a, b, g, c, step));
+            float a = to_float(query[d]), b = to_float(key[d]), g = to_float(grad[d]);
+            row[d] = from_float<T>(g + step * (b - a) - delta_gradient(a, b, g, c, step));
         } else {
             row[d] = grad[d];
         }
@@ -87,7 +87,7 @@ template <class T> struct AddResidualKey {
     const DEVICE T *k;
     const DEVICE T *dr;
 
-    INLINE void operator()(Thread me, u32, const LOCAL Place &at, i32 j, u32 first, LOCAL float (&sum)[4]) const {
+    INLINE void operator()(Thread me, u32, const LOCAL SelectRow &at, i32 j, u32 first, LOCAL float (&sum)[4]) const {
         const DEVICE T *query = q_row(p, at, q);
         const DEVICE T *key = k_row(p, at, k, j);
         const DEVICE T *grad = d_row(p, at, dr);
@@ -96,7 +96,8 @@ template <class T> struct AddResidualKey {
         float c = y.along / y.length, step = jump_step(me, query, key, grad, p.head_dim, y);
         for (u32 x = 0; x < 4; x++) {
             u32 d = first + 32 * x + me.lane();
-            if (d < p.head_dim) sum[x] += delta_gradient(up(query[d]), up(key[d]), up(grad[d]), c, step);
+            if (d < p.head_dim)
+                sum[x] += delta_gradient(to_float(query[d]), to_float(key[d]), to_float(grad[d]), c, step);
         }
     }
 };

@@ -2,7 +2,7 @@
 # Checks the Metal backend as far as that goes without a Mac: lints the Rust side for macOS with the real crates, then
 # type-checks with clang the very texts that the program hands to Metal, with the address spaces of pointers apart.
 # That neither check is blind is checked, too: a pointer into the wrong space, and a text with a missing header, must
-# be refused. What the kernels compute is tested by tests/emulate.
+# be refused. What the kernels compute is tested by crates/gd-testing.
 # Needs Rust from rustup, for the target aarch64-apple-darwin, and clang.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

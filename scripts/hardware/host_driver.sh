@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a CUDA driver whose device is the host (tests/driver), so that programs built with the feature cuda run on a
+# Makes a CUDA driver whose device is the host (crates/gd-testing/host_driver), so that programs built with the feature cuda run on a
 # machine without a GPU: slowly, and everything at once, but through every call that a GPU would get.
 #
 # Usage: scripts/hardware/host_driver.sh DIR
@@ -31,15 +31,15 @@ done
 for source in kernels/cuda/*.cu; do
     echo "#include \"$PWD/$source\"" >"$dir/sources/$(basename "$source" .cu).cpp"
 done
-cp kernels/emulate/*.cpp tests/driver/*.cpp "$dir/sources/"
-sed -i "s|#include \"\.\./\.\./|#include \"$PWD/|; s|#include \"\.\./cuda/|#include \"$PWD/kernels/cuda/|" "$dir"/sources/*.cpp
+cp kernels/emulate/*.cpp crates/gd-testing/host_driver/*.cpp "$dir/sources/"
+sed -i "s|#include \"\.\./\.\./\.\./|#include \"$PWD/|; s|#include \"\.\./cuda/|#include \"$PWD/kernels/cuda/|" "$dir"/sources/*.cpp
 rm -f "$dir/sources/metal.cpp"
 
 compile() {
     local source="$1" object="${1%.cpp}.o" flags
-    flags=(-std=c++17 -O2 -fPIC -ffp-contract=off -w -I "$CUDA_HOME/include" -I tests/driver)
+    flags=(-std=c++17 -O2 -fPIC -ffp-contract=off -w -I "$CUDA_HOME/include" -I crates/gd-testing/host_driver)
     case "$(basename "$source")" in
-    candle_*) flags=(-std=c++17 -O2 -fPIC -fno-strict-aliasing -ffp-contract=off -w -I tests/driver/candle -I "$2") ;;
+    candle_*) flags=(-std=c++17 -O2 -fPIC -fno-strict-aliasing -ffp-contract=off -w -I crates/gd-testing/host_driver/candle -I "$2") ;;
     *) flags+=(-DGD_EMULATE -I kernels/emulate -I kernels/shared -I kernels/cuda) ;;
     esac
     "${CXX:-c++}" "${flags[@]}" -c -o "$object" "$source"

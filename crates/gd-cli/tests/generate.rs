@@ -17,7 +17,7 @@ use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::Transformer;
 use gd_model::model::params::Params;
 use gd_model::model::pretrained::{self, Loaded};
-use gd_support::log_cases;
+use gd_testing::log_cases;
 use serde_json::{Value, json};
 
 const CPU: Device = Device::Cpu;
@@ -122,7 +122,7 @@ fn a_batch_gives_the_same_text_as_single_prompts() -> Result<()> {
         let long = vec![1; 49];
         let error = generate_batch(&model, &[&long], 5, &mut [sampler(0.0)?], &CPU, |_, _| Ok(true));
         ensure!(
-            error.is_err_and(|e| e.to_string() == "the prompt has 49 tokens; between 1 and 48 are possible")
+            error.is_err_and(|e| e.to_string() == "the prompt has 49 tokens; the context of 48 allows 1 to 48")
         );
     }
     Ok(())

@@ -102,7 +102,7 @@ fn require_close(one: &Path, other: &Path) -> Result<()> {
     }
     println!("{}: losses, norms, weights differ by {far:?}", other.display());
     ensure!(far[0] <= 1e-6 && far[1] <= 1e-5 && far[2] <= 1e-4, "{}: {far:?}", other.display());
-    gd_support::log_cases("parallel", 1);
+    gd_testing::log_cases("parallel", 1);
     Ok(())
 }
 
@@ -145,7 +145,7 @@ fn the_same_ranks_give_the_same_bits() -> Result<()> {
     }
     let [a, b] = ["a", "b"].map(|out| fs::read(dir.join(out).join(WEIGHTS)));
     ensure!(a? == b?, "two runs by 4 ranks differ");
-    gd_support::log_cases("parallel", 1);
+    gd_testing::log_cases("parallel", 1);
     Ok(())
 }
 
@@ -183,7 +183,7 @@ fn inconsistent_ranks_are_an_error() -> Result<()> {
         ensure!(stderr.contains(message), "{args}: no {message:?} in\n{stderr}");
         ensure!(!dir.join("out").exists(), "{args}: left something behind");
     }
-    gd_support::log_cases("parallel", cases.len());
+    gd_testing::log_cases("parallel", cases.len());
     Ok(())
 }
 
@@ -225,6 +225,6 @@ fn a_killed_rank_ends_the_job_and_the_last_checkpoint_resumes() -> Result<()> {
     let step = resumed["step"].as_u64().context("no step")?;
     ensure!(step >= 25 && step % 10 == 5, "{resumed}");
     ensure!(log(&dir.join("killed"))?.len() as u64 == step, "a log of other steps than the checkpoint's");
-    gd_support::log_cases("parallel", 1);
+    gd_testing::log_cases("parallel", 1);
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use gd_support::log_cases;
+use gd_testing::log_cases;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
@@ -200,7 +200,7 @@ fn a_run_does_not_resume_with_other_inputs() -> Result<()> {
     refused("--set train.clip=0.5", 1, &[&hashes[..], &["the configuration"]].concat())?;
     refused("--seed 4", 2, &["--seed 4", "seed 3"])?;
     refused("--out elsewhere", 2, &["--out", "--resume"])?;
-    refused("--steps 6", 1, &["done 7 steps already"])?;
+    refused("--steps 6", 1, &["has done 7"])?;
     refused("--steps 40", 1, &["20 steps", "40", "another one"])?;
     fs::rename(dir.join("text.txt"), dir.join("moved.txt"))?;
     refused("", 1, &["text.txt", "--data"])?;

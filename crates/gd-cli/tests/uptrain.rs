@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use gd_kernels::cross_entropy::IGNORE;
 use gd_kernels::{Mask, Score};
 use gd_layer::Pass;
 use gd_model::config::{Mechanism, ModelConfig};
 use gd_model::model::Transformer;
-use gd_model::model::loss::IGNORE;
 use gd_model::model::params::Params;
 use gd_model::model::pretrained;
 use gd_model::model::swap::{Layers, Swap};
@@ -160,7 +160,7 @@ fn distillation_trains_every_parameter() -> Result<()> {
             let mine = learner.hidden(&ids, &pass, None)?.flatten_to(1)?;
             let other = original.hidden(&ids, &pass, None)?.flatten_to(1)?;
             let targets = targets.flatten_all()?;
-            Ok(gd_model::model::loss::linear_distillation(
+            Ok(gd_kernels::cross_entropy::linear_distillation(
                 (&mine, &learner.head_weight()?),
                 &targets,
                 (&other, &original.head_weight()?),
@@ -218,7 +218,7 @@ fn incompatible_teachers_are_errors() -> Result<()> {
     wide.hidden_size *= 2;
     let other = refused("llama", &wide)?;
     ensure!(
-        other.contains("cannot learn from an original of") && other.contains(&wide.hidden_size.to_string())
+        other.contains("cannot learn from a teacher of") && other.contains(&wide.hidden_size.to_string())
     );
     Ok(())
 }

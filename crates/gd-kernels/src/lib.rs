@@ -23,16 +23,22 @@ pub use error::{Error, Result};
 pub use mask::Mask;
 pub use ops::adamw;
 pub use ops::causal_conv::{causal_conv, packed_causal_conv};
+pub use ops::cross_entropy;
 #[doc(hidden)]
 pub use ops::decode::MAX_QUERIES;
 pub use ops::decode::paged::{PagedCache, scan_select_paged};
 pub use ops::embedding::embedding;
+pub use ops::linear::linear;
+pub use ops::masked_softmax::masked_softmax;
+pub use ops::rms_norm::rms_norm;
+pub use ops::rotary::rotary;
 pub use ops::running_average::{AverageState, running_average};
 pub use ops::scan::plan::{CpuPlan, Plan, Walk};
 pub use ops::scan::problem::Problem;
 pub use ops::scan::rescored::Rescored;
 pub use ops::scan::{Candidates, Scan, plan, scan, scan_all};
 pub use ops::select::{Round, Select, Selected, scan_select, select};
+pub use ops::swiglu::swiglu;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 
 #[doc(hidden)]
@@ -44,15 +50,6 @@ pub mod fused {
     pub use crate::backend::cpu::parallel::*;
     pub use crate::backend::cpu::view::{Rows, cpu_slice};
     pub use crate::backend::graph::*;
-}
-
-/// Operators that run on a GPU alone.
-#[doc(hidden)]
-pub mod on_device {
-    pub use crate::ops::cross_entropy::{cross_entropy, cross_entropy_and_gradient};
-    pub use crate::ops::rms_norm::rms_norm;
-    pub use crate::ops::rotary::rotary;
-    pub use crate::ops::swiglu::swiglu;
 }
 
 /// NVIDIA GPUs.
@@ -82,6 +79,7 @@ pub mod gpu {
         params, tensor_map,
     };
     pub use crate::cache::int8_keys::launch as quantize;
+    pub use crate::ops::adamw::gpu::launch as adamw;
     pub use crate::ops::causal_conv::gpu::launch as conv;
     pub use crate::ops::cross_entropy::gpu::launch as cross_entropy;
     pub use crate::ops::decode::gpu::launch as decode;
@@ -89,14 +87,8 @@ pub mod gpu {
     pub use crate::ops::rotary::gpu::launch as rotary;
     pub use crate::ops::running_average::gpu::launch as average;
     pub use crate::ops::scan::gpu::certified as scan_certified;
-    pub use crate::ops::select::gpu::{inverse, launch as select};
+    pub use crate::ops::select::gpu::{inverse_index as inverse, launch as select};
     pub use crate::ops::swiglu::gpu::launch as swiglu;
-
-    /// Launches of AdamW.
-    pub mod adamw {
-        pub use crate::ops::adamw::gpu::launch::*;
-        pub use crate::ops::adamw::update::*;
-    }
 
     /// Launches of a scan.
     pub mod scan {

@@ -1,23 +1,25 @@
-//! Beacon, the preserving half of Preserve-then-Select.
+//! The Beacon, the preserving half of Preserve-then-Select.
 //!
 //! Shapes: x `[B, N, C]`, v `[B, Hk, N, D]`; R running averages for each of the Hq heads.
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder};
-use gd_kernels::{Mask, Scan, Score, causal_conv, on_cpu, packed_causal_conv, running_average, scan};
+use gd_kernels::{Mask, Scan, Score, causal_conv, packed_causal_conv, running_average, scan};
 
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 
-/// Decay logits at bias 0 run from the first to the second value over the heads: half-lives from
+/// The decay logits at bias 0 of the first and the last head, with those of the others evenly between: half-lives from
 /// about half a position to about 23.
-const DECAY: (f64, f64) = (-1.0, 3.5);
+const DECAY_LOGITS: (f64, f64) = (-1.0, 3.5);
 
-/// Causal convolution before the projections, a memory of running averages beside the heads, and
-/// a learned prior that ranks and protects keys.
+/// The least head_dim for which every device has kernels.
+const MIN_HEAD_DIM: usize = 8;
+
+/// A causal convolution before the projections, a memory of running averages beside the heads, and a learned prior that
+/// ranks and protects keys; each part as the config asks for it.
 ///
-/// A layer builds its Beacon from its config; it is constructed alone to see which weights it has.
-///
+/// # Examples
 /// ```
 /// use candle_core::{DType, Device};
 /// use candle_nn::{VarBuilder, VarMap};
@@ -47,8 +49,8 @@ pub struct Beacon {
 #[derive(Debug, Clone)]
 struct Memory {
     proj: Linear,
-    /// What the decay logits are at bias 0, `[3 R Hq]`.
-    spread: Tensor,
+    /// The decay logits at bias 0, and 0 for the other rows, `[3 R Hq]`.
+    offset: Tensor,
     heads: usize,
     averages: usize,
 }
@@ -59,16 +61,16 @@ impl Memory {
         let weight =
             vb.get_with_hints((3 * rows, channels), "weight", Init::Randn { mean: 0.0, stdev: 0.02 })?;
         let bias = vb.get_with_hints(3 * rows, "bias", Init::Const(0.0))?;
-        // Fast heads to slow ones, every second average in the other direction.
-        let mut spread = vec![0f32; 3 * rows];
-        for (at, logit) in spread[..rows].iter_mut().enumerate() {
+        // From fast heads to slow ones; every second average in the other direction.
+        let mut offset = vec![0f32; 3 * rows];
+        for (at, logit) in offset[..rows].iter_mut().enumerate() {
             let (h, r) = (at / averages, at % averages);
-            let place = if r % 2 == 0 { h } else { heads - 1 - h };
-            let share = place as f64 / (heads.max(2) - 1) as f64;
-            *logit = (DECAY.0 + share * (DECAY.1 - DECAY.0)) as f32;
+            let rank = if r % 2 == 0 { h } else { heads - 1 - h };
+            let share = rank as f64 / (heads.max(2) - 1) as f64;
+            *logit = (DECAY_LOGITS.0 + share * (DECAY_LOGITS.1 - DECAY_LOGITS.0)) as f32;
         }
-        let spread = Tensor::new(spread, weight.device())?.to_dtype(weight.dtype())?;
-        Ok(Self { proj: Linear::new(weight, Some(bias)), spread, heads, averages })
+        let offset = Tensor::new(offset, weight.device())?.to_dtype(weight.dtype())?;
+        Ok(Self { proj: Linear::new(weight, Some(bias)), offset, heads, averages })
     }
 }
 
@@ -129,7 +131,7 @@ impl Beacon {
         let (b, n, _) = x.dims3()?;
         let (h, r) = (memory.heads, memory.averages);
         // [B, N, 3 R H] -> [B, 3, H R, N]
-        let logits = memory.proj.forward(x)?.broadcast_add(&memory.spread)?;
+        let logits = memory.proj.forward(x)?.broadcast_add(&memory.offset)?;
         let parts = logits.reshape((b, n, 3, h * r))?.permute((0, 2, 3, 1))?.contiguous()?;
         let part = |i: usize| parts.narrow(1, i, 1)?.squeeze(1);
         let decay = match mask.boundaries() {
@@ -163,17 +165,15 @@ impl Beacon {
         let (b, hk, m) = prior.dims3()?;
         let prior = prior.detach().to_dtype(DType::F32)?;
         let beta = Tensor::ones(hk, DType::F32, prior.device())?;
-        // The least head_dim that the device has kernels for.
-        let d = if on_cpu(prior.device()) { 1 } else { 8 };
-        let q = Tensor::zeros((b, hk, queries, d), DType::F32, prior.device())?;
-        let k = Tensor::zeros((b, hk, m, d), DType::F32, prior.device())?;
+        let q = Tensor::zeros((b, hk, queries, MIN_HEAD_DIM), DType::F32, prior.device())?;
+        let k = Tensor::zeros((b, hk, m, MIN_HEAD_DIM), DType::F32, prior.device())?;
         let top = Scan { prior: Some(&prior), score: Score::Dot, ..Scan::new(&beta, mask, self.protected) };
         Ok(Some(scan(&q, &k, &top)?.index))
     }
 }
 
-/// What makes a decay logit forget all before it where a packed sequence starts, and changes nothing
-/// elsewhere: `[B|1, 1, N]` in the dtype of `like`.
+/// Added to decay logits: -inf where a packed sequence starts, which forgets all before it, and 0 elsewhere:
+/// `[B|1, 1, N]` in the dtype of `like`.
 fn resets(boundaries: &[Vec<usize>], n: usize, like: &Tensor) -> Result<Tensor> {
     let mut bias = vec![0f32; boundaries.len() * n];
     for (row, starts) in bias.chunks_mut(n).zip(boundaries) {

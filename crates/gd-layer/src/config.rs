@@ -1,11 +1,25 @@
-//! What an attention layer is made of. Every struct reads and writes itself as JSON; unknown keys
-//! are errors.
+//! The configuration of an attention layer. Every struct reads and writes itself with serde; unknown keys are errors.
 
 use gd_kernels::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
 use serde::{Deserialize, Serialize};
 
 /// Shape and parts of an attention layer, softmax or selecting.
-#[derive(Debug, Clone, PartialEq)]
+///
+/// Deserialised from keys that are named as the fields. The first four are required; the others have the values of
+/// [`AttentionConfig::new`] where they are absent.
+///
+/// # Examples
+/// ```
+/// use gd_layer::{AttentionConfig, BeaconConfig, GdConfig};
+///
+/// let config = AttentionConfig::new(256, 8, 32)
+///     .with_key_value_heads(2)
+///     .with_beacon(BeaconConfig::default())
+///     .with_gd(GdConfig::default().with_candidates(16));
+/// assert_eq!((config.group(), config.gd.candidates), (4, 16));
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AttentionConfig {
     /// Width C of the model.
     pub hidden_size: usize,
@@ -16,20 +30,28 @@ pub struct AttentionConfig {
     /// Dimension D of a head.
     pub head_dim: usize,
     /// Whether q, k and v projections have a bias.
+    #[serde(default)]
     pub attention_bias: bool,
     /// Whether `o_proj` has a bias.
+    #[serde(default)]
     pub output_bias: bool,
     /// Whether q and k pass an RMSNorm per head (weights `q_norm`, `k_norm`) before the rotation.
+    #[serde(default)]
     pub qk_norm: bool,
     /// Epsilon of that norm.
+    #[serde(default = "default_eps")]
     pub rms_norm_eps: f64,
     /// Whether the heads' output passes an elementwise sigmoid gate before `o_proj` (G1).
+    #[serde(default)]
     pub output_gate: bool,
-    /// Keys, counted back from its own position, that a query sees at most; none: as many as the pass allows.
+    /// The number of most recent keys, its own included, that a query sees; none: as many as the pass allows.
+    #[serde(default)]
     pub window: Option<usize>,
-    /// The preserving half in front of the heads; none leaves them bare.
+    /// The Beacon in front of the heads; none for heads without one.
+    #[serde(default)]
     pub beacon: Option<BeaconConfig>,
-    /// How a selecting layer selects; a softmax layer does not read it.
+    /// How a selecting layer selects; a softmax layer does not use it.
+    #[serde(default)]
     pub gd: GdConfig,
 }
 
@@ -45,7 +67,7 @@ impl AttentionConfig {
             attention_bias: false,
             output_bias: false,
             qk_norm: false,
-            rms_norm_eps: 1e-5,
+            rms_norm_eps: default_eps(),
             output_gate: false,
             window: None,
             beacon: None,
@@ -59,10 +81,34 @@ impl AttentionConfig {
         Self { num_key_value_heads: heads, ..self }
     }
 
+    /// The same with or without biases of the q, k and v projections.
+    #[must_use]
+    pub fn with_attention_bias(self, attention_bias: bool) -> Self {
+        Self { attention_bias, ..self }
+    }
+
+    /// The same with or without a bias of the output projection.
+    #[must_use]
+    pub fn with_output_bias(self, output_bias: bool) -> Self {
+        Self { output_bias, ..self }
+    }
+
     /// The same with or without an RMSNorm on q and k per head.
     #[must_use]
     pub fn with_qk_norm(self, qk_norm: bool) -> Self {
         Self { qk_norm, ..self }
+    }
+
+    /// The same with another epsilon of the RMSNorm on q and k.
+    #[must_use]
+    pub fn with_rms_norm_eps(self, rms_norm_eps: f64) -> Self {
+        Self { rms_norm_eps, ..self }
+    }
+
+    /// The same with or without a sigmoid gate on the heads' output.
+    #[must_use]
+    pub fn with_output_gate(self, output_gate: bool) -> Self {
+        Self { output_gate, ..self }
     }
 
     /// The same with a sliding window of `keys` keys.
@@ -118,6 +164,11 @@ impl AttentionConfig {
     }
 }
 
+/// The epsilon of the norms.
+fn default_eps() -> f64 {
+    1e-5
+}
+
 /// How a head selects.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -129,17 +180,17 @@ pub struct GdConfig {
     /// Whether `beta |k|^2` is added to the prior of every key, so that energies order keys as dot products
     /// do.
     pub norm_prior: bool,
-    /// Which of equals wins.
+    /// Which of several keys with the same energy wins.
     pub tie: TieBreak,
     /// What scales the selected row.
     pub gate: Gate,
     /// Gradient of the choice.
     pub estimator: Estimator,
-    /// Temperature of the estimator's softmax.
+    /// Temperature T > 0 of the estimator's softmax.
     pub temperature: f64,
-    /// Preserve floor f.
+    /// Preserve floor f in [0, 1].
     pub preserve_floor: f64,
-    /// Value floor lambda.
+    /// Value floor lambda in [0, 1].
     pub value_floor: f64,
     /// Initial threshold in units of `beta * (|q|^2 + |k|^2)` at unit RMS, that is `2 beta D`; the
     /// head learns it from there. None: a head never abstains.
@@ -148,6 +199,80 @@ pub struct GdConfig {
     pub rounds: usize,
     /// Which well stands for a pair with two.
     pub coherence: CoherenceMode,
+}
+
+impl GdConfig {
+    /// The same with `candidates` candidates kept per query.
+    #[must_use]
+    pub fn with_candidates(self, candidates: usize) -> Self {
+        Self { candidates, ..self }
+    }
+
+    /// The same with another score.
+    #[must_use]
+    pub fn with_score(self, score: Score) -> Self {
+        Self { score, ..self }
+    }
+
+    /// The same with or without `beta |k|^2` in the prior of every key.
+    #[must_use]
+    pub fn with_norm_prior(self, norm_prior: bool) -> Self {
+        Self { norm_prior, ..self }
+    }
+
+    /// The same with another tie break.
+    #[must_use]
+    pub fn with_tie(self, tie: TieBreak) -> Self {
+        Self { tie, ..self }
+    }
+
+    /// The same with another gate.
+    #[must_use]
+    pub fn with_gate(self, gate: Gate) -> Self {
+        Self { gate, ..self }
+    }
+
+    /// The same with another estimator.
+    #[must_use]
+    pub fn with_estimator(self, estimator: Estimator) -> Self {
+        Self { estimator, ..self }
+    }
+
+    /// The same with another temperature of the estimator's softmax.
+    #[must_use]
+    pub fn with_temperature(self, temperature: f64) -> Self {
+        Self { temperature, ..self }
+    }
+
+    /// The same with another preserve floor.
+    #[must_use]
+    pub fn with_preserve_floor(self, preserve_floor: f64) -> Self {
+        Self { preserve_floor, ..self }
+    }
+
+    /// The same with another value floor.
+    #[must_use]
+    pub fn with_value_floor(self, value_floor: f64) -> Self {
+        Self { value_floor, ..self }
+    }
+
+    /// The same with another initial threshold, or none.
+    #[must_use]
+    pub fn with_threshold(self, threshold: Option<f64>) -> Self {
+        Self { threshold, ..self }
+    }
+
+    /// The same with another number of refinement rounds.
+    #[must_use]
+    pub fn with_rounds(self, rounds: usize) -> Self {
+        Self { rounds, ..self }
+    }
+
+    /// The same with another well for pairs with two.
+    #[must_use]
+    pub fn with_coherence(self, coherence: CoherenceMode) -> Self {
+        Self { coherence, ..self }
+    }
 }
 
 impl Default for GdConfig {
@@ -169,7 +294,7 @@ impl Default for GdConfig {
     }
 }
 
-/// The preserving half: what keeps minority candidates in play.
+/// The Beacon: convolution, memory and key prior, which preserve minority candidates.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BeaconConfig {
@@ -182,7 +307,7 @@ pub struct BeaconConfig {
     /// Keys that stay candidates because their prior is among the greatest visible: 0, or one of
     /// [`gd_kernels::CANDIDATES`].
     pub protected: usize,
-    /// Conditional lift of the protected candidates.
+    /// Conditional protection of the protected candidates.
     pub barrier: Option<Barrier>,
 }
 

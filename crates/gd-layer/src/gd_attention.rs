@@ -1,48 +1,58 @@
-//! Selection attention: every head reads the value of one key, or abstains.
+//! Selection attention: every head selects the value of one key, or abstains.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::{
     Candidates, Estimator, Gate, KeptKeys, MAX_QUERIES, Mask, Scan, Score, Select, Selected, on_cpu, scan,
     scan_all, scan_select, select,
 };
 
-use crate::attention::{Attention, Pass, Record, distinct};
+use crate::attention::{Attention, Pass};
 use crate::cache::LayerCache;
 use crate::config::{AttentionConfig, GdConfig};
-use crate::heads::{Heads, Ready};
+use crate::heads::{Heads, Projected};
 use crate::kept::Kept;
-use crate::probe::{Found, Reading};
+use crate::probe::{CandidateView, SelectionView};
 use crate::rope::Rotary;
+use crate::stats::SelectionStats;
 
-/// The weight of the query's well starts beside 1/2, where the two wells tie.
-const ALPHA: f64 = 0.6;
+/// The initial weight of the query's well: near 1/2, where the two wells tie, but not at it.
+const INITIAL_ALPHA: f64 = 0.6;
 
-/// GD-Attention, in the place of a multi-head attention: same projections, same weight names, and
-/// per head under `gd`: `beta [Hq]` (log), and if configured `threshold [Hq]`, `alpha [Hq]`
-/// (logit), `rounds [Hq, R]` (deviation from (1, 0, ..)).
+/// Selection attention, in the place of a multi-head attention.
 ///
+/// Each head scans all visible keys, preserves the candidates of least energy and selects the value of one of them, or
+/// abstains. Projections and weight names are those of a Llama attention. Added per head under `gd` are `beta [Hq]`
+/// (its logarithm), and if configured `threshold [Hq]`, `alpha [Hq]` (its logit) and `rounds [Hq, R]` (deviation from
+/// (1, 0, ..)).
+///
+/// Through [`Module`] it is causal self-attention over x `[B, N, C]`; [`GdAttention::forward`] has the signature of the
+/// attention of candle's own models and holds a cache; [`Attention::attend`] takes mask, options and cache.
+///
+/// # Examples
 /// ```
 /// use std::sync::Arc;
+///
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{VarBuilder, VarMap};
-/// use gd_kernels::Mask;
-/// use gd_layer::{Attention, AttentionConfig, GdAttention, Pass, RopeScaling, Rotary};
+/// use gd_layer::{AttentionConfig, GdAttention, RopeScaling, Rotary};
 ///
-/// let (device, weights) = (Device::Cpu, VarMap::new());
-/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
-/// let rotary = Arc::new(Rotary::new(8, 64, 10_000.0, RopeScaling::None, DType::F32, &device)?);
-/// let attention = GdAttention::new(&AttentionConfig::new(32, 4, 8), rotary, vb)?;
-///
-/// let x = Tensor::randn(0f32, 1.0, (2, 16, 32), &device)?;
-/// let mask = Mask::window(4, 0);
-/// let y = attention.attend(&x, &Pass::new(&mask), None)?;
-/// let gradients = y.sqr()?.sum_all()?.backward()?;
-/// for weight in weights.all_vars() {
-///     assert!(gradients.get(&weight).is_some());
-/// }
+/// let map = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
+/// // Width 32, four query heads of 8 elements, two key-value heads.
+/// let config = AttentionConfig::new(32, 4, 8).with_key_value_heads(2);
+/// let rotary = Rotary::new(8, 64, 10_000.0, RopeScaling::None, DType::F32, &Device::Cpu)?;
+/// let attention = GdAttention::new(&config, Arc::new(rotary), vb)?;
+/// let x = Tensor::randn(0f32, 1.0, (1, 6, 32), &Device::Cpu)?;
+/// // Six tokens at once, then one more.
+/// let y = attention.forward(&x, None, 0)?;
+/// assert_eq!(y.dims(), [1, 6, 32]);
+/// let next = Tensor::randn(0f32, 1.0, (1, 1, 32), &Device::Cpu)?;
+/// assert_eq!(attention.forward(&next, None, 6)?.dims(), [1, 1, 32]);
+/// // Gradients reach the weights.
+/// assert!(y.sum_all()?.backward()?.get(&map.data().lock().unwrap()["v_proj.weight"]).is_some());
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 #[derive(Debug)]
@@ -77,9 +87,11 @@ impl GdAttention {
             None => None,
         };
         let alpha_logit = match cfg.gd.gate {
-            Gate::Coherence => {
-                Some(vb.get_with_hints(hq, "alpha", Init::Const((ALPHA / (1.0 - ALPHA)).ln()))?)
-            }
+            Gate::Coherence => Some(vb.get_with_hints(
+                hq,
+                "alpha",
+                Init::Const((INITIAL_ALPHA / (1.0 - INITIAL_ALPHA)).ln()),
+            )?),
             Gate::None | Gate::Energy { .. } => None,
         };
         let rounds = match cfg.gd.rounds {
@@ -89,13 +101,18 @@ impl GdAttention {
         Ok(Self { heads, log_beta, threshold, alpha_logit, rounds, cache: Mutex::default() })
     }
 
-    /// As the attention of candle's own models: x `[B, N, C]`, an additive mask of 0 and -inf
-    /// (`[N, M]` or with leading dimensions) or none for one query, and the position of the first
-    /// query. Keeps a KV cache; `offset` 0 starts a new sequence. Without gradient.
+    /// The signature of the attention of candle's own models, with a KV cache inside.
+    ///
+    /// * `x`: `[B, N, C]`.
+    /// * `mask`: additive, 0 where a key is visible and -inf elsewhere, `[N, M]` or with leading dimensions; none for a
+    ///   causal mask.
+    /// * `offset`: the position of the first query, which is the number of cached positions; 0 starts a new sequence.
+    ///
+    /// Returns `[B, N, C]`. Gradients flow to x and to every parameter; what earlier calls put into the cache is constant.
     ///
     /// # Errors
-    /// An offset that does not follow the cached positions, or a mask that does not leave each
-    /// query one interval of keys.
+    /// An offset that is not the number of cached positions, or a mask that does not leave each query one interval of
+    /// keys.
     pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>, offset: usize) -> Result<Tensor> {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if offset == 0 {
@@ -105,13 +122,15 @@ impl GdAttention {
             candle_core::bail!("offset {offset} does not follow {} cached positions", cache.len());
         }
         let mask = match mask {
-            Some(mask) => crate::mask::from_additive(mask, offset)?,
+            Some(mask) => Mask::from_additive(mask, offset)?,
             None => Mask::causal(offset as i64),
         };
-        self.attend_with(x, &Pass::new(&mask), Some(&mut cache), false)
+        let pass = Pass::new(&mask);
+        let projected = self.heads.project_with_gradients(x, &pass, &mut cache)?;
+        self.attend_to(projected, &pass, Some(&mut cache))
     }
 
-    /// Forgets the cached positions.
+    /// Empties the cache.
     pub fn clear_kv_cache(&self) {
         *self.cache.lock().unwrap_or_else(PoisonError::into_inner) = LayerCache::new();
     }
@@ -124,48 +143,46 @@ impl GdAttention {
         }
     }
 
-    /// The layer's output; without a gradient if it is not `tracked`.
-    fn attend_with(
-        &self,
-        x: &Tensor,
-        pass: &Pass,
-        mut cache: Option<&mut LayerCache>,
-        tracked: bool,
-    ) -> Result<Tensor> {
-        let mut ready = self.heads.prepare(x, pass, cache.as_deref_mut())?;
-        let mut beta = self.log_beta.exp()?;
-        if !tracked {
-            (ready.q, beta) = (ready.q.detach(), beta.detach());
-        }
+    /// The layer's output from its projections.
+    fn attend_to(&self, projected: Projected, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        let beta = self.log_beta.exp()?;
         let norm_prior = |k: &Tensor, learned: Option<&Tensor>| norm_prior(k, &beta, learned);
         // A cached prior has no gradient: where beta wants one, the prior is worked out anew.
         let keeps_prior = self.heads.cfg.gd.norm_prior && !beta.track_op();
         let kept = match cache {
             Some(cache) => {
-                let keys = self.reads_kept_keys(&ready.q);
+                let keys = self.reads_kept_keys(&projected.q);
                 cache.keep(self.heads.cfg.gd.score, keys, keeps_prior.then_some(&norm_prior))?
             }
             None => None,
         };
         let prior = match (keeps_prior.then_some(kept).flatten(), self.heads.cfg.gd.norm_prior) {
             (Some(kept), _) => kept.prior()?,
-            (None, true) => Some(norm_prior(&ready.k, ready.prior.as_ref())?),
-            (None, false) => ready.prior.clone(),
+            (None, true) => Some(norm_prior(&projected.k, projected.prior.as_ref())?),
+            (None, false) => projected.prior.clone(),
         };
-        let seen = Seen { beta: &beta, prior: prior.as_ref(), kept: kept.and_then(Kept::keys) };
-        let y = match seen.kept {
-            Some(kept) if self.winner_suffices(&ready.q, pass) => self.winner(&ready, pass, &seen, kept)?,
+        let scoring =
+            ScoringInputs { beta: &beta, prior: prior.as_ref(), key_cache: kept.and_then(Kept::keys) };
+        let differentiate = [&projected.q, &projected.k, &projected.v, &beta]
+            .into_iter()
+            .chain(prior.as_ref())
+            .any(Tensor::track_op);
+        let y = match scoring.key_cache {
+            Some(key_cache) if !differentiate && self.winner_suffices(&projected.q, pass) => {
+                self.winner(&projected, pass, &scoring, key_cache)?
+            }
             _ => {
-                let (selected, candidates) = self.read(&ready, pass, &seen)?;
+                let (selected, candidates) = self.preserve_and_select(&projected, pass, &scoring)?;
                 let y = selected.y.clone();
-                if let Some(record) = pass.record {
+                if let Some(stats) = pass.stats {
                     let temperature = pass.temperature.unwrap_or(self.heads.cfg.gd.temperature);
-                    record.borrow_mut().push(summary(selected, &candidates, temperature)?);
+                    let of_pass = SelectionStats::of_selection(selected, &candidates, temperature)?;
+                    stats.borrow_mut().push(of_pass);
                 }
                 y
             }
         };
-        self.heads.finish(y, ready)
+        self.heads.output(y, projected)
     }
 
     /// Whether what a pass returns is the winner's value row, as long as it is hard.
@@ -193,30 +210,42 @@ impl GdAttention {
             true => pass.candidates.unwrap_or(self.heads.cfg.gd.candidates) == 1,
             false => q.dims()[2] <= MAX_QUERIES,
         };
-        let plain = pass.record.is_none() && pass.probe.is_none() && pass.hardness == 1.0;
-        one && plain && self.returns_winner() && !q.track_op()
+        let plain = pass.stats.is_none() && pass.probe.is_none() && pass.hardness == 1.0;
+        one && plain && self.returns_winner()
     }
 
     /// The value rows of the winners `[B, Hq, N, D]`.
-    fn winner(&self, ready: &Ready, pass: &Pass, seen: &Seen, kept: &KeptKeys) -> Result<Tensor> {
+    fn winner(
+        &self,
+        projected: &Projected,
+        pass: &Pass,
+        scoring: &ScoringInputs,
+        key_cache: &KeptKeys,
+    ) -> Result<Tensor> {
+        let Projected { q, k, v, mask, .. } = projected;
         let GdConfig { score, tie, .. } = self.heads.cfg.gd;
-        let what = Scan { prior: seen.prior, score, tie, ..Scan::new(seen.beta, &ready.mask, 1) };
+        let options = Scan { prior: scoring.prior, score, tie, ..Scan::new(scoring.beta, mask, 1) };
         let threshold = self.thresholds(pass)?;
-        Ok(scan_select(&ready.q, &ready.k, &ready.v, &kept.scan(what), threshold.as_ref())?.y)
+        Ok(scan_select(q, k, v, &key_cache.scan(options), threshold.as_ref())?.y)
     }
 
-    /// Preserve and select: y `[B, Hq, N, D]` and its record.
-    fn read(&self, ready: &Ready, pass: &Pass, seen: &Seen) -> Result<(Selected, Candidates)> {
-        let Ready { q, k, v, mask, .. } = ready;
+    /// Preserves candidates and selects among them.
+    fn preserve_and_select(
+        &self,
+        projected: &Projected,
+        pass: &Pass,
+        scoring: &ScoringInputs,
+    ) -> Result<(Selected, Candidates)> {
+        let Projected { q, k, v, mask, .. } = projected;
         let gd = &self.heads.cfg.gd;
-        let Seen { beta, prior, kept } = *seen;
+        let ScoringInputs { beta, prior, key_cache } = *scoring;
         let protected = match &self.heads.beacon {
-            Some(beacon) => beacon.protect(ready.prior.as_ref(), q.dim(2)?, mask)?,
+            Some(beacon) => beacon.protect(projected.prior.as_ref(), q.dim(2)?, mask)?,
             None => None,
         };
-        let own = pass.candidates.unwrap_or(gd.candidates);
-        let count = pass.probe.map_or(own, |probe| probe.candidates(pass.layer, own));
-        let what = Scan {
+        let configured = pass.candidates.unwrap_or(gd.candidates);
+        let count = pass.probe.map_or(configured, |probe| probe.candidates(pass.layer, configured));
+        let options = Scan {
             prior,
             score: gd.score,
             tie: gd.tie,
@@ -224,23 +253,26 @@ impl GdAttention {
             ..Scan::new(beta, mask, count)
         };
         // Scans for several candidates read 8-bit keys on the CPU alone.
-        let what = match kept.filter(|_| on_cpu(q.device())) {
-            Some(kept) => kept.scan(what),
-            None => what,
+        let options = match key_cache.filter(|_| on_cpu(q.device())) {
+            Some(key_cache) => key_cache.scan(options),
+            None => options,
         };
         let candidates = match gd.estimator {
-            Estimator::Dense => scan_all(q, k, &what)?,
-            _ => scan(q, k, &what)?,
+            Estimator::Dense => scan_all(q, k, &options)?,
+            _ => scan(q, k, &options)?,
         };
         let alpha = self.alpha_logit.as_ref().map(candle_nn::ops::sigmoid).transpose()?;
         let rounds = self.rounds.as_ref().map(|r| first_round(r)?.broadcast_add(r)).transpose()?;
         let threshold = self.thresholds(pass)?;
         let (layer, threshold) = (pass.layer, threshold.as_ref());
         let candidates = match pass.probe {
-            Some(probe) => probe.preserved(Found { layer, own, candidates, threshold, q, k, scan: &what })?,
+            Some(probe) => {
+                let scan = &options;
+                probe.preserved(CandidateView { layer, configured, candidates, threshold, q, k, scan })?
+            }
             None => candidates,
         };
-        let how = Select {
+        let select_options = Select {
             prior,
             score: gd.score,
             tie: gd.tie,
@@ -257,31 +289,35 @@ impl GdAttention {
             coherence: gd.coherence,
             ..Select::new(beta)
         };
-        let selected = select(q, k, v, &candidates, &how)?;
+        let selected = select(q, k, v, &candidates, &select_options)?;
         if let Some(probe) = pass.probe {
-            let (memory, output_gate) = (ready.memory.as_ref(), ready.gate.as_ref());
+            let (memory, output_gate) = (projected.memory.as_ref(), projected.gate.as_ref());
             let (candidates, selected) = (&candidates, &selected);
-            probe.selected(&Reading { layer, candidates, selected, threshold, memory, output_gate })?;
+            probe.selected(&SelectionView { layer, candidates, selected, threshold, memory, output_gate })?;
         }
         Ok((selected, candidates))
     }
 }
 
-/// What the scores of a pass are made of besides queries and keys.
-struct Seen<'a> {
-    /// `[Hq]`.
+/// What the scores of a pass depend on besides queries and keys.
+struct ScoringInputs<'a> {
+    /// Inverse bandwidth `[Hq]`.
     beta: &'a Tensor,
-    /// `[B, Hq|Hk, M]`.
+    /// Key prior `[B, Hq|Hk, M]`.
     prior: Option<&'a Tensor>,
-    /// What the cache keeps of the keys.
-    kept: Option<&'a KeptKeys>,
+    /// Data derived from the cached keys.
+    key_cache: Option<&'a KeptKeys>,
 }
 
-/// The prior of keys `[B, Hk, M, D]` with which energies order them as dot products do: `beta |k|^2` and, where there
-/// is one, the learned prior `[B, Hk, M]`, as `[B, Hq, M]` for beta `[Hq]`, in f32 at least.
+/// The key prior under which energies order keys as dot products do: `beta |k|^2`, plus the learned prior if there is
+/// one.
+///
+/// * `k`: keys `[B, Hk, M, D]`; `beta`: `[Hq]`; `learned`: `[B, Hk, M]`.
+///
+/// Returns `[B, Hq, M]` in f32 (f64 for f64), differentiable in all three.
 ///
 /// # Errors
-/// Shapes that do not belong together.
+/// Shapes that do not fit.
 pub fn norm_prior(k: &Tensor, beta: &Tensor, learned: Option<&Tensor>) -> Result<Tensor> {
     let wide = if k.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let (b, hk, m, _) = k.dims4()?;
@@ -306,7 +342,13 @@ fn first_round(rounds: &Tensor) -> Result<Tensor> {
 
 impl Attention for GdAttention {
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        self.attend_with(x, pass, cache, true)
+        match cache {
+            Some(cache) => {
+                let projected = self.heads.project(x, pass, Some(&mut *cache))?;
+                self.attend_to(projected, pass, Some(cache))
+            }
+            None => self.attend_to(self.heads.project(x, pass, None)?, pass, None),
+        }
     }
 }
 
@@ -314,61 +356,5 @@ impl Module for GdAttention {
     /// Causal self-attention over x `[B, N, C]`, without a cache.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.attend(x, &Pass::new(&Mask::causal(0)), None)
-    }
-}
-
-/// What was selected in numbers; the entropy is that of the scan's energies at `temperature`.
-fn summary(selected: Selected, candidates: &Candidates, temperature: f64) -> Result<Record> {
-    let (b, _, n) = selected.index.dims3()?;
-    let picks = selected.index.flatten_all()?.to_vec1::<i32>()?;
-    // Widened on the host: Metal has no f64.
-    let wide = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
-    let margin = wide(&selected.margin)?;
-    let share = |wanted: i32| picks.iter().filter(|&&j| j == wanted).count() as f64 / picks.len() as f64;
-    let energies = wide(&candidates.energy.detach())?;
-    let rows = energies.chunks(candidates.energy.dim(3)?);
-    Ok(Record {
-        abstained: share(-1),
-        first_token: share(0),
-        margin: mean(margin.into_iter().filter(|m| m.is_finite())),
-        entropy: mean(rows.map(|energies| entropy(energies, temperature))),
-        distinct: distinct(&picks, b, n),
-        picks,
-        selected: Some(Selected { y: selected.y.detach(), ..selected }),
-    })
-}
-
-/// 0 of nothing.
-fn mean(values: impl Iterator<Item = f64>) -> f64 {
-    let (sum, count) = values.fold((0.0, 0usize), |(sum, count), x| (sum + x, count + 1));
-    sum / count.max(1) as f64
-}
-
-/// Entropy of `softmax(-energies / temperature)`, nats; padding has infinite energy and no weight.
-fn entropy(energies: &[f64], temperature: f64) -> f64 {
-    let least = energies.iter().copied().fold(f64::INFINITY, f64::min);
-    let (mut sum, mut moment) = (0.0, 0.0);
-    for &energy in energies.iter().filter(|e| e.is_finite()) {
-        let height = (least - energy) / temperature;
-        sum += height.exp();
-        moment += height * height.exp();
-    }
-    // ln(sum) - sum(w ln w') with w' the weights before they are divided by their sum.
-    if sum > 0.0 { sum.ln() - moment / sum } else { 0.0 }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn entropy_of_equal_of_certain_and_of_no_candidates() {
-        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
-        close(entropy(&[3.0, 3.0, 3.0, f64::INFINITY], 1.0), 3f64.ln());
-        close(entropy(&[-900.0, 900.0], 1.0), 0.0);
-        close(entropy(&[f64::INFINITY; 2], 1.0), 0.0);
-        // Weights 2/3 and 1/3.
-        let expected = -(2.0 / 3.0 * (2f64 / 3.0).ln() + 1.0 / 3.0 * (1f64 / 3.0).ln());
-        close(entropy(&[0.0, 2.0 * 2f64.ln()], 2.0), expected);
     }
 }

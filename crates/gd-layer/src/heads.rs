@@ -1,5 +1,5 @@
-//! The frame of an attention layer: everything around the moment in which positions read each
-//! other, and the same for every mechanism.
+//! The frame of an attention layer: projections, norms, rotation, Beacon, cache and output, which are the same for every
+//! mechanism.
 //!
 //! Shapes: x `[B, N, C]`, q `[B, Hq, N, D]`, k and v `[B, Hk, M, D]` with M = cached + N.
 
@@ -17,8 +17,8 @@ use crate::linear::{Linear, linear};
 use crate::norm::RmsNorm;
 use crate::rope::Rotary;
 
-/// Projections, norms, rotation, output gate and Beacon. Weight names as in Llama and Qwen3:
-/// `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`; new are `g_proj` and `beacon.*`.
+/// Projections, norms, rotation, output gate and Beacon. Weight names as in Llama and Qwen3: `q_proj`, `k_proj`,
+/// `v_proj`, `o_proj`, `q_norm`, `k_norm`; new are `g_proj` and `beacon.*`.
 #[derive(Debug, Clone)]
 pub(crate) struct Heads {
     pub(crate) cfg: AttentionConfig,
@@ -32,8 +32,8 @@ pub(crate) struct Heads {
     pub(crate) beacon: Option<Beacon>,
 }
 
-/// What a mechanism reads.
-pub(crate) struct Ready {
+/// The inputs of a mechanism.
+pub(crate) struct Projected {
     pub(crate) q: Tensor,
     pub(crate) k: Tensor,
     pub(crate) v: Tensor,
@@ -41,13 +41,14 @@ pub(crate) struct Ready {
     pub(crate) mask: Mask,
     /// Key prior `[B, Hk, M]`.
     pub(crate) prior: Option<Tensor>,
-    /// What the Beacon's running averages add to the heads `[B, Hq, N, D]`.
+    /// What the running averages of the Beacon add to the heads `[B, Hq, N, D]`.
     pub(crate) memory: Option<Tensor>,
     /// The output gate `[B, N, Hq * D]`.
     pub(crate) gate: Option<Tensor>,
 }
 
 impl Heads {
+    /// Reads or creates the weights under `vb`.
     pub(crate) fn new(cfg: &AttentionConfig, rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
         cfg.validate()?;
         let (c, d, bias) = (cfg.hidden_size, cfg.head_dim, cfg.attention_bias);
@@ -66,42 +67,51 @@ impl Heads {
         })
     }
 
-    /// From x to queries, keys and values, with the cached ones before the new.
-    pub(crate) fn prepare(
+    /// From x to queries, keys and values, with the cached ones before the new. What went through the cache carries no
+    /// gradient.
+    pub(crate) fn project(
         &self,
         x: &Tensor,
         pass: &Pass,
         mut cache: Option<&mut LayerCache>,
-    ) -> Result<Ready> {
+    ) -> Result<Projected> {
+        let projected = self.project_new(x, pass, cache.as_deref_mut())?;
+        let Some(cache) = cache else { return Ok(projected) };
+        let (k, v, prior) = cache.extend(&projected.k, &projected.v, projected.prior.as_ref())?;
+        Ok(Projected { k, v, prior, ..projected })
+    }
+
+    /// The same, and the new keys, values and priors carry gradients; those cached before are constants.
+    pub(crate) fn project_with_gradients(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        cache: &mut LayerCache,
+    ) -> Result<Projected> {
+        let new = self.project_new(x, pass, Some(cache))?;
+        let cached = cache.len();
+        let (k, v, prior) = cache.extend(&new.k, &new.v, new.prior.as_ref())?;
+        if ![&new.k, &new.v].into_iter().chain(&new.prior).any(Tensor::track_op) {
+            return Ok(Projected { k, v, prior, ..new });
+        }
+        let behind_cached = |all: &Tensor, new: &Tensor| match cached {
+            0 => Ok(new.clone()),
+            _ => Tensor::cat(&[&all.narrow(2, 0, cached)?, new], 2),
+        };
+        let prior = match (&prior, &new.prior) {
+            (Some(all), Some(new)) => Some(behind_cached(all, new)?),
+            _ => None,
+        };
+        Ok(Projected { k: behind_cached(&k, &new.k)?, v: behind_cached(&v, &new.v)?, prior, ..new })
+    }
+
+    /// Queries, keys and values of x alone, `[B, H, N, D]`, which continue the cached positions.
+    fn project_new(&self, x: &Tensor, pass: &Pass, mut cache: Option<&mut LayerCache>) -> Result<Projected> {
         let (b, n, c) = x.dims3()?;
         if c != self.cfg.hidden_size {
             candle_core::bail!("x {:?} does not have hidden_size {}", x.dims(), self.cfg.hidden_size);
         }
-        // Each sequence goes on where its cache ends.
-        let offsets = match cache.as_deref() {
-            Some(cache) if !cache.is_empty() => cache.lengths().to_vec(),
-            Some(_) => vec![0; b],
-            None => vec![0],
-        };
-        if offsets.len() != 1 && offsets.len() != b {
-            candle_core::bail!("a cache of {} sequences for a batch of {b}", offsets.len());
-        }
-        let cached = offsets.iter().copied().max().unwrap_or(0);
-        pass.mask.validate(b, cached + n)?;
-        if offsets.iter().any(|offset| *offset != cached) && !pass.mask.is_causal() {
-            candle_core::bail!("cached sequences of different lengths need a causal mask");
-        }
-        if cache.is_some() && pass.mask.is_causal() {
-            for (b, offset) in offsets.iter().enumerate() {
-                if pass.mask.offset(b) != *offset as i64 {
-                    let found = pass.mask.offset(b);
-                    candle_core::bail!("mask offset {found} does not follow {offset} cached positions");
-                }
-            }
-        }
-        if cache.is_some() && pass.mask.boundaries().is_some() {
-            candle_core::bail!("a cache continues one sequence, the mask packs several");
-        }
+        let offsets = offsets(cache.as_deref(), pass.mask, [b, n])?;
         let x = match &self.beacon {
             Some(beacon) => beacon.mix(x, pass.mask, cache.as_deref_mut())?,
             None => x.clone(),
@@ -117,33 +127,58 @@ impl Heads {
         let k = self.rotary.apply_each(&k.transpose(1, 2)?, &offsets)?;
         let (mut memory, mut prior) = (None, None);
         if let Some(beacon) = &self.beacon {
-            memory = beacon.remember(&x, &v, pass.mask, cache.as_deref_mut())?;
+            memory = beacon.remember(&x, &v, pass.mask, cache)?;
             prior = beacon.prior(&x)?;
         }
         let gate = self.g_proj.as_ref().map(|g| candle_nn::ops::sigmoid(&g.forward(&x)?)).transpose()?;
-        let (k, v, prior) = match cache {
-            Some(cache) => cache.extend(&k, &v, prior.as_ref())?,
-            None => (k, v, prior),
-        };
         let mask = match self.cfg.window {
             Some(window) => pass.mask.clone().windowed(window),
             None => pass.mask.clone(),
         };
-        Ok(Ready { q, k, v, mask, prior, memory, gate })
+        Ok(Projected { q, k, v, mask, prior, memory, gate })
     }
 
-    /// From the heads' reading y `[B, Hq, N, D]` to the layer's output.
-    pub(crate) fn finish(&self, y: Tensor, ready: Ready) -> Result<Tensor> {
-        let y = match ready.memory {
+    /// From the output y of the heads `[B, Hq, N, D]` to that of the layer.
+    pub(crate) fn output(&self, y: Tensor, projected: Projected) -> Result<Tensor> {
+        let y = match projected.memory {
             Some(memory) => (y + memory)?,
             None => y,
         };
         let (b, _, n, _) = y.dims4()?;
         let y = y.transpose(1, 2)?.reshape((b, n, ()))?;
-        let y = match ready.gate {
+        let y = match projected.gate {
             Some(gate) => (y * gate)?,
             None => y,
         };
         self.o_proj.forward(&y)
     }
+}
+
+/// The position of the first new token of every sequence, or one for all: each sequence continues where its cache ends.
+fn offsets(cache: Option<&LayerCache>, mask: &Mask, [b, n]: [usize; 2]) -> Result<Vec<usize>> {
+    let offsets = match cache {
+        Some(cache) if !cache.is_empty() => cache.lengths().to_vec(),
+        Some(_) => vec![0; b],
+        None => vec![0],
+    };
+    if offsets.len() != 1 && offsets.len() != b {
+        candle_core::bail!("a cache of {} sequences for a batch of {b}", offsets.len());
+    }
+    let cached = offsets.iter().copied().max().unwrap_or(0);
+    mask.validate(b, cached + n)?;
+    if offsets.iter().any(|offset| *offset != cached) && !mask.is_causal() {
+        candle_core::bail!("cached sequences of different lengths need a causal mask");
+    }
+    if cache.is_some() && mask.is_causal() {
+        for (b, offset) in offsets.iter().enumerate() {
+            let mask_offset = mask.offset(b);
+            if mask_offset != *offset as i64 {
+                candle_core::bail!("mask offset {mask_offset} does not follow {offset} cached positions");
+            }
+        }
+    }
+    if cache.is_some() && mask.boundaries().is_some() {
+        candle_core::bail!("a cache continues one sequence, the mask packs several");
+    }
+    Ok(offsets)
 }

@@ -1,113 +1,26 @@
-//! Root-mean-square normalisation: `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
-//!
-//! x `[.., C]` of any strides, weight `[C]`, y `[.., C]`. On the CPU one fused pass with an exact
-//! backward pass (candle_nn's fused version drops the gradient without a word); on a GPU the same in one
-//! launch forward and two backward.
+//! Root-mean-square normalisation with a learned weight.
 
-use candle_core::{Module, Result, Tensor, bail};
+use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use gd_kernels::element::{Element, Real, sum2, sum3};
-use gd_kernels::fused::{
-    Rows, attach2, for_chunks, for_chunks2, rows_per_chunk, sum_rows, vectorize, with_contiguous_rows,
-};
-use gd_kernels::{by_float, on_cpu};
-use num_traits::Float;
 
-/// Normalises the last dimension of `x` to root mean square 1 and scales it by `weight`.
+/// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension; see [`gd_kernels::rms_norm`].
 ///
-/// Sums run in f32 (f64 for f64 input), and the result is rounded once.
+/// x `[.., C]` of any strides -> `[.., C]` in the same dtype. Unlike `candle_nn::RmsNorm`, it passes gradients to x and
+/// to the weight in one fused pass.
 ///
-/// # Errors
-/// If `weight` is not `[C]` in the dtype of `x`.
-pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    let size = x.dims().last().copied().unwrap_or(0);
-    if size == 0 || weight.dims() != [size] || weight.dtype() != x.dtype() {
-        bail!(
-            "rms_norm: weight {:?} {:?} does not fit the last dimension of x {:?} {:?}",
-            weight.dims(),
-            weight.dtype(),
-            x.dims(),
-            x.dtype()
-        );
-    }
-    if !on_cpu(x.device()) {
-        return Ok(gd_kernels::on_device::rms_norm(x, weight, eps)?);
-    }
-    let x = with_contiguous_rows(x)?;
-    let weight = weight.contiguous()?;
-    by_float!("rms_norm", x.dtype(), T => {
-        let y = {
-            let (x, layout) = x.storage_and_layout();
-            let rows = Rows::<T>::new(&x, layout)?;
-            forward(&rows, &widened::<T>(&weight)?, eps)
-        };
-        attach2("rms_norm", &x, &weight, (y, x.shape().clone()), move |x, weight, dy| {
-            backward::<T>(x, weight, dy, eps)
-        })
-    })
-}
-
-fn widened<T: Element>(weight: &Tensor) -> Result<Vec<T::Acc>> {
-    let (w, layout) = weight.storage_and_layout();
-    Ok(Rows::<T>::new(&w, layout)?.row(0).iter().map(|w| w.up()).collect())
-}
-
-#[inline(always)]
-fn inverse_rms<T: Element>(x: &[T], eps: f64) -> T::Acc {
-    let squares = sum2(x, x, |a: T, b: T| a.up() * b.up());
-    (squares / T::Acc::of(x.len() as f64) + T::Acc::of(eps)).sqrt().recip()
-}
-
-fn forward<T: Element>(x: &Rows<T>, weight: &[T::Acc], eps: f64) -> Vec<T> {
-    let len = x.len();
-    let mut y = vec![T::zero(); x.count() * len];
-    let rows = rows_per_chunk(len);
-    for_chunks(&mut y, rows * len, |chunk, y| {
-        vectorize(|| {
-            for (j, y) in y.chunks_exact_mut(len).enumerate() {
-                let x = x.row(chunk * rows + j);
-                let r = inverse_rms(x, eps);
-                for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-                    *y = T::down(x.up() * r * w);
-                }
-            }
-        });
-    });
-    y
-}
-
-/// With `r = 1 / rms`: `dx = r (w dy - x r^2 mean(w dy x))`, `dw = sum over rows of dy x r`. Each
-/// chunk of rows adds up its own `dw`; the chunks are then added in order.
-fn backward<T: Element>(x: &Tensor, weight: &Tensor, dy: &Tensor, eps: f64) -> Result<[Tensor; 2]> {
-    let dy = with_contiguous_rows(dy)?;
-    let w = widened::<T>(weight)?;
-    let (xs, xl) = x.storage_and_layout();
-    let (ds, dl) = dy.storage_and_layout();
-    let (x_rows, dy_rows) = (Rows::<T>::new(&xs, xl)?, Rows::<T>::new(&ds, dl)?);
-    let (len, count) = (x_rows.len(), x_rows.count());
-    let rows = rows_per_chunk(len);
-    let mut dx = vec![T::zero(); count * len];
-    let mut parts = vec![T::Acc::default(); count.div_ceil(rows) * len];
-    for_chunks2((&mut dx, rows * len), (&mut parts, len), |chunk, dx, dw| {
-        vectorize(|| {
-            for (j, dx) in dx.chunks_exact_mut(len).enumerate() {
-                let (x, dy) = (x_rows.row(chunk * rows + j), dy_rows.row(chunk * rows + j));
-                let r = inverse_rms(x, eps);
-                let along = sum3(x, dy, &w, |x: T, dy: T, w| x.up() * dy.up() * w);
-                let pull = along * r * r / T::Acc::of(len as f64);
-                for ((((dx, dw), &x), &dy), &w) in dx.iter_mut().zip(dw.iter_mut()).zip(x).zip(dy).zip(&w) {
-                    let (x, dy) = (x.up(), dy.up());
-                    *dx = T::down(r * (w * dy - x * pull));
-                    *dw += dy * x * r;
-                }
-            }
-        });
-    });
-    let dw: Vec<T> = sum_rows(&parts, len).into_iter().map(T::down).collect();
-    Ok([Tensor::from_vec(dx, x.shape(), x.device())?, Tensor::from_vec(dw, len, x.device())?])
-}
-
-/// [`rms_norm`] with its learned weight (named `weight`, ones at the start).
+/// # Examples
+/// ```
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use gd_layer::RmsNorm;
+///
+/// let map = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
+/// let norm = RmsNorm::new(4, 1e-6, vb)?;
+/// let y = norm.forward(&Tensor::new(&[[2f32, -2.0, 2.0, -2.0]], &Device::Cpu)?)?;
+/// assert!((y.to_vec2::<f32>()?[0][0] - 1.0).abs() < 1e-5);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
     weight: Tensor,
@@ -115,10 +28,10 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// Gets or creates the weight `[size]`.
+    /// Gets or creates the weight `weight [size]` under `vb`; a new one is all ones.
     ///
     /// # Errors
-    /// If the weight is missing from a loaded checkpoint or has another shape.
+    /// A weight that is missing or of another shape.
     pub fn new(size: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
         Ok(Self { weight: vb.get_with_hints(size, "weight", Init::Const(1.0))?, eps })
     }
@@ -131,30 +44,6 @@ impl RmsNorm {
 
 impl Module for RmsNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        rms_norm(x, &self.weight, self.eps)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::oracle::{agree, noise};
-    use candle_core::DType;
-
-    /// The same from candle primitives that have gradients.
-    fn composed(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-        let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        let xw = x.to_dtype(wide)?;
-        let scale = ((xw.sqr()?.mean_keepdim(candle_core::D::Minus1)? + eps)?).sqrt()?;
-        xw.broadcast_div(&scale)?.broadcast_mul(&weight.to_dtype(wide)?)?.to_dtype(x.dtype())
-    }
-
-    #[test]
-    fn composition_agrees_in_values_and_gradients() -> Result<()> {
-        for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
-            let inputs = [noise(1, &[3, 5, 37], dtype)?, noise(2, &[37], dtype)?];
-            agree(&inputs, |t| rms_norm(&t[0], &t[1], 1e-5), |t| composed(&t[0], &t[1], 1e-5))?;
-        }
-        Ok(())
+        Ok(gd_kernels::rms_norm(x, &self.weight, self.eps)?)
     }
 }

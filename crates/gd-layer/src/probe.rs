@@ -1,39 +1,39 @@
-//! Looking into a pass, and reaching in: what a selecting layer preserves and what it selects.
+//! Observing a pass, and intervening in it: what a selecting layer preserves and what it selects.
 
 use std::fmt::Debug;
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{Candidates, Mask, Scan, Selected, scan};
 
-/// Sees what every selecting layer preserves and selects, and may change what is selected from.
+/// Observes what every selecting layer preserves and selects, and may change the candidates.
 pub trait Probe: Debug {
-    /// How many candidates a layer that keeps `own` of them scans for.
-    fn candidates(&self, _layer: usize, own: usize) -> usize {
-        own
+    /// The number of candidates that a layer scans for, given the number that it keeps by itself.
+    fn candidates(&self, _layer: usize, configured: usize) -> usize {
+        configured
     }
 
-    /// Between preserving and selecting: the layer selects from what this returns.
+    /// Called between preserving and selecting: the layer selects from the candidates that this returns.
     ///
     /// # Errors
     /// Ends the pass.
-    fn preserved(&self, found: Found) -> Result<Candidates> {
-        Ok(found.candidates)
+    fn preserved(&self, view: CandidateView) -> Result<Candidates> {
+        Ok(view.candidates)
     }
 
-    /// After selecting.
+    /// Called after selecting.
     ///
     /// # Errors
     /// Ends the pass.
-    fn selected(&self, reading: &Reading) -> Result<()>;
+    fn selected(&self, view: &SelectionView) -> Result<()>;
 }
 
-/// What a layer has found, and may select from.
+/// The candidates of a layer, before it selects.
 #[derive(Debug)]
-pub struct Found<'a> {
-    /// The layer.
+pub struct CandidateView<'a> {
+    /// The number of the layer.
     pub layer: usize,
-    /// How many candidates the layer keeps by itself.
-    pub own: usize,
+    /// The number of candidates that the layer keeps by itself.
+    pub configured: usize,
     /// The candidates of every query.
     pub candidates: Candidates,
     /// Threshold per query head `[Hq]`, where the heads have one.
@@ -43,12 +43,11 @@ pub struct Found<'a> {
     pub(crate) scan: &'a Scan<'a>,
 }
 
-impl Found<'_> {
-    /// The selection energy of any key for query `i` of head `h` in sequence `b`; none if the query does not
-    /// see the key.
+impl CandidateView<'_> {
+    /// The selection energy of `key` for query `i` of head `h` in sequence `b`; none if the query does not see the key.
     ///
     /// # Errors
-    /// What the scan reports.
+    /// Those of [`scan`].
     pub fn energy(&self, [b, h, i]: [usize; 3], key: usize) -> Result<Option<f64>> {
         let (hq, hk, keys) = (self.q.dim(1)?, self.k.dim(1)?, self.k.dim(2)?);
         if !self.scan.mask.visible(b, i, keys).contains(&key) {
@@ -76,18 +75,18 @@ impl Found<'_> {
     }
 }
 
-/// What a layer has read.
+/// What a layer selected.
 #[derive(Debug)]
-pub struct Reading<'a> {
-    /// The layer.
+pub struct SelectionView<'a> {
+    /// The number of the layer.
     pub layer: usize,
-    /// What it selected from.
+    /// The candidates that it selected from.
     pub candidates: &'a Candidates,
-    /// What it selected.
+    /// The selections.
     pub selected: &'a Selected,
     /// Threshold per query head `[Hq]`, where the heads have one.
     pub threshold: Option<&'a Tensor>,
-    /// What the Beacon's running averages add to the heads `[B, Hq, N, D]`.
+    /// What the running averages of the Beacon add to the heads `[B, Hq, N, D]`.
     pub memory: Option<&'a Tensor>,
     /// The gate on the heads' output `[B, N, Hq * D]`.
     pub output_gate: Option<&'a Tensor>,

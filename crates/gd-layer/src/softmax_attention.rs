@@ -1,23 +1,24 @@
-//! Softmax attention in the same frame: the swap partner of `GdAttention`.
+//! Softmax attention in the same frame as `GdAttention`.
 
 use std::sync::Arc;
 
-use candle_core::{DType, Module, Result, Tensor};
+use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
-use gd_kernels::Mask;
+use gd_kernels::{Mask, masked_softmax};
 
-use crate::attention::{Attention, Pass, Record, distinct};
+use crate::attention::{Attention, Pass};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 use crate::heads::Heads;
 use crate::rope::Rotary;
-use crate::softmax::masked_softmax;
+use crate::stats::SelectionStats;
 
-/// `softmax(q k^T / sqrt(D) + prior) v`, from candle's differentiable primitives. A query that sees
-/// no key reads nothing (0).
+/// `softmax(q k^T / sqrt(D) + prior) v`, from differentiable operations. A query that sees no key reads nothing (0).
 ///
+/// # Examples
 /// ```
 /// use std::sync::Arc;
+///
 /// use candle_core::{DType, Device, Module, Tensor};
 /// use candle_nn::{VarBuilder, VarMap};
 /// use gd_layer::{AttentionConfig, RopeScaling, Rotary, SoftmaxAttention};
@@ -39,7 +40,7 @@ pub struct SoftmaxAttention {
 }
 
 impl SoftmaxAttention {
-    /// Reads or creates the weights under `vb`.
+    /// Reads or creates the weights under `vb`: `q_proj`, `k_proj`, `v_proj`, `o_proj` and those of the configured parts.
     ///
     /// # Errors
     /// A config that contradicts itself, or weights that are missing or of another shape.
@@ -50,14 +51,14 @@ impl SoftmaxAttention {
 
 impl Attention for SoftmaxAttention {
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        let ready = self.heads.prepare(x, pass, cache)?;
-        let (b, hq, n, d) = ready.q.dims4()?;
-        let (hk, m) = (ready.k.dim(1)?, ready.k.dim(2)?);
+        let projected = self.heads.project(x, pass, cache)?;
+        let (b, hq, n, d) = projected.q.dims4()?;
+        let (hk, m) = (projected.k.dim(1)?, projected.k.dim(2)?);
         let group = hq / hk;
         // The heads of a group share keys: fold them into the rows of one product.
-        let q = (ready.q.contiguous()? * (d as f64).sqrt().recip())?.reshape((b, hk, group * n, d))?;
-        let scores = q.matmul(&in_place(&ready.k)?.t()?)?.reshape((b, hq, n, m))?;
-        let scores = match &ready.prior {
+        let q = (projected.q.contiguous()? * (d as f64).sqrt().recip())?.reshape((b, hk, group * n, d))?;
+        let scores = q.matmul(&batch_of_matrices(&projected.k)?.t()?)?.reshape((b, hq, n, m))?;
+        let scores = match &projected.prior {
             Some(p) => {
                 let p = p
                     .reshape((b, hk, 1, 1, m))?
@@ -67,18 +68,19 @@ impl Attention for SoftmaxAttention {
             }
             None => scores,
         };
-        let weights = masked_softmax(&scores, &ready.mask)?;
-        if let Some(record) = pass.record {
-            record.borrow_mut().push(summary(&weights)?);
+        let weights = masked_softmax(&scores, &projected.mask)?;
+        if let Some(stats) = pass.stats {
+            stats.borrow_mut().push(SelectionStats::of_weights(&weights)?);
         }
-        let y =
-            weights.reshape((b, hk, group * n, m))?.matmul(&in_place(&ready.v)?)?.reshape((b, hq, n, d))?;
-        self.heads.finish(y, ready)
+        let weights = weights.reshape((b, hk, group * n, m))?;
+        let y = weights.matmul(&batch_of_matrices(&projected.v)?)?.reshape((b, hq, n, d))?;
+        self.heads.output(y, projected)
     }
 }
 
-/// What a batched product can read without a copy: a cache with room behind the positions it holds can.
-fn in_place(t: &Tensor) -> Result<Tensor> {
+/// `t` in a layout that a batched product reads without a copy: itself where the matrices are contiguous and evenly
+/// spaced, as in a cache with capacity for more positions, or else a contiguous copy.
+fn batch_of_matrices(t: &Tensor) -> Result<Tensor> {
     let (dims, stride) = (t.dims(), t.stride());
     let even = dims.len() == 4 && stride[3] == 1 && (dims[0] == 1 || stride[0] == dims[1] * stride[1]);
     if even && stride[2] == dims[3] { Ok(t.clone()) } else { t.contiguous() }
@@ -89,43 +91,4 @@ impl Module for SoftmaxAttention {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.attend(x, &Pass::new(&Mask::causal(0)), None)
     }
-}
-
-/// Weights `[B, Hq, N, M]` in numbers; the margin is that of the scores, the log of the ratio of
-/// the two greatest weights.
-fn summary(weights: &Tensor) -> Result<Record> {
-    let (b, _, n, m) = weights.dims4()?;
-    let w = weights.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    let (mut first, mut empty, mut lead, mut count) = (0f64, 0usize, 0f64, 0usize);
-    let (mut entropy, mut picks) = (0f64, Vec::with_capacity(w.len() / m));
-    for row in w.chunks(m) {
-        let (mut top, mut next, mut pick) = (0f32, 0f32, -1);
-        for (j, &x) in row.iter().enumerate() {
-            if x > 0.0 {
-                entropy -= f64::from(x * x.ln());
-            }
-            if x > top {
-                (next, top, pick) = (top, x, j as i32);
-            } else if x > next {
-                next = x;
-            }
-        }
-        first += f64::from(row[0]);
-        empty += usize::from(top == 0.0);
-        picks.push(pick);
-        if next > 0.0 {
-            lead += f64::from(top / next).ln();
-            count += 1;
-        }
-    }
-    let rows = (w.len() / m) as f64;
-    Ok(Record {
-        abstained: empty as f64 / rows,
-        first_token: first / rows,
-        margin: lead / count.max(1) as f64,
-        entropy: entropy / rows,
-        distinct: distinct(&picks, b, n),
-        picks,
-        selected: None,
-    })
 }

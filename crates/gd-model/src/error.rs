@@ -171,7 +171,7 @@ pub enum Error {
         suggestion: Option<String>,
     },
     /// A prompt does not fit into the context of the model.
-    #[error("the prompt has {tokens} tokens; between 1 and {limit} are possible")]
+    #[error("the prompt has {tokens} tokens; the context of {limit} allows 1 to {limit}")]
     PromptLength {
         /// Tokens of the prompt.
         tokens: usize,

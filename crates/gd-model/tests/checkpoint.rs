@@ -7,6 +7,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use gd_model::Error;
 use gd_model::io::checkpoint::*;
+use gd_model::io::files::write_file;
 use gd_model::io::tokenizer::Tokenizer;
 use serde_json::json;
 

@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::Mask;
+use gd_kernels::cross_entropy::IGNORE;
 use gd_layer::Pass;
 use gd_model::config::{Mechanism, ModelConfig, Recipe};
 use gd_model::model::Transformer;
-use gd_model::model::loss::IGNORE;
 use gd_model::model::params::Params;
 
 fn model(mechanism: Vec<Mechanism>, tied: bool) -> ModelConfig {

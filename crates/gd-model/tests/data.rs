@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::slice::from_ref;
 
 use candle_core::Device;
+use gd_kernels::cross_entropy::IGNORE;
 use gd_model::Error;
 use gd_model::config::DocumentFormat;
 use gd_model::data::{Batches, Corpus, Document, Documents, Texts, Tokens, places, text_files};
 use gd_model::io::files::read_text;
 use gd_model::io::tokenizer::Tokenizer;
-use gd_model::model::loss::IGNORE;
 
 fn file(folder: &tempfile::TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
     let path = folder.path().join(name);

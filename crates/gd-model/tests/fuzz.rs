@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
-use gd_support::log_cases;
+use gd_testing::log_cases;
 use peak_alloc::PeakAlloc;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngExt, SeedableRng};

@@ -47,7 +47,7 @@ fn launch((role, world, code, words): (&str, usize, i32, &[&str])) -> Result<()>
         ensure!(stderr.contains(word), "{role} of {world}: no {word:?} in\n{stderr}");
     }
     println!("{role} with {world} ranks: as expected");
-    gd_support::log_cases("group", 1);
+    gd_testing::log_cases("group", 1);
     Ok(())
 }
 

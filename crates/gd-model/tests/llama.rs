@@ -254,7 +254,7 @@ fn our_config_as_transformers_saves_it_again_is_read() {
     // Anything else may mean something.
     saved["partial_rotary_factor"] = json!(0.5);
     let problems = ModelConfig::from_json(saved).unwrap_err();
-    assert!(problems[0].contains("partial_rotary_factor"), "{problems:?}");
+    assert!(problems[0].to_string().contains("partial_rotary_factor"), "{problems:?}");
 }
 
 #[test]
@@ -303,7 +303,7 @@ fn configs_that_mean_something_else_are_refused_with_their_value() {
             json!({ "architectures": ["LlamaForSequenceClassification"] }),
             vec!["SequenceClassification"],
         ),
-        ("llama", json!({ "hidden_act": "gelu" }), vec!["hidden_act \"gelu\"", "silu"]),
+        ("llama", json!({ "hidden_act": "gelu" }), vec!["hidden_act must be silu, not \"gelu\""]),
         ("llama", json!({ "pretraining_tp": 2 }), vec!["pretraining_tp 2"]),
         ("llama", json!({ "quantization_config": { "bits": 4 } }), vec!["quantization_config", "\"bits\":4"]),
         ("llama", json!({ "partial_rotary_factor": 0.5 }), vec!["partial_rotary_factor 0.5"]),
@@ -337,7 +337,7 @@ fn configs_that_mean_something_else_are_refused_with_their_value() {
         let error = match config.map(|c| c.validate()) {
             Ok(Ok(())) => panic!("{changes} was accepted"),
             Ok(Err(e)) => e.to_string(),
-            Err(problems) => problems.join("; "),
+            Err(problems) => problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
         };
         for word in words {
             assert!(error.contains(word), "{changes}: {error}");

@@ -4,8 +4,8 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use gd_model::model::loss::{
-    IGNORE, counted, cross_entropy, linear_cross_entropy, linear_token_losses, token_losses,
+use gd_kernels::cross_entropy::{
+    IGNORE, count_targets, cross_entropy, linear_cross_entropy, linear_token_losses, token_losses,
 };
 use support::*;
 
@@ -32,7 +32,7 @@ fn follows_the_formula_at_any_height() {
 fn gradients_match_finite_differences() {
     for (rows, vocab) in [(1, 1), (1, 5), (7, 33), (65, 64), (300, 3)] {
         let ids = targets(rows, vocab);
-        check_gradients(&[noise(1, &[rows, vocab], 4.0)], |t| cross_entropy(&t[0], &ids));
+        check_gradients(&[noise(1, &[rows, vocab], 4.0)], |t| Ok(cross_entropy(&t[0], &ids)?));
     }
 }
 
@@ -40,10 +40,10 @@ fn gradients_match_finite_differences() {
 fn ignored_rows_do_not_count() {
     let logits = noise(1, &[5, 9], 4.0);
     let ids = Tensor::new(&[3u32, IGNORE, 8, IGNORE, 0], &Device::Cpu).unwrap();
-    assert_eq!(counted(&ids).unwrap(), 3);
+    assert_eq!(count_targets(&ids).unwrap(), 3);
     let kept = Tensor::new(&[0u32, 2, 4], &Device::Cpu).unwrap();
     let run = |rows: &Tensor, ids: &Tensor| -> Vec<Vec<f64>> {
-        let got = with_gradients(std::slice::from_ref(rows), |t| cross_entropy(&t[0], ids));
+        let got = with_gradients(std::slice::from_ref(rows), |t| Ok(cross_entropy(&t[0], ids)?));
         got.iter().map(values).collect()
     };
     let (all, few) = (run(&logits, &ids), {
@@ -59,13 +59,13 @@ fn ignored_rows_do_not_count() {
     }
     let each = token_losses(&logits, &ids).unwrap();
     assert!(each[1] == 0.0 && each[3] == 0.0 && each.iter().filter(|&&l| l > 0.0).count() == 3, "{each:?}");
-    check_gradients(&[logits], |t| cross_entropy(&t[0], &ids));
+    check_gradients(&[logits], |t| Ok(cross_entropy(&t[0], &ids)?));
 }
 
 #[test]
 fn nothing_to_predict_is_no_loss() {
     let ids = Tensor::new(&[IGNORE, IGNORE], &Device::Cpu).unwrap();
-    for got in with_gradients(&[noise(1, &[2, 9], 4.0)], |t| cross_entropy(&t[0], &ids)) {
+    for got in with_gradients(&[noise(1, &[2, 9], 4.0)], |t| Ok(cross_entropy(&t[0], &ids)?)) {
         assert!(values(&got).iter().all(|&x| x == 0.0), "{got}");
     }
 }
@@ -73,9 +73,9 @@ fn nothing_to_predict_is_no_loss() {
 #[test]
 fn gradients_reach_views() {
     let ids = targets(6, 9);
-    check_gradients(&[noise(1, &[9, 6], 4.0)], |t| cross_entropy(&t[0].t()?, &ids));
+    check_gradients(&[noise(1, &[9, 6], 4.0)], |t| Ok(cross_entropy(&t[0].t()?, &ids)?));
     check_gradients(&[noise(1, &[8, 12], 4.0)], |t| {
-        cross_entropy(&t[0].narrow(1, 2, 9)?.narrow(0, 1, 6)?, &ids)
+        Ok(cross_entropy(&t[0].narrow(1, 2, 9)?.narrow(0, 1, 6)?, &ids)?)
     });
 }
 
@@ -84,8 +84,8 @@ fn low_precision_stays_near_f64() {
     let ids = targets(9, 300);
     for (dtype, bound) in DTYPES {
         let low = noise(1, &[9, 300], 4.0).to_dtype(dtype).unwrap();
-        let got = with_gradients(std::slice::from_ref(&low), |t| cross_entropy(&t[0], &ids));
-        let want = with_gradients(&[low.to_dtype(DType::F64).unwrap()], |t| cross_entropy(&t[0], &ids));
+        let got = with_gradients(std::slice::from_ref(&low), |t| Ok(cross_entropy(&t[0], &ids)?));
+        let want = with_gradients(&[low.to_dtype(DType::F64).unwrap()], |t| Ok(cross_entropy(&t[0], &ids)?));
         // The loss itself is never kept in half precision.
         assert_eq!(got[0].dtype(), if dtype == DType::F64 { DType::F64 } else { DType::F32 });
         assert_close("loss", &got[0], &want[0], 2e-6);
@@ -97,7 +97,7 @@ fn low_precision_stays_near_f64() {
 #[test]
 fn bits_do_not_depend_on_the_thread_count() {
     let (x, ids) = (noise(1, &[9000, 17], 4.0).to_dtype(DType::F32).unwrap(), targets(9000, 17));
-    same_bits(|| with_gradients(std::slice::from_ref(&x), |t| cross_entropy(&t[0], &ids)));
+    same_bits(|| with_gradients(std::slice::from_ref(&x), |t| Ok(cross_entropy(&t[0], &ids)?)));
 }
 
 #[test]
@@ -129,8 +129,8 @@ fn the_projected_loss_is_that_of_all_logits() {
         let few = inputs.clone().map(|t| t.narrow(0, 0, 20).unwrap());
         let low = targets(20, 20);
         for (inputs, ids) in [(inputs, ids), (few, low)] {
-            let got = with_gradients(&inputs, |t| linear_cross_entropy(&t[0], &t[1], &ids));
-            let want = with_gradients(&inputs, |t| cross_entropy(&t[0].matmul(&t[1].t()?)?, &ids));
+            let got = with_gradients(&inputs, |t| Ok(linear_cross_entropy(&t[0], &t[1], &ids)?));
+            let want = with_gradients(&inputs, |t| Ok(cross_entropy(&t[0].matmul(&t[1].t()?)?, &ids)?));
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                 assert_close(&format!("{dtype:?}, result {i}"), got, want, bound);
             }
@@ -152,14 +152,14 @@ fn projected_gradients_match_finite_differences() {
     let ids = Tensor::new(&[1u32, 4, IGNORE, 0], &Device::Cpu).unwrap();
     let rows = Tensor::new(&[0u32, 2, 3, 2], &Device::Cpu).unwrap();
     check_gradients(&[noise(3, &[5, 3], 1.0)], |t| {
-        linear_cross_entropy(&t[0].index_select(&rows, 0)?.tanh()?, &t[0], &ids)
+        Ok(linear_cross_entropy(&t[0].index_select(&rows, 0)?.tanh()?, &t[0], &ids)?)
     });
 }
 
 #[test]
 fn projected_bits_do_not_depend_on_the_thread_count_and_errors_name_the_values() {
     let (inputs, ids) = projected(DType::F32);
-    same_bits(|| with_gradients(&inputs, |t| linear_cross_entropy(&t[0], &t[1], &ids)));
+    same_bits(|| with_gradients(&inputs, |t| Ok(linear_cross_entropy(&t[0], &t[1], &ids)?)));
     let error =
         |x: &Tensor, w: &Tensor, ids: &Tensor| linear_cross_entropy(x, w, ids).unwrap_err().to_string();
     let wide = noise(1, &[90, 7], 1.0).to_dtype(DType::F32).unwrap();
@@ -169,7 +169,7 @@ fn projected_bits_do_not_depend_on_the_thread_count_and_errors_name_the_values()
     assert!(error(&inputs[0], &few, &ids).contains("vocabulary of 10"));
     // Nothing to predict is no loss and no gradient.
     let none = Tensor::new(&[IGNORE; 90][..], &Device::Cpu).unwrap();
-    for got in with_gradients(&inputs, |t| linear_cross_entropy(&t[0], &t[1], &none)) {
+    for got in with_gradients(&inputs, |t| Ok(linear_cross_entropy(&t[0], &t[1], &none)?)) {
         assert!(values(&got).iter().all(|&x| x == 0.0));
     }
 }
@@ -178,17 +178,17 @@ fn projected_bits_do_not_depend_on_the_thread_count_and_errors_name_the_values()
 fn timing() {
     for vocab in [256, 4096] {
         let (x, ids) = ([noise(1, &[2048, vocab], 4.0).to_dtype(DType::F32).unwrap()], targets(2048, vocab));
-        report(&format!("cross_entropy 2048x{vocab} fused"), &x, |t| cross_entropy(&t[0], &ids));
+        report(&format!("cross_entropy 2048x{vocab} fused"), &x, |t| Ok(cross_entropy(&t[0], &ids)?));
         report(&format!("cross_entropy 2048x{vocab} candle"), &x, |t| {
             candle_nn::loss::cross_entropy(&t[0], &ids)
         });
         let inputs = [noise(1, &[2048, 256], 1.0), noise(2, &[vocab, 256], 1.0)];
         let inputs = inputs.map(|t| t.to_dtype(DType::F32).unwrap());
         report(&format!("projection and loss 2048x256x{vocab} together"), &inputs, |t| {
-            linear_cross_entropy(&t[0], &t[1], &ids)
+            Ok(linear_cross_entropy(&t[0], &t[1], &ids)?)
         });
         report(&format!("projection and loss 2048x256x{vocab} apart"), &inputs, |t| {
-            cross_entropy(&t[0].matmul(&t[1].t()?)?, &ids)
+            Ok(cross_entropy(&t[0].matmul(&t[1].t()?)?, &ids)?)
         });
     }
 }

@@ -273,7 +273,12 @@ fn bad_gradients_and_settings_are_named() {
         (AdamWConfig { weight_decay: -0.1, ..CONFIG }, "weight_decay"),
     ];
     for (config, name) in cases {
-        assert!(AdamW::new(vars.clone(), config).unwrap_err().to_string().starts_with(name));
+        assert!(
+            AdamW::new(vars.clone(), config)
+                .unwrap_err()
+                .to_string()
+                .starts_with(&format!("adamw.{name} must be"))
+        );
     }
     let twice = vec![vars[0].clone(), vars[0].clone()];
     assert!(AdamW::new(twice, CONFIG).unwrap_err().to_string().contains("w is given twice"));

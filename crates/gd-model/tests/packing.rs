@@ -2,12 +2,12 @@
 //! packed documents as they read each of them alone.
 
 use candle_core::{DType, Device, Tensor};
+use gd_kernels::cross_entropy::{IGNORE, count_targets};
 use gd_layer::Pass;
 use gd_model::analysis::variants::VARIANTS;
 use gd_model::config::{ModelConfig, PRESETS, Recipe};
 use gd_model::data::{Batch, Batches, Permutation, Tokens, places};
 use gd_model::model::Transformer;
-use gd_model::model::loss::{IGNORE, counted};
 use gd_model::model::params::Params;
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
@@ -153,7 +153,7 @@ fn read(model: &Transformer, tokens: &Tokens, hardness: f64) -> (Vec<Vec<f64>>, 
     let pass = Pass { hardness, ..Pass::new(&mask) };
     let logits = model.forward(&inputs, &pass, None).unwrap().flatten_to(1).unwrap();
     let mean = model.loss(&inputs, &targets, &pass).unwrap();
-    let sum = (mean * counted(&targets.flatten_all().unwrap()).unwrap() as f64).unwrap();
+    let sum = (mean * count_targets(&targets.flatten_all().unwrap()).unwrap() as f64).unwrap();
     (logits.to_vec2().unwrap(), sum)
 }
 

@@ -22,7 +22,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 
 fn prepare_into(out: &Path, paths: &[PathBuf], tokenizer: &Tokenizer, shard_tokens: usize) -> Result<Index> {
     let reading = DocumentFormat::default();
-    let what = Preparation { paths, reading: &reading, tokenizer, shard_tokens, valid_fraction: 0.2 };
+    let what = Preparation { paths, format: &reading, tokenizer, shard_tokens, valid_fraction: 0.2 };
     prepare(out, &what, |_| ())
 }
 
@@ -44,7 +44,7 @@ fn shards_hold_what_is_read_into_memory() {
             let reading = DocumentFormat::default();
             let what = Preparation {
                 paths: &paths,
-                reading: &reading,
+                format: &reading,
                 tokenizer: &tokenizer,
                 shard_tokens,
                 valid_fraction: 0.2,

@@ -13,7 +13,7 @@ use gd_model::infer::generate::generate;
 use gd_model::infer::sampler::{Sampler, Sampling};
 use gd_model::io::files::read_text;
 use gd_model::model::pretrained;
-use gd_support::log_cases;
+use gd_testing::log_cases;
 
 const CPU: Device = Device::Cpu;
 

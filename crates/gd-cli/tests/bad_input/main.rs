@@ -287,7 +287,7 @@ fn invalid_input_ends_with_one_line_that_names_it() -> Result<()> {
         }
     }
     assert!(failures.is_empty(), "{} of {}:\n{}", failures.len(), cases.len(), failures.join("\n"));
-    gd_support::log_cases("bad-input", cases.len());
+    gd_testing::log_cases("bad-input", cases.len());
     Ok(())
 }
 

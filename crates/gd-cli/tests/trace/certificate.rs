@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use ed25519_dalek::SigningKey;
 use gd_model::trace::{self, Header, Record, Trace};
-use gd_support::log_cases;
+use gd_testing::log_cases;
 
 use crate::{models, record, verified, written};
 

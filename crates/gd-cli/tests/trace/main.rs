@@ -145,7 +145,7 @@ fn a_record_contains_the_selections_of_the_model() -> Result<()> {
         // The selections of a single pass over the whole text.
         let layers = std::cell::RefCell::new(Vec::new());
         let mask = gd_kernels::Mask::causal(0);
-        let pass = gd_layer::Pass { record: Some(&layers), ..gd_layer::Pass::new(&mask) };
+        let pass = gd_layer::Pass { stats: Some(&layers), ..gd_layer::Pass::new(&mask) };
         loaded.model.hidden(&Tensor::new(all.as_slice(), &CPU)?.unsqueeze(0)?, &pass, None)?;
         let layers = layers.take();
         let mut place = 0;

@@ -103,7 +103,7 @@ impl<F> Attached<F> {
 
 impl<F> CustomOp1 for Attached<F>
 where
-    F: Fn(&Tensor, &Tensor) -> Result<Tensor>,
+    F: Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
 {
     fn name(&self) -> &'static str {
         self.name
@@ -121,8 +121,8 @@ where
         self.metal()
     }
 
-    fn bwd(&self, a: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        (self.backward)(a, grad).map(Some)
+    fn bwd(&self, a: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        (self.backward)(a, result, grad).map(Some)
     }
 }
 
@@ -227,12 +227,12 @@ where
     }
 }
 
-/// `result` as a function of `a`; `backward(a, grad)` gives the gradient of `a`.
+/// `result` as a function of `a`; `backward(a, result, grad)` gives the gradient of `a`.
 pub fn attach1(
     name: &'static str,
     a: &Tensor,
     result: impl Into<Finished>,
-    backward: impl Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
+    backward: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     a.apply_op1(Attached::new(name, result, backward))
 }

@@ -1,10 +1,14 @@
 //! The operators, a folder each.
 
 pub mod adamw;
+#[cfg(test)]
+pub(crate) mod agreement;
 pub(crate) mod causal_conv;
-pub(crate) mod cross_entropy;
+pub mod cross_entropy;
 pub(crate) mod decode;
 pub(crate) mod embedding;
+pub(crate) mod linear;
+pub(crate) mod masked_softmax;
 pub(crate) mod rms_norm;
 pub(crate) mod rotary;
 pub(crate) mod running_average;

@@ -1,184 +1,41 @@
-//! The operators on a GPU: the suites of tests/emulate with the device in the place of the emulator, each against
-//! the f64 reference; candle's graph on it against the CPU; and repetitions, equal to the bit.
+//! The operators on a GPU, by the suites of `crates/gd-testing/suites`: each operator against the f64 reference, candle's
+//! graph on the device against the CPU, and repetitions that must give equal bits.
 //!
 //! With the feature `cuda` or `metal` it needs such a GPU, and fails without one (`scripts/hardware/nvidia_gpu.sh`,
 //! `scripts/hardware/apple_gpu.sh`). `GD_SANITIZE=1` runs a few problems of each suite, under a tool that checks accesses.
 #![cfg(any(feature = "cuda", feature = "metal"))]
 
-// The suites name the emulator; here its name stands for the device below.
-extern crate self as gd_emulate;
-
-#[path = "../../../../tests/emulate/tests/operators/beacon.rs"]
+#[path = "../../../gd-testing/suites/beacon.rs"]
 mod beacon;
+#[path = "../../../gd-testing/suites/cache.rs"]
 mod cache;
 #[cfg(feature = "cuda")]
-#[path = "../../../../tests/emulate/tests/operators/certified.rs"]
+#[path = "../../../gd-testing/suites/certified.rs"]
 mod certified;
-#[path = "../../../../tests/emulate/tests/operators/decode.rs"]
+#[path = "../../../gd-testing/suites/decode.rs"]
 mod decode;
-#[path = "../../../../tests/emulate/tests/operators/device.rs"]
-mod device;
+#[path = "../../../gd-testing/suites/gradients.rs"]
 mod gradients;
+#[path = "../../../gd-testing/suites/graph.rs"]
 mod graph;
-#[path = "../../../../tests/emulate/tests/operators/hopper.rs"]
+#[path = "../../../gd-testing/suites/hopper.rs"]
 mod hopper;
 #[cfg(feature = "cuda")]
+#[path = "../../../gd-testing/suites/prefill.rs"]
 mod prefill;
-#[path = "../problems/mod.rs"]
-mod problems;
 #[cfg(feature = "cuda")]
-#[path = "../../../../tests/emulate/tests/operators/quantize.rs"]
+#[path = "../../../gd-testing/suites/quantize.rs"]
 mod quantize;
+#[path = "../../../gd-testing/suites/repeats.rs"]
 mod repeats;
-#[path = "../../../../tests/emulate/tests/operators/scan.rs"]
+#[path = "../../../gd-testing/suites/scan.rs"]
 mod scan;
-#[path = "../../../../tests/emulate/tests/operators/select.rs"]
+#[path = "../../../gd-testing/suites/select.rs"]
 mod select;
-#[path = "../../../../tests/emulate/tests/operators/suite.rs"]
-mod suite;
-#[path = "../../../../tests/emulate/tests/operators/training.rs"]
+mod target;
+#[path = "../../../gd-testing/suites/tensors.rs"]
+mod tensors;
+#[path = "../../../gd-testing/suites/training.rs"]
 mod training;
 
-use std::sync::OnceLock;
-
-use candle_core::Device;
-use gd_kernels::Result;
-use gd_kernels::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
-pub(crate) use suite::{Verdict, ensure};
-
-/// The backend of this build.
-#[cfg(feature = "cuda")]
-mod backend {
-    pub(super) const NAME: &str = "cuda";
-    pub use gd_kernels::cuda::Buffer;
-    pub(super) use gd_kernels::cuda::Cuda as Device;
-
-    pub(super) fn open() -> gd_kernels::Result<candle_core::Device> {
-        gd_kernels::cuda::open(0)
-    }
-}
-
-/// The backend of this build.
-#[cfg(not(feature = "cuda"))]
-mod backend {
-    pub(super) const NAME: &str = "metal";
-    pub use gd_kernels::metal::Buffer;
-    pub(super) use gd_kernels::metal::Metal as Device;
-    pub(super) use gd_kernels::metal::open;
-}
-
-pub use backend::Buffer;
-
-/// Whether only a few problems are run.
-pub(crate) fn sanitized() -> bool {
-    std::env::var_os("GD_SANITIZE").is_some_and(|x| x == "1")
-}
-
-/// The first GPU.
-pub(crate) fn gpu() -> &'static Device {
-    static GPU: OnceLock<Device> = OnceLock::new();
-    GPU.get_or_init(|| backend::open().unwrap_or_else(|e| panic!("these tests need a GPU: {e}")))
-}
-
-/// A GPU for the suites of tensors, which `tests/emulate` runs on emulated ones, too.
-pub(crate) struct Target;
-
-/// Those of this build.
-pub(crate) fn targets() -> [Target; 1] {
-    [Target]
-}
-
-impl Target {
-    /// Where its tensors lie.
-    pub(crate) fn device(&self) -> &'static Device {
-        gpu()
-    }
-
-    /// Calls operators on such tensors.
-    pub(crate) fn run<R>(&self, f: impl FnOnce() -> R) -> R {
-        f()
-    }
-
-    /// Its name in plans and in the support table.
-    pub(crate) fn name(&self) -> &'static str {
-        backend::NAME
-    }
-
-    /// A case has run.
-    pub(crate) fn count(&self) {
-        gd_support::log_cases("device", 1);
-    }
-
-    /// Refuses more memory than there is.
-    pub(crate) fn check_memory(&self) {
-        let e = backend::Device::new(gpu()).unwrap().allocate(1 << 42).map(|_| ()).expect_err("4 TiB");
-        assert!(e.to_string().contains("4194304.0 MiB of GPU memory"), "{e}");
-    }
-}
-
-/// Runs the cases of seeds `0..count`, or the first few, and counts them.
-pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
-    let count = if sanitized() { count.min(12) } else { count };
-    suite::run(name, count, case);
-    gd_support::log_cases("device", count as usize);
-}
-
-/// As many problems as the emulator runs for this kind of device.
-pub(crate) fn suites(name: &str, [cuda, metal]: [u64; 2], shift: u64, check: fn(&Emulator, u64) -> Verdict) {
-    let count = if cfg!(feature = "cuda") { cuda } else { metal };
-    suite(name, count, |seed| check(&Emulator::new(seed + shift), seed));
-}
-
-/// The device, under the emulator's name.
-pub struct Emulator(backend::Device);
-
-impl Emulator {
-    /// The device; it makes its own schedules.
-    pub fn new(_: u64) -> Self {
-        Self(backend::Device::new(gpu()).unwrap())
-    }
-
-    /// The same: Hopper's kernels run where the device has its instructions.
-    #[must_use]
-    pub fn on_hopper(self) -> Self {
-        self
-    }
-
-    /// Another one of its kind.
-    pub fn twin(&self, seed: u64) -> Self {
-        Self::new(seed)
-    }
-}
-
-impl Gpu for Emulator {
-    type Buffer = Buffer;
-
-    fn arch(&self) -> Arch {
-        self.0.arch()
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<Buffer> {
-        // What a kernel leaves unwritten is NaN, or -1 in integers.
-        self.0.upload(&vec![0xff; bytes])
-    }
-
-    fn zeros(&self, bytes: usize) -> Result<Buffer> {
-        self.0.zeros(bytes)
-    }
-
-    fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
-        self.0.upload(bytes)
-    }
-
-    fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
-        self.0.download(from, bytes)
-    }
-
-    fn launch(&self, launch: &Launch<'_, Buffer>) -> Result<()> {
-        self.0.launch(launch)
-    }
-
-    fn launch_mapped(&self, map: &TensorMap<'_, Buffer>, launch: &Launch<'_, Buffer>) -> Result<()> {
-        self.0.launch_mapped(map, launch)
-    }
-}
+pub(crate) use target::{Target, sanitized, suite, suites, targets};

@@ -7,11 +7,9 @@ use gd_kernels::{
     Backend, Candidates, Isa, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, TieBreak, Walk, plan,
     scan,
 };
+use gd_testing::problems::{Spec, pick, pools, rng, values};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-
-use crate::problems;
-use crate::problems::{Spec, pick, pools, rng, values};
 
 /// Adversarial problems unless the environment asks for another number.
 const CASES: u64 = 2000;
@@ -60,7 +58,7 @@ fn generated_problems() {
             cases += 1;
         }
     }
-    gd_support::log_cases("certified", cases);
+    gd_testing::log_cases("certified", cases);
 }
 
 /// What makes quantisation hard.
@@ -222,7 +220,7 @@ fn adversarial_problems() {
             prior: rng.random_bool(0.3).then_some(&prior),
             score: pick(&mut rng, &[Score::Energy, Score::Dot]),
             tie: pick(&mut rng, &[TieBreak::First, TieBreak::Last]),
-            ..Scan::new(&beta, &mask, pick(&mut rng, &problems::CANDIDATES))
+            ..Scan::new(&beta, &mask, pick(&mut rng, &gd_testing::problems::CANDIDATES))
         };
         let share = compare(&q, &k, &native, &|| {
             format!("seed {seed}: {trap:?} {dtype:?} N {n} M {m} D {d} {native:?}")
@@ -236,7 +234,7 @@ fn adversarial_problems() {
         "{cases} adversarial problems: {filtered} plain ones filtered well, {left} left to the native scan"
     );
     assert!(filtered as u64 * 500 >= cases && left as u64 * 50 >= cases, "{filtered} and {left} of {cases}");
-    gd_support::log_cases("certified", cases as usize);
+    gd_testing::log_cases("certified", cases as usize);
 }
 
 #[test]

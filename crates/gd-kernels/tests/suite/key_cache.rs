@@ -5,8 +5,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
     Candidates, Error, KeptKeys, KeyBias, Mask, Precision, QuantizedKeys, Scan, Score, TieBreak, scan,
 };
-
-use crate::problems::{rng, uniform};
+use gd_testing::problems::{rng, uniform};
 
 fn noise(seed: u64, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let values = uniform(&mut rng(seed), shape.iter().product());

@@ -10,8 +10,6 @@ mod iris;
 mod key_cache;
 mod naive;
 mod paged;
-#[path = "../problems/mod.rs"]
-mod problems;
 mod reference;
 mod refusals;
 mod running_average;

@@ -1,7 +1,7 @@
 //! `scan`, `scan_all` and `scan_select` against the naive f64 reference on generated problems.
 //!
 //! A key that the reference ranks otherwise must lie within the error bound of the score
-//! ([`problems::Case::rank_bound`]); energies are held against a naive version in the same dtype.
+//! ([`gd_testing::problems::Case::rank_bound`]); energies are held against a naive version in the same dtype.
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::reference::{Problem, scan as reference_scan};
@@ -9,9 +9,7 @@ use gd_kernels::{
     Backend, Candidates, Isa, Mask, Scan, Score, Select, Selected, TieBreak, plan, scan, scan_all,
     scan_select, select,
 };
-
-use crate::problems;
-use crate::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
+use gd_testing::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
 
 /// Problems a dtype.
 const PROBLEMS: u64 = 1024;
@@ -197,7 +195,7 @@ fn suite(dtype: DType) {
     assert!(reordered * 100 <= free_rows, "{reordered} of {free_rows} rows");
     let held = dtype == DType::F64 || error <= 1.5 * naive_error;
     assert!(held, "mean error {error}, naively {naive_error}");
-    gd_support::log_cases("scan", PROBLEMS as usize);
+    gd_testing::log_cases("scan", PROBLEMS as usize);
 }
 
 #[test]
@@ -227,10 +225,10 @@ fn the_suite_covers_what_it_claims() {
         let n = specs.iter().filter(|s| test(s)).count();
         assert!(n >= least, "{what}: {n} problems");
     };
-    for d in problems::DIMS {
+    for d in gd_testing::problems::DIMS {
         at_least(&format!("D {d}"), 50, &|s| s.raw.dim == d);
     }
-    for k in problems::CANDIDATES {
+    for k in gd_testing::problems::CANDIDATES {
         at_least(&format!("K {k}"), 50, &|s| s.candidates == k);
     }
     for group in [1, 2, 3, 8] {
@@ -273,7 +271,11 @@ fn the_suite_covers_what_it_claims() {
     at_least("all conditions", 10, &|s| {
         mask(s).window_len().is_some() && mask(s).boundaries().is_some() && mask(s).lengths().is_some()
     });
-    for view in [problems::View::Heads, problems::View::Part, problems::View::Turned] {
+    for view in [
+        gd_testing::problems::View::Heads,
+        gd_testing::problems::View::Part,
+        gd_testing::problems::View::Turned,
+    ] {
         at_least(&format!("{view:?}"), 50, &|s| s.views[0] == view);
         at_least(&format!("{view:?} keys"), 50, &|s| s.views[1] == view);
     }
@@ -382,7 +384,7 @@ fn scan_select_is_select_over_one_candidate() {
                     if e.is_finite() { e } else { 1.0 }
                 })
                 .collect();
-            let (tau, _) = problems::rounded(&tau, &[tau.len()], acc(dtype));
+            let (tau, _) = gd_testing::problems::rounded(&tau, &[tau.len()], acc(dtype));
             for threshold in [None, Some(&tau)] {
                 let fused = scan_select(&q, &k, &v, &case.scan(), threshold).unwrap();
                 let options = Select {

@@ -1,7 +1,7 @@
 //! `select`, forward and backward, against the naive f64 reference on generated problems.
 //!
 //! Both choose among the same candidates, those of the operator's scan. A row in which rounding may
-//! decide (see [`problems::choices::doubt`]) gets no gradient on either side; if its winner differs,
+//! decide (see [`gd_testing::problems::choices::doubt`]) gets no gradient on either side; if its winner differs,
 //! the winner's reference energy must lie within the bounds. Such rows are counted.
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -10,10 +10,9 @@ use gd_kernels::reference::{Candidates as Found, Gradients, backward, select as 
 use gd_kernels::{
     Barrier, Candidates, CoherenceMode, Estimator, Gate, Mask, Scan, Select, scan, scan_all, select,
 };
+use gd_testing::problems::choices::{Choice, Doubt, doubt, estimator};
+use gd_testing::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
 
-use crate::problems;
-use crate::problems::choices::{Choice, Doubt, doubt, estimator};
-use crate::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
 use crate::support;
 
 /// Problems a dtype.
@@ -238,7 +237,7 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
     }
 
     let dims = [p.batch, p.q_heads, p.queries, p.value_dim];
-    let (dy, dy_values) = problems::rounded(&dy, &dims, dtype);
+    let (dy, dy_values) = gd_testing::problems::rounded(&dy, &dims, dtype);
     let want = expected(&case, &choice, backward(p, &known, params, &dy_values));
     let got = run(&case, &choice, &found, Some(&dy));
     let unit = roundoff(dtype);
@@ -305,7 +304,7 @@ fn suite(dtype: DType) {
     // Residual queries are stored in the tensors' dtype, so half precision decides more often.
     let share = if matches!(dtype, DType::F16 | DType::BF16) { 2 } else { 100 };
     assert!(doubtful[1] * share < plain[1], "{} of {} rows with rounds", doubtful[1], plain[1]);
-    gd_support::log_cases("select", PROBLEMS as usize);
+    gd_testing::log_cases("select", PROBLEMS as usize);
 }
 
 #[test]
@@ -532,7 +531,8 @@ fn a_threshold_of_minus_infinity_silences_every_estimator() {
     let tau = Var::from_tensor(&Tensor::full(f64::NEG_INFINITY, 4, &Device::Cpu).unwrap()).unwrap();
     let mask = Mask::none();
     let found = scan(&t[0], &t[1], &Scan::new(&t[3], &mask, 4)).unwrap();
-    for estimator in problems::choices::ESTIMATORS.into_iter().filter(|e| *e != Estimator::Dense) {
+    for estimator in gd_testing::problems::choices::ESTIMATORS.into_iter().filter(|e| *e != Estimator::Dense)
+    {
         for hardness in [0.3, 1.0] {
             let q = Var::from_tensor(&t[0]).unwrap();
             let options = Select { estimator, hardness, threshold: Some(&tau), ..Select::new(&t[3]) };

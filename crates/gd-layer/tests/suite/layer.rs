@@ -139,7 +139,7 @@ fn pieces(f: &Fixture, x: &Tensor, sizes: &[usize]) -> Result<(Tensor, Vec<Vec<i
     let mut picks = vec![Vec::new(); 2 * 4];
     for &n in sizes {
         let (mask, record) = (Mask::causal(at as i64), RefCell::new(Vec::new()));
-        let pass = Pass { record: Some(&record), ..Pass::new(&mask) };
+        let pass = Pass { stats: Some(&record), ..Pass::new(&mask) };
         out.push(f.layer.attend(&x.narrow(1, at, n)?, &pass, Some(&mut cache))?);
         at += n;
         assert_eq!(cache.len(), at);
@@ -247,7 +247,7 @@ fn blending_the_best_scores_is_softmax_attention_without_the_others() -> Result<
 /// A forward pass that continues `cache`; returns outputs `[B, N, C]` and the selected keys of each sequence.
 fn step(f: &Fixture, x: &Tensor, mask: &Mask, cache: &mut LayerCache) -> Result<(Tensor, Vec<Vec<i32>>)> {
     let record = RefCell::new(Vec::new());
-    let y = f.layer.attend(x, &Pass { record: Some(&record), ..Pass::new(mask) }, Some(cache))?;
+    let y = f.layer.attend(x, &Pass { stats: Some(&record), ..Pass::new(mask) }, Some(cache))?;
     let picks = record.borrow()[0].picks.clone();
     Ok((y, picks.chunks(picks.len() / x.dim(0)?).map(<[_]>::to_vec).collect()))
 }

@@ -93,7 +93,7 @@ fn scaled_positions_turn_as_if_they_stood_elsewhere() {
     close(&values(&linear.apply(&x, 20).unwrap()), &plain(5));
     // Frequencies 1, 0.1, 0.01, 0.001: 10.2, 1.02, 0.1 and 0.01 turns within 64 positions. The first stays,
     // the second keeps (1.02 - 1) / (4 - 1) of the whole, the others are divided by 8.
-    let scaling = RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 64 };
+    let scaling = RopeScaling::Llama3 { factor: 8.0, low_turns: 1.0, high_turns: 4.0, trained_positions: 64 };
     let y = values(&scaled(scaling).unwrap().apply(&x, 20).unwrap());
     let kept = (6.4 / std::f64::consts::TAU - 1.0) / 3.0;
     for (i, f) in [1.0, 0.1 * (kept + (1.0 - kept) / 8.0), 0.01 / 8.0, 0.001 / 8.0].into_iter().enumerate() {
@@ -103,7 +103,7 @@ fn scaled_positions_turn_as_if_they_stood_elsewhere() {
     }
     for bad in [
         RopeScaling::Linear { factor: 0.0 },
-        RopeScaling::Llama3 { factor: 8.0, low: 4.0, high: 4.0, original: 64 },
+        RopeScaling::Llama3 { factor: 8.0, low_turns: 4.0, high_turns: 4.0, trained_positions: 64 },
     ] {
         assert!(scaled(bad).unwrap_err().to_string().contains("factor"));
     }

@@ -1,7 +1,7 @@
 //! swiglu against its formula, finite differences and itself in other dtypes and thread counts.
 
 use candle_core::{DType, Device, Tensor};
-use gd_layer::swiglu;
+use gd_kernels::swiglu;
 
 use crate::support::*;
 
@@ -19,27 +19,27 @@ fn follows_the_formula_and_saturates() {
 #[test]
 fn gradients_match_finite_differences() {
     for shape in [vec![1], vec![7, 33], vec![2, 3, 64]] {
-        check_gradients(&[noise(1, &shape, 4.0), noise(2, &shape, 2.0)], |t| swiglu(&t[0], &t[1]));
+        check_gradients(&[noise(1, &shape, 4.0), noise(2, &shape, 2.0)], |t| Ok(swiglu(&t[0], &t[1])?));
     }
 }
 
 #[test]
 fn gradients_reach_the_halves_of_one_projection() {
     check_gradients(&[noise(1, &[3, 5, 14], 3.0)], |t| {
-        swiglu(&t[0].narrow(2, 0, 7)?, &t[0].narrow(2, 7, 7)?)
+        Ok(swiglu(&t[0].narrow(2, 0, 7)?, &t[0].narrow(2, 7, 7)?)?)
     });
-    check_gradients(&[noise(1, &[6, 4], 3.0), noise(2, &[4, 6], 3.0)], |t| swiglu(&t[0].t()?, &t[1]));
+    check_gradients(&[noise(1, &[6, 4], 3.0), noise(2, &[4, 6], 3.0)], |t| Ok(swiglu(&t[0].t()?, &t[1])?));
 }
 
 #[test]
 fn low_precision_stays_near_f64() {
-    check_dtypes(&[noise(1, &[9, 65], 4.0), noise(2, &[9, 65], 2.0)], |t| swiglu(&t[0], &t[1]));
+    check_dtypes(&[noise(1, &[9, 65], 4.0), noise(2, &[9, 65], 2.0)], |t| Ok(swiglu(&t[0], &t[1])?));
 }
 
 #[test]
 fn bits_do_not_depend_on_the_thread_count() {
     let inputs = [1, 2].map(|seed| noise(seed, &[517, 96], 4.0).to_dtype(DType::F32).unwrap());
-    same_bits(|| with_gradients(&inputs, |t| swiglu(&t[0], &t[1])));
+    same_bits(|| with_gradients(&inputs, |t| Ok(swiglu(&t[0], &t[1])?)));
 }
 
 #[test]
@@ -52,7 +52,7 @@ fn errors_name_the_shapes() {
 fn timing() {
     for c in [128, 512] {
         let inputs = [1, 2].map(|seed| noise(seed, &[2048, c], 4.0).to_dtype(DType::F32).unwrap());
-        report(&format!("swiglu 2048x{c} fused"), &inputs, |t| swiglu(&t[0], &t[1]));
+        report(&format!("swiglu 2048x{c} fused"), &inputs, |t| Ok(swiglu(&t[0], &t[1])?));
         report(&format!("swiglu 2048x{c} composed"), &inputs, |t| t[0].silu()? * &t[1]);
     }
 }

@@ -127,9 +127,11 @@ impl RopeParameters {
             "linear" => Ok(RopeScaling::Linear { factor: factor()? }),
             "llama3" => Ok(RopeScaling::Llama3 {
                 factor: factor()?,
-                low: self.low_freq_factor.ok_or_else(|| needs("low_freq_factor"))?,
-                high: self.high_freq_factor.ok_or_else(|| needs("high_freq_factor"))?,
-                original: self.unscaled_context.ok_or_else(|| needs("original_max_position_embeddings"))?,
+                low_turns: self.low_freq_factor.ok_or_else(|| needs("low_freq_factor"))?,
+                high_turns: self.high_freq_factor.ok_or_else(|| needs("high_freq_factor"))?,
+                trained_positions: self
+                    .unscaled_context
+                    .ok_or_else(|| needs("original_max_position_embeddings"))?,
             }),
             _ => Ok(RopeScaling::None),
         }

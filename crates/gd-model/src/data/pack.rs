@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use gd_kernels::Mask;
+use gd_kernels::cross_entropy::IGNORE;
 
 use super::order::Epoch;
 use super::tokens::Tokens;
 use crate::error::{Error, Result};
-use crate::model::loss::IGNORE;
 
 /// What a model reads and predicts in one pass.
 #[derive(Clone, Debug)]

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use candle_core::Device;
-use gd_layer::{Pass, Record};
+use gd_layer::{Pass, SelectionStats};
 use serde::Serialize;
 
 use crate::data::{Batch, Tokens};
@@ -42,9 +42,9 @@ pub struct HeadStats {
 
 impl HeadStats {
     /// Adds the mean over the layers, multiplied by `weight`.
-    fn add(&mut self, records: &[Record], weight: f64) {
-        let weight = weight / records.len().max(1) as f64;
-        for r in records {
+    fn add(&mut self, stats: &[SelectionStats], weight: f64) {
+        let weight = weight / stats.len().max(1) as f64;
+        for r in stats {
             self.abstained += weight * r.abstained;
             self.first_token += weight * r.first_token;
             self.margin += weight * r.margin;
@@ -81,25 +81,25 @@ pub fn observe(
     bytes: usize,
     (context, batch): (usize, usize),
     device: &Device,
-    mut watch: impl FnMut(&[Record]),
+    mut watch: impl FnMut(&[SelectionStats]),
 ) -> Result<Evaluation> {
     if tokens.len() < 2 {
         return Err(Error::Invalid(format!("a text of {} tokens has nothing to predict", tokens.len())));
     }
-    let records = RefCell::new(Vec::new());
+    let stats = RefCell::new(Vec::new());
     let windows: Vec<_> = tokens.windows(context).collect();
     let (mut sum, mut count, mut heads) = (0f64, 0usize, HeadStats::default());
     // Only the last window may be shorter, and goes alone.
     for group in windows.chunk_by(|a, b| a.len() == b.len()).flat_map(|same| same.chunks(batch.max(1))) {
         let Batch { inputs, targets, mask, predicted } = Batch::new(tokens, group, device)?;
-        let pass = Pass { record: Some(&records), ..Pass::new(&mask) };
+        let pass = Pass { stats: Some(&stats), ..Pass::new(&mask) };
         let losses = model.token_losses(&inputs, &targets, &pass)?;
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
         count += predicted;
         // Records hold whole tensors, so they do not outlive their pass.
-        let records = records.take();
-        watch(&records);
-        heads.add(&records, losses.len() as f64 / (tokens.len() - 1) as f64);
+        let stats = stats.take();
+        watch(&stats);
+        heads.add(&stats, losses.len() as f64 / (tokens.len() - 1) as f64);
     }
     if count == 0 {
         return Err(Error::Invalid("documents of one token each have nothing to predict".into()));

@@ -40,8 +40,9 @@ pub fn load(path: &Path, device: &Device) -> Result<Tensors> {
 /// Names the file that cannot be written.
 pub fn write(path: &Path, tensors: &Tensors) -> Result<()> {
     let folder = path.parent().filter(|folder| *folder != Path::new(""));
-    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
-        return Err(Error::Missing { path: folder.into(), what: "folder" });
+    if let Some(folder) = folder {
+        // The folder must exist; `stream_file` would create it.
+        fs::read_dir(folder).map_err(|e| Error::write(path, e))?;
     }
     stream_file(path, |out| stream(path, out, tensors, None))
 }

@@ -1,7 +1,6 @@
 //! The language model: parameters, transformer, loss, and loading a pretrained model.
 
 pub mod flops;
-pub mod loss;
 pub mod params;
 pub mod pretrained;
 pub mod shapes;

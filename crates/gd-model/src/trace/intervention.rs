@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use candle_core::{DType, Result, Tensor};
 use gd_kernels::{CANDIDATES, Candidates};
-use gd_layer::Found;
+use gd_layer::CandidateView;
 use serde::{Deserialize, Serialize};
 
 /// A change to what one head may select: `LAYER.HEAD[@QUERY]:POSITION` where one is forced or banned,
@@ -156,18 +156,18 @@ pub(super) fn wanted(all: &[Intervention], layer: usize, own: usize) -> usize {
 }
 
 /// The candidates of one sequence with the interventions of a layer; query 0 stands at position `start`.
-pub(super) fn apply(all: &[Intervention], found: Found, start: usize) -> Result<Candidates> {
-    let layer = found.layer;
+pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> Result<Candidates> {
+    let layer = view.layer;
     let here: Vec<_> = all.iter().filter(|i| i.layer == layer).copied().collect();
     if here.is_empty() {
-        return Ok(found.candidates);
+        return Ok(view.candidates);
     }
-    let (_, heads, n, slots) = found.candidates.index.dims4()?;
-    let mut index = found.candidates.index.flatten_all()?.to_vec1::<i32>()?;
-    let mut energy = found.candidates.energy.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    let flags = &found.candidates.protected;
+    let (_, heads, n, slots) = view.candidates.index.dims4()?;
+    let mut index = view.candidates.index.flatten_all()?.to_vec1::<i32>()?;
+    let mut energy = view.candidates.energy.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let flags = &view.candidates.protected;
     let mut flags = flags.as_ref().map(|f| f.flatten_all()?.to_vec1::<u8>()).transpose()?;
-    let tau = found.threshold.map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
+    let tau = view.threshold.map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
     for (row, (keys, energies)) in index.chunks_mut(slots).zip(energy.chunks_mut(slots)).enumerate() {
         let (h, i) = (row / n, row % n);
         let mut flags = flags.as_mut().map(|f| &mut f[row * slots..][..slots]);
@@ -177,7 +177,7 @@ pub(super) fn apply(all: &[Intervention], found: Found, start: usize) -> Result<
             match intervention.act {
                 Act::Ablate => keys.fill(-1),
                 Act::Ban(key) => keys.iter_mut().filter(|k| **k == key as i32).for_each(|k| *k = -1),
-                Act::Force(key) => match found.energy([0, h, i], key)? {
+                Act::Force(key) => match view.energy([0, h, i], key)? {
                     Some(energy) => forced = Some((key, energy as f32)),
                     None if intervention.query == Query::All => {}
                     None => candle_core::bail!("{intervention}: position {position} does not see {key}"),
@@ -194,7 +194,7 @@ pub(super) fn apply(all: &[Intervention], found: Found, start: usize) -> Result<
         }
         // Those that a layer with its own number of candidates would not have kept.
         let left = keys.iter_mut().enumerate().filter(|(_, key)| **key >= 0);
-        for (_, (slot, key)) in left.enumerate().filter(|(rank, _)| *rank >= found.own) {
+        for (_, (slot, key)) in left.enumerate().filter(|(rank, _)| *rank >= view.configured) {
             if flags.as_ref().is_none_or(|f| f[slot] == 0) {
                 *key = -1;
             }
@@ -202,12 +202,12 @@ pub(super) fn apply(all: &[Intervention], found: Found, start: usize) -> Result<
         pack(keys, energies, flags);
     }
     let shape = (1, heads, n, slots);
-    let device = found.candidates.index.device().clone();
+    let device = view.candidates.index.device().clone();
     Ok(Candidates {
         index: Tensor::from_vec(index, shape, &device)?,
         energy: Tensor::from_vec(energy, shape, &device)?,
         protected: flags.map(|flags| Tensor::from_vec(flags, shape, &device)).transpose()?,
-        rescored: found.candidates.rescored.clone(),
+        rescored: view.candidates.rescored.clone(),
     })
 }
 

@@ -4,7 +4,7 @@ use std::cell::{RefCell, RefMut};
 
 use candle_core::{DType, Result, Tensor, bail};
 use gd_kernels::Candidates;
-use gd_layer::{Found, Probe, Reading};
+use gd_layer::{CandidateView, Probe, SelectionView};
 
 use super::header::Header;
 use super::intervention;
@@ -75,29 +75,29 @@ impl<'a> Recorder<'a> {
 }
 
 impl Probe for Recorder<'_> {
-    fn candidates(&self, layer: usize, own: usize) -> usize {
-        intervention::wanted(&self.header.interventions, layer, own)
+    fn candidates(&self, layer: usize, configured: usize) -> usize {
+        intervention::wanted(&self.header.interventions, layer, configured)
     }
 
-    fn preserved(&self, found: Found) -> Result<Candidates> {
-        let layer = found.layer;
+    fn preserved(&self, view: CandidateView) -> Result<Candidates> {
+        let layer = view.layer;
         let mut state = self.state.borrow_mut();
         let (start, place) = (state.start, state.layers.len());
         if !self.header.layers[layer].selects {
-            return Ok(found.candidates);
+            return Ok(view.candidates);
         }
-        let candidates = intervention::apply(&self.header.interventions, found, start)?;
+        let candidates = intervention::apply(&self.header.interventions, view, start)?;
         match &mut state.replay {
             Some(replay) => replay.candidates(&self.header.layers[layer], place, candidates),
             None => Ok(candidates),
         }
     }
 
-    fn selected(&self, reading: &Reading) -> Result<()> {
-        if !self.header.layers[reading.layer].selects {
+    fn selected(&self, view: &SelectionView) -> Result<()> {
+        if !self.header.layers[view.layer].selects {
             return Ok(());
         }
-        let rows = rows(reading, self.header.layers[reading.layer].candidates)?;
+        let rows = rows(view, self.header.layers[view.layer].candidates)?;
         self.state.borrow_mut().layers.push(rows);
         Ok(())
     }
@@ -105,8 +105,8 @@ impl Probe for Recorder<'_> {
 
 /// What a layer has read in one sequence, head by head and query by query; of more than `own` candidates those
 /// that a layer keeps.
-fn rows(reading: &Reading, own: usize) -> Result<Vec<Row>> {
-    let (selected, candidates) = (reading.selected, reading.candidates);
+fn rows(view: &SelectionView, own: usize) -> Result<Vec<Row>> {
+    let (selected, candidates) = (view.selected, view.candidates);
     let (b, heads, n) = selected.index.dims3()?;
     if b != 1 {
         bail!("a trace of {b} sequences at once; one expected");
@@ -116,14 +116,14 @@ fn rows(reading: &Reading, own: usize) -> Result<Vec<Row>> {
     let energy = floats(&candidates.energy)?;
     let compared = floats(&selected.compared)?;
     let flags = candidates.protected.as_ref().map(|f| f.flatten_all()?.to_vec1::<u8>()).transpose()?;
-    let tau = reading.threshold.map(floats).transpose()?;
+    let tau = view.threshold.map(floats).transpose()?;
     let index = selected.index.flatten_all()?.to_vec1::<i32>()?;
     let (least, margin, gate) =
         (floats(&selected.energy)?, floats(&selected.margin)?, floats(&selected.gate)?);
     let coherence = selected.coherence.as_ref().map(floats).transpose()?;
     let later = selected.later.iter().map(|r| r.index.flatten_all()?.to_vec1::<i32>());
     let later = later.collect::<Result<Vec<_>>>()?;
-    let shares = shares(reading)?;
+    let shares = shares(view)?;
     let slot = |at: usize, h: usize| Slot {
         key: keys[at],
         protected: flags.as_ref().is_some_and(|f| f[at] != 0),
@@ -155,13 +155,13 @@ fn floats(t: &Tensor) -> Result<Vec<f32>> {
 
 /// Of every head's output, behind the output gate, the shares of the first selection and of the running averages:
 /// their norms over the sum of the norms of all parts.
-fn shares(reading: &Reading) -> Result<Vec<(f32, f32)>> {
-    let (_, heads, n, d) = reading.selected.y.dims4()?;
-    let y = floats(&reading.selected.y)?;
-    let later = reading.selected.later.iter().map(|r| floats(&r.y)).collect::<Result<Vec<_>>>()?;
-    let memory = reading.memory.map(floats).transpose()?;
+fn shares(view: &SelectionView) -> Result<Vec<(f32, f32)>> {
+    let (_, heads, n, d) = view.selected.y.dims4()?;
+    let y = floats(&view.selected.y)?;
+    let later = view.selected.later.iter().map(|r| floats(&r.y)).collect::<Result<Vec<_>>>()?;
+    let memory = view.memory.map(floats).transpose()?;
     // [N, Hq * D]
-    let gate = reading.output_gate.map(floats).transpose()?;
+    let gate = view.output_gate.map(floats).transpose()?;
     let share = |row: usize| {
         let (h, i) = (row / n, row % n);
         let gate = |at: usize| gate.as_ref().map_or(1.0, |g| g[(i * heads + h) * d + at]);

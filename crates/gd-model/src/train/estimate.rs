@@ -1,11 +1,11 @@
 //! An estimate of what a run needs, made without running it: the number of parameters is exact, the memory approximate.
 
+use gd_kernels::cross_entropy::chunk_rows;
 use serde::Serialize;
 
 use super::optimizer::Group;
 use crate::config::{Mechanism, ModelConfig, Recipe};
 use crate::error::Result;
-use crate::model::loss::chunk_rows;
 use crate::model::shapes::shapes;
 
 /// What a run needs.

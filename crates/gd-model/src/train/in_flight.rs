@@ -6,11 +6,11 @@
 //! the update in between was submitted with the counts of both cases.
 
 use candle_core::Tensor;
-use gd_kernels::adamw::{self, Judged, Squares};
+use gd_kernels::adamw::{self, GradientSquares, PendingVerdict};
 
 use super::gradients::Gradients;
 use super::guard::Limit;
-use super::optimizer::{Known, Moved, squares};
+use super::optimizer::{DeviceVerdict, Updated, squares};
 use super::step::Step;
 use super::trainer::Trainer;
 use crate::error::{Error, Result};
@@ -25,9 +25,9 @@ pub(super) struct InFlight {
 
 /// The results of a step that the device judges: loss, gradient norm, and whether the update was skipped.
 pub(super) struct DeviceResult {
-    verdict: Judged,
-    updated: Moved,
-    squares: Squares,
+    verdict: PendingVerdict,
+    updated: Updated,
+    squares: GradientSquares,
     /// The names of the parameters with a gradient.
     names: Vec<String>,
     /// The limits by which the device judges.
@@ -71,9 +71,9 @@ impl Trainer {
         };
         let verdict = squares.verdict(losses, &bounds)?;
         let last = self.in_flight.back().and_then(|submitted| submitted.result.as_ref());
-        let before = last.map(|result| (result.verdict.tensor(), &result.updated));
-        let device_verdict = Known { verdict: verdict.tensor(), before };
-        let updated = self.optimizer.step_known(&gradients.store, lr, &device_verdict)?;
+        let previous = last.map(|result| (result.verdict.tensor(), &result.updated));
+        let device_verdict = DeviceVerdict { verdict: verdict.tensor(), previous };
+        let updated = self.optimizer.step_by_verdict(&gradients.store, lr, &device_verdict)?;
         Ok(DeviceResult { verdict, updated, squares, names, limits })
     }
 
@@ -102,11 +102,11 @@ impl Trainer {
         }
         (step.loss, step.grad_norm) = (f64::from(verdict.loss), f64::from(verdict.norm));
         if !verdict.applies() {
-            self.optimizer.take_back(&updated);
+            self.optimizer.undo_step(&updated);
         }
         let judged = self.guard.judge_by(step.step, step.loss, step.grad_norm, &limits)?;
         step.skip =
-            self.skip_reason(step.step, judged, || Ok(squares.not_finite()?.map(|at| names[at].clone())))?;
+            self.skip_reason(step.step, judged, || Ok(squares.first_not_finite()?.map(|at| names[at].clone())))?;
         if step.skip.is_some() == verdict.applies() {
             let Step { step, loss, grad_norm, .. } = *step;
             return Err(Error::Invalid(format!(

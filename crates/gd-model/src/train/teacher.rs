@@ -8,13 +8,13 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
+use gd_kernels::cross_entropy::linear_distillation;
 use gd_layer::Pass;
 use serde_json::Value;
 
 use crate::config::{Mechanism, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
-use crate::model::loss::linear_distillation;
 use crate::model::pretrained::{Loaded, Parts};
 
 /// The teacher of a run. It is not trained.
@@ -87,6 +87,6 @@ impl Teacher {
     ) -> candle_core::Result<Tensor> {
         let own = self.model.hidden(ids, &Pass::new(pass.mask), None)?.flatten_to(1)?;
         let taught = (&hidden.flatten_to(1)?, &student.head_weight()?);
-        linear_distillation(taught, &targets.flatten_all()?, (&own, &self.model.head_weight()?), kl)
+        Ok(linear_distillation(taught, &targets.flatten_all()?, (&own, &self.model.head_weight()?), kl)?)
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use gd_model::Result;
 use gd_model::io::checkpoint::{Disk, Filling, MANIFEST, Store, verify};
-use gd_support::log_cases;
+use gd_testing::log_cases;
 use memory::{Fault, Loss, Memory};
 
 const ROOT: &str = "/";

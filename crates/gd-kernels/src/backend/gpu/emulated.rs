@@ -1,7 +1,7 @@
 //! For tests alone: tensors of the CPU as those of a GPU, so that operators take the very path of a CUDA or Metal
 //! build, from the validation to the gradients.
 //!
-//! The GPU is any [`Gpu`], such as the one of `tests/emulate`, with a memory of its own: before a launch all that its
+//! The GPU is any [`Gpu`], such as the one of `gd-testing`, with a memory of its own: before a launch all that its
 //! buffers hold is copied there, and what the kernel has written is copied back. So every access beyond the
 //! memory of a tensor is found, and what a kernel leaves unwritten stays NaN.
 

@@ -1,7 +1,7 @@
 //! Parameters of the GPU kernels, and the codes and constants that kernels and launch code share.
 //!
 //! Generated from `kernels/shared/params.h`, where shapes and strides are explained. Do not edit: change the header and
-//! run `UPDATE_PARAMS=1 cargo test -p gd-emulate --test params`.
+//! run `UPDATE_PARAMS=1 cargo test -p gd-testing params`.
 
 use bytemuck::{Pod, Zeroable};
 

@@ -1,126 +1,237 @@
-//! AdamW on a GPU, clipped by a norm that the host need not know: see [`crate::ops::adamw::gpu::launch`].
+//! AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the norm of gradients by which it is clipped.
 //!
-//! [`Squares`] of all gradients give a verdict, f32 `[3]`: loss, norm, and the factor of the gradients, which is not
-//! finite where the update is to be skipped. [`update`] moves a parameter as the verdict says. Nothing here waits for
-//! the device but [`Squares::not_finite`].
+//! [`State`] holds the moments of one parameter, and the f32 master weight of an f16 or bf16 parameter;
+//! [`State::update`] moves the parameter in place. [`GradientSquares`] sums up the squares of all gradients. On a GPU
+//! its [`verdict`](GradientSquares::verdict) says how an update is scaled, or that it is skipped, without the host
+//! having to know: [`Scale::of_verdict`].
 
+mod cpu;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
-pub mod update;
+mod gradient_norm;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor, Var};
 
-use crate::backend::dispatch::{on_gpu, refused};
+pub use self::gradient_norm::{GradientSquares, Limits, PendingVerdict, Verdict};
+use crate::backend::cpu::element::acc_dtype;
+use crate::backend::dispatch::{on_cpu, on_gpu, refused};
 use crate::error::{Error, Result};
-use crate::ops::adamw::update::Parts;
-pub use crate::ops::adamw::update::{Limits, Step, Verdict};
 
-/// Sums of squares of gradients.
+/// The settings of an optimizer for one update of one parameter.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// The number of this update of the parameter, from 1, for the bias correction of the moments.
+    pub number: u32,
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first moment, in [0, 1).
+    pub beta1: f64,
+    /// Decay of the second moment, in [0, 1).
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled decay of the weight, times the learning rate.
+    pub weight_decay: f64,
+}
+
+impl Step {
+    /// The learning rate with the bias correction of the first moment after `t` updates.
+    fn rate(&self, t: u32) -> f64 {
+        self.lr / (1.0 - self.beta1.powf(f64::from(t)))
+    }
+
+    /// The factor of the root of the second moment that corrects its bias after `t` updates.
+    fn root(&self, t: u32) -> f64 {
+        (1.0 - self.beta2.powf(f64::from(t))).sqrt().recip()
+    }
+
+    /// What is kept of a weight.
+    fn keep(&self) -> f64 {
+        1.0 - self.lr * self.weight_decay
+    }
+}
+
+/// What the gradients of an update are multiplied by.
 #[derive(Debug, Clone)]
-pub struct Squares {
-    of: Parts,
-    parts: Tensor,
+pub struct Scale(ScaleOf);
+
+#[derive(Debug, Clone)]
+enum ScaleOf {
+    Host(f64),
+    Verdict { verdict: Tensor, previous: Option<Tensor> },
 }
 
-impl Squares {
-    /// Of all these gradients on one GPU, in f32, f16 or bf16; at least one.
-    ///
-    /// # Errors
-    /// No gradient, a gradient on the CPU, or of another dtype.
-    pub fn new(gradients: &[&Tensor]) -> Result<Self> {
-        let Some(first) = gradients.first() else {
-            return Err(Error::Invalid("the norm of no gradient".into()));
-        };
-        let of = Parts::new(gradients.iter().map(|t| t.elem_count()).collect())?;
-        let parts = sums(first, gradients, &of)?;
-        Ok(Self { of, parts })
-    }
-
-    /// What they and the sum of `losses` say about an update.
-    ///
-    /// # Errors
-    /// A weight or a norm to clip to that is not above 0.
-    #[allow(unused_variables)] // without a GPU in this build
-    pub fn verdict(&self, losses: &Tensor, limits: &Limits) -> Result<Judged> {
-        on_gpu!(self.parts.device(), G => {
-            let judged = crate::ops::adamw::gpu::tensors::judge::<G>((&self.of, &self.parts), losses, limits);
-            judged.map(|(verdict, reading)| Judged { verdict, reading })
-        });
-        refused("clipping", losses)
-    }
-
-    /// The number of the first gradient that is not finite. Waits for the device.
+impl Scale {
+    /// A factor that the host knows, for parameters on `device`.
     ///
     /// # Errors
     /// What the device reports.
-    pub fn not_finite(&self) -> Result<Option<usize>> {
-        Ok(self.of.not_finite(&self.parts.to_vec1()?))
+    pub fn new(factor: f64, device: &Device) -> Result<Self> {
+        Ok(Self(match on_cpu(device) {
+            true => ScaleOf::Host(factor),
+            // A verdict: loss, norm and factor.
+            false => ScaleOf::Verdict {
+                verdict: Tensor::new(&[0f32, 0.0, factor as f32], device)?,
+                previous: None,
+            },
+        }))
+    }
+
+    /// A factor that only a GPU knows: that of a [`PendingVerdict::tensor`], which also may say that the update is
+    /// skipped.
+    ///
+    /// `previous` is the verdict on the update of the parameter before this one, where the host has not read it yet. If
+    /// that update was skipped, the number of this one is one less than [`Step::number`] says.
+    pub fn of_verdict(verdict: &Tensor, previous: Option<&Tensor>) -> Self {
+        Self(ScaleOf::Verdict { verdict: verdict.clone(), previous: previous.cloned() })
     }
 }
 
-/// A verdict on its way to the host.
-pub struct Judged {
-    verdict: Tensor,
-    reading: Box<dyn FnOnce() -> Result<Vec<f32>> + Send>,
+/// The moments of one parameter, and its master weight.
+///
+/// Moments are f32 (f64 for an f64 parameter) whatever the dtype of the parameter. An f16 or bf16 parameter is the
+/// rounding of an f32 master weight, so that updates below its resolution add up.
+#[derive(Debug)]
+pub struct State(StateOf);
+
+#[derive(Debug)]
+enum StateOf {
+    Cpu(cpu::State),
+    /// f32 tensors on the parameter's device.
+    Gpu {
+        m: Tensor,
+        v: Tensor,
+        master: Option<Tensor>,
+    },
 }
 
-impl Judged {
-    /// The verdict on the device.
-    pub fn tensor(&self) -> &Tensor {
-        &self.verdict
+/// A [`State`] as tensors on the CPU, in the shape of the parameter.
+#[derive(Debug, Clone)]
+pub struct SavedState {
+    /// The first moment, f32 (f64 for an f64 parameter).
+    pub m: Tensor,
+    /// The second moment, in the same dtype.
+    pub v: Tensor,
+    /// The master weight of an f16 or bf16 parameter, f32.
+    pub master: Option<Tensor>,
+}
+
+impl State {
+    /// Moments of zero for a parameter in f32, f16 or bf16, or f64 on the CPU.
+    ///
+    /// # Errors
+    /// Another dtype, and what the device reports.
+    pub fn new(parameter: &Var) -> Result<Self> {
+        if on_cpu(parameter.device()) {
+            return Ok(Self(StateOf::Cpu(cpu::State::new(parameter)?)));
+        }
+        if parameter.dtype() == DType::F64 {
+            let device = parameter.device().location();
+            return Err(Error::Unsupported(format!(
+                "AdamW on {device:?} updates f32, f16 and bf16, not f64"
+            )));
+        }
+        let zeros = || Tensor::zeros(parameter.shape(), DType::F32, parameter.device());
+        let half = parameter.dtype() != DType::F32;
+        let master = half.then(|| parameter.as_detached_tensor().to_dtype(DType::F32)).transpose()?;
+        Ok(Self(StateOf::Gpu { m: zeros()?, v: zeros()?, master }))
     }
 
-    /// Waits for the verdict; on CUDA not for anything that was launched after it.
+    /// A copy of the state as tensors on the CPU.
     ///
     /// # Errors
     /// What the device reports.
-    pub fn read(self) -> Result<Verdict> {
-        match (self.reading)()?[..] {
-            [loss, norm, factor] => Ok(Verdict { loss, norm, factor }),
-            ref other => Err(Error::Invalid(format!("a verdict of {} numbers", other.len()))),
+    pub fn save(&self, parameter: &Var) -> Result<SavedState> {
+        match &self.0 {
+            StateOf::Cpu(state) => Ok(state.save(parameter.shape())?),
+            // Updates are made in place, so that these must be copies.
+            StateOf::Gpu { m, v, master } => {
+                let copy = |t: &Tensor| copied(t, &Device::Cpu);
+                Ok(SavedState { m: copy(m)?, v: copy(v)?, master: master.as_ref().map(copy).transpose()? })
+            }
+        }
+    }
+
+    /// The state of `parameter` that [`State::save`] gave.
+    ///
+    /// # Errors
+    /// Tensors of another shape or dtype, and what the device reports.
+    pub fn restore(parameter: &Var, saved: &SavedState) -> Result<Self> {
+        let (device, wide) = (parameter.device(), acc_dtype(parameter.dtype()));
+        for t in [Some(&saved.m), Some(&saved.v), saved.master.as_ref()].into_iter().flatten() {
+            if t.dims() != parameter.dims() || t.dtype() != wide {
+                return Err(Error::Invalid(format!(
+                    "adamw: a state {:?} {:?} for a parameter {:?} {:?}; the same shape in {wide:?} expected",
+                    t.dtype(),
+                    t.dims(),
+                    parameter.dtype(),
+                    parameter.dims()
+                )));
+            }
+        }
+        if saved.master.is_some() != (parameter.dtype() != wide) {
+            return Err(Error::Invalid(format!(
+                "adamw: a state {} a master weight for a parameter {:?}",
+                if saved.master.is_some() { "with" } else { "without" },
+                parameter.dtype()
+            )));
+        }
+        if on_cpu(device) {
+            return Ok(Self(StateOf::Cpu(cpu::State::restore(parameter, saved)?)));
+        }
+        let copy = |t: &Tensor| copied(t, device);
+        let master = saved.master.as_ref().map(copy).transpose()?;
+        Ok(Self(StateOf::Gpu { m: copy(&saved.m)?, v: copy(&saved.v)?, master }))
+    }
+
+    /// One update of `parameter` in place, with its gradient times `scale`:
+    ///
+    /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2` and
+    /// `w = (1 - lr decay) w - lr m' / (sqrt(v') + eps)` with the bias-corrected moments m' and v'.
+    ///
+    /// On the CPU one pass, in parallel over chunks of a fixed size, so that the result has the same bits for any
+    /// number of threads; on a GPU one launch.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a gradient of another shape or dtype than the parameter, or the scale of another device.
+    #[cfg_attr(not(feature = "gpu"), allow(unused_variables))]
+    pub fn update(&mut self, parameter: &Var, gradient: &Tensor, step: &Step, scale: &Scale) -> Result<()> {
+        if gradient.dims() != parameter.dims() || gradient.dtype() != parameter.dtype() {
+            return Err(Error::Invalid(format!(
+                "adamw: the gradient is {:?} {:?}, the parameter {:?} {:?}",
+                gradient.dtype(),
+                gradient.dims(),
+                parameter.dtype(),
+                parameter.dims()
+            )));
+        }
+        match (&mut self.0, &scale.0) {
+            (StateOf::Cpu(state), ScaleOf::Host(factor)) => state.update(parameter, gradient, step, *factor),
+            (StateOf::Gpu { m, v, master }, ScaleOf::Verdict { verdict, previous }) => {
+                let parameter = parameter.as_detached_tensor();
+                on_gpu!(parameter.device(), G => {
+                    let tensors = gpu::tensors::Tensors {
+                        parameter: &parameter,
+                        gradient,
+                        m,
+                        v,
+                        master: master.as_ref(),
+                    };
+                    gpu::tensors::update::<G>(step, (verdict, previous.as_ref()), &tensors)
+                });
+                refused("adamw", &parameter)
+            }
+            (StateOf::Cpu(_), ScaleOf::Verdict { .. }) => {
+                Err(Error::Invalid("adamw: a parameter on the CPU, and a scale that a GPU knows".into()))
+            }
+            (StateOf::Gpu { .. }, ScaleOf::Host(_)) => {
+                Err(Error::Invalid("adamw: a parameter on a GPU, and a scale for the CPU".into()))
+            }
         }
     }
 }
 
-#[allow(unused_variables)] // without a GPU in this build
-fn sums(first: &Tensor, gradients: &[&Tensor], of: &Parts) -> Result<Tensor> {
-    on_gpu!(first.device(), G => crate::ops::adamw::gpu::tensors::sums::<G>(gradients, of));
-    refused("the norm of gradients", first)
-}
-
-/// A parameter, its gradient and what is kept of it, all of one shape and on one GPU.
-#[derive(Debug, Clone, Copy)]
-pub struct Updated<'a> {
-    /// The parameter, in f32, f16 or bf16, contiguous; changed in place, as what follows.
-    pub parameter: &'a Tensor,
-    /// First moment, f32.
-    pub m: &'a Tensor,
-    /// Second moment, f32.
-    pub v: &'a Tensor,
-    /// The f32 weight of which an f16 or bf16 parameter is the rounding.
-    pub master: Option<&'a Tensor>,
-    /// The gradient, in the dtype of the parameter.
-    pub gradient: &'a Tensor,
-}
-
-/// One launch that updates a parameter as the verdict says. `before` is the verdict on the update before this one,
-/// where the host has not read that yet: if it was skipped, the number of this one is one less.
-///
-/// # Errors
-/// Tensors of other shapes or dtypes than these, or on the CPU.
-#[allow(unused_variables)] // without a GPU in this build
-pub fn update(step: &Step, verdict: &Tensor, before: Option<&Tensor>, x: &Updated<'_>) -> Result<()> {
-    let wide = [Some(x.m), Some(x.v), x.master];
-    let fits = |t: &Tensor| t.dims() == x.parameter.dims() && t.dtype() == candle_core::DType::F32;
-    if !wide.into_iter().flatten().all(fits) || x.gradient.dims() != x.parameter.dims() {
-        return Err(Error::Invalid(format!(
-            "adamw: a parameter {:?} with moments {:?} {:?} and gradient {:?}; one shape, and f32 moments",
-            x.parameter.dims(),
-            x.m.dims(),
-            x.m.dtype(),
-            x.gradient.dims()
-        )));
-    }
-    on_gpu!(x.parameter.device(), G => crate::ops::adamw::gpu::tensors::step::<G>(step, (verdict, before), x));
-    refused("adamw", x.parameter)
+/// A copy on `device`, which no update in place reaches.
+fn copied(t: &Tensor, device: &Device) -> candle_core::Result<Tensor> {
+    if t.device().same_device(device) { t.copy() } else { t.to_device(device) }
 }

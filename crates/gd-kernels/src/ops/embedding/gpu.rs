@@ -8,10 +8,10 @@ use candle_core::{DType, Tensor};
 use crate::backend::gpu::tensors::{Rows, TensorGpu, Vector};
 use crate::backend::graph::{Finished, attach1};
 use crate::error::{Error, Result};
-use crate::ops::select::gpu::inverse::Inverse;
-use crate::ops::select::gpu::launch::{Plan, Rule, Sizes, sum_rows};
+use crate::ops::select::gpu::inverse_index::InverseIndex;
+use crate::ops::select::gpu::launch::{Rule, SelectPlan, Sizes, sum_rows};
 
-/// See [`crate::ops::embedding`].
+/// The rows `ids` of a table; the gradient of each row is the sum of those of its reads, in their order.
 pub(crate) fn embedding<G: TensorGpu>(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let ((rows, _), reads) = (table.dims2()?, ids.dims1()?);
     if ids.dtype() != DType::U32 || reads == 0 || rows == 0 {
@@ -25,7 +25,7 @@ pub(crate) fn embedding<G: TensorGpu>(table: &Tensor, ids: &Tensor) -> Result<Te
     let device = G::of(table.device())?;
     let result = Finished::copy_of(&table.detach().index_select(ids, 0)?)?;
     let ids = Vector::new(ids, DType::U32)?;
-    Ok(attach1("embedding", table, result, move |table, grad| {
+    Ok(attach1("embedding", table, result, move |table, _, grad| {
         let (rows, width) = table.dims2()?;
         let sizes = Sizes {
             batch: 1,
@@ -38,8 +38,8 @@ pub(crate) fn embedding<G: TensorGpu>(table: &Tensor, ids: &Tensor) -> Result<Te
             slots: 1,
             dtype: table.dtype(),
         };
-        let plan = Plan::new(&sizes, &Rule::default(), &device.arch())?;
-        let inverse = Inverse::new(&device, &sizes, ids.slice())?;
+        let plan = SelectPlan::new(&sizes, &Rule::default(), &device.arch())?;
+        let inverse = InverseIndex::new(&device, &sizes, ids.slice())?;
         let grad = Rows::new(&grad.reshape((1, 1, reads, width))?)?;
         let ones = Vector::new(&Tensor::ones(reads, DType::F32, table.device())?, DType::F32)?;
         let [out] = device.gradients([table])?;

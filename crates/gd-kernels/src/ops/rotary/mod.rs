@@ -1,21 +1,73 @@
-//! Rotary position embedding.
+//! Rotary position embedding (Su et al., arXiv 2104.09864), half-split as in Llama: element `i` of the first half of
+//! a row and element `i` of the second half are a pair, which turns by the angle `position * theta^(-2i / D)`.
 
+mod cpu;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 
 use candle_core::Tensor;
 
-use crate::backend::dispatch::{on_gpu, refused};
-use crate::error::Result;
+use crate::backend::dispatch::on_gpu;
+use crate::backend::support::require_device;
+use crate::error::{Error, Result};
 
-/// Rotates row `n` of every head of x `[B, H, N, D]` by the angles of position `offset + n`, of which cos and sin f32
-/// `[positions, D / 2]` hold the cosines and sines; one offset, or one for every batch entry. Element i of the first
-/// half of a row and element i of the second are a pair. Differentiable in x.
+/// Rotates row `n` of every head of `x` by the angles of position `offset + n`.
+///
+/// * `x`: `[B, H, N, D]` with an even D, f64, f32, f16 or bf16 on the CPU; f32, f16 or bf16 on a GPU. Any strides: a
+///   transposed `[B, N, H, D]` is read in place.
+/// * `cos`, `sin`: `[positions, D / 2]`, the cosines and sines of the angles in radians; f64 for f64 `x`, else f32.
+/// * `offsets`: the position of row 0, one for all batch entries or one for each of them.
+///
+/// Returns `[B, H, N, D]`, contiguous, in the dtype of `x`. `x` gets a gradient, which is the rotation by the negative
+/// angles; `cos` and `sin` are constants.
 ///
 /// # Errors
-/// Tensors on the CPU, shapes that do not fit, positions beyond the angles, or a dtype without kernels.
-#[allow(unused_variables)] // without a GPU in this build
+/// [`Error::Invalid`] if the shapes do not fit, positions lie beyond the angles, or the angles have another dtype than
+/// the one named above; [`Error::Unsupported`] for another dtype, or a device without kernels in this build.
+///
+/// # Examples
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+///
+/// // One head of two elements: position 1 turns by a quarter.
+/// let cos = Tensor::new(&[[1f32], [0.0]], &Device::Cpu)?;
+/// let sin = Tensor::new(&[[0f32], [1.0]], &Device::Cpu)?;
+/// let x = Tensor::new(&[[[[3f32, 4.0], [3.0, 4.0]]]], &Device::Cpu)?;
+/// let y = gd_kernels::rotary(&x, &cos, &sin, &[0])?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [3.0, 4.0, -4.0, 3.0]);
+/// # Ok::<(), gd_kernels::Error>(())
+/// ```
 pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor, offsets: &[usize]) -> Result<Tensor> {
-    on_gpu!(x.device(), G => gpu::tensors::rotate::<G>(x, [cos, sin], offsets));
-    refused("rotary", x)
+    validate(x, cos, sin, offsets)?;
+    on_gpu!(x.device(), G => gpu::tensors::rotary::<G>(x, [cos, sin], offsets));
+    require_device("rotary", x.device())?;
+    cpu::rotary(x, [cos, sin], offsets)
+}
+
+fn validate(x: &Tensor, cos: &Tensor, sin: &Tensor, offsets: &[usize]) -> Result<()> {
+    let fits = match (x.dims(), cos.dims()) {
+        ([_, _, _, d], [_, pairs]) => 2 * pairs == *d && *d > 0 && cos.dims() == sin.dims(),
+        _ => false,
+    };
+    if !fits {
+        return Err(Error::Invalid(format!(
+            "rotary: x {:?}, cos {:?} and sin {:?}; [B, H, N, D] and [positions, D / 2] expected",
+            x.dims(),
+            cos.dims(),
+            sin.dims()
+        )));
+    }
+    let (batch, rows, positions) = (x.dims()[0], x.dims()[2], cos.dims()[0]);
+    if offsets.len() != 1 && offsets.len() != batch {
+        return Err(Error::Invalid(format!(
+            "rotary: {} offsets for a batch of {batch} (1 or {batch} expected)",
+            offsets.len()
+        )));
+    }
+    match offsets.iter().find(|offset| offset.saturating_add(rows) > positions) {
+        Some(offset) => Err(Error::Invalid(format!(
+            "rotary: {rows} positions from offset {offset} exceed the {positions} positions of the angles"
+        ))),
+        None => Ok(()),
+    }
 }

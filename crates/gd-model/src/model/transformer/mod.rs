@@ -7,13 +7,12 @@ use std::sync::Arc;
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
+use gd_kernels::cross_entropy::{linear_cross_entropy, linear_token_losses};
 use gd_layer::{
     Attention, GdAttention, LayerCache, Linear, Pass, RmsNorm, RopeScaling, Rotary, SoftmaxAttention, linear,
-    swiglu,
 };
 
 use crate::config::{Mechanism, ModelConfig};
-use crate::model::loss::{linear_cross_entropy, linear_token_losses};
 
 mod checkpointed;
 mod layer_alignment;
@@ -35,7 +34,7 @@ impl Mlp {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.down.forward(&swiglu(&self.gate.forward(x)?, &self.up.forward(x)?)?)
+        self.down.forward(&gd_kernels::swiglu(&self.gate.forward(x)?, &self.up.forward(x)?)?)
     }
 }
 
@@ -172,7 +171,7 @@ impl Transformer {
     }
 
     /// Mean loss of predicting `targets` `[B, N]` from ids `[B, N]`, in nats per token that is not
-    /// [ignored](crate::model::loss::IGNORE).
+    /// [ignored](gd_kernels::cross_entropy::IGNORE).
     ///
     /// # Errors
     /// As [`Transformer::forward`], or a target outside the vocabulary.
@@ -186,7 +185,7 @@ impl Transformer {
     /// As [`Transformer::loss`].
     pub fn token_losses(&self, ids: &Tensor, targets: &Tensor, pass: &Pass) -> Result<Vec<f32>> {
         let hidden = self.hidden(ids, pass, None)?.flatten_to(1)?;
-        linear_token_losses(&hidden, &self.head_weight()?, &targets.flatten_all()?)
+        Ok(linear_token_losses(&hidden, &self.head_weight()?, &targets.flatten_all()?)?)
     }
 
     /// The output projection `[.., C]` -> `[.., V]`.
@@ -209,7 +208,7 @@ impl Transformer {
     /// # Errors
     /// A target outside the vocabulary.
     pub fn head_loss(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        linear_cross_entropy(&hidden.flatten_to(1)?, &self.head_weight()?, &targets.flatten_all()?)
+        Ok(linear_cross_entropy(&hidden.flatten_to(1)?, &self.head_weight()?, &targets.flatten_all()?)?)
     }
 
     /// The weights `[V, C]` of the output projection in the dtype of the hidden states.

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-pub use self::adamw::{AdamW, Known, Moved};
+pub use self::adamw::{AdamW, DeviceVerdict, Updated};
 pub use self::groups::Group;
 pub use self::muon::{Muon, orthogonal};
 pub use self::norm::{accumulate, clip_scale, global_norm, not_finite, squares};
@@ -53,20 +53,25 @@ impl Optimizer {
         self.muon.is_empty()
     }
 
-    /// As [`AdamW::step_known`], where [`Optimizer::is_asynchronous`].
+    /// Updates as [`AdamW::step_by_verdict`], if [`Optimizer::is_asynchronous`].
     ///
     /// # Errors
-    /// As there, or matrices that Muon would move.
-    pub fn step_known(&mut self, grads: &GradStore, lr: f64, known: &Known<'_>) -> Result<Moved> {
+    /// As there, or matrices that Muon would update.
+    pub fn step_by_verdict(
+        &mut self,
+        grads: &GradStore,
+        lr: f64,
+        verdict: &DeviceVerdict<'_>,
+    ) -> Result<Updated> {
         match self.is_asynchronous() {
-            true => self.adamw.step_known(grads, lr, known),
+            true => self.adamw.step_by_verdict(grads, lr, verdict),
             false => Err(crate::Error::Invalid("Muon's updates need a factor that the host knows".into())),
         }
     }
 
-    /// As [`AdamW::take_back`].
-    pub fn take_back(&mut self, moved: &Moved) {
-        self.adamw.take_back(moved);
+    /// As [`AdamW::undo_step`].
+    pub fn undo_step(&mut self, updated: &Updated) {
+        self.adamw.undo_step(updated);
     }
 
     /// With the parameters, all that an exact continuation needs, by name.

@@ -8,9 +8,6 @@ use candle_core::{DType, Tensor, Var};
 
 use crate::error::{Error, Result};
 
-/// Elements that one thread handles at a time.
-pub(super) const PIECE: usize = 16 * 1024;
-
 /// Parameters in the order of their names.
 ///
 /// # Errors

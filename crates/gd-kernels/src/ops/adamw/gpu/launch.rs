@@ -1,9 +1,9 @@
-//! AdamW on a GPU, clipped by a norm that never leaves it.
+//! AdamW on a GPU, clipped by a norm that stays in its memory.
 //!
-//! [`squares`] takes one launch a gradient; [`verdict`] makes of their sums what an [`update`] needs to know: the
-//! factor of the gradients, or that nothing is to change. No launch waits for the host, and the host reads
-//! a verdict when it likes. Sums are in a fixed order: the same bits whatever the schedule. Squares are f32; a
-//! gradient above 1e19 counts as one that is not finite.
+//! [`squares`] is one launch per gradient. [`verdict`] computes from the sums what an [`update`] needs: the factor of the
+//! gradients, or that nothing changes. No launch waits for the host, which may read a verdict later. Sums are in a fixed
+//! order, so that they have the same bits for any schedule. Squares are f32; a gradient above 1e19 counts as one that is
+//! not finite.
 
 use candle_core::DType;
 
@@ -13,37 +13,73 @@ use crate::backend::gpu::params::{
 };
 use crate::backend::gpu::{Gpu, KernelOp, Slice, THREADS, elements, launch};
 use crate::error::{Error, Result};
-use crate::ops::adamw::update::{ELEMENTS_PER_SUM, Limits, Parts, Step};
+pub use crate::ops::adamw::{Limits, Step};
 
-const _: () = assert!(ELEMENTS_PER_SUM == SQUARES_BLOCK_ELEMENTS as usize, "the elements that a block sums");
+/// Elements of a gradient that one partial sum of squares covers.
+const ELEMENTS_PER_SUM: usize = SQUARES_BLOCK_ELEMENTS as usize;
 
-/// Puts the sums of squares of gradient number `at`, contiguous in f32, f16 or bf16, among the `parts`.
+/// The layout of the partial sums of squares of several gradients: f32, one for every [`ELEMENTS_PER_SUM`] elements of a
+/// gradient.
+#[derive(Debug, Clone)]
+pub struct PartialSums {
+    counts: Vec<usize>,
+    /// Where the sums of each gradient begin, and at the end where the last ones end.
+    starts: Vec<usize>,
+}
+
+impl PartialSums {
+    /// For gradients of these numbers of elements.
+    ///
+    /// # Errors
+    /// A gradient of 2^31 elements or more.
+    pub fn new(counts: Vec<usize>) -> Result<Self> {
+        let mut starts = vec![0];
+        for &count in &counts {
+            elements("a gradient", count as u128)?;
+            starts.push(starts[starts.len() - 1] + count.div_ceil(ELEMENTS_PER_SUM));
+        }
+        elements("sums of squares", starts[counts.len()] as u128)?;
+        Ok(Self { counts, starts })
+    }
+
+    /// The number of sums.
+    pub fn count(&self) -> usize {
+        self.starts[self.counts.len()]
+    }
+
+    /// The first gradient that is not finite, given the sums.
+    pub fn first_not_finite(&self, sums: &[f32]) -> Option<usize> {
+        self.starts.windows(2).position(|range| sums[range[0]..range[1]].iter().any(|x| !x.is_finite()))
+    }
+}
+
+/// Writes the partial sums of squares of gradient number `at`, contiguous in f32, f16 or bf16, to their place in `sums`.
 ///
 /// # Errors
 /// Another dtype, and what the GPU refuses.
 pub fn squares<G: Gpu>(
     gpu: &G,
-    of: &Parts,
+    layout: &PartialSums,
     at: usize,
     (gradient, dtype): (Slice<'_, G::Buffer>, DType),
-    parts: Slice<'_, G::Buffer>,
+    sums: Slice<'_, G::Buffer>,
 ) -> Result<()> {
     let variant = Variant::new("squares", dtype, &gpu.arch())?;
-    let params = SquaresParams { count: of.counts[at] as u32, first: of.starts[at] as u32 };
+    let params = SquaresParams { count: layout.counts[at] as u32, first: layout.starts[at] as u32 };
     if params.count == 0 {
         return Ok(());
     }
-    let blocks = of.starts[at + 1] - of.starts[at];
-    launch(gpu, variant.kernel(KernelOp::Squares), blocks, &params, vec![Some(gradient), Some(parts)])
+    let blocks = layout.starts[at + 1] - layout.starts[at];
+    launch(gpu, variant.kernel(KernelOp::Squares), blocks, &params, vec![Some(gradient), Some(sums)])
 }
 
-/// Writes a [`Verdict`] from the squares and the sum of `losses` (f32, so many).
+/// Writes a [`Verdict`](crate::adamw::Verdict) from the squares and the sum of `losses` (f32, so many).
 ///
 /// # Errors
 /// A weight or a norm to clip to that is not above 0, and what the GPU refuses.
 pub fn verdict<G: Gpu>(
     gpu: &G,
-    (of, parts): (&Parts, Slice<'_, G::Buffer>),
+    (layout, sums): (&PartialSums, Slice<'_, G::Buffer>),
     (losses, count): (Slice<'_, G::Buffer>, usize),
     limits: &Limits,
     out: Slice<'_, G::Buffer>,
@@ -53,42 +89,40 @@ pub fn verdict<G: Gpu>(
         return Err(Error::Invalid(format!("a gradient of weight {weight} cannot be clipped to {clip}")));
     }
     let params = ClipParams {
-        partials: of.count() as u32,
+        partials: layout.count() as u32,
         losses: elements("losses", count as u128)?,
         weight: weight as f32,
         max_norm: clip as f32,
         loss_limit: limits.loss,
         norm_limit: limits.norm,
     };
-    let buffers = [parts, losses, out].map(Some).to_vec();
+    let buffers = [sums, losses, out].map(Some).to_vec();
     let variant = Variant { element: ElementType::F32, target: gpu.arch().target() };
     launch(gpu, variant.kernel(KernelOp::Clip), 1, &params, buffers)
 }
 
 impl Step {
     fn params(&self, count: u32) -> AdamwParams {
-        let Self { number, lr, beta1, beta2, eps, weight_decay } = *self;
-        // As f64, rounded once.
-        let rate = |t: f64| (lr / (1.0 - beta1.powf(t))) as f32;
-        let root = |t: f64| (1.0 - beta2.powf(t)).sqrt().recip() as f32;
-        let (now, late) = (f64::from(number), f64::from(number.saturating_sub(1).max(1)));
+        let Self { number, beta1, beta2, eps, .. } = *self;
+        // For the case that the update before this one was skipped.
+        let previous = number.saturating_sub(1).max(1);
         AdamwParams {
             count,
             beta1: beta1 as f32,
             one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
             one_minus_beta2: (1.0 - beta2) as f32,
-            weight_scale: (1.0 - lr * weight_decay) as f32,
+            weight_scale: self.keep() as f32,
             eps: eps as f32,
-            step_size: rate(now),
-            root_scale: root(now),
-            previous_step_size: rate(late),
-            previous_root_scale: root(late),
+            step_size: self.rate(number) as f32,
+            root_scale: self.root(number) as f32,
+            previous_step_size: self.rate(previous) as f32,
+            previous_root_scale: self.root(previous) as f32,
         }
     }
 }
 
-/// A parameter, its gradient and what is kept of it: contiguous, of as many elements.
+/// A parameter, its gradient and its state: contiguous, with the same number of elements.
 #[derive(Debug)]
 pub struct Operands<'a, B> {
     /// The parameter, in f32, f16 or bf16.
@@ -103,8 +137,8 @@ pub struct Operands<'a, B> {
     pub master: Option<Slice<'a, B>>,
 }
 
-/// Updates a parameter in place, in one launch, as the verdict says. `before` is the verdict on the update before
-/// this one where the host has not read it yet: if that was skipped, this one's number is one less.
+/// Updates a parameter in place, in one launch, as the verdict says. `previous` is the verdict on the update
+/// before this one where the host has not read it yet: if that was skipped, the number of this one is one less.
 ///
 /// # Errors
 /// Another dtype, a 16-bit parameter without its master, 2^31 elements or more, and what the GPU refuses.
@@ -112,7 +146,7 @@ pub fn update<G: Gpu>(
     gpu: &G,
     step: &Step,
     (count, dtype): (usize, DType),
-    (verdict, before): (Slice<'_, G::Buffer>, Option<Slice<'_, G::Buffer>>),
+    (verdict, previous): (Slice<'_, G::Buffer>, Option<Slice<'_, G::Buffer>>),
     x: &Operands<'_, G::Buffer>,
 ) -> Result<()> {
     let variant = Variant::new("adamw", dtype, &gpu.arch())?;
@@ -127,7 +161,7 @@ pub fn update<G: Gpu>(
     if count == 0 {
         return Ok(());
     }
-    let mut buffers = vec![Some(verdict), before];
+    let mut buffers = vec![Some(verdict), previous];
     buffers.extend([Some(x.gradient), Some(x.m), Some(x.v), x.master, Some(x.parameter)]);
     let blocks = count.div_ceil(THREADS * ADAMW_THREAD_ELEMENTS as usize);
     launch(gpu, variant.kernel(KernelOp::Adamw), blocks, &params, buffers)

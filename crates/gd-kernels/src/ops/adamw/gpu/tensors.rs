@@ -1,60 +1,73 @@
-//! AdamW over tensors, in place.
+//! AdamW over tensors on a GPU, in place.
 
 use candle_core::{DType, Tensor};
 
+use super::launch::{self, Operands, PartialSums};
 use crate::backend::gpu::tensors::{Reading, TensorGpu, Vector};
 use crate::error::{Error, Result};
-use crate::ops::adamw::Updated;
-use crate::ops::adamw::gpu::launch::{Operands, squares, update, verdict};
-use crate::ops::adamw::update::{Limits, Parts, Step};
+use crate::ops::adamw::{Limits, Step};
 
-/// A tensor where it lies.
-fn whole<B: From<Tensor>>(t: &Tensor) -> Result<Vector<B>> {
+/// A contiguous tensor, without a copy.
+fn contiguous<B: From<Tensor>>(t: &Tensor) -> Result<Vector<B>> {
     match t.is_contiguous() {
         true => Ok(Vector::strided(t.detach())),
         false => Err(Error::Invalid(format!("adamw: {:?} of strides {:?}", t.dims(), t.stride()))),
     }
 }
 
-/// See [`crate::ops::adamw::Squares`].
-pub(crate) fn sums<G: TensorGpu>(gradients: &[&Tensor], of: &Parts) -> Result<Tensor> {
+/// The partial sums of squares of gradients, f32.
+pub(crate) fn squares<G: TensorGpu>(gradients: &[&Tensor], layout: &PartialSums) -> Result<Tensor> {
     let device = G::of(gradients[0].device())?;
-    let parts = device.allocate(4 * of.count())?;
+    let sums = device.allocate(4 * layout.count())?;
     for (at, gradient) in gradients.iter().enumerate() {
-        let held = Vector::<G::Buffer>::new(gradient, gradient.dtype())?;
-        squares(&device, of, at, (held.slice(), gradient.dtype()), (&parts).into())?;
+        let values = Vector::<G::Buffer>::new(gradient, gradient.dtype())?;
+        launch::squares(&device, layout, at, (values.slice(), gradient.dtype()), (&sums).into())?;
     }
-    device.tensor(parts, DType::F32, of.count())
+    device.tensor(sums, DType::F32, layout.count())
 }
 
-/// See [`crate::ops::adamw::Squares::verdict`].
-pub(crate) fn judge<G: TensorGpu>(
-    (of, parts): (&Parts, &Tensor),
+/// The verdict f32 `[3]` of sums and losses, and its copy to the host.
+pub(crate) fn verdict<G: TensorGpu>(
+    (layout, sums): (&PartialSums, &Tensor),
     losses: &Tensor,
     limits: &Limits,
 ) -> Result<(Tensor, Reading)> {
-    let device = G::of(parts.device())?;
+    let device = G::of(sums.device())?;
     let out = device.allocate(12)?;
-    let (parts, count) = (Vector::<G::Buffer>::new(parts, DType::F32)?, losses.elem_count());
+    let (sums, count) = (Vector::<G::Buffer>::new(sums, DType::F32)?, losses.elem_count());
     let losses = Vector::new(losses, DType::F32)?;
-    verdict(&device, (of, parts.slice()), (losses.slice(), count), limits, (&out).into())?;
+    launch::verdict(&device, (layout, sums.slice()), (losses.slice(), count), limits, (&out).into())?;
     let verdict = device.tensor(out, DType::F32, 3)?;
     let reading = device.reading(&verdict)?;
     Ok((verdict, reading))
 }
 
-/// See [`crate::ops::adamw::update`].
-pub(crate) fn step<G: TensorGpu>(
+/// A parameter, its gradient and its state, of one shape.
+pub(crate) struct Tensors<'a> {
+    /// The parameter, contiguous.
+    pub(crate) parameter: &'a Tensor,
+    /// The gradient, in the dtype of the parameter.
+    pub(crate) gradient: &'a Tensor,
+    /// First moment, f32.
+    pub(crate) m: &'a Tensor,
+    /// Second moment, f32.
+    pub(crate) v: &'a Tensor,
+    /// The master weight of an f16 or bf16 parameter, f32.
+    pub(crate) master: Option<&'a Tensor>,
+}
+
+/// One launch that updates a parameter as the verdict says; see [`crate::adamw::Scale::of_verdict`].
+pub(crate) fn update<G: TensorGpu>(
     step: &Step,
-    (now, before): (&Tensor, Option<&Tensor>),
-    x: &Updated<'_>,
+    (verdict, previous): (&Tensor, Option<&Tensor>),
+    x: &Tensors<'_>,
 ) -> Result<()> {
     let device = G::of(x.parameter.device())?;
-    let held = |t: &Tensor| whole::<G::Buffer>(t);
-    let (now, before) = (held(now)?, before.map(held).transpose()?);
+    let vector = |t: &Tensor| contiguous::<G::Buffer>(t);
+    let (verdict, previous) = (vector(verdict)?, previous.map(vector).transpose()?);
     let gradient = Vector::new(x.gradient, x.parameter.dtype())?;
-    let [parameter, m, v] = [held(x.parameter)?, held(x.m)?, held(x.v)?];
-    let master = x.master.map(held).transpose()?;
+    let [parameter, m, v] = [vector(x.parameter)?, vector(x.m)?, vector(x.v)?];
+    let master = x.master.map(vector).transpose()?;
     let operands = Operands {
         parameter: parameter.slice(),
         gradient: gradient.slice(),
@@ -63,5 +76,6 @@ pub(crate) fn step<G: TensorGpu>(
         master: master.as_ref().map(Vector::slice),
     };
     let size = (x.parameter.elem_count(), x.parameter.dtype());
-    update(&device, step, size, (now.slice(), before.as_ref().map(Vector::slice)), &operands)
+    let verdicts = (verdict.slice(), previous.as_ref().map(Vector::slice));
+    launch::update(&device, step, size, verdicts, &operands)
 }

@@ -1,8 +1,8 @@
 //! Cross entropy of rows of logits on a GPU, in nats: one launch each way, in which every row has a block.
 //!
 //! logits and their gradient `[B, H, N, V]` of one dtype, the gradient contiguous; for every row in order a target
-//! (u32), a loss, the logarithm of its sum of powers, and the gradient of the loss (f32). What targets mean is said at
-//! [`crate::ops::cross_entropy::cross_entropy`].
+//! (u32), a loss, the logarithm of its sum of powers, and the gradient of the loss (f32). [`IGNORE`](crate::cross_entropy::IGNORE)
+//! marks a row that does not count.
 
 use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::CrossEntropyParams;
@@ -11,12 +11,12 @@ use crate::error::Result;
 
 /// A loss, checked.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct CrossEntropyPlan {
     sizes: RowSizes,
     variant: Variant,
 }
 
-impl Plan {
+impl CrossEntropyPlan {
     /// The plan; `dim` is the vocabulary.
     ///
     /// # Errors
@@ -45,7 +45,7 @@ impl Plan {
 /// Tensors of 2^31 elements or more, and what the GPU refuses.
 pub fn forward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &CrossEntropyPlan,
     logits: &Tensor4<'_, G::Buffer>,
     targets: Slice<'_, G::Buffer>,
     [losses, log_sums]: [Slice<'_, G::Buffer>; 2],
@@ -61,7 +61,7 @@ pub fn forward<G: Gpu>(
 /// As [`forward`].
 pub fn backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &CrossEntropyPlan,
     logits: &Tensor4<'_, G::Buffer>,
     [targets, log_sums, dlosses]: [Slice<'_, G::Buffer>; 3],
     dlogits: Slice<'_, G::Buffer>,

@@ -4,32 +4,23 @@ use candle_core::{DType, Tensor};
 
 use crate::backend::gpu::tensors::{TensorGpu, Vector, view};
 use crate::backend::graph::attach1;
-use crate::error::{Error, Result};
-use crate::ops::cross_entropy::gpu::launch::{Plan, backward, forward};
+use crate::error::Result;
+use crate::ops::cross_entropy::gpu::launch::{CrossEntropyPlan, backward, forward};
 
-/// What the backward pass needs beside the logits.
-struct Pass<G: TensorGpu> {
+/// What the backward pass needs besides the logits.
+struct ForwardPass<G: TensorGpu> {
     device: G,
-    plan: Plan,
+    plan: CrossEntropyPlan,
     targets: Vector<G::Buffer>,
     log_sums: G::Buffer,
 }
 
-impl<G: TensorGpu> Pass<G> {
-    /// The losses of all rows, f32, beside it.
+impl<G: TensorGpu> ForwardPass<G> {
+    /// The pass, and the losses of all rows, f32.
     fn new(logits: &Tensor, targets: &Tensor) -> Result<(Self, G::Buffer)> {
-        let fits = matches!((logits.dims(), targets.dims()), ([r, _], [t]) if r == t);
-        if !fits || targets.dtype() != DType::U32 {
-            return Err(Error::Invalid(format!(
-                "cross_entropy: logits {:?} and targets {:?} {:?}; [rows, V] and u32 [rows] expected",
-                logits.dims(),
-                targets.dims(),
-                targets.dtype()
-            )));
-        }
         let device = G::of(logits.device())?;
         let (rows, sizes) = view::<G::Buffer>(logits)?;
-        let plan = Plan::new(&sizes, &device.arch())?;
+        let plan = CrossEntropyPlan::new(&sizes, &device.arch())?;
         let targets = Vector::new(targets, DType::U32)?;
         let (losses, log_sums) = (device.allocate(4 * sizes.rows)?, device.allocate(4 * sizes.rows)?);
         let out = [(&losses).into(), (&log_sums).into()];
@@ -49,26 +40,25 @@ impl<G: TensorGpu> Pass<G> {
     }
 }
 
-/// See [`crate::ops::cross_entropy::cross_entropy`].
+/// The losses f32 `[rows]` of validated logits `[rows, V]` and targets u32 `[rows]`. The target
+/// [`IGNORE`](crate::ops::cross_entropy::IGNORE) has the loss 0; another target that is no column has probability 0 and
+/// the loss +inf.
 pub(crate) fn losses<G: TensorGpu>(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let (pass, losses) = Pass::<G>::new(logits, targets)?;
+    let (pass, losses) = ForwardPass::<G>::new(logits, targets)?;
     let result = pass.device.finished(losses, DType::F32, logits.dims()[0])?;
-    let backward = move |logits: &Tensor, dlosses: &Tensor| Ok(pass.gradient(logits, dlosses)?);
+    let backward = move |logits: &Tensor, _: &Tensor, dlosses: &Tensor| Ok(pass.gradient(logits, dlosses)?);
     Ok(attach1("cross_entropy", logits, result, backward)?)
 }
 
-/// See [`crate::ops::cross_entropy::cross_entropy_and_gradient`].
+/// The same losses, and the gradient for the logits of their sum weighted by `weights` f32 `[rows]`; both without a
+/// graph.
 pub(crate) fn losses_and_gradient<G: TensorGpu>(
     logits: &Tensor,
     targets: &Tensor,
     weights: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    let (pass, losses) = Pass::<G>::new(logits, targets)?;
+    let (pass, losses) = ForwardPass::<G>::new(logits, targets)?;
     let rows = logits.dims()[0];
-    if weights.dims() != [rows] {
-        let dims = weights.dims();
-        return Err(Error::Invalid(format!("cross_entropy: weights {dims:?} of {rows} rows")));
-    }
     let gradient = pass.gradient(logits, weights)?;
     Ok((pass.device.tensor(losses, DType::F32, rows)?, gradient))
 }

@@ -16,13 +16,13 @@ const MIN_BLOCK_ROWS: usize = 8;
 
 /// A normalisation, checked.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct NormPlan {
     sizes: RowSizes,
     eps: f32,
     variant: Variant,
 }
 
-impl Plan {
+impl NormPlan {
     /// The plan.
     ///
     /// # Errors
@@ -73,7 +73,7 @@ impl Plan {
 /// Tensors of 2^31 elements or more, and what the GPU refuses.
 pub fn forward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &NormPlan,
     x: &Tensor4<'_, G::Buffer>,
     weight: Slice<'_, G::Buffer>,
     y: Slice<'_, G::Buffer>,
@@ -94,7 +94,7 @@ pub fn forward<G: Gpu>(
 /// As [`forward`].
 pub fn backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &NormPlan,
     x: &Tensor4<'_, G::Buffer>,
     weight: Slice<'_, G::Buffer>,
     dy: &Tensor4<'_, G::Buffer>,

@@ -7,14 +7,14 @@ use crate::backend::graph::attach2;
 use crate::error::Result;
 use crate::ops::rms_norm::gpu::launch;
 
-/// See [`crate::ops::rms_norm::rms_norm`].
+/// Normalises validated tensors.
 pub(crate) fn rms_norm<G: TensorGpu>(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let device = G::of(x.device())?;
     let dtype: DType = x.dtype();
     let [out] = device.gradients([x])?;
     let plan = {
         let (rows, sizes) = view::<G::Buffer>(x)?;
-        let plan = launch::Plan::new(&sizes, eps, &device.arch())?;
+        let plan = launch::NormPlan::new(&sizes, eps, &device.arch())?;
         let weight = Vector::new(weight, dtype)?;
         launch::forward(&device, &plan, &rows.tensor4(), weight.slice(), (&out).into())?;
         plan
@@ -22,10 +22,10 @@ pub(crate) fn rms_norm<G: TensorGpu>(x: &Tensor, weight: &Tensor, eps: f64) -> R
     let result = device.finished(out, dtype, x.shape())?;
     Ok(attach2("rms_norm", x, weight, result, move |x, weight, dy| {
         let ((rows, _), (dy, _)) = (view::<G::Buffer>(x)?, view::<G::Buffer>(dy)?);
-        let taps = Vector::new(weight, dtype)?;
+        let weight_values = Vector::new(weight, dtype)?;
         let [dx, dw] = device.gradients([x, weight])?;
         let out = [(&dx).into(), (&dw).into()];
-        launch::backward(&device, &plan, &rows.tensor4(), taps.slice(), &dy.tensor4(), out)?;
+        launch::backward(&device, &plan, &rows.tensor4(), weight_values.slice(), &dy.tensor4(), out)?;
         device.tensors([x, weight], [dx, dw])
     })?)
 }

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 
 /// A rotation, checked.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct RotaryPlan {
     sizes: RowSizes,
     offsets: Vec<u32>,
     variant: Variant,
@@ -26,7 +26,7 @@ pub struct Angles<'a, B> {
     pub positions: usize,
 }
 
-impl Plan {
+impl RotaryPlan {
     /// The plan for rows that stand at `offset + n`, with one offset or one for every batch entry.
     ///
     /// # Errors
@@ -55,7 +55,7 @@ impl Plan {
 /// Positions beyond the angles, tensors of 2^31 elements or more, and what the GPU refuses.
 pub fn rotate<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &RotaryPlan,
     x: &Tensor4<'_, G::Buffer>,
     angles: &Angles<'_, G::Buffer>,
     back: bool,

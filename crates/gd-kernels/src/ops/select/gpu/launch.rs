@@ -7,7 +7,6 @@
 //! contiguous.
 
 use bytemuck::bytes_of;
-use candle_core::DType;
 
 use crate::backend::gpu::kernel::{ElementType, KernelOp, Variant};
 use crate::backend::gpu::params::{
@@ -15,46 +14,15 @@ use crate::backend::gpu::params::{
 };
 use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, elements, grid, params};
 use crate::error::{Error, Result};
-use crate::ops::select::gpu::inverse::Inverse;
-use crate::options::{Barrier, CoherenceMode, Estimator, Score, TieBreak};
+use crate::ops::select::gpu::inverse_index::InverseIndex;
+pub use crate::ops::select::options::Rule;
+pub use crate::ops::select::sizes::Sizes;
+use crate::options::Barrier;
 
 /// Most candidates of a row, protected ones counted.
 pub const MAX_SLOTS: usize = params::MAX_SLOTS as usize;
 
-/// The sizes of a selection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sizes {
-    /// B.
-    pub batch: usize,
-    /// Hq, a multiple of Hk.
-    pub q_heads: usize,
-    /// Hk.
-    pub kv_heads: usize,
-    /// N.
-    pub queries: usize,
-    /// M.
-    pub keys: usize,
-    /// D.
-    pub head_dim: usize,
-    /// Dv.
-    pub value_dim: usize,
-    /// K.
-    pub slots: usize,
-    /// Of q, k and v.
-    pub dtype: DType,
-}
-
 impl Sizes {
-    /// Query rows.
-    pub fn rows(&self) -> usize {
-        self.batch * self.q_heads * self.queries
-    }
-
-    /// The same for steps with one key a query: residual queries and the density.
-    pub fn single(&self) -> Self {
-        Self { slots: 1, ..*self }
-    }
-
     fn q_dims(&self) -> [usize; 4] {
         [self.batch, self.q_heads, self.queries, self.head_dim]
     }
@@ -72,57 +40,15 @@ impl Sizes {
     }
 }
 
-/// How to choose; see [`crate::Select`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rule {
-    /// How keys are scored.
-    pub score: Score,
-    /// Which of equals wins.
-    pub tie: TieBreak,
-    /// Gradient of the choice; not `Dense`.
-    pub estimator: Estimator,
-    /// Temperature of the softmax.
-    pub temperature: f64,
-    /// Preserve floor.
-    pub preserve: f64,
-    /// Value floor.
-    pub value: f64,
-    /// Share of the hard forward pass; a blend has none.
-    pub hardness: f64,
-    /// Temperature of the energy gate.
-    pub gate: Option<f64>,
-    /// Conditional protection.
-    pub barrier: Option<Barrier>,
-    /// Which well stands for a pair with two.
-    pub coherence: CoherenceMode,
-}
-
-impl Default for Rule {
-    fn default() -> Self {
-        Self {
-            score: Score::default(),
-            tie: TieBreak::default(),
-            estimator: Estimator::default(),
-            temperature: 1.0,
-            preserve: 0.0,
-            value: 0.0,
-            hardness: 1.0,
-            gate: None,
-            barrier: None,
-            coherence: CoherenceMode::default(),
-        }
-    }
-}
-
 /// The problem of a step: sizes and rule, checked.
 #[derive(Debug, Clone, Copy)]
-pub struct Plan {
+pub struct SelectPlan {
     sizes: Sizes,
     params: SelectParams,
     variant: Variant,
 }
 
-impl Plan {
+impl SelectPlan {
     /// The plan of the steps of a selection.
     ///
     /// # Errors
@@ -163,10 +89,10 @@ impl Plan {
             estimator: estimator as u32,
             coherence: CoherenceCode::from(rule.coherence) as u32,
             temperature: rule.temperature as f32,
-            preserve_floor: rule.preserve as f32,
-            value_floor: rule.value as f32,
-            hardness: if rule.estimator == Estimator::Blend { 0.0 } else { rule.hardness as f32 },
-            gate_temperature: rule.gate.unwrap_or(0.0) as f32,
+            preserve_floor: rule.preserve_floor as f32,
+            value_floor: rule.value_floor as f32,
+            hardness: rule.hard_share() as f32,
+            gate_temperature: rule.gate_temperature.unwrap_or(0.0) as f32,
             barrier_floor: barrier.floor as f32,
             barrier_margin: barrier.margin as f32,
             barrier_strength: barrier.strength as f32,
@@ -242,19 +168,19 @@ impl Plan {
         &self,
         gpu: &G,
         op: KernelOp,
-        (inverse, dim): (&'a Inverse<G::Buffer>, usize),
+        (inverse, dim): (&'a InverseIndex<G::Buffer>, usize),
         buffers: Vec<Option<Slice<'a, G::Buffer>>>,
         out: Slice<'a, G::Buffer>,
     ) -> Result<()> {
         let Sizes { batch, kv_heads, keys, slots, .. } = self.sizes;
-        let pieces = (self.sizes.rows() * slots).div_ceil(READERS_PER_WARP as usize);
-        elements("parts", pieces as u128 * 2 * dim as u128)?;
-        let parts = gpu.allocate(pieces * 2 * dim * 4)?;
+        let warps = (self.sizes.rows() * slots).div_ceil(READERS_PER_WARP as usize);
+        elements("parts", warps as u128 * 2 * dim as u128)?;
+        let parts = gpu.allocate(warps * 2 * dim * 4)?;
         let [starts, lists, entries] = inverse.slices();
         let mut all = vec![Some(starts), Some(lists), Some(entries), Some((&parts).into())];
         all.extend(buffers);
         all.push(Some(out));
-        self.launch(gpu, op, (pieces.div_ceil(8), 256), all)?;
+        self.launch(gpu, op, (warps.div_ceil(8), 256), all)?;
         // The kernel takes the length of a row as head_dim.
         let params = SelectParams { head_dim: dim as u32, ..self.params };
         let lists = batch * kv_heads * keys;
@@ -303,7 +229,7 @@ pub struct Candidates<'a, B> {
 /// Tensors of 2^31 elements or more, and what the GPU refuses; so in all functions here.
 pub fn choose<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     c: &Candidates<'_, G::Buffer>,
     v: &Tensor4<'_, G::Buffer>,
     record: Option<&Record<'_, G::Buffer>>,
@@ -325,11 +251,11 @@ pub fn choose<G: Gpu>(
 #[allow(clippy::too_many_arguments)]
 pub fn choose_backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     c: &Candidates<'_, G::Buffer>,
     v: &Tensor4<'_, G::Buffer>,
     dy: &Tensor4<'_, G::Buffer>,
-    inverse: &Inverse<G::Buffer>,
+    inverse: &InverseIndex<G::Buffer>,
     denergy: Slice<'_, G::Buffer>,
     dv: Slice<'_, G::Buffer>,
     dthreshold: Slice<'_, G::Buffer>,
@@ -352,8 +278,8 @@ pub fn choose_backward<G: Gpu>(
 /// As [`choose`].
 pub fn sum_rows<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
-    inverse: &Inverse<G::Buffer>,
+    plan: &SelectPlan,
+    inverse: &InverseIndex<G::Buffer>,
     weights: Slice<'_, G::Buffer>,
     d: &Tensor4<'_, G::Buffer>,
     out: Slice<'_, G::Buffer>,
@@ -382,7 +308,7 @@ pub struct Pairs<'a, B> {
 }
 
 impl<B> Pairs<'_, B> {
-    fn plan(&self, plan: &Plan) -> Result<Plan> {
+    fn plan(&self, plan: &SelectPlan) -> Result<SelectPlan> {
         plan.q(&self.q)?.k(&self.k)
     }
 }
@@ -393,7 +319,7 @@ impl<B> Pairs<'_, B> {
 /// As [`choose`].
 pub fn energy<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     x: &Pairs<'_, G::Buffer>,
     prior: Option<&Prior<'_, G::Buffer>>,
     energy: Slice<'_, G::Buffer>,
@@ -423,10 +349,10 @@ pub struct PairGradients<'a, B> {
 /// As [`choose`].
 pub fn energy_backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     x: &Pairs<'_, G::Buffer>,
     gradient: Slice<'_, G::Buffer>,
-    inverse: &Inverse<G::Buffer>,
+    inverse: &InverseIndex<G::Buffer>,
     out: &PairGradients<'_, G::Buffer>,
 ) -> Result<()> {
     let plan = x.plan(plan)?;
@@ -440,7 +366,7 @@ pub fn energy_backward<G: Gpu>(
     if let Some(prior) = &out.prior {
         let values = prior.dims[0] * prior.dims[1] * plan.sizes.keys;
         // Summed like the gradients of keys, a row for the prior heads of a key head, in f32.
-        let plan = Plan {
+        let plan = SelectPlan {
             variant: Variant { element: ElementType::F32, ..plan.variant },
             ..plan.prior(Some(prior))
         };
@@ -460,7 +386,7 @@ pub fn energy_backward<G: Gpu>(
 /// As [`choose`].
 pub fn barrier<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     [energy, index, flags]: [Slice<'_, G::Buffer>; 3],
     out: Slice<'_, G::Buffer>,
 ) -> Result<()> {
@@ -479,7 +405,7 @@ pub fn barrier<G: Gpu>(
 /// As [`choose`].
 pub fn barrier_backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     [energy, index, flags]: [Slice<'_, G::Buffer>; 3],
     gradient: Slice<'_, G::Buffer>,
     out: Slice<'_, G::Buffer>,
@@ -492,9 +418,9 @@ pub fn barrier_backward<G: Gpu>(
 ///
 /// # Errors
 /// As [`choose`].
-pub fn rest<G: Gpu>(
+pub fn remaining<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     index: Slice<'_, G::Buffer>,
     slot: Slice<'_, G::Buffer>,
     out: Slice<'_, G::Buffer>,
@@ -515,7 +441,7 @@ pub fn rest<G: Gpu>(
 /// As [`choose`].
 pub fn density<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     x: &Pairs<'_, G::Buffer>,
     alpha: Slice<'_, G::Buffer>,
     rho: Option<Slice<'_, G::Buffer>>,
@@ -533,11 +459,11 @@ pub fn density<G: Gpu>(
 #[allow(clippy::too_many_arguments)]
 pub fn density_backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     x: &Pairs<'_, G::Buffer>,
     alpha: Slice<'_, G::Buffer>,
     gradient: Slice<'_, G::Buffer>,
-    inverse: &Inverse<G::Buffer>,
+    inverse: &InverseIndex<G::Buffer>,
     out: &PairGradients<'_, G::Buffer>,
     dalpha: Slice<'_, G::Buffer>,
 ) -> Result<()> {
@@ -561,7 +487,7 @@ pub fn density_backward<G: Gpu>(
 /// As [`choose`].
 pub fn residual<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     x: &Pairs<'_, G::Buffer>,
     out: Slice<'_, G::Buffer>,
 ) -> Result<()> {
@@ -575,10 +501,10 @@ pub fn residual<G: Gpu>(
 /// As [`choose`].
 pub fn residual_backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SelectPlan,
     x: &Pairs<'_, G::Buffer>,
     gradient: &Tensor4<'_, G::Buffer>,
-    inverse: &Inverse<G::Buffer>,
+    inverse: &InverseIndex<G::Buffer>,
     [dq, dk]: [Slice<'_, G::Buffer>; 2],
 ) -> Result<()> {
     let plan = x.plan(plan)?.gradient(gradient, plan.sizes.q_dims())?;

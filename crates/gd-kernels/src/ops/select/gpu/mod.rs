@@ -1,6 +1,5 @@
-//! `select` on a GPU: launches over buffers, and the same over tensors.
+//! `select` on a GPU: the steps over tensors, the launches over buffers, and the inverse index.
 
-pub mod inverse;
+pub mod inverse_index;
 pub mod launch;
-mod steps;
-pub(crate) mod tensors;
+pub(super) mod steps;

@@ -1,87 +1,84 @@
-//! The steps of a selection of tensors, each with its backward pass in candle's graph.
+//! The steps of a selection on a GPU, each with its backward pass in candle's graph.
 
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::backend::gpu::tensors::{Rows, TensorGpu, Vector};
 use crate::backend::gpu::{Prior, Slice};
 use crate::backend::graph::{Finished, attach1, attach2, attach3};
 use crate::error::Result;
-use crate::ops::select::Select;
-use crate::ops::select::gpu::inverse::Inverse;
-use crate::ops::select::gpu::launch as gpu;
-use crate::ops::select::gpu::launch::{Plan, Rule, Sizes};
+use crate::ops::select::gpu::inverse_index::InverseIndex;
+use crate::ops::select::gpu::launch::{self as gpu, SelectPlan};
+use crate::ops::select::rounds::{Record, Steps};
+use crate::ops::select::{Rule, Sizes};
 
-/// One key or several for every query, and where each key is read.
-pub(super) struct Keys<B> {
-    pub(super) index: Vector<B>,
-    pub(super) plan: Plan,
+/// One key or several for every query.
+pub(crate) struct Keys<B> {
+    index: Vector<B>,
+    plan: SelectPlan,
     sizes: Sizes,
     /// Made by the first backward pass that needs it.
-    inverse: OnceLock<Inverse<B>>,
+    inverse: OnceLock<InverseIndex<B>>,
 }
 
 impl<B: From<Tensor>> Keys<B> {
-    pub(super) fn new<G: TensorGpu<Buffer = B>>(
-        index: Vector<B>,
-        sizes: Sizes,
-        rule: &Rule,
-        device: &G,
-    ) -> Result<Arc<Self>> {
-        let plan = Plan::new(&sizes, rule, &device.arch())?;
-        Ok(Arc::new(Self { index, plan, sizes, inverse: OnceLock::new() }))
-    }
-
-    fn inverse<G: TensorGpu<Buffer = B>>(&self, device: &G) -> Result<&Inverse<B>> {
+    fn inverse<G: TensorGpu<Buffer = B>>(&self, device: &G) -> Result<&InverseIndex<B>> {
         if let Some(inverse) = self.inverse.get() {
             return Ok(inverse);
         }
-        let inverse = Inverse::new(device, &self.sizes, self.index.slice())?;
+        let inverse = InverseIndex::new(device, &self.sizes, self.index.slice())?;
         Ok(self.inverse.get_or_init(|| inverse))
     }
+}
 
-    /// `[B, Hq, N, K]`.
-    fn shape(&self) -> (usize, usize, usize, usize) {
-        (self.sizes.batch, self.sizes.q_heads, self.sizes.queries, self.sizes.slots)
+/// A selection on a GPU.
+pub(crate) struct GpuSteps<G> {
+    device: Arc<G>,
+    sizes: Sizes,
+    rule: Rule,
+    /// Batch entries and heads of the prior.
+    prior: Option<[usize; 2]>,
+}
+
+impl<G: TensorGpu> GpuSteps<G> {
+    pub(crate) fn new(device: &Device, sizes: Sizes, rule: Rule, prior: Option<[usize; 2]>) -> Result<Self> {
+        Ok(Self { device: Arc::new(G::of(device)?), sizes, rule, prior })
+    }
+
+    fn keys_of(&self, index: Vector<G::Buffer>, sizes: Sizes) -> Result<Arc<Keys<G::Buffer>>> {
+        let plan = SelectPlan::new(&sizes, &self.rule, &self.device.arch())?;
+        Ok(Arc::new(Keys { index, plan, sizes, inverse: OnceLock::new() }))
     }
 }
 
-/// A selection on a device.
-pub(super) struct Selection<'a, G> {
-    pub(super) device: Arc<G>,
-    pub(super) s: &'a Select<'a>,
-    pub(super) sizes: Sizes,
-    pub(super) rule: Rule,
-    pub(super) prior: Option<[usize; 2]>,
-}
+impl<G: TensorGpu> Steps for GpuSteps<G> {
+    type Keys = Arc<Keys<G::Buffer>>;
 
-/// What every row chose.
-pub(super) struct Record {
-    pub(super) slot: Tensor,
-    pub(super) index: Tensor,
-    pub(super) nearest: Tensor,
-    pub(super) energy: Tensor,
-    pub(super) margin: Tensor,
-    pub(super) gate: Tensor,
-}
-
-impl<G: TensorGpu> Selection<'_, G> {
-    /// One key a query, i32 `[B, Hq, N]`.
-    pub(super) fn single(&self, index: &Tensor) -> Result<Arc<Keys<G::Buffer>>> {
-        Keys::new(Vector::new(index, DType::I32)?, self.sizes.single(), &self.rule, &*self.device)
+    fn keys(&self, index: &Tensor) -> Result<Self::Keys> {
+        self.keys_of(Vector::new(index, DType::I32)?, self.sizes)
     }
 
-    /// Energies `[B, Hq, N, K]` of the candidates from q, k and `aux`: beta `[Hq]` and the flat prior.
-    pub(super) fn energy(
+    fn single_keys(&self, index: &Tensor) -> Result<Self::Keys> {
+        self.keys_of(Vector::new(index, DType::I32)?, self.sizes.single())
+    }
+
+    fn remaining_keys(&self, keys: &Self::Keys, record: &Record) -> Result<Self::Keys> {
+        let remaining = self.device.allocate(4 * keys.sizes.rows() * keys.sizes.slots)?;
+        let slot = Vector::new(&record.slot, DType::I32)?;
+        gpu::remaining(&*self.device, &keys.plan, keys.index.slice(), slot.slice(), (&remaining).into())?;
+        self.keys_of(Vector::owned(remaining), keys.sizes)
+    }
+
+    fn energy(
         &self,
         [q, k, aux]: [&Tensor; 3],
-        keys: &Arc<Keys<G::Buffer>>,
-        known: Option<&Tensor>,
+        keys: &Self::Keys,
+        scanned: Option<&Tensor>,
     ) -> Result<Tensor> {
         let (device, prior) = (&self.device, self.prior);
-        let result = match known {
-            Some(known) => Finished::copy_of(known)?,
+        let result = match scanned {
+            Some(scanned) => Finished::copy_of(scanned)?,
             None => {
                 let out = device.allocate(4 * keys.sizes.rows() * keys.sizes.slots)?;
                 let x = Operands::new([q, k, aux], prior)?;
@@ -92,7 +89,7 @@ impl<G: TensorGpu> Selection<'_, G> {
                     x.prior(keys.sizes.q_heads).as_ref(),
                     (&out).into(),
                 )?;
-                device.finished(out, DType::F32, keys.shape())?
+                device.finished(out, DType::F32, keys.sizes.slot_shape())?
             }
         };
         let (device, keys) = (device.clone(), keys.clone());
@@ -113,19 +110,15 @@ impl<G: TensorGpu> Selection<'_, G> {
         })?)
     }
 
-    pub(super) fn barrier(
-        &self,
-        energy: &Tensor,
-        keys: &Arc<Keys<G::Buffer>>,
-        flags: Arc<Vector<G::Buffer>>,
-    ) -> Result<Tensor> {
+    fn barrier(&self, energy: &Tensor, keys: &Self::Keys, protected: &Tensor) -> Result<Tensor> {
         let (device, keys) = (self.device.clone(), keys.clone());
+        let flags = Vector::new(protected, DType::U8)?;
         let out = device.allocate(4 * energy.elem_count())?;
         let e = Vector::new(energy, DType::F32)?;
         let rows = [e.slice(), keys.index.slice(), flags.slice()];
         gpu::barrier(&*device, &keys.plan, rows, (&out).into())?;
-        let result = device.finished(out, DType::F32, keys.shape())?;
-        Ok(attach1("barrier", energy, result, move |energy, grad| {
+        let result = device.finished(out, DType::F32, keys.sizes.slot_shape())?;
+        Ok(attach1("barrier", energy, result, move |energy, _, grad| {
             let (e, g) = (Vector::new(energy, DType::F32)?, Vector::new(grad, DType::F32)?);
             let [de] = device.gradients([energy])?;
             let rows = [e.slice(), keys.index.slice(), flags.slice()];
@@ -135,15 +128,14 @@ impl<G: TensorGpu> Selection<'_, G> {
         })?)
     }
 
-    /// The choice at the energies, and the values that it reads `[B, Hq, N, Dv]`.
-    pub(super) fn choose(
+    fn choose(
         &self,
         [energy, v, tau]: [&Tensor; 3],
-        keys: &Arc<Keys<G::Buffer>>,
+        keys: &Self::Keys,
         hardness: f64,
     ) -> Result<(Tensor, Record)> {
         let (device, keys, sizes) = (self.device.clone(), keys.clone(), self.sizes);
-        let plan = Plan::new(&sizes, &Rule { hardness, ..self.rule }, &device.arch())?;
+        let plan = SelectPlan::new(&sizes, &Rule { hardness, ..self.rule }, &device.arch())?;
         let rows = sizes.rows();
         let y = device.allocate(rows * sizes.value_dim * sizes.dtype.size_in_bytes())?;
         let column = || device.allocate(4 * rows);
@@ -168,7 +160,7 @@ impl<G: TensorGpu> Selection<'_, G> {
                 Some((&y).into()),
             )?;
         }
-        let shape = (sizes.batch, sizes.q_heads, sizes.queries);
+        let shape = sizes.row_shape();
         let [slot, index, nearest, energies, margin, gate] = record;
         let (int, float) = (
             |b: G::Buffer| device.tensor(b, DType::I32, shape),
@@ -182,8 +174,7 @@ impl<G: TensorGpu> Selection<'_, G> {
             margin: float(margin)?,
             gate: float(gate)?,
         };
-        let shape = (sizes.batch, sizes.q_heads, sizes.queries, sizes.value_dim);
-        let result = device.finished(y, sizes.dtype, shape)?;
+        let result = device.finished(y, sizes.dtype, sizes.output_shape())?;
         let y = attach3("choose", [energy, v, tau], result, move |[energy, v, tau], _, dy| {
             let (x, dy) = (Choice::new([energy, v, tau])?, Rows::new(dy)?);
             let [de, dv, dtau] = device.gradients([energy, v, tau])?;
@@ -203,17 +194,15 @@ impl<G: TensorGpu> Selection<'_, G> {
         Ok((y, record))
     }
 
-    /// The coherence point of every row, f32 `[B, Hq, N]`; `aux` is beta and alpha `[2 Hq]`.
-    pub(super) fn points(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys<G::Buffer>>) -> Result<Tensor> {
+    fn coherence(&self, [q, k, aux]: [&Tensor; 3], keys: &Self::Keys) -> Result<Tensor> {
         let x = Operands::new([q, k, aux], None)?;
         let out = self.device.allocate(4 * keys.sizes.rows())?;
         let alpha = x.at(keys.sizes.q_heads);
         gpu::density(&*self.device, &keys.plan, &x.pairs(keys), alpha, None, Some((&out).into()))?;
-        self.device.tensor(out, DType::F32, (self.sizes.batch, self.sizes.q_heads, self.sizes.queries))
+        self.device.tensor(out, DType::F32, self.sizes.row_shape())
     }
 
-    /// The mixture density at that point.
-    pub(super) fn density(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys<G::Buffer>>) -> Result<Tensor> {
+    fn density(&self, [q, k, aux]: [&Tensor; 3], keys: &Self::Keys) -> Result<Tensor> {
         let (device, keys) = (self.device.clone(), keys.clone());
         let heads = keys.sizes.q_heads;
         let out = device.allocate(4 * keys.sizes.rows())?;
@@ -222,8 +211,7 @@ impl<G: TensorGpu> Selection<'_, G> {
             let (pairs, alpha) = (x.pairs(&keys), x.at(heads));
             gpu::density(&*device, &keys.plan, &pairs, alpha, Some((&out).into()), None)?;
         }
-        let (b, h, n, _) = keys.shape();
-        let result = device.finished(out, DType::F32, (b, h, n))?;
+        let result = device.finished(out, DType::F32, keys.sizes.row_shape())?;
         Ok(attach3("coherence-density", [q, k, aux], result, move |[q, k, aux], _, grad| {
             let x = Operands::new([q, k, aux], None)?;
             let grad = Vector::new(grad, DType::F32)?;
@@ -245,17 +233,16 @@ impl<G: TensorGpu> Selection<'_, G> {
         })?)
     }
 
-    /// The queries `[B, Hq, N, D]` without what their keys explain.
-    pub(super) fn residual(&self, [q, k]: [&Tensor; 2], keys: &Arc<Keys<G::Buffer>>) -> Result<Tensor> {
+    fn residual(&self, [q, k]: [&Tensor; 2], keys: &Self::Keys) -> Result<Tensor> {
         let (device, keys) = (self.device.clone(), keys.clone());
+        // Not used here, but the kernels take it.
+        let beta = Tensor::ones(keys.sizes.q_heads, DType::F32, q.device())?;
         let [out] = device.gradients([q])?;
         {
-            let x = Operands::new([q, k, &self.s.beta.to_dtype(DType::F32)?], None)?;
+            let x = Operands::new([q, k, &beta], None)?;
             gpu::residual(&*device, &keys.plan, &x.pairs(&keys), (&out).into())?;
         }
         let result = device.finished(out, q.dtype(), q.dims())?;
-        // Not used there, but the kernels take it.
-        let beta = Tensor::ones(keys.sizes.q_heads, DType::F32, q.device())?;
         Ok(attach2("query-residual", q, k, result, move |q, k, dr| {
             let (x, dr) = (Operands::new([q, k, &beta], None)?, Rows::new(dr)?);
             let [dq, dk] = device.gradients([q, k])?;

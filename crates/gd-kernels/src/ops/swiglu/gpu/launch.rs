@@ -9,12 +9,12 @@ use crate::error::Result;
 
 /// An activation, checked.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct SwigluPlan {
     sizes: RowSizes,
     variant: Variant,
 }
 
-impl Plan {
+impl SwigluPlan {
     /// The plan.
     ///
     /// # Errors
@@ -57,7 +57,7 @@ impl Plan {
 /// Tensors of 2^31 elements or more, and what the GPU refuses.
 pub fn forward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SwigluPlan,
     inputs: [&Tensor4<'_, G::Buffer>; 2],
     y: Slice<'_, G::Buffer>,
 ) -> Result<()> {
@@ -72,7 +72,7 @@ pub fn forward<G: Gpu>(
 /// As [`forward`].
 pub fn backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &SwigluPlan,
     inputs: [&Tensor4<'_, G::Buffer>; 2],
     dy: &Tensor4<'_, G::Buffer>,
     [dgate, dup]: [Slice<'_, G::Buffer>; 2],

@@ -7,13 +7,13 @@ use crate::backend::graph::attach2;
 use crate::error::Result;
 use crate::ops::swiglu::gpu::launch;
 
-/// See [`crate::ops::swiglu::swiglu`].
-pub(crate) fn gated<G: TensorGpu>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+/// Applies the activation to validated tensors.
+pub(crate) fn swiglu<G: TensorGpu>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let device = G::of(gate.device())?;
     let [out] = device.gradients([gate])?;
     let plan = {
         let ((g, sizes), (u, _)) = (view::<G::Buffer>(gate)?, view::<G::Buffer>(up)?);
-        let plan = launch::Plan::new(&sizes, &device.arch())?;
+        let plan = launch::SwigluPlan::new(&sizes, &device.arch())?;
         launch::forward(&device, &plan, [&g.tensor4(), &u.tensor4()], (&out).into())?;
         plan
     };

@@ -1,0 +1,182 @@
+//! The CPU body of [`linear`](super::linear) for f32 activations and half-precision weights.
+
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+
+use crate::backend::cpu::element::{Bf16, Element, F16, sum2};
+use crate::backend::cpu::parallel::vectorize;
+use crate::backend::cpu::view::{Rows, cpu_slice};
+use crate::backend::graph::{attach1, attach2, with_contiguous_rows};
+use crate::error::Result;
+
+/// The most rows of `x` that read the stored weights directly. With more rows, widening the weights once costs less.
+const MAX_DIRECT_ROWS: usize = 8;
+
+/// Weight elements that one task reads.
+const TASK_ELEMENTS: usize = 1 << 15;
+
+/// Projects f32 `x` by f16 or bf16 `weight`, both validated.
+pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let rows: usize = x.dims().iter().rev().skip(1).product();
+    Ok(match (weight.dtype(), rows <= MAX_DIRECT_ROWS) {
+        (DType::F16, true) => direct::<F16>(x, weight)?,
+        (DType::F16, false) => product::<F16>(x, weight)?,
+        (_, true) => direct::<Bf16>(x, weight)?,
+        (_, false) => product::<Bf16>(x, weight)?,
+    })
+}
+
+/// Many rows: one matrix product with the weights in f32.
+fn product<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let weight = weight.contiguous()?;
+    let wide = {
+        let (storage, layout) = weight.storage_and_layout();
+        let (from, to) = layout.contiguous_offsets().unwrap_or_default();
+        widen(&cpu_slice::<T>(&storage)?[from..to])
+    };
+    let wide = attach1("widen", &weight, (wide, weight.shape().clone()), |weight, _, dy| {
+        dy.to_dtype(weight.dtype())
+    })?;
+    Ok(super::product(x, &wide)?)
+}
+
+/// The elements in f32, on all threads.
+fn widen<T: Element<Acc = f32>>(narrow: &[T]) -> Vec<f32> {
+    let mut wide = vec![0f32; narrow.len()];
+    wide.par_chunks_mut(TASK_ELEMENTS).zip(narrow.par_chunks(TASK_ELEMENTS)).for_each(|(wide, narrow)| {
+        vectorize(
+            #[inline(always)]
+            || {
+                T::widened(narrow, wide);
+            },
+        );
+    });
+    wide
+}
+
+/// A few rows: one pass over the stored weights.
+fn direct<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (x, weight) = (with_contiguous_rows(x)?, with_contiguous_rows(weight)?);
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = weight.dim(0)?;
+    }
+    let y = {
+        let ((xs, xl), (ws, wl)) = (x.storage_and_layout(), weight.storage_and_layout());
+        multiply(&Rows::<f32>::new(&xs, xl)?, &Rows::<T>::new(&ws, wl)?)
+    };
+    Ok(attach2("linear", &x, &weight, (y, shape.into()), |x, weight, dy| {
+        let (outputs, inputs) = weight.dims2()?;
+        let rows = dy.reshape(((), outputs))?;
+        let dx = rows.matmul(&weight.to_dtype(DType::F32)?)?.reshape(x.shape())?;
+        let dw = rows.t()?.matmul(&x.reshape(((), inputs))?)?.to_dtype(weight.dtype())?;
+        Ok([dx, dw])
+    })?)
+}
+
+/// y `[rows of x, rows of weight]`; every weight is read once.
+fn multiply<T: Element<Acc = f32>>(x: &Rows<f32>, weight: &Rows<T>) -> Vec<f32> {
+    let (rows, outputs) = (x.count(), weight.count());
+    let outputs_per_task = (TASK_ELEMENTS / weight.len().max(1)).max(1);
+    // Transposed, so that the results of a task lie together.
+    let mut transposed = vec![0f32; outputs * rows];
+    if rows > 0 {
+        transposed.par_chunks_mut(outputs_per_task * rows).enumerate().for_each(|(task, out)| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (j, out) in out.chunks_exact_mut(rows).enumerate() {
+                        let w = weight.row(task * outputs_per_task + j);
+                        for (r, y) in out.iter_mut().enumerate() {
+                            *y = sum2(x.row(r), w, |x, w: T| x * w.up());
+                        }
+                    }
+                },
+            );
+        });
+    }
+    if rows == 1 {
+        return transposed;
+    }
+    (0..rows).flat_map(|r| transposed.iter().skip(r).step_by(rows).copied()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Result, Var};
+
+    use super::*;
+    use crate::linear;
+    use crate::ops::agreement::noise;
+
+    /// Values and gradients from f64.
+    #[test]
+    fn half_weights_give_what_they_give_in_full_precision() -> Result<()> {
+        let mut direct_cases = 0;
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            for (lead, inputs, outputs) in [
+                (vec![1, 1], 7, 3),
+                (vec![1, 1], 576, 1537),
+                (vec![3], 65, 33),
+                (vec![2, 4], 32, 70),
+                (vec![3, 3], 40, 5),
+                (vec![1, 0], 8, 4),
+            ] {
+                if dtype == DType::F32 && lead.contains(&0) {
+                    // candle's own product has no answer for no rows.
+                    continue;
+                }
+                let shape = [&lead[..], &[inputs]].concat();
+                let x = Var::from_tensor(&noise(1, &shape, DType::F32)?)?;
+                let weight = Var::from_tensor(&noise(2, &[outputs, inputs], dtype)?)?;
+                let bias = noise(3, &[outputs], dtype)?;
+                let y = linear(&x, &weight, Some(&bias))?;
+                let rows: usize = lead.iter().product();
+                direct_cases += usize::from(rows <= MAX_DIRECT_ROWS && dtype != DType::F32);
+                let dy = noise(4, y.dims(), DType::F32)?;
+                let grads = (&y * &dy)?.sum_all()?.backward()?;
+                let wide = |t: &Tensor| t.detach().to_dtype(DType::F64);
+                let (xw, ww, dw) = (
+                    wide(&x)?.reshape((rows, inputs))?,
+                    wide(&weight)?,
+                    wide(&dy)?.reshape((rows, outputs))?,
+                );
+                let expected = [
+                    (y.clone(), xw.matmul(&ww.t()?)?.broadcast_add(&wide(&bias)?)?, 1e-4),
+                    (grads.get(&x).unwrap().clone(), dw.matmul(&ww)?, 1e-4),
+                    (
+                        grads.get(&weight).unwrap().clone(),
+                        dw.t()?.matmul(&xw)?,
+                        if dtype == DType::F32 { 1e-4 } else { 3e-2 },
+                    ),
+                ];
+                for (i, (got, expected, bound)) in expected.into_iter().enumerate() {
+                    if expected.elem_count() == 0 {
+                        continue;
+                    }
+                    let got = wide(&got)?.reshape(expected.shape())?;
+                    let scale = (expected.abs()? + 1.0)?;
+                    let worst = (got - expected)?.abs()?.div(&scale)?.max_all()?.to_scalar::<f64>()?;
+                    assert!(worst <= bound, "{dtype:?} {lead:?} {inputs} {outputs}, result {i}: {worst}");
+                }
+            }
+        }
+        assert_eq!(direct_cases, 10);
+        Ok(())
+    }
+
+    #[test]
+    fn a_batch_gives_each_row_what_it_gives_alone() -> Result<()> {
+        let (x, w) = (noise(1, &[5, 48], DType::F32)?, noise(2, &[31, 48], DType::BF16)?);
+        let strided = noise(1, &[48, 5], DType::F32)?.t()?;
+        for x in [x, strided] {
+            let together = linear(&x, &w, None)?.to_vec2::<f32>()?;
+            for (r, row) in together.iter().enumerate() {
+                assert_eq!(&linear(&x.narrow(0, r, 1)?, &w, None)?.to_vec2::<f32>()?[0], row);
+            }
+        }
+        let error = linear(&noise(1, &[2, 47], DType::F32)?, &w, None).unwrap_err().to_string();
+        assert!(error.contains("[2, 47]") && error.contains("[31, 48]"), "{error}");
+        Ok(())
+    }
+}

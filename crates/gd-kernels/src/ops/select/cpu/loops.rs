@@ -1,0 +1,102 @@
+//! Loops over query rows and keys that the steps of `select` share.
+
+use rayon::prelude::*;
+
+use super::Keys;
+use super::inverse_index::InverseIndex;
+use crate::backend::cpu::element::{Element, Real};
+use crate::backend::cpu::parallel::vectorize;
+use crate::ops::select::Sizes;
+
+/// Query rows that a task takes; fixed, so that results do not depend on the thread count.
+const TASK_ROWS: usize = 64;
+
+/// Keys that a task takes.
+const TASK_KEYS: usize = 64;
+
+/// Fills `out`, `len` elements a row, by `f(row, state, out)`; `state` is made once a task.
+pub(super) fn for_rows<O: Send, S>(
+    out: &mut [O],
+    len: usize,
+    state: impl Fn() -> S + Sync,
+    f: impl Fn(usize, &mut S, &mut [O]) + Sync,
+) {
+    out.par_chunks_mut(TASK_ROWS * len).enumerate().for_each(|(task, out)| {
+        vectorize(
+            #[inline(always)]
+            || {
+                let mut state = state();
+                for (r, out) in out.chunks_mut(len).enumerate() {
+                    f(task * TASK_ROWS + r, &mut state, out);
+                }
+            },
+        );
+    });
+}
+
+/// As [`for_rows`] with two outputs.
+pub(super) fn for_rows2<A: Send, B: Send, S>(
+    (a, a_len): (&mut [A], usize),
+    (b, b_len): (&mut [B], usize),
+    state: impl Fn() -> S + Sync,
+    f: impl Fn(usize, &mut S, &mut [A], &mut [B]) + Sync,
+) {
+    let tasks = a.par_chunks_mut(TASK_ROWS * a_len).zip(b.par_chunks_mut(TASK_ROWS * b_len));
+    tasks.enumerate().for_each(|(task, (a, b))| {
+        vectorize(
+            #[inline(always)]
+            || {
+                let mut state = state();
+                for (r, (a, b)) in a.chunks_mut(a_len).zip(b.chunks_mut(b_len)).enumerate() {
+                    f(task * TASK_ROWS + r, &mut state, a, b);
+                }
+            },
+        );
+    });
+}
+
+/// The gradient of keys or values `[B, Hk, M, len]`: for each key the sum of `add(slot, sum)` over
+/// the flat slots (row * K + slot) that hold it, in ascending order, rounded once.
+pub(super) fn key_gradient<T: Element>(
+    keys: &Keys,
+    len: usize,
+    add: impl Fn(usize, [usize; 3], &mut [T::Acc]) + Sync,
+) -> Vec<T> {
+    let Sizes { batch, q_heads, kv_heads, queries, keys: key_count, slots, .. } = keys.sizes;
+    let per_head = q_heads / kv_heads * queries * slots;
+    let inverses: Vec<InverseIndex> =
+        keys.index.par_chunks(per_head).map(|rows| InverseIndex::new(rows, key_count)).collect();
+    let mut out = vec![T::down(T::Acc::of(0.0)); batch * kv_heads * key_count * len];
+    let blocks = key_count.div_ceil(TASK_KEYS);
+    let mut tasks: Vec<&mut [T]> = Vec::with_capacity(inverses.len() * blocks);
+    for head in out.chunks_mut(key_count * len) {
+        tasks.extend(head.chunks_mut(TASK_KEYS * len));
+    }
+    tasks.into_par_iter().enumerate().for_each(|(task, out)| {
+        let (head, first) = (task / blocks, task % blocks * TASK_KEYS);
+        vectorize(
+            #[inline(always)]
+            || {
+                let mut sum = vec![T::Acc::of(0.0); len];
+                for (at, out) in out.chunks_mut(len).enumerate() {
+                    let key = [head / kv_heads, head % kv_heads, first + at];
+                    sum.fill(T::Acc::of(0.0));
+                    for slot in inverses[head].readers(first + at) {
+                        add(head * per_head + slot, key, &mut sum);
+                    }
+                    out.iter_mut().zip(&sum).for_each(|(o, &s)| *o = T::down(s));
+                }
+            },
+        );
+    });
+    out
+}
+
+/// Sums per-row values `[B, Hq, N]` into heads `[Hq]`, in row order, in f64.
+pub(super) fn head_sums<A: Real>(sizes: &Sizes, rows: &[A]) -> Vec<A> {
+    let mut sums = vec![0f64; sizes.q_heads];
+    for (head, rows) in rows.chunks(sizes.queries).enumerate() {
+        sums[head % sizes.q_heads] += rows.iter().map(|x| x.wide()).sum::<f64>();
+    }
+    sums.into_iter().map(A::of).collect()
+}

@@ -1,0 +1,219 @@
+//! One row of Select: threshold, winner, gate, and every estimator's gradient.
+//!
+//! A row has K slots (energy, key or -1) and a null slot whose energy is the threshold. `p` is the
+//! softmax of `-eps / T` over the slots in use and the null slot.
+
+use crate::backend::cpu::element::Real;
+use crate::ops::select::Rule;
+use crate::options::{Estimator, TieBreak};
+
+/// The options of a row in the accumulator type.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowRule<A> {
+    tie: TieBreak,
+    estimator: Estimator,
+    /// Temperature T of the estimator's softmax.
+    temperature: A,
+    /// Preserve floor f.
+    preserve_floor: A,
+    /// Value floor lambda.
+    value_floor: A,
+    /// Share h of the hard forward pass; 1 - h is the soft mixture over the candidates.
+    hardness: A,
+    /// Temperature of the energy gate; `None` leaves the value as it is.
+    gate_temperature: Option<A>,
+}
+
+impl<A: Real> RowRule<A> {
+    /// The options of a selection.
+    pub(super) fn of(rule: &Rule) -> Self {
+        Self {
+            tie: rule.tie,
+            estimator: rule.estimator,
+            temperature: A::of(rule.temperature),
+            preserve_floor: A::of(rule.preserve_floor),
+            value_floor: A::of(rule.value_floor),
+            hardness: A::of(rule.hard_share()),
+            gate_temperature: rule.gate_temperature.map(A::of),
+        }
+    }
+}
+
+/// What a row chose.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowChoice<A> {
+    /// The slot of least energy, admitted or not; none if the row has no candidate.
+    pub(super) nearest: Option<usize>,
+    /// The winning slot; none if the row abstains.
+    pub(super) winner: Option<usize>,
+    /// Energy of the next admitted candidate less that of the winner; +inf if there is none.
+    pub(super) margin: A,
+    /// Consistency gate of the nearest candidate, admitted or not; 1 without an energy gate.
+    pub(super) rho: A,
+}
+
+/// Finds the winner among slots with a key, ties by the rule.
+pub(super) fn choose<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A) -> RowChoice<A> {
+    let mut nearest: Option<usize> = None;
+    for (slot, (&e, &j)) in energy.iter().zip(key).enumerate().filter(|(_, (_, j))| **j >= 0) {
+        let wins = nearest.is_none_or(|b| {
+            let earlier = (j < key[b]) == (rule.tie == TieBreak::First);
+            e < energy[b] || (e == energy[b] && earlier)
+        });
+        if wins {
+            nearest = Some(slot);
+        }
+    }
+    let Some(nearest) = nearest else {
+        return RowChoice { nearest: None, winner: None, margin: A::infinity(), rho: A::one() };
+    };
+    let e = energy[nearest];
+    let rho = rule.gate_temperature.map_or(A::one(), |t| sigmoid((tau - e) / t));
+    if e > tau {
+        return RowChoice { nearest: Some(nearest), winner: None, margin: A::infinity(), rho };
+    }
+    let rivals = energy.iter().zip(key).enumerate().filter(|(slot, (_, j))| *slot != nearest && **j >= 0);
+    let margin = rivals.map(|(_, (&x, _))| x).filter(|&x| x <= tau).fold(A::infinity(), |m, x| {
+        let lead = x - e;
+        if lead < m { lead } else { m }
+    });
+    RowChoice { nearest: Some(nearest), winner: Some(nearest), margin, rho }
+}
+
+pub(super) fn sigmoid<A: Real>(x: A) -> A {
+    // exp never overflows to a NaN here: exp(+big) = inf gives 0.
+    (A::one() + (-x).exp()).recip()
+}
+
+/// Softmax of `-eps / T` over used slots into `p`, returning the null slot's share.
+fn soft<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A]) -> A {
+    let used = |(e, j): (&A, &i32)| if *j < 0 { A::infinity() } else { *e };
+    let least = energy.iter().zip(key).map(used).fold(tau, |least, e| if e < least { e } else { least });
+    if !least.is_finite() {
+        p.fill(A::zero());
+        return A::zero();
+    }
+    let weight = |e: A| ((least - e) / rule.temperature).exp();
+    let mut total = weight(tau);
+    let null = total;
+    for (p, x) in p.iter_mut().zip(energy.iter().zip(key)) {
+        *p = weight(used(x));
+        total += *p;
+    }
+    p.iter_mut().for_each(|p| *p /= total);
+    null / total
+}
+
+/// Weights of the value rows in the forward pass.
+pub(super) fn weights<A: Real>(
+    rule: &RowRule<A>,
+    c: &RowChoice<A>,
+    energy: &[A],
+    key: &[i32],
+    tau: A,
+    w: &mut [A],
+) {
+    if rule.hardness < A::one() {
+        soft(rule, energy, key, tau, w);
+        let share = A::one() - rule.hardness;
+        w.iter_mut().for_each(|w| *w *= share);
+    } else {
+        w.fill(A::zero());
+    }
+    if let Some(j) = c.winner {
+        w[j] += rule.hardness * c.rho;
+    }
+}
+
+/// Scratch for the backward pass of a row of K slots.
+pub(super) struct Scratch<A> {
+    p: Vec<A>,
+    mixed: Vec<A>,
+}
+
+impl<A: Real> Scratch<A> {
+    pub(super) fn new(slots: usize) -> Self {
+        Self { p: vec![A::zero(); slots], mixed: vec![A::zero(); slots] }
+    }
+}
+
+/// The backward pass of a row: `a[j] = <dy, v_j>` in, the energies' gradient `de` and the weights
+/// `dv` with which `dy` enters the value rows out; returns the threshold's gradient.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward<A: Real>(
+    rule: &RowRule<A>,
+    c: &RowChoice<A>,
+    energy: &[A],
+    key: &[i32],
+    tau: A,
+    a: &[A],
+    s: &mut Scratch<A>,
+    de: &mut [A],
+    dv: &mut [A],
+) -> A {
+    de.fill(A::zero());
+    dv.fill(A::zero());
+    let mut dtau = A::zero();
+    let (hard, soft_share) = (rule.hardness, A::one() - rule.hardness);
+    let null = soft(rule, energy, key, tau, &mut s.p);
+    if soft_share > A::zero() {
+        dtau += jacobian(rule, &s.p, null, a, soft_share, de);
+        dv.iter_mut().zip(&s.p).for_each(|(d, &p)| *d = soft_share * p);
+    }
+    if hard == A::zero() {
+        return dtau;
+    }
+    let scale = hard * c.rho;
+    let floor = |s: &mut Scratch<A>| {
+        let used = key.iter().filter(|&&j| j >= 0).count();
+        let each = rule.preserve_floor / A::of(used.max(1) as f64);
+        for ((m, &p), &j) in s.mixed.iter_mut().zip(&s.p).zip(key) {
+            *m = (A::one() - rule.preserve_floor) * p + if j < 0 { A::zero() } else { each };
+        }
+        (A::one() - rule.preserve_floor) * null
+    };
+    match rule.estimator {
+        Estimator::Blend | Estimator::Winner => {}
+        Estimator::Candidates | Estimator::Dense => {
+            let null = floor(s);
+            dtau += jacobian(rule, &s.mixed, null, a, scale, de);
+        }
+        Estimator::Reinmax => {
+            let half = A::of(0.5);
+            dtau += jacobian(rule, &s.p, null, a, -half * scale, de);
+            s.mixed.iter_mut().zip(&s.p).for_each(|(m, &p)| *m = half * p);
+            let hit = |chosen: bool| if chosen { half } else { A::zero() };
+            if let Some(j) = c.winner {
+                s.mixed[j] += half;
+            }
+            let null = half * null + hit(c.winner.is_none());
+            dtau += jacobian(rule, &s.mixed, null, a, A::of(2.0) * scale, de);
+            floor(s);
+        }
+    }
+    let lambda = if rule.estimator == Estimator::Winner { A::zero() } else { rule.value_floor };
+    if lambda > A::zero() {
+        dv.iter_mut().zip(&s.mixed).for_each(|(d, &m)| *d += scale * lambda * m);
+    }
+    if let Some(j) = c.winner {
+        dv[j] += scale * (A::one() - lambda);
+        if let Some(t) = rule.gate_temperature {
+            // rho = sigmoid((tau - eps) / T) multiplies the selected row.
+            let d = hard * a[j] * c.rho * (A::one() - c.rho) / t;
+            de[j] += -d;
+            dtau += d;
+        }
+    }
+    dtau
+}
+
+/// Adds `scale * J(p) a`, carried from scores `-eps / T` to energies, to `de`; returns the null
+/// slot's share, whose `a` is 0.
+fn jacobian<A: Real>(rule: &RowRule<A>, p: &[A], null: A, a: &[A], scale: A, de: &mut [A]) -> A {
+    let mean = p.iter().zip(a).fold(A::zero(), |m, (&p, &a)| p.mul_add(a, m));
+    let rate = -scale / rule.temperature;
+    for ((d, &p), &a) in de.iter_mut().zip(p).zip(a) {
+        *d += rate * p * (a - mean);
+    }
+    -rate * null * mean
+}

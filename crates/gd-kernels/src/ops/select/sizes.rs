@@ -1,0 +1,61 @@
+//! The sizes of a selection.
+
+use candle_core::DType;
+
+/// The sizes of a selection: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, candidates `[B, Hq, N, K]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// B.
+    pub batch: usize,
+    /// Hq, a multiple of Hk.
+    pub q_heads: usize,
+    /// Hk.
+    pub kv_heads: usize,
+    /// N.
+    pub queries: usize,
+    /// M.
+    pub keys: usize,
+    /// D.
+    pub head_dim: usize,
+    /// Dv.
+    pub value_dim: usize,
+    /// K: candidates of a query, protected ones counted.
+    pub slots: usize,
+    /// Of q, k and v.
+    pub dtype: DType,
+}
+
+impl Sizes {
+    /// Query rows: B * Hq * N.
+    pub fn rows(&self) -> usize {
+        self.batch * self.q_heads * self.queries
+    }
+
+    /// The same for a step with one key a query.
+    pub fn single(&self) -> Self {
+        Self { slots: 1, ..*self }
+    }
+
+    /// `[B, Hq, N]`.
+    pub(crate) fn row_shape(&self) -> (usize, usize, usize) {
+        (self.batch, self.q_heads, self.queries)
+    }
+
+    /// `[B, Hq, N, K]`.
+    pub(crate) fn slot_shape(&self) -> (usize, usize, usize, usize) {
+        (self.batch, self.q_heads, self.queries, self.slots)
+    }
+
+    /// `[B, Hq, N, Dv]`.
+    pub(crate) fn output_shape(&self) -> (usize, usize, usize, usize) {
+        (self.batch, self.q_heads, self.queries, self.value_dim)
+    }
+
+    /// Batch entry, query head, key-value head and query of a flat row.
+    #[inline(always)]
+    pub(crate) fn coordinates(&self, row: usize) -> [usize; 4] {
+        let (head, query) = (row / self.queries, row % self.queries);
+        let q_head = head % self.q_heads;
+        [head / self.q_heads, q_head, q_head / (self.q_heads / self.kv_heads), query]
+    }
+}

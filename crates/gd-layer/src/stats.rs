@@ -1,0 +1,154 @@
+//! Figures of a pass that monitoring reports.
+
+use candle_core::{DType, Device, Result, Tensor};
+use gd_kernels::{Candidates, Selected};
+
+/// What a layer selected in one pass, over batch, heads and queries.
+#[derive(Debug, Clone)]
+pub struct SelectionStats {
+    /// Share of (query, head) pairs that abstained.
+    pub abstained: f64,
+    /// Mean weight on position 0 (for a selecting layer: share of queries that select it).
+    pub first_token: f64,
+    /// Mean lead of the best key over the runner-up, in units of the score, where there are two.
+    pub margin: f64,
+    /// Mean entropy in nats of the weights over the candidates, or over the visible keys for a softmax layer.
+    pub entropy: f64,
+    /// Mean number of different keys that the heads of a position select, as a share of the heads that select.
+    pub distinct: f64,
+    /// The key of greatest weight for every (batch, head, query) in this order; -1 where the head abstained.
+    pub picks: Vec<i32>,
+    /// The selections themselves; none for a softmax layer.
+    pub selected: Option<Selected>,
+}
+
+impl SelectionStats {
+    /// Of a selecting layer; the entropy is that of the scan's energies at `temperature`.
+    pub(crate) fn of_selection(
+        selected: Selected,
+        candidates: &Candidates,
+        temperature: f64,
+    ) -> Result<Self> {
+        let (b, _, n) = selected.index.dims3()?;
+        let picks = selected.index.flatten_all()?.to_vec1::<i32>()?;
+        // Widened on the host: Metal has no f64.
+        let wide =
+            |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+        let margin = wide(&selected.margin)?;
+        let share = |key: i32| picks.iter().filter(|&&j| j == key).count() as f64 / picks.len() as f64;
+        let energies = wide(&candidates.energy.detach())?;
+        let rows = energies.chunks(candidates.energy.dim(3)?);
+        Ok(Self {
+            abstained: share(-1),
+            first_token: share(0),
+            margin: mean(margin.into_iter().filter(|m| m.is_finite())),
+            entropy: mean(rows.map(|energies| entropy(energies, temperature))),
+            distinct: distinct(&picks, b, n),
+            picks,
+            selected: Some(Selected { y: selected.y.detach(), ..selected }),
+        })
+    }
+
+    /// Of a softmax layer with weights `[B, Hq, N, M]`. The margin is that of the scores: the log of the ratio of the two
+    /// greatest weights.
+    pub(crate) fn of_weights(weights: &Tensor) -> Result<Self> {
+        let (b, _, n, m) = weights.dims4()?;
+        let w = weights.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let (mut first, mut empty, mut lead, mut count) = (0f64, 0usize, 0f64, 0usize);
+        let (mut entropy, mut picks) = (0f64, Vec::with_capacity(w.len() / m));
+        for row in w.chunks(m) {
+            let (mut top, mut next, mut pick) = (0f32, 0f32, -1);
+            for (j, &x) in row.iter().enumerate() {
+                if x > 0.0 {
+                    entropy -= f64::from(x * x.ln());
+                }
+                if x > top {
+                    (next, top, pick) = (top, x, j as i32);
+                } else if x > next {
+                    next = x;
+                }
+            }
+            first += f64::from(row[0]);
+            empty += usize::from(top == 0.0);
+            picks.push(pick);
+            if next > 0.0 {
+                lead += f64::from(top / next).ln();
+                count += 1;
+            }
+        }
+        let rows = (w.len() / m) as f64;
+        Ok(Self {
+            abstained: empty as f64 / rows,
+            first_token: first / rows,
+            margin: lead / count.max(1) as f64,
+            entropy: entropy / rows,
+            distinct: distinct(&picks, b, n),
+            picks,
+            selected: None,
+        })
+    }
+}
+
+/// The mean, or 0 of no values.
+fn mean(values: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0usize), |(sum, count), x| (sum + x, count + 1));
+    sum / count.max(1) as f64
+}
+
+/// Entropy of `softmax(-energies / temperature)` in nats; padding has infinite energy and no weight.
+fn entropy(energies: &[f64], temperature: f64) -> f64 {
+    let least = energies.iter().copied().fold(f64::INFINITY, f64::min);
+    let (mut sum, mut moment) = (0.0, 0.0);
+    for &energy in energies.iter().filter(|e| e.is_finite()) {
+        let height = (least - energy) / temperature;
+        sum += height.exp();
+        moment += height * height.exp();
+    }
+    // ln(sum) - sum(w ln w') with w' the weights before they are divided by their sum.
+    if sum > 0.0 { sum.ln() - moment / sum } else { 0.0 }
+}
+
+/// The different keys that the heads of a position select, over the heads that select: the mean over batch and positions
+/// where any head does. `picks` as in [`SelectionStats`], for `b` sequences of `n` queries.
+fn distinct(picks: &[i32], b: usize, n: usize) -> f64 {
+    let heads = picks.len() / (b * n).max(1);
+    let (mut sum, mut count) = (0.0, 0usize);
+    let mut selected = Vec::with_capacity(heads);
+    for (b, i) in (0..b).flat_map(|b| (0..n).map(move |i| (b, i))) {
+        selected.clear();
+        selected.extend((0..heads).map(|h| picks[(b * heads + h) * n + i]).filter(|&j| j >= 0));
+        if selected.is_empty() {
+            continue;
+        }
+        let selecting = selected.len();
+        selected.sort_unstable();
+        selected.dedup();
+        sum += selected.len() as f64 / selecting as f64;
+        count += 1;
+    }
+    sum / count.max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entropy_of_equal_of_certain_and_of_no_candidates() {
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
+        close(entropy(&[3.0, 3.0, 3.0, f64::INFINITY], 1.0), 3f64.ln());
+        close(entropy(&[-900.0, 900.0], 1.0), 0.0);
+        close(entropy(&[f64::INFINITY; 2], 1.0), 0.0);
+        // Weights 2/3 and 1/3.
+        let expected = -(2.0 / 3.0 * (2f64 / 3.0).ln() + 1.0 / 3.0 * (1f64 / 3.0).ln());
+        close(entropy(&[0.0, 2.0 * 2f64.ln()], 2.0), expected);
+    }
+
+    #[test]
+    fn distinct_keys_are_counted_over_the_heads_that_select() {
+        // Two sequences, three heads, two queries.
+        let picks = [0, 1, 0, 1, 0, 0, 5, -1, 6, -1, -1, -1];
+        // (0: one of three), (1: two of three), (5 and 6: two of two), none.
+        assert!((distinct(&picks, 2, 2) - (1.0 / 3.0 + 2.0 / 3.0 + 1.0) / 3.0).abs() < 1e-12);
+    }
+}

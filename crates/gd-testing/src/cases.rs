@@ -1,0 +1,25 @@
+//! Counts of test cases.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+
+/// Reports that `count` cases of the suite `name` have run and passed: on stdout, and as a line
+/// `name count` at the end of the file named by `GD_CASE_LOG`, from which `.ci/run` takes its
+/// totals. Call it after the last assertion.
+///
+/// # Panics
+/// When that file cannot be written: a count that gets lost must not look like a pass.
+pub fn log_cases(name: &str, count: usize) {
+    println!("cases {name}: {count} run");
+    if let Some(path) = std::env::var_os("GD_CASE_LOG") {
+        // One write of one line: tests on several threads and processes do not mix their lines.
+        let written = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(format!("{name} {count}\n").as_bytes()));
+        if let Err(e) = written {
+            panic!("GD_CASE_LOG={}: {e}", path.display());
+        }
+    }
+}

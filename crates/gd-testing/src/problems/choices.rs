@@ -1,0 +1,260 @@
+//! Options of `select` for generated problems, and bounds on what rounding may change in a choice.
+
+use candle_core::Tensor;
+use gd_kernels::reference::refine::residual_query;
+use gd_kernels::reference::scan::energy;
+use gd_kernels::reference::select::Row;
+use gd_kernels::reference::{Candidates, Params, distance2, logsumexp};
+use gd_kernels::{Barrier, CoherenceMode, Estimator, Gate, Score};
+use rand::RngExt;
+
+use super::{Case, acc, pick, rng, rounded, roundoff, uniform};
+
+/// All estimators.
+pub const ESTIMATORS: [Estimator; 5] =
+    [Estimator::Candidates, Estimator::Winner, Estimator::Dense, Estimator::Reinmax, Estimator::Blend];
+
+/// The parameters of a choice, for the reference and for the operator.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    /// For the reference.
+    pub params: Params,
+    /// Thresholds `[Hq]`.
+    pub threshold: Option<Tensor>,
+    /// Mixture weights `[Hq]`.
+    pub alpha: Option<Tensor>,
+    /// Weights of the rounds of refinement.
+    pub rounds: Option<Tensor>,
+}
+
+/// The estimator of a seed; it decides which scan makes the candidates.
+pub fn estimator(seed: u64) -> Estimator {
+    ESTIMATORS[(seed % 5) as usize]
+}
+
+impl Choice {
+    /// Options of a seed for a problem whose candidates have these energies `[B, Hq, N, slots]`.
+    pub fn new(seed: u64, case: &Case, energies: &[f64]) -> Self {
+        let mut rng = rng(seed ^ 0x5e1e_c700);
+        let (p, acc) = (&case.problem, acc(case.dtype));
+        let heads = p.q_heads;
+        let gate = match rng.random_range(0..3) {
+            0 => Gate::None,
+            1 => Gate::Energy { temperature: pick(&mut rng, &[0.5, 1.0, 3.0]) },
+            _ => Gate::Coherence,
+        };
+        let needed = matches!(gate, Gate::Energy { .. });
+        let kind = rng.random_range(if needed { 0..6 } else { 0..9 });
+        let tau = (kind < 6).then(|| {
+            let per_head = energies.len() / (p.batch * heads);
+            let head = |h: usize| match kind {
+                0 => -1e6,
+                1 => f64::INFINITY,
+                _ => {
+                    // Near one of the head's energies, so that some rows abstain and some do not.
+                    let own: Vec<f64> = energies[h * per_head..(h + 1) * per_head]
+                        .iter()
+                        .copied()
+                        .filter(|e| e.is_finite())
+                        .collect();
+                    if own.is_empty() {
+                        return 1.0;
+                    }
+                    let e = pick(&mut rng, &own);
+                    e + rng.random_range(0.01..0.1) * (0.1 + e.abs())
+                }
+            };
+            (0..heads).map(head).collect::<Vec<_>>()
+        });
+        let alpha = (gate == Gate::Coherence || rng.random_bool(0.5)).then(|| {
+            let even = rng.random_bool(0.2);
+            (0..heads).map(|_| if even { 0.5 } else { rng.random_range(0.05..0.95) }).collect::<Vec<_>>()
+        });
+        let count = pick(&mut rng, &[0, 0, 1, 2, 3]);
+        let rounds = (count > 0).then(|| uniform(&mut rng, heads * count));
+        let barrier = (p.protected.is_some() && rng.random_bool(0.7)).then(|| Barrier {
+            floor: rng.random_range(0.05..0.6),
+            margin: rng.random_range(0.0..1.5),
+            strength: pick(&mut rng, &[0.0, 0.3, 1.0, 1.7]),
+            entropy_trigger: rng.random_range(0.2..1.0),
+            slack: rng.random_range(0.0..2.0),
+        });
+        let one = |x: Option<Vec<f64>>| x.map(|x| rounded(&x, &[heads], acc)).unzip();
+        let (threshold, threshold_values) = one(tau);
+        let (alpha, alpha_values) = one(alpha);
+        let (rounds, round_values) = rounds.map(|x| rounded(&x, &[heads, count], acc)).unzip();
+        let params = Params {
+            threshold: threshold_values,
+            alpha: alpha_values,
+            rounds: round_values,
+            gate,
+            estimator: estimator(seed),
+            temperature: pick(&mut rng, &[0.5, 1.0, 3.0]),
+            preserve_floor: pick(&mut rng, &[0.0, 0.1, 0.5]),
+            value_floor: pick(&mut rng, &[0.0, 0.2, 1.0]),
+            hardness: pick(&mut rng, &[0.0, 0.3, 1.0, 1.0]),
+            barrier,
+            coherence: pick(&mut rng, &[CoherenceMode::Global, CoherenceMode::Passage]),
+        };
+        Self { params, threshold, alpha, rounds }
+    }
+
+    /// A name for messages.
+    pub fn name(&self) -> String {
+        let p = &self.params;
+        let threshold = p.threshold.as_ref().map(|t| t[0]);
+        let rounds = p.rounds.as_ref().map(Vec::len);
+        format!(
+            "{:?} {:?} h {} T {} f {} lambda {} tau {threshold:?} alpha {:?} {:?} rounds {rounds:?} {:?}",
+            p.estimator,
+            p.gate,
+            p.hardness,
+            p.temperature,
+            p.preserve_floor,
+            p.value_floor,
+            p.alpha.as_ref().map(|a| a[0]),
+            p.coherence,
+            p.barrier
+        )
+    }
+}
+
+/// What rounding may change in the choice of a row.
+#[derive(Debug, Clone, Default)]
+pub struct Doubt {
+    /// Error bounds of the first round's energies, by member, after the barrier.
+    pub bounds: Vec<f64>,
+    /// Relative error that the soft weights and gates of any round may have.
+    pub relative: f64,
+    /// The first round's winner or its admission is within the bounds of another outcome.
+    pub first: bool,
+    /// The first round's margin depends on an admission within the bounds.
+    pub margin: bool,
+    /// A barrier's condition, or a choice of a later round, is within the bounds.
+    pub hidden: bool,
+}
+
+/// Examines row `number` with all its rounds. The candidates' energies have the bound of
+/// [`Case::energy_bound`]. A residual query is stored in the tensors' dtype: its error is
+/// `u_T |r| + (2D + 8) u |q|`, plus the previous one's times at most `1 + 4 |q| / L`, L the jump.
+pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usize) -> Doubt {
+    let p = &case.problem;
+    let row = Row::new(p, params, candidates, number);
+    let per_head = p.q_heads * p.queries;
+    let (b, h) = (number / per_head, number / p.queries % p.q_heads);
+    let tau = params.threshold.as_ref().map(|t| t[h]);
+    let slots: Vec<usize> = (number * candidates.width..(number + 1) * candidates.width)
+        .filter(|&c| candidates.index[c] >= 0)
+        .collect();
+    let (u, stored) = (roundoff(acc(case.dtype)), roundoff(case.dtype));
+    let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let mut out = Doubt::default();
+    let mut moved = 0.0;
+    for (r, round) in row.rounds().iter().enumerate() {
+        let keys: Vec<usize> = round.members.iter().map(|&m| candidates.index[slots[m]] as usize).collect();
+        let key = |j: usize| &p.k[p.k_at(b, h, keys[j])];
+        let raw = |j: usize| energy(&round.query, key(j), p.beta[h], p.prior_of(b, h, keys[j]), p.score);
+        let raw: Vec<f64> = (0..keys.len()).map(raw).collect();
+        let bound = |j: usize| {
+            let carried = match p.score {
+                Score::Energy => moved * (2.0 * distance2(&round.query, key(j)).sqrt() + moved),
+                Score::Dot => moved * norm(key(j)),
+            };
+            let own = case.energy_bound(&round.query, (b, h), keys[j]);
+            // Residual queries are no integers.
+            let own = if r > 0 && case.exact() { 16.0 * u * (1.0 + raw[j].abs()) } else { own };
+            own + p.beta[h] * carried
+        };
+        let mut bounds: Vec<f64> = (0..keys.len()).map(bound).collect();
+        let same =
+            |x: usize, y: usize| case.same_key(b, h, keys[x], keys[y]) && round.energy[x] == round.energy[y];
+        if let Some(rule) = &params.barrier {
+            let flags: Vec<bool> = round.members.iter().map(|&m| candidates.protected[slots[m]]).collect();
+            let largest = bounds.iter().copied().fold(0.0, f64::max);
+            out.hidden |=
+                barrier_in_doubt(rule, &raw, &flags, &bounds, &|x, y| case.same_key(b, h, keys[x], keys[y]));
+            if round.lift.as_ref().is_some_and(|l| l.activated) {
+                let most = round.energy.iter().map(|e| e.abs()).fold(1.0, f64::max);
+                bounds.fill((1.0 + 2.0 * rule.strength) * largest + 4.0 * u * most);
+            }
+        }
+        let near = |j: usize| {
+            let reach = bounds[j] + bounds[round.best];
+            j != round.best
+                && reach > 0.0
+                && round.energy[j] - round.energy[round.best] <= reach
+                && !same(j, round.best)
+        };
+        let admission =
+            |j: usize| tau.is_some_and(|t| t.is_finite() && (round.energy[j] - t).abs() < bounds[j]);
+        let choice = (0..keys.len()).any(near) || admission(round.best);
+        out.margin |= r == 0 && (0..keys.len()).any(admission);
+        match r {
+            0 => out.first = choice,
+            _ => out.hidden |= choice,
+        }
+        let largest = bounds.iter().copied().fold(0.0, f64::max);
+        let gate = match params.gate {
+            Gate::Energy { temperature } => largest / temperature,
+            Gate::Coherence => {
+                p.beta[h] * moved * (2.0 * distance2(&round.query, key(round.best)).sqrt() + moved)
+            }
+            Gate::None => 0.0,
+        };
+        out.relative += 2.0 * largest / params.temperature + gate;
+        let best = key(round.best);
+        let (size, jump) = (norm(&round.query), distance2(&round.query, best).sqrt());
+        if r + 1 < params.round_count(p.q_heads) && jump > 0.0 {
+            out.relative += 4.0 * moved / jump;
+            moved = stored * norm(&residual_query(&round.query, best))
+                + (2.0 * p.dim as f64 + 8.0) * u * size
+                + moved * (1.0 + 4.0 * size / jump);
+        }
+        if r == 0 {
+            out.bounds = bounds;
+        }
+    }
+    out
+}
+
+/// Whether one of the barrier's decisions is within the error bounds of the energies.
+fn barrier_in_doubt(
+    rule: &Barrier,
+    energy: &[f64],
+    flags: &[bool],
+    bounds: &[f64],
+    same: &dyn Fn(usize, usize) -> bool,
+) -> bool {
+    let reach = 2.0 * bounds.iter().copied().fold(0.0, f64::max);
+    // The two forms of the same formulas differ in f64, too.
+    let tiny = 1e-12;
+    let least = |open: &dyn Fn(usize) -> bool| {
+        let all = (0..energy.len()).filter(|&j| open(j));
+        all.reduce(|best, j| if energy[j] < energy[best] { j } else { best })
+    };
+    let Some(at) = least(&|j| flags[j]) else { return false };
+    let Some(rival) = least(&|j| j != at) else { return false };
+    let contested = |best: usize, open: &dyn Fn(usize) -> bool| {
+        (0..energy.len()).any(|j| {
+            j != best && open(j) && energy[j] - energy[best] <= reach && reach > 0.0 && !same(j, best)
+        })
+    };
+    if contested(at, &|j| flags[j]) || contested(rival, &|j| j != at) {
+        return true;
+    }
+    let total = logsumexp(energy.iter().map(|e| -e));
+    let weight = |j: usize| (-energy[j] - total).exp();
+    let gap = energy[at] - energy[rival];
+    let close = |x: f64, y: f64, by: f64| (x - y).abs() < by + tiny * (1.0 + y.abs());
+    let entropy: f64 = (0..energy.len()).map(weight).filter(|w| *w > 0.0).map(|w| -w * w.ln()).sum::<f64>();
+    let entropy = entropy / (energy.len() as f64).ln();
+    let others = logsumexp((0..energy.len()).filter(|&j| j != at).map(|j| -energy[j]));
+    let lifted = -energy[at] + rule.strength * (rule.margin - gap).max(0.0);
+    let after = 1.0 / (1.0 + (others - lifted).exp());
+    let steps = (1.0 + rule.strength) * reach;
+    close(gap, rule.margin, reach)
+        || close(gap, rule.margin + rule.slack, reach)
+        || close(weight(at), rule.floor, steps)
+        || close(after, rule.floor, steps)
+        || close(entropy, rule.entropy_trigger, 4.0 * reach)
+}

@@ -1,0 +1,199 @@
+//! Decoding with 8-bit keys, with kept norms, and over a cache in pages against plain decoding on the same device: the
+//! same bits.
+
+use candle_core::{DType, Device, Result, Tensor};
+use gd_kernels::{
+    KeptKeys, KeyBias, Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select,
+    scan_select_paged,
+};
+
+use crate::{Target, sanitized, targets};
+use gd_testing::problems::{rng, uniform};
+
+const PAGE: usize = 64;
+
+fn noise(seed: u64, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    let values = uniform(&mut rng(seed), shape.iter().product());
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+}
+
+/// Key, energy and value row of every query.
+fn found(s: &Selected) -> Result<(Vec<i32>, Vec<f32>, Vec<f32>)> {
+    let host = |t: &Tensor| t.to_device(&Device::Cpu)?.flatten_all();
+    let wide = |t: &Tensor| host(t)?.to_dtype(DType::F32)?.to_vec1();
+    Ok((host(&s.index)?.to_vec1()?, wide(&s.energy)?, wide(&s.y)?))
+}
+
+#[test]
+fn decoding_with_8_bit_keys_and_in_pages_is_plain_decoding() -> Result<()> {
+    for target in targets() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (score, queries, d) in [(Score::Energy, 1, 128), (Score::Dot, 3, 64), (Score::Energy, 16, 40)]
+            {
+                target.run(|| decoded(&target, dtype, score, [queries, d]))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]) -> Result<()> {
+    let gpu = target.device();
+    // Metal has no 8-bit keys.
+    let certified = target.name() != "metal";
+    let (b, hq, hk, m, dv) = (2, 8, 2, if sanitized() { 3 } else { 40 } * PAGE, 48);
+    let (q, k, v) = (
+        noise(1, &[b, hq, queries, d], dtype, gpu)?,
+        noise(2, &[b, hk, m, d], dtype, gpu)?,
+        noise(3, &[b, hk, m, dv], dtype, gpu)?,
+    );
+    let beta = Tensor::full(0.3f32, hq, gpu)?;
+    let mask = Mask::none().kv_len(vec![m - 11, m - 70]);
+    let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
+    let want = found(&scan_select(&q, &k, &v, &how, None).unwrap())?;
+    assert!(want.0.iter().all(|j| *j >= 0));
+
+    // Norms of the keys that were taken before.
+    let norms = KeyBias::new(&k, score).unwrap();
+    let kept = Scan { key_bias: Some(&norms), ..how.clone() };
+    assert_eq!(found(&scan_select(&q, &k, &v, &kept, None).unwrap())?, want);
+    let part = k.narrow(2, 0, m - 1)?;
+    let wrong = scan_select(&q, &part, &v.narrow(2, 0, m - 1)?, &kept, None);
+    assert!(wrong.unwrap_err().to_string().contains(&format!("{}", m - 1)));
+    target.count();
+
+    if certified {
+        // A cache that has grown, and a clone that grows no further.
+        let mut quantized = QuantizedKeys::new(&k.narrow(2, 0, 100)?, score).unwrap();
+        let kept = quantized.clone();
+        quantized.append(&k.narrow(2, 100, 1)?).unwrap();
+        quantized.append(&k.narrow(2, 101, m - 101)?).unwrap();
+        assert_eq!((kept.len(), quantized.len()), (100, m));
+        for quantized in [Some(&quantized), None] {
+            let certified = Scan { precision: Precision::Certified, quantized, ..how.clone() };
+            assert_eq!(found(&scan_select(&q, &k, &v, &certified, None).unwrap())?, want);
+            target.count();
+        }
+    }
+
+    // Every other page of a cache, from its end.
+    let row = m / PAGE;
+    let ids: Vec<u32> = (0..b * row).map(|at| (2 * (b * row - 1 - at)) as u32).collect();
+    let pages = |t: &Tensor| -> Result<Tensor> {
+        let dim = t.dim(3)?;
+        let t = t.reshape((b, hk, row, PAGE, dim))?.transpose(1, 2)?.reshape((b * row, hk, PAGE, dim))?;
+        let back: Vec<u32> = (0..b * row).rev().map(|at| at as u32).collect();
+        let t = t.contiguous()?.index_select(&Tensor::new(back, gpu)?, 0)?.unsqueeze(1)?;
+        let other = Tensor::full(f32::NAN, t.dims(), gpu)?.to_dtype(dtype)?;
+        Tensor::cat(&[&t, &other], 1)?.reshape((2 * b * row, hk, PAGE, dim))
+    };
+    let (held_k, held_v) = (pages(&k)?, pages(&v)?);
+    let table = Tensor::new(&ids[..], gpu)?.reshape((b, row))?;
+    // A table of 64 bits, as Python's serving programs have it.
+    let wide = table.to_dtype(DType::I64)?;
+    // And one of i32 in a larger one.
+    let part: Vec<i32> =
+        ids.chunks(row).flat_map(|ids| ids.iter().map(|id| *id as i32).chain([-1])).collect();
+    let part = Tensor::from_vec(part, (b, row + 1), gpu)?.narrow(1, 0, row)?;
+    for (precision, table) in [
+        (Precision::Native, &table),
+        (Precision::Native, &wide),
+        (Precision::Native, &part),
+        (Precision::Certified, &table),
+    ] {
+        let cache = PagedCache { k: &held_k, v: &held_v, table };
+        let how = Scan { precision, ..how.clone() };
+        if precision == Precision::Native || certified {
+            assert_eq!(found(&scan_select_paged(&q, &cache, &how, None).unwrap())?, want);
+            target.count();
+        }
+    }
+    Ok(())
+}
+
+/// What is kept of the first `lengths[b]` keys of every sequence of k: by one sequence after the other, which are then
+/// stacked, and the last 40 keys of all at once.
+fn stacked(k: &Tensor, lengths: &[usize], score: Score, precision: Precision) -> Result<KeptKeys> {
+    const LAST: usize = 40;
+    let part = |b: usize, first: usize, count: usize| k.narrow(0, b, 1)?.narrow(2, first, count);
+    let alone = lengths
+        .iter()
+        .enumerate()
+        .map(|(b, length)| Ok(KeptKeys::new(&part(b, 0, length - LAST)?, score, precision)?));
+    let alone = alone.collect::<Result<Vec<_>>>()?;
+    let mut all = KeptKeys::stack(&alone.iter().collect::<Vec<_>>())?;
+    let last = lengths.iter().enumerate().map(|(b, length)| part(b, length - LAST, LAST));
+    let at: Vec<_> = lengths.iter().enumerate().map(|(b, length)| [b, length - LAST]).collect();
+    all.write(&Tensor::cat(&last.collect::<Result<Vec<_>>>()?, 0)?, &at)?;
+    Ok(all)
+}
+
+#[test]
+fn what_is_kept_of_sequences_and_pages_that_grow_gives_plain_decoding() -> Result<()> {
+    for target in targets() {
+        for (dtype, score, d) in
+            [(DType::F32, Score::Energy, 128), (DType::F16, Score::Dot, 64), (DType::BF16, Score::Energy, 40)]
+        {
+            target.run(|| grown(&target, dtype, score, d))?;
+        }
+    }
+    Ok(())
+}
+
+fn grown(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
+    let gpu = target.device();
+    let certified = (target.name() != "metal").then_some(Precision::Certified);
+    let (hq, hk, m, dv) = (8, 2, 9 * PAGE, 48);
+    let (q, k, v) = (
+        noise(1, &[3, hq, 2, d], dtype, gpu)?,
+        noise(2, &[3, hk, m, d], dtype, gpu)?,
+        noise(3, &[3, hk, m, dv], dtype, gpu)?,
+    );
+    let beta = Tensor::full(0.3f32, hq, gpu)?;
+    let plain = |k: &Tensor, v: &Tensor, q: &Tensor, mask: &Mask| -> Result<_> {
+        let how = Scan { score, ..Scan::new(&beta, mask, 1) };
+        found(&scan_select(q, k, v, &how, None)?)
+    };
+    for precision in [Some(Precision::Native), certified].into_iter().flatten() {
+        let lengths = vec![70, m, 333];
+        let kept = stacked(&k, &lengths, score, precision)?;
+        let mask = Mask::none().kv_len(lengths.clone());
+        let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
+        let want = plain(&k, &v, &q, &mask)?;
+        assert_eq!(found(&scan_select(&q, &k, &v, &kept.scan(how), None)?)?, want);
+        // Reordered, without the longest.
+        let (rows, lengths) = (Tensor::new(&[2u32, 0], gpu)?, vec![333, 70]);
+        let some = |t: &Tensor| t.index_select(&rows, 0)?.narrow(2, 0, 333);
+        let (k, v, q) = (some(&k)?, some(&v)?, q.index_select(&rows, 0)?);
+        let mut kept = kept.select(&[2, 0])?;
+        assert_eq!(kept.lengths(), lengths);
+        let mask = Mask::none().kv_len(lengths);
+        let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
+        let want = plain(&k, &v, &q, &mask)?;
+        assert_eq!(found(&scan_select(&q, &k, &v, &kept.scan(how.clone()), None)?)?, want);
+        // A clone is not changed by what is written to the other.
+        let before = kept.clone();
+        kept.write(&k.narrow(0, 1, 1)?.narrow(2, 0, 9)?, &[[0, 7]])?;
+        assert_eq!(found(&scan_select(&q, &k, &v, &before.scan(how), None)?)?, want);
+
+        // Pages, in steps over their ends.
+        let (held_k, held_v) =
+            (noise(4, &[14, hk, PAGE, d], dtype, gpu)?, noise(5, &[14, hk, PAGE, dv], dtype, gpu)?);
+        let mut kept = KeptKeys::new(&held_k, score, precision)?;
+        let ids: Vec<u32> = (0..12).map(|at| (at * 5 + 1) % 14).collect();
+        let table = Tensor::from_vec(ids, (2, 6), gpu)?;
+        let cache = PagedCache { k: &held_k, v: &held_v, table: &table };
+        let mut first = 0;
+        for more in [100, 1, 27, 128, 1] {
+            let rows = |t: &Tensor| t.narrow(2, first, more);
+            cache.write(&rows(&k)?, &rows(&v)?, &[first; 2], Some(&mut kept))?;
+            first += more;
+        }
+        let mask = Mask::none().kv_len(vec![first; 2]);
+        let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
+        let want = plain(&k, &v, &q, &mask)?;
+        assert_eq!(found(&scan_select_paged(&q, &cache, &kept.scan(how), None)?)?, want);
+        target.count();
+    }
+    Ok(())
+}

@@ -1,0 +1,398 @@
+//! candle's graph over tensors of the device: values and gradients against the same calls on the CPU, in every option that
+//! the graph itself puts together, and the refusals of tensors that no kernel covers.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use gd_kernels::cross_entropy::{row_losses, row_losses_and_gradient};
+use gd_kernels::{
+    Backend, Barrier, Candidates, CoherenceMode, Error, Estimator, Gate, Isa, Mask, Precision, QuantizedKeys,
+    Scan, Score, Select, TieBreak, causal_conv, embedding, on_cpu, packed_causal_conv, plan, running_average,
+    scan, scan_all, scan_select, select,
+};
+
+use crate::{sanitized, targets};
+use gd_testing::problems::{rng, uniform, values};
+
+/// [B, Hq, Hk, N, M, D, Dv].
+const SHAPES: [[usize; 7]; 3] =
+    [[2, 4, 2, 37, 37, 24, 40], [1, 3, 3, 5, 70, 64, 64], [2, 2, 1, 65, 65, 128, 8]];
+/// The same where only a few problems are run.
+const FEW: [[usize; 7]; 3] = [[2, 4, 2, 19, 19, 24, 40], [1, 3, 3, 5, 41, 64, 64], [1, 2, 1, 9, 33, 128, 8]];
+
+fn shapes() -> [[usize; 7]; 3] {
+    if sanitized() { FEW } else { SHAPES }
+}
+
+/// Numbers of a shape, the same on every device.
+pub(crate) fn noise(seed: u64, shape: &[usize]) -> Tensor {
+    let values = uniform(&mut rng(seed), shape.iter().product());
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// Largest difference, relative to the largest value; NaN if there is one.
+pub(crate) fn apart(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()));
+    let (a, b) = (values(a), values(b));
+    let size = b.iter().fold(1e-30, |m: f64, x| m.max(x.abs()));
+    let each = a.iter().zip(&b).map(|(a, b)| (a - b).abs() / size);
+    each.fold(0.0, |most: f64, x| if x <= most || most.is_nan() { most } else { x })
+}
+
+/// Results and gradients on the CPU and on the device. Of the inputs `silent` has no influence on the first result.
+pub(crate) fn compare(
+    what: &str,
+    inputs: &[Tensor],
+    silent: Option<usize>,
+    bound: f64,
+    run: impl Fn(&[Tensor]) -> std::result::Result<Vec<Tensor>, Error>,
+) {
+    let all = |device: &Device| -> Vec<Tensor> {
+        let vars: Vec<Var> =
+            inputs.iter().map(|t| Var::from_tensor(&t.to_device(device).unwrap()).unwrap()).collect();
+        let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+        let results = run(&tensors).unwrap_or_else(|e| panic!("{what} on {:?}: {e}", device.location()));
+        let weights = noise(99, results[0].dims()).to_dtype(results[0].dtype()).unwrap();
+        let loss = (&results[0] * weights.to_device(device).unwrap()).unwrap().sum_all().unwrap();
+        let grads = loss.backward().unwrap();
+        let mut all: Vec<Tensor> = results.iter().map(Tensor::detach).collect();
+        for (i, var) in vars.iter().enumerate() {
+            match grads.get(var) {
+                Some(grad) => all.push(grad.clone()),
+                None => assert_eq!(silent, Some(i), "{what}: input {i} got no gradient"),
+            }
+        }
+        all.iter().map(|t| t.to_device(&Device::Cpu).unwrap()).collect()
+    };
+    let expected = all(&Device::Cpu);
+    for target in targets() {
+        let found = target.run(|| all(target.device()));
+        assert_eq!(expected.len(), found.len());
+        for (i, (a, b)) in found.iter().zip(&expected).enumerate() {
+            let off = apart(a, b);
+            assert!(off <= bound, "{what}, result or gradient {i}: {off} apart, {bound} allowed");
+        }
+        target.count();
+    }
+}
+
+/// Number of the input alpha in [`selection`].
+const ALPHA: Option<usize> = Some(5);
+
+/// A change of the options, and the input that has no gradient then.
+type Way = (fn(&mut Select), Option<usize>);
+
+/// Scan and selection with everything that has a gradient, but for the input `silent`.
+fn selection(
+    what: &str,
+    shape: [usize; 7],
+    (dtype, bound): (DType, f64),
+    (change, silent): Way,
+    rounds: usize,
+) {
+    let [b, hq, hk, n, m, d, dv] = shape;
+    let float = |t: Tensor| t.to_dtype(dtype).unwrap();
+    let wide = |t: Tensor| t.to_dtype(DType::F32).unwrap();
+    let inputs = [
+        float(noise(1, &[b, hq, n, d])),
+        float(noise(2, &[b, hk, m, d])),
+        float(noise(3, &[b, hk, m, dv])),
+        // beta, threshold, alpha, rounds, prior
+        wide((noise(4, &[hq]).abs().unwrap() + 0.5).unwrap()),
+        wide((noise(5, &[hq]) + 0.6 * d as f64).unwrap()),
+        wide(((noise(6, &[hq]) * 0.3).unwrap() + 0.5).unwrap()),
+        wide((noise(7, &[hq, rounds]) + 1.0).unwrap()),
+        wide(noise(8, &[b, hk, m])),
+    ];
+    let mask = Mask::causal((m - n) as i64);
+    compare(&format!("{what} {shape:?} {dtype:?}"), &inputs, silent, bound, |x| {
+        let [q, k, v, beta, threshold, alpha, rounds, prior] = x else { unreachable!("eight inputs") };
+        // A third of the keys is protected for every query.
+        let kept: Vec<i32> = (0..3).map(|i| i * (m as i32 / 3)).collect();
+        let protected = Tensor::from_vec(kept, (1, 1, 1, 3), q.device())?;
+        let barrier = Barrier { floor: 0.1, margin: 2.0, strength: 0.5, entropy_trigger: 0.5, slack: 0.5 };
+        let mut how = Select {
+            prior: Some(prior),
+            threshold: Some(threshold),
+            alpha: Some(alpha),
+            gate: Gate::Coherence,
+            rounds: Some(rounds),
+            barrier: Some(barrier),
+            preserve_floor: 0.05,
+            value_floor: 0.2,
+            temperature: 1.5,
+            ..Select::new(beta)
+        };
+        change(&mut how);
+        let Select { score, tie, .. } = how;
+        let what =
+            Scan { prior: Some(prior), protected: Some(&protected), score, tie, ..Scan::new(beta, &mask, 8) };
+        let found = scan(q, k, &what)?;
+        let s = select(q, k, v, &found, &how)?;
+        let key = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_device(q.device());
+        let mut indices = vec![key(&s.index)?];
+        for round in &s.later {
+            indices.extend([key(&round.index)?, round.y.clone()]);
+        }
+        // Infinite margins and energies are the same on both sides.
+        let finite = |t: &Tensor| t.clamp(-1e3, 1e3);
+        let record = [finite(&s.energy)?, finite(&s.margin)?, s.gate.clone(), finite(&s.compared)?];
+        let coherence = s.coherence.clone().into_iter();
+        Ok([s.y].into_iter().chain(indices).chain(record).chain(coherence).collect())
+    });
+}
+
+#[test]
+fn selections_and_their_gradients_are_those_of_the_cpu() {
+    let ways: [Way; 8] = [
+        (|s| s.estimator = Estimator::Candidates, None),
+        (|s| s.estimator = Estimator::Reinmax, None),
+        (|s| s.estimator = Estimator::Winner, None),
+        // What is blended alone has no gate.
+        (|s| s.estimator = Estimator::Blend, ALPHA),
+        (|s| (s.hardness, s.barrier) = (0.0, None), ALPHA),
+        (|s| (s.gate, s.hardness) = (Gate::Energy { temperature: 1.0 }, 0.4), ALPHA),
+        (|s| (s.hardness, s.coherence) = (0.5, CoherenceMode::Passage), None),
+        (|s| (s.score, s.tie, s.gate) = (Score::Dot, TieBreak::Last, Gate::None), ALPHA),
+    ];
+    for (at, shape) in shapes().into_iter().enumerate() {
+        for (i, way) in ways.into_iter().enumerate() {
+            // A few: every way once, with one shape or another.
+            if !sanitized() || i % 3 == at {
+                selection(&format!("selection {i}"), shape, (DType::F32, 2e-4), way, 2);
+            }
+        }
+    }
+    // In half precision with enough rows for Hopper's kernel.
+    for (i, dtype) in [(0, DType::BF16), (5, DType::F16)] {
+        let bound = if dtype == DType::BF16 { 2e-2 } else { 2e-3 };
+        selection(&format!("selection {i}"), [1, 2, 1, 65, 67, 64, 8], (dtype, bound), ways[i], 1);
+    }
+}
+
+#[test]
+fn tensors_are_read_as_they_lie() {
+    // q is a transpose, k a part that starts at no multiple of 16 bytes, v strided in its last dimension; and the
+    // gradient that comes in is a transpose, too.
+    for (dtype, bound) in [(DType::F32, 2e-4), (DType::BF16, 2e-2)] {
+        let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype).unwrap();
+        let [b, hq, hk, n, d, dv] = [2, 4, 2, 21, 24, 16];
+        let inputs =
+            [float(1, &[b, n, hq, d]), float(2, &[b, hk + 1, n + 2, d + 3]), float(3, &[b, hk, dv, n])];
+        compare(&format!("views {dtype:?}"), &inputs, None, bound, |x| {
+            let q = x[0].transpose(1, 2)?;
+            let k = x[1].narrow(1, 1, hk)?.narrow(2, 1, n)?.narrow(3, 1, d)?;
+            let v = x[2].transpose(2, 3)?;
+            let heads = Tensor::full(0.4f32, (hq, 2), q.device())?;
+            let beta = heads.narrow(1, 1, 1)?.squeeze(1)?;
+            let mask = Mask::window(9, 0);
+            let found = scan(&q, &k, &Scan::new(&beta, &mask, 4))?;
+            // Candidates that are a part of what was found.
+            let part = |t: &Tensor| t.narrow(3, 0, 3);
+            let found =
+                Candidates { index: part(&found.index)?, energy: part(&found.energy)?, ..found.clone() };
+            let s = select(&q, &k, &v, &found, &Select { value_floor: 0.2, ..Select::new(&beta) })?;
+            Ok(vec![s.y.transpose(1, 2)?.reshape((b, n, hq * dv))?, s.energy])
+        });
+        // The averages of values with a strided batch, and a convolution over every second row's channels.
+        let inputs = [float(1, &[n, b, hq]), float(2, &[n, b, hq]), float(3, &[b, n, hk, dv])];
+        compare(&format!("views of averages {dtype:?}"), &inputs, None, 2.0 * bound, |x| {
+            let turned = |t: &Tensor| t.permute((1, 2, 0));
+            let (m, _) = running_average(&turned(&x[0])?, &turned(&x[1])?, &x[2].transpose(1, 2)?, None)?;
+            Ok(vec![m.transpose(1, 2)?.contiguous()?])
+        });
+        let inputs = [float(1, &[b, n, 2 * d]), float(2, &[4, d])];
+        compare(&format!("views of a convolution {dtype:?}"), &inputs, None, 2.0 * bound, |x| {
+            let (y, next) = causal_conv(&x[0].narrow(2, 5, d)?, &x[1].t()?, None)?;
+            Ok(vec![y.transpose(1, 2)?.contiguous()?, next])
+        });
+    }
+}
+
+#[test]
+fn a_fused_scan_and_a_decoding_step_select_as_the_cpu_does() -> Result<()> {
+    let wide = |seed, shape: &[usize]| noise(seed, shape).to_dtype(DType::F32).unwrap();
+    for [b, hq, hk, n, m, d, dv] in shapes() {
+        for queries in [n, 1] {
+            for score in [Score::Energy, Score::Dot] {
+                let (q, k, v) =
+                    (wide(1, &[b, hq, queries, d]), wide(2, &[b, hk, m, d]), wide(3, &[b, hk, m, dv]));
+                let (beta, threshold) = (Tensor::full(0.5f32, hq, &Device::Cpu)?, wide(4, &[hq]));
+                let threshold = (threshold + 0.3 * d as f64)?;
+                let mask = Mask::causal((m - queries) as i64);
+                let run = |device: &Device| -> Result<Vec<Tensor>> {
+                    let on = |t: &Tensor| t.to_device(device);
+                    let (q, k, v, beta, threshold) = (on(&q)?, on(&k)?, on(&v)?, on(&beta)?, on(&threshold)?);
+                    let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
+                    let s = scan_select(&q, &k, &v, &how, Some(&threshold))?;
+                    let energy = s.energy.clamp(-1e3, 1e3)?;
+                    [s.y, s.index, energy, s.gate].iter().map(|t| t.to_device(&Device::Cpu)).collect()
+                };
+                let expected = run(&Device::Cpu)?;
+                for target in targets() {
+                    for (i, (a, b)) in target.run(|| run(target.device()))?.iter().zip(&expected).enumerate()
+                    {
+                        let off = apart(a, b);
+                        assert!(off <= 1e-5, "{queries} of {n} queries, {score:?}, result {i}: {off} apart");
+                    }
+                    target.count();
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn convolution_and_average_and_their_gradients_are_those_of_the_cpu() {
+    for (dtype, bound) in [(DType::F32, 2e-5), (DType::BF16, 4e-2)] {
+        let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype).unwrap();
+        for (b, n, c, w) in [(2, 67, 40, 4), (1, 3, 130, 5), (3, 1, 8, 2)] {
+            let inputs = [float(1, &[b, n, c]), float(2, &[c, w])];
+            compare(&format!("convolution {n} x {c} x {w} {dtype:?}"), &inputs, None, bound, |x| {
+                let state = float(3, &[b, w - 1, c]).to_device(x[0].device())?;
+                let (y, next) = causal_conv(&x[0], &x[1], Some(&state))?;
+                Ok(vec![y, next])
+            });
+            compare(&format!("packed convolution {n} x {c} x {w} {dtype:?}"), &inputs, None, bound, |x| {
+                let boundaries = vec![vec![0, n / 2, n]];
+                Ok(vec![packed_causal_conv(&x[0], &x[1], &boundaries)?])
+            });
+        }
+        for (b, h, hk, n, d) in [(2, 4, 2, 130, 24), (1, 3, 1, 65, 64), (2, 2, 2, 1, 8)] {
+            let inputs = [float(1, &[b, h, n]), float(2, &[b, h, n]), float(3, &[b, hk, n, d])];
+            compare(&format!("average {h} x {n} x {d} {dtype:?}"), &inputs, None, bound, |x| {
+                let (_, state) = running_average(&x[1], &x[0], &x[2], None)?;
+                let (m, last) = running_average(&x[0], &x[1], &x[2], Some(&state))?;
+                Ok(vec![m, last.mean, last.log_weight])
+            });
+        }
+    }
+}
+
+#[test]
+fn an_embedding_reads_rows_and_sums_their_gradients() -> Result<()> {
+    for (rows, width, reads) in [(5, 24, 33), (300, 130, 7), (1, 8, 3)] {
+        for (dtype, bound) in [(DType::F32, 1e-6), (DType::BF16, 2e-2)] {
+            let ids: Vec<u32> = (0..reads).map(|i| (i * i * 7 % rows) as u32).collect();
+            let table = [noise(1, &[rows, width]).to_dtype(dtype)?];
+            compare(&format!("embedding {rows} x {width} {dtype:?}"), &table, None, bound, |x| {
+                let ids = Tensor::new(&ids[..], x[0].device())?;
+                Ok(vec![embedding(&x[0], &ids)?])
+            });
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cross_entropies_and_their_gradients_are_those_of_candles_operations() {
+    for (rows, vocab) in [(7, 33), (1, 700), (40, 2)] {
+        for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 2e-2), (DType::F16, 2e-3)] {
+            // Parts of larger tensors, the targets too; every third row does not count.
+            let ids: Vec<u32> =
+                (0..=rows as u32).map(|i| if i % 3 == 2 { u32::MAX } else { i * 7 % vocab as u32 }).collect();
+            let wide = (noise(1, &[rows, vocab + 3]) * 4.0).and_then(|t| t.to_dtype(dtype)).unwrap();
+            compare(&format!("cross entropy {rows} x {vocab} {dtype:?}"), &[wide], None, bound, |x| {
+                let logits = x[0].narrow(1, 2, vocab)?;
+                let targets = Tensor::new(&ids[..], logits.device())?.narrow(0, 1, rows)?;
+                let weights = noise(2, &[rows]).to_dtype(DType::F32)?.to_device(logits.device())?;
+                if !on_cpu(logits.device()) {
+                    let (losses, gradient) = row_losses_and_gradient(&logits, &targets, &weights)?;
+                    return Ok(vec![row_losses(&logits, &targets)?, losses, gradient]);
+                }
+                let logits = logits.to_dtype(DType::F32)?.contiguous()?;
+                let counted = targets.ne(u32::MAX)?.to_dtype(DType::F32)?.unsqueeze(1)?;
+                let targets = targets.minimum(vocab as u32 - 1)?.unsqueeze(1)?;
+                let log_sums = logits.exp()?.sum_keepdim(1)?.log()?;
+                let losses = ((&log_sums - logits.gather(&targets, 1)?)? * &counted)?.squeeze(1)?;
+                let shares = logits.broadcast_sub(&log_sums)?.exp()?;
+                let gradient = shares.scatter_add(&targets, &counted.ones_like()?.neg()?, 1)?;
+                let gradient = gradient.broadcast_mul(&(weights.unsqueeze(1)? * counted)?)?;
+                Ok(vec![losses.clone(), losses, gradient.to_dtype(dtype)?])
+            });
+        }
+    }
+}
+
+#[test]
+fn what_no_kernel_covers_is_named() -> Result<()> {
+    for target in targets() {
+        target.run(|| refusals(target.device(), target.name()))?;
+        target.check_memory();
+    }
+    Ok(())
+}
+
+/// The error of a call that must have one names `word`.
+fn named<T>(result: std::result::Result<T, Error>, word: &str) {
+    let e = result.err().unwrap_or_else(|| panic!("no error names {word}")).to_string();
+    assert!(e.contains(word), "{e} does not name {word}");
+}
+
+fn refusals(device: &Device, name: &str) -> Result<()> {
+    let tensor = |shape: &[usize], dtype| noise(1, shape).to_dtype(dtype)?.to_device(device);
+    let beta = Tensor::ones(2, DType::F32, device)?;
+    let mask = Mask::causal(0);
+    let refused = |d: usize, dtype, change: fn(&mut Scan), word: &str| -> Result<()> {
+        let (q, k) = (tensor(&[1, 2, 9, d], dtype)?, tensor(&[1, 2, 9, d], dtype)?);
+        let mut how = Scan::new(&beta, &mask, 4);
+        change(&mut how);
+        named(scan(&q, &k, &how), word);
+        Ok(())
+    };
+    refused(12, DType::F32, |_| {}, "head_dim 12")?;
+    refused(264, DType::BF16, |_| {}, "head_dim 264")?;
+    refused(64, DType::F64, |_| {}, "f64")?;
+    refused(64, DType::F32, |s| s.candidates = 65, "65 candidates")?;
+    refused(64, DType::F32, |s| s.backend = Backend::Force(Isa::Portable), "Portable")?;
+    if name == "metal" {
+        refused(64, DType::F32, |s| s.candidates = 64, "64 candidates")?;
+        named(QuantizedKeys::new(&tensor(&[1, 2, 9, 64], DType::F32)?, Score::Energy), "8-bit keys on Metal");
+    }
+    let (q, k) = (tensor(&[1, 2, 9, 64], DType::F32)?, tensor(&[1, 2, 9, 64], DType::F32)?);
+    let plain = Scan::new(&beta, &mask, 4);
+    named(scan_all(&q, &k, &plain), "dense");
+    let text = plan(&q, &k, &plain)?.to_string();
+    assert!(text.starts_with(&format!("{name}/scan_topk_f32_d64")), "{text}");
+    // A NaN is refused in the checked mode, by name, and so are parameters.
+    let bad = Tensor::new(&[[[[f32::NAN, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]]], device)?;
+    let one = Tensor::ones(1, DType::F32, device)?;
+    named(scan(&bad, &bad, &Scan { checked: true, ..Scan::new(&one, &mask, 1) }), "q[0, 0, 0, 0] is NaN");
+    let zero = Tensor::zeros(2, DType::F32, device)?;
+    named(scan(&q, &k, &Scan { checked: true, ..Scan::new(&zero, &mask, 1) }), "beta of head 0 is 0");
+    named(scan(&q, &k, &Scan::new(&one, &mask, 1)), "beta [1]");
+    let protected = Tensor::new(&[[[[9i32]]]], device)?;
+    let kept = Scan { protected: Some(&protected), ..plain.clone() };
+    named(scan(&q, &k, &Scan { checked: true, ..kept }), "protected key 9");
+    let prior = tensor(&[1, 2, 8], DType::F32)?;
+    named(scan(&q, &k, &Scan { prior: Some(&prior), ..plain.clone() }), "prior [1, 2, 8]");
+    // Selections.
+    let found = scan(&q, &k, &plain)?;
+    let how = Select::new(&beta);
+    named(select(&q, &k, &k.narrow(2, 0, 8)?, &found, &how), "[1, 2, 8, 64]");
+    named(select(&q, &k, &k, &found, &Select { estimator: Estimator::Dense, ..how.clone() }), "dense");
+    named(select(&q, &k, &k, &found, &Select { hardness: 1.5, ..how.clone() }), "hardness 1.5");
+    named(select(&q, &k, &k, &found, &Select { gate: Gate::Coherence, ..how.clone() }), "needs alpha");
+    let few = Candidates { index: found.index.narrow(2, 0, 8)?, ..found.clone() };
+    named(select(&q, &k, &k, &few, &how), "[1, 2, 8, 4]");
+    // 8-bit keys of other keys.
+    if name == "cuda" {
+        let quantized = Some(&QuantizedKeys::new(&k.narrow(2, 0, 5)?, Score::Energy)?);
+        let certified = Scan { precision: Precision::Certified, quantized, ..Scan::new(&beta, &mask, 1) };
+        named(scan_select(&q, &k, &k, &certified, None), "[1, 2, 5, 64]");
+    }
+    // The others.
+    let (x, taps) = (tensor(&[1, 5, 8], DType::F32)?, tensor(&[8, 4], DType::F32)?);
+    named(causal_conv(&x, &taps.narrow(1, 0, 1)?, None), "width 1");
+    named(causal_conv(&x, &taps.narrow(0, 0, 7)?, None), "[7, 4]");
+    named(packed_causal_conv(&x, &taps, &[vec![0, 3, 4]]), "do not rise from 0 to 5");
+    let v = tensor(&[1, 2, 9, 264], DType::F32)?;
+    named(running_average(&prior, &prior, &v, None), "[1, 2, 8]");
+    let table = tensor(&[7, 8], DType::F32)?;
+    named(embedding(&table, &Tensor::new(&[0i64], device)?), "I64");
+    let targets = Tensor::zeros(7, DType::U32, device)?;
+    named(row_losses(&table, &targets.narrow(0, 0, 6)?), "[7, 8]");
+    named(row_losses(&table, &targets.to_dtype(DType::I64)?), "I64");
+    named(row_losses(&tensor(&[7, 8], DType::F64)?, &targets), "f64");
+    named(row_losses_and_gradient(&table, &targets, &beta), "weights [2] of 7");
+    Ok(())
+}

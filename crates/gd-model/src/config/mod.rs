@@ -31,11 +31,11 @@ pub struct Recipe {
 
 /// The presets of models/ by name.
 pub const PRESETS: &[(&str, &str)] = &[
-    ("tiny", include_str!("../../../../models/tiny.json")),
-    ("small", include_str!("../../../../models/small.json")),
-    ("base", include_str!("../../../../models/base.json")),
-    ("125M", include_str!("../../../../models/125M.json")),
+    ("tiny", include_str!("../../models/tiny.json")),
+    ("small", include_str!("../../models/small.json")),
+    ("base", include_str!("../../models/base.json")),
+    ("125M", include_str!("../../models/125M.json")),
 ];
 
 /// The training of a model that exists, for [`Recipe::load_with`] and the model as a setting.
-pub const UPTRAIN: (&str, &str) = ("uptrain", include_str!("../../../../models/uptrain.json"));
+pub const UPTRAIN: (&str, &str) = ("uptrain", include_str!("../../models/uptrain.json"));

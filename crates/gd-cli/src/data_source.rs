@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use gd_model::data::{Prepared, Reading};
+use gd_model::config::DocumentFormat;
+use gd_model::data::Prepared;
 use gd_model::io::tokenizer::Tokenizer;
 
 use crate::context::usage;
@@ -21,7 +22,7 @@ pub struct ReadingArgs {
 
 impl ReadingArgs {
     /// Replaces the values of `reading` by the flags that were given.
-    pub fn apply(&self, reading: &mut Reading) {
+    pub fn apply(&self, reading: &mut DocumentFormat) {
         if let Some(field) = &self.text_field {
             reading.text_field.clone_from(field);
         }

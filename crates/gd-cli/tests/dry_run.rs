@@ -6,7 +6,7 @@ use candle_core::Device;
 use gd_model::config::{Mechanism, Recipe};
 use gd_model::data::{Corpus, Tokens};
 use gd_model::train::Trainer;
-use gd_model::train::dry_run::plan;
+use gd_model::train::estimate::estimate;
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -23,7 +23,7 @@ fn measured(mut recipe: Recipe) -> (usize, f64) {
     let mut trainer = Trainer::new(recipe, corpus, 3, &Device::Cpu).unwrap();
     ALLOCATOR.reset_peak_usage();
     for _ in 0..2 {
-        trainer.advance().unwrap();
+        trainer.train_step().unwrap();
     }
     (trainer.params.count(), (ALLOCATOR.peak_usage() - before) as f64 / f64::from(1 << 20))
 }
@@ -42,7 +42,7 @@ fn the_predicted_memory_matches_the_allocator() {
                     recipe.model.max_position_embeddings = recipe.model.max_position_embeddings.max(context);
                     (recipe.train.batch, recipe.train.context) = (batch, context);
                     (recipe.train.accumulation, recipe.train.checkpoint_blocks) = (1, checkpoint_blocks);
-                    let plan = plan(&recipe).unwrap();
+                    let plan = estimate(&recipe).unwrap();
                     let (parameters, peak) = measured(recipe);
                     assert_eq!(plan.parameters, parameters, "{preset}");
                     let error = plan.peak_memory_mib / peak - 1.0;

@@ -158,7 +158,7 @@ fn inconsistent_ranks_are_an_error() -> Result<()> {
         (
             TRAIN.replace("small", "two"),
             TRAIN.replace("small", "two"),
-            "train.batch 2 has not a row for each of 4 processes",
+            "train.batch must be at least the number of processes, 4, not 2",
         ),
         (
             TRAIN.into(),

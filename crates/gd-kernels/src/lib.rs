@@ -1,7 +1,5 @@
 //! Selection-attention operators for candle.
-//!
-//! Shapes everywhere: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; query head `h` reads
-//! key-value head `h / (Hq / Hk)`.
+#![doc = include_str!("../README.md")]
 
 mod backend;
 mod cache;

@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    KeyCache, KeyBias, Mask, PagedCache, Precision, Int8Keys, Scan, Score, Selected, scan_select,
-    decode_paged, SequenceCache};
+    Int8Keys, KeyBias, KeyCache, Mask, PagedCache, Precision, Scan, Score, Selected, SequenceCache,
+    decode_paged, scan_select,
+};
 
 use crate::{Target, sanitized, targets};
 use gd_testing::problems::{rng, uniform};

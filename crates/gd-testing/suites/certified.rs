@@ -4,7 +4,7 @@
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::gpu::Gpu;
-use gd_kernels::gpu::scan::{Inputs, Outputs, GpuScanPlan, Values, scan, scan_select};
+use gd_kernels::gpu::scan::{GpuScanPlan, Inputs, Outputs, Values, scan, scan_select};
 use gd_kernels::gpu::scan_certified::{Certified, scan_certified};
 use gd_kernels::reference::scan::may_see;
 use gd_kernels::{Precision, Problem};

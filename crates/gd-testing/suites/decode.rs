@@ -4,7 +4,7 @@
 use crate::target::{Buffer, TestGpu};
 use candle_core::DType;
 use gd_kernels::gpu::Gpu;
-use gd_kernels::gpu::decode::{Inputs, KeyData, Outputs, Pages, DecodePlan, decode};
+use gd_kernels::gpu::decode::{DecodePlan, Inputs, KeyData, Outputs, Pages, decode};
 use gd_kernels::gpu::quantize::{Int8Slices, bounds_bytes, capacity, quantize, values_bytes};
 use gd_kernels::gpu::scan::{BiasInputs, key_bias};
 use gd_kernels::gpu::{Slice, Tensor4};

@@ -1,7 +1,7 @@
 //! Scans of many queries with 8-bit keys through tensors, against plain ones on the same device.
 
 use candle_core::{DType, Device, Result, Tensor};
-use gd_kernels::{Mask, Precision, Int8Keys, Scan, Score, scan, scan_select};
+use gd_kernels::{Int8Keys, Mask, Precision, Scan, Score, scan, scan_select};
 
 use crate::{Target, sanitized, targets};
 use gd_testing::problems::{rng, uniform};

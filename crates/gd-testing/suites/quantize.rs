@@ -2,8 +2,8 @@
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};
-use gd_kernels::Score;
 use gd_kernels::KeyShape;
+use gd_kernels::Score;
 use gd_kernels::gpu::quantize::{
     Int8Slices, bounds_bytes, capacity, quantize, quantize_at, row_bytes, values_bytes,
 };
@@ -26,7 +26,8 @@ fn entered(
     parts: &[usize],
 ) -> gd_kernels::Result<[Vec<u8>; 2]> {
     let capacity = capacity(keys);
-    let (values, bounds) = (gpu.allocate(values_bytes(shape, capacity))?, gpu.allocate(bounds_bytes(shape, capacity))?);
+    let (values, bounds) =
+        (gpu.allocate(values_bytes(shape, capacity))?, gpu.allocate(bounds_bytes(shape, capacity))?);
     let to = Int8Slices { values: (&values).into(), bounds: (&bounds).into(), capacity };
     let mut first = 0;
     for &part in parts {
@@ -49,7 +50,8 @@ fn placed(
     keys: usize,
 ) -> gd_kernels::Result<[Vec<u8>; 2]> {
     let (capacity, sequences) = (capacity(keys), shape.sequences);
-    let (values, bounds) = (gpu.allocate(values_bytes(shape, capacity))?, gpu.allocate(bounds_bytes(shape, capacity))?);
+    let (values, bounds) =
+        (gpu.allocate(values_bytes(shape, capacity))?, gpu.allocate(bounds_bytes(shape, capacity))?);
     let to = Int8Slices { values: (&values).into(), bounds: (&bounds).into(), capacity };
     // `count` rows of the sequences from `sequence` on: of each from a row that is `step` behind that of the one before.
     let enter = |sequence: usize, first: usize, step: usize, count: usize| {
@@ -103,8 +105,10 @@ fn check(gpu: &TestGpu, seed: u64) -> Verdict {
         }
     }
     // Heads behind rows, so that strides count.
-    let k =
-        Tensor::from_vec(values, (sequences, keys, heads, dim), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+    let k = Tensor::from_vec(values, (sequences, keys, heads, dim), &Device::Cpu)
+        .unwrap()
+        .to_dtype(dtype)
+        .unwrap();
     let k = k.transpose(1, 2).unwrap();
     let held = Held::new(gpu, &k);
     let shape = KeyShape { sequences, kv_heads: heads, head_dim: dim, dtype, score };

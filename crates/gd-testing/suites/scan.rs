@@ -3,7 +3,7 @@
 use crate::target::{Buffer, TestGpu};
 use candle_core::DType;
 use gd_kernels::gpu::Gpu;
-use gd_kernels::gpu::scan::{Inputs, Outputs, GpuScanPlan, Prior, Protected, Values, scan, scan_select};
+use gd_kernels::gpu::scan::{GpuScanPlan, Inputs, Outputs, Prior, Protected, Values, scan, scan_select};
 use gd_kernels::reference::scan as reference_scan;
 use gd_kernels::{Precision, Problem, TieBreak};
 

@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
 use clap::Subcommand;
-use gd_model::data::{Documents, Index, Part, Preparation, Prepared, Reading, prepare, text_files};
+use gd_model::config::DocumentFormat;
+use gd_model::data::{Documents, Index, Part, Preparation, Prepared, prepare, text_files};
 use gd_model::io::tokenizer::Tokenizer;
 use serde_json::json;
 
@@ -109,7 +110,7 @@ fn run_prepare(args: &PrepareArgs, ctx: &Context) -> Result<()> {
     if !(args.valid_fraction > 0.0 && args.valid_fraction < 1.0) {
         return Err(usage(format!("--valid-fraction {} is outside (0, 1)", args.valid_fraction)));
     }
-    let mut reading = Reading::default();
+    let mut reading = DocumentFormat::default();
     args.reading.apply(&mut reading);
     let mut total_bytes = 0;
     for file in text_files(&args.data)? {
@@ -123,7 +124,7 @@ fn run_prepare(args: &PrepareArgs, ctx: &Context) -> Result<()> {
     let progress = byte_progress("tokenizing", total_bytes)?;
     let preparation = Preparation {
         paths: &args.data,
-        reading: &reading,
+        format: &reading,
         tokenizer: &tokenizer,
         shard_tokens: args.shard_tokens as usize,
         valid_fraction: args.valid_fraction,
@@ -136,7 +137,7 @@ fn run_prepare(args: &PrepareArgs, ctx: &Context) -> Result<()> {
 /// Trains a BPE vocabulary on the training part.
 fn train_tokenizer(
     args: &PrepareArgs,
-    reading: &Reading,
+    reading: &DocumentFormat,
     vocab: usize,
     total_bytes: u64,
 ) -> Result<Tokenizer> {

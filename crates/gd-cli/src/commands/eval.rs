@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use gd_model::data::{Documents, Reading, Tokens};
+use gd_model::config::DocumentFormat;
+use gd_model::data::{Documents, Tokens};
 use gd_model::eval::evaluate;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained;
@@ -59,7 +60,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {
         let mut json = serde_json::to_value(&result)?;
-        json["passed_over"] = serde_json::to_value(&loaded.passed_over)?;
+        json["passed_over"] = serde_json::to_value(&loaded.skipped)?;
         return ctx.print(json);
     }
     ctx.print(format_args!(
@@ -80,7 +81,7 @@ fn read_tokens(args: &Args, tokenizer: &Tokenizer) -> Result<(Tokens, usize)> {
     if let Some(prepared) = prepared_data_for(&args.data, tokenizer)? {
         return Ok((prepared.corpus.valid, prepared.corpus.valid_bytes));
     }
-    let mut reading = Reading::default();
+    let mut reading = DocumentFormat::default();
     args.reading.apply(&mut reading);
     let documents = Documents::open(&args.data, &reading)?.collect::<gd_model::Result<Vec<_>>>()?;
     let bytes = documents.iter().map(|d| d.text.len()).sum();

@@ -15,7 +15,7 @@ pub(super) fn entries(
 ) -> Vec<(&'static str, String)> {
     let summary = match &recipe.train.uptrain {
         Some(uptrain) => {
-            let teacher = uptrain.original.file_name().unwrap_or(uptrain.original.as_os_str());
+            let teacher = uptrain.teacher.file_name().unwrap_or(uptrain.teacher.as_os_str());
             format!("{} with its attention replaced and trained again.", teacher.to_string_lossy())
         }
         None => "A small language model trained with gd.".into(),

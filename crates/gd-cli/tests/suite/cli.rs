@@ -112,7 +112,7 @@ fn a_reloaded_model_is_bit_identical() -> Result<()> {
     let texts = Texts::split(&[text()], 0.1)?;
     let mut trainer = Trainer::new(recipe, Corpus::encode(&texts, &tokenizer)?, 5, &cpu)?;
     for _ in 0..5 {
-        trainer.advance()?;
+        trainer.train_step()?;
     }
     let card =
         ["name", "summary", "parameters", "mechanism", "tokenizer", "context", "data", "steps", "loss"];
@@ -130,7 +130,7 @@ fn a_reloaded_model_is_bit_identical() -> Result<()> {
     let expected = bits(&trainer.model)?;
     assert!(expected.iter().any(|b| *b != expected[0]));
     assert_eq!(bits(&loaded.model)?, expected);
-    trainer.advance()?;
+    trainer.train_step()?;
     assert_ne!(bits(&trainer.model)?, expected, "a step changes the bits");
     Ok(())
 }

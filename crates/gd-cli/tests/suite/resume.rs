@@ -176,7 +176,7 @@ fn a_run_does_not_resume_with_other_inputs() -> Result<()> {
     refused("--set train.clip=0.5", 1, &[&hashes[..], &["the configuration"]].concat())?;
     refused("--seed 4", 2, &["--seed 4", "seed 3"])?;
     refused("--out elsewhere", 2, &["--out", "--resume"])?;
-    refused("--steps 6", 1, &["done 7 steps already"])?;
+    refused("--steps 6", 1, &["has done 7"])?;
     refused("--steps 40", 1, &["20 steps", "40", "another one"])?;
     fs::rename(dir.join("text.txt"), dir.join("moved.txt"))?;
     refused("", 1, &["text.txt", "--data"])?;

@@ -15,7 +15,7 @@ use gd_model::model::Transformer;
 use gd_model::model::params::Params;
 use gd_model::model::pretrained;
 use gd_model::model::swap::{Layers, Swap};
-use gd_model::train::teacher::Original;
+use gd_model::train::teacher::Teacher;
 use serde_json::Value;
 
 use crate::program::{SAMPLE, SMALL, error, json};
@@ -90,7 +90,7 @@ fn layer_alignment_trains_only_the_changed_layers() -> Result<()> {
         let aligned = |k: usize| -> Result<(Pair, Tensor, GradStore)> {
             let pair = pair(family, Layers::List(layers.clone()), k)?;
             let Pair { original, learner, vars, ids } = &pair;
-            let (loss, grads) = learner.aligned(original, vars, &layers, ids, &pass, 0.75)?;
+            let (loss, grads) = learner.layer_alignment(original, vars, &layers, ids, &pass, 0.75)?;
             Ok((pair, loss, grads))
         };
         // All visible keys.
@@ -107,7 +107,7 @@ fn layer_alignment_trains_only_the_changed_layers() -> Result<()> {
         };
         check_directions(&pair.vars, &grads, learns, || {
             let Pair { original, learner, vars, ids } = &pair;
-            Ok(learner.aligned(original, vars, &layers, ids, &pass, 0.75)?.0.to_scalar()?)
+            Ok(learner.layer_alignment(original, vars, &layers, ids, &pass, 0.75)?.0.to_scalar()?)
         })?;
     }
     Ok(())
@@ -119,7 +119,7 @@ fn the_alignment_error_is_relative_to_the_teacher() -> Result<()> {
     let Pair { original, learner, vars, ids } = &pair;
     let (mask, last) = (Mask::causal(0), learner.config().num_hidden_layers - 1);
     let error = |weight: f64| -> Result<f64> {
-        Ok(learner.aligned(original, vars, &[last], ids, &Pass::new(&mask), weight)?.0.to_scalar()?)
+        Ok(learner.layer_alignment(original, vars, &[last], ids, &Pass::new(&mask), weight)?.0.to_scalar()?)
     };
     let once = error(1.0)?;
     ensure!((error(0.5)? * 2.0 - once).abs() < 1e-12 && once < 4.0, "{once}");
@@ -184,7 +184,7 @@ fn distillation_trains_every_parameter() -> Result<()> {
 
         // In f32, as in a run.
         let config = learner.config().clone();
-        let run = Original::new(parts, &config, DType::F32, &CPU)?;
+        let run = Teacher::new(parts, &config, DType::F32, &CPU)?;
         ensure!(run.changed().len() == config.num_hidden_layers);
         let params = Params::stored(
             vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect(),
@@ -204,7 +204,7 @@ fn distillation_trains_every_parameter() -> Result<()> {
 fn incompatible_teachers_are_errors() -> Result<()> {
     let read = |family: &str| pretrained::read(&fixture(family), &CPU);
     let refused = |family: &str, learner: &ModelConfig| -> Result<String> {
-        match Original::new(read(family)?, learner, DType::F32, &CPU) {
+        match Teacher::new(read(family)?, learner, DType::F32, &CPU) {
             Ok(_) => anyhow::bail!("{family} was accepted"),
             Err(e) => Ok(e.to_string()),
         }
@@ -215,7 +215,7 @@ fn incompatible_teachers_are_errors() -> Result<()> {
     wide.hidden_size *= 2;
     let other = refused("llama", &wide)?;
     ensure!(
-        other.contains("cannot learn from an original of") && other.contains(&wide.hidden_size.to_string())
+        other.contains("cannot learn from a teacher of") && other.contains(&wide.hidden_size.to_string())
     );
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 
-use crate::config::{Mechanism, ModelConfig};
+use crate::config::{Mechanism, ModelConfig, nearest};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
 use crate::model::params::Params;
@@ -52,10 +52,11 @@ impl Variant {
     /// # Errors
     /// Names what there is.
     pub fn named(name: &str) -> Result<Self> {
-        let found = VARIANTS.iter().find(|v| v.name == name).copied();
-        found.ok_or_else(|| {
-            let names = VARIANTS.map(|v| v.name).join(", ");
-            Error::Invalid(format!("unknown mechanism {name:?} (there are {names})"))
+        VARIANTS.iter().find(|v| v.name == name).copied().ok_or_else(|| Error::UnknownName {
+            what: "mechanism",
+            name: name.into(),
+            allowed: VARIANTS.iter().map(|v| v.name.to_owned()).collect(),
+            suggestion: nearest(name, &VARIANTS.map(|v| v.name)),
         })
     }
 

@@ -4,20 +4,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// A constant, or points `[share of all steps, value]` in rising order, before the first and after the last of
-/// which the value stays. In JSON `0.5` or `[[0.25, 0], [0.7, 1]]`.
+/// A constant, or a piecewise function of the progress of a run.
+///
+/// In JSON it is a number, such as `0.5`, or a list of points `[fraction of all steps, value]` with rising fractions,
+/// such as `[[0.25, 0], [0.7, 1]]`. Before the first and after the last point the value is constant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Curve {
-    /// The same at every step.
+    /// The same value at every step.
     Constant(f64),
-    /// Changes at these points.
+    /// Points `(fraction of all steps, value)`.
     Points(Vec<(f64, f64)>),
 }
 
 impl Curve {
-    /// The value at a share of all steps, in straight lines between the points. Two points at the same share
-    /// are a jump, and the later one counts there.
+    /// The value at a fraction of all steps, interpolated linearly between the points. Two points at the same fraction
+    /// are a jump, at which the value is that of the second.
     pub fn at(&self, share: f64) -> f64 {
         let points = match self {
             Self::Constant(value) => return *value,
@@ -33,7 +35,7 @@ impl Curve {
         }
     }
 
-    /// The value of the last point up to a share of all steps.
+    /// The value of the last point at or before a fraction of all steps, without interpolation.
     pub fn step_at(&self, share: f64) -> f64 {
         match self {
             Self::Constant(value) => *value,
@@ -44,31 +46,31 @@ impl Curve {
         }
     }
 
-    /// Fails with the point out of order, or the value that does not `fit`, under the curve's `name`.
+    /// Checks that the points are in order and that `valid` holds for every value. `name` and `allowed` describe the
+    /// curve and its values in errors.
     ///
     /// # Errors
-    /// As said.
-    pub fn validate(&self, name: &str, range: &str, fit: impl Fn(f64) -> bool) -> Result<()> {
+    /// [`Error::OutOfRange`] for the first point out of order or value outside its range.
+    pub fn validate(&self, name: &str, allowed: &str, valid: impl Fn(f64) -> bool) -> Result<()> {
         let values: Vec<f64> = match self {
             Self::Constant(value) => vec![*value],
             Self::Points(points) if points.is_empty() => {
-                return Err(Error::Invalid(format!("{name} has no points")));
+                return Err(Error::out_of_range(name, "an empty list", "a number or a list of points"));
             }
             Self::Points(points) => {
                 let mut last = 0.0;
                 for (share, _) in points {
                     if !(last..=1.0).contains(share) {
-                        return Err(Error::Invalid(format!(
-                            "{name}: the shares of its points must rise within 0..=1, and {share} does not"
-                        )));
+                        let allowed = format!("a list of points with fractions that rise from {last} to 1");
+                        return Err(Error::out_of_range(name, share, allowed));
                     }
                     last = *share;
                 }
                 points.iter().map(|p| p.1).collect()
             }
         };
-        match values.into_iter().find(|&v| !(v.is_finite() && fit(v))) {
-            Some(value) => Err(Error::Invalid(format!("{name} must be {range}, not {value}"))),
+        match values.into_iter().find(|&v| !(v.is_finite() && valid(v))) {
+            Some(value) => Err(Error::out_of_range(name, value, allowed)),
             None => Ok(()),
         }
     }
@@ -79,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn straight_lines_steps_and_jumps() {
+    fn values_between_points_are_interpolated_or_stepped() {
         let curve: Curve = serde_json::from_str("[[0.2, 0], [0.6, 1], [0.6, 3], [0.8, 2]]").unwrap();
         let near = |share: f64, value: f64| {
             assert!((curve.at(share) - value).abs() < 1e-12, "{share}: {}", curve.at(share));
@@ -97,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn curves_that_do_not_fit_are_named() {
+    fn invalid_curves_are_named() {
         let check = |text: &str| {
             let curve: Curve = serde_json::from_str(text).unwrap();
             curve.validate("x", "in [0, 1]", |v| (0.0..=1.0).contains(&v)).map_err(|e| e.to_string())
@@ -107,6 +109,6 @@ mod tests {
         assert_eq!(check("[[0.5, 0], [1, 2]]").unwrap_err(), "x must be in [0, 1], not 2");
         assert!(check("[[0.5, 0], [0.2, 1]]").unwrap_err().contains("0.2"));
         assert!(check("[[1.5, 0]]").unwrap_err().contains("1.5"));
-        assert_eq!(check("[]").unwrap_err(), "x has no points");
+        assert_eq!(check("[]").unwrap_err(), "x must be a number or a list of points, not an empty list");
     }
 }

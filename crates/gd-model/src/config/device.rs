@@ -1,17 +1,21 @@
-//! Which device a command runs on: `auto`, `cpu`, `cuda:N` or `metal`.
+//! The choice of a device by name: `auto`, `cpu`, `cuda:N` or `metal`.
 
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use candle_core::utils::{cuda_is_available, metal_is_available};
 
-/// The value of `--device`.
+use crate::error::{Error, Result};
+
+/// Environment variables in which launchers of MPI give the number of a process among those on its machine.
+const LOCAL_RANK: [&str; 2] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"];
+
+/// A device by name, such as the value of `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
-    /// The first accelerator that this build supports and that opens (of several processes on a machine,
-    /// each takes the one of its own number), else the CPU.
+    /// An accelerator that this build supports and that opens, else the CPU. Of several processes on a machine each
+    /// takes the accelerator of its own number.
     #[default]
     Auto,
     /// The CPU.
@@ -25,7 +29,7 @@ pub enum DeviceChoice {
 impl FromStr for DeviceChoice {
     type Err = String;
 
-    fn from_str(s: &str) -> Result<Self, String> {
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
         let number = |n: &str| n.parse().map_err(|_| format!("`{n}` is not the number of a CUDA device"));
         match s {
             "auto" => Ok(Self::Auto),
@@ -55,34 +59,37 @@ impl DeviceChoice {
     /// Opens the device.
     ///
     /// # Errors
-    /// Says what is missing when the device was named and this build or this machine lacks it.
+    /// [`Error::Device`] if the device was named and this build or this machine lacks it.
     pub fn open(self) -> Result<Device> {
+        let refused = |reason: String| Error::Device { device: self.to_string(), reason };
+        let built_without =
+            |name: &str| refused(format!("this program was built without {name} support (use --device cpu)"));
+        let closed = |e: Error| refused(format!("does not open (--device cpu runs without): {e}"));
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda(_) if !cuda_is_available() => {
-                bail!("device {self}: this program was built without CUDA support (use --device cpu)")
-            }
-            Self::Metal if !metal_is_available() => {
-                bail!("device {self}: this program was built without Metal support (use --device cpu)")
-            }
-            Self::Cuda(n) => open_cuda(n)
-                .with_context(|| format!("device {self} does not open (--device cpu runs without)")),
-            Self::Metal => open_metal()
-                .with_context(|| format!("device {self} does not open (--device cpu runs without)")),
+            Self::Cuda(_) if !cuda_is_available() => Err(built_without("CUDA")),
+            Self::Metal if !metal_is_available() => Err(built_without("Metal")),
+            Self::Cuda(number) => open_cuda(number).map_err(closed),
+            Self::Metal => open_metal().map_err(closed),
             Self::Auto => Ok(Self::first_accelerator().unwrap_or(Device::Cpu)),
         }
     }
 
-    /// The accelerator that `auto` takes. One that is built in but does not open is named in the
-    /// log, so that nobody takes a slow run on the CPU for a fast one.
+    /// The accelerator that `auto` takes. If this build supports one that does not open, a warning says so, so that
+    /// nobody mistakes a run on the CPU for one on the accelerator.
     fn first_accelerator() -> Option<Device> {
         let choice = match (cuda_is_available(), metal_is_available()) {
-            (true, _) => Self::Cuda(crate::train::parallel::local_rank()),
+            (true, _) => Self::Cuda(local_rank()),
             (false, true) => Self::Metal,
             (false, false) => return None,
         };
-        choice.open().map_err(|e| tracing::warn!("running on the CPU: {e:#}")).ok()
+        choice.open().map_err(|e| tracing::warn!("running on the CPU: {e}")).ok()
     }
+}
+
+/// The number of this process among those that `mpirun` has started on this machine; 0 without `mpirun`.
+fn local_rank() -> usize {
+    LOCAL_RANK.iter().find_map(|name| std::env::var(name).ok()?.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(feature = "cuda")]
@@ -105,7 +112,7 @@ fn open_metal() -> Result<Device> {
     Ok(Device::new_metal(0)?)
 }
 
-/// The name of an open device, as `--device` spells it.
+/// The name of an open device, which parses to a [`DeviceChoice`].
 pub fn name(device: &Device) -> String {
     use candle_core::DeviceLocation::{Cpu, Cuda, Metal};
     match device.location() {
@@ -132,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_device_that_is_missing_is_named() {
-        let e = format!("{:#}", DeviceChoice::Cuda(999).open().unwrap_err());
+        let e = DeviceChoice::Cuda(999).open().unwrap_err().to_string();
         let why = if cuda_is_available() { "does not open" } else { "without CUDA" };
         assert!(e.contains("cuda:999") && e.contains(why) && e.contains("--device cpu"), "{e}");
         assert!(DeviceChoice::Auto.open().is_ok());

@@ -1,17 +1,17 @@
-//! What the configs of other families mean in ours: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3.
+//! Translation of configurations of Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3.
 //!
-//! Keys that a config leaves out have the values that `transformers` gives them, which differ by family.
-//! Keys that the family's model does not read are not read here either; those that change what it computes
-//! in a way that is not supported are refused with their value.
+//! Absent keys have the defaults of `transformers`, which differ by family. Keys that do not change the result are
+//! ignored. Values that change the result in a way that is not supported are refused.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::model::{
-    GdBlock, Mechanism, ModelConfig, RopeParameters, architectures, check_sizes, dtype, known_rope_type,
+    GdBlock, Mechanism, ModelConfig, RopeParameters, architectures, check_rope_type, check_sizes, dtype,
     model_type,
 };
 use super::parse;
+use crate::error::{ConfigProblem, Error};
 
 /// The families by `model_type`.
 const FAMILIES: [(&str, Family); 4] = [
@@ -30,7 +30,7 @@ enum Family {
 }
 
 impl Family {
-    /// What its model is called.
+    /// The class of its model in `transformers`.
     fn architecture(self) -> &'static str {
         match self {
             Self::Llama => "LlamaForCausalLM",
@@ -40,7 +40,7 @@ impl Family {
         }
     }
 
-    /// Values of keys that are left out.
+    /// The defaults of absent keys that differ from those of [`Keys`].
     fn defaults(self) -> Value {
         match self {
             Self::Llama => json!({ "max_position_embeddings": 2048 }),
@@ -57,7 +57,7 @@ impl Family {
         }
     }
 
-    /// Whether q, k, v and whether `o_proj` have biases.
+    /// Whether the query, key and value projections have a bias, and whether the output projection has one.
     fn biases(self, attention_bias: bool) -> (bool, bool) {
         match self {
             Self::Llama | Self::Qwen3 => (attention_bias, attention_bias),
@@ -67,7 +67,7 @@ impl Family {
     }
 }
 
-/// The keys that are read. What may be null is an option.
+/// The keys that are used. A key that may be `null` is an option.
 #[derive(Debug, Deserialize)]
 struct Keys {
     architectures: Option<Vec<String>>,
@@ -126,34 +126,35 @@ struct Rope {
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<usize>,
+    #[serde(rename = "original_max_position_embeddings")]
+    unscaled_context: Option<usize>,
     partial_rotary_factor: Option<f64>,
 }
 
 /// Translates a `config.json`.
 ///
 /// # Errors
-/// Every problem: an unknown family, a key or value that does not fit, or one that is not supported.
-pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<String>> {
-    let known = || FAMILIES.map(|(name, _)| name).join(", ");
+/// Every problem: keys and values that cannot be used, or a family or feature that is not supported.
+pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<ConfigProblem>> {
+    let supported = || FAMILIES.map(|(name, _)| name).join(", ");
     let family = match json.get("model_type").and_then(Value::as_str) {
         Some(name) => {
             FAMILIES.iter().find(|(n, _)| *n == name).map(|(_, family)| *family).ok_or_else(|| {
-                vec![format!(
-                    "model_type {name:?} is not supported ({} are, and configs with a gd block)",
-                    known()
-                )]
+                let supported = supported();
+                vec![refusal(format!(
+                    "model_type {name:?} is not supported ({supported} are, and configs with a gd block)"
+                ))]
             })?
         }
-        None => return Err(vec![format!("neither a gd block nor a model_type ({})", known())]),
+        None => return Err(vec![refusal(format!("neither a gd block nor a model_type ({})", supported()))]),
     };
     let mut full = family.defaults();
     if let (Value::Object(full), Value::Object(given)) = (&mut full, json.clone()) {
         full.extend(given);
     }
     let keys: Keys = parse(full)?;
-    // First, since the windows are as many.
-    check_sizes(&[("num_hidden_layers", keys.num_hidden_layers)]).map_err(|e| vec![e.to_string()])?;
+    // Before anything is allocated per layer.
+    check_sizes(&[("num_hidden_layers", keys.num_hidden_layers)]).map_err(|e| vec![e.into()])?;
     let mut problems = refusals(&keys, family);
     let rope = rope(&keys).map_err(|p| problems.extend(p)).ok();
     let windows = windows(&keys, family).map_err(|p| problems.push(p)).ok();
@@ -194,30 +195,36 @@ pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<String>> {
     })
 }
 
-/// What the model would compute otherwise than is done here.
-fn refusals(keys: &Keys, family: Family) -> Vec<String> {
+/// The problem of a feature that is not supported; `text` names its key and value.
+fn refusal(text: String) -> ConfigProblem {
+    ConfigProblem::Unsupported(text)
+}
+
+/// The features of a model of `family` that are not supported.
+fn refusals(keys: &Keys, family: Family) -> Vec<ConfigProblem> {
     let mut problems = Vec::new();
     if let Some(name) = keys.architectures.iter().flatten().find(|a| *a != family.architecture()) {
-        problems.push(format!("architectures {name:?} is not supported ({} is)", family.architecture()));
+        problems
+            .push(refusal(format!("architectures {name:?} is not supported ({} is)", family.architecture())));
     }
     if keys.num_attention_heads == 0 {
-        problems.push("num_attention_heads is 0".into());
+        problems.push(Error::out_of_range("num_attention_heads", 0, "at least 1").into());
     }
     if let Some(n) = keys.pretraining_tp.filter(|n| *n > 1) {
-        problems.push(format!("pretraining_tp {n} is not supported (1 is)"));
+        problems.push(refusal(format!("pretraining_tp {n} is not supported (1 is)")));
     }
     if let Some(share) = keys.partial_rotary_factor.filter(|share| *share != 1.0) {
-        problems.push(format!("partial_rotary_factor {share} is not supported (1 is)"));
+        problems.push(refusal(format!("partial_rotary_factor {share} is not supported (1 is)")));
     }
     if let Some(value) = &keys.quantization_config {
-        problems.push(format!("quantization_config {value}: quantised weights are not supported"));
+        problems.push(refusal(format!("quantization_config {value}: quantised weights are not supported")));
     }
     problems
 }
 
-/// The rotary frequencies. What `rope_scaling` says goes before `rope_parameters`, and a base in either of
-/// them before the one beside.
-fn rope(keys: &Keys) -> Result<RopeParameters, Vec<String>> {
+/// The rotary embedding. `rope_scaling` has precedence over `rope_parameters`, and a base in either of them over the key
+/// `rope_theta`.
+fn rope(keys: &Keys) -> Result<RopeParameters, Vec<ConfigProblem>> {
     let plain = RopeParameters::plain(keys.rope_theta.unwrap_or(10_000.0));
     let given = [("rope_scaling", &keys.rope_scaling), ("rope_parameters", &keys.rope_parameters)];
     let Some((name, tree)) = given.into_iter().find_map(|(name, tree)| {
@@ -226,11 +233,13 @@ fn rope(keys: &Keys) -> Result<RopeParameters, Vec<String>> {
     }) else {
         return Ok(plain);
     };
-    let inside = |problem: String| vec![format!("{name}: {problem}")];
-    // The type first: the other types have keys of their own.
+    let inside = |problem: String| vec![refusal(format!("{name}: {problem}"))];
+    // The type is checked first, because types that are not supported have other keys.
     let kind = |key: &str| tree.get(key).and_then(Value::as_str);
-    kind("rope_type").or(kind("type")).map_or(Ok(()), known_rope_type).map_err(|e| inside(e.to_string()))?;
-    let rope: Rope = parse(tree).map_err(|problems| inside(problems.join("; ")))?;
+    kind("rope_type").or(kind("type")).map_or(Ok(()), check_rope_type).map_err(|e| inside(e.to_string()))?;
+    let rope: Rope = parse(tree).map_err(|problems| {
+        inside(problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+    })?;
     if let Some(share) = rope.partial_rotary_factor.filter(|share| *share != 1.0) {
         return Err(inside(format!("partial_rotary_factor {share} is not supported (1 is)")));
     }
@@ -241,16 +250,15 @@ fn rope(keys: &Keys) -> Result<RopeParameters, Vec<String>> {
         factor: rope.factor.filter(|_| rope_type != "default"),
         low_freq_factor: rope.low_freq_factor.filter(|_| llama3),
         high_freq_factor: rope.high_freq_factor.filter(|_| llama3),
-        original_max_position_embeddings: llama3
-            .then(|| rope.original_max_position_embeddings.unwrap_or(keys.max_position_embeddings)),
+        unscaled_context: llama3.then(|| rope.unscaled_context.unwrap_or(keys.max_position_embeddings)),
         rope_type,
     };
     parameters.scaling().map_err(|e| inside(e.to_string()))?;
     Ok(parameters)
 }
 
-/// The window of every layer, of all, or none.
-fn windows(keys: &Keys, family: Family) -> Result<Vec<Option<usize>>, String> {
+/// The sliding windows: one per layer, a single one for all layers, or none.
+fn windows(keys: &Keys, family: Family) -> Result<Vec<Option<usize>>, ConfigProblem> {
     let window = match family {
         Family::Llama => None,
         Family::Mistral => keys.sliding_window,
@@ -264,23 +272,26 @@ fn windows(keys: &Keys, family: Family) -> Result<Vec<Option<usize>>, String> {
             (0..keys.num_hidden_layers).map(|i| window.is_some() && i >= keys.max_window_layers).collect()
         }
         Some(types) if types.len() != keys.num_hidden_layers => {
-            return Err(format!("{} layer_types for {} layers", types.len(), keys.num_hidden_layers));
+            let (types, layers) = (types.len(), keys.num_hidden_layers);
+            return Err(refusal(format!("{types} layer_types for {layers} layers")));
         }
         Some(types) => types.iter().map(|kind| slides(kind)).collect::<Result<_, _>>()?,
     };
     match (slides.contains(&true), window) {
         (false, _) => Ok(Vec::new()),
-        (true, None) => {
-            Err("layer_types has \"sliding_attention\", but there is no sliding_window in use".into())
-        }
+        (true, None) => Err(refusal(
+            "layer_types has \"sliding_attention\", but there is no sliding_window in use".into(),
+        )),
         (true, window) => Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect()),
     }
 }
 
-fn slides(kind: &str) -> Result<bool, String> {
+fn slides(kind: &str) -> Result<bool, ConfigProblem> {
     match kind {
         "sliding_attention" => Ok(true),
         "full_attention" => Ok(false),
-        _ => Err(format!("layer_types {kind:?} is not supported (full_attention and sliding_attention are)")),
+        _ => Err(refusal(format!(
+            "layer_types {kind:?} is not supported (full_attention and sliding_attention are)"
+        ))),
     }
 }

@@ -1,4 +1,4 @@
-//! From a preset's name or a file, and what overrides it, to a checked recipe.
+//! Loading a recipe from a preset or a file, with settings that replace single values.
 
 use std::path::Path;
 
@@ -6,12 +6,16 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use serde_path_to_error::Segment;
 
+use super::value::{Tree, ValueError};
 use super::{PRESETS, Recipe, Setting, UPTRAIN};
-use crate::data::read_text;
-use crate::error::{Error, Result};
+use crate::error::{ConfigProblem, Error, Result};
+use crate::io::files::read_text;
+
+/// The minimal Jaro similarity of a name that is suggested in place of an unknown one.
+const MIN_SIMILARITY: f64 = 0.7;
 
 impl Recipe {
-    /// A preset by name, or a file: TOML where its name ends so, else JSON.
+    /// Loads a preset by its name, or a file: TOML if its name ends in `.toml`, else JSON.
     ///
     /// # Errors
     /// As [`Recipe::load_with`].
@@ -19,46 +23,66 @@ impl Recipe {
         Self::load_with(name, &[])
     }
 
-    /// The same, with `settings` in place of what the preset or file has. They are merged first, so
-    /// that what is checked is the whole that will run.
+    /// Loads a preset or file and replaces the values that `settings` name. The result is validated after the
+    /// replacement, so that the settings may depend on each other.
+    ///
+    /// ```
+    /// use gd_model::config::{Recipe, Setting};
+    ///
+    /// let settings = [Setting::new("train.steps", 100), "train.lr.peak=1e-3".parse::<Setting>()?];
+    /// let recipe = Recipe::load_with("tiny", &settings)?;
+    /// assert_eq!((recipe.train.steps, recipe.train.lr.peak), (100, 1e-3));
+    ///
+    /// let error = Recipe::load_with("tiny", &[Setting::new("train.step", 100)]).unwrap_err();
+    /// assert!(error.to_string().contains("did you mean train.steps?"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
-    /// Names the preset or file, and every key or value in it that does not fit.
+    /// - [`Error::UnknownName`] if there is neither a preset nor a file of this name.
+    /// - [`Error::Config`] with every key and value that cannot be used.
+    /// - An error that names the file, if it cannot be read.
     pub fn load_with(name: &str, settings: &[Setting]) -> Result<Self> {
         let mut tree = tree(name)?;
         settings.iter().try_for_each(|setting| setting.apply(&mut tree))?;
-        let whole = |problems: Vec<String>| Error::Invalid(format!("{name}: {}", problems.join("; ")));
-        let recipe: Self = parse(tree).map_err(whole)?;
+        let failed = |problems| Error::Config { source_name: name.into(), problems };
+        let recipe: Self = parse(tree).map_err(failed)?;
         let problems = recipe.problems();
-        if problems.is_empty() { Ok(recipe) } else { Err(whole(problems)) }
+        if problems.is_empty() { Ok(recipe) } else { Err(failed(problems)) }
     }
 
-    /// What does not fit in each of the parts, and between them.
-    fn problems(&self) -> Vec<String> {
+    /// The problems of the model, of the training, and between them.
+    fn problems(&self) -> Vec<ConfigProblem> {
         let parts = [self.model.validate(), self.train.validate()];
-        let mut problems: Vec<_> = parts.into_iter().filter_map(|r| r.err().map(|e| e.to_string())).collect();
+        let mut problems: Vec<_> =
+            parts.into_iter().filter_map(|part| part.err().map(ConfigProblem::from)).collect();
         let (context, longest) = (self.train.context, self.model.max_position_embeddings);
         if context > longest {
-            problems.push(format!("train.context {context} exceeds max_position_embeddings {longest}"));
+            let allowed = format!("at most max_position_embeddings {longest}");
+            problems.push(Error::out_of_range("train.context", context, allowed).into());
         }
         problems
     }
 }
 
-/// The unchecked content of a preset or file.
+/// The content of a preset or file, not yet validated.
 fn tree(name: &str) -> Result<Value> {
-    let named = |e: &dyn std::fmt::Display| Error::Invalid(format!("{name}: {e}"));
+    let named = |e: &dyn std::fmt::Display| Error::Config {
+        source_name: name.into(),
+        problems: vec![ConfigProblem::WrongType { key: String::new(), reason: e.to_string() }],
+    };
     if let Some((_, text)) = PRESETS.iter().chain([&UPTRAIN]).find(|(preset, _)| *preset == name) {
         return serde_json::from_str(text).map_err(|e| named(&e));
     }
     let path = Path::new(name);
     if !path.exists() {
         let names: Vec<_> = PRESETS.iter().map(|p| p.0).collect();
-        let guess = nearest(name, &names).map_or(String::new(), |near| format!("; did you mean {near}?"));
-        return Err(Error::Invalid(format!(
-            "config {name:?} is neither a file nor a preset ({}){guess}",
-            names.join(", ")
-        )));
+        return Err(Error::UnknownName {
+            what: "preset or file",
+            name: name.into(),
+            suggestion: nearest(name, &names),
+            allowed: names.into_iter().map(str::to_owned).collect(),
+        });
     }
     let text = read_text(path)?;
     match path.extension().is_some_and(|e| e == "toml") {
@@ -67,26 +91,27 @@ fn tree(name: &str) -> Result<Value> {
     }
 }
 
-/// Reads a value of type `T`, which refuses unknown keys. On failure every problem, with its path:
-/// what is wrong is taken out and the rest read again, until it is whole or lacks a key.
+/// Deserializes a value of a type that refuses unknown keys, and collects all problems: what is wrong is removed from
+/// the tree and the rest is read again, until the tree is valid or lacks a key.
 ///
 /// # Errors
-/// The list of problems.
-pub fn parse<T: DeserializeOwned>(mut tree: Value) -> std::result::Result<T, Vec<String>> {
+/// The list of problems, in the order in which they were found.
+pub fn parse<T: DeserializeOwned>(mut tree: Value) -> std::result::Result<T, Vec<ConfigProblem>> {
     let mut problems = Vec::new();
     loop {
-        let error = match serde_path_to_error::deserialize::<_, T>(&tree) {
-            Ok(found) if problems.is_empty() => return Ok(found),
+        let error = match serde_path_to_error::deserialize::<_, T>(Tree(tree.clone())) {
+            Ok(value) if problems.is_empty() => return Ok(value),
             Ok(_) => return Err(problems),
             Err(error) => error,
         };
         let path: Vec<String> = error.path().iter().filter_map(step).collect();
-        let message = error.inner().to_string();
-        let missing = message.strip_prefix("missing field ");
-        if missing.is_none() || problems.is_empty() {
-            problems.push(describe(&path, &message));
+        let error = error.into_inner();
+        let missing = matches!(error, ValueError::MissingField(_));
+        // After a removal a key may be missing because its value was wrong.
+        if !missing || problems.is_empty() {
+            problems.push(describe(&path, error));
         }
-        if missing.is_some() || !remove(&mut tree, &path) {
+        if missing || !remove(&mut tree, &path) {
             return Err(problems);
         }
     }
@@ -101,7 +126,7 @@ fn step(segment: &Segment) -> Option<String> {
     }
 }
 
-/// Takes out the value at `path`; false where there is none.
+/// Removes the value at `path`; returns whether there was one.
 fn remove(tree: &mut Value, path: &[String]) -> bool {
     let Some((last, parents)) = path.split_last() else { return false };
     let at = parents.iter().try_fold(tree, |at, key| match at {
@@ -111,42 +136,36 @@ fn remove(tree: &mut Value, path: &[String]) -> bool {
     at.and_then(Value::as_object_mut).is_some_and(|map| map.remove(last).is_some())
 }
 
-/// Serde's message about the value at `path` in our words. Its quoted names are the name at fault and
-/// those that the type knows, so that no list of keys is kept here.
-fn describe(path: &[String], message: &str) -> String {
-    let at = path.join(".");
-    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-    match (message.split('`').next().unwrap_or_default(), &quoted[..]) {
-        ("unknown field ", [name, known @ ..]) => {
+/// The problem that `error` is at `path`.
+fn describe(path: &[String], error: ValueError) -> ConfigProblem {
+    let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    let below = |parent: &[String], name: &str| [parent, &[name.to_owned()]].concat().join(".");
+    match error {
+        ValueError::UnknownField { name, allowed } => {
             let parent = match path.split_last() {
-                Some((last, parent)) if last == name => parent,
+                Some((last, parent)) if *last == name => parent,
                 _ => path,
             };
-            let full =
-                |name: &str| parent.iter().map(String::as_str).chain([name]).collect::<Vec<_>>().join(".");
-            match nearest(name, known) {
-                Some(near) => format!("unknown key {}; did you mean {}?", full(name), full(near)),
-                None => format!("unknown key {} (known here: {})", full(name), known.join(", ")),
+            ConfigProblem::UnknownKey {
+                key: below(parent, &name),
+                suggestion: nearest(&name, allowed).map(|near| below(parent, &near)),
+                allowed: owned(allowed),
             }
         }
-        ("missing field ", [name]) => {
-            format!(
-                "{} is missing",
-                path.iter().map(String::as_str).chain([*name]).collect::<Vec<_>>().join(".")
-            )
-        }
-        ("unknown variant ", [name, known @ ..]) => match nearest(name, known) {
-            Some(near) => format!("{at} {name:?} is unknown; did you mean {near:?}?"),
-            None => format!("{at} {name:?} is unknown (known: {})", known.join(", ")),
+        ValueError::MissingField(name) => ConfigProblem::MissingKey { key: below(path, name) },
+        ValueError::UnknownVariant { name, allowed } => ConfigProblem::UnknownValue {
+            key: path.join("."),
+            suggestion: nearest(&name, allowed),
+            value: name,
+            allowed: owned(allowed),
         },
-        _ if at.is_empty() => message.to_owned(),
-        _ => format!("{at}: {message}"),
+        ValueError::Other(reason) => ConfigProblem::WrongType { key: path.join("."), reason },
     }
 }
 
-/// The name that was probably meant.
-fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
-    let likeness = |known: &&str| strsim::jaro(name, known);
-    let best = known.iter().copied().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-    (likeness(&best) > 0.7).then_some(best)
+/// The allowed name that is most similar to `name`, if it is similar enough to be meant.
+pub(crate) fn nearest(name: &str, allowed: &[&str]) -> Option<String> {
+    let similarity = |other: &&str| strsim::jaro(name, other);
+    let closest = allowed.iter().copied().max_by(|a, b| similarity(a).total_cmp(&similarity(b)))?;
+    (similarity(&closest) > MIN_SIMILARITY).then(|| closest.to_owned())
 }

@@ -1,35 +1,56 @@
-//! What a model is made of and how it is trained: read from a preset or a file, checked as a whole,
-//! unknown keys refused.
+//! Configuration of models and of training, loaded from presets or files.
+//!
+//! A [`Recipe`] is a [`ModelConfig`] and a [`TrainConfig`]. Loading refuses unknown keys and reports every problem at
+//! once, see [`Error::Config`](crate::Error::Config). A [`ModelConfig`] also reads the `config.json` of Llama, Mistral
+//! and Qwen models.
 
-mod curve;
 pub mod device;
+
+mod adamw;
+mod curve;
+mod documents;
+mod ema;
+mod guard;
 mod llama;
 mod load;
+mod lr_schedule;
 mod model;
-mod select;
-mod set;
+mod muon;
+mod select_schedule;
+mod setting;
 mod train;
+mod uptrain;
+mod value;
 
 use serde::{Deserialize, Serialize};
 
+pub use adamw::AdamWConfig;
 pub use curve::Curve;
+pub use documents::DocumentFormat;
+pub use ema::EmaConfig;
+pub use guard::GuardConfig;
 pub use load::parse;
+pub use lr_schedule::{LrSchedule, LrShape};
 pub use model::{GdBlock, Mechanism, ModelConfig, RopeParameters};
-pub use select::SelectSchedule;
-pub use set::Setting;
+pub use muon::MuonConfig;
+pub use select_schedule::SelectSchedule;
+pub use setting::Setting;
 pub use train::{Precision, TokenizerChoice, TrainConfig};
+pub use uptrain::{UptrainConfig, training_candidates, uptrain_schedule};
 
-/// A preset or a configuration file: a model and its training.
+pub(crate) use load::nearest;
+
+/// The content of a preset or a configuration file: a model and its training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// The model; its `vocab_size` is set by the tokenizer.
+    /// The model. Its `vocab_size` is replaced by that of the tokenizer.
     pub model: ModelConfig,
     /// The training.
     pub train: TrainConfig,
 }
 
-/// The presets of models/ by name.
+/// The presets, as pairs of name and JSON text.
 pub const PRESETS: &[(&str, &str)] = &[
     ("tiny", include_str!("../../models/tiny.json")),
     ("small", include_str!("../../models/small.json")),
@@ -37,5 +58,5 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("125M", include_str!("../../models/125M.json")),
 ];
 
-/// The training of a model that exists, for [`Recipe::load_with`] and the model as a setting.
+/// The preset of uptraining. It has no model, which [`Recipe::load_with`] takes from a [`Setting`].
 pub const UPTRAIN: (&str, &str) = ("uptrain", include_str!("../../models/uptrain.json"));

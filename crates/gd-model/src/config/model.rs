@@ -1,4 +1,4 @@
-//! The shape of a model: the keys of `config.json`.
+//! The configuration of a model: the keys of `config.json`.
 
 use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, RopeScaling};
 use serde::de::IgnoredAny;
@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{llama, parse};
-use crate::error::{Error, Result};
+use crate::error::{ConfigProblem, Error, Result};
 
-/// How the positions of a layer read each other.
+/// The attention mechanism of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mechanism {
@@ -18,92 +18,92 @@ pub enum Mechanism {
     Gd,
 }
 
-/// The keys of `config.json`: those of Llama, and ours in the block `gd`.
+/// The configuration of a model: the keys of a Llama `config.json`, and those of this crate in the block `gd`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// `["GdForCausalLM"]`; not read.
+    /// `["GdForCausalLM"]`. Written, not used.
     #[serde(default = "architectures")]
     pub architectures: Vec<String>,
-    /// `gd`; not read.
+    /// `gd`. Written, not used.
     #[serde(default = "model_type")]
     pub model_type: String,
-    /// The Python code beside the checkpoint; written, not read.
+    /// The Python classes beside the checkpoint. Written, not used.
     #[serde(default, skip_serializing)]
     pub auto_map: IgnoredAny,
-    /// Tokens the model knows.
+    /// The size V of the vocabulary.
     pub vocab_size: usize,
-    /// Width C.
+    /// The width C of the hidden states.
     pub hidden_size: usize,
-    /// Width of the feed-forward block.
+    /// The width of the feed-forward blocks.
     pub intermediate_size: usize,
-    /// Blocks.
+    /// The number of layers.
     pub num_hidden_layers: usize,
-    /// Query heads.
+    /// The number of query heads.
     pub num_attention_heads: usize,
-    /// Key-value heads.
+    /// The number of key-value heads (grouped-query attention).
     pub num_key_value_heads: usize,
-    /// Dimension of a head.
+    /// The dimension D of a head. Even, because of the rotary embedding.
     pub head_dim: usize,
-    /// The longest context, in tokens.
+    /// The maximal context in tokens.
     pub max_position_embeddings: usize,
-    /// Epsilon of every RMSNorm.
+    /// The epsilon of every RMSNorm. Default: 1e-5.
     #[serde(default = "rms_norm_eps")]
     pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies. Read here or in `rope_parameters`, written in both.
+    /// The base of the rotary frequencies. Read here or in `rope_parameters`, written in both. Default: 10000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_theta: Option<f64>,
-    /// The same, as newer configs have it, and how the frequencies are scaled.
+    /// The base and the scaling of the rotary frequencies, in the form of newer configurations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_parameters: Option<RopeParameters>,
-    /// Whether the output projection is the embedding.
+    /// Whether the output projection shares its weights with the embedding.
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    /// Whether q, k, v projections have a bias.
+    /// Whether the query, key and value projections have a bias.
     #[serde(default)]
     pub attention_bias: bool,
-    /// Whether the projections of the feed-forward block have a bias.
+    /// Whether the projections of the feed-forward blocks have a bias.
     #[serde(default)]
     pub mlp_bias: bool,
-    /// `silu`.
+    /// The activation of the feed-forward blocks; `silu` is supported.
     #[serde(default = "hidden_act")]
     pub hidden_act: String,
-    /// Type of the stored weights.
+    /// The dtype of the stored weights, such as `float32` or `bfloat16`.
     #[serde(default = "dtype")]
     pub dtype: String,
-    /// What Llama does not have.
+    /// The settings that Llama does not have.
     pub gd: GdBlock,
-    /// The `config.json` of another family that this was translated from: what is written for as long as it
-    /// says the same.
+    /// The `config.json` of another family that this configuration was translated from. It is written instead of the
+    /// translation as long as both describe the same model.
     #[serde(skip)]
     pub origin: Option<Value>,
 }
 
-/// `rope_parameters` of newer configs.
+/// The rotary embedding: `rope_parameters` of newer configurations.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RopeParameters {
-    /// Base of the rotary frequencies.
+    /// The base of the rotary frequencies.
     pub rope_theta: f64,
     /// `default`, `linear` or `llama3`.
     #[serde(default = "rope_type")]
     pub rope_type: String,
-    /// Of `linear` and `llama3`; see [`RopeScaling`].
+    /// The factor of `linear` and `llama3`, see [`RopeScaling`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub factor: Option<f64>,
-    /// Of `llama3`.
+    /// A parameter of `llama3`, see [`RopeScaling`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub low_freq_factor: Option<f64>,
-    /// Of `llama3`.
+    /// A parameter of `llama3`, see [`RopeScaling`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub high_freq_factor: Option<f64>,
-    /// Of `llama3`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub original_max_position_embeddings: Option<usize>,
+    /// The context before the scaling, a parameter of `llama3`.
+    #[serde(default, rename = "original_max_position_embeddings", skip_serializing_if = "Option::is_none")]
+    pub unscaled_context: Option<usize>,
 }
 
 impl RopeParameters {
-    /// Frequencies of this base, not scaled.
+    /// Unscaled frequencies of this base.
     pub fn plain(rope_theta: f64) -> Self {
         Self {
             rope_theta,
@@ -111,18 +111,18 @@ impl RopeParameters {
             factor: None,
             low_freq_factor: None,
             high_freq_factor: None,
-            original_max_position_embeddings: None,
+            unscaled_context: None,
         }
     }
 
-    /// How the frequencies are scaled.
+    /// The scaling of the frequencies.
     ///
     /// # Errors
-    /// An unknown type, or one without a value that it needs.
+    /// A type that is not supported, or the absence of one of its parameters.
     pub fn scaling(&self) -> Result<RopeScaling> {
         let needs = |name: &str| Error::Invalid(format!("rope_type {:?} without {name}", self.rope_type));
         let factor = || self.factor.ok_or_else(|| needs("factor"));
-        known_rope_type(&self.rope_type)?;
+        check_rope_type(&self.rope_type)?;
         match self.rope_type.as_str() {
             "linear" => Ok(RopeScaling::Linear { factor: factor()? }),
             "llama3" => Ok(RopeScaling::Llama3 {
@@ -130,7 +130,7 @@ impl RopeParameters {
                 low_turns: self.low_freq_factor.ok_or_else(|| needs("low_freq_factor"))?,
                 high_turns: self.high_freq_factor.ok_or_else(|| needs("high_freq_factor"))?,
                 trained_positions: self
-                    .original_max_position_embeddings
+                    .unscaled_context
                     .ok_or_else(|| needs("original_max_position_embeddings"))?,
             }),
             _ => Ok(RopeScaling::None),
@@ -138,37 +138,37 @@ impl RopeParameters {
     }
 }
 
-/// Refuses rotary frequencies that are scaled in another way than those of [`RopeScaling`].
-pub(super) fn known_rope_type(name: &str) -> Result<()> {
+/// Checks that a `rope_type` is one of [`RopeScaling`].
+pub(super) fn check_rope_type(name: &str) -> Result<()> {
     if ["default", "linear", "llama3"].contains(&name) {
         return Ok(());
     }
     Err(Error::Invalid(format!("rope_type {name:?} is not supported (default, linear and llama3 are)")))
 }
 
-/// Our keys of `config.json`.
+/// The settings of this crate in `config.json`: its block `gd`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GdBlock {
-    /// The mechanism of every layer, or one for all.
+    /// The mechanism of every layer, or a single one for all layers.
     pub mechanism: Vec<Mechanism>,
-    /// Keys that a query of a layer sees at most, counted back from its own position; null is no limit. One
-    /// for every layer, one for all, or nothing.
+    /// The sliding window of every layer in tokens, `null` for full attention. One entry per layer, a single one for all
+    /// layers, or none.
     #[serde(default)]
     pub windows: Vec<Option<usize>>,
-    /// RMSNorm on q and k.
+    /// Whether queries and keys are normalized by RMSNorm.
     #[serde(default)]
     pub qk_norm: bool,
     /// Whether `o_proj` has a bias.
     #[serde(default)]
     pub output_bias: bool,
-    /// Elementwise sigmoid gate on the heads' output.
+    /// Whether an elementwise sigmoid gate scales the output of the heads.
     #[serde(default)]
     pub output_gate: bool,
-    /// The preserving half; null leaves it out.
+    /// The settings of the Beacon; `null` for none.
     #[serde(default)]
     pub beacon: Option<BeaconConfig>,
-    /// How selecting layers select.
+    /// The settings of selection.
     #[serde(default)]
     pub select: GdConfig,
 }
@@ -192,42 +192,42 @@ fn rope_type() -> String {
     "default".into()
 }
 
-/// The most of anything that a config counts, many times what models have: products of two stay far from
-/// overflowing.
-const MOST: usize = 1 << 24;
-/// The most layers: a config may hold a list as long.
-const MOST_LAYERS: usize = 1 << 12;
-/// The most numbers in the table of the rotary angles.
-const MOST_ANGLES: usize = 1 << 31;
+/// The maximum of every size of a configuration. It is far above the sizes of models, and so small that the product of
+/// two sizes does not overflow.
+const MAX_SIZE: usize = 1 << 24;
+/// The maximal number of layers.
+const MAX_LAYERS: usize = 1 << 12;
+/// The maximal number of elements in the table of rotary angles.
+const MAX_ANGLES: usize = 1 << 31;
 
-/// Fails with the first of the named sizes that is more than any model has.
+/// Checks that each size is at most its maximum.
 pub(super) fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
     for &(name, size) in sizes {
-        let most = if name == "num_hidden_layers" { MOST_LAYERS } else { MOST };
-        if size > most {
-            return Err(Error::Invalid(format!("{name} {size} exceeds {most}")));
+        let max = if name == "num_hidden_layers" { MAX_LAYERS } else { MAX_SIZE };
+        if size > max {
+            return Err(Error::out_of_range(name, size, format!("at most {max}")));
         }
     }
     Ok(())
 }
 
-/// Keys that `save_pretrained` of transformers adds to ours, and token ids, which are read beside the config. None
-/// changes what the model computes.
+/// Keys that `save_pretrained` of transformers adds, and ids of special tokens, which are read from other files. None of
+/// them changes what the model computes.
 const NOT_OF_THE_MODEL: [&str; 6] =
     ["_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"];
 
 impl ModelConfig {
-    /// Reads a `config.json`: ours, which has a block `gd`, or that of another family, which is translated.
+    /// Reads a `config.json`. Without a block `gd` it is that of another family, which is translated.
     ///
     /// # Errors
-    /// Every problem: a key or value that does not fit, or a family that is not known.
-    pub fn from_json(mut json: Value) -> std::result::Result<Self, Vec<String>> {
+    /// Every problem: keys and values that cannot be used, or a family that is not supported.
+    pub fn from_json(mut json: Value) -> std::result::Result<Self, Vec<ConfigProblem>> {
         if json.get("gd").is_none() {
             return llama::translate(json);
         }
         if let Value::Object(keys) = &mut json {
             keys.retain(|key, _| !NOT_OF_THE_MODEL.contains(&key.as_str()));
-            // As older versions of transformers name it.
+            // The name in older versions of transformers.
             if let Some(dtype) = keys.remove("torch_dtype") {
                 keys.entry("dtype").or_insert(dtype);
             }
@@ -235,12 +235,12 @@ impl ModelConfig {
         parse(json)
     }
 
-    /// Base of the rotary frequencies.
+    /// The base of the rotary frequencies.
     pub fn theta(&self) -> f64 {
         self.rope_parameters.as_ref().map(|r| r.rope_theta).or(self.rope_theta).unwrap_or(10_000.0)
     }
 
-    /// How the rotary frequencies are scaled.
+    /// The scaling of the rotary frequencies.
     ///
     /// # Errors
     /// As [`RopeParameters::scaling`].
@@ -253,13 +253,13 @@ impl ModelConfig {
         self.gd.mechanism[layer.min(self.gd.mechanism.len() - 1)]
     }
 
-    /// The window of a layer, if it has one.
+    /// The sliding window of a layer in tokens; `None` for full attention.
     pub fn window(&self, layer: usize) -> Option<usize> {
         let windows = &self.gd.windows;
         windows.get(layer).or(windows.last()).copied().flatten()
     }
 
-    /// The config of a layer's attention.
+    /// The configuration of the attention of a layer.
     pub fn attention(&self, layer: usize) -> AttentionConfig {
         AttentionConfig {
             hidden_size: self.hidden_size,
@@ -277,10 +277,10 @@ impl ModelConfig {
         }
     }
 
-    /// Checks the values against each other.
+    /// Checks the range of every value, and the values against each other.
     ///
     /// # Errors
-    /// Names the first value that does not fit.
+    /// The first value that cannot be used.
     pub fn validate(&self) -> Result<()> {
         let fail = |text: String| Err(Error::Invalid(text));
         let sizes = [
@@ -294,20 +294,20 @@ impl ModelConfig {
             ("max_position_embeddings", self.max_position_embeddings),
         ];
         if let Some((name, _)) = sizes.iter().find(|(_, x)| *x == 0) {
-            return fail(format!("{name} is 0"));
+            return Err(Error::out_of_range(name, 0, "at least 1"));
         }
         check_sizes(&sizes)?;
         let (positions, d) = (self.max_position_embeddings, self.head_dim);
-        if positions.saturating_mul(d) > MOST_ANGLES {
+        if positions.saturating_mul(d) > MAX_ANGLES {
             return fail(format!(
-                "max_position_embeddings {positions} times head_dim {d} exceeds {MOST_ANGLES}"
+                "max_position_embeddings {positions} times head_dim {d} exceeds {MAX_ANGLES}"
             ));
         }
         if !self.head_dim.is_multiple_of(2) {
-            return fail(format!("head_dim {} is odd; the rotary embedding needs pairs", self.head_dim));
+            return Err(Error::out_of_range("head_dim", d, "even, because the rotary embedding turns pairs"));
         }
         if self.hidden_act != "silu" {
-            return fail(format!("hidden_act {:?}; only silu is supported", self.hidden_act));
+            return Err(Error::out_of_range("hidden_act", format!("{:?}", self.hidden_act), "silu"));
         }
         let layers = self.num_hidden_layers;
         let n = self.gd.mechanism.len();
@@ -331,17 +331,23 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Whether it is still that of the family it came from.
+    /// Whether the configuration still describes the model of another family that it was translated from.
     pub fn is_foreign(&self) -> bool {
-        self.origin.as_ref().is_some_and(|origin| llama::translate(origin.clone()).as_ref() == Ok(self))
+        self.origin
+            .as_ref()
+            .is_some_and(|origin| llama::translate(origin.clone()).is_ok_and(|config| config == *self))
     }
 
-    /// The config as `config.json` holds it: as it came, if it is another family's, else in our keys, with the
-    /// rotary base under both of its names and the Python code beside the checkpoint.
+    /// The content of `config.json`. If [`ModelConfig::is_foreign`], it is that of the other family. Else it has the keys
+    /// of this crate, with the rotary base under both of its names, and names the Python classes beside the
+    /// checkpoint.
+    ///
+    /// # Errors
+    /// A value that JSON cannot hold, such as an infinite epsilon.
     pub fn to_json(&self) -> Result<Value> {
         if let Some(origin) = self.origin.as_ref().filter(|_| self.is_foreign()) {
             let mut origin = origin.clone();
-            // The older name stays where it was used.
+            // Keeps the older name of the key if the file had it.
             let name = if origin.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
             origin[name] = json!(self.dtype);
             return Ok(origin);

@@ -1,44 +1,40 @@
 //! How a model is trained: the block `train` of a recipe.
 
 use candle_core::{DType, Device};
-use gd_kernels::Mask;
 use serde::{Deserialize, Serialize};
 
-use super::select::SelectSchedule;
-use crate::data::Reading;
+use super::{
+    AdamWConfig, DocumentFormat, EmaConfig, GuardConfig, LrSchedule, MuonConfig, SelectSchedule,
+    UptrainConfig,
+};
 use crate::error::{Error, Result};
-use crate::train::ema::EmaConfig;
-use crate::train::guard::GuardConfig;
-use crate::train::optimizer::{AdamWConfig, MuonConfig};
-use crate::train::schedule::LrSchedule;
-use crate::train::teacher::UptrainConfig;
 
-/// What text becomes tokens with.
+/// The tokenizer of a new model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum TokenizerChoice {
-    /// One token a byte.
+    /// One token per byte.
     #[default]
     Bytes,
-    /// Byte-pair encoding learned from the training text.
+    /// Byte-pair encoding, trained on the training text.
     Bpe {
-        /// Tokens to learn.
+        /// The size of the vocabulary.
         vocab: usize,
     },
 }
 
-/// What a model in training computes in, and what its parameters are stored in.
+/// The precision of a training: the dtype in which the model computes and its parameters are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// f32.
     F32,
-    /// bf16; the optimizer keeps its moments and a master of every parameter in f32.
+    /// bf16. The optimizer keeps its moments and a master copy of every parameter in f32.
     Bf16,
 }
 
 impl Precision {
-    /// candle's name of it.
+    /// The dtype of candle.
     pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -47,71 +43,73 @@ impl Precision {
     }
 }
 
-/// How a run goes.
+/// The settings of a training run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Optimizer steps.
+    /// The number of optimizer steps.
     pub steps: u64,
-    /// What it computes in; if it is left out, bf16 on a CUDA device and f32 elsewhere.
+    /// The precision. Default: bf16 on a CUDA device, f32 elsewhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<Precision>,
-    /// Sequences a micro-batch.
+    /// Sequences per micro-batch.
     pub batch: usize,
-    /// Tokens a sequence.
+    /// Tokens per sequence.
     pub context: usize,
-    /// Micro-batches a step.
+    /// Micro-batches per step. Default: 1.
     #[serde(default = "accumulation")]
     pub accumulation: usize,
-    /// Learning rate by step.
+    /// The learning rate by step.
     pub lr: LrSchedule,
-    /// The optimizer.
+    /// Settings of AdamW.
     #[serde(default)]
     pub adamw: AdamWConfig,
-    /// The optimizer of the blocks' matrices, if not AdamW.
+    /// Settings of Muon. If they are given, Muon updates the matrices of the blocks and AdamW the other parameters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub muon: Option<MuonConfig>,
-    /// The average of the parameters that is kept beside them, if any.
+    /// Settings of an exponential moving average of the parameters. Without them there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ema: Option<EmaConfig>,
-    /// Greatest norm of the gradient; a greater one is scaled down.
+    /// The maximal norm of the gradient, above which it is scaled down. Default: 1.
     #[serde(default = "clip")]
     pub clip: f64,
-    /// When an update is skipped.
+    /// Settings of the guard against diverging updates.
     #[serde(default)]
     pub guard: GuardConfig,
-    /// Steps between two looks at the validation text.
+    /// Steps between two evaluations on the start of the validation text. Default: 100.
     #[serde(default = "eval_every")]
     pub eval_every: u64,
-    /// Steps between two checkpoints; a tenth of the run, and at most 500, if it is left out.
+    /// Steps between two checkpoints. Default: a tenth of the run, but at most 500.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub save_every: Option<u64>,
-    /// The newest checkpoints that are kept, beside the one of the least validation loss.
+    /// The number of newest checkpoints that are not deleted. The one with the lowest validation loss is never deleted.
+    /// Default: 2.
     #[serde(default = "keep")]
     pub keep: usize,
-    /// Steps between two samples for the log; none are made without it.
+    /// Steps between two texts that the model generates for the log. Without it there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sample_every: Option<u64>,
-    /// What a sample continues.
+    /// The prompt of these texts.
     #[serde(default = "sample_prompt")]
     pub sample_prompt: String,
     /// How selection changes over the run.
     #[serde(default)]
     pub select: SelectSchedule,
-    /// Whether the backward pass computes the inside of every block again instead of keeping it.
+    /// Whether the backward pass recomputes the activations of every block, which saves memory (activation
+    /// checkpointing).
     #[serde(default)]
     pub checkpoint_blocks: bool,
-    /// Share that is kept for validation: the end of every text file, or whole documents.
+    /// The fraction of the text for validation, in (0, 1): the end of every text file, or whole documents. Default: 0.1.
     #[serde(default = "valid_fraction")]
     pub valid_fraction: f64,
-    /// How files become documents.
+    /// How text files are divided into documents.
     #[serde(default)]
-    pub documents: Reading,
-    /// The tokenizer; prepared data brings its own.
+    pub documents: DocumentFormat,
+    /// The tokenizer. Prepared data has its own.
     #[serde(default)]
     pub tokenizer: TokenizerChoice,
-    /// The model that this one was and learns from, if it is one whose attention was changed; it brings its
-    /// tokenizer.
+    /// Settings of uptraining, in which the model learns from a teacher with another attention mechanism. The tokenizer
+    /// is that of the teacher.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uptrain: Option<UptrainConfig>,
 }
@@ -136,7 +134,7 @@ fn keep() -> usize {
 }
 
 impl TrainConfig {
-    /// What a run on this device computes in.
+    /// The precision of a run on `device`.
     pub fn precision(&self, device: &Device) -> Precision {
         self.precision.unwrap_or(if device.is_cuda() { Precision::Bf16 } else { Precision::F32 })
     }
@@ -146,47 +144,37 @@ impl TrainConfig {
         self.save_every.unwrap_or(self.steps.div_ceil(10).min(500))
     }
 
-    /// Whether a step, from 0, aligns layers with those of an original.
+    /// Whether `step`, counted from 0, aligns layers with those of the teacher.
     pub fn aligns(&self, step: u64) -> bool {
         self.uptrain.as_ref().is_some_and(|uptrain| uptrain.aligns(step, self.steps))
     }
 
-    /// Every value that a step takes from a schedule. A run may become longer where these stay the same for
-    /// the steps that it has done.
-    pub fn scheduled(&self, step: u64) -> impl PartialEq + use<> {
-        let mask = Mask::causal(0);
-        let pass = self.select.pass(&mask, step as f64 / self.steps.max(1) as f64);
-        let select = (pass.candidates, pass.hardness, pass.preserve_floor, pass.temperature, pass.threshold);
-        (self.lr.lr(step, self.steps), select, self.aligns(step))
-    }
-
-    /// Checks the values against each other.
+    /// Checks the range of every value.
     ///
     /// # Errors
-    /// Names the first value that does not fit.
+    /// [`Error::OutOfRange`] for the first value outside its range.
     pub fn validate(&self) -> Result<()> {
-        let fail = |text: String| Err(Error::Invalid(text));
-        let counts = [("batch", self.batch), ("context", self.context), ("accumulation", self.accumulation)];
-        if let Some((name, _)) = counts.iter().find(|(_, x)| *x == 0) {
-            return fail(format!("train.{name} is 0"));
+        let counts = [
+            ("train.batch", self.batch as u64),
+            ("train.context", self.context as u64),
+            ("train.accumulation", self.accumulation as u64),
+            ("train.keep", self.keep as u64),
+            ("train.save_every", self.save_every.unwrap_or(1)),
+            ("train.steps", self.steps),
+            ("train.eval_every", self.eval_every),
+            ("train.sample_every", self.sample_every.unwrap_or(1)),
+        ];
+        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
+            return Err(Error::out_of_range(name, 0, "at least 1"));
         }
-        if self.save_every == Some(0) || self.keep == 0 {
-            return fail("train.save_every and train.keep must be positive".into());
-        }
-        if self.steps == 0 || self.eval_every == 0 {
-            return fail(format!(
-                "train.steps {} and train.eval_every {} must be positive",
-                self.steps, self.eval_every
-            ));
-        }
-        if self.sample_every == Some(0) || self.sample_prompt.is_empty() {
-            return fail("train.sample_every must be positive and train.sample_prompt not empty".into());
+        if self.sample_prompt.is_empty() {
+            return Err(Error::out_of_range("train.sample_prompt", "\"\"", "a text"));
         }
         if !(self.valid_fraction > 0.0 && self.valid_fraction < 1.0) {
-            return fail(format!("train.valid_fraction {} is outside (0, 1)", self.valid_fraction));
+            return Err(Error::out_of_range("train.valid_fraction", self.valid_fraction, "in (0, 1)"));
         }
         if self.clip.is_nan() || self.clip <= 0.0 {
-            return fail(format!("train.clip {} is not positive", self.clip));
+            return Err(Error::out_of_range("train.clip", self.clip, "above 0"));
         }
         self.lr.validate(self.steps)?;
         self.guard.validate()?;

@@ -4,27 +4,10 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
-use super::text::{cut, is_jsonl, read_text, text_files};
+use super::text::{cut, is_jsonl, text_files};
+use crate::config::DocumentFormat;
 use crate::error::{Error, Result};
-
-/// How files become documents.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Reading {
-    /// The field of a JSONL line that holds its text.
-    pub text_field: String,
-    /// In text files, a line that stands between documents; none: every file is one document.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub separator: Option<String>,
-}
-
-impl Default for Reading {
-    fn default() -> Self {
-        Self { text_field: "text".into(), separator: None }
-    }
-}
+use crate::io::files::read_text;
 
 /// One document.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +40,7 @@ impl Document {
 #[derive(Debug)]
 pub struct Documents {
     files: std::vec::IntoIter<PathBuf>,
-    reading: Reading,
+    format: DocumentFormat,
     open: Option<Lines>,
     /// The first bad line, and the number of all.
     bad: Option<(Error, usize)>,
@@ -139,17 +122,17 @@ impl Documents {
     ///
     /// # Errors
     /// A file or folder that does not exist, or a folder without text.
-    pub fn open(paths: &[PathBuf], reading: &Reading) -> Result<Self> {
+    pub fn open(paths: &[PathBuf], format: &DocumentFormat) -> Result<Self> {
         let files = text_files(paths)?.into_iter();
-        Ok(Self { files, reading: reading.clone(), open: None, bad: None })
+        Ok(Self { files, format: format.clone(), open: None, bad: None })
     }
 
     /// The next document of the open file, or the next file as a whole.
     fn advance(&mut self) -> Result<Option<Document>> {
         loop {
             if let Some(lines) = &mut self.open {
-                let next = match &self.reading.separator {
-                    _ if is_jsonl(&lines.path) => lines.json(&self.reading.text_field),
+                let next = match &self.format.separator {
+                    _ if is_jsonl(&lines.path) => lines.json(&self.format.text_field),
                     Some(separator) => lines.until(separator),
                     None => Ok(None),
                 };
@@ -159,7 +142,7 @@ impl Documents {
                 }
             }
             let Some(path) = self.files.next() else { return Ok(None) };
-            if is_jsonl(&path) || self.reading.separator.is_some() {
+            if is_jsonl(&path) || self.format.separator.is_some() {
                 self.open = Some(Lines::open(&path)?);
             } else {
                 let text = read_text(&path)?;
@@ -191,8 +174,10 @@ impl Iterator for Documents {
                 }
                 Ok(None) => {
                     let (first, count) = self.bad.take()?;
-                    let more = Error::Invalid(format!("{first} (the first of {count} bad lines)"));
-                    return Some(Err(if count == 1 { first } else { more }));
+                    return Some(Err(match count {
+                        1 => first,
+                        _ => Error::Lines { first: Box::new(first), count },
+                    }));
                 }
             }
         }

@@ -13,12 +13,12 @@ mod shard;
 mod text;
 mod tokens;
 
-pub use documents::{Document, Documents, Reading};
+pub use documents::{Document, Documents};
 pub use order::{Permutation, places};
 pub use pack::{Batch, Batches};
 pub use prepared::{INDEX, Index, Part, Preparation, Prepared, prepare};
 pub use shard::{ShardEntry, TokenType};
-pub use text::{Texts, is_jsonl, read_text, text_files};
+pub use text::{Texts, is_jsonl, text_files};
 pub use tokens::Tokens;
 
 use rayon::prelude::*;
@@ -46,9 +46,9 @@ pub struct Corpus {
 impl Corpus {
     /// Tokenises both sides.
     pub fn encode(texts: &Texts, tokenizer: &Tokenizer) -> Result<Self> {
-        let encode = |pieces: &[String]| -> Result<Tokens> {
-            let pieces = pieces.par_iter().map(|piece| tokenizer.encode_document(piece));
-            Ok(Tokens::documents(pieces.collect::<Result<Vec<_>>>()?))
+        let encode = |documents: &[String]| -> Result<Tokens> {
+            let documents = documents.par_iter().map(|text| tokenizer.encode_document(text));
+            Ok(Tokens::documents(documents.collect::<Result<Vec<_>>>()?))
         };
         Ok(Self {
             train: encode(&texts.train)?,
@@ -83,10 +83,10 @@ impl Corpus {
 
 fn check(what: &'static str, tokens: &Tokens, context: usize) -> Result<()> {
     if context == 0 {
-        return Err(Error::Invalid("the context must be at least 1, not 0".into()));
+        return Err(Error::out_of_range("the context", 0, "at least 1"));
     }
     if tokens.len() <= context {
-        return Err(Error::TooShort { what, found: tokens.len(), needed: context + 1 });
+        return Err(Error::TooShort { what, tokens: tokens.len(), needed: context + 1 });
     }
     Ok(())
 }

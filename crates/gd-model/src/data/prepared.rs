@@ -13,11 +13,13 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::documents::{Document, Documents, Reading};
+use super::documents::{Document, Documents};
 use super::shard::{self, Shard, ShardEntry, TokenType};
 use super::{Corpus, Tokens, check_fraction};
+use crate::config::DocumentFormat;
 use crate::error::{Error, Result};
-use crate::io::checkpoint::{TOKENIZER, check_replaceable, write_file, write_folder};
+use crate::io::checkpoint::{TOKENIZER, check_replaceable, write_folder};
+use crate::io::files::write_file;
 use crate::io::tokenizer::Tokenizer;
 
 /// The index of a prepared folder.
@@ -79,7 +81,7 @@ pub struct Preparation<'a> {
     /// Text files, JSONL files and folders.
     pub paths: &'a [PathBuf],
     /// How they become documents.
-    pub reading: &'a Reading,
+    pub format: &'a DocumentFormat,
     /// How documents become tokens.
     pub tokenizer: &'a Tokenizer,
     /// A shard is closed after the document with which it has this many tokens.
@@ -139,10 +141,10 @@ impl Writer<'_> {
 pub fn prepare(folder: &Path, what: &Preparation, mut progress: impl FnMut(u64)) -> Result<Index> {
     check_fraction(what.valid_fraction)?;
     if what.shard_tokens == 0 {
-        return Err(Error::Invalid("a shard of 0 tokens holds nothing".into()));
+        return Err(Error::out_of_range("the tokens of a shard", 0, "at least 1"));
     }
     check_replaceable(folder)?;
-    let documents = Documents::open(what.paths, what.reading)?;
+    let documents = Documents::open(what.paths, what.format)?;
     let vocab_size = what.tokenizer.vocab_size();
     let token_type = TokenType::for_vocab(vocab_size);
     let json = what.tokenizer.to_json()?;

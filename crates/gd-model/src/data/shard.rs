@@ -115,9 +115,9 @@ impl Shard {
         let path = folder.join(&entry.name);
         let bad = |reason: String| Error::Foreign { path: path.clone(), kind: "token shard", reason };
         let map = map(&path)?;
-        let found = map.len() as u64;
+        let actual = map.len() as u64;
         if map.len() < HEADER {
-            return Err(Error::Truncated { path, needed: HEADER as u64, found });
+            return Err(Error::Truncated { path, needed: HEADER as u64, actual });
         }
         let (u32_at, u64_at) = (|at| u64::from(u32_at(&map, at)), |at| u64_at(&map, at));
         if &map[..8] != MAGIC {
@@ -141,11 +141,11 @@ impl Shard {
             documents.checked_mul(8)?.checked_add(ids)?.checked_add(HEADER as u64)
         };
         let needed = size().ok_or_else(|| bad(format!("{tokens} tokens fit no file")))?;
-        if found < needed {
-            return Err(Error::Truncated { path, needed, found });
+        if actual < needed {
+            return Err(Error::Truncated { path, needed, actual });
         }
-        if found > needed {
-            return Err(bad(format!("{} bytes follow the last token", found - needed)));
+        if actual > needed {
+            return Err(bad(format!("{} bytes follow the last token", actual - needed)));
         }
         if blake3::hash(&map).to_hex().as_str() != entry.hash {
             return Err(bad("its content has changed: the checksum differs from the index".into()));

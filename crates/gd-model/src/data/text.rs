@@ -2,23 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use super::documents::{Document, Documents, Reading};
+use super::documents::{Document, Documents};
+use crate::config::DocumentFormat;
 use crate::error::{Error, Result};
 
 /// The file name endings that are read from a folder.
 const ENDINGS: [&str; 4] = ["txt", "md", "text", JSONL];
 /// The ending of files with one JSON object a line.
 const JSONL: &str = "jsonl";
-
-/// Reads one UTF-8 text file that is not empty.
-pub fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| Error::read(path, "text file", e))?;
-    if bytes.is_empty() {
-        return Err(Error::Empty { path: path.into(), reason: "the file is empty" });
-    }
-    String::from_utf8(bytes)
-        .map_err(|e| Error::InvalidUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })
-}
 
 /// The files that `paths` stand for: a file is itself, a folder the text and JSONL files in it and
 /// below, by name.
@@ -87,11 +78,22 @@ impl Texts {
     ///
     /// # Errors
     /// Names the file, and in JSONL files the line, that cannot be used.
-    pub fn load(paths: &[PathBuf], reading: &Reading, valid_fraction: f64) -> Result<Self> {
-        Self::of(Documents::open(paths, reading)?, valid_fraction)
+    pub fn load(paths: &[PathBuf], format: &DocumentFormat, valid_fraction: f64) -> Result<Self> {
+        Self::of(Documents::open(paths, format)?, valid_fraction)
     }
 
     /// Splits whole files that are in memory.
+    ///
+    /// ```
+    /// use gd_model::data::{Corpus, Texts};
+    /// use gd_model::io::tokenizer::Tokenizer;
+    ///
+    /// let texts = Texts::split(&["one two three four five six seven eight nine ten ".repeat(10)], 0.2)?;
+    /// let corpus = Corpus::encode(&texts, &Tokenizer::bytes()?)?;
+    /// assert_eq!(corpus.train_bytes + corpus.valid_bytes, 490);
+    /// assert_eq!(corpus.train.len(), corpus.train_bytes);
+    /// # Ok::<(), gd_model::Error>(())
+    /// ```
     ///
     /// # Errors
     /// A share for validation outside (0, 1).
@@ -121,9 +123,7 @@ pub(super) fn check_fraction(valid_fraction: f64) -> Result<()> {
     if valid_fraction > 0.0 && valid_fraction < 1.0 {
         return Ok(());
     }
-    Err(Error::Invalid(format!(
-        "the validation share must lie between 0 and 1 (both excluded), not {valid_fraction}"
-    )))
+    Err(Error::out_of_range("the fraction for validation", valid_fraction, "in (0, 1)"))
 }
 
 /// Where validation starts: after the first line that ends in the earlier half of what it would take, or

@@ -104,7 +104,7 @@ impl Tokens {
     }
 
     /// The parts that `range` reaches into, with the range inside each and where the part starts.
-    fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = (&Part, Range<usize>, usize)> {
+    fn segments(&self, range: Range<usize>) -> impl Iterator<Item = (&Part, Range<usize>, usize)> {
         let range = range.start..range.end.min(self.len());
         let first = self.starts.partition_point(|&s| s <= range.start).saturating_sub(1);
         let parts = self.parts.iter().zip(self.starts.iter().copied()).skip(first);
@@ -116,7 +116,7 @@ impl Tokens {
     /// The ids of `range`, cut at the end of the stream.
     pub fn read(&self, range: Range<usize>) -> Vec<u32> {
         let mut ids = Vec::with_capacity(range.len());
-        for (part, inside, _) in self.pieces(range) {
+        for (part, inside, _) in self.segments(range) {
             match part {
                 Part::Memory { ids: all, .. } => ids.extend_from_slice(&all[inside]),
                 Part::Mapped(shard) => ids.extend(shard.ids(inside)),
@@ -127,12 +127,12 @@ impl Tokens {
 
     /// Where documents end in `range`, counted from its start: rising, in `1..=len`.
     pub fn ends(&self, range: Range<usize>) -> Vec<usize> {
-        let mut found = Vec::new();
-        for (part, inside, start) in self.pieces(range.clone()) {
+        let mut ends_in_range = Vec::new();
+        for (part, inside, start) in self.segments(range.clone()) {
             let ends = (part.after(inside.start)..part.documents()).map(|d| part.end(d));
-            found.extend(ends.take_while(|&e| e <= inside.end).map(|e| start + e - range.start));
+            ends_in_range.extend(ends.take_while(|&e| e <= inside.end).map(|e| start + e - range.start));
         }
-        found
+        ends_in_range
     }
 
     /// The first tokens, at most `len`, as a stream of their own.

@@ -1,48 +1,47 @@
-//! Loss, perplexity and bits per byte of a model on a token stream.
+//! Evaluation of a model on a token stream: loss, perplexity, bits per byte and statistics of the heads.
 
 use std::cell::RefCell;
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use gd_layer::{Pass, SelectionStats};
 use serde::Serialize;
 
 use crate::data::{Batch, Tokens};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
-use crate::train::state::{State, Stateful};
 
-/// What a model does on a text.
+/// The evaluation of a model on a text.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Evaluation {
-    /// Mean loss, nats per predicted token.
+    /// The mean loss in nats per predicted token.
     pub loss: f64,
-    /// `e^loss`.
+    /// The perplexity, `e^loss`.
     pub perplexity: f64,
-    /// Bits per byte of the text.
+    /// The loss in bits per byte of the text.
     pub bits_per_byte: f64,
-    /// Predicted tokens.
+    /// The number of predicted tokens.
     pub tokens: usize,
-    /// What the heads did; means over layers, heads and queries.
+    /// Statistics of the heads: means over layers, heads and queries.
     pub heads: HeadStats,
 }
 
-/// Means over the layers of a pass, see [`gd_layer::SelectionStats`].
+/// Statistics of the heads: means over layers, heads and queries.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct HeadStats {
-    /// Share that read nothing.
+    /// The fraction of (query, head) pairs that abstained.
     pub abstained: f64,
-    /// Weight on position 0.
+    /// The mean weight on position 0.
     pub first_token: f64,
-    /// Lead of the best key over the runner-up.
+    /// The mean energy difference between the selected key and the runner-up.
     pub margin: f64,
-    /// Entropy of the weights over the candidates, nats.
+    /// The mean entropy of the weights over the candidates, in nats.
     pub entropy: f64,
-    /// Different keys that the heads of a position read, as a share of the heads that read.
+    /// The number of different keys that the heads of a position read, relative to the number of heads that read one.
     pub distinct: f64,
 }
 
 impl HeadStats {
-    /// Adds the mean over the layers' figures, with a weight.
+    /// Adds the mean over the layers, multiplied by `weight`.
     fn add(&mut self, stats: &[SelectionStats], weight: f64) {
         let weight = weight / stats.len().max(1) as f64;
         for r in stats {
@@ -55,42 +54,12 @@ impl HeadStats {
     }
 }
 
-/// What was selected when one text was looked at for the last time.
-#[derive(Debug, Default)]
-pub struct Picks(Vec<i32>);
-
-impl Picks {
-    /// The share of selections that are others than the last time, and the new ones in their place; none the
-    /// first time.
-    pub fn churn(&mut self, picks: Vec<i32>) -> Option<f64> {
-        let last = std::mem::replace(&mut self.0, picks);
-        let changed = last.iter().zip(&self.0).filter(|(a, b)| a != b).count();
-        (!last.is_empty() && last.len() == self.0.len()).then(|| changed as f64 / last.len() as f64)
-    }
-}
-
-impl Stateful for Picks {
-    fn save(&self) -> Result<State> {
-        let picks = Tensor::from_slice(&self.0, self.0.len(), &Device::Cpu)?;
-        let tensors = (!self.0.is_empty()).then(|| ("last".to_owned(), picks)).into_iter().collect();
-        Ok(State { tensors, ..State::default() })
-    }
-
-    fn restore(&mut self, state: State) -> Result<()> {
-        self.0 = match state.tensors.get("last") {
-            Some(picks) => picks.to_vec1()?,
-            None => Vec::new(),
-        };
-        Ok(())
-    }
-}
-
-/// Measures `tokens`, which stand for `bytes` bytes of text, in consecutive windows of `context`,
-/// `batch` at a time; every token but the first of each document is predicted once, from its own
-/// document alone.
+/// Evaluates a model on `tokens`, which encode `bytes` bytes of text, in consecutive windows of `context` tokens, `batch`
+/// windows at a time. Every token except the first of its document is predicted once, from the tokens of its document
+/// before it in its window.
 ///
 /// # Errors
-/// A text in which nothing can be predicted.
+/// A text without a token to predict, or an error of the device.
 pub fn evaluate(
     model: &Transformer,
     tokens: &Tokens,
@@ -102,7 +71,7 @@ pub fn evaluate(
     observe(model, tokens, bytes, (context, batch), device, |_| ())
 }
 
-/// As [`evaluate`]; `watch` gets the figures of all layers for every batch.
+/// Evaluates a model as [`evaluate`] and calls `watch` with the statistics of every layer for each batch.
 ///
 /// # Errors
 /// As [`evaluate`].
@@ -145,22 +114,4 @@ pub fn observe(
         tokens: count,
         heads,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn churn_is_the_share_of_selections_that_changed_and_survives_a_stop() {
-        let mut picks = Picks::default();
-        assert_eq!(picks.churn(vec![1, 2, -1, 4]), None);
-        assert_eq!(picks.churn(vec![1, 3, -1, 0]), Some(0.5));
-        let mut other = Picks::default();
-        other.restore(picks.save().unwrap()).unwrap();
-        assert_eq!(other.churn(vec![1, 3, -1, 0]), Some(0.0));
-        let mut fresh = Picks(vec![1]);
-        fresh.restore(Picks::default().save().unwrap()).unwrap();
-        assert_eq!(fresh.churn(vec![1]), None);
-    }
 }

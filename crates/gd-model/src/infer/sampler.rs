@@ -32,9 +32,7 @@ impl Sampling {
     /// Fails with the first value outside its range.
     pub fn validate(&self) -> Result<()> {
         let Self { temperature, top_k, top_p, min_p, repetition_penalty } = *self;
-        let fail = |name: &str, range: &str, value: String| {
-            Err(Error::Invalid(format!("{name} must be {range}, not {value}")))
-        };
+        let fail = |name: &str, allowed: &str, value: String| Err(Error::out_of_range(name, value, allowed));
         if !(temperature >= 0.0 && temperature.is_finite()) {
             return fail("temperature", "finite and at least 0", temperature.to_string());
         }
@@ -55,6 +53,18 @@ impl Sampling {
 }
 
 /// Chooses tokens; the same settings, seed and logits give the same tokens.
+///
+/// ```
+/// use gd_model::infer::sampler::{Sampler, Sampling};
+///
+/// let logits = [0.5, 2.0, -1.0];
+/// let mut greedy = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0)?;
+/// assert_eq!(greedy.next(&logits, &[])?, 1);
+///
+/// let mut sampler = Sampler::new(Sampling { top_k: Some(2), ..Sampling::default() }, 7)?;
+/// assert_ne!(sampler.next(&logits, &[])?, 2);
+/// # Ok::<(), gd_model::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Sampler {
     sampling: Sampling,

@@ -2,6 +2,7 @@
 
 pub mod chat_template;
 pub mod checkpoint;
+pub mod files;
 pub mod gguf;
 pub mod safetensors;
 pub mod tokenizer;

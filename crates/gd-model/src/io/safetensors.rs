@@ -1,54 +1,130 @@
-//! One safetensors file: read whole, written whole or not at all.
+//! Safetensors files: named tensors, read as a whole and written in one step.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
+use safetensors::tensor::{Metadata, SafeTensorError, SafeTensors, TensorInfo, View};
 
-/// Tensors by name, in a fixed order.
+use super::files::stream_file;
+use crate::error::{Error, Result};
+
+/// Tensors by name.
 pub type Tensors = BTreeMap<String, Tensor>;
 
-/// Reads every tensor of the file at `path`.
+/// The maximal size of a header that is parsed to find out why a file was refused.
+const MAX_HEADER_BYTES: usize = 1 << 20;
+
+/// Reads all tensors of the safetensors file at `path` onto `device`.
 ///
 /// # Errors
-/// Names the file and what is wrong with it: missing, empty, truncated or foreign.
-pub fn read(path: &Path, device: &Device) -> Result<Tensors> {
-    let at = || path.display().to_string();
-    let bytes = std::fs::read(path).with_context(at)?;
-    if bytes.is_empty() {
-        bail!("{}: the file is empty", at());
-    }
-    candle_core::safetensors::load_buffer(&bytes, device)
-        .map(|tensors| tensors.into_iter().collect())
-        .with_context(|| format!("{}: not a whole safetensors file ({} bytes)", at(), bytes.len()))
+/// - [`Error::Missing`] or [`Error::Unreadable`].
+/// - [`Error::Truncated`] for a file that ends before the size that its header announces.
+/// - [`Error::Foreign`] for a file of another format.
+pub fn load(path: &Path, device: &Device) -> Result<Tensors> {
+    let bytes = fs::read(path).map_err(|e| Error::read(path, "safetensors file", e))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| diagnose(path, &bytes, &e))?;
+    let load = |(name, view): (&str, safetensors::tensor::TensorView)| {
+        let tensor = view.load(device).map_err(|e| foreign(path, "safetensors", format!("{name}: {e}")))?;
+        Ok((name.to_string(), tensor))
+    };
+    file.iter().map(load).collect()
 }
 
-/// Writes `tensors` to `path`. The bytes go to a temporary file in the same folder, which takes
-/// the name only once it is complete and on disk: on failure `path` stays as it was.
+/// Writes tensors to the safetensors file at `path`, without metadata. An existing file is replaced in one step.
 ///
 /// # Errors
-/// Names the file when its folder is missing or cannot be written.
+/// Names the file that cannot be written.
 pub fn write(path: &Path, tensors: &Tensors) -> Result<()> {
-    let at = || format!("cannot write {}", path.display());
-    let folder = match path.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".gd-").suffix(".tmp");
-    #[cfg(unix)]
-    {
-        // The usual mode of a new file; the process's mask still applies.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    let folder = path.parent().filter(|folder| *folder != Path::new(""));
+    if let Some(folder) = folder {
+        // The folder must exist; `stream_file` would create it.
+        fs::read_dir(folder).map_err(|e| Error::write(path, e))?;
     }
-    let file = builder.tempfile_in(folder).with_context(at)?;
-    let views = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-    safetensors::serialize_to_file(views, None, file.path()).with_context(at)?;
-    file.as_file().sync_all().with_context(at)?;
-    file.persist(path).map_err(|e| e.error).with_context(at)?;
+    stream_file(path, |out| stream(path, out, tensors, None))
+}
+
+/// Writes named tensors to `out`, one tensor at a time, so that memory holds no second copy of all. The bytes are those
+/// that the safetensors crate writes. `path` is for messages.
+pub(super) fn stream(
+    path: &Path,
+    out: &mut dyn Write,
+    tensors: &Tensors,
+    metadata: Option<HashMap<String, String>>,
+) -> Result<()> {
+    let mut order: Vec<(&String, &Tensor)> = tensors.iter().collect();
+    // By descending alignment, so that no tensor needs padding, then by name.
+    order.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype()));
+    let mut at = 0;
+    let infos = order.iter().map(|(name, tensor)| {
+        let start = at;
+        at += tensor.data_len();
+        let info =
+            TensorInfo { dtype: tensor.dtype(), shape: tensor.dims().to_vec(), data_offsets: (start, at) };
+        ((*name).clone(), info)
+    });
+    let invalid = |e: &dyn std::fmt::Display| Error::Invalid(format!("{}: {e}", path.display()));
+    let metadata = Metadata::new(metadata, infos.collect()).map_err(|e| invalid(&e))?;
+    let mut header = serde_json::to_vec(&metadata).map_err(|e| invalid(&e))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let unwritable = |e| Error::write(path, e);
+    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(unwritable)?;
+    out.write_all(&header).map_err(unwritable)?;
+    for (_, tensor) in order {
+        // A tensor may lie on a device or have strides.
+        let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+        out.write_all(&View::data(&tensor)).map_err(unwritable)?;
+    }
     Ok(())
+}
+
+/// The error of a file that the safetensors crate refused.
+fn diagnose(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
+    const OTHER_FORMATS: [(&[u8], &str); 5] = [
+        (b"PK\x03\x04", "it is a zip archive, as PyTorch's .bin and .pt files are"),
+        (b"GGUF", "it is a GGUF file"),
+        (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself"),
+        (b"\x1f\x8b", "it is compressed with gzip"),
+        (b"<", "it looks like HTML or XML"),
+    ];
+    if let Some((_, reason)) = OTHER_FORMATS.iter().find(|(start, _)| bytes.starts_with(start)) {
+        return foreign(path, "safetensors", (*reason).into());
+    }
+    // Layout: 8 bytes header length, header (JSON), data. What is announced is what the header says.
+    let actual = bytes.len() as u64;
+    let (Some(length), true) = (bytes.first_chunk::<8>(), bytes.get(8).is_none_or(|&b| b == b'{')) else {
+        return if bytes.len() < 8 {
+            Error::Truncated { path: path.into(), needed: 8, actual }
+        } else {
+            foreign(path, "safetensors", error.to_string())
+        };
+    };
+    let header = u64::from_le_bytes(*length);
+    let needed = match error {
+        SafeTensorError::InvalidHeaderLength => header.checked_add(8),
+        SafeTensorError::MetadataIncompleteBuffer => announced(bytes, header),
+        _ => None,
+    };
+    match needed {
+        Some(needed) if needed > actual => Error::Truncated { path: path.into(), needed, actual },
+        _ => foreign(path, "safetensors", error.to_string()),
+    }
+}
+
+/// The size a safetensors file should have by its header.
+fn announced(bytes: &[u8], header: u64) -> Option<u64> {
+    let start = 8 + usize::try_from(header).ok().filter(|bytes| *bytes <= MAX_HEADER_BYTES)?;
+    let json: serde_json::Value = serde_json::from_slice(bytes.get(8..start)?).ok()?;
+    let end = |t: &serde_json::Value| t.get("data_offsets")?.get(1)?.as_u64();
+    let data = json.as_object()?.values().filter_map(end).max().unwrap_or(0);
+    data.checked_add(start as u64)
+}
+
+fn foreign(path: &Path, kind: &'static str, reason: String) -> Error {
+    Error::Foreign { path: path.into(), kind, reason }
 }
 
 #[cfg(test)]
@@ -56,32 +132,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tensors_come_back_and_a_failed_write_leaves_nothing() -> Result<()> {
-        let dir = tempfile::tempdir()?;
+    fn tensors_read_back_and_a_failed_write_leaves_nothing() -> Result<()> {
+        let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.safetensors");
         let x = Tensor::new(&[[1i32, -2], [3, 4]], &Device::Cpu)?;
         write(&path, &Tensors::from([("x".into(), x.clone())]))?;
-        let back = read(&path, &Device::Cpu)?;
+        let back = load(&path, &Device::Cpu)?;
         assert_eq!(back["x"].to_vec2::<i32>()?, x.to_vec2::<i32>()?);
 
         let below_a_file = path.join("y.safetensors");
         assert!(write(&below_a_file, &back).is_err());
-        assert_eq!(std::fs::read_dir(dir.path())?.count(), 1);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         Ok(())
     }
 
     #[test]
     fn damaged_files_are_named() -> Result<()> {
-        let dir = tempfile::tempdir()?;
+        let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.safetensors");
         write(
             &path,
             &Tensors::from([("x".into(), Tensor::zeros(64, candle_core::DType::F32, &Device::Cpu)?)]),
         )?;
-        let whole = std::fs::read(&path)?;
+        let whole = fs::read(&path).unwrap();
         for len in [0, 4, 20, whole.len() - 1] {
-            std::fs::write(&path, &whole[..len])?;
-            let e = format!("{:#}", read(&path, &Device::Cpu).unwrap_err());
+            fs::write(&path, &whole[..len]).unwrap();
+            let e = load(&path, &Device::Cpu).unwrap_err().to_string();
             assert!(e.contains("x.safetensors"), "{len}: {e}");
         }
         Ok(())

@@ -14,7 +14,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper};
 
 use crate::error::{Error, Result};
-use crate::io::checkpoint::write_file;
+use crate::io::files::write_file;
 
 /// The number of different bytes, and so the least vocabulary.
 pub const BYTES: usize = 256;
@@ -33,6 +33,19 @@ static BYTES_JSON: LazyLock<String> =
     LazyLock::new(|| Tokenizer::bytes().and_then(|bytes| bytes.to_json()).unwrap_or_default());
 
 /// A tokenizer; see the module's text.
+///
+/// ```
+/// use gd_model::io::tokenizer::Tokenizer;
+///
+/// let bytes = Tokenizer::bytes()?;
+/// assert_eq!(bytes.encode("né")?, [110, 195, 169]);
+/// assert_eq!(bytes.decode(&[110, 195, 169])?, "né");
+///
+/// let bpe = Tokenizer::train_bpe(["the cat, the hat, the mat"].into_iter(), 262)?;
+/// assert!(bpe.encode("the cat")?.len() < "the cat".len());
+/// assert_eq!(bpe.decode(&bpe.encode("the cat")?)?, "the cat");
+/// # Ok::<(), gd_model::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -63,10 +76,7 @@ impl Tokenizer {
         S: AsRef<str> + Send,
     {
         if vocab <= BYTES {
-            return Err(Error::Invalid(format!(
-                "a BPE vocabulary needs at least {} tokens, not {vocab}",
-                BYTES + 1
-            )));
+            return Err(Error::out_of_range("a BPE vocabulary", vocab, format!("at least {}", BYTES + 1)));
         }
         let mut texts = texts.filter(|t| !t.as_ref().is_empty()).peekable();
         if texts.peek().is_none() {
@@ -205,7 +215,7 @@ impl Tokenizer {
         if (id as usize) < self.vocab {
             return Ok(());
         }
-        Err(Error::Invalid(format!("token {id} is not in the vocabulary of {}", self.vocab)))
+        Err(Error::UnknownToken { token: id, vocab_size: self.vocab })
     }
 
     /// The bytes of one token of a bytewise tokenizer; nothing for a special token.

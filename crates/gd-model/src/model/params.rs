@@ -104,20 +104,17 @@ impl Params {
     /// # Errors
     /// Names a tensor that is missing, or of another shape or dtype; nothing has changed then.
     pub fn set(&self, tensors: &BTreeMap<String, Tensor>) -> crate::Result<()> {
-        let invalid = |text: String| Err(crate::Error::Invalid(text));
         let vars = self.lock();
         for (name, Parameter { var, .. }) in vars.iter() {
             let Some(stored) = tensors.get(name) else {
-                return invalid(format!("the checkpoint has no tensor {name:?}"));
+                return Err(crate::Error::Invalid(format!("the checkpoint has no tensor {name:?}")));
             };
             if (stored.dims(), stored.dtype()) != (var.dims(), var.dtype()) {
-                return invalid(format!(
-                    "tensor {name:?} is {:?} {:?} in the checkpoint, {:?} {:?} in the model",
-                    stored.dtype(),
-                    stored.dims(),
-                    var.dtype(),
-                    var.dims()
-                ));
+                return Err(crate::Error::TensorMismatch {
+                    name: name.clone(),
+                    expected: format!("{:?} {:?}", var.dtype(), var.dims()),
+                    actual: format!("{:?} {:?}", stored.dtype(), stored.dims()),
+                });
             }
         }
         for (name, Parameter { var, .. }) in vars.iter() {

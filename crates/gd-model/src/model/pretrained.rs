@@ -17,7 +17,8 @@ use crate::model::Transformer;
 use crate::model::params::Params;
 
 /// Files of a checkpoint folder that are kept as they are when the model is saved again.
-const KEPT: [&str; 3] = [checkpoint::TOKENIZER_CONFIG, "special_tokens_map.json", checkpoint::CHAT_TEMPLATE];
+const COPIED: [&str; 3] =
+    [checkpoint::TOKENIZER_CONFIG, "special_tokens_map.json", checkpoint::CHAT_TEMPLATE];
 
 /// The tokens that end a text, in `generation_config.json` or `config.json`: a number or a list.
 const ENDS: &str = "eos_token_id";
@@ -44,7 +45,7 @@ pub struct Parts {
     /// The seed of the parameters that no tensor holds; without one they are errors.
     pub seed: Option<u64>,
     /// Why something newer in the folder of a run was passed over for a checkpoint there; mostly empty.
-    pub passed_over: Vec<String>,
+    pub skipped: Vec<String>,
     /// Where they come from, for messages.
     pub(crate) path: PathBuf,
 }
@@ -62,11 +63,25 @@ pub struct Loaded {
     /// Further files by name, kept as they are.
     pub files: BTreeMap<String, Vec<u8>>,
     /// Why something newer in the folder of a run was passed over for a checkpoint there; mostly empty.
-    pub passed_over: Vec<String>,
+    pub skipped: Vec<String>,
 }
 
 /// Loads a checkpoint folder, the folder of a `.safetensors` file in one, the newest whole checkpoint in the
 /// folder of a run without a whole model, or a GGUF file. Weights are computed with in f32.
+///
+/// ```no_run
+/// use std::path::Path;
+/// use candle_core::{Device, Tensor};
+/// use gd_kernels::Mask;
+/// use gd_layer::Pass;
+/// use gd_model::model::pretrained;
+///
+/// let loaded = pretrained::load(Path::new("out/tiny"), &Device::Cpu)?;
+/// let ids = Tensor::new(loaded.tokenizer.encode("Call me")?, &Device::Cpu)?.unsqueeze(0)?;
+/// let logits = loaded.model.forward(&ids, &Pass::new(&Mask::causal(0)), None)?;
+/// assert_eq!(logits.dim(2)?, loaded.model.config().vocab_size);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
 /// Names the file and the reason.
@@ -83,8 +98,8 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
         let Gguf { config, tensors, tokenizer, generation, files } = gguf::read(path, device)?;
         return Ok(Parts { generation, files, ..Parts::new(path, config, tensors, tokenizer)? });
     }
-    let (path, passed_over) = checkpoint::locate(path)?;
-    for reason in &passed_over {
+    let (path, skipped) = checkpoint::locate(path)?;
+    for reason in &skipped {
         tracing::warn!("{reason}; the model is loaded from {}", path.display());
     }
     let folder: PathBuf = match path.is_file() {
@@ -106,12 +121,12 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
         }
         parts.generation = stored;
     }
-    for name in KEPT.into_iter().filter(|name| folder.join(name).exists()) {
+    for name in COPIED.into_iter().filter(|name| folder.join(name).exists()) {
         let path = folder.join(name);
         let content = std::fs::read(&path).map_err(|e| Error::read(&path, "file", e))?;
         parts.files.insert(name.into(), content);
     }
-    Ok(Parts { passed_over, ..parts })
+    Ok(Parts { skipped, ..parts })
 }
 
 impl Parts {
@@ -127,14 +142,15 @@ impl Parts {
         tokenizer: Tokenizer,
     ) -> Result<Self> {
         let invalid = |text: String| Error::Invalid(format!("{}: {text}", path.display()));
-        let mut generation = generation();
+        let mut generation = generation_defaults();
         if let Some(ends) = config.get(ENDS).filter(|ends| !ends.is_null()) {
             generation[ENDS] = ends.clone();
         }
-        let config = ModelConfig::from_json(config).map_err(|problems| invalid(problems.join("; ")))?;
+        let config = ModelConfig::from_json(config)
+            .map_err(|problems| Error::Config { source_name: path.display().to_string(), problems })?;
         if tokenizer.vocab_size() > config.vocab_size {
-            let (tokens, known) = (tokenizer.vocab_size(), config.vocab_size);
-            return Err(invalid(format!("the tokenizer has {tokens} tokens, the model {known}")));
+            let (tokens, rows) = (tokenizer.vocab_size(), config.vocab_size);
+            return Err(invalid(format!("the tokenizer has {tokens} tokens, the model {rows}")));
         }
         Ok(Self {
             config,
@@ -143,7 +159,7 @@ impl Parts {
             generation,
             files: BTreeMap::new(),
             seed: None,
-            passed_over: Vec::new(),
+            skipped: Vec::new(),
             path: path.into(),
         })
     }
@@ -204,7 +220,7 @@ impl Parts {
         Ok(Loaded {
             generation: self.generation,
             files: self.files,
-            passed_over: self.passed_over,
+            skipped: self.skipped,
             ..Loaded::new(model, params, self.tokenizer)
         })
     }
@@ -217,9 +233,9 @@ impl Loaded {
             model,
             params,
             tokenizer,
-            generation: generation(),
+            generation: generation_defaults(),
             files: BTreeMap::new(),
-            passed_over: Vec::new(),
+            skipped: Vec::new(),
         }
     }
 
@@ -256,7 +272,7 @@ impl Loaded {
     pub fn save(&self, folder: &Path, card: &[(&str, String)]) -> Result<()> {
         let config = self.model.config();
         let mut extra = self.files.clone();
-        extra.extend(python(config).map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())));
+        extra.extend(python_files(config).map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())));
         checkpoint::save(
             folder,
             &Checkpoint {
@@ -272,11 +288,11 @@ impl Loaded {
 }
 
 /// The Python files that go with a config; none with that of another family, which `transformers` knows.
-pub(crate) fn python(config: &ModelConfig) -> impl Iterator<Item = (&'static str, &'static str)> {
+pub(crate) fn python_files(config: &ModelConfig) -> impl Iterator<Item = (&'static str, &'static str)> {
     PYTHON.into_iter().filter(|_| !config.is_foreign())
 }
 
 /// The sampling defaults of a model that was made here.
-pub(crate) fn generation() -> Value {
+pub(crate) fn generation_defaults() -> Value {
     serde_json::json!({ "do_sample": true, "temperature": 0.8, "top_p": 0.95 })
 }

@@ -80,7 +80,7 @@ impl Layers {
 
 /// Takes out what selecting layers have learned about their scores: it belongs to them, and new ones start as
 /// softmax's.
-pub(crate) fn forget_scores(tensors: &mut BTreeMap<String, Tensor>, layers: &[usize]) {
+pub(crate) fn remove_scores(tensors: &mut BTreeMap<String, Tensor>, layers: &[usize]) {
     let learned: Vec<_> = layers.iter().map(|i| format!("model.layers.{i}.self_attn.gd.")).collect();
     tensors.retain(|name, _| !learned.iter().any(|start| name.starts_with(start)));
 }
@@ -94,7 +94,7 @@ impl Swap {
     pub fn apply(&self, parts: &mut Parts) -> Result<Vec<usize>> {
         let (config, layers) = self.of(parts)?;
         parts.config = config;
-        forget_scores(&mut parts.tensors, &layers);
+        remove_scores(&mut parts.tensors, &layers);
         parts.seed = Some(0);
         Ok(layers)
     }

@@ -143,7 +143,8 @@ fn length(n: usize) -> Result<[u8; 4]> {
 pub struct Signed {
     /// Who signed: an Ed25519 public key.
     pub key: Hash,
-    signature: [u8; 64],
+    /// The Ed25519 signature of the head.
+    pub signature: [u8; 64],
 }
 
 /// A trace as its file has it: sound, but not yet verified.

@@ -108,7 +108,7 @@ pub fn replay(
     let prompt = header.prompt_tokens.min(tokens.len());
     let now = Header::new(loaded, "", &tokens[..prompt], None, &header.interventions, device)?;
     if let Some(part) = header.model.differs(&now.model) {
-        return Err(Error::Invalid(format!("the trace is of another model: the {part} differ")));
+        return Err(Error::TraceModel { part });
     }
     if now.input != header.input || now.layers != header.layers {
         return Err(Error::Invalid("the trace's header contradicts its tokens or the model".into()));

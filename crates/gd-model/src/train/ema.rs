@@ -1,46 +1,19 @@
-//! An exponential moving average of the parameters, which often generalises better than the last ones.
+//! An exponential moving average of the parameters, which often generalizes better than the parameters themselves.
 //!
-//! After the t-th update (t from 1) the average a moves by `a += (1 - d_t) (w - a)` with
-//! `d_t = min(decay, (1 + t) / (10 + t))`, so that the first averages follow the weights closely and no trace of
-//! the initial values remains (the rule of TensorFlow's `ExponentialMovingAverage` with `num_updates`). It is
-//! held in f32, whatever the parameters are. An update that the guard skips does not count.
+//! After update t (from 1) the average a of a parameter w becomes `a + (1 - d_t) (w - a)` with
+//! `d_t = min(decay, (1 + t) / (10 + t))`. The first averages follow the parameters closely, and no trace of the initial
+//! values remains. This is the rule of TensorFlow's `ExponentialMovingAverage` with `num_updates`. The average is f32
+//! whatever the dtype of the parameters. Updates that the guard skips do not count.
 
 use candle_core::{DType, Device, Var};
-use serde::{Deserialize, Serialize};
 
-use crate::config::ModelConfig;
+use super::state::{State, Stateful};
+use crate::config::{EmaConfig, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
 use crate::model::params::Params;
-use crate::train::state::{State, Stateful};
 
-/// How slowly the average follows.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EmaConfig {
-    /// Share of the old average after an update; in (0, 1).
-    pub decay: f64,
-}
-
-impl EmaConfig {
-    /// Checks the value.
-    ///
-    /// # Errors
-    /// Names a decay outside (0, 1).
-    pub fn validate(&self) -> Result<()> {
-        match self.decay > 0.0 && self.decay < 1.0 {
-            true => Ok(()),
-            false => Err(Error::Invalid(format!("train.ema.decay {} is outside (0, 1)", self.decay))),
-        }
-    }
-
-    /// The share after update `t`, counted from 1.
-    fn share(&self, t: u64) -> f64 {
-        self.decay.min((1 + t) as f64 / (10 + t) as f64)
-    }
-}
-
-/// The averages of a model's parameters, and the model that they make.
+/// The averages of the parameters of a model, and a model over them.
 pub struct Ema {
     config: EmaConfig,
     params: Params,
@@ -49,7 +22,8 @@ pub struct Ema {
 }
 
 impl Ema {
-    /// Starts from the present parameters.
+    /// An average that starts from the current values of `params`, the parameters of a model of the configuration
+    /// `model`.
     ///
     /// # Errors
     /// A decay outside (0, 1), or parameters of another model.
@@ -65,18 +39,18 @@ impl Ema {
         &self.params
     }
 
-    /// The model of the averages, without gradients.
+    /// The model over the averages, without gradients.
     pub fn model(&self) -> &Transformer {
         &self.model
     }
 
-    /// Follows an update of the parameters `vars`, which are in the order of their names.
+    /// Moves the averages after an update of the parameters `vars`, which are sorted by name.
     ///
     /// # Errors
     /// Parameters of another model.
     pub fn update(&mut self, vars: &[(String, Var)]) -> Result<()> {
         self.updates += 1;
-        let share = self.config.share(self.updates);
+        let decay = self.config.decay_at(self.updates);
         let averages = self.params.vars();
         if averages.len() != vars.len() {
             let text = format!("{} averages for {} parameters", averages.len(), vars.len());
@@ -88,7 +62,7 @@ impl Ema {
             }
             let var = var.as_detached_tensor().to_dtype(DType::F32)?;
             let old = average.as_detached_tensor();
-            average.set(&(&old + ((var - &old)? * (1.0 - share))?)?)?;
+            average.set(&(&old + ((var - &old)? * (1.0 - decay))?)?)?;
         }
         Ok(())
     }
@@ -113,7 +87,7 @@ mod tests {
     use crate::config::Recipe;
 
     #[test]
-    fn averages_follow_every_update_and_go_on_after_a_stop() {
+    fn averages_follow_every_update_and_survive_a_restart() {
         let mut model = Recipe::load("tiny").unwrap().model;
         (model.hidden_size, model.intermediate_size, model.num_hidden_layers) = (16, 24, 1);
         (model.num_attention_heads, model.num_key_value_heads, model.head_dim) = (2, 1, 8);
@@ -154,17 +128,5 @@ mod tests {
         lacking.tensors.remove("model.norm.weight");
         let error = ema.restore(lacking).unwrap_err().to_string();
         assert!(error.contains("model.norm.weight"), "{error}");
-    }
-
-    #[test]
-    fn the_first_averages_follow_closely_and_the_decay_bounds_the_share() {
-        let config = EmaConfig { decay: 0.9 };
-        assert_eq!(config.share(1), 2.0 / 11.0);
-        assert_eq!(config.share(50), 51.0 / 60.0);
-        assert_eq!(config.share(1000), 0.9);
-        for decay in [0.0, 1.0, f64::NAN, -0.5] {
-            let error = EmaConfig { decay }.validate().unwrap_err().to_string();
-            assert!(error.contains("train.ema.decay") && error.contains(&decay.to_string()), "{error}");
-        }
     }
 }

@@ -1,101 +1,62 @@
-//! Steps that a GPU has been given and whose figures the host has not read yet.
+//! Steps that were submitted to a GPU and whose results the host has not read.
 //!
-//! The host launches step s, update included, and then reads the figures of step s - 1, whose copy was queued before
-//! step s: the device always has work. What the guard decides is decided on the device, by limits that the host gave it
-//! when it knew all steps but the last; it learns of a skipped update one step late, and corrects the count of updates
-//! then (the update in between was launched with the numbers of both cases).
+//! The host submits step s, its update included, and then reads the results of step s - 1, whose copy was queued before
+//! step s. So the device always has work. The device applies the guard by limits that the host computed from all steps
+//! but the last. The host reads the verdict one step late, and corrects the count of updates if the update was skipped;
+//! the update in between was submitted with the counts of both cases.
 
 use candle_core::Tensor;
 use gd_kernels::adamw::{self, GradientSquares, PendingVerdict};
 
-use super::trainer::{Gradients, Step, Trainer};
+use super::gradients::Gradients;
+use super::guard::Limit;
+use super::optimizer::{DeviceVerdict, Updated, squares};
+use super::step::Step;
+use super::trainer::Trainer;
 use crate::error::{Error, Result};
-use crate::train::guard::Limit;
-use crate::train::optimizer::{DeviceVerdict, Updated, squares};
 
-/// A step that has been launched.
-pub(super) struct Launched {
-    /// Its figures, without those that are awaited.
+/// A submitted step.
+pub(super) struct InFlight {
+    /// Its report, without the results that are still on the device.
     pub(super) step: Step,
-    /// What only the device knows: loss and norm, and whether the update was skipped.
-    pub(super) awaited: Option<Awaited>,
+    /// The results, if they are still on the device.
+    pub(super) result: Option<DeviceResult>,
 }
 
-/// What tells about a step that is judged on the device.
-pub(super) struct Awaited {
-    judged: PendingVerdict,
+/// The results of a step that the device judges: loss, gradient norm, and whether the update was skipped.
+pub(super) struct DeviceResult {
+    verdict: PendingVerdict,
     updated: Updated,
     squares: GradientSquares,
-    /// Of the parameters with a gradient.
+    /// The names of the parameters with a gradient.
     names: Vec<String>,
-    /// By which the device judges.
+    /// The limits by which the device judges.
     limits: [Limit; 2],
 }
 
 impl Trainer {
-    /// One step, and the figures that are known when it has been launched. On a GPU that runs ahead they are those of
-    /// the step before, so that the device is never out of work: none after the first step, and two where this one
-    /// ends with something that needs its outcome (a look at the validation text, a checkpoint, a sample, the end).
-    /// Elsewhere they are those of this step.
+    /// Returns the reports of submitted steps, oldest first, and leaves at most `in_flight` steps in flight. Waits for
+    /// the device as far as necessary.
     ///
     /// # Errors
-    /// As [`Trainer::advance`], for any of these steps.
-    pub fn proceed(&mut self) -> Result<Vec<Step>> {
-        self.launch()?;
-        self.known(usize::from(self.runs_ahead() && !self.pauses()))
-    }
-
-    /// The figures of all steps that have been launched and not been told.
-    ///
-    /// # Errors
-    /// As [`Trainer::advance`].
-    pub fn settle(&mut self) -> Result<Vec<Step>> {
-        self.known(0)
-    }
-
-    /// Whether the host need not know the outcome of a step to launch the next: on a GPU, for AdamW alone. Other
-    /// processes, Muon, an average of the parameters and a run that learns from a model take part in every update.
-    pub fn runs_ahead(&self) -> bool {
-        let alone = self.group.world() == 1 && self.ema.is_none() && self.original.is_none();
-        !gd_kernels::on_cpu(&self.device) && alone && self.optimizer.runs_ahead()
-    }
-
-    /// Whether something follows this step that needs its outcome.
-    fn pauses(&self) -> bool {
-        let train = &self.recipe.train;
-        let every = [Some(train.eval_every), Some(train.save_every()), train.sample_every];
-        self.step == train.steps || every.into_iter().flatten().any(|n| self.step.is_multiple_of(n))
-    }
-
-    /// The figures of all launched steps but the last `behind` ones, the first of them first.
-    pub(super) fn known(&mut self, behind: usize) -> Result<Vec<Step>> {
+    /// [`Error::Diverged`] if the guard skipped too many updates in a row, or an error of the device.
+    pub fn drain(&mut self, in_flight: usize) -> Result<Vec<Step>> {
         let mut steps = Vec::new();
-        while self.launched.len() > behind {
-            let Some(launched) = self.launched.pop_front() else { break };
-            steps.push(self.read(launched)?);
-        }
-        let train = &self.recipe.train;
-        let looks = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
-        if let Some(last) = steps.last_mut()
-            && last.step == self.step
-            && looks
-            && self.group.leads()
-        {
-            let look = self.look()?;
-            (last.valid_loss, last.valid_loss_ema) = (Some(look.seen.loss), look.averaged);
-            (last.heads, last.churn) = (Some(look.seen.heads), look.churn);
+        while self.in_flight.len() > in_flight {
+            let Some(submitted) = self.in_flight.pop_front() else { break };
+            steps.push(self.finish(submitted)?);
         }
         Ok(steps)
     }
 
-    /// Launches the update of this step behind its judgement, which the host learns later. The limits are those of
-    /// the steps that the host knows by now: all before this one but the last.
-    pub(super) fn update_ahead(
+    /// Submits the update of this step, which the device applies or skips by the limits of the guard. These are made
+    /// from the steps whose results the host has read: all before this one but the last.
+    pub(super) fn submit_update(
         &mut self,
         gradients: &Gradients,
         losses: &Tensor,
         lr: f64,
-    ) -> Result<Awaited> {
+    ) -> Result<DeviceResult> {
         let vars = self.params.vars();
         let Some((squares, names)) = squares(&vars, &gradients.store)? else {
             return Err(Error::Invalid("a step without a gradient".into()));
@@ -104,40 +65,23 @@ impl Trainer {
         let limits = self.guard.limits().map(Limit::rounded);
         let bounds = adamw::Limits {
             weight: gradients.weight,
-            clip: self.recipe.train.clip,
+            clip: self.recipe().train.clip,
             loss: limits[0].above as f32,
             norm: limits[1].above as f32,
         };
-        let judged = squares.verdict(losses, &bounds)?;
-        let last = self.launched.back().and_then(|launched| launched.awaited.as_ref());
-        let previous = last.map(|awaited| (awaited.judged.tensor(), &awaited.updated));
-        let verdict = DeviceVerdict { verdict: judged.tensor(), previous };
-        let updated = self.optimizer.step_by_verdict(&gradients.store, lr, &verdict)?;
-        Ok(Awaited { judged, updated, squares, names, limits })
+        let verdict = squares.verdict(losses, &bounds)?;
+        let last = self.in_flight.back().and_then(|submitted| submitted.result.as_ref());
+        let previous = last.map(|result| (result.verdict.tensor(), &result.updated));
+        let device_verdict = DeviceVerdict { verdict: verdict.tensor(), previous };
+        let updated = self.optimizer.step_by_verdict(&gradients.store, lr, &device_verdict)?;
+        Ok(DeviceResult { verdict, updated, squares, names, limits })
     }
 
-    /// The figures of a launched step; waits for them.
-    pub(super) fn read(&mut self, launched: Launched) -> Result<Step> {
-        let Launched { mut step, awaited } = launched;
-        if let Some(Awaited { judged, updated, squares, names, limits }) = awaited {
-            let verdict = judged.read()?;
-            if self.device.is_metal() {
-                // It reports commands that failed before the last ones only when it is waited for as a whole.
-                self.device.synchronize()?;
-            }
-            (step.loss, step.grad_norm) = (f64::from(verdict.loss), f64::from(verdict.norm));
-            if !verdict.applies() {
-                self.optimizer.undo_step(&updated);
-            }
-            let judged = self.guard.judge_by(step.loss, step.grad_norm, &limits);
-            step.skip = self
-                .skipped(step.step, judged, || Ok(squares.first_not_finite()?.map(|at| names[at].clone())))?;
-            if step.skip.is_some() == verdict.applies() {
-                let Step { step, loss, grad_norm, .. } = step;
-                return Err(Error::Invalid(format!(
-                    "step {step}: device and guard judge a loss of {loss} and a norm of {grad_norm} differently"
-                )));
-            }
+    /// Completes the report of a submitted step; waits for its results.
+    fn finish(&mut self, submitted: InFlight) -> Result<Step> {
+        let InFlight { mut step, result } = submitted;
+        if let Some(result) = result {
+            self.read_result(&mut step, result)?;
         }
         step.skipped = self.guard.skipped();
         let seconds = self.clock.elapsed().as_secs_f64();
@@ -146,5 +90,29 @@ impl Trainer {
         step.tokens_per_second = step.tokens as f64 / step.step as f64 / seconds;
         step.seconds_left = self.seconds / step.step as f64 * (step.total - step.step) as f64;
         Ok(step)
+    }
+
+    /// Reads the results of a step from the device into its report.
+    fn read_result(&mut self, step: &mut Step, result: DeviceResult) -> Result<()> {
+        let DeviceResult { verdict, updated, squares, names, limits } = result;
+        let verdict = verdict.read()?;
+        if self.device().is_metal() {
+            // Metal reports the failure of an earlier command only when the whole queue is waited for.
+            self.device().synchronize()?;
+        }
+        (step.loss, step.grad_norm) = (f64::from(verdict.loss), f64::from(verdict.norm));
+        if !verdict.applies() {
+            self.optimizer.undo_step(&updated);
+        }
+        let judged = self.guard.judge_by(step.step, step.loss, step.grad_norm, &limits)?;
+        step.skip = self
+            .skip_reason(step.step, judged, || Ok(squares.first_not_finite()?.map(|at| names[at].clone())))?;
+        if step.skip.is_some() == verdict.applies() {
+            let Step { step, loss, grad_norm, .. } = *step;
+            return Err(Error::Invalid(format!(
+                "step {step}: device and guard judge a loss of {loss} and a norm of {grad_norm} differently"
+            )));
+        }
+        Ok(())
     }
 }

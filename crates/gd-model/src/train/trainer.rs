@@ -1,209 +1,124 @@
-//! The training loop.
+//! A model in training.
+//!
+//! A training loop makes three calls per step:
+//!
+//! 1. [`Trainer::submit`] computes the gradients of a step and submits its update.
+//! 2. [`Trainer::drain`] waits for submitted steps and returns their reports. On a GPU one step may stay in flight, so
+//!    that the device is never idle.
+//! 3. [`Trainer::evaluate`] measures the model on the start of the validation text.
+//!
+//! [`Trainer::next_steps`] makes these calls for one step, [`Trainer::run`] for all steps of a run.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use gd_kernels::Mask;
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 
-use super::in_flight::Launched;
+use super::churn::Churn;
+use super::ema::Ema;
+use super::gradients::Gradients;
+use super::guard::Guard;
+use super::in_flight::InFlight;
+use super::optimizer::{Optimizer, clip_scale, not_finite};
+use super::parallel::Group;
+use super::schedule::{ScheduledValues, progress};
+use super::state::{State, Stateful};
+use super::step::{Step, StepEvaluation};
+use super::teacher::Teacher;
 use crate::config::{Precision, Recipe};
 use crate::data::{Batch, Batches, Corpus, places};
 use crate::error::{Error, Result};
-use crate::eval::{Evaluation, HeadStats, Picks, evaluate, observe};
+use crate::eval::{Evaluation, evaluate, observe};
 use crate::model::Transformer;
 use crate::model::params::Params;
 use crate::model::pretrained::Parts;
-use crate::model::swap::forget_scores;
-use crate::train::ema::Ema;
-use crate::train::guard::Guard;
-use crate::train::optimizer::{Optimizer, accumulate, clip_scale, global_norm, not_finite};
-use crate::train::parallel::Group;
-use crate::train::state::{State, Stateful};
-use crate::train::teacher::Original;
+use crate::model::swap::remove_scores;
 
-/// Validation windows of a look during training; the whole text is measured at the end.
-const GLANCE: usize = 32;
+/// The number of windows of the validation text in the evaluation of a step. The end of a run measures all of it.
+const EVAL_WINDOWS: usize = 32;
 
-/// What happened in a step.
-#[derive(Debug, Clone, Serialize)]
-pub struct Step {
-    /// Steps done.
-    pub step: u64,
-    /// Steps of the whole run.
-    pub total: u64,
-    /// Training loss of the step, nats per token; while layers are aligned, their relative squared error.
-    pub loss: f64,
-    /// Whether layers were aligned with those of the original, in a run that learns from one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub aligned: Option<bool>,
-    /// Norm of the gradient before clipping.
-    pub grad_norm: f64,
-    /// Learning rate.
-    pub lr: f64,
-    /// Updates that the guard has skipped so far.
-    pub skipped: u64,
-    /// Why it skipped this one; an event of its own in the log.
-    #[serde(skip)]
-    pub skip: Option<String>,
-    /// Share of the hard forward pass.
-    pub hardness: f64,
-    /// Candidates per query, if the run changes them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub candidates: Option<usize>,
-    /// Training tokens seen.
-    pub tokens: u64,
-    /// Training tokens per second in this step, a look at the validation text left out.
-    pub tokens_per_second: f64,
-    /// Seconds to the end of the run at this rate; not logged.
-    #[serde(skip)]
-    pub seconds_left: f64,
-    /// Loss on the first windows of the validation text, every `eval_every` steps and at the end.
-    pub valid_loss: Option<f64>,
-    /// The same with the averaged parameters, if the run keeps them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub valid_loss_ema: Option<f64>,
-    /// What the heads did on them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub heads: Option<HeadStats>,
-    /// Share of the selections on the first of these windows that have changed since the last look.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub churn: Option<f64>,
-}
-
-/// What the micro-batches of a step add up to. Loss and gradient of the step are these sums divided by
-/// the weight, so that every predicted token counts the same, wherever it lies.
-pub struct Gradients {
-    /// Sum over micro-batches of the mean loss, times the micro-batch's weight.
-    pub loss: f64,
-    /// Sum of the weights: of each micro-batch the share of tokens that are to be predicted.
-    pub weight: f64,
-    /// The gradients of `loss`.
-    pub store: GradStore,
-}
-
-impl Gradients {
-    /// Adds those of another micro-batch.
-    ///
-    /// # Errors
-    /// Gradients of other shapes.
-    pub fn add(&mut self, vars: &[(String, Var)], more: &Self) -> Result<()> {
-        self.loss += more.loss;
-        self.weight += more.weight;
-        accumulate(vars, &mut self.store, &more.store)
-    }
-
-    /// Mean loss, nats per predicted token.
-    ///
-    /// # Errors
-    /// No token was to be predicted.
-    pub fn loss(&self) -> Result<f64> {
-        match self.weight > 0.0 {
-            true => Ok(self.loss / self.weight),
-            false => Err(Error::Invalid("a step without a token to predict".into())),
-        }
-    }
-
-    /// Norm of the gradient of the mean loss; not finite if the gradient is not.
-    ///
-    /// # Errors
-    /// A gradient of a dtype that has no norm.
-    pub fn norm(&self, vars: &[(String, Var)]) -> Result<f64> {
-        Ok(global_norm(vars, &self.store)? / self.weight)
-    }
-}
-
-/// How far a run has come. The schedules and the order of the data follow from the step; between two steps
-/// no micro-batch is pending.
+/// The part of the training state that belongs to no component.
 #[derive(Serialize, Deserialize)]
 struct Progress {
     step: u64,
-    /// Seconds spent on those steps.
+    /// Seconds spent on these steps, without evaluation.
     seconds: f64,
 }
 
-/// A look at the validation text.
-pub(super) struct Look {
-    pub(super) seen: Evaluation,
-    /// Loss with the averaged parameters.
-    pub(super) averaged: Option<f64>,
-    pub(super) churn: Option<f64>,
-}
-
-/// A model in training.
+/// A model in training, with its data and everything that changes from step to step.
 pub struct Trainer {
-    pub(super) recipe: Recipe,
+    recipe: Recipe,
     /// The model.
     pub model: Transformer,
-    /// The same over the same parameters, without gradients.
-    pub(super) frozen: Transformer,
-    /// Its parameters.
+    /// The same model over the same parameters, without gradients.
+    frozen: Transformer,
+    /// The parameters of the model.
     pub params: Params,
     pub(super) optimizer: Optimizer,
-    pub(super) ema: Option<Ema>,
+    ema: Option<Ema>,
     pub(super) guard: Guard,
-    pub(super) picks: Picks,
-    pub(super) original: Option<Original>,
-    pub(super) batches: Batches,
-    pub(super) corpus: Corpus,
-    pub(super) device: Device,
-    pub(super) group: Group,
-    /// Launched and not told.
-    pub(super) launched: VecDeque<Launched>,
-    pub(super) step: u64,
+    churn: Churn,
+    teacher: Option<Teacher>,
+    batches: Batches,
+    corpus: Corpus,
+    device: Device,
+    group: Group,
+    /// Submitted steps whose reports have not been returned, oldest first.
+    pub(super) in_flight: VecDeque<InFlight>,
+    step: u64,
     pub(super) seconds: f64,
-    /// When the last figures were read, or the first step after them began.
+    /// The time of the last report, or of the submission of the first step after it.
     pub(super) clock: Instant,
 }
 
 impl Trainer {
-    /// A new model, initialised from `seed`, which also orders the data.
+    /// A new model, trained on `corpus`. Its parameters and the order of the data depend on `seed`.
     ///
     /// # Errors
-    /// A text too short for one window, or a config that does not fit.
+    /// A text shorter than one window, or a recipe that contradicts itself or needs a teacher.
     pub fn new(recipe: Recipe, corpus: Corpus, seed: u64, device: &Device) -> Result<Self> {
         if recipe.train.uptrain.is_some() {
             return Err(Error::Invalid(
-                "train.uptrain: a run that learns from a model starts from it".into(),
+                "train.uptrain: the run needs a teacher; use Trainer::uptrain".into(),
             ));
         }
         let params = Params::new(seed, recipe.train.precision(device).dtype(), device);
         Self::start(recipe, corpus, seed, params, device)
     }
 
-    /// The model `original` with another attention, that of the recipe, which learns from it as
-    /// `train.uptrain` says. What the original does not have is initialised from `seed`.
+    /// The model `teacher` with the attention mechanism of `recipe`, which learns from it as `train.uptrain` says.
+    /// Parameters that the teacher lacks are initialized from `seed`.
     ///
     /// # Errors
-    /// As [`Trainer::new`] and [`Original::new`].
+    /// As [`Trainer::new`] and [`Teacher::new`].
     pub fn uptrain(
         recipe: Recipe,
         corpus: Corpus,
         seed: u64,
-        original: Parts,
+        teacher: Parts,
         device: &Device,
     ) -> Result<Self> {
-        let mut tensors = original.tensors.clone();
+        let mut tensors = teacher.tensors.clone();
         let dtype = recipe.train.precision(device).dtype();
-        let original = Original::new(original, &recipe.model, dtype, device)?;
-        forget_scores(&mut tensors, original.changed());
+        let teacher = Teacher::new(teacher, &recipe.model, dtype, device)?;
+        remove_scores(&mut tensors, teacher.changed());
         let params = Params::stored(tensors, Some(seed), dtype, device);
         let mut trainer = Self::start(recipe, corpus, seed, params, device)?;
-        trainer.original = Some(original);
+        trainer.teacher = Some(teacher);
         Ok(trainer)
     }
 
     fn start(mut recipe: Recipe, corpus: Corpus, seed: u64, params: Params, device: &Device) -> Result<Self> {
         corpus.check(recipe.train.context)?;
-        // What follows from the device is told, so that the run goes on with it on another one.
+        // A precision that the device decided is written into the recipe, so that a resumed run has it on any device.
         let precision = recipe.train.precision(device);
         let usual = device.is_cpu() && precision == Precision::F32;
         recipe.train.precision = (!usual).then_some(precision);
         if precision == Precision::Bf16 {
-            // The saved weights are the model's, not their masters.
+            // The saved weights are those of the model, not the master weights.
             recipe.model.dtype = "bfloat16".into();
         }
         let model = Transformer::new(&recipe.model, params.builder())?;
@@ -220,66 +135,66 @@ impl Trainer {
             optimizer,
             ema,
             guard,
-            picks: Picks::default(),
-            original: None,
+            churn: Churn::default(),
+            teacher: None,
             batches,
             corpus,
             device: device.clone(),
             group: Group::single(),
-            launched: VecDeque::new(),
+            in_flight: VecDeque::new(),
             step: 0,
             seconds: 0.0,
             clock: Instant::now(),
         })
     }
 
-    /// Every part that changes from step to step, besides the parameters and the step itself, by the name
-    /// under which a checkpoint holds it.
-    fn parts(&mut self) -> Vec<(&'static str, &mut dyn Stateful)> {
-        let mut parts: Vec<(&'static str, &mut dyn Stateful)> =
-            vec![("optimizer", &mut self.optimizer), ("guard", &mut self.guard), ("picks", &mut self.picks)];
-        parts.extend(self.ema.as_mut().map(|ema| ("ema", ema as &mut dyn Stateful)));
-        parts
+    /// The components that change from step to step, by the names under which a checkpoint stores them.
+    fn components(&mut self) -> Vec<(&'static str, &mut dyn Stateful)> {
+        let mut components: Vec<(&'static str, &mut dyn Stateful)> =
+            vec![("optimizer", &mut self.optimizer), ("guard", &mut self.guard), ("picks", &mut self.churn)];
+        components.extend(self.ema.as_mut().map(|ema| ("ema", ema as &mut dyn Stateful)));
+        components
     }
 
-    /// With the parameters, all that an exact continuation needs.
+    /// The training state. With the parameters it is all that an exact continuation needs.
     ///
     /// # Errors
-    /// Whatever a part reports; a step whose figures have not been told (see [`Trainer::settle`]).
+    /// A step in flight (see [`Trainer::drain`]), or a state that cannot be copied.
     pub fn state(&mut self) -> Result<State> {
-        if let Some(Launched { step, .. }) = self.launched.front() {
-            return Err(Error::Invalid(format!("the outcome of step {} is not known yet", step.step)));
+        if let Some(InFlight { step, .. }) = self.in_flight.front() {
+            return Err(Error::Invalid(format!("step {} is in flight; drain it first", step.step)));
         }
         let mut state = State::of(&Progress { step: self.step, seconds: self.seconds })?;
-        for (name, part) in self.parts() {
-            state.insert(name, part.save()?);
+        for (name, component) in self.components() {
+            state.insert(name, component.save()?);
         }
         Ok(state)
     }
 
-    /// Goes on from the parameters and the state of a trainer with the same recipe, text and seed.
+    /// Restores the parameters and the state of a trainer with the same recipe, text and seed.
     ///
     /// # Errors
-    /// Names the tensor or part that is missing or does not fit.
+    /// Names the tensor or component that is missing or does not fit.
     pub fn restore(&mut self, tensors: &BTreeMap<String, Tensor>, mut state: State) -> Result<()> {
         let progress: Progress = state.read()?;
-        for (name, part) in self.parts() {
-            part.restore(state.remove(name)?)?;
+        for (name, component) in self.components() {
+            component.restore(state.remove(name)?)?;
         }
         self.params.set(tensors)?;
         (self.step, self.seconds) = (progress.step, progress.seconds);
         Ok(())
     }
 
-    /// Steps done.
+    /// The number of submitted steps.
     pub fn step(&self) -> u64 {
         self.step
     }
 
-    /// Shares the batches with the other processes of `group`, all of which take part.
+    /// Shares every micro-batch with the other processes of `group`. All processes call this.
     ///
     /// # Errors
-    /// A batch of fewer rows than processes, or processes that differ in configuration, text or parameters.
+    /// - [`Error::OutOfRange`] for a micro-batch with fewer rows than processes.
+    /// - [`Error::RanksDiffer`] if recipe, text or parameters differ between the processes.
     pub fn join(&mut self, group: Group) -> Result<()> {
         group.check(self.recipe.train.batch)?;
         if group.world() == 1 {
@@ -297,10 +212,10 @@ impl Trainer {
         &self.group
     }
 
-    /// Fails unless all processes hold the same parameters. All take part: before every save.
+    /// Checks that all processes hold the same parameters. All processes call this before every save.
     ///
     /// # Errors
-    /// Names the processes that differ.
+    /// [`Error::RanksDiffer`] with the ranks that differ from rank 0.
     pub fn require_equal(&self) -> Result<()> {
         if self.group.world() == 1 {
             return Ok(());
@@ -314,72 +229,123 @@ impl Trainer {
         &self.recipe
     }
 
-    /// The text.
+    /// The training and validation text.
     pub fn corpus(&self) -> &Corpus {
         &self.corpus
     }
 
-    /// Where it computes.
+    /// The device of the model.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// Steps of the whole run.
+    /// The number of steps of the whole run.
     pub fn steps(&self) -> u64 {
         self.recipe.train.steps
     }
 
-    /// Training tokens per second since the start, looks at the validation text left out.
+    /// Training tokens per second since the start of the run, without evaluation.
     pub fn tokens_per_second(&self) -> f64 {
         let train = &self.recipe.train;
         (self.step * (train.batch * train.context * train.accumulation) as u64) as f64 / self.seconds
     }
 
-    /// Trains to the end of the run; `watch` sees every step.
+    /// The teacher that the model learns from, if it has one.
+    pub fn teacher(&self) -> Option<&Teacher> {
+        self.teacher.as_ref()
+    }
+
+    /// The averaged parameters, if the run has them.
+    pub fn ema(&self) -> Option<&Ema> {
+        self.ema.as_ref()
+    }
+
+    /// Trains to the end of the run and calls `watch` with the report of every step.
     ///
     /// # Errors
-    /// As [`Trainer::advance`], or what `watch` returns.
+    /// As [`Trainer::next_steps`], or the error of `watch`.
     pub fn run(&mut self, mut watch: impl FnMut(&Step) -> Result<()>) -> Result<()> {
         while self.step < self.recipe.train.steps {
-            self.proceed()?.iter().try_for_each(&mut watch)?;
+            self.next_steps()?.iter().try_for_each(&mut watch)?;
         }
-        self.settle()?.iter().try_for_each(watch)
+        self.drain(0)?.iter().try_for_each(watch)
     }
 
-    /// One step, and its figures.
+    /// Submits one step and returns the reports that are complete, oldest first; evaluates the model if it is due.
+    ///
+    /// On a GPU that works ahead of the host the report is that of the step before: none after the first step, and two
+    /// if this step ends with something that needs its result (an evaluation, a checkpoint, a sample, the end of the
+    /// run). Elsewhere it is the report of this step.
     ///
     /// # Errors
-    /// Too many updates in a row were skipped by the guard.
-    pub fn advance(&mut self) -> Result<Step> {
-        self.launch()?;
-        let step = self.known(0)?.pop();
-        step.ok_or_else(|| Error::Invalid("a step without figures".into()))
+    /// [`Error::Diverged`] if the guard skipped too many updates in a row.
+    pub fn next_steps(&mut self) -> Result<Vec<Step>> {
+        self.submit()?;
+        let mut steps = self.drain(usize::from(self.is_asynchronous() && !self.needs_result()))?;
+        self.evaluate_if_due(&mut steps)?;
+        Ok(steps)
     }
 
-    /// One step, whose figures may be known later.
-    pub(super) fn launch(&mut self) -> Result<()> {
-        if self.launched.is_empty() {
+    /// Submits one step, waits for it and returns its report; evaluates the model if it is due.
+    ///
+    /// # Errors
+    /// As [`Trainer::next_steps`].
+    pub fn train_step(&mut self) -> Result<Step> {
+        self.submit()?;
+        let mut steps = self.drain(0)?;
+        self.evaluate_if_due(&mut steps)?;
+        steps.pop().ok_or_else(|| Error::Invalid("a step without a report".into()))
+    }
+
+    /// Computes the gradients of the next step and submits its update. [`Trainer::drain`] returns the report.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] if the guard skipped too many updates in a row, or an error of the device.
+    pub fn submit(&mut self) -> Result<()> {
+        if self.in_flight.is_empty() {
             self.clock = Instant::now();
         }
         if self.step > 0 && self.recipe.train.aligns(self.step - 1) != self.recipe.train.aligns(self.step) {
-            self.guard.forget();
+            // The loss is another one from here on.
+            self.guard.reset_window();
         }
         let (mut gradients, losses) = self.gradients()?;
-        let lr = self.recipe.train.lr.lr(self.step, self.recipe.train.steps);
-        let mask = Mask::causal(0);
-        let Pass { hardness, candidates, .. } = self.pass(&mask);
+        let mut step = self.report();
+        let result = match self.is_asynchronous() {
+            true => Some(self.submit_update(&gradients, &losses, step.lr)?),
+            false => {
+                gradients.loss = losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
+                // Metal reports the failure of an earlier command only when the whole queue is waited for.
+                self.device.synchronize()?;
+                self.group.all_reduce(&self.params.vars(), &mut gradients)?;
+                (step.loss, step.grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
+                step.skip = self.judge(&gradients, step.loss, step.grad_norm)?;
+                if step.skip.is_none() {
+                    self.update(&gradients, step.grad_norm, step.lr)?;
+                }
+                None
+            }
+        };
+        self.step += 1;
+        self.in_flight.push_back(InFlight { step, result });
+        Ok(())
+    }
+
+    /// The report of the next step without its results.
+    fn report(&self) -> Step {
         let train = &self.recipe.train;
-        let mut step = Step {
+        let scheduled = ScheduledValues::at(train, self.step);
+        Step {
             step: self.step + 1,
             total: train.steps,
             loss: f64::NAN,
-            aligned: self.original.is_some().then(|| train.aligns(self.step)),
+            layer_alignment: self.teacher.is_some().then_some(scheduled.layer_alignment),
             grad_norm: f64::NAN,
-            lr,
+            lr: scheduled.lr,
             skipped: 0,
             skip: None,
-            hardness,
-            candidates,
+            hardness: scheduled.hardness,
+            candidates: scheduled.candidates,
             tokens: (self.step + 1) * (train.batch * train.context * train.accumulation) as u64,
             tokens_per_second: f64::NAN,
             seconds_left: f64::NAN,
@@ -387,29 +353,11 @@ impl Trainer {
             valid_loss_ema: None,
             heads: None,
             churn: None,
-        };
-        let awaited = match self.runs_ahead() {
-            true => Some(self.update_ahead(&gradients, &losses, lr)?),
-            false => {
-                gradients.loss = losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
-                // Metal reports commands that failed before the last ones only when it is waited for as a whole.
-                self.device.synchronize()?;
-                self.group.all_reduce(&self.params.vars(), &mut gradients)?;
-                (step.loss, step.grad_norm) = (gradients.loss()?, gradients.norm(&self.params.vars())?);
-                step.skip = self.skip(&gradients, step.loss, step.grad_norm)?;
-                if step.skip.is_none() {
-                    self.update(&gradients, step.grad_norm, lr)?;
-                }
-                None
-            }
-        };
-        self.step += 1;
-        self.launched.push_back(Launched { step, awaited });
-        Ok(())
+        }
     }
 
-    /// The sums over the micro-batches of this step but that of the losses, which are still where they were
-    /// computed: f32 [micro-batches].
+    /// The sums over the micro-batches of this step, except that of the losses. These are returned as a tensor f32
+    /// `[micro-batches]` on the device, so that the host does not wait for them.
     fn gradients(&self) -> Result<(Gradients, Tensor)> {
         let train = &self.recipe.train;
         let vars = self.params.vars();
@@ -419,9 +367,9 @@ impl Trainer {
             let places = places(at, train.batch, self.group.rank(), self.group.world());
             let Batch { inputs, targets, mask, predicted } =
                 self.batches.batch(places, train.context, &self.device)?;
-            let pass = self.pass(&mask);
-            // Of the whole micro-batch, of which this is a part if there are other processes. 1 where every
-            // token is predicted: the weight then changes no bit.
+            let pass = train.select.pass(&mask, progress(train, self.step));
+            // Relative to the whole micro-batch, of which this may be the share of one process. The weight is 1 where
+            // every token is predicted, and then changes no bit.
             let weight = predicted as f64 / (train.batch * train.context) as f64;
             let (loss, store) = self.objective((&inputs, &targets), &pass, &vars, weight)?;
             losses.push(loss.detach().to_dtype(DType::F32)?);
@@ -431,11 +379,11 @@ impl Trainer {
                 Some(sums) => sums.add(&vars, &one)?,
             }
         }
-        let sums = sums.ok_or_else(|| Error::Invalid("train.accumulation is 0".into()))?;
+        let sums = sums.ok_or_else(|| Error::out_of_range("train.accumulation", 0, "at least 1"))?;
         Ok((sums, Tensor::stack(&losses, 0)?))
     }
 
-    /// The loss of a micro-batch times its weight, and the gradients of that.
+    /// The loss of a micro-batch times its weight, and the gradients of this product.
     fn objective(
         &self,
         (ids, targets): (&Tensor, &Tensor),
@@ -443,14 +391,14 @@ impl Trainer {
         vars: &[(String, Var)],
         weight: f64,
     ) -> Result<(Tensor, GradStore)> {
-        let uptrain = self.original.as_ref().zip(self.recipe.train.uptrain.as_ref());
-        if let (Some((original, _)), true) = (uptrain, self.recipe.train.aligns(self.step)) {
-            let (other, layers) = (original.model(), original.changed());
-            return Ok(self.model.aligned(other, vars, layers, ids, pass, weight)?);
+        let uptrain = self.teacher.as_ref().zip(self.recipe.train.uptrain.as_ref());
+        if let (Some((teacher, _)), true) = (uptrain, self.recipe.train.aligns(self.step)) {
+            let (model, layers) = (teacher.model(), teacher.changed());
+            return Ok(self.model.layer_alignment(model, vars, layers, ids, pass, weight)?);
         }
         let head = |hidden: &Tensor| match uptrain {
-            Some((original, how)) => {
-                original.loss(&self.model, hidden, (ids, targets), pass, how.kl)? * weight
+            Some((teacher, config)) => {
+                teacher.loss(&self.model, hidden, (ids, targets), pass, config.kl)? * weight
             }
             None => self.model.head_loss(hidden, targets)? * weight,
         };
@@ -462,23 +410,23 @@ impl Trainer {
         Ok((loss, store))
     }
 
-    /// Why this step's update is to be skipped, if it is.
-    fn skip(&mut self, gradients: &Gradients, loss: f64, grad_norm: f64) -> Result<Option<String>> {
-        let judged = self.guard.judge(loss, grad_norm);
+    /// Why the guard skips the update of this step; `None` if it does not.
+    fn judge(&mut self, gradients: &Gradients, loss: f64, grad_norm: f64) -> Result<Option<String>> {
+        let verdict = self.guard.judge(self.step + 1, loss, grad_norm)?;
         let vars = self.params.vars();
-        let first = || Ok(not_finite(&vars, &gradients.store)?.map(str::to_owned));
-        self.skipped(self.step + 1, judged, first)
+        self.skip_reason(self.step + 1, verdict, || {
+            Ok(not_finite(&vars, &gradients.store)?.map(str::to_owned))
+        })
     }
 
-    /// What the guard says of a step, with the `first` parameter whose gradient is not finite.
-    pub(super) fn skipped(
+    /// The reason of the guard, completed by the name of the first parameter whose gradient is not finite.
+    pub(super) fn skip_reason(
         &self,
         step: u64,
-        judged: Result<Option<String>>,
+        verdict: Option<String>,
         first: impl FnOnce() -> Result<Option<String>>,
     ) -> Result<Option<String>> {
-        let judged = judged.map_err(|e| Error::Invalid(format!("step {step}: {e}")))?;
-        let Some(reason) = judged else { return Ok(None) };
+        let Some(reason) = verdict else { return Ok(None) };
         let reason = match first()? {
             Some(name) => format!("{reason} (first in {name})"),
             None => reason,
@@ -489,62 +437,81 @@ impl Trainer {
         Ok(Some(reason))
     }
 
-    /// Moves the parameters.
+    /// Updates the parameters.
     fn update(&mut self, gradients: &Gradients, grad_norm: f64, lr: f64) -> Result<()> {
         let scale = clip_scale(grad_norm, self.recipe.train.clip)? / gradients.weight;
         self.optimizer.step(&gradients.store, lr, scale)?;
         self.ema.as_mut().map_or(Ok(()), |ema| ema.update(&self.params.vars()))
     }
 
-    /// How the layers select at this step.
-    fn pass<'a>(&self, mask: &'a Mask) -> Pass<'a> {
-        let train = &self.recipe.train;
-        train.select.pass(mask, self.step as f64 / train.steps.max(1) as f64)
+    /// Whether the host submits a step before it knows the result of the one before: on a GPU with AdamW for all
+    /// parameters. Several processes, Muon, averaged parameters and a teacher need the result of every step on the host.
+    pub fn is_asynchronous(&self) -> bool {
+        let alone = self.group.world() == 1 && self.ema.is_none() && self.teacher.is_none();
+        !gd_kernels::on_cpu(&self.device) && alone && self.optimizer.is_asynchronous()
     }
 
-    /// The first windows of the validation text, and the churn of selections on the first batch of them.
-    pub(super) fn look(&mut self) -> Result<Look> {
+    /// Whether something follows the last submitted step that needs its result.
+    fn needs_result(&self) -> bool {
         let train = &self.recipe.train;
-        let tokens = self.corpus.valid.head(GLANCE * train.context + 1);
-        let mut picks = None;
+        let every = [Some(train.eval_every), Some(train.save_every()), train.sample_every];
+        self.step == train.steps || every.into_iter().flatten().any(|n| self.step.is_multiple_of(n))
+    }
+
+    /// Evaluates the model after the last submitted step if an evaluation is due and its report is among `steps`.
+    fn evaluate_if_due(&mut self, steps: &mut [Step]) -> Result<()> {
+        let train = &self.recipe.train;
+        let due = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
+        match steps.last_mut() {
+            Some(last) if due && last.step == self.step && self.group.leads() => {
+                last.record(self.evaluate()?)
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Evaluates the model, and the averaged parameters if the run has them, on the first windows of the validation
+    /// text. Compares the selections in the first batch with those of the last evaluation.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn evaluate(&mut self) -> Result<StepEvaluation> {
+        let train = &self.recipe.train;
+        let tokens = self.corpus.valid.head(EVAL_WINDOWS * train.context + 1);
+        let mut selections = None;
         let size = (train.context, train.batch);
-        let seen = observe(&self.frozen, &tokens, tokens.len(), size, &self.device, |records| {
-            picks.get_or_insert_with(|| records.iter().flat_map(|r| r.picks.iter().copied()).collect());
+        let result = observe(&self.frozen, &tokens, tokens.len(), size, &self.device, |records| {
+            selections.get_or_insert_with(|| records.iter().flat_map(|r| r.picks.iter().copied()).collect());
         })?;
         let averaged = self.ema.as_ref().map(|ema| {
             evaluate(ema.model(), &tokens, tokens.len(), train.context, train.batch, &self.device)
         });
-        let averaged = averaged.transpose()?.map(|seen| seen.loss);
-        Ok(Look { seen, averaged, churn: self.picks.churn(picks.unwrap_or_default()) })
+        Ok(StepEvaluation {
+            loss: result.loss,
+            loss_ema: averaged.transpose()?.map(|result| result.loss),
+            heads: result.heads,
+            churn: self.churn.update(selections.unwrap_or_default()),
+        })
     }
 
-    /// The model that this one learns from, if it does.
-    pub fn original(&self) -> Option<&Original> {
-        self.original.as_ref()
-    }
-
-    /// The averaged parameters, if the run keeps them.
-    pub fn ema(&self) -> Option<&Ema> {
-        self.ema.as_ref()
-    }
-
-    /// The whole validation text.
+    /// Evaluates the model on the whole validation text.
     ///
     /// # Errors
-    /// Whatever the forward pass reports.
+    /// An error of the device.
     pub fn validate(&self) -> Result<Evaluation> {
-        self.measure(&self.frozen)
+        self.validate_model(&self.frozen)
     }
 
-    /// The same with the averaged parameters, if the run keeps them.
+    /// Evaluates the averaged parameters, if the run has them, on the whole validation text.
     ///
     /// # Errors
-    /// Whatever the forward pass reports.
+    /// An error of the device.
     pub fn validate_ema(&self) -> Result<Option<Evaluation>> {
-        self.ema.as_ref().map(|ema| self.measure(ema.model())).transpose()
+        self.ema.as_ref().map(|ema| self.validate_model(ema.model())).transpose()
     }
 
-    fn measure(&self, model: &Transformer) -> Result<Evaluation> {
+    fn validate_model(&self, model: &Transformer) -> Result<Evaluation> {
         let train = &self.recipe.train;
         evaluate(model, &self.corpus.valid, self.corpus.valid_bytes, train.context, train.batch, &self.device)
     }

@@ -7,6 +7,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use gd_model::Error;
 use gd_model::io::checkpoint::*;
+use gd_model::io::files::write_file;
 use gd_model::io::tokenizer::Tokenizer;
 use serde_json::json;
 
@@ -177,7 +178,7 @@ fn truncated_files_are_named_at_every_length() {
     for length in 0..whole.len() {
         fs::write(&path, &whole[..length]).unwrap();
         let error = load_tensors(&path, &Device::Cpu).unwrap_err();
-        let Error::Truncated { needed, found, .. } = error else { panic!("{length}: {error}") };
+        let Error::Truncated { needed, actual: found, .. } = error else { panic!("{length}: {error}") };
         assert_eq!(found, length as u64);
         assert!(needed > found && needed <= whole.len() as u64);
         if length + 1 == whole.len() {

@@ -5,11 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device};
+use gd_model::config::LrShape;
 use gd_model::config::{Mechanism, PRESETS, Recipe, Setting, TokenizerChoice};
 use gd_model::model::Transformer;
 use gd_model::model::params::Params;
 use gd_model::model::shapes::{count, shapes};
-use gd_model::train::schedule::Shape;
 
 const SMALL: &str = include_str!("../fixtures/small.json");
 
@@ -57,7 +57,7 @@ fn wrong_values_are_named_with_their_path_and_what_is_expected() {
         ("train.lr.shape=cosin", "train.lr.shape \"cosin\" is unknown; did you mean \"cosine\"?"),
         ("train.lr=null", "train.lr: invalid type: null"),
         ("train.steps.x=1", "train.steps.x: train.steps is 20, not a table"),
-        ("train.context=65", "train.context 65 exceeds max_position_embeddings 64"),
+        ("train.context=65", "train.context must be at most max_position_embeddings 64, not 65"),
     ];
     for (setting, expected) in cases {
         let error = refused(&[setting]);
@@ -72,7 +72,9 @@ fn all_problems_are_reported_at_once() {
         assert!(error.contains(part), "{part}: {error}");
     }
     let error = refused(&["model.head_dim=15", "train.clip=0", "train.context=65"]);
-    for part in ["head_dim 15", "train.clip 0", "train.context 65"] {
+    for part in
+        ["head_dim must be even", "train.clip must be above 0, not 0", "train.context must be at most"]
+    {
         assert!(error.contains(part), "{part}: {error}");
     }
 }
@@ -101,7 +103,7 @@ fn settings_override_and_are_checked_with_the_rest() {
     let settings = [&settings[..3], &[set("train.tokenizer={\"bpe\": {\"vocab\": 300}}")]].concat();
     let recipe = Recipe::load_with("tiny", &settings).unwrap();
     assert_eq!((recipe.train.lr.peak, recipe.model.num_hidden_layers), (1e-3, 6));
-    assert_eq!(recipe.train.lr.shape, Shape::Wsd { decay: 0.2 });
+    assert_eq!(recipe.train.lr.shape, LrShape::Wsd { decay: 0.2 });
     assert_eq!(recipe.train.tokenizer, TokenizerChoice::Bpe { vocab: 300 });
     let bare = Recipe::load_with("tiny", &[set("model.gd.beacon=null")]).unwrap();
     assert_eq!(bare.model.gd.beacon, None);

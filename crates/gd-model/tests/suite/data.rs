@@ -7,9 +7,9 @@ use std::slice::from_ref;
 use candle_core::Device;
 use gd_kernels::cross_entropy::IGNORE;
 use gd_model::Error;
-use gd_model::data::{
-    Batches, Corpus, Document, Documents, Reading, Texts, Tokens, places, read_text, text_files,
-};
+use gd_model::config::DocumentFormat;
+use gd_model::data::{Batches, Corpus, Document, Documents, Texts, Tokens, places, text_files};
+use gd_model::io::files::read_text;
 use gd_model::io::tokenizer::Tokenizer;
 
 fn file(folder: &tempfile::TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
@@ -71,7 +71,7 @@ fn split_by_position_cuts_every_file_at_a_line() {
     assert_eq!(split.train[0].len(), 2697);
 }
 
-fn documents(paths: &[PathBuf], reading: &Reading) -> Vec<String> {
+fn documents(paths: &[PathBuf], reading: &DocumentFormat) -> Vec<String> {
     Documents::open(paths, reading).unwrap().map(|d| d.unwrap().text).collect()
 }
 
@@ -81,17 +81,17 @@ fn separators_and_jsonl_make_documents() {
     let text = file(&folder, "a.txt", "one\ntwo\n***\n\n***\nthree\r\n***\r\nfour");
     let json =
         file(&folder, "b.JSONL", "{\"text\":\"x\\ny\",\"id\":1}\n\n{\"text\":\" \"}\n{\"text\":\"z\"}");
-    let plain = Reading::default();
+    let plain = DocumentFormat::default();
     assert_eq!(documents(from_ref(&json), &plain), ["x\ny", "z"]);
     assert_eq!(documents(from_ref(&text), &plain).len(), 1);
-    let separated = Reading { separator: Some("***".into()), ..Reading::default() };
+    let separated = DocumentFormat { separator: Some("***".into()), ..DocumentFormat::default() };
     let all = ["one\ntwo\n", "three\r\n", "four", "x\ny", "z"];
     assert_eq!(documents(&[text.clone(), json.clone()], &separated), all);
     assert_eq!(documents(&[folder.path().to_path_buf()], &separated), all);
     // Every byte of the files is accounted for.
     let read: u64 = Documents::open(from_ref(&text), &separated).unwrap().map(|d| d.unwrap().bytes).sum();
     assert_eq!(read + "\n***\n".len() as u64, text.metadata().unwrap().len());
-    let ids = Reading { text_field: "id".into(), ..Reading::default() };
+    let ids = DocumentFormat { text_field: "id".into(), ..DocumentFormat::default() };
     let error = Documents::open(&[json], &ids).unwrap().last().unwrap().unwrap_err().to_string();
     assert!(error.contains("b.JSONL:1: \"id\" is no string (the first of 3 bad lines)"), "{error}");
 }
@@ -108,13 +108,13 @@ fn bad_lines_are_named_with_file_and_number() {
         (b"7\n{\"text\":\"a\"}\n8\n", "(the first of 2 bad lines)"),
     ] {
         let path = file(&folder, "x.jsonl", content);
-        let items: Vec<_> = Documents::open(&[path], &Reading::default()).unwrap().collect();
+        let items: Vec<_> = Documents::open(&[path], &DocumentFormat::default()).unwrap().collect();
         assert!(items.iter().rev().skip(1).all(Result::is_ok));
         let error = items.into_iter().last().unwrap().unwrap_err().to_string();
         assert!(error.contains(expected) && !error.contains('\n'), "{error}");
     }
     let path = file(&folder, "y.txt", b"good\n--\nbad \xff\n--\ngood\n");
-    let separated = Reading { separator: Some("--".into()), ..Reading::default() };
+    let separated = DocumentFormat { separator: Some("--".into()), ..DocumentFormat::default() };
     let error = Documents::open(&[path], &separated).unwrap().last().unwrap().unwrap_err().to_string();
     assert!(error.ends_with("y.txt:4: invalid UTF-8 in the document that ends here"), "{error}");
 }
@@ -148,7 +148,7 @@ fn no_training_window_holds_validation_text() {
     let folder = tempfile::tempdir().unwrap();
     let paths = [file(&folder, "a.txt", lines("a", 300)), file(&folder, "b.txt", lines("b", 200))];
     let tokenizer = Tokenizer::bytes().unwrap();
-    let texts = Texts::load(&paths, &Reading::default(), 0.1).unwrap();
+    let texts = Texts::load(&paths, &DocumentFormat::default(), 0.1).unwrap();
     let corpus = Corpus::encode(&texts, &tokenizer).unwrap();
     assert_eq!(corpus.valid.len(), corpus.valid_bytes);
     assert_eq!(corpus.train.len(), corpus.train_bytes);
@@ -215,7 +215,7 @@ fn an_epoch_covers_the_text_once() {
 fn short_texts_name_both_numbers() {
     let batches = Batches::new(vec![0; 16].into(), 0);
     let error = batches.batch(0..1, 16, &Device::Cpu).unwrap_err();
-    assert!(matches!(error, Error::TooShort { found: 16, needed: 17, .. }));
+    assert!(matches!(error, Error::TooShort { tokens: 16, needed: 17, .. }));
     assert_eq!(
         error.to_string(),
         "the training text has 16 tokens, but one window needs 17 (context 16 + 1)"

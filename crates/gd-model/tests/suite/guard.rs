@@ -1,12 +1,12 @@
 //! Updates that the guard skips leave everything as it was, and training goes on after them.
 
 use candle_core::{Device, Tensor};
+use gd_model::config::EmaConfig;
+use gd_model::config::GuardConfig;
+use gd_model::config::MuonConfig;
 use gd_model::config::Recipe;
 use gd_model::data::{Corpus, Tokens};
 use gd_model::train::Trainer;
-use gd_model::train::ema::EmaConfig;
-use gd_model::train::guard::GuardConfig;
-use gd_model::train::optimizer::MuonConfig;
 
 /// A trainer of a very small model on a text without much in it.
 fn trainer(muon: bool) -> Trainer {
@@ -49,18 +49,18 @@ fn a_skipped_step_changes_no_bit_of_weights_and_moments() {
     for (muon, by) in [(false, f64::NAN), (false, 64.0), (true, f64::INFINITY), (true, 64.0)] {
         let mut trainer = trainer(muon);
         for _ in 0..8 {
-            assert_eq!(trainer.advance().unwrap().skipped, 0);
+            assert_eq!(trainer.train_step().unwrap().skipped, 0);
         }
         scale(&trainer, by);
         let before = bits(&mut trainer);
-        let step = trainer.advance().unwrap();
+        let step = trainer.train_step().unwrap();
         assert_eq!((step.step, step.skipped), (9, 1), "{by}");
         assert!(before == bits(&mut trainer), "{by}");
     }
     let mut trainer = trainer(false);
-    trainer.advance().unwrap();
+    trainer.train_step().unwrap();
     let before = bits(&mut trainer);
-    assert_eq!(trainer.advance().unwrap().skipped, 0);
+    assert_eq!(trainer.train_step().unwrap().skipped, 0);
     assert!(before != bits(&mut trainer));
 }
 
@@ -68,17 +68,17 @@ fn a_skipped_step_changes_no_bit_of_weights_and_moments() {
 fn training_goes_on_after_a_spike_and_stops_after_too_many() {
     let mut trainer = trainer(false);
     for _ in 0..8 {
-        trainer.advance().unwrap();
+        trainer.train_step().unwrap();
     }
     scale(&trainer, 64.0);
-    assert_eq!(trainer.advance().unwrap().skipped, 1);
+    assert_eq!(trainer.train_step().unwrap().skipped, 1);
     scale(&trainer, 1.0 / 64.0);
     let before = bits(&mut trainer);
-    let step = trainer.advance().unwrap();
+    let step = trainer.train_step().unwrap();
     assert_eq!((step.step, step.skipped), (10, 1));
     assert!(before != bits(&mut trainer));
     scale(&trainer, f64::NAN);
-    let result: Result<Vec<_>, _> = (0..3).map(|_| trainer.advance()).collect();
+    let result: Result<Vec<_>, _> = (0..3).map(|_| trainer.train_step()).collect();
     let error = result.unwrap_err().to_string();
     assert!(error.starts_with("step 13: 3 updates in a row would be skipped: the loss is NaN"), "{error}");
 }

@@ -3,8 +3,9 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use gd_model::config::{AdamWConfig, MuonConfig};
 use gd_model::train::optimizer::{
-    AdamW, AdamWConfig, MuonConfig, Optimizer, accumulate, clip_scale, global_norm, not_finite, orthogonal,
+    AdamW, Optimizer, accumulate, clip_scale, global_norm, not_finite, orthogonal,
 };
 
 const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
@@ -272,7 +273,12 @@ fn bad_gradients_and_settings_are_named() {
         (AdamWConfig { weight_decay: -0.1, ..CONFIG }, "weight_decay"),
     ];
     for (config, name) in cases {
-        assert!(AdamW::new(vars.clone(), config).unwrap_err().to_string().starts_with(name));
+        assert!(
+            AdamW::new(vars.clone(), config)
+                .unwrap_err()
+                .to_string()
+                .starts_with(&format!("adamw.{name} must be"))
+        );
     }
     let twice = vec![vars[0].clone(), vars[0].clone()];
     assert!(AdamW::new(twice, CONFIG).unwrap_err().to_string().contains("w is given twice"));

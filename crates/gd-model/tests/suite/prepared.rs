@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use gd_model::data::{Index, Preparation, Prepared, Reading, Tokens, prepare};
+use gd_model::config::DocumentFormat;
+use gd_model::data::{Index, Preparation, Prepared, Tokens, prepare};
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::{Error, Result};
 use serde_json::Value;
@@ -20,8 +21,8 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn prepare_into(out: &Path, paths: &[PathBuf], tokenizer: &Tokenizer, shard_tokens: usize) -> Result<Index> {
-    let reading = Reading::default();
-    let what = Preparation { paths, reading: &reading, tokenizer, shard_tokens, valid_fraction: 0.2 };
+    let reading = DocumentFormat::default();
+    let what = Preparation { paths, format: &reading, tokenizer, shard_tokens, valid_fraction: 0.2 };
     prepare(out, &what, |_| ())
 }
 
@@ -33,17 +34,17 @@ fn all(tokens: &Tokens) -> (Vec<u32>, Vec<usize>) {
 fn shards_hold_what_is_read_into_memory() {
     let folder = tempfile::tempdir().unwrap();
     let paths = sources(folder.path());
-    let texts = gd_model::data::Texts::load(&paths, &Reading::default(), 0.2).unwrap();
+    let texts = gd_model::data::Texts::load(&paths, &DocumentFormat::default(), 0.2).unwrap();
     let learned = Tokenizer::train_bpe(texts.train.iter(), 300).unwrap();
     for (tokenizer, name) in [(Tokenizer::bytes().unwrap(), "bytes"), (learned, "bpe")] {
         let memory = gd_model::data::Corpus::encode(&texts, &tokenizer).unwrap();
         for shard_tokens in [1, 50, 1 << 20] {
             let out = folder.path().join(format!("{name}-{shard_tokens}"));
             let mut seen = 0;
-            let reading = Reading::default();
+            let reading = DocumentFormat::default();
             let what = Preparation {
                 paths: &paths,
-                reading: &reading,
+                format: &reading,
                 tokenizer: &tokenizer,
                 shard_tokens,
                 valid_fraction: 0.2,

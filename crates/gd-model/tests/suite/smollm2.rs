@@ -7,10 +7,11 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use gd_kernels::Mask;
 use gd_layer::Pass;
-use gd_model::data::{Tokens, read_text};
+use gd_model::data::Tokens;
 use gd_model::eval::evaluate;
 use gd_model::infer::generate::generate;
 use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::io::files::read_text;
 use gd_model::model::pretrained;
 use gd_testing::log_cases;
 

@@ -61,15 +61,15 @@ fn steps(settings: &Value, at_once: bool) -> (Vec<usize>, Vec<Step>, Bits) {
         } else if step == 5 {
             norm.set(&good.take().unwrap()).unwrap();
         }
-        let steps = if at_once { vec![trainer.advance().unwrap()] } else { trainer.proceed().unwrap() };
+        let steps = if at_once { vec![trainer.train_step().unwrap()] } else { trainer.next_steps().unwrap() };
         told.push(steps.len());
         all.extend(steps);
     }
-    if !at_once && trainer.runs_ahead() {
+    if !at_once && trainer.is_asynchronous() {
         let error = trainer.state().expect_err("a state without the last step's outcome").to_string();
         assert!(error.contains("step 6"), "{error}");
     }
-    let rest = trainer.settle().unwrap();
+    let rest = trainer.drain(0).unwrap();
     told.push(rest.len());
     all.extend(rest);
     let bits = bits(&mut trainer);
@@ -116,7 +116,7 @@ fn a_gpu_stops_a_run_whose_updates_are_all_skipped() {
         let mut trainer = trainer(json!({}));
         let (_, norm) = last_norm(&trainer);
         norm.set(&(norm.as_detached_tensor() * f64::NAN).unwrap()).unwrap();
-        (0..5).find_map(|_| trainer.proceed().err()).expect("an end").to_string()
+        (0..5).find_map(|_| trainer.next_steps().err()).expect("an end").to_string()
     });
     assert!(error.starts_with("step 3: 3 updates in a row would be skipped: the loss is NaN"), "{error}");
     target.count();
@@ -126,18 +126,18 @@ fn a_gpu_stops_a_run_whose_updates_are_all_skipped() {
 fn what_takes_part_in_every_update_is_waited_for() {
     let [target, ..] = targets();
     target.run(|| {
-        assert!(trainer(json!({})).runs_ahead());
+        assert!(trainer(json!({})).is_asynchronous());
         for settings in [json!({ "muon": {} }), json!({ "ema": { "decay": 0.9 } })] {
             let mut trainer = trainer(settings.clone());
-            assert!(!trainer.runs_ahead(), "{settings}");
-            assert_eq!(trainer.proceed().unwrap().len(), 1, "{settings}");
+            assert!(!trainer.is_asynchronous(), "{settings}");
+            assert_eq!(trainer.next_steps().unwrap().len(), 1, "{settings}");
         }
         // Where a look at the validation text follows, the step before it is told as well.
         let mut trainer = trainer(json!({ "eval_every": 2 }));
-        assert!(trainer.proceed().unwrap().is_empty());
-        let steps = trainer.proceed().unwrap();
+        assert!(trainer.next_steps().unwrap().is_empty());
+        let steps = trainer.next_steps().unwrap();
         assert_eq!(steps.iter().map(|s| s.valid_loss.is_some()).collect::<Vec<_>>(), [false, true]);
     });
-    assert!(!trainer(json!({})).runs_ahead(), "on the CPU");
+    assert!(!trainer(json!({})).is_asynchronous(), "on the CPU");
     target.count();
 }

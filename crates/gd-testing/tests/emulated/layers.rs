@@ -8,7 +8,8 @@ use gd_kernels::cross_entropy::{
 };
 use gd_kernels::{rms_norm, swiglu};
 use gd_layer::{Linear, RopeScaling, Rotary};
-use gd_model::train::optimizer::{AdamWConfig, MuonConfig, Optimizer, global_norm, not_finite, orthogonal};
+use gd_model::config::{AdamWConfig, MuonConfig};
+use gd_model::train::optimizer::{Optimizer, global_norm, not_finite, orthogonal};
 
 use crate::graph::{apart, noise};
 use crate::{Target, targets};

@@ -85,7 +85,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 }
 
 fn read_scores(path: &Path, ctx: &Context) -> Result<Scores> {
-    let tensors = safetensors::read(path, &ctx.device)?;
+    let tensors = safetensors::load(path, &ctx.device)?;
     let tensor = |name: &str| {
         let names = || tensors.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         tensors.get(name).with_context(|| {
@@ -117,7 +117,7 @@ fn read_protection(path: &Path) -> Result<Protection> {
     let json: Value = serde_json::from_str(&text).with_context(|| name.clone())?;
     let barrier = barrier::from_json(json.clone()).map_err(|e| usage(format!("{name}: {e}")))?;
     let params: Params =
-        parse(json).map_err(|problems| anyhow::anyhow!("{name}: {}", problems.join("; ")))?;
+        parse(json).map_err(|problems| gd_model::Error::Config { source_name: name.clone(), problems })?;
     let detect_floor = params.preset.and_then(|p| p.detect_floor).or(params.detect_floor);
     Ok(Protection {
         barrier,

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use candle_core::DType;
 use gd_model::config::device;
-use gd_model::io::checkpoint::{check_writable, write_file};
+use gd_model::io::files::{check_writable, write_file};
 
 pub use shape::{Pass, Shape};
 

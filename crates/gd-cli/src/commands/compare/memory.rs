@@ -94,6 +94,6 @@ fn measure(base: &Recipe, variant: &Variant, context: usize, ctx: &Context) -> R
     let corpus = Corpus { train: tokens.clone(), valid: tokens, train_bytes: bytes, valid_bytes: bytes };
     let mut trainer = Trainer::new(recipe, corpus, ctx.seed(), &ctx.device)?;
     let peak = Peak::start();
-    trainer.advance()?;
+    trainer.train_step()?;
     Ok(Cell { mechanism: variant.name.to_owned(), context, mib: peak.and_then(Peak::above_start) })
 }

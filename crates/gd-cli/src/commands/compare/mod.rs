@@ -12,7 +12,7 @@ use gd_model::analysis::compare::{Comparison, Run};
 use gd_model::analysis::variants::{VARIANTS, Variant, equalise};
 use gd_model::config::{Recipe, Setting};
 use gd_model::data::Corpus;
-use gd_model::io::checkpoint::{check_writable, write_file};
+use gd_model::io::files::{check_writable, write_file};
 use gd_model::train::Trainer;
 use gd_model::train::memory::Peak;
 

@@ -6,7 +6,7 @@ mod uptrain;
 use anyhow::Result;
 use gd_kernels::CANDIDATES;
 use gd_model::config::Mechanism;
-use gd_model::io::checkpoint::check_writable;
+use gd_model::io::files::check_writable;
 use gd_model::model::pretrained::{self, Loaded};
 use serde_json::json;
 
@@ -48,7 +48,7 @@ fn print_result(args: &Args, changed: &[usize], loaded: &Loaded, ctx: &Context) 
         return ctx.print(json!({
             "folder": args.out, "changed": changed, "selecting": selecting,
             "layers": layers, "parameters": loaded.params.count(),
-            "passed_over": loaded.passed_over,
+            "passed_over": loaded.skipped,
         }));
     }
     ctx.print(format_args!(

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use gd_model::config::{Recipe, Setting, UPTRAIN};
+use gd_model::config::{training_candidates, uptrain_schedule};
 use gd_model::data::Corpus;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained::{self, Parts};
 use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, Run};
-use gd_model::train::teacher::{reading, schedule};
 
 use super::args::Args;
 use crate::context::{Context, usage};
@@ -41,7 +41,7 @@ fn recipe(args: &Args, teacher: &Parts) -> Result<Recipe> {
     };
     // The training is in f32 for every stored data type.
     (model.dtype, model.origin) = ("float32".into(), None);
-    (model.gd.select.candidates, model.gd.select.estimator) = reading(args.k);
+    (model.gd.select.candidates, model.gd.select.estimator) = training_candidates(args.k);
     let Some(teacher_path) = args.model.to_str() else {
         return Err(usage(format!("{}: --uptrain requires a path in UTF-8", args.model.display())));
     };
@@ -55,7 +55,7 @@ fn recipe(args: &Args, teacher: &Parts) -> Result<Recipe> {
     };
     // The number of keys decreases from the end of the layer alignment on, which --set may have changed.
     let align = load(&[])?.train.uptrain.map_or(0.0, |uptrain| uptrain.align);
-    let select = Setting::new("train.select", serde_json::to_value(schedule(args.k, align))?);
+    let select = Setting::new("train.select", serde_json::to_value(uptrain_schedule(args.k, align))?);
     load(&[select])
 }
 

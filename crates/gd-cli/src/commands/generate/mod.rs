@@ -8,11 +8,13 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use gd_model::Error;
-use gd_model::data::{Documents, Reading, is_jsonl, read_text};
+use gd_model::config::DocumentFormat;
+use gd_model::data::{Documents, is_jsonl};
 use gd_model::infer::generate::{check_prompt, generate_batch};
 use gd_model::infer::sampler::Sampler;
 use gd_model::infer::stop::StopStrings;
 use gd_model::io::chat_template::ChatTemplate;
+use gd_model::io::files::read_text;
 use gd_model::model::pretrained::{self, Loaded};
 use serde_json::json;
 
@@ -66,7 +68,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
                     "prompt_tokens_per_second": timing.prompt_tokens_per_second,
                     "tokens_per_second": timing.tokens_per_second,
                     "stopped": stopped,
-                    "passed_over": loaded.passed_over,
+                    "passed_over": loaded.skipped,
                 }))?;
             } else if stream {
                 ctx.print("")?;
@@ -151,7 +153,7 @@ fn prompts(args: &Args) -> Result<Vec<String>> {
 /// Reads a file of prompts.
 fn read_prompts(path: &Path) -> Result<Vec<String>> {
     let prompts: Vec<String> = if is_jsonl(path) {
-        let reading = Reading { text_field: "prompt".into(), separator: None };
+        let reading = DocumentFormat { text_field: "prompt".into(), separator: None };
         let documents = Documents::open(&[path.to_path_buf()], &reading)?;
         documents.map(|document| Ok(document?.text)).collect::<gd_model::Result<_>>()?
     } else {

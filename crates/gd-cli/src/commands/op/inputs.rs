@@ -26,7 +26,7 @@ pub(in crate::commands) struct Inputs {
 impl Inputs {
     /// Reads the file, which must contain q and k.
     pub(in crate::commands) fn read(path: &Path, device: &Device) -> Result<Self> {
-        let tensors = safetensors::read(path, device)?;
+        let tensors = safetensors::load(path, device)?;
         let inputs = Self { tensors, path: path.display().to_string() };
         inputs.required("q")?;
         inputs.required("k")?;

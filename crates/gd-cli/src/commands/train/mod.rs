@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use gd_model::config::{Precision, Recipe, Setting};
 use gd_model::data::Corpus;
 use gd_model::model::pretrained::{self, Parts};
-use gd_model::train::dry_run;
+use gd_model::train::estimate;
 use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, RECIPE, Run, Saved};
 
@@ -100,7 +100,7 @@ fn print_plan(args: &Args, ctx: &Context) -> Result<()> {
     let mut recipe = load_recipe(args.config.as_deref().unwrap_or(DEFAULT_CONFIG), &args.set, args.steps)?;
     args.reading.apply(&mut recipe.train.documents);
     load_corpus(&args.data, &mut recipe)?;
-    let plan = dry_run::plan(&recipe)?;
+    let plan = estimate::estimate(&recipe)?;
     if ctx.json {
         return ctx.print(serde_json::to_string(&plan)?);
     }
@@ -169,6 +169,6 @@ fn saved_corpus(saved: &Saved, recipe: &Recipe) -> Result<Corpus> {
 /// Reads the model that a run distills, if its recipe names one.
 fn teacher(recipe: &Recipe, ctx: &Context) -> Result<Option<Parts>> {
     let Some(uptrain) = &recipe.train.uptrain else { return Ok(None) };
-    let parts = pretrained::read(&uptrain.original, &ctx.device);
+    let parts = pretrained::read(&uptrain.teacher, &ctx.device);
     Ok(Some(parts.context("the teacher model (--set train.uptrain.original=PATH gives its new location)")?))
 }

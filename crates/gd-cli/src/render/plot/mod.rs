@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use anyhow::{Result, anyhow, bail};
-use gd_model::io::checkpoint::write_file;
+use gd_model::io::files::write_file;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::register_font;

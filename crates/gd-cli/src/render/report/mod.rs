@@ -6,7 +6,7 @@ mod summary;
 use std::path::Path;
 
 use anyhow::Result;
-use gd_model::io::checkpoint::write_file;
+use gd_model::io::files::write_file;
 use serde_json::{Map, Value};
 
 use self::summary::summary;

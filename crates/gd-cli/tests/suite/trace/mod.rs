@@ -54,7 +54,9 @@ fn model(gd: &Value, seed: u64) -> Result<Loaded> {
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
         "tie_word_embeddings": false, "gd": gd,
     }))
-    .map_err(|problems| anyhow::anyhow!(problems.join("; ")))?;
+    .map_err(|problems| {
+        anyhow::anyhow!(problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+    })?;
     let params = Params::new(seed, DType::F32, &CPU);
     let model = Transformer::new(&config, params.frozen())?;
     for (at, (name, var)) in params.vars().iter().enumerate() {

@@ -2,58 +2,19 @@
 //! there before is still there.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 
 use candle_core::Tensor;
 
 use super::{CONFIG, Filling, INDEX, System, WEIGHTS};
 use crate::error::{Error, Result};
-
-/// Makes what was written at `path`, a file or a folder's entries, survive a power failure.
-fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::write(path, e))
-}
+use crate::io::files::{check_writable, parent, set_mode, sync};
 
 /// Writes named tensors as safetensors with metadata `format: pt`, and syncs the file. Not atomic by itself.
 pub fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let (folder, name) = parent(path)?;
     Filling::new(&System, &folder).tensors(&name, tensors)
-}
-
-/// The folder that `path` is in, made if need be, and the last part of its name.
-fn parent(path: &Path) -> Result<(PathBuf, String)> {
-    let name = path.file_name().ok_or_else(|| Error::Invalid(format!("{path:?} names no file or folder")))?;
-    let parent = match path.parent() {
-        Some(p) if p != Path::new("") => p.to_path_buf(),
-        _ => PathBuf::from("."),
-    };
-    fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
-    Ok((parent, name.to_string_lossy().into_owned()))
-}
-
-/// Writes a file beside `path`, syncs it and renames it into place.
-pub fn write_file(path: &Path, content: &[u8]) -> Result<()> {
-    stream_file(path, |out| out.write_all(content).map_err(|e| Error::write(path, e)))
-}
-
-/// As [`write_file`], with a content that `fill` writes piece by piece; returns what `fill` does.
-pub fn stream_file<R>(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<R>) -> Result<R> {
-    let (parent, name) = parent(path)?;
-    let unwritable = |e| Error::write(path, e);
-    let mut builder = tempfile::Builder::new();
-    let prefix = format!(".{name}.");
-    builder.prefix(&prefix);
-    ordinary(&mut builder, 0o666);
-    let file = builder.tempfile_in(&parent).map_err(unwritable)?;
-    let mut out = BufWriter::new(file);
-    let result = fill(&mut out)?;
-    let file = out.into_inner().map_err(|e| unwritable(e.into_error()))?;
-    file.as_file().sync_all().map_err(unwritable)?;
-    file.persist(path).map_err(|e| unwritable(e.error))?;
-    sync(&parent)?;
-    Ok(result)
 }
 
 /// Has `fill` write into a new folder beside `folder`, syncs it and puts it in place in one step. After an
@@ -69,7 +30,7 @@ pub fn write_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     let mut builder = tempfile::Builder::new();
     let prefix = format!(".{name}.");
     builder.prefix(&prefix);
-    ordinary(&mut builder, 0o777);
+    set_mode(&mut builder, 0o777);
     let new = builder.tempdir_in(&parent).map_err(|e| Error::write(&parent, e))?;
     fill(new.path())?;
     sync(new.path())?;
@@ -95,20 +56,6 @@ pub fn check_replaceable(folder: &Path) -> Result<()> {
         return Err(Error::Occupied { path: folder.into() });
     }
     check_writable(folder.parent().unwrap_or(folder))
-}
-
-/// Fails where [`write_file`] into `folder` would, and leaves nothing behind.
-pub fn check_writable(folder: &Path) -> Result<()> {
-    // What does not exist will be made in the nearest folder that does.
-    let nearest = folder.ancestors().find(|p| p.symlink_metadata().is_ok()).unwrap_or(Path::new("."));
-    tempfile::tempdir_in(nearest).map(drop).map_err(|e| Error::write(nearest, e))
-}
-
-/// Temporary files are private to the user; a checkpoint has the permissions of any other file.
-#[cfg_attr(not(unix), allow(unused_variables))]
-fn ordinary(builder: &mut tempfile::Builder, mode: u32) {
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
 }
 
 fn is_replaceable(folder: &Path) -> bool {

@@ -1,6 +1,6 @@
 //! The sizes and hashes of a folder's files: written last, so that a folder with a manifest that fits is whole.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -8,8 +8,9 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::disk::{Disk, Output};
-use super::tensors::{is_plain_name, stream};
+use super::tensors::is_plain_name;
 use crate::error::{Error, Result};
+use crate::io::safetensors::stream;
 
 /// The manifest in a folder.
 pub const MANIFEST: &str = "manifest.json";
@@ -60,13 +61,13 @@ pub fn verify(disk: &dyn Disk, folder: &Path) -> Result<()> {
         if !is_plain_name(name) {
             return Err(damaged(&path, "not a plain file name".into()));
         }
-        let found = digest(disk, &path)?;
-        if found.size != expected.size {
-            let reason = format!("{} bytes, where the manifest says {}", found.size, expected.size);
+        let actual = digest(disk, &path)?;
+        if actual.size != expected.size {
+            let reason = format!("{} bytes, where the manifest says {}", actual.size, expected.size);
             return Err(damaged(&path, reason));
         }
-        if found.blake3 != expected.blake3 {
-            let reason = format!("blake3 {}, where the manifest says {}", found.blake3, expected.blake3);
+        if actual.blake3 != expected.blake3 {
+            let reason = format!("blake3 {}, where the manifest says {}", actual.blake3, expected.blake3);
             return Err(damaged(&path, reason));
         }
     }
@@ -130,7 +131,10 @@ impl<'a> Filling<'a> {
     /// # Errors
     /// As [`Filling::file`].
     pub fn tensors(&mut self, name: &str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
-        self.write(name, |path, out| stream(path, out, tensors))
+        self.write(name, |path, out| {
+            let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+            stream(path, out, tensors, Some(format))
+        })
     }
 
     /// Writes the manifest of all that was written, and syncs the folder.

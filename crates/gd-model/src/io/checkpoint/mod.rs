@@ -24,9 +24,9 @@ use std::path::Path;
 use candle_core::Tensor;
 
 pub use disk::{Disk, Output, System};
-pub use folder::{check_replaceable, check_writable, stream_file, write_file, write_folder, write_tensors};
+pub use folder::{check_replaceable, write_folder, write_tensors};
 pub use manifest::{Filling, MANIFEST, verify};
-pub use store::{Found, Store, locate};
+pub use store::{Store, StoredCheckpoint, locate};
 pub use tensors::{load_json, load_tensors, require};
 
 use crate::error::{Error, Result};

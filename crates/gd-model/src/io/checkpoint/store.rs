@@ -1,8 +1,8 @@
-//! The checkpoints of a run: `checkpoint-STEP` folders, each complete and with a manifest, in the run's folder.
+//! The checkpoints of a run: folders `checkpoint-STEP` with a manifest each, in the folder of the run.
 //!
-//! A save goes to a temporary folder, every file is synced, the manifest comes last, the folder is synced and
-//! renamed, its parent is synced; then everything is read back, and only then an older checkpoint goes. So
-//! there is always one that can be loaded, and a name `checkpoint-STEP` never stands for half of one.
+//! A checkpoint is written to a temporary folder. Every file is synced, the manifest is written last, then the folder is
+//! synced and renamed, and its parent is synced. Then everything is read back, and only after that an older checkpoint
+//! is removed. So there is always a checkpoint that can be loaded, and a folder `checkpoint-STEP` is always complete.
 
 use std::path::{Path, PathBuf};
 
@@ -11,9 +11,9 @@ use super::manifest::{Filling, MANIFEST, verify};
 use crate::error::{Error, Result};
 
 const PREFIX: &str = "checkpoint-";
-/// What is being written or removed; found at the start of a run, it is from one that was interrupted.
+/// The suffix of folders that are being written or removed. At the start of a run they are left from an interruption.
 const TEMPORARY: &str = ".tmp";
-/// Where a model is put together before its files move to the run's folder.
+/// The folder in which a model is written before its files are moved into the folder of the run.
 const FINAL: &str = ".model.tmp";
 
 /// The checkpoints in the folder of a run.
@@ -22,14 +22,14 @@ pub struct Store {
     disk: Box<dyn Disk>,
 }
 
-/// The newest checkpoint that is what it was when it was written.
+/// The newest valid checkpoint of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
-    /// The folder.
+pub struct StoredCheckpoint {
+    /// The folder of the checkpoint.
     pub folder: PathBuf,
-    /// Steps done.
+    /// The number of steps done.
     pub step: u64,
-    /// Newer ones, and why they cannot be used.
+    /// The steps of newer checkpoints, and why they cannot be used.
     pub damaged: Vec<(u64, String)>,
 }
 
@@ -55,15 +55,15 @@ impl Store {
         Ok(steps)
     }
 
-    /// The newest checkpoint whose files fit its manifest; `None` where there is no checkpoint at all.
+    /// The newest checkpoint whose files match its manifest; `None` if there is no checkpoint.
     ///
     /// # Errors
-    /// All checkpoints are damaged; names the newest and what is wrong with it.
-    pub fn newest(&self) -> Result<Option<Found>> {
+    /// The error of the newest checkpoint if all of them are damaged.
+    pub fn newest(&self) -> Result<Option<StoredCheckpoint>> {
         let (mut damaged, mut first) = (Vec::new(), None);
         for step in self.steps()? {
             match verify(&*self.disk, &self.path(step)) {
-                Ok(()) => return Ok(Some(Found { folder: self.path(step), step, damaged })),
+                Ok(()) => return Ok(Some(StoredCheckpoint { folder: self.path(step), step, damaged })),
                 Err(e) => {
                     damaged.push((step, e.to_string()));
                     first.get_or_insert(e);
@@ -73,7 +73,7 @@ impl Store {
         first.map_or(Ok(None), Err)
     }
 
-    /// Removes what interrupted saves left behind. Only for the one process that writes to the run.
+    /// Removes the temporary folders of interrupted saves. Called by the one process that writes to the run.
     ///
     /// # Errors
     /// Names the folder that cannot be read or removed.
@@ -90,8 +90,7 @@ impl Store {
         Ok(())
     }
 
-    /// Gives a damaged checkpoint a name under which nothing looks for it, so that it is neither counted nor
-    /// in the way when the run comes to its step again.
+    /// Renames a damaged checkpoint, so that the run can save one of the same step.
     ///
     /// # Errors
     /// Names the folder that cannot be renamed.
@@ -105,9 +104,9 @@ impl Store {
         Ok(aside)
     }
 
-    /// Writes the checkpoint after `step` steps with what `fill` puts into it, and reads it back. After
-    /// success all but the newest `keep` and the one of step `best` are removed. After an error, or a crash
-    /// at any point, every checkpoint from before is still there.
+    /// Writes the checkpoint after `step` steps with the files that `fill` writes, and reads it back. Then removes all
+    /// checkpoints except the newest `keep` and the one of step `lowest`. After an error, or a crash at any point, every
+    /// earlier checkpoint is still there.
     ///
     /// # Errors
     /// Names the file or folder and the system's reason, or the file that does not read back as written.
@@ -115,28 +114,28 @@ impl Store {
         &self,
         step: u64,
         keep: usize,
-        best: Option<u64>,
+        lowest: Option<u64>,
         fill: impl FnOnce(&mut Filling) -> Result<()>,
     ) -> Result<PathBuf> {
         let (new, path) = (self.temporary(step), self.path(step));
         self.fill(&new, fill)?;
         let placed = self.rename(&new, &path).and_then(|()| self.sync());
         if let Err(e) = placed.and_then(|()| verify(&*self.disk, &path)) {
-            // What cannot be relied on must not count among those that are kept.
+            // A checkpoint that cannot be read must not count as one of the newest.
             if self.rename(&path, &new).is_ok() || self.exists(&new).unwrap_or(false) {
                 self.give_up(&new);
             }
             return Err(e);
         }
-        // The save itself is done, so this is no failure of it.
-        if let Err(e) = self.prune(step, keep, best) {
+        // The save has succeeded by now.
+        if let Err(e) = self.prune(step, keep, lowest) {
             tracing::warn!("an old checkpoint could not be removed: {e}");
         }
         Ok(path)
     }
 
-    /// Puts a model with what `fill` writes into the run's folder itself. Its manifest is the last to come
-    /// and the first to go, so that a mixture of two models is never taken for one.
+    /// Writes a model, with the files that `fill` writes, into the folder of the run itself. The manifest is removed first
+    /// and written last, so that a mixture of two models is never taken for a model.
     ///
     /// # Errors
     /// As [`Store::save`].
@@ -160,7 +159,7 @@ impl Store {
         Ok(())
     }
 
-    /// Makes a folder, fills it and syncs it, manifest last. After an error it is gone again.
+    /// Creates a folder, writes and syncs its files, the manifest last. Removes it after an error.
     fn fill(&self, new: &Path, fill: impl FnOnce(&mut Filling) -> Result<()>) -> Result<()> {
         if self.exists(new)? {
             self.remove(new)?;
@@ -174,18 +173,18 @@ impl Store {
         result
     }
 
-    /// Removes a temporary folder. What matters is done or has failed by then, and the next start tries again.
+    /// Removes a temporary folder. A failure is ignored, because the next start removes it too.
     fn give_up(&self, new: &Path) {
         if let Err(e) = self.remove(new) {
             tracing::debug!("{e}");
         }
     }
 
-    /// Removes what is older than the checkpoint of `step`, but for the newest and the best. Each loses its name
-    /// first, so that a crash leaves no half of one under it.
-    fn prune(&self, step: u64, keep: usize, best: Option<u64>) -> Result<()> {
+    /// Removes the checkpoints before `step` except the newest ones and that of `lowest`. Each is renamed first, so that a
+    /// crash leaves no incomplete checkpoint under its name.
+    fn prune(&self, step: u64, keep: usize, lowest: Option<u64>) -> Result<()> {
         let old = self.steps()?.into_iter().filter(|s| *s < step).skip(keep.saturating_sub(1));
-        for old in old.filter(|s| Some(*s) != best) {
+        for old in old.filter(|s| Some(*s) != lowest) {
             let aside = self.temporary(old);
             self.rename(&self.path(old), &aside)?;
             self.remove(&aside)?;
@@ -218,15 +217,15 @@ impl Store {
 /// The step in the name of a checkpoint folder.
 fn step_of(name: &str) -> Option<u64> {
     let digits = name.strip_prefix(PREFIX)?;
-    // `checkpoint-007` and `checkpoint-+7` are nobody's.
+    // `checkpoint-007` and `checkpoint-+7` are not names of checkpoints.
     digits.parse().ok().filter(|step: &u64| step.to_string() == digits)
 }
 
-/// The folder from which to load the model that `path` names: `path` itself, or in the folder of a run
-/// without a whole model its newest whole checkpoint, with the reasons for not taking something newer.
+/// The folder from which to load the model at `path`: `path` itself, or the newest valid checkpoint in the folder of a run
+/// without a valid model. Also returns why anything newer was not used.
 ///
 /// # Errors
-/// The only model there is is damaged; names the file and how that shows.
+/// [`Error::Damaged`] if the only model is damaged.
 pub fn locate(path: &Path) -> Result<(PathBuf, Vec<String>)> {
     if !path.is_dir() {
         return Ok((path.into(), Vec::new()));
@@ -246,9 +245,9 @@ pub fn locate(path: &Path) -> Result<(PathBuf, Vec<String>)> {
         Err(e) => e.to_string(),
     };
     match store.newest()? {
-        Some(found) => {
-            let damaged = found.damaged.into_iter().map(|(_, reason)| reason);
-            Ok((found.folder, [reason].into_iter().chain(damaged).collect()))
+        Some(checkpoint) => {
+            let damaged = checkpoint.damaged.into_iter().map(|(_, reason)| reason);
+            Ok((checkpoint.folder, [reason].into_iter().chain(damaged).collect()))
         }
         None => Ok((path.into(), vec![reason])),
     }

@@ -19,7 +19,7 @@ impl Transformer {
     ///
     /// # Errors
     /// No layer, or one that a model lacks; as [`Transformer::forward`].
-    pub fn aligned(
+    pub fn layer_alignment(
         &self,
         other: &Self,
         vars: &[(String, Var)],

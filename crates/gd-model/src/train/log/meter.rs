@@ -8,8 +8,8 @@ use crate::config::Recipe;
 use crate::config::device;
 use crate::error::Result;
 use crate::model::flops;
-use crate::train::Step;
 use crate::train::memory;
+use crate::train::step::Step;
 
 /// The line of a step.
 #[derive(Debug, Serialize)]

@@ -20,7 +20,7 @@ pub use meter::{Line, Meter};
 pub use tensorboard::TensorBoard;
 
 use crate::error::{Error, Result};
-use crate::train::Step;
+use crate::train::step::Step;
 
 /// The log in the folder of a run.
 pub const FILE: &str = "train.jsonl";

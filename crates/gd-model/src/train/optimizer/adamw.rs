@@ -12,50 +12,8 @@ use gd_kernels::adamw::{SavedState, Scale, State, Step};
 
 use super::groups::Group;
 use super::parameter::{check_gradient, check_step, named, nothing_left, take, wide_dtype};
+use crate::config::AdamWConfig;
 use crate::error::{Error, Result};
-
-/// Settings of [`AdamW`].
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct AdamWConfig {
-    /// Decay of the first moment, in [0, 1).
-    pub beta1: f64,
-    /// Decay of the second moment, in [0, 1).
-    pub beta2: f64,
-    /// Added to the root of the second moment; above 0.
-    pub eps: f64,
-    /// Decoupled decay, times the learning rate, of parameters whose [`Group`] decays; at least 0.
-    pub weight_decay: f64,
-}
-
-impl Default for AdamWConfig {
-    fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }
-    }
-}
-
-impl AdamWConfig {
-    /// Fails with the first value outside its range.
-    pub fn validate(&self) -> Result<()> {
-        let checks = [
-            ("beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "in [0, 1)"),
-            ("beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "in [0, 1)"),
-            ("eps", self.eps, self.eps > 0.0 && self.eps.is_finite(), "above 0"),
-            (
-                "weight_decay",
-                self.weight_decay,
-                self.weight_decay >= 0.0 && self.weight_decay.is_finite(),
-                "at least 0",
-            ),
-        ];
-        match checks.into_iter().find(|c| !c.2) {
-            Some((name, value, _, range)) => {
-                Err(Error::Invalid(format!("{name} must be {range}, not {value}")))
-            }
-            None => Ok(()),
-        }
-    }
-}
 
 /// The parameters that an update changed, for [`AdamW::undo_step`].
 #[derive(Debug, Clone, Default)]

@@ -11,10 +11,11 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-pub use self::adamw::{AdamW, AdamWConfig, DeviceVerdict, Updated};
+pub use self::adamw::{AdamW, DeviceVerdict, Updated};
 pub use self::groups::Group;
-pub use self::muon::{Muon, MuonConfig, orthogonal};
+pub use self::muon::{Muon, orthogonal};
 pub use self::norm::{accumulate, clip_scale, global_norm, not_finite, squares};
+use crate::config::{AdamWConfig, MuonConfig};
 use crate::error::Result;
 use crate::train::state::{State, Stateful};
 
@@ -48,21 +49,21 @@ impl Optimizer {
     }
 
     /// Whether a GPU can do a step without the host knowing how its gradients are clipped: all but Muon's.
-    pub fn runs_ahead(&self) -> bool {
+    pub fn is_asynchronous(&self) -> bool {
         self.muon.is_empty()
     }
 
-    /// As [`AdamW::step_by_verdict`], where [`Optimizer::runs_ahead`].
+    /// Updates as [`AdamW::step_by_verdict`], if [`Optimizer::is_asynchronous`].
     ///
     /// # Errors
-    /// As there, or matrices that Muon would move.
+    /// As there, or matrices that Muon would update.
     pub fn step_by_verdict(
         &mut self,
         grads: &GradStore,
         lr: f64,
         verdict: &DeviceVerdict<'_>,
     ) -> Result<Updated> {
-        match self.runs_ahead() {
+        match self.is_asynchronous() {
             true => self.adamw.step_by_verdict(grads, lr, verdict),
             false => Err(crate::Error::Invalid("Muon's updates need a factor that the host knows".into())),
         }

@@ -10,11 +10,11 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Tensor, Var};
 use gd_kernels::on_cpu;
-use serde::{Deserialize, Serialize};
 
 use super::parameter::{
     check_gradient, check_step, named, nothing_left, set_wide, take, wide_dtype, wide_weight,
 };
+use crate::config::MuonConfig;
 use crate::error::{Error, Result};
 
 /// The quintic `a x + b x³ + c x⁵` of Jordan et al., as steep at 0 as it can be.
@@ -23,39 +23,6 @@ const QUINTIC: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
 const ROUNDS: usize = 5;
 /// Root mean square of an update at learning rate 1.
 const RMS: f64 = 0.2;
-
-/// Settings of [`Muon`].
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct MuonConfig {
-    /// Decay of the momentum, in [0, 1).
-    pub momentum: f64,
-    /// Decoupled decay, times the learning rate; at least 0.
-    pub weight_decay: f64,
-}
-
-impl Default for MuonConfig {
-    fn default() -> Self {
-        Self { momentum: 0.95, weight_decay: 0.1 }
-    }
-}
-
-impl MuonConfig {
-    /// # Errors
-    /// Names the first value outside its range.
-    pub fn validate(&self) -> Result<()> {
-        if !(0.0..1.0).contains(&self.momentum) {
-            return Err(Error::Invalid(format!("muon.momentum must be in [0, 1), not {}", self.momentum)));
-        }
-        if !(self.weight_decay >= 0.0 && self.weight_decay.is_finite()) {
-            return Err(Error::Invalid(format!(
-                "muon.weight_decay must be at least 0, not {}",
-                self.weight_decay
-            )));
-        }
-        Ok(())
-    }
-}
 
 #[derive(Debug)]
 struct Parameter {

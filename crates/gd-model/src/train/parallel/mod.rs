@@ -20,21 +20,13 @@ use std::rc::Rc;
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::error::{Error, Result};
-use crate::train::Gradients;
+use crate::train::gradients::Gradients;
 
 /// Elements of the gradients that travel together; one larger parameter travels alone.
 const BUCKET: usize = 1 << 22;
 
 /// What the launchers of MPI tell a process: how many there are.
-const LAUNCHED: [&str; 2] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
-
-/// The same for their numbers among those on one machine.
-const LOCAL: [&str; 2] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"];
-
-/// The number of this process among those that `mpirun` has started on this machine; 0 without `mpirun`.
-pub fn local_rank() -> usize {
-    LOCAL.iter().find_map(|name| std::env::var(name).ok()?.parse().ok()).unwrap_or(0)
-}
+const WORLD_SIZE: [&str; 2] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
 
 /// What carries data between the ranks.
 trait Engine {
@@ -71,14 +63,14 @@ impl Group {
     /// # Errors
     /// Several processes, but a program without the feature `mpi`; or MPI or NCCL does not start.
     pub fn start(device: &Device) -> Result<Self> {
-        let Some(launched) = LAUNCHED.iter().find_map(|name| std::env::var(name).ok()) else {
+        let Some(world) = WORLD_SIZE.iter().find_map(|name| std::env::var(name).ok()) else {
             return Ok(Self::single());
         };
-        Self::launched(&launched, device)
+        Self::join(&world, device)
     }
 
     #[cfg(not(feature = "mpi"))]
-    fn launched(world: &str, _: &Device) -> Result<Self> {
+    fn join(world: &str, _: &Device) -> Result<Self> {
         if world == "1" {
             return Ok(Self::single());
         }
@@ -88,7 +80,7 @@ impl Group {
     }
 
     #[cfg(feature = "mpi")]
-    fn launched(_: &str, device: &Device) -> Result<Self> {
+    fn join(_: &str, device: &Device) -> Result<Self> {
         let mpi = mpi::Mpi::start()?;
         #[cfg(feature = "nccl")]
         if let Device::Cuda(device) = device {
@@ -126,10 +118,8 @@ impl Group {
         if batch >= self.world() {
             return Ok(());
         }
-        Err(Error::Invalid(format!(
-            "train.batch {batch} has not a row for each of {} processes",
-            self.world()
-        )))
+        let allowed = format!("at least the number of processes, {}", self.world());
+        Err(Error::out_of_range("train.batch", batch, allowed))
     }
 
     /// Replaces loss, weight and gradients by their sums over the ranks. All ranks take part, and get the
@@ -206,12 +196,12 @@ impl Group {
     pub fn require_equal(&self, what: &str, hash: blake3::Hash) -> Result<()> {
         let all = self.0.gather(hash.as_bytes());
         let ranks = all.chunks(blake3::OUT_LEN).enumerate();
-        let other: Vec<String> =
-            ranks.filter(|(_, hash)| *hash != &all[..blake3::OUT_LEN]).map(|(r, _)| r.to_string()).collect();
-        if other.is_empty() {
+        let ranks: Vec<usize> =
+            ranks.filter(|(_, hash)| *hash != &all[..blake3::OUT_LEN]).map(|(rank, _)| rank).collect();
+        if ranks.is_empty() {
             return Ok(());
         }
-        Err(Error::Invalid(format!("{what}: different on rank 0 and on rank {}", other.join(", "))))
+        Err(Error::RanksDiffer { what: what.into(), ranks })
     }
 
     /// Ends all ranks with this exit code, for an error of this one: the others would wait for it forever.

@@ -1,27 +1,27 @@
-//! What a run will need, without running it: parameters exactly, memory nearly.
+//! An estimate of what a run needs, made without running it: the number of parameters is exact, the memory approximate.
 
 use gd_kernels::cross_entropy::chunk_rows;
 use serde::Serialize;
 
+use super::optimizer::Group;
 use crate::config::{Mechanism, ModelConfig, Recipe};
 use crate::error::Result;
 use crate::model::shapes::shapes;
-use crate::train::optimizer::Group;
 
-/// What a run of a recipe comes to.
+/// What a run needs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Plan {
-    /// Parameters.
+pub struct RunEstimate {
+    /// The number of parameters.
     pub parameters: usize,
-    /// Optimizer steps.
+    /// The number of optimizer steps.
     pub steps: u64,
-    /// Training tokens of a step.
+    /// Training tokens per step.
     pub tokens_per_step: usize,
-    /// Peak memory of the training on the CPU in MiB, above the program and the text.
+    /// The peak memory of the training on the CPU in MiB, without that of the program and the text.
     pub peak_memory_mib: f64,
 }
 
-/// The parameters of a model of this config: all of them, and those that Muon can take.
+/// The number of parameters of a model, and the number of those that Muon can update.
 fn parameters(config: &ModelConfig) -> Result<(usize, usize)> {
     let (mut all, mut matrices) = (0, 0);
     for (name, dims) in shapes(config)? {
@@ -32,15 +32,15 @@ fn parameters(config: &ModelConfig) -> Result<(usize, usize)> {
     Ok((all, matrices))
 }
 
-/// Elements that a training step holds, besides the parameters: counts of arrays of a size, fitted to the
-/// allocator's peak in 89 small runs of both mechanisms with and without each part (root mean square error
-/// 6 %), and close to what one counts in the code.
+/// The number of elements that a training step holds besides the parameters. The coefficients were fitted to the peak of
+/// the allocator in 89 small runs of both mechanisms with and without each part (root mean square error 6 %). They are
+/// close to a count of the arrays in the code.
 #[derive(Clone, Copy, Default)]
 struct Elements {
-    /// What the graph of a block keeps for its backward pass.
-    kept: f64,
-    /// What exists only during the backward pass of a block.
-    passing: f64,
+    /// Activations that the graph of a block stores for its backward pass.
+    stored: f64,
+    /// Elements that exist during the backward pass of a block alone.
+    temporary: f64,
 }
 
 /// Block `layer` of a batch of `batch` sequences of `context` tokens.
@@ -54,29 +54,29 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
     let averages = config.gd.beacon.as_ref().map_or(0.0, |b| b.averages as f64);
     let convolves = config.gd.beacon.as_ref().is_some_and(|b| b.conv_width > 1);
     let mut of = Elements {
-        kept: 5.2 * hidden + 2.8 * feed + 5.9 * query + 3.7 * key,
-        passing: 9.4 * hidden + 3.7 * feed + 2.0 * query,
+        stored: 5.2 * hidden + 2.8 * feed + 5.9 * query + 3.7 * key,
+        temporary: 9.4 * hidden + 3.7 * feed + 2.0 * query,
     };
-    of.kept += averages * (2.5 * query + 10.8 * tokens * heads);
-    of.passing += averages * 3.0 * query;
-    of.kept += if convolves { 2.5 * hidden } else { 0.0 };
-    of.kept += if config.gd.output_gate { 1.7 * query } else { 0.0 };
+    of.stored += averages * (2.5 * query + 10.8 * tokens * heads);
+    of.temporary += averages * 3.0 * query;
+    of.stored += if convolves { 2.5 * hidden } else { 0.0 };
+    of.stored += if config.gd.output_gate { 1.7 * query } else { 0.0 };
     match config.mechanism(layer) {
-        Mechanism::Gd => of.kept += 4.0 * tokens * heads * config.gd.select.candidates as f64,
+        Mechanism::Gd => of.stored += 4.0 * tokens * heads * config.gd.select.candidates as f64,
         Mechanism::Softmax => {
             let weights = tokens * heads * context as f64;
-            of.kept += 3.6 * weights;
-            of.passing += 3.2 * weights;
+            of.stored += 3.6 * weights;
+            of.temporary += 3.2 * weights;
         }
     }
     of
 }
 
-/// What a run of this recipe needs, in one process. The memory is that of the CPU in f32.
+/// Estimates what a run of `recipe` needs in one process. The memory is that of the CPU in f32.
 ///
 /// # Errors
-/// A model that contradicts itself.
-pub fn plan(recipe: &Recipe) -> Result<Plan> {
+/// A configuration that contradicts itself.
+pub fn estimate(recipe: &Recipe) -> Result<RunEstimate> {
     let (model, train) = (&recipe.model, &recipe.train);
     let (parameters, matrices) = parameters(model)?;
     // Weights, two moments and the gradient; Muon has one moment, and accumulation a second gradient.
@@ -87,17 +87,17 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
     let layers = 0..model.num_hidden_layers;
     let blocks: Vec<Elements> = layers.map(|i| block(model, i, train.batch, train.context)).collect();
     let tokens = train.batch * train.context;
-    let greatest = |of: fn(&Elements) -> f64| blocks.iter().map(of).fold(0.0, f64::max);
-    elements += greatest(|b| b.passing);
+    let max = |of: fn(&Elements) -> f64| blocks.iter().map(of).fold(0.0, f64::max);
+    elements += max(|b| b.temporary);
     elements += match train.checkpoint_blocks {
-        true => (blocks.len() * tokens * model.hidden_size) as f64 + greatest(|b| b.kept),
-        false => blocks.iter().map(|b| b.kept).sum(),
+        true => (blocks.len() * tokens * model.hidden_size) as f64 + max(|b| b.stored),
+        false => blocks.iter().map(|b| b.stored).sum(),
     };
     // The output loss: logits of a chunk of rows, and the weights' gradient.
     let rows = tokens.min(chunk_rows(model.vocab_size, model.hidden_size));
     elements += 0.3 * (rows * model.vocab_size) as f64;
     elements += 1.2 * (model.vocab_size * model.hidden_size) as f64;
-    Ok(Plan {
+    Ok(RunEstimate {
         parameters,
         steps: train.steps,
         tokens_per_step: tokens * train.accumulation,

@@ -1,4 +1,4 @@
-//! Single values set on the command line: `train.lr.peak=1e-3`.
+//! Single values that replace those of a recipe, such as `train.lr.peak=1e-3`.
 
 use std::str::FromStr;
 
@@ -6,7 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
-/// A value for the key at a dotted path.
+/// A value for the key at a dotted path, such as `train.lr.peak`. It parses from `KEY=VALUE`, where the value is JSON,
+/// TOML or a word without quotes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Setting {
     path: String,
@@ -14,28 +15,28 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// `value` for the key at `path`.
+    /// The value `value` for the key at `path`.
     pub fn new(path: &str, value: impl Into<Value>) -> Self {
         Self { path: path.into(), value: value.into() }
     }
 
-    /// Puts the value into a recipe's tree, with the tables on the way to it.
+    /// Replaces the value in the tree of a recipe, and creates the tables that it lies in.
     ///
     /// # Errors
-    /// Names a value on the way that is no table.
+    /// A value on the path that is not a table.
     pub(super) fn apply(&self, tree: &mut Value) -> Result<()> {
         let mut at = tree;
-        let mut passed = Vec::new();
+        let mut above = Vec::new();
         for key in self.path.split('.') {
             if at.is_null() {
                 *at = Value::Object(Map::new());
             }
             let Value::Object(map) = at else {
-                let passed = passed.join(".");
-                return Err(Error::Invalid(format!("{}: {passed} is {at}, not a table", self.path)));
+                let above = above.join(".");
+                return Err(Error::Invalid(format!("{}: {above} is {at}, not a table", self.path)));
             };
             at = map.entry(key).or_insert(Value::Null);
-            passed.push(key);
+            above.push(key);
         }
         *at = self.value.clone();
         Ok(())
@@ -45,11 +46,10 @@ impl Setting {
 impl FromStr for Setting {
     type Err = String;
 
-    /// `KEY=VALUE`; the value is JSON, or TOML, or a bare word.
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let (path, value) = text.split_once('=').ok_or("KEY=VALUE is expected")?;
         if path.split('.').any(str::is_empty) {
-            return Err(format!("{path:?} is no dotted path of keys"));
+            return Err(format!("{path:?} is not a dotted path of keys"));
         }
         Ok(Self { path: path.into(), value: parse(value.trim())? })
     }
@@ -60,9 +60,9 @@ fn parse(text: &str) -> std::result::Result<Value, String> {
         return Ok(value);
     }
     if let Ok(mut table) = toml::from_str::<Map<String, Value>>(&format!("value = {text}")) {
-        return table.remove("value").ok_or_else(|| format!("{text:?} is no value"));
+        return table.remove("value").ok_or_else(|| format!("{text:?} is not a value"));
     }
-    // A word needs no quotes; what has some, or brackets, was meant to be more.
+    // A text with quotes or brackets was meant to be JSON or TOML.
     match text.is_empty() || text.contains(['"', '\'', '[', ']', '{', '}', '\n']) {
         true => Err(format!("{text:?} is neither JSON nor TOML nor a plain word")),
         false => Ok(text.into()),
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_are_made_on_the_way() {
+    fn tables_on_the_path_are_created() {
         let mut tree = json!({ "a": { "b": 1 }, "c": null });
         for setting in ["a.b=2", "a.d.e=x", "c.f=[1]"] {
             setting.parse::<Setting>().unwrap().apply(&mut tree).unwrap();

@@ -4,34 +4,35 @@ use gd_kernels::{CANDIDATES, Mask};
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 
-use crate::config::Curve;
+use super::Curve;
 use crate::error::Result;
 
-/// Curves over the share of all steps; what is left out stays as the model's config has it. They hold for
-/// training steps. Evaluation always selects in full, as the model is used.
+/// Settings of selection as functions of the progress of the training. A setting without a curve is that of the model's
+/// configuration. The curves apply to training steps; the evaluation always selects as the finished model does.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SelectSchedule {
-    /// Candidates per query, one of [`CANDIDATES`]: changes at its points, in steps.
+    /// The number of candidates per query, one of [`CANDIDATES`]. It changes at the points of the curve, without
+    /// interpolation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub candidates: Option<Curve>,
-    /// Share of the hard forward pass, in [0, 1]: 0 blends the candidates, 1 (if left out) selects.
+    /// The weight of the hard forward pass, in [0, 1]: 0 blends the candidates, 1 (the default) selects one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hardness: Option<Curve>,
-    /// Preserve floor of the gradient, in [0, 1].
+    /// The preserve floor of the gradient, in [0, 1].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preserve_floor: Option<Curve>,
-    /// Temperature of the gradient's softmax, above 0.
+    /// The temperature of the softmax in the gradient, above 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<Curve>,
-    /// Added to the thresholds that the heads have learned, in units of the score; at least 0. A positive
-    /// start that falls to 0 keeps heads from abstaining before they have learned what to read.
+    /// An offset that is added to the learned thresholds of the heads, in units of the energy. At least 0. A positive
+    /// value that falls to 0 keeps heads from abstaining early in the training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threshold: Option<Curve>,
 }
 
 impl SelectSchedule {
-    /// A pass at a share of all steps.
+    /// The options of a training pass at a fraction of all steps.
     pub fn pass<'a>(&self, mask: &'a Mask, share: f64) -> Pass<'a> {
         let at = |curve: &Option<Curve>| curve.as_ref().map(|c| c.at(share));
         Pass {
@@ -44,10 +45,10 @@ impl SelectSchedule {
         }
     }
 
-    /// Fails with the first value outside its range.
+    /// Checks the range of every curve.
     ///
     /// # Errors
-    /// Names the curve and the value.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) for the first value outside its range.
     pub fn validate(&self) -> Result<()> {
         let share = |v: f64| (0.0..=1.0).contains(&v);
         let count = |v: f64| CANDIDATES.iter().any(|&k| k as f64 == v);
@@ -85,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_do_not_fit_are_named() {
+    fn values_outside_their_range_are_named() {
         for (text, expected) in [
             (
                 r#"{"candidates": [[0, 8], [0.5, 6]]}"#,

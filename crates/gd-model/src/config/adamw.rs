@@ -1,0 +1,51 @@
+//! Settings of the optimizer AdamW.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Settings of [`AdamW`](crate::train::optimizer::AdamW).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdamWConfig {
+    /// The decay of the first moment. In [0, 1).
+    pub beta1: f64,
+    /// The decay of the second moment. In [0, 1).
+    pub beta2: f64,
+    /// The value added to the square root of the second moment. Above 0.
+    pub eps: f64,
+    /// Decoupled weight decay, which is multiplied by the learning rate. It applies to the parameters whose
+    /// [`Group`](crate::train::optimizer::Group) decays. At least 0.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }
+    }
+}
+
+impl AdamWConfig {
+    /// Checks the range of every value.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] for the first value outside its range.
+    pub fn validate(&self) -> Result<()> {
+        let Self { beta1, beta2, eps, weight_decay } = *self;
+        let checks = [
+            ("adamw.beta1", beta1, (0.0..1.0).contains(&beta1), "in [0, 1)"),
+            ("adamw.beta2", beta2, (0.0..1.0).contains(&beta2), "in [0, 1)"),
+            ("adamw.eps", eps, eps > 0.0 && eps.is_finite(), "above 0"),
+            (
+                "adamw.weight_decay",
+                weight_decay,
+                weight_decay >= 0.0 && weight_decay.is_finite(),
+                "at least 0",
+            ),
+        ];
+        match checks.into_iter().find(|check| !check.2) {
+            Some((name, value, _, allowed)) => Err(Error::out_of_range(name, value, allowed)),
+            None => Ok(()),
+        }
+    }
+}

@@ -78,8 +78,6 @@ pub fn card(name: &str, summary: &str) -> Vec<(&'static str, String)> {
 /// The Rust examples of the documentation, compiled and run as documentation tests of this package.
 #[cfg(doctest)]
 mod documents {
-    #[doc = include_str!("../../docs/src/add-output-gate.md")]
-    mod add_output_gate {}
     #[doc = include_str!("../../docs/src/checkpoints.md")]
     mod checkpoints {}
     #[doc = include_str!("../../docs/src/conversion.md")]

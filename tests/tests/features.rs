@@ -24,7 +24,10 @@ fn features(choice: &[&str]) -> Result<BTreeSet<String>> {
 fn one_crate_has_the_features_of_the_workspace() -> Result<()> {
     let workspace = features(&["--workspace"])?;
     for package in ["gd-kernels", "gd-layer", "gd-model", "gd-cli"] {
-        let others: Vec<String> = features(&["-p", package])?.difference(&workspace).cloned().collect();
+        // gd-testing comes without the emulator, which takes a minute to compile.
+        let features = features(&["-p", package])?;
+        let others = features.difference(&workspace).filter(|package| !package.starts_with("gd-testing "));
+        let others: Vec<&str> = others.map(String::as_str).collect();
         assert!(others.is_empty(), "-p {package}: {}; add the features to tests/features", others.join(", "));
     }
     Ok(())

@@ -1,7 +1,5 @@
 //! Selection-attention operators for candle.
-//!
-//! Shapes everywhere: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; query head `h` reads
-//! key-value head `h / (Hq / Hk)`.
+#![doc = include_str!("../README.md")]
 
 mod backend;
 mod cache;
@@ -15,29 +13,28 @@ pub use backend::Backend;
 pub use backend::cpu::isa::Isa;
 pub use backend::dispatch::on_cpu;
 pub use backend::support::{CANDIDATES, support_table};
-pub use cache::append_buffer::{Growing, Place};
-pub use cache::int8_keys::QuantizedKeys;
-pub use cache::key_bias::KeyBias;
-pub use cache::key_cache::KeptKeys;
+pub use cache::{
+    AppendBuffer, CachedKeys, DecodeUse, Int8Keys, KeyBias, KeyCache, KeyShape, PagedCache, SequenceCache,
+    WritePosition,
+};
 pub use error::{Error, Result};
 pub use mask::Mask;
 pub use ops::adamw;
 pub use ops::causal_conv::{causal_conv, packed_causal_conv};
 pub use ops::cross_entropy;
-#[doc(hidden)]
-pub use ops::decode::MAX_QUERIES;
-pub use ops::decode::paged::{PagedCache, scan_select_paged};
+pub use ops::decode::{decode, decode_paged, scan_select};
 pub use ops::embedding::embedding;
 pub use ops::linear::linear;
 pub use ops::masked_softmax::masked_softmax;
 pub use ops::rms_norm::rms_norm;
 pub use ops::rotary::rotary;
 pub use ops::running_average::{AverageState, running_average};
-pub use ops::scan::plan::{CpuPlan, Plan, Walk};
+pub use ops::scan::options::Scan;
+pub use ops::scan::plan::{CpuScanPlan, ScanPlan, Walk};
 pub use ops::scan::problem::Problem;
 pub use ops::scan::rescored::Rescored;
-pub use ops::scan::{Candidates, Scan, plan, scan, scan_all};
-pub use ops::select::{Round, Select, Selected, scan_select, select};
+pub use ops::scan::{Candidates, plan, scan, scan_all};
+pub use ops::select::{Round, Select, Selected, select};
 pub use ops::swiglu::swiglu;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 
@@ -94,7 +91,7 @@ pub mod gpu {
     pub mod scan {
         pub use crate::backend::gpu::Prior;
         pub use crate::backend::gpu::kernel::HEAD_DIMS;
-        pub use crate::cache::key_bias::launch::key_bias;
+        pub use crate::cache::key_bias::launch::{BiasInputs, key_bias};
         pub use crate::ops::scan::gpu::launch::*;
     }
 }

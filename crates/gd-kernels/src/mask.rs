@@ -15,6 +15,20 @@ use crate::error::{Error, Result};
 ///
 /// Built from one of [`Mask::none`], [`Mask::causal`], [`Mask::window`], and narrowed by
 /// [`Mask::packed`] and [`Mask::kv_len`]; the conditions intersect.
+///
+/// ```
+/// use gd_kernels::Mask;
+///
+/// // The last 4 of 10 queries see at most 3 keys, up to their own position.
+/// let mask = Mask::window(3, 6);
+/// assert_eq!(mask.visible(0, 0, 10), 4..7);
+/// assert_eq!(mask.visible(0, 3, 10), 7..10);
+///
+/// // Two sequences of 4 and 6 positions in one row: neither sees the other.
+/// let mask = Mask::causal(0).packed(vec![vec![0, 4, 10]]);
+/// assert_eq!(mask.visible(0, 3, 10), 0..4);
+/// assert_eq!(mask.visible(0, 5, 10), 4..6);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Mask {
     causal: bool,

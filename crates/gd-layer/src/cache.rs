@@ -4,9 +4,9 @@
 //! a shorter one is for no query to see.
 
 use candle_core::{Result, Tensor};
-use gd_kernels::{AverageState, Growing, Precision, Score};
+use gd_kernels::{AppendBuffer, AverageState, DecodeUse, Precision, Score, SequenceCache};
 
-use crate::kept::{self, Kept, KeyPrior, Wanted};
+use crate::kept::{Kept, KeyPrior, Wanted};
 
 /// The dimension of the positions in keys, values `[B, Hk, M, D]` and prior `[B, Hk, M]`.
 const POSITIONS: usize = 2;
@@ -42,9 +42,9 @@ const ROOM: usize = 256;
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct LayerCache {
-    keys: Option<Growing>,
-    values: Option<Growing>,
-    prior: Option<Growing>,
+    keys: Option<AppendBuffer>,
+    values: Option<AppendBuffer>,
+    prior: Option<AppendBuffer>,
     /// None until a selecting layer has read.
     kept: Option<Kept>,
     precision: Option<Precision>,
@@ -55,13 +55,13 @@ pub struct LayerCache {
 }
 
 /// Appends `next`; returns all that is held.
-fn push(slot: &mut Option<Growing>, next: &Tensor) -> Result<Tensor> {
+fn push(slot: &mut Option<AppendBuffer>, next: &Tensor) -> Result<Tensor> {
     let held = match slot {
         Some(held) => held,
         none => {
             let mut dims = next.dims().to_vec();
             dims[POSITIONS] = dims[POSITIONS].next_multiple_of(ROOM);
-            none.insert(Growing::new(&dims, next.dtype(), next.device())?)
+            none.insert(AppendBuffer::new(&dims, next.dtype(), next.device())?)
         }
     };
     held.append(next)?;
@@ -82,12 +82,12 @@ impl LayerCache {
 
     /// Positions held, of the longest sequence.
     pub fn len(&self) -> usize {
-        self.keys.as_ref().map_or(0, Growing::longest)
+        self.keys.as_ref().map_or(0, AppendBuffer::longest)
     }
 
     /// Positions held of every sequence; nothing for an empty cache.
     pub fn lengths(&self) -> &[usize] {
-        self.keys.as_ref().map_or(&[], Growing::lengths)
+        self.keys.as_ref().map_or(&[], AppendBuffer::lengths)
     }
 
     /// The sequences of caches of the same layer as one batch. An empty cache has none.
@@ -98,9 +98,9 @@ impl LayerCache {
         if let [one] = caches {
             return Ok((*one).clone());
         }
-        let grown = |part: fn(&Self) -> Option<&Growing>| -> Result<Option<Growing>> {
+        let grown = |part: fn(&Self) -> Option<&AppendBuffer>| -> Result<Option<AppendBuffer>> {
             let all: Vec<_> = caches.iter().filter_map(|cache| part(cache)).collect();
-            Ok(if all.is_empty() { None } else { Some(Growing::stack(&all)?) })
+            Ok(if all.is_empty() { None } else { Some(AppendBuffer::stack(&all)?) })
         };
         let filled = caches.iter().filter(|cache| !cache.is_empty());
         let kept: Option<Vec<&Kept>> = filled.map(|cache| cache.kept.as_ref()).collect();
@@ -135,7 +135,7 @@ impl LayerCache {
         }
         let rows: Vec<u32> = places.iter().map(|&place| place as u32).collect();
         let rows = Tensor::new(rows, keys.buffer().device())?;
-        let grown = |part: &Option<Growing>| -> Result<Option<Growing>> {
+        let grown = |part: &Option<AppendBuffer>| -> Result<Option<AppendBuffer>> {
             Ok(part.as_ref().map(|part| part.select(places)).transpose()?)
         };
         let average = |state: &AverageState| -> Result<AverageState> {
@@ -171,18 +171,16 @@ impl LayerCache {
         Ok((push(&mut self.keys, k)?, push(&mut self.values, v)?, prior))
     }
 
-    /// What a selecting layer keeps, with all positions held taken in: what scans with this score read `of_keys`, and
+    /// What a selecting layer keeps, with all positions held taken in: data derived from the keys for scans with this score, if decoding `reads` them, and
     /// its prior.
     pub(crate) fn keep(
         &mut self,
         score: Score,
-        of_keys: bool,
+        reads: Option<DecodeUse>,
         prior: Option<&KeyPrior>,
     ) -> Result<Option<&Kept>> {
         let Some(keys) = &self.keys else { return Ok(None) };
-        let own = || kept::precision(keys.buffer().dtype(), keys.buffer().device());
-        let precision = of_keys.then(|| self.precision.unwrap_or_else(own));
-        let wanted = Wanted { score, precision, prior };
+        let wanted = Wanted { score, reads, precision: self.precision, prior };
         let kept = self.kept.get_or_insert_default();
         kept.follow(keys, self.prior.as_ref(), &wanted)?;
         Ok(Some(kept))

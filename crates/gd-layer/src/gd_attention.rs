@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::{
-    Candidates, Estimator, Gate, KeptKeys, MAX_QUERIES, Mask, Scan, Score, Select, Selected, on_cpu, scan,
-    scan_all, scan_select, select,
+    Candidates, DecodeUse, Estimator, Gate, KeyCache, Mask, Scan, Score, Select, Selected, decode, scan,
+    scan_all, select,
 };
 
 use crate::attention::{Attention, Pass};
@@ -151,8 +151,8 @@ impl GdAttention {
         let keeps_prior = self.heads.cfg.gd.norm_prior && !beta.track_op();
         let kept = match cache {
             Some(cache) => {
-                let keys = self.reads_kept_keys(&projected.q);
-                cache.keep(self.heads.cfg.gd.score, keys, keeps_prior.then_some(&norm_prior))?
+                let reads = self.decode_use();
+                cache.keep(self.heads.cfg.gd.score, reads, keeps_prior.then_some(&norm_prior))?
             }
             None => None,
         };
@@ -168,7 +168,7 @@ impl GdAttention {
             .chain(prior.as_ref())
             .any(Tensor::track_op);
         let y = match scoring.key_cache {
-            Some(key_cache) if !differentiate && self.winner_suffices(&projected.q, pass) => {
+            Some(key_cache) if !differentiate && self.winner_suffices(pass) => {
                 self.winner(&projected, pass, &scoring, key_cache)?
             }
             _ => {
@@ -193,25 +193,16 @@ impl GdAttention {
         gd.gate == Gate::None && gd.rounds == 1 && !barrier && !mixes
     }
 
-    /// Whether decoding has a use for what a cache keeps of the keys: on the CPU every scan for a number of candidates,
-    /// on a GPU the kernel for decoding, which finds the winner alone.
-    fn reads_kept_keys(&self, q: &Tensor) -> bool {
-        match on_cpu(q.device()) {
-            true => self.heads.cfg.gd.estimator != Estimator::Dense,
-            false => self.returns_winner(),
-        }
+    /// What decoding asks of the cached keys; nothing where every key is a candidate.
+    fn decode_use(&self) -> Option<DecodeUse> {
+        let reads = if self.returns_winner() { DecodeUse::Winner } else { DecodeUse::Candidates };
+        (self.heads.cfg.gd.estimator != Estimator::Dense).then_some(reads)
     }
 
-    /// Whether the winner is all that this pass asks for, and finding it alone gives what preserving and selecting
-    /// would: on the CPU of a layer that preserves no other candidate; on a GPU but for scores that are equal to
-    /// rounding, by the kernel for decoding.
-    fn winner_suffices(&self, q: &Tensor, pass: &Pass) -> bool {
-        let one = match on_cpu(q.device()) {
-            true => pass.candidates.unwrap_or(self.heads.cfg.gd.candidates) == 1,
-            false => q.dims()[2] <= MAX_QUERIES,
-        };
+    /// Whether this pass needs the value row of the winner and nothing else.
+    fn winner_suffices(&self, pass: &Pass) -> bool {
         let plain = pass.stats.is_none() && pass.probe.is_none() && pass.hardness == 1.0;
-        one && plain && self.returns_winner()
+        plain && self.returns_winner()
     }
 
     /// The value rows of the winners `[B, Hq, N, D]`.
@@ -220,13 +211,14 @@ impl GdAttention {
         projected: &Projected,
         pass: &Pass,
         scoring: &ScoringInputs,
-        key_cache: &KeptKeys,
+        key_cache: &KeyCache,
     ) -> Result<Tensor> {
         let Projected { q, k, v, mask, .. } = projected;
-        let GdConfig { score, tie, .. } = self.heads.cfg.gd;
-        let options = Scan { prior: scoring.prior, score, tie, ..Scan::new(scoring.beta, mask, 1) };
+        let GdConfig { score, tie, candidates, .. } = self.heads.cfg.gd;
+        let candidates = pass.candidates.unwrap_or(candidates);
+        let options = Scan { prior: scoring.prior, score, tie, ..Scan::new(scoring.beta, mask, candidates) };
         let threshold = self.thresholds(pass)?;
-        Ok(scan_select(q, k, v, &key_cache.scan(options), threshold.as_ref())?.y)
+        Ok(decode(q, k, v, &options.with_cached(key_cache), threshold.as_ref())?.y)
     }
 
     /// Preserves candidates and selects among them.
@@ -252,9 +244,8 @@ impl GdAttention {
             protected: protected.as_ref(),
             ..Scan::new(beta, mask, count)
         };
-        // Scans for several candidates read 8-bit keys on the CPU alone.
-        let options = match key_cache.filter(|_| on_cpu(q.device())) {
-            Some(key_cache) => key_cache.scan(options),
+        let options = match key_cache {
+            Some(key_cache) => options.with_cached(key_cache),
             None => options,
         };
         let candidates = match gd.estimator {
@@ -306,7 +297,7 @@ struct ScoringInputs<'a> {
     /// Key prior `[B, Hq|Hk, M]`.
     prior: Option<&'a Tensor>,
     /// Data derived from the cached keys.
-    key_cache: Option<&'a KeptKeys>,
+    key_cache: Option<&'a KeyCache>,
 }
 
 /// The key prior under which energies order keys as dot products do: `beta |k|^2`, plus the learned prior if there is

@@ -1,7 +1,7 @@
 //! What a selecting layer keeps beside its keys, so that a decoding step works it out for the new positions alone.
 
-use candle_core::{DType, Device, Result, Tensor};
-use gd_kernels::{Growing, KeptKeys, Precision, Score, on_cpu};
+use candle_core::{Result, Tensor};
+use gd_kernels::{AppendBuffer, DecodeUse, KeyCache, Precision, Score, SequenceCache};
 
 /// From keys `[R, Hk, m, D]` and their learned prior `[R, Hk, m]`, if there is one, the layer's own `[R, Hq, m]`.
 pub(crate) type KeyPrior<'a> = dyn Fn(&Tensor, Option<&Tensor>) -> Result<Tensor> + 'a;
@@ -9,7 +9,9 @@ pub(crate) type KeyPrior<'a> = dyn Fn(&Tensor, Option<&Tensor>) -> Result<Tensor
 /// What the layer asks for.
 pub(crate) struct Wanted<'a> {
     pub(crate) score: Score,
-    /// The precision of decoding, if it is to find the keys as it reads them.
+    /// What decoding asks of the keys, if it reads data derived from them.
+    pub(crate) reads: Option<DecodeUse>,
+    /// The precision of decoding, instead of the one that suits the device.
     pub(crate) precision: Option<Precision>,
     /// What makes the layer's prior, if it has one of its own.
     pub(crate) prior: Option<&'a KeyPrior<'a>>,
@@ -18,34 +20,21 @@ pub(crate) struct Wanted<'a> {
 /// For all positions of a cache what decoding reads instead of the keys or beside them, and the layer's prior.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Kept {
-    keys: Option<KeptKeys>,
-    prior: Option<Growing>,
-}
-
-/// The precision at which keys of this kind are decoded: the result is the same.
-///
-/// On the CPU 8-bit keys were quicker wherever it was measured, from 256 positions on. For a GPU no measurement
-/// says so yet: there the keys are read once, and their biases are kept.
-pub(crate) fn precision(dtype: DType, device: &Device) -> Precision {
-    match on_cpu(device) && dtype != DType::F64 {
-        true => Precision::Certified,
-        false => Precision::Native,
-    }
+    keys: Option<KeyCache>,
+    prior: Option<AppendBuffer>,
 }
 
 impl Kept {
     /// Takes in the positions that have come to `keys` `[B, Hk, M, D]` with their learned prior `[B, Hk, M]`.
     pub(crate) fn follow(
         &mut self,
-        keys: &Growing,
-        learned: Option<&Growing>,
+        keys: &AppendBuffer,
+        learned: Option<&AppendBuffer>,
         wanted: &Wanted,
     ) -> Result<()> {
         let like = keys.buffer();
-        // On the CPU the keys themselves are all that is read at native precision.
-        let reads = |precision: &Precision| *precision == Precision::Certified || !on_cpu(like.device());
-        if let (None, Some(precision)) = (&self.keys, wanted.precision.filter(reads)) {
-            self.keys = Some(KeptKeys::like(like, wanted.score, precision)?);
+        if let (None, Some(reads)) = (&self.keys, wanted.reads) {
+            self.keys = KeyCache::for_decoding(like, wanted.score, wanted.precision, reads)?;
         }
         if let Some(kept) = &mut self.keys {
             for (k, at) in keys.since(kept.lengths())? {
@@ -62,8 +51,8 @@ impl Kept {
             let kept = match &mut self.prior {
                 Some(kept) => kept,
                 none => {
-                    let dims = [from.len(), new.dim(1)?, keys.room()];
-                    none.insert(Growing::new(&dims, new.dtype(), new.device())?)
+                    let dims = [from.len(), new.dim(1)?, keys.capacity()];
+                    none.insert(AppendBuffer::new(&dims, new.dtype(), new.device())?)
                 }
             };
             kept.write(&new, &at)?;
@@ -72,13 +61,13 @@ impl Kept {
     }
 
     /// What decoding reads.
-    pub(crate) fn keys(&self) -> Option<&KeptKeys> {
+    pub(crate) fn keys(&self) -> Option<&KeyCache> {
         self.keys.as_ref()
     }
 
     /// The layer's prior `[B, Hq, M]`.
     pub(crate) fn prior(&self) -> Result<Option<Tensor>> {
-        Ok(self.prior.as_ref().map(Growing::get).transpose()?)
+        Ok(self.prior.as_ref().map(AppendBuffer::get).transpose()?)
     }
 
     /// That of some sequences, by their places in the batch.
@@ -91,11 +80,11 @@ impl Kept {
 
     /// That of several batches. What one of them lacks is left out, for all to be worked out anew.
     pub(crate) fn stack(all: &[&Self]) -> Result<Self> {
-        let keys: Option<Vec<&KeptKeys>> = all.iter().map(|kept| kept.keys.as_ref()).collect();
-        let prior: Option<Vec<&Growing>> = all.iter().map(|kept| kept.prior.as_ref()).collect();
+        let keys: Option<Vec<&KeyCache>> = all.iter().map(|kept| kept.keys.as_ref()).collect();
+        let prior: Option<Vec<&AppendBuffer>> = all.iter().map(|kept| kept.prior.as_ref()).collect();
         Ok(Self {
-            keys: keys.map(|keys| KeptKeys::stack(&keys)).transpose()?,
-            prior: prior.map(|prior| Growing::stack(&prior)).transpose()?,
+            keys: keys.map(|keys| KeyCache::stack(&keys)).transpose()?,
+            prior: prior.map(|prior| AppendBuffer::stack(&prior)).transpose()?,
         })
     }
 }

@@ -9,6 +9,7 @@ mod cases;
 mod emulator;
 pub mod problems;
 pub mod suite;
+pub mod tensors;
 
 pub use self::cases::log_cases;
 #[cfg(feature = "emulator")]

@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    KeptKeys, KeyBias, Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select,
-    scan_select_paged,
+    Int8Keys, KeyBias, KeyCache, Mask, PagedCache, Precision, Scan, Score, Selected, SequenceCache,
+    decode_paged, scan_select,
 };
 
 use crate::{Target, sanitized, targets};
@@ -55,7 +55,7 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
 
     // Norms of the keys that were taken before.
     let norms = KeyBias::new(&k, score).unwrap();
-    let kept = Scan { key_bias: Some(&norms), ..how.clone() };
+    let kept = Scan { cached: Some((&norms).into()), ..how.clone() };
     assert_eq!(found(&scan_select(&q, &k, &v, &kept, None).unwrap())?, want);
     let part = k.narrow(2, 0, m - 1)?;
     let wrong = scan_select(&q, &part, &v.narrow(2, 0, m - 1)?, &kept, None);
@@ -64,13 +64,13 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
 
     if certified {
         // A cache that has grown, and a clone that grows no further.
-        let mut quantized = QuantizedKeys::new(&k.narrow(2, 0, 100)?, score).unwrap();
+        let mut quantized = Int8Keys::new(&k.narrow(2, 0, 100)?, score).unwrap();
         let kept = quantized.clone();
         quantized.append(&k.narrow(2, 100, 1)?).unwrap();
         quantized.append(&k.narrow(2, 101, m - 101)?).unwrap();
         assert_eq!((kept.len(), quantized.len()), (100, m));
-        for quantized in [Some(&quantized), None] {
-            let certified = Scan { precision: Precision::Certified, quantized, ..how.clone() };
+        for cached in [Some((&quantized).into()), None] {
+            let certified = Scan { precision: Precision::Certified, cached, ..how.clone() };
             assert_eq!(found(&scan_select(&q, &k, &v, &certified, None).unwrap())?, want);
             target.count();
         }
@@ -104,7 +104,7 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
         let cache = PagedCache { k: &held_k, v: &held_v, table };
         let how = Scan { precision, ..how.clone() };
         if precision == Precision::Native || certified {
-            assert_eq!(found(&scan_select_paged(&q, &cache, &how, None).unwrap())?, want);
+            assert_eq!(found(&decode_paged(&q, &cache, &how, None).unwrap())?, want);
             target.count();
         }
     }
@@ -113,15 +113,15 @@ fn decoded(target: &Target, dtype: DType, score: Score, [queries, d]: [usize; 2]
 
 /// What is kept of the first `lengths[b]` keys of every sequence of k: by one sequence after the other, which are then
 /// stacked, and the last 40 keys of all at once.
-fn stacked(k: &Tensor, lengths: &[usize], score: Score, precision: Precision) -> Result<KeptKeys> {
+fn stacked(k: &Tensor, lengths: &[usize], score: Score, precision: Precision) -> Result<KeyCache> {
     const LAST: usize = 40;
     let part = |b: usize, first: usize, count: usize| k.narrow(0, b, 1)?.narrow(2, first, count);
     let alone = lengths
         .iter()
         .enumerate()
-        .map(|(b, length)| Ok(KeptKeys::new(&part(b, 0, length - LAST)?, score, precision)?));
+        .map(|(b, length)| Ok(KeyCache::new(&part(b, 0, length - LAST)?, score, precision)?));
     let alone = alone.collect::<Result<Vec<_>>>()?;
-    let mut all = KeptKeys::stack(&alone.iter().collect::<Vec<_>>())?;
+    let mut all = KeyCache::stack(&alone.iter().collect::<Vec<_>>())?;
     let last = lengths.iter().enumerate().map(|(b, length)| part(b, length - LAST, LAST));
     let at: Vec<_> = lengths.iter().enumerate().map(|(b, length)| [b, length - LAST]).collect();
     all.write(&Tensor::cat(&last.collect::<Result<Vec<_>>>()?, 0)?, &at)?;
@@ -160,7 +160,7 @@ fn grown(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
         let mask = Mask::none().kv_len(lengths.clone());
         let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
         let want = plain(&k, &v, &q, &mask)?;
-        assert_eq!(found(&scan_select(&q, &k, &v, &kept.scan(how), None)?)?, want);
+        assert_eq!(found(&scan_select(&q, &k, &v, &how.with_cached(&kept), None)?)?, want);
         // Reordered, without the longest.
         let (rows, lengths) = (Tensor::new(&[2u32, 0], gpu)?, vec![333, 70]);
         let some = |t: &Tensor| t.index_select(&rows, 0)?.narrow(2, 0, 333);
@@ -170,16 +170,16 @@ fn grown(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
         let mask = Mask::none().kv_len(lengths);
         let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
         let want = plain(&k, &v, &q, &mask)?;
-        assert_eq!(found(&scan_select(&q, &k, &v, &kept.scan(how.clone()), None)?)?, want);
+        assert_eq!(found(&scan_select(&q, &k, &v, &how.clone().with_cached(&kept), None)?)?, want);
         // A clone is not changed by what is written to the other.
         let before = kept.clone();
         kept.write(&k.narrow(0, 1, 1)?.narrow(2, 0, 9)?, &[[0, 7]])?;
-        assert_eq!(found(&scan_select(&q, &k, &v, &before.scan(how), None)?)?, want);
+        assert_eq!(found(&scan_select(&q, &k, &v, &how.with_cached(&before), None)?)?, want);
 
         // Pages, in steps over their ends.
         let (held_k, held_v) =
             (noise(4, &[14, hk, PAGE, d], dtype, gpu)?, noise(5, &[14, hk, PAGE, dv], dtype, gpu)?);
-        let mut kept = KeptKeys::new(&held_k, score, precision)?;
+        let mut kept = KeyCache::new(&held_k, score, precision)?;
         let ids: Vec<u32> = (0..12).map(|at| (at * 5 + 1) % 14).collect();
         let table = Tensor::from_vec(ids, (2, 6), gpu)?;
         let cache = PagedCache { k: &held_k, v: &held_v, table: &table };
@@ -192,7 +192,7 @@ fn grown(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
         let mask = Mask::none().kv_len(vec![first; 2]);
         let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
         let want = plain(&k, &v, &q, &mask)?;
-        assert_eq!(found(&scan_select_paged(&q, &cache, &kept.scan(how), None)?)?, want);
+        assert_eq!(found(&decode_paged(&q, &cache, &how.with_cached(&kept), None)?)?, want);
         target.count();
     }
     Ok(())

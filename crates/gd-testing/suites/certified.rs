@@ -4,7 +4,7 @@
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::gpu::Gpu;
-use gd_kernels::gpu::scan::{Inputs, Outputs, Plan, Values, scan, scan_select};
+use gd_kernels::gpu::scan::{GpuScanPlan, Inputs, Outputs, Values, scan, scan_select};
 use gd_kernels::gpu::scan_certified::{Certified, scan_certified};
 use gd_kernels::reference::scan::may_see;
 use gd_kernels::{Precision, Problem};
@@ -131,7 +131,7 @@ fn run(gpu: &TestGpu, case: &Case, precision: Precision, tau: Option<&[f32]>) ->
     let held = Uploaded::new(gpu, case);
     let x: Inputs<'_, Buffer> = held.inputs(case);
     let extra = x.protected.as_ref().map_or(0, |p| p.dims[3]);
-    let plan = Plan::new(&p, extra, x.prior.is_some(), &gpu.arch()).map_err(fail)?;
+    let plan = GpuScanPlan::new(&p, extra, x.prior.is_some(), &gpu.arch()).map_err(fail)?;
     let (rows, slots, dim) = (p.batch * p.q_heads * p.queries, p.candidates + extra, case.problem.value_dim);
     let count = rows * slots;
     let (index, energy) = (gpu.allocate(count * 4).map_err(fail)?, gpu.allocate(count * 4).map_err(fail)?);

@@ -4,11 +4,11 @@
 use crate::target::{Buffer, TestGpu};
 use candle_core::DType;
 use gd_kernels::gpu::Gpu;
-use gd_kernels::gpu::decode::{Inputs, Known, Outputs, Pages, Plan, decode};
-use gd_kernels::gpu::quantize::{Quantized, Shape, quantize, room};
-use gd_kernels::gpu::scan::key_bias;
+use gd_kernels::gpu::decode::{DecodePlan, Inputs, KeyData, Outputs, Pages, decode};
+use gd_kernels::gpu::quantize::{Int8Slices, bounds_bytes, capacity, quantize, values_bytes};
+use gd_kernels::gpu::scan::{BiasInputs, key_bias};
 use gd_kernels::gpu::{Slice, Tensor4};
-use gd_kernels::{Precision, Problem};
+use gd_kernels::{KeyShape, Precision, Problem};
 use rand::RngExt;
 
 use crate::scan::{Found, Uploaded, judge, problem, run};
@@ -87,25 +87,30 @@ fn wild(seed: u64) -> Case {
 
 /// The memory of a cache of 8-bit keys.
 pub(crate) struct Codes {
-    codes: Buffer,
-    known: Buffer,
-    room: usize,
+    values: Buffer,
+    bounds: Buffer,
+    capacity: usize,
 }
 
 impl Codes {
-    /// Quantises k `[pieces, Hk, keys, D]` in two steps, with more room than needed: what is behind stays NaN.
+    /// Quantises k `[sequences, Hk, keys, D]` in two steps, with more capacity than needed: rows behind the last stay NaN.
     pub(crate) fn new(
         gpu: &TestGpu,
         p: &Problem,
         k: &Tensor4<'_, Buffer>,
-        [pieces, keys]: [usize; 2],
+        [sequences, keys]: [usize; 2],
     ) -> gd_kernels::Result<Self> {
-        let shape =
-            Shape { pieces, kv_heads: p.kv_heads, head_dim: p.head_dim, dtype: p.dtype, score: p.score };
-        let room = room(keys) + 64 * (keys % 2);
-        let codes = gpu.allocate(shape.codes_bytes(room))?;
-        let known = gpu.allocate(shape.known_bytes(room))?;
-        let held = Self { codes, known, room };
+        let shape = KeyShape {
+            sequences,
+            kv_heads: p.kv_heads,
+            head_dim: p.head_dim,
+            dtype: p.dtype,
+            score: p.score,
+        };
+        let capacity = capacity(keys) + 64 * (keys % 2);
+        let values = gpu.allocate(values_bytes(&shape, capacity))?;
+        let bounds = gpu.allocate(bounds_bytes(&shape, capacity))?;
+        let held = Self { values, bounds, capacity };
         let half = keys / 2;
         if half > 0 {
             quantize(gpu, &shape, k, half, 0, &held.slices())?;
@@ -116,8 +121,8 @@ impl Codes {
         Ok(held)
     }
 
-    pub(crate) fn slices(&self) -> Quantized<'_, Buffer> {
-        Quantized { codes: (&self.codes).into(), known: (&self.known).into(), room: self.room }
+    pub(crate) fn slices(&self) -> Int8Slices<'_, Buffer> {
+        Int8Slices { values: (&self.values).into(), bounds: (&self.bounds).into(), capacity: self.capacity }
     }
 }
 
@@ -133,7 +138,7 @@ pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
 pub(crate) fn check_certified(gpu: &TestGpu, seed: u64) -> Verdict {
     if gpu.arch().is_metal() {
         let certified = Problem { precision: Precision::Certified, ..problem(&case(seed)) };
-        let refused = Plan::new(&certified, false, &gpu.arch()).is_err();
+        let refused = DecodePlan::new(&certified, false, &gpu.arch()).is_err();
         ensure!(refused, "a plan for 8-bit keys on Metal, which has none");
         return Ok(());
     }
@@ -152,7 +157,7 @@ fn check_case(gpu: &TestGpu, seed: u64, case: &Case, found: &Found, precision: P
     let fail = |e: gd_kernels::Error| e.to_string();
     let held = Uploaded::new(gpu, case);
     let x = held.inputs(case);
-    let mut plan = Plan::new(&p, x.prior.is_some(), &gpu.arch()).map_err(fail)?;
+    let mut plan = DecodePlan::new(&p, x.prior.is_some(), &gpu.arch()).map_err(fail)?;
     if seed % 3 == 1 {
         // Room for hardly any candidate: the others are scored at once.
         plan.capacity = plan.capacity.min(seed as usize % 5 + 1);
@@ -178,13 +183,20 @@ fn check_case(gpu: &TestGpu, seed: u64, case: &Case, found: &Found, precision: P
         (k, v, pieces) = (paged_k.tensor4(), paged_v.tensor4(), [count, PAGE]);
     }
     let (bias, codes);
-    let known = match precision {
+    let key_data = match precision {
         Precision::Native => {
-            let piece = Problem { batch: pieces[0], keys: pieces[1], ..p.clone() };
-            let inputs = gd_kernels::gpu::scan::Inputs { k, prior: None, ..held.inputs(case) };
-            let exact = key_bias(gpu, &piece, &inputs).map_err(fail)?;
+            let shape = KeyShape {
+                sequences: pieces[0],
+                kv_heads: p.kv_heads,
+                head_dim: p.head_dim,
+                dtype: p.dtype,
+                score: p.score,
+            };
+            let beta = held.inputs(case).beta;
+            let inputs = BiasInputs { k, q_heads: p.q_heads, beta, prior: None };
+            let exact = key_bias(gpu, &shape, pieces[1], &inputs).map_err(fail)?;
             // A cache that has grown has room for more, of which nothing may be read.
-            let (row, heads) = (piece.keys.next_multiple_of(PAGE), pieces[0] * p.kv_heads);
+            let (row, heads) = (pieces[1].next_multiple_of(PAGE), pieces[0] * p.kv_heads);
             let room = row + PAGE * (seed as usize % 3);
             let mut all = vec![f32::NAN; heads * room];
             let exact = gpu.download((&exact).into(), heads * row * 4).map_err(fail)?;
@@ -192,11 +204,11 @@ fn check_case(gpu: &TestGpu, seed: u64, case: &Case, found: &Found, precision: P
                 to[..row].copy_from_slice(bytemuck::cast_slice(from));
             }
             bias = gpu.upload(bytemuck::cast_slice(&all)).map_err(fail)?;
-            Known::Bias((&bias).into(), room)
+            KeyData::Bias((&bias).into(), room)
         }
         Precision::Certified => {
             codes = Codes::new(gpu, &p, &k, pieces).map_err(fail)?;
-            Known::Quantized(codes.slices())
+            KeyData::Int8(codes.slices())
         }
     };
     let rows = p.batch * p.q_heads * p.queries;
@@ -206,7 +218,7 @@ fn check_case(gpu: &TestGpu, seed: u64, case: &Case, found: &Found, precision: P
         k,
         v,
         value_dim: plain.value_dim,
-        known,
+        key_data,
         pages: page,
         beta: x.beta,
         prior: x.prior,

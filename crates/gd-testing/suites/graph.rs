@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use gd_kernels::cross_entropy::{row_losses, row_losses_and_gradient};
 use gd_kernels::{
-    Backend, Barrier, Candidates, CoherenceMode, Error, Estimator, Gate, Isa, Mask, Precision, QuantizedKeys,
+    Backend, Barrier, Candidates, CoherenceMode, Error, Estimator, Gate, Int8Keys, Isa, Mask, Precision,
     Scan, Score, Select, TieBreak, causal_conv, embedding, on_cpu, packed_causal_conv, plan, running_average,
     scan, scan_all, scan_select, select,
 };
@@ -346,7 +346,7 @@ fn refusals(device: &Device, name: &str) -> Result<()> {
     refused(64, DType::F32, |s| s.backend = Backend::Force(Isa::Portable), "Portable")?;
     if name == "metal" {
         refused(64, DType::F32, |s| s.candidates = 64, "64 candidates")?;
-        named(QuantizedKeys::new(&tensor(&[1, 2, 9, 64], DType::F32)?, Score::Energy), "8-bit keys on Metal");
+        named(Int8Keys::new(&tensor(&[1, 2, 9, 64], DType::F32)?, Score::Energy), "8-bit keys on Metal");
     }
     let (q, k) = (tensor(&[1, 2, 9, 64], DType::F32)?, tensor(&[1, 2, 9, 64], DType::F32)?);
     let plain = Scan::new(&beta, &mask, 4);
@@ -376,8 +376,8 @@ fn refusals(device: &Device, name: &str) -> Result<()> {
     named(select(&q, &k, &k, &few, &how), "[1, 2, 8, 4]");
     // 8-bit keys of other keys.
     if name == "cuda" {
-        let quantized = Some(&QuantizedKeys::new(&k.narrow(2, 0, 5)?, Score::Energy)?);
-        let certified = Scan { precision: Precision::Certified, quantized, ..Scan::new(&beta, &mask, 1) };
+        let other = Int8Keys::new(&k.narrow(2, 0, 5)?, Score::Energy)?;
+        let certified = Scan::new(&beta, &mask, 1).with_precision(Precision::Certified).with_cached(&other);
         named(scan_select(&q, &k, &k, &certified, None), "[1, 2, 5, 64]");
     }
     // The others.

@@ -1,5 +1,5 @@
 //! `scan` and `scan_select` by Hopper's kernel: several tiles and blocks, every head_dim, mask and layout that the
-//! copy engine takes.
+//! TMA unit loads.
 
 use crate::target::TestGpu;
 use candle_core::DType;

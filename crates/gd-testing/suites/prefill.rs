@@ -1,7 +1,7 @@
 //! Scans of many queries with 8-bit keys through tensors, against plain ones on the same device.
 
 use candle_core::{DType, Device, Result, Tensor};
-use gd_kernels::{Mask, Precision, QuantizedKeys, Scan, Score, scan, scan_select};
+use gd_kernels::{Int8Keys, Mask, Precision, Scan, Score, scan, scan_select};
 
 use crate::{Target, sanitized, targets};
 use gd_testing::problems::{rng, uniform};
@@ -47,10 +47,10 @@ fn prefill(target: &Target, dtype: DType, score: Score, candidates: usize, d: us
     let beta = Tensor::full(0.3f32, hq, gpu)?;
     let mask = Mask::causal((m - n) as i64);
     let plain = Scan { score, ..Scan::new(&beta, &mask, candidates) };
-    let kept = QuantizedKeys::new(&k, score).unwrap();
-    for quantized in [Some(&kept), None] {
-        let certified = Scan { precision: Precision::Certified, quantized, ..plain.clone() };
-        let name = format!("{dtype:?} {score:?} K {candidates} D {d}, kept {}", quantized.is_some());
+    let kept = Int8Keys::new(&k, score).unwrap();
+    for cached in [Some((&kept).into()), None] {
+        let certified = Scan { precision: Precision::Certified, cached, ..plain.clone() };
+        let name = format!("{dtype:?} {score:?} K {candidates} D {d}, cached {}", cached.is_some());
         let (want, got) = (scan(&q, &k, &plain).unwrap(), scan(&q, &k, &certified).unwrap());
         close(&got.energy, &want.energy, &name)?;
         assert_eq!(want.rescored.share().unwrap(), 1.0);
@@ -60,8 +60,8 @@ fn prefill(target: &Target, dtype: DType, score: Score, candidates: usize, d: us
         close(&select(&certified).energy, &select(&plain).energy, &name)?;
         target.count();
     }
-    let other = QuantizedKeys::new(&k.narrow(2, 0, m - 1)?, score).unwrap();
-    let short = Scan { precision: Precision::Certified, quantized: Some(&other), ..plain.clone() };
+    let other = Int8Keys::new(&k.narrow(2, 0, m - 1)?, score).unwrap();
+    let short = Scan { precision: Precision::Certified, cached: Some((&other).into()), ..plain.clone() };
     let refusal = scan(&q, &k, &short).unwrap_err().to_string();
     assert!(refusal.contains(&format!("[{b}, {hk}, {}, ", m - 1)), "{refusal}");
     Ok(())

@@ -3,7 +3,7 @@
 use crate::target::{Buffer, TestGpu};
 use candle_core::DType;
 use gd_kernels::gpu::Gpu;
-use gd_kernels::gpu::scan::{Inputs, Outputs, Plan, Prior, Protected, Values, scan, scan_select};
+use gd_kernels::gpu::scan::{GpuScanPlan, Inputs, Outputs, Prior, Protected, Values, scan, scan_select};
 use gd_kernels::reference::scan as reference_scan;
 use gd_kernels::{Precision, Problem, TieBreak};
 
@@ -97,10 +97,10 @@ impl Uploaded {
 }
 
 /// The plan for a device: Hopper's kernel where there is one and the tensors suit it.
-pub(crate) fn plan(gpu: &TestGpu, p: &Problem, x: &Inputs<'_, Buffer>) -> Result<Plan, String> {
+pub(crate) fn plan(gpu: &TestGpu, p: &Problem, x: &Inputs<'_, Buffer>) -> Result<GpuScanPlan, String> {
     let extra = x.protected.as_ref().map_or(0, |p| p.dims[3]);
-    let plan = Plan::new(p, extra, x.prior.is_some(), &gpu.arch()).map_err(|e| e.to_string())?;
-    Ok(if x.mappable(p) { plan.on_hopper(p, &gpu.arch()) } else { plan })
+    let plan = GpuScanPlan::new(p, extra, x.prior.is_some(), &gpu.arch()).map_err(|e| e.to_string())?;
+    Ok(if x.tma_loadable(p) { plan.on_hopper(p, &gpu.arch()) } else { plan })
 }
 
 /// Runs the scan of a case.

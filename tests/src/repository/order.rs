@@ -3,7 +3,63 @@
 use super::imports::Order;
 
 /// The order of the modules, crate by crate.
-pub const ORDERS: &[Order] = &[];
+pub const ORDERS: &[Order] = &[
+    Order {
+        sources: "crates/gd-kernels/src/",
+        groups: &[
+            &["error"],
+            &["options"],
+            &["mask"],
+            &["backend"],
+            &["cache"],
+            &[
+                "ops/adamw",
+                "ops/causal_conv",
+                "ops/embedding",
+                "ops/linear",
+                "ops/masked_softmax",
+                "ops/rms_norm",
+                "ops/rotary",
+                "ops/running_average",
+                "ops/swiglu",
+            ],
+            &["ops/cross_entropy"],
+            &["ops/scan"],
+            &["ops/select"],
+            &["ops/decode"],
+            &["ops/agreement"],
+        ],
+        isolated: &[("reference", &["error", "options", "mask"])],
+    },
+    Order {
+        sources: "crates/gd-layer/src/",
+        groups: &[
+            &["config"],
+            &["norm", "rope", "linear", "heads", "probe", "stats", "kept"],
+            &["cache"],
+            &["attention"],
+            &["beacon"],
+            &["gd_attention", "softmax_attention"],
+        ],
+        isolated: &[],
+    },
+    Order {
+        sources: "crates/gd-model/src/",
+        groups: &[
+            &["error"],
+            &["config"],
+            &["io"],
+            &["data"],
+            &["model"],
+            &["eval"],
+            &["infer"],
+            &["trace"],
+            &["train"],
+            &["analysis"],
+        ],
+        isolated: &[],
+    },
+];
 
 /// Folders whose names must not use a refused word.
 pub const TERMS_ENFORCED: &[&str] = &[];

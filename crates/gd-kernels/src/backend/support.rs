@@ -1,36 +1,47 @@
 //! The support table: which device runs which dtypes, head dimensions and candidate counts.
 
+use std::ops::RangeInclusive;
+
 use candle_core::{DType, Device};
 
 #[cfg(feature = "emulate")]
 use crate::backend::dispatch::emulated;
 use crate::error::{Error, Result};
 
-/// One line of the support table.
+/// One row of the support table.
 pub(crate) struct Support {
-    pub(crate) device: &'static str,
+    device: &'static str,
     pub(crate) dtypes: &'static [DType],
+    /// Dtypes of scans at certified precision.
     pub(crate) certified: &'static [DType],
-    pub(crate) head_dim: std::ops::RangeInclusive<usize>,
-    /// head_dim is a multiple of this.
-    pub(crate) step: usize,
+    head_dim: RangeInclusive<usize>,
+    /// The head dimension is a multiple of this.
+    head_dim_step: usize,
+    /// Values of K.
     pub(crate) candidates: &'static [usize],
 }
 
-/// The greatest head_dim.
+impl Support {
+    /// Whether there are kernels for this head dimension.
+    pub(crate) fn has_head_dim(&self, head_dim: usize) -> bool {
+        self.head_dim.contains(&head_dim) && head_dim.is_multiple_of(self.head_dim_step)
+    }
+}
+
+/// The greatest head dimension.
 pub(crate) const MAX_HEAD_DIM: usize = 1024;
 
-/// Candidates that a scan may keep for a query.
+/// Numbers of candidates that a scan can return for each query.
 pub const CANDIDATES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 
-/// Everything that runs. Documentation, errors and `gd doctor` print this table.
-pub(crate) const SUPPORT: &[Support] = &[
+/// What runs where. Errors and `gd doctor` print this table.
+const SUPPORT: &[Support] = &[
     Support {
         device: "cpu",
         dtypes: &[DType::F32, DType::F16, DType::BF16, DType::F64],
         certified: &[DType::F32, DType::F16, DType::BF16],
         head_dim: 1..=MAX_HEAD_DIM,
-        step: 1,
+        head_dim_step: 1,
         candidates: &CANDIDATES,
     },
     #[cfg(any(feature = "cuda", feature = "emulate"))]
@@ -39,7 +50,7 @@ pub(crate) const SUPPORT: &[Support] = &[
         dtypes: &[DType::F32, DType::F16, DType::BF16],
         certified: &[DType::F32, DType::F16, DType::BF16],
         head_dim: 8..=256,
-        step: 8,
+        head_dim_step: 8,
         candidates: &CANDIDATES,
     },
     #[cfg(any(feature = "metal", feature = "emulate"))]
@@ -48,12 +59,12 @@ pub(crate) const SUPPORT: &[Support] = &[
         dtypes: &[DType::F32, DType::F16, DType::BF16],
         certified: &[],
         head_dim: 8..=256,
-        step: 8,
+        head_dim_step: 8,
         candidates: &[1, 2, 4, 8, 16, 32],
     },
 ];
 
-/// The support table as text, one line a backend.
+/// The support table as text, one line per backend.
 pub fn support_table() -> String {
     let line = |s: &Support| {
         let list = |types: &[DType]| match types {
@@ -61,7 +72,8 @@ pub fn support_table() -> String {
             types => types.iter().map(|d| d.as_str()).collect::<Vec<_>>().join(", "),
         };
         let (lo, hi) = (s.head_dim.start(), s.head_dim.end());
-        let steps = if s.step > 1 { format!(" in steps of {}", s.step) } else { String::new() };
+        let steps =
+            if s.head_dim_step > 1 { format!(" in steps of {}", s.head_dim_step) } else { String::new() };
         format!(
             "{}: dtypes {} (certified {}); head_dim {lo}..={hi}{steps}; candidates {:?}",
             s.device,
@@ -73,7 +85,7 @@ pub fn support_table() -> String {
     SUPPORT.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// The name of a tensor's device as the table spells it.
+/// The name of a device in the table.
 pub(crate) fn device_name(device: &Device) -> &'static str {
     #[cfg(feature = "emulate")]
     if let Some(arch) = emulated() {
@@ -86,11 +98,21 @@ pub(crate) fn device_name(device: &Device) -> &'static str {
     }
 }
 
-/// Refuses tensors on devices for which this build has no kernels.
-pub(crate) fn require_device(op: &str, device: &Device) -> Result<()> {
+/// The row of the table for a device; refuses a device without kernels in this build. `op` names the operator.
+pub(crate) fn supported(op: &str, device: &Device) -> Result<&'static Support> {
     let name = device_name(device);
-    if SUPPORT.iter().any(|s| s.device == name) {
-        return Ok(());
+    match SUPPORT.iter().find(|s| s.device == name) {
+        Some(support) => Ok(support),
+        None => unsupported(format!("{op} on device {name}")),
     }
-    Err(Error::Unsupported(format!("{op} on device {name}; supported: {}", support_table())))
+}
+
+/// Refuses a device without kernels in this build.
+pub(crate) fn require_device(op: &str, device: &Device) -> Result<()> {
+    supported(op, device).map(drop)
+}
+
+/// The error for a value that the table does not cover.
+pub(crate) fn unsupported<T>(what: String) -> Result<T> {
+    Err(Error::Unsupported(format!("{what}; supported: {}", support_table())))
 }

@@ -50,7 +50,7 @@ pub struct RoundGradient {
 /// hard share is the estimator's.
 pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradient {
     let (hard, temperature) = (params.hard_share(), params.temperature);
-    let chosen = round.admitted.then_some(round.best);
+    let chosen = round.admitted.then_some(round.winner);
     let mut out = RoundGradient {
         energy: vec![0.0; a.len()],
         value: vec![0.0; a.len()],
@@ -73,9 +73,9 @@ pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradien
         let weights = value_weights(estimator, &round.p, chosen, params.preserve_floor, params.value_floor);
         add_scaled(&mut out.value, share, &weights);
     }
-    if let Some(best) = chosen {
-        let d_rho = hard * a[best];
-        out.energy[best] += d_rho * round.gate.d_energy;
+    if let Some(winner) = chosen {
+        let d_rho = hard * a[winner];
+        out.energy[winner] += d_rho * round.gate.d_energy;
         out.threshold += d_rho * round.gate.d_threshold;
         out.t += d_rho * round.gate.d_t;
         out.alpha += d_rho * round.gate.d_alpha;
@@ -88,8 +88,8 @@ pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradien
 }
 
 /// The gradients of every input from `dy` `[B, Hq, N, Dv]`.
-pub fn backward(problem: &Problem, found: &Candidates, params: &Params, dy: &[f64]) -> Gradients {
-    let found = in_play(problem, found, params);
+pub fn backward(problem: &Problem, candidates: &Candidates, params: &Params, dy: &[f64]) -> Gradients {
+    let candidates = in_play(problem, candidates, params);
     let (heads, count) = (problem.q_heads, params.round_count(problem.q_heads));
     let mut out = Gradients {
         q: vec![0.0; problem.q.len()],
@@ -102,7 +102,7 @@ pub fn backward(problem: &Problem, found: &Candidates, params: &Params, dy: &[f6
         rounds: vec![0.0; heads * count],
     };
     for (number, (b, h, i)) in problem.rows() {
-        let row = Row::new(problem, params, &found, number);
+        let row = Row::new(problem, params, &candidates, number);
         let (rounds, weights) = (row.rounds(), row.weights());
         let dy = &dy[number * problem.value_dim..][..problem.value_dim];
         // The gradient of the next round's query.
@@ -110,11 +110,11 @@ pub fn backward(problem: &Problem, found: &Candidates, params: &Params, dy: &[f6
         for (r, round) in rounds.iter().enumerate().rev() {
             out.rounds[h * count + r] += dot(dy, &round.output);
             let mut d_query = vec![0.0; problem.dim];
-            let best = round.members[round.best];
+            let winner = round.members[round.winner];
             if let Some(next) = &next {
-                let (dq, dk) = residual_query_backward(&round.query, row.key(best), next);
+                let (dq, dk) = residual_query_backward(&round.query, row.key(winner), next);
                 d_query = dq;
-                add_scaled(&mut out.k[problem.k_at(b, h, row.keys[best])], 1.0, &dk);
+                add_scaled(&mut out.k[problem.k_at(b, h, row.keys[winner])], 1.0, &dk);
             }
             let a: Vec<f64> =
                 round.members.iter().map(|&slot| weights[r] * dot(dy, row.value(slot))).collect();
@@ -122,7 +122,7 @@ pub fn backward(problem: &Problem, found: &Candidates, params: &Params, dy: &[f6
             out.threshold[h] += gradient.threshold;
             out.alpha[h] += gradient.alpha;
             for (j, &slot) in round.members.iter().enumerate() {
-                let d_t = if j == round.best { gradient.t } else { 0.0 };
+                let d_t = if j == round.winner { gradient.t } else { 0.0 };
                 let key = row.keys[slot];
                 add_scaled(&mut out.v[problem.v_at(b, h, key)], weights[r] * gradient.value[j], dy);
                 out.prior[problem.prior_at(b, h, key)] -= gradient.energy[j];

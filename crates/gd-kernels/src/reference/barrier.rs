@@ -43,7 +43,7 @@ pub fn normalised_entropy(weights: &[f64]) -> f64 {
 /// Applies the barrier to the protected candidate with the greatest score.
 pub fn barrier(scores: &[f64], protected: &[bool], barrier: &Barrier) -> Lift {
     let guarded = (0..scores.len()).filter(|&j| protected[j]);
-    let p = guarded.reduce(|best, j| if scores[j] > scores[best] { j } else { best });
+    let p = guarded.reduce(|greatest, j| if scores[j] > scores[greatest] { j } else { greatest });
     let slope = (0..scores.len()).map(|j| f64::from(u8::from(Some(j) == p))).collect();
     let mut lift = Lift { scores: scores.to_vec(), protected: p, activated: false, selected: 0, slope };
     if let (Some(p), true) = (p, scores.len() > 1) {
@@ -76,5 +76,5 @@ pub fn barrier(scores: &[f64], protected: &[bool], barrier: &Barrier) -> Lift {
 /// The first greatest score, `except` left out.
 fn greatest(scores: &[f64], except: Option<usize>) -> usize {
     let open = (0..scores.len()).filter(|&j| Some(j) != except);
-    open.reduce(|best, j| if scores[j] > scores[best] { j } else { best }).unwrap_or(0)
+    open.reduce(|greatest, j| if scores[j] > scores[greatest] { j } else { greatest }).unwrap_or(0)
 }

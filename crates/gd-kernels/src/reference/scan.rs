@@ -24,8 +24,8 @@ pub fn may_see(mask: &Mask, b: usize, i: usize, j: usize, keys: usize) -> bool {
     let (at, key) = (i as i64 + mask.offset(b), j as i64);
     let not_ahead = !mask.is_causal() || key <= at;
     let near = mask.window_len().is_none_or(|w| key > at - w as i64);
-    let together = mask.boundaries().is_none_or(|lists| {
-        let ends = &lists[if lists.len() == 1 { 0 } else { b }];
+    let together = mask.boundaries().is_none_or(|boundaries| {
+        let ends = &boundaries[if boundaries.len() == 1 { 0 } else { b }];
         // The number of boundaries at or before a position numbers its sequence.
         let sequence = |x: i64| ends.iter().filter(|&&e| e as i64 <= x).count();
         (0..keys as i64).contains(&at) && sequence(at) == sequence(key)
@@ -69,12 +69,12 @@ pub fn scan(problem: &Problem, k: usize) -> Candidates {
             (x.0 + 0.0).total_cmp(&(y.0 + 0.0)).then(tie)
         });
         let list = problem.protected.as_ref().map_or(&[][..], |p| &p[row * guarded..(row + 1) * guarded]);
-        let kept = scored.iter().enumerate().filter(|(rank, (_, j))| *rank < k || list.contains(j));
-        let mut kept: Vec<_> = kept.map(|(_, &(e, j))| (j, e, list.contains(&j))).collect();
-        kept.resize(width, (-1, f64::INFINITY, false));
-        out.index.extend(kept.iter().map(|c| c.0));
-        out.energy.extend(kept.iter().map(|c| c.1));
-        out.protected.extend(kept.iter().map(|c| c.2));
+        let top = scored.iter().enumerate().filter(|(rank, (_, j))| *rank < k || list.contains(j));
+        let mut top: Vec<_> = top.map(|(_, &(e, j))| (j, e, list.contains(&j))).collect();
+        top.resize(width, (-1, f64::INFINITY, false));
+        out.index.extend(top.iter().map(|c| c.0));
+        out.energy.extend(top.iter().map(|c| c.1));
+        out.protected.extend(top.iter().map(|c| c.2));
     }
     out
 }

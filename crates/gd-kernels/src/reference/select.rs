@@ -51,7 +51,7 @@ pub struct Round {
     /// The energies after the barrier.
     pub energy: Vec<f64>,
     /// The member of least energy.
-    pub best: usize,
+    pub winner: usize,
     /// Whether the threshold admits it; otherwise the round abstains.
     pub admitted: bool,
     /// To the next admitted member.
@@ -66,15 +66,16 @@ pub struct Round {
 
 impl<'a> Row<'a> {
     /// Row number `row` of a problem.
-    pub fn new(problem: &'a Problem, params: &'a Params, found: &Candidates, row: usize) -> Self {
+    pub fn new(problem: &'a Problem, params: &'a Params, candidates: &Candidates, row: usize) -> Self {
         let (heads, queries) = (problem.q_heads, problem.queries);
-        let slots = (row * found.width..(row + 1) * found.width).filter(|&c| found.index[c] >= 0);
+        let slots =
+            (row * candidates.width..(row + 1) * candidates.width).filter(|&c| candidates.index[c] >= 0);
         Self {
             problem,
             params,
             place: (row / (heads * queries), row / queries % heads, row % queries),
-            keys: slots.clone().map(|c| found.index[c] as usize).collect(),
-            protected: slots.map(|c| found.protected[c]).collect(),
+            keys: slots.clone().map(|c| candidates.index[c] as usize).collect(),
+            protected: slots.map(|c| candidates.protected[c]).collect(),
         }
     }
 
@@ -108,7 +109,7 @@ impl<'a> Row<'a> {
                 break;
             }
             let round = self.round(query, members);
-            let winner = round.members[round.best];
+            let winner = round.members[round.winner];
             query = residual_query(&round.query, self.key(winner));
             members = round.members.iter().copied().filter(|&slot| slot != winner).collect();
             let admitted = round.admitted;
@@ -138,15 +139,15 @@ impl<'a> Row<'a> {
             TieBreak::Last => self.keys[members[x]] > self.keys[members[y]],
         };
         let wins = |x: usize, y: usize| energy[x] < energy[y] || energy[x] == energy[y] && earlier(x, y);
-        let best = (0..members.len()).fold(0, |best, j| if wins(j, best) { j } else { best });
-        let rivals = (0..members.len()).filter(|&j| j != best && admits(energy[j]));
-        let margin = rivals.map(|j| energy[j] - energy[best]).fold(f64::INFINITY, f64::min);
+        let winner = (0..members.len()).fold(0, |winner, j| if wins(j, winner) { j } else { winner });
+        let rivals = (0..members.len()).filter(|&j| j != winner && admits(energy[j]));
+        let margin = rivals.map(|j| energy[j] - energy[winner]).fold(f64::INFINITY, f64::min);
 
-        let t = beta * distance2(&query, self.key(members[best]));
+        let t = beta * distance2(&query, self.key(members[winner]));
         let alpha = self.of_head(&params.alpha);
-        let gate = gate(params.gate, energy[best], t, threshold, alpha, params.coherence);
+        let gate = gate(params.gate, energy[winner], t, threshold, alpha, params.coherence);
         let p = soft_choice(&energy, threshold, params.temperature);
-        let (hard, admitted) = (params.hard_share(), admits(energy[best]));
+        let (hard, admitted) = (params.hard_share(), admits(energy[winner]));
         let mut output = vec![0.0; self.problem.value_dim];
         // A share of 0 must not touch the values at all: they may hold a NaN.
         if hard < 1.0 {
@@ -155,27 +156,27 @@ impl<'a> Row<'a> {
             }
         }
         if hard > 0.0 && admitted {
-            add_scaled(&mut output, hard * gate.rho, self.value(members[best]));
+            add_scaled(&mut output, hard * gate.rho, self.value(members[winner]));
         }
-        Round { query, members, lift, energy, best, admitted, margin, gate, p, output }
+        Round { query, members, lift, energy, winner, admitted, margin, gate, p, output }
     }
 }
 
 /// The candidates that an estimator works on: `Dense` takes every visible key.
-pub fn in_play<'a>(problem: &Problem, found: &'a Candidates, params: &Params) -> Cow<'a, Candidates> {
+pub fn in_play<'a>(problem: &Problem, candidates: &'a Candidates, params: &Params) -> Cow<'a, Candidates> {
     match params.estimator {
         Estimator::Dense => Cow::Owned(scan(problem, problem.keys)),
-        _ => Cow::Borrowed(found),
+        _ => Cow::Borrowed(candidates),
     }
 }
 
 /// Chooses among the candidates of every row. Their energies are computed again from q and k.
-pub fn select(problem: &Problem, found: &Candidates, params: &Params) -> Selected {
-    let found = in_play(problem, found, params);
+pub fn select(problem: &Problem, candidates: &Candidates, params: &Params) -> Selected {
+    let candidates = in_play(problem, candidates, params);
     let (mut y, mut index, mut energy) = (vec![], vec![], vec![]);
     let (mut margin, mut gate, mut coherence) = (vec![], vec![], vec![]);
     for (number, (_, h, _)) in problem.rows() {
-        let row = Row::new(problem, params, &found, number);
+        let row = Row::new(problem, params, &candidates, number);
         let rounds = row.rounds();
         let mut out = vec![0.0; problem.value_dim];
         for (round, weight) in rounds.iter().zip(row.weights()) {
@@ -183,9 +184,9 @@ pub fn select(problem: &Problem, found: &Candidates, params: &Params) -> Selecte
         }
         y.extend(out);
         let chosen = rounds.first().filter(|r| r.admitted);
-        let slot = chosen.map(|r| r.members[r.best]);
+        let slot = chosen.map(|r| r.members[r.winner]);
         index.push(slot.map_or(-1, |slot| row.keys[slot] as i32));
-        energy.push(chosen.map_or(f64::INFINITY, |r| r.energy[r.best]));
+        energy.push(chosen.map_or(f64::INFINITY, |r| r.energy[r.winner]));
         margin.push(chosen.map_or(f64::INFINITY, |r| r.margin));
         gate.push(chosen.map_or(0.0, |r| r.gate.rho));
         if let Some(alpha) = row.of_head(&params.alpha) {

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{causal_conv, packed_causal_conv};
 
-use crate::support::*;
+use gd_testing::tensors::*;
 
 /// The defining sum.
 fn naive(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Tensor {

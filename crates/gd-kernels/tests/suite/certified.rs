@@ -4,8 +4,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{
-    Backend, Candidates, Isa, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, TieBreak, Walk, plan,
-    scan,
+    Backend, Candidates, Int8Keys, Isa, Mask, Precision, Rescored, Scan, Score, SequenceCache, TieBreak,
+    Walk, plan, scan,
 };
 use gd_testing::problems::{Spec, pick, pools, rng, values};
 use rand::RngExt;
@@ -273,7 +273,7 @@ fn few_queries_find_what_many_do() {
                 Tensor::new(&[3i32, m as i32 - 1], &Device::Cpu).unwrap().reshape((1, 1, 1, 2)).unwrap();
             for candidates in [1, 8, 32] {
                 for (score, tie) in [(Score::Energy, TieBreak::First), (Score::Dot, TieBreak::Last)] {
-                    let keys = QuantizedKeys::new(&k, score).unwrap();
+                    let keys = Int8Keys::new(&k, score).unwrap();
                     let whole_mask = Mask::causal(m as i64 - 16);
                     let all = Scan {
                         prior: (candidates == 8).then_some(&prior),
@@ -283,7 +283,7 @@ fn few_queries_find_what_many_do() {
                         ..Scan::new(&beta, &whole_mask, candidates)
                     };
                     let whole = scan(&q, &k, &all).unwrap();
-                    assert_eq!(plan(&q, &k, &all).unwrap().cpu().unwrap().walk, Walk::Panels);
+                    assert_eq!(plan(&q, &k, &all).unwrap().cpu().unwrap().walk, Walk::Blocks);
                     for (first, count) in [(0, 1), (5, 3), (15, 1), (8, 8)] {
                         let part = |t: &Tensor| t.narrow(2, first, count).unwrap().contiguous().unwrap();
                         let expected = Candidates {
@@ -294,19 +294,22 @@ fn few_queries_find_what_many_do() {
                         };
                         let (few, mask) = (part(&q), Mask::causal((m - 16 + first) as i64));
                         for isa in Isa::available() {
-                            for (precision, quantized) in [
+                            for (precision, cached) in [
                                 (Precision::Native, None),
                                 (Precision::Certified, None),
-                                (Precision::Certified, Some(&keys)),
+                                (Precision::Certified, Some((&keys).into())),
                             ] {
                                 let options = Scan {
                                     precision,
-                                    quantized,
+                                    cached,
                                     backend: Backend::Force(isa),
                                     mask: &mask,
                                     ..all.clone()
                                 };
-                                assert_eq!(plan(&few, &k, &options).unwrap().cpu().unwrap().walk, Walk::Few);
+                                assert_eq!(
+                                    plan(&few, &k, &options).unwrap().cpu().unwrap().walk,
+                                    Walk::Decode
+                                );
                                 let found = scan(&few, &k, &options).unwrap();
                                 let same = bits(&found) == bits(&expected);
                                 assert!(same, "M {m} D {d} {dtype:?} {first}+{count} {options:?}");
@@ -324,14 +327,14 @@ fn quantised_keys_grow_and_say_where_they_do_not_belong() {
     let [q, k] = decoding(9, 150, 24, DType::F32);
     let beta = Tensor::full(0.1f32, 6, &Device::Cpu).unwrap();
     let mask = Mask::causal(134);
-    let mut keys = QuantizedKeys::new(&k.narrow(2, 0, 40).unwrap(), Score::Energy).unwrap();
+    let mut keys = Int8Keys::new(&k.narrow(2, 0, 40).unwrap(), Score::Energy).unwrap();
     for (first, count) in [(40, 1), (41, 64), (105, 45)] {
         keys.append(&k.narrow(2, first, count).unwrap()).unwrap();
     }
     assert_eq!((keys.len(), keys.is_empty()), (150, false));
     let native = Scan::new(&beta, &mask, 4);
-    let certified = Scan { precision: Precision::Certified, quantized: Some(&keys), ..native.clone() };
-    let (found, alone) = (scan(&q, &k, &certified).unwrap(), Scan { quantized: None, ..certified.clone() });
+    let certified = Scan { precision: Precision::Certified, cached: Some((&keys).into()), ..native.clone() };
+    let (found, alone) = (scan(&q, &k, &certified).unwrap(), Scan { cached: None, ..certified.clone() });
     assert_eq!(bits(&found), bits(&scan(&q, &k, &native).unwrap()));
     let share = |found: &Candidates| found.rescored.share().unwrap();
     assert_eq!(share(&found), share(&scan(&q, &k, &alone).unwrap()));
@@ -344,5 +347,5 @@ fn quantised_keys_grow_and_say_where_they_do_not_belong() {
     let dot = Scan { score: Score::Dot, ..certified.clone() };
     refused(scan(&q, &k, &dot).map(drop), "Dot score");
     refused(keys.append(&k.narrow(3, 0, 8).unwrap()), "head_dim 24");
-    refused(QuantizedKeys::new(&k.to_dtype(DType::F64).unwrap(), Score::Dot).map(drop), "F64");
+    refused(Int8Keys::new(&k.to_dtype(DType::F64).unwrap(), Score::Dot).map(drop), "F64");
 }

@@ -82,7 +82,7 @@ fn surrogate(
             let w = weight(at.1);
             total += w * (1.0 - hard) * mixture(&p, &change, temperature, &a);
             let rho0 = round.gate.rho;
-            let chosen = |j: usize| if round.admitted && j == round.best { 1.0 } else { 0.0 };
+            let chosen = |j: usize| if round.admitted && j == round.winner { 1.0 } else { 0.0 };
             let one_hot =
                 with_null((0..keys.len()).map(chosen).collect(), 1.0 - f64::from(u8::from(round.admitted)));
             let scores = match params.estimator {
@@ -103,17 +103,17 @@ fn surrogate(
                 let rho = match params.gate {
                     Gate::None => 1.0,
                     Gate::Energy { temperature } => {
-                        sigmoid((tau.expect("gate") - eps[round.best]) / temperature)
+                        sigmoid((tau.expect("gate") - eps[round.winner]) / temperature)
                     }
                     Gate::Coherence => {
-                        let t = problem.beta[h] * distance2(&query, key(round.best));
+                        let t = problem.beta[h] * distance2(&query, key(round.winner));
                         let alpha = params.alpha.as_ref().expect("gate")[h];
                         (-theory::minimal_energy(t, alpha, params.coherence).value).exp()
                     }
                 };
-                total += w * hard * rho * a0[round.best];
+                total += w * hard * rho * a0[round.winner];
             }
-            query = refine::residual_query(&query, key(round.best));
+            query = refine::residual_query(&query, key(round.winner));
         }
     }
     total

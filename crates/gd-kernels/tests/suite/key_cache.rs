@@ -3,7 +3,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    Candidates, Error, KeptKeys, KeyBias, Mask, Precision, QuantizedKeys, Scan, Score, TieBreak, scan,
+    Candidates, Error, Int8Keys, KeyBias, KeyCache, Mask, Precision, Scan, Score, SequenceCache, TieBreak,
+    scan,
 };
 use gd_testing::problems::{rng, uniform};
 
@@ -49,7 +50,7 @@ impl Keys {
 
 /// Scans of `q` with these 8-bit keys and without any, which must agree; the scan with the keys kept must have used
 /// them.
-fn compare(q: &Tensor, keys: &Keys, kept: &QuantizedKeys, score: Score, name: &str) -> Result<()> {
+fn compare(q: &Tensor, keys: &Keys, kept: &Int8Keys, score: Score, name: &str) -> Result<()> {
     assert_eq!(kept.lengths(), keys.lengths, "{name}");
     let k = keys.tensor()?;
     let (batch, hq, n, _) = q.dims4()?;
@@ -58,7 +59,7 @@ fn compare(q: &Tensor, keys: &Keys, kept: &QuantizedKeys, score: Score, name: &s
     let mask = Mask::causal(0).each(offsets);
     for (candidates, tie) in [(1, TieBreak::First), (4, TieBreak::Last)] {
         let native = Scan { score, tie, ..Scan::new(&beta, &mask, candidates) };
-        let certified = Scan { precision: Precision::Certified, quantized: Some(kept), ..native.clone() };
+        let certified = Scan { precision: Precision::Certified, cached: Some(kept.into()), ..native.clone() };
         let (want, got) = (scan(q, &k, &native)?, scan(q, &k, &certified)?);
         assert_eq!(bits(&got)?, bits(&want)?, "{name}, {candidates} candidates");
         // A query that sees fewer keys than candidates has none in the last slots.
@@ -81,10 +82,10 @@ fn sequences_that_grow_on_their_own_are_scanned_as_natively() -> Result<()> {
             let all = noise(seed as u64, &[3, hk, 300, d], dtype)?;
             let mut keys = Keys { all, lengths: vec![40, 7, 129] };
             // Each starts by itself, and then they are one batch.
-            let alone: Vec<QuantizedKeys> = (0..3)
-                .map(|b| Ok(QuantizedKeys::new(&keys.part(b, 0, keys.lengths[b])?, score)?))
+            let alone: Vec<Int8Keys> = (0..3)
+                .map(|b| Ok(Int8Keys::new(&keys.part(b, 0, keys.lengths[b])?, score)?))
                 .collect::<Result<_>>()?;
-            let mut kept = QuantizedKeys::stack(&alone.iter().collect::<Vec<_>>())?;
+            let mut kept = Int8Keys::stack(&alone.iter().collect::<Vec<_>>())?;
             let q = noise(90 + seed as u64, &[3, hq, n, d], dtype)?;
             compare(&q, &keys, &kept, score, &format!("{name}, stacked"))?;
             // Rows for all of them, behind the last of each; then for two in another order, with other numbers.
@@ -138,7 +139,7 @@ fn sequences_that_grow_on_their_own_are_scanned_as_natively() -> Result<()> {
 #[test]
 fn keys_written_over_are_the_new_ones() -> Result<()> {
     let (old, new) = (noise(1, &[2, 2, 70, 9], DType::F32)?, noise(2, &[1, 2, 20, 9], DType::F32)?);
-    let mut kept = QuantizedKeys::new(&old, Score::Energy)?;
+    let mut kept = Int8Keys::new(&old, Score::Energy)?;
     kept.write(&new, &[[1, 25]])?;
     let all = old.slice_assign(&[1..2, 0..2, 25..45, 0..9], &new)?;
     // Queries on top of the keys that were written over, and of those that replace them.
@@ -147,7 +148,7 @@ fn keys_written_over_are_the_new_ones() -> Result<()> {
     let beta = Tensor::ones(2, DType::F32, &Device::Cpu)?;
     let mask = Mask::none();
     let native = Scan::new(&beta, &mask, 2);
-    let certified = Scan { precision: Precision::Certified, quantized: Some(&kept), ..native.clone() };
+    let certified = Scan { precision: Precision::Certified, cached: Some((&kept).into()), ..native.clone() };
     let k = keys.tensor()?;
     assert_eq!(bits(&scan(&q, &k, &certified)?)?, bits(&scan(&q, &k, &native)?)?);
     Ok(())
@@ -160,28 +161,28 @@ fn what_does_not_fit_is_refused() -> Result<()> {
         assert!(e.contains(value), "{e} does not name {value}");
     };
     let k = noise(1, &[2, 2, 40, 8], DType::F32)?;
-    let mut kept = QuantizedKeys::new(&k, Score::Energy)?;
+    let mut kept = Int8Keys::new(&k, Score::Energy)?;
     let one = k.narrow(0, 0, 1)?.narrow(2, 0, 3)?;
-    refused(kept.write(&one, &[[2, 0]]), "piece 2 of a cache of 2");
-    refused(kept.write(&one, &[[1, 41]]), "rows 41..44 of piece 1, which has 40 rows");
-    refused(kept.write(&one, &[[1, 40], [0, 40]]), "2 places for 1 entries");
-    refused(kept.write(&k, &[[1, 40], [1, 0]]), "piece 1 is written to twice");
-    refused(kept.append(&one), "2 places for 1 entries");
+    refused(kept.write(&one, &[[2, 0]]), "sequence 2 of a cache of 2");
+    refused(kept.write(&one, &[[1, 41]]), "rows 41..44 of sequence 1, which has 40 rows");
+    refused(kept.write(&one, &[[1, 40], [0, 40]]), "2 write positions for 1 entries");
+    refused(kept.write(&k, &[[1, 40], [1, 0]]), "sequence 1 is written to twice");
+    refused(kept.append(&one), "2 write positions for 1 entries");
     refused(kept.append(&k.narrow(3, 0, 4)?), "[2, 2, 40, 4]");
     refused(kept.append(&k.to_dtype(DType::BF16)?), "BF16");
     refused(kept.select(&[0, 2]).map(|_| ()), "sequence 2 of a cache of 2");
-    refused(QuantizedKeys::stack(&[]).map(|_| ()), "no quantised keys");
-    let other = QuantizedKeys::new(&k, Score::Dot)?;
-    refused(QuantizedKeys::stack(&[&kept, &other]).map(|_| ()), "Dot");
+    refused(Int8Keys::stack(&[]).map(|_| ()), "no quantised keys");
+    let other = Int8Keys::new(&k, Score::Dot)?;
+    refused(Int8Keys::stack(&[&kept, &other]).map(|_| ()), "Dot");
     // Nothing of it has changed what is kept.
     assert_eq!(kept.lengths(), [40, 40]);
     // On the CPU there are no biases to keep.
     refused(KeyBias::new(&k, Score::Energy).map(|_| ()), "Cpu");
-    refused(KeptKeys::new(&k, Score::Energy, Precision::Native).map(|_| ()), "Cpu");
+    refused(KeyCache::new(&k, Score::Energy, Precision::Native).map(|_| ()), "Cpu");
     // Kept keys of another number of positions than the keys.
     let (beta, mask) = (Tensor::ones(2, DType::F32, &Device::Cpu)?, Mask::none());
     let certified =
-        Scan { precision: Precision::Certified, quantized: Some(&kept), ..Scan::new(&beta, &mask, 1) };
+        Scan { precision: Precision::Certified, cached: Some((&kept).into()), ..Scan::new(&beta, &mask, 1) };
     let shorter = k.narrow(2, 0, 39)?;
     refused(scan(&k, &shorter, &certified).map(|_| ()), "[2, 2, 40, 8]");
     Ok(())

@@ -15,5 +15,4 @@ mod refusals;
 mod running_average;
 mod scan;
 mod select;
-mod support;
 mod theory;

@@ -2,8 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
-    KeptKeys, Mask, PagedCache, Precision, QuantizedKeys, Scan, Score, Selected, scan_select,
-    scan_select_paged,
+    Int8Keys, KeyCache, Mask, PagedCache, Precision, Scan, Score, Selected, decode_paged, scan_select,
 };
 
 const PAGE: usize = 64;
@@ -76,7 +75,7 @@ fn pages_give_what_one_piece_gives() -> Result<()> {
             for kind in [DType::U32, DType::I64] {
                 let ids = ids.to_dtype(kind)?;
                 let cache = PagedCache { k: &held_k, v: &held_v, table: &ids };
-                let got = scan_select_paged(&q, &cache, &how, Some(&threshold)).unwrap();
+                let got = decode_paged(&q, &cache, &how, Some(&threshold)).unwrap();
                 let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<i32>();
                 assert_eq!(flat(&got.index)?, flat(&want.index)?, "seed {seed}");
                 let bits = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
@@ -97,13 +96,12 @@ fn bad_caches_and_tables_are_refused() -> Result<()> {
     let ids = |rows: &[[i64; 2]]| Tensor::from_vec(rows.concat(), (rows.len(), 2), &Device::Cpu);
     let refused = |q: &Tensor, k: &Tensor, v: &Tensor, table: &Tensor, value: &str| {
         let how = Scan::new(&beta, &mask, 1);
-        let e = scan_select_paged(q, &PagedCache { k, v, table }, &how, None).unwrap_err().to_string();
+        let e = decode_paged(q, &PagedCache { k, v, table }, &how, None).unwrap_err().to_string();
         assert!(e.contains(value), "{e} does not name {value}");
     };
     // Behind the second sequence's 60 keys anything may stand.
     let good = ids(&[[0, 3], [1, -7]])?;
-    scan_select_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &mask, 1), None)
-        .unwrap();
+    decode_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &mask, 1), None).unwrap();
     refused(&q, &k, &v, &ids(&[[0, 4], [1, 0]])?, "page 1 of sequence 0 is 4");
     refused(&q, &k, &v, &ids(&[[0, 3], [-1, 0]])?, "page 0 of sequence 1 is -1");
     refused(&q, &k, &v, &ids(&[[0, 3]])?, "block table of [1, 2]");
@@ -115,8 +113,7 @@ fn bad_caches_and_tables_are_refused() -> Result<()> {
     refused(&q, &k.to_dtype(DType::F16)?, &v, &good, "F16");
     refused(&q.narrow(3, 0, 4)?, &k, &v, &good, "[2, 2, 1, 4]");
     let long = Mask::none().kv_len(vec![129, 1]);
-    let e =
-        scan_select_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &long, 1), None);
+    let e = decode_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &long, 1), None);
     assert!(e.unwrap_err().to_string().contains("129"));
     Ok(())
 }
@@ -142,7 +139,7 @@ fn pages_that_are_written_step_by_step_give_what_one_piece_gives() -> Result<()>
         // Pages that were somebody else's.
         let held_k = noise(seed + 40, &[count, hk, PAGE, d])?;
         let held_v = noise(seed + 50, &[count, hk, PAGE, dv])?;
-        let mut kept = KeptKeys::new(&held_k, score, Precision::Certified)?;
+        let mut kept = KeyCache::new(&held_k, score, Precision::Certified)?;
         let (old_k, old_v) = (held_k.copy()?, held_v.copy()?);
         let ids = table.iter().flatten().map(|&id| i64::from(id)).collect::<Vec<_>>();
         let ids = Tensor::from_vec(ids, (2, 3), &Device::Cpu)?;
@@ -167,16 +164,16 @@ fn pages_that_are_written_step_by_step_give_what_one_piece_gives() -> Result<()>
             let mask = Mask::none().kv_len(written.clone());
             let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
             let want = bits(&scan_select(&q, &k, &v, &how, None)?)?;
-            assert_eq!(bits(&scan_select_paged(&q, &cache, &how, None)?)?, want, "{dtype:?}");
+            assert_eq!(bits(&decode_paged(&q, &cache, &how, None)?)?, want, "{dtype:?}");
             assert_eq!(
-                bits(&scan_select_paged(&q, &cache, &kept.scan(how.clone()), None)?)?,
+                bits(&decode_paged(&q, &cache, &how.clone().with_cached(&kept), None)?)?,
                 want,
                 "{dtype:?}"
             );
             // The same as quantising all pages at once.
-            let anew = QuantizedKeys::new(&held_k, score)?;
-            let how = Scan { precision: Precision::Certified, quantized: Some(&anew), ..how };
-            assert_eq!(bits(&scan_select_paged(&q, &cache, &how, None)?)?, want, "{dtype:?}");
+            let anew = Int8Keys::new(&held_k, score)?;
+            let how = Scan { precision: Precision::Certified, cached: Some((&anew).into()), ..how };
+            assert_eq!(bits(&decode_paged(&q, &cache, &how, None)?)?, want, "{dtype:?}");
         }
         assert!(written[0] > PAGE && written[0] <= lengths[0] && written[1] < written[0], "{written:?}");
         // Nothing else has changed.
@@ -212,7 +209,7 @@ fn writes_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     let (new_k, new_v) = (noise(4, &[2, 1, 3, 8]), noise(5, &[2, 1, 3, 5]));
     let refused = |table: &Tensor, k_rows: &Tensor, v_rows: &Tensor, first: &[usize], value: &str| {
         let cache = PagedCache { k: &k, v: &v, table };
-        let mut kept = KeptKeys::new(&k, Score::Energy, Precision::Certified).unwrap();
+        let mut kept = KeyCache::new(&k, Score::Energy, Precision::Certified).unwrap();
         let e = cache.write(k_rows, v_rows, first, Some(&mut kept)).unwrap_err().to_string();
         assert!(e.contains(value), "{e} does not name {value}");
     };
@@ -226,9 +223,9 @@ fn writes_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     refused(&table([0, 3, 0, 2])?, &new_k, &new_v, &[5, 9], "page 0 would take");
     refused(&table([0, 0, 1, 2])?, &new_k, &new_v, &[62, 0], "page 0 would take");
     let cache = PagedCache { k: &k, v: &v, table: &good };
-    let mut other = KeptKeys::new(&k.narrow(0, 0, 3)?, Score::Energy, Precision::Certified)?;
+    let mut other = KeyCache::new(&k.narrow(0, 0, 3)?, Score::Energy, Precision::Certified)?;
     let e = cache.write(&new_k, &new_v, &[0, 0], Some(&mut other)).unwrap_err().to_string();
-    assert!(e.contains("3 pieces of 64"), "{e}");
+    assert!(e.contains("3 sequences of 64"), "{e}");
     let strided = noise(6, &[4, PAGE, 1, 16]).narrow(3, 0, 8)?.transpose(1, 2)?;
     let cache = PagedCache { k: &strided, v: &v, table: &good };
     assert!(cache.write(&new_k, &new_v, &[0, 0], None).unwrap_err().to_string().contains("contiguous"));
@@ -236,11 +233,13 @@ fn writes_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     let cache = PagedCache { k: &k, v: &v, table: &good };
     let (q, beta) = (noise(1, &[2, 2, 1, 8]), Tensor::ones(2, DType::F32, &Device::Cpu)?);
     let mask = Mask::none().kv_len(vec![100, 60]);
-    for kept in [QuantizedKeys::new(&k, Score::Dot)?, QuantizedKeys::new(&k.narrow(0, 1, 3)?, Score::Energy)?]
-    {
-        let how =
-            Scan { precision: Precision::Certified, quantized: Some(&kept), ..Scan::new(&beta, &mask, 1) };
-        let e = scan_select_paged(&q, &cache, &how, None).unwrap_err().to_string();
+    for kept in [Int8Keys::new(&k, Score::Dot)?, Int8Keys::new(&k.narrow(0, 1, 3)?, Score::Energy)?] {
+        let how = Scan {
+            precision: Precision::Certified,
+            cached: Some((&kept).into()),
+            ..Scan::new(&beta, &mask, 1)
+        };
+        let e = decode_paged(&q, &cache, &how, None).unwrap_err().to_string();
         assert!(e.contains("do not belong to keys [4, 1, 64, 8]"), "{e}");
     }
     // A refused write has changed nothing.

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{AverageState, running_average};
 
-use crate::support::*;
+use gd_testing::tensors::*;
 
 /// decay, write, v of given sizes.
 fn inputs([b, h, hk, n, d]: [usize; 5]) -> [Tensor; 3] {

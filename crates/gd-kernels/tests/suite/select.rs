@@ -12,8 +12,7 @@ use gd_kernels::{
 };
 use gd_testing::problems::choices::{Choice, Doubt, doubt, estimator};
 use gd_testing::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
-
-use crate::support;
+use gd_testing::tensors::check_gradients;
 
 /// Problems a dtype.
 const PROBLEMS: u64 = 1024;
@@ -397,7 +396,7 @@ fn differences(without: &[usize], set: impl Fn(&mut Select) + Copy) {
     let all = smooth();
     let used: Vec<usize> = (0..all.len()).filter(|n| !without.contains(n)).collect();
     let inputs: Vec<Tensor> = used.iter().map(|&n| all[n].clone()).collect();
-    support::check_gradients(&inputs, |inputs| {
+    check_gradients(&inputs, |inputs| {
         let mut t = all.clone();
         used.iter().zip(inputs).for_each(|(&n, x)| t[n] = x.clone());
         of_smooth(&t, set)

@@ -8,6 +8,4 @@ mod layers;
 mod packed;
 mod rms_norm;
 mod rotary;
-#[path = "../../../gd-kernels/tests/suite/support/mod.rs"]
-mod support;
 mod swiglu;

@@ -5,7 +5,7 @@ use candle_nn::{VarBuilder, VarMap};
 use gd_kernels::rms_norm;
 use gd_layer::RmsNorm;
 
-use crate::support::*;
+use gd_testing::tensors::*;
 
 #[test]
 fn follows_the_formula() {

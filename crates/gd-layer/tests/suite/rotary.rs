@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Device, Tensor};
 use gd_layer::{RopeScaling, Rotary};
 
-use crate::support::*;
+use gd_testing::tensors::*;
 
 fn rotary(head_dim: usize, positions: usize, dtype: DType) -> Rotary {
     Rotary::new(head_dim, positions, 1e4, RopeScaling::None, dtype, &Device::Cpu).unwrap()

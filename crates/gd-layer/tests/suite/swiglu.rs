@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::swiglu;
 
-use crate::support::*;
+use gd_testing::tensors::*;
 
 #[test]
 fn follows_the_formula_and_saturates() {

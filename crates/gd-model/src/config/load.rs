@@ -26,6 +26,18 @@ impl Recipe {
     /// Loads a preset or file and replaces the values that `settings` name. The result is validated after the
     /// replacement, so that the settings may depend on each other.
     ///
+    /// ```
+    /// use gd_model::config::{Recipe, Setting};
+    ///
+    /// let settings = [Setting::new("train.steps", 100), "train.lr.peak=1e-3".parse::<Setting>()?];
+    /// let recipe = Recipe::load_with("tiny", &settings)?;
+    /// assert_eq!((recipe.train.steps, recipe.train.lr.peak), (100, 1e-3));
+    ///
+    /// let error = Recipe::load_with("tiny", &[Setting::new("train.step", 100)]).unwrap_err();
+    /// assert!(error.to_string().contains("did you mean train.steps?"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// - [`Error::UnknownName`] if there is neither a preset nor a file of this name.
     /// - [`Error::Config`] with every key and value that cannot be used.

@@ -84,6 +84,17 @@ impl Texts {
 
     /// Splits whole files that are in memory.
     ///
+    /// ```
+    /// use gd_model::data::{Corpus, Texts};
+    /// use gd_model::io::tokenizer::Tokenizer;
+    ///
+    /// let texts = Texts::split(&["one two three four five six seven eight nine ten ".repeat(10)], 0.2)?;
+    /// let corpus = Corpus::encode(&texts, &Tokenizer::bytes()?)?;
+    /// assert_eq!(corpus.train_bytes + corpus.valid_bytes, 490);
+    /// assert_eq!(corpus.train.len(), corpus.train_bytes);
+    /// # Ok::<(), gd_model::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// A share for validation outside (0, 1).
     pub fn split(files: &[String], valid_fraction: f64) -> Result<Self> {

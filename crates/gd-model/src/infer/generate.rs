@@ -27,6 +27,26 @@ pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
 /// Continues `prompt` by up to `max_tokens` tokens, as many as the model has positions for. Each
 /// new token goes to `emit`, which returns whether to go on. Returns the new tokens.
 ///
+/// ```
+/// use candle_core::{DType, Device};
+/// use gd_model::config::Recipe;
+/// use gd_model::infer::generate::generate;
+/// use gd_model::infer::sampler::{Sampler, Sampling};
+/// use gd_model::io::tokenizer::Tokenizer;
+/// use gd_model::model::Transformer;
+/// use gd_model::model::params::Params;
+///
+/// // An untrained model; `gd_model::model::pretrained::load` loads one from a folder.
+/// let params = Params::new(0, DType::F32, &Device::Cpu);
+/// let model = Transformer::new(&Recipe::load("tiny")?.model, params.frozen())?;
+///
+/// let prompt = Tokenizer::bytes()?.encode("Call me")?;
+/// let mut sampler = Sampler::new(Sampling::default(), 7)?;
+/// let new = generate(&model, &prompt, 5, &mut sampler, &Device::Cpu, |_token| Ok(true))?;
+/// assert_eq!(new.len(), 5);
+/// # Ok::<(), gd_model::Error>(())
+/// ```
+///
 /// # Errors
 /// An empty prompt, or one longer than the model's context.
 pub fn generate(

@@ -53,6 +53,18 @@ impl Sampling {
 }
 
 /// Chooses tokens; the same settings, seed and logits give the same tokens.
+///
+/// ```
+/// use gd_model::infer::sampler::{Sampler, Sampling};
+///
+/// let logits = [0.5, 2.0, -1.0];
+/// let mut greedy = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0)?;
+/// assert_eq!(greedy.next(&logits, &[])?, 1);
+///
+/// let mut sampler = Sampler::new(Sampling { top_k: Some(2), ..Sampling::default() }, 7)?;
+/// assert_ne!(sampler.next(&logits, &[])?, 2);
+/// # Ok::<(), gd_model::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Sampler {
     sampling: Sampling,

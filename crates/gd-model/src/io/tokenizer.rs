@@ -33,6 +33,19 @@ static BYTES_JSON: LazyLock<String> =
     LazyLock::new(|| Tokenizer::bytes().and_then(|bytes| bytes.to_json()).unwrap_or_default());
 
 /// A tokenizer; see the module's text.
+///
+/// ```
+/// use gd_model::io::tokenizer::Tokenizer;
+///
+/// let bytes = Tokenizer::bytes()?;
+/// assert_eq!(bytes.encode("né")?, [110, 195, 169]);
+/// assert_eq!(bytes.decode(&[110, 195, 169])?, "né");
+///
+/// let bpe = Tokenizer::train_bpe(["the cat, the hat, the mat"].into_iter(), 262)?;
+/// assert!(bpe.encode("the cat")?.len() < "the cat".len());
+/// assert_eq!(bpe.decode(&bpe.encode("the cat")?)?, "the cat");
+/// # Ok::<(), gd_model::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,

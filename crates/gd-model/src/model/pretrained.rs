@@ -69,6 +69,20 @@ pub struct Loaded {
 /// Loads a checkpoint folder, the folder of a `.safetensors` file in one, the newest whole checkpoint in the
 /// folder of a run without a whole model, or a GGUF file. Weights are computed with in f32.
 ///
+/// ```no_run
+/// use std::path::Path;
+/// use candle_core::{Device, Tensor};
+/// use gd_kernels::Mask;
+/// use gd_layer::Pass;
+/// use gd_model::model::pretrained;
+///
+/// let loaded = pretrained::load(Path::new("out/tiny"), &Device::Cpu)?;
+/// let ids = Tensor::new(loaded.tokenizer.encode("Call me")?, &Device::Cpu)?.unsqueeze(0)?;
+/// let logits = loaded.model.forward(&ids, &Pass::new(&Mask::causal(0)), None)?;
+/// assert_eq!(logits.dim(2)?, loaded.model.config().vocab_size);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
 /// Names the file and the reason.
 pub fn load(path: &Path, device: &Device) -> Result<Loaded> {

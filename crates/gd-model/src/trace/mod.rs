@@ -4,6 +4,34 @@
 //! A chain of hashes proves that records belong together and that none was changed, left out or added since its
 //! head was kept or signed. It does not stop whoever owns the file from writing all of it anew with another head:
 //! what shows that is a head kept elsewhere, a signature, or a replay with the model.
+//!
+//! ```
+//! use candle_core::{DType, Device};
+//! use gd_model::config::Recipe;
+//! use gd_model::io::tokenizer::Tokenizer;
+//! use gd_model::model::Transformer;
+//! use gd_model::model::params::Params;
+//! use gd_model::model::pretrained::Loaded;
+//! use gd_model::trace::{Header, record};
+//!
+//! let device = Device::Cpu;
+//! let params = Params::new(0, DType::F32, &device);
+//! let model = Transformer::new(&Recipe::load("tiny")?.model, params.frozen())?;
+//! let loaded = Loaded::new(model, params, Tokenizer::bytes()?);
+//!
+//! // What every head of every layer reads for each token of a prompt.
+//! let prompt = loaded.tokenizer.encode("Call me")?;
+//! let header = Header::new(&loaded, "untrained", &prompt, None, &[], &device)?;
+//! let mut records = Vec::new();
+//! record(&loaded, &header, &prompt, None, &device, |record| {
+//!     records.push(record);
+//!     Ok(())
+//! })?;
+//! assert_eq!((records.len(), records[0].rows.len()), (7, 4 * 8));
+//! // The first token sees itself alone.
+//! assert!(records[0].rows.iter().all(|row| row.selected == 0));
+//! # Ok::<(), gd_model::Error>(())
+//! ```
 
 mod chain;
 mod check;

@@ -105,8 +105,8 @@ impl Trainer {
             self.optimizer.undo_step(&updated);
         }
         let judged = self.guard.judge_by(step.step, step.loss, step.grad_norm, &limits)?;
-        step.skip =
-            self.skip_reason(step.step, judged, || Ok(squares.first_not_finite()?.map(|at| names[at].clone())))?;
+        step.skip = self
+            .skip_reason(step.step, judged, || Ok(squares.first_not_finite()?.map(|at| names[at].clone())))?;
         if step.skip.is_some() == verdict.applies() {
             let Step { step, loss, grad_norm, .. } = *step;
             return Err(Error::Invalid(format!(

@@ -179,15 +179,15 @@ pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usiz
             }
         }
         let near = |j: usize| {
-            let reach = bounds[j] + bounds[round.best];
-            j != round.best
+            let reach = bounds[j] + bounds[round.winner];
+            j != round.winner
                 && reach > 0.0
-                && round.energy[j] - round.energy[round.best] <= reach
-                && !same(j, round.best)
+                && round.energy[j] - round.energy[round.winner] <= reach
+                && !same(j, round.winner)
         };
         let admission =
             |j: usize| tau.is_some_and(|t| t.is_finite() && (round.energy[j] - t).abs() < bounds[j]);
-        let choice = (0..keys.len()).any(near) || admission(round.best);
+        let choice = (0..keys.len()).any(near) || admission(round.winner);
         out.margin |= r == 0 && (0..keys.len()).any(admission);
         match r {
             0 => out.first = choice,
@@ -197,12 +197,12 @@ pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usiz
         let gate = match params.gate {
             Gate::Energy { temperature } => largest / temperature,
             Gate::Coherence => {
-                p.beta[h] * moved * (2.0 * distance2(&round.query, key(round.best)).sqrt() + moved)
+                p.beta[h] * moved * (2.0 * distance2(&round.query, key(round.winner)).sqrt() + moved)
             }
             Gate::None => 0.0,
         };
         out.relative += 2.0 * largest / params.temperature + gate;
-        let best = key(round.best);
+        let best = key(round.winner);
         let (size, jump) = (norm(&round.query), distance2(&round.query, best).sqrt());
         if r + 1 < params.round_count(p.q_heads) && jump > 0.0 {
             out.relative += 4.0 * moved / jump;

@@ -3,7 +3,7 @@
 use crate::target::{Buffer, TestGpu};
 use candle_core::DType;
 use gd_kernels::gpu::kernel::KernelTarget;
-use gd_kernels::gpu::quantize::Quantized;
+use gd_kernels::gpu::quantize::Int8Slices;
 use gd_kernels::gpu::scan_certified::{Certified, scan_certified};
 use gd_kernels::gpu::{
     Arch, Gpu, RowSizes, Slice, Tensor4, TensorMap, adamw, average, conv, cross_entropy, decode, norm,
@@ -40,7 +40,7 @@ fn refused<T: std::fmt::Debug>(result: Result<T, Error>, value: &str) {
 
 #[test]
 fn scans_are_planned_or_refused() {
-    let plan = |p: &Problem, protected: usize, arch: &Arch| scan::Plan::new(p, protected, false, arch);
+    let plan = |p: &Problem, protected: usize, arch: &Arch| scan::GpuScanPlan::new(p, protected, false, arch);
     let p = problem();
     let kept = plan(&p, 0, &H100).unwrap();
     assert_eq!(kept.kernel.to_string(), "scan_topk_bf16_d128_sm80");
@@ -52,7 +52,7 @@ fn scans_are_planned_or_refused() {
         ("scan_top1_bf16_d128_sm80", 256)
     );
     // A prior belongs to one query head: no packing.
-    assert_eq!(scan::Plan::new(&p, 0, true, &H100).unwrap().pack, 1);
+    assert_eq!(scan::GpuScanPlan::new(&p, 0, true, &H100).unwrap().pack, 1);
     // Padded, and few rows: fewer warps.
     let few = plan(&Problem { candidates: 1, head_dim: 72, queries: 3, ..p.clone() }, 0, &A10).unwrap();
     assert_eq!((few.padded_dim, few.warps), (96, 1));
@@ -83,7 +83,7 @@ fn scans_are_planned_or_refused() {
 
 #[test]
 fn certified_scans_are_planned_or_refused() {
-    let plan = |p: &Problem, protected: usize, arch: &Arch| scan::Plan::new(p, protected, false, arch);
+    let plan = |p: &Problem, protected: usize, arch: &Arch| scan::GpuScanPlan::new(p, protected, false, arch);
     let p = Problem { precision: Precision::Certified, ..problem() };
     let list = plan(&p, 0, &H100).unwrap();
     assert_eq!(
@@ -97,7 +97,7 @@ fn certified_scans_are_planned_or_refused() {
     assert_eq!(guarded.shared_bytes - one.shared_bytes, 256 * 24 * 8);
     // The same kernel on Hopper, a prior without packing, and few rows by two warps.
     assert_eq!(one.clone().on_hopper(&best, &H100), one);
-    assert_eq!(scan::Plan::new(&p, 0, true, &H100).unwrap().pack, 1);
+    assert_eq!(scan::GpuScanPlan::new(&p, 0, true, &H100).unwrap().pack, 1);
     let few = plan(&Problem { queries: 3, ..p.clone() }, 0, &A10).unwrap();
     assert_eq!((few.warps, few.warp_rows), (2, 32));
     // Every kernel has room on a small part.
@@ -141,7 +141,7 @@ fn certified_scans_need_their_keys() {
         precision: Precision::Certified,
         ..problem()
     };
-    let plan = scan::Plan::new(&p, 0, false, &gpu.arch()).unwrap();
+    let plan = scan::GpuScanPlan::new(&p, 0, false, &gpu.arch()).unwrap();
     let mask = Mask::none();
     let x = || scan::Inputs {
         q: Tensor4 { data: place, strides: [64, 64, 32] },
@@ -157,8 +157,8 @@ fn certified_scans_need_their_keys() {
         other => panic!("{other:?} instead of a refusal that names {value}"),
     };
     invalid(scan::scan(&gpu, &plan, &p, &x(), &out()), "Certified precision without 8-bit keys");
-    let with = |room: usize, p: &Problem| {
-        let keys = Quantized { codes: place, known: place, room };
+    let with = |capacity: usize, p: &Problem| {
+        let keys = Int8Slices { values: place, bounds: place, capacity };
         let beside = Certified { keys, rescored: place };
         scan_certified(&gpu, &plan, p, &x(), &beside, &out(), None)
     };
@@ -172,7 +172,7 @@ fn certified_scans_need_their_keys() {
 fn hopper_has_a_kernel_of_its_own() {
     let p = Problem { candidates: 1, ..problem() };
     let plan = |p: &Problem, protected: usize, arch: &Arch| {
-        scan::Plan::new(p, protected, false, arch).unwrap().on_hopper(p, arch)
+        scan::GpuScanPlan::new(p, protected, false, arch).unwrap().on_hopper(p, arch)
     };
     let best = plan(&p, 0, &H100);
     assert_eq!(
@@ -252,13 +252,13 @@ fn what_the_copy_engine_does_not_take_is_refused() {
         dtype: DType::F16,
         ..problem()
     };
-    let plan = scan::Plan::new(&p, 0, false, &gpu.arch()).unwrap().on_hopper(&p, &gpu.arch());
+    let plan = scan::GpuScanPlan::new(&p, 0, false, &gpu.arch()).unwrap().on_hopper(&p, &gpu.arch());
     let (mask, place) = (Mask::none(), Slice::from(&memory));
     let x = |q, k| scan::Inputs { q, k, beta: place, prior: None, protected: None, mask: &mask };
     let out = scan::Outputs { index: place, energy: place, flags: None };
     let (even, odd) = (at([0, 0, 8], 0), at([0, 0, 9], 0));
-    for (x, name) in [(x(even, odd), "k for the copy engine"), (x(odd, even), "q for the copy engine")] {
-        assert!(!x.mappable(&p));
+    for (x, name) in [(x(even, odd), "k for TMA"), (x(odd, even), "q for TMA")] {
+        assert!(!x.tma_loadable(&p));
         refused(scan::scan(&gpu, &plan, &p, &x, &out), name);
     }
 }
@@ -278,7 +278,7 @@ fn tensors_beyond_31_bits_are_refused() {
         head_dim: 32,
         ..problem()
     };
-    let plan = scan::Plan::new(&p, 0, false, &gpu.arch()).unwrap();
+    let plan = scan::GpuScanPlan::new(&p, 0, false, &gpu.arch()).unwrap();
     let mask = Mask::none();
     let inputs =
         |q, k| scan::Inputs { q, k, beta: (&small).into(), prior: None, protected: None, mask: &mask };
@@ -293,23 +293,23 @@ fn tensors_beyond_31_bits_are_refused() {
 fn metal_has_plans_of_its_own() {
     let apple = Arch { compute: Arch::METAL, shared_bytes: 32 << 10, processors: 10 };
     let p = problem();
-    let list = scan::Plan::new(&p, 0, false, &apple).unwrap();
+    let list = scan::GpuScanPlan::new(&p, 0, false, &apple).unwrap();
     assert_eq!(list.kernel.to_string(), "scan_topk_bf16_d128_metal");
     // A widened tile of 32 keys, 16.5 KiB, leaves room for the lists of two simdgroups.
     assert_eq!((list.warps, list.warp_rows, list.tile_keys), (2, 8, 32));
-    let best = scan::Plan::new(&Problem { candidates: 1, ..p.clone() }, 0, false, &apple).unwrap();
+    let best = scan::GpuScanPlan::new(&Problem { candidates: 1, ..p.clone() }, 0, false, &apple).unwrap();
     assert_eq!((best.kernel.to_string().as_str(), best.warp_rows), ("scan_top1_bf16_d128_metal", 16));
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for head_dim in scan::HEAD_DIMS {
             for candidates in [1, 8] {
                 let p = Problem { dtype, head_dim, candidates, ..p.clone() };
-                let plan = scan::Plan::new(&p, 0, false, &apple).unwrap();
+                let plan = scan::GpuScanPlan::new(&p, 0, false, &apple).unwrap();
                 assert!(plan.shared_bytes <= 32 << 10 && plan.warps >= 1, "{plan}");
             }
         }
     }
     let step = Problem { queries: 1, candidates: 1, keys: 32_768, batch: 1, ..p };
-    let plan = decode::Plan::new(&step, false, &apple).unwrap();
+    let plan = decode::DecodePlan::new(&step, false, &apple).unwrap();
     assert_eq!((plan.kernel.to_string().as_str(), plan.splits), ("decode_bf16_d128_metal", 10));
     assert_eq!(plan.merge.map(|k| k.to_string()).as_deref(), Some("decode_merge_bf16_metal"));
     // 16 rows of score and key a split, of four heads of keys.
@@ -319,33 +319,33 @@ fn metal_has_plans_of_its_own() {
 #[test]
 fn decoding_is_planned_or_refused() {
     let p = Problem { queries: 1, candidates: 1, keys: 32_768, batch: 1, ..problem() };
-    let plan = decode::Plan::new(&p, false, &H100).unwrap();
+    let plan = decode::DecodePlan::new(&p, false, &H100).unwrap();
     // Four heads of keys, four rows each: 132 processors with 4 blocks.
     assert_eq!((plan.row_tiles, plan.pack, plan.splits), (1, 4, 132));
     assert!(plan.to_string().contains("132 splits x 64 keys"), "{plan}");
-    assert_eq!(decode::Plan::new(&Problem { keys: 100, ..p.clone() }, false, &H100).unwrap().splits, 1);
-    refused(decode::Plan::new(&Problem { queries: 17, ..p.clone() }, false, &H100), "17 queries");
-    refused(decode::Plan::new(&Problem { candidates: 2, ..p.clone() }, false, &H100), "2 candidates");
-    refused(decode::Plan::new(&Problem { head_dim: 300, ..p.clone() }, false, &H100), "head_dim 300");
-    refused(decode::Plan::new(&p, false, &Arch { compute: 70, ..H100 }), "compute capability 7.0");
+    assert_eq!(decode::DecodePlan::new(&Problem { keys: 100, ..p.clone() }, false, &H100).unwrap().splits, 1);
+    refused(decode::DecodePlan::new(&Problem { queries: 17, ..p.clone() }, false, &H100), "17 queries");
+    refused(decode::DecodePlan::new(&Problem { candidates: 2, ..p.clone() }, false, &H100), "2 candidates");
+    refused(decode::DecodePlan::new(&Problem { head_dim: 300, ..p.clone() }, false, &H100), "head_dim 300");
+    refused(decode::DecodePlan::new(&p, false, &Arch { compute: 70, ..H100 }), "compute capability 7.0");
 }
 
 #[test]
 fn certified_decoding_is_planned_or_refused() {
     let precision = Precision::Certified;
     let p = Problem { queries: 1, candidates: 1, keys: 32_768, batch: 1, precision, ..problem() };
-    let plan = decode::Plan::new(&p, false, &H100).unwrap();
+    let plan = decode::DecodePlan::new(&p, false, &H100).unwrap();
     assert_eq!((plan.kernel.to_string().as_str(), plan.tile_keys), ("decode_certified_bf16_d128_sm80", 64));
     // 64 candidates a split.
     assert_eq!((plan.splits, plan.capacity), (132, 132 * 64));
     assert!(plan.workspace_bytes(&p) > plan.capacity * 8 * p.kv_heads);
     // The largest head_dim in f32 fits into the smallest shared memory.
     let wide = Problem { head_dim: 256, dtype: DType::F32, ..p.clone() };
-    assert!(decode::Plan::new(&wide, false, &A10).unwrap().shared_bytes <= 98 << 10);
-    refused(decode::Plan::new(&wide, false, &Arch { shared_bytes: 64 << 10, ..A10 }), "shared memory");
-    refused(decode::Plan::new(&Problem { keys: 1 << 28, ..p.clone() }, false, &H100), "268435456 keys");
-    refused(decode::Plan::new(&Problem { dtype: DType::F64, ..p.clone() }, false, &H100), "f64");
-    refused(decode::Plan::new(&Problem { queries: 17, ..p }, false, &H100), "17 queries");
+    assert!(decode::DecodePlan::new(&wide, false, &A10).unwrap().shared_bytes <= 98 << 10);
+    refused(decode::DecodePlan::new(&wide, false, &Arch { shared_bytes: 64 << 10, ..A10 }), "shared memory");
+    refused(decode::DecodePlan::new(&Problem { keys: 1 << 28, ..p.clone() }, false, &H100), "268435456 keys");
+    refused(decode::DecodePlan::new(&Problem { dtype: DType::F64, ..p.clone() }, false, &H100), "f64");
+    refused(decode::DecodePlan::new(&Problem { queries: 17, ..p }, false, &H100), "17 queries");
 }
 
 #[test]

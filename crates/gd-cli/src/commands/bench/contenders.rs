@@ -7,8 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops;
 use gd_kernels::{
-    Estimator, KeptKeys, Mask, Precision, QuantizedKeys, Rescored, Scan, Score, Select, scan, scan_select,
-    select,
+    Estimator, Int8Keys, KeyCache, Mask, Precision, Rescored, Scan, Score, Select, scan, scan_select, select,
 };
 use gd_layer::norm_prior;
 use rand::SeedableRng;
@@ -248,7 +247,7 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
     let mask = if x.pass == Pass::Decode { Mask::none() } else { Mask::causal(0) };
     // On the CPU a native decode step uses no cached data besides the keys.
     let caches = x.pass == Pass::Decode && !(precision == Precision::Native && x.k.device().is_cpu());
-    let cache = caches.then(|| KeptKeys::new(&x.k, Score::Energy, precision)).transpose()?;
+    let cache = caches.then(|| KeyCache::new(&x.k, Score::Energy, precision)).transpose()?;
     // On a GPU the fused operator has its own kernel. It is the only one that decodes with 8-bit keys, and it does not
     // report the number of rescored pairs.
     let native = precision == Precision::Native;
@@ -256,7 +255,7 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
     runner(x, move |q, k, v| {
         let args = Scan { precision, ..Scan::new(&beta, &mask, candidates) };
         let args = match &cache {
-            Some(cache) => cache.scan(args),
+            Some(cache) => args.with_cached(cache),
             None => args,
         };
         let (selected, rescored) = match fused {
@@ -275,7 +274,7 @@ fn selection_by(x: &Inputs, candidates: usize, precision: Precision, estimator: 
 /// computed in every step.
 fn by_dot_product(x: &Inputs, cache_prior: bool) -> Result<Runner> {
     let beta = Tensor::ones(x.shape.heads, DType::F32, x.q.device())?;
-    let (mask, keys) = (Mask::none(), QuantizedKeys::new(&x.k, Score::Energy)?);
+    let (mask, keys) = (Mask::none(), Int8Keys::new(&x.k, Score::Energy)?);
     let cached_prior = cache_prior.then(|| norm_prior(&x.k, &beta, None)).transpose()?;
     runner(x, move |q, k, v| {
         let prior = match &cached_prior {
@@ -285,7 +284,7 @@ fn by_dot_product(x: &Inputs, cache_prior: bool) -> Result<Runner> {
         let args = Scan {
             prior: Some(&prior),
             precision: Precision::Certified,
-            quantized: Some(&keys),
+            cached: Some((&keys).into()),
             ..Scan::new(&beta, &mask, 8)
         };
         let candidates = scan(q, k, &args)?;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use candle_core::Tensor;
-use gd_kernels::Plan;
+use gd_kernels::ScanPlan;
 use gd_model::io::safetensors::{self, Tensors};
 use serde_json::{Map, Value, json};
 
@@ -15,7 +15,7 @@ use crate::context::Context;
 pub(super) fn finish(
     operator: &str,
     path: &Path,
-    plan: &Plan,
+    plan: &ScanPlan,
     out: &Tensors,
     selected: &Tensor,
     ctx: &Context,

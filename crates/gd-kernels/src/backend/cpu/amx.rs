@@ -1,8 +1,7 @@
-//! Products of 8-bit integers by AMX: tiles of 16 queries by 64 bytes against 64 bytes by 16 keys.
+//! Products of 8-bit integers with AMX: tiles of 16 queries by 64 bytes times 64 bytes by 16 keys.
 //!
-//! Tiles 0 to 3 hold the sums of 32 queries with 32 keys, 4 and 5 queries, 6 and 7 keys. The
-//! intrinsics are not stable in Rust, so the instructions stand in inline assembly; the compiler uses
-//! no tile itself.
+//! Tiles 0 to 3 hold the sums of 32 queries and 32 keys, tiles 4 and 5 queries, tiles 6 and 7 keys. The intrinsics are not
+//! stable in Rust, so this uses inline assembly. The compiler itself uses no tiles.
 #![allow(unsafe_code)]
 
 use std::arch::asm;
@@ -24,23 +23,23 @@ pub(crate) struct Sums(pub(crate) [[i32; KEYS]; STRIP]);
 /// Whether this process may use AMX.
 pub(crate) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| found() && permitted())
+    *AVAILABLE.get_or_init(|| supported() && permitted())
 }
 
-/// Whether processor and system have tiles and their integer products.
-fn found() -> bool {
+/// Whether the processor and the operating system support tiles and their integer products.
+fn supported() -> bool {
     /// Bits of CPUID leaf 7, EDX.
     const TILE_AND_INT8: u32 = 1 << 24 | 1 << 25;
     std::arch::is_x86_feature_detected!("avx512vnni")
         && std::arch::x86_64::__cpuid_count(7, 0).edx & TILE_AND_INT8 == TILE_AND_INT8
 }
 
-/// Linux lends the tile registers on request only, since they make a thread's state larger by 8 KiB.
+/// Linux gives access to the tile registers on request only, because they add 8 KiB to the state of a thread.
 #[cfg(target_os = "linux")]
 fn permitted() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_long = 18;
-    // SAFETY: the call takes two numbers and touches no memory; it fails where it is not known.
+    // SAFETY: the call takes two numbers and accesses no memory; it returns an error where it is not implemented.
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
 
@@ -51,27 +50,27 @@ fn permitted() -> bool {
 
 /// The queries of a block as tiles.
 pub(crate) struct Tiled {
-    /// `[rows, a multiple of STRIP][chunks][deep][STEP]`. The last chunk ends with the last step; what
-    /// it has in common with the chunk before is 0 in it.
+    /// `[rows, a multiple of STRIP][chunks][deep][STEP]`. The last chunk ends with the last step; steps that it shares with
+    /// the chunk before are 0 in it.
     values: Vec<i8>,
     steps: usize,
     chunks: usize,
     /// Steps of a chunk.
     deep: usize,
-    _lent: Lent,
+    _tiles: TileConfig,
 }
 
 impl Tiled {
-    /// Room for `rows` queries of `steps` steps; lends the tiles to this thread.
+    /// Zeros for `rows` queries of `steps` steps; configures the tiles of this thread.
     pub(crate) fn new(rows: usize, steps: usize) -> Self {
         let chunks = steps.div_ceil(DEEP);
         let deep = steps.div_ceil(chunks);
         let values = vec![0; rows.next_multiple_of(STRIP) * chunks * deep * STEP];
-        Self { values, steps, chunks, deep, _lent: Lent::new(deep) }
+        Self { values, steps, chunks, deep, _tiles: TileConfig::new(deep) }
     }
 
-    /// Enters query `r`.
-    pub(crate) fn enter(&mut self, r: usize, query: &[i8]) {
+    /// Sets query `r`.
+    pub(crate) fn set_row(&mut self, r: usize, query: &[i8]) {
         let Self { steps, chunks, deep, .. } = *self;
         let row = &mut self.values[r * chunks * deep * STEP..][..chunks * deep * STEP];
         let whole = (chunks - 1) * deep * STEP;
@@ -133,13 +132,13 @@ impl Tiled {
     }
 }
 
-/// The tiles of this thread, configured until this is dropped; it stays in its thread.
-struct Lent(PhantomData<*const ()>);
+/// The tile configuration of this thread, released when dropped. It is not `Send`.
+struct TileConfig(PhantomData<*const ()>);
 
-impl Lent {
+impl TileConfig {
     fn new(deep: usize) -> Self {
-        assert!(available(), "tiles are lent where the system permits them");
-        // Palette, first row, 14 bytes reserved, bytes a row of 16 tiles, rows of 16 tiles.
+        assert!(available(), "AMX is available and permitted");
+        // Palette, start row, 14 reserved bytes, bytes per row of 16 tiles, rows of 16 tiles.
         let mut config = [0u8; 64];
         config[0] = 1;
         for tile in 0..8 {
@@ -151,13 +150,13 @@ impl Lent {
             config[16 + 2 * tile] = bytes as u8;
             config[48 + tile] = rows as u8;
         }
-        // SAFETY: AMX is available, and the configuration keeps the limits of palette 1.
+        // SAFETY: AMX is available, and the configuration is within the limits of palette 1.
         unsafe { asm!("ldtilecfg [{}]", in(reg) config.as_ptr(), options(nostack, readonly)) };
         Self(PhantomData)
     }
 }
 
-impl Drop for Lent {
+impl Drop for TileConfig {
     fn drop(&mut self) {
         // SAFETY: as in `new`.
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
@@ -171,7 +170,7 @@ mod tests {
     #[test]
     fn sums_are_exact_for_every_number_of_steps() {
         if !available() {
-            eprintln!("no AMX on this machine; its tile code is not run");
+            eprintln!("no AMX on this machine; the tile code is not run");
             return;
         }
         for steps in 1..=70 {
@@ -179,7 +178,7 @@ mod tests {
             let query = |r: usize| (0..steps * STEP).map(move |x| ((r * 31 + x * 7) % 255) as u8 as i8);
             let key = |w: usize, x: usize| ((w * 13 + x * 29 + 5) % 256) as u8;
             for r in 0..33 {
-                tiled.enter(r, &query(r).collect::<Vec<_>>());
+                tiled.set_row(r, &query(r).collect::<Vec<_>>());
             }
             let at = |p: usize| (p / STEP % KEYS, p / (KEYS * STEP) * STEP + p % STEP);
             let panel: Vec<u8> = (0..steps * KEYS * STEP).map(|p| key(at(p).0, at(p).1)).collect();

@@ -1,7 +1,7 @@
-//! Asking for memory before it is read.
+//! Software prefetches.
 #![allow(unsafe_code)]
 
-/// Asks for a row that will be read soon, where the processor takes such hints.
+/// Prefetches a row into the cache, on x86-64.
 #[inline(always)]
 pub(crate) fn prefetch<T>(row: &[T]) {
     for byte in (0..size_of_val(row)).step_by(64) {
@@ -9,12 +9,12 @@ pub(crate) fn prefetch<T>(row: &[T]) {
     }
 }
 
-/// Asks for the cache line at an address, which may be any.
+/// Prefetches the cache line at any address.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
 pub(crate) fn prefetch_line(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing that the program sees, and no address makes it fail.
+    // SAFETY: a prefetch has no visible effect, and it does not fault for any address.
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T0>(at.cast());

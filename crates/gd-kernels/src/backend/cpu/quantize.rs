@@ -1,7 +1,7 @@
-//! Rows as 8-bit integers with what is known of their error.
+//! Quantisation of rows to 8-bit integers, with bounds of the error.
 //!
-//! `x = scale * Q + r` with `|Q_d| <= 127`, and stored upper bounds of `|r|` (the error) and of
-//! `max(|x|, |scale * Q|)` (the norm).
+//! `x = scale * Q + r` with `|Q_d| <= 127`. Stored are upper bounds of `|r|` (the error) and of `max(|x|, |scale * Q|)`
+//! (the norm).
 
 use crate::backend::cpu::element::{Element, Real, sum1, sum2};
 
@@ -10,32 +10,32 @@ pub(crate) const KEYS: usize = 32;
 /// Products that one instruction adds up.
 pub(crate) const STEP: usize = 4;
 
-/// Magnitudes outside of which a row is not quantised: between them no product, square or sum of a
-/// bound leaves the range of f32.
-const SAFE: std::ops::Range<f32> = 1e-12..1e15;
+/// Rows with a greatest magnitude outside this range are not quantised: within it no product, square or sum of a bound
+/// leaves the range of f32.
+const QUANTIZABLE_MAGNITUDES: std::ops::Range<f32> = 1e-12..1e15;
 
-/// What makes up for rounding in the bounds themselves.
-const ROUND_UP: f32 = 1.0 + 1e-4;
+/// Factor that covers the rounding of the bounds themselves.
+const BOUND_SAFETY_FACTOR: f32 = 1.0 + 1e-4;
 
-/// 1.5 * 2^23: added to a small number it leaves no bits for a fraction.
-const ROUND: f32 = 12_582_912.0;
+/// 1.5 * 2^23: adding it to a small number rounds the number to an integer.
+const ROUND_TO_INTEGER: f32 = 12_582_912.0;
 
-/// What a quantised row carries beside its integers.
+/// Scale and error bounds of a quantised row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Scale {
     pub(crate) scale: f32,
-    /// At least the norm of what the integers leave out; +inf for a row that is not quantised.
+    /// Upper bound of the norm of the quantisation error; +inf for a row that is not quantised.
     pub(crate) error: f32,
-    /// At least the norm of the row, and of its quantised form.
+    /// Upper bound of the norms of the row and of its quantised form.
     pub(crate) norm: f32,
 }
 
-/// Quantises a row; one that holds NaN, infinities or magnitudes beyond [`SAFE`] becomes zeros with
+/// Quantises a row; one that holds NaN, infinities or magnitudes outside [`QUANTIZABLE_MAGNITUDES`] becomes zeros with
 /// infinite error.
 #[inline(always)]
 pub(crate) fn quantize<T: Element>(row: &[T], out: &mut [i8]) -> Scale {
     let up = |x: T| x.up().wide() as f32;
-    // Without their sign, numbers are ordered as their bits are, NaN above infinity.
+    // Without the sign bit, the bits of floats are ordered as the floats, with NaN above infinity.
     let bits = |x: T| up(x).to_bits() & 0x7fff_ffff;
     let most = row.iter().fold(0, |most, &x| bits(x).max(most));
     let (most, finite) = (f32::from_bits(most), most < f32::INFINITY.to_bits());
@@ -43,22 +43,22 @@ pub(crate) fn quantize<T: Element>(row: &[T], out: &mut [i8]) -> Scale {
         out.fill(0);
         return Scale { scale: 0.0, error: 0.0, norm: 0.0 };
     }
-    if !finite || !SAFE.contains(&most) {
+    if !finite || !QUANTIZABLE_MAGNITUDES.contains(&most) {
         out.fill(0);
         return Scale { scale: 0.0, error: f32::INFINITY, norm: f32::INFINITY };
     }
     let (scale, inverse) = (most / 127.0, 127.0 / most);
     for (o, &x) in out.iter_mut().zip(row) {
-        // The sum's mantissa ends in the nearest integer, whose last byte is Q: at most 127, since
-        // neither the inverse nor the product is off by half a unit.
-        *o = (up(x) * inverse + ROUND).to_bits() as i8;
+        // The mantissa of the sum ends with the nearest integer, whose last byte is Q. |Q| is at most 127, because the
+        // errors of the inverse and of the product are below half a unit.
+        *o = (up(x) * inverse + ROUND_TO_INTEGER).to_bits() as i8;
     }
     let square = sum1(
         row,
         #[inline(always)]
         |x| up(x) * up(x),
     );
-    let left: f32 = sum2(
+    let error2: f32 = sum2(
         row,
         out,
         #[inline(always)]
@@ -67,8 +67,8 @@ pub(crate) fn quantize<T: Element>(row: &[T], out: &mut [i8]) -> Scale {
             r * r
         },
     );
-    let error = left.sqrt() * ROUND_UP;
-    Scale { scale, error, norm: square.sqrt() * ROUND_UP + error }
+    let error = error2.sqrt() * BOUND_SAFETY_FACTOR;
+    Scale { scale, error, norm: square.sqrt() * BOUND_SAFETY_FACTOR + error }
 }
 
 #[cfg(test)]

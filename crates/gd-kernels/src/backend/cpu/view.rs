@@ -51,19 +51,6 @@ pub(crate) fn with_view<T: Element, R>(t: &Tensor, f: impl FnOnce(View<'_, T>) -
     f(View::new(cpu(&guard)?, layout)?)
 }
 
-/// The elements of a contiguous tensor.
-pub(crate) fn flat<'a, T: candle_core::WithDType>(
-    storage: &'a CpuStorage,
-    layout: &Layout,
-) -> Result<&'a [T]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
-        None => {
-            Err(Error::Invalid(format!("a contiguous tensor is expected, not strides {:?}", layout.stride())))
-        }
-    }
-}
-
 /// The CPU elements behind a tensor's storage guard.
 pub fn cpu_slice<T: Element>(storage: &Storage) -> candle_core::Result<&[T]> {
     match storage {

@@ -10,7 +10,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Shape, Storage, StorageRef, Te
 use half::{bf16, f16};
 
 use crate::backend::cuda::failed;
-use crate::backend::gpu::tensors::check_room;
+use crate::backend::gpu::tensors::check_capacity;
 use crate::error::{Error, Result};
 
 /// Memory of a CUDA device.
@@ -44,7 +44,9 @@ impl Buffer {
 
     pub(super) fn download(&self, stream: &Arc<CudaStream>, offset: usize, bytes: usize) -> Result<Vec<u8>> {
         let Self::Owned(slice) = self else {
-            return Err(Error::Invalid("only buffers of an operator's own are copied to the host".into()));
+            return Err(Error::Invalid(
+                "only buffers that an operator allocated are copied to the host".into(),
+            ));
         };
         let part = offset.checked_add(bytes).and_then(|end| slice.try_slice(offset..end));
         let part = part.ok_or_else(|| {
@@ -59,9 +61,9 @@ impl Buffer {
     /// The buffer, which holds the elements of `shape` from its start, as storage for a tensor.
     pub(crate) fn into_storage(self, device: &CudaDevice, dtype: DType, shape: &Shape) -> Result<Storage> {
         let Self::Owned(slice) = self else {
-            return Err(Error::Invalid("a tensor's buffer becomes no other tensor".into()));
+            return Err(Error::Invalid("the buffer of a tensor cannot become another tensor".into()));
         };
-        check_room(dtype, shape, slice.len())?;
+        check_capacity(dtype, shape, slice.len())?;
         let n = shape.elem_count();
         let storage = match dtype {
             DType::U8 => typed::<u8>(slice, n, device),

@@ -20,8 +20,8 @@ use crate::backend::gpu::tensors::{Reading, TensorGpu};
 use crate::backend::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
 use crate::error::{Error, Result};
 
-/// Dynamic shared memory that every kernel may have without asking.
-const SHARED: u32 = 48 << 10;
+/// Dynamic shared memory of a kernel that does not need a raised limit.
+const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 
 /// A CUDA device of candle's, for launches.
 pub struct Cuda {
@@ -43,16 +43,16 @@ impl Cuda {
     }
 }
 
-/// Opens GPU `number`, for a program that makes no streams of its own: tensors do not keep the events that would
-/// order them between streams (two a tensor), and freed memory stays with the program.
+/// Opens GPU `number` for a program that creates no CUDA streams itself: tensors have no events that would order them
+/// between streams, and freed memory stays in the pool of the program.
 ///
 /// # Errors
-/// Says what is missing: a driver, a GPU, or one of this number.
-#[allow(unsafe_code)] // see there
+/// No driver, no GPU, or none of this number.
+#[allow(unsafe_code)] // turns the events off
 pub fn open(number: usize) -> Result<Device> {
-    let found = count()?;
-    if number >= found {
-        return Err(Error::Device(format!("this machine has {found} CUDA devices, from 0 on")));
+    let devices = count()?;
+    if number >= devices {
+        return Err(Error::Device(format!("this machine has {devices} CUDA devices, numbered from 0")));
     }
     let device = Device::new_cuda(number)?;
     // SAFETY: candle's device has one stream, and all work here is enqueued there.
@@ -62,8 +62,8 @@ pub fn open(number: usize) -> Result<Device> {
     Ok(device)
 }
 
-/// Has freed memory stay with this program. By default the driver takes back, whenever the host waits for the
-/// device, all that is free at that moment, and the next step of a training would ask for it again.
+/// Keeps freed memory in the pool of this program. By default the driver releases the free memory whenever the host
+/// synchronises with the device, and the next training step would allocate it again.
 #[allow(unsafe_code)] // calls of the driver
 fn keep_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
     if !context.has_async_alloc() {
@@ -78,17 +78,17 @@ fn keep_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
     }
 }
 
-/// GPUs of this machine; at least one.
+/// The number of GPUs of this machine, at least 1.
 ///
 /// # Errors
-/// Says what is missing.
+/// No driver or no GPU.
 pub fn count() -> Result<usize> {
     use sys::cudaError_enum::{CUDA_ERROR_NO_DEVICE, CUDA_ERROR_STUB_LIBRARY};
     let number = result::init().and_then(|()| CudaContext::device_count());
     match number {
         Ok(n) if n > 0 => Ok(n.unsigned_abs() as usize),
         Ok(_) | Err(DriverError(CUDA_ERROR_NO_DEVICE)) => {
-            Err(Error::Device("this machine has no NVIDIA GPU that its driver sees".into()))
+            Err(Error::Device("this machine has no NVIDIA GPU that its driver detects".into()))
         }
         Err(DriverError(CUDA_ERROR_STUB_LIBRARY)) => Err(Error::Device(
             "this machine has no NVIDIA driver: libcuda.so.1 is the stub for linking".into(),
@@ -97,7 +97,7 @@ pub fn count() -> Result<usize> {
     }
 }
 
-/// What a GPU is.
+/// The properties of a GPU.
 #[derive(Debug, Clone)]
 pub struct Description {
     /// Its name.
@@ -106,11 +106,11 @@ pub struct Description {
     pub compute_capability: (i32, i32),
     /// Memory, in bytes.
     pub memory: usize,
-    /// Memory that nobody uses, in bytes.
+    /// Free memory, in bytes.
     pub free: usize,
 }
 
-/// What the GPU behind a device is.
+/// The properties of the GPU behind a device.
 ///
 /// # Errors
 /// A device that is no CUDA device, or one that does not answer.
@@ -125,7 +125,7 @@ pub fn describe(device: &Device) -> Result<Description> {
     read().map_err(|e| failed("the device does not answer", e))
 }
 
-/// A driver's error after what was tried.
+/// A driver error with the action that failed.
 fn failed(what: impl std::fmt::Display, e: DriverError) -> Error {
     Error::Device(format!("{what}: {e}"))
 }
@@ -206,7 +206,7 @@ impl TensorGpu for Cuda {
         Ok(Box::new(move || {
             let numbers = host.as_slice().map(<[f32]>::to_vec);
             let numbers = numbers.map_err(|e| failed(format!("a copy of {count} numbers to the host"), e))?;
-            loaded.keep(host);
+            loaded.reuse(host);
             Ok(numbers)
         }))
     }
@@ -216,7 +216,7 @@ impl Cuda {
     fn start(&self, map: Option<&TensorMap<'_, Buffer>>, launch: &Launch<'_, Buffer>) -> Result<()> {
         let refused = |e| failed(format!("CUDA refused the launch of {launch}"), e);
         let kernel = self.loaded.kernel(launch.kernel)?;
-        if launch.shared_bytes > SHARED {
+        if launch.shared_bytes > DEFAULT_SHARED_BYTES {
             kernel.allow_shared(launch.shared_bytes).map_err(refused)?;
         }
         // Every buffer stays locked until the launch is enqueued; memory is freed in the order of the stream.

@@ -13,7 +13,7 @@ use crate::backend::cuda::{failed, limits};
 use crate::backend::gpu::{Arch, Kernel};
 use crate::error::{Error, Result};
 
-/// What the build script compiled.
+/// The modules that the build script compiled.
 mod compiled {
     include!(concat!(env!("OUT_DIR"), "/cuda_modules.rs"));
 }
@@ -27,17 +27,17 @@ pub fn kernel_hash() -> &'static str {
 pub(super) struct Loaded {
     context: Arc<CudaContext>,
     arch: Arch,
-    /// One for each source, loaded when its first kernel is asked for.
+    /// One per source, loaded with its first kernel.
     modules: Vec<OnceLock<Arc<CudaModule>>>,
     kernels: RwLock<HashMap<Kernel, Arc<Function>>>,
-    /// Host memory for copies that the device makes while the host goes on.
+    /// Unused page-locked host memory for asynchronous copies.
     pinned: Mutex<Vec<PinnedHostSlice<f32>>>,
 }
 
 /// A kernel in a context.
 pub(super) struct Function {
     function: CudaFunction,
-    /// Dynamic shared memory that it has been allowed.
+    /// Dynamic shared memory, in bytes, that it may use.
     shared: AtomicU32,
 }
 
@@ -46,7 +46,7 @@ impl Function {
         self.function.cu_function()
     }
 
-    /// Lets it have more dynamic shared memory than is usual.
+    /// Raises the limit of its dynamic shared memory.
     pub(super) fn allow_shared(&self, bytes: u32) -> std::result::Result<(), DriverError> {
         if self.shared.load(Ordering::Acquire) < bytes {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -62,8 +62,8 @@ impl Loaded {
     pub(super) fn of(context: &Arc<CudaContext>) -> Result<Arc<Self>> {
         static CONTEXTS: Mutex<Vec<Arc<Loaded>>> = Mutex::new(Vec::new());
         let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = contexts.iter().find(|l| l.context == *context) {
-            return Ok(known.clone());
+        if let Some(loaded) = contexts.iter().find(|l| l.context == *context) {
+            return Ok(loaded.clone());
         }
         let arch = limits(context).map_err(|e| failed("the limits of the CUDA device", e))?;
         let loaded = Arc::new(Self {
@@ -81,18 +81,19 @@ impl Loaded {
         self.arch
     }
 
-    /// Host memory for `count` numbers, which the device copies on its own: exactly as many, since cudarc copies as much
-    /// as there is room for. To take and to free it may wait for the device, so it comes back by [`Loaded::keep`].
+    /// Page-locked host memory for exactly `count` numbers, since cudarc fills the whole slice. Allocating and freeing it
+    /// may wait for the device, so it is returned with [`Loaded::reuse`].
     #[allow(unsafe_code)] // undefined contents, which a copy fills
     pub(super) fn pinned(&self, count: usize) -> std::result::Result<PinnedHostSlice<f32>, DriverError> {
-        let mut kept = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
-        match kept.iter().position(|one| one.len() == count) {
-            Some(at) => Ok(kept.swap_remove(at)),
+        let mut unused = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        match unused.iter().position(|one| one.len() == count) {
+            Some(at) => Ok(unused.swap_remove(at)),
             None => unsafe { self.context.alloc_pinned_with_flags(count, 0) },
         }
     }
 
-    pub(super) fn keep(&self, pinned: PinnedHostSlice<f32>) {
+    /// Returns memory of [`Loaded::pinned`] for reuse.
+    pub(super) fn reuse(&self, pinned: PinnedHostSlice<f32>) {
         self.pinned.lock().unwrap_or_else(PoisonError::into_inner).push(pinned);
     }
 

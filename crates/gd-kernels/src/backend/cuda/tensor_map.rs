@@ -1,4 +1,4 @@
-//! What the driver makes of a tensor for the copy engine.
+//! Encodes tensor maps for TMA with the driver.
 
 use candle_core::DType;
 use candle_core::cuda_backend::cudarc::driver::sys;
@@ -8,7 +8,7 @@ use crate::backend::gpu::TensorMap;
 use crate::backend::gpu::tensor_map::BOX_BYTES;
 use crate::error::Result;
 
-/// The map as a kernel takes it, of a tensor whose first element lies at `first`.
+/// The encoded map, a kernel argument, of a tensor whose first element is at address `first`.
 #[allow(unsafe_code)] // a call of the driver
 pub(super) fn encode(map: &TensorMap<'_, Buffer>, first: sys::CUdeviceptr) -> Result<sys::CUtensorMap> {
     use sys::CUtensorMapDataType as Type;

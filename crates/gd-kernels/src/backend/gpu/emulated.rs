@@ -1,9 +1,9 @@
-//! For tests alone: tensors of the CPU as those of a GPU, so that operators take the very path of a CUDA or Metal
-//! build, from the validation to the gradients.
+//! For tests: an emulated GPU whose tensors are those of the CPU, so that operators run the code of a CUDA or Metal build,
+//! from the validation to the gradients.
 //!
-//! The GPU is any [`Gpu`], such as the one of `gd-testing`, with a memory of its own: before a launch all that its
-//! buffers hold is copied there, and what the kernel has written is copied back. So every access beyond the
-//! memory of a tensor is found, and what a kernel leaves unwritten stays NaN.
+//! The GPU is any [`Gpu`] with its own memory, such as the emulator of `gd-testing`. Before a launch the contents of all
+//! buffers are copied there, and afterwards they are copied back. This detects every access outside of the memory of a
+//! tensor, and elements that a kernel does not write stay NaN.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +12,7 @@ use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, Tensor};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
-use crate::backend::gpu::tensors::{TensorGpu, check_room};
+use crate::backend::gpu::tensors::{TensorGpu, check_capacity};
 use crate::backend::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
 use crate::error::{Error, Result};
 
@@ -38,7 +38,7 @@ where
     run()
 }
 
-/// The kind of GPU that stands for the CPU on this thread, if one does.
+/// The architecture of the emulated GPU of this thread, if there is one.
 pub(crate) fn current() -> Option<Arch> {
     CURRENT.with_borrow(|current| current.as_ref().map(Gpu::arch))
 }
@@ -100,7 +100,7 @@ impl<G: Gpu + Send + Sync> Machine for G {
     }
 }
 
-/// The GPU that stands for the CPU.
+/// The GPU that is used in place of the CPU.
 #[derive(Clone)]
 pub(crate) struct Emulated(Arc<dyn Machine>);
 
@@ -215,7 +215,9 @@ impl Gpu for Emulated {
 
     fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
         if let Buffer::Tensor(_) = from.buffer {
-            return Err(Error::Invalid("only buffers of an operator's own are copied to the host".into()));
+            return Err(Error::Invalid(
+                "only buffers that an operator allocated are copied to the host".into(),
+            ));
         }
         let all = from.buffer.read()?;
         match all.get(from.offset..from.offset + bytes) {
@@ -236,13 +238,13 @@ impl Gpu for Emulated {
 impl Emulated {
     fn start(&self, map: Option<&TensorMap<'_, Buffer>>, launch: &Launch<'_, Buffer>) -> Result<()> {
         let slices = launch.buffers.iter().map(Option::as_ref).chain(map.map(|map| Some(&map.data)));
-        // One copy of what several buffers share.
+        // Memory that several buffers share is copied once.
         let (mut distinct, mut places) = (Vec::<(usize, &Buffer)>::new(), Vec::new());
         for slice in slices {
             places.push(slice.map(|slice| {
                 let address = slice.buffer.address();
-                let known = distinct.iter().position(|(at, _)| *at == address);
-                known.unwrap_or_else(|| {
+                let index = distinct.iter().position(|(at, _)| *at == address);
+                index.unwrap_or_else(|| {
                     distinct.push((address, slice.buffer));
                     distinct.len() - 1
                 })
@@ -263,16 +265,16 @@ impl Emulated {
 impl TensorGpu for Emulated {
     fn of(_: &Device) -> Result<Self> {
         CURRENT.with_borrow(|current| {
-            current.clone().ok_or_else(|| Error::Device("no GPU stands for the CPU on this thread".into()))
+            current.clone().ok_or_else(|| Error::Device("no emulated GPU is active on this thread".into()))
         })
     }
 
     fn storage(&self, buffer: Buffer, dtype: DType, shape: &Shape) -> Result<Storage> {
         let Buffer::Owned(bytes) = buffer else {
-            return Err(Error::Invalid("a tensor's buffer becomes no other tensor".into()));
+            return Err(Error::Invalid("the buffer of a tensor cannot become another tensor".into()));
         };
         let bytes = bytes.into_inner().unwrap_or_else(PoisonError::into_inner);
-        check_room(dtype, shape, bytes.len())?;
+        check_capacity(dtype, shape, bytes.len())?;
         fn typed<T: Pod>(bytes: &[u8]) -> Vec<T> {
             let mut all = vec![T::zeroed(); bytes.len() / size_of::<T>()];
             cast_slice_mut(&mut all).copy_from_slice(bytes);

@@ -1,4 +1,4 @@
-//! A mask as the kernels take it: numbers, and a table where batch entries differ.
+//! Masks as kernel parameters: numbers, and a table if batch entries differ.
 
 use bytemuck::cast_slice;
 
@@ -7,10 +7,10 @@ use crate::backend::gpu::params::{MaskParams, MaskTableCode};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 
-/// Beyond this an offset means "all" or "none" whatever the keys.
-const FAR: i64 = 1 << 30;
+/// Offsets are clamped to this magnitude, which exceeds every number of keys.
+const MAX_OFFSET: i64 = 1 << 30;
 
-/// The params of a mask over `keys` keys for `queries` queries, and its table (empty if there is none).
+/// The parameters of a mask over `keys` keys for `queries` queries, and its table, which may be empty.
 ///
 /// # Errors
 /// More than 2^30 queries or keys.
@@ -20,12 +20,12 @@ pub(crate) fn params(
     queries: usize,
     keys: usize,
 ) -> Result<(MaskParams, Vec<i32>)> {
-    if queries.max(keys) as i64 >= FAR {
+    if queries.max(keys) as i64 >= MAX_OFFSET {
         return Err(Error::Unsupported(format!(
-            "a mask over {queries} queries and {keys} keys; fewer than {FAR} are"
+            "a mask over {queries} queries and {keys} keys; fewer than {MAX_OFFSET} are supported"
         )));
     }
-    let offset = |b: usize| mask.offset(b).clamp(-FAR, FAR) as i32;
+    let offset = |b: usize| mask.offset(b).clamp(-MAX_OFFSET, MAX_OFFSET) as i32;
     let length = |b: usize| match mask.lengths() {
         Some([n]) => *n as i32,
         Some(lengths) => lengths[b] as i32,
@@ -36,8 +36,8 @@ pub(crate) fn params(
         table.extend((0..batch).map(offset));
         table.extend((0..batch).map(length));
     }
-    if let Some(lists) = mask.boundaries() {
-        let list = |b: usize| &lists[if lists.len() == 1 { 0 } else { b }];
+    if let Some(boundaries) = mask.boundaries() {
+        let list = |b: usize| &boundaries[if boundaries.len() == 1 { 0 } else { b }];
         let mut first = 0;
         for b in 0..batch {
             table.push(first);
@@ -55,7 +55,7 @@ pub(crate) fn params(
     };
     let params = MaskParams {
         causal: u32::from(mask.is_causal()),
-        window: mask.window_len().map_or(0, |w| w.min(FAR as usize) as u32),
+        window: mask.window_len().map_or(0, |w| w.min(MAX_OFFSET as usize) as u32),
         offset: offset(0),
         length: length(0),
         table: code as u32,
@@ -65,7 +65,7 @@ pub(crate) fn params(
     Ok((params, table))
 }
 
-/// As [`params`], with the table, if there is one, on the GPU.
+/// As [`params`], with the table on the GPU.
 pub(crate) fn upload<G: Gpu>(
     gpu: &G,
     mask: &Mask,

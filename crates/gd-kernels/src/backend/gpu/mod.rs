@@ -1,9 +1,9 @@
-//! The operators on a GPU, whichever it is: problem -> plan -> launches, over buffers and strides.
+//! The interface to GPUs: memory, and kernel launches over buffers and strides.
 //!
-//! [`Gpu`] is all that an operator needs of a device. CUDA through cudarc, Metal, and the emulator
-//! that executes the kernel sources on the host implement it, so that one launch code drives them all.
-//! No function here waits for the device; buffers that a function allocates for itself are dropped
-//! after the launch that reads them, so freeing must be ordered like launches.
+//! Operators use a device through [`Gpu`]. CUDA, Metal, and the emulator that executes the kernel sources on the host
+//! implement it, so that the same launch code runs on all of them. No function here waits for the device. Buffers that
+//! an operator allocates are dropped after the launch that reads them, so memory must be freed in the order of the
+//! launches.
 
 mod codes;
 #[cfg(feature = "emulate")]
@@ -57,7 +57,7 @@ impl Arch {
 
 /// A GPU: memory, and launches in the order of the calls.
 pub trait Gpu {
-    /// A part of its memory, at least 16-byte aligned, freed when dropped.
+    /// A part of its memory, aligned to at least 16 bytes, freed when dropped.
     type Buffer;
 
     /// Its limits.
@@ -99,16 +99,16 @@ pub trait Gpu {
     /// An unknown kernel, or a launch that the device refuses; names kernel, grid and block.
     fn launch(&self, launch: &Launch<'_, Self::Buffer>) -> Result<()>;
 
-    /// The same for a kernel that has the copy engine load a tensor: its map comes after the params.
+    /// The same for a kernel that loads a tensor with TMA: its map comes after the params.
     ///
     /// # Errors
-    /// As [`Gpu::launch`]; a device without a copy engine refuses.
+    /// As [`Gpu::launch`]; a device without TMA refuses.
     fn launch_mapped(
         &self,
         map: &TensorMap<'_, Self::Buffer>,
         launch: &Launch<'_, Self::Buffer>,
     ) -> Result<()> {
-        Err(Error::Unsupported(format!("{launch}: {map} on a device without a copy engine")))
+        Err(Error::Unsupported(format!("{launch}: {map} on a device without TMA")))
     }
 }
 
@@ -168,7 +168,7 @@ impl<'a, B> Tensor4<'a, B> {
     }
 
     /// Whether every row starts at a multiple of 16 bytes.
-    pub(crate) fn aligned(&self, dtype: DType, dims: [usize; 4]) -> bool {
+    pub(crate) fn is_aligned(&self, dtype: DType, dims: [usize; 4]) -> bool {
         let bytes = dtype.size_in_bytes();
         let strides = self.strides.iter().zip(dims).all(|(s, n)| n <= 1 || (s * bytes).is_multiple_of(16));
         strides && self.data.offset.is_multiple_of(16) && (dims[3] * bytes).is_multiple_of(16)
@@ -329,3 +329,11 @@ impl<B> Prior<'_, B> {
         prior.map_or([0, 0], |p| p.dims.map(|n| n as u32))
     }
 }
+
+impl<B> Clone for Prior<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for Prior<'_, B> {}

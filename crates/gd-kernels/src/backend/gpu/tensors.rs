@@ -1,7 +1,7 @@
-//! The operators over tensors of a GPU: operands in, launches of [`crate::backend::gpu`], results back into candle's graph.
+//! Operators on tensors of a GPU: the buffers of their operands, and results as tensors or as nodes of candle's graph.
 //!
-//! One code for every backend: [`TensorGpu`] is all that it needs besides [`Gpu`]. Nothing is copied to the
-//! host, unless a scan is checked.
+//! The code is the same for every kind of GPU: it needs [`TensorGpu`] besides [`Gpu`]. Nothing is copied to the host,
+//! except by a scan in checked mode.
 
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Shape, Storage, Tensor};
@@ -10,7 +10,7 @@ use crate::backend::gpu::{Gpu, RowSizes, Slice, Tensor4};
 use crate::backend::graph::{Finished, with_contiguous_rows};
 use crate::error::{Error, Result};
 
-/// A GPU of candle's, whose buffers are the memory of tensors or become it.
+/// A GPU of candle: the memory of tensors can be used as its buffers, and its buffers can become tensors.
 pub(crate) trait TensorGpu:
     Gpu<Buffer: From<Tensor> + Send + Sync + 'static> + Sized + Send + Sync + 'static
 {
@@ -20,10 +20,10 @@ pub(crate) trait TensorGpu:
     /// A device of another kind, or one whose limits cannot be read.
     fn of(device: &Device) -> Result<Self>;
 
-    /// A buffer that was filled with the elements of `shape` from its start, as storage for a tensor.
+    /// Turns a buffer with the elements of `shape` at its start into the storage of a tensor.
     ///
     /// # Errors
-    /// A buffer that is too small or not the operator's own, or a dtype that no operator returns.
+    /// A buffer that is too small or that belongs to a tensor, or a dtype that no operator returns.
     fn storage(&self, buffer: Self::Buffer, dtype: DType, shape: &Shape) -> Result<Storage>;
 
     /// Begins to copy a few numbers, f32, to the host. Where the device can, what is returned waits for that copy
@@ -49,7 +49,7 @@ pub(crate) trait TensorGpu:
         Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
     }
 
-    /// Room for the gradients of tensors, contiguous in their own dtypes.
+    /// Allocates contiguous buffers for the gradients of tensors, in their dtypes.
     fn gradients<const N: usize>(&self, of: [&Tensor; N]) -> Result<[Self::Buffer; N]> {
         let mut all = Vec::with_capacity(N);
         for t in of {
@@ -58,7 +58,7 @@ pub(crate) trait TensorGpu:
         all.try_into().map_err(|_| Error::Invalid("as many buffers as tensors".into()))
     }
 
-    /// Those gradients as tensors.
+    /// Turns those buffers into tensors.
     fn tensors<const N: usize>(
         &self,
         of: [&Tensor; N],
@@ -75,15 +75,15 @@ pub(crate) trait TensorGpu:
 /// Waits for a copy to the host, and returns it.
 pub(crate) type Reading = Box<dyn FnOnce() -> Result<Vec<f32>> + Send>;
 
-/// Refuses a result of `shape` in a buffer of `bytes` bytes.
-pub(crate) fn check_room(dtype: DType, shape: &Shape, bytes: usize) -> Result<()> {
+/// Checks that a result of `shape` fits a buffer of `bytes` bytes.
+pub(crate) fn check_capacity(dtype: DType, shape: &Shape, bytes: usize) -> Result<()> {
     if bytes < shape.elem_count() * dtype.size_in_bytes() {
         return Err(Error::Invalid(format!("{shape:?} {dtype:?} in a buffer of {bytes} bytes")));
     }
     Ok(())
 }
 
-/// A tensor `[batch, heads, rows, dim]` as the kernels read it.
+/// A tensor `[batch, heads, rows, dim]` as kernels read it.
 pub(crate) struct Rows<B> {
     buffer: B,
     offset: usize,
@@ -92,7 +92,7 @@ pub(crate) struct Rows<B> {
 }
 
 impl<B: From<Tensor>> Rows<B> {
-    /// A tensor of rank 4; one whose last dimension is strided is copied.
+    /// The buffer of a tensor of rank 4, which is copied if its last dimension is strided.
     pub(crate) fn new(t: &Tensor) -> Result<Self> {
         let t = with_contiguous_rows(&t.detach())?;
         let (_, _, _, dim) = t.dims4()?;
@@ -118,10 +118,10 @@ pub(crate) struct Vector<B> {
 }
 
 impl<B: From<Tensor>> Vector<B> {
-    /// A tensor in `dtype`; copied where it is in another one, or not contiguous.
+    /// The buffer of a tensor in `dtype`, which is copied if it is of another dtype or not contiguous.
     pub(crate) fn new(t: &Tensor, dtype: DType) -> Result<Self> {
         let t = t.detach().to_dtype(dtype)?;
-        // candle has no kernel there that copies strided i32.
+        // candle has no GPU kernel that copies strided i32.
         let t = match dtype == DType::I32 && !t.is_contiguous() {
             true => t.to_device(&Device::Cpu)?.contiguous()?.to_device(t.device())?,
             false => t.contiguous()?,
@@ -129,13 +129,13 @@ impl<B: From<Tensor>> Vector<B> {
         Ok(Self::strided(t))
     }
 
-    /// A tensor as it lies; its strides are the caller's to know.
+    /// The buffer of a tensor with any strides, which the caller must know.
     pub(crate) fn strided(t: Tensor) -> Self {
         let offset = t.layout().start_offset() * t.dtype().size_in_bytes();
         Self { buffer: t.into(), offset }
     }
 
-    /// What an operator has allocated.
+    /// A buffer that the operator allocated.
     pub(crate) fn owned(buffer: B) -> Self {
         Self { buffer, offset: 0 }
     }

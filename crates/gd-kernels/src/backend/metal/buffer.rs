@@ -6,7 +6,7 @@ use candle_core::{DType, MetalDevice, MetalStorage, Shape, Storage, Tensor};
 use candle_metal_kernels::metal;
 
 use crate::backend::gpu::Slice;
-use crate::backend::gpu::tensors::check_room;
+use crate::backend::gpu::tensors::check_capacity;
 use crate::error::{Error, Result};
 
 /// Memory of an Apple GPU.
@@ -55,9 +55,9 @@ impl Buffer {
     /// The buffer, which holds the elements of `shape` from its start, as storage for a tensor.
     pub(super) fn into_storage(self, device: &MetalDevice, dtype: DType, shape: &Shape) -> Result<Storage> {
         let Self::Owned(buffer) = self else {
-            return Err(Error::Invalid("a tensor's buffer becomes no other tensor".into()));
+            return Err(Error::Invalid("the buffer of a tensor cannot become another tensor".into()));
         };
-        check_room(dtype, shape, buffer.length())?;
+        check_capacity(dtype, shape, buffer.length())?;
         Ok(Storage::Metal(MetalStorage::new(buffer, device.clone(), shape.elem_count(), dtype)))
     }
 }

@@ -69,22 +69,22 @@ impl Metal {
         let longest = metal.as_ref().maxBufferLength();
         if bytes > longest {
             return Err(Error::Device(format!(
-                "{:.1} MiB of GPU memory in one piece; {:.0} MiB are the most here",
+                "{:.1} MiB of GPU memory in one buffer; at most {:.0} MiB are supported",
                 mib(bytes),
                 mib(longest)
             )));
         }
-        // candle keeps what is freed for reuse, until the host waits.
-        let room = || {
+        // candle releases freed buffers when the host synchronises.
+        let fits = || {
             let taken = metal.current_allocated_size();
             (
                 taken.saturating_add(bytes.next_power_of_two()) <= metal.recommended_max_working_set_size(),
                 taken,
             )
         };
-        if !room().0 {
+        if !fits().0 {
             self.device.wait_until_completed()?;
-            if let (false, taken) = room() {
+            if let (false, taken) = fits() {
                 return Err(Error::Device(format!(
                     "{:.1} MiB of GPU memory; of {:.0} MiB that it should hold at a time {:.0} are taken",
                     mib(bytes),
@@ -102,7 +102,7 @@ impl Metal {
 /// Opens the system's GPU.
 ///
 /// # Errors
-/// Says what is missing: a GPU that Metal sees, or a recent one.
+/// No GPU that Metal supports, or one older than Apple family 7.
 pub fn open() -> Result<Device> {
     // candle takes the first of the list unseen.
     if metal::Device::all().is_empty() {
@@ -113,18 +113,18 @@ pub fn open() -> Result<Device> {
     Ok(device)
 }
 
-/// What a GPU is.
+/// The properties of a GPU.
 #[derive(Debug, Clone)]
 pub struct Description {
     /// Its name.
     pub name: String,
-    /// Memory that it should hold at a time, in bytes.
+    /// Recommended limit of the memory in use, in bytes.
     pub memory: usize,
-    /// What this program has taken of it, in bytes.
+    /// Memory that this program has allocated, in bytes.
     pub taken: usize,
 }
 
-/// What the GPU behind a device is.
+/// The properties of the GPU behind a device.
 ///
 /// # Errors
 /// A device that is no Metal device.
@@ -182,9 +182,9 @@ impl Gpu for Metal {
         let host = self.device.new_buffer_builder().with_size(length.max(ALIGNMENT)).build()?;
         self.device.blit_command_encoder()?.copy_from_buffer(&source, offset, &host, 0, length);
         self.device.flush_and_wait_current()?;
-        // Of the buffers before, which this one says nothing about.
+        // Waits for earlier command buffers too.
         self.device.wait_until_completed()?;
-        // SAFETY: the host can read this memory, which nobody else knows and the GPU has finished to write.
+        // SAFETY: the host can read this memory, which nobody else has and the GPU has finished writing.
         Ok(unsafe { std::slice::from_raw_parts(host.contents(), bytes) }.to_vec())
     }
 

@@ -17,7 +17,7 @@ use objc2_metal::{
 use crate::backend::gpu::Kernel;
 use crate::error::{Error, Result};
 
-/// What the build script embedded: the text of every source with its includes in place.
+/// The sources that the build script embedded, with their includes inlined.
 mod embedded {
     include!(concat!(env!("OUT_DIR"), "/metal_sources.rs"));
 }
@@ -37,7 +37,7 @@ type Library = Retained<ProtocolObject<dyn MTLLibrary>>;
 pub(super) struct Loaded {
     registry_id: u64,
     device: Device,
-    /// One for each source, compiled when one of its kernels is first launched.
+    /// One per source, compiled with the first launch of one of its kernels.
     libraries: Vec<OnceLock<Library>>,
     pipelines: RwLock<HashMap<(Kernel, ConstantValues), ComputePipeline>>,
 }
@@ -48,8 +48,8 @@ impl Loaded {
         static DEVICES: Mutex<Vec<Arc<Loaded>>> = Mutex::new(Vec::new());
         let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
         let registry_id = device.registry_id();
-        if let Some(known) = devices.iter().find(|l| l.registry_id == registry_id) {
-            return known.clone();
+        if let Some(loaded) = devices.iter().find(|l| l.registry_id == registry_id) {
+            return loaded.clone();
         }
         let loaded = Arc::new(Self {
             registry_id,
@@ -109,7 +109,7 @@ impl Loaded {
     }
 }
 
-/// Rounding as the sources say it: no fast-math, precise functions.
+/// Compile options without fast-math and with precise functions, so that rounding is as written.
 fn options() -> Retained<MTLCompileOptions> {
     let options = MTLCompileOptions::new();
     if available!(macos = 15, ios = 18) {

@@ -1,119 +1,116 @@
-//! Keys as 8-bit integers on a GPU, which grow as a cache does.
+//! 8-bit keys on a GPU, as tensors that grow with the cache.
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::backend::dispatch::on_gpu;
 use crate::backend::gpu::Tensor4;
 use crate::backend::gpu::tensors::{Rows, TensorGpu, Vector};
-use crate::cache::append_buffer::{Growing, Place, ends};
-use crate::cache::int8_keys::QuantizedKeys;
-use crate::cache::int8_keys::launch::{Quantized, Shape, quantize_at, room, width};
+use crate::cache::append_buffer::AppendBuffer;
+use crate::cache::int8_keys::Int8Keys;
+use crate::cache::int8_keys::launch::{Int8Slices, capacity, quantize_at, row_bytes};
+use crate::cache::key_shape::KeyShape;
+use crate::cache::position::{WritePosition, ends};
+use crate::cache::sequence_cache::SequenceCache;
 use crate::error::{Error, Result};
-use crate::ops::scan::problem::Problem;
 
-/// The keys of all heads.
+/// The quantised keys of all heads, one row per key.
 #[derive(Debug, Clone)]
-pub(crate) struct Codes {
-    shape: Shape,
-    /// u8 `[pieces, Hk, room, width]`.
-    codes: Growing,
-    /// f32 `[pieces, Hk, room, 4]`.
-    known: Growing,
+pub(crate) struct Int8Rows {
+    shape: KeyShape,
+    /// u8 `[sequences, Hk, capacity, row_bytes]`.
+    values: AppendBuffer,
+    /// Scale, error, norm and bias of every key, f32 `[sequences, Hk, capacity, 4]`.
+    bounds: AppendBuffer,
 }
 
-/// The memory as the kernels read it.
-pub(crate) struct Lent<B> {
-    codes: Vector<B>,
-    known: Vector<B>,
-    room: usize,
+/// The buffers of [`Int8Rows`] for the time of a launch.
+pub(crate) struct Int8Buffers<B> {
+    values: Vector<B>,
+    bounds: Vector<B>,
+    capacity: usize,
 }
 
-impl<B: From<Tensor>> Lent<B> {
-    pub(crate) fn slices(&self) -> Quantized<'_, B> {
-        Quantized { codes: self.codes.slice(), known: self.known.slice(), room: self.room }
+impl<B: From<Tensor>> Int8Buffers<B> {
+    pub(crate) fn slices(&self) -> Int8Slices<'_, B> {
+        Int8Slices { values: self.values.slice(), bounds: self.bounds.slice(), capacity: self.capacity }
     }
 }
 
-impl Codes {
-    /// No keys yet, and room for `keys`.
-    pub(crate) fn new(shape: Shape, keys: usize, device: &Device) -> Result<Self> {
-        let Shape { pieces, kv_heads, head_dim, .. } = shape;
-        let part = |dtype, row| Growing::new(&[pieces, kv_heads, room(keys), row], dtype, device);
-        Ok(Self { shape, codes: part(DType::U8, width(head_dim))?, known: part(DType::F32, 4)? })
+impl Int8Rows {
+    /// No keys yet, with memory for `keys` keys per sequence.
+    pub(crate) fn new(shape: KeyShape, keys: usize, device: &Device) -> Result<Self> {
+        let KeyShape { sequences, kv_heads, head_dim, .. } = shape;
+        let buffer =
+            |dtype, row| AppendBuffer::new(&[sequences, kv_heads, capacity(keys), row], dtype, device);
+        Ok(Self { shape, values: buffer(DType::U8, row_bytes(head_dim))?, bounds: buffer(DType::F32, 4)? })
     }
 
-    /// Keys of every piece.
+    /// Keys of every sequence.
     pub(crate) fn lengths(&self) -> &[usize] {
-        self.codes.lengths()
+        self.values.lengths()
     }
 
-    /// Writes k `[R, Hk, m, D]` to its places.
-    pub(crate) fn write(&mut self, k: &Tensor, at: &[Place]) -> Result<()> {
-        on_gpu!(k.device(), G => self.enter_at(&G::of(k.device())?, &Rows::new(k)?.tensor4(), k.dim(2)?, at));
+    /// Quantises k `[R, Hk, m, D]` at these positions, which have been checked.
+    pub(crate) fn write(&mut self, k: &Tensor, at: &[WritePosition]) -> Result<()> {
+        on_gpu!(k.device(), G => self.write_rows(&G::of(k.device())?, &Rows::new(k)?.tensor4(), k.dim(2)?, at));
         Err(Error::Invalid(format!("8-bit keys on a GPU cannot take keys on {:?}", k.device().location())))
     }
 
-    /// Appends k `[pieces, Hk, more, D]`.
-    pub(crate) fn enter<G: TensorGpu>(
+    fn write_rows<G: TensorGpu>(
         &mut self,
-        device: &G,
-        k: &Tensor4<'_, G::Buffer>,
-        more: usize,
-    ) -> Result<()> {
-        self.enter_at(device, k, more, &ends(self.lengths()))
-    }
-
-    /// Writes k `[R, Hk, keys, D]` to its places.
-    fn enter_at<G: TensorGpu>(
-        &mut self,
-        device: &G,
+        gpu: &G,
         k: &Tensor4<'_, G::Buffer>,
         keys: usize,
-        at: &[Place],
+        at: &[WritePosition],
     ) -> Result<()> {
-        self.codes.claim(at, keys)?;
-        self.known.claim(at, keys)?;
-        quantize_at(device, &self.shape, k, keys, at, &self.lent().slices())
+        self.values.reserve(at, keys)?;
+        self.bounds.reserve(at, keys)?;
+        quantize_at(gpu, &self.shape, k, keys, at, &self.buffers().slices())
     }
 
-    /// Some of the pieces.
-    pub(crate) fn select(&self, pieces: &[usize]) -> Result<Self> {
-        let shape = Shape { pieces: pieces.len(), ..self.shape };
-        Ok(Self { shape, codes: self.codes.select(pieces)?, known: self.known.select(pieces)? })
+    /// Some of the sequences.
+    pub(crate) fn select(&self, sequences: &[usize]) -> Result<Self> {
+        let shape = KeyShape { sequences: sequences.len(), ..self.shape };
+        Ok(Self { shape, values: self.values.select(sequences)?, bounds: self.bounds.select(sequences)? })
     }
 
-    /// The pieces of several for the same heads, dimension, dtype and score.
-    pub(crate) fn stack(all: &[&Self]) -> Result<Self> {
-        let part =
-            |of: fn(&Self) -> &Growing| Growing::stack(&all.iter().map(|one| of(one)).collect::<Vec<_>>());
-        let (codes, known) = (part(|one| &one.codes)?, part(|one| &one.known)?);
-        let Some(first) = all.first() else { return Err(Error::Invalid("no 8-bit keys to stack".into())) };
-        Ok(Self { shape: Shape { pieces: codes.lengths().len(), ..first.shape }, codes, known })
+    /// The sequences of several caches of the same heads, dimension, dtype and score.
+    pub(crate) fn stack(caches: &[&Self]) -> Result<Self> {
+        let Some(first) = caches.first() else {
+            return Err(Error::Invalid("no 8-bit keys to stack".into()));
+        };
+        let stack = |of: fn(&Self) -> &AppendBuffer| {
+            AppendBuffer::stack(&caches.iter().map(|cache| of(cache)).collect::<Vec<_>>())
+        };
+        let (values, bounds) = (stack(|cache| &cache.values)?, stack(|cache| &cache.bounds)?);
+        let shape = KeyShape { sequences: values.lengths().len(), ..first.shape };
+        Ok(Self { shape, values, bounds })
     }
 
-    /// As the kernels read them.
-    pub(crate) fn lent<B: From<Tensor>>(&self) -> Lent<B> {
-        let whole = |t: &Growing| Vector::strided(t.buffer().clone());
-        Lent { codes: whole(&self.codes), known: whole(&self.known), room: self.codes.room() }
+    /// The buffers that kernels read.
+    pub(crate) fn buffers<B: From<Tensor>>(&self) -> Int8Buffers<B> {
+        let whole = |t: &AppendBuffer| Vector::strided(t.buffer().clone());
+        Int8Buffers {
+            values: whole(&self.values),
+            bounds: whole(&self.bounds),
+            capacity: self.values.capacity(),
+        }
     }
 
-    /// The integers of k `[pieces, Hk, M, D]` as the kernels read them: those that the caller keeps, or k's own.
+    /// The buffers of the 8-bit form of k `[sequences, Hk, keys, D]`: of `cached`, or of k quantised now.
     pub(crate) fn of<G: TensorGpu>(
         gpu: &G,
         device: &Device,
-        piece: &Problem,
+        (shape, keys): (KeyShape, usize),
         k: &Tensor4<'_, G::Buffer>,
-        kept: Option<&QuantizedKeys>,
-    ) -> Result<Lent<G::Buffer>> {
-        if let Some(kept) = kept {
-            return Ok(kept.codes(piece)?.lent());
+        cached: Option<&Int8Keys>,
+    ) -> Result<Int8Buffers<G::Buffer>> {
+        if let Some(cached) = cached {
+            return Ok(cached.rows(&shape, keys)?.buffers());
         }
-        let mut codes = Self::new(Shape::of(piece), piece.keys, device)?;
-        codes.enter(gpu, k, piece.keys)?;
-        Ok(codes.lent())
-    }
-
-    pub(crate) fn score(&self) -> crate::Score {
-        self.shape.score
+        let mut new = Self::new(shape, keys, device)?;
+        let at = ends(new.lengths());
+        new.write_rows(gpu, k, keys, &at)?;
+        Ok(new.buffers())
     }
 }

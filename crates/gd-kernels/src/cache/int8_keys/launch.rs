@@ -1,120 +1,94 @@
-//! A cache of keys as 8-bit integers on a GPU, for certified decoding and scans.
+//! Launches that quantise keys to 8 bits on a GPU, for certified decoding and scans.
 //!
-//! codes i8 `[pieces, Hk, room, width]` (width: D rounded up to 16, zeros behind D) and known f32
-//! `[pieces, Hk, room, 4]`: scale, error, norm and the bias without a prior. A piece is a batch entry or a page.
-//! Integers and scales are those of the CPU, to the bit; error and norm are added up in another order, both within
-//! the same margin above the true ones.
+//! Values are i8 `[sequences, Hk, capacity, row_bytes]`, zero behind D; bounds are f32 `[sequences, Hk, capacity, 4]`:
+//! scale, error, norm, and the bias without a prior. A sequence is a batch entry or a page. Integers and scales have
+//! the bits of those of the CPU; error and norm are summed in another order, with the same safety margin.
 
 use bytemuck::bytes_of;
-use candle_core::DType;
 
-use crate::backend::gpu::kernel::{Variant, padded_dim};
+use crate::backend::gpu::kernel::{KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::{QuantizeParams, ScoreCode};
-use crate::backend::gpu::{
-    Constants, Gpu, KernelOp, Launch, Slice, Tensor4, elements, grid, require_compute,
-};
-use crate::cache::append_buffer::Place;
-use crate::cache::key_bias::BIAS_TILE;
+use crate::backend::gpu::{Constants, Gpu, Launch, Slice, Tensor4, elements, grid, require_compute};
+use crate::cache::key_bias::KEY_PADDING;
+use crate::cache::key_shape::KeyShape;
+use crate::cache::position::WritePosition;
 use crate::error::{Error, Result};
-use crate::ops::scan::problem::Problem;
-use crate::options::Score;
 
-/// Warps of the kernel; each takes one key.
+/// Warps of a block; each quantises one key.
 const WARPS: usize = 8;
-/// Bytes of what is known of a key.
-pub(crate) const KNOWN: usize = 16;
+/// Bytes of scale, error, norm and bias of a key.
+pub(crate) const BOUNDS_BYTES: usize = 16;
+/// The bytes of a key's integers are a multiple of this.
+const ROW_ALIGNMENT_BYTES: usize = 16;
 
 /// Bytes of a key's integers.
-pub fn width(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(16)
+pub fn row_bytes(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(ROW_ALIGNMENT_BYTES)
 }
 
-/// Keys for which a piece of at least `keys` keys has room.
-pub fn room(keys: usize) -> usize {
-    keys.next_multiple_of(BIAS_TILE)
+/// The capacity, in keys, of a sequence with at least `keys` keys.
+pub fn capacity(keys: usize) -> usize {
+    keys.next_multiple_of(KEY_PADDING)
 }
 
-/// The memory of a cache.
+/// Bytes of the integers of all sequences.
+pub fn values_bytes(shape: &KeyShape, capacity: usize) -> usize {
+    shape.sequences * shape.kv_heads * capacity * row_bytes(shape.head_dim)
+}
+
+/// Bytes of the bounds of all sequences.
+pub fn bounds_bytes(shape: &KeyShape, capacity: usize) -> usize {
+    shape.sequences * shape.kv_heads * capacity * BOUNDS_BYTES
+}
+
+/// The buffers of quantised keys.
 #[derive(Debug)]
-pub struct Quantized<'a, B> {
-    /// The integers, [`Shape::codes_bytes`].
-    pub codes: Slice<'a, B>,
-    /// Scale, error, norm and bias, [`Shape::known_bytes`].
-    pub known: Slice<'a, B>,
-    /// Keys of a piece, a multiple of 64.
-    pub room: usize,
+pub struct Int8Slices<'a, B> {
+    /// The integers, [`values_bytes`].
+    pub values: Slice<'a, B>,
+    /// Scale, error, norm and bias, [`bounds_bytes`].
+    pub bounds: Slice<'a, B>,
+    /// Keys of a sequence for which there is memory: a multiple of 64.
+    pub capacity: usize,
 }
 
-impl<B> Clone for Quantized<'_, B> {
+impl<B> Clone for Int8Slices<'_, B> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<B> Copy for Quantized<'_, B> {}
+impl<B> Copy for Int8Slices<'_, B> {}
 
-/// What a cache holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    /// Batch entries, or pages.
-    pub pieces: usize,
-    /// Hk.
-    pub kv_heads: usize,
-    /// D.
-    pub head_dim: usize,
-    /// Element type of the keys.
-    pub dtype: DType,
-    /// The score whose biases are kept.
-    pub score: Score,
-}
-
-impl Shape {
-    /// That of a problem's keys.
-    pub fn of(problem: &Problem) -> Self {
-        let Problem { batch, kv_heads, head_dim, dtype, score, .. } = *problem;
-        Self { pieces: batch, kv_heads, head_dim, dtype, score }
-    }
-
-    /// Bytes of the integers of pieces of `room` keys.
-    pub fn codes_bytes(&self, room: usize) -> usize {
-        self.pieces * self.kv_heads * room * width(self.head_dim)
-    }
-
-    /// Bytes of what is known of them.
-    pub fn known_bytes(&self, room: usize) -> usize {
-        self.pieces * self.kv_heads * room * KNOWN
-    }
-}
-
-/// Enters k `[pieces, Hk, keys, D]` into a cache, from row `first` of every piece on.
+/// Quantises k `[sequences, Hk, keys, D]` into rows `first..first + keys` of every sequence of `to`.
 ///
 /// # Errors
-/// Keys for which the cache has no room, and what the GPU or its kernels refuse.
+/// Rows beyond the capacity, a device, dtype or head dimension without kernels, and errors of the launch.
 pub fn quantize<G: Gpu>(
     gpu: &G,
-    shape: &Shape,
+    shape: &KeyShape,
     k: &Tensor4<'_, G::Buffer>,
     keys: usize,
     first: usize,
-    to: &Quantized<'_, G::Buffer>,
+    to: &Int8Slices<'_, G::Buffer>,
 ) -> Result<()> {
-    let Shape { pieces, kv_heads, head_dim, dtype, score } = *shape;
+    let KeyShape { sequences, kv_heads, head_dim, dtype, score } = *shape;
     require_compute("quantise", &gpu.arch())?;
     if gpu.arch().is_metal() {
-        return Err(Error::Unsupported("8-bit keys on Metal; on the CPU and on CUDA they are".into()));
+        return Err(Error::Unsupported("8-bit keys on Metal; they run on the CPU and on CUDA".into()));
     }
     padded_dim("quantise", head_dim)?;
-    if first + keys > to.room || !to.room.is_multiple_of(BIAS_TILE) {
+    if first + keys > to.capacity || !to.capacity.is_multiple_of(KEY_PADDING) {
         return Err(Error::Invalid(format!(
-            "8-bit keys {first}..{} of pieces of {} keys, which must be a multiple of {BIAS_TILE}",
+            "8-bit keys {first}..{} of sequences of {} keys, which must be a multiple of {KEY_PADDING}",
             first + keys,
-            to.room
+            to.capacity
         )));
     }
-    let [k_batch, k_head, k_row] = k.checked("k", [pieces, kv_heads, keys, head_dim])?;
-    elements("8-bit keys", (pieces * kv_heads) as u128 * to.room as u128)?;
+    let [k_batch, k_head, k_row] = k.checked("k", [sequences, kv_heads, keys, head_dim])?;
+    elements("8-bit keys", (sequences * kv_heads) as u128 * to.capacity as u128)?;
     let params = QuantizeParams {
-        sequences: pieces as u32,
+        sequences: sequences as u32,
         kv_heads: kv_heads as u32,
         keys: keys as u32,
         head_dim: head_dim as u32,
@@ -122,11 +96,11 @@ pub fn quantize<G: Gpu>(
         k_head,
         k_row,
         first: first as u32,
-        capacity: to.room as u32,
-        width: width(head_dim) as u32,
+        capacity: to.capacity as u32,
+        width: row_bytes(head_dim) as u32,
         score: ScoreCode::from(score) as u32,
     };
-    let count = pieces as u128 * kv_heads as u128 * keys as u128;
+    let count = sequences as u128 * kv_heads as u128 * keys as u128;
     gpu.launch(&Launch {
         kernel: Variant::new("quantise", dtype, &gpu.arch())?.kernel(KernelOp::Quantize),
         grid: grid("quantise", count.div_ceil(WARPS as u128))?,
@@ -134,49 +108,50 @@ pub fn quantize<G: Gpu>(
         shared_bytes: 0,
         params: bytes_of(&params).to_vec(),
         constants: Constants::default(),
-        buffers: vec![Some(k.data), Some(to.codes), Some(to.known)],
+        buffers: vec![Some(k.data), Some(to.values), Some(to.bounds)],
     })
 }
 
-/// Enters k `[R, Hk, keys, D]` into a cache, its entry r into piece `at[r][0]` from row `at[r][1]` on. Entries for
-/// pieces that follow each other, from the same row on, share a launch.
+/// Quantises k `[R, Hk, keys, D]`, entry `r` into sequence `at[r][0]` from row `at[r][1]` on. Entries for consecutive
+/// sequences from the same row on share a launch.
 ///
 /// # Errors
-/// As [`quantize`], or a piece that is not there.
+/// Those of [`quantize`], and a sequence that does not exist.
 pub fn quantize_at<G: Gpu>(
     gpu: &G,
-    shape: &Shape,
+    shape: &KeyShape,
     k: &Tensor4<'_, G::Buffer>,
     keys: usize,
-    at: &[Place],
-    to: &Quantized<'_, G::Buffer>,
+    at: &[WritePosition],
+    to: &Int8Slices<'_, G::Buffer>,
 ) -> Result<()> {
     let mut entry = 0;
-    while let Some(&[piece, first]) = at.get(entry) {
-        let alike = at[entry..].iter().enumerate().take_while(|(i, place)| **place == [piece + i, first]);
-        let pieces = alike.count();
-        if piece + pieces > shape.pieces {
+    while let Some(&[sequence, first]) = at.get(entry) {
+        let consecutive =
+            at[entry..].iter().enumerate().take_while(|(i, position)| **position == [sequence + i, first]);
+        let sequences = consecutive.count();
+        if sequence + sequences > shape.sequences {
             return Err(Error::Invalid(format!(
-                "8-bit keys for piece {} of {}",
-                piece + pieces - 1,
-                shape.pieces
+                "8-bit keys for sequence {} of {}",
+                sequence + sequences - 1,
+                shape.sequences
             )));
         }
-        let one = Shape { pieces: 1, ..*shape };
+        let one = KeyShape { sequences: 1, ..*shape };
         let offset = entry * k.strides[0] * shape.dtype.size_in_bytes();
-        let rows = Tensor4 { data: behind(k.data, offset), strides: k.strides };
-        let to = Quantized {
-            codes: behind(to.codes, piece * one.codes_bytes(to.room)),
-            known: behind(to.known, piece * one.known_bytes(to.room)),
-            room: to.room,
+        let rows = Tensor4 { data: offset_by(k.data, offset), strides: k.strides };
+        let to = Int8Slices {
+            values: offset_by(to.values, sequence * values_bytes(&one, to.capacity)),
+            bounds: offset_by(to.bounds, sequence * bounds_bytes(&one, to.capacity)),
+            capacity: to.capacity,
         };
-        quantize(gpu, &Shape { pieces, ..*shape }, &rows, keys, first, &to)?;
-        entry += pieces;
+        quantize(gpu, &KeyShape { sequences, ..*shape }, &rows, keys, first, &to)?;
+        entry += sequences;
     }
     Ok(())
 }
 
-/// What lies `bytes` bytes behind the start of a slice.
-fn behind<B>(slice: Slice<'_, B>, bytes: usize) -> Slice<'_, B> {
+/// The slice that starts `bytes` bytes later.
+fn offset_by<B>(slice: Slice<'_, B>, bytes: usize) -> Slice<'_, B> {
     Slice { offset: slice.offset + bytes, ..slice }
 }

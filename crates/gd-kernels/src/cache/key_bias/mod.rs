@@ -1,145 +1,97 @@
-//! What decoding on a GPU adds to the scores of keys, kept beside a cache.
+//! The biases of cached keys, which decoding on a GPU adds to the products of queries and keys.
 
-#[cfg(feature = "gpu")]
-pub(crate) mod gpu;
 #[cfg(feature = "gpu")]
 pub(crate) mod launch;
 
 use candle_core::{DType, Tensor};
 
-use crate::backend::check::dims4;
 use crate::backend::dispatch::on_gpu;
-use crate::cache::append_buffer::{Growing, Place, check_places, ends};
+use crate::cache::append_buffer::AppendBuffer;
+use crate::cache::key_shape::KeyShape;
+use crate::cache::position::WritePosition;
+use crate::cache::sequence_cache::SequenceCache;
 use crate::error::{Error, Result};
 use crate::options::Score;
 
-/// Keys to a multiple of which biases are padded.
-pub(crate) const BIAS_TILE: usize = 64;
+/// How errors name this cache.
+const NAME: &str = "key biases";
 
-/// Biases of a head, in whole tiles.
+/// Rows of key biases, and of 8-bit keys, are padded to a multiple of this many keys.
+pub(crate) const KEY_PADDING: usize = 64;
+
+/// The length of a padded row of biases for `keys` keys.
 pub(crate) fn bias_row(keys: usize) -> usize {
-    keys.next_multiple_of(BIAS_TILE)
+    keys.next_multiple_of(KEY_PADDING)
 }
 
-/// The norms of keys `[B, Hk, M, D]` as decoding on a GPU needs them, 4 bytes a key. A decoding step that is given
-/// them reads the keys once instead of twice.
+/// The biases `-|k|^2 / 2` (0 for the dot-product score) of the keys `[B, Hk, M, D]` of a KV cache on a GPU: 4 bytes
+/// per key. A decoding step that is given them reads the keys once instead of twice.
 ///
-/// Batch entries, or the pages `[pages, Hk, page, D]` of a [`PagedCache`](crate::PagedCache), may have different
-/// numbers of keys. Clones share their memory until one of them is written to.
+/// The sequences are batch entries, or the pages `[pages, Hk, page, D]` of a [`PagedCache`](crate::PagedCache).
 #[derive(Debug, Clone)]
 pub struct KeyBias {
-    /// f32 `[B, Hk, room]`, room a multiple of the tiles of keys that decoding reads.
-    bias: Growing,
-    head_dim: usize,
-    dtype: DType,
-    score: Score,
+    /// f32 `[sequences, Hk, capacity]`, the capacity a multiple of [`KEY_PADDING`].
+    bias: AppendBuffer,
+    shape: KeyShape,
 }
 
 impl KeyBias {
-    /// Those of k, on a GPU, for scans with this score.
+    /// The biases of k `[B, Hk, M, D]` for scans with this score.
     ///
     /// # Errors
-    /// A tensor of another rank, dtype or device.
+    /// A tensor of another rank, a dtype without kernels, or a tensor on the CPU.
     pub fn new(k: &Tensor, score: Score) -> Result<Self> {
         let mut new = Self::like(k, score)?;
         new.append(k)?;
         Ok(new)
     }
 
-    /// None yet, for batch entries (or pages), heads, head_dim, dtype and device as those of k `[B, Hk, M, D]`.
+    /// An empty cache with the batch (or pages), heads, head dimension, dtype and device of k `[B, Hk, M, D]`.
     ///
     /// # Errors
     /// A tensor of another rank.
     pub fn like(k: &Tensor, score: Score) -> Result<Self> {
-        let (batch, heads, keys, head_dim) = dims4("k", k)?;
-        let room = bias_row(keys);
-        let bias = Growing::new(&[batch, heads, room], DType::F32, k.device())?;
-        Ok(Self { bias, head_dim, dtype: k.dtype(), score })
+        let shape = KeyShape::of(k, score)?;
+        let dims = [shape.sequences, shape.kv_heads, bias_row(k.dim(2)?)];
+        Ok(Self { bias: AppendBuffer::new(&dims, DType::F32, k.device())?, shape })
     }
 
-    /// Appends those of k `[B, Hk, m, D]`, to every batch entry behind its own last key.
-    ///
-    /// # Errors
-    /// Another batch, number of heads, head_dim, dtype or device.
-    pub fn append(&mut self, k: &Tensor) -> Result<()> {
-        self.write(k, &ends(self.lengths()))
-    }
-
-    /// Writes those of k `[R, Hk, m, D]`: of its entry r over those of batch entry (or page) `at[r][0]` from key
-    /// `at[r][1]` on, or behind them.
-    ///
-    /// # Errors
-    /// As [`QuantizedKeys::write`](crate::QuantizedKeys::write).
-    pub fn write(&mut self, k: &Tensor, at: &[Place]) -> Result<()> {
-        let (entries, heads, more, head_dim) = dims4("k", k)?;
-        let own = self.bias.buffer().dims();
-        if (heads, head_dim, k.dtype()) != (own[1], self.head_dim, self.dtype) {
-            return Err(Error::Invalid(format!(
-                "k {:?} of {:?} does not continue the biases of keys of batch {}, heads {}, head_dim {} and {:?}",
-                k.dims(),
-                k.dtype(),
-                own[0],
-                own[1],
-                self.head_dim,
-                self.dtype
-            )));
-        }
-        check_places(at, entries, more, self.lengths())?;
-        let new = biases(k, self.score)?;
-        self.bias.write(&new.narrow(2, 0, more)?, at)
-    }
-
-    /// Some of the batch entries, in any order.
-    ///
-    /// # Errors
-    /// One that is not there.
-    pub fn select(&self, entries: &[usize]) -> Result<Self> {
-        Ok(Self { bias: self.bias.select(entries)?, ..*self })
-    }
-
-    /// The batch entries of several, in their order.
-    ///
-    /// # Errors
-    /// None to stack, or keys of other heads, dimensions, dtypes, scores or devices than the first.
-    pub fn stack(all: &[&Self]) -> Result<Self> {
-        let Some(first) = all.first() else { return Err(Error::Invalid("no key biases to stack".into())) };
-        let kind = |one: &Self| (one.bias.buffer().dims()[1], one.head_dim, one.dtype, one.score);
-        if let Some(other) = all.iter().find(|one| kind(one) != kind(first)) {
-            return Err(Error::Invalid(format!(
-                "key biases of (heads, head_dim, dtype, score) {:?} and {:?} are not of one cache",
-                kind(first),
-                kind(other)
-            )));
-        }
-        let bias = Growing::stack(&all.iter().map(|one| &one.bias).collect::<Vec<_>>())?;
-        Ok(Self { bias, ..**first })
-    }
-
-    /// Keys of every batch entry.
-    pub fn lengths(&self) -> &[usize] {
-        self.bias.lengths()
-    }
-
-    /// The biases, f32 `[B, Hk, room]`, if they are those of these keys `[B, Hk, M, D]`.
-    #[cfg_attr(not(feature = "gpu"), allow(dead_code))]
-    pub(crate) fn of(&self, keys: [usize; 4], score: Score) -> Result<&Tensor> {
-        let own = self.bias.buffer().dims();
-        let shape = [own[0], own[1], self.bias.longest(), self.head_dim];
-        if (shape, self.score) != (keys, score) {
-            return Err(Error::Invalid(format!(
-                "key biases of {shape:?} {:?} for keys {keys:?} {score:?}",
-                self.score
-            )));
-        }
+    /// The biases, f32 `[sequences, Hk, capacity]`; refuses keys of another shape than `keys` with `count` keys per head.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn tensor(&self, keys: &KeyShape, count: usize) -> Result<&Tensor> {
+        self.shape.check_keys(NAME, self.longest(), keys, count)?;
         Ok(self.bias.buffer())
     }
 }
 
-/// Those of k `[B, Hk, M, D]`: f32 `[B, Hk, M rounded up]`.
+impl SequenceCache for KeyBias {
+    fn lengths(&self) -> &[usize] {
+        self.bias.lengths()
+    }
+
+    fn write(&mut self, k: &Tensor, at: &[WritePosition]) -> Result<()> {
+        let rows = self.shape.check_write(NAME, k, at, self.lengths())?;
+        let new = biases(k, self.shape.score)?;
+        self.bias.write(&new.narrow(2, 0, rows)?, at)
+    }
+
+    fn select(&self, sequences: &[usize]) -> Result<Self> {
+        let shape = KeyShape { sequences: sequences.len(), ..self.shape };
+        Ok(Self { bias: self.bias.select(sequences)?, shape })
+    }
+
+    fn stack(caches: &[&Self]) -> Result<Self> {
+        let shape = KeyShape::stacked(NAME, caches.iter().map(|cache| cache.shape))?;
+        let bias = AppendBuffer::stack(&caches.iter().map(|cache| &cache.bias).collect::<Vec<_>>())?;
+        Ok(Self { bias, shape })
+    }
+}
+
+/// The biases of k `[B, Hk, M, D]`: f32 `[B, Hk, bias_row(M)]`.
 fn biases(k: &Tensor, score: Score) -> Result<Tensor> {
-    on_gpu!(k.device(), G => crate::cache::key_bias::gpu::biases::<G>(k, score));
+    on_gpu!(k.device(), G => launch::of_tensor::<G>(k, score));
     Err(Error::Unsupported(format!(
-        "key biases for the {score:?} score of keys on {:?}; on a GPU they are",
+        "{NAME} for the {score:?} score of keys on {:?}; they are used on a GPU",
         k.device().location()
     )))
 }

@@ -20,13 +20,34 @@ use crate::by_float;
 use crate::error::{Error, Result};
 use crate::mask::{check_boundaries, sequence};
 
-/// Convolves every channel of `x` with its own `weight` and returns the result and the new state.
+/// Convolves every channel of `x` with its own filter: `y[b,t,c] = sum_w weight[c,w] x[b,t-W+1+w,c]`.
 ///
-/// x and weight get gradients. The state is a constant: no gradient flows into `state`, and the
-/// returned state is detached.
+/// * `x`: `[B, N, C]`; `weight`: `[C, W]` of the same dtype (f64, f32, f16 or bf16 on the CPU; f32, f16 or bf16 on a GPU).
+/// * `state`: the last W - 1 rows of an earlier call `[B, W-1, C]`; without it the rows before the start are 0.
+///
+/// Returns y `[B, N, C]` and the new state, so that a sequence may be given in chunks, down to single rows. x and weight
+/// get gradients. The state is a constant: no gradient flows into `state`, and the returned state is detached.
 ///
 /// # Errors
-/// Shapes or dtypes that do not fit, and devices without kernels in this build.
+/// [`Error::Invalid`] for shapes or dtypes that do not fit, [`Error::Unsupported`] for a device without kernels in this
+/// build.
+///
+/// # Examples
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use gd_kernels::causal_conv;
+///
+/// let weight = Tensor::new(&[[1f32, 10.0]], &Device::Cpu)?;
+/// let x = Tensor::new(&[[[1f32], [2.0], [3.0]]], &Device::Cpu)?;
+/// let (y, _) = causal_conv(&x, &weight, None)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [10.0, 21.0, 32.0]);
+///
+/// // The same in two chunks.
+/// let (_, state) = causal_conv(&x.narrow(1, 0, 2)?, &weight, None)?;
+/// let (y, _) = causal_conv(&x.narrow(1, 2, 1)?, &weight, Some(&state))?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [32.0]);
+/// # Ok::<(), gd_kernels::Error>(())
+/// ```
 pub fn causal_conv(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
     let (batch, _, channels, width) = validate(x, weight, state)?;
     let past = match state {

@@ -61,15 +61,35 @@ impl Sizes {
     }
 }
 
-/// The averages m and the state after the last row, which continues the sequence when given to the
-/// next call. decay, write and v get gradients; `state` and the returned state are constants.
+/// Gated running averages of the values, `m_t = n_t / d_t` with `n_t = a_t n_(t-1) + e^(write_t) v_t`,
+/// `d_t = a_t d_(t-1) + e^(write_t)` and `a_t = sigmoid(decay_t)`.
 ///
-/// A decay of minus infinity forgets all that came before (a sequence boundary); a write weight of
-/// minus infinity leaves the average as it was. There is no NaN for any other finite input, whatever
-/// its size.
+/// * `decay`, `write`: logits `[B, H, N]`; `v`: `[B, Hk, N, D]`, all of one dtype (f64, f32, f16 or bf16 on the CPU; f32,
+///   f16 or bf16 on a GPU). H is a multiple of Hk; average h reads value head `h / (H / Hk)`.
+/// * `state`: what an earlier call returned, to continue its sequence; none at the start.
+///
+/// Returns m `[B, H, N, D]` and the state after the last row. decay, write and v get gradients; `state` and the
+/// returned state are constants. A decay of minus infinity discards everything before (a sequence boundary); a write
+/// weight of minus infinity leaves the average unchanged. No other input gives NaN, as long as it is finite.
 ///
 /// # Errors
-/// Shapes or dtypes that do not fit, and devices without kernels in this build.
+/// [`Error::Invalid`] for shapes or dtypes that do not fit, [`Error::Unsupported`] for a device without kernels in this
+/// build.
+///
+/// # Examples
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use gd_kernels::running_average;
+///
+/// // A decay logit of 0 halves the weight of the past, a write logit of 0 gives a row weight 1.
+/// let zeros = Tensor::new(&[[[0f32, 0.0]]], &Device::Cpu)?;
+/// let v = Tensor::new(&[[[[3f32], [6.0]]]], &Device::Cpu)?;
+/// let (m, _) = running_average(&zeros, &zeros, &v, None)?;
+/// let m = m.flatten_all()?.to_vec1::<f32>()?;
+/// assert_eq!(m[0], 3.0);
+/// assert!((m[1] - (0.5 * 3.0 + 6.0) / 1.5).abs() < 1e-5);
+/// # Ok::<(), gd_kernels::Error>(())
+/// ```
 pub fn running_average(
     decay: &Tensor,
     write: &Tensor,

@@ -1,74 +1,85 @@
-//! Problem -> plan -> launch: one table says which backend runs what.
+//! Maps a validated scan to a launch: instruction set or kernel, tiles and precision.
 
 use candle_core::{DType, Device};
 
 use crate::backend::Backend;
+use crate::backend::cpu::element::acc_dtype;
 use crate::backend::cpu::isa::Isa;
 use crate::backend::dispatch::on_gpu;
-use crate::backend::support::{SUPPORT, device_name, require_device, support_table};
+use crate::backend::support::{device_name, supported, unsupported};
 use crate::error::{Error, Result};
+#[cfg(feature = "gpu")]
+use crate::ops::scan::gpu::launch::GpuScanPlan;
 use crate::ops::scan::problem::Problem;
 use crate::options::Precision;
 
-/// How the CPU walks queries and keys.
+/// In which order the CPU visits queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Walk {
     /// Blocks of queries against panels of packed keys.
-    Panels,
-    /// A few queries against many keys, as in decoding: the keys are read once, where they lie, and
-    /// split over threads.
-    Few,
+    Blocks,
+    /// Up to 8 queries against many keys, as in decoding: the keys are read once, in place, and split over threads.
+    Decode,
 }
 
-/// Most queries of a head, and fewest keys, of [`Walk::Few`]: beyond, packing the keys pays.
-const FEW: (usize, usize) = (8, 64);
+/// Most queries of [`Walk::Decode`]; for more, packing the keys pays.
+const MAX_DECODE_QUERIES: usize = 8;
 
-/// How a problem is launched.
+/// Fewest keys of [`Walk::Decode`].
+const MIN_DECODE_KEYS: usize = 64;
+
+/// Query rows of a block on the CPU.
+const BLOCK_ROWS: usize = 64;
+
+/// Vector registers that a panel of keys fills on the CPU.
+const PANEL_REGISTERS: usize = 2;
+
+/// How a scan is launched. `Display` prints it on one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Plan {
+pub enum ScanPlan {
     /// On the CPU.
-    Cpu(CpuPlan),
-    /// On a GPU of the kind that the support table names so.
+    Cpu(CpuScanPlan),
+    /// On a GPU, with the name of the device kind in the support table.
     #[cfg(feature = "gpu")]
-    Gpu(&'static str, crate::ops::scan::gpu::launch::Plan),
+    Gpu(&'static str, GpuScanPlan),
 }
 
-/// How a problem is launched on the CPU.
+/// How a scan is launched on the CPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CpuPlan {
+pub struct CpuScanPlan {
     /// The instruction set.
     pub isa: Isa,
-    /// The order of the walk.
+    /// The order in which queries and keys are visited.
     pub walk: Walk,
-    /// Query rows a task holds.
+    /// Query rows of a task.
     pub block_rows: usize,
-    /// Keys a packed panel holds.
+    /// Keys of a packed panel.
     pub panel_keys: usize,
-    /// What scores and energies are computed in.
+    /// Dtype in which scores and energies are computed.
     pub accumulator: DType,
-    /// What finds the candidates.
+    /// How the candidates are found.
     pub precision: Precision,
 }
 
-impl std::fmt::Display for Plan {
+impl std::fmt::Display for ScanPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Plan::Cpu(plan) => plan.fmt(f),
+            Self::Cpu(plan) => plan.fmt(f),
             #[cfg(feature = "gpu")]
-            Plan::Gpu(name, plan) => write!(f, "{name}/{plan}"),
+            Self::Gpu(name, plan) => write!(f, "{name}/{plan}"),
         }
     }
 }
 
-impl std::fmt::Display for CpuPlan {
+impl std::fmt::Display for CpuScanPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let CpuPlan { isa, walk, block_rows, panel_keys, accumulator, precision } = self;
+        let CpuScanPlan { isa, walk, block_rows, panel_keys, accumulator, precision } = self;
         let accumulator = accumulator.as_str();
         match walk {
-            Walk::Panels => {
+            Walk::Blocks => {
                 write!(f, "cpu/{isa:?}: {block_rows} query rows x {panel_keys} keys, {accumulator}")?;
             }
-            Walk::Few => write!(f, "cpu/{isa:?}: few queries, {accumulator}")?,
+            Walk::Decode => write!(f, "cpu/{isa:?}: few queries, {accumulator}")?,
         }
         match precision {
             Precision::Native => Ok(()),
@@ -77,53 +88,55 @@ impl std::fmt::Display for CpuPlan {
     }
 }
 
-/// What a scan has besides its [`Problem`] that a plan depends on.
+/// Properties of the arguments of a scan that are not part of its [`Problem`] but affect the plan.
 #[derive(Debug, Clone, Copy, Default)]
 #[cfg_attr(not(feature = "gpu"), allow(dead_code))]
-pub(crate) struct Extras {
-    /// Protected keys of a row.
+pub(crate) struct ArgumentProperties {
+    /// Protected keys per row.
     pub(crate) protected: usize,
     /// Whether there is a key prior.
     pub(crate) prior: bool,
-    /// Whether the copy engine of a GPU takes q and k as they lie.
-    pub(crate) mappable: bool,
+    /// Whether the TMA unit of a Hopper GPU can load q and k.
+    pub(crate) tma_loadable: bool,
 }
 
-impl Plan {
+impl ScanPlan {
     /// Maps a problem to a launch.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] names the value that no backend covers, and what is covered.
+    /// [`Error::Unsupported`] names the value that no backend supports, and the supported values.
     #[cfg_attr(not(feature = "gpu"), allow(unused_variables))]
-    pub(crate) fn new(problem: &Problem, extras: Extras, device: &Device, backend: Backend) -> Result<Self> {
-        require_device("scan", device)?;
-        let refuse =
-            |what: String| Err(Error::Unsupported(format!("{what}; supported: {}", support_table())));
+    pub(crate) fn new(
+        problem: &Problem,
+        properties: ArgumentProperties,
+        device: &Device,
+        backend: Backend,
+    ) -> Result<Self> {
         let name = device_name(device);
-        let Some(s) = SUPPORT.iter().find(|s| s.device == name) else { unreachable!("checked above") };
-        if !s.dtypes.contains(&problem.dtype) {
-            return refuse(format!("dtype {} on {name}", problem.dtype.as_str()));
+        let support = supported("scan", device)?;
+        if !support.dtypes.contains(&problem.dtype) {
+            return unsupported(format!("dtype {} on {name}", problem.dtype.as_str()));
         }
-        if problem.precision == Precision::Certified && !s.certified.contains(&problem.dtype) {
-            return refuse(format!("dtype {} at certified precision on {name}", problem.dtype.as_str()));
+        if problem.precision == Precision::Certified && !support.certified.contains(&problem.dtype) {
+            return unsupported(format!("dtype {} at certified precision on {name}", problem.dtype.as_str()));
         }
-        if !s.head_dim.contains(&problem.head_dim) || !problem.head_dim.is_multiple_of(s.step) {
-            return refuse(format!("head_dim {} on {name}", problem.head_dim));
+        if !support.has_head_dim(problem.head_dim) {
+            return unsupported(format!("head_dim {} on {name}", problem.head_dim));
         }
-        if !s.candidates.contains(&problem.candidates) {
-            return refuse(format!("{} candidates on {name}", problem.candidates));
+        if !support.candidates.contains(&problem.candidates) {
+            return unsupported(format!("{} candidates on {name}", problem.candidates));
         }
-        on_gpu!(device, G => Ok(Self::Gpu(name, Self::gpu_plan::<G>(problem, extras, device, backend)?)));
-        CpuPlan::new(problem, backend).map(Self::Cpu)
+        on_gpu!(device, G => Ok(Self::Gpu(name, Self::gpu_plan::<G>(problem, properties, device, backend)?)));
+        CpuScanPlan::new(problem, backend).map(Self::Cpu)
     }
 
     #[cfg(feature = "gpu")]
     fn gpu_plan<G: crate::backend::gpu::tensors::TensorGpu>(
         problem: &Problem,
-        extras: Extras,
+        properties: ArgumentProperties,
         device: &Device,
         backend: Backend,
-    ) -> Result<crate::ops::scan::gpu::launch::Plan> {
+    ) -> Result<GpuScanPlan> {
         if let Backend::Force(isa) = backend {
             return Err(Error::Unsupported(format!(
                 "{isa:?}, an instruction set of CPUs, for tensors on {}",
@@ -131,12 +144,12 @@ impl Plan {
             )));
         }
         let arch = G::of(device)?.arch();
-        let plan = crate::ops::scan::gpu::launch::Plan::new(problem, extras.protected, extras.prior, &arch)?;
-        Ok(if extras.mappable { plan.on_hopper(problem, &arch) } else { plan })
+        let plan = GpuScanPlan::new(problem, properties.protected, properties.prior, &arch)?;
+        Ok(if properties.tma_loadable { plan.on_hopper(problem, &arch) } else { plan })
     }
 
-    /// The plan for the CPU, if it is one.
-    pub fn cpu(&self) -> Option<&CpuPlan> {
+    /// The plan for the CPU; none for a GPU.
+    pub fn cpu(&self) -> Option<&CpuScanPlan> {
         match self {
             Self::Cpu(plan) => Some(plan),
             #[cfg(feature = "gpu")]
@@ -144,20 +157,20 @@ impl Plan {
         }
     }
 
-    /// The plan for a GPU, whichever it is.
+    /// The plan for a GPU.
     #[cfg(feature = "gpu")]
-    pub(crate) fn gpu(&self) -> Result<&crate::ops::scan::gpu::launch::Plan> {
+    pub(crate) fn gpu(&self) -> Result<&GpuScanPlan> {
         match self {
             Self::Cpu(plan) => {
-                Err(Error::Invalid(format!("{plan}: the plan of a CPU, for tensors on a GPU")))
+                Err(Error::Invalid(format!("{plan}: a plan for the CPU, with tensors on a GPU")))
             }
             Self::Gpu(_, plan) => Ok(plan),
         }
     }
 }
 
-impl CpuPlan {
-    /// The plan of any number of candidates: the `dense` reference keeps every key.
+impl CpuScanPlan {
+    /// The plan for any number of candidates: the `dense` estimator takes every key.
     pub(crate) fn new(problem: &Problem, backend: Backend) -> Result<Self> {
         let isa = match backend {
             Backend::Auto => Isa::available()[0],
@@ -169,11 +182,13 @@ impl CpuPlan {
                 )));
             }
         };
-        let accumulator = crate::backend::cpu::element::acc_dtype(problem.dtype);
-        let panel_keys = 2 * isa.lanes(accumulator.size_in_bytes());
-        // Bounds of quick scores are kept in f32, and hold for scores of f32 alone.
-        let few = problem.queries <= FEW.0 && problem.keys >= FEW.1 && accumulator == DType::F32;
-        let walk = if few { Walk::Few } else { Walk::Panels };
-        Ok(Self { isa, walk, block_rows: 64, panel_keys, accumulator, precision: problem.precision })
+        let accumulator = acc_dtype(problem.dtype);
+        let panel_keys = PANEL_REGISTERS * isa.lanes(accumulator.size_in_bytes());
+        // The decode walk bounds scores in f32, which does not hold for scores in f64.
+        let decode = problem.queries <= MAX_DECODE_QUERIES
+            && problem.keys >= MIN_DECODE_KEYS
+            && accumulator == DType::F32;
+        let walk = if decode { Walk::Decode } else { Walk::Blocks };
+        Ok(Self { isa, walk, block_rows: BLOCK_ROWS, panel_keys, accumulator, precision: problem.precision })
     }
 }

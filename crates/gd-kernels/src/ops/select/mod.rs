@@ -19,10 +19,12 @@ use self::cpu::CpuSteps;
 pub(crate) use self::options::Rule;
 pub use self::options::Select;
 pub(crate) use self::sizes::Sizes;
+#[cfg(feature = "gpu")]
+pub(crate) use self::validate::sizes as check_sizes;
 use crate::backend::dispatch::on_gpu;
 use crate::backend::graph::with_contiguous_rows;
 use crate::error::Result;
-use crate::ops::scan::{Candidates, Scan, scan};
+use crate::ops::scan::Candidates;
 
 /// What was selected. The record is that of the first round; energies are those compared, that is
 /// after the barrier.
@@ -42,7 +44,7 @@ pub struct Selected {
     /// Present when alpha is given.
     pub coherence: Option<Tensor>,
     /// The energies that were compared, of every candidate `[B, Hq, N, K]`: those of the scan, or those behind the
-    /// barrier. [`scan_select`] has that of the winner alone, K = 1.
+    /// barrier. [`scan_select`](crate::scan_select) has that of the winner alone, K = 1.
     pub compared: Tensor,
     /// What each further round of refinement selected.
     pub later: Vec<Round>,
@@ -61,7 +63,7 @@ pub struct Round {
 ///
 /// * `q`: `[B, Hq, N, D]`; `k`: `[B, Hk, M, D]`; `v`: `[B, Hk, M, Dv]`, of one dtype and device: f64, f32, f16 or bf16 on
 ///   the CPU; f32, f16 or bf16 on a GPU. Hq is a multiple of Hk; query head h reads key-value head `h / (Hq / Hk)`.
-/// * `candidates`: from a [`scan`] of the same q and k. On a GPU at most 64 a query.
+/// * `candidates`: from a [`scan`](crate::scan) of the same q and k. On a GPU at most 64 a query.
 ///
 /// Differentiable in q, k, v and in the tensors of `select`: prior, beta, alpha, threshold and rounds. Forward and
 /// backward pass cost O(N * K * D). On a GPU the values of candidates, beta, threshold and alpha are not checked, since
@@ -109,39 +111,4 @@ pub fn select(
     validate::check_values(&sizes, candidates, select)?;
     let prior = prior.map(|(batch, heads, keys)| [batch, heads, keys]);
     rounds::run(&CpuSteps { sizes, rule, prior }, &sizes, [&q, &k, &v], candidates, select)
-}
-
-/// The least-energy key of every query and its value row, for inference: `scan` with one
-/// candidate, then the threshold. Not differentiable. `scan.candidates` and `scan.protected` are
-/// not used; the margin is not computed (+inf).
-///
-/// # Errors
-/// As [`scan`] and [`select`].
-pub fn scan_select(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    s: &Scan,
-    threshold: Option<&Tensor>,
-) -> Result<Selected> {
-    let (q, k, v) = (q.detach(), k.detach(), v.detach());
-    let (beta, prior) = (s.beta.detach(), s.prior.map(Tensor::detach));
-    let one = Scan { candidates: 1, protected: None, ..s.clone() };
-    let threshold = threshold.map(Tensor::detach);
-    #[cfg(feature = "gpu")]
-    if !crate::backend::dispatch::on_cpu(q.device()) {
-        use crate::ops::scan::gpu::tensors::scan_select;
-        validate::sizes(&q, &k, &v)?;
-        on_gpu!(q.device(), G => scan_select::<G>([&q, &k, &v], &one, threshold.as_ref()));
-    }
-    let candidates = scan(&q, &k, &one)?;
-    let options = Select {
-        prior: prior.as_ref(),
-        score: s.score,
-        tie: s.tie,
-        threshold: threshold.as_ref(),
-        ..Select::new(&beta)
-    };
-    let selected = select(&q, &k, &v, &candidates, &options)?;
-    Ok(Selected { compared: selected.energy.unsqueeze(3)?, ..selected })
 }

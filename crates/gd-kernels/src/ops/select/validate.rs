@@ -8,11 +8,11 @@ use crate::backend::cpu::element::acc_dtype;
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 use crate::ops::scan::Candidates;
-use crate::ops::scan::problem::{Problem, prior_dims};
+use crate::ops::scan::problem::Problem;
 use crate::options::{Estimator, Gate, Precision};
 
 /// The sizes of q, k and v, without candidates.
-pub(super) fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Sizes> {
+pub(crate) fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Sizes> {
     let (b, hq, n, d) = dims4("q", q)?;
     let (kb, hk, m, kd) = dims4("k", k)?;
     let (vb, vh, vm, value_dim) = dims4("v", v)?;
@@ -138,7 +138,7 @@ pub(super) fn validate(
             tie: s.tie,
             precision: Precision::Native,
         };
-        prior_dims(prior, &problem)?;
+        problem.prior_dims(prior)?;
     }
     Ok(Sizes { slots, ..sizes })
 }

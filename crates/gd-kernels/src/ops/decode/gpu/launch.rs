@@ -1,11 +1,10 @@
-//! Decoding on a GPU: 1 to 16 queries against a long cache, in one piece or in pages.
+//! Decoding on a GPU: 1 to 16 queries per sequence against a long cache, which is contiguous or paged.
 //!
-//! q `[B, Hq, N, D]`. The cache is k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, or pages `[pages, Hk, page, D|Dv]`
-//! with a block table `[B, most pages]`. Beside the keys it holds their biases without a prior, f32
-//! `[B|pages, Hk, room]`, as [`scan::key_bias`](crate::cache::key_bias::launch::key_bias) computes them, or, for certified
-//! decoding, the keys as 8-bit integers ([`crate::cache::int8_keys::launch`]): those are then read instead, and of the keys
-//! themselves only the few that the bounds do not rule out. index and energy `[B, Hq, N]`, y `[B, Hq, N, Dv]`: what a
-//! scan with one candidate and a threshold gives, to the bit, at either precision.
+//! q is `[B, Hq, N, D]`. The cache is k `[B, Hk, M, D]` and v `[B, Hk, M, Dv]`, or pages `[pages, Hk, page, D|Dv]` with a
+//! block table `[B, pages per sequence]`. The kernel also reads the biases of the keys without a prior, f32
+//! `[B|pages, Hk, capacity]` ([`crate::cache::key_bias::launch`]), or, for certified decoding, the keys as 8-bit integers
+//! ([`crate::cache::int8_keys::launch`]) and of the original keys only those that the bounds do not exclude. index and
+//! energy are `[B, Hq, N]`, y `[B, Hq, N, Dv]`, with the bits of a scan with one candidate and a threshold.
 
 use std::fmt;
 
@@ -15,11 +14,11 @@ use candle_core::DType;
 use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::{DecodeParams, ScoreCode, TieCode};
 use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, elements, grid, mask};
-use crate::cache::int8_keys::launch::{KNOWN, Quantized};
-use crate::cache::key_bias::BIAS_TILE;
+use crate::cache::int8_keys::launch::{BOUNDS_BYTES, Int8Slices};
+use crate::cache::key_bias::KEY_PADDING;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
-use crate::ops::decode::{MAX_QUERIES, PAGE_STEP};
+use crate::ops::decode::MAX_QUERIES;
 use crate::ops::scan::gpu::launch::tile_bytes;
 use crate::ops::scan::problem::Problem;
 use crate::options::Precision;
@@ -28,22 +27,22 @@ use crate::options::Precision;
 const ROWS: usize = 16;
 /// Warps of a block.
 const WARPS: u32 = 4;
-/// Blocks that a multiprocessor should have to read at the rate of its memory.
-const BLOCKS_A_PROCESSOR: usize = 4;
-/// Fewest tiles of a split.
-const LEAST_TILES: usize = 2;
-/// Shared memory that the kernel declares itself.
-const STATIC: usize = 1024;
-/// Entries of a warp's list of candidates in certified decoding, of 8 bytes.
-const SIEVE: usize = 256;
-/// Candidates for which a place has room, a split; others are scored at once.
-const LISTED: usize = 64;
-/// Keys beyond which a candidate, its key and row, does not fit in 4 bytes.
-const MOST_CERTIFIED: usize = 1 << 28;
+/// Blocks per multiprocessor that saturate the memory bandwidth.
+const BLOCKS_PER_PROCESSOR: usize = 4;
+/// Minimum number of tiles per split.
+const MIN_TILES_PER_SPLIT: usize = 2;
+/// Static shared memory of the kernel, in bytes.
+const STATIC_SHARED_BYTES: usize = 1024;
+/// Entries, of 8 bytes, of the candidate list of a warp in certified decoding.
+const WARP_LIST_ENTRIES: usize = 256;
+/// Candidates per row tile and split that the workspace can hold; further ones are scored immediately.
+const CANDIDATES_PER_SPLIT: usize = 64;
+/// Keys must be below this in certified decoding, so that key and row of a candidate fit in 4 bytes.
+const MAX_CERTIFIED_KEYS: usize = 1 << 28;
 
 /// How a decoding step is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
+pub struct DecodePlan {
     /// The kernel.
     pub kernel: Kernel,
     /// Keys that are loaded at a time.
@@ -56,15 +55,15 @@ pub struct Plan {
     pub splits: usize,
     /// Dynamic shared memory of a block.
     pub shared_bytes: usize,
-    /// The kernel that picks the best of all splits (Metal, which has no 64-bit atomics to do it at once).
+    /// The kernel that merges the results of the splits, on Metal, which has no 64-bit atomics.
     pub merge: Option<Kernel>,
-    /// Candidates that the blocks of a place may list, in certified decoding; 0 otherwise.
+    /// Candidates that the workspace of a row tile can hold, in certified decoding; 0 otherwise.
     pub capacity: usize,
 }
 
-impl fmt::Display for Plan {
+impl fmt::Display for DecodePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, .. } = self;
+        let DecodePlan { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, .. } = self;
         write!(
             f,
             "{kernel}: {row_tiles} x {ROWS} rows, {pack} heads packed, {splits} splits x {tile_keys} keys, \
@@ -73,7 +72,7 @@ impl fmt::Display for Plan {
     }
 }
 
-impl Plan {
+impl DecodePlan {
     /// The plan for `problem`, whose keys are those that the cache can hold.
     ///
     /// # Errors
@@ -83,54 +82,61 @@ impl Plan {
         let variant = Variant::new("decode", dtype, arch)?;
         let padded = padded_dim("decode", head_dim)?;
         if queries == 0 || queries > MAX_QUERIES {
-            return Err(Error::Unsupported(format!("decode: {queries} queries; 1 to {MAX_QUERIES} are")));
+            return Err(Error::Unsupported(format!(
+                "decode: {queries} queries; 1 to {MAX_QUERIES} are supported"
+            )));
         }
         if problem.candidates != 1 {
-            return Err(Error::Unsupported(format!("decode: {} candidates; 1 is", problem.candidates)));
+            return Err(Error::Unsupported(format!(
+                "decode: {} candidates; 1 is supported",
+                problem.candidates
+            )));
         }
         let certified = problem.precision == Precision::Certified;
         let (half, metal) = (dtype != DType::F32, arch.is_metal());
         if certified && metal {
-            return Err(Error::Unsupported("decode: certified precision on Metal; native is".into()));
+            return Err(Error::Unsupported(
+                "decode: certified precision on Metal; native is supported".into(),
+            ));
         }
-        if certified && keys >= MOST_CERTIFIED {
+        if certified && keys >= MAX_CERTIFIED_KEYS {
             return Err(Error::Unsupported(format!(
-                "decode: {keys} keys at certified precision; fewer than {MOST_CERTIFIED} are"
+                "decode: {keys} keys at certified precision; fewer than {MAX_CERTIFIED_KEYS} are supported"
             )));
         }
         let tile_keys = if half || metal || certified { 64 } else { 32 };
         let pack = if prior { 1 } else { problem.group() };
         let row_tiles = (queries * pack).div_ceil(ROWS);
         let row_bytes = padded * dtype.size_in_bytes() + 16;
-        // Outside the tensor cores, queries are read from shared memory; Metal's are widened.
+        // Without tensor cores, queries are read from shared memory; on Metal they are widened.
         let queries_bytes = if half && !metal { 0 } else { ROWS * (padded * 4 + 16) };
         let shared_bytes = queries_bytes
             + if certified {
                 let gathered = if half { 16 } else { 8 };
-                // Two tiles of integers and what is known of them; lists and gathered keys of every warp; the rows.
+                // Two tiles of integers with their bounds, lists and gathered keys of every warp, and the rows.
                 (2 * tile_keys + ROWS) * (padded + 16)
-                    + 2 * tile_keys * KNOWN
-                    + WARPS as usize * (SIEVE * 8 + gathered * row_bytes)
+                    + 2 * tile_keys * BOUNDS_BYTES
+                    + WARPS as usize * (WARP_LIST_ENTRIES * 8 + gathered * row_bytes)
             } else if metal {
-                // Every simdgroup reads its keys straight from memory.
+                // Every simdgroup reads its keys directly from memory.
                 0
             } else {
                 tile_bytes(dtype, padded, tile_keys)
             };
-        let room = arch.shared_bytes as usize - STATIC;
-        if shared_bytes > room {
+        let available = arch.shared_bytes as usize - STATIC_SHARED_BYTES;
+        if shared_bytes > available {
             return Err(Error::Unsupported(format!(
-                "decode: head_dim {head_dim} in {} needs {shared_bytes} bytes of shared memory; {room} are free",
+                "decode: head_dim {head_dim} in {} needs {shared_bytes} bytes of shared memory; {available} are available",
                 dtype.as_str()
             )));
         }
         let places = batch * (q_heads / pack) * row_tiles;
-        let wanted = (arch.processors as usize * BLOCKS_A_PROCESSOR).div_ceil(places);
-        let splits = wanted.min(keys.div_ceil(tile_keys * LEAST_TILES)).max(1);
+        let wanted = (arch.processors as usize * BLOCKS_PER_PROCESSOR).div_ceil(places);
+        let splits = wanted.min(keys.div_ceil(tile_keys * MIN_TILES_PER_SPLIT)).max(1);
         let op = if certified { KernelOp::DecodeCertified } else { KernelOp::Decode };
         let kernel = variant.sized(op, padded);
         let merge = metal.then(|| variant.kernel(KernelOp::DecodeMerge));
-        let capacity = if certified { splits * LISTED } else { 0 };
+        let capacity = if certified { splits * CANDIDATES_PER_SPLIT } else { 0 };
         let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, merge, capacity };
         grid("decode", plan.places(problem) as u128 * splits as u128)?;
         Ok(plan)
@@ -145,9 +151,9 @@ impl Plan {
         self.workspace(problem).1
     }
 
-    /// Where the parts of the workspace begin after the first, and its end. The best score and key of every row, and
-    /// a count of the splits; on Metal those of every split; in certified decoding lower bounds, counters and candidates
-    /// beside them.
+    /// The offsets of the parts of the workspace after the first, and its size in bytes. The parts are the greatest score
+    /// with its key per row and a count of finished splits; on Metal the scores and keys of every split; in certified
+    /// decoding also lower bounds, counters and candidates.
     fn workspace(&self, problem: &Problem) -> (Vec<usize>, usize) {
         let places = self.places(problem);
         let sizes: &[usize] = match (&self.merge, self.capacity) {
@@ -167,9 +173,9 @@ impl Plan {
 /// The pages of a cache.
 #[derive(Debug)]
 pub struct Pages<'a, B> {
-    /// i32 `[B, most pages]`: the page of every 64, 128, .. keys.
+    /// i32 `[B, row]`: the pages of every sequence.
     pub table: Slice<'a, B>,
-    /// Most pages of a sequence.
+    /// Entries per sequence in the table.
     pub row: usize,
     /// Keys of a page, a multiple of 64.
     pub keys: usize,
@@ -177,17 +183,17 @@ pub struct Pages<'a, B> {
     pub count: usize,
 }
 
-/// What a cache knows of its keys.
+/// Data derived from cached keys.
 #[derive(Debug)]
-pub enum Known<'a, B> {
-    /// Their biases without a prior, at native precision, and the keys of a piece for which these have room: a
-    /// multiple of 64.
+pub enum KeyData<'a, B> {
+    /// Their biases without a prior, for native precision, and the capacity of a sequence or page in keys, a multiple of
+    /// 64.
     Bias(Slice<'a, B>, usize),
-    /// The keys as 8-bit integers, at certified precision.
-    Quantized(Quantized<'a, B>),
+    /// The keys as 8-bit integers, for certified precision.
+    Int8(Int8Slices<'a, B>),
 }
 
-/// What decoding reads.
+/// The inputs of decoding.
 #[derive(Debug)]
 pub struct Inputs<'a, B> {
     /// `[B, Hq, N, D]`.
@@ -198,9 +204,9 @@ pub struct Inputs<'a, B> {
     pub v: Tensor4<'a, B>,
     /// Dv.
     pub value_dim: usize,
-    /// What is known of the keys, for the precision of the problem.
-    pub known: Known<'a, B>,
-    /// The pages, if there are.
+    /// Data derived from the keys, for the precision of the problem.
+    pub key_data: KeyData<'a, B>,
+    /// The pages of a paged cache.
     pub pages: Option<Pages<'a, B>>,
     /// f32 `[Hq]`, > 0.
     pub beta: Slice<'a, B>,
@@ -208,14 +214,14 @@ pub struct Inputs<'a, B> {
     pub prior: Option<Prior<'a, B>>,
     /// f32 `[Hq]`; without it every winner is admitted.
     pub threshold: Option<Slice<'a, B>>,
-    /// Which keys a query sees; its key lengths say how much of the cache is filled.
+    /// Which keys are visible to each query; its key lengths say how much of the cache is filled.
     pub mask: &'a Mask,
-    /// [`Plan::workspace_bytes`] zeros, which are zeros again after the launch (Metal writes before it reads):
-    /// one serves all steps of a stream.
+    /// [`DecodePlan::workspace_bytes`] zeros, which are zeros again after the launch, so that all steps of a stream can
+    /// share it. On Metal the contents do not matter.
     pub workspace: Slice<'a, B>,
 }
 
-/// Where the results go.
+/// The outputs of decoding.
 #[derive(Debug)]
 pub struct Outputs<'a, B> {
     /// i32 `[B, Hq, N]`, -1 where no key is admitted.
@@ -229,43 +235,43 @@ pub struct Outputs<'a, B> {
 /// One decoding step.
 ///
 /// # Errors
-/// Pages that are no multiple of a tile, tensors of 2^31 elements or more, what the GPU refuses.
+/// Pages that are not a multiple of a tile, tensors of 2^31 elements or more, and errors of the launch.
 pub fn decode<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &DecodePlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     out: &Outputs<'_, G::Buffer>,
 ) -> Result<()> {
     let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
-    let (pieces, piece_keys) = x.pages.as_ref().map_or((batch, keys), |p| (p.count, p.keys));
+    let (sequences, sequence_keys) = x.pages.as_ref().map_or((batch, keys), |p| (p.count, p.keys));
     if let Some(p) = &x.pages
-        && (p.keys == 0 || p.keys % PAGE_STEP != 0 || p.row * p.keys < keys)
+        && (p.keys == 0 || p.keys % KEY_PADDING != 0 || p.row * p.keys < keys)
     {
         return Err(Error::Invalid(format!(
-            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {PAGE_STEP}",
+            "decode: {} pages of {} keys for {keys} keys; pages are multiples of {KEY_PADDING}",
             p.row, p.keys
         )));
     }
     let q_dims = [batch, q_heads, queries, head_dim];
-    let k_dims = [pieces, kv_heads, piece_keys, head_dim];
+    let k_dims = [sequences, kv_heads, sequence_keys, head_dim];
     let [q_batch, q_head, q_row] = x.q.checked("q", q_dims)?;
     let [k_batch, k_head, k_row] = x.k.checked("k", k_dims)?;
-    let [v_batch, v_head, v_row] = x.v.checked("v", [pieces, kv_heads, piece_keys, x.value_dim])?;
-    let bias_row = match &x.known {
-        Known::Bias(_, room) => *room,
-        Known::Quantized(quantized) => quantized.room,
+    let [v_batch, v_head, v_row] = x.v.checked("v", [sequences, kv_heads, sequence_keys, x.value_dim])?;
+    let bias_row = match &x.key_data {
+        KeyData::Bias(_, row) => *row,
+        KeyData::Int8(int8) => int8.capacity,
     };
-    let certified = matches!(x.known, Known::Quantized(_));
-    let fits = bias_row >= piece_keys && bias_row.is_multiple_of(BIAS_TILE);
+    let certified = matches!(x.key_data, KeyData::Int8(_));
+    let fits = bias_row >= sequence_keys && bias_row.is_multiple_of(KEY_PADDING);
     if certified != (problem.precision == Precision::Certified) || !fits {
         return Err(Error::Invalid(format!(
-            "decode: {:?} precision with {} for {bias_row} of {piece_keys} keys",
+            "decode: {:?} precision with {} for {bias_row} of {sequence_keys} keys",
             problem.precision,
             if certified { "8-bit keys" } else { "biases" }
         )));
     }
-    elements("bias", (pieces * kv_heads) as u128 * bias_row as u128)?;
+    elements("bias", (sequences * kv_heads) as u128 * bias_row as u128)?;
     let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
     let [prior_batch, prior_heads] = Prior::sizes(x.prior.as_ref());
     let params = DecodeParams {
@@ -285,7 +291,7 @@ pub fn decode<G: Gpu>(
         v_batch,
         v_head,
         v_row,
-        vector_loads: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
+        vector_loads: u32::from(x.q.is_aligned(dtype, q_dims) && x.k.is_aligned(dtype, k_dims)),
         pack: plan.pack as u32,
         row_tiles: plan.row_tiles as u32,
         splits: plan.splits as u32,
@@ -315,9 +321,9 @@ pub fn decode<G: Gpu>(
         })
     };
     let mut buffers = vec![Some(x.q.data), Some(x.k.data)];
-    match &x.known {
-        Known::Bias(bias, _) => buffers.push(Some(*bias)),
-        Known::Quantized(quantized) => buffers.extend([Some(quantized.codes), Some(quantized.known)]),
+    match &x.key_data {
+        KeyData::Bias(bias, _) => buffers.push(Some(*bias)),
+        KeyData::Int8(int8) => buffers.extend([Some(int8.values), Some(int8.bounds)]),
     }
     let scales = [
         Some(x.beta),

@@ -1,30 +1,30 @@
-//! For every query the keys that may still be candidates, with bounds of their scores.
+//! For every query, a list of the keys that may still be candidates, with bounds of their scores.
 
 use crate::backend::cpu::quantize::KEYS;
 
-/// Keys that a row may keep before it is left to the native scan.
+/// Entries of a list; a row with more keys that may be candidates is scanned densely.
 pub(crate) fn capacity(candidates: usize) -> usize {
     if candidates <= 32 { 96 } else { 192 }
 }
 
-/// For every row the keys that may still be candidates, with bounds of their scores.
-pub(crate) struct Lists {
-    /// Entries that a list may have; it is as long as that and one panel more.
+/// For every row, the keys that may still be candidates, with an upper and a lower bound of their scores.
+pub(crate) struct BoundedLists {
+    /// Entries after which a list is full. Memory is allocated for one panel more.
     capacity: usize,
-    /// Candidates of a row.
+    /// K.
     pub(crate) candidates: usize,
     pub(crate) count: Vec<usize>,
     pub(crate) key: Vec<u32>,
     pub(crate) upper: Vec<f32>,
     pub(crate) lower: Vec<f32>,
-    /// What an upper bound must reach to be of interest to a row; begins with the least finite number, since
-    /// -inf is the bound of a banned key.
+    /// Keys whose upper bound is below this cannot be candidates. Initially the least finite number, because -inf is the
+    /// bound of an excluded key.
     pub(crate) threshold: Vec<f32>,
-    /// Keys whose scores have no bound, whatever the row.
+    /// Keys whose scores have no finite bound, for any row.
     pub(crate) unbounded: Vec<u32>,
 }
 
-impl Lists {
+impl BoundedLists {
     /// Empty lists.
     pub(crate) fn new(rows: usize, capacity: usize, candidates: usize) -> Self {
         let len = rows * (capacity + KEYS);
@@ -40,7 +40,7 @@ impl Lists {
         }
     }
 
-    /// Appends a key; the list may not be full.
+    /// Appends a key to a list that is not full.
     #[inline(always)]
     pub(crate) fn push(&mut self, row: usize, key: u32, upper: f32, lower: f32) {
         let at = self.first(row) + self.count[row];
@@ -52,7 +52,7 @@ impl Lists {
         row * (self.capacity + KEYS)
     }
 
-    /// Whether a row has no room for another panel.
+    /// Whether a list has no capacity for another panel.
     pub(crate) fn full(&self, row: usize) -> bool {
         self.count[row] > self.capacity
     }
@@ -67,8 +67,8 @@ impl Lists {
         &self.upper[self.first(row)..][..self.count[row]]
     }
 
-    /// Raises a row's threshold to what K of its lower bounds reach, and drops the keys whose upper bound does
-    /// not reach that. Returns whether there is room for another panel then, and some to spare.
+    /// Raises the threshold of a row to a value that K of its lower bounds reach, and removes the keys whose upper bound is
+    /// below it. Returns whether at least a quarter of the capacity is free afterwards.
     #[inline(always)]
     pub(crate) fn tighten(&mut self, row: usize) -> bool {
         let threshold = reached_by(self.lower(row), self.candidates, self.threshold[row]);
@@ -89,12 +89,12 @@ impl Lists {
     }
 }
 
-/// A number that at least `k` of the values reach, near the greatest such; `floor` if there is none
-/// above it.
+/// A number that at least `k` of the values reach, close to the greatest such number, or `floor` if none above `floor`
+/// is reached by k values.
 #[inline(always)]
 pub(crate) fn reached_by(values: &[f32], k: usize, floor: f32) -> f32 {
-    /// Halvings of the interval.
-    const HALVINGS: usize = 12;
+    /// Steps of the bisection.
+    const BISECTION_STEPS: usize = 12;
     if values.len() < k {
         return floor;
     }
@@ -102,9 +102,9 @@ pub(crate) fn reached_by(values: &[f32], k: usize, floor: f32) -> f32 {
     if k == 1 {
         return if greatest > floor { greatest } else { floor };
     }
-    // All of them reach the least.
+    // All values reach the least.
     let (mut low, mut high) = (if least > floor { least } else { floor }, greatest);
-    for _ in 0..HALVINGS {
+    for _ in 0..BISECTION_STEPS {
         let middle = 0.5 * low + 0.5 * high;
         let count: u32 = values.iter().map(|&x| u32::from(x >= middle)).sum();
         (low, high) = if count as usize >= k { (middle, high) } else { (low, middle) };

@@ -1,12 +1,12 @@
-//! The scan at certified precision: 8-bit integers find the keys that can be candidates, exact
-//! scores decide among them.
+//! The scan at certified precision: products of 8-bit integers find the keys that can be candidates, and scores in full
+//! precision decide among them.
 //!
-//! With `q = q^ + r_q`, `k = k^ + r_k` (hats quantised), `<q, k> - <q^, k^> = <q, r_k> + <r_q, k^>`,
-//! which is at most `|q| e_k + e_q |k^|`. To this comes what rounding may do to the native score, a
-//! chain of D fused multiply-adds, and to the bound itself: `(D + 16) u (2 |q| |k| + |b|)` is more
-//! than both. A key stays if its upper bound reaches the K-th greatest lower bound; all that stay
-//! are scored as the native scan scores them, in the same order. A block of queries of which one has
-//! too many such keys, or cannot be quantised, is left to the native scan.
+//! Write `q = q^ + r_q` and `k = k^ + r_k` with the quantised q^ and k^. Then `<q, k> - <q^, k^> = <q, r_k> + <r_q, k^>`,
+//! which is at most `|q| e_k + e_q |k^|` with `e` the norms of the errors. The bound also covers the rounding of the
+//! native score, a chain of D fused multiply-adds, and of the bound itself: `(D + 16) u (2 |q| |k| + |b|)` exceeds both.
+//! A key may be a candidate if its upper bound reaches the K-th greatest lower bound. Those keys are scored with the
+//! operations and in the order of the dense scan, so that the result has the same bits. A block is scanned densely if
+//! one of its queries has too many such keys or cannot be quantised.
 
 use std::ops::Range;
 
@@ -17,37 +17,37 @@ use pulp::{Simd, WithSimd};
 use crate::backend::cpu::amx::Tiled;
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::quantize::{KEYS, STEP, quantize};
-use crate::cache::int8_keys::cpu::{Filter, Known};
-use crate::ops::scan::cpu::Block;
-use crate::ops::scan::cpu::bounded_lists::{Lists, capacity};
-use crate::ops::scan::cpu::int8::{Code, Meeting, Panel, Queries, ROWS, collect};
+use crate::cache::int8_keys::cpu::{Int8Panels, PanelBounds};
+use crate::ops::scan::cpu::block::Block;
+use crate::ops::scan::cpu::bounded_lists::{BoundedLists, capacity};
+use crate::ops::scan::cpu::int8::{Int8Path, Panel, PanelTask, Queries, ROWS, collect};
 
-/// Beyond this a bias is no longer added to a score within f32.
-const GREATEST_BIAS: f32 = 1e37;
+/// Greatest bias for which adding it to a score cannot overflow f32.
+const MAX_BIAS: f32 = 1e37;
 
-/// A block, the quantised keys that it walks, and the stretch of them that is walked.
+/// A block, the 8-bit keys, and the range of keys to search.
 pub(crate) struct Certified<'b, 'a, 'f, T: Element> {
     pub(crate) block: &'b Block<'a, T>,
-    pub(crate) filter: &'f Filter,
-    pub(crate) code: Code,
+    pub(crate) int8: &'f Int8Panels,
+    pub(crate) path: Int8Path,
     pub(crate) keys: Range<usize>,
 }
 
 impl<T: Element> WithSimd for Certified<'_, '_, '_, T> {
-    /// The keys that can be candidates; none if there are too many, or a query cannot be quantised.
-    type Output = Option<Lists>;
+    /// The keys that can be candidates; none if there are too many or a query cannot be quantised.
+    type Output = Option<BoundedLists>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Option<Lists> {
+    fn with_simd<S: Simd>(self, _: S) -> Option<BoundedLists> {
         let visible = self.block.visible();
-        let (queries, coarseness) = self.queries(&visible)?;
-        self.gather((&queries, coarseness), &visible)
+        let (queries, relative_error) = self.queries(&visible)?;
+        self.gather((&queries, relative_error), &visible)
     }
 }
 
 impl<T: Element> Certified<'_, '_, '_, T> {
-    /// The block's queries as integers, and the greatest ratio of error to norm among them; none if
-    /// one of them cannot be quantised.
+    /// The queries of the block as integers, and the greatest ratio of error to norm among them; none if a query cannot be
+    /// quantised.
     #[inline(always)]
     fn queries(&self, visible: &[Range<usize>]) -> Option<(Queries, f32)> {
         let (block, d) = (self.block, self.block.problem.head_dim);
@@ -60,22 +60,22 @@ impl<T: Element> Certified<'_, '_, '_, T> {
             norm: vec![0.0; count],
             used: visible.len().min(ROWS),
             #[cfg(target_arch = "x86_64")]
-            tiled: (self.code == Code::Amx).then(|| Tiled::new(count, steps)),
+            tiled: (self.path == Int8Path::Amx).then(|| Tiled::new(count, steps)),
         };
-        let (mut row, mut coarseness) = (vec![0i8; d], 0f32);
+        let (mut row, mut relative_error) = (vec![0i8; d], 0f32);
         for (r, i) in block.rows.clone().enumerate() {
             let s = quantize(block.x.q.row(block.b, block.h, i), &mut row);
             if s.error == f32::INFINITY && !visible[r].is_empty() {
                 return None;
             }
             if s.norm > 0.0 && s.error < f32::INFINITY {
-                coarseness = coarseness.max(s.error / s.norm * (1.0 + 1e-6));
+                relative_error = relative_error.max(s.error / s.norm * (1.0 + 1e-6));
             }
             out.start[r] = -128 * row.iter().map(|&q| i32::from(q)).sum::<i32>();
             (out.scale[r], out.norm[r]) = (s.scale, if s.error < f32::INFINITY { s.norm } else { 0.0 });
             #[cfg(target_arch = "x86_64")]
             if let Some(tiled) = &mut out.tiled {
-                tiled.enter(r, &row);
+                tiled.set_row(r, &row);
                 continue;
             }
             let group = &mut out.values[r / ROWS * ROWS * steps * STEP..];
@@ -83,36 +83,36 @@ impl<T: Element> Certified<'_, '_, '_, T> {
                 values[r % ROWS * STEP..][..row.len()].copy_from_slice(row);
             }
         }
-        Some((out, coarseness))
+        Some((out, relative_error))
     }
 
-    /// The panel from key `first` as the block meets it: the keys' biases and errors rounded up,
-    /// and of each what its bias was rounded up by. Keys without a bound go to `unbounded`.
+    /// For the panel from key `first` on: the biases and errors of its keys, rounded up, and by how much each bias was
+    /// rounded up. Keys without a finite bound are appended to `unbounded`.
     #[inline(always)]
-    fn bounds(&self, first: usize, coarseness: f32, unbounded: &mut Vec<u32>) -> [[f32; KEYS]; 3] {
+    fn bounds(&self, first: usize, relative_error: f32, unbounded: &mut Vec<u32>) -> [[f32; KEYS]; 3] {
         let block = self.block;
-        let known = self.panel(first).1;
+        let bounds = self.panel(first).1;
         let rounding = (block.problem.head_dim + 16) as f32 * (0.5 * f32::EPSILON);
         let mut bias = [T::Acc::of(0.0); KEYS];
-        for (bias, b) in bias.iter_mut().zip(known.bias) {
+        for (bias, b) in bias.iter_mut().zip(bounds.bias) {
             *bias = T::Acc::of(f64::from(b));
         }
         let keys = KEYS.min(block.problem.keys - first);
         block.add_prior(&mut bias[..keys], first);
         let [mut upper, mut error, mut slack] = [[0f32; KEYS]; 3];
-        let norms = known.norm.iter().zip(&known.error);
+        let norms = bounds.norm.iter().zip(&bounds.error);
         let mut bounded = true;
         for (w, (norm, e)) in norms.enumerate() {
             let b = bias[w].wide() as f32;
             slack[w] = rounding * b.abs();
             upper[w] = b + slack[w];
-            error[w] = e + (coarseness + 2.0 * rounding) * norm;
-            bounded &= (upper[w].abs() <= GREATEST_BIAS) & (error[w] < f32::INFINITY);
+            error[w] = e + (relative_error + 2.0 * rounding) * norm;
+            bounded &= (upper[w].abs() <= MAX_BIAS) & (error[w] < f32::INFINITY);
         }
         if !bounded {
             for w in 0..KEYS {
-                if !(upper[w].abs() <= GREATEST_BIAS && error[w] < f32::INFINITY) {
-                    // A key of infinite bias is banned; others are scored by every row that sees them.
+                if !(upper[w].abs() <= MAX_BIAS && error[w] < f32::INFINITY) {
+                    // An infinite bias excludes a key; others are scored for every row to which they are visible.
                     if w < keys && bias[w].is_finite() {
                         unbounded.push((first + w) as u32);
                     }
@@ -123,33 +123,33 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         [upper, error, slack]
     }
 
-    /// The bytes and the knowledge of the panel from key `first`.
+    /// Values and bounds of the panel from key `first` on.
     #[inline(always)]
-    fn panel(&self, first: usize) -> (&[u8], &Known) {
-        self.filter.panel(self.block.kv_head(), first / KEYS)
+    fn panel(&self, first: usize) -> (&[u8], &PanelBounds) {
+        self.int8.panel(self.block.kv_head(), first / KEYS)
     }
 
-    /// Appends to `lists` what the panel from key `first` adds for the active groups (bits) and the keys
-    /// that are open to each row (bits); returns the rows (bits) whose list is then full.
+    /// Appends keys of the panel from key `first` on to the lists, for the active groups (bits) and the keys that are
+    /// visible to each row (bits). Returns the rows (bits) whose lists are then full.
     #[inline(always)]
     fn collect(
         &self,
-        (queries, coarseness): (&Queries, f32),
+        (queries, relative_error): (&Queries, f32),
         first: usize,
-        (active, open): (u32, &[u32]),
-        lists: &mut Lists,
+        (active, visible): (u32, &[u32]),
+        bounded: &mut BoundedLists,
     ) -> u64 {
-        let [bias, error, slack] = &self.bounds(first, coarseness, &mut lists.unbounded);
-        let (values, known) = self.panel(first);
-        let panel = Panel { values, scale: &known.scale, bias, error, slack, first: first as u32 };
-        collect(self.code, &Meeting { queries, panel, active, open }, lists)
+        let [bias, error, slack] = &self.bounds(first, relative_error, &mut bounded.unbounded);
+        let (values, bounds) = self.panel(first);
+        let panel = Panel { values, scale: &bounds.scale, bias, error, slack, first: first as u32 };
+        collect(self.path, &PanelTask { queries, panel, active, visible }, bounded)
     }
 
-    /// Thresholds to begin with, from a few panels that every row sees whole, if there are that many: most
-    /// keys of the others then never enter a list.
+    /// Initial thresholds from a few panels whose keys are visible to every row, if there are enough such panels. Most keys
+    /// of the other panels are then below the thresholds.
     #[inline(always)]
     fn thresholds(&self, queries: (&Queries, f32), visible: &[Range<usize>]) -> Option<Vec<f32>> {
-        /// Panels to look at.
+        /// Panels to search.
         const PANELS: usize = 4;
         let count = queries.0.start.len();
         let start = visible.iter().map(|r| r.start).fold(self.keys.start, usize::max).div_ceil(KEYS);
@@ -157,55 +157,56 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         if end < start + 2 * PANELS {
             return None;
         }
-        let mut lists = Lists::new(count, PANELS * KEYS, self.block.problem.candidates);
-        let (all, open) = ((1u32 << (count / ROWS)) - 1, vec![u32::MAX; count]);
+        let mut bounded = BoundedLists::new(count, PANELS * KEYS, self.block.problem.candidates);
+        let (all, visible) = ((1u32 << (count / ROWS)) - 1, vec![u32::MAX; count]);
         for p in start..start + PANELS {
-            self.collect(queries, p * KEYS, (all, &open), &mut lists);
+            self.collect(queries, p * KEYS, (all, &visible), &mut bounded);
         }
         for row in 0..count {
-            lists.tighten(row);
+            bounded.tighten(row);
         }
-        Some(lists.threshold)
+        Some(bounded.threshold)
     }
 
-    /// Walks the stretch.
+    /// Searches the range of keys.
     #[inline(always)]
-    fn gather(&self, queries: (&Queries, f32), visible: &[Range<usize>]) -> Option<Lists> {
+    fn gather(&self, queries: (&Queries, f32), visible: &[Range<usize>]) -> Option<BoundedLists> {
         let block = self.block;
         let count = queries.0.start.len();
-        let mut lists = Lists::new(count, capacity(block.problem.candidates), block.problem.candidates);
+        let mut bounded =
+            BoundedLists::new(count, capacity(block.problem.candidates), block.problem.candidates);
         if let Some(threshold) = self.thresholds(queries, visible) {
-            lists.threshold = threshold;
+            bounded.threshold = threshold;
         }
         let reach = Block::<T>::reach(visible);
         let reach = reach.start.max(self.keys.start)..reach.end.min(self.keys.end);
-        let mut open = vec![0; count];
+        let mut bits = vec![0; count];
         for p in block.panels(&reach, KEYS) {
             let first = p * KEYS;
             let mut active = 0;
-            for (row, (open, range)) in open.iter_mut().zip(visible).enumerate() {
-                *open = seen(range, first);
-                active |= u32::from(*open != 0) << (row / ROWS);
+            for (row, (bits, range)) in bits.iter_mut().zip(visible).enumerate() {
+                *bits = visible_bits(range, first);
+                active |= u32::from(*bits != 0) << (row / ROWS);
             }
-            let mut full = self.collect(queries, first, (active, &open), &mut lists);
+            let mut full = self.collect(queries, first, (active, &bits), &mut bounded);
             while full != 0 {
                 let row = full.trailing_zeros() as usize;
                 full &= full - 1;
-                if !lists.tighten(row) {
+                if !bounded.tighten(row) {
                     return None;
                 }
             }
         }
-        // Thresholds have risen since the first keys came.
+        // Thresholds have risen since the first keys were appended.
         for row in 0..visible.len() {
-            lists.tighten(row);
+            bounded.tighten(row);
         }
-        (lists.unbounded.len() <= capacity(lists.candidates)).then_some(lists)
+        (bounded.unbounded.len() <= capacity(bounded.candidates)).then_some(bounded)
     }
 }
 
-/// The keys of a panel that begins at `first` that lie in `range`, as bits.
-pub(crate) fn seen(range: &Range<usize>, first: usize) -> u32 {
+/// The keys in `range` of the panel that starts at key `first`, as bits.
+pub(crate) fn visible_bits(range: &Range<usize>, first: usize) -> u32 {
     let below = |end: usize| match end.saturating_sub(first) {
         n if n >= KEYS => u32::MAX,
         n => (1u32 << n) - 1,
@@ -219,11 +220,11 @@ mod tests {
 
     #[test]
     fn bits_of_a_range_within_a_panel() {
-        assert_eq!(seen(&(0..100), 32), u32::MAX);
-        assert_eq!(seen(&(33..35), 32), 0b110);
-        assert_eq!(seen(&(0..33), 32), 1);
-        assert_eq!(seen(&(63..64), 32), 1 << 31);
-        assert_eq!(seen(&(0..32), 32), 0);
-        assert_eq!(seen(&(64..70), 32), 0);
+        assert_eq!(visible_bits(&(0..100), 32), u32::MAX);
+        assert_eq!(visible_bits(&(33..35), 32), 0b110);
+        assert_eq!(visible_bits(&(0..33), 32), 1);
+        assert_eq!(visible_bits(&(63..64), 32), 1 << 31);
+        assert_eq!(visible_bits(&(0..32), 32), 0);
+        assert_eq!(visible_bits(&(64..70), 32), 0);
     }
 }

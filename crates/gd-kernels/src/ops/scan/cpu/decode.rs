@@ -1,11 +1,9 @@
-//! The scan for a few queries against many keys, as in decoding: the keys are read once, where they
-//! lie, and split over threads.
+//! The scan for few queries against many keys, as in decoding: the keys are read once, in place, and split over threads.
 //!
-//! A task takes the queries of all heads that share a key-value head, and a stretch of its keys. It
-//! scores them in whatever order of additions is quick, with a bound of how far that may be from the
-//! native score; the keys that the bound does not rule out are scored as the native scan does, so
-//! that the result has the same bits. With quantised keys the same holds, and a quarter of the bytes
-//! is read.
+//! A task takes the queries of all heads that share a key-value head, and a chunk of its keys. It computes f32 scores in
+//! a fast order of summation, with a bound of their difference from the native scores. The keys that the bound does not
+//! exclude are then scored with the operations of the dense scan, so that the result has the same bits. With 8-bit keys
+//! the method is the same, and a quarter of the bytes is read.
 
 use std::ops::Range;
 
@@ -15,94 +13,94 @@ use rayon::prelude::*;
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::prefetch::prefetch;
 use crate::backend::cpu::quantize::KEYS;
-use crate::cache::int8_keys::cpu::Filter;
-use crate::ops::scan::cpu::Block;
-use crate::ops::scan::cpu::bounded_lists::{Lists, capacity, reached_by};
-use crate::ops::scan::cpu::certified::{Certified, seen};
-use crate::ops::scan::cpu::int8::Code;
-use crate::ops::scan::cpu::rescore::{Left, Settle};
+use crate::cache::int8_keys::cpu::Int8Panels;
+use crate::ops::scan::cpu::block::Block;
+use crate::ops::scan::cpu::bounded_lists::{BoundedLists, capacity, reached_by};
+use crate::ops::scan::cpu::certified::{Certified, visible_bits};
+use crate::ops::scan::cpu::int8::Int8Path;
+use crate::ops::scan::cpu::rescore::{Rescore, Rescoring};
 use crate::ops::scan::problem::Problem;
 use crate::options::Score;
 
 /// Keys of a task.
-const STRETCH: usize = 1024;
+const CHUNK_KEYS: usize = 1024;
 
-/// Products of queries and keys below which handing work to another thread costs more than it saves: a few tens
-/// of microseconds of work.
-const LIGHT: usize = 1 << 19;
+/// Multiply-adds below which all tasks run on one thread: a few tens of microseconds of work, less than it costs to wake
+/// other threads.
+const MIN_PARALLEL_FLOPS: usize = 1 << 19;
 
-/// Bytes between a key that is read and the one that is asked for meanwhile. Left to itself, a processor may see too
-/// late that one key follows another.
-const AHEAD: usize = 1 << 12;
+/// Distance between the key that is read and the key that is prefetched. The hardware prefetcher detects the sequence of
+/// keys too late.
+const PREFETCH_DISTANCE_BYTES: usize = 1 << 12;
 
-/// Chains of additions that run side by side.
-const SIDE: usize = 4;
+/// Independent accumulators of a dot product.
+const ACCUMULATORS: usize = 4;
 
-/// Scores and squares beyond this have no bound.
-const GREATEST: f32 = 1e30;
+/// Scores and squares above this have no finite bound.
+const MAX_BOUNDED: f32 = 1e30;
 
-/// What a norm loses at most where squares fall below the normal numbers.
-const LOST: f32 = 1e-21;
+/// Upper bound of the error of a norm whose squares underflow to subnormal numbers.
+const SUBNORMAL_NORM_ERROR: f32 = 1e-21;
 
-/// Scores the blocks, one for each query head in order, and returns what is left of them.
+/// Finds the candidates of the blocks, one block per query head in order.
 pub(crate) fn run<'a, T: Element>(
     arch: Arch,
     problem: &Problem,
-    filter: Option<&Filter>,
-    code: Code,
+    int8: Option<&Int8Panels>,
+    path: Int8Path,
     blocks: Vec<Block<'a, T>>,
-) -> Vec<Left<Block<'a, T>>> {
-    let (group, stretches) = (problem.group(), problem.keys.div_ceil(STRETCH));
-    let products = problem.batch * problem.q_heads * problem.queries * problem.keys * problem.head_dim;
-    // Tasks that stay on one thread.
-    let together = if products < LIGHT { usize::MAX } else { 1 };
-    let tasks = blocks.chunks(group).flat_map(|blocks| (0..stretches).map(move |s| (blocks, s * STRETCH)));
+) -> Vec<Rescoring<Block<'a, T>>> {
+    let (group, chunks) = (problem.group(), problem.keys.div_ceil(CHUNK_KEYS));
+    let flops = problem.batch * problem.q_heads * problem.queries * problem.keys * problem.head_dim;
+    // Tasks that run on one thread one after the other.
+    let tasks_per_job = if flops < MIN_PARALLEL_FLOPS { usize::MAX } else { 1 };
+    let tasks = blocks.chunks(group).flat_map(|blocks| (0..chunks).map(move |c| (blocks, c * CHUNK_KEYS)));
     let tasks: Vec<(&[Block<'a, T>], usize)> = tasks.collect();
-    // For every task one list a head; none where the head must be left.
-    let found: Vec<Vec<Option<Lists>>> = tasks
+    // For every task, the lists of each head; none if the head must be scanned densely.
+    let bounded: Vec<Vec<Option<BoundedLists>>> = tasks
         .into_par_iter()
-        .with_min_len(together)
-        .with_max_len(together)
+        .with_min_len(tasks_per_job)
+        .with_max_len(tasks_per_job)
         .map(|(blocks, first)| {
-            let keys = first..problem.keys.min(first + STRETCH);
-            match filter {
-                Some(filter) => {
+            let keys = first..problem.keys.min(first + CHUNK_KEYS);
+            match int8 {
+                Some(int8) => {
                     let of = |block: &Block<'a, T>| {
-                        let code = code.of_rows(block.rows.len());
-                        arch.dispatch(Certified { block, filter, code, keys: keys.clone() })
+                        let path = path.for_rows(block.rows.len());
+                        arch.dispatch(Certified { block, int8, path, keys: keys.clone() })
                     };
                     blocks.iter().map(of).collect()
                 }
-                None => arch.dispatch(Stretch { blocks, keys }),
+                None => arch.dispatch(KeyChunk { blocks, keys }),
             }
         })
         .collect();
-    let each = blocks.into_par_iter().with_min_len(together).with_max_len(together).enumerate();
+    let each = blocks.into_par_iter().with_min_len(tasks_per_job).with_max_len(tasks_per_job).enumerate();
     each.map(|(at, block)| {
-        let tasks = &found[at / group * stretches..(at / group + 1) * stretches];
-        let lists = tasks.iter().map(|lists| lists[at % group].as_ref()).collect();
-        arch.dispatch(Settle { block, lists, filter })
+        let tasks = &bounded[at / group * chunks..(at / group + 1) * chunks];
+        let bounded = tasks.iter().map(|bounded| bounded[at % group].as_ref()).collect();
+        arch.dispatch(Rescore { block, bounded, int8 })
     })
     .collect()
 }
 
-/// The query heads of a key-value head, and a stretch of its keys.
-struct Stretch<'b, 'a, T: Element> {
+/// The query heads of a key-value head, and a chunk of its keys.
+struct KeyChunk<'b, 'a, T: Element> {
     blocks: &'b [Block<'a, T>],
     keys: Range<usize>,
 }
 
-/// One query head during a walk.
+/// A query head and the lists of its queries.
 struct Head<A> {
     visible: Vec<Range<usize>>,
     /// `[rows][D]`.
     q: Vec<A>,
     norm: Vec<f32>,
-    lists: Option<Lists>,
+    bounded: Option<BoundedLists>,
 }
 
-impl<T: Element> WithSimd for Stretch<'_, '_, T> {
-    type Output = Vec<Option<Lists>>;
+impl<T: Element> WithSimd for KeyChunk<'_, '_, T> {
+    type Output = Vec<Option<BoundedLists>>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
@@ -113,42 +111,45 @@ impl<T: Element> WithSimd for Stretch<'_, '_, T> {
         for block in self.blocks {
             heads.push(Head::new::<S, T>(simd, block));
         }
-        let mut room = vec![T::Acc::of(0.0); KEYS * d];
-        let (head, ahead) = (block.h / problem.group(), AHEAD.div_ceil(d * size_of::<T>()));
+        let mut widened = vec![T::Acc::of(0.0); KEYS * d];
+        let (head, distance) =
+            (block.h / problem.group(), PREFETCH_DISTANCE_BYTES.div_ceil(d * size_of::<T>()));
         for first in self.keys.clone().step_by(KEYS) {
             let count = KEYS.min(self.keys.end - first);
-            let open = |h: &Head<T::Acc>| h.visible.iter().any(|r| seen(r, first) != 0);
-            if !heads.iter().any(open) {
+            let reads = |h: &Head<T::Acc>| h.visible.iter().any(|r| visible_bits(r, first) != 0);
+            if !heads.iter().any(reads) {
                 continue;
             }
             let mut keys: [&[T::Acc]; KEYS] = [&[]; KEYS];
-            for (w, (key, room)) in keys.iter_mut().zip(room.chunks_exact_mut(d)).enumerate().take(count) {
-                if first + w + ahead < problem.keys {
-                    prefetch(x.k.row(block.b, head, first + w + ahead));
+            for (w, (key, widened)) in
+                keys.iter_mut().zip(widened.chunks_exact_mut(d)).enumerate().take(count)
+            {
+                if first + w + distance < problem.keys {
+                    prefetch(x.k.row(block.b, head, first + w + distance));
                 }
-                *key = T::widened(x.k.row(block.b, head, first + w), room);
+                *key = T::widened(x.k.row(block.b, head, first + w), widened);
             }
             let keys = &keys[..count];
             let (mut square, mut score) = ([0f32; KEYS], [0f32; KEYS]);
-            // With one query a key is walked over once for both of its products.
-            let lone = match &heads[..] {
+            // With one query, one pass over a key computes its score and its square.
+            let single = match &heads[..] {
                 [head] if head.norm.len() == 1 => Some(&head.q),
                 _ => None,
             };
             for ((square, score), k) in square.iter_mut().zip(&mut score).zip(keys) {
-                match lone {
+                match single {
                     Some(q) => [*score, *square] = dots::<T::Acc, S>(simd, q, k),
                     None => *square = dot::<T::Acc, S>(simd, k, k),
                 }
             }
-            let known = lone.is_some().then_some(&score);
+            let scores = single.is_some().then_some(&score);
             for (head, block) in heads.iter_mut().zip(self.blocks) {
                 let mut prior = [T::Acc::of(0.0); KEYS];
                 block.add_prior(&mut prior[..count], first);
-                head.offer::<S, T>(simd, block, keys, known, &square, &prior, first);
+                head.add_keys::<S, T>(simd, block, keys, scores, &square, &prior, first);
             }
         }
-        heads.into_iter().map(|head| head.lists).collect()
+        heads.into_iter().map(|head| head.bounded).collect()
     }
 }
 
@@ -160,98 +161,99 @@ impl<A: Real> Head<A> {
         for (q, i) in q.chunks_exact_mut(d).zip(block.rows.clone()) {
             q.iter_mut().zip(block.x.q.row(block.b, block.h, i)).for_each(|(q, x)| *q = x.up());
         }
-        let norm: Vec<f32> = q.chunks_exact(d).map(|q| dot::<A, S>(simd, q, q).sqrt() + LOST).collect();
-        let bounded = norm.iter().all(|n| *n < GREATEST.sqrt());
+        let norm: Vec<f32> =
+            q.chunks_exact(d).map(|q| dot::<A, S>(simd, q, q).sqrt() + SUBNORMAL_NORM_ERROR).collect();
+        let bounded = norm.iter().all(|n| *n < MAX_BOUNDED.sqrt());
         let candidates = block.problem.candidates;
-        let lists = bounded.then(|| Lists::new(visible.len(), capacity(candidates), candidates));
-        Self { visible, q, norm, lists }
+        let bounded = bounded.then(|| BoundedLists::new(visible.len(), capacity(candidates), candidates));
+        Self { visible, q, norm, bounded }
     }
 
-    /// Enters the keys from `first` that can be candidates. `known` holds their products with the query, if
-    /// there is only one.
+    /// Appends the keys from `first` on that can be candidates to the lists. `scores` holds their products with the query
+    /// if there is one query.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    fn offer<S: Simd, T: Element<Acc = A>>(
+    fn add_keys<S: Simd, T: Element<Acc = A>>(
         &mut self,
         simd: S,
         block: &Block<'_, T>,
         keys: &[&[A]],
-        known: Option<&[f32; KEYS]>,
+        scores: Option<&[f32; KEYS]>,
         square: &[f32; KEYS],
         prior: &[A; KEYS],
         first: usize,
     ) {
-        let Some(lists) = &mut self.lists else { return };
+        let Some(bounded) = &mut self.bounded else { return };
         let (d, problem) = (block.problem.head_dim, block.problem);
-        // Two chains of D products and their biases, the native one and this one, and the bound itself.
+        // Covers two chains of D products with their biases, the native and this one, and the rounding of the bound.
         let rounding = (2 * d + 32) as f32 * (0.5 * f32::EPSILON);
         let half = if problem.score == Score::Energy { 0.5 } else { 0.0 };
         let mut unbounded = 0u32;
         for (row, q) in self.q.chunks_exact(d).enumerate() {
-            let open = seen(&self.visible[row], first);
-            if open == 0 {
+            let visible = visible_bits(&self.visible[row], first);
+            if visible == 0 {
                 continue;
             }
-            let mut score = known.copied().unwrap_or_default();
-            if known.is_none() {
+            let mut score = scores.copied().unwrap_or_default();
+            if scores.is_none() {
                 for (score, k) in score.iter_mut().zip(keys) {
                     *score = dot::<A, S>(simd, q, k);
                 }
             }
-            let (norm, threshold) = (self.norm[row], lists.threshold[row]);
+            let (norm, threshold) = (self.norm[row], bounded.threshold[row]);
             let (mut upper, mut lower) = ([0f32; KEYS], [0f32; KEYS]);
-            let (mut hits, mut wild) = (0u32, 0u32);
+            let (mut hits, mut no_bound) = (0u32, 0u32);
             for w in 0..KEYS {
                 let b = prior[w].wide() as f32;
-                let size = norm * (square[w].sqrt() + LOST) + square[w] + b.abs();
+                let size = norm * (square[w].sqrt() + SUBNORMAL_NORM_ERROR) + square[w] + b.abs();
                 let (score, error) = (score[w] - half * square[w] + b, rounding * size);
                 (upper[w], lower[w]) = (score + error, score - error);
                 hits |= u32::from(upper[w] >= threshold) << w;
-                wild |= u32::from(size.is_nan() || size >= GREATEST) << w;
+                no_bound |= u32::from(size.is_nan() || size >= MAX_BOUNDED) << w;
             }
-            let open = open & (u32::MAX >> (KEYS - keys.len()));
-            unbounded |= wild & open;
-            let mut hits = hits & open & !wild;
+            let visible = visible & (u32::MAX >> (KEYS - keys.len()));
+            unbounded |= no_bound & visible;
+            let mut hits = hits & visible & !no_bound;
             if hits == 0 {
                 continue;
             }
             while hits != 0 {
                 let w = hits.trailing_zeros() as usize;
                 hits &= hits - 1;
-                lists.push(row, (first + w) as u32, upper[w], lower[w]);
+                bounded.push(row, (first + w) as u32, upper[w], lower[w]);
             }
-            if lists.full(row) {
-                if !lists.tighten(row) {
-                    self.lists = None;
+            if bounded.full(row) {
+                if !bounded.tighten(row) {
+                    self.bounded = None;
                     return;
                 }
             } else if problem.candidates == 1 {
-                lists.threshold[row] = reached_by(lists.lower(row), 1, threshold);
+                bounded.threshold[row] = reached_by(bounded.lower(row), 1, threshold);
             }
         }
         while unbounded != 0 {
             let w = unbounded.trailing_zeros();
             unbounded &= unbounded - 1;
-            // A prior of -inf bans its key; what else has no bound is scored by every row.
+            // A prior of -inf excludes its key; other keys without a bound are scored for every row.
             if prior[w as usize] > A::neg_infinity() {
-                lists.unbounded.push(first as u32 + w);
+                bounded.unbounded.push(first as u32 + w);
             }
         }
-        if lists.unbounded.len() > capacity(lists.candidates) {
-            self.lists = None;
+        if bounded.unbounded.len() > capacity(bounded.candidates) {
+            self.bounded = None;
         }
     }
 }
 
-/// `<a, b>` in f32, added up in any order.
+/// `<a, b>` in f32, in an unspecified order of summation.
 #[inline(always)]
 fn dot<A: Real, S: Simd>(simd: S, a: &[A], b: &[A]) -> f32 {
     let (x, y) = (A::lanes::<S>(a), A::lanes::<S>(b));
-    // Chunks of a size that the compiler knows: only so do the sums stay in registers.
-    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<SIDE>(), y.as_chunks::<SIDE>());
-    let mut sum = [A::of(0.0).splat(simd); SIDE];
+    // Chunks of constant size: the sums then stay in registers.
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<ACCUMULATORS>(), y.as_chunks::<ACCUMULATORS>());
+    let mut sum = [A::of(0.0).splat(simd); ACCUMULATORS];
     for (x, y) in x.iter().zip(y) {
-        for i in 0..SIDE {
+        for i in 0..ACCUMULATORS {
             sum[i] = A::fused(simd, x[i], y[i], sum[i]);
         }
     }
@@ -262,17 +264,17 @@ fn dot<A: Real, S: Simd>(simd: S, a: &[A], b: &[A]) -> f32 {
     let one = A::of(1.0).splat(simd);
     let (left, right) = (A::fused(simd, one, sum[0], sum[1]), A::fused(simd, one, sum[2], sum[3]));
     let mut total = A::total(simd, A::fused(simd, one, A::fused(simd, one, left, right), rest));
-    let whole = (SIDE * x.len() + x_rest.len()) * size_of::<A::Lanes<S>>() / size_of::<A>();
+    let whole = (ACCUMULATORS * x.len() + x_rest.len()) * size_of::<A::Lanes<S>>() / size_of::<A>();
     for (&x, &y) in a[whole..].iter().zip(&b[whole..]) {
         total = x.mul_add(y, total);
     }
     total.wide() as f32
 }
 
-/// `<q, k>` and `<k, k>` in f32, added up in any order, from one walk over k.
+/// `<q, k>` and `<k, k>` in f32, in an unspecified order of summation, in one pass over k.
 #[inline(always)]
 fn dots<A: Real, S: Simd>(simd: S, q: &[A], k: &[A]) -> [f32; 2] {
-    const HALF: usize = SIDE / 2;
+    const HALF: usize = ACCUMULATORS / 2;
     let (x, y) = (A::lanes::<S>(q), A::lanes::<S>(k));
     let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<HALF>(), y.as_chunks::<HALF>());
     let (mut score, mut square) = ([A::of(0.0).splat(simd); HALF], [A::of(0.0).splat(simd); HALF]);
@@ -286,7 +288,7 @@ fn dots<A: Real, S: Simd>(simd: S, q: &[A], k: &[A]) -> [f32; 2] {
         score[0] = A::fused(simd, x, y, score[0]);
         square[0] = A::fused(simd, y, y, square[0]);
     }
-    // Spelled out: what a closure computes may end up in a function that lacks this one's instructions.
+    // Not in a closure, which could be compiled into a function without this one's instruction set.
     let one = A::of(1.0).splat(simd);
     let mut of_score = A::total(simd, A::fused(simd, one, score[0], score[1]));
     let mut of_square = A::total(simd, A::fused(simd, one, square[0], square[1]));

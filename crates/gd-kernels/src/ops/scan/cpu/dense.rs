@@ -1,4 +1,4 @@
-//! The scan at native precision: QK^T in registers, fused with norm, prior, mask and running best-K.
+//! The scan at native precision: QK^T in registers, fused with norm, prior, mask and the running top K.
 
 use std::ops::Range;
 
@@ -6,60 +6,62 @@ use num_traits::Zero;
 use pulp::{Simd, WithSimd};
 
 use crate::backend::cpu::element::Element;
-use crate::ops::scan::cpu::pack::Packed;
-use crate::ops::scan::cpu::top_k::{Best, Keep, Lead};
-use crate::ops::scan::cpu::{Block, tile};
+use crate::ops::scan::cpu::block::Block;
+use crate::ops::scan::cpu::pack::PackedKeys;
+use crate::ops::scan::cpu::tile;
+use crate::ops::scan::cpu::top_k::{ScoreSink, Top1, TopK};
 
-/// A block and the packed keys that it walks.
-pub(crate) struct Native<'a, T: Element> {
+/// A block of queries and the packed keys that it is scanned against.
+pub(crate) struct Dense<'a, T: Element> {
     pub(crate) block: Block<'a, T>,
-    pub(crate) packed: &'a Packed<T::Acc>,
+    pub(crate) packed: &'a PackedKeys<T::Acc>,
 }
 
-impl<T: Element> WithSimd for Native<'_, T> {
+impl<T: Element> WithSimd for Dense<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // Two registers of keys by R rows of accumulators, and room for the operands.
+        // R rows of accumulators, two registers of keys each, and registers for the operands.
         if S::REGISTER_COUNT >= 32 { self.scan::<S, 8>(simd) } else { self.scan::<S, 4>(simd) }
     }
 }
 
-impl<T: Element> Native<'_, T> {
+impl<T: Element> Dense<'_, T> {
     #[inline(always)]
     fn scan<S: Simd, const R: usize>(mut self, simd: S) {
         let visible = self.block.visible();
         let (width, k) = (self.packed.width(), self.block.problem.candidates);
-        // Lists for whole groups of R rows.
+        // Rows are padded to whole groups of R.
         let count = visible.len().next_multiple_of(R);
         let backwards = self.block.backwards();
-        let (mut found, mut keys) = (Vec::new(), Vec::new());
+        let (mut candidates, mut keys) = (Vec::new(), Vec::new());
         if k == 1 {
-            let mut lead = Lead::new(count, width);
-            self.walk::<S, _, R>(simd, &visible, &mut lead);
-            if !lead.overflowed() {
+            let mut top1 = Top1::new(count, width);
+            self.walk::<S, _, R>(simd, &visible, &mut top1);
+            if !top1.overflowed() {
                 for (row, visible) in visible.iter().enumerate() {
-                    self.block.finish(row, visible, lead.key(row, backwards).as_slice(), &mut found);
+                    let key = top1.key(row, backwards);
+                    self.block.write_candidates(row, visible, key.as_slice(), &mut candidates);
                 }
                 return;
             }
         }
-        let mut best = Best::new(count, k, width, backwards);
-        self.walk::<S, _, R>(simd, &visible, &mut best);
+        let mut top_k = TopK::new(count, k, width, backwards);
+        self.walk::<S, _, R>(simd, &visible, &mut top_k);
         for (row, visible) in visible.iter().enumerate() {
-            best.keys(row, &mut keys);
-            self.block.finish(row, visible, &keys, &mut found);
+            top_k.keys(row, &mut keys);
+            self.block.write_candidates(row, visible, &keys, &mut candidates);
         }
     }
 
-    /// Offers every score of the block.
+    /// Passes every score of the block to `sink`.
     #[inline(always)]
-    fn walk<S: Simd, K: Keep<T::Acc>, const R: usize>(
+    fn walk<S: Simd, K: ScoreSink<T::Acc>, const R: usize>(
         &self,
         simd: S,
         visible: &[Range<usize>],
-        keep: &mut K,
+        sink: &mut K,
     ) {
         let block = &self.block;
         let (d, width) = (block.problem.head_dim, self.packed.width());
@@ -67,7 +69,7 @@ impl<T: Element> Native<'_, T> {
         if reach.is_empty() {
             return;
         }
-        // Groups of R rows as [D][R]; rows beyond the block are zero, their scores are dropped.
+        // Groups of R rows as [D][R]; rows beyond the block are zero, and their scores are not used.
         let mut q = vec![T::Acc::zero(); visible.len().next_multiple_of(R) * d];
         for (row, i) in block.rows.clone().enumerate() {
             let group = &mut q[row / R * R * d..];
@@ -88,9 +90,9 @@ impl<T: Element> Native<'_, T> {
                 let scores = tile::scores::<T::Acc, S, R>(simd, q, keys, &bias);
                 let scores = match visible.iter().all(|r| r.start <= first && r.end >= first + width) {
                     true => scores,
-                    false => tile::within::<T::Acc, S, R>(scores, visible, first),
+                    false => tile::masked::<T::Acc, S, R>(scores, visible, first),
                 };
-                keep.offer(simd, group * R, &scores, p);
+                sink.add(simd, group * R, &scores, p);
             }
         }
     }

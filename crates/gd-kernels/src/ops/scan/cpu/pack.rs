@@ -1,7 +1,7 @@
-//! Keys in the order in which the scan reads them.
+//! Keys in the order in which the dense scan reads them.
 //!
-//! A panel holds W keys transposed, `[D][W]`, so that one register holds the same coordinate of
-//! neighbouring keys and a score is one chain of fused multiply-adds over D.
+//! A panel holds W keys transposed, `[D][W]`: one register holds the same coordinate of neighbouring keys, and a score is
+//! one chain of fused multiply-adds over D.
 
 use std::ops::Range;
 
@@ -13,8 +13,8 @@ use crate::backend::cpu::parallel::vectorize;
 use crate::backend::cpu::view::View;
 use crate::options::Score;
 
-/// Transposes keys `[W][D]` into a panel `[D][W]` of zeros and adds up their biases: `-|k|^2 / 2` for
-/// the energy score (so that `<q, k> + bias` falls as the distance grows), 0 for the dot product.
+/// Transposes keys `[W][D]` into a panel `[D][W]` of zeros and computes their biases: `-|k|^2 / 2` for the energy score,
+/// so that `<q, k> + bias` falls as the distance grows, and 0 for the dot product.
 #[inline(always)]
 pub(crate) fn pack_panel<T: Element>(
     k: View<'_, T>,
@@ -39,9 +39,9 @@ pub(crate) fn pack_panel<T: Element>(
     }
 }
 
-/// All keys of a problem, packed: panels `[B, Hk, P, D, W]` and their bias `[B, Hk, P, W]`, P the
-/// number of panels; keys beyond the last are zero.
-pub(crate) struct Packed<A> {
+/// All keys of a problem, packed: panels `[B, Hk, P, D, W]` and their biases `[B, Hk, P, W]`, with P the number of panels.
+/// Keys behind the last are zero.
+pub(crate) struct PackedKeys<A> {
     panels: Vec<A>,
     bias: Vec<A>,
     width: usize,
@@ -49,7 +49,7 @@ pub(crate) struct Packed<A> {
     per_head: usize,
 }
 
-impl<A: Real> Packed<A> {
+impl<A: Real> PackedKeys<A> {
     /// Packs k `[B, Hk, M, D]`.
     pub(crate) fn new<T: Element<Acc = A>>(k: View<'_, T>, width: usize, score: Score) -> Self {
         let [batch, heads, keys, d] = k.dims;

@@ -1,97 +1,98 @@
-//! From keys that can be candidates to the candidates.
+//! Scores the keys that may be candidates in full precision, and selects the candidates among them.
 
 use num_traits::{Float, Zero};
 use pulp::{Simd, WithSimd};
 
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::quantize::KEYS;
-use crate::cache::int8_keys::cpu::{Filter, native_bias};
-use crate::ops::scan::cpu::Block;
-use crate::ops::scan::cpu::bounded_lists::{Lists, reached_by};
-use crate::ops::scan::cpu::top_k::Best;
+use crate::cache::int8_keys::cpu::{Int8Panels, native_bias};
+use crate::ops::scan::cpu::block::Block;
+use crate::ops::scan::cpu::bounded_lists::{BoundedLists, reached_by};
+use crate::ops::scan::cpu::top_k::TopK;
 use crate::options::Score;
 
-/// What is left of a block, and the work that was done.
-pub(crate) struct Left<B> {
-    /// The block, if it is left to the native scan.
-    pub(crate) block: Option<B>,
-    /// Pairs that were scored in full precision, or are left to be.
+/// The result of rescoring a block.
+pub(crate) struct Rescoring<B> {
+    /// The block, if its candidates were not found and it must be scanned densely.
+    pub(crate) unresolved: Option<B>,
+    /// Pairs that were scored in full precision, or will be by the dense scan.
     pub(crate) scored: u64,
-    /// Pairs that the mask allows.
+    /// Pairs that the mask makes visible.
     pub(crate) visible: u64,
 }
 
-/// A block, what was collected for it from several stretches of keys (none if it must be left to the
-/// native scan), and where the keys' biases are known.
-pub(crate) struct Settle<'a, 'f, T: Element> {
+/// A block and the lists that were collected for it from several chunks of keys. Without lists the block must be scanned
+/// densely.
+pub(crate) struct Rescore<'a, 'f, T: Element> {
     pub(crate) block: Block<'a, T>,
-    pub(crate) lists: Option<Vec<&'f Lists>>,
-    pub(crate) filter: Option<&'f Filter>,
+    pub(crate) bounded: Option<Vec<&'f BoundedLists>>,
+    /// The 8-bit keys, which store the biases of the keys.
+    pub(crate) int8: Option<&'f Int8Panels>,
 }
 
-impl<'a, T: Element> WithSimd for Settle<'a, '_, T> {
-    type Output = Left<Block<'a, T>>;
+impl<'a, T: Element> WithSimd for Rescore<'a, '_, T> {
+    type Output = Rescoring<Block<'a, T>>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, _: S) -> Self::Output {
         let visible = self.block.visible().iter().map(|r| r.len() as u64).sum();
-        match self.lists.take() {
-            Some(lists) => Left { scored: self.settle(&lists), visible, block: None },
-            None => Left { block: Some(self.block), scored: visible, visible },
+        match self.bounded.take() {
+            Some(bounded) => Rescoring { scored: self.rescore(&bounded), visible, unresolved: None },
+            None => Rescoring { unresolved: Some(self.block), scored: visible, visible },
         }
     }
 }
 
-impl<T: Element> Settle<'_, '_, T> {
-    /// Writes the candidates of the block; returns the number of exact scores.
+impl<T: Element> Rescore<'_, '_, T> {
+    /// Writes the candidates of the block; returns how many pairs were scored in full precision.
     #[inline(always)]
-    fn settle(&mut self, lists: &[&Lists]) -> u64 {
+    fn rescore(&mut self, bounded: &[&BoundedLists]) -> u64 {
         let visible = self.block.visible();
         let k = self.block.problem.candidates;
         let (mut pairs, mut lower) = (Vec::with_capacity(4 * k * visible.len()), Vec::new());
         for (row, range) in visible.iter().enumerate() {
             lower.clear();
-            lists.iter().for_each(|l| lower.extend_from_slice(l.lower(row)));
+            bounded.iter().for_each(|l| lower.extend_from_slice(l.lower(row)));
             let threshold = reached_by(&lower, k, f32::MIN);
-            for list in lists {
+            for list in bounded {
                 let upper = list.keys(row).iter().zip(list.upper(row));
                 pairs.extend(upper.filter(|(_, u)| **u >= threshold).map(|(&j, _)| (row as u32, j)));
-                let seen = list.unbounded.iter().filter(|&&j| range.contains(&(j as usize)));
-                pairs.extend(seen.map(|&j| (row as u32, j)));
+                let unbounded = list.unbounded.iter().filter(|&&j| range.contains(&(j as usize)));
+                pairs.extend(unbounded.map(|&j| (row as u32, j)));
             }
         }
         let scores = self.exact(&pairs);
-        let mut best = Best::new(1, k, KEYS, self.block.backwards());
-        let (mut found, mut keys, mut at) = (Vec::new(), Vec::new(), 0);
+        let mut top_k = TopK::new(1, k, KEYS, self.block.backwards());
+        let (mut candidates, mut keys, mut at) = (Vec::new(), Vec::new(), 0);
         for (row, visible) in visible.iter().enumerate() {
-            best.clear();
+            top_k.clear();
             while let Some(&(_, j)) = pairs.get(at).filter(|s| s.0 as usize == row) {
-                // The native scan takes no score that is not finite.
+                // The dense scan ignores scores that are not finite.
                 if scores[at] > T::Acc::neg_infinity() {
-                    best.insert(0, scores[at], j);
+                    top_k.insert(0, scores[at], j);
                 }
                 at += 1;
             }
-            best.keys(0, &mut keys);
-            self.block.finish(row, visible, &keys, &mut found);
+            top_k.keys(0, &mut keys);
+            self.block.write_candidates(row, visible, &keys, &mut candidates);
         }
         pairs.len() as u64
     }
 
-    /// The native bias of key `j`, without its prior.
+    /// The bias of key `j` as the dense scan computes it, without the prior.
     #[inline(always)]
     fn bias(&self, j: usize, k: &[T]) -> T::Acc {
-        match (self.filter, self.block.problem.score) {
-            (Some(filter), _) => {
-                let known = filter.panel(self.block.kv_head(), j / KEYS).1;
-                T::Acc::of(f64::from(known.bias[j % KEYS]))
+        match (self.int8, self.block.problem.score) {
+            (Some(int8), _) => {
+                let bounds = int8.panel(self.block.kv_head(), j / KEYS).1;
+                T::Acc::of(f64::from(bounds.bias[j % KEYS]))
             }
             (None, Score::Dot) => T::Acc::zero(),
             (None, Score::Energy) => native_bias([k])[0],
         }
     }
 
-    /// The scores of (row, key) pairs as the native scan computes them.
+    /// The scores of (row, key) pairs with the bits of the dense scan.
     #[inline(always)]
     fn exact(&self, pairs: &[(u32, u32)]) -> Vec<T::Acc> {
         let mut scores = Vec::with_capacity(pairs.len());
@@ -105,11 +106,11 @@ impl<T: Element> Settle<'_, '_, T> {
         scores
     }
 
-    /// C scores side by side: each is a chain in which one step waits for the one before.
+    /// C scores. Each is a chain of dependent operations; computing several together hides their latency.
     #[inline(always)]
     fn chains<const C: usize>(&self, pairs: &[(u32, u32); C]) -> [T::Acc; C] {
-        /// Steps between two looks at the rows' lengths.
-        const PIECE: usize = 8;
+        /// Elements that are processed without a bounds check.
+        const UNROLL: usize = 8;
         let (block, d) = (&self.block, self.block.problem.head_dim);
         let mut rows: [(&[T], &[T]); C] = [(&[], &[]); C];
         let mut acc = [T::Acc::zero(); C];
@@ -122,16 +123,16 @@ impl<T: Element> Settle<'_, '_, T> {
             acc[c] = bias[0];
         }
         let step = |acc: &mut T::Acc, q: T, k: T| *acc = q.up().mul_add(k.up(), *acc);
-        let pieces = rows.map(|(q, k)| (q.as_chunks::<PIECE>().0, k.as_chunks::<PIECE>().0));
-        for p in 0..d / PIECE {
-            let piece: [(&[T; PIECE], &[T; PIECE]); C] = pieces.map(|(q, k)| (&q[p], &k[p]));
-            for x in 0..PIECE {
+        let chunks = rows.map(|(q, k)| (q.as_chunks::<UNROLL>().0, k.as_chunks::<UNROLL>().0));
+        for p in 0..d / UNROLL {
+            let chunk: [(&[T; UNROLL], &[T; UNROLL]); C] = chunks.map(|(q, k)| (&q[p], &k[p]));
+            for x in 0..UNROLL {
                 for c in 0..C {
-                    step(&mut acc[c], piece[c].0[x], piece[c].1[x]);
+                    step(&mut acc[c], chunk[c].0[x], chunk[c].1[x]);
                 }
             }
         }
-        for x in d / PIECE * PIECE..d {
+        for x in d / UNROLL * UNROLL..d {
             for c in 0..C {
                 step(&mut acc[c], rows[c].0[x], rows[c].1[x]);
             }

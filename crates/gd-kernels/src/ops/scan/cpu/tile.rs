@@ -1,4 +1,4 @@
-//! The register tile: scores of R query rows against one panel of keys.
+//! The register tile: the scores of R query rows against one panel of keys.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use pulp::Simd;
 
 use crate::backend::cpu::element::Real;
 
-/// Registers of keys in a panel.
+/// Vector registers that a panel of keys fills.
 pub(crate) const REGISTERS: usize = 2;
 
 /// Most keys of a panel: two 512-bit registers of f32.
@@ -33,24 +33,24 @@ pub(crate) fn scores<A: Real, S: Simd, const R: usize>(
     acc
 }
 
-/// The scores with minus infinity for keys that a row does not see; the panel starts at key `first`.
+/// The scores with minus infinity for keys that are not visible to a row; the panel starts at key `first`.
 #[inline(always)]
-pub(crate) fn within<A: Real, S: Simd, const R: usize>(
+pub(crate) fn masked<A: Real, S: Simd, const R: usize>(
     mut scores: [[A::Lanes<S>; REGISTERS]; R],
     visible: &[Range<usize>],
     first: usize,
 ) -> [[A::Lanes<S>; REGISTERS]; R] {
     for (r, scores) in scores.iter_mut().enumerate() {
         let range = visible.get(r).cloned().unwrap_or_default();
-        let mut open = [A::neg_infinity(); MAX_KEYS];
-        for (w, o) in open.iter_mut().enumerate() {
+        let mut mask = [A::neg_infinity(); MAX_KEYS];
+        for (w, o) in mask.iter_mut().enumerate() {
             if range.contains(&(first + w)) {
                 *o = A::zero();
             }
         }
-        let mut all = open;
+        let mut all = mask;
         A::lanes_mut::<S>(&mut all)[..REGISTERS].copy_from_slice(scores);
-        for (s, &o) in all.iter_mut().zip(&open) {
+        for (s, &o) in all.iter_mut().zip(&mask) {
             *s = if o < A::zero() { o } else { *s };
         }
         scores.copy_from_slice(&A::lanes::<S>(&all)[..REGISTERS]);

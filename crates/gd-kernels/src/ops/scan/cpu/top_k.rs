@@ -1,15 +1,15 @@
-//! What a scan keeps of the scores of each query: the greatest, or the K greatest.
+//! The greatest score of each query, or the K greatest.
 
 use pulp::Simd;
 
 use crate::backend::cpu::element::Real;
 use crate::ops::scan::cpu::tile::{MAX_KEYS, REGISTERS};
 
-/// Takes scores panel by panel: in rising order of the panels if ties go to the first key, in
-/// falling order if they go to the last.
-pub(crate) trait Keep<A: Real> {
+/// Consumes scores panel by panel: in ascending order of the panels if ties go to the first key, in descending order if
+/// they go to the last.
+pub(crate) trait ScoreSink<A: Real> {
     /// Scores of rows `row..row + R` against all keys of a panel.
-    fn offer<S: Simd, const R: usize>(
+    fn add<S: Simd, const R: usize>(
         &mut self,
         simd: S,
         row: usize,
@@ -18,45 +18,45 @@ pub(crate) trait Keep<A: Real> {
     );
 }
 
-/// K = 1: every lane remembers its greatest score and the panel that had it. No branch depends on a
-/// score; the key is found once, at the end.
-pub(crate) struct Lead<A> {
+/// K = 1: every lane stores its greatest score and the panel of that score. No branch depends on a score; the key is
+/// computed once, at the end.
+pub(crate) struct Top1<A> {
     score: Vec<A>,
     panel: Vec<A>,
     width: usize,
 }
 
-impl<A: Real> Lead<A> {
+impl<A: Real> Top1<A> {
     /// For `rows` queries and panels of `width` keys.
     pub(crate) fn new(rows: usize, width: usize) -> Self {
         Self { score: vec![A::neg_infinity(); rows * width], panel: vec![A::zero(); rows * width], width }
     }
 
-    /// Whether some score left the range of its type: such a key may hide a better one.
+    /// Whether a score overflowed to infinity: such a key could hide a valid one.
     pub(crate) fn overflowed(&self) -> bool {
         self.score.contains(&A::infinity())
     }
 
-    /// The key of greatest score of a row; of equals the first or the last.
+    /// The key of the greatest score of a row; of several equal scores the first or the last key.
     #[inline(always)]
     pub(crate) fn key(&self, row: usize, last: bool) -> Option<u32> {
         let lanes = row * self.width..(row + 1) * self.width;
-        let (mut best, mut key) = (A::neg_infinity(), None);
+        let (mut greatest, mut key) = (A::neg_infinity(), None);
         for (w, (&s, p)) in self.score[lanes.clone()].iter().zip(&self.panel[lanes]).enumerate() {
             // Panel numbers are small integers, exact in A.
             let j = (p.wide() as usize * self.width + w) as u32;
-            let wins = key.is_none_or(|k| s > best || s == best && (j < k) != last);
+            let wins = key.is_none_or(|k| s > greatest || s == greatest && (j < k) != last);
             if s > A::neg_infinity() && wins {
-                (best, key) = (s, Some(j));
+                (greatest, key) = (s, Some(j));
             }
         }
         key
     }
 }
 
-impl<A: Real> Keep<A> for Lead<A> {
+impl<A: Real> ScoreSink<A> for Top1<A> {
     #[inline(always)]
-    fn offer<S: Simd, const R: usize>(
+    fn add<S: Simd, const R: usize>(
         &mut self,
         simd: S,
         row: usize,
@@ -64,32 +64,32 @@ impl<A: Real> Keep<A> for Lead<A> {
         panel: usize,
     ) {
         let at = row * self.width..(row + R) * self.width;
-        let best = A::lanes_mut::<S>(&mut self.score[at.clone()]).chunks_exact_mut(REGISTERS);
+        let greatest = A::lanes_mut::<S>(&mut self.score[at.clone()]).chunks_exact_mut(REGISTERS);
         let panels = A::lanes_mut::<S>(&mut self.panel[at]).chunks_exact_mut(REGISTERS);
         let this = A::of(panel as f64).splat(simd);
-        for ((best, panels), scores) in best.zip(panels).zip(scores) {
+        for ((greatest, panels), scores) in greatest.zip(panels).zip(scores) {
             for r in 0..REGISTERS {
-                let better = A::greater(simd, scores[r], best[r]);
-                best[r] = A::pick(simd, better, scores[r], best[r]);
-                panels[r] = A::pick(simd, better, this, panels[r]);
+                let greater = A::greater(simd, scores[r], greatest[r]);
+                greatest[r] = A::pick(simd, greater, scores[r], greatest[r]);
+                panels[r] = A::pick(simd, greater, this, panels[r]);
             }
         }
     }
 }
 
-/// The K greatest, as sorted lists of ranked integers: a smaller (for ties to the last, a greater) key
-/// goes before an equal score.
-pub(crate) struct Best<A: Real> {
+/// The K greatest scores of each row, as sorted lists of integers that rank scores: of equal scores the smaller key comes
+/// first, or the greater key if ties go to the last.
+pub(crate) struct TopK<A: Real> {
     /// The last score of each list.
     threshold: Vec<A>,
-    /// Lists of K behind one greatest entry, so that "the entry before" always exists.
+    /// Lists of K entries, each behind a sentinel that is greater than all, so that every entry has a predecessor.
     list: Vec<A::Ranked>,
     capacity: usize,
     width: usize,
     backwards: bool,
 }
 
-impl<A: Real> Best<A> {
+impl<A: Real> TopK<A> {
     /// Empty lists of `capacity` for `rows` queries, panels of `width` keys; `backwards` if ties go to
     /// the last key.
     pub(crate) fn new(rows: usize, capacity: usize, width: usize, backwards: bool) -> Self {
@@ -106,7 +106,7 @@ impl<A: Real> Best<A> {
         }
     }
 
-    /// Enters a score that exceeds the threshold; infinity is no score.
+    /// Inserts a score that exceeds the threshold of its row; infinite scores are ignored.
     #[inline(always)]
     pub(crate) fn insert(&mut self, row: usize, score: A, key: u32) {
         if score == A::infinity() {
@@ -115,15 +115,15 @@ impl<A: Real> Best<A> {
         let entry = score.ranked(if self.backwards { key } else { !key });
         let list = &mut self.list[row * (self.capacity + 1)..(row + 1) * (self.capacity + 1)];
         match self.capacity {
-            1 => enter::<A, 1>(list, entry),
-            2 => enter::<A, 2>(list, entry),
-            4 => enter::<A, 4>(list, entry),
-            8 => enter::<A, 8>(list, entry),
-            16 => enter::<A, 16>(list, entry),
-            32 => enter::<A, 32>(list, entry),
-            64 => enter::<A, 64>(list, entry),
+            1 => insert_sorted::<A, 1>(list, entry),
+            2 => insert_sorted::<A, 2>(list, entry),
+            4 => insert_sorted::<A, 4>(list, entry),
+            8 => insert_sorted::<A, 8>(list, entry),
+            16 => insert_sorted::<A, 16>(list, entry),
+            32 => insert_sorted::<A, 32>(list, entry),
+            64 => insert_sorted::<A, 64>(list, entry),
             k => {
-                // Long lists: where it belongs is far from everywhere else.
+                // A long list: find the position by bisection.
                 let at = list.partition_point(|&e| e >= entry);
                 list.copy_within(at..k, at + 1);
                 list[at] = entry;
@@ -132,7 +132,7 @@ impl<A: Real> Best<A> {
         self.threshold[row] = A::unranked(list[self.capacity]).0;
     }
 
-    /// The keys of a row, best first, into `keys`.
+    /// Writes the keys of a row into `keys`, in descending order of the scores.
     #[inline(always)]
     pub(crate) fn keys(&self, row: usize, keys: &mut Vec<u32>) {
         keys.clear();
@@ -146,10 +146,10 @@ impl<A: Real> Best<A> {
     }
 }
 
-/// Inserts into a sorted list without branches: every entry becomes the greater of itself and the
-/// lesser of its predecessor and the new one.
+/// Inserts into a sorted list without branches: every entry becomes the greater of itself and the smaller of its
+/// predecessor and the new entry.
 #[inline(always)]
-fn enter<A: Real, const K: usize>(list: &mut [A::Ranked], entry: A::Ranked) {
+fn insert_sorted<A: Real, const K: usize>(list: &mut [A::Ranked], entry: A::Ranked) {
     let Some(before) = list.first_chunk::<K>().copied() else { unreachable!("a list of {K}") };
     let Some(list) = list.last_chunk_mut::<K>() else { unreachable!("a list of {K}") };
     for (e, before) in list.iter_mut().zip(before) {
@@ -158,9 +158,9 @@ fn enter<A: Real, const K: usize>(list: &mut [A::Ranked], entry: A::Ranked) {
     }
 }
 
-impl<A: Real> Keep<A> for Best<A> {
+impl<A: Real> ScoreSink<A> for TopK<A> {
     #[inline(always)]
-    fn offer<S: Simd, const R: usize>(
+    fn add<S: Simd, const R: usize>(
         &mut self,
         simd: S,
         row: usize,
@@ -174,7 +174,7 @@ impl<A: Real> Keep<A> for Best<A> {
             *hits = bits(scores[0]) | bits(scores[1]) << (self.width / REGISTERS);
             any |= *hits;
         }
-        // Most tiles improve nothing.
+        // No score of most tiles exceeds its threshold.
         if any == 0 {
             return;
         }
@@ -188,7 +188,7 @@ impl<A: Real> Keep<A> for Best<A> {
                 let w = if self.backwards { 31 - hits.leading_zeros() } else { hits.trailing_zeros() };
                 hits ^= 1 << w;
                 let score = tile[w as usize % MAX_KEYS];
-                // The row's list may have risen since.
+                // The threshold may have risen since the comparison.
                 if score > self.threshold[row + r] {
                     self.insert(row + r, score, (panel * self.width) as u32 + w);
                 }

@@ -1,8 +1,7 @@
 //! `scan` and `scan_select` at certified precision on CUDA: plan and launch.
 //!
-//! Beside the keys the kernel takes them as 8-bit integers ([`crate::cache::int8_keys::launch`]), which it reads in their place; the
-//! keys themselves only where the bounds leave more than one. index, energy, flags and y are those of the portable
-//! kernels of [`crate::ops::scan::gpu::launch`], to the bit.
+//! The kernel reads the keys as 8-bit integers ([`crate::cache::int8_keys::launch`]), and the original keys only where the
+//! bounds leave more than one. Its outputs have the bits of the kernels of [`crate::ops::scan::gpu::launch`].
 //!
 //! q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; index, energy `[B, Hq, N, K + P]`.
 
@@ -11,45 +10,46 @@ use bytemuck::bytes_of;
 use crate::backend::gpu::kernel::{KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::CertifiedParams;
 use crate::backend::gpu::{Arch, Constants, Gpu, Launch, Slice, mask};
-use crate::cache::int8_keys::launch::{KNOWN, Quantized};
+use crate::cache::int8_keys::launch::{BOUNDS_BYTES, Int8Slices};
 use crate::cache::key_bias::launch::key_bias;
 use crate::error::{Error, Result};
-use crate::ops::scan::gpu::launch::{Inputs, Outputs, Plan, STATIC, Values, params};
+use crate::ops::scan::gpu::launch::{GpuScanPlan, Inputs, Outputs, STATIC_SHARED_BYTES, Values, params};
 use crate::ops::scan::problem::Problem;
 use crate::options::Precision;
 
-/// Most candidates of a row: its list has 64 entries, and takes 32 keys before room is made.
+/// Greatest number of candidates per row: its list has 64 entries, of which 32 are free for new keys after it is pruned.
 pub const MAX_CANDIDATES: usize = 32;
 /// Keys of a tile.
 const TILE_KEYS: usize = 64;
-/// Keys beyond which the bits that mark entries of a list would be part of a key.
-const MOST_KEYS: usize = 1 << 28;
-/// Bytes of a row beside its list.
-const ROW: usize = 20;
+/// Keys must be below this, because the upper bits of an entry mark its state.
+const MAX_KEYS: usize = 1 << 28;
+/// Bytes per row besides its list.
+const ROW_BYTES: usize = 20;
 
-/// The plan of a scan that [`Plan::new`] has looked at so far.
-pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch) -> Result<Plan> {
+/// The plan of a certified scan whose sizes [`GpuScanPlan::new`] has checked.
+pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch) -> Result<GpuScanPlan> {
     let Problem { dtype, head_dim, candidates, keys, .. } = *problem;
     let refuse = |what: String| Err(Error::Unsupported(format!("scan at certified precision: {what}")));
     if arch.is_metal() {
-        return refuse("Metal; CUDA and the CPU are".into());
+        return refuse("Metal; it runs on CUDA and on the CPU".into());
     }
     if candidates > MAX_CANDIDATES {
-        return refuse(format!("{candidates} candidates on a GPU; 1 to {MAX_CANDIDATES} are"));
+        return refuse(format!("{candidates} candidates on a GPU; 1 to {MAX_CANDIDATES} are supported"));
     }
-    if keys >= MOST_KEYS {
-        return refuse(format!("{keys} keys on a GPU; fewer than {MOST_KEYS} are"));
+    if keys >= MAX_KEYS {
+        return refuse(format!("{keys} keys on a GPU; fewer than {MAX_KEYS} are supported"));
     }
     let (variant, padded) = (Variant::new("scan", dtype, arch)?, padded_dim("scan", head_dim)?);
     let warp_rows = if padded <= 128 { 32 } else { 16 };
-    // As scan_certified.cuh has them: two tiles of integers and what is known of their keys; a list a row.
+    // As in scan_certified.cuh: two tiles of integers with their bounds, and one list per row.
     let entries = if candidates == 1 && protected == 0 { 40 } else { 64 };
-    let tiles = 2 * TILE_KEYS * (padded + 16 + KNOWN);
-    let shared = |warps: usize| tiles + warps * warp_rows * (entries * 8 + ROW);
+    let tiles = 2 * TILE_KEYS * (padded + 16 + BOUNDS_BYTES);
+    let shared = |warps: usize| tiles + warps * warp_rows * (entries * 8 + ROW_BYTES);
     let pack = if prior { 1 } else { problem.group() };
-    let (rows, room) = (problem.queries * pack, (arch.shared_bytes as usize).saturating_sub(STATIC));
-    // A tile's keys are looked after by two warps at least.
-    let fits = |w: &usize| shared(*w) <= room && (*w == 2 || (w / 2) * warp_rows < rows);
+    let (rows, available) =
+        (problem.queries * pack, (arch.shared_bytes as usize).saturating_sub(STATIC_SHARED_BYTES));
+    // At least two warps process the keys of a tile.
+    let fits = |w: &usize| shared(*w) <= available && (*w == 2 || (w / 2) * warp_rows < rows);
     let Some(warps) = [8, 4, 2].into_iter().find(fits) else {
         return refuse(format!(
             "head_dim {head_dim} needs {} bytes of shared memory; the device has {}",
@@ -57,7 +57,7 @@ pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch
             arch.shared_bytes
         ));
     };
-    Ok(Plan {
+    Ok(GpuScanPlan {
         kernel: variant.sized(KernelOp::ScanCertified, padded),
         padded_dim: padded,
         warps,
@@ -69,23 +69,23 @@ pub(super) fn plan(problem: &Problem, protected: usize, prior: bool, arch: &Arch
     })
 }
 
-/// What a certified scan needs beside a native one.
+/// The inputs of a certified scan in addition to those of a native one.
 #[derive(Debug)]
 pub struct Certified<'a, B> {
-    /// The keys as 8-bit integers, with room for at least M.
-    pub keys: Quantized<'a, B>,
-    /// Where the number of keys goes that a row scored exactly, and of those that it sees: u32 `[B, Hq, N, 2]`.
+    /// The keys as 8-bit integers, with a capacity of at least M.
+    pub keys: Int8Slices<'a, B>,
+    /// Output: per row, the number of keys scored in full precision and of visible keys, u32 `[B, Hq, N, 2]`.
     pub rescored: Slice<'a, B>,
 }
 
-/// Finds the candidates of every query, and with `values` their value rows: what [`crate::ops::scan::gpu::launch::scan`] or
-/// [`crate::ops::scan::gpu::launch::scan_select`] finds.
+/// Finds the candidates of every query, and with `values` their value rows, with the results of
+/// [`scan`](crate::ops::scan::gpu::launch::scan) or [`scan_select`](crate::ops::scan::gpu::launch::scan_select).
 ///
 /// # Errors
-/// As those, and 8-bit keys without room for all keys.
+/// As those, and 8-bit keys of too small a capacity.
 pub fn scan_certified<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     certified: &Certified<'_, G::Buffer>,
@@ -93,11 +93,11 @@ pub fn scan_certified<G: Gpu>(
     values: Option<&Values<'_, G::Buffer>>,
 ) -> Result<()> {
     let Certified { keys, rescored } = certified;
-    let fitting = keys.room >= problem.keys && keys.room.is_multiple_of(TILE_KEYS);
+    let fitting = keys.capacity >= problem.keys && keys.capacity.is_multiple_of(TILE_KEYS);
     if problem.precision != Precision::Certified || !fitting {
         return Err(Error::Invalid(format!(
             "scan at {:?} precision of {} keys with {} 8-bit keys, of which there must be a multiple of {TILE_KEYS}",
-            problem.precision, problem.keys, keys.room
+            problem.precision, problem.keys, keys.capacity
         )));
     }
     if values.is_some() && (problem.candidates != 1 || x.protected.is_some()) {
@@ -105,20 +105,20 @@ pub fn scan_certified<G: Gpu>(
     }
     let (mask, table) = mask::upload(gpu, x.mask, problem.batch, problem.queries, problem.keys)?;
     let scan = params(plan, problem, x, values, mask)?;
-    let bias = key_bias(gpu, problem, x)?;
+    let bias = key_bias(gpu, &problem.key_shape(), problem.keys, &x.bias_inputs(problem.q_heads))?;
     gpu.launch(&Launch {
         kernel: plan.kernel,
         grid: plan.grid(problem)?,
         block: 32 * plan.warps as u32,
         shared_bytes: plan.shared_bytes as u32,
-        params: bytes_of(&CertifiedParams { scan, capacity: keys.room as u32 }).to_vec(),
+        params: bytes_of(&CertifiedParams { scan, capacity: keys.capacity as u32 }).to_vec(),
         constants: Constants::default(),
         buffers: vec![
             Some(x.q.data),
             Some(x.k.data),
             Some((&bias).into()),
-            Some(keys.codes),
-            Some(keys.known),
+            Some(keys.values),
+            Some(keys.bounds),
             Some(x.beta),
             x.prior.as_ref().map(|p| p.data),
             table.as_ref().map(Slice::from),

@@ -1,9 +1,9 @@
 //! `scan` and `scan_select` on a GPU: plan and launches.
 //!
-//! Two kernels: the bias of every key (`-|k|^2 / 2` and the prior as scores), then the scan. With one
-//! candidate the scan keeps a running maximum and finds its key at the end; otherwise every row
-//! keeps a list in shared memory, filtered by the score of its last entry. On compute capability 9.0 both
-//! have a kernel of their own, which the copy engine feeds, for tensors that it takes.
+//! Two kernels run: one computes the bias of every key (`-|k|^2 / 2` and the prior as scores), the other scans. For one
+//! candidate the scan has a running maximum and finds its key at the end; for more, every row has a list in shared memory,
+//! and scores are compared with its last entry. On compute capability 9.0 both have a variant that loads keys with TMA,
+//! for tensors that TMA supports.
 //!
 //! q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; index, energy `[B, Hq, N, K + P]`.
 
@@ -15,7 +15,7 @@ use crate::backend::gpu::{
     Arch, Constants, Gpu, Launch, Prior, Slice, Tensor4, TensorMap, elements, grid, mask, tensor_map,
 };
 use crate::cache::key_bias::bias_row;
-use crate::cache::key_bias::launch::key_bias;
+use crate::cache::key_bias::launch::{BiasInputs, key_bias};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::ops::scan::gpu::certified as scan_certified;
@@ -24,93 +24,93 @@ use crate::options::Precision;
 use bytemuck::bytes_of;
 use candle_core::DType;
 
-/// Most candidates of a row.
+/// Greatest number of candidates per row.
 pub const MAX_CANDIDATES: usize = 64;
-/// The same on Metal, whose lists have 64 entries.
+/// The same on Metal, where lists have 64 entries.
 const MAX_CANDIDATES_METAL: usize = 32;
-/// Most protected keys of a row.
+/// Greatest number of protected keys per row.
 pub const MAX_PROTECTED: usize = 32;
-/// Bytes of a row's list in shared memory: 64 or 128 entries of score and key.
+/// Bytes of the list of a row in shared memory: 64 or 128 entries of score and key.
 fn list_bytes(candidates: usize) -> usize {
     if candidates > 32 { 1024 } else { 512 }
 }
-/// Shared memory that the kernels declare themselves: what 256 rows see.
-pub(super) const STATIC: usize = 2304;
-/// Keys of a tile of Hopper's kernel, what its shared memory is aligned to, and the rows up to which the other
-/// kernel's smaller blocks are taken.
-const HOPPER_KEYS: usize = 128;
-const HOPPER_ALIGN: usize = 1024;
-const HOPPER_ROWS: usize = 64;
+/// Static shared memory of the kernels, in bytes: the visible ranges of 256 rows.
+pub(super) const STATIC_SHARED_BYTES: usize = 2304;
+/// Keys of a tile of the kernel for Hopper.
+const HOPPER_TILE_KEYS: usize = 128;
+/// Alignment of its shared memory, in bytes.
+const HOPPER_ALIGNMENT_BYTES: usize = 1024;
+/// Rows up to which the smaller blocks of the portable kernel are faster.
+const HOPPER_MIN_ROWS: usize = 64;
 /// How a scan is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
+pub struct GpuScanPlan {
     /// The kernel.
     pub kernel: Kernel,
     /// head_dim of the kernel.
     pub padded_dim: usize,
     /// Warps of a block that hold query rows.
     pub warps: usize,
-    /// Warps beside them that load keys by the copy engine; 0 where all load.
+    /// Additional warps that load keys with TMA; 0 if all warps load.
     pub loaders: usize,
     /// Query rows of a warp.
     pub warp_rows: usize,
     /// Keys that are loaded at a time.
     pub tile_keys: usize,
-    /// Query heads of a group whose rows share a block.
+    /// Query heads of a group that share a block.
     pub pack: usize,
     /// Dynamic shared memory of a block.
     pub shared_bytes: usize,
 }
 
-impl fmt::Display for Plan {
+impl fmt::Display for GpuScanPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { kernel, warps, warp_rows, tile_keys, pack, shared_bytes, .. } = self;
+        let GpuScanPlan { kernel, warps, warp_rows, tile_keys, pack, shared_bytes, .. } = self;
         let rows = warps * warp_rows;
         write!(f, "{kernel}: {rows} query rows x {tile_keys} keys, {pack} heads packed, {shared_bytes} bytes")
     }
 }
 
-/// What a tile of keys occupies with its biases, twice: one is loaded while the other is read.
+/// Shared memory of two tiles of keys with their biases: one is loaded while the other is read.
 pub(crate) fn tile_bytes(dtype: DType, padded_dim: usize, keys: usize) -> usize {
-    // Rows are padded by 16 bytes, so that rows below each other lie in different banks.
+    // Rows are padded by 16 bytes, so that consecutive rows are in different banks.
     2 * keys * (padded_dim * dtype.size_in_bytes() + 16 + 4)
 }
 
-/// What a block of a scan holds.
+/// The tiles of a block of a scan.
 struct Tiling {
     warp_rows: usize,
     keys: usize,
-    // Shared memory of the keys, and of every warp beside them.
+    // Shared memory of the keys, and of each warp.
     bytes: usize,
     warp_bytes: usize,
-    // Most warps.
-    most: usize,
+    max_warps: usize,
 }
 
 impl Tiling {
-    /// `list`: bytes of a row's list, 0 for one candidate.
+    /// `list`: bytes of the list of a row, 0 for one candidate.
     fn new(dtype: DType, padded: usize, list: usize, arch: &Arch) -> Self {
-        let (half, most) = (dtype != DType::F32, if list > 0 { 4 } else { 8 });
+        let (half, max_warps) = (dtype != DType::F32, if list > 0 { 4 } else { 8 });
         if arch.is_metal() {
-            // One tile of f16 or f32 (bf16 is widened), which first holds the queries on their way to
-            // registers; a warp stores its scores between the matrix product and the search.
+            // One tile of f16 or f32 (bf16 is widened), through which the queries are first loaded to registers. A warp
+            // stores its scores between the matrix product and the search.
             let warp_rows = if list == 0 && padded <= 128 { 16 } else { 8 };
             let keys = if padded <= 128 { 32 } else { 16 };
             let size = if dtype == DType::F16 { 2 } else { 4 };
             let bytes = keys * (padded * size + 16 + 4);
             let warp_bytes = warp_rows * (keys * 4 + 16 + list);
-            return Self { warp_rows, keys, bytes, warp_bytes, most };
+            return Self { warp_rows, keys, bytes, warp_bytes, max_warps };
         }
         let warp_rows = if half && list == 0 && padded <= 128 { 32 } else { 16 };
         let keys = if half { 64 } else { 32 };
-        // Outside the tensor cores, queries are read from shared memory.
+        // Without tensor cores, queries are read from shared memory.
         let queries = if half { 0 } else { padded * 4 + 16 };
         let warp_bytes = warp_rows * (queries + list);
-        Self { warp_rows, keys, bytes: tile_bytes(dtype, padded, keys), warp_bytes, most }
+        Self { warp_rows, keys, bytes: tile_bytes(dtype, padded, keys), warp_bytes, max_warps }
     }
 }
 
-impl Plan {
+impl GpuScanPlan {
     /// The plan of a scan with `protected` protected keys a row; `prior` is whether there is one.
     ///
     /// # Errors
@@ -119,15 +119,15 @@ impl Plan {
         let Problem { dtype, head_dim, candidates, .. } = *problem;
         let variant = Variant::new("scan", dtype, arch)?;
         let padded = padded_dim("scan", head_dim)?;
-        let most = if arch.is_metal() { MAX_CANDIDATES_METAL } else { MAX_CANDIDATES };
-        if candidates == 0 || candidates > most {
+        let max_candidates = if arch.is_metal() { MAX_CANDIDATES_METAL } else { MAX_CANDIDATES };
+        if candidates == 0 || candidates > max_candidates {
             return Err(Error::Unsupported(format!(
-                "scan: {candidates} candidates on a GPU of this kind; 1 to {most} are"
+                "scan: {candidates} candidates on a GPU of this kind; 1 to {max_candidates} are supported"
             )));
         }
         if protected > MAX_PROTECTED {
             return Err(Error::Unsupported(format!(
-                "scan: {protected} protected keys a row on a GPU; at most {MAX_PROTECTED} are"
+                "scan: {protected} protected keys a row on a GPU; at most {MAX_PROTECTED} are supported"
             )));
         }
         if problem.precision == Precision::Certified {
@@ -135,14 +135,16 @@ impl Plan {
             return plan.checked(problem, protected, prior);
         }
         let list = candidates > 1 || protected > 0;
-        let Tiling { warp_rows, keys: tile_keys, bytes, warp_bytes, most } =
+        let Tiling { warp_rows, keys: tile_keys, bytes, warp_bytes, max_warps } =
             Tiling::new(dtype, padded, if list { list_bytes(candidates) } else { 0 }, arch);
         let pack = if prior { 1 } else { problem.group() };
         let shared = |warps: usize| bytes + warps * warp_bytes;
         let rows = problem.queries * pack;
-        let room = arch.shared_bytes as usize - STATIC;
-        let fits = |w: &usize| shared(*w) <= room && (*w == 1 || (w / 2) * warp_rows < rows);
-        let Some(warps) = [most, most / 2, most / 4, 1].into_iter().find(|w| *w > 0 && fits(w)) else {
+        let available = arch.shared_bytes as usize - STATIC_SHARED_BYTES;
+        let fits = |w: &usize| shared(*w) <= available && (*w == 1 || (w / 2) * warp_rows < rows);
+        let Some(warps) =
+            [max_warps, max_warps / 2, max_warps / 4, 1].into_iter().find(|w| *w > 0 && fits(w))
+        else {
             return Err(Error::Unsupported(format!(
                 "scan: head_dim {head_dim} in {} needs {} bytes of shared memory; the device has {}",
                 dtype.as_str(),
@@ -164,7 +166,7 @@ impl Plan {
         plan.checked(problem, protected, prior)
     }
 
-    /// Refuses what the grid or 31 bits cannot hold.
+    /// Checks that the grid and 31-bit indices suffice.
     fn checked(self, problem: &Problem, protected: usize, prior: bool) -> Result<Self> {
         self.grid(problem)?;
         let rows = problem.batch as u128 * problem.q_heads as u128 * problem.queries as u128;
@@ -174,13 +176,13 @@ impl Plan {
         Ok(self)
     }
 
-    /// The same by Hopper's kernel, where there is one: compute capability 9.0, 16-bit elements, head_dim up to
-    /// 192 and 32 candidates for lists. Its blocks have at least 128 rows, so that it is not for a few.
+    /// The plan for the Hopper kernel if there is one for this problem: compute capability 9.0, 16-bit elements, for lists a
+    /// head dimension up to 192 and up to 32 candidates. Its blocks have at least 128 rows, so it is used for many rows.
     #[must_use]
     pub fn on_hopper(self, problem: &Problem, arch: &Arch) -> Self {
         let Problem { queries, keys, candidates, precision, .. } = *problem;
         let list = self.kernel.op() == KernelOp::ScanTopK;
-        // As scan_hopper.cuh has them: matrices of 64 rows a warpgroup, stages of its ring.
+        // As in scan_hopper.cuh: matrices of 64 rows per warpgroup, and stages of the ring of tiles.
         let (matrices, stages) = match (list, self.padded_dim) {
             (false, ..=128) => (2, 4),
             (false, 192) => (2, 2),
@@ -190,15 +192,16 @@ impl Plan {
             (true, _) => return self,
         };
         let suits = arch.compute == 90 && precision == Precision::Native;
-        let large = queries * self.pack > HOPPER_ROWS && keys > 0;
+        let large = queries * self.pack > HOPPER_MIN_ROWS && keys > 0;
         let Some(kernel) = self.kernel.on_hopper().filter(|_| suits && large) else {
             return self;
         };
         let row_bytes = self.padded_dim.next_multiple_of(64) * 2;
-        let stage = HOPPER_KEYS * (row_bytes + 4) + 16;
-        let lists = if list { list_bytes(candidates) } else { 0 };
-        let shared_bytes = HOPPER_ALIGN + 128 * matrices * (row_bytes + lists) + stages * stage;
-        if shared_bytes + STATIC > arch.shared_bytes as usize {
+        let stage = HOPPER_TILE_KEYS * (row_bytes + 4) + 16;
+        let list_bytes = if list { list_bytes(candidates) } else { 0 };
+        let shared_bytes =
+            HOPPER_ALIGNMENT_BYTES + 128 * matrices * (row_bytes + list_bytes) + stages * stage;
+        if shared_bytes + STATIC_SHARED_BYTES > arch.shared_bytes as usize {
             return self;
         }
         Self {
@@ -206,7 +209,7 @@ impl Plan {
             warps: 8,
             loaders: 4,
             warp_rows: 16 * matrices,
-            tile_keys: HOPPER_KEYS,
+            tile_keys: HOPPER_TILE_KEYS,
             shared_bytes,
             ..self
         }
@@ -232,7 +235,7 @@ pub struct Protected<'a, B> {
     pub dims: [usize; 4],
 }
 
-/// What a scan reads.
+/// The inputs of a scan.
 #[derive(Debug)]
 pub struct Inputs<'a, B> {
     /// `[B, Hq, N, D]`.
@@ -245,13 +248,18 @@ pub struct Inputs<'a, B> {
     pub prior: Option<Prior<'a, B>>,
     /// Keys that stay candidates.
     pub protected: Option<Protected<'a, B>>,
-    /// Which keys a query sees; validated for the problem.
+    /// Which keys are visible to each query; validated for the problem.
     pub mask: &'a Mask,
 }
 
-impl<B> Inputs<'_, B> {
-    /// Whether the copy engine takes q and k, as [`Plan::on_hopper`] needs.
-    pub fn mappable(&self, problem: &Problem) -> bool {
+impl<'a, B> Inputs<'a, B> {
+    /// What the biases of the keys are computed from.
+    pub(crate) fn bias_inputs(&self, q_heads: usize) -> BiasInputs<'a, B> {
+        BiasInputs { k: self.k, q_heads, beta: self.beta, prior: self.prior }
+    }
+
+    /// Whether TMA can load q and k, as [`GpuScanPlan::on_hopper`] requires.
+    pub fn tma_loadable(&self, problem: &Problem) -> bool {
         let Problem { batch, q_heads, kv_heads, queries, keys, head_dim, dtype, .. } = *problem;
         let suits = |t: &Tensor4<'_, B>, heads: usize, rows: usize| {
             tensor_map::suits(dtype, [batch, heads, rows, head_dim], t.strides, t.data.offset).is_ok()
@@ -260,7 +268,7 @@ impl<B> Inputs<'_, B> {
     }
 }
 
-/// Where the candidates go: `[B, Hq, N, K + P]`, contiguous.
+/// The outputs of a scan: `[B, Hq, N, K + P]`, contiguous.
 #[derive(Debug)]
 pub struct Outputs<'a, B> {
     /// i32, -1 in unused slots.
@@ -290,7 +298,7 @@ pub struct Values<'a, B> {
 /// Tensors of 2^31 elements or more, and what the GPU refuses.
 pub fn scan<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     out: &Outputs<'_, G::Buffer>,
@@ -305,7 +313,7 @@ pub fn scan<G: Gpu>(
 /// As [`scan`].
 pub fn scan_select<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     values: &Values<'_, G::Buffer>,
@@ -319,7 +327,7 @@ pub fn scan_select<G: Gpu>(
 
 /// The parameters of a scan; refuses tensors that 31 bits cannot address.
 pub(super) fn params<B>(
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, B>,
     values: Option<&Values<'_, B>>,
@@ -351,7 +359,7 @@ pub(super) fn params<B>(
         k_batch,
         k_head,
         k_row,
-        vector_loads: u32::from(x.q.aligned(dtype, q_dims) && x.k.aligned(dtype, k_dims)),
+        vector_loads: u32::from(x.q.is_aligned(dtype, q_dims) && x.k.is_aligned(dtype, k_dims)),
         pack: plan.pack as u32,
         row_blocks: plan.row_blocks(problem) as u32,
         bias_heads: if x.prior.is_some() { q_heads } else { kv_heads } as u32,
@@ -376,7 +384,7 @@ pub(super) fn params<B>(
 
 fn launch<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &GpuScanPlan,
     problem: &Problem,
     x: &Inputs<'_, G::Buffer>,
     out: &Outputs<'_, G::Buffer>,
@@ -389,13 +397,13 @@ fn launch<G: Gpu>(
     let (mask, table) = mask::upload(gpu, x.mask, batch, queries, keys)?;
     let params = params(plan, problem, x, values, mask)?;
     let map = if plan.loaders > 0 {
-        // Queries are loaded as plain rows, but as aligned as keys.
+        // Queries are loaded as plain rows with the alignment of keys.
         TensorMap::new("q", &x.q, dtype, [batch, q_heads, queries, head_dim], plan.tile_keys)?;
         Some(TensorMap::new("k", &x.k, dtype, [batch, kv_heads, keys, head_dim], plan.tile_keys)?)
     } else {
         None
     };
-    let bias = key_bias(gpu, problem, x)?;
+    let bias = key_bias(gpu, &problem.key_shape(), keys, &x.bias_inputs(q_heads))?;
     let mut buffers = vec![
         Some(x.q.data),
         Some(x.k.data),

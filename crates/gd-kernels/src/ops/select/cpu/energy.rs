@@ -6,7 +6,8 @@ use super::Keys;
 use super::loops::{for_rows, for_rows2, head_sums, key_gradient};
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::view::View;
-use crate::ops::scan::cpu::{Prior, pair_energy};
+use crate::ops::scan::cpu::arguments::Prior;
+use crate::ops::scan::cpu::block::pair_energy;
 use crate::options::Score;
 
 /// `(q, k, aux) -> energy [B, Hq, N, K]` where `aux` is beta `[Hq]` followed by the flat prior, in

@@ -1,9 +1,8 @@
 //! Upper bounds of scores from products of 8-bit integers.
 //!
-//! Keys are stored as `Q + 128` in 0..=255, since the fastest instruction multiplies unsigned by
-//! signed bytes; starting a query's sums at `-128 * sum(Q)` takes that away again. All integer sums
-//! are exact in f32, and the few floating-point operations behind them are the same everywhere, so
-//! every instruction set gives the same bits.
+//! Keys are stored as `Q + 128` in 0..=255, because the fastest instruction multiplies unsigned by signed bytes. The sums
+//! of a query start at `-128 * sum(Q)`, which compensates for the offset. All integer sums are exact in f32, and the
+//! floating-point operations after them are the same on every instruction set, so the bounds have the same bits.
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
@@ -11,18 +10,18 @@ mod x86;
 
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::quantize::{KEYS, STEP};
-use crate::ops::scan::cpu::bounded_lists::Lists;
+use crate::ops::scan::cpu::bounded_lists::BoundedLists;
 
 /// Queries of a group.
 pub(crate) const ROWS: usize = 8;
-/// One panel of keys as a block of queries meets it.
+/// One panel of keys with the bounds for a block of queries.
 pub(crate) struct Panel<'a> {
     /// `[D / 4][KEYS][4]`.
     pub(crate) values: &'a [u8],
     pub(crate) scale: &'a [f32; KEYS],
-    /// What does not depend on the query, rounded up.
+    /// The part of the score that does not depend on the query, rounded up.
     pub(crate) bias: &'a [f32; KEYS],
-    /// Error of the score for a query of norm 1.
+    /// Bound of the error of the score for a query of norm 1.
     pub(crate) error: &'a [f32; KEYS],
     /// By how much the bias was rounded up.
     pub(crate) slack: &'a [f32; KEYS],
@@ -38,29 +37,29 @@ pub(crate) struct Queries {
     pub(crate) start: Vec<i32>,
     pub(crate) scale: Vec<f32>,
     pub(crate) norm: Vec<f32>,
-    /// Rows of a group that hold queries: all of them, unless there is only one group.
+    /// Rows of a group with queries: all, unless there is one group.
     pub(crate) used: usize,
-    /// The values once more, as [`Code::Amx`] reads them.
+    /// The values in the layout of [`Int8Path::Amx`].
     #[cfg(target_arch = "x86_64")]
     pub(crate) tiled: Option<crate::backend::cpu::amx::Tiled>,
 }
 
-/// A panel and the queries that meet it.
-pub(crate) struct Meeting<'a> {
+/// A panel and the queries that are multiplied with it.
+pub(crate) struct PanelTask<'a> {
     pub(crate) queries: &'a Queries,
     pub(crate) panel: Panel<'a>,
-    /// The groups (bits) to look at.
+    /// The groups (bits) that are computed.
     pub(crate) active: u32,
-    /// The keys (bits) that are open to each row.
-    pub(crate) open: &'a [u32],
+    /// The keys (bits) that are visible to each row.
+    pub(crate) visible: &'a [u32],
 }
 
-/// Which code computes the bounds.
+/// The implementation that computes the bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Code {
-    /// Plain loops, compiled for the instruction set of their caller.
+pub(crate) enum Int8Path {
+    /// Loops that are compiled for the instruction set of their caller.
     Plain,
-    /// AVX-512 with VNNI, which the caller has found on this machine.
+    /// AVX-512 with VNNI, which this machine has.
     #[cfg(target_arch = "x86_64")]
     Vnni,
     /// The same with AMX for the products.
@@ -68,49 +67,48 @@ pub(crate) enum Code {
     Amx,
 }
 
-impl Code {
-    /// The code for an instruction set of this machine.
+impl Int8Path {
+    /// The implementation for an instruction set of this machine.
     pub(crate) fn of(isa: Isa) -> Self {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Vnni => Code::Vnni,
+            Isa::Avx512Vnni => Int8Path::Vnni,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Amx => Code::Amx,
-            _ => Code::Plain,
+            Isa::Avx512Amx => Int8Path::Amx,
+            _ => Int8Path::Plain,
         }
     }
 
-    /// The code for `rows` queries. Tiles pay for many: a group goes through VNNI as quickly, and what is left
-    /// of one more quickly.
+    /// The implementation for `rows` queries. For one group, VNNI is as fast as tiles, and faster if the group is not
+    /// full.
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
-    pub(crate) fn of_rows(self, rows: usize) -> Self {
+    pub(crate) fn for_rows(self, rows: usize) -> Self {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Code::Amx if rows <= ROWS => Code::Vnni,
-            code => code,
+            Int8Path::Amx if rows <= ROWS => Int8Path::Vnni,
+            path => path,
         }
     }
 }
 
-/// Appends the keys that are open to a row and whose upper bound reaches its threshold, for the active
-/// groups; with one candidate, raises the thresholds. No list may be full; returns the rows (bits) whose
-/// list is now.
+/// Appends the keys that are visible to a row and whose upper bound reaches its threshold, for the active groups. With one
+/// candidate, also raises the thresholds. No list may be full before; returns the rows (bits) whose lists are full after.
 #[inline(always)]
-pub(crate) fn collect(code: Code, meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
-    match code {
-        Code::Plain => plain(meeting, out),
+pub(crate) fn collect(path: Int8Path, task: &PanelTask<'_>, out: &mut BoundedLists) -> u64 {
+    match path {
+        Int8Path::Plain => plain(task, out),
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a plan names VNNI only where it was found, and `Code::of` is given a plan's.
-        Code::Vnni => unsafe { x86::vnni(meeting, out) },
+        // SAFETY: a plan names VNNI only on machines that have it, and `Int8Path::of` takes the plan's instruction set.
+        Int8Path::Vnni => unsafe { x86::vnni(task, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above; a machine with AMX has VNNI.
-        Code::Amx => unsafe { x86::amx(meeting, out) },
+        Int8Path::Amx => unsafe { x86::amx(task, out) },
     }
 }
 
 #[inline(always)]
-fn plain(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
-    let Meeting { queries, panel, active, open } = meeting;
+fn plain(task: &PanelTask<'_>, out: &mut BoundedLists) -> u64 {
+    let PanelTask { queries, panel, active, visible } = task;
     let mut full = 0;
     let group_len = panel.values.len() / KEYS * ROWS;
     for (g, values) in queries.values.chunks_exact(group_len.max(1)).enumerate() {
@@ -128,13 +126,13 @@ fn plain(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
                     }
                 }
             }
-            let (scale, norm, reached) = (queries.scale[row], queries.norm[row], out.threshold[row]);
+            let (scale, norm, threshold) = (queries.scale[row], queries.norm[row], out.threshold[row]);
             let mut upper = [0f32; KEYS];
             let mut any = false;
             for w in 0..KEYS {
                 let score = (sums[w] as f32 * panel.scale[w]).mul_add(scale, panel.bias[w]);
                 upper[w] = norm.mul_add(panel.error[w], score);
-                any |= upper[w] >= reached;
+                any |= upper[w] >= threshold;
             }
             if !any {
                 continue;
@@ -144,12 +142,12 @@ fn plain(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
                 let gap = norm.mul_add(panel.error[w], panel.slack[w]);
                 (out.key[to], out.upper[to]) = (panel.first + w as u32, bound);
                 out.lower[to] = (-2f32).mul_add(gap, bound);
-                to += usize::from(bound >= reached && open[row] >> w & 1 == 1);
+                to += usize::from(bound >= threshold && visible[row] >> w & 1 == 1);
             }
             if out.candidates == 1 {
-                // What one key reaches for certain bounds all others.
+                // A lower bound of one key is a threshold for all others.
                 let new = &out.lower[out.first(row) + out.count[row]..to];
-                out.threshold[row] = new.iter().fold(reached, |most, &x| if x > most { x } else { most });
+                out.threshold[row] = new.iter().fold(threshold, |most, &x| if x > most { x } else { most });
             }
             out.count[row] = to - out.first(row);
             full |= u64::from(out.full(row)) << row;

@@ -1,4 +1,4 @@
-//! Bounds of scores with AVX-512: products by VNNI or AMX, then the same arithmetic for both.
+//! Bounds of scores with AVX-512: integer products with VNNI or AMX, then the same floating-point operations for both.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
@@ -6,34 +6,34 @@ use std::arch::x86_64::*;
 use crate::backend::cpu::amx::{STRIP, Sums};
 use crate::backend::cpu::prefetch::prefetch_line;
 use crate::backend::cpu::quantize::{KEYS, STEP};
-use crate::ops::scan::cpu::bounded_lists::Lists;
-use crate::ops::scan::cpu::int8::{Meeting, Panel, ROWS};
+use crate::ops::scan::cpu::bounded_lists::BoundedLists;
+use crate::ops::scan::cpu::int8::{Panel, PanelTask, ROWS};
 
-/// Bytes between keys that are read and those that are asked for meanwhile.
-const AHEAD: usize = 1 << 13;
+/// Distance between the keys that are read and the keys that are prefetched.
+const PREFETCH_DISTANCE_BYTES: usize = 1 << 13;
 
 /// The sums of the first N queries of a group with the keys of a panel.
 type Group<const N: usize> = [[__m512i; 2]; N];
 
-/// [`crate::ops::scan::cpu::int8::collect`] with VNNI, for as many queries of a group as there are: in decoding often one.
+/// [`crate::ops::scan::cpu::int8::collect`] with VNNI, for the number of queries in a group, which is often one in decoding.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,popcnt")]
-pub(crate) fn vnni(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
-    match meeting.queries.used {
-        1 => vnni_rows::<1>(meeting, out),
-        2 => vnni_rows::<2>(meeting, out),
-        3 | 4 => vnni_rows::<4>(meeting, out),
-        _ => vnni_rows::<ROWS>(meeting, out),
+pub(crate) fn vnni(task: &PanelTask<'_>, out: &mut BoundedLists) -> u64 {
+    match task.queries.used {
+        1 => vnni_rows::<1>(task, out),
+        2 => vnni_rows::<2>(task, out),
+        3 | 4 => vnni_rows::<4>(task, out),
+        _ => vnni_rows::<ROWS>(task, out),
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,popcnt")]
-fn vnni_rows<const N: usize>(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
-    let Meeting { queries, panel, .. } = meeting;
+fn vnni_rows<const N: usize>(task: &PanelTask<'_>, out: &mut BoundedLists) -> u64 {
+    let PanelTask { queries, panel, .. } = task;
     let group_len = panel.values.len() / KEYS * ROWS;
-    enter(meeting, out, |g| {
+    bound_rows(task, out, |g| {
         let mut sums: Group<N> = [[_mm512_setzero_si512(); 2]; N];
-        // A second chain of additions, where there are registers for it.
+        // A second set of accumulators, which hides latency where there are enough registers.
         let mut more = sums;
         for (sums, &start) in sums.iter_mut().zip(&queries.start[g * ROWS..]) {
             *sums = [_mm512_set1_epi32(start); 2];
@@ -41,13 +41,13 @@ fn vnni_rows<const N: usize>(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
         let values = &queries.values[g * group_len..][..group_len];
         let steps = values.chunks_exact(ROWS * STEP).zip(panel.values.chunks_exact(KEYS * STEP));
         for (i, (q, k)) in steps.enumerate() {
-            // Few queries wait for the keys, which lie panel after panel.
+            // With few queries, memory is the bottleneck; the panels are consecutive in memory.
             if N < ROWS {
                 for line in [0, 64] {
-                    prefetch_line(k.as_ptr().wrapping_add(AHEAD + line));
+                    prefetch_line(k.as_ptr().wrapping_add(PREFETCH_DISTANCE_BYTES + line));
                 }
             }
-            if N < ROWS && i % 2 == 1 { meet(&mut more, q, k) } else { meet(&mut sums, q, k) }
+            if N < ROWS && i % 2 == 1 { add_products(&mut more, q, k) } else { add_products(&mut sums, q, k) }
         }
         for r in 0..N {
             for half in 0..2 {
@@ -58,10 +58,10 @@ fn vnni_rows<const N: usize>(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
     })
 }
 
-/// Adds the products of a step: of queries `[ROWS][4]` and keys `[KEYS][4]`.
+/// Adds the products of one step: of queries `[ROWS][4]` and keys `[KEYS][4]`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn meet<const N: usize>(sums: &mut Group<N>, q: &[i8], k: &[u8]) {
+fn add_products<const N: usize>(sums: &mut Group<N>, q: &[i8], k: &[u8]) {
     assert!(q.len() == ROWS * STEP && k.len() == KEYS * STEP);
     // SAFETY: `k` holds KEYS * STEP = 128 bytes.
     let k = unsafe { [_mm512_loadu_si512(k.as_ptr().cast()), _mm512_loadu_si512(k.as_ptr().add(64).cast())] };
@@ -75,14 +75,14 @@ fn meet<const N: usize>(sums: &mut Group<N>, q: &[i8], k: &[u8]) {
 
 /// [`crate::ops::scan::cpu::int8::collect`] with AMX.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,popcnt")]
-pub(crate) fn amx(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
+pub(crate) fn amx(task: &PanelTask<'_>, out: &mut BoundedLists) -> u64 {
     /// Groups of a strip.
     const GROUPS: usize = STRIP / ROWS;
-    let Meeting { queries, panel, .. } = meeting;
+    let PanelTask { queries, panel, .. } = task;
     let Some(tiled) = &queries.tiled else { unreachable!("queries are tiled where AMX runs") };
     let mut products = Sums([[0; KEYS]; STRIP]);
     let mut multiplied = None;
-    enter(meeting, out, |g| {
+    bound_rows(task, out, |g| {
         if multiplied != Some(g / GROUPS) {
             tiled.multiply(g / GROUPS, panel.values, &mut products);
             multiplied = Some(g / GROUPS);
@@ -100,16 +100,16 @@ pub(crate) fn amx(meeting: &Meeting<'_>, out: &mut Lists) -> u64 {
     })
 }
 
-/// Turns the sums of the first N queries of the active groups into bounds, and appends what reaches the
-/// thresholds; returns the rows (bits) whose list is then full.
+/// Computes bounds from the sums of the first N queries of the active groups, and appends the keys that reach the
+/// thresholds. Returns the rows (bits) whose lists are then full.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,popcnt")]
-fn enter<const N: usize>(
-    meeting: &Meeting<'_>,
-    out: &mut Lists,
+fn bound_rows<const N: usize>(
+    task: &PanelTask<'_>,
+    out: &mut BoundedLists,
     mut sums: impl FnMut(usize) -> Group<N>,
 ) -> u64 {
-    let Meeting { queries, panel, active, open } = meeting;
+    let PanelTask { queries, panel, active, visible } = task;
     let (scale, bias, error) = (load(panel.scale), load(panel.bias), load(panel.error));
     let mut full = 0;
     for g in (0..queries.start.len() / ROWS).filter(|g| active >> g & 1 == 1) {
@@ -129,46 +129,46 @@ fn enter<const N: usize>(
             }
         }
         if any != 0 {
-            full |= append(g, &upper, &open[rows], norms, panel, out);
+            full |= append(g, &upper, &visible[rows], norms, panel, out);
         }
     }
     full
 }
 
-/// Appends the open keys whose upper bound reaches the threshold of their row in group `g`.
+/// Appends the visible keys whose upper bound reaches the threshold of their row in group `g`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,popcnt")]
 fn append<const N: usize>(
     g: usize,
     upper: &[[__m512; 2]; N],
-    open: &[u32],
+    visible: &[u32],
     norms: &[f32],
     panel: &Panel<'_>,
-    out: &mut Lists,
+    out: &mut BoundedLists,
 ) -> u64 {
     let (error, slack, mut full) = (load(panel.error), load(panel.slack), 0);
     let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for r in 0..N {
         let row = g * ROWS + r;
         let t = _mm512_set1_ps(out.threshold[row]);
-        let open = [open[r] as u16, (open[r] >> 16) as u16];
-        let hits = [0, 1].map(|h| _mm512_mask_cmp_ps_mask::<_CMP_GE_OQ>(open[h], upper[r][h], t));
+        let visible = [visible[r] as u16, (visible[r] >> 16) as u16];
+        let hits = [0, 1].map(|h| _mm512_mask_cmp_ps_mask::<_CMP_GE_OQ>(visible[h], upper[r][h], t));
         if hits == [0, 0] {
             continue;
         }
         let n = _mm512_set1_ps(norms[r]);
         let mut to = out.first(row) + out.count[row];
-        // The list ends a whole panel behind its capacity; checked here, once for both halves.
+        // The memory of a list ends a whole panel behind its capacity; checked once for both halves.
         assert!(!out.full(row) && to + KEYS <= out.key.len());
-        let mut reached = t;
+        let mut threshold = t;
         for half in 0..2 {
             let hit = hits[half];
             let gap = _mm512_fmadd_ps(n, error[half], slack[half]);
             let lower = _mm512_fmadd_ps(_mm512_set1_ps(-2.0), gap, upper[r][half]);
-            reached = _mm512_mask_max_ps(reached, hit, reached, lower);
+            threshold = _mm512_mask_max_ps(threshold, hit, threshold, lower);
             let first = panel.first.cast_signed() + 16 * half as i32;
             let key = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
-            // SAFETY: at most 16 entries precede the second half's 16 in the panel's room.
+            // SAFETY: at most 16 entries precede the 16 of the second half, within the panel of memory checked above.
             unsafe {
                 let key = _mm512_maskz_compress_epi32(hit, key);
                 _mm512_storeu_si512(out.key.as_mut_ptr().add(to).cast(), key);
@@ -182,8 +182,8 @@ fn append<const N: usize>(
         out.count[row] = to - out.first(row);
         full |= u64::from(out.full(row)) << row;
         if out.candidates == 1 {
-            // What one key reaches for certain bounds all others.
-            out.threshold[row] = _mm512_reduce_max_ps(reached);
+            // A lower bound of one key is a threshold for all others.
+            out.threshold[row] = _mm512_reduce_max_ps(threshold);
         }
     }
     full

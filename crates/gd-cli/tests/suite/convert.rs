@@ -1,0 +1,181 @@
+//! `gd convert` and the library functions behind it: another attention with the same weights.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use candle_core::{DType, Device};
+use gd_kernels::Score;
+use gd_model::config::Mechanism;
+use gd_model::io::checkpoint::{CONFIG, load_json, load_tensors};
+use gd_model::model::pretrained;
+use gd_model::model::swap::{Layers, Swap};
+use serde_json::Value;
+
+use crate::program::{gd, json};
+
+#[path = "../../../gd-model/examples/swap.rs"]
+#[allow(dead_code)]
+mod example;
+
+fn fixture(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama").join(family)
+}
+
+fn folder() -> Result<tempfile::TempDir> {
+    let dir = tempfile::tempdir()?;
+    fs::write(dir.path().join("text.txt"), TEXT.repeat(3))?;
+    Ok(dir)
+}
+
+const TEXT: &str = "Whether I shall turn out to be the hero of my own life, or whether that station will be held by \
+                    anybody else, these pages must show.\n";
+
+/// The loss of a model on the text, in windows of 64 tokens.
+fn loss(dir: &Path, model: impl AsRef<Path>) -> Result<f64> {
+    let args = format!("eval {} --data text.txt --context 64 --json", model.as_ref().display());
+    Ok(json(dir, &args)?["loss"].as_f64().unwrap_or(f64::NAN))
+}
+
+#[test]
+fn blending_every_key_is_softmax_and_fewer_keys_are_not() -> Result<()> {
+    let folder = folder()?;
+    let dir = folder.path();
+    for family in ["llama", "mistral", "qwen2", "qwen3"] {
+        let model = fixture(family);
+        let softmax = loss(dir, &model)?;
+        let convert = |flags: &str, out: &str| {
+            json(
+                dir,
+                &format!("convert {} --attention gd {flags} --json --out {family}-{out}", model.display()),
+            )
+        };
+        let found = convert("--k 64", "dot")?;
+        assert_eq!(found["selecting"], found["layers"]);
+        convert("--k 64 --score energy", "energy")?;
+        convert("--k 2", "two")?;
+        convert("--k 2 --score energy", "two-energy")?;
+        convert("--k 2 --layers last:1", "last")?;
+        let of = |out: &str| loss(dir, format!("{family}-{out}"));
+        for all in ["dot", "energy"] {
+            assert!((of(all)? - softmax).abs() < 1e-5, "{family}: {all} {} softmax {softmax}", of(all)?);
+        }
+        let (two, last) = (of("two")?, of("last")?);
+        assert!((of("two-energy")? - two).abs() < 1e-4, "{family}: {two} {}", of("two-energy")?);
+        for (a, b) in [(two, softmax), (last, softmax), (last, two)] {
+            assert!(
+                (a - b).abs() > 1e-3,
+                "{family}: {two} with two keys, {last} in the last layer, softmax {softmax}"
+            );
+        }
+        // The conversion can be reversed because the weights were not trained.
+        json(dir, &format!("convert {family}-two --attention softmax --json --out {family}-back"))?;
+        assert!((of("back")? - softmax).abs() < 1e-6, "{family}");
+        // Layers with different scores in one model are an error.
+        let mixed =
+            gd(dir, &format!("convert {family}-two --attention gd --layers 0 --k 4 --out {family}-mixed"))?;
+        let text = String::from_utf8_lossy(&mixed.stderr).into_owned();
+        assert!(mixed.status.code() == Some(1) && text.contains("layer 1 selects already"), "{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_a_new_attention_the_model_is_saved_unchanged() -> Result<()> {
+    let folder = folder()?;
+    let model = fixture("qwen2");
+    let found = json(folder.path(), &format!("convert {} --json --out same", model.display()))?;
+    assert_eq!((&found["selecting"], &found["changed"]), (&0.into(), &Value::Array(vec![])));
+    assert_eq!(load_json(&model.join(CONFIG))?, load_json(&folder.path().join("same").join(CONFIG))?);
+    assert_eq!(loss(folder.path(), &model)?, loss(folder.path(), "same")?);
+    Ok(())
+}
+
+#[test]
+fn invalid_flags_are_errors() -> Result<()> {
+    let folder = folder()?;
+    let model = fixture("llama");
+    let (model, dir) = (model.display(), folder.path());
+    fs::create_dir(dir.join("there"))?;
+    for (args, code, words) in [
+        (format!("convert {model}"), 2, ["--out", ""]),
+        (format!("convert {model} --out there"), 2, ["there", "exists already"]),
+        (format!("convert {model} --out new --k 4"), 2, ["--attention", ""]),
+        (format!("convert {model} --out new --attention gd --k 3"), 2, ["--k 3", "64"]),
+        (format!("convert {model} --out new --attention linear"), 2, ["linear", "softmax"]),
+        (format!("convert {model} --out new --attention gd --layers some"), 2, ["some", "--layers"]),
+        (format!("convert {model} --out new --attention gd --layers 1,3"), 1, ["layer 3", "0 to 2"]),
+        (format!("convert {model} --out new --attention gd --layers last:4"), 1, ["last 4", "3 layers"]),
+        ("convert nowhere --out new".to_owned(), 1, ["nowhere", "no such"]),
+        (format!("convert {model} --out text.txt/new"), 1, ["text.txt", ""]),
+    ] {
+        let out = gd(dir, &args)?;
+        let text = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(code), "{args}: {text}");
+        assert!(words.iter().all(|w| text.contains(w)) && text.lines().count() == 1, "{args}: {text}");
+    }
+    assert!(!dir.join("new").exists());
+    Ok(())
+}
+
+#[test]
+fn a_swap_does_not_create_missing_tensors() -> Result<()> {
+    let mut parts = pretrained::read(&fixture("qwen3"), &Device::Cpu)?;
+    let name = "model.layers.1.self_attn.k_norm.weight";
+    ensure!(parts.tensors.remove(name).is_some());
+    let swap = Swap { layers: Layers::All, mechanism: Mechanism::Gd, candidates: 4, score: Score::Dot };
+    let e = swap.apply(&mut parts).unwrap_err().to_string();
+    assert!(e.contains("1 tensors are missing") && e.contains(name) && e.contains("qwen3"), "{e}");
+    Ok(())
+}
+
+#[test]
+fn the_example_for_users_of_the_library_runs() -> Result<()> {
+    let [softmax, all] = example::swapped(&fixture("mistral"), TEXT, 64)?;
+    // The sliding window of the model is shorter than 64.
+    assert!((softmax / all - 1.0).abs() < 1e-5, "{softmax} {all}");
+    let [same, two] = example::swapped(&fixture("mistral"), TEXT, 2)?;
+    assert!(same == softmax && (two / softmax - 1.0).abs() > 1e-3, "{softmax} {two}");
+    Ok(())
+}
+
+#[test]
+fn weights_are_stored_in_the_requested_dtype() -> Result<()> {
+    let folder = folder()?;
+    let dir = folder.path();
+    let model = fixture("llama");
+    let plain = loss(dir, &model)?;
+    for (flag, dtype, name) in
+        [("f32", DType::F32, "float32"), ("f16", DType::F16, "float16"), ("bf16", DType::BF16, "bfloat16")]
+    {
+        json(dir, &format!("convert {} --dtype {flag} --json --out {flag}", model.display()))?;
+        let out = dir.join(flag);
+        let config = load_json(&out.join(CONFIG))?;
+        let stored = config.get("torch_dtype").or_else(|| config.get("dtype"));
+        assert_eq!(stored, Some(&Value::from(name)));
+        assert!(load_tensors(&out, &Device::Cpu)?.values().all(|t| t.dtype() == dtype));
+        // Weights that are stored in half precision give the results of the same values in f32.
+        json(dir, &format!("convert {flag} --dtype f32 --json --out {flag}-wide"))?;
+        let (half, wide) = (loss(dir, flag)?, loss(dir, format!("{flag}-wide"))?);
+        assert!((half - wide).abs() < 1e-5 && (half - plain).abs() < 1e-2, "{flag}: {half} {wide} {plain}");
+        let written = json(
+            dir,
+            &format!("generate {flag} --prompt {} --temperature 0 --max-tokens 20 --json", "Whether"),
+        )?;
+        let same = json(
+            dir,
+            &format!("generate {flag}-wide --prompt {} --temperature 0 --max-tokens 20 --json", "Whether"),
+        )?;
+        assert_eq!(written["text"], same["text"]);
+        assert!(
+            written["prompt_tokens"].as_u64() > Some(0) && written["tokens_per_second"].as_f64() > Some(0.0)
+        );
+    }
+    let mut parts = pretrained::read(&model, &Device::Cpu)?;
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let scaled = (parts.tensors[name].to_dtype(DType::F32)? * 1e7)?;
+    parts.tensors.insert(name.into(), scaled);
+    let error = parts.cast(DType::F16).unwrap_err().to_string();
+    assert!(error.contains(name) && error.contains("float16"), "{error}");
+    Ok(())
+}

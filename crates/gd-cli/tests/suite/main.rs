@@ -1,0 +1,18 @@
+//! The program `gd`, called as a user calls it, and what it shares with the library, in one test program.
+//!
+//! `cargo test -p gd-cli --test suite trace::` runs the tests of one module.
+
+mod bad_input;
+mod beacon_report;
+mod bench;
+mod cli;
+mod convert;
+mod data;
+mod generate;
+mod landscape;
+mod log;
+mod op;
+mod program;
+mod resume;
+mod trace;
+mod uptrain;

@@ -1,0 +1,50 @@
+//! The program as tests call it: arguments separated by spaces, in a folder of the test's own.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+
+/// The configuration of a model that trains in a second.
+pub(crate) const SMALL: &str = include_str!("../../../gd-model/tests/fixtures/small.json");
+/// The text that ships with the repository.
+pub(crate) const SAMPLE: &str = include_str!("../../text/sample.txt");
+
+pub(crate) fn command(dir: &Path, args: &str) -> Command {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
+    program.args(args.split_whitespace()).current_dir(dir);
+    program
+}
+
+pub(crate) fn gd(dir: &Path, args: &str) -> Result<Output> {
+    Ok(command(dir, args).output()?)
+}
+
+/// The stdout of a call that must have succeeded.
+pub(crate) fn succeeded(output: &Output) -> Result<String> {
+    ensure!(output.status.success(), "{:?}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout.clone())?)
+}
+
+/// The same as JSON.
+pub(crate) fn parsed(output: &Output) -> Result<Value> {
+    Ok(serde_json::from_str(&succeeded(output)?)?)
+}
+
+/// The last line of stderr of a call that must have failed with this exit code.
+pub(crate) fn failed(output: &Output, code: i32) -> Result<String> {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(code), "{:?}: {text}", output.status);
+    Ok(text.lines().last().unwrap_or_default().to_owned())
+}
+
+/// What a call that must succeed prints.
+pub(crate) fn json(dir: &Path, args: &str) -> Result<Value> {
+    parsed(&gd(dir, args)?)
+}
+
+/// The error of a call that must fail with this exit code.
+pub(crate) fn error(dir: &Path, args: &str, code: i32) -> Result<String> {
+    failed(&gd(dir, args)?, code)
+}

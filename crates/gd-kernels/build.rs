@@ -25,7 +25,7 @@ fn done(built: Result<(), String>) {
 /// The folder of the kernels; cargo is to look for changes in `folders` of it.
 #[cfg(any(feature = "cuda", feature = "metal"))]
 fn kernels(folders: &[&str]) -> Result<std::path::PathBuf, String> {
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels");
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let root = root.canonicalize().map_err(|e| format!("{}: {e}", root.display()))?;
     for folder in folders {
         println!("cargo:rerun-if-changed={}", root.join(folder).display());

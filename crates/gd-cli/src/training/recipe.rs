@@ -10,7 +10,7 @@ use gd_model::io::tokenizer::Tokenizer;
 use crate::data_source::prepared_data;
 
 /// The text that a run without `--data` trains on. It is part of the program, so that `gd train` runs anywhere.
-const SAMPLE_TEXT: &str = include_str!("../../../../models/sample.txt");
+const SAMPLE_TEXT: &str = include_str!("../../text/sample.txt");
 
 /// Loads a preset or a configuration file with the values of `--set` and `--steps`. If `steps` is given, the warm-up
 /// is at most half of it.

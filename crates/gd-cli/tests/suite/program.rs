@@ -9,7 +9,7 @@ use serde_json::Value;
 /// The configuration of a model that trains in a second.
 pub(crate) const SMALL: &str = include_str!("../../../gd-model/tests/fixtures/small.json");
 /// The text that ships with the repository.
-pub(crate) const SAMPLE: &str = include_str!("../../../../models/sample.txt");
+pub(crate) const SAMPLE: &str = include_str!("../../text/sample.txt");
 
 pub(crate) fn command(dir: &Path, args: &str) -> Command {
     let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));

@@ -52,11 +52,11 @@ pub struct Recipe {
 
 /// The presets, as pairs of name and JSON text.
 pub const PRESETS: &[(&str, &str)] = &[
-    ("tiny", include_str!("../../../../models/tiny.json")),
-    ("small", include_str!("../../../../models/small.json")),
-    ("base", include_str!("../../../../models/base.json")),
-    ("125M", include_str!("../../../../models/125M.json")),
+    ("tiny", include_str!("../../models/tiny.json")),
+    ("small", include_str!("../../models/small.json")),
+    ("base", include_str!("../../models/base.json")),
+    ("125M", include_str!("../../models/125M.json")),
 ];
 
 /// The preset of uptraining. It has no model, which [`Recipe::load_with`] takes from a [`Setting`].
-pub const UPTRAIN: (&str, &str) = ("uptrain", include_str!("../../../../models/uptrain.json"));
+pub const UPTRAIN: (&str, &str) = ("uptrain", include_str!("../../models/uptrain.json"));

@@ -4,7 +4,7 @@ use gd_model::Error;
 use gd_model::io::tokenizer::Tokenizer;
 use proptest::prelude::*;
 
-const SAMPLE: &str = include_str!("../../../../models/sample.txt");
+const SAMPLE: &str = include_str!("../../models/text/sample.txt");
 
 /// The start of the sample: enough for a small vocabulary.
 fn corpus() -> Vec<String> {

@@ -103,7 +103,7 @@ impl Checkpoint<'_> {
 /// Fills the model card template: `{{key}}` becomes the value. A key that the template lacks, or lacks a
 /// value, is an error.
 pub fn model_card(values: &[(&str, String)]) -> Result<String> {
-    let mut card = include_str!("../../../../../models/MODEL_CARD.md").to_string();
+    let mut card = include_str!("../../../models/MODEL_CARD.md").to_string();
     for (key, value) in values {
         let place = format!("{{{{{key}}}}}");
         if !card.contains(&place) {

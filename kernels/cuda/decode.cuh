@@ -1,7 +1,7 @@
-// Decoding: a few queries against a long cache. The keys of a row are split over blocks; inside a block every
-// warp takes its own keys of a tile. Each block enters its best key of every row by an integer maximum, and
-// the last one to come writes index, energy and value row. The scores are those of the scan, and so is the
-// result.
+// Decoding: a few queries against a long cache, with the keys of a row split over several blocks (split-K). Within a
+// block every warp scores its own keys of a tile. Each block merges its best key of every row into the workspace by a
+// 64-bit atomic maximum, and the last block of a row tile writes index, energy and value row. Scores, and therefore
+// results, are bitwise those of the scan.
 #pragma once
 #include "../shared/mask.h"
 #include "../shared/query_rows.h"
@@ -26,16 +26,17 @@ __device__ __forceinline__ void update_top1(const float (&acc)[NT][4], const Ran
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             i32 j = number(n, c % 2);
-            float s = acc[n][c], &most = top[c / 2];
-            i32 &held = key[c / 2];
+            float s = acc[n][c], &greatest = top[c / 2];
+            i32 &current = key[c / 2];
             bool open = j >= own[c / 2].lo && j < own[c / 2].hi && s < GD_INFINITY;
-            if (open && (s > most || (s == most && held >= 0 && wins_tie(j, held, tie)))) most = s, held = j;
+            if (open && (s > greatest || (s == greatest && current >= 0 && wins_tie(j, current, tie))))
+                greatest = s, current = j;
         }
     }
 }
 
-// What a block shares.
-template <int ROWS> struct Decoding {
+// Shared state of a block: key ranges of its rows and of all rows together, and the best key of every warp and row.
+template <int ROWS> struct DecodeState {
     Range row[ROWS];
     Range all;
     uint64_t best[DECODE_WARPS][ROWS];
@@ -43,38 +44,39 @@ template <int ROWS> struct Decoding {
 };
 
 // The rows of a block, and where the keys of their head lie.
-template <class T> struct Step {
+template <class T> struct DecodeRows {
     static constexpr int ROWS = 16;
     const DecodeParams &p;
     const T *q;
     const i32 *pages;
-    u32 split, place, first, b, h0, kv;
+    u32 split, row_tile, first, b, h0, kv;
 
-    __device__ __forceinline__ Step(const DecodeParams &p, const T *q, const i32 *pages) : p(p), q(q), pages(pages) {
-        u32 each = p.q_heads / p.pack;
-        split = blockIdx.x % p.splits, place = blockIdx.x / p.splits;
-        first = place % p.row_tiles * ROWS, b = place / p.row_tiles / each;
-        h0 = place / p.row_tiles % each * p.pack, kv = h0 / (p.q_heads / p.kv_heads);
+    __device__ __forceinline__ DecodeRows(const DecodeParams &p, const T *q, const i32 *pages)
+        : p(p), q(q), pages(pages) {
+        u32 groups_per_batch = p.q_heads / p.pack;
+        split = blockIdx.x % p.splits, row_tile = blockIdx.x / p.splits;
+        first = row_tile % p.row_tiles * ROWS, b = row_tile / p.row_tiles / groups_per_batch;
+        h0 = row_tile / p.row_tiles % groups_per_batch * p.pack, kv = h0 / (p.q_heads / p.kv_heads);
     }
     __device__ __forceinline__ bool exists(u32 r) const { return first + r < p.queries * p.pack; }
     __device__ __forceinline__ u32 head(u32 r) const { return h0 + (first + r) % p.pack; }
     __device__ __forceinline__ const T *query(u32 r) const {
         return q + size_t(b) * p.q_batch + size_t(head(r)) * p.q_head + size_t((first + r) / p.pack) * p.q_row;
     }
-    // The page of a key, or the batch entry, and the key's row in it. What names no page reads the last one, so that
-    // a table that nobody has checked leads nowhere outside of the cache.
+    // The page of key j (without pages: the batch entry), and the key's row in it. An invalid entry of the block table
+    // is clamped to the last page, so that an unchecked table cannot cause an access outside of the cache.
     __device__ __forceinline__ u32 page(u32 j) const {
         return p.page_keys ? min(u32(pages[size_t(b) * p.table_row + j / p.page_keys]), p.pages - 1) : b;
     }
     __device__ __forceinline__ u32 page_offset(u32 j) const { return p.page_keys ? j % p.page_keys : j; }
-    // The row of key j among the biases of all pieces.
+    // The index of key j in the biases of all pages.
     __device__ __forceinline__ size_t bias_at(u32 j) const {
         return (size_t(page(j)) * p.kv_heads + kv) * p.bias_row + page_offset(j);
     }
     __device__ __forceinline__ const T *key(const T *k, u32 j) const {
         return k + size_t(page(j)) * p.k_batch + size_t(kv) * p.k_head + size_t(page_offset(j)) * p.k_row;
     }
-    // Rows that the piece of key j has, counted from its first.
+    // Number of valid rows in the page of key j.
     __device__ __forceinline__ u32 page_rows(u32 j) const {
         return p.page_keys ? min(p.page_keys, p.keys - j + page_offset(j)) : p.keys;
     }
@@ -83,8 +85,8 @@ template <class T> struct Step {
         return p.prior_batch && j < p.keys ? fmaf(prior[prior_offset(p, b, h0) + j], scale, bias) : bias;
     }
 
-    // What the rows see; ends with a barrier.
-    __device__ __forceinline__ void fill(Decoding<ROWS> &state, const i32 *table) const {
+    // Computes the key ranges of the rows; ends with a barrier.
+    __device__ __forceinline__ void fill(DecodeState<ROWS> &state, const i32 *table) const {
         if (threadIdx.x == 0) state.all = {i32(p.keys), 0};
         __syncthreads();
         if (threadIdx.x < ROWS) {
@@ -107,10 +109,10 @@ template <class T> struct Step {
     }
 };
 
-// Enters the best key of every row that the warps have found; ends with a barrier.
+// Merges the best key of every row over the warps and into the workspace; ends with a barrier.
 template <int ROWS>
-__device__ __forceinline__ void merge_top1(Decoding<ROWS> &state, const float (&top)[2], const i32 (&key)[2], u32 tie,
-                                           uint64_t *rows) {
+__device__ __forceinline__ void merge_top1(DecodeState<ROWS> &state, const float (&top)[2], const i32 (&key)[2],
+                                           u32 tie, uint64_t *rows) {
     u32 warp = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -135,7 +137,7 @@ __device__ __forceinline__ void merge_top1(Decoding<ROWS> &state, const float (&
 }
 
 // Whether this block is the last of its place; what the others entered is then to be ranges.
-template <int ROWS> __device__ __forceinline__ bool is_last_block(Decoding<ROWS> &state, u32 *counter, u32 splits) {
+template <int ROWS> __device__ __forceinline__ bool is_last_block(DecodeState<ROWS> &state, u32 *counter, u32 splits) {
     if (threadIdx.x == 0) state.arrived = atomicAdd(counter, 1u);
     __syncthreads();
     if (state.arrived != (GD_FAULT(20) ? 0 : splits - 1)) return false;
@@ -145,9 +147,9 @@ template <int ROWS> __device__ __forceinline__ bool is_last_block(Decoding<ROWS>
 
 // Writes index, energy and value row of the winners; ends with a barrier.
 template <class T>
-__device__ __forceinline__ void write_winners(const Step<T> &at, const T *k, const float *beta, const float *prior,
-                                              const T *v, const float *threshold, const uint64_t *rows, i32 *index,
-                                              float *energy, T *y) {
+__device__ __forceinline__ void write_winners(const DecodeRows<T> &at, const T *k, const float *beta,
+                                              const float *prior, const T *v, const float *threshold,
+                                              const uint64_t *rows, i32 *index, float *energy, T *y) {
     const DecodeParams &p = at.p;
     for (u32 r = threadIdx.x / 32; r < at.ROWS; r += DECODE_WARPS) {
         if (!at.exists(r)) continue;
@@ -169,11 +171,11 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
                                        const T *v, const float *threshold, uint64_t *best, u32 *counter, i32 *index,
                                        float *energy, T *y) {
     using S = typename Scoring<T>::template Of<DP, 1>;
-    constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH, NT = KEYS / 8 / DECODE_WARPS, ROWS = Step<T>::ROWS;
+    constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH, NT = KEYS / 8 / DECODE_WARPS, ROWS = DecodeRows<T>::ROWS;
     GD_DYNAMIC_SHARED(shared);
-    GD_SHARED(Decoding<ROWS>, state);
+    GD_SHARED(DecodeState<ROWS>, state);
     u32 warp = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
-    Step<T> at(p, q, pages);
+    DecodeRows<T> at(p, q, pages);
     at.fill(state, table);
 
     T *tiles = reinterpret_cast<T *>(shared);
@@ -222,11 +224,11 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
         __syncthreads();
     }
 
-    uint64_t *rows = best + size_t(at.place) * ROWS;
+    uint64_t *rows = best + size_t(at.row_tile) * ROWS;
     merge_top1(state, top, key, p.tie, rows);
-    if (!is_last_block(state, counter + at.place, p.splits)) return;
+    if (!is_last_block(state, counter + at.row_tile, p.splits)) return;
     write_winners(at, k, beta, prior, v, threshold, rows, index, energy, y);
     // The workspace is zero again for the next launch.
     if (threadIdx.x < ROWS) rows[threadIdx.x] = 0;
-    if (threadIdx.x == 0) counter[at.place] = 0;
+    if (threadIdx.x == 0) counter[at.row_tile] = 0;
 }

@@ -1,8 +1,7 @@
-// Decoding with 8-bit keys: as decode.cuh, but the blocks read a quarter or half of the bytes of a key, as integers
-// with a bound of the score's error. A key whose upper bound reaches the greatest lower bound so far becomes a
-// candidate of its row; the last block scores the candidates of all blocks that still can win, exactly. Where
-// candidates find no room they are scored at once, so that no number of them makes the result another one than that
-// of the native scan.
+// Certified decoding: as decode.cuh, but blocks read the keys as 8-bit integers with error bounds, a quarter or half of
+// the bytes. A key whose upper bound reaches the greatest lower bound so far becomes a candidate of its row. The last
+// block rescores the candidates of all blocks that can still win. Candidates that exceed a list's capacity are rescored
+// at once, so that the result is always that of the native scan.
 #pragma once
 #include "int8_bounds.cuh"
 #include "decode.cuh"
@@ -13,7 +12,7 @@ constexpr u32 WARP_CANDIDATES = 256;
 // A candidate: key and row as key * 16 + row.
 struct Candidate {
     float upper;
-    u32 place;
+    u32 key_and_row;
 };
 
 // A number as an integer of the same order; 0 is below all of them.
@@ -25,7 +24,7 @@ __device__ __forceinline__ float number(u32 x) {
     return x ? __uint_as_float(x ^ (x >> 31 ? 0x80000000u : 0xffffffffu)) : -GD_INFINITY;
 }
 
-// What a block shares beside the state of decoding.
+// Bounds that a block shares beside the state of decoding.
 struct SharedBounds {
     Quantization row[16];
     // The greatest lower bound of every row, ordered.
@@ -40,10 +39,10 @@ struct Workspace {
     Candidate *candidates; // [places, capacity]
 };
 
-// A warp's candidates, and what exact scores have found.
+// The candidates of a warp, and the best exact scores so far.
 template <class T, int DP> struct WarpCandidates {
     using S = typename Scoring<T>::template Of<DP, 1>;
-    const Step<T> &at;
+    const DecodeRows<T> &at;
     T *queries;
     const T *k;
     const float4 *stats;
@@ -57,14 +56,14 @@ template <class T, int DP> struct WarpCandidates {
     float top[2] = {-GD_INFINITY, -GD_INFINITY};
     i32 key[2] = {-1, -1};
 
-    __device__ __forceinline__ WarpCandidates(const Step<T> &at, T *queries, const T *k, const float4 *stats,
+    __device__ __forceinline__ WarpCandidates(const DecodeRows<T> &at, T *queries, const T *k, const float4 *stats,
                                               const float *prior, float scale, SharedBounds &bounds, Candidate *list,
                                               T *gathered, const Range *rows)
         : at(at), queries(queries), k(k), stats(stats), prior(prior), scale(scale), bounds(bounds), list(list),
           gathered(gathered), own{rows[lane_id() / 4], rows[lane_id() / 4 + 8]} {}
 
     // The rows for exact scores; in f32 one warp stores them first.
-    static __device__ __forceinline__ void load(S &scoring, const Step<T> &at, T *queries, bool store) {
+    static __device__ __forceinline__ void load(S &scoring, const DecodeRows<T> &at, T *queries, bool store) {
         scoring.load_queries(queries, at.p.head_dim, at.p.vector_loads, store,
                              [&](u32 r) { return at.exists(r) ? at.query(r) : nullptr; });
     }
@@ -73,7 +72,7 @@ template <class T, int DP> struct WarpCandidates {
         return number(*const_cast<const volatile u32 *>(&bounds.threshold[row]));
     }
 
-    // Raises the bars of the lane's two rows to the greatest of the four lanes that share them.
+    // Raises the thresholds of the lane's two rows to the maximum over the four lanes that share them.
     __device__ __forceinline__ void raise_thresholds(const float (&least)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -86,20 +85,20 @@ template <class T, int DP> struct WarpCandidates {
         __syncwarp();
     }
 
-    // Leaves out what a bar has passed.
+    // Drops candidates whose upper bound is below the threshold of their row.
     __device__ __forceinline__ void prune() {
-        u32 kept = 0;
+        u32 remaining = 0;
         __syncwarp();
         for (u32 from = 0; from < count; from += 32) {
             u32 e = from + lane_id();
             Candidate x = e < count ? list[e] : Candidate{0.0f, 0};
-            bool stays = e < count && !(x.upper < threshold(x.place % 16));
+            bool stays = e < count && !(x.upper < threshold(x.key_and_row % 16));
             u32 vote = __ballot_sync(ALL, stays);
-            if (stays) list[kept + __popc(vote & ((1u << lane_id()) - 1))] = x;
-            kept += __popc(vote);
+            if (stays) list[remaining + __popc(vote & ((1u << lane_id()) - 1))] = x;
+            remaining += __popc(vote);
             __syncwarp();
         }
-        count = kept;
+        count = remaining;
     }
 
     // Scores all candidates of the list from `from` on.
@@ -112,7 +111,7 @@ template <class T, int DP> struct WarpCandidates {
         load(scoring, at, queries, false);
         for (; from < count; from += KEYS) {
             u32 left = min(count - from, u32(KEYS));
-            auto number = [&](u32 x) { return list[from + min(x, left - 1)].place / 16; };
+            auto number = [&](u32 x) { return list[from + min(x, left - 1)].key_and_row / 16; };
             gather_rows<T, DP>(gathered, left, p.head_dim, p.vector_loads != 0,
                                [&](u32 x) { return at.key(k, number(x)); });
             float acc[1][NT][4];
@@ -152,13 +151,13 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     constexpr int KEYS = 64, PITCH = Integers<DP>::PITCH, TILE = KEYS * PITCH, NT = KEYS / 8 / DECODE_WARPS;
     constexpr int ROWS = 16, GATHERED = Gather<T>::KEYS * S::PITCH;
     GD_DYNAMIC_SHARED(shared);
-    GD_SHARED(Decoding<ROWS>, state);
+    GD_SHARED(DecodeState<ROWS>, state);
     GD_SHARED(SharedBounds, bounds);
     u32 warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
-    Step<T> at(p, q, pages);
-    u32 *lower = workspace.lower + size_t(at.place) * ROWS, *counter = workspace.counter + size_t(at.place) * 2;
-    Candidate *candidates = workspace.candidates + size_t(at.place) * p.candidate_capacity;
-    // What blocks before this one have found, if any have.
+    DecodeRows<T> at(p, q, pages);
+    u32 *lower = workspace.lower + size_t(at.row_tile) * ROWS, *counter = workspace.counter + size_t(at.row_tile) * 2;
+    Candidate *candidates = workspace.candidates + size_t(at.row_tile) * p.candidate_capacity;
+    // Lower bounds that earlier blocks have published.
     if (threadIdx.x < ROWS) bounds.threshold[threadIdx.x] = const_cast<volatile u32 *>(lower)[threadIdx.x];
     at.fill(state, table);
 
@@ -202,7 +201,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
         __syncthreads();
         int first = int(warp) * NT * 8;
         i32 start = tile * KEYS + first;
-        const float4 *about = tile_stats + u32(tile + (GD_FAULT(81) ? 1 : 0)) % 2 * KEYS + first;
+        const float4 *key_stats = tile_stats + u32(tile + (GD_FAULT(81) ? 1 : 0)) % 2 * KEYS + first;
         i32 product[NT][4] = {};
         integers.template scores<NT>(tiles + u32(tile) % 2 * TILE, first, product);
         float upper[NT][4], least[2] = {-GD_INFINITY, -GD_INFINITY};
@@ -213,7 +212,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
             for (int e = 0; e < 2; e++) {
                 u32 x = n * 8 + 2 * t + e;
                 i32 j = start + i32(x);
-                float4 key = about[x];
+                float4 key = key_stats[x];
                 KeyBound bound(key, at.with_prior(key.w, prior, scale, u32(j)), coarse, rounded);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -254,7 +253,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
         __syncthreads();
     }
 
-    // The bars of all warps go to the other blocks, and theirs come back.
+    // Exchanges thresholds with the other blocks of the row tile.
     if (threadIdx.x < ROWS) {
         u32 mine = bounds.threshold[threadIdx.x];
         u32 theirs = atomicMax(lower + threadIdx.x, mine);
@@ -268,10 +267,10 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     for (u32 e = lane; e < fit; e += 32)
         candidates[to + e] = warp_candidates.list[e];
     if (!GD_FAULT(85)) warp_candidates.rescore(fit);
-    // What exact scores have raised.
+    // Publishes thresholds that exact scores have raised.
     if (lane < ROWS) atomicMax(lower + lane, *const_cast<volatile u32 *>(&bounds.threshold[lane]));
     __threadfence();
-    uint64_t *best = workspace.best + size_t(at.place) * ROWS;
+    uint64_t *best = workspace.best + size_t(at.row_tile) * ROWS;
     merge_top1(state, warp_candidates.top, warp_candidates.key, p.tie, best);
     if (!is_last_block(state, counter, p.splits)) return;
 
@@ -282,8 +281,8 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     warp_candidates.count = 0;
     for (u32 from = warp * 32; from < total; from += 32 * DECODE_WARPS) {
         const volatile Candidate &x = candidates[min(from + lane, total - 1)];
-        Candidate one = {x.upper, x.place};
-        bool stays = from + lane < total && !(one.upper < warp_candidates.threshold(one.place % 16));
+        Candidate one = {x.upper, x.key_and_row};
+        bool stays = from + lane < total && !(one.upper < warp_candidates.threshold(one.key_and_row % 16));
         u32 vote = __ballot_sync(ALL, stays);
         warp_candidates.compact(__popc(vote));
         if (stays) warp_candidates.list[warp_candidates.count + __popc(vote & ((1u << lane) - 1))] = one;

@@ -1,5 +1,5 @@
-// Hopper's own instructions (sm_90a): barriers that count bytes, the copy engine, products of a warpgroup.
-// On the device they are PTX; the emulator (kernels/emulate/hopper.h) has functions of the same names.
+// Instructions of sm_90a: mbarriers with transaction counts, TMA copies and warpgroup matrix products (wgmma). On the
+// device they are PTX; the emulator (kernels/emulate/hopper.h) has functions of the same names.
 #pragma once
 #include "ptx.cuh"
 
@@ -7,18 +7,18 @@
 #include "../emulate/hopper.h"
 #else
 
-// What the driver makes of a tensor for the copy engine: where it lies, its sizes, the box that a copy takes.
+// A CUtensorMap: address, sizes and strides of a tensor, and the box that one TMA copy transfers.
 struct alignas(128) TensorMap {
     uint64_t opaque[16];
 };
 
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// A barrier whose phase is over when `arrivals` have come and all bytes that were expected have landed.
+// An mbarrier whose phase completes when `arrivals` threads have arrived and all expected bytes have been written.
 __device__ __forceinline__ void barrier_init(uint64_t *b, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
-// Shows new barriers to the copy engine; a block barrier shows them to the other threads.
+// Makes initialised barriers visible to the async proxy; a block barrier makes them visible to the other threads.
 __device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_arrive(uint64_t *b) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
@@ -57,7 +57,7 @@ __device__ __forceinline__ void copy_bulk(void *to, const void *from, uint32_t b
                  "l"(from), "r"(bytes), "r"(shared_address(b))
                  : "memory");
 }
-// Shows what this thread has stored in shared memory to the copy engine and to products of a warpgroup.
+// Makes this thread's stores to shared memory visible to the async proxy, through which TMA and wgmma access it.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Changes how many registers the threads of this warpgroup have.
@@ -103,13 +103,13 @@ __device__ __forceinline__ void wgmma(float (&c)[16][4], uint64_t a, uint64_t b,
 #undef GD_FOUR
 #endif
 
-// Rows of a matrix in shared memory have 128 bytes; of every eight of them, which start at a multiple of 1024, the
-// 16-byte piece u of row r lies where piece u ^ r would (the copy engine's swizzle of 128 bytes).
+// Layout of a matrix operand in shared memory: rows of 128 bytes, in groups of eight that start at multiples of 1024
+// bytes. The 16-byte unit u of row r is stored at unit u ^ r (TMA's 128-byte swizzle).
 constexpr int MATRIX_ROW = 128;
 constexpr int MATRIX_ALIGN = 8 * MATRIX_ROW;
 
-// Names the matrix whose first row starts at `at` for a product, in the format of the PTX manual: address, bytes
-// between groups of eight rows, swizzle of 128 bytes. 16 columns further on is 32 bytes further on.
+// The wgmma descriptor of a matrix that starts at `at`, in the format of the PTX manual: address, stride between groups
+// of eight rows, 128-byte swizzle. Advancing by 16 columns adds 32 bytes to the address.
 __device__ __forceinline__ uint64_t matrix(const void *at) {
     return uint64_t((shared_address(at) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(MATRIX_ALIGN >> 4) << 32 |
            uint64_t(1) << 62;

@@ -10,9 +10,9 @@
 // Beyond this a bias is no longer added to a score within f32.
 constexpr float MOST_BIAS = 1e37f;
 
-// What rounding may do, over |q| |k| + |b|. A tensor core adds 8 products at a time to the sum before, each cut off
-// at 2^-23 of the greatest: 9 / 8 of that a product, 2.25 D units of 2^-24 in all. A chain of D fused steps stays
-// within D. The rest is for the bound's own operations.
+// Bound of the rounding error of a native score, relative to |q| |k| + |b|. A tensor core adds 8 products at a time to
+// the accumulator, each truncated at 2^-23 of the greatest: 9 / 8 of that per product, 2.25 D units of 2^-24 in total.
+// A chain of D fused multiply-adds stays within D units. The rest covers the operations of the bound itself.
 __device__ __forceinline__ float rounding(u32 dim) { return float(4 * dim + 64) * (1.0f / 16777216.0f); }
 
 // The greatest ratio of error to norm among 16 rows, the same in all lanes.
@@ -25,8 +25,8 @@ __device__ __forceinline__ float coarseness(const Quantization *rows) {
     return ratio;
 }
 
-// What a key adds to the bounds of a row: the score is between scale f +- (norm error) + least or most, f the product
-// of the integers.
+// The bounds of a key: its score is within scale f +- (norm error) + [least, most], with f the integer product times
+// the scale of the row.
 struct KeyBound {
     float scale, error, least, most;
     bool open; // a key of bias -inf is banned

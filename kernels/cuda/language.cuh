@@ -1,4 +1,4 @@
-// CUDA's words for the bodies of kernels/shared.
+// CUDA definitions of the dialect of kernels/shared.
 #pragma once
 #include "../shared/params.h"
 #include "ptx.cuh"
@@ -60,7 +60,7 @@ INLINE float value(Total x) { return float(x.sum); }
 INLINE Total load(const Total *at) { return *at; }
 INLINE void store(Total x, Total *at) { *at = x; }
 
-// What a mask has.
+// Features of a mask, read from its params.
 INLINE bool is_causal(const MaskParams &m) { return m.causal; }
 INLINE bool has_window(const MaskParams &m) { return m.window; }
 INLINE bool has_table(const MaskParams &m) { return m.table != MASK_TABLE_NONE; }

@@ -1,15 +1,15 @@
-// Rows as 8-bit integers with what is known of their error: x = scale Q + r with |Q| <= 127. The format and the
-// bounds are those of crates/gd-kernels/src/backend/cpu/quantize.rs.
+// Quantisation of rows to 8-bit integers with error bounds: x = scale Q + r with |Q| <= 127. Integers and scales are
+// bitwise those of the CPU implementation.
 #pragma once
 #include "row.cuh"
 
 // Magnitudes outside of which a row is not quantised: between them no bound leaves the range of f32.
 constexpr float LEAST_SAFE = 1e-12f, MOST_SAFE = 1e15f;
-// What makes up for rounding in the bounds themselves.
+// Factor that covers the rounding of the bounds themselves.
 constexpr float ROUND_UP = 1.0f + 1e-4f;
 
-// What is known of a row beside its integers. For a row that is not quantised they are zeros, and error and norm
-// infinite.
+// Scale and error bounds of a quantised row. A row that is not quantised has scale 0, and error and norm +inf; a row of
+// zeros has all three 0.
 struct Quantization {
     float scale;
     float error; // at least |r|
@@ -50,8 +50,8 @@ template <class T> __device__ __forceinline__ Quantization quantize_row(const T 
     return most == 0 ? Quantization{0.0f, 0.0f, 0.0f} : Quantization{0.0f, GD_INFINITY, GD_INFINITY};
 }
 
-// Appends keys to a cache of integers: codes [pieces, Hk, room, width], known [pieces, Hk, room] of scale, error,
-// norm and the bias without a prior, which has the bits of key_bias. One warp a key.
+// Quantises keys into a cache: codes [sequences, Hk, capacity, width], stats [sequences, Hk, capacity] with scale,
+// error, norm and the bias without a prior, bitwise as key_bias computes it. One warp per key.
 template <class T>
 __device__ __forceinline__ void quantize_keys(const QuantizeParams &p, const T *k, int8_t *codes, float4 *stats) {
     u32 row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;

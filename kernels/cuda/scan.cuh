@@ -1,4 +1,4 @@
-// What both scans share: which rows a block holds, which keys they see, and the walk over tiles.
+// Shared by all scans: key ranges of the query rows, and the pipelined loop over tiles of keys.
 #pragma once
 #include "../shared/mask.h"
 #include "../shared/query_rows.h"
@@ -7,7 +7,7 @@
 // Most rows of a block.
 constexpr int MAX_ROWS = 256;
 
-// What the rows of a block see: each of them, and all together.
+// Key ranges of the rows of a block, and their union.
 struct KeyRanges {
     Range row[MAX_ROWS];
     Range all;
@@ -30,7 +30,7 @@ __device__ __forceinline__ void compute_key_ranges(KeyRanges &ranges, const Scan
     __syncthreads();
 }
 
-// What the rows of a warp see, some of them and all of them.
+// Union (`any`) and intersection (`all`) of the key ranges of a warp's rows.
 struct WarpRange {
     Range any, all;
 
@@ -59,9 +59,9 @@ struct WarpRange {
     }
 };
 
-// Walks the tiles that some row sees, in rising order or, if ties go to the last key, in falling order:
-// visit(tile number, its keys, its biases). `shared` holds two tiles and two rows of biases. Loads of the
-// next tile run beside the visit of this one.
+// Calls visit(tile number, its keys, its biases) for every tile in the union of the rows' ranges, in ascending order,
+// or in descending order if ties go to the last key. Two stages in `shared`: the next tile is copied with cp.async
+// while this one is visited.
 template <class T, int DP, int KEYS, class Visit>
 __device__ __forceinline__ void for_each_tile(T *shared, const Source<T> &k, const float *bias, Range all, u32 tie,
                                               Visit visit) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void for_each_tile(T *shared, const Source<T> &k, con
     }
 }
 
-// The scores of a group of 32 keys from key `first` of the tile on, -inf where a row does not see the key.
+// Scores of a group of 32 keys, starting at key `group` of the tile; -inf where the key is outside of a row's range.
 template <class S, class T, int MT>
 __device__ __forceinline__ void group_scores(const S &scoring, const T *keys, const float *bias, int group, i32 first,
                                              bool whole, const Range (&ranges)[MT][2], float (&acc)[MT][4][4]) {

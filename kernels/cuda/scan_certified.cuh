@@ -1,10 +1,11 @@
-// The scan with 8-bit keys: integer products and bounds of their error say which keys can be among the best K of a
-// row, and only those are scored exactly, by the instructions of the native scan: the result is the same, to the bit.
+// Certified scan: 8-bit integer products with error bounds rule out keys that cannot be among the K nearest of a row,
+// and only the rest is scored exactly, with the instructions of the native scan. The result is bitwise that of the
+// native scan.
 //
-// A block holds 32 to 256 query rows as integers in registers and walks tiles of 64 keys. A row keeps a bar that the
-// score of its K-th best key reaches surely, and a list of the keys whose upper bound reaches the bar. A list without
-// room for another group of keys is first cut by the bar and then, if that does not help, scored: many candidates
-// cost time, and nothing else.
+// A block keeps 32 to 256 quantised query rows in registers and iterates over tiles of 64 keys. Every row has a
+// threshold, a lower bound of its K-th greatest score, and a list of the keys whose upper bound reaches the threshold.
+// A list without capacity for another group of keys is first pruned by the threshold and, if that frees too little,
+// rescored exactly. Adversarial data costs time, but never changes the result.
 #pragma once
 #include "../shared/bounded_list.h"
 #include "int8_bounds.cuh"
@@ -12,32 +13,33 @@
 
 constexpr int CERTIFIED_KEYS = 64;
 
-// The bit that marks an entry of a list whose score is exact; that of others is an upper bound.
+// Marks a list entry whose score is exact; the score of other entries is an upper bound.
 constexpr i32 EXACT = 1 << 29;
 
-// What products of integers start from: 1.5 * 2^23 as a float, so that the sum, read as a float, is that much above
-// the product, whose size is at most 127 * 127 * 256 < 2^22.
+// Initial value of the integer accumulators: the bits of 1.5 * 2^23. Integer products are below 127 * 127 * 256 < 2^22,
+// so the accumulator read as a float is SHIFT plus the product, and no conversion instruction is needed.
 constexpr i32 SHIFT_BITS = 0x4b400000;
 constexpr float SHIFT = 12582912.0f;
-// What SHIFT times the scale of a key loses when it is rounded, over that scale and the norm of a row: 0.75 units of
-// the row's scale, of which the norm has 127.
+// Upper bound of the rounding error of SHIFT times a key's scale, relative to that scale and the norm of a row: 0.75
+// units of the row's scale, of which the norm has at least 127.
 constexpr float SHIFT_ERROR = 0.008f;
 
-// Entries of a list: a group of keys, and those that stay when room is made.
+// Capacity of a list: one group of keys and the entries that remain after pruning.
 __device__ __forceinline__ u32 certified_list_capacity(const ScanParams &p) {
     return p.candidates == 1 && !p.protected_slots ? 40 : 64;
 }
 
-// What a block knows of a key: the scale of its integers, its error and norm, and the most that its bias adds. Without
-// a bound the error and the bias are +inf; the bias of what is no candidate is -inf.
+// The bound parameters of a key: (scale of its integers, error, norm, upper bound of its bias). A key without a bound
+// has error and bias +inf, so that it is scored exactly; a key that is no candidate has bias -inf.
 __device__ __forceinline__ float4 key_limits(float4 stats, float bias, float rounded) {
     if (bias == -GD_INFINITY) return {0.0f, 0.0f, 0.0f, -GD_INFINITY};
-    // NaN, too, has no bound.
+    // Written so that NaN has no bound either.
     if (!(fabsf(bias) <= MOST_BIAS && stats.y < GD_INFINITY)) return {0.0f, GD_INFINITY, 0.0f, GD_INFINITY};
     return {stats.x, fmaf(SHIFT_ERROR, stats.x, stats.y), stats.z, fmaf(rounded, fabsf(bias), bias)};
 }
 
-// A tile's knowledge of its keys, in the order in which it is read: scale and bias of all keys, then error and norm.
+// Bound parameters of the keys of a tile in shared memory, in the order of access: scale and bias of all keys, then
+// error and norm of all keys.
 struct KeyLimits {
     float2 *first;
 
@@ -48,11 +50,11 @@ struct KeyLimits {
         float2 scale = first[x], error = first[CERTIFIED_KEYS + x];
         return {scale.x, error.x, error.y, scale.y};
     }
-    // Scale and bias of key x, which is even, and of the next.
+    // Scale and bias of keys x and x + 1, by one 16-byte load; x is even.
     __device__ __forceinline__ float4 pair(u32 x) const { return *reinterpret_cast<const float4 *>(first + x); }
 };
 
-// The exact scores of a batch of a list's entries: lane x has that of entry x, the last one's where there are fewer.
+// Exact scores of up to BATCH list entries: lane x returns the score of entry min(x, count - 1).
 template <class T, int DP> struct Exact {
     static constexpr u32 BATCH = 8;
 
@@ -64,7 +66,7 @@ template <class T, int DP> struct Exact {
         const T *row = k.first + size_t(key(lane / 4)) * k.stride;
         float acc[4];
         acc[0] = acc[2] = bias[key(2 * t)], acc[1] = acc[3] = bias[key(2 * t + 1)];
-        // All 16 rows of the product are the query.
+        // The query fills all 16 rows of the matrix product.
 #pragma unroll 4
         for (int s = 0; s < DP / 16; s++) {
             u32 d = u32(s) * 16 + 2 * t;
@@ -91,14 +93,14 @@ template <int DP> struct Exact<float, DP> {
     }
 };
 
-// What a warp shares of a row while its list is put in order.
+// State of a row in shared memory while its list is pruned or rescored.
 struct RowState {
     float threshold, norm;
-    u32 count, scored, overflowed; // `overflowed`: a score has left the range of f32
+    u32 count, scored, overflowed; // `overflowed`: an exact score was +inf
 };
 
-// The rows of a warp. With g = lane / 4 a lane knows of rows g and g + 8 of every 16 what they see, how they are
-// scaled, their bars and the lengths of their lists, the same in the four lanes that share a row.
+// The query rows of a warp. With g = lane / 4, a lane holds key range, scale, norm, threshold and list length of rows g
+// and g + 8 of every 16, equal in the four lanes that share a row.
 template <class T, int DP, int MT> struct CertifiedRows {
     static constexpr int ROWS = 16 * MT;
     const ScanParams &p;
@@ -110,11 +112,11 @@ template <class T, int DP, int MT> struct CertifiedRows {
     float *lists;
     RowState *rows;
     u32 first, capacity;
-    // The greatest ratio of error to norm among the rows and what rounding may do, to which the norm of a key
-    // counts; rounding alone, to which its bias does.
+    // `coarse`: greatest ratio of quantisation error to norm among the rows, plus the relative rounding error;
+    // multiplies the norm of a key. `rounded`: the relative rounding error alone; multiplies its bias.
     float coarse, rounded;
     Integers<DP> integers[MT];
-    Range own[MT][2];
+    Range ranges_of_row[MT][2];
     float scale[MT][2], norm[MT][2], threshold[MT][2];
     u32 count[MT][2];
 
@@ -124,7 +126,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
         : p(p), at(at), q(q), keys(keys), bias(bias), stats(stats), lists(lists), rows(rows), first(first),
           capacity(capacity), rounded(rounding(p.head_dim)) {}
 
-    // Quantises the rows; `staging` has room for 16 of them.
+    // Quantises the rows by way of `staging`, shared memory for 16 rows.
     __device__ __forceinline__ void load(int8_t *staging, const KeyRanges &ranges) {
         u32 g = lane_id() / 4;
         float ratio = 0;
@@ -135,16 +137,16 @@ template <class T, int DP, int MT> struct CertifiedRows {
                 for (u32 r = 0; r < 8; r++) {
                     u32 x = half * 8 + r, row = first + m * 16 + x;
                     const T *query = at.exists(p, row) ? query_row(p, at, q, row) : nullptr;
-                    Quantization about =
+                    Quantization key_stats =
                         quantize_row(query, query ? p.head_dim : 0, staging + x * Integers<DP>::PITCH, DP);
-                    if (about.norm > 0 && finite(about.error))
-                        ratio = fmaxf(ratio, about.error / about.norm * (1.0f + 1e-6f));
-                    if (r == (GD_FAULT(144) ? (g ^ 1) : g)) scale[m][half] = about.scale;
-                    if (r == g) norm[m][half] = about.norm;
+                    if (key_stats.norm > 0 && finite(key_stats.error))
+                        ratio = fmaxf(ratio, key_stats.error / key_stats.norm * (1.0f + 1e-6f));
+                    if (r == (GD_FAULT(144) ? (g ^ 1) : g)) scale[m][half] = key_stats.scale;
+                    if (r == g) norm[m][half] = key_stats.norm;
                 }
-                own[m][half] = ranges.row[first + m * 16 + half * 8 + g];
-                // A row that sees nothing has no candidates.
-                threshold[m][half] = own[m][half].lo < own[m][half].hi ? -GD_INFINITY : GD_INFINITY;
+                ranges_of_row[m][half] = ranges.row[first + m * 16 + half * 8 + g];
+                // A row without keys has no candidates: its threshold is +inf.
+                threshold[m][half] = ranges_of_row[m][half].lo < ranges_of_row[m][half].hi ? -GD_INFINITY : GD_INFINITY;
                 count[m][half] = 0;
             }
             __syncwarp();
@@ -161,12 +163,12 @@ template <class T, int DP, int MT> struct CertifiedRows {
         return GD_FAULT(140) ? 0.1f * e : e;
     }
 
-    // The lower bound of a score; NaN or -inf where there is none.
+    // Lower bound of a score from its upper bound; NaN or -inf where there is none.
     __device__ __forceinline__ float least(float upper, float4 key, float norm) const {
         return fmaf(-2.0f * norm, error(key), upper) - 2.01f * rounded * fabsf(key.w);
     }
 
-    // Products of all rows with 32 keys, SHIFT_BITS above the true ones.
+    // Integer products of all rows with 32 keys, offset by SHIFT_BITS.
     __device__ __forceinline__ void products(const int8_t *tile, int group, i32 (&product)[MT][4][4]) const {
         constexpr int PITCH = Integers<DP>::PITCH;
         u32 lane = lane_id();
@@ -192,9 +194,9 @@ template <class T, int DP, int MT> struct CertifiedRows {
         }
     }
 
-    // A group of 32 keys, the first of them key `start`, whose errors and norms are at most `widest`. Nearly all keys
-    // are left behind here: by two steps a score and one comparison with what the bar is for the widest bound of the
-    // group. Which rows see a key is looked at afterwards.
+    // Processes a group of 32 keys whose first is key `start` and whose errors and norms are at most `widest`. Most
+    // keys are rejected here, by two operations per score and one comparison with the threshold minus the widest error
+    // bound of the group. Key ranges are checked only for the rest.
     __device__ __forceinline__ void score_group(const int8_t *tile, KeyLimits limits, float2 widest, int group,
                                                 i32 start) {
         u32 t = lane_id() % 4;
@@ -243,8 +245,8 @@ template <class T, int DP, int MT> struct CertifiedRows {
         if (__any_sync(ALL, full != 0)) compact(full);
     }
 
-    // Appends those of 8 keys, from key `place` of the tile on, whose upper bounds reach the bars of rows that see
-    // them; there is room for all.
+    // Appends those of 8 keys, from key `place` of the tile, whose upper bound reaches the threshold of a row with the
+    // key in its range. The lists have capacity for all of them.
     __device__ __forceinline__ void append(int m, const float (&score)[4], KeyLimits limits, u32 place, i32 start) {
         u32 t = lane_id() % 4, hits = 0;
         float upper[4], most[2] = {-GD_INFINITY, -GD_INFINITY};
@@ -252,7 +254,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
         for (int c = 0; c < 4; c++) {
             float4 key = limits[place + 2 * t + c % 2];
             i32 j = start + i32(2 * t) + c % 2;
-            Range range = own[m][c / 2];
+            Range range = ranges_of_row[m][c / 2];
             upper[c] = fmaf(norm[m][c / 2], error(key), score[c]);
             bool open = j >= range.lo && j < (GD_FAULT(148) ? range.hi + 1 : range.hi) && key.w > -GD_INFINITY;
             if (!open || upper[c] < threshold[m][c / 2]) continue;
@@ -262,7 +264,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            // Of several candidates only the whole list tells the bar.
+            // With several candidates, the threshold follows from the whole list alone.
             if (p.candidates == 1) {
                 float x = most[half];
                 x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
@@ -287,7 +289,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
         }
     }
 
-    // Writes bars and lengths to where the warp shares them, and reads them back.
+    // Moves thresholds and list lengths to shared memory, and back.
     __device__ __forceinline__ void store_state() {
         if (lane_id() % 4 == 0) {
 #pragma unroll
@@ -308,7 +310,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
         __syncwarp();
     }
 
-    // Makes room in the lists that the lanes name by bits.
+    // Prunes, and if necessary rescores, the lists whose bits are set in some lane's `full`.
     __device__ __forceinline__ void compact(u32 full) {
         store_state();
         for (u32 r = 0; r < ROWS; r++) {
@@ -325,7 +327,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
         load_state();
     }
 
-    // Raises the bar of row r to the K-th greatest lower bound and leaves out what it has passed.
+    // Raises the threshold of row r to the K-th greatest lower bound of its list, and drops entries below it.
     __device__ __forceinline__ void prune(u32 r) {
         List list(lists, r, capacity);
         u32 lane = lane_id(), entries = rows[r].count;
@@ -362,24 +364,24 @@ template <class T, int DP, int MT> struct CertifiedRows {
             }
         }
         __syncwarp();
-        u32 kept = 0;
+        u32 remaining = 0;
 #pragma unroll
         for (int x = 0; x < 2; x++) {
             bool stays = lane + 32 * x < entries && !(score[x] < threshold);
-            u32 vote = __ballot_sync(ALL, stays), to = kept + __popc(vote & ((1u << lane) - 1));
+            u32 vote = __ballot_sync(ALL, stays), to = remaining + __popc(vote & ((1u << lane) - 1));
             if (stays) list.score[to] = score[x], list.key[to] = key[x];
-            kept += __popc(vote);
+            remaining += __popc(vote);
         }
-        if (lane == 0) rows[r].count = kept, rows[r].threshold = threshold;
+        if (lane == 0) rows[r].count = remaining, rows[r].threshold = threshold;
         __syncwarp();
     }
 
-    // Scores the list of row r exactly and keeps the best K.
+    // Scores the list of row r exactly and keeps the K greatest.
     __device__ __forceinline__ void rescore(u32 r) {
         using E = Exact<T, DP>;
         List list(lists, r, capacity);
         u32 lane = lane_id(), entries = rows[r].count, from = 0;
-        // Those that are exact come first: they stood there when the others came.
+        // Exact entries come first, since they were in the list before the others were appended.
 #pragma unroll
         for (u32 x = 0; x < 64; x += 32)
             from += __popc(__ballot_sync(ALL, lane + x < entries && list.key[lane + x] & EXACT));
@@ -392,7 +394,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
             overflowed |= lane < left && s == GD_INFINITY;
             __syncwarp();
             if (lane < left) {
-                // NaN, and what has left the range of f32, is no score.
+                // NaN and infinite scores belong to no candidate.
                 list.score[from + lane] = finite(s) ? s : -GD_INFINITY;
                 list.key[from + lane] |= EXACT;
             }
@@ -421,7 +423,7 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
     constexpr int KEYS = CERTIFIED_KEYS, TILE = KEYS * Integers<DP>::PITCH;
     GD_DYNAMIC_SHARED(shared);
     GD_SHARED(KeyRanges, ranges);
-    // The greatest errors and norms among the keys of a group, of two tiles.
+    // Greatest error and norm among the keys of every group, for both stages.
     GD_SHARED(float2[2][KEYS / GROUP], widest);
     u32 warps = blockDim.x / 32, warp = threadIdx.x / 32;
     QueryBlock at(this_thread(), p, warps * S::ROWS);
@@ -438,9 +440,10 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
     u32 bias_head = p.bias_heads == p.q_heads ? at.h0 : at.kv;
     size_t sequence = size_t(at.b) * p.kv_heads + at.kv;
     const float *biases = bias + (size_t(at.b) * p.bias_heads + bias_head) * p.bias_row;
-    const float4 *about = stats + sequence * params.capacity;
-    S rows_of_warp(p, at, q, keys, biases, about, lists + size_t(first) * 2 * capacity, rows + first, first, capacity);
-    // 16 rows of at most 8 warps have room where the tiles will lie.
+    const float4 *key_stats = stats + sequence * params.capacity;
+    S rows_of_warp(p, at, q, keys, biases, key_stats, lists + size_t(first) * 2 * capacity, rows + first, first,
+                   capacity);
+    // The staging rows of at most 8 warps fit where the tiles will be loaded.
     rows_of_warp.load(tiles + warp * 16 * Integers<DP>::PITCH, ranges);
     __syncthreads();
 
@@ -449,15 +452,15 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
     WarpRange warp_range(ranges, first, S::ROWS);
     float4 next_stats = {};
     float next_bias = 0;
-    // Loads of the next tile run beside the work on this one; what is known of its keys waits in registers.
+    // The next tile is copied asynchronously while this one is processed; its bound parameters wait in registers.
     auto load = [&](i32 tile) {
         u32 j = u32(tile) * KEYS;
         load_rows<int8_t, DP, KEYS>(tiles + tile % 2 * TILE, integers, j);
         copy_commit();
-        if (threadIdx.x < KEYS) next_stats = about[j + threadIdx.x], next_bias = biases[j + threadIdx.x];
+        if (threadIdx.x < KEYS) next_stats = key_stats[j + threadIdx.x], next_bias = biases[j + threadIdx.x];
     };
     auto enter = [&](i32 tile) {
-        // A warp enters a group.
+        // One warp per group of keys.
         if (threadIdx.x >= KEYS) return;
         float4 key = key_limits(next_stats, next_bias, rows_of_warp.rounded);
         limits(tile).enter(threadIdx.x, key);
@@ -481,13 +484,13 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
         if (!GD_FAULT(149)) __syncthreads();
         i32 start = tile * KEYS;
         if (warp_range.overlaps(start, KEYS)) {
-            const int8_t *own = tiles + (GD_FAULT(142) ? tile + 1 : tile) % 2 * TILE;
-            KeyLimits about = limits(GD_FAULT(146) ? tile + 1 : tile);
+            const int8_t *tile_keys = tiles + (GD_FAULT(142) ? tile + 1 : tile) % 2 * TILE;
+            KeyLimits key_stats = limits(GD_FAULT(146) ? tile + 1 : tile);
             for (int group = 0; group < KEYS; group += GROUP)
-                rows_of_warp.score_group(own, about, widest[tile % 2][group / GROUP], group, start + group);
+                rows_of_warp.score_group(tile_keys, key_stats, widest[tile % 2][group / GROUP], group, start + group);
         }
         if (tile + 1 < to) enter(tile + 1);
-        // The next load overwrites what was just read.
+        // The next copy overwrites the stage that was just read.
         if (!GD_FAULT(150)) __syncthreads();
     }
 

@@ -1,12 +1,14 @@
-// The scan on Hopper. A block holds 128 MT query rows and three warpgroups: two of them multiply their 64 MT rows
-// with tiles of 128 keys, which one thread of the third has the copy engine load into a ring of stages. A stage has
-// two barriers: full (its bytes have landed) and empty (the eight warps have read it).
+// The scan for Hopper, warp-specialised. A block holds 128 MT query rows and three warpgroups: two consumers multiply
+// 64 MT rows each with tiles of 128 keys by wgmma; one thread of the producer warpgroup loads the tiles by TMA into a
+// ring of stages. A stage has two mbarriers: full (its bytes have arrived) and empty (the eight consumer warps have
+// read it).
 #pragma once
 #include "hopper.cuh"
 #include "scan_top1.cuh"
 #include "scan_topk.cuh"
 
-// Entries of a list: there is no room for more than 32 candidates beside the stages.
+// Entries of a list. Beside the stages, shared memory has capacity for lists of 64 entries, and so for at most 32
+// candidates.
 constexpr u32 HOPPER_LIST = 64;
 
 // Shared memory of a block: queries, then the stages' keys, their biases, the barriers, and the lists of a scan for
@@ -61,8 +63,8 @@ __device__ __forceinline__ void store_queries(unsigned char *to, const ScanParam
     if (!GD_FAULT(61)) fence_async();
 }
 
-// Puts -inf where a row does not see the key; keys first..first + 128.
-__device__ __forceinline__ void hide(float (&acc)[16][4], i32 first, const Range (&ranges)[2]) {
+// Sets scores of keys outside of a row's range to -inf; keys first..first + 128.
+__device__ __forceinline__ void mask_scores(float (&acc)[16][4], i32 first, const Range (&ranges)[2]) {
     i32 start = first + i32(2 * (lane_id() % 4));
 #pragma unroll
     for (int n = 0; n < 16; n++) {
@@ -75,8 +77,8 @@ __device__ __forceinline__ void hide(float (&acc)[16][4], i32 first, const Range
     }
 }
 
-// The best of the 16 rows of a warp so far: a lane knows the greatest score and its key of rows g and g + 8, the
-// same in the four lanes that share a row.
+// Running maximum of the 16 rows of a warp: a lane holds the greatest score and its key of rows g and g + 8, equal in
+// the four lanes that share a row.
 struct Top1Rows {
     float score[2];
     i32 key[2];
@@ -96,7 +98,7 @@ struct Top1Rows {
             for (int n = 0; n < 16; n++)
                 // fmaxf leaves NaN out.
                 top = fmaxf(top, fmaxf(acc[n][2 * half], acc[n][2 * half + 1]));
-            // In the order of the walk, what comes first stays.
+            // Tiles are visited in tie order, so the first of equal scores is kept.
             if (!__any_sync(ALL, GD_FAULT(63) ? top >= score[half] : top > score[half])) continue;
             uint32_t equal = 0;
 #pragma unroll
@@ -128,7 +130,7 @@ struct HopperTopKRows : TopKRows {
             top[1] = fmaxf(top[1], fmaxf(acc[n][2], acc[n][3]));
         }
         if (!__any_sync(ALL, top[0] > threshold[0] || top[1] > threshold[1])) return;
-        // Group by group in the order of the walk; registers have no index, so each is picked.
+        // Group by group in tie order. Registers cannot be indexed at run time, so every group is selected explicitly.
 #pragma unroll 1
         for (int x = 0; x < (GD_FAULT(75) ? 3 : 4); x++) {
             int group = p.tie == TIE_LAST ? 3 - x : x;
@@ -169,9 +171,9 @@ __device__ __forceinline__ void load_tiles(const HopperTile<DP, MT, STAGES> &til
     }
 }
 
-// Shows rows[m] the scores of the 16 rows that a warp has of the m-th 64 rows of its warpgroup, tile by tile. Warps
-// of a warpgroup take part in every product; of tiles that their rows do not see they only say that they are done.
-// While one set of sums is looked at, products add to the other.
+// Passes rows[m] the scores of the 16 rows that a warp has of the m-th 64 rows of its warpgroup, tile by tile. All
+// warps of a warpgroup take part in every wgmma; tiles outside of the warpgroup's key range are released unread. While
+// one accumulator is searched, wgmma writes the other.
 template <class T, int DP, int MT, int STAGES, class Number, class Rows>
 __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &tile, const ScanParams &p,
                                            const KeyRanges &ranges, u32 group, i32 from, i32 to, Number number,
@@ -187,10 +189,10 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
             own[m][half] = ranges.row[first + m * 64 + threadIdx.x / 32 % 4 * 16 + half * 8 + g];
     }
     WarpRange warp_range(ranges, first, 64 * MT);
-    // The steps of tiles that some row of the warpgroup sees.
+    // The steps whose tiles overlap the key range of the warpgroup.
     bool any = warp_range.any.lo < warp_range.any.hi;
     i32 lo = any ? warp_range.any.lo / KEYS : from, hi = any ? (warp_range.any.hi + KEYS - 1) / KEYS : from;
-    // The same in all lanes, and by this known to be.
+    // Broadcast, so that the compiler knows the values to be uniform in the warp.
     i32 begin = __shfl_sync(ALL, p.tie == TIE_LAST ? to - hi : lo - from, 0);
     i32 end = __shfl_sync(ALL, p.tie == TIE_LAST ? to - lo : hi - from, 0);
 
@@ -200,7 +202,7 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
         __syncwarp();
         if (lane_id() == 0) barrier_arrive(&tile.empty[stage]);
     };
-    auto pass = [&](i32 i, i32 until) {
+    auto skip = [&](i32 i, i32 until) {
         for (; i < until; i++, ring.next()) {
             await();
             release(ring.stage);
@@ -227,11 +229,11 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
     };
     auto take = [&](float (&acc)[16][4], int m, i32 i) {
         i32 start = number(i) * KEYS;
-        if (!warp_range.covers(start, KEYS)) hide(acc, start, own[m]);
+        if (!warp_range.covers(start, KEYS)) mask_scores(acc, start, own[m]);
         rows[m].take(acc, start, p);
     };
 
-    pass(0, begin);
+    skip(0, begin);
     if constexpr (MT == 2) {
         float upper[16][4], lower[16][4];
         if (begin < end) {
@@ -272,11 +274,11 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
             take(acc, 0, i);
         }
     }
-    pass(end, to - from);
+    skip(end, to - from);
 }
 
-// Runs a block: loads, and has the two multiplying warpgroups call consume(what the block is and sees, its keys and
-// their biases, scan), where scan(rows) shows them all scores.
+// Runs a block: the producer loads tiles, and both consumer warpgroups call consume(tile, block, ranges, first row,
+// keys, biases, scan), where scan(rows) passes them all scores.
 template <class T, int DP, int MT, int STAGES, class Consume>
 __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMap &map, const T *q, const T *k,
                                              const float *bias, const i32 *table, Consume consume) {
@@ -378,7 +380,7 @@ __device__ __forceinline__ void scan_topk_hopper(const ScanParams &p, const Tens
     }                                                                                                                  \
     GD_REGISTER(scan_topk_##T##_d##D##_sm90a)
 
-// Lists leave no room for keys of head_dim 256.
+// There is no shared memory for lists beside stages of head_dim 256.
 #define SCANS_HOPPER(T)                                                                                                \
     SCAN_TOP1_HOPPER(T, 32, 2, 4)                                                                                      \
     SCAN_TOP1_HOPPER(T, 64, 2, 4)                                                                                      \

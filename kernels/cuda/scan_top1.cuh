@@ -1,5 +1,5 @@
-// The scan for one candidate: bare scores and a running maximum of every row; the key is found at the end,
-// in the tile that held the maximum. Optionally the winner's value row is written at once.
+// Scan for one candidate: scores and a running maximum per row. Only the tile of the maximum is remembered; its key is
+// recovered at the end. The winner's value row is written optionally.
 #pragma once
 #include "scan.cuh"
 
@@ -18,8 +18,8 @@ __device__ __noinline__ i32 rescan_row(const T *q, const Source<T> &k, const flo
     return argmax_key(score, key, tie);
 }
 
-// Writes what was found for a row: the key `winner` (-1: none) with its energy, if the threshold of the head
-// admits it, and its value row. By a warp.
+// Writes the result of a row: key `winner` (-1: none) with its energy, if the threshold of the head admits it, and its
+// value row. Called by a whole warp.
 template <class T>
 __device__ __forceinline__ void write_top1(const ScanParams &p, const QueryBlock &at, u32 row, i32 winner,
                                            const T *query, const Source<T> &keys, const float *beta, const float *prior,
@@ -94,7 +94,7 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
             for (int m = 0; m < MT; m++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    // In the order of the walk, what comes first stays.
+                    // Tiles are visited in tie order, so the first of equal scores is kept.
                     if (GD_FAULT(10) ? top[m][half] >= best[m][half] : top[m][half] > best[m][half]) {
                         best[m][half] = top[m][half];
                         where[m][half] = i32(number);

@@ -6,8 +6,8 @@
 // Entries of a list.
 __device__ __forceinline__ u32 list_capacity(u32 candidates) { return candidates > 32 ? 128 : 64; }
 
-// The lists of the 16 rows of a warp. A lane knows of rows g and g + 8 the score that a new entry has to exceed and
-// the number of entries, the same in the four lanes that share a row.
+// The lists of the 16 rows of a warp. A lane holds the threshold and the number of entries of rows g and g + 8, equal
+// in the four lanes that share a row.
 struct TopKRows {
     float *lists;
     u32 capacity;
@@ -19,7 +19,7 @@ struct TopKRows {
         count[0] = count[1] = 0;
     }
 
-    // Appends what exceeds the bars; acc are the scores of 32 keys from `start` on.
+    // Appends scores above the thresholds; acc has the scores of 32 keys from `start`.
     __device__ __forceinline__ void append(const float (&acc)[4][4], i32 start, const ScanParams &p) {
         u32 lane = lane_id(), g = lane / 4, quad = 0xfu << (lane & 28), below = (1u << lane) - 1;
         float top[2] = {-GD_INFINITY, -GD_INFINITY};

@@ -4,8 +4,8 @@
 #include "../shared/inverse_index.h"
 #include "../shared/select_residual.h"
 
-// Threads of a block and blocks of a processor: room for 64 or 128 registers a thread, where the compiler by
-// itself spills to make room for more blocks.
+// Threads per block and blocks per multiprocessor, which allow 64 or 128 registers per thread. Left to itself, the
+// compiler spills registers for higher occupancy.
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 
 #define READERS const u32 *starts, const u32 *segments, const u32 *entries, float *parts

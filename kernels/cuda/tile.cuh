@@ -34,7 +34,7 @@ template <class T, int DP, int ROWS> __device__ __forceinline__ void load_rows(T
     }
 }
 
-// The 64 biases, or 32, of a tile; their rows are padded to whole tiles.
+// Loads the biases of a tile. Rows of biases are padded to whole tiles.
 template <int KEYS> __device__ __forceinline__ void load_bias(float *to, const float *bias, size_t first) {
     for (u32 c = threadIdx.x; c < KEYS / 4; c += blockDim.x)
         copy_async(to + 4 * c, bias + first + 4 * c, 16);
@@ -137,7 +137,7 @@ template <class T, int DP, int MT> struct Ffma {
     static constexpr int QUERY_BYTES = ROWS * PITCH * 4;
     const float *queries;
 
-    // Where several warps share the rows, one of them stores; the others see them after a block barrier.
+    // Where several warps share the rows, one of them stores them; a block barrier must follow before the others read.
     template <class Row> __device__ __forceinline__ void load_queries(T *to, u32 dim, bool, bool store, Row row) {
         for (int r = 0; store && r < ROWS; r++) {
             const T *from = row(r);

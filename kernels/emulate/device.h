@@ -1,6 +1,6 @@
-// Every thread of a block is a fiber of the host, and operations of warps and blocks are meetings of fibers
-// (emulate.cpp); behind that, the CUDA language as far as the kernels use it, for a host compiler. Included by
-// ptx.cuh, and by metal.h, which has words of its own.
+// Emulates the CUDA language, as far as the kernels use it, for a host compiler. Every GPU thread is a fiber, and warp
+// and block operations are rendezvous of fibers (emulate.cpp). Included by ptx.cuh, and by metal.h, which defines
+// Metal's language instead.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -37,7 +37,7 @@ extern thread_local uint32_t present, features, rows;
 struct Request;
 using Lanes = Request *const (&)[32];
 
-// What a meeting of a warp does when its last lane has come.
+// A collective operation of a warp, executed when its last lane has arrived.
 struct Kind {
     const char *name;
     void (*complete)(Lanes lanes);

@@ -1,6 +1,6 @@
-// Executes kernels on the host: one fiber a thread, one block at a time, in a seeded random order. What has
-// not been written is NaN (bytes 0xff): shared memory at the start of a block, buffers after allocation,
-// and the target of an asynchronous copy until its thread has waited for it.
+// Executes kernels on the host: one fiber per GPU thread, one block at a time, in a seeded random order. Memory that
+// has not been written is NaN (bytes 0xff): shared memory at the start of a block, buffers after allocation, and the
+// target of an asynchronous copy until its thread has waited for it.
 #include "../cuda/ptx.cuh"
 
 #include <csignal>
@@ -80,7 +80,7 @@ void prepare(Context &c, uint8_t *stack, void (*start)()) {
 }
 #endif
 
-// Memory between two pages that nobody may touch; `bytes` end (or start) at one of them.
+// Memory between two inaccessible guard pages; `bytes` end (or start) at one of them.
 struct GuardedMemory {
     uint8_t *pages = nullptr;
     size_t mapped = 0;

@@ -1,8 +1,8 @@
-// What runs beside the threads of a block on Hopper: barriers that count bytes, the copy engine, products of a
-// warpgroup. A copy lands at a random moment, mostly when no thread can go on; until then its target is NaN. A
-// product reads shared memory at a random moment between its start and the wait for its group; until that wait the
-// sums are NaN. Both see shared memory through a view of their own, in which what a thread has stored appears only
-// after a fence.
+// The asynchronous units of a Hopper multiprocessor: mbarriers with transaction counts, TMA copies, and warpgroup
+// products. A copy completes at a random time, mostly when no thread can continue; until then its target is NaN. A
+// product reads shared memory at a random time between its start and the wait for its group; until that wait its
+// accumulators are NaN. Both read shared memory through their own view, in which stores of threads appear only after a
+// proxy fence.
 #include <map>
 #include <memory>
 #include <vector>
@@ -25,7 +25,7 @@ struct Barrier {
     std::vector<uint32_t> threads;
 };
 
-// A copy under way: pieces of 16 bytes, `from` null where the tensor ends.
+// A copy in flight, in units of 16 bytes; `from` is null beyond the edge of the tensor.
 struct Copy {
     struct Unit {
         uint32_t to;
@@ -35,7 +35,7 @@ struct Copy {
     uint64_t *barrier;
 };
 
-// Sums that products under way add to; registers of a lane are known by their address.
+// Accumulators of products in flight; the registers of a lane are identified by their address.
 struct Sums {
     float *registers[32];
     float value[ROWS][KEYS];
@@ -119,7 +119,7 @@ void complete_copy(size_t which) {
     finish_phase(b);
 }
 
-// Element (row, column) of a matrix as its name says.
+// Element (row, column) of the matrix that a descriptor describes.
 uint16_t element(uint64_t name, uint32_t row, uint32_t column) {
     uint32_t first = uint32_t(name & 0x3fff) << 4, eight = uint32_t(name >> 32 & 0x3fff) << 4;
     uint32_t at = first + row / 8 * eight + row % 8 * MATRIX_ROW + 2 * column;
@@ -140,7 +140,7 @@ void multiply(Started &p, uint32_t warp) {
         for (uint32_t j = 0; j < KEYS; j++)
             b[k][j] = wide(element(p.b, j, k));
     }
-    // From the last product on: not the order of mma, on whose sums no result may rely here.
+    // In reverse order: kernels must not rely on the summation order of mma here.
     for (int i = 0; i < ROWS; i++)
         for (int k = 15; k >= 0; k--)
             for (int j = 0; j < KEYS; j++)

@@ -1,11 +1,11 @@
-// Hopper's own instructions for a host compiler; see cuda/hopper.cuh, which has what each of them does. What runs
-// beside the threads (copies, products) takes effect late, in a random order (hopper.cpp). Included by hopper.cuh.
+// Hopper's instructions for a host compiler; see cuda/hopper.cuh for what each of them does. Copies and products take
+// effect late and in a random order (hopper.cpp). Included by hopper.cuh.
 #pragma once
 #include "device.h"
 
 #define __grid_constant__
 
-// A tensor [batch, head, row, column] as the copy engine sees it; sizes and strides from the column on.
+// A tensor [batch, head, row, column] for TMA; sizes and strides from the innermost dimension outwards.
 struct TensorMap {
     const uint8_t *first;
     uint64_t dims[4];

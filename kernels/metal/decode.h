@@ -10,14 +10,14 @@
 constexpr constant u32 ROWS = 16, DECODE_WARPS = 4, TILE = 64;
 
 // The rows of a block, and where keys lie.
-struct Decoding {
+struct DecodeRows {
     u32 b, h0, kv, first;
 
-    Decoding(constant DecodeParams &p, u32 place) {
-        u32 each = p.q_heads / p.pack;
-        first = place % p.row_tiles * ROWS;
-        b = place / p.row_tiles / each;
-        h0 = place / p.row_tiles % each * p.pack;
+    DecodeRows(constant DecodeParams &p, u32 row_tile) {
+        u32 groups_per_batch = p.q_heads / p.pack;
+        first = row_tile % p.row_tiles * ROWS;
+        b = row_tile / p.row_tiles / groups_per_batch;
+        h0 = row_tile / p.row_tiles % groups_per_batch * p.pack;
         kv = h0 / (p.q_heads / p.kv_heads);
     }
 
@@ -27,17 +27,17 @@ struct Decoding {
 };
 
 template <class T>
-INLINE const device T *query_row(constant DecodeParams &p, const thread Decoding &at, const device T *q, u32 r) {
+INLINE const device T *query_row(constant DecodeParams &p, const thread DecodeRows &at, const device T *q, u32 r) {
     return q + size_t(at.b) * p.q_batch + size_t(at.head(p, r)) * p.q_head + size_t(at.query(p, r)) * p.q_row;
 }
 
 // The page of a key, or the batch entry, and the key's row in it.
-INLINE u32 page_of(constant DecodeParams &p, const thread Decoding &at, const device i32 *pages, u32 j) {
+INLINE u32 page_of(constant DecodeParams &p, const thread DecodeRows &at, const device i32 *pages, u32 j) {
     return p.page_keys ? min(u32(pages[size_t(at.b) * p.table_row + j / p.page_keys]), p.pages - 1) : at.b;
 }
 INLINE u32 page_offset(constant DecodeParams &p, u32 j) { return p.page_keys ? j % p.page_keys : j; }
 template <class T>
-INLINE const device T *key_row(constant DecodeParams &p, const thread Decoding &at, const device i32 *pages,
+INLINE const device T *key_row(constant DecodeParams &p, const thread DecodeRows &at, const device i32 *pages,
                                const device T *k, u32 j) {
     return k + size_t(page_of(p, at, pages, j)) * p.k_batch + size_t(at.kv) * p.k_head +
            size_t(page_offset(p, j)) * p.k_row;
@@ -73,7 +73,7 @@ template <class T> INLINE void eight(const device T *row, u32 d, u32 dim, thread
     }
 }
 
-// What a block shares beside its queries: ranges of its rows and of all, the best of every simdgroup.
+// Size of the shared key ranges: those of every row, then their union.
 constexpr constant u32 DECODE_RANGES = 2 * ROWS + 2;
 
 // partial [places, splits, ROWS, 2]: the bits of the score, and the key.
@@ -84,7 +84,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
                    const device i32 *table, const device i32 *pages, device u32 *partial) {
     constexpr u32 PITCH = D + 4;
     u32 split = me.block % p.splits, lane = me.lane(), g = lane / 4, t = lane % 4;
-    Decoding at(p, me.block / p.splits);
+    DecodeRows at(p, me.block / p.splits);
 
     if (me.index == 0) ranges[2 * ROWS] = i32(p.keys), ranges[2 * ROWS + 1] = 0;
     block_barrier();
@@ -106,7 +106,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
     i32 begin = from + min(share * i32(split), count);
     i32 end = from + min(share * i32(split + 1) - (GD_FAULT(112) ? 1 : 0), count);
     float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
-    // Lane t of a key looks after rows t, t + 4, ..
+    // Lane t of the four lanes of a key tracks rows t, t + 4, ..
     ScoredKey best[ROWS / 4];
     for (u32 x = 0; x < ROWS / 4; x++)
         best[x] = {-GD_INFINITY, -1};
@@ -183,14 +183,14 @@ INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q,
                          const device float *beta, const device float *prior, const device i32 *pages,
                          const device T *v, const device float *threshold, const device u32 *partial, device i32 *index,
                          device float *energy, device T *y) {
-    Decoding at(p, me.block);
+    DecodeRows at(p, me.block);
     for (u32 r = me.warp(); r < ROWS; r += me.warps()) {
         if (!at.exists(p, r)) continue;
         ScoredKey best = {-GD_INFINITY, -1};
         for (u32 s = me.lane(); s < p.splits - (GD_FAULT(116) ? 1 : 0); s += 32) {
             const device u32 *x = partial + ((size_t(me.block) * p.splits + s) * ROWS + r) * 2;
-            ScoredKey found = {as_type<float>(x[0]), i32(x[1])};
-            if (better(found, best, p.tie)) best = found;
+            ScoredKey candidate = {as_type<float>(x[0]), i32(x[1])};
+            if (better(candidate, best, p.tie)) best = candidate;
         }
         for (u32 step = 16; step > 0; step /= 2)
             best = better_across(best, step, p.tie);

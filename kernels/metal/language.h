@@ -47,7 +47,7 @@ template <class T> using gd_type = T;
 typedef half f16;
 typedef ushort bf16;
 
-// What every kernel takes beside its buffers, and what it makes of that.
+// The position arguments that every kernel takes, and the Thread made of them.
 #define GD_THREAD                                                                                                      \
     uint gd_index [[thread_position_in_threadgroup]], uint gd_block [[threadgroup_position_in_grid]],                  \
         uint gd_threads [[threads_per_threadgroup]]
@@ -119,7 +119,7 @@ INLINE float value(Total x) { return x.sum + x.rest; }
 INLINE Total load(const threadgroup Total *at) { return {at->sum, at->rest}; }
 INLINE void store(Total x, threadgroup Total *at) { at->sum = x.sum, at->rest = x.rest; }
 
-// What a mask has.
+// Features of a mask, compiled in by function constants.
 INLINE bool is_causal(constant MaskParams &) { return has(FEATURE_CAUSAL); }
 INLINE bool has_window(constant MaskParams &) { return has(FEATURE_WINDOW); }
 INLINE bool has_table(constant MaskParams &) { return has(FEATURE_TABLE); }

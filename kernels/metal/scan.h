@@ -1,4 +1,4 @@
-// What both scans share: which rows a block holds, which keys they see, and the walk over tiles.
+// Shared by all scans: key ranges of the query rows, and the loop over tiles of keys.
 #pragma once
 #include "../shared/query_rows.h"
 #include "range.h"
@@ -23,7 +23,7 @@ INLINE const device float *key_biases(constant ScanParams &p, const thread Query
     return bias + (size_t(at.b) * p.bias_heads + head) * p.bias_row;
 }
 
-// What the rows of a block see: pairs lo, hi, and behind the last row those of all together.
+// Key ranges of the rows of a block as pairs lo, hi, followed by their union.
 constexpr constant u32 KEY_RANGES = 2 * MAX_ROWS + 2;
 INLINE Range range_of_row(const threadgroup i32 *ranges, u32 row) { return {ranges[2 * row], ranges[2 * row + 1]}; }
 
@@ -42,7 +42,7 @@ INLINE void compute_key_ranges(Thread me, threadgroup i32 *ranges, constant Scan
     block_barrier();
 }
 
-// What the rows of a simdgroup see, some of them and all of them.
+// Union (`any`) and intersection (`all`) of the key ranges of a simdgroup's rows.
 struct WarpRange {
     Range any, all;
 
@@ -60,7 +60,7 @@ struct WarpRange {
     bool covers(i32 first, i32 count) const { return first >= all.lo && first + count <= all.hi; }
 };
 
-// Tiles that some row of the block sees, in rising order or, if ties go to the last key, in falling order.
+// The tiles in the union of the rows' ranges, in ascending order, or in descending order if ties go to the last key.
 struct Tiles {
     i32 from, count;
     bool falling;

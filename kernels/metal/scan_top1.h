@@ -43,7 +43,7 @@ INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shar
         for (int m = 0; m < MT; m++) {
 #pragma unroll
             for (u32 y = 0; y < KEYS / 4; y++) {
-                // In the order of the walk, what comes first stays.
+                // Keys are visited in tie order, so the first of equal scores is kept.
                 u32 x = (p.tie == TIE_LAST ? KEYS / 4 - 1 - y : y) * 4 + t;
                 i32 j = start + i32(x);
                 float s = out[(m * 8 + g) * S::OUT + x] + tile_bias[x];

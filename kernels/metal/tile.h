@@ -2,7 +2,7 @@
 #pragma once
 #include "../shared/row.h"
 
-// What a dtype is in a tile: bf16 is widened, since matrices of bfloat need Metal 3.1.
+// Element type of a tile: bf16 is widened to f32, since simdgroup matrices of bfloat need Metal 3.1.
 template <class T> struct Element {
     typedef T type;
     static INLINE T of(T x) { return x; }

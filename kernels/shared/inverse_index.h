@@ -1,15 +1,15 @@
-// From "query reads keys" to "key is read by queries": slots sorted by the key that they hold, in a fixed
-// order, so that key gradients are sums in that order, without atomics on floats. Least significant digit
-// first; every pass is stable. A block takes a chunk of 2048 entries.
+// Inverts "query reads keys" to "key is read by queries": a stable radix sort of the slots by the key that they hold,
+// least significant digit first. Key gradients are then sums in a fixed order, without float atomics. A block takes
+// SORT_BLOCK_ENTRIES entries.
 //
-// The list of key j of key-value head kv of batch entry b is list (b Hk + kv) M + j; unused slots go to list
-// B Hk M. An entry is a flat slot of index [B, Hq, N, K].
+// The segment of key j of KV head kv of batch entry b is (b Hk + kv) M + j; unused slots belong to segment B Hk M. An
+// entry is a flat slot of index [B, Hq, N, K].
 #pragma once
 #include "row.h"
 
 constexpr CONSTANT u32 DIGITS = 1u << SORT_DIGIT_BITS, SORT_WARPS = 8, WARP_ENTRIES = SORT_BLOCK_ENTRIES / SORT_WARPS;
 
-// The list of every slot.
+// The segment of every slot.
 INLINE void sort_init(Thread me, PARAMS SortParams &p, const DEVICE i32 *index, DEVICE u32 *segments,
                       DEVICE u32 *entries) {
     u32 at = me.global();
@@ -20,7 +20,7 @@ INLINE void sort_init(Thread me, PARAMS SortParams &p, const DEVICE i32 *index, 
     entries[at] = at;
 }
 
-// How often each digit occurs in each chunk: counts [DIGITS, blocks]; `count` holds DIGITS.
+// Digit counts of every block: counts [DIGITS, blocks]; `count` has DIGITS entries.
 INLINE void sort_histogram(Thread me, PARAMS SortParams &p, SHARED u32 *count, const DEVICE u32 *segments,
                            DEVICE u32 *counts) {
     for (u32 d = me.index; d < DIGITS; d += me.threads)
@@ -50,7 +50,7 @@ INLINE u32 block_prefix(Thread me, u32 x, SHARED u32 *sums) {
     return x;
 }
 
-// Counts become places: exclusive sums over [DIGITS, blocks], by one block; `sums` holds 8.
+// Replaces counts by their exclusive sums over [DIGITS, blocks], in one block; `sums` has 8 entries.
 INLINE void sort_offsets(Thread me, PARAMS SortParams &p, SHARED u32 *sums, SHARED u32 *total, DEVICE u32 *counts) {
     u32 before = 0, all = DIGITS * p.blocks;
     for (u32 first = 0; first < all; first += me.threads) {
@@ -63,8 +63,8 @@ INLINE void sort_offsets(Thread me, PARAMS SortParams &p, SHARED u32 *sums, SHAR
     }
 }
 
-// Moves every entry to its place. Inside a chunk, warp w takes entries 256 w.. in order, 32 at a time;
-// `next` holds 8 DIGITS.
+// Moves every entry to its position. Warp w of a block takes WARP_ENTRIES entries in order, 32 at a time; `next` has 8
+// DIGITS entries.
 INLINE void sort_scatter(Thread me, PARAMS SortParams &p, SHARED u32 *next, const DEVICE u32 *places,
                          const DEVICE u32 *segments, const DEVICE u32 *entries, DEVICE u32 *segments_out,
                          DEVICE u32 *entries_out) {
@@ -107,7 +107,7 @@ INLINE void sort_scatter(Thread me, PARAMS SortParams &p, SHARED u32 *next, cons
     }
 }
 
-// Where each list starts: starts [lists + 1]; what is behind the last holds the unused slots.
+// Start of every segment: starts [segments + 1]; entries after the last start belong to unused slots.
 INLINE void sort_segment_starts(Thread me, PARAMS SortParams &p, const DEVICE u32 *segments, DEVICE u32 *starts) {
     u32 at = me.global();
     if (at > p.entries) return;

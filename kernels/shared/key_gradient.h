@@ -1,18 +1,19 @@
-// Gradients of keys, values and priors: sums over the lists of the inverse index, rounded once. A warp takes
-// 128 entries, whatever lists they belong to, so that a key which all queries read costs no more than others:
-// a list inside of them is written at once, of a list that goes beyond them a part is kept, and a second
-// kernel adds the parts in order.
+// Gradients of keys, values and priors: segmented sums over the inverse index, rounded once. A warp takes
+// READERS_PER_WARP consecutive entries, whatever segments they belong to, so that a key that all queries read costs no
+// more than others. A segment inside of these entries is written directly; for a segment that extends beyond them a
+// partial sum is stored, and a second kernel adds the partial sums in order.
 #pragma once
 #include "select.h"
 
-// The inverse index: where lists start, the sorted lists and entries; and room for parts [pieces, 2, dim].
+// The inverse index: starts of the segments, the sorted segments and entries; and memory for partial sums [warps, 2,
+// dim].
 struct Readers {
     const DEVICE u32 *starts, *segments, *entries;
     DEVICE float *parts;
 };
 
-// Where the part of a list lies that the piece from entry `from` on has: a list that began before the piece,
-// or with it, is the piece's first, another one its last.
+// Offset of the partial sum of a segment among those of the warp whose entries start at `from`: 0 for a segment that
+// begins at or before `from`, else 1.
 INLINE size_t part_at(u32 from, u32 begin, u32 dim) {
     return (size_t(from / READERS_PER_WARP) * 2 + (GD_FAULT(24) ? 0 : begin > from)) * dim;
 }
@@ -50,7 +51,7 @@ INLINE void sum_readers(Thread me, PARAMS SelectParams &p, u32 dim, const LOCAL 
     }
 }
 
-// The lists that no piece has written: sums of their parts, or zeros; one block of 128 threads a list.
+// Writes the segments that no single warp has written: the sum of their partial sums, or zeros. One block per segment.
 template <class T>
 INLINE void add_partials(Thread me, u32 dim, const DEVICE u32 *starts, const DEVICE float *parts, DEVICE T *out) {
     u32 segment = me.block, begin = starts[segment], end = starts[segment + 1];

@@ -1,10 +1,10 @@
-// Conditional protection of the protected candidate of least energy, one thread a row; in f64 where there is
-// one, because its conditions are comparisons, which should fall as they do on the CPU.
+// Conditional protection of the protected candidate of the lowest energy, one thread per row. In f64 where available,
+// since its conditions are comparisons that should decide as on the CPU.
 #pragma once
 #include "select.h"
 
-// What it does: nothing (at -1), raise score `at` with the given slope in the best other one, or set it to
-// ln(floor / (1 - floor)) + logsumexp(others).
+// Effect of the barrier: none (at -1), a lift of score `at` with the given strength relative to the best other score,
+// or score `at` set to ln(floor / (1 - floor)) + logsumexp(others).
 struct Effect {
     i32 at, best;
     wide score, strength;

@@ -39,7 +39,7 @@ INLINE void residual_forward(Thread me, PARAMS SelectParams &p, const DEVICE T *
     }
 }
 
-// What delta's gradient is made of: ddelta = -c dr + step (q - 2 c delta), step = -<dr, delta> / |delta|^2.
+// Gradient of delta: ddelta = -c dr + step (q - 2 c delta), step = -<dr, delta> / |delta|^2.
 template <class T>
 INLINE float jump_step(Thread me, const DEVICE T *q, const DEVICE T *k, const DEVICE T *dr, u32 dim,
                        const LOCAL Jump &x) {

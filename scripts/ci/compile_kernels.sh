@@ -3,9 +3,10 @@
 #
 # Usage: scripts/ci/compile_kernels.sh [--all | --record]
 #
-# The compiler needs minutes for a source, so what it said of each is kept in kernels/cuda/compiled, under a hash of
-# the source, all headers and the flags: only what has changed since is compiled. --all compiles everything,
-# --record everything, and writes that file.
+# The compiler needs minutes per source, so its report of each is recorded in kernels/cuda/compiled under a hash of the
+# source, all headers and the flags; only sources with another hash are compiled. Comments and white space are left out
+# of the hash, since they do not change the code. --all compiles everything; --record compiles everything and writes
+# that file.
 # nvcc is that of CUDA_HOME, or of PATH, or one that scripts/hardware/cuda_toolchain.sh assembles below target/.
 # A source *_sm90a.cu is for Hopper's own instructions and compiled for sm_90a alone.
 set -euo pipefail
@@ -18,8 +19,12 @@ rm -rf "$work"
 mkdir -p "$work"
 touch "$record"
 
-# What a source's code depends on, hashed.
-key() { cat "$1" kernels/cuda/*.cuh kernels/shared/*.h kernels/cuda/nvcc.flags | sha256sum | cut -c 1-32; }
+# A hash of everything that a source's code depends on. Strings are kept as they are: PTX stands in some of them.
+key() {
+    cat "$1" kernels/cuda/*.cuh kernels/shared/*.h kernels/cuda/nvcc.flags | python3 -c 'import hashlib, re, sys
+text = re.sub(r"(\"(?:[^\"\\]|\\.)*\")|//[^\n]*|\\\n|\s+", lambda m: m.group(1) or " ", sys.stdin.read())
+print(hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:32])'
+}
 
 jobs=()
 for source in kernels/cuda/*.cu; do

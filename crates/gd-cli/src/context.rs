@@ -63,11 +63,15 @@ pub fn usage(message: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(Usage(message.into()))
 }
 
-/// Creates a usage error that names the flag of an invalid setting, such as `--top-k` for `top_k`.
-pub fn flag_error(e: gd_model::Error) -> anyhow::Error {
-    let text = e.to_string();
-    let (name, rest) = text.split_once(' ').unwrap_or((&text, ""));
-    usage(format!("--{} {rest}", name.replace('_', "-")))
+/// Turns the error of a setting that is out of range into a usage error that names its flag, such as `--top-p` for
+/// `top_p`. Other errors are not changed.
+pub fn flag_error(error: gd_model::Error) -> anyhow::Error {
+    match error {
+        gd_model::Error::OutOfRange { name, value, allowed } => {
+            usage(format!("--{} must be {allowed}, not {value}", name.replace('_', "-")))
+        }
+        other => other.into(),
+    }
 }
 
 /// The exit code for an error: 2 for a usage error, else 1.
@@ -104,5 +108,17 @@ mod tests {
         assert_eq!(one_line(&e), "outer: in ner cause");
         let e = gd_kernels::Error::from(candle_core::Error::Msg("k is short".into()));
         assert_eq!(one_line(&anyhow::Error::new(e)), "k is short");
+    }
+
+    #[test]
+    fn a_setting_out_of_range_is_a_usage_error_of_its_flag() {
+        let e = flag_error(gd_model::Error::OutOfRange {
+            name: "top_p".into(),
+            value: "2".into(),
+            allowed: "in (0, 1]".into(),
+        });
+        assert_eq!((exit_code(&e), one_line(&e).as_str()), (2, "--top-p must be in (0, 1], not 2"));
+        let e = flag_error(gd_model::Error::Invalid("no text".into()));
+        assert_eq!((exit_code(&e), one_line(&e).as_str()), (1, "no text"));
     }
 }

@@ -42,14 +42,14 @@ fn the_predicted_memory_matches_the_allocator() {
                     recipe.model.max_position_embeddings = recipe.model.max_position_embeddings.max(context);
                     (recipe.train.batch, recipe.train.context) = (batch, context);
                     (recipe.train.accumulation, recipe.train.checkpoint_blocks) = (1, checkpoint_blocks);
-                    let plan = estimate(&recipe).unwrap();
+                    let estimate = estimate(&recipe).unwrap();
                     let (parameters, peak) = measured(recipe);
-                    assert_eq!(plan.parameters, parameters, "{preset}");
-                    let error = plan.peak_memory_mib / peak - 1.0;
+                    assert_eq!(estimate.parameters, parameters, "{preset}");
+                    let error = estimate.peak_memory_mib / peak - 1.0;
                     let what = format!(
                         "{preset} {mechanism:?} {batch}x{context}, recomputed {checkpoint_blocks}: {:.1} MiB, \
                          measured {peak:.1} ({:+.1} %)",
-                        plan.peak_memory_mib,
+                        estimate.peak_memory_mib,
                         100.0 * error
                     );
                     println!("{what}");

@@ -1,21 +1,21 @@
-//! The one error type of this crate.
+//! The error type of this crate.
 
 /// A result with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why an operator refused to run.
+/// The error of an operator.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The arguments contradict each other or leave the operator's domain; the text names them.
+    /// Arguments that contradict each other or are outside the domain of the operator. The text names the values.
     #[error("{0}")]
     Invalid(String),
-    /// The arguments are sound, but no backend covers them; the text names what is supported.
+    /// Valid arguments for which no backend has an implementation. The text names the value and what is supported.
     #[error("unsupported: {0}")]
     Unsupported(String),
-    /// A device refused what it was asked for: no memory left, a launch or a copy that failed.
+    /// An error of the device: no free memory, or a launch or copy that failed.
     #[error("{0}")]
     Device(String),
-    /// candle reported an error.
+    /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
 }

@@ -1,7 +1,7 @@
-//! Which keys a query may see.
+//! Which keys are visible to a query.
 //!
-//! Every supported mask gives each query one contiguous interval of keys, so kernels never read a
-//! mask tensor and never test single positions: they loop over `Mask::visible`.
+//! Every supported mask makes one contiguous interval of keys visible to each query. Kernels therefore read no mask tensor
+//! and test no single positions: they loop over `Mask::visible`.
 //!
 //! Shapes: N queries, M keys, B batch entries. Query `i` stands at key position `i + offset`; each batch entry
 //! may have its own offset.
@@ -40,17 +40,17 @@ pub struct Mask {
 }
 
 impl Mask {
-    /// Every query sees every key.
+    /// Every key is visible to every query.
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// Query `i` sees keys `j <= i + offset`.
+    /// The keys `j <= i + offset` are visible to query `i`.
     pub fn causal(offset: i64) -> Self {
         Self { causal: true, offset, ..Self::default() }
     }
 
-    /// Query `i` sees the `window` keys with `i + offset - window < j <= i + offset`.
+    /// The `window` keys with `i + offset - window < j <= i + offset` are visible to query `i`.
     pub fn window(window: usize, offset: i64) -> Self {
         Self { causal: true, window: Some(window), offset, ..Self::default() }
     }
@@ -76,7 +76,7 @@ impl Mask {
         self
     }
 
-    /// Limits each query to the last `window` keys up to its own position, unless it sees fewer already.
+    /// Limits each query to the last `window` keys up to its own position, unless a smaller window is set.
     pub fn windowed(mut self, window: usize) -> Self {
         self.window = Some(self.window.map_or(window, |w| w.min(window)));
         self
@@ -99,7 +99,7 @@ impl Mask {
             || several(self.lengths().map(<[_]>::len))
     }
 
-    /// Whether a query never sees keys behind its own position.
+    /// Whether no query reads keys behind its own position.
     pub fn is_causal(&self) -> bool {
         self.causal
     }

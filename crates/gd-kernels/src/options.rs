@@ -1,4 +1,4 @@
-//! The choices that callers make, shared by the operators, the plans and the reference.
+//! Options that operators, plans and the reference share.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,7 @@ pub enum Score {
     Dot,
 }
 
-/// Which of several keys with the same energy wins.
+/// Which of several keys with the same energy is selected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TieBreak {
@@ -37,7 +37,7 @@ pub enum Precision {
     Certified,
 }
 
-/// How the hard choice is replaced in the backward pass. With `p` the softmax of `-eps / T` over
+/// The gradient estimator of the hard choice. With `p` the softmax of `-eps / T` over
 /// the candidates and the null slot (energy: the threshold), `a_j = <dy, v_j>`, `a_null = 0` and
 /// `J(p)a = p * (a - <p, a>)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -57,7 +57,7 @@ pub enum Estimator {
     Blend,
 }
 
-/// What scales the selected value row.
+/// The factor of the selected value row.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Gate {

@@ -316,3 +316,25 @@ impl Default for BeaconConfig {
         Self { conv_width: 4, averages: 2, prior: true, protected: 0, barrier: None }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absent_keys_have_the_values_of_new_and_unknown_keys_are_refused() {
+        let sizes =
+            r#""hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16"#;
+        let read = |text: String| serde_json::from_str::<AttentionConfig>(&text);
+        assert_eq!(read(format!("{{{sizes}}}")).unwrap(), AttentionConfig::new(64, 4, 16));
+        let error = read(format!("{{{sizes}, \"windw\": 3}}")).unwrap_err().to_string();
+        assert!(error.contains("windw"), "{error}");
+        let config = AttentionConfig::new(64, 4, 16)
+            .with_key_value_heads(2)
+            .with_qk_norm(true)
+            .with_window(8)
+            .with_beacon(BeaconConfig::default())
+            .with_gd(GdConfig::default().with_candidates(16).with_threshold(Some(1.0)));
+        assert_eq!(read(serde_json::to_string(&config).unwrap()).unwrap(), config);
+    }
+}

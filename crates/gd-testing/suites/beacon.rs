@@ -70,7 +70,7 @@ pub(crate) fn check_conv(gpu: &TestGpu, seed: u64) -> Verdict {
         })
         .collect();
     let sizes = conv::Sizes { batch, rows: n, channels, width, dtype };
-    let plan = conv::Plan::new(&sizes, packed.then_some(&lists[..]), &gpu.arch()).map_err(fail)?;
+    let plan = conv::ConvPlan::new(&sizes, packed.then_some(&lists[..]), &gpu.arch()).map_err(fail)?;
     let dims = [batch, n, channels];
     let (x, xs) = strided(gpu, &uniform(&mut rng, batch * n * channels), &dims, dtype);
     let (dy, dys) = strided(gpu, &uniform(&mut rng, batch * n * channels), &dims, dtype);
@@ -178,7 +178,7 @@ pub(crate) fn check_average(gpu: &TestGpu, seed: u64) -> Verdict {
     let n = pick(&mut rng, &[1, 2, 33, 64, 65, 129, 200, 300]);
     let dim = pick(&mut rng, &[1, 8, 33, 64]);
     let sizes = average::Sizes { batch, heads, value_heads, rows: n, dim, dtype };
-    let plan = average::Plan::new(&sizes, &gpu.arch()).map_err(fail)?;
+    let plan = average::AveragePlan::new(&sizes, &gpu.arch()).map_err(fail)?;
     let (s, bytes) = (batch * heads, dtype.size_in_bytes());
     let strong = pick(&mut rng, &[1.0, 4.0]);
     let mut decays: Vec<f64> = uniform(&mut rng, s * n).into_iter().map(|x| strong * x + 2.0).collect();
@@ -244,7 +244,7 @@ pub(crate) fn check_average(gpu: &TestGpu, seed: u64) -> Verdict {
     // In pieces: a single sequence can be cut by offsets.
     let cut = n / 2;
     let piece =
-        |rows: usize| average::Plan::new(&average::Sizes { rows, ..sizes }, &gpu.arch()).map_err(fail);
+        |rows: usize| average::AveragePlan::new(&average::Sizes { rows, ..sizes }, &gpu.arch()).map_err(fail);
     let at = |s: Slice<'_, Buffer>, rows: usize, wide: usize| s.offset + rows * wide * bytes;
     let again = buffer(n * dim, bytes)?;
     let (mean, log, mean2, log2) = (buffer(dim, 4)?, buffer(1, 4)?, buffer(dim, 4)?, buffer(1, 4)?);

@@ -87,14 +87,12 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
             ctx.print(replay_text(outcome))?;
         }
     }
-    match replay {
-        Some(outcome) if outcome.contradictions > 0 => {
-            let first =
-                outcome.findings.iter().find(|f| !f.starts_with("ambiguous")).cloned().unwrap_or_default();
-            let times = outcome.contradictions;
-            bail!("{}: the replay contradicts the record {times} times: {first}", args.trace.display())
+    match replay.and_then(|outcome| outcome.first_contradiction.map(|first| (outcome.contradictions, first)))
+    {
+        Some((count, first)) => {
+            bail!("{}: the replay contradicts the record {count} times: {first}", args.trace.display())
         }
-        _ => Ok(()),
+        None => Ok(()),
     }
 }
 

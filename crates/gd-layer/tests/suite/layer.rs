@@ -1,6 +1,7 @@
 //! The attention layers: gradients of every parameter, decoding, and the swap into other models.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
@@ -335,6 +336,44 @@ fn stands_in_for_the_attention_of_a_candle_model() -> Result<()> {
     let want = Tensor::new(want, &Device::Cpu)?;
     let err = (&got - &want)?.abs()?.max_all()?.to_scalar::<f32>()?;
     assert!(err <= 1e-5, "off by {err}");
+    Ok(())
+}
+
+/// The gradients that a loss of `y` gives to all parameters, by name.
+fn parameter_gradients(y: &Tensor, map: &VarMap) -> Result<BTreeMap<String, Vec<f32>>> {
+    let w = Numbers(99).tensor(y.dims(), 1.0, y.dtype())?;
+    let grads = (y * w)?.sum_all()?.backward()?;
+    let vars = map.data().lock().expect("one thread");
+    let of = |(name, var): (&String, &Var)| {
+        let grad = grads.get(var.as_tensor()).unwrap_or_else(|| panic!("{name} receives no gradient"));
+        Ok((name.clone(), grad.flatten_all()?.to_vec1()?))
+    };
+    vars.iter().map(of).collect()
+}
+
+#[test]
+fn gradients_flow_through_forward_to_every_parameter() -> Result<()> {
+    for (name, _, cfg) in selecting() {
+        let (layer, map) = attention(&cfg)?;
+        let mut numbers = Numbers(5);
+        for (_, var) in map.data().lock().expect("one thread").iter().filter(|(n, _)| n.starts_with("gd.")) {
+            let noise = numbers.tensor(var.dims(), 0.3, DType::F32)?;
+            var.set(&(var.as_tensor() + noise)?)?;
+        }
+        let x = Numbers(2).tensor(&[1, 9, 12], 1.0, DType::F32)?;
+        // Without cached positions, the gradients are those of a pass without a cache.
+        let (first, plain) = (layer.forward(&x, None, 0)?, Module::forward(&layer, &x)?);
+        assert_eq!(first.to_vec3::<f32>()?, plain.to_vec3::<f32>()?, "{name}");
+        let grads = parameter_gradients(&first, &map)?;
+        assert_eq!(grads, parameter_gradients(&plain, &map)?, "{name}");
+        // Behind cached positions, every parameter still receives one.
+        layer.forward(&x.narrow(1, 0, 3)?, None, 0)?;
+        let later = parameter_gradients(&layer.forward(&x.narrow(1, 3, 6)?, None, 3)?, &map)?;
+        for (parameter, grad) in grads.iter().chain(&later) {
+            let largest = grad.iter().fold(0f32, |most, x| most.max(x.abs()));
+            assert!(largest > 0.0 && grad.iter().all(|x| x.is_finite()), "{name}: {parameter}: {largest}");
+        }
+    }
     Ok(())
 }
 

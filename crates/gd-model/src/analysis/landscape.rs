@@ -1,4 +1,5 @@
-//! The energy landscape of one query: along the passages to its best keys, and over a plane through it and two keys.
+//! The energy landscape of one query: along the passages to its two keys of least energy, and over a plane
+//! through it and two keys.
 //!
 //! With the query q `[D]`, a key k `[D]`, the weight alpha of the query's well and the inverse bandwidth beta, the
 //! energy of a point s is `Phi(s) = -ln(alpha e^(-beta |s-q|^2) + (1-alpha) e^(-beta |s-k|^2))`. Everything is f64.
@@ -15,7 +16,7 @@ const COLLINEAR: f64 = 1e-9;
 
 /// A key that the query sees.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Seen {
+pub struct VisibleKey {
     /// Its position.
     pub position: usize,
     /// The key `[D]`.
@@ -28,7 +29,7 @@ pub struct Seen {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Landscape {
     query: Vec<f64>,
-    keys: Vec<Seen>,
+    keys: Vec<VisibleKey>,
     alpha: f64,
     beta: f64,
 }
@@ -81,7 +82,7 @@ pub struct Plane {
 impl Landscape {
     /// # Errors
     /// Names alpha, beta or the coordinate that is out of range, a key of another length, or the absence of keys.
-    pub fn new(query: Vec<f64>, keys: Vec<Seen>, alpha: f64, beta: f64) -> Result<Self> {
+    pub fn new(query: Vec<f64>, keys: Vec<VisibleKey>, alpha: f64, beta: f64) -> Result<Self> {
         let invalid = |text: String| Err(Error::Invalid(text));
         if !(alpha > 0.0 && alpha < 1.0) {
             return invalid(format!("alpha {alpha} is not between 0 and 1"));
@@ -96,10 +97,10 @@ impl Landscape {
         if let Some(d) = strange(&query) {
             return invalid(format!("coordinate {d} of the query is {}", query[d]));
         }
-        for Seen { position, key, prior } in &keys {
+        for VisibleKey { position, key, prior } in &keys {
             if key.len() != query.len() {
-                let (found, expected) = (key.len(), query.len());
-                return invalid(format!("key {position} has {found} coordinates, and the query {expected}"));
+                let (actual, expected) = (key.len(), query.len());
+                return invalid(format!("key {position} has {actual} coordinates, and the query {expected}"));
             }
             if let Some(d) = strange(key) {
                 return invalid(format!("coordinate {d} of key {position} is {}", key[d]));
@@ -117,29 +118,29 @@ impl Landscape {
     }
 
     /// The winner, and the runner-up where there is one: the keys of least selection energy, the first of equals.
-    pub fn best(&self) -> (Jump, Option<Jump>) {
+    pub fn winner_and_runner_up(&self) -> (Jump, Option<Jump>) {
         let energy = |n: usize| self.beta * distance2(&self.query, &self.keys[n].key) - self.keys[n].prior;
         let least = |skip: Option<usize>| {
             let rest = (0..self.keys.len()).filter(|n| Some(*n) != skip);
             rest.min_by(|a, b| energy(*a).total_cmp(&energy(*b)))
         };
-        // There is a key: `new` has seen to that.
+        // `new` ensures that there is a key.
         let winner = least(None).unwrap_or(0);
         (self.jump(&self.keys[winner]), least(Some(winner)).map(|n| self.jump(&self.keys[n])))
     }
 
-    fn jump(&self, seen: &Seen) -> Jump {
-        let length = self.pair(&seen.key).length;
+    fn jump(&self, visible_key: &VisibleKey) -> Jump {
+        let length = self.pair(&visible_key.key).length;
         let t = self.beta * length * length;
         let point = |mode| {
             let least = minimal_energy(t, self.alpha, mode);
             Point { u: least.at.u, energy: least.value }
         };
         Jump {
-            key: seen.position,
+            key: visible_key.position,
             length,
             t,
-            energy: t - seen.prior,
+            energy: t - visible_key.prior,
             global: point(CoherenceMode::Global),
             passage: point(CoherenceMode::Passage),
         }
@@ -149,9 +150,9 @@ impl Landscape {
         Pair::new(&self.query, key)
     }
 
-    fn seen(&self, position: usize) -> Result<&Seen> {
-        let found = self.keys.iter().find(|seen| seen.position == position);
-        found.ok_or_else(|| Error::Invalid(format!("the query does not see key {position}")))
+    fn visible_key(&self, position: usize) -> Result<&VisibleKey> {
+        let key = self.keys.iter().find(|key| key.position == position);
+        key.ok_or_else(|| Error::Invalid(format!("the query does not see key {position}")))
     }
 
     /// The plane through the query and the keys at these positions, one or two. A space of one dimension has none.
@@ -164,7 +165,7 @@ impl Landscape {
         {
             return Err(Error::Invalid(format!("key {a} is given twice: a plane needs two keys")));
         }
-        let jumps = positions.iter().map(|&p| Ok(difference(&self.seen(p)?.key, &self.query)));
+        let jumps = positions.iter().map(|&p| Ok(difference(&self.visible_key(p)?.key, &self.query)));
         let jumps = jumps.collect::<Result<Vec<_>>>()?;
         let d = self.query.len();
         if d < 2 {
@@ -233,7 +234,7 @@ impl Landscape {
     /// # Errors
     /// A position that the query does not see.
     pub fn key(&self, position: usize) -> Result<&[f64]> {
-        Ok(&self.seen(position)?.key)
+        Ok(&self.visible_key(position)?.key)
     }
 
     /// The jump from the query to the key at `position`.
@@ -241,7 +242,7 @@ impl Landscape {
     /// # Errors
     /// A position that the query does not see.
     pub fn jump_to(&self, position: usize) -> Result<Jump> {
-        Ok(self.jump(self.seen(position)?))
+        Ok(self.jump(self.visible_key(position)?))
     }
 
     /// Projects a point `[D]` onto a plane: its coordinates along the two axes, from the query.
@@ -269,37 +270,41 @@ fn unit(row: Vec<f64>, least: f64) -> Option<Vec<f64>> {
 mod tests {
     use super::*;
 
-    fn seen(position: usize, key: &[f64]) -> Seen {
-        Seen { position, key: key.to_vec(), prior: 0.0 }
+    fn visible_key(position: usize, key: &[f64]) -> VisibleKey {
+        VisibleKey { position, key: key.to_vec(), prior: 0.0 }
     }
 
     /// A query at 1, 0, 0 and keys at a distance of 2, 3 and 5 from it, in a space of three dimensions.
     fn scene(alpha: f64, beta: f64) -> Landscape {
-        let keys = vec![seen(4, &[1.0, 3.0, 0.0]), seen(7, &[3.0, 0.0, 0.0]), seen(9, &[1.0, 3.0, 4.0])];
+        let keys = vec![
+            visible_key(4, &[1.0, 3.0, 0.0]),
+            visible_key(7, &[3.0, 0.0, 0.0]),
+            visible_key(9, &[1.0, 3.0, 4.0]),
+        ];
         Landscape::new(vec![1.0, 0.0, 0.0], keys, alpha, beta).unwrap()
     }
 
     #[test]
     fn the_winner_has_the_least_energy_with_its_prior_and_the_first_of_equals_wins() {
         let mut scene = scene(0.5, 2.0);
-        let (winner, runner_up) = scene.best();
+        let (winner, runner_up) = scene.winner_and_runner_up();
         assert_eq!((winner.key, winner.length, winner.t, winner.energy), (7, 2.0, 8.0, 8.0));
         assert_eq!(runner_up.map(|r| (r.key, r.length, r.t)), Some((4, 3.0, 18.0)));
         // At alpha = 1/2 beyond t = 2 the tie goes to the query, and bisection stops on the saddle.
         assert!(winner.global.u < 0.01 && winner.passage.u == 0.5 && winner.has_two_roots(), "{winner:?}");
         scene.keys[2].prior = 45.0;
-        let (winner, runner_up) = scene.best();
+        let (winner, runner_up) = scene.winner_and_runner_up();
         assert_eq!((winner.key, winner.t, winner.energy), (9, 50.0, 5.0));
         assert_eq!(runner_up.map(|r| r.key), Some(7));
-        scene.keys[1] = seen(1, &[1.0, 0.0, 5.0]);
-        scene.keys[2] = seen(2, &[1.0, 0.0, 3.0]);
-        assert_eq!(scene.best().0.key, 4);
+        scene.keys[1] = visible_key(1, &[1.0, 0.0, 5.0]);
+        scene.keys[2] = visible_key(2, &[1.0, 0.0, 3.0]);
+        assert_eq!(scene.winner_and_runner_up().0.key, 4);
     }
 
     #[test]
     fn what_cannot_be_drawn_is_named() {
         let refused = |query: &[f64], key: &[f64], prior: f64, alpha: f64, beta: f64, word: &str| {
-            let keys = vec![seen(2, &[0.0; 2]), Seen { position: 3, key: key.to_vec(), prior }];
+            let keys = vec![visible_key(2, &[0.0; 2]), VisibleKey { position: 3, key: key.to_vec(), prior }];
             let text = Landscape::new(query.to_vec(), keys, alpha, beta).unwrap_err().to_string();
             assert!(text.contains(word), "{word}: {text}");
         };

@@ -32,6 +32,9 @@ pub struct Outcome {
     pub contradictions: u64,
     /// The first of both, in words.
     pub findings: Vec<String>,
+    /// The first contradiction, in words.
+    #[serde(skip)]
+    pub first_contradiction: Option<String>,
 }
 
 impl Outcome {
@@ -42,6 +45,7 @@ impl Outcome {
 
     pub(super) fn contradiction(&mut self, text: String) {
         self.contradictions += 1;
+        self.first_contradiction.get_or_insert_with(|| text.clone());
         self.note(text);
     }
 

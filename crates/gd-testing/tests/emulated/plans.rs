@@ -370,15 +370,15 @@ fn the_other_operators_are_planned_or_refused() {
     refused(select::SelectPlan::new(&select::Sizes { queries: 1 << 29, ..s }, &rule, &A10), "4294967296");
 
     let c = conv::Sizes { batch: 1, rows: 10, channels: 4, width: 4, dtype: DType::F32 };
-    assert!(conv::Plan::new(&c, None, &A10).is_ok());
-    refused(conv::Plan::new(&conv::Sizes { dtype: DType::F64, ..c }, None, &A10), "f64");
-    refused(conv::Plan::new(&conv::Sizes { rows: 1 << 30, ..c }, None, &A10), "4294967296");
+    assert!(conv::ConvPlan::new(&c, None, &A10).is_ok());
+    refused(conv::ConvPlan::new(&conv::Sizes { dtype: DType::F64, ..c }, None, &A10), "f64");
+    refused(conv::ConvPlan::new(&conv::Sizes { rows: 1 << 30, ..c }, None, &A10), "4294967296");
 
     let a = average::Sizes { batch: 1, heads: 4, value_heads: 1, rows: 10, dim: 64, dtype: DType::F32 };
-    assert!(average::Plan::new(&a, &A10).is_ok());
-    refused(average::Plan::new(&average::Sizes { dim: 1025, ..a }, &A10), "1025");
-    refused(average::Plan::new(&average::Sizes { heads: 512, ..a }, &A10), "512 heads a value head");
-    refused(average::Plan::new(&average::Sizes { rows: 1 << 28, ..a }, &A10), "68719476736");
+    assert!(average::AveragePlan::new(&a, &A10).is_ok());
+    refused(average::AveragePlan::new(&average::Sizes { dim: 1025, ..a }, &A10), "1025");
+    refused(average::AveragePlan::new(&average::Sizes { heads: 512, ..a }, &A10), "512 heads a value head");
+    refused(average::AveragePlan::new(&average::Sizes { rows: 1 << 28, ..a }, &A10), "68719476736");
 }
 
 #[test]

@@ -27,7 +27,7 @@ pub(super) fn figure(landscape: &Landscape, title: &str, plane: Option<&Plane>) 
 }
 
 fn line_chart(landscape: &Landscape, title: &str) -> LineChart {
-    let (winner, runner_up) = landscape.best();
+    let (winner, runner_up) = landscape.winner_and_runner_up();
     let (mut lines, mut marks) = (Vec::new(), Vec::new());
     for (n, (jump, name)) in [(Some(winner), "winner"), (runner_up, "runner-up")].into_iter().enumerate() {
         let Some(jump) = jump else { continue };
@@ -113,7 +113,7 @@ fn plane_marks(landscape: &Landscape, plane: &Plane) -> Result<Vec<Mark>> {
             marks.push(mark(&root, Symbol::Cross, format!("first root to {position}")));
         }
     }
-    let winner = landscape.best().0;
+    let winner = landscape.winner_and_runner_up().0;
     let key = landscape.key(winner.key)?;
     let at = landscape.project(plane, key);
     let (squared, in_plane) = (distance2(key, landscape.query()), at.0 * at.0 + at.1 * at.1);
@@ -142,18 +142,22 @@ fn plane_axes(marks: &[Mark], unit: f64) -> [Range<f64>; 2] {
 mod tests {
     use gd_kernels::CoherenceMode;
     use gd_kernels::reference::theory::minimal_energy;
-    use gd_model::analysis::landscape::Seen;
+    use gd_model::analysis::landscape::VisibleKey;
 
     use super::*;
     use crate::render::plot::svg;
 
-    fn seen(position: usize, key: &[f64]) -> Seen {
-        Seen { position, key: key.to_vec(), prior: 0.0 }
+    fn visible_key(position: usize, key: &[f64]) -> VisibleKey {
+        VisibleKey { position, key: key.to_vec(), prior: 0.0 }
     }
 
     /// A query (1, 0, 0) and three keys at distances 2, 3 and 5 from it.
     fn example(alpha: f64, beta: f64) -> Landscape {
-        let keys = vec![seen(4, &[1.0, 3.0, 0.0]), seen(7, &[3.0, 0.0, 0.0]), seen(9, &[1.0, 3.0, 4.0])];
+        let keys = vec![
+            visible_key(4, &[1.0, 3.0, 0.0]),
+            visible_key(7, &[3.0, 0.0, 0.0]),
+            visible_key(9, &[1.0, 3.0, 4.0]),
+        ];
         Landscape::new(vec![1.0, 0.0, 0.0], keys, alpha, beta).unwrap()
     }
 
@@ -192,7 +196,7 @@ mod tests {
     fn the_coherence_point_is_the_minimum_of_the_heat_map_and_of_the_line() {
         for (alpha, beta) in [(0.3, 0.7), (0.5, 0.2), (0.8, 1.5)] {
             let landscape = example(alpha, beta);
-            let (winner, _) = landscape.best();
+            let (winner, _) = landscape.winner_and_runner_up();
             let plane = landscape.plane(&[7, 4]).unwrap().unwrap();
             let figure = figure(&landscape, "", Some(&plane)).unwrap();
             let heat_map = figure.heat_map.unwrap();
@@ -214,7 +218,7 @@ mod tests {
     #[test]
     fn degenerate_landscapes_have_a_figure() {
         let draw = |query: &[f64], keys: &[&[f64]], chosen: &[usize]| {
-            let keys = keys.iter().enumerate().map(|(n, key)| seen(n, key)).collect();
+            let keys = keys.iter().enumerate().map(|(n, key)| visible_key(n, key)).collect();
             let landscape = Landscape::new(query.to_vec(), keys, 0.4, 1.0).unwrap();
             let plane = landscape.plane(chosen).unwrap();
             let figure = super::figure(&landscape, "a title", plane.as_ref()).unwrap();

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use candle_core::{DType, Device, Tensor};
 use comfy_table::Table;
-use gd_model::analysis::landscape::{Jump, Landscape, Seen};
+use gd_model::analysis::landscape::{Jump, Landscape, VisibleKey};
 use serde_json::json;
 
 use super::op::inputs::Inputs;
@@ -69,7 +69,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     // The landscape is computed on the CPU.
     let inputs = Inputs::read(&args.input, &Device::Cpu)?;
     let QueryLandscape { query, alpha, beta, landscape } = read_landscape(&args, &inputs)?;
-    let (winner, runner_up) = landscape.best();
+    let (winner, runner_up) = landscape.winner_and_runner_up();
     let plane_keys = match args.keys.as_deref() {
         None => std::iter::once(winner.key).chain(runner_up.map(|jump| jump.key)).collect(),
         Some(pair @ [_, _]) => pair.to_vec(),
@@ -155,7 +155,7 @@ fn read_landscape(args: &Args, inputs: &Inputs) -> Result<QueryLandscape> {
     let prior = prior.with_context(file)?;
     let mask = inputs.mask(args.mask, args.kv_offset)?;
     mask.validate(sizes.batch, sizes.keys).with_context(file)?;
-    let visible = mask.visible(args.batch, query, sizes.keys).map(|j| Seen {
+    let visible = mask.visible(args.batch, query, sizes.keys).map(|j| VisibleKey {
         position: j,
         key: all_keys[j * sizes.dim..(j + 1) * sizes.dim].to_vec(),
         prior: prior.as_ref().map_or(0.0, |p| p[j]),

@@ -68,7 +68,7 @@ pub struct Args {
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     in_group(ctx, |group| {
         if args.dry_run {
-            return if group.leads() { print_plan(&args, ctx) } else { Ok(()) };
+            return if group.leads() { print_estimate(&args, ctx) } else { Ok(()) };
         }
         let (run, skipped_files) = match &args.resume {
             Some(folder) => resume(group, folder, &args, ctx)?,
@@ -96,17 +96,17 @@ fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
 }
 
 /// Prints the size of a run without training.
-fn print_plan(args: &Args, ctx: &Context) -> Result<()> {
+fn print_estimate(args: &Args, ctx: &Context) -> Result<()> {
     let mut recipe = load_recipe(args.config.as_deref().unwrap_or(DEFAULT_CONFIG), &args.set, args.steps)?;
     args.reading.apply(&mut recipe.train.documents);
     load_corpus(&args.data, &mut recipe)?;
-    let plan = estimate::estimate(&recipe)?;
+    let estimate = estimate::estimate(&recipe)?;
     if ctx.json {
-        return ctx.print(serde_json::to_string(&plan)?);
+        return ctx.print(serde_json::to_string(&estimate)?);
     }
     ctx.print(format_args!(
         "{} parameters\n{} steps of {} tokens\n{:.0} MiB predicted peak memory, in addition to the program and the text",
-        plan.parameters, plan.steps, plan.tokens_per_step, plan.peak_memory_mib
+        estimate.parameters, estimate.steps, estimate.tokens_per_step, estimate.peak_memory_mib
     ))
 }
 

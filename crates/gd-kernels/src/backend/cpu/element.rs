@@ -12,7 +12,7 @@ use std::fmt::Debug;
 use std::iter::Sum;
 use std::ops::{AddAssign, DivAssign, MulAssign};
 
-/// The type that sums are kept in: f32 or f64.
+/// The accumulator types: f32 and f64.
 pub trait Real:
     Element<Acc = Self> + Float + Sum + AddAssign + MulAssign + DivAssign + Default + Debug
 {
@@ -47,7 +47,7 @@ pub trait Real:
     /// The sum of the lanes.
     fn total<S: Simd>(simd: S, a: Self::Lanes<S>) -> Self;
 
-    /// What comparing two registers gives, lane by lane.
+    /// The result of a comparison of two registers, lane by lane.
     type Mask<S: Simd>: Copy;
 
     /// `a > b`; false for a NaN.
@@ -59,7 +59,7 @@ pub trait Real:
     /// The lanes in which the mask holds, as bits.
     fn bits<S: Simd>(mask: Self::Mask<S>) -> u32;
 
-    /// The whole registers of a slice; a remainder is left out.
+    /// The slice as registers, without the remainder that does not fill one.
     fn lanes<S: Simd>(x: &[Self]) -> &[Self::Lanes<S>];
 
     /// As [`Real::lanes`], writable.
@@ -146,7 +146,7 @@ macro_rules! registers {
 
 /// A stored element.
 pub trait Element: WithDType {
-    /// What it is computed in.
+    /// The accumulator type.
     type Acc: Real;
 
     /// Widens to the accumulator.
@@ -155,9 +155,9 @@ pub trait Element: WithDType {
     /// Rounds from the accumulator.
     fn down(x: Self::Acc) -> Self;
 
-    /// A row as accumulators: the row itself where the types are the same, else widened into
-    /// `room`, which is as long.
-    fn widened<'a>(row: &'a [Self], room: &'a mut [Self::Acc]) -> &'a [Self::Acc];
+    /// A row in the accumulator type: the row itself if the types are the same, else widened into `buffer`, which has the
+    /// same length.
+    fn widened<'a>(row: &'a [Self], buffer: &'a mut [Self::Acc]) -> &'a [Self::Acc];
 }
 
 impl Real for f32 {
@@ -252,8 +252,8 @@ macro_rules! element {
             }
 
             #[inline(always)]
-            fn widened<'a>(row: &'a [Self], room: &'a mut [$acc]) -> &'a [$acc] {
-                $widened(row, room)
+            fn widened<'a>(row: &'a [Self], buffer: &'a mut [$acc]) -> &'a [$acc] {
+                $widened(row, buffer)
             }
         }
     };
@@ -261,9 +261,9 @@ macro_rules! element {
 
 /// A row of half precision as f32.
 #[inline(always)]
-fn widen<'a, T: Element>(row: &[T], room: &'a mut [T::Acc]) -> &'a [T::Acc] {
-    room.iter_mut().zip(row).for_each(|(w, x)| *w = x.up());
-    room
+fn widen<'a, T: Element>(row: &[T], buffer: &'a mut [T::Acc]) -> &'a [T::Acc] {
+    buffer.iter_mut().zip(row).for_each(|(w, x)| *w = x.up());
+    buffer
 }
 
 /// `f32::from` without its case for NaN, which it would quieten: a shift that a loop makes of many at once.

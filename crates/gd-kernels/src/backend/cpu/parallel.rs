@@ -4,25 +4,31 @@ use rayon::prelude::*;
 
 use crate::backend::cpu::element::Real;
 
-/// Below this many output elements a loop stays on the calling thread.
-const SERIAL: usize = 1 << 13;
+/// Output elements below which a loop runs on the calling thread.
+const MIN_PARALLEL_ELEMENTS: usize = 1 << 13;
 
-/// Rows that one task handles: about 8192 elements. It depends on the row length alone, so that
-/// partial sums over chunks are the same on every machine.
+/// Elements of a chunk, about.
+const CHUNK_ELEMENTS: usize = 8192;
+
+/// Greatest number of rows of a chunk.
+const MAX_CHUNK_ROWS: usize = 256;
+
+/// Rows of a chunk. The number depends on the row length alone, so that partial sums over chunks are the same on every
+/// machine.
 pub fn rows_per_chunk(row_len: usize) -> usize {
-    (8192 / row_len.max(1)).clamp(1, 256)
+    (CHUNK_ELEMENTS / row_len.max(1)).clamp(1, MAX_CHUNK_ROWS)
 }
 
-/// Runs `f` compiled for the widest vectors of this machine (inlined loops only).
+/// Runs `f` with code for the widest vector instructions of this machine. This affects inlined loops only.
 #[inline(always)]
 pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// Calls `f(i, chunk i of out)` for all chunks, in parallel where it pays. May be nested.
+/// Calls `f(i, chunk i of out)` for all chunks, in parallel if the output is large. Calls may be nested.
 pub fn for_chunks<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let chunk = chunk.max(1);
-    if out.len() < SERIAL {
+    if out.len() < MIN_PARALLEL_ELEMENTS {
         out.chunks_mut(chunk).enumerate().for_each(|(i, c)| f(i, c));
     } else {
         out.par_chunks_mut(chunk).enumerate().for_each(|(i, c)| f(i, c));
@@ -36,7 +42,7 @@ pub fn for_chunks2<T: Send, U: Send>(
     f: impl Fn(usize, &mut [T], &mut [U]) + Sync,
 ) {
     let (a_chunk, b_chunk) = (a_chunk.max(1), b_chunk.max(1));
-    if a.len() + b.len() < SERIAL {
+    if a.len() + b.len() < MIN_PARALLEL_ELEMENTS {
         a.chunks_mut(a_chunk).zip(b.chunks_mut(b_chunk)).enumerate().for_each(|(i, (a, b))| f(i, a, b));
     } else {
         let chunks = a.par_chunks_mut(a_chunk).zip(b.par_chunks_mut(b_chunk));

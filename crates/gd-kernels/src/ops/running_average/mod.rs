@@ -1,14 +1,12 @@
-//! Gated running average of the values: the memory beside the selection.
+//! Gated running average of the values, the memory of a Beacon.
 //!
-//! With `a_t = sigmoid(decay_t)`: `n_t = a_t n_(t-1) + e^(write_t) v_t`,
-//! `d_t = a_t d_(t-1) + e^(write_t)`, `m_t = n_t / d_t`. Neither n, d nor `e^write` is ever formed:
-//! with `log d_t = logaddexp(log a_t + log d_(t-1), write_t)` and the share of the present value
+//! With `a_t = sigmoid(decay_t)`: `n_t = a_t n_(t-1) + e^(write_t) v_t`, `d_t = a_t d_(t-1) + e^(write_t)` and
+//! `m_t = n_t / d_t`. Neither n, d nor `e^write` is ever computed, since they may leave the range of their type: with
+//! `log d_t = logaddexp(log a_t + log d_(t-1), write_t)` and the share of the present value
 //! `g_t = e^(write_t - log d_t)` in [0, 1], `m_t = m_(t-1) + g_t (v_t - m_(t-1))`.
 //!
-//! decay, write `[B, H, N]`, v `[B, Hk, N, D]`, m `[B, H, N, D]`; head h reads values h / (H / Hk).
-//!
-//! The scalars of a head (`weights`) run over the whole sequence; the value rows (`blocks`) run in
-//! blocks of fixed length, all at once, with an ordered carry between them.
+//! The scalars of a head run over the whole sequence. The value rows run in blocks of fixed length, all at once, with an
+//! ordered carry between them, so that results have the same bits for any number of threads.
 
 pub(crate) mod cpu;
 #[cfg(feature = "gpu")]
@@ -16,16 +14,14 @@ pub(crate) mod gpu;
 
 use candle_core::{DType, Tensor};
 
-use crate::backend::cpu::element::Element;
-use crate::backend::cpu::view::{Rows, cpu_slice};
+use crate::backend::cpu::element::acc_dtype;
 use crate::backend::dispatch::on_gpu;
-use crate::backend::graph::{attach3, with_contiguous_rows};
+use crate::backend::graph::with_contiguous_rows;
 use crate::backend::support::require_device;
-use crate::by_float;
 use crate::error::{Error, Result};
 
-/// What [`running_average`] carries from one piece of a sequence to the next. Constants, without
-/// gradient, in f32 (f64 for f64 input).
+/// What [`running_average`] carries from one part of a sequence to the next. Constants, without gradient, in f32 (f64
+/// for f64 input).
 #[derive(Debug, Clone)]
 pub struct AverageState {
     /// The last average `[B, H, D]`.
@@ -34,29 +30,38 @@ pub struct AverageState {
     pub log_weight: Tensor,
 }
 
-/// Sizes of one call.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Sizes {
-    batch: usize,
-    heads: usize,
-    value_heads: usize,
-    n: usize,
-    d: usize,
+/// The sizes of a running average.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+// Public for the launches, which builds for a GPU export to tests.
+#[cfg_attr(not(feature = "gpu"), allow(unreachable_pub))]
+pub struct Sizes {
+    /// B.
+    pub batch: usize,
+    /// H, a multiple of Hk.
+    pub heads: usize,
+    /// Hk.
+    pub value_heads: usize,
+    /// N.
+    pub rows: usize,
+    /// D.
+    pub dim: usize,
+    /// Of all tensors but states.
+    pub dtype: DType,
 }
 
 impl Sizes {
     /// Independent recurrences, B * H.
-    fn sequences(&self) -> usize {
+    pub(crate) fn sequences(&self) -> usize {
         self.batch * self.heads
     }
 
     /// Averages that share one value head.
-    fn group(&self) -> usize {
+    pub(crate) fn group(&self) -> usize {
         self.heads / self.value_heads
     }
 
     /// The value sequence that sequence `s` averages.
-    fn values_of(&self, s: usize) -> usize {
+    pub(crate) fn values_of(&self, s: usize) -> usize {
         s / self.heads * self.value_heads + s % self.heads / self.group()
     }
 }
@@ -98,68 +103,8 @@ pub fn running_average(
 ) -> Result<(Tensor, AverageState)> {
     let sizes = validate(decay, write, v, state)?;
     let (decay, write, v) = (decay.contiguous()?, write.contiguous()?, with_contiguous_rows(v)?);
-    on_gpu!(v.device(), G => {
-        crate::ops::running_average::gpu::tensors::running_average::<G>([&decay, &write, &v], state)
-    });
-    by_float!("running_average", v.dtype(), T => average::<T>(sizes, [&decay, &write, &v], state))
-}
-
-fn average<T: Element>(
-    sizes: Sizes,
-    inputs: [&Tensor; 3],
-    state: Option<&AverageState>,
-) -> Result<(Tensor, AverageState)> {
-    let [_, _, v] = inputs;
-    let device = v.device();
-    let start_log = state.map(|s| flat::<T::Acc>(&s.log_weight)).transpose()?;
-    let start_mean = state.map(|s| flat::<T::Acc>(&s.mean)).transpose()?;
-    let (weights, log) = with_rows::<T, _>(inputs, |[decay, write, _]| {
-        cpu::weights::forward(sizes, decay, write, start_log.as_deref())
-    })?;
-    let (m, mean) = with_rows::<T, _>(inputs, |[_, _, v]| {
-        cpu::blocks::forward(sizes, v, &weights, start_mean.as_deref())
-    })?;
-    let state = AverageState {
-        mean: Tensor::from_vec(mean, (sizes.batch, sizes.heads, sizes.d), device)?,
-        log_weight: Tensor::from_vec(log, (sizes.batch, sizes.heads), device)?,
-    };
-    let shape = (sizes.batch, sizes.heads, sizes.n, sizes.d).into();
-    let m = attach3("running_average", inputs, (m, shape), move |inputs, m, dm| {
-        let dm = with_contiguous_rows(dm)?;
-        let (ms, ml) = m.storage_and_layout();
-        let (ds, dl) = dm.storage_and_layout();
-        let (m, dm) = (Rows::<T>::new(&ms, ml)?, Rows::<T>::new(&ds, dl)?);
-        let (dv, dtake) = with_rows::<T, _>(inputs, |[_, _, v]| {
-            cpu::blocks::backward(sizes, v, &m, &dm, &weights, start_mean.as_deref())
-        })?;
-        let (ddecay, dwrite) = with_rows::<T, _>(inputs, |[decay, _, _]| {
-            cpu::weights::backward::<T>(sizes, decay, &weights, &dtake)
-        })?;
-        let [decay, write, v] = inputs;
-        Ok([
-            Tensor::from_vec(ddecay, decay.shape(), decay.device())?,
-            Tensor::from_vec(dwrite, write.shape(), write.device())?,
-            Tensor::from_vec(dv, v.shape(), v.device())?,
-        ])
-    })?;
-    Ok((m, state))
-}
-
-fn with_rows<T: Element, R>(
-    [a, b, c]: [&Tensor; 3],
-    f: impl FnOnce([&Rows<T>; 3]) -> R,
-) -> candle_core::Result<R> {
-    let ((a, al), (b, bl), (c, cl)) =
-        (a.storage_and_layout(), b.storage_and_layout(), c.storage_and_layout());
-    Ok(f([&Rows::new(&a, al)?, &Rows::new(&b, bl)?, &Rows::new(&c, cl)?]))
-}
-
-/// The elements of a small tensor.
-fn flat<T: Element>(t: &Tensor) -> candle_core::Result<Vec<T>> {
-    let t = t.contiguous()?;
-    let (storage, layout) = t.storage_and_layout();
-    let start = layout.start_offset();
-    Ok(cpu_slice::<T>(&storage)?[start..start + t.elem_count()].to_vec())
+    on_gpu!(v.device(), G => gpu::tensors::running_average::<G>(sizes, [&decay, &write, &v], state));
+    cpu::running_average(sizes, [&decay, &write, &v], state)
 }
 
 fn validate(decay: &Tensor, write: &Tensor, v: &Tensor, state: Option<&AverageState>) -> Result<Sizes> {
@@ -170,7 +115,14 @@ fn validate(decay: &Tensor, write: &Tensor, v: &Tensor, state: Option<&AverageSt
             v.dims()
         )));
     };
-    let sizes = Sizes { batch: *batch, heads: *heads, value_heads: *value_heads, n: *n, d: *d };
+    let sizes = Sizes {
+        batch: *batch,
+        heads: *heads,
+        value_heads: *value_heads,
+        rows: *n,
+        dim: *d,
+        dtype: v.dtype(),
+    };
     if decay.dims() != write.dims() || batch != vb || n != vn {
         return Err(Error::Invalid(format!(
             "running_average: decay {:?}, write {:?} and v {:?} differ in B, H or N",
@@ -194,7 +146,7 @@ fn validate(decay: &Tensor, write: &Tensor, v: &Tensor, state: Option<&AverageSt
         )));
     }
     if let Some(AverageState { mean, log_weight }) = state {
-        let wide = if v.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let wide = acc_dtype(v.dtype());
         let fits = mean.dims() == [*batch, *heads, *d] && log_weight.dims() == [*batch, *heads];
         if !fits || mean.dtype() != wide || log_weight.dtype() != wide {
             return Err(Error::Invalid(format!(

@@ -178,6 +178,8 @@ impl<'a> Select<'a> {
 
 /// The options of a selection that do not lie in tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
+// Public for the launches, which builds for a GPU export to tests.
+#[cfg_attr(not(feature = "gpu"), allow(unreachable_pub))]
 pub struct Rule {
     /// How keys are scored.
     pub score: Score,

@@ -4,6 +4,8 @@ use candle_core::DType;
 
 /// The sizes of a selection: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, candidates `[B, Hq, N, K]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+// Public for the launches, which builds for a GPU export to tests.
+#[cfg_attr(not(feature = "gpu"), allow(unreachable_pub))]
 pub struct Sizes {
     /// B.
     pub batch: usize,
@@ -27,12 +29,13 @@ pub struct Sizes {
 
 impl Sizes {
     /// Query rows: B * Hq * N.
+    #[cfg_attr(not(feature = "gpu"), allow(unreachable_pub))]
     pub fn rows(&self) -> usize {
         self.batch * self.q_heads * self.queries
     }
 
     /// The same for a step with one key a query.
-    pub fn single(&self) -> Self {
+    pub(crate) fn single(&self) -> Self {
         Self { slots: 1, ..*self }
     }
 

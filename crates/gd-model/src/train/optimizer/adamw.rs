@@ -13,7 +13,7 @@ use gd_kernels::adamw::{SavedState, Scale, State, Step};
 use super::groups::Group;
 use super::parameter::{check_gradient, check_step, named, nothing_left, take, wide_dtype};
 use crate::config::AdamWConfig;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The parameters that an update changed, for [`AdamW::undo_step`].
 #[derive(Debug, Clone, Default)]

@@ -12,7 +12,7 @@ use crate::backend::gpu::{Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4
 use crate::error::Result;
 
 /// Channels of a block.
-const THREADS: usize = 128;
+const BLOCK_CHANNELS: usize = 128;
 
 /// The sizes of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct Sizes {
 
 /// A convolution, checked.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct ConvPlan {
     sizes: Sizes,
     variant: Variant,
     table: Vec<i32>,
@@ -55,7 +55,7 @@ impl<B> Rows<'_, B> {
     }
 }
 
-impl Plan {
+impl ConvPlan {
     /// The plan; `boundaries` are those of packed sequences, one list or one for every batch entry, validated.
     ///
     /// # Errors
@@ -67,14 +67,14 @@ impl Plan {
         elements("weight", channels as u128 * width as u128)?;
         elements("rows and taps", rows as u128 + width as u128)?;
         let mut table = Vec::new();
-        if let Some(lists) = boundaries {
-            let list = |b: usize| &lists[if lists.len() == 1 { 0 } else { b }];
+        if let Some(boundaries) = boundaries {
+            let ends = |b: usize| &boundaries[if boundaries.len() == 1 { 0 } else { b }];
             let mut first = 0;
             for b in 0..=batch {
                 table.push(first);
-                first += if b < batch { list(b).len() as i32 } else { 0 };
+                first += if b < batch { ends(b).len() as i32 } else { 0 };
             }
-            (0..batch).for_each(|b| table.extend(list(b).iter().map(|&end| end as i32)));
+            (0..batch).for_each(|b| table.extend(ends(b).iter().map(|&end| end as i32)));
         }
         let plan = Self { sizes: *sizes, variant, table };
         grid("causal_conv", plan.blocks() as u128)?;
@@ -86,7 +86,7 @@ impl Plan {
     }
 
     fn blocks(&self) -> usize {
-        self.sizes.batch * self.chunks() * self.sizes.channels.div_ceil(THREADS)
+        self.sizes.batch * self.chunks() * self.sizes.channels.div_ceil(BLOCK_CHANNELS)
     }
 
     fn table<G: Gpu>(&self, gpu: &G) -> Result<Option<G::Buffer>> {
@@ -118,7 +118,7 @@ impl Plan {
         gpu.launch(&Launch {
             kernel: self.variant.kernel(op),
             grid: grid(op.symbol(), blocks as u128)?,
-            block: THREADS as u32,
+            block: BLOCK_CHANNELS as u32,
             shared_bytes: 0,
             params: bytes_of(params).to_vec(),
             constants: Constants::default(),
@@ -133,7 +133,7 @@ impl Plan {
 /// Tensors of 2^31 elements or more, and what the GPU refuses.
 pub fn forward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &ConvPlan,
     x: &Rows<'_, G::Buffer>,
     weight: Slice<'_, G::Buffer>,
     past: Option<Slice<'_, G::Buffer>>,
@@ -152,7 +152,7 @@ pub fn forward<G: Gpu>(
 #[allow(clippy::too_many_arguments)]
 pub fn backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &ConvPlan,
     x: &Rows<'_, G::Buffer>,
     weight: Slice<'_, G::Buffer>,
     past: Option<Slice<'_, G::Buffer>>,
@@ -167,7 +167,7 @@ pub fn backward<G: Gpu>(
     let mut buffers = vec![Some(x.data), Some(weight), past, table.as_ref().map(Slice::from)];
     buffers.extend([Some(dy.data), Some(dx), Some((&parts).into())]);
     plan.launch(gpu, (KernelOp::CausalConvBackward, plan.blocks()), &params, buffers)?;
-    let blocks = (channels * width).div_ceil(THREADS);
+    let blocks = (channels * width).div_ceil(BLOCK_CHANNELS);
     plan.launch(
         gpu,
         (KernelOp::CausalConvWeightGradient, blocks),

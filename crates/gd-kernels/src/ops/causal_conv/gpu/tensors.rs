@@ -5,15 +5,15 @@ use candle_core::{DType, Tensor};
 use crate::backend::gpu::tensors::{TensorGpu, Vector};
 use crate::backend::graph::{attach2, with_contiguous_rows};
 use crate::error::Result;
-use crate::ops::causal_conv::gpu::launch::{Plan, Rows, Sizes, backward, forward};
+use crate::ops::causal_conv::gpu::launch::{ConvPlan, Rows, Sizes, backward, forward};
 
 /// Rows `[B, N, C]`.
-struct Held<B> {
+struct StridedRows<B> {
     rows: Vector<B>,
     strides: [usize; 2],
 }
 
-impl<B: From<Tensor>> Held<B> {
+impl<B: From<Tensor>> StridedRows<B> {
     fn new(t: &Tensor) -> candle_core::Result<Self> {
         let t = with_contiguous_rows(&t.detach())?;
         let [batch, row, _] = *t.stride() else { candle_core::bail!("{:?} is not [B, N, C]", t.dims()) };
@@ -36,18 +36,18 @@ pub(crate) fn convolve<G: TensorGpu>(
     let device = G::of(x.device())?;
     let dtype: DType = x.dtype();
     let sizes = Sizes { batch, rows, channels, width, dtype };
-    let plan = Plan::new(&sizes, boundaries, &device.arch())?;
+    let plan = ConvPlan::new(&sizes, boundaries, &device.arch())?;
     let past = Vector::<G::Buffer>::new(past, dtype)?;
     let out = device.allocate(x.elem_count() * dtype.size_in_bytes())?;
-    let (held, taps) = (Held::new(x)?, Vector::new(weight, dtype)?);
-    forward(&device, &plan, &held.rows(), taps.slice(), Some(past.slice()), (&out).into())?;
+    let (x_rows, taps) = (StridedRows::new(x)?, Vector::new(weight, dtype)?);
+    forward(&device, &plan, &x_rows.rows(), taps.slice(), Some(past.slice()), (&out).into())?;
     let result = device.finished(out, dtype, x.shape())?;
     Ok(attach2("causal_conv", x, weight, result, move |x, weight, dy| {
-        let (held, taps, dy) = (Held::new(x)?, Vector::new(weight, dtype)?, Held::new(dy)?);
+        let (x_rows, taps, dy) = (StridedRows::new(x)?, Vector::new(weight, dtype)?, StridedRows::new(dy)?);
         let [dx, dw] = device.gradients([x, weight])?;
         let into = ((&dx).into(), (&dw).into());
         let past = Some(past.slice());
-        backward(&device, &plan, &held.rows(), taps.slice(), past, &dy.rows(), into.0, into.1)?;
+        backward(&device, &plan, &x_rows.rows(), taps.slice(), past, &dy.rows(), into.0, into.1)?;
         device.tensors([x, weight], [dx, dw])
     })?)
 }

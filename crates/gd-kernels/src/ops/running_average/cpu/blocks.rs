@@ -1,6 +1,6 @@
 //! The vector half of the running average: `m_t = keep_t m_(t-1) + take_t v_t` over rows of D.
 //!
-//! Time is cut into blocks of [`BLOCK`] steps whatever the number of threads. Each block first finds
+//! Time is cut into blocks of [`BLOCK_STEPS`] steps whatever the number of threads. Each block first finds
 //! out, alone, what it adds to a start of zero; an ordered pass over the blocks turns that into every
 //! block's true start; then all blocks run again from there and write their rows. The backward pass
 //! does the same in the other direction.
@@ -17,7 +17,7 @@ use crate::ops::running_average::Sizes;
 use crate::ops::running_average::cpu::weights::Weight;
 
 /// Steps in a block.
-const BLOCK: usize = 64;
+const BLOCK_STEPS: usize = 64;
 
 /// `mean <- keep mean + take value`, in the form that loses least: a small share as a correction of
 /// the mean (constant values then stay constant), a large one without the mean's own rounding (a
@@ -34,7 +34,7 @@ fn advance<T: Element>(weight: Weight<T::Acc>, mean: &mut [T::Acc], value: &[T])
 
 /// The steps of block `c`.
 fn steps(sizes: Sizes, c: usize) -> std::ops::Range<usize> {
-    c * BLOCK..((c + 1) * BLOCK).min(sizes.n)
+    c * BLOCK_STEPS..((c + 1) * BLOCK_STEPS).min(sizes.rows)
 }
 
 /// What the whole of `weights` keeps of the mean before it, and takes of the values in it.
@@ -48,14 +48,14 @@ fn joint<R: Real>(weights: &[Weight<R>]) -> Weight<R> {
 }
 
 /// The averages, and the last one of every sequence unrounded.
-pub(crate) fn forward<T: Element>(
+pub(super) fn forward<T: Element>(
     sizes: Sizes,
     v: &Rows<T>,
     weights: &[Weight<T::Acc>],
     start: Option<&[T::Acc]>,
 ) -> (Vec<T>, Vec<T::Acc>) {
-    let Sizes { n, d, .. } = sizes;
-    let blocks = n.div_ceil(BLOCK);
+    let Sizes { rows: n, dim: d, .. } = sizes;
+    let blocks = n.div_ceil(BLOCK_STEPS);
     let value = |s: usize, t: usize| v.row(sizes.values_of(s) * n + t);
     let mut carry = vec![T::Acc::default(); sizes.sequences() * blocks * d];
     for_chunks(&mut carry, d, |i, mean| {
@@ -84,7 +84,7 @@ pub(crate) fn forward<T: Element>(
     });
     let mut m = vec![T::zero(); sizes.sequences() * n * d];
     for_chunks2((&mut m, n * d), (&mut carry, blocks * d), |s, m, carry| {
-        for_chunks2((m, BLOCK * d), (carry, d), |c, m, mean| {
+        for_chunks2((m, BLOCK_STEPS * d), (carry, d), |c, m, mean| {
             vectorize(|| {
                 for (t, m) in steps(sizes, c).zip(m.chunks_exact_mut(d)) {
                     advance(weights[s * n + t], mean, value(s, t));
@@ -103,7 +103,7 @@ pub(crate) fn forward<T: Element>(
 /// Gradients of v and of the shares taken. With `p_t = dm_t + keep_(t+1) p_(t+1)`, the whole gradient
 /// of `m_t`: `dv_t = take_t p_t`, summed over the heads that share v, and
 /// `dtake_t = <p_t, v_t - m_(t-1)>`.
-pub(crate) fn backward<T: Element>(
+pub(super) fn backward<T: Element>(
     sizes: Sizes,
     v: &Rows<T>,
     m: &Rows<T>,
@@ -111,27 +111,27 @@ pub(crate) fn backward<T: Element>(
     weights: &[Weight<T::Acc>],
     start: Option<&[T::Acc]>,
 ) -> (Vec<T>, Vec<T::Acc>) {
-    let Sizes { n, d, .. } = sizes;
-    let (blocks, group) = (n.div_ceil(BLOCK), sizes.group());
+    let Sizes { rows: n, dim: d, .. } = sizes;
+    let (blocks, group) = (n.div_ceil(BLOCK_STEPS), sizes.group());
     let carry = later(sizes, dm, weights);
-    // dtake in the order in which it is found, [B * Hk, blocks, group, BLOCK].
-    let mut found = vec![T::Acc::default(); sizes.sequences() * blocks * BLOCK];
+    // dtake in the order in which it is computed, [B * Hk, blocks, group, BLOCK_STEPS].
+    let mut block_dtake = vec![T::Acc::default(); sizes.sequences() * blocks * BLOCK_STEPS];
     let mut dv = vec![T::zero(); v.count() * d];
-    let per_value = blocks * group * BLOCK;
-    for_chunks2((&mut dv, n * d), (&mut found, per_value), |sv, dv, found| {
-        for_chunks2((dv, BLOCK * d), (found, group * BLOCK), |c, dv, found| {
+    let per_value = blocks * group * BLOCK_STEPS;
+    for_chunks2((&mut dv, n * d), (&mut block_dtake, per_value), |sv, dv, block_dtake| {
+        for_chunks2((dv, BLOCK_STEPS * d), (block_dtake, group * BLOCK_STEPS), |c, dv, block_dtake| {
             let mut sum = vec![T::Acc::default(); dv.len()];
             let mut p = vec![T::Acc::default(); d];
             let origin = vec![T::Acc::default(); d];
             vectorize(|| {
-                for (j, found) in found.chunks_exact_mut(BLOCK).enumerate() {
+                for (j, block_dtake) in block_dtake.chunks_exact_mut(BLOCK_STEPS).enumerate() {
                     let s = sv * group + j;
                     p.copy_from_slice(&carry[(s * blocks + c) * d..][..d]);
                     for (i, t) in steps(sizes, c).enumerate().rev() {
                         let Weight { keep, take } = weights[s * n + t];
                         let value = v.row(sv * n + t);
                         p.iter_mut().zip(dm.row(s * n + t)).for_each(|(p, dm)| *p += dm.up());
-                        found[i] = if t > 0 {
+                        block_dtake[i] = if t > 0 {
                             let rise = |p, v: T, m: T| p * (v.up() - m.up());
                             sum3(&p, value, m.row(s * n + t - 1), rise)
                         } else {
@@ -150,9 +150,9 @@ pub(crate) fn backward<T: Element>(
     });
     let mut dtake = vec![T::Acc::default(); sizes.sequences() * n];
     for (s, dtake) in dtake.chunks_exact_mut(n).enumerate() {
-        for (c, dtake) in dtake.chunks_mut(BLOCK).enumerate() {
+        for (c, dtake) in dtake.chunks_mut(BLOCK_STEPS).enumerate() {
             let at = (s / group * blocks + c) * group + s % group;
-            dtake.copy_from_slice(&found[at * BLOCK..][..dtake.len()]);
+            dtake.copy_from_slice(&block_dtake[at * BLOCK_STEPS..][..dtake.len()]);
         }
     }
     (dv, dtake)
@@ -160,8 +160,8 @@ pub(crate) fn backward<T: Element>(
 
 /// For every block, what the blocks after it add to the gradient of its last mean.
 fn later<T: Element>(sizes: Sizes, dm: &Rows<T>, weights: &[Weight<T::Acc>]) -> Vec<T::Acc> {
-    let Sizes { n, d, .. } = sizes;
-    let blocks = n.div_ceil(BLOCK);
+    let Sizes { rows: n, dim: d, .. } = sizes;
+    let blocks = n.div_ceil(BLOCK_STEPS);
     let mut carry = vec![T::Acc::default(); sizes.sequences() * blocks * d];
     for_chunks(&mut carry, d, |i, p| {
         let (s, next) = (i / blocks, i % blocks + 1);

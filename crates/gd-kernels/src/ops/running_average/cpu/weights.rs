@@ -13,9 +13,9 @@ use crate::ops::running_average::Sizes;
 /// `mean = keep * mean + take * value`. Both are computed with their own relative precision, so
 /// that a share near 0 is not the rounding error of one near 1.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Weight<R> {
-    pub(crate) keep: R,
-    pub(crate) take: R,
+pub(super) struct Weight<R> {
+    pub(super) keep: R,
+    pub(super) take: R,
 }
 
 fn log_sigmoid<R: Float>(x: R) -> R {
@@ -40,16 +40,16 @@ fn step<R: Float>(decay: R, write: R, log: R) -> (Weight<R>, R) {
 }
 
 /// The weights of every step and the final `log d` of every sequence.
-pub(crate) fn forward<T: Element>(
+pub(super) fn forward<T: Element>(
     sizes: Sizes,
     decay: &Rows<T>,
     write: &Rows<T>,
     start: Option<&[T::Acc]>,
 ) -> (Vec<Weight<T::Acc>>, Vec<T::Acc>) {
     let zero = T::Acc::default();
-    let mut weights = vec![Weight { keep: zero, take: zero }; sizes.sequences() * sizes.n];
+    let mut weights = vec![Weight { keep: zero, take: zero }; sizes.sequences() * sizes.rows];
     let mut logs = vec![zero; sizes.sequences()];
-    for_chunks2((&mut weights, sizes.n), (&mut logs, 1), |s, weights, last| {
+    for_chunks2((&mut weights, sizes.rows), (&mut logs, 1), |s, weights, last| {
         let mut log = start.map_or(T::Acc::neg_infinity(), |start| start[s]);
         for ((weight, &decay), &write) in weights.iter_mut().zip(decay.row(s)).zip(write.row(s)) {
             (*weight, log) = step(decay.up(), write.up(), log);
@@ -65,13 +65,13 @@ pub(crate) fn forward<T: Element>(
 /// With `z = write - past`, `take = sigmoid(z)`: `dz = dtake take keep`. `log d` has the gradient
 /// `q`, and `past = log a + log d_(t-1)`: `dwrite = dz + take q`, `dpast = keep q - dz`, which is
 /// both the next q and, times `sigmoid(-decay)`, ddecay.
-pub(crate) fn backward<T: Element>(
+pub(super) fn backward<T: Element>(
     sizes: Sizes,
     decay: &Rows<T>,
     weights: &[Weight<T::Acc>],
     dtake: &[T::Acc],
 ) -> (Vec<T>, Vec<T>) {
-    let n = sizes.n;
+    let n = sizes.rows;
     let mut ddecay = vec![T::zero(); sizes.sequences() * n];
     let mut dwrite = ddecay.clone();
     for_chunks2((&mut ddecay, n), (&mut dwrite, n), |s, ddecay, dwrite| {

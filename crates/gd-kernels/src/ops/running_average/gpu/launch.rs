@@ -3,42 +3,24 @@
 //! decay, write `[B, H, N]`, v `[B, Hk, N, D]`, m `[B, H, N, D]`, of one dtype; states f32, mean `[B, H, D]` and
 //! log weight `[B, H]`. All but v and dm are contiguous.
 
-use bytemuck::bytes_of;
-use candle_core::DType;
-
 use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::{AVERAGE_BLOCK_STEPS, AVERAGE_SCAN_THREADS, RunningAverageParams};
 use crate::backend::gpu::{Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4, elements, grid};
 use crate::error::{Error, Result};
+pub use crate::ops::running_average::Sizes;
+use bytemuck::bytes_of;
 
-/// Most elements of a value row: one thread each.
+/// The most elements of a value row, which have a thread each.
 pub const MAX_DIM: usize = 1024;
-
-/// The sizes of an average.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sizes {
-    /// B.
-    pub batch: usize,
-    /// H, a multiple of Hk.
-    pub heads: usize,
-    /// Hk.
-    pub value_heads: usize,
-    /// N.
-    pub rows: usize,
-    /// D.
-    pub dim: usize,
-    /// Of all tensors but states.
-    pub dtype: DType,
-}
 
 /// An average, checked.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct AveragePlan {
     sizes: Sizes,
     variant: Variant,
 }
 
-/// What a forward pass keeps for the backward pass.
+/// What the backward pass needs of the forward pass.
 #[derive(Debug)]
 pub struct Weights<B> {
     // keep and take of every step, f32 [B, H, N, 2].
@@ -54,7 +36,7 @@ pub struct State<'a, B> {
     pub log_weight: Slice<'a, B>,
 }
 
-/// What an average reads.
+/// The inputs of an average.
 #[derive(Debug)]
 pub struct Inputs<'a, B> {
     /// `[B, H, N]`.
@@ -67,7 +49,7 @@ pub struct Inputs<'a, B> {
     pub start: Option<State<'a, B>>,
 }
 
-impl Plan {
+impl AveragePlan {
     /// The plan.
     ///
     /// # Errors
@@ -83,7 +65,7 @@ impl Plan {
         let plan = Self { sizes: *sizes, variant };
         // Warps write a part of a product each.
         let wide = sizes.dim.max(2).max(sizes.dim.div_ceil(32));
-        elements("m", plan.sequences() as u128 * sizes.rows as u128 * wide as u128)?;
+        elements("m", plan.sizes.sequences() as u128 * sizes.rows as u128 * wide as u128)?;
         let held = sizes.heads / sizes.value_heads * plan.threads() as usize * 4;
         if held > arch.shared_bytes as usize {
             return Err(Error::Unsupported(format!(
@@ -94,10 +76,6 @@ impl Plan {
             )));
         }
         Ok(plan)
-    }
-
-    fn sequences(&self) -> usize {
-        self.sizes.batch * self.sizes.heads
     }
 
     fn blocks(&self) -> usize {
@@ -147,7 +125,7 @@ impl Plan {
 
     /// Room for the carry of every block of steps and what it keeps and takes.
     fn carry<G: Gpu>(&self, gpu: &G) -> Result<[G::Buffer; 2]> {
-        let places = self.sequences() * self.blocks();
+        let places = self.sizes.sequences() * self.blocks();
         Ok([gpu.allocate(places * self.sizes.dim * 4)?, gpu.allocate(places * 8)?])
     }
 
@@ -168,13 +146,13 @@ impl Plan {
 /// Tensors of 2^31 elements or more, and what the GPU refuses.
 pub fn forward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &AveragePlan,
     x: &Inputs<'_, G::Buffer>,
     m: Slice<'_, G::Buffer>,
     last: &State<'_, G::Buffer>,
 ) -> Result<Weights<G::Buffer>> {
     let params = plan.params(x.v.checked("v", plan.v_dims())?, [0; 3]);
-    let (sequences, blocks, threads) = (plan.sequences(), plan.blocks(), plan.threads());
+    let (sequences, blocks, threads) = (plan.sizes.sequences(), plan.blocks(), plan.threads());
     let steps = gpu.allocate(sequences * plan.sizes.rows * 8)?;
     let [carry, joint] = plan.carry(gpu)?;
     let (v, weights) = (Some(x.v.data), Some(Slice::from(&steps)));
@@ -204,7 +182,7 @@ pub fn forward<G: Gpu>(
 #[allow(clippy::too_many_arguments)]
 pub fn backward<G: Gpu>(
     gpu: &G,
-    plan: &Plan,
+    plan: &AveragePlan,
     x: &Inputs<'_, G::Buffer>,
     weights: &Weights<G::Buffer>,
     m: Slice<'_, G::Buffer>,
@@ -212,7 +190,7 @@ pub fn backward<G: Gpu>(
     [ddecay, dwrite, dv]: [Slice<'_, G::Buffer>; 3],
 ) -> Result<()> {
     let params = plan.params(x.v.checked("v", plan.v_dims())?, dm.checked("dm", plan.m_dims())?);
-    let (sequences, blocks, threads) = (plan.sequences(), plan.blocks(), plan.threads());
+    let (sequences, blocks, threads) = (plan.sizes.sequences(), plan.blocks(), plan.threads());
     let Sizes { batch, heads, value_heads, rows, .. } = plan.sizes;
     let [carry, joint] = plan.carry(gpu)?;
     let dtake = gpu.allocate(sequences * rows * (threads as usize / 32) * 4)?;

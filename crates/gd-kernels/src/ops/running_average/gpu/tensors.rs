@@ -5,17 +5,17 @@ use candle_core::{DType, Tensor};
 use crate::backend::gpu::tensors::{Rows, TensorGpu, Vector};
 use crate::backend::graph::attach3;
 use crate::error::Result;
-use crate::ops::running_average::AverageState;
-use crate::ops::running_average::gpu::launch::{Inputs, Plan, Sizes, State, backward, forward};
+use crate::ops::running_average::gpu::launch::{AveragePlan, Inputs, State, backward, forward};
+use crate::ops::running_average::{AverageState, Sizes};
 
 /// decay, write `[B, H, N]` and v `[B, Hk, N, D]`.
-struct Held<B> {
+struct Operands<B> {
     decay: Vector<B>,
     write: Vector<B>,
     v: Rows<B>,
 }
 
-impl<B: From<Tensor>> Held<B> {
+impl<B: From<Tensor>> Operands<B> {
     fn new([decay, write, v]: [&Tensor; 3]) -> Result<Self> {
         let dtype = v.dtype();
         let (decay, write) = (Vector::new(decay, dtype)?, Vector::new(write, dtype)?);
@@ -30,30 +30,29 @@ impl<B: From<Tensor>> Held<B> {
 
 /// The averages and the state after the last row, of validated tensors.
 pub(crate) fn running_average<G: TensorGpu>(
+    sizes: Sizes,
     inputs: [&Tensor; 3],
     state: Option<&AverageState>,
 ) -> Result<(Tensor, AverageState)> {
-    let [decay, _, v] = inputs;
-    let ((batch, heads, rows), (_, value_heads, _, dim)) = (decay.dims3()?, v.dims4()?);
-    let (device, dtype) = (G::of(v.device())?, v.dtype());
-    let sizes = Sizes { batch, heads, value_heads, rows, dim, dtype };
-    let plan = Plan::new(&sizes, &device.arch())?;
+    let Sizes { batch, heads, rows, dim, dtype, .. } = sizes;
+    let device = G::of(inputs[2].device())?;
+    let plan = AveragePlan::new(&sizes, &device.arch())?;
     let wide = |t: &Tensor| Vector::<G::Buffer>::new(t, DType::F32);
     let start = state.map(|s| -> Result<_> { Ok([wide(&s.mean)?, wide(&s.log_weight)?]) }).transpose()?;
     let out = device.allocate(batch * heads * rows * dim * dtype.size_in_bytes())?;
     let (mean, log) = (device.allocate(batch * heads * dim * 4)?, device.allocate(batch * heads * 4)?);
     let last = State { mean: (&mean).into(), log_weight: (&log).into() };
-    let held = Held::new(inputs)?;
-    let weights = forward(&device, &plan, &held.inputs(start.as_ref()), (&out).into(), &last)?;
+    let operands = Operands::new(inputs)?;
+    let weights = forward(&device, &plan, &operands.inputs(start.as_ref()), (&out).into(), &last)?;
     let state = AverageState {
         mean: device.tensor(mean, DType::F32, (batch, heads, dim))?,
         log_weight: device.tensor(log, DType::F32, (batch, heads))?,
     };
     let result = device.finished(out, dtype, (batch, heads, rows, dim))?;
     let m = attach3("running_average", inputs, result, move |inputs, m, dm| {
-        let (held, m, dm) = (Held::new(inputs)?, Vector::new(m, dtype)?, Rows::new(dm)?);
+        let (operands, m, dm) = (Operands::new(inputs)?, Vector::new(m, dtype)?, Rows::new(dm)?);
         let gradients = device.gradients(inputs)?;
-        let x = held.inputs(start.as_ref());
+        let x = operands.inputs(start.as_ref());
         let into = [(&gradients[0]).into(), (&gradients[1]).into(), (&gradients[2]).into()];
         backward(&device, &plan, &x, &weights, m.slice(), &dm.tensor4(), into)?;
         device.tensors(inputs, gradients)

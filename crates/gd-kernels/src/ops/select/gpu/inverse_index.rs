@@ -12,12 +12,12 @@ use crate::ops::select::Sizes;
 /// Threads of a block.
 const BLOCK_THREADS: usize = 256;
 
-/// For every key of every key-value head, the flat slots that hold it, in ascending order: slots of list
-/// `(b Hk + kv) M + j` are `entries[starts[list]..starts[list + 1]]`.
+/// For every key of every key-value head, the flat slots that hold it, in ascending order: slots of segment
+/// `(b Hk + kv) M + j` are `entries[starts[segment]..starts[segment + 1]]`.
 #[derive(Debug)]
 pub struct InverseIndex<B> {
     starts: B,
-    lists: B,
+    segments: B,
     entries: B,
 }
 
@@ -28,7 +28,7 @@ impl<B> InverseIndex<B> {
     /// 2^31 slots or keys or more, and what the GPU refuses.
     pub fn new<G: Gpu<Buffer = B>>(gpu: &G, sizes: &Sizes, index: Slice<'_, B>) -> Result<Self> {
         let count = elements("index", sizes.rows() as u128 * sizes.slots as u128)?;
-        let lists = elements("keys", (sizes.batch * sizes.kv_heads) as u128 * sizes.keys as u128)?;
+        let segments = elements("keys", (sizes.batch * sizes.kv_heads) as u128 * sizes.keys as u128)?;
         let blocks = (count as usize).div_ceil(SORT_BLOCK_ENTRIES as usize);
         let mut params = SortParams {
             batch: sizes.batch as u32,
@@ -38,7 +38,7 @@ impl<B> InverseIndex<B> {
             keys: sizes.keys as u32,
             slots: sizes.slots as u32,
             entries: count,
-            segments: lists,
+            segments,
             blocks: blocks as u32,
             shift: 0,
         };
@@ -59,8 +59,8 @@ impl<B> InverseIndex<B> {
         let counts = gpu.allocate(blocks * (1 << SORT_DIGIT_BITS) * 4)?;
         let threads = (count as usize).div_ceil(BLOCK_THREADS);
         launch(&params, KernelOp::SortInit, threads, vec![index, (&from[0]).into(), (&from[1]).into()])?;
-        // List numbers go up to `lists` itself, that of unused slots.
-        while params.shift < u32::BITS - lists.leading_zeros() {
+        // Segment numbers go up to `segments` itself, that of unused slots.
+        while params.shift < u32::BITS - segments.leading_zeros() {
             launch(&params, KernelOp::SortHistogram, blocks, vec![(&from[0]).into(), (&counts).into()])?;
             launch(&params, KernelOp::SortOffsets, 1, vec![(&counts).into()])?;
             let moved = [&counts, &from[0], &from[1], &to[0], &to[1]].map(Slice::from);
@@ -68,15 +68,15 @@ impl<B> InverseIndex<B> {
             std::mem::swap(&mut from, &mut to);
             params.shift += SORT_DIGIT_BITS;
         }
-        let starts = gpu.allocate((lists as usize + 1) * 4)?;
+        let starts = gpu.allocate((segments as usize + 1) * 4)?;
         let threads = (count as usize + 1).div_ceil(BLOCK_THREADS);
         launch(&params, KernelOp::SortSegmentStarts, threads, vec![(&from[0]).into(), (&starts).into()])?;
-        let [lists, entries] = from;
-        Ok(Self { starts, lists, entries })
+        let [segments, entries] = from;
+        Ok(Self { starts, segments, entries })
     }
 
-    /// Starts u32 `[B Hk M + 1]`, then the sorted lists and entries, u32 `[B Hq N K]`.
+    /// Starts u32 `[B Hk M + 1]`, then the sorted segments and entries, u32 `[B Hq N K]`.
     pub(crate) fn slices(&self) -> [Slice<'_, B>; 3] {
-        [&self.starts, &self.lists, &self.entries].map(Slice::from)
+        [&self.starts, &self.segments, &self.entries].map(Slice::from)
     }
 }

@@ -163,7 +163,7 @@ impl SelectPlan {
     }
 
     /// Sums over the readers of every key into `out` `[B, Hk, M, dim]`: pieces of entries a warp each, then the
-    /// lists that lie in several of them.
+    /// segments that lie in several of them.
     fn by_keys<'a, G: Gpu>(
         &self,
         gpu: &G,
@@ -176,17 +176,17 @@ impl SelectPlan {
         let warps = (self.sizes.rows() * slots).div_ceil(READERS_PER_WARP as usize);
         elements("parts", warps as u128 * 2 * dim as u128)?;
         let parts = gpu.allocate(warps * 2 * dim * 4)?;
-        let [starts, lists, entries] = inverse.slices();
-        let mut all = vec![Some(starts), Some(lists), Some(entries), Some((&parts).into())];
+        let [starts, segments, entries] = inverse.slices();
+        let mut all = vec![Some(starts), Some(segments), Some(entries), Some((&parts).into())];
         all.extend(buffers);
         all.push(Some(out));
         self.launch(gpu, op, (warps.div_ceil(8), 256), all)?;
         // The kernel takes the length of a row as head_dim.
         let params = SelectParams { head_dim: dim as u32, ..self.params };
-        let lists = batch * kv_heads * keys;
+        let segments = batch * kv_heads * keys;
         let buffers = vec![Some(starts), Some((&parts).into()), Some(out)];
         let plan = Self { params, ..*self };
-        plan.launch(gpu, KernelOp::AddPartials, (lists, 128), buffers)
+        plan.launch(gpu, KernelOp::AddPartials, (segments, 128), buffers)
     }
 
     /// Sums f32 rows `[B, Hq, N]` into heads `[Hq]`.

@@ -6,17 +6,17 @@
 use candle_core::{Result, Tensor};
 use gd_kernels::{AppendBuffer, AverageState, DecodeUse, Precision, Score, SequenceCache};
 
-use crate::kept::{Kept, KeyPrior, Wanted};
+use crate::derived::{DerivedCache, DerivedOptions, KeyPrior};
 
 /// The dimension of the positions in keys, values `[B, Hk, M, D]` and prior `[B, Hk, M]`.
 const POSITIONS: usize = 2;
 
-/// Positions for which a cache has room at least.
-const ROOM: usize = 256;
+/// The least capacity of a cache, in positions; a greater one is a multiple of it.
+const MIN_CAPACITY: usize = 256;
 
-/// Keys, values, key prior, the convolution's last inputs and the running averages of one layer; beside the keys
-/// of a selecting layer what decoding reads of them: on the CPU the keys as 8-bit integers (D + 16 bytes each), on a
-/// GPU their biases. Nothing in it carries a gradient. Clones share their memory until one of them goes on.
+/// Keys, values, key prior, the last inputs of the convolution and the running averages of one layer. A selecting layer
+/// adds data that decoding reads instead of the keys: on the CPU the keys as 8-bit integers (D + 16 bytes each), on a GPU
+/// their biases. Nothing in it carries a gradient. Clones share their memory until one of them is appended to.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -45,8 +45,8 @@ pub struct LayerCache {
     keys: Option<AppendBuffer>,
     values: Option<AppendBuffer>,
     prior: Option<AppendBuffer>,
-    /// None until a selecting layer has read.
-    kept: Option<Kept>,
+    /// None before the first pass of a selecting layer.
+    derived: Option<DerivedCache>,
     precision: Option<Precision>,
     /// Last inputs of the causal convolution `[B, W-1, C]`.
     pub(crate) conv: Option<Tensor>,
@@ -54,13 +54,13 @@ pub struct LayerCache {
     pub(crate) average: Option<AverageState>,
 }
 
-/// Appends `next`; returns all that is held.
+/// Appends `next`; returns all positions.
 fn push(slot: &mut Option<AppendBuffer>, next: &Tensor) -> Result<Tensor> {
     let held = match slot {
         Some(held) => held,
         none => {
             let mut dims = next.dims().to_vec();
-            dims[POSITIONS] = dims[POSITIONS].next_multiple_of(ROOM);
+            dims[POSITIONS] = dims[POSITIONS].next_multiple_of(MIN_CAPACITY);
             none.insert(AppendBuffer::new(&dims, next.dtype(), next.device())?)
         }
     };
@@ -103,7 +103,7 @@ impl LayerCache {
             Ok(if all.is_empty() { None } else { Some(AppendBuffer::stack(&all)?) })
         };
         let filled = caches.iter().filter(|cache| !cache.is_empty());
-        let kept: Option<Vec<&Kept>> = filled.map(|cache| cache.kept.as_ref()).collect();
+        let derived: Option<Vec<&DerivedCache>> = filled.map(|cache| cache.derived.as_ref()).collect();
         let cat = |part: fn(&Self) -> Option<&Tensor>| -> Result<Option<Tensor>> {
             let rows: Vec<_> = caches.iter().filter_map(|cache| part(cache)).collect();
             if rows.is_empty() { Ok(None) } else { Tensor::cat(&rows, 0).map(Some) }
@@ -114,7 +114,10 @@ impl LayerCache {
             keys: grown(|cache| cache.keys.as_ref())?,
             values: grown(|cache| cache.values.as_ref())?,
             prior: grown(|cache| cache.prior.as_ref())?,
-            kept: kept.filter(|kept| !kept.is_empty()).map(|kept| Kept::stack(&kept)).transpose()?,
+            derived: derived
+                .filter(|derived| !derived.is_empty())
+                .map(|derived| DerivedCache::stack(&derived))
+                .transpose()?,
             precision: caches.iter().find_map(|cache| cache.precision),
             conv: cat(|cache| cache.conv.as_ref())?,
             average: mean.zip(log_weight).map(|(mean, log_weight)| AverageState { mean, log_weight }),
@@ -148,7 +151,7 @@ impl LayerCache {
             keys: grown(&self.keys)?,
             values: grown(&self.values)?,
             prior: grown(&self.prior)?,
-            kept: self.kept.as_ref().map(|kept| kept.select(places)).transpose()?,
+            derived: self.derived.as_ref().map(|derived| derived.select(places)).transpose()?,
             precision: self.precision,
             conv: self.conv.as_ref().map(|conv| conv.index_select(&rows, 0)).transpose()?,
             average: self.average.as_ref().map(average).transpose()?,
@@ -171,18 +174,18 @@ impl LayerCache {
         Ok((push(&mut self.keys, k)?, push(&mut self.values, v)?, prior))
     }
 
-    /// What a selecting layer keeps, with all positions held taken in: data derived from the keys for scans with this score, if decoding `reads` them, and
-    /// its prior.
-    pub(crate) fn keep(
+    /// The derived data of a selecting layer, updated for all cached positions: data for scans with this score, if decoding
+    /// `reads` such data, and the layer's prior.
+    pub(crate) fn update_derived(
         &mut self,
         score: Score,
         reads: Option<DecodeUse>,
         prior: Option<&KeyPrior>,
-    ) -> Result<Option<&Kept>> {
+    ) -> Result<Option<&DerivedCache>> {
         let Some(keys) = &self.keys else { return Ok(None) };
-        let wanted = Wanted { score, reads, precision: self.precision, prior };
-        let kept = self.kept.get_or_insert_default();
-        kept.follow(keys, self.prior.as_ref(), &wanted)?;
-        Ok(Some(kept))
+        let options = DerivedOptions { score, reads, precision: self.precision, prior };
+        let derived = self.derived.get_or_insert_default();
+        derived.update(keys, self.prior.as_ref(), &options)?;
+        Ok(Some(derived))
     }
 }

@@ -12,8 +12,8 @@ use gd_kernels::{
 use crate::attention::{Attention, Pass};
 use crate::cache::LayerCache;
 use crate::config::{AttentionConfig, GdConfig};
+use crate::derived::DerivedCache;
 use crate::heads::{Heads, Projected};
-use crate::kept::Kept;
 use crate::probe::{CandidateView, SelectionView};
 use crate::rope::Rotary;
 use crate::stats::SelectionStats;
@@ -147,22 +147,25 @@ impl GdAttention {
     fn attend_to(&self, projected: Projected, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let beta = self.log_beta.exp()?;
         let norm_prior = |k: &Tensor, learned: Option<&Tensor>| norm_prior(k, &beta, learned);
-        // A cached prior has no gradient: where beta wants one, the prior is worked out anew.
-        let keeps_prior = self.heads.cfg.gd.norm_prior && !beta.track_op();
-        let kept = match cache {
+        // A cached prior has no gradient: where beta has one, the prior is computed again.
+        let caches_prior = self.heads.cfg.gd.norm_prior && !beta.track_op();
+        let derived = match cache {
             Some(cache) => {
                 let reads = self.decode_use();
-                cache.keep(self.heads.cfg.gd.score, reads, keeps_prior.then_some(&norm_prior))?
+                cache.update_derived(self.heads.cfg.gd.score, reads, caches_prior.then_some(&norm_prior))?
             }
             None => None,
         };
-        let prior = match (keeps_prior.then_some(kept).flatten(), self.heads.cfg.gd.norm_prior) {
-            (Some(kept), _) => kept.prior()?,
+        let prior = match (caches_prior.then_some(derived).flatten(), self.heads.cfg.gd.norm_prior) {
+            (Some(derived), _) => derived.prior()?,
             (None, true) => Some(norm_prior(&projected.k, projected.prior.as_ref())?),
             (None, false) => projected.prior.clone(),
         };
-        let scoring =
-            ScoringInputs { beta: &beta, prior: prior.as_ref(), key_cache: kept.and_then(Kept::keys) };
+        let scoring = ScoringInputs {
+            beta: &beta,
+            prior: prior.as_ref(),
+            key_cache: derived.and_then(DerivedCache::keys),
+        };
         let differentiate = [&projected.q, &projected.k, &projected.v, &beta]
             .into_iter()
             .chain(prior.as_ref())

@@ -34,7 +34,7 @@ pub const ORDERS: &[Order] = &[
         sources: "crates/gd-layer/src/",
         groups: &[
             &["config"],
-            &["kept", "linear", "norm", "probe", "rope", "stats"],
+            &["derived", "linear", "norm", "probe", "rope", "stats"],
             &["cache"],
             &["attention"],
             &["beacon"],
@@ -63,4 +63,4 @@ pub const ORDERS: &[Order] = &[
 ];
 
 /// Folders whose names must not use a refused word.
-pub const TERMS_ENFORCED: &[&str] = &[];
+pub const TERMS_ENFORCED: &[&str] = &["crates/gd-cli/", "crates/gd-kernels/", "crates/gd-layer/"];

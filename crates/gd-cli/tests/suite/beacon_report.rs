@@ -144,6 +144,9 @@ fn invalid_inputs_are_errors_that_name_them() -> Result<()> {
     refused("beacon-report --in x.safetensors --params nowhere.json", &["nowhere.json"])?;
     refused("beacon-report --in nowhere.safetensors --params p.json", &["nowhere.safetensors"])?;
     fs::write(dir.join("cut.safetensors"), [1, 2, 3])?;
-    refused("beacon-report --in cut.safetensors --params p.json", &["cut.safetensors", "not a whole"])?;
+    refused(
+        "beacon-report --in cut.safetensors --params p.json",
+        &["cut.safetensors: truncated", "8 bytes", "3 are there"],
+    )?;
     Ok(())
 }

@@ -280,7 +280,7 @@ fn invalid_prompts_and_models_are_errors() -> Result<()> {
         (&["broken", "--prompt", "a", "--chat"], 1, "chat template: syntax error"),
         (&["strict", "--prompt", "a", "--chat"], 1, "only two"),
         (&["model", "--prompts", "none.txt"], 1, "none.txt"),
-        (&["model", "--prompts", "empty.txt"], 1, "empty.txt: no prompts in it"),
+        (&["model", "--prompts", "empty.txt"], 1, "empty.txt: the file has no prompts"),
         (&["model", "--prompts", "bad.jsonl"], 1, "bad.jsonl:2"),
     ];
     for (args, expected, names) in cases {

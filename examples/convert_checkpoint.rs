@@ -1,4 +1,4 @@
-//! Replacing the attention of a model, and what that does to its perplexity.
+//! Replaces the attention of a model and measures how its perplexity changes.
 //!
 //! `cargo run --release -p gd-examples --bin convert_checkpoint [MODEL [TEXT_FILE]]`, where MODEL is a checkpoint
 //! of Llama, Mistral, Qwen2 or Qwen3. Without it a small softmax model is trained first.
@@ -30,15 +30,15 @@ fn main() -> anyhow::Result<()> {
     println!("softmax: perplexity {:.3}", perplexity(&pretrained::load(&path, &device)?, &text, &device)?);
     for candidates in [64, 8, 1] {
         let mut parts = pretrained::read(&path, &device)?;
-        // The weights stay. Every layer now blends the values of its `candidates` highest-scoring keys.
+        // The weights do not change. Every layer now takes the softmax over its `candidates` highest-scoring keys.
         let swap = Swap { layers: Layers::All, mechanism: Mechanism::Gd, candidates, score: Score::Dot };
         swap.apply(&mut parts)?;
         let converted = parts.build(&device)?;
         println!("{candidates:>2} keys: perplexity {:.3}", perplexity(&converted, &text, &device)?);
 
-        // A folder that `gd` and `transformers` load.
+        // `gd` and `transformers` can load this folder.
         let out = folder.path().join(format!("gd-{candidates}"));
-        converted.save(&out, &card("converted", "A model with another attention."))?;
+        converted.save(&out, &card("converted", "A model with its attention replaced."))?;
         anyhow::ensure!(out.join("config.json").exists(), "{} has no config.json", out.display());
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Decoding with a cache: one query against the cached keys of each layer, alone and in a batch.
 //!
-//! A `LayerCache` belongs to one layer. Besides keys and values it stores what makes decoding quick: on the CPU the
-//! keys as 8-bit integers, from which the layer finds the same key as from the keys themselves.
+//! A `LayerCache` belongs to one layer. Besides keys and values it stores data that makes decoding faster: on the CPU
+//! the keys as 8-bit integers. The selected keys are the same as without that data.
 //!
 //! `cargo run --release -p gd-examples --bin decode_with_cache`
 
@@ -16,8 +16,8 @@ use gd_layer::{
 
 const WIDTH: usize = 64;
 
-/// Reads x `[B, N, C]` behind the positions that the cache holds, each sequence at its own position.
-fn read(layer: &GdAttention, x: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
+/// Applies the layer to x `[B, N, C]`, which continues the cached sequences. They can have different lengths.
+fn attend(layer: &GdAttention, x: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
     let mask = match cache.lengths() {
         [] => Mask::causal(0),
         lengths => Mask::causal(0).each(lengths.iter().map(|&length| length as i64).collect()),
@@ -36,31 +36,31 @@ fn main() -> anyhow::Result<()> {
         vb,
     )?;
 
-    // Two prompts of different lengths, each read into a cache of its own.
+    // Two prompts of different lengths, each with its own cache.
     let prompts = [
         Tensor::randn(0f32, 1.0, (1, 100, WIDTH), &device)?,
         Tensor::randn(0f32, 1.0, (1, 40, WIDTH), &device)?,
     ];
     let mut caches = [LayerCache::new(), LayerCache::new()];
     for (prompt, cache) in prompts.iter().zip(&mut caches) {
-        read(&layer, prompt, cache)?;
+        attend(&layer, prompt, cache)?;
     }
 
-    // From here on they are one batch.
+    // The caches become those of one batch.
     let mut batch = LayerCache::stack(&[&caches[0], &caches[1]])?;
     println!("cached positions: {:?}", batch.lengths());
     for _ in 0..8 {
         let x = Tensor::randn(0f32, 1.0, (2, 1, WIDTH), &device)?;
-        let together = read(&layer, &x, &mut batch)?;
-        // Each sequence gets in the batch what it gets alone.
+        let together = attend(&layer, &x, &mut batch)?;
+        // A sequence has the same result in the batch as alone.
         for (i, cache) in caches.iter_mut().enumerate() {
-            let alone = read(&layer, &x.narrow(0, i, 1)?, cache)?;
+            let alone = attend(&layer, &x.narrow(0, i, 1)?, cache)?;
             let difference = (together.narrow(0, i, 1)? - alone)?.abs()?.max_all()?.to_scalar::<f32>()?;
             anyhow::ensure!(difference < 1e-5, "sequence {i} differs by {difference} in the batch");
         }
     }
 
-    // The first sequence has ended: the second goes on alone.
+    // The first sequence has ended. The new cache contains only the second one.
     let rest = batch.select(&[1])?;
     println!("after 8 steps: {:?}, of the second sequence alone: {:?}", batch.lengths(), rest.lengths());
     Ok(())

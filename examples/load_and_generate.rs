@@ -1,4 +1,4 @@
-//! Loading a model and generating text.
+//! Loads a model and generates text.
 //!
 //! `cargo run --release -p gd-examples --bin load_and_generate [MODEL]`, where MODEL is a checkpoint folder, a
 //! safetensors file in one, the folder of a training run, or a GGUF file. Without it a small model is trained first.
@@ -25,7 +25,8 @@ fn main() -> anyhow::Result<()> {
     let sampling = Sampling { temperature: 0.7, top_p: Some(0.95), ..Sampling::default() };
     let mut sampler = Sampler::new(sampling, 7)?;
 
-    // Tokens as they come. A token may end in the middle of a character, which the stream holds back.
+    // Prints the text as it is generated. A token can end in the middle of a character, whose text the decoder returns
+    // when the character is complete.
     let mut text = loaded.tokenizer.stream();
     print!("{prompt}");
     generate(&loaded.model, &ids, 60, &mut sampler, &device, |token| {

@@ -1,4 +1,4 @@
-//! Recording which position every head reads while a model generates, and verifying the record.
+//! Records which position every head reads while a model generates text, and verifies the trace.
 //!
 //! `cargo run --release -p gd-examples --bin trace_generation [MODEL]`. Without a model a small one is trained
 //! first.
@@ -35,7 +35,7 @@ fn main() -> anyhow::Result<()> {
     let seal = writer.finish()?;
     println!("{} positions, head {}", seal.count, hex(&seal.head));
 
-    // The last token: one row for every selecting layer and head.
+    // The record of the last token has one row for every selecting layer and head.
     let last = last.expect("the prompt has tokens");
     println!("position {} ({:?})", last.position, last.text);
     let heads = header.selecting().flat_map(|layer| (0..layer.heads).map(move |head| (layer.layer, head)));
@@ -48,7 +48,7 @@ fn main() -> anyhow::Result<()> {
         }
     }
 
-    // Anybody who has the file and the printed head can check it; who has the model, too, can replay it.
+    // The verification needs the file and its head, the replay also the model.
     let trace = Trace::read(&file)?;
     let verified = verify(&trace, Some(seal.head), None)?;
     let outcome = replay(&trace.header, &verified.records, &loaded, 1e-3, &device)?;

@@ -1,4 +1,4 @@
-//! Training the layer inside a candle model of your own, with candle's optimizer.
+//! Trains the layer as a part of a candle model, with candle's optimizer.
 //!
 //! The task is associative recall: a sequence of pairs (key, value) is followed by one of the keys, and the model
 //! answers with the value that belongs to it. A head that selects one position can solve it exactly.
@@ -50,17 +50,18 @@ impl Model {
         let pass = Pass::new(&mask);
         let mut x = self.embed.forward(ids)?;
         for layer in &self.layers {
-            // `attend` carries gradients; the choice itself has that of the estimator.
+            // `attend` is differentiable. The configured estimator defines the gradient of the discrete selection.
             x = (&x + layer.attend(&x, &pass, None)?)?;
         }
         self.head.forward(&x.narrow(1, LENGTH - 1, 1)?.squeeze(1)?)
     }
 }
 
-/// A small generator of random numbers (xorshift), so that the program needs no further crate.
+/// A xorshift generator, so that the example needs no crate for random numbers.
 struct Random(u64);
 
 impl Random {
+    /// A number in `0..n`.
     fn below(&mut self, n: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -82,9 +83,9 @@ fn batch(size: usize, random: &mut Random, device: &Device) -> Result<(Tensor, T
         for (key, value) in keys.iter().zip(&values) {
             ids.extend([*key, KEYS as u32 + value]);
         }
-        let asked = random.below(PAIRS);
-        ids.push(keys[asked]);
-        answers.push(values[asked]);
+        let query = random.below(PAIRS);
+        ids.push(keys[query]);
+        answers.push(values[query]);
     }
     Ok((Tensor::from_vec(ids, (size, LENGTH), device)?, Tensor::from_vec(answers, size, device)?))
 }
@@ -107,8 +108,9 @@ fn main() -> anyhow::Result<()> {
         }
     }
     let (ids, answers) = batch(256, &mut random, &device)?;
-    let right = model.forward(&ids)?.argmax(D::Minus1)?.eq(&answers)?.to_dtype(DType::F32)?.mean_all()?;
-    println!("answers that are right: {:.0} %", 100.0 * right.to_scalar::<f32>()?);
-    anyhow::ensure!(last < first.unwrap_or(0.0), "the loss did not fall");
+    let accuracy = model.forward(&ids)?.argmax(D::Minus1)?.eq(&answers)?.to_dtype(DType::F32)?.mean_all()?;
+    println!("accuracy: {:.0} %", 100.0 * accuracy.to_scalar::<f32>()?);
+    let first = first.unwrap_or(0.0);
+    anyhow::ensure!(last < first, "the loss did not decrease: {first} at step 1, {last} at the end");
     Ok(())
 }

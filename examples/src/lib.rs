@@ -1,4 +1,4 @@
-//! What the example programs share: a small model to work with where none is given.
+//! Functions that the example programs share: they train a small model if no model is given on the command line.
 //!
 //! The documentation tests of this package are the Rust examples of the README and of the book in `docs/`.
 
@@ -19,10 +19,11 @@ pub const TEXT: &str = "It was the best of times, it was the worst of times, it 
                         foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the season of \
                         Light, it was the season of Darkness, it was the spring of hope, it was the winter of despair. ";
 
-/// The first command-line argument, or else the folder of a small model that is trained there.
+/// Returns the path in the first command-line argument. Without arguments it trains a model by [`demo_model`] and
+/// returns its folder.
 ///
 /// # Errors
-/// What training or writing reports.
+/// As [`demo_model`].
 pub fn model_or_demo(mechanism: &str, folder: &Path) -> Result<PathBuf> {
     match std::env::args().nth(1) {
         Some(path) => Ok(path.into()),
@@ -34,7 +35,7 @@ pub fn model_or_demo(mechanism: &str, folder: &Path) -> Result<PathBuf> {
 /// `mechanism` is `gd` or `softmax`.
 ///
 /// # Errors
-/// What training or writing reports.
+/// Reports the error of a training step, or names the file that cannot be written.
 pub fn demo_model(mechanism: &str, folder: &Path) -> Result<PathBuf> {
     let settings = [
         Setting::new("model.gd.mechanism", vec![mechanism]),
@@ -59,14 +60,14 @@ pub fn demo_model(mechanism: &str, folder: &Path) -> Result<PathBuf> {
         }
         Ok(())
     })?;
-    // The same weights without gradients, and what goes with them into a checkpoint folder.
+    // The trained weights as constants, without gradients.
     let params = Params::stored(trainer.params.tensors(), None, DType::F32, &device);
     let model = Transformer::new(trainer.model.config(), params.frozen())?;
     Loaded::new(model, params, tokenizer).save(folder, &card("demo", "A model of the examples."))?;
     Ok(folder.into())
 }
 
-/// The values of a model card (README.md of a checkpoint folder).
+/// The values of a model card, the `README.md` of a checkpoint folder.
 pub fn card(name: &str, summary: &str) -> Vec<(&'static str, String)> {
     let mut values = vec![("name", name.to_owned()), ("summary", summary.to_owned())];
     for key in ["parameters", "mechanism", "tokenizer", "context", "data", "steps", "loss"] {

@@ -11,7 +11,7 @@ use crate::context::usage;
 
 /// Flags that define how files are split into documents.
 #[derive(Debug, Clone, clap::Args)]
-pub struct ReadingArgs {
+pub struct DocumentArgs {
     /// Field of a JSONL line that contains its text (default: text)
     #[arg(long, value_name = "FIELD")]
     pub text_field: Option<String>,
@@ -20,14 +20,14 @@ pub struct ReadingArgs {
     pub separator: Option<String>,
 }
 
-impl ReadingArgs {
-    /// Replaces the values of `reading` by the flags that were given.
-    pub fn apply(&self, reading: &mut DocumentFormat) {
+impl DocumentArgs {
+    /// Replaces the values of `format` by the flags that were given.
+    pub fn apply(&self, format: &mut DocumentFormat) {
         if let Some(field) = &self.text_field {
-            reading.text_field.clone_from(field);
+            format.text_field.clone_from(field);
         }
         if self.separator.is_some() {
-            reading.separator.clone_from(&self.separator);
+            format.separator.clone_from(&self.separator);
         }
     }
 }

@@ -8,7 +8,7 @@ use gd_model::train::{Step, Trainer};
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Time between two redraws while there is no new progress.
-const TICK: Duration = Duration::from_millis(500);
+const REDRAW_INTERVAL: Duration = Duration::from_millis(500);
 /// Steps between two lines of progress if stderr is not a terminal.
 const STEPS_PER_LINE: u64 = 25;
 
@@ -20,7 +20,7 @@ pub fn byte_progress(task: &'static str, bytes: u64) -> Result<ProgressBar> {
     let progress = ProgressBar::new(bytes).with_message(task);
     let template = "{msg} {bar:30} {bytes}/{total_bytes}  {binary_bytes_per_sec}  {elapsed_precise}";
     progress.set_style(ProgressStyle::with_template(template)?);
-    progress.enable_steady_tick(TICK);
+    progress.enable_steady_tick(REDRAW_INTERVAL);
     Ok(progress)
 }
 
@@ -41,7 +41,7 @@ impl TrainingProgress {
         let display = ProgressBar::new(trainer.steps()).with_position(trainer.step());
         let template = "{bar:30} {pos}/{len} steps  {msg}  {elapsed_precise} (left {eta})";
         display.set_style(ProgressStyle::with_template(template)?);
-        display.enable_steady_tick(TICK);
+        display.enable_steady_tick(REDRAW_INTERVAL);
         let leads = trainer.group().leads();
         if !leads {
             display.set_draw_target(ProgressDrawTarget::hidden());

@@ -89,19 +89,24 @@ fn weights(folder: &Path) -> Result<Vec<(String, Tensor)>> {
 fn require_close(one: &Path, other: &Path) -> Result<()> {
     let (a, b) = (log(one)?, log(other)?);
     ensure!((a.len(), b.len()) == (20, 20), "{} and {} steps", a.len(), b.len());
-    let mut far = [0f64; 3];
+    let mut differences = [0f64; 3];
     for (a, b) in a.iter().zip(b) {
         for i in 0..2 {
-            far[i] = far[i].max((a[i] - b[i]).abs() / a[i].abs());
+            differences[i] = differences[i].max((a[i] - b[i]).abs() / a[i].abs());
         }
     }
     // The size of an Adam step does not depend on the size of the gradient, so that rounding is visible where the
     // gradient is near 0. The learning rates of these steps add up to 0.06.
     for ((_, a), (_, b)) in weights(one)?.iter().zip(weights(other)?) {
-        far[2] = far[2].max((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?.into());
+        differences[2] =
+            differences[2].max((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?.into());
     }
-    println!("{}: losses, norms, weights differ by {far:?}", other.display());
-    ensure!(far[0] <= 1e-6 && far[1] <= 1e-5 && far[2] <= 1e-4, "{}: {far:?}", other.display());
+    println!("{}: losses, norms, weights differ by {differences:?}", other.display());
+    ensure!(
+        differences[0] <= 1e-6 && differences[1] <= 1e-5 && differences[2] <= 1e-4,
+        "{}: {differences:?}",
+        other.display()
+    );
     gd_testing::log_cases("parallel", 1);
     Ok(())
 }
@@ -181,7 +186,7 @@ fn inconsistent_ranks_are_an_error() -> Result<()> {
         let stderr = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.code() == Some(1), "{args}: {:?}\n{stderr}", output.status);
         ensure!(stderr.contains(message), "{args}: no {message:?} in\n{stderr}");
-        ensure!(!dir.join("out").exists(), "{args}: left something behind");
+        ensure!(!dir.join("out").exists(), "{args}: wrote files");
     }
     gd_testing::log_cases("parallel", cases.len());
     Ok(())
@@ -224,7 +229,10 @@ fn a_killed_rank_ends_the_job_and_the_last_checkpoint_resumes() -> Result<()> {
     let resumed = trained(dir, 2, "train --resume killed --stop-after 5 --json")?;
     let step = resumed["step"].as_u64().context("no step")?;
     ensure!(step >= 25 && step % 10 == 5, "{resumed}");
-    ensure!(log(&dir.join("killed"))?.len() as u64 == step, "a log of other steps than the checkpoint's");
+    ensure!(
+        log(&dir.join("killed"))?.len() as u64 == step,
+        "the log and the checkpoint have different numbers of steps"
+    );
     gd_testing::log_cases("parallel", 1);
     Ok(())
 }

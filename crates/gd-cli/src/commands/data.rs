@@ -11,7 +11,7 @@ use gd_model::io::tokenizer::Tokenizer;
 use serde_json::json;
 
 use crate::context::{Context, usage};
-use crate::data_source::ReadingArgs;
+use crate::data_source::DocumentArgs;
 use crate::progress::byte_progress;
 
 /// Prepare text for training
@@ -46,7 +46,7 @@ pub struct PrepareArgs {
     pub data: Vec<PathBuf>,
     /// How files are split into documents
     #[command(flatten)]
-    pub reading: ReadingArgs,
+    pub documents: DocumentArgs,
     /// bytes, bpe:N (train a vocabulary of N tokens on the training part), or a tokenizer.json
     #[arg(long, value_name = "bytes|bpe:N|FILE", default_value = "bytes")]
     pub tokenizer: TokenizerSource,
@@ -110,8 +110,8 @@ fn run_prepare(args: &PrepareArgs, ctx: &Context) -> Result<()> {
     if !(args.valid_fraction > 0.0 && args.valid_fraction < 1.0) {
         return Err(usage(format!("--valid-fraction {} is outside (0, 1)", args.valid_fraction)));
     }
-    let mut reading = DocumentFormat::default();
-    args.reading.apply(&mut reading);
+    let mut format = DocumentFormat::default();
+    args.documents.apply(&mut format);
     let mut total_bytes = 0;
     for file in text_files(&args.data)? {
         total_bytes += file.metadata().with_context(|| file.display().to_string())?.len();
@@ -119,12 +119,12 @@ fn run_prepare(args: &PrepareArgs, ctx: &Context) -> Result<()> {
     let tokenizer = match &args.tokenizer {
         TokenizerSource::Bytes => Tokenizer::bytes()?,
         TokenizerSource::File(path) => Tokenizer::load(path)?,
-        TokenizerSource::Bpe(vocab) => train_tokenizer(args, &reading, *vocab, total_bytes)?,
+        TokenizerSource::Bpe(vocab) => train_tokenizer(args, &format, *vocab, total_bytes)?,
     };
     let progress = byte_progress("tokenizing", total_bytes)?;
     let preparation = Preparation {
         paths: &args.data,
-        format: &reading,
+        format: &format,
         tokenizer: &tokenizer,
         shard_tokens: args.shard_tokens as usize,
         valid_fraction: args.valid_fraction,
@@ -137,14 +137,14 @@ fn run_prepare(args: &PrepareArgs, ctx: &Context) -> Result<()> {
 /// Trains a BPE vocabulary on the training part.
 fn train_tokenizer(
     args: &PrepareArgs,
-    reading: &DocumentFormat,
+    format: &DocumentFormat,
     vocab: usize,
     total_bytes: u64,
 ) -> Result<Tokenizer> {
     let progress = byte_progress("training the tokenizer", total_bytes)?;
     // The tokenizer takes an iterator of texts, which ends at the first error.
     let mut error = None;
-    let documents = Documents::open(&args.data, reading)?.map_while(|document| match document {
+    let documents = Documents::open(&args.data, format)?.map_while(|document| match document {
         Ok(document) => {
             progress.inc(document.bytes);
             Some(document.split(args.valid_fraction).0.to_owned())

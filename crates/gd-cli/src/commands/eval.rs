@@ -10,7 +10,7 @@ use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained;
 
 use crate::context::{Context, usage};
-use crate::data_source::{ReadingArgs, prepared_data_for};
+use crate::data_source::{DocumentArgs, prepared_data_for};
 
 /// A forward pass contains as many windows as fit in this number of tokens.
 const TOKENS_PER_PASS: usize = 2048;
@@ -33,7 +33,7 @@ pub struct Args {
     pub data: Vec<PathBuf>,
     /// How files are split into documents
     #[command(flatten)]
-    pub reading: ReadingArgs,
+    pub documents: DocumentArgs,
     /// Tokens per window (default: the model's context)
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
@@ -81,9 +81,9 @@ fn read_tokens(args: &Args, tokenizer: &Tokenizer) -> Result<(Tokens, usize)> {
     if let Some(prepared) = prepared_data_for(&args.data, tokenizer)? {
         return Ok((prepared.corpus.valid, prepared.corpus.valid_bytes));
     }
-    let mut reading = DocumentFormat::default();
-    args.reading.apply(&mut reading);
-    let documents = Documents::open(&args.data, &reading)?.collect::<gd_model::Result<Vec<_>>>()?;
+    let mut format = DocumentFormat::default();
+    args.documents.apply(&mut format);
+    let documents = Documents::open(&args.data, &format)?.collect::<gd_model::Result<Vec<_>>>()?;
     let bytes = documents.iter().map(|d| d.text.len()).sum();
     if documents.iter().all(|d| d.is_file) {
         let text: String = documents.iter().map(|d| d.text.as_str()).collect();

@@ -1,8 +1,7 @@
 //! Curves from the logs of runs.
 
-use crate::history::{Axis, History};
-
 use super::plot::{Curve, CurveStyle, Panel, reduce_points, smooth};
+use crate::history::{Axis, History};
 
 /// The quantities that share a panel.
 const LOSSES: [&str; 2] = ["loss", "valid_loss"];

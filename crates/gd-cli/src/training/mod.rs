@@ -26,7 +26,7 @@ use crate::progress::TrainingProgress;
 use crate::render::report;
 
 /// Exit code after a second Ctrl-C: 128 + SIGINT.
-const INTERRUPTED: i32 = 130;
+const EXIT_INTERRUPTED: i32 = 130;
 
 /// Runs `work` in every process of a distributed job. If it fails in one process, all processes end.
 ///
@@ -180,7 +180,7 @@ fn stop_on_signal() -> Result<&'static AtomicBool> {
     static STOP: AtomicBool = AtomicBool::new(false);
     ctrlc::set_handler(|| {
         if STOP.swap(true, Ordering::Relaxed) {
-            std::process::exit(INTERRUPTED);
+            std::process::exit(EXIT_INTERRUPTED);
         }
         eprintln!("stopping after this step; interrupt again to stop immediately");
     })?;

@@ -23,16 +23,16 @@ fn the_recorded_run_is_reproduced() -> Result<()> {
     let (data, params) = (fixture("rescue-first.safetensors"), fixture("rescue-first.json"));
     let args =
         format!("beacon-report --in {} --params {} --out y.safetensors", data.display(), params.display());
-    let found = json(dir.path(), &format!("{args} --figure gamma.svg --json"))?;
+    let report = json(dir.path(), &format!("{args} --figure gamma.svg --json"))?;
     let recorded: Value = serde_json::from_str(&fs::read_to_string(&params)?)?;
     let metrics = recorded["metrics"].as_object().context("metrics")?;
-    ensure!(metrics.len() == 26 && found.as_object().map(|m| m.len()) == Some(26), "{found}");
+    ensure!(metrics.len() == 26 && report.as_object().map(|m| m.len()) == Some(26), "{report}");
     for (name, expected) in metrics {
-        let (found, expected) =
-            (found[name].as_f64().context(name.clone())?, expected.as_f64().unwrap_or(f64::NAN));
+        let (actual, expected) =
+            (report[name].as_f64().context(name.clone())?, expected.as_f64().unwrap_or(f64::NAN));
         ensure!(
-            (found - expected).abs() <= 1e-12 * (1.0 + expected.abs()),
-            "{name}: {found}, recorded {expected}"
+            (actual - expected).abs() <= 1e-12 * (1.0 + expected.abs()),
+            "{name}: {actual}, recorded {expected}"
         );
     }
     let (recorded, written) = (load(&data, &CPU)?, load(dir.path().join("y.safetensors"), &CPU)?);
@@ -41,8 +41,8 @@ fn the_recorded_run_is_reproduced() -> Result<()> {
     for (name, bound) in [("protected_logits", 1e-9), ("activated", 0.0), ("selected", 0.0)] {
         let (a, b) = (wide(&written[name])?, wide(&recorded[name])?);
         ensure!(written[name].dims() == recorded[name].dims() && a.len() == b.len(), "{name}");
-        let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-        ensure!(worst <= bound, "{name}: {worst}");
+        let max_error = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        ensure!(max_error <= bound, "{name}: {max_error}");
     }
     ensure!(wide(&recorded["activated"])?.iter().sum::<f64>() > 0.0);
     let figure = fs::read_to_string(dir.path().join("gamma.svg"))?;
@@ -83,7 +83,7 @@ fn metrics_count_rescues_and_false_rescues() -> Result<()> {
         [0.0, 0.0, -3.0, 4.0],
     ];
     let args = rows(dir.path(), &raw, &[2, 2, 2, 0, 1, 0], &params())?;
-    let found = json(dir.path(), &format!("{args} --json"))?;
+    let report = json(dir.path(), &format!("{args} --json"))?;
     let third = 1.0 / 3.0;
     for (name, expected) in [
         ("baseline_acc", 4.0 / 6.0),
@@ -100,13 +100,13 @@ fn metrics_count_rescues_and_false_rescues() -> Result<()> {
         ("baseline_minority_top2", 2.0 * third),
         ("gamma_delta_minority", third),
     ] {
-        let found = found[name].as_f64().context(name)?;
-        ensure!((found - expected).abs() < 1e-6, "{name}: {found}, {expected} expected");
+        let actual = report[name].as_f64().context(name)?;
+        ensure!((actual - expected).abs() < 1e-6, "{name}: {actual}, {expected} expected");
     }
     // Without rows of the minority its metrics are undefined.
     let args = rows(dir.path(), &raw, &[0, 0, 0, 0, 1, 0], &params())?;
-    let found = json(dir.path(), &format!("{args} --json"))?;
-    ensure!(found["rescue_rate"].is_null() && found["baseline_acc"].is_f64(), "{found}");
+    let report = json(dir.path(), &format!("{args} --json"))?;
+    ensure!(report["rescue_rate"].is_null() && report["baseline_acc"].is_f64(), "{report}");
     ensure!(String::from_utf8(gd(dir.path(), &args)?.stdout)?.contains("no row"));
     Ok(())
 }

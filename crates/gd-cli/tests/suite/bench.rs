@@ -51,9 +51,9 @@ fn every_contender_of_every_pass_is_in_the_report() -> Result<()> {
         ("decode", "candle softmax_last_dim"),
         ("decode", "candle flash"),
     ];
-    let found = lines(&report);
+    let pairs = lines(&report);
     for pair in expected {
-        assert!(found.iter().any(|(p, c)| (p.as_str(), c.as_str()) == pair), "{pair:?} is not in {report}");
+        assert!(pairs.iter().any(|(p, c)| (p.as_str(), c.as_str()) == pair), "{pair:?} is not in {report}");
     }
     let positive = |x: &Value| x.as_f64().is_some_and(|x| x > 0.0 && x.is_finite());
     assert!(

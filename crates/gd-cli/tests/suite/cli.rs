@@ -58,17 +58,17 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     // `eval` measures the loss that `train` reports.
     let split = Texts::split(&[text()], 0.1)?;
     fs::write(dir.join("valid.txt"), split.valid.concat())?;
-    let found = parsed(&gd(dir, "eval model --data valid.txt --context 32 --json")?)?;
-    assert!((number(&found, "loss") - loss).abs() < 1e-5, "{found} {trained}");
-    assert_eq!(found["tokens"], split.valid.concat().len() - 1);
-    let bits = number(&found, "loss") / 2f64.ln();
-    assert!((number(&found, "bits_per_byte") - bits).abs() < 1e-9, "a byte is a token: {found}");
-    assert!((number(&found, "perplexity").ln() - number(&found, "loss")).abs() < 1e-9, "{found}");
+    let evaluated = parsed(&gd(dir, "eval model --data valid.txt --context 32 --json")?)?;
+    assert!((number(&evaluated, "loss") - loss).abs() < 1e-5, "{evaluated} {trained}");
+    assert_eq!(evaluated["tokens"], split.valid.concat().len() - 1);
+    let bits = number(&evaluated, "loss") / 2f64.ln();
+    assert!((number(&evaluated, "bits_per_byte") - bits).abs() < 1e-9, "one token per byte: {evaluated}");
+    assert!((number(&evaluated, "perplexity").ln() - number(&evaluated, "loss")).abs() < 1e-9, "{evaluated}");
     // The weights file names the same model, and several text files are concatenated.
     fs::write(dir.join("half.txt"), &split.valid.concat()[..100])?;
     fs::write(dir.join("rest.txt"), &split.valid.concat()[100..])?;
     let args = format!("eval model/{WEIGHTS} --data half.txt rest.txt --context 32 --json");
-    assert_eq!(parsed(&gd(dir, &args)?)?, found);
+    assert_eq!(parsed(&gd(dir, &args)?)?, evaluated);
 
     let greedy = |more: &[&str]| {
         let args = "generate model --max-tokens 40 --temperature 0 --repetition-penalty 1.5 --prompt";
@@ -79,7 +79,7 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
     assert_eq!(succeeded(&greedy(&[])?)?, first);
     let same = parsed(&greedy(&["--json", "--seed", "9"])?)?;
     let text = same["text"].as_str().unwrap_or_default();
-    assert_eq!(format!("It was{text}\n"), first, "the seed plays no part");
+    assert_eq!(format!("It was{text}\n"), first, "the seed has an effect");
     assert_eq!((same["tokens"].clone(), same["stopped"].clone()), (40.into(), false.into()));
     // The text ends before the stop string.
     let stop: String = text.chars().skip(5).take(1).collect();
@@ -147,8 +147,8 @@ fn compare_trains_every_mechanism_with_equal_parameters_and_data() -> Result<()>
     assert_eq!((&softmax["mechanism"], &selecting["mechanism"]), (&"softmax".into(), &"gd".into()));
     // The numbers differ by at most half the parameters of 4 columns of the feed-forward block.
     let half = 3.0 * 4.0 * 32.0 * 2.0 / 2.0;
-    let apart = number(softmax, "parameters") - number(selecting, "parameters");
-    assert!(apart.abs() <= half, "{softmax} {selecting}");
+    let difference = number(softmax, "parameters") - number(selecting, "parameters");
+    assert!(difference.abs() <= half, "{softmax} {selecting}");
     let ratio = number(selecting, "loss") / number(softmax, "loss");
     assert!((number(selecting, "difference_percent") - 100.0 * (ratio - 1.0)).abs() < 1e-9, "{selecting}");
     assert_eq!((&softmax["spread"], &softmax["abstain_rate"]), (&Value::Null, &0.0.into()));
@@ -164,7 +164,7 @@ fn compare_trains_every_mechanism_with_equal_parameters_and_data() -> Result<()>
     Ok(())
 }
 
-/// Softmax stores N × N weights, selection a few candidates per query.
+/// Softmax stores N × N weights, selection a constant number of candidates per query.
 #[test]
 fn only_the_memory_of_softmax_grows_quadratically() -> Result<()> {
     let folder = folder()?;
@@ -191,12 +191,12 @@ fn doctor_names_parameters_without_a_gradient() -> Result<()> {
     assert_eq!(report["gradients"].as_array().map(Vec::len), Some(4), "{report}");
     let mut recipe: Value = serde_json::from_str(SMALL)?;
     recipe["model"]["gd"]["select"]["estimator"] = "winner".into();
-    fs::write(dir.join("deaf.json"), recipe.to_string())?;
-    let output = gd(dir, "doctor --config deaf.json")?;
+    fs::write(dir.join("no_gradient.json"), recipe.to_string())?;
+    let output = gd(dir, "doctor --config no_gradient.json")?;
     let (out, err) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
     assert_eq!(output.status.code(), Some(1), "{out}{err}");
     let line = err.trim_end();
-    assert!(line.starts_with("error: deaf.json") && !line.contains('\n'), "{err}");
+    assert!(line.starts_with("error: no_gradient.json") && !line.contains('\n'), "{err}");
     assert!(err.contains("model.layers.0.self_attn.q_proj.weight") && !err.contains("v_proj"), "{err}");
     assert!(
         out.contains("model.layers.0.self_attn.q_proj.weight: all zero") || out.contains(": absent"),

@@ -38,7 +38,7 @@ fn loss(dir: &Path, model: impl AsRef<Path>) -> Result<f64> {
 }
 
 #[test]
-fn blending_every_key_is_softmax_and_fewer_keys_are_not() -> Result<()> {
+fn blending_all_keys_equals_softmax_and_blending_some_does_not() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
     for family in ["llama", "mistral", "qwen2", "qwen3"] {
@@ -50,8 +50,8 @@ fn blending_every_key_is_softmax_and_fewer_keys_are_not() -> Result<()> {
                 &format!("convert {} --attention gd {flags} --json --out {family}-{out}", model.display()),
             )
         };
-        let found = convert("--k 64", "dot")?;
-        assert_eq!(found["selecting"], found["layers"]);
+        let converted = convert("--k 64", "dot")?;
+        assert_eq!(converted["selecting"], converted["layers"]);
         convert("--k 64 --score energy", "energy")?;
         convert("--k 2", "two")?;
         convert("--k 2 --score energy", "two-energy")?;
@@ -84,8 +84,8 @@ fn blending_every_key_is_softmax_and_fewer_keys_are_not() -> Result<()> {
 fn without_a_new_attention_the_model_is_saved_unchanged() -> Result<()> {
     let folder = folder()?;
     let model = fixture("qwen2");
-    let found = json(folder.path(), &format!("convert {} --json --out same", model.display()))?;
-    assert_eq!((&found["selecting"], &found["changed"]), (&0.into(), &Value::Array(vec![])));
+    let converted = json(folder.path(), &format!("convert {} --json --out same", model.display()))?;
+    assert_eq!((&converted["selecting"], &converted["changed"]), (&0.into(), &Value::Array(vec![])));
     assert_eq!(load_json(&model.join(CONFIG))?, load_json(&folder.path().join("same").join(CONFIG))?);
     assert_eq!(loss(folder.path(), &model)?, loss(folder.path(), "same")?);
     Ok(())

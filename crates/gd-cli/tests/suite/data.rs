@@ -105,7 +105,7 @@ fn invalid_data_is_an_error_and_writes_nothing() -> Result<()> {
         assert_eq!(output.status.code(), Some(code), "gd {args}: {error}");
         assert!(last.starts_with("error: ") && words.iter().all(|w| last.contains(w)), "gd {args}: {error}");
         assert!(output.stdout.is_empty(), "gd {args}");
-        assert_eq!(fs::read_dir(dir)?.count(), before, "gd {args} left something");
+        assert_eq!(fs::read_dir(dir)?.count(), before, "gd {args} wrote a file");
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
-//! Every `gd` command in the documents and in the help texts is one that the program accepts.
+//! The program accepts every `gd` command in the documents and in the help texts.
 
 use anyhow::{Result, ensure};
 use gd_cli::commands::definition;
 use gd_tests::repository::{commands, root, text_files};
 
-/// The arguments of `gd` in a command line: of `gd` itself, of the program at a path, or behind `cargo run .. --`.
+/// The arguments of `gd` in a command line that calls `gd`, its path, or `cargo run .. --`. `None` for other commands.
 fn arguments(words: &[String]) -> Option<&[String]> {
     if words.first().is_some_and(|word| word == "cargo") {
         let runs = words.get(1).is_some_and(|word| word == "run" || word == "r");
@@ -13,12 +13,12 @@ fn arguments(words: &[String]) -> Option<&[String]> {
         return (runs && !other).then(|| &words[split + 1..]);
     }
     let program = words.iter().position(|word| word == "gd" || word.ends_with("/gd"))?;
-    // `type gd` and the like.
+    // In `type gd` and similar commands `gd` is an argument.
     let runs = program == 0 || words[program] != "gd" || words[0] == "mpirun";
     runs.then(|| &words[program + 1..])
 }
 
-/// Whether the definition of the commands accepts these arguments.
+/// Parses the arguments with the definition of the commands. Returns the first line of the error message.
 fn check(arguments: &[String]) -> std::result::Result<(), String> {
     let line = [&["gd".to_owned()][..], arguments].concat();
     match definition().try_get_matches_from(line) {
@@ -75,8 +75,8 @@ fn a_command_with_an_unknown_flag_is_refused() {
         ["gd train --stepz 3", "cargo run --release -- trian", "mpirun -n 2 target/release/gd train --seed x"]
     {
         let words = words(line);
-        let found = arguments(&words).map(check);
-        assert!(matches!(found, Some(Err(_))), "{line}: {found:?}");
+        let result = arguments(&words).map(check);
+        assert!(matches!(result, Some(Err(_))), "{line}: {result:?}");
     }
     for line in ["cargo run -p gd-examples --bin load_and_generate -- out/tiny", "type gd", "cargo test -- x"]
     {

@@ -69,7 +69,7 @@ fn greedy_generation_equals_the_full_forward_pass_at_every_step() -> Result<()> 
     let mut steps = 0;
     for (name, gd) in models() {
         let (model, _) = model(gd)?;
-        let mut seen = BTreeSet::new();
+        let mut distinct = BTreeSet::new();
         for prompt in PROMPTS {
             let mut all: Vec<u32> = prompt.bytes().map(u32::from).collect();
             let mut greedy = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0)?;
@@ -79,14 +79,14 @@ fn greedy_generation_equals_the_full_forward_pass_at_every_step() -> Result<()> 
             for (step, token) in new.iter().enumerate() {
                 let ids = Tensor::new(all.as_slice(), &CPU)?.unsqueeze(0)?;
                 let logits = model.forward(&ids, &Pass::new(&Mask::causal(0)), None)?;
-                let best = logits.argmax(D::Minus1)?.flatten_all()?.to_vec1::<u32>()?[all.len() - 1];
-                ensure!(*token == best, "{name}, {prompt:?}, step {step}: {token} instead of {best}");
+                let expected = logits.argmax(D::Minus1)?.flatten_all()?.to_vec1::<u32>()?[all.len() - 1];
+                ensure!(*token == expected, "{name}, {prompt:?}, step {step}: {token} instead of {expected}");
                 all.push(*token);
                 steps += 1;
             }
-            seen.extend(new);
+            distinct.extend(new);
         }
-        ensure!(seen.len() >= 8, "{name}: {} different tokens prove little", seen.len());
+        ensure!(distinct.len() >= 8, "{name}: {} different tokens are too few", distinct.len());
     }
     log_cases("generate-steps", steps);
     Ok(())
@@ -148,28 +148,28 @@ fn decoding_with_cached_key_data_equals_native_decoding() -> Result<()> {
         let name = format!("{gd} {dtype:?}");
         let (model, params) = model_of(gd, 200, dtype)?;
         // If the key norms are not cached, their prior is computed in every step.
-        let anew = Transformer::new(model.config(), params.builder())?;
+        let uncached = Transformer::new(model.config(), params.builder())?;
         let ids = |b: usize, at: usize| ((at * 29 + b * 71 + at * at * 3) % 256) as u32;
         let prompts = |b: usize| Tensor::new((0..LENGTHS[b]).map(|at| ids(b, at)).collect::<Vec<_>>(), &CPU);
         let native = || vec![LayerCache::with_precision(Precision::Native); 3];
-        let (mut kept, mut plain) = (Vec::new(), Vec::new());
+        let (mut cached, mut plain) = (Vec::new(), Vec::new());
         for b in 0..3 {
             let (mut one, mut other, prompt) = (model.new_cache(), native(), prompts(b)?.unsqueeze(0)?);
-            let want = logits(&anew, &prompt, &Mask::causal(0), &mut other)?;
+            let want = logits(&uncached, &prompt, &Mask::causal(0), &mut other)?;
             ensure!(logits(&model, &prompt, &Mask::causal(0), &mut one)? == want, "{name}: prompt {b}");
-            kept.push(one);
+            cached.push(one);
             plain.push(other);
         }
         let stack = |all: &[Vec<LayerCache>]| -> Result<Vec<LayerCache>> {
             let layer = |i: usize| LayerCache::stack(&all.iter().map(|cache| &cache[i]).collect::<Vec<_>>());
             Ok((0..3).map(layer).collect::<candle_core::Result<_>>()?)
         };
-        let (mut kept, mut plain) = (stack(&kept)?, stack(&plain)?);
+        let (mut cached, mut plain) = (stack(&cached)?, stack(&plain)?);
         let (mut rows, mut different) = (vec![0, 1, 2], BTreeSet::new());
         for step in 0..12 {
             if step == 7 {
                 // The longest sequence ends, and the order of the others changes.
-                for cache in kept.iter_mut().chain(&mut plain) {
+                for cache in cached.iter_mut().chain(&mut plain) {
                     *cache = cache.select(&[2, 1])?;
                 }
                 rows = vec![2, 1];
@@ -177,11 +177,11 @@ fn decoding_with_cached_key_data_equals_native_decoding() -> Result<()> {
             let next: Vec<u32> = rows.iter().map(|b| ids(*b, LENGTHS[*b] + step)).collect();
             let next = Tensor::new(next, &CPU)?.unsqueeze(1)?;
             let mask = Mask::causal(0).each(rows.iter().map(|b| (LENGTHS[*b] + step) as i64).collect());
-            let want = logits(&anew, &next, &mask, &mut plain)?;
-            ensure!(logits(&model, &next, &mask, &mut kept)? == want, "{name}: step {step}");
+            let want = logits(&uncached, &next, &mask, &mut plain)?;
+            ensure!(logits(&model, &next, &mask, &mut cached)? == want, "{name}: step {step}");
             different.extend(want);
         }
-        ensure!(different.len() > 1000, "{name}: {} different logits prove little", different.len());
+        ensure!(different.len() > 1000, "{name}: {} different logits are too few", different.len());
     }
     Ok(())
 }

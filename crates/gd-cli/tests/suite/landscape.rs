@@ -63,11 +63,11 @@ fn the_winner_and_its_numbers_are_those_of_the_operator() -> Result<()> {
             let (batch, head, query) = (row / (hq * n), row / n % hq, row % n);
             let args =
                 format!("landscape --in x.safetensors --batch {batch} --head {head} --query {query} {mask}");
-            let found = answer(dir.path(), &args)?;
-            let (winner, runner_up) = (&found["winner"], &found["runner_up"]);
-            let number = |from: &Value, name: &str| from[name].as_f64().context(format!("{name}: {found}"));
-            ensure!(number(winner, "key")? == index[row], "row {row}: {found}, the operator {}", index[row]);
-            ensure!(found["keys"] == query + 4, "{found}");
+            let report = answer(dir.path(), &args)?;
+            let (winner, runner_up) = (&report["winner"], &report["runner_up"]);
+            let number = |from: &Value, name: &str| from[name].as_f64().context(format!("{name}: {report}"));
+            ensure!(number(winner, "key")? == index[row], "row {row}: {report}, the operator {}", index[row]);
+            ensure!(report["keys"] == query + 4, "{report}");
             let near = |name: &str, a: f64, b: f64| -> Result<()> {
                 ensure!((a - b).abs() <= 2e-5 * (1.0 + b.abs()), "row {row}: {name} {a}, {b} expected");
                 Ok(())
@@ -79,7 +79,7 @@ fn the_winner_and_its_numbers_are_those_of_the_operator() -> Result<()> {
             let j = index[row] as usize;
             let key = &k[((batch * hk + head / (hq / hk)) * m + j) * d..][..d];
             let squared: f64 = q[row * d..][..d].iter().zip(key).map(|(q, k)| (q - k) * (q - k)).sum();
-            let (alpha, beta) = (number(&found, "alpha")?, number(&found, "beta")?);
+            let (alpha, beta) = (number(&report, "alpha")?, number(&report, "beta")?);
             near("L", number(winner, "L")?, squared.sqrt())?;
             near("t", number(winner, "t")?, beta * squared)?;
             let (u, t) = (number(&winner[mode], "u")?, beta * squared);
@@ -90,7 +90,7 @@ fn the_winner_and_its_numbers_are_those_of_the_operator() -> Result<()> {
     }
     keys.sort_unstable();
     keys.dedup();
-    ensure!(keys.len() > 2, "only the keys {keys:?} ever win");
+    ensure!(keys.len() > 2, "only the keys {keys:?} are selected");
     Ok(())
 }
 
@@ -98,8 +98,8 @@ fn the_winner_and_its_numbers_are_those_of_the_operator() -> Result<()> {
 fn the_file_name_selects_the_format_of_the_figure() -> Result<()> {
     let dir = tempfile::tempdir()?;
     save(dir.path(), &problem()?)?;
-    let found = answer(dir.path(), "landscape --in x.safetensors --keys 5,2 --out z.svg --head 2")?;
-    ensure!(found["plane"]["keys"] == serde_json::json!([5, 2]) && found["query"] == 2, "{found}");
+    let report = answer(dir.path(), "landscape --in x.safetensors --keys 5,2 --out z.svg --head 2")?;
+    ensure!(report["plane"]["keys"] == serde_json::json!([5, 2]) && report["query"] == 2, "{report}");
     let svg = std::fs::read_to_string(dir.path().join("z.svg"))?;
     for word in ["key 5", "key 2", "winner", "runner-up", "coherence point", "Query 2 of head 2"] {
         ensure!(svg.contains(word), "{word} is not in the figure");
@@ -117,16 +117,16 @@ fn one_key_one_dimension_and_equal_points_have_a_figure() -> Result<()> {
     let rows = |values: &[f32], d: usize| Tensor::from_slice(values, (1, 1, values.len() / d, d), &CPU);
     let figure = |q: &[f32], k: &[f32], d: usize| -> Result<Value> {
         save(dir.path(), &BTreeMap::from([("q", rows(q, d)?), ("k", rows(k, d)?)]))?;
-        let found = answer(dir.path(), "landscape --in x.safetensors --out z.svg")?;
+        let report = answer(dir.path(), "landscape --in x.safetensors --out z.svg")?;
         ensure!(std::fs::read_to_string(dir.path().join("z.svg"))?.ends_with("</svg>\n"));
-        Ok(found)
+        Ok(report)
     };
-    let found = figure(&[0.0, 1.0], &[2.0, 1.0], 2)?;
-    ensure!(found["runner_up"].is_null() && found["plane"]["keys"] == serde_json::json!([0]), "{found}");
-    let found = figure(&[3.0], &[2.0, 5.0], 1)?;
-    ensure!(found["plane"].is_null() && found["winner"]["key"] == 0, "{found}");
-    let found = figure(&[3.0, 4.0], &[9.0, 9.0, 3.0, 4.0], 2)?;
-    ensure!(found["winner"]["key"] == 1 && found["winner"]["L"] == 0.0, "{found}");
+    let report = figure(&[0.0, 1.0], &[2.0, 1.0], 2)?;
+    ensure!(report["runner_up"].is_null() && report["plane"]["keys"] == serde_json::json!([0]), "{report}");
+    let report = figure(&[3.0], &[2.0, 5.0], 1)?;
+    ensure!(report["plane"].is_null() && report["winner"]["key"] == 0, "{report}");
+    let report = figure(&[3.0, 4.0], &[9.0, 9.0, 3.0, 4.0], 2)?;
+    ensure!(report["winner"]["key"] == 1 && report["winner"]["L"] == 0.0, "{report}");
     Ok(())
 }
 

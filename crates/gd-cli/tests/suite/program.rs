@@ -1,4 +1,4 @@
-//! The program as tests call it: arguments separated by spaces, in a folder of the test's own.
+//! Calls of the program by tests. The arguments are separated by spaces; `dir` is the working directory.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -27,7 +27,7 @@ pub(crate) fn succeeded(output: &Output) -> Result<String> {
     Ok(String::from_utf8(output.stdout.clone())?)
 }
 
-/// The same as JSON.
+/// The stdout of a call that must have succeeded, as JSON.
 pub(crate) fn parsed(output: &Output) -> Result<Value> {
     Ok(serde_json::from_str(&succeeded(output)?)?)
 }
@@ -39,12 +39,12 @@ pub(crate) fn failed(output: &Output, code: i32) -> Result<String> {
     Ok(text.lines().last().unwrap_or_default().to_owned())
 }
 
-/// What a call that must succeed prints.
+/// Runs a call that must succeed and returns its stdout as JSON.
 pub(crate) fn json(dir: &Path, args: &str) -> Result<Value> {
     parsed(&gd(dir, args)?)
 }
 
-/// The error of a call that must fail with this exit code.
+/// Runs a call that must fail with this exit code and returns the last line of its stderr.
 pub(crate) fn error(dir: &Path, args: &str, code: i32) -> Result<String> {
     failed(&gd(dir, args)?, code)
 }

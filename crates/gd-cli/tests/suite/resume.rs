@@ -77,7 +77,7 @@ fn assert_same(a: &Path, b: &Path, last: u64) -> Result<()> {
 }
 
 #[test]
-fn a_run_in_bf16_keeps_masters_in_f32_and_goes_on_with_them() -> Result<()> {
+fn a_run_in_bf16_saves_f32_master_weights_and_resumes_with_them() -> Result<()> {
     let train = json!({"steps": 12, "eval_every": 4});
     let dir = folder(train)?;
     let dir = dir.path();
@@ -89,8 +89,8 @@ fn a_run_in_bf16_keeps_masters_in_f32_and_goes_on_with_them() -> Result<()> {
     assert_same(&dir.join("whole"), &dir.join("split"), 12)?;
     // The result is close to that of the f32 run, but not equal.
     let loss = |run: &Value| run["loss"].as_f64().unwrap_or(f64::NAN);
-    let apart = (loss(&wide) - loss(&whole)).abs();
-    assert!(apart > 0.0 && apart < 0.1, "{} and {}", loss(&wide), loss(&whole));
+    let difference = (loss(&wide) - loss(&whole)).abs();
+    assert!(difference > 0.0 && difference < 0.1, "{} and {}", loss(&wide), loss(&whole));
     let config: Value = serde_json::from_slice(&fs::read(dir.join("whole/config.json"))?)?;
     assert_eq!(config["dtype"], "bfloat16");
     let load = |file: &str| candle_core::safetensors::load(dir.join(file), &candle_core::Device::Cpu);
@@ -98,11 +98,11 @@ fn a_run_in_bf16_keeps_masters_in_f32_and_goes_on_with_them() -> Result<()> {
     for (name, weight) in &weights {
         assert_eq!(weight.dtype(), candle_core::DType::BF16, "{name}");
         let master = state.iter().find(|(key, _)| key.ends_with(&format!("{name}.master")));
-        let (_, master) = master.with_context(|| format!("no master of {name}"))?;
+        let (_, master) = master.with_context(|| format!("no master weight of {name}"))?;
         assert_eq!(master.dtype(), candle_core::DType::F32, "{name}");
         let rounded = master.to_dtype(candle_core::DType::BF16)?;
-        let off = (rounded - weight)?.to_dtype(candle_core::DType::F32)?.abs()?.flatten_all()?.max(0)?;
-        assert_eq!(off.to_scalar::<f32>()?, 0.0, "{name} is not its master, rounded");
+        let error = (rounded - weight)?.to_dtype(candle_core::DType::F32)?.abs()?.flatten_all()?.max(0)?;
+        assert_eq!(error.to_scalar::<f32>()?, 0.0, "{name} is not its rounded master weight");
     }
     // The run cannot be resumed in f32.
     let error = failed(&gd(dir, "train --resume split --set train.precision=f32")?, 1)?;
@@ -143,10 +143,13 @@ fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
         assert_eq!(averaged.exists(), whole["ema"].is_object());
         if averaged.exists() {
             // The averaged weights are a loadable model. They differ from the weights and from their initial values.
-            let seen = parsed(&gd(dir, "eval whole/model_ema.safetensors --data text.txt --json")?)?;
+            let averaged = parsed(&gd(dir, "eval whole/model_ema.safetensors --data text.txt --json")?)?;
             let last = parsed(&gd(dir, "eval whole --data text.txt --json")?)?;
-            let loss = |seen: &Value| seen["loss"].as_f64().unwrap_or(f64::NAN);
-            assert!((loss(&seen) - loss(&last)).abs() > 1e-4 && loss(&seen) < 5.5, "{seen} {last}");
+            let loss = |evaluated: &Value| evaluated["loss"].as_f64().unwrap_or(f64::NAN);
+            assert!(
+                (loss(&averaged) - loss(&last)).abs() > 1e-4 && loss(&averaged) < 5.5,
+                "{averaged} {last}"
+            );
             let logged: Vec<_> = steps(&dir.join("whole"))?
                 .into_iter()
                 .filter_map(|s| s.get("valid_loss_ema").cloned())
@@ -220,13 +223,13 @@ fn a_damaged_checkpoint_is_skipped_and_reported() -> Result<()> {
     fs::write(&file, bytes)?;
     // The model of an unfinished run is that of its newest intact checkpoint.
     let output = gd(dir, "eval run --data text.txt --json")?;
-    let found = parsed(&output)?;
-    let said = found["passed_over"].to_string();
-    assert!(said.contains("not ended") && said.contains("checkpoint-7/state.safetensors"), "{said}");
+    let evaluated = parsed(&output)?;
+    let skipped = evaluated["passed_over"].to_string();
+    assert!(skipped.contains("not ended") && skipped.contains("checkpoint-7/state.safetensors"), "{skipped}");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(stderr.contains("damaged") && stderr.contains("checkpoint-6"), "{stderr}");
     let same = parsed(&gd(dir, "eval run/checkpoint-6 --data text.txt --json")?)?;
-    assert_eq!((&same["loss"], &same["passed_over"]), (&found["loss"], &json!([])));
+    assert_eq!((&same["loss"], &same["passed_over"]), (&evaluated["loss"], &json!([])));
     let error = failed(&gd(dir, "eval run/checkpoint-7 --data text.txt")?, 1)?;
     assert!(error.contains("checkpoint-7/state.safetensors: damaged"), "{error}");
     // The run resumes from that checkpoint, and the damaged one is renamed.
@@ -242,8 +245,8 @@ fn a_damaged_checkpoint_is_skipped_and_reported() -> Result<()> {
     let weights = dir.join("run/model.safetensors");
     let length = fs::metadata(&weights)?.len();
     fs::OpenOptions::new().write(true).open(&weights)?.set_len(length - 1)?;
-    let found = parsed(&gd(dir, "eval run --data text.txt --json")?)?;
-    assert!(found["passed_over"].to_string().contains("run/model.safetensors: damaged"), "{found}");
+    let evaluated = parsed(&gd(dir, "eval run --data text.txt --json")?)?;
+    assert!(evaluated["passed_over"].to_string().contains("run/model.safetensors: damaged"), "{evaluated}");
     Ok(())
 }
 
@@ -324,19 +327,19 @@ fn kills_lose_no_reported_checkpoint() -> Result<()> {
         // The lines that were written before the kill.
         let rest = lines.map_while(|line| line.ok()).filter_map(|line| saved(&line)).max();
         reported = reported.max(rest);
-        let found = gd_model::io::checkpoint::Store::new(&dir.join("run"), gd_model::io::checkpoint::System)
+        let newest = gd_model::io::checkpoint::Store::new(&dir.join("run"), gd_model::io::checkpoint::System)
             .newest()?;
-        let found = found.context("no checkpoint is whole")?;
-        ensure!(found.damaged.is_empty(), "{found:?}");
-        ensure!(Some(found.step) >= reported, "{found:?}, but {reported:?} was reported");
+        let newest = newest.context("no intact checkpoint")?;
+        ensure!(newest.damaged.is_empty(), "{newest:?}");
+        ensure!(Some(newest.step) >= reported, "{newest:?}, but {reported:?} was reported");
         // The log contains all lines up to the checkpoint.
         let logged = steps(&dir.join("run")).or_else(|_| -> Result<_> {
             // The last line may be incomplete.
             Ok(gd_model::train::log::read(&dir.join("run/train.jsonl"))?)
         })?;
         let logged = logged.iter().filter(|line| !line.contains_key("event")).count() as u64;
-        ensure!(logged >= found.step, "{logged} lines at step {}", found.step);
-        ensure!(found.step < STEPS, "the run ended after {kills} kills, from {from:?}");
+        ensure!(logged >= newest.step, "{logged} lines at step {}", newest.step);
+        ensure!(newest.step < STEPS, "the run ended after {kills} kills, from {from:?}");
     }
     parsed(&gd(dir, "train --resume run --json --save-every 100")?)?;
     parsed(&gd(dir, &format!("{START} whole --save-every 100"))?)?;

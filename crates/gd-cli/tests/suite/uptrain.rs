@@ -28,8 +28,8 @@ fn fixture(family: &str) -> PathBuf {
 
 /// A fixture model, a copy of it with selecting layers and its parameters, and ids `[2, 23]`, all in f64.
 struct Pair {
-    original: Transformer,
-    learner: Transformer,
+    teacher: Transformer,
+    student: Transformer,
     vars: Vec<(String, Var)>,
     ids: Tensor,
 }
@@ -38,14 +38,14 @@ fn pair(family: &str, layers: Layers, k: usize) -> Result<Pair> {
     let read = || pretrained::read(&fixture(family), &CPU);
     let parts = read()?;
     let params = Params::stored(parts.tensors, None, DType::F64, &CPU);
-    let original = Transformer::new(&parts.config, params.frozen())?;
+    let teacher = Transformer::new(&parts.config, params.frozen())?;
     let mut parts = read()?;
     Swap { layers, mechanism: Mechanism::Gd, candidates: k, score: Score::Dot }.apply(&mut parts)?;
     let params = Params::stored(parts.tensors, parts.seed, DType::F64, &CPU);
-    let learner = Transformer::new(&parts.config, params.builder())?;
+    let student = Transformer::new(&parts.config, params.builder())?;
     let vocab = parts.config.vocab_size as u32;
     let ids: Vec<u32> = (0..2 * 23u32).map(|i| i * i * 31 % vocab).collect();
-    Ok(Pair { original, learner, vars: params.vars(), ids: Tensor::from_vec(ids, (2, 23), &CPU)? })
+    Ok(Pair { teacher, student, vars: params.vars(), ids: Tensor::from_vec(ids, (2, 23), &CPU)? })
 }
 
 /// Compares the directional derivative of each parameter with a finite difference of the loss.
@@ -62,15 +62,15 @@ fn check_directions(
             continue;
         }
         let grad = grads.get(var).with_context(|| format!("{name} has no gradient"))?;
-        let way: Vec<f64> = (0..var.elem_count()).map(|j| ((i + j * 3) as f64 * 1.7).sin()).collect();
-        let way = Tensor::from_vec(way, var.shape(), &CPU)?;
+        let direction: Vec<f64> = (0..var.elem_count()).map(|j| ((i + j * 3) as f64 * 1.7).sin()).collect();
+        let direction = Tensor::from_vec(direction, var.shape(), &CPU)?;
         let (at, step) = (var.as_detached_tensor().copy()?, 1e-6);
-        let along = (grad.detach() * &way)?.sum_all()?.to_scalar::<f64>()?;
-        let there = |by: f64| -> Result<f64> {
-            var.set(&(&at + (&way * by)?)?)?;
+        let along = (grad.detach() * &direction)?.sum_all()?.to_scalar::<f64>()?;
+        let loss_at = |by: f64| -> Result<f64> {
+            var.set(&(&at + (&direction * by)?)?)?;
             loss()
         };
-        let difference = (there(step)? - there(-step)?) / (2.0 * step);
+        let difference = (loss_at(step)? - loss_at(-step)?) / (2.0 * step);
         var.set(&at)?;
         ensure!(
             (along - difference).abs() <= 1e-6 * (1.0 + along.abs()) && along != 0.0,
@@ -87,16 +87,16 @@ fn layer_alignment_trains_only_the_changed_layers() -> Result<()> {
     let mask = Mask::causal(0);
     let pass = Pass::new(&mask);
     for (family, layers) in [("llama", vec![0, 2]), ("qwen3", vec![1]), ("mistral", vec![0, 1])] {
-        let aligned = |k: usize| -> Result<(Pair, Tensor, GradStore)> {
+        let loss_with_keys = |k: usize| -> Result<(Pair, Tensor, GradStore)> {
             let pair = pair(family, Layers::List(layers.clone()), k)?;
-            let Pair { original, learner, vars, ids } = &pair;
-            let (loss, grads) = learner.layer_alignment(original, vars, &layers, ids, &pass, 0.75)?;
+            let Pair { teacher, student, vars, ids } = &pair;
+            let (loss, grads) = student.layer_alignment(teacher, vars, &layers, ids, &pass, 0.75)?;
             Ok((pair, loss, grads))
         };
         // All visible keys.
-        let (_, loss, _) = aligned(64)?;
+        let (_, loss, _) = loss_with_keys(64)?;
         ensure!(loss.to_scalar::<f64>()? < 1e-12, "{family}: {loss}");
-        let (pair, loss, grads) = aligned(2)?;
+        let (pair, loss, grads) = loss_with_keys(2)?;
         let loss = loss.to_scalar::<f64>()?;
         ensure!(loss > 1e-3, "{family}: {loss}");
         let learns = |name: &str| {
@@ -106,8 +106,8 @@ fn layer_alignment_trains_only_the_changed_layers() -> Result<()> {
             })
         };
         check_directions(&pair.vars, &grads, learns, || {
-            let Pair { original, learner, vars, ids } = &pair;
-            Ok(learner.layer_alignment(original, vars, &layers, ids, &pass, 0.75)?.0.to_scalar()?)
+            let Pair { teacher, student, vars, ids } = &pair;
+            Ok(student.layer_alignment(teacher, vars, &layers, ids, &pass, 0.75)?.0.to_scalar()?)
         })?;
     }
     Ok(())
@@ -116,10 +116,10 @@ fn layer_alignment_trains_only_the_changed_layers() -> Result<()> {
 #[test]
 fn the_alignment_error_is_relative_to_the_teacher() -> Result<()> {
     let pair = pair("qwen2", Layers::Last(1), 2)?;
-    let Pair { original, learner, vars, ids } = &pair;
-    let (mask, last) = (Mask::causal(0), learner.config().num_hidden_layers - 1);
+    let Pair { teacher, student, vars, ids } = &pair;
+    let (mask, last) = (Mask::causal(0), student.config().num_hidden_layers - 1);
     let error = |weight: f64| -> Result<f64> {
-        Ok(learner.layer_alignment(original, vars, &[last], ids, &Pass::new(&mask), weight)?.0.to_scalar()?)
+        Ok(student.layer_alignment(teacher, vars, &[last], ids, &Pass::new(&mask), weight)?.0.to_scalar()?)
     };
     let once = error(1.0)?;
     ensure!((error(0.5)? * 2.0 - once).abs() < 1e-12 && once < 4.0, "{once}");
@@ -147,25 +147,25 @@ fn distillation_trains_every_parameter() -> Result<()> {
     let (mask, kl) = (Mask::causal(0), 0.6);
     let pass = Pass::new(&mask);
     for family in ["llama", "qwen2"] {
-        let Pair { original, learner, vars, ids } = pair(family, Layers::All, 2)?;
-        let vocab = learner.config().vocab_size as u32;
+        let Pair { teacher, student, vars, ids } = pair(family, Layers::All, 2)?;
+        let vocab = student.config().vocab_size as u32;
         let mut next: Vec<u32> = (0..2 * 23u32).map(|i| (i * 13 + 5) % vocab).collect();
         (next[3], next[22]) = (IGNORE, IGNORE);
         let targets = Tensor::from_vec(next.clone(), (2, 23), &CPU)?;
         let parts = pretrained::read(&fixture(family), &CPU)?;
         let loss = || -> Result<Tensor> {
-            let mine = learner.hidden(&ids, &pass, None)?.flatten_to(1)?;
-            let other = original.hidden(&ids, &pass, None)?.flatten_to(1)?;
+            let mine = student.hidden(&ids, &pass, None)?.flatten_to(1)?;
+            let other = teacher.hidden(&ids, &pass, None)?.flatten_to(1)?;
             let targets = targets.flatten_all()?;
             Ok(gd_kernels::cross_entropy::linear_distillation(
-                (&mine, &learner.head_weight()?),
+                (&mine, &student.head_weight()?),
                 &targets,
-                (&other, &original.head_weight()?),
+                (&other, &teacher.head_weight()?),
                 kl,
             )?)
         };
         let (mine, theirs) =
-            (rows(&learner.forward(&ids, &pass, None)?)?, rows(&original.forward(&ids, &pass, None)?)?);
+            (rows(&student.forward(&ids, &pass, None)?)?, rows(&teacher.forward(&ids, &pass, None)?)?);
         let (mut sum, mut count) = (0.0, 0);
         for ((mine, theirs), &next) in mine.iter().zip(&theirs).zip(&next).filter(|row| *row.1 != IGNORE) {
             let (s, t) = (log_softmax(mine), log_softmax(theirs));
@@ -183,7 +183,7 @@ fn distillation_trains_every_parameter() -> Result<()> {
         check_directions(&vars, &got.backward()?, |_| true, || Ok(loss()?.to_scalar()?))?;
 
         // In f32, as in a run.
-        let config = learner.config().clone();
+        let config = student.config().clone();
         let run = Teacher::new(parts, &config, DType::F32, &CPU)?;
         ensure!(run.changed().len() == config.num_hidden_layers);
         let params = Params::stored(
@@ -203,8 +203,8 @@ fn distillation_trains_every_parameter() -> Result<()> {
 #[test]
 fn incompatible_teachers_are_errors() -> Result<()> {
     let read = |family: &str| pretrained::read(&fixture(family), &CPU);
-    let refused = |family: &str, learner: &ModelConfig| -> Result<String> {
-        match Teacher::new(read(family)?, learner, DType::F32, &CPU) {
+    let refused = |family: &str, student: &ModelConfig| -> Result<String> {
+        match Teacher::new(read(family)?, student, DType::F32, &CPU) {
             Ok(_) => anyhow::bail!("{family} was accepted"),
             Err(e) => Ok(e.to_string()),
         }
@@ -268,18 +268,18 @@ fn a_resumed_run_equals_an_uninterrupted_one_and_has_the_files_of_its_teacher() 
         ensure!(plain == fs::read(dir.join(format!("blocks{k}/model.safetensors")))?, "checkpointed blocks");
         for place in ["", "checkpoint-12"] {
             for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
-                let [kept, came] = [dir.join(format!("whole{k}")).join(place), dir.join("model")]
+                let [saved, source] = [dir.join(format!("whole{k}")).join(place), dir.join("model")]
                     .map(|folder| fs::read_to_string(folder.join(file)));
                 let parsed = |text: std::io::Result<String>| -> Result<Value> {
                     Ok(serde_json::from_str(&text.with_context(|| format!("{place} {file}"))?)?)
                 };
-                ensure!(parsed(kept)? == parsed(came)?, "{place} {file}");
+                ensure!(parsed(saved)? == parsed(source)?, "{place} {file}");
             }
         }
         let steps = fs::read_to_string(dir.join(format!("whole{k}/train.jsonl")))?;
         let steps: Vec<Value> = steps.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-        let aligned: Vec<_> = steps.iter().filter_map(|line| line.get("aligned")?.as_bool()).collect();
-        ensure!(aligned.len() == 12 && aligned.iter().filter(|a| **a).count() == 4, "{aligned:?}");
+        let alignment: Vec<_> = steps.iter().filter_map(|line| line.get("aligned")?.as_bool()).collect();
+        ensure!(alignment.len() == 12 && alignment.iter().filter(|a| **a).count() == 4, "{alignment:?}");
     }
     Ok(())
 }
@@ -291,8 +291,8 @@ fn a_run_resumes_only_with_its_teacher() -> Result<()> {
     let start = format!("convert model --attention gd --uptrain --data text.txt --steps 8 {SHORT} --json");
     json(dir, &format!("{start} --stop-after 5 --out run"))?;
     fs::rename(dir.join("model"), dir.join("moved"))?;
-    let gone = error(dir, "train --resume run", 1)?;
-    ensure!(gone.contains("model") && gone.contains("--set train.uptrain.original=PATH"), "{gone}");
+    let missing = error(dir, "train --resume run", 1)?;
+    ensure!(missing.contains("model") && missing.contains("--set train.uptrain.original=PATH"), "{missing}");
     json(dir, "convert moved --attention softmax --dtype f16 --out other --json")?;
     let other = error(dir, "train --resume run --set train.uptrain.original=other", 1)?;
     ensure!(
@@ -301,8 +301,8 @@ fn a_run_resumes_only_with_its_teacher() -> Result<()> {
     );
     let end = json(dir, "train --resume run --set train.uptrain.original=moved --json")?;
     ensure!(end["finished"] == true, "{end}");
-    let begun = error(dir, "train --config run/recipe.json --data text.txt --out new", 2)?;
-    ensure!(begun.contains("gd convert --uptrain"), "{begun}");
+    let restarted = error(dir, "train --config run/recipe.json --data text.txt --out new", 2)?;
+    ensure!(restarted.contains("gd convert --uptrain"), "{restarted}");
     Ok(())
 }
 
@@ -331,17 +331,17 @@ fn invalid_flags_values_and_texts_are_errors() -> Result<()> {
     Ok(())
 }
 
-/// Mean KL divergence of a model's predictions from those of `original`, in nats per token of a text.
-fn divergence(original: &Path, model: &Path) -> Result<f64> {
-    let [original, model] = [original, model].map(|folder| pretrained::load(folder, &CPU));
-    let (original, model) = (original?, model?);
+/// Mean KL divergence of a model's predictions from those of `teacher`, in nats per token of a text.
+fn divergence(teacher: &Path, model: &Path) -> Result<f64> {
+    let [teacher, model] = [teacher, model].map(|folder| pretrained::load(folder, &CPU));
+    let (teacher, model) = (teacher?, model?);
     let (mut sum, mut count) = (0.0, 0);
     let mask = Mask::causal(0);
-    for ids in original.tokenizer.encode(&SAMPLE[..6_400])?.chunks_exact(32) {
+    for ids in teacher.tokenizer.encode(&SAMPLE[..6_400])?.chunks_exact(32) {
         let ids = Tensor::new(ids, &CPU)?.unsqueeze(0)?;
         let logits =
             |model: &Transformer| -> Result<_> { rows(&model.forward(&ids, &Pass::new(&mask), None)?) };
-        for (t, s) in logits(&original.model)?.iter().zip(logits(&model.model)?) {
+        for (t, s) in logits(&teacher.model)?.iter().zip(logits(&model.model)?) {
             let (t, s) = (log_softmax(t), log_softmax(&s));
             sum += t.iter().zip(&s).map(|(t, s)| t.exp() * (t - s)).sum::<f64>();
             count += 1;
@@ -370,8 +370,8 @@ fn a_model_with_one_key_recovers_the_predictions_of_its_teacher() -> Result<()> 
     };
     train("learned", "--steps 150")?;
     train("aligned", "--steps 60 --set train.uptrain.align=0.98")?;
-    let apart = |model: &str| divergence(&dir.join("model"), &dir.join(model));
-    let (swapped, learned) = (apart("swapped")?, apart("learned")?);
+    let kl = |model: &str| divergence(&dir.join("model"), &dir.join(model));
+    let (swapped, learned) = (kl("swapped")?, kl("learned")?);
     // The relative alignment error from the log.
     let log = fs::read_to_string(dir.join("aligned/train.jsonl"))?;
     let steps: Vec<Value> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
@@ -385,7 +385,7 @@ fn a_model_with_one_key_recovers_the_predictions_of_its_teacher() -> Result<()> 
     println!(
         "divergence {swapped:.4}, after training {learned:.4}; error of the layers {first:.4}, at the end {last:.4}"
     );
-    ensure!(apart("model")? < 1e-9 && swapped > 0.02 && learned < 0.7 * swapped, "{swapped}, {learned}");
+    ensure!(kl("model")? < 1e-9 && swapped > 0.02 && learned < 0.7 * swapped, "{swapped}, {learned}");
     ensure!(errors.len() == 59 && last < 0.8 * first, "{errors:?}");
     Ok(())
 }

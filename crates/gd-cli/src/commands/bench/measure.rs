@@ -25,8 +25,8 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// Rows of the matrices whose product measures the peak rate of the machine.
 const GEMM_ROWS_CPU: usize = 1024;
 const GEMM_ROWS_GPU: usize = 8192;
-/// Numbers that one task sums.
-const SUM_CHUNK: usize = 1 << 15;
+/// Number of values that one task sums.
+const SUM_CHUNK_LEN: usize = 1 << 15;
 
 /// The parameters of the measurements of one shape and pass.
 pub(super) struct Setup<'a> {
@@ -73,7 +73,7 @@ impl<'a> Measured<'a> {
 }
 
 /// A contender after its warm-up.
-struct Entrant<'a> {
+struct PreparedContender<'a> {
     contender: &'a Contender,
     measured: Measured<'a>,
     winners: Option<Vec<i32>>,
@@ -85,12 +85,12 @@ pub(super) fn group(setup: &Setup, contenders: &[&Contender]) -> Result<Vec<Line
     let &Setup { shape, pass, device, .. } = setup;
     let inputs = Inputs::new(shape, pass, setup.dtype, setup.seed, device)?;
     let reasons: Vec<Option<String>> = contenders.iter().map(|c| skip_reason(c, setup)).collect();
-    let mut entrants = Vec::new();
+    let mut prepared = Vec::new();
     for (contender, _) in contenders.iter().zip(&reasons).filter(|(_, reason)| reason.is_none()) {
         let context = || format!("{} {pass} {shape}", contender.name);
         let (run, winners, rescored) = prepare(contender, &inputs).with_context(context)?;
         let measured = Measured::new(device, move || run().map(|_: Output| ())).with_context(context)?;
-        entrants.push(Entrant { contender, measured, winners, rescored });
+        prepared.push(PreparedContender { contender, measured, winners, rescored });
     }
     let (gemm, gemm_flops) = gemm(setup.dtype, device)?;
     let mut probes = vec![Measured::new(device, move || {
@@ -106,7 +106,7 @@ pub(super) fn group(setup: &Setup, contenders: &[&Contender]) -> Result<Vec<Line
         })?);
     }
     for _ in 0..setup.repeats {
-        for measured in entrants.iter_mut().map(|r| &mut r.measured).chain(&mut probes) {
+        for measured in prepared.iter_mut().map(|p| &mut p.measured).chain(&mut probes) {
             let seconds = measured.round()?;
             measured.seconds.push(seconds);
         }
@@ -114,19 +114,19 @@ pub(super) fn group(setup: &Setup, contenders: &[&Contender]) -> Result<Vec<Line
     let gemm_gflops = gemm_flops / median(&probes[0].seconds) / 1e9;
     let keys = 4.0 * inputs.k.elem_count() as f64;
     let read_gbps = probes.get(1).map(|p| keys / median(&p.seconds) / 1e9);
-    let baseline = entrants.iter().find(|r| r.contender.name == pass.baseline());
+    let baseline = prepared.iter().find(|p| p.contender.name == pass.baseline());
     let (baseline_s, baseline_winners) =
         (baseline.map(|b| median(&b.measured.seconds)), baseline.and_then(|b| b.winners.as_ref()));
     let mut lines = Vec::new();
     for (contender, skipped) in contenders.iter().zip(reasons) {
         let mut line = Line { skipped, ..Line::new(pass, shape, contender.name, gemm_gflops, read_gbps) };
-        if let Some(r) = entrants.iter().find(|r| r.contender.name == contender.name) {
-            line.set_time(contender.work, setup.dtype, &r.measured.seconds, baseline_s);
-            if let (Some(winners), Some(expected)) = (&r.winners, baseline_winners) {
+        if let Some(p) = prepared.iter().find(|p| p.contender.name == contender.name) {
+            line.set_time(contender.work, setup.dtype, &p.measured.seconds, baseline_s);
+            if let (Some(winners), Some(expected)) = (&p.winners, baseline_winners) {
                 line.rows = Some(expected.len());
                 line.winners_differ = Some(winners.iter().zip(expected).filter(|(a, b)| a != b).count());
             }
-            line.rescored = r.rescored;
+            line.rescored = p.rescored;
             // The memory of the process does not include that of a GPU.
             line.peak_mib = if device.is_cpu() { peak_in_subprocess(contender, setup)? } else { None };
         }
@@ -183,7 +183,7 @@ fn sum(buffer: &[f32]) -> f32 {
             sums.iter().sum::<f32>() + rest
         })
     };
-    buffer.par_chunks(SUM_CHUNK).map(chunk_sum).sum()
+    buffer.par_chunks(SUM_CHUNK_LEN).map(chunk_sum).sum()
 }
 
 /// The output of a measuring subprocess.
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn the_sum_includes_all_numbers() {
-        for n in [0, 1, 63, 64, SUM_CHUNK + 65] {
+        for n in [0, 1, 63, 64, SUM_CHUNK_LEN + 65] {
             assert_eq!(sum(&vec![1.0; n]), n as f32);
         }
     }

@@ -8,7 +8,7 @@ use gd_kernels::Score;
 use gd_model::config::{Mechanism, Setting};
 use gd_model::model::swap::{Layers, Swap};
 
-use crate::data_source::ReadingArgs;
+use crate::data_source::DocumentArgs;
 
 /// Replace the attention of a model, and keep its weights or train them further
 #[derive(Debug, clap::Args)]
@@ -64,7 +64,7 @@ pub struct UptrainArgs {
     pub data: Vec<PathBuf>,
     /// How files are split into documents
     #[command(flatten)]
-    pub reading: ReadingArgs,
+    pub documents: DocumentArgs,
     /// Number of optimizer steps (default: 500)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "uptrain")]
     pub steps: Option<u64>,

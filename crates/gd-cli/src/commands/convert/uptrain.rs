@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use gd_model::config::{Recipe, Setting, UPTRAIN};
-use gd_model::config::{training_candidates, uptrain_schedule};
+use gd_model::config::{Recipe, Setting, UPTRAIN, training_candidates, uptrain_schedule};
 use gd_model::data::Corpus;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained::{self, Parts};
@@ -24,7 +23,7 @@ pub(super) fn run(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
     let teacher = pretrained::read(&args.model, &ctx.device)?;
     let (mut recipe, tokenizer) = (recipe(args, &teacher)?, teacher.tokenizer.clone());
     let flags = &args.uptrain;
-    flags.reading.apply(&mut recipe.train.documents);
+    flags.documents.apply(&mut recipe.train.documents);
     let corpus = load_corpus(&flags.data, &recipe, &tokenizer)?;
     let name = args.out.file_name().unwrap_or(args.out.as_os_str()).to_string_lossy().into_owned();
     let about = About { name, data: flags.data.clone(), seed: ctx.seed() };

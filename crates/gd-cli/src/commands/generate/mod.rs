@@ -24,7 +24,7 @@ use self::continuation::Continuation;
 use crate::context::{Context, flag_error, usage};
 
 /// Number of prompts that are decoded as one batch.
-const BATCH: usize = 32;
+const PROMPTS_PER_BATCH: usize = 32;
 
 /// Runs the command.
 ///
@@ -54,7 +54,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         ctx.write(&prompts[0])?;
     }
     let mut first = true;
-    for (batch, ids) in continuations.chunks_mut(BATCH).zip(ids.chunks(BATCH)) {
+    for (batch, ids) in continuations.chunks_mut(PROMPTS_PER_BATCH).zip(ids.chunks(PROMPTS_PER_BATCH)) {
         let timing = generate(&loaded, batch, ids, args.max_tokens, &sampler, &end_tokens, ctx)?;
         for (continuation, ids) in batch.iter_mut().zip(ids) {
             let stopped = continuation.finish()?;
@@ -153,8 +153,8 @@ fn prompts(args: &Args) -> Result<Vec<String>> {
 /// Reads a file of prompts.
 fn read_prompts(path: &Path) -> Result<Vec<String>> {
     let prompts: Vec<String> = if is_jsonl(path) {
-        let reading = DocumentFormat { text_field: "prompt".into(), separator: None };
-        let documents = Documents::open(&[path.to_path_buf()], &reading)?;
+        let format = DocumentFormat { text_field: "prompt".into(), separator: None };
+        let documents = Documents::open(&[path.to_path_buf()], &format)?;
         documents.map(|document| Ok(document?.text)).collect::<gd_model::Result<_>>()?
     } else {
         read_text(path)?.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()

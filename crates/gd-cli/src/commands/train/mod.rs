@@ -11,7 +11,7 @@ use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, RECIPE, Run, Saved};
 
 use crate::context::{Context, usage};
-use crate::data_source::{ReadingArgs, prepared_data};
+use crate::data_source::{DocumentArgs, prepared_data};
 use crate::training::{in_group, load_corpus, load_recipe, load_texts, new_trainer, run_to_end};
 
 /// The configuration of a run without `--config`.
@@ -33,7 +33,7 @@ pub struct Args {
     pub data: Vec<PathBuf>,
     /// How files are split into documents
     #[command(flatten)]
-    pub reading: ReadingArgs,
+    pub documents: DocumentArgs,
     /// Preset of models/, or a TOML or JSON configuration file (default: tiny)
     #[arg(long, value_name = "PRESET|FILE")]
     pub config: Option<String>,
@@ -86,7 +86,7 @@ fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
         return Err(usage("train.uptrain: use `gd convert --uptrain` to start a run that distills a model"));
     }
     recipe.train.save_every = args.save_every.or(recipe.train.save_every);
-    args.reading.apply(&mut recipe.train.documents);
+    args.documents.apply(&mut recipe.train.documents);
     let name = Path::new(config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
     let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
     let (corpus, tokenizer) = load_corpus(&args.data, &mut recipe)?;
@@ -98,7 +98,7 @@ fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
 /// Prints the size of a run without training.
 fn print_estimate(args: &Args, ctx: &Context) -> Result<()> {
     let mut recipe = load_recipe(args.config.as_deref().unwrap_or(DEFAULT_CONFIG), &args.set, args.steps)?;
-    args.reading.apply(&mut recipe.train.documents);
+    args.documents.apply(&mut recipe.train.documents);
     load_corpus(&args.data, &mut recipe)?;
     let estimate = estimate::estimate(&recipe)?;
     if ctx.json {
@@ -153,7 +153,7 @@ fn update_recipe(saved: &mut Saved, folder: &Path, args: &Args) -> Result<()> {
     let train = &mut saved.recipe.train;
     train.steps = args.steps.unwrap_or(train.steps);
     train.save_every = args.save_every.or(train.save_every);
-    args.reading.apply(&mut train.documents);
+    args.documents.apply(&mut train.documents);
     train.precision.get_or_insert(precision);
     Ok(())
 }

@@ -23,7 +23,7 @@ const MAX_PROBLEMS: usize = 20;
 /// The quantities of the log that have a curve, if the log has them.
 const CURVES: [&str; 5] = ["loss", "valid_loss", "lr", "grad_norm", "tokens_per_second"];
 /// Prefix of the names of the selection statistics in the log.
-const HEADS: &str = "heads/";
+const HEADS_PREFIX: &str = "heads/";
 
 /// A section of the report.
 enum Section {
@@ -64,7 +64,7 @@ fn sections(run: &History) -> Vec<Section> {
     sections.push(Section::Heading("Curves"));
     sections.push(Section::Curves(panels(std::slice::from_ref(run), Axis::Step, &curves)));
     let statistics: Vec<String> =
-        logged.iter().filter(|name| name.starts_with(HEADS) || *name == "churn").cloned().collect();
+        logged.iter().filter(|name| name.starts_with(HEADS_PREFIX) || *name == "churn").cloned().collect();
     if !statistics.is_empty() {
         sections.push(Section::Heading("Selection"));
         sections.push(Section::Table(
@@ -88,7 +88,7 @@ fn statistics_table(run: &History, names: &[String]) -> Vec<Vec<String>> {
         let (min, max) = values.iter().fold((f64::MAX, f64::MIN), |(l, g), x| (l.min(*x), g.max(*x)));
         let cells = [values.first().copied(), Some(min), Some(max), values.last().copied()];
         let cell = |x: Option<f64>| x.map_or(String::new(), |x| format!("{x:.4}"));
-        [name.trim_start_matches(HEADS).to_owned()].into_iter().chain(cells.map(cell)).collect()
+        [name.trim_start_matches(HEADS_PREFIX).to_owned()].into_iter().chain(cells.map(cell)).collect()
     };
     names.iter().map(row).collect()
 }

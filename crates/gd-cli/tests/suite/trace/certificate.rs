@@ -39,19 +39,24 @@ fn every_flipped_bit_is_detected() -> Result<()> {
         for bit in 0..8 {
             let mut changed = bytes.clone();
             changed[at] ^= 1 << bit;
-            ensure!(verified(&changed).is_err(), "bit {bit} of byte {at} is not found");
+            ensure!(verified(&changed).is_err(), "bit {bit} of byte {at} is not detected");
             flips += 1;
             // A corrected hash of the file does not hide the change: the other hashes cover the content of the records.
             if at >= bytes.len() - 32 {
                 continue;
             }
-            if let Ok(found) = verified(&sealed_again(changed)) {
-                ensure!(format!("{:?}", found.records) == whole, "bit {bit} of byte {at} changed a record");
+            if let Ok(accepted) = verified(&sealed_again(changed)) {
+                ensure!(
+                    format!("{:?}", accepted.records) == whole,
+                    "bit {bit} of byte {at} changed a record"
+                );
                 alike += 1;
             }
         }
     }
-    println!("{flips} flipped bits found; {alike} change how the file is packed and no record");
+    println!(
+        "{flips} flipped bits detected; {alike} of them change the compression of the file, but no record"
+    );
     ensure!(alike * 100 < flips, "{alike} of {flips}");
     log_cases("trace-flips", flips);
     Ok(())
@@ -83,11 +88,11 @@ fn deleted_swapped_duplicated_truncated_or_spliced_records_are_detected() -> Res
     let (bytes, header, records) = small()?;
     let trace = Trace::from_bytes(Path::new("trace"), &bytes)?;
     let all: Vec<&[u8]> = trace.records().collect::<gd_model::Result<_>>()?;
-    verified(&forged(&bytes, &all)?).context("the forger's file of the same records")?;
+    verified(&forged(&bytes, &all)?).context("a forged file with the same records")?;
     let n = all.len();
     ensure!(n == records.len() && n > 10);
     let refused = |records: &[&[u8]], what: String| -> Result<()> {
-        ensure!(verified(&forged(&bytes, records)?).is_err(), "{what} is not found");
+        ensure!(verified(&forged(&bytes, records)?).is_err(), "{what} is not detected");
         Ok(())
     };
     let mut tried = 0;
@@ -97,7 +102,7 @@ fn deleted_swapped_duplicated_truncated_or_spliced_records_are_detected() -> Res
         refused(&changed, format!("record {i} deleted"))?;
         let mut changed = all.clone();
         changed.insert(i, all[i]);
-        refused(&changed, format!("record {i} doubled"))?;
+        refused(&changed, format!("record {i} duplicated"))?;
         refused(&all[..i], format!("cut to {i} records"))?;
         for j in 0..i {
             let mut changed = all.clone();
@@ -118,24 +123,24 @@ fn deleted_swapped_duplicated_truncated_or_spliced_records_are_detected() -> Res
         refused(&spliced, format!("spliced at {i}"))?;
         tried += 1;
     }
-    println!("{tried} forgeries found");
+    println!("{tried} forgeries detected");
     log_cases("trace-forgeries", tried);
     // A trace that is written again has another head, and no signature of the key.
     let shorter = written(&header, &records[..n - 1], None)?;
     let forged = Trace::from_bytes(Path::new("shorter"), &shorter)?;
-    trace::verify(&forged, None, None).context("a whole trace of fewer records")?;
-    let kept = trace.stated.head;
-    let error = |kept, signer| -> Result<String> {
-        Ok(trace::verify(&forged, kept, signer).err().context("accepted")?.to_string())
+    trace::verify(&forged, None, None).context("a valid trace with one record less")?;
+    let head = trace.stated.head;
+    let error = |head, signer| -> Result<String> {
+        Ok(trace::verify(&forged, head, signer).err().context("accepted")?.to_string())
     };
-    let e = error(Some(kept), None)?;
-    ensure!(e.contains("not the kept") && e.contains(&trace::hex(&kept)), "{e}");
+    let e = error(Some(head), None)?;
+    ensure!(e.contains("not the kept") && e.contains(&trace::hex(&head)), "{e}");
     let signer = key(1).verifying_key().to_bytes();
     ensure!(error(None, Some(signer))?.contains("not signed"));
     let mine = Trace::from_bytes(Path::new("mine"), &written(&header, &records[..n - 1], Some(&key(2)))?)?;
     let e = trace::verify(&mine, None, Some(signer)).err().context("accepted")?.to_string();
     ensure!(e.contains("signed by") && e.contains(&trace::hex(&signer)), "{e}");
-    trace::verify(&trace, Some(kept), Some(signer))?;
+    trace::verify(&trace, Some(head), Some(signer))?;
     Ok(())
 }
 
@@ -174,7 +179,7 @@ fn a_selection_without_the_least_energy_is_detected() -> Result<()> {
         let mut records = recorded.records.clone();
         change(&mut records[i].rows[at]);
         let error = verified(&written(header, &records, None)?).err();
-        let e = error.with_context(|| format!("{word}: not found"))?.to_string();
+        let e = error.with_context(|| format!("{word}: not detected"))?.to_string();
         ensure!(e.contains(word), "{word}: {e}");
         ensure!(word == "shares" || e.contains(&format!("position {i}")), "{e}");
     }

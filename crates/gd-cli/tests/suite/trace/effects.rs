@@ -53,7 +53,10 @@ fn interventions_change_the_selections() -> Result<()> {
         }
         ensure!(same(&changed.records, 2, 1, at - 1), "{name}");
         let changed = record(&value, PROMPT, 0, &["ablate 2.1@all"])?;
-        ensure!((0..=last).all(|at| row(&changed.records, 2, 1, at).selected == -1), "{name}: not silenced");
+        ensure!(
+            (0..=last).all(|at| row(&changed.records, 2, 1, at).selected == -1),
+            "{name}: does not abstain"
+        );
     }
     Ok(())
 }
@@ -145,13 +148,13 @@ fn the_program_records_shows_and_verifies() -> Result<()> {
     let head = made["head"].as_str().context("head")?.to_owned();
     let page = fs::read_to_string(dir.join("t.html"))?;
     ensure!(page.contains(&head) && page.contains("</html>"), "no page");
-    let found = json(dir, &format!("verify t.trace --model m --kept {head} --signer {PUBLIC} --json"))?;
-    ensure!(found["head"] == made["head"] && found["signer"] == PUBLIC, "{found}");
-    ensure!(found["records"] == 48 && found["selections"] == 48 * 12, "{found}");
-    let replay = &found["replay"];
+    let verified = json(dir, &format!("verify t.trace --model m --kept {head} --signer {PUBLIC} --json"))?;
+    ensure!(verified["head"] == made["head"] && verified["signer"] == PUBLIC, "{verified}");
+    ensure!(verified["records"] == 48 && verified["selections"] == 48 * 12, "{verified}");
+    let replay = &verified["replay"];
     ensure!(replay["exact"] == true && replay["contradictions"] == 0 && replay["ambiguous"] == 0, "{replay}");
-    let told = String::from_utf8(gd(dir, "verify t.trace --model m")?.stdout)?;
-    ensure!(told.contains("576 of 576 selections agree") && told.contains(PUBLIC), "{told}");
+    let text = String::from_utf8(gd(dir, "verify t.trace --model m")?.stdout)?;
+    ensure!(text.contains("576 of 576 selections agree") && text.contains(PUBLIC), "{text}");
     json(dir, "trace --from t.trace --from t.trace --html both.html --json")?;
     ensure!(fs::metadata(dir.join("both.html"))?.len() > page.len() as u64);
 
@@ -163,8 +166,8 @@ fn the_program_records_shows_and_verifies() -> Result<()> {
     ensure!(error(dir, "verify none.trace", 1)?.contains("no such trace"));
     saved(&models()[0].1, 6, &dir.join("n"))?;
     ensure!(error(dir, "verify t.trace --model n", 1)?.contains("weights differ"));
-    let told = String::from_utf8(gd(dir, "trace m --file text.txt --ablate 1.0 --ban 2.3@20:0")?.stdout)?;
-    ensure!(told.contains("reads nothing instead of") && told.contains("next token: KL"), "{told}");
+    let text = String::from_utf8(gd(dir, "trace m --file text.txt --ablate 1.0 --ban 2.3@20:0")?.stdout)?;
+    ensure!(text.contains("reads nothing instead of") && text.contains("next token: KL"), "{text}");
     Ok(())
 }
 

@@ -68,7 +68,7 @@ fn model(gd: &Value, seed: u64) -> Result<Loaded> {
     Ok(Loaded::new(model, params, Tokenizer::bytes()?))
 }
 
-/// Records a text.
+/// A recorded text.
 struct Recorded {
     loaded: Loaded,
     header: Header,
@@ -87,14 +87,14 @@ fn record(gd: &Value, prompt: &str, max_tokens: usize, interventions: &[&str]) -
     let interventions: Vec<_> = interventions.into_iter().map(|i| i.placed(prompt.len())).collect();
     let draws = (max_tokens > 0).then_some((SAMPLING, 7));
     let header = Header::new(&loaded, "model", &prompt, draws, &interventions, &CPU)?;
-    let onward = match draws {
+    let continuation = match draws {
         Some((sampling, seed)) => {
             Some(Continuation { max_tokens, sampler: Sampler::new(sampling, seed)?, ends: Vec::new() })
         }
         None => None,
     };
     let mut records = Vec::new();
-    let new = trace::record(&loaded, &header, &prompt, onward, &CPU, |record| {
+    let new = trace::record(&loaded, &header, &prompt, continuation, &CPU, |record| {
         records.push(record);
         Ok(())
     })?;
@@ -162,8 +162,8 @@ fn a_record_contains_the_selections_of_the_model() -> Result<()> {
                     later += row.later.iter().filter(|&&key| key >= 0).count();
                     lifted += row.slots.iter().filter(|slot| slot.lifted.is_some()).count();
                     rejected += row.slots.iter().filter(|slot| slot.rejected).count();
-                    let room = layer.memory == (row.memory > 0.0) || row.selected < 0;
-                    ensure!(room, "{name}: a share of {} of the running averages", row.memory);
+                    let consistent = layer.memory == (row.memory > 0.0) || row.selected < 0;
+                    ensure!(consistent, "{name}: a share of {} of the running averages", row.memory);
                     ensure!(
                         (row.share + row.memory > 0.999) == (layer.rounds == 1 || row.later == [-1])
                             || row.share + row.memory == 0.0,
@@ -174,13 +174,13 @@ fn a_record_contains_the_selections_of_the_model() -> Result<()> {
             place += layer.heads;
         }
         let bytes = written(&header, &records, None)?;
-        let found = verified(&bytes).with_context(|| name)?;
-        ensure!(format!("{:?}", found.records) == format!("{records:?}"), "{name}: changed by the file");
+        let verified = verified(&bytes).with_context(|| name)?;
+        ensure!(format!("{:?}", verified.records) == format!("{records:?}"), "{name}: changed by the file");
     }
     for (name, count) in
         [("abstained", abstained), ("lifted", lifted), ("later rounds", later), ("rejected", rejected)]
     {
-        ensure!(count > 20, "{name}: {count} cases only");
+        ensure!(count > 20, "{name}: only {count} cases");
     }
     Ok(())
 }

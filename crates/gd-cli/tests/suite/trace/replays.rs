@@ -33,8 +33,9 @@ fn a_replay_agrees_to_the_bit_and_within_the_tolerance() -> Result<()> {
     Ok(())
 }
 
-/// Changes all energies by a relative `size`, and updates the values that depend on them.
-fn shaken(recorded: &Recorded, size: f32) -> Vec<Record> {
+/// Changes every energy by a pseudo-random relative amount of at most `size`, and updates the values that depend on
+/// it.
+fn perturbed(recorded: &Recorded, size: f32) -> Vec<Record> {
     let mut records = recorded.records.clone();
     let mut seed = 1u32;
     for row in records.iter_mut().flat_map(|record| &mut record.rows) {
@@ -54,27 +55,27 @@ fn shaken(recorded: &Recorded, size: f32) -> Vec<Record> {
 fn different_near_ties_are_ambiguous_and_other_differences_contradict() -> Result<()> {
     let mut recorded = record(&models()[0].1, PROMPT, 12, &[])?;
     let (size, tolerance) = (0.02, 0.05);
-    let shaken = shaken(&recorded, size);
-    verified(&written(&recorded.header, &shaken, None)?)?;
+    let changed = perturbed(&recorded, size);
+    verified(&written(&recorded.header, &changed, None)?)?;
     let moved = |a: &[Record], b: &[Record]| {
         let rows =
             |r: &[Record]| r.iter().flat_map(|r| r.rows.iter().map(|row| row.selected)).collect::<Vec<_>>();
         rows(a).iter().zip(rows(b)).filter(|(a, b)| **a != *b).count() as u64
     };
-    let moved = moved(&recorded.records, &shaken);
-    ensure!(moved > 5, "{moved} picks moved");
+    let moved = moved(&recorded.records, &changed);
+    ensure!(moved > 5, "only {moved} selections differ");
     // On the same backend every difference is a contradiction.
-    let outcome = replay(&recorded, &shaken, tolerance)?;
+    let outcome = replay(&recorded, &changed, tolerance)?;
     ensure!(outcome.exact && outcome.contradictions > 100, "{outcome:?}");
     elsewhere(&mut recorded);
-    let outcome = replay(&recorded, &shaken, tolerance)?;
+    let outcome = replay(&recorded, &changed, tolerance)?;
     ensure!(outcome.ambiguous >= 5 && outcome.ambiguous < outcome.selections / 4, "{outcome:?}");
     // The value of another key changes the energies of the layers above, which contradict the record.
     // In the first layer only the energies were changed.
     let first = outcome.findings.iter().filter(|f| !f.starts_with("ambiguous") && f.contains("layer 0,"));
     ensure!(first.count() == 0, "{outcome:?}");
     // Changes above the tolerance are contradictions in the first layer.
-    let outcome = replay(&recorded, &shaken, 1e-4)?;
+    let outcome = replay(&recorded, &changed, 1e-4)?;
     ensure!(outcome.contradictions > 400, "{outcome:?}");
     ensure!(outcome.findings.iter().any(|f| f.contains("layer 0,")), "{outcome:?}");
     Ok(())

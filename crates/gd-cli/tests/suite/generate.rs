@@ -258,7 +258,7 @@ fn the_program_continues_many_prompts_and_answers_chats() -> Result<()> {
     );
 
     let loaded = pretrained::load(&dir.join("model"), &CPU)?;
-    ensure!(loaded.ends()? == [300, ids[at]], "{}", loaded.generation);
+    ensure!(loaded.end_tokens()? == [300, ids[at]], "{}", loaded.generation);
     Ok(())
 }
 
@@ -273,7 +273,7 @@ fn invalid_prompts_and_models_are_errors() -> Result<()> {
     fs::write(dir.join("empty.txt"), "\n")?;
     fs::write(dir.join("bad.jsonl"), "{\"prompt\": \"a\"}\n{\"text\": \"b\"}\n")?;
     let cases: [(&[&str], i32, &str); 9] = [
-        (&["ends", "--prompt", "a"], 1, "ends: eos_token_id -1 is no token's number"),
+        (&["ends", "--prompt", "a"], 1, "ends: eos_token_id -1 is not a token id"),
         (&["model", "--prompt", "a", "--prompt", ""], 2, "--prompt is empty"),
         (&["model", "--prompt", "a", "--system", "b"], 2, "--chat"),
         (&["model", "--prompt", "a", "--chat"], 2, "--chat: model has no chat template"),

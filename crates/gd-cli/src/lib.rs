@@ -13,4 +13,5 @@ pub mod data_source;
 pub mod history;
 pub mod progress;
 pub mod render;
+pub mod subprocess;
 pub mod training;

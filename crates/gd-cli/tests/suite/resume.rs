@@ -1,4 +1,5 @@
-//! Runs that are stopped, killed, damaged and resumed. Their results are bit-identical to those of an uninterrupted run.
+//! Runs that are stopped, killed, damaged and resumed. Their results are bit-identical to those of an uninterrupted
+//! run.
 
 use std::fs;
 use std::io::{BufRead, BufReader};

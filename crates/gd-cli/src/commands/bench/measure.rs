@@ -1,14 +1,12 @@
-//! Measurements of the contenders of one shape and pass. Every round runs all of them, so that other load on the machine
-//! affects all of them equally.
+//! Measurements of the contenders of one shape and pass. Every round runs all of them, so that other load on the
+//! machine affects all of them equally.
 
 use std::hint::black_box;
-use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::fused::vectorize;
-use gd_model::config::device;
 use gd_model::train::memory::Peak;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -16,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::contenders::{Contender, Inputs, Output, Runner};
 use super::report::Line;
 use super::shape::{Pass, Shape, median};
+use crate::subprocess::json_of_process;
 
 /// A contender that is faster than this runs several times per round.
 const ROUND_SECONDS: f64 = 0.02;
@@ -204,21 +203,11 @@ pub(super) fn peak(setup: &Setup, contender: &Contender) -> Result<PeakReport> {
 
 /// As [`peak`] in a separate process, because memory that an earlier run has allocated would hide the peak.
 fn peak_in_subprocess(contender: &Contender, setup: &Setup) -> Result<Option<f64>> {
-    let program = std::env::current_exe().context("the path of the program cannot be determined")?;
-    let output = Command::new(program)
-        .args(["bench", "attention", "--peak", "--only", contender.name])
-        .args(["--shapes", &setup.shape.to_string(), "--pass", &setup.pass.to_string()])
-        .args(["--device", &device::name(setup.device), "--seed", &setup.seed.to_string()])
-        .args(["--dtype", setup.dtype.as_str()])
-        .output()
-        .context("the program cannot be started")?;
-    if !output.status.success() {
-        let reason = String::from_utf8_lossy(&output.stderr);
-        let reason = reason.trim().trim_start_matches("error: ");
-        bail!("{} {} {}: {}: {reason}", contender.name, setup.pass, setup.shape, output.status);
-    }
-    let report: PeakReport =
-        serde_json::from_slice(&output.stdout).context("the output of the measuring process")?;
+    let (shape, pass) = (setup.shape.to_string(), setup.pass.to_string());
+    let args = ["bench", "attention", "--peak", "--only", contender.name, "--shapes", &shape];
+    let args = [&args[..], &["--pass", &pass, "--dtype", setup.dtype.as_str()]].concat();
+    let report: PeakReport = json_of_process(&args, setup.device, setup.seed)
+        .with_context(|| format!("{} {pass} {shape}", contender.name))?;
     Ok(report.mib)
 }
 

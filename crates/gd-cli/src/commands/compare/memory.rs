@@ -1,11 +1,9 @@
 //! `gd compare --memory`: the peak memory of one training step. Each step runs in a separate process because the peak
 //! of a process never decreases.
 
-use std::process::Command;
-
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use gd_model::analysis::variants::Variant;
-use gd_model::config::{Recipe, device};
+use gd_model::config::Recipe;
 use gd_model::data::{Corpus, Tokens};
 use gd_model::train::Trainer;
 use gd_model::train::memory::Peak;
@@ -13,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
 use crate::render::table::{TERMINAL, plain_table};
+use crate::subprocess::json_of_process;
 
 /// One measurement.
 #[derive(Debug, Serialize, Deserialize)]
@@ -62,19 +61,10 @@ pub(super) fn run(config: &str, variants: &[Variant], contexts: &[u32], ctx: &Co
 
 /// One measurement in a separate process.
 fn in_subprocess(config: &str, variant: &Variant, context: u32, ctx: &Context) -> Result<Vec<Cell>> {
-    let program = std::env::current_exe().context("the path of the program cannot be determined")?;
-    let context = context.to_string();
-    let output = Command::new(program)
-        .args(["compare", "--json", "--mechanisms", variant.name, "--memory", &context, "--config", config])
-        .args(["--device", &device::name(&ctx.device), "--seed", &ctx.seed().to_string()])
-        .output()
-        .context("the program cannot be started again")?;
-    if !output.status.success() {
-        let reason = String::from_utf8_lossy(&output.stderr);
-        let reason = reason.trim().trim_start_matches("error: ");
-        bail!("{} at {context} tokens: {}: {reason}", variant.name, output.status);
-    }
-    let report: Report = serde_json::from_slice(&output.stdout).context("the measuring process")?;
+    let tokens = context.to_string();
+    let args = ["compare", "--json", "--mechanisms", variant.name, "--memory", &tokens, "--config", config];
+    let report: Report = json_of_process(&args, &ctx.device, ctx.seed())
+        .with_context(|| format!("{} at {context} tokens", variant.name))?;
     Ok(report.memory)
 }
 

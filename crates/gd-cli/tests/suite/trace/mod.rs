@@ -1,5 +1,5 @@
-//! Traces: the records contain the selections of the model, every change of a file is detected, and a replay agrees only
-//! with the recorded model and text.
+//! Traces: the records contain the selections of the model, every change of a file is detected, and a replay agrees
+//! only with the recorded model and text.
 
 mod certificate;
 mod effects;

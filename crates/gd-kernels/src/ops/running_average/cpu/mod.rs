@@ -1,4 +1,5 @@
-//! The CPU body of [`running_average`](super::running_average): the scalars of the recurrence, then the value rows.
+//! The CPU implementation of [`running_average`](super::running_average): the scalars of the recurrence, then the value
+//! rows.
 
 mod blocks;
 mod weights;

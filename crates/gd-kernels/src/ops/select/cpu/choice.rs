@@ -1,4 +1,4 @@
-//! The choice itself: one value row, or nothing, from the energies of the candidates.
+//! The choice of one value row, or of none, from the energies of the candidates.
 
 use std::sync::Arc;
 
@@ -16,8 +16,8 @@ pub(super) struct Choice {
     pub(super) keys: Arc<Keys>,
 }
 
-/// What every row chose, `[B, Hq, N]` each.
-pub(super) struct Picks<A> {
+/// The choice of every row, `[B, Hq, N]` each.
+pub(super) struct Choices<A> {
     /// The winning slot of the row; -1 where it abstains.
     pub(super) slot: Vec<i32>,
     /// Its key; -1 where the row abstains.
@@ -26,18 +26,18 @@ pub(super) struct Picks<A> {
     pub(super) nearest: Vec<i32>,
     /// The energy of the winner; +inf where the row abstains.
     pub(super) energy: Vec<A>,
-    /// The energy of the runner-up less that of the winner.
+    /// Energy of the runner-up that the threshold admits minus that of the winner; +inf without one.
     pub(super) margin: Vec<A>,
-    /// The energy gate; 0 where the row abstains.
+    /// The energy gate, 1 without one; 0 where the row abstains.
     pub(super) gate: Vec<A>,
 }
 
 impl Choice {
-    /// What the rows choose at these energies. An abstaining row has index -1, energy +inf, gate 0.
-    pub(super) fn picks<A: Real>(&self, energy: &[A], tau: &[A]) -> Picks<A> {
+    /// The choices at these energies.
+    pub(super) fn choices<A: Real>(&self, energy: &[A], tau: &[A]) -> Choices<A> {
         let (rule, sizes) = (RowRule::<A>::of(&self.rule), &self.keys.sizes);
         let n = sizes.rows();
-        let mut out = Picks {
+        let mut out = Choices {
             slot: Vec::with_capacity(n),
             index: Vec::with_capacity(n),
             nearest: Vec::with_capacity(n),
@@ -95,7 +95,7 @@ impl Choice {
         let (rule, sizes) = (RowRule::<T::Acc>::of(&self.rule), &self.keys.sizes);
         let (slots, zero) = (sizes.slots, T::Acc::of(0.0));
         let mut de = vec![zero; sizes.rows() * slots];
-        // Of each row K value weights and the threshold's gradient.
+        // For each row K value weights and the gradient of the threshold.
         let mut rest = vec![zero; sizes.rows() * (slots + 1)];
         for_rows2(
             (&mut de, slots),

@@ -1,4 +1,4 @@
-//! One row of Select: threshold, winner, gate, and every estimator's gradient.
+//! One row of a selection: threshold, winner, gate, and the gradient of every estimator.
 //!
 //! A row has K slots (energy, key or -1) and a null slot whose energy is the threshold. `p` is the
 //! softmax of `-eps / T` over the slots in use and the null slot.
@@ -39,14 +39,14 @@ impl<A: Real> RowRule<A> {
     }
 }
 
-/// What a row chose.
+/// The choice of a row.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RowChoice<A> {
     /// The slot of least energy, admitted or not; none if the row has no candidate.
     pub(super) nearest: Option<usize>,
     /// The winning slot; none if the row abstains.
     pub(super) winner: Option<usize>,
-    /// Energy of the next admitted candidate less that of the winner; +inf if there is none.
+    /// Energy of the next admitted candidate minus that of the winner; +inf if there is none.
     pub(super) margin: A,
     /// Consistency gate of the nearest candidate, admitted or not; 1 without an energy gate.
     pub(super) rho: A,
@@ -56,9 +56,9 @@ pub(super) struct RowChoice<A> {
 pub(super) fn choose<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A) -> RowChoice<A> {
     let mut nearest: Option<usize> = None;
     for (slot, (&e, &j)) in energy.iter().zip(key).enumerate().filter(|(_, (_, j))| **j >= 0) {
-        let wins = nearest.is_none_or(|b| {
-            let earlier = (j < key[b]) == (rule.tie == TieBreak::First);
-            e < energy[b] || (e == energy[b] && earlier)
+        let wins = nearest.is_none_or(|other| {
+            let earlier = (j < key[other]) == (rule.tie == TieBreak::First);
+            e < energy[other] || (e == energy[other] && earlier)
         });
         if wins {
             nearest = Some(slot);
@@ -74,19 +74,20 @@ pub(super) fn choose<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau:
     }
     let rivals = energy.iter().zip(key).enumerate().filter(|(slot, (_, j))| *slot != nearest && **j >= 0);
     let margin = rivals.map(|(_, (&x, _))| x).filter(|&x| x <= tau).fold(A::infinity(), |m, x| {
-        let lead = x - e;
-        if lead < m { lead } else { m }
+        let difference = x - e;
+        if difference < m { difference } else { m }
     });
     RowChoice { nearest: Some(nearest), winner: Some(nearest), margin, rho }
 }
 
-pub(super) fn sigmoid<A: Real>(x: A) -> A {
+/// The logistic function.
+fn sigmoid<A: Real>(x: A) -> A {
     // exp never overflows to a NaN here: exp(+big) = inf gives 0.
     (A::one() + (-x).exp()).recip()
 }
 
-/// Softmax of `-eps / T` over used slots into `p`, returning the null slot's share.
-fn soft<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A]) -> A {
+/// Writes the softmax of `-eps / T` over the used slots into `p`; returns the share of the null slot.
+fn softmax<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A]) -> A {
     let used = |(e, j): (&A, &i32)| if *j < 0 { A::infinity() } else { *e };
     let least = energy.iter().zip(key).map(used).fold(tau, |least, e| if e < least { e } else { least });
     if !least.is_finite() {
@@ -114,7 +115,7 @@ pub(super) fn weights<A: Real>(
     w: &mut [A],
 ) {
     if rule.hardness < A::one() {
-        soft(rule, energy, key, tau, w);
+        softmax(rule, energy, key, tau, w);
         let share = A::one() - rule.hardness;
         w.iter_mut().for_each(|w| *w *= share);
     } else {
@@ -137,8 +138,8 @@ impl<A: Real> Scratch<A> {
     }
 }
 
-/// The backward pass of a row: `a[j] = <dy, v_j>` in, the energies' gradient `de` and the weights
-/// `dv` with which `dy` enters the value rows out; returns the threshold's gradient.
+/// The backward pass of a row. From `a[j] = <dy, v_j>` it computes the gradient `de` of the energies and the weights
+/// `dv` by which `dy` is added to the gradients of the value rows; returns the gradient of the threshold.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn backward<A: Real>(
     rule: &RowRule<A>,
@@ -155,7 +156,7 @@ pub(super) fn backward<A: Real>(
     dv.fill(A::zero());
     let mut dtau = A::zero();
     let (hard, soft_share) = (rule.hardness, A::one() - rule.hardness);
-    let null = soft(rule, energy, key, tau, &mut s.p);
+    let null = softmax(rule, energy, key, tau, &mut s.p);
     if soft_share > A::zero() {
         dtau += jacobian(rule, &s.p, null, a, soft_share, de);
         dv.iter_mut().zip(&s.p).for_each(|(d, &p)| *d = soft_share * p);
@@ -182,11 +183,10 @@ pub(super) fn backward<A: Real>(
             let half = A::of(0.5);
             dtau += jacobian(rule, &s.p, null, a, -half * scale, de);
             s.mixed.iter_mut().zip(&s.p).for_each(|(m, &p)| *m = half * p);
-            let hit = |chosen: bool| if chosen { half } else { A::zero() };
             if let Some(j) = c.winner {
                 s.mixed[j] += half;
             }
-            let null = half * null + hit(c.winner.is_none());
+            let null = half * null + if c.winner.is_none() { half } else { A::zero() };
             dtau += jacobian(rule, &s.mixed, null, a, A::of(2.0) * scale, de);
             floor(s);
         }

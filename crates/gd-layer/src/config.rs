@@ -301,9 +301,9 @@ impl Default for GdConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BeaconConfig {
-    /// Width of the causal convolution before the projections; 1 leaves it out.
+    /// Width of the causal convolution before the projections; 1 for none.
     pub conv_width: usize,
-    /// Gated running averages per head; 0 leaves the memory out.
+    /// Gated running averages per head; 0 for no memory.
     pub averages: usize,
     /// Whether keys have a learned prior.
     pub prior: bool,

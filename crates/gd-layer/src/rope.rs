@@ -67,7 +67,7 @@ impl RopeScaling {
 /// use gd_layer::{RopeScaling, Rotary};
 ///
 /// let rotary = Rotary::new(8, 32, 10_000.0, RopeScaling::None, DType::F32, &Device::Cpu)?;
-/// // Batch, heads, positions, head_dim; the first row stands at position 5.
+/// // Batch, heads, positions, head_dim; the first row is position 5.
 /// let q = Tensor::ones((1, 2, 3, 8), DType::F32, &Device::Cpu)?;
 /// assert_eq!(rotary.apply(&q, 5)?.dims(), [1, 2, 3, 8]);
 /// # Ok::<(), candle_core::Error>(())

@@ -128,7 +128,7 @@ pub fn backward(problem: &Problem, candidates: &Candidates, params: &Params, dy:
                 out.prior[problem.prior_at(b, h, key)] -= gradient.energy[j];
                 let d_key = &mut out.k[problem.k_at(b, h, key)];
                 let beta = problem.beta[h];
-                // The coherence gate always measures the distance, whatever scores the keys.
+                // The coherence gate depends on the distance for either score.
                 let (d_distance, d_dot) = match problem.score {
                     Score::Energy => (d_t + gradient.energy[j], 0.0),
                     Score::Dot => (d_t, gradient.energy[j]),

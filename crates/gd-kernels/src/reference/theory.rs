@@ -58,7 +58,7 @@ impl<'a> Pair<'a> {
     }
 }
 
-/// Where on the passage the coherence point lies, as a fraction of the way from query to key.
+/// The position of the coherence point on the passage, as a fraction of the way from query to key.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Coherence {
     /// The fraction `u*`.
@@ -82,8 +82,8 @@ pub fn coherence(t: f64, alpha: f64, mode: CoherenceMode) -> Coherence {
     }
     let defect = |u| coherence_defect(u, t, alpha);
     let u = match mode {
-        // Halving [0, 1] starts at 1/2: at alpha = 1/2 it ends there, otherwise it goes on toward
-        // the heavier well.
+        // Bisection of [0, 1] starts at 1/2: at alpha = 1/2 it ends there, otherwise it continues toward the heavier
+        // well.
         CoherenceMode::Passage => bisect(0.0, 1.0, defect),
         // On [0, 1/2] the defect is concave, below 0 at 0 and not below 0 at 1/2: it leaves the
         // negative side once, at the query's well. The saddle at 1/2 is not tried.
@@ -104,7 +104,7 @@ fn bisect(mut lo: f64, mut hi: f64, f: impl Fn(f64) -> f64) -> f64 {
     }
 }
 
-/// Halves `[lo, hi]` until it cannot be halved, towards the point where the sign turns from minus.
+/// Halves `[lo, hi]` until it cannot be halved, towards the point where the function changes its sign from minus.
 fn bisect_up(mut lo: f64, mut hi: f64, f: impl Fn(f64) -> f64) -> f64 {
     loop {
         let mid = 0.5 * (lo + hi);

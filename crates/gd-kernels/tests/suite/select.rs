@@ -474,14 +474,14 @@ fn the_outputs_of_the_rounds_add_up_to_y() {
     for row in 0..2 * 4 * 3 {
         for d in 0..3 {
             for (r, round) in chosen.later.iter().enumerate() {
-                let scanned = values(&round.y)[row * 3 + d];
-                assert!((scanned - read(r + 1, row, d)).abs() < 1e-12, "round {r} of row {row}: {scanned}");
+                let added = values(&round.y)[row * 3 + d];
+                assert!((added - read(r + 1, row, d)).abs() < 1e-12, "round {r} of row {row}: {added}");
             }
             let sum: f64 = (0..3).map(|r| read(r, row, d)).sum();
             assert!((y[row * 3 + d] - sum).abs() < 1e-12, "row {row}: {} against {sum}", y[row * 3 + d]);
         }
         let keys: Vec<i32> = rounds.iter().map(|round| round[row]).collect();
-        assert!(keys.windows(2).all(|k| k[0] >= 0 || k[1] < 0), "{keys:?}: a row goes on after it abstained");
+        assert!(keys.windows(2).all(|k| k[0] >= 0 || k[1] < 0), "{keys:?}: a row selects after it abstained");
         assert!(keys.iter().all(|k| *k < 0 || keys.iter().filter(|x| *x == k).count() == 1), "{keys:?}");
         read_later += keys[1..].iter().filter(|k| **k >= 0).count();
         ended += keys.iter().filter(|k| **k < 0).count();
@@ -490,8 +490,8 @@ fn the_outputs_of_the_rounds_add_up_to_y() {
     // With the barrier, the winner has the least of the compared energies.
     let lifting = Select { barrier: Some(BARRIER), ..Select::new(&t[3]) };
     let chosen = select(&t[0], &t[1], &t[2], &scanned, &lifting).unwrap();
-    let (compared, scanned) = (values(&chosen.compared), values(&scanned.energy));
-    assert_ne!(compared, scanned);
+    let compared = values(&chosen.compared);
+    assert_ne!(compared, values(&scanned.energy));
     for (energies, energy) in compared.chunks(5).zip(values(&chosen.energy)) {
         assert_eq!(energies.iter().copied().fold(f64::INFINITY, f64::min), energy);
     }

@@ -231,7 +231,7 @@ fn a_blend_is_softmax_attention_over_the_candidates() -> Result<()> {
             let y = f.layer.attend(&x, &Pass::new(&Mask::causal(0)), None)?;
             let difference = |other: &Tensor| (&y - other)?.abs()?.max_all()?.to_scalar::<f64>();
             let off = difference(&top_k_softmax(&f, &cfg, &x, candidates)?)?;
-            assert!(off < 1e-12, "{score:?}, the top_k {candidates} in {window:?}: off by {off}");
+            assert!(off < 1e-12, "{score:?}, top {candidates} in {window:?}: off by {off}");
             if candidates == 16 {
                 let softmax = fixture(&cfg, false, DType::F64, 3)?;
                 for (name, var) in &softmax.vars {

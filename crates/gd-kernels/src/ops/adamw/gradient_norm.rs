@@ -47,7 +47,7 @@ impl GradientSquares {
     /// threads. Waits for the device.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn norm(&self) -> Result<f64> {
         match &self.0 {
             Squares::Cpu(sums) => Ok(sums.iter().sum::<f64>().sqrt()),
@@ -62,7 +62,7 @@ impl GradientSquares {
     /// The position in the list of the first gradient that is not finite. Waits for the device.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn first_not_finite(&self) -> Result<Option<usize>> {
         match &self.0 {
             Squares::Cpu(sums) => Ok(sums.iter().position(|sum| !sum.is_finite())),
@@ -142,7 +142,7 @@ impl PendingVerdict {
     /// Waits for the verdict; on CUDA, launches after it are not waited for.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn read(self) -> Result<Verdict> {
         match (self.reading)()?[..] {
             [loss, norm, factor] => Ok(Verdict { loss, norm, factor }),

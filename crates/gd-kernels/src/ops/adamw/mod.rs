@@ -1,7 +1,7 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the norm of gradients by which it is clipped.
 //!
 //! [`State`] holds the moments of one parameter, and the f32 master weight of an f16 or bf16 parameter;
-//! [`State::update`] moves the parameter in place. [`GradientSquares`] sums up the squares of all gradients. On a GPU
+//! [`State::update`] updates the parameter in place. [`GradientSquares`] sums up the squares of all gradients. On a GPU
 //! its [`verdict`](GradientSquares::verdict) is the scale of an update, or that it is skipped. It is computed and read
 //! there, without a copy to the host: [`Scale::of_verdict`].
 
@@ -65,7 +65,7 @@ impl Scale {
     /// A factor that is given on the host, for parameters on `device`.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn new(factor: f64, device: &Device) -> Result<Self> {
         Ok(Self(match on_cpu(device) {
             true => ScaleOf::Host(factor),
@@ -80,7 +80,7 @@ impl Scale {
     /// The factor of a verdict in GPU memory, a [`PendingVerdict::tensor`], by which the update may also be skipped.
     ///
     /// `previous` is the verdict on the update of the parameter before this one, where the host has not read it yet. If
-    /// that update was skipped, the number of this one is one less than [`Step::number`] says.
+    /// that update was skipped, the number of this one is one less than [`Step::number`].
     pub fn of_verdict(verdict: &Tensor, previous: Option<&Tensor>) -> Self {
         Self(ScaleOf::Verdict { verdict: verdict.clone(), previous: previous.cloned() })
     }
@@ -88,7 +88,7 @@ impl Scale {
 
 /// The moments of one parameter, and its master weight.
 ///
-/// Moments are f32 (f64 for an f64 parameter) whatever the dtype of the parameter. An f16 or bf16 parameter is the
+/// Moments are f32 (f64 for an f64 parameter). An f16 or bf16 parameter is the
 /// rounding of an f32 master weight, so that updates below its resolution add up.
 #[derive(Debug)]
 pub struct State(StateOf);
@@ -119,7 +119,7 @@ impl State {
     /// Moments of zero for a parameter in f32, f16 or bf16, or f64 on the CPU.
     ///
     /// # Errors
-    /// Another dtype, and what the device reports.
+    /// Another dtype, and errors of the device.
     pub fn new(parameter: &Var) -> Result<Self> {
         if on_cpu(parameter.device()) {
             return Ok(Self(StateOf::Cpu(cpu::State::new(parameter)?)));
@@ -139,7 +139,7 @@ impl State {
     /// A copy of the state as tensors on the CPU.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn save(&self, parameter: &Var) -> Result<SavedState> {
         match &self.0 {
             StateOf::Cpu(state) => Ok(state.save(parameter.shape())?),
@@ -154,7 +154,7 @@ impl State {
     /// The state of `parameter` that [`State::save`] gave.
     ///
     /// # Errors
-    /// Tensors of another shape or dtype, and what the device reports.
+    /// Tensors of another shape or dtype, and errors of the device.
     pub fn restore(parameter: &Var, saved: &SavedState) -> Result<Self> {
         let (device, wide) = (parameter.device(), acc_dtype(parameter.dtype()));
         for t in [Some(&saved.m), Some(&saved.v), saved.master.as_ref()].into_iter().flatten() {

@@ -1,5 +1,5 @@
 //! The CPU implementation of the losses: a forward pass that stores the logsumexp of every row, and a backward pass
-//! that writes the gradient of the logits in one go. Sums run in f32 (f64 for f64).
+//! that writes the gradient of the logits directly. Sums run in f32 (f64 for f64).
 
 use candle_core::{DType, Shape, Tensor, WithDType};
 

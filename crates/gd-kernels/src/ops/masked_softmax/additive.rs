@@ -30,7 +30,7 @@ pub(super) fn additive(
     };
     let keys = Tensor::arange(0u32, m as u32, like.device())?.reshape((1, 1, 1, m))?;
     let (start, end) = (column(|r| r.start as u32)?, column(|r| r.end as u32)?);
-    // 1 where a key lies before the visible range or behind it.
+    // 1 for keys before or after the visible range.
     let outside = (keys.broadcast_lt(&start)? + keys.broadcast_ge(&end)?)?.to_dtype(DType::F32)?;
     let bias = (outside * f64::from(hidden))?.to_dtype(like.dtype())?;
     let sees_a_key = || start.lt(&end)?.to_dtype(like.dtype());
@@ -40,14 +40,14 @@ pub(super) fn additive(
 impl Mask {
     /// Converts an additive mask to an interval mask.
     ///
-    /// * `mask`: `[N, M]`, or with leading dimensions of which all entries are alike: 0 where the key is visible, minus
+    /// * `mask`: `[N, M]`, or with leading dimensions of which all entries are equal: 0 where the key is visible, minus
     ///   infinity (or any value of -10000 or less) elsewhere.
     /// * `offset`: the key position of query 0.
     ///
     /// Causal masks, sliding windows and full visibility are recognised. The values are read on the host.
     ///
     /// # Errors
-    /// A mask of another form, or one that holds a bias between 0 and -10000.
+    /// [`Error::Invalid`] for a mask of another form, or a value between -10000 and 0.
     ///
     /// # Examples
     /// ```

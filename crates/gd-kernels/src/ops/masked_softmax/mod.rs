@@ -1,4 +1,4 @@
-//! Softmax over the keys that a mask leaves to each query.
+//! Softmax over the visible keys of each query.
 
 mod additive;
 mod cpu;

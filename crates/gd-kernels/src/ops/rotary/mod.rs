@@ -23,8 +23,8 @@ use crate::error::{Error, Result};
 /// angles; `cos` and `sin` are constants.
 ///
 /// # Errors
-/// [`Error::Invalid`] if the shapes do not fit, positions lie beyond the angles, or the angles have another dtype than
-/// the one named above; [`Error::Unsupported`] for another dtype, or a device without kernels in this build.
+/// [`Error::Invalid`] if the shapes do not fit, positions exceed those of the angles, or the angles have another dtype
+/// than named above; [`Error::Unsupported`] for another dtype, or a device without kernels in this build.
 ///
 /// # Examples
 /// ```

@@ -74,7 +74,7 @@ impl Sizes {
 ///
 /// * `decay`, `write`: logits `[B, H, N]`; `v`: `[B, Hk, N, D]`, all of one dtype (f64, f32, f16 or bf16 on the CPU;
 ///   f32, f16 or bf16 on a GPU). H is a multiple of Hk; average h reads value head `h / (H / Hk)`.
-/// * `state`: what an earlier call returned, to continue its sequence; none at the start.
+/// * `state`: the state that the call for the preceding part of the sequence returned; none at the start.
 ///
 /// Returns m `[B, H, N, D]` and the state after the last row. decay, write and v get gradients; `state` and the
 /// returned state are constants. A decay of minus infinity discards everything before (a sequence boundary); a write

@@ -44,8 +44,8 @@ pub struct Selected {
     /// Coherence point u* on the passage from query to key; 0 (the query) where the head abstained.
     /// Present when alpha is given.
     pub coherence: Option<Tensor>,
-    /// The energies that were compared, of every candidate `[B, Hq, N, K]`: those of the scan, or those behind the
-    /// barrier. [`scan_select`](crate::scan_select) has that of the winner alone, K = 1.
+    /// The energies that the selection compared, for every candidate `[B, Hq, N, K]`: those of the scan, or those after
+    /// the barrier. [`scan_select`](crate::scan_select) has that of the winner alone, K = 1.
     pub compared: Tensor,
     /// The selections of the further rounds of refinement.
     pub later: Vec<Round>,

@@ -43,8 +43,8 @@ pub struct Select<'a> {
     pub temperature: f64,
     /// Preserve floor f in [0, 1]: the share of the estimator's softmax that is spread evenly over the candidates.
     pub preserve_floor: f64,
-    /// Value floor lambda in [0, 1]: the share of the values' gradient that goes by the softmax instead of to the
-    /// winner.
+    /// Value floor lambda in [0, 1]: the share of the values' gradient that is weighted by the softmax instead of given
+    /// to the winner.
     pub value_floor: f64,
     /// Share h in [0, 1] of the hard forward pass: `y = (1 - h) blend + h hard`.
     pub hardness: f64,
@@ -177,7 +177,7 @@ impl<'a> Select<'a> {
     }
 }
 
-/// The options of a selection that do not lie in tensors.
+/// The options of a selection that are not tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(
     not(feature = "gpu"),
@@ -207,7 +207,7 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// The options of `select` that do not lie in tensors.
+    /// The options of `select` that are not tensors.
     pub(crate) fn of(select: &Select) -> Self {
         Self {
             score: select.score,

@@ -29,7 +29,7 @@ pub(super) trait Steps {
     /// the flat prior. `scanned` holds them if the scan of the same q and k has computed them.
     fn energy(&self, qk_aux: [&Tensor; 3], keys: &Self::Keys, scanned: Option<&Tensor>) -> Result<Tensor>;
 
-    /// The energies behind the barrier, given u8 flags `[B, Hq, N, K]` of the protected candidates.
+    /// The energies after the barrier, given u8 flags `[B, Hq, N, K]` of the protected candidates.
     fn barrier(&self, energy: &Tensor, keys: &Self::Keys, protected: &Tensor) -> Result<Tensor>;
 
     /// The output `[B, Hq, N, Dv]` of the choice at these energies and thresholds `[Hq]`, with this share of the hard

@@ -57,7 +57,7 @@ impl PartialSums {
 /// `sums`.
 ///
 /// # Errors
-/// Another dtype, and what the GPU refuses.
+/// Another dtype, and errors of the GPU.
 pub fn squares<G: Gpu>(
     gpu: &G,
     layout: &PartialSums,
@@ -77,7 +77,7 @@ pub fn squares<G: Gpu>(
 /// Writes a [`Verdict`](crate::adamw::Verdict) from the squares and the sum of `losses` (f32, `count` of them).
 ///
 /// # Errors
-/// A weight or a norm to clip to that is not above 0, and what the GPU refuses.
+/// A weight or a norm to clip to that is not above 0, and errors of the GPU.
 pub fn verdict<G: Gpu>(
     gpu: &G,
     (layout, sums): (&PartialSums, Slice<'_, G::Buffer>),
@@ -138,11 +138,12 @@ pub struct Operands<'a, B> {
     pub master: Option<Slice<'a, B>>,
 }
 
-/// Updates a parameter in place, in one launch, as the verdict says. `previous` is the verdict on the update
-/// before this one where the host has not read it yet: if that was skipped, the number of this one is one less.
+/// Updates a parameter in place, in one launch, by the factor of `verdict`, or skips the update. `previous` is the
+/// verdict on the update before this one where the host has not read it yet: if that was skipped, the number of this
+/// one is one less.
 ///
 /// # Errors
-/// Another dtype, a 16-bit parameter without its master, 2^31 elements or more, and what the GPU refuses.
+/// Another dtype, a 16-bit parameter without its master, 2^31 elements or more, and errors of the GPU.
 pub fn update<G: Gpu>(
     gpu: &G,
     step: &Step,

@@ -134,7 +134,7 @@ impl ConvPlan {
 /// Computes y `[B, N, C]` from x, weight and the rows before the start, which are zeros where `past` is none.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &ConvPlan,

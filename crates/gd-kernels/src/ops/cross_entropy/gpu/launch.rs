@@ -43,7 +43,7 @@ impl CrossEntropyPlan {
 /// Computes the losses and logsumexps from logits and targets.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &CrossEntropyPlan,

@@ -1,8 +1,8 @@
 //! Root-mean-square normalisation on a GPU: `y = x r w` with `r = 1 / sqrt(mean(x^2) + eps)`.
 //!
-//! x, y and their gradients `[B, H, N, C]`, weight `[C]`, all of one dtype; outputs and weight are contiguous. One
-//! launch forward; backward one for dx and for what each block of rows adds to dweight, and one that adds those up
-//! in order.
+//! x, y and their gradients `[B, H, N, C]`, weight `[C]`, all of one dtype; outputs and weight are contiguous. The
+//! forward pass is one launch; the backward pass is one for dx and the partial sums of dweight of each block of rows,
+//! and one that adds these up in order.
 
 use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::{NORM_MAX_BLOCK_ROWS, RmsNormParams};
@@ -70,7 +70,7 @@ impl NormPlan {
 /// Computes y from x and weight.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &NormPlan,

@@ -52,7 +52,7 @@ impl RotaryPlan {
 /// Rotates `x` into `y` by the angles of its positions, or with `inverse` by their negatives, which turns dy into dx.
 ///
 /// # Errors
-/// Positions beyond the angles, tensors of 2^31 elements or more, and what the GPU refuses.
+/// Positions beyond the angles, tensors of 2^31 elements or more, and errors of the GPU.
 pub fn rotate<G: Gpu>(
     gpu: &G,
     plan: &RotaryPlan,

@@ -158,7 +158,7 @@ pub(super) fn backward<T: Element>(
     (dv, dtake)
 }
 
-/// For every block, the part of the gradient of its last mean that comes from the blocks after it.
+/// For every block, the gradient of its last mean by the blocks after it.
 fn carried_gradients<T: Element>(sizes: Sizes, dm: &Rows<T>, weights: &[Weight<T::Acc>]) -> Vec<T::Acc> {
     let Sizes { rows: n, dim: d, .. } = sizes;
     let blocks = n.div_ceil(BLOCK_STEPS);

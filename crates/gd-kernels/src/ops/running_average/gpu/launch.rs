@@ -142,10 +142,10 @@ impl AveragePlan {
     }
 }
 
-/// The averages m `[B, H, N, D]` and the state after the last row; returns what [`backward`] needs.
+/// Computes the averages m `[B, H, N, D]` and the state after the last row; returns the step weights for [`backward`].
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &AveragePlan,
@@ -177,7 +177,7 @@ pub fn forward<G: Gpu>(
     Ok(Weights { steps })
 }
 
-/// Gradients of decay, write `[B, H, N]` and v `[B, Hk, N, D]` from dm; m is what the forward pass wrote.
+/// Computes the gradients of decay, write `[B, H, N]` and v `[B, Hk, N, D]` from dm; `m` is the result of [`forward`].
 ///
 /// # Errors
 /// As [`forward`].

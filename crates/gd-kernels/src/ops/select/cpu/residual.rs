@@ -61,7 +61,7 @@ impl Residual {
         dr: View<'_, T>,
     ) -> (Vec<T>, Vec<T>) {
         let (sizes, d, zero) = (&self.keys.sizes, q.dims[3], T::Acc::of(0.0));
-        // Writes the part of dk that comes from one query, and returns dc / |delta|^2:
+        // Writes the contribution of one query to dk, and returns dc / |delta|^2:
         // dq = dr + dc delta / |delta|^2 - dk, and dk is the sum over the queries that selected the key.
         let delta_gradient = |q: &[T], k: &[T], dr: &[T], out: &mut [T::Acc]| -> T::Acc {
             let (length, along) = products(q, k);

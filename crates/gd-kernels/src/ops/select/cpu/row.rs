@@ -20,7 +20,7 @@ pub(super) struct RowRule<A> {
     value_floor: A,
     /// Share h of the hard forward pass; 1 - h is the soft mixture over the candidates.
     hardness: A,
-    /// Temperature of the energy gate; `None` leaves the value as it is.
+    /// Temperature of the energy gate; none without that gate.
     gate_temperature: Option<A>,
 }
 

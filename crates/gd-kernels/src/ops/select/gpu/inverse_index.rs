@@ -25,7 +25,7 @@ impl<B> InverseIndex<B> {
     /// Inverts index i32 `[B, Hq, N, K]`, -1 where unused.
     ///
     /// # Errors
-    /// 2^31 slots or keys or more, and what the GPU refuses.
+    /// 2^31 slots or keys or more, and errors of the GPU.
     pub fn new<G: Gpu<Buffer = B>>(gpu: &G, sizes: &Sizes, index: Slice<'_, B>) -> Result<Self> {
         let count = elements("index", sizes.rows() as u128 * sizes.slots as u128)?;
         let segments = elements("keys", (sizes.batch * sizes.kv_heads) as u128 * sizes.keys as u128)?;

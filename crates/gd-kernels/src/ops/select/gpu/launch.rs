@@ -226,7 +226,7 @@ pub struct Candidates<'a, B> {
 /// Computes the choice of every row: its record, and its output y `[B, Hq, N, Dv]`.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn choose<G: Gpu>(
     gpu: &G,
     plan: &SelectPlan,
@@ -294,7 +294,7 @@ pub fn sum_rows<G: Gpu>(
     )
 }
 
-/// The tensors that energies come from.
+/// The inputs of energies.
 #[derive(Debug)]
 pub struct Pairs<'a, B> {
     /// `[B, Hq, N, D]`.

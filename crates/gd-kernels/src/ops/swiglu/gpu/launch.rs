@@ -54,7 +54,7 @@ impl SwigluPlan {
 /// Computes y from gate and up.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &SwigluPlan,

@@ -136,7 +136,8 @@ impl State {
         Ok(Self(StateOf::Gpu { m: zeros()?, v: zeros()?, master }))
     }
 
-    /// Whether [`State::update`] takes a verdict that only the device knows ([`Scale::of_verdict`]): on a GPU.
+    /// Whether [`State::update`] can take the scale of a verdict in GPU memory ([`Scale::of_verdict`]): for a parameter
+    /// on a GPU.
     pub fn takes_verdict(&self) -> bool {
         matches!(self.0, StateOf::Gpu { .. })
     }

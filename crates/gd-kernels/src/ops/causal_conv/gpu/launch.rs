@@ -153,7 +153,6 @@ pub fn forward<G: Gpu>(
 ///
 /// # Errors
 /// As [`forward`].
-#[allow(clippy::too_many_arguments)]
 pub fn backward<G: Gpu>(
     gpu: &G,
     plan: &ConvPlan,
@@ -161,8 +160,7 @@ pub fn backward<G: Gpu>(
     weight: Slice<'_, G::Buffer>,
     past: Option<Slice<'_, G::Buffer>>,
     dy: &Rows<'_, G::Buffer>,
-    dx: Slice<'_, G::Buffer>,
-    dweight: Slice<'_, G::Buffer>,
+    [dx, dweight]: [Slice<'_, G::Buffer>; 2],
 ) -> Result<()> {
     let Sizes { batch, channels, width, .. } = plan.sizes;
     let table = plan.table(gpu)?;

@@ -46,8 +46,8 @@ pub(crate) fn convolve<G: TensorGpu>(
         let (x_rows, dy) = (StridedRows::new(x)?, StridedRows::new(dy)?);
         let weight_values = Vector::new(weight, dtype)?;
         let [dx, dw] = device.gradients([x, weight])?;
-        let (past, out) = (Some(past.slice()), ((&dx).into(), (&dw).into()));
-        backward(&device, &plan, &x_rows.rows(), weight_values.slice(), past, &dy.rows(), out.0, out.1)?;
+        let (past, out) = (Some(past.slice()), [(&dx).into(), (&dw).into()]);
+        backward(&device, &plan, &x_rows.rows(), weight_values.slice(), past, &dy.rows(), out)?;
         device.tensors([x, weight], [dx, dw])
     })?)
 }

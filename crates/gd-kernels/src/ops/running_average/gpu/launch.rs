@@ -181,7 +181,6 @@ pub fn forward<G: Gpu>(
 ///
 /// # Errors
 /// As [`forward`].
-#[allow(clippy::too_many_arguments)]
 pub fn backward<G: Gpu>(
     gpu: &G,
     plan: &AveragePlan,

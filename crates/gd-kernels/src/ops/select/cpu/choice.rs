@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Keys;
 use super::loops::{for_rows, for_rows2, head_sums, key_gradient};
-use super::row::{RowRule, Scratch, backward, choose, weights};
+use super::row::{Row, RowRule, Scratch, backward, choose, weights};
 use crate::backend::cpu::element::{Element, Real, sum2};
 use crate::backend::cpu::view::View;
 use crate::ops::select::Rule;
@@ -47,7 +47,7 @@ impl Choice {
         };
         for (row, energy) in energy.chunks(sizes.slots).enumerate() {
             let key = self.keys.row(row);
-            let c = choose(&rule, energy, key, tau[sizes.coordinates(row)[1]]);
+            let c = choose(&rule, Row { energy, key, threshold: tau[sizes.coordinates(row)[1]] });
             out.slot.push(c.winner.map_or(-1, |slot| slot as i32));
             out.index.push(c.winner.map_or(-1, |j| key[j]));
             out.nearest.push(c.nearest.map_or(-1, |j| key[j]));
@@ -70,8 +70,9 @@ impl Choice {
             #[inline(always)]
             |row, (w, sum), out| {
                 let [b, h, hk, _] = sizes.coordinates(row);
-                let (e, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
-                weights(&rule, &choose(&rule, e, key, tau[h]), e, key, tau[h], w);
+                let (energy, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
+                let candidates = Row { energy, key, threshold: tau[h] };
+                weights(&rule, &choose(&rule, candidates), candidates, w);
                 sum.fill(zero);
                 // A row of weight 0 is not read: a NaN in it must not reach the output.
                 for (&w, &j) in w.iter().zip(key).filter(|(w, _)| **w != zero) {
@@ -104,15 +105,16 @@ impl Choice {
             #[inline(always)]
             |row, (a, scratch), de, rest| {
                 let [b, h, hk, i] = sizes.coordinates(row);
-                let (e, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
+                let (energy, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
+                let candidates = Row { energy, key, threshold: tau[h] };
                 let dy = dy.row(b, h, i);
                 for (a, &j) in a.iter_mut().zip(key) {
                     *a =
                         if j < 0 { zero } else { sum2(dy, v.row(b, hk, j as usize), |d, v| d.up() * v.up()) };
                 }
-                let c = choose(&rule, e, key, tau[h]);
+                let c = choose(&rule, candidates);
                 let (dv, dtau) = rest.split_at_mut(slots);
-                dtau[0] = backward(&rule, &c, e, key, tau[h], a, scratch, de, dv);
+                dtau[0] = backward(&rule, &c, candidates, a, scratch, de, dv);
             },
         );
         let dtau: Vec<T::Acc> = rest.iter().skip(slots).step_by(slots + 1).copied().collect();

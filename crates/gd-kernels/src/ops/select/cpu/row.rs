@@ -39,6 +39,17 @@ impl<A: Real> RowRule<A> {
     }
 }
 
+/// The candidates of a row: energies and keys of its slots, and the threshold.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Row<'a, A> {
+    /// Energies `[K]`.
+    pub(super) energy: &'a [A],
+    /// Keys `[K]`, -1 where a slot is unused.
+    pub(super) key: &'a [i32],
+    /// The threshold tau, the energy of the null slot.
+    pub(super) threshold: A,
+}
+
 /// The choice of a row.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RowChoice<A> {
@@ -53,7 +64,8 @@ pub(super) struct RowChoice<A> {
 }
 
 /// Finds the winner among slots with a key, ties by the rule.
-pub(super) fn choose<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A) -> RowChoice<A> {
+pub(super) fn choose<A: Real>(rule: &RowRule<A>, row: Row<'_, A>) -> RowChoice<A> {
+    let Row { energy, key, threshold: tau } = row;
     let mut nearest: Option<usize> = None;
     for (slot, (&e, &j)) in energy.iter().zip(key).enumerate().filter(|(_, (_, j))| **j >= 0) {
         let wins = nearest.is_none_or(|other| {
@@ -87,7 +99,8 @@ fn sigmoid<A: Real>(x: A) -> A {
 }
 
 /// Writes the softmax of `-eps / T` over the used slots into `p`; returns the share of the null slot.
-fn softmax<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A]) -> A {
+fn softmax<A: Real>(rule: &RowRule<A>, row: Row<'_, A>, p: &mut [A]) -> A {
+    let Row { energy, key, threshold: tau } = row;
     let used = |(e, j): (&A, &i32)| if *j < 0 { A::infinity() } else { *e };
     let least = energy.iter().zip(key).map(used).fold(tau, |least, e| if e < least { e } else { least });
     if !least.is_finite() {
@@ -106,16 +119,9 @@ fn softmax<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A, p: &mu
 }
 
 /// Weights of the value rows in the forward pass.
-pub(super) fn weights<A: Real>(
-    rule: &RowRule<A>,
-    c: &RowChoice<A>,
-    energy: &[A],
-    key: &[i32],
-    tau: A,
-    w: &mut [A],
-) {
+pub(super) fn weights<A: Real>(rule: &RowRule<A>, c: &RowChoice<A>, row: Row<'_, A>, w: &mut [A]) {
     if rule.hardness < A::one() {
-        softmax(rule, energy, key, tau, w);
+        softmax(rule, row, w);
         let share = A::one() - rule.hardness;
         w.iter_mut().for_each(|w| *w *= share);
     } else {
@@ -140,23 +146,21 @@ impl<A: Real> Scratch<A> {
 
 /// The backward pass of a row. From `a[j] = <dy, v_j>` it computes the gradient `de` of the energies and the weights
 /// `dv` by which `dy` is added to the gradients of the value rows; returns the gradient of the threshold.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn backward<A: Real>(
     rule: &RowRule<A>,
     c: &RowChoice<A>,
-    energy: &[A],
-    key: &[i32],
-    tau: A,
+    row: Row<'_, A>,
     a: &[A],
     s: &mut Scratch<A>,
     de: &mut [A],
     dv: &mut [A],
 ) -> A {
+    let Row { key, .. } = row;
     de.fill(A::zero());
     dv.fill(A::zero());
     let mut dtau = A::zero();
     let (hard, soft_share) = (rule.hardness, A::one() - rule.hardness);
-    let null = softmax(rule, energy, key, tau, &mut s.p);
+    let null = softmax(rule, row, &mut s.p);
     if soft_share > A::zero() {
         dtau += jacobian(rule, &s.p, null, a, soft_share, de);
         dv.iter_mut().zip(&s.p).for_each(|(d, &p)| *d = soft_share * p);

@@ -248,7 +248,6 @@ pub fn choose<G: Gpu>(
 ///
 /// # Errors
 /// As [`choose`].
-#[allow(clippy::too_many_arguments)]
 pub fn choose_backward<G: Gpu>(
     gpu: &G,
     plan: &SelectPlan,
@@ -256,9 +255,7 @@ pub fn choose_backward<G: Gpu>(
     v: &Tensor4<'_, G::Buffer>,
     dy: &Tensor4<'_, G::Buffer>,
     inverse: &InverseIndex<G::Buffer>,
-    denergy: Slice<'_, G::Buffer>,
-    dv: Slice<'_, G::Buffer>,
-    dthreshold: Slice<'_, G::Buffer>,
+    [denergy, dv, dthreshold]: [Slice<'_, G::Buffer>; 3],
 ) -> Result<()> {
     let plan = plan.v(v)?.gradient(dy, plan.sizes.y_dims())?;
     let rows = plan.sizes.rows();
@@ -457,7 +454,6 @@ pub fn density<G: Gpu>(
 ///
 /// # Errors
 /// As [`choose`].
-#[allow(clippy::too_many_arguments)]
 pub fn density_backward<G: Gpu>(
     gpu: &G,
     plan: &SelectPlan,
@@ -465,8 +461,7 @@ pub fn density_backward<G: Gpu>(
     alpha: Slice<'_, G::Buffer>,
     gradient: Slice<'_, G::Buffer>,
     inverse: &InverseIndex<G::Buffer>,
-    out: &PairGradients<'_, G::Buffer>,
-    dalpha: Slice<'_, G::Buffer>,
+    (out, dalpha): (&PairGradients<'_, G::Buffer>, Slice<'_, G::Buffer>),
 ) -> Result<()> {
     let plan = x.plan(plan)?;
     let rows = plan.sizes.rows() * 4;

@@ -185,9 +185,7 @@ impl<G: TensorGpu> Steps for GpuSteps<G> {
                 &x.v.tensor4(),
                 &dy.tensor4(),
                 keys.inverse(&*device)?,
-                (&de).into(),
-                (&dv).into(),
-                (&dtau).into(),
+                [(&de).into(), (&dv).into(), (&dtau).into()],
             )?;
             device.tensors([energy, v, tau], [de, dv, dtau])
         })?;
@@ -226,8 +224,7 @@ impl<G: TensorGpu> Steps for GpuSteps<G> {
                 x.at(heads),
                 grad.slice(),
                 keys.inverse(&*device)?,
-                &out,
-                dalpha,
+                (&out, dalpha),
             )?;
             device.tensors([q, k, aux], [dq, dk, daux])
         })?)

@@ -43,11 +43,15 @@ const MIN_CAPACITY: usize = 256;
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct LayerCache {
+    /// Keys `[B, Hk, M, D]`.
     keys: Option<AppendBuffer>,
+    /// Values `[B, Hk, M, D]`.
     values: Option<AppendBuffer>,
+    /// Learned prior `[B, Hk, M]`.
     prior: Option<AppendBuffer>,
     /// None before the first pass of a selecting layer, and in a softmax layer.
     derived: Option<DerivedCache>,
+    /// Precision of decoding; none for the default of the device.
     precision: Option<Precision>,
     /// Last inputs of the causal convolution `[B, W-1, C]`.
     pub(crate) conv: Option<Tensor>,

@@ -25,6 +25,7 @@ pub(crate) struct DerivedOptions<'a> {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct DerivedCache {
     keys: Option<KeyCache>,
+    /// The prior of the layer `[B, Hq, M]`.
     prior: Option<AppendBuffer>,
 }
 

@@ -9,7 +9,7 @@
 //! fixed length in parallel, with a sequential carry between the blocks, so that results have the same bits for any
 //! number of threads.
 
-pub(crate) mod cpu;
+mod cpu;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 

@@ -10,11 +10,11 @@
 
 use num_traits::One;
 
+use super::weights::Weight;
 use crate::backend::cpu::element::{Element, Real, sum3};
 use crate::backend::cpu::parallel::{for_chunks, for_chunks2, vectorize};
 use crate::backend::cpu::view::Rows;
 use crate::ops::running_average::Sizes;
-use crate::ops::running_average::cpu::weights::Weight;
 
 /// Steps in a block.
 const BLOCK_STEPS: usize = 64;

@@ -42,6 +42,6 @@ pub(crate) fn positive<A: Real>(name: &str, values: &[A]) -> Result<()> {
 pub(crate) fn elements(name: &str, count: u128) -> Result<u32> {
     match u32::try_from(count) {
         Ok(n) if n < 1 << 31 => Ok(n),
-        _ => Err(Error::Unsupported(format!("{name} spans {count} elements; fewer than 2^31 are"))),
+        _ => Err(Error::Unsupported(format!("{name} spans {count} elements; fewer than 2^31 are supported"))),
     }
 }

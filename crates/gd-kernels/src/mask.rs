@@ -57,7 +57,7 @@ impl Mask {
 
     /// Sets an offset for every batch entry: query `i` of entry `b` stands at key position
     /// `i + offsets[b]` (one entry may serve all).
-    pub fn each(mut self, offsets: Vec<i64>) -> Self {
+    pub fn with_offsets(mut self, offsets: Vec<i64>) -> Self {
         self.offsets = Some(Arc::new(offsets));
         self
     }

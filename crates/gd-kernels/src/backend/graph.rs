@@ -30,6 +30,7 @@ pub(crate) struct Finished {
 
 impl Finished {
     /// Contiguous elements of `shape` in `storage`, from its start.
+    #[cfg(feature = "gpu")]
     pub(crate) fn new(storage: Storage, shape: Shape) -> Self {
         Self { storage, shape }
     }

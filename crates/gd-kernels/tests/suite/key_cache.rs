@@ -56,7 +56,7 @@ fn compare(q: &Tensor, keys: &Keys, kept: &Int8Keys, score: Score, name: &str) -
     let (batch, hq, n, _) = q.dims4()?;
     let beta = Tensor::full(0.4f32, hq, &Device::Cpu)?;
     let offsets = keys.lengths.iter().map(|length| *length as i64 - n as i64).collect();
-    let mask = Mask::causal(0).each(offsets);
+    let mask = Mask::causal(0).with_offsets(offsets);
     for (candidates, tie) in [(1, TieBreak::First), (4, TieBreak::Last)] {
         let native = Scan { score, tie, ..Scan::new(&beta, &mask, candidates) };
         let certified = Scan { precision: Precision::Certified, cached: Some(kept.into()), ..native.clone() };

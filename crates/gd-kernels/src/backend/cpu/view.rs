@@ -101,7 +101,6 @@ impl<'a, T: Element> Rows<'a, T> {
     }
 
     /// Elements in a row.
-    #[allow(clippy::len_without_is_empty)]
     pub(crate) fn len(&self) -> usize {
         self.len
     }

@@ -26,7 +26,6 @@ pub use self::kernel::{Kernel, KernelOp};
 use self::kernel::{KernelTarget, Variant};
 use self::params::{FeatureBit, MaskParams, MaskTableCode};
 pub use self::tensor_map::TensorMap;
-pub(crate) use crate::backend::check::elements;
 use crate::error::{Error, Result};
 
 /// The properties of a device on which plans depend.
@@ -301,6 +300,14 @@ impl RowSizes {
         }
         elements("x", count)?;
         Ok(variant)
+    }
+}
+
+/// Refuses a tensor of 2^31 elements or more: kernels address elements by 31 bits.
+pub(crate) fn elements(name: &str, count: u128) -> Result<u32> {
+    match u32::try_from(count) {
+        Ok(n) if n < 1 << 31 => Ok(n),
+        _ => Err(Error::Unsupported(format!("{name} spans {count} elements; fewer than 2^31 are supported"))),
     }
 }
 

@@ -12,7 +12,7 @@ template <> struct Element<bf16> {
     static INLINE float of(bf16 x) { return to_float(x); }
 };
 
-// Rows of a tensor of which a tile takes some; null beyond the last.
+// The key rows of a tensor; row(r) is null beyond the last.
 template <class T> struct KeyRows {
     const device T *first;
     u32 stride, rows;

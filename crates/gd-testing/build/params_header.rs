@@ -1,5 +1,5 @@
-//! Reads `kernels/shared/params.h` and writes what is generated from it: the Rust side of the params, and a C++ table of
-//! the offsets that the layout test compares.
+//! Reads `kernels/shared/params.h` and writes what is generated from it: the Rust side of the params, and a C++ table
+//! of the offsets that the layout test compares.
 //!
 //! The reader covers the few forms that the header uses and refuses everything else with the line, so that a
 //! declaration can never be missing on one side.

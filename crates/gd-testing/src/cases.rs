@@ -3,8 +3,8 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 
-/// Reports that `count` cases of the suite `name` have passed: on stdout, and as a line `name count` appended to the file
-/// that `GD_CASE_LOG` names, from which `.ci/run` takes its totals. Call it after the last assertion.
+/// Reports that `count` cases of the suite `name` have passed: on stdout, and as a line `name count` appended to the
+/// file that `GD_CASE_LOG` names, from which `.ci/run` takes its totals. Call it after the last assertion.
 ///
 /// # Panics
 /// When that file cannot be written, since a missing count would hide a suite that did not run.

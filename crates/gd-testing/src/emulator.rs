@@ -1,7 +1,7 @@
 //! An emulated GPU: the CUDA and Metal kernels compiled as host C++, one fiber per GPU thread, one block at a time.
 //!
-//! Schedules are random and seeded, uninitialised memory is NaN, and an access outside of every buffer ends the launch with
-//! an error. See `kernels/emulate`.
+//! Schedules are random and seeded, uninitialised memory is NaN, and an access outside of every buffer ends the launch
+//! with an error. See `kernels/emulate`.
 #![allow(unsafe_code)] // calls into C++
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};

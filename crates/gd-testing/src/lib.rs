@@ -1,5 +1,5 @@
-//! Shared by the tests of all crates: counts of the cases that ran, generated problems with error bounds, a runner for suites
-//! of problems, and an emulated GPU that executes the real CUDA and Metal kernels on the host.
+//! Shared by the tests of all crates: counts of the cases that ran, generated problems with error bounds, a runner for
+//! suites of problems, and an emulated GPU that executes the real CUDA and Metal kernels on the host.
 //!
 //! The folder `suites` beside the sources holds the operator tests that every GPU backend runs: the program
 //! `tests/emulated` of this crate includes them for the emulator, and `tests/device` of gd-kernels for a real GPU.

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 /// The outcome of a check; the error describes the first difference.
 pub type Verdict = Result<(), String>;
 
-/// Returns from the enclosing function with the formatted error unless the condition is true. Write comparisons so that they
-/// are false with NaN.
+/// Returns from the enclosing function with the formatted error unless the condition is true. Write comparisons so that
+/// they are false with NaN.
 #[macro_export]
 macro_rules! ensure {
     ($condition:expr, $($text:tt)*) => {

@@ -76,7 +76,8 @@ pub fn check_gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor
     }
 }
 
-/// Fails unless result and gradients in every dtype are within its bound of those in f64, for inputs rounded to the dtype.
+/// Fails unless result and gradients in every dtype are within its bound of those in f64, for inputs rounded to the
+/// dtype.
 pub fn check_dtypes(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     for (dtype, bound) in DTYPES {
         let low: Vec<Tensor> = inputs.iter().map(|t| t.to_dtype(dtype).unwrap()).collect();

@@ -1,5 +1,5 @@
-//! Causal convolution and gated running average, forward and backward, against naive f64 versions: in chunks, packed, with
-//! states, with strided tensors.
+//! Causal convolution and gated running average, forward and backward, against naive f64 versions: in chunks, packed,
+//! with states, with strided tensors.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};

@@ -1,5 +1,5 @@
-//! Decoding with 8-bit keys, with cached key biases, and over a paged cache has the same bits as native decoding without a
-//! cache on the same device.
+//! Decoding with 8-bit keys, with cached key biases, and over a paged cache has the same bits as native decoding
+//! without a cache on the same device.
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
@@ -111,8 +111,8 @@ fn decode_cached(target: &Target, dtype: DType, score: Score, [queries, d]: [usi
     Ok(())
 }
 
-/// The cache of the first `lengths[b]` keys of every sequence of k: caches of single sequences, stacked, and then the last
-/// 40 keys of all sequences written at once.
+/// The cache of the first `lengths[b]` keys of every sequence of k: caches of single sequences, stacked, and then the
+/// last 40 keys of all sequences written at once.
 fn stacked(k: &Tensor, lengths: &[usize], score: Score, precision: Precision) -> Result<KeyCache> {
     const LAST: usize = 40;
     let part = |b: usize, first: usize, count: usize| k.narrow(0, b, 1)?.narrow(2, first, count);

@@ -1,5 +1,5 @@
-//! Scans with 8-bit keys against native scans of the same keys: candidates, bits of energies, flags and value rows are the
-//! same. Also against the reference.
+//! Scans with 8-bit keys against native scans of the same keys: candidates, bits of energies, flags and value rows are
+//! the same. Also against the reference.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};
@@ -54,7 +54,8 @@ fn restore(case: &mut Case) {
     (case.q.base, case.k.base) = (q, k);
 }
 
-/// Number of kinds of [`adverse`] problems; the first `FINITE_KINDS` have finite energies, which the reference can check.
+/// Number of kinds of [`adverse`] problems; the first `FINITE_KINDS` have finite energies, which the reference can
+/// check.
 const ADVERSE_KINDS: u64 = 8;
 const FINITE_KINDS: u64 = 5;
 

@@ -1,5 +1,6 @@
-//! Decoding over contiguous and paged caches, at native precision and with 8-bit keys, against the scan of the same keys: key,
-//! bits of the energy and value row are the same. On Metal, which sums in another order, against the reference.
+//! Decoding over contiguous and paged caches, at native precision and with 8-bit keys, against the scan of the same
+//! keys: key, bits of the energy and value row are the same. On Metal, which sums in another order, against the
+//! reference.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::DType;

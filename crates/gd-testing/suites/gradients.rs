@@ -16,8 +16,8 @@ const STEP: f64 = 2e-3;
 /// Greatest error, relative to the norm of the gradient.
 const BOUND: f64 = 1e-2;
 
-/// Compares the derivative along a random direction for each input. `run` returns the result, and the selected keys, which
-/// must not change within a step.
+/// Compares the derivative along a random direction for each input. `run` returns the result, and the selected keys,
+/// which must not change within a step.
 fn check(
     what: &str,
     inputs: &[Tensor],

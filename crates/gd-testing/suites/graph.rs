@@ -1,5 +1,5 @@
-//! Operators in candle's graph on the device: values and gradients against the same calls on the CPU, for every option that
-//! is composed of several operators, and the errors for tensors that no kernel supports.
+//! Operators in candle's graph on the device: values and gradients against the same calls on the CPU, for every option
+//! that is composed of several operators, and the errors for tensors that no kernel supports.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use gd_kernels::cross_entropy::{row_losses, row_losses_and_gradient};
@@ -38,8 +38,8 @@ pub(crate) fn relative_difference(a: &Tensor, b: &Tensor) -> f64 {
     each.fold(0.0, |largest: f64, x| if x <= largest || largest.is_nan() { largest } else { x })
 }
 
-/// Fails unless results and gradients on the device are close to those on the CPU. The first result does not depend on the
-/// input `unused`, which has no gradient.
+/// Fails unless results and gradients on the device are close to those on the CPU. The first result does not depend on
+/// the input `unused`, which has no gradient.
 pub(crate) fn compare(
     what: &str,
     inputs: &[Tensor],
@@ -175,8 +175,8 @@ fn selections_and_gradients_match_the_cpu() {
 
 #[test]
 fn strided_tensors_are_read_correctly() {
-    // q is a transpose, k a part that does not start at a multiple of 16 bytes, and v is strided in its last dimension. The
-    // incoming gradient is a transpose, too.
+    // q is a transpose, k a part that does not start at a multiple of 16 bytes, and v is strided in its last dimension.
+    // The incoming gradient is a transpose, too.
     for (dtype, bound) in [(DType::F32, 2e-4), (DType::BF16, 2e-2)] {
         let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype).unwrap();
         let [b, hq, hk, n, d, dv] = [2, 4, 2, 21, 24, 16];

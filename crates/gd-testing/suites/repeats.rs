@@ -23,7 +23,8 @@ fn bits(t: &Tensor) -> Result<Vec<u64>> {
     }
 }
 
-/// Bits of results and gradients of all operators that sum: 8 candidates of `n` keys, most of them read by many queries.
+/// Bits of results and gradients of all operators that sum: 8 candidates of `n` keys, most of them read by many
+/// queries.
 fn pass(dtype: DType, n: usize, target: &Target) -> Result<Vec<u64>> {
     let device = target.device();
     let var = |seed, shape: &[usize]| Var::from_tensor(&noise(seed, shape, dtype, device)?);

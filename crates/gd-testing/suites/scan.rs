@@ -132,8 +132,8 @@ pub(crate) fn run(gpu: &TestGpu, case: &Case) -> Result<ScanResult, String> {
     })
 }
 
-/// Fails unless every list is sorted, padded and complete, and no key that is not listed has a lower energy, up to the error
-/// bounds.
+/// Fails unless every list is sorted, padded and complete, and no key that is not listed has a lower energy, up to the
+/// error bounds.
 pub(crate) fn check_result(case: &Case, result: &ScanResult) -> Verdict {
     let (p, candidates) = (&case.problem, case.spec.candidates);
     let all = reference_scan(p, p.keys);

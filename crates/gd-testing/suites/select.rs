@@ -1,5 +1,5 @@
-//! The steps of `select`, forward and backward, against the reference: the choice with its barrier and all gradients, then
-//! residual queries and the density by themselves.
+//! The steps of `select`, forward and backward, against the reference: the choice with its barrier and all gradients,
+//! then residual queries and the density by themselves.
 //!
 //! Rows in which rounding may change the choice or its weights are not compared and get no gradient.
 

@@ -13,7 +13,8 @@ pub(crate) struct DeviceTensor {
 }
 
 impl DeviceTensor {
-    /// Uploads the whole storage of `t`, so that its strides stay valid. A strided last dimension is made contiguous first.
+    /// Uploads the whole storage of `t`, so that its strides stay valid. A strided last dimension is made contiguous
+    /// first.
     pub(crate) fn new(gpu: &TestGpu, t: &Tensor) -> Self {
         let t = if t.stride().last().is_none_or(|&s| s == 1) { t.clone() } else { t.contiguous().unwrap() };
         let (storage, layout) = t.storage_and_layout();

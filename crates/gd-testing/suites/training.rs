@@ -1,6 +1,6 @@
 //! The operators of a training step besides attention: normalisation, rotary embedding, gated activation and cross
-//! entropy, forward and backward, and AdamW with clipping by a norm that stays on the device. Against naive f64 versions,
-//! with strides and offsets.
+//! entropy, forward and backward, and AdamW with clipping by a norm that stays on the device. Against naive f64
+//! versions, with strides and offsets.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};
@@ -14,8 +14,8 @@ use gd_testing::ensure;
 use gd_testing::problems::{pick, rng, roundoff, uniform, values};
 use gd_testing::suite::Verdict;
 
-/// Random numbers `[B, H, N, C]` as a part of wider rows of NaN, in memory with heads before rows or rows before heads: the
-/// tensor on the device, and its values in the order of the shape.
+/// Random numbers `[B, H, N, C]` as a part of wider rows of NaN, in memory with heads before rows or rows before heads:
+/// the tensor on the device, and its values in the order of the shape.
 fn view(gpu: &TestGpu, rng: &mut ChaCha8Rng, s: &RowSizes) -> (DeviceTensor, Vec<f64>) {
     view_of(gpu, rng, s, |rng| uniform(rng, s.dim))
 }
@@ -145,8 +145,8 @@ pub(crate) fn check_swiglu(gpu: &TestGpu, seed: u64) -> Verdict {
     Ok(())
 }
 
-/// Checks the cross entropy of a seed: with ignored rows, logits of -inf, and in some problems a target beyond the vocabulary
-/// or a row with a number that is not finite.
+/// Checks the cross entropy of a seed: with ignored rows, logits of -inf, and in some problems a target beyond the
+/// vocabulary or a row with a number that is not finite.
 pub(crate) fn check_cross_entropy(gpu: &TestGpu, seed: u64) -> Verdict {
     const IGNORED: u32 = u32::MAX;
     let mut rng = rng(seed ^ 0x44);
@@ -284,8 +284,8 @@ enum Event {
     Norm,
 }
 
-/// Checks consecutive updates of a seed, some of which are skipped. Each is launched before the result of the one before is
-/// read.
+/// Checks consecutive updates of a seed, some of which are skipped. Each is launched before the result of the one
+/// before is read.
 pub(crate) fn check_adamw(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0x43);
     let (beta1, beta2, eps) = (0.9, pick(&mut rng, &[0.95, 0.999]), 1e-8);

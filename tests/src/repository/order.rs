@@ -15,9 +15,9 @@ pub const ORDERS: &[Order] = &[
             &[
                 "ops/adamw",
                 "ops/causal_conv",
-                "ops/embedding",
                 "ops/linear",
                 "ops/masked_softmax",
+                "ops/newton_schulz",
                 "ops/rms_norm",
                 "ops/rotary",
                 "ops/running_average",
@@ -26,7 +26,7 @@ pub const ORDERS: &[Order] = &[
             &["ops/cross_entropy"],
             &["ops/scan"],
             &["ops/select"],
-            &["ops/decode"],
+            &["ops/decode", "ops/embedding"],
             &["ops/agreement"],
         ],
         isolated: &[("reference", &["error", "options", "mask"])],
@@ -35,10 +35,11 @@ pub const ORDERS: &[Order] = &[
         sources: "crates/gd-layer/src/",
         groups: &[
             &["config"],
-            &["norm", "rope", "linear", "heads", "probe", "stats", "kept"],
+            &["derived", "linear", "norm", "probe", "rope", "stats"],
             &["cache"],
             &["attention"],
             &["beacon"],
+            &["heads"],
             &["gd_attention", "softmax_attention"],
         ],
         isolated: &[],
@@ -47,6 +48,7 @@ pub const ORDERS: &[Order] = &[
         sources: "crates/gd-model/src/",
         groups: &[
             &["error"],
+            &["io/files"],
             &["config"],
             &["io"],
             &["data"],
@@ -62,4 +64,4 @@ pub const ORDERS: &[Order] = &[
 ];
 
 /// Folders whose names must not use a refused word.
-pub const TERMS_ENFORCED: &[&str] = &[];
+pub const TERMS_ENFORCED: &[&str] = &["crates/gd-cli/", "crates/gd-kernels/", "crates/gd-layer/"];

@@ -24,7 +24,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::error::ErrorKind as ClapKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use gd_model::config::device::DeviceChoice;
 use tracing_subscriber::EnvFilter;
 
@@ -77,6 +77,11 @@ enum Command {
     Landscape(landscape::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
+}
+
+/// The definition of all commands and their flags, against which tests check the commands in the documentation.
+pub fn definition() -> clap::Command {
+    Cli::command()
 }
 
 /// Runs the program with the arguments of the process.

@@ -8,6 +8,7 @@ mod bench;
 mod cli;
 mod convert;
 mod data;
+mod documents;
 mod generate;
 mod landscape;
 mod log;

@@ -164,7 +164,7 @@ fn path<'a>(
             at += 1;
             while tokens.get(at).is_some_and(|token| token.text != "}") {
                 let end = path(tokens, at, &names, paths);
-                // What is no path, such as `as name` or a comma.
+                // Skips anything that is no path, such as `as name` or a comma.
                 at = end.max(at + 1);
             }
             return at + 1;
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn upward_imports_are_found_at_their_line() {
+    fn upward_imports_are_reported_at_their_line() {
         for (file, text, line, name) in [
             ("backend/cpu.rs", "//! H.\nuse crate::cache::KeyCache;", 2, "cache::KeyCache"),
             ("ops/linear.rs", "use super::scan::{A,\nB};", 1, "ops::scan::A"),
@@ -285,17 +285,20 @@ mod tests {
             ("ops/scan/mod.rs", "use crate::reference::scan;", 1, "reference::scan"),
             ("mask.rs", "#[cfg(test)]\nmod tests {}\nuse crate::ops::scan::Scan;", 3, "ops::scan::Scan"),
         ] {
-            let found = violations(file, text);
-            assert!(!found.is_empty(), "{file}: {text}");
-            assert_eq!(found[0].0, line, "{file}: {text}: {found:?}");
-            assert!(found[0].1.contains(name) && found[0].1.contains("upward"), "{file}: {found:?}");
+            let violations = violations(file, text);
+            assert!(!violations.is_empty(), "{file}: {text}");
+            assert_eq!(violations[0].0, line, "{file}: {text}: {violations:?}");
+            assert!(
+                violations[0].1.contains(name) && violations[0].1.contains("upward"),
+                "{file}: {violations:?}"
+            );
         }
     }
 
     #[test]
     fn a_module_without_a_place_is_named() {
-        let found = violations("utils.rs", "//! H.\n");
-        assert_eq!(found.len(), 1);
-        assert!(found[0].1.contains("`utils`"), "{found:?}");
+        let violations = violations("utils.rs", "//! H.\n");
+        assert_eq!(violations.len(), 1);
+        assert!(violations[0].1.contains("`utils`"), "{violations:?}");
     }
 }

@@ -37,22 +37,22 @@ pub(crate) const READERS: [&str; 11] = [
 const SLACK_BYTES: usize = 16 << 20;
 
 /// A folder with the files that a reader needs beside its input.
-pub(crate) struct Bench {
+pub(crate) struct ReaderFolder {
     folder: tempfile::TempDir,
     corpus: PathBuf,
 }
 
-impl Bench {
+impl ReaderFolder {
     /// Creates the folder; `corpus` has a folder of files for each reader.
     pub(crate) fn new(corpus: &Path) -> std::io::Result<Self> {
         let folder = tempfile::tempdir()?;
-        let bench = Self { folder, corpus: corpus.into() };
-        fs::write(bench.at("a.safetensors"), bench.seed("safetensors/two"))?;
-        fs::write(bench.at(TOKENIZER), bench.seed("tokenizer/bytes.json"))?;
+        let created = Self { folder, corpus: corpus.into() };
+        fs::write(created.at("a.safetensors"), created.seed("safetensors/two"))?;
+        fs::write(created.at(TOKENIZER), created.seed("tokenizer/bytes.json"))?;
         for part in ["train", "valid"] {
-            fs::write(bench.at(&format!("{part}-00000.tokens")), bench.seed("shard/small"))?;
+            fs::write(created.at(&format!("{part}-00000.tokens")), created.seed("shard/small"))?;
         }
-        Ok(bench)
+        Ok(created)
     }
 
     fn at(&self, name: &str) -> PathBuf {

@@ -1,5 +1,5 @@
-//! Names in the crates' sources use the terms of the field. Words that have a meaning in this repository only are refused,
-//! each with the terms to use instead.
+//! Names in the crates' sources use the terms of the field. Words that have a meaning in this repository only are
+//! refused, each with the terms to use instead.
 
 use super::Violation;
 use super::tokens::tokens;

@@ -1,7 +1,7 @@
 // Certified decoding: as decode.cuh, but blocks read the keys as 8-bit integers with error bounds, a quarter or half of
 // the bytes. A key whose upper bound reaches the greatest lower bound so far becomes a candidate of its row. The last
 // block rescores the candidates of all blocks that can still win. Candidates that exceed a list's capacity are rescored
-// at once, so that the result is always that of the native scan.
+// immediately, so that the result is always that of the native scan.
 #pragma once
 #include "int8_bounds.cuh"
 #include "decode.cuh"

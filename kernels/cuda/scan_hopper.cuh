@@ -380,7 +380,7 @@ __device__ __forceinline__ void scan_topk_hopper(const ScanParams &p, const Tens
     }                                                                                                                  \
     GD_REGISTER(scan_topk_##T##_d##D##_sm90a)
 
-// There is no shared memory for lists beside stages of head_dim 256.
+// With stages of head_dim 256 no shared memory is left for lists.
 #define SCANS_HOPPER(T)                                                                                                \
     SCAN_TOP1_HOPPER(T, 32, 2, 4)                                                                                      \
     SCAN_TOP1_HOPPER(T, 64, 2, 4)                                                                                      \

@@ -1,4 +1,4 @@
-// Hopper's instructions for a host compiler; see cuda/hopper.cuh for what each of them does. Copies and products take
+// Hopper's instructions for a host compiler; see cuda/hopper.cuh for their semantics. Copies and products take
 // effect late and in a random order (hopper.cpp). Included by hopper.cuh.
 #pragma once
 #include "device.h"

@@ -1,5 +1,5 @@
-//! Reads `kernels/shared/params.h` and writes what is generated from it: the Rust side of the params, and a C++ table
-//! of the offsets that the layout test compares.
+//! Parses `kernels/shared/params.h` and generates the Rust side of the params, and a C++ table of the offsets for the
+//! layout test.
 //!
 //! The parser accepts the forms that the header uses and refuses everything else with its line, so that no declaration
 //! can be missing on one side.

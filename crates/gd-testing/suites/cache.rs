@@ -171,7 +171,7 @@ fn decode_growing_caches(target: &Target, dtype: DType, score: Score, d: usize) 
         let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
         let want = plain(&k, &v, &q, &mask)?;
         assert_eq!(on_host(&scan_select(&q, &k, &v, &how.clone().with_cached(&cache), None)?)?, want);
-        // A clone is not changed by what is written to the other.
+        // Writes do not change a clone.
         let before = cache.clone();
         cache.write(&k.narrow(0, 1, 1)?.narrow(2, 0, 9)?, &[[0, 7]])?;
         assert_eq!(on_host(&scan_select(&q, &k, &v, &how.with_cached(&before), None)?)?, want);

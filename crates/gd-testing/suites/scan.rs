@@ -300,8 +300,8 @@ fn schedules_do_not_change_a_bit() {
     });
 }
 
-/// Gives every third key an infinite coordinate: its scores are infinite or NaN, and it is no candidate, nor does
-/// it hide one. Keys and values lie contiguously.
+/// Gives every third key an infinite coordinate: its scores are infinite or NaN, and it is no candidate, and it
+/// must not hide one. Keys and values are contiguous.
 pub(crate) fn make_infinite(case: &mut Case) {
     let (p, dim) = (&mut case.problem, case.spec.raw.dim);
     for (row, key) in p.k.chunks_mut(dim).enumerate().filter(|(row, _)| row % 3 == 1) {

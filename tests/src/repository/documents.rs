@@ -13,7 +13,7 @@ pub struct Command {
     pub file: String,
     /// The line in it, from 1.
     pub line: usize,
-    /// The words of the command, without variables before it and comments behind it.
+    /// The words of the command, without variables before and comments after it.
     pub words: Vec<String>,
 }
 
@@ -22,8 +22,7 @@ const SHELLS: [&str; 5] = ["", "sh", "bash", "console", "shell"];
 /// Commands that run another one, with the number of words before it.
 const WRAPPERS: [&str; 4] = ["sudo", "time", "nice", "env"];
 
-/// The commands in the fenced blocks of a document: what lies between the fences, one a line, `\` at the end of a line
-/// continuing in the next one. A line that starts with two spaces belongs to an output.
+/// The commands in the fenced blocks of a document, one per line; a line that ends with `\` continues in the next one. A line that starts with two spaces belongs to an output.
 pub fn commands(file: &str, text: &str) -> Vec<Command> {
     let mut commands = Vec::new();
     let mut fence: Option<&str> = None;
@@ -54,7 +53,7 @@ pub fn commands(file: &str, text: &str) -> Vec<Command> {
     commands
 }
 
-/// The words of a command as a shell splits them, up to a comment, a redirection or an explanation behind it.
+/// The words of a command as a shell splits them, up to a comment, a redirection or an explanation after it.
 fn words(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     let (mut word, mut quote, mut started) = (String::new(), None, false);
@@ -70,7 +69,7 @@ fn words(line: &str) -> Vec<String> {
                     words.push(std::mem::take(&mut word));
                     started = false;
                 }
-                // Columns: what follows explains the command.
+                // Three spaces separate the command from its explanation.
                 if spaces == 3 {
                     break;
                 }

@@ -118,7 +118,7 @@ fn module(order: &Order, file: &str) -> Option<Vec<String>> {
     (!binary).then_some(parts)
 }
 
-/// What a path names, where it goes through an export of the root.
+/// The path of the item that a path names, which may be an export of the root.
 fn resolve(order: &Order, exports: &Exports, path: &[String]) -> Vec<String> {
     let first = path.first().map(String::as_str).unwrap_or_default();
     let is_module = place(order, &path[..path.len().min(1)]).is_some()
@@ -188,7 +188,7 @@ fn path<'a>(
     at
 }
 
-/// The tokens without the items behind `#[cfg(test)]`.
+/// The tokens without the items that `#[cfg(test)]` marks.
 fn without_tests<'a>(tokens: &[Token<'a>]) -> Vec<Token<'a>> {
     const TEST: [&str; 7] = ["#", "[", "cfg", "(", "test", ")", "]"];
     let mut rest = Vec::with_capacity(tokens.len());
@@ -205,7 +205,7 @@ fn without_tests<'a>(tokens: &[Token<'a>]) -> Vec<Token<'a>> {
     rest
 }
 
-/// Where the item that starts at `at` ends: behind its braces or its semicolon.
+/// The end of the item that starts at `at`, after its braces or its semicolon.
 fn end_of_item(tokens: &[Token<'_>], at: usize) -> usize {
     let mut depth = 0usize;
     for (n, token) in tokens.iter().enumerate().skip(at) {

@@ -1,4 +1,4 @@
-//! How the kernels of `kernels/metal` are bound: params at buffer 0, buffers behind them in order.
+//! The bindings of the kernels in `kernels/metal`: params are buffer 0, and the other buffers are numbered in order.
 
 use std::fs;
 use std::path::Path;

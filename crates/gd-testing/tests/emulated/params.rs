@@ -1,4 +1,4 @@
-//! The Rust side of `kernels/shared/params.h` is what the generator makes of the header, and has the layout of C++.
+//! The Rust side of `kernels/shared/params.h` is the one generated from the header, and has the same layout as in C++.
 
 #[path = "../../build/params_header.rs"]
 mod params_header;

@@ -22,7 +22,8 @@ const SHELLS: [&str; 5] = ["", "sh", "bash", "console", "shell"];
 /// Commands that run another one, with the number of words before it.
 const WRAPPERS: [&str; 4] = ["sudo", "time", "nice", "env"];
 
-/// The commands in the fenced blocks of a document, one per line; a line that ends with `\` continues in the next one. A line that starts with two spaces belongs to an output.
+/// The commands in the fenced blocks of a document, one per line; a line that ends with `\` continues in the next
+/// one. A line that starts with two spaces belongs to an output.
 pub fn commands(file: &str, text: &str) -> Vec<Command> {
     let mut commands = Vec::new();
     let mut fence: Option<&str> = None;

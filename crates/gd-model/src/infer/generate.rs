@@ -127,7 +127,7 @@ pub fn generate_batch(
     while !rows.is_empty() {
         let ids: Vec<u32> = rows.iter().filter_map(|row| row.all.last().copied()).collect();
         let ids = Tensor::new(ids, device)?.unsqueeze(1)?;
-        let mask = Mask::causal(0).each(rows.iter().map(|row| row.all.len() as i64 - 1).collect());
+        let mask = Mask::causal(0).with_offsets(rows.iter().map(|row| row.all.len() as i64 - 1).collect());
         let logits = last_logits(model, &ids, &Pass::new(&mask), &mut cache)?;
         let (mut places, mut left) = (Vec::new(), Vec::new());
         for (at, (mut row, logits)) in rows.drain(..).zip(&logits).enumerate() {

@@ -2,7 +2,7 @@
 //!
 //! q is `[B, Hq, N, D]`. The cache is k `[B, Hk, M, D]` and v `[B, Hk, M, Dv]`, or pages `[pages, Hk, page, D|Dv]` with a
 //! block table `[B, pages per sequence]`. The kernel also reads the biases of the keys without a prior, f32
-//! `[B|pages, Hk, capacity]` ([`crate::cache::key_bias::launch`]), or, for certified decoding, the keys as 8-bit integers
+//! `[B|pages, Hk, capacity]` (`cache::key_bias`), or, for certified decoding, the keys as 8-bit integers
 //! ([`crate::cache::int8_keys::launch`]) and of the original keys only those that the bounds do not exclude. index and
 //! energy are `[B, Hq, N]`, y `[B, Hq, N, Dv]`, with the bits of a scan with one candidate and a threshold.
 

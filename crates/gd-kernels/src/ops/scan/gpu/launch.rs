@@ -295,7 +295,7 @@ pub struct Values<'a, B> {
     pub y: Slice<'a, B>,
 }
 
-/// Finds the candidates of every query; the same contract as [`crate::ops::scan`].
+/// Finds the candidates of every query; the same contract as [`scan`](crate::scan).
 ///
 /// # Errors
 /// Tensors of 2^31 elements or more, and errors of the launch.

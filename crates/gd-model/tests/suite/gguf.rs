@@ -336,7 +336,7 @@ fn what_cannot_be_used_is_named() -> Result<()> {
         ("llama.rope.freq_base", Some(Value::F32(f32::NAN)), "freq_base is NaN"),
         ("tokenizer.ggml.model", Some(text("bert")), "tokenizer.ggml.model is \"bert\""),
         ("tokenizer.ggml.pre", Some(text("tekken")), "tokenizer.ggml.pre is \"tekken\""),
-        ("tokenizer.ggml.tokens", Some(texts(&["a", "b", "a"])), "token \"a\" is there twice"),
+        ("tokenizer.ggml.tokens", Some(texts(&["a", "b", "a"])), "token \"a\" occurs twice"),
         ("tokenizer.ggml.tokens", Some(texts(&["x"; 0])), "tokenizer.ggml.tokens is a list of 0 numbers"),
         ("tokenizer.ggml.merges", Some(texts(&["a 1"])), "merge \"a 1\": there is no token \"a1\""),
         ("tokenizer.ggml.merges", Some(texts(&["ab"])), "merge \"ab\" is no pair"),

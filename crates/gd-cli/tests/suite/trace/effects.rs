@@ -156,7 +156,7 @@ fn the_program_records_shows_and_verifies() -> Result<()> {
     ensure!(fs::metadata(dir.join("both.html"))?.len() > page.len() as u64);
 
     let other = "0".repeat(64);
-    ensure!(error(dir, &format!("verify t.trace --kept {other}"), 1)?.contains("not the kept"));
+    ensure!(error(dir, &format!("verify t.trace --kept {other}"), 1)?.contains("not the expected"));
     ensure!(error(dir, &format!("verify t.trace --signer {other}"), 1)?.contains("not by"));
     ensure!(error(dir, "verify t.trace --kept abc", 2)?.contains("64 hexadecimal digits"));
     ensure!(error(dir, "verify text.txt", 1)?.contains("not a valid trace"));

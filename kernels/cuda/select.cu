@@ -89,10 +89,10 @@ SELECT(bf16)
 SELECT(f32)
 
 KERNEL(256, 4)
-prior_rows_f32_sm80(SelectParams p, READERS, const float *grad, float *rows) {
+prior_rows_sm80(SelectParams p, READERS, const float *grad, float *rows) {
     prior_rows(this_thread(), p, {starts, segments, entries, parts}, grad, rows);
 }
-GD_REGISTER(prior_rows_f32_sm80)
+GD_REGISTER(prior_rows_sm80)
 KERNEL(256, 4) prior_gradient_sm80(SelectParams p, const float *rows, float *dprior) {
     prior_gradient(this_thread(), p, rows, dprior);
 }

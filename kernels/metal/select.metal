@@ -117,11 +117,11 @@ SELECT(f16)
 SELECT(bf16)
 
 KERNEL(256)
-prior_rows_f32_metal(PARAMS_AT_0, READERS, const device float *grad [[buffer(5)]], device float *rows [[buffer(6)]],
+prior_rows_metal(PARAMS_AT_0, READERS, const device float *grad [[buffer(5)]], device float *rows [[buffer(6)]],
                      GD_THREAD) {
     prior_rows(GD_HERE, p, GD_READERS, grad, rows);
 }
-GD_REGISTER(prior_rows_f32_metal)
+GD_REGISTER(prior_rows_metal)
 KERNEL(256)
 prior_gradient_metal(PARAMS_AT_0, const device float *rows [[buffer(1)]], device float *dprior [[buffer(2)]],
                      GD_THREAD) {

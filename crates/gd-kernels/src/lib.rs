@@ -11,6 +11,7 @@ pub mod reference;
 
 pub use backend::Backend;
 pub use backend::cpu::isa::Isa;
+#[doc(hidden)]
 pub use backend::dispatch::on_cpu;
 pub use backend::support::{CANDIDATES, support_table};
 pub use cache::{
@@ -26,6 +27,7 @@ pub use ops::decode::{decode, decode_paged, scan_select};
 pub use ops::embedding::embedding;
 pub use ops::linear::linear;
 pub use ops::masked_softmax::masked_softmax;
+pub use ops::newton_schulz::newton_schulz;
 pub use ops::rms_norm::rms_norm;
 pub use ops::rotary::rotary;
 pub use ops::running_average::{AverageState, running_average};

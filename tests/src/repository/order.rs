@@ -17,6 +17,7 @@ pub const ORDERS: &[Order] = &[
                 "ops/causal_conv",
                 "ops/linear",
                 "ops/masked_softmax",
+                "ops/newton_schulz",
                 "ops/rms_norm",
                 "ops/rotary",
                 "ops/running_average",

@@ -19,7 +19,7 @@ use crate::context::{Context, usage};
                   selections that differ within it are counted as ambiguous. The hash chain does not prevent its author \
                   from writing a new trace: compare the head with a stored one (--kept), or require a signature \
                   (--signer).\n\n\
-                  Example:\n  gd verify call.trace --model out/tiny --kept 5f0c..."
+                  Example:\n  gd verify call.trace --model out/tiny"
 )]
 pub struct Args {
     /// Trace to verify

@@ -9,6 +9,7 @@ pub(crate) mod decode;
 pub(crate) mod embedding;
 pub(crate) mod linear;
 pub(crate) mod masked_softmax;
+pub(crate) mod newton_schulz;
 pub(crate) mod rms_norm;
 pub(crate) mod rotary;
 pub(crate) mod running_average;

@@ -1,10 +1,10 @@
-//! Documents, one after the other: from text files, whole or cut at separator lines, and from JSONL files.
+//! Reading documents: whole text files, the parts of text files between separator lines, and the lines of JSONL files.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use super::text::{cut, is_jsonl, text_files};
+use super::text::{is_jsonl, split_position, text_files};
 use crate::config::DocumentFormat;
 use crate::error::{Error, Result};
 use crate::io::files::read_text;
@@ -12,21 +12,20 @@ use crate::io::files::read_text;
 /// One document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
-    /// Its text, with something in it besides white space.
+    /// The text, which is not only white space.
     pub text: String,
-    /// Whether it is a text file as a whole.
+    /// Whether the document is a whole text file.
     pub is_file: bool,
-    /// Bytes of files read for it.
+    /// The number of bytes that were read from its file.
     pub bytes: u64,
 }
 
 impl Document {
-    /// Its parts for training and for validation. The last `valid_fraction` of a file is for validation;
-    /// any other document goes to one side as a whole, by a hash of its text, so that the same text is on the
-    /// same side wherever it stands.
+    /// The parts for training and for validation. The last `valid_fraction` of a whole file is for validation. Any other
+    /// document belongs to one side as a whole, chosen by a hash of its text, so that equal texts are on the same side.
     pub fn split(&self, valid_fraction: f64) -> (&str, &str) {
         if self.is_file {
-            return self.text.split_at(cut(&self.text, valid_fraction));
+            return self.text.split_at(split_position(&self.text, valid_fraction));
         }
         let hash = blake3::hash(self.text.as_bytes());
         let place = hash.as_bytes().iter().take(8).fold(0u64, |all, &b| all << 8 | u64::from(b));
@@ -35,23 +34,23 @@ impl Document {
     }
 }
 
-/// Reads documents one at a time, in the order of the files. A line that is no document is named in the
-/// log; from then on lines are only checked, and the last item is an error.
+/// An iterator over the documents of files, in their order. Every malformed line is logged. After the first one no
+/// documents are returned: the other lines are only checked, and the last item is an error.
 #[derive(Debug)]
 pub struct Documents {
     files: std::vec::IntoIter<PathBuf>,
     format: DocumentFormat,
     open: Option<Lines>,
-    /// The first bad line, and the number of all.
-    bad: Option<(Error, usize)>,
+    /// The error of the first malformed line, and the number of all malformed lines.
+    malformed: Option<(Error, usize)>,
 }
 
-/// A file that is read by lines.
+/// A file that is read line by line.
 #[derive(Debug)]
 struct Lines {
     path: PathBuf,
     file: BufReader<File>,
-    /// The last line read, from 1.
+    /// The number of the last line read, counted from 1.
     number: usize,
 }
 
@@ -61,7 +60,7 @@ impl Lines {
         Ok(Self { path: path.into(), file: BufReader::with_capacity(1 << 16, file), number: 0 })
     }
 
-    /// The next line with its end; empty after the last one.
+    /// The next line with its line break; empty at the end of the file.
     fn next(&mut self) -> Result<Vec<u8>> {
         let mut line = Vec::new();
         self.number += 1;
@@ -69,11 +68,11 @@ impl Lines {
         Ok(line)
     }
 
-    fn bad(&self, reason: String) -> Error {
+    fn malformed(&self, reason: String) -> Error {
         Error::Line { path: self.path.clone(), line: self.number, reason }
     }
 
-    /// The text of the next JSONL line that is not blank; none after the last one.
+    /// The document of the next JSONL line that is not blank; `None` at the end of the file.
     fn json(&mut self, field: &str) -> Result<Option<Document>> {
         let line = loop {
             let line = self.next()?;
@@ -85,17 +84,17 @@ impl Lines {
             }
         };
         let mut value: serde_json::Value =
-            serde_json::from_slice(&line).map_err(|e| self.bad(format!("no JSON: {e}")))?;
+            serde_json::from_slice(&line).map_err(|e| self.malformed(format!("no JSON: {e}")))?;
         let bytes = line.len() as u64;
         match value.get_mut(field).map(serde_json::Value::take) {
             Some(serde_json::Value::String(text)) => Ok(Some(Document { text, is_file: false, bytes })),
-            Some(_) => Err(self.bad(format!("{field:?} is no string"))),
-            None => Err(self.bad(format!("no field {field:?}"))),
+            Some(_) => Err(self.malformed(format!("{field:?} is not a string"))),
+            None => Err(self.malformed(format!("no field {field:?}"))),
         }
     }
 
-    /// The lines up to the next separator or the end; none after the last one.
-    fn until(&mut self, separator: &str) -> Result<Option<Document>> {
+    /// The lines before the next separator; `None` at the end of the file.
+    fn before(&mut self, separator: &str) -> Result<Option<Document>> {
         let (mut text, mut bytes) = (Vec::new(), 0);
         loop {
             let line = self.next()?;
@@ -112,7 +111,7 @@ impl Lines {
             }
         }
         let text = String::from_utf8(text)
-            .map_err(|_| self.bad("invalid UTF-8 in the document that ends here".into()))?;
+            .map_err(|_| self.malformed("invalid UTF-8 in the document that ends here".into()))?;
         Ok(Some(Document { text, is_file: false, bytes }))
     }
 }
@@ -121,19 +120,19 @@ impl Documents {
     /// The documents of files and folders.
     ///
     /// # Errors
-    /// A file or folder that does not exist, or a folder without text.
+    /// A file or folder that does not exist, or a folder without text files.
     pub fn open(paths: &[PathBuf], format: &DocumentFormat) -> Result<Self> {
         let files = text_files(paths)?.into_iter();
-        Ok(Self { files, format: format.clone(), open: None, bad: None })
+        Ok(Self { files, format: format.clone(), open: None, malformed: None })
     }
 
-    /// The next document of the open file, or the next file as a whole.
+    /// The next document of the open file, or of the next one; `None` after the last file.
     fn advance(&mut self) -> Result<Option<Document>> {
         loop {
             if let Some(lines) = &mut self.open {
                 let next = match &self.format.separator {
                     _ if is_jsonl(&lines.path) => lines.json(&self.format.text_field),
-                    Some(separator) => lines.until(separator),
+                    Some(separator) => lines.before(separator),
                     None => Ok(None),
                 };
                 match next? {
@@ -159,21 +158,21 @@ impl Iterator for Documents {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             match self.advance() {
-                Ok(Some(document)) if self.bad.is_none() && !document.text.trim().is_empty() => {
+                Ok(Some(document)) if self.malformed.is_none() && !document.text.trim().is_empty() => {
                     return Some(Ok(document));
                 }
                 Ok(Some(_)) => {}
                 Err(e @ Error::Line { .. }) => {
                     tracing::error!("{e}");
-                    let (_, count) = self.bad.get_or_insert((e, 0));
+                    let (_, count) = self.malformed.get_or_insert((e, 0));
                     *count += 1;
                 }
                 Err(e) => {
-                    (self.files, self.open, self.bad) = (Vec::new().into_iter(), None, None);
+                    (self.files, self.open, self.malformed) = (Vec::new().into_iter(), None, None);
                     return Some(Err(e));
                 }
                 Ok(None) => {
-                    let (first, count) = self.bad.take()?;
+                    let (first, count) = self.malformed.take()?;
                     return Some(Err(match count {
                         1 => first,
                         _ => Error::Lines { first: Box::new(first), count },

@@ -1,4 +1,4 @@
-//! Files as memory: the one place of this crate where the compiler cannot check what is done.
+//! Memory-mapped files: the only unsafe code of this crate.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -8,12 +8,15 @@ use memmap2::Mmap;
 
 use crate::error::{Error, Result};
 
-/// Maps a file for reading. It must not be written or cut while it is mapped: reads would then see other
-/// bytes, or the process would be stopped by a signal. Token shards keep that rule: they appear by the
-/// renaming of their finished folder and nothing here opens them for writing afterwards.
+/// Maps a file into memory for reading. The file must not be written or truncated while it is mapped: reads would return
+/// other bytes, or the system would stop the process. Token shards fulfil this: their folder is renamed when it is
+/// complete, and this crate does not write to it afterwards.
+///
+/// # Errors
+/// Names the file that cannot be read.
 pub(super) fn map(path: &Path) -> Result<Mmap> {
     let file = File::open(path).map_err(|e| Error::read(path, "token shard", e))?;
-    // SAFETY: the mapping is read-only and is handed out as bytes, for which any content is valid. That the
-    // file does not change under it is the rule above, which no program can enforce.
+    // SAFETY: the mapping is read-only and is returned as bytes, for which any content is valid. That no other program
+    // changes the file is the requirement above, which cannot be enforced.
     unsafe { Mmap::map(&file) }.map_err(|e| Error::read(path, "token shard", e))
 }

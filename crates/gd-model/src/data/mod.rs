@@ -1,8 +1,7 @@
-//! Text files to token streams, and token streams to batches of windows.
+//! Training data: text files are tokenized into token streams, from which batches of windows are read.
 //!
-//! The split into training and validation happens on the text, before any token is made, and each side is
-//! tokenised alone: no training window, and no vocabulary learned from [`Texts::train`], ever sees a
-//! validation character.
+//! The split into training and validation is made on the text before it is tokenized, and each side is tokenized alone.
+//! So neither a training window nor a vocabulary that is learned from [`Texts::train`] contains validation text.
 
 mod documents;
 mod map;
@@ -27,24 +26,27 @@ use crate::error::{Error, Result};
 use crate::io::tokenizer::Tokenizer;
 use text::check_fraction;
 
-/// Tokens that are hashed at a time.
-const HASHED: usize = 1 << 16;
+/// The number of tokens that are hashed at a time.
+const HASH_CHUNK_TOKENS: usize = 1 << 16;
 
 /// Token streams for training and validation.
 #[derive(Clone, Debug)]
 pub struct Corpus {
-    /// Training tokens; the pieces of [`Texts::train`] are its documents.
+    /// Training tokens. Each text of [`Texts::train`] is a document.
     pub train: Tokens,
     /// Validation tokens.
     pub valid: Tokens,
-    /// Bytes of training text.
+    /// The size of the training text in bytes.
     pub train_bytes: usize,
-    /// Bytes of validation text: nats per token × tokens / bytes / ln 2 is bits per byte.
+    /// The size of the validation text in bytes: bits per byte are nats per token × tokens / bytes / ln 2.
     pub valid_bytes: usize,
 }
 
 impl Corpus {
-    /// Tokenises both sides.
+    /// Tokenizes both sides, documents in parallel.
+    ///
+    /// # Errors
+    /// An error of the tokenizer.
     pub fn encode(texts: &Texts, tokenizer: &Tokenizer) -> Result<Self> {
         let encode = |documents: &[String]| -> Result<Tokens> {
             let documents = documents.par_iter().map(|text| tokenizer.encode_document(text));
@@ -58,15 +60,15 @@ impl Corpus {
         })
     }
 
-    /// A hash of both token streams and of where their documents end.
+    /// The hash of both token streams and of the ends of their documents.
     pub fn hash(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
         for tokens in [&self.train, &self.valid] {
             hasher.update(&(tokens.len() as u64).to_le_bytes());
-            for at in (0..tokens.len()).step_by(HASHED) {
-                let ids = tokens.read(at..at + HASHED);
+            for at in (0..tokens.len()).step_by(HASH_CHUNK_TOKENS) {
+                let ids = tokens.read(at..at + HASH_CHUNK_TOKENS);
                 hasher.update(&ids.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<_>>());
-                for end in tokens.ends(at..at + HASHED) {
+                for end in tokens.ends(at..at + HASH_CHUNK_TOKENS) {
                     hasher.update(&((at + end) as u64).to_le_bytes());
                 }
             }
@@ -74,13 +76,17 @@ impl Corpus {
         hasher.finalize()
     }
 
-    /// Fails unless both sides have at least one window of `context` inputs.
+    /// Checks that both sides have at least one window of `context` inputs.
+    ///
+    /// # Errors
+    /// [`Error::TooShort`], or [`Error::OutOfRange`] for a context of 0.
     pub fn check(&self, context: usize) -> Result<()> {
         check("the training text", &self.train, context)?;
         check("the validation text", &self.valid, context)
     }
 }
 
+/// Checks that `tokens`, which errors call `what`, have at least one window of `context` inputs.
 fn check(what: &'static str, tokens: &Tokens, context: usize) -> Result<()> {
     if context == 0 {
         return Err(Error::out_of_range("the context", 0, "at least 1"));

@@ -1,5 +1,5 @@
-//! Batches of packed windows: the text is cut into windows whatever its documents, and a mask keeps what
-//! stands in one window apart. Rotary positions count through the window: only their differences matter.
+//! Batches of packed windows. Windows are cut without regard to documents, and a mask separates the documents in one
+//! window. Rotary positions count through the window, because only their differences matter.
 
 use std::ops::Range;
 
@@ -11,24 +11,25 @@ use super::order::Epoch;
 use super::tokens::Tokens;
 use crate::error::{Error, Result};
 
-/// What a model reads and predicts in one pass.
+/// The inputs and targets of one forward pass.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// u32 `[B, N]`.
+    /// The input tokens, u32 `[B, N]`.
     pub inputs: Tensor,
-    /// The token after each input, u32 `[B, N]`; [`IGNORE`] after the last one of a document.
+    /// The token after each input, u32 `[B, N]`; [`IGNORE`] for the last token of a document.
     pub targets: Tensor,
-    /// Targets that are to be predicted.
+    /// The number of targets that are not [`IGNORE`].
     pub predicted: usize,
-    /// Causal; where a row holds parts of several documents, each of them sees itself alone.
+    /// A causal mask, in which a token sees its own document alone.
     pub mask: Mask,
 }
 
 impl Batch {
-    /// One row for each window of inputs; all are of the same length, and end before the last token.
+    /// A batch with one row per window. The windows are ranges of inputs of the same length that end before the last
+    /// token.
     ///
     /// # Errors
-    /// No windows, or what candle reports.
+    /// No windows, or an error of the device.
     pub fn new(tokens: &Tokens, windows: &[Range<usize>], device: &Device) -> Result<Self> {
         let Some(n) = windows.first().map(ExactSizeIterator::len) else {
             return Err(Error::Invalid("a batch without windows".into()));
@@ -62,8 +63,8 @@ impl Batch {
     }
 }
 
-/// Training batches: every epoch goes once over the windows of the text, each time in a new random order
-/// and with a new random phase.
+/// Training batches. Every epoch reads all windows of the text once, in its own random order and with its own random
+/// phase.
 #[derive(Debug)]
 pub struct Batches {
     tokens: Tokens,
@@ -71,13 +72,13 @@ pub struct Batches {
 }
 
 impl Batches {
-    /// Batches over `tokens`.
+    /// Batches of `tokens` in an order that depends on `seed`.
     pub fn new(tokens: Tokens, seed: u64) -> Self {
         Self { tokens, seed }
     }
 
-    /// The windows of `context` inputs at these places of the run, see [`super::places`]; N is `context`.
-    /// It depends on the tokens, the seed and the arguments alone.
+    /// The batch of the windows of `context` inputs at these places of the run, see [`places`](super::places). It depends
+    /// on the tokens, the seed and the arguments alone.
     ///
     /// # Errors
     /// No places, or a text shorter than one window.
@@ -97,7 +98,7 @@ impl Batches {
         Batch::new(&self.tokens, &windows, device)
     }
 
-    /// How many windows of `context` one epoch has.
+    /// The number of windows of `context` inputs in an epoch.
     ///
     /// # Errors
     /// A text shorter than one window.

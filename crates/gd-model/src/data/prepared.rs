@@ -1,8 +1,8 @@
-//! Prepared data: a folder of token shards, their tokenizer, and an index of both.
+//! Prepared data: a folder of token shards with their tokenizer and an index.
 //!
 //! | file | content |
 //! |---|---|
-//! | `index.json` | sizes and checksums of everything, and a checksum of itself |
+//! | `index.json` | sizes and checksums of the other files, and a checksum of itself |
 //! | `tokenizer.json` | the tokenizer |
 //! | `train-00000.tokens` .. | the training part |
 //! | `valid-00000.tokens` .. | the validation part |
@@ -22,47 +22,48 @@ use crate::io::checkpoint::{TOKENIZER, check_replaceable, write_folder};
 use crate::io::files::write_file;
 use crate::io::tokenizer::Tokenizer;
 
-/// The index of a prepared folder.
+/// The file name of the index.
 pub const INDEX: &str = "index.json";
 
+/// The version of the format of the index.
 const VERSION: u32 = 1;
 
-/// Text that is tokenised at a time, in bytes: enough for every thread.
-const TOGETHER: usize = 8 << 20;
+/// The size of the text that is tokenized in parallel at a time.
+const CHUNK_BYTES: usize = 8 << 20;
 
-/// One part of the data.
+/// The training part or the validation part.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Part {
-    /// Tokens in all shards.
+    /// The number of tokens in all shards.
     pub tokens: u64,
-    /// Documents in all shards.
+    /// The number of documents in all shards.
     pub documents: u64,
-    /// Bytes of text that they stand for.
+    /// The size of their text in bytes.
     pub bytes: u64,
-    /// The files.
+    /// The shards.
     pub shards: Vec<ShardEntry>,
 }
 
-/// What a prepared folder holds.
+/// The index of a folder of prepared data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Index {
-    /// Of this format: 1.
+    /// The version of the format: 1.
     pub version: u32,
-    /// blake3 of `tokenizer.json`, in hexadecimal.
+    /// The blake3 hash of `tokenizer.json` in hexadecimal.
     pub tokenizer: String,
-    /// Its tokens.
+    /// The size of the vocabulary.
     pub vocab_size: usize,
-    /// How tokens are stored.
+    /// The integer type of the stored tokens.
     pub token_type: TokenType,
-    /// For training.
+    /// The training part.
     pub train: Part,
-    /// For validation.
+    /// The validation part.
     pub valid: Part,
 }
 
-/// `index.json`: the index and the blake3 of its compact JSON.
+/// The content of `index.json`: the index and the blake3 hash of its compact JSON.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Sealed {
@@ -75,22 +76,22 @@ fn hash(index: &Index) -> Result<String> {
     Ok(blake3::hash(&bytes).to_hex().to_string())
 }
 
-/// What is to be prepared.
+/// The settings of [`prepare`].
 #[derive(Clone, Debug)]
 pub struct Preparation<'a> {
     /// Text files, JSONL files and folders.
     pub paths: &'a [PathBuf],
-    /// How they become documents.
+    /// How text files are divided into documents.
     pub format: &'a DocumentFormat,
-    /// How documents become tokens.
+    /// The tokenizer.
     pub tokenizer: &'a Tokenizer,
-    /// A shard is closed after the document with which it has this many tokens.
+    /// The number of tokens after which a shard ends, at the end of a document.
     pub shard_tokens: usize,
-    /// The share for validation, in (0, 1); see [`Document::split`].
+    /// The fraction of the text for validation, in (0, 1); see [`Document::split`].
     pub valid_fraction: f64,
 }
 
-/// The open shard of one part and what has been written of it.
+/// Writes the shards of one part.
 struct Writer<'a> {
     folder: &'a Path,
     name: &'static str,
@@ -131,23 +132,23 @@ impl Writer<'_> {
     }
 }
 
-/// Tokenises documents in parallel and writes them as a new folder. In memory at any time are some
-/// megabytes of text or the longest document, and one open shard of either part. `progress` gets the bytes
-/// of text files that were read and tokenised since the last call.
+/// Tokenizes documents in parallel and writes them into a new folder. The memory holds at most a few megabytes of text or
+/// the longest document, and one shard of each part. `progress` is called with the number of bytes of text files that were
+/// read and tokenized since the last call.
 ///
 /// # Errors
-/// Text that cannot be read, lines that are no documents, no text on one side, or a folder that exists or
-/// cannot be written; nothing is left behind then.
-pub fn prepare(folder: &Path, what: &Preparation, mut progress: impl FnMut(u64)) -> Result<Index> {
-    check_fraction(what.valid_fraction)?;
-    if what.shard_tokens == 0 {
+/// Text that cannot be read, malformed lines, no text on one side, or a folder that exists or cannot be written. No files
+/// are left behind then.
+pub fn prepare(folder: &Path, preparation: &Preparation, mut progress: impl FnMut(u64)) -> Result<Index> {
+    check_fraction(preparation.valid_fraction)?;
+    if preparation.shard_tokens == 0 {
         return Err(Error::out_of_range("the tokens of a shard", 0, "at least 1"));
     }
     check_replaceable(folder)?;
-    let documents = Documents::open(what.paths, what.format)?;
-    let vocab_size = what.tokenizer.vocab_size();
+    let documents = Documents::open(preparation.paths, preparation.format)?;
+    let vocab_size = preparation.tokenizer.vocab_size();
     let token_type = TokenType::for_vocab(vocab_size);
-    let json = what.tokenizer.to_json()?;
+    let json = preparation.tokenizer.to_json()?;
     let mut index = Index {
         version: VERSION,
         tokenizer: blake3::hash(json.as_bytes()).to_hex().to_string(),
@@ -161,7 +162,7 @@ pub fn prepare(folder: &Path, what: &Preparation, mut progress: impl FnMut(u64))
             folder: new,
             name,
             token_type,
-            shard_tokens: what.shard_tokens,
+            shard_tokens: preparation.shard_tokens,
             ids: Vec::new(),
             ends: Vec::new(),
             part: Part::default(),
@@ -172,19 +173,19 @@ pub fn prepare(folder: &Path, what: &Preparation, mut progress: impl FnMut(u64))
             let document = document?;
             size += document.text.len();
             waiting.push(document);
-            if size >= TOGETHER {
-                progress(write_documents(what, &waiting, &mut train, &mut valid)?);
+            if size >= CHUNK_BYTES {
+                progress(write_documents(preparation, &waiting, &mut train, &mut valid)?);
                 waiting.clear();
                 size = 0;
             }
         }
-        progress(write_documents(what, &waiting, &mut train, &mut valid)?);
+        progress(write_documents(preparation, &waiting, &mut train, &mut valid)?);
         (index.train, index.valid) = (train.finish()?, valid.finish()?);
         for (part, name) in [(&index.train, "training"), (&index.valid, "validation")] {
             if part.tokens == 0 {
                 return Err(Error::Invalid(format!(
-                    "no text is left for the {name} part with a validation share of {}",
-                    what.valid_fraction
+                    "no text is left for the {name} part with a validation fraction of {}",
+                    preparation.valid_fraction
                 )));
             }
         }
@@ -192,22 +193,25 @@ pub fn prepare(folder: &Path, what: &Preparation, mut progress: impl FnMut(u64))
         let sealed = Sealed { hash: hash(&index)?, index: index.clone() };
         let text =
             serde_json::to_string_pretty(&sealed).map_err(|e| Error::Invalid(format!("{INDEX}: {e}")))?;
-        // Without a line end, so that a cut never leaves it whole.
+        // Without a line break at the end, so that a truncated file is never valid.
         write_file(&new.join(INDEX), text.as_bytes())
     })?;
     Ok(index)
 }
 
-/// Tokenises documents in parallel and writes them in order; returns the bytes of their files.
+/// Tokenizes documents in parallel and writes them in their order. Returns the number of bytes that were read for them.
 fn write_documents(
-    what: &Preparation,
+    preparation: &Preparation,
     documents: &[Document],
     train: &mut Writer,
     valid: &mut Writer,
 ) -> Result<u64> {
     let sides = |document: &Document| {
-        let (t, v) = document.split(what.valid_fraction);
-        Ok([(what.tokenizer.encode_document(t)?, t.len()), (what.tokenizer.encode_document(v)?, v.len())])
+        let (t, v) = document.split(preparation.valid_fraction);
+        Ok([
+            (preparation.tokenizer.encode_document(t)?, t.len()),
+            (preparation.tokenizer.encode_document(v)?, v.len()),
+        ])
     };
     for [(t, t_bytes), (v, v_bytes)] in documents.par_iter().map(sides).collect::<Result<Vec<_>>>()? {
         train.push(&t, t_bytes)?;
@@ -216,24 +220,24 @@ fn write_documents(
     Ok(documents.iter().map(|d| d.bytes).sum())
 }
 
-/// Prepared data, open.
+/// An open folder of prepared data.
 #[derive(Clone, Debug)]
 pub struct Prepared {
-    /// What the folder says it holds.
+    /// The index.
     pub index: Index,
-    /// Its tokens, mapped into memory.
+    /// The tokens, mapped into memory.
     pub corpus: Corpus,
-    /// What they were made with.
+    /// The tokenizer that the tokens were made with.
     pub tokenizer: Tokenizer,
 }
 
 impl Prepared {
-    /// Whether there is prepared data at `path`.
+    /// Whether `path` is a folder of prepared data.
     pub fn is_at(path: &Path) -> bool {
         path.join(INDEX).is_file()
     }
 
-    /// Opens a folder and checks all that it holds against its checksums.
+    /// Opens a folder and checks its files against their checksums.
     ///
     /// # Errors
     /// Names the file that is missing or damaged.
@@ -241,14 +245,14 @@ impl Prepared {
         let path = folder.join(INDEX);
         let bad = |path: &Path, kind, reason| Error::Foreign { path: path.into(), kind, reason };
         let bytes = fs::read(&path).map_err(|e| Error::read(&path, "index of prepared data", e))?;
-        let Sealed { index, hash: announced } =
+        let Sealed { index, hash: stored_hash } =
             serde_json::from_slice(&bytes).map_err(|e| bad(&path, "data index", e.to_string()))?;
         if index.version != VERSION {
             let reason = format!("version {}; this program reads {VERSION}", index.version);
             return Err(bad(&path, "data index", reason));
         }
-        if hash(&index)? != announced {
-            return Err(bad(&path, "data index", "its content does not have its checksum".into()));
+        if hash(&index)? != stored_hash {
+            return Err(bad(&path, "data index", "its checksum differs from its content".into()));
         }
         let open = |part: &Part| -> Result<Tokens> {
             if let Some(entry) =
@@ -260,7 +264,11 @@ impl Prepared {
             let shards = shards.map(|entry| Shard::open(folder, entry, index.token_type, index.vocab_size));
             let tokens = Tokens::shards(shards.collect::<Result<Vec<_>>>()?);
             if tokens.len() as u64 != part.tokens || tokens.document_count() as u64 != part.documents {
-                return Err(bad(&path, "data index", "a part is not the sum of its shards".into()));
+                return Err(bad(
+                    &path,
+                    "data index",
+                    "the size of a part is not the sum of those of its shards".into(),
+                ));
             }
             Ok(tokens)
         };

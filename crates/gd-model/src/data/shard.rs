@@ -1,4 +1,4 @@
-//! Token shards: files of tokens and document boundaries that are mapped into memory.
+//! Token shards: memory-mapped files of tokens and document boundaries.
 //!
 //! All numbers are little-endian.
 //!
@@ -6,10 +6,10 @@
 //! |---|---|
 //! | 8 | `gdtokens` |
 //! | 4 | version, 1 |
-//! | 4 | bytes a token: 2 or 4 |
+//! | 4 | bytes per token: 2 or 4 |
 //! | 8 | T, the number of tokens |
 //! | 8 | D, the number of documents |
-//! | 8 D | where each document ends, counted in tokens: rising, the last is T |
+//! | 8 D | the end of each document in tokens: ascending, the last one is T |
 //! | 2 T or 4 T | the tokens |
 
 use std::fs::File;
@@ -23,11 +23,13 @@ use serde::{Deserialize, Serialize};
 use super::map::map;
 use crate::error::{Error, Result};
 
+/// The first bytes of a shard.
 const MAGIC: &[u8; 8] = b"gdtokens";
 const VERSION: u32 = 1;
-const HEADER: usize = 32;
+/// The size of the header.
+const HEADER_BYTES: usize = 32;
 
-/// How a token is stored.
+/// The integer type of a stored token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TokenType {
@@ -38,7 +40,7 @@ pub enum TokenType {
 }
 
 impl TokenType {
-    /// The narrowest that holds all ids of a vocabulary.
+    /// The narrowest type that holds all ids of a vocabulary of `vocab` tokens.
     pub fn for_vocab(vocab: usize) -> Self {
         if vocab <= 1 << 16 { Self::U16 } else { Self::U32 }
     }
@@ -51,21 +53,24 @@ impl TokenType {
     }
 }
 
-/// What the index says of a shard.
+/// The entry of a shard in the index.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShardEntry {
-    /// Its file name.
+    /// The file name.
     pub name: String,
-    /// Its tokens.
+    /// The number of tokens.
     pub tokens: u64,
-    /// Its documents.
+    /// The number of documents.
     pub documents: u64,
-    /// blake3 of the file, in hexadecimal.
+    /// The blake3 hash of the file in hexadecimal.
     pub hash: String,
 }
 
-/// Writes a shard into `folder` and syncs it.
+/// Writes a shard into `folder` and syncs it. `ends` are the ends of the documents in tokens.
+///
+/// # Errors
+/// Names the file that cannot be written.
 pub(super) fn write(
     folder: &Path,
     name: String,
@@ -73,7 +78,7 @@ pub(super) fn write(
     ids: &[u32],
     ends: &[u64],
 ) -> Result<ShardEntry> {
-    let mut bytes = Vec::with_capacity(HEADER + 8 * ends.len() + token_type.bytes() * ids.len());
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + 8 * ends.len() + token_type.bytes() * ids.len());
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());
     bytes.extend_from_slice(&(token_type.bytes() as u32).to_le_bytes());
@@ -105,7 +110,11 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    /// Opens a shard and checks every byte of it: against its entry, and each token against `vocab`.
+    /// Opens a shard and checks its content against its entry in the index, and each token against the size `vocab` of the
+    /// vocabulary.
+    ///
+    /// # Errors
+    /// Names the file and the reason.
     pub(super) fn open(
         folder: &Path,
         entry: &ShardEntry,
@@ -116,18 +125,22 @@ impl Shard {
         let bad = |reason: String| Error::Foreign { path: path.clone(), kind: "token shard", reason };
         let map = map(&path)?;
         let actual = map.len() as u64;
-        if map.len() < HEADER {
-            return Err(Error::Truncated { path, needed: HEADER as u64, actual });
+        if map.len() < HEADER_BYTES {
+            return Err(Error::Truncated { path, needed: HEADER_BYTES as u64, actual });
         }
         let (u32_at, u64_at) = (|at| u64::from(u32_at(&map, at)), |at| u64_at(&map, at));
         if &map[..8] != MAGIC {
-            return Err(bad("it does not start as one".into()));
+            return Err(bad("it does not start with gdtokens".into()));
         }
         if u32_at(8) != u64::from(VERSION) {
             return Err(bad(format!("version {}; this program reads {VERSION}", u32_at(8))));
         }
         if u32_at(12) != token_type.bytes() as u64 {
-            return Err(bad(format!("{} bytes a token, the index says {}", u32_at(12), token_type.bytes())));
+            return Err(bad(format!(
+                "{} bytes per token, the index says {}",
+                u32_at(12),
+                token_type.bytes()
+            )));
         }
         let (tokens, documents) = (u64_at(16), u64_at(24));
         if (tokens, documents) != (entry.tokens, entry.documents) {
@@ -138,7 +151,7 @@ impl Shard {
         }
         let size = || -> Option<u64> {
             let ids = tokens.checked_mul(token_type.bytes() as u64)?;
-            documents.checked_mul(8)?.checked_add(ids)?.checked_add(HEADER as u64)
+            documents.checked_mul(8)?.checked_add(ids)?.checked_add(HEADER_BYTES as u64)
         };
         let needed = size().ok_or_else(|| bad(format!("{tokens} tokens fit no file")))?;
         if actual < needed {
@@ -150,51 +163,53 @@ impl Shard {
         if blake3::hash(&map).to_hex().as_str() != entry.hash {
             return Err(bad("its content has changed: the checksum differs from the index".into()));
         }
-        // The sizes are those of the file, so they fit memory.
+        // The sizes are below that of the file, so they fit into usize.
         let shard = Self { token_type, tokens: tokens as usize, documents: documents as usize, map };
         shard.check(vocab).map_err(bad)?;
         Ok(shard)
     }
 
-    /// What no checksum sees: a file that was wrong when it was written.
+    /// Checks the content of a file whose checksum is right but that was written with invalid values.
     fn check(&self, vocab: usize) -> std::result::Result<(), String> {
-        let mut before = 0;
+        let mut last_end = 0;
         for d in 0..self.documents {
             let end = self.end(d);
-            if end <= before || end > self.tokens {
+            if end <= last_end || end > self.tokens {
                 return Err(format!(
-                    "document {d} ends at token {end}, after {before} and of {} tokens",
+                    "document {d} ends at token {end}; above {last_end} and at most {} expected",
                     self.tokens
                 ));
             }
-            before = end;
+            last_end = end;
         }
-        if before != self.tokens {
-            return Err(format!("the last document ends at token {before} of {}", self.tokens));
+        if last_end != self.tokens {
+            return Err(format!("the last document ends at token {last_end} of {}", self.tokens));
         }
-        let greatest = self.ids(0..self.tokens).max().unwrap_or(0);
-        if greatest as usize >= vocab {
-            return Err(format!("token {greatest} is not in the vocabulary of {vocab}"));
+        let max_id = self.ids(0..self.tokens).max().unwrap_or(0);
+        if max_id as usize >= vocab {
+            return Err(format!("token {max_id} is not in the vocabulary of {vocab}"));
         }
         Ok(())
     }
 
+    /// The number of tokens.
     pub(super) fn len(&self) -> usize {
         self.tokens
     }
 
+    /// The number of documents.
     pub(super) fn documents(&self) -> usize {
         self.documents
     }
 
-    /// Where document `d` ends.
+    /// The end of document `d` in tokens.
     pub(super) fn end(&self, d: usize) -> usize {
-        u64_at(&self.map, HEADER + 8 * d) as usize
+        u64_at(&self.map, HEADER_BYTES + 8 * d) as usize
     }
 
     /// The tokens of `range`.
     pub(super) fn ids(&self, range: Range<usize>) -> impl Iterator<Item = u32> {
-        let (first, width) = (HEADER + 8 * self.documents, self.token_type.bytes());
+        let (first, width) = (HEADER_BYTES + 8 * self.documents, self.token_type.bytes());
         let bytes = &self.map[first + width * range.start..first + width * range.end];
         bytes.chunks_exact(width).map(|b| b.iter().rev().fold(0, |id, &byte| id << 8 | u32::from(byte)))
     }

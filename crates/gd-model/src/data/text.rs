@@ -1,4 +1,4 @@
-//! Text files: reading, and the split into training and validation.
+//! Text files, and their split into training and validation text.
 
 use std::path::{Path, PathBuf};
 
@@ -6,13 +6,15 @@ use super::documents::{Document, Documents};
 use crate::config::DocumentFormat;
 use crate::error::{Error, Result};
 
-/// The file name endings that are read from a folder.
-const ENDINGS: [&str; 4] = ["txt", "md", "text", JSONL];
-/// The ending of files with one JSON object a line.
+/// The extensions of the files that are read from a folder.
+const EXTENSIONS: [&str; 4] = ["txt", "md", "text", JSONL];
+/// The extension of files with one JSON object per line.
 const JSONL: &str = "jsonl";
 
-/// The files that `paths` stand for: a file is itself, a folder the text and JSONL files in it and
-/// below, by name.
+/// The files of `paths`. A folder is replaced by the text and JSONL files in it and in its subfolders, sorted by name.
+///
+/// # Errors
+/// A path that does not exist, a folder without such files, or no path.
 pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
@@ -36,53 +38,54 @@ pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Whether a file holds one JSON object a line.
+/// Whether the name of a file is that of a JSONL file.
 pub fn is_jsonl(path: &Path) -> bool {
-    has_ending(path, JSONL)
+    has_extension(path, JSONL)
 }
 
-fn has_ending(path: &Path, ending: &str) -> bool {
-    path.extension().is_some_and(|e| e.eq_ignore_ascii_case(ending))
+fn has_extension(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case(extension))
 }
 
+/// Adds the text and JSONL files in a folder and its subfolders to `files`.
 fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     let unreadable = |e| Error::read(folder, "folder", e);
     let mut entries = std::fs::read_dir(folder)
         .and_then(Iterator::collect::<std::io::Result<Vec<_>>>)
         .map_err(unreadable)?;
-    // The system's order differs from machine to machine.
+    // The order of the file system differs between machines.
     entries.sort_by_key(std::fs::DirEntry::file_name);
     for entry in entries {
         let path = entry.path();
-        // A link to a folder is not followed, so that the walk ends.
+        // Links to folders are not followed, so that the walk ends.
         if entry.file_type().map_err(unreadable)?.is_dir() {
             walk(&path, files)?;
-        } else if ENDINGS.iter().any(|ending| has_ending(&path, ending)) {
+        } else if EXTENSIONS.iter().any(|extension| has_extension(&path, extension)) {
             files.push(path);
         }
     }
     Ok(())
 }
 
-/// Training and validation text, side by side.
+/// Training and validation texts.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Texts {
-    /// Whole documents, and the first parts of files.
+    /// Documents for training, and the first parts of whole files.
     pub train: Vec<String>,
-    /// The same for validation.
+    /// Documents for validation, and the last parts of whole files.
     pub valid: Vec<String>,
 }
 
 impl Texts {
-    /// Reads files and folders and splits their documents, see [`Document::split`](super::Document::split).
+    /// Reads files and folders and splits their documents, see [`Document::split`].
     ///
     /// # Errors
-    /// Names the file, and in JSONL files the line, that cannot be used.
+    /// Names the file that cannot be read, or the malformed line of a JSONL file.
     pub fn load(paths: &[PathBuf], format: &DocumentFormat, valid_fraction: f64) -> Result<Self> {
-        Self::of(Documents::open(paths, format)?, valid_fraction)
+        Self::from_documents(Documents::open(paths, format)?, valid_fraction)
     }
 
-    /// Splits whole files that are in memory.
+    /// Splits texts in memory, each like a whole file.
     ///
     /// ```
     /// use gd_model::data::{Corpus, Texts};
@@ -96,13 +99,16 @@ impl Texts {
     /// ```
     ///
     /// # Errors
-    /// A share for validation outside (0, 1).
+    /// A fraction for validation outside (0, 1).
     pub fn split(files: &[String], valid_fraction: f64) -> Result<Self> {
         let document = |text: &String| Ok(Document { text: text.clone(), is_file: true, bytes: 0 });
-        Self::of(files.iter().map(document), valid_fraction)
+        Self::from_documents(files.iter().map(document), valid_fraction)
     }
 
-    fn of(documents: impl Iterator<Item = Result<Document>>, valid_fraction: f64) -> Result<Self> {
+    fn from_documents(
+        documents: impl Iterator<Item = Result<Document>>,
+        valid_fraction: f64,
+    ) -> Result<Self> {
         check_fraction(valid_fraction)?;
         let mut result = Self::default();
         for document in documents {
@@ -118,7 +124,7 @@ impl Texts {
     }
 }
 
-/// Fails unless `valid_fraction` leaves something on both sides.
+/// Checks that the fraction of the text for validation is in (0, 1).
 pub(super) fn check_fraction(valid_fraction: f64) -> Result<()> {
     if valid_fraction > 0.0 && valid_fraction < 1.0 {
         return Ok(());
@@ -126,15 +132,15 @@ pub(super) fn check_fraction(valid_fraction: f64) -> Result<()> {
     Err(Error::out_of_range("the fraction for validation", valid_fraction, "in (0, 1)"))
 }
 
-/// Where validation starts: after the first line that ends in the earlier half of what it would take, or
-/// else at the character at that share of the bytes.
-pub(super) fn cut(text: &str, valid_fraction: f64) -> usize {
+/// The byte at which the validation part of a text starts: `valid_fraction` of the bytes before the end, or after the
+/// first line that ends in the first half of this part.
+pub(super) fn split_position(text: &str, valid_fraction: f64) -> usize {
     let from = boundary(text, (text.len() as f64 * (1.0 - valid_fraction)) as usize);
     let until = boundary(text, from + (text.len() - from) / 2);
     text[from..until].find('\n').map_or(from, |i| from + i + 1)
 }
 
-/// The last place between characters at or before byte `at`, which lies inside the text.
+/// The last character boundary at or before byte `at`, which must not exceed the length.
 fn boundary(text: &str, at: usize) -> usize {
     (0..=at).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0)
 }

@@ -1,22 +1,21 @@
-//! A stream of tokens with the places where its documents end, in memory or in mapped shards.
+//! A stream of tokens with the ends of its documents, in memory or in memory-mapped shards.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::shard::Shard;
 
-/// Documents one after the other, in one or more parts; a clone shares them. Every part holds whole
-/// documents.
+/// The tokens of consecutive documents, stored in one or more parts that hold whole documents. Clones share the tokens.
 #[derive(Clone, Debug)]
 pub struct Tokens {
     parts: Arc<[Part]>,
-    /// The first token of every part, and after the last one the number of all tokens.
+    /// The position of the first token of every part, followed by the number of all tokens.
     starts: Arc<[usize]>,
 }
 
 #[derive(Debug)]
 enum Part {
-    /// Ids, and where each document ends, counted from the start of the part.
+    /// Ids, and the end of each document, counted from the start of the part.
     Memory {
         ids: Vec<u32>,
         ends: Vec<usize>,
@@ -47,7 +46,7 @@ impl Part {
     }
 
     /// The first document that ends after `at`.
-    fn after(&self, at: usize) -> usize {
+    fn first_ending_after(&self, at: usize) -> usize {
         let (mut low, mut high) = (0, self.documents());
         while low < high {
             let middle = low + (high - low) / 2;
@@ -58,14 +57,14 @@ impl Part {
 }
 
 impl From<Vec<u32>> for Tokens {
-    /// One document.
+    /// A stream of one document.
     fn from(ids: Vec<u32>) -> Self {
         Self::documents([ids])
     }
 }
 
 impl Tokens {
-    /// Documents in memory; those without tokens are left out.
+    /// A stream of documents in memory. Documents without tokens are omitted.
     pub fn documents(documents: impl IntoIterator<Item = Vec<u32>>) -> Self {
         let (mut ids, mut ends) = (Vec::new(), Vec::new());
         for document in documents.into_iter().filter(|d| !d.is_empty()) {
@@ -75,6 +74,7 @@ impl Tokens {
         Self::join(vec![Part::Memory { ids, ends }])
     }
 
+    /// A stream of shards.
     pub(super) fn shards(shards: Vec<Shard>) -> Self {
         Self::join(shards.into_iter().map(Part::Mapped).collect())
     }
@@ -98,12 +98,12 @@ impl Tokens {
         self.parts.iter().map(Part::documents).sum()
     }
 
-    /// Whether there are none.
+    /// Whether there are no tokens.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The parts that `range` reaches into, with the range inside each and where the part starts.
+    /// The parts that overlap `range`, each with the range inside it and its start.
     fn segments(&self, range: Range<usize>) -> impl Iterator<Item = (&Part, Range<usize>, usize)> {
         let range = range.start..range.end.min(self.len());
         let first = self.starts.partition_point(|&s| s <= range.start).saturating_sub(1);
@@ -113,7 +113,7 @@ impl Tokens {
         })
     }
 
-    /// The ids of `range`, cut at the end of the stream.
+    /// The ids of `range`, which is truncated at the end of the stream.
     pub fn read(&self, range: Range<usize>) -> Vec<u32> {
         let mut ids = Vec::with_capacity(range.len());
         for (part, inside, _) in self.segments(range) {
@@ -125,17 +125,17 @@ impl Tokens {
         ids
     }
 
-    /// Where documents end in `range`, counted from its start: rising, in `1..=len`.
+    /// The ends of documents in `range`, counted from its start: ascending, in `1..=len`.
     pub fn ends(&self, range: Range<usize>) -> Vec<usize> {
         let mut ends_in_range = Vec::new();
         for (part, inside, start) in self.segments(range.clone()) {
-            let ends = (part.after(inside.start)..part.documents()).map(|d| part.end(d));
+            let ends = (part.first_ending_after(inside.start)..part.documents()).map(|d| part.end(d));
             ends_in_range.extend(ends.take_while(|&e| e <= inside.end).map(|e| start + e - range.start));
         }
         ends_in_range
     }
 
-    /// The first tokens, at most `len`, as a stream of their own.
+    /// The first tokens, at most `len`, as a stream in memory.
     pub fn head(&self, len: usize) -> Self {
         let (ids, mut ends) = (self.read(0..len), self.ends(0..len));
         if !ids.is_empty() && ends.last() != Some(&ids.len()) {
@@ -144,8 +144,8 @@ impl Tokens {
         Self::join(vec![Part::Memory { ids, ends }])
     }
 
-    /// Consecutive windows of at most `context` inputs, the last one shorter: every token but the first is
-    /// the target of one input.
+    /// Consecutive windows of `context` inputs; the last one may be shorter. Every token except the first is the target of
+    /// exactly one input.
     pub fn windows(&self, context: usize) -> impl Iterator<Item = Range<usize>> {
         let (context, inputs) = (context.max(1), self.len().saturating_sub(1));
         (0..inputs).step_by(context).map(move |at| at..(at + context).min(inputs))

@@ -1,19 +1,18 @@
-//! Floating-point operations of training, and what the device could do: their ratio is the model
-//! FLOPs utilisation (MFU).
+//! Floating-point operations of training, and the rate of the device. Their ratio is the model FLOPs utilization (MFU).
 //!
-//! Per token, with n the mean number of keys that a query of a context of N tokens sees, (N + 1) / 2 without a
-//! window, Hq query heads of dimension D, K candidates:
+//! Per token, with Hq query heads of dimension D, K candidates, and n the mean number of keys that a query of a context of
+//! N tokens sees ((N + 1) / 2 without a window):
 //!
 //! | part | forward | backward |
 //! |---|---|---|
 //! | a matrix of W weights | 2 W | 4 W |
 //! | softmax attention | 4 Hq D n | 8 Hq D n |
-//! | scan | 2 Hq D n | none: it is not differentiated |
+//! | scan | 2 Hq D n | none, because it has no gradient |
 //! | select, each round | 2 Hq D K | 8 Hq D K |
 //! | each running average | 6 Hq D | 12 Hq D |
 //!
-//! Under the estimator `dense` K is n; under `winner` only one candidate has a gradient. Look-ups,
-//! norms, activations and RoPE are left out, and so is what a recomputation repeats.
+//! With the estimator `dense` K is n; with `winner` one candidate has a gradient. Embeddings, norms, activations, rotary
+//! embeddings and recomputation are not counted.
 
 use std::time::Instant;
 
@@ -23,7 +22,7 @@ use gd_kernels::Estimator;
 use crate::config::{Mechanism, ModelConfig};
 use crate::error::Result;
 
-/// Operations of forward and backward pass per training token in windows of `context` tokens.
+/// The floating-point operations of the forward and backward pass per training token in windows of `context` tokens.
 pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
     let (c, d) = (config.hidden_size as f64, config.head_dim as f64);
     let (hq, hk) = (config.num_attention_heads as f64, config.num_key_value_heads as f64);
@@ -43,11 +42,11 @@ pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
             Mechanism::Softmax => 12.0 * hq * d * keys,
             Mechanism::Gd => {
                 let select = &config.gd.select;
-                let kept = (select.candidates as f64).min(keys);
+                let candidates = (select.candidates as f64).min(keys);
                 let (forward, backward) = match select.estimator {
                     Estimator::Dense => (keys, keys),
-                    Estimator::Winner => (kept, 1.0),
-                    _ => (kept, kept),
+                    Estimator::Winner => (candidates, 1.0),
+                    _ => (candidates, candidates),
                 };
                 hq * d * (2.0 * keys + select.rounds as f64 * (2.0 * forward + 8.0 * backward))
             }
@@ -58,29 +57,29 @@ pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
     layers + 6.0 * c * config.vocab_size as f64
 }
 
-/// The mean number of keys that the queries of a context see.
+/// The mean number of keys that the queries of a context of `context` tokens see.
 fn keys(context: usize, window: Option<usize>) -> f64 {
     let (n, w) = (context as f64, window.map_or(context, |w| w.min(context)) as f64);
     // The first w queries see 1, 2, .. w keys, the others w.
     (w * (w + 1.0) / 2.0 + (n - w) * w) / n
 }
 
-/// The rate of a large matrix product in `dtype` on the device, FLOP/s: the best of a few. What the
-/// utilisation relates to, since no table knows every machine.
+/// The rate of a large matrix product in `dtype` on the device in FLOP/s: the highest of five measurements. It is the
+/// denominator of the utilization, because there is no table of the peak rates of all devices.
 ///
 /// # Errors
-/// What the device reports.
+/// An error of the device.
 pub fn peak(dtype: DType, device: &Device) -> Result<f64> {
     let n = if device.is_cpu() { 1024 } else { 8192 };
     let x = Tensor::ones((n, n), dtype, device)?;
-    let mut best = 0f64;
+    let mut highest = 0f64;
     for _ in 0..5 {
         let started = Instant::now();
         x.matmul(&x)?;
         device.synchronize()?;
-        best = best.max(2.0 * (n as f64).powi(3) / started.elapsed().as_secs_f64());
+        highest = highest.max(2.0 * (n as f64).powi(3) / started.elapsed().as_secs_f64());
     }
-    Ok(best)
+    Ok(highest)
 }
 
 #[cfg(test)]
@@ -89,7 +88,7 @@ mod tests {
     use crate::config::Recipe;
 
     #[test]
-    fn operations_add_up_by_hand() {
+    fn operations_per_token_equal_a_count_by_hand() {
         let mut config = Recipe::load("tiny").unwrap().model;
         // 4 layers of (4 projections, SwiGLU, convolution, memory, prior), and the output.
         let weights = 4 * (4 * 128 * 128 + 3 * 128 * 384 + 128 * (4 + 3 * 2 * 8 + 8)) + 128 * 256;
@@ -104,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_bounds_the_keys() {
+    fn a_window_limits_the_mean_number_of_keys() {
         assert_eq!(keys(4, None), 2.5);
         assert_eq!(keys(4, Some(9)), 2.5);
         assert_eq!(keys(4, Some(2)), (1.0 + 2.0 + 2.0 + 2.0) / 4.0);

@@ -1,4 +1,4 @@
-//! The language model: parameters, transformer, loss, and loading a pretrained model.
+//! The language model: parameters, transformer and loss, and loading pretrained models.
 
 pub mod flops;
 pub mod params;

@@ -10,7 +10,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
-/// Named parameters in the order of their names. Clones share them.
+/// Named parameters, sorted by name. Clones share them.
 #[derive(Clone)]
 pub struct Params {
     vars: Arc<Mutex<BTreeMap<String, Parameter>>>,
@@ -19,43 +19,44 @@ pub struct Params {
     device: Device,
 }
 
-/// A parameter, and the dtype in which it is stored.
+/// A parameter, and its dtype in the checkpoint.
 struct Parameter {
     var: Var,
     stored: DType,
 }
 
-/// Where a parameter that is asked for comes from: the tensors of a checkpoint that no module has asked for
-/// yet, else its initial values, drawn from a seed and its name, so that they do not depend on the order in
-/// which a model is built. Without a seed a parameter that no tensor holds is an error.
+/// The source of the values of new parameters: the tensor of a checkpoint, else initial values that are drawn from the
+/// seed and the name of the parameter, so that they do not depend on the order in which a model is built. Without a seed
+/// a parameter without a tensor is an error.
 #[derive(Clone)]
 struct Source {
+    /// The tensors that no module has requested yet.
     tensors: Arc<Mutex<BTreeMap<String, Tensor>>>,
     seed: Option<u64>,
-    /// Whether matrices in half precision stay as they are.
-    halves: bool,
+    /// Whether matrices in half precision keep their dtype.
+    keeps_half: bool,
 }
 
 impl Params {
-    /// New parameters.
+    /// New parameters in `dtype`, initialized from `seed`.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
         Self::stored(BTreeMap::new(), Some(seed), dtype, device)
     }
 
-    /// The parameters of a checkpoint, cast to `dtype`. Those that it lacks are new ones where there is a
-    /// `seed`, else errors.
+    /// The parameters of a checkpoint, cast to `dtype`. Parameters that it lacks are initialized from `seed`; without a
+    /// seed they are errors.
     pub fn stored(
         tensors: BTreeMap<String, Tensor>,
         seed: Option<u64>,
         dtype: DType,
         device: &Device,
     ) -> Self {
-        let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed, halves: false };
+        let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed, keeps_half: false };
         Self { vars: Arc::default(), source, dtype, device: device.clone() }
     }
 
-    /// The same for a model that is not trained: the embedding and the projections stay in half precision where
-    /// they are stored so. The model computes in `dtype` and gives the same results from half the memory.
+    /// As [`Params::stored`], for a model that is not trained: the embedding and the projections stay in half precision
+    /// if they are stored so. The model computes in `dtype` with the same results and half the memory.
     pub fn for_inference(
         tensors: BTreeMap<String, Tensor>,
         seed: Option<u64>,
@@ -63,35 +64,36 @@ impl Params {
         device: &Device,
     ) -> Self {
         let mut params = Self::stored(tensors, seed, dtype, device);
-        params.source.halves = true;
+        params.source.keeps_half = true;
         params
     }
 
-    /// What modules are built from.
+    /// The builder of modules over these parameters.
     pub fn builder(&self) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(self.clone()), self.dtype, self.device.clone())
     }
 
-    /// The same, without gradients: a module built from it follows every change of the parameters, and what
-    /// it computes builds no graph.
+    /// As [`Params::builder`], without gradients: the modules share the storage of the parameters, follow their updates,
+    /// and record no graph.
     pub fn frozen(&self) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(Frozen(self.clone())), self.dtype, self.device.clone())
     }
 
-    /// The parameters that a model has asked for, by name.
+    /// The parameters that modules have requested, sorted by name.
     pub fn vars(&self) -> Vec<(String, Var)> {
         self.lock().iter().map(|(name, p)| (name.clone(), p.var.clone())).collect()
     }
 
-    /// Their tensors, without gradients.
+    /// The tensors of the parameters, detached.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
         self.lock().iter().map(|(name, p)| (name.clone(), p.var.as_detached_tensor())).collect()
     }
 
-    /// The same, each in the dtype in which it was stored: bit for bit what was read, unless it has changed.
+    /// The tensors of the parameters in the dtypes of the checkpoint. Values that were not changed have the bits that were
+    /// read.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn stored_tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         let stored = |(name, p): (&String, &Parameter)| {
             Ok((name.clone(), p.var.as_detached_tensor().to_dtype(p.stored)?))
@@ -99,10 +101,10 @@ impl Params {
         self.lock().iter().map(stored).collect()
     }
 
-    /// Takes the values of `tensors`, one for each parameter; others are passed over.
+    /// Replaces the values of all parameters by the tensors of the same names. Other tensors are ignored.
     ///
     /// # Errors
-    /// Names a tensor that is missing, or of another shape or dtype; nothing has changed then.
+    /// Names a tensor that is missing, or of another shape or dtype. The parameters are unchanged then.
     pub fn set(&self, tensors: &BTreeMap<String, Tensor>) -> crate::Result<()> {
         let vars = self.lock();
         for (name, Parameter { var, .. }) in vars.iter() {
@@ -123,12 +125,12 @@ impl Params {
         Ok(())
     }
 
-    /// Elements in all parameters.
+    /// The number of elements of all parameters.
     pub fn count(&self) -> usize {
         self.lock().values().map(|p| p.var.elem_count()).sum()
     }
 
-    /// A hash of names, shapes and values.
+    /// The blake3 hash of the names, shapes and values.
     ///
     /// # Errors
     /// Parameters that cannot be read from their device.
@@ -138,12 +140,12 @@ impl Params {
         Ok(blake3::hash(&bytes))
     }
 
-    /// Stored tensors that no module has asked for.
+    /// The names of the tensors that no module has requested.
     pub fn unused(&self) -> Vec<String> {
-        self.tensors_left().keys().cloned().collect()
+        self.unrequested().keys().cloned().collect()
     }
 
-    fn tensors_left(&self) -> MutexGuard<'_, BTreeMap<String, Tensor>> {
+    fn unrequested(&self) -> MutexGuard<'_, BTreeMap<String, Tensor>> {
         self.source.tensors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -157,19 +159,23 @@ impl SimpleBackend for Params {
         let mut vars = self.lock();
         if let Some(Parameter { var, .. }) = vars.get(name) {
             if var.shape() != &shape {
-                candle_core::bail!("parameter {name} is {:?} here and {:?} there", var.shape(), shape);
+                candle_core::bail!(
+                    "parameter {name} has the shape {:?}, and {:?} is requested",
+                    var.shape(),
+                    shape
+                );
             }
             return Ok(var.as_tensor().clone());
         }
-        // Taken out, so that a tensor that is cast is not held twice.
-        let (value, stored) = match (self.tensors_left().remove(name), self.source.seed) {
+        // Removed, so that a tensor that is cast is not stored twice.
+        let (value, stored) = match (self.unrequested().remove(name), self.source.seed) {
             (Some(tensor), _) if tensor.shape() != &shape => {
                 candle_core::bail!("tensor {name:?} is {:?}, not {:?}", tensor.dims(), shape.dims())
             }
             (Some(tensor), _) => {
                 let half = matches!(tensor.dtype(), DType::BF16 | DType::F16);
-                let stays = self.source.halves && half && read_in_half(name);
-                (if stays { tensor.clone() } else { tensor.to_dtype(dtype)? }, tensor.dtype())
+                let keeps_half = self.source.keeps_half && half && is_widened_by_module(name);
+                (if keeps_half { tensor.clone() } else { tensor.to_dtype(dtype)? }, tensor.dtype())
             }
             (None, Some(seed)) => (initial(seed, name, &shape, init)?.to_dtype(dtype)?, dtype),
             (None, None) => {
@@ -183,20 +189,20 @@ impl SimpleBackend for Params {
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
-        candle_core::bail!("parameter {name} was asked for without a shape")
+        candle_core::bail!("parameter {name} was requested without a shape")
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.source.seed.is_some() || self.lock().contains_key(name) || self.tensors_left().contains_key(name)
+        self.source.seed.is_some() || self.lock().contains_key(name) || self.unrequested().contains_key(name)
     }
 }
 
-/// Whether a module widens this parameter itself: [`gd_layer::Linear`] and the embedding do.
-fn read_in_half(name: &str) -> bool {
+/// Whether the module of a parameter accepts half precision: [`gd_layer::Linear`] and the embedding do.
+fn is_widened_by_module(name: &str) -> bool {
     ["_proj.weight", "embed_tokens.weight", "lm_head.weight"].iter().any(|end| name.ends_with(end))
 }
 
-/// Hands the parameters out detached; they share their storage.
+/// A backend that returns the parameters detached, with shared storage.
 struct Frozen(Params);
 
 impl SimpleBackend for Frozen {
@@ -213,7 +219,7 @@ impl SimpleBackend for Frozen {
     }
 }
 
-/// Initial values from a generator of their own: keyed by seed and name.
+/// Initial values from a random generator seeded by the hash of seed and name.
 fn initial(seed: u64, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&seed.to_le_bytes());
@@ -231,7 +237,7 @@ fn initial(seed: u64, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
             let uniform = Uniform::new(lo as f32, up as f32).map_err(|e| wrong(&e))?;
             (0..n).map(|_| uniform.sample(&mut rng)).collect()
         }
-        Init::Kaiming { .. } => return Err(wrong(&"a Kaiming rule; state the deviation")),
+        Init::Kaiming { .. } => return Err(wrong(&"the Kaiming initialization is not supported")),
     };
     Tensor::from_vec(values, shape.clone(), &Device::Cpu)
 }

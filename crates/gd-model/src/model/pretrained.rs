@@ -1,5 +1,5 @@
-//! From a checkpoint on disk to a model that runs, and back: a folder, or whatever else holds a config,
-//! tensors and a tokenizer, becomes [`Parts`], parts become a [`Loaded`] model, and that a folder.
+//! Loading and saving models: files are read as [`Parts`], from which a [`Loaded`] model is built, which can be saved as a
+//! checkpoint folder.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,37 +16,37 @@ use crate::io::tokenizer::Tokenizer;
 use crate::model::Transformer;
 use crate::model::params::Params;
 
-/// Files of a checkpoint folder that are kept as they are when the model is saved again.
+/// Files of a checkpoint folder that are copied unchanged when the model is saved.
 const COPIED: [&str; 3] =
     [checkpoint::TOKENIZER_CONFIG, "special_tokens_map.json", checkpoint::CHAT_TEMPLATE];
 
-/// The tokens that end a text, in `generation_config.json` or `config.json`: a number or a list.
-const ENDS: &str = "eos_token_id";
+/// The key of the end-of-text tokens in `generation_config.json` or `config.json`: an id or a list of ids.
+const EOS_KEY: &str = "eos_token_id";
 
-/// The model in Python: what `transformers` needs to load a checkpoint that is no other family's.
+/// The Python classes with which `transformers` loads a checkpoint of this crate.
 const PYTHON: [(&str, &str); 2] = [
     ("configuration_gd.py", include_str!("../../python/configuration_gd.py")),
     ("modeling_gd.py", include_str!("../../python/modeling_gd.py")),
 ];
 
-/// A model as files hold it.
+/// The content of the files of a model.
 #[derive(Debug)]
 pub struct Parts {
-    /// Its shape.
+    /// The configuration.
     pub config: ModelConfig,
-    /// Its weights in their stored types, by the names of Llama.
+    /// The weights in their stored dtypes, by the names of Llama.
     pub tensors: BTreeMap<String, Tensor>,
-    /// Its tokenizer.
+    /// The tokenizer.
     pub tokenizer: Tokenizer,
-    /// Its sampling defaults.
+    /// The sampling defaults: the content of `generation_config.json`.
     pub generation: Value,
-    /// Further files by name, kept as they are.
+    /// Other files by name, which are copied unchanged when the model is saved.
     pub files: BTreeMap<String, Vec<u8>>,
-    /// The seed of the parameters that no tensor holds; without one they are errors.
+    /// The seed of parameters without a tensor. Without a seed they are errors.
     pub seed: Option<u64>,
-    /// Why something newer in the folder of a run was passed over for a checkpoint there; mostly empty.
+    /// Why newer checkpoints in the folder of a run could not be used; empty if the newest was loaded.
     pub skipped: Vec<String>,
-    /// Where they come from, for messages.
+    /// The path in messages.
     pub(crate) path: PathBuf,
 }
 
@@ -54,20 +54,20 @@ pub struct Parts {
 pub struct Loaded {
     /// The model, without gradients.
     pub model: Transformer,
-    /// Its parameters.
+    /// The parameters.
     pub params: Params,
-    /// Its tokenizer.
+    /// The tokenizer.
     pub tokenizer: Tokenizer,
-    /// Its sampling defaults.
+    /// The sampling defaults: the content of `generation_config.json`.
     pub generation: Value,
-    /// Further files by name, kept as they are.
+    /// Other files by name, which are copied unchanged when the model is saved.
     pub files: BTreeMap<String, Vec<u8>>,
-    /// Why something newer in the folder of a run was passed over for a checkpoint there; mostly empty.
+    /// Why newer checkpoints in the folder of a run could not be used; empty if the newest was loaded.
     pub skipped: Vec<String>,
 }
 
-/// Loads a checkpoint folder, the folder of a `.safetensors` file in one, the newest whole checkpoint in the
-/// folder of a run without a whole model, or a GGUF file. Weights are computed with in f32.
+/// Loads a model from a checkpoint folder, a `.safetensors` file in one, or a GGUF file. From the folder of a run that is
+/// not complete it loads the newest valid checkpoint. The model computes in f32.
 ///
 /// ```no_run
 /// use std::path::Path;
@@ -89,7 +89,7 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
     read(path, device)?.build(device)
 }
 
-/// The parts of what [`load`] loads.
+/// Reads the files of a model, as [`load`] does, without building it.
 ///
 /// # Errors
 /// Names the file and the reason.
@@ -115,9 +115,9 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     if generation.exists() {
         let mut stored = checkpoint::load_json(&generation)?;
         if let (None, Some(map), Some(ends)) =
-            (stored.get(ENDS).cloned(), stored.as_object_mut(), parts.generation.get(ENDS))
+            (stored.get(EOS_KEY).cloned(), stored.as_object_mut(), parts.generation.get(EOS_KEY))
         {
-            map.insert(ENDS.into(), ends.clone());
+            map.insert(EOS_KEY.into(), ends.clone());
         }
         parts.generation = stored;
     }
@@ -130,7 +130,7 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
 }
 
 impl Parts {
-    /// The parts of a model that was read from `path`: its `config.json`, ours or another family's, its
+    /// The parts of a model from `path`: its `config.json`, in the format of this crate or of a supported family, its
     /// tensors and its tokenizer.
     ///
     /// # Errors
@@ -143,8 +143,8 @@ impl Parts {
     ) -> Result<Self> {
         let invalid = |text: String| Error::Invalid(format!("{}: {text}", path.display()));
         let mut generation = generation_defaults();
-        if let Some(ends) = config.get(ENDS).filter(|ends| !ends.is_null()) {
-            generation[ENDS] = ends.clone();
+        if let Some(ends) = config.get(EOS_KEY).filter(|ends| !ends.is_null()) {
+            generation[EOS_KEY] = ends.clone();
         }
         let config = ModelConfig::from_json(config)
             .map_err(|problems| Error::Config { source_name: path.display().to_string(), problems })?;
@@ -164,10 +164,10 @@ impl Parts {
         })
     }
 
-    /// Rounds the weights to `dtype`, f32, f16 or bf16.
+    /// Casts the weights to `dtype`: f32, f16 or bf16.
     ///
     /// # Errors
-    /// Names a weight beyond the range of the type.
+    /// Names a tensor with values beyond the range of the dtype.
     pub fn cast(&mut self, dtype: DType) -> Result<()> {
         self.config.dtype = match dtype {
             DType::F16 => "float16",
@@ -177,7 +177,7 @@ impl Parts {
         .into();
         for (name, tensor) in &mut self.tensors {
             let cast = tensor.to_dtype(dtype)?;
-            // The sum of all sizes is finite only if every one is.
+            // The sum of the absolute values is finite only if all of them are.
             let [before, after] =
                 [&*tensor, &cast].map(|t| t.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>());
             if before?.is_finite() && !after?.is_finite() {
@@ -193,15 +193,15 @@ impl Parts {
         Ok(())
     }
 
-    /// The model on `device`, which computes in f32; matrices in half precision stay so.
+    /// Builds the model on `device`. It computes in f32; matrices in half precision keep their dtype.
     ///
     /// # Errors
-    /// A config that contradicts itself, or tensors that are missing or of another shape.
+    /// An invalid configuration, or tensors that are missing or of another shape.
     pub fn build(self, device: &Device) -> Result<Loaded> {
         self.build_in(DType::F32, device)
     }
 
-    /// The same with a model that computes in `dtype`.
+    /// As [`Parts::build`], with a model that computes in `dtype`.
     ///
     /// # Errors
     /// As [`Parts::build`].
@@ -211,11 +211,11 @@ impl Parts {
         let model = Transformer::new(&self.config, params.frozen())
             .map_err(|e| Error::Invalid(format!("{at}: {e}")))?;
         let mut unused = params.unused();
-        // Files of older versions hold the rotary frequencies, and some hold a tied projection twice.
+        // Files of older versions of transformers hold the rotary frequencies, and some hold a tied projection twice.
         unused.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
         unused.retain(|name| !(self.config.tie_word_embeddings && name == "lm_head.weight"));
         if !unused.is_empty() {
-            tracing::warn!("{at}: tensors without a place in the model: {}", unused.join(", "));
+            tracing::warn!("{at}: tensors that the model does not use: {}", unused.join(", "));
         }
         Ok(Loaded {
             generation: self.generation,
@@ -227,7 +227,7 @@ impl Parts {
 }
 
 impl Loaded {
-    /// A model that was made here.
+    /// A model that was not loaded from files, with the default sampling settings.
     pub fn new(model: Transformer, params: Params, tokenizer: Tokenizer) -> Self {
         Self {
             model,
@@ -239,24 +239,24 @@ impl Loaded {
         }
     }
 
-    /// The tokens that end a text: those that came with the model, else the tokenizer's own.
+    /// The end-of-text tokens: those of `generation_config.json`, else that of the tokenizer.
     ///
     /// # Errors
-    /// An `eos_token_id` that is neither a token's number nor a list of them.
+    /// An `eos_token_id` that is neither a token id nor a list of ids.
     pub fn ends(&self) -> Result<Vec<u32>> {
-        let ids = match self.generation.get(ENDS) {
+        let ids = match self.generation.get(EOS_KEY) {
             None | Some(Value::Null) => return Ok(self.tokenizer.end_of_text().into_iter().collect()),
             Some(Value::Array(ids)) => ids.as_slice(),
             Some(id) => std::slice::from_ref(id),
         };
         let id = |id: &Value| {
             let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
-            number.ok_or_else(|| Error::Invalid(format!("{ENDS} {id} is no token's number")))
+            number.ok_or_else(|| Error::Invalid(format!("{EOS_KEY} {id} is not a token id")))
         };
         ids.iter().map(id).collect()
     }
 
-    /// The chat template that came with the model, if one did.
+    /// The chat template among the files of the model, if there is one.
     ///
     /// # Errors
     /// As [`ChatTemplate::find`].
@@ -264,8 +264,8 @@ impl Loaded {
         ChatTemplate::find(&self.files)
     }
 
-    /// Writes a checkpoint folder, weights in the types in which they were stored; an existing one stays until
-    /// the new one is complete. A model of another family is written as such: its config as it came.
+    /// Writes a checkpoint folder with the weights in their stored dtypes. An existing folder is replaced when the new one
+    /// is complete. A model of another family is written with the configuration that was read.
     ///
     /// # Errors
     /// Names the file and the reason.
@@ -287,12 +287,12 @@ impl Loaded {
     }
 }
 
-/// The Python files that go with a config; none with that of another family, which `transformers` knows.
+/// The Python files of a checkpoint with this configuration; none for another family, which `transformers` supports.
 pub(crate) fn python_files(config: &ModelConfig) -> impl Iterator<Item = (&'static str, &'static str)> {
     PYTHON.into_iter().filter(|_| !config.is_foreign())
 }
 
-/// The sampling defaults of a model that was made here.
+/// The default sampling settings of a new model.
 pub(crate) fn generation_defaults() -> Value {
     serde_json::json!({ "do_sample": true, "temperature": 0.8, "top_p": 0.95 })
 }

@@ -1,4 +1,4 @@
-//! What parameters a model has, found out without making them.
+//! The names and shapes of the parameters of a model, without allocating them.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,10 +11,10 @@ use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::model::Transformer;
 
-/// The shapes of a model's parameters by name.
+/// The shapes of the parameters of a model by name.
 ///
 /// # Errors
-/// A config that contradicts itself.
+/// An invalid configuration.
 pub fn shapes(config: &ModelConfig) -> Result<BTreeMap<String, Vec<usize>>> {
     let shapes = Shapes::default();
     let builder = VarBuilder::from_backend(Box::new(shapes.clone()), DType::F32, Device::Cpu);
@@ -23,15 +23,15 @@ pub fn shapes(config: &ModelConfig) -> Result<BTreeMap<String, Vec<usize>>> {
     Ok(shapes.clone())
 }
 
-/// The number of a model's parameters.
+/// The number of parameters of a model.
 ///
 /// # Errors
-/// A config that contradicts itself.
+/// An invalid configuration.
 pub fn count(config: &ModelConfig) -> Result<usize> {
     Ok(shapes(config)?.values().map(|shape| shape.iter().product::<usize>()).sum())
 }
 
-/// Hands out a single zero in the shape that is asked for, and remembers that.
+/// A backend that returns a broadcast zero for every parameter and records the shape.
 #[derive(Clone, Default)]
 struct Shapes(Arc<Mutex<BTreeMap<String, Vec<usize>>>>);
 
@@ -50,7 +50,7 @@ impl SimpleBackend for Shapes {
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        candle_core::bail!("parameter {name} was asked for without a shape")
+        candle_core::bail!("parameter {name} was requested without a shape")
     }
 
     fn contains_tensor(&self, _: &str) -> bool {

@@ -1,7 +1,7 @@
-//! Another attention for layers of a model that exists: the weights stay, what reads them changes.
+//! Changes the attention mechanism of layers of a pretrained model; the weights stay.
 //!
-//! A selecting layer that was a softmax layer blends the values of the K best keys by the scores that the
-//! model was trained with. Over all keys that is softmax attention itself.
+//! A softmax layer that becomes a selecting layer blends the values of the K keys with the highest scores by the softmax
+//! of these scores. With all keys as candidates this is softmax attention.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -16,28 +16,28 @@ use crate::io::checkpoint::require;
 use crate::model::pretrained::Parts;
 use crate::model::shapes::shapes;
 
-/// What to put in the place of layers' attention.
+/// A change of the attention of layers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Swap {
-    /// The layers.
+    /// The layers to change.
     pub layers: Layers,
-    /// Their new mechanism.
+    /// The new mechanism.
     pub mechanism: Mechanism,
-    /// Keys that a selecting layer blends, one of [`gd_kernels::CANDIDATES`].
+    /// The number of keys that a selecting layer blends: one of [`gd_kernels::CANDIDATES`].
     pub candidates: usize,
-    /// How a selecting layer scores keys: as dot products over the square root of head_dim, or as energies with
-    /// the prior that makes both equal.
+    /// The scores of a selecting layer: dot products divided by the square root of head_dim, or energies with the prior
+    /// that makes them equivalent.
     pub score: Score,
 }
 
-/// Some of the layers of a model.
+/// A choice of layers of a model, parsed from `all`, `last:N` or a list such as `0,3`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Layers {
-    /// Every one.
+    /// All layers.
     All,
-    /// The last so many.
+    /// The last N layers.
     Last(usize),
-    /// These, from 0.
+    /// The layers with these numbers, counted from 0.
     List(Vec<usize>),
 }
 
@@ -55,11 +55,11 @@ impl FromStr for Layers {
 }
 
 impl Layers {
-    /// Their numbers in a model of `count` layers, rising.
+    /// The numbers of the layers in a model of `count` layers, ascending.
     ///
     /// # Errors
     /// A layer that the model does not have.
-    pub fn of(&self, count: usize) -> Result<Vec<usize>> {
+    pub fn numbers(&self, count: usize) -> Result<Vec<usize>> {
         let mut layers = match self {
             Self::All => (0..count).collect(),
             Self::Last(n) if *n <= count => (count - n..count).collect(),
@@ -78,39 +78,38 @@ impl Layers {
     }
 }
 
-/// Takes out what selecting layers have learned about their scores: it belongs to them, and new ones start as
-/// softmax's.
+/// Removes the learned parameters of the scores of selecting layers, because the new layers start with the scores of
+/// softmax attention.
 pub(crate) fn remove_scores(tensors: &mut BTreeMap<String, Tensor>, layers: &[usize]) {
     let learned: Vec<_> = layers.iter().map(|i| format!("model.layers.{i}.self_attn.gd.")).collect();
     tensors.retain(|name, _| !learned.iter().any(|start| name.starts_with(start)));
 }
 
 impl Swap {
-    /// Changes the layers of a model, and returns their numbers.
+    /// Changes the layers of a model. Returns their numbers.
     ///
     /// # Errors
-    /// A layer that the model does not have, selecting layers among the others that select otherwise, or tensors
-    /// that the model lacks.
+    /// A layer that the model does not have, other selecting layers with other settings, or missing tensors.
     pub fn apply(&self, parts: &mut Parts) -> Result<Vec<usize>> {
-        let (config, layers) = self.of(parts)?;
+        let (config, layers) = self.resolve(parts)?;
         parts.config = config;
         remove_scores(&mut parts.tensors, &layers);
         parts.seed = Some(0);
         Ok(layers)
     }
 
-    /// The config of a model after the swap, and the numbers of the layers.
+    /// The configuration of a model after the change, and the numbers of the changed layers.
     ///
     /// # Errors
     /// As [`Swap::apply`].
-    pub fn of(&self, parts: &Parts) -> Result<(ModelConfig, Vec<usize>)> {
-        let layers = self.layers.of(parts.config.num_hidden_layers)?;
-        // Whole before: what is missing after the swap is what the new layers add.
+    pub fn resolve(&self, parts: &Parts) -> Result<(ModelConfig, Vec<usize>)> {
+        let layers = self.layers.numbers(parts.config.num_hidden_layers)?;
+        // The model must be complete before the change; the tensors that are missing after it are those of the new layers.
         require(&parts.path, &parts.tensors, shapes(&parts.config)?.keys().map(String::as_str))?;
         Ok((self.config(&parts.config, &layers)?, layers))
     }
 
-    /// The config of a model of `config` after the swap of `layers`.
+    /// The configuration `config` with the mechanism of `layers` changed.
     fn config(&self, config: &ModelConfig, layers: &[usize]) -> Result<ModelConfig> {
         let mut config = config.clone();
         let all = 0..config.num_hidden_layers;
@@ -123,8 +122,8 @@ impl Swap {
                 estimator: Estimator::Blend,
                 ..GdConfig::default()
             };
-            let keeps = others().find(|&i| config.mechanism(i) == Mechanism::Gd);
-            if let Some(other) = keeps.filter(|_| config.gd.select != select) {
+            let selecting = others().find(|&i| config.mechanism(i) == Mechanism::Gd);
+            if let Some(other) = selecting.filter(|_| config.gd.select != select) {
                 return Err(Error::Invalid(format!(
                     "layer {other} selects already, and in another way; swap it too"
                 )));
@@ -148,7 +147,7 @@ mod tests {
 
     #[test]
     fn layers_are_read_and_must_exist() {
-        let of = |text: &str| text.parse::<Layers>().unwrap().of(4).map_err(|e| e.to_string());
+        let of = |text: &str| text.parse::<Layers>().unwrap().numbers(4).map_err(|e| e.to_string());
         assert_eq!(of("all"), Ok(vec![0, 1, 2, 3]));
         assert_eq!(of("last:2"), Ok(vec![2, 3]));
         assert_eq!(of("3, 0,3"), Ok(vec![0, 3]));
@@ -161,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn one_way_of_selecting_holds_for_all_selecting_layers() {
+    fn all_selecting_layers_need_the_same_settings() {
         let tiny = Recipe::load("tiny").unwrap().model;
         let swap = Swap { layers: Layers::All, mechanism: Mechanism::Gd, candidates: 4, score: Score::Dot };
         let e = swap.config(&tiny, &[3]).unwrap_err().to_string();

@@ -1,44 +1,45 @@
-//! The process's memory, and its peak since a moment, where the system tells it (Linux).
+//! The resident memory of the process and its peak, on Linux; `None` on other systems.
 
 use std::fs;
 use std::io::Write;
 
-/// A peak that counts from its start.
+/// A measurement of the peak of the resident memory from its start on.
 #[derive(Debug, Clone, Copy)]
 pub struct Peak {
-    start: f64,
+    start_mib: f64,
 }
 
 impl Peak {
-    /// Forgets what the process needed so far; none where the system cannot.
+    /// Resets the peak of the process to its resident memory. `None` if the system cannot.
     pub fn start() -> Option<Self> {
-        // 5 resets the peak to what is resident now.
+        // 5 resets the peak, see proc(5).
         let mut refs = fs::OpenOptions::new().write(true).open("/proc/self/clear_refs").ok()?;
         refs.write_all(b"5").ok()?;
-        Some(Self { start: peak()? })
+        Some(Self { start_mib: peak()? })
     }
 
-    /// Greatest resident memory since the start, MiB.
+    /// The peak of the resident memory since the start in MiB.
     pub fn mib(self) -> Option<f64> {
         peak()
     }
 
-    /// The same, above what was resident at the start.
+    /// The peak above the resident memory at the start in MiB.
     pub fn above_start(self) -> Option<f64> {
-        Some(peak()? - self.start)
+        Some(peak()? - self.start_mib)
     }
 }
 
-/// Resident memory of the process now, MiB.
+/// The resident memory of the process in MiB.
 pub fn resident() -> Option<f64> {
     status("VmRSS:")
 }
 
-/// Its greatest value, MiB, since the process or the last [`Peak`] started.
+/// The peak of the resident memory in MiB since the start of the process or of the last [`Peak`].
 pub fn peak() -> Option<f64> {
     status("VmHWM:")
 }
 
+/// A size in /proc/self/status in MiB.
 fn status(key: &str) -> Option<f64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix(key))?;

@@ -37,7 +37,6 @@ pub mod ema;
 pub mod estimate;
 mod gradients;
 pub mod guard;
-mod in_flight;
 pub mod log;
 pub mod memory;
 pub mod optimizer;

@@ -1,9 +1,8 @@
-//! What a run knows between two steps, apart from its parameters: named tensors and plain values.
+//! The state of a run between two steps, apart from its parameters: named tensors and plain values.
 //!
-//! Each part of the trainer that changes from step to step is [`Stateful`], and `Trainer::parts` lists them all.
-//! A part that is restored from what it saved goes on to the bit. Nothing here may depend on how many threads or
-//! processes share the work. What follows from the seed and the step alone (learning rate, order of the data)
-//! is no state.
+//! Each component of the trainer that changes from step to step is [`Stateful`]; `Trainer::components` lists them. A
+//! component that is restored continues with the same bits. A state must not depend on the number of threads or
+//! processes. Values that follow from the seed and the step alone (learning rate, order of the data) are not part of it.
 
 use std::collections::BTreeMap;
 
@@ -14,57 +13,71 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// The state of one part, or of several under their names.
+/// The state of one component, or of several under their names.
 #[derive(Clone, Debug, Default)]
 pub struct State {
     /// Tensors by name.
     pub tensors: BTreeMap<String, Tensor>,
-    /// Everything else. JSON keeps a finite f64 to the bit, and cannot hold another.
+    /// All other values. JSON keeps the bits of a finite f64 and cannot hold any other.
     pub values: Value,
 }
 
-/// Something that can be stopped between two steps and go on as if it had not been.
+/// A component whose state is saved between two steps.
 pub trait Stateful {
-    /// All that changes from step to step.
+    /// The state: everything that changes from step to step.
+    ///
+    /// # Errors
+    /// A state that cannot be copied.
     fn save(&self) -> Result<State>;
 
-    /// Takes over what [`Stateful::save`] gave. After an error nothing has changed.
+    /// Restores the result of [`Stateful::save`]. After an error the component is unchanged.
+    ///
+    /// # Errors
+    /// Names the tensor or value that is missing or does not fit.
     fn restore(&mut self, state: State) -> Result<()>;
 }
 
 impl State {
-    /// State without tensors.
+    /// A state without tensors.
+    ///
+    /// # Errors
+    /// A value that JSON cannot hold.
     pub fn of(values: &impl Serialize) -> Result<Self> {
         let values = serde_json::to_value(values)
             .map_err(|e| Error::Invalid(format!("the training state does not fit JSON: {e}")))?;
         Ok(Self { tensors: BTreeMap::new(), values })
     }
 
-    /// The values as the type they were made from.
+    /// The values as the type that they were made from.
+    ///
+    /// # Errors
+    /// Values of another type.
     pub fn read<T: DeserializeOwned>(&self) -> Result<T> {
         serde_json::from_value(self.values.clone())
             .map_err(|e| Error::Invalid(format!("the training state does not fit: {e}")))
     }
 
-    /// Puts a part under a name.
-    pub fn insert(&mut self, name: &str, part: State) {
-        self.tensors.extend(part.tensors.into_iter().map(|(key, t)| (format!("{name}.{key}"), t)));
+    /// Adds the state of a component under `name`.
+    pub fn insert(&mut self, name: &str, component: State) {
+        self.tensors.extend(component.tensors.into_iter().map(|(key, t)| (format!("{name}.{key}"), t)));
         if self.values.is_null() {
             self.values = Value::Object(serde_json::Map::new());
         }
-        self.values[name] = part.values;
+        self.values[name] = component.values;
     }
 
-    /// Takes the part of a name out again.
+    /// Removes and returns the state of the component `name`.
+    ///
+    /// # Errors
+    /// There is none.
     pub fn remove(&mut self, name: &str) -> Result<State> {
         let values = self.values.as_object_mut().and_then(|values| values.remove(name));
         let values = values.ok_or_else(|| Error::Invalid(format!("the training state has no {name}")))?;
         let prefix = format!("{name}.");
-        let (part, rest) =
+        let (own, others): (BTreeMap<_, _>, _) =
             std::mem::take(&mut self.tensors).into_iter().partition(|(key, _)| key.starts_with(&prefix));
-        self.tensors = rest;
-        let part: BTreeMap<String, Tensor> = part;
-        let tensors = part.into_iter().map(|(key, t)| (key[prefix.len()..].to_owned(), t)).collect();
+        self.tensors = others;
+        let tensors = own.into_iter().map(|(key, t)| (key[prefix.len()..].to_owned(), t)).collect();
         Ok(State { tensors, values })
     }
 }
@@ -76,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_come_back_under_their_names() {
+    fn components_are_restored_by_their_names() {
         let tensor = Tensor::new(1u32, &Device::Cpu).unwrap();
         let odd = [0.1f64, 1e-310, -1.797_693_134_862_315_7e308, 2.225_073_858_507_201e-308];
         let with_tensor = State {

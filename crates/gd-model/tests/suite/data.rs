@@ -93,7 +93,7 @@ fn separators_and_jsonl_make_documents() {
     assert_eq!(read + "\n***\n".len() as u64, text.metadata().unwrap().len());
     let ids = DocumentFormat { text_field: "id".into(), ..DocumentFormat::default() };
     let error = Documents::open(&[json], &ids).unwrap().last().unwrap().unwrap_err().to_string();
-    assert!(error.contains("b.JSONL:1: \"id\" is no string (the first of 3 bad lines)"), "{error}");
+    assert!(error.contains("b.JSONL:1: \"id\" is not a string (the first of 3 bad lines)"), "{error}");
 }
 
 #[test]
@@ -102,7 +102,7 @@ fn bad_lines_are_named_with_file_and_number() {
     for (content, expected) in [
         (&b"{\"text\":\"a\"}\n{\"text\":\n"[..], "x.jsonl:2: no JSON"),
         (b"\n\n{\"body\":\"a\"}\n", "x.jsonl:3: no field \"text\""),
-        (b"{\"text\":7}", "x.jsonl:1: \"text\" is no string"),
+        (b"{\"text\":7}", "x.jsonl:1: \"text\" is not a string"),
         (b"[1]", "x.jsonl:1: no field"),
         (b"{\"text\":\"\xff\"}", "x.jsonl:1: no JSON"),
         (b"7\n{\"text\":\"a\"}\n8\n", "(the first of 2 bad lines)"),

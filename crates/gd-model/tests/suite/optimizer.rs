@@ -3,10 +3,9 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use gd_kernels::newton_schulz;
 use gd_model::config::{AdamWConfig, MuonConfig};
-use gd_model::train::optimizer::{
-    AdamW, Optimizer, accumulate, clip_scale, global_norm, not_finite, orthogonal,
-};
+use gd_model::train::optimizer::{AdamW, Optimizer, accumulate, clip_scale, global_norm, not_finite};
 
 const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
 
@@ -339,7 +338,7 @@ fn orthogonalised_matrices_have_singular_values_near_one_and_the_same_directions
         // Plain sines would give a matrix of rank 2.
         let entries = numbers(dims.0 * dims.1, 3.0).into_iter().map(|x| (x * 1e4).sin()).collect();
         let x = Tensor::from_vec::<_, f64>(entries, dims, &Device::Cpu).unwrap();
-        let y = orthogonal(&x).unwrap();
+        let y = newton_schulz(&x).unwrap();
         assert_eq!(y.dims(), x.dims());
         let gram = |a: &Tensor, b: &Tensor| {
             let (a, b) =
@@ -360,7 +359,7 @@ fn orthogonalised_matrices_have_singular_values_near_one_and_the_same_directions
         assert!(read(&cross).iter().step_by(short as usize + 1).all(|&v| v > 0.0), "{dims:?}");
     }
     let zeros = Tensor::zeros((3, 4), DType::F32, &Device::Cpu).unwrap();
-    assert!(read(&orthogonal(&zeros).unwrap()).iter().all(|&v| v == 0.0));
+    assert!(read(&newton_schulz(&zeros).unwrap()).iter().all(|&v| v == 0.0));
 }
 
 #[test]
@@ -378,7 +377,7 @@ fn muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest() {
         for ((_, var), (w, m)) in vars.iter().zip(&mut naive).take(2) {
             let g = (store.get(var).unwrap() * 0.5).unwrap();
             *m = ((&*m * 0.9).unwrap() + &g).unwrap();
-            let o = orthogonal(&(g + (&*m * 0.9).unwrap()).unwrap()).unwrap();
+            let o = newton_schulz(&(g + (&*m * 0.9).unwrap()).unwrap()).unwrap();
             let (rows, columns) = var.dims2().unwrap();
             let rate = 0.2 * lr * (rows.max(columns) as f64).sqrt();
             *w = ((&*w * (1.0 - lr * 0.5)).unwrap() - (o * rate).unwrap()).unwrap();

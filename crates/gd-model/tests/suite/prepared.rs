@@ -140,7 +140,7 @@ fn invalid_content_with_correct_checksums_is_detected() {
     let cases: Vec<(Change, &str)> = vec![
         (Box::new(|_, _| ()), ""),
         (Box::new(put(8, 9)), "version 9"),
-        (Box::new(|bytes, _| bytes[12] = 4), "4 bytes a token"),
+        (Box::new(|bytes, _| bytes[12] = 4), "4 bytes per token"),
         (Box::new(put(16, 7)), "7 tokens"),
         (both(16, "tokens", u64::MAX / 2 + 9), "fit no file"),
         (both(24, "documents", u64::MAX / 8 + 1), "fit no file"),

@@ -29,7 +29,7 @@ pub struct Choice {
 
 /// The estimator of a seed; it decides which scan makes the candidates.
 pub fn estimator(seed: u64) -> Estimator {
-    ESTIMATORS[(seed % 5) as usize]
+    ESTIMATORS[(seed % ESTIMATORS.len() as u64) as usize]
 }
 
 impl Choice {

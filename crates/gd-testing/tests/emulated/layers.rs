@@ -6,10 +6,10 @@ use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use gd_kernels::cross_entropy::{
     IGNORE, cross_entropy, linear_cross_entropy, linear_distillation, linear_token_losses, token_losses,
 };
-use gd_kernels::{rms_norm, swiglu};
+use gd_kernels::{newton_schulz, rms_norm, swiglu};
 use gd_layer::{Linear, RopeScaling, Rotary};
 use gd_model::config::{AdamWConfig, MuonConfig};
-use gd_model::train::optimizer::{Optimizer, global_norm, not_finite, orthogonal};
+use gd_model::train::optimizer::{Optimizer, global_norm, not_finite};
 
 use crate::graph::{apart, noise};
 use crate::{Target, targets};
@@ -161,7 +161,7 @@ fn optimizers_take_the_steps_of_the_cpu() -> Result<()> {
     }
     // A matrix of zeros stays one.
     let zero = Tensor::zeros((3, 5), DType::F32, &Device::Cpu)?;
-    assert_eq!(apart(&target().run(|| orthogonal(&zero)).unwrap(), &zero), 0.0);
+    assert_eq!(apart(&target().run(|| newton_schulz(&zero)).unwrap(), &zero), 0.0);
     // A gradient that is not finite is found.
     let found = target().run(|| -> Result<Option<String>> {
         let var = Var::ones(3, DType::F32, &Device::Cpu)?;

@@ -36,7 +36,7 @@ pub(super) fn run(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
 /// The configuration of the converted model and of its training.
 fn recipe(args: &Args, teacher: &Parts) -> Result<Recipe> {
     let mut model = match args.swap() {
-        Some(swap) => swap.of(teacher)?.0,
+        Some(swap) => swap.resolve(teacher)?.0,
         None => teacher.config.clone(),
     };
     // The training is in f32 for every stored data type.

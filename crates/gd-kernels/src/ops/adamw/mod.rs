@@ -137,6 +137,11 @@ impl State {
         Ok(Self(StateOf::Gpu { m: zeros()?, v: zeros()?, master }))
     }
 
+    /// Whether [`State::update`] takes a verdict that only the device knows ([`Scale::of_verdict`]): on a GPU.
+    pub fn takes_verdict(&self) -> bool {
+        matches!(self.0, StateOf::Gpu { .. })
+    }
+
     /// A copy of the state as tensors on the CPU.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
-//! Alignment: layers learn, each for itself, what the same layers of another model read.
+//! Layer alignment: each layer learns alone to give the attention output of the same layer of a teacher.
 //!
-//! Every layer's attention gets the other model's input of that layer and is to give its output, so that the
-//! layers do not depend on each other: one forward pass of the other model, and of this one the attention alone,
-//! one layer's graph at a time.
+//! The attention of every layer gets the input of that layer in the teacher, so that the layers do not depend on each
+//! other. The teacher needs one forward pass, the student only its attention. Only the graph of one layer exists at a
+//! time.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
@@ -12,16 +12,16 @@ use super::Transformer;
 use super::checkpointed::collect;
 
 impl Transformer {
-    /// The mean over `layers` of the squared error of what their attention reads, relative to the mean square of
-    /// what `other`'s reads (detached), times `weight`, and the gradients of that product for `vars`, which are
-    /// this model's parameters. `pass` is this model's; `other`, of the same layers and width, runs without
-    /// gradients and selects in full.
+    /// The mean squared error of the attention outputs of `layers` against those of `teacher`, each relative to the mean
+    /// square of the output of the teacher, averaged over the layers and multiplied by `weight`; and the gradients of this
+    /// loss for `vars`, the parameters of this model. The loss is a detached scalar. `pass` applies to this model; the
+    /// teacher, which has as many layers of the same width, runs without gradients and with its own settings.
     ///
     /// # Errors
-    /// No layer, or one that a model lacks; as [`Transformer::forward`].
+    /// No layer, a layer that a model lacks, or an error as in [`Transformer::forward`].
     pub fn layer_alignment(
         &self,
-        other: &Self,
+        teacher: &Self,
         vars: &[(String, Var)],
         layers: &[usize],
         ids: &Tensor,
@@ -29,18 +29,18 @@ impl Transformer {
         weight: f64,
     ) -> Result<(Tensor, GradStore)> {
         let count = self.blocks.len();
-        if layers.is_empty() || layers.iter().any(|&i| i >= count) || other.blocks.len() != count {
-            bail!("layers {layers:?} of {count} are to learn from those of {}", other.blocks.len());
+        if layers.is_empty() || layers.iter().any(|&i| i >= count) || teacher.blocks.len() != count {
+            bail!("layers {layers:?} of {count} cannot be aligned with those of {}", teacher.blocks.len());
         }
         let mut sum: Option<(Tensor, GradStore)> = None;
-        let mut x = other.embedded(ids)?.detach();
-        for (i, (block, other)) in self.blocks.iter().zip(&other.blocks).enumerate() {
-            let read = other.read(&x, &Pass::new(pass.mask), None)?.detach();
+        let mut x = teacher.embedded(ids)?.detach();
+        for (i, (block, teacher)) in self.blocks.iter().zip(&teacher.blocks).enumerate() {
+            let target = teacher.attend(&x, &Pass::new(pass.mask), None)?.detach();
             if layers.contains(&i) {
-                let size = read.sqr()?.mean_all()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-                let size = size.to_scalar::<f64>()?;
-                let scale = weight / layers.len() as f64 / size.max(f64::MIN_POSITIVE);
-                let loss = ((block.read(&x, pass, None)? - &read)?.sqr()?.mean_all()? * scale)?;
+                let mean_square = target.sqr()?.mean_all()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+                let mean_square = mean_square.to_scalar::<f64>()?;
+                let scale = weight / layers.len() as f64 / mean_square.max(f64::MIN_POSITIVE);
+                let loss = ((block.attend(&x, pass, None)? - &target)?.sqr()?.mean_all()? * scale)?;
                 let grads = loss.backward()?;
                 sum = Some(match sum {
                     None => (loss.detach(), grads),
@@ -50,11 +50,11 @@ impl Transformer {
                     }
                 });
             }
-            x = other.add(&x, &read)?.detach();
+            x = teacher.add(&x, &target)?.detach();
         }
         match sum {
             Some(sum) => Ok(sum),
-            None => bail!("no layer of {layers:?} learned"),
+            None => bail!("no layer of {layers:?} was aligned"),
         }
     }
 }

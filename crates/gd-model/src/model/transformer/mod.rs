@@ -1,7 +1,6 @@
 //! The decoder: embedding, blocks of attention and SwiGLU, final norm, output projection.
 //!
-//! Shapes: ids `[B, N]` (u32), hidden states `[B, N, C]`, logits `[B, N, V]`. Weight names as in
-//! Llama.
+//! Shapes: ids `[B, N]` (u32), hidden states `[B, N, C]`, logits `[B, N, V]`. The weights have the names of Llama.
 
 use std::sync::Arc;
 
@@ -17,7 +16,7 @@ use crate::config::{Mechanism, ModelConfig};
 mod checkpointed;
 mod layer_alignment;
 
-/// The feed-forward block.
+/// The feed-forward block (SwiGLU).
 struct Mlp {
     gate: Linear,
     up: Linear,
@@ -38,7 +37,7 @@ impl Mlp {
     }
 }
 
-/// One layer.
+/// A layer: attention and feed-forward block, each with a residual connection.
 struct Block {
     index: usize,
     attention: Box<dyn Attention>,
@@ -49,18 +48,18 @@ struct Block {
 
 impl Block {
     fn forward(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        self.add(x, &self.read(x, pass, cache)?)
+        self.add(x, &self.attend(x, pass, cache)?)
     }
 
-    /// What the attention reads.
-    fn read(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+    /// The output of the attention.
+    fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let pass = Pass { layer: self.index, ..*pass };
         self.attention.attend(&self.input_norm.forward(x)?, &pass, cache)
     }
 
-    /// The block's output with what its attention has read.
-    fn add(&self, x: &Tensor, read: &Tensor) -> Result<Tensor> {
-        let x = (x + read)?;
+    /// The output of the block for an input `x` and the output of the attention.
+    fn add(&self, x: &Tensor, attended: &Tensor) -> Result<Tensor> {
+        let x = (x + attended)?;
         let y = self.mlp.forward(&self.post_norm.forward(&x)?)?;
         x + y
     }
@@ -73,15 +72,15 @@ pub struct Transformer {
     norm: RmsNorm,
     head: Linear,
     config: ModelConfig,
-    /// What it computes in; embedding and projections may be stored in half precision.
+    /// The dtype of the hidden states. Embedding and projections may be stored in half precision.
     dtype: DType,
 }
 
 impl Transformer {
-    /// Reads or creates the weights under `vb`.
+    /// A model over the weights of `vb`.
     ///
     /// # Errors
-    /// A config that contradicts itself, or weights that are missing or of another shape.
+    /// An invalid configuration, or weights that are missing or of another shape.
     pub fn new(config: &ModelConfig, vb: VarBuilder) -> crate::Result<Self> {
         config.validate()?;
         let scaling = config.rope_scaling()?;
@@ -133,25 +132,25 @@ impl Transformer {
         })
     }
 
-    /// The config it was built from.
+    /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Empty caches, one a layer.
+    /// Empty caches, one per layer.
     pub fn new_cache(&self) -> Vec<LayerCache> {
         vec![LayerCache::new(); self.blocks.len()]
     }
 
-    /// Logits `[B, N, V]` of ids `[B, N]`. With caches, the ids continue the cached positions.
+    /// The logits `[B, N, V]` of ids `[B, N]`, u32. With caches, the ids continue the cached positions.
     ///
     /// # Errors
-    /// Ids beyond the vocabulary, more positions than the model has, or caches of another model.
+    /// Ids outside the vocabulary, positions beyond the maximal context, or caches of another model.
     pub fn forward(&self, ids: &Tensor, pass: &Pass, cache: Option<&mut [LayerCache]>) -> Result<Tensor> {
         self.head.forward(&self.hidden(ids, pass, cache)?)
     }
 
-    /// The normed hidden states `[B, N, C]` in front of the output projection.
+    /// The hidden states `[B, N, C]` after the last norm, the input of the output projection.
     ///
     /// # Errors
     /// As [`Transformer::forward`].
@@ -170,8 +169,8 @@ impl Transformer {
         self.norm.forward(&x)
     }
 
-    /// Mean loss of predicting `targets` `[B, N]` from ids `[B, N]`, in nats per token that is not
-    /// [ignored](gd_kernels::cross_entropy::IGNORE).
+    /// The mean cross entropy of `targets` `[B, N]` for ids `[B, N]`, both u32, in nats per target that is not
+    /// [`IGNORE`](gd_kernels::cross_entropy::IGNORE).
     ///
     /// # Errors
     /// As [`Transformer::forward`], or a target outside the vocabulary.
@@ -179,7 +178,7 @@ impl Transformer {
         self.head_loss(&self.hidden(ids, pass, None)?, targets)
     }
 
-    /// The loss of every token, 0 where the target is ignored; without gradient.
+    /// The cross entropy of every target in nats, 0 for ignored targets, in the order of `targets`; without gradient.
     ///
     /// # Errors
     /// As [`Transformer::loss`].
@@ -188,10 +187,10 @@ impl Transformer {
         Ok(linear_token_losses(&hidden, &self.head_weight()?, &targets.flatten_all()?)?)
     }
 
-    /// The output projection `[.., C]` -> `[.., V]`.
+    /// The logits `[.., V]` of hidden states `[.., C]`: the output projection.
     ///
     /// # Errors
-    /// A hidden state of another width.
+    /// Hidden states of another width.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.head.forward(hidden)
     }
@@ -203,7 +202,7 @@ impl Transformer {
         rows.reshape((b, n, self.config.hidden_size))
     }
 
-    /// The loss of predicting `targets` `[B, N]` from the hidden states `[B, N, C]` behind the last norm.
+    /// The mean cross entropy of `targets` `[B, N]` from the hidden states `[B, N, C]` after the last norm, in nats.
     ///
     /// # Errors
     /// A target outside the vocabulary.
@@ -214,7 +213,7 @@ impl Transformer {
     /// The weights `[V, C]` of the output projection in the dtype of the hidden states.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn head_weight(&self) -> Result<Tensor> {
         self.head.weight().to_dtype(self.dtype)
     }

@@ -1,4 +1,4 @@
-//! A file of JSON objects, one a line, that is appended to and can be cut back to a step.
+//! A file with one JSON object per line, which is appended to and can be truncated to a step.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -16,8 +16,8 @@ pub struct Jsonl {
 }
 
 impl Jsonl {
-    /// Opens `path`, or creates it, and drops everything from the first line on that is of a later
-    /// step than `step`, or torn; 0 drops all.
+    /// Opens or creates `path` and truncates it before the first line that is incomplete or of a later step than `step`.
+    /// Step 0 removes every line.
     ///
     /// # Errors
     /// Names the file that cannot be read or written.
@@ -27,21 +27,20 @@ impl Jsonl {
             Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(Error::read(path, "log", e)),
         };
-        let keep: usize = match step {
+        let length: usize = match step {
             0 => 0,
             _ => lines(&text).take_while(|(_, line)| step_of(line) <= step).map(|(bytes, _)| bytes).sum(),
         };
         let error = |e| Error::write(path, e);
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(error)?;
-        file.set_len(keep as u64).map_err(error)?;
+        file.set_len(length as u64).map_err(error)?;
         Ok(Self { file, path: path.into() })
     }
 
-    /// Appends a line. It is written in one piece, so that a reader sees it whole, or its beginning
-    /// at the end of the file.
+    /// Appends a line in a single write, so that a reader sees all of it, or its beginning at the end of the file.
     ///
     /// # Errors
-    /// Names the file.
+    /// Names the file that cannot be written.
     pub fn append(&mut self, line: &Map<String, Value>) -> Result<()> {
         let mut text = Value::Object(line.clone()).to_string();
         text.push('\n');
@@ -51,28 +50,28 @@ impl Jsonl {
     /// Waits until the file is on the disk.
     ///
     /// # Errors
-    /// Names the file.
+    /// Names the file that cannot be written.
     pub fn sync(&mut self) -> Result<()> {
         self.file.sync_data().map_err(|e| Error::write(&self.path, e))
     }
 }
 
-/// The whole lines of a log that may still be growing: a torn one at its end is left out.
+/// The complete lines of a log. An incomplete line at the end, which may still be being written, is ignored.
 ///
 /// # Errors
-/// Names a file that cannot be read, or a line in it that is no JSON object.
+/// Names a file that cannot be read, or a line in it that is not a JSON object.
 pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>> {
     let text = fs::read(path).map_err(|e| Error::read(path, "log", e))?;
-    let found: Vec<_> = lines(&text).collect();
-    let bytes: usize = found.iter().map(|(bytes, _)| bytes).sum();
+    let complete: Vec<_> = lines(&text).collect();
+    let bytes: usize = complete.iter().map(|(bytes, _)| bytes).sum();
     if text[bytes..].contains(&b'\n') {
-        let reason = format!("line {} is no JSON object", found.len() + 1);
+        let reason = format!("line {} is not a JSON object", complete.len() + 1);
         return Err(Error::Foreign { path: path.into(), kind: "log", reason });
     }
-    Ok(found.into_iter().map(|(_, line)| line).collect())
+    Ok(complete.into_iter().map(|(_, line)| line).collect())
 }
 
-/// The lines up to the first that is torn, with their length in bytes.
+/// The lines before the first incomplete one, with their lengths in bytes.
 fn lines(text: &[u8]) -> impl Iterator<Item = (usize, Map<String, Value>)> {
     text.split_inclusive(|b| *b == b'\n')
         .map_while(|line| Some((line.len(), serde_json::from_slice(line.strip_suffix(b"\n")?).ok()?)))
@@ -97,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_appended_and_cut_back_to_a_step() {
+    fn lines_are_appended_and_truncated_to_a_step() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let mut log = Jsonl::open(&path, 0).unwrap();
@@ -116,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_line_is_left_out_and_then_cut_off() {
+    fn an_incomplete_last_line_is_ignored_and_then_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         fs::write(&path, b"{\"step\":1}\n{\"step\":2,\"te\xffxt").unwrap();
@@ -125,7 +124,7 @@ mod tests {
         assert_eq!(steps(&path), [1, 2]);
         fs::write(&path, "{\"step\":1}\n{\"step\":2").unwrap();
         assert_eq!(steps(&path), [1]);
-        // In the middle it is damage.
+        // Before the last line it is damage.
         fs::write(&path, "{\"step\":1}\n{\"step\n{\"step\":3}\n").unwrap();
         let error = read(&path).unwrap_err().to_string();
         assert!(error.contains("log") && error.contains("line 2"), "{error}");

@@ -1,4 +1,4 @@
-//! What a step cost: utilisation and memory, beside what the trainer reports.
+//! The line of a step in the log: the report of the trainer with utilization and memory.
 
 use candle_core::Device;
 use serde::Serialize;
@@ -11,22 +11,22 @@ use crate::model::flops;
 use crate::train::memory;
 use crate::train::step::Step;
 
-/// The line of a step.
+/// The line of a step in the log.
 #[derive(Debug, Serialize)]
 pub struct Line<'a> {
-    /// What the trainer reports.
+    /// The report of the trainer.
     #[serde(flatten)]
     pub step: &'a Step,
-    /// Model FLOPs utilisation: operations a second, as [`flops::per_token`] counts them, over the
-    /// rate of a matrix product.
+    /// Model FLOPs utilization: the operations per second, as [`flops::per_token`] counts them, divided by the rate of a
+    /// matrix product on the device.
     pub mfu: f64,
-    /// Resident memory of the process, MiB; null where the system does not tell.
+    /// The resident memory of the process in MiB; `None` if the system does not report it.
     pub resident_mib: Option<f64>,
-    /// Its peak so far.
+    /// The peak of the resident memory in MiB so far.
     pub peak_mib: Option<f64>,
 }
 
-/// Knows what a token costs and what the device could do.
+/// Measures the utilization of the device.
 #[derive(Debug, Default)]
 pub struct Meter {
     flops_per_token: f64,
@@ -35,11 +35,11 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Measures the device, in a fraction of a second. With several processes the others' devices are
-    /// taken to be as fast.
+    /// Measures the rate of matrix products on the device, which takes a fraction of a second. The devices of other
+    /// processes are assumed to be equally fast.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn new(recipe: &Recipe, device: &Device, processes: usize) -> Result<Self> {
         Ok(Self {
             flops_per_token: flops::per_token(&recipe.model, recipe.train.context),
@@ -48,7 +48,7 @@ impl Meter {
         })
     }
 
-    /// The event with which a run begins or goes on.
+    /// The event at the start or the resumption of a run.
     pub(super) fn start(&self, parameters: usize, seed: u64) -> Event {
         Event::Start {
             version: env!("CARGO_PKG_VERSION"),

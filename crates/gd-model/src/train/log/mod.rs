@@ -1,9 +1,8 @@
-//! What a run leaves behind while it trains: `train.jsonl`, the truth, and TensorBoard's scalar
-//! files made from it.
+//! The log of a run: `train.jsonl`, and files for TensorBoard that are made from it.
 //!
-//! A line of `train.jsonl` is one JSON object: a step ([`Line`]), or an event, which has the key
-//! `event` ([`Event`]). Both have `step` and `time` (seconds since 1970). Lines are written at once
-//! and stand in the order of their steps.
+//! A line of `train.jsonl` is one JSON object: a step ([`Line`]), or an event ([`Event`]), which has the key `event`.
+//! Both have the keys `step` and `time` (seconds since 1970). Lines are in the order of their steps and are written
+//! without buffering.
 
 mod jsonl;
 mod meter;
@@ -22,61 +21,61 @@ pub use tensorboard::TensorBoard;
 use crate::error::{Error, Result};
 use crate::train::step::Step;
 
-/// The log in the folder of a run.
+/// The file of the log in the folder of a run.
 pub const FILE: &str = "train.jsonl";
-/// The folder of TensorBoard's files in the folder of a run.
+/// The folder of the files for TensorBoard in the folder of a run.
 pub const TENSORBOARD: &str = "tb";
 
-/// Something that happened besides the steps.
+/// An event of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub enum Event {
-    /// The run began, or went on.
+    /// The run was started or resumed.
     Start {
-        /// Version of the program.
+        /// The version of the program.
         version: &'static str,
-        /// The device, in words.
+        /// The name of the device, such as `cuda:0`.
         device: String,
-        /// Threads of the CPU.
+        /// The number of CPU threads.
         threads: usize,
-        /// Parameters of the model.
+        /// The number of parameters.
         parameters: usize,
-        /// The seed.
+        /// The seed of the parameters and of the order of the data.
         seed: u64,
-        /// Rate of the matrix product to which `mfu` relates, FLOP/s.
+        /// The rate of a matrix product in FLOP/s, the denominator of `mfu`.
         peak_flops: f64,
-        /// Floating-point operations a training token costs.
+        /// Floating-point operations per training token.
         flops_per_token: f64,
     },
-    /// A checkpoint was saved and read back.
+    /// A checkpoint was saved and verified.
     Checkpoint {
-        /// Its folder.
+        /// The name of its folder.
         path: String,
     },
-    /// The newest checkpoint could not be used, so an older one was taken.
+    /// The run was resumed from an older checkpoint, because the newest one could not be used.
     Fallback {
-        /// What was wrong with the newer one.
+        /// Why the newest checkpoint could not be used.
         reason: String,
     },
-    /// An update was left out.
+    /// The guard skipped an update.
     Skip {
         /// Why.
         reason: String,
     },
     /// Text that the model generated.
     Sample {
-        /// What it continued.
+        /// The prompt.
         prompt: String,
         /// The continuation.
         text: String,
     },
-    /// The run is complete: the measures of the whole validation text.
+    /// The end of the run, with the evaluation on the whole validation text.
     End {
-        /// Loss, nats per token.
+        /// The loss in nats per token.
         loss: f64,
         /// Bits per byte.
         bits_per_byte: f64,
-        /// Predicted tokens.
+        /// The number of predicted tokens.
         tokens: usize,
     },
 }
@@ -90,8 +89,8 @@ pub struct Logger {
 }
 
 impl Logger {
-    /// Opens the log in the folder `run`, which exists, and cuts it back to what was written up to
-    /// the end of `step`; 0 starts it anew. TensorBoard's files are made again from what is left.
+    /// Opens the log in the existing folder `run` and removes the lines of later steps than `step`; step 0 removes all
+    /// lines. The files for TensorBoard are written again from the remaining lines.
     ///
     /// # Errors
     /// Names the file that cannot be read or written.
@@ -104,7 +103,7 @@ impl Logger {
         Ok(Self { jsonl, tensorboard, meter })
     }
 
-    /// Writes the event with which a run begins or goes on after `step` steps.
+    /// Writes the event of a run that starts or resumes after `step` steps.
     ///
     /// # Errors
     /// Names the file that cannot be written.
@@ -113,8 +112,8 @@ impl Logger {
         self.event(step, &event)
     }
 
-    /// Writes the line of a step, and why its update was skipped if it was. The line's numbers become
-    /// scalars of TensorBoard, nested ones with a `/` in their name.
+    /// Writes the line of a step, and an event if its update was skipped. The numbers of the line are also written for
+    /// TensorBoard, see [`scalars`].
     ///
     /// # Errors
     /// Names the file that cannot be written.
@@ -142,44 +141,44 @@ impl Logger {
         self.jsonl.append(&line)
     }
 
-    /// Makes sure that what was written stays, whatever happens to the machine.
+    /// Waits until the log is on the disk.
     ///
     /// # Errors
-    /// Names the file.
+    /// Names the file that cannot be written.
     pub fn sync(&mut self) -> Result<()> {
         self.jsonl.sync()
     }
 }
 
-/// A line with the time of now.
+/// A line with the current time.
 fn object(line: &impl Serialize) -> Result<Map<String, Value>> {
     match serde_json::to_value(line) {
         Ok(Value::Object(mut object)) => {
             object.insert("time".into(), now().into());
             Ok(object)
         }
-        other => Err(Error::Invalid(format!("a line of the log is no JSON object: {other:?}"))),
+        other => Err(Error::Invalid(format!("a line of the log is not a JSON object: {other:?}"))),
     }
 }
 
-/// The numbers of a line by name, `/` between the keys of nested ones; its step and time, which
-/// every scalar has beside it, left out.
+/// The numbers of a line by name, except its step and time. The name of a nested number joins its keys with `/`.
 pub fn scalars(line: &Map<String, Value>) -> Vec<(String, f64)> {
-    fn visit(prefix: &str, map: &Map<String, Value>, found: &mut Vec<(String, f64)>) {
+    fn visit(prefix: &str, map: &Map<String, Value>, scalars: &mut Vec<(String, f64)>) {
         for (key, value) in map {
             match value {
-                Value::Object(inner) => visit(&format!("{prefix}{key}/"), inner, found),
-                Value::Number(x) => found.extend(x.as_f64().map(|x| (format!("{prefix}{key}"), x))),
+                Value::Object(inner) => visit(&format!("{prefix}{key}/"), inner, scalars),
+                Value::Number(x) => scalars.extend(x.as_f64().map(|x| (format!("{prefix}{key}"), x))),
                 _ => {}
             }
         }
     }
-    let mut found = Vec::new();
-    visit("", line, &mut found);
-    found.retain(|(name, _)| name != "step" && name != "time");
-    found
+    let mut scalars = Vec::new();
+    visit("", line, &mut scalars);
+    scalars.retain(|(name, _)| name != "step" && name != "time");
+    scalars
 }
 
+/// The current time in seconds since 1970.
 fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }
@@ -195,12 +194,12 @@ mod tests {
         let line = json!({
             "step": 3, "time": 1.0, "loss": 2.5, "mfu": null, "selection": { "margin": 0.5 }, "note": "x"
         });
-        let found = scalars(line.as_object().unwrap());
-        assert_eq!(found, [("loss".to_owned(), 2.5), ("selection/margin".to_owned(), 0.5)]);
+        let scalars = scalars(line.as_object().unwrap());
+        assert_eq!(scalars, [("loss".to_owned(), 2.5), ("selection/margin".to_owned(), 0.5)]);
     }
 
     #[test]
-    fn a_log_that_is_opened_again_goes_on_after_a_step() {
+    fn a_reopened_log_is_continued_after_a_step() {
         let dir = tempfile::tempdir().unwrap();
         let sample = Event::Sample { prompt: "a".into(), text: "b".into() };
         let mut log = Logger::open(dir.path(), 0, Meter::default()).unwrap();
@@ -217,7 +216,7 @@ mod tests {
         assert_eq!(steps, [(1, false), (1, true), (2, false), (2, true), (3, false)]);
         assert_eq!((&lines[1]["event"], &lines[1]["text"]), (&json!("sample"), &json!("b")));
         assert!(lines.iter().all(|l| l["time"].as_f64().unwrap() > 1e9));
-        // One file, with a record for its version and one a step.
+        // One file, with a record for its version and one per step.
         let files: Vec<_> = std::fs::read_dir(dir.path().join(TENSORBOARD)).unwrap().collect();
         assert_eq!(files.len(), 1);
         let bytes = std::fs::read(files[0].as_ref().unwrap().path()).unwrap();

@@ -1,9 +1,9 @@
-//! Scalar files that TensorBoard reads.
+//! Files with scalars for TensorBoard.
 //!
-//! A file is a chain of records: length (u64), masked CRC32C of the length, data, masked CRC32C of
-//! the data, all little-endian. The data is a protocol-buffer `Event`: `wall_time` (1, double),
-//! `step` (2, int64), `file_version` (3, string) or `summary` (5), which repeats `value` (1) of
-//! `tag` (1, string) and `simple_value` (2, float).
+//! A file is a sequence of records: length (u64), masked CRC32C of the length, data, masked CRC32C of the data, all
+//! little-endian. The data is a protocol-buffer `Event` with the fields `wall_time` (1, double), `step` (2, int64), and
+//! `file_version` (3, string) or `summary` (5). A summary repeats `value` (1), each with `tag` (1, string) and
+//! `simple_value` (2, float).
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use super::scalars;
 use crate::error::{Error, Result};
 
-/// How the names of the files begin.
+/// The prefix of the file names.
 const PREFIX: &str = "events.out.tfevents.";
 
 /// A file of scalars, open for writing.
@@ -25,7 +25,7 @@ pub struct TensorBoard {
 }
 
 impl TensorBoard {
-    /// Begins the only file of `folder`: files that are there already are removed.
+    /// Creates a file in `folder` and removes the other files of this kind there. `wall_time` is in seconds since 1970.
     ///
     /// # Errors
     /// Names the file or folder that cannot be written.
@@ -47,10 +47,10 @@ impl TensorBoard {
         Ok(new)
     }
 
-    /// Writes the numbers of a log's line; an event has none.
+    /// Writes the numbers of a line of the log. Events have none.
     ///
     /// # Errors
-    /// Names the file.
+    /// Names the file that cannot be written.
     pub fn line(&mut self, line: &Map<String, Value>) -> Result<()> {
         if line.contains_key("event") {
             return Ok(());
@@ -72,7 +72,7 @@ impl TensorBoard {
     }
 }
 
-/// The framing of a record.
+/// A record with its length and checksums.
 fn record(data: &[u8]) -> Vec<u8> {
     let length = (data.len() as u64).to_le_bytes();
     let mut out = Vec::with_capacity(data.len() + 16);
@@ -83,12 +83,13 @@ fn record(data: &[u8]) -> Vec<u8> {
     out
 }
 
-/// CRC32C, rotated and shifted by a constant, so that data which holds checksums keeps a good one.
+/// The masked CRC32C of the format TFRecord: rotated and offset by a constant, because the CRC of data that contains CRCs
+/// is weak.
 fn masked(data: &[u8]) -> u32 {
     crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
-/// A number in groups of 7 bits, the lowest first.
+/// The protocol-buffer varint of a number: groups of 7 bits, the lowest first.
 fn varint(mut x: u64) -> Vec<u8> {
     let mut out = Vec::new();
     while x >= 0x80 {
@@ -99,7 +100,7 @@ fn varint(mut x: u64) -> Vec<u8> {
     out
 }
 
-/// The key of a field: its number and wire type.
+/// The protocol-buffer key of a field: its number and wire type.
 fn key(field: u64, wire: u64) -> Vec<u8> {
     varint(field << 3 | wire)
 }
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_file_replaces_the_old_ones_alone() {
+    fn a_new_file_replaces_the_old_ones_and_no_others() {
         let dir = tempfile::tempdir().unwrap();
         let old = dir.path().join(format!("{PREFIX}0000000001.gd"));
         let other = dir.path().join("mine");

@@ -1,8 +1,8 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101) over named parameters; the update of one parameter is
 //! [`gd_kernels::adamw`].
 //!
-//! Moments are f32 (f64 for f64 parameters) whatever the dtype of the parameter. A bf16 or f16 parameter is the rounding
-//! of an f32 master weight, so that updates below its resolution add up.
+//! Moments are f32, or f64 for f64 parameters. A bf16 or f16 parameter is the rounding of an f32 master weight, so that
+//! updates below its resolution add up.
 
 use std::collections::BTreeMap;
 
@@ -15,16 +15,16 @@ use super::parameter::{check_gradient, check_step, named, nothing_left, take, wi
 use crate::config::AdamWConfig;
 use crate::error::Result;
 
-/// The parameters that an update changed, for [`AdamW::undo_step`].
+/// The indices of the parameters that an update changed, for [`AdamW::undo_step`].
 #[derive(Debug, Clone, Default)]
 pub struct Updated(Vec<usize>);
 
-/// The verdicts by which a GPU scales an update.
+/// The verdicts by which a GPU scales or skips an update, see [`gd_kernels::adamw::Verdict`].
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceVerdict<'a> {
     /// The verdict on this update.
     pub verdict: &'a Tensor,
-    /// That on the update before, and the parameters that it changed, where the host has not read it yet.
+    /// The verdict on the update before and the parameters that it changed, if the host has not read it yet.
     pub previous: Option<(&'a Tensor, &'a Updated)>,
 }
 
@@ -33,8 +33,8 @@ struct Parameter {
     name: String,
     var: Var,
     decays: bool,
-    /// Updates so far. Each parameter counts its own, since a parameter without a gradient is skipped, and the bias
-    /// correction of its first gradient must be that of a first step.
+    /// The number of updates of this parameter. It is counted per parameter, because a parameter without a gradient is
+    /// skipped and the bias correction of its first gradient must be that of a first step.
     step: u32,
     state: State,
 }
@@ -43,15 +43,15 @@ struct Parameter {
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
-    /// By name.
+    /// Sorted by name.
     parameters: Vec<Parameter>,
 }
 
 impl AdamW {
-    /// An optimizer over named parameters, in f32, f64, bf16 or f16.
+    /// An optimizer over named parameters in f32, f64, bf16 or f16.
     ///
     /// # Errors
-    /// A setting outside its range, a name given twice, or another dtype.
+    /// A setting outside its range, a duplicate name, or another dtype.
     pub fn new(vars: Vec<(String, Var)>, config: AdamWConfig) -> Result<Self> {
         config.validate()?;
         let parameter = |(name, var): (String, Var)| {
@@ -61,11 +61,11 @@ impl AdamW {
         Ok(Self { config, parameters: named(vars)?.into_iter().map(parameter).collect::<Result<_>>()? })
     }
 
-    /// Updates every parameter that has a gradient, with the gradients times `scale` (for clipping and
-    /// averaging) at learning rate `lr`.
+    /// Updates every parameter that has a gradient, with the gradients times `scale` (for clipping and averaging) at the
+    /// learning rate `lr`.
     ///
     /// # Errors
-    /// A rate or scale that is no number, or a gradient of another shape or dtype than its parameter.
+    /// A rate or scale that is not finite, or a gradient of another shape or dtype than its parameter.
     pub fn step(&mut self, grads: &GradStore, lr: f64, scale: f64) -> Result<()> {
         check_step(lr, scale)?;
         let Some(first) = self.parameters.first() else { return Ok(()) };
@@ -78,11 +78,17 @@ impl AdamW {
         Ok(())
     }
 
-    /// The same on a GPU, scaled by a verdict that the host does not know yet: the factor of the gradients, or that
-    /// nothing changes. If the host learns later that the update was skipped, it calls [`AdamW::undo_step`].
+    /// Whether [`AdamW::step_by_verdict`] can update the parameters: all of them are on a GPU.
+    pub fn takes_verdicts(&self) -> bool {
+        self.parameters.iter().all(|parameter| parameter.state.takes_verdict())
+    }
+
+    /// As [`AdamW::step`] on a GPU, with a scale that the host has not read yet: the verdict holds the factor of the
+    /// gradients, or skips the update. When the host reads a verdict that skipped the update, it calls
+    /// [`AdamW::undo_step`].
     ///
     /// # Errors
-    /// A rate that is no number, parameters on the CPU, or a gradient of another shape or dtype than its parameter.
+    /// A rate that is not finite, parameters on the CPU, or a gradient of another shape or dtype than its parameter.
     pub fn step_by_verdict(
         &mut self,
         grads: &GradStore,
@@ -102,19 +108,19 @@ impl AdamW {
         Ok(updated)
     }
 
-    /// Takes back the count of an update that the device skipped.
+    /// Takes an update that the device skipped out of the update counts.
     pub fn undo_step(&mut self, updated: &Updated) {
         for &at in &updated.0 {
             self.parameters[at].step -= 1;
         }
     }
 
-    /// The moments (in their own dtype), step counts and master weights, as `NAME.exp_avg`,
-    /// `NAME.exp_avg_sq`, `NAME.step` (u32 scalar) and, for bf16 and f16, `NAME.master`: with the
-    /// parameters, all that an exact continuation needs.
+    /// The moments (in their own dtype), update counts and master weights, as `NAME.exp_avg`, `NAME.exp_avg_sq`,
+    /// `NAME.step` (u32 scalar) and, for bf16 and f16, `NAME.master`. With the parameters they are all that an exact
+    /// continuation needs.
     ///
     /// # Errors
-    /// Whatever copying a tensor reports.
+    /// An error of the device.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
         for Parameter { name, var, step, state: moments, .. } in &self.parameters {
@@ -127,7 +133,7 @@ impl AdamW {
         Ok(state)
     }
 
-    /// Takes over what [`AdamW::state`] gave for the same parameters. After an error nothing has changed.
+    /// Restores the result of [`AdamW::state`] for the same parameters. After an error the state is unchanged.
     ///
     /// # Errors
     /// Names the tensor that is missing, superfluous, or of another shape or dtype.
@@ -137,7 +143,10 @@ impl AdamW {
         Ok(())
     }
 
-    /// What [`AdamW::state`] gave for the same parameters, checked.
+    /// Checks the result of [`AdamW::state`] for the same parameters.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing, superfluous, or of another shape or dtype.
     pub(super) fn read(&self, mut state: BTreeMap<String, Tensor>) -> Result<Loaded> {
         let mut loaded = Vec::with_capacity(self.parameters.len());
         for Parameter { name, var, .. } in &self.parameters {
@@ -155,7 +164,7 @@ impl AdamW {
         Ok(loaded)
     }
 
-    /// Goes on from what was read.
+    /// Replaces the state by the result of [`AdamW::read`].
     pub(super) fn adopt(&mut self, loaded: Loaded) {
         for (parameter, (step, state)) in self.parameters.iter_mut().zip(loaded) {
             (parameter.step, parameter.state) = (step, state);
@@ -163,7 +172,7 @@ impl AdamW {
     }
 }
 
-/// Step and moments of every parameter.
+/// The update count and the moments of every parameter.
 type Loaded = Vec<(u32, State)>;
 
 impl Parameter {

@@ -1,17 +1,17 @@
-//! Which parameters decay, and which are matrices that Muon may orthogonalise: one table of names.
+//! The parameters to which weight decay applies, and those that Muon can update: a table of names.
 
-/// How a parameter is treated.
+/// How an optimizer treats a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Group {
-    /// A matrix between two hidden spaces: Muon, if it is configured; decays.
+    /// A projection matrix of a block. Updated by Muon if it is configured, else by AdamW; decays.
     Matrix,
-    /// Any other array of weights, as embeddings and filters: AdamW; decays.
+    /// Another array of weights, such as an embedding or a filter. Updated by AdamW; decays.
     Array,
-    /// A vector, norm, gain or fixed gate: AdamW; does not decay.
+    /// A bias, the weight of a norm, or a scalar per head. Updated by AdamW; does not decay.
     Gain,
 }
 
-/// Groups by the end of the name; the first that fits counts.
+/// Groups by the end of the name; the first match counts.
 const TABLE: &[(&str, Group)] = &[
     ("_proj.weight", Group::Matrix),
     ("norm.weight", Group::Gain),
@@ -19,7 +19,7 @@ const TABLE: &[(&str, Group)] = &[
     (".gd.beta", Group::Gain),
     (".gd.threshold", Group::Gain),
     (".gd.alpha", Group::Gain),
-    // Deviations from the weights (1, 0, ..) of the rounds.
+    // Deviations of the round weights from (1, 0, ..).
     (".gd.rounds", Group::Gain),
     ("embed_tokens.weight", Group::Array),
     ("lm_head.weight", Group::Array),
@@ -29,8 +29,8 @@ const TABLE: &[(&str, Group)] = &[
 ];
 
 impl Group {
-    /// The group of a parameter by its name and number of dimensions. What the table does not know decays
-    /// if it has two dimensions or more.
+    /// The group of a parameter by its name and number of dimensions. A name without an entry in the table is a
+    /// [`Group::Array`] from two dimensions on, else a [`Group::Gain`].
     pub fn of(name: &str, rank: usize) -> Self {
         match TABLE.iter().find(|(end, _)| name.ends_with(end)) {
             Some((_, Self::Matrix)) if rank != 2 => Self::Array,
@@ -57,7 +57,7 @@ mod tests {
     use crate::model::params::Params;
 
     #[test]
-    fn the_table_knows_every_parameter_and_no_vector_decays() {
+    fn every_parameter_is_in_the_table_and_no_vector_decays() {
         for (preset, _) in PRESETS.iter().take(1) {
             let mut base = Recipe::load(preset).unwrap().model;
             (base.attention_bias, base.gd.output_gate, base.tie_word_embeddings) = (true, true, false);

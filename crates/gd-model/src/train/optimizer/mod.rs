@@ -1,4 +1,4 @@
-//! What moves the parameters: AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest.
+//! Optimizers: AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others.
 
 mod adamw;
 mod groups;
@@ -13,22 +13,23 @@ use candle_core::{Tensor, Var};
 
 pub use self::adamw::{AdamW, DeviceVerdict, Updated};
 pub use self::groups::Group;
-pub use self::muon::{Muon, orthogonal};
+pub use self::muon::Muon;
 pub use self::norm::{accumulate, clip_scale, global_norm, not_finite, squares};
 use crate::config::{AdamWConfig, MuonConfig};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::train::state::{State, Stateful};
 
 /// The optimizer of a training run.
 #[derive(Debug)]
 pub struct Optimizer {
     adamw: AdamW,
-    /// Over the parameters of [`Group::Matrix`]; without a config over none.
+    /// Over the parameters of [`Group::Matrix`] if Muon is configured, else over none.
     muon: Muon,
 }
 
 impl Optimizer {
-    /// AdamW over named parameters; with a config for Muon, that over the matrices among them.
+    /// AdamW over named parameters. With a configuration of Muon, Muon updates the matrices among them
+    /// ([`Group::Matrix`]).
     ///
     /// # Errors
     /// As [`AdamW::new`] and [`Muon::new`].
@@ -38,8 +39,8 @@ impl Optimizer {
         Ok(Self { adamw: AdamW::new(others, adamw)?, muon: Muon::new(matrices, muon.unwrap_or_default())? })
     }
 
-    /// Updates every parameter that has a gradient, with the gradients times `scale` (for clipping and
-    /// averaging) at learning rate `lr`.
+    /// Updates every parameter that has a gradient, with the gradients times `scale` (for clipping and averaging) at the
+    /// learning rate `lr`.
     ///
     /// # Errors
     /// As [`AdamW::step`].
@@ -48,15 +49,15 @@ impl Optimizer {
         self.muon.step(grads, lr, scale)
     }
 
-    /// Whether a GPU can do a step without the host knowing how its gradients are clipped: all but Muon's.
+    /// Whether the device can apply an update before the host knows the scale of its gradients: on a GPU, without Muon.
     pub fn is_asynchronous(&self) -> bool {
-        self.muon.is_empty()
+        self.muon.is_empty() && self.adamw.takes_verdicts()
     }
 
-    /// Updates as [`AdamW::step_by_verdict`], if [`Optimizer::is_asynchronous`].
+    /// As [`AdamW::step_by_verdict`].
     ///
     /// # Errors
-    /// As there, or matrices that Muon would update.
+    /// As [`AdamW::step_by_verdict`], or an optimizer that is not [asynchronous](Optimizer::is_asynchronous).
     pub fn step_by_verdict(
         &mut self,
         grads: &GradStore,
@@ -65,7 +66,9 @@ impl Optimizer {
     ) -> Result<Updated> {
         match self.is_asynchronous() {
             true => self.adamw.step_by_verdict(grads, lr, verdict),
-            false => Err(crate::Error::Invalid("Muon's updates need a factor that the host knows".into())),
+            false => Err(Error::Invalid(
+                "updates by a verdict need parameters on a GPU that AdamW updates, without Muon".into(),
+            )),
         }
     }
 
@@ -74,18 +77,18 @@ impl Optimizer {
         self.adamw.undo_step(updated);
     }
 
-    /// With the parameters, all that an exact continuation needs, by name.
+    /// The state of both optimizers by name. With the parameters it is all that an exact continuation needs.
     ///
     /// # Errors
-    /// Whatever copying a tensor reports.
+    /// An error of the device.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = self.adamw.state()?;
         state.extend(self.muon.state());
         Ok(state)
     }
 
-    /// Takes over what [`Optimizer::state`] gave for the same parameters and settings. After an error nothing
-    /// has changed.
+    /// Restores the result of [`Optimizer::state`] for the same parameters and settings. After an error the state is
+    /// unchanged.
     ///
     /// # Errors
     /// Names the tensor that is missing, superfluous, or of another shape or dtype.

@@ -1,4 +1,4 @@
-//! The norm of all gradients, clipping by it, and accumulation.
+//! The norm of all gradients, gradient clipping, and accumulation.
 
 use candle_core::Var;
 use candle_core::backprop::GradStore;
@@ -6,11 +6,11 @@ use gd_kernels::adamw::GradientSquares;
 
 use crate::error::{Error, Result};
 
-/// Euclidean norm of all gradients together, the same for any number of threads; not finite if one of them is not. In
-/// f64 on the CPU, in f32 on a GPU, from which one number comes to the host.
+/// The Euclidean norm of all gradients together. It has the same bits for any number of threads, and is not finite if a
+/// gradient is not. Summed in f64 on the CPU and in f32 on a GPU.
 ///
 /// # Errors
-/// A gradient of a dtype that has no norm.
+/// A gradient that is not of floats.
 pub fn global_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
     match squares(vars, grads)? {
         Some((squares, _)) => Ok(squares.norm()?),
@@ -18,11 +18,11 @@ pub fn global_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
     }
 }
 
-/// The squares of all gradients, and the names of their parameters in the same order, which is that of the names; none
-/// without a gradient.
+/// The sums of squares of all gradients, and the names of their parameters; both sorted by name. `None` if no parameter
+/// has a gradient.
 ///
 /// # Errors
-/// A gradient of a dtype that has no norm.
+/// A gradient that is not of floats.
 pub fn squares<'a>(
     vars: &'a [(String, Var)],
     grads: &GradStore,
@@ -37,7 +37,7 @@ pub fn squares<'a>(
     }
 }
 
-/// The first parameter, by name, whose gradient is not finite.
+/// The name of the first parameter, in the order of the names, whose gradient is not finite.
 ///
 /// # Errors
 /// As [`global_norm`].
@@ -46,7 +46,10 @@ pub fn not_finite<'a>(vars: &'a [(String, Var)], grads: &GradStore) -> Result<Op
     Ok(squares.first_not_finite()?.map(|at| names[at]))
 }
 
-/// The factor that brings a gradient of this norm down to `max_norm`; 1 where it is no longer than that.
+/// The factor `min(1, max_norm / norm)` of gradients in gradient clipping.
+///
+/// # Errors
+/// A norm that is not finite, or a maximum that is not above 0.
 pub fn clip_scale(norm: f64, max_norm: f64) -> Result<f64> {
     if max_norm.is_nan() || max_norm <= 0.0 || !norm.is_finite() {
         return Err(Error::Invalid(format!("a gradient of norm {norm} cannot be clipped to {max_norm}")));
@@ -54,7 +57,10 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> Result<f64> {
     Ok(if norm > max_norm { max_norm / norm } else { 1.0 })
 }
 
-/// Adds the gradients of `vars` in `more` to those in `total`, for batches in several parts.
+/// Adds the gradients of `vars` in `more` to those in `total` (gradient accumulation).
+///
+/// # Errors
+/// Gradients of other shapes.
 pub fn accumulate(vars: &[(String, Var)], total: &mut GradStore, more: &GradStore) -> Result<()> {
     for (_, var) in vars {
         if let Some(grad) = more.get(var) {

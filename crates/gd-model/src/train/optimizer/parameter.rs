@@ -1,6 +1,6 @@
-//! What the optimizers do alike: named parameters, master weights, and their saved state.
+//! Shared by the optimizers: named parameters, master weights, and saved state.
 //!
-//! A bf16 or f16 parameter is the rounding of an f32 master weight; others are their own master.
+//! A bf16 or f16 parameter is the rounding of an f32 master weight; other parameters have none.
 
 use std::collections::BTreeMap;
 
@@ -8,10 +8,10 @@ use candle_core::{DType, Tensor, Var};
 
 use crate::error::{Error, Result};
 
-/// Parameters in the order of their names.
+/// The parameters sorted by name.
 ///
 /// # Errors
-/// A name given twice, or a dtype that cannot be updated.
+/// A duplicate name, or a parameter that is not of floats.
 pub(super) fn named(mut vars: Vec<(String, Var)>) -> Result<Vec<(String, Var)>> {
     vars.sort_by(|a, b| a.0.cmp(&b.0));
     if let Some(pair) = vars.windows(2).find(|pair| pair[0].0 == pair[1].0) {
@@ -25,12 +25,12 @@ pub(super) fn named(mut vars: Vec<(String, Var)>) -> Result<Vec<(String, Var)>> 
     }
 }
 
-/// What a parameter is updated in.
+/// The dtype in which a parameter is updated.
 pub(super) fn wide_dtype(var: &Var) -> DType {
     if var.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
-/// The parameter in [`wide_dtype`], without gradient.
+/// The parameter in [`wide_dtype`], detached.
 pub(super) fn wide_weight(var: &Var, master: Option<&Tensor>) -> Result<Tensor> {
     match master {
         Some(master) => Ok(master.clone()),
@@ -38,7 +38,7 @@ pub(super) fn wide_weight(var: &Var, master: Option<&Tensor>) -> Result<Tensor> 
     }
 }
 
-/// Sets a parameter, and its master if it has one.
+/// Sets a parameter, and its master weight if it has one.
 pub(super) fn set_wide(var: &Var, master: &mut Option<Tensor>, new: Tensor) -> Result<()> {
     var.set(&new.to_dtype(var.dtype())?)?;
     if let Some(master) = master {
@@ -47,7 +47,7 @@ pub(super) fn set_wide(var: &Var, master: &mut Option<Tensor>, new: Tensor) -> R
     Ok(())
 }
 
-/// Refuses steps that would spoil every parameter.
+/// Fails for a learning rate or scale with which an update is not finite.
 pub(super) fn check_step(lr: f64, scale: f64) -> Result<()> {
     if lr >= 0.0 && lr.is_finite() && scale.is_finite() {
         return Ok(());
@@ -55,7 +55,7 @@ pub(super) fn check_step(lr: f64, scale: f64) -> Result<()> {
     Err(Error::Invalid(format!("no update is possible with learning rate {lr} and scale {scale}")))
 }
 
-/// Refuses the gradient of something else.
+/// Fails for a gradient of another shape or dtype than its parameter.
 pub(super) fn check_gradient(name: &str, var: &Var, grad: &Tensor) -> Result<()> {
     if grad.dims() == var.dims() && grad.dtype() == var.dtype() {
         return Ok(());
@@ -69,15 +69,18 @@ pub(super) fn check_gradient(name: &str, var: &Var, grad: &Tensor) -> Result<()>
     )))
 }
 
-/// Takes `NAME.PART` out of a saved state.
+/// Removes the tensor `NAME.KIND` from a saved state.
+///
+/// # Errors
+/// A tensor that is missing, or of another shape or dtype.
 pub(super) fn take(
     state: &mut BTreeMap<String, Tensor>,
     name: &str,
-    part: &str,
+    kind: &str,
     dtype: DType,
     dims: &[usize],
 ) -> Result<Tensor> {
-    let key = format!("{name}.{part}");
+    let key = format!("{name}.{kind}");
     let tensor =
         state.remove(&key).ok_or_else(|| Error::Invalid(format!("the optimizer state has no {key}")))?;
     if tensor.dtype() == dtype && tensor.dims() == dims {
@@ -90,7 +93,7 @@ pub(super) fn take(
     )))
 }
 
-/// Refuses a state that holds more than was taken from it.
+/// Fails for a saved state with tensors that were not taken from it.
 pub(super) fn nothing_left(state: &BTreeMap<String, Tensor>) -> Result<()> {
     match state.keys().next() {
         Some(key) => Err(Error::Invalid(format!("the optimizer state has {key}, which no parameter needs"))),

@@ -1,12 +1,11 @@
 //! Data-parallel training: several processes (ranks) share the batch of every step.
 //!
-//! Every rank holds the whole model. It computes the gradients of its own rows of each micro-batch; the
-//! sums over all ranks then replace them, and each rank makes the same update. So the ranks stay equal to
-//! the bit, and equal to one process with the same batch but for the order of additions.
+//! Every rank holds the whole model and computes the gradients of its own rows of each micro-batch. The gradients are
+//! summed over all ranks, and each rank makes the same update. So the parameters of all ranks have the same bits, and
+//! differ from those of one process with the same batch only by the order of additions.
 //!
-//! A [`Group`] is what the trainer sees of this. Without the feature `mpi`, or without `mpirun`, it is a
-//! group of one, which costs nothing. Every method that takes part of all ranks (it says so) must be
-//! called by all of them in the same order.
+//! [`Group`] is the interface of the trainer. Without the feature `mpi`, or without `mpirun`, it has one process.
+//! A method documented as collective must be called by all ranks in the same order.
 
 mod single;
 
@@ -22,46 +21,45 @@ use candle_core::{DType, Device, Tensor, Var};
 use crate::error::{Error, Result};
 use crate::train::gradients::Gradients;
 
-/// Elements of the gradients that travel together; one larger parameter travels alone.
-const BUCKET: usize = 1 << 22;
+/// The maximal number of gradient elements that are summed together. A larger parameter is summed alone.
+const BUCKET_ELEMENTS: usize = 1 << 22;
 
-/// What the launchers of MPI tell a process: how many there are.
+/// Environment variables in which launchers of MPI give the number of processes.
 const WORLD_SIZE: [&str; 2] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
 
-/// What carries data between the ranks.
-trait Engine {
-    /// This process, from 0.
+/// The communication between the ranks.
+trait Communicator {
+    /// The number of this process, from 0.
     fn rank(&self) -> usize;
 
-    /// Processes.
+    /// The number of processes.
     fn world(&self) -> usize;
 
-    /// Replaces every element of a contiguous f32 vector by its sum over the ranks; all ranks get the
-    /// same bits, in every run.
+    /// Replaces every element of a contiguous f32 vector by its sum over the ranks. All ranks get the same bits, in every
+    /// run.
     fn sum(&self, flat: &Tensor) -> candle_core::Result<()>;
 
-    /// What the ranks give, of one length, one after the other.
+    /// The bytes of all ranks in the order of the ranks. Every rank gives the same number of bytes.
     fn gather(&self, own: &[u8]) -> Vec<u8>;
 
-    /// Ends all ranks.
+    /// Ends the processes of all ranks.
     fn abort(&self, code: u8) -> !;
 }
 
-/// The processes of one training. Clones are the same group; it ends with the last of them.
+/// The processes of one training. Clones share the group, which ends with the last of them.
 #[derive(Clone)]
-pub struct Group(Rc<dyn Engine>);
+pub struct Group(Rc<dyn Communicator>);
 
 impl Group {
-    /// This process alone.
+    /// A group of this process alone.
     pub fn single() -> Self {
         Self(Rc::new(single::Single))
     }
 
-    /// The processes that `mpirun` has started together, or this one alone where it was not started so.
-    /// All ranks take part.
+    /// The processes that `mpirun` has started, or this process alone without `mpirun`. Collective.
     ///
     /// # Errors
-    /// Several processes, but a program without the feature `mpi`; or MPI or NCCL does not start.
+    /// Several processes of a program without the feature `mpi`, or an error of MPI or NCCL.
     pub fn start(device: &Device) -> Result<Self> {
         let Some(world) = WORLD_SIZE.iter().find_map(|name| std::env::var(name).ok()) else {
             return Ok(Self::single());
@@ -88,7 +86,7 @@ impl Group {
         }
         if !device.is_cpu() {
             return Err(Error::Invalid(format!(
-                "{:?}: this program sums gradients on the CPU (built without the feature nccl)",
+                "{:?}: several processes need the feature nccl for a GPU; this program was built without it",
                 device.location()
             )));
         }
@@ -105,15 +103,15 @@ impl Group {
         self.0.world()
     }
 
-    /// Whether this process is the one that prints, logs, evaluates and saves.
+    /// Whether this process is rank 0, which prints, logs, evaluates and saves.
     pub fn leads(&self) -> bool {
         self.rank() == 0
     }
 
-    /// Fails where a micro-batch of `batch` rows has not a row for every rank.
+    /// Checks that a micro-batch of `batch` rows has at least one row per rank.
     ///
     /// # Errors
-    /// Names both numbers.
+    /// [`Error::OutOfRange`].
     pub fn check(&self, batch: usize) -> Result<()> {
         if batch >= self.world() {
             return Ok(());
@@ -122,17 +120,17 @@ impl Group {
         Err(Error::out_of_range("train.batch", batch, allowed))
     }
 
-    /// Replaces loss, weight and gradients by their sums over the ranks. All ranks take part, and get the
-    /// same bits; what follows from the sums, such as to skip a step or to stop, they decide alike.
+    /// Replaces the loss, the weight and the gradients by their sums over the ranks. Collective. All ranks get the same
+    /// bits, so that they make the same decisions from the sums, such as to skip a step.
     ///
     /// # Errors
-    /// A gradient that has another shape than its parameter.
+    /// A gradient of another shape than its parameter.
     pub fn all_reduce(&self, vars: &[(String, Var)], sums: &mut Gradients) -> Result<()> {
         if self.world() == 1 {
             return Ok(());
         }
         [sums.loss, sums.weight] = self.sum([sums.loss, sums.weight]);
-        // A parameter has a gradient if it has one on any rank.
+        // The parameters that have a gradient on at least one rank.
         let own: Vec<u8> = vars.iter().map(|(_, var)| u8::from(sums.store.get(var).is_some())).collect();
         let all = self.0.gather(&own);
         let given = |i: usize| all.chunks(own.len().max(1)).any(|rank| rank[i] == 1);
@@ -142,7 +140,7 @@ impl Group {
             let mut size = 0;
             let fits = rest.iter().take_while(|var| {
                 size += var.elem_count();
-                size <= BUCKET
+                size <= BUCKET_ELEMENTS
             });
             let (bucket, others) = rest.split_at(fits.count().max(1));
             self.reduce(bucket, sums)?;
@@ -151,10 +149,10 @@ impl Group {
         Ok(())
     }
 
-    /// Sums the gradients of these parameters in one vector.
+    /// Sums the gradients of these parameters over the ranks in one vector.
     fn reduce(&self, vars: &[&Var], sums: &mut Gradients) -> Result<()> {
         let size = vars.iter().map(|var| var.elem_count()).sum::<usize>();
-        // Gradients may share their storage with each other, so the sum is not taken in place.
+        // Gradients may share storage, so they are not summed in place.
         let flat = Tensor::zeros(size, DType::F32, vars[0].device())?;
         let mut at = 0;
         for var in vars {
@@ -173,7 +171,7 @@ impl Group {
         Ok(())
     }
 
-    /// Sums over the ranks, in their order.
+    /// The sums over the ranks in the order of the ranks.
     fn sum<const N: usize>(&self, own: [f64; N]) -> [f64; N] {
         let bytes: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
         let mut sums = [0.0; N];
@@ -183,16 +181,15 @@ impl Group {
         sums
     }
 
-    /// Of each flag, whether any rank has set it, so that all go on alike. All ranks take part.
+    /// For each flag, whether any rank has set it. Collective.
     pub fn any<const N: usize>(&self, own: [bool; N]) -> [bool; N] {
         self.sum(own.map(|set| f64::from(u8::from(set)))).map(|count| count > 0.0)
     }
 
-    /// Fails unless all ranks hold the same: `hash` is the hash of `what`. All ranks take part, and fail
-    /// together.
+    /// Checks that `hash`, the hash of `what`, is the same on all ranks. Collective; all ranks return the same result.
     ///
     /// # Errors
-    /// Names the ranks that differ from rank 0.
+    /// [`Error::RanksDiffer`] with the ranks that differ from rank 0.
     pub fn require_equal(&self, what: &str, hash: blake3::Hash) -> Result<()> {
         let all = self.0.gather(hash.as_bytes());
         let ranks = all.chunks(blake3::OUT_LEN).enumerate();
@@ -204,7 +201,7 @@ impl Group {
         Err(Error::RanksDiffer { what: what.into(), ranks })
     }
 
-    /// Ends all ranks with this exit code, for an error of this one: the others would wait for it forever.
+    /// Prints an error of this rank and ends all ranks with this exit code, because the others would wait for it forever.
     pub fn abort(&self, error: &str, code: u8) -> ! {
         eprintln!("error: rank {} of {}: {error}", self.rank(), self.world());
         self.0.abort(code)

@@ -1,20 +1,20 @@
-//! Ranks that MPI has started; sums on the CPU.
+//! Ranks started by MPI, with sums on the CPU.
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor};
 use mpi::Threading;
 use mpi::environment::Universe;
 use mpi::topology::SimpleCommunicator;
-use mpi::traits::{Communicator, CommunicatorCollectives};
+use mpi::traits::{Communicator as _, CommunicatorCollectives};
 
-use super::Engine;
+use super::Communicator;
 use crate::error::Error;
 
-/// Elements that are summed at a time: counts of MPI are 32 bits wide, and buffers stay small.
-const PIECE: usize = 1 << 20;
+/// The number of elements that are summed at a time. MPI counts elements in 32 bits, and the buffers stay small.
+const CHUNK_ELEMENTS: usize = 1 << 20;
 
 pub(super) struct Mpi {
     world: SimpleCommunicator,
-    /// Dropped last: it ends MPI.
+    /// Dropped last, which ends MPI.
     _universe: Universe,
 }
 
@@ -22,17 +22,17 @@ impl Mpi {
     /// Joins the other ranks.
     pub(super) fn start() -> crate::Result<Self> {
         let failed = |why| Error::Invalid(format!("MPI does not start: {why}"));
-        // Computing is threaded, but only this thread talks to MPI.
+        // Several threads compute, but this thread alone calls MPI.
         let (universe, threading) = mpi::initialize_with_threading(Threading::Funneled)
-            .ok_or_else(|| failed("it was started before".to_owned()))?;
+            .ok_or_else(|| failed("it was initialized before".to_owned()))?;
         if threading < Threading::Funneled {
-            return Err(failed(format!("it offers {threading:?} threading, and Funneled is needed")));
+            return Err(failed(format!("it supports {threading:?} threading, but Funneled is needed")));
         }
         Ok(Self { world: universe.world(), _universe: universe })
     }
 }
 
-impl Engine for Mpi {
+impl Communicator for Mpi {
     fn rank(&self) -> usize {
         self.world.rank() as usize
     }
@@ -65,34 +65,34 @@ impl InplaceOp1 for Mpi {
         let (CpuStorage::F32(values), Some((from, to))) = (storage, layout.contiguous_offsets()) else {
             candle_core::bail!("all-reduce needs a contiguous f32 tensor");
         };
-        for piece in values[from..to].chunks_mut(PIECE) {
-            self.sum_piece(piece);
+        for chunk in values[from..to].chunks_mut(CHUNK_ELEMENTS) {
+            self.sum_chunk(chunk);
         }
         Ok(())
     }
 }
 
 impl Mpi {
-    /// Each rank sums one part, in the order of the ranks and in f64, and all collect the parts. MPI's own
-    /// reduction may add in an order that depends on the machines and the size.
-    fn sum_piece(&self, piece: &mut [f32]) {
-        let part = piece.len().div_ceil(self.world());
+    /// Sums a chunk over the ranks. Each rank sums one part of it in f64 in the order of the ranks, and all ranks gather
+    /// the parts. The reduction of MPI is not used, because its order of additions may depend on machines and sizes.
+    fn sum_chunk(&self, chunk: &mut [f32]) {
+        let part = chunk.len().div_ceil(self.world());
         let mut all = vec![0f32; part * self.world()];
-        let mut mine = all.clone();
-        all[..piece.len()].copy_from_slice(piece);
-        self.world.all_to_all_into(&all[..], &mut mine[..]);
+        let mut own = all.clone();
+        all[..chunk.len()].copy_from_slice(chunk);
+        self.world.all_to_all_into(&all[..], &mut own[..]);
         let mut sums = vec![0f64; part];
-        for rank in mine.chunks(part) {
+        for rank in own.chunks(part) {
             sums.iter_mut().zip(rank).for_each(|(sum, &x)| *sum += f64::from(x));
         }
         let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
         self.world.all_gather_into(&sums[..], &mut all[..]);
-        piece.copy_from_slice(&all[..piece.len()]);
+        chunk.copy_from_slice(&all[..chunk.len()]);
     }
 }
 
 impl Drop for Mpi {
-    /// A rank that panics takes the others along; they would wait for it forever.
+    /// Ends all ranks if this one panics, because the others would wait for it forever.
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("error: rank {} of {} panicked", self.rank(), self.world());

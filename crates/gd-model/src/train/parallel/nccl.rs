@@ -1,24 +1,24 @@
-//! Ranks with one GPU each: gradients are summed by NCCL without leaving the GPUs, everything else goes
-//! through MPI. Not yet measured on hardware.
+//! Ranks with one CUDA GPU each. NCCL sums the gradients on the GPUs; MPI carries all other data. Not yet measured on
+//! hardware.
 
 use candle_core::cuda_backend::cudarc::nccl::{Comm, Id, ReduceOp};
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, InplaceOp1, Layout, Result, Tensor};
 
-use super::Engine;
+use super::Communicator;
 use super::mpi::Mpi;
 use crate::error::Error;
 
 pub(super) struct Nccl {
     comm: Comm,
-    /// Dropped last: the ranks part when all GPUs are done.
+    /// Dropped last, because MPI must not end before NCCL.
     mpi: Mpi,
 }
 
 impl Nccl {
-    /// Joins the other ranks; `device` is the GPU of this one, and its stream the one that sums.
+    /// Joins the other ranks. `device` is the GPU of this rank, whose stream runs the sums.
     pub(super) fn start(mpi: Mpi, device: &CudaDevice) -> crate::Result<Self> {
         let failed = |e| Error::Invalid(format!("NCCL does not start: {e:?}"));
-        // Rank 0's name for the group; the names of the others are not used.
+        // The identifier of rank 0 names the group. Those of the other ranks are not used.
         let own = Id::new().map_err(failed)?.internal().map(|c| c as u8);
         let mut id = [0; 128];
         id.copy_from_slice(&mpi.gather(&own)[..128]);
@@ -28,7 +28,7 @@ impl Nccl {
     }
 }
 
-impl Engine for Nccl {
+impl Communicator for Nccl {
     fn rank(&self) -> usize {
         self.mpi.rank()
     }
@@ -56,7 +56,7 @@ impl InplaceOp1 for Nccl {
     }
 
     fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
-        candle_core::bail!("NCCL sums on GPUs alone")
+        candle_core::bail!("NCCL does not sum tensors on the CPU")
     }
 
     fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
@@ -64,7 +64,7 @@ impl InplaceOp1 for Nccl {
             candle_core::bail!("all-reduce needs a contiguous f32 tensor");
         };
         let mut values = storage.as_cuda_slice_mut::<f32>()?.slice_mut(from..to);
-        // On candle's own stream: after the gradients are there, before they are read.
+        // On the stream of candle, so that the sum follows the computation of the gradients and precedes their use.
         match self.comm.all_reduce_in_place(&mut values, &ReduceOp::Sum) {
             Ok(_) => Ok(()),
             Err(e) => candle_core::bail!("NCCL all-reduce: {e:?}"),

@@ -1,12 +1,12 @@
-//! One process alone.
+//! A group of one process.
 
 use candle_core::{Result, Tensor};
 
-use super::Engine;
+use super::Communicator;
 
 pub(super) struct Single;
 
-impl Engine for Single {
+impl Communicator for Single {
     fn rank(&self) -> usize {
         0
     }

@@ -8,12 +8,12 @@
 use candle_core::Tensor;
 use gd_kernels::adamw::{self, GradientSquares, PendingVerdict};
 
-use super::gradients::Gradients;
-use super::guard::Limit;
-use super::optimizer::{DeviceVerdict, Updated, squares};
-use super::step::Step;
-use super::trainer::Trainer;
+use super::Trainer;
 use crate::error::{Error, Result};
+use crate::train::gradients::Gradients;
+use crate::train::guard::Limit;
+use crate::train::optimizer::{DeviceVerdict, Updated, squares};
+use crate::train::step::Step;
 
 /// A submitted step.
 pub(super) struct InFlight {
@@ -35,20 +35,6 @@ pub(super) struct DeviceResult {
 }
 
 impl Trainer {
-    /// Returns the reports of submitted steps, oldest first, and leaves at most `in_flight` steps in flight. Waits for
-    /// the device as far as necessary.
-    ///
-    /// # Errors
-    /// [`Error::Diverged`] if the guard skipped too many updates in a row, or an error of the device.
-    pub fn drain(&mut self, in_flight: usize) -> Result<Vec<Step>> {
-        let mut steps = Vec::new();
-        while self.in_flight.len() > in_flight {
-            let Some(submitted) = self.in_flight.pop_front() else { break };
-            steps.push(self.finish(submitted)?);
-        }
-        Ok(steps)
-    }
-
     /// Submits the update of this step, which the device applies or skips by the limits of the guard. These are made
     /// from the steps whose results the host has read: all before this one but the last.
     pub(super) fn submit_update(
@@ -78,7 +64,7 @@ impl Trainer {
     }
 
     /// Completes the report of a submitted step; waits for its results.
-    fn finish(&mut self, submitted: InFlight) -> Result<Step> {
+    pub(super) fn finish(&mut self, submitted: InFlight) -> Result<Step> {
         let InFlight { mut step, result } = submitted;
         if let Some(result) = result {
             self.read_result(&mut step, result)?;

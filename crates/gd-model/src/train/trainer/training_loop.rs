@@ -1,0 +1,241 @@
+//! The training loop: submit a step, drain what is in flight, evaluate.
+
+use std::time::Instant;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var};
+use gd_layer::Pass;
+
+use super::Trainer;
+use super::in_flight::InFlight;
+use crate::data::{Batch, places};
+use crate::error::{Error, Result};
+use crate::train::gradients::Gradients;
+use crate::train::optimizer::{clip_scale, not_finite};
+use crate::train::schedule::{ScheduledValues, progress};
+use crate::train::step::Step;
+
+impl Trainer {
+    /// Trains to the end of the run and calls `watch` with the report of every step.
+    ///
+    /// # Errors
+    /// As [`Trainer::next_steps`], or the error of `watch`.
+    pub fn run(&mut self, mut watch: impl FnMut(&Step) -> Result<()>) -> Result<()> {
+        while self.step < self.recipe.train.steps {
+            self.next_steps()?.iter().try_for_each(&mut watch)?;
+        }
+        self.drain(0)?.iter().try_for_each(watch)
+    }
+
+    /// Submits one step and returns the reports that are complete, oldest first; evaluates the model if it is due.
+    ///
+    /// On a GPU that works ahead of the host the report is that of the step before: none after the first step, and two
+    /// if this step ends with something that needs its result (an evaluation, a checkpoint, a sample, the end of the
+    /// run). Elsewhere it is the report of this step.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] if the guard skipped too many updates in a row.
+    pub fn next_steps(&mut self) -> Result<Vec<Step>> {
+        self.submit()?;
+        let mut steps = self.drain(usize::from(self.is_asynchronous() && !self.needs_result()))?;
+        self.evaluate_if_due(&mut steps)?;
+        Ok(steps)
+    }
+
+    /// Submits one step, waits for it and returns its report; evaluates the model if it is due.
+    ///
+    /// # Errors
+    /// As [`Trainer::next_steps`].
+    pub fn train_step(&mut self) -> Result<Step> {
+        self.submit()?;
+        let mut steps = self.drain(0)?;
+        self.evaluate_if_due(&mut steps)?;
+        steps.pop().ok_or_else(|| Error::Invalid("a step without a report".into()))
+    }
+
+    /// Computes the gradients of the next step and submits its update. [`Trainer::drain`] returns the report.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] if the guard skipped too many updates in a row, or an error of the device.
+    pub fn submit(&mut self) -> Result<()> {
+        if self.in_flight.is_empty() {
+            self.clock = Instant::now();
+        }
+        let train = &self.recipe.train;
+        if self.step > 0 && train.aligns(self.step - 1) != train.aligns(self.step) {
+            // The losses of the steps before are those of another objective.
+            self.guard.reset_window();
+        }
+        let (gradients, losses) = self.gradients()?;
+        let mut step = self.report();
+        let result = match self.is_asynchronous() {
+            true => Some(self.submit_update(&gradients, &losses, step.lr)?),
+            false => {
+                self.apply_update(&mut step, gradients, &losses)?;
+                None
+            }
+        };
+        self.step += 1;
+        self.in_flight.push_back(InFlight { step, result });
+        Ok(())
+    }
+
+    /// Returns the reports of submitted steps, oldest first, and leaves at most `in_flight` steps in flight. Waits for
+    /// the device as far as necessary.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] if the guard skipped too many updates in a row, or an error of the device.
+    pub fn drain(&mut self, in_flight: usize) -> Result<Vec<Step>> {
+        let mut steps = Vec::new();
+        while self.in_flight.len() > in_flight {
+            let Some(submitted) = self.in_flight.pop_front() else { break };
+            steps.push(self.finish(submitted)?);
+        }
+        Ok(steps)
+    }
+
+    /// The report of the next step without its results.
+    fn report(&self) -> Step {
+        let train = &self.recipe.train;
+        let scheduled = ScheduledValues::at(train, self.step);
+        Step {
+            step: self.step + 1,
+            total: train.steps,
+            loss: f64::NAN,
+            layer_alignment: self.teacher.is_some().then_some(scheduled.layer_alignment),
+            grad_norm: f64::NAN,
+            lr: scheduled.lr,
+            skipped: 0,
+            skip: None,
+            hardness: scheduled.hardness,
+            candidates: scheduled.candidates,
+            tokens: (self.step + 1) * (train.batch * train.context * train.accumulation) as u64,
+            tokens_per_second: f64::NAN,
+            seconds_left: f64::NAN,
+            valid_loss: None,
+            valid_loss_ema: None,
+            heads: None,
+            churn: None,
+        }
+    }
+
+    /// The sums over the micro-batches of this step, except that of the losses. These are returned as a tensor f32
+    /// `[micro-batches]` on the device, so that the host does not wait for them.
+    fn gradients(&self) -> Result<(Gradients, Tensor)> {
+        let train = &self.recipe.train;
+        let vars = self.params.vars();
+        let (mut sums, mut losses) = (None::<Gradients>, Vec::new());
+        for micro in 0..train.accumulation as u64 {
+            let at = self.step * train.accumulation as u64 + micro;
+            let places = places(at, train.batch, self.group.rank(), self.group.world());
+            let Batch { inputs, targets, mask, predicted } =
+                self.batches.batch(places, train.context, &self.device)?;
+            let pass = train.select.pass(&mask, progress(train, self.step));
+            // Relative to the whole micro-batch, of which this may be the share of one process. The weight is 1 where
+            // every token is predicted, and then changes no bit.
+            let weight = predicted as f64 / (train.batch * train.context) as f64;
+            let (loss, store) = self.objective((&inputs, &targets), &pass, &vars, weight)?;
+            losses.push(loss.detach().to_dtype(DType::F32)?);
+            let one = Gradients { loss: 0.0, weight, store };
+            match &mut sums {
+                None => sums = Some(one),
+                Some(sums) => sums.add(&vars, &one)?,
+            }
+        }
+        let sums = sums.ok_or_else(|| Error::out_of_range("train.accumulation", 0, "at least 1"))?;
+        Ok((sums, Tensor::stack(&losses, 0)?))
+    }
+
+    /// The loss of a micro-batch times its weight, and the gradients of this product.
+    fn objective(
+        &self,
+        (ids, targets): (&Tensor, &Tensor),
+        pass: &Pass,
+        vars: &[(String, Var)],
+        weight: f64,
+    ) -> Result<(Tensor, GradStore)> {
+        let uptrain = self.teacher.as_ref().zip(self.recipe.train.uptrain.as_ref());
+        if let (Some((teacher, _)), true) = (uptrain, self.recipe.train.aligns(self.step)) {
+            let (model, layers) = (teacher.model(), teacher.changed());
+            return Ok(self.model.layer_alignment(model, vars, layers, ids, pass, weight)?);
+        }
+        let head = |hidden: &Tensor| match uptrain {
+            Some((teacher, config)) => {
+                teacher.loss(&self.model, hidden, (ids, targets), pass, config.kl)? * weight
+            }
+            None => self.model.head_loss(hidden, targets)? * weight,
+        };
+        if self.recipe.train.checkpoint_blocks {
+            return Ok(self.model.checkpointed(&self.frozen, vars, ids, pass, &head)?);
+        }
+        let loss = head(&self.model.hidden(ids, pass, None)?)?;
+        let store = loss.backward()?;
+        Ok((loss, store))
+    }
+
+    /// Updates the parameters, or skips the update if the guard says so, and completes the report. The host waits for
+    /// the loss and for the norm of the gradient.
+    fn apply_update(&mut self, step: &mut Step, mut gradients: Gradients, losses: &Tensor) -> Result<()> {
+        gradients.loss = losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
+        // Metal reports the failure of an earlier command only when the whole queue is waited for.
+        self.device.synchronize()?;
+        let vars = self.params.vars();
+        self.group.all_reduce(&vars, &mut gradients)?;
+        (step.loss, step.grad_norm) = (gradients.loss()?, gradients.norm(&vars)?);
+        let verdict = self.guard.judge(step.step, step.loss, step.grad_norm)?;
+        step.skip = self.skip_reason(step.step, verdict, || {
+            Ok(not_finite(&vars, &gradients.store)?.map(str::to_owned))
+        })?;
+        if step.skip.is_none() {
+            let scale = clip_scale(step.grad_norm, self.recipe.train.clip)? / gradients.weight;
+            self.optimizer.step(&gradients.store, step.lr, scale)?;
+            self.ema.as_mut().map_or(Ok(()), |ema| ema.update(&vars))?;
+        }
+        Ok(())
+    }
+
+    /// The reason of the guard, completed by the name of the first parameter whose gradient is not finite.
+    pub(super) fn skip_reason(
+        &self,
+        step: u64,
+        verdict: Option<String>,
+        first: impl FnOnce() -> Result<Option<String>>,
+    ) -> Result<Option<String>> {
+        let Some(reason) = verdict else { return Ok(None) };
+        let reason = match first()? {
+            Some(name) => format!("{reason} (first in {name})"),
+            None => reason,
+        };
+        if self.group.leads() {
+            tracing::warn!("step {step}: update skipped: {reason}");
+        }
+        Ok(Some(reason))
+    }
+
+    /// Whether the host submits a step before it knows the result of the one before: on a GPU with AdamW for all
+    /// parameters. Several processes, Muon, averaged parameters and a teacher need the result of every step on the host.
+    pub fn is_asynchronous(&self) -> bool {
+        let alone = self.group.world() == 1 && self.ema.is_none() && self.teacher.is_none();
+        alone && self.optimizer.is_asynchronous()
+    }
+
+    /// Whether something follows the last submitted step that needs its result.
+    fn needs_result(&self) -> bool {
+        let train = &self.recipe.train;
+        let every = [Some(train.eval_every), Some(train.save_every()), train.sample_every];
+        self.step == train.steps || every.into_iter().flatten().any(|n| self.step.is_multiple_of(n))
+    }
+
+    /// Evaluates the model after the last submitted step if an evaluation is due and its report is among `steps`.
+    fn evaluate_if_due(&mut self, steps: &mut [Step]) -> Result<()> {
+        let train = &self.recipe.train;
+        let due = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
+        match steps.last_mut() {
+            Some(last) if due && last.step == self.step && self.group.leads() => {
+                last.record(self.evaluate()?)
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}

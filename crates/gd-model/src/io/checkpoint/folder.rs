@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::Tensor;
 
-use super::{CONFIG, Filling, INDEX, System, WEIGHTS};
+use super::{CONFIG, FolderWriter, INDEX, System, WEIGHTS};
 use crate::error::{Error, Result};
 use crate::io::files::{check_writable, parent, set_mode, sync};
 
@@ -16,7 +16,7 @@ use crate::io::files::{check_writable, parent, set_mode, sync};
 /// [`Error::Unwritable`].
 pub fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let (folder, name) = parent(path)?;
-    Filling::new(&System, &folder).tensors(&name, tensors)
+    FolderWriter::new(&System, &folder).tensors(&name, tensors)
 }
 
 /// Calls `fill` with a temporary folder beside `folder`, syncs it and renames it to `folder`. After an error, or a crash at

@@ -97,13 +97,13 @@ fn digest(disk: &dyn Disk, path: &Path) -> Result<Digest> {
 }
 
 /// Writes the files of a folder. Every file is synced, and its digest goes into the manifest.
-pub struct Filling<'a> {
+pub struct FolderWriter<'a> {
     disk: &'a dyn Disk,
     folder: PathBuf,
     manifest: Manifest,
 }
 
-impl<'a> Filling<'a> {
+impl<'a> FolderWriter<'a> {
     /// Writes into an existing folder.
     pub(super) fn new(disk: &'a dyn Disk, folder: &Path) -> Self {
         Self { disk, folder: folder.into(), manifest: Manifest::default() }
@@ -120,7 +120,7 @@ impl<'a> Filling<'a> {
     /// Writes a JSON file.
     ///
     /// # Errors
-    /// As [`Filling::file`].
+    /// As [`FolderWriter::file`].
     pub fn json(&mut self, name: &str, content: &impl Serialize) -> Result<()> {
         let content = serde_json::to_value(content)
             .map_err(|e| Error::Invalid(format!("{name}: the content cannot be written as JSON: {e}")))?;
@@ -130,7 +130,7 @@ impl<'a> Filling<'a> {
     /// Writes a safetensors file.
     ///
     /// # Errors
-    /// As [`Filling::file`].
+    /// As [`FolderWriter::file`].
     pub fn tensors(&mut self, name: &str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         self.write(name, |path, out| {
             let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);

@@ -25,7 +25,7 @@ use candle_core::Tensor;
 
 pub use disk::{Disk, Output, System};
 pub use folder::{check_replaceable, write_folder, write_tensors};
-pub use manifest::{Filling, MANIFEST, verify};
+pub use manifest::{FolderWriter, MANIFEST, verify};
 pub use store::{Store, StoredCheckpoint, locate};
 pub use tensors::{load_json, load_tensors, require};
 
@@ -81,8 +81,8 @@ pub fn save(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
         }
     }
     write_folder(folder, |new| {
-        let mut filling = Filling::new(&System, new);
-        checkpoint.write(&mut filling)
+        let mut writer = FolderWriter::new(&System, new);
+        checkpoint.write(&mut writer)
     })
 }
 
@@ -90,8 +90,8 @@ impl Checkpoint<'_> {
     /// Writes all files into a folder.
     ///
     /// # Errors
-    /// As [`Filling::file`].
-    pub fn write(&self, folder: &mut Filling) -> Result<()> {
+    /// As [`FolderWriter::file`].
+    pub fn write(&self, folder: &mut FolderWriter) -> Result<()> {
         folder.json(CONFIG, self.config)?;
         folder.json(GENERATION, self.generation)?;
         folder.file(TOKENIZER, self.tokenizer.to_json()?.as_bytes())?;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use gd_model::Result;
-use gd_model::io::checkpoint::{Disk, Filling, MANIFEST, Store, verify};
+use gd_model::io::checkpoint::{Disk, FolderWriter, MANIFEST, Store, verify};
 use gd_testing::log_cases;
 use memory::{Fault, Loss, Memory};
 
@@ -18,7 +18,7 @@ const ROOT: &str = "/";
 const ERRORS: [(i32, &str); 3] =
     [(28, "No space left on device"), (5, "Input/output error"), (30, "Read-only file system")];
 
-fn fill(step: u64) -> impl FnOnce(&mut Filling) -> Result<()> {
+fn fill(step: u64) -> impl FnOnce(&mut FolderWriter) -> Result<()> {
     move |folder| {
         folder.file("a.txt", format!("step {step}").as_bytes())?;
         let tensor = Tensor::full(step as f32, (3, 5), &Device::Cpu)?;

@@ -19,7 +19,7 @@ fn main() -> anyhow::Result<()> {
 
     let prompt = "It was the ";
     let ids = loaded.tokenizer.encode(prompt)?;
-    let ends = loaded.ends()?;
+    let ends = loaded.end_tokens()?;
     let sampling = Sampling { temperature: 0.7, top_p: Some(0.95), ..Sampling::default() };
     let mut sampler = Sampler::new(sampling, 7)?;
 

@@ -10,7 +10,7 @@ const MIB: usize = 1 << 20;
 
 #[test]
 fn peaks() -> Result<()> {
-    // Some systems do not report the peak memory.
+    // Not tested on systems that do not report the peak.
     let Some(peak) = Peak::start() else { return Ok(()) };
     drop(black_box(vec![1u8; 64 * MIB]));
     let above = peak.above_start().unwrap_or(0.0);

@@ -258,7 +258,7 @@ fn the_program_continues_many_prompts_and_answers_chats() -> Result<()> {
     );
 
     let loaded = pretrained::load(&dir.join("model"), &CPU)?;
-    ensure!(loaded.ends()? == [300, ids[at]], "{}", loaded.generation);
+    ensure!(loaded.end_tokens()? == [300, ids[at]], "{}", loaded.generation);
     Ok(())
 }
 

@@ -55,7 +55,7 @@ impl LrSchedule {
             }
             if self.warmup as f64 + decay * total as f64 > total as f64 {
                 let warmup = self.warmup;
-                let allowed = format!("a fraction that leaves room for {warmup} warm-up steps in {total}");
+                let allowed = format!("a fraction that leaves {warmup} of {total} steps for the warm-up");
                 return Err(Error::out_of_range("train.lr.shape.wsd.decay", decay, allowed));
             }
         }

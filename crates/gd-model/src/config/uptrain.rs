@@ -54,7 +54,7 @@ impl UptrainConfig {
 }
 
 /// The number of candidates and the estimator with which a layer is trained to read `k` keys per query. More than one
-/// key are blended. A single key is selected, with a gradient through the eight best candidates.
+/// key are blended. A single key is selected, with a gradient through the eight candidates of lowest energy.
 pub fn training_candidates(k: usize) -> (usize, Estimator) {
     if k == 1 { (8, Estimator::Candidates) } else { (k, Estimator::Blend) }
 }

@@ -243,7 +243,7 @@ impl Loaded {
     ///
     /// # Errors
     /// An `eos_token_id` that is neither a token id nor a list of ids.
-    pub fn ends(&self) -> Result<Vec<u32>> {
+    pub fn end_tokens(&self) -> Result<Vec<u32>> {
         let ids = match self.generation.get(EOS_KEY) {
             None | Some(Value::Null) => return Ok(self.tokenizer.end_of_text().into_iter().collect()),
             Some(Value::Array(ids)) => ids.as_slice(),

@@ -3,7 +3,7 @@
 //! After update t (from 1) the average a of a parameter w becomes `a + (1 - d_t) (w - a)` with
 //! `d_t = min(decay, (1 + t) / (10 + t))`. The first averages follow the parameters closely, and no trace of the initial
 //! values remains. This is the rule of TensorFlow's `ExponentialMovingAverage` with `num_updates`. The average is f32
-//! whatever the dtype of the parameters. Updates that the guard skips do not count.
+//! for parameters of any dtype. Updates that the guard skips do not count.
 
 use candle_core::{DType, Device, Var};
 

@@ -1,4 +1,5 @@
-//! An estimate of what a run needs, made without running it: the number of parameters is exact, the memory approximate.
+//! An estimate of the size and the memory of a run before it starts. The number of parameters is exact, the memory
+//! approximate.
 
 use gd_kernels::cross_entropy::chunk_rows;
 use serde::Serialize;
@@ -8,7 +9,7 @@ use crate::config::{Mechanism, ModelConfig, Recipe};
 use crate::error::Result;
 use crate::model::shapes::shapes;
 
-/// What a run needs.
+/// The size and the memory of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RunEstimate {
     /// The number of parameters.
@@ -72,7 +73,7 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
     of
 }
 
-/// Estimates what a run of `recipe` needs in one process. The memory is that of the CPU in f32.
+/// Estimates the size and the memory of a run of `recipe` in one process. The memory is that of the CPU in f32.
 ///
 /// # Errors
 /// A configuration that contradicts itself.

@@ -38,7 +38,7 @@ fn golden_values_of_smollm2() -> Result<()> {
     let (model, tokenizer) = (&loaded.model, &loaded.tokenizer);
     let count = loaded.params.count();
     ensure!(count == 134_515_008, "{count} parameters");
-    ensure!(loaded.ends()? == [2], "{:?}", loaded.ends()?);
+    ensure!(loaded.end_tokens()? == [2], "{:?}", loaded.end_tokens()?);
     let mut cases = 0;
 
     let prompt = tokenizer.encode("The capital of France is")?;

@@ -35,7 +35,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let prompts = prompts(&args)?;
     let stop = StopStrings::new(args.stop.clone())?;
     let loaded = pretrained::load(&args.model, &ctx.device)?;
-    let end_tokens = loaded.ends().with_context(|| args.model.display().to_string())?;
+    let end_tokens = loaded.end_tokens().with_context(|| args.model.display().to_string())?;
     let template = chat_template(&args, &loaded)?;
     let ids = prompts
         .iter()

@@ -52,7 +52,9 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let mut summary = None;
     if args.out.is_some() || args.html.is_some() {
         let continuation = match draws {
-            Some(_) => Some(Continuation { max_tokens: args.max_tokens, sampler, ends: loaded.ends()? }),
+            Some(_) => {
+                Some(Continuation { max_tokens: args.max_tokens, sampler, ends: loaded.end_tokens()? })
+            }
             None => None,
         };
         summary = Some(record(&args, &loaded, &header, &prompt, continuation, key.as_ref(), ctx)?);

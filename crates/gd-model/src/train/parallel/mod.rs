@@ -86,7 +86,7 @@ impl Group {
         }
         if !device.is_cpu() {
             return Err(Error::Invalid(format!(
-                "{:?}: several processes need the feature nccl for a GPU; this program was built without it",
+                "{:?}: several processes train on CPUs, or on CUDA devices with the feature nccl",
                 device.location()
             )));
         }

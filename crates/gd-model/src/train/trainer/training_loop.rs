@@ -131,8 +131,8 @@ impl Trainer {
             let Batch { inputs, targets, mask, predicted } =
                 self.batches.batch(places, train.context, &self.device)?;
             let pass = train.select.pass(&mask, progress(train, self.step));
-            // Relative to the whole micro-batch, of which this may be the share of one process. The weight is 1 where
-            // every token is predicted, and then changes no bit.
+            // The fraction of the whole micro-batch, of which this process may have a part. If every token is predicted in
+            // one process the weight is 1 and changes no bit.
             let weight = predicted as f64 / (train.batch * train.context) as f64;
             let (loss, store) = self.objective((&inputs, &targets), &pass, &vars, weight)?;
             losses.push(loss.detach().to_dtype(DType::F32)?);
@@ -212,7 +212,7 @@ impl Trainer {
         Ok(Some(reason))
     }
 
-    /// Whether the host submits a step before it knows the result of the one before: on a GPU with AdamW for all
+    /// Whether the host submits a step before it has read the result of the one before: on a GPU with AdamW for all
     /// parameters. Several processes, Muon, averaged parameters and a teacher need the result of every step on the host.
     pub fn is_asynchronous(&self) -> bool {
         let alone = self.group.world() == 1 && self.ema.is_none() && self.teacher.is_none();

@@ -27,7 +27,7 @@ pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
 /// Continues `prompt` by up to `max_tokens` tokens and returns the new tokens. Generation also ends where the positions of
 /// the model end, and when `emit`, which is called with every new token, returns `false`; that token is the last one
 /// returned. The end tokens of the model do not end a text by themselves: `emit` compares them (see
-/// [`Loaded::ends`](crate::model::pretrained::Loaded::ends)).
+/// [`Loaded::end_tokens`](crate::model::pretrained::Loaded::end_tokens)).
 ///
 /// ```
 /// use candle_core::{DType, Device};

@@ -45,8 +45,8 @@ pub struct Continuation {
     pub max_tokens: usize,
     /// The sampler.
     pub sampler: Sampler,
-    /// The end tokens, see [`Loaded::ends`]. They end the generation and are not recorded.
-    pub ends: Vec<u32>,
+    /// The end tokens, see [`Loaded::end_tokens`]. They end the generation and are not recorded.
+    pub end_tokens: Vec<u32>,
 }
 
 /// Processes `prompt`, generates tokens as [`generate`](crate::infer::generate::generate) with the same sampler if
@@ -83,7 +83,7 @@ pub fn record(
             break;
         }
         let token = continuation.sampler.next(&logits, &all)?;
-        if continuation.ends.contains(&token) {
+        if continuation.end_tokens.contains(&token) {
             break;
         }
         all.push(token);

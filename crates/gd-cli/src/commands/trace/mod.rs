@@ -53,7 +53,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     if args.out.is_some() || args.html.is_some() {
         let continuation = match draws {
             Some(_) => {
-                Some(Continuation { max_tokens: args.max_tokens, sampler, ends: loaded.end_tokens()? })
+                Some(Continuation { max_tokens: args.max_tokens, sampler, end_tokens: loaded.end_tokens()? })
             }
             None => None,
         };

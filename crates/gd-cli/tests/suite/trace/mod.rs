@@ -89,7 +89,7 @@ fn record(gd: &Value, prompt: &str, max_tokens: usize, interventions: &[&str]) -
     let header = Header::new(&loaded, "model", &prompt, draws, &interventions, &CPU)?;
     let onward = match draws {
         Some((sampling, seed)) => {
-            Some(Continuation { max_tokens, sampler: Sampler::new(sampling, seed)?, ends: Vec::new() })
+            Some(Continuation { max_tokens, sampler: Sampler::new(sampling, seed)?, end_tokens: Vec::new() })
         }
         None => None,
     };

@@ -1,4 +1,4 @@
-//! The interface of every attention layer.
+//! The interface of the attention layers.
 //!
 //! Shapes: x `[B, N, C]` in and out.
 
@@ -11,42 +11,43 @@ use crate::cache::LayerCache;
 use crate::probe::Probe;
 use crate::stats::SelectionStats;
 
-/// A layer in which positions attend to each other. [`GdAttention`](crate::GdAttention) and
-/// [`SoftmaxAttention`](crate::SoftmaxAttention) are interchangeable behind it.
+/// An attention layer. [`GdAttention`](crate::GdAttention) and
+/// [`SoftmaxAttention`](crate::SoftmaxAttention) implement it, so that a model can use either.
 pub trait Attention: Send + Sync {
-    /// x `[B, N, C]` -> `[B, N, C]`. With a cache, x continues the cached positions and the offset of the mask is their
-    /// number; keys and values that went through the cache carry no gradient.
+    /// The output `[B, N, C]` of the layer for x `[B, N, C]`. With a cache, x continues the cached positions, whose
+    /// number must be the offset of the mask; keys and values are then read from the cache, and carry no gradient.
     ///
     /// # Errors
-    /// Names the shapes, offsets or options that do not fit.
+    /// Shapes, offsets or options that do not fit.
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor>;
 }
 
-/// What holds for all layers during one forward pass. [`Pass::new`] gives the defaults; set the other fields as needed.
+/// The options of a forward pass, the same for all layers. [`Pass::new`] gives the defaults; set the other fields as
+/// needed.
 #[derive(Debug, Clone, Copy)]
 pub struct Pass<'a> {
     /// Which keys each query sees.
     pub mask: &'a Mask,
     /// Share of the hard forward pass in [0, 1]: 1 selects, 0 blends the candidates.
     pub hardness: f64,
-    /// Candidates per query, if not the number that the layers are configured with.
+    /// Candidates per query; none for the number that each layer is configured with.
     pub candidates: Option<usize>,
-    /// Preserve floor of the gradient, if not that of the layers.
+    /// Preserve floor in [0, 1] of the gradient; none for that of each layer.
     pub preserve_floor: Option<f64>,
-    /// Temperature of the gradient's softmax, if not that of the layers.
+    /// Temperature T > 0 of the gradient's softmax; none for that of each layer.
     pub temperature: Option<f64>,
-    /// Added to the thresholds of heads that have one, in units of the score.
+    /// Added to the thresholds of heads that have one, in the unit of energies.
     pub threshold: Option<f64>,
-    /// Where every layer, first to last, appends its figures; none to save the work.
+    /// Every layer, first to last, appends its statistics here; none to skip their computation.
     pub stats: Option<&'a RefCell<Vec<SelectionStats>>>,
-    /// Observes the selecting layers, and may intervene.
+    /// Observes the selecting layers, and may change their candidates.
     pub probe: Option<&'a dyn Probe>,
-    /// The number of the layer, which the model sets for each: the probe gets it.
+    /// The index of the layer, which the model sets for each of them and which is passed to the probe.
     pub layer: usize,
 }
 
 impl<'a> Pass<'a> {
-    /// A hard pass with the options of the layers, without figures and probe.
+    /// A pass with hardness 1 and the options of the layers, without statistics and probe.
     pub fn new(mask: &'a Mask) -> Self {
         Self {
             mask,

@@ -1,4 +1,4 @@
-//! The Beacon, the preserving half of Preserve-then-Select.
+//! The Beacon: the parts of a layer that keep information about keys which the selection would not read.
 //!
 //! Shapes: x `[B, N, C]`, v `[B, Hk, N, D]`; R running averages for each of the Hq heads.
 
@@ -9,15 +9,15 @@ use gd_kernels::{Mask, Scan, Score, causal_conv, packed_causal_conv, running_ave
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 
-/// The decay logits at bias 0 of the first and the last head, with those of the others evenly between: half-lives from
-/// about half a position to about 23.
+/// The decay logits at bias 0 of the first and the last head; those of the other heads are evenly spaced between. The
+/// half-lives are then from about half a position to about 23 positions.
 const DECAY_LOGITS: (f64, f64) = (-1.0, 3.5);
 
-/// The least head_dim for which every device has kernels.
+/// The smallest head dimension for which every device has kernels.
 const MIN_HEAD_DIM: usize = 8;
 
-/// A causal convolution before the projections, a memory of running averages beside the heads, and a learned prior that
-/// ranks and protects keys; each part as the config asks for it.
+/// A causal convolution before the projections, a memory of running averages that is added to the output of the heads,
+/// and a learned prior that ranks and protects keys. The config enables each of them.
 ///
 /// # Examples
 /// ```
@@ -44,8 +44,8 @@ pub struct Beacon {
     protected: usize,
 }
 
-/// Gated running averages: decay `sigmoid(w_a x + b)`, write weight `e^(w_i x)`, output
-/// `sigmoid(w_g x) * mean`; the three projections are one matrix.
+/// Gated running averages: decay `sigmoid(w_a x + b)`, write weight `e^(w_i x)`, output `sigmoid(w_g x) * mean`. The
+/// three projections are one matrix.
 #[derive(Debug, Clone)]
 struct Memory {
     proj: Linear,
@@ -61,7 +61,7 @@ impl Memory {
         let weight =
             vb.get_with_hints((3 * rows, channels), "weight", Init::Randn { mean: 0.0, stdev: 0.02 })?;
         let bias = vb.get_with_hints(3 * rows, "bias", Init::Const(0.0))?;
-        // From fast heads to slow ones; every second average in the other direction.
+        // From heads of fast decay to heads of slow decay; every second average in the opposite order.
         let mut offset = vec![0f32; 3 * rows];
         for (at, logit) in offset[..rows].iter_mut().enumerate() {
             let (h, r) = (at / averages, at % averages);
@@ -76,7 +76,7 @@ impl Memory {
 
 impl Beacon {
     /// Weights under `vb`: `conv.weight [C, W]`, `memory.weight [3 R Hq, C]`, `memory.bias`,
-    /// `prior.weight [Hk, C]`; each only if the config asks for the part.
+    /// `prior.weight [Hk, C]`, each for a part that the config enables.
     ///
     /// # Errors
     /// Weights that are missing or of another shape.
@@ -105,8 +105,8 @@ impl Beacon {
         Ok(Self { conv, memory, prior, protected: beacon.protected })
     }
 
-    /// The convolution beside the identity: x + conv(x) `[B, N, C]`.
-    pub(crate) fn mix(&self, x: &Tensor, mask: &Mask, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+    /// The convolution with a residual connection, x + conv(x) `[B, N, C]`.
+    pub(crate) fn convolve(&self, x: &Tensor, mask: &Mask, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let Some(weight) = &self.conv else { return Ok(x.clone()) };
         if let Some(boundaries) = mask.boundaries() {
             return x + packed_causal_conv(x, weight, boundaries)?;
@@ -119,8 +119,8 @@ impl Beacon {
         x + y
     }
 
-    /// The memory's contribution to the heads `[B, Hq, N, D]`; none without averages.
-    pub(crate) fn remember(
+    /// The contribution of the memory to the output of the heads `[B, Hq, N, D]`; none without averages.
+    pub(crate) fn memory_output(
         &self,
         x: &Tensor,
         v: &Tensor,
@@ -148,12 +148,12 @@ impl Beacon {
         Ok(Some(mean.reshape((b, h, r, n, d))?.broadcast_mul(&gate)?.sum(2)?))
     }
 
-    /// The keys' prior `[B, Hk, N]`; none if it is not learned.
+    /// The learned prior of the keys `[B, Hk, N]`; none without one.
     pub(crate) fn prior(&self, x: &Tensor) -> Result<Option<Tensor>> {
         self.prior.as_ref().map(|p| p.forward(x)?.transpose(1, 2)?.contiguous()).transpose()
     }
 
-    /// For every query the visible keys of greatest prior, i32 `[B, Hk, N, P]`; none if P is 0.
+    /// For every query the P visible keys of greatest prior, i32 `[B, Hk, N, P]`; none if P is 0.
     pub(crate) fn protect(
         &self,
         prior: Option<&Tensor>,
@@ -161,7 +161,7 @@ impl Beacon {
         mask: &Mask,
     ) -> Result<Option<Tensor>> {
         let (Some(prior), 1..) = (prior, self.protected) else { return Ok(None) };
-        // A scan whose only term is the prior is a running top-P under any mask.
+        // A scan with q = k = 0 scores keys by the prior alone: the top P under any mask.
         let (b, hk, m) = prior.dims3()?;
         let prior = prior.detach().to_dtype(DType::F32)?;
         let beta = Tensor::ones(hk, DType::F32, prior.device())?;
@@ -172,8 +172,8 @@ impl Beacon {
     }
 }
 
-/// Added to decay logits: -inf where a packed sequence starts, which forgets all before it, and 0 elsewhere:
-/// `[B|1, 1, N]` in the dtype of `like`.
+/// A bias of the decay logits: -inf where a packed sequence starts, which discards the positions before it, and 0
+/// elsewhere; `[B|1, 1, N]` in the dtype of `like`.
 fn resets(boundaries: &[Vec<usize>], n: usize, like: &Tensor) -> Result<Tensor> {
     let mut bias = vec![0f32; boundaries.len() * n];
     for (row, starts) in bias.chunks_mut(n).zip(boundaries) {

@@ -1,7 +1,7 @@
 //! The state of one layer between decoding steps.
 //!
-//! A cache holds a batch of sequences, each with its own number of positions: what stands behind the end of
-//! a shorter one is for no query to see.
+//! A cache holds a batch of sequences, each with its own number of positions. Positions beyond the end of a shorter
+//! sequence are padding, which the mask hides from every query.
 
 use candle_core::{Result, Tensor};
 use gd_kernels::{AppendBuffer, AverageState, DecodeUse, Precision, Score, SequenceCache};
@@ -11,13 +11,14 @@ use crate::derived::{DerivedCache, DerivedOptions, KeyPrior};
 /// The dimension of the positions in keys, values `[B, Hk, M, D]` and prior `[B, Hk, M]`.
 const POSITIONS: usize = 2;
 
-/// The least capacity of a cache, in positions; a greater one is a multiple of it.
+/// The smallest capacity of a cache, in positions; the initial capacity is a multiple of it.
 const MIN_CAPACITY: usize = 256;
 
 /// Keys, values, key prior, the last inputs of the convolution and the running averages of one layer. A selecting layer
-/// adds data that decoding reads instead of the keys: on the CPU the keys as 8-bit integers (D + 16 bytes each), on a GPU
-/// their biases. Nothing in it carries a gradient. Clones share their memory until one of them is appended to.
+/// adds data that it derives from the keys for decoding: on the CPU the keys as 8-bit integers (D + 16 bytes each), on
+/// a GPU their biases. The tensors carry no gradient. Clones share their memory until one of them is appended to.
 ///
+/// # Examples
 /// ```
 /// use std::sync::Arc;
 /// use candle_core::{DType, Device, Tensor};
@@ -42,11 +43,15 @@ const MIN_CAPACITY: usize = 256;
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct LayerCache {
+    /// Keys `[B, Hk, M, D]`.
     keys: Option<AppendBuffer>,
+    /// Values `[B, Hk, M, D]`.
     values: Option<AppendBuffer>,
+    /// Learned prior `[B, Hk, M]`.
     prior: Option<AppendBuffer>,
-    /// None before the first pass of a selecting layer.
+    /// None before the first pass of a selecting layer, and in a softmax layer.
     derived: Option<DerivedCache>,
+    /// Precision of decoding; none for the default of the device.
     precision: Option<Precision>,
     /// Last inputs of the causal convolution `[B, W-1, C]`.
     pub(crate) conv: Option<Tensor>,
@@ -54,18 +59,18 @@ pub struct LayerCache {
     pub(crate) average: Option<AverageState>,
 }
 
-/// Appends `next`; returns all positions.
-fn push(slot: &mut Option<AppendBuffer>, next: &Tensor) -> Result<Tensor> {
-    let held = match slot {
-        Some(held) => held,
+/// Appends `next` to the buffer in `slot`, a new one if there is none; returns all positions.
+fn append(slot: &mut Option<AppendBuffer>, next: &Tensor) -> Result<Tensor> {
+    let buffer = match slot {
+        Some(buffer) => buffer,
         none => {
             let mut dims = next.dims().to_vec();
             dims[POSITIONS] = dims[POSITIONS].next_multiple_of(MIN_CAPACITY);
             none.insert(AppendBuffer::new(&dims, next.dtype(), next.device())?)
         }
     };
-    held.append(next)?;
-    Ok(held.get()?)
+    buffer.append(next)?;
+    Ok(buffer.get()?)
 }
 
 impl LayerCache {
@@ -74,23 +79,23 @@ impl LayerCache {
         Self::default()
     }
 
-    /// An empty cache for decoding at this precision instead of the one that suits the device. The results are the
-    /// same.
+    /// An empty cache for decoding at this precision, instead of the default of the device. The results are the same.
     pub fn with_precision(precision: Precision) -> Self {
         Self { precision: Some(precision), ..Self::default() }
     }
 
-    /// Positions held, of the longest sequence.
+    /// The number of cached positions of the longest sequence.
     pub fn len(&self) -> usize {
         self.keys.as_ref().map_or(0, AppendBuffer::longest)
     }
 
-    /// Positions held of every sequence; nothing for an empty cache.
+    /// The number of cached positions of every sequence; empty for an empty cache.
     pub fn lengths(&self) -> &[usize] {
         self.keys.as_ref().map_or(&[], AppendBuffer::lengths)
     }
 
-    /// The sequences of caches of the same layer as one batch. An empty cache has none.
+    /// One cache with the sequences of all `caches`, which belong to the same layer, in order. An empty cache has no
+    /// sequences.
     ///
     /// # Errors
     /// Caches of different layers.
@@ -98,7 +103,7 @@ impl LayerCache {
         if let [one] = caches {
             return Ok((*one).clone());
         }
-        let grown = |part: fn(&Self) -> Option<&AppendBuffer>| -> Result<Option<AppendBuffer>> {
+        let buffers = |part: fn(&Self) -> Option<&AppendBuffer>| -> Result<Option<AppendBuffer>> {
             let all: Vec<_> = caches.iter().filter_map(|cache| part(cache)).collect();
             Ok(if all.is_empty() { None } else { Some(AppendBuffer::stack(&all)?) })
         };
@@ -111,9 +116,9 @@ impl LayerCache {
         let mean = cat(|cache| cache.average.as_ref().map(|a| &a.mean))?;
         let log_weight = cat(|cache| cache.average.as_ref().map(|a| &a.log_weight))?;
         Ok(Self {
-            keys: grown(|cache| cache.keys.as_ref())?,
-            values: grown(|cache| cache.values.as_ref())?,
-            prior: grown(|cache| cache.prior.as_ref())?,
+            keys: buffers(|cache| cache.keys.as_ref())?,
+            values: buffers(|cache| cache.values.as_ref())?,
+            prior: buffers(|cache| cache.prior.as_ref())?,
             derived: derived
                 .filter(|derived| !derived.is_empty())
                 .map(|derived| DerivedCache::stack(&derived))
@@ -124,22 +129,22 @@ impl LayerCache {
         })
     }
 
-    /// Some of the sequences, by their places in the batch.
+    /// A cache of some of the sequences, by their indices in the batch.
     ///
     /// # Errors
-    /// A place beyond the batch.
-    pub fn select(&self, places: &[usize]) -> Result<Self> {
-        // A GPU has no tensors of nothing.
-        let Some(keys) = self.keys.as_ref().filter(|_| !places.is_empty()) else {
+    /// An index beyond the batch.
+    pub fn select(&self, sequences: &[usize]) -> Result<Self> {
+        // candle has no empty tensors on a GPU.
+        let Some(keys) = self.keys.as_ref().filter(|_| !sequences.is_empty()) else {
             return Ok(Self { precision: self.precision, ..Self::new() });
         };
-        if let Some(place) = places.iter().find(|place| **place >= keys.lengths().len()) {
-            candle_core::bail!("sequence {place} of a cache of {}", keys.lengths().len());
+        if let Some(sequence) = sequences.iter().find(|sequence| **sequence >= keys.lengths().len()) {
+            candle_core::bail!("sequence {sequence} of a cache of {}", keys.lengths().len());
         }
-        let rows: Vec<u32> = places.iter().map(|&place| place as u32).collect();
+        let rows: Vec<u32> = sequences.iter().map(|&sequence| sequence as u32).collect();
         let rows = Tensor::new(rows, keys.buffer().device())?;
-        let grown = |part: &Option<AppendBuffer>| -> Result<Option<AppendBuffer>> {
-            Ok(part.as_ref().map(|part| part.select(places)).transpose()?)
+        let buffers = |part: &Option<AppendBuffer>| -> Result<Option<AppendBuffer>> {
+            Ok(part.as_ref().map(|part| part.select(sequences)).transpose()?)
         };
         let average = |state: &AverageState| -> Result<AverageState> {
             Ok(AverageState {
@@ -148,34 +153,34 @@ impl LayerCache {
             })
         };
         Ok(Self {
-            keys: grown(&self.keys)?,
-            values: grown(&self.values)?,
-            prior: grown(&self.prior)?,
-            derived: self.derived.as_ref().map(|derived| derived.select(places)).transpose()?,
+            keys: buffers(&self.keys)?,
+            values: buffers(&self.values)?,
+            prior: buffers(&self.prior)?,
+            derived: self.derived.as_ref().map(|derived| derived.select(sequences)).transpose()?,
             precision: self.precision,
             conv: self.conv.as_ref().map(|conv| conv.index_select(&rows, 0)).transpose()?,
             average: self.average.as_ref().map(average).transpose()?,
         })
     }
 
-    /// Whether nothing is held.
+    /// Whether there are no cached positions.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Appends k, v `[B, Hk, N, D]` and prior `[B, Hk, N]`; returns all positions held.
+    /// Appends k, v `[B, Hk, N, D]` and prior `[B, Hk, N]`; returns those of all cached positions.
     pub(crate) fn extend(
         &mut self,
         k: &Tensor,
         v: &Tensor,
         prior: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor, Option<Tensor>)> {
-        let prior = prior.map(|p| push(&mut self.prior, p)).transpose()?;
-        Ok((push(&mut self.keys, k)?, push(&mut self.values, v)?, prior))
+        let prior = prior.map(|p| append(&mut self.prior, p)).transpose()?;
+        Ok((append(&mut self.keys, k)?, append(&mut self.values, v)?, prior))
     }
 
-    /// The derived data of a selecting layer, updated for all cached positions: data for scans with this score, if decoding
-    /// `reads` such data, and the layer's prior.
+    /// The derived data of a selecting layer, updated to all cached positions: data for decoding with this score, if
+    /// `reads` is given, and the prior that `prior` computes.
     pub(crate) fn update_derived(
         &mut self,
         score: Score,

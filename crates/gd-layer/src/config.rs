@@ -41,23 +41,26 @@ pub struct AttentionConfig {
     /// Epsilon of that norm.
     #[serde(default = "default_eps")]
     pub rms_norm_eps: f64,
-    /// Whether the heads' output passes an elementwise sigmoid gate before `o_proj` (G1).
+    /// Whether the output of the heads is multiplied by a sigmoid gate, `sigmoid(g_proj x)`, before `o_proj` (position
+    /// G1 of Qiu et al., arXiv 2505.06708).
     #[serde(default)]
     pub output_gate: bool,
-    /// The number of most recent keys, its own included, that a query sees; none: as many as the pass allows.
+    /// Sliding window: the number of most recent keys, its own included, that a query sees; none for all keys that the
+    /// mask of the pass leaves visible.
     #[serde(default)]
     pub window: Option<usize>,
-    /// The Beacon in front of the heads; none for heads without one.
+    /// The Beacon; none for a layer without one.
     #[serde(default)]
     pub beacon: Option<BeaconConfig>,
-    /// How a selecting layer selects; a softmax layer does not use it.
+    /// The options of selection; a softmax layer ignores them.
     #[serde(default)]
     pub gd: GdConfig,
 }
 
 impl AttentionConfig {
     /// Plain multi-head attention: as many key-value heads as query heads, no biases, QK norm, gate, window or
-    /// Beacon, [`GdConfig::default`]. Its weights are those of a Llama layer and the few under `gd`.
+    /// Beacon, [`GdConfig::default`]. Its weights are those of a Llama layer and, for selection attention, those under
+    /// `gd`.
     pub fn new(hidden_size: usize, num_attention_heads: usize, head_dim: usize) -> Self {
         Self {
             hidden_size,
@@ -169,11 +172,11 @@ fn default_eps() -> f64 {
     1e-5
 }
 
-/// How a head selects.
+/// The options of a selection, the same for all heads of a layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GdConfig {
-    /// Candidates kept per query, one of [`gd_kernels::CANDIDATES`].
+    /// Candidates per query, one of [`gd_kernels::CANDIDATES`].
     pub candidates: usize,
     /// How keys are scored.
     pub score: Score,
@@ -182,7 +185,7 @@ pub struct GdConfig {
     pub norm_prior: bool,
     /// Which of several keys with the same energy wins.
     pub tie: TieBreak,
-    /// What scales the selected row.
+    /// The factor of the selected row.
     pub gate: Gate,
     /// Gradient of the choice.
     pub estimator: Estimator,
@@ -197,12 +200,12 @@ pub struct GdConfig {
     pub threshold: Option<f64>,
     /// Refinement rounds with learned weights; 1 is the plain selection.
     pub rounds: usize,
-    /// Which well stands for a pair with two.
+    /// Which of two wells the coherence point of a query and a key lies in.
     pub coherence: CoherenceMode,
 }
 
 impl GdConfig {
-    /// The same with `candidates` candidates kept per query.
+    /// The same with `candidates` candidates per query.
     #[must_use]
     pub fn with_candidates(self, candidates: usize) -> Self {
         Self { candidates, ..self }
@@ -268,7 +271,7 @@ impl GdConfig {
         Self { rounds, ..self }
     }
 
-    /// The same with another well for pairs with two.
+    /// The same with another coherence mode.
     #[must_use]
     pub fn with_coherence(self, coherence: CoherenceMode) -> Self {
         Self { coherence, ..self }
@@ -294,18 +297,18 @@ impl Default for GdConfig {
     }
 }
 
-/// The Beacon: convolution, memory and key prior, which preserve minority candidates.
+/// The parts of a [`Beacon`](crate::Beacon): convolution, memory and key prior.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BeaconConfig {
-    /// Width of the causal convolution before the projections; 1 leaves it out.
+    /// Width of the causal convolution before the projections; 1 for none.
     pub conv_width: usize,
-    /// Gated running averages per head; 0 leaves the memory out.
+    /// Gated running averages per head; 0 for no memory.
     pub averages: usize,
-    /// Whether keys carry a learned prior b.
+    /// Whether keys have a learned prior.
     pub prior: bool,
-    /// Keys that stay candidates because their prior is among the greatest visible: 0, or one of
-    /// [`gd_kernels::CANDIDATES`].
+    /// Protected keys per query, those of greatest prior among the visible, which are candidates in any case: 0, or one
+    /// of [`gd_kernels::CANDIDATES`].
     pub protected: usize,
     /// Conditional protection of the protected candidates.
     pub barrier: Option<Barrier>,

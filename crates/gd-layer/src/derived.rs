@@ -1,28 +1,31 @@
-//! Data that a selecting layer derives from its cached keys, so that a decoding step computes it for the new positions
-//! alone.
+//! Data that a selecting layer derives from its cached keys. It is cached, too, so that a decoding step computes it for
+//! the new positions only.
 
 use candle_core::{Result, Tensor};
 use gd_kernels::{AppendBuffer, DecodeUse, KeyCache, Precision, Score, SequenceCache};
 
-/// From keys `[R, Hk, m, D]` and their learned prior `[R, Hk, m]`, if there is one, the layer's own `[R, Hq, m]`.
+/// Computes the prior of the layer `[R, Hq, m]` from keys `[R, Hk, m, D]` and their learned prior `[R, Hk, m]`, if
+/// there is one.
 pub(crate) type KeyPrior<'a> = dyn Fn(&Tensor, Option<&Tensor>) -> Result<Tensor> + 'a;
 
-/// What is derived from the keys.
+/// The data that is derived from the keys.
 pub(crate) struct DerivedOptions<'a> {
+    /// The score of the scans.
     pub(crate) score: Score,
-    /// How decoding uses the keys, if it reads data derived from them.
+    /// How decoding uses the derived data; none where it reads the keys themselves.
     pub(crate) reads: Option<DecodeUse>,
-    /// The precision of decoding, instead of the one that suits the device.
+    /// The precision of decoding; none for the default of the device.
     pub(crate) precision: Option<Precision>,
-    /// Computes the layer's prior, if that is not the learned one.
+    /// Computes the prior of the layer; none where that is the learned one.
     pub(crate) prior: Option<&'a KeyPrior<'a>>,
 }
 
-/// For all positions of a cache, the data that decoding reads instead of the keys or in addition to them, and the layer's
-/// prior.
+/// For all positions of a cache, the data that decoding reads instead of the keys or in addition to them, and the
+/// layer's prior.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct DerivedCache {
     keys: Option<KeyCache>,
+    /// The prior of the layer `[B, Hq, M]`.
     prior: Option<AppendBuffer>,
 }
 
@@ -45,16 +48,16 @@ impl DerivedCache {
             }
         }
         let Some(prior) = options.prior else { return Ok(()) };
-        let from =
+        let lengths =
             self.prior.as_ref().map_or_else(|| vec![0; keys.lengths().len()], |p| p.lengths().to_vec());
-        let learned = learned.map(|learned| learned.since(&from)).transpose()?;
-        for (part, (k, at)) in keys.since(&from)?.into_iter().enumerate() {
-            let learned = learned.as_ref().map(|parts| &parts[part].0);
+        let learned = learned.map(|learned| learned.since(&lengths)).transpose()?;
+        for (i, (k, at)) in keys.since(&lengths)?.into_iter().enumerate() {
+            let learned = learned.as_ref().map(|parts| &parts[i].0);
             let new = prior(&k, learned)?.detach();
             let derived = match &mut self.prior {
                 Some(derived) => derived,
                 none => {
-                    let dims = [from.len(), new.dim(1)?, keys.capacity()];
+                    let dims = [lengths.len(), new.dim(1)?, keys.capacity()];
                     none.insert(AppendBuffer::new(&dims, new.dtype(), new.device())?)
                 }
             };
@@ -63,7 +66,7 @@ impl DerivedCache {
         Ok(())
     }
 
-    /// The data that decoding reads.
+    /// The data that decoding reads instead of the keys or in addition to them.
     pub(crate) fn keys(&self) -> Option<&KeyCache> {
         self.keys.as_ref()
     }
@@ -73,15 +76,16 @@ impl DerivedCache {
         Ok(self.prior.as_ref().map(AppendBuffer::get).transpose()?)
     }
 
-    /// The data of some sequences, by their numbers in the batch.
-    pub(crate) fn select(&self, places: &[usize]) -> Result<Self> {
+    /// The data of some of the sequences, by their indices in the batch.
+    pub(crate) fn select(&self, sequences: &[usize]) -> Result<Self> {
         Ok(Self {
-            keys: self.keys.as_ref().map(|keys| keys.select(places)).transpose()?,
-            prior: self.prior.as_ref().map(|prior| prior.select(places)).transpose()?,
+            keys: self.keys.as_ref().map(|keys| keys.select(sequences)).transpose()?,
+            prior: self.prior.as_ref().map(|prior| prior.select(sequences)).transpose()?,
         })
     }
 
-    /// The data of several batches as one. What one of them lacks is left out, and computed again for all.
+    /// The data of several batches as one. Data that one of them lacks is left out; the next update computes it for
+    /// all.
     pub(crate) fn stack(all: &[&Self]) -> Result<Self> {
         let keys: Option<Vec<&KeyCache>> = all.iter().map(|derived| derived.keys.as_ref()).collect();
         let prior: Option<Vec<&AppendBuffer>> = all.iter().map(|derived| derived.prior.as_ref()).collect();

@@ -21,9 +21,9 @@ use crate::stats::SelectionStats;
 /// The initial weight of the query's well: near 1/2, where the two wells tie, but not at it.
 const INITIAL_ALPHA: f64 = 0.6;
 
-/// Selection attention, in the place of a multi-head attention.
+/// Selection attention, a replacement for multi-head attention.
 ///
-/// Each head scans all visible keys, preserves the candidates of least energy and selects the value of one of them, or
+/// Each head scans all visible keys for the candidates of least energy and selects the value of one of them, or
 /// abstains. Projections and weight names are those of a Llama attention. Added per head under `gd` are `beta [Hq]`
 /// (its logarithm), and if configured `threshold [Hq]`, `alpha [Hq]` (its logit) and `rounds [Hq, R]` (deviation from
 /// (1, 0, ..)).
@@ -62,7 +62,7 @@ pub struct GdAttention {
     threshold: Option<Tensor>,
     alpha_logit: Option<Tensor>,
     rounds: Option<Tensor>,
-    // Behind a lock so that `forward` takes `&self`: an inherent `&mut self` method would lose to
+    // In a mutex so that `forward` takes `&self`: an inherent `&mut self` method would lose to
     // `Module::forward` wherever that trait is in scope.
     cache: Mutex<LayerCache>,
 }
@@ -75,8 +75,8 @@ impl GdAttention {
     pub fn new(cfg: &AttentionConfig, rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
         let heads = Heads::new(cfg, rotary, vb.clone())?;
         let (vb, hq, d) = (vb.pp("gd"), cfg.num_attention_heads, cfg.head_dim as f64);
-        // The scores then start as softmax's <q, k> / sqrt(D): as dot products, and as energies, in which they
-        // are 2 beta <q, k>, if all keys are of one norm or `norm_prior` makes up for it.
+        // The initial scores are then those of softmax attention, <q, k> / sqrt(D). Energies contain them as
+        // 2 beta <q, k>, and order keys alike if all keys have the same norm or `norm_prior` is set.
         let beta = match cfg.gd.score {
             Score::Dot => 1.0 / d.sqrt(),
             Score::Energy => 0.5 / d.sqrt(),
@@ -101,14 +101,15 @@ impl GdAttention {
         Ok(Self { heads, log_beta, threshold, alpha_logit, rounds, cache: Mutex::default() })
     }
 
-    /// The signature of the attention of candle's own models, with a KV cache inside.
+    /// The output of the layer, in the signature of the attention of candle's own models. The layer holds the cache.
     ///
     /// * `x`: `[B, N, C]`.
     /// * `mask`: additive, 0 where a key is visible and -inf elsewhere, `[N, M]` or with leading dimensions; none for a
     ///   causal mask.
     /// * `offset`: the position of the first query, which is the number of cached positions; 0 starts a new sequence.
     ///
-    /// Returns `[B, N, C]`. Gradients flow to x and to every parameter; what earlier calls put into the cache is constant.
+    /// Returns `[B, N, C]`. Gradients flow to x and to every parameter; keys and values that earlier calls have cached
+    /// are constants.
     ///
     /// # Errors
     /// An offset that is not the number of cached positions, or a mask that does not leave each query one interval of
@@ -135,7 +136,7 @@ impl GdAttention {
         *self.cache.lock().unwrap_or_else(PoisonError::into_inner) = LayerCache::new();
     }
 
-    /// The heads' thresholds in this pass, where they have one.
+    /// The thresholds of the heads in this pass `[Hq]`; none without thresholds.
     fn thresholds(&self, pass: &Pass) -> Result<Option<Tensor>> {
         match (&self.threshold, pass.threshold) {
             (Some(threshold), Some(more)) => Ok(Some((threshold + more)?)),
@@ -188,7 +189,7 @@ impl GdAttention {
         self.heads.output(y, projected)
     }
 
-    /// Whether what a pass returns is the winner's value row, as long as it is hard.
+    /// Whether the output of a pass with hardness 1 is the value row of the winner.
     fn returns_winner(&self) -> bool {
         let AttentionConfig { gd, beacon, .. } = &self.heads.cfg;
         let barrier = beacon.as_ref().is_some_and(|beacon| beacon.barrier.is_some());
@@ -196,13 +197,13 @@ impl GdAttention {
         gd.gate == Gate::None && gd.rounds == 1 && !barrier && !mixes
     }
 
-    /// What decoding asks of the cached keys; nothing where every key is a candidate.
+    /// How decoding uses data derived from the cached keys; none where every key is a candidate.
     fn decode_use(&self) -> Option<DecodeUse> {
         let reads = if self.returns_winner() { DecodeUse::Winner } else { DecodeUse::Candidates };
         (self.heads.cfg.gd.estimator != Estimator::Dense).then_some(reads)
     }
 
-    /// Whether this pass needs the value row of the winner and nothing else.
+    /// Whether this pass needs only the value rows of the winners.
     fn winner_suffices(&self, pass: &Pass) -> bool {
         let plain = pass.stats.is_none() && pass.probe.is_none() && pass.hardness == 1.0;
         plain && self.returns_winner()
@@ -224,7 +225,7 @@ impl GdAttention {
         Ok(decode(q, k, v, &options.with_cached(key_cache), threshold.as_ref())?.y)
     }
 
-    /// Preserves candidates and selects among them.
+    /// The selections, and the candidates that they were made from.
     fn preserve_and_select(
         &self,
         projected: &Projected,
@@ -293,7 +294,7 @@ impl GdAttention {
     }
 }
 
-/// What the scores of a pass depend on besides queries and keys.
+/// The inputs of the scores of a pass besides queries and keys.
 struct ScoringInputs<'a> {
     /// Inverse bandwidth `[Hq]`.
     beta: &'a Tensor,
@@ -327,7 +328,7 @@ pub fn norm_prior(k: &Tensor, beta: &Tensor, learned: Option<&Tensor>) -> Result
     }
 }
 
-/// (1, 0, ..) in the shape of `rounds`: before training only the first selection counts.
+/// (1, 0, ..) in the shape of `rounds`: initially only the first selection contributes to the output.
 fn first_round(rounds: &Tensor) -> Result<Tensor> {
     let mut first = vec![0f32; rounds.dim(1)?];
     first[0] = 1.0;

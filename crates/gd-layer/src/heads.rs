@@ -1,5 +1,4 @@
-//! The frame of an attention layer: projections, norms, rotation, Beacon, cache and output, which are the same for every
-//! mechanism.
+//! The parts that softmax and selection attention share: projections, norms, rotation, Beacon, cache and output.
 //!
 //! Shapes: x `[B, N, C]`, q `[B, Hq, N, D]`, k and v `[B, Hk, M, D]` with M = cached + N.
 
@@ -17,8 +16,8 @@ use crate::linear::{Linear, linear};
 use crate::norm::RmsNorm;
 use crate::rope::Rotary;
 
-/// Projections, norms, rotation, output gate and Beacon. Weight names as in Llama and Qwen3: `q_proj`, `k_proj`,
-/// `v_proj`, `o_proj`, `q_norm`, `k_norm`; new are `g_proj` and `beacon.*`.
+/// Projections, norms, rotation, output gate and Beacon. Weight names are those of Llama and Qwen3, `q_proj`, `k_proj`,
+/// `v_proj`, `o_proj`, `q_norm` and `k_norm`, and besides `g_proj` and `beacon.*`.
 #[derive(Debug, Clone)]
 pub(crate) struct Heads {
     pub(crate) cfg: AttentionConfig,
@@ -32,7 +31,7 @@ pub(crate) struct Heads {
     pub(crate) beacon: Option<Beacon>,
 }
 
-/// The inputs of a mechanism.
+/// The inputs of softmax or selection attention.
 pub(crate) struct Projected {
     pub(crate) q: Tensor,
     pub(crate) k: Tensor,
@@ -41,7 +40,7 @@ pub(crate) struct Projected {
     pub(crate) mask: Mask,
     /// Key prior `[B, Hk, M]`.
     pub(crate) prior: Option<Tensor>,
-    /// What the running averages of the Beacon add to the heads `[B, Hq, N, D]`.
+    /// Output of the Beacon's running averages, which is added to that of the heads, `[B, Hq, N, D]`.
     pub(crate) memory: Option<Tensor>,
     /// The output gate `[B, N, Hq * D]`.
     pub(crate) gate: Option<Tensor>,
@@ -67,8 +66,8 @@ impl Heads {
         })
     }
 
-    /// From x to queries, keys and values, with the cached ones before the new. What went through the cache carries no
-    /// gradient.
+    /// Queries of x, and keys, values and priors of the cached positions followed by those of x. With a cache, the
+    /// latter three carry no gradient.
     pub(crate) fn project(
         &self,
         x: &Tensor,
@@ -81,7 +80,8 @@ impl Heads {
         Ok(Projected { k, v, prior, ..projected })
     }
 
-    /// The same, and the new keys, values and priors carry gradients; those cached before are constants.
+    /// As [`Heads::project`], but keys, values and priors of x carry gradients; those of the cached positions are
+    /// constants.
     pub(crate) fn project_with_gradients(
         &self,
         x: &Tensor,
@@ -94,18 +94,18 @@ impl Heads {
         if ![&new.k, &new.v].into_iter().chain(&new.prior).any(Tensor::track_op) {
             return Ok(Projected { k, v, prior, ..new });
         }
-        let behind_cached = |all: &Tensor, new: &Tensor| match cached {
+        let with_cached = |all: &Tensor, new: &Tensor| match cached {
             0 => Ok(new.clone()),
             _ => Tensor::cat(&[&all.narrow(2, 0, cached)?, new], 2),
         };
         let prior = match (&prior, &new.prior) {
-            (Some(all), Some(new)) => Some(behind_cached(all, new)?),
+            (Some(all), Some(new)) => Some(with_cached(all, new)?),
             _ => None,
         };
-        Ok(Projected { k: behind_cached(&k, &new.k)?, v: behind_cached(&v, &new.v)?, prior, ..new })
+        Ok(Projected { k: with_cached(&k, &new.k)?, v: with_cached(&v, &new.v)?, prior, ..new })
     }
 
-    /// Queries, keys and values of x alone, `[B, H, N, D]`, which continue the cached positions.
+    /// Queries, keys and values of x alone, `[B, H, N, D]`, at the positions that follow the cached ones.
     fn project_new(&self, x: &Tensor, pass: &Pass, mut cache: Option<&mut LayerCache>) -> Result<Projected> {
         let (b, n, c) = x.dims3()?;
         if c != self.cfg.hidden_size {
@@ -113,7 +113,7 @@ impl Heads {
         }
         let offsets = offsets(cache.as_deref(), pass.mask, [b, n])?;
         let x = match &self.beacon {
-            Some(beacon) => beacon.mix(x, pass.mask, cache.as_deref_mut())?,
+            Some(beacon) => beacon.convolve(x, pass.mask, cache.as_deref_mut())?,
             None => x.clone(),
         };
         let d = self.cfg.head_dim;
@@ -127,7 +127,7 @@ impl Heads {
         let k = self.rotary.apply_each(&k.transpose(1, 2)?, &offsets)?;
         let (mut memory, mut prior) = (None, None);
         if let Some(beacon) = &self.beacon {
-            memory = beacon.remember(&x, &v, pass.mask, cache)?;
+            memory = beacon.memory_output(&x, &v, pass.mask, cache)?;
             prior = beacon.prior(&x)?;
         }
         let gate = self.g_proj.as_ref().map(|g| candle_nn::ops::sigmoid(&g.forward(&x)?)).transpose()?;
@@ -138,7 +138,7 @@ impl Heads {
         Ok(Projected { q, k, v, mask, prior, memory, gate })
     }
 
-    /// From the output y of the heads `[B, Hq, N, D]` to that of the layer.
+    /// The output of the layer `[B, N, C]` from that of the heads `[B, Hq, N, D]`: memory, output gate and `o_proj`.
     pub(crate) fn output(&self, y: Tensor, projected: Projected) -> Result<Tensor> {
         let y = match projected.memory {
             Some(memory) => (y + memory)?,
@@ -154,7 +154,8 @@ impl Heads {
     }
 }
 
-/// The position of the first new token of every sequence, or one for all: each sequence continues where its cache ends.
+/// The position of the first new token, for every sequence or one for all: the number of cached positions. Checks the
+/// mask against it.
 fn offsets(cache: Option<&LayerCache>, mask: &Mask, [b, n]: [usize; 2]) -> Result<Vec<usize>> {
     let offsets = match cache {
         Some(cache) if !cache.is_empty() => cache.lengths().to_vec(),

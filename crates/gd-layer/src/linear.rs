@@ -3,8 +3,8 @@
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-/// A projection: x `[.., I]` -> `[.., O]` in the dtype of x; see [`gd_kernels::linear`] for weights in f16 or bf16 under
-/// f32 activations.
+/// A projection: x `[.., I]` -> `[.., O]` in the dtype of x; see [`gd_kernels::linear`] for weights in f16 or bf16
+/// under f32 activations.
 #[derive(Debug, Clone)]
 pub struct Linear {
     weight: Tensor,
@@ -29,7 +29,7 @@ impl Module for Linear {
     }
 }
 
-/// A projection with weights under `vb`: `weight [O, I]` and, if asked for, `bias [O]`.
+/// A projection with weights under `vb`: `weight [outputs, inputs]` and, with `bias`, `bias [outputs]`.
 ///
 /// New weights are normal with standard deviation `1 / sqrt(inputs)`, or 0 for a projection that adds to the residual
 /// stream (`residual`); a new bias is 0.

@@ -5,8 +5,8 @@ use candle_nn::{Init, VarBuilder};
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension; see [`gd_kernels::rms_norm`].
 ///
-/// x `[.., C]` of any strides -> `[.., C]` in the same dtype. Unlike `candle_nn::RmsNorm`, it passes gradients to x and
-/// to the weight in one fused pass.
+/// x `[.., C]` of any strides -> `[.., C]` in the same dtype. Unlike `candle_nn::RmsNorm`, it computes the
+/// gradients of x and of the weight in one fused pass.
 ///
 /// # Examples
 /// ```

@@ -1,18 +1,18 @@
-//! Observing a pass, and intervening in it: what a selecting layer preserves and what it selects.
+//! Observation of the candidates and selections of a pass, with the possibility to change the candidates.
 
 use std::fmt::Debug;
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{Candidates, Mask, Scan, Selected, scan};
 
-/// Observes what every selecting layer preserves and selects, and may change the candidates.
+/// Observes the candidates and selections of every selecting layer, and may change the candidates.
 pub trait Probe: Debug {
-    /// The number of candidates that a layer scans for, given the number that it keeps by itself.
+    /// The number of candidates that a layer scans for, given the number of its configuration or of the pass.
     fn candidates(&self, _layer: usize, configured: usize) -> usize {
         configured
     }
 
-    /// Called between preserving and selecting: the layer selects from the candidates that this returns.
+    /// Called between scan and selection: the layer selects from the candidates that this returns.
     ///
     /// # Errors
     /// Ends the pass.
@@ -20,7 +20,7 @@ pub trait Probe: Debug {
         Ok(view.candidates)
     }
 
-    /// Called after selecting.
+    /// Called after the selection.
     ///
     /// # Errors
     /// Ends the pass.
@@ -30,9 +30,9 @@ pub trait Probe: Debug {
 /// The candidates of a layer, before it selects.
 #[derive(Debug)]
 pub struct CandidateView<'a> {
-    /// The number of the layer.
+    /// The index of the layer.
     pub layer: usize,
-    /// The number of candidates that the layer keeps by itself.
+    /// The number of candidates without a probe.
     pub configured: usize,
     /// The candidates of every query.
     pub candidates: Candidates,
@@ -75,10 +75,10 @@ impl CandidateView<'_> {
     }
 }
 
-/// What a layer selected.
+/// The selections of a layer.
 #[derive(Debug)]
 pub struct SelectionView<'a> {
-    /// The number of the layer.
+    /// The index of the layer.
     pub layer: usize,
     /// The candidates that it selected from.
     pub candidates: &'a Candidates,
@@ -86,8 +86,8 @@ pub struct SelectionView<'a> {
     pub selected: &'a Selected,
     /// Threshold per query head `[Hq]`, where the heads have one.
     pub threshold: Option<&'a Tensor>,
-    /// What the running averages of the Beacon add to the heads `[B, Hq, N, D]`.
+    /// Output of the Beacon's running averages, which is added to that of the heads, `[B, Hq, N, D]`.
     pub memory: Option<&'a Tensor>,
-    /// The gate on the heads' output `[B, N, Hq * D]`.
+    /// The gate of the heads' output `[B, N, Hq * D]`.
     pub output_gate: Option<&'a Tensor>,
 }

@@ -2,34 +2,36 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-/// How the frequencies are scaled for a context longer than that of the training.
+/// How the frequencies are scaled for a context that is longer than in training.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     #[default]
     None,
-    /// All by one factor: position `p` has the angles that `p / factor` had.
+    /// Position interpolation (Chen et al., arXiv 2306.15595): all frequencies are divided by one factor, so that
+    /// position `p` has the angles of `p / factor`.
     Linear {
         /// The factor.
         factor: f64,
     },
-    /// As in Llama 3.1: wavelengths above `trained_positions / low_turns` by the factor, those below
-    /// `trained_positions / high_turns` not at all, and in between by a share that is linear in the number of turns
-    /// within the trained context.
+    /// As in Llama 3.1 (`rope_type` "llama3" of transformers): frequencies of at most `low_turns` turns within the
+    /// trained context are divided by the factor, those of at least `high_turns` turns are not scaled, and between the
+    /// two the result is interpolated linearly in the number of turns.
     Llama3 {
         /// The factor.
         factor: f64,
-        /// Turns within the trained context, up to which a frequency is divided by the whole factor.
+        /// Turns within the trained context up to which a frequency is divided by the factor; `low_freq_factor` in
+        /// transformers.
         low_turns: f64,
-        /// Turns from which a frequency stays as it is; more than `low_turns`.
+        /// Turns from which a frequency is not scaled, more than `low_turns`; `high_freq_factor` in transformers.
         high_turns: f64,
-        /// Positions of the context in training.
+        /// Positions of the context in training; `original_max_position_embeddings` in transformers.
         trained_positions: usize,
     },
 }
 
 impl RopeScaling {
-    /// The frequency, in radians a position, that takes the place of `frequency`.
+    /// The scaled frequency of `frequency`, both in radians per position.
     fn apply(self, frequency: f64) -> f64 {
         match self {
             Self::None => frequency,
@@ -57,7 +59,7 @@ impl RopeScaling {
     }
 }
 
-/// The angles of all positions of a model.
+/// The cosines and sines of the rotary position embedding for all positions of a model.
 ///
 /// # Examples
 /// ```
@@ -65,7 +67,7 @@ impl RopeScaling {
 /// use gd_layer::{RopeScaling, Rotary};
 ///
 /// let rotary = Rotary::new(8, 32, 10_000.0, RopeScaling::None, DType::F32, &Device::Cpu)?;
-/// // Batch, heads, positions, head_dim; the first row stands at position 5.
+/// // Batch, heads, positions, head_dim; the first row is position 5.
 /// let q = Tensor::ones((1, 2, 3, 8), DType::F32, &Device::Cpu)?;
 /// assert_eq!(rotary.apply(&q, 5)?.dims(), [1, 2, 3, 8]);
 /// # Ok::<(), candle_core::Error>(())
@@ -131,7 +133,7 @@ impl Rotary {
         self.apply_each(x, &[offset])
     }
 
-    /// The same with an offset for every batch entry, or one for all.
+    /// As [`Rotary::apply`], with an offset for every batch entry, or one for all.
     ///
     /// # Errors
     /// As [`Rotary::apply`], or offsets that are neither one nor B.

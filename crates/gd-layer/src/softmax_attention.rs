@@ -1,4 +1,4 @@
-//! Softmax attention in the same frame as `GdAttention`.
+//! Softmax attention with the projections, Beacon and cache of `GdAttention`.
 
 use std::sync::Arc;
 
@@ -13,7 +13,8 @@ use crate::heads::Heads;
 use crate::rope::Rotary;
 use crate::stats::SelectionStats;
 
-/// `softmax(q k^T / sqrt(D) + prior) v`, from differentiable operations. A query that sees no key reads nothing (0).
+/// Softmax attention, `softmax(q k^T / sqrt(D) + prior) v` (Vaswani et al., arXiv 1706.03762), with the learned prior
+/// of a Beacon if there is one. Differentiable in all inputs. The output of a query that sees no key is 0.
 ///
 /// # Examples
 /// ```
@@ -40,7 +41,8 @@ pub struct SoftmaxAttention {
 }
 
 impl SoftmaxAttention {
-    /// Reads or creates the weights under `vb`: `q_proj`, `k_proj`, `v_proj`, `o_proj` and those of the configured parts.
+    /// Reads or creates the weights under `vb`: `q_proj`, `k_proj`, `v_proj`, `o_proj` and those of the configured
+    /// parts.
     ///
     /// # Errors
     /// A config that contradicts itself, or weights that are missing or of another shape.

@@ -1,20 +1,22 @@
-//! Figures of a pass that monitoring reports.
+//! Statistics of a forward pass, for monitoring.
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{Candidates, Selected};
 
-/// What a layer selected in one pass, over batch, heads and queries.
+/// Statistics of the selections of a layer in one pass, over batch, heads and queries.
 #[derive(Debug, Clone)]
 pub struct SelectionStats {
     /// Share of (query, head) pairs that abstained.
     pub abstained: f64,
     /// Mean weight on position 0 (for a selecting layer: share of queries that select it).
     pub first_token: f64,
-    /// Mean lead of the best key over the runner-up, in units of the score, where there are two.
+    /// Mean margin over the selections with a runner-up: its energy minus that of the winner. For a softmax layer the
+    /// log of the ratio of the two greatest weights.
     pub margin: f64,
     /// Mean entropy in nats of the weights over the candidates, or over the visible keys for a softmax layer.
     pub entropy: f64,
-    /// Mean number of different keys that the heads of a position select, as a share of the heads that select.
+    /// Number of different keys that the heads of a position select, divided by the number of heads that select; the
+    /// mean over positions.
     pub distinct: f64,
     /// The key of greatest weight for every (batch, head, query) in this order; -1 where the head abstained.
     pub picks: Vec<i32>,
@@ -23,7 +25,7 @@ pub struct SelectionStats {
 }
 
 impl SelectionStats {
-    /// Of a selecting layer; the entropy is that of the scan's energies at `temperature`.
+    /// Statistics of a selecting layer. The entropy is that of the energies of the scan at `temperature`.
     pub(crate) fn of_selection(
         selected: Selected,
         candidates: &Candidates,
@@ -49,12 +51,11 @@ impl SelectionStats {
         })
     }
 
-    /// Of a softmax layer with weights `[B, Hq, N, M]`. The margin is that of the scores: the log of the ratio of the two
-    /// greatest weights.
+    /// Statistics of a softmax layer with weights `[B, Hq, N, M]`.
     pub(crate) fn of_weights(weights: &Tensor) -> Result<Self> {
         let (b, _, n, m) = weights.dims4()?;
         let w = weights.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let (mut first, mut empty, mut lead, mut count) = (0f64, 0usize, 0f64, 0usize);
+        let (mut first, mut empty, mut margin, mut count) = (0f64, 0usize, 0f64, 0usize);
         let (mut entropy, mut picks) = (0f64, Vec::with_capacity(w.len() / m));
         for row in w.chunks(m) {
             let (mut top, mut next, mut pick) = (0f32, 0f32, -1);
@@ -72,7 +73,7 @@ impl SelectionStats {
             empty += usize::from(top == 0.0);
             picks.push(pick);
             if next > 0.0 {
-                lead += f64::from(top / next).ln();
+                margin += f64::from(top / next).ln();
                 count += 1;
             }
         }
@@ -80,7 +81,7 @@ impl SelectionStats {
         Ok(Self {
             abstained: empty as f64 / rows,
             first_token: first / rows,
-            margin: lead / count.max(1) as f64,
+            margin: margin / count.max(1) as f64,
             entropy: entropy / rows,
             distinct: distinct(&picks, b, n),
             picks,
@@ -108,8 +109,9 @@ fn entropy(energies: &[f64], temperature: f64) -> f64 {
     if sum > 0.0 { sum.ln() - moment / sum } else { 0.0 }
 }
 
-/// The different keys that the heads of a position select, over the heads that select: the mean over batch and positions
-/// where any head does. `picks` as in [`SelectionStats`], for `b` sequences of `n` queries.
+/// The number of different keys that the heads of a position select, divided by the number of heads that select: the
+/// mean over batch and positions where a head selects. `picks` as in [`SelectionStats`], for `b` sequences of `n`
+/// queries.
 fn distinct(picks: &[i32], b: usize, n: usize) -> f64 {
     let heads = picks.len() / (b * n).max(1);
     let (mut sum, mut count) = (0.0, 0usize);

@@ -116,7 +116,7 @@ pub(crate) fn check_conv(gpu: &TestGpu, seed: u64) -> Verdict {
     let (x, dy) = (rows(&x), rows(&dy));
     let past = past.as_ref().map(|p| p.0.slice());
     conv::forward(gpu, &plan, &x, w.slice(), past, (&y).into()).map_err(fail)?;
-    conv::backward(gpu, &plan, &x, w.slice(), past, &dy, (&dx).into(), (&dw).into()).map_err(fail)?;
+    conv::backward(gpu, &plan, &x, w.slice(), past, &dy, [(&dx).into(), (&dw).into()]).map_err(fail)?;
     let name = format!(
         "B{batch} N{n} C{channels} W{width} {dtype:?} packed {packed} {lists:?} past {}",
         past.is_some()

@@ -232,7 +232,7 @@ pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
     let dv = Out::new(gpu, p.v.len(), case.dtype);
     let dtau = Out::new(gpu, p.q_heads, DType::F32);
     let dy_at = dy_held.tensor4();
-    choose_backward(gpu, &plan, &candidates, &v, &dy_at, &inverse, de.at(), dv.at(), dtau.at())
+    choose_backward(gpu, &plan, &candidates, &v, &dy_at, &inverse, [de.at(), dv.at(), dtau.at()])
         .map_err(fail)?;
     let unlifted = Out::new(gpu, slots, DType::F32);
     if params.barrier.is_some() {
@@ -352,7 +352,7 @@ pub(crate) fn check_single(gpu: &TestGpu, seed: u64) -> Verdict {
     let (dq, dk) = (Out::new(gpu, p.q.len(), case.dtype), Out::new(gpu, p.k.len(), case.dtype));
     let out = PairGradients { q: dq.at(), k: dk.at(), beta: dbeta.at(), prior: None };
     let grad_at = Slice::from(&grad_held);
-    density_backward(gpu, &plan, &pairs, alpha_at, grad_at, &inverse, &out, dalpha.at()).map_err(fail)?;
+    density_backward(gpu, &plan, &pairs, alpha_at, grad_at, &inverse, (&out, dalpha.at())).map_err(fail)?;
     near("density dq", &case, &dq.values(), &by_q, case.dtype, (1e-5, 0.0))?;
     near("density dk", &case, &dk.values(), &by_k, case.dtype, (1e-5, 1e-6 * most(&by_q) * rows as f64))?;
     near("density dbeta", &case, &dbeta.values(), &by_beta, DType::F32, (1e-5, 1e-5 * most(&p.q)))?;

@@ -5,7 +5,7 @@
 
 use super::{add_scaled, dot, logsumexp, sigmoid};
 
-/// Numerator and denominator after a position.
+/// Numerator n and denominator d after a position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
     /// n `[D]`.
@@ -14,7 +14,8 @@ pub struct State {
     pub denominator: f64,
 }
 
-/// The recurrence as it is written; an empty state is all zeros.
+/// The recurrence, computed literally. Returns m `[N, D]` and the state after the last position; without `state` n and
+/// d start at 0.
 pub fn average(
     decay: &[f64],
     write: &[f64],
@@ -35,7 +36,7 @@ pub fn average(
     (m, state)
 }
 
-/// The share of each position s in m_t `[t + 1]`, from the closed form
+/// The weight of each position s in m_t, `[t + 1]`, by the closed form
 /// `w_ts = e^{write_s} prod_{s < r <= t} a_r` in logarithms, over their sum.
 pub fn shares(decay: &[f64], write: &[f64], t: usize) -> Vec<f64> {
     let log_keep = |r: usize| -logsumexp([0.0, -decay[r]].into_iter());
@@ -55,7 +56,7 @@ pub fn average_direct(decay: &[f64], write: &[f64], v: &[f64], dim: usize) -> Ve
     m
 }
 
-/// The gradients of `(decay, write, v)` from the closed form, for `dm` `[N, D]`.
+/// The gradients of `(decay, write, v)` from `dm` `[N, D]`, by the closed form with an empty state.
 pub fn average_backward(
     decay: &[f64],
     write: &[f64],

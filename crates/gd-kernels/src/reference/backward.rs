@@ -1,16 +1,16 @@
-//! The naive backward pass of the choice: an estimator's gradient of the energies, carried through
-//! barrier, scores and refinement to every input.
+//! The naive backward pass of [`select`](super::select()): the gradient of the energies by the estimator, then the
+//! chain rule through barrier, scores and refinement to every input.
 
 use super::estimator::{logit_gradient, value_weights};
 use super::problem::{Params, Problem};
 use super::refine::residual_query_backward;
 use super::scan::Candidates;
-use super::select::{Round, Row, in_play};
+use super::select::{Round, Row, estimator_candidates};
 use super::{add_scaled, distance2, dot};
 use crate::options::{Estimator, Score};
 
-/// The gradients, each in the shape of its input (prior `[B, Hq, M]` and the parameters whether
-/// they were given or not).
+/// The gradients, each in the shape of its input. Those of the prior and of the parameters are computed even where
+/// these are not given.
 #[derive(Debug, Clone)]
 pub struct Gradients {
     /// `[B, Hq, N, D]`.
@@ -31,23 +31,23 @@ pub struct Gradients {
     pub rounds: Vec<f64>,
 }
 
-/// What one round sends to its energies and gate.
+/// The gradients of one round.
 #[derive(Debug, Clone)]
 pub struct RoundGradient {
-    /// Of the energies before the barrier, by member.
+    /// The gradient of the energies before the barrier, by member.
     pub energy: Vec<f64>,
-    /// Of the values' weight in the output's gradient, by member.
+    /// The factors of the output's gradient in the gradients of the values, by member.
     pub value: Vec<f64>,
-    /// Of the threshold.
+    /// The gradient of the threshold.
     pub threshold: f64,
-    /// Of `t = beta |q - k|^2` of the best member, through the coherence gate.
+    /// The gradient of `t = beta |q - k|^2` of the member of least energy, through the coherence gate.
     pub t: f64,
-    /// Of alpha.
+    /// The gradient of alpha.
     pub alpha: f64,
 }
 
-/// The gradients of one round from `a_j = <dy, v_j>` by member: the blend's share is exact, the
-/// hard share is the estimator's.
+/// The gradients of one round from `a_j = <dy, v_j>` by member: exact for the share of the blend, by the estimator for
+/// the share of the hard choice.
 pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradient {
     let (hard, temperature) = (params.hard_share(), params.temperature);
     let chosen = round.admitted.then_some(round.winner);
@@ -60,10 +60,10 @@ pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradien
     };
     for (estimator, share) in [
         (Estimator::Blend, 1.0 - hard),
-        // The chosen row is scaled by the gate, and so is everything that stands for it.
+        // The gate scales the selected row, and with it the gradient of the estimator.
         (params.estimator, hard * round.gate.rho),
     ] {
-        // A share of 0 must not touch `a`: it may hold the NaN of a value that is not used.
+        // A share of 0 is skipped: `a` may be NaN by a value that is not used.
         if share == 0.0 {
             continue;
         }
@@ -89,7 +89,7 @@ pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradien
 
 /// The gradients of every input from `dy` `[B, Hq, N, Dv]`.
 pub fn backward(problem: &Problem, candidates: &Candidates, params: &Params, dy: &[f64]) -> Gradients {
-    let candidates = in_play(problem, candidates, params);
+    let candidates = estimator_candidates(problem, candidates, params);
     let (heads, count) = (problem.q_heads, params.round_count(problem.q_heads));
     let mut out = Gradients {
         q: vec![0.0; problem.q.len()],
@@ -128,18 +128,18 @@ pub fn backward(problem: &Problem, candidates: &Candidates, params: &Params, dy:
                 out.prior[problem.prior_at(b, h, key)] -= gradient.energy[j];
                 let d_key = &mut out.k[problem.k_at(b, h, key)];
                 let beta = problem.beta[h];
-                // The coherence gate always measures the distance, whatever scores the keys.
-                let (near, product) = match problem.score {
+                // The coherence gate depends on the distance for either score.
+                let (d_distance, d_dot) = match problem.score {
                     Score::Energy => (d_t + gradient.energy[j], 0.0),
                     Score::Dot => (d_t, gradient.energy[j]),
                 };
                 let (q, k) = (&round.query, row.key(slot));
-                let away: Vec<f64> = q.iter().zip(k).map(|(q, k)| q - k).collect();
-                out.beta[h] += near * distance2(q, k) - product * dot(q, k);
-                add_scaled(&mut d_query, 2.0 * beta * near, &away);
-                add_scaled(d_key, -2.0 * beta * near, &away);
-                add_scaled(&mut d_query, -beta * product, k);
-                add_scaled(d_key, -beta * product, q);
+                let difference: Vec<f64> = q.iter().zip(k).map(|(q, k)| q - k).collect();
+                out.beta[h] += d_distance * distance2(q, k) - d_dot * dot(q, k);
+                add_scaled(&mut d_query, 2.0 * beta * d_distance, &difference);
+                add_scaled(d_key, -2.0 * beta * d_distance, &difference);
+                add_scaled(&mut d_query, -beta * d_dot, k);
+                add_scaled(d_key, -beta * d_dot, q);
             }
             next = Some(d_query);
         }

@@ -3,24 +3,24 @@
 use super::logsumexp;
 use crate::options::Barrier;
 
-/// What the barrier made of a row.
+/// A row after the barrier.
 #[derive(Debug, Clone)]
 pub struct Lift {
-    /// The scores after it `[C]`; at most the protected one differs.
+    /// The scores after the barrier `[C]`; at most that of the protected candidate differs.
     pub scores: Vec<f64>,
     /// The protected candidate of greatest score, if the row has one.
     pub protected: Option<usize>,
-    /// Whether the conditions were met.
+    /// Whether the conditions of the barrier were met.
     pub activated: bool,
-    /// The greatest score after it, the first of equals; 0 for an empty row.
+    /// The candidate of greatest score after the barrier, the first of several; 0 for an empty row.
     pub selected: usize,
-    /// The derivative of the protected candidate's new score in the old scores `[C]`, with the
-    /// conditions held fixed.
+    /// The derivative of the protected candidate's new score with respect to the old scores `[C]`, with the conditions
+    /// held fixed.
     pub slope: Vec<f64>,
 }
 
 impl Lift {
-    /// Carries a gradient of the new scores back to the old ones.
+    /// The gradient of the old scores `[C]` from that of the new ones.
     pub fn pull_back(&self, gradient: &[f64]) -> Vec<f64> {
         let mut out = gradient.to_vec();
         if let Some(p) = self.protected {
@@ -31,7 +31,7 @@ impl Lift {
     }
 }
 
-/// Entropy of a row of weights over its maximum, in [0, 1]; 0 for fewer than two.
+/// The entropy of a row of weights divided by its maximum `ln C`, in [0, 1]; 0 for less than two weights.
 pub fn normalised_entropy(weights: &[f64]) -> f64 {
     if weights.len() < 2 {
         return 0.0;
@@ -40,10 +40,12 @@ pub fn normalised_entropy(weights: &[f64]) -> f64 {
     entropy / (weights.len() as f64).ln()
 }
 
-/// Applies the barrier to the protected candidate with the greatest score.
+/// Applies the barrier to the protected candidate with the greatest score: where its softmax weight is below the floor,
+/// or the row is contested, its score is raised towards that of the rival, and at least to the weight of the floor; see
+/// [`Barrier`].
 pub fn barrier(scores: &[f64], protected: &[bool], barrier: &Barrier) -> Lift {
-    let guarded = (0..scores.len()).filter(|&j| protected[j]);
-    let p = guarded.reduce(|greatest, j| if scores[j] > scores[greatest] { j } else { greatest });
+    let candidates = (0..scores.len()).filter(|&j| protected[j]);
+    let p = candidates.reduce(|greatest, j| if scores[j] > scores[greatest] { j } else { greatest });
     let slope = (0..scores.len()).map(|j| f64::from(u8::from(Some(j) == p))).collect();
     let mut lift = Lift { scores: scores.to_vec(), protected: p, activated: false, selected: 0, slope };
     if let (Some(p), true) = (p, scores.len() > 1) {
@@ -51,9 +53,9 @@ pub fn barrier(scores: &[f64], protected: &[bool], barrier: &Barrier) -> Lift {
         let weights: Vec<f64> = scores.iter().map(|s| (s - total).exp()).collect();
         let rival = greatest(scores, Some(p));
         let gap = scores[rival] - scores[p];
-        let faint = weights[p] < barrier.floor && gap <= barrier.margin + barrier.slack;
+        let below_floor = weights[p] < barrier.floor && gap <= barrier.margin + barrier.slack;
         let contested = gap <= barrier.margin && normalised_entropy(&weights) >= barrier.entropy_trigger;
-        if faint || contested {
+        if below_floor || contested {
             lift.activated = true;
             if gap < barrier.margin {
                 lift.scores[p] += barrier.strength * (barrier.margin - gap);
@@ -73,8 +75,8 @@ pub fn barrier(scores: &[f64], protected: &[bool], barrier: &Barrier) -> Lift {
     lift
 }
 
-/// The first greatest score, `except` left out.
+/// The position of the first greatest score, other than `except`.
 fn greatest(scores: &[f64], except: Option<usize>) -> usize {
-    let open = (0..scores.len()).filter(|&j| Some(j) != except);
-    open.reduce(|greatest, j| if scores[j] > scores[greatest] { j } else { greatest }).unwrap_or(0)
+    let others = (0..scores.len()).filter(|&j| Some(j) != except);
+    others.reduce(|greatest, j| if scores[j] > scores[greatest] { j } else { greatest }).unwrap_or(0)
 }

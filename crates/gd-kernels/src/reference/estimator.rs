@@ -1,5 +1,6 @@
-//! The soft choice over a row's candidates `[C]` and the null slot, and what each estimator makes
-//! of it. The null slot's value is 0, so a contribution `a` of the candidates has `a_null = 0`.
+//! The soft choice over the candidates `[C]` of a row and the null slot, and the gradients that each estimator defines
+//! by it. `a` are the inner products of the output's gradient with the values; the value of the null slot is 0, and so
+//! is its `a`.
 
 use super::logsumexp;
 use crate::options::Estimator;
@@ -14,7 +15,7 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// Combines two rows slot by slot.
+    /// Applies `f` to the slots of two rows.
     fn zip(&self, other: &Self, f: impl Fn(f64, f64) -> f64) -> Self {
         let pairs = self.candidates.iter().zip(&other.candidates);
         Self { candidates: pairs.map(|(x, y)| f(*x, *y)).collect(), null: f(self.null, other.null) }
@@ -30,22 +31,26 @@ pub fn soft_choice(energy: &[f64], threshold: Option<f64>, temperature: f64) -> 
     Slots { candidates, null }
 }
 
-/// `p~`: a share `floor` of the choice spread evenly over the candidates.
+/// `(1 - floor) p + floor / C` for the candidates, `(1 - floor) p` for the null slot.
 pub fn preserved(p: &Slots, floor: f64) -> Slots {
     let even = floor / p.candidates.len() as f64;
     let candidates = p.candidates.iter().map(|p| (1.0 - floor) * p + even).collect();
     Slots { candidates, null: (1.0 - floor) * p.null }
 }
 
-/// `J(p) a = p * (a - <p, a>)`.
+/// The Jacobian of the softmax times `a`: `J(p) a = p (a - <p, a>)`.
 pub fn jacobian(p: &Slots, a: &[f64]) -> Slots {
     let mean = super::dot(&p.candidates, a);
     let candidates = p.candidates.iter().zip(a).map(|(p, a)| p * (a - mean)).collect();
     Slots { candidates, null: -p.null * mean }
 }
 
-/// The gradient of the logits that an estimator puts in the place of the choice; `chosen` is the
+/// The gradient of the logits as an estimator defines it, for the candidates `[C]` and the null slot. `chosen` is the
 /// winner, none where the row abstained.
+///
+/// `J(p~) a` with the preserve floor for [`Estimator::Candidates`] and [`Estimator::Dense`], `J(p) a` for
+/// [`Estimator::Blend`], 0 for [`Estimator::Winner`], and for [`Estimator::Reinmax`] `2 J((p + d) / 2) a - J(p) a / 2`
+/// with the one-hot choice d (Liu et al., arXiv 2304.08612).
 pub fn logit_gradient(
     estimator: Estimator,
     p: &Slots,
@@ -68,7 +73,7 @@ pub fn logit_gradient(
     }
 }
 
-/// The share of the output's gradient that each candidate's value receives.
+/// The factor by which the gradient of the output is added to the gradient of each candidate's value `[C]`.
 pub fn value_weights(
     estimator: Estimator,
     p: &Slots,

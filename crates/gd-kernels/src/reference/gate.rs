@@ -7,22 +7,23 @@ use crate::options::{CoherenceMode, Gate};
 /// The gate and its derivatives.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GateValue {
-    /// rho.
+    /// The gate rho.
     pub rho: f64,
-    /// In the key's energy.
+    /// The derivative with respect to the energy of the key.
     pub d_energy: f64,
-    /// In the threshold.
+    /// The derivative with respect to the threshold.
     pub d_threshold: f64,
-    /// In `t = beta |q - k|^2`.
+    /// The derivative with respect to `t = beta |q - k|^2`.
     pub d_t: f64,
-    /// In alpha.
+    /// The derivative with respect to alpha.
     pub d_alpha: f64,
 }
 
-/// The gate of a key with the given energy and squared, scaled distance `t`.
+/// The gate of a key with the given energy and `t = beta |q - k|^2`: `sigmoid((threshold - energy) / temperature)` for
+/// [`Gate::Energy`], the mixture density at the coherence point for [`Gate::Coherence`], 1 for [`Gate::None`].
 ///
 /// # Panics
-/// If the gate needs a threshold or an alpha that is not there.
+/// If the gate needs a threshold or an alpha and there is none.
 pub fn gate(
     gate: Gate,
     energy: f64,

@@ -1,13 +1,13 @@
-//! The naive f64 reference: the theory and every operator, written for reading and not for speed.
+//! Naive f64 reference implementations of the theory and of the operators, for tests and for reading; they are slow.
 //!
-//! It shares no code with the kernels; only the option types and the getters of [`crate::Mask`] are
-//! common. Everything is a plain `f64` slice, row-major, in the layout of the operators: q
+//! They share no code with the kernels, only the option types and the getters of [`crate::Mask`]. Tensors are `f64`
+//! slices, row-major, in the layout of the operators: q
 //! `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, y `[B, Hq, N, Dv]`.
 //!
-//! - [`theory`]: energy, coherence point, minimal energy of one query-key pair.
-//! - [`scan()`]: all energies of a row, and its least ones.
+//! - [`theory`]: energy, coherence point and minimal energy of a pair of query and key.
+//! - [`scan()`]: all energies of a row, and the keys of least energy.
 //! - [`barrier()`], [`refine`], [`gate`], [`select()`]: the choice among the candidates.
-//! - [`estimator`], [`backward()`]: the gradients that stand for the choice.
+//! - [`estimator`], [`backward()`]: the gradients of the choice, as the estimators define them, and of all inputs.
 //! - [`average`]: the gated running average.
 
 pub mod average;
@@ -32,7 +32,7 @@ pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// The squared distance of two rows, by direct differences.
+/// The squared Euclidean distance of two rows, as the sum of squared differences.
 pub fn distance2(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum()
 }
@@ -42,7 +42,7 @@ pub fn sigmoid(x: f64) -> f64 {
     if x >= 0.0 { 1.0 / (1.0 + (-x).exp()) } else { x.exp() / (1.0 + x.exp()) }
 }
 
-/// `ln(sum exp(x))`; minus infinity for nothing.
+/// `ln(sum exp(x))`, without overflow; minus infinity for no values.
 pub fn logsumexp(x: impl Iterator<Item = f64> + Clone) -> f64 {
     let top = x.clone().fold(f64::NEG_INFINITY, f64::max);
     if top == f64::NEG_INFINITY { top } else { top + x.map(|x| (x - top).exp()).sum::<f64>().ln() }

@@ -41,28 +41,28 @@ pub struct Problem {
     pub mask: Mask,
     /// How a key is scored.
     pub score: Score,
-    /// Which of equals wins.
+    /// Which of several keys with the same energy comes first.
     pub tie: TieBreak,
 }
 
 /// The parameters of the choice among the candidates.
 #[derive(Debug, Clone)]
 pub struct Params {
-    /// Threshold tau `[Hq]`; none admits every candidate and has no null slot.
+    /// Threshold tau `[Hq]`; without one every candidate is admitted and there is no null slot.
     pub threshold: Option<Vec<f64>>,
     /// Weight of the query's well `[Hq]`, in (0, 1).
     pub alpha: Option<Vec<f64>>,
-    /// Refinement weights `[Hq, R]`; none is one round of weight 1.
+    /// Refinement weights `[Hq, R]`; without them one round of weight 1.
     pub rounds: Option<Vec<f64>>,
-    /// What scales the selected row.
+    /// The factor of the selected row.
     pub gate: Gate,
-    /// What stands for the choice in the backward pass.
+    /// The gradient of the choice.
     pub estimator: Estimator,
-    /// The temperature T_b of the soft choice.
+    /// The temperature T of the soft choice.
     pub temperature: f64,
     /// The preserve floor f.
     pub preserve_floor: f64,
-    /// The share lambda of the value gradient that goes by soft weight.
+    /// The share lambda of the gradient of the values that is weighted by the soft choice.
     pub value_floor: f64,
     /// The share h of the hard choice in the forward pass.
     pub hardness: f64,
@@ -103,34 +103,34 @@ impl Params {
 }
 
 impl Problem {
-    /// The rows `(b, h, i)` in storage order, each with its number.
+    /// The rows `(b, h, i)` (batch entry, query head, query) in storage order, each with its number.
     pub fn rows(&self) -> impl Iterator<Item = (usize, (usize, usize, usize))> + use<> {
         let (heads, queries) = (self.q_heads, self.queries);
         (0..self.batch * heads * queries)
             .map(move |row| (row, (row / (heads * queries), row / queries % heads, row % queries)))
     }
 
-    /// The place of a query in `q`.
+    /// The range of a query in `q`.
     pub fn q_at(&self, b: usize, h: usize, i: usize) -> Range<usize> {
         span((b * self.q_heads + h) * self.queries + i, self.dim)
     }
 
-    /// The place in `k` of key `j` as query head `h` reads it.
+    /// The range in `k` of key `j` as query head `h` reads it.
     pub fn k_at(&self, b: usize, h: usize, j: usize) -> Range<usize> {
         span(self.kv_row(b, h, j), self.dim)
     }
 
-    /// The place in `v` of key `j` as query head `h` reads it.
+    /// The range in `v` of key `j` as query head `h` reads it.
     pub fn v_at(&self, b: usize, h: usize, j: usize) -> Range<usize> {
         span(self.kv_row(b, h, j), self.value_dim)
     }
 
-    /// The place in `prior` of key `j`.
+    /// The index in `prior` of key `j` for query head `h`.
     pub fn prior_at(&self, b: usize, h: usize, j: usize) -> usize {
         (b * self.q_heads + h) * self.keys + j
     }
 
-    /// The prior of key `j`.
+    /// The prior of key `j` for query head `h`; 0 without a prior.
     pub fn prior_of(&self, b: usize, h: usize, j: usize) -> f64 {
         self.prior.as_ref().map_or(0.0, |prior| prior[self.prior_at(b, h, j)])
     }

@@ -1,4 +1,4 @@
-//! The naive scan: every energy of a row `[M]`, sorted, cut at K.
+//! The naive scan: the energies of all visible keys of a row `[M]`, sorted; the first K are the candidates.
 
 use super::problem::Problem;
 use super::{distance2, dot};
@@ -15,26 +15,26 @@ pub struct Candidates {
     pub index: Vec<i32>,
     /// Energies.
     pub energy: Vec<f64>,
-    /// Whether the caller protects the key.
+    /// Whether the key is protected.
     pub protected: Vec<bool>,
 }
 
 /// Whether query `i` of batch entry `b` may see key `j` of `keys`.
 pub fn may_see(mask: &Mask, b: usize, i: usize, j: usize, keys: usize) -> bool {
     let (at, key) = (i as i64 + mask.offset(b), j as i64);
-    let not_ahead = !mask.is_causal() || key <= at;
-    let near = mask.window_len().is_none_or(|w| key > at - w as i64);
-    let together = mask.boundaries().is_none_or(|boundaries| {
+    let in_past = !mask.is_causal() || key <= at;
+    let in_window = mask.window_len().is_none_or(|w| key > at - w as i64);
+    let in_same_sequence = mask.boundaries().is_none_or(|boundaries| {
         let ends = &boundaries[if boundaries.len() == 1 { 0 } else { b }];
         // The number of boundaries at or before a position numbers its sequence.
         let sequence = |x: i64| ends.iter().filter(|&&e| e as i64 <= x).count();
         (0..keys as i64).contains(&at) && sequence(at) == sequence(key)
     });
-    let filled = mask.lengths().is_none_or(|n| j < n[if n.len() == 1 { 0 } else { b }]);
-    not_ahead && near && together && filled
+    let in_length = mask.lengths().is_none_or(|n| j < n[if n.len() == 1 { 0 } else { b }]);
+    in_past && in_window && in_same_sequence && in_length
 }
 
-/// The selection energy of a key with prior `prior`.
+/// The selection energy of a key: `beta |q - k|^2 - prior`, or `-beta <q, k> - prior` for [`Score::Dot`].
 pub fn energy(q: &[f64], k: &[f64], beta: f64, prior: f64, score: Score) -> f64 {
     match score {
         Score::Energy => beta * distance2(q, k) - prior,
@@ -42,12 +42,12 @@ pub fn energy(q: &[f64], k: &[f64], beta: f64, prior: f64, score: Score) -> f64 
     }
 }
 
-/// The `k` visible keys of least energy in each row, and the visible protected keys. A key whose
-/// energy is not finite is no candidate.
+/// The `k` visible keys of least energy in each row, and the visible protected keys. Keys whose energy is not finite
+/// are left out.
 pub fn scan(problem: &Problem, k: usize) -> Candidates {
     let rows = problem.batch * problem.q_heads * problem.queries;
-    let guarded = problem.protected.as_ref().map_or(0, |p| p.len() / rows.max(1));
-    let width = k + guarded;
+    let protected_count = problem.protected.as_ref().map_or(0, |p| p.len() / rows.max(1));
+    let width = k + protected_count;
     let mut out = Candidates { width, index: vec![], energy: vec![], protected: vec![] };
     for (row, (b, h, i)) in problem.rows() {
         let query = &problem.q[problem.q_at(b, h, i)];
@@ -68,7 +68,10 @@ pub fn scan(problem: &Problem, k: usize) -> Candidates {
             // Adding 0 makes -0 and +0 the same energy.
             (x.0 + 0.0).total_cmp(&(y.0 + 0.0)).then(tie)
         });
-        let list = problem.protected.as_ref().map_or(&[][..], |p| &p[row * guarded..(row + 1) * guarded]);
+        let list = problem
+            .protected
+            .as_ref()
+            .map_or(&[][..], |p| &p[row * protected_count..(row + 1) * protected_count]);
         let top = scored.iter().enumerate().filter(|(rank, (_, j))| *rank < k || list.contains(j));
         let mut top: Vec<_> = top.map(|(_, &(e, j))| (j, e, list.contains(&j))).collect();
         top.resize(width, (-1, f64::INFINITY, false));

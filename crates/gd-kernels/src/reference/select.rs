@@ -1,4 +1,4 @@
-//! The naive choice: barrier, threshold, winner, gate, refinement, one row at a time.
+//! The naive selection: barrier, threshold, winner, gate and refinement, one row at a time.
 
 use std::borrow::Cow;
 
@@ -11,21 +11,21 @@ use super::scan::{Candidates, energy, scan};
 use super::{add_scaled, distance2, theory};
 use crate::options::{Estimator, TieBreak};
 
-/// What was chosen: the first round's record and the sum of all rounds' outputs.
+/// The result of [`select`]: the choice of the first round, and the sum of the outputs of all rounds.
 #[derive(Debug, Clone)]
 pub struct Selected {
-    /// `[B, Hq, N, Dv]`.
+    /// The output `[B, Hq, N, Dv]`.
     pub y: Vec<f64>,
     /// The winner `[B, Hq, N]`; -1 where the row abstained.
     pub index: Vec<i32>,
-    /// Its energy after the barrier; +infinity where the row abstained.
+    /// The energy of the winner after the barrier `[B, Hq, N]`; +infinity where the row abstained.
     pub energy: Vec<f64>,
-    /// The runner-up's energy minus the winner's, over what barrier and threshold left; +infinity
-    /// where there is no runner-up.
+    /// The energy of the runner-up minus that of the winner, after the barrier and among the candidates that the
+    /// threshold admits; +infinity without a runner-up.
     pub margin: Vec<f64>,
-    /// rho; 0 where the row abstained.
+    /// The gate rho; 0 where the row abstained.
     pub gate: Vec<f64>,
-    /// u* of query and winner where alpha is given; 0 where the row abstained.
+    /// The coherence point u* of query and winner where alpha is given; 0 where the row abstained.
     pub coherence: Option<Vec<f64>>,
 }
 
@@ -39,14 +39,15 @@ pub struct Row<'a> {
     protected: Vec<bool>,
 }
 
-/// One round of a row. `members` are the slots still in play, `[C]`; the other lists go by member.
+/// One round of a row. `members` are the slots that earlier rounds have not selected, `[C]`; other vectors of C have an
+/// element for each member.
 #[derive(Debug, Clone)]
 pub struct Round {
     /// The query of this round `[D]`.
     pub query: Vec<f64>,
-    /// The slots still in play.
+    /// The slots that earlier rounds have not selected.
     pub members: Vec<usize>,
-    /// The barrier's work, if there is one.
+    /// The result of the barrier, if there is one.
     pub lift: Option<Lift>,
     /// The energies after the barrier.
     pub energy: Vec<f64>,
@@ -54,9 +55,9 @@ pub struct Round {
     pub winner: usize,
     /// Whether the threshold admits it; otherwise the round abstains.
     pub admitted: bool,
-    /// To the next admitted member.
+    /// The energy of the next admitted member minus that of the winner; +infinity without one.
     pub margin: f64,
-    /// The gate of the best member, admitted or not, so that it has no jump at the threshold.
+    /// The gate of the member of least energy, admitted or not, so that it is continuous at the threshold.
     pub gate: GateValue,
     /// The soft choice.
     pub p: Slots,
@@ -92,7 +93,7 @@ impl<'a> Row<'a> {
         parameter.as_ref().map(|p| p[self.place.1])
     }
 
-    /// The refinement weights of this row's head.
+    /// The refinement weights `[R]` of this row's head.
     pub(crate) fn weights(&self) -> Vec<f64> {
         let r = self.params.round_count(self.problem.q_heads);
         self.params.rounds.as_ref().map_or(vec![1.0], |w| w[self.place.1 * r..][..r].to_vec())
@@ -149,7 +150,7 @@ impl<'a> Row<'a> {
         let p = soft_choice(&energy, threshold, params.temperature);
         let (hard, admitted) = (params.hard_share(), admits(energy[winner]));
         let mut output = vec![0.0; self.problem.value_dim];
-        // A share of 0 must not touch the values at all: they may hold a NaN.
+        // Without a soft share the values are not read: they may hold a NaN.
         if hard < 1.0 {
             for (&slot, p) in members.iter().zip(&p.candidates) {
                 add_scaled(&mut output, (1.0 - hard) * p, self.value(slot));
@@ -162,17 +163,21 @@ impl<'a> Row<'a> {
     }
 }
 
-/// The candidates that an estimator works on: `Dense` takes every visible key.
-pub fn in_play<'a>(problem: &Problem, candidates: &'a Candidates, params: &Params) -> Cow<'a, Candidates> {
+/// The candidates that the estimator uses: all visible keys for [`Estimator::Dense`], else those of the scan.
+pub fn estimator_candidates<'a>(
+    problem: &Problem,
+    candidates: &'a Candidates,
+    params: &Params,
+) -> Cow<'a, Candidates> {
     match params.estimator {
         Estimator::Dense => Cow::Owned(scan(problem, problem.keys)),
         _ => Cow::Borrowed(candidates),
     }
 }
 
-/// Chooses among the candidates of every row. Their energies are computed again from q and k.
+/// Selects among the candidates of every row, with energies computed from q and k.
 pub fn select(problem: &Problem, candidates: &Candidates, params: &Params) -> Selected {
-    let candidates = in_play(problem, candidates, params);
+    let candidates = estimator_candidates(problem, candidates, params);
     let (mut y, mut index, mut energy) = (vec![], vec![], vec![]);
     let (mut margin, mut gate, mut coherence) = (vec![], vec![], vec![]);
     for (number, (_, h, _)) in problem.rows() {

@@ -2,8 +2,8 @@
 //!
 //! With bandwidth `beta` and the query's weight `alpha` the energy of a point s is
 //! `Phi(s) = -ln(alpha e^{-beta |s-q|^2} + (1-alpha) e^{-beta |s-k|^2})`. On the passage from q to k it
-//! depends on `t = beta |k-q|^2` and on the fraction `u` of the way alone, so most of this file has
-//! no vectors in it. Rows are `[D]`.
+//! depends only on `t = beta |k-q|^2` and on the fraction `u` of the way, so that most functions of this module take
+//! numbers instead of vectors. Rows are `[D]`.
 
 use super::{dot, logsumexp, sigmoid};
 use crate::options::CoherenceMode;
@@ -44,7 +44,7 @@ impl<'a> Pair<'a> {
         (x, residual)
     }
 
-    /// The semantic energy of a point.
+    /// The semantic energy Phi of a point.
     pub fn energy(&self, point: &[f64], alpha: f64, beta: f64) -> f64 {
         let query = alpha.ln() - beta * super::distance2(point, self.query);
         let key = (1.0 - alpha).ln() - beta * super::distance2(point, self.key);
@@ -58,16 +58,17 @@ impl<'a> Pair<'a> {
     }
 }
 
-/// Where on the passage the coherence point lies, as a fraction of the way from query to key.
+/// The position of the coherence point on the passage, as a fraction of the way from query to key.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Coherence {
-    /// The fraction `u*` travelled.
+    /// The fraction `u*`.
     pub u: f64,
-    /// `1 - u*`, kept apart because it vanishes long before `u*` reaches 1 to the bit.
+    /// `1 - u*`, with its own relative precision where `u*` rounds to 1.
     pub rest: f64,
 }
 
-/// The coherence equation's left side minus its right: `u - sigmoid(l + t (2u - 1))`.
+/// The left side of the coherence equation minus its right side: `u - sigmoid(l + t (2u - 1))` with
+/// `l = ln((1 - alpha) / alpha)`.
 pub fn coherence_defect(u: f64, t: f64, alpha: f64) -> f64 {
     u - sigmoid(((1.0 - alpha) / alpha).ln() + t * (2.0 * u - 1.0))
 }
@@ -75,14 +76,14 @@ pub fn coherence_defect(u: f64, t: f64, alpha: f64) -> f64 {
 /// Solves the coherence equation for a squared, scaled jump `t >= 0` and `alpha` in (0, 1).
 pub fn coherence(t: f64, alpha: f64, mode: CoherenceMode) -> Coherence {
     if alpha < 0.5 {
-        // The lighter query is the same pair seen from the key.
+        // By symmetry: query and key exchanged.
         let Coherence { u, rest } = coherence(t, 1.0 - alpha, mode);
         return Coherence { u: rest, rest: u };
     }
     let defect = |u| coherence_defect(u, t, alpha);
     let u = match mode {
-        // Halving [0, 1] starts at 1/2: at alpha = 1/2 it ends there, otherwise it goes on toward
-        // the heavier well.
+        // Bisection of [0, 1] starts at 1/2: at alpha = 1/2 it ends there, otherwise it continues toward the heavier
+        // well.
         CoherenceMode::Passage => bisect(0.0, 1.0, defect),
         // On [0, 1/2] the defect is concave, below 0 at 0 and not below 0 at 1/2: it leaves the
         // negative side once, at the query's well. The saddle at 1/2 is not tried.
@@ -103,7 +104,7 @@ fn bisect(mut lo: f64, mut hi: f64, f: impl Fn(f64) -> f64) -> f64 {
     }
 }
 
-/// Halves `[lo, hi]` until it cannot be halved, towards the point where the sign turns from minus.
+/// Halves `[lo, hi]` until it cannot be halved, towards the point where the function changes its sign from minus.
 fn bisect_up(mut lo: f64, mut hi: f64, f: impl Fn(f64) -> f64) -> f64 {
     loop {
         let mid = 0.5 * (lo + hi);
@@ -126,16 +127,16 @@ pub fn passage_energy(t: f64, at: Coherence, alpha: f64) -> f64 {
 pub struct AtCoherence {
     /// The value.
     pub value: f64,
-    /// Its derivative in t.
+    /// Its derivative with respect to t.
     pub d_t: f64,
-    /// Its derivative in alpha.
+    /// Its derivative with respect to alpha.
     pub d_alpha: f64,
-    /// Where it was taken.
+    /// The coherence point.
     pub at: Coherence,
 }
 
-/// The minimal energy `E*(t, alpha)`. The coherence point is stationary, so its own motion adds
-/// nothing to the derivatives: `dE*/dt = u (1 - u)`, `dE*/dalpha = u / (1 - alpha) - (1 - u) / alpha`.
+/// The minimal energy `E*(t, alpha)`. The energy is stationary in the coherence point, so that
+/// the derivatives hold it fixed: `dE*/dt = u (1 - u)`, `dE*/dalpha = u / (1 - alpha) - (1 - u) / alpha`.
 pub fn minimal_energy(t: f64, alpha: f64, mode: CoherenceMode) -> AtCoherence {
     let at = coherence(t, alpha, mode);
     AtCoherence {

@@ -1,8 +1,9 @@
-//! The operators on a GPU, by the suites of `crates/gd-testing/suites`: each operator against the f64 reference, candle's
-//! graph on the device against the CPU, and repetitions that must give equal bits.
+//! The operators on a GPU, by the suites of `crates/gd-testing/suites`: each operator against the f64 reference,
+//! candle's graph on the device against the CPU, and repetitions that must give equal bits.
 //!
 //! With the feature `cuda` or `metal` it needs such a GPU, and fails without one (`scripts/hardware/nvidia_gpu.sh`,
-//! `scripts/hardware/apple_gpu.sh`). `GD_SANITIZE=1` runs a few problems of each suite, under a tool that checks accesses.
+//! `scripts/hardware/apple_gpu.sh`). `GD_SANITIZE=1` runs only the first problems of each suite, under a tool that
+//! checks accesses.
 #![cfg(any(feature = "cuda", feature = "metal"))]
 
 #[path = "../../../gd-testing/suites/beacon.rs"]

@@ -30,7 +30,7 @@ mod backend {
 
 pub(crate) use backend::Buffer;
 
-/// Whether only a few problems are run.
+/// Whether only the first problems of each suite are run.
 pub(crate) fn sanitized() -> bool {
     std::env::var_os("GD_SANITIZE").is_some_and(|x| x == "1")
 }
@@ -44,13 +44,13 @@ pub(crate) fn gpu() -> &'static Device {
 /// A GPU for the suites of tensors, which the emulator runs, too.
 pub(crate) struct Target;
 
-/// Those of this build.
+/// The targets of this build.
 pub(crate) fn targets() -> [Target; 1] {
     [Target]
 }
 
 impl Target {
-    /// Where its tensors lie.
+    /// The device of its tensors.
     pub(crate) fn device(&self) -> &'static Device {
         gpu()
     }
@@ -65,26 +65,26 @@ impl Target {
         backend::NAME
     }
 
-    /// A case has run.
+    /// Counts a case.
     pub(crate) fn count(&self) {
         gd_testing::log_cases("device", 1);
     }
 
-    /// Refuses more memory than there is.
+    /// Checks that an allocation of more memory than the device has is an error that names it.
     pub(crate) fn check_memory(&self) {
         let e = backend::Device::new(gpu()).unwrap().allocate(1 << 42).map(|_| ()).expect_err("4 TiB");
         assert!(e.to_string().contains("4194304.0 MiB of GPU memory"), "{e}");
     }
 }
 
-/// Runs the cases of seeds `0..count`, or the first few, and counts them.
+/// Runs the cases of seeds `0..count`, or only the first ones, and counts them.
 pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync) {
     let count = if sanitized() { count.min(12) } else { count };
     suite::run(name, count, case);
     gd_testing::log_cases("device", count as usize);
 }
 
-/// As many problems as the emulator runs for this kind of device.
+/// Runs the problems that the emulator runs for this kind of device.
 pub(crate) fn suites(name: &str, [cuda, metal]: [u64; 2], shift: u64, check: fn(&TestGpu, u64) -> Verdict) {
     let count = if cfg!(feature = "cuda") { cuda } else { metal };
     suite(name, count, |seed| check(&TestGpu::new(seed + shift), seed));
@@ -94,18 +94,18 @@ pub(crate) fn suites(name: &str, [cuda, metal]: [u64; 2], shift: u64, check: fn(
 pub(crate) struct TestGpu(backend::Device);
 
 impl TestGpu {
-    /// The device; it makes its own schedules.
+    /// The device; unlike the emulator, it takes no seed for its schedule.
     pub(crate) fn new(_: u64) -> Self {
         Self(backend::Device::new(gpu()).unwrap())
     }
 
-    /// The same: Hopper's kernels run where the device has its instructions.
+    /// Returns itself: whether the kernels for Hopper run depends on the device.
     #[must_use]
     pub(crate) fn on_hopper(self) -> Self {
         self
     }
 
-    /// Another one of its kind.
+    /// The same device, in the interface of the emulator a second one.
     pub(crate) fn twin(&self, seed: u64) -> Self {
         Self::new(seed)
     }
@@ -119,7 +119,7 @@ impl Gpu for TestGpu {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Buffer> {
-        // What a kernel leaves unwritten is NaN, or -1 in integers.
+        // Filled so that elements which a kernel does not write are NaN, or -1 in integers.
         self.0.upload(&vec![0xff; bytes])
     }
 

@@ -106,7 +106,7 @@ impl Recording {
 
 /// The first greatest entry.
 fn argmax(row: &[f64]) -> usize {
-    (0..row.len()).reduce(|best, j| if row[j] > row[best] { j } else { best }).expect("not empty")
+    (0..row.len()).reduce(|greatest, j| if row[j] > row[greatest] { j } else { greatest }).expect("not empty")
 }
 
 fn mean(x: impl Iterator<Item = f64>) -> f64 {
@@ -155,8 +155,8 @@ fn reference_operator() {
     });
     // A single free candidate and the appended protected one hold the choice, too.
     let recording = recording();
-    let found = scan(&recording.problem(), 1);
-    assert!(found.width == 2 && found.protected.iter().filter(|p| **p).count() == ROWS);
+    let scanned = scan(&recording.problem(), 1);
+    assert!(scanned.width == 2 && scanned.protected.iter().filter(|p| **p).count() == ROWS);
 }
 
 /// The choice of the operators: indices and outputs `[ROWS, Dv]`, values v `[ROWS, 1, 5, Dv]`. The
@@ -176,10 +176,10 @@ fn operators(
         let protected = Tensor::new(&[recording.minority as i32], &device)?.reshape((1, 1, 1, 1))?;
         let options =
             Scan { prior: Some(&prior), protected: Some(&protected), ..Scan::new(&beta, &mask, candidates) };
-        let found = gd_kernels::scan(&q, &k, &options)?;
+        let scanned = gd_kernels::scan(&q, &k, &options)?;
         let options =
             Select { prior: Some(&prior), barrier: Some(recording.rule), estimator, ..Select::new(&beta) };
-        let out = gd_kernels::select(&q, &k, v, &found, &options)?;
+        let out = gd_kernels::select(&q, &k, v, &scanned, &options)?;
         Ok((out.index.flatten_all()?.to_vec1()?, out.y.flatten_all()?.to_vec1()?))
     };
     run().expect("the operators run")
@@ -196,7 +196,7 @@ fn fast_operators() {
 #[test]
 fn fast_scores_and_flags() {
     // With one-hot values the blend is the softmax of the lifted scores, so its logarithms give them
-    // back, up to a constant that any candidate but the protected one settles: it keeps its score.
+    // back, up to a constant; it follows from any candidate but the protected one, whose score does not change.
     let recording = recording();
     let one_hot: Vec<f64> = (0..ROWS * CANDIDATES * CANDIDATES)
         .map(|x| f64::from(u8::from(x % CANDIDATES == x / CANDIDATES % CANDIDATES)))
@@ -207,7 +207,9 @@ fn fast_scores_and_flags() {
     for (row, weights) in weights.chunks(CANDIDATES).enumerate() {
         let raw = &recording.raw[row * CANDIDATES..][..CANDIDATES];
         let other = (0..CANDIDATES).filter(|&j| j != m);
-        let anchor = other.reduce(|best, j| if raw[j] > raw[best] { j } else { best }).expect("four others");
+        let anchor = other
+            .reduce(|greatest, j| if raw[j] > raw[greatest] { j } else { greatest })
+            .expect("four others");
         let scores: Vec<f64> = weights.iter().map(|w| raw[anchor] + (w / weights[anchor]).ln()).collect();
         let expected = &recording.protected[row * CANDIDATES..][..CANDIDATES];
         naive::assert_close(&format!("row {row}"), &scores, expected, 1e-9);
@@ -242,8 +244,8 @@ fn every_metric() {
     let proposed = |row: usize| argmax(&Recording::class_row(lifts[row].selected)) as i64;
     let predictions: [Vec<i64>; 2] = [(0..ROWS).map(baseline).collect(), (0..ROWS).map(proposed).collect()];
 
-    let mut found = BTreeMap::new();
-    let mut put = |name: &str, x: f64| found.insert(name.to_string(), x);
+    let mut computed = BTreeMap::new();
+    let mut put = |name: &str, x: f64| computed.insert(name.to_string(), x);
     let mut pair = |name: &str, of: &dyn Fn(usize) -> f64| {
         let (before, after) = (of(0), of(1));
         put(&format!("baseline_{name}"), before);
@@ -280,9 +282,9 @@ fn every_metric() {
     put("gamma_delta_mean", mean((0..ROWS).map(gain)));
     put("gamma_delta_minority", mean(minority.iter().map(|&row| gain(row))));
 
-    assert_eq!(found.keys().collect::<Vec<_>>(), recording.metrics.keys().collect::<Vec<_>>());
+    assert_eq!(computed.keys().collect::<Vec<_>>(), recording.metrics.keys().collect::<Vec<_>>());
     for (name, expected) in &recording.metrics {
-        let x = found[name];
+        let x = computed[name];
         assert!((x - expected).abs() <= 1e-12 * (1.0 + expected.abs()), "{name}: {x}, recorded {expected}");
     }
 }

@@ -1,4 +1,4 @@
-//! causal_conv against its sum, finite differences, pieces of itself, dtypes and thread counts.
+//! causal_conv against its sum, finite differences, chunks of the sequence, dtypes and thread counts.
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{causal_conv, packed_causal_conv};
@@ -39,7 +39,7 @@ fn equals_the_defining_sum() {
 }
 
 #[test]
-fn pieces_equal_the_whole() {
+fn chunks_equal_the_whole() {
     for w in [1, 2, 4] {
         let (x, weight) = (noise(1, &[2, 9, 3], 2.0), noise(2, &[3, w], 2.0));
         let (whole, last) = causal_conv(&x, &weight, None).unwrap();
@@ -111,8 +111,8 @@ fn nothing_leaks_between_packed_sequences() {
     let x = Tensor::from_vec(values, (1, 8, 2), &Device::Cpu).unwrap();
     let weight = noise(2, &[2, 4], 2.0);
     let y = packed_causal_conv(&x, &weight, &[vec![0, 4, 8]]).unwrap();
-    let found = self::values(&y);
-    assert!(found[6..8].iter().all(|y| y.is_nan()) && found[8..].iter().all(|y| y.is_finite()), "{found:?}");
+    let y = self::values(&y);
+    assert!(y[6..8].iter().all(|y| y.is_nan()) && y[8..].iter().all(|y| y.is_finite()), "{y:?}");
 }
 
 #[test]

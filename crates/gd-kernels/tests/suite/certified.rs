@@ -1,6 +1,6 @@
 //! A certified scan gives the bits of the native one, for every input.
 //!
-//! `GD_CERTIFIED_CASES=100000 cargo test --release -p gd-kernels --test certified` tries harder.
+//! `GD_CERTIFIED_CASES=100000 cargo test --release -p gd-kernels --test suite certified` runs more problems.
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{
@@ -11,13 +11,13 @@ use gd_testing::problems::{Spec, pick, pools, rng, values};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-/// Adversarial problems unless the environment asks for another number.
+/// The number of adversarial problems, unless `GD_CERTIFIED_CASES` sets another.
 const CASES: u64 = 2000;
 
 /// Index, energy and flags to the bit.
-fn bits(found: &Candidates) -> Vec<Vec<u64>> {
+fn bits(scanned: &Candidates) -> Vec<Vec<u64>> {
     let of = |t: &Tensor| values(t).into_iter().map(f64::to_bits).collect();
-    let parts = [Some(&found.index), Some(&found.energy), found.protected.as_ref()];
+    let parts = [Some(&scanned.index), Some(&scanned.energy), scanned.protected.as_ref()];
     parts.into_iter().flatten().map(of).collect()
 }
 
@@ -29,9 +29,9 @@ fn compare(q: &Tensor, k: &Tensor, native: &Scan, name: &(dyn Fn() -> String + S
     let expected = bits(&expected);
     let mut shares = Vec::new();
     let mut check = |options: &Scan, how: &str| {
-        let found = scan(q, k, options).unwrap_or_else(|e| panic!("{}: {e}", name()));
-        assert_eq!(expected, bits(&found), "{}: {how}", name());
-        shares.push(found.rescored.share().unwrap());
+        let scanned = scan(q, k, options).unwrap_or_else(|e| panic!("{}: {e}", name()));
+        assert_eq!(expected, bits(&scanned), "{}: {how}", name());
+        shares.push(scanned.rescored.share().unwrap());
     };
     let certified = Scan { precision: Precision::Certified, ..native.clone() };
     for isa in Isa::available() {
@@ -61,14 +61,14 @@ fn generated_problems() {
     gd_testing::log_cases("certified", cases);
 }
 
-/// What makes quantisation hard.
+/// Properties of the data that make quantisation hard.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Trap {
-    /// Nothing: the filter must earn its keep here.
+    /// Nothing: the filter must leave out most pairs here.
     None,
-    /// A few channels a thousand times as large as the others.
+    /// Some channels a thousand times as large as the others.
     OutlierChannels,
-    /// A few keys a thousand times as long.
+    /// Some keys a thousand times as long.
     OutlierKeys,
     /// Every key several times, and queries on top of keys.
     Duplicates,
@@ -103,7 +103,7 @@ const TRAPS: [Trap; 11] = [
 ];
 
 fn normal(rng: &mut ChaCha8Rng) -> f32 {
-    // The sum of twelve uniform numbers is near enough.
+    // The sum of twelve uniform numbers is close enough to a normal distribution.
     (0..12).map(|_| rng.random_range(0f32..1.0)).sum::<f32>() - 6.0
 }
 
@@ -258,7 +258,7 @@ fn decoding(seed: u64, m: usize, d: usize, dtype: DType) -> [Tensor; 2] {
 }
 
 #[test]
-fn few_queries_find_what_many_do() {
+fn decode_scans_equal_prefill_scans() {
     for (seed, (m, d)) in [(64, 8), (200, 33), (1500, 16), (2100, 64)].into_iter().enumerate() {
         for dtype in [DType::F32, DType::BF16] {
             let [q, k] = decoding(seed as u64, m, d, dtype);
@@ -292,7 +292,7 @@ fn few_queries_find_what_many_do() {
                             protected: whole.protected.as_ref().map(part),
                             rescored: Rescored::ALL,
                         };
-                        let (few, mask) = (part(&q), Mask::causal((m - 16 + first) as i64));
+                        let (last_queries, mask) = (part(&q), Mask::causal((m - 16 + first) as i64));
                         for isa in Isa::available() {
                             for (precision, cached) in [
                                 (Precision::Native, None),
@@ -307,11 +307,11 @@ fn few_queries_find_what_many_do() {
                                     ..all.clone()
                                 };
                                 assert_eq!(
-                                    plan(&few, &k, &options).unwrap().cpu().unwrap().walk,
+                                    plan(&last_queries, &k, &options).unwrap().cpu().unwrap().walk,
                                     Walk::Decode
                                 );
-                                let found = scan(&few, &k, &options).unwrap();
-                                let same = bits(&found) == bits(&expected);
+                                let scanned = scan(&last_queries, &k, &options).unwrap();
+                                let same = bits(&scanned) == bits(&expected);
                                 assert!(same, "M {m} D {d} {dtype:?} {first}+{count} {options:?}");
                             }
                         }
@@ -323,7 +323,7 @@ fn few_queries_find_what_many_do() {
 }
 
 #[test]
-fn quantised_keys_grow_and_say_where_they_do_not_belong() {
+fn quantised_keys_are_appended_to_and_refused_for_other_scans() {
     let [q, k] = decoding(9, 150, 24, DType::F32);
     let beta = Tensor::full(0.1f32, 6, &Device::Cpu).unwrap();
     let mask = Mask::causal(134);
@@ -334,10 +334,10 @@ fn quantised_keys_grow_and_say_where_they_do_not_belong() {
     assert_eq!((keys.len(), keys.is_empty()), (150, false));
     let native = Scan::new(&beta, &mask, 4);
     let certified = Scan { precision: Precision::Certified, cached: Some((&keys).into()), ..native.clone() };
-    let (found, alone) = (scan(&q, &k, &certified).unwrap(), Scan { cached: None, ..certified.clone() });
-    assert_eq!(bits(&found), bits(&scan(&q, &k, &native).unwrap()));
-    let share = |found: &Candidates| found.rescored.share().unwrap();
-    assert_eq!(share(&found), share(&scan(&q, &k, &alone).unwrap()));
+    let (scanned, alone) = (scan(&q, &k, &certified).unwrap(), Scan { cached: None, ..certified.clone() });
+    assert_eq!(bits(&scanned), bits(&scan(&q, &k, &native).unwrap()));
+    let share = |scanned: &Candidates| scanned.rescored.share().unwrap();
+    assert_eq!(share(&scanned), share(&scan(&q, &k, &alone).unwrap()));
     let refused = |e: gd_kernels::Result<()>, word: &str| {
         let text = e.unwrap_err().to_string();
         assert!(text.contains(word), "{text}");

@@ -1,11 +1,11 @@
 //! Every estimator's gradient against finite differences of the function it is the gradient of.
 //!
 //! `surrogate` writes that function down from the definitions: the exact blend, plus the hard share
-//! with the choice held fixed. It takes only the forward pieces (energies, barrier, residual query,
+//! with the choice held fixed. It takes only the forward parts (energies, barrier, residual query,
 //! density) from the reference, never its gradients.
 
 use gd_kernels::reference::scan::energy;
-use gd_kernels::reference::select::{Round, Row, in_play};
+use gd_kernels::reference::select::{Round, Row, estimator_candidates};
 use gd_kernels::reference::{
     Candidates, Gradients, Params, Problem, backward, barrier, distance2, dot, logsumexp, refine, scan,
     select, sigmoid, theory,
@@ -31,7 +31,7 @@ fn surrogate(
     params: &Params,
     at: (&Problem, &Params),
     frozen: &[Vec<Round>],
-    found: &Candidates,
+    scanned: &Candidates,
     dy: &[f64],
 ) -> f64 {
     let hard = if params.estimator == Estimator::Blend { 0.0 } else { params.hardness };
@@ -40,8 +40,8 @@ fn surrogate(
     for (number, (b, h, i)) in problem.rows() {
         let dy = &dy[number * problem.value_dim..][..problem.value_dim];
         let slots: Vec<usize> =
-            (0..found.width).filter(|c| found.index[number * found.width + c] >= 0).collect();
-        let key_of = |slot: usize| found.index[number * found.width + slots[slot]] as usize;
+            (0..scanned.width).filter(|c| scanned.index[number * scanned.width + c] >= 0).collect();
+        let key_of = |slot: usize| scanned.index[number * scanned.width + slots[slot]] as usize;
         let tau = params.threshold.as_ref().map(|t| t[h]);
         let mut query = problem.q[problem.q_at(b, h, i)].to_vec();
         for (r, round) in frozen[number].iter().enumerate() {
@@ -55,8 +55,11 @@ fn surrogate(
             let mut eps: Vec<f64> = (0..keys.len()).map(raw).collect();
             if let Some(rule) = &params.barrier {
                 let scores: Vec<f64> = eps.iter().map(|e| -e).collect();
-                let flags: Vec<bool> =
-                    round.members.iter().map(|&m| found.protected[number * found.width + slots[m]]).collect();
+                let flags: Vec<bool> = round
+                    .members
+                    .iter()
+                    .map(|&m| scanned.protected[number * scanned.width + slots[m]])
+                    .collect();
                 eps = barrier(&scores, &flags, rule).scores.iter().map(|s| -s).collect();
             }
             let mut change: Vec<f64> = eps.iter().zip(&round.energy).map(|(e, e0)| e - e0).collect();
@@ -69,7 +72,7 @@ fn surrogate(
             };
             let p = with_null(round.p.candidates.clone(), round.p.null);
             let count = keys.len() as f64;
-            let kept: Vec<f64> = p
+            let preserved: Vec<f64> = p
                 .iter()
                 .enumerate()
                 .map(|(j, p)| (1.0 - floor) * p + if j < keys.len() { floor / count } else { 0.0 })
@@ -77,7 +80,7 @@ fn surrogate(
             let a0 = with_null((0..keys.len()).map(|j| value(at.0, j)).collect(), 0.0);
             let a = with_null((0..keys.len()).map(|j| value(problem, j)).collect(), 0.0);
 
-            // The forward pass: what the refinement weight multiplies.
+            // The output of the round, which the refinement weight multiplies.
             total += weight(params) * dot(dy, &round.output);
             let w = weight(at.1);
             total += w * (1.0 - hard) * mixture(&p, &change, temperature, &a);
@@ -86,7 +89,7 @@ fn surrogate(
             let one_hot =
                 with_null((0..keys.len()).map(chosen).collect(), 1.0 - f64::from(u8::from(round.admitted)));
             let scores = match params.estimator {
-                Estimator::Candidates | Estimator::Dense => mixture(&kept, &change, temperature, &a0),
+                Estimator::Candidates | Estimator::Dense => mixture(&preserved, &change, temperature, &a0),
                 Estimator::Reinmax => {
                     let middle: Vec<f64> = p.iter().zip(&one_hot).map(|(p, d)| 0.5 * (p + d)).collect();
                     2.0 * mixture(&middle, &change, temperature, &a0)
@@ -96,7 +99,7 @@ fn surrogate(
             };
             let shares: Vec<f64> = match params.estimator {
                 Estimator::Winner => (0..keys.len()).map(chosen).collect(),
-                _ => (0..keys.len()).map(|j| (1.0 - lambda) * chosen(j) + lambda * kept[j]).collect(),
+                _ => (0..keys.len()).map(|j| (1.0 - lambda) * chosen(j) + lambda * preserved[j]).collect(),
             };
             total += w * hard * rho0 * (scores + dot(&shares, &a[..keys.len()]));
             if round.admitted {
@@ -122,19 +125,20 @@ fn surrogate(
 /// Compares every gradient with the finite differences of the surrogate; returns the gradients.
 #[track_caller]
 fn check(name: &str, base: &Problem, params: &Params, candidates: usize, dy: &[f64]) -> Gradients {
-    let found = scan(base, candidates);
-    let found = in_play(base, &found, params);
+    let scanned = scan(base, candidates);
+    let scanned = estimator_candidates(base, &scanned, params);
     let rows: Vec<Vec<Round>> =
-        base.rows().map(|(row, _)| Row::new(base, params, &found, row).rounds()).collect();
-    let gradients = backward(base, &found, params, dy);
-    let of = |problem: &Problem, moved: &Params| surrogate(problem, moved, (base, params), &rows, &found, dy);
-    let in_problem = |field: &str, x: &[f64], set: &dyn Fn(&mut Problem, &[f64]), found: &[f64]| {
+        base.rows().map(|(row, _)| Row::new(base, params, &scanned, row).rounds()).collect();
+    let gradients = backward(base, &scanned, params, dy);
+    let of =
+        |problem: &Problem, moved: &Params| surrogate(problem, moved, (base, params), &rows, &scanned, dy);
+    let in_problem = |field: &str, x: &[f64], set: &dyn Fn(&mut Problem, &[f64]), actual: &[f64]| {
         let quotient = finite_difference(x, |x| {
             let mut moved = base.clone();
             set(&mut moved, x);
             of(&moved, params)
         });
-        assert_gradient(&format!("{name}: {field}"), found, &quotient);
+        assert_gradient(&format!("{name}: {field}"), actual, &quotient);
     };
     in_problem("q", &base.q, &|p, x| p.q = x.to_vec(), &gradients.q);
     in_problem("k", &base.k, &|p, x| p.k = x.to_vec(), &gradients.k);
@@ -143,14 +147,14 @@ fn check(name: &str, base: &Problem, params: &Params, candidates: usize, dy: &[f
     let prior = base.prior.clone().expect("the generator gives one");
     in_problem("prior", &prior, &|p, x| p.prior = Some(x.to_vec()), &gradients.prior);
     let in_params =
-        |field: &str, x: &Option<Vec<f64>>, set: &dyn Fn(&mut Params, Vec<f64>), found: &[f64]| {
+        |field: &str, x: &Option<Vec<f64>>, set: &dyn Fn(&mut Params, Vec<f64>), actual: &[f64]| {
             if let Some(x) = x {
                 let quotient = finite_difference(x, |x| {
                     let mut moved = params.clone();
                     set(&mut moved, x.to_vec());
                     of(base, &moved)
                 });
-                assert_gradient(&format!("{name}: {field}"), found, &quotient);
+                assert_gradient(&format!("{name}: {field}"), actual, &quotient);
             }
         };
     in_params("threshold", &params.threshold, &|p, x| p.threshold = Some(x), &gradients.threshold);
@@ -195,7 +199,7 @@ fn every_estimator_and_gate() {
 }
 
 #[test]
-fn rows_that_abstain_still_teach_the_threshold() {
+fn rows_that_abstain_give_the_threshold_a_gradient() {
     let mut rng = rng(77);
     let base = problem(&mut rng, 6);
     let dy = uniform(&mut rng, 2 * 4 * 3 * 3);
@@ -233,9 +237,9 @@ fn barrier_and_protected_keys() {
         let rounds = Some(vec![0.8; 8]);
         let threshold = Some(vec![2.5; 4]);
         let params = Params { barrier: Some(rule), threshold, rounds, ..settings(estimator) };
-        let found = scan(&base, 3);
+        let scanned = scan(&base, 3);
         let lifts: Vec<_> = (0..24)
-            .filter_map(|row| Row::new(&base, &params, &found, row).rounds().swap_remove(0).lift)
+            .filter_map(|row| Row::new(&base, &params, &scanned, row).rounds().swap_remove(0).lift)
             .collect();
         let raised = lifts.iter().filter(|l| l.slope[l.protected.expect("one a row")] == 0.0).count();
         let lifted = lifts.iter().filter(|l| l.activated).count() - raised;
@@ -268,9 +272,9 @@ fn blend_is_the_gradient_of_its_own_forward() {
     let base = problem(&mut rng, 7);
     let dy = uniform(&mut rng, 2 * 4 * 3 * 3);
     let params = settings(Estimator::Blend);
-    let found = scan(&base, 4);
-    let gradients = backward(&base, &found, &params, &dy);
-    let loss = |p: &Problem, params: &Params| dot(&select(p, &found, params).y, &dy);
+    let scanned = scan(&base, 4);
+    let gradients = backward(&base, &scanned, &params, &dy);
+    let loss = |p: &Problem, params: &Params| dot(&select(p, &scanned, params).y, &dy);
     let q = finite_difference(&base.q, |x| loss(&Problem { q: x.to_vec(), ..base.clone() }, &params));
     let k = finite_difference(&base.k, |x| loss(&Problem { k: x.to_vec(), ..base.clone() }, &params));
     let v = finite_difference(&base.v, |x| loss(&Problem { v: x.to_vec(), ..base.clone() }, &params));
@@ -279,14 +283,14 @@ fn blend_is_the_gradient_of_its_own_forward() {
     let tau = finite_difference(params.threshold.as_ref().expect("set"), |x| {
         loss(&base, &Params { threshold: Some(x.to_vec()), ..params.clone() })
     });
-    for (name, found, quotient) in [
+    for (name, actual, quotient) in [
         ("q", &gradients.q, &q),
         ("k", &gradients.k, &k),
         ("v", &gradients.v, &v),
         ("beta", &gradients.beta, &beta),
         ("threshold", &gradients.threshold, &tau),
     ] {
-        assert_gradient(name, found, quotient);
+        assert_gradient(name, actual, quotient);
     }
 }
 
@@ -298,9 +302,9 @@ fn the_gate_is_the_gradient_of_the_hard_forward() {
     for gate in [Gate::Energy { temperature: 0.8 }, Gate::Coherence] {
         for coherence in [CoherenceMode::Global, CoherenceMode::Passage] {
             let params = Params { gate, coherence, ..settings(Estimator::Winner) };
-            let found = scan(&base, 2);
-            let gradients = backward(&base, &found, &params, &dy);
-            let loss = |p: &Problem| dot(&select(p, &found, &params).y, &dy);
+            let scanned = scan(&base, 2);
+            let gradients = backward(&base, &scanned, &params, &dy);
+            let loss = |p: &Problem| dot(&select(p, &scanned, &params).y, &dy);
             let q = finite_difference(&base.q, |x| loss(&Problem { q: x.to_vec(), ..base.clone() }));
             let v = finite_difference(&base.v, |x| loss(&Problem { v: x.to_vec(), ..base.clone() }));
             assert_gradient("q", &gradients.q, &q);
@@ -316,22 +320,22 @@ fn dense_is_candidates_with_every_key() {
     let dy = uniform(&mut rng, 2 * 4 * 3 * 3);
     let dense = backward(&base, &scan(&base, 1), &settings(Estimator::Dense), &dy);
     let all = backward(&base, &scan(&base, 5), &settings(Estimator::Candidates), &dy);
-    let few = backward(&base, &scan(&base, 1), &settings(Estimator::Candidates), &dy);
+    let one_candidate = backward(&base, &scan(&base, 1), &settings(Estimator::Candidates), &dy);
     for (x, y) in [(&dense.q, &all.q), (&dense.k, &all.k), (&dense.v, &all.v), (&dense.prior, &all.prior)] {
         assert_close("dense", x, y, 0.0);
     }
-    assert_ne!(few.k, dense.k);
+    assert_ne!(one_candidate.k, dense.k);
     let y = |estimator, k| select(&base, &scan(&base, k), &settings(estimator)).y;
     assert_eq!(y(Estimator::Dense, 1), y(Estimator::Candidates, 1));
 }
 
 #[test]
-fn a_value_that_is_not_selected_never_shows() {
+fn values_that_are_not_selected_are_not_read() {
     let mut rng = rng(51);
     let mut base = problem(&mut rng, 6);
     let params = settings(Estimator::Winner);
-    let found = scan(&base, 4);
-    let clean = select(&base, &found, &params);
+    let scanned = scan(&base, 4);
+    let clean = select(&base, &scanned, &params);
     let used: Vec<_> = base
         .rows()
         .filter(|(row, _)| clean.index[*row] >= 0)
@@ -340,8 +344,8 @@ fn a_value_that_is_not_selected_never_shows() {
     let unused: Vec<_> = (0..base.v.len()).filter(|at| !used.contains(at)).collect();
     assert!(!unused.is_empty());
     unused.iter().for_each(|&at| base.v[at] = f64::NAN);
-    assert_eq!(select(&base, &found, &params).y, clean.y);
-    let gradients = backward(&base, &found, &params, &vec![1.0; clean.y.len()]);
+    assert_eq!(select(&base, &scanned, &params).y, clean.y);
+    let gradients = backward(&base, &scanned, &params, &vec![1.0; clean.y.len()]);
     assert!(gradients.q.iter().chain(&gradients.k).chain(&gradients.v).all(|g| g.is_finite()));
 }
 
@@ -351,9 +355,9 @@ fn a_row_without_a_key_abstains() {
     let base = Problem { mask: Mask::causal(-2), ..problem(&mut rng, 4) };
     for estimator in ALL {
         let params = Params { threshold: None, ..settings(estimator) };
-        let found = scan(&base, 2);
-        let out = select(&base, &found, &params);
-        let gradients = backward(&base, &found, &params, &vec![1.0; out.y.len()]);
+        let scanned = scan(&base, 2);
+        let out = select(&base, &scanned, &params);
+        let gradients = backward(&base, &scanned, &params, &vec![1.0; out.y.len()]);
         for (row, (b, h, i)) in base.rows() {
             assert_eq!(out.index[row] >= 0, i == 2, "row {row}");
             if i < 2 {

@@ -61,8 +61,8 @@ fn figures(winner: impl Fn(&Problem) -> Vec<i32>) -> [f64; 3] {
 
 /// Softmax accuracy, selection accuracy, how often both take the same key; to four digits.
 #[track_caller]
-fn assert_published(found: [f64; 3]) {
-    let four = found.map(|x| format!("{x:.4}"));
+fn assert_published(figures: [f64; 3]) {
+    let four = figures.map(|x| format!("{x:.4}"));
     assert_eq!(four, ["0.7733", "0.9467", "0.0600"]);
 }
 
@@ -82,7 +82,7 @@ fn least_minimal_energy_on_the_passage() {
                     let t = Pair::new(query, &problem.k[problem.k_at(b, 0, j)]).length.powi(2);
                     minimal_energy(t, 0.5, CoherenceMode::Passage).value
                 };
-                let least = |best: usize, j: usize| if energy(j) < energy(best) { j } else { best };
+                let least = |least: usize, j: usize| if energy(j) < energy(least) { j } else { least };
                 (0..problem.keys).reduce(least).expect("149 keys") as i32
             })
             .collect(),
@@ -101,14 +101,14 @@ fn by_the_operators(dtype: DType) {
         let alpha = Tensor::new(&[0.5], &Device::Cpu).expect("alpha");
         let mask = Mask::none();
         let options = Scan { score: problem.score, checked: true, ..Scan::new(&beta, &mask, 1) };
-        let found = gd_kernels::scan(&q, &k, &options).expect("a scan");
+        let scanned = gd_kernels::scan(&q, &k, &options).expect("a scan");
         let options = Select {
             score: problem.score,
             alpha: Some(&alpha),
             coherence: CoherenceMode::Passage,
             ..Select::new(&beta)
         };
-        let chosen = select(&q, &k, &k, &found, &options).expect("a choice");
+        let chosen = select(&q, &k, &k, &scanned, &options).expect("a choice");
         let u = chosen.coherence.expect("it comes with alpha").to_dtype(DType::F64).expect("f64");
         let u: Vec<f64> = u.flatten_all().and_then(|u| u.to_vec1()).expect("one a flower");
         assert!(u.iter().all(|u| *u == 0.5), "equal weights meet half-way");

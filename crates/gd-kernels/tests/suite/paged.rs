@@ -1,4 +1,4 @@
-//! Decoding over a cache in pages against the same keys in one piece, and what a bad table is refused with.
+//! Decoding over a cache in pages against the same keys in one tensor, and the errors for bad tables.
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{
@@ -21,7 +21,7 @@ fn noise(seed: u64, shape: &[usize]) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-/// Rows `[B, H, M, D]` in pages in the places of `table` `[B, row]`; NaN everywhere else.
+/// Rows `[B, H, M, D]` in the pages of `table` `[B, row]`; all other rows are NaN.
 fn pages(rows: &Tensor, table: &[Vec<u32>], lengths: &[usize], count: usize) -> Result<Tensor> {
     let (b, heads, keys, dim) = rows.dims4()?;
     let from: Vec<f32> = rows.flatten_all()?.to_vec1()?;
@@ -38,13 +38,13 @@ fn pages(rows: &Tensor, table: &[Vec<u32>], lengths: &[usize], count: usize) -> 
     Tensor::from_vec(all, (count, heads, PAGE, dim), &Device::Cpu)
 }
 
-/// Two sequences of different lengths, whose pages lie in no order; the last entry of the second is no page.
+/// Two sequences of different lengths, whose pages are in no order; the last entry of the second is not a page.
 fn table() -> (Vec<Vec<u32>>, Vec<usize>, usize) {
     (vec![vec![5, 0, 3], vec![1, 4, 4_000_000_000]], vec![150, 100], 7)
 }
 
 #[test]
-fn pages_give_what_one_piece_gives() -> Result<()> {
+fn paged_decoding_equals_contiguous_decoding() -> Result<()> {
     let (table, lengths, count) = table();
     let (hq, hk, d, dv, keys) = (6, 2, 24, 10, 3 * PAGE);
     for (seed, queries, score, dtype) in [
@@ -99,7 +99,7 @@ fn bad_caches_and_tables_are_refused() -> Result<()> {
         let e = decode_paged(q, &PagedCache { k, v, table }, &how, None).unwrap_err().to_string();
         assert!(e.contains(value), "{e} does not name {value}");
     };
-    // Behind the second sequence's 60 keys anything may stand.
+    // The rows after the second sequence's 60 keys are not read.
     let good = ids(&[[0, 3], [1, -7]])?;
     decode_paged(&q, &PagedCache { k: &k, v: &v, table: &good }, &Scan::new(&beta, &mask, 1), None).unwrap();
     refused(&q, &k, &v, &ids(&[[0, 4], [1, 0]])?, "page 1 of sequence 0 is 4");
@@ -128,7 +128,7 @@ fn bits(s: &Selected) -> Result<(Vec<i32>, Vec<u32>, Vec<u32>)> {
 }
 
 #[test]
-fn pages_that_are_written_step_by_step_give_what_one_piece_gives() -> Result<()> {
+fn pages_written_step_by_step_equal_a_contiguous_cache() -> Result<()> {
     let (table, lengths, count) = table();
     let (hq, hk, d, dv) = (6, 2, 24, 10);
     for (seed, score, dtype) in
@@ -136,15 +136,15 @@ fn pages_that_are_written_step_by_step_give_what_one_piece_gives() -> Result<()>
     {
         let noise = |seed: u64, shape: &[usize]| noise(seed, shape).to_dtype(dtype);
         let (k, v) = (noise(seed + 10, &[2, hk, 3 * PAGE, d])?, noise(seed + 20, &[2, hk, 3 * PAGE, dv])?);
-        // Pages that were somebody else's.
+        // Pages that held other sequences before.
         let held_k = noise(seed + 40, &[count, hk, PAGE, d])?;
         let held_v = noise(seed + 50, &[count, hk, PAGE, dv])?;
-        let mut kept = KeyCache::new(&held_k, score, Precision::Certified)?;
+        let mut key_cache = KeyCache::new(&held_k, score, Precision::Certified)?;
         let (old_k, old_v) = (held_k.copy()?, held_v.copy()?);
         let ids = table.iter().flatten().map(|&id| i64::from(id)).collect::<Vec<_>>();
         let ids = Tensor::from_vec(ids, (2, 3), &Device::Cpu)?;
         let cache = PagedCache { k: &held_k, v: &held_v, table: &ids };
-        // Sequences of other lengths, over the end of a page, in steps of several and of one.
+        // Sequences of different lengths, across the end of a page, in steps of several rows and of one.
         let mut first = vec![0, 0];
         let mut written = vec![0, 0];
         for (step, more) in [(0, 50), (1, 1), (0, 40), (2, 1), (0, 9)] {
@@ -152,10 +152,10 @@ fn pages_that_are_written_step_by_step_give_what_one_piece_gives() -> Result<()>
                 let each = (0..2).map(|b| t.narrow(0, b, 1)?.narrow(2, first[b], more));
                 Tensor::cat(&each.collect::<Result<Vec<_>>>()?, 0)
             };
-            cache.write(&rows(&k)?, &rows(&v)?, &first, Some(&mut kept))?;
+            cache.write(&rows(&k)?, &rows(&v)?, &first, Some(&mut key_cache))?;
             for b in 0..2 {
                 written[b] = first[b] + more;
-                // The second sequence lags behind, and writes some positions again.
+                // The second sequence is shorter, and writes some positions again.
                 first[b] = if b == 1 && step > 0 { first[b] } else { written[b] };
             }
             let queries = 1 + step;
@@ -166,7 +166,7 @@ fn pages_that_are_written_step_by_step_give_what_one_piece_gives() -> Result<()>
             let want = bits(&scan_select(&q, &k, &v, &how, None)?)?;
             assert_eq!(bits(&decode_paged(&q, &cache, &how, None)?)?, want, "{dtype:?}");
             assert_eq!(
-                bits(&decode_paged(&q, &cache, &how.clone().with_cached(&kept), None)?)?,
+                bits(&decode_paged(&q, &cache, &how.clone().with_cached(&key_cache), None)?)?,
                 want,
                 "{dtype:?}"
             );
@@ -209,8 +209,8 @@ fn writes_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     let (new_k, new_v) = (noise(4, &[2, 1, 3, 8]), noise(5, &[2, 1, 3, 5]));
     let refused = |table: &Tensor, k_rows: &Tensor, v_rows: &Tensor, first: &[usize], value: &str| {
         let cache = PagedCache { k: &k, v: &v, table };
-        let mut kept = KeyCache::new(&k, Score::Energy, Precision::Certified).unwrap();
-        let e = cache.write(k_rows, v_rows, first, Some(&mut kept)).unwrap_err().to_string();
+        let mut key_cache = KeyCache::new(&k, Score::Energy, Precision::Certified).unwrap();
+        let e = cache.write(k_rows, v_rows, first, Some(&mut key_cache)).unwrap_err().to_string();
         assert!(e.contains(value), "{e} does not name {value}");
     };
     let good = table([0, 3, 1, 2])?;
@@ -229,14 +229,14 @@ fn writes_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     let strided = noise(6, &[4, PAGE, 1, 16]).narrow(3, 0, 8)?.transpose(1, 2)?;
     let cache = PagedCache { k: &strided, v: &v, table: &good };
     assert!(cache.write(&new_k, &new_v, &[0, 0], None).unwrap_err().to_string().contains("contiguous"));
-    // Kept keys of another score, or of other pages.
+    // 8-bit keys of another score, or of other pages.
     let cache = PagedCache { k: &k, v: &v, table: &good };
     let (q, beta) = (noise(1, &[2, 2, 1, 8]), Tensor::ones(2, DType::F32, &Device::Cpu)?);
     let mask = Mask::none().kv_len(vec![100, 60]);
-    for kept in [Int8Keys::new(&k, Score::Dot)?, Int8Keys::new(&k.narrow(0, 1, 3)?, Score::Energy)?] {
+    for int8_keys in [Int8Keys::new(&k, Score::Dot)?, Int8Keys::new(&k.narrow(0, 1, 3)?, Score::Energy)?] {
         let how = Scan {
             precision: Precision::Certified,
-            cached: Some((&kept).into()),
+            cached: Some((&int8_keys).into()),
             ..Scan::new(&beta, &mask, 1)
         };
         let e = decode_paged(&q, &cache, &how, None).unwrap_err().to_string();

@@ -58,7 +58,7 @@ proptest! {
         let (m, state) = average(&decay, &write, &v, 2, None);
         assert_close("m", &m, &average_direct(&decay, &write, &v, 2), 1e-12);
         prop_assert!(m.iter().all(|x| x.abs() <= 1.0), "an average leaves the range of its values");
-        // Cut in two, the state carries everything.
+        // In two parts, with the state between them.
         let cut = n / 2;
         let (head, carried) = average(&decay[..cut], &write[..cut], &v[..2 * cut], 2, None);
             let (tail, end) = average(&decay[cut..], &write[cut..], &v[2 * cut..], 2, Some(&carried));
@@ -93,10 +93,10 @@ fn scan_sorts_pads_and_shares_heads() {
     let mut rng = rng(3);
     let base = Problem { mask: Mask::causal(0), ..problem(&mut rng, 6) };
     for score in [Score::Energy, Score::Dot] {
-        let found = scan(&Problem { score, ..base.clone() }, 4);
+        let scanned = scan(&Problem { score, ..base.clone() }, 4);
         for (row, (b, h, i)) in base.rows() {
-            let index = &found.index[row * 4..][..4];
-            let energy = &found.energy[row * 4..][..4];
+            let index = &scanned.index[row * 4..][..4];
+            let energy = &scanned.energy[row * 4..][..4];
             assert_eq!(index.iter().filter(|&&j| j >= 0).count(), i + 1, "query {i} sees {} keys", i + 1);
             assert!(energy.is_sorted());
             for (&j, &e) in index.iter().zip(energy) {
@@ -135,10 +135,10 @@ fn scan_drops_what_is_not_finite_and_keeps_what_is_protected() {
         protected: Some(vec![3, 5, -1, 0]),
         ..Problem::default()
     };
-    let found = scan(&base, 2);
-    assert_eq!(found.width, 6);
-    assert_eq!(found.index, [0, 2, 3, -1, -1, -1], "keys 1 and 5 have no finite energy, 4 is beyond K");
-    assert_eq!(found.protected, [true, false, true, false, false, false]);
+    let scanned = scan(&base, 2);
+    assert_eq!(scanned.width, 6);
+    assert_eq!(scanned.index, [0, 2, 3, -1, -1, -1], "keys 1 and 5 have no finite energy, 4 is beyond K");
+    assert_eq!(scanned.protected, [true, false, true, false, false, false]);
     base.tie = TieBreak::Last;
     assert_eq!(scan(&base, 2).index[..3], [2, 0, 3]);
     base.prior = Some(vec![0.0, 0.0, f64::NEG_INFINITY, 0.0, 0.0, 0.0]);
@@ -184,10 +184,10 @@ fn refinement_adds_the_next_choice_and_ends_with_abstention() {
 #[test]
 fn the_record_of_a_choice() {
     let base = worked();
-    let found = scan(&base, 3);
+    let scanned = scan(&base, 3);
     let params =
         Params { alpha: Some(vec![0.7]), gate: Gate::Energy { temperature: 2.0 }, ..Params::default() };
-    let run = |tau: f64| select(&base, &found, &Params { threshold: Some(vec![tau]), ..params.clone() });
+    let run = |tau: f64| select(&base, &scanned, &Params { threshold: Some(vec![tau]), ..params.clone() });
     let out = run(9.5);
     assert_eq!((out.index[0], out.energy[0], out.margin[0]), (0, 4.0, 5.25));
     let rho = 1.0 / (1.0 + (-5.5f64 / 2.0).exp());
@@ -199,6 +199,6 @@ fn the_record_of_a_choice() {
     let none = run(3.0);
     assert_eq!((none.index[0], none.energy[0], none.margin[0]), (-1, f64::INFINITY, f64::INFINITY));
     assert_eq!((none.y[0], none.gate[0], none.coherence), (0.0, 0.0, Some(vec![0.0])));
-    let free = select(&base, &found, &Params::default());
+    let free = select(&base, &scanned, &Params::default());
     assert_eq!((free.gate[0], free.coherence, free.y[0]), (1.0, None, 1.0));
 }

@@ -138,8 +138,8 @@ fn plans_name_what_they_run_and_what_is_missing() {
             refused(scan(&g.q, &g.k, &options(Backend::Force(isa))), &["unsupported"]);
         }
     }
-    let best = Isa::available()[0];
-    assert_eq!(plan(&g.q, &g.k, &options(Backend::Auto)).unwrap().cpu().unwrap().isa, best);
+    let widest = Isa::available()[0];
+    assert_eq!(plan(&g.q, &g.k, &options(Backend::Auto)).unwrap().cpu().unwrap().isa, widest);
     assert_eq!(Isa::available().last(), Some(&Isa::Portable));
     assert!(
         support_table()
@@ -147,24 +147,24 @@ fn plans_name_what_they_run_and_what_is_missing() {
     );
 }
 
-fn found(g: &Good) -> Candidates {
+fn candidates_of(g: &Good) -> Candidates {
     scan(&g.q, &g.k, &Scan::new(&g.beta, &g.mask, 4)).unwrap()
 }
 
 #[test]
 fn select_refuses_shapes_and_candidates() {
     let g = good();
-    let good_found = found(&g);
+    let good_candidates = candidates_of(&g);
     let run = |q: &Tensor, k: &Tensor, v: &Tensor, c: &Candidates| select(q, k, v, c, &Select::new(&g.beta));
-    assert!(run(&g.q, &g.k, &g.v, &good_found).is_ok());
-    refused(run(&zeros(&[2, 4, 3]), &g.k, &g.v, &good_found), &["q [2, 4, 3]", "rank 4"]);
-    refused(run(&g.q, &g.k, &zeros(&[2, 2, 5, 0]), &good_found), &["v [2, 2, 5, 0]", "empty"]);
-    refused(run(&g.q, &zeros(&[2, 2, 5, 7]), &g.v, &good_found), &["q [2, 4, 3, 8]", "k [2, 2, 5, 7]"]);
-    refused(run(&g.q, &zeros(&[2, 3, 5, 8]), &g.v, &good_found), &["k [2, 3, 5, 8]"]);
-    refused(run(&g.q, &g.k, &zeros(&[2, 2, 6, 6]), &good_found), &["k [2, 2, 5, 8]", "v [2, 2, 6, 6]"]);
-    refused(run(&g.q, &g.k, &g.v.to_dtype(DType::BF16).unwrap(), &good_found), &["F32, F32, BF16"]);
+    assert!(run(&g.q, &g.k, &g.v, &good_candidates).is_ok());
+    refused(run(&zeros(&[2, 4, 3]), &g.k, &g.v, &good_candidates), &["q [2, 4, 3]", "rank 4"]);
+    refused(run(&g.q, &g.k, &zeros(&[2, 2, 5, 0]), &good_candidates), &["v [2, 2, 5, 0]", "empty"]);
+    refused(run(&g.q, &zeros(&[2, 2, 5, 7]), &g.v, &good_candidates), &["q [2, 4, 3, 8]", "k [2, 2, 5, 7]"]);
+    refused(run(&g.q, &zeros(&[2, 3, 5, 8]), &g.v, &good_candidates), &["k [2, 3, 5, 8]"]);
+    refused(run(&g.q, &g.k, &zeros(&[2, 2, 6, 6]), &good_candidates), &["k [2, 2, 5, 8]", "v [2, 2, 6, 6]"]);
+    refused(run(&g.q, &g.k, &g.v.to_dtype(DType::BF16).unwrap(), &good_candidates), &["F32, F32, BF16"]);
 
-    let change = |f: &dyn Fn(&Candidates) -> Candle<Candidates>| f(&good_found).unwrap();
+    let change = |f: &dyn Fn(&Candidates) -> Candle<Candidates>| f(&good_candidates).unwrap();
     let other = |index: Tensor, energy: Tensor| Candidates {
         index,
         energy,
@@ -196,7 +196,7 @@ fn select_refuses_shapes_and_candidates() {
 #[test]
 fn select_refuses_options() {
     let g = good();
-    let c = found(&g);
+    let c = candidates_of(&g);
     let with = |change: &dyn Fn(&mut Select), words: &[&str]| {
         let mut options = Select::new(&g.beta);
         change(&mut options);

@@ -1,4 +1,4 @@
-//! running_average against its defining sums, finite differences, pieces of itself, extreme
+//! running_average against its defining sums, finite differences, chunks of the sequence, extreme
 //! exponents, dtypes and thread counts.
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -73,7 +73,7 @@ fn gradients_match_finite_differences() {
 }
 
 #[test]
-fn gradients_span_many_blocks_when_little_is_forgotten() {
+fn gradients_span_many_blocks_at_slow_decay() {
     let [decay, write, v] = inputs([1, 2, 1, 330, 2]);
     check_gradients(&[(decay + 8.0).unwrap(), write, v], |t| mean(t, None));
 }
@@ -117,23 +117,23 @@ fn gradients_reach_views() {
 }
 
 #[test]
-fn pieces_and_single_steps_equal_the_whole() {
+fn chunks_and_single_steps_equal_the_whole() {
     let t = inputs([2, 4, 2, 130, 5]);
     let (whole, last) = running_average(&t[0], &t[1], &t[2], None).unwrap();
-    let piece = |from: usize, len: usize, state: Option<&AverageState>| {
+    let chunk = |from: usize, len: usize, state: Option<&AverageState>| {
         let cut = |i: usize| t[i].narrow(2, from, len).unwrap();
         running_average(&cut(0), &cut(1), &cut(2), state).unwrap()
     };
     for cut in [1, 63, 64, 100, 129] {
-        let (a, st) = piece(0, cut, None);
-        let (b, end) = piece(cut, 130 - cut, Some(&st));
+        let (a, st) = chunk(0, cut, None);
+        let (b, end) = chunk(cut, 130 - cut, Some(&st));
         assert_close("halves", &Tensor::cat(&[a, b], 2).unwrap(), &whole, 1e-13);
         assert_close("mean", &end.mean, &last.mean, 1e-13);
         assert_close("log weight", &end.log_weight, &last.log_weight, 1e-13);
     }
     let mut st = None;
     for i in 0..130 {
-        let (m, next) = piece(i, 1, st.as_ref());
+        let (m, next) = chunk(i, 1, st.as_ref());
         assert_close("step", &m, &whole.narrow(2, i, 1).unwrap(), 1e-13);
         st = Some(next);
     }
@@ -259,9 +259,9 @@ fn timing() {
         report(&format!("average 8x{h}x256x{d} fused"), &t, |t| mean(t, None));
         // The same numbers as a product with the N x N matrix of weights, in candle primitives.
         report(&format!("average 8x{h}x256x{d} composed"), &t, |t| {
-            let kept = (t[0].neg()?.exp()? + 1.0)?.log()?.neg()?.cumsum(2)?;
-            let write = (&t[1] - &kept)?.unsqueeze(2)?;
-            let scores = kept.unsqueeze(3)?.broadcast_add(&write)?;
+            let log_decay = (t[0].neg()?.exp()? + 1.0)?.log()?.neg()?.cumsum(2)?;
+            let write = (&t[1] - &log_decay)?.unsqueeze(2)?;
+            let scores = log_decay.unsqueeze(3)?.broadcast_add(&write)?;
             softmax(&scores)?.matmul(&t[2])
         });
     }

@@ -11,12 +11,12 @@ use gd_kernels::{
 };
 use gd_testing::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
 
-/// Problems a dtype.
+/// Problems per dtype.
 const PROBLEMS: u64 = 1024;
-/// Products B Hq N M D of one.
+/// Maximum number of products B Hq N M D of a problem.
 const LIMIT: usize = 200_000;
 
-/// What the suite saw.
+/// Counts of the suite.
 #[derive(Default)]
 struct Tally {
     rows: usize,
@@ -50,26 +50,26 @@ fn naive_energy(case: &Case, (b, h, i): (usize, usize, usize), j: usize) -> f64 
     if case.dtype == DType::F64 { energy!(f64) } else { energy!(f32) }
 }
 
-/// Judges the candidates of a problem, `keep` of them free.
-fn judge(case: &Case, found: &Candidates, keep: usize, tally: &mut Tally) {
+/// Checks the candidates of a problem, of which `keep` are not protected.
+fn judge(case: &Case, scanned: &Candidates, keep: usize, tally: &mut Tally) {
     let (p, name) = (&case.problem, case.name());
     let all = reference_scan(p, p.keys);
-    let slots = found.index.dims()[3];
+    let slots = scanned.index.dims()[3];
     let extra = case.spec.protected.as_ref().map_or(0, |(_, dims)| dims[3]);
-    assert_eq!(found.index.dims(), [p.batch, p.q_heads, p.queries, keep + extra], "{name}");
-    assert_eq!(found.energy.dims(), found.index.dims(), "{name}");
-    assert_eq!((found.index.dtype(), found.energy.dtype()), (DType::I32, acc(case.dtype)));
-    let index: Vec<i32> = found.index.flatten_all().unwrap().to_vec1().unwrap();
-    let energy = values(&found.energy);
-    let flags = found.protected.as_ref().map_or(vec![0.0; index.len()], values);
-    assert_eq!(found.protected.is_some(), extra > 0, "{name}");
+    assert_eq!(scanned.index.dims(), [p.batch, p.q_heads, p.queries, keep + extra], "{name}");
+    assert_eq!(scanned.energy.dims(), scanned.index.dims(), "{name}");
+    assert_eq!((scanned.index.dtype(), scanned.energy.dtype()), (DType::I32, acc(case.dtype)));
+    let index: Vec<i32> = scanned.index.flatten_all().unwrap().to_vec1().unwrap();
+    let energy = values(&scanned.energy);
+    let flags = scanned.protected.as_ref().map_or(vec![0.0; index.len()], values);
+    assert_eq!(scanned.protected.is_some(), extra > 0, "{name}");
     let (mut worst, mut naive_worst, mut largest) = (0f64, 0f64, 0f64);
     for (row, (b, h, i)) in p.rows() {
         let name = || format!("{name}, row {b} {h} {i}");
         let listed = all.index[row * all.width..][..all.width].iter().take_while(|j| **j >= 0).count();
-        let known = row * all.width..row * all.width + listed;
-        let (rank, expected) = (&all.index[known.clone()], &all.energy[known.clone()]);
-        let guarded = &all.protected[known];
+        let row_slots = row * all.width..row * all.width + listed;
+        let (rank, expected) = (&all.index[row_slots.clone()], &all.energy[row_slots.clone()]);
+        let guarded = &all.protected[row_slots];
         let wanted: Vec<i32> = (0..listed).filter(|&r| r < keep || guarded[r]).map(|r| rank[r]).collect();
         let mut at = vec![None; p.keys];
         rank.iter().enumerate().for_each(|(r, &j)| at[j as usize] = Some(r));
@@ -131,7 +131,7 @@ fn judge(case: &Case, found: &Candidates, keep: usize, tally: &mut Tally) {
                 let (j, other) = (rank[r] as usize, rank[left] as usize);
                 assert!(
                     lead <= bound(r) + bound(left),
-                    "{}: {j} was kept and {other} left out, better by {lead}",
+                    "{}: {j} is a candidate and {other} is not, whose energy is lower by {lead}",
                     name()
                 );
                 if lead == 0.0 && case.same_key(b, h, j, other) {
@@ -155,9 +155,9 @@ fn judge(case: &Case, found: &Candidates, keep: usize, tally: &mut Tally) {
 }
 
 /// Index, energy and flags to the bit.
-fn bits(found: &Candidates) -> Vec<Vec<u64>> {
+fn bits(scanned: &Candidates) -> Vec<Vec<u64>> {
     let of = |t: &Tensor| values(t).into_iter().map(f64::to_bits).collect();
-    let parts = [Some(&found.index), Some(&found.energy), found.protected.as_ref()];
+    let parts = [Some(&scanned.index), Some(&scanned.energy), scanned.protected.as_ref()];
     parts.into_iter().flatten().map(of).collect()
 }
 
@@ -168,9 +168,9 @@ fn suite(dtype: DType) {
         let case = Spec::new(seed, LIMIT).build(dtype);
         let (q, k, p) = (case.q.tensor(), case.k.tensor(), &case.problem);
         let options = case.scan();
-        let found = scan(&q, &k, &options).unwrap_or_else(|e| panic!("{}: {e}", case.name()));
-        judge(&case, &found, case.spec.candidates, &mut tally);
-        let first = bits(&found);
+        let scanned = scan(&q, &k, &options).unwrap_or_else(|e| panic!("{}: {e}", case.name()));
+        judge(&case, &scanned, case.spec.candidates, &mut tally);
+        let first = bits(&scanned);
         for isa in Isa::available() {
             let forced = Scan { backend: Backend::Force(isa), ..options.clone() };
             assert_eq!(plan(&q, &k, &forced).unwrap().cpu().unwrap().isa, isa);
@@ -298,9 +298,9 @@ fn equal_energies_go_to_the_first_or_to_the_last() {
     for (tie, expected) in [(TieBreak::First, [7, 33, 69, 0]), (TieBreak::Last, [69, 33, 7, 68])] {
         for isa in Isa::available() {
             let options = Scan { tie, backend: Backend::Force(isa), ..Scan::new(&beta, &mask, 4) };
-            let found = scan(&q, &k, &options).unwrap();
-            assert_eq!(values(&found.index), expected.map(f64::from), "{tie:?} {isa:?}");
-            assert_eq!(values(&found.energy), [1.0, 1.0, 1.0, 9.0]);
+            let scanned = scan(&q, &k, &options).unwrap();
+            assert_eq!(values(&scanned.index), expected.map(f64::from), "{tie:?} {isa:?}");
+            assert_eq!(values(&scanned.energy), [1.0, 1.0, 1.0, 9.0]);
         }
     }
 }
@@ -336,16 +336,25 @@ fn checked_mode_names_what_is_not_finite_and_ignores_what_is_not_read() {
         "k[0, 0, 0, 0] is NaN, not finite"
     );
     for (b, j) in [(0, 4), (0, 5), (1, 5)] {
-        let found = run(&q, &with(&k, k_at(b, j, 2), f64::NAN), true).unwrap();
-        assert_eq!(bits(&found), bits(&run(&q, &k, true).unwrap()), "key {j} of entry {b} is not read");
+        let scanned = run(&q, &with(&k, k_at(b, j, 2), f64::NAN), true).unwrap();
+        assert_eq!(bits(&scanned), bits(&run(&q, &k, true).unwrap()), "key {j} of entry {b} is not read");
     }
     // Unchecked, a key without a finite energy is no candidate, and such a query has none.
-    let found = run(&q, &bad, false).unwrap();
+    let scanned = run(&q, &bad, false).unwrap();
     assert!(
-        found.index.get(1).unwrap().flatten_all().unwrap().to_vec1::<i32>().unwrap().iter().all(|j| *j != 4)
+        scanned
+            .index
+            .get(1)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<i32>()
+            .unwrap()
+            .iter()
+            .all(|j| *j != 4)
     );
-    let found = run(&with(&q, q_at, f64::NAN), &k, false).unwrap();
-    let row = found.index.get(1).unwrap().get(1).unwrap().get(2).unwrap();
+    let scanned = run(&with(&q, q_at, f64::NAN), &k, false).unwrap();
+    let row = scanned.index.get(1).unwrap().get(1).unwrap().get(2).unwrap();
     assert_eq!(row.to_vec1::<i32>().unwrap(), [-1, -1]);
 }
 
@@ -355,9 +364,9 @@ fn no_finite_energy_abstains_even_when_protected() {
     let mask = Mask::none();
     let protected = Tensor::new(&[0i32, 1, 2], &Device::Cpu).unwrap().reshape((1, 1, 1, 3)).unwrap();
     let options = Scan { protected: Some(&protected), ..Scan::new(&beta, &mask, 2) };
-    let found = scan(&q, &k, &options).unwrap();
-    assert_eq!(values(&found.index), [2.0, -1.0, -1.0, -1.0, -1.0]);
-    assert_eq!(values(&found.protected.unwrap()), [1.0, 0.0, 0.0, 0.0, 0.0]);
+    let scanned = scan(&q, &k, &options).unwrap();
+    assert_eq!(values(&scanned.index), [2.0, -1.0, -1.0, -1.0, -1.0]);
+    assert_eq!(values(&scanned.protected.unwrap()), [1.0, 0.0, 0.0, 0.0, 0.0]);
 }
 
 fn record(s: &Selected) -> Vec<Vec<u64>> {
@@ -373,11 +382,11 @@ fn scan_select_is_select_over_one_candidate() {
             let mut case = Spec::new(9000 + seed, 40_000).build(dtype);
             let (q, k) = (case.q.tensor(), case.k.tensor());
             let one = Scan { candidates: 1, protected: None, ..case.scan() };
-            let found = scan(&q, &k, &one).unwrap();
+            let scanned = scan(&q, &k, &one).unwrap();
             // Every value row that no query takes is NaN.
-            case.poison_unread_values(&found);
+            case.poison_unread_values(&scanned);
             let (v, one) = (case.v.tensor(), Scan { candidates: 1, protected: None, ..case.scan() });
-            let energies = values(&found.energy);
+            let energies = values(&scanned.energy);
             let tau: Vec<f64> = (0..case.problem.q_heads)
                 .map(|h| {
                     let e = energies[h * case.problem.queries];
@@ -394,7 +403,7 @@ fn scan_select_is_select_over_one_candidate() {
                     threshold,
                     ..Select::new(&case.beta)
                 };
-                let apart = select(&q, &k, &v, &found, &options).unwrap();
+                let apart = select(&q, &k, &v, &scanned, &options).unwrap();
                 assert_eq!(record(&fused), record(&apart), "{}", case.name());
                 let (y, index) = (values(&fused.y), values(&fused.index));
                 assert!(y.iter().all(|x| x.is_finite()), "{}: an unselected value row was read", case.name());

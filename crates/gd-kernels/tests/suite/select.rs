@@ -5,8 +5,10 @@
 //! the winner's reference energy must lie within the bounds. Such rows are counted.
 
 use candle_core::{DType, Device, Tensor, Var};
-use gd_kernels::reference::select::in_play;
-use gd_kernels::reference::{Candidates as Found, Gradients, backward, select as reference_select};
+use gd_kernels::reference::select::estimator_candidates;
+use gd_kernels::reference::{
+    Candidates as ReferenceCandidates, Gradients, backward, select as reference_select,
+};
 use gd_kernels::{
     Barrier, Candidates, CoherenceMode, Estimator, Gate, Mask, Scan, Select, scan, scan_all, select,
 };
@@ -14,12 +16,12 @@ use gd_testing::problems::choices::{Choice, Doubt, doubt, estimator};
 use gd_testing::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
 use gd_testing::tensors::check_gradients;
 
-/// Problems a dtype.
+/// Problems per dtype.
 const PROBLEMS: u64 = 1024;
-/// Products B Hq N M D of one.
+/// Maximum number of products B Hq N M D of a problem.
 const LIMIT: usize = 60_000;
 
-/// Everything that comes out of one forward and backward pass.
+/// The results of one forward and backward pass.
 struct Run {
     /// y, index, energy, margin, gate, coherence.
     record: [Vec<f64>; 6],
@@ -34,7 +36,7 @@ impl Run {
     }
 }
 
-fn run(case: &Case, choice: &Choice, found: &Candidates, dy: Option<&Tensor>) -> Run {
+fn run(case: &Case, choice: &Choice, scanned: &Candidates, dy: Option<&Tensor>) -> Run {
     let leaf = |t: &Tensor| Var::from_tensor(t).unwrap();
     let optional = |t: &Option<Tensor>| t.as_ref().map(leaf);
     let [q, k, v, beta] = [&case.q.base, &case.k.base, &case.v.base, &case.beta].map(leaf);
@@ -59,7 +61,7 @@ fn run(case: &Case, choice: &Choice, found: &Candidates, dy: Option<&Tensor>) ->
         ..Select::new(&beta)
     };
     let [qt, kt, vt] = [(&case.q, &q), (&case.k, &k), (&case.v, &v)].map(|(s, t)| s.view.of(t));
-    let out = select(&qt, &kt, &vt, found, &options)
+    let out = select(&qt, &kt, &vt, scanned, &options)
         .unwrap_or_else(|e| panic!("{} {}: {e}", case.name(), choice.name()));
     assert_eq!(out.y.dtype(), case.dtype);
     assert_eq!(out.y.dims(), [p.batch, p.q_heads, p.queries, p.value_dim]);
@@ -86,14 +88,14 @@ fn run(case: &Case, choice: &Choice, found: &Candidates, dy: Option<&Tensor>) ->
     Run { record: [y, index, energy, margin, gate, coherence], gradients }
 }
 
-/// The operator's candidates for the reference.
-fn convert(found: &Candidates) -> Found {
-    let index: Vec<i32> = found.index.flatten_all().unwrap().to_vec1().unwrap();
-    let protected = found
+/// The candidates of the operator in the type of the reference.
+fn convert(scanned: &Candidates) -> ReferenceCandidates {
+    let index: Vec<i32> = scanned.index.flatten_all().unwrap().to_vec1().unwrap();
+    let protected = scanned
         .protected
         .as_ref()
         .map_or(vec![false; index.len()], |t| values(t).iter().map(|x| *x == 1.0).collect());
-    Found { width: found.index.dims()[3], energy: values(&found.energy), index, protected }
+    ReferenceCandidates { width: scanned.index.dims()[3], energy: values(&scanned.energy), index, protected }
 }
 
 #[derive(Default)]
@@ -191,19 +193,19 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
         case = Spec { scaled: true, ..case.spec }.build(dtype);
     }
     let (q, k) = (case.q.tensor(), case.k.tensor());
-    let found = match estimator(seed) {
+    let scanned = match estimator(seed) {
         Estimator::Dense => scan_all(&q, &k, &case.scan()),
         _ => scan(&q, &k, &case.scan()),
     }
     .unwrap();
-    case.poison_unread_values(&found);
-    let choice = Choice::new(seed, &case, &values(&found.energy));
+    case.poison_unread_values(&scanned);
+    let choice = Choice::new(seed, &case, &values(&scanned.energy));
     let (p, params) = (&case.problem, &choice.params);
     let name = || format!("{} {}", case.name(), choice.name());
-    let known = convert(&found);
-    let want = reference_select(p, &known, params);
-    let got = run(&case, &choice, &found, None);
-    let playing = in_play(p, &known, params);
+    let converted = convert(&scanned);
+    let want = reference_select(p, &converted, params);
+    let got = run(&case, &choice, &scanned, None);
+    let playing = estimator_candidates(p, &converted, params);
 
     let mut dy = uniform(&mut rng(seed ^ 0xd1), p.batch * p.q_heads * p.queries * p.value_dim);
     let several = usize::from(params.round_count(p.q_heads) > 1);
@@ -237,8 +239,8 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
 
     let dims = [p.batch, p.q_heads, p.queries, p.value_dim];
     let (dy, dy_values) = gd_testing::problems::rounded(&dy, &dims, dtype);
-    let want = expected(&case, &choice, backward(p, &known, params, &dy_values));
-    let got = run(&case, &choice, &found, Some(&dy));
+    let want = expected(&case, &choice, backward(p, &converted, params, &dy_values));
+    let got = run(&case, &choice, &scanned, Some(&dy));
     let unit = roundoff(dtype);
     // Every round of refinement starts from the rounded query of the one before.
     let rounds = params.round_count(p.q_heads) as f64;
@@ -247,7 +249,7 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
     } else {
         2.0 * rounds * rounds * (48.0 * unit + 6.0 * relative.min(1.0))
     };
-    // Where numbers end: the subnormals of a dtype have no relative precision.
+    // The subnormal numbers of a dtype have no relative precision.
     let floor = match dtype {
         DType::F16 => 2e-7,
         DType::F64 => 1e-290,
@@ -279,7 +281,7 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
     }
     let first = got.bits();
     for pool in pools() {
-        let again = pool.install(|| run(&case, &choice, &found, Some(&dy)).bits());
+        let again = pool.install(|| run(&case, &choice, &scanned, Some(&dy)).bits());
         assert_eq!(first, again, "{}: {} threads", name(), pool.current_num_threads());
     }
     tally.lifted += usize::from(params.barrier.is_some());
@@ -336,16 +338,16 @@ fn numbers_of_1e15_at_bandwidth_1_stay_finite() {
         for dtype in [DType::F32, DType::BF16, DType::F64] {
             let mut case = Spec { scaled: false, ..spec.clone() }.build(dtype);
             let (q, k) = (case.q.tensor(), case.k.tensor());
-            let found = match estimator(seed) {
+            let scanned = match estimator(seed) {
                 Estimator::Dense => scan_all(&q, &k, &case.scan()),
                 _ => scan(&q, &k, &case.scan()),
             }
             .unwrap();
-            case.poison_unread_values(&found);
-            let choice = Choice::new(seed, &case, &values(&found.energy));
+            case.poison_unread_values(&scanned);
+            let choice = Choice::new(seed, &case, &values(&scanned.energy));
             let p = &case.problem;
             let dy = Tensor::ones((p.batch, p.q_heads, p.queries, p.value_dim), dtype, &Device::Cpu).unwrap();
-            let out = run(&case, &choice, &found, Some(&dy));
+            let out = run(&case, &choice, &scanned, Some(&dy));
             assert!(out.record[0].iter().all(|x| x.is_finite()), "{} {}", case.name(), choice.name());
             for (what, g) in &out.gradients {
                 assert!(g.iter().all(|x| x.is_finite()), "{} {}: d{what}", case.name(), choice.name());
@@ -379,7 +381,7 @@ fn of_smooth(t: &[Tensor], set: impl Fn(&mut Select)) -> candle_core::Result<Ten
     let detached = |t: &Tensor| t.detach();
     let (beta, prior) = (detached(&t[3]), detached(&t[4]));
     let options = Scan { prior: Some(&prior), protected: Some(&protected), ..Scan::new(&beta, &mask, 8) };
-    let found = scan(&detached(&t[0]), &detached(&t[1]), &options)?;
+    let scanned = scan(&detached(&t[0]), &detached(&t[1]), &options)?;
     let mut options = Select {
         prior: Some(&t[4]),
         threshold: Some(&t[5]),
@@ -388,7 +390,7 @@ fn of_smooth(t: &[Tensor], set: impl Fn(&mut Select)) -> candle_core::Result<Ten
         ..Select::new(&t[3])
     };
     set(&mut options);
-    Ok(select(&t[0], &t[1], &t[2], &found, &options)?.y)
+    Ok(select(&t[0], &t[1], &t[2], &scanned, &options)?.y)
 }
 
 /// Checks all inputs of [`smooth`] but those that the result does not depend on.
@@ -419,7 +421,7 @@ fn the_blend_is_its_own_gradient() {
 }
 
 #[test]
-fn the_winner_learns_through_its_gate() {
+fn the_gradient_of_the_winner_passes_its_gate() {
     for barrier in [None, Some(BARRIER)] {
         differences(&[6], |s| {
             s.estimator = Estimator::Winner;
@@ -427,7 +429,7 @@ fn the_winner_learns_through_its_gate() {
             s.barrier = barrier;
         });
         for coherence in [CoherenceMode::Global, CoherenceMode::Passage] {
-            // The prior and the threshold only decide who wins.
+            // The prior and the threshold only determine the winner.
             differences(&[4, 5], |s| {
                 s.estimator = Estimator::Winner;
                 s.gate = Gate::Coherence;
@@ -447,23 +449,23 @@ fn a_half_hard_blend_with_a_gated_winner() {
     });
 }
 
-/// Round by round: what each read, and what it added; and the energies that the first compared.
+/// The selections and outputs of every round, and the energies of the first.
 #[test]
-fn the_record_adds_up() {
+fn the_outputs_of_the_rounds_add_up_to_y() {
     let t = smooth();
     let mask = Mask::causal(4);
     let protected = Tensor::new(&[2i32], &Device::Cpu).unwrap().reshape((1, 1, 1, 1)).unwrap();
     let options = Scan { protected: Some(&protected), ..Scan::new(&t[3], &mask, 4) };
-    let found = scan(&t[0], &t[1], &options).unwrap();
+    let scanned = scan(&t[0], &t[1], &options).unwrap();
     let options = Select { threshold: Some(&t[5]), rounds: Some(&t[7]), ..Select::new(&t[3]) };
-    let chosen = select(&t[0], &t[1], &t[2], &found, &options).unwrap();
-    assert_eq!(values(&chosen.compared), values(&found.energy), "nothing lifts a candidate");
+    let chosen = select(&t[0], &t[1], &t[2], &scanned, &options).unwrap();
+    assert_eq!(values(&chosen.compared), values(&scanned.energy), "nothing lifts a candidate");
     let (v, weights, y) = (values(&t[2]), values(&t[7]), values(&chosen.y));
     let ints = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<i32>().unwrap();
     let mut rounds = vec![ints(&chosen.index)];
     rounds.extend(chosen.later.iter().map(|round| ints(&round.index)));
     assert_eq!(rounds.len(), 3);
-    // What a round reads in a row, times its weight.
+    // The value row that a round selects, times the weight of the round.
     let read = |r: usize, row: usize, d: usize| {
         let (b, h, j) = (row / 12, row / 3 % 4, rounds[r][row]);
         if j < 0 { 0.0 } else { weights[h * 3 + r] * v[((b * 2 + h / 2) * 7 + j as usize) * 3 + d] }
@@ -472,24 +474,24 @@ fn the_record_adds_up() {
     for row in 0..2 * 4 * 3 {
         for d in 0..3 {
             for (r, round) in chosen.later.iter().enumerate() {
-                let found = values(&round.y)[row * 3 + d];
-                assert!((found - read(r + 1, row, d)).abs() < 1e-12, "round {r} of row {row}: {found}");
+                let added = values(&round.y)[row * 3 + d];
+                assert!((added - read(r + 1, row, d)).abs() < 1e-12, "round {r} of row {row}: {added}");
             }
             let sum: f64 = (0..3).map(|r| read(r, row, d)).sum();
             assert!((y[row * 3 + d] - sum).abs() < 1e-12, "row {row}: {} against {sum}", y[row * 3 + d]);
         }
         let keys: Vec<i32> = rounds.iter().map(|round| round[row]).collect();
-        assert!(keys.windows(2).all(|k| k[0] >= 0 || k[1] < 0), "{keys:?}: a row goes on after it abstained");
+        assert!(keys.windows(2).all(|k| k[0] >= 0 || k[1] < 0), "{keys:?}: a row selects after it abstained");
         assert!(keys.iter().all(|k| *k < 0 || keys.iter().filter(|x| *x == k).count() == 1), "{keys:?}");
         read_later += keys[1..].iter().filter(|k| **k >= 0).count();
         ended += keys.iter().filter(|k| **k < 0).count();
     }
     assert!(read_later > 10 && ended > 3, "{read_later} {ended}");
-    // With the barrier the winner has the least of what was compared.
+    // With the barrier, the winner has the least of the compared energies.
     let lifting = Select { barrier: Some(BARRIER), ..Select::new(&t[3]) };
-    let chosen = select(&t[0], &t[1], &t[2], &found, &lifting).unwrap();
-    let (compared, scanned) = (values(&chosen.compared), values(&found.energy));
-    assert_ne!(compared, scanned);
+    let chosen = select(&t[0], &t[1], &t[2], &scanned, &lifting).unwrap();
+    let compared = values(&chosen.compared);
+    assert_ne!(compared, values(&scanned.energy));
     for (energies, energy) in compared.chunks(5).zip(values(&chosen.energy)) {
         assert_eq!(energies.iter().copied().fold(f64::INFINITY, f64::min), energy);
     }
@@ -499,9 +501,9 @@ fn the_record_adds_up() {
 fn a_nan_in_an_unselected_value_stays_there() {
     let t = smooth();
     let mask = Mask::none();
-    let found = scan(&t[0], &t[1], &Scan::new(&t[3], &mask, 4)).unwrap();
+    let scanned = scan(&t[0], &t[1], &Scan::new(&t[3], &mask, 4)).unwrap();
     let options = Select { estimator: Estimator::Winner, ..Select::new(&t[3]) };
-    let chosen = select(&t[0], &t[1], &t[2], &found, &options).unwrap();
+    let chosen = select(&t[0], &t[1], &t[2], &scanned, &options).unwrap();
     let index: Vec<i32> = chosen.index.flatten_all().unwrap().to_vec1().unwrap();
     let mut v = values(&t[2]);
     for (row, v) in v.chunks_mut(3).enumerate() {
@@ -516,26 +518,26 @@ fn a_nan_in_an_unselected_value_stays_there() {
     let v = Var::from_tensor(&Tensor::from_vec(v, t[2].shape(), &Device::Cpu).unwrap()).unwrap();
     for estimator in [Estimator::Winner, Estimator::Candidates] {
         let options = Select { estimator, ..options.clone() };
-        let y = select(&t[0], &t[1], &v, &found, &options).unwrap().y;
+        let y = select(&t[0], &t[1], &v, &scanned, &options).unwrap().y;
         assert_eq!(values(&y), values(&chosen.y), "{estimator:?}");
     }
-    let y = select(&t[0], &t[1], &v, &found, &options).unwrap().y;
+    let y = select(&t[0], &t[1], &v, &scanned, &options).unwrap().y;
     let grads = y.sum_all().unwrap().backward().unwrap();
     assert!(values(grads.get(&v).unwrap()).iter().all(|x| x.is_finite()));
 }
 
 #[test]
-fn a_threshold_of_minus_infinity_silences_every_estimator() {
+fn with_a_threshold_of_minus_infinity_every_row_abstains() {
     let t = smooth();
     let tau = Var::from_tensor(&Tensor::full(f64::NEG_INFINITY, 4, &Device::Cpu).unwrap()).unwrap();
     let mask = Mask::none();
-    let found = scan(&t[0], &t[1], &Scan::new(&t[3], &mask, 4)).unwrap();
+    let scanned = scan(&t[0], &t[1], &Scan::new(&t[3], &mask, 4)).unwrap();
     for estimator in gd_testing::problems::choices::ESTIMATORS.into_iter().filter(|e| *e != Estimator::Dense)
     {
         for hardness in [0.3, 1.0] {
             let q = Var::from_tensor(&t[0]).unwrap();
             let options = Select { estimator, hardness, threshold: Some(&tau), ..Select::new(&t[3]) };
-            let out = select(&q, &t[1], &t[2], &found, &options).unwrap();
+            let out = select(&q, &t[1], &t[2], &scanned, &options).unwrap();
             assert!(
                 values(&out.y).iter().all(|x| *x == 0.0) && values(&out.index).iter().all(|j| *j == -1.0)
             );

@@ -54,12 +54,12 @@ proptest! {
         q in vector(4), k in vector(4), shift in vector(4), alpha in alphas(), beta in 0.05..4.0
     ) {
         let pair = Pair::new(&q, &k);
-        let best = pair.coherence_point(alpha, beta, CoherenceMode::Global);
-        let least = pair.energy(&best, alpha, beta);
+        let point = pair.coherence_point(alpha, beta, CoherenceMode::Global);
+        let least = pair.energy(&point, alpha, beta);
         let star = minimal_energy(beta * pair.length * pair.length, alpha, CoherenceMode::Global);
         prop_assert!((least - star.value).abs() <= 1e-11 * (1.0 + least.abs()));
         for scale in [1e-3, 0.1, 1.0] {
-            let near: Vec<f64> = best.iter().zip(&shift).map(|(b, d)| b + scale * d).collect();
+            let near: Vec<f64> = point.iter().zip(&shift).map(|(b, d)| b + scale * d).collect();
             prop_assert!(pair.energy(&near, alpha, beta) >= least - 1e-12);
         }
     }
@@ -69,7 +69,7 @@ proptest! {
         for mode in MODES {
             let (low, high) = (minimal_energy(t, alpha, mode), minimal_energy(t * more, alpha, mode));
             // E* is concave, so the smaller slope bounds the rise from below. Where the bound is
-            // within f64's rounding of E* the two cannot be told apart.
+            // within f64's rounding of E* the two cannot be distinguished.
             let rise = high.d_t.min(low.d_t) * t * (more - 1.0);
             prop_assert!(high.d_t > 0.0 && low.d_t > 0.0);
             if rise > 1e-14 {
@@ -126,11 +126,11 @@ proptest! {
         q in vector(5), keys in prop::collection::vec(vector(5), 1..12), alpha in alphas(), beta in 0.05..2.0
     ) {
         let problem = one_query(&q, &keys, beta);
-        let found = scan(&problem, 1);
+        let scanned = scan(&problem, 1);
         let t: Vec<f64> = keys.iter().map(|k| beta * Pair::new(&q, k).length.powi(2)).collect();
         for mode in MODES {
             let e: Vec<f64> = t.iter().map(|&t| minimal_energy(t, alpha, mode).value).collect();
-            let nearest = found.index[0] as usize;
+            let nearest = scanned.index[0] as usize;
             for j in 0..keys.len() {
                 // Where the energies differ by more than rounding they must order as the distances.
                 prop_assert!(e[nearest] <= e[j] + 8.0 * f64::EPSILON, "{mode:?}: key {j} has less energy");
@@ -188,7 +188,7 @@ proptest! {
         if lift.activated && again.activated && rule.strength <= 1.0 {
             prop_assert!(again.scores[p] >= lift.scores[p] - 1e-12);
         }
-        // No one is protected: nothing happens.
+        // Without a protected candidate nothing changes.
         let open = barrier(&scores, &vec![false; scores.len()], &rule);
         prop_assert!(!open.activated && open.protected.is_none() && open.scores == scores);
     }

@@ -1,6 +1,6 @@
-//! Decoding with what a cache keeps beside its keys gives the bits of decoding without: one layer whose parameters are
-//! variables, at native precision, works out everything anew at every step; the same layer over plain tensors keeps
-//! 8-bit keys and the prior of the norms, and finds the winner alone where that is enough.
+//! Decoding with derived data in the cache gives the bits of decoding without them. A layer whose parameters are
+//! variables, at native precision, computes everything again in every step; the same layer over tensors without
+//! gradients caches 8-bit keys and the prior of the norms, and computes only the winner where that is enough.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use gd_layer::{
 
 use crate::layers::{Fixture, Numbers, config, fixture, selecting};
 
-/// The same layer over tensors that no gradient is wanted of.
+/// The same layer over tensors without gradients.
 fn frozen(f: &Fixture, cfg: &AttentionConfig, dtype: DType) -> Result<GdAttention> {
     let tensors: HashMap<String, Tensor> =
         f.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().detach())).collect();
@@ -27,7 +27,7 @@ fn bits(t: &Tensor) -> Result<Vec<u32>> {
     Ok(values.into_iter().map(f32::to_bits).collect())
 }
 
-/// The configurations: all estimators, barriers, gates and rounds, and what decoding has ways of its own for.
+/// The configurations: all estimators, barriers, gates and rounds, and those for which decoding has a path of its own.
 fn cases() -> Vec<(&'static str, AttentionConfig)> {
     let mut all: Vec<_> = selecting().into_iter().map(|(name, _, cfg)| (name, cfg)).collect();
     let of = |gd: GdConfig, beacon: Option<BeaconConfig>| config(gd, beacon);
@@ -67,21 +67,21 @@ impl Reader<'_> {
     }
 }
 
-/// The same reading by a layer that keeps nothing and by one that keeps what it can.
+/// The same sequences decoded without derived data in the cache, and with them.
 struct Both<'a>([Reader<'a>; 2]);
 
 impl Both<'_> {
     fn read(&mut self, texts: &Tensor, n: usize, name: &str) -> Result<()> {
-        let [plain, kept] = &mut self.0;
-        let (want, got) = (plain.read(texts, n)?, kept.read(texts, n)?);
-        assert_eq!(plain.cache.lengths(), kept.cache.lengths(), "{name}");
-        assert_eq!(bits(&got)?, bits(&want)?, "{name}, {:?} positions", kept.cache.lengths());
+        let [plain, cached] = &mut self.0;
+        let (want, got) = (plain.read(texts, n)?, cached.read(texts, n)?);
+        assert_eq!(plain.cache.lengths(), cached.cache.lengths(), "{name}");
+        assert_eq!(bits(&got)?, bits(&want)?, "{name}, {:?} positions", cached.cache.lengths());
         Ok(())
     }
 }
 
 #[test]
-fn what_is_kept_gives_the_bits_of_what_is_worked_out_anew() -> Result<()> {
+fn derived_data_in_the_cache_do_not_change_the_bits() -> Result<()> {
     const PROMPTS: [usize; 3] = [70, 3, 131];
     let mut read = 0;
     for (name, cfg) in cases() {
@@ -96,7 +96,7 @@ fn what_is_kept_gives_the_bits_of_what_is_worked_out_anew() -> Result<()> {
                 Both([Reader { layer: plain, cache: a }, Reader { layer: &frozen, cache: b }])
             };
             let caches = || [LayerCache::with_precision(Precision::Native), LayerCache::new()];
-            // Prompts one by one, each in one piece.
+            // Prompts one by one, each in one pass.
             let mut alone = Vec::new();
             for (b, n) in PROMPTS.into_iter().enumerate() {
                 let mut one = both(caches());
@@ -110,13 +110,13 @@ fn what_is_kept_gives_the_bits_of_what_is_worked_out_anew() -> Result<()> {
             for n in [1, 1, 3, 1] {
                 all.read(&texts, n, &format!("{name}, together"))?;
             }
-            // A clone that goes on elsewhere, and what it was cloned from.
+            // A clone that continues with other rows, and its source.
             let mut fork = both([all.0[0].cache.clone(), all.0[1].cache.clone()]);
             let other = Numbers(77).tensor(&[3, 160, 12], 1.0, dtype)?;
             fork.read(&other, 2, &format!("{name}, fork"))?;
             all.read(&texts, 1, &format!("{name}, forked"))?;
             fork.read(&other, 1, &format!("{name}, fork"))?;
-            // Reordered, one twice; then the longest leaves.
+            // Reordered, one sequence twice; then without the longest.
             let some = |all: &Both, places: &[usize]| -> Result<Both<'_>> {
                 Ok(both([all.0[0].cache.select(places)?, all.0[1].cache.select(places)?]))
             };
@@ -129,7 +129,7 @@ fn what_is_kept_gives_the_bits_of_what_is_worked_out_anew() -> Result<()> {
             all.read(&texts, 1, &format!("{name}, the longest has left"))?;
             all.read(&texts, 2, &format!("{name}, the longest has left"))?;
             assert_eq!(all.0[1].cache.lengths(), [3 + 11, 70 + 11], "{name}");
-            // A sequence that a layer has read which keeps nothing joins: what it lacks is made up for.
+            // Stacked with a cache that has no derived data: they are computed again for all sequences.
             let mut plain_alone = LayerCache::new();
             let mask = Mask::causal(0);
             let x = texts.narrow(0, 0, 1)?.narrow(1, 0, 9)?;
@@ -178,10 +178,10 @@ fn gradients_reach_every_parameter_through_a_cached_pass() -> Result<()> {
         };
         let (with, without) = (gradients(Some(&mut LayerCache::new()))?, gradients(None)?);
         for ((name, _), (with, without)) in f.vars.iter().zip(with.iter().zip(&without)) {
-            // Keys and values of a cache are cut off.
+            // Cached keys and values have no gradient.
             let cut = ["k_proj", "v_proj", "k_norm"].iter().any(|part| name.starts_with(part));
             assert_eq!((with.is_some(), without.is_some()), (!cut, true), "{name}");
-            // That of beta comes through the prior of the norms, too.
+            // Beta also has a gradient through the prior of the norms.
             if let (Some(with), Some(without), "gd.beta") = (with, without, name.as_str()) {
                 assert_eq!(bits(with)?, bits(without)?, "{name}, {candidates} candidates");
                 let moves = with.abs()?.max_all()?.to_scalar::<f32>()? > 0.0;

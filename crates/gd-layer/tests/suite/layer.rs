@@ -1,4 +1,4 @@
-//! The attention layers: gradients of every parameter, decoding, and the swap into other models.
+//! The attention layers: gradients of every parameter, decoding, and use in candle's models.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -134,8 +134,8 @@ fn every_parameter_of_every_estimator_receives_a_gradient() -> Result<()> {
     Ok(())
 }
 
-/// Runs `x` in pieces through a cache; returns outputs and selected keys.
-fn pieces(f: &Fixture, x: &Tensor, sizes: &[usize]) -> Result<(Tensor, Vec<Vec<i32>>)> {
+/// Runs `x` in chunks of these sizes through a cache; returns outputs and selected keys.
+fn in_chunks(f: &Fixture, x: &Tensor, sizes: &[usize]) -> Result<(Tensor, Vec<Vec<i32>>)> {
     let (mut cache, mut at, mut out) = (LayerCache::new(), 0, Vec::new());
     let mut picks = vec![Vec::new(); 2 * 4];
     for &n in sizes {
@@ -162,12 +162,12 @@ fn decoding_equals_the_full_forward_pass() -> Result<()> {
     for (name, _, cfg) in cases {
         let f = fixture(&cfg, name != "softmax", DType::F32, 21)?;
         let x = Numbers(31).tensor(&[2, 13, 12], 1.0, DType::F32)?;
-        let (full, full_picks) = pieces(&f, &x, &[13])?;
+        let (full, full_picks) = in_chunks(&f, &x, &[13])?;
         for sizes in [vec![1; 13], vec![5, 1, 1, 4, 2]] {
-            let (y, picks) = pieces(&f, &x, &sizes)?;
-            assert_eq!(picks, full_picks, "{name} in pieces {sizes:?}");
+            let (y, picks) = in_chunks(&f, &x, &sizes)?;
+            assert_eq!(picks, full_picks, "{name} in chunks of {sizes:?}");
             let err = (&y - &full)?.abs()?.max_all()?.to_scalar::<f32>()?;
-            assert!(err <= 1e-5, "{name} in pieces {sizes:?}: off by {err}");
+            assert!(err <= 1e-5, "{name} in chunks of {sizes:?}: off by {err}");
         }
         // The same without a cache.
         let plain = f.layer.attend(&x, &Pass::new(&Mask::causal(0)), None)?;
@@ -176,8 +176,8 @@ fn decoding_equals_the_full_forward_pass() -> Result<()> {
     Ok(())
 }
 
-/// Softmax attention over the `best` greatest scores of each query and no others, in f64, one row at a time.
-fn best_of(f: &Fixture, cfg: &AttentionConfig, x: &Tensor, best: usize) -> Result<Tensor> {
+/// Softmax attention over the `top_k` greatest scores of each query and no others, in f64, one row at a time.
+fn top_k_softmax(f: &Fixture, cfg: &AttentionConfig, x: &Tensor, top_k: usize) -> Result<Tensor> {
     let var =
         |name: &str| f.vars.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_tensor().clone()).unwrap();
     let linear = |x: &Tensor, name: &str| {
@@ -199,7 +199,7 @@ fn best_of(f: &Fixture, cfg: &AttentionConfig, x: &Tensor, best: usize) -> Resul
             |j: usize| q[head][i].iter().zip(&k[kv][j]).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt();
         let mut scores: Vec<(f64, usize)> = (first..=i).map(|j| (score(j), j)).collect();
         scores.sort_by(|a, b| b.0.total_cmp(&a.0));
-        scores.truncate(best);
+        scores.truncate(top_k);
         let total: f64 = scores.iter().map(|(s, _)| s.exp()).sum();
         for (s, j) in scores {
             row.iter_mut().zip(&v[kv][j]).for_each(|(y, v)| *y += s.exp() / total * v);
@@ -210,7 +210,7 @@ fn best_of(f: &Fixture, cfg: &AttentionConfig, x: &Tensor, best: usize) -> Resul
 }
 
 #[test]
-fn blending_the_best_scores_is_softmax_attention_without_the_others() -> Result<()> {
+fn a_blend_is_softmax_attention_over_the_candidates() -> Result<()> {
     let plain = |gd| AttentionConfig { qk_norm: false, output_gate: false, ..config(gd, None) };
     let x = Numbers(7).tensor(&[2, 13, 12], 1.0, DType::F64)?;
     for (score, norm_prior) in [(Score::Dot, false), (Score::Energy, true)] {
@@ -224,14 +224,14 @@ fn blending_the_best_scores_is_softmax_attention_without_the_others() -> Result<
             };
             let cfg = AttentionConfig { window, ..plain(gd) };
             let f = fixture(&cfg, true, DType::F64, 3)?;
-            // The fixture moves beta, which softmax attention does not learn.
+            // The fixture changes beta, which softmax attention does not have.
             let (_, beta) = f.vars.iter().find(|(name, _)| name == "gd.beta").unwrap();
             let scale = if score == Score::Dot { 1.0 } else { 0.5 };
             beta.set(&(beta.ones_like()? * (scale / 6f64.sqrt()).ln())?)?;
             let y = f.layer.attend(&x, &Pass::new(&Mask::causal(0)), None)?;
             let difference = |other: &Tensor| (&y - other)?.abs()?.max_all()?.to_scalar::<f64>();
-            let off = difference(&best_of(&f, &cfg, &x, candidates)?)?;
-            assert!(off < 1e-12, "{score:?}, the best {candidates} in {window:?}: off by {off}");
+            let off = difference(&top_k_softmax(&f, &cfg, &x, candidates)?)?;
+            assert!(off < 1e-12, "{score:?}, top {candidates} in {window:?}: off by {off}");
             if candidates == 16 {
                 let softmax = fixture(&cfg, false, DType::F64, 3)?;
                 for (name, var) in &softmax.vars {
@@ -328,7 +328,7 @@ fn stands_in_for_the_attention_of_a_candle_model() -> Result<()> {
     let mask = Tensor::from_vec(rows, (1, 1, 6, 6), &Device::Cpu)?;
     assert_eq!(layer.forward(&x, Some(&mask), 0)?.to_vec3::<f32>()?, want);
     layer.clear_kv_cache();
-    // Prefill of four, then one at a time, as generation does it.
+    // Prefill of four positions, then steps of one.
     let first = layer.forward(&x.narrow(1, 0, 4)?, Some(&mask.narrow(2, 0, 4)?.narrow(3, 0, 4)?), 0)?;
     let next = layer.forward(&x.narrow(1, 4, 1)?, None, 4)?;
     let last = layer.forward(&x.narrow(1, 5, 1)?, None, 5)?;
@@ -366,7 +366,7 @@ fn gradients_flow_through_forward_to_every_parameter() -> Result<()> {
         assert_eq!(first.to_vec3::<f32>()?, plain.to_vec3::<f32>()?, "{name}");
         let grads = parameter_gradients(&first, &map)?;
         assert_eq!(grads, parameter_gradients(&plain, &map)?, "{name}");
-        // Behind cached positions, every parameter still receives one.
+        // After cached positions, every parameter still has a gradient.
         layer.forward(&x.narrow(1, 0, 3)?, None, 0)?;
         let later = parameter_gradients(&layer.forward(&x.narrow(1, 3, 6)?, None, 3)?, &map)?;
         for (parameter, grad) in grads.iter().chain(&later) {

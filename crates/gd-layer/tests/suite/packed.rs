@@ -32,14 +32,14 @@ fn alone(f: &Fixture, x: &Tensor, hardness: f64) -> Result<Tensor> {
 fn all(f: &Fixture, x: &Var, y: Tensor) -> Result<Vec<(String, Vec<f64>)>> {
     let w = Numbers(99).tensor(y.dims(), 1.0, DType::F64)?;
     let grads = (&y * w)?.sum_all()?.backward()?;
-    let mut found = vec![("y".to_owned(), y.flatten_all()?.to_vec1()?)];
+    let mut results = vec![("y".to_owned(), y.flatten_all()?.to_vec1()?)];
     let x = ("x".to_owned(), x.clone());
     for (name, var) in f.vars.iter().chain([&x]) {
         // Not every estimator reaches every parameter, but packing must not change which.
         let grad = grads.get(var.as_tensor()).map(|g| g.flatten_all()?.to_vec1::<f64>()).transpose()?;
-        found.push((name.clone(), grad.unwrap_or_default()));
+        results.push((name.clone(), grad.unwrap_or_default()));
     }
-    Ok(found)
+    Ok(results)
 }
 
 fn compare(name: &str, f: &Fixture) -> Result<()> {

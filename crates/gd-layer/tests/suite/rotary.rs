@@ -10,7 +10,7 @@ fn rotary(head_dim: usize, positions: usize, dtype: DType) -> Rotary {
 }
 
 #[test]
-fn turns_pairs_of_the_two_halves() {
+fn rotates_pairs_of_the_two_halves() {
     let x = Tensor::new(&[[[[1.0f64, 2.0, 3.0, 4.0]]]], &Device::Cpu).unwrap();
     let y = values(&rotary(4, 10, DType::F64).apply(&x, 5).unwrap());
     let (a, b) = (5f64, 5.0 * 1e4f64.powf(-0.5));
@@ -83,7 +83,7 @@ fn bits_do_not_depend_on_the_thread_count() {
 }
 
 #[test]
-fn scaled_positions_turn_as_if_they_stood_elsewhere() {
+fn scaled_positions_have_the_angles_of_other_positions() {
     let scaled = |scaling| Rotary::new(8, 64, 1e4, scaling, DType::F64, &Device::Cpu);
     let x = noise(1, &[1, 2, 1, 8], 1.0);
     let plain = |at| values(&rotary(8, 64, DType::F64).apply(&x, at).unwrap());
@@ -91,12 +91,14 @@ fn scaled_positions_turn_as_if_they_stood_elsewhere() {
         |a: &[f64], b: &[f64]| assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12), "{a:?} {b:?}");
     let linear = scaled(RopeScaling::Linear { factor: 4.0 }).unwrap();
     close(&values(&linear.apply(&x, 20).unwrap()), &plain(5));
-    // Frequencies 1, 0.1, 0.01, 0.001: 10.2, 1.02, 0.1 and 0.01 turns within 64 positions. The first stays,
-    // the second keeps (1.02 - 1) / (4 - 1) of the whole, the others are divided by 8.
+    // Frequencies 1, 0.1, 0.01, 0.001: 10.2, 1.02, 0.1 and 0.01 turns within 64 positions. The first is not
+    // scaled, the second by a mix with weight (1.02 - 1) / (4 - 1), the others are divided by 8.
     let scaling = RopeScaling::Llama3 { factor: 8.0, low_turns: 1.0, high_turns: 4.0, trained_positions: 64 };
     let y = values(&scaled(scaling).unwrap().apply(&x, 20).unwrap());
-    let kept = (6.4 / std::f64::consts::TAU - 1.0) / 3.0;
-    for (i, f) in [1.0, 0.1 * (kept + (1.0 - kept) / 8.0), 0.01 / 8.0, 0.001 / 8.0].into_iter().enumerate() {
+    let unscaled = (6.4 / std::f64::consts::TAU - 1.0) / 3.0;
+    for (i, f) in
+        [1.0, 0.1 * (unscaled + (1.0 - unscaled) / 8.0), 0.01 / 8.0, 0.001 / 8.0].into_iter().enumerate()
+    {
         let (a, x) = (20.0 * f, values(&x));
         let want = x[i] * f64::cos(a) - x[i + 4] * f64::sin(a);
         assert!((y[i] - want).abs() < 1e-12, "{i}: {} instead of {want}", y[i]);

@@ -1,5 +1,5 @@
-//! The CPU body of AdamW: one pass over a parameter, its gradient and its moments, in parallel over chunks of a fixed
-//! size; and the sum of the squares of a gradient.
+//! The CPU implementation of AdamW: one pass over a parameter, its gradient and its moments, in parallel over chunks of
+//! a fixed size; and the sum of the squares of a gradient.
 
 use std::cell::RefCell;
 
@@ -10,7 +10,7 @@ use super::{SavedState, Step};
 use crate::backend::cpu::element::{Element, Real};
 use crate::error::{Error, Result};
 
-/// Elements that one task handles.
+/// Elements per task.
 const TASK_ELEMENTS: usize = 16 * 1024;
 
 /// The moments of one parameter.
@@ -45,7 +45,7 @@ impl State {
             }
             other => {
                 return Err(Error::Unsupported(format!(
-                    "adamw: a parameter {other:?} (f64, f32, f16 and bf16 are)"
+                    "adamw: a parameter {other:?} (f64, f32, f16 and bf16 are supported)"
                 )));
             }
         })
@@ -93,7 +93,7 @@ fn values<T: WithDType>(t: &Tensor) -> Result<Vec<T>> {
 
 /// The update of one parameter (first tensor) by its gradient (second).
 struct Update<'a> {
-    /// candle hands an operation out shared, though it runs once.
+    /// candle passes the operation by shared reference.
     state: RefCell<&'a mut State>,
     step: &'a Step,
     scale: f64,
@@ -120,16 +120,16 @@ impl InplaceOp2 for Update<'_> {
         let (at, from) = (at.0..at.1, from.0..from.1);
         match (parameter, gradient, &mut **self.state.borrow_mut()) {
             (F32(p), F32(g), State::F32 { m, v }) => {
-                update(&mut p[at], &g[from], m, v, &Rates::new(self.step, self.scale));
+                update(&mut p[at], &g[from], m, v, &Coefficients::new(self.step, self.scale));
             }
             (F64(p), F64(g), State::F64 { m, v }) => {
-                update(&mut p[at], &g[from], m, v, &Rates::new(self.step, self.scale));
+                update(&mut p[at], &g[from], m, v, &Coefficients::new(self.step, self.scale));
             }
             (BF16(p), BF16(g), State::Half { m, v, master }) => {
-                update_half(&mut p[at], &g[from], [m, v, master], &Rates::new(self.step, self.scale));
+                update_half(&mut p[at], &g[from], [m, v, master], &Coefficients::new(self.step, self.scale));
             }
             (F16(p), F16(g), State::Half { m, v, master }) => {
-                update_half(&mut p[at], &g[from], [m, v, master], &Rates::new(self.step, self.scale));
+                update_half(&mut p[at], &g[from], [m, v, master], &Coefficients::new(self.step, self.scale));
             }
             _ => candle_core::bail!("adamw: parameter, gradient and moments differ in dtype"),
         }
@@ -137,31 +137,31 @@ impl InplaceOp2 for Update<'_> {
     }
 }
 
-/// A [`Step`] in the precision of the update.
-struct Rates<A> {
+/// The coefficients of a [`Step`] and the scale of its gradients, in the precision of the update.
+struct Coefficients<A> {
     scale: A,
-    keep: A,
-    rate: A,
-    root: A,
+    weight_scale: A,
+    step_size: A,
+    root_scale: A,
     eps: A,
     beta1: A,
-    gain1: A,
+    one_minus_beta1: A,
     beta2: A,
-    gain2: A,
+    one_minus_beta2: A,
 }
 
-impl<A: Real> Rates<A> {
+impl<A: Real> Coefficients<A> {
     fn new(step: &Step, scale: f64) -> Self {
         Self {
             scale: A::of(scale),
-            keep: A::of(step.keep()),
-            rate: A::of(step.rate(step.number)),
-            root: A::of(step.root(step.number)),
+            weight_scale: A::of(step.weight_scale()),
+            step_size: A::of(step.step_size(step.number)),
+            root_scale: A::of(step.root_scale(step.number)),
             eps: A::of(step.eps),
             beta1: A::of(step.beta1),
-            gain1: A::of(1.0 - step.beta1),
+            one_minus_beta1: A::of(1.0 - step.beta1),
             beta2: A::of(step.beta2),
-            gain2: A::of(1.0 - step.beta2),
+            one_minus_beta2: A::of(1.0 - step.beta2),
         }
     }
 
@@ -169,27 +169,32 @@ impl<A: Real> Rates<A> {
     #[inline(always)]
     fn apply(&self, w: A, g: A, m: &mut A, v: &mut A) -> A {
         let g = g * self.scale;
-        *m = *m * self.beta1 + g * self.gain1;
-        *v = *v * self.beta2 + g * g * self.gain2;
-        w * self.keep - self.rate * *m / (v.sqrt() * self.root + self.eps)
+        *m = *m * self.beta1 + g * self.one_minus_beta1;
+        *v = *v * self.beta2 + g * g * self.one_minus_beta2;
+        w * self.weight_scale - self.step_size * *m / (v.sqrt() * self.root_scale + self.eps)
     }
 }
 
 /// Parameters `p`, gradients `g` and moments `m`, `v`, all of one length.
-fn update<A: Real>(p: &mut [A], g: &[A], m: &mut [A], v: &mut [A], rates: &Rates<A>) {
+fn update<A: Real>(p: &mut [A], g: &[A], m: &mut [A], v: &mut [A], coefficients: &Coefficients<A>) {
     let tasks = p
         .par_chunks_mut(TASK_ELEMENTS)
         .zip(g.par_chunks(TASK_ELEMENTS))
         .zip(m.par_chunks_mut(TASK_ELEMENTS).zip(v.par_chunks_mut(TASK_ELEMENTS)));
     tasks.for_each(|((p, g), (m, v))| {
         for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-            *p = rates.apply(*p, g, m, v);
+            *p = coefficients.apply(*p, g, m, v);
         }
     });
 }
 
-/// The same for parameters that are roundings of their master weights `w`.
-fn update_half<P: Element<Acc = f32>>(p: &mut [P], g: &[P], [m, v, w]: [&mut [f32]; 3], rates: &Rates<f32>) {
+/// As [`update`], for parameters that are roundings of their master weights `w`.
+fn update_half<P: Element<Acc = f32>>(
+    p: &mut [P],
+    g: &[P],
+    [m, v, w]: [&mut [f32]; 3],
+    coefficients: &Coefficients<f32>,
+) {
     let tasks = p
         .par_chunks_mut(TASK_ELEMENTS)
         .zip(g.par_chunks(TASK_ELEMENTS))
@@ -197,7 +202,7 @@ fn update_half<P: Element<Acc = f32>>(p: &mut [P], g: &[P], [m, v, w]: [&mut [f3
         .zip(w.par_chunks_mut(TASK_ELEMENTS));
     tasks.for_each(|(((p, g), (m, v)), w)| {
         for ((((p, &g), m), v), w) in p.iter_mut().zip(g).zip(m).zip(v).zip(w) {
-            *w = rates.apply(*w, g.up(), m, v);
+            *w = coefficients.apply(*w, g.up(), m, v);
             *p = P::down(*w);
         }
     });

@@ -1,4 +1,4 @@
-//! The Euclidean norm of all gradients together, and what it says about an update.
+//! The Euclidean norm of all gradients together, and the clipping or skipping of an update by it.
 
 use candle_core::Tensor;
 
@@ -23,14 +23,15 @@ enum Squares {
 }
 
 impl GradientSquares {
-    /// Of these gradients on one device: f64, f32, f16 or bf16 on the CPU, where sums are f64; f32, f16 or bf16 on a
-    /// GPU, where sums are f32 and a gradient above 1e19 counts as one that is not finite. At least one.
+    /// Sums the squares of these gradients on one device, at least one gradient: f64, f32, f16 or bf16 on the CPU,
+    /// where sums are f64; f32, f16 or bf16 on a GPU, where sums are f32 and a gradient above 1e19 counts as one that
+    /// is not finite.
     ///
     /// # Errors
     /// No gradient, or one of another dtype.
     pub fn new(gradients: &[&Tensor]) -> Result<Self> {
         let Some(first) = gradients.first() else {
-            return Err(Error::Invalid("the norm of no gradient".into()));
+            return Err(Error::Invalid("the norm of an empty list of gradients".into()));
         };
         on_gpu!(first.device(), G => {
             let layout = PartialSums::new(gradients.iter().map(|t| t.elem_count()).collect())?;
@@ -46,7 +47,7 @@ impl GradientSquares {
     /// threads. Waits for the device.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn norm(&self) -> Result<f64> {
         match &self.0 {
             Squares::Cpu(sums) => Ok(sums.iter().sum::<f64>().sqrt()),
@@ -58,10 +59,10 @@ impl GradientSquares {
         }
     }
 
-    /// The number of the first gradient that is not finite. Waits for the device.
+    /// The position in the list of the first gradient that is not finite. Waits for the device.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn first_not_finite(&self) -> Result<Option<usize>> {
         match &self.0 {
             Squares::Cpu(sums) => Ok(sums.iter().position(|sum| !sum.is_finite())),
@@ -70,13 +71,13 @@ impl GradientSquares {
         }
     }
 
-    /// What the norm and the sum of `losses` (f32, on the gradients' GPU) say about an update. Nothing waits for the
-    /// device.
+    /// The verdict on an update from the norm and the sum of `losses` (f32, on the gradients' GPU), computed on the
+    /// GPU. The host does not wait for it.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a weight or a norm to clip to that is not above 0; [`Error::Unsupported`] on the CPU,
-    /// where the host knows both.
-    #[cfg_attr(not(feature = "gpu"), allow(unused_variables))]
+    /// where [`GradientSquares::norm`] does not wait for a device.
+    #[cfg_attr(not(feature = "gpu"), allow(unused_variables, reason = "only a GPU computes verdicts"))]
     pub fn verdict(&self, losses: &Tensor, limits: &Limits) -> Result<PendingVerdict> {
         #[cfg(feature = "gpu")]
         if let Squares::Gpu { layout, sums } = &self.0 {
@@ -92,9 +93,9 @@ impl GradientSquares {
 /// When a gradient is clipped and when an update is skipped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
-    /// Gradients and losses are sums, to be divided by this.
+    /// Gradients and losses are sums; this is what they are divided by.
     pub weight: f64,
-    /// The norm to which a longer gradient is shortened.
+    /// Maximum norm: a gradient of greater norm is scaled down to it.
     pub clip: f64,
     /// The update is skipped if the loss is above this.
     pub loss: f32,
@@ -103,7 +104,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// For the norm alone.
+    /// No limits, to compute the norm alone.
     #[cfg(feature = "gpu")]
     const NONE: Self = Self { weight: 1.0, clip: 1.0, loss: f32::INFINITY, norm: f32::INFINITY };
 }
@@ -115,7 +116,7 @@ pub struct Verdict {
     pub loss: f32,
     /// The norm of the gradient before clipping.
     pub norm: f32,
-    /// What the summed gradients are multiplied by; not finite where the update is skipped.
+    /// The factor of the summed gradients; not finite where the update is skipped.
     pub factor: f32,
 }
 
@@ -138,10 +139,10 @@ impl PendingVerdict {
         &self.verdict
     }
 
-    /// Waits for the verdict; on CUDA not for anything that was launched after it.
+    /// Waits for the verdict; on CUDA, launches after it are not waited for.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn read(self) -> Result<Verdict> {
         match (self.reading)()?[..] {
             [loss, norm, factor] => Ok(Verdict { loss, norm, factor }),

@@ -1,9 +1,9 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the norm of gradients by which it is clipped.
 //!
 //! [`State`] holds the moments of one parameter, and the f32 master weight of an f16 or bf16 parameter;
-//! [`State::update`] moves the parameter in place. [`GradientSquares`] sums up the squares of all gradients. On a GPU
-//! its [`verdict`](GradientSquares::verdict) says how an update is scaled, or that it is skipped, without the host
-//! having to know: [`Scale::of_verdict`].
+//! [`State::update`] updates the parameter in place. [`GradientSquares`] sums up the squares of all gradients. On a GPU
+//! its [`verdict`](GradientSquares::verdict) is the scale of an update, or that it is skipped. It is computed and read
+//! there, without a copy to the host: [`Scale::of_verdict`].
 
 mod cpu;
 #[cfg(feature = "gpu")]
@@ -28,30 +28,30 @@ pub struct Step {
     pub beta1: f64,
     /// Decay of the second moment, in [0, 1).
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
-    /// Decoupled decay of the weight, times the learning rate.
+    /// Decoupled weight decay: a weight is multiplied by `1 - lr * weight_decay`.
     pub weight_decay: f64,
 }
 
 impl Step {
     /// The learning rate with the bias correction of the first moment after `t` updates.
-    fn rate(&self, t: u32) -> f64 {
+    fn step_size(&self, t: u32) -> f64 {
         self.lr / (1.0 - self.beta1.powf(f64::from(t)))
     }
 
     /// The factor of the root of the second moment that corrects its bias after `t` updates.
-    fn root(&self, t: u32) -> f64 {
+    fn root_scale(&self, t: u32) -> f64 {
         (1.0 - self.beta2.powf(f64::from(t))).sqrt().recip()
     }
 
-    /// What is kept of a weight.
-    fn keep(&self) -> f64 {
+    /// The factor of a weight by its decay.
+    fn weight_scale(&self) -> f64 {
         1.0 - self.lr * self.weight_decay
     }
 }
 
-/// What the gradients of an update are multiplied by.
+/// The factor of the gradients of an update.
 #[derive(Debug, Clone)]
 pub struct Scale(ScaleOf);
 
@@ -62,14 +62,14 @@ enum ScaleOf {
 }
 
 impl Scale {
-    /// A factor that the host knows, for parameters on `device`.
+    /// A factor that is given on the host, for parameters on `device`.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn new(factor: f64, device: &Device) -> Result<Self> {
         Ok(Self(match on_cpu(device) {
             true => ScaleOf::Host(factor),
-            // A verdict: loss, norm and factor.
+            // A verdict of loss 0 and norm 0.
             false => ScaleOf::Verdict {
                 verdict: Tensor::new(&[0f32, 0.0, factor as f32], device)?,
                 previous: None,
@@ -77,11 +77,10 @@ impl Scale {
         }))
     }
 
-    /// A factor that only a GPU knows: that of a [`PendingVerdict::tensor`], which also may say that the update is
-    /// skipped.
+    /// The factor of a verdict in GPU memory, a [`PendingVerdict::tensor`], by which the update may also be skipped.
     ///
     /// `previous` is the verdict on the update of the parameter before this one, where the host has not read it yet. If
-    /// that update was skipped, the number of this one is one less than [`Step::number`] says.
+    /// that update was skipped, the number of this one is one less than [`Step::number`].
     pub fn of_verdict(verdict: &Tensor, previous: Option<&Tensor>) -> Self {
         Self(ScaleOf::Verdict { verdict: verdict.clone(), previous: previous.cloned() })
     }
@@ -89,7 +88,7 @@ impl Scale {
 
 /// The moments of one parameter, and its master weight.
 ///
-/// Moments are f32 (f64 for an f64 parameter) whatever the dtype of the parameter. An f16 or bf16 parameter is the
+/// Moments are f32 (f64 for an f64 parameter). An f16 or bf16 parameter is the
 /// rounding of an f32 master weight, so that updates below its resolution add up.
 #[derive(Debug)]
 pub struct State(StateOf);
@@ -120,7 +119,7 @@ impl State {
     /// Moments of zero for a parameter in f32, f16 or bf16, or f64 on the CPU.
     ///
     /// # Errors
-    /// Another dtype, and what the device reports.
+    /// Another dtype, and errors of the device.
     pub fn new(parameter: &Var) -> Result<Self> {
         if on_cpu(parameter.device()) {
             return Ok(Self(StateOf::Cpu(cpu::State::new(parameter)?)));
@@ -137,7 +136,8 @@ impl State {
         Ok(Self(StateOf::Gpu { m: zeros()?, v: zeros()?, master }))
     }
 
-    /// Whether [`State::update`] takes a verdict that only the device knows ([`Scale::of_verdict`]): on a GPU.
+    /// Whether [`State::update`] can take the scale of a verdict in GPU memory ([`Scale::of_verdict`]): for a parameter
+    /// on a GPU.
     pub fn takes_verdict(&self) -> bool {
         matches!(self.0, StateOf::Gpu { .. })
     }
@@ -145,11 +145,11 @@ impl State {
     /// A copy of the state as tensors on the CPU.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Errors of the device.
     pub fn save(&self, parameter: &Var) -> Result<SavedState> {
         match &self.0 {
             StateOf::Cpu(state) => Ok(state.save(parameter.shape())?),
-            // Updates are made in place, so that these must be copies.
+            // Later updates change the tensors in place.
             StateOf::Gpu { m, v, master } => {
                 let copy = |t: &Tensor| copied(t, &Device::Cpu);
                 Ok(SavedState { m: copy(m)?, v: copy(v)?, master: master.as_ref().map(copy).transpose()? })
@@ -160,7 +160,7 @@ impl State {
     /// The state of `parameter` that [`State::save`] gave.
     ///
     /// # Errors
-    /// Tensors of another shape or dtype, and what the device reports.
+    /// Tensors of another shape or dtype, and errors of the device.
     pub fn restore(parameter: &Var, saved: &SavedState) -> Result<Self> {
         let (device, wide) = (parameter.device(), acc_dtype(parameter.dtype()));
         for t in [Some(&saved.m), Some(&saved.v), saved.master.as_ref()].into_iter().flatten() {
@@ -199,7 +199,7 @@ impl State {
     ///
     /// # Errors
     /// [`Error::Invalid`] for a gradient of another shape or dtype than the parameter, or the scale of another device.
-    #[cfg_attr(not(feature = "gpu"), allow(unused_variables))]
+    #[cfg_attr(not(feature = "gpu"), allow(unused_variables, reason = "only a GPU reads verdicts"))]
     pub fn update(&mut self, parameter: &Var, gradient: &Tensor, step: &Step, scale: &Scale) -> Result<()> {
         if gradient.dims() != parameter.dims() || gradient.dtype() != parameter.dtype() {
             return Err(Error::Invalid(format!(
@@ -227,16 +227,16 @@ impl State {
                 refused("adamw", &parameter)
             }
             (StateOf::Cpu(_), ScaleOf::Verdict { .. }) => {
-                Err(Error::Invalid("adamw: a parameter on the CPU, and a scale that a GPU knows".into()))
+                Err(Error::Invalid("adamw: the parameter is on the CPU, the scale on a GPU".into()))
             }
             (StateOf::Gpu { .. }, ScaleOf::Host(_)) => {
-                Err(Error::Invalid("adamw: a parameter on a GPU, and a scale for the CPU".into()))
+                Err(Error::Invalid("adamw: the parameter is on a GPU, the scale on the CPU".into()))
             }
         }
     }
 }
 
-/// A copy on `device`, which no update in place reaches.
+/// A copy on `device` with memory of its own, which updates in place do not change.
 fn copied(t: &Tensor, device: &Device) -> candle_core::Result<Tensor> {
     if t.device().same_device(device) { t.copy() } else { t.to_device(device) }
 }

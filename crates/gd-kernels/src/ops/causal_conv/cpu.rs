@@ -1,4 +1,4 @@
-//! The CPU body of [`causal_conv`](super::causal_conv): one pass forward and one backward.
+//! The CPU implementation of [`causal_conv`](super::causal_conv): one pass forward and one backward.
 
 use candle_core::{Shape, Tensor};
 
@@ -18,29 +18,29 @@ pub(super) fn convolve(
     boundaries: Option<Vec<Vec<usize>>>,
 ) -> Result<Tensor> {
     Ok(by_float!("causal_conv", x.dtype(), T => {
-        let taps = taps::<T>(weight)?;
-        let y = with_window::<T, _>(x, &past, boundaries.as_deref(), |window| forward(window, &taps))?;
+        let filter = transposed::<T>(weight)?;
+        let y = with_window::<T, _>(x, &past, boundaries.as_deref(), |window| forward(window, &filter))?;
         attach2("causal_conv", x, weight, (y, x.shape().clone()), move |x, weight, dy| {
             backward::<T>(x, weight, &past, boundaries.as_deref(), dy)
         })?
     }))
 }
 
-/// The weight as `[W, C]`, so that one tap of all channels is one row.
-fn taps<T: Element>(weight: &Tensor) -> Result<Vec<T::Acc>> {
+/// The weight transposed to `[W, C]`, so that coefficient `w` of all channels is one row.
+fn transposed<T: Element>(weight: &Tensor) -> Result<Vec<T::Acc>> {
     let (channels, width) = weight.dims2()?;
     let (storage, layout) = weight.storage_and_layout();
     let rows = Rows::<T>::new(&storage, layout)?;
-    let mut taps = vec![T::Acc::default(); width * channels];
+    let mut filter = vec![T::Acc::default(); width * channels];
     for c in 0..channels {
         for (w, &value) in rows.row(c).iter().enumerate() {
-            taps[w * channels + c] = value.up();
+            filter[w * channels + c] = value.up();
         }
     }
-    Ok(taps)
+    Ok(filter)
 }
 
-/// x with the rows before it.
+/// The input rows x `[B, N, C]`, and the rows before them `[B, W - 1, C]`.
 struct Window<'a, T> {
     x: Rows<'a, T>,
     past: Rows<'a, T>,
@@ -50,7 +50,7 @@ struct Window<'a, T> {
 }
 
 impl<'a, T: Element> Window<'a, T> {
-    /// The input of tap `w` for row `t` of batch entry `b`: row `t - (W - 1) + w`.
+    /// The input row that coefficient `w` multiplies for output row `t` of batch entry `b`: row `t - (W - 1) + w`.
     #[inline(always)]
     fn row(&self, b: usize, t: usize, w: usize) -> &'a [T] {
         let before = self.width - 1;
@@ -60,9 +60,9 @@ impl<'a, T: Element> Window<'a, T> {
         }
     }
 
-    /// For row `t` of batch entry `b` the first tap that meets a row of its sequence, and the end of the
-    /// sequence.
-    fn reach(&self, b: usize, t: usize) -> (usize, usize) {
+    /// For row `t` of batch entry `b`: the first coefficient whose input row belongs to the same sequence, and the end
+    /// of that sequence.
+    fn sequence_bounds(&self, b: usize, t: usize) -> (usize, usize) {
         match self.boundaries {
             None => (0, self.n),
             Some(boundaries) => {
@@ -85,7 +85,7 @@ fn with_window<T: Element, R>(
     Ok(f(&Window { x: Rows::new(&xs, xl)?, past: Rows::new(&ps, pl)?, boundaries, n, width }))
 }
 
-fn forward<T: Element>(window: &Window<T>, taps: &[T::Acc]) -> Vec<T> {
+fn forward<T: Element>(window: &Window<T>, filter: &[T::Acc]) -> Vec<T> {
     let channels = window.x.len();
     let mut y = vec![T::zero(); window.x.count() * channels];
     let rows = rows_per_chunk(channels);
@@ -95,10 +95,10 @@ fn forward<T: Element>(window: &Window<T>, taps: &[T::Acc]) -> Vec<T> {
             for (j, y) in y.chunks_exact_mut(channels).enumerate() {
                 let (b, t) = ((chunk * rows + j) / window.n, (chunk * rows + j) % window.n);
                 sum.fill(T::Acc::default());
-                let (first, _) = window.reach(b, t);
-                for (w, tap) in taps.chunks_exact(channels).enumerate().skip(first) {
-                    for ((s, &x), &tap) in sum.iter_mut().zip(window.row(b, t, w)).zip(tap) {
-                        *s += x.up() * tap;
+                let (first, _) = window.sequence_bounds(b, t);
+                for (w, coefficients) in filter.chunks_exact(channels).enumerate().skip(first) {
+                    for ((s, &x), &c) in sum.iter_mut().zip(window.row(b, t, w)).zip(coefficients) {
+                        *s += x.up() * c;
                     }
                 }
                 y.iter_mut().zip(&sum).for_each(|(y, &s)| *y = T::down(s));
@@ -122,7 +122,7 @@ fn backward<T: Element>(
     let dy = with_contiguous_rows(dy)?;
     let (ds, dl) = dy.storage_and_layout();
     let dy_rows = Rows::<T>::new(&ds, dl)?;
-    let taps = taps::<T>(weight)?;
+    let filter = transposed::<T>(weight)?;
     let rows = rows_per_chunk(channels);
     let mut dx = vec![T::zero(); dy_rows.count() * channels];
     let mut parts = vec![T::Acc::default(); dy_rows.count().div_ceil(rows) * width * channels];
@@ -132,21 +132,21 @@ fn backward<T: Element>(
             vectorize(|| {
                 for (j, dx) in dx.chunks_exact_mut(channels).enumerate() {
                     let (b, t) = ((chunk * rows + j) / n, (chunk * rows + j) % n);
-                    let present = dy_rows.row(b * n + t);
+                    let dy_t = dy_rows.row(b * n + t);
                     sum.fill(T::Acc::default());
-                    let (first, end) = window.reach(b, t);
-                    let both = taps.chunks_exact(channels).zip(dw.chunks_exact_mut(channels));
-                    for (w, (tap, dw)) in both.enumerate() {
+                    let (first, end) = window.sequence_bounds(b, t);
+                    let both = filter.chunks_exact(channels).zip(dw.chunks_exact_mut(channels));
+                    for (w, (coefficients, dw)) in both.enumerate() {
                         if w >= first {
-                            for ((dw, &x), &dy) in dw.iter_mut().zip(window.row(b, t, w)).zip(present) {
+                            for ((dw, &x), &dy) in dw.iter_mut().zip(window.row(b, t, w)).zip(dy_t) {
                                 *dw += x.up() * dy.up();
                             }
                         }
                         let later = t + width - 1 - w;
                         if later < end {
                             let dy = dy_rows.row(b * n + later);
-                            for ((s, &dy), &tap) in sum.iter_mut().zip(dy).zip(tap) {
-                                *s += dy.up() * tap;
+                            for ((s, &dy), &c) in sum.iter_mut().zip(dy).zip(coefficients) {
+                                *s += dy.up() * c;
                             }
                         }
                     }
@@ -155,9 +155,9 @@ fn backward<T: Element>(
             });
         });
     })?;
-    let by_tap = sum_rows(&parts, width * channels);
+    let dw_transposed = sum_rows(&parts, width * channels);
     let dw: Vec<T> =
-        (0..channels * width).map(|i| T::down(by_tap[i % width * channels + i / width])).collect();
+        (0..channels * width).map(|i| T::down(dw_transposed[i % width * channels + i / width])).collect();
     let shape = Shape::from((channels, width));
     Ok([Tensor::from_vec(dx, x.shape(), x.device())?, Tensor::from_vec(dw, shape, x.device())?])
 }

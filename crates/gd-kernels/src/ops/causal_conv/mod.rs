@@ -12,13 +12,15 @@ use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 use crate::mask::check_boundaries;
 
-/// Convolves every channel of `x` with its own filter: `y[b,t,c] = sum_w weight[c,w] x[b,t-W+1+w,c]`.
+/// Convolves each channel of `x` with its own causal filter: `y[b,t,c] = sum_w weight[c,w] x[b,t-W+1+w,c]`.
 ///
-/// * `x`: `[B, N, C]`; `weight`: `[C, W]` of the same dtype (f64, f32, f16 or bf16 on the CPU; f32, f16 or bf16 on a GPU).
+/// * `x`: `[B, N, C]`; `weight`: `[C, W]` of the same dtype (f64, f32, f16 or bf16 on the CPU; f32, f16 or bf16 on a
+///   GPU).
 /// * `state`: the last W - 1 rows of an earlier call `[B, W-1, C]`; without it the rows before the start are 0.
 ///
-/// Returns y `[B, N, C]` and the new state, so that a sequence may be given in chunks, down to single rows. x and weight
-/// get gradients. The state is a constant: no gradient flows into `state`, and the returned state is detached.
+/// Returns y `[B, N, C]` and the new state, with which the next call continues the sequence; chunks of a sequence may
+/// be as short as one row. x and weight get gradients. The state is a constant: no gradient flows into `state`, and the
+/// returned state is detached.
 ///
 /// # Errors
 /// [`Error::Invalid`] for shapes or dtypes that do not fit, [`Error::Unsupported`] for a device without kernels in this
@@ -51,12 +53,16 @@ pub fn causal_conv(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Resul
     Ok((convolve(&x, weight, past, None)?, next))
 }
 
-/// [`causal_conv`] for packed sequences, each of which starts with rows of 0 before it. `boundaries` holds, for every
-/// batch entry or once for all, the rows `[0, e1, e2, .., N]` where they start and end, as in
-/// [`Mask::packed`](crate::Mask::packed).
+/// [`causal_conv`] of packed sequences: the rows before the start of each sequence count as 0.
+///
+/// * `x`: `[B, N, C]`; `weight`: `[C, W]`, as for [`causal_conv`].
+/// * `boundaries`: the rows `[0, e1, e2, .., N]` where the sequences start and end, one list for all batch entries or
+///   one for each, as in [`Mask::packed`](crate::Mask::packed).
+///
+/// Returns y `[B, N, C]`. x and weight get gradients.
 ///
 /// # Errors
-/// As [`causal_conv`], and boundaries that do not rise from 0 to N.
+/// As [`causal_conv`], and [`Error::Invalid`] for boundaries that do not rise from 0 to N.
 pub fn packed_causal_conv(x: &Tensor, weight: &Tensor, boundaries: &[Vec<usize>]) -> Result<Tensor> {
     let (batch, n, channels, width) = validate(x, weight, None)?;
     check_boundaries(boundaries, batch, n)?;
@@ -94,8 +100,8 @@ fn validate(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Result<(usiz
         )));
     }
     if *width == 1 && !on_cpu(x.device()) {
-        // The state has no elements then, and candle holds no such tensor there.
-        return Err(Error::Unsupported("causal_conv of width 1 on a GPU; 2 or more is".into()));
+        // The state would have no elements, and candle has no empty tensors on a GPU.
+        return Err(Error::Unsupported("causal_conv of width 1 on a GPU; 2 or more is supported".into()));
     }
     if weight.dtype() != x.dtype() {
         return Err(Error::Invalid(format!(

@@ -1,9 +1,10 @@
-//! Output projection and loss in one: the logits of all rows never exist together.
+//! Output projection and loss as one operator, without the logits of all rows in memory, as in Liger Kernel's fused
+//! linear cross entropy (Hsu et al., arXiv 2410.10989).
 //!
-//! Rows go through in chunks. The logits of each chunk become its loss and their own gradient at once, and from that
-//! the gradients of hidden states and weights, so that the backward pass has nothing left to do but to scale them.
-//! Compared with computing the logits again there, this saves one of four products and holds the weights' gradient a
-//! little earlier.
+//! The forward pass takes the rows in chunks. For each chunk it computes the logits, the losses, the gradient of the
+//! logits, and from that the gradients of hidden states and weights; the backward pass only scales these. Compared with
+//! computing the logits again in the backward pass, this saves one of four matrix products, but the gradient of the
+//! weights is held from the forward pass on.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -16,7 +17,7 @@ use crate::backend::cpu::element::{Element, Real, acc_dtype};
 use crate::backend::graph::{Finished, attach2, with_contiguous_rows};
 use crate::error::Result;
 
-/// A mean over rows of a loss of their logits, as one kind of device computes it.
+/// The mean over rows of a loss of their logits, computed chunk by chunk on one kind of device.
 pub(super) trait ChunkedLoss {
     /// The rows of each chunk, in order and without gaps.
     fn chunks(&self) -> Vec<Range<usize>>;
@@ -28,13 +29,13 @@ pub(super) trait ChunkedLoss {
     /// The mean of the losses that were added, a scalar without a graph.
     fn mean(self) -> Result<Tensor>;
 
-    /// A gradient times the gradient of the loss, a scalar.
+    /// `gradient` times the gradient `by` of the loss, a scalar.
     fn scaled(gradient: &Tensor, by: &Tensor) -> candle_core::Result<Tensor>;
 }
 
 /// The mean of `loss` over the logits `hidden weightᵀ`, differentiable by both.
 ///
-/// * `name`: of the operator in candle's graph.
+/// * `name`: the name of the operator in candle's graph.
 /// * `hidden`: `[rows, C]`; `weight`: `[V, C]`, of one dtype.
 pub(super) fn chunked<L: ChunkedLoss>(
     name: &'static str,
@@ -120,12 +121,12 @@ where
 
     fn scaled(gradient: &Tensor, by: &Tensor) -> candle_core::Result<Tensor> {
         let by = by.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-        // The usual case: nothing but the loss is differentiated.
+        // The usual case: the loss itself is differentiated.
         if by == 1.0 { Ok(gradient.clone()) } else { gradient * by }
     }
 }
 
-/// A loss on a GPU. Nothing waits for the device: the number of counted rows and the loss stay there.
+/// A loss on a GPU. The number of counted rows and the loss stay in its memory, so that the host does not wait for it.
 ///
 /// `row_losses` gets the rows of a chunk, their logits and targets. It returns the loss of every row, and with weights
 /// of the rows the gradient of the weighted sum of the losses.
@@ -142,12 +143,12 @@ impl<F> DeviceLoss<F>
 where
     F: Fn(Range<usize>, &Tensor, &Tensor, Option<&Tensor>) -> Result<(Tensor, Option<Tensor>)>,
 {
-    /// For targets u32 `[rows]` and weights `[V, C]`, in chunks of at most `max_logits` logits, of about equal size: a
-    /// last one of few rows would cost as much as another.
+    /// For targets u32 `[rows]` and weights `[V, C]`, in chunks of at most `max_logits` logits. The chunks are of about
+    /// equal size, since a last chunk of few rows would take about as long as a full one.
     pub(super) fn new(targets: &Tensor, weight: &Tensor, max_logits: usize, row_losses: F) -> Result<Self> {
         let (rows, vocab) = (targets.dim(0)?, weight.dim(0)?);
-        let count = rows.div_ceil((max_logits / vocab).max(1));
-        let chunks = (0..count).map(|i| i * rows / count..(i + 1) * rows / count).collect();
+        let chunk_count = rows.div_ceil((max_logits / vocab).max(1));
+        let chunks = (0..chunk_count).map(|i| i * rows / chunk_count..(i + 1) * rows / chunk_count).collect();
         let row_weight = counted_rows(targets, acc_dtype(weight.dtype()))?.recip()?;
         Ok(Self { targets: targets.clone(), chunks, row_weight, losses: Vec::new(), row_losses })
     }
@@ -181,17 +182,18 @@ where
     }
 }
 
-/// Logits that exist at a time on the CPU where the vocabulary is small: 4 MiB in f32.
+/// Logits of a chunk on the CPU where the vocabulary is small: 4 MiB in f32.
 const CPU_CHUNK_LOGITS: usize = 1 << 20;
 
-/// The fewest rows of a chunk on the CPU.
+/// Minimum number of rows of a chunk on the CPU.
 const MIN_CHUNK_ROWS: usize = 16;
 
 /// The number of rows whose logits exist at a time on the CPU, for a vocabulary of `vocab` tokens and hidden states of
 /// `hidden_size` elements.
 ///
-/// With a large vocabulary a product of few rows does little but read the weights, and their gradient is held in any
-/// case, so that logits of a quarter of its size cost little more.
+/// With a large vocabulary, a product of few rows is limited by reading the weights, so that chunks must not be small.
+/// The gradient of the weights, `[vocab, hidden_size]`, is held in any case; logits of a quarter of its size add little
+/// memory.
 pub fn chunk_rows(vocab: usize, hidden_size: usize) -> usize {
     (CPU_CHUNK_LOGITS / vocab).max(hidden_size / 4).max(MIN_CHUNK_ROWS)
 }
@@ -208,7 +210,7 @@ mod tests {
     use super::super::{IGNORE, composed_losses, linear_cross_entropy};
     use super::*;
 
-    /// What the kernels do with the logits of some rows, from candle's operations.
+    /// Losses and gradients of the logits of a chunk as the kernels compute them, composed of candle operations.
     fn row_losses(
         _: Range<usize>,
         logits: &Tensor,
@@ -222,7 +224,7 @@ mod tests {
         Ok((losses, grads.get(&logits).cloned()))
     }
 
-    /// Loss and gradients against those of the CPU's own passes, for chunks of one row, a few and all.
+    /// Loss and gradients against those of the CPU implementation, for chunks of one row, of three rows and of all.
     #[test]
     fn chunks_together_have_the_loss_and_the_gradients_of_all_rows() -> Result<()> {
         let (rows, c, v) = (11usize, 6usize, 9usize);
@@ -263,7 +265,7 @@ mod tests {
                     let close = (a - b).abs() <= bound * (1.0 + b.abs());
                     assert!(close, "{dtype:?} {max_logits} {i}: {a}, not {b}");
                 }
-                // Where no gradient is wanted.
+                // Without gradients.
                 let got = in_chunks(&hidden.detach(), &weights.detach())?;
                 let off = got.to_dtype(DType::F64)?.to_scalar::<f64>()? - expected[0];
                 let close = off.abs() <= bound * (1.0 + expected[0].abs());

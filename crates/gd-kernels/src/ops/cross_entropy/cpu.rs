@@ -1,5 +1,5 @@
-//! The CPU body of the losses: one pass that stores one number a row, and a backward pass that writes the gradient of
-//! the logits directly. Sums run in f32 (f64 for f64).
+//! The CPU implementation of the losses: a forward pass that stores the logsumexp of every row, and a backward pass
+//! that writes the gradient of the logits directly. Sums run in f32 (f64 for f64).
 
 use candle_core::{DType, Shape, Tensor, WithDType};
 
@@ -11,7 +11,7 @@ use crate::backend::graph::{attach1, with_contiguous_rows};
 use crate::by_float;
 use crate::error::Result;
 
-/// One number a row.
+/// One number for each row, in the accumulator type.
 pub(super) type PerRow<T> = Vec<<T as Element>::Acc>;
 
 /// The mean loss of validated tensors.
@@ -44,7 +44,8 @@ pub(super) fn row_losses(logits: &Tensor, targets: Vec<u32>) -> Result<Tensor> {
     })
 }
 
-/// The same without a graph, and the gradient of the logits for the sum of the losses weighted by `weights` `[rows]`.
+/// The losses of [`row_losses`] without a graph, and the gradient of the logits for the sum of the losses weighted by
+/// `weights` `[rows]`.
 pub(super) fn row_losses_and_gradient(
     logits: &Tensor,
     targets: &[u32],
@@ -93,7 +94,7 @@ pub(super) fn forward<T: Element>(
     Ok((losses, log_sums))
 }
 
-/// `(softmax - one-hot) * scale`, with a scale for every row.
+/// The gradient of the logits, `(softmax - one-hot) * scale`, with a scale for every row.
 pub(super) fn backward<T: Element>(
     logits: &Tensor,
     targets: &[u32],

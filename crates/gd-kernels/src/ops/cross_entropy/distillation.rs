@@ -1,5 +1,5 @@
-//! Distillation: cross entropy, and beside it the Kullback-Leibler divergence of the logits from those of a teacher
-//! (Hinton et al., arXiv 1503.02531, at temperature 1).
+//! Distillation: cross entropy plus the Kullback-Leibler divergence from the distribution of a teacher (Hinton et al.,
+//! arXiv 1503.02531, at temperature 1).
 
 use candle_core::Tensor;
 
@@ -14,12 +14,13 @@ use crate::backend::dispatch::on_cpu;
 use crate::by_float;
 use crate::error::{Error, Result};
 
-/// Logits of each model that exist at a time on a GPU: 256 MiB in f32, and a few arrays of that size beside them.
+/// Maximum number of logits of a chunk on a GPU, for each of the two models: 256 MiB in f32. The composition holds
+/// several arrays of that size.
 const GPU_CHUNK_LOGITS: usize = 1 << 26;
 
 /// The mean over counted rows of `CE(s, target) + kl * KL(softmax(t) || softmax(s))`, in nats, with the student's
-/// logits `s = hidden weightᵀ` and the teacher's logits `t = teacher_hidden teacher_weightᵀ`, of which a few rows exist
-/// at a time.
+/// logits `s = hidden weightᵀ` and the teacher's logits `t = teacher_hidden teacher_weightᵀ`, of which only a
+/// chunk of rows is in memory at a time.
 ///
 /// * `hidden`: `[rows, C]` and `weight`: `[V, C]`, the student's.
 /// * `targets`: u32 `[rows]`, each below V or [`IGNORE`].

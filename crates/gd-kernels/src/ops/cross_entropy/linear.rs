@@ -1,4 +1,4 @@
-//! Cross entropy of hidden states behind an output projection.
+//! Cross entropy of hidden states and an output projection.
 
 use candle_core::{DType, Tensor};
 
@@ -14,11 +14,12 @@ use crate::backend::support::require_device;
 use crate::by_float;
 use crate::error::{Error, Result};
 
-/// Logits that exist at a time on a GPU: 512 MiB in bf16, and as much of their gradient.
+/// Maximum number of logits of a chunk on a GPU: 512 MiB in bf16, and as much of their gradient.
 #[cfg(feature = "gpu")]
 const GPU_CHUNK_LOGITS: usize = 1 << 28;
 
-/// [`cross_entropy`](super::cross_entropy) of the logits `hidden weightᵀ`, of which a few rows exist at a time.
+/// [`cross_entropy`](super::cross_entropy) of the logits `hidden weightᵀ`, of which only a chunk of rows is in memory
+/// at a time.
 ///
 /// * `hidden`: `[rows, C]`; `weight`: `[V, C]`, of one dtype.
 /// * `targets`: u32 `[rows]`, each below V or [`IGNORE`](super::IGNORE).
@@ -70,8 +71,12 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) 
     })
 }
 
-/// [`token_losses`] of the logits `hidden weightᵀ`, of which a few rows exist at a time: the loss of every row in nats,
-/// 0 for ignored rows, without gradient.
+/// [`token_losses`] of the logits `hidden weightᵀ`, of which only a chunk of rows is in memory at a time.
+///
+/// * `hidden`: `[rows, C]`; `weight`: `[V, C]`, of one dtype.
+/// * `targets`: u32 `[rows]`, each below V or [`IGNORE`](super::IGNORE).
+///
+/// Returns the loss of every row in nats, 0 for ignored rows, without gradient.
 ///
 /// # Errors
 /// As [`token_losses`].

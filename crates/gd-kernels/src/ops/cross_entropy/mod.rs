@@ -1,8 +1,8 @@
 //! Cross entropy of next-token prediction, in nats.
 //!
 //! [`cross_entropy`] takes logits. [`linear_cross_entropy`] takes the hidden states and the weights of the output
-//! projection instead, and holds the logits of a few rows at a time; [`linear_distillation`] adds the
-//! Kullback-Leibler divergence from the logits of a teacher. Rows with the target [`IGNORE`] do not count.
+//! projection instead, and holds the logits of one chunk of rows at a time; [`linear_distillation`] adds the
+//! Kullback-Leibler divergence from the distribution of a teacher. Rows with the target [`IGNORE`] do not count.
 
 mod chunked;
 mod cpu;
@@ -20,10 +20,10 @@ use crate::backend::dispatch::on_gpu;
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
-/// The target of a row that is not to be predicted: no loss, no gradient, not counted in the mean.
+/// The target of a row that is not predicted: no loss, no gradient, not counted in the mean.
 pub const IGNORE: u32 = u32::MAX;
 
-/// The number of targets that are to be predicted, for targets u32 `[rows]`. Reads them on the host.
+/// The number of targets u32 `[rows]` that are not [`IGNORE`]. Copies them to the host.
 ///
 /// # Errors
 /// Targets of another dtype or shape.
@@ -35,14 +35,15 @@ fn count(targets: &[u32]) -> usize {
     targets.iter().filter(|&&t| t != IGNORE).count()
 }
 
-/// The mean over counted rows of `logsumexp(logits) - logits[target]`.
+/// The mean over counted rows of `logsumexp(logits) - logits[target]`, in nats.
 ///
 /// * `logits`: `[rows, V]`, f64, f32, f16 or bf16 on the CPU; f32, f16 or bf16 on a GPU. Any strides.
 /// * `targets`: u32 `[rows]`, each below V or [`IGNORE`].
 ///
 /// Returns a scalar in f32 (f64 for f64 logits). Where every row is ignored it is 0, and so is its gradient. `logits`
-/// gets a gradient, `(softmax - one-hot) / counted rows`, written in one pass. On a GPU nothing waits for the device,
-/// so that a target outside the vocabulary is not refused there: it has probability 0 and the loss is infinite.
+/// gets a gradient, `(softmax - one-hot) / counted rows`, written in one pass. On a GPU the host does not wait
+/// for the device, so that a target outside the vocabulary is no error there: it has probability 0 and the loss is
+/// infinite.
 ///
 /// # Errors
 /// [`Error::Invalid`] for shapes that do not fit, no rows, or (on the CPU) a target outside the vocabulary;
@@ -69,7 +70,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     cpu::cross_entropy(logits, checked_targets(targets, vocab)?)
 }
 
-/// The loss of every row, 0 for ignored rows, without gradient. Waits for the device.
+/// The loss of every row of logits `[rows, V]` with targets u32 `[rows]`, in nats, 0 for ignored rows, without
+/// gradient. Waits for the device.
 ///
 /// # Errors
 /// As [`cross_entropy`]; a target outside the vocabulary is an error on every device.
@@ -82,7 +84,8 @@ pub fn token_losses(logits: &Tensor, targets: &Tensor) -> Result<Vec<f32>> {
     cpu::token_losses(&logits, &host_targets)
 }
 
-/// The loss of every row, `[rows]` in f32 (f64 for f64 logits), 0 for ignored rows. `logits` gets a gradient.
+/// The loss of every row of logits `[rows, V]` with targets u32 `[rows]`: `[rows]` in nats, in f32 (f64 for f64
+/// logits), 0 for ignored rows. `logits` gets a gradient.
 ///
 /// # Errors
 /// As [`cross_entropy`].
@@ -130,7 +133,7 @@ fn validate(logits: &Tensor, targets: &Tensor) -> Result<usize> {
     Ok(logits.dim(1)?)
 }
 
-/// The targets on the host.
+/// Copies the targets to the host and checks that they lie in the vocabulary.
 fn checked_targets(targets: &Tensor, vocab: usize) -> Result<Vec<u32>> {
     let targets = targets.to_vec1::<u32>()?;
     match targets.iter().position(|&t| t as usize >= vocab && t != IGNORE) {
@@ -142,15 +145,15 @@ fn checked_targets(targets: &Tensor, vocab: usize) -> Result<Vec<u32>> {
     }
 }
 
-/// The number of counted rows, at least 1, as a scalar on the targets' device: nothing waits for it.
+/// The number of counted rows, at least 1, as a scalar on the device of the targets. The host does not wait for it.
 fn counted_rows(targets: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
     targets.ne(IGNORE)?.to_dtype(dtype)?.sum_all()?.maximum(1.0)
 }
 
 /// `x - logsumexp(x)` of every row, in f32 (f64 for f64), from operations that have gradients.
 ///
-/// The greatest element of a row is a constant here. `candle_nn` differentiates it, too: that sum over the row should
-/// cancel and leaves its rounding, 1 % of a gradient in f32 with 70,000 logits a row.
+/// The maximum of a row is detached. `candle_nn` differentiates through it: its gradient is a sum over the row that is
+/// 0 but for rounding, which is 1 % of a gradient in f32 with 70,000 logits a row.
 fn log_softmax(x: &Tensor) -> candle_core::Result<Tensor> {
     let x = x.to_dtype(crate::backend::cpu::element::acc_dtype(x.dtype()))?;
     let x = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?;

@@ -1,7 +1,8 @@
-//! Rows of an embedding table, with a backward pass that goes over the rows that were read.
+//! Rows of an embedding table on a GPU, with a backward pass over an inverse index (row to its reads).
 //!
-//! candle's own goes over all reads one after the other for every element of a row (`index_add`), and is most of
-//! a training step where the vocabulary is large.
+//! In candle's own backward pass (`index_add`), each thread adds up all reads sequentially, which takes most of a
+//! training step where the vocabulary is large. The sum here is that of the value gradient of a selection: the table is
+//! the values of one head, and every read is a query that selected one row with weight 1.
 
 use candle_core::{DType, Tensor};
 
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::ops::select::gpu::inverse_index::InverseIndex;
 use crate::ops::select::gpu::launch::{Rule, SelectPlan, Sizes, sum_rows};
 
-/// The rows `ids` of a table; the gradient of each row is the sum of those of its reads, in their order.
+/// The rows `ids` u32 `[reads]` of a table `[V, C]`.
 pub(crate) fn embedding<G: TensorGpu>(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let ((rows, _), reads) = (table.dims2()?, ids.dims1()?);
     if ids.dtype() != DType::U32 || reads == 0 || rows == 0 {

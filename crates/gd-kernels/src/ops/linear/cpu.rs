@@ -1,4 +1,4 @@
-//! The CPU body of [`linear`](super::linear) for f32 activations and half-precision weights.
+//! The CPU implementation of [`linear`](super::linear) for f32 activations and half-precision weights.
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -12,7 +12,7 @@ use crate::error::Result;
 /// The most rows of `x` that read the stored weights directly. With more rows, widening the weights once costs less.
 const MAX_DIRECT_ROWS: usize = 8;
 
-/// Weight elements that one task reads.
+/// Weight elements per task.
 const TASK_ELEMENTS: usize = 1 << 15;
 
 /// Projects f32 `x` by f16 or bf16 `weight`, both validated.
@@ -26,7 +26,7 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// Many rows: one matrix product with the weights in f32.
+/// More rows: one matrix product with the weights widened to f32.
 fn product<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let weight = weight.contiguous()?;
     let wide = {
@@ -54,7 +54,7 @@ fn widen<T: Element<Acc = f32>>(narrow: &[T]) -> Vec<f32> {
     wide
 }
 
-/// A few rows: one pass over the stored weights.
+/// Up to [`MAX_DIRECT_ROWS`] rows: one pass over the stored weights.
 fn direct<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (x, weight) = (with_contiguous_rows(x)?, with_contiguous_rows(weight)?);
     let mut shape = x.dims().to_vec();
@@ -78,7 +78,7 @@ fn direct<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> 
 fn multiply<T: Element<Acc = f32>>(x: &Rows<f32>, weight: &Rows<T>) -> Vec<f32> {
     let (rows, outputs) = (x.count(), weight.count());
     let outputs_per_task = (TASK_ELEMENTS / weight.len().max(1)).max(1);
-    // Transposed, so that the results of a task lie together.
+    // Transposed, so that the results of a task are contiguous.
     let mut transposed = vec![0f32; outputs * rows];
     if rows > 0 {
         transposed.par_chunks_mut(outputs_per_task * rows).enumerate().for_each(|(task, out)| {
@@ -123,7 +123,7 @@ mod tests {
                 (vec![1, 0], 8, 4),
             ] {
                 if dtype == DType::F32 && lead.contains(&0) {
-                    // candle's own product has no answer for no rows.
+                    // candle's matrix product fails without rows.
                     continue;
                 }
                 let shape = [&lead[..], &[inputs]].concat();

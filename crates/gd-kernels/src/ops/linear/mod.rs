@@ -15,9 +15,9 @@ use crate::error::{Error, Result};
 ///
 /// Returns `[.., O]` in the dtype of `x`. All tensors get gradients, in their own dtypes.
 ///
-/// f16 or bf16 weights under f32 activations give what the same weights in f32 would give, from half the memory:
-/// a decoding step does little else than read weights. On the CPU up to 8 rows of `x` go through one pass over the
-/// stored weights; more rows, and other devices, go through candle's matrix product with the weights widened for it.
+/// f16 or bf16 weights with f32 activations give the result of the same weights widened to f32, from half the memory;
+/// the time of a decoding step is mostly that of reading the weights. On the CPU, up to 8 rows of `x` are computed in
+/// one pass over the stored weights; more rows, and other devices, use candle's matrix product with widened weights.
 ///
 /// # Errors
 /// [`Error::Invalid`] if `x` is a scalar, or its last dimension is not that of `weight`.

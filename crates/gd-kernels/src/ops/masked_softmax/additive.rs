@@ -7,15 +7,15 @@ use crate::mask::Mask;
 
 /// The bias of a hidden key: finite, so that a row without keys stays finite too.
 const HIDDEN_BIAS: f32 = -1e30;
-/// The same for f16, whose numbers end at 65504.
+/// The bias of a hidden key in f16, whose largest number is 65504.
 const HIDDEN_BIAS_F16: f32 = -6e4;
-/// A mask value below this hides a key.
+/// A mask value of this or less hides a key.
 const HIDDEN_BELOW: f32 = -1e4;
 
 /// The additive form of `mask` for `[B, N, M]`: the bias `[B|1, 1, N, M]` in the dtype and on the device of `like`, and
 /// a factor `[B|1, 1, N, 1]` that is 0 for queries without keys (none if every query sees one).
 ///
-/// Two numbers per query are copied to the device, instead of one for each of its keys.
+/// Only the first and the last visible key of each query are copied to the device, instead of N * M biases.
 pub(super) fn additive(
     mask: &Mask,
     [batch, n, m]: [usize; 3],
@@ -30,7 +30,7 @@ pub(super) fn additive(
     };
     let keys = Tensor::arange(0u32, m as u32, like.device())?.reshape((1, 1, 1, m))?;
     let (start, end) = (column(|r| r.start as u32)?, column(|r| r.end as u32)?);
-    // 1 where a key lies before the visible range or behind it.
+    // 1 for keys before or after the visible range.
     let outside = (keys.broadcast_lt(&start)? + keys.broadcast_ge(&end)?)?.to_dtype(DType::F32)?;
     let bias = (outside * f64::from(hidden))?.to_dtype(like.dtype())?;
     let sees_a_key = || start.lt(&end)?.to_dtype(like.dtype());
@@ -38,16 +38,16 @@ pub(super) fn additive(
 }
 
 impl Mask {
-    /// Reads an additive mask as an interval mask.
+    /// Converts an additive mask to an interval mask.
     ///
-    /// * `mask`: `[N, M]`, or with leading dimensions of which all entries are alike: 0 where the key is visible, minus
+    /// * `mask`: `[N, M]`, or with leading dimensions of which all entries are equal: 0 where the key is visible, minus
     ///   infinity (or any value of -10000 or less) elsewhere.
     /// * `offset`: the key position of query 0.
     ///
     /// Causal masks, sliding windows and full visibility are recognised. The values are read on the host.
     ///
     /// # Errors
-    /// A mask of another form, or one that holds a bias between 0 and -10000.
+    /// [`Error::Invalid`] for a mask of another form, or a value between -10000 and 0.
     ///
     /// # Examples
     /// ```
@@ -92,7 +92,7 @@ mod tests {
 
     use super::*;
 
-    /// The same built key by key on the host.
+    /// The result of [`additive`], built key by key on the host.
     fn key_by_key(
         mask: &Mask,
         [batch, n, m]: [usize; 3],

@@ -1,5 +1,5 @@
-//! The CPU body of [`masked_softmax`](super::masked_softmax): one pass forward and one backward, each over the visible
-//! interval of every row.
+//! The CPU implementation of [`masked_softmax`](super::masked_softmax): one pass forward and one backward, each over
+//! the visible interval of every row.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use crate::by_float;
 use crate::error::Result;
 use crate::mask::Mask;
 
-/// Rows that one task takes.
+/// Rows per task.
 const TASK_ROWS: usize = 64;
 
 /// The weights of scores `[B, H, N, M]`.
@@ -65,6 +65,7 @@ fn for_visible<T: Send>(
     });
 }
 
+/// The softmax of a row.
 fn forward<T: Element>(x: &[T], out: &mut [T]) {
     let top = maximum(x);
     for (o, x) in out.iter_mut().zip(x) {
@@ -76,7 +77,7 @@ fn forward<T: Element>(x: &[T], out: &mut [T]) {
     }
 }
 
-/// `dx = p (dp - <p, dp>)`.
+/// The gradient of a row of scores, `dx = p (dp - <p, dp>)`.
 fn backward<T: Element>(p: &[T], dp: &[T], out: &mut [T]) {
     let mean = sum2(p, dp, |p, d| p.up() * d.up());
     for ((o, p), d) in out.iter_mut().zip(p).zip(dp) {

@@ -1,4 +1,4 @@
-//! Softmax over the keys that a mask leaves to each query.
+//! Softmax over the visible keys of each query.
 
 mod additive;
 mod cpu;
@@ -15,9 +15,10 @@ use crate::mask::Mask;
 /// * `scores`: `[B, H, N, M]` in f64, f32, f16 or bf16, of any strides.
 /// * `mask`: which of the M keys each of the N queries sees.
 ///
-/// Returns the weights `[B, H, N, M]` in the dtype of `scores`: 0 for keys that a query does not see, and 0 for all
-/// keys of a query that sees none. `scores` gets a gradient. On the CPU one pass each way over the visible interval of
-/// every row; on a GPU a composition of candle's operations with an additive mask.
+/// Returns the weights `exp(score) / sum(exp(score))` over the visible keys, `[B, H, N, M]` in the dtype of `scores`: 0
+/// for keys that a query does not see, and 0 for all keys of a query that sees none. `scores` gets a gradient. On the
+/// CPU, forward and backward pass are one pass each over the visible interval of every row; on a GPU, a composition of
+/// candle's operations with an additive mask.
 ///
 /// # Errors
 /// Scores that are not of rank 4, a mask that does not fit them, or another dtype.
@@ -41,14 +42,14 @@ pub fn masked_softmax(scores: &Tensor, mask: &Mask) -> Result<Tensor> {
     Ok(composed(scores, mask)?)
 }
 
-/// The same from candle's operations that have gradients.
+/// [`masked_softmax`] composed of candle operations that have gradients.
 fn composed(scores: &Tensor, mask: &Mask) -> candle_core::Result<Tensor> {
     let (b, _, n, m) = scores.dims4()?;
     let (bias, sees_a_key) = additive(mask, [b, n, m], scores)?;
     let scores = scores.broadcast_add(&bias)?;
     let exp = scores.broadcast_sub(&scores.max_keepdim(3)?)?.exp()?;
     let weights = exp.broadcast_div(&exp.sum_keepdim(3)?)?;
-    // A row of the mask without a single key is uniform after the softmax, but must have no weight.
+    // The softmax of a row without visible keys is uniform, but its weights must be 0.
     match sees_a_key {
         Some(factor) => weights.broadcast_mul(&factor),
         None => Ok(weights),

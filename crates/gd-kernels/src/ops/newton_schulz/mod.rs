@@ -13,8 +13,10 @@ const ITERATIONS: usize = 5;
 /// The orthogonal factor `U Vᵀ` of a matrix `x = U S Vᵀ`, approximately: five iterations of
 /// `X ← a X + (b X Xᵀ + c (X Xᵀ)²) X` from `x / ‖x‖` (Jordan et al., Muon, 2024).
 ///
-/// `x` is a matrix of floats; the result has its shape and dtype. Its singular values lie within 0.68..1.21 where
-/// those of `x` are at least 0.002 of its Frobenius norm. A matrix of zeros stays one.
+/// * `x`: `[rows, columns]`, f64, f32, f16 or bf16.
+///
+/// Returns a matrix of the shape and dtype of `x`. Its singular values lie within 0.68..1.21 where
+/// those of `x` are at least 0.002 of its Frobenius norm. The result for a matrix of zeros is zeros.
 ///
 /// # Errors
 /// A tensor that is not a matrix of floats.

@@ -1,4 +1,4 @@
-//! The CPU body of [`rms_norm`](super::rms_norm): one pass forward and one backward.
+//! The CPU implementation of [`rms_norm`](super::rms_norm): one pass forward and one backward.
 
 use candle_core::Tensor;
 use num_traits::Float;

@@ -1,4 +1,4 @@
-//! The CPU body of [`rotary`](super::rotary): one pass, which is its own backward pass with the negative angles.
+//! The CPU implementation of [`rotary`](super::rotary): one pass. The backward pass is the same with negative angles.
 
 use candle_core::{Shape, Tensor};
 
@@ -39,6 +39,7 @@ pub(super) fn rotary(x: &Tensor, [cos, sin]: [&Tensor; 2], offsets: &[usize]) ->
     })
 }
 
+/// The rows of `x` rotated by the angles of their positions, and their shape.
 fn rotate<T: Element>(
     x: &Tensor,
     [cos, sin]: &[Tensor; 2],

@@ -1,5 +1,5 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864), half-split as in Llama: element `i` of the first half of
-//! a row and element `i` of the second half are a pair, which turns by the angle `position * theta^(-2i / D)`.
+//! a row and element `i` of the second half are a pair, which is rotated by the angle `position * theta^(-2i / D)`.
 
 mod cpu;
 #[cfg(feature = "gpu")]
@@ -11,7 +11,8 @@ use crate::backend::dispatch::on_gpu;
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
-/// Rotates row `n` of every head of `x` by the angles of position `offset + n`.
+/// Rotates row `n` of every head of `x` by the angles of position `offset + n`: with `x1` and `x2` the halves of a row,
+/// `y1 = x1 cos - x2 sin` and `y2 = x2 cos + x1 sin`.
 ///
 /// * `x`: `[B, H, N, D]` with an even D, f64, f32, f16 or bf16 on the CPU; f32, f16 or bf16 on a GPU. Any strides: a
 ///   transposed `[B, N, H, D]` is read in place.
@@ -22,14 +23,14 @@ use crate::error::{Error, Result};
 /// angles; `cos` and `sin` are constants.
 ///
 /// # Errors
-/// [`Error::Invalid`] if the shapes do not fit, positions lie beyond the angles, or the angles have another dtype than
-/// the one named above; [`Error::Unsupported`] for another dtype, or a device without kernels in this build.
+/// [`Error::Invalid`] if the shapes do not fit, positions exceed those of the angles, or the angles have another dtype
+/// than named above; [`Error::Unsupported`] for another dtype, or a device without kernels in this build.
 ///
 /// # Examples
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 ///
-/// // One head of two elements: position 1 turns by a quarter.
+/// // One head of two elements; the angle of position 1 is 90 degrees.
 /// let cos = Tensor::new(&[[1f32], [0.0]], &Device::Cpu)?;
 /// let sin = Tensor::new(&[[0f32], [1.0]], &Device::Cpu)?;
 /// let x = Tensor::new(&[[[[3f32, 4.0], [3.0, 4.0]]]], &Device::Cpu)?;

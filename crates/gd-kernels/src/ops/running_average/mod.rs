@@ -5,10 +5,11 @@
 //! `log d_t = logaddexp(log a_t + log d_(t-1), write_t)` and the share of the present value
 //! `g_t = e^(write_t - log d_t)` in [0, 1], `m_t = m_(t-1) + g_t (v_t - m_(t-1))`.
 //!
-//! The scalars of a head run over the whole sequence. The value rows run in blocks of fixed length, all at once, with an
-//! ordered carry between them, so that results have the same bits for any number of threads.
+//! The scalars of a head are computed sequentially over the whole sequence. The value rows are computed in blocks of
+//! fixed length in parallel, with a sequential carry between the blocks, so that results have the same bits for any
+//! number of threads.
 
-pub(crate) mod cpu;
+mod cpu;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 
@@ -20,20 +21,22 @@ use crate::backend::graph::with_contiguous_rows;
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
-/// What [`running_average`] carries from one part of a sequence to the next. Constants, without gradient, in f32 (f64
-/// for f64 input).
+/// The state of a [`running_average`] after a part of a sequence, with which the next call continues it. In f32 (f64
+/// for f64 input), without gradient.
 #[derive(Debug, Clone)]
 pub struct AverageState {
     /// The last average `[B, H, D]`.
     pub mean: Tensor,
-    /// `log d` `[B, H]`: minus infinity before anything was written.
+    /// `log d` `[B, H]`, the logarithm of the denominator; minus infinity at the start of a sequence.
     pub log_weight: Tensor,
 }
 
 /// The sizes of a running average.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-// Public for the launches, which builds for a GPU export to tests.
-#[cfg_attr(not(feature = "gpu"), allow(unreachable_pub))]
+#[cfg_attr(
+    not(feature = "gpu"),
+    allow(unreachable_pub, reason = "builds for a GPU export it to tests of launches")
+)]
 pub struct Sizes {
     /// B.
     pub batch: usize,
@@ -45,17 +48,17 @@ pub struct Sizes {
     pub rows: usize,
     /// D.
     pub dim: usize,
-    /// Of all tensors but states.
+    /// The dtype of all tensors but the states.
     pub dtype: DType,
 }
 
 impl Sizes {
-    /// Independent recurrences, B * H.
+    /// The number of independent recurrences, B * H.
     pub(crate) fn sequences(&self) -> usize {
         self.batch * self.heads
     }
 
-    /// Averages that share one value head.
+    /// The number of averages that share a value head, H / Hk.
     pub(crate) fn group(&self) -> usize {
         self.heads / self.value_heads
     }
@@ -69,13 +72,13 @@ impl Sizes {
 /// Gated running averages of the values, `m_t = n_t / d_t` with `n_t = a_t n_(t-1) + e^(write_t) v_t`,
 /// `d_t = a_t d_(t-1) + e^(write_t)` and `a_t = sigmoid(decay_t)`.
 ///
-/// * `decay`, `write`: logits `[B, H, N]`; `v`: `[B, Hk, N, D]`, all of one dtype (f64, f32, f16 or bf16 on the CPU; f32,
-///   f16 or bf16 on a GPU). H is a multiple of Hk; average h reads value head `h / (H / Hk)`.
-/// * `state`: what an earlier call returned, to continue its sequence; none at the start.
+/// * `decay`, `write`: logits `[B, H, N]`; `v`: `[B, Hk, N, D]`, all of one dtype (f64, f32, f16 or bf16 on the CPU;
+///   f32, f16 or bf16 on a GPU). H is a multiple of Hk; average h reads value head `h / (H / Hk)`.
+/// * `state`: the state that the call for the preceding part of the sequence returned; none at the start.
 ///
 /// Returns m `[B, H, N, D]` and the state after the last row. decay, write and v get gradients; `state` and the
 /// returned state are constants. A decay of minus infinity discards everything before (a sequence boundary); a write
-/// weight of minus infinity leaves the average unchanged. No other input gives NaN, as long as it is finite.
+/// weight of minus infinity leaves the average unchanged. Finite inputs never give NaN.
 ///
 /// # Errors
 /// [`Error::Invalid`] for shapes or dtypes that do not fit, [`Error::Unsupported`] for a device without kernels in this
@@ -107,6 +110,7 @@ pub fn running_average(
     cpu::running_average(sizes, [&decay, &write, &v], state)
 }
 
+/// Checks shapes, dtypes and devices; returns the sizes.
 fn validate(decay: &Tensor, write: &Tensor, v: &Tensor, state: Option<&AverageState>) -> Result<Sizes> {
     let ([batch, heads, n], [vb, value_heads, vn, d]) = (decay.dims(), v.dims()) else {
         return Err(Error::Invalid(format!(

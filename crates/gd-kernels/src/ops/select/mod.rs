@@ -1,9 +1,9 @@
-//! `select`: from candidates to one value row per query and head, or to nothing.
+//! `select`: the value row of one candidate for every query and head, or zeros where the head abstains.
 //!
-//! The energies of the candidates pass the barrier; threshold, winner and gate follow; and for every further round of
-//! refinement the same with the residual query. The flow is written once, over the steps that each kind of device
-//! implements (`rounds`). Each step has a backward pass of its own in O(N * K * D), and gradients of keys are summed
-//! over an inverse index (key to queries) in a fixed order.
+//! The barrier is applied to the energies of the candidates, then the threshold, the choice of the winner and the gate;
+//! a further round of refinement repeats this with the residual query. `rounds` has this sequence once, in terms of
+//! steps that each kind of device implements. Each step has a backward pass of its own in O(N * K * D), and gradients
+//! of keys are summed over an inverse index (key to queries) in a fixed order.
 
 mod cpu;
 #[cfg(feature = "gpu")]
@@ -26,43 +26,48 @@ use crate::backend::graph::with_contiguous_rows;
 use crate::error::Result;
 use crate::ops::scan::Candidates;
 
-/// What was selected. The record is that of the first round; energies are those compared, that is
-/// after the barrier.
+/// The result of [`select()`]. Index, energy, margin, gate and coherence point are those of the first round; energies
+/// are those after the barrier.
 #[derive(Debug, Clone)]
 pub struct Selected {
     /// Output `[B, Hq, N, Dv]`, dtype of v, differentiable.
     pub y: Tensor,
     /// Selected key `[B, Hq, N]`, i32; -1 where the head abstained.
     pub index: Tensor,
-    /// Its energy, +inf where the head abstained; f32 (f64 for f64 tensors), as the next three.
+    /// Energy of the selected key `[B, Hq, N]`, +inf where the head abstained; f32 (f64 for f64 tensors), as the next
+    /// three.
     pub energy: Tensor,
-    /// Energy of the runner-up that the threshold admits less that of the winner; +inf without one.
+    /// Energy of the runner-up that the threshold admits minus that of the winner; +inf without one.
     pub margin: Tensor,
-    /// What scaled the row: the consistency gate, 1 without one, 0 where the head abstained.
+    /// The consistency gate by which the value row was multiplied; 1 without one, 0 where the head abstained.
     pub gate: Tensor,
     /// Coherence point u* on the passage from query to key; 0 (the query) where the head abstained.
     /// Present when alpha is given.
     pub coherence: Option<Tensor>,
-    /// The energies that were compared, of every candidate `[B, Hq, N, K]`: those of the scan, or those behind the
-    /// barrier. [`scan_select`](crate::scan_select) has that of the winner alone, K = 1.
+    /// The energies that the selection compared, for every candidate `[B, Hq, N, K]`: those of the scan, or those after
+    /// the barrier. [`scan_select`](crate::scan_select) has that of the winner alone, K = 1.
     pub compared: Tensor,
-    /// What each further round of refinement selected.
+    /// The selections of the further rounds of refinement.
     pub later: Vec<Round>,
 }
 
 /// A further round of refinement.
 #[derive(Debug, Clone)]
 pub struct Round {
-    /// The selected key `[B, Hq, N]`, i32; -1 where the head abstained, in this round or before.
+    /// The selected key `[B, Hq, N]`, i32; -1 where the head abstained in this round or an earlier one.
     pub index: Tensor,
-    /// What it added to the output `[B, Hq, N, Dv]`, in the accumulator type and without gradient.
+    /// Its contribution to the output `[B, Hq, N, Dv]`, in the accumulator type and without gradient.
     pub y: Tensor,
 }
 
 /// Selects one value row for every query and head among its candidates, or abstains (y = 0).
 ///
-/// * `q`: `[B, Hq, N, D]`; `k`: `[B, Hk, M, D]`; `v`: `[B, Hk, M, Dv]`, of one dtype and device: f64, f32, f16 or bf16 on
-///   the CPU; f32, f16 or bf16 on a GPU. Hq is a multiple of Hk; query head h reads key-value head `h / (Hq / Hk)`.
+/// `y = gate * v[j]` for the candidate j of least energy, if its energy is at most the threshold; energies are
+/// `beta |q - k|^2 - prior` or, with [`Score::Dot`](crate::Score::Dot), `-beta <q, k> - prior`. The gradient of the
+/// choice is that of the [`Estimator`](crate::Estimator).
+///
+/// * `q`: `[B, Hq, N, D]`; `k`: `[B, Hk, M, D]`; `v`: `[B, Hk, M, Dv]`, of one dtype and device: f64, f32, f16 or bf16
+///   on the CPU; f32, f16 or bf16 on a GPU. Hq is a multiple of Hk; query head h reads key-value head `h / (Hq / Hk)`.
 /// * `candidates`: from a [`scan`](crate::scan) of the same q and k. On a GPU at most 64 a query.
 ///
 /// Differentiable in q, k, v and in the tensors of `select`: prior, beta, alpha, threshold and rounds. Forward and

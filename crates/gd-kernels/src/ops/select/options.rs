@@ -1,13 +1,13 @@
-//! How to select.
+//! The options of `select`.
 
 use candle_core::Tensor;
 
 use crate::options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
 
-/// How to select among candidates.
+/// The options of a selection among candidates.
 ///
 /// [`Select::new`] gives hard selection with the gradient of [`Estimator::Candidates`] at temperature 1, without
-/// threshold, gate or floors; the `with_` methods set the rest.
+/// threshold, gate or floors; the `with_` methods set the other options.
 ///
 /// # Examples
 /// ```
@@ -35,15 +35,16 @@ pub struct Select<'a> {
     pub threshold: Option<&'a Tensor>,
     /// Weight of the query's well per query head `[Hq]`, in (0, 1); when given, coherence points are resolved.
     pub alpha: Option<&'a Tensor>,
-    /// What scales the selected row.
+    /// The factor of the selected row.
     pub gate: Gate,
     /// Gradient of the choice.
     pub estimator: Estimator,
     /// Temperature T > 0 of the estimator's softmax.
     pub temperature: f64,
-    /// Preserve floor f in [0, 1].
+    /// Preserve floor f in [0, 1]: the share of the estimator's softmax that is spread evenly over the candidates.
     pub preserve_floor: f64,
-    /// Value floor lambda in [0, 1].
+    /// Value floor lambda in [0, 1]: the share of the values' gradient that is weighted by the softmax instead of given
+    /// to the winner.
     pub value_floor: f64,
     /// Share h in [0, 1] of the hard forward pass: `y = (1 - h) blend + h hard`.
     pub hardness: f64,
@@ -51,7 +52,7 @@ pub struct Select<'a> {
     pub barrier: Option<Barrier>,
     /// Weights of the refinement rounds `[Hq, R]`; without them one round of weight 1.
     pub rounds: Option<&'a Tensor>,
-    /// Which well stands for a pair with two.
+    /// Which of two wells the coherence point of a query and a key lies in.
     pub coherence: CoherenceMode,
 }
 
@@ -112,7 +113,7 @@ impl<'a> Select<'a> {
         self
     }
 
-    /// Sets what scales the selected row.
+    /// Sets the factor of the selected row.
     #[must_use]
     pub fn with_gate(mut self, gate: Gate) -> Self {
         self.gate = gate;
@@ -168,7 +169,7 @@ impl<'a> Select<'a> {
         self
     }
 
-    /// Sets which well stands for a pair with two.
+    /// Sets which of two wells the coherence point of a query and a key lies in.
     #[must_use]
     pub fn with_coherence(mut self, coherence: CoherenceMode) -> Self {
         self.coherence = coherence;
@@ -176,10 +177,12 @@ impl<'a> Select<'a> {
     }
 }
 
-/// The options of a selection that do not lie in tensors.
+/// The options of a selection that are not tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
-// Public for the launches, which builds for a GPU export to tests.
-#[cfg_attr(not(feature = "gpu"), allow(unreachable_pub))]
+#[cfg_attr(
+    not(feature = "gpu"),
+    allow(unreachable_pub, reason = "builds for a GPU export it to tests of launches")
+)]
 pub struct Rule {
     /// How keys are scored.
     pub score: Score,
@@ -195,16 +198,16 @@ pub struct Rule {
     pub value_floor: f64,
     /// Share of the hard forward pass.
     pub hardness: f64,
-    /// Temperature of the energy gate, if the selected row has one.
+    /// Temperature of the energy gate; none without that gate.
     pub gate_temperature: Option<f64>,
     /// Conditional protection.
     pub barrier: Option<Barrier>,
-    /// Which well stands for a pair with two.
+    /// Which of two wells the coherence point of a query and a key lies in.
     pub coherence: CoherenceMode,
 }
 
 impl Rule {
-    /// The rule of these options.
+    /// The options of `select` that are not tensors.
     pub(crate) fn of(select: &Select) -> Self {
         Self {
             score: select.score,

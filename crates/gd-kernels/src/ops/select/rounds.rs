@@ -1,5 +1,5 @@
-//! The flow of a selection, which is the same on every device: energies, barrier, choice, and for every further round
-//! of refinement the same with the residual query and the remaining candidates.
+//! The sequence of steps of a selection, which is the same on every device: energies, barrier, choice; then the same
+//! for every further round of refinement, with the residual query and the remaining candidates.
 
 use candle_core::Tensor;
 
@@ -13,7 +13,7 @@ use crate::options::{Estimator, Gate};
 ///
 /// Parameters, energies and records are tensors of the accumulator type: f32, or f64 for f64.
 pub(super) trait Steps {
-    /// The keys that each query may select, and what the steps derive from them.
+    /// The keys that each query may select, and data that the steps derive from them.
     type Keys;
 
     /// The keys of candidates i32 `[B, Hq, N, K]`, -1 where unused.
@@ -25,15 +25,15 @@ pub(super) trait Steps {
     /// The candidates without the selected ones. A query that abstained has none left.
     fn remaining_keys(&self, keys: &Self::Keys, record: &Record) -> Result<Self::Keys>;
 
-    /// The energies `[B, Hq, N, K]` of candidates, differentiable in q, k and `aux`, which is beta `[Hq]` followed by the
-    /// flat prior. `scanned` holds them if the scan of the same q and k has computed them.
+    /// The energies `[B, Hq, N, K]` of candidates, differentiable in q, k and `aux`, which is beta `[Hq]` followed by
+    /// the flat prior. `scanned` holds them if the scan of the same q and k has computed them.
     fn energy(&self, qk_aux: [&Tensor; 3], keys: &Self::Keys, scanned: Option<&Tensor>) -> Result<Tensor>;
 
-    /// The energies behind the barrier, given u8 flags `[B, Hq, N, K]` of the protected candidates.
+    /// The energies after the barrier, given u8 flags `[B, Hq, N, K]` of the protected candidates.
     fn barrier(&self, energy: &Tensor, keys: &Self::Keys, protected: &Tensor) -> Result<Tensor>;
 
     /// The output `[B, Hq, N, Dv]` of the choice at these energies and thresholds `[Hq]`, with this share of the hard
-    /// forward pass, and what was chosen.
+    /// forward pass, and the record of the choice.
     fn choose(
         &self,
         energy_v_threshold: [&Tensor; 3],
@@ -51,7 +51,7 @@ pub(super) trait Steps {
     fn residual(&self, qk: [&Tensor; 2], keys: &Self::Keys) -> Result<Tensor>;
 }
 
-/// What every row chose, `[B, Hq, N]` each, without gradient.
+/// The choice of every row, `[B, Hq, N]` each, without gradient.
 pub(super) struct Record {
     /// The winning slot, i32; -1 where the row abstains.
     pub(super) slot: Tensor,
@@ -61,7 +61,7 @@ pub(super) struct Record {
     pub(super) nearest: Tensor,
     /// Its energy; +inf where the row abstains.
     pub(super) energy: Tensor,
-    /// Energy of the runner-up that the threshold admits less that of the winner; +inf without one.
+    /// Energy of the runner-up that the threshold admits minus that of the winner; +inf without one.
     pub(super) margin: Tensor,
     /// The energy gate, 1 without one; 0 where the row abstains.
     pub(super) gate: Tensor,
@@ -90,8 +90,8 @@ pub(super) fn run<S: Steps>(
         None => Tensor::full(f32::INFINITY, sizes.q_heads, q.device())?.to_dtype(acc)?,
     };
     let rounds = s.rounds.map_or(1, |r| r.dims()[1]);
-    // Where no gradient is wanted, the energies of the first round are those of the scan: decoding then needs no copy
-    // of the whole prior.
+    // Without gradients, the energies of the first round are those of the scan: decoding then needs no copy of the
+    // whole prior.
     let differentiate = [Some(q), Some(k), Some(&beta), s.prior].into_iter().flatten().any(Tensor::track_op);
     let aux = match s.prior.filter(|_| differentiate || rounds > 1) {
         Some(p) => Tensor::cat(&[&beta, &vector(&p.flatten_all()?)?], 0)?,
@@ -138,7 +138,7 @@ pub(super) fn run<S: Steps>(
     Ok(Selected { y: y.to_dtype(v.dtype())?, index, energy, margin, gate, coherence, compared, later })
 }
 
-/// One round: the choice, and what alpha says about it.
+/// One round: the choice, and with alpha the coherence point and the coherence gate.
 fn choose<S: Steps>(
     steps: &S,
     [q, k, v]: [&Tensor; 3],
@@ -153,10 +153,10 @@ fn choose<S: Steps>(
     if s.gate != Gate::Coherence {
         return Ok(Outcome { y, record, coherence });
     }
-    // Of the nearest key even where it is not admitted: like the energy gate, it scales the estimator's gradient
-    // there, so that a row can learn its way back.
+    // The density of the nearest key, admitted or not: like the energy gate, it also scales the estimator's gradient of
+    // a row that abstains, which can so learn to select again.
     let density = steps.density([q, k, &aux], &steps.single_keys(&record.nearest)?)?;
-    // The gate of the record is 1, or 0 where the row abstains.
+    // Without an energy gate, the gate of the record is 1, or 0 where the row abstains.
     record.gate = record.gate.gt(0.0)?.where_cond(&density.detach(), &record.gate)?;
     let scaled =
         |y: &Tensor| -> Result<Tensor> { Ok(y.broadcast_mul(&density.unsqueeze(3)?.to_dtype(v.dtype())?)?) };

@@ -4,8 +4,10 @@ use candle_core::DType;
 
 /// The sizes of a selection: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, candidates `[B, Hq, N, K]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-// Public for the launches, which builds for a GPU export to tests.
-#[cfg_attr(not(feature = "gpu"), allow(unreachable_pub))]
+#[cfg_attr(
+    not(feature = "gpu"),
+    allow(unreachable_pub, reason = "builds for a GPU export it to tests of launches")
+)]
 pub struct Sizes {
     /// B.
     pub batch: usize,
@@ -21,20 +23,20 @@ pub struct Sizes {
     pub head_dim: usize,
     /// Dv.
     pub value_dim: usize,
-    /// K: candidates of a query, protected ones counted.
+    /// K: candidates of a query, protected ones included.
     pub slots: usize,
-    /// Of q, k and v.
+    /// The dtype of q, k and v.
     pub dtype: DType,
 }
 
 impl Sizes {
     /// Query rows: B * Hq * N.
-    #[cfg_attr(not(feature = "gpu"), allow(unreachable_pub))]
+    #[cfg_attr(not(feature = "gpu"), allow(unreachable_pub, reason = "as for the type"))]
     pub fn rows(&self) -> usize {
         self.batch * self.q_heads * self.queries
     }
 
-    /// The same for a step with one key a query.
+    /// The sizes of a step with one key for every query: K = 1.
     pub(crate) fn single(&self) -> Self {
         Self { slots: 1, ..*self }
     }

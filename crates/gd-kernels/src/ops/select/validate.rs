@@ -12,6 +12,9 @@ use crate::ops::scan::problem::Problem;
 use crate::options::{Estimator, Gate, Precision};
 
 /// The sizes of q, k and v, without candidates.
+///
+/// # Errors
+/// Shapes, dtypes or devices that do not fit.
 pub(crate) fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Sizes> {
     let (b, hq, n, d) = dims4("q", q)?;
     let (kb, hk, m, kd) = dims4("k", k)?;
@@ -143,7 +146,7 @@ pub(super) fn validate(
     Ok(Sizes { slots, ..sizes })
 }
 
-/// Checks the values that [`validate`] leaves out, since reading them would wait for a device.
+/// Checks values that [`validate`] does not, since reading them would wait for a GPU.
 pub(super) fn check_values(sizes: &Sizes, candidates: &Candidates, s: &Select) -> Result<()> {
     let index = candidates.index.flatten_all()?.to_vec1::<i32>()?;
     if let Some(j) = index.iter().find(|&&j| j >= sizes.keys as i32) {

@@ -1,4 +1,4 @@
-//! The CPU body of [`swiglu`](super::swiglu): one pass forward and one backward.
+//! The CPU implementation of [`swiglu`](super::swiglu): one pass forward and one backward.
 
 use candle_core::Tensor;
 use num_traits::One;

@@ -1,4 +1,4 @@
-//! Help for the tests of the reference: random problems, finite differences, fixture paths.
+//! Helpers for the tests of the reference: random problems, finite differences, fixture paths.
 
 #![allow(dead_code, reason = "each test program uses a part of this module")]
 
@@ -54,9 +54,9 @@ pub(crate) fn finite_difference(x: &[f64], f: impl Fn(&[f64]) -> f64) -> Vec<f64
 
 /// Fails unless the two agree within atol 1e-5, rtol 1e-3 everywhere (a NaN never does).
 #[track_caller]
-pub(crate) fn assert_gradient(name: &str, found: &[f64], expected: &[f64]) {
-    assert_eq!(found.len(), expected.len(), "{name}: lengths");
-    for (j, (x, y)) in found.iter().zip(expected).enumerate() {
+pub(crate) fn assert_gradient(name: &str, actual: &[f64], expected: &[f64]) {
+    assert_eq!(actual.len(), expected.len(), "{name}: lengths");
+    for (j, (x, y)) in actual.iter().zip(expected).enumerate() {
         let error = (x - y).abs();
         assert!(error <= 1e-5 + 1e-3 * y.abs(), "{name}[{j}]: {x} but finite differences give {y}");
     }
@@ -64,9 +64,9 @@ pub(crate) fn assert_gradient(name: &str, found: &[f64], expected: &[f64]) {
 
 /// Fails unless the two agree to `bound` everywhere (a NaN never does).
 #[track_caller]
-pub(crate) fn assert_close(name: &str, found: &[f64], expected: &[f64], bound: f64) {
-    assert_eq!(found.len(), expected.len(), "{name}: lengths");
-    for (j, (x, y)) in found.iter().zip(expected).enumerate() {
+pub(crate) fn assert_close(name: &str, actual: &[f64], expected: &[f64], bound: f64) {
+    assert_eq!(actual.len(), expected.len(), "{name}: lengths");
+    for (j, (x, y)) in actual.iter().zip(expected).enumerate() {
         assert!((x - y).abs() <= bound, "{name}[{j}]: {x} but {y} was expected");
     }
 }

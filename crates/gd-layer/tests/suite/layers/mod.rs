@@ -59,7 +59,7 @@ pub(crate) fn fixture(cfg: &AttentionConfig, selects: bool, dtype: DType, seed: 
     Ok(Fixture { layer, vars })
 }
 
-/// GQA, odd sizes, every part that has parameters.
+/// Grouped-query attention, odd sizes, every part that has parameters.
 pub(crate) fn config(gd: GdConfig, beacon: Option<BeaconConfig>) -> AttentionConfig {
     AttentionConfig {
         hidden_size: 12,
@@ -91,7 +91,7 @@ pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
     };
     let gate = Gate::Energy { temperature: 0.7 };
     let some = Some(1.2);
-    // The coherence gate sees distances alone: with the winner's gradient a prior would learn nothing.
+    // The coherence gate depends on distances only: with the gradient of the winner a prior would have none.
     let unranked = Some(BeaconConfig { prior: false, ..BeaconConfig::default() });
     let windowed = AttentionConfig {
         window: Some(3),

@@ -1,9 +1,9 @@
 //! AdamW on a GPU, clipped by a norm that stays in its memory.
 //!
-//! [`squares`] is one launch per gradient. [`verdict`] computes from the sums what an [`update`] needs: the factor of the
-//! gradients, or that nothing changes. No launch waits for the host, which may read a verdict later. Sums are in a fixed
-//! order, so that they have the same bits for any schedule. Squares are f32; a gradient above 1e19 counts as one that is
-//! not finite.
+//! [`squares`] is one launch per gradient. [`verdict`] computes from the sums the factor of the gradients in an
+//! [`update`], or that the update is skipped. No launch waits for the host, which may read a verdict later. Sums are in
+//! a fixed order, so that they have the same bits for any schedule. Squares are f32; a gradient above 1e19 counts as
+//! one that is not finite.
 
 use candle_core::DType;
 
@@ -18,8 +18,8 @@ pub use crate::ops::adamw::{Limits, Step};
 /// Elements of a gradient that one partial sum of squares covers.
 const ELEMENTS_PER_SUM: usize = SQUARES_BLOCK_ELEMENTS as usize;
 
-/// The layout of the partial sums of squares of several gradients: f32, one for every [`ELEMENTS_PER_SUM`] elements of a
-/// gradient.
+/// The layout of the partial sums of squares of several gradients: f32, one for every [`ELEMENTS_PER_SUM`] elements of
+/// a gradient.
 #[derive(Debug, Clone)]
 pub struct PartialSums {
     counts: Vec<usize>,
@@ -53,10 +53,11 @@ impl PartialSums {
     }
 }
 
-/// Writes the partial sums of squares of gradient number `at`, contiguous in f32, f16 or bf16, to their place in `sums`.
+/// Writes the partial sums of squares of gradient number `at`, contiguous in f32, f16 or bf16, to their place in
+/// `sums`.
 ///
 /// # Errors
-/// Another dtype, and what the GPU refuses.
+/// Another dtype, and errors of the GPU.
 pub fn squares<G: Gpu>(
     gpu: &G,
     layout: &PartialSums,
@@ -73,10 +74,10 @@ pub fn squares<G: Gpu>(
     launch(gpu, variant.kernel(KernelOp::Squares), blocks, &params, vec![Some(gradient), Some(sums)])
 }
 
-/// Writes a [`Verdict`](crate::adamw::Verdict) from the squares and the sum of `losses` (f32, so many).
+/// Writes a [`Verdict`](crate::adamw::Verdict) from the squares and the sum of `losses` (f32, `count` of them).
 ///
 /// # Errors
-/// A weight or a norm to clip to that is not above 0, and what the GPU refuses.
+/// A weight or a norm to clip to that is not above 0, and errors of the GPU.
 pub fn verdict<G: Gpu>(
     gpu: &G,
     (layout, sums): (&PartialSums, Slice<'_, G::Buffer>),
@@ -104,7 +105,7 @@ pub fn verdict<G: Gpu>(
 impl Step {
     fn params(&self, count: u32) -> AdamwParams {
         let Self { number, beta1, beta2, eps, .. } = *self;
-        // For the case that the update before this one was skipped.
+        // The number of this update if the one before it was skipped.
         let previous = number.saturating_sub(1).max(1);
         AdamwParams {
             count,
@@ -112,12 +113,12 @@ impl Step {
             one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
             one_minus_beta2: (1.0 - beta2) as f32,
-            weight_scale: self.keep() as f32,
+            weight_scale: self.weight_scale() as f32,
             eps: eps as f32,
-            step_size: self.rate(number) as f32,
-            root_scale: self.root(number) as f32,
-            previous_step_size: self.rate(previous) as f32,
-            previous_root_scale: self.root(previous) as f32,
+            step_size: self.step_size(number) as f32,
+            root_scale: self.root_scale(number) as f32,
+            previous_step_size: self.step_size(previous) as f32,
+            previous_root_scale: self.root_scale(previous) as f32,
         }
     }
 }
@@ -137,11 +138,12 @@ pub struct Operands<'a, B> {
     pub master: Option<Slice<'a, B>>,
 }
 
-/// Updates a parameter in place, in one launch, as the verdict says. `previous` is the verdict on the update
-/// before this one where the host has not read it yet: if that was skipped, the number of this one is one less.
+/// Updates a parameter in place, in one launch, by the factor of `verdict`, or skips the update. `previous` is the
+/// verdict on the update before this one where the host has not read it yet: if that was skipped, the number of this
+/// one is one less.
 ///
 /// # Errors
-/// Another dtype, a 16-bit parameter without its master, 2^31 elements or more, and what the GPU refuses.
+/// Another dtype, a 16-bit parameter without its master, 2^31 elements or more, and errors of the GPU.
 pub fn update<G: Gpu>(
     gpu: &G,
     step: &Step,

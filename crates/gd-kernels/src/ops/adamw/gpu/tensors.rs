@@ -7,11 +7,15 @@ use crate::backend::gpu::tensors::{Reading, TensorGpu, Vector};
 use crate::error::{Error, Result};
 use crate::ops::adamw::{Limits, Step};
 
-/// A contiguous tensor, without a copy.
+/// A contiguous tensor without a copy; another one is refused, since the update would change a copy of it.
 fn contiguous<B: From<Tensor>>(t: &Tensor) -> Result<Vector<B>> {
     match t.is_contiguous() {
         true => Ok(Vector::strided(t.detach())),
-        false => Err(Error::Invalid(format!("adamw: {:?} of strides {:?}", t.dims(), t.stride()))),
+        false => Err(Error::Invalid(format!(
+            "adamw: a tensor {:?} of strides {:?} is not contiguous",
+            t.dims(),
+            t.stride()
+        ))),
     }
 }
 
@@ -56,7 +60,7 @@ pub(crate) struct Tensors<'a> {
     pub(crate) master: Option<&'a Tensor>,
 }
 
-/// One launch that updates a parameter as the verdict says; see [`crate::adamw::Scale::of_verdict`].
+/// Updates a parameter in one launch, by the factor of the verdict; see [`crate::adamw::Scale::of_verdict`].
 pub(crate) fn update<G: TensorGpu>(
     step: &Step,
     (verdict, previous): (&Tensor, Option<&Tensor>),

@@ -11,7 +11,7 @@ use crate::backend::gpu::params::{CONV_BLOCK_ROWS, CausalConvParams};
 use crate::backend::gpu::{Arch, Constants, Gpu, KernelOp, Launch, Slice, Tensor4, elements, grid};
 use crate::error::Result;
 
-/// Channels of a block.
+/// Channels of a thread block, one per thread.
 const BLOCK_CHANNELS: usize = 128;
 
 /// The sizes of a convolution.
@@ -25,22 +25,24 @@ pub struct Sizes {
     pub channels: usize,
     /// W.
     pub width: usize,
-    /// Of all tensors.
+    /// The dtype of all tensors.
     pub dtype: DType,
 }
 
-/// A convolution, checked.
+/// A convolution whose sizes the kernels cover.
 #[derive(Debug, Clone)]
 pub struct ConvPlan {
     sizes: Sizes,
     variant: Variant,
+    /// For packed sequences: where the boundaries of each batch entry start in the rest of the table, `[B + 1]`, then
+    /// all boundaries. Empty for one sequence per batch entry.
     table: Vec<i32>,
 }
 
 /// Rows `[B, N, C]` whose channels are contiguous.
 #[derive(Debug)]
 pub struct Rows<'a, B> {
-    /// Their first element.
+    /// The first element.
     pub data: Slice<'a, B>,
     /// Strides of batch and rows, in elements.
     pub strides: [usize; 2],
@@ -56,7 +58,8 @@ impl<B> Rows<'_, B> {
 }
 
 impl ConvPlan {
-    /// The plan; `boundaries` are those of packed sequences, one list or one for every batch entry, validated.
+    /// Checks the sizes. `boundaries` are the validated ones of packed sequences: one list for all batch entries, or
+    /// one for each.
     ///
     /// # Errors
     /// [`crate::Error::Unsupported`] names the value that the kernels do not cover.
@@ -65,7 +68,7 @@ impl ConvPlan {
         let variant = Variant::new("causal_conv", dtype, arch)?;
         elements("x", batch as u128 * rows as u128 * channels as u128)?;
         elements("weight", channels as u128 * width as u128)?;
-        elements("rows and taps", rows as u128 + width as u128)?;
+        elements("rows and filter width", rows as u128 + width as u128)?;
         let mut table = Vec::new();
         if let Some(boundaries) = boundaries {
             let ends = |b: usize| &boundaries[if boundaries.len() == 1 { 0 } else { b }];
@@ -81,6 +84,7 @@ impl ConvPlan {
         Ok(plan)
     }
 
+    /// Chunks of rows of a batch entry.
     fn chunks(&self) -> usize {
         self.sizes.rows.div_ceil(CONV_BLOCK_ROWS as usize)
     }
@@ -127,10 +131,10 @@ impl ConvPlan {
     }
 }
 
-/// y from x, weight and the rows before the start (none: zeros).
+/// Computes y `[B, N, C]` from x, weight and the rows before the start, which are zeros where `past` is none.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &ConvPlan,
@@ -145,11 +149,10 @@ pub fn forward<G: Gpu>(
     plan.launch(gpu, (KernelOp::CausalConvForward, plan.blocks()), &params, buffers)
 }
 
-/// dx `[B, N, C]` and dweight `[C, W]` from dy.
+/// Computes dx `[B, N, C]` and dweight `[C, W]` from dy.
 ///
 /// # Errors
 /// As [`forward`].
-#[allow(clippy::too_many_arguments)]
 pub fn backward<G: Gpu>(
     gpu: &G,
     plan: &ConvPlan,
@@ -157,8 +160,7 @@ pub fn backward<G: Gpu>(
     weight: Slice<'_, G::Buffer>,
     past: Option<Slice<'_, G::Buffer>>,
     dy: &Rows<'_, G::Buffer>,
-    dx: Slice<'_, G::Buffer>,
-    dweight: Slice<'_, G::Buffer>,
+    [dx, dweight]: [Slice<'_, G::Buffer>; 2],
 ) -> Result<()> {
     let Sizes { batch, channels, width, .. } = plan.sizes;
     let table = plan.table(gpu)?;

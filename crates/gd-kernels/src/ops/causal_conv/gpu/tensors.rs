@@ -1,4 +1,4 @@
-//! The causal convolution of tensors.
+//! The causal convolution of tensors on a GPU.
 
 use candle_core::{DType, Tensor};
 
@@ -7,7 +7,7 @@ use crate::backend::graph::{attach2, with_contiguous_rows};
 use crate::error::Result;
 use crate::ops::causal_conv::gpu::launch::{ConvPlan, Rows, Sizes, backward, forward};
 
-/// Rows `[B, N, C]`.
+/// A tensor `[B, N, C]` with contiguous channels, and the strides of batch and rows in elements.
 struct StridedRows<B> {
     rows: Vector<B>,
     strides: [usize; 2],
@@ -39,15 +39,15 @@ pub(crate) fn convolve<G: TensorGpu>(
     let plan = ConvPlan::new(&sizes, boundaries, &device.arch())?;
     let past = Vector::<G::Buffer>::new(past, dtype)?;
     let out = device.allocate(x.elem_count() * dtype.size_in_bytes())?;
-    let (x_rows, taps) = (StridedRows::new(x)?, Vector::new(weight, dtype)?);
-    forward(&device, &plan, &x_rows.rows(), taps.slice(), Some(past.slice()), (&out).into())?;
+    let (x_rows, weight_values) = (StridedRows::new(x)?, Vector::new(weight, dtype)?);
+    forward(&device, &plan, &x_rows.rows(), weight_values.slice(), Some(past.slice()), (&out).into())?;
     let result = device.finished(out, dtype, x.shape())?;
     Ok(attach2("causal_conv", x, weight, result, move |x, weight, dy| {
-        let (x_rows, taps, dy) = (StridedRows::new(x)?, Vector::new(weight, dtype)?, StridedRows::new(dy)?);
+        let (x_rows, dy) = (StridedRows::new(x)?, StridedRows::new(dy)?);
+        let weight_values = Vector::new(weight, dtype)?;
         let [dx, dw] = device.gradients([x, weight])?;
-        let into = ((&dx).into(), (&dw).into());
-        let past = Some(past.slice());
-        backward(&device, &plan, &x_rows.rows(), taps.slice(), past, &dy.rows(), into.0, into.1)?;
+        let (past, out) = (Some(past.slice()), [(&dx).into(), (&dw).into()]);
+        backward(&device, &plan, &x_rows.rows(), weight_values.slice(), past, &dy.rows(), out)?;
         device.tensors([x, weight], [dx, dw])
     })?)
 }

@@ -1,15 +1,16 @@
-//! Cross entropy of rows of logits on a GPU, in nats: one launch each way, in which every row has a block.
+//! Cross entropy of rows of logits on a GPU, in nats: one launch each for the forward and the backward pass, with a
+//! block for every row.
 //!
 //! logits and their gradient `[B, H, N, V]` of one dtype, the gradient contiguous; for every row in order a target
-//! (u32), a loss, the logarithm of its sum of powers, and the gradient of the loss (f32). [`IGNORE`](crate::cross_entropy::IGNORE)
-//! marks a row that does not count.
+//! (u32), a loss, its logsumexp, and the gradient of the loss (f32). The target
+//! [`IGNORE`](crate::cross_entropy::IGNORE) marks a row that does not count.
 
 use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::CrossEntropyParams;
 use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, Tensor4, launch};
 use crate::error::Result;
 
-/// A loss, checked.
+/// A loss whose sizes the kernels cover.
 #[derive(Debug, Clone)]
 pub struct CrossEntropyPlan {
     sizes: RowSizes,
@@ -17,7 +18,7 @@ pub struct CrossEntropyPlan {
 }
 
 impl CrossEntropyPlan {
-    /// The plan; `dim` is the vocabulary.
+    /// Checks the sizes, of which `dim` is the size of the vocabulary.
     ///
     /// # Errors
     /// [`crate::Error::Unsupported`] names the value that the kernels do not cover.
@@ -39,10 +40,10 @@ impl CrossEntropyPlan {
     }
 }
 
-/// Losses and logarithms of the sums from logits and targets.
+/// Computes the losses and logsumexps from logits and targets.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &CrossEntropyPlan,
@@ -55,7 +56,7 @@ pub fn forward<G: Gpu>(
     launch(gpu, kernel, plan.sizes.count(), &plan.params(logits)?, buffers)
 }
 
-/// The gradient of the logits from that of the losses.
+/// Computes the gradient of the logits from that of the losses.
 ///
 /// # Errors
 /// As [`forward`].

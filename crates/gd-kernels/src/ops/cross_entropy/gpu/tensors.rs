@@ -1,4 +1,4 @@
-//! Cross entropy over tensors.
+//! Cross entropy of tensors on a GPU.
 
 use candle_core::{DType, Tensor};
 
@@ -7,7 +7,7 @@ use crate::backend::graph::attach1;
 use crate::error::Result;
 use crate::ops::cross_entropy::gpu::launch::{CrossEntropyPlan, backward, forward};
 
-/// What the backward pass needs besides the logits.
+/// A forward pass: the tensors that the backward pass reads besides the logits.
 struct ForwardPass<G: TensorGpu> {
     device: G,
     plan: CrossEntropyPlan,

@@ -1,20 +1,20 @@
 //! Root-mean-square normalisation on a GPU: `y = x r w` with `r = 1 / sqrt(mean(x^2) + eps)`.
 //!
-//! x, y and their gradients `[B, H, N, C]`, weight `[C]`, all of one dtype; outputs and weight are contiguous. One
-//! launch forward; backward one for dx and for what each block of rows adds to dweight, and one that adds those up
-//! in order.
+//! x, y and their gradients `[B, H, N, C]`, weight `[C]`, all of one dtype; outputs and weight are contiguous. The
+//! forward pass is one launch; the backward pass is one for dx and the partial sums of dweight of each block of rows,
+//! and one that adds these up in order.
 
 use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::{NORM_MAX_BLOCK_ROWS, RmsNormParams};
 use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, THREADS, Tensor4, launch};
 use crate::error::Result;
 
-/// Elements of a block of the backward pass, about; so many make 400 blocks of 8192 rows of 768.
+/// Approximate number of elements of a block of the backward pass. 8192 rows of 768 elements make about 400 blocks.
 const BLOCK_ELEMENTS: usize = 1 << 14;
-/// Fewest rows of such a block.
+/// Minimum number of rows of a block of the backward pass.
 const MIN_BLOCK_ROWS: usize = 8;
 
-/// A normalisation, checked.
+/// A normalisation whose sizes the kernels cover.
 #[derive(Debug, Clone)]
 pub struct NormPlan {
     sizes: RowSizes,
@@ -23,7 +23,7 @@ pub struct NormPlan {
 }
 
 impl NormPlan {
-    /// The plan.
+    /// Checks the sizes.
     ///
     /// # Errors
     /// [`crate::Error::Unsupported`] names the value that the kernels do not cover.
@@ -33,14 +33,14 @@ impl NormPlan {
     }
 
     /// Rows of a block of the backward pass.
-    fn chunk(&self) -> usize {
+    fn block_rows(&self) -> usize {
         (BLOCK_ELEMENTS / self.sizes.dim).clamp(MIN_BLOCK_ROWS, NORM_MAX_BLOCK_ROWS as usize)
     }
 
-    /// Blocks of the backward pass, and the parts of dweight that each of them writes.
+    /// The number of blocks of the backward pass, and of the partial sums of dweight that each of them writes.
     fn parts(&self) -> (usize, usize) {
         let tiles = self.sizes.dim.div_ceil(32);
-        (self.sizes.count().div_ceil(self.chunk()), (THREADS / 32 / tiles).max(1))
+        (self.sizes.count().div_ceil(self.block_rows()), (THREADS / 32 / tiles).max(1))
     }
 
     fn params<B>(&self, x: &Tensor4<'_, B>, dy: Option<&Tensor4<'_, B>>) -> Result<RmsNormParams> {
@@ -60,17 +60,17 @@ impl NormPlan {
             d_batch,
             d_head,
             d_row,
-            block_rows: self.chunk() as u32,
+            block_rows: self.block_rows() as u32,
             partials: (blocks * each) as u32,
             eps: self.eps,
         })
     }
 }
 
-/// y from x and weight.
+/// Computes y from x and weight.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &NormPlan,
@@ -88,7 +88,7 @@ pub fn forward<G: Gpu>(
     )
 }
 
-/// dx `[B, H, N, C]` and dweight `[C]` from dy.
+/// Computes dx `[B, H, N, C]` and dweight `[C]` from dy.
 ///
 /// # Errors
 /// As [`forward`].

@@ -1,13 +1,13 @@
-//! Rotary position embedding on a GPU: one launch, which is its own backward pass with the negative angle.
+//! Rotary position embedding on a GPU: one launch. The backward pass is the same launch with negative angles.
 //!
 //! x of any strides and y contiguous, `[B, H, N, D]` of one dtype; cos and sin f32 `[positions, D / 2]`.
 
 use crate::backend::gpu::kernel::Variant;
 use crate::backend::gpu::params::RotaryParams;
-use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, Tensor4, launch};
+use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, Tensor4, elements, launch};
 use crate::error::{Error, Result};
 
-/// A rotation, checked.
+/// A rotation whose sizes the kernels cover.
 #[derive(Debug, Clone)]
 pub struct RotaryPlan {
     sizes: RowSizes,
@@ -15,19 +15,19 @@ pub struct RotaryPlan {
     variant: Variant,
 }
 
-/// The angles of all positions.
+/// The cosines and sines of all positions, f32 `[positions, D / 2]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Angles<'a, B> {
     /// Cosines.
     pub cos: Slice<'a, B>,
     /// Sines.
     pub sin: Slice<'a, B>,
-    /// How many positions they cover.
+    /// The number of positions.
     pub positions: usize,
 }
 
 impl RotaryPlan {
-    /// The plan for rows that stand at `offset + n`, with one offset or one for every batch entry.
+    /// Checks the sizes, for rows at the positions `offset + n`, with one offset for all batch entries or one for each.
     ///
     /// # Errors
     /// [`Error::Unsupported`] names the value that the kernels do not cover; [`Error::Invalid`] an odd D, or offsets
@@ -36,35 +36,38 @@ impl RotaryPlan {
         let variant = sizes.checked("rotary", arch)?;
         if !sizes.dim.is_multiple_of(2) || (offsets.len() != 1 && offsets.len() != sizes.batch) {
             return Err(Error::Invalid(format!(
-                "rotary: rows of {} elements at {} offsets; an even number, and 1 or {} offsets",
+                "rotary: rows of {} elements at {} offsets; an even number, and 1 or {} offsets expected",
                 sizes.dim,
                 offsets.len(),
                 sizes.batch
             )));
         }
-        let narrow =
-            |&offset: &usize| crate::backend::gpu::elements("positions", offset as u128 + sizes.rows as u128);
-        offsets.iter().try_for_each(|offset| narrow(offset).map(drop))?;
+        for &offset in offsets {
+            elements("positions", offset as u128 + sizes.rows as u128)?;
+        }
         Ok(Self { sizes: *sizes, offsets: offsets.iter().map(|&n| n as u32).collect(), variant })
     }
 }
 
-/// y from x, or dx from dy where it goes `back`.
+/// Rotates `x` into `y` by the angles of its positions, or with `inverse` by their negatives, which turns dy into dx.
 ///
 /// # Errors
-/// Positions beyond the angles, tensors of 2^31 elements or more, and what the GPU refuses.
+/// Positions beyond the angles, tensors of 2^31 elements or more, and errors of the GPU.
 pub fn rotate<G: Gpu>(
     gpu: &G,
     plan: &RotaryPlan,
     x: &Tensor4<'_, G::Buffer>,
     angles: &Angles<'_, G::Buffer>,
-    back: bool,
+    inverse: bool,
     y: Slice<'_, G::Buffer>,
 ) -> Result<()> {
     let [batch, heads, rows, dim] = plan.sizes.dims();
     let last = plan.offsets.iter().max().map_or(0, |&offset| offset as usize) + rows;
     if last > angles.positions {
-        return Err(Error::Invalid(format!("rotary: {last} positions of {}", angles.positions)));
+        return Err(Error::Invalid(format!(
+            "rotary: {last} positions exceed the {} of the angles",
+            angles.positions
+        )));
     }
     let [x_batch, x_head, x_row] = x.checked("x", plan.sizes.dims())?;
     let table = match &plan.offsets[..] {
@@ -81,7 +84,7 @@ pub fn rotate<G: Gpu>(
         x_row,
         offset: plan.offsets[0],
         table: u32::from(table.is_some()),
-        inverse: u32::from(back),
+        inverse: u32::from(inverse),
     };
     let table = table.as_ref().map(Slice::from);
     let buffers = vec![Some(x.data), Some(angles.cos), Some(angles.sin), table, Some(y)];

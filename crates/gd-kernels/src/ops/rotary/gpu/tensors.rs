@@ -18,11 +18,11 @@ pub(crate) fn rotary<G: TensorGpu>(
     let positions = cos.dim(0)?;
     let plan = launch::RotaryPlan::new(&sizes, offsets, &device.arch())?;
     let (cos, sin) = (Vector::new(cos, DType::F32)?, Vector::new(sin, DType::F32)?);
-    let rotate = move |device: &G, x: &Tensor, back: bool| -> Result<G::Buffer> {
+    let rotate = move |device: &G, x: &Tensor, inverse: bool| -> Result<G::Buffer> {
         let [out] = device.gradients([x])?;
         let (rows, _) = view::<G::Buffer>(x)?;
         let angles = Angles { cos: cos.slice(), sin: sin.slice(), positions };
-        launch::rotate(device, &plan, &rows.tensor4(), &angles, back, (&out).into())?;
+        launch::rotate(device, &plan, &rows.tensor4(), &angles, inverse, (&out).into())?;
         Ok(out)
     };
     let result = device.finished(rotate(&device, x, false)?, x.dtype(), x.shape())?;

@@ -1,27 +1,27 @@
 //! The vector half of the running average: `m_t = keep_t m_(t-1) + take_t v_t` over rows of D.
 //!
-//! Time is cut into blocks of [`BLOCK_STEPS`] steps whatever the number of threads. Each block first finds
-//! out, alone, what it adds to a start of zero; an ordered pass over the blocks turns that into every
-//! block's true start; then all blocks run again from there and write their rows. The backward pass
-//! does the same in the other direction.
+//! A sequence is cut into blocks of [`BLOCK_STEPS`] steps for any number of threads. First, all blocks compute their
+//! last mean from an initial mean of zero, in parallel; a sequential pass over the blocks turns these into the initial
+//! mean of every block; then all blocks run again from their initial means and write their rows. The backward pass does
+//! the same in the opposite direction.
 //!
 //! v rows `[B * Hk * N]` of D, m rows `[B * H * N]` of D, weights `[B * H, N]`, carry
 //! `[B * H, blocks, D]`.
 
 use num_traits::One;
 
+use super::weights::Weight;
 use crate::backend::cpu::element::{Element, Real, sum3};
 use crate::backend::cpu::parallel::{for_chunks, for_chunks2, vectorize};
 use crate::backend::cpu::view::Rows;
 use crate::ops::running_average::Sizes;
-use crate::ops::running_average::cpu::weights::Weight;
 
 /// Steps in a block.
 const BLOCK_STEPS: usize = 64;
 
-/// `mean <- keep mean + take value`, in the form that loses least: a small share as a correction of
-/// the mean (constant values then stay constant), a large one without the mean's own rounding (a
-/// reset then leaves nothing behind).
+/// Sets `mean = keep mean + take value`. Up to `take` = 1/2 it is computed as a correction of the mean, so that the
+/// average of constant values stays exactly constant; above, as a weighted sum, so that a reset (`keep` = 0) leaves
+/// nothing of the previous mean.
 #[inline(always)]
 fn advance<T: Element>(weight: Weight<T::Acc>, mean: &mut [T::Acc], value: &[T]) {
     let Weight { keep, take } = weight;
@@ -37,17 +37,18 @@ fn steps(sizes: Sizes, c: usize) -> std::ops::Range<usize> {
     c * BLOCK_STEPS..((c + 1) * BLOCK_STEPS).min(sizes.rows)
 }
 
-/// What the whole of `weights` keeps of the mean before it, and takes of the values in it.
-fn joint<R: Real>(weights: &[Weight<R>]) -> Weight<R> {
+/// The weight of consecutive steps taken as one: the factor of the mean before them and the total share of their
+/// values.
+fn combined<R: Real>(weights: &[Weight<R>]) -> Weight<R> {
     weights.iter().fold(Weight { keep: R::one(), take: R::zero() }, |all, w| {
-        // The share taken follows the mean's own recurrence for values of 1.
+        // The total share is the mean of values that are all 1.
         let mut take = [all.take];
         advance(*w, &mut take, &[R::one()]);
         Weight { keep: all.keep * w.keep, take: take[0] }
     })
 }
 
-/// The averages, and the last one of every sequence unrounded.
+/// The averages m, and the last mean of every sequence in the accumulator type.
 pub(super) fn forward<T: Element>(
     sizes: Sizes,
     v: &Rows<T>,
@@ -72,7 +73,7 @@ pub(super) fn forward<T: Element>(
     });
     for_chunks(&mut carry, blocks * d, |s, carry| {
         for c in 1..blocks {
-            let all = joint(&weights[s * n..(s + 1) * n][steps(sizes, c - 1)]);
+            let all = combined(&weights[s * n..(s + 1) * n][steps(sizes, c - 1)]);
             let (before, here) = carry[(c - 1) * d..].split_at_mut(d);
             for (here, &before) in here.iter_mut().zip(before.iter()) {
                 *here = match all.take > T::Acc::of(0.5) {
@@ -93,7 +94,7 @@ pub(super) fn forward<T: Element>(
             });
         });
     });
-    // Every block has turned its start into its end.
+    // The carry now holds the last mean of every block.
     if blocks > 1 {
         carry = carry.chunks_exact(blocks * d).flat_map(|c| &c[(blocks - 1) * d..]).copied().collect();
     }
@@ -113,7 +114,7 @@ pub(super) fn backward<T: Element>(
 ) -> (Vec<T>, Vec<T::Acc>) {
     let Sizes { rows: n, dim: d, .. } = sizes;
     let (blocks, group) = (n.div_ceil(BLOCK_STEPS), sizes.group());
-    let carry = later(sizes, dm, weights);
+    let carry = carried_gradients(sizes, dm, weights);
     // dtake in the order in which it is computed, [B * Hk, blocks, group, BLOCK_STEPS].
     let mut block_dtake = vec![T::Acc::default(); sizes.sequences() * blocks * BLOCK_STEPS];
     let mut dv = vec![T::zero(); v.count() * d];
@@ -122,7 +123,7 @@ pub(super) fn backward<T: Element>(
         for_chunks2((dv, BLOCK_STEPS * d), (block_dtake, group * BLOCK_STEPS), |c, dv, block_dtake| {
             let mut sum = vec![T::Acc::default(); dv.len()];
             let mut p = vec![T::Acc::default(); d];
-            let origin = vec![T::Acc::default(); d];
+            let zeros = vec![T::Acc::default(); d];
             vectorize(|| {
                 for (j, block_dtake) in block_dtake.chunks_exact_mut(BLOCK_STEPS).enumerate() {
                     let s = sv * group + j;
@@ -132,10 +133,9 @@ pub(super) fn backward<T: Element>(
                         let value = v.row(sv * n + t);
                         p.iter_mut().zip(dm.row(s * n + t)).for_each(|(p, dm)| *p += dm.up());
                         block_dtake[i] = if t > 0 {
-                            let rise = |p, v: T, m: T| p * (v.up() - m.up());
-                            sum3(&p, value, m.row(s * n + t - 1), rise)
+                            sum3(&p, value, m.row(s * n + t - 1), |p, v: T, m: T| p * (v.up() - m.up()))
                         } else {
-                            let before = start.map_or(&origin[..], |start| &start[s * d..(s + 1) * d]);
+                            let before = start.map_or(&zeros[..], |start| &start[s * d..(s + 1) * d]);
                             sum3(&p, value, before, |p, v: T, m| p * (v.up() - m))
                         };
                         for (sum, p) in sum[i * d..(i + 1) * d].iter_mut().zip(p.iter_mut()) {
@@ -158,8 +158,8 @@ pub(super) fn backward<T: Element>(
     (dv, dtake)
 }
 
-/// For every block, what the blocks after it add to the gradient of its last mean.
-fn later<T: Element>(sizes: Sizes, dm: &Rows<T>, weights: &[Weight<T::Acc>]) -> Vec<T::Acc> {
+/// For every block, the gradient of its last mean by the blocks after it.
+fn carried_gradients<T: Element>(sizes: Sizes, dm: &Rows<T>, weights: &[Weight<T::Acc>]) -> Vec<T::Acc> {
     let Sizes { rows: n, dim: d, .. } = sizes;
     let blocks = n.div_ceil(BLOCK_STEPS);
     let mut carry = vec![T::Acc::default(); sizes.sequences() * blocks * d];

@@ -1,4 +1,5 @@
-//! The CPU body of [`running_average`](super::running_average): the scalars of the recurrence, then the value rows.
+//! The CPU implementation of [`running_average`](super::running_average): the scalars of the recurrence, then the value
+//! rows.
 
 mod blocks;
 mod weights;
@@ -7,7 +8,7 @@ use candle_core::Tensor;
 
 use super::{AverageState, Sizes};
 use crate::backend::cpu::element::Element;
-use crate::backend::cpu::view::{Rows, cpu_slice};
+use crate::backend::cpu::view::Rows;
 use crate::backend::graph::{attach3, with_contiguous_rows};
 use crate::by_float;
 use crate::error::Result;
@@ -21,6 +22,7 @@ pub(super) fn running_average(
     by_float!("running_average", sizes.dtype, T => average::<T>(sizes, inputs, state))
 }
 
+/// [`running_average`] for one element type.
 fn average<T: Element>(
     sizes: Sizes,
     inputs: [&Tensor; 3],
@@ -28,8 +30,9 @@ fn average<T: Element>(
 ) -> Result<(Tensor, AverageState)> {
     let [_, _, v] = inputs;
     let device = v.device();
-    let start_log = state.map(|s| flat::<T::Acc>(&s.log_weight)).transpose()?;
-    let start_mean = state.map(|s| flat::<T::Acc>(&s.mean)).transpose()?;
+    let elements = |t: &Tensor| t.flatten_all()?.to_vec1::<T::Acc>();
+    let start_log = state.map(|s| elements(&s.log_weight)).transpose()?;
+    let start_mean = state.map(|s| elements(&s.mean)).transpose()?;
     let (weights, log) = with_rows::<T, _>(inputs, |[decay, write, _]| {
         weights::forward(sizes, decay, write, start_log.as_deref())
     })?;
@@ -61,6 +64,7 @@ fn average<T: Element>(
     Ok((m, state))
 }
 
+/// Calls `f` with the rows of three tensors.
 fn with_rows<T: Element, R>(
     [a, b, c]: [&Tensor; 3],
     f: impl FnOnce([&Rows<T>; 3]) -> R,
@@ -68,12 +72,4 @@ fn with_rows<T: Element, R>(
     let ((a, al), (b, bl), (c, cl)) =
         (a.storage_and_layout(), b.storage_and_layout(), c.storage_and_layout());
     Ok(f([&Rows::new(&a, al)?, &Rows::new(&b, bl)?, &Rows::new(&c, cl)?]))
-}
-
-/// The elements of a small tensor.
-fn flat<T: Element>(t: &Tensor) -> candle_core::Result<Vec<T>> {
-    let t = t.contiguous()?;
-    let (storage, layout) = t.storage_and_layout();
-    let start = layout.start_offset();
-    Ok(cpu_slice::<T>(&storage)?[start..start + t.elem_count()].to_vec())
 }

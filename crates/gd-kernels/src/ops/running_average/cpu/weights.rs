@@ -1,5 +1,5 @@
-//! The scalar half of the running average: how much of the past each step keeps, and how much of
-//! the present value it takes. One sequential pass over N per sequence, sequences in parallel.
+//! The scalar half of the running average: the factor of the previous mean and the share of the new value, for every
+//! step. One sequential pass over N per sequence, sequences in parallel.
 //!
 //! decay, write `[B * H]` rows of N; weights `[B * H, N]`.
 
@@ -26,16 +26,16 @@ fn sigmoid<R: Float>(x: R) -> R {
     (R::one() + (-x).exp()).recip()
 }
 
-/// One step from `log d`, and the `log d` after it.
+/// The weight of a step with these logits after `log d` = `log`, and the `log d` after it.
 fn step<R: Float>(decay: R, write: R, log: R) -> (Weight<R>, R) {
     let past = log_sigmoid(decay) + log;
     if past == R::neg_infinity() && write == R::neg_infinity() {
         return (Weight { keep: R::one(), take: R::zero() }, past);
     }
-    let lead = write - past;
-    let e = (-lead.abs()).exp();
-    let (more, less) = ((R::one() + e).recip(), e / (R::one() + e));
-    let (keep, take) = if lead >= R::zero() { (less, more) } else { (more, less) };
+    let difference = write - past;
+    let e = (-difference.abs()).exp();
+    let (larger, smaller) = ((R::one() + e).recip(), e / (R::one() + e));
+    let (keep, take) = if difference >= R::zero() { (smaller, larger) } else { (larger, smaller) };
     (Weight { keep, take }, past.max(write) + e.ln_1p())
 }
 

@@ -10,20 +10,20 @@ use crate::error::{Error, Result};
 pub use crate::ops::running_average::Sizes;
 use bytemuck::bytes_of;
 
-/// The most elements of a value row, which have a thread each.
+/// Maximum number of elements of a value row: each has a thread of the block.
 pub const MAX_DIM: usize = 1024;
 
-/// An average, checked.
+/// A running average whose sizes the kernels cover.
 #[derive(Debug, Clone)]
 pub struct AveragePlan {
     sizes: Sizes,
     variant: Variant,
 }
 
-/// What the backward pass needs of the forward pass.
+/// The step weights of a forward pass, which the backward pass reads again.
 #[derive(Debug)]
 pub struct Weights<B> {
-    // keep and take of every step, f32 [B, H, N, 2].
+    /// keep and take of every step, f32 `[B, H, N, 2]`.
     steps: B,
 }
 
@@ -45,12 +45,12 @@ pub struct Inputs<'a, B> {
     pub write: Slice<'a, B>,
     /// `[B, Hk, N, D]`.
     pub v: Tensor4<'a, B>,
-    /// What came before; none: nothing.
+    /// The state before row 0; none at the start of a sequence.
     pub start: Option<State<'a, B>>,
 }
 
 impl AveragePlan {
-    /// The plan.
+    /// Checks the sizes.
     ///
     /// # Errors
     /// [`Error::Unsupported`] names the value that the kernels do not cover.
@@ -58,18 +58,18 @@ impl AveragePlan {
         let variant = Variant::new("running_average", sizes.dtype, arch)?;
         if sizes.dim > MAX_DIM {
             return Err(Error::Unsupported(format!(
-                "running_average: value rows of {} on a GPU; at most {MAX_DIM} are",
+                "running_average: value rows of {} on a GPU; at most {MAX_DIM} are supported",
                 sizes.dim
             )));
         }
         let plan = Self { sizes: *sizes, variant };
-        // Warps write a part of a product each.
+        // In the backward pass, every warp of a row writes a partial product.
         let wide = sizes.dim.max(2).max(sizes.dim.div_ceil(32));
         elements("m", plan.sizes.sequences() as u128 * sizes.rows as u128 * wide as u128)?;
-        let held = sizes.heads / sizes.value_heads * plan.threads() as usize * 4;
-        if held > arch.shared_bytes as usize {
+        let shared_bytes = sizes.heads / sizes.value_heads * plan.threads() as usize * 4;
+        if shared_bytes > arch.shared_bytes as usize {
             return Err(Error::Unsupported(format!(
-                "running_average: {} heads a value head of {} need {held} bytes of shared memory; {} are",
+                "running_average: {} heads a value head of {} need {shared_bytes} bytes of shared memory; {} are available",
                 sizes.heads / sizes.value_heads,
                 sizes.dim,
                 arch.shared_bytes
@@ -78,11 +78,12 @@ impl AveragePlan {
         Ok(plan)
     }
 
+    /// Blocks of steps of a sequence.
     fn blocks(&self) -> usize {
         self.sizes.rows.div_ceil(AVERAGE_BLOCK_STEPS as usize)
     }
 
-    /// One thread an element of a row.
+    /// Threads of a block: one for each element of a row, in whole warps.
     fn threads(&self) -> u32 {
         self.sizes.dim.next_multiple_of(32) as u32
     }
@@ -123,10 +124,11 @@ impl AveragePlan {
         gpu.launch(&Launch { kernel, grid, block, shared_bytes, params, constants, buffers })
     }
 
-    /// Room for the carry of every block of steps and what it keeps and takes.
+    /// Buffers for the carry of every block of steps, f32 `[B * H, blocks, D]`, and for the combined keep and take of
+    /// its steps, f32 `[B * H, blocks, 2]`.
     fn carry<G: Gpu>(&self, gpu: &G) -> Result<[G::Buffer; 2]> {
-        let places = self.sizes.sequences() * self.blocks();
-        Ok([gpu.allocate(places * self.sizes.dim * 4)?, gpu.allocate(places * 8)?])
+        let blocks = self.sizes.sequences() * self.blocks();
+        Ok([gpu.allocate(blocks * self.sizes.dim * 4)?, gpu.allocate(blocks * 8)?])
     }
 
     fn v_dims(&self) -> [usize; 4] {
@@ -140,10 +142,10 @@ impl AveragePlan {
     }
 }
 
-/// The averages m `[B, H, N, D]` and the state after the last row; returns what [`backward`] needs.
+/// Computes the averages m `[B, H, N, D]` and the state after the last row; returns the step weights for [`backward`].
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &AveragePlan,
@@ -175,11 +177,10 @@ pub fn forward<G: Gpu>(
     Ok(Weights { steps })
 }
 
-/// Gradients of decay, write `[B, H, N]` and v `[B, Hk, N, D]` from dm; m is what the forward pass wrote.
+/// Computes the gradients of decay, write `[B, H, N]` and v `[B, Hk, N, D]` from dm; `m` is the result of [`forward`].
 ///
 /// # Errors
 /// As [`forward`].
-#[allow(clippy::too_many_arguments)]
 pub fn backward<G: Gpu>(
     gpu: &G,
     plan: &AveragePlan,
@@ -203,8 +204,8 @@ pub fn backward<G: Gpu>(
     plan.launch(gpu, KernelOp::RunningAverageCarryBackward, shape, &params, vec![Some(joint), Some(carry)])?;
     let mut buffers = vec![Some(x.v.data), Some(m), Some(dm.data), Some(steps), Some(carry)];
     buffers.extend([x.start.as_ref().map(|s| s.mean), Some(dv), Some(dtake)]);
-    let held = (heads / value_heads) as u32 * threads * 4;
-    let shape = (batch * value_heads * blocks, threads, held);
+    let shared_bytes = (heads / value_heads) as u32 * threads * 4;
+    let shape = (batch * value_heads * blocks, threads, shared_bytes);
     plan.launch(gpu, KernelOp::RunningAverageRowsBackward, shape, &params, buffers)?;
     let buffers = vec![Some(x.decay), Some(steps), Some(dtake), Some(ddecay), Some(dwrite)];
     plan.launch(

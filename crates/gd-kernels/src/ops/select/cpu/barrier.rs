@@ -16,7 +16,7 @@ pub(super) struct Lift {
     pub(super) protected: Vec<u8>,
 }
 
-/// What the barrier does to a row.
+/// The change of a row by the barrier.
 enum Effect {
     /// Nothing.
     Idle,
@@ -27,7 +27,7 @@ enum Effect {
 }
 
 impl Lift {
-    /// Decides for one row; energies with +inf where `key` is negative.
+    /// The change of one row, of which slots with a negative `key` are unused.
     fn effect<A: Real>(&self, energy: &[A], key: &[i32], protected: &[u8]) -> Effect {
         let score = |j: usize| -energy[j].wide();
         let used: Vec<usize> = (0..energy.len()).filter(|&j| key[j] >= 0).collect();
@@ -77,7 +77,7 @@ impl Lift {
         (self.keys.row(row), &self.protected[row * slots..(row + 1) * slots])
     }
 
-    /// The energies behind the barrier.
+    /// The energies after the barrier.
     pub(super) fn forward<A: Real>(&self, energy: &[A]) -> Vec<A> {
         let mut out = energy.to_vec();
         for_rows(

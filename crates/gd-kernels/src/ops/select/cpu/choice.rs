@@ -1,10 +1,10 @@
-//! The choice itself: one value row, or nothing, from the energies of the candidates.
+//! The choice of one value row, or of none, from the energies of the candidates.
 
 use std::sync::Arc;
 
 use super::Keys;
 use super::loops::{for_rows, for_rows2, head_sums, key_gradient};
-use super::row::{RowRule, Scratch, backward, choose, weights};
+use super::row::{Row, RowRule, Scratch, backward, choose, weights};
 use crate::backend::cpu::element::{Element, Real, sum2};
 use crate::backend::cpu::view::View;
 use crate::ops::select::Rule;
@@ -16,8 +16,8 @@ pub(super) struct Choice {
     pub(super) keys: Arc<Keys>,
 }
 
-/// What every row chose, `[B, Hq, N]` each.
-pub(super) struct Picks<A> {
+/// The choice of every row, `[B, Hq, N]` each.
+pub(super) struct Choices<A> {
     /// The winning slot of the row; -1 where it abstains.
     pub(super) slot: Vec<i32>,
     /// Its key; -1 where the row abstains.
@@ -26,18 +26,18 @@ pub(super) struct Picks<A> {
     pub(super) nearest: Vec<i32>,
     /// The energy of the winner; +inf where the row abstains.
     pub(super) energy: Vec<A>,
-    /// The energy of the runner-up less that of the winner.
+    /// Energy of the runner-up that the threshold admits minus that of the winner; +inf without one.
     pub(super) margin: Vec<A>,
-    /// The energy gate; 0 where the row abstains.
+    /// The energy gate, 1 without one; 0 where the row abstains.
     pub(super) gate: Vec<A>,
 }
 
 impl Choice {
-    /// What the rows choose at these energies. An abstaining row has index -1, energy +inf, gate 0.
-    pub(super) fn picks<A: Real>(&self, energy: &[A], tau: &[A]) -> Picks<A> {
+    /// The choices at these energies.
+    pub(super) fn choices<A: Real>(&self, energy: &[A], tau: &[A]) -> Choices<A> {
         let (rule, sizes) = (RowRule::<A>::of(&self.rule), &self.keys.sizes);
         let n = sizes.rows();
-        let mut out = Picks {
+        let mut out = Choices {
             slot: Vec::with_capacity(n),
             index: Vec::with_capacity(n),
             nearest: Vec::with_capacity(n),
@@ -47,7 +47,7 @@ impl Choice {
         };
         for (row, energy) in energy.chunks(sizes.slots).enumerate() {
             let key = self.keys.row(row);
-            let c = choose(&rule, energy, key, tau[sizes.coordinates(row)[1]]);
+            let c = choose(&rule, Row { energy, key, threshold: tau[sizes.coordinates(row)[1]] });
             out.slot.push(c.winner.map_or(-1, |slot| slot as i32));
             out.index.push(c.winner.map_or(-1, |j| key[j]));
             out.nearest.push(c.nearest.map_or(-1, |j| key[j]));
@@ -70,8 +70,9 @@ impl Choice {
             #[inline(always)]
             |row, (w, sum), out| {
                 let [b, h, hk, _] = sizes.coordinates(row);
-                let (e, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
-                weights(&rule, &choose(&rule, e, key, tau[h]), e, key, tau[h], w);
+                let (energy, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
+                let candidates = Row { energy, key, threshold: tau[h] };
+                weights(&rule, &choose(&rule, candidates), candidates, w);
                 sum.fill(zero);
                 // A row of weight 0 is not read: a NaN in it must not reach the output.
                 for (&w, &j) in w.iter().zip(key).filter(|(w, _)| **w != zero) {
@@ -95,7 +96,7 @@ impl Choice {
         let (rule, sizes) = (RowRule::<T::Acc>::of(&self.rule), &self.keys.sizes);
         let (slots, zero) = (sizes.slots, T::Acc::of(0.0));
         let mut de = vec![zero; sizes.rows() * slots];
-        // Of each row K value weights and the threshold's gradient.
+        // For each row K value weights and the gradient of the threshold.
         let mut rest = vec![zero; sizes.rows() * (slots + 1)];
         for_rows2(
             (&mut de, slots),
@@ -104,15 +105,16 @@ impl Choice {
             #[inline(always)]
             |row, (a, scratch), de, rest| {
                 let [b, h, hk, i] = sizes.coordinates(row);
-                let (e, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
+                let (energy, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
+                let candidates = Row { energy, key, threshold: tau[h] };
                 let dy = dy.row(b, h, i);
                 for (a, &j) in a.iter_mut().zip(key) {
                     *a =
                         if j < 0 { zero } else { sum2(dy, v.row(b, hk, j as usize), |d, v| d.up() * v.up()) };
                 }
-                let c = choose(&rule, e, key, tau[h]);
+                let c = choose(&rule, candidates);
                 let (dv, dtau) = rest.split_at_mut(slots);
-                dtau[0] = backward(&rule, &c, e, key, tau[h], a, scratch, de, dv);
+                dtau[0] = backward(&rule, &c, candidates, a, scratch, de, dv);
             },
         );
         let dtau: Vec<T::Acc> = rest.iter().skip(slots).step_by(slots + 1).copied().collect();

@@ -8,7 +8,7 @@ use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::view::View;
 use crate::options::CoherenceMode;
 
-/// Most Newton steps: in as many, the bisection guard alone reaches f64 precision.
+/// Maximum number of Newton steps. In this many steps bisection alone reaches f64 precision.
 const MAX_NEWTON_STEPS: usize = 60;
 
 /// The coherence point u* in [0, 1] on the passage from query to key, for `t = beta |q - k|^2` and
@@ -61,7 +61,7 @@ fn global_root(t: f64, l: f64) -> f64 {
     side * m
 }
 
-/// `exp(-E*)`, its derivative by t, and by alpha.
+/// `exp(-E*)`, and its derivatives with respect to t and alpha.
 fn density(t: f64, alpha: f64, mode: CoherenceMode) -> (f64, f64, f64) {
     let u = coherence_point(t, alpha, mode);
     let (query, key) = ((-t * u * u).exp(), (-t * (1.0 - u) * (1.0 - u)).exp());
@@ -70,14 +70,15 @@ fn density(t: f64, alpha: f64, mode: CoherenceMode) -> (f64, f64, f64) {
     (rho, -(alpha * u * u * query + (1.0 - alpha) * (1.0 - u) * (1.0 - u) * key), query - key)
 }
 
-/// `(q, k, [beta, alpha]) -> rho [B, Hq, N]` for one key a query; 0 where there is none.
+/// `(q, k, [beta, alpha]) -> rho [B, Hq, N]` for one key of every query; 0 for a query without a key.
 pub(super) struct Density {
     pub(super) mode: CoherenceMode,
     /// One key for every query.
     pub(super) keys: Arc<Keys>,
 }
 
-fn distance<T: Element>(q: &[T], k: &[T]) -> f64 {
+/// `|q - k|^2` in f64.
+fn squared_distance<T: Element>(q: &[T], k: &[T]) -> f64 {
     q.iter().zip(k).map(|(q, k)| (q.up().wide() - k.up().wide()).powi(2)).sum()
 }
 
@@ -107,7 +108,7 @@ impl Density {
             |row, (), out| {
                 let ([b, h, hk, i], j) = (self.keys.sizes.coordinates(row), self.keys.index[row]);
                 if j >= 0 {
-                    let t = aux[h].wide() * distance(q.row(b, h, i), k.row(b, hk, j as usize));
+                    let t = aux[h].wide() * squared_distance(q.row(b, h, i), k.row(b, hk, j as usize));
                     out[0] = T::Acc::of(f(t, aux[self.keys.sizes.q_heads + h].wide()));
                 }
             },
@@ -134,7 +135,7 @@ impl Density {
                 let ([b, h, hk, i], j) = (sizes.coordinates(row), self.keys.index[row]);
                 if j >= 0 {
                     let (beta, alpha) = (aux[h].wide(), aux[sizes.q_heads + h].wide());
-                    let dist = distance(q.row(b, h, i), k.row(b, hk, j as usize));
+                    let dist = squared_distance(q.row(b, h, i), k.row(b, hk, j as usize));
                     let (_, by_t, by_alpha) = density(beta * dist, alpha, self.mode);
                     let g = grad[row].wide();
                     out.copy_from_slice(&[g * by_t * 2.0 * beta, g * by_t * dist, g * by_alpha]);

@@ -92,7 +92,7 @@ impl Energy {
                             }
                         }
                     }
-                    // The derivative by beta is the energy at beta 1, without a prior.
+                    // The derivative with respect to beta is the energy at beta = 1 without a prior.
                     dbeta[0] += g * pair_energy(self.score, T::Acc::of(1.0), zero, q, k);
                 }
                 dq.iter_mut().zip(sum).for_each(|(o, &mut s)| *o = T::down(s));
@@ -128,7 +128,7 @@ impl Energy {
         (dq, dk, daux)
     }
 
-    /// `d eps / d b = -1`, summed in the order of the rows.
+    /// The gradient of the prior b, by `d eps / d b = -1`, summed in the order of the rows.
     fn prior_gradient<A: Real>(&self, grad: &[A]) -> Vec<A> {
         let Some(dims) = self.prior else { return Vec::new() };
         let shape = Prior { data: Vec::<A>::new(), dims };

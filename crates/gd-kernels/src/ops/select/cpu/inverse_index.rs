@@ -1,8 +1,7 @@
 //! The inverse of the candidates: for every key the queries that hold it, so that key gradients are summed in a fixed
 //! order and no two threads write one row.
 
-/// For every key of one key-value head, the (flat query row, slot) pairs that hold it, in ascending
-/// order.
+/// For every key of one key-value head, the flat slots (query row * K + slot) that hold it, in ascending order.
 pub(super) struct InverseIndex {
     start: Vec<u32>,
     entry: Vec<u32>,

@@ -8,13 +8,13 @@ use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::parallel::vectorize;
 use crate::ops::select::Sizes;
 
-/// Query rows that a task takes; fixed, so that results do not depend on the thread count.
+/// Query rows per task; fixed, so that results do not depend on the number of threads.
 const TASK_ROWS: usize = 64;
 
-/// Keys that a task takes.
+/// Keys per task.
 const TASK_KEYS: usize = 64;
 
-/// Fills `out`, `len` elements a row, by `f(row, state, out)`; `state` is made once a task.
+/// Fills `out`, of `len` elements per row, by `f(row, state, out)`; `state` is created once per task.
 pub(super) fn for_rows<O: Send, S>(
     out: &mut [O],
     len: usize,

@@ -136,7 +136,7 @@ impl Steps for CpuSteps {
         by_float!("select", v.dtype(), T => {
             type A = <T as Element>::Acc;
             let (e, t) = (values::<A>(energy)?, values::<A>(threshold)?);
-            let picks = choice.picks(&e, &t);
+            let choices = choice.choices(&e, &t);
             let y = with_view::<T, _>(v, |v| Ok(choice.forward(&e, v, &t)))?;
             let y = attach3("choose", [energy, v, threshold], (y, sizes.output_shape().into()),
                 move |[energy, v, threshold], _, dy| {
@@ -156,12 +156,12 @@ impl Steps for CpuSteps {
             let (ints, floats) =
                 (|x: Vec<i32>| Tensor::from_vec(x, shape, device), |x: Vec<A>| Tensor::from_vec(x, shape, device));
             let record = Record {
-                slot: ints(picks.slot)?,
-                index: ints(picks.index)?,
-                nearest: ints(picks.nearest)?,
-                energy: floats(picks.energy)?,
-                margin: floats(picks.margin)?,
-                gate: floats(picks.gate)?,
+                slot: ints(choices.slot)?,
+                index: ints(choices.index)?,
+                nearest: ints(choices.nearest)?,
+                energy: floats(choices.energy)?,
+                margin: floats(choices.margin)?,
+                gate: floats(choices.gate)?,
             };
             Ok((y, record))
         })

@@ -1,4 +1,4 @@
-//! Refinement: the part of a query that its selected key did not explain.
+//! Refinement: the residual of a query, without its component along the jump to its selected key.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::view::View;
 
 /// `(q, k) -> q - <q, g> g [B, Hq, N, D]`, g the jump direction from the query to its selected key;
-/// a query without a key, or on top of it, stays as it is.
+/// a query without a key, or equal to its key, is not changed.
 pub(super) struct Residual {
     /// One key for every query.
     pub(super) keys: Arc<Keys>,
@@ -61,7 +61,8 @@ impl Residual {
         dr: View<'_, T>,
     ) -> (Vec<T>, Vec<T>) {
         let (sizes, d, zero) = (&self.keys.sizes, q.dims[3], T::Acc::of(0.0));
-        // dk row by row; dq = dr + dc delta / |delta|^2 - dk, and dk again summed over its readers.
+        // Writes the contribution of one query to dk, and returns dc / |delta|^2:
+        // dq = dr + dc delta / |delta|^2 - dk, and dk is the sum over the queries that selected the key.
         let delta_gradient = |q: &[T], k: &[T], dr: &[T], out: &mut [T::Acc]| -> T::Acc {
             let (length, along) = products(q, k);
             if length <= zero {

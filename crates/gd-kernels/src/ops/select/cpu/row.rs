@@ -1,4 +1,4 @@
-//! One row of Select: threshold, winner, gate, and every estimator's gradient.
+//! One row of a selection: threshold, winner, gate, and the gradient of every estimator.
 //!
 //! A row has K slots (energy, key or -1) and a null slot whose energy is the threshold. `p` is the
 //! softmax of `-eps / T` over the slots in use and the null slot.
@@ -20,7 +20,7 @@ pub(super) struct RowRule<A> {
     value_floor: A,
     /// Share h of the hard forward pass; 1 - h is the soft mixture over the candidates.
     hardness: A,
-    /// Temperature of the energy gate; `None` leaves the value as it is.
+    /// Temperature of the energy gate; none without that gate.
     gate_temperature: Option<A>,
 }
 
@@ -39,26 +39,38 @@ impl<A: Real> RowRule<A> {
     }
 }
 
-/// What a row chose.
+/// The candidates of a row: energies and keys of its slots, and the threshold.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Row<'a, A> {
+    /// Energies `[K]`.
+    pub(super) energy: &'a [A],
+    /// Keys `[K]`, -1 where a slot is unused.
+    pub(super) key: &'a [i32],
+    /// The threshold tau, the energy of the null slot.
+    pub(super) threshold: A,
+}
+
+/// The choice of a row.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RowChoice<A> {
     /// The slot of least energy, admitted or not; none if the row has no candidate.
     pub(super) nearest: Option<usize>,
     /// The winning slot; none if the row abstains.
     pub(super) winner: Option<usize>,
-    /// Energy of the next admitted candidate less that of the winner; +inf if there is none.
+    /// Energy of the next admitted candidate minus that of the winner; +inf if there is none.
     pub(super) margin: A,
     /// Consistency gate of the nearest candidate, admitted or not; 1 without an energy gate.
     pub(super) rho: A,
 }
 
 /// Finds the winner among slots with a key, ties by the rule.
-pub(super) fn choose<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A) -> RowChoice<A> {
+pub(super) fn choose<A: Real>(rule: &RowRule<A>, row: Row<'_, A>) -> RowChoice<A> {
+    let Row { energy, key, threshold: tau } = row;
     let mut nearest: Option<usize> = None;
     for (slot, (&e, &j)) in energy.iter().zip(key).enumerate().filter(|(_, (_, j))| **j >= 0) {
-        let wins = nearest.is_none_or(|b| {
-            let earlier = (j < key[b]) == (rule.tie == TieBreak::First);
-            e < energy[b] || (e == energy[b] && earlier)
+        let wins = nearest.is_none_or(|other| {
+            let earlier = (j < key[other]) == (rule.tie == TieBreak::First);
+            e < energy[other] || (e == energy[other] && earlier)
         });
         if wins {
             nearest = Some(slot);
@@ -74,19 +86,21 @@ pub(super) fn choose<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau:
     }
     let rivals = energy.iter().zip(key).enumerate().filter(|(slot, (_, j))| *slot != nearest && **j >= 0);
     let margin = rivals.map(|(_, (&x, _))| x).filter(|&x| x <= tau).fold(A::infinity(), |m, x| {
-        let lead = x - e;
-        if lead < m { lead } else { m }
+        let difference = x - e;
+        if difference < m { difference } else { m }
     });
     RowChoice { nearest: Some(nearest), winner: Some(nearest), margin, rho }
 }
 
-pub(super) fn sigmoid<A: Real>(x: A) -> A {
+/// The logistic function.
+fn sigmoid<A: Real>(x: A) -> A {
     // exp never overflows to a NaN here: exp(+big) = inf gives 0.
     (A::one() + (-x).exp()).recip()
 }
 
-/// Softmax of `-eps / T` over used slots into `p`, returning the null slot's share.
-fn soft<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [A]) -> A {
+/// Writes the softmax of `-eps / T` over the used slots into `p`; returns the share of the null slot.
+fn softmax<A: Real>(rule: &RowRule<A>, row: Row<'_, A>, p: &mut [A]) -> A {
+    let Row { energy, key, threshold: tau } = row;
     let used = |(e, j): (&A, &i32)| if *j < 0 { A::infinity() } else { *e };
     let least = energy.iter().zip(key).map(used).fold(tau, |least, e| if e < least { e } else { least });
     if !least.is_finite() {
@@ -105,16 +119,9 @@ fn soft<A: Real>(rule: &RowRule<A>, energy: &[A], key: &[i32], tau: A, p: &mut [
 }
 
 /// Weights of the value rows in the forward pass.
-pub(super) fn weights<A: Real>(
-    rule: &RowRule<A>,
-    c: &RowChoice<A>,
-    energy: &[A],
-    key: &[i32],
-    tau: A,
-    w: &mut [A],
-) {
+pub(super) fn weights<A: Real>(rule: &RowRule<A>, c: &RowChoice<A>, row: Row<'_, A>, w: &mut [A]) {
     if rule.hardness < A::one() {
-        soft(rule, energy, key, tau, w);
+        softmax(rule, row, w);
         let share = A::one() - rule.hardness;
         w.iter_mut().for_each(|w| *w *= share);
     } else {
@@ -137,25 +144,23 @@ impl<A: Real> Scratch<A> {
     }
 }
 
-/// The backward pass of a row: `a[j] = <dy, v_j>` in, the energies' gradient `de` and the weights
-/// `dv` with which `dy` enters the value rows out; returns the threshold's gradient.
-#[allow(clippy::too_many_arguments)]
+/// The backward pass of a row. From `a[j] = <dy, v_j>` it computes the gradient `de` of the energies and the weights
+/// `dv` by which `dy` is added to the gradients of the value rows; returns the gradient of the threshold.
 pub(super) fn backward<A: Real>(
     rule: &RowRule<A>,
     c: &RowChoice<A>,
-    energy: &[A],
-    key: &[i32],
-    tau: A,
+    row: Row<'_, A>,
     a: &[A],
     s: &mut Scratch<A>,
     de: &mut [A],
     dv: &mut [A],
 ) -> A {
+    let Row { key, .. } = row;
     de.fill(A::zero());
     dv.fill(A::zero());
     let mut dtau = A::zero();
     let (hard, soft_share) = (rule.hardness, A::one() - rule.hardness);
-    let null = soft(rule, energy, key, tau, &mut s.p);
+    let null = softmax(rule, row, &mut s.p);
     if soft_share > A::zero() {
         dtau += jacobian(rule, &s.p, null, a, soft_share, de);
         dv.iter_mut().zip(&s.p).for_each(|(d, &p)| *d = soft_share * p);
@@ -182,11 +187,10 @@ pub(super) fn backward<A: Real>(
             let half = A::of(0.5);
             dtau += jacobian(rule, &s.p, null, a, -half * scale, de);
             s.mixed.iter_mut().zip(&s.p).for_each(|(m, &p)| *m = half * p);
-            let hit = |chosen: bool| if chosen { half } else { A::zero() };
             if let Some(j) = c.winner {
                 s.mixed[j] += half;
             }
-            let null = half * null + hit(c.winner.is_none());
+            let null = half * null + if c.winner.is_none() { half } else { A::zero() };
             dtau += jacobian(rule, &s.mixed, null, a, A::of(2.0) * scale, de);
             floor(s);
         }

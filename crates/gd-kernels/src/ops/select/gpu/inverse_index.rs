@@ -1,5 +1,5 @@
-//! The inverse of the candidates on a GPU: for every key the slots that hold it. A stable radix sort of the slots by
-//! their keys, so that gradients of keys are sums in the order of the rows.
+//! The inverse of the candidates on a GPU: for every key the slots that hold it, from a stable radix sort of the slots
+//! by their keys. Gradients of keys are then sums in the order of the rows.
 
 use bytemuck::bytes_of;
 
@@ -25,7 +25,7 @@ impl<B> InverseIndex<B> {
     /// Inverts index i32 `[B, Hq, N, K]`, -1 where unused.
     ///
     /// # Errors
-    /// 2^31 slots or keys or more, and what the GPU refuses.
+    /// 2^31 slots or keys or more, and errors of the GPU.
     pub fn new<G: Gpu<Buffer = B>>(gpu: &G, sizes: &Sizes, index: Slice<'_, B>) -> Result<Self> {
         let count = elements("index", sizes.rows() as u128 * sizes.slots as u128)?;
         let segments = elements("keys", (sizes.batch * sizes.kv_heads) as u128 * sizes.keys as u128)?;
@@ -59,7 +59,7 @@ impl<B> InverseIndex<B> {
         let counts = gpu.allocate(blocks * (1 << SORT_DIGIT_BITS) * 4)?;
         let threads = (count as usize).div_ceil(BLOCK_THREADS);
         launch(&params, KernelOp::SortInit, threads, vec![index, (&from[0]).into(), (&from[1]).into()])?;
-        // Segment numbers go up to `segments` itself, that of unused slots.
+        // The segment number of unused slots is `segments`, so that its bits are sorted, too.
         while params.shift < u32::BITS - segments.leading_zeros() {
             launch(&params, KernelOp::SortHistogram, blocks, vec![(&from[0]).into(), (&counts).into()])?;
             launch(&params, KernelOp::SortOffsets, 1, vec![(&counts).into()])?;
@@ -75,7 +75,8 @@ impl<B> InverseIndex<B> {
         Ok(Self { starts, segments, entries })
     }
 
-    /// Starts u32 `[B Hk M + 1]`, then the sorted segments and entries, u32 `[B Hq N K]`.
+    /// The starts of the segments u32 `[B Hk M + 1]`; of the sorted slots the segments and the entries, u32 `[B Hq N
+    /// K]` each.
     pub(crate) fn slices(&self) -> [Slice<'_, B>; 3] {
         [&self.starts, &self.segments, &self.entries].map(Slice::from)
     }

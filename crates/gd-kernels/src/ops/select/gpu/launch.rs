@@ -1,7 +1,7 @@
-//! The steps of `select` on a GPU, forward and backward: the same split as [`crate::ops::select()`] has on the CPU.
+//! Launches of the steps of [`select`](crate::select) on a GPU, forward and backward.
 //!
-//! One query row a warp; K slots a row, at most [`MAX_SLOTS`]. Gradients of keys and values are summed over an
-//! inverse index (key -> slots, sorted) in a fixed order. Everything but q, k, v and their gradients is f32.
+//! A warp computes one query row; a row has K slots, at most [`MAX_SLOTS`]. Gradients of keys and values are summed
+//! over an inverse index (key -> slots, sorted) in a fixed order. Everything but q, k, v and their gradients is f32.
 //!
 //! q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, index and energy `[B, Hq, N, K]`; outputs are
 //! contiguous.
@@ -19,7 +19,7 @@ pub use crate::ops::select::options::Rule;
 pub use crate::ops::select::sizes::Sizes;
 use crate::options::Barrier;
 
-/// Most candidates of a row, protected ones counted.
+/// Maximum number of candidates of a row, protected ones included.
 pub const MAX_SLOTS: usize = params::MAX_SLOTS as usize;
 
 impl Sizes {
@@ -40,7 +40,7 @@ impl Sizes {
     }
 }
 
-/// The problem of a step: sizes and rule, checked.
+/// Sizes and options of a step that the kernels cover.
 #[derive(Debug, Clone, Copy)]
 pub struct SelectPlan {
     sizes: Sizes,
@@ -49,7 +49,7 @@ pub struct SelectPlan {
 }
 
 impl SelectPlan {
-    /// The plan of the steps of a selection.
+    /// Checks the sizes and options.
     ///
     /// # Errors
     /// [`Error::Unsupported`] names the value that the kernels do not cover.
@@ -58,7 +58,7 @@ impl SelectPlan {
         let s = sizes;
         if s.slots == 0 || s.slots > MAX_SLOTS {
             return Err(Error::Unsupported(format!(
-                "select: {} candidates a row on a GPU; 1 to {MAX_SLOTS} are",
+                "select: {} candidates a row on a GPU; 1 to {MAX_SLOTS} are supported",
                 s.slots
             )));
         }
@@ -152,7 +152,7 @@ impl SelectPlan {
         })
     }
 
-    /// One row a warp.
+    /// Launches the kernel of `op` with a warp for every row.
     fn by_rows<'a, G: Gpu>(
         &self,
         gpu: &G,
@@ -162,8 +162,8 @@ impl SelectPlan {
         self.launch(gpu, op, (self.sizes.rows().div_ceil(8), 256), buffers)
     }
 
-    /// Sums over the readers of every key into `out` `[B, Hk, M, dim]`: pieces of entries a warp each, then the
-    /// segments that lie in several of them.
+    /// Sums over the slots that hold each key into `out` `[B, Hk, M, dim]`: first chunks of entries, each by a warp;
+    /// then the partial sums of the segments that span several chunks.
     fn by_keys<'a, G: Gpu>(
         &self,
         gpu: &G,
@@ -195,7 +195,7 @@ impl SelectPlan {
     }
 }
 
-/// What every row chose, `[B, Hq, N]` each; see [`crate::Selected`].
+/// Buffers for the choice of every row, `[B, Hq, N]` each; see [`crate::Selected`].
 #[derive(Debug)]
 pub struct Record<'a, B> {
     /// i32: the winning slot, -1 where the row abstains.
@@ -206,7 +206,7 @@ pub struct Record<'a, B> {
     pub nearest: Slice<'a, B>,
     /// f32: the winner's energy, +inf where the row abstains.
     pub energy: Slice<'a, B>,
-    /// f32: to the next admitted candidate, +inf without one.
+    /// f32: the energy of the next admitted candidate minus that of the winner, +inf without one.
     pub margin: Slice<'a, B>,
     /// f32: the energy gate, 0 where the row abstains.
     pub gate: Slice<'a, B>,
@@ -223,10 +223,10 @@ pub struct Candidates<'a, B> {
     pub threshold: Slice<'a, B>,
 }
 
-/// The choice of every row: its record, and its output y `[B, Hq, N, Dv]`.
+/// Computes the choice of every row: its record, and its output y `[B, Hq, N, Dv]`.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses; so in all functions here.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn choose<G: Gpu>(
     gpu: &G,
     plan: &SelectPlan,
@@ -244,11 +244,10 @@ pub fn choose<G: Gpu>(
     plan.v(v)?.by_rows(gpu, KernelOp::SelectForward, buffers)
 }
 
-/// Gradients of the energies `[B, Hq, N, K]`, of v `[B, Hk, M, Dv]` and of the threshold `[Hq]` from dy.
+/// Computes the gradients of the energies `[B, Hq, N, K]`, of v `[B, Hk, M, Dv]` and of the threshold `[Hq]` from dy.
 ///
 /// # Errors
 /// As [`choose`].
-#[allow(clippy::too_many_arguments)]
 pub fn choose_backward<G: Gpu>(
     gpu: &G,
     plan: &SelectPlan,
@@ -256,9 +255,7 @@ pub fn choose_backward<G: Gpu>(
     v: &Tensor4<'_, G::Buffer>,
     dy: &Tensor4<'_, G::Buffer>,
     inverse: &InverseIndex<G::Buffer>,
-    denergy: Slice<'_, G::Buffer>,
-    dv: Slice<'_, G::Buffer>,
-    dthreshold: Slice<'_, G::Buffer>,
+    [denergy, dv, dthreshold]: [Slice<'_, G::Buffer>; 3],
 ) -> Result<()> {
     let plan = plan.v(v)?.gradient(dy, plan.sizes.y_dims())?;
     let rows = plan.sizes.rows();
@@ -271,8 +268,8 @@ pub fn choose_backward<G: Gpu>(
     plan.head_sums(gpu, &dtau, dthreshold)
 }
 
-/// For every key the sum of the rows d `[B, Hq, N, Dv]` that read it, each times its weight f32 `[B, Hq, N, K]`:
-/// `[B, Hk, M, Dv]`.
+/// Computes `out` `[B, Hk, M, Dv]`: for every key the sum of the rows `d` `[B, Hq, N, Dv]` of the slots that hold it,
+/// each times the slot's weight f32 `[B, Hq, N, K]`.
 ///
 /// # Errors
 /// As [`choose`].
@@ -294,7 +291,7 @@ pub fn sum_rows<G: Gpu>(
     )
 }
 
-/// The tensors that energies come from.
+/// The inputs of energies.
 #[derive(Debug)]
 pub struct Pairs<'a, B> {
     /// `[B, Hq, N, D]`.
@@ -313,7 +310,7 @@ impl<B> Pairs<'_, B> {
     }
 }
 
-/// Energies of the candidates `[B, Hq, N, K]`, +inf in unused slots.
+/// Computes the energies of the candidates, f32 `[B, Hq, N, K]`, +inf in unused slots.
 ///
 /// # Errors
 /// As [`choose`].
@@ -329,21 +326,21 @@ pub fn energy<G: Gpu>(
     x.plan(plan)?.prior(prior).by_rows(gpu, KernelOp::EnergyForward, buffers)
 }
 
-/// Where the gradients of energies go: dq `[B, Hq, N, D]`, dk `[B, Hk, M, D]`, f32 dbeta `[Hq]` and, if there is
-/// one, that of the prior in its shape.
+/// Buffers for the gradients of the inputs of energies: dq `[B, Hq, N, D]`, dk `[B, Hk, M, D]`, f32 dbeta `[Hq]` and,
+/// if there is one, that of the prior in its shape.
 #[derive(Debug)]
 pub struct PairGradients<'a, B> {
-    /// Of q.
+    /// The gradient of q.
     pub q: Slice<'a, B>,
-    /// Of k.
+    /// The gradient of k.
     pub k: Slice<'a, B>,
-    /// Of beta.
+    /// The gradient of beta.
     pub beta: Slice<'a, B>,
-    /// Of the prior; its dims are those of the prior.
+    /// The gradient of the prior, with the batch entries and heads of the prior.
     pub prior: Option<Prior<'a, B>>,
 }
 
-/// Gradients of everything that energies come from, given theirs.
+/// Computes the gradients of q, k, beta and the prior from that of the energies.
 ///
 /// # Errors
 /// As [`choose`].
@@ -365,7 +362,7 @@ pub fn energy_backward<G: Gpu>(
     plan.by_keys(gpu, KernelOp::EnergyKeyGradient, (inverse, dim), vec![q, k, beta, Some(gradient)], out.k)?;
     if let Some(prior) = &out.prior {
         let values = prior.dims[0] * prior.dims[1] * plan.sizes.keys;
-        // Summed like the gradients of keys, a row for the prior heads of a key head, in f32.
+        // Summed like the gradients of keys, in f32; a row holds the prior heads of a key-value head.
         let plan = SelectPlan {
             variant: Variant { element: ElementType::F32, ..plan.variant },
             ..plan.prior(Some(prior))
@@ -380,7 +377,7 @@ pub fn energy_backward<G: Gpu>(
     Ok(())
 }
 
-/// Energies after the barrier of the rule; `flags` u8 `[B, Hq, N, K]` marks the protected candidates.
+/// Computes the energies after the barrier of the rule; `flags` u8 `[B, Hq, N, K]` marks the protected candidates.
 ///
 /// # Errors
 /// As [`choose`].
@@ -399,7 +396,7 @@ pub fn barrier<G: Gpu>(
     )
 }
 
-/// The gradient of the energies before the barrier from that of those after it.
+/// Computes the gradient of the energies before the barrier from the gradient of the energies after it.
 ///
 /// # Errors
 /// As [`choose`].
@@ -414,7 +411,8 @@ pub fn barrier_backward<G: Gpu>(
     plan.launch(gpu, KernelOp::BarrierBackward, (plan.sizes.rows().div_ceil(128), 128), buffers)
 }
 
-/// The candidates without the winners `slot` i32 `[B, Hq, N]`: i32 `[B, Hq, N, K]`. A row that abstained has none.
+/// Computes the candidates without the winners `slot` i32 `[B, Hq, N]`: i32 `[B, Hq, N, K]`. A row that abstained has
+/// none.
 ///
 /// # Errors
 /// As [`choose`].
@@ -434,8 +432,8 @@ pub fn remaining<G: Gpu>(
     )
 }
 
-/// The mixture density at the coherence point of one key a query, and the point u*, f32 `[B, Hq, N]` each; the
-/// plan is that of [`Sizes::single`].
+/// Computes the mixture density at the coherence point of one key for every query, and the point u*, f32 `[B, Hq, N]`
+/// each; the plan is that of [`Sizes::single`].
 ///
 /// # Errors
 /// As [`choose`].
@@ -452,11 +450,10 @@ pub fn density<G: Gpu>(
     x.plan(plan)?.by_rows(gpu, KernelOp::DensityForward, buffers)
 }
 
-/// Gradients of q, k, beta and alpha `[Hq]` from that of the density.
+/// Computes the gradients of q, k, beta and alpha `[Hq]` from that of the density.
 ///
 /// # Errors
 /// As [`choose`].
-#[allow(clippy::too_many_arguments)]
 pub fn density_backward<G: Gpu>(
     gpu: &G,
     plan: &SelectPlan,
@@ -464,8 +461,7 @@ pub fn density_backward<G: Gpu>(
     alpha: Slice<'_, G::Buffer>,
     gradient: Slice<'_, G::Buffer>,
     inverse: &InverseIndex<G::Buffer>,
-    out: &PairGradients<'_, G::Buffer>,
-    dalpha: Slice<'_, G::Buffer>,
+    (out, dalpha): (&PairGradients<'_, G::Buffer>, Slice<'_, G::Buffer>),
 ) -> Result<()> {
     let plan = x.plan(plan)?;
     let rows = plan.sizes.rows() * 4;
@@ -480,7 +476,7 @@ pub fn density_backward<G: Gpu>(
     plan.by_keys(gpu, KernelOp::DensityKeyGradient, (inverse, dim), vec![q, k, Some((&factor).into())], out.k)
 }
 
-/// The queries `[B, Hq, N, D]` without their components along the jumps to one key each; the plan is that of
+/// Computes the queries `[B, Hq, N, D]` without their components along the jumps to one key each; the plan is that of
 /// [`Sizes::single`], beta is not used.
 ///
 /// # Errors
@@ -495,7 +491,7 @@ pub fn residual<G: Gpu>(
     x.plan(plan)?.by_rows(gpu, KernelOp::ResidualForward, buffers)
 }
 
-/// Gradients of q `[B, Hq, N, D]` and k `[B, Hk, M, D]` from that of the residual queries.
+/// Computes the gradients of q `[B, Hq, N, D]` and k `[B, Hk, M, D]` from that of the residual queries.
 ///
 /// # Errors
 /// As [`choose`].

@@ -18,7 +18,7 @@ pub(crate) struct Keys<B> {
     index: Vector<B>,
     plan: SelectPlan,
     sizes: Sizes,
-    /// Made by the first backward pass that needs it.
+    /// Computed by the first backward pass that needs it.
     inverse: OnceLock<InverseIndex<B>>,
 }
 
@@ -185,9 +185,7 @@ impl<G: TensorGpu> Steps for GpuSteps<G> {
                 &x.v.tensor4(),
                 &dy.tensor4(),
                 keys.inverse(&*device)?,
-                (&de).into(),
-                (&dv).into(),
-                (&dtau).into(),
+                [(&de).into(), (&dv).into(), (&dtau).into()],
             )?;
             device.tensors([energy, v, tau], [de, dv, dtau])
         })?;
@@ -226,8 +224,7 @@ impl<G: TensorGpu> Steps for GpuSteps<G> {
                 x.at(heads),
                 grad.slice(),
                 keys.inverse(&*device)?,
-                &out,
-                dalpha,
+                (&out, dalpha),
             )?;
             device.tensors([q, k, aux], [dq, dk, daux])
         })?)
@@ -235,7 +232,7 @@ impl<G: TensorGpu> Steps for GpuSteps<G> {
 
     fn residual(&self, [q, k]: [&Tensor; 2], keys: &Self::Keys) -> Result<Tensor> {
         let (device, keys) = (self.device.clone(), keys.clone());
-        // Not used here, but the kernels take it.
+        // `Operands` has a beta, which the kernels of this step do not read.
         let beta = Tensor::ones(keys.sizes.q_heads, DType::F32, q.device())?;
         let [out] = device.gradients([q])?;
         {
@@ -253,7 +250,7 @@ impl<G: TensorGpu> Steps for GpuSteps<G> {
     }
 }
 
-/// What energies and densities are computed from.
+/// The inputs of energies and densities.
 struct Operands<B> {
     q: Rows<B>,
     k: Rows<B>,
@@ -275,7 +272,7 @@ impl<B: From<Tensor>> Operands<B> {
         }
     }
 
-    /// The auxiliary values from number `at` on.
+    /// The auxiliary values from index `at`.
     fn at(&self, at: usize) -> Slice<'_, B> {
         let slice = self.aux.slice();
         Slice { offset: slice.offset + 4 * at, ..slice }
@@ -286,7 +283,7 @@ impl<B: From<Tensor>> Operands<B> {
     }
 }
 
-/// What a choice is made from.
+/// The inputs of a choice.
 struct Choice<B> {
     energy: Vector<B>,
     v: Rows<B>,

@@ -7,7 +7,7 @@ use crate::backend::gpu::params::SwigluParams;
 use crate::backend::gpu::{Arch, Gpu, KernelOp, RowSizes, Slice, Tensor4, launch};
 use crate::error::Result;
 
-/// An activation, checked.
+/// An activation whose sizes the kernels cover.
 #[derive(Debug, Clone)]
 pub struct SwigluPlan {
     sizes: RowSizes,
@@ -15,7 +15,7 @@ pub struct SwigluPlan {
 }
 
 impl SwigluPlan {
-    /// The plan.
+    /// Checks the sizes.
     ///
     /// # Errors
     /// [`crate::Error::Unsupported`] names the value that the kernels do not cover.
@@ -51,10 +51,10 @@ impl SwigluPlan {
     }
 }
 
-/// y from gate and up.
+/// Computes y from gate and up.
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the GPU.
 pub fn forward<G: Gpu>(
     gpu: &G,
     plan: &SwigluPlan,
@@ -66,7 +66,7 @@ pub fn forward<G: Gpu>(
     launch(gpu, plan.variant.kernel(KernelOp::SwigluForward), plan.sizes.blocks(), &params, buffers)
 }
 
-/// The gradients of gate and up from dy.
+/// Computes the gradients of gate and up from dy.
 ///
 /// # Errors
 /// As [`forward`].

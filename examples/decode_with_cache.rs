@@ -20,7 +20,7 @@ const WIDTH: usize = 64;
 fn read(layer: &GdAttention, x: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
     let mask = match cache.lengths() {
         [] => Mask::causal(0),
-        lengths => Mask::causal(0).each(lengths.iter().map(|&length| length as i64).collect()),
+        lengths => Mask::causal(0).with_offsets(lengths.iter().map(|&length| length as i64).collect()),
     };
     layer.attend(x, &Pass::new(&mask), Some(cache))
 }

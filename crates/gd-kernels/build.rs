@@ -1,30 +1,30 @@
 //! With the feature `cuda`: compiles kernels/cuda/*.cu, each to one fatbin with code for every architecture,
 //! and lists them for `src/backend/cuda`. With `metal`: puts the includes of kernels/metal/*.metal in place and lists
-//! the texts for `src/backend/metal`, which Metal compiles at run time. Without them: nothing.
+//! the texts for `src/backend/metal`, which Metal compiles at run time. Without these features it does nothing.
 //!
-//! nvcc is that of `NVCC`, of `CUDA_HOME` (`CUDA_PATH`, `CUDA_ROOT`, `CUDA_TOOLKIT_ROOT_DIR`), of `PATH`, or of
-//! /usr/local/cuda. `GD_CUDA_ARCHS` (default `80,86,89,90a`) says for which GPUs; a source `*_sm90a.cu` is for
-//! Hopper's own instructions and compiled for `90a` alone. Nothing is fetched.
+//! nvcc is taken from `NVCC`, from `CUDA_HOME` (`CUDA_PATH`, `CUDA_ROOT`, `CUDA_TOOLKIT_ROOT_DIR`), from `PATH`, or from
+//! /usr/local/cuda. `GD_CUDA_ARCHS` (default `80,86,89,90a`) lists the compute capabilities; a source `*_sm90a.cu`
+//! has instructions that only Hopper supports and is compiled for `90a` only. Nothing is downloaded.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
-    done(cuda::build());
+    exit_on_error(cuda::build());
     #[cfg(feature = "metal")]
-    done(metal::build());
+    exit_on_error(metal::build());
 }
 
 #[cfg(any(feature = "cuda", feature = "metal"))]
-fn done(built: Result<(), String>) {
+fn exit_on_error(built: Result<(), String>) {
     if let Err(e) = built {
         eprintln!("error: {e}");
         std::process::exit(1);
     }
 }
 
-/// The folder of the kernels; cargo is to look for changes in `folders` of it.
+/// The folder of the kernels. Tells cargo to run this script again when one of its `folders` changes.
 #[cfg(any(feature = "cuda", feature = "metal"))]
-fn kernels(folders: &[&str]) -> Result<std::path::PathBuf, String> {
+fn kernel_root(folders: &[&str]) -> Result<std::path::PathBuf, String> {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let root = root.canonicalize().map_err(|e| format!("{}: {e}", root.display()))?;
     for folder in folders {
@@ -41,13 +41,13 @@ mod metal {
     use std::fs;
     use std::path::{Path, PathBuf};
 
-    /// Where the sources and their headers lie.
+    /// The folders of the sources and their headers.
     const FOLDERS: [&str; 2] = ["metal", "shared"];
 
     type Result<T> = std::result::Result<T, String>;
 
     pub(super) fn build() -> Result<()> {
-        let root = super::kernels(&FOLDERS)?;
+        let root = super::kernel_root(&FOLDERS)?;
         let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| format!("OUT_DIR: {e}"))?);
         let folder = out.join("metal");
         fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
@@ -61,20 +61,20 @@ mod metal {
         for source in &sources {
             let mut text = String::new();
             flatten(&root, source, &mut HashSet::new(), &mut text)?;
-            let place = folder.join(source.file_name().unwrap_or_default());
-            fs::write(&place, &text).map_err(|e| format!("{}: {e}", place.display()))?;
+            let target = folder.join(source.file_name().unwrap_or_default());
+            fs::write(&target, &text).map_err(|e| format!("{}: {e}", target.display()))?;
             let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             hasher.update(name.as_bytes()).update(text.as_bytes());
-            let _ = writeln!(list, "    ({name:?}, include_str!({place:?})),");
+            let _ = writeln!(list, "    ({name:?}, include_str!({target:?})),");
         }
         let hash = hasher.finalize().to_hex();
         let _ = writeln!(list, "];\npub(super) const HASH: &str = {:?};", &hash[..16]);
         fs::write(out.join("metal_sources.rs"), list).map_err(|e| format!("metal_sources.rs: {e}"))
     }
 
-    /// Appends a file with its quoted includes in place, each file once. Lines keep the numbers that they have
-    /// in their files. What lies in other folders is for other compilers, and left out.
-    fn flatten(root: &Path, path: &Path, seen: &mut HashSet<PathBuf>, out: &mut String) -> Result<()> {
+    /// Appends a file with its quoted includes inlined, each file once. `#line` directives preserve the line numbers.
+    /// Includes from other folders are for other compilers and are left out.
+    fn flatten(root: &Path, path: &Path, included: &mut HashSet<PathBuf>, out: &mut String) -> Result<()> {
         let at = |e: std::io::Error| format!("{}: {e}", path.display());
         let name = path.strip_prefix(root).unwrap_or(path).display();
         let text = fs::read_to_string(path).map_err(at)?;
@@ -86,8 +86,8 @@ mod metal {
                     let file = path.with_file_name(file);
                     let file = file.canonicalize().map_err(|e| format!("{}: {e}", file.display()))?;
                     let ours = FOLDERS.iter().any(|folder| file.starts_with(root.join(folder)));
-                    if ours && seen.insert(file.clone()) {
-                        flatten(root, &file, seen, out)?;
+                    if ours && included.insert(file.clone()) {
+                        flatten(root, &file, included, out)?;
                     }
                     let _ = writeln!(out, "#line {} \"kernels/{name}\"", number + 2);
                 }
@@ -112,10 +112,10 @@ mod cuda {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// The folders of a toolkit, as other build scripts look for them.
+    /// Environment variables with the folder of a CUDA toolkit.
     const HOMES: [&str; 4] = ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "CUDA_TOOLKIT_ROOT_DIR"];
     const DEFAULT_ARCHS: &str = "80,86,89,90a";
-    /// Sources with instructions of Hopper alone end so.
+    /// The suffix of sources with instructions that only Hopper supports.
     const HOPPER: &str = "_sm90a";
 
     type Result<T> = std::result::Result<T, String>;
@@ -124,7 +124,7 @@ mod cuda {
         for name in HOMES.iter().chain(&["NVCC", "GD_CUDA_ARCHS"]) {
             println!("cargo:rerun-if-env-changed={name}");
         }
-        let root = super::kernels(&["cuda", "shared"])?;
+        let root = super::kernel_root(&["cuda", "shared"])?;
         let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| format!("OUT_DIR: {e}"))?);
         let (archs, nvcc) = (archs()?, nvcc()?);
         let sources = sources(&root.join("cuda"), &archs)?;
@@ -140,7 +140,7 @@ mod cuda {
         let number = |a: &str| a.trim_end_matches(char::is_alphabetic).parse::<u32>().ok();
         match archs.iter().find(|a| number(a).is_none_or(|n| n < 80)) {
             Some(bad) => Err(format!(
-                "GD_CUDA_ARCHS={text}: `{bad}` is no compute capability from 80 on (such as {DEFAULT_ARCHS})"
+                "GD_CUDA_ARCHS={text}: `{bad}` is not a compute capability of at least 80 (such as {DEFAULT_ARCHS})"
             )),
             None => Ok(archs),
         }
@@ -218,7 +218,7 @@ mod cuda {
         for arch in targets(source, archs) {
             command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
         }
-        // What a GPU newer than all of them compiles for itself.
+        // PTX, which the driver compiles for GPUs newer than all of these.
         if let (false, Some(least)) = (hopper, archs.iter().find(|a| a.parse::<u32>().is_ok())) {
             command.arg(format!("-gencode=arch=compute_{least},code=compute_{least}"));
         }
@@ -229,7 +229,7 @@ mod cuda {
         if !run.status.success() {
             return Err(format!("{command:?}: {}\n{report}", run.status));
         }
-        // The compiler's report has one such line a kernel; a spill costs speed, never a result.
+        // The compiler reports spills with one line per kernel. They cost speed but do not change results.
         let spills =
             report.lines().filter(|l| l.contains("spill stores") && !l.contains(" 0 bytes spill stores"));
         for line in spills {

@@ -12,7 +12,6 @@ pub mod reference;
 pub use backend::Backend;
 pub use backend::cpu::isa::Isa;
 #[doc(hidden)]
-pub use backend::dispatch::on_cpu;
 pub use backend::support::{CANDIDATES, support_table};
 pub use cache::{
     AppendBuffer, CachedKeys, DecodeUse, Int8Keys, KeyBias, KeyCache, KeyShape, PagedCache, SequenceCache,
@@ -23,7 +22,7 @@ pub use mask::Mask;
 pub use ops::adamw;
 pub use ops::causal_conv::{causal_conv, packed_causal_conv};
 pub use ops::cross_entropy;
-pub use ops::decode::{decode, decode_paged, scan_select};
+pub use ops::decode::{decode, decode_paged, decode_reads_protected, scan_select};
 pub use ops::embedding::embedding;
 pub use ops::linear::linear;
 pub use ops::masked_softmax::masked_softmax;
@@ -40,18 +39,7 @@ pub use ops::select::{Round, Select, Selected, select};
 pub use ops::swiglu::swiglu;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 
-#[doc(hidden)]
-pub use backend::cpu::element;
-
-/// Loops and graph nodes for operators of other crates.
-#[doc(hidden)]
-pub mod fused {
-    pub use crate::backend::cpu::parallel::*;
-    pub use crate::backend::cpu::view::{Rows, cpu_slice};
-    pub use crate::backend::graph::*;
-}
-
-/// NVIDIA GPUs.
+/// Devices and kernels of NVIDIA GPUs.
 #[cfg(feature = "cuda")]
 pub mod cuda {
     #[doc(hidden)]
@@ -59,7 +47,7 @@ pub mod cuda {
     pub use crate::backend::cuda::{count, describe, kernel_hash, open};
 }
 
-/// Apple GPUs.
+/// Devices and kernels of Apple GPUs.
 #[cfg(feature = "metal")]
 pub mod metal {
     #[doc(hidden)]
@@ -88,6 +76,11 @@ pub mod gpu {
     pub use crate::ops::scan::gpu::certified as scan_certified;
     pub use crate::ops::select::gpu::{inverse_index as inverse, launch as select};
     pub use crate::ops::swiglu::gpu::launch as swiglu;
+
+    /// Whether operators on tensors of `device` run on the CPU, and not on an emulated GPU.
+    pub fn on_cpu(device: &candle_core::Device) -> bool {
+        crate::backend::dispatch::on_cpu(device)
+    }
 
     /// Launches of a scan.
     pub mod scan {

@@ -1,7 +1,7 @@
 //! Which keys are visible to a query.
 //!
-//! Every supported mask makes one contiguous interval of keys visible to each query. Kernels therefore read no mask tensor
-//! and test no single positions: they loop over `Mask::visible`.
+//! Every supported mask makes one contiguous interval of keys visible to each query. Kernels therefore read no
+//! mask tensor and do not test each position: they loop over `Mask::visible`.
 //!
 //! Shapes: N queries, M keys, B batch entries. Query `i` stands at key position `i + offset`; each batch entry
 //! may have its own offset.
@@ -55,9 +55,9 @@ impl Mask {
         Self { causal: true, window: Some(window), offset, ..Self::default() }
     }
 
-    /// Gives every batch entry an offset of its own: query `i` of entry `b` stands at key position
+    /// Sets an offset for every batch entry: query `i` of entry `b` stands at key position
     /// `i + offsets[b]` (one entry may serve all).
-    pub fn each(mut self, offsets: Vec<i64>) -> Self {
+    pub fn with_offsets(mut self, offsets: Vec<i64>) -> Self {
         self.offsets = Some(Arc::new(offsets));
         self
     }
@@ -91,7 +91,7 @@ impl Mask {
         }
     }
 
-    /// Whether batch entries differ in what their queries see.
+    /// Whether the visible keys differ between batch entries.
     pub fn differs(&self) -> bool {
         let several = |n: Option<usize>| n.is_some_and(|n| n > 1);
         several(self.offsets.as_ref().map(|o| o.len()))
@@ -99,7 +99,7 @@ impl Mask {
             || several(self.lengths().map(<[_]>::len))
     }
 
-    /// Whether no query reads keys behind its own position.
+    /// Whether the keys behind the position of a query are invisible to it.
     pub fn is_causal(&self) -> bool {
         self.causal
     }

@@ -47,7 +47,7 @@ pub enum Estimator {
     /// `((1 - lambda) * [j = j*] + lambda * p~_j) dy`.
     #[default]
     Candidates,
-    /// Scores only through the consistency gate, values through the winner alone.
+    /// Scores only through the consistency gate, values only through the winner.
     Winner,
     /// `Candidates` over all keys, O(N * M): the reference for the others.
     Dense,
@@ -61,7 +61,7 @@ pub enum Estimator {
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Gate {
-    /// Nothing: `y = v_j*` (gamma = 0).
+    /// No gate: `y = v_j*` (gamma = 0).
     #[default]
     None,
     /// `y = rho * v_j*` with `rho = sigmoid((tau - eps_j*) / T)` (gamma = 1); needs a threshold.
@@ -75,7 +75,7 @@ pub enum Gate {
     Coherence,
 }
 
-/// Which root of the coherence equation stands for the pair when there are two wells.
+/// Which root of the coherence equation is used for a pair whose energy has two wells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CoherenceMode {
@@ -83,13 +83,13 @@ pub enum CoherenceMode {
     #[default]
     Global,
     /// The root that bisection on [0, 1] meets first (at alpha = 1/2 always u = 1/2, a saddle for
-    /// t > 2): what the public reference demo computes.
+    /// t > 2): as the public reference demo computes it.
     Passage,
 }
 
 /// Conditional protection of the protected candidate with the lowest energy (score `s = -eps`).
 ///
-/// With `w` its softmax weight and `gap = best other score - s`, the barrier activates if
+/// With `w` its softmax weight and `gap = greatest other score - s`, the barrier activates if
 /// `w < floor and gap <= margin + slack`, or `gap <= margin` and the normalised entropy of the
 /// softmax is at least `entropy_trigger`. It then adds `strength * max(0, margin - gap)` to `s`,
 /// and if the weight is still below `floor` raises `s` to

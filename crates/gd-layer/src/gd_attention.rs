@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::{
-    Candidates, DecodeUse, Estimator, Gate, KeyCache, Mask, Scan, Score, Select, Selected, decode, scan,
-    scan_all, select,
+    Candidates, DecodeUse, Estimator, Gate, KeyCache, Mask, Scan, Score, Select, Selected, decode,
+    decode_reads_protected, scan, scan_all, select,
 };
 
 use crate::attention::{Attention, Pass};
@@ -220,7 +220,19 @@ impl GdAttention {
         let Projected { q, k, v, mask, .. } = projected;
         let GdConfig { score, tie, candidates, .. } = self.heads.cfg.gd;
         let candidates = pass.candidates.unwrap_or(candidates);
-        let options = Scan { prior: scoring.prior, score, tie, ..Scan::new(scoring.beta, mask, candidates) };
+        let protected = match &self.heads.beacon {
+            Some(beacon) if decode_reads_protected(q, candidates)? => {
+                beacon.protect(projected.prior.as_ref(), q.dim(2)?, mask)?
+            }
+            _ => None,
+        };
+        let options = Scan {
+            prior: scoring.prior,
+            score,
+            tie,
+            protected: protected.as_ref(),
+            ..Scan::new(scoring.beta, mask, candidates)
+        };
         let threshold = self.thresholds(pass)?;
         Ok(decode(q, k, v, &options.with_cached(key_cache), threshold.as_ref())?.y)
     }

@@ -3,10 +3,11 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use gd_kernels::cross_entropy::{row_losses, row_losses_and_gradient};
+use gd_kernels::gpu::on_cpu;
 use gd_kernels::{
     Backend, Barrier, Candidates, CoherenceMode, Error, Estimator, Gate, Int8Keys, Isa, Mask, Precision,
-    Scan, Score, Select, TieBreak, causal_conv, embedding, on_cpu, packed_causal_conv, plan, running_average,
-    scan, scan_all, scan_select, select,
+    Scan, Score, Select, TieBreak, causal_conv, embedding, packed_causal_conv, plan, running_average, scan,
+    scan_all, scan_select, select,
 };
 
 use crate::{sanitized, targets};

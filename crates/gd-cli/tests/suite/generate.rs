@@ -176,7 +176,8 @@ fn decoding_with_cached_key_data_equals_native_decoding() -> Result<()> {
             }
             let next: Vec<u32> = rows.iter().map(|b| ids(*b, LENGTHS[*b] + step)).collect();
             let next = Tensor::new(next, &CPU)?.unsqueeze(1)?;
-            let mask = Mask::causal(0).each(rows.iter().map(|b| (LENGTHS[*b] + step) as i64).collect());
+            let mask =
+                Mask::causal(0).with_offsets(rows.iter().map(|b| (LENGTHS[*b] + step) as i64).collect());
             let want = logits(&anew, &next, &mask, &mut plain)?;
             ensure!(logits(&model, &next, &mask, &mut kept)? == want, "{name}: step {step}");
             different.extend(want);

@@ -37,11 +37,3 @@ pub(crate) fn positive<A: Real>(name: &str, values: &[A]) -> Result<()> {
         None => Ok(()),
     }
 }
-
-/// Refuses a tensor of 2^31 elements or more: kernels address elements by 31 bits.
-pub(crate) fn elements(name: &str, count: u128) -> Result<u32> {
-    match u32::try_from(count) {
-        Ok(n) if n < 1 << 31 => Ok(n),
-        _ => Err(Error::Unsupported(format!("{name} spans {count} elements; fewer than 2^31 are"))),
-    }
-}

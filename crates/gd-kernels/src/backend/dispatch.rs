@@ -6,8 +6,8 @@ use candle_core::{Device, Tensor};
 pub(crate) use crate::backend::gpu::emulated;
 use crate::error::{Error, Result};
 
-/// Evaluates `$body` with `$gpu` as the backend of `$device` and returns it from the function around; goes on where
-/// no backend of this build covers the device.
+/// If a GPU backend of this build covers `$device`, evaluates `$body` with the type `$gpu` of that backend and returns
+/// the value from the enclosing function.
 macro_rules! on_gpu {
     ($device:expr, $gpu:ident => $body:expr) => {
         #[cfg(feature = "cuda")]
@@ -29,9 +29,9 @@ macro_rules! on_gpu {
 }
 pub(crate) use on_gpu;
 
-/// Whether operators on tensors of `device` run on the CPU. All code that does one thing there and another on a
-/// GPU asks here, since tests have GPUs stand for the CPU (feature `emulate`).
-pub fn on_cpu(device: &Device) -> bool {
+/// Whether operators on tensors of `device` run on the CPU. Code that depends on the device calls this and not
+/// [`Device::is_cpu`], because with the feature `emulate` tensors on the CPU can be those of an emulated GPU.
+pub(crate) fn on_cpu(device: &Device) -> bool {
     #[cfg(feature = "emulate")]
     if emulated().is_some() {
         return false;
@@ -39,8 +39,8 @@ pub fn on_cpu(device: &Device) -> bool {
     device.is_cpu()
 }
 
-/// The error of an operator that runs on a GPU alone.
+/// The error of an operator that runs on GPUs only.
 pub(crate) fn refused<T>(op: &str, t: &Tensor) -> Result<T> {
     let device = t.device().location();
-    Err(Error::Unsupported(format!("{op} on {device:?}: no GPU of this build")))
+    Err(Error::Unsupported(format!("{op} on {device:?}, which is not a GPU that this build supports")))
 }

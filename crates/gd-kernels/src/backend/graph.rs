@@ -13,7 +13,7 @@ use candle_core::{
 };
 
 /// `t` itself if its last dimension is contiguous, or else a (differentiable) contiguous copy.
-pub fn with_contiguous_rows(t: &Tensor) -> Result<Tensor> {
+pub(crate) fn with_contiguous_rows(t: &Tensor) -> Result<Tensor> {
     let last = t.rank().wrapping_sub(1);
     match (t.dims().get(last), t.stride().get(last)) {
         (Some(&len), Some(&stride)) if stride == 1 || len <= 1 => Ok(t.clone()),
@@ -23,22 +23,23 @@ pub fn with_contiguous_rows(t: &Tensor) -> Result<Tensor> {
 
 /// A finished result: its elements, on whichever device, and their shape.
 #[derive(Debug)]
-pub struct Finished {
+pub(crate) struct Finished {
     storage: Storage,
     shape: Shape,
 }
 
 impl Finished {
     /// Contiguous elements of `shape` in `storage`, from its start.
-    pub fn new(storage: Storage, shape: Shape) -> Self {
+    #[cfg(feature = "gpu")]
+    pub(crate) fn new(storage: Storage, shape: Shape) -> Self {
         Self { storage, shape }
     }
 
     /// A copy of a small result that tensor operations have computed.
     ///
     /// # Errors
-    /// Whatever copying reports.
-    pub fn copy_of(t: &Tensor) -> Result<Self> {
+    /// Errors of the copy.
+    pub(crate) fn copy_of(t: &Tensor) -> Result<Self> {
         let t = t.detach().force_contiguous()?;
         let storage = {
             let (storage, layout) = t.storage_and_layout();
@@ -54,7 +55,7 @@ impl<T: Element> From<(Vec<T>, Shape)> for Finished {
     }
 }
 
-/// A finished result on its way into the graph, with its backward pass.
+/// A computed result and its backward pass, for the operator that enters them into the graph.
 struct Attached<F> {
     name: &'static str,
     // Taken by the one forward call that candle makes.
@@ -71,33 +72,33 @@ impl<F> Attached<F> {
         let result = self.result.lock().ok().and_then(|mut r| r.take());
         match result {
             Some(result) => Ok(result),
-            None => bail!("{}: the result was taken before", self.name),
+            None => bail!("{}: the result has already been taken", self.name),
         }
     }
 
     fn cpu(&self) -> Result<(CpuStorage, Shape)> {
         match self.take()? {
             Finished { storage: Storage::Cpu(s), shape } => Ok((s, shape)),
-            Finished { storage, .. } => self.elsewhere(&storage),
+            Finished { storage, .. } => self.device_mismatch(&storage),
         }
     }
 
     fn cuda(&self) -> Result<(CudaStorage, Shape)> {
         match self.take()? {
             Finished { storage: Storage::Cuda(s), shape } => Ok((s, shape)),
-            Finished { storage, .. } => self.elsewhere(&storage),
+            Finished { storage, .. } => self.device_mismatch(&storage),
         }
     }
 
     fn metal(&self) -> Result<(MetalStorage, Shape)> {
         match self.take()? {
             Finished { storage: Storage::Metal(s), shape } => Ok((s, shape)),
-            Finished { storage, .. } => self.elsewhere(&storage),
+            Finished { storage, .. } => self.device_mismatch(&storage),
         }
     }
 
-    fn elsewhere<R>(&self, storage: &Storage) -> Result<R> {
-        bail!("{}: the result lies on {:?}, its arguments do not", self.name, storage.device().location())
+    fn device_mismatch<R>(&self, storage: &Storage) -> Result<R> {
+        bail!("{}: the result is on {:?}, but its arguments are not", self.name, storage.device().location())
     }
 }
 
@@ -228,7 +229,7 @@ where
 }
 
 /// `result` as a function of `a`; `backward(a, result, grad)` gives the gradient of `a`.
-pub fn attach1(
+pub(crate) fn attach1(
     name: &'static str,
     a: &Tensor,
     result: impl Into<Finished>,
@@ -238,7 +239,7 @@ pub fn attach1(
 }
 
 /// `result` as a function of `a` and `b`; `backward(a, b, grad)` gives their gradients.
-pub fn attach2(
+pub(crate) fn attach2(
     name: &'static str,
     a: &Tensor,
     b: &Tensor,
@@ -249,7 +250,7 @@ pub fn attach2(
 }
 
 /// `result` as a function of three arguments; `backward(args, result, grad)` gives their gradients.
-pub fn attach3(
+pub(crate) fn attach3(
     name: &'static str,
     [a, b, c]: [&Tensor; 3],
     result: impl Into<Finished>,

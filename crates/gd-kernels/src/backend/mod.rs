@@ -1,4 +1,4 @@
-//! What several operators share on a device: element types, loops, launches. Private to this crate.
+//! Code that operators share: element types, parallel loops, kernel launches. Private to this crate.
 
 pub(crate) mod check;
 pub(crate) mod cpu;
@@ -17,7 +17,7 @@ use self::cpu::isa::Isa;
 /// Which backend an operator uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backend {
-    /// The best one for the tensors' device and this machine.
+    /// The fastest one for the device of the tensors and this machine.
     #[default]
     Auto,
     /// Exactly this instruction set on the CPU, or an error.

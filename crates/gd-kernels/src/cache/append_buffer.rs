@@ -56,8 +56,8 @@ impl AppendBuffer {
         Ok(self.buffer.narrow(ROWS, 0, self.longest())?)
     }
 
-    /// Counts `rows` rows at these positions as stored, and makes sure that this buffer alone owns memory for them. The
-    /// positions have passed [`check_positions`]; the caller writes the rows.
+    /// Counts `rows` rows at these positions as stored, and makes sure that the memory for them is not shared with a
+    /// clone. The positions have passed [`check_positions`]; the caller writes the rows.
     ///
     /// # Errors
     /// An allocation that fails.

@@ -55,7 +55,7 @@ fn compare(q: &Tensor, keys: &Keys, int8_keys: &Int8Keys, score: Score, name: &s
     let (batch, hq, n, _) = q.dims4()?;
     let beta = Tensor::full(0.4f32, hq, &Device::Cpu)?;
     let offsets = keys.lengths.iter().map(|length| *length as i64 - n as i64).collect();
-    let mask = Mask::causal(0).each(offsets);
+    let mask = Mask::causal(0).with_offsets(offsets);
     for (candidates, tie) in [(1, TieBreak::First), (4, TieBreak::Last)] {
         let native = Scan { score, tie, ..Scan::new(&beta, &mask, candidates) };
         let certified =

@@ -62,9 +62,10 @@ fn paged_decoding_equals_contiguous_decoding() -> Result<()> {
             (Tensor::full(0.7f32, hq, &Device::Cpu)?, Tensor::full(4.5f32, hq, &Device::Cpu)?);
         let prior = noise(seed + 30, &[2, hk, keys]);
         let offsets: Vec<i64> = lengths.iter().map(|&n| n as i64 - queries as i64).collect();
-        for mask in
-            [Mask::none().kv_len(lengths.clone()), Mask::causal(0).each(offsets).kv_len(lengths.clone())]
-        {
+        for mask in [
+            Mask::none().kv_len(lengths.clone()),
+            Mask::causal(0).with_offsets(offsets).kv_len(lengths.clone()),
+        ] {
             let how = Scan { score, prior: Some(&prior), ..Scan::new(&beta, &mask, 1) };
             let (whole_k, whole_v) = (k.to_dtype(dtype)?, v.to_dtype(dtype)?);
             let want = scan_select(&q, &whole_k, &whole_v, &how, Some(&threshold)).unwrap();

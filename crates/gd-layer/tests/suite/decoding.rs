@@ -62,7 +62,7 @@ impl Reader<'_> {
         };
         let parts = lengths.iter().enumerate().map(|(b, at)| texts.narrow(0, b, 1)?.narrow(1, *at, n));
         let x = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?;
-        let mask = Mask::causal(0).each(lengths.iter().map(|at| *at as i64).collect());
+        let mask = Mask::causal(0).with_offsets(lengths.iter().map(|at| *at as i64).collect());
         self.layer.attend(&x, &Pass::new(&mask), Some(&mut self.cache))
     }
 }

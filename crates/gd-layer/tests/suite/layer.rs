@@ -280,7 +280,7 @@ fn sequences_of_different_lengths_decode_together_as_alone() -> Result<()> {
             assert_eq!(together.lengths(), lengths, "{name}");
             let next =
                 rows.iter().zip(&lengths).map(|(&b, &at)| part(b, at, 1)).collect::<Result<Vec<_>>>()?;
-            let mask = Mask::causal(0).each(lengths.iter().map(|&at| at as i64).collect());
+            let mask = Mask::causal(0).with_offsets(lengths.iter().map(|&at| at as i64).collect());
             let (y, picks) = step(&f, &Tensor::cat(&next, 0)?, &mask, &mut together)?;
             for (row, &b) in rows.iter().enumerate() {
                 let mask = Mask::causal(lengths[row] as i64);

@@ -132,7 +132,7 @@ pub fn generate_batch(
         let ids: Vec<u32> = sequences.iter().filter_map(|sequence| sequence.tokens.last().copied()).collect();
         let ids = Tensor::new(ids, device)?.unsqueeze(1)?;
         let positions = sequences.iter().map(|sequence| sequence.tokens.len() as i64 - 1);
-        let mask = Mask::causal(0).each(positions.collect());
+        let mask = Mask::causal(0).with_offsets(positions.collect());
         let logits = last_logits(model, &ids, &Pass::new(&mask), &mut cache)?;
         let (mut indices, mut unfinished) = (Vec::new(), Vec::new());
         for (index, (mut sequence, logits)) in sequences.drain(..).zip(&logits).enumerate() {

@@ -226,7 +226,7 @@ fn random_mask(rng: &mut ChaCha8Rng, batch: usize, n: usize, m: usize) -> Mask {
         mask = mask.kv_len((0..entries).map(|_| length(rng)).collect());
     }
     if batch > 1 && (n + m).is_multiple_of(3) {
-        mask = mask.each((0..batch as i64).map(|b| offset - 2 * b).collect());
+        mask = mask.with_offsets((0..batch as i64).map(|b| offset - 2 * b).collect());
     }
     mask
 }

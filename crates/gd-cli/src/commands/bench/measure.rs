@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use candle_core::{DType, Device, Tensor};
-use gd_kernels::fused::vectorize;
 use gd_model::config::device;
 use gd_model::train::memory::Peak;
 use rayon::prelude::*;
@@ -170,7 +169,7 @@ fn gemm(dtype: DType, device: &Device) -> Result<(impl Fn() -> Result<Tensor>, f
 /// Sums a buffer at the rate at which it can be read.
 fn sum(buffer: &[f32]) -> f32 {
     let chunk_sum = |chunk: &[f32]| {
-        vectorize(|| {
+        pulp::Arch::new().dispatch(|| {
             // Independent partial sums, so that no addition waits for the previous one.
             let mut sums = [0f32; 64];
             let blocks = chunk.chunks_exact(sums.len());

@@ -13,8 +13,8 @@ use crate::backend::cpu::quantize::{KEYS, STEP};
 /// Queries of a strip.
 pub(crate) const STRIP: usize = 32;
 
-/// Steps of [`STEP`] products that a tile holds.
-const DEEP: usize = 16;
+/// Most steps of [`STEP`] products that a tile holds.
+const MAX_TILE_STEPS: usize = 16;
 
 /// Sums of a strip with a panel.
 #[repr(align(64))]
@@ -50,44 +50,44 @@ fn permitted() -> bool {
 
 /// The queries of a block as tiles.
 pub(crate) struct Tiled {
-    /// `[rows, a multiple of STRIP][chunks][deep][STEP]`. The last chunk ends with the last step; steps that it shares with
-    /// the chunk before are 0 in it.
+    /// `[rows, a multiple of STRIP][chunks][chunk_steps][STEP]`. The last chunk ends with the last step; steps that it
+    /// shares with the chunk before are 0 in it.
     values: Vec<i8>,
     steps: usize,
     chunks: usize,
     /// Steps of a chunk.
-    deep: usize,
+    chunk_steps: usize,
     _tiles: TileConfig,
 }
 
 impl Tiled {
     /// Zeros for `rows` queries of `steps` steps; configures the tiles of this thread.
     pub(crate) fn new(rows: usize, steps: usize) -> Self {
-        let chunks = steps.div_ceil(DEEP);
-        let deep = steps.div_ceil(chunks);
-        let values = vec![0; rows.next_multiple_of(STRIP) * chunks * deep * STEP];
-        Self { values, steps, chunks, deep, _tiles: TileConfig::new(deep) }
+        let chunks = steps.div_ceil(MAX_TILE_STEPS);
+        let chunk_steps = steps.div_ceil(chunks);
+        let values = vec![0; rows.next_multiple_of(STRIP) * chunks * chunk_steps * STEP];
+        Self { values, steps, chunks, chunk_steps, _tiles: TileConfig::new(chunk_steps) }
     }
 
     /// Sets query `r`.
     pub(crate) fn set_row(&mut self, r: usize, query: &[i8]) {
-        let Self { steps, chunks, deep, .. } = *self;
-        let row = &mut self.values[r * chunks * deep * STEP..][..chunks * deep * STEP];
-        let whole = (chunks - 1) * deep * STEP;
+        let Self { steps, chunks, chunk_steps, .. } = *self;
+        let row = &mut self.values[r * chunks * chunk_steps * STEP..][..chunks * chunk_steps * STEP];
+        let whole = (chunks - 1) * chunk_steps * STEP;
         row[..whole].copy_from_slice(&query[..whole]);
-        let again = (chunks * deep - steps) * STEP;
-        row[whole + again..][..query.len() - whole].copy_from_slice(&query[whole..]);
+        let overlap = (chunks * chunk_steps - steps) * STEP;
+        row[whole + overlap..][..query.len() - whole].copy_from_slice(&query[whole..]);
     }
 
     /// The products of a strip with a panel `[steps][KEYS][STEP]` of unsigned keys.
     pub(crate) fn multiply(&self, strip: usize, panel: &[u8], out: &mut Sums) {
-        let Self { steps, chunks, deep, .. } = *self;
-        let row = chunks * deep * STEP;
+        let Self { steps, chunks, chunk_steps, .. } = *self;
+        let row = chunks * chunk_steps * STEP;
         let queries = &self.values[strip * STRIP * row..][..STRIP * row];
         assert_eq!(panel.len(), steps * KEYS * STEP);
-        // SAFETY: the tiles are configured as long as `self` lives, in its thread. Queries are read from
-        // 32 rows of `row` bytes, keys from chunks of `deep` steps of 128 bytes, the last of which ends
-        // with the panel; 32 rows of 128 bytes are written.
+        // SAFETY: the tiles are configured while `self` lives, in its thread. Queries are read from 32 rows of `row` bytes,
+        // keys from chunks of `chunk_steps` steps of 128 bytes, the last of which ends with the panel; 32 rows of 128 bytes
+        // are written.
         unsafe {
             asm!(
                 "tilezero tmm0",
@@ -115,12 +115,12 @@ impl Tiled {
                 "tilestored [{out} + {line}*1 + 2048], tmm2",
                 "tilestored [{out} + {line}*1 + 2112], tmm3",
                 key = inout(reg) panel.as_ptr() => _,
-                last = in(reg) panel.as_ptr().add((steps - deep) * KEYS * STEP),
+                last = in(reg) panel.as_ptr().add((steps - chunk_steps) * KEYS * STEP),
                 upper = inout(reg) queries.as_ptr() => _,
                 lower = inout(reg) queries.as_ptr().add(STRIP / 2 * row) => _,
                 row = in(reg) row,
-                query_step = in(reg) deep * STEP,
-                key_step = in(reg) deep * KEYS * STEP,
+                query_step = in(reg) chunk_steps * STEP,
+                key_step = in(reg) chunk_steps * KEYS * STEP,
                 line = in(reg) KEYS * STEP,
                 left = inout(reg) chunks => _,
                 out = in(reg) out.0.as_mut_ptr(),
@@ -136,15 +136,15 @@ impl Tiled {
 struct TileConfig(PhantomData<*const ()>);
 
 impl TileConfig {
-    fn new(deep: usize) -> Self {
+    fn new(chunk_steps: usize) -> Self {
         assert!(available(), "AMX is available and permitted");
         // Palette, start row, 14 reserved bytes, bytes per row of 16 tiles, rows of 16 tiles.
         let mut config = [0u8; 64];
         config[0] = 1;
         for tile in 0..8 {
             let (rows, bytes) = match tile {
-                4 | 5 => (16, deep * STEP),
-                6 | 7 => (deep, 64),
+                4 | 5 => (16, chunk_steps * STEP),
+                6 | 7 => (chunk_steps, 64),
                 _ => (16, 64),
             };
             config[16 + 2 * tile] = bytes as u8;

@@ -1,4 +1,4 @@
-//! Element types of the fused CPU loops, and the few vector reductions they share.
+//! Element types of the CPU operators, and the reductions over slices that they share.
 //!
 //! Stored elements are f64, f32, f16 or bf16; arithmetic runs in [`Element::Acc`], which is f64 for
 //! f64 and f32 for the rest. Every loop has one fixed order of additions, so that results depend
@@ -13,7 +13,7 @@ use std::iter::Sum;
 use std::ops::{AddAssign, DivAssign, MulAssign};
 
 /// The accumulator types: f32 and f64.
-pub trait Real:
+pub(crate) trait Real:
     Element<Acc = Self> + Float + Sum + AddAssign + MulAssign + DivAssign + Default + Debug
 {
     /// `e^self` without branches, so that loops over it vectorise. f32: relative error below 3e-7,
@@ -145,7 +145,7 @@ macro_rules! registers {
 }
 
 /// A stored element.
-pub trait Element: WithDType {
+pub(crate) trait Element: WithDType {
     /// The accumulator type.
     type Acc: Real;
 
@@ -266,32 +266,33 @@ fn widen<'a, T: Element>(row: &[T], buffer: &'a mut [T::Acc]) -> &'a [T::Acc] {
     buffer
 }
 
-/// `f32::from` without its case for NaN, which it would quieten: a shift that a loop makes of many at once.
+/// `f32::from` without its branch that makes a NaN quiet: a shift, which loops vectorise.
 #[inline(always)]
 fn bf16_up(x: bf16) -> f32 {
     f32::from_bits(u32::from(x.to_bits()) << 16)
 }
 
-/// `f32::from` in integers, so that a loop converts many at once; `half` asks for the processor's instruction
-/// at every element.
+/// `f32::from` in integer operations, which loops vectorise. The conversion of `half` checks for every element whether
+/// the processor has an instruction for it.
 #[inline(always)]
 fn f16_up(x: f16) -> f32 {
-    /// The exponent's bits of f16 in their place in f32, and what is added to rebase it.
+    /// The exponent bits of an f16 at their position in an f32.
     const EXPONENT: u32 = 0x1f << 23;
+    /// The difference of the exponent biases.
     const REBASE: u32 = (127 - 15) << 23;
     let bits = u32::from(x.to_bits());
     let shifted = (bits & 0x7fff) << 13;
     let rebased = shifted + REBASE;
-    // Infinities and NaN have the greatest exponent in both. Below the least normal number, the difference to
-    // that of an exponent one greater is exact.
+    // Infinities and NaN have the greatest exponent in both types. A subnormal number is computed as the difference of
+    // two normal numbers, which is exact.
     let special = f32::from_bits(rebased + REBASE);
-    let least = f32::from_bits(rebased + (1 << 23)) - f32::from_bits(REBASE + (1 << 23));
-    let size = match shifted & EXPONENT {
+    let subnormal = f32::from_bits(rebased + (1 << 23)) - f32::from_bits(REBASE + (1 << 23));
+    let magnitude = match shifted & EXPONENT {
         EXPONENT => special,
-        0 => least,
+        0 => subnormal,
         _ => f32::from_bits(rebased),
     };
-    f32::from_bits(size.to_bits() | (bits & 0x8000) << 16)
+    f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
 }
 
 element!(f64, f64, |x| x, |x| x, |row, _| row);
@@ -301,7 +302,6 @@ element!(bf16, f32, bf16_up, bf16::from_f32, widen);
 
 /// Runs `$body` with `$t` bound to the element type of `$dtype`; any other dtype ends the enclosing
 /// function with an error that starts with `$name`.
-#[macro_export]
 macro_rules! by_float {
     ($name:expr, $dtype:expr, $t:ident => $body:expr) => {
         match $dtype {
@@ -314,16 +314,16 @@ macro_rules! by_float {
                 $body
             }
             ::candle_core::DType::F16 => {
-                type $t = $crate::element::F16;
+                type $t = $crate::backend::cpu::element::F16;
                 $body
             }
             ::candle_core::DType::BF16 => {
-                type $t = $crate::element::Bf16;
+                type $t = $crate::backend::cpu::element::Bf16;
                 $body
             }
             other => {
-                return Err($crate::Error::Unsupported(format!(
-                    "{}: dtype {other:?} (f64, f32, f16 and bf16 are)",
+                return Err($crate::error::Error::Unsupported(format!(
+                    "{}: dtype {other:?}; f64, f32, f16 and bf16 are supported",
                     $name
                 ))
                 .into());
@@ -331,6 +331,7 @@ macro_rules! by_float {
         }
     };
 }
+pub(crate) use by_float;
 
 /// The accumulator dtype of a tensor dtype.
 pub(crate) fn acc_dtype(dtype: DType) -> DType {
@@ -338,13 +339,13 @@ pub(crate) fn acc_dtype(dtype: DType) -> DType {
 }
 
 /// The f16 of [`by_float`].
-pub type F16 = f16;
+pub(crate) type F16 = f16;
 /// The bf16 of [`by_float`].
-pub type Bf16 = bf16;
+pub(crate) type Bf16 = bf16;
 
-/// Independent partial sums of a reduction: enough for two 512-bit vectors of f32. What is left over after
-/// whole groups has a sum of its own: partial sums that a loop of unknown length picks one by one would live
-/// in memory instead of registers.
+/// Independent partial sums of a reduction: enough for two 512-bit vectors of f32. Elements behind the last whole group
+/// have a separate sum: the compiler stores partial sums that a loop of unknown length indexes in memory instead of
+/// registers.
 const LANES: usize = 32;
 
 #[inline(always)]
@@ -363,7 +364,7 @@ fn add_up<R: Real>(lanes: [R; LANES]) -> R {
 
 /// `sum_i f(a_i)`.
 #[inline(always)]
-pub fn sum1<A: Copy, R: Real>(a: &[A], f: impl Fn(A) -> R) -> R {
+pub(crate) fn sum1<A: Copy, R: Real>(a: &[A], f: impl Fn(A) -> R) -> R {
     let mut lanes = [R::zero(); LANES];
     let (body, rest) = a.as_chunks::<LANES>();
     for a in body {
@@ -380,7 +381,7 @@ pub fn sum1<A: Copy, R: Real>(a: &[A], f: impl Fn(A) -> R) -> R {
 
 /// `sum_i f(a_i, b_i)`; both of the same length.
 #[inline(always)]
-pub fn sum2<A: Copy, B: Copy, R: Real>(a: &[A], b: &[B], f: impl Fn(A, B) -> R) -> R {
+pub(crate) fn sum2<A: Copy, B: Copy, R: Real>(a: &[A], b: &[B], f: impl Fn(A, B) -> R) -> R {
     let mut lanes = [R::zero(); LANES];
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     for (a, b) in a.iter().zip(b) {
@@ -397,7 +398,12 @@ pub fn sum2<A: Copy, B: Copy, R: Real>(a: &[A], b: &[B], f: impl Fn(A, B) -> R) 
 
 /// `sum_i f(a_i, b_i, c_i)`; all of the same length.
 #[inline(always)]
-pub fn sum3<A: Copy, B: Copy, C: Copy, R: Real>(a: &[A], b: &[B], c: &[C], f: impl Fn(A, B, C) -> R) -> R {
+pub(crate) fn sum3<A: Copy, B: Copy, C: Copy, R: Real>(
+    a: &[A],
+    b: &[B],
+    c: &[C],
+    f: impl Fn(A, B, C) -> R,
+) -> R {
     let mut lanes = [R::zero(); LANES];
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let (c, c_rest) = c.as_chunks::<LANES>();
@@ -413,9 +419,9 @@ pub fn sum3<A: Copy, B: Copy, C: Copy, R: Real>(a: &[A], b: &[B], c: &[C], f: im
     add_up(lanes) + tail
 }
 
-/// The greatest element, or minus infinity of an empty slice. A NaN is passed over.
+/// The greatest element, or minus infinity of an empty slice. NaN is ignored.
 #[inline(always)]
-pub fn maximum<T: Element>(a: &[T]) -> T::Acc {
+pub(crate) fn maximum<T: Element>(a: &[T]) -> T::Acc {
     let mut lanes = [T::Acc::neg_infinity(); LANES];
     let pick = |s: &mut T::Acc, a: T| {
         let a = a.up();
@@ -448,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn every_half_number_widens_as_the_library_has_it() {
+    fn every_half_number_widens_as_in_the_half_crate() {
         for bits in 0..=u16::MAX {
             for (got, want) in [
                 (f16_up(f16::from_bits(bits)), f16::from_bits(bits).to_f32()),

@@ -1,7 +1,7 @@
 //! The instruction sets of the CPU backend.
 
-/// Instruction sets of the CPU backend. Every one gives the same bits: each score is one chain of
-/// fused multiply-adds over the head dimension, whatever the register width.
+/// Instruction sets of the CPU backend. All give the same bits: a score is one chain of fused multiply-adds over the
+/// head dimension for every register width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     /// No vector instructions assumed.
@@ -19,7 +19,7 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The instruction sets of this machine, best first; `Portable` is always the last.
+    /// The instruction sets of this machine, the fastest first; `Portable` is always the last.
     pub fn available() -> Vec<Isa> {
         [Isa::Avx512Amx, Isa::Avx512Vnni, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable]
             .into_iter()

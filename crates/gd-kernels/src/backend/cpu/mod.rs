@@ -1,8 +1,8 @@
-//! What operators share on the CPU.
+//! Code that operators share on the CPU.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
-pub mod element;
+pub(crate) mod element;
 pub(crate) mod isa;
 pub(crate) mod parallel;
 pub(crate) mod prefetch;

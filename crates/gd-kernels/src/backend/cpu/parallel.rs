@@ -7,7 +7,7 @@ use crate::backend::cpu::element::Real;
 /// Output elements below which a loop runs on the calling thread.
 const MIN_PARALLEL_ELEMENTS: usize = 1 << 13;
 
-/// Elements of a chunk, about.
+/// Approximate number of elements of a chunk.
 const CHUNK_ELEMENTS: usize = 8192;
 
 /// Greatest number of rows of a chunk.
@@ -15,18 +15,18 @@ const MAX_CHUNK_ROWS: usize = 256;
 
 /// Rows of a chunk. The number depends on the row length alone, so that partial sums over chunks are the same on every
 /// machine.
-pub fn rows_per_chunk(row_len: usize) -> usize {
+pub(crate) fn rows_per_chunk(row_len: usize) -> usize {
     (CHUNK_ELEMENTS / row_len.max(1)).clamp(1, MAX_CHUNK_ROWS)
 }
 
 /// Runs `f` with code for the widest vector instructions of this machine. This affects inlined loops only.
 #[inline(always)]
-pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
 /// Calls `f(i, chunk i of out)` for all chunks, in parallel if the output is large. Calls may be nested.
-pub fn for_chunks<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+pub(crate) fn for_chunks<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let chunk = chunk.max(1);
     if out.len() < MIN_PARALLEL_ELEMENTS {
         out.chunks_mut(chunk).enumerate().for_each(|(i, c)| f(i, c));
@@ -36,7 +36,7 @@ pub fn for_chunks<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize, &mut [
 }
 
 /// As [`for_chunks`] over two outputs with chunk lengths of their own and the same number of chunks.
-pub fn for_chunks2<T: Send, U: Send>(
+pub(crate) fn for_chunks2<T: Send, U: Send>(
     (a, a_chunk): (&mut [T], usize),
     (b, b_chunk): (&mut [U], usize),
     f: impl Fn(usize, &mut [T], &mut [U]) + Sync,
@@ -51,7 +51,7 @@ pub fn for_chunks2<T: Send, U: Send>(
 }
 
 /// Adds the equally long rows of `parts`, first to last.
-pub fn sum_rows<T: Real>(parts: &[T], len: usize) -> Vec<T> {
+pub(crate) fn sum_rows<T: Real>(parts: &[T], len: usize) -> Vec<T> {
     let mut total = vec![T::zero(); len];
     for part in parts.chunks_exact(len.max(1)) {
         total.iter_mut().zip(part).for_each(|(t, &p)| *t += p);

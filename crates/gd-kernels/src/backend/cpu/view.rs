@@ -41,7 +41,7 @@ impl<'a, T: Element> View<'a, T> {
 pub(crate) fn cpu(storage: &Storage) -> Result<&CpuStorage> {
     match storage {
         Storage::Cpu(s) => Ok(s),
-        _ => Err(Error::Unsupported("the CPU kernels were handed a tensor of another device".into())),
+        _ => Err(Error::Unsupported("the CPU kernels were called with a tensor on another device".into())),
     }
 }
 
@@ -52,15 +52,15 @@ pub(crate) fn with_view<T: Element, R>(t: &Tensor, f: impl FnOnce(View<'_, T>) -
 }
 
 /// The CPU elements behind a tensor's storage guard.
-pub fn cpu_slice<T: Element>(storage: &Storage) -> candle_core::Result<&[T]> {
+pub(crate) fn cpu_slice<T: Element>(storage: &Storage) -> candle_core::Result<&[T]> {
     match storage {
         Storage::Cpu(s) => s.as_slice::<T>(),
-        other => bail!("a CPU tensor was expected, this one lies on {:?}", other.device().location()),
+        other => bail!("a tensor on the CPU was expected, but it is on {:?}", other.device().location()),
     }
 }
 
 /// The rows (last dimension) of a tensor of any strides, numbered in row-major order.
-pub struct Rows<'a, T> {
+pub(crate) struct Rows<'a, T> {
     data: &'a [T],
     start: usize,
     len: usize,
@@ -75,7 +75,7 @@ impl<'a, T: Element> Rows<'a, T> {
     /// # Errors
     /// Wrong dtype, not on the CPU, rank 0, or a strided last dimension
     /// (see [`with_contiguous_rows`](crate::backend::graph::with_contiguous_rows)).
-    pub fn new(storage: &'a Storage, layout: &Layout) -> candle_core::Result<Self> {
+    pub(crate) fn new(storage: &'a Storage, layout: &Layout) -> candle_core::Result<Self> {
         let data = cpu_slice::<T>(storage)?;
         let (Some((&len, dims)), Some((&stride, strides))) =
             (layout.dims().split_last(), layout.stride().split_last())
@@ -96,19 +96,18 @@ impl<'a, T: Element> Rows<'a, T> {
     }
 
     /// The number of rows.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.count
     }
 
     /// Elements in a row.
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
     /// Row `i`.
     #[inline(always)]
-    pub fn row(&self, i: usize) -> &'a [T] {
+    pub(crate) fn row(&self, i: usize) -> &'a [T] {
         let mut at = self.start;
         let mut rest = i;
         for (d, &(size, stride)) in self.outer.iter().enumerate().rev() {

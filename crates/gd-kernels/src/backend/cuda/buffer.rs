@@ -18,11 +18,11 @@ use crate::error::{Error, Result};
 pub enum Buffer {
     /// What an operator allocated.
     Owned(CudaSlice<u8>),
-    /// A tensor's storage, from its first element on, whatever the tensor's own offset.
+    /// The whole storage of a tensor, independent of the tensor's offset.
     Tensor(Tensor),
 }
 
-/// A buffer that stays where it is while this lives.
+/// A buffer whose memory is neither moved nor freed while this value lives.
 pub(super) enum Locked<'a> {
     Owned(&'a CudaSlice<u8>),
     Tensor(StorageRef<'a>),

@@ -1,6 +1,6 @@
 //! NVIDIA GPUs: the launches of [`crate::backend::gpu`] through cudarc, on the stream of candle's device.
 //!
-//! Everything is enqueued in the order of the calls, like candle's own kernels; nothing here waits.
+//! Everything is enqueued in the order of the calls, like candle's own kernels; only downloads wait for the device.
 
 mod buffer;
 mod modules;
@@ -16,7 +16,7 @@ use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
 pub use self::buffer::Buffer;
 pub use self::modules::kernel_hash;
 use self::modules::{Function, Kernel, Loaded};
-use crate::backend::gpu::tensors::{Reading, TensorGpu};
+use crate::backend::gpu::tensors::{PendingDownload, TensorGpu};
 use crate::backend::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
 use crate::error::{Error, Result};
 
@@ -34,7 +34,7 @@ impl Cuda {
     /// The GPU behind a tensor's device.
     ///
     /// # Errors
-    /// A device that is no CUDA device, or one whose limits cannot be read.
+    /// A device that is not a CUDA device, or one whose limits cannot be read.
     pub fn new(device: &Device) -> Result<Self> {
         let device = device.as_cuda_device()?.clone();
         let stream = device.cuda_stream();
@@ -113,7 +113,7 @@ pub struct Description {
 /// The properties of the GPU behind a device.
 ///
 /// # Errors
-/// A device that is no CUDA device, or one that does not answer.
+/// A device that is not a CUDA device, or one that does not answer.
 pub fn describe(device: &Device) -> Result<Description> {
     let stream = device.as_cuda_device()?.cuda_stream();
     let context = stream.context();
@@ -150,7 +150,7 @@ impl Gpu for Cuda {
 
     #[allow(unsafe_code)] // undefined contents are what the caller asks for
     fn allocate(&self, bytes: usize) -> Result<Buffer> {
-        // A kernel may be given an empty buffer; an allocation of no bytes is none.
+        // Kernels may take empty buffers, but the driver does not allocate 0 bytes.
         let slice = unsafe { self.stream.alloc::<u8>(bytes.max(1)) };
         slice.map(Buffer::Owned).map_err(|e| self.out_of_memory(bytes, e))
     }
@@ -188,10 +188,10 @@ impl TensorGpu for Cuda {
         buffer.into_storage(&self.device, dtype, shape)
     }
 
-    fn reading(&self, t: &Tensor) -> Result<Reading> {
+    fn start_download(&self, t: &Tensor) -> Result<PendingDownload> {
         let what = || format!("a copy of {} numbers to the host", t.elem_count());
         if !t.is_contiguous() {
-            return Err(Error::Invalid(format!("{}: they are strided", what())));
+            return Err(Error::Invalid(format!("{}: the tensor is strided", what())));
         }
         let (storage, layout) = t.storage_and_layout();
         let Storage::Cuda(storage) = &*storage else {
@@ -200,7 +200,7 @@ impl TensorGpu for Cuda {
         let (first, count) = (layout.start_offset(), t.elem_count());
         let from = storage.as_cuda_slice::<f32>()?.slice(first..first + count);
         let mut host = self.loaded.pinned(count).map_err(|e| failed(what(), e))?;
-        // The slice keeps an event behind the copy, for which reading it waits.
+        // The slice records an event after the copy; reading the slice waits for that event.
         self.stream.memcpy_dtoh(&from, &mut host).map_err(|e| failed(what(), e))?;
         let loaded = self.loaded.clone();
         Ok(Box::new(move || {

@@ -1,4 +1,4 @@
-//! The codes of options as the kernels take them.
+//! Conversion of options to the codes that the kernels take.
 
 use crate::backend::gpu::params::{CoherenceCode, EstimatorCode, ScoreCode, TieCode};
 use crate::error::{Error, Result};
@@ -40,9 +40,9 @@ impl TryFrom<Estimator> for EstimatorCode {
             Estimator::Candidates | Estimator::Blend => Ok(Self::Candidates),
             Estimator::Winner => Ok(Self::Winner),
             Estimator::Reinmax => Ok(Self::Reinmax),
-            Estimator::Dense => {
-                Err(Error::Unsupported("select: the dense estimator on a GPU; the others are".into()))
-            }
+            Estimator::Dense => Err(Error::Unsupported(
+                "select: the dense estimator on a GPU; the other estimators are supported".into(),
+            )),
         }
     }
 }

@@ -20,21 +20,21 @@ thread_local! {
     static CURRENT: RefCell<Option<Emulated>> = const { RefCell::new(None) };
 }
 
-/// Runs `run` with `gpu` in the place of the CPU, for operators that this thread calls: they plan and launch as on
-/// that GPU, and tensors of the CPU are its memory. What they put into candle's graph goes back the same way.
+/// Calls `run` while `gpu` takes the place of the CPU on this thread: operators plan and launch as on that GPU, and
+/// tensors on the CPU are its memory. Backward passes that `run` calls do the same.
 pub fn emulate<G, R>(gpu: &Arc<G>, run: impl FnOnce() -> R) -> R
 where
     G: Gpu + Send + Sync + 'static,
 {
-    /// Puts back what was there before, also when the test fails.
+    /// Restores the previous GPU, also if `run` panics.
     struct Restore(Option<Emulated>);
     impl Drop for Restore {
         fn drop(&mut self) {
             CURRENT.set(self.0.take());
         }
     }
-    let machine: Arc<dyn Machine> = gpu.clone();
-    let _restore = Restore(CURRENT.replace(Some(Emulated(machine))));
+    let any_gpu: Arc<dyn AnyGpu> = gpu.clone();
+    let _restore = Restore(CURRENT.replace(Some(Emulated(any_gpu))));
     run()
 }
 
@@ -43,12 +43,12 @@ pub(crate) fn current() -> Option<Arch> {
     CURRENT.with_borrow(|current| current.as_ref().map(Gpu::arch))
 }
 
-/// A GPU whatever its buffers are.
-trait Machine: Send + Sync {
+/// A GPU without its type of buffers.
+trait AnyGpu: Send + Sync {
     fn arch(&self) -> Arch;
 
-    /// Runs a kernel over copies of `memory`, and copies them back. The buffers of the launch, and last the one of the
-    /// map, lie in those of the numbers `places`.
+    /// Runs a kernel over copies of `memory`, and copies them back. `places` are the indices in `memory` of the buffers of
+    /// the launch, followed by that of the map.
     fn run(
         &self,
         map: Option<&TensorMap<'_, Buffer>>,
@@ -58,7 +58,7 @@ trait Machine: Send + Sync {
     ) -> Result<()>;
 }
 
-impl<G: Gpu + Send + Sync> Machine for G {
+impl<G: Gpu + Send + Sync> AnyGpu for G {
     fn arch(&self) -> Arch {
         Gpu::arch(self)
     }
@@ -70,9 +70,9 @@ impl<G: Gpu + Send + Sync> Machine for G {
         places: &[Option<usize>],
         memory: &mut [Vec<u8>],
     ) -> Result<()> {
-        let held = memory.iter().map(|bytes| self.upload(bytes)).collect::<Result<Vec<_>>>()?;
+        let copies = memory.iter().map(|bytes| self.upload(bytes)).collect::<Result<Vec<_>>>()?;
         let at =
-            |slice: &Slice<'_, Buffer>, place: usize| Slice { buffer: &held[place], offset: slice.offset };
+            |slice: &Slice<'_, Buffer>, place: usize| Slice { buffer: &copies[place], offset: slice.offset };
         let buffers = launch.buffers.iter().zip(places);
         let on_gpu = Launch {
             kernel: launch.kernel,
@@ -93,7 +93,7 @@ impl<G: Gpu + Send + Sync> Machine for G {
             }
             _ => self.launch(&on_gpu)?,
         }
-        for (bytes, buffer) in memory.iter_mut().zip(&held) {
+        for (bytes, buffer) in memory.iter_mut().zip(&copies) {
             *bytes = self.download(buffer.into(), bytes.len())?;
         }
         Ok(())
@@ -102,14 +102,14 @@ impl<G: Gpu + Send + Sync> Machine for G {
 
 /// The GPU that is used in place of the CPU.
 #[derive(Clone)]
-pub(crate) struct Emulated(Arc<dyn Machine>);
+pub(crate) struct Emulated(Arc<dyn AnyGpu>);
 
-/// Its memory.
+/// Memory of the emulated GPU.
 #[derive(Debug)]
 pub(crate) enum Buffer {
     /// What an operator allocated.
     Owned(Mutex<Vec<u8>>),
-    /// A tensor's storage, from its first element on, whatever the tensor's own offset.
+    /// The whole storage of a tensor, independent of the tensor's offset.
     Tensor(Tensor),
 }
 
@@ -124,7 +124,7 @@ impl Buffer {
         Self::Owned(Mutex::new(bytes))
     }
 
-    /// Where the memory itself is.
+    /// The address of the memory, which buffers that share it have in common.
     fn address(&self) -> usize {
         match self {
             Self::Owned(bytes) => std::ptr::from_ref(bytes).addr(),

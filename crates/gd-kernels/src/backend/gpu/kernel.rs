@@ -18,7 +18,9 @@ pub const HEAD_DIMS: [usize; 6] = [32, 64, 96, 128, 192, 256];
 pub(crate) fn padded_dim(op: &str, head_dim: usize) -> Result<usize> {
     let fits = HEAD_DIMS.into_iter().find(|&d| d >= head_dim).filter(|_| head_dim.is_multiple_of(8));
     fits.filter(|_| head_dim > 0).ok_or_else(|| {
-        Error::Unsupported(format!("{op}: head_dim {head_dim} on a GPU; multiples of 8 from 8 to 256 are"))
+        Error::Unsupported(format!(
+            "{op}: head_dim {head_dim} on a GPU; multiples of 8 from 8 to 256 are supported"
+        ))
     })
 }
 
@@ -47,7 +49,7 @@ impl ElementType {
             DType::F16 => Ok(Self::F16),
             DType::BF16 => Ok(Self::Bf16),
             _ => Err(Error::Unsupported(format!(
-                "{op}: dtype {} on a GPU; f32, f16 and bf16 are",
+                "{op}: dtype {} on a GPU; f32, f16 and bf16 are supported",
                 dtype.as_str()
             ))),
         }
@@ -149,13 +151,13 @@ kernel_ops! {
     ScanTop1, "scan_top1", "scan", HeadDims, PortableAndHopper;
     /// The K nearest keys of every query and protected keys.
     ScanTopK, "scan_topk", "scan", HeadDims, PortableAndHopper;
-    /// Both with 8-bit keys that rule keys out.
+    /// Both, with 8-bit keys whose bounds exclude most keys.
     ScanCertified, "scan_certified", "scan_certified", HeadDims, Cuda;
     /// The bias of every key.
     KeyBias, "key_bias", "scan", Elements, Portable;
     /// A few queries against a long cache.
     Decode, "decode", "decode", HeadDims, Portable;
-    /// The same with 8-bit keys that rule keys out.
+    /// The same, with 8-bit keys whose bounds exclude most keys.
     DecodeCertified, "decode_certified", "decode_certified", HeadDims, Cuda;
     /// Merges the results of all splits where there are no 64-bit atomics.
     DecodeMerge, "decode_merge", "decode", Elements, Metal;
@@ -324,7 +326,7 @@ impl Kernel {
         }
     }
 
-    /// The same operation by Hopper's instructions, if there is such a kernel.
+    /// The same operation with Hopper's instructions, if there is such a kernel.
     pub fn on_hopper(self) -> Option<Self> {
         let kernel = Self { target: KernelTarget::Sm90a, ..self };
         (self.target == KernelTarget::Sm80 && kernel.exists()).then_some(kernel)

@@ -26,10 +26,9 @@ pub use self::kernel::{Kernel, KernelOp};
 use self::kernel::{KernelTarget, Variant};
 use self::params::{FeatureBit, MaskParams, MaskTableCode};
 pub use self::tensor_map::TensorMap;
-pub(crate) use crate::backend::check::elements;
 use crate::error::{Error, Result};
 
-/// What the plans need to know of a device.
+/// The properties of a device on which plans depend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Arch {
     /// Compute capability, 10 * major + minor; [`Arch::METAL`] for an Apple GPU.
@@ -41,7 +40,7 @@ pub struct Arch {
 }
 
 impl Arch {
-    /// In place of a compute capability: an Apple GPU, whose kernels are those of `kernels/metal`.
+    /// The value of `compute` for an Apple GPU, which runs the kernels of `kernels/metal`.
     pub const METAL: u32 = 0;
 
     /// Whether kernels of `kernels/metal` run on it.
@@ -60,7 +59,7 @@ pub trait Gpu {
     /// A part of its memory, aligned to at least 16 bytes, freed when dropped.
     type Buffer;
 
-    /// Its limits.
+    /// The properties of the device.
     fn arch(&self) -> Arch;
 
     /// Memory with undefined contents.
@@ -91,8 +90,8 @@ pub trait Gpu {
     /// `None`).
     ///
     /// On Metal the params are bytes at buffer index 0 and the buffers follow at 1, 2, ..; a `None` is bound
-    /// to any buffer. Function constants, all of them `uint`: 0 tells which buffers are there (bit n: the
-    /// buffer of index n + 1), 1 is [`Constants::features`], 2 [`Constants::rows`]. Threadgroup memory of
+    /// to any buffer. There are three function constants of type `uint`: bit n of constant 0 says whether the buffer of
+    /// index n + 1 is present, 1 is [`Constants::features`], 2 is [`Constants::rows`]. Threadgroup memory of
     /// `shared_bytes`, rounded up to 16, is bound at index 0 unless it is 0.
     ///
     /// # Errors
@@ -175,7 +174,7 @@ impl<'a, B> Tensor4<'a, B> {
     }
 }
 
-/// What is the same for many launches, as kernels of `kernels/metal` take it when they are compiled.
+/// Values that are the same in many launches, for which Metal specialises a kernel when it compiles it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Constants {
     /// Bits of [`params::FeatureBit`].
@@ -185,7 +184,7 @@ pub struct Constants {
 }
 
 impl Constants {
-    /// Of a mask, whether rows allow 16-byte loads, and whether there is a prior.
+    /// The constants for a mask, whether rows allow 16-byte loads, and whether there is a prior.
     pub(crate) fn new(mask: &MaskParams, vector_loads: bool, prior: bool) -> Self {
         let features = [
             (FeatureBit::Causal, mask.causal != 0),
@@ -213,7 +212,7 @@ pub struct Launch<'a, B> {
     pub shared_bytes: u32,
     /// The operator's params struct, by value.
     pub params: Vec<u8>,
-    /// What Metal compiles in; CUDA reads it from the params.
+    /// The function constants on Metal; CUDA reads these values from the params.
     pub constants: Constants,
     /// The kernel's pointers, in order.
     pub buffers: Vec<Option<Slice<'a, B>>>,
@@ -226,21 +225,23 @@ impl<B> fmt::Display for Launch<'_, B> {
     }
 }
 
-/// Most blocks of a grid along x, to which every plan here maps.
+/// Most blocks of a grid along x, the only dimension that plans use.
 pub(crate) const MAX_BLOCKS: u128 = i32::MAX as u128;
 
 /// The grid of `blocks` blocks; refuses more than a grid can have.
 pub(crate) fn grid(op: &str, blocks: u128) -> Result<[u32; 3]> {
     match blocks {
         1..=MAX_BLOCKS => Ok([blocks as u32, 1, 1]),
-        _ => Err(Error::Unsupported(format!("{op}: a grid of {blocks} blocks; 1 to {MAX_BLOCKS} are"))),
+        _ => Err(Error::Unsupported(format!(
+            "{op}: a grid of {blocks} blocks; 1 to {MAX_BLOCKS} are supported"
+        ))),
     }
 }
 
 /// Threads of a block of [`launch`].
 pub(crate) const THREADS: usize = 256;
 
-/// Starts a kernel of the usual shape: no dynamic shared memory, nothing for Metal to compile in.
+/// Starts a kernel with blocks of [`THREADS`] threads, without dynamic shared memory and function constants.
 pub(crate) fn launch<G: Gpu>(
     gpu: &G,
     kernel: Kernel,
@@ -259,7 +260,7 @@ pub(crate) fn launch<G: Gpu>(
     })
 }
 
-/// Rows of a tensor `[batch, heads, rows, dim]`, of which a kernel gives each to one warp.
+/// The sizes of tensors `[batch, heads, rows, dim]` of which a kernel processes one row per warp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowSizes {
     /// B.
@@ -270,7 +271,7 @@ pub struct RowSizes {
     pub rows: usize,
     /// C.
     pub dim: usize,
-    /// Of all tensors.
+    /// The dtype of all tensors.
     pub dtype: DType,
 }
 
@@ -279,7 +280,7 @@ impl RowSizes {
         [self.batch, self.heads, self.rows, self.dim]
     }
 
-    /// All of them.
+    /// The number of rows.
     pub(crate) fn count(&self) -> usize {
         self.batch * self.heads * self.rows
     }
@@ -295,10 +296,18 @@ impl RowSizes {
         let count = self.dims().iter().map(|&n| n as u128).product();
         if count == 0 {
             let [b, h, n, c] = self.dims();
-            return Err(Error::Unsupported(format!("{op} of nothing: [{b}, {h}, {n}, {c}]")));
+            return Err(Error::Unsupported(format!("{op}: a tensor [{b}, {h}, {n}, {c}] is empty")));
         }
         elements("x", count)?;
         Ok(variant)
+    }
+}
+
+/// Refuses a tensor of 2^31 elements or more: kernels address elements by 31 bits.
+pub(crate) fn elements(name: &str, count: u128) -> Result<u32> {
+    match u32::try_from(count) {
+        Ok(n) if n < 1 << 31 => Ok(n),
+        _ => Err(Error::Unsupported(format!("{name} spans {count} elements; fewer than 2^31 are supported"))),
     }
 }
 
@@ -308,7 +317,7 @@ pub(crate) fn require_compute(op: &str, arch: &Arch) -> Result<()> {
         return Ok(());
     }
     Err(Error::Unsupported(format!(
-        "{op} on compute capability {}.{}; 8.0 or more is",
+        "{op} on compute capability {}.{}; 8.0 and later are supported",
         arch.compute / 10,
         arch.compute % 10
     )))

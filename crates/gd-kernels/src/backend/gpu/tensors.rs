@@ -26,23 +26,23 @@ pub(crate) trait TensorGpu:
     /// A buffer that is too small or that belongs to a tensor, or a dtype that no operator returns.
     fn storage(&self, buffer: Self::Buffer, dtype: DType, shape: &Shape) -> Result<Storage>;
 
-    /// Begins to copy a few numbers, f32, to the host. Where the device can, what is returned waits for that copy
-    /// alone, not for launches that follow it.
+    /// Starts to copy an f32 tensor to the host. Where the device supports it, calling the result waits for this copy
+    /// only and not for later launches.
     ///
     /// # Errors
-    /// What the device reports.
-    fn reading(&self, t: &Tensor) -> Result<Reading> {
+    /// Errors of the device.
+    fn start_download(&self, t: &Tensor) -> Result<PendingDownload> {
         let t = t.clone();
         Ok(Box::new(move || Ok(t.flatten_all()?.to_vec1()?)))
     }
 
-    /// The same as a result for candle's graph.
+    /// Turns a buffer into a result for candle's graph.
     fn finished(&self, buffer: Self::Buffer, dtype: DType, shape: impl Into<Shape>) -> Result<Finished> {
         let shape = shape.into();
         Ok(Finished::new(self.storage(buffer, dtype, &shape)?, shape))
     }
 
-    /// The same as a tensor without a gradient.
+    /// Turns a buffer into a tensor without a gradient.
     fn tensor(&self, buffer: Self::Buffer, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
         let shape = shape.into();
         let storage = self.storage(buffer, dtype, &shape)?;
@@ -73,7 +73,7 @@ pub(crate) trait TensorGpu:
 }
 
 /// Waits for a copy to the host, and returns it.
-pub(crate) type Reading = Box<dyn FnOnce() -> Result<Vec<f32>> + Send>;
+pub(crate) type PendingDownload = Box<dyn FnOnce() -> Result<Vec<f32>> + Send>;
 
 /// Checks that a result of `shape` fits a buffer of `bytes` bytes.
 pub(crate) fn check_capacity(dtype: DType, shape: &Shape, bytes: usize) -> Result<()> {

@@ -12,9 +12,9 @@ use crate::error::{Error, Result};
 /// Memory of an Apple GPU.
 #[derive(Debug)]
 pub enum Buffer {
-    /// What an operator allocated, from candle's pool: reused once nobody holds it, in the order of the launches.
+    /// What an operator allocated, from candle's pool: reused in the order of the launches once it has no owner.
     Owned(Arc<metal::Buffer>),
-    /// A tensor's storage, from its first element on, whatever the tensor's own offset.
+    /// The whole storage of a tensor, independent of the tensor's offset.
     Tensor(Tensor),
 }
 

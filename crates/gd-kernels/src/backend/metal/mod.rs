@@ -1,9 +1,9 @@
 //! Apple GPUs: the launches of [`crate::backend::gpu`] through candle's Metal device and its command buffers.
 //!
-//! A compiler has seen every line for macOS (`scripts/ci/lint_metal.sh`), but no Apple GPU has run one.
+//! This code is type-checked for macOS (`scripts/ci/lint_metal.sh`), but it has not run on an Apple GPU.
 //!
-//! Everything is enqueued in the order of the calls, like candle's own kernels; nothing here waits, but for a
-//! download, and for memory when all of it is taken.
+//! Everything is enqueued in the order of the calls, like candle's own kernels. Only downloads wait for the device, and
+//! allocations when the memory is used up.
 
 mod buffer;
 mod pipelines;
@@ -23,8 +23,8 @@ use crate::error::{Error, Result};
 
 /// Threads of a simdgroup, as the kernels assume.
 const SIMDGROUP: usize = 32;
-/// What lengths and offsets of buffers are multiples of.
-const ALIGNMENT: usize = 16;
+/// Lengths and offsets of buffers are multiples of this many bytes.
+const ALIGNMENT_BYTES: usize = 16;
 
 /// A Metal device of candle's, for launches.
 pub struct Metal {
@@ -37,8 +37,8 @@ impl Metal {
     /// The GPU behind a tensor's device.
     ///
     /// # Errors
-    /// A device that is no Metal device, or a GPU older than Apple's M1 and A14, whose simdgroups multiply no
-    /// matrices.
+    /// A device that is not a Metal device, or a GPU older than Apple's M1 and A14, without matrix instructions for
+    /// simdgroups.
     pub fn new(device: &Device) -> Result<Self> {
         let device = device.as_metal_device()?.clone();
         let metal = device.metal_device();
@@ -57,14 +57,14 @@ impl Metal {
         Ok(Self { device, loaded, arch })
     }
 
-    /// Takes memory from candle by `make`, which is given the number of bytes.
-    fn take(
+    /// Allocates memory with `make`, a function of candle that takes the number of bytes.
+    fn allocate_with(
         &self,
         bytes: usize,
         make: impl FnOnce(usize) -> candle_core::Result<Arc<metal::Buffer>>,
     ) -> Result<Buffer> {
-        // A kernel may be given an empty buffer; an allocation of no bytes is none.
-        let bytes = bytes.max(1).next_multiple_of(ALIGNMENT);
+        // Kernels may take empty buffers, but Metal does not allocate 0 bytes.
+        let bytes = bytes.max(1).next_multiple_of(ALIGNMENT_BYTES);
         let metal = self.device.metal_device();
         let longest = metal.as_ref().maxBufferLength();
         if bytes > longest {
@@ -86,10 +86,10 @@ impl Metal {
             self.device.wait_until_completed()?;
             if let (false, taken) = fits() {
                 return Err(Error::Device(format!(
-                    "{:.1} MiB of GPU memory; of {:.0} MiB that it should hold at a time {:.0} are taken",
+                    "{:.1} MiB of GPU memory; {:.0} MiB of the recommended {:.0} MiB are in use",
                     mib(bytes),
-                    mib(metal.recommended_max_working_set_size()),
-                    mib(taken)
+                    mib(taken),
+                    mib(metal.recommended_max_working_set_size())
                 )));
             }
         }
@@ -104,9 +104,9 @@ impl Metal {
 /// # Errors
 /// No GPU that Metal supports, or one older than Apple family 7.
 pub fn open() -> Result<Device> {
-    // candle takes the first of the list unseen.
+    // candle takes the first device of the list without checking that there is one.
     if metal::Device::all().is_empty() {
-        return Err(Error::Device("this machine has no GPU that Metal sees".into()));
+        return Err(Error::Device("this machine has no GPU that Metal supports".into()));
     }
     let device = Device::new_metal(0)?;
     Metal::new(&device)?;
@@ -127,7 +127,7 @@ pub struct Description {
 /// The properties of the GPU behind a device.
 ///
 /// # Errors
-/// A device that is no Metal device.
+/// A device that is not a Metal device.
 pub fn describe(device: &Device) -> Result<Description> {
     let metal = device.as_metal_device()?.metal_device();
     Ok(Description {
@@ -137,7 +137,7 @@ pub fn describe(device: &Device) -> Result<Description> {
     })
 }
 
-/// Metal does not say how many cores a GPU has; these are those of a usual one of its class.
+/// The number of cores of a typical GPU of this class; Metal does not report the number.
 fn cores(class: MetalDeviceType) -> u32 {
     match class {
         MetalDeviceType::Phone => 5,
@@ -159,15 +159,15 @@ impl Gpu for Metal {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Buffer> {
-        self.take(bytes, |n| self.device.new_buffer_builder().with_size_for(n, DType::U8).build())
+        self.allocate_with(bytes, |n| self.device.new_buffer_builder().with_size_for(n, DType::U8).build())
     }
 
     fn zeros(&self, bytes: usize) -> Result<Buffer> {
-        self.take(bytes, |n| self.device.new_buffer_builder().with_zeros(n).build())
+        self.allocate_with(bytes, |n| self.device.new_buffer_builder().with_zeros(n).build())
     }
 
     fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
-        self.take(bytes.len(), |n| {
+        self.allocate_with(bytes.len(), |n| {
             let mut padded = bytes.to_vec();
             padded.resize(n, 0);
             self.device.new_buffer_with_data(&padded)
@@ -179,12 +179,12 @@ impl Gpu for Metal {
         // Copies are of whole words; an operator's own buffers end with one.
         let length = bytes.next_multiple_of(4);
         let (source, offset) = Buffer::place(&from, length)?;
-        let host = self.device.new_buffer_builder().with_size(length.max(ALIGNMENT)).build()?;
+        let host = self.device.new_buffer_builder().with_size(length.max(ALIGNMENT_BYTES)).build()?;
         self.device.blit_command_encoder()?.copy_from_buffer(&source, offset, &host, 0, length);
         self.device.flush_and_wait_current()?;
         // Waits for earlier command buffers too.
         self.device.wait_until_completed()?;
-        // SAFETY: the host can read this memory, which nobody else has and the GPU has finished writing.
+        // SAFETY: the host can read this memory. No other code has access to it, and the GPU has finished writing.
         Ok(unsafe { std::slice::from_raw_parts(host.contents(), bytes) }.to_vec())
     }
 
@@ -206,11 +206,11 @@ impl Gpu for Metal {
                 "it can have {threads} threads in simdgroups of {width}; {SIMDGROUP} are expected"
             )));
         }
-        let shared_bytes = (launch.shared_bytes as usize).next_multiple_of(ALIGNMENT);
+        let shared_bytes = (launch.shared_bytes as usize).next_multiple_of(ALIGNMENT_BYTES);
         let own = pipeline.as_ref().staticThreadgroupMemoryLength();
         if own + shared_bytes > self.arch.shared_bytes as usize {
             return Err(refused(format!(
-                "{own} bytes of its own and these exceed the {} of threadgroup memory",
+                "{own} static and {shared_bytes} dynamic bytes exceed the {} bytes of threadgroup memory",
                 self.arch.shared_bytes
             )));
         }
@@ -220,7 +220,8 @@ impl Gpu for Metal {
         encoder.set_bytes_directly(0, launch.params.len(), launch.params.as_ptr().cast());
         for (n, place) in places.iter().enumerate() {
             let (buffer, offset) = place.as_ref().map_or((any, 0), |(buffer, offset)| (buffer, *offset));
-            // candle orders launches by what they write; which of the buffers that is, is not known here.
+            // candle orders launches by the buffers that they write. Which these are is not known here, so that all of
+            // them are declared as outputs.
             encoder.set_output_buffer(n + 1, Some(buffer), offset);
         }
         if shared_bytes > 0 {

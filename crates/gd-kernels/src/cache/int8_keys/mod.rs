@@ -8,11 +8,11 @@ pub mod launch;
 
 use candle_core::{DType, Tensor};
 
+use crate::backend::cpu::element::by_float;
 use crate::backend::cpu::view::with_view;
 use crate::backend::dispatch::on_cpu;
 use crate::backend::graph::with_contiguous_rows;
 use crate::backend::support::{MAX_HEAD_DIM, require_device};
-use crate::by_float;
 use crate::cache::int8_keys::cpu::Int8Panels;
 #[cfg(feature = "gpu")]
 use crate::cache::int8_keys::gpu::Int8Rows;

@@ -2,11 +2,10 @@
 
 use candle_core::{Shape, Tensor};
 
-use crate::backend::cpu::element::Element;
+use crate::backend::cpu::element::{Element, by_float};
 use crate::backend::cpu::parallel::{for_chunks, for_chunks2, rows_per_chunk, sum_rows, vectorize};
 use crate::backend::cpu::view::Rows;
 use crate::backend::graph::{attach2, with_contiguous_rows};
-use crate::by_float;
 use crate::error::Result;
 use crate::mask::sequence;
 

@@ -4,11 +4,10 @@
 use candle_core::{DType, Shape, Tensor, WithDType};
 
 use super::{IGNORE, count};
-use crate::backend::cpu::element::{Element, Real, maximum, sum1};
+use crate::backend::cpu::element::{Element, Real, by_float, maximum, sum1};
 use crate::backend::cpu::parallel::{for_chunks, for_chunks2, rows_per_chunk, vectorize};
 use crate::backend::cpu::view::Rows;
 use crate::backend::graph::{attach1, with_contiguous_rows};
-use crate::by_float;
 use crate::error::Result;
 
 /// One number for each row, in the accumulator type.

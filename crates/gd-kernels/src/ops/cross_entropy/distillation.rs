@@ -7,11 +7,10 @@ use super::chunked::{CpuLoss, DeviceLoss, chunked};
 use super::cpu::{PerRow, gradient_rows, log_sum};
 use super::linear::validate;
 use super::{IGNORE, log_softmax};
-use crate::backend::cpu::element::{Element, Real, sum2};
+use crate::backend::cpu::element::{Element, Real, by_float, sum2};
 use crate::backend::cpu::parallel::{for_chunks2, rows_per_chunk, vectorize};
 use crate::backend::cpu::view::Rows;
 use crate::backend::dispatch::on_cpu;
-use crate::by_float;
 use crate::error::{Error, Result};
 
 /// Maximum number of logits of a chunk on a GPU, for each of the two models: 256 MiB in f32. The composition holds

@@ -8,10 +8,9 @@ use super::chunked::{CpuLoss, chunk_rows, chunked, chunks_of};
 #[cfg(feature = "gpu")]
 use super::gpu;
 use super::{cpu, token_losses};
-use crate::backend::cpu::element::{Element, Real};
+use crate::backend::cpu::element::{Element, Real, by_float};
 use crate::backend::dispatch::on_gpu;
 use crate::backend::support::require_device;
-use crate::by_float;
 use crate::error::{Error, Result};
 
 /// Maximum number of logits of a chunk on a GPU: 512 MiB in bf16, and as much of their gradient.

@@ -29,13 +29,16 @@ pub(crate) const MAX_QUERIES: usize = 16;
 /// here:
 ///
 /// * On the CPU the keys are split over threads, and 8-bit keys are read instead of k, for any number of candidates.
-///   The winner is the candidate of lowest energy among `scan.candidates`.
-/// * On a GPU, up to 16 queries run with a kernel that splits the keys over blocks and finds the winner alone, from the
+///   The winner is the candidate of lowest energy among `scan.candidates` and, with several candidates, the keys of
+///   `scan.protected`.
+/// * On a GPU, up to 16 queries run with a kernel that splits the keys over blocks and finds only the winner, from the
 ///   cached biases or the 8-bit keys; more queries run as [`scan`](crate::scan) and [`select`](crate::select).
 ///
 /// All of these return the same winner, except for energies that are equal up to rounding. Candidates with more energy
 /// than `threshold` `[Hq]` are excluded; a query without an admitted key abstains (index -1, y = 0).
-/// `scan.protected` is not used: protection changes gradients and barriers, not the winner. The result has no gradient.
+/// The result has no gradient. `scan.protected` is read where several candidates are found
+/// ([`decode_reads_protected`]); a search for the winner only does not need it, because protection does not change which
+/// key has the lowest energy.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -70,11 +73,20 @@ pub fn decode(
     scan: &Scan,
     threshold: Option<&Tensor>,
 ) -> Result<Selected> {
-    let winner_only = !on_cpu(q.device()) && dims4("q", q)?.2 <= MAX_QUERIES;
-    match winner_only || scan.candidates == 1 {
-        true => scan_select(q, k, v, scan, threshold),
-        false => select_winner([q, k, v], &Scan { protected: None, ..scan.clone() }, threshold),
+    match decode_reads_protected(q, scan.candidates)? {
+        true => select_winner([q, k, v], scan, threshold),
+        false => scan_select(q, k, v, scan, threshold),
     }
+}
+
+/// Whether [`decode`] for the queries q `[B, Hq, N, D]` scans for several candidates, and then reads `scan.protected`:
+/// with more than one candidate, on the CPU and for more than 16 queries on a GPU.
+///
+/// # Errors
+/// A tensor of another rank, or an empty one.
+pub fn decode_reads_protected(q: &Tensor, candidates: usize) -> Result<bool> {
+    let winner_only = !on_cpu(q.device()) && dims4("q", q)?.2 <= MAX_QUERIES;
+    Ok(candidates != 1 && !winner_only)
 }
 
 /// The key of lowest energy of every query and its value row: a scan with one candidate and the threshold, fused on a

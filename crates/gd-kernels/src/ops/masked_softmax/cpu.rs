@@ -6,11 +6,10 @@ use std::ops::Range;
 use candle_core::{Shape, Tensor};
 use num_traits::{Float, Zero};
 
-use crate::backend::cpu::element::{Element, Real, maximum, sum1, sum2};
+use crate::backend::cpu::element::{Element, Real, by_float, maximum, sum1, sum2};
 use crate::backend::cpu::parallel::{for_chunks, vectorize};
 use crate::backend::cpu::view::cpu_slice;
 use crate::backend::graph::attach1;
-use crate::by_float;
 use crate::error::Result;
 use crate::mask::Mask;
 

@@ -2,11 +2,10 @@
 
 use candle_core::{Shape, Tensor};
 
-use crate::backend::cpu::element::{Element, acc_dtype};
+use crate::backend::cpu::element::{Element, acc_dtype, by_float};
 use crate::backend::cpu::parallel::{for_chunks, rows_per_chunk, vectorize};
 use crate::backend::cpu::view::Rows;
 use crate::backend::graph::{attach1, with_contiguous_rows};
-use crate::by_float;
 use crate::error::{Error, Result};
 
 /// Whether a pass rotates by the angles or by their negatives.

@@ -22,7 +22,7 @@ pub enum Walk {
     Decode,
 }
 
-/// Most queries of [`Walk::Decode`]; for more, packing the keys pays.
+/// Most queries of [`Walk::Decode`]; with more, packing the keys is faster.
 const MAX_DECODE_QUERIES: usize = 8;
 
 /// Fewest keys of [`Walk::Decode`].

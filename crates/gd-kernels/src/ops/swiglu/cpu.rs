@@ -3,11 +3,10 @@
 use candle_core::Tensor;
 use num_traits::One;
 
-use crate::backend::cpu::element::{Element, Real};
+use crate::backend::cpu::element::{Element, Real, by_float};
 use crate::backend::cpu::parallel::{for_chunks, for_chunks2, rows_per_chunk, vectorize};
 use crate::backend::cpu::view::Rows;
 use crate::backend::graph::{attach2, with_contiguous_rows};
-use crate::by_float;
 use crate::error::Result;
 
 /// Applies the activation to validated tensors.

@@ -18,7 +18,7 @@ pub use crate::ops::adamw::{Limits, Step};
 /// Elements of a gradient that one partial sum of squares covers.
 const ELEMENTS_PER_SUM: usize = SQUARES_BLOCK_ELEMENTS as usize;
 
-/// The layout of the partial sums of squares of several gradients: f32, one for every [`ELEMENTS_PER_SUM`] elements of
+/// The layout of the partial sums of squares of several gradients: f32, one for every `ELEMENTS_PER_SUM` elements of
 /// a gradient.
 #[derive(Debug, Clone)]
 pub struct PartialSums {

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::launch::{self, Operands, PartialSums};
-use crate::backend::gpu::tensors::{Reading, TensorGpu, Vector};
+use crate::backend::gpu::tensors::{PendingDownload, TensorGpu, Vector};
 use crate::error::{Error, Result};
 use crate::ops::adamw::{Limits, Step};
 
@@ -35,15 +35,15 @@ pub(crate) fn verdict<G: TensorGpu>(
     (layout, sums): (&PartialSums, &Tensor),
     losses: &Tensor,
     limits: &Limits,
-) -> Result<(Tensor, Reading)> {
+) -> Result<(Tensor, PendingDownload)> {
     let device = G::of(sums.device())?;
     let out = device.allocate(12)?;
     let (sums, count) = (Vector::<G::Buffer>::new(sums, DType::F32)?, losses.elem_count());
     let losses = Vector::new(losses, DType::F32)?;
     launch::verdict(&device, (layout, sums.slice()), (losses.slice(), count), limits, (&out).into())?;
     let verdict = device.tensor(out, DType::F32, 3)?;
-    let reading = device.reading(&verdict)?;
-    Ok((verdict, reading))
+    let download = device.start_download(&verdict)?;
+    Ok((verdict, download))
 }
 
 /// A parameter, its gradient and its state, of one shape.

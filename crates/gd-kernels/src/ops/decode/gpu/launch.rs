@@ -2,7 +2,7 @@
 //!
 //! q is `[B, Hq, N, D]`. The cache is k `[B, Hk, M, D]` and v `[B, Hk, M, Dv]`, or pages `[pages, Hk, page, D|Dv]` with a
 //! block table `[B, pages per sequence]`. The kernel also reads the biases of the keys without a prior, f32
-//! `[B|pages, Hk, capacity]` ([`crate::cache::key_bias::launch`]), or, for certified decoding, the keys as 8-bit integers
+//! `[B|pages, Hk, capacity]` (`cache::key_bias`), or, for certified decoding, the keys as 8-bit integers
 //! ([`crate::cache::int8_keys::launch`]) and of the original keys only those that the bounds do not exclude. index and
 //! energy are `[B, Hq, N]`, y `[B, Hq, N, Dv]`, with the bits of a scan with one candidate and a threshold.
 
@@ -130,19 +130,20 @@ impl DecodePlan {
                 dtype.as_str()
             )));
         }
-        let places = batch * (q_heads / pack) * row_tiles;
-        let wanted = (arch.processors as usize * BLOCKS_PER_PROCESSOR).div_ceil(places);
+        let row_tile_count = batch * (q_heads / pack) * row_tiles;
+        let wanted = (arch.processors as usize * BLOCKS_PER_PROCESSOR).div_ceil(row_tile_count);
         let splits = wanted.min(keys.div_ceil(tile_keys * MIN_TILES_PER_SPLIT)).max(1);
         let op = if certified { KernelOp::DecodeCertified } else { KernelOp::Decode };
         let kernel = variant.sized(op, padded);
         let merge = metal.then(|| variant.kernel(KernelOp::DecodeMerge));
         let capacity = if certified { splits * CANDIDATES_PER_SPLIT } else { 0 };
         let plan = Self { kernel, tile_keys, pack, row_tiles, splits, shared_bytes, merge, capacity };
-        grid("decode", plan.places(problem) as u128 * splits as u128)?;
+        grid("decode", plan.total_row_tiles(problem) as u128 * splits as u128)?;
         Ok(plan)
     }
 
-    fn places(&self, problem: &Problem) -> usize {
+    /// Row tiles of all packed groups of heads and batch entries.
+    fn total_row_tiles(&self, problem: &Problem) -> usize {
         problem.batch * (problem.q_heads / self.pack) * self.row_tiles
     }
 
@@ -155,7 +156,7 @@ impl DecodePlan {
     /// with its key per row and a count of finished splits; on Metal the scores and keys of every split; in certified
     /// decoding also lower bounds, counters and candidates.
     fn workspace(&self, problem: &Problem) -> (Vec<usize>, usize) {
-        let places = self.places(problem);
+        let row_tile_count = self.total_row_tiles(problem);
         let sizes: &[usize] = match (&self.merge, self.capacity) {
             (Some(_), _) => &[self.splits * ROWS * 8],
             (None, 0) => &[ROWS * 8, 4],
@@ -163,7 +164,7 @@ impl DecodePlan {
         };
         let mut ends: Vec<usize> = Vec::new();
         for size in sizes {
-            ends.push(ends.last().unwrap_or(&0) + places * size);
+            ends.push(ends.last().unwrap_or(&0) + row_tile_count * size);
         }
         let end = ends.pop().unwrap_or(0);
         (ends, end)
@@ -306,7 +307,7 @@ pub fn decode<G: Gpu>(
         candidate_capacity: plan.capacity as u32,
         mask,
     };
-    let places = plan.places(problem);
+    let row_tile_count = plan.total_row_tiles(problem);
     let mut constants = Constants::new(&mask, params.vector_loads != 0, x.prior.is_some());
     constants.rows = (queries * plan.pack).min(ROWS) as u32;
     let launch = |kernel: Kernel, blocks: usize, shared_bytes: usize, buffers| {
@@ -339,12 +340,12 @@ pub fn decode<G: Gpu>(
             .iter()
             .map(|at| Some(Slice { buffer: x.workspace.buffer, offset: x.workspace.offset + at }));
         buffers.extend(scales.into_iter().chain(results).chain(rest).chain(outputs));
-        return launch(plan.kernel, places * plan.splits, plan.shared_bytes, buffers);
+        return launch(plan.kernel, row_tile_count * plan.splits, plan.shared_bytes, buffers);
     };
     let [beta, prior, _, pages] = scales;
     let merged = [buffers[0], buffers[1], beta, prior, pages];
     let merged = merged.into_iter().chain(results).chain(outputs).collect();
     buffers.extend(scales.into_iter().chain([Some(x.workspace)]));
-    launch(plan.kernel, places * plan.splits, plan.shared_bytes, buffers)?;
-    launch(merge, places, 0, merged)
+    launch(plan.kernel, row_tile_count * plan.splits, plan.shared_bytes, buffers)?;
+    launch(merge, row_tile_count, 0, merged)
 }

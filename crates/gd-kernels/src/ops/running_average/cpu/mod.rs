@@ -7,10 +7,9 @@ mod weights;
 use candle_core::Tensor;
 
 use super::{AverageState, Sizes};
-use crate::backend::cpu::element::Element;
+use crate::backend::cpu::element::{Element, by_float};
 use crate::backend::cpu::view::Rows;
 use crate::backend::graph::{attach3, with_contiguous_rows};
-use crate::by_float;
 use crate::error::Result;
 
 /// The averages and the last state of validated tensors.

@@ -3,10 +3,9 @@
 use candle_core::{Device, Tensor};
 
 use crate::backend::check::{head_values, positive};
-use crate::backend::cpu::element::Element;
+use crate::backend::cpu::element::{Element, by_float};
 use crate::backend::cpu::view::with_view;
 use crate::backend::graph::with_contiguous_rows;
-use crate::by_float;
 use crate::error::Result;
 use crate::ops::scan::cpu::arguments::{Arguments, prior_values, protected_keys};
 use crate::ops::scan::cpu::check;

@@ -5,7 +5,7 @@
 //! `<q, k> - |k|^2 / 2 + b / (2 beta)`; the energies of the remaining candidates are then computed from differences.
 //!
 //! `dense` scores every key. `certified` finds the keys that can be candidates with 8-bit integers and error bounds;
-//! `decode` does so for few queries with quick f32 scores; `rescore` then scores those keys as `dense` does.
+//! `decode` does so for few queries with fast f32 scores; `rescore` then scores those keys as `dense` does.
 
 pub(crate) mod arguments;
 pub(crate) mod block;
@@ -27,10 +27,9 @@ use num_traits::Float;
 use rayon::prelude::*;
 
 use crate::backend::check::{head_values, positive};
-use crate::backend::cpu::element::Element;
+use crate::backend::cpu::element::{Element, by_float};
 use crate::backend::cpu::view::with_view;
 use crate::backend::graph::with_contiguous_rows;
-use crate::by_float;
 use crate::cache::int8_keys::cpu::Int8Panels;
 use crate::error::Result;
 use crate::ops::scan::Candidates;

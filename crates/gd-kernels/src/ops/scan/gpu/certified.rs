@@ -1,7 +1,7 @@
 //! `scan` and `scan_select` at certified precision on CUDA: plan and launch.
 //!
 //! The kernel reads the keys as 8-bit integers ([`crate::cache::int8_keys::launch`]), and the original keys only where the
-//! bounds leave more than one. Its outputs have the bits of the kernels of [`crate::ops::scan::gpu::launch`].
+//! bounds leave more than one. Its outputs have the bits of the native kernels.
 //!
 //! q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`; index, energy `[B, Hq, N, K + P]`.
 

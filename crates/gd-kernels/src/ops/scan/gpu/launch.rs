@@ -9,6 +9,9 @@
 
 use std::fmt;
 
+use bytemuck::bytes_of;
+use candle_core::DType;
+
 use crate::backend::gpu::kernel::{Kernel, KernelOp, Variant, padded_dim};
 use crate::backend::gpu::params::{MaskParams, ScanParams, ScoreCode, TieCode};
 use crate::backend::gpu::{
@@ -21,8 +24,6 @@ use crate::mask::Mask;
 use crate::ops::scan::gpu::certified as scan_certified;
 use crate::ops::scan::problem::Problem;
 use crate::options::Precision;
-use bytemuck::bytes_of;
-use candle_core::DType;
 
 /// Greatest number of candidates per row.
 pub const MAX_CANDIDATES: usize = 64;
@@ -30,10 +31,6 @@ pub const MAX_CANDIDATES: usize = 64;
 const MAX_CANDIDATES_METAL: usize = 32;
 /// Greatest number of protected keys per row.
 pub const MAX_PROTECTED: usize = 32;
-/// Bytes of the list of a row in shared memory: 64 or 128 entries of score and key.
-fn list_bytes(candidates: usize) -> usize {
-    if candidates > 32 { 1024 } else { 512 }
-}
 /// Static shared memory of the kernels, in bytes: the visible ranges of 256 rows.
 pub(super) const STATIC_SHARED_BYTES: usize = 2304;
 /// Keys of a tile of the kernel for Hopper.
@@ -42,6 +39,7 @@ const HOPPER_TILE_KEYS: usize = 128;
 const HOPPER_ALIGNMENT_BYTES: usize = 1024;
 /// Rows up to which the smaller blocks of the portable kernel are faster.
 const HOPPER_MIN_ROWS: usize = 64;
+
 /// How a scan is launched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GpuScanPlan {
@@ -69,6 +67,11 @@ impl fmt::Display for GpuScanPlan {
         let rows = warps * warp_rows;
         write!(f, "{kernel}: {rows} query rows x {tile_keys} keys, {pack} heads packed, {shared_bytes} bytes")
     }
+}
+
+/// Bytes of the list of a row in shared memory: 64 or 128 entries of score and key.
+fn list_bytes(candidates: usize) -> usize {
+    if candidates > 32 { 1024 } else { 512 }
 }
 
 /// Shared memory of two tiles of keys with their biases: one is loaded while the other is read.
@@ -246,7 +249,7 @@ pub struct Inputs<'a, B> {
     pub beta: Slice<'a, B>,
     /// The prior.
     pub prior: Option<Prior<'a, B>>,
-    /// Keys that stay candidates.
+    /// Keys that are candidates for any energy.
     pub protected: Option<Protected<'a, B>>,
     /// Which keys are visible to each query; validated for the problem.
     pub mask: &'a Mask,
@@ -292,10 +295,10 @@ pub struct Values<'a, B> {
     pub y: Slice<'a, B>,
 }
 
-/// Finds the candidates of every query; the same contract as [`crate::ops::scan`].
+/// Finds the candidates of every query; the same contract as [`scan`](crate::scan).
 ///
 /// # Errors
-/// Tensors of 2^31 elements or more, and what the GPU refuses.
+/// Tensors of 2^31 elements or more, and errors of the launch.
 pub fn scan<G: Gpu>(
     gpu: &G,
     plan: &GpuScanPlan,

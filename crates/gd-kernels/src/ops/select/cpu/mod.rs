@@ -23,10 +23,9 @@ use self::energy::Energy;
 use self::residual::Residual;
 use super::rounds::{Record, Steps};
 use super::{Rule, Sizes};
-use crate::backend::cpu::element::Element;
+use crate::backend::cpu::element::{Element, by_float};
 use crate::backend::cpu::view::with_view;
 use crate::backend::graph::{attach1, attach2, attach3, with_contiguous_rows};
-use crate::by_float;
 use crate::error::Result;
 
 /// The keys of candidates, and the sizes of their tensor.

@@ -433,7 +433,7 @@ pub fn remaining<G: Gpu>(
 }
 
 /// Computes the mixture density at the coherence point of one key for every query, and the point u*, f32 `[B, Hq, N]`
-/// each; the plan is that of [`Sizes::single`].
+/// each; the plan is that of `Sizes::single`.
 ///
 /// # Errors
 /// As [`choose`].
@@ -477,7 +477,7 @@ pub fn density_backward<G: Gpu>(
 }
 
 /// Computes the queries `[B, Hq, N, D]` without their components along the jumps to one key each; the plan is that of
-/// [`Sizes::single`], beta is not used.
+/// `Sizes::single`, beta is not used.
 ///
 /// # Errors
 /// As [`choose`].

@@ -14,6 +14,7 @@ use crate::ops::scan::cpu::bounded_lists::BoundedLists;
 
 /// Queries of a group.
 pub(crate) const ROWS: usize = 8;
+
 /// One panel of keys with the bounds for a block of queries.
 pub(crate) struct Panel<'a> {
     /// `[D / 4][KEYS][4]`.

@@ -8,16 +8,16 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use peak_alloc::PeakAlloc;
-use readers::Bench;
+use readers::ReaderFolder;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
 static READER: LazyLock<String> = LazyLock::new(|| std::env::var("GD_READER").expect("GD_READER"));
-static BENCH: LazyLock<Bench> = LazyLock::new(|| {
-    Bench::new(&Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus")).expect("a folder for the inputs")
+static FOLDER: LazyLock<ReaderFolder> = LazyLock::new(|| {
+    ReaderFolder::new(&Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus")).expect("a folder for the inputs")
 });
 
 fuzz_target!(|input: &[u8]| {
-    BENCH.run(&READER, input, &MEMORY);
+    FOLDER.run(&READER, input, &MEMORY);
 });

@@ -1,7 +1,7 @@
-//! Every reader of files from elsewhere behind one function: bytes in, and whatever the reader makes of them is
-//! dropped. A panic, or more memory than the input can justify, is a bug in the reader.
+//! One function for all readers of untrusted files: it passes the input to a reader and drops the result. A panic, or a
+//! peak of memory above the limit, is a bug in the reader.
 //!
-//! Used by the fuzz target beside this file and by the mutation test of gd-model, over the same corpus.
+//! Used by the fuzz target of this package and by the mutation test of gd-model, with the same corpus.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -33,26 +33,26 @@ pub(crate) const READERS: [&str; 11] = [
     "template",
 ];
 
-/// What a reader may hold beyond eight times its input.
-const SLACK: usize = 16 << 20;
+/// Bytes that a reader may allocate beyond eight times the size of its input.
+const SLACK_BYTES: usize = 16 << 20;
 
-/// A folder with what a reader finds beside its input.
-pub(crate) struct Bench {
+/// A folder with the files that a reader needs beside its input.
+pub(crate) struct ReaderFolder {
     folder: tempfile::TempDir,
     corpus: PathBuf,
 }
 
-impl Bench {
-    /// Puts a folder together; `corpus` holds the files of each reader.
+impl ReaderFolder {
+    /// Creates the folder; `corpus` has a folder of files for each reader.
     pub(crate) fn new(corpus: &Path) -> std::io::Result<Self> {
         let folder = tempfile::tempdir()?;
-        let bench = Self { folder, corpus: corpus.into() };
-        fs::write(bench.at("a.safetensors"), bench.seed("safetensors/two"))?;
-        fs::write(bench.at(TOKENIZER), bench.seed("tokenizer/bytes.json"))?;
+        let created = Self { folder, corpus: corpus.into() };
+        fs::write(created.at("a.safetensors"), created.seed("safetensors/two"))?;
+        fs::write(created.at(TOKENIZER), created.seed("tokenizer/bytes.json"))?;
         for part in ["train", "valid"] {
-            fs::write(bench.at(&format!("{part}-00000.tokens")), bench.seed("shard/small"))?;
+            fs::write(created.at(&format!("{part}-00000.tokens")), created.seed("shard/small"))?;
         }
-        Ok(bench)
+        Ok(created)
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -65,18 +65,18 @@ impl Bench {
         fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
     }
 
-    /// Hands `input` to a reader. Whether it was taken.
+    /// Passes `input` to a reader, and returns whether it was accepted.
     ///
     /// # Panics
-    /// When the reader does, or when it held more than eight times the input and 16 MiB.
+    /// When the reader panics, or when it allocates more than eight times the size of the input plus 16 MiB.
     pub(crate) fn run(&self, reader: &str, input: &[u8], memory: &PeakAlloc) -> bool {
-        // A template is a program, whose steps are bounded and whose texts are its author's.
-        let limit = if reader == "template" { usize::MAX } else { 8 * input.len() + SLACK };
+        // A template is a program that may produce long texts; its steps are bounded by the reader.
+        let limit = if reader == "template" { usize::MAX } else { 8 * input.len() + SLACK_BYTES };
         bounded(reader, limit, memory, || self.read(reader, input))
     }
 
     fn read(&self, reader: &str, input: &[u8]) -> bool {
-        // Written under the name by which the reader finds it.
+        // Writes the input under the name that the reader expects.
         let file = |name: &str| {
             let path = self.at(name);
             fs::write(&path, input).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -104,7 +104,7 @@ impl Bench {
             "manifest" => verify(&System, file(MANIFEST).parent().unwrap_or(Path::new("."))).is_ok(),
             "shard" => {
                 file("train-00000.tokens");
-                // Sizes and hash as the index would have them, so that what no checksum sees is read, too.
+                // The index gets the sizes and the hash of the input, so that the reader passes the check of the hash.
                 let number = |at: usize| {
                     input.get(at..at + 8).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b))
                 };
@@ -122,7 +122,7 @@ impl Bench {
             "data-index" => {
                 fs::write(self.at("train-00000.tokens"), self.seed("shard/small")).expect("a file");
                 match serde_json::from_slice::<Index>(input) {
-                    // With its hash, so that what the index says is read, too.
+                    // Stored with its hash, so that the reader passes the check of the hash.
                     Ok(index) => self.prepared(&index),
                     Err(_) => {
                         file(DATA_INDEX);
@@ -149,11 +149,11 @@ impl Bench {
     }
 }
 
-/// The result of `read`, which may hold `limit` bytes beyond what was allocated before.
+/// The result of `read`, which may allocate `limit` bytes more than were allocated before.
 ///
 /// A peak above the limit is measured a second time. The first backtrace that the text of an error contains makes the
 /// standard library load the symbols of the whole program, tens of megabytes, once for the process. A reader that
-/// holds too much for an input does so every time.
+/// allocates too much for an input does so every time.
 ///
 /// # Panics
 /// When both peaks are above the limit.

@@ -4,9 +4,9 @@
 #define DECODE(T, D)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(128) decode_##T##_d##D##_sm80(                                        \
         DecodeParams p, const T *q, const T *k, const float *bias, const float *beta, const float *prior,              \
-        const i32 *table, const i32 *pages, const T *v, const float *threshold, uint64_t *best, u32 *counter,          \
+        const i32 *table, const i32 *pages, const T *v, const float *threshold, uint64_t *winners, u32 *counter,       \
         i32 *index, float *energy, T *y) {                                                                             \
-        decode<T, D>(p, q, k, bias, beta, prior, table, pages, v, threshold, best, counter, index, energy, y);         \
+        decode<T, D>(p, q, k, bias, beta, prior, table, pages, v, threshold, winners, counter, index, energy, y);      \
     }                                                                                                                  \
     GD_REGISTER(decode_##T##_d##D##_sm80)
 

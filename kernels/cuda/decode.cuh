@@ -1,5 +1,5 @@
 // Decoding: a few queries against a long cache, with the keys of a row split over several blocks (split-K). Within a
-// block every warp scores its own keys of a tile. Each block merges its best key of every row into the workspace by a
+// block every warp scores its own keys of a tile. Each block merges its winner of every row into the workspace by a
 // 64-bit atomic maximum, and the last block of a row tile writes index, energy and value row. Scores, and therefore
 // results, are bitwise those of the scan.
 #pragma once
@@ -10,17 +10,19 @@
 // Warps of a block.
 constexpr int DECODE_WARPS = 4;
 
-// Score and key as one number that is greater for the better: 0 for none. Needs a finite score.
-__device__ __forceinline__ uint64_t ranked(float score, i32 key, u32 tie) {
+// Packs a score and its key into one integer whose order is that of the candidates: by score, then by the tie rule. The
+// score must be finite. 0, which no candidate packs to, stands for none.
+__device__ __forceinline__ uint64_t pack_candidate(float score, i32 key, u32 tie) {
     u32 bits = __float_as_uint(score + 0.0f);
     bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
     return uint64_t(bits) << 32 | (tie == TIE_LAST ? u32(key) : ~u32(key));
 }
 
-// Takes the scores of a lane into its best two rows; number(n, e) is the key of column 2t + e of group n.
+// Updates the running maxima of a lane's rows g and g + 8 with its scores; number(n, e) is the key of column 2t + e of
+// group n.
 template <int NT, class Number>
-__device__ __forceinline__ void update_top1(const float (&acc)[NT][4], const Range (&own)[2], u32 tie, float (&top)[2],
-                                            i32 (&key)[2], Number number) {
+__device__ __forceinline__ void update_top1(const float (&acc)[NT][4], const Range (&row_ranges)[2], u32 tie,
+                                            float (&top)[2], i32 (&key)[2], Number number) {
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -28,22 +30,22 @@ __device__ __forceinline__ void update_top1(const float (&acc)[NT][4], const Ran
             i32 j = number(n, c % 2);
             float s = acc[n][c], &greatest = top[c / 2];
             i32 &current = key[c / 2];
-            bool open = j >= own[c / 2].lo && j < own[c / 2].hi && s < GD_INFINITY;
+            bool open = j >= row_ranges[c / 2].lo && j < row_ranges[c / 2].hi && s < GD_INFINITY;
             if (open && (s > greatest || (s == greatest && current >= 0 && wins_tie(j, current, tie))))
                 greatest = s, current = j;
         }
     }
 }
 
-// Shared state of a block: key ranges of its rows and of all rows together, and the best key of every warp and row.
+// Shared state of a block: key ranges of its rows, their union, and the packed winner of every warp and row.
 template <int ROWS> struct DecodeState {
     Range row[ROWS];
     Range all;
-    uint64_t best[DECODE_WARPS][ROWS];
+    uint64_t winners[DECODE_WARPS][ROWS];
     u32 arrived;
 };
 
-// The rows of a block, and where the keys of their head lie.
+// The rows of a block, and the addresses of the keys of their KV head.
 template <class T> struct DecodeRows {
     static constexpr int ROWS = 16;
     const DecodeParams &p;
@@ -101,7 +103,7 @@ template <class T> struct DecodeRows {
         __syncthreads();
     }
 
-    // The tiles of `size` keys that are this block's.
+    // The range of tiles of `size` keys that this block scans.
     __device__ __forceinline__ Range tiles(Range all, i32 size) const {
         i32 from = all.lo / size, count = max((all.hi + size - 1) / size - from, 0);
         i32 share = (count + i32(p.splits) - 1) / i32(p.splits);
@@ -109,34 +111,34 @@ template <class T> struct DecodeRows {
     }
 };
 
-// Merges the best key of every row over the warps and into the workspace; ends with a barrier.
+// Merges the winner of every row over the warps and into the workspace; ends with a barrier.
 template <int ROWS>
 __device__ __forceinline__ void merge_top1(DecodeState<ROWS> &state, const float (&top)[2], const i32 (&key)[2],
                                            u32 tie, uint64_t *rows) {
     u32 warp = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        uint64_t code = key[half] >= 0 ? ranked(top[half], key[half], tie) : 0;
+        uint64_t code = key[half] >= 0 ? pack_candidate(top[half], key[half], tie) : 0;
 #pragma unroll
         for (int step = 1; step < (GD_FAULT(18) ? 2 : 4); step *= 2) {
             uint64_t high = __shfl_xor_sync(ALL, u32(code >> 32), step), low = __shfl_xor_sync(ALL, u32(code), step);
             uint64_t other = high << 32 | low;
             code = other > code ? other : code;
         }
-        if (t == 0) state.best[warp][half * 8 + g] = code;
+        if (t == 0) state.winners[warp][half * 8 + g] = code;
     }
     if (!GD_FAULT(19)) __syncthreads();
     if (threadIdx.x < ROWS) {
         uint64_t code = 0;
         for (int w = 0; w < DECODE_WARPS; w++)
-            code = state.best[w][threadIdx.x] > code ? state.best[w][threadIdx.x] : code;
+            code = state.winners[w][threadIdx.x] > code ? state.winners[w][threadIdx.x] : code;
         if (code) atomicMax(reinterpret_cast<unsigned long long *>(rows + threadIdx.x), (unsigned long long)(code));
         __threadfence();
     }
     __syncthreads();
 }
 
-// Whether this block is the last of its place; what the others entered is then to be ranges.
+// Whether this block is the last of its row tile to arrive. The results of the other blocks are then visible to it.
 template <int ROWS> __device__ __forceinline__ bool is_last_block(DecodeState<ROWS> &state, u32 *counter, u32 splits) {
     if (threadIdx.x == 0) state.arrived = atomicAdd(counter, 1u);
     __syncthreads();
@@ -168,7 +170,7 @@ __device__ __forceinline__ void write_winners(const DecodeRows<T> &at, const T *
 template <class T, int DP>
 __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const T *k, const float *bias,
                                        const float *beta, const float *prior, const i32 *table, const i32 *pages,
-                                       const T *v, const float *threshold, uint64_t *best, u32 *counter, i32 *index,
+                                       const T *v, const float *threshold, uint64_t *winners, u32 *counter, i32 *index,
                                        float *energy, T *y) {
     using S = typename Scoring<T>::template Of<DP, 1>;
     constexpr int KEYS = S::KEYS, TILE = KEYS * S::PITCH, NT = KEYS / 8 / DECODE_WARPS, ROWS = DecodeRows<T>::ROWS;
@@ -185,7 +187,7 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
     scoring.load_queries(reinterpret_cast<T *>(biases + 2 * KEYS), p.head_dim, p.vector_loads, warp == 0,
                          [&](u32 r) { return at.exists(r) ? at.query(r) : nullptr; });
 
-    Range own_tiles = at.tiles(state.all, KEYS);
+    Range block_tiles = at.tiles(state.all, KEYS);
     float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
     auto load = [&](i32 tile) {
         u32 j = u32(tile) * KEYS, row = at.page_offset(j), stage = u32(tile) % 2;
@@ -197,10 +199,10 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
     };
     float top[2] = {-GD_INFINITY, -GD_INFINITY};
     i32 key[2] = {-1, -1};
-    Range own[2] = {state.row[g], state.row[g + 8]};
-    if (own_tiles.lo < own_tiles.hi) load(own_tiles.lo);
-    for (i32 tile = own_tiles.lo; tile < own_tiles.hi; tile++) {
-        if (tile + 1 < own_tiles.hi) {
+    Range row_ranges[2] = {state.row[g], state.row[g + 8]};
+    if (block_tiles.lo < block_tiles.hi) load(block_tiles.lo);
+    for (i32 tile = block_tiles.lo; tile < block_tiles.hi; tile++) {
+        if (tile + 1 < block_tiles.hi) {
             load(tile + 1);
             if (!GD_FAULT(16)) copy_wait<1>();
         } else {
@@ -220,11 +222,11 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
             }
         }
         scoring.template scores<NT>(keys, warp * NT * 8, acc);
-        update_top1(acc[0], own, p.tie, top, key, [&](int n, int e) { return start + n * 8 + i32(2 * t) + e; });
+        update_top1(acc[0], row_ranges, p.tie, top, key, [&](int n, int e) { return start + n * 8 + i32(2 * t) + e; });
         __syncthreads();
     }
 
-    uint64_t *rows = best + size_t(at.row_tile) * ROWS;
+    uint64_t *rows = winners + size_t(at.row_tile) * ROWS;
     merge_top1(state, top, key, p.tie, rows);
     if (!is_last_block(state, counter + at.row_tile, p.splits)) return;
     write_winners(at, k, beta, prior, v, threshold, rows, index, energy, y);

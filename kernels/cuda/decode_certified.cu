@@ -4,10 +4,10 @@
 #define DECODE(T, D)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(128, D > 192 ? 2 : 3) decode_certified_##T##_d##D##_sm80(             \
         DecodeParams p, const T *q, const T *k, const int8_t *codes, const float4 *stats, const float *beta,           \
-        const float *prior, const i32 *table, const i32 *pages, const T *v, const float *threshold, uint64_t *best,    \
+        const float *prior, const i32 *table, const i32 *pages, const T *v, const float *threshold, uint64_t *winners, \
         u32 *lower, u32 *counter, Candidate *candidates, i32 *index, float *energy, T *y) {                            \
         decode_certified<T, D>(p, q, k, codes, stats, beta, prior, table, pages, v, threshold,                         \
-                               {best, lower, counter, candidates}, index, energy, y);                                  \
+                               {winners, lower, counter, candidates}, index, energy, y);                               \
     }                                                                                                                  \
     GD_REGISTER(decode_certified_##T##_d##D##_sm80)
 

@@ -1,7 +1,7 @@
 // Certified decoding: as decode.cuh, but blocks read the keys as 8-bit integers with error bounds, a quarter or half of
 // the bytes. A key whose upper bound reaches the greatest lower bound so far becomes a candidate of its row. The last
 // block rescores the candidates of all blocks that can still win. Candidates that exceed a list's capacity are rescored
-// at once, so that the result is always that of the native scan.
+// immediately, so that the result is always that of the native scan.
 #pragma once
 #include "int8_bounds.cuh"
 #include "decode.cuh"
@@ -15,31 +15,31 @@ struct Candidate {
     u32 key_and_row;
 };
 
-// A number as an integer of the same order; 0 is below all of them.
-__device__ __forceinline__ u32 ordered(float x) {
+// Maps a float to an integer of the same order, and back. 0, which no float maps to, is below all of them.
+__device__ __forceinline__ u32 to_ordered(float x) {
     u32 bits = __float_as_uint(x + 0.0f);
     return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
-__device__ __forceinline__ float number(u32 x) {
+__device__ __forceinline__ float from_ordered(u32 x) {
     return x ? __uint_as_float(x ^ (x >> 31 ? 0x80000000u : 0xffffffffu)) : -GD_INFINITY;
 }
 
-// Bounds that a block shares beside the state of decoding.
+// Bounds that the warps of a block share, in addition to DecodeState.
 struct SharedBounds {
     Quantization row[16];
-    // The greatest lower bound of every row, ordered.
+    // The greatest lower bound of every row, as to_ordered maps it.
     u32 threshold[16];
 };
 
-// The memory of a place between blocks, zeros before and after a launch but for the candidates.
+// Memory that the blocks of a row tile share. All but `candidates` is zero before and after a launch.
 struct Workspace {
-    uint64_t *best;        // [places, 16]
-    u32 *lower;            // [places, 16], ordered
-    u32 *counter;          // [places, 2]: blocks that have come, candidates
-    Candidate *candidates; // [places, capacity]
+    uint64_t *winners;     // [row tiles, 16]: packed winners
+    u32 *lower;            // [row tiles, 16]: greatest lower bounds, as to_ordered maps them
+    u32 *counter;          // [row tiles, 2]: blocks that have arrived, candidates
+    Candidate *candidates; // [row tiles, capacity]
 };
 
-// The candidates of a warp, and the best exact scores so far.
+// The candidates of a warp, and the greatest exact score of every row so far.
 template <class T, int DP> struct WarpCandidates {
     using S = typename Scoring<T>::template Of<DP, 1>;
     const DecodeRows<T> &at;
@@ -51,7 +51,7 @@ template <class T, int DP> struct WarpCandidates {
     SharedBounds &bounds;
     Candidate *list;
     T *gathered;
-    Range own[2];
+    Range row_ranges[2];
     u32 count = 0;
     float top[2] = {-GD_INFINITY, -GD_INFINITY};
     i32 key[2] = {-1, -1};
@@ -60,7 +60,7 @@ template <class T, int DP> struct WarpCandidates {
                                               const float *prior, float scale, SharedBounds &bounds, Candidate *list,
                                               T *gathered, const Range *rows)
         : at(at), queries(queries), k(k), stats(stats), prior(prior), scale(scale), bounds(bounds), list(list),
-          gathered(gathered), own{rows[lane_id() / 4], rows[lane_id() / 4 + 8]} {}
+          gathered(gathered), row_ranges{rows[lane_id() / 4], rows[lane_id() / 4 + 8]} {}
 
     // The rows for exact scores; in f32 one warp stores them first.
     static __device__ __forceinline__ void load(S &scoring, const DecodeRows<T> &at, T *queries, bool store) {
@@ -69,18 +69,18 @@ template <class T, int DP> struct WarpCandidates {
     }
 
     __device__ __forceinline__ float threshold(u32 row) const {
-        return number(*const_cast<const volatile u32 *>(&bounds.threshold[row]));
+        return from_ordered(*const_cast<const volatile u32 *>(&bounds.threshold[row]));
     }
 
     // Raises the thresholds of the lane's two rows to the maximum over the four lanes that share them.
-    __device__ __forceinline__ void raise_thresholds(const float (&least)[2]) {
+    __device__ __forceinline__ void raise_thresholds(const float (&lower)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float x = least[half];
+            float x = lower[half];
             x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
             x = fmaxf(x, __shfl_xor_sync(ALL, x, 2));
             u32 row = lane_id() / 4 + 8 * half;
-            if (lane_id() % 4 == 0 && x > threshold(row)) atomicMax(&bounds.threshold[row], ordered(x));
+            if (lane_id() % 4 == 0 && x > threshold(row)) atomicMax(&bounds.threshold[row], to_ordered(x));
         }
         __syncwarp();
     }
@@ -92,9 +92,9 @@ template <class T, int DP> struct WarpCandidates {
         for (u32 from = 0; from < count; from += 32) {
             u32 e = from + lane_id();
             Candidate x = e < count ? list[e] : Candidate{0.0f, 0};
-            bool stays = e < count && !(x.upper < threshold(x.key_and_row % 16));
-            u32 vote = __ballot_sync(ALL, stays);
-            if (stays) list[remaining + __popc(vote & ((1u << lane_id()) - 1))] = x;
+            bool remains = e < count && !(x.upper < threshold(x.key_and_row % 16));
+            u32 vote = __ballot_sync(ALL, remains);
+            if (remains) list[remaining + __popc(vote & ((1u << lane_id()) - 1))] = x;
             remaining += __popc(vote);
             __syncwarp();
         }
@@ -124,7 +124,7 @@ template <class T, int DP> struct WarpCandidates {
                 }
             }
             scoring.template scores<NT>(gathered, 0, acc);
-            update_top1(acc[0], own, p.tie, top, key, [&](int n, int e) {
+            update_top1(acc[0], row_ranges, p.tie, top, key, [&](int n, int e) {
                 u32 x = n * 8 + 2 * t + e;
                 return x < left ? i32(number(x)) : -1;
             });
@@ -132,7 +132,8 @@ template <class T, int DP> struct WarpCandidates {
         }
     }
 
-    // Room for `more` candidates.
+    // Ensures capacity for `more` candidates: drops those below the thresholds and, if that frees too few entries,
+    // scores all others exactly.
     __device__ __forceinline__ void compact(u32 more) {
         if (count + more <= WARP_CANDIDATES) return;
         prune();
@@ -176,7 +177,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     Quantization query[2] = {bounds.row[g], bounds.row[g + 8]};
     float rounded = rounding(p.head_dim), coarse = coarseness(bounds.row) + rounded;
 
-    Range own_tiles = at.tiles(state.all, KEYS);
+    Range block_tiles = at.tiles(state.all, KEYS);
     float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
     u32 width = (p.head_dim + 15) / 16 * 16;
     auto load = [&](i32 tile) {
@@ -187,12 +188,12 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
         if (threadIdx.x < KEYS) copy_async(tile_stats + stage * KEYS + threadIdx.x, stats + first + threadIdx.x, 16);
         copy_commit();
     };
-    Range own[2] = {state.row[g], state.row[g + 8]};
+    Range row_ranges[2] = {state.row[g], state.row[g + 8]};
     WarpCandidates<T, DP> warp_candidates(at, queries, k, stats, prior, scale, bounds, lists + warp * WARP_CANDIDATES,
                                           gathered + warp * GATHERED, state.row);
-    if (own_tiles.lo < own_tiles.hi) load(own_tiles.lo);
-    for (i32 tile = own_tiles.lo; tile < own_tiles.hi; tile++) {
-        if (tile + 1 < own_tiles.hi) {
+    if (block_tiles.lo < block_tiles.hi) load(block_tiles.lo);
+    for (i32 tile = block_tiles.lo; tile < block_tiles.hi; tile++) {
+        if (tile + 1 < block_tiles.hi) {
             load(tile + 1);
             copy_wait<1>();
         } else {
@@ -204,7 +205,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
         const float4 *key_stats = tile_stats + u32(tile + (GD_FAULT(81) ? 1 : 0)) % 2 * KEYS + first;
         i32 product[NT][4] = {};
         integers.template scores<NT>(tiles + u32(tile) % 2 * TILE, first, product);
-        float upper[NT][4], least[2] = {-GD_INFINITY, -GD_INFINITY};
+        float upper[NT][4], greatest_lower[2] = {-GD_INFINITY, -GD_INFINITY};
         u32 open = 0;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
@@ -218,17 +219,18 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
                 for (int half = 0; half < 2; half++) {
                     int c = 2 * half + e;
                     float s = query[half].scale * bound.scale, f = float(product[n][c]);
-                    upper[n][c] = fmaf(s, f, fmaf(query[half].norm, bound.error, bound.most));
-                    Range range = own[half];
+                    upper[n][c] = fmaf(s, f, fmaf(query[half].norm, bound.error, bound.upper_bias));
+                    Range range = row_ranges[half];
                     bool visible = j >= range.lo && j < (GD_FAULT(84) ? range.hi + 1 : range.hi);
-                    if (!visible || !bound.open) continue;
+                    if (!visible || !bound.allowed) continue;
                     open |= 1u << (n * 4 + c);
-                    // fmaxf leaves NaN out.
-                    least[half] = fmaxf(least[half], fmaf(s, f, fmaf(-query[half].norm, bound.error, bound.least)));
+                    // fmaxf ignores NaN.
+                    float lower_bound = fmaf(s, f, fmaf(-query[half].norm, bound.error, bound.lower_bias));
+                    greatest_lower[half] = fmaxf(greatest_lower[half], lower_bound);
                 }
             }
         }
-        warp_candidates.raise_thresholds(least);
+        warp_candidates.raise_thresholds(greatest_lower);
         float threshold[2] = {warp_candidates.threshold(g), warp_candidates.threshold(g + 8)};
         u32 hits = 0;
 #pragma unroll
@@ -255,9 +257,9 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
 
     // Exchanges thresholds with the other blocks of the row tile.
     if (threadIdx.x < ROWS) {
-        u32 mine = bounds.threshold[threadIdx.x];
-        u32 theirs = atomicMax(lower + threadIdx.x, mine);
-        bounds.threshold[threadIdx.x] = max(mine, theirs);
+        u32 block_bound = bounds.threshold[threadIdx.x];
+        u32 published = atomicMax(lower + threadIdx.x, block_bound);
+        bounds.threshold[threadIdx.x] = max(block_bound, published);
     }
     __syncthreads();
     warp_candidates.prune();
@@ -270,8 +272,8 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     // Publishes thresholds that exact scores have raised.
     if (lane < ROWS) atomicMax(lower + lane, *const_cast<volatile u32 *>(&bounds.threshold[lane]));
     __threadfence();
-    uint64_t *best = workspace.best + size_t(at.row_tile) * ROWS;
-    merge_top1(state, warp_candidates.top, warp_candidates.key, p.tie, best);
+    uint64_t *winners = workspace.winners + size_t(at.row_tile) * ROWS;
+    merge_top1(state, warp_candidates.top, warp_candidates.key, p.tie, winners);
     if (!is_last_block(state, counter, p.splits)) return;
 
     if (threadIdx.x < ROWS) bounds.threshold[threadIdx.x] = const_cast<volatile u32 *>(lower)[threadIdx.x];
@@ -282,16 +284,16 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     for (u32 from = warp * 32; from < total; from += 32 * DECODE_WARPS) {
         const volatile Candidate &x = candidates[min(from + lane, total - 1)];
         Candidate one = {x.upper, x.key_and_row};
-        bool stays = from + lane < total && !(one.upper < warp_candidates.threshold(one.key_and_row % 16));
-        u32 vote = __ballot_sync(ALL, stays);
+        bool remains = from + lane < total && !(one.upper < warp_candidates.threshold(one.key_and_row % 16));
+        u32 vote = __ballot_sync(ALL, remains);
         warp_candidates.compact(__popc(vote));
-        if (stays) warp_candidates.list[warp_candidates.count + __popc(vote & ((1u << lane) - 1))] = one;
+        if (remains) warp_candidates.list[warp_candidates.count + __popc(vote & ((1u << lane) - 1))] = one;
         warp_candidates.count += __popc(vote);
     }
     warp_candidates.prune();
     warp_candidates.rescore(0);
-    merge_top1(state, warp_candidates.top, warp_candidates.key, p.tie, best);
-    write_winners(at, k, beta, prior, v, threshold, best, index, energy, y);
-    if (threadIdx.x < ROWS) best[threadIdx.x] = 0, lower[threadIdx.x] = 0;
+    merge_top1(state, warp_candidates.top, warp_candidates.key, p.tie, winners);
+    write_winners(at, k, beta, prior, v, threshold, winners, index, energy, y);
+    if (threadIdx.x < ROWS) winners[threadIdx.x] = 0, lower[threadIdx.x] = 0;
     if (threadIdx.x < 2) counter[threadIdx.x] = 0;
 }

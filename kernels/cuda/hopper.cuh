@@ -23,7 +23,7 @@ __device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_i
 __device__ __forceinline__ void barrier_arrive(uint64_t *b) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
-// Arrives, and has the phase wait for that many bytes more.
+// Arrives, and adds to the bytes that the phase expects.
 __device__ __forceinline__ void barrier_expect(uint64_t *b, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
                  : "memory");
@@ -68,7 +68,7 @@ template <int N> __device__ __forceinline__ void registers_drop() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// The 64 sums of a thread as operands, so that nothing moves them across a fence or a wait.
+// The 64 sums of a thread as operands, so that the compiler does not move accesses to them across a fence or a wait.
 #define GD_FOUR(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define GD_SUMS                                                                                                        \
     GD_FOUR(0), GD_FOUR(1), GD_FOUR(2), GD_FOUR(3), GD_FOUR(4), GD_FOUR(5), GD_FOUR(6), GD_FOUR(7), GD_FOUR(8),        \
@@ -79,7 +79,7 @@ __device__ __forceinline__ void wgmma_fence(float (&c)[16][4]) {
     asm volatile("wgmma.fence.sync.aligned;" : GD_SUMS::"memory");
 }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most N committed groups are under way; c are sums of the groups before.
+// Waits until at most N committed groups are in flight; c are sums of the groups before.
 template <int N> __device__ __forceinline__ void wgmma_wait(float (&c)[16][4]) {
     asm volatile("wgmma.wait_group.sync.aligned %64;" : GD_SUMS : "n"(N) : "memory");
 }

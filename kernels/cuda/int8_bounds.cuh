@@ -1,14 +1,14 @@
 // Scores of 8-bit integers with a bound of their error.
 //
 // With q = q^ + r_q, k = k^ + r_k (hats quantised), <q, k> - <q^, k^> = <q, r_k> + <r_q, k^>, which is at most
-// |q| e_k + e_q |k^|. To this comes what rounding may do to the native score and to the bound itself.
+// |q| e_k + e_q |k^|. The rounding errors of the native score and of the bound itself are added.
 #pragma once
 #include "../shared/mask.h"
 #include "quantize.cuh"
 #include "tile.cuh"
 
-// Beyond this a bias is no longer added to a score within f32.
-constexpr float MOST_BIAS = 1e37f;
+// Greatest magnitude of a bias for which bounds are computed: a greater one could overflow the bound of a score.
+constexpr float MAX_BOUNDED_BIAS = 1e37f;
 
 // Bound of the rounding error of a native score, relative to |q| |k| + |b|. A tensor core adds 8 products at a time to
 // the accumulator, each truncated at 2^-23 of the greatest: 9 / 8 of that per product, 2.25 D units of 2^-24 in total.
@@ -25,21 +25,21 @@ __device__ __forceinline__ float coarseness(const Quantization *rows) {
     return ratio;
 }
 
-// The bounds of a key: its score is within scale f +- (norm error) + [least, most], with f the integer product times
-// the scale of the row.
+// The bounds of a key: its score is within scale f +- (norm error) + [lower_bias, upper_bias], with f the integer
+// product times the scale of the row.
 struct KeyBound {
-    float scale, error, least, most;
-    bool open; // a key of bias -inf is banned
+    float scale, error, lower_bias, upper_bias;
+    bool allowed; // false for a key of bias -inf, which is no candidate
 
     // `coarse` is the rows' coarseness plus rounding.
     __device__ __forceinline__ KeyBound(float4 stats, float bias, float coarse, float rounding) {
         float slack = rounding * fabsf(bias);
         scale = stats.x;
-        // NaN, too, means that there is no bound: the key is scored exactly.
-        error = fabsf(bias) <= MOST_BIAS ? fmaf(coarse, stats.z, stats.y) : GD_INFINITY;
+        // Written so that NaN has no bound either; a key without one is scored exactly.
+        error = fabsf(bias) <= MAX_BOUNDED_BIAS ? fmaf(coarse, stats.z, stats.y) : GD_INFINITY;
         if (GD_FAULT(80)) error *= 0.25f;
-        least = bias - slack, most = bias + slack;
-        open = !(bias == -GD_INFINITY);
+        lower_bias = bias - slack, upper_bias = bias + slack;
+        allowed = !(bias == -GD_INFINITY);
     }
 };
 
@@ -89,8 +89,8 @@ __device__ __forceinline__ void quantize_rows(int8_t *codes, Quantization *stats
     __syncthreads();
 }
 
-// Exact scores of gathered keys: at most GATHER rows at a time are copied to the warp's part of shared memory and
-// scored by the instructions of the native scan, so that the bits are the same.
+// Exact scores of gathered keys: at most KEYS rows at a time are copied to the warp's part of shared memory and scored
+// by the instructions of the native scan, so that the bits are the same.
 template <class T> struct Gather {
     static constexpr int KEYS = sizeof(T) == 2 ? 16 : 8;
 };

@@ -48,7 +48,7 @@ template <class T> INLINE T from_float(float x) {
     return y;
 }
 
-// Long sums, and what decides between roots and conditions.
+// The type of long sums, and of values whose comparison decides between roots or conditions.
 typedef double wide;
 #define WIDE_ROUNDOFF 2.3e-16
 struct Total {

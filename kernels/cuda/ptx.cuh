@@ -1,5 +1,5 @@
-// Everything that is not plain CUDA C++: number formats, asynchronous copies, matrix fragments. On the
-// device it is PTX; the emulator (kernels/emulate) has functions of the same names.
+// Number formats, asynchronous copies and matrix fragments. On the device they are PTX instructions; the emulator
+// (kernels/emulate) has functions of the same names.
 #pragma once
 #include <stdint.h>
 
@@ -20,7 +20,7 @@ struct bf16 {
 #define GD_FAULT(n) false
 #define GD_INFINITY __int_as_float(0x7f800000)
 #define GD_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-// So that an array type can stand where a name follows.
+// Makes an array type usable in a declaration: gd_type<float[8]> &name.
 template <class T> using gd_type = T;
 #define GD_SHARED(type, name) __shared__ gd_type<type> name
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ void copy_async(void *to, const void *from, uint32_t 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most N of this thread's committed groups are under way.
+// Waits until at most N of this thread's committed groups are in flight.
 template <int N> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }

@@ -3,8 +3,9 @@
 #pragma once
 #include "row.cuh"
 
-// Magnitudes outside of which a row is not quantised: between them no bound leaves the range of f32.
-constexpr float LEAST_SAFE = 1e-12f, MOST_SAFE = 1e15f;
+// A row whose greatest magnitude is outside of this range is not quantised: inside of it no bound overflows or
+// underflows in f32.
+constexpr float MIN_QUANTIZED_MAGNITUDE = 1e-12f, MAX_QUANTIZED_MAGNITUDE = 1e15f;
 // Factor that covers the rounding of the bounds themselves.
 constexpr float ROUND_UP = 1.0f + 1e-4f;
 
@@ -19,35 +20,36 @@ struct Quantization {
 // Quantises a row of `dim` elements, at most 256, by a warp, and fills up to `width` with zeros.
 template <class T> __device__ __forceinline__ Quantization quantize_row(const T *row, u32 dim, int8_t *out, u32 width) {
     float x[8];
-    // Without their sign, numbers are ordered as their bits are, NaN above infinity.
-    u32 most = 0;
+    // The bits of floats without sign have the order of their magnitudes, with NaN above infinity.
+    u32 largest = 0;
 #pragma unroll
     for (u32 i = 0; i < 8; i++) {
         u32 d = lane_id() + 32 * i;
         x[i] = d < dim ? to_float(row[d]) : 0.0f;
-        most = max(most, __float_as_uint(x[i]) & 0x7fffffffu);
+        largest = max(largest, __float_as_uint(x[i]) & 0x7fffffffu);
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2)
-        most = max(most, __shfl_xor_sync(ALL, most, step));
-    float size = __uint_as_float(most);
-    bool safe = size >= LEAST_SAFE && size < MOST_SAFE;
+        largest = max(largest, __shfl_xor_sync(ALL, largest, step));
+    float magnitude = __uint_as_float(largest);
+    bool quantized = magnitude >= MIN_QUANTIZED_MAGNITUDE && magnitude < MAX_QUANTIZED_MAGNITUDE;
     // 1.5 * 2^23: added to a small number it leaves no bits for a fraction.
-    const float round = 12582912.0f, scale = safe ? size / 127.0f : 0.0f, inverse = safe ? 127.0f / size : 0.0f;
-    float square = 0, left = 0;
+    const float round = 12582912.0f, scale = quantized ? magnitude / 127.0f : 0.0f;
+    const float inverse = quantized ? 127.0f / magnitude : 0.0f;
+    float square = 0, residual = 0;
 #pragma unroll
     for (u32 i = 0; i < 8; i++) {
         u32 d = lane_id() + 32 * i;
         // No fused step: the integers are those of the CPU, to the bit.
-        int8_t code = safe ? int8_t(__float_as_uint(__fadd_rn(__fmul_rn(x[i], inverse), round))) : int8_t(0);
+        int8_t code = quantized ? int8_t(__float_as_uint(__fadd_rn(__fmul_rn(x[i], inverse), round))) : int8_t(0);
         if (d < width) out[d] = code;
         float rest = fmaf(-scale, float(code), x[i]);
         square = fmaf(x[i], x[i], square);
-        left = fmaf(rest, rest, left);
+        residual = fmaf(rest, rest, residual);
     }
-    float error = sqrtf(warp_sum(left)) * ROUND_UP;
-    if (safe) return {scale, error, sqrtf(warp_sum(square)) * ROUND_UP + error};
-    return most == 0 ? Quantization{0.0f, 0.0f, 0.0f} : Quantization{0.0f, GD_INFINITY, GD_INFINITY};
+    float error = sqrtf(warp_sum(residual)) * ROUND_UP;
+    if (quantized) return {scale, error, sqrtf(warp_sum(square)) * ROUND_UP + error};
+    return largest == 0 ? Quantization{0.0f, 0.0f, 0.0f} : Quantization{0.0f, GD_INFINITY, GD_INFINITY};
 }
 
 // Quantises keys into a cache: codes [sequences, Hk, capacity, width], stats [sequences, Hk, capacity] with scale,

@@ -1,4 +1,4 @@
-// The shared words for rows, as the kernels of this folder use them.
+// The operations on rows of kernels/shared, and the lane index.
 #pragma once
 #include "../shared/row.h"
 

@@ -4,7 +4,7 @@
 #include "../shared/query_rows.h"
 #include "tile.cuh"
 
-// Most rows of a block.
+// Greatest number of rows of a block.
 constexpr int MAX_ROWS = 256;
 
 // Key ranges of the rows of a block, and their union.
@@ -13,7 +13,7 @@ struct KeyRanges {
     Range all;
 };
 
-// Fills it for `rows` rows, at most as many as threads; ends with a barrier.
+// Computes the ranges of `rows` rows, at most one per thread; ends with a barrier.
 __device__ __forceinline__ void compute_key_ranges(KeyRanges &ranges, const ScanParams &p, const QueryBlock &at,
                                                    const i32 *table, u32 rows) {
     if (threadIdx.x == 0) ranges.all = {i32(p.keys), 0};

@@ -4,8 +4,8 @@
 //
 // A block keeps 32 to 256 quantised query rows in registers and iterates over tiles of 64 keys. Every row has a
 // threshold, a lower bound of its K-th greatest score, and a list of the keys whose upper bound reaches the threshold.
-// A list without capacity for another group of keys is first pruned by the threshold and, if that frees too little,
-// rescored exactly. Adversarial data costs time, but never changes the result.
+// A list without capacity for another group of keys is first pruned by the threshold and, if that frees too few
+// entries, rescored exactly. Adversarial data costs time, but never changes the result.
 #pragma once
 #include "../shared/bounded_list.h"
 #include "int8_bounds.cuh"
@@ -34,7 +34,7 @@ __device__ __forceinline__ u32 certified_list_capacity(const ScanParams &p) {
 __device__ __forceinline__ float4 key_limits(float4 stats, float bias, float rounded) {
     if (bias == -GD_INFINITY) return {0.0f, 0.0f, 0.0f, -GD_INFINITY};
     // Written so that NaN has no bound either.
-    if (!(fabsf(bias) <= MOST_BIAS && stats.y < GD_INFINITY)) return {0.0f, GD_INFINITY, 0.0f, GD_INFINITY};
+    if (!(fabsf(bias) <= MAX_BOUNDED_BIAS && stats.y < GD_INFINITY)) return {0.0f, GD_INFINITY, 0.0f, GD_INFINITY};
     return {stats.x, fmaf(SHIFT_ERROR, stats.x, stats.y), stats.z, fmaf(rounded, fabsf(bias), bias)};
 }
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ float4 key_limits(float4 stats, float bias, float rou
 struct KeyLimits {
     float2 *first;
 
-    __device__ __forceinline__ void enter(u32 x, float4 key) const {
+    __device__ __forceinline__ void store(u32 x, float4 key) const {
         first[x] = {key.x, key.w}, first[CERTIFIED_KEYS + x] = {key.y, key.z};
     }
     __device__ __forceinline__ float4 operator[](u32 x) const {
@@ -164,7 +164,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
     }
 
     // Lower bound of a score from its upper bound; NaN or -inf where there is none.
-    __device__ __forceinline__ float least(float upper, float4 key, float norm) const {
+    __device__ __forceinline__ float lower_bound(float upper, float4 key, float norm) const {
         return fmaf(-2.0f * norm, error(key), upper) - 2.01f * rounded * fabsf(key.w);
     }
 
@@ -203,7 +203,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
         i32 product[MT][4][4];
         products(tile, group, product);
         float score[MT][4][4], reach[MT][2], width = error({0.0f, widest.x, widest.y, 0.0f});
-        bool near[MT] = {};
+        bool hit[MT] = {};
 #pragma unroll
         for (int x = 0; x < 2 * MT; x++)
             reach[x / 2][x % 2] = fmaf(-norm[x / 2][x % 2], width, threshold[x / 2][x % 2]);
@@ -212,16 +212,16 @@ template <class T, int DP, int MT> struct CertifiedRows {
             float4 pair = limits.pair(group + n * 8 + 2 * t);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                float size = e ? pair.z : pair.x, most = e ? pair.w : pair.y, shift = -SHIFT * size;
+                float key_scale = e ? pair.z : pair.x, upper_bias = e ? pair.w : pair.y, shift = -SHIFT * key_scale;
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         int c = 2 * half + e;
-                        float f = fmaf(size, __uint_as_float(u32(product[m][n][c])), shift);
-                        score[m][n][c] = fmaf(scale[m][half], f, most);
-                        // NaN, too, may be anything.
-                        near[m] |= !(score[m][n][c] < reach[m][half]);
+                        float f = fmaf(key_scale, __uint_as_float(u32(product[m][n][c])), shift);
+                        score[m][n][c] = fmaf(scale[m][half], f, upper_bias);
+                        // Written so that NaN is a hit.
+                        hit[m] |= !(score[m][n][c] < reach[m][half]);
                     }
                 }
             }
@@ -229,14 +229,14 @@ template <class T, int DP, int MT> struct CertifiedRows {
         u32 full = 0;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-            if (!__any_sync(ALL, near[m])) continue;
+            if (!__any_sync(ALL, hit[m])) continue;
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                bool here = false;
+                bool group_hit = false;
 #pragma unroll
                 for (int c = 0; c < 4; c++)
-                    here |= !(score[m][n][c] < reach[m][c / 2]);
-                if (__any_sync(ALL, here)) append(m, score[m][n], limits, group + n * 8, start + n * 8);
+                    group_hit |= !(score[m][n][c] < reach[m][c / 2]);
+                if (__any_sync(ALL, group_hit)) append(m, score[m][n], limits, group + n * 8, start + n * 8);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++)
@@ -245,28 +245,28 @@ template <class T, int DP, int MT> struct CertifiedRows {
         if (__any_sync(ALL, full != 0)) compact(full);
     }
 
-    // Appends those of 8 keys, from key `place` of the tile, whose upper bound reaches the threshold of a row with the
-    // key in its range. The lists have capacity for all of them.
-    __device__ __forceinline__ void append(int m, const float (&score)[4], KeyLimits limits, u32 place, i32 start) {
+    // Appends those of 8 keys, from key `tile_key` of the tile, whose upper bound reaches the threshold of a row with
+    // the key in its range. The lists have capacity for all of them.
+    __device__ __forceinline__ void append(int m, const float (&score)[4], KeyLimits limits, u32 tile_key, i32 start) {
         u32 t = lane_id() % 4, hits = 0;
-        float upper[4], most[2] = {-GD_INFINITY, -GD_INFINITY};
+        float upper[4], lower[2] = {-GD_INFINITY, -GD_INFINITY};
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            float4 key = limits[place + 2 * t + c % 2];
+            float4 key = limits[tile_key + 2 * t + c % 2];
             i32 j = start + i32(2 * t) + c % 2;
             Range range = ranges_of_row[m][c / 2];
             upper[c] = fmaf(norm[m][c / 2], error(key), score[c]);
-            bool open = j >= range.lo && j < (GD_FAULT(148) ? range.hi + 1 : range.hi) && key.w > -GD_INFINITY;
-            if (!open || upper[c] < threshold[m][c / 2]) continue;
+            bool visible = j >= range.lo && j < (GD_FAULT(148) ? range.hi + 1 : range.hi) && key.w > -GD_INFINITY;
+            if (!visible || upper[c] < threshold[m][c / 2]) continue;
             hits |= 1u << c;
-            // fmaxf leaves NaN out.
-            most[c / 2] = fmaxf(most[c / 2], least(upper[c], key, norm[m][c / 2]));
+            // fmaxf ignores NaN.
+            lower[c / 2] = fmaxf(lower[c / 2], lower_bound(upper[c], key, norm[m][c / 2]));
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             // With several candidates, the threshold follows from the whole list alone.
             if (p.candidates == 1) {
-                float x = most[half];
+                float x = lower[half];
                 x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
                 x = fmaxf(x, __shfl_xor_sync(ALL, x, 2));
                 if (GD_FAULT(145)) x = __shfl_xor_sync(ALL, x, 4);
@@ -275,10 +275,10 @@ template <class T, int DP, int MT> struct CertifiedRows {
 #pragma unroll
             for (int e = 0; e < 2; e++)
                 if (upper[2 * half + e] < threshold[m][half]) hits &= ~(1u << (2 * half + e));
-            u32 mine = __popc(hits >> (2 * half) & 3);
-            u32 one = __shfl_xor_sync(ALL, mine, 1), two = __shfl_xor_sync(ALL, mine + one, 2);
+            u32 own = __popc(hits >> (2 * half) & 3);
+            u32 one = __shfl_xor_sync(ALL, own, 1), two = __shfl_xor_sync(ALL, own + one, 2);
             u32 to = count[m][half] + (t & 1 ? one : 0) + (t & 2 ? two : 0);
-            count[m][half] += mine + one + two;
+            count[m][half] += own + one + two;
             List list(lists, m * 16 + half * 8 + lane_id() / 4, capacity);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
@@ -346,7 +346,7 @@ template <class T, int DP, int MT> struct CertifiedRows {
             for (int x = 0; x < 2; x++) {
                 low[x] = score[x];
                 if (lane + 32 * x < entries && !(key[x] & EXACT)) {
-                    float bound = least(score[x], key_limits(stats[key[x]], bias[key[x]], rounded), norm);
+                    float bound = lower_bound(score[x], key_limits(stats[key[x]], bias[key[x]], rounded), norm);
                     low[x] = bound > -GD_INFINITY ? bound : -GD_INFINITY;
                 }
             }
@@ -367,9 +367,9 @@ template <class T, int DP, int MT> struct CertifiedRows {
         u32 remaining = 0;
 #pragma unroll
         for (int x = 0; x < 2; x++) {
-            bool stays = lane + 32 * x < entries && !(score[x] < threshold);
-            u32 vote = __ballot_sync(ALL, stays), to = remaining + __popc(vote & ((1u << lane) - 1));
-            if (stays) list.score[to] = score[x], list.key[to] = key[x];
+            bool remains = lane + 32 * x < entries && !(score[x] < threshold);
+            u32 vote = __ballot_sync(ALL, remains), to = remaining + __popc(vote & ((1u << lane) - 1));
+            if (remains) list.score[to] = score[x], list.key[to] = key[x];
             remaining += __popc(vote);
         }
         if (lane == 0) rows[r].count = remaining, rows[r].threshold = threshold;
@@ -459,21 +459,21 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
         copy_commit();
         if (threadIdx.x < KEYS) next_stats = key_stats[j + threadIdx.x], next_bias = biases[j + threadIdx.x];
     };
-    auto enter = [&](i32 tile) {
+    auto store_limits = [&](i32 tile) {
         // One warp per group of keys.
         if (threadIdx.x >= KEYS) return;
         float4 key = key_limits(next_stats, next_bias, rows_of_warp.rounded);
-        limits(tile).enter(threadIdx.x, key);
-        float2 most = {key.y, key.z};
+        limits(tile).store(threadIdx.x, key);
+        float2 largest = {key.y, key.z};
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) {
-            most.x = fmaxf(most.x, __shfl_xor_sync(ALL, most.x, step));
-            most.y = fmaxf(most.y, __shfl_xor_sync(ALL, most.y, step));
+            largest.x = fmaxf(largest.x, __shfl_xor_sync(ALL, largest.x, step));
+            largest.y = fmaxf(largest.y, __shfl_xor_sync(ALL, largest.y, step));
         }
-        if (lane_id() == 0) widest[tile % 2][warp] = most;
+        if (lane_id() == 0) widest[tile % 2][warp] = largest;
     };
     i32 from = ranges.all.lo / KEYS, to = ranges.all.lo < ranges.all.hi ? (ranges.all.hi + KEYS - 1) / KEYS : from;
-    if (from < to) load(from), enter(from);
+    if (from < to) load(from), store_limits(from);
     for (i32 tile = from; tile < to; tile++) {
         if (tile + 1 < to) {
             load(tile + 1);
@@ -489,7 +489,7 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
             for (int group = 0; group < KEYS; group += GROUP)
                 rows_of_warp.score_group(tile_keys, key_stats, widest[tile % 2][group / GROUP], group, start + group);
         }
-        if (tile + 1 < to) enter(tile + 1);
+        if (tile + 1 < to) store_limits(tile + 1);
         // The next copy overwrites the stage that was just read.
         if (!GD_FAULT(150)) __syncthreads();
     }

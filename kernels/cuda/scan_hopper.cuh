@@ -7,9 +7,8 @@
 #include "scan_top1.cuh"
 #include "scan_topk.cuh"
 
-// Entries of a list. Beside the stages, shared memory has capacity for lists of 64 entries, and so for at most 32
-// candidates.
-constexpr u32 HOPPER_LIST = 64;
+// Entries of a list. The stages leave shared memory for lists of 64 entries, and so for at most 32 candidates.
+constexpr u32 HOPPER_LIST_CAPACITY = 64;
 
 // Shared memory of a block: queries, then the stages' keys, their biases, the barriers, and the lists of a scan for
 // several candidates.
@@ -36,7 +35,7 @@ template <int DP, int MT, int STAGES> struct HopperTile {
     }
 };
 
-// A place in the ring, and the parity of its phase.
+// The current stage of the ring, and the parity of its phase.
 template <int STAGES> struct Ring {
     u32 stage = 0, parity = 0;
 
@@ -45,8 +44,8 @@ template <int STAGES> struct Ring {
     }
 };
 
-// Stores the rows of a block in the layout of `matrix`: of every 64 rows part after part. Rows that do not exist
-// and columns beyond head_dim are zeros.
+// Stores the rows of a block in the layout of `matrix`: every 64 rows as consecutive parts of 64 columns. Rows that do
+// not exist and columns beyond head_dim are zeros.
 template <class T, int DP, int ROWS>
 __device__ __forceinline__ void store_queries(unsigned char *to, const ScanParams &p, const QueryBlock &at,
                                               const T *q) {
@@ -88,15 +87,15 @@ struct Top1Rows {
         key[0] = key[1] = -1;
     }
 
-    // Takes the scores of keys first..first + 128 in. Most tiles improve no row of a warp: which key it was is
-    // asked only where one does.
-    __device__ __forceinline__ void take(const float (&acc)[16][4], i32 first, const ScanParams &p) {
+    // Updates the maxima with the scores of keys first..first + 128. Most tiles improve no row of a warp, so the key of
+    // a maximum is searched only if one does.
+    __device__ __forceinline__ void update(const float (&acc)[16][4], i32 first, const ScanParams &p) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float top = -GD_INFINITY;
 #pragma unroll
             for (int n = 0; n < 16; n++)
-                // fmaxf leaves NaN out.
+                // fmaxf ignores NaN.
                 top = fmaxf(top, fmaxf(acc[n][2 * half], acc[n][2 * half + 1]));
             // Tiles are visited in tie order, so the first of equal scores is kept.
             if (!__any_sync(ALL, GD_FAULT(63) ? top >= score[half] : top > score[half])) continue;
@@ -104,7 +103,7 @@ struct Top1Rows {
 #pragma unroll
             for (int x = 0; x < 32; x++)
                 equal |= acc[x / 2][2 * half + x % 2] == top ? 1u << x : 0u;
-            // Of -inf alone no lane makes use.
+            // If all scores are -inf, the key is not used.
             i32 x = p.tie == TIE_LAST ? 31 - __clz(equal) : __ffs(equal) - 1;
             i32 j = first + x / 2 * 8 + i32(2 * (lane_id() % 4)) + x % 2;
 #pragma unroll
@@ -122,7 +121,7 @@ struct Top1Rows {
 struct HopperTopKRows : TopKRows {
     using TopKRows::TopKRows;
 
-    __device__ __forceinline__ void take(const float (&acc)[16][4], i32 first, const ScanParams &p) {
+    __device__ __forceinline__ void update(const float (&acc)[16][4], i32 first, const ScanParams &p) {
         float top[2] = {-GD_INFINITY, -GD_INFINITY};
 #pragma unroll
         for (int n = 0; n < 16; n++) {
@@ -172,8 +171,8 @@ __device__ __forceinline__ void load_tiles(const HopperTile<DP, MT, STAGES> &til
 }
 
 // Passes rows[m] the scores of the 16 rows that a warp has of the m-th 64 rows of its warpgroup, tile by tile. All
-// warps of a warpgroup take part in every wgmma; tiles outside of the warpgroup's key range are released unread. While
-// one accumulator is searched, wgmma writes the other.
+// warps of a warpgroup take part in every wgmma; tiles outside of the warpgroup's key range are released without being
+// read. While one accumulator is searched, wgmma writes the other.
 template <class T, int DP, int MT, int STAGES, class Number, class Rows>
 __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &tile, const ScanParams &p,
                                            const KeyRanges &ranges, u32 group, i32 from, i32 to, Number number,
@@ -181,12 +180,12 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
     using Tile = HopperTile<DP, MT, STAGES>;
     constexpr i32 KEYS = Tile::KEYS;
     u32 g = lane_id() / 4, t = lane_id() % 4, first = group * 64 * MT;
-    Range own[MT][2];
+    Range row_ranges[MT][2];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            own[m][half] = ranges.row[first + m * 64 + threadIdx.x / 32 % 4 * 16 + half * 8 + g];
+            row_ranges[m][half] = ranges.row[first + m * 64 + threadIdx.x / 32 % 4 * 16 + half * 8 + g];
     }
     WarpRange warp_range(ranges, first, 64 * MT);
     // The steps whose tiles overlap the key range of the warpgroup.
@@ -227,10 +226,10 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
         }
         wgmma_commit();
     };
-    auto take = [&](float (&acc)[16][4], int m, i32 i) {
+    auto search = [&](float (&acc)[16][4], int m, i32 i) {
         i32 start = number(i) * KEYS;
-        if (!warp_range.covers(start, KEYS)) mask_scores(acc, start, own[m]);
-        rows[m].take(acc, start, p);
+        if (!warp_range.covers(start, KEYS)) mask_scores(acc, start, row_ranges[m]);
+        rows[m].update(acc, start, p);
     };
 
     skip(0, begin);
@@ -240,11 +239,11 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
             await();
             multiply(upper, 0, ring.stage);
             wgmma_wait<0>(upper);
-            // No product is under way from one round to the next: the compiler would wait for it by itself.
+            // No product is in flight across iterations: the compiler would insert a wait for it.
             for (i32 i = begin; i < end - 1; i++) {
                 u32 stage = ring.stage;
                 multiply(lower, 1, stage);
-                take(upper, 0, i);
+                search(upper, 0, i);
                 ring.next();
                 await();
                 if (GD_FAULT(72)) release(stage);
@@ -254,15 +253,15 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
                 else
                     wgmma_wait<1>(lower);
                 if (!GD_FAULT(72)) release(stage);
-                take(lower, 1, i);
+                search(lower, 1, i);
                 wgmma_wait<0>(upper);
             }
             multiply(lower, 1, ring.stage);
-            take(upper, 0, end - 1);
+            search(upper, 0, end - 1);
             wgmma_wait<0>(lower);
             release(ring.stage);
             ring.next();
-            take(lower, 1, end - 1);
+            search(lower, 1, end - 1);
         }
     } else {
         for (i32 i = begin; i < end; i++, ring.next()) {
@@ -271,7 +270,7 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
             multiply(acc, 0, ring.stage);
             wgmma_wait<0>(acc);
             release(ring.stage);
-            take(acc, 0, i);
+            search(acc, 0, i);
         }
     }
     skip(end, to - from);
@@ -305,7 +304,7 @@ __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMa
     u32 group = __shfl_sync(ALL, threadIdx.x / 128, 0);
 
     if (group == 2) {
-        // A loading thread needs few registers, which the others get.
+        // The producer needs few registers; the consumers get the others.
         if (!GD_FAULT(74) || threadIdx.x / 32 != 11) registers_drop<24>();
         if (threadIdx.x == 256) load_tiles(tile, map, p, at, biases, to - from, number);
     } else {
@@ -327,15 +326,15 @@ __device__ __forceinline__ void scan_top1_hopper(const ScanParams &p, const Tens
         p, map, q, k, bias, table,
         [&](const auto &, const QueryBlock &at, const KeyRanges &ranges, u32 first, const Source<T> &keys,
             const float *biases, auto scan) {
-            Top1Rows best[MT];
-            scan(best);
+            Top1Rows rows[MT];
+            scan(rows);
 #pragma unroll
             for (int m = 0; m < MT; m++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     for (u32 r = 0; r < 8; r++) {
-                        float score = __shfl_sync(ALL, best[m].score[half], r * 4);
-                        i32 winner = __shfl_sync(ALL, best[m].key[half], r * 4);
+                        float score = __shfl_sync(ALL, rows[m].score[half], r * 4);
+                        i32 winner = __shfl_sync(ALL, rows[m].key[half], r * 4);
                         u32 row = first + m * 64 + half * 8 + r;
                         if (!at.exists(p, row)) continue;
                         const T *query = query_row(p, at, q, row);
@@ -356,7 +355,8 @@ __device__ __forceinline__ void scan_topk_hopper(const ScanParams &p, const Tens
         p, map, q, k, bias, table,
         [&](const auto &tile, const QueryBlock &at, const KeyRanges &ranges, u32 first, const Source<T> &keys,
             const float *, auto scan) {
-            HopperTopKRows rows[1] = {HopperTopKRows(tile.lists + size_t(first) * 2 * HOPPER_LIST, HOPPER_LIST)};
+            HopperTopKRows rows[1] = {
+                HopperTopKRows(tile.lists + size_t(first) * 2 * HOPPER_LIST_CAPACITY, HOPPER_LIST_CAPACITY)};
             scan(rows);
             rows[0].write(p, at, ranges, first, q, keys, beta, prior, index, energy, protected_keys, flags);
         });
@@ -380,7 +380,7 @@ __device__ __forceinline__ void scan_topk_hopper(const ScanParams &p, const Tens
     }                                                                                                                  \
     GD_REGISTER(scan_topk_##T##_d##D##_sm90a)
 
-// There is no shared memory for lists beside stages of head_dim 256.
+// With stages of head_dim 256 no shared memory is left for lists.
 #define SCANS_HOPPER(T)                                                                                                \
     SCAN_TOP1_HOPPER(T, 32, 2, 4)                                                                                      \
     SCAN_TOP1_HOPPER(T, 64, 2, 4)                                                                                      \

@@ -1,5 +1,5 @@
-// How the scan is instantiated: the head_dims of a dtype. A dtype has a source of its own, so that they compile
-// side by side.
+// Instantiations of the scan for the head_dims of a dtype. Every dtype has its own source, so that they compile in
+// parallel.
 #pragma once
 #include "../shared/key_bias.h"
 #include "scan_top1.cuh"

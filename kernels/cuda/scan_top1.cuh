@@ -3,8 +3,8 @@
 #pragma once
 #include "scan.cuh"
 
-// The best key of a row by plain sums, for rows in which a score has left the range of f32: such a score
-// belongs to no candidate and hides the others.
+// The winner of a row, with every key scored by one lane. For rows in which a score is infinite: such a key is no
+// candidate, but its score hides the others in the running maximum.
 template <class T>
 __device__ __noinline__ i32 rescan_row(const T *q, const Source<T> &k, const float *bias, Range range, u32 tie) {
     float score = -GD_INFINITY;
@@ -49,16 +49,16 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
     scoring.load_queries(reinterpret_cast<T *>(queries), p.head_dim, p.vector_loads, true,
                          [&](u32 r) { return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr; });
 
-    Range own[MT][2];
-    float best[MT][2];
-    i32 where[MT][2];
+    Range row_ranges[MT][2];
+    float max_score[MT][2];
+    i32 max_tile[MT][2];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            own[m][half] = ranges.row[first + m * 16 + half * 8 + g];
-            best[m][half] = -GD_INFINITY;
-            where[m][half] = -1;
+            row_ranges[m][half] = ranges.row[first + m * 16 + half * 8 + g];
+            max_score[m][half] = -GD_INFINITY;
+            max_tile[m][half] = -1;
         }
     }
     WarpRange warp_range(ranges, first, S::ROWS);
@@ -79,12 +79,12 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
 #pragma unroll
             for (int group = 0; group < KEYS; group += GROUP) {
                 float acc[MT][4][4];
-                group_scores(scoring, tile, tile_bias, group, start, whole, own, acc);
+                group_scores(scoring, tile, tile_bias, group, start, whole, row_ranges, acc);
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
 #pragma unroll
                     for (int n = 0; n < 4; n++) {
-                        // fmaxf leaves NaN out.
+                        // fmaxf ignores NaN.
                         top[m][0] = fmaxf(top[m][0], fmaxf(acc[m][n][0], acc[m][n][1]));
                         top[m][1] = fmaxf(top[m][1], fmaxf(acc[m][n][2], acc[m][n][3]));
                     }
@@ -95,9 +95,9 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     // Tiles are visited in tie order, so the first of equal scores is kept.
-                    if (GD_FAULT(10) ? top[m][half] >= best[m][half] : top[m][half] > best[m][half]) {
-                        best[m][half] = top[m][half];
-                        where[m][half] = i32(number);
+                    if (GD_FAULT(10) ? top[m][half] >= max_score[m][half] : top[m][half] > max_score[m][half]) {
+                        max_score[m][half] = top[m][half];
+                        max_tile[m][half] = i32(number);
                     }
                 }
             }
@@ -113,15 +113,15 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
                 Range range = ranges.row[row];
                 float top = -GD_INFINITY;
                 for (u32 t = 0; t < (GD_FAULT(11) ? 3 : 4); t++)
-                    top = fmaxf(top, __shfl_sync(ALL, best[m][half], r * 4 + t));
+                    top = fmaxf(top, __shfl_sync(ALL, max_score[m][half], r * 4 + t));
                 const T *query = query_row(p, at, q, row);
                 i32 winner = -1;
                 if (top == GD_INFINITY) {
                     winner = rescan_row(query, keys, biases, range, p.tie);
                 } else if (top > -GD_INFINITY) {
                     for (u32 t = 0; t < 4; t++) {
-                        float score = __shfl_sync(ALL, best[m][half], r * 4 + t);
-                        i32 tile = __shfl_sync(ALL, where[m][half], r * 4 + t);
+                        float score = __shfl_sync(ALL, max_score[m][half], r * 4 + t);
+                        i32 tile = __shfl_sync(ALL, max_tile[m][half], r * 4 + t);
                         if (score != top) continue;
                         i32 j = m == 0
                                     ? scoring.template find<0>(tiles, keys, biases, u32(tile), t, half, r, range, p.tie)

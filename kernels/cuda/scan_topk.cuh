@@ -28,7 +28,7 @@ struct TopKRows {
             top[0] = fmaxf(top[0], fmaxf(acc[n][0], acc[n][1]));
             top[1] = fmaxf(top[1], fmaxf(acc[n][2], acc[n][3]));
         }
-        // Most groups improve nothing.
+        // Most groups have no score above a threshold.
         if (!__any_sync(ALL, top[0] > threshold[0] || top[1] > threshold[1])) return;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -85,15 +85,15 @@ __device__ __forceinline__ void scan_topk(const ScanParams &p, const T *q, const
     QueryBlock at(this_thread(), p, warps * S::ROWS);
     compute_key_ranges(ranges, p, at, table, warps * S::ROWS);
 
-    unsigned char *behind = shared + 2 * (TILE * sizeof(T) + KEYS * 4);
+    unsigned char *after_tiles = shared + 2 * (TILE * sizeof(T) + KEYS * 4);
     S scoring;
-    scoring.load_queries(reinterpret_cast<T *>(behind + warp * S::QUERY_BYTES), p.head_dim, p.vector_loads, true,
+    scoring.load_queries(reinterpret_cast<T *>(after_tiles + warp * S::QUERY_BYTES), p.head_dim, p.vector_loads, true,
                          [&](u32 r) { return at.exists(p, first + r) ? query_row(p, at, q, first + r) : nullptr; });
     u32 capacity = list_capacity(p.candidates);
-    float *lists = reinterpret_cast<float *>(behind + warps * S::QUERY_BYTES);
+    float *lists = reinterpret_cast<float *>(after_tiles + warps * S::QUERY_BYTES);
     TopKRows rows(lists + size_t(first) * 2 * capacity, capacity);
 
-    Range own[1][2] = {{ranges.row[first + g], ranges.row[first + g + 8]}};
+    Range row_ranges[1][2] = {{ranges.row[first + g], ranges.row[first + g + 8]}};
     WarpRange warp_range(ranges, first, S::ROWS);
     Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim,
                       p.vector_loads != 0};
@@ -108,7 +108,7 @@ __device__ __forceinline__ void scan_topk(const ScanParams &p, const T *q, const
                                    for (int step = 0; step < KEYS; step += GROUP) {
                                        int group = p.tie == TIE_LAST ? KEYS - GROUP - step : step;
                                        float acc[1][4][4];
-                                       group_scores(scoring, tile, tile_bias, group, start, whole, own, acc);
+                                       group_scores(scoring, tile, tile_bias, group, start, whole, row_ranges, acc);
                                        rows.append(acc[0], start + group, p);
                                    }
                                });

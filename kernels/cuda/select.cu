@@ -135,10 +135,10 @@ KERNEL(256, 4) sort_offsets_sm80(SortParams p, u32 *counts) {
 }
 GD_REGISTER(sort_offsets_sm80)
 KERNEL(256, 4)
-sort_scatter_sm80(SortParams p, const u32 *places, const u32 *segments, const u32 *entries, u32 *segments_out,
+sort_scatter_sm80(SortParams p, const u32 *offsets, const u32 *segments, const u32 *entries, u32 *segments_out,
                   u32 *entries_out) {
     GD_SHARED(u32[SORT_WARPS * DIGITS], next);
-    sort_scatter(this_thread(), p, next, places, segments, entries, segments_out, entries_out);
+    sort_scatter(this_thread(), p, next, offsets, segments, entries, segments_out, entries_out);
 }
 GD_REGISTER(sort_scatter_sm80)
 KERNEL(256, 4) sort_segment_starts_sm80(SortParams p, const u32 *segments, u32 *starts) {

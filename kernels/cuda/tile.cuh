@@ -1,14 +1,14 @@
 // Tiles of keys in shared memory, and the scores of query rows against them.
 //
-// Both ways of scoring give a warp the fragment layout of mma m16n8k16: with g = lane / 4, t = lane % 4 a
+// Both implementations of scores give a warp the fragment layout of mma m16n8k16: with g = lane / 4, t = lane % 4 a
 // lane holds, of every 16 rows, rows g and g + 8, and of every 8 keys, keys 2t and 2t + 1.
 #pragma once
 #include "row.cuh"
 
-// Keys of a group: four matrices of 8.
+// Keys of a group: four matrices of 8 keys.
 constexpr int GROUP = 32;
 
-// Where the rows of a tensor lie.
+// The rows of a strided tensor.
 template <class T> struct Source {
     const T *first;
     u32 stride;
@@ -101,8 +101,8 @@ template <class T, int DP, int MT> struct Mma {
         }
     }
 
-    // Of the keys of tile `tile` that lanes of column pair t hold, the best for row 8 * half + g of matrix M:
-    // the same products again, on gathered keys, give the same bits.
+    // The key with the greatest score for row 8 * half + g of matrix M among the keys of tile `tile` that lanes of
+    // column pair t hold. The products are computed again on gathered keys and have the same bits.
     template <int M>
     __device__ __forceinline__ i32 find(const T *, const Source<T> &k, const float *bias, u32 tile, u32 t, int half,
                                         u32 g, Range range, u32 tie) const {
@@ -181,12 +181,12 @@ template <class T, int DP, int MT> struct Ffma {
             for (u32 d = 0; d < k.dim; d++)
                 score = fmaf(q[d], row[d], score);
         }
-        // NaN, and what overflowed, is no score.
+        // A key whose score is NaN or -inf is no candidate.
         return argmax_key(score, score > -GD_INFINITY ? j : -1, tie);
     }
 };
 
-// The way of scoring for a dtype.
+// The implementation of scores for a dtype.
 template <class T> struct Scoring {
     template <int DP, int MT> using Of = Mma<T, DP, MT>;
 };

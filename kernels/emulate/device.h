@@ -28,31 +28,32 @@ struct Index {
     uint32_t x, y, z;
 };
 
-// The running thread's place, and the fault that is switched on (0: none).
+// The position of the running thread, and the number of the seeded fault that is switched on (0: none).
 extern thread_local Index thread, block, block_size, grid_size;
 extern thread_local int fault;
-// Function constants of the running kernel, in Metal: which buffers it has, features, rows.
+// Metal's function constants of the running kernel: bit set of its buffers, features, rows.
 extern thread_local uint32_t present, features, rows;
 
-struct Request;
-using Lanes = Request *const (&)[32];
+struct LaneCall;
+using Lanes = LaneCall *const (&)[32];
 
 // A collective operation of a warp, executed when its last lane has arrived.
-struct Kind {
+struct Collective {
     const char *name;
     void (*complete)(Lanes lanes);
 };
-extern const Kind SYNC, SHUFFLE, BALLOT, MATRICES, MMA_F16, MMA_BF16, MMA_S8;
+extern const Collective SYNC, SHUFFLE, BALLOT, MATRICES, MMA_F16, MMA_BF16, MMA_S8;
 
-// All lanes of the warp must come, to the same kind of meeting: `in` of every lane is ranges by all.
-struct Request {
-    const Kind *kind;
+// One lane's arguments and result of a collective. The operation may read `in` of every lane.
+struct LaneCall {
+    const Collective *kind;
     uint64_t in;
     uint64_t out;
     void *data;
     uint32_t from = 0;
 };
-void meet(Request &request, uint32_t mask);
+// Waits until all lanes of the warp have called the same collective; the last one executes it.
+void execute_collective(LaneCall &call, uint32_t mask);
 void block_barrier();
 [[noreturn]] void fail(const char *format, ...);
 
@@ -60,30 +61,33 @@ void *dynamic_shared();
 void *static_shared(const void *tag, size_t bytes);
 void copy_async(void *to, const void *from, uint32_t bytes);
 void copy_commit();
-void copy_wait(int under_way);
+void copy_wait(int in_flight);
 
-// For what runs beside the threads (hopper.cpp): a random number; the running thread stops until it is woken;
-// the block's window of shared memory, of 256 KiB.
-uint32_t draw(uint32_t below);
-void park();
+// For the asynchronous units (hopper.cpp).
+// A random number less than `bound`.
+uint32_t random_below(uint32_t bound);
+// Suspends the running thread until wake(its number).
+void suspend();
 void wake(uint32_t thread);
+// The 256 KiB of shared memory of the block.
 uint8_t *shared_window();
 
-// The copies, products and barriers of a block that run beside its threads.
+// The asynchronous copies and products of a block, and its mbarriers.
 namespace async_proxy {
 void begin();
-// Lets something happen, surely so if all threads are stuck; whether anything has.
+// Completes a copy at random, or certainly if no thread can run (`stuck`). Returns whether one was completed.
 bool step(bool stuck);
-// Who waits for what.
+// Describes the threads that wait, and for what.
 std::string waiting();
-// What is wrong when all threads have finished; empty if nothing is.
+// What is incomplete when all threads have finished; empty if nothing is.
 std::string unfinished();
 } // namespace async_proxy
 
-// One launchable kernel.
+// Calls a kernel with its params and the addresses of its other arguments.
 using Call = void (*)(void (*kernel)(), const void *params, void *const *pointers);
-void enter(const char *name, const char *file, void (*kernel)(), Call call, size_t params, size_t pointers,
-           uint32_t values);
+// Registers a kernel under its name.
+void register_kernel(const char *name, const char *file, void (*kernel)(), Call call, size_t params, size_t pointers,
+                     uint32_t values);
 
 // A kernel's argument: a pointer, or a struct that is passed by value.
 template <class A> A argument(void *at) {
@@ -110,7 +114,8 @@ struct Entry {
         // A bit for each argument that is passed by value.
         uint32_t values = 0, at = 0;
         ((values |= uint32_t(!std::is_pointer_v<A>) << at++), ...);
-        enter(name, file, reinterpret_cast<void (*)()>(kernel), Invoke<P, A...>::call, sizeof(P), sizeof...(A), values);
+        register_kernel(name, file, reinterpret_cast<void (*)()>(kernel), Invoke<P, A...>::call, sizeof(P),
+                        sizeof...(A), values);
     }
 };
 
@@ -135,7 +140,7 @@ struct IntegerMma {
 
 #ifndef GD_METAL
 #define GD_REGISTER(name) static const emulate::Entry entry_##name(#name, __FILE__, name);
-// So that an array type can stand where a name follows.
+// Makes an array type usable in a declaration: gd_type<float[8]> &name.
 template <class T> using gd_type = T;
 
 #define GD_INFINITY std::numeric_limits<float>::infinity()
@@ -174,22 +179,22 @@ inline float __uint_as_float(uint32_t x) {
     return y;
 }
 
-// Never fused with one another.
+// Never contracted to a fused multiply-add.
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 
 inline void __syncthreads() { emulate::block_barrier(); }
 inline void __threadfence() {}
 inline void __syncwarp(uint32_t mask = 0xffffffffu) {
-    emulate::Request r = {&emulate::SYNC, 0, 0, nullptr};
-    emulate::meet(r, mask);
+    emulate::LaneCall r = {&emulate::SYNC, 0, 0, nullptr};
+    emulate::execute_collective(r, mask);
 }
 
 template <class T> T gd_shuffle(uint32_t mask, T x, uint32_t from) {
     static_assert(sizeof(T) <= 8, "shuffles move 4 or 8 bytes");
-    emulate::Request r = {&emulate::SHUFFLE, 0, 0, nullptr, from % 32};
+    emulate::LaneCall r = {&emulate::SHUFFLE, 0, 0, nullptr, from % 32};
     std::memcpy(&r.in, &x, sizeof x);
-    emulate::meet(r, mask);
+    emulate::execute_collective(r, mask);
     std::memcpy(&x, &r.out, sizeof x);
     return x;
 }
@@ -202,13 +207,13 @@ template <class T> T __shfl_up_sync(uint32_t mask, T x, uint32_t step) {
     return gd_shuffle(mask, x, lane < step ? lane : lane - step);
 }
 inline uint32_t __ballot_sync(uint32_t mask, bool x) {
-    emulate::Request r = {&emulate::BALLOT, x, 0, nullptr};
-    emulate::meet(r, mask);
+    emulate::LaneCall r = {&emulate::BALLOT, x, 0, nullptr};
+    emulate::execute_collective(r, mask);
     return uint32_t(r.out);
 }
 inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
 
-// Fibres are not interrupted, so that plain code is atomic.
+// Fibers are not preempted, so plain code is atomic.
 template <class T> T atomicMin(T *at, T x) {
     T old = *at;
     if (x < old) *at = x;
@@ -237,13 +242,13 @@ inline void copy_commit() { emulate::copy_commit(); }
 template <int N> inline void copy_wait() { emulate::copy_wait(N); }
 
 inline void load_matrices(uint32_t (&r)[4], const void *row) {
-    emulate::Request request = {&emulate::MATRICES, uint64_t(uintptr_t(row)), 0, r};
-    emulate::meet(request, 0xffffffffu);
+    emulate::LaneCall request = {&emulate::MATRICES, uint64_t(uintptr_t(row)), 0, r};
+    emulate::execute_collective(request, 0xffffffffu);
 }
-inline void gd_mma(const emulate::Kind &kind, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void gd_mma(const emulate::Collective &kind, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     emulate::Mma operands = {c, a, {b0, b1}};
-    emulate::Request request = {&kind, 0, 0, &operands};
-    emulate::meet(request, 0xffffffffu);
+    emulate::LaneCall request = {&kind, 0, 0, &operands};
+    emulate::execute_collective(request, 0xffffffffu);
 }
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
     gd_mma(emulate::MMA_F16, c, a, b0, b1);
@@ -253,8 +258,8 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 }
 inline void mma(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     emulate::IntegerMma operands = {c, a, {b0, b1}};
-    emulate::Request request = {&emulate::MMA_S8, 0, 0, &operands};
-    emulate::meet(request, 0xffffffffu);
+    emulate::LaneCall request = {&emulate::MMA_S8, 0, 0, &operands};
+    emulate::execute_collective(request, 0xffffffffu);
 }
 inline void mma_from(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int32_t start) {
     for (int32_t &x : c)

@@ -27,12 +27,12 @@ namespace {
 constexpr size_t STACK = 128 << 10, SHARED = 256 << 10;
 constexpr uint8_t POISON = 0xff;
 
-// Where a fiber, or the scheduler, goes on.
+// The saved state with which a fiber, or the scheduler, continues.
 struct Context {
 #if defined(__x86_64__)
     void *stack;
 #else
-    ucontext_t place;
+    ucontext_t context;
 #endif
 };
 
@@ -59,9 +59,9 @@ gd_switch_stacks:
     popq %rbp
     ret
 )");
-void change(Context &from, Context &to) { gd_switch_stacks(&from.stack, to.stack); }
+void switch_context(Context &from, Context &to) { gd_switch_stacks(&from.stack, to.stack); }
 void prepare(Context &c, uint8_t *stack, void (*start)()) {
-    // A call leaves the stack 8 bytes off a multiple of 16.
+    // On entry of a function the stack pointer is 8 less than a multiple of 16.
     void **top = reinterpret_cast<void **>(stack + STACK - 64);
     *--top = nullptr;
     *--top = reinterpret_cast<void *>(start);
@@ -70,13 +70,13 @@ void prepare(Context &c, uint8_t *stack, void (*start)()) {
     c.stack = top;
 }
 #else
-void change(Context &from, Context &to) { swapcontext(&from.place, &to.place); }
+void switch_context(Context &from, Context &to) { swapcontext(&from.context, &to.context); }
 void prepare(Context &c, uint8_t *stack, void (*start)()) {
-    getcontext(&c.place);
-    c.place.uc_stack.ss_sp = stack;
-    c.place.uc_stack.ss_size = STACK;
-    c.place.uc_link = nullptr;
-    makecontext(&c.place, start, 0);
+    getcontext(&c.context);
+    c.context.uc_stack.ss_sp = stack;
+    c.context.uc_stack.ss_size = STACK;
+    c.context.uc_link = nullptr;
+    makecontext(&c.context, start, 0);
 }
 #endif
 
@@ -129,10 +129,10 @@ struct Fiber {
 
 struct Warp {
     uint32_t runnable = 0, arrived = 0;
-    Request *request[32];
+    LaneCall *calls[32];
 };
 
-// All of a launch.
+// The state of a launch.
 struct Machine {
     Context scheduler;
     std::vector<Fiber> fibers;
@@ -151,22 +151,22 @@ struct Machine {
     std::string error;
     bool running = false;
 
-    uint32_t draw(uint32_t below) {
+    uint32_t random_below(uint32_t bound) {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        return uint32_t((random >> 20) % below);
+        return uint32_t((random >> 20) % bound);
     }
 };
 thread_local Machine machine;
 
-void leave() { change(machine.fibers[machine.current].context, machine.scheduler); }
+void yield() { switch_context(machine.fibers[machine.current].context, machine.scheduler); }
 
 void start() {
     Machine &m = machine;
     m.kernel->call(m.kernel->function, m.params, m.pointers);
     m.finished++;
-    leave();
+    yield();
     std::abort();
 }
 
@@ -210,11 +210,11 @@ void run_block(bool keep_warp) {
         f.groups = 0;
         prepare(f.context, m.stacks + t * STACK, start);
     }
-    uint32_t warp = m.draw(warps);
+    uint32_t warp = m.random_below(warps);
     while (m.finished < threads && m.error.empty()) {
         async_proxy::step(false);
         if (!keep_warp || !m.warps[warp].runnable) {
-            uint32_t first = m.draw(warps), w = first;
+            uint32_t first = m.random_below(warps), w = first;
             while (!m.warps[w].runnable && (w + 1) % warps != first)
                 w = (w + 1) % warps;
             warp = w;
@@ -227,11 +227,11 @@ void run_block(bool keep_warp) {
                       async_proxy::waiting();
             break;
         }
-        uint32_t lane = bit(runnable, m.draw(uint32_t(__builtin_popcount(runnable))));
+        uint32_t lane = bit(runnable, m.random_below(uint32_t(__builtin_popcount(runnable))));
         runnable &= ~(1u << lane);
         m.current = warp * 32 + lane;
         thread = m.fibers[m.current].thread;
-        change(m.scheduler, m.fibers[m.current].context);
+        switch_context(m.scheduler, m.fibers[m.current].context);
     }
     if (m.error.empty()) m.error = async_proxy::unfinished();
 }
@@ -287,7 +287,7 @@ void integer_mma_step(Lanes lanes) {
 void no_effect(Lanes) {}
 
 void shuffle(Lanes lanes) {
-    for (Request *r : lanes)
+    for (LaneCall *r : lanes)
         r->out = lanes[r->from]->in;
 }
 
@@ -295,7 +295,7 @@ void ballot(Lanes lanes) {
     uint32_t bits = 0;
     for (int l = 0; l < 32; l++)
         bits |= uint32_t(lanes[l]->in != 0) << l;
-    for (Request *r : lanes)
+    for (LaneCall *r : lanes)
         r->out = bits;
 }
 
@@ -309,7 +309,7 @@ void load_matrices(Lanes lanes) {
     }
 }
 
-// A read or write outside of every buffer ends the launch.
+// Handles a read or write outside of every buffer: ends the launch with an error.
 void on_fault(int signal, siginfo_t *info, void *) {
     if (!machine.running) {
         std::signal(signal, SIG_DFL);
@@ -320,13 +320,13 @@ void on_fault(int signal, siginfo_t *info, void *) {
 
 } // namespace
 
-const Kind SYNC = {"syncwarp", no_effect};
-const Kind SHUFFLE = {"shuffle", shuffle};
-const Kind BALLOT = {"ballot", ballot};
-const Kind MATRICES = {"ldmatrix", load_matrices};
-const Kind MMA_F16 = {"mma f16", [](Lanes lanes) { mma_step(lanes, false); }};
-const Kind MMA_BF16 = {"mma bf16", [](Lanes lanes) { mma_step(lanes, true); }};
-const Kind MMA_S8 = {"mma s8", integer_mma_step};
+const Collective SYNC = {"syncwarp", no_effect};
+const Collective SHUFFLE = {"shuffle", shuffle};
+const Collective BALLOT = {"ballot", ballot};
+const Collective MATRICES = {"ldmatrix", load_matrices};
+const Collective MMA_F16 = {"mma f16", [](Lanes lanes) { mma_step(lanes, false); }};
+const Collective MMA_BF16 = {"mma bf16", [](Lanes lanes) { mma_step(lanes, true); }};
+const Collective MMA_S8 = {"mma s8", integer_mma_step};
 
 void fail(const char *format, ...) {
     char text[256];
@@ -336,28 +336,27 @@ void fail(const char *format, ...) {
     va_end(list);
     machine.error =
         std::string(text) + " (block " + std::to_string(block.x) + ", thread " + std::to_string(thread.x) + ")";
-    leave();
+    yield();
     std::abort();
 }
 
-void meet(Request &request, uint32_t mask) {
+void execute_collective(LaneCall &call, uint32_t mask) {
     Machine &m = machine;
     if (mask != 0xffffffffu) fail("a warp operation without all lanes");
     size_t current = m.current;
     Warp &w = m.warps[current / 32];
     uint32_t lane = uint32_t(current % 32);
     if (w.arrived) {
-        Request *other = w.request[__builtin_ctz(w.arrived)];
-        if (other->kind != request.kind)
-            fail("lanes of a warp meet for %s and %s", other->kind->name, request.kind->name);
+        LaneCall *other = w.calls[__builtin_ctz(w.arrived)];
+        if (other->kind != call.kind) fail("lanes of a warp are at %s and %s", other->kind->name, call.kind->name);
     }
-    w.request[lane] = &request;
+    w.calls[lane] = &call;
     w.arrived |= 1u << lane;
     if (w.arrived != 0xffffffffu) {
-        leave();
+        yield();
         return;
     }
-    request.kind->complete(w.request);
+    call.kind->complete(w.calls);
     w.arrived = 0;
     w.runnable |= ~(1u << lane);
 }
@@ -367,7 +366,7 @@ void block_barrier() {
     if (m.warps[m.current / 32].arrived) fail("a block barrier while lanes of the warp wait for each other");
     m.at_barrier++;
     if (m.at_barrier < block_size.x) {
-        leave();
+        yield();
         return;
     }
     m.at_barrier = 0;
@@ -376,8 +375,8 @@ void block_barrier() {
     m.warps[m.current / 32].runnable &= ~(1u << m.current % 32);
 }
 
-uint32_t draw(uint32_t below) { return machine.draw(below); }
-void park() { leave(); }
+uint32_t random_below(uint32_t bound) { return machine.random_below(bound); }
+void suspend() { yield(); }
 void wake(uint32_t thread) { machine.warps[thread / 32].runnable |= 1u << thread % 32; }
 uint8_t *shared_window() { return machine.shared_end - SHARED; }
 
@@ -401,13 +400,13 @@ void copy_async(void *to, const void *from, uint32_t bytes) {
     f.copies.push_back({static_cast<uint8_t *>(to), static_cast<const uint8_t *>(from), bytes, f.groups});
 }
 void copy_commit() { machine.fibers[machine.current].groups++; }
-void copy_wait(int under_way) {
+void copy_wait(int in_flight) {
     Fiber &f = machine.fibers[machine.current];
-    complete_copies(f, f.groups - (f.groups < uint32_t(under_way) ? f.groups : uint32_t(under_way)));
+    complete_copies(f, f.groups - (f.groups < uint32_t(in_flight) ? f.groups : uint32_t(in_flight)));
 }
 
-void enter(const char *name, const char *file, void (*kernel)(), Call call, size_t params, size_t pointers,
-           uint32_t values) {
+void register_kernel(const char *name, const char *file, void (*kernel)(), Call call, size_t params, size_t pointers,
+                     uint32_t values) {
     kernels()[name] = {file, kernel, call, params, pointers, values};
 }
 
@@ -450,10 +449,10 @@ using namespace emulate;
 
 extern "C" {
 
-// Memory of NaN between pages that fault; `place` says at which end of them it lies.
-void *gd_emulate_allocate(size_t bytes, uint32_t place, void **pages, size_t *mapped) {
+// Memory of NaN between guard pages; an even `side` places its end at the upper one, an odd one its start at the lower.
+void *gd_emulate_allocate(size_t bytes, uint32_t side, void **pages, size_t *mapped) {
     GuardedMemory f;
-    uint8_t *at = f.map(bytes ? bytes : 1, 16, place % 2 == 0);
+    uint8_t *at = f.map(bytes ? bytes : 1, 16, side % 2 == 0);
     *pages = f.pages;
     *mapped = f.mapped;
     return at;
@@ -464,11 +463,11 @@ void gd_emulate_free(void *pages, size_t mapped) { munmap(pages, mapped); }
 // Bytes of a kernel's params, its other arguments, and a bit for each of those that is passed by value; 0 if there is
 // no such kernel.
 int gd_emulate_kernel(const char *name, size_t *params, size_t *pointers, uint32_t *values) {
-    auto found = kernels().find(name);
-    if (found == kernels().end()) return 0;
-    *params = found->second.params;
-    *pointers = found->second.pointers;
-    *values = found->second.values;
+    auto entry = kernels().find(name);
+    if (entry == kernels().end()) return 0;
+    *params = entry->second.params;
+    *pointers = entry->second.pointers;
+    *values = entry->second.values;
     return 1;
 }
 
@@ -495,9 +494,9 @@ int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, 
         std::snprintf(text, text_bytes, "%s", why.c_str());
         return 1;
     };
-    auto found = kernels().find(name);
-    if (found == kernels().end()) return refuse("no such kernel");
-    const Kernel &k = found->second;
+    auto entry = kernels().find(name);
+    if (entry == kernels().end()) return refuse("no such kernel");
+    const Kernel &k = entry->second;
     if (k.params != params_bytes || k.pointers != count)
         return refuse("takes params of " + std::to_string(k.params) + " bytes and " + std::to_string(k.pointers) +
                       " pointers");
@@ -531,12 +530,12 @@ int gd_emulate_launch(const char *name, const uint32_t *grid, uint32_t threads, 
     std::vector<uint32_t> order(grid[0]);
     for (uint32_t b = 0; b < grid[0]; b++) {
         order[b] = b;
-        std::swap(order[b], order[m.draw(b + 1)]);
+        std::swap(order[b], order[m.random_below(b + 1)]);
     }
     m.running = true;
     for (uint32_t b : order) {
         block = {b, 0, 0};
-        run_block(m.draw(2) == 0);
+        run_block(m.random_below(2) == 0);
         if (!m.error.empty()) break;
     }
     m.running = false;

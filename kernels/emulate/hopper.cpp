@@ -40,17 +40,17 @@ struct Sums {
     float *registers[32];
     float value[ROWS][KEYS];
 };
-struct Started {
+struct ProductInFlight {
     std::shared_ptr<Sums> sums;
     uint64_t a, b;
     uint32_t group;
     bool bfloat, done;
 };
 struct Warp {
-    std::vector<Started> products;
+    std::vector<ProductInFlight> products;
     uint32_t groups = 0;
     bool fenced = false;
-    // Products that were started, and register counts that were asked for.
+    // Keys of the products that were started, and the register counts that were requested.
     std::vector<uint64_t> history;
     std::vector<uint64_t> registers;
 };
@@ -60,7 +60,7 @@ struct AsyncProxy {
     std::vector<Copy> copies;
     std::map<uint32_t, Warp> warps;
     std::vector<uint8_t> view;
-    // Whether stores of threads are to be shown before the next read.
+    // Whether a proxy fence has made the stores of threads visible to the next read.
     bool fenced = false;
     bool eager = false;
 };
@@ -78,9 +78,9 @@ uint32_t offset(const void *p, const char *what) {
 }
 
 Barrier &find_barrier(uint64_t *b) {
-    auto found = state.barriers.find(b);
-    if (found == state.barriers.end()) fail("an mbarrier that nobody has initialised");
-    return found->second;
+    auto entry = state.barriers.find(b);
+    if (entry == state.barriers.end()) fail("an mbarrier that is not initialised");
+    return entry->second;
 }
 
 // Ends the phase if nothing is missing.
@@ -93,10 +93,10 @@ void finish_phase(Barrier &b) {
     b.threads.clear();
 }
 
-void store(uint32_t to, const uint8_t *from, bool landed) {
+void store(uint32_t to, const uint8_t *from, bool complete) {
     uint8_t unit[16];
-    std::memset(unit, landed ? 0 : POISON, 16);
-    if (landed && from) std::memcpy(unit, from, 16);
+    std::memset(unit, complete ? 0 : POISON, 16);
+    if (complete && from) std::memcpy(unit, from, 16);
     std::memcpy(shared_window() + to, unit, 16);
     std::memcpy(view().data() + to, unit, 16);
 }
@@ -129,7 +129,7 @@ uint16_t element(uint64_t name, uint32_t row, uint32_t column) {
     return bits;
 }
 
-void multiply(Started &p, uint32_t warp) {
+void multiply(ProductInFlight &p, uint32_t warp) {
     if (state.fenced) view().assign(shared_window(), shared_window() + WINDOW);
     state.fenced = false;
     float a[ROWS][16], b[16][KEYS];
@@ -164,16 +164,16 @@ template <class Visit> void registers(Sums &s, Visit visit) {
 
 uint32_t this_warp() { return thread.x / 32; }
 
-// All four warps of a warpgroup do the same in the same order.
-void agree(std::vector<uint64_t> Warp::*list, uint64_t entry, const char *what) {
+// Fails unless all four warps of a warpgroup make the same entries in the same order.
+void require_agreement(std::vector<uint64_t> Warp::*list, uint64_t entry, const char *what) {
     uint32_t warp = this_warp();
-    auto &own = state.warps[warp].*list;
-    own.push_back(entry);
+    auto &entries = state.warps[warp].*list;
+    entries.push_back(entry);
     for (uint32_t w = warp / 4 * 4; w < warp / 4 * 4 + 4; w++) {
-        auto found = state.warps.find(w);
-        if (found == state.warps.end()) continue;
-        auto &other = found->second.*list;
-        if (other.size() >= own.size() && other[own.size() - 1] != entry)
+        auto entry_of_warp = state.warps.find(w);
+        if (entry_of_warp == state.warps.end()) continue;
+        auto &other = entry_of_warp->second.*list;
+        if (other.size() >= entries.size() && other[entries.size() - 1] != entry)
             fail("the warps of a warpgroup differ in %s", what);
     }
 }
@@ -187,7 +187,7 @@ void begin_product(Lanes lanes, bool bfloat) {
         if (operands(l).a != first.a || operands(l).b != first.b) fail("lanes name different matrices");
     for (uint64_t name : {first.a, first.b})
         if (name >> 62 != 1 || name >> 49 & 7) fail("a matrix that is not swizzled by 128 bytes");
-    agree(&Warp::history, first.a << 32 ^ first.b ^ first.a >> 32, "a product");
+    require_agreement(&Warp::history, first.a << 32 ^ first.b ^ first.a >> 32, "a product");
     std::shared_ptr<Sums> sums;
     for (auto &p : w.products)
         if (p.sums->registers[0] == first.c) sums = p.sums;
@@ -202,19 +202,19 @@ void begin_product(Lanes lanes, bool bfloat) {
         });
     }
     w.products.push_back({sums, first.a, first.b, w.groups, bfloat, false});
-    if (draw(4) == 0) run(w, warp, w.products.size());
+    if (random_below(4) == 0) run(w, warp, w.products.size());
 }
 
 void wait(Lanes lanes) {
-    uint32_t warp = this_warp(), under_way = uint32_t(lanes[0]->in);
+    uint32_t warp = this_warp(), in_flight = uint32_t(lanes[0]->in);
     Warp &w = state.warps[warp];
-    uint32_t over = w.groups - (w.groups < under_way ? w.groups : under_way);
+    uint32_t over = w.groups - (w.groups < in_flight ? w.groups : in_flight);
     size_t count = 0;
     while (count < w.products.size() && w.products[count].group < over)
         count++;
     run(w, warp, count);
     for (size_t x = 0; x < count; x++) {
-        // The last product on these sums brings them back.
+        // The last product of these sums writes them to the registers.
         Sums *sums = w.products[x].sums.get();
         bool more = false;
         for (size_t y = x + 1; y < w.products.size(); y++)
@@ -227,16 +227,16 @@ void wait(Lanes lanes) {
 
 } // namespace
 
-const Kind WGMMA_F16 = {"wgmma f16", [](Lanes lanes) { begin_product(lanes, false); }};
-const Kind WGMMA_BF16 = {"wgmma bf16", [](Lanes lanes) { begin_product(lanes, true); }};
-const Kind WGMMA_FENCE = {"wgmma.fence", [](Lanes) { state.warps[this_warp()].fenced = true; }};
-const Kind WGMMA_COMMIT = {"wgmma.commit_group", [](Lanes) { state.warps[this_warp()].groups++; }};
-const Kind WGMMA_WAIT = {"wgmma.wait_group", wait};
-const Kind REGISTERS = {"setmaxnreg", [](Lanes lanes) {
-                            uint64_t count = lanes[0]->in;
-                            if (count < 24 || count > 256 || count % 8) fail("setmaxnreg %d", int(count));
-                            agree(&Warp::registers, count, "setmaxnreg");
-                        }};
+const Collective WGMMA_F16 = {"wgmma f16", [](Lanes lanes) { begin_product(lanes, false); }};
+const Collective WGMMA_BF16 = {"wgmma bf16", [](Lanes lanes) { begin_product(lanes, true); }};
+const Collective WGMMA_FENCE = {"wgmma.fence", [](Lanes) { state.warps[this_warp()].fenced = true; }};
+const Collective WGMMA_COMMIT = {"wgmma.commit_group", [](Lanes) { state.warps[this_warp()].groups++; }};
+const Collective WGMMA_WAIT = {"wgmma.wait_group", wait};
+const Collective REGISTERS = {"setmaxnreg", [](Lanes lanes) {
+                                  uint64_t count = lanes[0]->in;
+                                  if (count < 24 || count > 256 || count % 8) fail("setmaxnreg %d", int(count));
+                                  require_agreement(&Warp::registers, count, "setmaxnreg");
+                              }};
 
 uint32_t shared_address(const void *p) { return offset(p, "an address"); }
 
@@ -259,7 +259,7 @@ void barrier_wait(uint64_t *b, uint32_t parity) {
     Barrier &x = find_barrier(b);
     while ((x.phase & 1) == parity) {
         x.threads.push_back(thread.x);
-        park();
+        suspend();
     }
 }
 
@@ -274,13 +274,13 @@ void copy_box(void *to, const TensorMap &map, const int32_t (&at)[4], uint64_t *
     auto inside = [&](int d, int64_t x) { return x >= 0 && x < int64_t(map.dims[d]); };
     for (uint32_t r = 0; r < map.box[1]; r++) {
         for (uint32_t u = 0; u < MATRIX_ROW / 16; u++) {
-            uint32_t place = first + r * MATRIX_ROW + u * 16;
+            uint32_t position = first + r * MATRIX_ROW + u * 16;
             int64_t column = at[0] + int64_t(u * 16 / map.element), row = at[1] + int64_t(r);
             const uint8_t *from = nullptr;
             if (inside(0, column) && inside(1, row) && inside(2, at[2]) && inside(3, at[3]))
                 from = map.first + column * map.element + row * int64_t(map.strides[0]) +
                        at[2] * int64_t(map.strides[1]) + at[3] * int64_t(map.strides[2]);
-            copy.units.push_back({place ^ (place >> 7 & 7) << 4, from});
+            copy.units.push_back({position ^ (position >> 7 & 7) << 4, from});
         }
     }
     start(std::move(copy));
@@ -296,20 +296,20 @@ void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *b) {
     start(std::move(copy));
 }
 
-// Shows all of shared memory, of every thread: more than the thread's own stores, never less.
+// Makes the stores of all threads visible: those of the calling thread, and possibly more than the hardware does.
 void fence_async() { state.fenced = true; }
 
 namespace async_proxy {
 
 void begin() {
     state = AsyncProxy();
-    state.eager = draw(4) == 0;
+    state.eager = random_below(4) == 0;
 }
 
 bool step(bool stuck) {
     if (state.copies.empty()) return false;
-    if (!stuck && (!state.eager || draw(64))) return false;
-    complete_copy(draw(uint32_t(state.copies.size())));
+    if (!stuck && (!state.eager || random_below(64))) return false;
+    complete_copy(random_below(uint32_t(state.copies.size())));
     return true;
 }
 
@@ -324,15 +324,15 @@ std::string waiting() {
 }
 
 std::string unfinished() {
-    if (!state.copies.empty()) return std::to_string(state.copies.size()) + " copies are under way at the end";
+    if (!state.copies.empty()) return std::to_string(state.copies.size()) + " copies are in flight at the end";
     for (auto &[at, b] : state.barriers)
         if (b.bytes) return "an mbarrier expects " + std::to_string(b.bytes) + " bytes more at the end";
     for (auto &[warp, w] : state.warps) {
         if (!w.products.empty()) return "warp " + std::to_string(warp) + " has not waited for its products";
         for (uint32_t other = warp / 4 * 4; other < warp / 4 * 4 + 4; other++) {
-            auto found = state.warps.find(other);
-            bool same = found != state.warps.end() && found->second.history.size() == w.history.size() &&
-                        found->second.registers.size() == w.registers.size();
+            auto entry = state.warps.find(other);
+            bool same = entry != state.warps.end() && entry->second.history.size() == w.history.size() &&
+                        entry->second.registers.size() == w.registers.size();
             if (!same)
                 return "warps " + std::to_string(warp) + " and " + std::to_string(other) +
                        " of a warpgroup differ in products or setmaxnreg";

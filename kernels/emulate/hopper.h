@@ -1,4 +1,4 @@
-// Hopper's instructions for a host compiler; see cuda/hopper.cuh for what each of them does. Copies and products take
+// Hopper's instructions for a host compiler; see cuda/hopper.cuh for their semantics. Copies and products take
 // effect late and in a random order (hopper.cpp). Included by hopper.cuh.
 #pragma once
 #include "device.h"
@@ -21,7 +21,7 @@ struct Product {
     float *c;
     uint64_t a, b;
 };
-extern const Kind WGMMA_F16, WGMMA_BF16, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT, REGISTERS;
+extern const Collective WGMMA_F16, WGMMA_BF16, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT, REGISTERS;
 
 uint32_t shared_address(const void *p);
 void barrier_init(uint64_t *b, uint32_t arrivals);
@@ -31,9 +31,9 @@ void copy_box(void *to, const TensorMap &map, const int32_t (&at)[4], uint64_t *
 void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *b);
 void fence_async();
 
-inline void gd_meet(const Kind &kind, uint64_t in, void *data = nullptr) {
-    Request request = {&kind, in, 0, data};
-    meet(request, 0xffffffffu);
+inline void warp_collective(const Collective &kind, uint64_t in, void *data = nullptr) {
+    LaneCall request = {&kind, in, 0, data};
+    execute_collective(request, 0xffffffffu);
 }
 
 } // namespace emulate
@@ -51,16 +51,16 @@ inline void copy_box(void *to, const TensorMap &map, int32_t column, int32_t row
                      uint64_t *b) {
     emulate::copy_box(to, map, {column, row, head, batch}, b);
 }
-template <int N> inline void registers_raise() { emulate::gd_meet(emulate::REGISTERS, N); }
-template <int N> inline void registers_drop() { emulate::gd_meet(emulate::REGISTERS, N); }
-inline void wgmma_fence(float (&)[16][4]) { emulate::gd_meet(emulate::WGMMA_FENCE, 0); }
-inline void wgmma_commit() { emulate::gd_meet(emulate::WGMMA_COMMIT, 0); }
-template <int N> inline void wgmma_wait(float (&)[16][4]) { emulate::gd_meet(emulate::WGMMA_WAIT, N); }
+template <int N> inline void registers_raise() { emulate::warp_collective(emulate::REGISTERS, N); }
+template <int N> inline void registers_drop() { emulate::warp_collective(emulate::REGISTERS, N); }
+inline void wgmma_fence(float (&)[16][4]) { emulate::warp_collective(emulate::WGMMA_FENCE, 0); }
+inline void wgmma_commit() { emulate::warp_collective(emulate::WGMMA_COMMIT, 0); }
+template <int N> inline void wgmma_wait(float (&)[16][4]) { emulate::warp_collective(emulate::WGMMA_WAIT, N); }
 inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b, f16) {
     emulate::Product operands = {c[0], a, b};
-    emulate::gd_meet(emulate::WGMMA_F16, 0, &operands);
+    emulate::warp_collective(emulate::WGMMA_F16, 0, &operands);
 }
 inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b, bf16) {
     emulate::Product operands = {c[0], a, b};
-    emulate::gd_meet(emulate::WGMMA_BF16, 0, &operands);
+    emulate::warp_collective(emulate::WGMMA_BF16, 0, &operands);
 }

@@ -1,7 +1,7 @@
-// Meetings of a simdgroup that CUDA does not have.
+// Collective operations of a simdgroup that CUDA does not have.
 #include "metal.h"
 
-// Here the macro would hide the running thread.
+// The macro would hide emulate::thread.
 #undef thread
 
 namespace emulate {
@@ -20,7 +20,7 @@ void sum(Lanes lanes) {
             x[l] += x[l + step];
     uint32_t bits;
     std::memcpy(&bits, &x[0], 4);
-    for (Request *r : lanes)
+    for (LaneCall *r : lanes)
         r->out = bits;
 }
 
@@ -44,13 +44,13 @@ void multiply(Lanes lanes) {
             static_cast<MatrixMultiply *>(lanes[l]->data)->d[e] = c[matrix_element(l, e)];
 }
 
-void nothing(Lanes) {}
+void no_effect(Lanes) {}
 
 } // namespace
 
-const Kind SUM = {"simd_sum", sum};
-const Kind MATRIX_LOAD = {"simdgroup_load", nothing};
-const Kind MATRIX_STORE = {"simdgroup_store", nothing};
-const Kind MATRIX_MULTIPLY = {"simdgroup_multiply_accumulate", multiply};
+const Collective SUM = {"simd_sum", sum};
+const Collective MATRIX_LOAD = {"simdgroup_load", no_effect};
+const Collective MATRIX_STORE = {"simdgroup_store", no_effect};
+const Collective MATRIX_MULTIPLY = {"simdgroup_multiply_accumulate", multiply};
 
 } // namespace emulate

@@ -1,6 +1,6 @@
-// The Metal shading language as far as the kernels use it, for a host compiler; what device.h is to CUDA. A
-// source of kernels/metal is included inside of `namespace gd_metal`, after this header, so that the words of
-// both languages may have the same names. Attributes in [[..]] mean nothing to the host.
+// Emulates the Metal shading language, as far as the kernels use it, for a host compiler; the counterpart of device.h
+// for CUDA. A source of kernels/metal is included inside of `namespace gd_metal`, after this header, so that names of
+// both languages do not collide. The host compiler ignores the attributes in [[..]].
 #pragma once
 #define GD_METAL
 #include "device.h"
@@ -10,31 +10,31 @@
 
 namespace emulate {
 
-extern const Kind SUM, MATRIX_LOAD, MATRIX_STORE, MATRIX_MULTIPLY;
+extern const Collective SUM, MATRIX_LOAD, MATRIX_STORE, MATRIX_MULTIPLY;
 
 // d = a b + c of 8 x 8, of which a lane holds two elements each.
 struct MatrixMultiply {
     float a[2], b[2], c[2], d[2];
 };
 
-// Where a lane's elements of an 8 x 8 matrix are: an order of its own, since Metal names none.
+// The element of an 8 x 8 matrix that a lane holds as its element e. Metal does not specify the order, so this one is
+// arbitrary.
 inline uint32_t matrix_element(uint32_t lane, uint32_t e) { return (lane * 2 + e) * 37 % 64; }
 
-inline uint64_t meet_for(const Kind &kind, uint64_t in, void *data = nullptr, uint32_t from = 0) {
-    Request r = {&kind, in, 0, data, from};
-    meet(r, 0xffffffffu);
+inline uint64_t collective(const Collective &kind, uint64_t in, void *data = nullptr, uint32_t from = 0) {
+    LaneCall r = {&kind, in, 0, data, from};
+    execute_collective(r, 0xffffffffu);
     return r.out;
 }
 template <class X> X move_from(X x, uint32_t from) {
     static_assert(sizeof(X) <= 8, "shuffles move up to 8 bytes");
     uint64_t bits = 0;
     std::memcpy(&bits, &x, sizeof x);
-    bits = meet_for(SHUFFLE, bits, nullptr, from);
+    bits = collective(SHUFFLE, bits, nullptr, from);
     std::memcpy(&x, &bits, sizeof x);
     return x;
 }
 inline uint32_t lane() { return thread.x % 32; }
-inline uint32_t place_in_block() { return thread.x; }
 
 // Dynamic threadgroup memory, an argument of a kernel.
 template <class T> struct Dynamic {
@@ -42,7 +42,7 @@ template <class T> struct Dynamic {
     operator T *() const { return at; }
 };
 
-// The arguments of a kernel, one after the other: a missing buffer leads to memory that faults.
+// Hands out the arguments of a kernel in order. A missing buffer becomes an address whose access faults.
 struct Arguments {
     void *const *pointers;
     size_t count, next;
@@ -76,7 +76,7 @@ template <class P, class... A> struct InvokeMetal {
         for (size_t n = 0; n < COUNT; n++)
             present |= uint32_t(pointers[n] != nullptr) << n;
         Arguments a = {pointers, COUNT, 0, 0};
-        // In the order of the list.
+        // Braces evaluate the arguments in order.
         std::tuple<A...> all{Argument<A>::get(a)...};
         std::apply(
             [&](const A &...x) {
@@ -89,7 +89,7 @@ template <class P, class... A> struct InvokeMetal {
 struct MetalEntry {
     template <class P, class... A> MetalEntry(const char *name, const char *file, void (*kernel)(const P &, A...)) {
         using I = InvokeMetal<P, A...>;
-        enter(name, file, reinterpret_cast<void (*)()>(kernel), I::call, sizeof(P), I::COUNT, 0);
+        register_kernel(name, file, reinterpret_cast<void (*)()>(kernel), I::call, sizeof(P), I::COUNT, 0);
     }
 };
 
@@ -135,24 +135,24 @@ template <class X> X simd_shuffle_up(X x, ushort step) {
     uint32_t lane = emulate::lane();
     return emulate::move_from(x, lane < step ? lane : lane - step);
 }
-inline float simd_sum(float x) { return as_type<float>(uint(emulate::meet_for(emulate::SUM, as_type<uint>(x)))); }
+inline float simd_sum(float x) { return as_type<float>(uint(emulate::collective(emulate::SUM, as_type<uint>(x)))); }
 struct simd_vote {
     typedef ulong vote_t;
     vote_t bits;
     explicit operator vote_t() const { return bits; }
 };
-inline simd_vote simd_ballot(bool x) { return {emulate::meet_for(emulate::BALLOT, x)}; }
-inline bool simd_any(bool x) { return emulate::meet_for(emulate::BALLOT, x) != 0; }
+inline simd_vote simd_ballot(bool x) { return {emulate::collective(emulate::BALLOT, x)}; }
+inline bool simd_any(bool x) { return emulate::collective(emulate::BALLOT, x) != 0; }
 
 enum class mem_flags {
     mem_none,
     mem_device,
     mem_threadgroup
 };
-inline void simdgroup_barrier(mem_flags) { emulate::meet_for(emulate::SYNC, 0); }
+inline void simdgroup_barrier(mem_flags) { emulate::collective(emulate::SYNC, 0); }
 inline void threadgroup_barrier(mem_flags) { emulate::block_barrier(); }
 
-// Fibres are not interrupted, so that plain code is atomic.
+// Fibers are not preempted, so plain code is atomic.
 enum memory_order {
     memory_order_relaxed
 };
@@ -194,7 +194,7 @@ template <class T, int C, int R = C> simdgroup_matrix<T, C, R> make_filled_simdg
 template <class T>
 void simdgroup_load(simdgroup_matrix<T, 8, 8> &m, const T *from, ulong elements_per_row = 8, ulong2 origin = 0,
                     bool transpose = false) {
-    emulate::meet_for(emulate::MATRIX_LOAD, 0);
+    emulate::collective(emulate::MATRIX_LOAD, 0);
     for (uint e = 0; e < 2; e++) {
         uint at = emulate::matrix_element(emulate::lane(), e), row = at / 8, column = at % 8;
         ulong x = origin.x + (transpose ? row : column), y = origin.y + (transpose ? column : row);
@@ -204,7 +204,7 @@ void simdgroup_load(simdgroup_matrix<T, 8, 8> &m, const T *from, ulong elements_
 template <class T>
 void simdgroup_store(simdgroup_matrix<T, 8, 8> m, T *to, ulong elements_per_row = 8, ulong2 origin = 0,
                      bool transpose = false) {
-    emulate::meet_for(emulate::MATRIX_STORE, 0);
+    emulate::collective(emulate::MATRIX_STORE, 0);
     for (uint e = 0; e < 2; e++) {
         uint at = emulate::matrix_element(emulate::lane(), e), row = at / 8, column = at % 8;
         ulong x = origin.x + (transpose ? row : column), y = origin.y + (transpose ? column : row);
@@ -220,7 +220,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<float, 8, 8> &d, simdgroup_m
         m.b[e] = float(b.element[e]);
         m.c[e] = c.element[e];
     }
-    emulate::meet_for(emulate::MATRIX_MULTIPLY, 0, &m);
+    emulate::collective(emulate::MATRIX_MULTIPLY, 0, &m);
     d.element[0] = m.d[0];
     d.element[1] = m.d[1];
 }
@@ -236,7 +236,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<float, 8, 8> &d, simdgroup_m
 #define gd_features emulate::features
 #define gd_rows emulate::rows
 
-// Address spaces are the strict check's business (strict_metal.h).
+// Address spaces are checked by strict_metal.h alone.
 #define KERNEL(threads) static void
 #define device
 #define constant const

@@ -1,11 +1,11 @@
-// The Metal shading language as far as the kernels use it, as declarations for clang, with address spaces that
-// it tells apart: a pointer to the wrong one does not compile. Nothing here runs. The command line is
+// Declarations of the Metal shading language, as far as the kernels use it, for a type check by clang with distinct
+// address spaces: a pointer to the wrong one does not compile. The command line is
 //
 //   clang++ -std=c++14 --target=arm64-apple-macos -ffreestanding -nostdinc++ -fsyntax-only -DGD_STRICT
 //       -Wall -Wextra -Wdouble-promotion -Werror -Wno-unknown-attributes -Wno-ignored-attributes
 //       -Wno-duplicate-decl-specifier -x c++ FILE.metal
 //
-// (A literal without a suffix is an f32 in Metal; the kernels write it so that it is one here too.)
+// A literal without a suffix is an f32 in Metal and a double here, so the kernels write the suffix.
 #pragma once
 #define GD_METAL
 
@@ -14,13 +14,13 @@ typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
-// Words of the language, which name nothing else.
+// Keywords of the language.
 #define half _Float16
 
 #define device __attribute__((address_space(1)))
 #define constant const __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
-// The space of variables.
+// The address space of local variables is the default one.
 #define thread
 #define KERNEL(threads) extern "C" __attribute__((used)) void
 

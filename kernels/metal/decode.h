@@ -1,7 +1,7 @@
 // Decoding: a few queries against a long cache, in two passes. The keys of a row are split over blocks; in a
 // block every simdgroup takes its own keys, 16 of a tile of 64, straight from memory: four lanes read a key
-// once for all rows of the block, so that the heads of a group share the read. Each block leaves its best key
-// of every row, and a second kernel picks the best of those and writes index, energy and value row.
+// once for all rows of the block, so that the heads of a group share the read. Each block writes its winner of
+// every row, and a second kernel merges those and writes index, energy and value row.
 #pragma once
 #include "../shared/query_rows.h"
 #include "range.h"
@@ -9,7 +9,7 @@
 // Rows and simdgroups of a block, keys of a tile.
 constexpr constant u32 ROWS = 16, DECODE_WARPS = 4, TILE = 64;
 
-// The rows of a block, and where keys lie.
+// The rows of a block, and the KV head of their keys.
 struct DecodeRows {
     u32 b, h0, kv, first;
 
@@ -48,16 +48,16 @@ struct ScoredKey {
     float score;
     i32 key;
 };
-INLINE bool better(ScoredKey x, ScoredKey y, u32 tie) {
+INLINE bool precedes(ScoredKey x, ScoredKey y, u32 tie) {
     return x.key >= 0 && (y.key < 0 || x.score > y.score || (x.score == y.score && wins_tie(x.key, y.key, tie)));
 }
-INLINE ScoredKey better_across(ScoredKey x, u32 step, u32 tie) {
+INLINE ScoredKey max_across(ScoredKey x, u32 step, u32 tie) {
     ScoredKey y = {shuffle_xor(x.score, step), shuffle_xor(x.key, step)};
-    return better(y, x, tie) ? y : x;
+    return precedes(y, x, tie) ? y : x;
 }
 
-// Eight elements of a row from d on, as f32; zeros without a row or beyond it.
-template <class T> INLINE void eight(const device T *row, u32 d, u32 dim, thread float (&x)[8]) {
+// Loads eight elements of a row from d on as f32; zeros without a row or beyond its end.
+template <class T> INLINE void load_eight(const device T *row, u32 d, u32 dim, thread float (&x)[8]) {
     for (u32 from = 0; from < 8; from += 4) {
         if (!row || d >= dim) {
             for (u32 y = 0; y < 4; y++)
@@ -76,7 +76,7 @@ template <class T> INLINE void eight(const device T *row, u32 d, u32 dim, thread
 // Size of the shared key ranges: those of every row, then their union.
 constexpr constant u32 DECODE_RANGES = 2 * ROWS + 2;
 
-// partial [places, splits, ROWS, 2]: the bits of the score, and the key.
+// partial [row tiles, splits, ROWS, 2]: the bits of the score, and the key.
 template <class T, int D>
 INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queries, threadgroup i32 *ranges,
                    threadgroup float *scores, threadgroup i32 *keys, const device T *q, const device T *k,
@@ -107,9 +107,9 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
     i32 end = from + min(share * i32(split + 1) - (GD_FAULT(112) ? 1 : 0), count);
     float scale = (p.score == SCORE_DOT ? 1.0f : 0.5f) / beta[at.h0];
     // Lane t of the four lanes of a key tracks rows t, t + 4, ..
-    ScoredKey best[ROWS / 4];
+    ScoredKey top[ROWS / 4];
     for (u32 x = 0; x < ROWS / 4; x++)
-        best[x] = {-GD_INFINITY, -1};
+        top[x] = {-GD_INFINITY, -1};
     for (i32 tile = begin; tile < end; tile++) {
         u32 first = u32(tile) * TILE + me.warp() * (TILE / DECODE_WARPS) + g;
         const device T *row[2];
@@ -123,7 +123,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
         for (u32 d = 8 * t; d < D; d += 32) {
             float x[2][8];
             for (u32 e = 0; e < 2; e++)
-                eight(row[e], d, p.head_dim, x[e]);
+                load_eight(row[e], d, p.head_dim, x[e]);
 #pragma unroll
             for (u32 r = 0; r < ROWS; r++) {
                 if (r >= gd_rows) continue;
@@ -150,7 +150,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
                 if (!GD_FAULT(113)) s += shuffle_xor(s, 2);
                 ScoredKey x = {s + offset, i32(j)};
                 bool open = i32(j) >= ranges[2 * r] && i32(j) < ranges[2 * r + 1] && finite(x.score);
-                if (r % 4 == t && open && better(x, best[r / 4], p.tie)) best[r / 4] = x;
+                if (r % 4 == t && open && precedes(x, top[r / 4], p.tie)) top[r / 4] = x;
             }
         }
     }
@@ -158,10 +158,10 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
 #pragma unroll
     for (u32 x = 0; x < ROWS / 4; x++) {
         for (u32 step = 4; step < (GD_FAULT(114) ? 16 : 32); step *= 2)
-            best[x] = better_across(best[x], step, p.tie);
+            top[x] = max_across(top[x], step, p.tie);
         if (g == 0) {
-            scores[me.warp() * ROWS + 4 * x + t] = best[x].score;
-            keys[me.warp() * ROWS + 4 * x + t] = best[x].key;
+            scores[me.warp() * ROWS + 4 * x + t] = top[x].score;
+            keys[me.warp() * ROWS + 4 * x + t] = top[x].key;
         }
     }
     if (!GD_FAULT(115)) block_barrier();
@@ -169,7 +169,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
         ScoredKey all = {-GD_INFINITY, -1};
         for (u32 w = 0; w < DECODE_WARPS; w++) {
             ScoredKey x = {scores[w * ROWS + me.index], keys[w * ROWS + me.index]};
-            if (better(x, all, p.tie)) all = x;
+            if (precedes(x, all, p.tie)) all = x;
         }
         device u32 *to = partial + (size_t(me.block) * ROWS + me.index) * 2;
         to[0] = as_type<u32>(all.score);
@@ -177,7 +177,7 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
     }
 }
 
-// The best of all splits; a simdgroup a row.
+// Merges the winners of all splits. One simdgroup per row.
 template <class T>
 INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q, const device T *k,
                          const device float *beta, const device float *prior, const device i32 *pages,
@@ -186,15 +186,15 @@ INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q,
     DecodeRows at(p, me.block);
     for (u32 r = me.warp(); r < ROWS; r += me.warps()) {
         if (!at.exists(p, r)) continue;
-        ScoredKey best = {-GD_INFINITY, -1};
+        ScoredKey top = {-GD_INFINITY, -1};
         for (u32 s = me.lane(); s < p.splits - (GD_FAULT(116) ? 1 : 0); s += 32) {
             const device u32 *x = partial + ((size_t(me.block) * p.splits + s) * ROWS + r) * 2;
             ScoredKey candidate = {as_type<float>(x[0]), i32(x[1])};
-            if (better(candidate, best, p.tie)) best = candidate;
+            if (precedes(candidate, top, p.tie)) top = candidate;
         }
         for (u32 step = 16; step > 0; step /= 2)
-            best = better_across(best, step, p.tie);
-        i32 winner = best.key;
+            top = max_across(top, step, p.tie);
+        i32 winner = top.key;
         u32 h = at.head(p, r), j = u32(max(winner, 0));
         const device T *query = query_row(p, at, q, r), *key = key_row(p, at, pages, k, j);
         float e = admit_winner(me, p, at.b, h, winner, query, key, beta, prior, threshold);

@@ -1,15 +1,15 @@
-// Metal's words for the bodies of kernels/shared, and how a kernel of this folder is bound (gpu::Gpu::launch
-// has the same from the host's side):
+// Metal definitions of the dialect of kernels/shared, and the interface of a kernel of this folder (gpu::Gpu::launch
+// describes the host's side):
 //
 //   name        operator, dtype, head_dim if the kernel is compiled for one, `metal`: scan_top1_f16_d64_metal
 //   buffer 0    the params struct, as bytes
-//   buffer n    the n-th buffer of the launch from 1 on; a missing one is bound to anything, and known to be
-//               missing by function constant 0
-//   constants   0 buffers that are there, 1 features, 2 rows (gpu::Constants); all `uint`
+//   buffer n    the n-th buffer of the launch, from 1 on; in place of a missing one any buffer is bound, and its bit of
+//               function constant 0 is 0
+//   constants   0 bit set of the buffers of the launch, 1 features, 2 rows (gpu::Constants); all `uint`
 //   threadgroup memory 0: dynamic shared memory, where a kernel has any
 //   grid        threadgroups [blocks, 1, 1] of [threads, 1, 1], simdgroups of 32
 //
-// Sources are compiled with precise math (no fast-math), each .metal with its quoted includes in place, once.
+// Sources are compiled with precise math (no fast-math); the quoted includes of a .metal source are expanded once each.
 #pragma once
 #if defined(GD_EMULATE)
 #include "../emulate/metal.h"
@@ -40,7 +40,7 @@ constant uint gd_rows [[function_constant(2)]];
 #define CONSTANT constant
 #define GD_INFINITY as_type<float>(0x7f800000u)
 
-// So that an array type can stand where a name follows.
+// Makes an array type usable in a declaration: gd_type<float[8]> &name.
 template <class T> using gd_type = T;
 
 // Number formats: arithmetic is done in f32. bfloat as storage, which needs no Metal 3.1.
@@ -97,13 +97,13 @@ template <> INLINE bf16 from_float<bf16>(float x) {
     return x != x ? bf16(0x7fff) : bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// ln(1 + x) with the relative precision of x; Metal has none.
+// ln(1 + x) with the relative precision of x; Metal has no log1p.
 INLINE float log1p(float x) {
     float y = 1.0f + x;
     return y == 1.0f ? x : log(y) * (x / (y - 1.0f));
 }
 
-// Metal has no double. Long sums keep what rounding takes from them (Neumaier).
+// Metal has no double. Long sums are compensated (Neumaier): `rest` is the sum of the rounding errors.
 typedef float wide;
 #define WIDE_ROUNDOFF 1.2e-7f
 struct Total {
@@ -112,8 +112,8 @@ struct Total {
 INLINE Total total(float x) { return {x, 0.0f}; }
 INLINE Total plus(Total x, Total y) {
     float sum = x.sum + y.sum;
-    float lost = fabs(x.sum) >= fabs(y.sum) ? (x.sum - sum) + y.sum : (y.sum - sum) + x.sum;
-    return {sum, x.rest + y.rest + lost};
+    float error = fabs(x.sum) >= fabs(y.sum) ? (x.sum - sum) + y.sum : (y.sum - sum) + x.sum;
+    return {sum, x.rest + y.rest + error};
 }
 INLINE float value(Total x) { return x.sum + x.rest; }
 INLINE Total load(const threadgroup Total *at) { return {at->sum, at->rest}; }

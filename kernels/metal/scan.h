@@ -4,7 +4,7 @@
 #include "range.h"
 #include "tile.h"
 
-// Most rows of a block.
+// Greatest number of rows of a block.
 constexpr constant u32 MAX_ROWS = 128;
 
 template <class T> struct QueryRows {
@@ -27,7 +27,7 @@ INLINE const device float *key_biases(constant ScanParams &p, const thread Query
 constexpr constant u32 KEY_RANGES = 2 * MAX_ROWS + 2;
 INLINE Range range_of_row(const threadgroup i32 *ranges, u32 row) { return {ranges[2 * row], ranges[2 * row + 1]}; }
 
-// Fills it for `rows` rows, at most as many as threads; ends with a barrier.
+// Computes the ranges of `rows` rows, at most one per thread; ends with a barrier.
 INLINE void compute_key_ranges(Thread me, threadgroup i32 *ranges, constant ScanParams &p, const thread QueryBlock &at,
                                const device i32 *table, u32 rows) {
     if (me.index == 0) ranges[2 * MAX_ROWS] = i32(p.keys), ranges[2 * MAX_ROWS + 1] = 0;
@@ -63,18 +63,18 @@ struct WarpRange {
 // The tiles in the union of the rows' ranges, in ascending order, or in descending order if ties go to the last key.
 struct Tiles {
     i32 from, count;
-    bool falling;
+    bool descending;
 
     Tiles(const threadgroup i32 *ranges, u32 tie, i32 keys) {
         Range all = range_of_row(ranges, MAX_ROWS);
         from = all.lo / keys;
         count = all.lo < all.hi ? (all.hi + keys - 1) / keys - from : 0;
-        falling = tie == TIE_LAST;
+        descending = tie == TIE_LAST;
     }
-    u32 number(i32 step) const { return u32(falling ? from + count - 1 - step : from + step); }
+    u32 number(i32 step) const { return u32(descending ? from + count - 1 - step : from + step); }
 };
 
-// Loads a tile of keys with its biases; has a barrier before, when the tile before is read, and after.
+// Loads a tile of keys with its biases. A barrier before waits until the previous tile has been read; another follows.
 template <class T, int D, int KEYS>
 INLINE void load_tile(Thread me, threadgroup typename Element<T>::type *tile, threadgroup float *biases,
                       const thread KeyRows<T> &keys, const device float *bias, u32 number, u32 dim) {
@@ -85,7 +85,7 @@ INLINE void load_tile(Thread me, threadgroup typename Element<T>::type *tile, th
     if (!GD_FAULT(102)) block_barrier();
 }
 
-// Brings the query rows of every simdgroup to its registers, by way of the tile.
+// Loads the query rows of every simdgroup into its registers, through the memory of the tile.
 template <class T, int D, int MT, int KEYS>
 INLINE void load_queries(Thread me, thread Scoring<T, D, MT, KEYS> &scoring,
                          threadgroup typename Element<T>::type *tile, constant ScanParams &p,

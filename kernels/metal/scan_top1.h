@@ -1,5 +1,5 @@
-// The scan for one candidate. A lane holds the best key so far of one row and of a quarter of the keys;
-// optionally the winner's value row is written at once.
+// The scan for one candidate. A lane holds the running maximum of one row over a quarter of the keys. The winner's
+// value row is written optionally.
 #pragma once
 #include "scan.h"
 
@@ -20,13 +20,13 @@ INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shar
     S scoring;
     load_queries(me, scoring, tile, p, at, q);
 
-    Range own[MT];
-    float best[MT];
-    i32 where[MT];
+    Range row_ranges[MT];
+    float max_score[MT];
+    i32 max_key[MT];
     for (int m = 0; m < MT; m++) {
-        own[m] = range_of_row(ranges, first + m * 8 + g);
-        best[m] = -GD_INFINITY;
-        where[m] = -1;
+        row_ranges[m] = range_of_row(ranges, first + m * 8 + g);
+        max_score[m] = -GD_INFINITY;
+        max_key[m] = -1;
     }
     WarpRange warp_range(ranges, first, S::ROWS);
     KeyRows<T> keys = key_rows(p, at, k);
@@ -47,9 +47,9 @@ INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shar
                 u32 x = (p.tie == TIE_LAST ? KEYS / 4 - 1 - y : y) * 4 + t;
                 i32 j = start + i32(x);
                 float s = out[(m * 8 + g) * S::OUT + x] + tile_bias[x];
-                i32 hi = own[m].hi + (GD_FAULT(105) ? 1 : 0);
-                bool open = s < GD_INFINITY && (whole || (j >= own[m].lo && j < hi));
-                if (open && (GD_FAULT(106) ? s >= best[m] : s > best[m])) best[m] = s, where[m] = j;
+                i32 hi = row_ranges[m].hi + (GD_FAULT(105) ? 1 : 0);
+                bool open = s < GD_INFINITY && (whole || (j >= row_ranges[m].lo && j < hi));
+                if (open && (GD_FAULT(106) ? s >= max_score[m] : s > max_score[m])) max_score[m] = s, max_key[m] = j;
             }
         }
     }
@@ -61,8 +61,8 @@ INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shar
             float top = -GD_INFINITY;
             i32 winner = -1;
             for (u32 part = 0; part < (GD_FAULT(107) ? 3 : 4); part++) {
-                float s = shuffle(best[m], r * 4 + part);
-                i32 j = shuffle(where[m], r * 4 + part);
+                float s = shuffle(max_score[m], r * 4 + part);
+                i32 j = shuffle(max_key[m], r * 4 + part);
                 bool wins = j >= 0 && (winner < 0 || s > top || (s == top && wins_tie(j, winner, p.tie)));
                 if (wins) top = s, winner = j;
             }

@@ -4,7 +4,7 @@
 #include "scan.h"
 
 // Entries of a list.
-constexpr constant u32 LIST = 64;
+constexpr constant u32 LIST_CAPACITY = 64;
 
 template <class T, int D, int KEYS>
 INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shared, threadgroup i32 *ranges,
@@ -13,7 +13,7 @@ INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shar
                       const device i32 *protected_keys, device uint8_t *flags) {
     typedef Scoring<T, D, 1, KEYS> S;
     typedef typename S::E E;
-    constexpr u32 EACH = KEYS / 4;
+    constexpr u32 LANE_KEYS = KEYS / 4;
     u32 rows = me.warps() * S::ROWS, first = me.warp() * S::ROWS, lane = me.lane(), g = lane / 4, t = lane % 4;
     QueryBlock at(me, p, rows);
     compute_key_ranges(me, ranges, p, at, table, rows);
@@ -21,11 +21,11 @@ INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shar
     threadgroup E *tile = reinterpret_cast<threadgroup E *>(shared);
     threadgroup float *tile_bias = reinterpret_cast<threadgroup float *>(tile + KEYS * S::PITCH);
     threadgroup float *out = tile_bias + KEYS + first * S::OUT;
-    threadgroup float *lists = tile_bias + KEYS + rows * S::OUT + first * 2 * LIST;
+    threadgroup float *lists = tile_bias + KEYS + rows * S::OUT + first * 2 * LIST_CAPACITY;
     S scoring;
     load_queries(me, scoring, tile, p, at, q);
 
-    Range own = range_of_row(ranges, first + g);
+    Range row_range = range_of_row(ranges, first + g);
     // Of the lane's row, the same in the four lanes that share it.
     float threshold = -GD_INFINITY;
     u32 count = 0;
@@ -42,30 +42,30 @@ INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shar
         bool whole = warp_range.covers(start, KEYS);
         scoring.scores(tile, out);
         warp_barrier();
-        float s[EACH];
+        float s[LANE_KEYS];
         bool any = false;
 #pragma unroll
-        for (u32 x = 0; x < EACH; x++) {
+        for (u32 x = 0; x < LANE_KEYS; x++) {
             u32 at_key = x * 4 + t;
             i32 j = start + i32(at_key);
             s[x] = out[g * S::OUT + at_key] + tile_bias[at_key];
-            bool open = s[x] < GD_INFINITY && (whole || (j >= own.lo && j < own.hi));
+            bool open = s[x] < GD_INFINITY && (whole || (j >= row_range.lo && j < row_range.hi));
             if (!open) s[x] = -GD_INFINITY;
             any = any || s[x] > threshold;
         }
-        // Most tiles improve nothing.
+        // Most tiles have no score above a threshold.
         if (!simd_any(any)) continue;
-        u32 hits[EACH], found = 0;
+        u32 hits[LANE_KEYS], total = 0;
 #pragma unroll
-        for (u32 x = 0; x < EACH; x++) {
+        for (u32 x = 0; x < LANE_KEYS; x++) {
             hits[x] = vote(s[x] > threshold) & quad;
-            found += bits_set(hits[x]);
+            total += bits_set(hits[x]);
         }
-        u32 full = vote(count + found > (GD_FAULT(110) ? LIST + 8 : LIST));
-        compact_lists(me, p, lists, 0, LIST, full, count, threshold);
-        List list(lists, g, LIST);
+        u32 full = vote(count + total > (GD_FAULT(110) ? LIST_CAPACITY + 8 : LIST_CAPACITY));
+        compact_lists(me, p, lists, 0, LIST_CAPACITY, full, count, threshold);
+        List list(lists, g, LIST_CAPACITY);
 #pragma unroll
-        for (u32 x = 0; x < EACH; x++) {
+        for (u32 x = 0; x < LANE_KEYS; x++) {
             if (hits[x] >> lane & 1) {
                 u32 to = count + bits_set(hits[x] & below);
                 list.score[to] = s[x];
@@ -78,7 +78,7 @@ INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shar
     for (u32 r = 0; r < 8; r++) {
         u32 row = first + r, entries = shuffle(count, r * 4);
         if (!at.exists(p, row)) continue;
-        List list(lists, r, LIST);
+        List list(lists, r, LIST_CAPACITY);
         write_list(me, p, at, row, list, entries, range_of_row(ranges, row), q, keys.first, beta, prior, index, energy,
                    protected_keys, flags);
     }

@@ -174,11 +174,11 @@ KERNEL(256) sort_offsets_metal(constant SortParams &p [[buffer(0)]], device u32 
 }
 GD_REGISTER(sort_offsets_metal)
 KERNEL(256)
-sort_scatter_metal(constant SortParams &p [[buffer(0)]], const device u32 *places [[buffer(1)]],
+sort_scatter_metal(constant SortParams &p [[buffer(0)]], const device u32 *offsets [[buffer(1)]],
                    const device u32 *segments [[buffer(2)]], const device u32 *entries [[buffer(3)]],
                    device u32 *segments_out [[buffer(4)]], device u32 *entries_out [[buffer(5)]], GD_THREAD) {
     GD_SHARED(u32[SORT_WARPS * DIGITS], next);
-    sort_scatter(GD_HERE, p, next, places, segments, entries, segments_out, entries_out);
+    sort_scatter(GD_HERE, p, next, offsets, segments, entries, segments_out, entries_out);
 }
 GD_REGISTER(sort_scatter_metal)
 KERNEL(256)

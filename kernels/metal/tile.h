@@ -12,7 +12,7 @@ template <> struct Element<bf16> {
     static INLINE float of(bf16 x) { return to_float(x); }
 };
 
-// Rows of a tensor of which a tile takes some; null beyond the last.
+// The key rows of a tensor; row(r) is null beyond the last.
 template <class T> struct KeyRows {
     const device T *first;
     u32 stride, rows;
@@ -47,7 +47,7 @@ INLINE void load_rows(Thread me, threadgroup typename Element<T>::type *tile, co
 // The query rows of a simdgroup, in registers, and their products with keys.
 template <class T, int D, int MT, int KEYS> struct Scoring {
     typedef typename Element<T>::type E;
-    // Rows are padded by 16 bytes, so that rows below each other lie in different banks.
+    // Rows are padded by 16 bytes, so that consecutive rows start in different banks.
     static constexpr constant u32 ROWS = 8 * MT, PITCH = D + 16 / sizeof(E), OUT = KEYS + 4;
     simdgroup_matrix<E, 8, 8> q[MT][D / 8];
 

@@ -36,7 +36,7 @@ INLINE void cross_entropy_forward(Thread me, PARAMS CrossEntropyParams &p, SHARE
     logits += RowIndex(me.block, p.heads, p.rows).offset(p.x_batch, p.x_head, p.x_row);
     OnlineSum all = {MAX_START, 0.0f};
     for (u32 first = me.index; first < p.vocab; first += me.threads * LOGITS_PER_LOAD) {
-        float x[LOGITS_PER_LOAD], most = all.max, sum = 0;
+        float x[LOGITS_PER_LOAD], greatest = all.max, sum = 0;
 #pragma unroll
         for (u32 e = 0; e < LOGITS_PER_LOAD; e++) {
             u32 c = first + e * me.threads;
@@ -44,11 +44,11 @@ INLINE void cross_entropy_forward(Thread me, PARAMS CrossEntropyParams &p, SHARE
         }
 #pragma unroll
         for (u32 e = 0; e < LOGITS_PER_LOAD; e++)
-            most = fmax(most, x[e]);
+            greatest = fmax(greatest, x[e]);
 #pragma unroll
         for (u32 e = 0; e < LOGITS_PER_LOAD; e++)
-            sum += exp(x[e] - most);
-        all.add(most, sum);
+            sum += exp(x[e] - greatest);
+        all.add(greatest, sum);
     }
     maxima[me.index] = all.max;
     sums[me.index] = all.sum;

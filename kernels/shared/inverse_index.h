@@ -65,7 +65,7 @@ INLINE void sort_offsets(Thread me, PARAMS SortParams &p, SHARED u32 *sums, SHAR
 
 // Moves every entry to its position. Warp w of a block takes WARP_ENTRIES entries in order, 32 at a time; `next` has 8
 // DIGITS entries.
-INLINE void sort_scatter(Thread me, PARAMS SortParams &p, SHARED u32 *next, const DEVICE u32 *places,
+INLINE void sort_scatter(Thread me, PARAMS SortParams &p, SHARED u32 *next, const DEVICE u32 *offsets,
                          const DEVICE u32 *segments, const DEVICE u32 *entries, DEVICE u32 *segments_out,
                          DEVICE u32 *entries_out) {
     u32 warp = me.warp(), first = me.block * SORT_BLOCK_ENTRIES + warp * WARP_ENTRIES;
@@ -76,7 +76,7 @@ INLINE void sort_scatter(Thread me, PARAMS SortParams &p, SHARED u32 *next, cons
         if (first + x < p.entries) add_one(next + warp * DIGITS + (segments[first + x] >> p.shift & (DIGITS - 1)));
     block_barrier();
     for (u32 d = me.index; d < DIGITS; d += me.threads) {
-        u32 sum = places[size_t(d) * p.blocks + me.block];
+        u32 sum = offsets[size_t(d) * p.blocks + me.block];
         for (u32 w = 0; w < SORT_WARPS; w++) {
             u32 count = next[w * DIGITS + d];
             next[w * DIGITS + d] = sum;
@@ -95,10 +95,10 @@ INLINE void sort_scatter(Thread me, PARAMS SortParams &p, SHARED u32 *next, cons
             u32 set = vote(digit >> b & 1);
             same &= digit >> b & 1 ? set : ~set;
         }
-        SHARED u32 *place = &next[warp * DIGITS + digit];
-        u32 to = *place + bits_set(same & ((1u << me.lane()) - 1));
+        SHARED u32 *position = &next[warp * DIGITS + digit];
+        u32 to = *position + bits_set(same & ((1u << me.lane()) - 1));
         warp_barrier();
-        if (inside && first_bit(same) == me.lane()) *place += bits_set(same);
+        if (inside && first_bit(same) == me.lane()) *position += bits_set(same);
         warp_barrier();
         if (inside) {
             segments_out[to] = segment;

@@ -18,7 +18,8 @@ INLINE size_t part_at(u32 from, u32 begin, u32 dim) {
     return (size_t(from / READERS_PER_WARP) * 2 + (GD_FAULT(24) ? 0 : begin > from)) * dim;
 }
 
-// out [B, Hk, M, dim] = sum over a list's entries of add(entry, place of its row, key, first d, sums of 4 d).
+// out [B, Hk, M, dim]: for every key, the sum over the entries that read it. add(thread, slot, row, key, first, sum)
+// adds the columns first + 32 x + lane of one entry to sum[x].
 template <class T, class Add>
 INLINE void sum_readers(Thread me, PARAMS SelectParams &p, u32 dim, const LOCAL Readers &r, DEVICE T *out, Add add) {
     SelectRow at(me, p);

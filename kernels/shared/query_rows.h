@@ -8,11 +8,11 @@ struct QueryBlock {
     u32 b, h0, kv, first;
 
     INLINE QueryBlock(Thread me, PARAMS ScanParams &p, u32 rows) {
-        u32 each = p.q_heads / p.pack, groups = p.batch * each;
+        u32 batch_groups = p.q_heads / p.pack, groups = p.batch * batch_groups;
         // Under a causal mask the last rows have the most keys. Their blocks start first, for load balance.
         u32 group = me.block % groups, block = p.row_blocks - 1 - me.block / groups;
-        b = group / each;
-        h0 = group % each * p.pack;
+        b = group / batch_groups;
+        h0 = group % batch_groups * p.pack;
         kv = h0 / (p.q_heads / p.kv_heads);
         first = block * rows;
     }

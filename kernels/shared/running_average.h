@@ -60,23 +60,23 @@ INLINE void running_average_weights(Thread me, PARAMS RunningAverageParams &p, S
     float carry = start ? start[s] : -GD_INFINITY;
     for (u32 first = 0; first < p.rows; first += AVERAGE_SCAN_THREADS) {
         u32 t = first + me.index;
-        LogStep own = LogStep::identity(), all;
+        LogStep map = LogStep::identity(), all;
         float w = 0;
         if (t < p.rows) {
             w = to_float(write[size_t(s) * p.rows + t]);
-            own = {log_sigmoid(to_float(decay[size_t(s) * p.rows + t])), w};
+            map = {log_sigmoid(to_float(decay[size_t(s) * p.rows + t])), w};
         }
-        LogStep upto = block_compose(me, own, all, part);
+        LogStep upto = block_compose(me, map, all, part);
         logs[me.index] = log_add(upto.a + carry, upto.b);
         block_barrier();
         if (t < p.rows) {
-            float before = me.index ? logs[me.index - 1] : carry, past = own.a + before, keep = 1, take = 0;
+            float before = me.index ? logs[me.index - 1] : carry, past = map.a + before, keep = 1, take = 0;
             if (past > -GD_INFINITY || w > -GD_INFINITY) {
                 // Both are computed from the exponential, so that neither loses relative precision as 1 minus the
                 // other.
-                float lead = w - past, e = exp(-fabs(lead)), more = 1 / (1 + e), less = e / (1 + e);
-                keep = lead >= 0 ? less : more;
-                take = lead >= 0 ? more : less;
+                float lead = w - past, e = exp(-fabs(lead)), larger = 1 / (1 + e), smaller = e / (1 + e);
+                keep = lead >= 0 ? smaller : larger;
+                take = lead >= 0 ? larger : smaller;
             }
             weights[2 * (size_t(s) * p.rows + t)] = keep;
             weights[2 * (size_t(s) * p.rows + t) + 1] = take;
@@ -209,13 +209,13 @@ INLINE void running_average_rows_backward(Thread me, PARAMS RunningAverageParams
     u32 sv = me.block / p.blocks, block = me.block % p.blocks, b = sv / p.value_heads, kv = sv % p.value_heads;
     u32 group = p.heads / p.value_heads, d = me.index, warps = me.warps();
     u32 first = block * AVERAGE_BLOCK_STEPS, end = min(first + AVERAGE_BLOCK_STEPS, p.rows);
-    size_t own = size_t(b) * p.heads + kv * group;
+    size_t first_head = size_t(b) * p.heads + kv * group;
     for (u32 j = 0; j < group; j++)
-        gradient[j * me.threads + d] = d < p.dim ? carry[((own + j) * p.blocks + block) * p.dim + d] : 0.0f;
+        gradient[j * me.threads + d] = d < p.dim ? carry[((first_head + j) * p.blocks + block) * p.dim + d] : 0.0f;
     for (u32 t = end; t-- > first;) {
         float sum = 0, value = d < p.dim ? to_float(value_row(p, b, kv, t, v)[d]) : 0.0f;
         for (u32 j = 0; j < group; j++) {
-            size_t s = own + j;
+            size_t s = first_head + j;
             float keep = weights[2 * (s * p.rows + t)], take = weights[2 * (s * p.rows + t) + 1], product = 0;
             if (d < p.dim) {
                 float x = gradient[j * me.threads + d] + mean_gradient(p, dm, b, kv * group + j, t, d);

@@ -3,15 +3,15 @@
 #pragma once
 #include "select.h"
 
-// Effect of the barrier: none (at -1), a lift of score `at` with the given strength relative to the best other score,
-// or score `at` set to ln(floor / (1 - floor)) + logsumexp(others).
+// Effect of the barrier: none (slot -1), a lift of the score of `slot` with the given strength relative to that of
+// `other`, the greatest of the other scores, or (`floored`) a score of ln(floor / (1 - floor)) + logsumexp(others).
 struct Effect {
-    i32 at, best;
+    i32 slot, other;
     wide score, strength;
     bool floored;
 };
 
-// Whether slot x goes before slot y (-1: none).
+// Whether slot x comes before slot y (-1: none).
 INLINE bool precedes(const DEVICE float *energy, const DEVICE i32 *key, u32 x, i32 y, u32 tie) {
     return y < 0 || energy[x] < energy[y] || (energy[x] == energy[y] && wins_tie(key[x], key[y], tie));
 }
@@ -61,7 +61,7 @@ INLINE void barrier_forward(Thread me, PARAMS SelectParams &p, const DEVICE floa
     size_t first = row * p.slots;
     Effect e = barrier_effect(p, energy + first, index + first, flags + first);
     for (u32 s = 0; s < p.slots; s++)
-        out[first + s] = i32(s) == e.at ? float(-e.score) : energy[first + s];
+        out[first + s] = i32(s) == e.slot ? float(-e.score) : energy[first + s];
 }
 
 INLINE void barrier_backward(Thread me, PARAMS SelectParams &p, const DEVICE float *energy, const DEVICE i32 *index,
@@ -70,19 +70,19 @@ INLINE void barrier_backward(Thread me, PARAMS SelectParams &p, const DEVICE flo
     if (row >= size_t(p.batch) * p.q_heads * p.queries) return;
     size_t first = row * p.slots;
     Effect e = barrier_effect(p, energy + first, index + first, flags + first);
-    wide g = e.at >= 0 ? wide(grad[first + e.at]) : 0, total = 0;
+    wide g = e.slot >= 0 ? wide(grad[first + e.slot]) : 0, total = 0;
     if (e.floored)
         for (u32 s = 0; s < p.slots; s++)
-            if (index[first + s] >= 0 && i32(s) != e.at)
-                total += exp(wide(energy[first + e.best]) - wide(energy[first + s]));
+            if (index[first + s] >= 0 && i32(s) != e.slot)
+                total += exp(wide(energy[first + e.other]) - wide(energy[first + s]));
     for (u32 s = 0; s < p.slots; s++) {
         wide x = wide(grad[first + s]);
-        if (e.at >= 0 && i32(s) == e.at) {
+        if (e.slot >= 0 && i32(s) == e.slot) {
             x = e.floored ? 0 : g * (1 + e.strength);
-        } else if (e.at >= 0 && index[first + s] >= 0) {
+        } else if (e.slot >= 0 && index[first + s] >= 0) {
             if (e.floored)
-                x += g * exp(wide(energy[first + e.best]) - wide(energy[first + s])) / total;
-            else if (i32(s) == e.best)
+                x += g * exp(wide(energy[first + e.other]) - wide(energy[first + s])) / total;
+            else if (i32(s) == e.other)
                 x -= g * e.strength;
         }
         out[first + s] = float(x);

@@ -65,13 +65,13 @@ INLINE Choice choose(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &
 
 // p of the lane's slots; returns p of the null slot.
 INLINE float softmax(PARAMS SelectParams &p, const LOCAL Candidates &c, float tau, LOCAL float (&share)[2]) {
-    float least = fmin(tau, warp_min(fmin(c.energy[0], c.energy[1])));
+    float lowest = fmin(tau, warp_min(fmin(c.energy[0], c.energy[1])));
     share[0] = share[1] = 0;
-    if (!finite(least)) return 0;
-    float null = exp((least - tau) / p.temperature);
+    if (!finite(lowest)) return 0;
+    float null = exp((lowest - tau) / p.temperature);
 #pragma unroll
     for (u32 x = 0; x < 2; x++)
-        if (c.key[x] >= 0) share[x] = exp((least - c.energy[x]) / p.temperature);
+        if (c.key[x] >= 0) share[x] = exp((lowest - c.energy[x]) / p.temperature);
     float total = null + warp_sum(share[0] + share[1]);
     share[0] /= total;
     share[1] /= total;

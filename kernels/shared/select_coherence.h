@@ -1,5 +1,5 @@
-// The coherence point and the mixture density at it, one key a query (index [B, Hq, N]; slots is 1). In f64
-// where there is one: near t = 2 the point turns with the square root of an error of t.
+// The coherence point and the mixture density at it, with one key per query (index [B, Hq, N]; slots is 1). In f64
+// where available: near t = 2 the error of the point is the square root of the error of t.
 #pragma once
 #include "key_gradient.h"
 
@@ -8,7 +8,8 @@ INLINE wide global_root(wide t, wide l) {
     if (l == 0 && t <= 2) return 0;
     wide side = l > 0 ? 1 : -1, lo = 0, hi = 1, m = 1;
     l = fabs(l);
-    // In that well's half the root is unique; Newton from 1, with bisection where it would leave the bracket.
+    // The root is unique in the half of that well. Newton's method from 1, with bisection where it would leave the
+    // bracket.
     for (int step = 0; step < 60; step++) {
         wide th = tanh(wide(0.5) * (l + t * m)), f = m - th;
         if (f > 0)
@@ -39,7 +40,7 @@ INLINE wide coherence_point(wide t, wide alpha, u32 mode) {
     return wide(0.5) * (lo + hi);
 }
 
-// exp(-E*) and its derivatives by t and alpha; both hold u fixed, since the density is stationary in it.
+// exp(-E*) and its derivatives with respect to t and alpha, at fixed u: the density is stationary in u.
 struct Density {
     wide value, by_t, by_alpha;
 };

@@ -1,5 +1,5 @@
-// Refinement: r = q - c delta with delta = k - q, c = <q, delta> / |delta|^2; a query without a key, or on
-// top of it, stays as it is. index [B, Hq, N]: slots is 1.
+// Refinement: r = q - c delta with delta = k - q, c = <q, delta> / |delta|^2; a query without a key, or
+// equal to it, is unchanged. index [B, Hq, N]: slots is 1.
 #pragma once
 #include "key_gradient.h"
 
@@ -107,7 +107,7 @@ INLINE void residual_key_gradient(Thread me, PARAMS SelectParams &p, const LOCAL
     sum_readers(me, p, p.head_dim, r, dk, AddResidualKey<T>{p, q, k, dr});
 }
 
-// The candidates without each row's winner; a row that abstained has none left to refine with.
+// The candidates of the next round of refinement: all but the winner, none for a row that abstained.
 INLINE void select_remaining(Thread me, PARAMS SelectParams &p, const DEVICE i32 *index, const DEVICE i32 *slot,
                              DEVICE i32 *out) {
     u32 at = me.global();

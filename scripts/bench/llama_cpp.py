@@ -4,10 +4,10 @@
 Usage: scripts/bench/llama_cpp.py MODEL.gguf --text FILE [--gd PROGRAM] [--context 128,1024,4096] [--tokens N]
                                   [--dtype f32,f16] [--rounds R] [--k K]
 
-MODEL.gguf is any llama model that `gd convert` reads. Both get its weights as numbers of each dtype: llama.cpp in a
-GGUF file that this script writes, gd in a checkpoint folder, with softmax attention and with selection of one key a
-head (--k keys; an untrained swap: its text means nothing, its speed does). Rates are tokens/s, medians over the
-rounds; reading is up to the first new token. llama.cpp runs through its server, whose timings it reports itself.
+MODEL.gguf is any llama model that `gd convert` reads. Both get its weights in each dtype: llama.cpp from a GGUF file
+that this script writes, gd from a checkpoint folder, with softmax attention and with selection attention of --k keys
+(untrained, so only its speed is meaningful). Rates are tokens/s, medians over the rounds; "reading" is the prompt up
+to the first new token. The figures of llama.cpp are the timings that its server reports.
 
 Needs `pip install xllamacpp gguf` (llama.cpp built for AVX2, and its file format).
 """
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
 
 
 def write_gguf(source: pathlib.Path, target: pathlib.Path, dtype: str) -> None:
-    """The same model with its matrices in f32 or f16."""
+    """Writes the same model with its matrices in f32 or f16."""
     import gguf
     import numpy as np
 
@@ -84,10 +84,10 @@ print("RESULT" + json.dumps(server.handle_completions(request)))
 def run_llama(model: pathlib.Path, prompt: str, tokens: int, threads: int, context: int) -> dict:
     command = [sys.executable, "-c", CHILD, str(model), str(tokens), str(threads), str(context)]
     done = subprocess.run(command, input=prompt, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
-    found = [line[6:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    if not found:
+    results = [line[6:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if not results:
         sys.exit(f"error: llama.cpp: {done.stderr.strip()[-500:]}")
-    return json.loads(found[0])
+    return json.loads(results[0])
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def main() -> None:
             subprocess.run([*convert, str(softmax)], check=True, stdout=subprocess.DEVNULL)
             subprocess.run([*convert, str(select), "--attention", "gd", "--k", str(args.k)], check=True, stdout=subprocess.DEVNULL)
             for size in map(int, args.context.split(",")):
-                # As many characters as make about so many tokens.
+                # About as many characters as have this number of tokens.
                 rate = run_gd(argparse.Namespace(gd=args.gd, tokens=1), softmax, text[:2000])["prompt_tokens"] / 2000
                 prompt = text[: int(size / rate)]
                 results: dict[str, list] = {"llama.cpp": [], "gd softmax": [], f"gd k={args.k}": []}
@@ -114,8 +114,8 @@ def main() -> None:
                     times = reply["timings"]
                     results["llama.cpp"].append((times["prompt_n"], times["prompt_per_second"], times["predicted_per_second"]))
                     for name, model in (("gd softmax", softmax), (f"gd k={args.k}", select)):
-                        seen = run_gd(args, model, prompt)
-                        results[name].append((seen["prompt_tokens"], seen["prompt_tokens_per_second"], seen["tokens_per_second"]))
+                        timing = run_gd(args, model, prompt)
+                        results[name].append((timing["prompt_tokens"], timing["prompt_tokens_per_second"], timing["tokens_per_second"]))
                 base = [statistics.median(run[i] for run in results["llama.cpp"]) for i in (1, 2)]
                 for name, runs in results.items():
                     reading, writing = (statistics.median(run[i] for run in runs) for i in (1, 2))

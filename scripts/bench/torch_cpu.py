@@ -4,8 +4,8 @@
 Usage: scripts/bench/torch_cpu.py [--gd PROGRAM] [--shapes BxHxNxD,..] [--pass fwd,fwdbwd,decode] [--rounds R]
                               [--repeats R] [--only NAME,..] [--seed S]
 
-In every round each shape and pass is measured by both, so that a busy moment of the machine falls on both
-alike; the table has the medians over the rounds. Both get f32 and the same number of threads:
+In every round each shape and pass is measured with both, so that other load of the machine affects both; the
+table has the medians over the rounds. Both get f32 and the same number of threads:
 RAYON_NUM_THREADS, or the number of CPUs. PyTorch runs fwd under no_grad and causal, fwdbwd causal with the
 gradients of q, k and v, and decode with one query on N keys under no_grad. Build the program first, with
 `cargo build --release`, and install PyTorch with `pip install torch`.
@@ -22,8 +22,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PASSES = ["fwd", "fwdbwd", "decode"]
-# What is quicker than this many seconds is run several times, as `gd bench` does.
-ROUND = 0.02
+# Runs shorter than this many seconds are repeated within a measurement, as in `gd bench`.
+MIN_MEASUREMENT_S = 0.02
 
 
 def parse() -> argparse.Namespace:
@@ -64,7 +64,7 @@ def run_gd(args: argparse.Namespace, shape: str, which: str, threads: int) -> di
 
 
 def attention(torch, shape: str, which: str, seed: int):
-    """One run of PyTorch's attention, as a function."""
+    """A function that runs PyTorch's attention once."""
     batch, heads, length, dim = map(int, shape.split("x"))
     generator = torch.Generator().manual_seed(seed)
     queries = 1 if which == "decode" else length
@@ -100,7 +100,7 @@ def timed(run, count: int) -> float:
 def run_torch(run, repeats: int) -> float:
     """Median seconds, after a warm-up."""
     once = min(timed(run, 1), timed(run, 1))
-    count = max(1, min(1000, int(ROUND / once)))
+    count = max(1, min(1000, int(MIN_MEASUREMENT_S / once)))
     return statistics.median(timed(run, count) for _ in range(repeats))
 
 

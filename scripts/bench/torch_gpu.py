@@ -6,9 +6,9 @@ Usage: scripts/bench/torch_gpu.py --gd PROGRAM [--shapes BxHxNxD,..] [--pass fwd
 
 PyTorch runs scaled_dot_product_attention with its cuDNN and its flash backend, each forced, and FlashAttention 3
 where its package is installed. fwd runs under no_grad and causal, fwdbwd causal with the gradients of q, k and v,
-decode with one query on N keys under no_grad. Both sides are warmed up, then run for a while without waiting, and
-wait for the GPU at the end. In every round each shape and pass is measured by all; the table has the medians over
-the rounds. After S seconds no further round is begun. A backend that refuses a case is named with its reason.
+decode with one query on N keys under no_grad. Both are warmed up; a measurement enqueues several runs and then waits for the
+GPU. In every round each shape and pass is measured with all of them; the table has the medians over the rounds. No
+round starts after S seconds. A backend that refuses a case is listed with the reason.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import sys
 import time
 
 PASSES = ["fwd", "fwdbwd", "decode"]
-# What is quicker than this many seconds is run several times, as `gd bench` does.
-ROUND = 0.02
+# Runs shorter than this many seconds are repeated within a measurement, as in `gd bench`.
+MIN_MEASUREMENT_S = 0.02
 OURS = "gd k=1,gd k=8,gd k=1 winner,gd k=1 certified,gd k=8 certified"
 
 
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_gd(args: argparse.Namespace, shape: str, which: str) -> dict[str, float | str]:
-    """Median seconds of every contender, or why it was not run."""
+    """Median seconds of every contender, or the reason why it was not run."""
     command = [args.gd, "bench", "attention", "--device", "cuda:0", "--json", "--dtype", args.dtype]
     command += ["--shapes", shape, "--pass", which, "--repeats", "3", "--only", args.only]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
@@ -75,7 +75,7 @@ def backends(torch) -> dict:
 
         return run
 
-    found = {"torch cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "torch flash": sdpa(SDPBackend.FLASH_ATTENTION)}
+    runs = {"torch cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "torch flash": sdpa(SDPBackend.FLASH_ATTENTION)}
     try:
         from flash_attn_interface import flash_attn_func
 
@@ -84,14 +84,14 @@ def backends(torch) -> dict:
             out = flash_attn_func(*rows_first, causal=causal)
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
-        found["FlashAttention 3"] = third
+        runs["FlashAttention 3"] = third
     except ImportError:
         pass
-    return found
+    return runs
 
 
 def run_torch(torch, forward, dtype: str, shape: str, which: str) -> float | str:
-    """Median seconds of a run, or why there is none."""
+    """Median seconds of a run, or the error."""
     batch, heads, length, dim = map(int, shape.split("x"))
     queries = 1 if which == "decode" else length
     kind = {"bf16": torch.bfloat16, "f16": torch.float16}[dtype]
@@ -119,14 +119,14 @@ def run_torch(torch, forward, dtype: str, shape: str, which: str) -> float | str
 
     try:
         timed(2)
-        count = max(1, min(1000, int(ROUND / timed(2))))
+        count = max(1, min(1000, int(MIN_MEASUREMENT_S / timed(2))))
         return statistics.median(timed(count) for _ in range(3))
     except RuntimeError as e:
         return str(e).strip().splitlines()[0]
 
 
 def work(shape: str, which: str) -> float:
-    """Operations of attention: two products over the visible pairs, and 2.5 times that backwards."""
+    """Operations of attention: two products over the visible pairs, and 2.5 times as many in the backward pass."""
     batch, heads, length, dim = map(int, shape.split("x"))
     pairs = length if which == "decode" else length * (length + 1) / 2
     return batch * heads * pairs * 4 * dim * (3.5 if which == "fwdbwd" else 1)
@@ -150,18 +150,18 @@ def main() -> int:
     while rounds < args.rounds and (rounds == 0 or time.monotonic() - began < args.seconds):
         for which, shape in cases:
             print(f"round {rounds + 1}: {which} {shape}", file=sys.stderr)
-            found = run_gd(args, shape, which)
+            measured = run_gd(args, shape, which)
             for name, forward in backends(torch).items():
-                found[name] = run_torch(torch, forward, args.dtype, shape, which)
+                measured[name] = run_torch(torch, forward, args.dtype, shape, which)
                 torch.cuda.empty_cache()
-            for name, value in found.items():
+            for name, value in measured.items():
                 if isinstance(value, str):
                     refused[which, shape, name] = value
                 else:
                     seconds[which, shape].setdefault(name, []).append(value)
         rounds += 1
     print(f"{torch.cuda.get_device_name()}, {args.dtype}, PyTorch {torch.__version__}, medians of {rounds} rounds\n")
-    print("| pass | shape | what | ms | attention TFLOP/s | best PyTorch / this |")
+    print("| pass | shape | what | ms | attention TFLOP/s | fastest PyTorch / this |")
     print("|---|---|---|---:|---:|---:|")
     results = []
     for which, shape in cases:
@@ -179,7 +179,7 @@ def main() -> int:
     if args.json:
         report = {"dtype": args.dtype, "torch": torch.__version__, "rounds": rounds, "results": results}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    # Nothing of ours was measured: that is no benchmark.
+    # Fails if no pass of gd was measured.
     return 0 if any(name.startswith("gd ") for case in cases for name in seconds[case]) else 1
 
 

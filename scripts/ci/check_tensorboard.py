@@ -23,7 +23,7 @@ def scalars(line, prefix=""):
 
 
 def single(x):
-    """What is left of a number in single precision."""
+    """A number rounded to single precision."""
     return struct.unpack("<f", struct.pack("<f", x))[0]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares what the program saves with what Python's transformers makes of it.
+"""Compares the models that the program saves with the results of Python's transformers for them.
 
     python3 -m venv venv && venv/bin/pip install torch transformers
     cargo build --release -p gd-model -p gd-cli --bins --examples
@@ -30,7 +30,7 @@ BOUND = 1e-4
 BARRIER = {"floor": 0.2, "margin": 2.0, "strength": 1.5, "entropy_trigger": 0.5, "slack": 0.5}
 BEACON = {"conv_width": 4, "averages": 2, "prior": True, "protected": 2, "barrier": BARRIER}
 
-# What differs from tests/fixtures/small.json in its block `gd`, by the name of the model.
+# Changes of the block `gd` of tests/fixtures/small.json, by the name of the model.
 SELECTING = {
     "as-it-is": {},
     "barrier-rounds": {"beacon": BEACON, "output_gate": True, "output_bias": True, "windows": [None, 9],
@@ -74,7 +74,7 @@ def families(gd, work):
 
 
 def shake(folder, halved):
-    """Moves every weight by a share of its size, so that no part of the model is still as it began."""
+    """Changes every weight by a fraction of its size, so that no part of the model has its initial value."""
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in sorted(tensors.items()):
         size = 0.15 if tensor.dim() == 1 else max(0.2 * tensor.std().item(), 0.5 * tensor.shape[-1] ** -0.5)

@@ -3,12 +3,11 @@
 #
 # Usage: scripts/ci/compile_kernels.sh [--all | --record]
 #
-# The compiler needs minutes per source, so its report of each is recorded in kernels/cuda/compiled under a hash of the
-# source, all headers and the flags; only sources with another hash are compiled. Comments and white space are left out
-# of the hash, since they do not change the code. --all compiles everything; --record compiles everything and writes
-# that file.
-# nvcc is that of CUDA_HOME, or of PATH, or one that scripts/hardware/cuda_toolchain.sh assembles below target/.
-# A source *_sm90a.cu is for Hopper's own instructions and compiled for sm_90a alone.
+# Compiling takes minutes per source, so the result of each is recorded in kernels/cuda/compiled with a hash of the
+# source, all headers and the flags, and only sources with another hash are compiled. The hash ignores comments and white
+# space, which do not change the code. --all compiles everything; --record compiles everything and writes that file.
+# nvcc is that of CUDA_HOME, or of PATH, or one that scripts/hardware/cuda_toolchain.sh installs below target/.
+# A source *_sm90a.cu uses Hopper's instructions and is compiled for sm_90a only.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mode="${1:-changed}"
@@ -19,7 +18,7 @@ rm -rf "$work"
 mkdir -p "$work"
 touch "$record"
 
-# A hash of everything that a source's code depends on. Strings are kept as they are: PTX stands in some of them.
+# A hash of everything that a source's code depends on. Strings are not changed, because they may hold PTX.
 key() {
     cat "$1" kernels/cuda/*.cuh kernels/shared/*.h kernels/cuda/nvcc.flags | python3 -c 'import hashlib, re, sys
 text = re.sub(r"(\"(?:[^\"\\]|\\.)*\")|//[^\n]*|\\\n|\s+", lambda m: m.group(1) or " ", sys.stdin.read())
@@ -48,7 +47,7 @@ if ((${#jobs[@]})); then
         nvcc="$CUDA_HOME/bin/nvcc"
     fi
     "$nvcc" --version | sed -n 's/^Cuda compilation tools, /nvcc: /p'
-    # One source for one architecture; the report of the assembler goes to a file.
+    # Compiles one source for one architecture and writes the report of the assembler to a file.
     compile() {
         local nvcc="$1" work="$2" source="$3" arch="$4" name
         name="$(basename "$source" .cu)"
@@ -69,7 +68,7 @@ if ((${#jobs[@]})); then
         grep -h -B 1 -E '[1-9][0-9]* bytes spill (stores|loads)' "$report" >&2 || true
     done
 fi
-echo "$((${#jobs[@]} / 2)) of $(wc -l <"$work/lines") compiled, the others as recorded"
+echo "$((${#jobs[@]} / 2)) of $(wc -l <"$work/lines") compiled, the others are recorded"
 
 failed=0
 sort "$work/lines" | while read -r name arch _ kernels spilling registers; do

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs libFuzzer on one of the readers of files, or on all of them.
 #
-#   scripts/ci/fuzz.sh gguf 200000        the reader (fuzz/src/readers.rs lists them) and how many inputs
+#   scripts/ci/fuzz.sh gguf 200000        a reader (fuzz/src/readers.rs lists them) and the number of inputs
 #   scripts/ci/fuzz.sh all 20000
 #
-# Needs a C++ compiler besides Rust. The inputs start from fuzz/corpus/READER; what libFuzzer finds worth keeping goes
-# to fuzz/target/corpus/READER, an input that fails to fuzz/target/failed-READER-*.
+# Needs Rust and a C++ compiler. Mutations start from fuzz/corpus/READER. Inputs that reach new code are written to
+# fuzz/target/corpus/READER, and inputs that fail to fuzz/target/failed-READER-*.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../fuzz"
 if (($# != 2)); then
@@ -17,13 +17,13 @@ if [[ $1 == all ]]; then
     readers=()
     for folder in corpus/*/; do readers+=("$(basename "$folder")"); done
 fi
-# What cargo-fuzz passes, less the sanitizer, which needs a nightly compiler.
+# The flags of cargo-fuzz without the sanitizer, which needs a nightly compiler.
 passes=sancov-module
 for option in level=4 inline-8bit-counters pc-table trace-compares; do
     flags="${flags:-} -Cllvm-args=-sanitizer-coverage-$option"
 done
 host="$(rustc -vV | sed -n 's/^host: //p')"
-# With a target named, build scripts and macros are not instrumented.
+# With --target, build scripts and macros are not instrumented.
 RUSTFLAGS="--cfg fuzzing -Cpasses=$passes $flags -Ccodegen-units=1" cargo build --release --target "$host"
 for reader in "${readers[@]}"; do
     mkdir -p "target/corpus/$reader"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Checks the Metal backend as far as that goes without a Mac: lints the Rust side for macOS with the real crates, then
-# type-checks with clang the very texts that the program hands to Metal, with the address spaces of pointers apart.
-# That neither check is blind is checked, too: a pointer into the wrong space, and a text with a missing header, must
-# be refused. What the kernels compute is tested by crates/gd-testing.
+# Checks the Metal backend without a Mac: lints the Rust side for macOS with the real crates, then type-checks with clang
+# the sources that the program passes to Metal, with distinct address spaces. Both checks are tested, too: a pointer to
+# the wrong address space and a source with a missing header must be refused. The results of the kernels are tested by
+# crates/gd-testing.
 # Needs Rust from rustup, for the target aarch64-apple-darwin, and clang.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 apple=aarch64-apple-darwin
-# A folder of its own: scripts/ci/stand_in_cc.sh answers the build scripts with empty libraries.
+# A separate folder, because scripts/ci/stand_in_cc.sh gives the build scripts empty libraries.
 target="${CARGO_TARGET_DIR:-target}/check-metal"
 mkdir -p "$target"
 target="$(cd "$target" && pwd)"
@@ -20,7 +20,7 @@ CC_aarch64_apple_darwin="$PWD/scripts/ci/stand_in_cc.sh" AR_aarch64_apple_darwin
     --lib --bins --test device -- -D warnings
 
 texts=("$target/$apple"/debug/build/gd-kernels-*/out/metal/*.metal)
-# With every header in place clang warns of constants that one source does not use.
+# With all headers expanded, clang would warn of constants that a source does not use.
 strict() {
     clang++ -std=c++14 --target=arm64-apple-macos -ffreestanding -nostdinc++ -fsyntax-only -DGD_STRICT -Wall -Wextra \
         -Wdouble-promotion -Werror -Wno-unused-const-variable -Wno-unknown-attributes -Wno-ignored-attributes \
@@ -37,12 +37,12 @@ done
 
 # refused WHAT WHY FILE: the check must fail with this message.
 refused() {
-    local said
-    if said="$(strict -include "$header" "$3" 2>&1)"; then
+    local output
+    if output="$(strict -include "$header" "$3" 2>&1)"; then
         echo "error: $1 passed the check" >&2
         exit 1
     fi
-    grep -q "$2" <<<"$said" || { printf 'error: %s was refused for another reason:\n%s\n' "$1" "$said" >&2; exit 1; }
+    grep -q "$2" <<<"$output" || { printf 'error: %s was refused for another reason:\n%s\n' "$1" "$output" >&2; exit 1; }
 }
 seeded="$target/seeded.metal"
 for spaces in "threadgroup device" "device constant" "threadgroup constant"; do

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Checks the minimum Rust version that Cargo.toml states: no dependency may need a newer one. Where rustup has a toolchain
-# of that version installed, it compiles everything. That the sources use no newer part of the standard library is
-# checked by clippy (`incompatible_msrv`, part of its default lints).
+# Checks the minimum Rust version that Cargo.toml states: no dependency may need a newer one. If rustup has a toolchain
+# of that version, everything is compiled with it. Clippy (`incompatible_msrv`, a default lint) checks that the sources
+# use no newer part of the standard library.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 minimum="$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' Cargo.toml)"
 [[ "$minimum" =~ ^[0-9]+\.[0-9]+(\.[0-9]+)?$ ]] || { echo "error: Cargo.toml: rust-version = \"$minimum\"" >&2; exit 1; }
 
-# The packages that a build on this machine uses, with all features that it can have.
+# The packages that a build on this machine uses, with all features.
 cargo metadata --format-version 1 --locked --filter-platform "$(rustc -vV | sed -n 's/^host: //p')" |
     python3 -c 'import json, sys
 minimum = sys.argv[1]

@@ -20,7 +20,7 @@ for name in "$one" "$two"; do
     host=$((host + 1))
 done
 
-# In place of ssh: enters the namespace instead of going to the host, whose name is the first argument.
+# Replaces ssh: enters the namespace of the host that the first argument names.
 cat >"$work/agent" <<AGENT
 #!/bin/sh
 [ "\$1" = 10.77.0.2 ] || { echo "no host \$1" >&2; exit 1; }
@@ -34,14 +34,14 @@ export RAYON_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFI
 "$gd" "${train[@]}" --out "$work/alone" >/dev/null
 sent() { ip -n "$one" -s -j link show gd0 | sed 's/.*"tx":{"bytes":\([0-9]*\).*/\1/'; }
 before=$(sent)
-# No shared memory: the ranks talk over TCP, as on two machines.
+# No shared memory: the ranks communicate over TCP, as on two machines.
 ip netns exec "$one" mpirun -n 2 --host 10.77.0.1:1,10.77.0.2:1 --map-by node --bind-to none \
     --mca plm_rsh_agent "$work/agent" --mca oob_tcp_if_include gd0 --mca btl_tcp_if_include gd0 \
     --mca btl self,tcp --mca pml ob1 \
     "$gd" "${train[@]}" --out "$work/together" >/dev/null
 bytes=$(($(sent) - before))
 
-# Of the steps; the event at the end has a loss, too.
+# Only the events of steps; the last event has a loss, too.
 losses() { grep '"grad_norm"' "$1/train.jsonl" | grep -o '"loss":[0-9.]*' | cut -d: -f2; }
 paste <(losses "$work/alone") <(losses "$work/together") | awk -v bytes="$bytes" '
     { d = ($1 - $2) / $1; if (d < 0) d = -d; if (d > worst) worst = d; n++ }

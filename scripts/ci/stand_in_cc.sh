@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Not a compiler. In the place of a C compiler and archiver for macOS it gives build scripts an empty file for every
-# object and library, so that scripts/ci/lint_metal.sh can type-check the feature metal without Apple's SDK. What is
-# built with it cannot run.
+# Stands in for a C compiler and archiver for macOS: writes an empty file for every object and library, so that
+# scripts/ci/lint_metal.sh can type-check the feature metal without Apple's SDK. The result of such a build cannot run.
 case " $* " in
 *" -E "* | *" --version "*) echo "clang stand-in" ;;
 esac

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Not a compiler. In the place of nvcc it gives build scripts an empty file for every kernel, so that
-# scripts/ci/lint_cuda.sh can type-check the CUDA features without a toolkit. What is built with it cannot run.
+# Stands in for nvcc: writes an empty file for every kernel, so that scripts/ci/lint_cuda.sh can type-check the CUDA
+# features without a toolkit. The result of such a build cannot run.
 if [[ "$*" == *--version* ]]; then
     printf 'nvcc: NVIDIA (R) Cuda compiler driver\n\n\nCuda compilation tools, release 13.0, V13.0.88\n'
     exit

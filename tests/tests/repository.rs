@@ -1,9 +1,9 @@
-//! The repository keeps its rules, and the check reports every kind of violation.
+//! The files of the repository follow its rules, and the check reports every kind of violation.
 
 use gd_tests::repository::{check, check_text, root};
 
 #[test]
-fn every_file_keeps_the_rules() -> anyhow::Result<()> {
+fn every_file_follows_the_rules() -> anyhow::Result<()> {
     let (files, violations) = check(&root())?;
     assert!(files >= 20, "only {files} files below {}", root().display());
     let list: Vec<_> = violations.iter().map(ToString::to_string).collect();
@@ -41,7 +41,7 @@ fn bad_files() -> Vec<(&'static str, String, usize, &'static str)> {
 }
 
 #[test]
-fn each_kind_of_violation_is_found_at_its_line() {
+fn each_kind_of_violation_is_reported_at_its_line() {
     for (file, text, line, word) in bad_files() {
         let violations = check_text(file, &text);
         assert_eq!(violations.len(), 1, "{file}: {word}: {violations:?}");
@@ -51,7 +51,7 @@ fn each_kind_of_violation_is_found_at_its_line() {
 }
 
 #[test]
-fn unsafe_code_has_its_places() {
+fn unsafe_code_is_allowed_in_its_folders() {
     let text = format!("//! Header.\n{}\n", concat!("uns", "afe { p.read() }"));
     for file in ["crates/gd-kernels/src/x.rs", "crates/gd-model/src/data/map.rs"] {
         assert_eq!(check_text(file, &text), []);
@@ -59,7 +59,7 @@ fn unsafe_code_has_its_places() {
 }
 
 #[test]
-fn a_readme_that_names_a_missing_path_is_caught() -> anyhow::Result<()> {
+fn a_readme_that_names_a_missing_path_is_reported() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let readme = "See `src/here.rs`, `gd train` and `out/tiny`.\n\n```\n`no/path`\n```\nAnd `src/gone.rs`.\n";
     std::fs::create_dir(dir.path().join("src"))?;

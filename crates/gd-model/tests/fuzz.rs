@@ -18,7 +18,7 @@ use peak_alloc::PeakAlloc;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use readers::{Bench, READERS, bounded};
+use readers::{READERS, ReaderFolder, bounded};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
@@ -154,10 +154,10 @@ fn check_the_measurement() {
 fn no_reader_panics_or_allocates_more_than_its_input_justifies() -> Result<()> {
     check_the_measurement();
     let runs = std::env::var("GD_FUZZ").ok().map(|n| n.parse()).transpose()?.unwrap_or(RUNS);
-    let bench = Bench::new(&corpus_folder())?;
+    let folder = ReaderFolder::new(&corpus_folder())?;
     for (at, reader) in READERS.into_iter().enumerate() {
         let corpus = corpus(reader)?;
-        let valid = corpus.iter().filter(|file| bench.run(reader, file, &MEMORY)).count();
+        let valid = corpus.iter().filter(|file| folder.run(reader, file, &MEMORY)).count();
         ensure!(
             valid * 2 >= corpus.len(),
             "{reader}: {valid} of {} files of the corpus are accepted",
@@ -167,7 +167,7 @@ fn no_reader_panics_or_allocates_more_than_its_input_justifies() -> Result<()> {
         let mut accepted = 0;
         for run in 0..runs {
             let input = mutated(&corpus, &mut rng);
-            let result = catch_unwind(AssertUnwindSafe(|| bench.run(reader, &input, &MEMORY)));
+            let result = catch_unwind(AssertUnwindSafe(|| folder.run(reader, &input, &MEMORY)));
             let Ok(ok) = result else {
                 let file = std::env::temp_dir().join(format!("failed-{reader}"));
                 fs::write(&file, &input)?;

@@ -32,12 +32,12 @@ mod emulator {
         let build = |name: &str, files: Vec<PathBuf>, flags: &[&str]| {
             let mut build = cc::Build::new();
             build.cpp(true).std("c++17").define("GD_EMULATE", None).opt_level(2).debug(false);
-            // Products and sums keep their own rounding unless the source says fma.
+            // No contraction to fused multiply-adds: products and sums are rounded unless the source says fma.
             build.flag("-ffp-contract=off").flag_if_supported("-Wno-unknown-pragmas");
             for flag in flags {
                 build.flag(flag);
             }
-            // Kernels register themselves in static constructors, to which nothing else refers.
+            // Kernels are registered by static constructors, which no other code references.
             build.files(files).link_lib_modifier("+whole-archive").compile(name);
         };
         let sources = |folder: &str, extension: &str| {
@@ -67,7 +67,7 @@ mod emulator {
         cuda.extend(sources("emulate", "cpp"));
         cuda.push(table.clone());
         build("gd_emulate", cuda, &[]);
-        // The host ignores Metal's attributes; a double in its sources would hide a loss of precision.
+        // The host ignores Metal's attributes. Metal has no double: a promotion would hide rounding errors.
         let metal = sources("metal", "metal").into_iter().map(wrapped).collect();
         build("gd_emulate_metal", metal, &["-Wno-attributes", "-Werror=double-promotion"]);
     }

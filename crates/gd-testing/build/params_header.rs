@@ -1,8 +1,8 @@
-//! Reads `kernels/shared/params.h` and writes what is generated from it: the Rust side of the params, and a C++ table of
-//! the offsets that the layout test compares.
+//! Parses `kernels/shared/params.h` and generates the Rust side of the params, and a C++ table of the offsets for the
+//! layout test.
 //!
-//! The reader covers the few forms that the header uses and refuses everything else with the line, so that a
-//! declaration can never be missing on one side.
+//! The parser accepts the forms that the header uses and refuses everything else with its line, so that no declaration
+//! can be missing on one side.
 
 use std::fmt::Write as _;
 
@@ -24,21 +24,21 @@ enum Body {
     Struct(Vec<Entry>),
 }
 
-/// A field and its type, or an enum value and its number.
+/// A field with its type as `value`, or an enum value with its number.
 #[derive(Debug)]
 struct Entry {
     name: String,
-    of: String,
+    value: String,
     doc: String,
 }
 
-/// Types of fields that are no structs of the header.
+/// The scalar types of fields.
 const SCALARS: [&str; 3] = ["u32", "i32", "f32"];
 
 /// The declarations of the header's text.
 ///
 /// # Errors
-/// Names the first line that has none of the forms.
+/// Names the first line that has none of these forms.
 pub(crate) fn parse(text: &str) -> Result<Vec<Item>, String> {
     let mut items: Vec<Item> = Vec::new();
     let (mut doc, mut open): (Vec<String>, Option<Item>) = (Vec::new(), None);
@@ -47,7 +47,7 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Item>, String> {
         let fail = |why: &str| format!("params.h:{}: {why}: {line}", number + 1);
         let (code, comment) = line.split_once("//").unwrap_or((line, ""));
         let (code, comment) = (code.trim(), comment.trim().to_owned());
-        // Typedefs and includes differ between compilers; they stand inside of #if or after #pragma.
+        // Typedefs and includes that differ between compilers are inside of #ifdef.
         if let Some(directive) = code.strip_prefix('#') {
             match directive.split_whitespace().next() {
                 Some("ifdef") => conditional += 1,
@@ -113,17 +113,17 @@ fn declaration(code: &str, doc: Vec<String>) -> Option<Item> {
 fn entry(item: &Item, code: &str, doc: String, items: &[Item]) -> Option<Entry> {
     match &item.body {
         Body::Struct(_) => {
-            let (of, name) = code.strip_suffix(';')?.split_once(' ')?;
-            let is_type = SCALARS.contains(&of) || items.iter().any(|x| x.name == of && x.is_struct());
+            let (kind, name) = code.strip_suffix(';')?.split_once(' ')?;
+            let is_type = SCALARS.contains(&kind) || items.iter().any(|x| x.name == kind && x.is_struct());
             let valid =
                 is_type && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
-            valid.then(|| Entry { name: name.to_owned(), of: of.to_owned(), doc })
+            valid.then(|| Entry { name: name.to_owned(), value: kind.to_owned(), doc })
         }
         Body::Enum(_) => {
             let (name, value) = code.strip_suffix(',')?.split_once(" = ")?;
             value.parse::<u32>().ok()?;
             let name = camel(name.strip_prefix(&item.prefix()?)?);
-            Some(Entry { name, of: value.to_owned(), doc })
+            Some(Entry { name, value: value.to_owned(), doc })
         }
         Body::Constant(_) => None,
     }
@@ -134,7 +134,7 @@ impl Item {
         matches!(self.body, Body::Struct(_))
     }
 
-    /// What the values of an enum begin with: `MASK_TABLE_` for `MaskTableCode`.
+    /// The prefix of the values of an enum: `MASK_TABLE_` for `MaskTableCode`.
     fn prefix(&self) -> Option<String> {
         let stem = self.name.strip_suffix("Code").or_else(|| self.name.strip_suffix("Bit"))?;
         let mut prefix = String::new();
@@ -204,7 +204,7 @@ pub(crate) fn rust(items: &[Item]) -> String {
                 for entry in entries {
                     let about = if entry.doc.is_empty() { entry.name.clone() } else { entry.doc.clone() };
                     doc(&mut out, "    ", &[about]);
-                    let _ = writeln!(out, "    {} = {},", entry.name, entry.of);
+                    let _ = writeln!(out, "    {} = {},", entry.name, entry.value);
                 }
                 out.push_str("}\n");
             }
@@ -220,7 +220,7 @@ pub(crate) fn rust(items: &[Item]) -> String {
             for field in fields {
                 let about = if field.doc.is_empty() { vec![] } else { vec![field.doc.clone()] };
                 doc(&mut out, "        ", &about);
-                let _ = writeln!(out, "        {}: {},", field.name, field.of);
+                let _ = writeln!(out, "        {}: {},", field.name, field.value);
             }
             out.push_str("    }\n");
         }
@@ -229,12 +229,12 @@ pub(crate) fn rust(items: &[Item]) -> String {
     out
 }
 
-/// A comment as a doc comment: brackets around shapes are no links.
+/// Escapes a comment for rustdoc: brackets around shapes are no links.
 fn escaped(line: &str) -> String {
     line.replace('[', "\\[").replace(']', "\\]").replace('<', "\\<")
 }
 
-/// C++ that lists name, size, and the fields with their offsets of every struct.
+/// A C++ table of the name and size of every struct, and of the name and offset of its fields.
 pub(crate) fn offset_table(items: &[Item]) -> String {
     let mut list = String::new();
     for item in items {

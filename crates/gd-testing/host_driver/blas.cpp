@@ -1,4 +1,5 @@
-// The products of cuBLAS that candle calls, on the host: f16 and bf16 are summed in f32, and results rounded once.
+// The matrix products of cuBLAS that candle calls, on the host: f16 and bf16 are summed in f32, and results are rounded
+// once.
 #include <cublas_v2.h>
 
 #include <cstdio>
@@ -49,13 +50,13 @@ void write(void *at, size_t n, double x, cudaDataType type) {
 
 size_t bytes(cudaDataType type) { return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2; }
 
-// C = alpha op(A) op(B) + beta C, columns first, for each of the batch; summed as Sum.
+// C = alpha op(A) op(B) + beta C for every matrix of the batch, column-major; summed in the type Sum.
 template <class Sum>
 void product(bool ta, bool tb, int m, int n, int k, double alpha, const void *a, cudaDataType a_type, int lda,
              long long a_step, const void *b, cudaDataType b_type, int ldb, long long b_step, double beta, void *c,
              cudaDataType c_type, int ldc, long long c_step, int batch) {
     if (double(m) * n * k > 4e9) {
-        // By such a product a program measures the rate of a GPU; its numbers are of no use here.
+        // Products of this size only measure the throughput of a GPU, so their values are not computed.
         for (int i = 0; i < batch; i++)
             std::memset(static_cast<char *>(c) + size_t(i * c_step) * bytes(c_type), 0,
                         size_t(n) * ldc * bytes(c_type));

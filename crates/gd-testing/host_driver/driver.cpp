@@ -1,9 +1,10 @@
-// A CUDA driver for machines without a GPU: its device is the host. Memory is the host's, between zones that must
-// stay as they are and full of NaN; whatever is enqueued is done at once. The project's kernels run in the emulator
-// (kernels/emulate), candle's as plain C++ (grid.h), found by the names of their PTX. Calls that a GPU would refuse
-// are refused: places that are no device memory, blocks and shared memory beyond the limits, unknown kernels.
+// A CUDA driver for machines without a GPU: its device is the host. Device memory is host memory, initialised to NaN,
+// between guard zones that must not change; every enqueued operation is executed immediately. The project's kernels run
+// in the emulator (kernels/emulate). Candle's kernels run as plain C++ (grid.h), found by the names in their PTX. Calls
+// that a GPU would refuse fail: addresses outside of device memory, blocks and shared memory beyond the limits, unknown
+// kernels.
 //
-// GD_DRIVER_COMPUTE is the compute capability, 80 (the default) or 90. At its end a program appends to the file
+// GD_DRIVER_COMPUTE is the compute capability, 80 (the default) or 90. On exit a program appends to the file
 // GD_DRIVER_LOG how often each kernel and each copy was enqueued, and its bytes; errors go to stderr.
 #include <cuda.h>
 
@@ -34,6 +35,7 @@ extern "C" int gd_emulate_kernel(const char *name, size_t *params, size_t *point
 
 namespace {
 
+// Bytes of a guard zone and of device memory, and the value of the bytes of guard zones.
 constexpr size_t ZONE = 256, MEMORY = size_t(8) << 30;
 constexpr uint8_t FENCE = 0xa5;
 
@@ -70,14 +72,14 @@ struct Counts {
     }
 } counts;
 
-// Device memory by its first byte.
+// The sizes of all allocations by the address of their first byte.
 std::map<uintptr_t, size_t> &memory() {
     static auto *all = new std::map<uintptr_t, size_t>;
     return *all;
 }
 
-// Bytes from `at` to the end of its allocation; 0 for what is no device memory.
-size_t room(uintptr_t at) {
+// Bytes from `at` to the end of its allocation; 0 if `at` is not in device memory.
+size_t bytes_to_end(uintptr_t at) {
     auto after = memory().upper_bound(at);
     if (after == memory().begin()) return 0;
     auto [first, bytes] = *std::prev(after);
@@ -110,19 +112,20 @@ bool intact(uintptr_t at, size_t bytes) {
 
 CUresult release(CUdeviceptr at) {
     Guard guard(lock);
-    auto found = memory().find(uintptr_t(at));
-    if (found == memory().end()) return refuse(CUDA_ERROR_INVALID_VALUE, "%#llx freed, no allocation", at);
-    bool whole = intact(found->first, found->second);
-    size_t bytes = found->second;
-    memory().erase(found);
+    auto allocation = memory().find(uintptr_t(at));
+    if (allocation == memory().end())
+        return refuse(CUDA_ERROR_INVALID_VALUE, "cannot free %#llx, which is no allocation", at);
+    bool whole = intact(allocation->first, allocation->second);
+    size_t bytes = allocation->second;
+    memory().erase(allocation);
     std::free(reinterpret_cast<uint8_t *>(at) - ZONE);
-    if (!whole) return refuse(CUDA_ERROR_ILLEGAL_ADDRESS, "something wrote beside %zu bytes of memory", bytes);
+    if (!whole) return refuse(CUDA_ERROR_ILLEGAL_ADDRESS, "a write beyond an allocation of %zu bytes", bytes);
     return CUDA_SUCCESS;
 }
 
 CUresult copy(const char *what, void *to, const void *from, size_t bytes, bool to_device, bool from_device) {
     Guard guard(lock);
-    if ((to_device && room(uintptr_t(to)) < bytes) || (from_device && room(uintptr_t(from)) < bytes))
+    if ((to_device && bytes_to_end(uintptr_t(to)) < bytes) || (from_device && bytes_to_end(uintptr_t(from)) < bytes))
         return refuse(CUDA_ERROR_INVALID_VALUE, "%s of %zu bytes from %p to %p: not within device memory", what, bytes,
                       from, to);
     std::memcpy(to, from, bytes);
@@ -130,7 +133,7 @@ CUresult copy(const char *what, void *to, const void *from, size_t bytes, bool t
     return CUDA_SUCCESS;
 }
 
-// One of candle's kernels, as its PTX declares it.
+// An argument of one of candle's kernels, as its PTX declares it.
 struct Argument {
     size_t bytes;
     bool floating;
@@ -179,14 +182,14 @@ void parse(const std::string &ptx, Module &module) {
     }
 }
 
-// A call as the System V ABI has it: integers in six registers and then on the stack, numbers in eight others.
+// A call in the System V ABI: integers in six registers and then on the stack, floats in eight other registers.
 struct Call {
     void *code;
     uint64_t integers[32] = {};
     double numbers[8] = {};
 };
-void enter(void *with) {
-    const Call &c = *static_cast<const Call *>(with);
+void enter(void *call) {
+    const Call &c = *static_cast<const Call *>(call);
     using Code = void (*)(uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, double, double, double, double,
                           double, double, double, double, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t,
                           uint64_t, uint64_t, uint64_t, uint64_t);
@@ -207,7 +210,7 @@ CUresult launch(Function &f, grid::Index blocks, grid::Index threads, uint32_t s
     auto device = [&](const void *argument) {
         uint64_t at;
         std::memcpy(&at, argument, 8);
-        size_t bytes = room(at);
+        size_t bytes = bytes_to_end(at);
         touched += bytes;
         return bytes || !at;
     };
@@ -216,22 +219,22 @@ CUresult launch(Function &f, grid::Index blocks, grid::Index threads, uint32_t s
         size_t params, pointers;
         uint32_t values;
         gd_emulate_kernel(f.name.c_str(), &params, &pointers, &values);
-        std::vector<void *> places(pointers);
+        std::vector<void *> addresses(pointers);
         for (size_t n = 0; n < pointers; n++) {
             void *argument = arguments[n + 1];
             if (values >> n & 1) {
-                places[n] = argument;
+                addresses[n] = argument;
                 continue;
             }
             if (!device(argument))
                 return refuse(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: buffer %zu is no device memory", f.name.c_str(), n);
-            std::memcpy(&places[n], argument, 8);
+            std::memcpy(&addresses[n], argument, 8);
         }
         static uint64_t seed;
         char text[512] = "";
         uint32_t dims[3] = {blocks.x, blocks.y, blocks.z};
         if (threads.y != 1 || threads.z != 1 ||
-            gd_emulate_launch(f.name.c_str(), dims, threads.x, shared, arguments[0], params, places.data(), pointers,
+            gd_emulate_launch(f.name.c_str(), dims, threads.x, shared, arguments[0], params, addresses.data(), pointers,
                               seed++, 0, text, sizeof text))
             error = text;
     } else {
@@ -259,7 +262,7 @@ int compute() {
 }
 
 int object;
-template <class T> CUresult give(T *to) {
+template <class T> CUresult return_handle(T *to) {
     *to = reinterpret_cast<T>(&object);
     return CUDA_SUCCESS;
 }
@@ -318,15 +321,15 @@ GD_DRIVER cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevic
 }
 GD_DRIVER cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice) { return std::memset(uuid, 1, sizeof *uuid), CUDA_SUCCESS; }
 GD_DRIVER cuDeviceTotalMem(size_t *bytes, CUdevice) { return *bytes = MEMORY, CUDA_SUCCESS; }
-GD_DRIVER cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) { return give(pool); }
+GD_DRIVER cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) { return return_handle(pool); }
 GD_DRIVER cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void *) { return CUDA_SUCCESS; }
-GD_DRIVER cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice) { return give(context); }
+GD_DRIVER cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice) { return return_handle(context); }
 GD_DRIVER cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
-GD_DRIVER cuCtxGetCurrent(CUcontext *context) { return give(context); }
+GD_DRIVER cuCtxGetCurrent(CUcontext *context) { return return_handle(context); }
 GD_DRIVER cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
 GD_DRIVER cuCtxDestroy(CUcontext) { return CUDA_SUCCESS; }
 GD_DRIVER cuCtxSynchronize() { return CUDA_SUCCESS; }
-GD_DRIVER cuStreamCreate(CUstream *stream, unsigned) { return give(stream); }
+GD_DRIVER cuStreamCreate(CUstream *stream, unsigned) { return return_handle(stream); }
 GD_DRIVER cuStreamDestroy(CUstream) { return CUDA_SUCCESS; }
 GD_DRIVER cuStreamSynchronize(CUstream) {
     Guard guard(lock);
@@ -338,7 +341,7 @@ GD_DRIVER cuStreamIsCapturing(CUstream, CUstreamCaptureStatus *status) {
     *status = CU_STREAM_CAPTURE_STATUS_NONE;
     return CUDA_SUCCESS;
 }
-GD_DRIVER cuEventCreate(CUevent *event, unsigned) { return give(event); }
+GD_DRIVER cuEventCreate(CUevent *event, unsigned) { return return_handle(event); }
 GD_DRIVER cuEventDestroy(CUevent) { return CUDA_SUCCESS; }
 GD_DRIVER cuEventRecord(CUevent, CUstream) { return CUDA_SUCCESS; }
 GD_DRIVER cuEventSynchronize(CUevent) { return CUDA_SUCCESS; }
@@ -366,7 +369,7 @@ GD_DRIVER cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUst
 }
 GD_DRIVER cuMemsetD8Async(CUdeviceptr at, unsigned char value, size_t bytes, CUstream) {
     Guard guard(lock);
-    if (room(uintptr_t(at)) < bytes) return refuse(CUDA_ERROR_INVALID_VALUE, "a memset beyond device memory");
+    if (bytes_to_end(uintptr_t(at)) < bytes) return refuse(CUDA_ERROR_INVALID_VALUE, "a memset beyond device memory");
     std::memset(reinterpret_cast<void *>(at), value, bytes);
     counts.add("memset", bytes);
     return CUDA_SUCCESS;
@@ -376,7 +379,7 @@ GD_DRIVER cuModuleLoadData(CUmodule *module, const void *image) {
     auto *made = new Module;
     uint32_t magic;
     std::memcpy(&magic, image, 4);
-    // A fat binary, or an object file: code for a GPU, known here by the names of its kernels alone.
+    // A fat binary or an object file holds GPU code; only the names of its kernels are used.
     made->ours = magic == 0xba55ed50 || magic == 0x464c457f;
     if (!made->ours) parse(static_cast<const char *>(image), *made);
     *module = reinterpret_cast<CUmodule>(made);
@@ -386,8 +389,8 @@ GD_DRIVER cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 GD_DRIVER cuModuleGetFunction(CUfunction *function, CUmodule handle, const char *name) {
     Guard guard(lock);
     auto &module = *reinterpret_cast<Module *>(handle);
-    auto &known = module.functions[name];
-    if (!known) {
+    auto &function_of_name = module.functions[name];
+    if (!function_of_name) {
         auto made = std::make_unique<Function>(Function{name, module.ours, nullptr, {}});
         size_t params, pointers;
         uint32_t values;
@@ -400,17 +403,17 @@ GD_DRIVER cuModuleGetFunction(CUfunction *function, CUmodule handle, const char 
             made->code = dlsym(RTLD_DEFAULT, name);
             if (!made->code) return refuse(CUDA_ERROR_NOT_FOUND, "%s is not compiled for the host", name);
         }
-        known = std::move(made);
+        function_of_name = std::move(made);
     }
-    *function = reinterpret_cast<CUfunction>(known.get());
+    *function = reinterpret_cast<CUfunction>(function_of_name.get());
     return CUDA_SUCCESS;
 }
 GD_DRIVER cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attribute, int value) {
     auto &f = *reinterpret_cast<Function *>(handle);
     if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
-        int most;
-        cuDeviceGetAttribute(&most, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 0);
-        if (value > most)
+        int limit;
+        cuDeviceGetAttribute(&limit, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 0);
+        if (value > limit)
             return refuse(CUDA_ERROR_INVALID_VALUE, "%s: %d bytes of shared memory", f.name.c_str(), value);
         f.shared = uint32_t(value);
     }
@@ -430,15 +433,15 @@ GD_DRIVER cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType, cuuint32
     for (int n = 0; fits && n < 4; n++)
         fits = dims[n] > 0 && box[n] > 0 && box[n] <= 256 && steps[n] == 1 && (n == 3 || strides[n] % 16 == 0);
     if (!fits) return refuse(CUDA_ERROR_INVALID_VALUE, "a tensor map of rank %u at %p", rank, first);
-    TensorMap own = {};
-    own.first = static_cast<const uint8_t *>(first);
-    own.element = 2;
+    TensorMap tensor_map = {};
+    tensor_map.first = static_cast<const uint8_t *>(first);
+    tensor_map.element = 2;
     for (int n = 0; n < 4; n++) {
-        own.dims[n] = dims[n];
-        own.box[n] = box[n];
-        if (n < 3) own.strides[n] = strides[n];
+        tensor_map.dims[n] = dims[n];
+        tensor_map.box[n] = box[n];
+        if (n < 3) tensor_map.strides[n] = strides[n];
     }
-    std::memcpy(map, &own, sizeof own);
+    std::memcpy(map, &tensor_map, sizeof tensor_map);
     return CUDA_SUCCESS;
 }
 }

@@ -1,4 +1,4 @@
-// What programs ask of cuRAND at their start; random numbers are drawn on the host here.
+// The functions of cuRAND that candle calls when it opens a device. Random numbers are not drawn on the device.
 #include <curand.h>
 
 extern "C" {

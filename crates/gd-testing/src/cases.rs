@@ -3,12 +3,11 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 
-/// Reports that `count` cases of the suite `name` have run and passed: on stdout, and as a line
-/// `name count` at the end of the file named by `GD_CASE_LOG`, from which `.ci/run` takes its
-/// totals. Call it after the last assertion.
+/// Reports that `count` cases of the suite `name` have passed: on stdout, and as a line `name count` appended to the
+/// file that `GD_CASE_LOG` names, from which `.ci/run` takes its totals. Call it after the last assertion.
 ///
 /// # Panics
-/// When that file cannot be written: a count that gets lost must not look like a pass.
+/// When that file cannot be written, since a missing count would hide a suite that did not run.
 pub fn log_cases(name: &str, count: usize) {
     println!("cases {name}: {count} run");
     if let Some(path) = std::env::var_os("GD_CASE_LOG") {

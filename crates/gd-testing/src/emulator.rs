@@ -1,7 +1,7 @@
 //! An emulated GPU: the CUDA and Metal kernels compiled as host C++, one fiber per GPU thread, one block at a time.
 //!
-//! Schedules are random and seeded, memory that nobody has written is NaN, and every access outside of a buffer ends
-//! the launch with an error. See `kernels/emulate`.
+//! Schedules are random and seeded, uninitialised memory is NaN, and an access outside of every buffer ends the launch
+//! with an error. See `kernels/emulate`.
 #![allow(unsafe_code)] // calls into C++
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -22,7 +22,7 @@ struct Field {
 }
 
 unsafe extern "C" {
-    fn gd_emulate_allocate(bytes: usize, place: u32, pages: *mut *mut c_void, mapped: *mut usize) -> *mut u8;
+    fn gd_emulate_allocate(bytes: usize, side: u32, pages: *mut *mut c_void, mapped: *mut usize) -> *mut u8;
     fn gd_emulate_free(pages: *mut c_void, mapped: usize);
     fn gd_emulate_registered(position: usize, file: *mut *const c_char) -> *const c_char;
     fn gd_emulate_constants(features: u32, rows: u32);
@@ -43,7 +43,7 @@ unsafe extern "C" {
     static gd_fields: Field;
 }
 
-/// `TensorMap` of `hopper.h`: sizes and strides from the last dimension on.
+/// `TensorMap` of `hopper.h`: sizes and strides from the innermost dimension outwards.
 #[repr(C)]
 struct Map {
     first: *const u8,
@@ -93,7 +93,7 @@ pub fn registered() -> Vec<(String, String)> {
     }
 }
 
-/// Memory between two pages that fault, all of it NaN at first.
+/// Memory between two guard pages, initialised to NaN.
 #[derive(Debug)]
 pub struct Buffer {
     at: *mut u8,
@@ -109,12 +109,12 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
     }
 
-    /// Whether the poison around the buffer, up to the pages that fault, is as it was.
+    /// Whether the poison between the buffer and its guard pages is unchanged.
     fn intact(&self) -> bool {
         let page = 4096;
         let (first, last) = (self.pages as usize + page, self.pages as usize + self.mapped - page);
         let clean = |from: usize, to: usize| {
-            // SAFETY: within the mapped pages between the two that fault.
+            // SAFETY: within the mapped pages between the two guard pages.
             unsafe { std::slice::from_raw_parts(from as *const u8, to - from) }.iter().all(|&x| x == 0xff)
         };
         clean(first, self.at as usize) && clean(self.at as usize + self.bytes, last)
@@ -141,11 +141,11 @@ pub struct Emulator {
 impl Emulator {
     /// A CUDA device whose schedules follow from `seed`.
     pub fn new(seed: u64) -> Self {
-        // The multiprocessors of a small part: plans then split work even in small tests.
+        // Few multiprocessors, so that plans split the work of small problems, too.
         Self::with_arch(seed, Arch { compute: 80, shared_bytes: 99 << 10, processors: 8 })
     }
 
-    /// An Apple GPU, with the threadgroup memory that all of them have.
+    /// An Apple GPU with 32 KiB of threadgroup memory, which all of them have.
     pub fn metal(seed: u64) -> Self {
         Self::with_arch(seed, Arch { compute: Arch::METAL, shared_bytes: 32 << 10, processors: 8 })
     }
@@ -155,29 +155,29 @@ impl Emulator {
         Self { arch, seed, fault: 0, launches, downloaded: Mutex::default() }
     }
 
-    /// The same device with a fault in its kernels: `GD_FAULT(fault)` holds.
+    /// The same device with a seeded fault in its kernels: `GD_FAULT(fault)` is true.
     #[must_use]
     pub fn with_fault(self, fault: i32) -> Self {
         Self { fault, ..self }
     }
 
-    /// Such a device without faults.
+    /// A device with the same architecture, other schedules and no faults.
     pub fn twin(&self, seed: u64) -> Self {
         Self::with_arch(seed, self.arch)
     }
 
-    /// The same with Hopper's instructions, and as much shared memory as its blocks can have.
+    /// The same device with compute capability 9.0 and the 227 KiB of shared memory of a Hopper block.
     #[must_use]
     pub fn on_hopper(self) -> Self {
         Self { arch: Arch { compute: 90, shared_bytes: 227 << 10, ..self.arch }, ..self }
     }
 
-    /// Kernels that have run.
+    /// The number of kernels that were launched.
     pub fn launches(&self) -> usize {
         self.launches.load(Relaxed)
     }
 
-    /// A hash of all that has been downloaded so far: the same bits give the same one.
+    /// A hash of all bytes that were downloaded so far.
     pub fn digest(&self) -> u64 {
         self.hasher().finish()
     }
@@ -200,7 +200,7 @@ impl Gpu for Emulator {
 
     fn allocate(&self, bytes: usize) -> Result<Buffer> {
         let (mut pages, mut mapped) = (std::ptr::null_mut(), 0);
-        // SAFETY: writes the two places that it is given.
+        // SAFETY: writes to the two pointers, which are valid.
         let at = unsafe { gd_emulate_allocate(bytes, self.next() as u32, &mut pages, &mut mapped) };
         if at.is_null() {
             return Err(Error::Unsupported(format!("out of memory: {bytes} bytes")));
@@ -214,7 +214,7 @@ impl Gpu for Emulator {
 
     fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
         let buffer = self.allocate(bytes.len())?;
-        // SAFETY: the buffer has that many bytes, and nobody else knows it.
+        // SAFETY: the buffer has that many bytes, and no other reference to it exists.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer.at, bytes.len()) };
         Ok(buffer)
     }
@@ -222,9 +222,9 @@ impl Gpu for Emulator {
     fn download(&self, from: Slice<'_, Buffer>, bytes: usize) -> Result<Vec<u8>> {
         let all = from.buffer.bytes();
         match all.get(from.offset..from.offset + bytes) {
-            Some(part) => {
-                self.hasher().write(part);
-                Ok(part.to_vec())
+            Some(slice) => {
+                self.hasher().write(slice);
+                Ok(slice.to_vec())
             }
             None => Err(Error::Invalid(format!("{bytes} bytes from {} of {}", from.offset, all.len()))),
         }
@@ -263,16 +263,15 @@ impl Emulator {
                 })
             })
             .transpose()?;
-        // A struct by value is handed over by its address.
+        // A struct that is passed by value is given by its address.
         if let Some(map) = &map {
             pointers.insert(0, std::ptr::from_ref(map).cast_mut().cast());
         }
         let mut text = [0 as c_char; 512];
         let Constants { features, rows } = launch.constants;
-        // SAFETY: sets two numbers of this thread.
+        // SAFETY: sets two thread-local integers.
         unsafe { gd_emulate_constants(features, rows) };
-        // SAFETY: every pointer leads to memory that outlives the call; the kernel's accesses elsewhere
-        // end it.
+        // SAFETY: every pointer is valid during the call, and an access elsewhere ends the launch with an error.
         let failed = unsafe {
             gd_emulate_launch(
                 name.as_ptr(),
@@ -295,7 +294,7 @@ impl Emulator {
             return Err(fail(&unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy()));
         }
         match launch.buffers.iter().flatten().position(|s| !s.buffer.intact()) {
-            Some(at) => Err(fail(&format!("wrote outside of buffer {at}"))),
+            Some(index) => Err(fail(&format!("wrote outside of buffer {index}"))),
             None => Ok(()),
         }
     }

@@ -1,4 +1,4 @@
-//! What the tests of all crates share: counts of the cases that ran, generated problems with their judges, a runner for
+//! Shared by the tests of all crates: counts of the cases that ran, generated problems with error bounds, a runner for
 //! suites of problems, and an emulated GPU that executes the real CUDA and Metal kernels on the host.
 //!
 //! The folder `suites` beside the sources holds the operator tests that every GPU backend runs: the program

@@ -31,7 +31,7 @@ pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, bound: f64) {
     }
 }
 
-/// The result of `f` and the gradients of `sum(result * fixed noise)` for all inputs.
+/// The result of `f`, followed by the gradients of `sum(result * fixed noise)` with respect to all inputs.
 pub fn with_gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) -> Vec<Tensor> {
     let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
@@ -59,14 +59,14 @@ pub fn check_gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor
         let (base, grad) = (values(input), values(&grads[which + 1]));
         assert_eq!(base.len(), grad.len());
         for i in (0..base.len()).step_by(base.len().div_ceil(200).max(1)) {
-            let at = |delta: f64| {
-                let mut moved = base.clone();
-                moved[i] += delta;
+            let value_at = |delta: f64| {
+                let mut changed = base.clone();
+                changed[i] += delta;
                 let mut inputs = inputs.to_vec();
-                inputs[which] = Tensor::from_vec(moved, input.shape(), &Device::Cpu).unwrap();
+                inputs[which] = Tensor::from_vec(changed, input.shape(), &Device::Cpu).unwrap();
                 objective(&f(&inputs).unwrap()).to_scalar::<f64>().unwrap()
             };
-            let want = (at(EPS) - at(-EPS)) / (2.0 * EPS);
+            let want = (value_at(EPS) - value_at(-EPS)) / (2.0 * EPS);
             let got = grad[i];
             assert!(
                 (got - want).abs() <= 1e-5 + 1e-3 * want.abs(),
@@ -76,7 +76,8 @@ pub fn check_gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor
     }
 }
 
-/// Fails unless result and gradients in every dtype stay near those in f64 (of the rounded inputs).
+/// Fails unless result and gradients in every dtype are within its bound of those in f64, for inputs rounded to the
+/// dtype.
 pub fn check_dtypes(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     for (dtype, bound) in DTYPES {
         let low: Vec<Tensor> = inputs.iter().map(|t| t.to_dtype(dtype).unwrap()).collect();
@@ -102,19 +103,19 @@ pub fn same_bits(f: impl Fn() -> Vec<Tensor> + Sync) {
     assert_eq!(one, run(3), "3 threads");
 }
 
-/// Prints the least of five times of `f` and of its backward pass.
+/// Prints the shortest of five times of `f` and of its backward pass.
 pub fn report(what: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let mut least = [f64::INFINITY; 2];
+    let mut shortest = [f64::INFINITY; 2];
     for _ in 0..5 {
         let start = Instant::now();
         let y = f(&tensors).unwrap();
-        least[0] = least[0].min(start.elapsed().as_secs_f64());
+        shortest[0] = shortest[0].min(start.elapsed().as_secs_f64());
         let objective = y.sum_all().unwrap();
         let start = Instant::now();
         objective.backward().unwrap();
-        least[1] = least[1].min(start.elapsed().as_secs_f64());
+        shortest[1] = shortest[1].min(start.elapsed().as_secs_f64());
     }
-    println!("{what}: forward {:.3} ms, backward {:.3} ms", least[0] * 1e3, least[1] * 1e3);
+    println!("{what}: forward {:.3} ms, backward {:.3} ms", shortest[0] * 1e3, shortest[1] * 1e3);
 }

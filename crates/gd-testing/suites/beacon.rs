@@ -1,5 +1,5 @@
-//! The Beacon's second half: causal convolution and gated running average, forward and backward, against naive
-//! f64 versions; in pieces, packed, with states, through strides.
+//! Causal convolution and gated running average, forward and backward, against naive f64 versions: in chunks, packed,
+//! with states, with strided tensors.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};
@@ -8,7 +8,7 @@ use gd_kernels::gpu::{Gpu, Slice, average, conv};
 use gd_kernels::reference::average as reference;
 use rand::RngExt;
 
-use crate::tensors::{Held, numbers};
+use crate::tensors::{DeviceTensor, numbers};
 use gd_testing::ensure;
 use gd_testing::problems::{pick, rng, roundoff, uniform, values};
 use gd_testing::suite::Verdict;
@@ -19,14 +19,14 @@ pub(crate) fn fail(e: gd_kernels::Error) -> String {
     e.to_string()
 }
 
-/// Numbers as the device holds them, and what became of them.
-pub(crate) fn held(gpu: &TestGpu, x: &[f64], dims: &[usize], dtype: DType) -> (Held, Vec<f64>) {
+/// A tensor of these values on the device, and the values after rounding.
+pub(crate) fn upload(gpu: &TestGpu, x: &[f64], dims: &[usize], dtype: DType) -> (DeviceTensor, Vec<f64>) {
     let t = Tensor::from_vec(x.to_vec(), dims, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
-    (Held::new(gpu, &t), values(&t))
+    (DeviceTensor::new(gpu, &t), values(&t))
 }
 
-/// The same, seen as part of wider rows of NaN.
-fn strided(gpu: &TestGpu, x: &[f64], dims: &[usize], dtype: DType) -> (Held, Vec<f64>) {
+/// The same as a part of a tensor with wider rows, whose other elements are NaN.
+fn strided(gpu: &TestGpu, x: &[f64], dims: &[usize], dtype: DType) -> (DeviceTensor, Vec<f64>) {
     let (last, rows) = (dims[dims.len() - 1], x.len() / dims[dims.len() - 1]);
     let mut wide = vec![f64::NAN; rows * (last + 3)];
     for (to, from) in wide.chunks_mut(last + 3).zip(x.chunks(last)) {
@@ -36,25 +36,26 @@ fn strided(gpu: &TestGpu, x: &[f64], dims: &[usize], dtype: DType) -> (Held, Vec
     shape[dims.len() - 1] += 3;
     let t = Tensor::from_vec(wide, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
     let t = t.narrow(dims.len() - 1, 2, last).unwrap();
-    (Held::new(gpu, &t), values(&t))
+    (DeviceTensor::new(gpu, &t), values(&t))
 }
 
-pub(crate) fn near(what: &str, got: &[f64], want: &[f64], dtype: DType, floor: f64) -> Verdict {
-    ensure!(got.len() == want.len(), "{what}: {} elements, not {}", got.len(), want.len());
+/// Fails unless every element is within 1.5 roundings of the dtype and `floor`.
+pub(crate) fn check_close(what: &str, got: &[f64], want: &[f64], dtype: DType, floor: f64) -> Verdict {
+    ensure!(got.len() == want.len(), "{what}: {} elements instead of {}", got.len(), want.len());
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
         let bound = 1.5 * roundoff(dtype) * w.abs() + floor;
-        ensure!((g - w).abs() <= bound, "{what} {i}: {g} not {w} (bound {bound})");
+        ensure!((g - w).abs() <= bound, "{what} {i}: {g} instead of {w} (bound {bound})");
     }
     Ok(())
 }
 
 /// A tensor `[B, N, C]` as rows of channels.
-fn rows(t: &Held) -> Rows<'_, Buffer> {
+fn rows(t: &DeviceTensor) -> Rows<'_, Buffer> {
     let [batch, row, _] = t.tensor4().strides;
     Rows { data: t.slice(), strides: [batch, row] }
 }
 
-/// A convolution of a seed.
+/// Checks the convolution of a seed.
 pub(crate) fn check_conv(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0xc0);
     let dtype = DTYPES[(seed % 3) as usize];
@@ -74,10 +75,10 @@ pub(crate) fn check_conv(gpu: &TestGpu, seed: u64) -> Verdict {
     let dims = [batch, n, channels];
     let (x, xs) = strided(gpu, &uniform(&mut rng, batch * n * channels), &dims, dtype);
     let (dy, dys) = strided(gpu, &uniform(&mut rng, batch * n * channels), &dims, dtype);
-    let (w, ws) = held(gpu, &uniform(&mut rng, channels * width), &[channels, width], dtype);
+    let (w, ws) = upload(gpu, &uniform(&mut rng, channels * width), &[channels, width], dtype);
     let with_past = !packed && width > 1 && rng.random_bool(0.6);
     let past = with_past.then(|| {
-        held(gpu, &uniform(&mut rng, batch * (width - 1) * channels), &[batch, width - 1, channels], dtype)
+        upload(gpu, &uniform(&mut rng, batch * (width - 1) * channels), &[batch, width - 1, channels], dtype)
     });
 
     let start = |b: usize, t: usize| {
@@ -122,14 +123,14 @@ pub(crate) fn check_conv(gpu: &TestGpu, seed: u64) -> Verdict {
         past.is_some()
     );
     let floor = 1e-6 * width as f64;
-    near(&format!("y of {name}"), &numbers(gpu, &y, xs.len(), dtype), &want, dtype, floor)?;
-    near(&format!("dx of {name}"), &numbers(gpu, &dx, xs.len(), dtype), &want_dx, dtype, floor)?;
+    check_close(&format!("y of {name}"), &numbers(gpu, &y, xs.len(), dtype), &want, dtype, floor)?;
+    check_close(&format!("dx of {name}"), &numbers(gpu, &dx, xs.len(), dtype), &want_dx, dtype, floor)?;
     let floor = 2e-6 * (batch * n) as f64;
-    near(&format!("dweight of {name}"), &numbers(gpu, &dw, ws.len(), dtype), &want_dw, dtype, floor)
+    check_close(&format!("dweight of {name}"), &numbers(gpu, &dw, ws.len(), dtype), &want_dw, dtype, floor)
 }
 
-/// Up to this N the closed form of the gradients is held against the sequential one.
-const CLOSED: usize = 65;
+/// Greatest N for which the closed form of the gradients is compared with the sequential one.
+const MAX_CLOSED_FORM_ROWS: usize = 65;
 
 /// Gradients of decay, write and v in f64, one step after the other from the end: with p_t the gradient of m_t,
 /// q_t that of log d_t.
@@ -153,23 +154,23 @@ fn sequential_backward(
     let (mut p, mut q) = (vec![0.0; dim], 0.0);
     let (mut dd, mut dw, mut dv) = (vec![0.0; n], vec![0.0; n], vec![0.0; n * dim]);
     for t in (0..n).rev() {
-        let mut found = 0.0;
+        let mut dtake = 0.0;
         for e in 0..dim {
             p[e] += dm[t * dim + e];
             let before = if t > 0 { m[(t - 1) * dim + e] } else { 0.0 };
-            found += p[e] * (v[t * dim + e] - before);
+            dtake += p[e] * (v[t * dim + e] - before);
             dv[t * dim + e] = take[t] * p[e];
             p[e] *= 1.0 - take[t];
         }
-        let turn = found * take[t] * (1.0 - take[t]);
-        dw[t] = turn + take[t] * q;
-        q = (1.0 - take[t]) * q - turn;
+        let dz = dtake * take[t] * (1.0 - take[t]);
+        dw[t] = dz + take[t] * q;
+        q = (1.0 - take[t]) * q - dz;
         dd[t] = q / (1.0 + decay[t].exp());
     }
     (dd, dw, dv)
 }
 
-/// A running average of a seed: whole, and again in two pieces with a state between them.
+/// Checks the running average of a seed: as one call, and as two calls with a state between them.
 pub(crate) fn check_average(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0xa0);
     let dtype = DTYPES[(seed % 3) as usize];
@@ -182,12 +183,12 @@ pub(crate) fn check_average(gpu: &TestGpu, seed: u64) -> Verdict {
     let (s, bytes) = (batch * heads, dtype.size_in_bytes());
     let strong = pick(&mut rng, &[1.0, 4.0]);
     let mut decays: Vec<f64> = uniform(&mut rng, s * n).into_iter().map(|x| strong * x + 2.0).collect();
-    // Now and then the past is forgotten: a boundary of sequences.
+    // Some decays are so small that the past is forgotten, as at a sequence boundary.
     decays.iter_mut().step_by(37).skip(1).for_each(|x| *x = -60.0);
     let writes: Vec<f64> = uniform(&mut rng, s * n).into_iter().map(|x| strong * x).collect();
     let scalars = [batch, heads, n];
-    let (decay, decays) = held(gpu, &decays, &scalars, dtype);
-    let (write, writes) = held(gpu, &writes, &scalars, dtype);
+    let (decay, decays) = upload(gpu, &decays, &scalars, dtype);
+    let (write, writes) = upload(gpu, &writes, &scalars, dtype);
     let v_dims = [batch, value_heads, n, dim];
     let (v, vs) = strided(gpu, &uniform(&mut rng, v_dims.iter().product()), &v_dims, dtype);
     let (dm, dms) = strided(gpu, &uniform(&mut rng, s * n * dim), &[batch, heads, n, dim], dtype);
@@ -204,12 +205,12 @@ pub(crate) fn check_average(gpu: &TestGpu, seed: u64) -> Verdict {
         finals.extend(last.numerator.iter().map(|x| x / last.denominator));
         let dm = &dms[at * n * dim..(at + 1) * n * dim];
         let (dd, dw, dv) = sequential_backward(d, w, v, dim, dm);
-        if n <= CLOSED {
-            // The closed form, cubic in N, says the same.
+        if n <= MAX_CLOSED_FORM_ROWS {
+            // The closed form, cubic in N, has the same gradients.
             let closed = reference::average_backward(d, w, v, dim, dm);
-            near("closed ddecay", &dd, &closed.0, DType::F32, 1e-6)?;
-            near("closed dwrite", &dw, &closed.1, DType::F32, 1e-6)?;
-            near("closed dv", &dv, &closed.2, DType::F32, 1e-6)?;
+            check_close("closed ddecay", &dd, &closed.0, DType::F32, 1e-6)?;
+            check_close("closed dwrite", &dw, &closed.1, DType::F32, 1e-6)?;
+            check_close("closed dv", &dv, &closed.2, DType::F32, 1e-6)?;
         }
         want_ddecay.extend(dd);
         want_dwrite.extend(dw);
@@ -221,8 +222,8 @@ pub(crate) fn check_average(gpu: &TestGpu, seed: u64) -> Verdict {
     let last = average::State { mean: (&mean).into(), log_weight: (&log).into() };
     let weights = average::forward(gpu, &plan, &x, (&m).into(), &last).map_err(fail)?;
     let name = format!("B{batch} H{heads}/{value_heads} N{n} D{dim} {dtype:?}");
-    near(&format!("m of {name}"), &numbers(gpu, &m, s * n * dim, dtype), &want, dtype, 4e-6)?;
-    near(
+    check_close(&format!("m of {name}"), &numbers(gpu, &m, s * n * dim, dtype), &want, dtype, 4e-6)?;
+    check_close(
         &format!("last mean of {name}"),
         &numbers(gpu, &mean, s * dim, DType::F32),
         &finals,
@@ -235,21 +236,39 @@ pub(crate) fn check_average(gpu: &TestGpu, seed: u64) -> Verdict {
     // The backward pass reads m as it is stored.
     let stored = 4.0 * roundoff(dtype) * (dim as f64).sqrt() + 1e-5 * dim as f64;
     let group = (heads / value_heads) as f64;
-    near(&format!("dv of {name}"), &numbers(gpu, &dv, vs.len(), dtype), &want_dv, dtype, 1e-5 * group)?;
-    near(&format!("dwrite of {name}"), &numbers(gpu, &dw, s * n, dtype), &want_dwrite, dtype, 4.0 * stored)?;
-    near(&format!("ddecay of {name}"), &numbers(gpu, &dd, s * n, dtype), &want_ddecay, dtype, 8.0 * stored)?;
+    check_close(
+        &format!("dv of {name}"),
+        &numbers(gpu, &dv, vs.len(), dtype),
+        &want_dv,
+        dtype,
+        1e-5 * group,
+    )?;
+    check_close(
+        &format!("dwrite of {name}"),
+        &numbers(gpu, &dw, s * n, dtype),
+        &want_dwrite,
+        dtype,
+        4.0 * stored,
+    )?;
+    check_close(
+        &format!("ddecay of {name}"),
+        &numbers(gpu, &dd, s * n, dtype),
+        &want_ddecay,
+        dtype,
+        8.0 * stored,
+    )?;
     if n < 2 || batch > 1 || heads > 1 {
         return Ok(());
     }
-    // In pieces: a single sequence can be cut by offsets.
+    // In two chunks: a single sequence can be split by offsets.
     let cut = n / 2;
-    let piece =
+    let chunk_plan =
         |rows: usize| average::AveragePlan::new(&average::Sizes { rows, ..sizes }, &gpu.arch()).map_err(fail);
     let at = |s: Slice<'_, Buffer>, rows: usize, wide: usize| s.offset + rows * wide * bytes;
     let again = buffer(n * dim, bytes)?;
     let (mean, log, mean2, log2) = (buffer(dim, 4)?, buffer(1, 4)?, buffer(dim, 4)?, buffer(1, 4)?);
     let state = average::State { mean: (&mean).into(), log_weight: (&log).into() };
-    average::forward(gpu, &piece(cut)?, &x, (&again).into(), &state).map_err(fail)?;
+    average::forward(gpu, &chunk_plan(cut)?, &x, (&again).into(), &state).map_err(fail)?;
     let moved = |s: Slice<'_, Buffer>, wide: usize| at(s, cut, wide);
     let (d2, w2) = (moved(x.decay, 1), moved(x.write, 1));
     let row = x.v.strides[2];
@@ -265,16 +284,16 @@ pub(crate) fn check_average(gpu: &TestGpu, seed: u64) -> Verdict {
     };
     let end = average::State { mean: (&mean2).into(), log_weight: (&log2).into() };
     let rest = Slice { buffer: &again, offset: cut * dim * bytes };
-    average::forward(gpu, &piece(n - cut)?, &x2, rest, &end).map_err(fail)?;
-    near(&format!("pieces of {name}"), &numbers(gpu, &again, n * dim, dtype), &want, dtype, 4e-6)
+    average::forward(gpu, &chunk_plan(n - cut)?, &x2, rest, &end).map_err(fail)?;
+    check_close(&format!("chunks of {name}"), &numbers(gpu, &again, n * dim, dtype), &want, dtype, 4e-6)
 }
 
 #[test]
-fn convolutions_are_those_of_the_definition() {
+fn convolutions_match_the_definition() {
     crate::suites("conv", [40, 40], 0, check_conv);
 }
 
 #[test]
-fn averages_are_those_of_the_reference() {
+fn averages_match_the_reference() {
     crate::suites("average", [40, 40], 0, check_average);
 }

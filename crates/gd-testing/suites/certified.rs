@@ -1,5 +1,5 @@
-//! Scans with 8-bit keys against the native scan of the same keys: the same keys, bits, flags and value rows; and
-//! against the reference.
+//! Scans with 8-bit keys against native scans of the same keys: candidates, bits of energies, flags and value rows are
+//! the same. Also against the reference.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};
@@ -9,8 +9,8 @@ use gd_kernels::gpu::scan_certified::{Certified, scan_certified};
 use gd_kernels::reference::scan::may_see;
 use gd_kernels::{Precision, Problem};
 
-use crate::decode::Codes;
-use crate::scan::{Found, Uploaded, judge, problem};
+use crate::decode::Int8Cache;
+use crate::scan::{ScanResult, Uploaded, check_result, problem};
 use crate::tensors::{integers, numbers};
 use gd_testing::ensure;
 use gd_testing::problems::{Case, Kind, Spec, View};
@@ -26,7 +26,7 @@ const KEYS: [usize; 12] = [1, 2, 31, 33, 63, 64, 65, 127, 129, 200, 300, 450];
 const LIMIT: usize = 900_000;
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
-/// The problem of a seed; every second one keeps one candidate and nothing protected.
+/// The problem of a seed; every second one has one candidate and no protected keys.
 fn spec(seed: u64) -> Spec {
     let mut spec = Spec::with_sizes(80_000 + seed, LIMIT, &DIMS, Some([&QUERIES, &KEYS]));
     spec.candidates = spec.candidates.min(32);
@@ -40,7 +40,7 @@ fn dtype(seed: u64) -> DType {
     DTYPES[(seed / 2 % 3) as usize]
 }
 
-/// Gives a case, whose tensors lie contiguously, the queries and keys of its problem.
+/// Rounds queries and keys of a case's problem to its dtype, and stores them in its tensors, which are contiguous.
 fn restore(case: &mut Case) {
     let (p, dtype) = (&mut case.problem, case.dtype);
     let tensor = |values: &[f64], heads: usize, rows: usize| {
@@ -48,55 +48,56 @@ fn restore(case: &mut Case) {
         Tensor::from_vec(values.to_vec(), &dims, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
     };
     let (q, k) = (tensor(&p.q, p.q_heads, p.queries), tensor(&p.k, p.kv_heads, p.keys));
-    // The reference sees what the dtype keeps.
+    // The reference gets the rounded values.
     let back = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     (p.q, p.k) = (back(&q), back(&k));
     (case.q.base, case.k.base) = (q, k);
 }
 
-/// Kinds of [`adverse`] problems, and of them those that the reference has energies for.
-const ADVERSE: u64 = 8;
-const FINITE: u64 = 5;
+/// Number of kinds of [`adverse`] problems; the first `FINITE_KINDS` have finite energies, which the reference can
+/// check.
+const ADVERSE_KINDS: u64 = 8;
+const FINITE_KINDS: u64 = 5;
 
-/// A problem in which bounds help little or not at all.
+/// A problem whose error bounds rule out few keys or none.
 fn adverse(seed: u64) -> Case {
     let mut spec = Spec { views: [View::Plain; 3], ..spec(seed + 3000) };
-    if seed % ADVERSE < 5 {
+    if seed % ADVERSE_KINDS < 5 {
         spec.prior = None;
     }
-    let mut case = spec.build(dtype(seed / ADVERSE));
+    let mut case = spec.build(dtype(seed / ADVERSE_KINDS));
     if case.exact() {
-        // What follows leaves no integers.
+        // The values below are no integers.
         case.spec.kind = Kind::Plain;
     }
     let (dim, keys) = (case.problem.dim, case.problem.keys);
-    let most = if case.dtype == DType::F16 { 6e4 } else { 1e17 };
+    let max = if case.dtype == DType::F16 { 6e4 } else { 1e17 };
     let p = &mut case.problem;
     let first = p.k[..dim].iter().map(|x| if x.is_finite() { *x } else { 0.5 }).collect::<Vec<_>>();
     for (row, key) in p.k.chunks_mut(dim).enumerate() {
         let j = row % keys;
-        match seed % ADVERSE {
-            // All keys equal, or nearly so: no bound tells them apart, and every list overflows.
+        match seed % ADVERSE_KINDS {
+            // All keys equal, or nearly so: no bound tells them relative_difference, and every list overflows.
             0 => key.copy_from_slice(&first),
             1 => (0..dim).for_each(|d| key[d] = first[d] * (1.0 + 1e-3 * ((j * 7 + d * 3) % 5) as f64)),
-            // A single large coordinate leaves the others few of the integers.
-            2 if j % 5 == 2 => key[j % dim] = (300.0 * key[j % dim]).clamp(-most, most),
-            // Every key is better than the ones before, or equal to every third.
+            // A single large coordinate leaves few integer levels for the others.
+            2 if j % 5 == 2 => key[j % dim] = (300.0 * key[j % dim]).clamp(-max, max),
+            // Every key scores higher than the ones before, or the same as every third.
             3 => (0..dim).for_each(|d| key[d] = first[d] * (1.0 + j as f64 / keys as f64)),
             4 => (0..dim).for_each(|d| key[d] = first[d] * (1.0 + (j % 3) as f64)),
-            // No bounds at all, for some keys.
+            // Some keys have no bounds.
             5 if j % 7 == 1 => key[row % dim] = if row % 2 == 0 { f64::INFINITY } else { f64::NEG_INFINITY },
             5 if j % 11 == 4 => key[row % dim] = f64::NAN,
-            6 if j % 3 == 1 => key[row % dim] = most,
+            6 if j % 3 == 1 => key[row % dim] = max,
             6 if j % 3 == 2 => key.fill(0.0),
             _ => {}
         }
     }
     for (row, query) in p.q.chunks_mut(dim).enumerate() {
-        match seed % ADVERSE {
-            2 if row % 9 == 4 => query[row % dim] = (300.0 * query[row % dim]).clamp(-most, most),
-            // No bounds, for some rows.
-            7 if row % 4 == 1 => query[row % dim] = most,
+        match seed % ADVERSE_KINDS {
+            2 if row % 9 == 4 => query[row % dim] = (300.0 * query[row % dim]).clamp(-max, max),
+            // Some rows have no bounds.
+            7 if row % 4 == 1 => query[row % dim] = max,
             7 if row % 4 == 2 => query[row % dim] = f64::INFINITY,
             7 if row % 4 == 3 => query.fill(0.0),
             _ => {}
@@ -106,30 +107,30 @@ fn adverse(seed: u64) -> Case {
     case
 }
 
-/// What a scan gives.
-struct Whole {
-    found: Found,
+/// The results of a scan.
+struct FullResult {
+    scan: ScanResult,
     y: Vec<f64>,
     /// Scored and visible keys of each row, of a certified scan.
     counts: Vec<i32>,
 }
 
-/// The thresholds of all heads: one of the head's energies, so that some rows are admitted.
+/// A threshold for each head: one of its energies, so that some rows are admitted.
 fn thresholds(p: &Problem, energy: &[f64]) -> Vec<f32> {
     let of = |h: usize| {
-        let own = (0..energy.len()).filter(|r| r / p.queries % p.q_heads == h).map(|r| energy[r]);
-        let own: Vec<f64> = own.filter(|e| e.is_finite()).collect();
-        own.get(own.len() / 2).map_or(0.0, |e| *e as f32)
+        let head = (0..energy.len()).filter(|r| r / p.queries % p.q_heads == h).map(|r| energy[r]);
+        let head: Vec<f64> = head.filter(|e| e.is_finite()).collect();
+        head.get(head.len() / 2).map_or(0.0, |e| *e as f32)
     };
     (0..p.q_heads).map(of).collect()
 }
 
-/// One scan by the portable kernels; with thresholds the fused one.
-fn run(gpu: &TestGpu, case: &Case, precision: Precision, tau: Option<&[f32]>) -> Result<Whole, String> {
+/// Runs a scan by the portable kernels; with thresholds the fused one.
+fn run(gpu: &TestGpu, case: &Case, precision: Precision, tau: Option<&[f32]>) -> Result<FullResult, String> {
     let p = Problem { precision, ..problem(case) };
     let fail = |e: gd_kernels::Error| e.to_string();
-    let held = Uploaded::new(gpu, case);
-    let x: Inputs<'_, Buffer> = held.inputs(case);
+    let uploaded = Uploaded::new(gpu, case);
+    let x: Inputs<'_, Buffer> = uploaded.inputs(case);
     let extra = x.protected.as_ref().map_or(0, |p| p.dims[3]);
     let plan = GpuScanPlan::new(&p, extra, x.prior.is_some(), &gpu.arch()).map_err(fail)?;
     let (rows, slots, dim) = (p.batch * p.q_heads * p.queries, p.candidates + extra, case.problem.value_dim);
@@ -144,14 +145,14 @@ fn run(gpu: &TestGpu, case: &Case, precision: Precision, tau: Option<&[f32]>) ->
         flags: (extra > 0).then(|| (&flags).into()),
     };
     let values = tau.map(|_| Values {
-        v: held.v.tensor4(),
+        v: uploaded.v.tensor4(),
         dim,
         threshold: Some((&threshold).into()),
         y: (&y).into(),
     });
     let certified = precision == Precision::Certified;
     if certified {
-        let keys = Codes::new(gpu, &p, &x.k, [p.batch, p.keys]).map_err(fail)?;
+        let keys = Int8Cache::new(gpu, &p, &x.k, [p.batch, p.keys]).map_err(fail)?;
         let beside = Certified { keys: keys.slices(), rescored: (&counts).into() };
         scan_certified(gpu, &plan, &p, &x, &beside, &out, values.as_ref()).map_err(fail)?;
     } else {
@@ -161,8 +162,8 @@ fn run(gpu: &TestGpu, case: &Case, precision: Precision, tau: Option<&[f32]>) ->
         }
         .map_err(fail)?;
     }
-    Ok(Whole {
-        found: Found {
+    Ok(FullResult {
+        scan: ScanResult {
             slots,
             index: integers(gpu, &index, count),
             energy: numbers(gpu, &energy, count, DType::F32),
@@ -173,64 +174,68 @@ fn run(gpu: &TestGpu, case: &Case, precision: Precision, tau: Option<&[f32]>) ->
     })
 }
 
-/// Whether two scans give the same bits.
-fn same(case: &Case, native: &Whole, certified: &Whole) -> Verdict {
-    let slots = native.found.slots;
+/// Fails unless two scans have the same bits.
+fn check_same_bits(case: &Case, native: &FullResult, certified: &FullResult) -> Verdict {
+    let slots = native.scan.slots;
     for (row, (b, h, i)) in case.problem.rows() {
         let at = row * slots..(row + 1) * slots;
-        let of = |x: &Whole| (x.found.index[at.clone()].to_vec(), x.found.energy[at.clone()].to_vec());
+        let of = |x: &FullResult| (x.scan.index[at.clone()].to_vec(), x.scan.energy[at.clone()].to_vec());
         let (want, got) = (of(native), of(certified));
-        ensure!(got == want, "{got:?} not {want:?}, row {b} {h} {i} of {}", case.name());
-        let (seen, keys) = (certified.counts[2 * row + 1], case.problem.keys);
-        let visible = (0..keys).filter(|&j| may_see(&case.problem.mask, b, i, j, keys)).count();
-        ensure!(seen == visible as i32, "{seen} of {visible} visible, row {b} {h} {i} of {}", case.name());
+        ensure!(got == want, "{got:?} instead of {want:?}, row {b} {h} {i} of {}", case.name());
+        let (visible, keys) = (certified.counts[2 * row + 1], case.problem.keys);
+        let expected = (0..keys).filter(|&j| may_see(&case.problem.mask, b, i, j, keys)).count();
+        ensure!(
+            visible == expected as i32,
+            "{visible} visible keys instead of {expected}, row {b} {h} {i} of {}",
+            case.name()
+        );
         let scored = certified.counts[2 * row];
         ensure!(
-            (0..=seen).contains(&scored),
-            "{scored} of {seen} scored, row {b} {h} {i} of {}",
+            (0..=visible).contains(&scored),
+            "{scored} of {visible} scored, row {b} {h} {i} of {}",
             case.name()
         );
     }
-    ensure!(native.found.flags == certified.found.flags, "flags of {}", case.name());
-    // NaN of a value row that is selected is the same NaN.
+    ensure!(native.scan.flags == certified.scan.flags, "flags of {}", case.name());
+    // Compared as bits, since selected value rows may hold NaN.
     let bits = |y: &[f64]| y.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     ensure!(bits(&native.y) == bits(&certified.y), "values of {}", case.name());
     Ok(())
 }
 
-/// A problem natively and with 8-bit keys.
-fn check_case(gpu: &TestGpu, seed: u64, case: &Case) -> Result<Whole, String> {
+/// Compares the native scan of a problem with the one with 8-bit keys, which is returned.
+fn check_case(gpu: &TestGpu, seed: u64, case: &Case) -> Result<FullResult, String> {
     let other = gpu.twin(seed + 1);
     let native = run(&other, case, Precision::Native, None)?;
     let certified = run(gpu, case, Precision::Certified, None)?;
-    same(case, &native, &certified)?;
+    check_same_bits(case, &native, &certified)?;
     if case.spec.candidates == 1 && case.spec.protected.is_none() {
-        let tau = thresholds(&problem(case), &native.found.energy);
+        let tau = thresholds(&problem(case), &native.scan.energy);
         let native = run(&other, case, Precision::Native, Some(&tau))?;
-        same(case, &native, &run(gpu, case, Precision::Certified, Some(&tau))?)?;
+        check_same_bits(case, &native, &run(gpu, case, Precision::Certified, Some(&tau))?)?;
     }
     Ok(certified)
 }
 
-/// One problem with one schedule.
+/// Checks one problem with one schedule.
 pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
     let case = spec(seed).build(dtype(seed));
     let certified = check_case(gpu, seed, &case)?;
-    judge(&case, &certified.found)
+    check_result(&case, &certified.scan)
 }
 
-/// One adverse problem with one schedule.
+/// Checks one adverse problem with one schedule.
 pub(crate) fn check_adverse(gpu: &TestGpu, seed: u64) -> Verdict {
     let case = adverse(seed);
     let certified = check_case(gpu, seed, &case)?;
-    if seed % ADVERSE < FINITE {
-        judge(&case, &certified.found)?;
+    if seed % ADVERSE_KINDS < FINITE_KINDS {
+        check_result(&case, &certified.scan)?;
     }
     Ok(())
 }
 
 #[test]
-fn certified_scans_are_the_native_scan_to_the_bit() {
+fn certified_scans_have_the_bits_of_the_native_scan() {
     crate::suite("scan, 8-bit keys", 120, |seed| check(&TestGpu::new(seed + 300), seed));
 }
 
@@ -243,15 +248,15 @@ fn keys_that_bounds_cannot_tell_apart_are_scored() {
 fn most_keys_are_ruled_out() {
     // Many keys, whose scores differ by more than their bounds.
     let sizes: [&[usize]; 2] = [&[40], &[2000]];
-    for (candidates, most) in [(1, 0.03), (8, 0.1)] {
+    for (candidates, max_share) in [(1, 0.03), (8, 0.1)] {
         let mut spec = Spec::with_sizes(7, 10_000_000, &[64], Some(sizes));
         (spec.candidates, spec.protected, spec.prior) = (candidates, None, None);
         spec.raw.mask = gd_kernels::Mask::none();
         let case = spec.build(DType::BF16);
-        let found = run(&TestGpu::new(5), &case, Precision::Certified, None).unwrap();
-        let total = |at: usize| found.counts.iter().skip(at).step_by(2).map(|x| i64::from(*x)).sum::<i64>();
+        let result = run(&TestGpu::new(5), &case, Precision::Certified, None).unwrap();
+        let total = |at: usize| result.counts.iter().skip(at).step_by(2).map(|x| i64::from(*x)).sum::<i64>();
         let share = total(0) as f64 / total(1) as f64;
         println!("{candidates} candidates: {share:.4} of {} pairs scored, {}", total(1), case.name());
-        assert!(share > 0.0 && share < most, "{share}");
+        assert!(share > 0.0 && share < max_share, "{share}");
     }
 }

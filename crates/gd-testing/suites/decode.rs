@@ -1,5 +1,6 @@
-//! Decoding, in one piece and in pages, natively and with 8-bit keys, against the scan of the same keys: the same key,
-//! bits and value row; on Metal, which adds in another order, against the reference.
+//! Decoding over contiguous and paged caches, at native precision and with 8-bit keys, against the scan of the same
+//! keys: key, bits of the energy and value row are the same. On Metal, which sums in another order, against the
+//! reference.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::DType;
@@ -11,8 +12,8 @@ use gd_kernels::gpu::{Slice, Tensor4};
 use gd_kernels::{KeyShape, Precision, Problem};
 use rand::RngExt;
 
-use crate::scan::{Found, Uploaded, judge, problem, run};
-use crate::tensors::{Held, integers, numbers};
+use crate::scan::{ScanResult, Uploaded, check_result, problem, run};
+use crate::tensors::{DeviceTensor, integers, numbers};
 use gd_testing::ensure;
 use gd_testing::problems::{Case, Spec, rng};
 use gd_testing::suite::Verdict;
@@ -40,7 +41,7 @@ fn spec(seed: u64) -> Spec {
     spec
 }
 
-/// Rows of a cache in pages, in a random order, NaN in all that no key fills; and the table.
+/// The rows of a paged cache with this block table; rows without a key are NaN.
 fn paged(case: &Case, values: &[f64], dim: usize, table: &[i32]) -> candle_core::Tensor {
     let p = &case.problem;
     let row = p.keys.div_ceil(PAGE);
@@ -63,8 +64,8 @@ fn paged(case: &Case, values: &[f64], dim: usize, table: &[i32]) -> candle_core:
         .unwrap()
 }
 
-/// A problem with at most 16 queries in which some keys have coordinates that are not quantised, or none at all.
-fn wild(seed: u64) -> Case {
+/// A problem with at most 16 queries in which some keys are zero or too large to be quantised.
+fn case_with_extreme_keys(seed: u64) -> Case {
     let mut spec = spec(seed);
     spec.views = [gd_testing::problems::View::Plain; 3];
     let mut case = spec.build(DTYPES[(seed % 3) as usize]);
@@ -80,20 +81,20 @@ fn wild(seed: u64) -> Case {
     let dims = [p.batch, p.kv_heads, p.keys, dim];
     let k = candle_core::Tensor::from_vec(p.k.clone(), &dims, &candle_core::Device::Cpu).unwrap();
     case.k.base = k.to_dtype(case.dtype).unwrap();
-    // The reference sees what the dtype keeps.
+    // The reference gets the rounded values.
     p.k = case.k.base.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     case
 }
 
-/// The memory of a cache of 8-bit keys.
-pub(crate) struct Codes {
+/// A cache of 8-bit keys on the device.
+pub(crate) struct Int8Cache {
     values: Buffer,
     bounds: Buffer,
     capacity: usize,
 }
 
-impl Codes {
-    /// Quantises k `[sequences, Hk, keys, D]` in two steps, with more capacity than needed: rows behind the last stay NaN.
+impl Int8Cache {
+    /// Quantises k `[sequences, Hk, keys, D]` in two steps, with more capacity than needed: the unused rows stay NaN.
     pub(crate) fn new(
         gpu: &TestGpu,
         p: &Problem,
@@ -110,15 +111,15 @@ impl Codes {
         let capacity = capacity(keys) + 64 * (keys % 2);
         let values = gpu.allocate(values_bytes(&shape, capacity))?;
         let bounds = gpu.allocate(bounds_bytes(&shape, capacity))?;
-        let held = Self { values, bounds, capacity };
+        let cache = Self { values, bounds, capacity };
         let half = keys / 2;
         if half > 0 {
-            quantize(gpu, &shape, k, half, 0, &held.slices())?;
+            quantize(gpu, &shape, k, half, 0, &cache.slices())?;
         }
         let offset = k.data.offset + half * k.strides[2] * p.dtype.size_in_bytes();
         let rest = Tensor4 { data: Slice { buffer: k.data.buffer, offset }, strides: k.strides };
-        quantize(gpu, &shape, &rest, keys - half, half, &held.slices())?;
-        Ok(held)
+        quantize(gpu, &shape, &rest, keys - half, half, &cache.slices())?;
+        Ok(cache)
     }
 
     pub(crate) fn slices(&self) -> Int8Slices<'_, Buffer> {
@@ -126,15 +127,15 @@ impl Codes {
     }
 }
 
-/// One problem at native precision.
+/// Checks one problem at native precision.
 pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
     let case = case(seed);
-    let found = run(&gpu.twin(seed), &case)?;
-    judge(&case, &found)?;
-    check_case(gpu, seed, &case, &found, Precision::Native)
+    let scanned = run(&gpu.twin(seed), &case)?;
+    check_result(&case, &scanned)?;
+    check_case(gpu, seed, &case, &scanned, Precision::Native)
 }
 
-/// One problem with 8-bit keys; some have no bound.
+/// Checks one problem with 8-bit keys, some of which have no bound.
 pub(crate) fn check_certified(gpu: &TestGpu, seed: u64) -> Verdict {
     if gpu.arch().is_metal() {
         let certified = Problem { precision: Precision::Certified, ..problem(&case(seed)) };
@@ -142,24 +143,24 @@ pub(crate) fn check_certified(gpu: &TestGpu, seed: u64) -> Verdict {
         ensure!(refused, "a plan for 8-bit keys on Metal, which has none");
         return Ok(());
     }
-    // The reference has no energies of infinite keys: the native scan has.
-    let case = if seed % 4 == 3 { wild(seed) } else { case(seed) };
-    let found = run(&gpu.twin(seed), &case)?;
+    // The reference cannot check infinite keys; the native scan can.
+    let case = if seed % 4 == 3 { case_with_extreme_keys(seed) } else { case(seed) };
+    let scanned = run(&gpu.twin(seed), &case)?;
     if seed % 4 != 3 {
-        judge(&case, &found)?;
+        check_result(&case, &scanned)?;
     }
-    check_case(gpu, seed, &case, &found, Precision::Certified)
+    check_case(gpu, seed, &case, &scanned, Precision::Certified)
 }
 
-/// Decoding gives what the scan gives, twice with one workspace.
-fn check_case(gpu: &TestGpu, seed: u64, case: &Case, found: &Found, precision: Precision) -> Verdict {
+/// Fails unless decoding gives the results of the scan, also when the workspace is used again.
+fn check_case(gpu: &TestGpu, seed: u64, case: &Case, scanned: &ScanResult, precision: Precision) -> Verdict {
     let (p, plain) = (Problem { precision, ..problem(case) }, &case.problem);
     let fail = |e: gd_kernels::Error| e.to_string();
-    let held = Uploaded::new(gpu, case);
-    let x = held.inputs(case);
+    let uploaded = Uploaded::new(gpu, case);
+    let x = uploaded.inputs(case);
     let mut plan = DecodePlan::new(&p, x.prior.is_some(), &gpu.arch()).map_err(fail)?;
     if seed % 3 == 1 {
-        // Room for hardly any candidate: the others are scored at once.
+        // A workspace for few candidates, so that the others are scored immediately.
         plan.capacity = plan.capacity.min(seed as usize % 5 + 1);
     }
     let mut rng = rng(seed);
@@ -171,43 +172,43 @@ fn check_case(gpu: &TestGpu, seed: u64, case: &Case, found: &Found, precision: P
     }
     table.truncate(plain.batch * row);
     let pages = seed.is_multiple_of(2);
-    let (paged_k, paged_v, held_table);
+    let (paged_k, paged_v, table_on_device);
     let mut page = None;
-    let (mut k, mut v, mut pieces) = (held.k.tensor4(), held.v.tensor4(), [p.batch, p.keys]);
+    let (mut k, mut v, mut sequences) = (uploaded.k.tensor4(), uploaded.v.tensor4(), [p.batch, p.keys]);
     if pages {
-        paged_k = Held::new(gpu, &paged(case, &plain.k, plain.dim, &table));
-        paged_v = Held::new(gpu, &paged(case, &plain.v, plain.value_dim, &table));
-        held_table = gpu.upload(bytemuck::cast_slice(&table)).map_err(fail)?;
+        paged_k = DeviceTensor::new(gpu, &paged(case, &plain.k, plain.dim, &table));
+        paged_v = DeviceTensor::new(gpu, &paged(case, &plain.v, plain.value_dim, &table));
+        table_on_device = gpu.upload(bytemuck::cast_slice(&table)).map_err(fail)?;
         let count = table.iter().max().map_or(1, |&m| m as usize + 1);
-        page = Some(Pages { table: (&held_table).into(), row, keys: PAGE, count });
-        (k, v, pieces) = (paged_k.tensor4(), paged_v.tensor4(), [count, PAGE]);
+        page = Some(Pages { table: (&table_on_device).into(), row, keys: PAGE, count });
+        (k, v, sequences) = (paged_k.tensor4(), paged_v.tensor4(), [count, PAGE]);
     }
     let (bias, codes);
     let key_data = match precision {
         Precision::Native => {
             let shape = KeyShape {
-                sequences: pieces[0],
+                sequences: sequences[0],
                 kv_heads: p.kv_heads,
                 head_dim: p.head_dim,
                 dtype: p.dtype,
                 score: p.score,
             };
-            let beta = held.inputs(case).beta;
+            let beta = uploaded.inputs(case).beta;
             let inputs = BiasInputs { k, q_heads: p.q_heads, beta, prior: None };
-            let exact = key_bias(gpu, &shape, pieces[1], &inputs).map_err(fail)?;
-            // A cache that has grown has room for more, of which nothing may be read.
-            let (row, heads) = (pieces[1].next_multiple_of(PAGE), pieces[0] * p.kv_heads);
-            let room = row + PAGE * (seed as usize % 3);
-            let mut all = vec![f32::NAN; heads * room];
+            let exact = key_bias(gpu, &shape, sequences[1], &inputs).map_err(fail)?;
+            // Capacity for more biases, which must not be read.
+            let (row, heads) = (sequences[1].next_multiple_of(PAGE), sequences[0] * p.kv_heads);
+            let capacity = row + PAGE * (seed as usize % 3);
+            let mut all = vec![f32::NAN; heads * capacity];
             let exact = gpu.download((&exact).into(), heads * row * 4).map_err(fail)?;
-            for (to, from) in all.chunks_mut(room).zip(exact.chunks(row * 4)) {
+            for (to, from) in all.chunks_mut(capacity).zip(exact.chunks(row * 4)) {
                 to[..row].copy_from_slice(bytemuck::cast_slice(from));
             }
             bias = gpu.upload(bytemuck::cast_slice(&all)).map_err(fail)?;
-            KeyData::Bias((&bias).into(), room)
+            KeyData::Bias((&bias).into(), capacity)
         }
         Precision::Certified => {
-            codes = Codes::new(gpu, &p, &k, pieces).map_err(fail)?;
+            codes = Int8Cache::new(gpu, &p, &k, sequences).map_err(fail)?;
             KeyData::Int8(codes.slices())
         }
     };
@@ -238,18 +239,19 @@ fn check_case(gpu: &TestGpu, seed: u64, case: &Case, found: &Found, precision: P
     };
     let (all, energies, _) = step(&inputs)?;
     if gpu.arch().is_metal() {
-        // Sums in another order than the scan's: another key where rounding decides.
-        let own = Found { slots: 1, index: all.clone(), energy: energies.clone(), flags: vec![0.0; rows] };
-        judge(case, &own)?;
+        // The sums have another order than those of the scan, so rounding may decide for another key.
+        let decoded =
+            ScanResult { slots: 1, index: all.clone(), energy: energies.clone(), flags: vec![0.0; rows] };
+        check_result(case, &decoded)?;
     } else {
-        let same = (&all, &energies) == (&found.index, &found.energy);
-        ensure!(same, "{plan}: {all:?} not {:?}, {}", found.index, case.name());
+        let same = (&all, &energies) == (&scanned.index, &scanned.energy);
+        ensure!(same, "{plan}: {all:?} instead of {:?}, {}", scanned.index, case.name());
     }
     let tau: Vec<f32> = (0..p.q_heads)
         .map(|h| {
-            let own = (0..rows).filter(|r| r / p.queries % p.q_heads == h).map(|r| energies[r]);
-            let own: Vec<f64> = own.filter(|e| e.is_finite()).collect();
-            own.get(own.len() / 2).map_or(0.0, |e| *e as f32)
+            let head = (0..rows).filter(|r| r / p.queries % p.q_heads == h).map(|r| energies[r]);
+            let head: Vec<f64> = head.filter(|e| e.is_finite()).collect();
+            head.get(head.len() / 2).map_or(0.0, |e| *e as f32)
         })
         .collect();
     let threshold = gpu.upload(bytemuck::cast_slice(&tau)).map_err(fail)?;
@@ -262,7 +264,7 @@ fn check_case(gpu: &TestGpu, seed: u64, case: &Case, found: &Found, precision: P
             let got = (index[row], energy[row]);
             ensure!(
                 got == want,
-                "step {again}, {plan}: {got:?} not {want:?}, row {b} {h} {i} of {}",
+                "step {again}, {plan}: {got:?} instead of {want:?}, row {b} {h} {i} of {}",
                 case.name()
             );
             let zeros = vec![0.0; plain.value_dim];
@@ -275,11 +277,11 @@ fn check_case(gpu: &TestGpu, seed: u64, case: &Case, found: &Found, precision: P
 }
 
 #[test]
-fn certified_decoding_is_the_scan_to_the_bit() {
+fn certified_decoding_has_the_bits_of_the_scan() {
     crate::suite("decode, 8-bit keys", 100, |seed| check_certified(&TestGpu::new(seed + 78), seed));
 }
 
 #[test]
-fn decoding_is_the_scan_to_the_bit() {
+fn decoding_has_the_bits_of_the_scan() {
     crate::suites("decode", [60, 60], 77, check);
 }

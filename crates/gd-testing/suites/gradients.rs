@@ -1,5 +1,5 @@
-//! Gradients on the device against differences of its own results, where no other implementation takes part: of
-//! everything that has a gradient in the strict sense, the discrete choice held fixed.
+//! Gradients on the device against finite differences of its own results, for all options whose gradient is exact while
+//! the discrete choice does not change.
 
 use candle_core::{DType, Device, Tensor, Var};
 use gd_kernels::{
@@ -11,12 +11,13 @@ use crate::graph::noise;
 use crate::targets;
 use gd_testing::problems::values;
 
-/// Steps to either side, far above the rounding of f32.
+/// Step of the central differences: large against the rounding of f32.
 const STEP: f64 = 2e-3;
-/// Of the gradient's length.
+/// Greatest error, relative to the norm of the gradient.
 const BOUND: f64 = 1e-2;
 
-/// The gradient of each input along a random direction. `run` returns the result, and the keys that must not change.
+/// Compares the derivative along a random direction for each input. `run` returns the result, and the selected keys,
+/// which must not change within a step.
 fn check(
     what: &str,
     inputs: &[Tensor],
@@ -40,21 +41,21 @@ fn check(
             let grads = (y * weights).unwrap().sum_all().unwrap().backward().unwrap();
             for (i, var) in vars.iter().enumerate() {
                 let grad = grads.get(var).unwrap_or_else(|| panic!("{what}: input {i} got no gradient"));
-                let (grad, way) = (host(grad), noise(200 + i as u64, inputs[i].dims()));
+                let (grad, direction) = (host(grad), noise(200 + i as u64, inputs[i].dims()));
                 let moved = |step: f64| {
                     let mut inputs = inputs.clone();
                     let wide = inputs[i].to_dtype(DType::F64).unwrap();
-                    inputs[i] = (wide + (&way * step).unwrap()).unwrap().to_dtype(DType::F32).unwrap();
+                    inputs[i] = (wide + (&direction * step).unwrap()).unwrap().to_dtype(DType::F32).unwrap();
                     at(&inputs)
                 };
                 let ((above, keys), (below, others)) = (moved(STEP), moved(-STEP));
                 assert_eq!(keys, others, "{what}, input {i}: a choice changed within a step");
-                let (want, got) = ((above - below) / (2.0 * STEP), sum(&grad, &values(&way)));
-                let size = sum(&grad, &grad).sqrt();
-                let held = (want - got).abs() <= BOUND * size && size > 1e-3;
+                let (want, got) = ((above - below) / (2.0 * STEP), sum(&grad, &values(&direction)));
+                let norm = sum(&grad, &grad).sqrt();
+                let close = (want - got).abs() <= BOUND * norm && norm > 1e-3;
                 assert!(
-                    held,
-                    "{what}, input {i}: {got} along the direction, {want} by differences, of {size}"
+                    close,
+                    "{what}, input {i}: derivative {got}, finite difference {want}, gradient norm {norm}"
                 );
             }
         });
@@ -62,7 +63,7 @@ fn check(
     }
 }
 
-/// Selections by q, k, v, beta, threshold and prior, in which no row abstains.
+/// Checks `select` with gradients of q, k, v, beta, threshold and prior; no row abstains.
 fn selections(what: &str, change: fn(&mut Select)) {
     let [b, hq, hk, n, m, d, dv] = [1, 4, 2, 3, 8, 16, 8];
     let inputs = [
@@ -77,10 +78,10 @@ fn selections(what: &str, change: fn(&mut Select)) {
     check(what, &inputs, |x| {
         let prior = Some(&x[5]);
         // Every key is a candidate.
-        let found = scan(&x[0], &x[1], &Scan { prior, ..Scan::new(&x[3], &mask, 8) })?;
+        let candidates = scan(&x[0], &x[1], &Scan { prior, ..Scan::new(&x[3], &mask, 8) })?;
         let mut how = Select { prior, threshold: Some(&x[4]), ..Select::new(&x[3]) };
         change(&mut how);
-        let Selected { y, index, .. } = select(&x[0], &x[1], &x[2], &found, &how)?;
+        let Selected { y, index, .. } = select(&x[0], &x[1], &x[2], &candidates, &how)?;
         Ok((y, (how.hardness > 0.0).then_some(index)))
     });
 }
@@ -104,10 +105,10 @@ fn gradients_are_those_of_finite_differences() {
 
 #[test]
 fn the_coherence_gate_has_the_gradient_of_its_density() {
-    // Without a threshold and a prior, which the density knows nothing of.
+    // Without a threshold and a prior, on which the density does not depend.
     let [b, hq, hk, n, m, d] = [1, 4, 2, 3, 8, 16];
     let k = noise(12, &[b, hk, m, d]);
-    // Every query lies near a key, so that no step changes what it reads.
+    // Every query lies near a key, so that no step changes the selected key.
     let near = k.narrow(2, 3, n).unwrap().unsqueeze(2).unwrap().broadcast_as((b, hk, hq / hk, n, d)).unwrap();
     let near = near.reshape((b, hq, n, d)).unwrap();
     let inputs = [
@@ -119,14 +120,14 @@ fn the_coherence_gate_has_the_gradient_of_its_density() {
     ];
     let mask = Mask::none();
     check("a winner behind the coherence gate", &inputs, |x| {
-        let found = scan(&x[0], &x[1], &Scan::new(&x[3], &mask, 8))?;
+        let candidates = scan(&x[0], &x[1], &Scan::new(&x[3], &mask, 8))?;
         let how = Select {
             alpha: Some(&x[4]),
             estimator: Estimator::Winner,
             gate: Gate::Coherence,
             ..Select::new(&x[3])
         };
-        let s = select(&x[0], &x[1], &x[2], &found, &how)?;
+        let s = select(&x[0], &x[1], &x[2], &candidates, &how)?;
         Ok((s.y, Some(s.index)))
     });
 }

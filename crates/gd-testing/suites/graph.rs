@@ -1,5 +1,5 @@
-//! candle's graph over tensors of the device: values and gradients against the same calls on the CPU, in every option that
-//! the graph itself puts together, and the refusals of tensors that no kernel covers.
+//! Operators in candle's graph on the device: values and gradients against the same calls on the CPU, for every option
+//! that is composed of several operators, and the errors for tensors that no kernel supports.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use gd_kernels::cross_entropy::{row_losses, row_losses_and_gradient};
@@ -16,33 +16,35 @@ use gd_testing::problems::{rng, uniform, values};
 /// [B, Hq, Hk, N, M, D, Dv].
 const SHAPES: [[usize; 7]; 3] =
     [[2, 4, 2, 37, 37, 24, 40], [1, 3, 3, 5, 70, 64, 64], [2, 2, 1, 65, 65, 128, 8]];
-/// The same where only a few problems are run.
-const FEW: [[usize; 7]; 3] = [[2, 4, 2, 19, 19, 24, 40], [1, 3, 3, 5, 41, 64, 64], [1, 2, 1, 9, 33, 128, 8]];
+/// Smaller shapes, under a sanitizer and on the emulator.
+const SMALL_SHAPES: [[usize; 7]; 3] =
+    [[2, 4, 2, 19, 19, 24, 40], [1, 3, 3, 5, 41, 64, 64], [1, 2, 1, 9, 33, 128, 8]];
 
 fn shapes() -> [[usize; 7]; 3] {
-    if sanitized() { FEW } else { SHAPES }
+    if sanitized() { SMALL_SHAPES } else { SHAPES }
 }
 
-/// Numbers of a shape, the same on every device.
+/// Uniform random f64 in -1..1, which depend on the seed alone.
 pub(crate) fn noise(seed: u64, shape: &[usize]) -> Tensor {
     let values = uniform(&mut rng(seed), shape.iter().product());
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-/// Largest difference, relative to the largest value; NaN if there is one.
-pub(crate) fn apart(a: &Tensor, b: &Tensor) -> f64 {
+/// The largest difference, relative to the largest magnitude of `b`; NaN if a difference is NaN.
+pub(crate) fn relative_difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()));
     let (a, b) = (values(a), values(b));
     let size = b.iter().fold(1e-30, |m: f64, x| m.max(x.abs()));
     let each = a.iter().zip(&b).map(|(a, b)| (a - b).abs() / size);
-    each.fold(0.0, |most: f64, x| if x <= most || most.is_nan() { most } else { x })
+    each.fold(0.0, |largest: f64, x| if x <= largest || largest.is_nan() { largest } else { x })
 }
 
-/// Results and gradients on the CPU and on the device. Of the inputs `silent` has no influence on the first result.
+/// Fails unless results and gradients on the device are close to those on the CPU. The first result does not depend on
+/// the input `unused`, which has no gradient.
 pub(crate) fn compare(
     what: &str,
     inputs: &[Tensor],
-    silent: Option<usize>,
+    unused: Option<usize>,
     bound: f64,
     run: impl Fn(&[Tensor]) -> std::result::Result<Vec<Tensor>, Error>,
 ) {
@@ -58,35 +60,38 @@ pub(crate) fn compare(
         for (i, var) in vars.iter().enumerate() {
             match grads.get(var) {
                 Some(grad) => all.push(grad.clone()),
-                None => assert_eq!(silent, Some(i), "{what}: input {i} got no gradient"),
+                None => assert_eq!(unused, Some(i), "{what}: input {i} got no gradient"),
             }
         }
         all.iter().map(|t| t.to_device(&Device::Cpu).unwrap()).collect()
     };
     let expected = all(&Device::Cpu);
     for target in targets() {
-        let found = target.run(|| all(target.device()));
-        assert_eq!(expected.len(), found.len());
-        for (i, (a, b)) in found.iter().zip(&expected).enumerate() {
-            let off = apart(a, b);
-            assert!(off <= bound, "{what}, result or gradient {i}: {off} apart, {bound} allowed");
+        let got = target.run(|| all(target.device()));
+        assert_eq!(expected.len(), got.len());
+        for (i, (a, b)) in got.iter().zip(&expected).enumerate() {
+            let off = relative_difference(a, b);
+            assert!(
+                off <= bound,
+                "{what}, result or gradient {i}: a relative difference of {off}, {bound} allowed"
+            );
         }
         target.count();
     }
 }
 
-/// Number of the input alpha in [`selection`].
+/// Index of the input alpha in [`selection`].
 const ALPHA: Option<usize> = Some(5);
 
-/// A change of the options, and the input that has no gradient then.
-type Way = (fn(&mut Select), Option<usize>);
+/// A change of the options, and the input that has no gradient with it.
+type Change = (fn(&mut Select), Option<usize>);
 
-/// Scan and selection with everything that has a gradient, but for the input `silent`.
+/// Compares a scan and selection with gradients of all inputs but `unused`.
 fn selection(
     what: &str,
     shape: [usize; 7],
     (dtype, bound): (DType, f64),
-    (change, silent): Way,
+    (change, unused): Change,
     rounds: usize,
 ) {
     let [b, hq, hk, n, m, d, dv] = shape;
@@ -104,11 +109,11 @@ fn selection(
         wide(noise(8, &[b, hk, m])),
     ];
     let mask = Mask::causal((m - n) as i64);
-    compare(&format!("{what} {shape:?} {dtype:?}"), &inputs, silent, bound, |x| {
+    compare(&format!("{what} {shape:?} {dtype:?}"), &inputs, unused, bound, |x| {
         let [q, k, v, beta, threshold, alpha, rounds, prior] = x else { unreachable!("eight inputs") };
         // A third of the keys is protected for every query.
-        let kept: Vec<i32> = (0..3).map(|i| i * (m as i32 / 3)).collect();
-        let protected = Tensor::from_vec(kept, (1, 1, 1, 3), q.device())?;
+        let protected_keys: Vec<i32> = (0..3).map(|i| i * (m as i32 / 3)).collect();
+        let protected = Tensor::from_vec(protected_keys, (1, 1, 1, 3), q.device())?;
         let barrier = Barrier { floor: 0.1, margin: 2.0, strength: 0.5, entropy_trigger: 0.5, slack: 0.5 };
         let mut how = Select {
             prior: Some(prior),
@@ -124,10 +129,10 @@ fn selection(
         };
         change(&mut how);
         let Select { score, tie, .. } = how;
-        let what =
+        let scan_options =
             Scan { prior: Some(prior), protected: Some(&protected), score, tie, ..Scan::new(beta, &mask, 8) };
-        let found = scan(q, k, &what)?;
-        let s = select(q, k, v, &found, &how)?;
+        let candidates = scan(q, k, &scan_options)?;
+        let s = select(q, k, v, &candidates, &how)?;
         let key = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_device(q.device());
         let mut indices = vec![key(&s.index)?];
         for round in &s.later {
@@ -135,19 +140,19 @@ fn selection(
         }
         // Infinite margins and energies are the same on both sides.
         let finite = |t: &Tensor| t.clamp(-1e3, 1e3);
-        let record = [finite(&s.energy)?, finite(&s.margin)?, s.gate.clone(), finite(&s.compared)?];
+        let stats = [finite(&s.energy)?, finite(&s.margin)?, s.gate.clone(), finite(&s.compared)?];
         let coherence = s.coherence.clone().into_iter();
-        Ok([s.y].into_iter().chain(indices).chain(record).chain(coherence).collect())
+        Ok([s.y].into_iter().chain(indices).chain(stats).chain(coherence).collect())
     });
 }
 
 #[test]
-fn selections_and_their_gradients_are_those_of_the_cpu() {
-    let ways: [Way; 8] = [
+fn selections_and_gradients_match_the_cpu() {
+    let changes: [Change; 8] = [
         (|s| s.estimator = Estimator::Candidates, None),
         (|s| s.estimator = Estimator::Reinmax, None),
         (|s| s.estimator = Estimator::Winner, None),
-        // What is blended alone has no gate.
+        // The blend has no gate.
         (|s| s.estimator = Estimator::Blend, ALPHA),
         (|s| (s.hardness, s.barrier) = (0.0, None), ALPHA),
         (|s| (s.gate, s.hardness) = (Gate::Energy { temperature: 1.0 }, 0.4), ALPHA),
@@ -155,24 +160,24 @@ fn selections_and_their_gradients_are_those_of_the_cpu() {
         (|s| (s.score, s.tie, s.gate) = (Score::Dot, TieBreak::Last, Gate::None), ALPHA),
     ];
     for (at, shape) in shapes().into_iter().enumerate() {
-        for (i, way) in ways.into_iter().enumerate() {
-            // A few: every way once, with one shape or another.
+        for (i, change) in changes.into_iter().enumerate() {
+            // With small shapes, every change once, with one of the shapes.
             if !sanitized() || i % 3 == at {
-                selection(&format!("selection {i}"), shape, (DType::F32, 2e-4), way, 2);
+                selection(&format!("selection {i}"), shape, (DType::F32, 2e-4), change, 2);
             }
         }
     }
     // In half precision with enough rows for Hopper's kernel.
     for (i, dtype) in [(0, DType::BF16), (5, DType::F16)] {
         let bound = if dtype == DType::BF16 { 2e-2 } else { 2e-3 };
-        selection(&format!("selection {i}"), [1, 2, 1, 65, 67, 64, 8], (dtype, bound), ways[i], 1);
+        selection(&format!("selection {i}"), [1, 2, 1, 65, 67, 64, 8], (dtype, bound), changes[i], 1);
     }
 }
 
 #[test]
-fn tensors_are_read_as_they_lie() {
-    // q is a transpose, k a part that starts at no multiple of 16 bytes, v strided in its last dimension; and the
-    // gradient that comes in is a transpose, too.
+fn strided_tensors_are_read_correctly() {
+    // q is a transpose, k a part that does not start at a multiple of 16 bytes, and v is strided in its last dimension.
+    // The incoming gradient is a transpose, too.
     for (dtype, bound) in [(DType::F32, 2e-4), (DType::BF16, 2e-2)] {
         let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype).unwrap();
         let [b, hq, hk, n, d, dv] = [2, 4, 2, 21, 24, 16];
@@ -185,19 +190,23 @@ fn tensors_are_read_as_they_lie() {
             let heads = Tensor::full(0.4f32, (hq, 2), q.device())?;
             let beta = heads.narrow(1, 1, 1)?.squeeze(1)?;
             let mask = Mask::window(9, 0);
-            let found = scan(&q, &k, &Scan::new(&beta, &mask, 4))?;
-            // Candidates that are a part of what was found.
+            let candidates = scan(&q, &k, &Scan::new(&beta, &mask, 4))?;
+            // The candidates are a part of those of the scan.
             let part = |t: &Tensor| t.narrow(3, 0, 3);
-            let found =
-                Candidates { index: part(&found.index)?, energy: part(&found.energy)?, ..found.clone() };
-            let s = select(&q, &k, &v, &found, &Select { value_floor: 0.2, ..Select::new(&beta) })?;
+            let candidates = Candidates {
+                index: part(&candidates.index)?,
+                energy: part(&candidates.energy)?,
+                ..candidates.clone()
+            };
+            let s = select(&q, &k, &v, &candidates, &Select { value_floor: 0.2, ..Select::new(&beta) })?;
             Ok(vec![s.y.transpose(1, 2)?.reshape((b, n, hq * dv))?, s.energy])
         });
-        // The averages of values with a strided batch, and a convolution over every second row's channels.
+        // Averages with a strided batch, and a convolution of a part of the channels.
         let inputs = [float(1, &[n, b, hq]), float(2, &[n, b, hq]), float(3, &[b, n, hk, dv])];
         compare(&format!("views of averages {dtype:?}"), &inputs, None, 2.0 * bound, |x| {
-            let turned = |t: &Tensor| t.permute((1, 2, 0));
-            let (m, _) = running_average(&turned(&x[0])?, &turned(&x[1])?, &x[2].transpose(1, 2)?, None)?;
+            let transposed = |t: &Tensor| t.permute((1, 2, 0));
+            let (m, _) =
+                running_average(&transposed(&x[0])?, &transposed(&x[1])?, &x[2].transpose(1, 2)?, None)?;
             Ok(vec![m.transpose(1, 2)?.contiguous()?])
         });
         let inputs = [float(1, &[b, n, 2 * d]), float(2, &[4, d])];
@@ -209,7 +218,7 @@ fn tensors_are_read_as_they_lie() {
 }
 
 #[test]
-fn a_fused_scan_and_a_decoding_step_select_as_the_cpu_does() -> Result<()> {
+fn fused_scans_and_decoding_steps_match_the_cpu() -> Result<()> {
     let wide = |seed, shape: &[usize]| noise(seed, shape).to_dtype(DType::F32).unwrap();
     for [b, hq, hk, n, m, d, dv] in shapes() {
         for queries in [n, 1] {
@@ -231,8 +240,11 @@ fn a_fused_scan_and_a_decoding_step_select_as_the_cpu_does() -> Result<()> {
                 for target in targets() {
                     for (i, (a, b)) in target.run(|| run(target.device()))?.iter().zip(&expected).enumerate()
                     {
-                        let off = apart(a, b);
-                        assert!(off <= 1e-5, "{queries} of {n} queries, {score:?}, result {i}: {off} apart");
+                        let off = relative_difference(a, b);
+                        assert!(
+                            off <= 1e-5,
+                            "{queries} of {n} queries, {score:?}, result {i}: a relative difference of {off}"
+                        );
                     }
                     target.count();
                 }
@@ -243,7 +255,7 @@ fn a_fused_scan_and_a_decoding_step_select_as_the_cpu_does() -> Result<()> {
 }
 
 #[test]
-fn convolution_and_average_and_their_gradients_are_those_of_the_cpu() {
+fn convolutions_averages_and_gradients_match_the_cpu() {
     for (dtype, bound) in [(DType::F32, 2e-5), (DType::BF16, 4e-2)] {
         let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype).unwrap();
         for (b, n, c, w) in [(2, 67, 40, 4), (1, 3, 130, 5), (3, 1, 8, 2)] {
@@ -285,10 +297,10 @@ fn an_embedding_reads_rows_and_sums_their_gradients() -> Result<()> {
 }
 
 #[test]
-fn cross_entropies_and_their_gradients_are_those_of_candles_operations() {
+fn cross_entropies_and_gradients_match_candle_operations() {
     for (rows, vocab) in [(7, 33), (1, 700), (40, 2)] {
         for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 2e-2), (DType::F16, 2e-3)] {
-            // Parts of larger tensors, the targets too; every third row does not count.
+            // Parts of larger tensors, the targets too; every third row is ignored.
             let ids: Vec<u32> =
                 (0..=rows as u32).map(|i| if i % 3 == 2 { u32::MAX } else { i * 7 % vocab as u32 }).collect();
             let wide = (noise(1, &[rows, vocab + 3]) * 4.0).and_then(|t| t.to_dtype(dtype)).unwrap();
@@ -315,7 +327,7 @@ fn cross_entropies_and_their_gradients_are_those_of_candles_operations() {
 }
 
 #[test]
-fn what_no_kernel_covers_is_named() -> Result<()> {
+fn unsupported_tensors_are_refused_by_name() -> Result<()> {
     for target in targets() {
         target.run(|| refusals(target.device(), target.name()))?;
         target.check_memory();
@@ -324,7 +336,7 @@ fn what_no_kernel_covers_is_named() -> Result<()> {
 }
 
 /// The error of a call that must have one names `word`.
-fn named<T>(result: std::result::Result<T, Error>, word: &str) {
+fn assert_error_names<T>(result: std::result::Result<T, Error>, word: &str) {
     let e = result.err().unwrap_or_else(|| panic!("no error names {word}")).to_string();
     assert!(e.contains(word), "{e} does not name {word}");
 }
@@ -337,7 +349,7 @@ fn refusals(device: &Device, name: &str) -> Result<()> {
         let (q, k) = (tensor(&[1, 2, 9, d], dtype)?, tensor(&[1, 2, 9, d], dtype)?);
         let mut how = Scan::new(&beta, &mask, 4);
         change(&mut how);
-        named(scan(&q, &k, &how), word);
+        assert_error_names(scan(&q, &k, &how), word);
         Ok(())
     };
     refused(12, DType::F32, |_| {}, "head_dim 12")?;
@@ -347,53 +359,71 @@ fn refusals(device: &Device, name: &str) -> Result<()> {
     refused(64, DType::F32, |s| s.backend = Backend::Force(Isa::Portable), "Portable")?;
     if name == "metal" {
         refused(64, DType::F32, |s| s.candidates = 64, "64 candidates")?;
-        named(Int8Keys::new(&tensor(&[1, 2, 9, 64], DType::F32)?, Score::Energy), "8-bit keys on Metal");
+        assert_error_names(
+            Int8Keys::new(&tensor(&[1, 2, 9, 64], DType::F32)?, Score::Energy),
+            "8-bit keys on Metal",
+        );
     }
     let (q, k) = (tensor(&[1, 2, 9, 64], DType::F32)?, tensor(&[1, 2, 9, 64], DType::F32)?);
     let plain = Scan::new(&beta, &mask, 4);
-    named(scan_all(&q, &k, &plain), "dense");
+    assert_error_names(scan_all(&q, &k, &plain), "dense");
     let text = plan(&q, &k, &plain)?.to_string();
     assert!(text.starts_with(&format!("{name}/scan_topk_f32_d64")), "{text}");
     // A NaN is refused in the checked mode, by name, and so are parameters.
     let bad = Tensor::new(&[[[[f32::NAN, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]]], device)?;
     let one = Tensor::ones(1, DType::F32, device)?;
-    named(scan(&bad, &bad, &Scan { checked: true, ..Scan::new(&one, &mask, 1) }), "q[0, 0, 0, 0] is NaN");
+    assert_error_names(
+        scan(&bad, &bad, &Scan { checked: true, ..Scan::new(&one, &mask, 1) }),
+        "q[0, 0, 0, 0] is NaN",
+    );
     let zero = Tensor::zeros(2, DType::F32, device)?;
-    named(scan(&q, &k, &Scan { checked: true, ..Scan::new(&zero, &mask, 1) }), "beta of head 0 is 0");
-    named(scan(&q, &k, &Scan::new(&one, &mask, 1)), "beta [1]");
+    assert_error_names(
+        scan(&q, &k, &Scan { checked: true, ..Scan::new(&zero, &mask, 1) }),
+        "beta of head 0 is 0",
+    );
+    assert_error_names(scan(&q, &k, &Scan::new(&one, &mask, 1)), "beta [1]");
     let protected = Tensor::new(&[[[[9i32]]]], device)?;
-    let kept = Scan { protected: Some(&protected), ..plain.clone() };
-    named(scan(&q, &k, &Scan { checked: true, ..kept }), "protected key 9");
+    let with_protected = Scan { protected: Some(&protected), ..plain.clone() };
+    assert_error_names(scan(&q, &k, &Scan { checked: true, ..with_protected }), "protected key 9");
     let prior = tensor(&[1, 2, 8], DType::F32)?;
-    named(scan(&q, &k, &Scan { prior: Some(&prior), ..plain.clone() }), "prior [1, 2, 8]");
+    assert_error_names(scan(&q, &k, &Scan { prior: Some(&prior), ..plain.clone() }), "prior [1, 2, 8]");
     // Selections.
-    let found = scan(&q, &k, &plain)?;
+    let candidates = scan(&q, &k, &plain)?;
     let how = Select::new(&beta);
-    named(select(&q, &k, &k.narrow(2, 0, 8)?, &found, &how), "[1, 2, 8, 64]");
-    named(select(&q, &k, &k, &found, &Select { estimator: Estimator::Dense, ..how.clone() }), "dense");
-    named(select(&q, &k, &k, &found, &Select { hardness: 1.5, ..how.clone() }), "hardness 1.5");
-    named(select(&q, &k, &k, &found, &Select { gate: Gate::Coherence, ..how.clone() }), "needs alpha");
-    let few = Candidates { index: found.index.narrow(2, 0, 8)?, ..found.clone() };
-    named(select(&q, &k, &k, &few, &how), "[1, 2, 8, 4]");
-    // 8-bit keys of other keys.
+    assert_error_names(select(&q, &k, &k.narrow(2, 0, 8)?, &candidates, &how), "[1, 2, 8, 64]");
+    assert_error_names(
+        select(&q, &k, &k, &candidates, &Select { estimator: Estimator::Dense, ..how.clone() }),
+        "dense",
+    );
+    assert_error_names(
+        select(&q, &k, &k, &candidates, &Select { hardness: 1.5, ..how.clone() }),
+        "hardness 1.5",
+    );
+    assert_error_names(
+        select(&q, &k, &k, &candidates, &Select { gate: Gate::Coherence, ..how.clone() }),
+        "needs alpha",
+    );
+    let fewer_rows = Candidates { index: candidates.index.narrow(2, 0, 8)?, ..candidates.clone() };
+    assert_error_names(select(&q, &k, &k, &fewer_rows, &how), "[1, 2, 8, 4]");
+    // 8-bit keys with another number of keys.
     if name == "cuda" {
         let other = Int8Keys::new(&k.narrow(2, 0, 5)?, Score::Energy)?;
         let certified = Scan::new(&beta, &mask, 1).with_precision(Precision::Certified).with_cached(&other);
-        named(scan_select(&q, &k, &k, &certified, None), "[1, 2, 5, 64]");
+        assert_error_names(scan_select(&q, &k, &k, &certified, None), "[1, 2, 5, 64]");
     }
-    // The others.
+    // The other operators.
     let (x, taps) = (tensor(&[1, 5, 8], DType::F32)?, tensor(&[8, 4], DType::F32)?);
-    named(causal_conv(&x, &taps.narrow(1, 0, 1)?, None), "width 1");
-    named(causal_conv(&x, &taps.narrow(0, 0, 7)?, None), "[7, 4]");
-    named(packed_causal_conv(&x, &taps, &[vec![0, 3, 4]]), "do not rise from 0 to 5");
+    assert_error_names(causal_conv(&x, &taps.narrow(1, 0, 1)?, None), "width 1");
+    assert_error_names(causal_conv(&x, &taps.narrow(0, 0, 7)?, None), "[7, 4]");
+    assert_error_names(packed_causal_conv(&x, &taps, &[vec![0, 3, 4]]), "do not rise from 0 to 5");
     let v = tensor(&[1, 2, 9, 264], DType::F32)?;
-    named(running_average(&prior, &prior, &v, None), "[1, 2, 8]");
+    assert_error_names(running_average(&prior, &prior, &v, None), "[1, 2, 8]");
     let table = tensor(&[7, 8], DType::F32)?;
-    named(embedding(&table, &Tensor::new(&[0i64], device)?), "I64");
+    assert_error_names(embedding(&table, &Tensor::new(&[0i64], device)?), "I64");
     let targets = Tensor::zeros(7, DType::U32, device)?;
-    named(row_losses(&table, &targets.narrow(0, 0, 6)?), "[7, 8]");
-    named(row_losses(&table, &targets.to_dtype(DType::I64)?), "I64");
-    named(row_losses(&tensor(&[7, 8], DType::F64)?, &targets), "f64");
-    named(row_losses_and_gradient(&table, &targets, &beta), "weights [2] of 7");
+    assert_error_names(row_losses(&table, &targets.narrow(0, 0, 6)?), "[7, 8]");
+    assert_error_names(row_losses(&table, &targets.to_dtype(DType::I64)?), "I64");
+    assert_error_names(row_losses(&tensor(&[7, 8], DType::F64)?, &targets), "f64");
+    assert_error_names(row_losses_and_gradient(&table, &targets, &beta), "weights [2] of 7");
     Ok(())
 }

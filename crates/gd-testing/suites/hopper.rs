@@ -6,7 +6,7 @@ use candle_core::DType;
 use gd_kernels::gpu::Gpu;
 use gd_kernels::gpu::kernel::KernelTarget;
 
-use crate::scan::{Uploaded, check_case, judge, make_infinite, plan, problem, run};
+use crate::scan::{Uploaded, check_case, check_result, make_infinite, plan, problem, run};
 use gd_testing::ensure;
 use gd_testing::problems::{Case, Spec, View};
 use gd_testing::suite::Verdict;
@@ -20,14 +20,14 @@ const KEYS: [usize; 14] = [1, 2, 63, 64, 65, 127, 128, 129, 200, 300, 511, 640, 
 /// Products B Hq N M D of a problem.
 const LIMIT: usize = 6_000_000;
 
-/// The problem of a seed: one that has Hopper's kernel for its plan.
+/// The problem of a seed, of a size and layout for which the plan is Hopper's kernel.
 fn case(seed: u64, views: &[View]) -> Case {
     let specs =
         (0..).map(|x| Spec::with_sizes(60_000 + 1000 * seed + x, LIMIT, &DIMS, Some([&QUERIES, &KEYS])));
     let mut spec = specs
         .map(|mut spec| {
             spec.candidates = spec.candidates.min(32);
-            // Of four problems three keep one candidate and nothing protected.
+            // Three of four problems have one candidate and no protected keys.
             if !seed.is_multiple_of(4) {
                 (spec.candidates, spec.protected) = (1, None);
             }
@@ -39,8 +39,8 @@ fn case(seed: u64, views: &[View]) -> Case {
             s.raw.queries * pack > 64 && (!list || s.raw.dim <= 192)
         })
         .unwrap();
-    for (place, view) in spec.views[..2].iter_mut().enumerate() {
-        *view = views[(seed as usize + place) % views.len()];
+    for (index, view) in spec.views[..2].iter_mut().enumerate() {
+        *view = views[(seed as usize + index) % views.len()];
     }
     spec.build([DType::F16, DType::BF16][((seed / 4 + seed) % 2) as usize])
 }
@@ -48,15 +48,15 @@ fn case(seed: u64, views: &[View]) -> Case {
 /// One problem with one schedule.
 pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
     let case = case(seed, &[View::Plain, View::Heads, View::Turned]);
-    let held = Uploaded::new(gpu, &case);
-    let plan = plan(gpu, &problem(&case), &held.inputs(&case))?;
+    let uploaded = Uploaded::new(gpu, &case);
+    let plan = plan(gpu, &problem(&case), &uploaded.inputs(&case))?;
     let expected = gpu.arch().compute != 90 || plan.kernel.target() == KernelTarget::Sm90a;
     ensure!(expected, "{plan} instead of Hopper's kernel: {}", case.name());
     check_case(gpu, &case)
 }
 
 #[test]
-fn winners_are_those_of_the_reference() {
+fn candidates_are_those_of_the_reference() {
     crate::suite("scan on Hopper", 80, |seed| check(&TestGpu::new(seed).on_hopper(), seed));
 }
 
@@ -65,7 +65,7 @@ fn schedules_do_not_change_a_bit() {
     crate::suite("scan on Hopper, three schedules", 8, |seed| {
         let case = case(seed + 500, &[View::Plain]);
         let first = run(&TestGpu::new(1).on_hopper(), &case)?;
-        judge(&case, &first)?;
+        check_result(&case, &first)?;
         for schedule in 2..4 {
             let again = run(&TestGpu::new(schedule).on_hopper(), &case)?;
             let same =
@@ -82,18 +82,18 @@ fn infinite_keys_are_no_candidates() {
         let mut case = case(seed + 700, &[View::Plain]);
         make_infinite(&mut case);
         let gpu = TestGpu::new(seed).on_hopper();
-        judge(&case, &run(&gpu, &case)?)
+        check_result(&case, &run(&gpu, &case)?)
     });
 }
 
 #[test]
-fn tensors_that_do_not_suit_the_copy_engine_have_the_other_kernel() {
+fn tensors_that_tma_cannot_load_have_the_portable_kernel() {
     // Parts of larger tensors begin at odd addresses.
     crate::suite("scan on Hopper, odd addresses", 6, |seed| {
         let case = case(seed + 900, &[View::Part]);
         let gpu = TestGpu::new(seed).on_hopper();
-        let held = Uploaded::new(&gpu, &case);
-        let plan = plan(&gpu, &problem(&case), &held.inputs(&case))?;
+        let uploaded = Uploaded::new(&gpu, &case);
+        let plan = plan(&gpu, &problem(&case), &uploaded.inputs(&case))?;
         ensure!(plan.kernel.target() == KernelTarget::Sm80, "{plan}: {}", case.name());
         check_case(&gpu, &case)
     });

@@ -1,4 +1,4 @@
-//! Scans of many queries with 8-bit keys through tensors, against plain ones on the same device.
+//! Scans of many queries with 8-bit keys through tensors, against native scans on the same device.
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::{Int8Keys, Mask, Precision, Scan, Score, scan, scan_select};
@@ -11,8 +11,8 @@ fn noise(seed: u64, shape: &[usize], dtype: DType, device: &Device) -> Result<Te
     Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
 
-/// Energies within what two orders of adding up a score can make of them.
-fn close(a: &Tensor, b: &Tensor, name: &str) -> Result<()> {
+/// Fails unless energies agree within the rounding of two orders of summation.
+fn assert_close(a: &Tensor, b: &Tensor, name: &str) -> Result<()> {
     let host = |t: &Tensor| t.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>();
     for (at, (a, b)) in host(a)?.into_iter().zip(host(b)?).enumerate() {
         assert!(a == b || (a - b).abs() <= 1e-4 * (1.0 + b.abs()), "{name}: {a} not {b} at {at}");
@@ -47,17 +47,17 @@ fn prefill(target: &Target, dtype: DType, score: Score, candidates: usize, d: us
     let beta = Tensor::full(0.3f32, hq, gpu)?;
     let mask = Mask::causal((m - n) as i64);
     let plain = Scan { score, ..Scan::new(&beta, &mask, candidates) };
-    let kept = Int8Keys::new(&k, score).unwrap();
-    for cached in [Some((&kept).into()), None] {
+    let int8_keys = Int8Keys::new(&k, score).unwrap();
+    for cached in [Some((&int8_keys).into()), None] {
         let certified = Scan { precision: Precision::Certified, cached, ..plain.clone() };
         let name = format!("{dtype:?} {score:?} K {candidates} D {d}, cached {}", cached.is_some());
         let (want, got) = (scan(&q, &k, &plain).unwrap(), scan(&q, &k, &certified).unwrap());
-        close(&got.energy, &want.energy, &name)?;
+        assert_close(&got.energy, &want.energy, &name)?;
         assert_eq!(want.rescored.share().unwrap(), 1.0);
         let share = got.rescored.share().unwrap();
         assert!(share > 0.0 && share < 1.0, "{name}: {share} of the pairs scored");
         let select = |how: &Scan| scan_select(&q, &k, &v, how, None).unwrap();
-        close(&select(&certified).energy, &select(&plain).energy, &name)?;
+        assert_close(&select(&certified).energy, &select(&plain).energy, &name)?;
         target.count();
     }
     let other = Int8Keys::new(&k.narrow(2, 0, m - 1)?, score).unwrap();

@@ -1,4 +1,5 @@
-//! Keys as 8-bit integers: the format, its bounds in f64, and the same bytes whether rows come at once or one by one.
+//! Keys as 8-bit integers: the format, its error bounds checked in f64, and the same bytes however many rows a call
+//! appends.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};
@@ -10,15 +11,15 @@ use gd_kernels::gpu::quantize::{
 use gd_kernels::gpu::{Gpu, Slice, Tensor4};
 use rand::RngExt;
 
-use crate::tensors::{Held, numbers};
+use crate::tensors::{DeviceTensor, numbers};
 use gd_testing::ensure;
 use gd_testing::problems::rng;
 use gd_testing::suite::Verdict;
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-/// Bytes of values and bounds after entering `parts` rows of k `[sequences, heads, keys, dim]` one after the other.
-fn entered(
+/// Bytes of values and bounds after calls that append `parts` rows each of k `[sequences, heads, keys, dim]`.
+fn quantize_in_parts(
     gpu: &TestGpu,
     shape: &KeyShape,
     k: &Tensor4<'_, Buffer>,
@@ -42,8 +43,8 @@ fn entered(
     ])
 }
 
-/// The same by calls in which sequences take rows from places of their own on.
-fn placed(
+/// The same by calls of `quantize_at`, in which every sequence has its own first row.
+fn quantize_at_positions(
     gpu: &TestGpu,
     shape: &KeyShape,
     k: &Tensor4<'_, Buffer>,
@@ -53,8 +54,9 @@ fn placed(
     let (values, bounds) =
         (gpu.allocate(values_bytes(shape, capacity))?, gpu.allocate(bounds_bytes(shape, capacity))?);
     let to = Int8Slices { values: (&values).into(), bounds: (&bounds).into(), capacity };
-    // `count` rows of the sequences from `sequence` on: of each from a row that is `step` behind that of the one before.
-    let enter = |sequence: usize, first: usize, step: usize, count: usize| {
+    // Appends `count` rows to the sequences from `sequence` on; the first row of each is `step` after that of the one
+    // before.
+    let append = |sequence: usize, first: usize, step: usize, count: usize| {
         let [by_sequence, by_head, by_row] = k.strides;
         let offset = k.data.offset + (sequence * by_sequence + first * by_row) * shape.dtype.size_in_bytes();
         let data = Slice { buffer: k.data.buffer, offset };
@@ -62,16 +64,16 @@ fn placed(
         let at: Vec<[usize; 2]> = (sequence..sequences).map(|p| [p, first + step * (p - sequence)]).collect();
         quantize_at(gpu, shape, &rows, count, &at, &to)
     };
-    // The first and the last rows of all sequences alike, and what lies between in steps.
+    // The first and the last rows of all sequences at the same position, and the others at positions that increase.
     let ends = sequences.min(keys);
-    enter(0, 0, 0, ends)?;
-    enter(0, keys - ends, 0, ends)?;
+    append(0, 0, 0, ends)?;
+    append(0, keys - ends, 0, ends)?;
     if keys > sequences {
-        enter(0, 0, 1, keys + 1 - sequences)?;
+        append(0, 0, 1, keys + 1 - sequences)?;
     }
     if sequences > 1 {
         // The first entry is not of the first sequence.
-        enter(1, keys / 2, 0, keys - keys / 2)?;
+        append(1, keys / 2, 0, keys - keys / 2)?;
     }
     Ok([
         gpu.download((&values).into(), values_bytes(shape, capacity))?,
@@ -82,7 +84,7 @@ fn placed(
 fn check(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut rng = rng(seed);
     let dtype = DTYPES[(seed % 3) as usize];
-    let [sequences, heads, keys] = [3, 3, 90].map(|most| rng.random_range(1..=most));
+    let [sequences, heads, keys] = [3, 3, 90].map(|max| rng.random_range(1..=max));
     let dim = 8 * rng.random_range(1..=32usize);
     let score = if seed.is_multiple_of(2) { Score::Energy } else { Score::Dot };
     let count = sequences * heads * keys;
@@ -94,7 +96,7 @@ fn check(gpu: &TestGpu, seed: u64) -> Verdict {
             (2, _) => 1e-9,
             (3, DType::F16) => 1e4,
             (3, _) => 1e12,
-            // Beyond what is quantised.
+            // Magnitudes that are not quantised.
             (4, DType::F32 | DType::BF16) => 1e-14,
             (5, DType::F32 | DType::BF16) => 1e16,
             _ => 1.0,
@@ -104,20 +106,21 @@ fn check(gpu: &TestGpu, seed: u64) -> Verdict {
             key[row % dim] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][row % 3];
         }
     }
-    // Heads behind rows, so that strides count.
+    // Strided: heads after rows.
     let k = Tensor::from_vec(values, (sequences, keys, heads, dim), &Device::Cpu)
         .unwrap()
         .to_dtype(dtype)
         .unwrap();
     let k = k.transpose(1, 2).unwrap();
-    let held = Held::new(gpu, &k);
+    let keys_on_device = DeviceTensor::new(gpu, &k);
     let shape = KeyShape { sequences, kv_heads: heads, head_dim: dim, dtype, score };
     let fail = |e: gd_kernels::Error| e.to_string();
-    let whole = entered(gpu, &shape, &held.tensor4(), keys, &[keys]).map_err(fail)?;
-    let ones = entered(gpu, &shape, &held.tensor4(), keys, &vec![1; keys]).map_err(fail)?;
+    let whole = quantize_in_parts(gpu, &shape, &keys_on_device.tensor4(), keys, &[keys]).map_err(fail)?;
+    let ones =
+        quantize_in_parts(gpu, &shape, &keys_on_device.tensor4(), keys, &vec![1; keys]).map_err(fail)?;
     ensure!(whole == ones, "appended rows differ from those of one call");
-    let placed = placed(gpu, &shape, &held.tensor4(), keys).map_err(fail)?;
-    ensure!(whole == placed, "rows entered at places of their own differ from those of one call");
+    let positioned = quantize_at_positions(gpu, &shape, &keys_on_device.tensor4(), keys).map_err(fail)?;
+    ensure!(whole == positioned, "rows at positions of their own differ from those of one call");
 
     let [codes, bounds] = whole;
     let bounds_at = gpu.upload(&bounds).map_err(fail)?;
@@ -131,28 +134,31 @@ fn check(gpu: &TestGpu, seed: u64) -> Verdict {
         let [scale, error, norm, bias] = [0, 1, 2, 3].map(|i| bounds[4 * to + i]);
         let name = format!("row {at} of {dtype:?} D {dim}: {scale} {error} {norm} {bias}");
         ensure!(got[dim..].iter().all(|q| *q == 0), "padding of {name}");
-        let most = x.iter().fold(0f32, |m, x| if x.is_nan() { f32::NAN } else { m.max(x.abs()) });
+        let largest = x.iter().fold(0f32, |m, x| if x.is_nan() { f32::NAN } else { m.max(x.abs()) });
         let finite = x.iter().all(|x| x.is_finite());
-        if !finite || (most > 0.0 && !(1e-12..1e15).contains(&most)) {
+        if !finite || (largest > 0.0 && !(1e-12..1e15).contains(&largest)) {
             ensure!(got.iter().all(|q| *q == 0) && scale == 0.0, "{name} is not quantised");
             ensure!(error == f64::INFINITY && norm == f64::INFINITY, "{name} has no bound");
             continue;
         }
-        // The format of the CPU, to the bit.
+        // Bitwise the format of the CPU.
         let want: Vec<i8> = x
             .iter()
-            .map(|x| if most > 0.0 { (x * (127.0 / most)).round_ties_even() as i8 } else { 0 })
+            .map(|x| if largest > 0.0 { (x * (127.0 / largest)).round_ties_even() as i8 } else { 0 })
             .collect();
         ensure!(got[..dim] == want, "integers of {name}");
-        ensure!(scale == f64::from(most / 127.0), "scale of {name}");
-        // Bounds in f64: neither too small nor needlessly large.
+        ensure!(scale == f64::from(largest / 127.0), "scale of {name}");
+        // Bounds in f64: at least the true value, and not much above it.
         let length = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
         let rest = length(&mut x.iter().zip(&got).map(|(x, q)| f64::from(*x) - scale * f64::from(*q)));
-        let own = length(&mut x.iter().map(|x| f64::from(*x)));
+        let norm_of_row = length(&mut x.iter().map(|x| f64::from(*x)));
         let coarse = length(&mut got.iter().map(|q| scale * f64::from(*q)));
-        ensure!(rest <= error && error <= rest * 1.001 + own * 1e-6, "error {rest} of {name}");
-        ensure!(own.max(coarse) <= norm && norm <= (own + rest) * 1.001, "norm {own} {coarse} of {name}");
-        let half = if score == Score::Energy { -0.5 * own * own } else { 0.0 };
+        ensure!(rest <= error && error <= rest * 1.001 + norm_of_row * 1e-6, "error {rest} of {name}");
+        ensure!(
+            norm_of_row.max(coarse) <= norm && norm <= (norm_of_row + rest) * 1.001,
+            "norm {norm_of_row} {coarse} of {name}"
+        );
+        let half = if score == Score::Energy { -0.5 * norm_of_row * norm_of_row } else { 0.0 };
         ensure!((bias - half).abs() <= 1e-4 * half.abs(), "bias {half} of {name}");
     }
     Ok(())
@@ -167,12 +173,12 @@ fn integers_and_bounds_hold() {
 fn caches_without_capacity_are_refused() {
     let gpu = TestGpu::new(1);
     let k = Tensor::zeros((1, 2, 70, 32), DType::F32, &Device::Cpu).unwrap();
-    let held = Held::new(&gpu, &k);
+    let keys_on_device = DeviceTensor::new(&gpu, &k);
     let shape = KeyShape { sequences: 1, kv_heads: 2, head_dim: 32, dtype: DType::F32, score: Score::Energy };
     let memory = gpu.zeros(values_bytes(&shape, 128)).unwrap();
     let refused = |capacity: usize, first: usize, shape: &KeyShape, value: &str| {
         let to = Int8Slices { values: (&memory).into(), bounds: (&memory).into(), capacity };
-        let e = quantize(&gpu, shape, &held.tensor4(), 70, first, &to).unwrap_err().to_string();
+        let e = quantize(&gpu, shape, &keys_on_device.tensor4(), 70, first, &to).unwrap_err().to_string();
         assert!(e.contains(value), "{e} does not name {value}");
     };
     refused(128, 59, &shape, "59..129 of sequences of 128");
@@ -180,6 +186,6 @@ fn caches_without_capacity_are_refused() {
     refused(128, 0, &KeyShape { head_dim: 33, ..shape }, "head_dim 33");
     refused(128, 0, &KeyShape { dtype: DType::F64, ..shape }, "f64");
     let to = Int8Slices { values: (&memory).into(), bounds: (&memory).into(), capacity: 128 };
-    let e = quantize_at(&gpu, &shape, &held.tensor4(), 70, &[[1, 0]], &to).unwrap_err().to_string();
+    let e = quantize_at(&gpu, &shape, &keys_on_device.tensor4(), 70, &[[1, 0]], &to).unwrap_err().to_string();
     assert!(e.contains("sequence 1 of 1"), "{e}");
 }

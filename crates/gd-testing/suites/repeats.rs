@@ -1,4 +1,4 @@
-//! The same inputs give the same bits, every time.
+//! Repeated calls with the same inputs give the same bits.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use gd_kernels::{
@@ -23,7 +23,8 @@ fn bits(t: &Tensor) -> Result<Vec<u64>> {
     }
 }
 
-/// Forward and backward pass of everything that sums: 8 candidates of `n` keys, most of them read by many queries.
+/// Bits of results and gradients of all operators that sum: 8 candidates of `n` keys, most of them read by many
+/// queries.
 fn pass(dtype: DType, n: usize, target: &Target) -> Result<Vec<u64>> {
     let device = target.device();
     let var = |seed, shape: &[usize]| Var::from_tensor(&noise(seed, shape, dtype, device)?);
@@ -31,14 +32,14 @@ fn pass(dtype: DType, n: usize, target: &Target) -> Result<Vec<u64>> {
     let beta = Var::from_tensor(&Tensor::full(0.125f32, 4, device)?)?;
     let threshold = Var::from_tensor(&Tensor::full(6f32, 4, device)?)?;
     let mask = Mask::causal(0);
-    let found = scan(&q, &k, &Scan::new(&beta, &mask, 8))?;
+    let candidates = scan(&q, &k, &Scan::new(&beta, &mask, 8))?;
     let how = Select {
         threshold: Some(&threshold),
         gate: Gate::Energy { temperature: 1.0 },
         value_floor: 0.1,
         ..Select::new(&beta)
     };
-    let selected = select(&q, &k, &v, &found, &how)?;
+    let selected = select(&q, &k, &v, &candidates, &how)?;
     let (decay, write) = (var(4, &[2, 4, n])?, var(5, &[2, 4, n])?);
     let (mean, _) = running_average(&decay, &write, &v, None)?;
     let rows = selected.y.transpose(1, 2)?.reshape((2, n, 256))?;
@@ -47,7 +48,7 @@ fn pass(dtype: DType, n: usize, target: &Target) -> Result<Vec<u64>> {
     let loss = (mixed.sqr()?.sum_all()? + mean.sqr()?.sum_all()?)?;
     let grads = loss.backward()?;
     let mut all = bits(&selected.index)?;
-    for t in [&found.energy, &selected.y, &selected.gate, &mean, &mixed] {
+    for t in [&candidates.energy, &selected.y, &selected.gate, &mean, &mixed] {
         all.extend(bits(t)?);
     }
     for var in [&q, &k, &v, &beta, &threshold, &decay, &write, &taps] {
@@ -61,12 +62,12 @@ fn pass(dtype: DType, n: usize, target: &Target) -> Result<Vec<u64>> {
     // Metal has no 8-bit keys.
     if target.name() != "metal" {
         let certified = Scan { precision: Precision::Certified, ..Scan::new(&beta, &mask, 8) };
-        let found = scan(&q, &k, &certified)?;
-        for t in [&found.index, &found.energy] {
+        let candidates = scan(&q, &k, &certified)?;
+        for t in [&candidates.index, &candidates.energy] {
             all.extend(bits(t)?);
         }
-        // Which keys are scored exactly is the same every time, too.
-        all.push(found.rescored.share()?.to_bits());
+        // The number of keys that are scored exactly does not change either.
+        all.push(candidates.rescored.share()?.to_bits());
     }
     Ok(all)
 }

@@ -1,4 +1,4 @@
-//! `scan` and `scan_select`: every list against all energies of the reference.
+//! `scan` and `scan_select`: the candidates of every row against the energies of all keys in the reference.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::DType;
@@ -7,7 +7,7 @@ use gd_kernels::gpu::scan::{GpuScanPlan, Inputs, Outputs, Prior, Protected, Valu
 use gd_kernels::reference::scan as reference_scan;
 use gd_kernels::{Precision, Problem, TieBreak};
 
-use crate::tensors::{Held, integers, numbers};
+use crate::tensors::{DeviceTensor, integers, numbers};
 use gd_testing::ensure;
 use gd_testing::problems::{Case, Kind, Spec, values};
 use gd_testing::suite::Verdict;
@@ -18,7 +18,7 @@ const DIMS: [usize; 12] = [8, 24, 32, 40, 64, 72, 96, 104, 128, 136, 192, 256];
 const LIMIT: usize = 600_000;
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-/// The problem of a seed; every second one keeps one candidate and nothing protected.
+/// The problem of a seed; every second one has one candidate and no protected keys.
 fn case(gpu: &TestGpu, seed: u64) -> Case {
     let mut spec = Spec::with_dims(seed, LIMIT, &DIMS);
     let dtype = DTYPES[(seed / 2 % 3) as usize];
@@ -50,8 +50,8 @@ pub(crate) fn problem(case: &Case) -> Problem {
     }
 }
 
-/// What the device found, `[B, Hq, N, slots]`.
-pub(crate) struct Found {
+/// The candidates of all rows, `[B, Hq, N, slots]`, with 1 as the flag of a protected one.
+pub(crate) struct ScanResult {
     pub(crate) slots: usize,
     pub(crate) index: Vec<i32>,
     pub(crate) energy: Vec<f64>,
@@ -60,24 +60,24 @@ pub(crate) struct Found {
 
 /// The inputs of a case on the device.
 pub(crate) struct Uploaded {
-    pub(crate) q: Held,
-    pub(crate) k: Held,
-    pub(crate) v: Held,
-    pub(crate) beta: Held,
-    prior: Option<Held>,
-    protected: Option<Held>,
+    pub(crate) q: DeviceTensor,
+    pub(crate) k: DeviceTensor,
+    pub(crate) v: DeviceTensor,
+    pub(crate) beta: DeviceTensor,
+    prior: Option<DeviceTensor>,
+    protected: Option<DeviceTensor>,
 }
 
 impl Uploaded {
     pub(crate) fn new(gpu: &TestGpu, case: &Case) -> Self {
-        let wide = |t: &candle_core::Tensor| Held::new(gpu, &t.to_dtype(DType::F32).unwrap());
+        let wide = |t: &candle_core::Tensor| DeviceTensor::new(gpu, &t.to_dtype(DType::F32).unwrap());
         Self {
-            q: Held::new(gpu, &case.q.tensor()),
-            k: Held::new(gpu, &case.k.tensor()),
-            v: Held::new(gpu, &case.v.tensor()),
+            q: DeviceTensor::new(gpu, &case.q.tensor()),
+            k: DeviceTensor::new(gpu, &case.k.tensor()),
+            v: DeviceTensor::new(gpu, &case.v.tensor()),
             beta: wide(&case.beta),
             prior: case.prior.as_ref().map(wide),
-            protected: case.protected.as_ref().map(|t| Held::new(gpu, t)),
+            protected: case.protected.as_ref().map(|t| DeviceTensor::new(gpu, t)),
         }
     }
 
@@ -88,15 +88,18 @@ impl Uploaded {
             q: self.q.tensor4(),
             k: self.k.tensor4(),
             beta: self.beta.slice(),
-            prior: prior.map(|(t, held)| Prior { data: held.slice(), dims: [t.dims()[0], t.dims()[1]] }),
-            protected: protected
-                .map(|(t, held)| Protected { data: held.slice(), dims: t.dims().try_into().unwrap() }),
+            prior: prior
+                .map(|(t, uploaded)| Prior { data: uploaded.slice(), dims: [t.dims()[0], t.dims()[1]] }),
+            protected: protected.map(|(t, uploaded)| Protected {
+                data: uploaded.slice(),
+                dims: t.dims().try_into().unwrap(),
+            }),
             mask: &case.problem.mask,
         }
     }
 }
 
-/// The plan for a device: Hopper's kernel where there is one and the tensors suit it.
+/// The plan for a device: with Hopper's kernel on Hopper if TMA can load the tensors.
 pub(crate) fn plan(gpu: &TestGpu, p: &Problem, x: &Inputs<'_, Buffer>) -> Result<GpuScanPlan, String> {
     let extra = x.protected.as_ref().map_or(0, |p| p.dims[3]);
     let plan = GpuScanPlan::new(p, extra, x.prior.is_some(), &gpu.arch()).map_err(|e| e.to_string())?;
@@ -104,10 +107,10 @@ pub(crate) fn plan(gpu: &TestGpu, p: &Problem, x: &Inputs<'_, Buffer>) -> Result
 }
 
 /// Runs the scan of a case.
-pub(crate) fn run(gpu: &TestGpu, case: &Case) -> Result<Found, String> {
+pub(crate) fn run(gpu: &TestGpu, case: &Case) -> Result<ScanResult, String> {
     let p = problem(case);
-    let held = Uploaded::new(gpu, case);
-    let x = held.inputs(case);
+    let uploaded = Uploaded::new(gpu, case);
+    let x = uploaded.inputs(case);
     let extra = x.protected.as_ref().map_or(0, |p| p.dims[3]);
     let plan = plan(gpu, &p, &x)?;
     let slots = p.candidates + extra;
@@ -121,7 +124,7 @@ pub(crate) fn run(gpu: &TestGpu, case: &Case) -> Result<Found, String> {
         flags: (extra > 0).then(|| (&flags).into()),
     };
     scan(gpu, &plan, &p, &x, &out).map_err(fail)?;
-    Ok(Found {
+    Ok(ScanResult {
         slots,
         index: integers(gpu, &index, count),
         energy: numbers(gpu, &energy, count, DType::F32),
@@ -129,24 +132,25 @@ pub(crate) fn run(gpu: &TestGpu, case: &Case) -> Result<Found, String> {
     })
 }
 
-/// Whether the lists are right: sorted, padded, complete, no better key left out beyond the error bounds.
-pub(crate) fn judge(case: &Case, found: &Found) -> Verdict {
-    let (p, keep) = (&case.problem, case.spec.candidates);
+/// Fails unless every list is sorted, padded and complete, and no key that is not listed has a lower energy, up to the
+/// error bounds.
+pub(crate) fn check_result(case: &Case, result: &ScanResult) -> Verdict {
+    let (p, candidates) = (&case.problem, case.spec.candidates);
     let all = reference_scan(p, p.keys);
     for (row, (b, h, i)) in p.rows() {
         let at = |text: &str| format!("{text}, row {b} {h} {i} of {}", case.name());
-        let known = row * all.width..(row + 1) * all.width;
-        // Of every key its energy and whether it is protected, if it may be a candidate.
+        let row_slots = row * all.width..(row + 1) * all.width;
+        // For every key that may be a candidate: its energy and whether it is protected.
         let mut rank = vec![None; p.keys];
-        for slot in known.filter(|&s| all.index[s] >= 0) {
+        for slot in row_slots.filter(|&s| all.index[s] >= 0) {
             rank[all.index[slot] as usize] = Some((all.energy[slot], all.protected[slot]));
         }
-        let list = row * found.slots..(row + 1) * found.slots;
+        let list = row * result.slots..(row + 1) * result.slots;
         let (index, energy, flags) =
-            (&found.index[list.clone()], &found.energy[list.clone()], &found.flags[list]);
+            (&result.index[list.clone()], &result.energy[list.clone()], &result.flags[list]);
         let used = index.iter().take_while(|j| **j >= 0).count();
         ensure!(
-            (used..found.slots).all(|s| index[s] == -1 && energy[s] == f64::INFINITY && flags[s] == 0.0),
+            (used..result.slots).all(|s| index[s] == -1 && energy[s] == f64::INFINITY && flags[s] == 0.0),
             "padding {index:?} {energy:?} {flags:?}, {}",
             at("")
         );
@@ -164,7 +168,7 @@ pub(crate) fn judge(case: &Case, found: &Found) -> Verdict {
             let off = (energy[slot] - e).abs();
             ensure!(
                 off <= case.energy_bound(query, (b, h), j),
-                "energy of {j} {} not {e}, {}",
+                "energy of {j}: {} instead of {e}, {}",
                 energy[slot],
                 at("")
             );
@@ -176,75 +180,80 @@ pub(crate) fn judge(case: &Case, found: &Found) -> Verdict {
         }
         let free = (0..used).filter(|&s| flags[s] == 0.0).count();
         let possible = rank.iter().flatten().count();
-        ensure!(free <= keep && used >= keep.min(possible), "{used} of {possible} keys, {}", at(""));
-        for left in (0..p.keys).filter(|&j| rank[j].is_some() && !listed[j]) {
-            let Some((e, protected)) = rank[left] else { continue };
-            ensure!(!protected, "protected key {left} is missing, {}", at(""));
+        ensure!(
+            free <= candidates && used >= candidates.min(possible),
+            "{used} of {possible} keys, {}",
+            at("")
+        );
+        for omitted in (0..p.keys).filter(|&j| rank[j].is_some() && !listed[j]) {
+            let Some((e, protected)) = rank[omitted] else { continue };
+            ensure!(!protected, "protected key {omitted} is missing, {}", at(""));
             for &j in &index[..used] {
                 let j = j as usize;
-                let Some((kept, false)) = rank[j] else { continue };
-                let lead = kept - e;
+                let Some((listed_energy, false)) = rank[j] else { continue };
+                let difference = listed_energy - e;
                 ensure!(
-                    lead <= bound(j) + bound(left),
-                    "{j} kept, {left} left out: {lead} better, {}",
+                    difference <= bound(j) + bound(omitted),
+                    "key {j} is listed and {omitted} is not, whose energy is {difference} lower, {}",
                     at("")
                 );
-                if case.same_key(b, h, j, left) {
+                if case.same_key(b, h, j, omitted) {
                     ensure!(
-                        (j < left) == (p.tie == TieBreak::First),
-                        "{j} instead of the same {left}, {}",
+                        (j < omitted) == (p.tie == TieBreak::First),
+                        "key {j} is listed instead of the identical key {omitted}, {}",
                         at("")
                     );
                 }
             }
         }
-        // Of exact scores the list is known: by energy, then by index.
+        // Exact scores determine the list: by energy, then by index.
         if case.exact() {
             let order: Vec<i32> = all.index[row * all.width..(row + 1) * all.width].to_vec();
             let want: Vec<i32> = (0..p.keys)
                 .map(|r| order[r])
                 .take_while(|j| *j >= 0)
                 .enumerate()
-                .filter(|(r, j)| *r < keep || rank[*j as usize].is_some_and(|x| x.1))
+                .filter(|(r, j)| *r < candidates || rank[*j as usize].is_some_and(|x| x.1))
                 .map(|(_, j)| j)
                 .collect();
-            ensure!(index[..used] == want, "{index:?} not {want:?}, {}", at(""));
+            ensure!(index[..used] == want, "{index:?} instead of {want:?}, {}", at(""));
         }
     }
     Ok(())
 }
 
-/// The fused scan and selection against the plain scan: the same key and bits, and its value row.
-fn fused(gpu: &TestGpu, case: &Case, found: &Found) -> Verdict {
+/// Fails unless the fused scan and selection has the keys and bits of the plain scan, and the value rows of these keys.
+fn check_fused(gpu: &TestGpu, case: &Case, result: &ScanResult) -> Verdict {
     let (p, plain) = (problem(case), &case.problem);
-    let held = Uploaded::new(gpu, case);
-    let x = held.inputs(case);
+    let uploaded = Uploaded::new(gpu, case);
+    let x = uploaded.inputs(case);
     let fail = |e: gd_kernels::Error| e.to_string();
     let plan = plan(gpu, &p, &x)?;
     let (rows, dim) = (p.batch * p.q_heads * p.queries, plain.value_dim);
     // Every head's threshold is the energy of one of its rows, so that some are admitted.
     let tau: Vec<f32> = (0..p.q_heads)
         .map(|h| {
-            let own = (0..rows).filter(|r| r / p.queries % p.q_heads == h).map(|r| found.energy[r]);
-            let own: Vec<f64> = own.filter(|e| e.is_finite()).collect();
-            own.get(own.len() / 2).map_or(0.0, |e| *e as f32)
+            let head = (0..rows).filter(|r| r / p.queries % p.q_heads == h).map(|r| result.energy[r]);
+            let head: Vec<f64> = head.filter(|e| e.is_finite()).collect();
+            head.get(head.len() / 2).map_or(0.0, |e| *e as f32)
         })
         .collect();
     let threshold = gpu.upload(bytemuck::cast_slice(&tau)).map_err(fail)?;
     let index = gpu.allocate(rows * 4).map_err(fail)?;
     let energy = gpu.allocate(rows * 4).map_err(fail)?;
     let y = gpu.allocate(rows * dim * case.dtype.size_in_bytes()).map_err(fail)?;
-    let values = Values { v: held.v.tensor4(), dim, threshold: Some((&threshold).into()), y: (&y).into() };
+    let values =
+        Values { v: uploaded.v.tensor4(), dim, threshold: Some((&threshold).into()), y: (&y).into() };
     let out = Outputs { index: (&index).into(), energy: (&energy).into(), flags: None };
     scan_select(gpu, &plan, &p, &x, &values, &out).map_err(fail)?;
     let (index, energy) = (integers(gpu, &index, rows), numbers(gpu, &energy, rows, DType::F32));
     let y = numbers(gpu, &y, rows * dim, case.dtype);
     for (row, (b, h, i)) in plain.rows() {
-        let admitted = found.index[row] >= 0 && found.energy[row] <= f64::from(tau[h]);
-        let want = if admitted { (found.index[row], found.energy[row]) } else { (-1, f64::INFINITY) };
+        let admitted = result.index[row] >= 0 && result.energy[row] <= f64::from(tau[h]);
+        let want = if admitted { (result.index[row], result.energy[row]) } else { (-1, f64::INFINITY) };
         ensure!(
             (index[row], energy[row]) == want,
-            "fused {} {} not {want:?}, row {b} {h} {i}",
+            "fused {} {} instead of {want:?}, row {b} {h} {i}",
             index[row],
             energy[row]
         );
@@ -255,23 +264,23 @@ fn fused(gpu: &TestGpu, case: &Case, found: &Found) -> Verdict {
     Ok(())
 }
 
-/// One problem with one schedule.
+/// Checks one problem with one schedule.
 pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
     check_case(gpu, &case(gpu, seed))
 }
 
-/// The same of any problem.
+/// Checks any problem.
 pub(crate) fn check_case(gpu: &TestGpu, case: &Case) -> Verdict {
-    let found = run(gpu, case)?;
-    judge(case, &found)?;
+    let result = run(gpu, case)?;
+    check_result(case, &result)?;
     if case.spec.candidates == 1 && case.spec.protected.is_none() {
-        fused(gpu, case, &found)?;
+        check_fused(gpu, case, &result)?;
     }
     Ok(())
 }
 
 #[test]
-fn lists_are_those_of_the_reference() {
+fn candidates_are_those_of_the_reference() {
     crate::suites("scan", [150, 100], 0, check);
 }
 
@@ -280,7 +289,7 @@ fn schedules_do_not_change_a_bit() {
     crate::suites("scan, three schedules", [12, 12], 0, |gpu, seed| {
         let case = case(gpu, seed + 500);
         let first = run(gpu, &case)?;
-        judge(&case, &first)?;
+        check_result(&case, &first)?;
         for schedule in 2..4 {
             let again = run(&gpu.twin(schedule), &case)?;
             let same =
@@ -291,8 +300,8 @@ fn schedules_do_not_change_a_bit() {
     });
 }
 
-/// Gives every third key an infinite coordinate: its scores are infinite or NaN, and it is no candidate, nor does
-/// it hide one. Keys and values lie contiguously.
+/// Gives every third key an infinite coordinate: its scores are infinite or NaN, and it is no candidate, and it
+/// must not hide one. Keys and values are contiguous.
 pub(crate) fn make_infinite(case: &mut Case) {
     let (p, dim) = (&mut case.problem, case.spec.raw.dim);
     for (row, key) in p.k.chunks_mut(dim).enumerate().filter(|(row, _)| row % 3 == 1) {
@@ -312,7 +321,7 @@ fn check_infinite(gpu: &TestGpu, seed: u64) -> Verdict {
     }
     let mut case = spec.build(DTYPES[(seed / 2 % 3) as usize]);
     make_infinite(&mut case);
-    judge(&case, &run(gpu, &case)?)
+    check_result(&case, &run(gpu, &case)?)
 }
 
 #[test]
@@ -321,9 +330,9 @@ fn infinite_keys_are_no_candidates() {
 }
 
 #[test]
-fn ties_are_seen() {
+fn ties_and_long_lists_occur_in_the_problems() {
     let gpu = TestGpu::new(0);
-    // The generator must make enough problems in which ties decide.
+    // The generator must make enough problems with ties.
     let specs: Vec<Spec> = (0..150).map(|seed| case(&gpu, seed).spec).collect();
     assert!(specs.iter().filter(|s| matches!(s.kind, Kind::Integer | Kind::Duplicates)).count() > 20);
     // And enough with lists of 128.

@@ -5,15 +5,16 @@ use candle_core::{DType, Tensor};
 use gd_kernels::gpu::{Gpu, Slice, Tensor4};
 use half::{bf16, f16};
 
-/// A tensor's elements on the device, and how it sees them.
-pub(crate) struct Held {
+/// A tensor on the device: the whole storage behind a CPU tensor, with its offset and strides.
+pub(crate) struct DeviceTensor {
     buffer: Buffer,
     offset: usize,
     strides: Vec<usize>,
 }
 
-impl Held {
-    /// Uploads all that lies behind `t`, so that its strides hold; the last dimension is made contiguous.
+impl DeviceTensor {
+    /// Uploads the whole storage of `t`, so that its strides stay valid. A strided last dimension is made contiguous
+    /// first.
     pub(crate) fn new(gpu: &TestGpu, t: &Tensor) -> Self {
         let t = if t.stride().last().is_none_or(|&s| s == 1) { t.clone() } else { t.contiguous().unwrap() };
         let (storage, layout) = t.storage_and_layout();
@@ -45,7 +46,7 @@ impl Held {
     }
 }
 
-/// The numbers of a buffer.
+/// The first `count` numbers of a buffer, as f64.
 pub(crate) fn numbers(gpu: &TestGpu, buffer: &Buffer, count: usize, dtype: DType) -> Vec<f64> {
     let bytes = gpu.download(buffer.into(), count * dtype.size_in_bytes()).unwrap();
     let word = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
@@ -59,7 +60,7 @@ pub(crate) fn numbers(gpu: &TestGpu, buffer: &Buffer, count: usize, dtype: DType
     }
 }
 
-/// i32 of a buffer.
+/// The first `count` i32 of a buffer.
 pub(crate) fn integers(gpu: &TestGpu, buffer: &Buffer, count: usize) -> Vec<i32> {
     numbers(gpu, buffer, count, DType::I32).into_iter().map(|x| x as i32).collect()
 }

@@ -1,6 +1,6 @@
-//! What a training step has besides its attention: normalisation, rotary embedding, gated activation and cross entropy,
-//! forward and backward, and AdamW behind a norm that stays on the device; against naive f64 versions, through strides and
-//! offsets.
+//! The operators of a training step besides attention: normalisation, rotary embedding, gated activation and cross
+//! entropy, forward and backward, and AdamW with clipping by a norm that stays on the device. Against naive f64
+//! versions, with strides and offsets.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::{DType, Device, Tensor};
@@ -8,25 +8,25 @@ use gd_kernels::gpu::{Gpu, RowSizes, Slice, adamw, cross_entropy, norm, rotary, 
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-use crate::beacon::{DTYPES, fail, held, near};
-use crate::tensors::{Held, numbers};
+use crate::beacon::{DTYPES, check_close, fail, upload};
+use crate::tensors::{DeviceTensor, numbers};
 use gd_testing::ensure;
 use gd_testing::problems::{pick, rng, roundoff, uniform, values};
 use gd_testing::suite::Verdict;
 
-/// Random numbers `[B, H, N, C]` inside of wider rows of NaN, with heads and rows the other way round or not; as the
-/// device sees them, and as f64 in the order of the shape.
-fn view(gpu: &TestGpu, rng: &mut ChaCha8Rng, s: &RowSizes) -> (Held, Vec<f64>) {
+/// Random numbers `[B, H, N, C]` as a part of wider rows of NaN, in memory with heads before rows or rows before heads:
+/// the tensor on the device, and its values in the order of the shape.
+fn view(gpu: &TestGpu, rng: &mut ChaCha8Rng, s: &RowSizes) -> (DeviceTensor, Vec<f64>) {
     view_of(gpu, rng, s, |rng| uniform(rng, s.dim))
 }
 
-/// The same of the rows that `fill` makes.
+/// The same with rows made by `fill`.
 fn view_of(
     gpu: &TestGpu,
     rng: &mut ChaCha8Rng,
     s: &RowSizes,
     mut fill: impl FnMut(&mut ChaCha8Rng) -> Vec<f64>,
-) -> (Held, Vec<f64>) {
+) -> (DeviceTensor, Vec<f64>) {
     let (front, width) = (rng.random_range(0..4), s.dim + 5);
     let turned = rng.random_bool(0.5);
     let (outer, inner) = if turned { (s.rows, s.heads) } else { (s.heads, s.rows) };
@@ -37,7 +37,7 @@ fn view_of(
     let t = Tensor::from_vec(wide, (s.batch, outer, inner, width), &Device::Cpu).unwrap();
     let t = t.to_dtype(s.dtype).unwrap().narrow(3, front, s.dim).unwrap();
     let t = if turned { t.transpose(1, 2).unwrap() } else { t };
-    (Held::new(gpu, &t), values(&t))
+    (DeviceTensor::new(gpu, &t), values(&t))
 }
 
 fn sizes(rng: &mut ChaCha8Rng, seed: u64, dims: &[usize]) -> RowSizes {
@@ -46,21 +46,21 @@ fn sizes(rng: &mut ChaCha8Rng, seed: u64, dims: &[usize]) -> RowSizes {
     RowSizes { batch, heads, rows: pick(rng, &[1, 2, 7, 40, 131]), dim: pick(rng, dims), dtype }
 }
 
-/// Room for so many numbers of a dtype.
-fn room(gpu: &TestGpu, count: usize, dtype: DType) -> Result<Buffer, String> {
+/// Memory for `count` numbers of a dtype.
+fn allocate(gpu: &TestGpu, count: usize, dtype: DType) -> Result<Buffer, String> {
     gpu.allocate(count * dtype.size_in_bytes()).map_err(fail)
 }
 
-/// A normalisation of a seed.
+/// Checks the normalisation of a seed.
 pub(crate) fn check_norm(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0x40);
     let s = sizes(&mut rng, seed, &[1, 8, 31, 32, 64, 65, 200, 300]);
     let (eps, name) = (pick(&mut rng, &[1e-5, 1e-2]), format!("norm {s:?}"));
     let (rows, dim) = (s.batch * s.heads * s.rows, s.dim);
     let ((x, xs), (dy, dys)) = (view(gpu, &mut rng, &s), view(gpu, &mut rng, &s));
-    let (w, ws) = held(gpu, &uniform(&mut rng, dim), &[dim], s.dtype);
+    let (w, ws) = upload(gpu, &uniform(&mut rng, dim), &[dim], s.dtype);
     let (mut want, mut want_dx, mut want_dw) = (vec![], vec![], vec![0.0; dim]);
-    // The greatest factor of a row: what scales every rounding in it.
+    // The greatest 1 / rms of a row, by which rounding errors are scaled.
     let mut top = 1.0f64;
     for (x, dy) in xs.chunks(dim).zip(dys.chunks(dim)) {
         let r = (x.iter().map(|x| x * x).sum::<f64>() / dim as f64 + eps).sqrt().recip();
@@ -73,18 +73,18 @@ pub(crate) fn check_norm(gpu: &TestGpu, seed: u64) -> Verdict {
         }
     }
     let plan = norm::NormPlan::new(&s, eps, &gpu.arch()).map_err(fail)?;
-    let (y, dx) = (room(gpu, want.len(), s.dtype)?, room(gpu, want.len(), s.dtype)?);
-    let dw = room(gpu, dim, s.dtype)?;
+    let (y, dx) = (allocate(gpu, want.len(), s.dtype)?, allocate(gpu, want.len(), s.dtype)?);
+    let dw = allocate(gpu, dim, s.dtype)?;
     norm::forward(gpu, &plan, &x.tensor4(), w.slice(), (&y).into()).map_err(fail)?;
     let out = [(&dx).into(), (&dw).into()];
     norm::backward(gpu, &plan, &x.tensor4(), w.slice(), &dy.tensor4(), out).map_err(fail)?;
-    let found = |b: &Buffer, count: usize| numbers(gpu, b, count, s.dtype);
-    near(&format!("y of {name}"), &found(&y, want.len()), &want, s.dtype, 2e-6)?;
-    near(&format!("dx of {name}"), &found(&dx, want.len()), &want_dx, s.dtype, 3e-6 * top)?;
-    near(&format!("dweight of {name}"), &found(&dw, dim), &want_dw, s.dtype, 1e-6 * (rows as f64).sqrt())
+    let got = |b: &Buffer, count: usize| numbers(gpu, b, count, s.dtype);
+    check_close(&format!("y of {name}"), &got(&y, want.len()), &want, s.dtype, 2e-6)?;
+    check_close(&format!("dx of {name}"), &got(&dx, want.len()), &want_dx, s.dtype, 3e-6 * top)?;
+    check_close(&format!("dweight of {name}"), &got(&dw, dim), &want_dw, s.dtype, 1e-6 * (rows as f64).sqrt())
 }
 
-/// A rotation of a seed, and back.
+/// Checks the rotation of a seed, and the rotation by the negative angle.
 pub(crate) fn check_rotary(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0x41);
     let s = sizes(&mut rng, seed, &[2, 16, 62, 64, 66, 128]);
@@ -95,8 +95,8 @@ pub(crate) fn check_rotary(gpu: &TestGpu, seed: u64) -> Verdict {
     };
     let angle = |at: usize| (at / half) as f64 * 100f64.powf(-((at % half) as f64) / half as f64);
     let table = |f: fn(f64) -> f64| -> Vec<f64> { (0..positions * half).map(|at| f(angle(at))).collect() };
-    let (cos, coss) = held(gpu, &table(f64::cos), &[positions, half], DType::F32);
-    let (sin, sins) = held(gpu, &table(f64::sin), &[positions, half], DType::F32);
+    let (cos, cos_values) = upload(gpu, &table(f64::cos), &[positions, half], DType::F32);
+    let (sin, sin_values) = upload(gpu, &table(f64::sin), &[positions, half], DType::F32);
     let (x, xs) = view(gpu, &mut rng, &s);
     let plan = rotary::RotaryPlan::new(&s, &offsets, &gpu.arch()).map_err(fail)?;
     let angles = rotary::Angles { cos: cos.slice(), sin: sin.slice(), positions };
@@ -106,20 +106,21 @@ pub(crate) fn check_rotary(gpu: &TestGpu, seed: u64) -> Verdict {
             let offset = offsets[if offsets.len() == 1 { 0 } else { row / (s.heads * s.rows) }];
             let at = (offset + row % s.rows) * half;
             for i in 0..half {
-                let (c, s) = (coss[at + i], if back { -sins[at + i] } else { sins[at + i] });
+                let (c, s) =
+                    (cos_values[at + i], if back { -sin_values[at + i] } else { sin_values[at + i] });
                 y[i] = x[i] * c - x[half + i] * s;
                 y[half + i] = x[half + i] * c + x[i] * s;
             }
         }
-        let y = room(gpu, want.len(), s.dtype)?;
+        let y = allocate(gpu, want.len(), s.dtype)?;
         rotary::rotate(gpu, &plan, &x.tensor4(), &angles, back, (&y).into()).map_err(fail)?;
         let name = format!("rotary {s:?} at {offsets:?}, back {back}");
-        near(&name, &numbers(gpu, &y, want.len(), s.dtype), &want, s.dtype, 3e-7)?;
+        check_close(&name, &numbers(gpu, &y, want.len(), s.dtype), &want, s.dtype, 3e-7)?;
     }
     Ok(())
 }
 
-/// A gated activation of a seed.
+/// Checks the gated activation of a seed.
 pub(crate) fn check_swiglu(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0x42);
     let s = sizes(&mut rng, seed, &[1, 31, 32, 64, 100, 257]);
@@ -132,20 +133,20 @@ pub(crate) fn check_swiglu(gpu: &TestGpu, seed: u64) -> Verdict {
         want_up.push(d * g * t);
     }
     let plan = swiglu::SwigluPlan::new(&s, &gpu.arch()).map_err(fail)?;
-    let [y, dgate, dup] = [(); 3].map(|()| room(gpu, want.len(), s.dtype));
+    let [y, dgate, dup] = [(); 3].map(|()| allocate(gpu, want.len(), s.dtype));
     let (y, dgate, dup) = (y?, dgate?, dup?);
     let inputs = [&gate.tensor4(), &up.tensor4()];
     swiglu::forward(gpu, &plan, inputs, (&y).into()).map_err(fail)?;
     swiglu::backward(gpu, &plan, inputs, &dy.tensor4(), [(&dgate).into(), (&dup).into()]).map_err(fail)?;
     for (what, buffer, want) in [("y", y, want), ("dgate", dgate, want_gate), ("dup", dup, want_up)] {
-        let found = numbers(gpu, &buffer, want.len(), s.dtype);
-        near(&format!("{what} of swiglu {s:?}"), &found, &want, s.dtype, 1e-6)?;
+        let got = numbers(gpu, &buffer, want.len(), s.dtype);
+        check_close(&format!("{what} of swiglu {s:?}"), &got, &want, s.dtype, 1e-6)?;
     }
     Ok(())
 }
 
-/// A cross entropy of a seed: rows that do not count, logits of -inf, and now and then a target that is no column or
-/// a row with a number that is not finite.
+/// Checks the cross entropy of a seed: with ignored rows, logits of -inf, and in some problems a target beyond the
+/// vocabulary or a row with a number that is not finite.
 pub(crate) fn check_cross_entropy(gpu: &TestGpu, seed: u64) -> Verdict {
     const IGNORED: u32 = u32::MAX;
     let mut rng = rng(seed ^ 0x44);
@@ -157,7 +158,7 @@ pub(crate) fn check_cross_entropy(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut row = 0;
     let (logits, xs) = view_of(gpu, &mut rng, &s, |rng| {
         let mut x: Vec<f64> = uniform(rng, vocab).into_iter().map(|x| x * size).collect();
-        // Never the first column, to which masked targets go.
+        // Not in the first column, which replaces masked targets.
         for x in x.iter_mut().skip(1).filter(|_| masked) {
             *x = if rng.random_bool(0.4) { f64::NEG_INFINITY } else { *x };
         }
@@ -178,7 +179,7 @@ pub(crate) fn check_cross_entropy(gpu: &TestGpu, seed: u64) -> Verdict {
             _ => 0,
         });
     }
-    let (weights, ds) = held(gpu, &uniform(&mut rng, rows), &[rows], DType::F32);
+    let (weights, ds) = upload(gpu, &uniform(&mut rng, rows), &[rows], DType::F32);
     let (mut want, mut want_dx) = (vec![], vec![]);
     for ((row, &target), d) in xs.chunks(vocab).zip(&targets).zip(&ds) {
         let top = row.iter().fold(f64::MIN, |top, x| top.max(*x));
@@ -194,38 +195,37 @@ pub(crate) fn check_cross_entropy(gpu: &TestGpu, seed: u64) -> Verdict {
             _ => ((x - sum).exp() - f64::from(c as u32 == target)) * d,
         }));
     }
-    // Behind other numbers.
+    // At an offset.
     let listed: Vec<u32> = [7, 7].into_iter().chain(targets.iter().copied()).collect();
     let listed = gpu.upload(bytemuck::cast_slice(&listed)).map_err(fail)?;
     let at = Slice { buffer: &listed, offset: 8 };
     let plan = cross_entropy::CrossEntropyPlan::new(&s, &gpu.arch()).map_err(fail)?;
-    let [losses, sums] = [(); 2].map(|()| room(gpu, rows, DType::F32));
-    let (losses, sums, dx) = (losses?, sums?, room(gpu, xs.len(), s.dtype)?);
+    let [losses, sums] = [(); 2].map(|()| allocate(gpu, rows, DType::F32));
+    let (losses, sums, dx) = (losses?, sums?, allocate(gpu, xs.len(), s.dtype)?);
     let out = [(&losses).into(), (&sums).into()];
     cross_entropy::forward(gpu, &plan, &logits.tensor4(), at, out).map_err(fail)?;
     let operands = [at, (&sums).into(), weights.slice()];
     cross_entropy::backward(gpu, &plan, &logits.tensor4(), operands, (&dx).into()).map_err(fail)?;
     let name = format!("cross entropy {s:?}, {targets:?}");
-    let (mut found, mut found_dx) =
+    let (mut got, mut got_dx) =
         (numbers(gpu, &losses, rows, DType::F32), numbers(gpu, &dx, xs.len(), s.dtype));
-    // What is not finite is so here and there, and no more is asked of it.
-    let level = |what: &str, found: &mut [f64], want: &mut [f64]| -> Verdict {
-        for (at, (found, want)) in found.iter_mut().zip(want).enumerate().filter(|(_, (_, w))| !w.is_finite())
-        {
-            ensure!(!found.is_finite(), "{what} of {name}: {found} at {at}, not {want}");
-            (*found, *want) = (0.0, 0.0);
+    // Where the reference is not finite, the device must not be either; such elements are not compared further.
+    let drop_not_finite = |what: &str, got: &mut [f64], want: &mut [f64]| -> Verdict {
+        for (at, (got, want)) in got.iter_mut().zip(want).enumerate().filter(|(_, (_, w))| !w.is_finite()) {
+            ensure!(!got.is_finite(), "{what} of {name}: {got} at {at}, not {want}");
+            (*got, *want) = (0.0, 0.0);
         }
         Ok(())
     };
-    level("loss", &mut found, &mut want)?;
-    level("gradient", &mut found_dx, &mut want_dx)?;
-    // A rounding of the logarithm, and of the exponents.
+    drop_not_finite("loss", &mut got, &mut want)?;
+    drop_not_finite("gradient", &mut got_dx, &mut want_dx)?;
+    // Rounding errors of the logarithm and of the exponents.
     let floor = 1e-6 + 3e-7 * size;
-    near(&format!("loss of {name}"), &found, &want, DType::F32, floor)?;
-    near(&format!("gradient of {name}"), &found_dx, &want_dx, s.dtype, floor)
+    check_close(&format!("loss of {name}"), &got, &want, DType::F32, floor)?;
+    check_close(&format!("gradient of {name}"), &got_dx, &want_dx, s.dtype, floor)
 }
 
-/// Numbers with others around them that nobody may touch.
+/// A tensor with poison before and after it, which kernels must not overwrite.
 struct Padded {
     buffer: Buffer,
     front: usize,
@@ -234,43 +234,43 @@ struct Padded {
 }
 
 impl Padded {
-    const BEHIND: usize = 3;
+    const BACK: usize = 3;
     const POISON: f64 = -77.0;
 
     fn new(gpu: &TestGpu, x: &[f64], dtype: DType, front: usize) -> (Self, Vec<f64>) {
         let pad = |n: usize| std::iter::repeat_n(Self::POISON, n);
-        let all: Vec<f64> = pad(front).chain(x.iter().copied()).chain(pad(Self::BEHIND)).collect();
+        let all: Vec<f64> = pad(front).chain(x.iter().copied()).chain(pad(Self::BACK)).collect();
         let t = Tensor::new(&all[..], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
         let bytes: Vec<u8> = match dtype {
             DType::F32 => bytemuck::cast_slice(&t.to_vec1::<f32>().unwrap()).to_vec(),
             DType::F16 => bytemuck::cast_slice(&t.to_vec1::<half::f16>().unwrap()).to_vec(),
             _ => bytemuck::cast_slice(&t.to_vec1::<half::bf16>().unwrap()).to_vec(),
         };
-        let held = values(&t)[front..front + x.len()].to_vec();
-        (Self { buffer: gpu.upload(&bytes).unwrap(), front, count: x.len(), dtype }, held)
+        let rounded = values(&t)[front..front + x.len()].to_vec();
+        (Self { buffer: gpu.upload(&bytes).unwrap(), front, count: x.len(), dtype }, rounded)
     }
 
     fn slice(&self) -> Slice<'_, Buffer> {
         Slice { buffer: &self.buffer, offset: self.front * self.dtype.size_in_bytes() }
     }
 
-    /// What lies there now.
+    /// The current values. An error if the poison was overwritten.
     fn read(&self, gpu: &TestGpu) -> Result<Vec<f64>, String> {
-        let all = numbers(gpu, &self.buffer, self.front + self.count + Self::BEHIND, self.dtype);
+        let all = numbers(gpu, &self.buffer, self.front + self.count + Self::BACK, self.dtype);
         let (front, rest) = all.split_at(self.front);
-        let (inside, behind) = rest.split_at(self.count);
-        ensure!(front.iter().chain(behind).all(|x| *x == Self::POISON), "wrote beside a tensor");
+        let (inside, back) = rest.split_at(self.count);
+        ensure!(front.iter().chain(back).all(|x| *x == Self::POISON), "wrote beside a tensor");
         Ok(inside.to_vec())
     }
 }
 
-/// A parameter of the reference, and on the device.
+/// A parameter with its moments, in the f64 reference and on the device.
 struct Parameter {
     w: Vec<f64>,
     m: Vec<f64>,
     v: Vec<f64>,
-    /// Parameter, both moments, master.
-    held: [Padded; 3],
+    /// Parameter and both moments.
+    on_device: [Padded; 3],
     master: Option<Padded>,
     dtype: DType,
 }
@@ -284,7 +284,8 @@ enum Event {
     Norm,
 }
 
-/// Updates of a seed in a row, each without knowing of the one before, of which some are skipped.
+/// Checks consecutive updates of a seed, some of which are skipped. Each is launched before the result of the one
+/// before is read.
 pub(crate) fn check_adamw(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0x43);
     let (beta1, beta2, eps) = (0.9, pick(&mut rng, &[0.95, 0.999]), 1e-8);
@@ -297,13 +298,13 @@ pub(crate) fn check_adamw(gpu: &TestGpu, seed: u64) -> Verdict {
         let (parameter, w) = Padded::new(gpu, &uniform(&mut rng, count), dtype, front);
         let zeros = || Padded::new(gpu, &vec![0.0; count], DType::F32, front).0;
         let master = (dtype != DType::F32).then(|| Padded::new(gpu, &w, DType::F32, front + 1).0);
-        let held = [parameter, zeros(), zeros()];
-        parameters.push(Parameter { w, m: vec![0.0; count], v: vec![0.0; count], held, master, dtype });
+        let on_device = [parameter, zeros(), zeros()];
+        parameters.push(Parameter { w, m: vec![0.0; count], v: vec![0.0; count], on_device, master, dtype });
     }
-    let (mut made, mut known) = (0u32, 0u32);
+    let (mut applied, mut applied_and_read) = (0u32, 0u32);
     let mut before: Option<Buffer> = None;
     for update in 0..4 {
-        // The first one too, whose successor is then the first.
+        // The first update may be skipped, too.
         let event = pick(&mut rng, &[Event::None, Event::None, Event::NotFinite, Event::Loss, Event::Norm]);
         let weight = pick(&mut rng, &[1.0, 0.75]);
         let size = pick(&mut rng, &[1e-3, 1.0, 30.0]);
@@ -312,13 +313,13 @@ pub(crate) fn check_adamw(gpu: &TestGpu, seed: u64) -> Verdict {
         for (at, p) in parameters.iter().enumerate() {
             let mut g: Vec<f64> = uniform(&mut rng, p.w.len()).into_iter().map(|x| x * size).collect();
             if event == Event::NotFinite && at == bad {
-                let place = rng.random_range(0..g.len());
-                g[place] = pick(&mut rng, &[f64::NAN, f64::INFINITY]);
+                let index = rng.random_range(0..g.len());
+                g[index] = pick(&mut rng, &[f64::NAN, f64::INFINITY]);
             }
             gradients.push(Padded::new(gpu, &g, p.dtype, at));
         }
-        let (losses, held_losses) = held(gpu, &uniform(&mut rng, 3), &[3], DType::F32);
-        let want_loss = held_losses.iter().sum::<f64>() / weight;
+        let (losses, loss_values) = upload(gpu, &uniform(&mut rng, 3), &[3], DType::F32);
+        let want_loss = loss_values.iter().sum::<f64>() / weight;
         let squares: f64 = gradients.iter().flat_map(|(_, g)| g).map(|g| g * g).sum();
         let want_norm = squares.sqrt() / weight;
         let clip = 1.0;
@@ -330,35 +331,38 @@ pub(crate) fn check_adamw(gpu: &TestGpu, seed: u64) -> Verdict {
             norm: above(want_norm, event == Event::Norm),
         };
         let of = adamw::PartialSums::new(parameters.iter().map(|p| p.w.len()).collect()).map_err(fail)?;
-        let parts = room(gpu, of.count(), DType::F32)?;
+        let parts = allocate(gpu, of.count(), DType::F32)?;
         for (at, ((g, _), p)) in gradients.iter().zip(&parameters).enumerate() {
             adamw::squares(gpu, &of, at, (g.slice(), p.dtype), (&parts).into()).map_err(fail)?;
         }
-        let verdict = room(gpu, 3, DType::F32)?;
+        let verdict = allocate(gpu, 3, DType::F32)?;
         let (sums, loss) = ((&of, (&parts).into()), (losses.slice(), 3));
         adamw::verdict(gpu, sums, loss, &limits, (&verdict).into()).map_err(fail)?;
         let parts = numbers(gpu, &parts, of.count(), DType::F32);
         let first = of.first_not_finite(&parts.iter().map(|x| *x as f32).collect::<Vec<_>>());
         let name = format!("adamw of seed {seed}, update {update}, {event:?}");
-        let found: Vec<f64> = numbers(gpu, &verdict, 3, DType::F32);
+        let result: Vec<f64> = numbers(gpu, &verdict, 3, DType::F32);
         if event == Event::NotFinite {
-            ensure!(!found[1].is_finite() && !found[2].is_finite(), "{name}: {found:?}");
-            ensure!(first == Some(bad), "{name}: gradient {first:?} is not finite, not {bad}");
+            ensure!(!result[1].is_finite() && !result[2].is_finite(), "{name}: {result:?}");
+            ensure!(first == Some(bad), "{name}: gradient {first:?} is not finite; expected {bad}");
         } else {
             ensure!(first.is_none(), "{name}: gradient {first:?} is not finite");
-            ensure!((found[1] - want_norm).abs() <= 1e-6 * want_norm, "{name}: norm {found:?} {want_norm}");
+            ensure!(
+                (result[1] - want_norm).abs() <= 1e-6 * want_norm,
+                "{name}: norm {result:?} instead of {want_norm}"
+            );
             let skipped = event != Event::None;
-            ensure!(found[2].is_finite() != skipped, "{name}: {found:?}");
+            ensure!(result[2].is_finite() != skipped, "{name}: {result:?}");
         }
-        ensure!((found[0] - want_loss).abs() <= 1e-6, "{name}: loss {found:?}, not {want_loss}");
+        ensure!((result[0] - want_loss).abs() <= 1e-6, "{name}: loss {result:?} instead of {want_loss}");
         let factor = if want_norm > clip { clip / want_norm } else { 1.0 } / weight;
-        // What the host does not know yet counts as made.
-        let number = known + u32::from(before.is_some()) + 1;
+        // An update whose result is not read yet counts as applied.
+        let number = applied_and_read + u32::from(before.is_some()) + 1;
         let applies = event == Event::None;
         for (at, (p, (g, gs))) in parameters.iter_mut().zip(&gradients).enumerate() {
             let decay = if at % 2 == 0 { 0.1 } else { 0.0 };
             let step = adamw::Step { number, lr, beta1, beta2, eps, weight_decay: decay };
-            let [parameter, m, v] = &p.held;
+            let [parameter, m, v] = &p.on_device;
             let x = adamw::Operands {
                 parameter: parameter.slice(),
                 gradient: g.slice(),
@@ -368,7 +372,7 @@ pub(crate) fn check_adamw(gpu: &TestGpu, seed: u64) -> Verdict {
             };
             let verdicts = ((&verdict).into(), before.as_ref().map(Slice::from));
             adamw::update(gpu, &step, (p.w.len(), p.dtype), verdicts, &x).map_err(fail)?;
-            let t = f64::from(made + 1);
+            let t = f64::from(applied + 1);
             for (i, g) in gs.iter().enumerate().filter(|_| applies) {
                 let g = g * factor;
                 p.m[i] = beta1 * p.m[i] + (1.0 - beta1) * g;
@@ -377,9 +381,9 @@ pub(crate) fn check_adamw(gpu: &TestGpu, seed: u64) -> Verdict {
                 p.w[i] -= lr * decay * p.w[i] + lr * m / (v.sqrt() + eps);
             }
             let (ms, vs) = (m.read(gpu)?, v.read(gpu)?);
-            // Rounding of terms that may cancel.
-            let most = p.m.iter().fold(0.0f64, |top, m| top.max(m.abs()));
-            near(&format!("m of {name}"), &ms, &p.m, DType::F32, 1e-6 * most)?;
+            // Rounding errors of terms that may cancel.
+            let largest = p.m.iter().fold(0.0f64, |top, m| top.max(m.abs()));
+            check_close(&format!("m of {name}"), &ms, &p.m, DType::F32, 1e-6 * largest)?;
             let wide: Vec<f64> = p.v.iter().map(|v| v * (1.0 + 3e-6)).collect();
             let narrow: Vec<f64> = p.v.iter().map(|v| v * (1.0 - 3e-6)).collect();
             let inside = |i: usize| (narrow[i]..=wide[i]).contains(&vs[i]);
@@ -389,41 +393,41 @@ pub(crate) fn check_adamw(gpu: &TestGpu, seed: u64) -> Verdict {
                 Some(master) => master.read(gpu)?,
                 None => stored.clone(),
             };
-            near(&format!("weight of {name}"), &exact, &p.w, DType::F32, 1e-5 * lr + 1e-6)?;
+            check_close(&format!("weight of {name}"), &exact, &p.w, DType::F32, 1e-5 * lr + 1e-6)?;
             for (stored, exact) in stored.iter().zip(&exact) {
                 let bound = roundoff(p.dtype) * exact.abs() + 1e-7;
                 ensure!((stored - exact).abs() <= bound, "{name}: {stored} for {exact}");
             }
         }
-        // The host reads the verdict before last.
-        known = made;
-        made += u32::from(applies);
+        // The host has read the result of the update before.
+        applied_and_read = applied;
+        applied += u32::from(applies);
         before = Some(verdict);
     }
     Ok(())
 }
 
 #[test]
-fn normalisations_are_those_of_the_definition() {
+fn normalisations_match_the_definition() {
     crate::suites("norm", [30, 30], 0, check_norm);
 }
 
 #[test]
-fn rotations_are_those_of_the_definition() {
+fn rotations_match_the_definition() {
     crate::suites("rotary", [20, 20], 0, check_rotary);
 }
 
 #[test]
-fn gated_activations_are_those_of_the_definition() {
+fn gated_activations_match_the_definition() {
     crate::suites("swiglu", [20, 20], 0, check_swiglu);
 }
 
 #[test]
-fn cross_entropies_are_those_of_the_definition() {
+fn cross_entropies_match_the_definition() {
     crate::suites("cross entropy", [24, 24], 0, check_cross_entropy);
 }
 
 #[test]
-fn updates_are_those_of_adamw() {
+fn updates_match_the_definition_of_adamw() {
     crate::suites("adamw", [30, 30], 0, check_adamw);
 }

@@ -1,2 +1,2 @@
-//! Nothing: the dependencies in the manifest are the purpose of this package.
+//! Empty: this package exists for the dependencies in its manifest.
 #![forbid(unsafe_code)]

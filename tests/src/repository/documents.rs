@@ -13,7 +13,7 @@ pub struct Command {
     pub file: String,
     /// The line in it, from 1.
     pub line: usize,
-    /// The words of the command, without variables before it and comments behind it.
+    /// The words of the command, without variables before and comments after it.
     pub words: Vec<String>,
 }
 
@@ -22,8 +22,8 @@ const SHELLS: [&str; 5] = ["", "sh", "bash", "console", "shell"];
 /// Commands that run another one, with the number of words before it.
 const WRAPPERS: [&str; 4] = ["sudo", "time", "nice", "env"];
 
-/// The commands in the fenced blocks of a document: what lies between the fences, one a line, `\` at the end of a line
-/// going on in the next one. A line that starts with two spaces belongs to an output.
+/// The commands in the fenced blocks of a document, one per line; a line that ends with `\` continues in the next
+/// one. A line that starts with two spaces belongs to an output.
 pub fn commands(file: &str, text: &str) -> Vec<Command> {
     let mut commands = Vec::new();
     let mut fence: Option<&str> = None;
@@ -54,7 +54,7 @@ pub fn commands(file: &str, text: &str) -> Vec<Command> {
     commands
 }
 
-/// The words of a command as a shell splits them, up to a comment, a redirection or an explanation behind it.
+/// The words of a command as a shell splits them, up to a comment, a redirection or an explanation after it.
 fn words(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     let (mut word, mut quote, mut started) = (String::new(), None, false);
@@ -70,7 +70,7 @@ fn words(line: &str) -> Vec<String> {
                     words.push(std::mem::take(&mut word));
                     started = false;
                 }
-                // Columns: what follows explains the command.
+                // Three spaces separate the command from its explanation.
                 if spaces == 3 {
                     break;
                 }
@@ -101,7 +101,7 @@ pub(super) fn check(root: &Path, file: &str, text: &str) -> Vec<Violation> {
     let folder = root.join(file).parent().unwrap_or(root).to_path_buf();
     let mut report =
         |line: usize, rule: String| violations.push(Violation { file: file.to_owned(), line, rule });
-    // Reports of measurements and origins of data name files of other projects, too.
+    // Other documents, such as origins of data, may name files of other projects.
     let names_paths = !file.contains('/') || file.starts_with("docs/") || file.starts_with("crates/");
     let mut fenced = false;
     for (n, line) in text.lines().enumerate() {
@@ -144,8 +144,8 @@ fn links(line: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// A link's file exists, and so does the heading it names. `own` is the text of the document with the link.
-fn check_link(folder: &Path, own: &str, target: &str) -> Result<(), String> {
+/// A link's file exists, and so does the heading it names. `document` is the text of the document with the link.
+fn check_link(folder: &Path, document: &str, target: &str) -> Result<(), String> {
     let (path, heading) = target.split_once('#').unwrap_or((target, ""));
     let file = folder.join(path);
     if !path.is_empty() && !file.exists() {
@@ -155,7 +155,7 @@ fn check_link(folder: &Path, own: &str, target: &str) -> Result<(), String> {
         return Ok(());
     }
     let text = match path {
-        "" => own.to_owned(),
+        "" => document.to_owned(),
         _ => fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?,
     };
     let named = headings(&text).contains(heading);
@@ -170,8 +170,8 @@ fn headings(text: &str) -> HashSet<String> {
         fenced ^= line.trim_start().starts_with("```");
         let title = line.trim_start_matches('#');
         if !fenced && line.starts_with('#') && title.starts_with(' ') {
-            let kept = title.trim().to_lowercase();
-            let anchor = kept.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+            let lowercase = title.trim().to_lowercase();
+            let anchor = lowercase.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
             anchors.insert(anchor.map(|c| if c == ' ' { '-' } else { c }).collect());
         }
     }
@@ -213,10 +213,10 @@ fn check_command(root: &Path, words: &[String]) -> Result<(), String> {
     if program != "cargo" {
         return Ok(());
     }
-    let own = words.split(|word| word == "--").next().unwrap_or_default();
-    for pair in own.windows(2) {
+    let cargo_words = words.split(|word| word == "--").next().unwrap_or_default();
+    for pair in cargo_words.windows(2) {
         let (flag, value) = (pair[0].as_str(), pair[1].as_str());
-        let places: Vec<String> = match flag {
+        let candidates: Vec<String> = match flag {
             "-p" | "--package" if value == "gd-tests" => vec!["tests".into()],
             "-p" | "--package" if value == "gd-examples" => vec!["examples".into()],
             "-p" | "--package" if value.starts_with("gd-") => vec![format!("crates/{value}")],
@@ -224,14 +224,14 @@ fn check_command(root: &Path, words: &[String]) -> Result<(), String> {
             "--example" | "--test" => targets(root, flag.trim_start_matches('-'), value),
             _ => continue,
         };
-        if !places.iter().any(|place| root.join(place).exists()) {
+        if !candidates.iter().any(|path| root.join(path).exists()) {
             return Err(format!("`{flag} {value}` does not exist"));
         }
     }
     Ok(())
 }
 
-/// Where an example or a test of this name may lie.
+/// The possible paths of an example or a test with this name.
 fn targets(root: &Path, kind: &str, name: &str) -> Vec<String> {
     let crates = fs::read_dir(root.join("crates")).into_iter().flatten().flatten();
     let mut packages: Vec<String> =
@@ -325,10 +325,10 @@ mod tests {
             ("README.md", "See `docs/gone.rs`.", 1, "docs/gone.rs"),
             ("docs/src/b.md", "See `a.md` and `c.md`.", 1, "c.md"),
         ] {
-            let found = rules(file, text);
-            assert_eq!(found.len(), 1, "{text}: {found:?}");
-            assert_eq!(found[0].0, line, "{text}");
-            assert!(found[0].1.contains(word), "{text}: {found:?}");
+            let violations = rules(file, text);
+            assert_eq!(violations.len(), 1, "{text}: {violations:?}");
+            assert_eq!(violations[0].0, line, "{text}");
+            assert!(violations[0].1.contains(word), "{text}: {violations:?}");
         }
     }
 

@@ -118,7 +118,7 @@ fn module(order: &Order, file: &str) -> Option<Vec<String>> {
     (!binary).then_some(parts)
 }
 
-/// What a path names, where it goes through an export of the root.
+/// The path of the item that a path names, which may be an export of the root.
 fn resolve(order: &Order, exports: &Exports, path: &[String]) -> Vec<String> {
     let first = path.first().map(String::as_str).unwrap_or_default();
     let is_module = place(order, &path[..path.len().min(1)]).is_some()
@@ -164,7 +164,7 @@ fn path<'a>(
             at += 1;
             while tokens.get(at).is_some_and(|token| token.text != "}") {
                 let end = path(tokens, at, &names, paths);
-                // What is no path, such as `as name` or a comma.
+                // Skips anything that is no path, such as `as name` or a comma.
                 at = end.max(at + 1);
             }
             return at + 1;
@@ -188,7 +188,7 @@ fn path<'a>(
     at
 }
 
-/// The tokens without the items behind `#[cfg(test)]`.
+/// The tokens without the items that `#[cfg(test)]` marks.
 fn without_tests<'a>(tokens: &[Token<'a>]) -> Vec<Token<'a>> {
     const TEST: [&str; 7] = ["#", "[", "cfg", "(", "test", ")", "]"];
     let mut rest = Vec::with_capacity(tokens.len());
@@ -205,7 +205,7 @@ fn without_tests<'a>(tokens: &[Token<'a>]) -> Vec<Token<'a>> {
     rest
 }
 
-/// Where the item that starts at `at` ends: behind its braces or its semicolon.
+/// The end of the item that starts at `at`, after its braces or its semicolon.
 fn end_of_item(tokens: &[Token<'_>], at: usize) -> usize {
     let mut depth = 0usize;
     for (n, token) in tokens.iter().enumerate().skip(at) {
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn upward_imports_are_found_at_their_line() {
+    fn upward_imports_are_reported_at_their_line() {
         for (file, text, line, name) in [
             ("backend/cpu.rs", "//! H.\nuse crate::cache::KeyCache;", 2, "cache::KeyCache"),
             ("ops/linear.rs", "use super::scan::{A,\nB};", 1, "ops::scan::A"),
@@ -285,17 +285,20 @@ mod tests {
             ("ops/scan/mod.rs", "use crate::reference::scan;", 1, "reference::scan"),
             ("mask.rs", "#[cfg(test)]\nmod tests {}\nuse crate::ops::scan::Scan;", 3, "ops::scan::Scan"),
         ] {
-            let found = violations(file, text);
-            assert!(!found.is_empty(), "{file}: {text}");
-            assert_eq!(found[0].0, line, "{file}: {text}: {found:?}");
-            assert!(found[0].1.contains(name) && found[0].1.contains("upward"), "{file}: {found:?}");
+            let violations = violations(file, text);
+            assert!(!violations.is_empty(), "{file}: {text}");
+            assert_eq!(violations[0].0, line, "{file}: {text}: {violations:?}");
+            assert!(
+                violations[0].1.contains(name) && violations[0].1.contains("upward"),
+                "{file}: {violations:?}"
+            );
         }
     }
 
     #[test]
     fn a_module_without_a_place_is_named() {
-        let found = violations("utils.rs", "//! H.\n");
-        assert_eq!(found.len(), 1);
-        assert!(found[0].1.contains("`utils`"), "{found:?}");
+        let violations = violations("utils.rs", "//! H.\n");
+        assert_eq!(violations.len(), 1);
+        assert!(violations[0].1.contains("`utils`"), "{violations:?}");
     }
 }

@@ -3,13 +3,13 @@
 
 use super::{Violation, extension};
 
-/// Source files: these open with a comment and stay short.
+/// Extensions of source files, which begin with a comment and have a limited length.
 const SOURCE: [&str; 5] = ["rs", "cu", "cuh", "metal", "h"];
-/// The most lines of a file, and of a file below kernels/.
+/// Maximum number of lines of a file, and of a file below kernels/.
 const MAX_LINES: usize = 600;
 const MAX_KERNEL_LINES: usize = 800;
 
-/// Unfinished or silenced work.
+/// Marks of unfinished or disabled work.
 const UNFINISHED: [&str; 6] = [
     concat!("TO", "DO"),
     concat!("FIX", "ME"),
@@ -18,7 +18,7 @@ const UNFINISHED: [&str; 6] = [
     concat!("unimple", "mented!("),
     concat!("#[ig", "nore"),
 ];
-/// Places that exist on one machine only.
+/// Paths that exist on one machine only.
 const MACHINE: [&str; 5] = [
     concat!("/ho", "me/"),
     concat!("/ro", "ot/"),
@@ -34,7 +34,7 @@ const REGISTRIES: [&str; 5] = [
     concat!("registry.npm", "js"),
     concat!("deb.deb", "ian.org"),
 ];
-/// Where unsafe code is allowed: the operators, what executes their kernels in tests, and the mapping of files.
+/// Where unsafe code is allowed: the operators, the emulator that executes their kernels, and memory-mapped files.
 const UNSAFE_ALLOWED: [&str; 3] =
     ["crates/gd-kernels/", "crates/gd-testing/", "crates/gd-model/src/data/map.rs"];
 /// Unsafe code.
@@ -45,7 +45,7 @@ const UNSAFE: [&str; 4] = [
     concat!("uns", "afe extern"),
 ];
 
-/// Folders, and the crates that files below them must not name: the layers point downwards only.
+/// Folders, and the crates that files below them must not name: crates depend on lower layers only.
 const UPWARD: [(&str, &[&str]); 3] = [
     ("crates/gd-kernels/", &["gd_layer", "gd_model", "gd_cli", "gd-layer", "gd-model", "gd-cli"]),
     ("crates/gd-layer/", &["gd_model", "gd_cli", "gd-model", "gd-cli"]),

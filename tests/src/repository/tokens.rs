@@ -77,7 +77,7 @@ impl<'a> Lexer<'a> {
         }
         let token = Token { text: name, line: self.line };
         self.at += end;
-        // The `r` of a raw name is no name of its own.
+        // The `r` of a raw name is not a name.
         (name != "r" || !after.starts_with('#')).then_some(token)
     }
 
@@ -87,7 +87,7 @@ impl<'a> Lexer<'a> {
     }
 }
 
-/// The length of a block comment, which may hold further ones.
+/// The length of a block comment, which may contain further ones.
 fn block_comment(rest: &str) -> usize {
     let (mut at, mut depth) = (0, 0usize);
     while at < rest.len() {

@@ -1,10 +1,10 @@
-//! Names in the crates' sources use the terms of the field: words that mean nothing outside this repository are
+//! Names in the crates' sources use the terms of the field. Words that have a meaning in this repository only are
 //! refused, each with the terms to use instead.
 
 use super::Violation;
 use super::tokens::tokens;
 
-/// Words that no part of a name may be, with what to use instead. A part is what lies between `_` or capitals.
+/// Words that must not be a part of a name, each with the terms to use instead. Parts are separated by `_` or capitals.
 const PARTS: [(&[&str], &str); 14] = [
     (&["few", "fewer"], "decode"),
     (&["best"], "top_k, lowest_… or least_…"),
@@ -21,7 +21,7 @@ const PARTS: [(&[&str], &str); 14] = [
     (&["room"], "capacity"),
     (&["piece", "pieces"], "chunk, segment or sequences"),
 ];
-/// Whole names that say too little.
+/// Names that are refused as a whole, because they are not specific.
 const NAMES: [(&str, &str); 6] = [
     ("Plan", "ScanPlan, DecodePlan, NormPlan, …"),
     ("Ready", "Projected"),
@@ -30,7 +30,7 @@ const NAMES: [(&str, &str); 6] = [
     ("LOST", "SUBNORMAL_NORM_ERROR"),
     ("aligned", "layer_alignment"),
 ];
-/// Parts that are allowed after another: a bounded list is a term.
+/// A part that is allowed only after another one: a bounded list is a term.
 const QUALIFIED: (&str, &str) = ("bounded", "lists");
 /// Names of the standard library and of dependencies.
 const FOREIGN: [&str; 3] = ["NotFound", "ProgressBar", "is_aligned"];
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn every_refused_word_is_found_in_every_spelling() {
+    fn every_refused_word_is_reported_in_every_spelling() {
         for word in PARTS.iter().flat_map(|(words, _)| *words) {
             let capital = word[..1].to_uppercase() + &word[1..];
             for name in [

@@ -1,7 +1,7 @@
 //! `select`, forward and backward, against the naive f64 reference on generated problems.
 //!
 //! Both choose among the same candidates, those of the operator's scan. A row in which rounding may
-//! decide (see [`gd_testing::problems::choices::doubt`]) gets no gradient on either side; if its winner differs,
+//! decide (see [`gd_testing::problems::choices::uncertainty`]) gets no gradient on either side; if its winner differs,
 //! the winner's reference energy must lie within the bounds. Such rows are counted.
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -12,7 +12,7 @@ use gd_kernels::reference::{
 use gd_kernels::{
     Barrier, Candidates, CoherenceMode, Estimator, Gate, Mask, Scan, Select, scan, scan_all, select,
 };
-use gd_testing::problems::choices::{Choice, Doubt, doubt, estimator};
+use gd_testing::problems::choices::{Choice, Uncertainty, estimator, uncertainty};
 use gd_testing::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
 use gd_testing::tensors::check_gradients;
 
@@ -126,7 +126,7 @@ fn judge_row(
     got: &Run,
     want: &gd_kernels::reference::Selected,
     row: usize,
-    d: &Doubt,
+    d: &Uncertainty,
 ) {
     let (p, params) = (&case.problem, &choice.params);
     let name = || format!("{} {} row {row}", case.name(), choice.name());
@@ -212,7 +212,7 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
     let ties = matches!(case.spec.kind, Kind::Duplicates | Kind::Integer);
     let mut relative = 0f64;
     for (row, (b, h, i)) in p.rows() {
-        let d = doubt(&case, params, &playing, row);
+        let d = uncertainty(&case, params, &playing, row);
         let (index, wanted) = (got.record[1][row] as i32, want.index[row]);
         tally.rows += 1;
         tally.abstained += usize::from(wanted < 0);

@@ -1,5 +1,5 @@
-// CUDA's words, as far as candle's kernels use them, for a host compiler: in place of the toolkit's headers of the
-// same names. Every operation on a half rounds once, from f32.
+// CUDA C++, as far as candle's kernels use it, for a host compiler: replaces the headers of the toolkit of the same
+// names. Every operation on a half rounds once, from f32.
 #pragma once
 #include <cassert>
 #include <cmath>
@@ -71,7 +71,7 @@ template <class T> T __shfl_xor_sync(uint32_t, T x, int step, int = 32) {
     return x;
 }
 
-// Threads are not interrupted between meetings.
+// Threads are not preempted between barriers and shuffles.
 template <class T, class U> T atomicAdd(T *at, U x) {
     T old = *at;
     *at = T(old + T(x));
@@ -148,7 +148,7 @@ inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __nv_bfloat16 __float2bfloat16(float x) { return x; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 
-// Numbers of 8 bits exist here so that the sources compile; nothing calculates with them.
+// 8-bit floats are declared so that the sources compile; they have no arithmetic.
 struct __nv_fp8_e4m3 {
     uint8_t __x;
     __nv_fp8_e4m3() = default;

@@ -27,7 +27,7 @@ pub struct Choice {
     pub rounds: Option<Tensor>,
 }
 
-/// The estimator of a seed; it decides which scan makes the candidates.
+/// The estimator of a seed. It determines which scan produces the candidates.
 pub fn estimator(seed: u64) -> Estimator {
     ESTIMATORS[(seed % ESTIMATORS.len() as u64) as usize]
 }
@@ -52,15 +52,15 @@ impl Choice {
                 1 => f64::INFINITY,
                 _ => {
                     // Near one of the head's energies, so that some rows abstain and some do not.
-                    let own: Vec<f64> = energies[h * per_head..(h + 1) * per_head]
+                    let finite: Vec<f64> = energies[h * per_head..(h + 1) * per_head]
                         .iter()
                         .copied()
                         .filter(|e| e.is_finite())
                         .collect();
-                    if own.is_empty() {
+                    if finite.is_empty() {
                         return 1.0;
                     }
-                    let e = pick(&mut rng, &own);
+                    let e = pick(&mut rng, &finite);
                     e + rng.random_range(0.01..0.1) * (0.1 + e.abs())
                 }
             };
@@ -119,25 +119,25 @@ impl Choice {
     }
 }
 
-/// What rounding may change in the choice of a row.
+/// What rounding errors may change in the choice of a row.
 #[derive(Debug, Clone, Default)]
-pub struct Doubt {
-    /// Error bounds of the first round's energies, by member, after the barrier.
+pub struct Uncertainty {
+    /// Error bounds of the energies of the first round after the barrier, by member.
     pub bounds: Vec<f64>,
     /// Relative error that the soft weights and gates of any round may have.
     pub relative: f64,
-    /// The first round's winner or its admission is within the bounds of another outcome.
+    /// Within the bounds, the first round may have another winner, or admit it or not.
     pub first: bool,
-    /// The first round's margin depends on an admission within the bounds.
+    /// Within the bounds, another key may be admitted in the first round, which changes the margin.
     pub margin: bool,
-    /// A barrier's condition, or a choice of a later round, is within the bounds.
+    /// Within the bounds, a condition of the barrier or the choice of a later round may change.
     pub hidden: bool,
 }
 
 /// Examines row `number` with all its rounds. The candidates' energies have the bound of
 /// [`Case::energy_bound`]. A residual query is stored in the tensors' dtype: its error is
 /// `u_T |r| + (2D + 8) u |q|`, plus the previous one's times at most `1 + 4 |q| / L`, L the jump.
-pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usize) -> Doubt {
+pub fn uncertainty(case: &Case, params: &Params, candidates: &Candidates, number: usize) -> Uncertainty {
     let p = &case.problem;
     let row = Row::new(p, params, candidates, number);
     let per_head = p.q_heads * p.queries;
@@ -148,7 +148,7 @@ pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usiz
         .collect();
     let (u, stored) = (roundoff(acc(case.dtype)), roundoff(case.dtype));
     let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
-    let mut out = Doubt::default();
+    let mut out = Uncertainty::default();
     let mut moved = 0.0;
     for (r, round) in row.rounds().iter().enumerate() {
         let keys: Vec<usize> = round.members.iter().map(|&m| candidates.index[slots[m]] as usize).collect();
@@ -160,10 +160,10 @@ pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usiz
                 Score::Energy => moved * (2.0 * distance2(&round.query, key(j)).sqrt() + moved),
                 Score::Dot => moved * norm(key(j)),
             };
-            let own = case.energy_bound(&round.query, (b, h), keys[j]);
+            let rounding = case.energy_bound(&round.query, (b, h), keys[j]);
             // Residual queries are no integers.
-            let own = if r > 0 && case.exact() { 16.0 * u * (1.0 + raw[j].abs()) } else { own };
-            own + p.beta[h] * carried
+            let rounding = if r > 0 && case.exact() { 16.0 * u * (1.0 + raw[j].abs()) } else { rounding };
+            rounding + p.beta[h] * carried
         };
         let mut bounds: Vec<f64> = (0..keys.len()).map(bound).collect();
         let same =
@@ -171,11 +171,12 @@ pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usiz
         if let Some(rule) = &params.barrier {
             let flags: Vec<bool> = round.members.iter().map(|&m| candidates.protected[slots[m]]).collect();
             let largest = bounds.iter().copied().fold(0.0, f64::max);
-            out.hidden |=
-                barrier_in_doubt(rule, &raw, &flags, &bounds, &|x, y| case.same_key(b, h, keys[x], keys[y]));
+            out.hidden |= barrier_is_uncertain(rule, &raw, &flags, &bounds, &|x, y| {
+                case.same_key(b, h, keys[x], keys[y])
+            });
             if round.lift.as_ref().is_some_and(|l| l.activated) {
-                let most = round.energy.iter().map(|e| e.abs()).fold(1.0, f64::max);
-                bounds.fill((1.0 + 2.0 * rule.strength) * largest + 4.0 * u * most);
+                let largest_energy = round.energy.iter().map(|e| e.abs()).fold(1.0, f64::max);
+                bounds.fill((1.0 + 2.0 * rule.strength) * largest + 4.0 * u * largest_energy);
             }
         }
         let near = |j: usize| {
@@ -202,11 +203,11 @@ pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usiz
             Gate::None => 0.0,
         };
         out.relative += 2.0 * largest / params.temperature + gate;
-        let best = key(round.winner);
-        let (size, jump) = (norm(&round.query), distance2(&round.query, best).sqrt());
+        let winner = key(round.winner);
+        let (size, jump) = (norm(&round.query), distance2(&round.query, winner).sqrt());
         if r + 1 < params.round_count(p.q_heads) && jump > 0.0 {
             out.relative += 4.0 * moved / jump;
-            moved = stored * norm(&residual_query(&round.query, best))
+            moved = stored * norm(&residual_query(&round.query, winner))
                 + (2.0 * p.dim as f64 + 8.0) * u * size
                 + moved * (1.0 + 4.0 * size / jump);
         }
@@ -217,8 +218,8 @@ pub fn doubt(case: &Case, params: &Params, candidates: &Candidates, number: usiz
     out
 }
 
-/// Whether one of the barrier's decisions is within the error bounds of the energies.
-fn barrier_in_doubt(
+/// Whether errors within the bounds of the energies may change a condition of the barrier.
+fn barrier_is_uncertain(
     rule: &Barrier,
     energy: &[f64],
     flags: &[bool],
@@ -226,17 +227,17 @@ fn barrier_in_doubt(
     same: &dyn Fn(usize, usize) -> bool,
 ) -> bool {
     let reach = 2.0 * bounds.iter().copied().fold(0.0, f64::max);
-    // The two forms of the same formulas differ in f64, too.
+    // The operator and the reference round differently in f64, too.
     let tiny = 1e-12;
-    let least = |open: &dyn Fn(usize) -> bool| {
+    let lowest = |open: &dyn Fn(usize) -> bool| {
         let all = (0..energy.len()).filter(|&j| open(j));
-        all.reduce(|best, j| if energy[j] < energy[best] { j } else { best })
+        all.reduce(|low, j| if energy[j] < energy[low] { j } else { low })
     };
-    let Some(at) = least(&|j| flags[j]) else { return false };
-    let Some(rival) = least(&|j| j != at) else { return false };
-    let contested = |best: usize, open: &dyn Fn(usize) -> bool| {
+    let Some(at) = lowest(&|j| flags[j]) else { return false };
+    let Some(rival) = lowest(&|j| j != at) else { return false };
+    let contested = |lowest: usize, open: &dyn Fn(usize) -> bool| {
         (0..energy.len()).any(|j| {
-            j != best && open(j) && energy[j] - energy[best] <= reach && reach > 0.0 && !same(j, best)
+            j != lowest && open(j) && energy[j] - energy[lowest] <= reach && reach > 0.0 && !same(j, lowest)
         })
     };
     if contested(at, &|j| flags[j]) || contested(rival, &|j| j != at) {

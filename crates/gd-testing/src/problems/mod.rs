@@ -19,7 +19,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 pub const DIMS: [usize; 9] = [1, 3, 8, 16, 24, 40, 64, 80, 128];
 /// Numbers of candidates.
 pub const CANDIDATES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
-/// Around panel widths (2 to 32 keys) and the 64 rows of a block.
+/// Sizes near multiples of panel widths (2 to 32 keys) and of the 64 rows of a block.
 const EDGES: [usize; 12] = [1, 2, 31, 32, 33, 63, 64, 65, 95, 127, 129, 150];
 
 /// The distribution of the values.
@@ -95,7 +95,7 @@ impl View {
 pub struct Stored {
     /// The contiguous tensor.
     pub base: Tensor,
-    /// What the operators get of it.
+    /// The view of it that the operators get.
     pub view: View,
 }
 
@@ -123,14 +123,14 @@ pub struct Spec {
     pub protected: Option<(Vec<i32>, [usize; 4])>,
     /// The values, without prior and protected keys.
     pub raw: Problem,
-    /// Whether beta follows the size of the numbers, so that energies are near 1.
+    /// Whether beta is divided by the square of the values' scale, so that energies are near 1.
     pub scaled: bool,
 }
 
 /// The same values for the reference and for the operators.
 #[derive(Debug, Clone)]
 pub struct Case {
-    /// What it was built from.
+    /// The problem from which it was built.
     pub spec: Spec,
     /// The dtype to which values were rounded.
     pub dtype: DType,
@@ -150,7 +150,7 @@ pub struct Case {
     pub protected: Option<Tensor>,
 }
 
-/// The random numbers of a seed.
+/// The random number generator of a seed.
 pub fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
 }
@@ -185,9 +185,9 @@ pub fn roundoff(dtype: DType) -> f64 {
     }
 }
 
-/// Values rounded to a dtype: the tensor, and the rounded values.
-pub fn rounded(values_: &[f64], shape: &[usize], dtype: DType) -> (Tensor, Vec<f64>) {
-    let t = Tensor::from_vec(values_.to_vec(), shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+/// A tensor of values rounded to a dtype, and the rounded values.
+pub fn rounded(unrounded: &[f64], shape: &[usize], dtype: DType) -> (Tensor, Vec<f64>) {
+    let t = Tensor::from_vec(unrounded.to_vec(), shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
     let back = values(&t);
     (t, back)
 }
@@ -333,14 +333,14 @@ impl Spec {
             score: pick(&mut rng, &[Score::Energy, Score::Energy, Score::Dot]),
             tie: pick(&mut rng, &[TieBreak::First, TieBreak::Last]),
         };
-        // Every eighth problem keeps the most.
+        // Every eighth problem has the greatest number of candidates.
         let candidates = pick(&mut rng, &CANDIDATES[..6]);
         let candidates = if seed % 8 == 7 { CANDIDATES[6] } else { candidates };
         let scaled = rng.random_bool(0.6);
         Self { seed, kind, candidates, views, prior, protected, raw, scaled }
     }
 
-    /// Rounds to `dtype`, and puts NaN wherever no query may look.
+    /// Rounds to `dtype`. Keys and values that no query attends to become NaN, and so do queries without a visible key.
     pub fn build(&self, dtype: DType) -> Case {
         let raw = &self.raw;
         let Problem { batch, q_heads, kv_heads, queries, keys, dim, value_dim, .. } = *raw;
@@ -378,7 +378,7 @@ impl Spec {
             _ => raw.beta.clone(),
         };
         let (beta, beta_values) = rounded(&beta, &[q_heads], acc(dtype));
-        // A prior may come in the tensors' dtype or in the accumulator's.
+        // A prior may have the dtype of the tensors or that of the accumulator.
         let prior_dtype = if self.seed.is_multiple_of(3) { dtype } else { acc(dtype) };
         let prior = self.prior.as_ref().map(|(x, dims)| rounded(x, dims, prior_dtype));
         let heads =
@@ -412,7 +412,7 @@ impl Spec {
 }
 
 impl Case {
-    /// The scan of this problem; every second one is checked.
+    /// The options of the scan of this problem; `checked` in every second one.
     pub fn scan(&self) -> Scan<'_> {
         Scan {
             prior: self.prior.as_ref(),
@@ -453,7 +453,7 @@ impl Case {
         )
     }
 
-    /// Whether two keys are the same for head `h` of batch entry `b`, to the bit.
+    /// Whether two keys of head `h` of batch entry `b` have equal elements and priors.
     pub fn same_key(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
         let p = &self.problem;
         p.k[p.k_at(b, h, i)] == p.k[p.k_at(b, h, j)] && p.prior_of(b, h, i) == p.prior_of(b, h, j)
@@ -473,12 +473,12 @@ impl Case {
     /// The error bound of a computed energy: each of the D terms is rounded twice and summed in a
     /// chain, then multiplied by beta and reduced by the prior, so `(D + 4) u` of
     /// [`Case::energy_size`]; 0 for exact data.
-    pub fn energy_bound(&self, query: &[f64], place: (usize, usize), j: usize) -> f64 {
+    pub fn energy_bound(&self, query: &[f64], (b, h): (usize, usize), j: usize) -> f64 {
         if self.exact() {
             return 0.0;
         }
         let steps = (self.problem.dim + 4) as f64;
-        steps * (roundoff(acc(self.dtype)) * self.energy_size(query, place, j) + self.underflow(place.1))
+        steps * (roundoff(acc(self.dtype)) * self.energy_size(query, (b, h), j) + self.underflow(h))
     }
 
     /// The error bound of the score `<q, k> - |k|^2 / 2 + b / (2 beta)` by which keys are ranked, in
@@ -502,13 +502,13 @@ impl Case {
         terms + (2.0 * d + 4.0) * self.underflow(h)
     }
 
-    /// Absolute error of a term by underflow.
+    /// The absolute error of a term that underflows.
     fn underflow(&self, h: usize) -> f64 {
-        let least = if self.dtype == DType::F64 { 5e-324 } else { 1.5e-45 };
-        least * (1.0 + 2.0 * self.problem.beta[h])
+        let smallest = if self.dtype == DType::F64 { 5e-324 } else { 1.5e-45 };
+        smallest * (1.0 + 2.0 * self.problem.beta[h])
     }
 
-    /// Puts NaN into every value row that is no candidate of any row.
+    /// Replaces the value rows of keys that are no candidate of any query by NaN.
     pub fn poison_unread_values(&mut self, candidates: &Candidates) {
         let p = &mut self.problem;
         let slots = candidates.index.dims()[3];
@@ -527,7 +527,7 @@ impl Case {
         self.v.base = self.v.view.base(&p.v, dims, self.dtype);
     }
 
-    /// Sums a gradient `[B, Hq, M]` to the shape of the prior.
+    /// Sums a gradient `[B, Hq, M]` over the dimensions along which the prior is broadcast.
     pub fn fold_prior(&self, wide: &[f64]) -> Vec<f64> {
         let Some((_, [pb, ph, keys])) = &self.spec.prior else { return vec![] };
         let (hq, mut sum) = (self.problem.q_heads, vec![0.0; pb * ph * keys]);

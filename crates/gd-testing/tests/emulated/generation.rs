@@ -1,5 +1,5 @@
-//! Generation on an emulated GPU: what is cached changes nothing, a batch gives each prompt what it gets alone, and the
-//! texts are those of the CPU.
+//! Generation on an emulated GPU: with a cache and without, in a batch and alone, and on the CPU, a prompt has the same
+//! continuation.
 
 use candle_core::{D, DType, Device, Result, Tensor};
 use gd_kernels::Mask;
@@ -8,7 +8,7 @@ use gd_model::infer::generate::{generate, generate_batch};
 use gd_model::infer::sampler::{Sampler, Sampling};
 use serde_json::Value;
 
-use crate::model_training::{config, filled, models};
+use crate::model_training::{config, models, perturbed};
 use crate::targets;
 
 const PROMPTS: [&str; 3] = ["It was the best of times", "A", "Call me Ishmael"];
@@ -18,16 +18,16 @@ fn prompts() -> Vec<Vec<u32>> {
     PROMPTS.iter().map(|p| p.bytes().map(u32::from).collect()).collect()
 }
 
-/// The greedy continuations of all prompts together, and what the full pass over each text would have chosen.
+/// The greedy continuations of all prompts in a batch, and those that a forward pass over each whole text predicts.
 fn continued(gd: &Value) -> Result<[Vec<Vec<u32>>; 2]> {
-    let (model, _params) = filled(&config(gd), DType::F32)?;
+    let (model, _params) = perturbed(&config(gd), DType::F32)?;
     let greedy = || Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0).unwrap();
     let mut samplers = vec![greedy(); PROMPTS.len()];
     // The second text ends early.
     let mut count = 0;
-    let new = generate_batch(&model, &prompts(), NEW, &mut samplers, &Device::Cpu, |place, _| {
-        count += usize::from(place == 1);
-        Ok(place != 1 || count < 4)
+    let new = generate_batch(&model, &prompts(), NEW, &mut samplers, &Device::Cpu, |row, _| {
+        count += usize::from(row == 1);
+        Ok(row != 1 || count < 4)
     })
     .unwrap();
     let alone = generate(&model, &prompts()[0], NEW, &mut greedy(), &Device::Cpu, |_| Ok(true)).unwrap();
@@ -37,8 +37,8 @@ fn continued(gd: &Value) -> Result<[Vec<Vec<u32>>; 2]> {
         let text = [&prompt[..], new].concat();
         let ids = Tensor::new(&text[..text.len() - 1], &Device::Cpu)?.unsqueeze(0)?;
         let logits = model.forward(&ids, &Pass::new(&Mask::causal(0)), None)?;
-        let best = logits.argmax(D::Minus1)?.flatten_all()?.to_vec1::<u32>()?;
-        full.push(best[prompt.len() - 1..].to_vec());
+        let predicted = logits.argmax(D::Minus1)?.flatten_all()?.to_vec1::<u32>()?;
+        full.push(predicted[prompt.len() - 1..].to_vec());
     }
     Ok([new, full])
 }

@@ -1,5 +1,5 @@
-//! A trainer that launches the next step before it knows the last one's figures: it ends where one does that waits for
-//! every step, to the bit, updates that are skipped in between included.
+//! A trainer that launches a step before it has read the result of the previous one ends with the same bits as one that
+//! waits for every step, also when updates are skipped.
 
 use candle_core::{DType, Device, Tensor, Var};
 use gd_model::config::{self, Recipe};
@@ -9,16 +9,16 @@ use serde_json::{Value, json};
 
 use crate::targets;
 
-/// A trainer of a very small model on a text without much in it.
+/// A trainer of a very small model on a short text.
 fn trainer(settings: Value) -> Trainer {
     let mut recipe: Value =
         serde_json::from_str(include_str!("../../../../crates/gd-model/tests/fixtures/small.json")).unwrap();
     let train = recipe["train"].as_object_mut().unwrap();
-    let few = json!({
+    let short = json!({
         "steps": 40, "batch": 2, "context": 17, "eval_every": 39, "save_every": 39,
         "guard": { "window": 16, "least": 4, "sigma": 6.0, "stop_after": 3 },
     });
-    train.extend(few.as_object().unwrap().clone());
+    train.extend(short.as_object().unwrap().clone());
     train.extend(settings.as_object().unwrap().clone());
     let mut recipe: Recipe = config::parse(recipe).unwrap_or_else(|problems| panic!("{problems:?}"));
     recipe.model.vocab_size = 31;
@@ -29,18 +29,18 @@ fn trainer(settings: Value) -> Trainer {
     Trainer::new(recipe, corpus, 3, &Device::Cpu).unwrap()
 }
 
-/// A parameter behind which every gradient is.
+/// The weight of the last norm: a NaN in it makes every gradient NaN.
 fn last_norm(trainer: &Trainer) -> (String, Var) {
     trainer.params.vars().into_iter().find(|(name, _)| name == "model.norm.weight").unwrap()
 }
 
-/// Every number that a run keeps, by name.
+/// The bits of every tensor of a run, by name.
 type Bits = Vec<(String, Vec<u32>)>;
 
-/// Every bit of weights, moments and counts of updates.
+/// The bits of weights, moments and counts of updates.
 fn bits(trainer: &mut Trainer) -> Bits {
-    let kept = trainer.state().unwrap().tensors;
-    let all = trainer.params.tensors().into_iter().chain(kept);
+    let state = trainer.state().unwrap().tensors;
+    let all = trainer.params.tensors().into_iter().chain(state);
     let bits = |t: &Tensor| -> Vec<u32> {
         let floats = t.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
         floats.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
@@ -48,12 +48,12 @@ fn bits(trainer: &mut Trainer) -> Bits {
     all.map(|(name, t)| (name, bits(&t))).collect()
 }
 
-/// Six steps, of which the third and the fourth have a gradient of no use; each figure is known as late as `proceed`
-/// lets it, or at once. How many figures each call has told, the steps, and all bits at the end.
+/// Runs six steps, of which the third and the fourth have NaN gradients, and waits for every one (`at_once`) or as late
+/// as the trainer allows. Returns the number of steps that each call reported, the steps, and all bits at the end.
 fn steps(settings: &Value, at_once: bool) -> (Vec<usize>, Vec<Step>, Bits) {
     let mut trainer = trainer(settings.clone());
     let (_, norm) = last_norm(&trainer);
-    let (mut told, mut all, mut good) = (Vec::new(), Vec::new(), None);
+    let (mut reported, mut all, mut good) = (Vec::new(), Vec::new(), None);
     for step in 1..=6 {
         if step == 3 {
             good = Some(norm.as_detached_tensor().copy().unwrap());
@@ -62,7 +62,7 @@ fn steps(settings: &Value, at_once: bool) -> (Vec<usize>, Vec<Step>, Bits) {
             norm.set(&good.take().unwrap()).unwrap();
         }
         let steps = if at_once { vec![trainer.train_step().unwrap()] } else { trainer.next_steps().unwrap() };
-        told.push(steps.len());
+        reported.push(steps.len());
         all.extend(steps);
     }
     if !at_once && trainer.is_asynchronous() {
@@ -70,20 +70,20 @@ fn steps(settings: &Value, at_once: bool) -> (Vec<usize>, Vec<Step>, Bits) {
         assert!(error.contains("step 6"), "{error}");
     }
     let rest = trainer.drain(0).unwrap();
-    told.push(rest.len());
+    reported.push(rest.len());
     all.extend(rest);
     let bits = bits(&mut trainer);
-    (told, all, bits)
+    (reported, all, bits)
 }
 
 #[test]
-fn running_ahead_gives_the_bits_of_waiting() {
+fn steps_in_flight_give_the_same_bits_as_waiting() {
     for settings in [json!({}), json!({ "precision": "bf16", "accumulation": 2 })] {
         let (_, on_cpu, _) = steps(&settings, true);
         for target in targets() {
             let (waits, want, at_once) = target.run(|| steps(&settings, true));
-            let (told, got, late) = target.run(|| steps(&settings, false));
-            assert_eq!((waits, told), (vec![1, 1, 1, 1, 1, 1, 0], vec![0, 1, 1, 1, 1, 1, 1]));
+            let (reported, got, late) = target.run(|| steps(&settings, false));
+            assert_eq!((waits, reported), (vec![1, 1, 1, 1, 1, 1, 0], vec![0, 1, 1, 1, 1, 1, 1]));
             for (step, ((a, b), cpu)) in want.iter().zip(&got).zip(&on_cpu).enumerate() {
                 assert_eq!((a.step, b.step), (step as u64 + 1, step as u64 + 1));
                 assert_eq!(a.loss.to_bits(), b.loss.to_bits(), "loss of step {}", a.step);
@@ -123,7 +123,7 @@ fn a_gpu_stops_a_run_whose_updates_are_all_skipped() {
 }
 
 #[test]
-fn what_takes_part_in_every_update_is_waited_for() {
+fn muon_and_ema_wait_for_every_step() {
     let [target, ..] = targets();
     target.run(|| {
         assert!(trainer(json!({})).is_asynchronous());
@@ -132,7 +132,7 @@ fn what_takes_part_in_every_update_is_waited_for() {
             assert!(!trainer.is_asynchronous(), "{settings}");
             assert_eq!(trainer.next_steps().unwrap().len(), 1, "{settings}");
         }
-        // Where a look at the validation text follows, the step before it is told as well.
+        // Before an evaluation of the validation text, the trainer also waits for the previous step.
         let mut trainer = trainer(json!({ "eval_every": 2 }));
         assert!(trainer.next_steps().unwrap().is_empty());
         let steps = trainer.next_steps().unwrap();

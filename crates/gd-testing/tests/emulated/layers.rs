@@ -1,4 +1,4 @@
-//! What layers, losses and optimizers compute off the CPU from candle's operations, against the CPU's own passes.
+//! Layers, losses and optimizers that are composed of candle's operations off the CPU, against their CPU kernels.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use gd_layer::{Linear, RopeScaling, Rotary};
 use gd_model::config::{AdamWConfig, MuonConfig};
 use gd_model::train::optimizer::{Optimizer, global_norm, not_finite};
 
-use crate::graph::{apart, noise};
+use crate::graph::{noise, relative_difference};
 use crate::{Target, targets};
 
 /// The portable kernels: which GPU it is makes no difference to candle's operations.
@@ -20,12 +20,17 @@ fn target() -> Target {
     first
 }
 
-fn counted() {
+fn count_case() {
     gd_testing::log_cases("emulated-tensors", 1);
 }
 
-/// The first result and all gradients, on the CPU and off it.
-fn agree(what: &str, inputs: &[Tensor], bound: f64, run: impl Fn(&[Tensor]) -> Result<Tensor>) -> Result<()> {
+/// Fails unless result and gradients of all inputs on the target are close to those on the CPU.
+fn assert_close_to_cpu(
+    what: &str,
+    inputs: &[Tensor],
+    bound: f64,
+    run: impl Fn(&[Tensor]) -> Result<Tensor>,
+) -> Result<()> {
     let all = || -> Result<Vec<Tensor>> {
         let vars = inputs.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
         let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
@@ -40,10 +45,13 @@ fn agree(what: &str, inputs: &[Tensor], bound: f64, run: impl Fn(&[Tensor]) -> R
     };
     let (want, got) = (all()?, target().run(all)?);
     for (i, (a, b)) in got.iter().zip(&want).enumerate() {
-        let off = apart(a, b);
-        assert!(off <= bound, "{what}, result or gradient {i}: {off} apart, {bound} allowed");
+        let off = relative_difference(a, b);
+        assert!(
+            off <= bound,
+            "{what}, result or gradient {i}: a relative difference of {off}, {bound} allowed"
+        );
     }
-    counted();
+    count_case();
     Ok(())
 }
 
@@ -56,13 +64,15 @@ fn layers_and_their_gradients_are_those_of_the_cpu() -> Result<()> {
         let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype);
         // Parts of larger tensors, the second one strided in its last dimension.
         let inputs = [float(1, &[2, 5, 40])?, float(2, &[37])?];
-        agree(&format!("rms_norm {dtype:?}"), &inputs, bound, |x| {
+        assert_close_to_cpu(&format!("rms_norm {dtype:?}"), &inputs, bound, |x| {
             Ok(rms_norm(&x[0].narrow(2, 3, 37)?, &x[1], 1e-5)?)
         })?;
         let inputs = [float(1, &[2, 5, 40])?, float(2, &[2, 40, 5])?];
-        agree(&format!("swiglu {dtype:?}"), &inputs, bound, |x| Ok(swiglu(&x[0], &x[1].transpose(1, 2)?)?))?;
+        assert_close_to_cpu(&format!("swiglu {dtype:?}"), &inputs, bound, |x| {
+            Ok(swiglu(&x[0], &x[1].transpose(1, 2)?)?)
+        })?;
         for scaling in [RopeScaling::None, RopeScaling::Linear { factor: 2.0 }] {
-            agree(&format!("rope {dtype:?}"), &[float(1, &[2, 7, 3, 16])?], bound, |x| {
+            assert_close_to_cpu(&format!("rope {dtype:?}"), &[float(1, &[2, 7, 3, 16])?], bound, |x| {
                 let rotary = Rotary::new(16, 32, 1e4, scaling, dtype, &Device::Cpu)?;
                 rotary.apply_each(&x[0].transpose(1, 2)?, &[0, 25])
             })?;
@@ -74,7 +84,7 @@ fn layers_and_their_gradients_are_those_of_the_cpu() -> Result<()> {
             let inputs =
                 [noise(1, &[1, rows, 24]).to_dtype(DType::F32)?, noise(2, &[9, 24]).to_dtype(dtype)?];
             let bound = if dtype == DType::BF16 { 1e-2 } else { 2e-3 };
-            agree(&format!("projection {rows} {dtype:?}"), &inputs, bound, |x| {
+            assert_close_to_cpu(&format!("projection {rows} {dtype:?}"), &inputs, bound, |x| {
                 Linear::new(x[1].clone(), None).forward(&x[0])
             })?;
         }
@@ -91,13 +101,15 @@ fn losses_and_their_gradients_are_those_of_the_cpu() -> Result<()> {
     for (dtype, bound) in BOUNDS {
         let float = |seed, shape: &[usize]| noise(seed, shape).to_dtype(dtype);
         let logits = [float(1, &[rows, v])?];
-        agree(&format!("cross entropy {dtype:?}"), &logits, bound, |x| Ok(cross_entropy(&x[0], &targets)?))?;
+        assert_close_to_cpu(&format!("cross entropy {dtype:?}"), &logits, bound, |x| {
+            Ok(cross_entropy(&x[0], &targets)?)
+        })?;
         let inputs = [float(1, &[rows, c])?, float(2, &[v, c])?];
-        agree(&format!("linear cross entropy {dtype:?}"), &inputs, bound, |x| {
+        assert_close_to_cpu(&format!("linear cross entropy {dtype:?}"), &inputs, bound, |x| {
             Ok(linear_cross_entropy(&x[0], &x[1], &targets)?)
         })?;
         let (other, head) = (float(3, &[rows, c])?, float(4, &[v, c])?);
-        agree(&format!("distillation {dtype:?}"), &inputs, bound, |x| {
+        assert_close_to_cpu(&format!("distillation {dtype:?}"), &inputs, bound, |x| {
             Ok(linear_distillation((&x[0], &x[1]), &targets, (&other, &head), 0.7)?)
         })?;
         let each = || -> Result<[Vec<f32>; 2]> {
@@ -106,12 +118,12 @@ fn losses_and_their_gradients_are_those_of_the_cpu() -> Result<()> {
         for (a, b) in target().run(each)?.iter().flatten().zip(each()?.iter().flatten()) {
             assert!((f64::from(*a) - f64::from(*b)).abs() <= bound * 4.0, "{dtype:?}: {a} not {b}");
         }
-        counted();
+        count_case();
     }
     Ok(())
 }
 
-/// Parameters after three steps, all that the optimizer keeps, and the norms of the gradients.
+/// Parameters and optimizer state after three steps, and the norms of the gradients.
 fn optimized(dtype: DType, muon: Option<MuonConfig>) -> Result<(BTreeMap<String, Tensor>, Vec<f64>)> {
     let var = |seed, shape: &[usize]| Var::from_tensor(&noise(seed, shape).to_dtype(dtype)?);
     let names = [
@@ -126,14 +138,14 @@ fn optimized(dtype: DType, muon: Option<MuonConfig>) -> Result<(BTreeMap<String,
         let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
         for (i, (_, var)) in vars.iter().enumerate() {
             let slope = noise(10 * step + i as u64, var.dims()).to_dtype(dtype)?;
-            // Not a gradient of one dtype's rounding.
+            // The loss is summed in f32.
             loss = (loss + (var.as_tensor() * slope)?.to_dtype(DType::F32)?.sum_all()?)?;
         }
         let grads = loss.backward()?;
         norms.push(global_norm(&vars, &grads).unwrap());
         assert_eq!(not_finite(&vars, &grads).unwrap(), None);
         optimizer.step(&grads, 0.05, 0.5).unwrap();
-        // What was saved goes on as what was not.
+        // Saving and restoring the state does not change the steps that follow.
         let state = optimizer.state().unwrap();
         optimizer.load_state(&state).unwrap();
     }
@@ -143,34 +155,38 @@ fn optimized(dtype: DType, muon: Option<MuonConfig>) -> Result<(BTreeMap<String,
 }
 
 #[test]
-fn optimizers_take_the_steps_of_the_cpu() -> Result<()> {
+fn optimizers_take_the_same_steps_as_on_the_cpu() -> Result<()> {
     for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 1e-2)] {
         for muon in [None, Some(MuonConfig::default())] {
             let ((want, a), (got, b)) = (optimized(dtype, muon)?, target().run(|| optimized(dtype, muon))?);
             assert!(want.keys().eq(got.keys()) && want.len() >= 8, "{:?} {:?}", want.keys(), got.keys());
             for (name, t) in &want {
                 let bound = if muon.is_some() { 4.0 * bound } else { bound };
-                let off = apart(&got[name], t);
-                assert!(off <= bound, "{name} in {dtype:?}, Muon {}: {off} apart", muon.is_some());
+                let off = relative_difference(&got[name], t);
+                assert!(
+                    off <= bound,
+                    "{name} in {dtype:?}, Muon {}: a relative difference of {off}",
+                    muon.is_some()
+                );
             }
             for (a, b) in a.iter().zip(&b) {
                 assert!((a - b).abs() <= 1e-5 * a, "norm {b} not {a}");
             }
-            counted();
+            count_case();
         }
     }
-    // A matrix of zeros stays one.
+    // The orthogonalised zero matrix is zero.
     let zero = Tensor::zeros((3, 5), DType::F32, &Device::Cpu)?;
-    assert_eq!(apart(&target().run(|| newton_schulz(&zero)).unwrap(), &zero), 0.0);
-    // A gradient that is not finite is found.
-    let found = target().run(|| -> Result<Option<String>> {
+    assert_eq!(relative_difference(&target().run(|| newton_schulz(&zero)).unwrap(), &zero), 0.0);
+    // The parameter with a gradient that is not finite is reported.
+    let reported = target().run(|| -> Result<Option<String>> {
         let var = Var::ones(3, DType::F32, &Device::Cpu)?;
         let vars = [("p".to_owned(), var.clone())];
         let grads = (var.as_tensor() * f64::NAN)?.sum_all()?.backward()?;
         assert!(global_norm(&vars, &grads).unwrap().is_nan());
         Ok(not_finite(&vars, &grads).unwrap().map(str::to_owned))
     })?;
-    assert_eq!(found.as_deref(), Some("p"));
-    counted();
+    assert_eq!(reported.as_deref(), Some("p"));
+    count_case();
     Ok(())
 }

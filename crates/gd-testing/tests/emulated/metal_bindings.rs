@@ -1,4 +1,4 @@
-//! How the kernels of `kernels/metal` are bound: params at buffer 0, buffers behind them in order.
+//! The bindings of the kernels in `kernels/metal`: params are buffer 0, and the other buffers are numbered in order.
 
 use std::fs;
 use std::path::Path;
@@ -15,17 +15,17 @@ fn buffers_are_numbered_in_order() {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let text = fs::read_to_string(&path).unwrap();
-        // What the source's own macros stand for.
+        // Expands the macros of select.metal.
         let text = text
             .replace("PARAMS_AT_0,", "[[buffer(0)]]")
             .replace("READERS,", "[[buffer(1)]] [[buffer(2)]] [[buffer(3)]] [[buffer(4)]]");
-        // But for the definition of the word itself.
+        // Skips the definition of the macro KERNEL.
         for kernel in text.split("KERNEL(").skip(1).filter(|rest| !rest.starts_with("threads)")) {
             let head = kernel.split('{').next().unwrap();
-            let found = numbers(head, "[[buffer(");
+            let indices = numbers(head, "[[buffer(");
             let name = head.split([' ', '(']).nth(1).unwrap();
-            assert_eq!(found, (0..found.len()).collect::<Vec<_>>(), "{name} in {}", path.display());
-            assert!(found.len() >= 2, "{name} in {}", path.display());
+            assert_eq!(indices, (0..indices.len()).collect::<Vec<_>>(), "{name} in {}", path.display());
+            assert!(indices.len() >= 2, "{name} in {}", path.display());
             kernels += 1;
         }
     }
@@ -33,7 +33,7 @@ fn buffers_are_numbered_in_order() {
 }
 
 #[test]
-fn params_at_0_and_readers_are_what_the_test_takes_them_for() {
+fn macros_of_select_expand_as_this_test_assumes() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels/metal");
     let text = fs::read_to_string(folder.join("select.metal")).unwrap();
     let macros = text.split("#define SELECT").next().unwrap();

@@ -1,4 +1,4 @@
-//! Models in training on an emulated GPU: losses, all gradients and whole runs, against those of the CPU's own path.
+//! Training of models on an emulated GPU: losses, gradients of all parameters and whole runs, against the CPU path.
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_kernels::Mask;
@@ -11,7 +11,7 @@ use gd_model::model::params::Params;
 use gd_model::train::Trainer;
 use serde_json::{Value, json};
 
-use crate::graph::apart;
+use crate::graph::relative_difference;
 use crate::targets;
 
 /// A tiny model with the block `gd` of its config.
@@ -24,10 +24,10 @@ pub(crate) fn config(gd: &Value) -> ModelConfig {
     .unwrap_or_else(|problems| panic!("{problems:?}"))
 }
 
-/// Every part of a selecting layer in one model or another, and softmax attention.
+/// Models that together have every part of a selecting layer, and one with softmax attention.
 pub(crate) fn models() -> [(&'static str, Value); 5] {
     let beacon = json!({ "conv_width": 4, "averages": 2, "prior": true });
-    let kept = json!({
+    let with_protected = json!({
         "conv_width": 3, "averages": 1, "prior": true, "protected": 2,
         "barrier": { "floor": 0.1, "margin": 2.0, "strength": 0.5, "entropy_trigger": 0.5, "slack": 0.5 },
     });
@@ -37,7 +37,7 @@ pub(crate) fn models() -> [(&'static str, Value); 5] {
         ("gd with a Beacon", json!({ "mechanism": ["gd"], "qk_norm": true, "beacon": beacon })),
         (
             "gd with protected keys",
-            json!({ "mechanism": ["gd"], "beacon": kept, "select": {
+            json!({ "mechanism": ["gd"], "beacon": with_protected, "select": {
                 "candidates": 4, "gate": { "energy": { "temperature": 1.0 } }, "threshold": 1.2,
             } }),
         ),
@@ -50,8 +50,8 @@ pub(crate) fn models() -> [(&'static str, Value); 5] {
     ]
 }
 
-/// A model whose parameters are all random, so that every part of it matters.
-pub(crate) fn filled(config: &ModelConfig, dtype: DType) -> Result<(Transformer, Params)> {
+/// A model whose parameters are all perturbed, so that every part of it affects the result.
+pub(crate) fn perturbed(config: &ModelConfig, dtype: DType) -> Result<(Transformer, Params)> {
     let params = Params::new(5, dtype, &Device::Cpu);
     let model = Transformer::new(config, params.builder()).unwrap();
     for (at, (_, var)) in params.vars().iter().enumerate() {
@@ -64,8 +64,8 @@ pub(crate) fn filled(config: &ModelConfig, dtype: DType) -> Result<(Transformer,
 }
 
 /// The loss and the gradient of every parameter, by name.
-fn learned(gd: &Value, mask: &Mask, hardness: f64) -> Result<Vec<(String, Tensor)>> {
-    let (model, params) = filled(&config(gd), DType::F32)?;
+fn loss_and_gradients(gd: &Value, mask: &Mask, hardness: f64) -> Result<Vec<(String, Tensor)>> {
+    let (model, params) = perturbed(&config(gd), DType::F32)?;
     let (rows, n) = (2, 21);
     let ids: Vec<u32> = (0..rows * n).map(|i| (i * 37 % 251) as u32).collect();
     let next: Vec<u32> = ids.iter().map(|i| i * 5 % 256).collect();
@@ -82,21 +82,25 @@ fn learned(gd: &Value, mask: &Mask, hardness: f64) -> Result<Vec<(String, Tensor
 }
 
 #[test]
-fn a_step_has_the_loss_and_the_gradients_of_the_cpu() -> Result<()> {
+fn a_step_has_the_same_loss_and_gradients_as_on_the_cpu() -> Result<()> {
     let packed = || Mask::causal(0).packed(vec![vec![0, 4, 21], vec![0, 21]]);
     for (at, (name, gd)) in models().into_iter().enumerate() {
         for (mask, hardness) in [(Mask::causal(0), 1.0), (packed(), 0.3)] {
-            let want = learned(&gd, &mask, hardness)?;
+            let want = loss_and_gradients(&gd, &mask, hardness)?;
             for (which, target) in targets().into_iter().enumerate() {
                 // Softmax attention has no kernels; the others go through all of them with one mask or the other.
                 if (at == 0 && which > 0) || (hardness < 1.0 && (at + which) % 3 != 0) {
                     continue;
                 }
-                let got = target.run(|| learned(&gd, &mask, hardness))?;
+                let got = target.run(|| loss_and_gradients(&gd, &mask, hardness))?;
                 assert_eq!(want.len(), got.len());
                 for ((part, a), (_, b)) in want.iter().zip(&got) {
-                    let off = apart(b, a);
-                    assert!(off <= 1e-3, "{name} on {}, {hardness}, {part}: {off} apart", target.name());
+                    let off = relative_difference(b, a);
+                    assert!(
+                        off <= 1e-3,
+                        "{name} on {}, {hardness}, {part}: a relative difference of {off}",
+                        target.name()
+                    );
                     let largest = a.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
                     assert!(largest > 0.0, "{name}, {hardness}: {part} is 0");
                 }
@@ -120,7 +124,7 @@ fn every_parameter_learns() {
     }
 }
 
-/// The losses, gradient norms and what is seen of the validation text in a run of a few steps, and its parameters.
+/// Runs three steps. Returns loss and gradient norm of each, the validation loss, and the tensors of the state.
 fn run(settings: Value) -> (Vec<[f64; 2]>, f64, Vec<Tensor>) {
     let mut recipe: Value =
         serde_json::from_str(include_str!("../../../../crates/gd-model/tests/fixtures/small.json")).unwrap();
@@ -142,7 +146,6 @@ fn run(settings: Value) -> (Vec<[f64; 2]>, f64, Vec<Tensor>) {
             Ok(())
         })
         .unwrap();
-    // With all that a checkpoint holds.
     let state = trainer.state().unwrap();
     (steps, valid, state.tensors.into_values().collect())
 }
@@ -158,15 +161,21 @@ fn runs_take_the_same_steps() {
         let (want, valid, state) = run(settings.clone());
         assert!(valid.is_finite() && want.len() == 3);
         for target in targets() {
-            let (got, seen, kept) = target.run(|| run(settings.clone()));
+            let (got, got_valid, got_state) = target.run(|| run(settings.clone()));
             let off = |a: f64, b: f64| ((a - b) / a).abs();
-            for (step, ([loss, norm], [found, length])) in want.iter().zip(&got).enumerate() {
-                let held = off(*loss, *found) <= bound && off(*norm, *length) <= 10.0 * bound;
+            for (step, ([loss, norm], [got_loss, got_norm])) in want.iter().zip(&got).enumerate() {
+                let close = off(*loss, *got_loss) <= bound && off(*norm, *got_norm) <= 10.0 * bound;
                 let name = target.name();
-                assert!(held, "{settings} on {name}, step {step}: {found} {length}, not {loss} {norm}");
+                assert!(
+                    close,
+                    "{settings} on {name}, step {step}: loss {got_loss}, norm {got_norm}; expected {loss}, {norm}"
+                );
             }
-            assert!(off(valid, seen) <= bound, "{settings}: {seen} not {valid} on the validation text");
-            assert_eq!(state.len(), kept.len());
+            assert!(
+                off(valid, got_valid) <= bound,
+                "{settings}: validation loss {got_valid} instead of {valid}"
+            );
+            assert_eq!(state.len(), got_state.len());
             target.count();
         }
     }

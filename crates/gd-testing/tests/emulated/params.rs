@@ -1,4 +1,4 @@
-//! The Rust side of `kernels/shared/params.h` is what the generator makes of the header, and has the layout of C++.
+//! The Rust side of `kernels/shared/params.h` is the one generated from the header, and has the same layout as in C++.
 
 #[path = "../../build/params_header.rs"]
 mod params_header;
@@ -31,16 +31,18 @@ fn rust_params_are_generated_from_the_header() {
 }
 
 #[test]
-fn every_offset_is_the_same() {
-    let own: Vec<_> = LAYOUTS
+fn every_field_has_the_same_offset_in_rust_and_cpp() {
+    let rust_layouts: Vec<_> = LAYOUTS
         .iter()
         .map(|(name, size, fields)| {
             let fields = fields.iter().map(|(f, at)| ((*f).to_owned(), *at)).collect::<Vec<_>>();
             ((*name).to_owned(), *size, fields)
         })
         .collect();
-    assert!(own.len() >= 3 && own.iter().all(|(_, size, fields)| fields.len() * 4 <= *size));
-    assert_eq!(layouts(), own);
+    assert!(
+        rust_layouts.len() >= 3 && rust_layouts.iter().all(|(_, size, fields)| fields.len() * 4 <= *size)
+    );
+    assert_eq!(layouts(), rust_layouts);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The plan table: what each operator refuses, with the value that it names, and what it plans.
+//! The plans of the operators, and the problems that they refuse, with the value that the error names.
 
 use crate::target::{Buffer, TestGpu};
 use candle_core::DType;
@@ -42,20 +42,21 @@ fn refused<T: std::fmt::Debug>(result: Result<T, Error>, value: &str) {
 fn scans_are_planned_or_refused() {
     let plan = |p: &Problem, protected: usize, arch: &Arch| scan::GpuScanPlan::new(p, protected, false, arch);
     let p = problem();
-    let kept = plan(&p, 0, &H100).unwrap();
-    assert_eq!(kept.kernel.to_string(), "scan_topk_bf16_d128_sm80");
-    assert_eq!((kept.warps * kept.warp_rows, kept.pack), (64, 4));
-    assert!(kept.to_string().contains("scan_topk_bf16_d128_sm80: 64 query rows x 64 keys"), "{kept}");
-    let best = plan(&Problem { candidates: 1, ..p.clone() }, 0, &H100).unwrap();
+    let top8 = plan(&p, 0, &H100).unwrap();
+    assert_eq!(top8.kernel.to_string(), "scan_topk_bf16_d128_sm80");
+    assert_eq!((top8.warps * top8.warp_rows, top8.pack), (64, 4));
+    assert!(top8.to_string().contains("scan_topk_bf16_d128_sm80: 64 query rows x 64 keys"), "{top8}");
+    let top1 = plan(&Problem { candidates: 1, ..p.clone() }, 0, &H100).unwrap();
     assert_eq!(
-        (best.kernel.to_string().as_str(), best.warps * best.warp_rows),
+        (top1.kernel.to_string().as_str(), top1.warps * top1.warp_rows),
         ("scan_top1_bf16_d128_sm80", 256)
     );
     // A prior belongs to one query head: no packing.
     assert_eq!(scan::GpuScanPlan::new(&p, 0, true, &H100).unwrap().pack, 1);
-    // Padded, and few rows: fewer warps.
-    let few = plan(&Problem { candidates: 1, head_dim: 72, queries: 3, ..p.clone() }, 0, &A10).unwrap();
-    assert_eq!((few.padded_dim, few.warps), (96, 1));
+    // A padded head_dim, and few rows: fewer warps.
+    let three_queries =
+        plan(&Problem { candidates: 1, head_dim: 72, queries: 3, ..p.clone() }, 0, &A10).unwrap();
+    assert_eq!((three_queries.padded_dim, three_queries.warps), (96, 1));
     // f32 at 256 needs more shared memory than a small part has for four warps.
     let wide = Problem { candidates: 1, head_dim: 256, dtype: DType::F32, ..p.clone() };
     let (large, small) = (plan(&wide, 0, &H100).unwrap(), plan(&wide, 0, &A10).unwrap());
@@ -65,9 +66,9 @@ fn scans_are_planned_or_refused() {
         refused(plan(&Problem { head_dim, ..p.clone() }, 0, &H100), name);
     }
     refused(plan(&Problem { dtype: DType::F64, ..p.clone() }, 0, &H100), "f64");
-    let most = plan(&Problem { candidates: 64, ..p.clone() }, 32, &H100).unwrap();
+    let largest = plan(&Problem { candidates: 64, ..p.clone() }, 32, &H100).unwrap();
     // Lists of 128 instead of 64 entries.
-    assert_eq!(most.shared_bytes - kept.shared_bytes, 64 * 512);
+    assert_eq!(largest.shared_bytes - top8.shared_bytes, 64 * 512);
     let wide = Problem { candidates: 64, head_dim: 256, dtype: DType::F32, ..p.clone() };
     refused(plan(&wide, 0, &A10), "shared memory");
     refused(plan(&Problem { candidates: 65, ..p.clone() }, 0, &H100), "65 candidates");
@@ -92,15 +93,15 @@ fn certified_scans_are_planned_or_refused() {
     );
     assert!(list.to_string().contains("256 query rows x 64 keys, 4 heads packed"), "{list}");
     // One candidate and nothing protected: shorter lists.
-    let best = Problem { candidates: 1, ..p.clone() };
-    let (one, guarded) = (plan(&best, 0, &H100).unwrap(), plan(&best, 1, &H100).unwrap());
+    let top1 = Problem { candidates: 1, ..p.clone() };
+    let (one, guarded) = (plan(&top1, 0, &H100).unwrap(), plan(&top1, 1, &H100).unwrap());
     assert_eq!(guarded.shared_bytes - one.shared_bytes, 256 * 24 * 8);
     // The same kernel on Hopper, a prior without packing, and few rows by two warps.
-    assert_eq!(one.clone().on_hopper(&best, &H100), one);
+    assert_eq!(one.clone().on_hopper(&top1, &H100), one);
     assert_eq!(scan::GpuScanPlan::new(&p, 0, true, &H100).unwrap().pack, 1);
-    let few = plan(&Problem { queries: 3, ..p.clone() }, 0, &A10).unwrap();
-    assert_eq!((few.warps, few.warp_rows), (2, 32));
-    // Every kernel has room on a small part.
+    let three_queries = plan(&Problem { queries: 3, ..p.clone() }, 0, &A10).unwrap();
+    assert_eq!((three_queries.warps, three_queries.warp_rows), (2, 32));
+    // Every kernel fits on a GPU with little shared memory.
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for head_dim in scan::HEAD_DIMS {
             for candidates in [1, 2, 32] {
@@ -129,7 +130,7 @@ fn certified_scans_are_planned_or_refused() {
 fn certified_scans_need_their_keys() {
     let gpu = TestGpu::new(0);
     let small = gpu.zeros(1 << 10).unwrap();
-    let place = Slice::from(&small);
+    let slice = Slice::from(&small);
     let p = Problem {
         candidates: 1,
         batch: 1,
@@ -144,22 +145,22 @@ fn certified_scans_need_their_keys() {
     let plan = scan::GpuScanPlan::new(&p, 0, false, &gpu.arch()).unwrap();
     let mask = Mask::none();
     let x = || scan::Inputs {
-        q: Tensor4 { data: place, strides: [64, 64, 32] },
-        k: Tensor4 { data: place, strides: [0, 0, 0] },
-        beta: place,
+        q: Tensor4 { data: slice, strides: [64, 64, 32] },
+        k: Tensor4 { data: slice, strides: [0, 0, 0] },
+        beta: slice,
         prior: None,
         protected: None,
         mask: &mask,
     };
-    let out = || scan::Outputs { index: place, energy: place, flags: None };
+    let out = || scan::Outputs { index: slice, energy: slice, flags: None };
     let invalid = |result: Result<(), Error>, value: &str| match result {
         Err(Error::Invalid(text)) => assert!(text.contains(value), "{text} does not name {value}"),
         other => panic!("{other:?} instead of a refusal that names {value}"),
     };
     invalid(scan::scan(&gpu, &plan, &p, &x(), &out()), "Certified precision without 8-bit keys");
     let with = |capacity: usize, p: &Problem| {
-        let keys = Int8Slices { values: place, bounds: place, capacity };
-        let beside = Certified { keys, rescored: place };
+        let keys = Int8Slices { values: slice, bounds: slice, capacity };
+        let beside = Certified { keys, rescored: slice };
         scan_certified(&gpu, &plan, p, &x(), &beside, &out(), None)
     };
     invalid(with(64, &p), "65 keys with 64 8-bit keys");
@@ -169,20 +170,20 @@ fn certified_scans_need_their_keys() {
 }
 
 #[test]
-fn hopper_has_a_kernel_of_its_own() {
+fn hopper_has_its_own_kernel() {
     let p = Problem { candidates: 1, ..problem() };
     let plan = |p: &Problem, protected: usize, arch: &Arch| {
         scan::GpuScanPlan::new(p, protected, false, arch).unwrap().on_hopper(p, arch)
     };
-    let best = plan(&p, 0, &H100);
+    let top1 = plan(&p, 0, &H100);
     assert_eq!(
-        (best.kernel.to_string().as_str(), best.warps, best.loaders),
+        (top1.kernel.to_string().as_str(), top1.warps, top1.loaders),
         ("scan_top1_bf16_d128_sm90a", 8, 4)
     );
-    assert_eq!((best.warps * best.warp_rows, best.tile_keys, best.pack), (256, 128, 4));
+    assert_eq!((top1.warps * top1.warp_rows, top1.tile_keys, top1.pack), (256, 128, 4));
     assert!(
-        best.to_string().starts_with("scan_top1_bf16_d128_sm90a: 256 query rows x 128 keys, 4 heads"),
-        "{best}"
+        top1.to_string().starts_with("scan_top1_bf16_d128_sm90a: 256 query rows x 128 keys, 4 heads"),
+        "{top1}"
     );
     for (head_dim, rows) in [(24, 256), (64, 256), (72, 256), (192, 256), (200, 128), (256, 128)] {
         let plan = plan(&Problem { head_dim, ..p.clone() }, 0, &H100);
@@ -211,7 +212,7 @@ fn hopper_has_a_kernel_of_its_own() {
 }
 
 #[test]
-fn what_the_copy_engine_does_not_take_is_refused() {
+fn tensors_that_tma_cannot_load_are_refused() {
     let gpu = TestGpu::new(0).on_hopper();
     let memory = gpu.zeros(1 << 12).unwrap();
     let dims = [2, 3, 5, 64];
@@ -225,9 +226,9 @@ fn what_the_copy_engine_does_not_take_is_refused() {
         TensorMap::new("k", t, dtype, dims, rows)
     }
     let plain = at([960, 320, 64], 0);
-    let kept = map(&plain, DType::BF16, dims, 128).unwrap();
+    let tensor_map = map(&plain, DType::BF16, dims, 128).unwrap();
     assert_eq!(
-        kept.to_string(),
+        tensor_map.to_string(),
         "bf16 [2, 3, 5, 64] at strides of [1920, 640, 128] bytes, boxes of 128 x 64"
     );
     // Strides that are never taken may be anything.
@@ -253,9 +254,9 @@ fn what_the_copy_engine_does_not_take_is_refused() {
         ..problem()
     };
     let plan = scan::GpuScanPlan::new(&p, 0, false, &gpu.arch()).unwrap().on_hopper(&p, &gpu.arch());
-    let (mask, place) = (Mask::none(), Slice::from(&memory));
-    let x = |q, k| scan::Inputs { q, k, beta: place, prior: None, protected: None, mask: &mask };
-    let out = scan::Outputs { index: place, energy: place, flags: None };
+    let (mask, slice) = (Mask::none(), Slice::from(&memory));
+    let x = |q, k| scan::Inputs { q, k, beta: slice, prior: None, protected: None, mask: &mask };
+    let out = scan::Outputs { index: slice, energy: slice, flags: None };
     let (even, odd) = (at([0, 0, 8], 0), at([0, 0, 9], 0));
     for (x, name) in [(x(even, odd), "k for TMA"), (x(odd, even), "q for TMA")] {
         assert!(!x.tma_loadable(&p));
@@ -290,15 +291,15 @@ fn tensors_beyond_31_bits_are_refused() {
 }
 
 #[test]
-fn metal_has_plans_of_its_own() {
+fn metal_has_its_own_plans() {
     let apple = Arch { compute: Arch::METAL, shared_bytes: 32 << 10, processors: 10 };
     let p = problem();
     let list = scan::GpuScanPlan::new(&p, 0, false, &apple).unwrap();
     assert_eq!(list.kernel.to_string(), "scan_topk_bf16_d128_metal");
-    // A widened tile of 32 keys, 16.5 KiB, leaves room for the lists of two simdgroups.
+    // A widened tile of 32 keys, 16.5 KiB, leaves capacity for the lists of two simdgroups.
     assert_eq!((list.warps, list.warp_rows, list.tile_keys), (2, 8, 32));
-    let best = scan::GpuScanPlan::new(&Problem { candidates: 1, ..p.clone() }, 0, false, &apple).unwrap();
-    assert_eq!((best.kernel.to_string().as_str(), best.warp_rows), ("scan_top1_bf16_d128_metal", 16));
+    let top1 = scan::GpuScanPlan::new(&Problem { candidates: 1, ..p.clone() }, 0, false, &apple).unwrap();
+    assert_eq!((top1.kernel.to_string().as_str(), top1.warp_rows), ("scan_top1_bf16_d128_metal", 16));
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for head_dim in scan::HEAD_DIMS {
             for candidates in [1, 8] {
@@ -382,7 +383,7 @@ fn the_other_operators_are_planned_or_refused() {
 }
 
 #[test]
-fn steps_of_a_training_are_planned_or_refused() {
+fn operators_of_a_training_step_are_planned_or_refused() {
     let s = RowSizes { batch: 2, heads: 3, rows: 5, dim: 8, dtype: DType::BF16 };
     type Make = fn(&RowSizes, &Arch) -> Result<(), Error>;
     let makes: [(&str, Make); 4] = [
@@ -421,7 +422,7 @@ fn steps_of_a_training_are_planned_or_refused() {
     let far = Tensor4 { data: at, strides: [1 << 31, 40, 8] };
     let plan = norm::NormPlan::new(&s, 1e-5, &H100).unwrap();
     refused(norm::forward(&gpu, &plan, &far, at, at), "x spans");
-    // What is one launch, and what two.
+    // The forward pass is one launch, the backward pass two.
     norm::forward(&gpu, &plan, &x, at, at).unwrap();
     assert_eq!(gpu.launches(), 1);
     let out = gpu.zeros(1 << 12).unwrap();

@@ -1,4 +1,4 @@
-//! What a round of refinement leaves for the next: all candidates but the winner, nothing where a row abstained.
+//! The candidates of the next round of refinement: all but the winner, none for a row that abstained.
 
 use crate::target::TestGpu;
 use candle_core::DType;
@@ -13,7 +13,7 @@ use gd_testing::suite::Verdict;
 
 pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
     let mut rng = rng(seed ^ 0x2e57);
-    let [batch, kv_heads, queries, keys, slots] = [3, 2, 40, 90, 64].map(|most| rng.random_range(1..=most));
+    let [batch, kv_heads, queries, keys, slots] = [3, 2, 40, 90, 64].map(|max| rng.random_range(1..=max));
     let q_heads = kv_heads * rng.random_range(1..=3);
     let (head_dim, value_dim, dtype) = (8, 8, DType::F32);
     let sizes = Sizes { batch, q_heads, kv_heads, queries, keys, head_dim, value_dim, slots, dtype };
@@ -28,12 +28,12 @@ pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
     let got = integers(gpu, &out, rows * slots);
     for row in 0..rows {
         for s in 0..slots {
-            let gone = slot[row] == -1 || slot[row] == s as i32;
-            let want = if gone { -1 } else { index[row * slots + s] };
-            let found = got[row * slots + s];
+            let removed = slot[row] == -1 || slot[row] == s as i32;
+            let want = if removed { -1 } else { index[row * slots + s] };
+            let key = got[row * slots + s];
             ensure!(
-                found == want,
-                "row {row}, slot {s} of {slots}: {found} not {want}, winner {}",
+                key == want,
+                "row {row}, slot {s} of {slots}: key {key} instead of {want}, winner {}",
                 slot[row]
             );
         }
@@ -42,6 +42,6 @@ pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
 }
 
 #[test]
-fn the_next_round_has_all_but_the_winner() {
+fn the_next_round_has_all_candidates_but_the_winner() {
     crate::suites("refinement rounds", [20, 20], 0, check);
 }

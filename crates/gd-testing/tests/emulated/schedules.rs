@@ -5,7 +5,7 @@ use crate::target::TestGpu;
 use gd_testing::ensure;
 use gd_testing::suite::Verdict;
 
-/// Runs so many problems on CUDA and on Metal with three schedules each: all that is read back from the device must be
+/// Runs `counts` problems on CUDA and on Metal with three schedules each. All bytes read back from the device must be
 /// the same.
 fn same_bits(name: &str, counts: [u64; 2], check: fn(&TestGpu, u64) -> Verdict) {
     crate::suites(&format!("{name}, three schedules"), counts, 0, |gpu, seed| {
@@ -59,7 +59,7 @@ fn of_training_steps() {
 }
 
 #[test]
-fn other_bits_have_another_digest() {
+fn different_bits_have_different_digests() {
     use gd_kernels::gpu::Gpu;
     let digest = |x: u8| {
         let gpu = TestGpu::new(1);

@@ -7,7 +7,7 @@ use gd_kernels::gpu::emulate;
 use gd_testing::suite::{self, Verdict};
 pub(crate) use gd_testing::{Buffer, Emulator as TestGpu};
 
-/// Whether only a few problems are run, as under a sanitizer; tensors are small on the emulator anyway.
+/// Whether the suites of tensors run small problems, as under a sanitizer. Always, since the emulator is slow.
 pub(crate) fn sanitized() -> bool {
     true
 }
@@ -18,7 +18,7 @@ pub(crate) fn suite(name: &str, count: u64, case: impl Fn(u64) -> Verdict + Sync
     gd_testing::log_cases("emulated", count as usize);
 }
 
-/// The same on both devices: the number of problems on CUDA and on Metal; schedules are seeded from `shift`.
+/// Runs a suite on CUDA and on Metal with these numbers of problems; schedules are seeded from `shift` on.
 pub(crate) fn suites(
     name: &str,
     [cuda, metal]: [u64; 2],
@@ -48,7 +48,7 @@ impl Target {
         &Device::Cpu
     }
 
-    /// Runs `f` with operators on such tensors launching emulated kernels.
+    /// Runs `f`, in which operators on CPU tensors launch emulated kernels.
     pub(crate) fn run<R>(&self, f: impl FnOnce() -> R) -> R {
         emulate(&self.gpu, f)
     }
@@ -58,7 +58,10 @@ impl Target {
         self.name
     }
 
-    /// Counts a case, which must have launched kernels.
+    /// Counts a case.
+    ///
+    /// # Panics
+    /// When no kernel has been launched.
     pub(crate) fn count(&self) {
         assert!(self.gpu.launches() > 0, "no kernel has run on {}", self.name);
         gd_testing::log_cases("emulated-tensors", 1);

@@ -82,8 +82,8 @@ impl GradientSquares {
         #[cfg(feature = "gpu")]
         if let Squares::Gpu { layout, sums } = &self.0 {
             on_gpu!(sums.device(), G => {
-                let (verdict, reading) = tensors::verdict::<G>((layout, sums), losses, limits)?;
-                Ok(PendingVerdict { verdict, reading })
+                let (verdict, download) = tensors::verdict::<G>((layout, sums), losses, limits)?;
+                Ok(PendingVerdict { verdict, download })
             });
         }
         refused("clipping", losses)
@@ -130,7 +130,7 @@ impl Verdict {
 /// A verdict on its way to the host.
 pub struct PendingVerdict {
     verdict: Tensor,
-    reading: Box<dyn FnOnce() -> Result<Vec<f32>> + Send>,
+    download: Box<dyn FnOnce() -> Result<Vec<f32>> + Send>,
 }
 
 impl PendingVerdict {
@@ -144,7 +144,7 @@ impl PendingVerdict {
     /// # Errors
     /// Errors of the device.
     pub fn read(self) -> Result<Verdict> {
-        match (self.reading)()?[..] {
+        match (self.download)()?[..] {
             [loss, norm, factor] => Ok(Verdict { loss, norm, factor }),
             ref other => Err(Error::Invalid(format!("a verdict of {} numbers", other.len()))),
         }

@@ -7,16 +7,14 @@ use std::io::Write;
 
 use candle_core::Device;
 use gd_examples::model_or_demo;
-use gd_model::infer::generate::generate;
-use gd_model::infer::sampler::{Sampler, Sampling};
-use gd_model::model::pretrained;
+use gd_model::{Sampler, Sampling, generate, load};
 
 fn main() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = model_or_demo("gd", &folder.path().join("model"))?;
 
     let device = Device::Cpu;
-    let loaded = pretrained::load(&path, &device)?;
+    let loaded = load(&path, &device)?;
     println!("{} parameters, {} tokens", loaded.params.count(), loaded.tokenizer.vocab_size());
 
     let prompt = "It was the ";

@@ -21,8 +21,11 @@ fn main() -> anyhow::Result<()> {
     let (seed, sampling) = (7, Sampling { temperature: 0.7, ..Sampling::default() });
     let prompt = loaded.tokenizer.encode("It was the ")?;
     let header = Header::new(&loaded, "demo", &prompt, Some((sampling, seed)), &[], &device)?;
-    let continuation =
-        Continuation { max_tokens: 20, sampler: Sampler::new(sampling, seed)?, ends: loaded.end_tokens()? };
+    let continuation = Continuation {
+        max_tokens: 20,
+        sampler: Sampler::new(sampling, seed)?,
+        end_tokens: loaded.end_tokens()?,
+    };
     let file = folder.path().join("demo.trace");
     let mut out = File::create(&file)?;
     let mut writer = Writer::new(&file, &mut out, &header)?;

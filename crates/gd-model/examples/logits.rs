@@ -1,6 +1,6 @@
-//! The logits of a text as a file that any outside program can check:
+//! Writes the logits of a text to a file, for comparison with other implementations:
 //! `cargo run --release -p gd-model --example logits -- MODEL_FOLDER TEXT_FILE OUT.safetensors` writes the
-//! text's `ids` `[N]` and their `logits` `[N, V]`.
+//! `ids` `[N]` of the text and their `logits` `[N, V]`.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! A softmax model, its attention swapped for selection, and what that does to its perplexity:
+//! Replaces the attention of a softmax model by selection, without training, and prints both perplexities:
 //! `cargo run --release -p gd-model --example swap -- MODEL_FOLDER TEXT_FILE`.
 
 use std::path::Path;
@@ -9,7 +9,8 @@ use gd_model::config::Mechanism;
 use gd_model::model::swap::{Layers, Swap};
 use gd_model::{Result, eval::evaluate, model::pretrained};
 
-/// Perplexities of the model in `folder` on a text: as it is, and reading the `candidates` best keys alone.
+/// The perplexities on a text of the model in `folder`, unchanged and with attention to the `candidates` keys of highest
+/// score only.
 pub(crate) fn swapped(folder: &Path, text: &str, candidates: usize) -> Result<[f64; 2]> {
     let cpu = Device::Cpu;
     let softmax = pretrained::load(folder, &cpu)?;

@@ -1,7 +1,7 @@
-//! Files from elsewhere, mutated: no reader panics, and none holds more memory than its input can justify.
+//! Readers of untrusted files with mutated inputs: no reader panics, and none allocates more memory than its input justifies.
 //!
-//! The readers and the corpus are those of the fuzz target, see fuzz/src/readers.rs; the mutations come from
-//! a seed. `GD_FUZZ` sets how many inputs each reader gets.
+//! The readers and the corpus are those of the fuzz target, see fuzz/src/readers.rs. The mutations follow from a seed.
+//! `GD_FUZZ` sets the number of inputs per reader.
 
 #[path = "../../../fuzz/src/readers.rs"]
 mod readers;
@@ -23,10 +23,10 @@ use readers::{READERS, ReaderFolder, bounded};
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
-/// Inputs for each reader.
+/// The default number of inputs per reader.
 const RUNS: usize = 3000;
 
-/// Numbers at which sizes, signs and sums break.
+/// Numbers at the limits of integer types, for lengths, counts and offsets.
 const NUMBERS: [u64; 16] = [
     0,
     1,
@@ -46,7 +46,7 @@ const NUMBERS: [u64; 16] = [
     u64::MAX,
 ];
 
-/// Values that stand where something else is expected, in text formats.
+/// Values of an unexpected kind for text formats.
 const WORDS: [&str; 14] = [
     "null",
     "[]",
@@ -64,12 +64,12 @@ const WORDS: [&str; 14] = [
     "../x",
 ];
 
-/// A new input from the files of a reader.
+/// A mutation of one of the corpus files of a reader.
 fn mutated(corpus: &[Vec<u8>], rng: &mut ChaCha8Rng) -> Vec<u8> {
     let mut input = corpus.choose(rng).cloned().unwrap_or_default();
     for _ in 0..[1, 1, 2, 4].choose(rng).copied().unwrap_or(1) {
         let at = rng.random_range(0..=input.len());
-        // In a text mostly whole words, so that the parser takes it and what is behind gets to see it.
+        // In a text, mostly whole words are replaced, so that the input passes the parser and reaches the code behind it.
         let word = std::str::from_utf8(&input).is_ok() && rng.random_bool(0.6);
         match if word { 5 } else { rng.random_range(0..9) } {
             0 => input.truncate(at),
@@ -81,7 +81,7 @@ fn mutated(corpus: &[Vec<u8>], rng: &mut ChaCha8Rng) -> Vec<u8> {
                     }
                 }
             }
-            // A length, a count or an offset, at a place of its own width more often than not.
+            // Overwrites an integer, usually at a multiple of its width.
             3 | 4 => {
                 let width = [1, 2, 4, 8].choose(rng).copied().unwrap_or(8);
                 let at = if rng.random_bool(0.6) { at / width * width } else { at };
@@ -91,11 +91,11 @@ fn mutated(corpus: &[Vec<u8>], rng: &mut ChaCha8Rng) -> Vec<u8> {
                     .unwrap_or(0)
                     .wrapping_add(rng.random_range(0..3))
                     .wrapping_sub(1);
-                if let Some(place) = input.get_mut(at..at + width) {
-                    place.copy_from_slice(&number.to_le_bytes()[..width]);
+                if let Some(field) = input.get_mut(at..at + width) {
+                    field.copy_from_slice(&number.to_le_bytes()[..width]);
                 }
             }
-            // A number or a word of a text.
+            // Replaces a number or a word of a text.
             5 => {
                 let word = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'"' | b'_');
                 let start = (at..input.len()).find(|&i| word(&input[i])).unwrap_or(input.len());
@@ -106,7 +106,7 @@ fn mutated(corpus: &[Vec<u8>], rng: &mut ChaCha8Rng) -> Vec<u8> {
                 };
                 input.splice(start..end, new.bytes());
             }
-            // A piece of another file, or of this one, in the place of a piece.
+            // Replaces a range by a range of any corpus file.
             6 | 7 => {
                 let other = corpus.choose(rng).cloned().unwrap_or_default();
                 let from = rng.random_range(0..=other.len());
@@ -137,7 +137,7 @@ fn corpus(reader: &str) -> Result<Vec<Vec<u8>>> {
     files.iter().map(|file| Ok(fs::read(file)?)).collect()
 }
 
-/// The limit holds: memory of every call is refused, that of the first call alone is not.
+/// Checks the memory limit: memory that every call allocates counts, memory that only the first call allocates does not.
 fn check_the_measurement() {
     const LIMIT: usize = 1 << 20;
     let allocate = || black_box(vec![0u8; 2 * LIMIT]);
@@ -149,22 +149,22 @@ fn check_the_measurement() {
     assert!(bounded("first call", LIMIT, &MEMORY, || !once.get_or_init(allocate).is_empty()));
 }
 
-/// One test for all, since memory is counted for the whole process.
+/// A single test, because memory is counted for the whole process.
 #[test]
-fn no_reader_panics_or_holds_more_than_its_input_justifies() -> Result<()> {
+fn no_reader_panics_or_allocates_more_than_its_input_justifies() -> Result<()> {
     check_the_measurement();
     let runs = std::env::var("GD_FUZZ").ok().map(|n| n.parse()).transpose()?.unwrap_or(RUNS);
     let folder = ReaderFolder::new(&corpus_folder())?;
     for (at, reader) in READERS.into_iter().enumerate() {
         let corpus = corpus(reader)?;
-        let whole = corpus.iter().filter(|file| folder.run(reader, file, &MEMORY)).count();
+        let valid = corpus.iter().filter(|file| folder.run(reader, file, &MEMORY)).count();
         ensure!(
-            whole * 2 >= corpus.len(),
-            "{reader}: {whole} of {} files of the corpus are taken",
+            valid * 2 >= corpus.len(),
+            "{reader}: {valid} of {} files of the corpus are accepted",
             corpus.len()
         );
         let mut rng = ChaCha8Rng::seed_from_u64(at as u64);
-        let mut taken = 0;
+        let mut accepted = 0;
         for run in 0..runs {
             let input = mutated(&corpus, &mut rng);
             let result = catch_unwind(AssertUnwindSafe(|| folder.run(reader, &input, &MEMORY)));
@@ -173,12 +173,12 @@ fn no_reader_panics_or_holds_more_than_its_input_justifies() -> Result<()> {
                 fs::write(&file, &input)?;
                 anyhow::bail!("{reader}, input {run}: failed; the input is at {}", file.display());
             };
-            taken += usize::from(ok);
+            accepted += usize::from(ok);
         }
-        // Mutations that are all refused at the first byte would show nothing. Of manifests, which say what lies
-        // beside them, hardly any change is taken.
-        ensure!(taken > 0 || reader == "manifest", "{reader}: none of {runs} inputs was taken");
-        println!("{reader}: {taken} of {runs} inputs were taken");
+        // If all mutations were refused, the test would reach little code. A manifest contains hashes, so almost every
+        // change is refused.
+        ensure!(accepted > 0 || reader == "manifest", "{reader}: none of {runs} inputs was accepted");
+        println!("{reader}: {accepted} of {runs} inputs were accepted");
         log_cases(&format!("fuzz-{reader}"), runs);
     }
     Ok(())

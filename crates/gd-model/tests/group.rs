@@ -1,4 +1,4 @@
-//! What a group does, by ranks that really run: this program starts itself under `mpirun`.
+//! Tests of process groups with several ranks: this program starts itself under `mpirun`.
 
 use std::process::{Command, ExitCode};
 
@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor, Var};
 use gd_model::train::Gradients;
 use gd_model::train::parallel::Group;
 
-/// A role, how many ranks play it, the exit code of the job, and words of its stderr.
+/// The role of the job, its number of ranks, its exit code, and texts in its stderr.
 const ROLES: &[(&str, usize, i32, &[&str])] = &[
     ("sums", 2, 0, &[]),
     ("sums", 3, 0, &[]),
@@ -59,19 +59,19 @@ fn play(role: &str) -> Result<()> {
             let same = blake3::hash(b"same");
             group.require_equal("a thing", same)?;
             let mine = if group.rank() == 1 { blake3::hash(b"other") } else { same };
-            let error = group.require_equal("the thing", mine).err().context("not noticed")?;
+            let error = group.require_equal("the thing", mine).err().context("not detected")?;
             ensure!(error.to_string() == "the thing: different on rank 0 and on rank 1", "{error}");
             Ok(())
         }
-        // The others wait for rank 1, which never comes.
+        // The other ranks wait for rank 1, which fails.
         _ if group.rank() != 1 => group.require_equal("a thing", blake3::hash(b"")).map_err(Into::into),
         "error" => group.abort("no such thing", 2),
         _ => panic!("the thing is gone"),
     }
 }
 
-/// Gradients of odd sizes, of two parameters that share one, of one that only the last rank has, and of
-/// one that none has.
+/// Sums gradients of odd sizes, a gradient that two parameters share, one that only the last rank has, and one that no rank
+/// has.
 fn sums(group: &Group) -> Result<()> {
     let (rank, world) = (group.rank(), group.world());
     // More than one bucket.
@@ -107,6 +107,6 @@ fn sums(group: &Group) -> Result<()> {
             ensure!(x == expected, "{name}[{i}]: {x}, not {expected}");
         }
     }
-    ensure!(sums.store.get(&vars[2].1).is_none(), "a gradient from nowhere");
+    ensure!(sums.store.get(&vars[2].1).is_none(), "a gradient that no rank has");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Peak memory, in a process without other tests beside it.
+//! Peak memory, in a process without other tests.
 
 use std::hint::black_box;
 
@@ -18,11 +18,11 @@ fn peaks() -> Result<()> {
     assert!(peak.mib().is_some_and(|m| m > above), "{peak:?}");
     let next = Peak::start().and_then(Peak::above_start).unwrap_or(f64::NAN);
     assert!(next < 10.0, "{next} MiB");
-    the_output_loss_does_not_hold_all_logits()
+    the_output_loss_does_not_store_all_logits()
 }
 
-/// 1111 rows of 32,000 logits are 136 MiB.
-fn the_output_loss_does_not_hold_all_logits() -> Result<()> {
+/// The 1111 x 32,000 logits have 136 MiB in f32.
+fn the_output_loss_does_not_store_all_logits() -> Result<()> {
     let (rows, vocab, width) = (1111, 32_000, 16);
     let logits = (rows * vocab * 4) as f64 / MIB as f64;
     let hidden = Var::from_tensor(&Tensor::randn(0f32, 1.0, (rows, width), &Device::Cpu)?)?;
@@ -41,7 +41,7 @@ fn the_output_loss_does_not_hold_all_logits() -> Result<()> {
     let worst = (a - b)?.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
     assert!(worst <= 1e-6, "{worst}");
     println!(
-        "output loss of {rows} x {vocab} logits ({logits:.0} MiB): peak {fused:.0} MiB, from all logits {whole:.0} MiB"
+        "loss of {rows} x {vocab} logits ({logits:.0} MiB): peak {fused:.0} MiB fused, {whole:.0} MiB with all logits"
     );
     assert!(fused < 0.25 * logits && whole > logits, "{fused} and {whole} of {logits} MiB");
     Ok(())

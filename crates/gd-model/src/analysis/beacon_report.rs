@@ -1,10 +1,11 @@
-//! What conditional protection does to the candidates of a minority: rows of scores before and after the barrier,
-//! judged by labels.
+//! The effect of the barrier on the candidates of a minority class: metrics of labelled rows of scores before and
+//! after the barrier.
 //!
-//! A row has C scores: one for each of C - 1 classes, and one for a candidate that stands for all of them alike.
-//! The baseline blends the candidates' class rows by the softmax of the scores and takes the greatest class; the
-//! proposal takes the class of the candidate that is selected after the barrier. Names and definitions are those
-//! of the public demo GhostDriftTheory/semantic-selection-demo.
+//! A row has C scores: one for each of C - 1 classes, and one for a candidate that votes for all classes equally.
+//! The baseline averages the class distributions of the candidates with the softmax of the scores as weights and
+//! predicts the class of highest weight. The proposed method predicts the class of the candidate that is selected
+//! after the barrier. Names and definitions of the metrics are those of the public demo
+//! GhostDriftTheory/semantic-selection-demo.
 
 use std::collections::BTreeMap;
 
@@ -13,38 +14,39 @@ use gd_kernels::reference::{Lift, barrier, logsumexp};
 
 use crate::error::{Error, Result};
 
-/// Scores and labels.
+/// Rows of scores with their labels.
 #[derive(Debug, Clone)]
 pub struct Scores {
-    /// `[R, C]`, row by row.
+    /// The scores `[R, C]` in row-major order.
     pub raw: Vec<f64>,
-    /// C.
+    /// The number C of candidates per row.
     pub candidates: usize,
-    /// The class of every row, below C - 1.
+    /// The class of every row `[R]`, less than C - 1.
     pub labels: Vec<i64>,
 }
 
-/// How the minority is protected and found.
+/// The barrier, the protected candidate, and when a candidate counts as surviving.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Protection {
-    /// The rule.
+    /// The parameters of the barrier.
     pub barrier: Barrier,
-    /// Least softmax weight of a candidate that has survived.
+    /// The minimal softmax weight of a candidate that counts as surviving.
     pub detect_floor: f64,
-    /// The protected candidate, and the class of the minority.
+    /// The index of the protected candidate, which is also the minority class.
     pub minority: usize,
 }
 
-/// The outcome.
+/// The result of [`report`].
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// By name; none where there is no row to take a mean of.
+    /// The metrics by name; `None` for a mean over no rows.
     pub metrics: BTreeMap<String, Option<f64>>,
-    /// What the barrier made of every row.
+    /// The result of the barrier for every row.
     pub lifts: Vec<Lift>,
-    /// Gamma of every row: the protected candidate's score less the greatest other, before and after the barrier.
+    /// Gamma of every row before and after the barrier: the score of the protected candidate minus the highest other
+    /// score.
     pub gamma: [Vec<f64>; 2],
-    /// The rows whose label is the minority's class.
+    /// The indices of the rows whose label is the minority class.
     pub minority: Vec<usize>,
 }
 
@@ -86,9 +88,9 @@ impl Scores {
     }
 }
 
-/// The first of the greatest.
-fn greatest(scores: &[f64]) -> usize {
-    (1..scores.len()).fold(0, |best, j| if scores[j] > scores[best] { j } else { best })
+/// The index of the highest score; the first one if several are equal.
+fn argmax(scores: &[f64]) -> usize {
+    (1..scores.len()).fold(0, |highest, j| if scores[j] > scores[highest] { j } else { highest })
 }
 
 fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -96,14 +98,15 @@ fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
     (count > 0).then(|| sum / count as f64)
 }
 
-fn share(flags: impl Iterator<Item = bool>) -> Option<f64> {
+/// The fraction of the flags that are set.
+fn rate(flags: impl Iterator<Item = bool>) -> Option<f64> {
     mean(flags.map(|flag| f64::from(u8::from(flag))))
 }
 
-/// Applies the barrier to every row, and judges it.
+/// Applies the barrier to every row and computes the metrics before and after it.
 ///
 /// # Errors
-/// Names the score, label or parameter that does not fit.
+/// [`Error::Invalid`] names the score, label or parameter that is out of range.
 pub fn report(scores: &Scores, protection: &Protection) -> Result<Report> {
     scores.validate(protection)?;
     let (rows, classes, m) = (scores.rows(), scores.candidates - 1, protection.minority);
@@ -112,10 +115,11 @@ pub fn report(scores: &Scores, protection: &Protection) -> Result<Report> {
     let lifts: Vec<Lift> =
         (0..rows).map(|row| barrier(scores.row(row), &flags, &protection.barrier)).collect();
     let minority: Vec<usize> = (0..rows).filter(|&row| label(row) == m).collect();
-    // In the blend the last candidate weighs on all classes alike; alone it is read as the first of them.
-    let blended = |row: usize| greatest(&scores.row(row)[..classes]);
-    let chosen = |lift: &Lift| if lift.selected < classes { lift.selected } else { 0 };
-    let predicted: [Vec<usize>; 2] = [(0..rows).map(blended).collect(), lifts.iter().map(chosen).collect()];
+    // The last candidate adds the same weight to all classes, so it does not change the class of highest weight. If it is
+    // selected, it counts as class 0.
+    let blended = |row: usize| argmax(&scores.row(row)[..classes]);
+    let selected = |lift: &Lift| if lift.selected < classes { lift.selected } else { 0 };
+    let predicted: [Vec<usize>; 2] = [(0..rows).map(blended).collect(), lifts.iter().map(selected).collect()];
     let row_of = |side: usize, row: usize| if side == 0 { scores.row(row) } else { &lifts[row].scores[..] };
     let gamma = [0, 1].map(|side| {
         let of = |row: usize| {
@@ -133,29 +137,29 @@ pub fn report(scores: &Scores, protection: &Protection) -> Result<Report> {
         metrics.insert(format!("proposed_{name}"), after);
         metrics.insert(format!("delta_{name}"), before.zip(after).map(|(before, after)| after - before));
     };
-    let right = |side: usize, row: usize| predicted[side][row] == label(row);
-    pair("acc", &|side| share((0..rows).map(|row| right(side, row))));
+    let correct = |side: usize, row: usize| predicted[side][row] == label(row);
+    pair("acc", &|side| rate((0..rows).map(|row| correct(side, row))));
     pair("bal_acc", &|side| {
-        let of = |class| share((0..rows).filter(|&row| label(row) == class).map(|row| right(side, row)));
+        let of = |class| rate((0..rows).filter(|&row| label(row) == class).map(|row| correct(side, row)));
         mean((0..classes).filter_map(of))
     });
     pair("minority_survival", &|side| {
         let weight = |row: &[f64]| (row[m] - logsumexp(row.iter().copied())).exp();
-        share(minority.iter().map(|&row| weight(row_of(side, row)) >= protection.detect_floor))
+        rate(minority.iter().map(|&row| weight(row_of(side, row)) >= protection.detect_floor))
     });
     pair("minority_top2", &|side| {
         let above = |row: &[f64]| row.iter().filter(|x| **x > row[m]).count();
-        share(minority.iter().map(|&row| above(row_of(side, row)) < 2))
+        rate(minority.iter().map(|&row| above(row_of(side, row)) < 2))
     });
-    pair("minority_acc", &|side| share(minority.iter().map(|&row| right(side, row))));
-    pair("collapse", &|side| share(minority.iter().map(|&row| !right(side, row))));
+    pair("minority_acc", &|side| rate(minority.iter().map(|&row| correct(side, row))));
+    pair("collapse", &|side| rate(minority.iter().map(|&row| !correct(side, row))));
 
     let gain = |row: usize| gamma[1][row] - gamma[0][row];
     for (name, value) in [
-        ("rescue_rate", share(minority.iter().map(|&row| !right(0, row) && right(1, row)))),
-        ("false_rescue_rate", share(minority.iter().map(|&row| right(0, row) && !right(1, row)))),
-        ("barrier_activation_rate", share(lifts.iter().map(|l| l.activated))),
-        ("barrier_activation_on_minority", share(minority.iter().map(|&row| lifts[row].activated))),
+        ("rescue_rate", rate(minority.iter().map(|&row| !correct(0, row) && correct(1, row)))),
+        ("false_rescue_rate", rate(minority.iter().map(|&row| correct(0, row) && !correct(1, row)))),
+        ("barrier_activation_rate", rate(lifts.iter().map(|l| l.activated))),
+        ("barrier_activation_on_minority", rate(minority.iter().map(|&row| lifts[row].activated))),
         ("gamma_before_mean", mean(gamma[0].iter().copied())),
         ("gamma_after_mean", mean(gamma[1].iter().copied())),
         ("gamma_delta_mean", mean((0..rows).map(gain))),

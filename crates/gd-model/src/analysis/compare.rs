@@ -1,4 +1,4 @@
-//! What several trained mechanisms have to show: a table over seeds, and the numbers behind it.
+//! Comparison of attention mechanisms over training runs with several seeds.
 
 use serde::Serialize;
 
@@ -9,62 +9,62 @@ use crate::eval::Evaluation;
 pub struct Run {
     /// The mechanism's name.
     pub mechanism: &'static str,
-    /// Its seed.
+    /// The seed of the initialization and of the data order.
     pub seed: u64,
-    /// Width of the feed-forward block, by which sizes are made equal.
+    /// The width of the feed-forward blocks, which is adjusted to give all models the same size.
     pub intermediate_size: usize,
-    /// Parameters.
+    /// The number of parameters.
     pub parameters: usize,
-    /// The whole validation text after the training.
+    /// The evaluation on the whole validation text after training.
     #[serde(flatten)]
     pub result: Evaluation,
-    /// Training tokens a second.
+    /// Training tokens per second.
     pub tokens_per_second: f64,
-    /// Greatest resident memory of the training; none where the system does not tell.
+    /// The peak resident memory of the training in MiB; `None` if the system does not report it.
     pub peak_memory_mib: Option<f64>,
-    /// Training loss of every step.
+    /// The training loss of every step, nats per token.
     pub train_loss: Vec<f64>,
-    /// (step, loss) of the looks at the first windows of the validation text.
+    /// (step, loss) of the evaluations on the first windows of the validation text.
     pub valid_loss: Vec<(u64, f64)>,
 }
 
-/// One mechanism over its seeds: means, unless said otherwise.
+/// One mechanism: means over its seeds, unless stated otherwise.
 #[derive(Debug, Clone, Serialize)]
 pub struct Summary {
     /// The mechanism's name.
     pub mechanism: &'static str,
-    /// Parameters.
+    /// The number of parameters.
     pub parameters: usize,
     /// Validation loss, nats per token.
     pub loss: f64,
-    /// Its standard deviation; none for a single seed.
+    /// The sample standard deviation of the loss; `None` for a single seed.
     pub spread: Option<f64>,
-    /// How far the loss lies above that of the first mechanism.
+    /// The difference of the loss to that of the first mechanism, in percent of the latter.
     pub difference_percent: f64,
     /// Bits per byte of the validation text.
     pub bits_per_byte: f64,
-    /// Training tokens a second.
+    /// Training tokens per second.
     pub tokens_per_second: f64,
-    /// The greatest of the seeds.
+    /// The maximal peak memory of the seeds, in MiB.
     pub peak_memory_mib: Option<f64>,
-    /// Share of (query, head) pairs that read nothing.
+    /// The fraction of (query, head) pairs that abstain.
     pub abstain_rate: f64,
-    /// Weight on the first position.
+    /// The mean weight on position 0.
     pub first_token_share: f64,
-    /// Lead of the best key over the runner-up.
+    /// The mean energy difference between the selected key and the runner-up.
     pub top1_margin: f64,
 }
 
-/// All runs and their summary.
+/// All runs and their summaries.
 #[derive(Debug, Clone, Serialize)]
 pub struct Comparison {
-    /// Optimizer steps of each run.
+    /// The number of optimizer steps of each run.
     pub steps: u64,
-    /// Training tokens of a step.
+    /// The number of training tokens per step.
     pub tokens_per_step: usize,
-    /// Tokens of a window.
+    /// The length of a window in tokens.
     pub context: usize,
-    /// One line a mechanism, in the order of the first runs.
+    /// One summary per mechanism, in the order of their first runs.
     pub mechanisms: Vec<Summary>,
     /// Every run.
     pub runs: Vec<Run>,
@@ -75,8 +75,8 @@ fn mean(runs: &[&Run], f: impl Fn(&Run) -> f64) -> f64 {
 }
 
 impl Summary {
-    /// `first` is the loss that the difference refers to, if not the runs' own.
-    fn new(runs: &[&Run], first: Option<f64>) -> Self {
+    /// `baseline` is the loss that the difference refers to; `None` if it is that of these runs.
+    fn new(runs: &[&Run], baseline: Option<f64>) -> Self {
         let loss = mean(runs, |r| r.result.loss);
         let squares: f64 = runs.iter().map(|r| (r.result.loss - loss).powi(2)).sum();
         Self {
@@ -84,7 +84,7 @@ impl Summary {
             parameters: runs[0].parameters,
             loss,
             spread: (runs.len() > 1).then(|| (squares / (runs.len() - 1) as f64).sqrt()),
-            difference_percent: 100.0 * (loss / first.unwrap_or(loss) - 1.0),
+            difference_percent: 100.0 * (loss / baseline.unwrap_or(loss) - 1.0),
             bits_per_byte: mean(runs, |r| r.result.bits_per_byte),
             tokens_per_second: mean(runs, |r| r.tokens_per_second),
             peak_memory_mib: runs.iter().filter_map(|r| r.peak_memory_mib).reduce(f64::max),
@@ -95,7 +95,7 @@ impl Summary {
     }
 }
 
-/// The runs of each mechanism, in the order in which they first come.
+/// Groups runs by mechanism, in the order of their first runs.
 pub fn by_mechanism(runs: &[Run]) -> Vec<Vec<&Run>> {
     let mut groups: Vec<Vec<&Run>> = Vec::new();
     for run in runs {
@@ -108,7 +108,7 @@ pub fn by_mechanism(runs: &[Run]) -> Vec<Vec<&Run>> {
 }
 
 impl Comparison {
-    /// Sums up runs of `steps` steps.
+    /// Summarizes runs of `steps` steps with `tokens_per_step` tokens in windows of `context` tokens.
     pub fn new(runs: Vec<Run>, steps: u64, tokens_per_step: usize, context: usize) -> Self {
         let mut mechanisms: Vec<Summary> = Vec::new();
         for group in by_mechanism(&runs) {
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn one_seed_has_no_spread_and_no_memory_is_an_empty_cell() {
+    fn one_seed_has_no_deviation_and_unreported_memory_is_none() {
         let c = Comparison::new(vec![run("a", 0, 2.0)], 20, 8, 4);
         assert_eq!((c.mechanisms[0].spread, c.mechanisms[0].peak_memory_mib), (None, None));
     }

@@ -1,5 +1,5 @@
-//! The energy landscape of one query: along the passages to its two keys of least energy, and over a plane
-//! through it and two keys.
+//! The energy landscape of one query: on the segments (passages) from the query to the two keys of least energy, and on
+//! a plane through the query and two keys.
 //!
 //! With the query q `[D]`, a key k `[D]`, the weight alpha of the query's well and the inverse bandwidth beta, the
 //! energy of a point s is `Phi(s) = -ln(alpha e^(-beta |s-q|^2) + (1-alpha) e^(-beta |s-k|^2))`. Everything is f64.
@@ -11,21 +11,22 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 
-/// Directions whose part across the first axis is shorter than this share of their length lie on one line with it.
-const COLLINEAR: f64 = 1e-9;
+/// A direction counts as collinear with the first axis if its component orthogonal to that axis is at most this fraction
+/// of its length.
+const COLLINEAR_FRACTION: f64 = 1e-9;
 
-/// A key that the query sees.
+/// A key that is visible to the query.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VisibleKey {
     /// Its position.
     pub position: usize,
     /// The key `[D]`.
     pub key: Vec<f64>,
-    /// Its prior b.
+    /// Its prior `b`, subtracted from its energy.
     pub prior: f64,
 }
 
-/// A query `[D]`, the keys that it sees, and its head's parameters.
+/// A query `[D]`, the keys visible to it, and the parameters of its head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Landscape {
     query: Vec<f64>,
@@ -37,51 +38,54 @@ pub struct Landscape {
 /// The coherence point of a pair under one mode.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Point {
-    /// `u*`, the share of the way from the query to the key.
+    /// The coordinate `u*` on the segment from the query (0) to the key (1).
     pub u: f64,
-    /// The energy there; under [`CoherenceMode::Global`] the least, `E*`.
+    /// The energy at this point; with [`CoherenceMode::Global`] the minimal energy `E*`.
     #[serde(rename = "E")]
     pub energy: f64,
 }
 
-/// The way from the query to a key.
+/// The jump from the query to a key.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Jump {
-    /// The key's position.
+    /// The position of the key.
     pub key: usize,
     /// The jump length `|k - q|`.
     #[serde(rename = "L")]
     pub length: f64,
     /// `beta L^2`.
     pub t: f64,
-    /// The selection energy `t - b`.
+    /// The selection energy `t - b` with the prior `b` of the key.
     pub energy: f64,
     /// The coherence point of least energy.
     pub global: Point,
-    /// The one that bisection meets first.
+    /// The coherence point that bisection on the passage finds.
     pub passage: Point,
 }
 
 impl Jump {
-    /// Whether the least energy and the root that bisection finds first are at different points.
+    /// Whether the point of least energy and the root that bisection finds are different.
     pub fn has_two_roots(&self) -> bool {
         (self.global.u - self.passage.u).abs() > 1e-6
     }
 }
 
-/// A plane through the query, with an orthonormal pair of axes `[D]`.
+/// A plane through the query, with two orthonormal axes `[D]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plane {
-    /// The positions of the keys that span it: two, or one where the query sees no other.
+    /// The positions of the one or two keys that span it.
     pub keys: Vec<usize>,
-    /// Whether the second axis was free to choose, as query and keys lie on one line.
+    /// Whether the second axis is arbitrary because the query and the keys are collinear.
     pub free: bool,
     axes: [Vec<f64>; 2],
 }
 
 impl Landscape {
+    /// Creates the landscape of `query` with the visible `keys`, `alpha` in (0, 1) and `beta` greater than 0.
+    ///
     /// # Errors
-    /// Names alpha, beta or the coordinate that is out of range, a key of another length, or the absence of keys.
+    /// [`Error::Invalid`] for a parameter, coordinate or prior that is out of range, for a key whose length differs
+    /// from that of the query, and for an empty list of keys.
     pub fn new(query: Vec<f64>, keys: Vec<VisibleKey>, alpha: f64, beta: f64) -> Result<Self> {
         let invalid = |text: String| Err(Error::Invalid(text));
         if !(alpha > 0.0 && alpha < 1.0) {
@@ -93,8 +97,8 @@ impl Landscape {
         if keys.is_empty() {
             return invalid("the query sees no key".into());
         }
-        let strange = |row: &[f64]| row.iter().position(|x| !x.is_finite());
-        if let Some(d) = strange(&query) {
+        let not_finite = |row: &[f64]| row.iter().position(|x| !x.is_finite());
+        if let Some(d) = not_finite(&query) {
             return invalid(format!("coordinate {d} of the query is {}", query[d]));
         }
         for VisibleKey { position, key, prior } in &keys {
@@ -102,7 +106,7 @@ impl Landscape {
                 let (actual, expected) = (key.len(), query.len());
                 return invalid(format!("key {position} has {actual} coordinates, and the query {expected}"));
             }
-            if let Some(d) = strange(key) {
+            if let Some(d) = not_finite(key) {
                 return invalid(format!("coordinate {d} of key {position} is {}", key[d]));
             }
             if !prior.is_finite() {
@@ -112,19 +116,20 @@ impl Landscape {
         Ok(Self { query, keys, alpha, beta })
     }
 
-    /// The number of keys that the query sees.
+    /// The number of keys visible to the query.
     pub fn keys(&self) -> usize {
         self.keys.len()
     }
 
-    /// The winner, and the runner-up where there is one: the keys of least selection energy, the first of equals.
+    /// The winner and, if there is more than one key, the runner-up: the keys of lowest selection energy. Of equal
+    /// energies, the earlier key wins.
     pub fn winner_and_runner_up(&self) -> (Jump, Option<Jump>) {
         let energy = |n: usize| self.beta * distance2(&self.query, &self.keys[n].key) - self.keys[n].prior;
         let least = |skip: Option<usize>| {
             let rest = (0..self.keys.len()).filter(|n| Some(*n) != skip);
             rest.min_by(|a, b| energy(*a).total_cmp(&energy(*b)))
         };
-        // `new` ensures that there is a key.
+        // `new` refuses an empty list of keys.
         let winner = least(None).unwrap_or(0);
         (self.jump(&self.keys[winner]), least(Some(winner)).map(|n| self.jump(&self.keys[n])))
     }
@@ -155,10 +160,10 @@ impl Landscape {
         key.ok_or_else(|| Error::Invalid(format!("the query does not see key {position}")))
     }
 
-    /// The plane through the query and the keys at these positions, one or two. A space of one dimension has none.
+    /// The plane through the query and the keys at one or two positions; `None` if D is 1.
     ///
     /// # Errors
-    /// Names a position that the query does not see, or one given twice.
+    /// [`Error::Invalid`] for a position that is not visible to the query or is given twice.
     pub fn plane(&self, positions: &[usize]) -> Result<Option<Plane>> {
         if let [a, b] = positions
             && a == b
@@ -174,21 +179,25 @@ impl Landscape {
         let first = jumps.iter().find_map(|jump| unit(jump.clone(), 0.0)).unwrap_or_else(|| basis(0, d));
         let across = |v: &[f64]| {
             let along = dot(v, &first);
-            unit(v.iter().zip(&first).map(|(v, f)| v - along * f).collect(), COLLINEAR * dot(v, v).sqrt())
+            unit(
+                v.iter().zip(&first).map(|(v, f)| v - along * f).collect(),
+                COLLINEAR_FRACTION * dot(v, v).sqrt(),
+            )
         };
         let second = jumps.iter().find_map(|jump| across(jump));
-        // Any direction across the first serves a line; that of the least coordinate is far from it.
+        // Collinear points: any second axis will do. The basis vector of the coordinate in which the first axis is
+        // smallest is far from parallel to it.
         let smallest = (0..d).min_by(|&a, &b| first[a].abs().total_cmp(&first[b].abs())).unwrap_or(0);
         let free = second.is_none();
         let second = second.or_else(|| across(&basis(smallest, d)));
         Ok(second.map(|second| Plane { keys: positions.to_vec(), free, axes: [first, second] }))
     }
 
-    /// The energies at `points`, which are coordinates along the two axes of `plane`. For a plane through two keys
-    /// it is the lower of the two pairs' energies.
+    /// The energies at `points`, given by their coordinates along the two axes of `plane` from the query. For a plane
+    /// through two keys it is the minimum of the energies with respect to each key.
     ///
     /// # Errors
-    /// Names a key of the plane that the query does not see.
+    /// [`Error::Invalid`] for a key of the plane that is not visible to the query.
     pub fn plane_energies(
         &self,
         plane: &Plane,
@@ -205,15 +214,15 @@ impl Landscape {
         Ok(points.map(energy).collect())
     }
 
-    /// The energy at the share `u` of the way from the query (0) to a key (1) whose jump has this `t`.
+    /// The energy at the coordinate `u` on the segment from the query (0) to a key (1) with `t = beta |k - q|^2`.
     pub fn passage_energy(&self, t: f64, u: f64) -> f64 {
         passage_energy(t, Coherence { u, rest: 1.0 - u }, self.alpha)
     }
 
-    /// The point `[D]` at the share `u` of the way from the query to the key at `position`.
+    /// The point `[D]` at the coordinate `u` on the segment from the query (0) to the key at `position` (1).
     ///
     /// # Errors
-    /// A position that the query does not see.
+    /// [`Error::Invalid`] for a position that is not visible to the query.
     pub fn passage_point(&self, position: usize, u: f64) -> Result<Vec<f64>> {
         let pair = self.pair(self.key(position)?);
         Ok(pair.passage(u * pair.length))
@@ -224,7 +233,7 @@ impl Landscape {
         &self.query
     }
 
-    /// The inverse bandwidth.
+    /// The inverse bandwidth beta.
     pub fn beta(&self) -> f64 {
         self.beta
     }
@@ -232,7 +241,7 @@ impl Landscape {
     /// The key `[D]` at `position`.
     ///
     /// # Errors
-    /// A position that the query does not see.
+    /// [`Error::Invalid`] for a position that is not visible to the query.
     pub fn key(&self, position: usize) -> Result<&[f64]> {
         Ok(&self.visible_key(position)?.key)
     }
@@ -240,12 +249,12 @@ impl Landscape {
     /// The jump from the query to the key at `position`.
     ///
     /// # Errors
-    /// A position that the query does not see.
+    /// [`Error::Invalid`] for a position that is not visible to the query.
     pub fn jump_to(&self, position: usize) -> Result<Jump> {
         Ok(self.jump(self.visible_key(position)?))
     }
 
-    /// Projects a point `[D]` onto a plane: its coordinates along the two axes, from the query.
+    /// The coordinates of the projection of a point `[D]` onto a plane, along the two axes from the query.
     pub fn project(&self, plane: &Plane, point: &[f64]) -> (f64, f64) {
         let offset = difference(point, &self.query);
         (dot(&offset, &plane.axes[0]), dot(&offset, &plane.axes[1]))
@@ -256,14 +265,15 @@ fn difference(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
+/// The basis vector `[d]` of coordinate `at`.
 fn basis(at: usize, d: usize) -> Vec<f64> {
     (0..d).map(|n| f64::from(u8::from(n == at))).collect()
 }
 
-/// The direction of a row longer than `least`.
-fn unit(row: Vec<f64>, least: f64) -> Option<Vec<f64>> {
+/// The vector scaled to length 1; `None` if it is not longer than `min_length`.
+fn unit(row: Vec<f64>, min_length: f64) -> Option<Vec<f64>> {
     let length = dot(&row, &row).sqrt();
-    (length > least).then(|| row.into_iter().map(|x| x / length).collect())
+    (length > min_length).then(|| row.into_iter().map(|x| x / length).collect())
 }
 
 #[cfg(test)]
@@ -274,7 +284,7 @@ mod tests {
         VisibleKey { position, key: key.to_vec(), prior: 0.0 }
     }
 
-    /// A query at 1, 0, 0 and keys at a distance of 2, 3 and 5 from it, in a space of three dimensions.
+    /// A query at (1, 0, 0) and keys at the distances 2, 3 and 5 from it.
     fn scene(alpha: f64, beta: f64) -> Landscape {
         let keys = vec![
             visible_key(4, &[1.0, 3.0, 0.0]),
@@ -285,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn the_winner_has_the_least_energy_with_its_prior_and_the_first_of_equals_wins() {
+    fn the_winner_has_the_least_energy_with_its_prior_and_ties_go_to_the_earlier_key() {
         let mut scene = scene(0.5, 2.0);
         let (winner, runner_up) = scene.winner_and_runner_up();
         assert_eq!((winner.key, winner.length, winner.t, winner.energy), (7, 2.0, 8.0, 8.0));
@@ -302,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_drawn_is_named() {
+    fn invalid_values_are_named() {
         let refused = |query: &[f64], key: &[f64], prior: f64, alpha: f64, beta: f64, word: &str| {
             let keys = vec![visible_key(2, &[0.0; 2]), VisibleKey { position: 3, key: key.to_vec(), prior }];
             let text = Landscape::new(query.to_vec(), keys, alpha, beta).unwrap_err().to_string();

@@ -1,5 +1,5 @@
-//! Studies of models and of selection: comparisons of mechanisms, gradient checks, energy landscapes and the effect
-//! of the barrier.
+//! Analyses of models and of selection: comparison of mechanisms, gradient checks, energy landscapes, and the effect of
+//! the barrier.
 
 pub mod beacon_report;
 pub mod compare;

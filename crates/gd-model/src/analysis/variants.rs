@@ -1,4 +1,4 @@
-//! The mechanisms that can be compared, as changes of one model, and their equal sizes.
+//! The mechanisms that `gd compare` compares: variants of one model configuration with equal numbers of parameters.
 
 use candle_core::{DType, Device};
 
@@ -7,18 +7,18 @@ use crate::error::{Error, Result};
 use crate::model::Transformer;
 use crate::model::params::Params;
 
-/// A mechanism by name.
+/// A variant of a model configuration: a mechanism, with or without the Beacon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Variant {
-    /// Its name on the command line.
+    /// The name on the command line.
     pub name: &'static str,
-    /// What it is, in one line.
+    /// A description in one line.
     pub what: &'static str,
     mechanism: Mechanism,
     beacon: bool,
 }
 
-/// Everything that can be compared.
+/// All variants.
 pub const VARIANTS: [Variant; 4] = [
     Variant {
         name: "softmax",
@@ -50,7 +50,7 @@ impl Variant {
     /// The variant of this name.
     ///
     /// # Errors
-    /// Names what there is.
+    /// [`Error::UnknownName`] with the names of all variants.
     pub fn named(name: &str) -> Result<Self> {
         VARIANTS.iter().find(|v| v.name == name).copied().ok_or_else(|| Error::UnknownName {
             what: "mechanism",
@@ -60,22 +60,21 @@ impl Variant {
         })
     }
 
-    /// Whether it differs from the others for this model: without a Beacon in the configuration,
-    /// softmax has none to be compared with.
+    /// Whether the variant makes sense for this configuration: `softmax+beacon` needs a configuration with a Beacon.
     pub fn applies(&self, base: &ModelConfig) -> bool {
         base.gd.beacon.is_some() || !self.beacon || self.mechanism == Mechanism::Gd
     }
 
-    /// The model with this mechanism.
+    /// The configuration of this variant.
     ///
     /// # Errors
-    /// A Beacon is asked for and the configuration has none.
+    /// [`Error::Invalid`] if the variant does not [apply](Self::applies) to `base`.
     pub fn config(&self, base: &ModelConfig) -> Result<ModelConfig> {
         if !self.applies(base) {
             return Err(Error::Invalid(format!("{}: the configuration has no Beacon", self.name)));
         }
         let mut config = base.clone();
-        // Selecting layers stay where the configuration has them; softmax replaces them all.
+        // A configuration with layers of both kinds keeps its selecting layers; `softmax` replaces all of them.
         if !base.gd.mechanism.contains(&self.mechanism) || self.mechanism == Mechanism::Softmax {
             config.gd.mechanism = vec![self.mechanism];
         }
@@ -86,32 +85,33 @@ impl Variant {
     }
 }
 
-/// Parameters of a model.
+/// The number of parameters of a model.
 ///
 /// # Errors
-/// A config that contradicts itself.
+/// An inconsistent configuration.
 pub fn parameters(config: &ModelConfig) -> Result<usize> {
     let params = Params::new(0, DType::F32, &Device::Cpu);
     Transformer::new(config, params.builder())?;
     Ok(params.count())
 }
 
-/// Steps in which `intermediate_size` may change.
-const STEP: usize = 4;
+/// `intermediate_size` changes by multiples of this.
+const WIDTH_STEP: usize = 4;
 
-/// Widens every model's feed-forward block until it has as nearly as possible as many parameters
-/// as the greatest of them. Returns the numbers.
+/// Increases `intermediate_size` of every configuration so that its number of parameters is as close as possible to that
+/// of the largest one. Returns the numbers of parameters.
 ///
 /// # Errors
-/// A config that contradicts itself.
-pub fn equalise(configs: &mut [ModelConfig]) -> Result<Vec<usize>> {
+/// An inconsistent configuration.
+pub fn equalize(configs: &mut [ModelConfig]) -> Result<Vec<usize>> {
     let counts = configs.iter().map(parameters).collect::<Result<Vec<_>>>()?;
-    let most = counts.iter().copied().max().unwrap_or(0);
+    let largest = counts.iter().copied().max().unwrap_or(0);
     for (config, count) in configs.iter_mut().zip(counts) {
-        let wider = ModelConfig { intermediate_size: config.intermediate_size + STEP, ..config.clone() };
-        let each = parameters(&wider)? - count;
-        // To the nearest: the number grows by the same for every step.
-        config.intermediate_size += STEP * ((2 * (most - count) + each) / (2 * each));
+        let wider =
+            ModelConfig { intermediate_size: config.intermediate_size + WIDTH_STEP, ..config.clone() };
+        // The number of parameters is linear in the width. The quotient is rounded to the nearest integer.
+        let per_step = parameters(&wider)? - count;
+        config.intermediate_size += WIDTH_STEP * ((2 * (largest - count) + per_step) / (2 * per_step));
     }
     configs.iter().map(parameters).collect()
 }
@@ -122,7 +122,7 @@ mod tests {
     use crate::config::Recipe;
 
     #[test]
-    fn names_are_unique_and_an_unknown_one_lists_them() {
+    fn an_unknown_name_is_an_error_with_all_names() {
         for v in VARIANTS {
             assert_eq!(Variant::named(v.name).unwrap(), v);
         }
@@ -136,21 +136,21 @@ mod tests {
         let mut configs = VARIANTS.map(|v| v.config(&base).unwrap());
         assert_eq!(configs[2], base);
         let before = configs.each_ref().map(|c| parameters(c).unwrap());
-        let most = *before.iter().max().unwrap();
-        assert!(before[0] < most, "{before:?}");
-        let counts = equalise(&mut configs).unwrap();
-        // Half a step: three matrices of 4 rows in each layer.
-        let half = 3 * STEP * base.hidden_size * base.num_hidden_layers / 2;
+        let largest = *before.iter().max().unwrap();
+        assert!(before[0] < largest, "{before:?}");
+        let counts = equalize(&mut configs).unwrap();
+        // Half a step: in each layer, three matrices change by WIDTH_STEP rows or columns.
+        let half = 3 * WIDTH_STEP * base.hidden_size * base.num_hidden_layers / 2;
         for (config, count) in configs.iter().zip(&counts) {
-            assert!(count.abs_diff(most) <= half, "{counts:?} of {most}");
-            assert!(config.intermediate_size.is_multiple_of(STEP));
+            assert!(count.abs_diff(largest) <= half, "{counts:?} of {largest}");
+            assert!(config.intermediate_size.is_multiple_of(WIDTH_STEP));
             assert_eq!(parameters(config).unwrap(), *count);
         }
-        assert_eq!(configs[2], base, "the greatest stays as it is");
+        assert_eq!(configs[2], base, "the largest configuration is unchanged");
     }
 
     #[test]
-    fn softmax_with_a_beacon_needs_one() {
+    fn softmax_with_a_beacon_needs_a_configuration_with_one() {
         let mut base = Recipe::load("tiny").unwrap().model;
         base.gd.beacon = None;
         let [_, softmax, gd, _] = VARIANTS;

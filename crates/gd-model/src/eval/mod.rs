@@ -71,7 +71,7 @@ pub fn evaluate(
     observe(model, tokens, bytes, (context, batch), device, |_| ())
 }
 
-/// Evaluates a model as [`evaluate`] and calls `watch` with the statistics of every layer for each batch.
+/// Evaluates a model as [`evaluate`] and calls `watch` with the statistics of all layers after each batch.
 ///
 /// # Errors
 /// As [`evaluate`].
@@ -89,14 +89,14 @@ pub fn observe(
     let stats = RefCell::new(Vec::new());
     let windows: Vec<_> = tokens.windows(context).collect();
     let (mut sum, mut count, mut heads) = (0f64, 0usize, HeadStats::default());
-    // Only the last window may be shorter, and goes alone.
+    // Only the last window may be shorter; it forms its own batch.
     for group in windows.chunk_by(|a, b| a.len() == b.len()).flat_map(|same| same.chunks(batch.max(1))) {
         let Batch { inputs, targets, mask, predicted } = Batch::new(tokens, group, device)?;
         let pass = Pass { stats: Some(&stats), ..Pass::new(&mask) };
         let losses = model.token_losses(&inputs, &targets, &pass)?;
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
         count += predicted;
-        // Records hold whole tensors, so they do not outlive their pass.
+        // Taken after every pass, because the statistics may hold large tensors.
         let stats = stats.take();
         watch(&stats);
         heads.add(&stats, losses.len() as f64 / (tokens.len() - 1) as f64);

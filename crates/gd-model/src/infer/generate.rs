@@ -1,4 +1,4 @@
-//! Token by token: prompts in, continuations out, with a cache of what was read.
+//! Text generation: continues prompts token by token with a cache of keys and values.
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::Mask;
@@ -9,13 +9,13 @@ use crate::infer::sampler::{Sampler, Sampling};
 use crate::io::tokenizer::Tokenizer;
 use crate::model::Transformer;
 
-/// Tokens of a [`sample`].
-const SAMPLE: usize = 200;
+/// The maximal number of new tokens of a [`sample`].
+const SAMPLE_TOKENS: usize = 200;
 
-/// Whether the model can continue `prompt`.
+/// Checks that the model can continue `prompt`.
 ///
 /// # Errors
-/// An empty prompt, or one longer than the model's context.
+/// [`Error::PromptLength`] for an empty prompt, or one longer than `max_position_embeddings`.
 pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
     let limit = model.config().max_position_embeddings;
     match (1..=limit).contains(&prompt.len()) {
@@ -24,8 +24,10 @@ pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
     }
 }
 
-/// Continues `prompt` by up to `max_tokens` tokens, as many as the model has positions for. Each
-/// new token goes to `emit`, which returns whether to go on. Returns the new tokens.
+/// Continues `prompt` by up to `max_tokens` tokens and returns the new tokens. Generation also ends where the positions of
+/// the model end, and when `emit`, which is called with every new token, returns `false`; that token is the last one
+/// returned. The end tokens of the model do not end a text by themselves: `emit` compares them (see
+/// [`Loaded::end_tokens`](crate::model::pretrained::Loaded::end_tokens)).
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -36,7 +38,7 @@ pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
 /// use gd_model::model::Transformer;
 /// use gd_model::model::params::Params;
 ///
-/// // An untrained model; `gd_model::model::pretrained::load` loads one from a folder.
+/// // An untrained model; `gd_model::load` loads a trained one.
 /// let params = Params::new(0, DType::F32, &Device::Cpu);
 /// let model = Transformer::new(&Recipe::load("tiny")?.model, params.frozen())?;
 ///
@@ -48,7 +50,8 @@ pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
 /// ```
 ///
 /// # Errors
-/// An empty prompt, or one longer than the model's context.
+/// [`Error::PromptLength`] for an empty prompt, or one longer than `max_position_embeddings`; the error of `emit`; logits
+/// that are not finite.
 pub fn generate(
     model: &Transformer,
     prompt: &[u32],
@@ -62,24 +65,25 @@ pub fn generate(
     Ok(new.into_iter().flatten().collect())
 }
 
-/// A text that is being continued.
-struct Row {
-    /// Its place among the prompts.
-    place: usize,
-    /// Prompt and continuation.
-    all: Vec<u32>,
-    /// The most tokens to add.
-    left: usize,
+/// A sequence that is being continued.
+struct Sequence {
+    /// The index of its prompt.
+    prompt: usize,
+    /// The prompt and its continuation.
+    tokens: Vec<u32>,
+    /// The number of tokens that may still be added.
+    remaining: usize,
 }
 
-/// Continues several prompts together, each with its sampler as [`generate`] does it alone. `emit` gets the
-/// place of the prompt and the new token, and returns whether that text goes on.
+/// Continues several prompts as one batch, each with its own sampler. Every prompt gets the tokens that [`generate`] gives
+/// it alone. `emit` is called with the index of the prompt and the new token, and returns whether this sequence continues.
+/// Returns the new tokens of every prompt.
 ///
-/// Prompts are read one by one; from then on all that go on are one batch, in which each has its own
-/// position and sees its own past alone.
+/// The prompts are processed one after the other. Afterwards, all unfinished sequences form one batch, in which each has
+/// its own position and its own cache.
 ///
 /// # Errors
-/// As [`generate`], or another number of samplers.
+/// As [`generate`], or [`Error::Invalid`] if the numbers of prompts and samplers differ.
 pub fn generate_batch(
     model: &Transformer,
     prompts: &[impl AsRef<[u32]>],
@@ -95,28 +99,28 @@ pub fn generate_batch(
         check_prompt(model, prompt.as_ref())?;
     }
     let mut new = vec![Vec::new(); prompts.len()];
-    // Takes the next token of a row from its logits; whether it goes on.
-    let mut next = |row: &mut Row, logits: &[f32]| -> Result<bool> {
-        let token = samplers[row.place].next(logits, &row.all)?;
-        row.all.push(token);
-        row.left -= 1;
-        new[row.place].push(token);
-        Ok(emit(row.place, token)? && row.left > 0)
+    // Samples the next token of a sequence from its logits and returns whether the sequence continues.
+    let mut next = |sequence: &mut Sequence, logits: &[f32]| -> Result<bool> {
+        let token = samplers[sequence.prompt].next(logits, &sequence.tokens)?;
+        sequence.tokens.push(token);
+        sequence.remaining -= 1;
+        new[sequence.prompt].push(token);
+        Ok(emit(sequence.prompt, token)? && sequence.remaining > 0)
     };
-    let (mut rows, mut caches) = (Vec::new(), Vec::new());
-    for (place, prompt) in prompts.iter().enumerate() {
-        let all = prompt.as_ref().to_vec();
-        // The last token drawn is not read, so the text may be one longer than the context.
-        let left = max_tokens.min(model.config().max_position_embeddings + 1 - all.len());
-        if left == 0 {
+    let (mut sequences, mut caches) = (Vec::new(), Vec::new());
+    for (prompt, tokens) in prompts.iter().enumerate() {
+        let tokens = tokens.as_ref().to_vec();
+        // The last sampled token is not an input, so the sequence may be one token longer than the context.
+        let remaining = max_tokens.min(model.config().max_position_embeddings + 1 - tokens.len());
+        if remaining == 0 {
             continue;
         }
         let mut cache = model.new_cache();
-        let ids = Tensor::new(all.as_slice(), device)?.unsqueeze(0)?;
+        let ids = Tensor::new(tokens.as_slice(), device)?.unsqueeze(0)?;
         let logits = last_logits(model, &ids, &Pass::new(&Mask::causal(0)), &mut cache)?;
-        let mut row = Row { place, all, left };
-        if next(&mut row, &logits[0])? {
-            rows.push(row);
+        let mut sequence = Sequence { prompt, tokens, remaining };
+        if next(&mut sequence, &logits[0])? {
+            sequences.push(sequence);
             caches.push(cache);
         }
     }
@@ -124,29 +128,30 @@ pub fn generate_batch(
     let stack = |layer| LayerCache::stack(&caches.iter().map(|cache| &cache[layer]).collect::<Vec<_>>());
     let mut cache = layers.map(stack).collect::<candle_core::Result<Vec<_>>>()?;
     drop(caches);
-    while !rows.is_empty() {
-        let ids: Vec<u32> = rows.iter().filter_map(|row| row.all.last().copied()).collect();
+    while !sequences.is_empty() {
+        let ids: Vec<u32> = sequences.iter().filter_map(|sequence| sequence.tokens.last().copied()).collect();
         let ids = Tensor::new(ids, device)?.unsqueeze(1)?;
-        let mask = Mask::causal(0).with_offsets(rows.iter().map(|row| row.all.len() as i64 - 1).collect());
+        let positions = sequences.iter().map(|sequence| sequence.tokens.len() as i64 - 1);
+        let mask = Mask::causal(0).with_offsets(positions.collect());
         let logits = last_logits(model, &ids, &Pass::new(&mask), &mut cache)?;
-        let (mut places, mut left) = (Vec::new(), Vec::new());
-        for (at, (mut row, logits)) in rows.drain(..).zip(&logits).enumerate() {
-            if next(&mut row, logits)? {
-                places.push(at);
-                left.push(row);
+        let (mut indices, mut unfinished) = (Vec::new(), Vec::new());
+        for (index, (mut sequence, logits)) in sequences.drain(..).zip(&logits).enumerate() {
+            if next(&mut sequence, logits)? {
+                indices.push(index);
+                unfinished.push(sequence);
             }
         }
-        rows = left;
-        if rows.len() < logits.len() {
+        sequences = unfinished;
+        if sequences.len() < logits.len() {
             for layer in &mut cache {
-                *layer = layer.select(&places)?;
+                *layer = layer.select(&indices)?;
             }
         }
     }
     Ok(new)
 }
 
-/// The logits `[B, V]` after the last of `ids` `[B, N]`, which continue what the cache holds.
+/// The logits `[B, V]` after the last of the tokens `ids` `[B, N]`, which follow the positions in `cache`.
 pub(crate) fn last_logits(
     model: &Transformer,
     ids: &Tensor,
@@ -157,15 +162,16 @@ pub(crate) fn last_logits(
     let last = hidden.narrow(1, ids.dim(1)? - 1, 1)?;
     let logits = model.logits(&last)?.detach().to_dtype(DType::F32)?.squeeze(1)?;
     let values = logits.to_vec2()?;
-    // Metal reports commands that failed before the last ones only when it is waited for as a whole.
+    // On Metal, the failure of an earlier command is reported by `synchronize` only.
     logits.device().synchronize()?;
     Ok(values)
 }
 
-/// A look at what a model writes: the continuation of `prompt`, as the same model, prompt and seed give it.
+/// Continues `prompt` by up to 200 tokens with temperature 0.7 and top-p 0.95, up to the end-of-text token, and returns the
+/// new text. The result depends on the model, the prompt and the seed only.
 ///
 /// # Errors
-/// An empty prompt, or one longer than the model's context.
+/// As [`generate`].
 pub fn sample(
     model: &Transformer,
     tokenizer: &Tokenizer,
@@ -176,7 +182,8 @@ pub fn sample(
     let (prompt, end) = (tokenizer.encode(prompt)?, tokenizer.end_of_text());
     let sampling = Sampling { temperature: 0.7, top_p: Some(0.95), ..Sampling::default() };
     let mut sampler = Sampler::new(sampling, seed)?;
-    let mut new = generate(model, &prompt, SAMPLE, &mut sampler, device, |token| Ok(Some(token) != end))?;
+    let mut new =
+        generate(model, &prompt, SAMPLE_TOKENS, &mut sampler, device, |token| Ok(Some(token) != end))?;
     new.pop_if(|token| Some(*token) == end);
     tokenizer.decode(&new)
 }

@@ -1,4 +1,4 @@
-//! The next token from a row of logits.
+//! Sampling of the next token from logits.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -6,19 +6,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// How a token is chosen. The order is: repetition penalty, temperature, top-k, top-p, min-p.
+/// Sampling parameters. They apply in this order: repetition penalty, temperature, top-k, top-p, min-p.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sampling {
-    /// Divides the logits; 0 takes the greatest one, and of equal ones the first.
+    /// Divides the logits; at least 0. With 0, the token of the highest logit is taken, the first one if several are equal.
     pub temperature: f64,
-    /// Keep the k greatest; at least 1.
+    /// Restricts sampling to the k most probable tokens; at least 1.
     pub top_k: Option<usize>,
-    /// Keep the most probable tokens until they reach this probability together; in (0, 1].
+    /// Restricts sampling to the smallest set of most probable tokens whose total probability is at least this; in (0, 1].
     pub top_p: Option<f64>,
-    /// Keep tokens at least this share as probable as the most probable one; in [0, 1].
+    /// Restricts sampling to tokens whose probability is at least this fraction of the highest one; in \[0, 1\].
     pub min_p: Option<f64>,
-    /// Divides positive and multiplies negative logits of tokens that have occurred; above 0, 1 is none.
+    /// Divides the positive and multiplies the negative logits of tokens that have occurred; greater than 0. With 1, logits
+    /// do not change.
     pub repetition_penalty: f64,
 }
 
@@ -29,7 +30,10 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Fails with the first value outside its range.
+    /// Checks the ranges of all parameters.
+    ///
+    /// # Errors
+    /// Names the first parameter that is out of range, with its value.
     pub fn validate(&self) -> Result<()> {
         let Self { temperature, top_k, top_p, min_p, repetition_penalty } = *self;
         let fail = |name: &str, allowed: &str, value: String| Err(Error::out_of_range(name, value, allowed));
@@ -52,7 +56,7 @@ impl Sampling {
     }
 }
 
-/// Chooses tokens; the same settings, seed and logits give the same tokens.
+/// Samples tokens. The same parameters, seed and logits give the same tokens.
 ///
 /// ```
 /// use gd_model::infer::sampler::{Sampler, Sampling};
@@ -72,70 +76,77 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler with checked settings.
+    /// Creates a sampler whose random numbers depend on `seed` only.
+    ///
+    /// # Errors
+    /// As [`Sampling::validate`].
     pub fn new(sampling: Sampling, seed: u64) -> Result<Self> {
         sampling.validate()?;
         Ok(Self { sampling, rng: ChaCha8Rng::seed_from_u64(seed) })
     }
 
-    /// A token from `logits` \[vocabulary\], after the tokens of `history`. A logit of −∞ excludes a token;
-    /// NaN, +∞ and a row without any finite logit are errors.
+    /// Samples a token from `logits` `[V]`. `history` holds the tokens that the repetition penalty applies to. A logit of −∞
+    /// excludes its token.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a logit of NaN or +∞, and if no logit is finite.
     pub fn next(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
         if let Some(i) = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
             return Err(Error::Invalid(format!("the logit of token {i} is {}", logits[i])));
         }
         let mut ranked: Vec<(u32, f64)> =
-            self.penalised(logits, history).into_iter().zip(0..).map(|(x, i)| (i, x)).collect();
+            self.penalized(logits, history).into_iter().zip(0..).map(|(x, i)| (i, x)).collect();
         ranked.retain(|(_, logit)| *logit > f64::NEG_INFINITY);
-        let best = ranked.iter().copied().reduce(|a, b| if b.1 > a.1 { b } else { a });
-        let Some((best, greatest)) = best else {
+        let top = ranked.iter().copied().reduce(|a, b| if b.1 > a.1 { b } else { a });
+        let Some((argmax, max_logit)) = top else {
             return Err(Error::Invalid(format!("none of the {} logits is finite", logits.len())));
         };
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
         if temperature == 0.0 {
-            return Ok(best);
+            return Ok(argmax);
         }
-        // Weights relative to the best token: it has 1, so that nothing overflows.
+        // Weights relative to the most probable token, which has weight 1, so that `exp` does not overflow.
         for (_, x) in &mut ranked {
-            *x = ((*x - greatest) / temperature).exp();
+            *x = ((*x - max_logit) / temperature).exp();
         }
         ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if let Some(k) = top_k {
             ranked.truncate(k);
         }
         if let Some(p) = top_p {
-            let enough = p * ranked.iter().map(|(_, w)| w).sum::<f64>();
+            let threshold = p * ranked.iter().map(|(_, w)| w).sum::<f64>();
             let mut sum = 0.0;
-            // The token that reaches the sum is kept too.
+            // The token that reaches the threshold belongs to the set.
             let reached = |(_, w): &(u32, f64)| {
                 sum += w;
-                sum >= enough
+                sum >= threshold
             };
-            let keep = ranked.iter().position(reached).map_or(ranked.len(), |last| last + 1);
-            ranked.truncate(keep);
+            let count = ranked.iter().position(reached).map_or(ranked.len(), |last| last + 1);
+            ranked.truncate(count);
         }
         if let Some(p) = min_p {
             ranked.retain(|(_, w)| *w >= p);
         }
-        let mut left = self.rng.random::<f64>() * ranked.iter().map(|(_, w)| w).sum::<f64>();
-        let drawn = ranked.iter().find(|(_, w)| {
-            left -= w;
-            left < 0.0
+        let mut rest = self.rng.random::<f64>() * ranked.iter().map(|(_, w)| w).sum::<f64>();
+        let sampled = ranked.iter().find(|(_, w)| {
+            rest -= w;
+            rest < 0.0
         });
-        // Rounding may leave a hair after the last one.
-        Ok(drawn.or(ranked.last()).map_or(best, |(i, _)| *i))
+        // Because of rounding, the rest may still be positive after the last token.
+        Ok(sampled.or(ranked.last()).map_or(argmax, |(i, _)| *i))
     }
 
-    fn penalised(&self, logits: &[f32], history: &[u32]) -> Vec<f64> {
+    /// The logits in f64, with the repetition penalty of the tokens in `history`.
+    fn penalized(&self, logits: &[f32], history: &[u32]) -> Vec<f64> {
         let mut logits: Vec<f64> = logits.iter().map(|&x| f64::from(x)).collect();
         let penalty = self.sampling.repetition_penalty;
         if penalty != 1.0 {
-            let mut seen = vec![false; logits.len()];
+            let mut penalized = vec![false; logits.len()];
             for &id in history {
-                // Each token is penalised once, however often it has occurred.
-                if let Some(x) = logits.get_mut(id as usize).filter(|_| !seen[id as usize]) {
+                // A token is penalized once, regardless of how often it has occurred.
+                if let Some(x) = logits.get_mut(id as usize).filter(|_| !penalized[id as usize]) {
                     *x = if *x > 0.0 { *x / penalty } else { *x * penalty };
-                    seen[id as usize] = true;
+                    penalized[id as usize] = true;
                 }
             }
         }
@@ -147,7 +158,7 @@ impl Sampler {
 mod tests {
     use super::*;
 
-    /// How often each of `logits` is drawn in `n` draws.
+    /// The number of times that each token is sampled in `n` samples.
     fn draws(sampling: Sampling, logits: &[f32], n: usize) -> Vec<usize> {
         let mut sampler = Sampler::new(sampling, 5).unwrap();
         let mut counts = vec![0; logits.len()];
@@ -162,13 +173,13 @@ mod tests {
     }
 
     #[test]
-    fn zero_temperature_takes_the_first_of_the_best() {
+    fn zero_temperature_takes_the_first_token_of_the_highest_logit() {
         let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
         assert_eq!(draws(greedy, &[1.0, 3.0, 3.0, 2.0], 10), [0, 10, 0, 0]);
     }
 
     #[test]
-    fn shares_follow_the_probabilities() {
+    fn frequencies_follow_the_probabilities() {
         let row = logits(&[0.1, 0.6, 0.3, 0.0]);
         let counts = draws(Sampling::default(), &row, 20_000);
         // Four standard deviations are 280.
@@ -184,22 +195,22 @@ mod tests {
     }
 
     #[test]
-    fn filters_keep_what_they_say() {
+    fn filters_restrict_the_sampled_tokens() {
         let row = logits(&[0.05, 0.4, 0.1, 0.3, 0.15]);
-        let kept = |sampling: Sampling| -> Vec<usize> {
+        let sampled = |sampling: Sampling| -> Vec<usize> {
             let counts = draws(sampling, &row, 2_000);
             (0..counts.len()).filter(|&i| counts[i] > 0).collect()
         };
         let base = Sampling::default();
-        assert_eq!(kept(base), [0, 1, 2, 3, 4]);
-        assert_eq!(kept(Sampling { top_k: Some(2), ..base }), [1, 3]);
-        assert_eq!(kept(Sampling { top_k: Some(99), ..base }), [0, 1, 2, 3, 4]);
-        assert_eq!(kept(Sampling { top_p: Some(0.72), ..base }), [1, 3, 4]);
-        assert_eq!(kept(Sampling { top_p: Some(0.68), ..base }), [1, 3]);
-        assert_eq!(kept(Sampling { top_p: Some(1e-9), ..base }), [1]);
-        assert_eq!(kept(Sampling { min_p: Some(0.3), ..base }), [1, 3, 4]);
-        assert_eq!(kept(Sampling { min_p: Some(1.0), ..base }), [1]);
-        // Of equal logits the first ones are kept.
+        assert_eq!(sampled(base), [0, 1, 2, 3, 4]);
+        assert_eq!(sampled(Sampling { top_k: Some(2), ..base }), [1, 3]);
+        assert_eq!(sampled(Sampling { top_k: Some(99), ..base }), [0, 1, 2, 3, 4]);
+        assert_eq!(sampled(Sampling { top_p: Some(0.72), ..base }), [1, 3, 4]);
+        assert_eq!(sampled(Sampling { top_p: Some(0.68), ..base }), [1, 3]);
+        assert_eq!(sampled(Sampling { top_p: Some(1e-9), ..base }), [1]);
+        assert_eq!(sampled(Sampling { min_p: Some(0.3), ..base }), [1, 3, 4]);
+        assert_eq!(sampled(Sampling { min_p: Some(1.0), ..base }), [1]);
+        // Of equal logits, the first ones remain.
         let flat = draws(Sampling { top_k: Some(2), ..base }, &[0.0; 4], 100);
         assert!(flat[0] > 0 && flat[1] > 0 && flat[2..] == [0, 0], "{flat:?}");
     }
@@ -216,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seed_decides() {
+    fn samples_depend_on_the_seed_only() {
         let row: Vec<f32> = (0..50).map(|i| (i % 7) as f32 * 0.3).collect();
         let run = |seed| {
             let mut sampler = Sampler::new(Sampling::default(), seed).unwrap();
@@ -227,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_values_and_logits_are_named() {
+    fn invalid_parameters_and_logits_are_named() {
         let base = Sampling::default();
         let cases = [
             (Sampling { temperature: -0.5, ..base }, "temperature", "-0.5"),

@@ -1,9 +1,8 @@
-//! Chat templates: Jinja as transformers runs it.
+//! Chat templates: Jinja with the options of transformers.
 //!
-//! Lines that hold only a block leave no trace (`trim_blocks`, `lstrip_blocks`), values have Python's methods,
-//! `tojson` writes as Python's `json.dumps`, and `raise_exception` ends with its text. There is no
-//! `strftime_now`: a template that asks for the date takes the one written in it, so that the same chat is
-//! the same text tomorrow.
+//! `trim_blocks` and `lstrip_blocks` are on, values have the methods of Python's types, `tojson` writes as Python's
+//! `json.dumps`, and `raise_exception` is an error with its text. The function `strftime_now` is not defined, so that the
+//! same chat always gives the same text; templates that test for it use their default date.
 
 use std::collections::BTreeMap;
 
@@ -16,26 +15,36 @@ use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
 
-/// The only template of its environment.
-const NAME: &str = "chat_template";
+/// The name of the template in its environment.
+const TEMPLATE_NAME: &str = "chat_template";
 
-/// The most steps of a template: thousands of times what a chat takes.
-const FUEL: u64 = 10_000_000;
+/// The maximal number of instructions of a template (minijinja's fuel); a chat takes a few thousand.
+const MAX_INSTRUCTIONS: u64 = 10_000_000;
 
-/// A chat template that has been parsed.
+/// A parsed chat template.
+///
+/// ```
+/// use std::collections::BTreeMap;
+/// use gd_model::io::chat_template::ChatTemplate;
+///
+/// let text = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:";
+/// let template = ChatTemplate::new(text.into(), BTreeMap::new())?;
+/// assert_eq!(template.render(Some("Be brief."), "Hi")?, "system: Be brief.\nuser: Hi\nassistant:");
+/// # Ok::<(), gd_model::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    /// Special tokens by their names, such as `bos_token`.
+    /// The special tokens by name, such as `bos_token`.
     tokens: BTreeMap<String, String>,
 }
 
 impl ChatTemplate {
-    /// The template among the files of a checkpoint folder, if there is one: that of its own file before that of
-    /// the tokenizer's settings.
+    /// The template among the files of a checkpoint folder, by file name; `None` if there is none.
+    /// `chat_template.jinja` takes precedence over the key `chat_template` of `tokenizer_config.json`.
     ///
     /// # Errors
-    /// A template that cannot be parsed, or settings of another form.
+    /// A template that cannot be parsed, or a `tokenizer_config.json` of another form.
     pub fn find(files: &BTreeMap<String, Vec<u8>>) -> Result<Option<Self>> {
         let named = |name: &str, e: &dyn std::fmt::Display| Error::Invalid(format!("{name}: {e}"));
         let settings: serde_json::Value = match files.get(TOKENIZER_CONFIG) {
@@ -46,15 +55,16 @@ impl ChatTemplate {
             (Some(text), _) => std::str::from_utf8(text).map_err(|e| named(CHAT_TEMPLATE, &e))?,
             (None, None | Some(serde_json::Value::Null)) => return Ok(None),
             (None, Some(serde_json::Value::String(text))) => text,
-            // Several by name: the one for a plain chat.
-            (None, Some(several)) => {
-                let default = several.as_array().into_iter().flatten().find(|t| t["name"] == "default");
+            // A list of named templates.
+            (None, Some(named_templates)) => {
+                let default =
+                    named_templates.as_array().into_iter().flatten().find(|t| t["name"] == "default");
                 default.and_then(|t| t["template"].as_str()).ok_or_else(|| {
                     named(TOKENIZER_CONFIG, &"chat_template is neither a text nor a list with a default")
                 })?
             }
         };
-        // A token is its text, or an object that has it.
+        // A token is a string, or an object with the string as `content`.
         let token = |name: &&str| {
             let value = settings.get(name)?;
             let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
@@ -64,10 +74,10 @@ impl ChatTemplate {
         Self::new(text.to_owned(), tokens).map(Some)
     }
 
-    /// Parses a template, which may use the special `tokens` by name.
+    /// Parses a template. `tokens` are the special tokens by the names that the template uses, such as `bos_token`.
     ///
     /// # Errors
-    /// Names what in the template cannot be parsed.
+    /// A syntax error, with its line.
     pub fn new(template: String, tokens: BTreeMap<String, String>) -> Result<Self> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -80,16 +90,16 @@ impl ChatTemplate {
             },
         );
         environment.add_filter("tojson", to_json);
-        // A template comes from whoever made the model: one that would run for hours is refused.
-        environment.set_fuel(Some(FUEL));
-        environment.add_template_owned(NAME, template).map_err(|e| invalid(&e))?;
+        // Templates are untrusted, and one could otherwise run without end.
+        environment.set_fuel(Some(MAX_INSTRUCTIONS));
+        environment.add_template_owned(TEMPLATE_NAME, template).map_err(|e| invalid(&e))?;
         Ok(Self { environment, tokens })
     }
 
-    /// The text that asks the model to answer `user`.
+    /// Renders a chat of an optional system message and a user message, followed by the prompt for the model's answer.
     ///
     /// # Errors
-    /// What the template raises, such as that it knows no system message.
+    /// An error that the template raises, for example if it does not support system messages.
     pub fn render(&self, system: Option<&str>, user: &str) -> Result<String> {
         let turn = |(role, content): (&str, &str)| Value::from_pairs([("role", role), ("content", content)]);
         let turns = [system.map(|text| ("system", text)), Some(("user", user))];
@@ -100,7 +110,7 @@ impl ChatTemplate {
             documents => Value::from(()),
             ..Value::from_pairs(self.tokens.clone())
         };
-        self.environment.get_template(NAME).and_then(|t| t.render(values)).map_err(|e| invalid(&e))
+        self.environment.get_template(TEMPLATE_NAME).and_then(|t| t.render(values)).map_err(|e| invalid(&e))
     }
 }
 
@@ -108,10 +118,10 @@ fn invalid(e: &minijinja::Error) -> Error {
     Error::Invalid(format!("chat template: {e}"))
 }
 
-/// JSON with Python's spaces.
-struct Python;
+/// Formats JSON on one line with a space after `,` and `:`, as Python's `json.dumps`.
+struct PythonFormatter;
 
-impl Formatter for Python {
+impl Formatter for PythonFormatter {
     fn begin_array_value<W: ?Sized + std::io::Write>(
         &mut self,
         out: &mut W,
@@ -133,6 +143,7 @@ impl Formatter for Python {
     }
 }
 
+/// The filter `tojson` of transformers, with its options `indent` and `ensure_ascii`.
 fn to_json(value: &Value, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
     fn write<F: Formatter>(value: &Value, form: F) -> std::result::Result<Value, minijinja::Error> {
         let mut text = Vec::new();
@@ -143,11 +154,11 @@ fn to_json(value: &Value, options: Kwargs) -> std::result::Result<Value, minijin
         let text = String::from_utf8(text).map_err(|e| failed(e.to_string()))?;
         Ok(Value::from_safe_string(text))
     }
-    // Escapes of characters beyond ASCII are off in transformers, too.
+    // Accepted without effect: characters outside ASCII are never escaped, which is the default of transformers.
     let _ = options.get::<Option<bool>>("ensure_ascii")?;
     match options.get::<Option<usize>>("indent")? {
         Some(indent) => write(value, PrettyFormatter::with_indent(" ".repeat(indent.min(16)).as_bytes())),
-        None => write(value, Python),
+        None => write(value, PythonFormatter),
     }
 }
 
@@ -161,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_blocks_leave_no_trace_and_values_have_methods() {
+    fn block_lines_are_trimmed_and_values_have_python_methods() {
         let template = "{{ bos_token }}\n{% for message in messages %}\n    {% if message.role == 'system' %}\n\
                         S:{{ message['content'].upper() }}\n    {% elif message['role'] == 'user' %}\n\
                         U:{{ message.content.strip() }}|{{ loop.first }}\n    {% endif %}\n{% endfor %}\n\
@@ -177,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_of_its_own_comes_before_the_settings_and_a_list_gives_its_default() {
+    fn the_template_file_takes_precedence_and_a_list_gives_its_default() {
         let settings = serde_json::json!({
             "bos_token": { "content": "<s>" },
             "eos_token": "</s>",
@@ -201,14 +212,14 @@ mod tests {
     }
 
     #[test]
-    fn a_template_that_would_not_end_is_stopped() {
+    fn a_template_with_too_many_steps_is_stopped() {
         let loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
         let error = render(loops, None).unwrap_err().to_string();
         assert!(error.contains("fuel"), "{error}");
     }
 
     #[test]
-    fn what_a_template_raises_and_what_cannot_be_parsed_is_named() {
+    fn raised_and_syntax_errors_are_reported() {
         let error = render("{{ raise_exception('no system turn') }}", None).unwrap_err().to_string();
         assert!(error.starts_with("chat template: ") && error.contains("no system turn"), "{error}");
         let error = render("{% for %}", None).unwrap_err().to_string();

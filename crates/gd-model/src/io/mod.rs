@@ -1,4 +1,4 @@
-//! Files: checkpoints, safetensors, GGUF, tokenizers and chat templates.
+//! File formats: checkpoints, safetensors, GGUF, tokenizers and chat templates.
 
 pub mod chat_template;
 pub mod checkpoint;

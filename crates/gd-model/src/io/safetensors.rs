@@ -1,4 +1,4 @@
-//! Safetensors files: named tensors, read as a whole and written in one step.
+//! Safetensors files: reading, and atomic writing.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 /// Tensors by name.
 pub type Tensors = BTreeMap<String, Tensor>;
 
-/// The maximal size of a header that is parsed to find out why a file was refused.
+/// The maximal size of a header that is parsed to find the reason why a file was refused.
 const MAX_HEADER_BYTES: usize = 1 << 20;
 
 /// Reads all tensors of the safetensors file at `path` onto `device`.
@@ -34,10 +34,10 @@ pub fn load(path: &Path, device: &Device) -> Result<Tensors> {
     file.iter().map(load).collect()
 }
 
-/// Writes tensors to the safetensors file at `path`, without metadata. An existing file is replaced in one step.
+/// Writes tensors to the safetensors file at `path`, without metadata. An existing file is replaced atomically.
 ///
 /// # Errors
-/// Names the file that cannot be written.
+/// [`Error::Unwritable`] with the path and the system's reason.
 pub fn write(path: &Path, tensors: &Tensors) -> Result<()> {
     let folder = path.parent().filter(|folder| *folder != Path::new(""));
     if let Some(folder) = folder {
@@ -93,7 +93,7 @@ fn diagnose(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
     if let Some((_, reason)) = OTHER_FORMATS.iter().find(|(start, _)| bytes.starts_with(start)) {
         return foreign(path, "safetensors", (*reason).into());
     }
-    // Layout: 8 bytes header length, header (JSON), data. What is announced is what the header says.
+    // Layout: length of the header (u64), header (JSON), data.
     let actual = bytes.len() as u64;
     let (Some(length), true) = (bytes.first_chunk::<8>(), bytes.get(8).is_none_or(|&b| b == b'{')) else {
         return if bytes.len() < 8 {
@@ -114,7 +114,7 @@ fn diagnose(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
     }
 }
 
-/// The size a safetensors file should have by its header.
+/// The size of a safetensors file in bytes according to its header of `header` bytes.
 fn announced(bytes: &[u8], header: u64) -> Option<u64> {
     let start = 8 + usize::try_from(header).ok().filter(|bytes| *bytes <= MAX_HEADER_BYTES)?;
     let json: serde_json::Value = serde_json::from_slice(bytes.get(8..start)?).ok()?;

@@ -1,8 +1,8 @@
-//! Text to token ids and back, always stored as a `tokenizer.json`.
+//! Tokenizers, stored as `tokenizer.json`.
 //!
-//! Two kinds are made here: raw bytes (256 tokens, id = byte value) and byte-level BPE, whose last token is
-//! the end of a text. Both give back any UTF-8 exactly (BPE takes the name of that token for the token).
-//! Any other `tokenizer.json` loads as well, with its own rules for special tokens.
+//! This module creates two kinds: bytes (256 tokens, id = byte value) and byte-level BPE, whose last token is
+//! [`END_OF_TEXT`]. Both restore any UTF-8 text exactly, except that BPE encodes the text `<|endoftext|>` as that token. Any
+//! other `tokenizer.json` can be loaded, with its own rules for special tokens.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,23 +16,23 @@ use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper};
 use crate::error::{Error, Result};
 use crate::io::files::write_file;
 
-/// The number of different bytes, and so the least vocabulary.
+/// The number of byte values, which is the size of the smallest vocabulary.
 pub const BYTES: usize = 256;
 
-/// The token that ends a document in the vocabularies made here.
+/// The end-of-text token of the vocabularies that this module creates.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// What others call theirs.
-const ENDS: [&str; 4] = [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>"];
+/// The usual names of an end-of-text token.
+const END_OF_TEXT_NAMES: [&str; 4] = [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>"];
 
-/// Ids that no token has, beyond as many as there are tokens.
-const MOST_HOLES: usize = 1 << 16;
+/// The maximal id may exceed twice the number of tokens by this. An embedding has a row for every id, used or not.
+const MAX_UNUSED_IDS: usize = 1 << 16;
 
-/// The `tokenizer.json` of the 256 bytes.
+/// The `tokenizer.json` of [`Tokenizer::bytes`].
 static BYTES_JSON: LazyLock<String> =
     LazyLock::new(|| Tokenizer::bytes().and_then(|bytes| bytes.to_json()).unwrap_or_default());
 
-/// A tokenizer; see the module's text.
+/// Converts text to token ids and back. See the [module documentation](self).
 ///
 /// ```
 /// use gd_model::io::tokenizer::Tokenizer;
@@ -49,16 +49,16 @@ static BYTES_JSON: LazyLock<String> =
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// One more than the greatest id: the number of rows an embedding needs.
+    /// The maximal id plus one: the number of rows of an embedding.
     vocab: usize,
-    /// Id = byte value and nothing else: encoding is then a copy.
+    /// Whether this is the tokenizer of [`Tokenizer::bytes`], which encodes by copying the bytes.
     raw: bool,
-    /// The decoder is the byte-level alphabet, so a token's bytes are known without its neighbours.
+    /// Whether the decoder is the byte-level alphabet, with which the bytes of a token do not depend on its neighbours.
     bytewise: bool,
 }
 
 impl Tokenizer {
-    /// The 256 bytes as tokens, id = byte value.
+    /// The tokenizer whose 256 tokens are the bytes, with id = byte value.
     pub fn bytes() -> Result<Self> {
         let vocab: [(String, u32); BYTES] = std::array::from_fn(|b| (ALPHABET[b].to_string(), b as u32));
         let model = BPE::builder().vocab_and_merges(vocab, vec![]).build();
@@ -68,9 +68,11 @@ impl Tokenizer {
         Ok(Self::wrap(inner, true))
     }
 
-    /// Byte-level BPE of at most `vocab` tokens, [`END_OF_TEXT`] among them, learned from `texts`. A short text
-    /// gives fewer tokens, since no pair is left to merge; [`Tokenizer::vocab_size`] tells. The result depends
-    /// on the texts alone.
+    /// Trains byte-level BPE of at most `vocab` tokens, including [`END_OF_TEXT`], on `texts`. There are fewer tokens
+    /// ([`Tokenizer::vocab_size`]) if no pair of tokens occurs twice any more. The result depends on the texts only.
+    ///
+    /// # Errors
+    /// A vocabulary of less than 257 tokens, or texts that are all empty.
     pub fn train_bpe<S>(texts: impl Iterator<Item = S> + Send, vocab: usize) -> Result<Self>
     where
         S: AsRef<str> + Send,
@@ -84,7 +86,6 @@ impl Tokenizer {
         }
         let trainer = BpeTrainerBuilder::new()
             .vocab_size(vocab - 1)
-            // A pair that occurs once teaches nothing.
             .min_frequency(2)
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .show_progress(false)
@@ -99,51 +100,65 @@ impl Tokenizer {
     }
 
     /// Reads a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] or [`Error::Unreadable`]; [`Error::Foreign`] for a file that is not a valid tokenizer.
     pub fn load(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|e| Error::read(path, "tokenizer file", e))?;
         let foreign = |reason: String| Error::Foreign { path: path.into(), kind: "tokenizer.json", reason };
-        // The library slices without checks in places, so that a broken file can panic inside it.
-        quietly(|| Self::checked(tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string())?))
-            .map_err(contradicts)
+        // A damaged file can cause a panic in the library, which slices without checks in places.
+        catch_panic(|| Self::checked(tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string())?))
+            .map_err(panic_reason)
             .flatten()
             .map_err(foreign)
     }
 
-    /// A tokenizer from elsewhere, if it can be used; else the reason.
+    /// Wraps a tokenizer from a file, without truncation and padding. The error is the reason why it cannot be used.
     pub(crate) fn checked(mut inner: tokenizers::Tokenizer) -> std::result::Result<Self, String> {
-        // Texts are cut and put together here, and none is shortened or filled up behind our back.
         inner.with_truncation(None).map_err(|e| e.to_string())?;
         inner.with_padding(None);
         let vocab = inner.get_vocab(true);
-        let (count, greatest) = (vocab.len(), vocab.values().copied().max().unwrap_or(0) as usize);
+        let (count, max_id) = (vocab.len(), vocab.values().copied().max().unwrap_or(0) as usize);
         if count == 0 {
             return Err("it has no tokens".into());
         }
-        // The library lists the ids that no token has, and an embedding needs a row for each.
-        if greatest > 2 * count + MOST_HOLES {
-            return Err(format!("{count} tokens, but an id of {greatest}"));
+        if max_id > 2 * count + MAX_UNUSED_IDS {
+            return Err(format!("{count} tokens, but an id of {max_id}"));
         }
         let raw = json(&inner).map_err(|e| e.to_string())? == *BYTES_JSON;
         Ok(Self::wrap(inner, raw))
     }
 
-    /// Writes a `tokenizer.json`; an existing file is replaced only when the new one is complete.
+    /// Writes a `tokenizer.json`. An existing file is replaced atomically.
+    ///
+    /// # Errors
+    /// [`Error::Unwritable`].
     pub fn save(&self, path: &Path) -> Result<()> {
         write_file(path, self.to_json()?.as_bytes())
     }
 
-    /// The text of the `tokenizer.json`.
+    /// The content of the `tokenizer.json`.
+    ///
+    /// # Errors
+    /// An error of the `tokenizers` library.
     pub fn to_json(&self) -> Result<String> {
         json(&self.inner)
     }
 
-    /// The ids of `text`, with the special tokens that the tokenizer's own rules add (none, for those made
-    /// here).
+    /// The ids of `text`, with the special tokens that the post-processor of the tokenizer adds, such as a begin token.
+    /// Tokenizers that this module creates add none.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the reason of the `tokenizers` library.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.ids(text, true)
     }
 
-    /// The ids of `text` in which special tokens are written out, as in a chat: none is added.
+    /// The ids of `text` without additional special tokens, for a text that contains them, such as a rendered chat
+    /// template.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
     pub fn encode_written(&self, text: &str) -> Result<Vec<u32>> {
         self.ids(text, false)
     }
@@ -152,14 +167,17 @@ impl Tokenizer {
         if self.raw {
             return Ok(text.bytes().map(u32::from).collect());
         }
-        // What a file from elsewhere sets up may fail at some text only.
-        let encoding = quietly(|| self.inner.encode_fast(text, add_special))
-            .map_err(|panic| Error::Invalid(format!("tokenizer: {}", contradicts(panic))))?;
+        // A damaged file may cause a panic for some texts only.
+        let encoding = catch_panic(|| self.inner.encode_fast(text, add_special))
+            .map_err(|panic| Error::Invalid(format!("tokenizer: {}", panic_reason(panic))))?;
         Ok(encoding.map_err(invalid)?.get_ids().to_vec())
     }
 
-    /// The ids of a whole document: those of its text, and the end-of-text token if there is one. Nothing for
-    /// an empty text.
+    /// The ids of a document: those of its text, followed by the end-of-text token if the vocabulary has one. An empty text
+    /// has no ids.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
         if text.is_empty() {
             return Ok(Vec::new());
@@ -169,39 +187,43 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The token that ends a document, if the vocabulary has one by a usual name.
+    /// The id of the end-of-text token: `<|endoftext|>`, `<|end_of_text|>`, `</s>` or `<eos>`; `None` if the vocabulary has
+    /// none of them.
     pub fn end_of_text(&self) -> Option<u32> {
-        ENDS.iter().find_map(|name| self.token_id(name))
+        END_OF_TEXT_NAMES.iter().find_map(|name| self.token_id(name))
     }
 
-    /// The text of `ids`, without special tokens. Bytes that are not UTF-8 become U+FFFD.
+    /// The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// [`Error::UnknownToken`] for an id that is not in the vocabulary.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         for &id in ids {
             self.check(id)?;
         }
-        quietly(|| self.inner.decode(ids, true))
-            .map_err(|panic| Error::Invalid(format!("tokenizer: {}", contradicts(panic))))?
+        catch_panic(|| self.inner.decode(ids, true))
+            .map_err(|panic| Error::Invalid(format!("tokenizer: {}", panic_reason(panic))))?
             .map_err(invalid)
     }
 
-    /// One more than the greatest id.
+    /// The maximal id plus one: the number of rows that an embedding needs.
     pub fn vocab_size(&self) -> usize {
         self.vocab
     }
 
-    /// The id of a token given by its stored name, special tokens included.
+    /// The id of a token, special or not, by its name in `tokenizer.json`.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// The stored name of a token.
+    /// The name of a token in `tokenizer.json`.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// A decoder for ids that come one at a time.
+    /// A decoder of ids that arrive one at a time.
     pub fn stream(&self) -> StreamDecoder<'_> {
-        StreamDecoder { tokenizer: self, bytes: Vec::new(), window: Vec::new(), shown: 0 }
+        StreamDecoder { tokenizer: self, bytes: Vec::new(), window: Vec::new(), returned: 0 }
     }
 
     fn wrap(inner: tokenizers::Tokenizer, raw: bool) -> Self {
@@ -211,6 +233,7 @@ impl Tokenizer {
         Self { inner, vocab, raw, bytewise }
     }
 
+    /// Checks that `id` is in the vocabulary.
     fn check(&self, id: u32) -> Result<()> {
         if (id as usize) < self.vocab {
             return Ok(());
@@ -218,7 +241,7 @@ impl Tokenizer {
         Err(Error::UnknownToken { token: id, vocab_size: self.vocab })
     }
 
-    /// The bytes of one token of a bytewise tokenizer; nothing for a special token.
+    /// The bytes of a token of a bytewise tokenizer; none for a special token.
     fn token_bytes(&self, id: u32) -> Vec<u8> {
         if self.raw {
             return vec![id as u8];
@@ -227,28 +250,32 @@ impl Tokenizer {
         if self.inner.get_added_vocabulary().is_special_token(&token) {
             return Vec::new();
         }
-        // A token that leaves the alphabet (an added one) stands for itself, as in the library's decoder.
+        // An added token may contain characters outside of the alphabet. As in the decoder of the library, it then stands
+        // for its own text.
         token.chars().map(byte_of).collect::<Option<_>>().unwrap_or_else(|| token.into_bytes())
     }
 }
 
-/// Decodes a stream of ids; every piece it yields is whole characters, and the pieces joined with
-/// [`StreamDecoder::finish`] are what [`Tokenizer::decode`] gives for all ids at once.
+/// Decodes a stream of ids into chunks of whole characters. The chunks, including that of [`StreamDecoder::finish`],
+/// together are the text that [`Tokenizer::decode`] gives for all ids.
 pub struct StreamDecoder<'a> {
     tokenizer: &'a Tokenizer,
-    /// Bytewise tokenizers: the start of a character that is not complete yet.
+    /// For bytewise tokenizers: the start of an incomplete character.
     bytes: Vec<u8>,
-    /// Others: the last ids, decoded together because a token's text may depend on its neighbours …
+    /// For other tokenizers: the last ids, decoded together because the text of a token may depend on its neighbours.
     window: Vec<u32>,
-    /// … and how many bytes of the window's text have been yielded.
-    shown: usize,
+    /// The number of bytes of the text of `window` that have been returned.
+    returned: usize,
 }
 
-/// How many ids a decoder that depends on neighbours may look back at.
-const LOOK_BACK: usize = 16;
+/// The number of preceding ids that are decoded together with a new one if the text of a token depends on its neighbours.
+const CONTEXT_TOKENS: usize = 16;
 
 impl StreamDecoder<'_> {
-    /// Takes one id; yields the text that is now certain, if there is any.
+    /// Adds an id. Returns the text that is complete now; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
         self.tokenizer.check(id)?;
         let text = if self.tokenizer.bytewise {
@@ -256,29 +283,33 @@ impl StreamDecoder<'_> {
             self.whole_characters()
         } else {
             self.window.push(id);
-            self.settled()?
+            self.complete_text()?
         };
         Ok((!text.is_empty()).then_some(text))
     }
 
-    /// What is still held back; an unfinished character becomes U+FFFD.
+    /// The rest of the text at the end of the stream; `None` if there is none. An incomplete character becomes U+FFFD.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
     pub fn finish(&mut self) -> Result<Option<String>> {
         let text = if self.tokenizer.bytewise {
             String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned()
         } else {
             let text = self.tokenizer.decode(&std::mem::take(&mut self.window))?;
-            text.get(std::mem::take(&mut self.shown)..).unwrap_or_default().to_string()
+            text.get(std::mem::take(&mut self.returned)..).unwrap_or_default().to_string()
         };
         Ok((!text.is_empty()).then_some(text))
     }
 
+    /// Removes the complete characters from `bytes` and returns them.
     fn whole_characters(&mut self) -> String {
         let mut text = String::new();
         let mut used = 0;
         for chunk in self.bytes.utf8_chunks() {
             text.push_str(chunk.valid());
             used += chunk.valid().len();
-            // An invalid sequence that reaches the end may still be completed by the next token.
+            // An incomplete sequence at the end may be completed by the next token.
             let rest = &self.bytes[used..];
             if rest.is_empty()
                 || std::str::from_utf8(rest).is_err_and(|e| e.valid_up_to() == 0 && e.error_len().is_none())
@@ -292,24 +323,25 @@ impl StreamDecoder<'_> {
         text
     }
 
-    fn settled(&mut self) -> Result<String> {
+    /// The text of `window` that was not returned yet, if it ends with a complete character.
+    fn complete_text(&mut self) -> Result<String> {
         let text = self.tokenizer.decode(&self.window)?;
-        // A trailing U+FFFD is a character of which the last bytes are still to come.
-        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.window.len() < 2 * LOOK_BACK {
+        // A trailing U+FFFD is an incomplete character.
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.window.len() < 2 * CONTEXT_TOKENS {
             return Ok(String::new());
         }
-        let new = text.get(self.shown..).unwrap_or_default().to_string();
-        self.shown = text.len();
-        if self.window.len() >= 2 * LOOK_BACK {
-            self.window.drain(..LOOK_BACK);
-            self.shown = self.tokenizer.decode(&self.window)?.len();
+        let new = text.get(self.returned..).unwrap_or_default().to_string();
+        self.returned = text.len();
+        if self.window.len() >= 2 * CONTEXT_TOKENS {
+            self.window.drain(..CONTEXT_TOKENS);
+            self.returned = self.tokenizer.decode(&self.window)?.len();
         }
         Ok(new)
     }
 }
 
-/// The printable character that stands for each byte in a byte-level `tokenizer.json`: itself where it is
-/// printable Latin-1, else the next free one from U+0100 on.
+/// The character that stands for each byte in a byte-level `tokenizer.json` (the byte-to-Unicode table of GPT-2): a
+/// printable Latin-1 character stands for itself; the other bytes are numbered from U+0100 on.
 static ALPHABET: LazyLock<[char; BYTES]> = LazyLock::new(|| {
     let mut free = 0x100u32..;
     std::array::from_fn(|byte| match byte as u8 {
@@ -333,24 +365,24 @@ fn invalid(e: tokenizers::Error) -> Error {
     Error::Invalid(format!("tokenizer: {e}"))
 }
 
-/// What a panic of the library says.
-fn contradicts(panic: Option<String>) -> String {
-    panic.unwrap_or_else(|| "the file contradicts itself".into())
+/// The error text of a panic in the library.
+fn panic_reason(panic: Option<String>) -> String {
+    panic.unwrap_or_else(|| "the file is inconsistent".into())
 }
 
 thread_local! {
-    /// Whether a panic on this thread is about to be caught and reported as an error.
+    /// Whether a panic on this thread will be caught, so that the panic hook prints nothing.
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `f`; a panic inside it comes back as its text and prints nothing.
-fn quietly<T>(f: impl FnOnce() -> T) -> std::result::Result<T, Option<String>> {
+/// Runs `f`. If it panics, returns the message of the panic as an error and prints nothing.
+fn catch_panic<T>(f: impl FnOnce() -> T) -> std::result::Result<T, Option<String>> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
-        let others = std::panic::take_hook();
+        let previous = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             if !QUIET.get() {
-                others(info);
+                previous(info);
             }
         }));
     });

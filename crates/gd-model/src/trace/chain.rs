@@ -1,11 +1,11 @@
-//! The hashes that bind records to each other and to their header.
+//! The hash chain and the Merkle tree over the header and the records of a trace.
 //!
-//! With H = BLAKE3 and `|` for concatenation: a leaf is `H(0 | record)`; the chain starts as `H(1 | header)` and
-//! goes on as `H(2 | chain | leaf)`; two nodes of the Merkle tree make `H(3 | left | right)`, and a node without a
-//! partner moves up as it is; the head is `H(4 | chain | root | count as u64)`. The first byte keeps one kind of
-//! hash from passing for another.
+//! H is BLAKE3 and `|` is concatenation. The leaf of a record is `H(0 | record)`. The chain starts as `H(1 | header)` and is
+//! updated to `H(2 | chain | leaf)`. The parent of two nodes of the Merkle tree is `H(3 | left | right)`; a node without a
+//! sibling moves up unchanged. The head is `H(4 | chain | root | count)` with the count as little-endian u64. The first byte
+//! separates the domains of the five kinds of hashes.
 
-/// 32 bytes.
+/// A BLAKE3 hash.
 pub type Hash = [u8; 32];
 
 fn hash(kind: u8, parts: &[&[u8]]) -> Hash {
@@ -17,36 +17,36 @@ fn hash(kind: u8, parts: &[&[u8]]) -> Hash {
     *hasher.finalize().as_bytes()
 }
 
-/// The hashes of a growing trace.
+/// The hashes of a trace to which records are appended.
 #[derive(Debug, Clone)]
 pub struct Chain {
     chain: Hash,
     count: u64,
-    /// Roots of whole subtrees, each of half as many leaves as the one before or fewer: the binary digits of
-    /// the count.
+    /// The level and root of the complete subtrees, from the largest to the smallest. Their sizes are the powers of two
+    /// that sum to `count`.
     peaks: Vec<(u32, Hash)>,
 }
 
-/// The hashes of a whole trace.
+/// The hashes of a complete trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seal {
-    /// Records.
+    /// The number of records.
     pub count: u64,
-    /// The last link of the chain.
+    /// The last value of the hash chain.
     pub chain: Hash,
-    /// The root of the Merkle tree over the records; zeros without a record.
+    /// The root of the Merkle tree over the records; zeros if there are no records.
     pub root: Hash,
-    /// What stands for all of it: what is kept, printed or signed.
+    /// The hash of all of the above, which identifies the trace. It is printed and signed.
     pub head: Hash,
 }
 
 impl Chain {
-    /// A trace without a record.
+    /// Starts the chain with the bytes of the header.
     pub fn new(header: &[u8]) -> Self {
         Self { chain: hash(1, &[header]), count: 0, peaks: Vec::new() }
     }
 
-    /// Takes the bytes of the next record.
+    /// Appends the bytes of a record.
     pub fn push(&mut self, record: &[u8]) {
         let leaf = hash(0, &[record]);
         self.chain = hash(2, &[&self.chain, &leaf]);
@@ -59,7 +59,7 @@ impl Chain {
         self.peaks.push(node);
     }
 
-    /// The hashes of all that was taken.
+    /// The hashes of the header and all records so far.
     pub fn seal(&self) -> Seal {
         let peaks = self.peaks.iter().rev().map(|(_, node)| *node);
         let root = peaks.reduce(|right, left| hash(3, &[&left, &right])).unwrap_or_default();
@@ -68,7 +68,7 @@ impl Chain {
     }
 }
 
-/// Hexadecimal digits.
+/// The hash as 64 hexadecimal digits.
 pub fn hex(hash: &Hash) -> String {
     blake3::Hash::from_bytes(*hash).to_hex().to_string()
 }
@@ -77,7 +77,7 @@ pub fn hex(hash: &Hash) -> String {
 mod tests {
     use super::*;
 
-    /// The tree level by level, a node without a partner moving up.
+    /// The root of the Merkle tree, computed level by level.
     fn root(leaves: &[&[u8]]) -> Hash {
         let mut level: Vec<Hash> = leaves.iter().map(|leaf| hash(0, &[leaf])).collect();
         while level.len() > 1 {
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn the_growing_tree_is_the_whole_tree() {
+    fn the_incremental_root_is_that_of_the_whole_tree() {
         let leaves: Vec<Vec<u8>> = (0..20u8).map(|i| vec![i; usize::from(i)]).collect();
         let leaves: Vec<&[u8]> = leaves.iter().map(Vec::as_slice).collect();
         for n in 0..=leaves.len() {
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn every_part_moves_the_head() {
+    fn the_head_depends_on_every_part() {
         let head = |header: &[u8], records: &[&[u8]]| {
             let mut chain = Chain::new(header);
             records.iter().for_each(|record| chain.push(record));

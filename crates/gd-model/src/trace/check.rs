@@ -1,20 +1,21 @@
-//! What a record must fulfil by itself: the winner is the least of its candidates, and the margin its lead.
+//! Consistency of a single record: the selected candidate has the least energy, and margin, gate and shares follow from the
+//! candidates.
 
 use gd_kernels::{Gate, TieBreak};
 
 use super::header::{Header, Layer};
 use super::record::{Record, Row, Slot};
 
-/// How far a gate may lie from its formula: exponentials differ between builds in their last bits.
-const GATE: f32 = 1e-5;
+/// The tolerance of a gate. `exp` differs in its last bits between builds.
+const GATE_TOLERANCE: f32 = 1e-5;
 
-/// Checks a record that stands at `position`.
+/// Checks that a record is consistent with itself, with its `position` in the trace, and with the header.
 ///
 /// # Errors
-/// Names layer, head and what does not fit.
+/// The reason, with position, layer and head.
 pub fn check(record: &Record, position: usize, header: &Header) -> Result<(), String> {
     if record.position as usize != position {
-        return Err(format!("position {} stands in place {position}", record.position));
+        return Err(format!("position {} is recorded as number {position}", record.position));
     }
     if record.generated != (position >= header.prompt_tokens) {
         return Err(format!(
@@ -33,18 +34,18 @@ pub fn check(record: &Record, position: usize, header: &Header) -> Result<(), St
     Ok(())
 }
 
-/// Whether `a` comes before `b` in a scan's order.
+/// Whether `a` comes before `b` in the order of the scan: ascending energy, ties by position.
 fn before(a: &Slot, b: &Slot, tie: TieBreak) -> bool {
     a.energy < b.energy
         || (a.energy == b.energy && a.key != b.key && (a.key < b.key) == (tie == TieBreak::First))
 }
 
-/// The slot of least compared energy.
-pub(super) fn nearest(slots: &[Slot], tie: TieBreak) -> Option<&Slot> {
-    slots.iter().reduce(|best, slot| {
-        let (a, b) = (best.compared(), slot.compared());
-        let earlier = (slot.key < best.key) == (tie == TieBreak::First);
-        if b < a || (b == a && earlier) { slot } else { best }
+/// The slot of least energy after the barrier; ties are decided by `tie`.
+pub(super) fn least_energy(slots: &[Slot], tie: TieBreak) -> Option<&Slot> {
+    slots.iter().reduce(|least, slot| {
+        let (a, b) = (least.compared(), slot.compared());
+        let precedes = (slot.key < least.key) == (tie == TieBreak::First);
+        if b < a || (b == a && precedes) { slot } else { least }
     })
 }
 
@@ -66,7 +67,7 @@ fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), 
             ));
         }
         if slot.lifted.is_some() && (layer.barrier.is_none() || !slot.protected) {
-            return Err(format!("candidate {} is lifted where nothing lifts it", slot.key));
+            return Err(format!("candidate {} is lifted although no barrier applies to it", slot.key));
         }
     }
     if let Some(pair) = row.slots.windows(2).find(|pair| !before(&pair[0], &pair[1], layer.tie)) {
@@ -75,7 +76,7 @@ fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), 
     if row.slots.iter().filter(|slot| !slot.protected).count() > layer.candidates {
         return Err(format!("more than {} candidates", layer.candidates));
     }
-    let winner = nearest(&row.slots, layer.tie).filter(|slot| !slot.rejected);
+    let winner = least_energy(&row.slots, layer.tie).filter(|slot| !slot.rejected);
     let selected = winner.map_or(-1, |slot| slot.key);
     if row.selected != selected {
         return Err(format!("{} is selected, but {selected} has the least energy", row.selected));
@@ -84,9 +85,9 @@ fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), 
     let rivals = row.slots.iter().filter(|slot| !slot.rejected && slot.key != selected);
     let least = rivals.map(Slot::compared).fold(f32::INFINITY, f32::min);
     let margin = if winner.is_some() { least - energy } else { f32::INFINITY };
-    for (name, found, stated) in [("energy", energy, row.energy), ("margin", margin, row.margin)] {
-        if found.to_bits() != stated.to_bits() {
-            return Err(format!("{name} {stated}, but the candidates give {found}"));
+    for (name, computed, stated) in [("energy", energy, row.energy), ("margin", margin, row.margin)] {
+        if computed.to_bits() != stated.to_bits() {
+            return Err(format!("{name} {stated}, but the candidates give {computed}"));
         }
     }
     let gate = match (winner, layer.gate, tau) {
@@ -98,7 +99,7 @@ fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), 
         _ => None,
     };
     match gate {
-        Some(gate) if row.gate.is_nan() || (row.gate - gate).abs() > GATE => {
+        Some(gate) if row.gate.is_nan() || (row.gate - gate).abs() > GATE_TOLERANCE => {
             return Err(format!("gate {}, but its formula gives {gate}", row.gate));
         }
         _ if !(0.0..=1.0).contains(&row.gate) => return Err(format!("gate {}", row.gate)),

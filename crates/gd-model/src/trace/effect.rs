@@ -1,4 +1,4 @@
-//! What an intervention changes: the same text read twice, once as it is and once with it.
+//! The effect of interventions on the predictions of a model.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
@@ -14,48 +14,48 @@ use crate::error::Result;
 use crate::infer::generate::check_prompt;
 use crate::model::pretrained::Loaded;
 
-/// Tokens that are listed.
-const TOP: usize = 8;
+/// The number of most probable tokens that are listed, before and after each.
+const TOP_TOKENS: usize = 8;
 
-/// Logits that are held at a time.
-const CHUNK: usize = 1 << 22;
+/// The maximal number of logits in memory at a time.
+const MAX_LOGITS: usize = 1 << 22;
 
-/// What interventions change in the reading of a text.
+/// The effect of interventions on the processing of a prompt.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Effect {
-    /// Divergence of the changed distribution of the token after the text from the unchanged one,
-    /// `sum p ln(p / p')`, nats.
+    /// The Kullback-Leibler divergence `sum p ln(p / p')` in nats of the distributions of the token after the prompt, `p`
+    /// without and `p'` with the interventions.
     pub kl: f64,
-    /// Half the sum of the absolute differences of the two.
+    /// The total variation distance of the two distributions, `sum |p - p'| / 2`.
     pub total_variation: f64,
-    /// The mean divergence over the first changed position and all after it, nats.
+    /// The mean Kullback-Leibler divergence in nats over the positions from `first` on.
     pub mean_kl: f64,
-    /// The first changed position.
+    /// The first position that an intervention changes.
     pub first: usize,
-    /// The likeliest tokens of either.
+    /// The most probable tokens after the prompt, without or with the interventions.
     pub tokens: Vec<Change>,
-    /// What the heads read that the interventions name.
+    /// The selections of the heads and queries that the interventions name.
     pub picks: Vec<Pick>,
-    /// Selections that differ, in all layers, heads and positions, those named not counted.
+    /// The number of changed selections in all layers, heads and positions, except those in `picks`.
     pub others: u64,
-    /// All selections.
+    /// The number of all selections.
     pub selections: u64,
 }
 
-/// The probability of a token after the text.
+/// The probability of a token after the prompt.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Change {
-    /// Its number.
+    /// The token id.
     pub token: u32,
-    /// Its text.
+    /// The text of the token.
     pub text: String,
-    /// Its probability without the interventions.
+    /// The probability without the interventions.
     pub before: f64,
-    /// And with them.
+    /// The probability with the interventions.
     pub after: f64,
 }
 
-/// What a head reads at a position.
+/// The selection of a head for a query.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Pick {
     /// The layer.
@@ -64,16 +64,16 @@ pub struct Pick {
     pub head: usize,
     /// The position of the query.
     pub query: usize,
-    /// The position read without the interventions; -1 nothing.
+    /// The position that is read without the interventions; -1 if the head abstains.
     pub before: i32,
-    /// And with them.
+    /// The position that is read with the interventions; -1 if the head abstains.
     pub after: i32,
 }
 
-/// Reads `prompt` with and without the interventions of `header`.
+/// Processes `prompt` with and without the interventions of `header` and compares the results.
 ///
 /// # Errors
-/// As [`super::record`].
+/// As [`super::record()`].
 pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device) -> Result<Effect> {
     check_prompt(&loaded.model, prompt)?;
     super::intervention::check(&header.interventions, &header.layers, prompt.len())?;
@@ -94,10 +94,10 @@ pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device)
     let first = header.interventions.iter().map(first).min().unwrap_or(0);
     let log_p = |hidden: &Tensor, start: usize, n: usize| -> candle_core::Result<Vec<Vec<f64>>> {
         let logits = loaded.model.logits(&hidden.narrow(0, start, n)?.unsqueeze(0)?)?.squeeze(0)?;
-        // On the host: Metal has no f64.
+        // On the CPU, because Metal has no f64.
         log_softmax(&logits.to_device(&Device::Cpu)?.to_dtype(DType::F64)?, 1)?.to_vec2()
     };
-    let step = (CHUNK / loaded.model.config().vocab_size).max(1);
+    let step = (MAX_LOGITS / loaded.model.config().vocab_size).max(1);
     let (mut sum, mut last) = (0.0, (Vec::new(), Vec::new()));
     for start in (first..prompt.len()).step_by(step) {
         let n = step.min(prompt.len() - start);
@@ -113,7 +113,7 @@ pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device)
         for ((layer, head), (row, now)) in heads.zip(rows.iter().zip(changed)) {
             selections += 1;
             let (before, after) = (row.selected, now.selected);
-            if header.interventions.iter().any(|i| i.concerns(layer, head, query)) {
+            if header.interventions.iter().any(|i| i.applies(layer, head, query)) {
                 picks.push(Pick { layer, head, query, before, after });
             } else if before != after {
                 others += 1;
@@ -132,17 +132,18 @@ pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device)
     })
 }
 
-/// `sum p ln(p / q)` of log-probabilities.
+/// The Kullback-Leibler divergence `sum p ln(p / q)` of distributions given by their log-probabilities.
 fn divergence(p: &[f64], q: &[f64]) -> f64 {
     p.iter().zip(q).filter(|(p, _)| p.is_finite()).map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
 }
 
+/// The most probable tokens of both distributions, given by their log-probabilities, in descending order of `p`.
 fn tokens(loaded: &Loaded, p: &[f64], q: &[f64]) -> Result<Vec<Change>> {
     let mut listed = Vec::new();
     for row in [p, q] {
         let mut order: Vec<usize> = (0..row.len()).collect();
         order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
-        listed.extend(order.into_iter().take(TOP));
+        listed.extend(order.into_iter().take(TOP_TOKENS));
     }
     listed.sort_by(|&a, &b| p[b].total_cmp(&p[a]).then(a.cmp(&b)));
     listed.dedup();
@@ -158,10 +159,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn divergence_of_known_distributions() {
+    fn the_divergence_of_two_distributions_follows_its_formula() {
         let logs = |p: &[f64]| p.iter().map(|p| p.ln()).collect::<Vec<_>>();
-        let found = divergence(&logs(&[0.5, 0.5, 0.0]), &logs(&[0.25, 0.5, 0.25]));
-        assert!((found - 0.5 * 2f64.ln()).abs() < 1e-12, "{found}");
+        let actual = divergence(&logs(&[0.5, 0.5, 0.0]), &logs(&[0.25, 0.5, 0.25]));
+        assert!((actual - 0.5 * 2f64.ln()).abs() < 1e-12, "{actual}");
         assert_eq!(divergence(&logs(&[0.3, 0.7]), &logs(&[0.3, 0.7])), 0.0);
     }
 }

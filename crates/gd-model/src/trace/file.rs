@@ -1,16 +1,17 @@
-//! A trace on disk.
+//! The file format of traces. Integers are little-endian.
 //!
-//! | bytes | |
+//! | bytes | content |
 //! |---|---|
-//! | `GDTRACE1` | |
-//! | u32 n, n bytes | the header, JSON |
-//! | blocks of u32 raw, u32 stored, stored bytes | zstd of raw bytes: records, each a u32 length and its bytes |
-//! | u32 0 | no more blocks |
+//! | `GDTRACE1` | magic number |
+//! | u32 n, n bytes | the header as JSON |
+//! | blocks of u32 raw, u32 stored, stored bytes | zstd frame of `raw` bytes of records, each a u32 length and its bytes |
+//! | u32 0 | end of the blocks |
 //! | u64 count, chain, root, head | the hashes of [`Seal`], 32 bytes each |
-//! | u8 0, or 1, key, signature | Ed25519 over the head: 32 bytes of public key, 64 of signature |
-//! | 32 bytes | BLAKE3 of everything before |
+//! | u8 0, or u8 1, key, signature | no signature, or Ed25519 over the head: 32 bytes public key, 64 bytes signature |
+//! | 32 bytes | BLAKE3 of all preceding bytes |
 //!
-//! The last hash finds any damage to the file; the others bind the records, whatever they were stored in.
+//! The last hash detects damage to the file. The hashes of [`Seal`] depend on the header and the records only, not on their
+//! compression.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -25,44 +26,47 @@ use crate::error::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"GDTRACE1";
 
-/// Bytes of records that are compressed together.
-const BLOCK: usize = 1 << 18;
+/// The size from which on a block of records is compressed and written.
+const BLOCK_BYTES: usize = 1 << 18;
 
-/// Beyond this a block is damage, not data: a record has at most a text and 256 candidates for each head.
-const LARGEST_BLOCK: usize = 1 << 26;
+/// The maximal size of a block before compression; larger ones are refused as damaged. A block exceeds [`BLOCK_BYTES`] by
+/// less than one record, which has at most 255 candidates per head.
+const MAX_BLOCK_BYTES: usize = 1 << 26;
 
-const LEVEL: i32 = 1;
+/// The compression level of zstd.
+const COMPRESSION_LEVEL: i32 = 1;
 
-/// Writes a trace, record by record.
+/// Writes a trace record by record.
 pub struct Writer<'a> {
     path: PathBuf,
     out: &'a mut dyn Write,
-    whole: blake3::Hasher,
+    /// The hash of all bytes written so far.
+    file_hash: blake3::Hasher,
     chain: Chain,
     block: Vec<u8>,
 }
 
 impl<'a> Writer<'a> {
-    /// Starts a trace that goes to `out`; `path` is for messages.
+    /// Writes the header of a trace to `out`. `path` is used in error messages only.
     ///
     /// # Errors
-    /// What writing reports.
+    /// [`Error::Unwritable`] with the path and the system's reason.
     pub fn new(path: &Path, out: &'a mut dyn Write, header: &Header) -> Result<Self> {
         let text = serde_json::to_vec(header)
-            .map_err(|e| Error::Invalid(format!("the header does not fit JSON: {e}")))?;
+            .map_err(|e| Error::Invalid(format!("the header cannot be written as JSON: {e}")))?;
         let chain = Chain::new(&text);
         let mut writer =
-            Self { path: path.into(), out, whole: blake3::Hasher::new(), chain, block: Vec::new() };
+            Self { path: path.into(), out, file_hash: blake3::Hasher::new(), chain, block: Vec::new() };
         writer.put(MAGIC)?;
         writer.put(&length(text.len())?)?;
         writer.put(&text)?;
         Ok(writer)
     }
 
-    /// Takes the next record.
+    /// Appends a record.
     ///
     /// # Errors
-    /// A record too large for its fields, or what writing reports.
+    /// As [`Record::encode`], or [`Error::Unwritable`].
     pub fn push(&mut self, record: &Record) -> Result<()> {
         let at = self.block.len();
         self.block.extend([0; 4]);
@@ -71,13 +75,13 @@ impl<'a> Writer<'a> {
         self.chain.push(bytes);
         let size = length(bytes.len())?;
         self.block[at..at + 4].copy_from_slice(&size);
-        if self.block.len() >= BLOCK { self.flush() } else { Ok(()) }
+        if self.block.len() >= BLOCK_BYTES { self.flush() } else { Ok(()) }
     }
 
-    /// Writes the hashes that seal the trace, without a signature.
+    /// Writes the end of the trace without a signature, and returns its hashes.
     ///
     /// # Errors
-    /// Names the file that cannot be written.
+    /// [`Error::Unwritable`].
     pub fn finish(mut self) -> Result<Seal> {
         self.flush()?;
         let seal = self.chain.seal();
@@ -85,10 +89,10 @@ impl<'a> Writer<'a> {
         Ok(seal)
     }
 
-    /// Writes the hashes that seal the trace, with the Ed25519 signature of its head by `key`.
+    /// Writes the end of the trace with the Ed25519 signature of its head by `key`, and returns its hashes.
     ///
     /// # Errors
-    /// Names the file that cannot be written.
+    /// [`Error::Unwritable`].
     #[cfg(feature = "sign")]
     pub fn finish_signed(mut self, key: &SigningKey) -> Result<Seal> {
         self.flush()?;
@@ -100,7 +104,7 @@ impl<'a> Writer<'a> {
         Ok(seal)
     }
 
-    /// Writes the end of the file: count and hashes, the signature's kind and bytes, and the hash of the file.
+    /// Writes the end of the file: end of the blocks, count and hashes, `signature` with its leading kind, hash of the file.
     fn end(&mut self, seal: &Seal, signature: &[u8]) -> Result<()> {
         let mut end = length(0)?.to_vec();
         end.extend(seal.count.to_le_bytes());
@@ -109,8 +113,8 @@ impl<'a> Writer<'a> {
         }
         end.extend(signature);
         self.put(&end)?;
-        let whole = *self.whole.finalize().as_bytes();
-        self.put(&whole)
+        let file_hash = *self.file_hash.finalize().as_bytes();
+        self.put(&file_hash)
     }
 
     fn flush(&mut self) -> Result<()> {
@@ -118,7 +122,8 @@ impl<'a> Writer<'a> {
             return Ok(());
         }
         let raw = std::mem::take(&mut self.block);
-        let stored = zstd::bulk::compress(&raw, LEVEL).map_err(|e| Error::write(&self.path, e))?;
+        let stored =
+            zstd::bulk::compress(&raw, COMPRESSION_LEVEL).map_err(|e| Error::write(&self.path, e))?;
         self.put(&length(raw.len())?)?;
         self.put(&length(stored.len())?)?;
         self.put(&stored)?;
@@ -128,52 +133,55 @@ impl<'a> Writer<'a> {
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.whole.update(bytes);
+        self.file_hash.update(bytes);
         self.out.write_all(bytes).map_err(|e| Error::write(&self.path, e))
     }
 }
 
+/// A length as little-endian u32.
 fn length(n: usize) -> Result<[u8; 4]> {
-    let n = u32::try_from(n).map_err(|_| Error::Invalid(format!("a part of {n} bytes in a trace")))?;
+    let n = u32::try_from(n).map_err(|_| {
+        Error::Invalid(format!("a part of a trace has {n} bytes; the maximum is {}", u32::MAX))
+    })?;
     Ok(n.to_le_bytes())
 }
 
-/// A signature.
+/// The signature of a trace.
 #[derive(Debug, Clone, Copy)]
 pub struct Signed {
-    /// Who signed: an Ed25519 public key.
+    /// The Ed25519 public key of the signer.
     pub key: Hash,
     /// The Ed25519 signature of the head.
     pub signature: [u8; 64],
 }
 
-/// A trace as its file has it: sound, but not yet verified.
+/// The content of a trace file whose file hash matches. [`verify`](super::verify) checks the records.
 #[derive(Debug)]
 pub struct Trace {
-    /// Where it lies.
+    /// The path of the file, for error messages.
     pub path: PathBuf,
-    /// Its header.
+    /// The header.
     pub header: Header,
-    /// The hashes that the file states.
+    /// The hashes that are stored in the file.
     pub stated: Seal,
-    /// Its signature, if it has one.
+    /// The signature, if there is one.
     pub signed: Option<Signed>,
-    /// The header's bytes.
+    /// The bytes of the header, which the chain starts with.
     header_bytes: Vec<u8>,
-    /// The records, each a u32 length and its bytes.
+    /// The records without compression, each a u32 length and its bytes.
     pub bytes: Vec<u8>,
 }
 
 impl Trace {
-    /// Reads a trace.
+    /// Reads a trace file.
     ///
     /// # Errors
-    /// A file that cannot be read, is no trace, or is damaged: the place and the reason.
+    /// [`Error::Missing`] or [`Error::Unreadable`]; [`Error::Foreign`] for another format; [`Error::Damaged`] with the reason.
     pub fn read(path: &Path) -> Result<Self> {
         Self::from_bytes(path, &std::fs::read(path).map_err(|e| Error::read(path, "trace", e))?)
     }
 
-    /// The trace that these bytes are; `path` is for messages.
+    /// Decodes the bytes of a trace file. `path` is used in error messages only.
     ///
     /// # Errors
     /// As [`Trace::read`].
@@ -183,11 +191,11 @@ impl Trace {
             return Err(Error::Foreign { path: path.into(), kind: "trace", reason });
         }
         let damaged = |reason: String| Error::Damaged { path: path.into(), reason };
-        let Some((body, whole)) = file.split_last_chunk::<32>() else {
+        let Some((body, file_hash)) = file.split_last_chunk::<32>() else {
             return Err(damaged(format!("{} bytes", file.len())));
         };
-        if blake3::hash(body).as_bytes() != whole {
-            return Err(damaged("the hash of the file does not fit its content".into()));
+        if blake3::hash(body).as_bytes() != file_hash {
+            return Err(damaged("the hash of the file does not match its content".into()));
         }
         Self::parse(path, &body[MAGIC.len()..]).map_err(damaged)
     }
@@ -204,17 +212,17 @@ impl Trace {
             if raw == 0 {
                 break;
             }
-            if raw > LARGEST_BLOCK {
+            if raw > MAX_BLOCK_BYTES {
                 return Err(format!("a block of {raw} bytes"));
             }
             let size = word(at)?;
             let before = bytes.len();
             let reader = zstd::stream::read::Decoder::new(take(at, size)?).map_err(|e| e.to_string())?;
-            // One byte more than announced shows that there is more.
+            // Reading one more byte detects a block that is longer than stated.
             let read = reader.take(raw as u64 + 1).read_to_end(&mut bytes);
             read.map_err(|e| format!("a block does not decompress: {e}"))?;
             if bytes.len() - before != raw {
-                return Err(format!("a block of other than the {raw} bytes announced"));
+                return Err(format!("a block does not have the stated {raw} bytes"));
             }
         }
         let count = u64::from_le_bytes(array(at)?);
@@ -225,7 +233,7 @@ impl Trace {
             [other] => return Err(format!("a signature of kind {other}")),
         };
         if !at.is_empty() {
-            return Err(format!("{} bytes behind the end", at.len()));
+            return Err(format!("{} bytes after the end", at.len()));
         }
         let stated = Seal { count, chain, root, head };
         Ok(Self { path: path.into(), header, stated, signed, header_bytes, bytes })
@@ -234,7 +242,7 @@ impl Trace {
     /// The bytes of every record.
     ///
     /// # Errors
-    /// A length beyond the end.
+    /// [`Error::Damaged`] for a record that is longer than the rest of the data.
     pub fn records(&self) -> impl Iterator<Item = Result<&[u8]>> {
         let mut rest = self.bytes.as_slice();
         std::iter::from_fn(move || {
@@ -249,7 +257,7 @@ impl Trace {
         })
     }
 
-    /// The hashes of what the file holds.
+    /// Computes the hashes of the header and the records.
     ///
     /// # Errors
     /// As [`Trace::records`].
@@ -261,9 +269,9 @@ impl Trace {
         Ok(chain.seal())
     }
 
-    /// Whether the trace is signed, and the signature is that of its key over `head`.
+    /// Whether the trace has a signature, and the signature of `head` by its key is valid.
     #[cfg(feature = "sign")]
-    pub fn signature_fits(&self, head: &Hash) -> bool {
+    pub fn signature_is_valid(&self, head: &Hash) -> bool {
         self.signed.is_some_and(|Signed { key, signature }| {
             let key = VerifyingKey::from_bytes(&key);
             key.is_ok_and(|key| key.verify_strict(head, &Signature::from_bytes(&signature)).is_ok())
@@ -271,10 +279,11 @@ impl Trace {
     }
 }
 
+/// Removes the first `n` bytes.
 fn take<'a>(rest: &mut &'a [u8], n: usize) -> std::result::Result<&'a [u8], String> {
     let left = rest.len();
     let (head, tail) =
-        rest.split_at_checked(n).ok_or_else(|| format!("{n} bytes are announced, {left} are left"))?;
+        rest.split_at_checked(n).ok_or_else(|| format!("{n} bytes are stated, {left} are left"))?;
     *rest = tail;
     Ok(head)
 }

@@ -1,4 +1,4 @@
-//! What holds for a whole trace.
+//! The header of a trace: the model, the input, the backend and the settings of the layers.
 
 use candle_core::Device;
 use gd_kernels::{Barrier, Estimator, Gate, Isa, Score, TieBreak};
@@ -10,95 +10,95 @@ use crate::error::{Error, Result};
 use crate::infer::sampler::Sampling;
 use crate::model::pretrained::Loaded;
 
-/// What a trace file calls itself, and the version of its layout.
+/// The name and version of the format.
 pub const FORMAT: (&str, u32) = ("gd-trace", 1);
 
-/// The most heads, rounds or candidates of a layer; beyond is damage.
-const MOST: usize = 1 << 16;
+/// The maximal number of heads, rounds and candidates of a layer; larger ones are refused as damaged.
+const MAX_COUNT: usize = 1 << 16;
 
-/// What holds for a whole trace: what was run on what, and how.
+/// The header of a trace.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Header {
-    /// `gd-trace`.
+    /// The name of the format, `gd-trace`.
     pub format: String,
-    /// 1.
+    /// The version of the format, 1.
     pub version: u32,
-    /// The version of the program.
+    /// The version of this crate.
     pub gd: String,
     /// The model.
     pub model: Model,
-    /// Hash of the prompt's tokens, little-endian u32s.
+    /// The hash of the tokens of the prompt as little-endian u32.
     pub input: String,
-    /// Tokens of the prompt.
+    /// The number of tokens of the prompt.
     pub prompt_tokens: usize,
     /// `cpu`, `cuda` or `metal`.
     pub device: String,
-    /// The CPU's instruction set, or the name of the device's architecture.
+    /// The instruction set of the CPU kernels; empty on other devices.
     pub isa: String,
-    /// What the model computes in.
+    /// The dtype of the computation.
     pub precision: String,
-    /// How tokens were drawn; none if none was.
+    /// The sampling parameters; `None` if no tokens were generated.
     pub sampling: Option<Sampling>,
-    /// The seed of the draws.
+    /// The seed of the sampling.
     pub seed: u64,
-    /// What was forced, banned or silenced.
+    /// The interventions during the run.
     pub interventions: Vec<Intervention>,
-    /// Every layer of the model.
+    /// All layers of the model.
     pub layers: Vec<Layer>,
 }
 
-/// A model by its hashes.
+/// The hashes that identify a model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
-    /// The name of its folder or file, for readers: nothing depends on it.
+    /// The name of the folder or file of the model. Verification ignores it.
     pub name: String,
-    /// Hash of the parameters: names, shapes, types and values, as loaded.
+    /// The hash of the loaded parameters: names, shapes, dtypes and values.
     pub weights: String,
-    /// Hash of `config.json`, keys in order.
+    /// The hash of `config.json` with sorted keys.
     pub config: String,
-    /// Hash of `tokenizer.json`.
+    /// The hash of `tokenizer.json`.
     pub tokenizer: String,
 }
 
-/// A layer.
+/// The settings of a layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layer {
-    /// Its number.
+    /// The index of the layer.
     pub layer: usize,
     /// `gd` or `softmax`.
     pub mechanism: Mechanism,
-    /// Whether each head reads one position, so that there is something to record.
+    /// Whether each head reads at most one position per round. Only these layers are recorded.
     pub selects: bool,
-    /// Query heads.
+    /// The number of query heads.
     pub heads: usize,
-    /// Candidates per query, protected ones not counted.
+    /// The number of candidates per query, without additional protected ones.
     pub candidates: usize,
-    /// Rounds of selection.
+    /// The number of rounds of selection.
     pub rounds: usize,
     /// How keys are scored.
     pub score: Score,
-    /// Which of equals wins.
+    /// Which of several keys with equal energy wins.
     pub tie: TieBreak,
-    /// What scales the value.
+    /// The gate that multiplies the selected value.
     pub gate: Gate,
-    /// Threshold per head; none where the heads have none.
+    /// The threshold of each head; `None` if the heads have none.
     pub threshold: Option<Vec<f32>>,
     /// The barrier, if there is one.
     pub barrier: Option<Barrier>,
-    /// Whether the Beacon adds running averages to the heads.
+    /// Whether the Beacon adds running averages to the outputs of the heads.
     pub memory: bool,
 }
 
-/// A hash as traces write it.
+/// The BLAKE3 hash in the notation of the header, `blake3:` and hexadecimal digits.
 pub(super) fn hash(bytes: &[u8]) -> String {
     format!("blake3:{}", blake3::hash(bytes).to_hex())
 }
 
 impl Model {
-    /// Hashes a model.
+    /// Computes the hashes of a model.
     ///
     /// # Errors
     /// Parameters that cannot be read from their device.
@@ -111,7 +111,7 @@ impl Model {
         })
     }
 
-    /// The first part in which another model differs.
+    /// The first of `weights`, `config` and `tokenizer` whose hashes differ; `None` if all are equal.
     pub fn differs(&self, other: &Self) -> Option<&'static str> {
         [
             ("weights", &self.weights, &other.weights),
@@ -124,15 +124,16 @@ impl Model {
 }
 
 impl Header {
-    /// The header of a run over `prompt`.
+    /// The header of a run over `prompt`. `name` is the name of the model, `sampling` the parameters and the seed of the
+    /// sampling if tokens are generated.
     ///
     /// # Errors
-    /// A model without a selecting layer.
+    /// [`Error::Invalid`] for a model without a layer that selects single positions; an error of the device.
     pub fn new(
         loaded: &Loaded,
         name: &str,
         prompt: &[u32],
-        draws: Option<(Sampling, u64)>,
+        sampling: Option<(Sampling, u64)>,
         interventions: &[Intervention],
         device: &Device,
     ) -> Result<Self> {
@@ -152,25 +153,28 @@ impl Header {
             device,
             isa,
             precision: "f32".into(),
-            sampling: draws.map(|d| d.0),
-            seed: draws.map_or(0, |d| d.1),
+            sampling: sampling.map(|(sampling, _)| sampling),
+            seed: sampling.map_or(0, |(_, seed)| seed),
             interventions: interventions.to_vec(),
             layers,
         })
     }
 
-    /// Checks a header that was read against itself.
+    /// Checks that a header from a file is consistent.
     pub(super) fn check(&self) -> std::result::Result<(), String> {
         let (name, version) = FORMAT;
         if (self.format.as_str(), self.version) != FORMAT {
-            return Err(format!("{} {}, where {name} {version} is known", self.format, self.version));
+            return Err(format!(
+                "{} {} is not supported (supported: {name} {version})",
+                self.format, self.version
+            ));
         }
         for (i, layer) in self.layers.iter().enumerate() {
             let Layer { heads, rounds, candidates, .. } = *layer;
             let counts = [heads, rounds, candidates];
-            if layer.layer != i || counts.iter().any(|n| !(1..=MOST).contains(n)) {
+            if layer.layer != i || counts.iter().any(|n| !(1..=MAX_COUNT).contains(n)) {
                 return Err(format!(
-                    "layer {} in place {i} has {heads} heads, {rounds} rounds, {candidates} candidates",
+                    "layer {} at index {i} has {heads} heads, {rounds} rounds, {candidates} candidates",
                     layer.layer
                 ));
             }
@@ -179,29 +183,29 @@ impl Header {
             }
         }
         if self.prompt_tokens == 0 || !self.layers.iter().any(|layer| layer.selects) {
-            return Err(format!("{} tokens of a prompt, or no layer that selects", self.prompt_tokens));
+            return Err(format!("a prompt of {} tokens, or no layer that selects", self.prompt_tokens));
         }
         Ok(())
     }
 
-    /// The layers that select, first to last.
+    /// The layers that select, in order.
     pub fn selecting(&self) -> impl Iterator<Item = &Layer> {
         self.layers.iter().filter(|layer| layer.selects)
     }
 
-    /// Heads of all selecting layers.
+    /// The number of heads of all selecting layers, which is the number of rows of a record.
     pub fn rows(&self) -> usize {
         self.selecting().map(|layer| layer.heads).sum()
     }
 
-    /// Whether the same program computes on the same kind of machine, so that all bits are to be equal.
+    /// Whether version, device, instruction set and dtype are equal, so that all bits must be equal.
     pub fn same_backend(&self, other: &Self) -> bool {
         let of = |h: &Self| (h.gd.clone(), h.device.clone(), h.isa.clone(), h.precision.clone());
         of(self) == of(other)
     }
 }
 
-/// Device and instruction set that a run computes with.
+/// The device and the instruction set.
 fn backend(device: &Device) -> (String, String) {
     match device {
         Device::Cpu => ("cpu".into(), format!("{:?}", Isa::available()[0])),
@@ -210,7 +214,7 @@ fn backend(device: &Device) -> (String, String) {
     }
 }
 
-/// Why there is nothing to trace in a model.
+/// The error text for a model without a selecting layer.
 fn none_selects(config: &ModelConfig) -> String {
     let gd = (0..config.num_hidden_layers).filter(|&i| config.mechanism(i) == Mechanism::Gd).count();
     let how = match gd {

@@ -1,4 +1,5 @@
-//! What is done to a head to see what it causes: a pick proves what a head read, not that it mattered.
+//! Interventions on the selection of single heads. They show the effect of a selection on the predictions: a record alone
+//! only shows what a head read.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,46 +9,55 @@ use gd_kernels::{CANDIDATES, Candidates};
 use gd_layer::CandidateView;
 use serde::{Deserialize, Serialize};
 
-/// A change to what one head may select: `LAYER.HEAD[@QUERY]:POSITION` where one is forced or banned,
-/// `LAYER.HEAD[@QUERY]` where the head is silenced. QUERY is a position, or `all`; if left out the last one of
-/// the prompt.
+/// An intervention on one head. The text form is `force LAYER.HEAD[@QUERY]:POSITION`, `ban LAYER.HEAD[@QUERY]:POSITION` or
+/// `ablate LAYER.HEAD[@QUERY]`. QUERY is a position or `all`, and by default the last position of the prompt.
+///
+/// ```
+/// use gd_model::trace::{Act, Intervention, Query};
+///
+/// let intervention: Intervention = "ban 2.5@17:1".parse()?;
+/// assert_eq!((intervention.layer, intervention.head), (2, 5));
+/// assert_eq!((intervention.act, intervention.query), (Act::Ban(1), Query::At(17)));
+/// # Ok::<(), String>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Intervention {
-    /// What is done.
+    /// The kind of intervention.
     pub act: Act,
     /// The layer.
     pub layer: usize,
     /// The query head.
     pub head: usize,
-    /// At which positions.
+    /// The queries that it applies to.
     pub query: Query,
 }
 
-/// What is done.
+/// A kind of intervention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Act {
-    /// The head reads this position. It counts as consistent: its energy is taken for the threshold at most.
+    /// The head reads this position. Its energy is reduced to the threshold if it is higher, so that the threshold admits
+    /// it.
     Force(usize),
-    /// The head chooses as if this position were not there.
+    /// The head selects as if this position were not visible.
     Ban(usize),
-    /// The head reads nothing. The Beacon's running averages stay.
+    /// The head abstains. The running averages of the Beacon do not change.
     Ablate,
 }
 
-/// At which positions.
+/// The queries of an intervention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Query {
-    /// The last of the prompt.
+    /// The last position of the prompt.
     Last,
-    /// This one.
+    /// This position.
     At(usize),
-    /// All, where the position that is forced or banned is seen.
+    /// All positions. [`Act::Force`] applies only to those that see the forced position.
     All,
 }
 
 impl Act {
-    /// The act of this name, on the position where it has one.
+    /// The kind of this name with its position, if it has one.
     fn parse(name: &str, position: Option<usize>) -> std::result::Result<Self, String> {
         match (name, position) {
             ("force", Some(position)) => Ok(Self::Force(position)),
@@ -55,20 +65,20 @@ impl Act {
             ("ablate", None) => Ok(Self::Ablate),
             ("force" | "ban", None) => Err(format!("{name} needs a position: LAYER.HEAD[@QUERY]:POSITION")),
             ("ablate", Some(_)) => Err("ablate takes no position: LAYER.HEAD[@QUERY]".into()),
-            _ => Err(format!("`{name}` is none of force, ban, ablate")),
+            _ => Err(format!("`{name}` is not one of force, ban, ablate")),
         }
     }
 }
 
 impl Intervention {
-    /// From its name and its place, as on the command line.
+    /// Parses the name of an intervention and the text after it, such as `ban` and `2.5@17:1`.
     ///
     /// # Errors
-    /// Says what was expected.
+    /// The part that is invalid, and the expected format.
     pub fn parse(name: &str, place: &str) -> std::result::Result<Self, String> {
         let number = |text: &str| {
             let wrong =
-                |_| format!("`{text}` in `{place}` is no number; expected LAYER.HEAD[@QUERY][:POSITION]");
+                |_| format!("`{text}` in `{place}` is not a number; expected LAYER.HEAD[@QUERY][:POSITION]");
             text.parse::<usize>().map_err(wrong)
         };
         let (head, position) = match place.split_once(':') {
@@ -86,22 +96,22 @@ impl Intervention {
         Ok(Self { act: Act::parse(name, position)?, layer: number(layer)?, head: number(head)?, query })
     }
 
-    /// The same with the last position of a prompt of `tokens` tokens by its number.
-    pub fn placed(self, tokens: usize) -> Self {
+    /// Replaces [`Query::Last`] by the last position of a prompt of `tokens` tokens.
+    pub fn with_position(self, tokens: usize) -> Self {
         match self.query {
             Query::Last => Self { query: Query::At(tokens.saturating_sub(1)), ..self },
             _ => self,
         }
     }
 
-    /// Whether it holds for a query.
-    pub(super) fn concerns(&self, layer: usize, head: usize, position: usize) -> bool {
-        let here = match self.query {
+    /// Whether it applies to the query at `position` of a head.
+    pub(super) fn applies(&self, layer: usize, head: usize, position: usize) -> bool {
+        let matches = match self.query {
             Query::At(query) => query == position,
             Query::All => true,
             Query::Last => false,
         };
-        here && (self.layer, self.head) == (layer, head)
+        matches && (self.layer, self.head) == (layer, head)
     }
 }
 
@@ -126,7 +136,9 @@ impl FromStr for Intervention {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let (name, place) = text.split_once(' ').ok_or_else(|| format!("`{text}` names no act and place"))?;
+        let (name, place) = text
+            .split_once(' ')
+            .ok_or_else(|| format!("`{text}` is not the name and the target of an intervention"))?;
         Self::parse(name, place)
     }
 }
@@ -145,21 +157,22 @@ impl From<Intervention> for String {
     }
 }
 
-/// How many candidates a layer that keeps `own` scans for, so that as many are left without the banned ones.
-pub(super) fn wanted(all: &[Intervention], layer: usize, own: usize) -> usize {
+/// The number of candidates that a layer with `configured` candidates must scan for, so that `configured` are left after the
+/// banned ones are removed.
+pub(super) fn scanned_candidates(all: &[Intervention], layer: usize, configured: usize) -> usize {
     let bans = |i: &&Intervention| i.layer == layer && matches!(i.act, Act::Ban(_));
-    let needed = own + all.iter().filter(bans).count();
-    if needed == own {
-        return own;
+    let needed = configured + all.iter().filter(bans).count();
+    if needed == configured {
+        return configured;
     }
-    CANDIDATES.into_iter().find(|&k| k >= needed).unwrap_or(own)
+    CANDIDATES.into_iter().find(|&k| k >= needed).unwrap_or(configured)
 }
 
-/// The candidates of one sequence with the interventions of a layer; query 0 stands at position `start`.
+/// Applies the interventions of a layer to the candidates of one sequence, whose query 0 is at position `start`.
 pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> Result<Candidates> {
     let layer = view.layer;
-    let here: Vec<_> = all.iter().filter(|i| i.layer == layer).copied().collect();
-    if here.is_empty() {
+    let of_layer: Vec<_> = all.iter().filter(|i| i.layer == layer).copied().collect();
+    if of_layer.is_empty() {
         return Ok(view.candidates);
     }
     let (_, heads, n, slots) = view.candidates.index.dims4()?;
@@ -173,7 +186,7 @@ pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> 
         let mut flags = flags.as_mut().map(|f| &mut f[row * slots..][..slots]);
         let position = start + i;
         let mut forced = None;
-        for intervention in here.iter().filter(|x| x.concerns(layer, h, position)) {
+        for intervention in of_layer.iter().filter(|x| x.applies(layer, h, position)) {
             match intervention.act {
                 Act::Ablate => keys.fill(-1),
                 Act::Ban(key) => keys.iter_mut().filter(|k| **k == key as i32).for_each(|k| *k = -1),
@@ -192,7 +205,7 @@ pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> 
                 flags.fill(0);
             }
         }
-        // Those that a layer with its own number of candidates would not have kept.
+        // Removes the additional candidates that the layer would not have had without the larger scan.
         let left = keys.iter_mut().enumerate().filter(|(_, key)| **key >= 0);
         for (_, (slot, key)) in left.enumerate().filter(|(rank, _)| *rank >= view.configured) {
             if flags.as_ref().is_none_or(|f| f[slot] == 0) {
@@ -211,7 +224,7 @@ pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> 
     })
 }
 
-/// Moves the candidates that are left to the front, and pads behind them.
+/// Moves the remaining candidates to the front and fills the other slots with padding.
 fn pack(keys: &mut [i32], energies: &mut [f32], mut flags: Option<&mut [u8]>) {
     let mut to = 0;
     for from in 0..keys.len() {
@@ -231,10 +244,10 @@ fn pack(keys: &mut [i32], energies: &mut [f32], mut flags: Option<&mut [u8]>) {
     }
 }
 
-/// Checks interventions against a model of `heads` heads in each of its selecting layers.
+/// Checks that layers, heads and positions of the interventions exist, for a prompt of `tokens` tokens.
 ///
 /// # Errors
-/// Names the layer, head or position that is not there.
+/// [`crate::Error::Invalid`] names the intervention and the layer, head or position that does not exist.
 pub(super) fn check(
     all: &[Intervention],
     layers: &[super::header::Layer],
@@ -258,8 +271,8 @@ pub(super) fn check(
             Query::At(query) => Some(query),
             Query::Last | Query::All => None,
         };
-        if let Some(beyond) = [position, query].into_iter().flatten().find(|&p| p >= tokens) {
-            return fail(format!("position {beyond} of a text of {tokens} tokens"));
+        if let Some(position) = [position, query].into_iter().flatten().find(|&p| p >= tokens) {
+            return fail(format!("position {position} of a text of {tokens} tokens"));
         }
     }
     Ok(())
@@ -270,7 +283,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_read_as_they_are_written() {
+    fn interventions_parse_as_they_are_displayed() {
         for text in ["force 1.2:5", "force 0.3@17:0", "ban 2.1@all:9", "ablate 10.11", "ablate 0.0@4"] {
             let intervention: Intervention = text.parse().unwrap();
             assert_eq!(intervention.to_string(), text);
@@ -281,11 +294,11 @@ mod tests {
             assert!(text.parse::<Intervention>().is_err(), "{text}");
         }
         let last: Intervention = "ban 1.2:5".parse().unwrap();
-        assert_eq!(last.placed(9).to_string(), "ban 1.2@8:5");
+        assert_eq!(last.with_position(9).to_string(), "ban 1.2@8:5");
     }
 
     #[test]
-    fn what_is_left_moves_to_the_front_in_order() {
+    fn remaining_candidates_move_to_the_front_in_order() {
         let (mut keys, mut energies) = ([3, -1, 5, -1, 2], [0.1, 0.2, 0.3, 0.4, 0.5]);
         let mut flags = [0, 1, 1, 0, 0];
         pack(&mut keys, &mut energies, Some(&mut flags));

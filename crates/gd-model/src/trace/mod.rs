@@ -1,9 +1,11 @@
-//! Provenance: of every token, layer and head the one position that was read, or that nothing was; recorded while
-//! the model runs, bound by hashes, and checked by running it again.
+//! Provenance: a trace records for every token, layer and head the position that was read, or that the head abstained. It is
+//! protected by a hash chain and can be verified by a replay with the model.
 //!
-//! A chain of hashes proves that records belong together and that none was changed, left out or added since its
-//! head was kept or signed. It does not stop whoever owns the file from writing all of it anew with another head:
-//! what shows that is a head kept elsewhere, a signature, or a replay with the model.
+//! The hash chain proves that no record was changed, removed or added since its head was stored or signed. It cannot
+//! prevent the owner of a file from writing a new trace with another head. This is detected by a head that was stored
+//! elsewhere, by a signature, or by the replay.
+//!
+//! The following example records what every head of every layer reads for each token of a prompt.
 //!
 //! ```
 //! use candle_core::{DType, Device};
@@ -19,7 +21,6 @@
 //! let model = Transformer::new(&Recipe::load("tiny")?.model, params.frozen())?;
 //! let loaded = Loaded::new(model, params, Tokenizer::bytes()?);
 //!
-//! // What every head of every layer reads for each token of a prompt.
 //! let prompt = loaded.tokenizer.encode("Call me")?;
 //! let header = Header::new(&loaded, "untrained", &prompt, None, &[], &device)?;
 //! let mut records = Vec::new();
@@ -28,7 +29,7 @@
 //!     Ok(())
 //! })?;
 //! assert_eq!((records.len(), records[0].rows.len()), (7, 4 * 8));
-//! // The first token sees itself alone.
+//! // The first token sees only itself.
 //! assert!(records[0].rows.iter().all(|row| row.selected == 0));
 //! # Ok::<(), gd_model::Error>(())
 //! ```
@@ -57,39 +58,39 @@ pub use run::{Continuation, record, replay};
 
 use crate::error::{Error, Result};
 
-/// What [`verify`] has found to hold.
+/// A verified trace.
 #[derive(Debug, Clone)]
 pub struct Verified {
-    /// The hashes.
+    /// The hashes of the trace.
     pub seal: Seal,
     /// The records.
     pub records: Vec<Record>,
 }
 
-/// Checks a trace without its model: order, chain, root, head, signature, and of every selection that it is the
-/// least of its candidates by the margin that is stated. `kept` is the head that it is to have, `signer` the key
-/// that is to have signed it.
+/// Verifies a trace without the model: the order of the records, chain, root, head, signature, and that each selection has
+/// the least energy of its candidates with the recorded margin. If `expected_head` is given, the head must be equal to it;
+/// if `signer` is given, the trace must be signed by this Ed25519 public key.
 ///
 /// # Errors
-/// The first thing that does not hold.
-pub fn verify(trace: &Trace, kept: Option<Hash>, signer: Option<Hash>) -> Result<Verified> {
+/// [`Error::Damaged`] with the first check that fails.
+pub fn verify(trace: &Trace, expected_head: Option<Hash>, signer: Option<Hash>) -> Result<Verified> {
     let damaged = |reason: String| Err(Error::Damaged { path: trace.path.clone(), reason });
     let seal = trace.seal()?;
-    let (stated, whole) = (trace.stated, seal);
-    for (name, stated, found) in [
-        ("chain", stated.chain, whole.chain),
-        ("root", stated.root, whole.root),
-        ("head", stated.head, whole.head),
+    let stated = trace.stated;
+    for (name, stated, computed) in [
+        ("chain", stated.chain, seal.chain),
+        ("root", stated.root, seal.root),
+        ("head", stated.head, seal.head),
     ] {
-        if stated != found {
-            return damaged(format!("its {name} is {}, the records give {}", hex(&stated), hex(&found)));
+        if stated != computed {
+            return damaged(format!("its {name} is {}, the records give {}", hex(&stated), hex(&computed)));
         }
     }
-    if stated.count != whole.count {
-        return damaged(format!("{} records are announced, {} are there", stated.count, whole.count));
+    if stated.count != seal.count {
+        return damaged(format!("its count is {}, but it has {} records", stated.count, seal.count));
     }
-    if let Some(kept) = kept.filter(|kept| *kept != seal.head) {
-        return damaged(format!("its head is {}, not the kept {}", hex(&seal.head), hex(&kept)));
+    if let Some(expected) = expected_head.filter(|expected| *expected != seal.head) {
+        return damaged(format!("its head is {}, not the expected {}", hex(&seal.head), hex(&expected)));
     }
     if trace.signed.is_some() {
         check_signature(trace, &seal.head)?;
@@ -103,17 +104,17 @@ pub fn verify(trace: &Trace, kept: Option<Hash>, signer: Option<Hash>) -> Result
     }
     let mut records = Vec::new();
     for (position, bytes) in trace.records().enumerate() {
-        let fits = Record::decode(bytes?, &trace.header)
+        let record = Record::decode(bytes?, &trace.header)
             .map_err(|e| format!("record {position}: {e}"))
             .and_then(|record| check(&record, position, &trace.header).map(|()| record));
-        match fits {
+        match record {
             Ok(record) => records.push(record),
             Err(reason) => return damaged(reason),
         }
     }
     if records.len() < trace.header.prompt_tokens {
         return damaged(format!(
-            "{} records of a prompt of {} tokens",
+            "{} records for a prompt of {} tokens",
             records.len(),
             trace.header.prompt_tokens
         ));
@@ -124,14 +125,14 @@ pub fn verify(trace: &Trace, kept: Option<Hash>, signer: Option<Hash>) -> Result
 /// Checks the signature of a signed trace over its head.
 #[cfg(feature = "sign")]
 fn check_signature(trace: &Trace, head: &Hash) -> Result<()> {
-    if trace.signature_fits(head) {
+    if trace.signature_is_valid(head) {
         return Ok(());
     }
-    let reason = "the signature does not fit its key and the head".into();
+    let reason = "the signature of the head by its key is not valid".into();
     Err(Error::Damaged { path: trace.path.clone(), reason })
 }
 
-/// Without the feature `sign` no signature can be checked, so a signed trace is refused.
+/// Refuses a signed trace: without the feature `sign`, its signature cannot be checked.
 #[cfg(not(feature = "sign"))]
 fn check_signature(trace: &Trace, _: &Hash) -> Result<()> {
     Err(Error::Invalid(format!(

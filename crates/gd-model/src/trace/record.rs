@@ -1,36 +1,37 @@
-//! What is recorded of a position: its token, and for every selecting layer and head what was preserved, what was
-//! read, and by which lead. One record has one sequence of bytes and back, floats by their bits.
+//! The record of a position: its token, and for every selecting layer and head the candidates, the selected position, its
+//! energy and margin.
 //!
-//! Little endian: u32 position, u32 token, u32 flags (bit 0: generated), u16 length and UTF-8 text; then for every
-//! selecting layer of the header and each of its heads
+//! The encoding is unique: equal records have equal bytes, and other bytes are refused. Integers are little-endian. A record
+//! consists of the position (u32), the token (u32), flags (u32, bit 0: generated), the length of the text (u16), the text in
+//! UTF-8, and for every selecting layer of the header and each of its heads:
 //!
-//! | field | |
+//! | field | content |
 //! |---|---|
-//! | i32 selected | the key read; -1: the head abstained |
-//! | f32 energy, margin | those compared, +inf where there is none |
-//! | f32 coherence | u*, NaN where the layer does not resolve it |
-//! | f32 gate | what scaled the value |
-//! | f32 share, f32 memory | of the norm of the head's output: the selected value, the running averages |
-//! | i32 for each round after the first | the key it read, or -1 |
-//! | u8 count, then count slots | in the scan's order: i32 key, u8 flags, f32 energy, and if lifted f32 that |
+//! | i32 selected | the position that was read; -1: the head abstained |
+//! | f32 energy, f32 margin | after the barrier; +inf if there is none |
+//! | f32 coherence | u*; NaN if the layer does not compute it |
+//! | f32 gate | the factor of the selected value |
+//! | f32 share, f32 memory | shares of the selected value and of the running averages in the norm of the head's output |
+//! | i32 for each round after the first | the position that was read, or -1 |
+//! | u8 count, count slots | in the order of the scan: i32 key, u8 flags, f32 energy, f32 lifted energy if flag 4 is set |
 //!
 //! The flags of a slot: 1 protected, 2 rejected, 4 lifted.
 
 use super::header::Header;
 use crate::error::{Error, Result};
 
-/// A candidate.
+/// A candidate of a head.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Slot {
-    /// Its position.
+    /// The position of the key.
     pub key: i32,
-    /// Preserved whatever its energy.
+    /// Whether it is a candidate independently of its energy.
     pub protected: bool,
-    /// Above the head's threshold.
+    /// Whether its energy is above the threshold of the head.
     pub rejected: bool,
-    /// Its energy as scanned.
+    /// The energy from the scan.
     pub energy: f32,
-    /// Its energy after the barrier has lifted it.
+    /// The energy after the barrier, if the barrier changed it.
     pub lifted: Option<f32>,
 }
 
@@ -39,59 +40,60 @@ const REJECTED: u8 = 2;
 const LIFTED: u8 = 4;
 
 impl Slot {
-    /// The energy that is compared.
+    /// The energy that decides the selection: after the barrier if it changed the energy, otherwise that of the scan.
     pub fn compared(&self) -> f32 {
         self.lifted.unwrap_or(self.energy)
     }
 }
 
-/// What a head did at a position.
+/// The selection of a head at a position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
-    /// The position read; -1: the head abstained.
+    /// The position that was read; -1 if the head abstained.
     pub selected: i32,
-    /// Its energy; +inf where the head abstained.
+    /// The energy of the selected position; +inf if the head abstained.
     pub energy: f32,
-    /// The lead over the next candidate that the threshold admits; +inf without one.
+    /// The energy difference to the next candidate that the threshold admits; +inf if there is none.
     pub margin: f32,
-    /// u*; NaN where the layer does not resolve it.
+    /// The coherence point u*; NaN if the layer does not compute it.
     pub coherence: f32,
-    /// What scaled the value.
+    /// The factor of the selected value.
     pub gate: f32,
-    /// Of the norm of the head's output, the share of the selected value.
+    /// The norm of the gated selected value, divided by the sum of the norms of all parts of the head's output.
     pub share: f32,
-    /// The share of the Beacon's running averages.
+    /// The same for the running averages of the Beacon.
     pub memory: f32,
-    /// What further rounds read; -1 nothing.
+    /// The positions that the rounds after the first read; -1 for none.
     pub later: Vec<i32>,
-    /// The candidates, in the scan's order.
+    /// The candidates in the order of the scan.
     pub slots: Vec<Slot>,
 }
 
-/// What is recorded of a position.
+/// The record of a position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
     /// The position, from 0.
     pub position: u32,
     /// The token there.
     pub token: u32,
-    /// Whether it was generated, not given.
+    /// Whether the token was generated; otherwise it belongs to the prompt.
     pub generated: bool,
-    /// The characters that are complete with it.
+    /// The characters that this token completes.
     pub text: String,
-    /// For every selecting layer, first to last, and each of its heads.
+    /// One row for each head of every selecting layer, layer by layer.
     pub rows: Vec<Row>,
 }
 
 impl Record {
-    /// Appends the record's bytes.
+    /// Appends the bytes of the record to `out`.
     ///
     /// # Errors
-    /// A text or a list too long for its length field.
+    /// [`Error::Invalid`] for a text of more than 65535 bytes, or a row with more than 255 candidates.
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
         let text = self.text.as_bytes();
-        let length = u16::try_from(text.len())
-            .map_err(|_| Error::Invalid(format!("a token with a text of {} bytes", text.len())))?;
+        let length = u16::try_from(text.len()).map_err(|_| {
+            Error::Invalid(format!("a token with a text of {} bytes; the maximum is 65535", text.len()))
+        })?;
         for word in [self.position, self.token, u32::from(self.generated)] {
             out.extend(word.to_le_bytes());
         }
@@ -103,8 +105,9 @@ impl Record {
                 out.extend(bits(x).to_le_bytes());
             }
             row.later.iter().for_each(|key| out.extend(key.to_le_bytes()));
-            let count = u8::try_from(row.slots.len())
-                .map_err(|_| Error::Invalid(format!("{} candidates of one head", row.slots.len())))?;
+            let count = u8::try_from(row.slots.len()).map_err(|_| {
+                Error::Invalid(format!("{} candidates of one head; the maximum is 255", row.slots.len()))
+            })?;
             out.push(count);
             for slot in &row.slots {
                 let flag = |on: bool, bit: u8| if on { bit } else { 0 };
@@ -121,15 +124,15 @@ impl Record {
         Ok(())
     }
 
-    /// The record that these bytes are, all of them.
+    /// Decodes a record of a trace with this header.
     ///
     /// # Errors
-    /// Says what is wrong; bytes that [`Record::encode`] would not write are errors.
+    /// The reason why [`Record::encode`] could not have written these bytes.
     pub fn decode(bytes: &[u8], header: &Header) -> std::result::Result<Self, String> {
         let mut at = Cursor { bytes };
         let [position, token, flags] = [at.u32()?, at.u32()?, at.u32()?];
         if flags > 1 {
-            return Err(format!("flags {flags:#x} of a position"));
+            return Err(format!("invalid flags {flags:#x} of a position"));
         }
         let length = usize::from(u16::from_le_bytes(at.take()?));
         let text = std::str::from_utf8(at.slice(length)?).map_err(|e| e.to_string())?.to_owned();
@@ -146,7 +149,7 @@ impl Record {
     }
 }
 
-/// The bits of a float; every NaN has the same.
+/// The bits of a float, with the same bits for every NaN.
 pub(super) fn bits(x: f32) -> u32 {
     if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }
 }
@@ -162,7 +165,7 @@ fn row(at: &mut Cursor, rounds: usize) -> std::result::Result<Row, String> {
         let key = at.i32()?;
         let [flags] = at.take::<1>()?;
         if flags & !(PROTECTED | REJECTED | LIFTED) != 0 {
-            return Err(format!("flags {flags:#x} of a candidate"));
+            return Err(format!("invalid flags {flags:#x} of a candidate"));
         }
         let energy = at.f32()?;
         let lifted = if flags & LIFTED != 0 { Some(at.f32()?) } else { None };
@@ -202,7 +205,7 @@ impl<'a> Cursor<'a> {
         let bits = self.u32()?;
         let x = f32::from_bits(bits);
         if x.is_nan() && bits != f32::NAN.to_bits() {
-            return Err(format!("a NaN of the bits {bits:#x}"));
+            return Err(format!("a NaN with the bits {bits:#x}"));
         }
         Ok(x)
     }

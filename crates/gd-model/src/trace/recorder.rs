@@ -1,4 +1,4 @@
-//! From a pass to records: the probe that every selecting layer reports to.
+//! The probe that records the selections of all layers during a forward pass.
 
 use std::cell::{RefCell, RefMut};
 
@@ -11,8 +11,8 @@ use super::intervention;
 use super::record::{Record, Row, Slot};
 use super::replay::Replay;
 
-/// Collects what the selecting layers do in a pass over one sequence, changes what the interventions say, and in a
-/// replay lets every layer select from the recorded candidates.
+/// Records the selections of all selecting layers in forward passes over one sequence, and applies the interventions of the
+/// header. In a replay, it compares the candidates with the recorded ones and lets every layer select from the latter.
 #[derive(Debug)]
 pub struct Recorder<'a> {
     header: &'a Header,
@@ -21,30 +21,30 @@ pub struct Recorder<'a> {
 
 #[derive(Debug, Default)]
 struct State<'a> {
-    /// The position of the pass's first query.
+    /// The position of the first query of the current pass.
     start: usize,
-    /// Of every selecting layer its rows, head by head and query by query.
+    /// The rows of every selecting layer that has reported in this pass, by head, then by query.
     layers: Vec<Vec<Row>>,
     replay: Option<Replay<'a>>,
 }
 
 impl<'a> Recorder<'a> {
-    /// A recorder for passes over positions from 0 on.
+    /// A recorder for consecutive passes over a sequence, beginning at position 0.
     pub fn new(header: &'a Header) -> Self {
         Self { header, state: RefCell::default() }
     }
 
-    /// The same in a replay of recorded rows.
+    /// A recorder that replays recorded rows.
     pub(super) fn replaying(header: &'a Header, replay: Replay<'a>) -> Self {
         let state = State { replay: Some(replay), ..State::default() };
         Self { header, state: RefCell::new(state) }
     }
 
-    /// The rows of the pass that has ended, over `n` positions: of each position those of every selecting layer
-    /// and head.
+    /// Returns the rows of the last pass over `n` positions: for each position, one row for each head of every selecting
+    /// layer.
     ///
     /// # Errors
-    /// A layer that did not report.
+    /// A selecting layer that did not report in this pass.
     pub fn take(&self, n: usize) -> Result<Vec<Vec<Row>>> {
         let mut state = self.state.borrow_mut();
         state.start += n;
@@ -61,14 +61,14 @@ impl<'a> Recorder<'a> {
         Ok(positions)
     }
 
-    /// Names the records of the next pass.
+    /// Sets the records of the next pass in a replay.
     pub(super) fn expect(&self, records: &'a [Record]) {
         if let Some(replay) = self.replay().as_mut() {
             replay.records = records;
         }
     }
 
-    /// The replay, where it is one.
+    /// The replay; `None` if this recorder does not replay.
     pub(super) fn replay(&self) -> RefMut<'_, Option<Replay<'a>>> {
         RefMut::map(self.state.borrow_mut(), |state| &mut state.replay)
     }
@@ -76,19 +76,19 @@ impl<'a> Recorder<'a> {
 
 impl Probe for Recorder<'_> {
     fn candidates(&self, layer: usize, configured: usize) -> usize {
-        intervention::wanted(&self.header.interventions, layer, configured)
+        intervention::scanned_candidates(&self.header.interventions, layer, configured)
     }
 
     fn preserved(&self, view: CandidateView) -> Result<Candidates> {
         let layer = view.layer;
         let mut state = self.state.borrow_mut();
-        let (start, place) = (state.start, state.layers.len());
+        let (start, index) = (state.start, state.layers.len());
         if !self.header.layers[layer].selects {
             return Ok(view.candidates);
         }
         let candidates = intervention::apply(&self.header.interventions, view, start)?;
         match &mut state.replay {
-            Some(replay) => replay.candidates(&self.header.layers[layer], place, candidates),
+            Some(replay) => replay.candidates(&self.header.layers[layer], index, candidates),
             None => Ok(candidates),
         }
     }
@@ -103,13 +103,13 @@ impl Probe for Recorder<'_> {
     }
 }
 
-/// What a layer has read in one sequence, head by head and query by query; of more than `own` candidates those
-/// that a layer keeps.
-fn rows(view: &SelectionView, own: usize) -> Result<Vec<Row>> {
+/// The rows of a layer for one sequence, by head, then by query. Of the candidates, each row has the first `configured` ones
+/// and the protected ones.
+fn rows(view: &SelectionView, configured: usize) -> Result<Vec<Row>> {
     let (selected, candidates) = (view.selected, view.candidates);
     let (b, heads, n) = selected.index.dims3()?;
     if b != 1 {
-        bail!("a trace of {b} sequences at once; one expected");
+        bail!("a trace of {b} sequences; it must be one");
     }
     let slots = candidates.index.dim(3)?;
     let keys = candidates.index.flatten_all()?.to_vec1::<i32>()?;
@@ -133,7 +133,7 @@ fn rows(view: &SelectionView, own: usize) -> Result<Vec<Row>> {
     };
     let row = |row: usize| {
         let used = (row * slots..(row + 1) * slots).filter(|&at| keys[at] >= 0).map(|at| slot(at, row / n));
-        let kept = used.enumerate().filter(|(rank, slot)| *rank < own || slot.protected);
+        let slots = used.enumerate().filter(|(rank, slot)| *rank < configured || slot.protected);
         Row {
             selected: index[row],
             energy: least[row],
@@ -143,18 +143,19 @@ fn rows(view: &SelectionView, own: usize) -> Result<Vec<Row>> {
             share: shares[row].0,
             memory: shares[row].1,
             later: later.iter().map(|index| index[row]).collect(),
-            slots: kept.map(|(_, slot)| slot).collect(),
+            slots: slots.map(|(_, slot)| slot).collect(),
         }
     };
     Ok((0..heads * n).map(row).collect())
 }
 
+/// The elements of a tensor in f32.
 fn floats(t: &Tensor) -> Result<Vec<f32>> {
     t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
 }
 
-/// Of every head's output, behind the output gate, the shares of the first selection and of the running averages:
-/// their norms over the sum of the norms of all parts.
+/// The shares of the first selection and of the running averages in the output of every head, after the output gate: the
+/// norm of the part divided by the sum of the norms of all parts.
 fn shares(view: &SelectionView) -> Result<Vec<(f32, f32)>> {
     let (_, heads, n, d) = view.selected.y.dims4()?;
     let y = floats(&view.selected.y)?;

@@ -1,38 +1,37 @@
-//! Running a recorded text again: what every layer finds is held against the record, and the layer then selects
-//! from the recorded candidates, so that one near tie that falls the other way does not carry everything after it
-//! along.
+//! Replays a trace: compares the candidates of every layer with the recorded ones. The layer then selects from the recorded
+//! candidates, so that a near tie that is decided differently does not change all following positions.
 //!
-//! On the backend of the record every bit must be equal. On another one energies may differ by the tolerance, in
-//! units of the energy or of 1, whichever is greater; a winner that changes within it is ambiguous, and counted.
+//! On the backend of the record all bits must be equal. On another backend, energies may differ by the tolerance, relative to
+//! the larger of the energy and 1. A selection that changes within this tolerance is counted as ambiguous.
 
 use candle_core::{Result, Tensor};
 use gd_kernels::Candidates;
 use serde::Serialize;
 
-use super::check::nearest;
+use super::check::least_energy;
 use super::header::Layer;
 use super::record::{Record, Row, Slot, bits};
 
-/// Findings that are spelled out; the others are counted.
-const SHOWN: usize = 20;
+/// The maximal number of findings with a description; further ones are only counted.
+const MAX_FINDINGS: usize = 20;
 
-/// How far shares and coherence may differ between backends.
-const SHARE: f32 = 1e-2;
+/// The tolerance of shares and coherence between backends.
+const SHARE_TOLERANCE: f32 = 1e-2;
 
-/// What a replay has found.
+/// The result of a replay.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Outcome {
-    /// Whether all bits were compared: the backend is that of the record.
+    /// Whether all bits were compared, because the backend is that of the record.
     pub exact: bool,
-    /// Selections compared.
+    /// The number of compared selections.
     pub selections: u64,
-    /// Selections that fall the other way within the tolerance.
+    /// The number of selections that differ within the tolerance.
     pub ambiguous: u64,
-    /// Selections, energies or tokens that contradict the record.
+    /// The number of selections, energies or tokens that contradict the record.
     pub contradictions: u64,
-    /// The first of both, in words.
+    /// Descriptions of the first 20 ambiguous or contradicting selections.
     pub findings: Vec<String>,
-    /// The first contradiction, in words.
+    /// The description of the first contradiction.
     #[serde(skip)]
     pub first_contradiction: Option<String>,
 }
@@ -50,48 +49,47 @@ impl Outcome {
     }
 
     fn note(&mut self, text: String) {
-        if self.findings.len() < SHOWN {
+        if self.findings.len() < MAX_FINDINGS {
             self.findings.push(text);
         }
     }
 }
 
-/// A replay under way.
+/// The state of a replay.
 #[derive(Debug)]
 pub(super) struct Replay<'a> {
-    /// The records of the pass, position by position.
+    /// The records of the positions of the current pass.
     pub(super) records: &'a [Record],
     pub(super) tolerance: f32,
     pub(super) outcome: Outcome,
-    /// Heads of the selecting layers before each.
-    places: Vec<usize>,
+    /// For each selecting layer, the index of its first row in a record.
+    first_rows: Vec<usize>,
 }
 
 impl<'a> Replay<'a> {
     pub(super) fn new<'b>(layers: impl Iterator<Item = &'b Layer>, exact: bool, tolerance: f32) -> Self {
-        let mut places = vec![0];
-        layers.for_each(|layer| places.push(places[places.len() - 1] + layer.heads));
-        Self { records: &[], tolerance, outcome: Outcome { exact, ..Outcome::default() }, places }
+        let mut first_rows = vec![0];
+        layers.for_each(|layer| first_rows.push(first_rows[first_rows.len() - 1] + layer.heads));
+        Self { records: &[], tolerance, outcome: Outcome { exact, ..Outcome::default() }, first_rows }
     }
 
-    /// Holds what a layer, the `place`th that selects, has found against the record, and gives the recorded
-    /// candidates in its place.
+    /// Compares the candidates of the selecting layer of this index with the record and returns the recorded candidates.
     pub(super) fn candidates(
         &mut self,
         layer: &Layer,
-        place: usize,
-        found: Candidates,
+        selecting_index: usize,
+        scanned: Candidates,
     ) -> Result<Candidates> {
-        let (_, heads, n, slots) = found.index.dims4()?;
-        let keys = found.index.flatten_all()?.to_vec1::<i32>()?;
-        let energies = found.energy.flatten_all()?.to_vec1::<f32>()?;
-        let flags = found.protected.as_ref().map(|f| f.flatten_all()?.to_vec1::<u8>()).transpose()?;
+        let (_, heads, n, slots) = scanned.index.dims4()?;
+        let keys = scanned.index.flatten_all()?.to_vec1::<i32>()?;
+        let energies = scanned.energy.flatten_all()?.to_vec1::<f32>()?;
+        let flags = scanned.protected.as_ref().map(|f| f.flatten_all()?.to_vec1::<u8>()).transpose()?;
         let (mut index, mut energy) = (vec![-1; keys.len()], vec![f32::INFINITY; keys.len()]);
         let mut protected = vec![0u8; keys.len()];
         for row in 0..heads * n {
             let (h, i) = (row / n, row % n);
             let record = &self.records[i];
-            let recorded = &record.rows[self.places[place] + h];
+            let recorded = &record.rows[self.first_rows[selecting_index] + h];
             let now: Vec<Slot> = (row * slots..(row + 1) * slots)
                 .filter(|&at| keys[at] >= 0)
                 .map(|at| {
@@ -106,21 +104,22 @@ impl<'a> Replay<'a> {
             self.compare(&at, layer, layer.threshold.as_ref().map(|tau| tau[h]), &recorded.slots, &now);
             if recorded.slots.len() > slots {
                 let count = recorded.slots.len();
-                candle_core::bail!("{}: {count} candidates are recorded, {slots} scanned", at());
+                candle_core::bail!("{}: {count} candidates are recorded, but {slots} were scanned", at());
             }
             for (at, slot) in (row * slots..).zip(&recorded.slots) {
                 (index[at], energy[at], protected[at]) = (slot.key, slot.energy, u8::from(slot.protected));
             }
         }
-        let (shape, device) = ((1, heads, n, slots), found.index.device());
+        let (shape, device) = ((1, heads, n, slots), scanned.index.device());
         Ok(Candidates {
             index: Tensor::from_vec(index, shape, device)?,
             energy: Tensor::from_vec(energy, shape, device)?,
             protected: flags.map(|_| Tensor::from_vec(protected, shape, device)).transpose()?,
-            rescored: found.rescored.clone(),
+            rescored: scanned.rescored.clone(),
         })
     }
 
+    /// Compares the candidates of a head for a query, and the key that they select without the barrier.
     fn compare(
         &mut self,
         at: &dyn Fn() -> String,
@@ -143,42 +142,48 @@ impl<'a> Replay<'a> {
         if self.outcome.exact {
             return self.outcome.contradiction(text());
         }
-        let room = |x: f32| self.tolerance * x.abs().max(1.0);
-        // A candidate that is in one list alone lies at its end.
+        let tolerance = |x: f32| self.tolerance * x.abs().max(1.0);
+        // A candidate that only one list contains must be within the tolerance of the end of the other list.
         let fits = |slot: &Slot, others: &[Slot]| match others.iter().find(|other| other.key == slot.key) {
             Some(other) => {
-                (slot.energy - other.energy).abs() <= room(slot.energy) && slot.protected == other.protected
+                (slot.energy - other.energy).abs() <= tolerance(slot.energy)
+                    && slot.protected == other.protected
             }
-            None => others.last().is_some_and(|last| slot.energy >= last.energy - 2.0 * room(last.energy)),
+            None => {
+                others.last().is_some_and(|last| slot.energy >= last.energy - 2.0 * tolerance(last.energy))
+            }
         };
         if !recorded.iter().all(|slot| fits(slot, now)) || !now.iter().all(|slot| fits(slot, recorded)) {
             return self.outcome.contradiction(text());
         }
         let winner = |slots: &[Slot]| {
-            let scanned: Vec<Slot> = slots.iter().map(|s| Slot { lifted: None, ..*s }).collect();
-            nearest(&scanned, layer.tie).filter(|s| tau.is_none_or(|tau| s.energy <= tau)).map(|s| s.key)
+            let unlifted: Vec<Slot> = slots.iter().map(|s| Slot { lifted: None, ..*s }).collect();
+            least_energy(&unlifted, layer.tie)
+                .filter(|s| tau.is_none_or(|tau| s.energy <= tau))
+                .map(|s| s.key)
         };
         if winner(now) != winner(recorded) {
             self.outcome.ambiguous(text());
         }
     }
 
-    /// Holds what a head has read, from the recorded candidates, against the record.
+    /// Compares the selection of a head from the recorded candidates with the record.
     pub(super) fn row(&mut self, at: impl Fn() -> String, now: &Row, recorded: &Row) {
-        let near = |a: f32, b: f32, room: f32| bits(a) == bits(b) || (a - b).abs() <= room;
-        let room = |x: f32| if self.outcome.exact { -1.0 } else { self.tolerance * x.abs().max(1.0) };
-        let share = if self.outcome.exact { -1.0 } else { SHARE };
+        let near = |a: f32, b: f32, tolerance: f32| bits(a) == bits(b) || (a - b).abs() <= tolerance;
+        // A negative tolerance admits equal bits only.
+        let tolerance = |x: f32| if self.outcome.exact { -1.0 } else { self.tolerance * x.abs().max(1.0) };
+        let share = if self.outcome.exact { -1.0 } else { SHARE_TOLERANCE };
         let fits = now.selected == recorded.selected
-            && near(now.energy, recorded.energy, room(recorded.energy))
-            && near(now.margin, recorded.margin, room(recorded.margin))
-            && near(now.gate, recorded.gate, room(1.0))
+            && near(now.energy, recorded.energy, tolerance(recorded.energy))
+            && near(now.margin, recorded.margin, tolerance(recorded.margin))
+            && near(now.gate, recorded.gate, tolerance(1.0))
             && near(now.coherence, recorded.coherence, share)
             && near(now.share, recorded.share, share)
             && near(now.memory, recorded.memory, share)
             && now.slots.len() == recorded.slots.len();
         match (fits, now.later == recorded.later) {
             (true, true) => {}
-            // No margin is recorded of further rounds.
+            // The margins of later rounds are not recorded.
             (true, false) if !self.outcome.exact => {
                 self.outcome.ambiguous(format!(
                     "{}: later rounds read {:?}, recorded {:?}",

@@ -1,4 +1,4 @@
-//! A text through the model, with a record of every position: once to record it, and again to check it.
+//! Recording a run of the model over a text, and replaying it.
 
 use candle_core::{Device, Tensor};
 use gd_kernels::Mask;
@@ -14,75 +14,76 @@ use crate::infer::sampler::Sampler;
 use crate::model::Transformer;
 use crate::model::pretrained::Loaded;
 
-/// A text that is being read.
-struct Reader<'a> {
+/// Processes a sequence chunk by chunk with a cache.
+struct SequenceReader<'a> {
     model: &'a Transformer,
     device: &'a Device,
     cache: Vec<LayerCache>,
-    read: usize,
+    /// The number of processed tokens.
+    position: usize,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> SequenceReader<'a> {
     fn new(model: &'a Transformer, device: &'a Device) -> Self {
-        Self { model, device, cache: model.new_cache(), read: 0 }
+        Self { model, device, cache: model.new_cache(), position: 0 }
     }
 
-    /// Reads the next tokens; the logits after the last, and the rows of every position.
+    /// Processes the next tokens. Returns the logits `[V]` after the last one, and the rows of every position.
     fn read(&mut self, tokens: &[u32], recorder: &Recorder) -> Result<(Vec<f32>, Vec<Vec<Row>>)> {
-        let mask = Mask::causal(self.read as i64);
+        let mask = Mask::causal(self.position as i64);
         let ids = Tensor::new(tokens, self.device)?.unsqueeze(0)?;
         let pass = Pass { probe: Some(recorder), ..Pass::new(&mask) };
         let logits = last_logits(self.model, &ids, &pass, &mut self.cache)?.swap_remove(0);
-        self.read += tokens.len();
+        self.position += tokens.len();
         Ok((logits, recorder.take(tokens.len())?))
     }
 }
 
-/// How a recorded text goes on after its prompt.
+/// How tokens are generated after a prompt.
 pub struct Continuation {
-    /// The most tokens to add.
+    /// The maximal number of new tokens.
     pub max_tokens: usize,
-    /// What draws them.
+    /// The sampler.
     pub sampler: Sampler,
-    /// The tokens that end a text; they are not recorded.
-    pub ends: Vec<u32>,
+    /// The end tokens, see [`Loaded::end_tokens`]. They end the generation and are not recorded.
+    pub end_tokens: Vec<u32>,
 }
 
-/// Reads `prompt` as [`crate::infer::generate::generate`] does, continues it as that would with the same sampler, and
-/// hands every position's record on, that of the last token too. Returns the new tokens.
+/// Processes `prompt`, generates tokens as [`generate`](crate::infer::generate::generate) with the same sampler if
+/// `continuation` is given, and calls `take` with the record of every position, including the last new token. Returns the
+/// new tokens.
 ///
 /// # Errors
-/// An empty prompt, one longer than the model's context, an intervention on what is not there, or what `take`
-/// reports.
+/// [`Error::PromptLength`]; an intervention on a layer, head or position that does not exist; the error of `take`.
 pub fn record(
     loaded: &Loaded,
     header: &Header,
     prompt: &[u32],
-    mut onward: Option<Continuation>,
+    mut continuation: Option<Continuation>,
     device: &Device,
     mut take: impl FnMut(Record) -> Result<()>,
 ) -> Result<Vec<u32>> {
     check_prompt(&loaded.model, prompt)?;
     super::intervention::check(&header.interventions, &header.layers, prompt.len())?;
     let recorder = Recorder::new(header);
-    let mut reader = Reader::new(&loaded.model, device);
+    let mut reader = SequenceReader::new(&loaded.model, device);
     let mut texts = loaded.tokenizer.stream();
     let (mut all, mut next) = (prompt.to_vec(), prompt.to_vec());
     loop {
-        let first = reader.read;
+        let first = reader.position;
         let (logits, rows) = reader.read(&next, &recorder)?;
         for (i, (&token, rows)) in next.iter().zip(rows).enumerate() {
             let position = (first + i) as u32;
             let text = texts.push(token)?.unwrap_or_default();
             take(Record { position, token, generated: first + i >= prompt.len(), text, rows })?;
         }
-        let Some(onward) = &mut onward else { break };
-        let room = loaded.model.config().max_position_embeddings;
-        if all.len() - prompt.len() == onward.max_tokens || all.len() == room {
+        let Some(continuation) = &mut continuation else { break };
+        let context = loaded.model.config().max_position_embeddings;
+        if all.len() - prompt.len() == continuation.max_tokens || all.len() == context {
             break;
         }
-        let token = onward.sampler.next(&logits, &all)?;
-        if onward.ends.contains(&token) {
+        let token = continuation.sampler.next(&logits, &all)?;
+        if continuation.end_tokens.contains(&token) {
             break;
         }
         all.push(token);
@@ -91,12 +92,13 @@ pub fn record(
     Ok(all.split_off(prompt.len()))
 }
 
-/// Runs recorded tokens again and holds every selection against its record; the tokens, too, where they were drawn
-/// on the same backend.
+/// Processes the recorded tokens again and compares every selection with its record. On the backend of the record, the
+/// generated tokens are compared, too. `tolerance` is the maximal difference of energies on another backend, relative to the
+/// larger of the energy and 1. Differences are not errors; they are counted in the returned [`Outcome`].
 ///
 /// # Errors
-/// A model that is not the recorded one, records that are no text for it, or what the model reports. What differs
-/// is no error but the outcome.
+/// [`Error::TraceModel`] if the hashes of the model differ from those of the header; [`Error::Invalid`] if the header
+/// contradicts the tokens or the model; [`Error::PromptLength`]; an error of the device.
 pub fn replay(
     header: &Header,
     records: &[Record],
@@ -121,26 +123,28 @@ pub fn replay(
     };
     let replay = Replay::new(header.selecting(), now.same_backend(header), tolerance);
     let recorder = Recorder::replaying(header, replay);
-    let mut reader = Reader::new(&loaded.model, device);
-    while reader.read < tokens.len() {
-        let first = reader.read;
+    let mut reader = SequenceReader::new(&loaded.model, device);
+    while reader.position < tokens.len() {
+        let first = reader.position;
         let end = if first < prompt { prompt } else { first + 1 };
         recorder.expect(&records[first..end]);
         let (logits, rows) = reader.read(&tokens[first..end], &recorder)?;
-        let drawn = match (&mut sampler, tokens.get(end)) {
+        let sampled = match (&mut sampler, tokens.get(end)) {
             (Some(sampler), Some(_)) => Some(sampler.next(&logits, &tokens[..end])?),
             _ => None,
         };
         let mut replay = recorder.replay();
         let Some(replay) = replay.as_mut() else { break };
         for (record, rows) in records[first..end].iter().zip(&rows) {
-            for (place, (now, recorded)) in rows.iter().zip(&record.rows).enumerate() {
-                let at = || format!("position {}, row {place}", record.position);
+            for (row, (now, recorded)) in rows.iter().zip(&record.rows).enumerate() {
+                let at = || format!("position {}, row {row}", record.position);
                 replay.row(at, now, recorded);
             }
         }
-        if let Some((drawn, token)) = drawn.zip(tokens.get(end)).filter(|(drawn, token)| drawn != *token) {
-            replay.outcome.contradiction(format!("position {end}: token {token}, drawn {drawn}"));
+        if let Some((sampled, token)) =
+            sampled.zip(tokens.get(end)).filter(|(sampled, token)| sampled != *token)
+        {
+            replay.outcome.contradiction(format!("position {end}: token {token}, but {sampled} is sampled"));
         }
     }
     let outcome = recorder.replay().take().map(|replay| replay.outcome).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Checkpoint folders: bit-equal round trips, all or nothing, and files that must be refused.
+//! Checkpoint folders: bit-equal round trips, atomic writes, and files that must be refused.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +11,7 @@ use gd_model::io::files::write_file;
 use gd_model::io::tokenizer::Tokenizer;
 use serde_json::json;
 
-/// One tensor of each stored dtype, with the bit patterns that conversions lose: −0, subnormals, NaN, ∞.
+/// One tensor of each dtype, with values that a conversion could change: −0, subnormals, NaN, ∞.
 fn tensors() -> BTreeMap<String, Tensor> {
     let cpu = &Device::Cpu;
     let odd = [-0.0f32, 1e-42, f32::NAN, f32::INFINITY, 0.1, -3.4e38, 1.0, 65504.0];
@@ -105,7 +105,7 @@ fn folder_round_trips_to_the_bit() {
 
 #[cfg(unix)]
 #[test]
-fn others_may_read_what_the_umask_allows() {
+fn permissions_follow_the_umask() {
     use std::os::unix::fs::PermissionsExt;
     let root = tempfile::tempdir().unwrap();
     let folder = root.path().join("one");
@@ -128,7 +128,7 @@ fn a_failed_save_leaves_the_old_folder() {
     assert_eq!(fs::read(folder.join("mark.txt")).unwrap(), b"2");
     let failed = write_folder(&folder, |new| {
         fs::write(new.join("mark.txt"), "3").unwrap();
-        // Until the new folder is complete, the old one is the one in place.
+        // The old folder is in place until the new one is complete.
         assert_eq!(fs::read(folder.join("mark.txt")).unwrap(), b"2");
         Err(Error::Invalid("stopped".into()))
     });
@@ -142,7 +142,7 @@ fn a_failed_save_leaves_the_old_folder() {
 }
 
 #[test]
-fn other_peoples_files_are_left_alone() {
+fn only_checkpoints_and_empty_folders_are_replaced() {
     let root = tempfile::tempdir().unwrap();
     let folder = root.path().join("letters");
     fs::create_dir(&folder).unwrap();
@@ -154,7 +154,7 @@ fn other_peoples_files_are_left_alone() {
         assert!(matches!(error, Error::Occupied { .. }), "{error}");
     }
     assert_eq!(entries(&folder), ["dear.txt"]);
-    // Below a file there can be no folder, whoever runs the test.
+    // A folder cannot be created inside a file, not even with all permissions.
     let error = save_as(&file.join("one"), 1).unwrap_err();
     assert!(matches!(error, Error::Unwritable { .. }), "{error}");
     assert_eq!(entries(root.path()), ["file", "letters"]);
@@ -178,9 +178,9 @@ fn truncated_files_are_named_at_every_length() {
     for length in 0..whole.len() {
         fs::write(&path, &whole[..length]).unwrap();
         let error = load_tensors(&path, &Device::Cpu).unwrap_err();
-        let Error::Truncated { needed, actual: found, .. } = error else { panic!("{length}: {error}") };
-        assert_eq!(found, length as u64);
-        assert!(needed > found && needed <= whole.len() as u64);
+        let Error::Truncated { needed, actual, .. } = error else { panic!("{length}: {error}") };
+        assert_eq!(actual, length as u64);
+        assert!(needed > actual && needed <= whole.len() as u64);
         if length + 1 == whole.len() {
             assert_eq!(needed, whole.len() as u64);
         }
@@ -221,7 +221,7 @@ fn foreign_files_are_named() {
 }
 
 #[test]
-fn missing_things_are_named() {
+fn missing_files_and_tensors_are_named() {
     let root = tempfile::tempdir().unwrap();
     let error = load_tensors(&root.path().join("none"), &Device::Cpu).unwrap_err();
     assert!(error.to_string().ends_with("none: no such checkpoint"), "{error}");
@@ -272,7 +272,7 @@ fn shards_are_joined_and_checked() {
 }
 
 #[test]
-fn the_card_wants_every_value_and_no_other() {
+fn the_model_card_needs_every_value_and_refuses_others() {
     let keys =
         ["name", "summary", "parameters", "mechanism", "tokenizer", "context", "data", "steps", "loss"];
     let values: Vec<(&str, String)> = keys.iter().map(|k| (*k, format!("<{k}>"))).collect();

@@ -1,4 +1,4 @@
-//! Presets, files and settings: what is read, and what is refused with which words.
+//! Presets, configuration files and settings, and their errors.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -31,7 +31,7 @@ fn write(dir: &Path, name: &str, text: &str) -> String {
 }
 
 #[test]
-fn unknown_keys_are_refused_anywhere_with_the_nearest_known() {
+fn unknown_keys_are_refused_with_the_nearest_key() {
     let cases = [
         ("train.lr.peek=1", "unknown key train.lr.peek; did you mean train.lr.peak?"),
         ("model.hidden_sizes=1", "unknown key model.hidden_sizes; did you mean model.hidden_size?"),
@@ -110,7 +110,7 @@ fn settings_override_and_are_checked_with_the_rest() {
 }
 
 #[test]
-fn toml_and_json_say_the_same() {
+fn toml_and_json_give_the_same_recipe() {
     let dir = tempfile::tempdir().unwrap();
     let json = write(dir.path(), "a.json", SMALL);
     let tree: serde_json::Value = serde_json::from_str(SMALL).unwrap();
@@ -121,9 +121,9 @@ fn toml_and_json_say_the_same() {
     assert!(error.contains("b.toml") && error.contains("duplicate"), "{error}");
 }
 
-/// What a run saves reads back as the same recipe.
+/// A saved recipe loads as the same recipe.
 #[test]
-fn every_preset_is_valid_and_survives_being_saved() {
+fn every_preset_is_valid_and_loads_as_it_was_saved() {
     let dir = tempfile::tempdir().unwrap();
     for (name, _) in PRESETS {
         let recipe = Recipe::load(name).unwrap();
@@ -134,7 +134,7 @@ fn every_preset_is_valid_and_survives_being_saved() {
     assert!(error.contains("did you mean tiny?"), "{error}");
 }
 
-/// The table of presets in the documentation, and that what is counted there is what is built.
+/// The table of presets in the documentation has the sizes of the models that are built.
 #[test]
 fn the_documentation_states_every_presets_size() {
     let page = include_str!("../../../../docs/src/configuration.md");

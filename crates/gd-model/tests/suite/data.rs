@@ -19,7 +19,7 @@ fn file(folder: &tempfile::TempDir, name: &str, content: impl AsRef<[u8]>) -> Pa
     path
 }
 
-/// Lines that are all different, so that a window says where it comes from.
+/// Lines that are all different, so that a window identifies its position.
 fn lines(name: &str, count: usize) -> String {
     (0..count).map(|i| format!("{name} line {i} end\n")).collect()
 }
@@ -49,9 +49,9 @@ fn folders_are_read_by_name() {
     for name in ["b.txt", "a.md", "sub/c.TXT", "skip.json"] {
         file(&folder, name, "x");
     }
-    let found = text_files(&[folder.path().to_path_buf()]).unwrap();
+    let files = text_files(&[folder.path().to_path_buf()]).unwrap();
     let names: Vec<_> =
-        found.iter().map(|p| p.strip_prefix(folder.path()).unwrap().to_str().unwrap()).collect();
+        files.iter().map(|p| p.strip_prefix(folder.path()).unwrap().to_str().unwrap()).collect();
     assert_eq!(names, ["a.md", "b.txt", "sub/c.TXT"]);
 }
 
@@ -65,7 +65,7 @@ fn split_by_position_cuts_every_file_at_a_line() {
         let share = valid.len() as f64 / text.len() as f64;
         assert!(share > 0.07 && share <= 0.1, "{share}");
     }
-    // No line break near: the cut falls between characters.
+    // Without a line break nearby, the text is split between characters.
     let split = Texts::split(&["—".repeat(1000)], 0.1001).unwrap();
     assert_eq!(split.train[0].len() + split.valid[0].len(), 3000);
     assert_eq!(split.train[0].len(), 2697);
@@ -88,7 +88,7 @@ fn separators_and_jsonl_make_documents() {
     let all = ["one\ntwo\n", "three\r\n", "four", "x\ny", "z"];
     assert_eq!(documents(&[text.clone(), json.clone()], &separated), all);
     assert_eq!(documents(&[folder.path().to_path_buf()], &separated), all);
-    // Every byte of the files is accounted for.
+    // The documents account for all bytes of the file.
     let read: u64 = Documents::open(from_ref(&text), &separated).unwrap().map(|d| d.unwrap().bytes).sum();
     assert_eq!(read + "\n***\n".len() as u64, text.metadata().unwrap().len());
     let ids = DocumentFormat { text_field: "id".into(), ..DocumentFormat::default() };
@@ -120,7 +120,7 @@ fn bad_lines_are_named_with_file_and_number() {
 }
 
 #[test]
-fn documents_go_to_one_side_as_a_whole_whatever_stands_around_them() {
+fn the_side_of_a_document_does_not_depend_on_the_others() {
     let side = |text: &str, share| {
         let document = Document { text: text.into(), is_file: false, bytes: 0 };
         let (train, valid) = document.split(share);
@@ -193,19 +193,19 @@ fn an_epoch_covers_the_text_once() {
     let n = batches.windows_per_epoch(16).unwrap();
     assert_eq!(n, 61);
     let epoch = |number: u64| -> HashSet<u32> {
-        let (mut seen, mut firsts) = (HashSet::new(), Vec::new());
+        let (mut visited, mut firsts) = (HashSet::new(), Vec::new());
         for i in 0..n as u64 {
             let at = number * n as u64 + i;
             let batch = batches.batch(at..at + 1, 16, &Device::Cpu).unwrap();
             let ids = batch.inputs.flatten_all().unwrap().to_vec1::<u32>().unwrap();
             firsts.push(ids[0]);
             for id in ids {
-                assert!(seen.insert(id), "token {id} twice in epoch {number}");
+                assert!(visited.insert(id), "token {id} twice in epoch {number}");
             }
         }
         let neighbours = firsts.windows(2).filter(|w| w[1] == w[0] + 16).count();
         assert!(neighbours < 8, "epoch {number} is not shuffled: {firsts:?}");
-        seen
+        visited
     };
     let phases: HashSet<u32> = (0..20).map(|e| *epoch(e).iter().min().unwrap()).collect();
     assert!(phases.len() > 10, "{phases:?}");

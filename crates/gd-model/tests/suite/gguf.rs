@@ -1,4 +1,4 @@
-//! GGUF files written here, read back: every type, the order of the rows, tokenizers, and refusals by name.
+//! GGUF files: tensor types, the order of the rows, tokenizers, and unsupported or damaged files.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -28,7 +28,7 @@ fn texts(texts: &[&str]) -> Value {
     Value::Array(texts.iter().map(|text| Value::String((*text).into())).collect())
 }
 
-/// Tokens of byte-level BPE, their kinds and their merges.
+/// The tokens and the merges of a byte-level BPE vocabulary.
 fn vocabulary() -> (Vec<&'static str>, Vec<&'static str>) {
     let tokens =
         vec!["<|end|>", "a", "b", "1", "2", "Ġ", ".", "ab", "Ġa", "12", "121", "1212", "<name>", "É"];
@@ -63,7 +63,7 @@ fn metadata() -> Metadata {
     .collect()
 }
 
-/// The weights under both names, in the order of Hugging Face.
+/// The weights with their names in GGUF and in Hugging Face, with rows in the order of Hugging Face.
 fn weights(tied: bool, vocab: usize) -> Result<Vec<(String, String, Tensor)>> {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let mut random = |rows: usize, columns: usize| {
@@ -101,7 +101,7 @@ fn weights(tied: bool, vocab: usize) -> Result<Vec<(String, String, Tensor)>> {
     Ok(all)
 }
 
-/// The rows of every head as llama.cpp keeps them: those of the two halves take turns.
+/// The rows of every head in the order of llama.cpp, where those of the two halves alternate.
 fn interleaved(halves: &Tensor) -> Result<Tensor> {
     let half = HEAD_DIM / 2;
     let from = |row: usize| row / HEAD_DIM * HEAD_DIM + row % 2 * half + row % HEAD_DIM / 2;
@@ -109,7 +109,7 @@ fn interleaved(halves: &Tensor) -> Result<Tensor> {
     Ok(halves.index_select(&Tensor::new(order, &CPU)?, 0)?)
 }
 
-/// Writes a model of one type for its matrices.
+/// Writes a model with matrices of one type.
 fn write(
     path: &Path,
     metadata: &Metadata,
@@ -118,8 +118,8 @@ fn write(
 ) -> Result<()> {
     let mut tensors = Vec::new();
     for (theirs, ours, tensor) in weights {
-        let turned = ours.contains("q_proj") || ours.contains("k_proj");
-        let tensor = if turned { interleaved(tensor)? } else { tensor.clone() };
+        let rotary = ours.contains("q_proj") || ours.contains("k_proj");
+        let tensor = if rotary { interleaved(tensor)? } else { tensor.clone() };
         let dtype = if tensor.rank() == 1 { GgmlDType::F32 } else { dtype };
         tensors.push((theirs.as_str(), QTensor::quantize(&tensor, dtype)?));
     }
@@ -128,7 +128,7 @@ fn write(
     Ok(gguf_file::write(&mut File::create(path)?, &metadata, &tensors)?)
 }
 
-/// A file with other metadata.
+/// Writes a model with changed metadata.
 fn file(folder: &Path, change: impl FnOnce(&mut Metadata)) -> Result<PathBuf> {
     let (path, mut metadata) = (folder.join("m.gguf"), metadata());
     change(&mut metadata);
@@ -148,7 +148,7 @@ fn every_type_gives_the_weights_in_the_order_of_hugging_face() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("m.gguf");
     let mut cases = 0;
-    for (dtype, worst) in [
+    for (dtype, tolerance) in [
         (F32, 0.0),
         (F16, 3e-4),
         (BF16, 2e-3),
@@ -176,20 +176,23 @@ fn every_type_gives_the_weights_in_the_order_of_hugging_face() -> Result<()> {
         };
         ensure!(config["torch_dtype"] == named, "{dtype:?} {config}");
         for (_, name, expected) in &weights {
-            let found = tensors.get(name).context(name.clone())?;
-            let kept = match dtype {
+            let tensor = tensors.get(name).context(name.clone())?;
+            let expected_dtype = match dtype {
                 F16 if expected.rank() == 2 => DType::F16,
                 BF16 if expected.rank() == 2 => DType::BF16,
                 _ => DType::F32,
             };
-            ensure!(found.dims() == expected.dims() && found.dtype() == kept, "{name} {found:?}");
-            let found = &found.to_dtype(DType::F32)?;
-            // Blocks lie within rows, so that the order of the rows does not change what they store.
+            ensure!(
+                tensor.dims() == expected.dims() && tensor.dtype() == expected_dtype,
+                "{name} {tensor:?}"
+            );
+            let tensor = &tensor.to_dtype(DType::F32)?;
+            // Quantized blocks do not cross rows, so their values do not depend on the order of the rows.
             let dtype = if expected.rank() == 1 { F32 } else { dtype };
             let stored = QTensor::quantize(expected, dtype)?.dequantize(&CPU)?;
             let far = |a: &Tensor, b: &Tensor| (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
-            ensure!(far(found, &stored)? == 0.0, "{dtype:?} {name}: {}", far(found, &stored)?);
-            ensure!(far(found, expected)? <= worst, "{dtype:?} {name}: {}", far(found, expected)?);
+            ensure!(far(tensor, &stored)? == 0.0, "{dtype:?} {name}: {}", far(tensor, &stored)?);
+            ensure!(far(tensor, expected)? <= tolerance, "{dtype:?} {name}: {}", far(tensor, expected)?);
         }
         cases += 1;
     }
@@ -211,7 +214,7 @@ fn metadata_becomes_a_llama_config() -> Result<()> {
     assert_eq!(read.config, expected);
     assert_eq!(read.generation, json!({ "eos_token_id": [0] }));
 
-    // Llama 3.1's factors as a tensor, from its rule written out once more.
+    // The factors of Llama 3.1 as a tensor, computed by a second implementation of the formula.
     let factors: Vec<f32> = (0..HEAD_DIM / 2)
         .map(|i| {
             let wavelength = std::f64::consts::TAU * 5e5f64.powf(i as f64 / (HEAD_DIM / 2) as f64);
@@ -249,7 +252,7 @@ fn metadata_becomes_a_llama_config() -> Result<()> {
 }
 
 #[test]
-fn text_is_cut_as_the_file_names_it() -> Result<()> {
+fn text_is_split_by_the_named_pre_tokenizer() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let cut = |pre: &str, begin: Option<bool>, text: &str| -> Result<String> {
         let path = file(folder.path(), |m| {
@@ -266,14 +269,14 @@ fn text_is_cut_as_the_file_names_it() -> Result<()> {
     for (pre, expected) in [
         ("gpt-2", "ab|Ġa|.|1212|1212"),
         ("smollm", "ab|Ġa|.|1|2|1|2|1|2|1|2"),
-        // Threes; 212 has no merge of its own.
+        // Groups of three digits; there is no merge for 212.
         ("llama-bpe", "<|end|>|ab|Ġa|.|121|2|12|12"),
         ("qwen2", "ab|Ġa|.|1|2|1|2|1|2|1|2"),
         ("default", "ab|Ġa|.|121|2|12|12"),
     ] {
         assert_eq!(cut(pre, None, "ab a.12121212")?, expected, "{pre}");
     }
-    // Control and user-defined tokens are whole wherever they stand, and only the latter are text.
+    // Control and user-defined tokens are never split; decoding drops control tokens.
     assert_eq!(cut("gpt-2", None, "a<|end|>b<name>")?, "a|<|end|>|b|<name>");
     assert_eq!(cut("gpt-2", Some(true), "a")?, "<|end|>|a");
     assert_eq!(cut("llama-bpe", Some(false), "a")?, "a");
@@ -282,9 +285,9 @@ fn text_is_cut_as_the_file_names_it() -> Result<()> {
     Ok(())
 }
 
-/// Tokens and texts of a vocabulary that Python's sentencepiece 0.2.3 learned: BPE with byte fallback.
+/// The ids are those of Python's sentencepiece 0.2.3 for a BPE vocabulary with byte fallback that it trained.
 #[test]
-fn sentencepiece_gives_the_same_tokens() -> Result<()> {
+fn tokens_are_those_of_sentencepiece() -> Result<()> {
     let golden: serde_json::Value = serde_json::from_str(include_str!("../fixtures/sentencepiece.json"))?;
     let list = |key: &str| golden[key].as_array().cloned().unwrap_or_default();
     let tokens = list("tokens").into_iter().map(|t| Value::String(t.as_str().unwrap_or_default().into()));
@@ -317,7 +320,7 @@ fn sentencepiece_gives_the_same_tokens() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_used_is_named() -> Result<()> {
+fn unsupported_values_and_damage_are_named() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let text = |text: &str| Value::String(text.into());
     let cases: Vec<(&str, Option<Value>, &str)> = vec![
@@ -336,7 +339,7 @@ fn what_cannot_be_used_is_named() -> Result<()> {
         ("llama.rope.freq_base", Some(Value::F32(f32::NAN)), "freq_base is NaN"),
         ("tokenizer.ggml.model", Some(text("bert")), "tokenizer.ggml.model is \"bert\""),
         ("tokenizer.ggml.pre", Some(text("tekken")), "tokenizer.ggml.pre is \"tekken\""),
-        ("tokenizer.ggml.tokens", Some(texts(&["a", "b", "a"])), "token \"a\" is there twice"),
+        ("tokenizer.ggml.tokens", Some(texts(&["a", "b", "a"])), "token \"a\" occurs twice"),
         ("tokenizer.ggml.tokens", Some(texts(&["x"; 0])), "tokenizer.ggml.tokens is a list of 0 numbers"),
         ("tokenizer.ggml.merges", Some(texts(&["a 1"])), "merge \"a 1\": there is no token \"a1\""),
         ("tokenizer.ggml.merges", Some(texts(&["ab"])), "merge \"ab\" is no pair"),
@@ -350,11 +353,11 @@ fn what_cannot_be_used_is_named() -> Result<()> {
             m.remove(key);
             m.extend(value.map(|value| (key.to_owned(), value)));
         })?;
-        let found = error(&path)?;
-        ensure!(found.contains(expected), "{key}: {found}");
+        let e = error(&path)?;
+        ensure!(e.contains(expected), "{key}: {e}");
     }
 
-    // Damage to the bytes: lengths that the file does not hold, and tensors outside it or on each other.
+    // Damaged bytes: lengths beyond the end of the file, tensors outside the file, and overlapping tensors.
     let path = file(folder.path(), |_| ())?;
     let whole = std::fs::read(&path)?;
     let find =
@@ -403,12 +406,12 @@ fn what_cannot_be_used_is_named() -> Result<()> {
         let mut damaged = whole.clone();
         damaged[at..at + bytes.len()].copy_from_slice(&bytes);
         std::fs::write(&path, damaged)?;
-        let found = error(&path)?;
-        ensure!(found.contains(expected), "{what}: {found}");
+        let e = error(&path)?;
+        ensure!(e.contains(expected), "{what}: {e}");
     }
     std::fs::write(&path, &whole[..whole.len() / 2])?;
-    let found = error(&path)?;
-    ensure!(found.contains("do not lie in a file of"), "{found}");
+    let e = error(&path)?;
+    ensure!(e.contains("do not lie in a file of"), "{e}");
     log_cases("gguf-refused", count);
     Ok(())
 }

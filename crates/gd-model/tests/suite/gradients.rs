@@ -1,9 +1,8 @@
-//! The gradient of every parameter of whole models against finite differences, in f64.
+//! The gradients of all parameters of whole models against finite differences, in f64.
 //!
-//! A selecting layer's hard forward pass has no derivative with respect to its scores: its gradient
-//! is an estimate, checked where it is made (operator and layer). Here models run where the backward
-//! pass is the derivative of the forward pass: presets with their candidates blended (hardness 0),
-//! and hard selection with the winner's gradient.
+//! The forward pass of a hard selection has no derivative with respect to the scores, so its gradient is an estimate, which
+//! the tests of the operator and of the layer check. The models here have a backward pass that is the derivative of the
+//! forward pass: presets with blended candidates (hardness 0), and hard selection with the estimator `winner`.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
@@ -19,14 +18,14 @@ use gd_model::model::params::Params;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Sequences and tokens: more keys than the presets have candidates.
+/// The numbers of sequences and of tokens, which are more than the presets have candidates.
 const BATCH: (usize, usize) = (2, 13);
-/// Length of a step along a direction of unit length.
+/// The step of the finite differences along a direction of length 1.
 const STEP: f64 = 1e-6;
-/// Error of a slope that is allowed: of the gradient's norm, and of rounding in the loss.
+/// The tolerance of a slope, relative to the norm of the gradient, and absolute for rounding in the loss.
 const TOLERANCE: (f64, f64) = (1e-5, 2e-8);
 
-/// A model at a random point, and what it is asked.
+/// A model with random parameters, and its inputs and targets.
 struct Probe {
     model: Transformer,
     params: Params,
@@ -36,7 +35,7 @@ struct Probe {
     rng: ChaCha8Rng,
 }
 
-/// Hands out one parameter without its gradient.
+/// A backend that detaches one parameter.
 struct Detaching(Params, Option<&'static str>);
 
 impl SimpleBackend for Detaching {
@@ -61,7 +60,7 @@ impl Probe {
         let vb = VarBuilder::from_backend(Box::new(backend), DType::F64, Device::Cpu);
         let model = Transformer::new(config, vb).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(17);
-        // Away from the initial point, where matrices of zeros hide what is behind them.
+        // A matrix of zeros would set the gradients that pass through it to zero.
         for (_, var) in params.vars() {
             let noise = random(&mut rng, var.dims(), 0.15);
             var.set(&(var.as_tensor() + noise).unwrap()).unwrap();
@@ -82,7 +81,7 @@ impl Probe {
         cross_entropy(&logits.flatten_to(1).unwrap(), &self.targets).unwrap()
     }
 
-    /// The slope of the loss along a direction in one parameter.
+    /// The derivative of the loss along a direction in one parameter, by central differences.
     fn slope(&self, var: &Var, direction: &Tensor) -> f64 {
         let origin = var.as_tensor().copy().unwrap();
         let at = |by: f64| {
@@ -94,12 +93,12 @@ impl Probe {
         slope
     }
 
-    /// Whether a parameter's gradient is absent, zero, or not the slope of the loss: along itself, and
-    /// along a random direction in which every element takes part.
+    /// Whether the gradient of a parameter is absent, zero, or not the derivative of the loss, along the gradient and along
+    /// a random direction.
     fn fault(&mut self, var: &Var, grads: &GradStore) -> Option<String> {
         let Some(grad) = grads.get(var) else { return Some("absent".into()) };
         let norm = length(grad);
-        // As !(a > b), so that NaN is a fault.
+        // Written as !(a > b), so that NaN is a fault.
         if !(norm > 1e-9 && norm.is_finite()) {
             return Some(format!("of norm {norm}"));
         }
@@ -116,7 +115,7 @@ impl Probe {
         None
     }
 
-    /// The parameters' number, and those at fault.
+    /// The number of parameters, and the faults.
     fn faults(&mut self) -> (usize, Vec<String>) {
         let grads = self.loss().backward().unwrap();
         let vars = self.params.vars();
@@ -135,8 +134,8 @@ fn length(x: &Tensor) -> f64 {
     x.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
 }
 
-/// A small model with every part that a preset leaves out: GQA, biases, an untied head, an output
-/// gate, thresholds, protected keys with a barrier, and layers of both kinds.
+/// A small model with the parts that the presets do not have: grouped-query attention, biases, an untied head, an output gate,
+/// thresholds, protected keys with a barrier, and layers of both kinds.
 fn full(select: GdConfig, mechanism: Vec<Mechanism>) -> ModelConfig {
     let mut config = Recipe::load("tiny").unwrap().model;
     config.vocab_size = 29;
@@ -159,14 +158,14 @@ fn full(select: GdConfig, mechanism: Vec<Mechanism>) -> ModelConfig {
 
 #[test]
 fn every_parameter_of_every_preset_and_mechanism() {
-    // Presets differ in size; what they are built of is checked once, on the smallest.
-    let mut seen = Vec::new();
+    // Presets with the same `gd` block differ only in size, so the first (smallest) one of them is enough.
+    let mut checked = Vec::new();
     for (preset, _) in PRESETS {
         let base = Recipe::load(preset).unwrap().model;
-        if seen.contains(&base.gd) {
+        if checked.contains(&base.gd) {
             continue;
         }
-        seen.push(base.gd.clone());
+        checked.push(base.gd.clone());
         for v in VARIANTS.iter().filter(|v| v.applies(&base)) {
             let (count, faults) = Probe::new(&v.config(&base).unwrap(), 0.0, None).faults();
             assert!(count >= 46 && faults.is_empty(), "{preset}, {}: {faults:#?}", v.name);
@@ -181,7 +180,7 @@ fn every_parameter_of_models_with_every_part() {
     let hard = |gate| GdConfig { estimator: Estimator::Winner, gate, rounds: 2, ..plain.clone() };
     let energy = hard(Gate::Energy { temperature: 0.7 });
     let mut coherent = full(hard(Gate::Coherence), vec![Gd]);
-    // What the coherence gate sees is a distance: neither prior nor threshold moves it.
+    // The coherence gate depends on the distance only, not on prior and threshold.
     coherent.gd.select.threshold = None;
     coherent.gd.beacon = Some(BeaconConfig { prior: false, ..BeaconConfig::default() });
     for (name, config, hardness) in [
@@ -195,7 +194,7 @@ fn every_parameter_of_models_with_every_part() {
 }
 
 #[test]
-fn a_detached_parameter_is_found_out() {
+fn a_detached_parameter_is_detected() {
     use Mechanism::{Gd, Softmax};
     let config = full(GdConfig { candidates: 4, ..GdConfig::default() }, vec![Gd, Softmax, Gd]);
     for name in [
@@ -210,15 +209,15 @@ fn a_detached_parameter_is_found_out() {
 }
 
 #[test]
-fn a_gradient_that_is_not_the_slope_is_found_out() {
+fn a_gradient_that_is_not_the_derivative_is_detected() {
     let config = full(GdConfig { candidates: 4, ..GdConfig::default() }, vec![Mechanism::Gd]);
-    // The estimate at a hard choice is not the slope of the loss, which the scores do not move.
+    // With a hard selection, the loss is constant in the scores, but the estimated gradient is not zero.
     let (_, faults) = Probe::new(&config, 1.0, None).faults();
     let last = "model.layers.2.self_attn.";
     for name in ["q_proj.weight", "k_proj.weight", "gd.beta", "beacon.prior.weight"] {
         assert!(faults.iter().any(|f| f.starts_with(&format!("{last}{name}: "))), "{name}: {faults:#?}");
     }
-    // Behind the last choice every gradient is exact.
+    // After the last selection, every gradient is exact.
     for name in ["self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.up_proj.weight"] {
         assert!(!faults.iter().any(|f| f.starts_with(&format!("model.layers.2.{name}"))), "{faults:#?}");
     }

@@ -1,4 +1,4 @@
-//! Updates that the guard skips leave everything as it was, and training goes on after them.
+//! The guard: a skipped update changes nothing, and training continues after it.
 
 use candle_core::{Device, Tensor};
 use gd_model::config::EmaConfig;
@@ -8,7 +8,7 @@ use gd_model::config::Recipe;
 use gd_model::data::{Corpus, Tokens};
 use gd_model::train::Trainer;
 
-/// A trainer of a very small model on a text without much in it.
+/// A trainer of a very small model on a simple text.
 fn trainer(muon: bool) -> Trainer {
     let mut recipe = Recipe::load("tiny").unwrap();
     let model = &mut recipe.model;
@@ -27,7 +27,7 @@ fn trainer(muon: bool) -> Trainer {
     Trainer::new(recipe, corpus, 3, &Device::Cpu).unwrap()
 }
 
-/// Every bit of weights and moments.
+/// The bits of all weights and moments.
 fn bits(trainer: &mut Trainer) -> Vec<(String, Vec<u32>)> {
     let moments = trainer.state().unwrap().tensors;
     let all = trainer.params.tensors().into_iter().chain(moments);
@@ -38,14 +38,14 @@ fn bits(trainer: &mut Trainer) -> Vec<(String, Vec<u32>)> {
     all.map(|(name, t)| (name, bits(&t))).collect()
 }
 
-/// Multiplies the last norm.
+/// Multiplies the weight of the last norm.
 fn scale(trainer: &Trainer, by: f64) {
     let (_, var) = trainer.params.vars().into_iter().find(|(name, _)| name == "model.norm.weight").unwrap();
     var.set(&(var.as_detached_tensor() * by).unwrap()).unwrap();
 }
 
 #[test]
-fn a_skipped_step_changes_no_bit_of_weights_and_moments() {
+fn a_skipped_step_changes_no_weights_and_moments() {
     for (muon, by) in [(false, f64::NAN), (false, 64.0), (true, f64::INFINITY), (true, 64.0)] {
         let mut trainer = trainer(muon);
         for _ in 0..8 {
@@ -65,7 +65,7 @@ fn a_skipped_step_changes_no_bit_of_weights_and_moments() {
 }
 
 #[test]
-fn training_goes_on_after_a_spike_and_stops_after_too_many() {
+fn training_continues_after_a_spike_and_stops_after_too_many() {
     let mut trainer = trainer(false);
     for _ in 0..8 {
         trainer.train_step().unwrap();

@@ -1,6 +1,6 @@
-//! Checkpoints of other families: their logits, what is saved again, and configs that are refused.
+//! Checkpoints of other model families: logits, saving, and unsupported configurations.
 //!
-//! The fixtures are made by scripts/golden/llama.py; their logits are those of Python's transformers.
+//! The fixtures are created by scripts/golden/llama.py; their logits are those of transformers.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,17 +22,17 @@ fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama").join(family)
 }
 
-/// A text `[1, N]` and its logits `[N, V]`.
+/// The token ids `[1, N]` of a fixture and their logits `[N, V]`.
 fn golden(family: &str) -> Result<(Tensor, Tensor)> {
     let tensors = load_tensors(&fixture(family).join("golden.safetensors"), &Device::Cpu)?;
     let tensor = |name: &str| tensors.get(name).with_context(|| format!("{family}: {name}"));
     Ok((tensor("ids")?.to_dtype(DType::U32)?.unsqueeze(0)?, tensor("logits")?.clone()))
 }
 
-/// The logits `[N, V]` of ids `[1, N]` given in pieces, with a cache.
-fn in_pieces(model: &Transformer, ids: &Tensor, pieces: impl Iterator<Item = usize>) -> Result<Tensor> {
+/// The logits `[N, V]` of ids `[1, N]`, processed with a cache in chunks of the given lengths.
+fn in_chunks(model: &Transformer, ids: &Tensor, lengths: impl Iterator<Item = usize>) -> Result<Tensor> {
     let (mut cache, mut at, mut out) = (model.new_cache(), 0, Vec::new());
-    for n in pieces {
+    for n in lengths {
         let mask = Mask::causal(at as i64);
         out.push(model.forward(&ids.narrow(1, at, n)?, &Pass::new(&mask), Some(&mut cache))?);
         at += n;
@@ -60,8 +60,8 @@ fn logits_are_those_of_transformers() -> Result<()> {
         );
         for (way, logits) in [
             ("whole", whole(&model, &ids)?),
-            ("token by token", in_pieces(&model, &ids, std::iter::repeat_n(1, n))?),
-            ("in two", in_pieces(&model, &ids, [n - 20, 20].into_iter())?),
+            ("token by token", in_chunks(&model, &ids, std::iter::repeat_n(1, n))?),
+            ("in two chunks", in_chunks(&model, &ids, [n - 20, 20].into_iter())?),
         ] {
             let off = distance(&logits, &expected)?;
             println!("{family}, {way}: off by {off:e}");
@@ -71,10 +71,10 @@ fn logits_are_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
-/// What the comparison above would not notice if it made no difference.
+/// Every part of a configuration has an effect on the logits, so that the comparison above covers it.
 #[test]
-fn every_part_of_a_config_shows_in_the_logits() -> Result<()> {
-    /// A part of a family, and how a config loses it.
+fn every_part_of_a_config_changes_the_logits() -> Result<()> {
+    /// A family, a part of its configuration, and a function that removes this part.
     type Part = (&'static str, &'static str, fn(&mut ModelConfig));
     let parts: [Part; 9] = [
         ("llama", "scaled frequencies", |c| c.rope_parameters = None),
@@ -98,7 +98,7 @@ fn every_part_of_a_config_shows_in_the_logits() -> Result<()> {
 }
 
 #[test]
-fn a_candle_builder_is_enough_to_build_from() -> Result<()> {
+fn a_model_can_be_built_from_a_var_builder() -> Result<()> {
     let (ids, expected) = golden("llama")?;
     let tensors = load_tensors(&fixture("llama"), &Device::Cpu)?.into_iter().collect();
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
@@ -110,7 +110,7 @@ fn a_candle_builder_is_enough_to_build_from() -> Result<()> {
 }
 
 #[test]
-fn packed_documents_keep_to_their_windows() -> Result<()> {
+fn packed_documents_are_independent_with_windows() -> Result<()> {
     for family in ["mistral", "qwen2"] {
         let (ids, _) = golden(family)?;
         let model = pretrained::load(&fixture(family), &Device::Cpu)?.model;
@@ -120,12 +120,12 @@ fn packed_documents_keep_to_their_windows() -> Result<()> {
         let alone = [whole(&model, &ids.narrow(1, 0, cut)?)?, whole(&model, &ids.narrow(1, cut, n - cut)?)?];
         let off = distance(&packed, &Tensor::cat(&alone, 0)?)?;
         assert!(off < 2e-5, "{family}: off by {off}");
-        assert!(distance(&packed, &whole(&model, &ids)?)? > 0.1, "{family}: the boundary shows");
+        assert!(distance(&packed, &whole(&model, &ids)?)? > 0.1, "{family}: the boundary has no effect");
     }
     Ok(())
 }
 
-/// A tensor as its file holds it.
+/// The content of a tensor in its file.
 #[derive(PartialEq)]
 struct Stored {
     dtype: DType,
@@ -149,7 +149,7 @@ fn card() -> Vec<(&'static str, String)> {
 }
 
 #[test]
-fn what_is_loaded_is_saved_as_it_was() -> Result<()> {
+fn a_loaded_model_is_saved_unchanged() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let mut types = Vec::new();
     for family in FAMILIES {
@@ -161,7 +161,7 @@ fn what_is_loaded_is_saved_as_it_was() -> Result<()> {
         assert_eq!(load_json(&from.join(CONFIG))?, load_json(&to.join(CONFIG))?);
         let generation = "generation_config.json";
         assert_eq!(load_json(&from.join(generation))?, load_json(&to.join(generation))?);
-        assert!(!to.join("modeling_gd.py").exists(), "{family} is known to transformers");
+        assert!(!to.join("modeling_gd.py").exists(), "{family} is a family of transformers");
         let (ids, expected) = golden(family)?;
         assert!(distance(&whole(&pretrained::load(&to, &Device::Cpu)?.model, &ids)?, &expected)? < 2e-5);
     }
@@ -170,7 +170,7 @@ fn what_is_loaded_is_saved_as_it_was() -> Result<()> {
 }
 
 #[test]
-fn a_model_that_was_changed_is_saved_as_ours() -> Result<()> {
+fn a_changed_model_is_saved_in_the_format_of_this_project() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let mut parts = pretrained::read(&fixture("mistral"), &Device::Cpu)?;
     parts.files.insert("tokenizer_config.json".into(), b"{}".to_vec());
@@ -187,7 +187,7 @@ fn a_model_that_was_changed_is_saved_as_ours() -> Result<()> {
     Ok(())
 }
 
-/// The config of a family with some keys changed; null takes one out.
+/// The configuration of a family with some keys changed, or removed if the value is null.
 fn changed(family: &str, changes: Value) -> Value {
     let mut config = load_json(&fixture(family).join(CONFIG)).unwrap();
     for (key, value) in changes.as_object().unwrap() {
@@ -204,7 +204,7 @@ fn read(family: &str, changes: Value) -> ModelConfig {
 }
 
 #[test]
-fn keys_that_are_left_out_have_the_values_of_their_family() {
+fn missing_keys_have_the_defaults_of_their_family() {
     let left_out = json!({
         "num_key_value_heads": null, "head_dim": null, "rope_theta": null, "rope_scaling": null,
         "rope_parameters": null, "rms_norm_eps": null, "tie_word_embeddings": null, "hidden_act": null,
@@ -235,7 +235,7 @@ fn keys_that_are_left_out_have_the_values_of_their_family() {
 }
 
 #[test]
-fn our_config_as_transformers_saves_it_again_is_read() {
+fn a_config_that_transformers_saved_again_is_read() {
     let ours = serde_json::to_value(read("llama", json!({}))).unwrap();
     let mut saved = ours.clone();
     let added = json!({
@@ -251,19 +251,19 @@ fn our_config_as_transformers_saves_it_again_is_read() {
     assert_eq!(again, ours);
     saved["dtype"] = dtype.unwrap();
     assert_eq!(ModelConfig::from_json(saved.clone()).unwrap(), ours);
-    // Anything else may mean something.
+    // Other keys are refused.
     saved["partial_rotary_factor"] = json!(0.5);
     let problems = ModelConfig::from_json(saved).unwrap_err();
     assert!(problems[0].to_string().contains("partial_rotary_factor"), "{problems:?}");
 }
 
 #[test]
-fn keys_decide_as_in_transformers() {
+fn keys_have_the_meaning_and_precedence_of_transformers() {
     assert_eq!(read("mistral", json!({ "dtype": "bfloat16", "torch_dtype": "float16" })).dtype, "bfloat16");
     let mut none = changed("mistral", json!({}));
     none["sliding_window"] = Value::Null;
     assert_eq!(ModelConfig::from_json(none).unwrap().window(0), None);
-    // Without use_sliding_window the number has no effect, with it layers from max_window_layers on slide.
+    // sliding_window has no effect without use_sliding_window. With it, the layers from max_window_layers on have a window.
     let qwen = json!({ "use_sliding_window": false, "layer_types": null });
     assert_eq!(read("qwen2", qwen).gd.windows, []);
     let kinds = json!({ "layer_types": ["sliding_attention", "full_attention"] });
@@ -271,7 +271,7 @@ fn keys_decide_as_in_transformers() {
     assert_eq!(read("qwen2", json!({ "layer_types": null })).gd.windows, [None, Some(12)]);
     let bias = read("qwen3", json!({ "attention_bias": true }));
     assert_eq!((bias.attention_bias, bias.gd.output_bias), (true, true));
-    // rope_scaling goes before rope_parameters, and a base in it before the one beside.
+    // rope_scaling takes precedence over rope_parameters, and the rope_theta in it over the key rope_theta.
     let both = json!({
         "rope_scaling": { "type": "linear", "factor": 4, "rope_theta": 500 }, "rope_theta": 7,
         "rope_parameters": { "rope_type": "default", "rope_theta": 9 },
@@ -281,7 +281,7 @@ fn keys_decide_as_in_transformers() {
     let scaling = json!({ "rope_type": "llama3", "type": "llama3", "factor": 2, "low_freq_factor": 1, "high_freq_factor": 4 });
     let rope = read("llama", json!({ "rope_scaling": scaling })).rope_parameters.unwrap();
     assert_eq!((rope.unscaled_context, rope.rope_theta), (Some(128), 200.0));
-    // What nothing reads may be there.
+    // Keys without effect are ignored.
     read(
         "llama",
         json!({ "attention_dropout": 0.1, "rope_interleaved": false, "transformers.js_config": {} }),
@@ -289,7 +289,7 @@ fn keys_decide_as_in_transformers() {
 }
 
 #[test]
-fn configs_that_mean_something_else_are_refused_with_their_value() {
+fn unsupported_configs_are_refused_with_their_value() {
     let scaled = |kind: &str| json!({ "rope_scaling": { "type": kind, "factor": 4.0, "beta_fast": 32 } });
     let cases = [
         (

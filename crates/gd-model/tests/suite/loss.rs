@@ -1,4 +1,4 @@
-//! cross_entropy against its formula, finite differences, dtypes, thread counts and bad targets.
+//! The cross-entropy losses: formula, finite differences, dtypes, thread counts and invalid targets.
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::cross_entropy::{
@@ -13,7 +13,7 @@ fn targets(rows: usize, vocab: usize) -> Tensor {
 }
 
 #[test]
-fn follows_the_formula_at_any_height() {
+fn the_loss_follows_its_formula_for_shifted_logits() {
     for shift in [0.0, 1e4, -1e4] {
         let logits = Tensor::new(&[[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], &Device::Cpu).unwrap();
         let logits = (logits + shift).unwrap();
@@ -39,19 +39,19 @@ fn ignored_rows_do_not_count() {
     let logits = noise(1, &[5, 9], 4.0);
     let ids = Tensor::new(&[3u32, IGNORE, 8, IGNORE, 0], &Device::Cpu).unwrap();
     assert_eq!(count_targets(&ids).unwrap(), 3);
-    let kept = Tensor::new(&[0u32, 2, 4], &Device::Cpu).unwrap();
+    let counted = Tensor::new(&[0u32, 2, 4], &Device::Cpu).unwrap();
     let run = |rows: &Tensor, ids: &Tensor| -> Vec<Vec<f64>> {
         let got = with_gradients(std::slice::from_ref(rows), |t| Ok(cross_entropy(&t[0], ids)?));
         got.iter().map(values).collect()
     };
-    let (all, few) = (run(&logits, &ids), {
-        let rows = logits.index_select(&kept, 0).unwrap();
-        run(&rows, &ids.index_select(&kept, 0).unwrap())
+    let (all, subset) = (run(&logits, &ids), {
+        let rows = logits.index_select(&counted, 0).unwrap();
+        run(&rows, &ids.index_select(&counted, 0).unwrap())
     });
-    assert_eq!(all[0], few[0]);
+    assert_eq!(all[0], subset[0]);
     for (i, row) in all[1].chunks(9).enumerate() {
         match [0, 2, 4].iter().position(|&k| k == i) {
-            Some(k) => assert_eq!(row, &few[1][9 * k..9 * (k + 1)], "row {i}"),
+            Some(k) => assert_eq!(row, &subset[1][9 * k..9 * (k + 1)], "row {i}"),
             None => assert!(row.iter().all(|&g| g == 0.0), "row {i}: {row:?}"),
         }
     }
@@ -61,7 +61,7 @@ fn ignored_rows_do_not_count() {
 }
 
 #[test]
-fn nothing_to_predict_is_no_loss() {
+fn the_loss_without_targets_is_zero() {
     let ids = Tensor::new(&[IGNORE, IGNORE], &Device::Cpu).unwrap();
     for got in with_gradients(&[noise(1, &[2, 9], 4.0)], |t| Ok(cross_entropy(&t[0], &ids)?)) {
         assert!(values(&got).iter().all(|&x| x == 0.0), "{got}");
@@ -84,7 +84,7 @@ fn low_precision_stays_near_f64() {
         let low = noise(1, &[9, 300], 4.0).to_dtype(dtype).unwrap();
         let got = with_gradients(std::slice::from_ref(&low), |t| Ok(cross_entropy(&t[0], &ids)?));
         let want = with_gradients(&[low.to_dtype(DType::F64).unwrap()], |t| Ok(cross_entropy(&t[0], &ids)?));
-        // The loss itself is never kept in half precision.
+        // The loss is never in half precision.
         assert_eq!(got[0].dtype(), if dtype == DType::F64 { DType::F64 } else { DType::F32 });
         assert_close("loss", &got[0], &want[0], 2e-6);
         let (got, want) = (values(&got[1]), values(&want[1]));
@@ -111,7 +111,7 @@ fn errors_name_the_values() {
     assert!(error(&x.narrow(0, 0, 0).unwrap(), &ids.narrow(0, 0, 0).unwrap()).contains("[0, 5]"));
 }
 
-/// Hidden states and weights whose logits take several chunks, and targets, some of them ignored.
+/// Hidden states and weights whose logits need several chunks, and targets, some of which are ignored.
 fn projected(dtype: DType) -> ([Tensor; 2], Tensor) {
     let (rows, vocab) = (90, 50_000);
     let ids: Vec<u32> =
@@ -121,12 +121,12 @@ fn projected(dtype: DType) -> ([Tensor; 2], Tensor) {
 }
 
 #[test]
-fn the_projected_loss_is_that_of_all_logits() {
+fn the_fused_loss_is_that_of_all_logits() {
     for (dtype, bound) in [(DType::F64, 1e-13), (DType::F32, 2e-6), (DType::BF16, 3e-2)] {
         let (inputs, ids) = projected(dtype);
-        let few = inputs.clone().map(|t| t.narrow(0, 0, 20).unwrap());
+        let subset = inputs.clone().map(|t| t.narrow(0, 0, 20).unwrap());
         let low = targets(20, 20);
-        for (inputs, ids) in [(inputs, ids), (few, low)] {
+        for (inputs, ids) in [(inputs, ids), (subset, low)] {
             let got = with_gradients(&inputs, |t| Ok(linear_cross_entropy(&t[0], &t[1], &ids)?));
             let want = with_gradients(&inputs, |t| Ok(cross_entropy(&t[0].matmul(&t[1].t()?)?, &ids)?));
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
@@ -142,11 +142,11 @@ fn the_projected_loss_is_that_of_all_logits() {
 }
 
 #[test]
-fn projected_gradients_match_finite_differences() {
+fn fused_gradients_match_finite_differences() {
     let ([rows, weight], ids) = projected(DType::F64);
     let (rows, ids) = (rows.narrow(0, 0, 24).unwrap(), ids.narrow(0, 0, 24).unwrap());
     check_gradients(&[rows, weight], |t| linear_cross_entropy(&t[0], &t[1], &ids)? * 3.0);
-    // Hidden states that are themselves a function of the weights, as with a tied head.
+    // Hidden states that depend on the weights, as with tied embeddings.
     let ids = Tensor::new(&[1u32, 4, IGNORE, 0], &Device::Cpu).unwrap();
     let rows = Tensor::new(&[0u32, 2, 3, 2], &Device::Cpu).unwrap();
     check_gradients(&[noise(3, &[5, 3], 1.0)], |t| {
@@ -155,7 +155,7 @@ fn projected_gradients_match_finite_differences() {
 }
 
 #[test]
-fn projected_bits_do_not_depend_on_the_thread_count_and_errors_name_the_values() {
+fn fused_bits_do_not_depend_on_the_thread_count_and_errors_name_the_values() {
     let (inputs, ids) = projected(DType::F32);
     same_bits(|| with_gradients(&inputs, |t| Ok(linear_cross_entropy(&t[0], &t[1], &ids)?)));
     let error =
@@ -163,9 +163,9 @@ fn projected_bits_do_not_depend_on_the_thread_count_and_errors_name_the_values()
     let wide = noise(1, &[90, 7], 1.0).to_dtype(DType::F32).unwrap();
     assert!(error(&wide, &inputs[1], &ids).contains("[90, 7]"));
     assert!(error(&inputs[0].to_dtype(DType::F64).unwrap(), &inputs[1], &ids).contains("F64"));
-    let few = inputs[1].narrow(0, 0, 10).unwrap();
-    assert!(error(&inputs[0], &few, &ids).contains("vocabulary of 10"));
-    // Nothing to predict is no loss and no gradient.
+    let narrow = inputs[1].narrow(0, 0, 10).unwrap();
+    assert!(error(&inputs[0], &narrow, &ids).contains("vocabulary of 10"));
+    // Without targets, loss and gradients are zero.
     let none = Tensor::new(&[IGNORE; 90][..], &Device::Cpu).unwrap();
     for got in with_gradients(&inputs, |t| Ok(linear_cross_entropy(&t[0], &t[1], &none)?)) {
         assert!(values(&got).iter().all(|&x| x == 0.0));

@@ -1,4 +1,4 @@
-//! The library gd-model, in one test program. What counts memory or needs several processes has a program of its own.
+//! Tests of gd-model in one program. Tests that count memory or need several processes have programs of their own.
 //!
 //! `cargo test -p gd-model --test suite checkpoint::` runs the tests of one module.
 

@@ -1,5 +1,5 @@
-//! AdamW against a plain f64 version, Muon against its definition, master weights, exact continuation,
-//! clipping and accumulation.
+//! AdamW against a plain f64 implementation, Muon against its definition, master weights, exact resumption, clipping and
+//! accumulation.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
@@ -9,12 +9,12 @@ use gd_model::train::optimizer::{AdamW, Optimizer, accumulate, clip_scale, globa
 
 const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
 
-/// Smooth numbers without a pattern that arithmetic could hide behind.
+/// Irregular numbers in [-1.7, 1.7] that follow from `seed`.
 fn numbers(n: usize, seed: f64) -> Vec<f64> {
     (0..n).map(|i| ((i as f64 + seed) * 12.9898).sin() * 1.7).collect()
 }
 
-/// Parameters of rank 0 to 3, larger than one parallel piece, all in `dtype`.
+/// Parameters of rank 0 to 3 in `dtype`, some larger than one chunk of the parallel update.
 fn vars(dtype: DType) -> Vec<(String, Var)> {
     let shapes: [(&str, &[usize]); 4] =
         [("w", &[200, 180]), ("bias", &[40]), ("a.cube", &[2, 3, 5]), ("scalar", &[])];
@@ -26,7 +26,7 @@ fn vars(dtype: DType) -> Vec<(String, Var)> {
     shapes.iter().enumerate().map(var).collect()
 }
 
-/// Gradients given by number: the loss is Σ w·c with c depending on the step.
+/// Gradients that depend on the step: those of the loss Σ w·c with constants c of the step.
 fn grads(vars: &[(String, Var)], step: usize, skip: Option<&str>) -> GradStore {
     let terms = vars.iter().filter(|(name, _)| Some(name.as_str()) != skip).map(|(name, var)| {
         let c = numbers(var.elem_count(), step as f64 * 7.0 + name.len() as f64);
@@ -44,7 +44,7 @@ fn all(vars: &[(String, Var)]) -> Vec<Vec<f64>> {
     vars.iter().map(|(_, v)| read(v)).collect()
 }
 
-/// The textbook's update, one number at a time.
+/// AdamW as in its definition, element by element.
 struct Naive {
     p: Vec<f64>,
     m: Vec<f64>,
@@ -71,7 +71,7 @@ impl Naive {
     }
 }
 
-/// Twenty steps with changing rate and scale, one parameter passed over for the first five.
+/// The maximal error of twenty steps with changing rate and scale. One parameter has no gradient in the first five.
 fn greatest_error(dtype: DType) -> f64 {
     let vars = vars(dtype);
     let mut adam = AdamW::new(vars.clone(), CONFIG).unwrap();
@@ -91,7 +91,7 @@ fn greatest_error(dtype: DType) -> f64 {
 }
 
 #[test]
-fn follows_the_naive_version() {
+fn adamw_follows_its_definition() {
     for (dtype, bound) in [(DType::F64, 1e-14), (DType::F32, 2e-6)] {
         let error = greatest_error(dtype);
         assert!(error <= bound, "{dtype:?}: {error:e}");
@@ -169,7 +169,7 @@ fn same_bits_for_any_number_of_threads() {
 }
 
 #[test]
-fn continues_from_its_state_to_the_bit() {
+fn adamw_resumes_from_its_state_to_the_bit() {
     for dtype in [DType::F32, DType::F64, DType::BF16] {
         let straight = vars(dtype);
         let mut adam = AdamW::new(straight.clone(), CONFIG).unwrap();
@@ -184,7 +184,7 @@ fn continues_from_its_state_to_the_bit() {
                 }
             }
         }
-        // Through a file and back, and with the parameters in another order.
+        // The state is written to a file and read, and the parameters are in another order.
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("optimizer.safetensors");
         gd_model::io::checkpoint::write_tensors(&path, &saved.unwrap()).unwrap();
@@ -200,7 +200,7 @@ fn continues_from_its_state_to_the_bit() {
 }
 
 #[test]
-fn a_state_that_does_not_fit_is_refused_whole() {
+fn a_state_of_another_model_is_refused_without_any_change() {
     let vars = vars(DType::F32);
     let mut adam = AdamW::new(vars.clone(), CONFIG).unwrap();
     adam.step(&grads(&vars, 0, None), 0.01, 1.0).unwrap();
@@ -249,7 +249,7 @@ fn norm_and_clipping() {
 }
 
 #[test]
-fn bad_gradients_and_settings_are_named() {
+fn invalid_gradients_and_settings_are_named() {
     let vars = vars(DType::F32);
     let mut store = grads(&vars, 0, None);
     assert_eq!(not_finite(&vars, &store).unwrap(), None);
@@ -316,7 +316,7 @@ fn a_transposed_gradient_lands_in_place() {
     assert!(read(&var).iter().zip(&naive.p).all(|(a, b)| (a - b).abs() <= 1e-15));
 }
 
-/// Two matrices of a block, wide and tall, and what stays with AdamW.
+/// Two matrices of a block, wide and tall, and parameters that AdamW updates.
 fn block(dtype: DType) -> Vec<(String, Var)> {
     let shapes: [(&str, &[usize]); 5] = [
         ("model.layers.0.mlp.down_proj.weight", &[6, 10]),
@@ -335,7 +335,7 @@ fn block(dtype: DType) -> Vec<(String, Var)> {
 #[test]
 fn orthogonalised_matrices_have_singular_values_near_one_and_the_same_directions() {
     for dims in [(5, 5), (4, 40), (30, 6)] {
-        // Sines of sines, since plain ones make a matrix of rank 2.
+        // Plain sines would give a matrix of rank 2.
         let entries = numbers(dims.0 * dims.1, 3.0).into_iter().map(|x| (x * 1e4).sin()).collect();
         let x = Tensor::from_vec::<_, f64>(entries, dims, &Device::Cpu).unwrap();
         let y = newton_schulz(&x).unwrap();
@@ -393,7 +393,7 @@ fn muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest() {
 }
 
 #[test]
-fn muon_continues_from_its_state_to_the_bit_and_refuses_another() {
+fn muon_resumes_from_its_state_to_the_bit_and_refuses_another() {
     let config = Some(MuonConfig::default());
     for dtype in [DType::F32, DType::BF16] {
         let (straight, resumed) = (block(dtype), block(dtype));

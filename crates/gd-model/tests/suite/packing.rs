@@ -1,5 +1,5 @@
-//! Order and packing of training windows: permutations, ranks, documents in windows, and models that read
-//! packed documents as they read each of them alone.
+//! Order and packing of training windows: permutations, ranks, documents in windows, and the outputs of models for packed
+//! documents.
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::cross_entropy::{IGNORE, count_targets};
@@ -28,21 +28,21 @@ fn every_short_length_is_permuted() {
 }
 
 #[test]
-fn the_greatest_lengths_are_permuted() {
+fn the_largest_lengths_are_permuted() {
     for len in [1 << 32, (1 << 32) + 1, 1 << 63, u64::MAX] {
         let order = permutation(len, 1);
-        let found: Vec<u64> = (0..1000).map(|i| order.at(i * (len / 1000))).collect();
-        assert!(found.iter().all(|&x| x < len));
-        let mut distinct = found.clone();
+        let values: Vec<u64> = (0..1000).map(|i| order.at(i * (len / 1000))).collect();
+        assert!(values.iter().all(|&x| x < len));
+        let mut distinct = values.clone();
         distinct.sort_unstable();
         distinct.dedup();
         assert_eq!(distinct.len(), 1000, "{len}");
     }
 }
 
-/// Over many seeds every value comes first, and follows the first, about equally often.
+/// Over many seeds, the first value and its distance to the second one are uniformly distributed (chi-squared test).
 #[test]
-fn orders_are_spread_evenly() {
+fn permutations_are_uniform() {
     const LEN: usize = 10;
     const SEEDS: u64 = 20_000;
     let (mut first, mut steps) = ([0f64; LEN], [0f64; LEN]);
@@ -72,9 +72,9 @@ proptest! {
     #[test]
     fn any_length_is_permuted(len in 1u64..5000, seed: u64) {
         let order = permutation(len, seed);
-        let mut seen = vec![false; len as usize];
+        let mut visited = vec![false; len as usize];
         for i in 0..len {
-            prop_assert!(!std::mem::replace(&mut seen[order.at(i) as usize], true));
+            prop_assert!(!std::mem::replace(&mut visited[order.at(i) as usize], true));
         }
     }
 
@@ -95,7 +95,7 @@ proptest! {
         prop_assert_eq!(targets, rows(&whole.targets));
     }
 
-    /// Token `1000 d + i` is the i-th of document d, so that every target can be judged alone.
+    /// Token `1000 d + i` is the i-th of document d, so that a token identifies its document and position.
     #[test]
     fn rows_predict_inside_documents_and_the_mask_cuts_between_them(
         lengths in prop::collection::vec(1usize..40, 1..30), context in 1usize..50, rows_of in 1usize..4,
@@ -127,13 +127,13 @@ proptest! {
 }
 
 #[test]
-fn one_document_needs_no_packing() {
+fn a_single_document_has_a_causal_mask() {
     let batches = Batches::new((0..100).collect::<Vec<u32>>().into(), 1);
     let batch = batches.batch(0..3, 8, &Device::Cpu).unwrap();
     assert_eq!(batch.mask, gd_kernels::Mask::causal(0));
 }
 
-/// A model in f64 at a random point, where no matrix of zeros hides what is behind it.
+/// A model in f64 with random parameters, none of which is a matrix of zeros.
 fn random_model(config: &ModelConfig) -> (Transformer, Params) {
     let params = Params::new(3, DType::F64, &Device::Cpu);
     let model = Transformer::new(config, params.builder()).unwrap();
@@ -146,7 +146,7 @@ fn random_model(config: &ModelConfig) -> (Transformer, Params) {
     (model, params)
 }
 
-/// Logits in rows and the summed loss of the predicted tokens of one window over all of `tokens`.
+/// The rows of logits, and the summed loss of the predicted tokens, of one window over all `tokens`.
 fn read(model: &Transformer, tokens: &Tokens, hardness: f64) -> (Vec<Vec<f64>>, Tensor) {
     let all: Vec<_> = tokens.windows(usize::MAX >> 1).collect();
     let Batch { inputs, targets, mask, .. } = Batch::new(tokens, &all, &Device::Cpu).unwrap();
@@ -162,7 +162,7 @@ fn configurations() -> Vec<(String, ModelConfig)> {
     let mut all = Vec::new();
     for (preset, _) in PRESETS {
         let mut base = Recipe::load(preset).unwrap().model;
-        // Packing is the same at any width and depth.
+        // The result does not depend on width and depth.
         (base.num_hidden_layers, base.vocab_size) = (2, 40);
         (base.hidden_size, base.intermediate_size, base.head_dim) = (32, 48, 8);
         (base.num_attention_heads, base.num_key_value_heads) = (4, 4);
@@ -178,7 +178,7 @@ fn configurations() -> Vec<(String, ModelConfig)> {
 }
 
 #[test]
-fn a_packed_row_equals_each_document_alone() {
+fn a_packed_row_gives_the_outputs_of_each_document_alone() {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let lengths = [2usize, 9, 1, 14, 3, 11];
     let documents = lengths.map(|n| (0..n).map(|_| rng.random_range(0..40)).collect::<Vec<u32>>());

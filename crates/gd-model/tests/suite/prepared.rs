@@ -1,4 +1,4 @@
-//! Prepared data: what is written is read back, and no damage goes unnoticed.
+//! Prepared data: round trips, and detection of all damage.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ fn all(tokens: &Tokens) -> (Vec<u32>, Vec<usize>) {
 }
 
 #[test]
-fn shards_hold_what_is_read_into_memory() {
+fn shards_hold_the_same_tokens_as_a_corpus_in_memory() {
     let folder = tempfile::tempdir().unwrap();
     let paths = sources(folder.path());
     let texts = gd_model::data::Texts::load(&paths, &DocumentFormat::default(), 0.2).unwrap();
@@ -40,7 +40,7 @@ fn shards_hold_what_is_read_into_memory() {
         let memory = gd_model::data::Corpus::encode(&texts, &tokenizer).unwrap();
         for shard_tokens in [1, 50, 1 << 20] {
             let out = folder.path().join(format!("{name}-{shard_tokens}"));
-            let mut seen = 0;
+            let mut bytes_read = 0;
             let reading = DocumentFormat::default();
             let what = Preparation {
                 paths: &paths,
@@ -49,8 +49,8 @@ fn shards_hold_what_is_read_into_memory() {
                 shard_tokens,
                 valid_fraction: 0.2,
             };
-            let index = prepare(&out, &what, |bytes| seen += bytes).unwrap();
-            assert_eq!(seen, paths.iter().map(|p| p.metadata().unwrap().len()).sum::<u64>());
+            let index = prepare(&out, &what, |bytes| bytes_read += bytes).unwrap();
+            assert_eq!(bytes_read, paths.iter().map(|p| p.metadata().unwrap().len()).sum::<u64>());
             let prepared = Prepared::open(&out).unwrap();
             assert_eq!(prepared.index, index);
             assert_eq!(prepared.tokenizer.to_json().unwrap(), tokenizer.to_json().unwrap());
@@ -73,7 +73,7 @@ fn shards_hold_what_is_read_into_memory() {
 }
 
 #[test]
-fn every_flipped_byte_and_every_cut_is_noticed() {
+fn every_flipped_bit_and_every_truncation_is_detected() {
     let folder = tempfile::tempdir().unwrap();
     let paths = sources(folder.path());
     let out = folder.path().join("out");
@@ -82,7 +82,7 @@ fn every_flipped_byte_and_every_cut_is_noticed() {
     for name in ["train-00000.tokens", "valid-00000.tokens", "index.json", "tokenizer.json"] {
         let path = out.join(name);
         let good = fs::read(&path).unwrap();
-        // The tokenizer has one checksum for all of it; a part of its bytes says as much as all.
+        // A single checksum covers the tokenizer, so a part of its bytes is enough.
         let step = if name == "tokenizer.json" { 37 } else { 1 };
         for at in (0..good.len()).step_by(step) {
             for bad in [flipped(&good, at), good[..at].to_vec()] {
@@ -108,7 +108,7 @@ fn flipped(bytes: &[u8], at: usize) -> Vec<u8> {
     bytes
 }
 
-/// Changes a shard and gives the index the checksums that fit, as a faulty program would.
+/// Changes a shard and the index and updates the checksums.
 fn forge(out: &Path, change: impl FnOnce(&mut Vec<u8>, &mut Value)) {
     let (shard, index) = (out.join("train-00000.tokens"), out.join("index.json"));
     let mut bytes = fs::read(&shard).unwrap();
@@ -122,7 +122,7 @@ fn forge(out: &Path, change: impl FnOnce(&mut Vec<u8>, &mut Value)) {
 }
 
 #[test]
-fn wrong_content_with_right_checksums_is_noticed() {
+fn invalid_content_with_correct_checksums_is_detected() {
     let folder = tempfile::tempdir().unwrap();
     let paths = sources(folder.path());
     let put = |at: usize, value: u64| {
@@ -160,8 +160,8 @@ fn wrong_content_with_right_checksums_is_noticed() {
         let out = folder.path().join(i.to_string());
         prepare_into(&out, &paths, &Tokenizer::bytes().unwrap(), 1 << 20).unwrap();
         forge(&out, change);
-        let found = Prepared::open(&out).err().map(|e| e.to_string()).unwrap_or_default();
-        assert!(found.contains(expected) && found.is_empty() == expected.is_empty(), "{expected}: {found}");
+        let e = Prepared::open(&out).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(e.contains(expected) && e.is_empty() == expected.is_empty(), "{expected}: {e}");
     }
 }
 
@@ -178,13 +178,13 @@ fn a_failed_preparation_leaves_nothing() {
     let error = prepare_into(&out, &paths, &bytes, 10).unwrap_err().to_string();
     assert!(error.contains("bad.jsonl:1: no field"), "{error}");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), before);
-    // What stands there already is left alone.
+    // An existing folder with other files is not changed.
     fs::create_dir(&out).unwrap();
     fs::write(out.join("mine.txt"), "x").unwrap();
     let error = prepare_into(&out, &paths[..2], &bytes, 10).unwrap_err();
     assert!(matches!(error, Error::Occupied { .. }), "{error}");
     assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
-    // One document cannot be on both sides.
+    // A single document cannot be divided into training and validation.
     let one = folder.path().join("one.jsonl");
     fs::write(&one, "{\"text\":\"a\"}\n").unwrap();
     let error = prepare_into(&folder.path().join("two"), &[one], &bytes, 10).unwrap_err().to_string();

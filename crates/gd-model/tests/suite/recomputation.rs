@@ -1,4 +1,4 @@
-//! Recomputed blocks: the gradients of the plain pass, to the bit, and runs that do not tell them apart.
+//! Recomputation of blocks in the backward pass (gradient checkpointing): the gradients are equal to the bit.
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::Mask;
@@ -23,7 +23,7 @@ fn bits(t: &Tensor) -> Vec<u32> {
 }
 
 #[test]
-fn gradients_are_those_of_the_plain_pass_to_the_bit() {
+fn gradients_are_equal_to_the_bit_with_recomputation() {
     use Mechanism::{Gd, Softmax};
     for (mechanism, tied, hardness) in
         [(vec![Gd], true, 1.0), (vec![Gd, Softmax, Gd], false, 0.3), (vec![Softmax], true, 1.0)]
@@ -33,7 +33,7 @@ fn gradients_are_those_of_the_plain_pass_to_the_bit() {
         let model = Transformer::new(&config, params.builder()).unwrap();
         let frozen = Transformer::new(&config, params.frozen()).unwrap();
         let vars = params.vars();
-        // Matrices that start at zero would hide what is behind them.
+        // A matrix of zeros would set the gradients that pass through it to zero.
         for (i, (_, var)) in vars.iter().enumerate() {
             let noise: Vec<f32> =
                 (0..var.elem_count()).map(|j| ((i + j * 7) as f32 * 12.9898).sin() * 0.05).collect();
@@ -57,7 +57,7 @@ fn gradients_are_those_of_the_plain_pass_to_the_bit() {
             assert!(bits(b).iter().any(|&x| x << 1 != 0), "{name} has no gradient");
             assert!(bits(a) == bits(b), "{name}, {hardness}");
         }
-        // The frozen model follows the parameters, and what it computes has no graph.
+        // The frozen model shares the parameters, and its outputs have no graph.
         let same = frozen.loss(&ids, &targets, &pass).unwrap();
         assert_eq!(bits(&same), bits(&model.loss(&ids, &targets, &pass).unwrap()));
         assert!(!same.track_op() && plain.track_op());

@@ -1,5 +1,5 @@
-//! A real model, SmolLM2-135M-Instruct as a GGUF file, against golden values; see tests/fixtures/README.md of
-//! the repository. Runs where `GD_SMOLLM2`, or target/smollm2, is what scripts/data/fetch_smollm2.sh makes.
+//! SmolLM2-135M-Instruct as a GGUF file against golden values, see tests/fixtures/README.md of the repository. Skipped unless
+//! `GD_SMOLLM2` or target/smollm2 is the folder that scripts/data/fetch_smollm2.sh creates.
 
 use std::path::{Path, PathBuf};
 
@@ -21,10 +21,10 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// The folder of the model; none where it has not been fetched.
+/// The folder of the model; `None` if it has not been fetched.
 fn folder() -> Option<PathBuf> {
-    let named = std::env::var_os("GD_SMOLLM2").map(PathBuf::from);
-    let folder = named.or_else(|| Some(root().join("target/smollm2")).filter(|path| path.exists()));
+    let set = std::env::var_os("GD_SMOLLM2").map(PathBuf::from);
+    let folder = set.or_else(|| Some(root().join("target/smollm2")).filter(|path| path.exists()));
     if folder.is_none() {
         println!("skipped: scripts/data/fetch_smollm2.sh target/smollm2 fetches the model");
     }
@@ -71,15 +71,19 @@ fn golden_values_of_smollm2() -> Result<()> {
     if wikitext.exists() {
         texts.push((wikitext, 12_000, 1024, 12.7259));
     } else {
-        println!("skipped: {} is not there", wikitext.display());
+        println!("skipped: {} does not exist", wikitext.display());
     }
     for (path, characters, context, golden) in texts {
         let text: String = read_text(&path)?.chars().take(characters).collect();
         let ids = tokenizer.encode(&text)?[..context].to_vec();
         let bytes = tokenizer.decode(&ids)?.len();
-        let found = evaluate(model, &Tokens::from(ids), bytes, context, 1, &CPU)?.perplexity;
-        println!("{}: perplexity {found:.4}, golden {golden}", path.display());
-        ensure!((found / golden - 1.0).abs() < 1e-3, "{}: {found} instead of {golden}", path.display());
+        let perplexity = evaluate(model, &Tokens::from(ids), bytes, context, 1, &CPU)?.perplexity;
+        println!("{}: perplexity {perplexity:.4}, golden {golden}", path.display());
+        ensure!(
+            (perplexity / golden - 1.0).abs() < 1e-3,
+            "{}: {perplexity} instead of {golden}",
+            path.display()
+        );
         cases += 1;
     }
 
@@ -88,7 +92,7 @@ fn golden_values_of_smollm2() -> Result<()> {
                   <|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n";
     ensure!(chat == golden, "{chat:?}");
     let ids = tokenizer.encode_written(&chat)?;
-    ensure!(ids.iter().filter(|id| **id == 1).count() == 3, "special tokens are single ones: {ids:?}");
+    ensure!(ids.iter().filter(|id| **id == 1).count() == 3, "special tokens are not split: {ids:?}");
     log_cases("smollm2", cases + 1);
     Ok(())
 }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 const SAMPLE: &str = include_str!("../../models/text/sample.txt");
 
-/// The start of the sample: enough for a small vocabulary.
+/// The start of the sample text, for a small vocabulary.
 fn corpus() -> Vec<String> {
     SAMPLE.split_inclusive('\n').take(300).map(str::to_string).collect()
 }
@@ -39,7 +39,7 @@ fn byte_ids_are_byte_values() {
     let text = "Ahab — \u{0}\t\r\n «кит» 鯨 🐋";
     let bytes: Vec<u32> = text.bytes().map(u32::from).collect();
     assert_eq!(tokenizer.encode(text).unwrap(), bytes);
-    // The copy that replaces the library's encoder gives what the library itself gives for the stored file.
+    // Copying the bytes gives the same ids as the encoder of the library for the stored file.
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tokenizer.json");
     tokenizer.save(&path).unwrap();
@@ -49,7 +49,7 @@ fn byte_ids_are_byte_values() {
 }
 
 #[test]
-fn documents_end_with_the_token_for_it() {
+fn documents_end_with_the_end_of_text_token() {
     let tokenizer = reload(&bpe());
     let end = tokenizer.end_of_text().unwrap();
     assert_eq!((end as usize, tokenizer.vocab_size()), (599, 600));
@@ -90,9 +90,9 @@ fn bpe_compresses_and_depends_on_the_text_alone() {
 fn stream_yields_whole_characters_only() {
     let tokenizer = Tokenizer::bytes().unwrap();
     let mut decoder = tokenizer.stream();
-    let pieces: Vec<Option<String>> = "a—🐋".bytes().map(|b| decoder.push(u32::from(b)).unwrap()).collect();
+    let chunks: Vec<Option<String>> = "a—🐋".bytes().map(|b| decoder.push(u32::from(b)).unwrap()).collect();
     let expected = [Some("a"), None, None, Some("—"), None, None, None, Some("🐋")];
-    assert_eq!(pieces, expected.map(|p| p.map(str::to_string)));
+    assert_eq!(chunks, expected.map(|p| p.map(str::to_string)));
     assert_eq!(decoder.finish().unwrap(), None);
 }
 
@@ -106,7 +106,7 @@ proptest! {
         }
     }
 
-    // A model may put out any bytes: broken sequences become U+FFFD, the same way streamed and at once.
+    // A model may generate any bytes. Invalid sequences become U+FFFD, in a stream as in a decoded text.
     #[test]
     fn any_ids_stream_as_they_decode(ids in prop::collection::vec(0u32..600, 0..60), high in any::<bool>()) {
         let bytes: Vec<u32> = ids.iter().map(|i| if high { 0x80 + i % 0x80 } else { i % 256 }).collect();
@@ -122,7 +122,7 @@ fn bpe_once() -> Tokenizer {
     BPE.get_or_init(bpe).clone()
 }
 
-/// Llama's kind: pieces with a leading ▁, bytes as <0xNN>, a begin token added by the post-processor.
+/// A tokenizer as that of Llama: `▁` for spaces, bytes as `<0xNN>`, a begin token added by the post-processor.
 fn llama_like() -> serde_json::Value {
     let mut vocab = serde_json::Map::new();
     for token in ["<unk>", "<s>", "▁", "a", "b", "▁a"] {
@@ -159,7 +159,7 @@ fn load_text(text: &str) -> Result<Tokenizer, Error> {
 }
 
 #[test]
-fn foreign_tokenizer_keeps_its_rules() {
+fn a_loaded_tokenizer_applies_its_own_rules() {
     let tokenizer = load_text(&llama_like().to_string()).unwrap();
     assert_eq!(tokenizer.vocab_size(), 6 + 256);
     assert_eq!(tokenizer.token_id("<s>"), Some(1));
@@ -171,9 +171,9 @@ fn foreign_tokenizer_keeps_its_rules() {
 }
 
 #[test]
-fn broken_files_are_refused_in_one_line() {
+fn damaged_files_are_errors_of_one_line() {
     let mut merge_too_long = llama_like();
-    // The library panics on a merge whose result is longer than every token.
+    // The library panics if the result of a merge is longer than every token.
     merge_too_long["model"]["merges"] = serde_json::json!([["<0x00>", "<0x01>"]]);
     let mut no_tokens = llama_like();
     no_tokens["added_tokens"] = serde_json::json!([]);

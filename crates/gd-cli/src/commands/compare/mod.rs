@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use gd_model::analysis::compare::{Comparison, Run};
-use gd_model::analysis::variants::{VARIANTS, Variant, equalise};
+use gd_model::analysis::variants::{VARIANTS, Variant, equalize};
 use gd_model::config::{Recipe, Setting};
 use gd_model::data::Corpus;
 use gd_model::io::files::{check_writable, write_file};
@@ -93,7 +93,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     corpus.check(base.train.context)?;
     check_writable(&args.out)?;
     let mut models = variants.iter().map(|v| v.config(&base.model)).collect::<gd_model::Result<Vec<_>>>()?;
-    equalise(&mut models)?;
+    equalize(&mut models)?;
     let first_seed = ctx.seed();
     let (mut runs, total) = (Vec::new(), args.seeds * variants.len() as u64);
     for seed in (0..args.seeds).map(|i| first_seed.wrapping_add(i)) {

@@ -39,7 +39,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let sampler = Sampler::new(sampling, ctx.seed()).map_err(flag_error)?;
     let loaded = pretrained::load(model, &ctx.device)?;
     let prompt = loaded.tokenizer.encode(&text)?;
-    let interventions: Vec<_> = interventions.into_iter().map(|i| i.placed(prompt.len())).collect();
+    let interventions: Vec<_> = interventions.into_iter().map(|i| i.with_position(prompt.len())).collect();
     let draws = (args.max_tokens > 0).then_some((sampling, ctx.seed()));
     let name = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
     let header = Header::new(&loaded, &name, &prompt, draws, &interventions, &ctx.device)
@@ -52,7 +52,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     if args.out.is_some() || args.html.is_some() {
         let continuation = match draws {
             Some(_) => {
-                Some(Continuation { max_tokens: args.max_tokens, sampler, ends: loaded.end_tokens()? })
+                Some(Continuation { max_tokens: args.max_tokens, sampler, end_tokens: loaded.end_tokens()? })
             }
             None => None,
         };

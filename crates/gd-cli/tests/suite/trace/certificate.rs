@@ -134,7 +134,7 @@ fn deleted_swapped_duplicated_truncated_or_spliced_records_are_detected() -> Res
         Ok(trace::verify(&forged, head, signer).err().context("accepted")?.to_string())
     };
     let e = error(Some(head), None)?;
-    ensure!(e.contains("not the kept") && e.contains(&trace::hex(&head)), "{e}");
+    ensure!(e.contains("not the expected") && e.contains(&trace::hex(&head)), "{e}");
     let signer = key(1).verifying_key().to_bytes();
     ensure!(error(None, Some(signer))?.contains("not signed"));
     let mine = Trace::from_bytes(Path::new("mine"), &written(&header, &records[..n - 1], Some(&key(2)))?)?;
@@ -207,12 +207,12 @@ fn files_that_are_not_traces_are_errors() -> Result<()> {
     let recorded = record(&models()[1].1, "A whale", 0, &[])?;
     type Change<'a> = (&'a str, fn(&mut Header));
     let changes: [Change; 8] = [
-        ("gd-trace 1 is known", |h| h.version = 2),
+        ("supported: gd-trace 1", |h| h.version = 2),
         ("other 1", |h| h.format = "other".into()),
         ("heads", |h| h.layers[0].heads = usize::MAX),
         ("heads", |h| h.layers[1].heads = 0),
         ("rounds", |h| h.layers[1].rounds = 0),
-        ("layer 2 in place 1", |h| h.layers[1].layer = 2),
+        ("layer 2 at index 1", |h| h.layers[1].layer = 2),
         ("1 thresholds for 4 heads", |h| h.layers[2].threshold = Some(vec![0.5])),
         ("no layer that selects", |h| h.layers.iter_mut().for_each(|layer| layer.selects = false)),
     ];

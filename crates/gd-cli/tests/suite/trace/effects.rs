@@ -76,7 +76,7 @@ fn the_effect_is_the_divergence_of_two_runs() -> Result<()> {
     let loaded = model(&models()[0].1, 5)?;
     let ids = loaded.tokenizer.encode(PROMPT)?;
     let of = |acts: &[&str]| -> Result<trace::Effect> {
-        let acts = acts.iter().map(|a| a.parse::<trace::Intervention>().map(|i| i.placed(ids.len())));
+        let acts = acts.iter().map(|a| a.parse::<trace::Intervention>().map(|i| i.with_position(ids.len())));
         let acts = acts.collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::msg)?;
         let header = Header::new(&loaded, "m", &ids, None, &acts, &CPU)?;
         Ok(trace::effect(&loaded, &header, &ids, &CPU)?)
@@ -84,7 +84,7 @@ fn the_effect_is_the_divergence_of_two_runs() -> Result<()> {
     let effect = of(&["ablate 0.1", "force 2.3:4"])?;
     // Two runs without `effect`.
     let acts = ["ablate 0.1", "force 2.3:4"].map(|a| a.parse::<trace::Intervention>());
-    let acts = acts.into_iter().map(|a| a.map(|a| a.placed(ids.len())));
+    let acts = acts.into_iter().map(|a| a.map(|a| a.with_position(ids.len())));
     let acts = acts.collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::msg)?;
     let header = Header::new(&loaded, "m", &ids, None, &acts, &CPU)?;
     let (mask, recorder) = (Mask::causal(0), trace::Recorder::new(&header));
@@ -159,7 +159,7 @@ fn the_program_records_shows_and_verifies() -> Result<()> {
     ensure!(fs::metadata(dir.join("both.html"))?.len() > page.len() as u64);
 
     let other = "0".repeat(64);
-    ensure!(error(dir, &format!("verify t.trace --kept {other}"), 1)?.contains("not the kept"));
+    ensure!(error(dir, &format!("verify t.trace --kept {other}"), 1)?.contains("not the expected"));
     ensure!(error(dir, &format!("verify t.trace --signer {other}"), 1)?.contains("not by"));
     ensure!(error(dir, "verify t.trace --kept abc", 2)?.contains("64 hexadecimal digits"));
     ensure!(error(dir, "verify text.txt", 1)?.contains("not a valid trace"));

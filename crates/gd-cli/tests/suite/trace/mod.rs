@@ -84,12 +84,12 @@ fn record(gd: &Value, prompt: &str, max_tokens: usize, interventions: &[&str]) -
     let prompt = loaded.tokenizer.encode(prompt)?;
     let interventions = interventions.iter().map(|text| text.parse::<Intervention>());
     let interventions = interventions.collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::msg)?;
-    let interventions: Vec<_> = interventions.into_iter().map(|i| i.placed(prompt.len())).collect();
+    let interventions: Vec<_> = interventions.into_iter().map(|i| i.with_position(prompt.len())).collect();
     let draws = (max_tokens > 0).then_some((SAMPLING, 7));
     let header = Header::new(&loaded, "model", &prompt, draws, &interventions, &CPU)?;
     let continuation = match draws {
         Some((sampling, seed)) => {
-            Some(Continuation { max_tokens, sampler: Sampler::new(sampling, seed)?, ends: Vec::new() })
+            Some(Continuation { max_tokens, sampler: Sampler::new(sampling, seed)?, end_tokens: Vec::new() })
         }
         None => None,
     };

@@ -1,35 +1,35 @@
-//! The file operations that checkpoints are written and read with, in one place, so that tests can let each
-//! of them fail and can take away what was not synced.
+//! The file operations of [`Store`](super::Store) as a trait, so that tests can let each of them fail and can discard what
+//! was not synced.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-/// A place for files and folders.
+/// A file system.
 pub trait Disk {
-    /// Opens a new file, or an existing one emptied, for writing.
+    /// Creates a file, or truncates an existing one, for writing.
     fn create(&self, path: &Path) -> io::Result<Box<dyn Output>>;
-    /// Makes a folder; the one it is in exists.
+    /// Creates a folder in an existing one.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
-    /// Makes the entries of a folder survive a power failure.
+    /// Syncs the entries of a folder to the disk.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
-    /// Gives a file or folder another name, in one step. A file replaces one that had the name.
+    /// Renames a file or folder atomically. An existing file of the new name is replaced.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
-    /// Removes a file, or a folder with all that is in it.
+    /// Removes a file, or a folder with its content.
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Opens a file for reading.
     fn open(&self, path: &Path) -> io::Result<Box<dyn Read>>;
-    /// The names in a folder.
+    /// The names of the files and folders in a folder.
     fn list(&self, path: &Path) -> io::Result<Vec<String>>;
 }
 
-/// A file being written.
+/// A file that is open for writing.
 pub trait Output: Write {
-    /// Makes the content survive a power failure.
+    /// Syncs the content to the disk.
     fn sync(&mut self) -> io::Result<()>;
 }
 
-/// The machine's own file system.
+/// The file system of the operating system.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct System;
 

@@ -1,5 +1,4 @@
-//! Files and folders that are put in place in one step: after an error, or a crash at any point, what was
-//! there before is still there.
+//! Atomic writing of folders.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,20 +6,26 @@ use std::path::Path;
 
 use candle_core::Tensor;
 
-use super::{CONFIG, Filling, INDEX, System, WEIGHTS};
+use super::{CONFIG, FolderWriter, INDEX, System, WEIGHTS};
 use crate::error::{Error, Result};
 use crate::io::files::{check_writable, parent, set_mode, sync};
 
-/// Writes named tensors as safetensors with metadata `format: pt`, and syncs the file. Not atomic by itself.
+/// Writes a safetensors file with the metadata `format: pt` and syncs it. Not atomic.
+///
+/// # Errors
+/// [`Error::Unwritable`].
 pub fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let (folder, name) = parent(path)?;
-    Filling::new(&System, &folder).tensors(&name, tensors)
+    FolderWriter::new(&System, &folder).tensors(&name, tensors)
 }
 
-/// Has `fill` write into a new folder beside `folder`, syncs it and puts it in place in one step. After an
-/// error, or a crash at any point, `folder` is what it was before.
+/// Calls `fill` with a temporary folder beside `folder`, syncs it and renames it to `folder`. After an error, or a crash at
+/// any point, `folder` has either its old or its new content.
 ///
-/// Only a checkpoint folder or an empty one is replaced; anything else at this path is an error.
+/// Only a checkpoint folder or an empty folder is replaced.
+///
+/// # Errors
+/// [`Error::Occupied`] if something else is at this path; [`Error::Unwritable`]; the error of `fill`.
 pub fn write_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let existing = folder.symlink_metadata().is_ok();
     if existing && !is_replaceable(folder) {
@@ -37,20 +42,22 @@ pub fn write_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     if existing {
         exchange(new.path(), folder).map_err(|e| Error::write(folder, e))?;
         sync(&parent)?;
-        // What is under the temporary name now is the old folder. It has been replaced: that it cannot be
-        // removed is no failure of the save.
+        // The old folder has the temporary name now. The save has succeeded even if it cannot be removed.
         if let Err(e) = new.close() {
             tracing::warn!("the replaced checkpoint could not be removed: {e}");
         }
         return Ok(());
     }
     fs::rename(new.path(), folder).map_err(|e| Error::write(folder, e))?;
-    // Its name is gone, so there is nothing left to remove.
+    // It was renamed, so its destructor must not remove anything.
     let _ = new.keep();
     sync(&parent)
 }
 
-/// Fails where [`write_folder`] would, and leaves nothing behind: for the time before a long computation.
+/// Checks that [`write_folder`] can write `folder`, without changing anything. Called before long computations.
+///
+/// # Errors
+/// [`Error::Occupied`] or [`Error::Unwritable`].
 pub fn check_replaceable(folder: &Path) -> Result<()> {
     if folder.symlink_metadata().is_ok() && !is_replaceable(folder) {
         return Err(Error::Occupied { path: folder.into() });
@@ -64,7 +71,7 @@ fn is_replaceable(folder: &Path) -> bool {
     checkpoint || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
 
-/// Swaps two folders: in one step where the system can, else by renaming three times.
+/// Exchanges two folders: atomically if the system supports it, otherwise by [`rename_around`].
 fn exchange(new: &Path, old: &Path) -> std::io::Result<()> {
     #[cfg(target_os = "linux")]
     {
@@ -76,8 +83,8 @@ fn exchange(new: &Path, old: &Path) -> std::io::Result<()> {
     rename_around(new, old)
 }
 
-/// Swaps two folders through a third name. A crash in between leaves both complete, the old one under the
-/// third name.
+/// Exchanges two folders by three renames. After a crash in between, both are complete, and the old one has the temporary
+/// name.
 fn rename_around(new: &Path, old: &Path) -> std::io::Result<()> {
     let mut aside = new.as_os_str().to_os_string();
     aside.push(".old");
@@ -94,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_ways_to_exchange_swap_and_survive_failure() {
+    fn both_exchanges_swap_folders_and_a_failure_changes_nothing() {
         for exchange in [exchange, rename_around] {
             let folder = tempfile::tempdir().unwrap();
             let (a, b) = (folder.path().join("a"), folder.path().join("b"));

@@ -1,4 +1,5 @@
-//! The sizes and hashes of a folder's files: written last, so that a folder with a manifest that fits is whole.
+//! The manifest of a folder: the sizes and hashes of its files. It is written last, so a folder that matches its manifest is
+//! complete.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
@@ -12,27 +13,27 @@ use super::tensors::is_plain_name;
 use crate::error::{Error, Result};
 use crate::io::safetensors::stream;
 
-/// The manifest in a folder.
+/// The file name of the manifest.
 pub const MANIFEST: &str = "manifest.json";
 
-/// What a file must be.
+/// The size and hash of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Digest {
-    /// Hash of the content, in hexadecimal digits.
+    /// The BLAKE3 hash of the content, hexadecimal.
     blake3: String,
-    /// Bytes.
+    /// The size in bytes.
     size: u64,
 }
 
-/// The files of a folder by name.
+/// The files of a folder and their digests, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Manifest {
     files: BTreeMap<String, Digest>,
 }
 
 impl Manifest {
-    /// The file's text, with a hash of the rest, so that damage to the manifest shows like any other. Keys
-    /// stand in the order of the alphabet, which every build of serde_json writes alike.
+    /// The content of the manifest file. It includes a hash of the list of files, so that damage to the manifest itself is
+    /// detected. Keys are sorted, so the text does not depend on the features of serde_json.
     fn to_text(&self) -> String {
         let files = serde_json::to_value(&self.files).unwrap_or_default();
         let hash = blake3::hash(files.to_string().as_bytes()).to_hex();
@@ -40,10 +41,10 @@ impl Manifest {
     }
 }
 
-/// Checks every file of `folder` against the manifest in it.
+/// Checks all files of `folder` that its manifest lists.
 ///
 /// # Errors
-/// Names the file that is missing, cannot be read, or differs.
+/// [`Error::Missing`] or [`Error::Unreadable`] for the manifest or a file; [`Error::Damaged`] with the file that differs.
 pub fn verify(disk: &dyn Disk, folder: &Path) -> Result<()> {
     let path = folder.join(MANIFEST);
     let mut text = Vec::new();
@@ -52,9 +53,9 @@ pub fn verify(disk: &dyn Disk, folder: &Path) -> Result<()> {
     let damaged = |path: &Path, reason: String| Error::Damaged { path: path.into(), reason };
     let manifest: Manifest =
         serde_json::from_slice(&text).map_err(|e| damaged(&path, format!("not a manifest: {e}")))?;
-    // One comparison sees any changed byte, be it only a space.
+    // Comparing the whole text detects every changed byte, including white space.
     if manifest.to_text().as_bytes() != text {
-        return Err(damaged(&path, "its own hash does not fit".into()));
+        return Err(damaged(&path, "its own hash does not match".into()));
     }
     for (name, expected) in &manifest.files {
         let path = folder.join(name);
@@ -95,15 +96,15 @@ fn digest(disk: &dyn Disk, path: &Path) -> Result<Digest> {
     Ok(Digest { size, blake3: hasher.finalize().to_hex().to_string() })
 }
 
-/// A folder being filled: every file is synced as it is written, and its digest kept for the manifest.
-pub struct Filling<'a> {
+/// Writes the files of a folder. Every file is synced, and its digest goes into the manifest.
+pub struct FolderWriter<'a> {
     disk: &'a dyn Disk,
     folder: PathBuf,
     manifest: Manifest,
 }
 
-impl<'a> Filling<'a> {
-    /// Fills a folder that exists.
+impl<'a> FolderWriter<'a> {
+    /// Writes into an existing folder.
     pub(super) fn new(disk: &'a dyn Disk, folder: &Path) -> Self {
         Self { disk, folder: folder.into(), manifest: Manifest::default() }
     }
@@ -111,7 +112,7 @@ impl<'a> Filling<'a> {
     /// Writes a file.
     ///
     /// # Errors
-    /// Names the file and the system's reason.
+    /// [`Error::Unwritable`] with the file and the system's reason.
     pub fn file(&mut self, name: &str, content: &[u8]) -> Result<()> {
         self.write(name, |path, out| out.write_all(content).map_err(|e| Error::write(path, e)))
     }
@@ -119,17 +120,17 @@ impl<'a> Filling<'a> {
     /// Writes a JSON file.
     ///
     /// # Errors
-    /// As [`Filling::file`].
+    /// As [`FolderWriter::file`].
     pub fn json(&mut self, name: &str, content: &impl Serialize) -> Result<()> {
         let content = serde_json::to_value(content)
-            .map_err(|e| Error::Invalid(format!("{name}: the content does not fit JSON: {e}")))?;
+            .map_err(|e| Error::Invalid(format!("{name}: the content cannot be written as JSON: {e}")))?;
         self.file(name, format!("{content:#}\n").as_bytes())
     }
 
     /// Writes a safetensors file.
     ///
     /// # Errors
-    /// As [`Filling::file`].
+    /// As [`FolderWriter::file`].
     pub fn tensors(&mut self, name: &str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         self.write(name, |path, out| {
             let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -137,14 +138,14 @@ impl<'a> Filling<'a> {
         })
     }
 
-    /// Writes the manifest of all that was written, and syncs the folder.
+    /// Writes the manifest of all files written so far, and syncs the folder.
     pub(super) fn finish(mut self) -> Result<()> {
         let text = self.manifest.to_text();
         self.file(MANIFEST, text.as_bytes())?;
         self.sync()
     }
 
-    /// Makes the folder's entries survive a power failure.
+    /// Syncs the entries of the folder to the disk.
     pub(super) fn sync(&self) -> Result<()> {
         self.disk.sync_dir(&self.folder).map_err(|e| Error::write(&self.folder, e))
     }
@@ -154,7 +155,7 @@ impl<'a> Filling<'a> {
         let unwritable = |e| Error::write(&path, e);
         let file = self.disk.create(&path).map_err(unwritable)?;
         let mut out =
-            BufWriter::with_capacity(1 << 16, Hashing { file, hasher: blake3::Hasher::new(), size: 0 });
+            BufWriter::with_capacity(1 << 16, HashingWriter { file, hasher: blake3::Hasher::new(), size: 0 });
         fill(&path, &mut out)?;
         let mut out = out.into_inner().map_err(|e| unwritable(e.into_error()))?;
         out.file.sync().map_err(unwritable)?;
@@ -164,14 +165,15 @@ impl<'a> Filling<'a> {
     }
 }
 
-/// Hashes what goes to a file, as it was meant, not as it arrives.
-struct Hashing {
+/// Hashes the bytes that are written to a file. The hash is that of the bytes in memory, so that reading the file back
+/// detects errors of the disk.
+struct HashingWriter {
     file: Box<dyn Output>,
     hasher: blake3::Hasher,
     size: u64,
 }
 
-impl Write for Hashing {
+impl Write for HashingWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let n = self.file.write(bytes)?;
         self.hasher.update(&bytes[..n]);

@@ -1,16 +1,16 @@
-//! Checkpoint folders in the Hugging Face layout: written whole or not at all, read with every reason named.
+//! Checkpoint folders in the layout of Hugging Face. They are written atomically.
 //!
 //! | file | content |
 //! |---|---|
-//! | `config.json` | the model's shape |
+//! | `config.json` | the configuration of the model |
 //! | `model.safetensors` | the weights, metadata `format: pt`; or shards with `model.safetensors.index.json` |
 //! | `tokenizer.json` | the tokenizer |
-//! | `generation_config.json` | sampling defaults, and the tokens that end a text |
-//! | `tokenizer_config.json`, `chat_template.jinja` | of models from elsewhere: special tokens, how a chat is written |
+//! | `generation_config.json` | sampling defaults and end tokens |
+//! | `tokenizer_config.json`, `chat_template.jinja` | if the model came with them: special tokens, the chat template |
 //! | `README.md` | the model card |
 //!
-//! A run's folder holds such a model, and while it trains `checkpoint-STEP` folders ([`Store`]): each a model
-//! with the training state and a `manifest.json` of sizes and hashes beside it.
+//! The folder of a training run holds such a model at the end, and folders `checkpoint-STEP` ([`Store`]). Each of them holds
+//! a model, the training state, and a `manifest.json` with the sizes and hashes of all files.
 
 mod disk;
 mod folder;
@@ -25,7 +25,7 @@ use candle_core::Tensor;
 
 pub use disk::{Disk, Output, System};
 pub use folder::{check_replaceable, write_folder, write_tensors};
-pub use manifest::{Filling, MANIFEST, verify};
+pub use manifest::{FolderWriter, MANIFEST, verify};
 pub use store::{Store, StoredCheckpoint, locate};
 pub use tensors::{load_json, load_tensors, require};
 
@@ -37,22 +37,22 @@ use tensors::is_plain_name;
 pub const CONFIG: &str = "config.json";
 /// The weights in a checkpoint folder.
 pub const WEIGHTS: &str = "model.safetensors";
-/// The averaged weights of a run that keeps them; a model file like the other.
+/// The exponential moving average of the weights, if the run computes one; in the format of [`WEIGHTS`].
 pub const EMA_WEIGHTS: &str = "model_ema.safetensors";
-/// The list of shards, where the weights are in several files.
+/// The index of the shards, if the weights are in several files.
 pub const INDEX: &str = "model.safetensors.index.json";
 /// The tokenizer in a checkpoint folder.
 pub const TOKENIZER: &str = "tokenizer.json";
 /// The sampling defaults in a checkpoint folder.
 pub const GENERATION: &str = "generation_config.json";
-/// The tokenizer's settings in a checkpoint folder, among them the chat template and names of special tokens.
+/// The settings of the tokenizer in a checkpoint folder, including the chat template and the special tokens.
 pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
-/// The chat template in a checkpoint folder, where it has a file of its own.
+/// The chat template in a checkpoint folder, if it has a file of its own.
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// The model card in a checkpoint folder.
 pub const CARD: &str = "README.md";
 
-/// What a checkpoint folder holds.
+/// The content of a checkpoint folder.
 #[derive(Clone, Copy, Debug)]
 pub struct Checkpoint<'a> {
     /// `config.json`.
@@ -63,13 +63,16 @@ pub struct Checkpoint<'a> {
     pub tokenizer: &'a Tokenizer,
     /// `generation_config.json`.
     pub generation: &'a serde_json::Value,
-    /// `README.md`; [`model_card`] makes one.
+    /// `README.md`, see [`model_card`].
     pub card: &'a str,
-    /// Further files by plain name.
+    /// Other files by name, without path separators.
     pub extra: &'a BTreeMap<String, Vec<u8>>,
 }
 
-/// Writes a checkpoint folder. An existing checkpoint at `folder` stays until the new one is complete.
+/// Writes a checkpoint folder, see [`write_folder`].
+///
+/// # Errors
+/// As [`write_folder`], and [`Error::Invalid`] for an extra file with a path or the name of another file.
 pub fn save(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
     let reserved = [CONFIG, WEIGHTS, INDEX, TOKENIZER, GENERATION, CARD];
     for name in checkpoint.extra.keys() {
@@ -78,17 +81,17 @@ pub fn save(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
         }
     }
     write_folder(folder, |new| {
-        let mut filling = Filling::new(&System, new);
-        checkpoint.write(&mut filling)
+        let mut writer = FolderWriter::new(&System, new);
+        checkpoint.write(&mut writer)
     })
 }
 
 impl Checkpoint<'_> {
-    /// Writes every file.
+    /// Writes all files into a folder.
     ///
     /// # Errors
-    /// Names the file and the reason.
-    pub fn write(&self, folder: &mut Filling) -> Result<()> {
+    /// As [`FolderWriter::file`].
+    pub fn write(&self, folder: &mut FolderWriter) -> Result<()> {
         folder.json(CONFIG, self.config)?;
         folder.json(GENERATION, self.generation)?;
         folder.file(TOKENIZER, self.tokenizer.to_json()?.as_bytes())?;
@@ -100,16 +103,18 @@ impl Checkpoint<'_> {
     }
 }
 
-/// Fills the model card template: `{{key}}` becomes the value. A key that the template lacks, or lacks a
-/// value, is an error.
+/// The model card: the template with each `{{key}}` replaced by its value.
+///
+/// # Errors
+/// [`Error::Invalid`] for a key that is not in the template, and for a key of the template without a value.
 pub fn model_card(values: &[(&str, String)]) -> Result<String> {
     let mut card = include_str!("../../../models/MODEL_CARD.md").to_string();
     for (key, value) in values {
-        let place = format!("{{{{{key}}}}}");
-        if !card.contains(&place) {
+        let placeholder = format!("{{{{{key}}}}}");
+        if !card.contains(&placeholder) {
             return Err(Error::Invalid(format!("the model card has no place for {key:?}")));
         }
-        card = card.replace(&place, value);
+        card = card.replace(&placeholder, value);
     }
     match card.split_once("{{").and_then(|(_, rest)| rest.split_once("}}")) {
         Some((key, _)) => Err(Error::Invalid(format!("the model card needs a value for {key:?}"))),

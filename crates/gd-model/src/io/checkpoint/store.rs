@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use super::disk::{Disk, System};
-use super::manifest::{Filling, MANIFEST, verify};
+use super::manifest::{FolderWriter, MANIFEST, verify};
 use crate::error::{Error, Result};
 
 const PREFIX: &str = "checkpoint-";
@@ -115,7 +115,7 @@ impl Store {
         step: u64,
         keep: usize,
         lowest: Option<u64>,
-        fill: impl FnOnce(&mut Filling) -> Result<()>,
+        fill: impl FnOnce(&mut FolderWriter) -> Result<()>,
     ) -> Result<PathBuf> {
         let (new, path) = (self.temporary(step), self.path(step));
         self.fill(&new, fill)?;
@@ -139,7 +139,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::save`].
-    pub fn install(&self, fill: impl FnOnce(&mut Filling) -> Result<()>) -> Result<()> {
+    pub fn install(&self, fill: impl FnOnce(&mut FolderWriter) -> Result<()>) -> Result<()> {
         let new = self.folder.join(FINAL);
         self.fill(&new, fill)?;
         let manifest = self.folder.join(MANIFEST);
@@ -160,13 +160,13 @@ impl Store {
     }
 
     /// Creates a folder, writes and syncs its files, the manifest last. Removes it after an error.
-    fn fill(&self, new: &Path, fill: impl FnOnce(&mut Filling) -> Result<()>) -> Result<()> {
+    fn fill(&self, new: &Path, fill: impl FnOnce(&mut FolderWriter) -> Result<()>) -> Result<()> {
         if self.exists(new)? {
             self.remove(new)?;
         }
         self.disk.create_dir(new).map_err(|e| Error::write(new, e))?;
-        let mut filling = Filling::new(&*self.disk, new);
-        let result = fill(&mut filling).and_then(|()| filling.finish());
+        let mut writer = FolderWriter::new(&*self.disk, new);
+        let result = fill(&mut writer).and_then(|()| writer.finish());
         if result.is_err() {
             self.give_up(new);
         }

@@ -13,7 +13,12 @@ use crate::io::safetensors;
 /// The maximal size of a JSON file. Its values need several times as much memory.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 
-/// Reads all tensors of a checkpoint folder, of a safetensors file, or of the shards of an index file.
+/// Reads all tensors of a checkpoint folder, of a safetensors file, or of the shards of an index file (`.json`) onto
+/// `device`, by name.
+///
+/// # Errors
+/// As [`safetensors::load`]; [`Error::Foreign`] or [`Error::ShardName`] for a damaged index; [`Error::MissingTensors`] for a
+/// shard without a tensor that the index lists.
 pub fn load_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
     let kind = fs::metadata(path).map_err(|e| Error::read(path, "checkpoint", e))?;
     if !kind.is_dir() {
@@ -27,7 +32,10 @@ pub fn load_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Ten
     safetensors::load(&weights, device)
 }
 
-/// Fails with all the names that `tensors`, read from `path`, lacks.
+/// Checks that `tensors`, read from `path`, contain all `names`.
+///
+/// # Errors
+/// [`Error::MissingTensors`] with all missing names.
 pub fn require<'a>(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,
@@ -39,10 +47,13 @@ pub fn require<'a>(
 }
 
 /// Reads a JSON file of up to 16 MiB.
+///
+/// # Errors
+/// [`Error::Missing`] or [`Error::Unreadable`]; [`Error::Foreign`] for a larger file or invalid JSON.
 pub fn load_json(path: &Path) -> Result<serde_json::Value> {
     let size = fs::metadata(path).map_err(|e| Error::read(path, "JSON file", e))?.len();
     if size > MAX_JSON_BYTES {
-        return Err(not_json(path, format!("{size} bytes; up to {MAX_JSON_BYTES} are read")));
+        return Err(not_json(path, format!("{size} bytes; the maximum is {MAX_JSON_BYTES}")));
     }
     let bytes = fs::read(path).map_err(|e| Error::read(path, "JSON file", e))?;
     serde_json::from_slice(&bytes).map_err(|e| not_json(path, e.to_string()))
@@ -72,7 +83,7 @@ fn load_shards(index: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>
     Ok(tensors)
 }
 
-/// Whether a name stays in its folder on every system.
+/// Whether a name is a plain file name on every operating system, without a path.
 pub(super) fn is_plain_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', ':', '\0'])
 }

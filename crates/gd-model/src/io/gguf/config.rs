@@ -1,4 +1,4 @@
-//! The metadata of a llama model as the `config.json` that Hugging Face has for it.
+//! Converts the metadata of a GGUF file of the llama architecture to a `config.json` of Hugging Face.
 
 use candle_core::quantized::GgmlDType;
 use serde_json::{Value, json};
@@ -7,14 +7,13 @@ use super::header::Header;
 
 type Result<T> = std::result::Result<T, String>;
 
-/// The bands of Llama 3's rotary frequencies: those with at most this many turns within the original context
-/// are divided by the factor, those with more than the second are kept, and what lies between is blended.
-const BANDS: (f64, f64) = (1.0, 4.0);
-/// The context that Llama 3 was trained on before it was stretched.
-const ORIGINAL: f64 = 8192.0;
+/// The low and the high frequency factor of Llama 3's rotary scaling, in turns within the pretraining context. Lower
+/// frequencies are divided by the scaling factor, higher ones do not change, and those in between are interpolated.
+const FREQUENCY_FACTORS: (f64, f64) = (1.0, 4.0);
+/// The context length that Llama 3 was pretrained with, in tokens.
+const PRETRAINING_CONTEXT: f64 = 8192.0;
 
-/// The configuration. `factors` are the values of `rope_freqs.weight`, by which the rotary frequencies are
-/// divided.
+/// The `config.json`. `factors` are the values of `rope_freqs.weight`, by which the rotary frequencies are divided.
 pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> {
     let size = |key: &str| header.size(&format!("llama.{key}"));
     let need = |key: &str| size(key)?.ok_or_else(|| format!("key llama.{key} is missing"));
@@ -25,16 +24,16 @@ pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> 
         return Err(format!("{heads} heads over {kv_heads} key-value heads"));
     }
     let head_dim = size("attention.key_length")?.unwrap_or(hidden / heads);
-    // What would change the result and is not computed here.
-    let same = [
+    // Other values of these keys would change the result and are not supported.
+    let supported_values = [
         ("attention.value_length", head_dim),
         ("rope.dimension_count", head_dim),
         ("expert_count", 0),
         ("attention.sliding_window", 0),
     ];
-    for (key, expected) in same {
-        if let Some(found) = size(key)?.filter(|found| *found != expected) {
-            return Err(format!("key llama.{key} is {found}; {expected} is supported"));
+    for (key, supported) in supported_values {
+        if let Some(value) = size(key)?.filter(|value| *value != supported) {
+            return Err(format!("key llama.{key} is {value}; {supported} is supported"));
         }
     }
     let theta = float("rope.freq_base")?.unwrap_or(10_000.0);
@@ -47,7 +46,7 @@ pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> 
     };
     let biases = ["q", "k", "v", "output"].map(|part| has(&format!("blk.0.attn_{part}.bias")));
     if biases.contains(&true) && biases.contains(&false) {
-        return Err("only some of the attention's projections have a bias".into());
+        return Err("only some of the attention projections have a bias".into());
     }
     let mut config = json!({
         "architectures": ["LlamaForCausalLM"],
@@ -74,7 +73,7 @@ pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> 
     Ok(config)
 }
 
-/// How rotary frequencies are scaled, if they are.
+/// The value of `rope_scaling`; `None` if the rotary frequencies are not scaled.
 fn scaling(header: &Header, factors: Option<&[f32]>, theta: f64, head_dim: usize) -> Result<Option<Value>> {
     let kind = header.text("llama.rope.scaling.type")?.unwrap_or("none");
     let factor = match header.float("llama.rope.scaling.factor")? {
@@ -91,7 +90,8 @@ fn scaling(header: &Header, factors: Option<&[f32]>, theta: f64, head_dim: usize
     }
 }
 
-/// The factors of Llama 3, whose file holds what its four numbers give and not the numbers themselves.
+/// The `rope_scaling` of Llama 3. The file holds the resulting divisor of each frequency instead of the four parameters,
+/// which are recovered from them and checked.
 fn llama3(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value> {
     if factors.len() != head_dim / 2 {
         return Err(format!(
@@ -101,24 +101,25 @@ fn llama3(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value> {
         ));
     }
     let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
-    for (i, &found) in factors.iter().enumerate() {
+    for (i, &actual) in factors.iter().enumerate() {
         let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
-        let turns = ORIGINAL * frequency / std::f64::consts::TAU;
-        let keep = ((turns - BANDS.0) / (BANDS.1 - BANDS.0)).clamp(0.0, 1.0);
-        let expected = 1.0 / (keep + (1.0 - keep) / factor);
-        // So that NaN is not near.
-        let near = (f64::from(found) - expected).abs() <= 1e-3 * expected;
+        let turns = PRETRAINING_CONTEXT * frequency / std::f64::consts::TAU;
+        let (low, high) = FREQUENCY_FACTORS;
+        let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+        let expected = 1.0 / (smooth + (1.0 - smooth) / factor);
+        // False for NaN.
+        let near = (f64::from(actual) - expected).abs() <= 1e-3 * expected;
         if !near {
             return Err(format!(
-                "value {i} of tensor rope_freqs.weight is {found}; Llama 3's scaling by {factor} has {expected}"
+                "value {i} of tensor rope_freqs.weight is {actual}; Llama 3's scaling by {factor} has {expected}"
             ));
         }
     }
     Ok(json!({
         "rope_type": "llama3",
         "factor": factor,
-        "low_freq_factor": BANDS.0,
-        "high_freq_factor": BANDS.1,
-        "original_max_position_embeddings": ORIGINAL as u64,
+        "low_freq_factor": FREQUENCY_FACTORS.0,
+        "high_freq_factor": FREQUENCY_FACTORS.1,
+        "original_max_position_embeddings": PRETRAINING_CONTEXT as u64,
     }))
 }

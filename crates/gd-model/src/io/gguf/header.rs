@@ -1,13 +1,13 @@
-//! The header of a GGUF file, versions 2 and 3: metadata by key, and where each tensor lies.
+//! The header of a GGUF file, versions 2 and 3: the metadata, and the position of each tensor.
 //!
-//! Every length is compared with what the file still holds before anything is allocated for it, and the
-//! tensors lie inside the file without overlapping, so that what the file says it holds is never more than a
-//! few times its size. Reasons are text without the file's name, which the caller adds.
+//! The file is untrusted. Every length is compared with the rest of the file before memory is allocated for it, and tensors
+//! must lie within the file and must not overlap, so that the memory needed is at most a small multiple of the size of the
+//! file. Errors are reasons without the name of the file, which the caller adds.
 //!
-//! Layout, little-endian: `GGUF`, version u32, tensors u64, keys u64; each key a string, a type u32 and a value;
-//! each tensor a name, its rank u32, its dimensions u64 (innermost first), a type u32 and an offset u64; padding;
-//! the data, in which offsets are counted. A string is a length u64 and its bytes, an array a type u32, a
-//! length u64 and its values.
+//! Layout, little-endian: `GGUF`, the version (u32), the numbers of tensors and of keys (u64 each); the keys; the tensors;
+//! padding; the data. A key is a string, a type (u32) and a value. A tensor is a name, its rank (u32), its dimensions (u64,
+//! innermost first), a type (u32) and an offset (u64) in the data. A string is a length (u64) and its bytes, an array a type
+//! (u32), a length (u64) and its values.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
@@ -19,20 +19,20 @@ type Result<T> = std::result::Result<T, String>;
 const MAGIC: &[u8; 4] = b"GGUF";
 const VERSIONS: [u32; 2] = [2, 3];
 const ALIGNMENT: &str = "general.alignment";
-/// As in ggml.
+/// The maximal rank of a tensor, as in ggml.
 const MAX_RANK: u32 = 4;
-/// Bytes of a key or a tensor's name, as in ggml.
-const MAX_NAME: u64 = 1 << 16;
-/// Keys, and tensors: many times what a model has.
+/// The maximal length of the name of a key or tensor, as in ggml.
+const MAX_NAME_BYTES: u64 = 1 << 16;
+/// The maximal number of keys, and of tensors; models have at most a few thousand.
 const MAX_COUNT: u64 = 1 << 16;
-/// The least bytes of a key (empty name, type, one byte) and of a tensor (empty name, rank, one dimension,
-/// type, offset).
-const LEAST_KEY: u64 = 13;
-const LEAST_TENSOR: u64 = 32;
+/// The minimal size of a key: empty name, type, one byte.
+const MIN_KEY_BYTES: u64 = 13;
+/// The minimal size of a tensor: empty name, rank, one dimension, type, offset.
+const MIN_TENSOR_BYTES: u64 = 32;
 
-/// The types of tensors that are read, by their number in the file. Those of fewer than four bits are left
-/// out: a file of them is more than eight times as large once it is f32.
-const TYPES: [(u32, GgmlDType); 11] = [
+/// The supported tensor types by their number in the file. Types of less than four bits are not supported, because the
+/// tensors would need more than eight times the size of the file in f32.
+const TENSOR_TYPES: [(u32, GgmlDType); 11] = [
     (0, GgmlDType::F32),
     (1, GgmlDType::F16),
     (2, GgmlDType::Q4_0),
@@ -72,10 +72,12 @@ impl Kind {
 
     fn new(number: u32) -> Result<Self> {
         let kind = Self::ALL.get(number as usize).copied();
-        kind.ok_or_else(|| format!("value type {number} is unknown (known: 0 to {})", Self::ALL.len() - 1))
+        kind.ok_or_else(|| {
+            format!("value type {number} is unknown (supported: 0 to {})", Self::ALL.len() - 1)
+        })
     }
 
-    /// The bytes of a value; for texts and arrays, the least.
+    /// The size of a value in bytes; for texts and arrays, the minimal size.
     fn bytes(self) -> u64 {
         match self {
             Self::U8 | Self::I8 | Self::Bool => 1,
@@ -86,7 +88,7 @@ impl Kind {
         }
     }
 
-    /// A number from its bytes, of which there are [`Kind::bytes`].
+    /// Decodes a number or boolean of [`Kind::bytes`] bytes.
     fn number(self, bytes: &[u8]) -> Value {
         fn fixed<const N: usize>(bytes: &[u8]) -> [u8; N] {
             bytes.first_chunk().copied().unwrap_or([0; N])
@@ -107,7 +109,7 @@ impl Kind {
     }
 }
 
-/// The number that the shortest decimal text of `x` stands for: 1e-5 in f32 is meant to be 1e-5.
+/// The f64 with the shortest decimal representation of `x`, so that 1e-5 in f32 becomes 1e-5 in f64.
 fn decimal(x: f32) -> f64 {
     x.to_string().parse().unwrap_or(x.into())
 }
@@ -120,12 +122,13 @@ enum Value {
     Bool(bool),
     Text(String),
     Texts(Vec<String>),
-    /// An array of anything else, as it lies in the file.
+    /// An array of numbers or booleans with the bytes of the file.
     Numbers(Kind, Vec<u8>),
 }
 
 impl Value {
-    fn what(&self) -> String {
+    /// A description for error messages.
+    fn describe(&self) -> String {
         match self {
             Self::Integer(x) => x.to_string(),
             Self::Float(x) => x.to_string(),
@@ -137,26 +140,29 @@ impl Value {
     }
 }
 
-/// Where a tensor lies, and what it is.
+/// The type, shape and position of a tensor in the file.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct TensorInfo {
     pub(super) dtype: GgmlDType,
-    /// Outermost dimension first.
+    /// The dimensions, outermost first.
     pub(super) shape: Vec<usize>,
-    /// Its first byte in the file.
+    /// The offset of the data in the file, in bytes.
     pub(super) start: u64,
+    /// The size of the data in bytes.
     pub(super) bytes: u64,
 }
 
-/// What a file says about itself.
+/// The header of a GGUF file.
 #[derive(Debug)]
 pub(super) struct Header {
+    /// The metadata by key.
     values: BTreeMap<String, Value>,
-    pub(super) tensors: BTreeMap<String, Place>,
+    /// The tensors by name.
+    pub(super) tensors: BTreeMap<String, TensorInfo>,
 }
 
 impl Header {
-    /// Reads the header from a file's start.
+    /// Reads the header.
     pub(super) fn read(file: &mut (impl Read + Seek)) -> Result<Self> {
         let mut input = Input::new(file)?;
         if input.bytes(4)? != MAGIC {
@@ -164,56 +170,57 @@ impl Header {
         }
         let version = input.u32()?;
         if !VERSIONS.contains(&version) {
-            return Err(format!("version {version}; 2 and 3 are read"));
+            return Err(format!("version {version} is not supported (supported: 2, 3)"));
         }
         let (tensors, keys) = (input.u64()?, input.u64()?);
         if tensors.max(keys) > MAX_COUNT {
-            return Err(format!("{tensors} tensors and {keys} keys; {MAX_COUNT} of each are read"));
+            return Err(format!("{tensors} tensors and {keys} keys; {MAX_COUNT} of each are supported"));
         }
-        input.fits(tensors, LEAST_TENSOR, "tensors")?;
-        input.fits(keys, LEAST_KEY, "keys")?;
+        input.fits(tensors, MIN_TENSOR_BYTES, "tensors")?;
+        input.fits(keys, MIN_KEY_BYTES, "keys")?;
         let mut values = BTreeMap::new();
         for n in 0..keys {
-            let key = input.text(MAX_NAME).map_err(|e| format!("key {n}: {e}"))?;
+            let key = input.text(MAX_NAME_BYTES).map_err(|e| format!("key {n}: {e}"))?;
             let value = input.value().map_err(|e| format!("key {key}: {e}"))?;
             if values.insert(key.clone(), value).is_some() {
-                return Err(format!("key {key} is there twice"));
+                return Err(format!("key {key} occurs twice"));
             }
         }
         let mut header = Self { values, tensors: BTreeMap::new() };
         let alignment = header.integer(ALIGNMENT)?.unwrap_or(32);
         if !alignment.is_power_of_two() || alignment > 1 << 20 {
-            return Err(format!("{ALIGNMENT} {alignment} is no power of two up to 1048576"));
+            return Err(format!("{ALIGNMENT} {alignment} is not a power of two up to 1048576"));
         }
         for n in 0..tensors {
-            let name = input.text(MAX_NAME).map_err(|e| format!("tensor {n}: {e}"))?;
-            let place = input.place(alignment).map_err(|e| format!("tensor {name}: {e}"))?;
-            if header.tensors.insert(name.clone(), place).is_some() {
-                return Err(format!("tensor {name} is there twice"));
+            let name = input.text(MAX_NAME_BYTES).map_err(|e| format!("tensor {n}: {e}"))?;
+            let info = input.tensor_info(alignment).map_err(|e| format!("tensor {name}: {e}"))?;
+            if header.tensors.insert(name.clone(), info).is_some() {
+                return Err(format!("tensor {name} occurs twice"));
             }
         }
-        header.settle(input.at.next_multiple_of(alignment), input.length)?;
+        header.resolve_offsets(input.at.next_multiple_of(alignment), input.length)?;
         Ok(header)
     }
 
-    /// Turns offsets into places of the file and checks them.
-    fn settle(&mut self, data: u64, length: u64) -> Result<()> {
-        for (name, place) in &mut self.tensors {
-            let start = place.start.checked_add(data);
-            let end = start.and_then(|start| start.checked_add(place.bytes));
+    /// Replaces the offsets in the data, which starts at byte `data`, by offsets in the file of `length` bytes, and checks
+    /// that the tensors lie within the file and do not overlap.
+    fn resolve_offsets(&mut self, data: u64, length: u64) -> Result<()> {
+        for (name, info) in &mut self.tensors {
+            let start = info.start.checked_add(data);
+            let end = start.and_then(|start| start.checked_add(info.bytes));
             match (start, end) {
-                (Some(start), Some(end)) if end <= length => place.start = start,
+                (Some(start), Some(end)) if end <= length => info.start = start,
                 _ => {
                     return Err(format!(
                         "tensor {name}: {} bytes at offset {} of the data do not lie in a file of {length} bytes",
-                        place.bytes, place.start
+                        info.bytes, info.start
                     ));
                 }
             }
         }
-        // Overlapping tensors would make the model as much larger than the file as one likes.
+        // With overlapping tensors, a small file could hold an arbitrarily large model.
         let mut order: Vec<_> = self.tensors.iter().collect();
-        order.sort_by_key(|(_, place)| place.start);
+        order.sort_by_key(|(_, info)| info.start);
         for pair in order.windows(2) {
             let [(a, first), (b, second)] = pair else { continue };
             if first.start + first.bytes > second.start {
@@ -223,7 +230,7 @@ impl Header {
         Ok(())
     }
 
-    /// A value that `pick` can use.
+    /// The value of a key, converted by `pick`; `None` if the key is missing. It is an error if `pick` returns `None`.
     fn get<'a, T>(
         &'a self,
         key: &str,
@@ -231,7 +238,7 @@ impl Header {
         pick: impl FnOnce(&'a Value) -> Option<T>,
     ) -> Result<Option<T>> {
         let Some(value) = self.values.get(key) else { return Ok(None) };
-        let wrong = || format!("key {key} is {}, not {expected}", value.what());
+        let wrong = || format!("key {key} is {}, not {expected}", value.describe());
         pick(value).map(Some).ok_or_else(wrong)
     }
 
@@ -242,7 +249,7 @@ impl Header {
         })
     }
 
-    /// An integer that counts something in memory; at most 2^32, so that products of two do not overflow.
+    /// A size or index; less than 2^32, so that the product of two of them does not overflow.
     pub(super) fn size(&self, key: &str) -> Result<Option<usize>> {
         self.get(key, "a number from 0 to 4294967295", |value| match value {
             Value::Integer(x) => u32::try_from(*x).ok().map(|x| x as usize),
@@ -308,7 +315,7 @@ impl Header {
     }
 }
 
-/// A file being read, which knows how much of it is left.
+/// A reader that knows its position and the length of the file.
 struct Input<'a, R> {
     file: &'a mut R,
     at: u64,
@@ -322,10 +329,10 @@ impl<'a, R: Read + Seek> Input<'a, R> {
         Ok(Self { file, at: 0, length })
     }
 
-    /// Fails where `count` things of at least `least` bytes are more than the rest of the file.
-    fn fits(&self, count: u64, least: u64, what: &str) -> Result<()> {
+    /// Checks that `count` items of at least `min_bytes` bytes each fit into the rest of the file.
+    fn fits(&self, count: u64, min_bytes: u64, what: &str) -> Result<()> {
         let left = self.length - self.at;
-        match count.checked_mul(least) {
+        match count.checked_mul(min_bytes) {
             Some(bytes) if bytes <= left => Ok(()),
             _ => Err(format!(
                 "truncated: {count} {what} are announced at byte {}, {left} bytes follow",
@@ -358,9 +365,9 @@ impl<'a, R: Read + Seek> Input<'a, R> {
         self.array().map(u64::from_le_bytes)
     }
 
-    fn text(&mut self, most: u64) -> Result<String> {
+    fn text(&mut self, max_bytes: u64) -> Result<String> {
         let length = self.u64()?;
-        if length > most {
+        if length > max_bytes {
             return Err(format!("a name of {length} bytes at byte {}", self.at));
         }
         String::from_utf8(self.bytes(length)?).map_err(|e| format!("text that is not UTF-8: {e}"))
@@ -390,30 +397,32 @@ impl<'a, R: Read + Seek> Input<'a, R> {
         }
     }
 
-    /// A tensor's shape, type and place; the latter is still an offset within the data.
-    fn place(&mut self, alignment: u64) -> Result<Place> {
+    /// Reads the shape, type and offset of a tensor. Here `start` is the offset in the data, not in the file.
+    fn tensor_info(&mut self, alignment: u64) -> Result<TensorInfo> {
         let rank = self.u32()?;
         if !(1..=MAX_RANK).contains(&rank) {
             return Err(format!("rank {rank}; 1 to {MAX_RANK} expected"));
         }
         let dims = (0..rank).map(|_| self.u64()).collect::<Result<Vec<_>>>()?;
         let (number, start) = (self.u32()?, self.u64()?);
-        let Some((_, dtype)) = TYPES.iter().find(|(known, _)| *known == number) else {
-            let known = TYPES.map(|(number, dtype)| format!("{number} {dtype:?}")).join(", ");
-            return Err(format!("type {number} is not supported (supported: {known})"));
+        let Some((_, dtype)) = TENSOR_TYPES.iter().find(|(supported, _)| *supported == number) else {
+            let supported = TENSOR_TYPES.map(|(number, dtype)| format!("{number} {dtype:?}")).join(", ");
+            return Err(format!("type {number} is not supported (supported: {supported})"));
         };
         let (block, size) = (dtype.block_size() as u64, dtype.type_size() as u64);
-        // f32 of all of it must have a size, too.
+        // The size of the tensor in f32 must not overflow.
         let elements = dims.iter().try_fold(4u64, |n, dim| n.checked_mul(*dim)).map(|bytes| bytes / 4);
         let Some(elements @ 1..) = elements.filter(|_| dims[0].is_multiple_of(block)) else {
-            return Err(format!("dimensions {dims:?} in blocks of {block} {dtype:?} values are no tensor"));
+            return Err(format!(
+                "dimensions {dims:?} are not valid for a tensor in blocks of {block} {dtype:?} values"
+            ));
         };
         if !start.is_multiple_of(alignment) {
             return Err(format!("offset {start} is no multiple of the alignment {alignment}"));
         }
         let bytes =
-            (elements / block).checked_mul(size).ok_or_else(|| format!("dimensions {dims:?} fit no file"))?;
+            (elements / block).checked_mul(size).ok_or_else(|| format!("dimensions {dims:?} overflow"))?;
         let shape = dims.iter().rev().map(|&dim| dim as usize).collect();
-        Ok(Place { dtype: *dtype, shape, start, bytes })
+        Ok(TensorInfo { dtype: *dtype, shape, start, bytes })
     }
 }

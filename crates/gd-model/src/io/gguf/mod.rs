@@ -1,8 +1,9 @@
-//! GGUF files of the llama architecture, as llama.cpp writes them, read into what a Hugging Face folder holds.
+//! Reads GGUF files of the llama architecture, as llama.cpp writes them, and converts them to the content of a Hugging Face
+//! checkpoint.
 //!
-//! llama.cpp turns neighbouring pairs of a head's elements, Hugging Face its two halves against each other, so
-//! the rows of the query and key projections lie in another order: row `2 i + s` of a head there is row
-//! `s D / 2 + i` here.
+//! The rotary embedding of llama.cpp rotates adjacent elements of a head, that of Hugging Face the elements `i` and
+//! `i + D / 2`. The rows of the query and key projections are permuted accordingly: row `2 i + s` of a head in the GGUF file
+//! is row `s D / 2 + i` in the result.
 
 mod config;
 mod header;
@@ -20,24 +21,24 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::io::checkpoint::TOKENIZER_CONFIG;
 use crate::io::tokenizer::Tokenizer;
-use header::{Header, Place};
+use header::{Header, TensorInfo};
 
-/// What a file holds, under the names and in the order of Hugging Face.
+/// The content of a GGUF file with the names and the order of rows of Hugging Face.
 #[derive(Debug)]
 pub struct Gguf {
-    /// As `config.json`.
+    /// The content of `config.json`.
     pub config: Value,
-    /// The weights: f16 and bf16 as they are stored, anything else in f32.
+    /// The weights by name: in f16 or bf16 as in the file, all other types converted to f32.
     pub tensors: BTreeMap<String, Tensor>,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
-    /// As `generation_config.json`: the tokens that end a text.
+    /// The content of `generation_config.json`: the end tokens.
     pub generation: Value,
-    /// Further files by name: `tokenizer_config.json` with the chat template and the special tokens.
+    /// Other files by name: `tokenizer_config.json` with the chat template and the special tokens.
     pub files: BTreeMap<String, Vec<u8>>,
 }
 
-/// Whether the file at `path` starts as a GGUF file does.
+/// Whether `path` is a file that starts with the magic number of GGUF.
 pub fn is_at(path: &Path) -> bool {
     let mut start = [0; 4];
     path.is_file()
@@ -45,10 +46,11 @@ pub fn is_at(path: &Path) -> bool {
         && &start == b"GGUF"
 }
 
-/// Reads a file. In memory at any time are the weights and the stored form of one tensor.
+/// Reads a GGUF file onto `device`. Besides the weights, memory holds one tensor in its stored form at a time.
 ///
 /// # Errors
-/// Names the file, the key or tensor at fault, and its value.
+/// [`Error::Missing`] or [`Error::Unreadable`]; [`Error::Foreign`] with the key or tensor and its value if the file is
+/// damaged or not supported.
 pub fn read(path: &Path, device: &Device) -> Result<Gguf> {
     let file = File::open(path).map_err(|e| Error::read(path, "GGUF file", e))?;
     convert(&mut BufReader::new(file), device).map_err(|reason| Error::Foreign {
@@ -58,7 +60,7 @@ pub fn read(path: &Path, device: &Device) -> Result<Gguf> {
     })
 }
 
-/// The same of any input; an error is the reason alone.
+/// Reads a GGUF file. The error is the reason without the path.
 fn convert(file: &mut (impl Read + Seek), device: &Device) -> std::result::Result<Gguf, String> {
     let header = Header::read(file)?;
     match header.text("general.architecture")? {
@@ -67,8 +69,8 @@ fn convert(file: &mut (impl Read + Seek), device: &Device) -> std::result::Resul
         None => return Err("key general.architecture is missing".into()),
     }
     let factors = match header.tensors.get("rope_freqs.weight") {
-        Some(place) => {
-            let tensor = load(file, place).map_err(|e| format!("tensor rope_freqs.weight: {e}"))?;
+        Some(info) => {
+            let tensor = load(file, info).map_err(|e| format!("tensor rope_freqs.weight: {e}"))?;
             let values = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>());
             Some(values.map_err(|e| e.to_string())?)
         }
@@ -79,13 +81,13 @@ fn convert(file: &mut (impl Read + Seek), device: &Device) -> std::result::Resul
     let (heads, kv_heads) = (count("num_attention_heads"), count("num_key_value_heads"));
     let tokenizer = tokenizer::tokenizer(&header, count("vocab_size"))?;
     let mut tensors = BTreeMap::new();
-    for (stored, place) in header.tensors.iter().filter(|(name, _)| *name != "rope_freqs.weight") {
+    for (stored, info) in header.tensors.iter().filter(|(name, _)| *name != "rope_freqs.weight") {
         let named = |e: &dyn std::fmt::Display| format!("tensor {stored}: {e}");
-        let name = name(stored).ok_or_else(|| named(&"it has no place in a llama model"))?;
-        let tensor = load(file, place).map_err(|e| named(&e))?;
+        let name = name(stored).ok_or_else(|| named(&"it is not a tensor of the llama architecture"))?;
+        let tensor = load(file, info).map_err(|e| named(&e))?;
         let tensor = match name.rsplit('.').nth(1) {
-            Some("q_proj") => halves(&tensor, heads).map_err(|e| named(&e))?,
-            Some("k_proj") => halves(&tensor, kv_heads).map_err(|e| named(&e))?,
+            Some("q_proj") => rotary_halves(&tensor, heads).map_err(|e| named(&e))?,
+            Some("k_proj") => rotary_halves(&tensor, kv_heads).map_err(|e| named(&e))?,
             _ => tensor,
         };
         let tensor = tensor.to_device(device).map_err(|e| named(&e))?;
@@ -96,7 +98,7 @@ fn convert(file: &mut (impl Read + Seek), device: &Device) -> std::result::Resul
     Ok(Gguf { config, tensors, tokenizer, generation, files })
 }
 
-/// Hugging Face's name for a tensor of the llama architecture.
+/// The name in Hugging Face of a tensor of the llama architecture.
 fn name(stored: &str) -> Option<String> {
     let whole = match stored {
         "token_embd.weight" => Some("model.embed_tokens.weight"),
@@ -125,35 +127,37 @@ fn name(stored: &str) -> Option<String> {
     ["weight", "bias"].contains(&kind).then(|| format!("model.layers.{layer}.{part}.{kind}"))
 }
 
-/// A tensor: f16 and bf16 as they are stored, anything else in f32.
-fn load(file: &mut (impl Read + Seek), place: &Place) -> std::result::Result<Tensor, String> {
-    let mut raw = vec![0; place.bytes as usize];
-    file.seek(SeekFrom::Start(place.start))
+/// Reads a tensor: f16 and bf16 as in the file, all other types converted to f32.
+fn load(file: &mut (impl Read + Seek), info: &TensorInfo) -> std::result::Result<Tensor, String> {
+    let mut raw = vec![0; info.bytes as usize];
+    file.seek(SeekFrom::Start(info.start))
         .and_then(|_| file.read_exact(&mut raw))
         .map_err(|e| e.to_string())?;
-    let plain = |dtype| Tensor::from_raw_buffer(&raw, dtype, &place.shape, &Device::Cpu);
-    let tensor = match place.dtype {
+    let plain = |dtype| Tensor::from_raw_buffer(&raw, dtype, &info.shape, &Device::Cpu);
+    let tensor = match info.dtype {
         GgmlDType::F32 => plain(DType::F32),
         GgmlDType::F16 => plain(DType::F16),
         GgmlDType::BF16 => plain(DType::BF16),
-        dtype => ggml_file::qtensor_from_ggml(dtype, &raw, place.shape.clone(), &Device::Cpu)
+        dtype => ggml_file::qtensor_from_ggml(dtype, &raw, info.shape.clone(), &Device::Cpu)
             .and_then(|blocks| blocks.dequantize(&Device::Cpu)),
     };
     tensor.map_err(|e| e.to_string())
 }
 
-/// Rows of pairs to rows of halves, head by head; a bias has rows of one element.
-fn halves(rows: &Tensor, heads: usize) -> std::result::Result<Tensor, String> {
+/// Permutes the rows of a query or key projection, or the elements of its bias, from pairs of adjacent rows to the two
+/// halves of each head.
+fn rotary_halves(rows: &Tensor, heads: usize) -> std::result::Result<Tensor, String> {
     let count = rows.dims().first().copied().unwrap_or(0);
-    // Not an error of candle, which may carry a backtrace of many MiB.
+    // Checked here, because an error of candle may carry a backtrace of many MiB.
     if heads == 0 || !count.is_multiple_of(2 * heads) {
-        return Err(format!("{count} rows are no {heads} heads of pairs"));
+        return Err(format!("{count} rows do not divide into {heads} heads of pairs"));
     }
     let pairs = rows.reshape((heads, count / heads / 2, 2, ())).and_then(|pairs| pairs.transpose(1, 2));
     pairs.and_then(|halves| halves.reshape(rows.shape())).map_err(|e| e.to_string())
 }
 
-/// What else the file knows of texts and of chats: `generation_config.json` and `tokenizer_config.json`.
+/// The contents of `generation_config.json` and `tokenizer_config.json`. Adds the ids of the begin and end tokens to
+/// `config`.
 fn settings(
     header: &Header,
     tokenizer: &Tokenizer,

@@ -1,9 +1,8 @@
-//! The tokenizer in a GGUF file's metadata.
+//! The tokenizer in the metadata of a GGUF file.
 //!
-//! `tokenizer.ggml.model` names the kind: `gpt2` is byte-level BPE with its merges; `llama` is SentencePiece's
-//! BPE, whose merges follow from the scores of the tokens. How text is cut before byte-level BPE is named by
-//! `tokenizer.ggml.pre`; the patterns are those of the models' own `tokenizer.json` files and of
-//! llama.cpp's src/llama-vocab.cpp.
+//! `tokenizer.ggml.model` is the kind: `gpt2` is byte-level BPE with its merges; `llama` is SentencePiece BPE, whose merges
+//! follow from the scores of the tokens. `tokenizer.ggml.pre` is the pre-tokenizer of byte-level BPE. The patterns are those
+//! of the `tokenizer.json` files of the models and of llama.cpp's src/llama-vocab.cpp.
 
 use std::collections::HashSet;
 
@@ -25,36 +24,37 @@ use crate::io::tokenizer::Tokenizer;
 
 type Result<T> = std::result::Result<T, String>;
 
-/// The kinds of tokens, as `tokenizer.ggml.token_type` numbers them.
+/// Values of `tokenizer.ggml.token_type`.
 const CONTROL: i128 = 3;
 const USER_DEFINED: i128 = 4;
 
-/// The longest token of a SentencePiece vocabulary, in characters; its merges are searched at every place.
-const LONGEST: usize = 1 << 10;
+/// The maximal length in characters of a token of a SentencePiece vocabulary. The search for its merges tries every split
+/// of the token.
+const MAX_TOKEN_CHARS: usize = 1 << 10;
 
-/// The space of SentencePiece.
-const SPACE: &str = "\u{2581}";
+/// The character that stands for a space in SentencePiece.
+const SENTENCEPIECE_SPACE: &str = "\u{2581}";
 
-/// Where a text is cut before byte-level BPE.
-struct Cuts {
-    /// Names of `tokenizer.ggml.pre`.
+/// A pre-tokenizer of byte-level BPE.
+struct PreTokenizer {
+    /// Its names in `tokenizer.ggml.pre`.
     names: &'static [&'static str],
-    /// Each digit stands alone.
+    /// Whether each digit is a token of its own.
     digits: bool,
-    /// Patterns whose matches are pieces, one after the other; none stands for GPT-2's.
+    /// The patterns that split the text, applied in this order; empty for the pattern of GPT-2.
     patterns: &'static [&'static str],
-    /// Characters are composed first.
+    /// Whether the text is normalized to NFC first.
     nfc: bool,
-    /// A piece that is a token is that token, whatever the merges say.
-    whole: bool,
-    /// A text starts with the begin token unless the file says otherwise.
-    begin: bool,
+    /// Whether a segment that is a token becomes this token regardless of the merges (`ignore_merges`).
+    ignore_merges: bool,
+    /// Whether a text starts with the begin token by default.
+    add_bos: bool,
 }
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-const CUTS: [Cuts; 5] = [
-    Cuts {
+const PRE_TOKENIZERS: [PreTokenizer; 5] = [
+    PreTokenizer {
         names: &[
             "gpt-2",
             "gpt2",
@@ -70,45 +70,45 @@ const CUTS: [Cuts; 5] = [
         digits: false,
         patterns: &[],
         nfc: false,
-        whole: false,
-        begin: false,
+        ignore_merges: false,
+        add_bos: false,
     },
-    Cuts {
+    PreTokenizer {
         names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
         digits: true,
         patterns: &[],
         nfc: false,
-        whole: false,
-        begin: false,
+        ignore_merges: false,
+        add_bos: false,
     },
-    Cuts {
+    PreTokenizer {
         names: &["llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"],
         digits: false,
         patterns: &[
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         ],
         nfc: false,
-        whole: true,
-        begin: true,
+        ignore_merges: true,
+        add_bos: true,
     },
-    Cuts {
+    PreTokenizer {
         names: &["qwen2", "deepseek-r1-qwen", "megrez"],
         digits: false,
         patterns: &[
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         ],
         nfc: true,
-        whole: false,
-        begin: false,
+        ignore_merges: false,
+        add_bos: false,
     },
-    // What llama.cpp takes where a file names nothing.
-    Cuts {
+    // The default of llama.cpp.
+    PreTokenizer {
         names: &["default"],
         digits: false,
         patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
         nfc: false,
-        whole: false,
-        begin: false,
+        ignore_merges: false,
+        add_bos: false,
     },
 ];
 
@@ -117,22 +117,22 @@ fn key(name: &str) -> String {
 }
 
 fn invalid(e: tokenizers::Error) -> String {
-    format!("the tokenizer contradicts itself: {e}")
+    format!("the tokenizer is inconsistent: {e}")
 }
 
-/// The tokenizer. `rows` is the number of tokens that the model knows.
-pub(super) fn tokenizer(header: &Header, rows: usize) -> Result<Tokenizer> {
+/// Builds the tokenizer. `vocab_size` is the number of rows of the model's embedding.
+pub(super) fn tokenizer(header: &Header, vocab_size: usize) -> Result<Tokenizer> {
     let tokens = header.texts(&key("tokens"))?.ok_or("key tokenizer.ggml.tokens is missing")?;
-    if tokens.is_empty() || tokens.len() > rows {
-        return Err(format!("{} tokens for a model that knows {rows}", tokens.len()));
+    if tokens.is_empty() || tokens.len() > vocab_size {
+        return Err(format!("{} tokens for a model with a vocabulary of {vocab_size}", tokens.len()));
     }
-    let mut seen = HashSet::with_capacity(tokens.len());
-    if let Some(twice) = tokens.iter().find(|token| !seen.insert(token.as_str())) {
-        return Err(format!("token {twice:?} is there twice"));
+    let mut unique = HashSet::with_capacity(tokens.len());
+    if let Some(duplicate) = tokens.iter().find(|token| !unique.insert(token.as_str())) {
+        return Err(format!("token {duplicate:?} occurs twice"));
     }
-    drop(seen);
+    drop(unique);
     let vocab: Vocab = tokens.iter().cloned().zip(0..).collect();
-    let (mut inner, begin) = match header.text(&key("model"))? {
+    let (mut inner, add_bos) = match header.text(&key("model"))? {
         Some("gpt2") => byte_level(header, vocab)?,
         Some("llama") => sentencepiece(header, tokens, vocab)?,
         Some(kind) => {
@@ -140,34 +140,35 @@ pub(super) fn tokenizer(header: &Header, rows: usize) -> Result<Tokenizer> {
         }
         None => return Err("key tokenizer.ggml.model is missing".into()),
     };
-    // Written out in the text they are one token, whatever stands around them.
+    // Control and user-defined tokens in a text are never split.
     let types = header.integers(&key("token_type"))?.unwrap_or_default();
     if !types.is_empty() && types.len() != tokens.len() {
         return Err(format!("{} token types for {} tokens", types.len(), tokens.len()));
     }
-    let of =
-        |kind| tokens.iter().zip(&types).filter(move |(_, found)| **found == kind).map(|(token, _)| token);
+    let of = |kind| {
+        tokens.iter().zip(&types).filter(move |(_, token_kind)| **token_kind == kind).map(|(token, _)| token)
+    };
     let special = of(CONTROL).map(|token| AddedToken::from(token.as_str(), true).normalized(false));
     inner.add_special_tokens(special).map_err(invalid)?;
     let plain = of(USER_DEFINED).map(|token| AddedToken::from(token.as_str(), false).normalized(false));
     inner.add_tokens(plain).map_err(invalid)?;
-    let ends = |flag: &str, or: bool, id: &str| -> Result<Option<(String, u32)>> {
-        if !header.flag(&key(flag))?.unwrap_or(or) {
+    let added = |flag: &str, default: bool, id: &str| -> Result<Option<(String, u32)>> {
+        if !header.flag(&key(flag))?.unwrap_or(default) {
             return Ok(None);
         }
         match header.size(&key(id))? {
             Some(id) => match tokens.get(id) {
                 Some(token) => Ok(Some((token.clone(), id as u32))),
-                None => Err(format!("token {id} is none of {}", tokens.len())),
+                None => Err(format!("token {id} is not in the vocabulary of {}", tokens.len())),
             },
             None => Err(format!("key tokenizer.ggml.{id} is missing")),
         }
     };
-    let begin = ends("add_bos_token", begin, "bos_token_id")?;
-    let end = ends("add_eos_token", false, "eos_token_id")?;
+    let begin = added("add_bos_token", add_bos, "bos_token_id")?;
+    let end = added("add_eos_token", false, "eos_token_id")?;
     if begin.is_some() || end.is_some() {
-        let piece = |(token, _): &(String, u32)| token.clone();
-        let template = [begin.as_ref().map(piece), Some("$A".to_owned()), end.as_ref().map(piece)];
+        let text = |(token, _): &(String, u32)| token.clone();
+        let template = [begin.as_ref().map(text), Some("$A".to_owned()), end.as_ref().map(text)];
         let processing = TemplateProcessing::builder()
             .try_single(template.into_iter().flatten().collect::<Vec<_>>())
             .and_then(|builder| {
@@ -181,25 +182,25 @@ pub(super) fn tokenizer(header: &Header, rows: usize) -> Result<Tokenizer> {
     Tokenizer::checked(inner)
 }
 
-/// GPT-2's kind; and whether a text starts with the begin token.
+/// Builds a byte-level BPE tokenizer as that of GPT-2. Also returns whether a text starts with the begin token by default.
 fn byte_level(header: &Header, vocab: Vocab) -> Result<(tokenizers::Tokenizer, bool)> {
     let pre = header.text(&key("pre"))?.unwrap_or("default");
-    let Some(cuts) = CUTS.iter().find(|cuts| cuts.names.contains(&pre)) else {
-        let known = CUTS.map(|cuts| cuts.names.join(", ")).join(", ");
+    let Some(pre_tokenizer) = PRE_TOKENIZERS.iter().find(|candidate| candidate.names.contains(&pre)) else {
+        let supported = PRE_TOKENIZERS.map(|candidate| candidate.names.join(", ")).join(", ");
         return Err(format!(
-            "key tokenizer.ggml.pre is {pre:?}, which is not supported (supported: {known})"
+            "key tokenizer.ggml.pre is {pre:?}, which is not supported (supported: {supported})"
         ));
     };
     let lines = header.texts(&key("merges"))?.ok_or("key tokenizer.ggml.merges is missing")?;
     let mut merges = Merges::with_capacity(lines.len());
     for line in lines {
-        // A token is at least one character long, which may be a space.
+        // The first token of the pair has at least one character, which may be a space.
         let first = line.chars().next().map_or(0, char::len_utf8);
         let Some(at) = line[first..].find(' ').map(|at| at + first) else {
             return Err(format!("merge {line:?} is no pair of tokens"));
         };
         let (left, right) = (&line[..at], &line[at + 1..]);
-        // The library trusts that a merge gives a token.
+        // The library does not check that the result of a merge is a token.
         for token in [left, right, &[left, right].concat()] {
             if !vocab.contains_key(token) {
                 return Err(format!("merge {line:?}: there is no token {token:?}"));
@@ -207,26 +208,28 @@ fn byte_level(header: &Header, vocab: Vocab) -> Result<(tokenizers::Tokenizer, b
         }
         merges.push((left.to_owned(), right.to_owned()));
     }
-    let model = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(cuts.whole).build();
+    let model =
+        BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(pre_tokenizer.ignore_merges).build();
     let mut inner = tokenizers::Tokenizer::new(model.map_err(invalid)?);
-    let mut pieces: Vec<PreTokenizerWrapper> = Vec::new();
-    if cuts.digits {
-        pieces.push(Digits::new(true).into());
+    let mut steps: Vec<PreTokenizerWrapper> = Vec::new();
+    if pre_tokenizer.digits {
+        steps.push(Digits::new(true).into());
     }
-    for pattern in cuts.patterns {
+    for pattern in pre_tokenizer.patterns {
         let pattern = SplitPattern::Regex((*pattern).to_owned());
-        pieces.push(Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(invalid)?.into());
+        steps.push(Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(invalid)?.into());
     }
-    pieces.push(ByteLevel::new(false, false, cuts.patterns.is_empty()).into());
-    inner.with_pre_tokenizer(Some(PreTokenizers::new(pieces)));
+    steps.push(ByteLevel::new(false, false, pre_tokenizer.patterns.is_empty()).into());
+    inner.with_pre_tokenizer(Some(PreTokenizers::new(steps)));
     inner.with_decoder(Some(ByteLevel::new(false, false, false)));
-    if cuts.nfc {
+    if pre_tokenizer.nfc {
         inner.with_normalizer(Some(NFC)).map_err(invalid)?;
     }
-    Ok((inner, cuts.begin))
+    Ok((inner, pre_tokenizer.add_bos))
 }
 
-/// SentencePiece's kind: of two neighbours the pair is merged whose token has the greatest score.
+/// Builds a SentencePiece BPE tokenizer. Of all adjacent pairs, the one whose merged token has the highest score is merged
+/// first. Also returns whether a text starts with the begin token by default.
 fn sentencepiece(header: &Header, tokens: &[String], vocab: Vocab) -> Result<(tokenizers::Tokenizer, bool)> {
     let scores = header.floats(&key("scores"))?.ok_or("key tokenizer.ggml.scores is missing")?;
     if scores.len() != tokens.len() {
@@ -237,8 +240,8 @@ fn sentencepiece(header: &Header, tokens: &[String], vocab: Vocab) -> Result<(to
     }
     let mut pairs: Vec<(usize, u32, u32)> = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
-        if token.chars().count() > LONGEST {
-            return Err(format!("token {id} has more than {LONGEST} characters"));
+        if token.chars().count() > MAX_TOKEN_CHARS {
+            return Err(format!("token {id} has more than {MAX_TOKEN_CHARS} characters"));
         }
         for (at, _) in token.char_indices().skip(1) {
             if let (Some(&left), Some(&right)) = (vocab.get(&token[..at]), vocab.get(&token[at..])) {
@@ -250,8 +253,9 @@ fn sentencepiece(header: &Header, tokens: &[String], vocab: Vocab) -> Result<(to
     let text = |id: u32| tokens[id as usize].clone();
     let merges = pairs.into_iter().map(|(_, left, right)| (text(left), text(right))).collect();
     let unknown = header.size(&key("unknown_token_id"))?.unwrap_or(0);
-    let unknown =
-        tokens.get(unknown).ok_or_else(|| format!("token {unknown} is none of {}", tokens.len()))?;
+    let unknown = tokens
+        .get(unknown)
+        .ok_or_else(|| format!("token {unknown} is not in the vocabulary of {}", tokens.len()))?;
     let model = BPE::builder()
         .vocab_and_merges(vocab, merges)
         .unk_token(unknown.clone())
@@ -262,12 +266,12 @@ fn sentencepiece(header: &Header, tokens: &[String], vocab: Vocab) -> Result<(to
     let prefix = header.flag(&key("add_space_prefix"))?.unwrap_or(true);
     let mut steps: Vec<NormalizerWrapper> = Vec::new();
     if prefix {
-        steps.push(Prepend::new(SPACE.to_owned()).into());
+        steps.push(Prepend::new(SENTENCEPIECE_SPACE.to_owned()).into());
     }
-    steps.push(Replace::new(" ", SPACE).map_err(invalid)?.into());
+    steps.push(Replace::new(" ", SENTENCEPIECE_SPACE).map_err(invalid)?.into());
     inner.with_normalizer(Some(Normalizers::new(steps))).map_err(invalid)?;
     let mut steps: Vec<DecoderWrapper> = vec![
-        Replace::new(SPACE, " ").map_err(invalid)?.into(),
+        Replace::new(SENTENCEPIECE_SPACE, " ").map_err(invalid)?.into(),
         ByteFallback::new().into(),
         Fuse::new().into(),
     ];

@@ -32,7 +32,7 @@ use crate::config::Recipe;
 use crate::error::{Error, Result, RunInput};
 use crate::eval::Evaluation;
 use crate::infer::generate::sample;
-use crate::io::checkpoint::{self, Filling, Store, StoredCheckpoint, System, load_json, load_tensors};
+use crate::io::checkpoint::{self, FolderWriter, Store, StoredCheckpoint, System, load_json, load_tensors};
 use crate::io::files::write_file;
 use crate::io::tokenizer::Tokenizer;
 use crate::model::pretrained::{generation_defaults, python_files};
@@ -383,7 +383,7 @@ impl Run {
 }
 
 /// Writes the files of the model into a checkpoint folder, with those that it inherits from its teacher.
-fn write_model(folder: &mut Filling, trainer: &Trainer, tokenizer: &Tokenizer) -> Result<()> {
+fn write_model(folder: &mut FolderWriter, trainer: &Trainer, tokenizer: &Tokenizer) -> Result<()> {
     let config = trainer.model.config();
     folder.json(checkpoint::CONFIG, &config.to_json()?)?;
     match trainer.teacher() {

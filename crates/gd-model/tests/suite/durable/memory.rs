@@ -1,4 +1,4 @@
-//! A file system in memory that forgets what was not synced and fails where it is told to.
+//! A file system in memory that simulates power failures and failing operations.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -8,32 +8,32 @@ use std::rc::Rc;
 
 use gd_model::io::checkpoint::{Disk, Output};
 
-/// A file or a folder, as programs see it and as it would be after a power failure.
+/// A file or a folder: its current content, and the synced content that would be there after a power failure.
 #[derive(Clone)]
 enum Node {
     File { live: Vec<u8>, durable: Vec<u8> },
     Folder { live: BTreeMap<String, usize>, durable: BTreeMap<String, usize> },
 }
 
-/// What of the unsynced is there after a power failure.
+/// Which unsynced changes are lost at a restart.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Loss {
-    /// Everything: only the program ended.
+    /// None, because only the program crashed.
     Nothing,
-    /// Nothing.
+    /// All.
     Everything,
-    /// The names, but not the contents.
+    /// The contents of files, but not the entries of folders.
     Contents,
 }
 
 /// Which operations fail, and how.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Fault {
-    /// The first to fail, from 0.
+    /// The index of the first operation that fails.
     pub first: usize,
-    /// Whether all that follow fail, too.
+    /// Whether all following operations fail, too.
     pub lasting: bool,
-    /// The system's number of the error.
+    /// The error number of the system.
     pub errno: i32,
 }
 
@@ -50,14 +50,14 @@ struct Inner {
 pub(super) struct Memory(Rc<Inner>);
 
 impl Memory {
-    /// With nothing but the folder `/`.
+    /// A file system with only the folder `/`.
     pub(super) fn new() -> Self {
         let memory = Self::default();
         memory.add(Node::Folder { live: BTreeMap::new(), durable: BTreeMap::new() });
         memory
     }
 
-    /// Counts operations anew and lets them fail.
+    /// Restarts the count of operations and sets which of them fail.
     pub(super) fn inject(&self, fault: Option<Fault>) {
         self.0.operations.set(0);
         self.0.failed.set(false);
@@ -69,7 +69,7 @@ impl Memory {
         self.0.failed.get()
     }
 
-    /// The machine starts again.
+    /// Simulates a crash and a restart.
     pub(super) fn restart(&self, loss: Loss) {
         self.inject(None);
         for node in self.0.nodes.borrow_mut().iter_mut() {
@@ -86,7 +86,7 @@ impl Memory {
         }
     }
 
-    /// Changes the content of a file behind everybody's back.
+    /// Changes the content of a file without counting an operation.
     pub(super) fn damage(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
         let id = self.find(path).unwrap();
         match &mut self.0.nodes.borrow_mut()[id] {
@@ -125,7 +125,7 @@ impl Memory {
         Ok(id)
     }
 
-    /// Changes the names in the folder that `path` is in.
+    /// Changes the entries of the folder of `path`.
     fn names<T>(
         &self,
         path: &Path,
@@ -215,7 +215,7 @@ struct Opened {
 impl Write for Opened {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.memory.step()?;
-        // A write may take less than it is given.
+        // A write may write less than the whole buffer.
         let n = bytes.len().min(4096);
         if let Node::File { live, .. } = &mut self.memory.0.nodes.borrow_mut()[self.id] {
             live.extend_from_slice(&bytes[..n]);

@@ -1,5 +1,5 @@
-//! Checkpoints against failing disks, power failures and damage: what was reported saved is there, and what
-//! is not what it was is noticed.
+//! Checkpoints with failing disks, power failures and damage: a save that was reported as successful is intact, and damage
+//! is detected.
 
 mod memory;
 
@@ -9,16 +9,16 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use gd_model::Result;
-use gd_model::io::checkpoint::{Disk, Filling, MANIFEST, Store, verify};
+use gd_model::io::checkpoint::{Disk, FolderWriter, MANIFEST, Store, verify};
 use gd_testing::log_cases;
 use memory::{Fault, Loss, Memory};
 
 const ROOT: &str = "/";
-/// The text of the errors for no space, an input/output error and a read-only file system.
+/// Error numbers of the system and their texts.
 const ERRORS: [(i32, &str); 3] =
     [(28, "No space left on device"), (5, "Input/output error"), (30, "Read-only file system")];
 
-fn fill(step: u64) -> impl FnOnce(&mut Filling) -> Result<()> {
+fn fill(step: u64) -> impl FnOnce(&mut FolderWriter) -> Result<()> {
     move |folder| {
         folder.file("a.txt", format!("step {step}").as_bytes())?;
         let tensor = Tensor::full(step as f32, (3, 5), &Device::Cpu)?;
@@ -36,8 +36,8 @@ fn store(disk: &Memory) -> Store {
     Store::new(Path::new(ROOT), disk.clone())
 }
 
-/// What a run does with its store; `best` is kept, and of the others two. `reported` gets the steps that were
-/// saved without an error, and `failures` the errors.
+/// The operations of a run on its store: saves with `keep` 2 and `lowest` 2, and two models. Adds the steps that were saved
+/// without an error to `reported`, and the errors to `failures`.
 fn run(disk: &Memory, reported: &mut Vec<u64>, failures: &mut Vec<String>) {
     let store = store(disk);
     let mut note = |result: Result<()>| failures.extend(result.err().map(|e| e.to_string()));
@@ -54,7 +54,8 @@ fn run(disk: &Memory, reported: &mut Vec<u64>, failures: &mut Vec<String>) {
     note(store.steps().map(drop));
 }
 
-/// Fails unless everything that may still be expected of the steps that were reported saved is whole.
+/// Checks that the newest checkpoints and that of step 2 are intact if they were reported as saved, and that the run can
+/// continue.
 fn check(disk: &Memory, reported: &[u64], case: &str) {
     let store = store(disk);
     let newest = store.newest().unwrap_or_else(|e| panic!("{case}: {e}"));
@@ -62,11 +63,11 @@ fn check(disk: &Memory, reported: &[u64], case: &str) {
         let newest = newest.as_ref().unwrap_or_else(|| panic!("{case}: nothing is left of {reported:?}"));
         assert!(newest.step >= last, "{case}: {newest:?} of {reported:?}");
     }
-    let best = reported.iter().filter(|step| **step == 2);
-    for step in reported.iter().rev().take(2).chain(best) {
+    let lowest = reported.iter().filter(|step| **step == 2);
+    for step in reported.iter().rev().take(2).chain(lowest) {
         verify(disk, &store.path(*step)).unwrap_or_else(|e| panic!("{case}: {step} was reported saved: {e}"));
     }
-    // Whatever verifies holds what was written.
+    // Every checkpoint that verifies has the content that was written.
     for step in store.steps().unwrap() {
         if verify(disk, &store.path(step)).is_ok() {
             assert_eq!(
@@ -76,12 +77,12 @@ fn check(disk: &Memory, reported: &[u64], case: &str) {
             );
         }
     }
-    // A model in the folder is whole or not taken for one.
+    // A model in the folder that verifies is one of the two models.
     if verify(disk, Path::new(ROOT)).is_ok() {
         let content = read(disk, Path::new(ROOT).join("a.txt"));
         assert!([&b"step 9"[..], b"step 10"].contains(&content.as_slice()), "{case}");
     }
-    // And the next start can go on.
+    // The run can continue after a restart.
     store.clean().unwrap_or_else(|e| panic!("{case}: {e}"));
     assert!(!disk.list(Path::new(ROOT)).unwrap().iter().any(|name| name.starts_with('.')), "{case}");
     for (step, _) in newest.map(|n| n.damaged).unwrap_or_default() {
@@ -99,7 +100,7 @@ fn begun() -> (Memory, Vec<u64>) {
 }
 
 #[test]
-fn every_operation_may_fail() {
+fn checkpoints_are_intact_after_any_failed_operation() {
     let mut cases = 0;
     for (errno, text) in ERRORS {
         for lasting in [false, true] {
@@ -116,13 +117,13 @@ fn every_operation_may_fail() {
                     assert!(first > 80, "{first} operations in all");
                     break;
                 }
-                // Only to remove what is no longer needed may fail without an error.
+                // Only a failure to remove old files may be without an error.
                 if lasting {
                     assert!(!failures.is_empty(), "{case}");
                 }
                 for error in &failures {
                     assert!(error.starts_with('/') && !error.contains('\n'), "{case}: {error}");
-                    // After one failure the others follow from it.
+                    // Later errors may be consequences of the first one.
                     assert!(error.contains(text) || failures.len() > 1, "{case}: {error}");
                 }
                 check(&disk, &reported, &case);
@@ -134,19 +135,19 @@ fn every_operation_may_fail() {
 }
 
 #[test]
-fn a_crash_or_power_failure_may_come_at_any_operation() {
+fn checkpoints_are_intact_after_a_crash_at_any_operation() {
     let mut cases = 0;
     for loss in [Loss::Nothing, Loss::Everything, Loss::Contents] {
         for first in 0.. {
             let (disk, mut reported) = begun();
-            // After the end nothing happens any more, not even an attempt to clean up.
+            // After a crash nothing else happens, not even cleaning up.
             disk.inject(Some(Fault { first, lasting: true, errno: 5 }));
             run(&disk, &mut reported, &mut Vec::new());
-            let ended = disk.failed();
+            let crashed = disk.failed();
             disk.restart(loss);
-            check(&disk, &reported, &format!("the end at operation {first}, loss: {loss:?}"));
+            check(&disk, &reported, &format!("crash at operation {first}, loss: {loss:?}"));
             cases += 1;
-            if !ended {
+            if !crashed {
                 break;
             }
         }
@@ -155,11 +156,11 @@ fn a_crash_or_power_failure_may_come_at_any_operation() {
 }
 
 #[test]
-fn every_changed_byte_and_every_cut_is_noticed() {
+fn every_changed_byte_and_every_truncation_is_detected() {
     let disk = Memory::new();
     let store = store(&disk);
     store.save(1, 2, None, fill(1)).unwrap();
-    // As large as needed for a header, several tensors and a manifest of several entries.
+    // Contains an empty file and several tensors.
     let new = store.save(2, 2, None, |folder| {
         fill(2)(folder)?;
         folder.file("empty", b"")?;
@@ -172,10 +173,10 @@ fn every_changed_byte_and_every_cut_is_noticed() {
     let new = new.unwrap();
     assert_eq!(store.newest().unwrap().unwrap().step, 2);
     let mut cases = 0;
-    let mut noticed = |case: &str, file: &str| {
-        let found = store.newest().unwrap().unwrap();
-        assert_eq!(found.step, 1, "{case}");
-        let [(2, reason)] = found.damaged.as_slice() else { panic!("{case}: {:?}", found.damaged) };
+    let mut check_detected = |case: &str, file: &str| {
+        let newest = store.newest().unwrap().unwrap();
+        assert_eq!(newest.step, 1, "{case}");
+        let [(2, reason)] = newest.damaged.as_slice() else { panic!("{case}: {:?}", newest.damaged) };
         assert!(reason.contains(file) || file == MANIFEST, "{case}: {reason}");
         cases += 1;
     };
@@ -185,20 +186,20 @@ fn every_changed_byte_and_every_cut_is_noticed() {
         for at in 0..whole.len() {
             for change in [1, 0x20, 0xff] {
                 disk.damage(&path, |content| content[at] ^= change);
-                noticed(&format!("{file}: byte {at} ^ {change}"), &file);
+                check_detected(&format!("{file}: byte {at} ^ {change}"), &file);
                 disk.damage(&path, |content| content[at] ^= change);
             }
         }
         for length in 0..whole.len() {
             disk.damage(&path, |content| content.truncate(length));
-            noticed(&format!("{file}: cut to {length}"), &file);
+            check_detected(&format!("{file}: cut to {length}"), &file);
             disk.damage(&path, |content| content.clone_from(&whole));
         }
         disk.damage(&path, |content| content.push(0));
-        noticed(&format!("{file}: one byte more"), &file);
+        check_detected(&format!("{file}: one byte more"), &file);
         disk.damage(&path, |content| content.clone_from(&whole));
         disk.rename(&path, &new.join("elsewhere")).unwrap();
-        noticed(&format!("{file}: gone"), &file);
+        check_detected(&format!("{file}: gone"), &file);
         disk.rename(&new.join("elsewhere"), &path).unwrap();
     }
     assert_eq!(store.newest().unwrap().unwrap().step, 2);
@@ -206,20 +207,20 @@ fn every_changed_byte_and_every_cut_is_noticed() {
 }
 
 #[test]
-fn the_best_and_the_newest_are_kept() {
+fn the_newest_checkpoints_and_that_of_lowest_loss_remain() {
     let disk = Memory::new();
     let store = store(&disk);
     for step in 1..=6 {
         store.save(step, 2, Some(step.min(3)), fill(step)).unwrap();
     }
     assert_eq!(store.steps().unwrap(), [6, 5, 3]);
-    // A checkpoint that was set aside is no checkpoint any more.
+    // A checkpoint that was set aside does not count.
     disk.damage(&store.path(6).join("a.txt"), |content| content.clear());
     assert_eq!(store.newest().unwrap().unwrap().step, 5);
     store.set_aside(6).unwrap();
     store.save(6, 2, Some(3), fill(6)).unwrap();
     assert_eq!(store.steps().unwrap(), [6, 5, 3]);
-    // With nothing whole left, the newest is named.
+    // If all checkpoints are damaged, the error is that of the newest.
     for step in store.steps().unwrap() {
         disk.damage(&store.path(step).join("a.txt"), |content| content.clear());
     }

@@ -11,7 +11,7 @@ use gd_testing::suite::{self, Verdict};
 #[cfg(feature = "cuda")]
 mod backend {
     pub(super) const NAME: &str = "cuda";
-    pub use gd_kernels::cuda::Buffer;
+    pub(crate) use gd_kernels::cuda::Buffer;
     pub(super) use gd_kernels::cuda::Cuda as Device;
 
     pub(super) fn open() -> gd_kernels::Result<candle_core::Device> {
@@ -23,7 +23,7 @@ mod backend {
 #[cfg(not(feature = "cuda"))]
 mod backend {
     pub(super) const NAME: &str = "metal";
-    pub use gd_kernels::metal::Buffer;
+    pub(crate) use gd_kernels::metal::Buffer;
     pub(super) use gd_kernels::metal::Metal as Device;
     pub(super) use gd_kernels::metal::open;
 }

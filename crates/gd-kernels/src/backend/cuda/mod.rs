@@ -15,7 +15,7 @@ use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
 
 pub use self::buffer::Buffer;
 pub use self::modules::kernel_hash;
-use self::modules::{Function, Kernel, Loaded};
+use self::modules::{Function, Loaded};
 use crate::backend::gpu::tensors::{PendingDownload, TensorGpu};
 use crate::backend::gpu::{Arch, Gpu, Launch, Slice, TensorMap};
 use crate::error::{Error, Result};

@@ -418,7 +418,7 @@ fn operators_of_a_training_step_are_planned_or_refused() {
     let x = Tensor4::contiguous(at, [3, 5, 8]);
     let plan = rotary::RotaryPlan::new(&s, &[4], &H100).unwrap();
     let angles = rotary::Angles { cos: at, sin: at, positions: 8 };
-    invalid(rotary::rotate(&gpu, &plan, &x, &angles, false, at), "9 positions of 8");
+    invalid(rotary::rotate(&gpu, &plan, &x, &angles, false, at), "9 positions exceed the 8");
     let far = Tensor4 { data: at, strides: [1 << 31, 40, 8] };
     let plan = norm::NormPlan::new(&s, 1e-5, &H100).unwrap();
     refused(norm::forward(&gpu, &plan, &far, at, at), "x spans");

@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::backend::cpu::element::{Bf16, Element, F16, sum2};
-use crate::backend::cpu::parallel::vectorize;
+use crate::backend::cpu::parallel::{par_chunks, vectorize};
 use crate::backend::cpu::view::{Rows, cpu_slice};
 use crate::backend::graph::{attach1, attach2, with_contiguous_rows};
 use crate::error::Result;
@@ -81,7 +81,7 @@ fn multiply<T: Element<Acc = f32>>(x: &Rows<f32>, weight: &Rows<T>) -> Vec<f32> 
     // Transposed, so that the results of a task are contiguous.
     let mut transposed = vec![0f32; outputs * rows];
     if rows > 0 {
-        transposed.par_chunks_mut(outputs_per_task * rows).enumerate().for_each(|(task, out)| {
+        par_chunks(&mut transposed, outputs_per_task * rows, &|task, out| {
             vectorize(
                 #[inline(always)]
                 || {

@@ -6,10 +6,9 @@
 use std::ops::Range;
 
 use num_traits::Float;
-use rayon::prelude::*;
 
 use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::parallel::vectorize;
+use crate::backend::cpu::parallel::{par_chunks2, vectorize};
 use crate::backend::cpu::view::View;
 use crate::options::Score;
 
@@ -56,8 +55,7 @@ impl<A: Real> PackedKeys<A> {
         let per_head = keys.div_ceil(width);
         let mut panels = vec![A::zero(); batch * heads * per_head * d * width];
         let mut bias = vec![A::zero(); batch * heads * per_head * width];
-        let heads_panels = panels.par_chunks_mut((d * width).max(1)).zip(bias.par_chunks_mut(width));
-        heads_panels.enumerate().for_each(|(at, (panel, bias))| {
+        par_chunks2((&mut panels, d * width), (&mut bias, width), &|at, panel, bias| {
             let (head, p) = (at / per_head, at % per_head);
             let (b, h) = (head / heads, head % heads);
             let keys = p * width..keys.min((p + 1) * width);

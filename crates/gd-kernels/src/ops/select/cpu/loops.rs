@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::Keys;
 use super::inverse_index::InverseIndex;
 use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::parallel::vectorize;
+use crate::backend::cpu::parallel::{par_chunks, par_chunks2, par_items, vectorize};
 use crate::ops::select::Sizes;
 
 /// Query rows per task; fixed, so that results do not depend on the number of threads.
@@ -21,7 +21,7 @@ pub(super) fn for_rows<O: Send, S>(
     state: impl Fn() -> S + Sync,
     f: impl Fn(usize, &mut S, &mut [O]) + Sync,
 ) {
-    out.par_chunks_mut(TASK_ROWS * len).enumerate().for_each(|(task, out)| {
+    par_chunks(out, TASK_ROWS * len, &|task, out| {
         vectorize(
             #[inline(always)]
             || {
@@ -41,8 +41,7 @@ pub(super) fn for_rows2<A: Send, B: Send, S>(
     state: impl Fn() -> S + Sync,
     f: impl Fn(usize, &mut S, &mut [A], &mut [B]) + Sync,
 ) {
-    let tasks = a.par_chunks_mut(TASK_ROWS * a_len).zip(b.par_chunks_mut(TASK_ROWS * b_len));
-    tasks.enumerate().for_each(|(task, (a, b))| {
+    par_chunks2((a, TASK_ROWS * a_len), (b, TASK_ROWS * b_len), &|task, a, b| {
         vectorize(
             #[inline(always)]
             || {
@@ -72,7 +71,7 @@ pub(super) fn key_gradient<T: Element>(
     for head in out.chunks_mut(key_count * len) {
         tasks.extend(head.chunks_mut(TASK_KEYS * len));
     }
-    tasks.into_par_iter().enumerate().for_each(|(task, out)| {
+    par_items(tasks, &|task, out| {
         let (head, first) = (task / blocks, task % blocks * TASK_KEYS);
         vectorize(
             #[inline(always)]

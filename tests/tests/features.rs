@@ -30,9 +30,14 @@ fn one_crate_has_the_features_of_the_workspace() -> Result<()> {
         for package in ["gd-kernels", "gd-layer", "gd-model", "gd-cli"] {
             // gd-testing comes without the emulator, which takes a minute to compile.
             let features = features(edges, &["-p", package])?;
-            let others = features.difference(&workspace).filter(|package| !package.starts_with("gd-testing "));
+            let others =
+                features.difference(&workspace).filter(|package| !package.starts_with("gd-testing "));
             let others: Vec<&str> = others.map(String::as_str).collect();
-            assert!(others.is_empty(), "-p {package}: {}; add the features to tests/features", others.join(", "));
+            assert!(
+                others.is_empty(),
+                "-p {package}: {}; add the features to tests/features",
+                others.join(", ")
+            );
         }
     }
     Ok(())

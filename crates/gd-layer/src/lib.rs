@@ -10,6 +10,7 @@ mod derived;
 mod gd_attention;
 mod heads;
 mod linear;
+pub mod mechanisms;
 mod norm;
 mod probe;
 mod rope;

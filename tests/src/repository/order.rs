@@ -35,7 +35,7 @@ pub const ORDERS: &[Order] = &[
         sources: "crates/gd-layer/src/",
         groups: &[
             &["config"],
-            &["derived", "linear", "norm", "probe", "rope", "stats"],
+            &["derived", "linear", "mechanisms", "norm", "probe", "rope", "stats"],
             &["cache"],
             &["attention"],
             &["beacon"],

@@ -1,0 +1,97 @@
+//! What a mechanism's file states about it.
+
+use candle_core::Result;
+
+use super::stages::Computation;
+
+/// Name and shape of a tensor.
+pub type Named = (&'static str, &'static str);
+
+/// Queries, keys and values of H query heads and Hk key-value heads.
+pub const QKV: &[Named] = &[("q", "[B,H,N,D]"), ("k", "[B,Hk,M,D]"), ("v", "[B,Hk,M,Dv]")];
+
+/// The optional mask: 1 for a visible key.
+pub const MASK: &[Named] = &[("mask", "[N,M]")];
+
+/// The row of a mechanism in the table.
+#[derive(Debug, Clone, Copy)]
+pub struct Info {
+    /// The formula in one line.
+    pub formula: &'static str,
+    /// Authors and year of the definition.
+    pub source: &'static str,
+    /// Activations that get gradients.
+    pub inputs: &'static [Named],
+    /// Learned parameters.
+    pub learned: &'static [Named],
+    /// Tensors without gradient: masks, noise, positions.
+    pub constants: &'static [Named],
+    /// Parameters of the configuration with their meaning. The struct of the mechanism has a field of each name.
+    pub parameters: &'static [(&'static str, &'static str)],
+    /// Memory of the forward pass besides inputs and outputs.
+    pub memory: &'static str,
+    /// Why a layer of a model cannot use it; none where it can.
+    pub not_in_models: Option<&'static str>,
+}
+
+impl Info {
+    /// Attention over q, k and v with a mask, without parameters.
+    pub const DEFAULT: Self = Self {
+        formula: "",
+        source: "",
+        inputs: QKV,
+        learned: &[],
+        constants: MASK,
+        parameters: &[],
+        memory: "N x M",
+        not_in_models: None,
+    };
+}
+
+/// The sizes of a layer, from which the shapes of its learned parameters follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Query heads H.
+    pub heads: usize,
+    /// Key-value heads Hk.
+    pub key_value_heads: usize,
+    /// Dimension D of a head.
+    pub head_dim: usize,
+    /// Number of the layer in the model, from 0.
+    pub layer: usize,
+}
+
+/// A learned parameter of a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weight {
+    /// The name among the inputs.
+    pub name: &'static str,
+    /// The shape.
+    pub shape: Vec<usize>,
+    /// The mean of the initial values.
+    pub mean: f64,
+    /// The standard deviation of the initial values, 0 for equal ones.
+    pub standard_deviation: f64,
+}
+
+/// A mechanism: a struct of its parameters. See `docs/src/add-mechanism.md`.
+pub trait Definition {
+    /// The row in the table of mechanisms.
+    const INFO: Info;
+
+    /// Its computation with these parameters.
+    fn computation(&self) -> Computation<'_>;
+
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// Names the parameter, its value and what is allowed.
+    fn validate(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The learned parameters of a layer with this mechanism.
+    fn weights(&self, _sizes: &Sizes) -> Vec<Weight> {
+        Vec::new()
+    }
+}

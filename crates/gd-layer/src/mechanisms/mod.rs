@@ -1,0 +1,114 @@
+//! Attention mechanisms, to compare selection with: exact, differentiable, and composed of stages.
+//!
+//! A mechanism is a struct of its parameters that implements [`Definition`], in a file of its own. The stages are those
+//! of [`Stages`]: score, mask, warp, support, normalise, aggregate; a mechanism replaces the stages in which it differs
+//! from softmax attention. [`AttentionMechanism`] has all of them, [`TABLE`] describes them.
+//!
+//! Shapes: q `[B, H, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`, with Hk a divisor of H; scores and weights
+//! `[B, H, N, M]`. Every mechanism runs in f64 and f32; f16 and bf16 are computed in f32. A query that sees no key has
+//! weights, output and gradients 0. Gradients flow to all inputs that the mechanism does not list as constants.
+
+mod definition;
+mod dot;
+mod inputs;
+mod masks;
+mod rows;
+mod softmax;
+mod stages;
+
+use candle_core::Result;
+use serde::{Deserialize, Serialize};
+
+pub use definition::{Definition, Info, MASK, Named, QKV, Sizes, Weight};
+pub use inputs::{Inputs, Outputs};
+pub use softmax::Softmax;
+pub use stages::{Aggregate, Computation, Mask, Normalise, Normalised, Run, Score, Stages, Support, Warp};
+
+/// The table: one line per mechanism, its name and the struct of its parameters.
+macro_rules! table {
+    ($($name:literal => $mechanism:ident),* $(,)?) => {
+        /// A mechanism with its parameters. In a configuration its name is the key `name`, and the others are those
+        /// of its struct: `{"name": "topk", "k": 8}`. Parameters that are absent have their default.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = "name")]
+        pub enum AttentionMechanism {
+            $(
+                #[doc = concat!("`", $name, "`")]
+                #[serde(rename = $name)]
+                $mechanism($mechanism),
+            )*
+        }
+
+        /// Name and description of every mechanism.
+        pub const TABLE: &[(&str, Info)] = &[$(($name, $mechanism::INFO)),*];
+
+        impl AttentionMechanism {
+            /// The mechanism of this name with its default parameters, if there is one.
+            pub fn named(name: &str) -> Option<Self> {
+                match name {
+                    $($name => Some(Self::$mechanism($mechanism::default())),)*
+                    _ => None,
+                }
+            }
+
+            /// The name, as in the table.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $(Self::$mechanism(_) => $name,)*
+                }
+            }
+
+            /// The description.
+            pub fn info(&self) -> Info {
+                match self {
+                    $(Self::$mechanism(_) => $mechanism::INFO,)*
+                }
+            }
+
+            /// The learned parameters of a layer with this mechanism.
+            pub fn weights(&self, sizes: &Sizes) -> Vec<Weight> {
+                match self {
+                    $(Self::$mechanism(mechanism) => mechanism.weights(sizes),)*
+                }
+            }
+
+            /// Checks the parameters.
+            ///
+            /// # Errors
+            /// Names the parameter, its value and what is allowed.
+            pub fn validate(&self) -> Result<()> {
+                match self {
+                    $(Self::$mechanism(mechanism) => mechanism.validate(),)*
+                }
+            }
+
+            /// The computation: stages, or steps.
+            pub fn computation(&self) -> Computation<'_> {
+                match self {
+                    $(Self::$mechanism(mechanism) => mechanism.computation(),)*
+                }
+            }
+        }
+    };
+}
+
+table! {
+    "softmax" => Softmax,
+}
+
+impl AttentionMechanism {
+    /// The outputs for these inputs, differentiable. Inputs in f16 or bf16 are computed in f32, and the outputs are in
+    /// the dtype of the inputs.
+    ///
+    /// # Errors
+    /// A tensor that is missing or does not fit, or a parameter that cannot be used.
+    pub fn attend(&self, inputs: &Inputs) -> Result<Outputs> {
+        self.validate()?;
+        let (inputs, narrow) = inputs.widened()?;
+        let outputs = self.computation().attend(&inputs)?;
+        match narrow {
+            Some(dtype) => outputs.narrowed(dtype),
+            None => Ok(outputs),
+        }
+    }
+}

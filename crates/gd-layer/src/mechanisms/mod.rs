@@ -8,21 +8,47 @@
 //! `[B, H, N, M]`. Every mechanism runs in f64 and f32; f16 and bf16 are computed in f32. A query that sees no key has
 //! weights, output and gradients 0. Gradients flow to all inputs that the mechanism does not list as constants.
 
+mod additive;
 mod definition;
+mod differential;
 mod dot;
+mod entmax;
+mod gated;
+mod hard;
+mod hopfield;
 mod inputs;
 mod masks;
+mod null_logit;
+mod patterns;
 mod rows;
+mod scalable_softmax;
+mod selective;
+mod sigmoid;
 mod softmax;
+mod sparsemax;
 mod stages;
+mod top_k;
 
 use candle_core::Result;
 use serde::{Deserialize, Serialize};
 
+pub use additive::{Bahdanau, Luong, LuongScore, Pointer};
 pub use definition::{Definition, Info, MASK, Named, QKV, Sizes, Weight};
+pub use differential::Differential;
+pub use entmax::{Alpha, Entmax, EntmaxRows, Learned, entmax};
+pub use gated::Gated;
+pub use hard::{Hard, Ties};
+pub use hopfield::Hopfield;
 pub use inputs::{Inputs, Outputs};
+pub use null_logit::{Sink, SoftmaxOffByOne};
+pub use patterns::{Pattern, Patterns};
+pub use scalable_softmax::ScalableSoftmax;
+pub use selective::Selective;
+pub use sigmoid::Sigmoid;
 pub use softmax::Softmax;
+pub use sparsemax::Sparsemax;
 pub use stages::{Aggregate, Computation, Mask, Normalise, Normalised, Run, Score, Stages, Support, Warp};
+pub use top_k::{ExplicitSparse, TopK};
 
 /// The table: one line per mechanism, its name and the struct of its parameters.
 macro_rules! table {
@@ -94,6 +120,23 @@ macro_rules! table {
 
 table! {
     "softmax" => Softmax,
+    "luong" => Luong,
+    "bahdanau" => Bahdanau,
+    "pointer" => Pointer,
+    "sparsemax" => Sparsemax,
+    "entmax" => Entmax,
+    "topk" => TopK,
+    "explicit_sparse" => ExplicitSparse,
+    "hard" => Hard,
+    "patterns" => Patterns,
+    "selective" => Selective,
+    "differential" => Differential,
+    "ssmax" => ScalableSoftmax,
+    "gated" => Gated,
+    "sigmoid" => Sigmoid,
+    "softmax1" => SoftmaxOffByOne,
+    "sink" => Sink,
+    "hopfield" => Hopfield,
 }
 
 impl AttentionMechanism {

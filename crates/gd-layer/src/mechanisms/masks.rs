@@ -5,6 +5,9 @@ use candle_core::{DType, Result, Tensor};
 use super::rows::both;
 use super::stages::{Mask, Run};
 
+/// The input with the positions of the queries.
+pub(super) const QUERY_POSITIONS: &str = "query_positions";
+
 /// The input `mask`, `[N, M]` or with leading dimensions, 1 for a visible key; all keys without one.
 pub(super) struct Given;
 
@@ -18,6 +21,7 @@ impl Mask for Given {
             return Tensor::ones(scores.shape(), DType::U8, scores.device());
         };
         let fits = mask.dtype() == DType::U8 && mask.rank() >= 2;
+        let mask = if fits { align_batch(mask, scores)? } else { mask.clone() };
         if !fits || mask.broadcast_as(scores.shape()).is_err() {
             let (dims, dtype) = (mask.dims(), mask.dtype());
             candle_core::bail!("mask {dims:?} {dtype:?} does not fit scores {:?}: u8 [N, M] expected", scores.dims());
@@ -26,7 +30,20 @@ impl Mask for Given {
     }
 }
 
-/// The given mask, and of its keys those up to the own position j <= i + (M - N).
+/// The mask with as many dimensions as the scores, if its first one is the batch: `[B, 1, N, M]` for scores
+/// `[B, 2, H, N, M]` becomes `[B, 1, 1, N, M]`.
+fn align_batch(mask: &Tensor, scores: &Tensor) -> Result<Tensor> {
+    let (dims, rank) = (mask.dims(), scores.rank());
+    if dims.len() < 3 || dims.len() >= rank {
+        return Ok(mask.clone());
+    }
+    let mut aligned = vec![1; rank];
+    aligned[0] = dims[0];
+    aligned[rank - dims.len() + 1..].copy_from_slice(&dims[1..]);
+    mask.reshape(aligned)
+}
+
+/// The given mask, and of its keys those up to the own position.
 pub(super) struct Causal;
 
 impl Mask for Causal {
@@ -35,21 +52,25 @@ impl Mask for Causal {
     }
 
     fn mask(&self, scores: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let (query, key) = positions(scores)?;
+        let (query, key) = positions(scores, run)?;
         both(&Given.mask(scores, run)?, &key.broadcast_le(&query)?)
     }
 }
 
-/// The positions of the queries `[N, 1]` and of the keys `[1, M]` as i64; the last query stands at the last key.
+/// The positions of the queries and of the keys `[1, M]` as i64. The input `query_positions` `[B, N]` has those of the
+/// queries, which are returned as `[B, 1, N, 1]`; without it the last query stands at the last key, and they are `[N, 1]`.
 ///
 /// # Errors
-/// More queries than keys.
-pub(super) fn positions(scores: &Tensor) -> Result<(Tensor, Tensor)> {
+/// More queries than keys, or positions of another shape.
+pub(super) fn positions(scores: &Tensor, run: &Run) -> Result<(Tensor, Tensor)> {
     let [.., n, m] = *scores.dims() else { candle_core::bail!("scores {:?} have no rows", scores.dims()) };
+    let key = Tensor::arange(0, m as i64, scores.device())?.reshape((1, m))?;
+    if let Some(given) = run.inputs.optional(QUERY_POSITIONS) {
+        let b = given.dims2()?.0;
+        return Ok((given.to_dtype(DType::I64)?.reshape((b, 1, n, 1))?, key));
+    }
     if n > m {
         candle_core::bail!("{n} queries at the last of {m} keys: at most as many queries as keys expected");
     }
-    let (first, end) = ((m - n) as i64, m as i64);
-    let query = Tensor::arange(first, end, scores.device())?.reshape((n, 1))?;
-    Ok((query, Tensor::arange(0, end, scores.device())?.reshape((1, m))?))
+    Ok((Tensor::arange((m - n) as i64, m as i64, scores.device())?.reshape((n, 1))?, key))
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Module, Result, Tensor};
+use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::Mask;
 
@@ -92,7 +92,9 @@ impl MechanismAttention {
         inputs.insert("k", k.clone());
         inputs.insert("v", merge_values(v, self.mechanism.info().maps)?);
         inputs.insert("mask", mask.to_tensor([b, n, m], q.device())?);
-        inputs.insert("query_positions", query_positions(mask, [b, n], q)?);
+        let (query, key) = positions(mask, [b, n, m], q.device())?;
+        inputs.insert("query_positions", query);
+        inputs.insert("key_positions", key);
         let state = cache.and_then(|cache| cache.state.as_ref());
         if let (Some((input, _)), Some(state)) = (self.mechanism.info().state, state) {
             inputs.insert(input, pad_state(state, m)?);
@@ -124,11 +126,24 @@ fn split_output(y: &Tensor, maps: usize) -> Result<Tensor> {
     y.reshape((b, h, n, maps, d / maps))?.transpose(2, 3)?.reshape((b, h * maps, n, d / maps))
 }
 
-/// The key positions of n queries `[B, N]`, i64.
-fn query_positions(mask: &Mask, [b, n]: [usize; 2], like: &Tensor) -> Result<Tensor> {
-    let offsets: Vec<i64> = (0..b).map(|b| mask.offset(b)).collect();
-    let rows = Tensor::arange(0, n as i64, like.device())?.reshape((1, n))?;
-    Tensor::from_vec(offsets, (b, 1), like.device())?.broadcast_add(&rows)
+/// The positions of queries `[B, N]` and keys `[B, M]` in their packed sequence, i64.
+fn positions(mask: &Mask, [b, n, m]: [usize; 3], device: &Device) -> Result<(Tensor, Tensor)> {
+    let start = |b: usize, at: i64| match mask.boundaries() {
+        None => 0,
+        Some(all) => {
+            let boundaries = &all[if all.len() == 1 { 0 } else { b }];
+            let next = boundaries.partition_point(|&boundary| boundary as i64 <= at);
+            boundaries[next.max(1) - 1] as i64
+        }
+    };
+    let of = |first: &dyn Fn(usize) -> i64, length: usize| {
+        let position = |row: usize| {
+            let at = first(row / length) + (row % length) as i64;
+            at - start(row / length, at)
+        };
+        Tensor::from_vec((0..b * length).map(position).collect::<Vec<i64>>(), (b, length), device)
+    };
+    Ok((of(&|b| mask.offset(b), n)?, of(&|_| 0, m)?))
 }
 
 impl Attention for MechanismAttention {

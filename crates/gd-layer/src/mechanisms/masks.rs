@@ -2,11 +2,13 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::definition::Named;
 use super::rows::both;
 use super::stages::{Mask, Run};
 
-/// The input with the positions of the queries.
-pub(super) const QUERY_POSITIONS: &str = "query_positions";
+/// The inputs with the positions of queries and keys, i64.
+pub(super) const POSITIONS: [Named; 2] =
+    [("query_positions", "[B,N], optional"), ("key_positions", "[B,M], optional")];
 
 /// The input `mask`, `[N, M]` or with leading dimensions, 1 for a visible key; all keys without one.
 pub(super) struct Given;
@@ -57,20 +59,20 @@ impl Mask for Causal {
     }
 }
 
-/// The positions of the queries and of the keys `[1, M]` as i64. The input `query_positions` `[B, N]` has those of the
-/// queries, which are returned as `[B, 1, N, 1]`; without it the last query stands at the last key, and they are `[N, 1]`.
+/// The positions of the queries `[.., N, 1]` and of the keys `[.., 1, M]` as i64: the inputs `query_positions` `[B, N]`
+/// and `key_positions` `[B, M]`, or else 0, 1, .. for the keys and those of the last keys for the queries.
 ///
 /// # Errors
 /// More queries than keys, or positions of another shape.
 pub(super) fn positions(scores: &Tensor, run: &Run) -> Result<(Tensor, Tensor)> {
     let [.., n, m] = *scores.dims() else { candle_core::bail!("scores {:?} have no rows", scores.dims()) };
-    let key = Tensor::arange(0, m as i64, scores.device())?.reshape((1, m))?;
-    if let Some(given) = run.inputs.optional(QUERY_POSITIONS) {
-        let b = given.dims2()?.0;
-        return Ok((given.to_dtype(DType::I64)?.reshape((b, 1, n, 1))?, key));
+    if let [Some(query), Some(key)] = POSITIONS.map(|(name, _)| run.inputs.optional(name)) {
+        let b = query.dims2()?.0;
+        return Ok((query.reshape((b, 1, n, 1))?, key.reshape((b, 1, 1, m))?));
     }
     if n > m {
         candle_core::bail!("{n} queries at the last of {m} keys: at most as many queries as keys expected");
     }
-    Ok((Tensor::arange((m - n) as i64, m as i64, scores.device())?.reshape((n, 1))?, key))
+    let query = Tensor::arange((m - n) as i64, m as i64, scores.device())?.reshape((n, 1))?;
+    Ok((query, Tensor::arange(0, m as i64, scores.device())?.reshape((1, m))?))
 }

@@ -65,6 +65,9 @@ macro_rules! table {
             )*
         }
 
+        /// The name of every mechanism.
+        pub const NAMES: &[&str] = &[$($name),*];
+
         /// Name and description of every mechanism.
         pub const TABLE: &[(&str, Info)] = &[$(($name, $mechanism::INFO)),*];
 

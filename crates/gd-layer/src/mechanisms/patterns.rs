@@ -5,7 +5,7 @@ use candle_core::{D, DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info, QKV, Sizes};
-use super::masks::{Given, positions};
+use super::masks::{Given, POSITIONS, positions};
 use super::rows::{both, either};
 use super::stages::{Computation, Mask, Run, Stages};
 
@@ -57,7 +57,8 @@ impl Definition for Patterns {
         inputs: QKV,
         constants: &[
             ("mask", "[N,M]"),
-            ("query_positions", "[B,N], optional"),
+            POSITIONS[0],
+            POSITIONS[1],
             ("rand_blocks", "bigbird [blocks,R]"),
         ],
         parameters: &[

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::masks::{Causal, positions};
+use super::masks::{Causal, POSITIONS, positions};
 use super::rows::both;
 use super::stages::{Computation, Run, Stages, Warp};
 
@@ -20,7 +20,8 @@ impl Definition for Selective {
         source: "Leviathan et al. 2025",
         constants: &[
             ("mask", "[N,M]"),
-            ("query_positions", "[B,N], optional"),
+            POSITIONS[0],
+            POSITIONS[1],
             (PAST, "[B,M], optional: F of queries before these"),
         ],
         state: Some((PAST, TOTAL)),

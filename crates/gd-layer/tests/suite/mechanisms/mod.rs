@@ -2,5 +2,6 @@
 //! are compared in gd-cli.
 
 mod gradients;
+mod layer;
 mod problem;
 mod properties;

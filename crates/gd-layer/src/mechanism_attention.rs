@@ -8,7 +8,7 @@ use candle_nn::{Init, VarBuilder};
 use gd_kernels::Mask;
 
 use crate::attention::{Attention, Pass};
-use crate::cache::{LayerCache, pad_state};
+use crate::cache::{LayerCache, fit_state};
 use crate::config::AttentionConfig;
 use crate::heads::{Heads, Projected};
 use crate::mechanisms::{AttentionMechanism, Inputs, Sizes, Weight};
@@ -98,7 +98,7 @@ impl MechanismAttention {
         inputs.insert("key_positions", key);
         let state = cache.and_then(|cache| cache.state.as_ref());
         if let (Some((input, _)), Some(state)) = (self.mechanism.info().state, state) {
-            inputs.insert(input, pad_state(state, m)?);
+            inputs.insert(input, fit_state(state, m)?);
         }
         Ok(inputs)
     }

@@ -55,7 +55,10 @@ fn models() -> [(&'static str, Value); 5] {
             "gd with a Beacon",
             json!({ "mechanism": ["softmax", "gd", "gd"], "qk_norm": true, "beacon": beacon }),
         ),
-        ("other mechanisms", json!({ "mechanism": ["selective", { "name": "topk", "k": 3 }, "differential"] })),
+        (
+            "other mechanisms",
+            json!({ "mechanism": ["selective", { "name": "topk", "k": 3 }, "differential"] }),
+        ),
     ]
 }
 

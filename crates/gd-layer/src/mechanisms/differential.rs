@@ -65,7 +65,11 @@ impl Definition for Differential {
 
     fn validate(&self) -> Result<()> {
         if !(self.eps > 0.0 && self.lambda_init().is_finite()) {
-            candle_core::bail!("eps {} and lambda_init {:?}: an eps above 0 expected", self.eps, self.lambda_init);
+            candle_core::bail!(
+                "eps {} and lambda_init {:?}: an eps above 0 expected",
+                self.eps,
+                self.lambda_init
+            );
         }
         Ok(())
     }
@@ -77,7 +81,9 @@ impl Definition for Differential {
     fn validate_in_layer(&self, sizes: &Sizes) -> Result<()> {
         let Sizes { heads, key_value_heads, .. } = *sizes;
         if heads % 2 != 0 || key_value_heads % 2 != 0 {
-            candle_core::bail!("{heads} heads and {key_value_heads} key-value heads: even numbers expected, two for each map");
+            candle_core::bail!(
+                "{heads} heads and {key_value_heads} key-value heads: even numbers expected, two for each map"
+            );
         }
         Ok(())
     }

@@ -26,7 +26,10 @@ impl Mask for Given {
         let mask = if fits { align_batch(mask, scores)? } else { mask.clone() };
         if !fits || mask.broadcast_as(scores.shape()).is_err() {
             let (dims, dtype) = (mask.dims(), mask.dtype());
-            candle_core::bail!("mask {dims:?} {dtype:?} does not fit scores {:?}: u8 [N, M] expected", scores.dims());
+            candle_core::bail!(
+                "mask {dims:?} {dtype:?} does not fit scores {:?}: u8 [N, M] expected",
+                scores.dims()
+            );
         }
         mask.broadcast_as(scores.shape())?.contiguous()
     }

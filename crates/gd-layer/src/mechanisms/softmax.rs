@@ -34,7 +34,10 @@ impl Definition for Softmax {
     };
 
     fn computation(&self) -> Computation<'_> {
-        Computation::Stages(Stages { score: Box::new(RotaryDot { base: self.rope_base }), ..Stages::default() })
+        Computation::Stages(Stages {
+            score: Box::new(RotaryDot { base: self.rope_base }),
+            ..Stages::default()
+        })
     }
 }
 

@@ -134,13 +134,13 @@ fn caches_of_sequences_and_pages_that_grow_give_native_decoding() -> Result<()> 
         for (dtype, score, d) in
             [(DType::F32, Score::Energy, 128), (DType::F16, Score::Dot, 64), (DType::BF16, Score::Energy, 40)]
         {
-            target.run(|| decode_growing_caches(&target, dtype, score, d))?;
+            target.run(|| decode_with_append_buffers(&target, dtype, score, d))?;
         }
     }
     Ok(())
 }
 
-fn decode_growing_caches(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
+fn decode_with_append_buffers(target: &Target, dtype: DType, score: Score, d: usize) -> Result<()> {
     let gpu = target.device();
     let certified = (target.name() != "metal").then_some(Precision::Certified);
     let (hq, hk, m, dv) = (8, 2, 9 * PAGE, 48);

@@ -10,19 +10,40 @@
 
 mod definition;
 mod dot;
+mod energy_transformer;
+mod indices;
 mod inputs;
+mod linear_attention;
 mod masks;
+mod mocha;
+mod monotonic;
+mod native_sparse;
+mod reformer;
+mod resan;
+mod routing;
 mod rows;
+mod sliding_window;
 mod softmax;
 mod stages;
+mod switch;
 
 use candle_core::Result;
 use serde::{Deserialize, Serialize};
 
 pub use definition::{Definition, Info, MASK, Named, QKV, Sizes, Weight};
+pub use energy_transformer::EnergyTransformer;
 pub use inputs::{Inputs, Outputs};
+pub use linear_attention::{LinearAttention, LinearAttentionState, linear_attention};
+pub use mocha::{Mocha, mocha_hard, mocha_weights};
+pub use monotonic::{Monotonic, monotonic_hard, monotonic_weights};
+pub use native_sparse::NativeSparse;
+pub use reformer::Reformer;
+pub use resan::{Direction, Resan, reinforce_loss};
+pub use routing::{Routing, update_centroids};
+pub use sliding_window::SlidingWindow;
 pub use softmax::Softmax;
 pub use stages::{Aggregate, Computation, Mask, Normalise, Normalised, Run, Score, Stages, Support, Warp};
+pub use switch::Switch;
 
 /// The table: one line per mechanism, its name and the struct of its parameters.
 macro_rules! table {
@@ -94,6 +115,16 @@ macro_rules! table {
 
 table! {
     "softmax" => Softmax,
+    "monotonic" => Monotonic,
+    "mocha" => Mocha,
+    "energy_transformer" => EnergyTransformer,
+    "routing" => Routing,
+    "reformer" => Reformer,
+    "nsa" => NativeSparse,
+    "resan" => Resan,
+    "linear" => LinearAttention,
+    "sliding_window" => SlidingWindow,
+    "switch" => Switch,
 }
 
 impl AttentionMechanism {

@@ -74,6 +74,13 @@ pub struct Weight {
     pub standard_deviation: f64,
 }
 
+impl Weight {
+    /// A parameter with equal initial values.
+    pub fn constant(name: &'static str, shape: &[usize], value: f64) -> Self {
+        Self { name, shape: shape.to_vec(), mean: value, standard_deviation: 0.0 }
+    }
+}
+
 /// A mechanism: a struct of its parameters. See `docs/src/add-mechanism.md`.
 pub trait Definition {
     /// The row in the table of mechanisms.

@@ -34,13 +34,7 @@ impl Definition for EnergyTransformer {
         formula: "E = -1/beta sum_h sum_C ln sum_B exp(beta K_B.Q_C) - 1/2 sum relu(g Xi)^2; x <- x - step dE/dg",
         source: "Hoover et al. 2023",
         inputs: &[("x", "[B,N,D]")],
-        learned: &[
-            ("gamma", "[1]"),
-            ("delta", "[D]"),
-            ("Wq", "[H,Y,D]"),
-            ("Wk", "[H,Y,D]"),
-            ("Xi", "[D,K]"),
-        ],
+        learned: &[("gamma", "[1]"), ("delta", "[D]"), ("Wq", "[H,Y,D]"), ("Wk", "[H,Y,D]"), ("Xi", "[D,K]")],
         constants: &[],
         parameters: &[
             ("step", "size of a step"),

@@ -30,7 +30,10 @@ impl Definition for LinearAttention {
     const INFO: Info = Info {
         formula: "f(q) . sum_j f(k_j) v_j^T / (f(q) . sum_j f(k_j)), f(x) = elu(x) + 1",
         source: "Katharopoulos et al. 2020",
-        constants: &[("outer", "[B,Hk,D,Dv], state, optional"), ("normaliser", "[B,Hk,D,1], state, optional")],
+        constants: &[
+            ("outer", "[B,Hk,D,Dv], state, optional"),
+            ("normaliser", "[B,Hk,D,1], state, optional"),
+        ],
         parameters: &[("causal", "true: keys at or before the query, N = M")],
         memory: "N x 64 + D x Dv per head",
         not_in_models: Some("it takes no mask, and its cache is a state"),

@@ -58,14 +58,17 @@ impl Definition for NativeSparse {
     };
 
     fn computation(&self) -> Computation<'_> {
-        Computation::whole("compressed keys > scores of blocks > selected blocks > window > gates", |inputs| {
-            self.attend(inputs)
-        })
+        Computation::whole(
+            "compressed keys > scores of blocks > selected blocks > window > gates",
+            |inputs| self.attend(inputs),
+        )
     }
 
     fn validate(&self) -> Result<()> {
         let Self { l, stride, block, nsel, ninit, nlocal, window } = *self;
-        for (name, size) in [("l", l), ("stride", stride), ("block", block), ("nsel", nsel), ("window", window)] {
+        for (name, size) in
+            [("l", l), ("stride", stride), ("block", block), ("nsel", nsel), ("window", window)]
+        {
             if size == 0 {
                 bail!("{name} 0: at least 1 expected");
             }

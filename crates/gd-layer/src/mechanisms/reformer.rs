@@ -50,7 +50,9 @@ impl Definition for Reformer {
     };
 
     fn computation(&self) -> Computation<'_> {
-        Computation::whole("hash > sort > softmax within chunks > mixture of rounds", |inputs| self.attend(inputs))
+        Computation::whole("hash > sort > softmax within chunks > mixture of rounds", |inputs| {
+            self.attend(inputs)
+        })
     }
 
     fn validate(&self) -> Result<()> {

@@ -43,9 +43,10 @@ impl Definition for Routing {
     };
 
     fn computation(&self) -> Computation<'_> {
-        Computation::whole("top w members of every cluster > softmax within clusters > mean over clusters", |inputs| {
-            self.attend(inputs)
-        })
+        Computation::whole(
+            "top w members of every cluster > softmax within clusters > mean over clusters",
+            |inputs| self.attend(inputs),
+        )
     }
 
     fn validate(&self) -> Result<()> {
@@ -76,9 +77,8 @@ impl Routing {
             );
         }
         let (unit_q, unit_k) = (unit_rows(q)?, unit_rows(k)?);
-        let closest = |x: &Tensor| {
-            top_k_positions(&centroids.unsqueeze(0)?.broadcast_matmul(&x.t()?)?, self.w)
-        };
+        let closest =
+            |x: &Tensor| top_k_positions(&centroids.unsqueeze(0)?.broadcast_matmul(&x.t()?)?, self.w);
         let (query, key) = (closest(&unit_q)?, closest(&unit_k)?);
         let (_, _, clusters, members) = query.dims4()?;
         // The clusters of a head are one list of rows.

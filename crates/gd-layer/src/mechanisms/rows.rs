@@ -96,3 +96,14 @@ pub(super) fn top_k(scores: &Tensor, set: &Tensor, k: usize) -> Result<Tensor> {
 pub(super) fn straight_through(value: &Tensor, carrier: &Tensor) -> Result<Tensor> {
     value.detach() + (carrier - carrier.detach())?
 }
+
+/// A parameter per head `[H]` in a shape that broadcasts to scores `[.., H, N, M]`.
+pub(super) fn per_head(parameter: &Tensor, scores: &Tensor) -> Result<Tensor> {
+    let heads = match *scores.dims() {
+        [.., heads, _, _] if parameter.dims() == [heads] => heads,
+        _ => candle_core::bail!("a parameter {:?} does not fit scores {:?}", parameter.dims(), scores.dims()),
+    };
+    let mut shape = vec![1; scores.rank()];
+    shape[scores.rank() - 3] = heads;
+    parameter.to_dtype(scores.dtype())?.reshape(shape)
+}

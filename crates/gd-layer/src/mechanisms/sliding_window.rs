@@ -30,7 +30,9 @@ impl Definition for SlidingWindow {
         constants: &[],
         parameters: &[("window", "keys of the window, at least 1")],
         memory: "N x window",
-        not_in_models: Some("it takes no mask; `window` of the model's configuration limits the other mechanisms"),
+        not_in_models: Some(
+            "it takes no mask; `window` of the model's configuration limits the other mechanisms",
+        ),
         ..Info::DEFAULT
     };
 

@@ -30,13 +30,7 @@ impl Definition for Switch {
         formula: "p_e (relu(x W1 + b1) W2 + b2) of the expert e with the greatest p = softmax(x Wr)",
         source: "Fedus et al. 2022",
         inputs: &[("x", "[T,D]")],
-        learned: &[
-            ("Wr", "[D,E]"),
-            ("W1", "[E,D,F]"),
-            ("b1", "[E,F]"),
-            ("W2", "[E,F,D]"),
-            ("b2", "[E,D]"),
-        ],
+        learned: &[("Wr", "[D,E]"), ("W1", "[E,D,F]"), ("b1", "[E,F]"), ("W2", "[E,F,D]"), ("b2", "[E,D]")],
         constants: &[],
         parameters: &[
             ("capacity_factor", "capacity of an expert as a multiple of an even share, above 0"),
@@ -121,7 +115,8 @@ impl Places {
         let count = count_where(expert.unsqueeze(1)?.broadcast_eq(&all)?)?;
         // Tokens by expert, and in their order within an expert: numbers that differ, since sorting is not stable on
         // every device.
-        let order = ((expert * constant(tokens, expert)?)? + arange(tokens, device)?)?.arg_sort_last_dim(true)?;
+        let order =
+            ((expert * constant(tokens, expert)?)? + arange(tokens, device)?)?.arg_sort_last_dim(true)?;
         let slot = (order.arg_sort_last_dim(true)? - start.index_select(expert, 0)?)?;
         let fits = slot.lt(capacity as u32)?;
         let row = ((expert * constant(capacity, expert)?)? + &slot)?;

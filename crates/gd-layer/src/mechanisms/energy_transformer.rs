@@ -10,14 +10,15 @@ use super::inputs::{Inputs, Outputs};
 use super::rows::log_sum_exp;
 use super::stages::Computation;
 
-/// Steps of the Energy Transformer: `x <- x - step * dE/dg`, which takes the gradient of the normalised tokens g, not that
-/// of x.
+/// T steps `x <- x - step * dE/dg`, which take the gradient of the normalised tokens g, not that of x. The outputs are `out`
+/// after the first step, `xT` after all of them (`x12`), and `E_path` `[T + 1, B]`, the energies before and between them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EnergyTransformer {
     /// Size of a step.
     pub step: f64,
     /// Number of steps.
+    #[serde(rename = "T")]
     pub steps: usize,
     /// Whether a token is among its own keys, as in the authors' code. The formula of the paper excludes it.
     pub diag: bool,
@@ -38,10 +39,10 @@ impl Definition for EnergyTransformer {
         constants: &[],
         parameters: &[
             ("step", "size of a step"),
-            ("steps", "number of steps"),
+            ("T", "number of steps"),
             ("diag", "true: a token is among its own keys"),
         ],
-        memory: "steps x H x N x N",
+        memory: "T x H x N x N",
         not_in_models: Some("it has no values: it is a block of its own"),
     };
 
@@ -51,24 +52,32 @@ impl Definition for EnergyTransformer {
             let mut x = inputs.get("x")?.clone();
             let mut outputs = Outputs::default();
             let mut path = Vec::with_capacity(self.steps + 1);
-            for step in 0..=self.steps {
+            for step in 0..self.steps {
                 let g = block.normalise(&x)?;
                 let [attention, memory] = block.energies(&g)?;
                 path.push((&attention + &memory)?);
                 let gradient = block.gradient(&g)?;
-                if step < self.steps {
-                    x = (x - (&gradient * self.step)?)?;
-                }
+                x = (x - (&gradient * self.step)?)?;
                 if step == 0 {
-                    for (name, t) in [("g", g), ("E_att", attention), ("E_hn", memory), ("dE_dg", gradient)] {
+                    let first = [("g", g), ("E_att", attention), ("E_hn", memory), ("dE_dg", gradient)];
+                    for (name, t) in first.into_iter().chain([("out", x.clone())]) {
                         outputs.insert(name, t);
                     }
                 }
             }
+            let [attention, memory] = block.energies(&block.normalise(&x)?)?;
+            path.push((attention + memory)?);
             outputs.insert("E_path", Tensor::stack(&path, 0)?);
-            outputs.insert("out", x);
+            outputs.insert(&format!("x{}", self.steps), x);
             Ok(outputs)
         })
+    }
+
+    fn validate(&self) -> Result<()> {
+        if self.steps == 0 || !self.step.is_finite() {
+            bail!("T {} and step {}: at least 1 step of a finite size expected", self.steps, self.step);
+        }
+        Ok(())
     }
 }
 

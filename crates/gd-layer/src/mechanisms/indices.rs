@@ -59,9 +59,11 @@ fn flat_rows(index: &Tensor, n: usize) -> Result<Tensor> {
     index.broadcast_add(&first.unsqueeze(1)?)?.flatten_all()
 }
 
-/// `x` `[.., D]` with rows of length 1.
+/// `x` `[.., D]` with rows of length 1; rows of zeros stay.
 pub(super) fn unit_rows(x: &Tensor) -> Result<Tensor> {
-    x.broadcast_div(&x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)
+    let squared = x.sqr()?.sum_keepdim(D::Minus1)?;
+    let zero = squared.eq(0f64)?.to_dtype(x.dtype())?;
+    x.broadcast_div(&(squared + zero)?.sqrt()?)
 }
 
 /// `x Wᵀ`: x `[.., I]`, w `[O, I]` -> `[.., O]`.

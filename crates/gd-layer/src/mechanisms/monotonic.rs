@@ -11,18 +11,26 @@ use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
 /// Monotonic attention by probabilities, or by hard decisions as in decoding.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Monotonic {
+    /// Whether the input `noise` is added to the energies, as in training.
+    pub noisy: bool,
     /// Whether every row selects one key or none; see [`monotonic_hard`]. It has no gradient.
     pub hard: bool,
+}
+
+impl Default for Monotonic {
+    fn default() -> Self {
+        Self { noisy: true, hard: false }
+    }
 }
 
 impl Definition for Monotonic {
     const INFO: Info = Info {
         formula: "alpha_ij = p_ij q_ij, q_ij = (1 - p_{i,j-1}) q_{i,j-1} + alpha_{i-1,j}, p = sigmoid(e + noise)",
         source: "Raffel et al. 2017",
-        inputs: &[("q", "[B,N,Dq]"), ("k", "[B,M,Dk]"), ("e", "[B,N,M], energies in place of q and k")],
+        inputs: &[("q", "[B,N,Dq]"), ("k", "[B,M,Dk]"), ("e", "[B,N,M], energies in place of q and k if hard")],
         learned: &[
             ("W", "[A,Dq]"),
             ("V", "[A,Dk]"),
@@ -32,24 +40,30 @@ impl Definition for Monotonic {
             ("r", "[1], starts negative, such as -4"),
         ],
         constants: &[("noise", "[B,N,M], optional")],
-        parameters: &[("hard", "true: one key or none per row, without gradient")],
+        parameters: &[
+            ("noisy", "true: the noise is added to the energies, as in training"),
+            ("hard", "true: one key or none per row, without gradient"),
+        ],
         memory: "N x M",
         not_in_models: Some("each row depends on the row before it"),
     };
 
     fn computation(&self) -> Computation<'_> {
         Computation::whole("additive energies > sigmoid > recurrence over rows and keys", |inputs| {
-            let energies = energies(inputs)?;
             let mut outputs = Outputs::default();
             let weights = if self.hard {
+                let energies = inputs.optional("e").map_or_else(|| energies(inputs), |e| Ok(e.clone()))?;
                 let t = monotonic_hard(&energies)?;
                 let weights = one_hot(&t, energies.dim(2)?, energies.dtype())?;
                 outputs.insert("t", t);
                 weights
             } else {
-                monotonic_weights(&energies, inputs.optional("noise"))?
+                let energies = energies(inputs)?;
+                let noise = inputs.optional("noise").filter(|_| self.noisy);
+                let weights = monotonic_weights(&energies, noise)?;
+                outputs.insert("e", energies);
+                weights
             };
-            outputs.insert("e", energies);
             outputs.insert("abstain", (1.0 - weights.sum(D::Minus1)?)?);
             outputs.insert("out", weights.clone());
             outputs.insert("weights", weights);
@@ -58,11 +72,8 @@ impl Definition for Monotonic {
     }
 }
 
-/// The energies `g · vecᵀ/‖vec‖ · tanh(W q + V k + b) + r`, `[B, N, M]`, or those given.
-pub(super) fn energies(inputs: &Inputs) -> Result<Tensor> {
-    if let Some(e) = inputs.optional("e") {
-        return Ok(e.clone());
-    }
+/// The energies `g · vecᵀ/‖vec‖ · tanh(W q + V k + b) + r`, `[B, N, M]`.
+fn energies(inputs: &Inputs) -> Result<Tensor> {
     let get = |name| inputs.get(name);
     let q = project(get("q")?, get("W")?)?;
     let k = project(get("k")?, get("V")?)?.broadcast_add(get("b")?)?;

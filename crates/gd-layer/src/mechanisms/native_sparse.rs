@@ -28,12 +28,12 @@ pub struct NativeSparse {
     /// Blocks up to its own that a query always takes.
     pub nlocal: usize,
     /// Tokens of the sliding window.
-    pub window: usize,
+    pub w: usize,
 }
 
 impl Default for NativeSparse {
     fn default() -> Self {
-        Self { l: 32, stride: 16, block: 64, nsel: 16, ninit: 1, nlocal: 2, window: 512 }
+        Self { l: 32, stride: 16, block: 64, nsel: 16, ninit: 1, nlocal: 2, w: 512 }
     }
 }
 
@@ -50,9 +50,9 @@ impl Definition for NativeSparse {
             ("nsel", "selected blocks, at least ninit + nlocal"),
             ("ninit", "first blocks, always taken"),
             ("nlocal", "blocks up to the own one, always taken"),
-            ("window", "tokens of the sliding window"),
+            ("w", "tokens of the sliding window"),
         ],
-        memory: "N x N / stride + N x nsel x block x (D + Dv) + N x window",
+        memory: "N x N / stride + N x nsel x block x (D + Dv) + N x w",
         not_in_models: Some("its gates are projected from the input of the layer"),
         ..Info::DEFAULT
     };
@@ -65,9 +65,9 @@ impl Definition for NativeSparse {
     }
 
     fn validate(&self) -> Result<()> {
-        let Self { l, stride, block, nsel, ninit, nlocal, window } = *self;
+        let Self { l, stride, block, nsel, ninit, nlocal, w } = *self;
         for (name, size) in
-            [("l", l), ("stride", stride), ("block", block), ("nsel", nsel), ("window", window)]
+            [("l", l), ("stride", stride), ("block", block), ("nsel", nsel), ("w", w)]
         {
             if size == 0 {
                 bail!("{name} 0: at least 1 expected");
@@ -89,7 +89,7 @@ impl NativeSparse {
             bail!("gates {:?}: [{b},{h},{n},3] expected for q {:?}", gates.dims(), q.dims());
         }
         // It checks the shapes of q, k and v.
-        let window = sliding_window(q, k, v, self.window)?;
+        let window = sliding_window(q, k, v, self.w)?;
         let (compressed, scores) = self.compressed(q, k, v)?;
         let index = self.chosen_blocks(&scores)?;
         let selected = selected(q, k, v, &index, self.block)?;

@@ -104,7 +104,9 @@ impl Resan {
         let log_p = Tensor::stack(&[head.log_probability, dependent.log_probability], 1)?;
         let mut outputs = Outputs::default();
         if let Some(reward) = inputs.optional("reward") {
-            outputs.extra_loss = Some(reinforce_loss(&log_p, reward)?);
+            let loss = reinforce_loss(&log_p, reward)?;
+            outputs.insert("rl_loss", loss.reshape(1)?);
+            outputs.extra_loss = Some(loss);
         }
         for (name, t) in [
             ("out", out),

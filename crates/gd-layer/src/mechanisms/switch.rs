@@ -75,7 +75,7 @@ impl Switch {
         let mut outputs = Outputs { extra_loss: Some(loss.clone()), ..Outputs::default() };
         for (name, t) in [
             ("out", take_rows(&output, &places.row)?.broadcast_mul(&gate)?),
-            ("aux", loss),
+            ("aux", loss.reshape(1)?),
             ("probs", p),
             ("expert", expert.to_dtype(DType::I64)?),
             ("kept", places.slot.ge(0i64)?),

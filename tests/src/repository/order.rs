@@ -40,7 +40,7 @@ pub const ORDERS: &[Order] = &[
             &["attention"],
             &["beacon"],
             &["heads"],
-            &["gd_attention", "softmax_attention"],
+            &["gd_attention", "mechanism_attention", "softmax_attention"],
         ],
         isolated: &[],
     },

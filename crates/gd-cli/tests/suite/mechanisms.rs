@@ -9,9 +9,12 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use gd_cli::commands::op::attend::attend;
 use gd_layer::mechanisms::{AttentionMechanism, TABLE};
+use gd_model::config::Mechanism;
 use gd_model::io::safetensors::{self, Tensors};
 use gd_testing::log_cases;
-use serde_json::Value;
+use serde_json::{Value, json};
+
+use crate::program::{self, SAMPLE, SMALL, parsed};
 
 /// The mechanisms whose weights are 0 exactly where a choice makes them so.
 const CHOOSING: [&str; 3] = ["topk", "explicit_sparse", "hard"];
@@ -176,5 +179,54 @@ fn every_mechanism_is_listed_with_its_stages_parameters_and_source() -> Result<(
     }
     let text = String::from_utf8(gd(&["--list"])?.stdout)?;
     assert!(TABLE.iter().all(|(name, info)| text.contains(name) && text.contains(info.source)), "{text}");
+    Ok(())
+}
+
+#[test]
+fn the_documentation_describes_every_mechanism() -> Result<()> {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/src/mechanisms.md");
+    let page = fs::read_to_string(page)?;
+    for (name, _) in TABLE {
+        ensure!(page.contains(&format!("\n| `{name}` |")), "docs/src/mechanisms.md has no row `{name}`");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_model_with_every_mechanism_trains_resumes_evaluates_and_generates() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    fs::write(dir.join("text.txt"), SAMPLE.chars().take(6_000).collect::<String>())?;
+    // One layer per mechanism.
+    let mechanisms: Vec<Value> = Mechanism::names()
+        .iter()
+        .map(|&name| if name == "topk" { json!({"name": name, "k": 3}) } else { json!(name) })
+        .collect();
+    let mut recipe: Value = serde_json::from_str(SMALL)?;
+    recipe["model"]["num_hidden_layers"] = json!(mechanisms.len());
+    recipe["model"]["gd"] = json!({ "mechanism": mechanisms, "qk_norm": true, "select": { "candidates": 4 } });
+    recipe["train"]["steps"] = json!(6);
+    recipe["train"]["eval_every"] = json!(3);
+    fs::write(dir.join("c.json"), recipe.to_string())?;
+    let start = "train --config c.json --data text.txt --seed 3 --json --out";
+    let whole = parsed(&program::gd(dir, &format!("{start} whole"))?)?;
+    assert!(whole["loss"].as_f64().is_some_and(f64::is_finite), "{whole}");
+    parsed(&program::gd(dir, &format!("{start} split --stop-after 2"))?)?;
+    parsed(&program::gd(dir, "train --resume split --json")?)?;
+    for file in ["model.safetensors", "config.json"] {
+        assert!(fs::read(dir.join("whole").join(file))? == fs::read(dir.join("split").join(file))?, "{file} differs");
+    }
+    let config: Value = serde_json::from_slice(&fs::read(dir.join("whole/config.json"))?)?;
+    assert_eq!(config["gd"]["mechanism"], json!(mechanisms));
+    let eval = parsed(&program::gd(dir, "eval whole --data text.txt --json")?)?;
+    assert!(eval["loss"].as_f64().is_some_and(f64::is_finite), "{eval}");
+    let text = parsed(&program::gd(dir, "generate whole --prompt It --max-tokens 6 --json")?)?;
+    assert!(text.to_string().len() > 20, "{text}");
+    // The learned parameters of the mechanisms are in the file.
+    let saved = safetensors::load(&dir.join("whole/model.safetensors"), &Device::Cpu)?;
+    for parameter in ["s", "t", "b", "lq1", "gw"] {
+        let end = format!("self_attn.mechanism.{parameter}");
+        assert!(saved.keys().any(|name| name.ends_with(&end)), "no {end}");
+    }
     Ok(())
 }

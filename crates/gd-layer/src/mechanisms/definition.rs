@@ -30,6 +30,11 @@ pub struct Info {
     pub parameters: &'static [(&'static str, &'static str)],
     /// Memory of the forward pass besides inputs and outputs.
     pub memory: &'static str,
+    /// Query heads of q that belong to one head of the output, and likewise of k and v: 2 for a difference of two maps.
+    pub maps: usize,
+    /// What a cache holds besides keys and values: the output `[B, M]` of one pass that is an input of the next, with
+    /// the names of input and output.
+    pub state: Option<(&'static str, &'static str)>,
     /// Why a layer of a model cannot use it; none where it can.
     pub not_in_models: Option<&'static str>,
 }
@@ -44,6 +49,8 @@ impl Info {
         constants: MASK,
         parameters: &[],
         memory: "N x M",
+        maps: 1,
+        state: None,
         not_in_models: None,
     };
 }
@@ -57,8 +64,6 @@ pub struct Sizes {
     pub key_value_heads: usize,
     /// Dimension D of a head.
     pub head_dim: usize,
-    /// Number of the layer in the model, from 0.
-    pub layer: usize,
 }
 
 /// A learned parameter of a layer.
@@ -100,5 +105,22 @@ pub trait Definition {
     /// The learned parameters of a layer with this mechanism.
     fn weights(&self, _sizes: &Sizes) -> Vec<Weight> {
         Vec::new()
+    }
+
+    /// The mechanism in a layer of a model, where its parameters depend on the number of the layer, from 0.
+    #[must_use]
+    fn in_layer(&self, _layer: usize) -> Self
+    where
+        Self: Clone,
+    {
+        self.clone()
+    }
+
+    /// Checks whether a layer of these sizes can use the mechanism.
+    ///
+    /// # Errors
+    /// Names what does not fit.
+    fn validate_in_layer(&self, _sizes: &Sizes) -> Result<()> {
+        Ok(())
     }
 }

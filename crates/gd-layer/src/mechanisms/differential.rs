@@ -49,6 +49,7 @@ impl Definition for Differential {
             ("eps", "epsilon of the norm, above 0"),
         ],
         memory: "2 N x M",
+        maps: 2,
         ..Info::DEFAULT
     };
 
@@ -65,6 +66,18 @@ impl Definition for Differential {
     fn validate(&self) -> Result<()> {
         if !(self.eps > 0.0 && self.lambda_init().is_finite()) {
             candle_core::bail!("eps {} and lambda_init {:?}: an eps above 0 expected", self.eps, self.lambda_init);
+        }
+        Ok(())
+    }
+
+    fn in_layer(&self, layer: usize) -> Self {
+        Self { layer_index: layer, ..self.clone() }
+    }
+
+    fn validate_in_layer(&self, sizes: &Sizes) -> Result<()> {
+        let Sizes { heads, key_value_heads, .. } = *sizes;
+        if heads % 2 != 0 || key_value_heads % 2 != 0 {
+            candle_core::bail!("{heads} heads and {key_value_heads} key-value heads: even numbers expected, two for each map");
         }
         Ok(())
     }

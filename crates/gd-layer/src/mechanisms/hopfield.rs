@@ -47,8 +47,8 @@ impl Definition for Hopfield {
     }
 }
 
-/// The scores of the keys for the state after all updates. Returns that state as `state.T` and, if there is no mask, the
-/// energies of the states on the way as `E.0`, `E.1`, ..
+/// The scores of the keys for the state after all updates. Without a mask it also returns that state as `state.T`, and
+/// the energies of the states on the way as `E.0`, `E.1`, ..
 struct Retrieval(Hopfield);
 
 impl Score for Retrieval {
@@ -73,7 +73,9 @@ impl Score for Retrieval {
                 scores = (dot(&state, k)? * beta)?;
             }
         }
-        run.outputs.insert(&format!("state.{}", self.0.updates), state);
+        if unmasked {
+            run.outputs.insert(&format!("state.{}", self.0.updates), state);
+        }
         Ok(scores)
     }
 }

@@ -86,6 +86,9 @@ macro_rules! table {
             )*
         }
 
+        /// The name of every mechanism.
+        pub const NAMES: &[&str] = &[$($name),*];
+
         /// Name and description of every mechanism.
         pub const TABLE: &[(&str, Info)] = &[$(($name, $mechanism::INFO)),*];
 
@@ -116,6 +119,28 @@ macro_rules! table {
             pub fn weights(&self, sizes: &Sizes) -> Vec<Weight> {
                 match self {
                     $(Self::$mechanism(mechanism) => mechanism.weights(sizes),)*
+                }
+            }
+
+            /// The mechanism in a layer of a model, where its parameters depend on the number of the layer, from 0.
+            #[must_use]
+            pub fn in_layer(&self, layer: usize) -> Self {
+                match self {
+                    $(Self::$mechanism(mechanism) => Self::$mechanism(mechanism.in_layer(layer)),)*
+                }
+            }
+
+            /// Checks whether a layer of these sizes can use the mechanism, and the parameters.
+            ///
+            /// # Errors
+            /// Names what does not fit.
+            pub fn validate_in_layer(&self, sizes: &Sizes) -> Result<()> {
+                if let Some(reason) = self.info().not_in_models {
+                    candle_core::bail!("the mechanism {} cannot be in a layer: {reason}", self.name());
+                }
+                self.validate()?;
+                match self {
+                    $(Self::$mechanism(mechanism) => mechanism.validate_in_layer(sizes),)*
                 }
             }
 

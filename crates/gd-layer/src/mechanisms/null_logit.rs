@@ -64,8 +64,8 @@ impl Normalise for NullLogit {
             Some(name) => per_head(run.inputs.get(name)?, scores)?.broadcast_as(rows.shape())?,
             None => rows.zeros_like()?,
         };
-        // The maximum over the support and the null logit. A row without keys has the maximum 0 here, which must not
-        // exceed the logit by much: its null weight is 1.
+        // The maximum of everything that is summed. In a row without keys that is the null logit, whatever its size,
+        // and not the 0 that stands for the maximum of no keys.
         let some = support.max_keepdim(D::Minus1)?;
         let shift = some.where_cond(&rows.maximum(&logit.detach())?, &logit.detach().contiguous()?)?;
         let exp = exp(scores, support, &shift)?;

@@ -4,8 +4,8 @@
 use candle_core::{D, DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::definition::{Definition, Info, QKV};
-use super::masks::{Given, positions};
+use super::definition::{Definition, Info, QKV, Sizes};
+use super::masks::{Given, POSITIONS, positions};
 use super::rows::{both, either};
 use super::stages::{Computation, Mask, Run, Stages};
 
@@ -55,7 +55,12 @@ impl Definition for Patterns {
         formula: "softmax(q k^T / sqrt(D)) v over the keys of a pattern",
         source: "Child et al. 2019; Beltagy et al. 2020; Zaheer et al. 2020",
         inputs: QKV,
-        constants: &[("mask", "[N,M]"), ("rand_blocks", "bigbird [blocks,R]")],
+        constants: &[
+            ("mask", "[N,M]"),
+            POSITIONS[0],
+            POSITIONS[1],
+            ("rand_blocks", "bigbird [blocks,R]"),
+        ],
         parameters: &[
             ("pattern", "strided, fixed, longformer or bigbird"),
             ("l", "stride of strided, block length of fixed"),
@@ -78,6 +83,13 @@ impl Definition for Patterns {
         }
         Ok(())
     }
+
+    fn validate_in_layer(&self, _sizes: &Sizes) -> Result<()> {
+        if self.pattern == Pattern::Bigbird {
+            candle_core::bail!("the pattern bigbird needs random blocks as an input, and its last block depends on the length");
+        }
+        Ok(())
+    }
 }
 
 impl Mask for Patterns {
@@ -91,7 +103,7 @@ impl Mask for Patterns {
     }
 
     fn mask(&self, scores: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let (i, j) = positions(scores)?;
+        let (i, j) = positions(scores, run)?;
         let pattern = match self.pattern {
             Pattern::Strided => self.strided(&i, &j)?,
             Pattern::Fixed => self.fixed(&i, &j)?,
@@ -103,7 +115,7 @@ impl Mask for Patterns {
     }
 }
 
-/// The patterns as u8 `[N, M]`, from the positions of the queries `[N, 1]` and of the keys `[1, M]`.
+/// The patterns as u8 `[.., N, M]`, from the positions of the queries `[.., N, 1]` and of the keys `[1, M]`.
 impl Patterns {
     fn strided(&self, i: &Tensor, j: &Tensor) -> Result<Tensor> {
         let distance = i.broadcast_sub(j)?;
@@ -127,7 +139,7 @@ impl Patterns {
         let globals: Vec<i64> = self.globals.iter().map(|&position| position as i64).collect();
         let globals = Tensor::new(globals, i.device())?;
         let is_global = |position: &Tensor| -> Result<Tensor> {
-            position.unsqueeze(2)?.broadcast_eq(&globals)?.max(D::Minus1)
+            position.unsqueeze(position.rank())?.broadcast_eq(&globals)?.max(D::Minus1)
         };
         either(&near, &either(&is_global(i)?, &is_global(j)?)?)
     }

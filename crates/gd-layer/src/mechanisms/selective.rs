@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::masks::{Causal, positions};
+use super::masks::{Causal, POSITIONS, positions};
 use super::rows::both;
 use super::stages::{Computation, Run, Stages, Warp};
 
@@ -18,6 +18,13 @@ impl Definition for Selective {
     const INFO: Info = Info {
         formula: "softmax(z - F) v, F_ij = sum_{r<i} relu(z_rj of head 0) for 0 < j < r",
         source: "Leviathan et al. 2025",
+        constants: &[
+            ("mask", "[N,M]"),
+            POSITIONS[0],
+            POSITIONS[1],
+            (PAST, "[B,M], optional: F of queries before these"),
+        ],
+        state: Some((PAST, TOTAL)),
         ..Info::DEFAULT
     };
 
@@ -26,6 +33,10 @@ impl Definition for Selective {
         Computation::Stages(Stages { mask: Box::new(Causal), warp, ..Stages::default() })
     }
 }
+
+/// The input with the sum of S over the queries before these, and the output with that sum and these.
+const PAST: &str = "F_past";
+const TOTAL: &str = "F_total";
 
 struct SubtractMasked;
 
@@ -36,18 +47,26 @@ impl Warp for SubtractMasked {
 
     fn warp(&self, scores: &Tensor, visible: &Tensor, run: &mut Run) -> Result<Tensor> {
         let (b, _, n, m) = scores.dims4()?;
-        if n != m {
-            candle_core::bail!("selective attention of {n} queries and {m} keys: it is self-attention");
+        let past = run.inputs.optional(PAST).cloned();
+        if n != m && past.is_none() {
+            candle_core::bail!("selective attention of {n} queries and {m} keys needs what earlier queries masked");
         }
-        let (query, key) = positions(scores)?;
+        let (query, key) = positions(scores, run)?;
         let earlier = both(&key.broadcast_lt(&query)?, &key.gt(&key.zeros_like()?)?)?;
         let first = scores.narrow(1, 0, 1)?;
         let masks = both(&visible.narrow(1, 0, 1)?, &earlier)?;
         // Masked before the relu, so that no score of a later token enters.
-        let s = masks.where_cond(&first, &first.zeros_like()?)?.relu()?.squeeze(1)?;
-        let sums = key.broadcast_lt(&query)?.to_dtype(scores.dtype())?.broadcast_as((b, n, n))?.contiguous()?;
-        let f = sums.matmul(&s.contiguous()?)?;
+        let s = masks.where_cond(&first, &first.zeros_like()?)?.relu()?.squeeze(1)?.contiguous()?;
+        let row = Tensor::arange(0u32, n as u32, scores.device())?;
+        let sums = row.reshape((1, n))?.broadcast_lt(&row.reshape((n, 1))?)?.to_dtype(scores.dtype())?;
+        let mut f = sums.broadcast_as((b, n, n))?.contiguous()?.matmul(&s)?;
+        let mut total = s.sum(1)?;
+        if let Some(past) = past {
+            f = f.broadcast_add(&past.unsqueeze(1)?)?;
+            total = (total + past)?;
+        }
         run.outputs.insert("F", f.clone());
+        run.outputs.insert(TOTAL, total);
         scores.broadcast_sub(&f.unsqueeze(1)?)
     }
 }

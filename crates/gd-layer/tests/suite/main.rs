@@ -7,6 +7,7 @@ mod decoding;
 mod experts;
 mod layer;
 mod layers;
+mod mechanisms;
 mod monotonic;
 mod packed;
 mod rms_norm;

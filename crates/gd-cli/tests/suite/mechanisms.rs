@@ -93,12 +93,20 @@ impl Reference {
         Ok(ran)
     }
 
-    fn compare(&self, name: &str, result: &Tensor, expected: &Tensor, dtype: DType, tolerance: f64) -> Result<()> {
+    fn compare(
+        &self,
+        name: &str,
+        result: &Tensor,
+        expected: &Tensor,
+        dtype: DType,
+        tolerance: f64,
+    ) -> Result<()> {
         let at = || format!("{}: {name} in {dtype:?}", self.name);
         ensure!(result.dims() == expected.dims(), "{}: {:?}, not {:?}", at(), result.dims(), expected.dims());
         let expected_dtype = if expected.dtype() == DType::F64 { dtype } else { expected.dtype() };
         ensure!(result.dtype() == expected_dtype, "{}: {:?}", at(), result.dtype());
-        let [result, expected] = [result, expected].map(|t| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>());
+        let [result, expected] =
+            [result, expected].map(|t| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>());
         let (result, expected) = (result?, expected?);
         let last = name.rsplit('.').next().unwrap_or(name);
         let is_gradient = last.len() > 1 && last.starts_with('d') || name.starts_with("rows.d");
@@ -204,7 +212,8 @@ fn a_model_with_every_mechanism_trains_resumes_evaluates_and_generates() -> Resu
         .collect();
     let mut recipe: Value = serde_json::from_str(SMALL)?;
     recipe["model"]["num_hidden_layers"] = json!(mechanisms.len());
-    recipe["model"]["gd"] = json!({ "mechanism": mechanisms, "qk_norm": true, "select": { "candidates": 4 } });
+    recipe["model"]["gd"] =
+        json!({ "mechanism": mechanisms, "qk_norm": true, "select": { "candidates": 4 } });
     recipe["train"]["steps"] = json!(6);
     recipe["train"]["eval_every"] = json!(3);
     fs::write(dir.join("c.json"), recipe.to_string())?;
@@ -214,7 +223,10 @@ fn a_model_with_every_mechanism_trains_resumes_evaluates_and_generates() -> Resu
     parsed(&program::gd(dir, &format!("{start} split --stop-after 2"))?)?;
     parsed(&program::gd(dir, "train --resume split --json")?)?;
     for file in ["model.safetensors", "config.json"] {
-        assert!(fs::read(dir.join("whole").join(file))? == fs::read(dir.join("split").join(file))?, "{file} differs");
+        assert!(
+            fs::read(dir.join("whole").join(file))? == fs::read(dir.join("split").join(file))?,
+            "{file} differs"
+        );
     }
     let config: Value = serde_json::from_slice(&fs::read(dir.join("whole/config.json"))?)?;
     assert_eq!(config["gd"]["mechanism"], json!(mechanisms));

@@ -5,7 +5,7 @@ use candle_core::{D, DType, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::indices::visible_softmax;
+use super::indices::{matmul, visible_softmax};
 use super::inputs::{Inputs, Outputs};
 use super::rows::log_sum_exp;
 use super::stages::Computation;
@@ -44,6 +44,7 @@ impl Definition for EnergyTransformer {
         ],
         memory: "T x H x N x N",
         not_in_models: Some("it has no values: it is a block of its own"),
+        ..Info::DEFAULT
     };
 
     fn computation(&self) -> Computation<'_> {
@@ -137,29 +138,29 @@ impl<'a> Block<'a> {
     fn gradient(&self, g: &Tensor) -> Result<Tensor> {
         let (q, k) = (heads(g, self.query)?, heads(g, self.key)?);
         let weights = visible_softmax(&scores(&q, &k)?, &self.visible)?;
-        let queries = merged(&weights.matmul(&k)?, self.query)?;
-        let keys = merged(&weights.t()?.contiguous()?.matmul(&q)?, self.key)?;
-        let memory = self.memory(g)?.broadcast_matmul(&self.patterns.t()?)?;
+        let queries = merged(&matmul(&weights, &k)?, self.query)?;
+        let keys = merged(&matmul(&weights.t()?, &q)?, self.key)?;
+        let memory = matmul(&self.memory(g)?, &self.patterns.t()?)?;
         ((queries + keys)? + memory)?.neg()
     }
 
     /// `relu(g Xi)`, `[B, N, K]`.
     fn memory(&self, g: &Tensor) -> Result<Tensor> {
-        g.broadcast_matmul(self.patterns)?.relu()
+        matmul(g, self.patterns)?.relu()
     }
 }
 
 /// `Q_C.K_B / sqrt(Y)`, `[B, H, N, N]`.
 fn scores(q: &Tensor, k: &Tensor) -> Result<Tensor> {
-    q.matmul(&k.t()?)? * (q.dim(3)? as f64).sqrt().recip()
+    matmul(q, &k.t()?)? * (q.dim(3)? as f64).sqrt().recip()
 }
 
 /// The projections of g `[B, N, D]` by w `[H, Y, D]`: `[B, H, N, Y]`.
 fn heads(g: &Tensor, w: &Tensor) -> Result<Tensor> {
-    g.unsqueeze(1)?.broadcast_matmul(&w.t()?.unsqueeze(0)?)
+    matmul(&g.unsqueeze(1)?, &w.t()?)
 }
 
 /// The sum over heads of x `[B, H, N, Y]` by w `[H, Y, D]`: `[B, N, D]`.
 fn merged(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    x.broadcast_matmul(&w.unsqueeze(0)?)?.sum(1)
+    matmul(x, w)?.sum(1)
 }

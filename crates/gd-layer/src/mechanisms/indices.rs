@@ -59,6 +59,26 @@ fn flat_rows(index: &Tensor, n: usize) -> Result<Tensor> {
     index.broadcast_add(&first.unsqueeze(1)?)?.flatten_all()
 }
 
+/// Where `exists` (u8), `index` (u32) as i64; -1 elsewhere.
+pub(super) fn index_or_none(index: &Tensor, exists: &Tensor) -> Result<Tensor> {
+    exists.where_cond(&index.to_dtype(DType::I64)?, &Tensor::full(-1i64, index.shape(), index.device())?)
+}
+
+/// The products of matrices a `[.., X, Y]` and b `[.., Y, Z]`, whose leading dimensions broadcast. Those of candle have at
+/// most two leading dimensions.
+pub(super) fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let rank = a.rank().max(b.rank());
+    let leading = |t: &Tensor| [&vec![1; rank - t.rank()][..], &t.dims()[..t.rank() - 2]].concat();
+    let leading: Vec<usize> = leading(a).into_iter().zip(leading(b)).map(|(a, b)| a.max(b)).collect();
+    let matrices = |t: &Tensor| {
+        let (rows, columns) = (t.dim(D::Minus2)?, t.dim(D::Minus1)?);
+        let all = t.broadcast_as([&leading[..], &[rows, columns]].concat())?;
+        all.contiguous()?.reshape(((), rows, columns))
+    };
+    let product = matrices(a)?.matmul(&matrices(b)?)?;
+    product.reshape([&leading[..], &[a.dim(D::Minus2)?, b.dim(D::Minus1)?]].concat())
+}
+
 /// `x` `[.., D]` with rows of length 1; rows of zeros stay.
 pub(super) fn unit_rows(x: &Tensor) -> Result<Tensor> {
     let squared = x.sqr()?.sum_keepdim(D::Minus1)?;

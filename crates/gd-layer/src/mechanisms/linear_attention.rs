@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::indices::{arange, grouped};
+use super::indices::{arange, grouped, matmul};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
@@ -81,9 +81,9 @@ impl LinearAttentionState {
 
     /// The state with further keys, given as features φ(k) `[B, Hk, M, D]`, and values `[B, Hk, M, Dv]`.
     fn with(&self, features: &Tensor, v: &Tensor) -> Result<Self> {
-        let t = features.t()?.contiguous()?;
+        let t = features.t()?;
         Ok(Self {
-            outer: (&self.outer + t.matmul(&v.contiguous()?)?)?,
+            outer: (&self.outer + matmul(&t, v)?)?,
             normaliser: (&self.normaliser + t.sum_keepdim(3)?)?,
         })
     }
@@ -125,8 +125,8 @@ pub fn linear_attention(
         let [top, bottom] = read(&q, &state)?;
         let at = arange(len, q.device())?;
         let past = at.unsqueeze(0)?.broadcast_le(&at.unsqueeze(1)?)?.to_dtype(q.dtype())?;
-        let weights = q.broadcast_matmul(&k.unsqueeze(2)?.t()?)?.broadcast_mul(&past)?;
-        let top = (top + weights.broadcast_matmul(&v.unsqueeze(2)?)?)?;
+        let weights = matmul(&q, &k.unsqueeze(2)?.t()?)?.broadcast_mul(&past)?;
+        let top = (top + matmul(&weights, &v.unsqueeze(2)?)?)?;
         rows.push(quotient([top, (bottom + weights.sum_keepdim(4)?)?])?);
         state = state.with(&k, &v)?;
     }
@@ -136,7 +136,7 @@ pub fn linear_attention(
 /// What features of queries `[B, Hk, G, N, D]` read from a state: numerator `[B, Hk, G, N, Dv]` and denominator
 /// `[B, Hk, G, N, 1]`.
 fn read(q: &Tensor, state: &LinearAttentionState) -> Result<[Tensor; 2]> {
-    let of = |t: &Tensor| q.broadcast_matmul(&t.unsqueeze(2)?);
+    let of = |t: &Tensor| matmul(q, &t.unsqueeze(2)?);
     Ok([of(&state.outer)?, of(&state.normaliser)?])
 }
 

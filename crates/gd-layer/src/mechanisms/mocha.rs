@@ -5,7 +5,7 @@ use candle_core::{D, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::indices::{arange, one_hot, visible_softmax};
+use super::indices::{arange, matmul, one_hot, visible_softmax};
 use super::inputs::Outputs;
 use super::monotonic::{monotonic_hard, monotonic_weights};
 use super::stages::Computation;
@@ -31,7 +31,6 @@ impl Definition for Mocha {
         formula: "beta_ij = sum_{k=j}^{j+w-1} alpha_ik exp(u_ij) / sum_{l=k-w+1}^k exp(u_il), alpha monotonic",
         source: "Chiu and Raffel 2018",
         inputs: &[("e", "[B,N,M], energies"), ("u", "[B,N,M], chunk energies"), ("v", "[B,M,Dv]")],
-        learned: &[],
         constants: &[("noise", "[B,N,M], optional")],
         parameters: &[
             ("w", "keys of a window, at least 1"),
@@ -39,6 +38,7 @@ impl Definition for Mocha {
         ],
         memory: "N x M x w",
         not_in_models: Some("each row depends on the row before it"),
+        ..Info::DEFAULT
     };
 
     fn computation(&self) -> Computation<'_> {
@@ -56,7 +56,7 @@ impl Definition for Mocha {
                 outputs.insert("alpha", alpha);
                 weights
             };
-            outputs.insert("out", weights.matmul(v)?);
+            outputs.insert("out", matmul(&weights, v)?);
             outputs.insert("abstain", (1.0 - weights.sum(D::Minus1)?)?);
             outputs.insert("weights", weights);
             Ok(outputs)

@@ -6,7 +6,7 @@ use candle_nn::ops::sigmoid;
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::indices::{arange, one_hot, project};
+use super::indices::{arange, index_or_none, one_hot, project};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
@@ -30,7 +30,11 @@ impl Definition for Monotonic {
     const INFO: Info = Info {
         formula: "alpha_ij = p_ij q_ij, q_ij = (1 - p_{i,j-1}) q_{i,j-1} + alpha_{i-1,j}, p = sigmoid(e + noise)",
         source: "Raffel et al. 2017",
-        inputs: &[("q", "[B,N,Dq]"), ("k", "[B,M,Dk]"), ("e", "[B,N,M], energies in place of q and k if hard")],
+        inputs: &[
+            ("q", "[B,N,Dq]"),
+            ("k", "[B,M,Dk]"),
+            ("e", "[B,N,M], energies in place of q and k if hard"),
+        ],
         learned: &[
             ("W", "[A,Dq]"),
             ("V", "[A,Dk]"),
@@ -46,6 +50,7 @@ impl Definition for Monotonic {
         ],
         memory: "N x M",
         not_in_models: Some("each row depends on the row before it"),
+        ..Info::DEFAULT
     };
 
     fn computation(&self) -> Computation<'_> {
@@ -151,6 +156,6 @@ pub fn monotonic_hard(energies: &Tensor) -> Result<Tensor> {
         start = admitted.where_cond(&key, &none)?.min_keepdim(1)?;
         rows.push(start.clone());
     }
-    let t = Tensor::cat(&rows, 1)?.to_dtype(DType::I64)?;
-    t.lt(m as i64)?.where_cond(&t, &t.ones_like()?.neg()?)
+    let t = Tensor::cat(&rows, 1)?;
+    index_or_none(&t, &t.lt(m as u32)?)
 }

@@ -6,7 +6,7 @@ use candle_nn::ops::sigmoid;
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info, QKV};
-use super::indices::{arange, grouped, take_rows, top_k_positions, visible_softmax};
+use super::indices::{arange, grouped, index_or_none, matmul, take_rows, top_k_positions, visible_softmax};
 use super::inputs::{Inputs, Outputs};
 use super::sliding_window::sliding_window;
 use super::stages::Computation;
@@ -66,9 +66,7 @@ impl Definition for NativeSparse {
 
     fn validate(&self) -> Result<()> {
         let Self { l, stride, block, nsel, ninit, nlocal, w } = *self;
-        for (name, size) in
-            [("l", l), ("stride", stride), ("block", block), ("nsel", nsel), ("w", w)]
-        {
+        for (name, size) in [("l", l), ("stride", stride), ("block", block), ("nsel", nsel), ("w", w)] {
             if size == 0 {
                 bail!("{name} 0: at least 1 expected");
             }
@@ -122,18 +120,18 @@ impl NativeSparse {
             let rows = x.contiguous()?.index_select(&tokens, 2)?.reshape((b, hk, count, l, x.dim(3)?))?;
             rows.mean(3)?.unsqueeze(2)
         };
-        let scores = grouped(q, hk)?.broadcast_matmul(&means(k)?.t()?)?;
+        let scores = matmul(&grouped(q, hk)?, &means(k)?.t()?)?;
         let last = (first + (l - 1) as f64)?;
         let visible = last.unsqueeze(0)?.broadcast_le(&arange(n, device)?.unsqueeze(1)?)?;
         let weights = visible_softmax(&(scores * (d as f64).sqrt().recip())?, &visible)?;
-        let out = weights.broadcast_matmul(&means(v)?)?.reshape((b, h, n, dv))?;
+        let out = matmul(&weights, &means(v)?)?.reshape((b, h, n, dv))?;
         let share = |c: usize, j: usize| {
             let end = (c * stride + l).min((j + 1) * block);
             end.saturating_sub((c * stride).max(j * block)) as f64 / stride as f64
         };
         let shares = (0..count).flat_map(|c| (0..blocks).map(move |j| share(c, j)));
         let shares = Tensor::from_iter(shares, device)?.reshape((count, blocks))?.to_dtype(q.dtype())?;
-        Ok((out, weights.detach().sum(2)?.broadcast_matmul(&shares)?))
+        Ok((out, matmul(&weights.detach().sum(2)?, &shares)?))
     }
 
     /// The blocks of every query in ascending order, from scores `[B, Hk, N, blocks]`: i64 `[B, Hk, N, nsel]`, -1 where fewer
@@ -153,13 +151,14 @@ impl NativeSparse {
         let rank = visible.broadcast_as(shape)?.where_cond(&rank, &constant(f64::NEG_INFINITY)?)?;
         let chosen = top_k_positions(&rank, nsel)?;
         let is_visible = (&chosen * block as f64)?.broadcast_le(&token)?;
-        let chosen = chosen.to_dtype(DType::I64)?;
-        let unused = chosen.ones_like()?.neg()?;
-        let index = is_visible.where_cond(&chosen, &unused)?;
-        let missing = nsel.saturating_sub(blocks);
-        match missing {
+        let index = index_or_none(&chosen, &is_visible)?;
+        match nsel.saturating_sub(blocks) {
             0 => Ok(index),
-            _ => Tensor::cat(&[&index, &unused.narrow(3, 0, 1)?.repeat((1, 1, 1, missing))?], 3),
+            missing => {
+                let (b, hk, n, _) = index.dims4()?;
+                let unused = Tensor::full(-1i64, (b, hk, n, missing), device)?;
+                Tensor::cat(&[index, unused], 3)?.contiguous()
+            }
         }
     }
 }
@@ -178,7 +177,7 @@ fn selected(q: &Tensor, k: &Tensor, v: &Tensor, index: &Tensor, block: usize) ->
     let token = past.where_cond(&token, &query)?.flatten(2, 3)?;
     let rows = |x: &Tensor| take_rows(x, &token)?.reshape((b, hk, n, (), x.dim(D::Minus1)?));
     let q = grouped(q, hk)?.transpose(2, 3)?.contiguous()?;
-    let scores = (q.matmul(&rows(k)?.t()?)? * (d as f64).sqrt().recip())?;
+    let scores = (matmul(&q, &rows(k)?.t()?)? * (d as f64).sqrt().recip())?;
     let weights = visible_softmax(&scores, &(past * used)?.unsqueeze(3)?)?;
-    weights.matmul(&rows(v)?)?.transpose(2, 3)?.reshape((b, h, n, ()))
+    matmul(&weights, &rows(v)?)?.transpose(2, 3)?.reshape((b, h, n, ()))
 }

@@ -6,7 +6,7 @@ use candle_nn::ops::softmax;
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::indices::{arange, take_rows, unit_rows, visible_softmax};
+use super::indices::{arange, matmul, take_rows, unit_rows, visible_softmax};
 use super::inputs::{Inputs, Outputs};
 use super::rows::log_sum_exp;
 use super::stages::Computation;
@@ -104,7 +104,7 @@ impl Reformer {
         let (k, v) = (with_previous(&unit_rows(&q)?)?, with_previous(&chunked(&take_rows(v, order)?)?)?);
         let at = chunked(order)?;
         let key_at = with_previous(&at)?.transpose(3, 4)?;
-        let scores = (q.matmul(&k.t()?)? * (d as f64).sqrt().recip())?;
+        let scores = (matmul(&q, &k.t()?)? * (d as f64).sqrt().recip())?;
         let own = at.broadcast_eq(&key_at)?;
         let scores = own.where_cond(&(scores.ones_like()? * OWN_KEY_LOGIT)?, &scores)?;
         let visible = match self.causal {
@@ -112,7 +112,7 @@ impl Reformer {
             false => Tensor::ones(scores.shape(), DType::U8, scores.device())?,
         };
         let visible = visible.broadcast_mul(&self.chunk_pairs(chunks, &scores)?)?;
-        let out = visible_softmax(&scores, &visible)?.matmul(&v)?;
+        let out = matmul(&visible_softmax(&scores, &visible)?, &v)?;
         let lse = log_sum_exp(&scores, &visible)?;
         Ok((out.reshape((b, h, n, ()))?, lse.reshape((b, h, n, 1))?))
     }
@@ -128,7 +128,7 @@ impl Reformer {
 
 /// The bucket of every row of x `[B, H, N, D]` under a rotation `[D, buckets / 2]`: u32 `[B, H, N]`.
 fn bucket(x: &Tensor, rotation: &Tensor) -> Result<Tensor> {
-    let rotated = x.detach().broadcast_matmul(&rotation.detach())?;
+    let rotated = matmul(&x.detach(), &rotation.detach())?;
     Tensor::cat(&[&rotated, &rotated.neg()?], D::Minus1)?.argmax(D::Minus1)
 }
 

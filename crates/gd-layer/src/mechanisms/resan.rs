@@ -6,7 +6,7 @@ use candle_nn::ops::sigmoid;
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::indices::{arange, project, visible_softmax};
+use super::indices::{arange, matmul, project, visible_softmax};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
@@ -71,6 +71,7 @@ impl Definition for Resan {
         parameters: &[("direction", "forward: j < i; backward: j > i")],
         memory: "N x N x F",
         not_in_models: Some("its selectors are trained by rewards"),
+        ..Info::DEFAULT
     };
 
     fn computation(&self) -> Computation<'_> {
@@ -94,7 +95,7 @@ impl Resan {
         let side = self.side(n, valid)?;
         let read = weighted(&r, &side.broadcast_mul(&dependent.action.unsqueeze(1)?)?, inputs)?;
         let side = side.to_dtype(x.dtype())?;
-        let mean = side.matmul(&r)?.broadcast_div(&side.sum_keepdim(2)?.maximum(1f64)?)?;
+        let mean = matmul(&side, &r)?.broadcast_div(&side.sum_keepdim(2)?.maximum(1f64)?)?;
         let is_head = head.action.unsqueeze(2)?.broadcast_as(r.shape())?;
         let is_token = valid.to_dtype(x.dtype())?.unsqueeze(2)?;
         let context = is_head.where_cond(&read, &mean)?.broadcast_mul(&is_token)?;

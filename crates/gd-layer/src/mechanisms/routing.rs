@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::indices::{add_rows, one_hot, take_rows, top_k_positions, unit_rows, visible_softmax};
+use super::indices::{add_rows, matmul, one_hot, take_rows, top_k_positions, unit_rows, visible_softmax};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
@@ -78,19 +78,19 @@ impl Routing {
         }
         let (unit_q, unit_k) = (unit_rows(q)?, unit_rows(k)?);
         let closest =
-            |x: &Tensor| top_k_positions(&centroids.unsqueeze(0)?.broadcast_matmul(&x.t()?)?, self.w);
+            |x: &Tensor| top_k_positions(&matmul(centroids, &x.t()?)?, self.w);
         let (query, key) = (closest(&unit_q)?, closest(&unit_k)?);
         let (_, _, clusters, members) = query.dims4()?;
         // The clusters of a head are one list of rows.
         let rows = |x: &Tensor, index: &Tensor| {
             take_rows(x, &index.flatten(2, 3)?)?.reshape((b, h, clusters, members, x.dim(3)?))
         };
-        let scores = (rows(&unit_q, &query)?.matmul(&rows(&unit_k, &key)?.t()?)? * (d as f64).sqrt())?;
+        let scores = (matmul(&rows(&unit_q, &query)?, &rows(&unit_k, &key)?.t()?)? * (d as f64).sqrt())?;
         let visible = match self.causal {
             true => key.unsqueeze(3)?.broadcast_le(&query.unsqueeze(4)?)?,
             false => Tensor::ones(scores.shape(), DType::U8, q.device())?,
         };
-        let out = visible_softmax(&scores, &visible)?.matmul(&rows(v, &key)?)?;
+        let out = matmul(&visible_softmax(&scores, &visible)?, &rows(v, &key)?)?;
         let sees = visible.max_keepdim(4)?.to_dtype(out.dtype())?;
         let all = query.flatten(2, 3)?;
         let count = add_rows(&sees.flatten(2, 3)?, &all, n)?;
@@ -117,10 +117,10 @@ impl Routing {
 pub fn update_centroids(q: &Tensor, k: &Tensor, centroids: &Tensor, decay: f64) -> Result<(Tensor, Tensor)> {
     let points = |x: &Tensor| unit_rows(&x.detach())?.transpose(0, 1)?.flatten(1, 2);
     let (points, centroids) = (Tensor::cat(&[points(q)?, points(k)?], 1)?.contiguous()?, centroids.detach());
-    let nearest = top_k_positions(&points.matmul(&centroids.t()?)?, 1)?.squeeze(2)?;
+    let nearest = top_k_positions(&matmul(&points, &centroids.t()?)?, 1)?.squeeze(2)?;
     let assigned = one_hot(&nearest, centroids.dim(1)?, points.dtype())?;
     // The direction of the mean is that of the sum.
-    let sum = assigned.t()?.contiguous()?.matmul(&points)?;
+    let sum = matmul(&assigned.t()?, &points)?;
     let moved = unit_rows(&((&centroids * decay)? + (unit_rows(&sum)? * (1.0 - decay))?)?)?;
     let members = assigned.sum(1)?.unsqueeze(2)?.broadcast_as(centroids.shape())?;
     let centroids = members.gt(0f64)?.where_cond(&moved, &centroids)?;

@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info, QKV};
-use super::indices::{arange, grouped, visible_softmax};
+use super::indices::{arange, grouped, matmul, visible_softmax};
 use super::inputs::Outputs;
 use super::stages::Computation;
 
@@ -77,9 +77,9 @@ pub(super) fn sliding_window(q: &Tensor, k: &Tensor, v: &Tensor, window: usize) 
         let before = own.pad_with_zeros(2, 1, 0)?.narrow(2, 0, blocks)?;
         Tensor::cat(&[before, own], 3)
     };
-    let scores = (q.matmul(&with_previous(k)?.t()?)? * (d as f64).sqrt().recip())?;
+    let scores = (matmul(&q, &with_previous(k)?.t()?)? * (d as f64).sqrt().recip())?;
     let weights = visible_softmax(&scores, &band(blocks, group, w, q.device())?)?;
-    let out = weights.matmul(&with_previous(v)?)?.reshape((b, hk, blocks, group, w, width))?;
+    let out = matmul(&weights, &with_previous(v)?)?.reshape((b, hk, blocks, group, w, width))?;
     out.transpose(2, 3)?.reshape((b, h, blocks * w, width))?.narrow(2, 0, n)
 }
 

@@ -5,7 +5,7 @@ use candle_nn::ops::softmax;
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info};
-use super::indices::{arange, one_hot, take_rows, top_k_positions};
+use super::indices::{arange, index_or_none, matmul, one_hot, take_rows, top_k_positions};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
@@ -38,6 +38,7 @@ impl Definition for Switch {
         ],
         memory: "E x capacity x (D + F)",
         not_in_models: Some("it takes the place of a feed-forward layer"),
+        ..Info::DEFAULT
     };
 
     fn computation(&self) -> Computation<'_> {
@@ -61,7 +62,7 @@ impl Switch {
             bail!("x {x:?}, Wr {router:?}, W1 {weight1:?}: [T,D], [D,E] and [E,D,F] expected");
         }
         let capacity = (self.capacity_factor * tokens as f64 / experts as f64).ceil() as usize;
-        let p = softmax(&x.matmul(router)?, 1)?;
+        let p = softmax(&matmul(x, router)?, 1)?;
         // Of equal probabilities, the one of least index.
         let expert = top_k_positions(&p, 1)?.squeeze(1)?;
         let chosen = one_hot(&expert, experts, x.dtype())?;
@@ -91,8 +92,8 @@ impl Switch {
 /// All experts on x `[E, slots, D]`.
 fn feed_forward(x: &Tensor, inputs: &Inputs) -> Result<Tensor> {
     let bias = |name| inputs.get(name)?.unsqueeze(1);
-    let hidden = x.matmul(inputs.get("W1")?)?.broadcast_add(&bias("b1")?)?.relu()?;
-    hidden.matmul(inputs.get("W2")?)?.broadcast_add(&bias("b2")?)
+    let hidden = matmul(x, inputs.get("W1")?)?.broadcast_add(&bias("b1")?)?.relu()?;
+    matmul(&hidden, inputs.get("W2")?)?.broadcast_add(&bias("b2")?)
 }
 
 /// Where tokens stand among the slots of the experts.
@@ -121,8 +122,7 @@ impl Places {
         let fits = slot.lt(capacity as u32)?;
         let row = ((expert * constant(capacity, expert)?)? + &slot)?;
         let row = fits.where_cond(&row, &constant(experts * capacity, &row)?)?;
-        let slot = slot.to_dtype(DType::I64)?;
-        let slot = fits.where_cond(&slot, &slot.ones_like()?.neg()?)?;
+        let slot = index_or_none(&slot, &fits)?;
         // The slots of an expert stand at its part of the order.
         let number = arange(capacity, device)?.unsqueeze(0)?;
         let used = number.broadcast_lt(&count.unsqueeze(1)?)?.flatten_all()?;

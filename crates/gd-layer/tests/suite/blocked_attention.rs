@@ -2,8 +2,8 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 use gd_layer::mechanisms::{
-    AttentionMechanism, Inputs, LinearAttention, NativeSparse, Outputs, Reformer, Routing, SlidingWindow, linear_attention,
-    update_centroids,
+    AttentionMechanism, Inputs, LinearAttention, NativeSparse, Outputs, Reformer, Routing, SlidingWindow,
+    linear_attention, update_centroids,
 };
 use gd_testing::tensors::*;
 use proptest::prelude::*;
@@ -180,7 +180,10 @@ fn a_centroid_without_members_stays() -> Result<()> {
     let moved = moved.to_vec3::<f64>()?;
     // The mean points to 45 degrees, and the centroid moves half of the way.
     let angle = (std::f64::consts::PI / 8.0).sin_cos();
-    assert!((moved[0][0][0] - angle.1).abs() < 1e-12 && (moved[0][0][1] - angle.0).abs() < 1e-12, "{moved:?}");
+    assert!(
+        (moved[0][0][0] - angle.1).abs() < 1e-12 && (moved[0][0][1] - angle.0).abs() < 1e-12,
+        "{moved:?}"
+    );
     assert_eq!(moved[0][1], [-1.0, 0.0]);
     Ok(())
 }
@@ -192,15 +195,27 @@ fn gradients_match_finite_differences() {
     };
     let names = ["q", "k", "v", "gates"];
     let [q, k, v] = qkv(1, 2, 7);
-    let nsa = AttentionMechanism::NativeSparse(NativeSparse { l: 2, stride: 1, block: 2, nsel: 3, ninit: 1, nlocal: 2, w: 3 });
+    let nsa = AttentionMechanism::NativeSparse(NativeSparse {
+        l: 2,
+        stride: 1,
+        block: 2,
+        nsel: 3,
+        ninit: 1,
+        nlocal: 2,
+        w: 3,
+    });
     let gates = noise(9, &[1, 4, 7, 3], 1.0);
-    check_gradients(&[q.clone(), k.clone(), v.clone(), gates], |t| nsa.attend(&named(&names, t))?.get("out").cloned());
+    check_gradients(&[q.clone(), k.clone(), v.clone(), gates], |t| {
+        nsa.attend(&named(&names, t))?.get("out").cloned()
+    });
     for mechanism in [
         AttentionMechanism::SlidingWindow(SlidingWindow { window: 3 }),
         AttentionMechanism::LinearAttention(LinearAttention { causal: true }),
         AttentionMechanism::LinearAttention(LinearAttention { causal: false }),
     ] {
-        check_gradients(&[q.clone(), k.clone(), v.clone()], |t| mechanism.attend(&named(&names, t))?.get("out").cloned());
+        check_gradients(&[q.clone(), k.clone(), v.clone()], |t| {
+            mechanism.attend(&named(&names, t))?.get("out").cloned()
+        });
     }
     let [q, k, v] = [1, 2, 3].map(|seed| noise(seed, &[1, 2, 6, 4], 1.0));
     let centroids = noise(4, &[2, 2, 4], 1.0);
@@ -230,7 +245,11 @@ fn invalid_sizes_are_named() -> Result<()> {
         &[("q", &q), ("k", &k), ("v", &short)],
         "[1, 2, 5, 3]",
     );
-    refused(AttentionMechanism::LinearAttention(LinearAttention { causal: true }), &[("q", &q), ("k", &k), ("v", &short)], "N = M");
+    refused(
+        AttentionMechanism::LinearAttention(LinearAttention { causal: true }),
+        &[("q", &q), ("k", &k), ("v", &short)],
+        "N = M",
+    );
     let sizes = NativeSparse { nsel: 2, ..NativeSparse::default() };
     refused(AttentionMechanism::NativeSparse(sizes), &qkv, "nsel 2");
     let sizes = NativeSparse { stride: 0, ..NativeSparse::default() };

@@ -3,7 +3,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_layer::mechanisms::{
-    AttentionMechanism, Inputs, Mocha, Monotonic, mocha_hard, mocha_weights, monotonic_hard, monotonic_weights,
+    AttentionMechanism, Inputs, Mocha, Monotonic, mocha_hard, mocha_weights, monotonic_hard,
+    monotonic_weights,
 };
 use gd_testing::tensors::*;
 use proptest::prelude::*;
@@ -84,16 +85,20 @@ proptest! {
 fn gradients_match_finite_differences() {
     let shapes: [&[usize]; 8] = [&[2, 3, 4], &[2, 5, 3], &[6, 4], &[6, 3], &[6], &[6], &[1], &[1]];
     let names = ["q", "k", "W", "V", "b", "vec", "g", "r"];
-    let tensors: Vec<Tensor> = shapes.iter().enumerate().map(|(i, shape)| noise(i as u64, shape, 1.0)).collect();
+    let tensors: Vec<Tensor> =
+        shapes.iter().enumerate().map(|(i, shape)| noise(i as u64, shape, 1.0)).collect();
     check_gradients(&tensors, |t| {
         let inputs = names.iter().zip(t).fold(Inputs::new(), |inputs, (name, t)| inputs.with(name, t));
         let inputs = inputs.with("noise", &noise(50, &[2, 3, 5], 1.0));
         AttentionMechanism::Monotonic(Monotonic::default()).attend(&inputs)?.get("out").cloned()
     });
-    check_gradients(&[noise(1, &[2, 3, 5], 1.0), noise(2, &[2, 3, 5], 2.0), noise(3, &[2, 5, 4], 1.0)], |t| {
-        let inputs = Inputs::new().with("e", &t[0]).with("u", &t[1]).with("v", &t[2]);
-        AttentionMechanism::Mocha(Mocha { w: 3, hard: false }).attend(&inputs)?.get("out").cloned()
-    });
+    check_gradients(
+        &[noise(1, &[2, 3, 5], 1.0), noise(2, &[2, 3, 5], 2.0), noise(3, &[2, 5, 4], 1.0)],
+        |t| {
+            let inputs = Inputs::new().with("e", &t[0]).with("u", &t[1]).with("v", &t[2]);
+            AttentionMechanism::Mocha(Mocha { w: 3, hard: false }).attend(&inputs)?.get("out").cloned()
+        },
+    );
 }
 
 #[test]

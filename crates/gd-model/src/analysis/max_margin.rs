@@ -70,13 +70,20 @@ impl Choices {
     fn rows(&self) -> Result<Vec<Vec<f64>>> {
         let invalid = |text: String| Err(Error::Invalid(text));
         if self.keys.len() != self.chosen.len() {
-            return invalid(format!("{} sequences with {} chosen tokens", self.keys.len(), self.chosen.len()));
+            return invalid(format!(
+                "{} sequences with {} chosen tokens",
+                self.keys.len(),
+                self.chosen.len()
+            ));
         }
         let width = self.keys.iter().flatten().map(Vec::len).next().unwrap_or(0);
         let mut rows = Vec::new();
         for (s, (keys, &chosen)) in self.keys.iter().zip(&self.chosen).enumerate() {
             let Some(own) = keys.get(chosen) else {
-                return invalid(format!("sequence {s} has {} tokens, and token {chosen} is chosen", keys.len()));
+                return invalid(format!(
+                    "sequence {s} has {} tokens, and token {chosen} is chosen",
+                    keys.len()
+                ));
             };
             for (t, key) in keys.iter().enumerate() {
                 if key.len() != width || key.iter().any(|x| !x.is_finite()) {
@@ -103,9 +110,7 @@ fn least_norm(rows: &[Vec<f64>]) -> Option<Vec<f64>> {
     // Lengths of at most 1 make the tolerances relative.
     let scale = rows.iter().map(|a| dot(a, a)).fold(0.0, f64::max).sqrt();
     let rows: Vec<Vec<f64>> = rows.iter().map(|a| a.iter().map(|x| x / scale).collect()).collect();
-    let closest = |x: &[f64]| {
-        (0..rows.len()).min_by(|&a, &b| dot(&rows[a], x).total_cmp(&dot(&rows[b], x)))
-    };
+    let closest = |x: &[f64]| (0..rows.len()).min_by(|&a, &b| dot(&rows[a], x).total_cmp(&dot(&rows[b], x)));
     let (mut corners, mut weights) = (vec![0], vec![1.0]);
     let mut least = f64::INFINITY;
     loop {

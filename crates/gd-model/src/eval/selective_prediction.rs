@@ -123,7 +123,12 @@ impl Ranking {
 
     /// The probability that a prediction with `positive` has a greater confidence than one with `negative`; equal
     /// confidences count half. `count` says how often each prediction occurs.
-    pub fn auroc(&self, positive: impl Fn(usize) -> bool, negative: impl Fn(usize) -> bool, count: &[u32]) -> f64 {
+    pub fn auroc(
+        &self,
+        positive: impl Fn(usize) -> bool,
+        negative: impl Fn(usize) -> bool,
+        count: &[u32],
+    ) -> f64 {
         let (mut above, mut positives, mut negatives) = (0.0, 0.0, 0.0);
         for tie in self.ties() {
             let of = |is: &dyn Fn(usize) -> bool| -> f64 {

@@ -28,7 +28,8 @@ fn directions_have_their_reference_values() {
         near(found.margin, values(get("margin"))[0]);
         near(found.cosine(&values(get("p"))), values(get("cos"))[0]);
         let active: Vec<Vec<u8>> = get("active").to_vec2().unwrap();
-        let expected: Vec<Vec<bool>> = active.iter().map(|row| row.iter().map(|&a| a == 1).collect()).collect();
+        let expected: Vec<Vec<bool>> =
+            active.iter().map(|row| row.iter().map(|&a| a == 1).collect()).collect();
         assert_eq!(found.active, expected, "{case}");
     }
     let chosen = tensors["infeasible.opt"].to_vec1::<i64>().unwrap()[0] as usize;
@@ -78,7 +79,8 @@ proptest! {
 #[test]
 fn a_token_among_the_others_has_no_direction_and_invalid_input_is_named() {
     let none = |keys: &[[f64; 2]], chosen: usize| {
-        let keys = Tensor::new(vec![keys.iter().map(|k| k.to_vec()).collect::<Vec<_>>()], &Device::Cpu).unwrap();
+        let keys =
+            Tensor::new(vec![keys.iter().map(|k| k.to_vec()).collect::<Vec<_>>()], &Device::Cpu).unwrap();
         max_margin(&choices(&keys, &[chosen])).unwrap().is_none()
     };
     let triangle = [[0.0, 0.0], [3.0, 0.0], [0.0, 3.0], [1.0, 1.0]];

@@ -44,7 +44,8 @@ fn a_small_task_has_its_exact_consistency() {
         numbers(&exact[name]).into_iter().map(answered).collect()
     };
     let error: Vec<bool> = numbers(&exact["error_in"]).iter().map(|e| *e == 1.0).collect();
-    let actual = consistency(&confidence("conf_in"), &error, &confidence("conf_far"), &confidence("conf_mix"));
+    let actual =
+        consistency(&confidence("conf_in"), &error, &confidence("conf_far"), &confidence("conf_mix"));
     let actual = serde_json::to_value(actual).unwrap();
     for name in ["auroc_far", "auroc_mix", "G", "J", "R", "Y"] {
         let (a, b) = (actual[name].as_f64().unwrap(), exact[name].as_f64().unwrap());
@@ -79,8 +80,14 @@ fn measurements_agree_with_those_of_the_reference() {
         if let Some(expected) = reference["x"].get(name) {
             for (which, interval) in [("X", m.selectivity.x), ("C", m.selectivity.c)] {
                 let expected = numbers(&expected[which])[0];
-                assert!((interval.mean - expected).abs() <= SELECTIVITY_TOLERANCE, "{name} {which}: {interval:?}");
-                assert!(interval.low <= interval.mean && interval.mean <= interval.high, "{name} {which}: {interval:?}");
+                assert!(
+                    (interval.mean - expected).abs() <= SELECTIVITY_TOLERANCE,
+                    "{name} {which}: {interval:?}"
+                );
+                assert!(
+                    interval.low <= interval.mean && interval.mean <= interval.high,
+                    "{name} {which}: {interval:?}"
+                );
             }
             cases += 1;
         }

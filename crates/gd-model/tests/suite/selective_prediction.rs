@@ -28,12 +28,19 @@ fn decisions_losses_and_areas_have_their_reference_values() {
     for (dtype, bound) in [(DType::F64, 1e-10), (DType::F32, 1e-5)] {
         let get = |name: &str| tensors[name].to_dtype(dtype).unwrap();
         let decisions = chow(&get("chow.p"), 0.35).unwrap();
-        assert_eq!(decisions.reject.to_vec1::<u8>().unwrap(), tensors["chow.reject"].to_vec1::<u8>().unwrap());
-        assert_eq!(decisions.predicted.to_vec1::<i64>().unwrap(), tensors["chow.pred"].to_vec1::<i64>().unwrap());
+        assert_eq!(
+            decisions.reject.to_vec1::<u8>().unwrap(),
+            tensors["chow.reject"].to_vec1::<u8>().unwrap()
+        );
+        assert_eq!(
+            decisions.predicted.to_vec1::<i64>().unwrap(),
+            tensors["chow.pred"].to_vec1::<i64>().unwrap()
+        );
         for (case, coverage) in [("under", 0.7), ("over", 0.3)] {
             let input = |name: &str| Var::from_tensor(&get(&format!("selectivenet.{case}.{name}"))).unwrap();
             let [loss, aux, g] = ["loss", "aux", "g"].map(input);
-            let result = selectivenet_loss(&loss, &aux, &g, SelectiveNet { coverage, ..Default::default() }).unwrap();
+            let result =
+                selectivenet_loss(&loss, &aux, &g, SelectiveNet { coverage, ..Default::default() }).unwrap();
             let gradients = result.loss.backward().unwrap();
             let d = |var: &Var| gradients.get(var).unwrap().clone();
             for (name, actual) in [
@@ -67,7 +74,9 @@ fn decisions_losses_and_areas_have_their_reference_values() {
 fn the_gradient_of_selectivenet_matches_finite_differences() {
     let positive = |seed| (noise(seed, &[7], 0.4) + 0.5).unwrap();
     check_gradients(&[positive(1), positive(2), positive(3)], |t| {
-        Ok(selectivenet_loss(&t[0], &t[1], &t[2], SelectiveNet { coverage: 0.9, ..Default::default() }).unwrap().loss)
+        Ok(selectivenet_loss(&t[0], &t[1], &t[2], SelectiveNet { coverage: 0.9, ..Default::default() })
+            .unwrap()
+            .loss)
     });
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use comfy_table::Table;
-use gd_model::analysis::mechanism_map::{ENTRIES, Graded, Interval, Measurement, Settings, entries, measure};
+use gd_model::analysis::mechanism_map::{ENTRIES, Graded, Interval, Measurement, Settings, entries_named, measure};
 use serde_json::{Map, Value, json};
 
 use crate::context::{Context, usage};
@@ -43,7 +43,7 @@ pub struct Args {
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let all = || ENTRIES.iter().map(|entry| entry.name.to_owned()).collect();
     let mechanisms = args.mechanisms.unwrap_or_else(all);
-    entries(&mechanisms).map_err(|e| usage(format!("--mechanisms: {e}")))?;
+    entries_named(&mechanisms).map_err(|e| usage(format!("--mechanisms: {e}")))?;
     if args.seeds == 0 {
         return Err(usage("--seeds 0: at least 1 expected"));
     }

@@ -5,10 +5,10 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::Interval;
 use super::entries::{Entry, Kind};
 use super::recall::{Queries, Recall};
 use super::responses::{Responses, Tuned, respond, tune};
-use super::Interval;
 use crate::error::Result;
 use crate::eval::selective_prediction::{Ranking, least_aurc};
 
@@ -141,7 +141,11 @@ impl Answers {
 
 /// Measures an entry on all banks: with its confidence, and with the decision to answer where it abstains by a rule. None
 /// for an entry that the task does not apply to.
-pub(super) fn measure(entry: &Entry, tasks: &[Recall], seed: u64) -> Result<(Option<Graded>, Option<Graded>)> {
+pub(super) fn measure(
+    entry: &Entry,
+    tasks: &[Recall],
+    seed: u64,
+) -> Result<(Option<Graded>, Option<Graded>)> {
     let tuned = tasks.par_iter().map(|recall| tune(entry, recall)).collect::<Result<Option<Vec<Tuned>>>>()?;
     let Some(tuned) = tuned else { return Ok((None, None)) };
     let banks = tasks.par_iter().zip(&tuned).map(|(recall, tuned)| Bank::new(entry, *tuned, recall));

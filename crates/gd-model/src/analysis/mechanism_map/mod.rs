@@ -21,9 +21,9 @@ use serde::Serialize;
 
 pub use consistency::{Consistency, Graded, consistency};
 pub use entries::{ENTRIES, Entry};
-pub use recall::Recall;
 pub use selectivity::{Cells, Selectivity, selectivity_of_row};
 
+use self::recall::Recall;
 use crate::error::{Error, Result};
 
 /// What to measure.
@@ -88,7 +88,7 @@ pub struct Measurement {
 ///
 /// # Errors
 /// Names an entry that does not exist.
-pub fn entries(names: &[String]) -> Result<Vec<&'static Entry>> {
+pub fn entries_named(names: &[String]) -> Result<Vec<&'static Entry>> {
     if let Some(unknown) = names.iter().find(|name| ENTRIES.iter().all(|entry| entry.name != **name)) {
         let all: Vec<&str> = ENTRIES.iter().map(|entry| entry.name).collect();
         return Err(Error::Invalid(format!("no mechanism `{unknown}`; there are {}", all.join(", "))));
@@ -102,7 +102,7 @@ pub fn entries(names: &[String]) -> Result<Vec<&'static Entry>> {
 /// # Errors
 /// A name that does not exist, or no seed.
 pub fn measure(settings: &Settings, mut done: impl FnMut(&Measurement)) -> Result<Vec<Measurement>> {
-    let entries = entries(&settings.mechanisms)?;
+    let entries = entries_named(&settings.mechanisms)?;
     if settings.seeds == 0 {
         return Err(Error::out_of_range("seeds", 0, "at least 1"));
     }

@@ -20,7 +20,7 @@ const FIRST_STREAM: u64 = 1 << 32;
 
 /// A bank of unit keys and normal values, with groups of unit queries.
 #[derive(Debug, Clone)]
-pub struct Recall {
+pub(super) struct Recall {
     /// `[64, 16]`.
     pub(super) keys: Tensor,
     /// `[64, 16]`.
@@ -53,13 +53,15 @@ impl Recall {
     ///
     /// # Errors
     /// An error of the device.
-    pub fn new(seed: u64, bank: u64) -> Result<Self> {
+    pub(super) fn new(seed: u64, bank: u64) -> Result<Self> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(FIRST_STREAM + bank);
         let rng = &mut rng;
         let keys = unit_rows(&normal(rng, KEYS, DIMENSIONS)?)?;
         let values = normal(rng, KEYS, DIMENSIONS)?;
-        let noise = |rng: &mut _| Ok::<_, crate::Error>((normal(rng, QUERIES, DIMENSIONS)? * (NOISE / (DIMENSIONS as f64).sqrt()))?);
+        let noise = |rng: &mut ChaCha8Rng| {
+            Ok::<_, crate::Error>((normal(rng, QUERIES, DIMENSIONS)? * (NOISE / (DIMENSIONS as f64).sqrt()))?)
+        };
         let near = |rng: &mut ChaCha8Rng| {
             let label: Vec<usize> = (0..QUERIES).map(|_| rng.random_range(0..KEYS)).collect();
             Queries::new((chosen(&keys, &label)? + noise(rng)?)?, &keys, label)
@@ -68,8 +70,7 @@ impl Recall {
         let far = Queries::new(normal(rng, QUERIES, DIMENSIONS)?, &keys, Vec::new())?;
         let first: Vec<usize> = (0..QUERIES).map(|_| rng.random_range(0..KEYS)).collect();
         // One of the other keys.
-        let second: Vec<usize> =
-            first.iter().map(|i| (i + rng.random_range(1..KEYS)) % KEYS).collect();
+        let second: Vec<usize> = first.iter().map(|i| (i + rng.random_range(1..KEYS)) % KEYS).collect();
         let between = ((chosen(&keys, &first)? + chosen(&keys, &second)?)? + noise(rng)?)?;
         let mix = Queries::new(between, &keys, Vec::new())?;
         Ok(Self { keys, values, tuning, inside, far, mix })

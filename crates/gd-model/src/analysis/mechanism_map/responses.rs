@@ -11,7 +11,8 @@ use crate::error::Result;
 /// Softmax weights.
 const SOFTMAX: FromScores = FromScores::Mechanism { configuration: r#"{"name":"softmax"}"#, learned: &[] };
 /// One-hot weights on the greatest score.
-pub(super) const HARD: FromScores = FromScores::Mechanism { configuration: r#"{"name":"hard"}"#, learned: &[] };
+pub(super) const HARD: FromScores =
+    FromScores::Mechanism { configuration: r#"{"name":"hard"}"#, learned: &[] };
 /// Inverse temperatures that are tried: a geometric sequence from 1 to 128.
 const BETAS: usize = 57;
 const GREATEST_BETA: f64 = 128.0;
@@ -56,7 +57,8 @@ impl Responses {
         let out = out.broadcast_mul(&answered.to_dtype(out.dtype())?.unsqueeze(1)?)?;
         let answered = answered.to_vec1::<u8>()?;
         let pairs = answered.iter().zip(choice).map(|(a, &j)| (*a == 1).then_some(j as usize));
-        let confidence = answered.iter().zip(confidence).map(|(a, c)| if *a == 1 { *c } else { f64::NEG_INFINITY });
+        let confidence =
+            answered.iter().zip(confidence).map(|(a, c)| if *a == 1 { *c } else { f64::NEG_INFINITY });
         Ok(Self { choice: pairs.collect(), confidence: confidence.collect(), out })
     }
 
@@ -72,9 +74,11 @@ impl Responses {
         let lengths = squared(values)?.t()?;
         let products = (self.out.matmul(&values.t()?)? * 2.0)?;
         let distances = squared(&self.out)?.broadcast_add(&lengths)?.broadcast_sub(&products)?;
-        let near = distances.broadcast_le(&(lengths * ONE_VALUE_TOLERANCE.powi(2))?)?.max(1)?.to_vec1::<u8>()?;
+        let near =
+            distances.broadcast_le(&(lengths * ONE_VALUE_TOLERANCE.powi(2))?)?.max(1)?.to_vec1::<u8>()?;
         let answered = self.choice.iter().zip(&near).filter(|(choice, _)| choice.is_some());
-        let (count, one) = answered.fold((0, 0), |(count, one), (_, near)| (count + 1, one + u32::from(*near)));
+        let (count, one) =
+            answered.fold((0u32, 0u32), |(count, one), (_, near)| (count + 1, one + u32::from(*near)));
         Ok(f64::from(one) / f64::from(count))
     }
 }
@@ -95,7 +99,8 @@ pub(super) fn tuned_beta(recall: &Recall, respond: impl Fn(f64) -> Result<Respon
 /// Tunes an entry on the tuning split; none for an entry that the task does not apply to.
 pub(super) fn tune(entry: &Entry, recall: &Recall) -> Result<Option<Tuned>> {
     let free = |beta: f64| Tuned { beta, threshold: f64::NEG_INFINITY };
-    let beta_of = |entry: &Entry| tuned_beta(recall, |beta| respond(entry, free(beta), recall, &recall.tuning));
+    let beta_of =
+        |entry: &Entry| tuned_beta(recall, |beta| respond(entry, free(beta), recall, &recall.tuning));
     Ok(match entry.kind {
         Kind::ScoresOnly(_) => None,
         Kind::Scores(_) | Kind::Keys(_) => Some(free(beta_of(entry)?)),
@@ -115,7 +120,8 @@ pub(super) fn respond(entry: &Entry, tuned: Tuned, recall: &Recall, queries: &Qu
     match entry.kind {
         Kind::Scores(from) | Kind::ScoresOnly(from) => scored(from, tuned.beta, recall, queries),
         Kind::Keys(from) => {
-            let weights = Weights { weights: from.weights(&queries.q, &recall.keys, tuned.beta)?, null: None };
+            let weights =
+                Weights { weights: from.weights(&queries.q, &recall.keys, tuned.beta)?, null: None };
             Responses::of_weights(&weights, &recall.values)
         }
         Kind::Reject(rule) => {
@@ -135,7 +141,8 @@ fn scored(from: FromScores, beta: f64, recall: &Recall, queries: &Queries) -> Re
 impl Responses {
     /// The same answers with other confidences, and none where they are less than the threshold.
     pub(super) fn rejected_below(self, threshold: f64, confidence: Vec<f64>) -> Result<Self> {
-        let answered = self.choice.iter().zip(&confidence).map(|(choice, c)| choice.is_some() && *c >= threshold);
+        let answered =
+            self.choice.iter().zip(&confidence).map(|(choice, c)| choice.is_some() && *c >= threshold);
         let answered = Tensor::from_iter(answered.map(u8::from), self.out.device())?;
         let choice: Vec<u32> = self.choice.iter().map(|choice| choice.unwrap_or(0) as u32).collect();
         Self::new(self.out, &answered, &choice, &confidence)

@@ -105,7 +105,8 @@ impl Selection {
     /// Tunes the inverse bandwidth, with a threshold of its own for each, by the mean squared error.
     pub(super) fn tune(self, recall: &Recall) -> Result<Tuned> {
         let tensors = [&recall.tuning.q, &recall.keys, &recall.values];
-        let tuned = |beta: f64| Ok::<_, crate::Error>(Tuned { beta, threshold: self.threshold(tensors, beta)? });
+        let tuned =
+            |beta: f64| Ok::<_, crate::Error>(Tuned { beta, threshold: self.threshold(tensors, beta)? });
         let [q, k, v] = tensors;
         let beta = tuned_beta(recall, |beta| self.respond(q, k, v, tuned(beta)?))?;
         tuned(beta)

@@ -96,7 +96,8 @@ pub(super) fn measure(entry: &Entry, seed: u64) -> Result<Selectivity> {
     if let Some(empty) = cells.iter().position(Vec::is_empty) {
         return Err(Error::Invalid(format!("{}: no row of cell {empty} is answered", entry.name)));
     }
-    let mean = |cell: &[Row], which: usize| cell.iter().map(|row| row[which]).sum::<f64>() / cell.len() as f64;
+    let mean =
+        |cell: &[Row], which: usize| cell.iter().map(|row| row[which]).sum::<f64>() / cell.len() as f64;
     let interval = |which: usize| {
         let all = cells.iter().map(|cell| mean(cell, which)).sum::<f64>() / cells.len() as f64;
         Interval::new(all, resamples(&cells, which, seed))

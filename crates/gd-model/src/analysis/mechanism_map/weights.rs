@@ -2,8 +2,8 @@
 
 use candle_core::{D, DType, Tensor};
 use gd_layer::mechanisms::{
-    Aggregate, AttentionMechanism, Computation, Hopfield, Inputs, Run, Score, Stages, linear_attention, mocha_weights,
-    monotonic_weights,
+    Aggregate, AttentionMechanism, Computation, Hopfield, Inputs, Run, Score, Stages, linear_attention,
+    mocha_weights, monotonic_weights,
 };
 
 use crate::error::{Error, Result};
@@ -53,7 +53,8 @@ impl FromScores {
             }
             Self::LastKeys(keys) => {
                 let n = scores.dim(1)?;
-                let visible = Tensor::arange(0u32, n as u32, scores.device())?.ge(n.saturating_sub(keys) as u32)?;
+                let visible =
+                    Tensor::arange(0u32, n as u32, scores.device())?.ge(n.saturating_sub(keys) as u32)?;
                 let inputs = Inputs::new().with("mask", &visible.unsqueeze(0)?);
                 staged(r#"{"name":"softmax"}"#, inputs, scores)
             }
@@ -63,7 +64,8 @@ impl FromScores {
             }
             Self::Monotonic { window } => {
                 let energies = scores.unsqueeze(1)?;
-                let weights = mocha_weights(&monotonic_weights(&energies, None)?, &energies, window)?.squeeze(1)?;
+                let weights =
+                    mocha_weights(&monotonic_weights(&energies, None)?, &energies, window)?.squeeze(1)?;
                 Ok(Weights { weights, null: None })
             }
         }

@@ -106,7 +106,8 @@ impl<'a> Case<'a> {
     /// The name under which the output `name` is written: with the prefix with which the files have it, or else that of
     /// the case.
     fn full_name(&self, name: &str) -> String {
-        let stored = |prefix: String| Some(format!("{prefix}{name}")).filter(|full| self.names.contains(&&**full));
+        let stored =
+            |prefix: String| Some(format!("{prefix}{name}")).filter(|full| self.names.contains(&&**full));
         prefixes(self.name).find_map(stored).unwrap_or_else(|| format!("{}{name}", prefix(self.name)))
     }
 }
@@ -152,7 +153,12 @@ fn mask<'a>(case: &Map<String, Value>, tensors: &'a Tensors) -> Result<Option<&'
 
 /// The mechanism with the parameters of the case. Of several values, that of the case itself counts, then those that
 /// `params` has under the name of the case, then those of `params`. Keys that are no parameters are descriptions.
-fn configure(mechanism: &str, name: &str, case: &Map<String, Value>, file: &Value) -> Result<AttentionMechanism> {
+fn configure(
+    mechanism: &str,
+    name: &str,
+    case: &Map<String, Value>,
+    file: &Value,
+) -> Result<AttentionMechanism> {
     let default = AttentionMechanism::named(mechanism).with_context(|| {
         let names: Vec<&str> = gd_layer::mechanisms::TABLE.iter().map(|(name, _)| *name).collect();
         format!("no mechanism {mechanism:?}; there are {}", names.join(", "))
@@ -175,7 +181,9 @@ fn by_case(mechanism: &str, parameter: &str, case: &str) -> Option<Value> {
         ("patterns", "pattern", name) => Some(json!(name)),
         ("entmax", "alpha", "learned") => Some(json!("learned")),
         ("monotonic", "noisy", "quiet" | "noisy") => Some(json!(case == "noisy")),
-        ("monotonic", "hard", "quiet" | "noisy" | "hard") | ("mocha", "hard", "hard") => Some(json!(case == "hard")),
+        ("monotonic", "hard", "quiet" | "noisy" | "hard") | ("mocha", "hard", "hard") => {
+            Some(json!(case == "hard"))
+        }
         ("energy_transformer", "diag", "diag" | "nodiag") => Some(json!(case == "diag")),
         ("resan", "direction", "forward" | "backward") => Some(json!(case)),
         _ => None,
@@ -203,10 +211,14 @@ mod tests {
             ("scores".into(), scalar(3.0)?),
         ]);
         let file = json!({ "cases": { "ties.none": {}, "none": {} } });
-        let [ties, none] = [Case::read("topk", "ties.none", &tensors, &file)?, Case::read("topk", "none", &tensors, &file)?];
+        let [ties, none] =
+            [Case::read("topk", "ties.none", &tensors, &file)?, Case::read("topk", "none", &tensors, &file)?];
         assert_eq!(ties.inputs.get("q")?.to_scalar::<f64>()?, 1.0);
         assert_eq!(none.inputs.get("q")?.to_scalar::<f64>()?, 0.0);
-        assert_eq!(["out", "scores", "null"].map(|name| ties.full_name(name)), ["ties.none.out", "scores", "ties.none.null"]);
+        assert_eq!(
+            ["out", "scores", "null"].map(|name| ties.full_name(name)),
+            ["ties.none.out", "scores", "ties.none.null"]
+        );
         Ok(())
     }
 
@@ -222,7 +234,9 @@ mod tests {
             Ok(serde_json::to_value(case.mechanism())?["k"].clone())
         };
         assert_eq!([k("own")?, k("wide")?, k("plain")?], [5, 6, 4]);
-        let error = |mechanism: &str, case: &str| format!("{:#}", Case::read(mechanism, case, &tensors, &file).err().unwrap());
+        let error = |mechanism: &str, case: &str| {
+            format!("{:#}", Case::read(mechanism, case, &tensors, &file).err().unwrap())
+        };
         assert!(error("topk", "other").contains("own") && error("topk", "other").contains("masked"));
         assert!(error("topk", "masked").contains("mask.other"));
         assert!(error("topq", "own").contains("explicit_sparse"));

@@ -81,13 +81,16 @@ fn stack_states(caches: &[&LayerCache]) -> Result<Option<Tensor>> {
     let states: Vec<&Tensor> = caches.iter().filter_map(|cache| cache.state.as_ref()).collect();
     let longest = states.iter().map(|state| state.dim(1)).collect::<Result<Vec<_>>>()?.into_iter().max();
     let Some(longest) = longest else { return Ok(None) };
-    let rows = states.iter().map(|state| pad_state(state, longest)).collect::<Result<Vec<_>>>()?;
+    let rows = states.iter().map(|state| fit_state(state, longest)).collect::<Result<Vec<_>>>()?;
     Tensor::cat(&rows, 0).map(Some)
 }
 
-/// A state `[B, M]` with zeros up to `positions`.
-pub(crate) fn pad_state(state: &Tensor, positions: usize) -> Result<Tensor> {
-    state.pad_with_zeros(1, 0, positions - state.dim(1)?)
+/// A state `[B, M]` with zeros up to `positions`, or without those beyond, which are padding.
+pub(crate) fn fit_state(state: &Tensor, positions: usize) -> Result<Tensor> {
+    match positions.checked_sub(state.dim(1)?) {
+        Some(more) => state.pad_with_zeros(1, 0, more),
+        None => state.narrow(1, 0, positions),
+    }
 }
 
 impl LayerCache {

@@ -1,5 +1,6 @@
 //! A layer with one of the attention mechanisms, with the projections, Beacon and cache of `GdAttention`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Module, Result, Tensor};
@@ -7,7 +8,7 @@ use candle_nn::{Init, VarBuilder};
 use gd_kernels::Mask;
 
 use crate::attention::{Attention, Pass};
-use crate::cache::{LayerCache, pad_state};
+use crate::cache::{LayerCache, fit_state};
 use crate::config::AttentionConfig;
 use crate::heads::{Heads, Projected};
 use crate::mechanisms::{AttentionMechanism, Inputs, Sizes, Weight};
@@ -91,13 +92,13 @@ impl MechanismAttention {
         inputs.insert("q", q.clone());
         inputs.insert("k", k.clone());
         inputs.insert("v", merge_values(v, self.mechanism.info().maps)?);
-        inputs.insert("mask", mask.to_tensor([b, n, m], q.device())?);
+        inputs.insert("mask", visible_keys(mask, [b, n, m], q.device())?);
         let (query, key) = positions(mask, [b, n, m], q.device())?;
         inputs.insert("query_positions", query);
         inputs.insert("key_positions", key);
         let state = cache.and_then(|cache| cache.state.as_ref());
         if let (Some((input, _)), Some(state)) = (self.mechanism.info().state, state) {
-            inputs.insert(input, pad_state(state, m)?);
+            inputs.insert(input, fit_state(state, m)?);
         }
         Ok(inputs)
     }
@@ -124,6 +125,19 @@ fn split_output(y: &Tensor, maps: usize) -> Result<Tensor> {
         return Ok(y.clone());
     }
     y.reshape((b, h, n, maps, d / maps))?.transpose(2, 3)?.reshape((b, h * maps, n, d / maps))
+}
+
+/// The mask as a tensor, u8 `[B|1, 1, N, M]`, 1 where a key is visible. Only the first and the last visible key of each
+/// query are copied to the device.
+fn visible_keys(mask: &Mask, [b, n, m]: [usize; 3], device: &Device) -> Result<Tensor> {
+    mask.validate(b, m)?;
+    let b = if mask.differs() { b } else { 1 };
+    let ranges: Vec<Range<usize>> = (0..b * n).map(|row| mask.visible(row / n, row % n, m)).collect();
+    let column = |f: fn(&Range<usize>) -> u32| {
+        Tensor::from_vec(ranges.iter().map(f).collect::<Vec<_>>(), (b, 1, n, 1), device)
+    };
+    let keys = Tensor::arange(0u32, m as u32, device)?.reshape((1, 1, 1, m))?;
+    keys.broadcast_ge(&column(|range| range.start as u32)?)? * keys.broadcast_lt(&column(|range| range.end as u32)?)?
 }
 
 /// The positions of queries `[B, N]` and keys `[B, M]` in their packed sequence, i64.

@@ -78,10 +78,12 @@ impl Definition for Patterns {
 
     fn validate(&self) -> Result<()> {
         let Self { l, c, block, .. } = *self;
-        if l == 0 || block == 0 || c > l {
-            candle_core::bail!("l {l}, c {c}, block {block}: l and block of 1 or more and c of at most l expected");
+        match self.pattern {
+            Pattern::Strided | Pattern::Fixed if l == 0 => candle_core::bail!("l is 0: 1 or more expected"),
+            Pattern::Fixed if c > l => candle_core::bail!("c {c}: at most the block length l {l} expected"),
+            Pattern::Bigbird if block == 0 => candle_core::bail!("block is 0: 1 or more expected"),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn validate_in_layer(&self, _sizes: &Sizes) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Conversions between interval masks and additive mask tensors (0 where a key is visible, minus infinity elsewhere).
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use crate::error::{Error, Result};
 use crate::mask::Mask;
@@ -21,61 +21,23 @@ pub(super) fn additive(
     [batch, n, m]: [usize; 3],
     like: &Tensor,
 ) -> candle_core::Result<(Tensor, Option<Tensor>)> {
+    let b = if mask.differs() { batch } else { 1 };
     let hidden = if like.dtype() == DType::F16 { HIDDEN_BIAS_F16 } else { HIDDEN_BIAS };
-    let Bounds { start, end, some_empty } = bounds(mask, [batch, n, m], like.device())?;
-    let outside = outside(&start, &end, m)?.to_dtype(DType::F32)?;
+    let ranges: Vec<_> = (0..b * n).map(|row| mask.visible(row / n, row % n, m)).collect();
+    let some_empty = ranges.iter().any(|r| r.is_empty());
+    let column = |f: fn(&std::ops::Range<usize>) -> u32| {
+        Tensor::from_vec(ranges.iter().map(f).collect::<Vec<_>>(), (b, 1, n, 1), like.device())
+    };
+    let keys = Tensor::arange(0u32, m as u32, like.device())?.reshape((1, 1, 1, m))?;
+    let (start, end) = (column(|r| r.start as u32)?, column(|r| r.end as u32)?);
+    // 1 for keys before or after the visible range.
+    let outside = (keys.broadcast_lt(&start)? + keys.broadcast_ge(&end)?)?.to_dtype(DType::F32)?;
     let bias = (outside * f64::from(hidden))?.to_dtype(like.dtype())?;
     let sees_a_key = || start.lt(&end)?.to_dtype(like.dtype());
     Ok((bias, if some_empty { Some(sees_a_key()?) } else { None }))
 }
 
-/// The first visible key of every query and the end of its visible keys, u32 `[B|1, 1, N, 1]`.
-struct Bounds {
-    start: Tensor,
-    end: Tensor,
-    /// Whether a query sees no key.
-    some_empty: bool,
-}
-
-fn bounds(mask: &Mask, [batch, n, m]: [usize; 3], device: &Device) -> candle_core::Result<Bounds> {
-    let b = if mask.differs() { batch } else { 1 };
-    let ranges: Vec<_> = (0..b * n).map(|row| mask.visible(row / n, row % n, m)).collect();
-    let some_empty = ranges.iter().any(|r| r.is_empty());
-    let column = |f: fn(&std::ops::Range<usize>) -> u32| {
-        Tensor::from_vec(ranges.iter().map(f).collect::<Vec<_>>(), (b, 1, n, 1), device)
-    };
-    Ok(Bounds { start: column(|r| r.start as u32)?, end: column(|r| r.end as u32)?, some_empty })
-}
-
-/// 1 for keys before or after the visible ones, u8 `[B|1, 1, N, M]`.
-fn outside(start: &Tensor, end: &Tensor, m: usize) -> candle_core::Result<Tensor> {
-    let keys = Tensor::arange(0u32, m as u32, start.device())?.reshape((1, 1, 1, m))?;
-    keys.broadcast_lt(start)? + keys.broadcast_ge(end)?
-}
-
 impl Mask {
-    /// The mask as a tensor, for operations that take one: u8 `[B|1, 1, N, M]` on `device`, 1 where a key is visible, with
-    /// one entry of the batch where all are equal.
-    ///
-    /// # Errors
-    /// As [`Mask::validate`].
-    ///
-    /// # Examples
-    /// ```
-    /// use candle_core::Device;
-    /// use gd_kernels::Mask;
-    ///
-    /// let visible = Mask::causal(0).to_tensor([1, 2, 3], &Device::Cpu)?;
-    /// assert_eq!(visible.flatten_all()?.to_vec1::<u8>()?, [1, 0, 0, 1, 1, 0]);
-    /// # Ok::<(), gd_kernels::Error>(())
-    /// ```
-    pub fn to_tensor(&self, [batch, n, m]: [usize; 3], device: &Device) -> Result<Tensor> {
-        self.validate(batch, m)?;
-        let Bounds { start, end, .. } = bounds(self, [batch, n, m], device)?;
-        let outside = outside(&start, &end, m)?;
-        Ok(outside.eq(&outside.zeros_like()?)?)
-    }
-
     /// Converts an additive mask to an interval mask.
     ///
     /// * `mask`: `[N, M]`, or with leading dimensions of which all entries are equal: 0 where the key is visible, minus
@@ -126,7 +88,7 @@ impl Mask {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Result;
+    use candle_core::{Device, Result};
 
     use super::*;
 

@@ -80,7 +80,6 @@ fn sequences_of_different_lengths_are_decoded_together() -> Result<()> {
     let lengths = [6, 3];
     for mechanism in in_layers() {
         let layer = layer(&attention_config(), &mechanism)?;
-        let mut alone = Vec::new();
         let mut caches = vec![LayerCache::new(), LayerCache::new()];
         for (b, cache) in caches.iter_mut().enumerate() {
             read(&layer, &x.narrow(0, b, 1)?.narrow(1, 0, lengths[b])?, &[0], cache)?;
@@ -96,7 +95,6 @@ fn sequences_of_different_lengths_are_decoded_together() -> Result<()> {
                 let apart = difference(&y.narrow(0, b, 1)?, &own)?;
                 assert!(apart < 1e-10, "{mechanism:?}, sequence {b}: {apart}");
             }
-            alone.push(y);
         }
         // The second sequence goes on without the first.
         let mut second = together.select(&[1])?;

@@ -297,14 +297,15 @@ fn bad_parameters_and_tensors_are_errors_that_name_them() -> Result<()> {
         (json!({"name": "explicit_sparse", "k": 0}), "k is 0"),
         (json!({"name": "entmax", "alpha": 1.0}), "alpha 1"),
         (json!({"name": "hard", "gumbel_tau": 0.0}), "gumbel_tau 0"),
-        (json!({"name": "patterns", "l": 2, "c": 3}), "c 3"),
-        (json!({"name": "patterns", "pattern": "bigbird", "block": 0}), "block 0"),
+        (json!({"name": "patterns", "l": 0}), "l is 0"),
+        (json!({"name": "patterns", "pattern": "fixed", "l": 2, "c": 3}), "c 3"),
+        (json!({"name": "patterns", "pattern": "bigbird", "block": 0}), "block is 0"),
         (json!({"name": "differential", "eps": 0.0}), "eps 0"),
         (json!({"name": "sigmoid", "keys": 0}), "keys is 0"),
         (json!({"name": "hopfield", "beta": -1.0}), "beta -1"),
         (json!({"name": "sink"}), "`t` is missing"),
         (json!({"name": "patterns", "pattern": "bigbird"}), "`rand_blocks` is missing"),
-        (json!({"name": "gated"}), "`x` is missing"),
+        (json!({"name": "gated"}), "`Wg` is missing"),
     ] {
         let error = subject(config.clone()).attend(&inputs).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains(part), "{config}: {error}");

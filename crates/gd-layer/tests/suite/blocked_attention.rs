@@ -57,7 +57,7 @@ proptest! {
     ) {
         // With all blocks selected and a window over all keys, both branches are causal attention.
         let [q, k, v] = qkv(seed, group, n);
-        let nsa = NativeSparse { l: stride + 1, stride, block, nsel: n.max(3), ninit: 1, nlocal: 2, w: n };
+        let nsa = NativeSparse { l: stride + 1, stride, block, nsel: n.max(3) + 1, ninit: 1, nlocal: 2, w: n };
         let gates = noise(seed, &[1, 2 * group, n, 3], 2.0);
         let tensors = [("q", &q), ("k", &k), ("v", &v), ("gates", &gates)];
         let outputs = attend(AttentionMechanism::NativeSparse(nsa), &tensors).unwrap();

@@ -12,6 +12,7 @@ mod documents;
 mod generate;
 mod landscape;
 mod log;
+mod map;
 mod mechanisms;
 mod op;
 mod program;

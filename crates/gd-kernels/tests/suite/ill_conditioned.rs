@@ -107,7 +107,7 @@ fn a_decoding_step_selects_the_keys_of_the_prefill() {
             let first = PAGE + 7;
             let mut int8 = Int8Keys::new(&k.narrow(2, 0, first).unwrap(), score).unwrap();
             let pages = |x: &Tensor| {
-                let page = |p| x.narrow(2, (2 - p) * PAGE, PAGE).unwrap();
+                let page = |p: usize| x.narrow(2, (2 - p) * PAGE, PAGE).unwrap();
                 Tensor::cat(&[page(0), page(1), page(2)], 0).unwrap().contiguous().unwrap()
             };
             let (paged_k, paged_v) = (pages(&k), pages(&v));

@@ -37,7 +37,7 @@ const FEW: usize = 13;
 
 impl Spec {
     /// The same problem with the offset of a seed, and whether all of its rows are ranked by differences.
-    pub fn with_offset_of(self, seed: u64) -> (Self, bool) {
+    pub fn with_offset_of(mut self, seed: u64) -> (Self, bool) {
         let (mut offset, mut place) = (OFFSETS[seed as usize % 4], PLACES[seed as usize / 4 % 5]);
         let dot = self.raw.score == Score::Dot;
         if dot && matches!(place, Place::Outliers | Place::Clusters) {
@@ -47,6 +47,10 @@ impl Spec {
         if matches!(self.kind, Kind::Duplicates | Kind::Integer) {
             // Three equal keys do not show that there is an offset.
             (offset, place) = (if dot { 0.0 } else { offset }, Place::Both);
+        }
+        if dot && offset > LARGE_OFFSET {
+            // Keys of few bits are then equal, and a prior is lost beside their dot product.
+            self.prior = None;
         }
         (self.with_offset(offset, place), offset >= LARGE_OFFSET && place != Place::Queries)
     }

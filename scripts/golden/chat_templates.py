@@ -51,8 +51,8 @@ SNIPPETS = r"""
 {{ true is number }} {{ x is mapping }} {{ range is callable }} {{ x is callable }} {{ tools is none }} {{ 1 is odd }} {{ 4 is divisibleby 2 }}
 {{ 1 in [1, 2] }} {{ 'a' in 'abc' }} {{ 'k' in {'k': 1} }} {{ 3 not in [1] }} {{ 1 is in [1] }} {{ x is eq x }} {{ 2 is ge 1 }} {{ none is sameas none }}
 {{ '%s and %s' % ('a', 1) }} {{ '%d%%' % 50 }} {{ '%05.1f|%-5s|%+d|%x|%r' % (3.14159, 'ab', 4, 255, 'q') }} {{ '%s' % x }} {{ '%s' % [1, 'a'] }}
-{{ '%(a)s-%(b)03d' % {'a': 1, 'b': 2} }} {{ 7 % 3 }} {{ -7 % 3 }} {{ 7.5 % 2 }} {{ 2 * 3 % 4 }} {{ 10 - 7 % 4 }} {{ '%s' % 'a' + 'b' }} {{ '%s' % none }}
-{{ '{} {}'.format(1, 'a') }} {{ '{0}{1}{0}'.format('a', 'b') }} {{ '{k!r:>5}|{v:.2f}'.format(k='x', v=1) }} {{ '%s, %s'|format(1, 'b') }} {{ '{:>4}|{:<4}|{:^5}|{:,}'.format(1, 'a', 'b', 12345) }}
+{{ '%(a)s-%(b)03d' % {'a': 1, 'b': 2} }} {{ 7 % 3 }} {{ -7 % 3 }} {{ 7.5 % 2 }} {{ 2 * 3 % 4 }} {{ 10 - 7 % 4 }} {{ '%s' % 'a' + 'b' }} {{ '%s' % none }} {{ '%i%%%u' % (1, 2) }} {{ '%r %s' % (none, 'a') }} {{ '%(a)r'|length }}
+{{ '{} {}'.format(1, 'a') }} {{ '{0}{1}{0}'.format('a', 'b') }} {{ '{k:>5}|{v:.2f}'.format(k='x', v=1) }} {{ '%s, %s'|format(1, 'b') }} {{ '%(a)s'|format(a=1) }} {{ '{:>4}|{:<4}|{:^5}|{:,}'.format(1, 'a', 'b', 12345) }}
 {{ 1 + 2 * 3 ** 2 - 4 // 3 }} {{ 7 / 2 }} {{ 6 / 2 }} {{ -7 // 2 }} {{ 2 ** -1 }} {{ 1 ~ 2 ~ none ~ true }} {{ 'a' * 3 }} {{ [1] * 2 + [3] }} {{ (1, 2) + (3,) }}
 {{ 1 < 2 < 3 }} {{ not 1 == 2 and 2 }} {{ '' or 'b' }} {{ none and 1 }} {{ 'a' if false }}|{{ 'a' if x else 'b' }} {{ 1 if 0 else 2 if 0 else 3 }}
 {{ true }} {{ none }} {{ nothing }} {{ [true, none, 'a', "it's", 1.0] }} {{ {'a': none} }} {{ (1,) }} {{ 1e20 }} {{ 1.5e-7 }} {{ 100000.0 }} {{ 0.1 + 0.2 }}
@@ -100,6 +100,9 @@ SNIPPETS = r"""
 {{ ''.join([1]) }}
 {{ 'a'.nothing() }}
 {{ '%d' % 'a' }}
+{{ '%s' % (1, 2) }}
+{{ 'a' % 1 }}
+{{ '%s %s' % 1 }}
 {{ undefined_function() }}
 {{ x | undefined_filter }}
 {% if %}

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use chrono::{Local, NaiveDateTime};
 use minijinja::formatting::{FormatStyle, format};
-use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind};
+use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Environment, State, filters};
 
 use super::json::to_json;
@@ -23,12 +23,15 @@ pub(super) fn register(environment: &mut Environment) {
     environment.add_function("strftime_now", |form: &str| strftime(Local::now().naive_local(), form));
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |state: &mut State, value: &Value| text(state, value));
+    for name in ["e", "escape", "forceescape"] {
+        environment.add_filter(name, escape);
+    }
     environment.add_filter("replace", replace_filter);
     environment.add_filter("join", join_filter);
     environment.add_filter("indent", indent);
-    environment.add_filter("format", |state: &mut State, value: &Value, args: Rest<Value>| {
+    environment.add_filter("format", |state: &mut State, value: &Value, args: Rest<ValueOrKwargs>| {
         let form = text(state, value)?;
-        format_percent(state, &form, &args)
+        format_percent(state, &form, &args.into_values())
     });
     environment.add_filter("batch", |state: &mut State, value: Value, count: usize, fill: Option<Value>| {
         charge(state, count)?;
@@ -78,7 +81,32 @@ fn modulo(state: &mut State, a: &Value, b: &Value) -> Outcome<Value> {
 /// Formats as `form % args` of Python.
 fn format_percent(state: &mut State, form: &str, args: &[Value]) -> Outcome<String> {
     check_widths(form)?;
-    let formatted = format(FormatStyle::Printf, form, args)?;
+    let (mut args, mut plain, mut next, mut rest) = (args.to_vec(), String::new(), 0, form);
+    while let Some((before, specifier)) = rest.split_once('%') {
+        let named = specifier.starts_with('(');
+        let options = if named { specifier.find(')').map_or(0, |at| at + 1) } else { 0 };
+        let length = specifier[options..].find(|c: char| c.is_alphabetic() || c == '%').unwrap_or(0);
+        let (options, conversion) = specifier.split_at(options + length);
+        let (conversion, after) = conversion.split_at(conversion.chars().next().map_or(0, char::len_utf8));
+        // What minijinja has under another name.
+        let conversion = match (conversion, args.get_mut(next)) {
+            ("r" | "a", Some(arg)) if !named => {
+                *arg = Value::from(format!("{arg:?}"));
+                "s"
+            }
+            ("i" | "u", _) => "d",
+            (other, _) => other,
+        };
+        next += usize::from(conversion != "%" && !named);
+        plain.extend([before, "%", options, conversion]);
+        rest = after;
+    }
+    plain.push_str(rest);
+    let mapping = args.len() == 1 && args[0].kind() == ValueKind::Map;
+    if next < args.len() && !mapping {
+        return Err(failed("not all arguments converted during string formatting"));
+    }
+    let formatted = format(FormatStyle::Printf, &plain, &args)?;
     charge(state, formatted.len())?;
     Ok(formatted)
 }
@@ -98,6 +126,18 @@ fn check_widths(form: &str) -> Outcome<()> {
         Some(width) => Err(failed(format!("format: the width {width} is too large"))),
         None => Ok(()),
     }
+}
+
+/// The filter `escape`, which writes as markupsafe.
+fn escape(state: &mut State, value: &Value) -> Outcome<Value> {
+    if value.is_safe() {
+        return Ok(value.clone());
+    }
+    let mut escaped = text(state, value)?;
+    for (c, entity) in [("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("'", "&#39;"), ("\"", "&#34;")] {
+        escaped = replace(state, &escaped, c, entity, None)?;
+    }
+    Ok(Value::from_safe_string(escaped))
 }
 
 /// The filter `replace`, with an optional maximal number of replacements.
@@ -135,15 +175,11 @@ fn join_filter(
     join(state, value.try_iter()?.checked().map(|value| value.and_then(&item)), &separator, false)
 }
 
-/// The filter `indent`: indents all lines but the first one and blank ones. `width` is a number of spaces or a text.
-fn indent(
-    state: &mut State,
-    value: &Value,
-    width: Option<Value>,
-    first: Option<bool>,
-    blank: Option<bool>,
-    options: Kwargs,
-) -> Outcome<String> {
+/// The filter `indent`: indents all lines but the first one and blank ones. The arguments are `width`, a number of spaces or
+/// a text, and whether the `first` line and `blank` lines are indented.
+fn indent(state: &mut State, value: &Value, args: Rest<ValueOrKwargs>) -> Outcome<String> {
+    let (width, first, blank, options): (Option<Value>, Option<bool>, Option<bool>, Kwargs) =
+        from_args(&args.into_values())?;
     let width = width.map_or_else(|| options.get::<Option<Value>>("width"), |w| Ok(Some(w)))?;
     let first = first.map_or_else(|| options.get::<Option<bool>>("first"), |f| Ok(Some(f)))?;
     let blank = blank.map_or_else(|| options.get::<Option<bool>>("blank"), |b| Ok(Some(b)))?;

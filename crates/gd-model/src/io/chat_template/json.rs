@@ -3,7 +3,7 @@
 use minijinja::State;
 use minijinja::value::{Kwargs, Value, ValueKind};
 
-use super::limits::{Outcome, charge, failed};
+use super::limits::{Outcome, charge, failed, number};
 
 /// How `json.dumps` writes.
 struct Options {
@@ -73,7 +73,7 @@ fn write(state: &mut State, form: &Options, value: &Value, depth: usize, out: &m
         ValueKind::None => push(state, out, "null"),
         ValueKind::Bool => push(state, out, if value.is_true() { "true" } else { "false" }),
         ValueKind::Number => {
-            let number = value.to_string();
+            let number = number(value);
             let number = match number.as_str() {
                 "nan" | "NaN" => "NaN",
                 "inf" => "Infinity",
@@ -121,14 +121,12 @@ fn list(
     out: &mut String,
     mut write_item: impl FnMut(&mut State, Value, &mut String) -> Outcome<()>,
 ) -> Outcome<()> {
-    let new_line = |state: &mut State, out: &mut String, depth: usize| match &form.indent {
-        Some(indent) => {
-            charge(state, 1 + depth * indent.len())?;
-            out.push('\n');
-            (0..depth).for_each(|_| out.push_str(indent));
-            Ok(())
-        }
-        None => Ok(()),
+    let new_line = |state: &mut State, out: &mut String, depth: usize| -> Outcome<()> {
+        let Some(indent) = &form.indent else { return Ok(()) };
+        charge(state, 1 + depth * indent.len())?;
+        out.push('\n');
+        (0..depth).for_each(|_| out.push_str(indent));
+        Ok(())
     };
     push(state, out, open)?;
     let mut empty = true;

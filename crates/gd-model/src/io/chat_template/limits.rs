@@ -17,7 +17,7 @@ const MAX_INSTRUCTIONS: u64 = 10_000_000;
 /// The maximal number of bytes that the instructions of a template may copy from the template itself.
 const MAX_COPIED_BYTES: u64 = 1 << 30;
 /// The maximal number of bytes of the texts and lists that a template makes.
-const MAX_BYTES: usize = 1 << 28;
+const MAX_BYTES: usize = 1 << 26;
 /// The number of bytes that a value counts besides its text.
 const VALUE_BYTES: usize = 32;
 
@@ -99,6 +99,24 @@ fn subtract_size(value: &Value, left: &mut usize) -> Outcome<bool> {
     Ok(true)
 }
 
+/// The text of a number, as `repr()` of Python gives it.
+pub(super) fn number(value: &Value) -> String {
+    match f64::try_from(value.clone()) {
+        Ok(float) if !value.is_integer() && float.is_finite() => {
+            // Rust writes the exponent without sign and padding.
+            let text = format!("{float:?}");
+            match text
+                .split_once('e')
+                .and_then(|(digits, exponent)| Some((digits, exponent.parse::<i32>().ok()?)))
+            {
+                Some((digits, exponent)) => format!("{digits}e{exponent:+03}"),
+                None => text,
+            }
+        }
+        _ => value.to_string(),
+    }
+}
+
 /// The text of a value, as `str()` gives it.
 pub(super) fn text(state: &mut State, value: &Value) -> Outcome<String> {
     /// Writes up to a number of bytes.
@@ -111,7 +129,11 @@ pub(super) fn text(state: &mut State, value: &Value) -> Outcome<String> {
         }
     }
     let mut out = Limited(String::new(), available(state));
-    write!(out, "{value}").map_err(|_| too_large())?;
+    match value.kind() {
+        ValueKind::Number => write!(out, "{}", number(value)),
+        _ => write!(out, "{value}"),
+    }
+    .map_err(|_| too_large())?;
     charge(state, out.0.len())?;
     Ok(out.0)
 }
@@ -189,7 +211,7 @@ mod tests {
             "{{ [1]|slice(999999999, 'x')|list }}".into(),
             "{% set s = 'a' * 1000000 %}{{ s|replace('a', s) }}".into(),
             "{% set s = 'a' * 1000000 %}{{ s.replace('a', s) }}".into(),
-            "{% set s = 'a' * 1000000 %}{{ s.join(range(99999)) }}".into(),
+            "{% set s = 'a' * 1000000 %}{{ s.join(['b'] * 99999) }}".into(),
             "{% set s = 'a' * 1000000 %}{{ ([s] * 99999)|join }}".into(),
             "{% set s = 'a' * 1000000 %}{{ ([s] * 99999)|tojson }}{{ ([s] * 99999)|string }}".into(),
         ];

@@ -81,9 +81,11 @@ fn statement(tag: &str) -> &str {
 
 /// Writes the tag at the start of `tag`, rewritten, and returns its length in the template.
 fn expression_tag(tag: &str, close: &str, out: &mut String) -> Option<usize> {
-    let (tokens, end) = tokens(tag, close)?;
-    let mut writer = Writer { text: tag, tokens: &tokens, next: 0, end: 2, depth: 0 };
-    out.push_str(&tag[..2]);
+    // The sign of white space control.
+    let start = 2 + usize::from(tag[2..].starts_with(['-', '+']));
+    let (tokens, end) = tokens(tag, start, close)?;
+    let mut writer = Writer { text: tag, tokens: &tokens, next: 0, end: start, depth: 0 };
+    out.push_str(&tag[..start]);
     if close == "%}" {
         match writer.peek() {
             Some("generation") => writer.replace("with", out),
@@ -103,13 +105,10 @@ fn expression_tag(tag: &str, close: &str, out: &mut String) -> Option<usize> {
     Some(end)
 }
 
-/// The tokens of a tag after its opening, and the end of the tag. Signs of white space control are not tokens.
-fn tokens(tag: &str, close: &str) -> Option<(Vec<Range<usize>>, usize)> {
+/// The tokens of a tag from `start` on, and the end of the tag.
+fn tokens(tag: &str, start: usize, close: &str) -> Option<(Vec<Range<usize>>, usize)> {
     let bytes = tag.as_bytes();
-    let (mut tokens, mut at, mut braces) = (Vec::new(), 2, 0usize);
-    if matches!(bytes.get(at), Some(b'-' | b'+')) {
-        at += 1;
-    }
+    let (mut tokens, mut at, mut braces) = (Vec::new(), start, 0usize);
     loop {
         at += tag[at..].find(|c: char| !c.is_whitespace())?;
         let rest = &tag[at..];
@@ -364,6 +363,7 @@ mod tests {
             ("{{ a % b }}", "{{mod( a , b) }}"),
             ("{{ a + b % c }}", "{{lim( a +mod( b , c)) }}"),
             ("{{ a * b % c }}", "{{lim(mod( a * b , c)) }}"),
+            ("{{- a + -b -}}", "{{-lim( a + -b) -}}"),
             ("{{ a ~ b + c }}", "{{lim(lim( a ~ b) + c) }}"),
             ("{{ '%d' % (x|length + 1) }}", "{{mod( '%d' , (lim(x|length + 1))) }}"),
             ("{{ -a ** 2 - b.c[1:] / d(e=f) }}", "{{ -a ** 2 - b.c[1:] / d(e=f) }}"),

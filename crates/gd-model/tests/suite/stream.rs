@@ -38,8 +38,7 @@ fn tokenizers() -> Vec<(&'static str, Tokenizer)> {
     };
     let byte_level =
         json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
-    let strip =
-        |start: u32, stop: u32| json!({"type": "Strip", "content": " ", "start": start, "stop": stop});
+    let strip = |start: u32| json!({"type": "Strip", "content": " ", "start": start, "stop": 0});
     let (fallback, fuse) = (json!({"type": "ByteFallback"}), json!({"type": "Fuse"}));
     let word_piece =
         |cleanup: bool| with_decoder(json!({"type": "WordPiece", "prefix": "##", "cleanup": cleanup}));

@@ -87,6 +87,9 @@ SNIPPETS = r"""
 {{- ' a ' -}} x {{ '}}' }} {{ '%}' }} {{ {'a': {'b': {}}} }} {{ [[1, [2]]][0][1][0] }} {{ {'a b': 1}['a b'] }} {{ messages[0]['content'][0:2] }} {{ messages[-1].role }} {{ messages.0.role }}
 {%- if true -%} trimmed {%- endif -%} | {%- for i in [1] %} {{ i }} {% endfor -%} | {% if true %}  kept  {% endif %}
 {{ x.nothing is defined }} {{ messages[0].nothing is defined }} {{ messages[0]['nothing'] is defined }} {{ messages[5] is defined }} {{ messages[0].get('nothing') is none }} {{ (messages|first).role }} {{ (messages[0].nothing or 'd') }}
+{{ 1 == true }} {{ 'a' == 1 }} {{ [1] == [1.0] }} {{ none == false }} {{ '' == none }} {{ 'a' < 'b' }} {{ {'a': 1} == {'a': 1} }} {{ (1, 2) == [1, 2] }} {{ '3.7'|int }} {{ true + 1 }}
+{{ messages|sort(attribute='role')|map(attribute='role')|list }} {{ {'a': 2, 'b': 1}|dictsort(by='value') }} {{ [{'a': {'b': 1}}]|map(attribute='a.b')|list }} {{ [[1, 2], [3]]|sum(start=[]) }} {{ [1, 2, 3]|slice(2)|list }}
+{% set ns = namespace() %}{% set ns.text %}in {{ 7 % 4 }}{% endset %}{{ ns.text }} {% set ns.a, b = 1, 2 %}{{ b }} {% set ns.t = 1, 'a' %}{{ ns.t }} {% set t = 1, %}{{ t }}
 {{ raise_exception('stop') }}
 {{ nothing.attribute }}
 {{ 1 + 'a' }}

@@ -93,7 +93,8 @@ impl ChatTemplate {
         environment.set_formatter(limits::write_value);
         environment.set_fuel(Some(fuel));
         functions::register(&mut environment);
-        let template = rewrite::rewrite(&template);
+        // Jinja2 knows three line breaks and writes one of them.
+        let template = rewrite::rewrite(&template.replace("\r\n", "\n").replace('\r', "\n"));
         environment.add_template_owned(TEMPLATE_NAME, template).map_err(|e| invalid(&e))?;
         let tokens = tokens.into_iter().map(|(name, token)| (name, Value::from(token)));
         let (add_generation_prompt, none) = (Value::from(true), Value::from(()));

@@ -90,7 +90,7 @@ fn expression_tag(tag: &str, close: &str, out: &mut String) -> Option<usize> {
         match writer.peek() {
             Some("generation") => writer.replace("with", out),
             Some("endgeneration") => writer.replace("endwith", out),
-            Some("set") if tokens.get(2).is_some_and(|dot| &tag[dot.clone()] == ".") => writer.assign(out)?,
+            Some("set") if writer.sets_attribute() => writer.assign(out)?,
             _ => writer.copy(out),
         }
     }
@@ -209,6 +209,13 @@ impl<'a> Writer<'a> {
             (first.is_alphanumeric() || matches!(first, '_' | '\'' | '"' | '(' | '[' | '{'))
                 && !KEYWORDS.contains(&token)
         })
+    }
+
+    /// Whether the tag assigns a value to an attribute of a namespace.
+    fn sets_attribute(&self) -> bool {
+        let token = |range: &Range<usize>| &self.text[range.clone()];
+        let sign = self.tokens.iter().position(|range| token(range) == "=");
+        sign.is_some_and(|sign| self.tokens[..sign].iter().any(|range| token(range) == "."))
     }
 
     /// Writes the assignment to an attribute of a namespace, whose value outlives the loop that it is in.
@@ -370,6 +377,8 @@ mod tests {
             ("{% if (i % 2 == 0) != (x is not none) %}", "{% if (mod(i , 2) == 0) != (x is not none) %}"),
             ("{% set x = 'a' 'b' ~ {'k': [1]}['k'] -%}", "{% set x =lim( 'a' 'b' ~ {'k': [1]}['k']) -%}"),
             ("{% set ns.x = 1, a %}", "{% set ns.x =lim(( 1, a)) %}"),
+            ("{% set ns.x %}{{ a % b }}{% endset %}", "{% set ns.x %}{{mod( a , b) }}{% endset %}"),
+            ("{% set a, ns.b = c + d, e %}", "{% set a, ns.b =lim((lim( c + d), e)) %}"),
             ("{{ f(*a, **b) is divisibleby 3 }}", "{{ f(*a, **b) is divisibleby 3 }}"),
             ("{{ a if b + c else d }}", "{{ a iflim( b + c) else d }}"),
         ] {

@@ -12,7 +12,7 @@ use super::limits::{Outcome, charge, failed, limited, text};
 use super::methods::{join, lines, replace};
 use super::rewrite::{LIMITED, MODULO};
 
-/// The maximal width and precision of a formatted value.
+/// The maximal number of digits of the width and of the precision of a formatted value.
 const MAX_WIDTH_DIGITS: usize = 5;
 
 /// Adds all of them to an environment.
@@ -80,13 +80,13 @@ fn modulo(state: &mut State, a: &Value, b: &Value) -> Outcome<Value> {
 
 /// Formats as `form % args` of Python.
 fn format_percent(state: &mut State, form: &str, args: &[Value]) -> Outcome<String> {
-    check_widths(form)?;
     let (mut args, mut plain, mut next, mut rest) = (args.to_vec(), String::new(), 0, form);
     while let Some((before, specifier)) = rest.split_once('%') {
         let named = specifier.starts_with('(');
-        let options = if named { specifier.find(')').map_or(0, |at| at + 1) } else { 0 };
-        let length = specifier[options..].find(|c: char| c.is_alphabetic() || c == '%').unwrap_or(0);
-        let (options, conversion) = specifier.split_at(options + length);
+        let key = if named { specifier.find(')').map_or(0, |at| at + 1) } else { 0 };
+        let length = specifier[key..].find(|c: char| c.is_alphabetic() || c == '%').unwrap_or(0);
+        check_width(&specifier[key..key + length])?;
+        let (options, conversion) = specifier.split_at(key + length);
         let (conversion, after) = conversion.split_at(conversion.chars().next().map_or(0, char::len_utf8));
         // What minijinja has under another name.
         let conversion = match (conversion, args.get_mut(next)) {
@@ -113,16 +113,16 @@ fn format_percent(state: &mut State, form: &str, args: &[Value]) -> Outcome<Stri
 
 /// Formats as `form.format(args)` of Python.
 pub(super) fn format_braces(state: &mut State, form: &str, args: &[Value]) -> Outcome<String> {
-    check_widths(form)?;
+    let mut fields = form.split('{').skip(1).filter_map(|rest| rest.split('}').next());
+    fields.try_for_each(check_width)?;
     let formatted = format(FormatStyle::StrFormat, form, args)?;
     charge(state, formatted.len())?;
     Ok(formatted)
 }
 
-/// Checks that no width or precision is too large.
-fn check_widths(form: &str) -> Outcome<()> {
-    let width = form.split(|c: char| !c.is_ascii_digit()).find(|digits| digits.len() > MAX_WIDTH_DIGITS);
-    match width.filter(|_| form.contains(['%', '{'])) {
+/// Checks that the width and the precision in a format specifier are not too large.
+fn check_width(specifier: &str) -> Outcome<()> {
+    match specifier.split(|c: char| !c.is_ascii_digit()).find(|digits| digits.len() > MAX_WIDTH_DIGITS) {
         Some(width) => Err(failed(format!("format: the width {width} is too large"))),
         None => Ok(()),
     }

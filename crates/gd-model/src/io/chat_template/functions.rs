@@ -8,9 +8,9 @@ use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, ValueOrKwargs, fro
 use minijinja::{Environment, State, filters};
 
 use super::json::to_json;
-use super::limits::{Outcome, charge, failed, limited, text};
+use super::limits::{Outcome, attribute, charge, failed, limited, text};
 use super::methods::{join, lines, replace};
-use super::rewrite::{LIMITED, MODULO};
+use super::rewrite::{ATTRIBUTE, LIMITED, MODULO};
 
 /// The maximal number of digits of the width and of the precision of a formatted value.
 const MAX_WIDTH_DIGITS: usize = 5;
@@ -18,6 +18,7 @@ const MAX_WIDTH_DIGITS: usize = 5;
 /// Adds all of them to an environment.
 pub(super) fn register(environment: &mut Environment) {
     environment.add_function(LIMITED, limited);
+    environment.add_function(ATTRIBUTE, attribute);
     environment.add_function(MODULO, modulo);
     environment.add_function("raise_exception", |reason: String| -> Outcome<Value> { Err(failed(reason)) });
     environment.add_function("strftime_now", |form: &str| strftime(Local::now().naive_local(), form));
@@ -106,6 +107,9 @@ fn format_percent(state: &mut State, form: &str, args: &[Value]) -> Outcome<Stri
     if next < args.len() && !mapping {
         return Err(failed("not all arguments converted during string formatting"));
     }
+    for arg in &args {
+        limited(state, arg.clone())?;
+    }
     let formatted = format(FormatStyle::Printf, &plain, &args)?;
     charge(state, formatted.len())?;
     Ok(formatted)
@@ -115,6 +119,9 @@ fn format_percent(state: &mut State, form: &str, args: &[Value]) -> Outcome<Stri
 pub(super) fn format_braces(state: &mut State, form: &str, args: &[Value]) -> Outcome<String> {
     let mut fields = form.split('{').skip(1).filter_map(|rest| rest.split('}').next());
     fields.try_for_each(check_width)?;
+    for arg in args {
+        limited(state, arg.clone())?;
+    }
     let formatted = format(FormatStyle::StrFormat, form, args)?;
     charge(state, formatted.len())?;
     Ok(formatted)

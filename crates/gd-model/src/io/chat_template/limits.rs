@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write};
 
-use minijinja::value::{Value, ValueKind};
+use minijinja::value::{DynObject, Value, ValueKind};
 use minijinja::{ErrorKind, Output, State, escape_formatter};
 
 use crate::error::{Error, Result};
@@ -20,6 +20,8 @@ const MAX_COPIED_BYTES: u64 = 1 << 30;
 const MAX_BYTES: usize = 1 << 26;
 /// The number of bytes that a value counts besides its text.
 const VALUE_BYTES: usize = 32;
+/// The maximal depth of lists and dictionaries in each other.
+const MAX_DEPTH: usize = 100;
 
 /// The number of instructions that a template may take.
 ///
@@ -64,25 +66,50 @@ pub(super) fn charge(state: &mut State, bytes: usize) -> Outcome<()> {
 pub(super) fn limited(state: &mut State, value: Value) -> Outcome<Value> {
     let mut left = available(state);
     let before = left;
-    if !subtract_size(&value, &mut left)? {
+    if !subtract_size(&value, &mut left, 0)? {
         return Err(too_large());
     }
     charge(state, before - left)?;
     Ok(value)
 }
 
+/// Returns a value that is assigned to an attribute of a namespace. A namespace in it could lead back to the first one, and
+/// such a value has no end.
+pub(super) fn attribute(state: &mut State, value: Value) -> Outcome<Value> {
+    fn has_namespace(value: &Value) -> bool {
+        let named = |object: &DynObject| object.type_name().ends_with("::Namespace");
+        value.as_object().is_some_and(named)
+            || (is_container(value)
+                && value.try_iter().is_ok_and(|mut items| {
+                    items.any(|item| {
+                        let entry = value.kind() == ValueKind::Map;
+                        has_namespace(&item)
+                            || entry && value.get_item(&item).is_ok_and(|item| has_namespace(&item))
+                    })
+                }))
+    }
+    let value = limited(state, value)?;
+    match has_namespace(&value) {
+        true => Err(failed("a namespace cannot be an attribute of a namespace")),
+        false => Ok(value),
+    }
+}
+
+fn is_container(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map)
+}
+
 /// Subtracts the size of a value, with all that it contains, from `left`. Returns whether it is at most `left`.
-fn subtract_size(value: &Value, left: &mut usize) -> Outcome<bool> {
-    let own = match value.as_str() {
-        Some(text) => VALUE_BYTES + text.len(),
-        None => VALUE_BYTES,
-    };
+fn subtract_size(value: &Value, left: &mut usize, depth: usize) -> Outcome<bool> {
+    if depth > MAX_DEPTH {
+        return Err(failed(format!("lists and dictionaries are nested in more than {MAX_DEPTH} others")));
+    }
+    let own = VALUE_BYTES + value.as_str().map_or(0, str::len);
     if own > *left {
         return Ok(false);
     }
     *left -= own;
-    // Namespaces and macros are not of these kinds.
-    if !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map) {
+    if !is_container(value) {
         return Ok(true);
     }
     if value.len().is_some_and(|items| items > *left / VALUE_BYTES) {
@@ -90,10 +117,14 @@ fn subtract_size(value: &Value, left: &mut usize) -> Outcome<bool> {
     }
     for item in value.try_iter()?.checked() {
         let item = item?;
-        let fits = subtract_size(&item, left)?
-            && (value.kind() != ValueKind::Map || subtract_size(&value.get_item(&item)?, left)?);
-        if !fits {
-            return Ok(false);
+        let entry = match value.kind() {
+            ValueKind::Map => Some(value.get_item(&item)?),
+            _ => None,
+        };
+        for part in [Some(item), entry].iter().flatten() {
+            if !subtract_size(part, left, depth + 1)? {
+                return Ok(false);
+            }
         }
     }
     Ok(true)
@@ -165,10 +196,10 @@ mod tests {
 
     #[test]
     fn steps_are_limited() {
-        let loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
+        let loops = "{% set r = range(9999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}";
         assert!(error(loops).contains("fuel"), "{}", error(loops));
         let long = format!(
-            "{{% for a in range(99999) %}}{{% for b in range(99999) %}}{}{{% endfor %}}{{% endfor %}}",
+            "{{% set r = range(9999) %}}{{% for a in r %}}{{% for b in r %}}{}{{% endfor %}}{{% endfor %}}",
             "long text ".repeat(50_000)
         );
         assert!(error(&long).contains("fuel"), "{}", error(&long));
@@ -202,6 +233,15 @@ mod tests {
             "{% macro m(s, n) %}{% if n %}{{ m(s ~ s, n - 1) }}{% else %}{{ s|length }}{% endif %}{% endmacro %}{{ m('ab', 60) }}".into(),
             "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}".into(),
             "{% set ns = namespace(l=[], s='ab' * 1000000) %}{% for i in range(99999) %}{% set ns.l = [ns.l, ns.s|upper] %}{% endfor %}".into(),
+            "{% set a = [1] %}{% set b = [1] %}".to_owned()
+                + &"{% set a = [a, a] %}{% set b = [b, b] %}".repeat(60)
+                + "{{ a == b }}",
+            "{% set s = 'ab' * 10000000 %}".to_owned() + &"{% set a = s|upper %}".repeat(1000),
+            "{% set s = 'ab' * 10000000 %}{% set a = [".to_owned() + &"s[1:], ".repeat(1000) + "s] %}",
+            "{% set ns = namespace(s='ab' * 1000000, p=none) %}{% for i in range(99999) %}{% set ns.p = namespace(p=ns.p, s=ns.s.upper()) %}{% endfor %}".into(),
+            "{% set a = [1] %}".to_owned() + &"{% set a = a, a %}".repeat(60) + "{{ a }}",
+            "{% set a = namespace(x=1) %}{% set a.b = [a] %}{{ a }}".into(),
+            "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = [ns.l] %}{% endfor %}".into(),
             "{{ '%999999999d' % 1 }}".into(),
             "{{ '%999999999d'|format(1) }}".into(),
             "{{ '{:999999999}'.format(1) }}".into(),
@@ -218,7 +258,9 @@ mod tests {
         for template in &templates {
             let error = error(template);
             assert!(
-                ["MiB", "too large", "recursion"].iter().any(|e| error.contains(e)),
+                ["MiB", "too large", "recursion", "nested", "attribute of a namespace"]
+                    .iter()
+                    .any(|e| error.contains(e)),
                 "{template}: {error}"
             );
         }

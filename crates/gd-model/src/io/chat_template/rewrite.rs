@@ -5,8 +5,8 @@
 //! |---|---|
 //! | `{% generation %}` … `{% endgeneration %}` | `{% with %}` … `{% endwith %}`, which also has a scope of its own |
 //! | `a % b` | a call of [`MODULO`], which formats strings as Python does |
-//! | `a + b`, `a ~ b`, `a * b` | an argument of a call of [`LIMITED`], which checks the size of the result |
-//! | `set a.b = c` | `set a.b = ` and a call of [`LIMITED`] |
+//! | what makes a value: `a + b`, `a ~ b`, `a * b`, `[a]`, `{a: b}`, `(a, b)`, `a[b:c]`, `a(b)`, `a|b` | an argument of a call of [`LIMITED`], which counts the size of the value |
+//! | `set a.b = c` | `set a.b = ` and a call of [`ATTRIBUTE`], which refuses namespaces |
 //!
 //! The precedences are those of Jinja2: `**`, then `*`, `/`, `//` and `%`, then `~`, then `+` and `-`.
 
@@ -16,6 +16,9 @@ use std::ops::Range;
 pub(super) const MODULO: &str = "__modulo__";
 /// The function that returns its argument if the text or list that it holds is not too large.
 pub(super) const LIMITED: &str = "__limited__";
+
+/// The function that returns its argument if it can be an attribute of a namespace.
+pub(super) const ATTRIBUTE: &str = "__attribute__";
 
 /// The maximal depth of nested brackets, which is more than minijinja allows.
 const MAX_DEPTH: usize = 160;
@@ -87,19 +90,12 @@ fn expression_tag(tag: &str, close: &str, out: &mut String) -> Option<usize> {
     let mut writer = Writer { text: tag, tokens: &tokens, next: 0, end: start, depth: 0 };
     out.push_str(&tag[..start]);
     if close == "%}" {
-        match writer.peek() {
-            Some("generation") => writer.replace("with", out),
-            Some("endgeneration") => writer.replace("endwith", out),
-            Some("set") if writer.sets_attribute() => writer.assign(out)?,
-            _ => writer.copy(out),
-        }
+        writer.statement(out)?;
     }
     while writer.next < tokens.len() {
         writer.expressions(out)?;
         // A closing bracket without an opening one, which minijinja reports.
-        if writer.next < tokens.len() {
-            writer.copy(out);
-        }
+        writer.copy(out);
     }
     out.push_str(&tag[writer.end..end]);
     Some(end)
@@ -211,37 +207,52 @@ impl<'a> Writer<'a> {
         })
     }
 
-    /// Whether the tag assigns a value to an attribute of a namespace.
-    fn sets_attribute(&self) -> bool {
-        let token = |range: &Range<usize>| &self.text[range.clone()];
-        let sign = self.tokens.iter().position(|range| token(range) == "=");
-        sign.is_some_and(|sign| self.tokens[..sign].iter().any(|range| token(range) == "."))
-    }
-
-    /// Writes the assignment to an attribute of a namespace, whose value outlives the loop that it is in.
-    fn assign(&mut self, out: &mut String) -> Option<()> {
-        while self.peek()? != "=" {
+    /// Writes the keyword of a statement with the names that it defines, and the value of an assignment.
+    fn statement(&mut self, out: &mut String) -> Option<()> {
+        let end = match self.peek() {
+            Some("generation") => return Some(self.replace("with", out)),
+            Some("endgeneration") => return Some(self.replace("endwith", out)),
+            Some("for") => Some("in"),
+            Some("set") => Some("="),
+            // What follows is a name or a call, and nothing else may be in its place.
+            Some("macro" | "call" | "filter" | "do") => None,
+            _ => return Some(self.copy(out)),
+        };
+        while self.peek().is_some_and(|token| Some(token) != end) {
             self.copy(out);
         }
-        self.copy(out);
-        out.push_str(&format!(" {LIMITED}(("));
-        self.expressions(out)?;
-        out.push_str("))");
+        if end == Some("=") && self.peek() == end {
+            let token = |range: &Range<usize>| &self.text[range.clone()];
+            let of_namespace = self.tokens[..self.next].iter().any(|range| token(range) == ".");
+            self.copy(out);
+            let mut value = String::new();
+            // A tuple need not have brackets.
+            match (self.expressions(&mut value)?, of_namespace) {
+                (_, true) => out.push_str(&format!(" {ATTRIBUTE}(({value}))")),
+                (true, false) => out.push_str(&format!(" {LIMITED}(({value}))")),
+                (false, false) => out.push_str(&value),
+            }
+        }
         Some(())
     }
 
-    /// Writes expressions and what separates them, up to a closing bracket or the end of the tag.
-    fn expressions(&mut self, out: &mut String) -> Option<()> {
+    /// Writes expressions and what separates them, up to a closing bracket or the end of the tag. Returns whether a comma or
+    /// a colon separates some of them.
+    fn expressions(&mut self, out: &mut String) -> Option<bool> {
+        let mut separated = false;
         while let Some(token) = self.peek() {
             match token {
                 ")" | "]" | "}" => break,
                 // A sign, unless it is the `*` or `**` of an argument list.
                 "-" | "+" => self.binary(0, out)?,
                 _ if self.at_operand() => self.binary(0, out)?,
-                _ => self.copy(out),
+                _ => {
+                    separated |= [",", ":"].contains(&token);
+                    self.copy(out);
+                }
             }
         }
-        Some(())
+        Some(separated)
     }
 
     /// Writes operands that are connected by the operators of a level or of stronger ones.
@@ -277,34 +288,41 @@ impl<'a> Writer<'a> {
 
     /// Writes an operand with its signs, subscripts, calls, filters and tests.
     fn unary(&mut self, out: &mut String) -> Option<()> {
+        let mut operand = String::new();
         while matches!(self.peek(), Some("-" | "+")) {
-            self.copy(out);
+            self.copy(&mut operand);
         }
-        self.primary(out)?;
+        let mut is_new = self.primary(&mut operand)?;
         loop {
             match self.peek() {
                 Some("|") => {
-                    self.copy(out);
-                    self.name(out);
+                    self.copy(&mut operand);
+                    self.name(&mut operand);
+                    is_new = true;
                 }
                 Some("is") => {
-                    self.copy(out);
+                    self.copy(&mut operand);
                     if self.peek() == Some("not") {
-                        self.copy(out);
+                        self.copy(&mut operand);
                     }
-                    self.name(out);
+                    self.name(&mut operand);
                     // The argument of a test, as in `is divisibleby 3`.
                     if self.at_operand() && self.peek() != Some("(") {
-                        self.primary(out)?;
+                        self.primary(&mut operand)?;
                     }
                 }
-                _ => return Some(()),
+                _ => break,
             }
             // The arguments of a filter or test.
             if self.peek() == Some("(") {
-                self.brackets(out)?;
+                self.brackets(&mut operand)?;
             }
         }
+        match is_new {
+            true => out.push_str(&format!(" {LIMITED}({operand})")),
+            false => out.push_str(&operand),
+        }
+        Some(())
     }
 
     /// Writes the name of a filter or test, which may have dots.
@@ -316,10 +334,17 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Writes a name, a constant or an expression in brackets, with its subscripts and calls.
-    fn primary(&mut self, out: &mut String) -> Option<()> {
-        match self.peek()? {
-            "(" | "[" | "{" => self.brackets(out)?,
+    /// Writes a name, a constant or an expression in brackets, with its subscripts and calls. Returns whether its value is a
+    /// new one: a list, dictionary or tuple, a slice, or the result of a call.
+    fn primary(&mut self, out: &mut String) -> Option<bool> {
+        // These calls write their result, unless they are arguments.
+        let writes = matches!(self.peek(), Some("loop" | "super"));
+        let mut is_new = match self.peek()? {
+            "(" => self.brackets(out)?,
+            "[" | "{" => {
+                self.brackets(out)?;
+                true
+            }
             token => {
                 let string = token.starts_with(['\'', '"']);
                 self.copy(out);
@@ -327,31 +352,36 @@ impl<'a> Writer<'a> {
                 while string && self.peek().is_some_and(|next| next.starts_with(['\'', '"'])) {
                     self.copy(out);
                 }
+                false
             }
-        }
+        };
         loop {
             match self.peek() {
                 Some(".") => {
                     self.copy(out);
                     self.copy(out);
                 }
-                Some("(" | "[") => self.brackets(out)?,
-                _ => return Some(()),
+                Some("[") => is_new |= self.brackets(out)?,
+                Some("(") => {
+                    self.brackets(out)?;
+                    is_new |= !writes;
+                }
+                _ => return Some(is_new),
             }
         }
     }
 
-    /// Writes brackets and what is between them.
-    fn brackets(&mut self, out: &mut String) -> Option<()> {
+    /// Writes brackets and what is between them. Returns whether it has a comma or a colon.
+    fn brackets(&mut self, out: &mut String) -> Option<bool> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {
             return None;
         }
         self.copy(out);
-        self.expressions(out)?;
+        let separated = self.expressions(out)?;
         self.copy(out);
         self.depth -= 1;
-        Some(())
+        Some(separated)
     }
 }
 
@@ -361,7 +391,8 @@ mod tests {
 
     /// The rewritten template with short names of the functions.
     fn short(template: &str) -> String {
-        rewrite(template).replace(&format!(" {MODULO}"), "mod").replace(&format!(" {LIMITED}"), "lim")
+        let names = [(MODULO, "mod"), (LIMITED, "lim"), (ATTRIBUTE, "attr")];
+        names.iter().fold(rewrite(template), |text, (name, short)| text.replace(&format!(" {name}"), short))
     }
 
     #[test]
@@ -372,14 +403,18 @@ mod tests {
             ("{{ a * b % c }}", "{{lim(mod( a * b , c)) }}"),
             ("{{- a + -b -}}", "{{-lim( a + -b) -}}"),
             ("{{ a ~ b + c }}", "{{lim(lim( a ~ b) + c) }}"),
-            ("{{ '%d' % (x|length + 1) }}", "{{mod( '%d' , (lim(x|length + 1))) }}"),
-            ("{{ -a ** 2 - b.c[1:] / d(e=f) }}", "{{ -a ** 2 - b.c[1:] / d(e=f) }}"),
+            ("{{ '%d' % (n + 1) }}", "{{mod( '%d' , (lim(n + 1))) }}"),
+            ("{{ -a ** 2 - b.c[1:] / d['e'] }}", "{{ -a ** 2 -lim( b.c[1:]) / d['e'] }}"),
             ("{% if (i % 2 == 0) != (x is not none) %}", "{% if (mod(i , 2) == 0) != (x is not none) %}"),
-            ("{% set x = 'a' 'b' ~ {'k': [1]}['k'] -%}", "{% set x =lim( 'a' 'b' ~ {'k': [1]}['k']) -%}"),
-            ("{% set ns.x = 1, a %}", "{% set ns.x =lim(( 1, a)) %}"),
+            ("{% set x = 'a' 'b' ~ {'k': y}['k'] -%}", "{% set x =lim( 'a' 'b' ~lim( {'k': y}['k'])) -%}"),
             ("{% set ns.x %}{{ a % b }}{% endset %}", "{% set ns.x %}{{mod( a , b) }}{% endset %}"),
-            ("{% set a, ns.b = c + d, e %}", "{% set a, ns.b =lim((lim( c + d), e)) %}"),
-            ("{{ f(*a, **b) is divisibleby 3 }}", "{{ f(*a, **b) is divisibleby 3 }}"),
+            ("{% set ns.a = b %}", "{% set ns.a =attr(( b)) %}"),
+            ("{% set a, b = c, d %}", "{% set a, b =lim(( c, d)) %}"),
+            ("{% set (a, b) = (c, d) %}", "{% set (a, b) =lim( (c, d)) %}"),
+            ("{% for (a, b) in c.items() if d %}", "{% for (a, b) inlim( c.items()) if d %}"),
+            ("{% macro m(a, b=[]) %}{% call(x) m(a) %}", "{% macro m(a, b=[]) %}{% call(x) m(a) %}"),
+            ("{{ f(*a, **b) is divisibleby 3 }}", "{{lim( f(*a, **b) is divisibleby 3) }}"),
+            ("{{ loop(a|list) }}", "{{ loop(lim(a|list)) }}"),
             ("{{ a if b + c else d }}", "{{ a iflim( b + c) else d }}"),
         ] {
             assert_eq!(short(template), expected, "{template}");

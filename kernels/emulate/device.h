@@ -28,11 +28,12 @@ struct Index {
     uint32_t x, y, z;
 };
 
+// __thread instead of thread_local: without a check for an initialiser at every access.
 // The position of the running thread, and the number of the seeded fault that is switched on (0: none).
-extern thread_local Index thread, block, block_size, grid_size;
-extern thread_local int fault;
+extern __thread Index thread, block, block_size, grid_size;
+extern __thread int fault;
 // Metal's function constants of the running kernel: bit set of its buffers, features, rows.
-extern thread_local uint32_t present, features, rows;
+extern __thread uint32_t present, features, rows;
 
 struct LaneCall;
 using Lanes = LaneCall *const (&)[32];

@@ -18,13 +18,14 @@
 
 namespace emulate {
 
-thread_local Index thread, block, block_size, grid_size;
-thread_local int fault;
-thread_local uint32_t present, features, rows;
+__thread Index thread, block, block_size, grid_size;
+__thread int fault;
+__thread uint32_t present, features, rows;
 
 namespace {
 
-constexpr size_t STACK = 128 << 10, SHARED = 256 << 10;
+// Stacks are no power of two apart: the tops of all of them would share a few sets of the processor's caches.
+constexpr size_t STACK = (128 << 10) + 5 * 64, SHARED = 256 << 10;
 constexpr uint8_t POISON = 0xff;
 
 // The saved state with which a fiber, or the scheduler, continues.
@@ -155,7 +156,7 @@ struct Machine {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        return uint32_t((random >> 20) % bound);
+        return uint32_t((random >> 32) * bound >> 32);
     }
 };
 thread_local Machine machine;
@@ -170,11 +171,10 @@ void start() {
     std::abort();
 }
 
-// The n-th set bit.
-uint32_t bit(uint32_t mask, uint32_t n) {
-    for (; n > 0; n--)
-        mask &= mask - 1;
-    return uint32_t(__builtin_ctz(mask));
+// The first set bit at or after `from`, cyclically.
+uint32_t next_bit(uint32_t mask, uint32_t from) {
+    uint32_t rotated = mask >> from | mask << (-from & 31);
+    return (from + uint32_t(__builtin_ctz(rotated))) & 31;
 }
 
 void complete_copies(Fiber &f, uint32_t groups) {
@@ -227,7 +227,7 @@ void run_block(bool keep_warp) {
                       async_proxy::waiting();
             break;
         }
-        uint32_t lane = bit(runnable, m.random_below(uint32_t(__builtin_popcount(runnable))));
+        uint32_t lane = next_bit(runnable, m.random_below(32));
         runnable &= ~(1u << lane);
         m.current = warp * 32 + lane;
         thread = m.fibers[m.current].thread;

@@ -228,6 +228,11 @@ where
     }
 }
 
+// Boxed, so that the operator is compiled once for each number of arguments and not for each backward pass.
+type Backward1 = Box<dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + Send + Sync>;
+type Backward2 = Box<dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<[Tensor; 2]> + Send + Sync>;
+type Backward3 = Box<dyn Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Tensor; 3]> + Send + Sync>;
+
 /// `result` as a function of `a`; `backward(a, result, grad)` gives the gradient of `a`.
 pub(crate) fn attach1(
     name: &'static str,
@@ -235,6 +240,7 @@ pub(crate) fn attach1(
     result: impl Into<Finished>,
     backward: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
+    let backward: Backward1 = Box::new(backward);
     a.apply_op1(Attached::new(name, result, backward))
 }
 
@@ -246,6 +252,7 @@ pub(crate) fn attach2(
     result: impl Into<Finished>,
     backward: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<[Tensor; 2]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
+    let backward: Backward2 = Box::new(backward);
     a.apply_op2(b, Attached::new(name, result, backward))
 }
 
@@ -256,5 +263,6 @@ pub(crate) fn attach3(
     result: impl Into<Finished>,
     backward: impl Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Tensor; 3]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
+    let backward: Backward3 = Box::new(backward);
     a.apply_op3(b, c, Attached::new(name, result, backward))
 }

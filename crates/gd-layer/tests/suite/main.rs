@@ -5,6 +5,7 @@
 mod decoding;
 mod layer;
 mod layers;
+mod mechanisms;
 mod packed;
 mod rms_norm;
 mod rotary;

@@ -79,7 +79,9 @@ impl MechanismAttention {
         mechanism.validate_in_layer(&sizes(cfg))?;
         if cfg.beacon.as_ref().is_some_and(|beacon| beacon.prior) {
             let name = mechanism.name();
-            candle_core::bail!("beacon.prior is read by softmax and gd layers only: set it to false for {name}");
+            candle_core::bail!(
+                "beacon.prior is read by softmax and gd layers only: set it to false for {name}"
+            );
         }
         Ok(())
     }
@@ -137,7 +139,8 @@ fn visible_keys(mask: &Mask, [b, n, m]: [usize; 3], device: &Device) -> Result<T
         Tensor::from_vec(ranges.iter().map(f).collect::<Vec<_>>(), (b, 1, n, 1), device)
     };
     let keys = Tensor::arange(0u32, m as u32, device)?.reshape((1, 1, 1, m))?;
-    keys.broadcast_ge(&column(|range| range.start as u32)?)? * keys.broadcast_lt(&column(|range| range.end as u32)?)?
+    keys.broadcast_ge(&column(|range| range.start as u32)?)?
+        * keys.broadcast_lt(&column(|range| range.end as u32)?)?
 }
 
 /// The positions of queries `[B, N]` and keys `[B, M]` in their packed sequence, i64.

@@ -46,7 +46,11 @@ impl Definition for Luong {
     };
 
     fn computation(&self) -> Computation<'_> {
-        Computation::Stages(Stages { score: Box::new(self.kind), aggregate: Box::new(Keys), ..Stages::default() })
+        Computation::Stages(Stages {
+            score: Box::new(self.kind),
+            aggregate: Box::new(Keys),
+            ..Stages::default()
+        })
     }
 }
 
@@ -117,7 +121,11 @@ impl Definition for Pointer {
 
     fn computation(&self) -> Computation<'_> {
         let score = Additive { query: ("dec", "W2"), key: ("e", "W1") };
-        Computation::Stages(Stages { score: Box::new(score), aggregate: Box::new(Weights), ..Stages::default() })
+        Computation::Stages(Stages {
+            score: Box::new(score),
+            aggregate: Box::new(Weights),
+            ..Stages::default()
+        })
     }
 }
 

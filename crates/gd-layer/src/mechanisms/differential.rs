@@ -4,7 +4,7 @@ use candle_core::{D, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info, Named, Sizes, Weight};
-use super::dot::{dot, grouped_matmul};
+use super::dot::{grouped_matmul, scaled_dot};
 use super::rows::softmax;
 use super::stages::{Aggregate, Computation, Normalise, Normalised, Run, Score, Stages};
 
@@ -65,7 +65,11 @@ impl Definition for Differential {
 
     fn validate(&self) -> Result<()> {
         if !(self.eps > 0.0 && self.lambda_init().is_finite()) {
-            candle_core::bail!("eps {} and lambda_init {:?}: an eps above 0 expected", self.eps, self.lambda_init);
+            candle_core::bail!(
+                "eps {} and lambda_init {:?}: an eps above 0 expected",
+                self.eps,
+                self.lambda_init
+            );
         }
         Ok(())
     }
@@ -77,7 +81,9 @@ impl Definition for Differential {
     fn validate_in_layer(&self, sizes: &Sizes) -> Result<()> {
         let Sizes { heads, key_value_heads, .. } = *sizes;
         if heads % 2 != 0 || key_value_heads % 2 != 0 {
-            candle_core::bail!("{heads} heads and {key_value_heads} key-value heads: even numbers expected, two for each map");
+            candle_core::bail!(
+                "{heads} heads and {key_value_heads} key-value heads: even numbers expected, two for each map"
+            );
         }
         Ok(())
     }
@@ -100,10 +106,8 @@ impl Score for PairedDot {
 
     fn score(&self, run: &mut Run) -> Result<Tensor> {
         let (q, k) = (run.inputs.get("q")?, run.inputs.get("k")?);
-        let scale = (q.dim(D::Minus1)? as f64).sqrt().recip();
-        let q = (pairs("q", q)? * scale)?;
-        let k = pairs("k", k)?;
-        let map = |i| dot(&q.narrow(2, i, 1)?.squeeze(2)?, &k.narrow(2, i, 1)?.squeeze(2)?);
+        let (q, k) = (pairs("q", q)?, pairs("k", k)?);
+        let map = |i| scaled_dot(&q.narrow(2, i, 1)?.squeeze(2)?, &k.narrow(2, i, 1)?.squeeze(2)?);
         Tensor::stack(&[map(0)?, map(1)?], 1)
     }
 }

@@ -16,6 +16,12 @@ pub(super) fn grouped_matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     a.matmul(&b.contiguous()?)?.reshape((batch, h, n, y))
 }
 
+/// `q k^T / sqrt(D)` of queries `[B, H, N, D]` and keys `[B, Hk, M, D]`: `[B, H, N, M]`. The scale is applied after the
+/// product, so that equal dot products stay equal.
+pub(super) fn scaled_dot(q: &Tensor, k: &Tensor) -> Result<Tensor> {
+    dot(q, k)? * (q.dim(D::Minus1)? as f64).sqrt().recip()
+}
+
 /// The dot products of queries `[B, H, N, D]` and keys `[B, Hk, M, D]`: `[B, H, N, M]`.
 pub(super) fn dot(q: &Tensor, k: &Tensor) -> Result<Tensor> {
     if q.dim(D::Minus1)? != k.dim(D::Minus1)? {
@@ -33,9 +39,7 @@ impl Score for ScaledDot {
     }
 
     fn score(&self, run: &mut Run) -> Result<Tensor> {
-        let (q, k) = (run.inputs.get("q")?, run.inputs.get("k")?);
-        let scale = (q.dim(D::Minus1)? as f64).sqrt().recip();
-        dot(&(q * scale)?, k)
+        scaled_dot(run.inputs.get("q")?, run.inputs.get("k")?)
     }
 }
 

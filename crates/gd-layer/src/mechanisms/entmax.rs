@@ -144,7 +144,8 @@ pub fn entmax(scores: &Tensor, set: &Tensor, alpha: &Tensor) -> Result<EntmaxRow
     let carrier = (&s * z.broadcast_sub(&mean)?)?;
     let p_log_p = (&p * &log_p)?;
     let shift = ratio.broadcast_mul(&p_log_p.sum_keepdim(D::Minus1)?)?;
-    let by_alpha = ((&p - &ratio)?.broadcast_div(&power.sqr()?)? - (p_log_p - shift)?.broadcast_div(&power)?)?;
+    let by_alpha =
+        ((&p - &ratio)?.broadcast_div(&power.sqr()?)? - (p_log_p - shift)?.broadcast_div(&power)?)?;
     let carrier = (carrier + by_alpha.broadcast_mul(alpha)?)?;
     let offset = row_max(scores, set)?.broadcast_mul(&power)?;
     Ok(EntmaxRows { weights: straight_through(&p, &carrier)?, threshold: tau.broadcast_add(&offset)? })

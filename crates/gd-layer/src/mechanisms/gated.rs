@@ -42,7 +42,11 @@ impl Aggregate for GatedValues {
         let (b, h, n, dv) = o.dims4()?;
         let gates = wg.dim(1)?;
         if gates != h && gates != h * dv {
-            candle_core::bail!("Wg {:?}: {h} columns (headwise) or {} (elementwise) expected", wg.dims(), h * dv);
+            candle_core::bail!(
+                "Wg {:?}: {h} columns (headwise) or {} (elementwise) expected",
+                wg.dims(),
+                h * dv
+            );
         }
         let gate = sigmoid(&x?.broadcast_matmul(wg)?)?.reshape((b, n, h, gates / h))?;
         let o = o.transpose(1, 2)?.broadcast_mul(&gate)?;

@@ -39,7 +39,10 @@ impl Definition for Sink {
     };
 
     fn computation(&self) -> Computation<'_> {
-        Computation::Stages(Stages { normalise: Box::new(NullLogit { learned: Some("t") }), ..Stages::default() })
+        Computation::Stages(Stages {
+            normalise: Box::new(NullLogit { learned: Some("t") }),
+            ..Stages::default()
+        })
     }
 
     fn weights(&self, sizes: &Sizes) -> Vec<Weight> {
@@ -55,7 +58,11 @@ struct NullLogit {
 
 impl Normalise for NullLogit {
     fn name(&self) -> &'static str {
-        if self.learned.is_some() { "softmax with a learned null logit" } else { "softmax with a null logit of 0" }
+        if self.learned.is_some() {
+            "softmax with a learned null logit"
+        } else {
+            "softmax with a null logit of 0"
+        }
     }
 
     fn normalise(&self, scores: &Tensor, support: &Tensor, run: &mut Run) -> Result<Normalised> {

@@ -55,12 +55,7 @@ impl Definition for Patterns {
         formula: "softmax(q k^T / sqrt(D)) v over the keys of a pattern",
         source: "Child et al. 2019; Beltagy et al. 2020; Zaheer et al. 2020",
         inputs: QKV,
-        constants: &[
-            ("mask", "[N,M]"),
-            POSITIONS[0],
-            POSITIONS[1],
-            ("rand_blocks", "bigbird [blocks,R]"),
-        ],
+        constants: &[("mask", "[N,M]"), POSITIONS[0], POSITIONS[1], ("rand_blocks", "bigbird [blocks,R]")],
         parameters: &[
             ("pattern", "strided, fixed, longformer or bigbird"),
             ("l", "stride of strided, block length of fixed"),
@@ -88,7 +83,9 @@ impl Definition for Patterns {
 
     fn validate_in_layer(&self, _sizes: &Sizes) -> Result<()> {
         if self.pattern == Pattern::Bigbird {
-            candle_core::bail!("the pattern bigbird needs random blocks as an input, and its last block depends on the length");
+            candle_core::bail!(
+                "the pattern bigbird needs random blocks as an input, and its last block depends on the length"
+            );
         }
         Ok(())
     }

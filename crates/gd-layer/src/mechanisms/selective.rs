@@ -49,7 +49,9 @@ impl Warp for SubtractMasked {
         let (b, _, n, m) = scores.dims4()?;
         let past = run.inputs.optional(PAST).cloned();
         if n != m && past.is_none() {
-            candle_core::bail!("selective attention of {n} queries and {m} keys needs what earlier queries masked");
+            candle_core::bail!(
+                "selective attention of {n} queries and {m} keys needs what earlier queries masked"
+            );
         }
         let (query, key) = positions(scores, run)?;
         let earlier = both(&key.broadcast_lt(&query)?, &key.gt(&key.zeros_like()?)?)?;

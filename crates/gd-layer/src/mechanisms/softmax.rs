@@ -1,11 +1,11 @@
 //! Softmax attention (Vaswani et al., arXiv 1706.03762), with grouped-query attention (Ainslie et al., arXiv
 //! 2305.13245) and the rotary embedding of RoFormer (Su et al., arXiv 2104.09864).
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::definition::{Definition, Info, QKV};
-use super::dot::dot;
+use super::dot::scaled_dot;
 use super::rows;
 use super::stages::{Computation, Normalise, Normalised, Run, Score, Stages};
 
@@ -34,7 +34,10 @@ impl Definition for Softmax {
     };
 
     fn computation(&self) -> Computation<'_> {
-        Computation::Stages(Stages { score: Box::new(RotaryDot { base: self.rope_base }), ..Stages::default() })
+        Computation::Stages(Stages {
+            score: Box::new(RotaryDot { base: self.rope_base }),
+            ..Stages::default()
+        })
     }
 }
 
@@ -51,13 +54,12 @@ impl Score for RotaryDot {
 
     fn score(&self, run: &mut Run) -> Result<Tensor> {
         let (q, k) = (run.inputs.get("q")?, run.inputs.get("k")?);
-        let scale = (q.dim(D::Minus1)? as f64).sqrt().recip();
-        let Some(positions) = run.inputs.optional("pos_q") else { return dot(&(q * scale)?, k) };
+        let Some(positions) = run.inputs.optional("pos_q") else { return scaled_dot(q, k) };
         let q = rotate(q, positions, self.base)?;
         let k = rotate(k, run.inputs.get("pos_k")?, self.base)?;
         run.outputs.insert("q_rot", q.clone());
         run.outputs.insert("k_rot", k.clone());
-        dot(&(q * scale)?, &k)
+        scaled_dot(&q, &k)
     }
 }
 

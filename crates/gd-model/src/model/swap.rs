@@ -81,7 +81,8 @@ impl Layers {
 /// Removes the learned parameters of the mechanism of layers, because the new layers start with the scores of softmax
 /// attention.
 pub(crate) fn remove_scores(tensors: &mut BTreeMap<String, Tensor>, layers: &[usize]) {
-    let of_layer = |i: &usize| ["gd", "mechanism"].map(|block| format!("model.layers.{i}.self_attn.{block}."));
+    let of_layer =
+        |i: &usize| ["gd", "mechanism"].map(|block| format!("model.layers.{i}.self_attn.{block}."));
     let learned: Vec<_> = layers.iter().flat_map(of_layer).collect();
     tensors.retain(|name, _| !learned.iter().any(|start| name.starts_with(start)));
 }

@@ -2,6 +2,7 @@
 //!
 //! `cargo test -p gd-model --test suite checkpoint::` runs the tests of one module.
 
+mod chat_template;
 mod checkpoint;
 mod config;
 mod data;
@@ -19,4 +20,5 @@ mod prepared;
 mod recomputation;
 mod selective_prediction;
 mod smollm2;
+mod stream;
 mod tokenizer;

@@ -85,7 +85,8 @@ fn table(measurements: &[Measurement]) -> Table {
     let header = ["mechanism", "X", "C", "AUROC far", "AUROC mix", "G", "J", "R", "Y", "Y 95 %", "one value"];
     let mut table = plain_table(TERMINAL, &header);
     for m in measurements {
-        let number = |x: f64| format!("{x:.3}");
+        // Without the sign of a rounded zero.
+        let number = |x: f64| format!("{:.3}", if x.abs() < 5e-4 { 0.0 } else { x });
         let mut row = vec![m.name.to_owned(), number(m.selectivity.x.mean), number(m.selectivity.c.mean)];
         match &m.consistency {
             Some(Graded { auroc_far, auroc_mix, g, j, r, y, colour_one_value, .. }) => {

@@ -41,7 +41,10 @@ fn gradients_are_those_of_finite_differences() -> Result<()> {
             };
             let difference = (at(STEP)? - at(-STEP)?) / (2.0 * STEP);
             let what = format!("{:?}, masked {masked}: d{name}", subject.mechanism);
-            assert!((slope - difference).abs() < 1e-6 * slope.abs().max(1.0), "{what} {slope}, not {difference}");
+            assert!(
+                (slope - difference).abs() < 1e-6 * slope.abs().max(1.0),
+                "{what} {slope}, not {difference}"
+            );
             compared += 1;
         }
     }
@@ -86,7 +89,11 @@ fn a_query_without_keys_has_no_gradient() -> Result<()> {
         let gradient = gradients.get(&var).expect("a gradient");
         let of_row = gradient.narrow(candle_core::D::Minus2, 0, 1)?.abs()?.sum_all()?.to_scalar::<f64>()?;
         let of_all = gradient.abs()?.sum_all()?.to_scalar::<f64>()?;
-        assert!(of_row == 0.0 && of_all.is_finite() && of_all > 0.0, "{:?}: {of_row} of {of_all}", subject.mechanism);
+        assert!(
+            of_row == 0.0 && of_all.is_finite() && of_all > 0.0,
+            "{:?}: {of_row} of {of_all}",
+            subject.mechanism
+        );
     }
     Ok(())
 }

@@ -6,7 +6,9 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use gd_kernels::Mask;
 use gd_layer::mechanisms::{AttentionMechanism, TABLE};
-use gd_layer::{Attention, AttentionConfig, BeaconConfig, LayerCache, MechanismAttention, Pass, RopeScaling, Rotary};
+use gd_layer::{
+    Attention, AttentionConfig, BeaconConfig, LayerCache, MechanismAttention, Pass, RopeScaling, Rotary,
+};
 use serde_json::{Value, json};
 
 use super::problem::{difference, mechanism};

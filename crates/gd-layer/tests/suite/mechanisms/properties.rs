@@ -75,7 +75,9 @@ fn check_permutation(subject: &Subject, sizes: &Sizes, seed: u64) -> Result<()> 
     order.sort_by_cached_key(|_| (numbers.next() * 1e6) as i64);
     let order = Tensor::new(order, &candle_core::Device::Cpu)?;
     let mut permuted = inputs.clone();
-    for (tensor, dim) in [("k", D::Minus2), ("e", D::Minus2), ("v", D::Minus2), ("mask", D::Minus1), ("noise", D::Minus1)] {
+    for (tensor, dim) in
+        [("k", D::Minus2), ("e", D::Minus2), ("v", D::Minus2), ("mask", D::Minus1), ("noise", D::Minus1)]
+    {
         if let Some(t) = inputs.optional(tensor) {
             permuted.insert(tensor, t.contiguous()?.index_select(&order, dim)?);
         }
@@ -97,7 +99,8 @@ fn check_shift(subject: &Subject, sizes: &Sizes, seed: u64) -> Result<()> {
     let keys = inputs.get(subject.keys())?;
     let shift = Numbers(seed + 2).tensor(&[keys.dim(D::Minus1)?], 3.0, DType::F64)?;
     let shifted = inputs.clone().with(subject.keys(), &keys.broadcast_add(&shift)?);
-    let moved = difference(subject.attend(&inputs)?.get("weights")?, subject.attend(&shifted)?.get("weights")?)?;
+    let moved =
+        difference(subject.attend(&inputs)?.get("weights")?, subject.attend(&shifted)?.get("weights")?)?;
     assert!(moved < 1e-9, "{}: weights differ by {moved} after a shift", subject.name());
     Ok(())
 }
@@ -234,7 +237,10 @@ fn scores_of_any_size_have_finite_weights() -> Result<()> {
             let query = if subject.name() == "pointer" { "dec" } else { "q" };
             let inputs = inputs.clone().with(query, &(inputs.get(query)? * 1e4)?);
             let outputs = subject.attend(&inputs)?;
-            let finite = values(outputs.get("weights")?)?.iter().chain(&values(outputs.get("out")?)?).all(|w| w.is_finite());
+            let finite = values(outputs.get("weights")?)?
+                .iter()
+                .chain(&values(outputs.get("out")?)?)
+                .all(|w| w.is_finite());
             assert!(finite, "{} in {dtype:?}", subject.name());
         }
     }
@@ -278,10 +284,12 @@ fn a_configuration_has_the_parameters_of_the_table_and_no_others() -> Result<()>
         keys.sort_unstable();
         parameters.sort_unstable();
         assert_eq!(keys, parameters, "{name}");
-        let error = serde_json::from_value::<AttentionMechanism>(json!({ "name": name, "colour": 1 })).unwrap_err();
+        let error =
+            serde_json::from_value::<AttentionMechanism>(json!({ "name": name, "colour": 1 })).unwrap_err();
         assert!(error.to_string().contains("colour"), "{name}: {error}");
     }
-    let error = serde_json::from_value::<AttentionMechanism>(json!({"name": "softmaxx"})).unwrap_err().to_string();
+    let error =
+        serde_json::from_value::<AttentionMechanism>(json!({"name": "softmaxx"})).unwrap_err().to_string();
     assert!(error.contains("softmaxx") && error.contains("sparsemax"), "{error}");
     Ok(())
 }
@@ -289,7 +297,8 @@ fn a_configuration_has_the_parameters_of_the_table_and_no_others() -> Result<()>
 #[test]
 fn bad_parameters_and_tensors_are_errors_that_name_them() -> Result<()> {
     let sizes = Sizes { heads: 2, key_value_heads: 1, queries: 3, keys: 3 };
-    let subject = |config: Value| Subject { mechanism: mechanism(config), equivariant: false, shift_invariant: false };
+    let subject =
+        |config: Value| Subject { mechanism: mechanism(config), equivariant: false, shift_invariant: false };
     let softmax = subject(json!({"name": "softmax"}));
     let inputs = softmax.problem(&sizes, false, 5, DType::F64)?;
     for (config, part) in [

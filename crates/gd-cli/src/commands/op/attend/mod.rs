@@ -20,7 +20,8 @@ pub(super) fn run(args: &AttendArgs, ctx: &Context) -> Result<()> {
     if args.list {
         return list(ctx);
     }
-    let required = |flag: &str, value: &Option<_>| value.clone().ok_or_else(|| usage(format!("--{flag} is missing")));
+    let required =
+        |flag: &str, value: &Option<_>| value.clone().ok_or_else(|| usage(format!("--{flag} is missing")));
     let (input, output) = (required("in", &args.input)?, required("out", &args.output)?);
     let mechanism = args.mechanism.as_deref().ok_or_else(|| usage("--mechanism is missing"))?;
     let tensors = safetensors::load(&input, &ctx.device)?;
@@ -34,7 +35,13 @@ pub(super) fn run(args: &AttendArgs, ctx: &Context) -> Result<()> {
 ///
 /// # Errors
 /// As [`Case::read`] and [`Case::run`].
-pub fn attend(mechanism: &str, case: &str, tensors: &Tensors, file: &Value, backward: bool) -> Result<Tensors> {
+pub fn attend(
+    mechanism: &str,
+    case: &str,
+    tensors: &Tensors,
+    file: &Value,
+    backward: bool,
+) -> Result<Tensors> {
     let read = Case::read(mechanism, case, tensors, file)?;
     if case == rows::ROWS { rows::run(&read, tensors) } else { read.run(backward) }
 }
@@ -48,9 +55,12 @@ fn report(mechanism: &str, path: &Path, results: &Tensors, ctx: &Context) -> Res
     if ctx.json {
         let tensors: Map<String, Value> = results
             .iter()
-            .map(|(name, t)| (name.clone(), json!({ "shape": t.dims(), "dtype": format!("{:?}", t.dtype()) })))
+            .map(|(name, t)| {
+                (name.clone(), json!({ "shape": t.dims(), "dtype": format!("{:?}", t.dtype()) }))
+            })
             .collect();
-        return ctx.print(json!({ "operator": "attend", "mechanism": mechanism, "out": path, "tensors": tensors }));
+        return ctx
+            .print(json!({ "operator": "attend", "mechanism": mechanism, "out": path, "tensors": tensors }));
     }
     let names: Vec<&str> = results.keys().map(String::as_str).collect();
     ctx.print(format_args!("attend with {mechanism}: wrote {} to {}", names.join(", "), path.display()))
@@ -58,7 +68,8 @@ fn report(mechanism: &str, path: &Path, results: &Tensors, ctx: &Context) -> Res
 
 /// Prints every mechanism.
 fn list(ctx: &Context) -> Result<()> {
-    let stages = |name: &str| AttentionMechanism::named(name).map(|m| m.computation().to_string()).unwrap_or_default();
+    let stages =
+        |name: &str| AttentionMechanism::named(name).map(|m| m.computation().to_string()).unwrap_or_default();
     if ctx.json {
         let all: Vec<Value> = TABLE
             .iter()

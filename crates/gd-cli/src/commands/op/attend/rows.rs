@@ -30,7 +30,8 @@ pub(super) fn run(case: &Case, tensors: &Tensors) -> Result<Tensors> {
         }
         AttentionMechanism::Entmax(_) => {
             for alpha in case.suffixes("rows.p.") {
-                let value = alpha.parse().with_context(|| format!("the name rows.p.{alpha} ends with no number"))?;
+                let value =
+                    alpha.parse().with_context(|| format!("the name rows.p.{alpha} ends with no number"))?;
                 let rows = EntmaxCase::new(z, value)?;
                 insert(&format!("p.{alpha}"), rows.result.weights.clone());
                 insert(&format!("tau.{alpha}"), rows.result.threshold.squeeze(1)?);

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use comfy_table::Table;
-use gd_model::analysis::mechanism_map::{ENTRIES, Graded, Interval, Measurement, Settings, entries_named, measure};
+use gd_model::analysis::mechanism_map::{
+    ENTRIES, Graded, Interval, Measurement, Settings, entries_named, measure,
+};
 use serde_json::{Map, Value, json};
 
 use crate::context::{Context, usage};

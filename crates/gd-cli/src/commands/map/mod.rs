@@ -23,7 +23,7 @@ use crate::render::table::{TERMINAL, plain_table};
                   task: detection of queries that belong to no key by the confidence, abstention on them, and the order of \
                   all answers by confidence. Intervals are 95 % bootstrap intervals; differences count only where they do \
                   not overlap. Points are colored by the share of outputs that are a single value row.\n\n\
-                  Everything is computed on the CPU. All mechanisms take about 15 minutes on 2 cores.\n\n\
+                  Everything is computed on the CPU; all mechanisms take several minutes. GD_LOG=info names each when it is done.\n\n\
                   Example:\n  gd map --mechanisms softmax,sparsemax,hard,gd+threshold --out map.svg"
 )]
 pub struct Args {

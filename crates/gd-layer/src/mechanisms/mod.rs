@@ -12,21 +12,32 @@ mod additive;
 mod definition;
 mod differential;
 mod dot;
+mod energy_transformer;
 mod entmax;
 mod gated;
 mod hard;
 mod hopfield;
+mod indices;
 mod inputs;
+mod linear_attention;
 mod masks;
+mod mocha;
+mod monotonic;
+mod native_sparse;
 mod null_logit;
 mod patterns;
+mod reformer;
+mod resan;
+mod routing;
 mod rows;
 mod scalable_softmax;
 mod selective;
 mod sigmoid;
+mod sliding_window;
 mod softmax;
 mod sparsemax;
 mod stages;
+mod switch;
 mod top_k;
 
 use candle_core::Result;
@@ -35,19 +46,29 @@ use serde::{Deserialize, Serialize};
 pub use additive::{Bahdanau, Luong, LuongScore, Pointer};
 pub use definition::{Definition, Info, MASK, Named, QKV, Sizes, Weight};
 pub use differential::Differential;
+pub use energy_transformer::EnergyTransformer;
 pub use entmax::{Alpha, Entmax, EntmaxRows, Learned, entmax};
 pub use gated::Gated;
 pub use hard::{Hard, Ties};
 pub use hopfield::Hopfield;
 pub use inputs::{Inputs, Outputs};
+pub use linear_attention::{LinearAttention, LinearAttentionState, linear_attention};
+pub use mocha::{Mocha, mocha_hard, mocha_weights};
+pub use monotonic::{Monotonic, monotonic_hard, monotonic_weights};
+pub use native_sparse::NativeSparse;
 pub use null_logit::{Sink, SoftmaxOffByOne};
 pub use patterns::{Pattern, Patterns};
+pub use reformer::Reformer;
+pub use resan::{Direction, Resan, reinforce_loss};
+pub use routing::{Routing, update_centroids};
 pub use scalable_softmax::ScalableSoftmax;
 pub use selective::Selective;
 pub use sigmoid::Sigmoid;
+pub use sliding_window::SlidingWindow;
 pub use softmax::Softmax;
 pub use sparsemax::Sparsemax;
 pub use stages::{Aggregate, Computation, Mask, Normalise, Normalised, Run, Score, Stages, Support, Warp};
+pub use switch::Switch;
 pub use top_k::{ExplicitSparse, TopK};
 
 /// The table: one line per mechanism, its name and the struct of its parameters.
@@ -162,6 +183,16 @@ table! {
     "softmax1" => SoftmaxOffByOne,
     "sink" => Sink,
     "hopfield" => Hopfield,
+    "monotonic" => Monotonic,
+    "mocha" => Mocha,
+    "energy_transformer" => EnergyTransformer,
+    "routing" => Routing,
+    "reformer" => Reformer,
+    "nsa" => NativeSparse,
+    "resan" => Resan,
+    "linear" => LinearAttention,
+    "sliding_window" => SlidingWindow,
+    "switch" => Switch,
 }
 
 impl AttentionMechanism {

@@ -180,6 +180,12 @@ fn by_case(mechanism: &str, parameter: &str, case: &str) -> Option<Value> {
     match (mechanism, parameter, case) {
         ("patterns", "pattern", name) => Some(json!(name)),
         ("entmax", "alpha", "learned") => Some(json!("learned")),
+        ("monotonic", "noisy", "quiet" | "noisy") => Some(json!(case == "noisy")),
+        ("monotonic", "hard", "quiet" | "noisy" | "hard") | ("mocha", "hard", "hard") => {
+            Some(json!(case == "hard"))
+        }
+        ("energy_transformer", "diag", "diag" | "nodiag") => Some(json!(case == "diag")),
+        ("resan", "direction", "forward" | "backward") => Some(json!(case)),
         _ => None,
     }
 }

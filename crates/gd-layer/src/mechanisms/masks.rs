@@ -42,10 +42,10 @@ fn align_batch(mask: &Tensor, scores: &Tensor) -> Result<Tensor> {
     if dims.len() < 3 || dims.len() >= rank {
         return Ok(mask.clone());
     }
-    let mut aligned = vec![1; rank];
-    aligned[0] = dims[0];
-    aligned[rank - dims.len() + 1..].copy_from_slice(&dims[1..]);
-    mask.reshape(aligned)
+    let mut shape = vec![1; rank];
+    shape[0] = dims[0];
+    shape[rank - dims.len() + 1..].copy_from_slice(&dims[1..]);
+    mask.reshape(shape)
 }
 
 /// The given mask, and of its keys those up to the own position.

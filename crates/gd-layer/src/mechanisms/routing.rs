@@ -77,8 +77,7 @@ impl Routing {
             );
         }
         let (unit_q, unit_k) = (unit_rows(q)?, unit_rows(k)?);
-        let closest =
-            |x: &Tensor| top_k_positions(&matmul(centroids, &x.t()?)?, self.w);
+        let closest = |x: &Tensor| top_k_positions(&matmul(centroids, &x.t()?)?, self.w);
         let (query, key) = (closest(&unit_q)?, closest(&unit_k)?);
         let (_, _, clusters, members) = query.dims4()?;
         // The clusters of a head are one list of rows.

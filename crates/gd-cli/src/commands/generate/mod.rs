@@ -153,7 +153,7 @@ fn prompts(args: &Args) -> Result<Vec<String>> {
 /// Reads a file of prompts.
 fn read_prompts(path: &Path) -> Result<Vec<String>> {
     let prompts: Vec<String> = if is_jsonl(path) {
-        let format = DocumentFormat { text_field: "prompt".into(), separator: None };
+        let format = DocumentFormat { text_field: "prompt".into(), ..DocumentFormat::default() };
         let documents = Documents::open(&[path.to_path_buf()], &format)?;
         documents.map(|document| Ok(document?.text)).collect::<gd_model::Result<_>>()?
     } else {

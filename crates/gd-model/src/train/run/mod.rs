@@ -21,6 +21,8 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use self::folder::check_folder;
+
 use self::folder::{lock, prepare_folder};
 use self::inputs::{check_recipe, parse, pretty, recipe_hash, require_same, teacher_hash};
 use super::log::{Event, Logger, Meter};
@@ -258,7 +260,24 @@ impl Run {
     ///
     /// # Errors
     /// As [`Trainer::next_steps`], the error of `watch`, or an error that names the file that cannot be written.
+    /// [`Error::Diverged`] has the path of the newest checkpoint, which is from before.
     pub fn train(
+        &mut self,
+        limit: Option<u64>,
+        stop: &AtomicBool,
+        watch: impl FnMut(&Step, Option<String>) -> Result<()>,
+    ) -> Result<bool> {
+        self.train_until(limit, stop, watch).map_err(|e| match self.trainer.diagnosed(e) {
+            Error::Diverged { step, loss, lr, reason, .. } => {
+                let checkpoint = self.saved.map(|saved| self.store.path(saved));
+                Error::Diverged { step, loss, lr, reason, checkpoint }
+            }
+            other => other,
+        })
+    }
+
+    /// As [`Run::train`], without the path of the newest checkpoint in errors.
+    fn train_until(
         &mut self,
         limit: Option<u64>,
         stop: &AtomicBool,
@@ -274,7 +293,7 @@ impl Run {
             let due = lowest || self.trainer.step().is_multiple_of(every);
             let [stop, save] = self.trainer.group().any([stop.load(Ordering::Relaxed), due]);
             if save {
-                self.save()?;
+                self.save_usable()?;
             }
             if stop {
                 break;
@@ -282,8 +301,17 @@ impl Run {
         }
         let steps = self.trainer.drain(0)?;
         self.report(steps, &mut watch)?;
-        self.save()?;
+        self.save_usable()?;
         Ok(self.trainer.step() == self.trainer.steps())
+    }
+
+    /// Saves a checkpoint. Parameters that cannot be computed with are an error instead, so that the older checkpoints
+    /// stay.
+    fn save_usable(&mut self) -> Result<()> {
+        if self.saved != Some(self.trainer.step()) {
+            self.trainer.require_usable()?;
+        }
+        self.save().map(|_| ())
     }
 
     /// Logs the steps and calls `watch`; returns whether one of them has the lowest validation loss so far.
@@ -360,12 +388,12 @@ impl Run {
         Ok(path)
     }
 
-    /// Writes the finished model and the model card `card` into the folder of the run, and its evaluation into the log.
-    /// Rank 0 calls this.
+    /// Writes the finished model and the model card `card` into the folder of the run, and its evaluation, if there is a
+    /// validation text, into the log. Rank 0 calls this.
     ///
     /// # Errors
     /// Names the file and the reason. The checkpoints are unchanged then.
-    pub fn finish(&mut self, card: &str, result: &Evaluation) -> Result<()> {
+    pub fn finish(&mut self, card: &str, result: Option<&Evaluation>) -> Result<()> {
         let (trainer, tokenizer) = (&self.trainer, &self.tokenizer);
         self.store.install(|folder| {
             write_model(folder, trainer, tokenizer)?;
@@ -376,8 +404,8 @@ impl Run {
         })?;
         write_file(&self.folder.join(checkpoint::CARD), card.as_bytes())?;
         let Some(log) = &mut self.log else { return Ok(()) };
-        let Evaluation { loss, bits_per_byte, tokens, .. } = *result;
-        log.event(trainer.step(), &Event::End { loss, bits_per_byte, tokens })?;
+        let (loss, bits_per_byte) = (result.map(|r| r.loss), result.map(|r| r.bits_per_byte));
+        log.event(trainer.step(), &Event::End { loss, bits_per_byte, tokens: result.map(|r| r.tokens) })?;
         log.sync()
     }
 }

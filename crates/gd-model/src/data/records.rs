@@ -135,7 +135,7 @@ impl Values {
         let from = self.at;
         self.skip_white_space();
         let is_first = self.content[..self.at].trim_ascii().len() <= 1;
-        match (self.is_array, self.content.get(self.at)) {
+        match (self.is_array, self.content.get(self.at).copied()) {
             (false, None) => return Ok(None),
             (true, Some(b']')) => return self.end(),
             (true, Some(b',')) if !is_first => {

@@ -43,7 +43,9 @@ impl DocumentArgs {
 pub fn document_error(error: Error) -> anyhow::Error {
     match error {
         Error::Line { .. } | Error::Lines { .. } => {
-            anyhow!("{error}; --text-field names the field of the text, --skip-bad-lines leaves out bad lines")
+            anyhow!(
+                "{error}; --text-field names the field of the text, --skip-bad-lines leaves out bad lines"
+            )
         }
         other => other.into(),
     }
@@ -97,7 +99,8 @@ impl std::fmt::Display for DataSummary {
             Some(read) => writeln!(f, "data: {read}")?,
             None => writeln!(f, "data: prepared")?,
         }
-        let part = |part: &PartSummary| format!("{} tokens in {}", part.tokens, counted(part.documents, "document"));
+        let part =
+            |part: &PartSummary| format!("{} tokens in {}", part.tokens, counted(part.documents, "document"));
         write!(f, "training: {}; validation: ", part(&self.train))?;
         if self.valid.tokens == 0 { write!(f, "none") } else { write!(f, "{}", part(&self.valid)) }
     }

@@ -88,7 +88,10 @@ fn locate(error: Error, path: &Path, loaded: &Loaded) -> anyhow::Error {
     let Error::NotFinite { .. } = error else { return error.into() };
     match loaded.params.first_not_finite() {
         Ok(Some(name)) => anyhow!("{error}: {}: {name} has weights that are not finite", path.display()),
-        Ok(None) => anyhow!("{error}: all weights of {} are finite, but values computed from them are not", path.display()),
+        Ok(None) => anyhow!(
+            "{error}: all weights of {} are finite, but values computed from them are not",
+            path.display()
+        ),
         Err(e) => e.into(),
     }
 }

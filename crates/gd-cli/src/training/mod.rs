@@ -18,7 +18,9 @@ use gd_model::train::run::{About, Run};
 use gd_model::train::{Step, Trainer};
 use serde_json::{Value, json};
 
-pub use self::recipe::{DEFAULT_CONFIG, LoadedCorpus, load_corpus, load_corpus_for, load_recipe, vocabulary_line};
+pub use self::recipe::{
+    DEFAULT_CONFIG, LoadedCorpus, load_corpus, load_corpus_for, load_recipe, vocabulary_line,
+};
 
 use crate::context::{Context, exit_code, one_line};
 use crate::history::History;

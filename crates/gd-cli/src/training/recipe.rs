@@ -111,6 +111,7 @@ fn load_texts(
 /// The line that says that the tokenizer changed the size of the vocabulary, if it did.
 pub fn vocabulary_line(configured: usize, tokenizer: &Tokenizer) -> Option<String> {
     let actual = tokenizer.vocab_size();
-    (configured != actual)
-        .then(|| format!("vocabulary: {actual} tokens, as the tokenizer has; model.vocab_size is {configured}"))
+    (configured != actual).then(|| {
+        format!("vocabulary: {actual} tokens, as the tokenizer has; model.vocab_size is {configured}")
+    })
 }

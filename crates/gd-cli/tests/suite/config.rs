@@ -15,14 +15,25 @@ fn files_hold_a_part_of_a_configuration_over_a_preset() -> Result<()> {
     let dir = dir.path();
     fs::write(dir.join("part.toml"), "[train]\nsteps = 30\n[train.lr]\npeak = 0.5\n")?;
     fs::write(dir.join("over.toml"), "preset = \"small\"\n[train]\nsteps = 30\n[train.lr]\npeak = 0.5\n")?;
-    fs::write(dir.join("over.json"), json!({ "preset": "small", "train": { "steps": 30, "lr": { "peak": 0.5 } } }).to_string())?;
+    fs::write(
+        dir.join("over.json"),
+        json!({ "preset": "small", "train": { "steps": 30, "lr": { "peak": 0.5 } } }).to_string(),
+    )?;
     fs::write(dir.join("mark.json"), "\u{feff}{\"train\": {\"steps\": 7}}")?;
     let show = |args: &str| parsed(dir, &format!("config show {args}"));
     let small = show("--config small")?;
     for args in ["--config small --config part.toml", "--config over.toml", "--config over.json"] {
         let shown = show(args)?;
-        assert_eq!((&shown["train"]["steps"], &shown["train"]["lr"]["peak"]), (&json!(30), &json!(0.5)), "{args}");
-        assert_eq!((&shown["model"], &shown["train"]["batch"]), (&small["model"], &small["train"]["batch"]), "{args}");
+        assert_eq!(
+            (&shown["train"]["steps"], &shown["train"]["lr"]["peak"]),
+            (&json!(30), &json!(0.5)),
+            "{args}"
+        );
+        assert_eq!(
+            (&shown["model"], &shown["train"]["batch"]),
+            (&small["model"], &small["train"]["batch"]),
+            "{args}"
+        );
     }
     // Later ones win, and --set over all of them.
     assert_eq!(show("--config over.toml --config mark.json")?["train"]["steps"], 7);
@@ -33,7 +44,9 @@ fn files_hold_a_part_of_a_configuration_over_a_preset() -> Result<()> {
     assert_eq!(show("--config shown.json")?, show("--config over.toml")?);
     // A part alone names what is missing and the way out.
     let message = error(dir, "config show --config part.toml", 1)?;
-    for part in ["part.toml: ", "model is missing", "train.batch is missing", "preset = \"tiny\"", "--config tiny"] {
+    for part in
+        ["part.toml: ", "model is missing", "train.batch is missing", "preset = \"tiny\"", "--config tiny"]
+    {
         ensure!(message.contains(part), "{part}: {message}");
     }
     fs::write(dir.join("wrong.toml"), "preset = \"smal\"\n")?;
@@ -63,7 +76,10 @@ fn all_problems_of_a_configuration_are_reported_at_once() -> Result<()> {
         ("train.select.hardness=3", "train.select.hardness must be in [0, 1], not 3"),
         ("train.lr.shape=cosin", "did you mean \"cosine\"?"),
         ("model.head_dim=15", "model.head_dim must be even"),
-        ("model.gd.select.candidates=3", "model.gd.select.candidates must be one of [1, 2, 4, 8, 16, 32, 64], not 3"),
+        (
+            "model.gd.select.candidates=3",
+            "model.gd.select.candidates must be one of [1, 2, 4, 8, 16, 32, 64], not 3",
+        ),
         ("model.gd.mechanism=[\"gd\",3]", "model.gd.mechanism.1"),
         ("train.precision.x.y=1", "train.precision: "),
         ("train.context.x=1", "train.context.x: train.context is 256, not a table"),
@@ -84,9 +100,14 @@ fn the_keys_of_the_documentation_are_those_of_the_code() -> Result<()> {
     let page = include_str!("../../../../docs/src/configuration.md");
     let tables = markdown(&keys());
     for line in tables.lines().filter(|line| !line.is_empty()) {
-        ensure!(page.lines().any(|other| other == line), "docs/src/configuration.md lacks this line, which `gd config keys --markdown` prints:\n{line}");
+        ensure!(
+            page.lines().any(|other| other == line),
+            "docs/src/configuration.md lacks this line, which `gd config keys --markdown` prints:\n{line}"
+        );
     }
-    let rows = |text: &str| text.lines().filter(|line| line.starts_with("| `model.") || line.starts_with("| `train.")).count();
+    let rows = |text: &str| {
+        text.lines().filter(|line| line.starts_with("| `model.") || line.starts_with("| `train.")).count()
+    };
     assert_eq!(rows(page), rows(&tables), "the page has keys that do not exist");
     assert_eq!(rows(&tables), keys().iter().filter(|key| key.key.contains('.')).count());
     let dir = tempfile::tempdir()?;
@@ -121,7 +142,9 @@ fn every_key_of_a_preset_is_in_the_schema() -> Result<()> {
     let mut compared = 0;
     for key in keys.iter().filter(|key| !key.required) {
         let pointer = format!("/{}", key.key.replace('.', "/"));
-        if let (None, Some(value), Some(default)) = (bare.pointer(&pointer), full.pointer(&pointer), &key.default) {
+        if let (None, Some(value), Some(default)) =
+            (bare.pointer(&pointer), full.pointer(&pointer), &key.default)
+        {
             assert_eq!(value, default, "{}", key.key);
             compared += 1;
         }

@@ -75,7 +75,10 @@ fn the_same_text_has_the_same_loss_in_every_form() -> Result<()> {
     // The result says what bits per byte count.
     assert_eq!(expected["text_tokens"].as_u64(), Some(text.len() as u64 - 1));
     let line = succeeded(&gd(dir, "eval model --context 32 --data text.txt")?)?;
-    ensure!(line.contains(&format!("{} text tokens over {} bytes", text.len() - 1, text.len() - 1)), "{line}");
+    ensure!(
+        line.contains(&format!("{} text tokens over {} bytes", text.len() - 1, text.len() - 1)),
+        "{line}"
+    );
     Ok(())
 }
 
@@ -107,7 +110,9 @@ fn separators_keep_their_white_space() -> Result<()> {
     fs::write(dir.join("mails/0.txt"), &mails)?;
     fs::write(dir.join("mails/1.txt"), &mails)?;
     for (separator, documents, out) in [("-- ", 100, "a"), ("--", 200, "b")] {
-        let output = command(dir, "data prepare --data mails --json --out").args([out, "--separator", separator]).output()?;
+        let output = command(dir, "data prepare --data mails --json --out")
+            .args([out, "--separator", separator])
+            .output()?;
         let index = &parsed(&output)?["index"];
         let count = |part: &str| index[part]["documents"].as_u64().unwrap_or(0);
         assert_eq!(count("train") + count("valid"), documents, "{separator:?}");
@@ -115,7 +120,11 @@ fn separators_keep_their_white_space() -> Result<()> {
     // A separator that is no line is said.
     let output = gd(dir, "data prepare --data mails --out c --separator ***")?;
     succeeded(&output)?;
-    ensure!(stderr(&output).contains("no line of the text files is the separator \"***\""), "{}", stderr(&output));
+    ensure!(
+        stderr(&output).contains("no line of the text files is the separator \"***\""),
+        "{}",
+        stderr(&output)
+    );
     let output = command(dir, "data prepare --data mails --out d --separator").arg("a\nb").output()?;
     let message = failed(&output, 1)?;
     ensure!(message.contains("train.documents.separator must be a single line"), "{message}");
@@ -130,9 +139,12 @@ fn bad_lines_are_capped_counted_and_left_out_on_demand() -> Result<()> {
     fs::write(dir.join("bad.jsonl"), &bad)?;
     let output = gd(dir, "eval model --data bad.jsonl")?;
     let message = failed(&output, 1)?;
-    for part in
-        ["bad.jsonl:1: no field \"text\"; the record has \"body\", \"id\"", "20000 bad lines", "--text-field", "--skip-bad-lines"]
-    {
+    for part in [
+        "bad.jsonl:1: no field \"text\"; the record has \"body\", \"id\"",
+        "20000 bad lines",
+        "--text-field",
+        "--skip-bad-lines",
+    ] {
         ensure!(message.contains(part), "{part}: {message}");
     }
     ensure!(stderr(&output).lines().count() < 12, "{}", stderr(&output));
@@ -160,7 +172,10 @@ fn chats_are_read_with_the_template_of_the_model() -> Result<()> {
     fs::write(dir.join("texts.jsonl"), format!("{rendered}\n").repeat(40))?;
     for args in ["eval model --data chats.jsonl", "train --config small.json --data chats.jsonl --out x"] {
         let message = error(dir, args, 1)?;
-        ensure!(message.contains("chats.jsonl:1: the record is a chat") && message.contains("chat template"), "{message}");
+        ensure!(
+            message.contains("chats.jsonl:1: the record is a chat") && message.contains("chat template"),
+            "{message}"
+        );
     }
     let template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}";
     fs::write(dir.join("model/chat_template.jinja"), template)?;
@@ -171,7 +186,8 @@ fn chats_are_read_with_the_template_of_the_model() -> Result<()> {
     let expected = parsed_json(dir, &format!("{prepare} texts.jsonl --out texts"))?;
     for tokenizer in ["model/tokenizer.json", "model"] {
         let out = tokenizer.replace('/', "-");
-        let made = parsed_json(dir, &format!("{prepare} chats.jsonl --tokenizer {tokenizer} --out data-{out}"))?;
+        let made =
+            parsed_json(dir, &format!("{prepare} chats.jsonl --tokenizer {tokenizer} --out data-{out}"))?;
         assert_eq!(made["index"]["train"], expected["index"]["train"], "{tokenizer}");
     }
     Ok(())
@@ -211,7 +227,10 @@ fn a_dry_run_shows_the_data_and_fails_where_training_would() -> Result<()> {
         ("--data text.txt --out other", 1),
         ("--data text.txt --out text.txt/x", 1),
     ] {
-        let (dry, real) = (error(dir, &format!("{dry} {args}"), code)?, error(dir, &format!("train --config small.json {args}"), code)?);
+        let (dry, real) = (
+            error(dir, &format!("{dry} {args}"), code)?,
+            error(dir, &format!("train --config small.json {args}"), code)?,
+        );
         assert_eq!(dry, real, "{args}");
     }
     assert_eq!(fs::read_dir(dir)?.count(), before);

@@ -66,7 +66,10 @@ fn a_step_without_a_token_to_predict_is_skipped_and_counted() -> Result<()> {
     let whole = json(dir, &format!("{train} --out whole"))?;
     let skips = lines(&dir.join("whole"), "reason")?;
     let empty: Vec<_> = skips.iter().filter(|line| line["reason"] == "no token to predict").collect();
-    ensure!(!empty.is_empty() && whole["skipped_updates"].as_u64() >= Some(empty.len() as u64), "{whole} {skips:?}");
+    ensure!(
+        !empty.is_empty() && whole["skipped_updates"].as_u64() >= Some(empty.len() as u64),
+        "{whole} {skips:?}"
+    );
     let step = empty[0]["step"].as_u64().context("no step")?;
     let steps = lines(&dir.join("whole"), "grad_norm")?;
     ensure!(steps.len() == 200 && steps[step as usize - 1]["loss"].is_null(), "{}", steps[step as usize - 1]);
@@ -91,9 +94,12 @@ fn a_run_that_diverges_names_the_step_and_keeps_a_usable_checkpoint() -> Result<
         ("--set train.lr.peak=1e4 --set train.clip=1e9 --set train.muon={}", "b"),
         ("--set train.lr.peak=1e30 --set train.lr.warmup=0 --save-every 1", "c"),
     ] {
-        let args = format!("train --config small.json --data text.txt --steps 60 --set train.eval_every=1000 {settings} --out {out}");
+        let args = format!(
+            "train --config small.json --data text.txt --steps 60 --set train.eval_every=1000 {settings} --out {out}"
+        );
         let message = failed(&gd(dir, &args)?, 1)?;
-        for part in ["step ", "diverged", "loss ", "learning rate ", "train.lr.peak", "newest checkpoint is"] {
+        for part in ["step ", "diverged", "loss ", "learning rate ", "train.lr.peak", "newest checkpoint is"]
+        {
             ensure!(message.contains(part), "{settings}: {part}: {message}");
         }
         // The checkpoint can be used.
@@ -110,12 +116,15 @@ fn a_finished_run_that_cannot_be_made_longer_says_what_to_do() -> Result<()> {
     let dir = folder.path();
     succeeded(&gd(dir, "train --config small.json --data text.txt --steps 10 --out a")?)?;
     let message = error(dir, "train --resume a --steps 20", 1)?;
-    for part in ["cannot be resumed as one of 20", "start a new run with --steps 20", "train.lr.shape=constant"] {
+    for part in
+        ["cannot be resumed as one of 20", "start a new run with --steps 20", "train.lr.shape=constant"]
+    {
         ensure!(message.contains(part), "{part}: {message}");
     }
     let message = error(dir, "train --resume a --steps 5", 1)?;
     ensure!(message.contains("at least 10 steps"), "{message}");
-    let constant = "train --config small.json --data text.txt --steps 10 --set train.lr.shape=constant --out b";
+    let constant =
+        "train --config small.json --data text.txt --steps 10 --set train.lr.shape=constant --out b";
     succeeded(&gd(dir, constant)?)?;
     assert_eq!(json(dir, "train --resume b --steps 20 --json")?["steps"], 20);
     Ok(())

@@ -64,7 +64,8 @@ impl Recipe {
         // Values for what is missing or wrong, so that the rest can be checked, too.
         let fallback = preset(PRESETS[0].1)?;
         let Parsed { value, problems: wrong, replaced } = parse_with::<Self>(merged, &fallback);
-        let missing = wrong.iter().filter(|problem| matches!(problem, ConfigProblem::MissingKey { .. })).count();
+        let missing =
+            wrong.iter().filter(|problem| matches!(problem, ConfigProblem::MissingKey { .. })).count();
         problems.extend(wrong);
         if let Some(recipe) = &value {
             // A check that involves a replaced value is no problem of the configuration.
@@ -123,8 +124,9 @@ fn preset(text: &str) -> Result<Value> {
 /// The content of a preset or file, not yet validated. A file with the key `preset` is merged with that preset.
 fn tree(name: &str) -> Result<Value> {
     let failed = |problem| Error::Config { source_name: name.into(), problems: vec![problem] };
-    let malformed =
-        |e: &dyn std::fmt::Display| failed(ConfigProblem::WrongType { key: String::new(), reason: e.to_string() });
+    let malformed = |e: &dyn std::fmt::Display| {
+        failed(ConfigProblem::WrongType { key: String::new(), reason: e.to_string() })
+    };
     if let Some((_, text)) = PRESETS.iter().chain([&UPTRAIN]).find(|(preset, _)| *preset == name) {
         return preset(text);
     }
@@ -220,7 +222,10 @@ fn value_at<'a>(tree: &'a Value, path: &[String]) -> Option<&'a Value> {
 }
 
 /// The table that has the last key of `path`, and this key.
-fn table_at<'a, 'b>(tree: &'a mut Value, path: &'b [String]) -> Option<(&'a mut Map<String, Value>, &'b String)> {
+fn table_at<'a, 'b>(
+    tree: &'a mut Value,
+    path: &'b [String],
+) -> Option<(&'a mut Map<String, Value>, &'b String)> {
     let (last, parents) = path.split_last()?;
     let table = parents.iter().try_fold(tree, |at, key| at.as_object_mut()?.get_mut(key))?;
     Some((table.as_object_mut()?, last))

@@ -335,7 +335,8 @@ impl ModelConfig {
         if !problems.is_empty() {
             return problems;
         }
-        let attention = (0..layers.min(windows.max(1))).try_for_each(|layer| self.attention(layer).validate());
+        let attention =
+            (0..layers.min(windows.max(1))).try_for_each(|layer| self.attention(layer).validate());
         attention.err().map(Error::from).into_iter().collect()
     }
 
@@ -348,9 +349,10 @@ impl ModelConfig {
         checks.require(is_count(select.candidates), "gd.select.candidates", select.candidates, &counts);
         let warm = select.temperature > 0.0 && select.temperature.is_finite();
         checks.require(warm, "gd.select.temperature", select.temperature, "above 0");
-        for (name, share) in
-            [("gd.select.preserve_floor", select.preserve_floor), ("gd.select.value_floor", select.value_floor)]
-        {
+        for (name, share) in [
+            ("gd.select.preserve_floor", select.preserve_floor),
+            ("gd.select.value_floor", select.value_floor),
+        ] {
             checks.require(is_share(share), name, share, "in [0, 1]");
         }
         checks.require(select.rounds > 0, "gd.select.rounds", select.rounds, "at least 1");
@@ -361,7 +363,12 @@ impl ModelConfig {
             let warm = temperature > 0.0 && temperature.is_finite();
             checks.require(warm, "gd.select.gate.energy.temperature", temperature, "above 0");
             let absent = "null";
-            checks.require(select.threshold.is_some(), "gd.select.threshold", absent, "a number with the energy gate");
+            checks.require(
+                select.threshold.is_some(),
+                "gd.select.threshold",
+                absent,
+                "a number with the energy gate",
+            );
         }
         let Some(beacon) = &self.gd.beacon else { return };
         let protects = beacon.protected == 0 || is_count(beacon.protected);

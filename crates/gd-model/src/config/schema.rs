@@ -122,7 +122,9 @@ impl<'a> Walk<'a> {
             match alternative.get("type") {
                 _ if !words.is_empty() => kinds.extend(words),
                 Some(Value::String(kind)) => kinds.extend(name_of(kind)),
-                Some(Value::Array(all)) => kinds.extend(all.iter().filter_map(Value::as_str).filter_map(name_of)),
+                Some(Value::Array(all)) => {
+                    kinds.extend(all.iter().filter_map(Value::as_str).filter_map(name_of))
+                }
                 _ => kinds.extend(["any".to_owned()]),
             }
         }
@@ -163,7 +165,10 @@ mod tests {
 
     #[test]
     fn links_of_comments_are_text() {
-        assert_eq!(plain("Settings of [`AdamW`](crate::x).\nSee [`B`] and [0, 1)."), "Settings of `AdamW`. See `B` and [0, 1).");
+        assert_eq!(
+            plain("Settings of [`AdamW`](crate::x).\nSee [`B`] and [0, 1)."),
+            "Settings of `AdamW`. See `B` and [0, 1)."
+        );
         assert_eq!(plain("no link"), "no link");
     }
 

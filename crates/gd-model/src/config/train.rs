@@ -181,7 +181,12 @@ impl TrainConfig {
         }
         checks.require(!self.sample_prompt.is_empty(), "train.sample_prompt", "\"\"", "a text");
         let Self { valid_fraction, clip, .. } = *self;
-        checks.require((0.0..1.0).contains(&valid_fraction), "train.valid_fraction", valid_fraction, "in [0, 1)");
+        checks.require(
+            (0.0..1.0).contains(&valid_fraction),
+            "train.valid_fraction",
+            valid_fraction,
+            "in [0, 1)",
+        );
         checks.require(clip > 0.0, "train.clip", clip, "above 0");
         if self.steps > 0 {
             checks.extend(self.lr.problems(self.steps));

@@ -262,7 +262,6 @@ impl Documents {
             Err(BadRecord::NoTemplate) => Err(no_template(&path, line)),
         }
     }
-}
 
     /// The next document, of any file; `None` after the last file.
     fn advance(&mut self) -> Result<Option<Document>> {
@@ -319,7 +318,9 @@ impl Documents {
             }
         }
         if let (Some(separator), Some(0)) = (&self.format.separator, self.separators.take()) {
-            tracing::warn!("no line of the text files is the separator {separator:?}: each file is one document");
+            tracing::warn!(
+                "no line of the text files is the separator {separator:?}: each file is one document"
+            );
         }
         match self.first_bad.take() {
             Some(first) if !self.format.skip_bad_lines || documents == 0 => Some(match bad_lines {

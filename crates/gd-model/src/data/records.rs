@@ -49,7 +49,8 @@ pub(super) fn record_text(
         return malformed(match &record {
             Value::Object(fields) if fields.is_empty() => format!("no field {field:?}; the record is empty"),
             Value::Object(fields) => {
-                let mut names: Vec<_> = fields.keys().take(LISTED_FIELDS).map(|name| format!("{name:?}")).collect();
+                let mut names: Vec<_> =
+                    fields.keys().take(LISTED_FIELDS).map(|name| format!("{name:?}")).collect();
                 if fields.len() > LISTED_FIELDS {
                     names.push("…".into());
                 }

@@ -129,7 +129,9 @@ fn refuse_binary(path: &Path, head: &[u8]) -> Result<()> {
     let compressed = |with: &str, tool: &str| Error::Foreign {
         path: path.into(),
         kind: "text",
-        reason: format!("it is compressed with {with}; gzip and Zstandard are read, so decompress it first ({tool})"),
+        reason: format!(
+            "it is compressed with {with}; gzip and Zstandard are read, so decompress it first ({tool})"
+        ),
     };
     match head {
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Err(compressed("xz", "xz -d")),

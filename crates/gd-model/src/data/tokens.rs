@@ -99,7 +99,8 @@ impl Tokens {
     /// For each document the start of its tokens and the range of those that are text: all but the begin tokens at its
     /// start and the end tokens at its end.
     pub fn text_ranges(&self) -> Vec<(usize, Range<usize>)> {
-        let is_framing = |at: usize| self.read(at..at + 1).first().is_some_and(|id| self.framing.contains(id));
+        let is_framing =
+            |at: usize| self.read(at..at + 1).first().is_some_and(|id| self.framing.contains(id));
         let mut start = 0;
         let ranges = self.ends(0..self.len()).into_iter().map(|end| {
             let document = start..end;

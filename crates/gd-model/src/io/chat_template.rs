@@ -114,7 +114,8 @@ impl ChatTemplate {
     /// A message without a role, or an error that the template raises.
     pub fn render_record(&self, record: &serde_json::Value) -> Result<String> {
         let messages = record.get("messages").and_then(serde_json::Value::as_array);
-        let is_message = |message: &serde_json::Value| message.get("role").is_some_and(|role| role.is_string());
+        let is_message =
+            |message: &serde_json::Value| message.get("role").is_some_and(|role| role.is_string());
         match messages {
             Some(messages) if !messages.is_empty() && messages.iter().all(is_message) => {
                 let tools = record.get("tools").map_or(Value::from(()), Value::from_serialize);

@@ -28,10 +28,8 @@ pub fn read_text(path: &Path) -> Result<String> {
 /// # Errors
 /// [`Error::InvalidUtf8`].
 pub(crate) fn decode_utf8(path: &Path, bytes: Vec<u8>, offset: usize) -> Result<String> {
-    String::from_utf8(bytes).map_err(|e| Error::InvalidUtf8 {
-        path: path.into(),
-        offset: offset + e.utf8_error().valid_up_to(),
-    })
+    String::from_utf8(bytes)
+        .map_err(|e| Error::InvalidUtf8 { path: path.into(), offset: offset + e.utf8_error().valid_up_to() })
 }
 
 /// The length of the byte-order mark of UTF-8 at the start of a text, of which `head` is the beginning; 0 if there is

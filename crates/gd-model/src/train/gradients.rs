@@ -6,8 +6,8 @@ use candle_core::backprop::GradStore;
 use super::optimizer::{accumulate, global_norm};
 use crate::error::Result;
 
-/// Sums over the micro-batches of a step; the default is the sums over none. The loss and the gradient of the step are these sums divided by the weight, so
-/// that every predicted token counts the same in whichever micro-batch it lies.
+/// Sums over the micro-batches of a step; the default is the sums over none. The loss and the gradient of the step are
+/// these sums divided by the weight, so that every predicted token counts the same in whichever micro-batch it lies.
 #[derive(Default)]
 pub struct Gradients {
     /// The sum over the micro-batches of the mean loss times the weight of the micro-batch.

@@ -75,7 +75,8 @@ fn every_format_gives_the_same_records() {
     ];
     for (name, content) in &cases {
         let path = write(dir.path(), name, content);
-        let (texts, summary) = read(&path, &DocumentFormat::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let (texts, summary) =
+            read(&path, &DocumentFormat::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(texts, ["one", "two"], "{name}");
         assert_eq!((summary.files, summary.documents, summary.bytes), (1, 2, 6), "{name}");
     }
@@ -154,7 +155,10 @@ fn a_broken_array_names_its_line() {
         ("[{\"text\": \"a\"},\n", "line 2: a value is expected"),
         ("[{\"text\": \"a\"}\n", "line 2: the array does not end"),
         ("[{\"text\": \"a\"}]\nx", "text follows the array"),
-        ("[\n{\"text\": \"a\"},\n{\"body\": \"b\"}\n]", "x.json:3: no field \"text\"; the record has \"body\""),
+        (
+            "[\n{\"text\": \"a\"},\n{\"body\": \"b\"}\n]",
+            "x.json:3: no field \"text\"; the record has \"body\"",
+        ),
         ("[\"a\"]", "x.json:1: no field \"text\", because the record is no object"),
         ("[]", "empty"),
     ] {
@@ -175,7 +179,10 @@ fn a_separator_is_matched_as_it_is_given() {
     assert_eq!(read(" -- ").len(), 2);
     assert_eq!(read("---").len(), 1);
     let error = Documents::open(from_ref(&path), &separated("--\n")).unwrap_err().to_string();
-    assert!(error.contains("train.documents.separator must be a single line") && error.contains("\"--\\n\""), "{error}");
+    assert!(
+        error.contains("train.documents.separator must be a single line") && error.contains("\"--\\n\""),
+        "{error}"
+    );
 }
 
 #[test]
@@ -190,10 +197,7 @@ fn bad_lines_can_be_left_out_and_are_counted() {
     let (texts, summary) = read(&path, &skip).unwrap();
     assert_eq!(texts, ["a", "b"]);
     assert_eq!((summary.documents, summary.bad_lines, summary.blank_documents), (2, 3, 1));
-    assert_eq!(
-        summary.to_string(),
-        "1 file, 2 documents, 2 bytes; left out: 3 bad lines, 1 blank document"
-    );
+    assert_eq!(summary.to_string(), "1 file, 2 documents, 2 bytes; left out: 3 bad lines, 1 blank document");
     // If nothing is left, the bad lines are the error.
     let path = write(dir.path(), "y.jsonl", "no\nno\n");
     assert!(read(&path, &skip).unwrap_err().contains("y.jsonl:1: no JSON"));
@@ -202,8 +206,9 @@ fn bad_lines_can_be_left_out_and_are_counted() {
 #[test]
 fn empty_files_are_left_out_and_counted() {
     let dir = tempfile::tempdir().unwrap();
-    let paths = [("a.txt", ""), ("b.txt", "\u{feff}"), ("c.txt", " \n"), ("d.txt", "text"), ("e.jsonl", "\n")]
-        .map(|(name, content)| write(dir.path(), name, content));
+    let paths =
+        [("a.txt", ""), ("b.txt", "\u{feff}"), ("c.txt", " \n"), ("d.txt", "text"), ("e.jsonl", "\n")]
+            .map(|(name, content)| write(dir.path(), name, content));
     let mut documents = Documents::open(&paths, &DocumentFormat::default()).unwrap();
     assert_eq!(documents.by_ref().map(|d| d.unwrap().text).collect::<Vec<_>>(), ["text"]);
     assert_eq!((documents.summary().files, documents.summary().empty_files), (5, 4));
@@ -217,7 +222,11 @@ fn chats_are_written_by_the_template() {
     let chat = serde_json::json!({ "messages": [
         { "role": "user", "content": "hi" }, { "role": "assistant", "content": "yo" },
     ]});
-    let path = write(dir.path(), "chat.jsonl", format!("{chat}\n{{\"text\": \"plain\"}}\n{{\"messages\": [{{}}]}}\n"));
+    let path = write(
+        dir.path(),
+        "chat.jsonl",
+        format!("{chat}\n{{\"text\": \"plain\"}}\n{{\"messages\": [{{}}]}}\n"),
+    );
     let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}\
                     {% if add_generation_prompt %}<assistant>{% endif %}";
     let template = ChatTemplate::new(template.into(), Default::default()).unwrap();
@@ -234,7 +243,10 @@ fn chats_are_written_by_the_template() {
     let named = DocumentFormat { text_field: "messages".into(), ..skip.clone() };
     assert_eq!(open(&named).next().unwrap().unwrap().text, "<user>hi<assistant>yo");
     let error = read(&path, &skip).unwrap_err();
-    assert!(error.contains("chat.jsonl:1: the record is a chat") && error.contains("gd data prepare"), "{error}");
+    assert!(
+        error.contains("chat.jsonl:1: the record is a chat") && error.contains("gd data prepare"),
+        "{error}"
+    );
     // No end token follows a chat, because the template has written what ends it.
     let texts = Texts::from_documents(open(&skip), 0.0).unwrap();
     let tokenizer = Tokenizer::train_bpe(["<user>hi"].into_iter(), 260).unwrap();

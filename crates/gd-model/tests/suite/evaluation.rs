@@ -24,7 +24,8 @@ fn config() -> ModelConfig {
 
 /// The tokenizer of bytes with a begin token 256 and an end token 257 around every text, as far as they are wanted.
 fn tokenizer(begin: bool, end: bool) -> Tokenizer {
-    let mut json: serde_json::Value = serde_json::from_str(&Tokenizer::bytes().unwrap().to_json().unwrap()).unwrap();
+    let mut json: serde_json::Value =
+        serde_json::from_str(&Tokenizer::bytes().unwrap().to_json().unwrap()).unwrap();
     let token = |id: u32, content: &str| {
         serde_json::json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
                             "normalized": false, "special": true })
@@ -65,7 +66,8 @@ fn bits_per_byte_count_text_tokens_over_bytes() {
     let bytes: usize = DOCUMENTS.iter().map(|text| text.len()).sum();
     for (begin, end) in [(false, false), (true, false), (false, true), (true, true)] {
         let tokenizer = tokenizer(begin, end);
-        let ids: Vec<Vec<u32>> = DOCUMENTS.iter().map(|text| tokenizer.encode_document(text).unwrap()).collect();
+        let ids: Vec<Vec<u32>> =
+            DOCUMENTS.iter().map(|text| tokenizer.encode_document(text).unwrap()).collect();
         let extra = usize::from(begin) + usize::from(end);
         assert!(ids.iter().zip(DOCUMENTS).all(|(ids, text)| ids.len() == text.len() + extra), "{ids:?}");
         // One token per byte. Without a begin token the first byte of a document is not predicted.
@@ -84,7 +86,11 @@ fn bits_per_byte_count_text_tokens_over_bytes() {
             assert_eq!(result.text_tokens, counted, "{begin} {end} {context}");
             assert!((result.text_bytes - counted as f64).abs() < 1e-9, "{}", result.text_bytes);
             if context == 64 {
-                assert!((result.bits_per_byte - expected).abs() < 1e-5, "{} {expected}", result.bits_per_byte);
+                assert!(
+                    (result.bits_per_byte - expected).abs() < 1e-5,
+                    "{} {expected}",
+                    result.bits_per_byte
+                );
             }
         }
     }

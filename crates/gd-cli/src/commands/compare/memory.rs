@@ -63,7 +63,7 @@ pub(super) fn run(configs: &[String], variants: &[Variant], contexts: &[u32], ct
 fn in_subprocess(configs: &[String], variant: &Variant, context: u32, ctx: &Context) -> Result<Vec<Cell>> {
     let tokens = context.to_string();
     let mut args = vec!["compare", "--json", "--mechanisms", variant.name, "--memory", &tokens];
-    args.extend(configs.iter().flat_map(|config| ["--config", config]));
+    args.extend(configs.iter().flat_map(|config| ["--config", config.as_str()]));
     let report: Report = json_of_process(&args, &ctx.device, ctx.seed())
         .with_context(|| format!("{} at {context} tokens", variant.name))?;
     Ok(report.memory)

@@ -91,7 +91,9 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let mut base = load_recipe(&args.config, &args.set, args.steps)?;
     let corpus = load_corpus(&args.data, &mut base)?.corpus;
     if corpus.valid.is_empty() {
-        return Err(usage("compare measures validation losses: it needs a validation text (train.valid_fraction)"));
+        return Err(usage(
+            "compare measures validation losses: it needs a validation text (train.valid_fraction)",
+        ));
     }
     check_writable(&args.out)?;
     let mut models = variants.iter().map(|v| v.config(&base.model)).collect::<gd_model::Result<Vec<_>>>()?;

@@ -14,7 +14,8 @@ use serde_json::json;
 use crate::context::{Context, usage};
 use crate::data_source::{DocumentArgs, reads_stdin};
 use crate::training::{
-    DEFAULT_CONFIG, LoadedCorpus, in_group, load_corpus, load_corpus_for, load_recipe, new_trainer, run_to_end, vocabulary_line,
+    DEFAULT_CONFIG, LoadedCorpus, in_group, load_corpus, load_corpus_for, load_recipe, new_trainer,
+    run_to_end, vocabulary_line,
 };
 
 /// Train a model and save it

@@ -74,7 +74,9 @@ impl Trainer {
             }
             // The operators worked with the first parameters, so the updates made the difference. If they fail for two
             // tokens as well, it is not the memory of the device.
-            _ if done > 0 && (matches!(error, Error::NotFinite { .. }) || self.check_parameters().is_err()) => {
+            _ if done > 0
+                && (matches!(error, Error::NotFinite { .. }) || self.check_parameters().is_err()) =>
+            {
                 let reason = error.to_string().lines().next().unwrap_or_default().to_owned();
                 Error::Diverged { step: done, loss: self.last_loss, lr: last_lr, reason, checkpoint: None }
             }

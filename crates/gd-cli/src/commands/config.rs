@@ -3,6 +3,7 @@
 use anyhow::Result;
 use clap::Subcommand;
 use gd_model::config::{KeyInfo, Setting, keys, schema};
+use serde_json::Value;
 
 use crate::context::Context;
 use crate::training::{DEFAULT_CONFIG, load_recipe};
@@ -72,6 +73,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 fn default_of(key: &KeyInfo) -> String {
     match &key.default {
         _ if key.required => "required".into(),
+        Some(Value::Object(_)) => "that of its keys".into(),
         Some(value) if !value.is_null() => value.to_string(),
         _ => "none".into(),
     }
@@ -90,7 +92,9 @@ pub fn markdown(keys: &[KeyInfo]) -> String {
         text.push_str(&format!("### `{block}`\n\n| key | type | default | meaning |\n|---|---|---|---|\n"));
         for key in keys.iter().filter(|key| key.key.starts_with(&format!("{block}."))) {
             let default = match (key.required, default_of(key)) {
-                (false, value) if value != "none" => format!("`{value}`"),
+                (false, value) if key.default.as_ref().is_some_and(|d| !d.is_object()) && value != "none" => {
+                    format!("`{value}`")
+                }
                 (_, word) => word,
             };
             let meaning = key.meaning.replace('|', "\\|");

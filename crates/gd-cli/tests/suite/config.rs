@@ -13,11 +13,11 @@ use crate::program::{error, failed, gd, json as parsed, succeeded};
 fn files_hold_a_part_of_a_configuration_over_a_preset() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let dir = dir.path();
-    fs::write(dir.join("part.toml"), "[train]\nsteps = 30\n[train.lr]\npeak = 0.5\n")?;
-    fs::write(dir.join("over.toml"), "preset = \"small\"\n[train]\nsteps = 30\n[train.lr]\npeak = 0.5\n")?;
+    fs::write(dir.join("part.toml"), "[train]\nsteps = 300\n[train.lr]\npeak = 0.5\n")?;
+    fs::write(dir.join("over.toml"), "preset = \"small\"\n[train]\nsteps = 300\n[train.lr]\npeak = 0.5\n")?;
     fs::write(
         dir.join("over.json"),
-        json!({ "preset": "small", "train": { "steps": 30, "lr": { "peak": 0.5 } } }).to_string(),
+        json!({ "preset": "small", "train": { "steps": 300, "lr": { "peak": 0.5 } } }).to_string(),
     )?;
     fs::write(dir.join("mark.json"), "\u{feff}{\"train\": {\"steps\": 7}}")?;
     let show = |args: &str| parsed(dir, &format!("config show {args}"));
@@ -26,7 +26,7 @@ fn files_hold_a_part_of_a_configuration_over_a_preset() -> Result<()> {
         let shown = show(args)?;
         assert_eq!(
             (&shown["train"]["steps"], &shown["train"]["lr"]["peak"]),
-            (&json!(30), &json!(0.5)),
+            (&json!(300), &json!(0.5)),
             "{args}"
         );
         assert_eq!(
@@ -81,7 +81,7 @@ fn all_problems_of_a_configuration_are_reported_at_once() -> Result<()> {
             "model.gd.select.candidates must be one of [1, 2, 4, 8, 16, 32, 64], not 3",
         ),
         ("model.gd.mechanism=[\"gd\",3]", "model.gd.mechanism.1"),
-        ("train.precision.x.y=1", "train.precision: "),
+        ("train.precision.x.y=1", "train.precision \"x\" is unknown"),
         ("train.context.x=1", "train.context.x: train.context is 256, not a table"),
     ];
     let args = settings.map(|(setting, _)| format!("--set {setting}")).join(" ");

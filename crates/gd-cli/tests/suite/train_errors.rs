@@ -121,7 +121,7 @@ fn a_finished_run_that_cannot_be_made_longer_says_what_to_do() -> Result<()> {
     {
         ensure!(message.contains(part), "{part}: {message}");
     }
-    let message = error(dir, "train --resume a --steps 5", 1)?;
+    let message = error(dir, "train --resume a --steps 8", 1)?;
     ensure!(message.contains("at least 10 steps"), "{message}");
     let constant =
         "train --config small.json --data text.txt --steps 10 --set train.lr.shape=constant --out b";

@@ -154,7 +154,7 @@ pub(super) fn check_rope_type(name: &str) -> Result<()> {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GdBlock {
-    /// The mechanism of every layer, or a single one for all layers.
+    /// The mechanism of every layer, `gd` or `softmax`, or a single one for all layers.
     pub mechanism: Vec<Mechanism>,
     /// The sliding window of every layer in tokens, `null` for full attention. One entry per layer, a single one for all
     /// layers, or none.

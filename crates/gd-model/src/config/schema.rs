@@ -98,7 +98,10 @@ impl<'a> Walk<'a> {
                     kind: self.kind(child),
                     required: !is_variant && required.is_some_and(|names| names.iter().any(|n| n == name)),
                     default: child.get("default").cloned(),
-                    meaning: self.meaning(child),
+                    meaning: self
+                        .meaning(child)
+                        .or(text_of(alternative).filter(|_| is_variant))
+                        .unwrap_or_default(),
                     key: key.clone(),
                 });
                 self.table(&key, child);
@@ -107,9 +110,8 @@ impl<'a> Walk<'a> {
     }
 
     /// The description of a key, or else that of its type.
-    fn meaning(&self, node: &'a Value) -> String {
-        let text = |node: &Value| node.get("description").and_then(Value::as_str).map(plain);
-        text(node).or_else(|| text(self.resolved(node))).unwrap_or_default()
+    fn meaning(&self, node: &'a Value) -> Option<String> {
+        text_of(node).or_else(|| text_of(self.resolved(node)))
     }
 
     /// The type of a node in words.
@@ -130,6 +132,11 @@ impl<'a> Walk<'a> {
         }
         kinds.into_iter().collect::<Vec<_>>().join(" or ")
     }
+}
+
+/// The description of a node.
+fn text_of(node: &Value) -> Option<String> {
+    node.get("description").and_then(Value::as_str).map(plain)
 }
 
 /// The name of a JSON type; `None` for null, which stands for an absent value.

@@ -8,7 +8,7 @@
 //! | `valid-00000.tokens` .. | the validation part |
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};

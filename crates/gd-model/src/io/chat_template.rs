@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, ErrorKind, context};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
@@ -118,8 +118,8 @@ impl ChatTemplate {
             |message: &serde_json::Value| message.get("role").is_some_and(|role| role.is_string());
         match messages {
             Some(messages) if !messages.is_empty() && messages.iter().all(is_message) => {
-                let tools = record.get("tools").map_or(Value::from(()), Value::from_serialize);
-                self.render_messages(Value::from_serialize(messages), tools, false)
+                let tools = record.get("tools").map_or(Value::from(()), |tools| Value::from(Serde(tools)));
+                self.render_messages(Value::from(Serde(messages)), tools, false)
             }
             _ => Err(Error::Invalid("\"messages\" is not a list of messages with a role each".into())),
         }

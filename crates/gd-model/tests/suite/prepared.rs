@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::slice::from_ref;
 
 use gd_model::config::DocumentFormat;
-use gd_model::data::{Documents, Index, Preparation, Prepared, Tokens, prepare};
+use gd_model::data::{Document, Documents, Index, Preparation, Prepared, Tokens, prepare};
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::{Error, Result};
 use serde_json::Value;
@@ -181,19 +181,27 @@ fn a_failed_preparation_leaves_nothing() {
     assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
     // A single document is on one side: for training without validation, or the error says what to do.
     let one = folder.path().join("one.jsonl");
-    for (text, index) in [("b", Some((1, 0))), ("document 3", None)] {
+    let mut sides = [0; 2];
+    for i in 0..20 {
+        let text = format!("document {i}");
+        let document = Document { text: text.clone(), is_file: false, is_chat: false, bytes: 0 };
+        let is_train = !document.split(0.2).0.is_empty();
+        sides[usize::from(is_train)] += 1;
         fs::write(&one, format!("{{\"text\":\"{text}\"}}\n")).unwrap();
-        let result = prepare_into(&folder.path().join(text), from_ref(&one), &bytes, 10);
-        match index {
-            Some(documents) => {
-                let index = result.unwrap();
-                assert_eq!((index.train.documents, index.valid.documents), documents);
-                assert!(Prepared::open(&folder.path().join(text)).unwrap().corpus.valid.is_empty());
+        let out = folder.path().join(&text);
+        match prepare_into(&out, from_ref(&one), &bytes, 10) {
+            Ok(index) => {
+                assert_eq!((is_train, index.train.documents, index.valid.documents), (true, 1, 0));
+                assert!(Prepared::open(&out).unwrap().corpus.valid.is_empty());
             }
-            None => {
-                let error = result.unwrap_err().to_string();
-                assert!(error.contains("training part") && error.contains("with 0 all text"), "{error}");
+            Err(e) => {
+                let error = e.to_string();
+                assert!(
+                    !is_train && error.contains("training part") && error.contains("with 0 all text"),
+                    "{error}"
+                );
             }
         }
     }
+    assert!(sides.iter().all(|&n| n > 0), "{sides:?}");
 }

@@ -19,7 +19,7 @@ fn files_hold_a_part_of_a_configuration_over_a_preset() -> Result<()> {
         dir.join("over.json"),
         json!({ "preset": "small", "train": { "steps": 300, "lr": { "peak": 0.5 } } }).to_string(),
     )?;
-    fs::write(dir.join("mark.json"), "\u{feff}{\"train\": {\"steps\": 7}}")?;
+    fs::write(dir.join("mark.json"), "\u{feff}{\"train\": {\"steps\": 700}}")?;
     let show = |args: &str| parsed(dir, &format!("config show {args}"));
     let small = show("--config small")?;
     for args in ["--config small --config part.toml", "--config over.toml", "--config over.json"] {
@@ -36,8 +36,8 @@ fn files_hold_a_part_of_a_configuration_over_a_preset() -> Result<()> {
         );
     }
     // Later ones win, and --set over all of them.
-    assert_eq!(show("--config over.toml --config mark.json")?["train"]["steps"], 7);
-    assert_eq!(show("--config mark.json --config over.toml --set train.steps=8")?["train"]["steps"], 8);
+    assert_eq!(show("--config over.toml --config mark.json")?["train"]["steps"], 700);
+    assert_eq!(show("--config mark.json --config over.toml --set train.steps=800")?["train"]["steps"], 800);
     assert_eq!(show("")?, show("--config tiny")?);
     // What is shown is a configuration.
     fs::write(dir.join("shown.json"), show("--config over.toml")?.to_string())?;

@@ -40,11 +40,11 @@ impl AdamWConfig {
     pub(super) fn problems(&self) -> Vec<Error> {
         let Self { beta1, beta2, eps, weight_decay } = *self;
         let mut checks = Checks::default();
-        checks.require((0.0..1.0).contains(&beta1), "train.adamw.beta1", beta1, "in [0, 1)");
-        checks.require((0.0..1.0).contains(&beta2), "train.adamw.beta2", beta2, "in [0, 1)");
-        checks.require(eps > 0.0 && eps.is_finite(), "train.adamw.eps", eps, "above 0");
+        checks.require((0.0..1.0).contains(&beta1), "adamw.beta1", beta1, "in [0, 1)");
+        checks.require((0.0..1.0).contains(&beta2), "adamw.beta2", beta2, "in [0, 1)");
+        checks.require(eps > 0.0 && eps.is_finite(), "adamw.eps", eps, "above 0");
         let decays = weight_decay >= 0.0 && weight_decay.is_finite();
-        checks.require(decays, "train.adamw.weight_decay", weight_decay, "at least 0");
+        checks.require(decays, "adamw.weight_decay", weight_decay, "at least 0");
         checks.into_problems()
     }
 }

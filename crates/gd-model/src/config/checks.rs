@@ -38,6 +38,17 @@ impl Checks {
     }
 }
 
+/// The problems of a block of settings by the paths of its keys in the block `parent`.
+pub(super) fn inside(parent: &str, problems: Vec<Error>) -> Vec<Error> {
+    let inside = |problem| match problem {
+        Error::OutOfRange { name, value, allowed } => {
+            Error::OutOfRange { name: format!("{parent}.{name}"), value, allowed }
+        }
+        other => other,
+    };
+    problems.into_iter().map(inside).collect()
+}
+
 /// The first problem as an error.
 pub(super) fn first(problems: Vec<Error>) -> Result<()> {
     problems.into_iter().next().map_or(Ok(()), Err)

@@ -39,11 +39,11 @@ impl GuardConfig {
     pub(super) fn problems(&self) -> Vec<Error> {
         let Self { window, least, sigma, stop_after } = *self;
         let mut checks = Checks::default();
-        checks.require(window >= 2, "train.guard.window", window, "at least 2");
+        checks.require(window >= 2, "guard.window", window, "at least 2");
         let allowed = format!("in 2..={window} (guard.window)");
-        checks.require(window < 2 || (2..=window).contains(&least), "train.guard.least", least, allowed);
-        checks.require(sigma > 0.0, "train.guard.sigma", sigma, "above 0");
-        checks.require(stop_after > 0, "train.guard.stop_after", stop_after, "at least 1");
+        checks.require(window < 2 || (2..=window).contains(&least), "guard.least", least, allowed);
+        checks.require(sigma > 0.0, "guard.sigma", sigma, "above 0");
+        checks.require(stop_after > 0, "guard.stop_after", stop_after, "at least 1");
         checks.into_problems()
     }
 }

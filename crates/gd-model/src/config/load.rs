@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use serde_path_to_error::Segment;
 
+use super::checks::inside;
 use super::value::{Tree, ValueError};
 use super::{PRESETS, Recipe, Setting, UPTRAIN};
 use crate::error::{ConfigProblem, Error, Result};
@@ -87,13 +88,7 @@ impl Recipe {
 
     /// The problems of the model, of the training, and between them.
     fn problems(&self) -> Vec<ConfigProblem> {
-        let in_model = |error| match error {
-            Error::OutOfRange { name, value, allowed } => {
-                Error::OutOfRange { name: format!("model.{name}"), value, allowed }
-            }
-            other => other,
-        };
-        let mut problems: Vec<_> = self.model.problems().into_iter().map(in_model).collect();
+        let mut problems = inside("model", self.model.problems());
         problems.extend(self.train.problems());
         let (context, longest) = (self.train.context, self.model.max_position_embeddings);
         if context > longest {

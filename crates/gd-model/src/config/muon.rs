@@ -35,9 +35,9 @@ impl MuonConfig {
     pub(super) fn problems(&self) -> Vec<Error> {
         let Self { momentum, weight_decay } = *self;
         let mut checks = Checks::default();
-        checks.require((0.0..1.0).contains(&momentum), "train.muon.momentum", momentum, "in [0, 1)");
+        checks.require((0.0..1.0).contains(&momentum), "muon.momentum", momentum, "in [0, 1)");
         let decays = weight_decay >= 0.0 && weight_decay.is_finite();
-        checks.require(decays, "train.muon.weight_decay", weight_decay, "at least 0");
+        checks.require(decays, "muon.weight_decay", weight_decay, "at least 0");
         checks.into_problems()
     }
 }

@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::checks::{Checks, first};
+use super::checks::{Checks, first, inside};
 use super::{
     AdamWConfig, DocumentFormat, EmaConfig, GuardConfig, LrSchedule, MuonConfig, SelectSchedule,
     UptrainConfig,
@@ -191,12 +191,13 @@ impl TrainConfig {
         if self.steps > 0 {
             checks.extend(self.lr.problems(self.steps));
         }
-        checks.extend(self.guard.problems());
+        checks.extend(inside("train", self.guard.problems()));
         checks.extend(self.select.problems());
         checks.add(self.ema.as_ref().map_or(Ok(()), EmaConfig::validate));
         checks.extend(self.uptrain.as_ref().map_or(Vec::new(), UptrainConfig::problems));
-        checks.extend(self.muon.as_ref().map_or(Vec::new(), MuonConfig::problems));
-        checks.extend(self.adamw.problems());
+        let muon = self.muon.as_ref().map_or(Vec::new(), MuonConfig::problems);
+        checks.extend(inside("train", muon));
+        checks.extend(inside("train", self.adamw.problems()));
         checks.add(self.documents.validate());
         if let TokenizerChoice::Bpe { vocab } = self.tokenizer {
             checks.require(vocab > BYTES, "train.tokenizer.bpe.vocab", vocab, format!("above {BYTES}"));

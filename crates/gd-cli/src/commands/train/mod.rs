@@ -127,13 +127,14 @@ fn check_stdin(group: &Group, data: &[PathBuf]) -> Result<()> {
 /// Creates a new run.
 fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
     let NewRun { recipe, name, out, data, vocabulary } = read_inputs(group, args)?;
+    let about = About { name, data: args.data.clone(), seed: ctx.seed() };
+    let trainer = new_trainer(group, recipe, None, data.corpus, &about, ctx)?;
+    let run = Run::create(&out, trainer, data.tokenizer, about)?;
     if group.leads() {
         eprintln!("{}", data.summary);
         vocabulary.iter().for_each(|line| eprintln!("{line}"));
     }
-    let about = About { name, data: args.data.clone(), seed: ctx.seed() };
-    let trainer = new_trainer(group, recipe, None, data.corpus, &about, ctx)?;
-    Ok(Run::create(&out, trainer, data.tokenizer, about)?)
+    Ok(run)
 }
 
 /// Prints the size of a run without training.

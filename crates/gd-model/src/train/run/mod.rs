@@ -157,6 +157,8 @@ pub struct Run {
     log: Option<Logger>,
     /// The step of the last checkpoint.
     saved: Option<u64>,
+    /// Whether loss and gradient of the last step were finite. Otherwise the parameters are suspect.
+    is_finite: bool,
     _lock: Option<File>,
 }
 
@@ -187,7 +189,17 @@ impl Run {
             log = Some(open_log(folder, 0, &trainer, &record.about)?);
         }
         let folder = folder.to_path_buf();
-        let mut run = Self { trainer, tokenizer, record, folder, store, log, saved: None, _lock: held };
+        let mut run = Self {
+            trainer,
+            tokenizer,
+            record,
+            folder,
+            store,
+            log,
+            saved: None,
+            is_finite: true,
+            _lock: held,
+        };
         run.save()?;
         Ok(run)
     }
@@ -230,7 +242,7 @@ impl Run {
             write_file(&folder.join(RECIPE), &pretty(trainer.recipe())?)?;
         }
         let saved = Some(checkpoint.step);
-        Ok(Self { trainer, tokenizer, record, folder, store, log, saved, _lock: lock })
+        Ok(Self { trainer, tokenizer, record, folder, store, log, saved, is_finite: true, _lock: lock })
     }
 
     /// The folder.
@@ -254,9 +266,9 @@ impl Run {
     }
 
     /// Trains to the end of the run, for at most `limit` steps, or until `stop` is set. Saves a checkpoint every
-    /// `save_every` steps, after every evaluation with the lowest loss so far, and at the end. Calls `watch` with the
-    /// report of every step and the text that the model generated after it, if it is one of `sample_every` steps.
-    /// Returns whether the run has reached its end.
+    /// `save_every` steps, after every evaluation with the lowest loss so far, and at the end; not after a step whose loss
+    /// or gradient is not finite. Calls `watch` with the report of every step and the text that the model generated after
+    /// it, if it is one of `sample_every` steps. Returns whether the run has reached its end.
     ///
     /// # Errors
     /// As [`Trainer::next_steps`], the error of `watch`, or an error that names the file that cannot be written.
@@ -292,7 +304,7 @@ impl Run {
             // Rank 0 alone evaluates, and a signal may reach a single process.
             let due = lowest || self.trainer.step().is_multiple_of(every);
             let [stop, save] = self.trainer.group().any([stop.load(Ordering::Relaxed), due]);
-            if save {
+            if save && self.is_finite {
                 self.save_usable()?;
             }
             if stop {
@@ -325,6 +337,7 @@ impl Run {
             if let Some(log) = &mut self.log {
                 log.step(&step)?;
             }
+            self.is_finite = step.is_empty || (step.loss.is_finite() && step.grad_norm.is_finite());
             watch(&step, self.sample(step.step)?)?;
             lowest |= self.update_lowest_loss(&step);
         }

@@ -10,7 +10,7 @@ use gd_model::eval::evaluate;
 use gd_model::model::pretrained::{self, Loaded};
 
 use crate::context::{Context, usage};
-use crate::data_source::{DocumentArgs, document_error, prepared_data_for};
+use crate::data_source::{DocumentArgs, check_tokens, document_error, prepared_data_for};
 
 /// A forward pass contains as many windows as fit in this number of tokens.
 const TOKENS_PER_PASS: usize = 2048;
@@ -58,6 +58,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         )));
     }
     let (tokens, bytes) = read_tokens(&args, &loaded)?;
+    check_tokens(&tokens, &loaded.tokenizer, loaded.model.config())?;
     let result = evaluate(&loaded.model, &tokens, bytes, context, TOKENS_PER_PASS / context, &ctx.device)
         .map_err(|e| locate(e, &args.model, &loaded))
         .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;

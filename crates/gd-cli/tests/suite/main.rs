@@ -7,6 +7,7 @@ mod beacon_report;
 mod bench;
 mod cli;
 mod config;
+mod continuations;
 mod convert;
 mod data;
 mod documents;

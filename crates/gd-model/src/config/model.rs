@@ -381,6 +381,17 @@ impl ModelConfig {
         checks.require(is_share(trigger), "gd.beacon.barrier.entropy_trigger", trigger, "in [0, 1]");
     }
 
+    /// Checks that the model has every one of these tokens.
+    ///
+    /// # Errors
+    /// [`Error::UnknownToken`] with the first one that it lacks.
+    pub fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        match ids.iter().find(|id| **id as usize >= self.vocab_size) {
+            Some(&token) => Err(Error::UnknownToken { token, vocab_size: self.vocab_size }),
+            None => Ok(()),
+        }
+    }
+
     /// Whether the configuration still describes the model of another family that it was translated from.
     pub fn is_foreign(&self) -> bool {
         self.origin

@@ -4,9 +4,9 @@ use std::fmt;
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
-use super::records::{BadRecord, Values, format_of, is_json_lines, json_reason, no_template, record_text};
+use super::records::{
+    BadRecord, Record, Values, format_of, is_json_lines, json_reason, no_template, record_text,
+};
 use super::source::{self, Format, Reader, Source};
 use super::summary::ReadSummary;
 use super::text::{split_position, text_files};
@@ -139,8 +139,8 @@ impl Lines {
         Error::Line { path: self.path.clone(), line: self.number, reason }
     }
 
-    /// The record of the next line that is not blank, with the length of the line; `None` at the end of the file.
-    fn record(&mut self) -> Result<Option<(Value, usize, u64)>> {
+    /// The record of the next line that is not blank; `None` at the end of the file.
+    fn record(&mut self) -> Result<Option<Record>> {
         loop {
             let line = self.next()?;
             if line.is_empty() {
@@ -149,7 +149,8 @@ impl Lines {
             let json = line.strip_prefix(UTF8_MARK).unwrap_or(&line);
             if !json.trim_ascii().is_empty() {
                 let value = serde_json::from_slice(json).map_err(|e| self.malformed(json_reason(&e)))?;
-                return Ok(Some((value, self.number, line.len() as u64)));
+                let (json, bytes) = (json.to_vec(), line.len() as u64);
+                return Ok(Some(Record { value, json, line: self.number, bytes }));
             }
         }
     }
@@ -253,7 +254,8 @@ impl Documents {
             Some(OpenFile::Records(lines)) => (lines.record()?, lines.path.clone()),
             Some(OpenFile::Values(values)) => (values.next()?, values.path().to_path_buf()),
         };
-        let Some((record, line, bytes)) = record else { return Ok(None) };
+        let Some(record) = record else { return Ok(None) };
+        let (line, bytes) = (record.line, record.bytes);
         match record_text(record, &self.format, self.template.as_ref()) {
             Ok(record) => {
                 Ok(Some(Document { text: record.text, is_file: false, is_chat: record.is_chat, bytes }))

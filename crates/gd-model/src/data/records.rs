@@ -16,6 +16,17 @@ const MESSAGES: &str = "messages";
 /// The number of fields that an error lists.
 const LISTED_FIELDS: usize = 8;
 
+/// A record of a JSON file.
+pub(super) struct Record {
+    pub(super) value: Value,
+    /// Its JSON text, in which the keys have their order.
+    pub(super) json: Vec<u8>,
+    /// The number of its first line, from 1.
+    pub(super) line: usize,
+    /// The number of bytes that were read for it.
+    pub(super) bytes: u64,
+}
+
 /// The text of a record.
 pub(super) struct RecordText {
     pub(super) text: String,
@@ -33,7 +44,7 @@ pub(super) enum BadRecord {
 
 /// The text of a record: its text field, or else its chat as `template` writes it.
 pub(super) fn record_text(
-    mut record: Value,
+    Record { value: mut record, json, .. }: Record,
     format: &DocumentFormat,
     template: Option<&ChatTemplate>,
 ) -> std::result::Result<RecordText, BadRecord> {
@@ -63,7 +74,7 @@ pub(super) fn record_text(
         });
     }
     let Some(template) = template else { return Err(BadRecord::NoTemplate) };
-    match template.render_record(&record) {
+    match template.render_record(&json) {
         Ok(text) => Ok(RecordText { text, is_chat: true }),
         Err(e) => malformed(e.to_string()),
     }
@@ -128,11 +139,11 @@ impl Values {
         &self.path
     }
 
-    /// The next value with the number of its first line and its length in bytes; `None` after the last one.
+    /// The next value; `None` after the last one.
     ///
     /// # Errors
     /// [`Error::Foreign`] for text that is not JSON, after which the rest of the file cannot be read.
-    pub(super) fn next(&mut self) -> Result<Option<(Value, usize, u64)>> {
+    pub(super) fn next(&mut self) -> Result<Option<Record>> {
         let from = self.at;
         self.skip_white_space();
         let is_first = self.content[..self.at].trim_ascii().len() <= 1;
@@ -153,8 +164,9 @@ impl Values {
         let used = values.byte_offset();
         match value {
             Some(Ok(value)) => {
+                let json = self.content[self.at..self.at + used].to_vec();
                 self.at += used;
-                Ok(Some((value, line, (self.at - from) as u64)))
+                Ok(Some(Record { value, json, line, bytes: (self.at - from) as u64 }))
             }
             Some(Err(e)) => Err(self.broken(line + e.line().saturating_sub(1), &json_message(&e))),
             None => Err(self.broken(line, "a value is expected")),
@@ -162,7 +174,7 @@ impl Values {
     }
 
     /// The end of the array, after which the file must end.
-    fn end(&mut self) -> Result<Option<(Value, usize, u64)>> {
+    fn end(&mut self) -> Result<Option<Record>> {
         match self.content[self.at + 1..].trim_ascii().is_empty() {
             true => Ok(None),
             false => Err(self.broken_here("text follows the array")),

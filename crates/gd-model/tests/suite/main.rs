@@ -2,6 +2,7 @@
 //!
 //! `cargo test -p gd-model --test suite checkpoint::` runs the tests of one module.
 
+mod chat_template;
 mod checkpoint;
 mod config;
 mod data;
@@ -18,4 +19,5 @@ mod packing;
 mod prepared;
 mod recomputation;
 mod smollm2;
+mod stream;
 mod tokenizer;

@@ -9,6 +9,7 @@ use gd_model::train::run::{About, Run};
 
 use super::args::Args;
 use crate::context::{Context, usage};
+use crate::data_source::check_tokens;
 use crate::training::{load_corpus_for, load_recipe, new_trainer, run_to_end};
 
 /// Runs the training.
@@ -22,6 +23,9 @@ pub(super) fn run(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
     flags.documents.apply(&mut recipe.train.documents);
     let template = ChatTemplate::find(&teacher.files)?;
     let data = load_corpus_for(&flags.data, &recipe, &tokenizer, template)?;
+    for tokens in [&data.corpus.train, &data.corpus.valid] {
+        check_tokens(tokens, &tokenizer, &recipe.model)?;
+    }
     if group.leads() {
         eprintln!("{}", data.summary);
     }

@@ -1,0 +1,230 @@
+//! Chat templates: Jinja as transformers renders it.
+//!
+//! `trim_blocks` and `lstrip_blocks` are on, values have the methods of Python's types that do not change them, `tojson`
+//! writes as Python's `json.dumps`, `raise_exception` is an error with its text, `strftime_now` is the local time, and
+//! `{% generation %}` blocks are rendered as their content.
+//!
+//! Templates are untrusted. The number of their steps and the size of the texts and lists that they make are limited.
+
+mod functions;
+mod json;
+mod limits;
+mod methods;
+mod rewrite;
+
+use std::collections::BTreeMap;
+
+use minijinja::Environment;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Value;
+
+use crate::error::{Error, Result};
+use crate::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
+
+/// The name of the template in its environment.
+const TEMPLATE_NAME: &str = "chat_template";
+
+/// The keys of `tokenizer_config.json` whose tokens a template can use by the same name.
+const TOKEN_KEYS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// A parsed chat template.
+///
+/// ```
+/// use std::collections::BTreeMap;
+/// use gd_model::io::chat_template::ChatTemplate;
+///
+/// let text = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:";
+/// let template = ChatTemplate::new(text.into(), BTreeMap::new())?;
+/// assert_eq!(template.render(Some("Be brief."), "Hi")?, "system: Be brief.\nuser: Hi\nassistant:");
+/// # Ok::<(), gd_model::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    /// The variables besides the chat.
+    variables: BTreeMap<String, Value>,
+}
+
+impl ChatTemplate {
+    /// The template among the files of a checkpoint folder, by file name; `None` if there is none.
+    /// `chat_template.jinja` takes precedence over the key `chat_template` of `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// A template that cannot be parsed, or a `tokenizer_config.json` of another form.
+    pub fn find(files: &BTreeMap<String, Vec<u8>>) -> Result<Option<Self>> {
+        let named = |name: &str, e: &dyn std::fmt::Display| Error::Invalid(format!("{name}: {e}"));
+        let settings: serde_json::Value = match files.get(TOKENIZER_CONFIG) {
+            Some(text) => serde_json::from_slice(text).map_err(|e| named(TOKENIZER_CONFIG, &e))?,
+            None => serde_json::Value::Null,
+        };
+        let text = match (files.get(CHAT_TEMPLATE), settings.get("chat_template")) {
+            (Some(text), _) => std::str::from_utf8(text).map_err(|e| named(CHAT_TEMPLATE, &e))?,
+            (None, None | Some(serde_json::Value::Null)) => return Ok(None),
+            (None, Some(serde_json::Value::String(text))) => text,
+            // A list of named templates.
+            (None, Some(named_templates)) => {
+                let default =
+                    named_templates.as_array().into_iter().flatten().find(|t| t["name"] == "default");
+                default.and_then(|t| t["template"].as_str()).ok_or_else(|| {
+                    named(TOKENIZER_CONFIG, &"chat_template is neither a text nor a list with a default")
+                })?
+            }
+        };
+        // A token is a string, or an object with the string as `content`.
+        let token = |name: &&str| {
+            let value = settings.get(name)?;
+            let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
+            Some(((*name).to_owned(), text.to_owned()))
+        };
+        Self::new(text.to_owned(), TOKEN_KEYS.iter().filter_map(token).collect()).map(Some)
+    }
+
+    /// Parses a template. `tokens` are the special tokens by the names that the template uses, such as `bos_token`.
+    ///
+    /// # Errors
+    /// A syntax error, with its line; a template of more than 1 MiB.
+    pub fn new(template: String, tokens: BTreeMap<String, String>) -> Result<Self> {
+        let fuel = limits::instructions(&template)?;
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| invalid(&e))?);
+        environment.set_unknown_method_callback(methods::call);
+        environment.set_formatter(limits::write_value);
+        environment.set_fuel(Some(fuel));
+        functions::register(&mut environment);
+        // Jinja2 knows three line breaks and writes one of them.
+        let template = rewrite::rewrite(&template.replace("\r\n", "\n").replace('\r', "\n"));
+        environment.add_template_owned(TEMPLATE_NAME, template).map_err(|e| invalid(&e))?;
+        let tokens = tokens.into_iter().map(|(name, token)| (name, Value::from(token)));
+        let (add_generation_prompt, none) = (Value::from(true), Value::from(()));
+        let defaults =
+            [("add_generation_prompt", add_generation_prompt), ("tools", none.clone()), ("documents", none)];
+        let defaults = defaults.map(|(name, value)| (name.to_owned(), value));
+        Ok(Self { environment, variables: defaults.into_iter().chain(tokens).collect() })
+    }
+
+    /// Adds variables that the template can use, such as `enable_thinking`: the keys of a JSON object. They take precedence
+    /// over the special tokens and over `tools`, `documents` and `add_generation_prompt`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a text that is not a JSON object, and for the variable `messages`.
+    pub fn with_variables(mut self, object: &str) -> Result<Self> {
+        let variables: BTreeMap<String, Value> = serde_json::from_str(object).map_err(|e| {
+            Error::Invalid(format!("the variables of a chat template are a JSON object: {e}"))
+        })?;
+        if variables.contains_key("messages") {
+            return Err(Error::Invalid(
+                "messages is no variable of a chat template, because it is the chat itself".into(),
+            ));
+        }
+        self.variables.extend(variables);
+        Ok(self)
+    }
+
+    /// Renders a chat of an optional system message and a user message, followed by the prompt for the model's answer.
+    ///
+    /// # Errors
+    /// An error that the template raises, for example if it does not support system messages, or a limit that it exceeds.
+    pub fn render(&self, system: Option<&str>, user: &str) -> Result<String> {
+        let turn = |(role, content): (&str, &str)| Value::from_pairs([("role", role), ("content", content)]);
+        let turns = [system.map(|text| ("system", text)), Some(("user", user))];
+        let messages: Value = turns.into_iter().flatten().map(turn).collect();
+        self.render_with([("messages", messages)])
+    }
+
+    /// Renders a chat as a text to train on or to measure: the messages under the key `messages` of the JSON object
+    /// `record`, with the tools under `tools` if there are any, and without a prompt for an answer.
+    ///
+    /// # Errors
+    /// A message without a role, or an error that the template raises.
+    pub fn render_record(&self, record: &[u8]) -> Result<String> {
+        let invalid = || Error::Invalid("\"messages\" is not a list of messages with a role each".into());
+        // Not by way of serde_json's values, which lose the order of keys.
+        let mut record: BTreeMap<String, Value> = serde_json::from_slice(record).map_err(|_| invalid())?;
+        let messages = record.remove("messages").unwrap_or_default();
+        let has_role = |message: Value| message.get_attr("role").is_ok_and(|role| role.as_str().is_some());
+        if messages.len().is_none_or(|n| n == 0)
+            || !messages.try_iter().is_ok_and(|mut all| all.all(has_role))
+        {
+            return Err(invalid());
+        }
+        let tools = record.remove("tools").unwrap_or(Value::from(()));
+        let prompt = Value::from(false);
+        self.render_with([("messages", messages), ("tools", tools), ("add_generation_prompt", prompt)])
+    }
+
+    /// Renders the template with these variables, which take precedence over all others.
+    fn render_with<const N: usize>(&self, chat: [(&str, Value); N]) -> Result<String> {
+        let mut variables = self.variables.clone();
+        variables.extend(chat.map(|(name, value)| (name.to_owned(), value)));
+        let template = self.environment.get_template(TEMPLATE_NAME);
+        template.and_then(|template| template.render(Value::from_pairs(variables))).map_err(|e| invalid(&e))
+    }
+}
+
+fn invalid(e: &minijinja::Error) -> Error {
+    Error::Invalid(format!("chat template: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn render(template: &str, system: Option<&str>) -> Result<String> {
+        let tokens = BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]);
+        ChatTemplate::new(template.to_owned(), tokens)?.render(system, " Hi\n<there> ")
+    }
+
+    #[test]
+    fn the_template_file_takes_precedence_and_a_list_gives_its_default() {
+        let settings = serde_json::json!({
+            "bos_token": { "content": "<s>" },
+            "eos_token": "</s>",
+            "chat_template": [
+                { "name": "tool_use", "template": "tools" },
+                { "name": "default", "template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}" },
+            ],
+        });
+        let mut files = BTreeMap::from([(TOKENIZER_CONFIG.to_owned(), settings.to_string().into_bytes())]);
+        let render = |files: &BTreeMap<_, _>| {
+            let template = ChatTemplate::find(files).unwrap().unwrap();
+            template.render(None, "Hi").unwrap()
+        };
+        assert_eq!(render(&files), "<s>Hi</s>");
+        files.insert(CHAT_TEMPLATE.to_owned(), b"own {{ messages|length }}".to_vec());
+        assert_eq!(render(&files), "own 1");
+        assert!(ChatTemplate::find(&BTreeMap::new()).unwrap().is_none());
+        files = BTreeMap::from([(TOKENIZER_CONFIG.to_owned(), b"{\"chat_template\": 3}".to_vec())]);
+        let error = ChatTemplate::find(&files).unwrap_err().to_string();
+        assert!(error.starts_with("tokenizer_config.json: chat_template"), "{error}");
+    }
+
+    #[test]
+    fn variables_are_given_as_a_json_object() {
+        let template =
+            "{{ bos_token }}{{ enable_thinking is defined and not enable_thinking }}{{ tools|tojson }}";
+        let template = ChatTemplate::new(template.to_owned(), BTreeMap::new()).unwrap();
+        assert_eq!(template.render(None, "Hi").unwrap(), "Falsenull");
+        let variables =
+            r#"{"enable_thinking": false, "tools": [{"name": "b", "about": "a"}], "bos_token": "<b>"}"#;
+        let rendered = template.clone().with_variables(variables).unwrap().render(None, "Hi").unwrap();
+        assert_eq!(rendered, r#"<b>True[{"name": "b", "about": "a"}]"#);
+        for (variables, reason) in
+            [("[1]", "a JSON object"), ("{", "a JSON object"), (r#"{"messages": []}"#, "the chat itself")]
+        {
+            let error = template.clone().with_variables(variables).unwrap_err().to_string();
+            assert!(error.contains(reason), "{variables}: {error}");
+        }
+    }
+
+    #[test]
+    fn raised_and_syntax_errors_are_reported() {
+        let error = render("{{ raise_exception('no system turn') }}", None).unwrap_err().to_string();
+        assert!(error.starts_with("chat template: ") && error.contains("no system turn"), "{error}");
+        let error = render("{% for %}", None).unwrap_err().to_string();
+        assert!(error.starts_with("chat template: syntax error"), "{error}");
+        let error = render("{{ 1 }}\n{{ [].append(1) }}", None).unwrap_err().to_string();
+        assert!(error.contains("append") && error.contains("chat_template:2"), "{error}");
+    }
+}

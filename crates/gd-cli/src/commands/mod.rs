@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod landscape;
+pub mod map;
 pub mod op;
 pub mod plot;
 pub mod report;
@@ -81,6 +82,7 @@ enum Command {
     Report(report::Args),
     BeaconReport(beacon_report::Args),
     Landscape(landscape::Args),
+    Map(map::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
 }
@@ -127,6 +129,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Report(args) => report::run(args, &ctx),
         Command::BeaconReport(args) => beacon_report::run(args, &ctx),
         Command::Landscape(args) => landscape::run(args, &ctx),
+        Command::Map(args) => map::run(args, &ctx),
         Command::Bench(args) => bench::run(args, &ctx),
         Command::Doctor(args) => doctor::run(args, &ctx),
     }

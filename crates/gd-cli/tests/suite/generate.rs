@@ -45,7 +45,7 @@ fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, P
     Ok((model, params))
 }
 
-fn models() -> [(&'static str, Value); 4] {
+fn models() -> [(&'static str, Value); 5] {
     let beacon = json!({ "conv_width": 4, "averages": 2, "prior": true, "protected": 2 });
     [
         ("softmax", json!({ "mechanism": ["softmax"] })),
@@ -54,6 +54,10 @@ fn models() -> [(&'static str, Value); 4] {
         (
             "gd with a Beacon",
             json!({ "mechanism": ["softmax", "gd", "gd"], "qk_norm": true, "beacon": beacon }),
+        ),
+        (
+            "other mechanisms",
+            json!({ "mechanism": ["selective", { "name": "topk", "k": 3 }, "differential"] }),
         ),
     ]
 }

@@ -14,6 +14,8 @@ mod documents;
 mod generate;
 mod landscape;
 mod log;
+mod map;
+mod mechanisms;
 mod op;
 mod program;
 mod reading;

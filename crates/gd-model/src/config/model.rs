@@ -1,25 +1,15 @@
 //! The configuration of a model: the keys of `config.json`.
 
 use gd_kernels::{CANDIDATES, Gate};
-use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, RopeScaling};
+use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, MechanismAttention, RopeScaling};
 use schemars::JsonSchema;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::checks::{Checks, first};
-use super::{llama, parse};
+use super::{Mechanism, llama, parse};
 use crate::error::{ConfigProblem, Error, Result};
-
-/// The attention mechanism of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Mechanism {
-    /// Softmax attention.
-    Softmax,
-    /// Selection attention.
-    Gd,
-}
 
 /// The configuration of a model: the keys of a Llama `config.json`, and those of this crate in the block `gd`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -154,7 +144,9 @@ pub(super) fn check_rope_type(name: &str) -> Result<()> {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GdBlock {
-    /// The mechanism of every layer, `gd` or `softmax`, or a single one for all layers.
+    /// The mechanism of every layer, or a single one for all layers: `gd`, `softmax` or another, by its name or as an
+    /// object with parameters, `{"name": "topk", "k": 4}`.
+    #[schemars(with = "Vec<Value>")]
     pub mechanism: Vec<Mechanism>,
     /// The sliding window of every layer in tokens, `null` for full attention. One entry per layer, a single one for all
     /// layers, or none.
@@ -253,8 +245,8 @@ impl ModelConfig {
     }
 
     /// The mechanism of a layer.
-    pub fn mechanism(&self, layer: usize) -> Mechanism {
-        self.gd.mechanism[layer.min(self.gd.mechanism.len() - 1)]
+    pub fn mechanism(&self, layer: usize) -> &Mechanism {
+        &self.gd.mechanism[layer.min(self.gd.mechanism.len() - 1)]
     }
 
     /// The sliding window of a layer in tokens; `None` for full attention.
@@ -335,9 +327,15 @@ impl ModelConfig {
         if !problems.is_empty() {
             return problems;
         }
-        let attention =
-            (0..layers.min(windows.max(1))).try_for_each(|layer| self.attention(layer).validate());
-        attention.err().map(Error::from).into_iter().collect()
+        let check = |layer| -> Result<()> {
+            match self.mechanism(layer) {
+                Mechanism::Other(other) => MechanismAttention::validate(&self.attention(layer), other)?,
+                Mechanism::Softmax | Mechanism::Gd => self.attention(layer).validate()?,
+            }
+            Ok(())
+        };
+        // Layers beyond the longer list have the configuration of the last one in it.
+        (0..mechanisms.max(windows)).find_map(|layer| check(layer).err()).into_iter().collect()
     }
 
     /// Checks the ranges of the settings of selection and of the Beacon, which the operators would refuse.

@@ -3,6 +3,7 @@
 //! Shapes: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`. The help texts in `args.rs` list all tensors.
 
 mod args;
+pub mod attend;
 pub(super) mod barrier;
 pub(super) mod inputs;
 mod output;
@@ -14,7 +15,7 @@ use anyhow::Result;
 use gd_kernels::{plan, scan};
 use gd_model::io::safetensors::Tensors;
 
-pub use args::{Args, Operator, ScanArgs, SelectArgs};
+pub use args::{Args, AttendArgs, Operator, ScanArgs, SelectArgs};
 
 use self::inputs::Inputs;
 use self::problem::ScanProblem;
@@ -28,6 +29,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     match args.operator {
         Operator::Scan(args) => run_scan(&args, ctx),
         Operator::Select(args) => select::run(&args, ctx),
+        Operator::Attend(args) => attend::run(&args, ctx),
     }
 }
 

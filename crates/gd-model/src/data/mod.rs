@@ -93,7 +93,8 @@ impl Corpus {
         if self.valid.is_empty() {
             return Ok(());
         }
-        let advice = "; train.valid_fraction=0 trains without validation, and a smaller train.context needs less text";
+        let advice =
+            "; train.valid_fraction=0 trains without validation, and a smaller train.context needs less text";
         check("the validation text", &self.valid, context, advice)
     }
 }
@@ -107,7 +108,9 @@ fn check(what: &'static str, tokens: &Tokens, context: usize, advice: &'static s
         return Err(Error::TooShort { what, tokens: tokens.len(), needed: context + 1, advice });
     }
     if tokens.len() == tokens.document_count() {
-        return Err(Error::Invalid(format!("{what} has no token to predict: every document has a single token")));
+        return Err(Error::Invalid(format!(
+            "{what} has no token to predict: every document has a single token"
+        )));
     }
     Ok(())
 }

@@ -53,7 +53,9 @@ impl TrainingProgress {
     pub fn show(&mut self, step: &Step, sample: Option<&str>) {
         self.valid_loss = step.valid_loss.or(self.valid_loss);
         let valid = self.valid_loss.map_or(String::new(), |v| format!("  valid {v:.4}"));
-        let message = format!("loss {:.4}{valid}  {:.0} tokens/s", step.loss, step.tokens_per_second);
+        let loss =
+            if step.is_empty { "no token to predict".into() } else { format!("loss {:.4}", step.loss) };
+        let message = format!("{loss}{valid}  {:.0} tokens/s", step.tokens_per_second);
         if self.print_lines && (step.valid_loss.is_some() || step.step.is_multiple_of(STEPS_PER_LINE)) {
             let left = HumanDuration(Duration::from_secs_f64(step.seconds_left));
             eprintln!("{}/{} steps  {message}  left {left:#}", step.step, step.total);

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// How a key is scored for a query (q, k of length D; b the key prior).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Score {
     /// Selection energy `eps = beta * |q - k|^2 - b`.
@@ -15,6 +16,7 @@ pub enum Score {
 
 /// Which of several keys with the same energy is selected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum TieBreak {
     /// The least index.
@@ -41,6 +43,7 @@ pub enum Precision {
 /// the candidates and the null slot (energy: the threshold), `a_j = <dy, v_j>`, `a_null = 0` and
 /// `J(p)a = p * (a - <p, a>)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Estimator {
     /// Scores: `J(p~)a` with `p~ = (1 - f) p + f / |C|` over the candidates. Values:
@@ -59,6 +62,7 @@ pub enum Estimator {
 
 /// The factor of the selected value row.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Gate {
     /// No gate: `y = v_j*` (gamma = 0).
@@ -77,6 +81,7 @@ pub enum Gate {
 
 /// Which root of the coherence equation is used for a pair whose energy has two wells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum CoherenceMode {
     /// The global minimum of the energy; the tie at alpha = 1/2 goes to the query.
@@ -95,6 +100,7 @@ pub enum CoherenceMode {
 /// and if the weight is still below `floor` raises `s` to
 /// `ln(floor / (1 - floor)) + logsumexp(others)`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Barrier {
     /// Least softmax weight of an activated candidate, in (0, 1).

@@ -174,29 +174,30 @@ fn default_eps() -> f64 {
 
 /// The options of a selection, the same for all heads of a layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct GdConfig {
-    /// Candidates per query, one of [`gd_kernels::CANDIDATES`].
+    /// Candidates per query: 1, 2, 4, 8, 16, 32 or 64.
     pub candidates: usize,
-    /// How keys are scored.
+    /// How keys are scored: `energy`, β‖q − k‖² − b, or `dot`, −β⟨q, k⟩ − b.
     pub score: Score,
     /// Whether `beta |k|^2` is added to the prior of every key, so that energies order keys as dot products
     /// do.
     pub norm_prior: bool,
-    /// Which of several keys with the same energy wins.
+    /// Which of several keys with the same energy wins: that of the lowest index (`first`) or of the highest (`last`).
     pub tie: TieBreak,
-    /// The factor of the selected row.
+    /// The factor of the selected row: none, `{"energy": {"temperature": T}}` for ρ = σ((τ − ε)/T), or `coherence`.
     pub gate: Gate,
-    /// Gradient of the choice.
+    /// Gradient of the hard choice.
     pub estimator: Estimator,
     /// Temperature T > 0 of the estimator's softmax.
     pub temperature: f64,
-    /// Preserve floor f in [0, 1].
+    /// Preserve floor f in [0, 1], the share of the gradient that is spread evenly over the candidates.
     pub preserve_floor: f64,
-    /// Value floor lambda in [0, 1].
+    /// Value floor λ in [0, 1], the share of the value gradient that goes to the candidates by weight.
     pub value_floor: f64,
     /// Initial threshold in units of `beta * (|q|^2 + |k|^2)` at unit RMS, that is `2 beta D`; the
-    /// head learns it from there. None: a head never abstains.
+    /// head learns it from there. None: a head never abstains. The energy gate needs it.
     pub threshold: Option<f64>,
     /// Refinement rounds with learned weights; 1 is the plain selection.
     pub rounds: usize,
@@ -299,6 +300,7 @@ impl Default for GdConfig {
 
 /// The parts of a [`Beacon`](crate::Beacon): convolution, memory and key prior.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct BeaconConfig {
     /// Width of the causal convolution before the projections; 1 for none.
@@ -307,8 +309,8 @@ pub struct BeaconConfig {
     pub averages: usize,
     /// Whether keys have a learned prior.
     pub prior: bool,
-    /// Protected keys per query, those of greatest prior among the visible, which are candidates in any case: 0, or one
-    /// of [`gd_kernels::CANDIDATES`].
+    /// Protected keys per query, those of greatest prior among the visible, which are candidates in any case: 0, 1, 2, 4,
+    /// 8, 16, 32 or 64. They need the prior.
     pub protected: usize,
     /// Conditional protection of the protected candidates.
     pub barrier: Option<Barrier>,

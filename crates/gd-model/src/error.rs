@@ -71,7 +71,7 @@ pub enum Error {
         count: usize,
     },
     /// A text is shorter than one window of the training or evaluation.
-    #[error("{what} has {tokens} tokens, but one window needs {needed} (context {context} + 1)", context = .needed - 1)]
+    #[error("{what} has {tokens} tokens, but one window needs {needed} (context {context} + 1){advice}", context = .needed - 1)]
     TooShort {
         /// Which text.
         what: &'static str,
@@ -79,6 +79,8 @@ pub enum Error {
         tokens: usize,
         /// The minimal length in tokens, which is the context plus one.
         needed: usize,
+        /// What to change, with the punctuation before it; may be empty.
+        advice: &'static str,
     },
     /// A file ends before the size that its header announces.
     #[error("{path}: truncated: {needed} bytes are announced, {actual} are there", path = .path.display())]
@@ -207,7 +209,7 @@ pub enum Error {
     /// A run cannot be resumed with another number of steps, because a step that it has done would have been another
     /// one, or because it has done more steps than that.
     #[error("{path}: a run of {from} steps that has done {done} cannot be resumed as one of {to}{why}", path = .path.display(),
-        why = .differs.map_or(String::new(), |step| format!(": step {step} would have been another one")))]
+        why = differing_step(*.differs, *.done, *.to))]
     RunLength {
         /// The folder of the run.
         path: PathBuf,
@@ -220,15 +222,33 @@ pub enum Error {
         /// The first step, from 1, that would have been different.
         differs: Option<u64>,
     },
-    /// The training diverged: the guard would skip too many updates in a row.
-    #[error("step {step}: {skipped} updates in a row would be skipped: {reason}")]
+    /// The training diverged: the guard would skip too many updates in a row, or the parameters are such that the model
+    /// cannot be computed.
+    #[error("step {step}: {reason}; the training diverged{values}: try a lower train.lr.peak, a longer train.lr.warmup \
+             or a smaller train.clip{newest}",
+        values = values(*.loss, *.lr),
+        newest = .checkpoint.as_ref().map_or(String::new(), |path| format!("; the newest checkpoint is {}", path.display())))]
     Diverged {
-        /// The step, from 1.
+        /// The last step, from 1.
         step: u64,
-        /// The number of consecutive steps that the guard refused.
-        skipped: usize,
-        /// Why it refused the last of them.
+        /// Its loss in nats per token, if it is available.
+        loss: Option<f64>,
+        /// Its learning rate, if it is available.
+        lr: Option<f64>,
+        /// What happened.
         reason: String,
+        /// The newest checkpoint of the run, which is from before.
+        checkpoint: Option<PathBuf>,
+    },
+    /// A computed value is not finite.
+    #[error("{what} of token {token} is {value}")]
+    NotFinite {
+        /// The quantity, such as `the loss`.
+        what: &'static str,
+        /// The value.
+        value: f64,
+        /// The position of the token in the text, from 0.
+        token: usize,
     },
     /// The processes of a training hold different data.
     #[error("{what}: different on rank 0 and on rank {}", .ranks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
@@ -391,6 +411,24 @@ fn shorten(names: &[String]) -> String {
 
 fn join(problems: &[ConfigProblem]) -> String {
     problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// Why a run cannot be resumed with `to` steps, and what to do instead.
+fn differing_step(differs: Option<u64>, done: u64, to: u64) -> String {
+    match differs {
+        Some(step) => format!(
+            ": step {step} would have been another one, because its learning rate or selection depends on the number of \
+             steps; start a new run with --steps {to}, or one with train.lr.shape=constant, which can be made longer"
+        ),
+        None => format!(": choose at least {done} steps"),
+    }
+}
+
+/// The loss and the learning rate of a step, as far as they are available.
+fn values(loss: Option<f64>, lr: Option<f64>) -> String {
+    let values = [loss.map(|loss| format!("loss {loss:.4}")), lr.map(|lr| format!("learning rate {lr}"))];
+    let values: Vec<_> = values.into_iter().flatten().collect();
+    if values.is_empty() { String::new() } else { format!(" ({})", values.join(", ")) }
 }
 
 fn suggested(name: Option<&str>) -> String {

@@ -1,16 +1,16 @@
 //! `gd eval`: loss, perplexity and bits per byte of a model on a text.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow, bail};
+use gd_model::Error;
 use gd_model::config::DocumentFormat;
-use gd_model::data::{Documents, Tokens};
+use gd_model::data::{Documents, Tokens, encode_text};
 use gd_model::eval::evaluate;
-use gd_model::io::tokenizer::Tokenizer;
-use gd_model::model::pretrained;
+use gd_model::model::pretrained::{self, Loaded};
 
 use crate::context::{Context, usage};
-use crate::data_source::{DocumentArgs, check_tokens, prepared_data_for};
+use crate::data_source::{DocumentArgs, check_tokens, document_error, prepared_data_for};
 
 /// A forward pass contains as many windows as fit in this number of tokens.
 const TOKENS_PER_PASS: usize = 2048;
@@ -19,16 +19,18 @@ const TOKENS_PER_PASS: usize = 2048;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "The text is tokenized as a whole and cut into consecutive windows of the model's context. The loss \
-                  (nats per token) is the mean over all predicted tokens. Documents (JSONL lines, prepared data) are \
-                  predicted from their own text only.\n\n\
+                  (nats per token) is the mean over all predicted tokens. Documents (JSON records, prepared data) are \
+                  predicted from their own text only. Bits per byte count the predicted tokens of the text, without \
+                  begin and end tokens, over the bytes of the text. A loss that is not finite is an error.\n\n\
                   Example:\n  gd eval out/tiny --data book.txt --json"
 )]
 pub struct Args {
     /// Model: a checkpoint folder, a safetensors file in one, or a GGUF file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
-    /// Text to measure on: text files (UTF-8), which are concatenated, JSONL files, folders of them, or the
-    /// validation part of one folder of prepared data
+    /// Text to measure on: text files (UTF-8), which are concatenated, JSON records (.jsonl, .ndjson, .json), folders of
+    /// them, - for standard input, or the validation part of one folder of prepared data. Files may be compressed by gzip
+    /// or Zstandard
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,
     /// How files are split into documents
@@ -55,9 +57,10 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
             "--context {context} exceeds the model's max_position_embeddings {limit}"
         )));
     }
-    let (tokens, bytes) = read_tokens(&args, &loaded.tokenizer)?;
+    let (tokens, bytes) = read_tokens(&args, &loaded)?;
     check_tokens(&tokens, &loaded.tokenizer, loaded.model.config())?;
     let result = evaluate(&loaded.model, &tokens, bytes, context, TOKENS_PER_PASS / context, &ctx.device)
+        .map_err(|e| locate(e, &args.model, &loaded))
         .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {
         let mut json = serde_json::to_value(&result)?;
@@ -66,30 +69,54 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     }
     ctx.print(format_args!(
         "loss {:.4} nats/token, perplexity {:.2}, {:.4} bits/byte, {} tokens in windows of {context}\n\
+         bits/byte: {} text tokens over {:.0} bytes{}\n\
          heads: abstain rate {:.4}, first-token share {:.4}, top-1 margin {:.3}",
         result.loss,
         result.perplexity,
         result.bits_per_byte,
         result.tokens,
+        result.text_tokens,
+        result.text_bytes,
+        if result.text_tokens < result.tokens { ", without begin and end tokens" } else { "" },
         result.heads.abstained,
         result.heads.first_token,
         result.heads.margin
     ))
 }
 
+/// Adds to the error of a loss that is not finite where the first values are that are not.
+fn locate(error: Error, path: &Path, loaded: &Loaded) -> anyhow::Error {
+    let Error::NotFinite { .. } = error else { return error.into() };
+    match loaded.params.first_not_finite() {
+        Ok(Some(name)) => anyhow!("{error}: {}: {name} has weights that are not finite", path.display()),
+        Ok(None) => anyhow!(
+            "{error}: all weights of {} are finite, but values computed from them are not",
+            path.display()
+        ),
+        Err(e) => e.into(),
+    }
+}
+
 /// Reads the text. Returns its tokens and its length in bytes.
-fn read_tokens(args: &Args, tokenizer: &Tokenizer) -> Result<(Tokens, usize)> {
+fn read_tokens(args: &Args, loaded: &Loaded) -> Result<(Tokens, usize)> {
+    let tokenizer = &loaded.tokenizer;
     if let Some(prepared) = prepared_data_for(&args.data, tokenizer)? {
+        if prepared.corpus.valid.is_empty() {
+            bail!("{}: there is no validation part to measure on", args.data[0].display());
+        }
         return Ok((prepared.corpus.valid, prepared.corpus.valid_bytes));
     }
     let mut format = DocumentFormat::default();
     args.documents.apply(&mut format);
-    let documents = Documents::open(&args.data, &format)?.collect::<gd_model::Result<Vec<_>>>()?;
+    let documents = Documents::open(&args.data, &format)?.with_chat_template(loaded.chat()?);
+    let documents = documents.collect::<gd_model::Result<Vec<_>>>().map_err(document_error)?;
     let bytes = documents.iter().map(|d| d.text.len()).sum();
-    if documents.iter().all(|d| d.is_file) {
+    let tokens = if documents.iter().all(|d| d.is_file) {
         let text: String = documents.iter().map(|d| d.text.as_str()).collect();
-        return Ok((tokenizer.encode(&text)?.into(), bytes));
-    }
-    let ids = documents.iter().map(|d| tokenizer.encode_document(&d.text));
-    Ok((Tokens::documents(ids.collect::<gd_model::Result<Vec<_>>>()?), bytes))
+        Tokens::from(tokenizer.encode(&text)?)
+    } else {
+        let ids = documents.iter().map(|d| encode_text(tokenizer, &d.text, d.is_chat));
+        Tokens::documents(ids.collect::<gd_model::Result<Vec<_>>>()?)
+    };
+    Ok((tokens.with_framing(tokenizer.framing()?), bytes))
 }

@@ -6,6 +6,7 @@
 pub mod beacon_report;
 pub mod bench;
 pub mod compare;
+pub mod config;
 pub mod convert;
 pub mod data;
 pub mod doctor;
@@ -68,6 +69,7 @@ struct CommonArgs {
 #[derive(Debug, Subcommand)]
 enum Command {
     Train(train::Args),
+    Config(config::Args),
     Data(data::Args),
     Eval(eval::Args),
     Generate(generate::Args),
@@ -114,6 +116,7 @@ fn run(cli: Cli) -> Result<()> {
     let ctx = Context { device: device.open()?, seed, json };
     match cli.command {
         Command::Train(args) => train::run(args, &ctx),
+        Command::Config(args) => config::run(args, &ctx),
         Command::Data(args) => data::run(args, &ctx),
         Command::Eval(args) => eval::run(args, &ctx),
         Command::Generate(args) => generate::run(args, &ctx),

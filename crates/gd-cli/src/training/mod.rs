@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use gd_model::config::Recipe;
-use gd_model::data::Corpus;
+use gd_model::data::{Corpus, counted};
 use gd_model::eval::Evaluation;
 use gd_model::infer::generate::sample;
 use gd_model::io::checkpoint;
@@ -16,9 +16,11 @@ use gd_model::train::log::Event;
 use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, Run};
 use gd_model::train::{Step, Trainer};
-use serde_json::json;
+use serde_json::{Value, json};
 
-pub use self::recipe::{load_corpus, load_recipe, load_texts};
+pub use self::recipe::{
+    DEFAULT_CONFIG, LoadedCorpus, load_corpus, load_corpus_for, load_recipe, vocabulary_line,
+};
 
 use crate::context::{Context, exit_code, one_line};
 use crate::history::History;
@@ -132,10 +134,14 @@ fn report_stopped(run: &mut Run, skipped_files: &[String], ctx: &Context) -> Res
 /// Validates the model of a finished run, saves it with a sample and a report, and prints the result.
 fn finish_run(run: &mut Run, skipped_files: &[String], ctx: &Context) -> Result<()> {
     let (step, out) = (run.trainer.step(), run.folder().to_path_buf());
-    let (result, ema_result) = (run.trainer.validate()?, run.trainer.validate_ema()?);
+    // Without a validation text there is nothing to measure.
+    let (result, ema_result) = match run.trainer.has_validation() {
+        true => (Some(run.trainer.validate()?), run.trainer.validate_ema()?),
+        false => (None, None),
+    };
     let (about, recipe) = (run.about().clone(), run.trainer.recipe().clone());
-    let card = model_card::entries(&about, &recipe, &run.trainer, &result);
-    run.finish(&checkpoint::model_card(&card)?, &result)?;
+    let card = model_card::entries(&about, &recipe, &run.trainer, result.as_ref());
+    run.finish(&checkpoint::model_card(&card)?, result.as_ref())?;
     let loaded = pretrained::load(&out, &ctx.device)?;
     let prompt = recipe.train.sample_prompt.clone();
     let text = sample(&loaded.model, &loaded.tokenizer, &prompt, about.seed, &ctx.device)?;
@@ -145,23 +151,30 @@ fn finish_run(run: &mut Run, skipped_files: &[String], ctx: &Context) -> Result<
     }
     report::save(&out.join(report::FILE), &History::load(&out)?)?;
     if ctx.json {
-        return ctx.print(json!({
+        let mut json = json!({
             "folder": out, "finished": true, "parameters": run.trainer.params.count(),
-            "steps": recipe.train.steps, "seed": about.seed,
-            "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
-            "tokens": result.tokens, "heads": result.heads,
-            "ema": ema_result, "sample": sample, "passed_over": skipped_files,
-        }));
+            "steps": recipe.train.steps, "seed": about.seed, "skipped_updates": run.trainer.skipped_updates(),
+            "loss": null, "ema": ema_result, "sample": sample, "passed_over": skipped_files,
+        });
+        if let (Some(json), Value::Object(result)) = (json.as_object_mut(), serde_json::to_value(&result)?) {
+            json.extend(result);
+        }
+        return ctx.print(json);
     }
+    let skipped = match run.trainer.skipped_updates() {
+        0 => String::new(),
+        n => format!("skipped {} (train.jsonl has the reasons)\n", counted(n as usize, "update")),
+    };
     ctx.print(format_args!(
-        "{}\nsaved {}\n\nsample from the reloaded folder:\n{sample}",
-        result_line(&result, ema_result.as_ref()),
+        "{}\n{skipped}saved {}\n\nsample from the reloaded folder:\n{sample}",
+        result_line(result.as_ref(), ema_result.as_ref()),
         out.display()
     ))
 }
 
 /// The validation result as text, with that of the averaged weights if there are some.
-fn result_line(result: &Evaluation, ema_result: Option<&Evaluation>) -> String {
+fn result_line(result: Option<&Evaluation>, ema_result: Option<&Evaluation>) -> String {
+    let Some(result) = result else { return "no validation text".into() };
     let ema = ema_result.map(|e| {
         format!("\nwith averaged weights {:.4} nats/token, {:.4} bits/byte", e.loss, e.bits_per_byte)
     });

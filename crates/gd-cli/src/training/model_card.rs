@@ -11,7 +11,7 @@ pub(super) fn entries(
     about: &About,
     recipe: &Recipe,
     trainer: &Trainer,
-    result: &Evaluation,
+    result: Option<&Evaluation>,
 ) -> Vec<(&'static str, String)> {
     let summary = match &recipe.train.uptrain {
         Some(uptrain) => {
@@ -22,6 +22,9 @@ pub(super) fn entries(
     };
     let data: Vec<_> = about.data.iter().map(|p| p.display().to_string()).collect();
     let data = if data.is_empty() { "the sample text of the repository".to_owned() } else { data.join(", ") };
+    let loss = result.map_or("not measured: there is no validation text".to_owned(), |result| {
+        format!("{:.4} nats per token, {:.4} bits per byte", result.loss, result.bits_per_byte)
+    });
     vec![
         ("name", about.name.clone()),
         ("summary", summary),
@@ -31,7 +34,7 @@ pub(super) fn entries(
         ("context", recipe.model.max_position_embeddings.to_string()),
         ("data", data),
         ("steps", recipe.train.steps.to_string()),
-        ("loss", format!("{:.4} nats per token, {:.4} bits per byte", result.loss, result.bits_per_byte)),
+        ("loss", loss),
     ]
 }
 

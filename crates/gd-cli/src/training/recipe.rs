@@ -4,54 +4,114 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use gd_model::config::{Recipe, Setting, TokenizerChoice};
-use gd_model::data::{Corpus, Texts};
+use gd_model::data::{Corpus, Documents, Prepared, ReadSummary, Texts};
+use gd_model::io::chat_template::ChatTemplate;
 use gd_model::io::tokenizer::Tokenizer;
 
-use crate::data_source::prepared_data;
+use crate::data_source::{DataSummary, document_error, prepared_data, prepared_data_for};
 
 /// The text that a run without `--data` trains on. It is part of the program, so that `gd train` runs anywhere.
 const SAMPLE_TEXT: &str = include_str!("../../text/sample.txt");
 
-/// Loads a preset or a configuration file with the values of `--set` and `--steps`. If `steps` is given, the warm-up
-/// is at most half of it.
+/// The configuration of a run without `--config`.
+pub const DEFAULT_CONFIG: &str = "tiny";
+
+/// Merges presets and configuration files, later ones over earlier ones, with the values of `--set` and `--steps`. If
+/// `steps` is given, the warm-up is at most half of it.
 ///
 /// # Errors
 /// Names the file, key or value that is not valid.
-pub fn load_recipe(config: &str, settings: &[Setting], steps: Option<u64>) -> Result<Recipe> {
-    let recipe = Recipe::load_with(config, settings)?;
+pub fn load_recipe(configs: &[impl AsRef<str>], settings: &[Setting], steps: Option<u64>) -> Result<Recipe> {
+    let recipe = Recipe::merged(configs, settings)?;
     let Some(steps) = steps else { return Ok(recipe) };
     let warmup = recipe.train.lr.warmup.min(steps / 2);
     let more = [Setting::new("train.lr.warmup", warmup), Setting::new("train.steps", steps)];
-    Ok(Recipe::load_with(config, &[settings, &more].concat())?)
+    Ok(Recipe::merged(configs, &[settings, &more].concat())?)
+}
+
+/// A corpus and what it was read from.
+pub struct LoadedCorpus {
+    /// The tokens.
+    pub corpus: Corpus,
+    /// The tokenizer that they were made with.
+    pub tokenizer: Tokenizer,
+    /// What was read.
+    pub summary: DataSummary,
 }
 
 /// Opens prepared data, or reads and tokenizes texts with the recipe's tokenizer. Sets the vocabulary size of the
-/// recipe's model.
+/// recipe's model; if that changes it, the summary of the data should say so, see [`vocabulary_line`].
 ///
 /// # Errors
-/// Names the file that cannot be read, or data that is too short.
-pub fn load_corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<(Corpus, Tokenizer)> {
-    if let Some(prepared) = prepared_data(files)? {
-        recipe.model.vocab_size = prepared.tokenizer.vocab_size();
-        return Ok((prepared.corpus, prepared.tokenizer));
-    }
-    let texts = load_texts(files, recipe)?;
-    let tokenizer = match recipe.train.tokenizer {
-        TokenizerChoice::Bytes => Tokenizer::bytes()?,
-        TokenizerChoice::Bpe { vocab } => Tokenizer::train_bpe(texts.train.iter(), vocab)?,
+/// Names the file that cannot be read, or data that is too short for the context of the recipe.
+pub fn load_corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<LoadedCorpus> {
+    let loaded = match prepared_data(files)? {
+        Some(Prepared { corpus, tokenizer, .. }) => {
+            LoadedCorpus { summary: DataSummary::new(&corpus, None), corpus, tokenizer }
+        }
+        None => {
+            let (texts, read) = load_texts(files, recipe, None)?;
+            let tokenizer = match recipe.train.tokenizer {
+                TokenizerChoice::Bytes => Tokenizer::bytes()?,
+                TokenizerChoice::Bpe { vocab } => Tokenizer::train_bpe(texts.train.iter(), vocab)?,
+            };
+            encode(&texts, tokenizer, read)?
+        }
     };
-    recipe.model.vocab_size = tokenizer.vocab_size();
-    Ok((Corpus::encode(&texts, &tokenizer)?, tokenizer))
+    recipe.model.vocab_size = loaded.tokenizer.vocab_size();
+    loaded.corpus.check(recipe.train.context)?;
+    Ok(loaded)
+}
+
+/// Opens prepared data, or reads texts and tokenizes them, for a model with this tokenizer and chat template.
+///
+/// # Errors
+/// As [`load_corpus`], or data that was prepared with another tokenizer.
+pub fn load_corpus_for(
+    files: &[PathBuf],
+    recipe: &Recipe,
+    tokenizer: &Tokenizer,
+    template: Option<ChatTemplate>,
+) -> Result<LoadedCorpus> {
+    let loaded = match prepared_data_for(files, tokenizer)? {
+        Some(Prepared { corpus, tokenizer, .. }) => {
+            LoadedCorpus { summary: DataSummary::new(&corpus, None), corpus, tokenizer }
+        }
+        None => {
+            let (texts, read) = load_texts(files, recipe, template)?;
+            encode(&texts, tokenizer.clone(), read)?
+        }
+    };
+    loaded.corpus.check(recipe.train.context)?;
+    Ok(loaded)
+}
+
+fn encode(texts: &Texts, tokenizer: Tokenizer, read: ReadSummary) -> Result<LoadedCorpus> {
+    let corpus = Corpus::encode(texts, &tokenizer)?;
+    Ok(LoadedCorpus { summary: DataSummary::new(&corpus, Some(read)), corpus, tokenizer })
 }
 
 /// Reads the files, or the sample text if there are none, and splits them into training and validation text.
-///
-/// # Errors
-/// Names the file that cannot be read.
-pub fn load_texts(files: &[PathBuf], recipe: &Recipe) -> Result<Texts> {
+fn load_texts(
+    files: &[PathBuf],
+    recipe: &Recipe,
+    template: Option<ChatTemplate>,
+) -> Result<(Texts, ReadSummary)> {
     let train = &recipe.train;
-    Ok(match files {
-        [] => Texts::split(&[SAMPLE_TEXT.to_owned()], train.valid_fraction)?,
-        files => Texts::load(files, &train.documents, train.valid_fraction)?,
+    if files.is_empty() {
+        let bytes = SAMPLE_TEXT.len() as u64;
+        let read = ReadSummary { files: 1, documents: 1, bytes, ..ReadSummary::default() };
+        return Ok((Texts::split(&[SAMPLE_TEXT.to_owned()], train.valid_fraction)?, read));
+    }
+    let mut documents = Documents::open(files, &train.documents)?.with_chat_template(template);
+    let texts = Texts::from_documents(&mut documents, train.valid_fraction).map_err(document_error)?;
+    Ok((texts, documents.summary()))
+}
+
+/// The line that says that the tokenizer changed the size of the vocabulary, if it did.
+pub fn vocabulary_line(configured: usize, tokenizer: &Tokenizer) -> Option<String> {
+    let actual = tokenizer.vocab_size();
+    (configured != actual).then(|| {
+        format!("vocabulary: {actual} tokens, as the tokenizer has; model.vocab_size is {configured}")
     })
 }

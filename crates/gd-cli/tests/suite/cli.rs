@@ -57,16 +57,17 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
 
     // `eval` measures the loss that `train` reports.
     let split = Texts::split(&[text()], 0.1)?;
-    fs::write(dir.join("valid.txt"), split.valid.concat())?;
+    let valid: String = split.valid.iter().map(|text| text.text.as_str()).collect();
+    fs::write(dir.join("valid.txt"), &valid)?;
     let evaluated = parsed(&gd(dir, "eval model --data valid.txt --context 32 --json")?)?;
     assert!((number(&evaluated, "loss") - loss).abs() < 1e-5, "{evaluated} {trained}");
-    assert_eq!(evaluated["tokens"], split.valid.concat().len() - 1);
+    assert_eq!(evaluated["tokens"], valid.len() - 1);
     let bits = number(&evaluated, "loss") / 2f64.ln();
     assert!((number(&evaluated, "bits_per_byte") - bits).abs() < 1e-9, "one token per byte: {evaluated}");
     assert!((number(&evaluated, "perplexity").ln() - number(&evaluated, "loss")).abs() < 1e-9, "{evaluated}");
     // The weights file names the same model, and several text files are concatenated.
-    fs::write(dir.join("half.txt"), &split.valid.concat()[..100])?;
-    fs::write(dir.join("rest.txt"), &split.valid.concat()[100..])?;
+    fs::write(dir.join("half.txt"), &valid[..100])?;
+    fs::write(dir.join("rest.txt"), &valid[100..])?;
     let args = format!("eval model/{WEIGHTS} --data half.txt rest.txt --context 32 --json");
     assert_eq!(parsed(&gd(dir, &args)?)?, evaluated);
 

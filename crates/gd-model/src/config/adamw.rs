@@ -1,11 +1,13 @@
 //! Settings of the optimizer AdamW.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::checks::{Checks, first};
 use crate::error::{Error, Result};
 
 /// Settings of [`AdamW`](crate::train::optimizer::AdamW).
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdamWConfig {
     /// The decay of the first moment. In [0, 1).
@@ -31,21 +33,18 @@ impl AdamWConfig {
     /// # Errors
     /// [`Error::OutOfRange`] for the first value outside its range.
     pub fn validate(&self) -> Result<()> {
+        first(self.problems())
+    }
+
+    /// All values outside their range.
+    pub(super) fn problems(&self) -> Vec<Error> {
         let Self { beta1, beta2, eps, weight_decay } = *self;
-        let checks = [
-            ("adamw.beta1", beta1, (0.0..1.0).contains(&beta1), "in [0, 1)"),
-            ("adamw.beta2", beta2, (0.0..1.0).contains(&beta2), "in [0, 1)"),
-            ("adamw.eps", eps, eps > 0.0 && eps.is_finite(), "above 0"),
-            (
-                "adamw.weight_decay",
-                weight_decay,
-                weight_decay >= 0.0 && weight_decay.is_finite(),
-                "at least 0",
-            ),
-        ];
-        match checks.into_iter().find(|check| !check.2) {
-            Some((name, value, _, allowed)) => Err(Error::out_of_range(name, value, allowed)),
-            None => Ok(()),
-        }
+        let mut checks = Checks::default();
+        checks.require((0.0..1.0).contains(&beta1), "adamw.beta1", beta1, "in [0, 1)");
+        checks.require((0.0..1.0).contains(&beta2), "adamw.beta2", beta2, "in [0, 1)");
+        checks.require(eps > 0.0 && eps.is_finite(), "adamw.eps", eps, "above 0");
+        let decays = weight_decay >= 0.0 && weight_decay.is_finite();
+        checks.require(decays, "adamw.weight_decay", weight_decay, "at least 0");
+        checks.into_problems()
     }
 }

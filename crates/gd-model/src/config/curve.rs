@@ -1,5 +1,6 @@
 //! A number that changes over a run.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -8,7 +9,7 @@ use crate::error::{Error, Result};
 ///
 /// In JSON it is a number, such as `0.5`, or a list of points `[fraction of all steps, value]` with rising fractions,
 /// such as `[[0.25, 0], [0.7, 1]]`. Before the first and after the last point the value is constant.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Curve {
     /// The same value at every step.

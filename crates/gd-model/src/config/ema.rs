@@ -1,11 +1,12 @@
 //! Settings of the exponential moving average of the parameters.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// Settings of [`Ema`](crate::train::ema::Ema).
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EmaConfig {
     /// The maximal weight of the old average in an update. In (0, 1).

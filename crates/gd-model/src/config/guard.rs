@@ -1,11 +1,13 @@
 //! Settings of the guard against diverging updates.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::checks::{Checks, first};
 use crate::error::{Error, Result};
 
 /// When [`Guard`](crate::train::guard::Guard) skips an update, and when it stops the run.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GuardConfig {
     /// The number of most recent steps whose mean and standard deviation a step is compared with. At least 2.
@@ -30,19 +32,18 @@ impl GuardConfig {
     /// # Errors
     /// [`Error::OutOfRange`] for the first value outside its range.
     pub fn validate(&self) -> Result<()> {
-        if self.window < 2 {
-            return Err(Error::out_of_range("guard.window", self.window, "at least 2"));
-        }
-        if !(2..=self.window).contains(&self.least) {
-            let allowed = format!("in 2..={} (guard.window)", self.window);
-            return Err(Error::out_of_range("guard.least", self.least, allowed));
-        }
-        if self.sigma.is_nan() || self.sigma <= 0.0 {
-            return Err(Error::out_of_range("guard.sigma", self.sigma, "above 0"));
-        }
-        if self.stop_after == 0 {
-            return Err(Error::out_of_range("guard.stop_after", 0, "at least 1"));
-        }
-        Ok(())
+        first(self.problems())
+    }
+
+    /// All values outside their range.
+    pub(super) fn problems(&self) -> Vec<Error> {
+        let Self { window, least, sigma, stop_after } = *self;
+        let mut checks = Checks::default();
+        checks.require(window >= 2, "guard.window", window, "at least 2");
+        let allowed = format!("in 2..={window} (guard.window)");
+        checks.require(window < 2 || (2..=window).contains(&least), "guard.least", least, allowed);
+        checks.require(sigma > 0.0, "guard.sigma", sigma, "above 0");
+        checks.require(stop_after > 0, "guard.stop_after", stop_after, "at least 1");
+        checks.into_problems()
     }
 }

@@ -1,11 +1,13 @@
 //! The learning rate by step: a linear warm-up followed by one of three shapes.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::checks::{Checks, first};
 use crate::error::{Error, Result};
 
 /// The course of the learning rate after the warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum LrShape {
     /// The rate stays at its peak.
@@ -20,7 +22,7 @@ pub enum LrShape {
 }
 
 /// A learning-rate schedule.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LrSchedule {
     /// The maximal learning rate. Above 0.
@@ -29,7 +31,8 @@ pub struct LrSchedule {
     pub warmup: u64,
     /// The learning rate at the end, as a fraction of the peak. In [0, 1].
     pub floor: f64,
-    /// The course from the peak to the floor.
+    /// The course from the peak to the floor: `constant`, `cosine`, or `{"wsd": {"decay": SHARE}}`, which is constant and
+    /// then falls along a straight line over the last share of the steps.
     pub shape: LrShape,
 }
 
@@ -39,27 +42,26 @@ impl LrSchedule {
     /// # Errors
     /// [`Error::OutOfRange`] for the first value outside its range.
     pub fn validate(&self, total: u64) -> Result<()> {
-        if !(self.peak > 0.0 && self.peak.is_finite()) {
-            return Err(Error::out_of_range("train.lr.peak", self.peak, "above 0"));
-        }
-        if !(0.0..=1.0).contains(&self.floor) {
-            return Err(Error::out_of_range("train.lr.floor", self.floor, "in [0, 1]"));
-        }
-        if self.warmup >= total {
-            let allowed = format!("below train.steps {total}");
-            return Err(Error::out_of_range("train.lr.warmup", self.warmup, allowed));
-        }
-        if let LrShape::Wsd { decay } = self.shape {
-            if !(decay > 0.0 && decay <= 1.0) {
-                return Err(Error::out_of_range("train.lr.shape.wsd.decay", decay, "in (0, 1]"));
-            }
-            if self.warmup as f64 + decay * total as f64 > total as f64 {
-                let warmup = self.warmup;
+        first(self.problems(total))
+    }
+
+    /// All values outside their range.
+    pub(super) fn problems(&self, total: u64) -> Vec<Error> {
+        let Self { peak, warmup, floor, shape } = *self;
+        let mut checks = Checks::default();
+        checks.require(peak > 0.0 && peak.is_finite(), "train.lr.peak", peak, "above 0");
+        checks.require((0.0..=1.0).contains(&floor), "train.lr.floor", floor, "in [0, 1]");
+        checks.require(warmup < total, "train.lr.warmup", warmup, format!("below train.steps {total}"));
+        if let LrShape::Wsd { decay } = shape {
+            let (name, is_fraction) = ("train.lr.shape.wsd.decay", decay > 0.0 && decay <= 1.0);
+            checks.require(is_fraction, name, decay, "in (0, 1]");
+            if is_fraction && warmup < total {
+                let fits = warmup as f64 + decay * total as f64 <= total as f64;
                 let allowed = format!("a fraction that leaves {warmup} of {total} steps for the warm-up");
-                return Err(Error::out_of_range("train.lr.shape.wsd.decay", decay, allowed));
+                checks.require(fits, name, decay, allowed);
             }
         }
-        Ok(())
+        checks.into_problems()
     }
 
     /// The learning rate of `step`, counted from 0, in a run of `total` steps. The floor would be reached at step

@@ -7,6 +7,7 @@
 pub mod device;
 
 mod adamw;
+mod checks;
 mod curve;
 mod documents;
 mod ema;
@@ -17,12 +18,14 @@ mod lr_schedule;
 mod mechanism;
 mod model;
 mod muon;
+mod schema;
 mod select_schedule;
 mod setting;
 mod train;
 mod uptrain;
 mod value;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use adamw::AdamWConfig;
@@ -35,6 +38,7 @@ pub use lr_schedule::{LrSchedule, LrShape};
 pub use mechanism::Mechanism;
 pub use model::{GdBlock, ModelConfig, RopeParameters};
 pub use muon::MuonConfig;
+pub use schema::{KeyInfo, keys, schema};
 pub use select_schedule::SelectSchedule;
 pub use setting::Setting;
 pub use train::{Precision, TokenizerChoice, TrainConfig};
@@ -43,7 +47,7 @@ pub use uptrain::{UptrainConfig, training_candidates, uptrain_schedule};
 pub(crate) use load::nearest;
 
 /// The content of a preset or a configuration file: a model and its training.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// The model. Its `vocab_size` is replaced by that of the tokenizer.

@@ -1,15 +1,18 @@
 //! The configuration of a model: the keys of `config.json`.
 
+use gd_kernels::{CANDIDATES, Gate};
 use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, MechanismAttention, RopeScaling};
+use schemars::JsonSchema;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::checks::{Checks, first};
 use super::{Mechanism, llama, parse};
 use crate::error::{ConfigProblem, Error, Result};
 
 /// The configuration of a model: the keys of a Llama `config.json`, and those of this crate in the block `gd`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
     /// `["GdForCausalLM"]`. Written, not used.
@@ -20,6 +23,7 @@ pub struct ModelConfig {
     pub model_type: String,
     /// The Python classes beside the checkpoint. Written, not used.
     #[serde(default, skip_serializing)]
+    #[schemars(with = "Value")]
     pub auto_map: IgnoredAny,
     /// The size V of the vocabulary.
     pub vocab_size: usize,
@@ -70,7 +74,7 @@ pub struct ModelConfig {
 }
 
 /// The rotary embedding: `rope_parameters` of newer configurations.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RopeParameters {
     /// The base of the rotary frequencies.
@@ -137,10 +141,12 @@ pub(super) fn check_rope_type(name: &str) -> Result<()> {
 }
 
 /// The settings of this crate in `config.json`: its block `gd`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GdBlock {
-    /// The mechanism of every layer, or a single one for all layers.
+    /// The mechanism of every layer, or a single one for all layers: `gd`, `softmax` or another, by its name or as an
+    /// object with parameters, `{"name": "topk", "k": 4}`.
+    #[schemars(with = "Vec<Value>")]
     pub mechanism: Vec<Mechanism>,
     /// The sliding window of every layer in tokens, `null` for full attention. One entry per layer, a single one for all
     /// layers, or none.
@@ -272,7 +278,12 @@ impl ModelConfig {
     /// # Errors
     /// The first value that cannot be used.
     pub fn validate(&self) -> Result<()> {
-        let fail = |text: String| Err(Error::Invalid(text));
+        first(self.problems())
+    }
+
+    /// All values that cannot be used.
+    pub(super) fn problems(&self) -> Vec<Error> {
+        let mut checks = Checks::default();
         let sizes = [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -283,48 +294,89 @@ impl ModelConfig {
             ("head_dim", self.head_dim),
             ("max_position_embeddings", self.max_position_embeddings),
         ];
-        if let Some((name, _)) = sizes.iter().find(|(_, x)| *x == 0) {
-            return Err(Error::out_of_range(name, 0, "at least 1"));
+        for (name, size) in sizes {
+            checks.require(size > 0, name, 0, "at least 1");
+            checks.add(check_sizes(&[(name, size)]));
         }
-        check_sizes(&sizes)?;
-        let (positions, d) = (self.max_position_embeddings, self.head_dim);
+        let (positions, d, layers) = (self.max_position_embeddings, self.head_dim, self.num_hidden_layers);
         if positions.saturating_mul(d) > MAX_ANGLES {
-            return fail(format!(
-                "max_position_embeddings {positions} times head_dim {d} exceeds {MAX_ANGLES}"
-            ));
+            let text = format!("max_position_embeddings {positions} times head_dim {d} exceeds {MAX_ANGLES}");
+            checks.add(Err(Error::Invalid(text)));
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(Error::out_of_range("head_dim", d, "even, because the rotary embedding turns pairs"));
+        checks.require(d.is_multiple_of(2), "head_dim", d, "even, because the rotary embedding turns pairs");
+        checks.require(self.hidden_act == "silu", "hidden_act", format!("{:?}", self.hidden_act), "silu");
+        let (mechanisms, windows) = (self.gd.mechanism.len(), self.gd.windows.len());
+        if mechanisms != 1 && mechanisms != layers {
+            let text = format!("{mechanisms} mechanisms for {layers} layers (1 or {layers} expected)");
+            checks.add(Err(Error::Invalid(text)));
         }
-        if self.hidden_act != "silu" {
-            return Err(Error::out_of_range("hidden_act", format!("{:?}", self.hidden_act), "silu"));
-        }
-        let layers = self.num_hidden_layers;
-        let n = self.gd.mechanism.len();
-        if n != 1 && n != layers {
-            return fail(format!("{n} mechanisms for {layers} layers (1 or {layers} expected)"));
-        }
-        let windows = self.gd.windows.len();
         if windows > 1 && windows != layers {
-            return fail(format!("{windows} windows for {layers} layers (0, 1 or {layers} expected)"));
+            let text = format!("{windows} windows for {layers} layers (0, 1 or {layers} expected)");
+            checks.add(Err(Error::Invalid(text)));
         }
         if let (Some(theta), Some(parameters)) = (self.rope_theta, &self.rope_parameters)
             && theta != parameters.rope_theta
         {
-            return fail(format!(
-                "rope_theta {theta} and rope_parameters.rope_theta {} differ",
-                parameters.rope_theta
-            ));
+            let other = parameters.rope_theta;
+            let text = format!("rope_theta {theta} and rope_parameters.rope_theta {other} differ");
+            checks.add(Err(Error::Invalid(text)));
         }
-        self.rope_scaling()?;
-        // Layers beyond the longer list have the configuration of the last one in it.
-        for layer in 0..n.max(windows) {
+        checks.add(self.rope_scaling().map(|_| ()));
+        self.check_selection(&mut checks);
+        let problems = checks.into_problems();
+        if !problems.is_empty() {
+            return problems;
+        }
+        let check = |layer| -> Result<()> {
             match self.mechanism(layer) {
                 Mechanism::Other(other) => MechanismAttention::validate(&self.attention(layer), other)?,
                 Mechanism::Softmax | Mechanism::Gd => self.attention(layer).validate()?,
             }
+            Ok(())
+        };
+        // Layers beyond the longer list have the configuration of the last one in it.
+        (0..mechanisms.max(windows)).find_map(|layer| check(layer).err()).into_iter().collect()
+    }
+
+    /// Checks the ranges of the settings of selection and of the Beacon, which the operators would refuse.
+    fn check_selection(&self, checks: &mut Checks) {
+        let select = &self.gd.select;
+        let is_share = |x: f64| (0.0..=1.0).contains(&x);
+        let is_count = |n: usize| CANDIDATES.contains(&n);
+        let counts = format!("one of {CANDIDATES:?}");
+        checks.require(is_count(select.candidates), "gd.select.candidates", select.candidates, &counts);
+        let warm = select.temperature > 0.0 && select.temperature.is_finite();
+        checks.require(warm, "gd.select.temperature", select.temperature, "above 0");
+        for (name, share) in [
+            ("gd.select.preserve_floor", select.preserve_floor),
+            ("gd.select.value_floor", select.value_floor),
+        ] {
+            checks.require(is_share(share), name, share, "in [0, 1]");
         }
-        Ok(())
+        checks.require(select.rounds > 0, "gd.select.rounds", select.rounds, "at least 1");
+        if let Some(threshold) = select.threshold {
+            checks.require(threshold.is_finite(), "gd.select.threshold", threshold, "a finite number");
+        }
+        if let Gate::Energy { temperature } = select.gate {
+            let warm = temperature > 0.0 && temperature.is_finite();
+            checks.require(warm, "gd.select.gate.energy.temperature", temperature, "above 0");
+            let absent = "null";
+            checks.require(
+                select.threshold.is_some(),
+                "gd.select.threshold",
+                absent,
+                "a number with the energy gate",
+            );
+        }
+        let Some(beacon) = &self.gd.beacon else { return };
+        let protects = beacon.protected == 0 || is_count(beacon.protected);
+        checks.require(protects, "gd.beacon.protected", beacon.protected, format!("0 or {counts}"));
+        let Some(barrier) = &beacon.barrier else { return };
+        let open = barrier.floor > 0.0 && barrier.floor < 1.0;
+        checks.require(open, "gd.beacon.barrier.floor", barrier.floor, "in (0, 1)");
+        checks.require(barrier.strength >= 0.0, "gd.beacon.barrier.strength", barrier.strength, "at least 0");
+        let trigger = barrier.entropy_trigger;
+        checks.require(is_share(trigger), "gd.beacon.barrier.entropy_trigger", trigger, "in [0, 1]");
     }
 
     /// Checks that the model has every one of these tokens.

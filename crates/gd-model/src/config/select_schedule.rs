@@ -2,14 +2,16 @@
 
 use gd_kernels::{CANDIDATES, Mask};
 use gd_layer::Pass;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Curve;
-use crate::error::Result;
+use super::checks::{Checks, first};
+use crate::error::{Error, Result};
 
 /// Settings of selection as functions of the progress of the training. A setting without a curve is that of the model's
 /// configuration. The curves apply to training steps; the evaluation always selects as the finished model does.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SelectSchedule {
     /// The number of candidates per query, one of [`CANDIDATES`]. It changes at the points of the curve, without
@@ -50,17 +52,24 @@ impl SelectSchedule {
     /// # Errors
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) for the first value outside its range.
     pub fn validate(&self) -> Result<()> {
+        first(self.problems())
+    }
+
+    /// The first problem of every curve.
+    pub(super) fn problems(&self) -> Vec<Error> {
+        let mut checks = Checks::default();
         let share = |v: f64| (0.0..=1.0).contains(&v);
         let count = |v: f64| CANDIDATES.iter().any(|&k| k as f64 == v);
         let check = |curve: &Option<Curve>, name: &str, range: &str, fit: &dyn Fn(f64) -> bool| match curve {
             Some(curve) => curve.validate(&format!("train.select.{name}"), range, fit),
             None => Ok(()),
         };
-        check(&self.candidates, "candidates", &format!("one of {CANDIDATES:?}"), &count)?;
-        check(&self.hardness, "hardness", "in [0, 1]", &share)?;
-        check(&self.preserve_floor, "preserve_floor", "in [0, 1]", &share)?;
-        check(&self.temperature, "temperature", "above 0", &|v| v > 0.0)?;
-        check(&self.threshold, "threshold", "at least 0", &|v| v >= 0.0)
+        checks.add(check(&self.candidates, "candidates", &format!("one of {CANDIDATES:?}"), &count));
+        checks.add(check(&self.hardness, "hardness", "in [0, 1]", &share));
+        checks.add(check(&self.preserve_floor, "preserve_floor", "in [0, 1]", &share));
+        checks.add(check(&self.temperature, "temperature", "above 0", &|v| v > 0.0));
+        checks.add(check(&self.threshold, "threshold", "at least 0", &|v| v >= 0.0));
+        checks.into_problems()
     }
 }
 

@@ -51,11 +51,14 @@ impl FromStr for Setting {
         if path.split('.').any(str::is_empty) {
             return Err(format!("{path:?} is not a dotted path of keys"));
         }
-        Ok(Self { path: path.into(), value: parse(value.trim())? })
+        Ok(Self { path: path.into(), value: parse(value)? })
     }
 }
 
+/// A value. White space around JSON and TOML is ignored; a word keeps it, because it may be a separator.
 fn parse(text: &str) -> std::result::Result<Value, String> {
+    let word = text;
+    let text = text.trim();
     if let Ok(value) = serde_json::from_str(text) {
         return Ok(value);
     }
@@ -65,7 +68,7 @@ fn parse(text: &str) -> std::result::Result<Value, String> {
     // A text with quotes or brackets was meant to be JSON or TOML.
     match text.is_empty() || text.contains(['"', '\'', '[', ']', '{', '}', '\n']) {
         true => Err(format!("{text:?} is neither JSON nor TOML nor a plain word")),
-        false => Ok(text.into()),
+        false => Ok(word.into()),
     }
 }
 
@@ -86,6 +89,8 @@ mod tests {
             ("a=cosine", json!("cosine")),
             ("a=\"6\"", json!("6")),
             ("a='6'", json!("6")),
+            ("a= 6 ", json!(6)),
+            ("a=-- ", json!("-- ")),
             ("a=It was = so", json!("It was = so")),
             (r#"a=["gd", "softmax"]"#, json!(["gd", "softmax"])),
             (r#"a={"wsd": {"decay": 0.2}}"#, json!({ "wsd": { "decay": 0.2 } })),

@@ -1,16 +1,21 @@
 //! How a model is trained: the block `train` of a recipe.
 
 use candle_core::{DType, Device};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::checks::{Checks, first, inside};
 use super::{
     AdamWConfig, DocumentFormat, EmaConfig, GuardConfig, LrSchedule, MuonConfig, SelectSchedule,
     UptrainConfig,
 };
 use crate::error::{Error, Result};
 
+/// The number of byte values, which every vocabulary that is learned contains.
+const BYTES: usize = 256;
+
 /// The tokenizer of a new model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum TokenizerChoice {
     /// One token per byte.
@@ -24,7 +29,7 @@ pub enum TokenizerChoice {
 }
 
 /// The precision of a training: the dtype in which the model computes and its parameters are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// f32.
@@ -44,7 +49,7 @@ impl Precision {
 }
 
 /// The settings of a training run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
     /// The number of optimizer steps.
@@ -99,13 +104,14 @@ pub struct TrainConfig {
     /// checkpointing).
     #[serde(default)]
     pub checkpoint_blocks: bool,
-    /// The fraction of the text for validation, in (0, 1): the end of every text file, or whole documents. Default: 0.1.
+    /// The fraction of the text for validation, in [0, 1): the end of every text file, or whole documents. With 0 the
+    /// training has no validation.
     #[serde(default = "valid_fraction")]
     pub valid_fraction: f64,
     /// How text files are divided into documents.
     #[serde(default)]
     pub documents: DocumentFormat,
-    /// The tokenizer. Prepared data has its own.
+    /// The tokenizer: `bytes`, or `{"bpe": {"vocab": N}}`, which is learned from the training text. Prepared data has its own.
     #[serde(default)]
     pub tokenizer: TokenizerChoice,
     /// Settings of uptraining, in which the model learns from a teacher with another attention mechanism. The tokenizer
@@ -154,6 +160,11 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::OutOfRange`] for the first value outside its range.
     pub fn validate(&self) -> Result<()> {
+        first(self.problems())
+    }
+
+    /// All values outside their range.
+    pub(super) fn problems(&self) -> Vec<Error> {
         let counts = [
             ("train.batch", self.batch as u64),
             ("train.context", self.context as u64),
@@ -164,24 +175,33 @@ impl TrainConfig {
             ("train.eval_every", self.eval_every),
             ("train.sample_every", self.sample_every.unwrap_or(1)),
         ];
-        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
-            return Err(Error::out_of_range(name, 0, "at least 1"));
+        let mut checks = Checks::default();
+        for (name, count) in counts {
+            checks.require(count > 0, name, 0, "at least 1");
         }
-        if self.sample_prompt.is_empty() {
-            return Err(Error::out_of_range("train.sample_prompt", "\"\"", "a text"));
+        checks.require(!self.sample_prompt.is_empty(), "train.sample_prompt", "\"\"", "a text");
+        let Self { valid_fraction, clip, .. } = *self;
+        checks.require(
+            (0.0..1.0).contains(&valid_fraction),
+            "train.valid_fraction",
+            valid_fraction,
+            "in [0, 1)",
+        );
+        checks.require(clip > 0.0, "train.clip", clip, "above 0");
+        if self.steps > 0 {
+            checks.extend(self.lr.problems(self.steps));
         }
-        if !(self.valid_fraction > 0.0 && self.valid_fraction < 1.0) {
-            return Err(Error::out_of_range("train.valid_fraction", self.valid_fraction, "in (0, 1)"));
+        checks.extend(inside("train", self.guard.problems()));
+        checks.extend(self.select.problems());
+        checks.add(self.ema.as_ref().map_or(Ok(()), EmaConfig::validate));
+        checks.extend(self.uptrain.as_ref().map_or(Vec::new(), UptrainConfig::problems));
+        let muon = self.muon.as_ref().map_or(Vec::new(), MuonConfig::problems);
+        checks.extend(inside("train", muon));
+        checks.extend(inside("train", self.adamw.problems()));
+        checks.add(self.documents.validate());
+        if let TokenizerChoice::Bpe { vocab } = self.tokenizer {
+            checks.require(vocab > BYTES, "train.tokenizer.bpe.vocab", vocab, format!("above {BYTES}"));
         }
-        if self.clip.is_nan() || self.clip <= 0.0 {
-            return Err(Error::out_of_range("train.clip", self.clip, "above 0"));
-        }
-        self.lr.validate(self.steps)?;
-        self.guard.validate()?;
-        self.select.validate()?;
-        self.ema.as_ref().map_or(Ok(()), EmaConfig::validate)?;
-        self.uptrain.as_ref().map_or(Ok(()), UptrainConfig::validate)?;
-        self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;
-        self.adamw.validate()
+        checks.into_problems()
     }
 }

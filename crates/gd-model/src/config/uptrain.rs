@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 
 use gd_kernels::{CANDIDATES, Estimator};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::checks::{Checks, first};
 use super::{Curve, SelectSchedule};
 use crate::error::{Error, Result};
 
 /// How a model learns from a teacher: the block `train.uptrain` of a recipe.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct UptrainConfig {
     /// The path of the teacher: a checkpoint folder, a safetensors file in one, or a GGUF file.
@@ -38,13 +40,16 @@ impl UptrainConfig {
     /// # Errors
     /// [`Error::OutOfRange`] for the first value outside its range.
     pub fn validate(&self) -> Result<()> {
-        if !(0.0..1.0).contains(&self.align) {
-            return Err(Error::out_of_range("train.uptrain.align", self.align, "in [0, 1)"));
-        }
-        if !(self.kl >= 0.0 && self.kl.is_finite()) {
-            return Err(Error::out_of_range("train.uptrain.kl", self.kl, "at least 0"));
-        }
-        Ok(())
+        first(self.problems())
+    }
+
+    /// All values outside their range.
+    pub(super) fn problems(&self) -> Vec<Error> {
+        let Self { align, kl, .. } = *self;
+        let mut checks = Checks::default();
+        checks.require((0.0..1.0).contains(&align), "train.uptrain.align", align, "in [0, 1)");
+        checks.require(kl >= 0.0 && kl.is_finite(), "train.uptrain.kl", kl, "at least 0");
+        checks.into_problems()
     }
 
     /// Whether `step`, counted from 0, of a run of `steps` steps aligns layers.

@@ -8,16 +8,21 @@ mod map;
 mod order;
 mod pack;
 mod prepared;
+mod records;
 mod shard;
+mod source;
+mod summary;
 mod text;
 mod tokens;
 
-pub use documents::{Document, Documents};
+pub use documents::{Document, Documents, encode_text};
 pub use order::{Permutation, places};
 pub use pack::{Batch, Batches};
 pub use prepared::{INDEX, Index, Part, Preparation, Prepared, prepare};
 pub use shard::{ShardEntry, TokenType};
-pub use text::{Texts, is_jsonl, text_files};
+pub use source::STDIN;
+pub use summary::{ReadSummary, counted};
+pub use text::{Text, Texts, is_jsonl, text_files};
 pub use tokens::Tokens;
 
 use rayon::prelude::*;
@@ -34,11 +39,11 @@ const HASH_CHUNK_TOKENS: usize = 1 << 16;
 pub struct Corpus {
     /// Training tokens. Each text of [`Texts::train`] is a document.
     pub train: Tokens,
-    /// Validation tokens.
+    /// Validation tokens; none in a training without validation.
     pub valid: Tokens,
     /// The size of the training text in bytes.
     pub train_bytes: usize,
-    /// The size of the validation text in bytes: bits per byte are nats per token × tokens / bytes / ln 2.
+    /// The size of the validation text in bytes, to which bits per byte refer.
     pub valid_bytes: usize,
 }
 
@@ -48,15 +53,17 @@ impl Corpus {
     /// # Errors
     /// An error of the tokenizer.
     pub fn encode(texts: &Texts, tokenizer: &Tokenizer) -> Result<Self> {
-        let encode = |documents: &[String]| -> Result<Tokens> {
-            let documents = documents.par_iter().map(|text| tokenizer.encode_document(text));
-            Ok(Tokens::documents(documents.collect::<Result<Vec<_>>>()?))
+        let framing = tokenizer.framing()?;
+        let encode = |documents: &[Text]| -> Result<Tokens> {
+            let ids = documents.par_iter().map(|text| encode_text(tokenizer, &text.text, text.is_chat));
+            Ok(Tokens::documents(ids.collect::<Result<Vec<_>>>()?).with_framing(framing.clone()))
         };
+        let bytes = |documents: &[Text]| documents.iter().map(|text| text.text.len()).sum();
         Ok(Self {
             train: encode(&texts.train)?,
             valid: encode(&texts.valid)?,
-            train_bytes: texts.train.iter().map(String::len).sum(),
-            valid_bytes: texts.valid.iter().map(String::len).sum(),
+            train_bytes: bytes(&texts.train),
+            valid_bytes: bytes(&texts.valid),
         })
     }
 
@@ -76,23 +83,34 @@ impl Corpus {
         hasher.finalize()
     }
 
-    /// Checks that both sides have at least one window of `context` inputs.
+    /// Checks that each side has at least one window of `context` inputs, and a token to predict. The validation text may
+    /// be empty: then the training has no validation.
     ///
     /// # Errors
-    /// [`Error::TooShort`], or [`Error::OutOfRange`] for a context of 0.
+    /// [`Error::TooShort`], documents of one token each, or [`Error::OutOfRange`] for a context of 0.
     pub fn check(&self, context: usize) -> Result<()> {
-        check("the training text", &self.train, context)?;
-        check("the validation text", &self.valid, context)
+        check("the training text", &self.train, context, "")?;
+        if self.valid.is_empty() {
+            return Ok(());
+        }
+        let advice =
+            "; train.valid_fraction=0 trains without validation, and a smaller train.context needs less text";
+        check("the validation text", &self.valid, context, advice)
     }
 }
 
-/// Checks that `tokens`, which errors call `what`, have at least one window of `context` inputs.
-fn check(what: &'static str, tokens: &Tokens, context: usize) -> Result<()> {
+/// Checks that `tokens`, which errors call `what`, have at least one window of `context` inputs and a token to predict.
+fn check(what: &'static str, tokens: &Tokens, context: usize, advice: &'static str) -> Result<()> {
     if context == 0 {
         return Err(Error::out_of_range("the context", 0, "at least 1"));
     }
     if tokens.len() <= context {
-        return Err(Error::TooShort { what, tokens: tokens.len(), needed: context + 1 });
+        return Err(Error::TooShort { what, tokens: tokens.len(), needed: context + 1, advice });
+    }
+    if tokens.len() == tokens.document_count() {
+        return Err(Error::Invalid(format!(
+            "{what} has no token to predict: every document has a single token"
+        )));
     }
     Ok(())
 }

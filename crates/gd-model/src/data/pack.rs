@@ -103,7 +103,7 @@ impl Batches {
     /// # Errors
     /// A text shorter than one window.
     pub fn windows_per_epoch(&self, context: usize) -> Result<usize> {
-        super::check("the training text", &self.tokens, context)?;
+        super::check("the training text", &self.tokens, context, "")?;
         Ok(Epoch::windows(self.tokens.len(), context))
     }
 }

@@ -8,15 +8,15 @@
 //! | `valid-00000.tokens` .. | the validation part |
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::documents::{Document, Documents};
+use super::documents::{Document, Documents, encode_text};
 use super::shard::{self, Shard, ShardEntry, TokenType};
+use super::text::without_validation;
 use super::{Corpus, Tokens, check_fraction};
-use crate::config::DocumentFormat;
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{TOKENIZER, check_replaceable, write_folder};
 use crate::io::files::write_file;
@@ -79,15 +79,11 @@ fn hash(index: &Index) -> Result<String> {
 /// The settings of [`prepare`].
 #[derive(Clone, Debug)]
 pub struct Preparation<'a> {
-    /// Text files, JSONL files and folders.
-    pub paths: &'a [PathBuf],
-    /// How text files are divided into documents.
-    pub format: &'a DocumentFormat,
     /// The tokenizer.
     pub tokenizer: &'a Tokenizer,
     /// The number of tokens after which a shard ends, at the end of a document.
     pub shard_tokens: usize,
-    /// The fraction of the text for validation, in (0, 1); see [`Document::split`].
+    /// The fraction of the text for validation, in [0, 1); see [`Document::split`].
     pub valid_fraction: f64,
 }
 
@@ -136,16 +132,22 @@ impl Writer<'_> {
 /// the longest document, and one shard of each part. `progress` is called with the number of bytes of text files that were
 /// read and tokenized since the last call.
 ///
+/// If no document falls to the validation part, it is empty, and a warning says so.
+///
 /// # Errors
-/// Text that cannot be read, malformed lines, no text on one side, or a folder that exists or cannot be written. No files
-/// are left behind then.
-pub fn prepare(folder: &Path, preparation: &Preparation, mut progress: impl FnMut(u64)) -> Result<Index> {
+/// Text that cannot be read, bad lines, no text for training, or a folder that exists or cannot be written. No files are
+/// left behind then.
+pub fn prepare(
+    folder: &Path,
+    documents: &mut Documents,
+    preparation: &Preparation,
+    mut progress: impl FnMut(u64),
+) -> Result<Index> {
     check_fraction(preparation.valid_fraction)?;
     if preparation.shard_tokens == 0 {
         return Err(Error::out_of_range("the tokens of a shard", 0, "at least 1"));
     }
     check_replaceable(folder)?;
-    let documents = Documents::open(preparation.paths, preparation.format)?;
     let vocab_size = preparation.tokenizer.vocab_size();
     let token_type = TokenType::for_vocab(vocab_size);
     let json = preparation.tokenizer.to_json()?;
@@ -181,13 +183,15 @@ pub fn prepare(folder: &Path, preparation: &Preparation, mut progress: impl FnMu
         }
         progress(write_documents(preparation, &waiting, &mut train, &mut valid)?);
         (index.train, index.valid) = (train.finish()?, valid.finish()?);
-        for (part, name) in [(&index.train, "training"), (&index.valid, "validation")] {
-            if part.tokens == 0 {
-                return Err(Error::Invalid(format!(
-                    "no text is left for the {name} part with a validation fraction of {}",
-                    preparation.valid_fraction
-                )));
-            }
+        let Preparation { valid_fraction, .. } = *preparation;
+        if index.train.tokens == 0 {
+            return Err(Error::Invalid(format!(
+                "no text is left for the training part with a validation fraction of {valid_fraction}; with 0 all text \
+                 is for training"
+            )));
+        }
+        if index.valid.tokens == 0 && valid_fraction > 0.0 {
+            tracing::warn!("{}", without_validation(index.train.documents as usize, valid_fraction));
         }
         write_file(&new.join(TOKENIZER), json.as_bytes())?;
         let sealed = Sealed { hash: hash(&index)?, index: index.clone() };
@@ -209,8 +213,8 @@ fn write_documents(
     let sides = |document: &Document| {
         let (t, v) = document.split(preparation.valid_fraction);
         Ok([
-            (preparation.tokenizer.encode_document(t)?, t.len()),
-            (preparation.tokenizer.encode_document(v)?, v.len()),
+            (encode_text(preparation.tokenizer, t, document.is_chat)?, t.len()),
+            (encode_text(preparation.tokenizer, v, document.is_chat)?, v.len()),
         ])
     };
     for [(t, t_bytes), (v, v_bytes)] in documents.par_iter().map(sides).collect::<Result<Vec<_>>>()? {
@@ -272,12 +276,7 @@ impl Prepared {
             }
             Ok(tokens)
         };
-        let corpus = Corpus {
-            train: open(&index.train)?,
-            valid: open(&index.valid)?,
-            train_bytes: index.train.bytes as usize,
-            valid_bytes: index.valid.bytes as usize,
-        };
+        let (train, valid) = (open(&index.train)?, open(&index.valid)?);
         let file = folder.join(TOKENIZER);
         let bytes = fs::read(&file).map_err(|e| Error::read(&file, "tokenizer file", e))?;
         if blake3::hash(&bytes).to_hex().as_str() != index.tokenizer {
@@ -288,6 +287,13 @@ impl Prepared {
             let reason = format!("{} tokens, the index says {}", tokenizer.vocab_size(), index.vocab_size);
             return Err(bad(&file, "tokenizer.json", reason));
         }
+        let framing = tokenizer.framing()?;
+        let corpus = Corpus {
+            train: train.with_framing(framing.clone()),
+            valid: valid.with_framing(framing),
+            train_bytes: index.train.bytes as usize,
+            valid_bytes: index.valid.bytes as usize,
+        };
         Ok(Self { index, corpus, tokenizer })
     }
 }

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use super::documents::{Document, Documents};
+use super::source::{Format, is_stdin, text_extension};
+use super::summary::counted;
 use crate::config::DocumentFormat;
 use crate::error::{Error, Result};
 
-/// The extensions of the files that are read from a folder.
-const EXTENSIONS: [&str; 4] = ["txt", "md", "text", JSONL];
-/// The extension of files with one JSON object per line.
-const JSONL: &str = "jsonl";
+/// The extensions of the files that are read from a folder; each may be followed by that of a compressed file.
+const EXTENSIONS: [&str; 5] = ["txt", "md", "text", "jsonl", "ndjson"];
 
 /// The files of `paths`. A folder is replaced by the text and JSONL files in it and in its subfolders, sorted by name.
 ///
@@ -18,18 +18,27 @@ const JSONL: &str = "jsonl";
 pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
-        let kind = std::fs::metadata(path).map_err(|e| Error::read(path, "text file or folder", e))?;
-        if !kind.is_dir() {
+        if is_stdin(path) || !metadata(path)?.is_dir() {
             files.push(path.clone());
             continue;
         }
-        let before = files.len();
-        walk(path, &mut files)?;
-        if files.len() == before {
-            return Err(Error::Empty {
-                path: path.clone(),
-                reason: "the folder has no .txt, .md, .text or .jsonl file",
-            });
+        let (before, mut others) = (files.len(), Vec::new());
+        walk(path, &mut files, &mut others)?;
+        match others.first() {
+            _ if files.len() > before && others.is_empty() => {}
+            Some(other) if files.len() > before => tracing::warn!(
+                "{}: {} other files are not read, such as {} (.txt, .md, .text, .jsonl and .ndjson are)",
+                path.display(),
+                others.len(),
+                other.display()
+            ),
+            _ => {
+                return Err(Error::Empty {
+                    path: path.clone(),
+                    reason: "the folder has no .txt, .md, .text, .jsonl or .ndjson file, compressed by gzip or \
+                             Zstandard or not",
+                });
+            }
         }
     }
     if files.is_empty() {
@@ -38,17 +47,17 @@ pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Whether the name of a file is that of a JSONL file.
+fn metadata(path: &Path) -> Result<std::fs::Metadata> {
+    std::fs::metadata(path).map_err(|e| Error::read(path, "text file or folder", e))
+}
+
+/// Whether the name of a file is that of a JSONL file, compressed or not.
 pub fn is_jsonl(path: &Path) -> bool {
-    has_extension(path, JSONL)
+    Format::of(path) == Format::JsonLines
 }
 
-fn has_extension(path: &Path, extension: &str) -> bool {
-    path.extension().is_some_and(|e| e.eq_ignore_ascii_case(extension))
-}
-
-/// Adds the text and JSONL files in a folder and its subfolders to `files`.
-fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+/// Adds the text and JSONL files in a folder and its subfolders to `files`, and the others to `others`.
+fn walk(folder: &Path, files: &mut Vec<PathBuf>, others: &mut Vec<PathBuf>) -> Result<()> {
     let unreadable = |e| Error::read(folder, "folder", e);
     let mut entries = std::fs::read_dir(folder)
         .and_then(Iterator::collect::<std::io::Result<Vec<_>>>)
@@ -59,28 +68,45 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         let path = entry.path();
         // Links to folders are not followed, so that the walk ends.
         if entry.file_type().map_err(unreadable)?.is_dir() {
-            walk(&path, files)?;
-        } else if EXTENSIONS.iter().any(|extension| has_extension(&path, extension)) {
+            walk(&path, files, others)?;
+        } else if EXTENSIONS.contains(&text_extension(&path).as_str()) {
             files.push(path);
+        } else {
+            others.push(path);
         }
     }
     Ok(())
+}
+
+/// A text for training or for validation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Text {
+    /// The text.
+    pub text: String,
+    /// Whether it is a chat, see [`Document::is_chat`].
+    pub is_chat: bool,
+}
+
+impl AsRef<str> for Text {
+    fn as_ref(&self) -> &str {
+        &self.text
+    }
 }
 
 /// Training and validation texts.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Texts {
     /// Documents for training, and the first parts of whole files.
-    pub train: Vec<String>,
-    /// Documents for validation, and the last parts of whole files.
-    pub valid: Vec<String>,
+    pub train: Vec<Text>,
+    /// Documents for validation, and the last parts of whole files. It is empty in a training without validation.
+    pub valid: Vec<Text>,
 }
 
 impl Texts {
-    /// Reads files and folders and splits their documents, see [`Document::split`].
+    /// Reads files and folders and splits their documents, see [`Texts::from_documents`].
     ///
     /// # Errors
-    /// Names the file that cannot be read, or the malformed line of a JSONL file.
+    /// As [`Texts::from_documents`].
     pub fn load(paths: &[PathBuf], format: &DocumentFormat, valid_fraction: f64) -> Result<Self> {
         Self::from_documents(Documents::open(paths, format)?, valid_fraction)
     }
@@ -99,13 +125,19 @@ impl Texts {
     /// ```
     ///
     /// # Errors
-    /// A fraction for validation outside (0, 1).
+    /// As [`Texts::from_documents`].
     pub fn split(files: &[String], valid_fraction: f64) -> Result<Self> {
-        let document = |text: &String| Ok(Document { text: text.clone(), is_file: true, bytes: 0 });
+        let document =
+            |text: &String| Ok(Document { text: text.clone(), is_file: true, is_chat: false, bytes: 0 });
         Self::from_documents(files.iter().map(document), valid_fraction)
     }
 
-    fn from_documents(
+    /// Splits documents, see [`Document::split`]. If one of the two sides has no text, as with a single document, all of
+    /// it is for training, and a warning says so.
+    ///
+    /// # Errors
+    /// The error of a document, or a fraction for validation outside [0, 1).
+    pub fn from_documents(
         documents: impl Iterator<Item = Result<Document>>,
         valid_fraction: f64,
     ) -> Result<Self> {
@@ -116,20 +148,33 @@ impl Texts {
             let (train, valid) = document.split(valid_fraction);
             for (side, text) in [(&mut result.train, train), (&mut result.valid, valid)] {
                 if !text.is_empty() {
-                    side.push(text.to_owned());
+                    side.push(Text { text: text.to_owned(), is_chat: document.is_chat });
                 }
             }
+        }
+        if valid_fraction > 0.0 && (result.train.is_empty() || result.valid.is_empty()) {
+            result.train.append(&mut result.valid);
+            tracing::warn!("{}", without_validation(result.train.len(), valid_fraction));
         }
         Ok(result)
     }
 }
 
-/// Checks that the fraction of the text for validation is in (0, 1).
+/// The warning that documents cannot be split into training and validation text.
+pub(super) fn without_validation(documents: usize, valid_fraction: f64) -> String {
+    format!(
+        "{} cannot be split by a validation fraction of {valid_fraction}: all text is for training, and there is no \
+         validation",
+        counted(documents, "document")
+    )
+}
+
+/// Checks that the fraction of the text for validation is in [0, 1).
 pub(super) fn check_fraction(valid_fraction: f64) -> Result<()> {
-    if valid_fraction > 0.0 && valid_fraction < 1.0 {
+    if (0.0..1.0).contains(&valid_fraction) {
         return Ok(());
     }
-    Err(Error::out_of_range("the fraction for validation", valid_fraction, "in (0, 1)"))
+    Err(Error::out_of_range("the fraction for validation", valid_fraction, "in [0, 1)"))
 }
 
 /// The byte at which the validation part of a text starts: `valid_fraction` of the bytes before the end, or after the

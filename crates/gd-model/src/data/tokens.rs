@@ -11,6 +11,8 @@ pub struct Tokens {
     parts: Arc<[Part]>,
     /// The position of the first token of every part, followed by the number of all tokens.
     starts: Arc<[usize]>,
+    /// The ids of begin and end tokens, which are no text where they stand at the start or the end of a document.
+    framing: Arc<[u32]>,
 }
 
 #[derive(Debug)]
@@ -85,7 +87,32 @@ impl Tokens {
             *at += part.len();
             Some(*at)
         }));
-        Self { parts: parts.into(), starts: starts.into() }
+        Self { parts: parts.into(), starts: starts.into(), framing: Arc::new([]) }
+    }
+
+    /// The same tokens with the ids of begin and end tokens, see [`Tokens::text_ranges`].
+    #[must_use]
+    pub fn with_framing(self, ids: Vec<u32>) -> Self {
+        Self { framing: ids.into(), ..self }
+    }
+
+    /// For each document the start of its tokens and the range of those that are text: all but the begin tokens at its
+    /// start and the end tokens at its end.
+    pub fn text_ranges(&self) -> Vec<(usize, Range<usize>)> {
+        let is_framing =
+            |at: usize| self.read(at..at + 1).first().is_some_and(|id| self.framing.contains(id));
+        let mut start = 0;
+        let ranges = self.ends(0..self.len()).into_iter().map(|end| {
+            let document = start..end;
+            start = end;
+            if self.framing.is_empty() {
+                return (document.start, document);
+            }
+            let first = document.clone().find(|&at| !is_framing(at)).unwrap_or(end);
+            let last = (first..end).rev().find(|&at| !is_framing(at)).map_or(first, |at| at + 1);
+            (document.start, first..last)
+        });
+        ranges.collect()
     }
 
     /// The number of tokens.
@@ -141,7 +168,7 @@ impl Tokens {
         if !ids.is_empty() && ends.last() != Some(&ids.len()) {
             ends.push(ids.len());
         }
-        Self::join(vec![Part::Memory { ids, ends }])
+        Self { framing: self.framing.clone(), ..Self::join(vec![Part::Memory { ids, ends }]) }
     }
 
     /// Consecutive windows of `context` inputs; the last one may be shorter. Every token except the first is the target of

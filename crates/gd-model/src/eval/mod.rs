@@ -4,6 +4,7 @@
 pub mod selective_prediction;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use candle_core::Device;
 use gd_layer::{Pass, SelectionStats};
@@ -20,10 +21,16 @@ pub struct Evaluation {
     pub loss: f64,
     /// The perplexity, `e^loss`.
     pub perplexity: f64,
-    /// The loss in bits per byte of the text.
+    /// The loss of the predicted text tokens in bits per byte of their text. Begin and end tokens that the tokenizer adds
+    /// are no text: neither their losses nor any bytes count for them.
     pub bits_per_byte: f64,
     /// The number of predicted tokens.
     pub tokens: usize,
+    /// The number of predicted tokens that are text.
+    pub text_tokens: usize,
+    /// The size of the text of these tokens in bytes. The first token of a document without a begin token is not
+    /// predicted; its share is that of an average token.
+    pub text_bytes: f64,
     /// Statistics of the heads: means over layers, heads and queries.
     pub heads: HeadStats,
 }
@@ -62,7 +69,7 @@ impl HeadStats {
 /// before it in its window.
 ///
 /// # Errors
-/// A text without a token to predict, or an error of the device.
+/// A text without a token to predict, [`Error::NotFinite`] for a loss that is not finite, or an error of the device.
 pub fn evaluate(
     model: &Transformer,
     tokens: &Tokens,
@@ -91,13 +98,20 @@ pub fn observe(
     }
     let stats = RefCell::new(Vec::new());
     let windows: Vec<_> = tokens.windows(context).collect();
+    let mut text = TextTargets::new(tokens);
     let (mut sum, mut count, mut heads) = (0f64, 0usize, HeadStats::default());
     // Only the last window may be shorter; it forms its own batch.
     for group in windows.chunk_by(|a, b| a.len() == b.len()).flat_map(|same| same.chunks(batch.max(1))) {
         let Batch { inputs, targets, mask, predicted } = Batch::new(tokens, group, device)?;
         let pass = Pass { stats: Some(&stats), ..Pass::new(&mask) };
         let losses = model.token_losses(&inputs, &targets, &pass)?;
+        // The windows of a group are consecutive, so their targets are, too.
+        let first = group.first().map_or(0, |window| window.start) + 1;
+        if let Some(at) = losses.iter().position(|loss| !loss.is_finite()) {
+            return Err(Error::NotFinite { what: "the loss", value: losses[at].into(), token: first + at });
+        }
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
+        text.add(first, &losses);
         count += predicted;
         // Taken after every pass, because the statistics may hold large tensors.
         let stats = stats.take();
@@ -108,13 +122,55 @@ pub fn observe(
         return Err(Error::Invalid("documents of one token each have nothing to predict".into()));
     }
     let loss = sum / count as f64;
-    // The first token is given, so its share of the bytes is left out.
-    let predicted = bytes as f64 * count as f64 / tokens.len() as f64;
+    let text_bytes = text.bytes(bytes);
     Ok(Evaluation {
         loss,
         perplexity: loss.exp(),
-        bits_per_byte: sum / predicted / std::f64::consts::LN_2,
+        bits_per_byte: text.sum / text_bytes / std::f64::consts::LN_2,
         tokens: count,
+        text_tokens: text.predicted,
+        text_bytes,
         heads,
     })
+}
+
+/// The losses of the targets that are text, without begin and end tokens.
+struct TextTargets {
+    /// For each document its start and the range of its text.
+    documents: Vec<(usize, Range<usize>)>,
+    /// The first document that ends after the last target so far.
+    next: usize,
+    /// The sum of the losses in nats.
+    sum: f64,
+    /// The number of targets that are text.
+    predicted: usize,
+}
+
+impl TextTargets {
+    fn new(tokens: &Tokens) -> Self {
+        Self { documents: tokens.text_ranges(), next: 0, sum: 0.0, predicted: 0 }
+    }
+
+    /// Adds the losses of the targets from position `first` on. Losses of tokens that are not predicted are 0.
+    fn add(&mut self, first: usize, losses: &[f32]) {
+        let end = first + losses.len();
+        while let Some((start, text)) = self.documents.get(self.next) {
+            // The first token of a document is not predicted.
+            let targets = text.start.max(start + 1).max(first)..text.end.min(end);
+            self.predicted += targets.len();
+            for at in targets {
+                self.sum += f64::from(losses[at - first]);
+            }
+            if text.end > end {
+                break;
+            }
+            self.next += 1;
+        }
+    }
+
+    /// The share of the predicted text tokens in `bytes`, the size of all text.
+    fn bytes(&self, bytes: usize) -> f64 {
+        let all: usize = self.documents.iter().map(|(_, text)| text.len()).sum();
+        bytes as f64 * self.predicted as f64 / all as f64
+    }
 }

@@ -7,17 +7,62 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Reads a UTF-8 text file.
+/// Reads a UTF-8 text file. A byte-order mark at its start is no part of the text.
 ///
 /// # Errors
-/// [`Error::Missing`], [`Error::Unreadable`], [`Error::Empty`] or [`Error::InvalidUtf8`].
+/// [`Error::Missing`], [`Error::Unreadable`], [`Error::Empty`], [`Error::InvalidUtf8`], or [`Error::Foreign`] for text in
+/// UTF-16 or UTF-32.
 pub fn read_text(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(|e| Error::read(path, "text file", e))?;
     if bytes.is_empty() {
         return Err(Error::Empty { path: path.into(), reason: "the file is empty" });
     }
+    let mark_bytes = byte_order_mark(path, &bytes)?;
+    let mut text = decode_utf8(path, bytes, 0)?;
+    text.drain(..mark_bytes);
+    Ok(text)
+}
+
+/// The text of bytes that start at the byte `offset` of a file.
+///
+/// # Errors
+/// [`Error::InvalidUtf8`].
+pub(crate) fn decode_utf8(path: &Path, bytes: Vec<u8>, offset: usize) -> Result<String> {
     String::from_utf8(bytes)
-        .map_err(|e| Error::InvalidUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })
+        .map_err(|e| Error::InvalidUtf8 { path: path.into(), offset: offset + e.utf8_error().valid_up_to() })
+}
+
+/// The length of the byte-order mark of UTF-8 at the start of a text, of which `head` is the beginning; 0 if there is
+/// none.
+///
+/// # Errors
+/// [`Error::Foreign`] for text in UTF-16 or UTF-32, by its mark or because every other byte is 0.
+pub(crate) fn byte_order_mark(path: &Path, head: &[u8]) -> Result<usize> {
+    let refused = |encoding: &str| {
+        let tool = encoding.trim_end_matches(" without a byte-order mark");
+        let reason = format!("it is {encoding}; convert it, for example with iconv -f {tool} -t UTF-8");
+        Err(Error::Foreign { path: path.into(), kind: "UTF-8 text", reason })
+    };
+    match head {
+        [0xef, 0xbb, 0xbf, ..] => Ok(UTF8_MARK_BYTES),
+        [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => refused("UTF-32"),
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => refused("UTF-16"),
+        _ => match head.get(..UNMARKED_BYTES).map(|head| [0, 1].map(|at| zeros(head, at))) {
+            Some([false, true]) => refused("UTF-16LE without a byte-order mark"),
+            Some([true, false]) => refused("UTF-16BE without a byte-order mark"),
+            _ => Ok(0),
+        },
+    }
+}
+
+/// The length of the byte-order mark of UTF-8.
+const UTF8_MARK_BYTES: usize = 3;
+/// The number of bytes by which UTF-16 without a byte-order mark is recognised.
+const UNMARKED_BYTES: usize = 8;
+
+/// Whether every second byte from `at` on is 0.
+fn zeros(bytes: &[u8], at: usize) -> bool {
+    bytes.iter().skip(at).step_by(2).all(|&b| b == 0)
 }
 
 /// Writes a temporary file in the folder of `path`, syncs it and renames it to `path`. Creates missing folders.

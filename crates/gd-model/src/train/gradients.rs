@@ -4,10 +4,11 @@ use candle_core::Var;
 use candle_core::backprop::GradStore;
 
 use super::optimizer::{accumulate, global_norm};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
-/// Sums over the micro-batches of a step. The loss and the gradient of the step are these sums divided by the weight, so
-/// that every predicted token counts the same in whichever micro-batch it lies.
+/// Sums over the micro-batches of a step; the default is the sums over none. The loss and the gradient of the step are
+/// these sums divided by the weight, so that every predicted token counts the same in whichever micro-batch it lies.
+#[derive(Default)]
 pub struct Gradients {
     /// The sum over the micro-batches of the mean loss times the weight of the micro-batch.
     pub loss: f64,
@@ -18,6 +19,11 @@ pub struct Gradients {
 }
 
 impl Gradients {
+    /// Whether no token is predicted, so that there is no gradient.
+    pub fn is_empty(&self) -> bool {
+        self.weight == 0.0
+    }
+
     /// Adds the sums of another micro-batch.
     ///
     /// # Errors
@@ -28,15 +34,9 @@ impl Gradients {
         accumulate(vars, &mut self.store, &more.store)
     }
 
-    /// The mean loss in nats per predicted token.
-    ///
-    /// # Errors
-    /// No token is predicted.
-    pub fn loss(&self) -> Result<f64> {
-        match self.weight > 0.0 {
-            true => Ok(self.loss / self.weight),
-            false => Err(Error::Invalid("a step without a token to predict".into())),
-        }
+    /// The mean loss in nats per predicted token. NaN if no token is predicted.
+    pub fn loss(&self) -> f64 {
+        self.loss / self.weight
     }
 
     /// The norm of the gradient of the mean loss. It is not finite if the gradient is not.

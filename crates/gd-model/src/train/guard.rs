@@ -119,9 +119,15 @@ impl Guard {
         self.window.in_a_row += 1;
         self.window.skipped += 1;
         if self.window.in_a_row >= stop_after {
-            return Err(Error::Diverged { step, skipped: stop_after, reason });
+            let reason = format!("{stop_after} updates in a row would be skipped: {reason}");
+            return Err(Error::Diverged { step, loss: Some(loss), lr: None, reason, checkpoint: None });
         }
         Ok(Some(reason))
+    }
+
+    /// Counts the update of a step without a token to predict, which is skipped without being judged.
+    pub fn count_skipped(&mut self) {
+        self.window.skipped += 1;
     }
 
     /// Removes all steps from the window, because the loss is about to change. The count of skipped updates stays.

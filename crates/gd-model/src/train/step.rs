@@ -21,11 +21,14 @@ pub struct Step {
     pub grad_norm: f64,
     /// The learning rate.
     pub lr: f64,
-    /// The number of updates that the guard has skipped so far.
+    /// The number of updates that have been skipped so far.
     pub skipped: u64,
-    /// Why the guard skipped the update of this step, if it did. The log has it as an event of its own.
+    /// Why the update of this step was skipped, if it was. The log has it as an event of its own.
     #[serde(skip)]
     pub skip: Option<String>,
+    /// Whether no token was predicted in this step, because its documents have a single token each. Its loss is NaN then.
+    #[serde(skip)]
+    pub is_empty: bool,
     /// The weight of the hard forward pass, in [0, 1].
     pub hardness: f64,
     /// The number of candidates per query, if the run schedules it.

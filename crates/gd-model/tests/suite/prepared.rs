@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
 
 use gd_model::config::DocumentFormat;
-use gd_model::data::{Index, Preparation, Prepared, Tokens, prepare};
+use gd_model::data::{Document, Documents, Index, Preparation, Prepared, Tokens, prepare};
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::{Error, Result};
 use serde_json::Value;
@@ -21,9 +22,9 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn prepare_into(out: &Path, paths: &[PathBuf], tokenizer: &Tokenizer, shard_tokens: usize) -> Result<Index> {
-    let reading = DocumentFormat::default();
-    let what = Preparation { paths, format: &reading, tokenizer, shard_tokens, valid_fraction: 0.2 };
-    prepare(out, &what, |_| ())
+    let mut documents = Documents::open(paths, &DocumentFormat::default())?;
+    let what = Preparation { tokenizer, shard_tokens, valid_fraction: 0.2 };
+    prepare(out, &mut documents, &what, |_| ())
 }
 
 fn all(tokens: &Tokens) -> (Vec<u32>, Vec<usize>) {
@@ -41,15 +42,9 @@ fn shards_hold_the_same_tokens_as_a_corpus_in_memory() {
         for shard_tokens in [1, 50, 1 << 20] {
             let out = folder.path().join(format!("{name}-{shard_tokens}"));
             let mut bytes_read = 0;
-            let reading = DocumentFormat::default();
-            let what = Preparation {
-                paths: &paths,
-                format: &reading,
-                tokenizer: &tokenizer,
-                shard_tokens,
-                valid_fraction: 0.2,
-            };
-            let index = prepare(&out, &what, |bytes| bytes_read += bytes).unwrap();
+            let mut documents = Documents::open(&paths, &DocumentFormat::default()).unwrap();
+            let what = Preparation { tokenizer: &tokenizer, shard_tokens, valid_fraction: 0.2 };
+            let index = prepare(&out, &mut documents, &what, |bytes| bytes_read += bytes).unwrap();
             assert_eq!(bytes_read, paths.iter().map(|p| p.metadata().unwrap().len()).sum::<u64>());
             let prepared = Prepared::open(&out).unwrap();
             assert_eq!(prepared.index, index);
@@ -184,9 +179,29 @@ fn a_failed_preparation_leaves_nothing() {
     let error = prepare_into(&out, &paths[..2], &bytes, 10).unwrap_err();
     assert!(matches!(error, Error::Occupied { .. }), "{error}");
     assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
-    // A single document cannot be divided into training and validation.
+    // A single document is on one side: for training without validation, or the error says what to do.
     let one = folder.path().join("one.jsonl");
-    fs::write(&one, "{\"text\":\"a\"}\n").unwrap();
-    let error = prepare_into(&folder.path().join("two"), &[one], &bytes, 10).unwrap_err().to_string();
-    assert!(error.contains("validation part") || error.contains("training part"), "{error}");
+    let mut sides = [0; 2];
+    for i in 0..20 {
+        let text = format!("document {i}");
+        let document = Document { text: text.clone(), is_file: false, is_chat: false, bytes: 0 };
+        let is_train = !document.split(0.2).0.is_empty();
+        sides[usize::from(is_train)] += 1;
+        fs::write(&one, format!("{{\"text\":\"{text}\"}}\n")).unwrap();
+        let out = folder.path().join(&text);
+        match prepare_into(&out, from_ref(&one), &bytes, 10) {
+            Ok(index) => {
+                assert_eq!((is_train, index.train.documents, index.valid.documents), (true, 1, 0));
+                assert!(Prepared::open(&out).unwrap().corpus.valid.is_empty());
+            }
+            Err(e) => {
+                let error = e.to_string();
+                assert!(
+                    !is_train && error.contains("training part") && error.contains("with 0 all text"),
+                    "{error}"
+                );
+            }
+        }
+    }
+    assert!(sides.iter().all(|&n| n > 0), "{sides:?}");
 }

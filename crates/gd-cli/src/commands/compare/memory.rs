@@ -31,8 +31,8 @@ struct Report {
 
 /// Measures every mechanism at every context length. A single pair is measured in this process; the processes for
 /// several pairs are called with one each.
-pub(super) fn run(config: &str, variants: &[Variant], contexts: &[u32], ctx: &Context) -> Result<()> {
-    let base = Recipe::load(config)?;
+pub(super) fn run(configs: &[String], variants: &[Variant], contexts: &[u32], ctx: &Context) -> Result<()> {
+    let base = Recipe::merged(configs, &[])?;
     for v in variants {
         v.config(&base.model)?;
     }
@@ -42,7 +42,7 @@ pub(super) fn run(config: &str, variants: &[Variant], contexts: &[u32], ctx: &Co
         _ => {
             for (v, context) in variants.iter().flat_map(|v| contexts.iter().map(move |c| (v, c))) {
                 eprintln!("{} at {context} tokens", v.name);
-                memory.extend(in_subprocess(config, v, *context, ctx)?);
+                memory.extend(in_subprocess(configs, v, *context, ctx)?);
             }
         }
     }
@@ -60,9 +60,10 @@ pub(super) fn run(config: &str, variants: &[Variant], contexts: &[u32], ctx: &Co
 }
 
 /// One measurement in a separate process.
-fn in_subprocess(config: &str, variant: &Variant, context: u32, ctx: &Context) -> Result<Vec<Cell>> {
+fn in_subprocess(configs: &[String], variant: &Variant, context: u32, ctx: &Context) -> Result<Vec<Cell>> {
     let tokens = context.to_string();
-    let args = ["compare", "--json", "--mechanisms", variant.name, "--memory", &tokens, "--config", config];
+    let mut args = vec!["compare", "--json", "--mechanisms", variant.name, "--memory", &tokens];
+    args.extend(configs.iter().flat_map(|config| ["--config", config.as_str()]));
     let report: Report = json_of_process(&args, &ctx.device, ctx.seed())
         .with_context(|| format!("{} at {context} tokens", variant.name))?;
     Ok(report.memory)

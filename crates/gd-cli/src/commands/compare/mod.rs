@@ -35,9 +35,9 @@ pub struct Args {
     /// UTF-8 text files or folders to train on (default: the sample text)
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub data: Vec<PathBuf>,
-    /// Preset of models/, or a TOML or JSON configuration file
+    /// Preset of models/, or a TOML or JSON configuration file. Can be repeated: later ones replace values of earlier ones
     #[arg(long, value_name = "PRESET|FILE", default_value = "tiny")]
-    pub config: String,
+    pub config: Vec<String>,
     /// Override a value of the configuration by its dotted path. Can be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<Setting>,
@@ -89,8 +89,12 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         return memory::run(&args.config, &variants, &args.memory, ctx);
     }
     let mut base = load_recipe(&args.config, &args.set, args.steps)?;
-    let (corpus, _) = load_corpus(&args.data, &mut base)?;
-    corpus.check(base.train.context)?;
+    let corpus = load_corpus(&args.data, &mut base)?.corpus;
+    if corpus.valid.is_empty() {
+        return Err(usage(
+            "compare measures validation losses: it needs a validation text (train.valid_fraction)",
+        ));
+    }
     check_writable(&args.out)?;
     let mut models = variants.iter().map(|v| v.config(&base.model)).collect::<gd_model::Result<Vec<_>>>()?;
     equalize(&mut models)?;

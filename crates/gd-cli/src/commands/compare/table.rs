@@ -60,6 +60,8 @@ pub(super) mod tests {
                 perplexity: loss.exp(),
                 bits_per_byte: loss / 2f64.ln(),
                 tokens: 9,
+                text_tokens: 9,
+                text_bytes: 9.0,
                 heads,
             },
             tokens_per_second: 1000.0,

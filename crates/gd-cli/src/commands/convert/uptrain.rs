@@ -1,19 +1,16 @@
 //! `gd convert --uptrain`: a run in which the converted model distills the source model.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use gd_model::config::{Recipe, Setting, UPTRAIN, training_candidates, uptrain_schedule};
-use gd_model::data::Corpus;
-use gd_model::io::tokenizer::Tokenizer;
+use gd_model::io::chat_template::ChatTemplate;
 use gd_model::model::pretrained::{self, Parts};
 use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, Run};
 
 use super::args::Args;
 use crate::context::{Context, usage};
-use crate::data_source::{check_tokens, prepared_data_for};
-use crate::training::{load_recipe, load_texts, new_trainer, run_to_end};
+use crate::data_source::check_tokens;
+use crate::training::{load_corpus_for, load_recipe, new_trainer, run_to_end};
 
 /// Runs the training.
 ///
@@ -24,13 +21,17 @@ pub(super) fn run(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
     let (mut recipe, tokenizer) = (recipe(args, &teacher)?, teacher.tokenizer.clone());
     let flags = &args.uptrain;
     flags.documents.apply(&mut recipe.train.documents);
-    let corpus = load_corpus(&flags.data, &recipe, &tokenizer)?;
-    for tokens in [&corpus.train, &corpus.valid] {
+    let template = ChatTemplate::find(&teacher.files)?;
+    let data = load_corpus_for(&flags.data, &recipe, &tokenizer, template)?;
+    for tokens in [&data.corpus.train, &data.corpus.valid] {
         check_tokens(tokens, &tokenizer, &recipe.model)?;
+    }
+    if group.leads() {
+        eprintln!("{}", data.summary);
     }
     let name = args.out.file_name().unwrap_or(args.out.as_os_str()).to_string_lossy().into_owned();
     let about = About { name, data: flags.data.clone(), seed: ctx.seed() };
-    let trainer = new_trainer(group, recipe, Some(teacher), corpus, &about, ctx)?;
+    let trainer = new_trainer(group, recipe, Some(teacher), data.corpus, &about, ctx)?;
     let run = Run::create(&args.out, trainer, tokenizer, about)?;
     run_to_end(run, Vec::new(), flags.stop_after, ctx)
 }
@@ -53,18 +54,10 @@ fn recipe(args: &Args, teacher: &Parts) -> Result<Recipe> {
             Setting::new("train.uptrain.original", teacher_path),
         ];
         let settings = [&given[..], more, &args.uptrain.set].concat();
-        load_recipe(UPTRAIN.0, &settings, args.uptrain.steps)
+        load_recipe(&[UPTRAIN.0], &settings, args.uptrain.steps)
     };
     // The number of keys decreases from the end of the layer alignment on, which --set may have changed.
     let align = load(&[])?.train.uptrain.map_or(0.0, |uptrain| uptrain.align);
     let select = Setting::new("train.select", serde_json::to_value(uptrain_schedule(args.k, align))?);
     load(&[select])
-}
-
-/// The text in tokens of the model's tokenizer.
-fn load_corpus(files: &[PathBuf], recipe: &Recipe, tokenizer: &Tokenizer) -> Result<Corpus> {
-    match prepared_data_for(files, tokenizer)? {
-        Some(prepared) => Ok(prepared.corpus),
-        None => Ok(Corpus::encode(&load_texts(files, recipe)?, tokenizer)?),
-    }
 }

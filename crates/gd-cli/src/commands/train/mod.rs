@@ -4,18 +4,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use gd_model::config::{Precision, Recipe, Setting};
-use gd_model::data::Corpus;
+use gd_model::io::chat_template::ChatTemplate;
 use gd_model::model::pretrained::{self, Parts};
 use gd_model::train::estimate;
 use gd_model::train::parallel::Group;
-use gd_model::train::run::{About, RECIPE, Run, Saved};
+use gd_model::train::run::{About, RECIPE, Run, Saved, check_folder};
+use serde_json::json;
 
 use crate::context::{Context, usage};
-use crate::data_source::{DocumentArgs, prepared_data};
-use crate::training::{in_group, load_corpus, load_recipe, load_texts, new_trainer, run_to_end};
-
-/// The configuration of a run without `--config`.
-const DEFAULT_CONFIG: &str = "tiny";
+use crate::data_source::{DocumentArgs, reads_stdin};
+use crate::training::{
+    DEFAULT_CONFIG, LoadedCorpus, in_group, load_corpus, load_corpus_for, load_recipe, new_trainer,
+    run_to_end, vocabulary_line,
+};
 
 /// Train a model and save it
 #[derive(Debug, clap::Args)]
@@ -25,25 +26,29 @@ const DEFAULT_CONFIG: &str = "tiny";
                   sample. Ctrl-C or SIGTERM ends the run after the current step with a checkpoint. --resume continues \
                   from there, or from the last checkpoint before a crash, with the same final result.\n\n\
                   Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book\n  \
-                  gd train --config base --dry-run\n  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6\n  gd train --resume out/book"
+                  gd train --config base --dry-run\n  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6\n  \
+                  gd train --config tiny --config mine.toml --data chats.jsonl.gz --skip-bad-lines\n  gd train --resume out/book"
 )]
 pub struct Args {
-    /// Text files (UTF-8), JSONL files, folders of them, or one folder of prepared data (default: the sample text)
+    /// Text files (UTF-8), JSON records (.jsonl, .ndjson, .json), folders of them, - for standard input, or one folder of
+    /// prepared data (default: the sample text). Files may be compressed by gzip or Zstandard
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub data: Vec<PathBuf>,
     /// How files are split into documents
     #[command(flatten)]
     pub documents: DocumentArgs,
-    /// Preset of models/, or a TOML or JSON configuration file (default: tiny)
+    /// Preset of models/, or a TOML or JSON configuration file (default: tiny). Can be repeated: later ones replace
+    /// values of earlier ones
     #[arg(long, value_name = "PRESET|FILE")]
-    pub config: Option<String>,
+    pub config: Vec<String>,
     /// Override a value of the configuration by its dotted path. Can be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<Setting>,
     /// Number of optimizer steps (default: from the configuration)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: Option<u64>,
-    /// Print the number of parameters and tokens and the predicted peak memory, and write nothing
+    /// Read the data and print its size, the number of parameters and tokens and the predicted peak memory, and write
+    /// nothing. Fails where the training would fail at its start
     #[arg(long, conflicts_with = "resume")]
     pub dry_run: bool,
     /// Steps between two checkpoints (default: from the configuration)
@@ -68,7 +73,7 @@ pub struct Args {
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     in_group(ctx, |group| {
         if args.dry_run {
-            return if group.leads() { print_estimate(&args, ctx) } else { Ok(()) };
+            return if group.leads() { print_estimate(group, &args, ctx) } else { Ok(()) };
         }
         let (run, skipped_files) = match &args.resume {
             Some(folder) => resume(group, folder, &args, ctx)?,
@@ -78,35 +83,80 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     })
 }
 
-/// Creates a new run.
-fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
-    let config = args.config.as_deref().unwrap_or(DEFAULT_CONFIG);
-    let mut recipe = load_recipe(config, &args.set, args.steps)?;
+/// A new run before its trainer is made.
+struct NewRun {
+    recipe: Recipe,
+    name: String,
+    out: PathBuf,
+    data: LoadedCorpus,
+    /// That the tokenizer changed the vocabulary of the configuration, if it did.
+    vocabulary: Option<String>,
+}
+
+/// Reads the configuration and the data of a new run, and checks them.
+fn read_inputs(group: &Group, args: &Args) -> Result<NewRun> {
+    let configs = match args.config.as_slice() {
+        [] => vec![DEFAULT_CONFIG.to_owned()],
+        configs => configs.to_vec(),
+    };
+    let mut recipe = load_recipe(&configs, &args.set, args.steps)?;
     if recipe.train.uptrain.is_some() {
         return Err(usage("train.uptrain: use `gd convert --uptrain` to start a run that distills a model"));
     }
     recipe.train.save_every = args.save_every.or(recipe.train.save_every);
     args.documents.apply(&mut recipe.train.documents);
-    let name = Path::new(config).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
+    group.check(recipe.train.batch)?;
+    check_stdin(group, &args.data)?;
+    let last = configs.last().map_or(DEFAULT_CONFIG, String::as_str);
+    let name = Path::new(last).file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned());
     let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(&name));
-    let (corpus, tokenizer) = load_corpus(&args.data, &mut recipe)?;
+    let vocab_size = recipe.model.vocab_size;
+    let data = load_corpus(&args.data, &mut recipe)?;
+    let vocabulary = vocabulary_line(vocab_size, &data.tokenizer);
+    Ok(NewRun { recipe, name, out, data, vocabulary })
+}
+
+/// Refuses standard input as the data of several processes, of which one alone would get it.
+fn check_stdin(group: &Group, data: &[PathBuf]) -> Result<()> {
+    match group.world() > 1 && reads_stdin(data) {
+        true => Err(usage("--data -: standard input reaches one of several processes; give them a file")),
+        false => Ok(()),
+    }
+}
+
+/// Creates a new run.
+fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
+    let NewRun { recipe, name, out, data, vocabulary } = read_inputs(group, args)?;
     let about = About { name, data: args.data.clone(), seed: ctx.seed() };
-    let trainer = new_trainer(group, recipe, None, corpus, &about, ctx)?;
-    Ok(Run::create(&out, trainer, tokenizer, about)?)
+    let trainer = new_trainer(group, recipe, None, data.corpus, &about, ctx)?;
+    let run = Run::create(&out, trainer, data.tokenizer, about)?;
+    if group.leads() {
+        eprintln!("{}", data.summary);
+        vocabulary.iter().for_each(|line| eprintln!("{line}"));
+    }
+    Ok(run)
 }
 
 /// Prints the size of a run without training.
-fn print_estimate(args: &Args, ctx: &Context) -> Result<()> {
-    let mut recipe = load_recipe(args.config.as_deref().unwrap_or(DEFAULT_CONFIG), &args.set, args.steps)?;
-    args.documents.apply(&mut recipe.train.documents);
-    load_corpus(&args.data, &mut recipe)?;
+fn print_estimate(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
+    let NewRun { recipe, out, data, vocabulary, .. } = read_inputs(group, args)?;
+    check_folder(&out)?;
     let estimate = estimate::estimate(&recipe)?;
     if ctx.json {
-        return ctx.print(serde_json::to_string(&estimate)?);
+        let mut json = serde_json::to_value(&estimate)?;
+        json["data"] = serde_json::to_value(&data.summary)?;
+        json["vocab_size"] = json!(recipe.model.vocab_size);
+        return ctx.print(json);
     }
+    let vocabulary = vocabulary.map_or(String::new(), |line| format!("{line}\n"));
     ctx.print(format_args!(
-        "{} parameters\n{} steps of {} tokens\n{:.0} MiB predicted peak memory, in addition to the program and the text",
-        estimate.parameters, estimate.steps, estimate.tokens_per_step, estimate.peak_memory_mib
+        "{}\n{vocabulary}{} parameters\n{} steps of {} tokens\n{:.0} MiB predicted peak memory, in addition to the program \
+         and the text",
+        data.summary,
+        estimate.parameters,
+        estimate.steps,
+        estimate.tokens_per_step,
+        estimate.peak_memory_mib
     ))
 }
 
@@ -129,10 +179,22 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
     if recipe.train.uptrain.is_none() {
         recipe.model.vocab_size = saved.tokenizer.vocab_size();
     }
-    let corpus =
-        saved_corpus(&saved, &recipe).context("the data of the run (--data gives its new location)")?;
+    check_stdin(group, &saved.about.data)?;
+    if args.data.is_empty() && reads_stdin(&saved.about.data) {
+        let folder = folder.display();
+        return Err(usage(format!(
+            "--resume {folder}: the run read its text from standard input; give the same text again with --data - or as a \
+             file"
+        )));
+    }
     let teacher = teacher(&recipe, ctx)?;
-    let trainer = new_trainer(group, recipe, teacher, corpus, &saved.about, ctx)?;
+    let template = teacher.as_ref().map_or(Ok(None), |teacher| ChatTemplate::find(&teacher.files))?;
+    let data = load_corpus_for(&saved.about.data, &recipe, &saved.tokenizer, template)
+        .context("the data of the run (--data gives its new location)")?;
+    if group.leads() {
+        eprintln!("{}", data.summary);
+    }
+    let trainer = new_trainer(group, recipe, teacher, data.corpus, &saved.about, ctx)?;
     let skipped_files = saved.damaged().iter().map(|(_, reason)| reason.clone()).collect();
     let run = Run::resume(saved, trainer, &ctx.device)?;
     if group.leads() {
@@ -145,8 +207,8 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
 fn update_recipe(saved: &mut Saved, folder: &Path, args: &Args) -> Result<()> {
     // A recipe without a precision was trained in f32.
     let precision = saved.recipe.train.precision.unwrap_or(Precision::F32);
-    if let Some(config) = &args.config {
-        saved.recipe = load_recipe(config, &args.set, args.steps)?;
+    if !args.config.is_empty() {
+        saved.recipe = load_recipe(&args.config, &args.set, args.steps)?;
     } else if !args.set.is_empty() {
         saved.recipe = Recipe::load_with(&folder.join(RECIPE).to_string_lossy(), &args.set)?;
     }
@@ -156,14 +218,6 @@ fn update_recipe(saved: &mut Saved, folder: &Path, args: &Args) -> Result<()> {
     args.documents.apply(&mut train.documents);
     train.precision.get_or_insert(precision);
     Ok(())
-}
-
-/// The tokens that a saved run is trained on.
-fn saved_corpus(saved: &Saved, recipe: &Recipe) -> Result<Corpus> {
-    match prepared_data(&saved.about.data)? {
-        Some(prepared) => Ok(prepared.corpus),
-        None => Ok(Corpus::encode(&load_texts(&saved.about.data, recipe)?, &saved.tokenizer)?),
-    }
 }
 
 /// Reads the model that a run distills, if its recipe names one.

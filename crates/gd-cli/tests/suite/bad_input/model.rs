@@ -53,7 +53,6 @@ pub(super) fn train_cases() -> Vec<Case> {
     vec![
         train("--data {dir}/nowhere.txt", 1, &["nowhere.txt", "no such"]),
         train("--data {dir}/nothing.txt", 1, &["nothing.txt", "empty"]),
-        train("--data {dir}/good.txt {dir}/nothing.txt", 1, &["nothing.txt"]),
         train("--data {dir}/latin.txt", 1, &["latin.txt", "byte 3"]),
         train("--data {dir}/hollow", 1, &["hollow", ".txt"]),
         train("--data {dir}/short.txt", 1, &["18 tokens", "33"]),

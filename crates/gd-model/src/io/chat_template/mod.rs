@@ -129,8 +129,35 @@ impl ChatTemplate {
     pub fn render(&self, system: Option<&str>, user: &str) -> Result<String> {
         let turn = |(role, content): (&str, &str)| Value::from_pairs([("role", role), ("content", content)]);
         let turns = [system.map(|text| ("system", text)), Some(("user", user))];
+        let messages: Value = turns.into_iter().flatten().map(turn).collect();
+        self.render_with([("messages", messages)])
+    }
+
+    /// Renders a chat as a text to train on or to measure: the messages under the key `messages` of the JSON object
+    /// `record`, with the tools under `tools` if there are any, and without a prompt for an answer.
+    ///
+    /// # Errors
+    /// A message without a role, or an error that the template raises.
+    pub fn render_record(&self, record: &[u8]) -> Result<String> {
+        let invalid = || Error::Invalid("\"messages\" is not a list of messages with a role each".into());
+        // Not by way of serde_json's values, which lose the order of keys.
+        let mut record: BTreeMap<String, Value> = serde_json::from_slice(record).map_err(|_| invalid())?;
+        let messages = record.remove("messages").unwrap_or_default();
+        let has_role = |message: Value| message.get_attr("role").is_ok_and(|role| role.as_str().is_some());
+        if messages.len().is_none_or(|n| n == 0)
+            || !messages.try_iter().is_ok_and(|mut all| all.all(has_role))
+        {
+            return Err(invalid());
+        }
+        let tools = record.remove("tools").unwrap_or(Value::from(()));
+        let prompt = Value::from(false);
+        self.render_with([("messages", messages), ("tools", tools), ("add_generation_prompt", prompt)])
+    }
+
+    /// Renders the template with these variables, which take precedence over all others.
+    fn render_with<const N: usize>(&self, chat: [(&str, Value); N]) -> Result<String> {
         let mut variables = self.variables.clone();
-        variables.insert("messages".into(), turns.into_iter().flatten().map(turn).collect());
+        variables.extend(chat.map(|(name, value)| (name.to_owned(), value)));
         let template = self.environment.get_template(TEMPLATE_NAME);
         template.and_then(|template| template.render(Value::from_pairs(variables))).map_err(|e| invalid(&e))
     }

@@ -191,6 +191,23 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// The ids of the tokens that are added around the text of a document: those of the post-processor, such as a begin
+    /// token, and the end-of-text token.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn framing(&self) -> Result<Vec<u32>> {
+        // A letter, because some tokenizers add nothing to an empty text.
+        let (bare, mut framing) = (self.encode_written("a")?, self.encode("a")?);
+        if let Some(at) = framing.windows(bare.len().max(1)).position(|window| window == bare) {
+            framing.drain(at..at + bare.len());
+        } else {
+            framing.clear();
+        }
+        framing.extend(self.end_of_text());
+        Ok(framing)
+    }
+
     /// The id of the end-of-text token: `<|endoftext|>`, `<|end_of_text|>`, `</s>` or `<eos>`; `None` if the vocabulary has
     /// none of them.
     pub fn end_of_text(&self) -> Option<u32> {

@@ -57,7 +57,7 @@ pub enum Event {
         /// Why the newest checkpoint could not be used.
         reason: String,
     },
-    /// The guard skipped an update.
+    /// An update was skipped, by the guard or because no token was predicted.
     Skip {
         /// Why.
         reason: String,
@@ -69,14 +69,17 @@ pub enum Event {
         /// The continuation.
         text: String,
     },
-    /// The end of the run, with the evaluation on the whole validation text.
+    /// The end of the run, with the evaluation on the whole validation text if there is one.
     End {
         /// The loss in nats per token.
-        loss: f64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        loss: Option<f64>,
         /// Bits per byte.
-        bits_per_byte: f64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bits_per_byte: Option<f64>,
         /// The number of predicted tokens.
-        tokens: usize,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        tokens: Option<usize>,
     },
 }
 

@@ -6,7 +6,53 @@ use std::path::{Path, PathBuf};
 use super::RECIPE;
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{self, Disk, Store, System};
+use crate::io::files::check_writable;
 use crate::train::log;
+
+/// What is at the place of a new run.
+enum Content {
+    /// Nothing.
+    Missing,
+    /// A run or a model.
+    Result,
+    /// A run that ended before its first checkpoint, which may be overwritten.
+    Begun,
+    /// Something else, perhaps an empty folder.
+    Other,
+}
+
+fn content(folder: &Path) -> Result<Content> {
+    if folder.symlink_metadata().is_err() {
+        return Ok(Content::Missing);
+    }
+    let has_result = folder.is_dir() && {
+        let model = folder.join(checkpoint::CONFIG).exists();
+        model || !Store::new(folder, System).steps()?.is_empty()
+    };
+    if has_result {
+        return Ok(Content::Result);
+    }
+    let ours = |name: &String| {
+        name.starts_with('.') || [RECIPE, log::FILE, log::TENSORBOARD].contains(&name.as_str())
+    };
+    let begun = folder.join(RECIPE).exists() && System.list(folder).is_ok_and(|all| all.iter().all(ours));
+    Ok(if begun { Content::Begun } else { Content::Other })
+}
+
+/// Checks that a new run can be created in `folder`, without changing anything.
+///
+/// # Errors
+/// - [`Error::Occupied`] if the folder holds something else than a run or a model.
+/// - [`Error::RunLocked`] if another process trains there.
+/// - [`Error::Unwritable`].
+pub fn check_folder(folder: &Path) -> Result<()> {
+    match content(folder)? {
+        Content::Result => lock(folder).map(drop)?,
+        Content::Other => checkpoint::check_replaceable(folder)?,
+        Content::Missing | Content::Begun => {}
+    }
+    check_writable(folder)
+}
 
 /// Creates `folder`, or makes it free for a new run: a run or model that is there is renamed to the first free name
 /// `FOLDER.N`.
@@ -16,20 +62,11 @@ use crate::train::log;
 /// - [`Error::RunLocked`] if another process trains there.
 pub(super) fn prepare_folder(folder: &Path) -> Result<()> {
     let unwritable = |e| Error::write(folder, e);
-    if folder.symlink_metadata().is_err() {
-        return fs::create_dir_all(folder).map_err(unwritable);
-    }
-    let has_result = folder.is_dir() && {
-        let model = folder.join(checkpoint::CONFIG).exists();
-        model || !Store::new(folder, System).steps()?.is_empty()
-    };
-    if !has_result {
-        // The folder is empty, or a run in it ended before its first checkpoint.
-        let ours = |name: &String| {
-            name.starts_with('.') || [RECIPE, log::FILE, log::TENSORBOARD].contains(&name.as_str())
-        };
-        let begun = folder.join(RECIPE).exists() && System.list(folder).is_ok_and(|all| all.iter().all(ours));
-        return if begun { Ok(()) } else { checkpoint::check_replaceable(folder) };
+    match content(folder)? {
+        Content::Missing => return fs::create_dir_all(folder).map_err(unwritable),
+        Content::Begun => return Ok(()),
+        Content::Other => return checkpoint::check_replaceable(folder),
+        Content::Result => {}
     }
     // The folder must not be renamed while a process trains in it.
     let _lock = lock(folder)?;

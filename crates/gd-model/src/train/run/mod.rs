@@ -21,6 +21,8 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use self::folder::check_folder;
+
 use self::folder::{lock, prepare_folder};
 use self::inputs::{check_recipe, parse, pretty, recipe_hash, require_same, teacher_hash};
 use super::log::{Event, Logger, Meter};
@@ -155,6 +157,8 @@ pub struct Run {
     log: Option<Logger>,
     /// The step of the last checkpoint.
     saved: Option<u64>,
+    /// Whether loss and gradient of the last step were finite. Otherwise the parameters are suspect.
+    is_finite: bool,
     _lock: Option<File>,
 }
 
@@ -185,7 +189,17 @@ impl Run {
             log = Some(open_log(folder, 0, &trainer, &record.about)?);
         }
         let folder = folder.to_path_buf();
-        let mut run = Self { trainer, tokenizer, record, folder, store, log, saved: None, _lock: held };
+        let mut run = Self {
+            trainer,
+            tokenizer,
+            record,
+            folder,
+            store,
+            log,
+            saved: None,
+            is_finite: true,
+            _lock: held,
+        };
         run.save()?;
         Ok(run)
     }
@@ -228,7 +242,7 @@ impl Run {
             write_file(&folder.join(RECIPE), &pretty(trainer.recipe())?)?;
         }
         let saved = Some(checkpoint.step);
-        Ok(Self { trainer, tokenizer, record, folder, store, log, saved, _lock: lock })
+        Ok(Self { trainer, tokenizer, record, folder, store, log, saved, is_finite: true, _lock: lock })
     }
 
     /// The folder.
@@ -252,13 +266,30 @@ impl Run {
     }
 
     /// Trains to the end of the run, for at most `limit` steps, or until `stop` is set. Saves a checkpoint every
-    /// `save_every` steps, after every evaluation with the lowest loss so far, and at the end. Calls `watch` with the
-    /// report of every step and the text that the model generated after it, if it is one of `sample_every` steps.
-    /// Returns whether the run has reached its end.
+    /// `save_every` steps, after every evaluation with the lowest loss so far, and at the end; not after a step whose loss
+    /// or gradient is not finite. Calls `watch` with the report of every step and the text that the model generated after
+    /// it, if it is one of `sample_every` steps. Returns whether the run has reached its end.
     ///
     /// # Errors
     /// As [`Trainer::next_steps`], the error of `watch`, or an error that names the file that cannot be written.
+    /// [`Error::Diverged`] has the path of the newest checkpoint, which is from before.
     pub fn train(
+        &mut self,
+        limit: Option<u64>,
+        stop: &AtomicBool,
+        watch: impl FnMut(&Step, Option<String>) -> Result<()>,
+    ) -> Result<bool> {
+        self.train_until(limit, stop, watch).map_err(|e| match self.trainer.diagnosed(e) {
+            Error::Diverged { step, loss, lr, reason, .. } => {
+                let checkpoint = self.saved.map(|saved| self.store.path(saved));
+                Error::Diverged { step, loss, lr, reason, checkpoint }
+            }
+            other => other,
+        })
+    }
+
+    /// As [`Run::train`], without the path of the newest checkpoint in errors.
+    fn train_until(
         &mut self,
         limit: Option<u64>,
         stop: &AtomicBool,
@@ -273,8 +304,8 @@ impl Run {
             // Rank 0 alone evaluates, and a signal may reach a single process.
             let due = lowest || self.trainer.step().is_multiple_of(every);
             let [stop, save] = self.trainer.group().any([stop.load(Ordering::Relaxed), due]);
-            if save {
-                self.save()?;
+            if save && self.is_finite {
+                self.save_usable()?;
             }
             if stop {
                 break;
@@ -282,8 +313,17 @@ impl Run {
         }
         let steps = self.trainer.drain(0)?;
         self.report(steps, &mut watch)?;
-        self.save()?;
+        self.save_usable()?;
         Ok(self.trainer.step() == self.trainer.steps())
+    }
+
+    /// Saves a checkpoint. Parameters that cannot be computed with are an error instead, so that the older checkpoints
+    /// stay.
+    fn save_usable(&mut self) -> Result<()> {
+        if self.saved != Some(self.trainer.step()) {
+            self.trainer.require_usable()?;
+        }
+        self.save().map(|_| ())
     }
 
     /// Logs the steps and calls `watch`; returns whether one of them has the lowest validation loss so far.
@@ -297,6 +337,7 @@ impl Run {
             if let Some(log) = &mut self.log {
                 log.step(&step)?;
             }
+            self.is_finite = step.is_empty || (step.loss.is_finite() && step.grad_norm.is_finite());
             watch(&step, self.sample(step.step)?)?;
             lowest |= self.update_lowest_loss(&step);
         }
@@ -360,12 +401,12 @@ impl Run {
         Ok(path)
     }
 
-    /// Writes the finished model and the model card `card` into the folder of the run, and its evaluation into the log.
-    /// Rank 0 calls this.
+    /// Writes the finished model and the model card `card` into the folder of the run, and its evaluation, if there is a
+    /// validation text, into the log. Rank 0 calls this.
     ///
     /// # Errors
     /// Names the file and the reason. The checkpoints are unchanged then.
-    pub fn finish(&mut self, card: &str, result: &Evaluation) -> Result<()> {
+    pub fn finish(&mut self, card: &str, result: Option<&Evaluation>) -> Result<()> {
         let (trainer, tokenizer) = (&self.trainer, &self.tokenizer);
         self.store.install(|folder| {
             write_model(folder, trainer, tokenizer)?;
@@ -376,8 +417,8 @@ impl Run {
         })?;
         write_file(&self.folder.join(checkpoint::CARD), card.as_bytes())?;
         let Some(log) = &mut self.log else { return Ok(()) };
-        let Evaluation { loss, bits_per_byte, tokens, .. } = *result;
-        log.event(trainer.step(), &Event::End { loss, bits_per_byte, tokens })?;
+        let (loss, bits_per_byte) = (result.map(|r| r.loss), result.map(|r| r.bits_per_byte));
+        log.event(trainer.step(), &Event::End { loss, bits_per_byte, tokens: result.map(|r| r.tokens) })?;
         log.sync()
     }
 }

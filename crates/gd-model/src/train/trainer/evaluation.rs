@@ -1,9 +1,11 @@
 //! Evaluations of the model in training.
 
 use super::Trainer;
-use crate::error::Result;
+use crate::data::Tokens;
+use crate::error::{Error, Result};
 use crate::eval::{Evaluation, evaluate, observe};
 use crate::model::Transformer;
+use crate::train::schedule::ScheduledValues;
 use crate::train::step::StepEvaluation;
 
 /// The number of windows of the validation text in the evaluation of a step. The end of a run measures all of it.
@@ -17,7 +19,11 @@ impl Trainer {
     /// An error of the device.
     pub fn evaluate(&mut self) -> Result<StepEvaluation> {
         let train = &self.recipe.train;
-        let tokens = self.corpus.valid.head(EVAL_WINDOWS * train.context + 1);
+        let mut tokens = self.corpus.valid.head(EVAL_WINDOWS * train.context + 1);
+        if tokens.len() == tokens.document_count() {
+            // Documents of one token each have nothing to predict.
+            tokens = self.corpus.valid.clone();
+        }
         let mut selections = None;
         let size = (train.context, train.batch);
         let result = observe(&self.frozen, &tokens, tokens.len(), size, &self.device, |records| {
@@ -34,10 +40,54 @@ impl Trainer {
         })
     }
 
+    /// Whether there is a validation text.
+    pub fn has_validation(&self) -> bool {
+        !self.corpus.valid.is_empty()
+    }
+
+    /// Checks that the model gives a finite loss, for a text of two tokens.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`], or the refusal of a parameter by an operator.
+    fn check_parameters(&self) -> Result<()> {
+        let tokens = Tokens::from(self.corpus.train.read(0..2));
+        evaluate(&self.frozen, &tokens, tokens.len(), 1, 1, &self.device).map(|_| ())
+    }
+
+    /// Checks that the parameters can be computed with, so that a checkpoint of them is worth saving.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`].
+    pub(crate) fn require_usable(&self) -> Result<()> {
+        self.check_parameters().map_err(|e| self.diagnosed(e))
+    }
+
+    /// The error of a step: [`Error::Diverged`] with the values of the last step if the parameters are the cause, or the
+    /// same error.
+    pub(crate) fn diagnosed(&self, error: Error) -> Error {
+        let done = self.step;
+        let last_lr = done.checked_sub(1).map(|last| ScheduledValues::at(&self.recipe.train, last).lr);
+        match error {
+            Error::Diverged { step, loss, reason, checkpoint, .. } => {
+                let lr = step.checked_sub(1).map(|at| ScheduledValues::at(&self.recipe.train, at).lr);
+                Error::Diverged { step, loss, lr, reason, checkpoint }
+            }
+            // The operators worked with the first parameters, so the updates made the difference. If they fail for two
+            // tokens as well, it is not the memory of the device.
+            _ if done > 0
+                && (matches!(error, Error::NotFinite { .. }) || self.check_parameters().is_err()) =>
+            {
+                let reason = error.to_string().lines().next().unwrap_or_default().to_owned();
+                Error::Diverged { step: done, loss: self.last_loss, lr: last_lr, reason, checkpoint: None }
+            }
+            _ => error,
+        }
+    }
+
     /// Evaluates the model on the whole validation text.
     ///
     /// # Errors
-    /// An error of the device.
+    /// No validation text, or an error of the device.
     pub fn validate(&self) -> Result<Evaluation> {
         self.validate_model(&self.frozen)
     }

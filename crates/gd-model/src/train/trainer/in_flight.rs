@@ -70,6 +70,9 @@ impl Trainer {
             self.read_result(&mut step, result)?;
         }
         step.skipped = self.guard.skipped();
+        if !step.is_empty {
+            self.last_loss = Some(step.loss);
+        }
         let seconds = self.clock.elapsed().as_secs_f64();
         self.clock = std::time::Instant::now();
         self.seconds += seconds;

@@ -64,6 +64,8 @@ pub struct Trainer {
     /// Submitted steps whose reports have not been returned, oldest first.
     in_flight: VecDeque<InFlight>,
     step: u64,
+    /// The loss of the last step with a token to predict; `None` before the first one since the start.
+    last_loss: Option<f64>,
     seconds: f64,
     /// The time of the last report, or of the submission of the first step after it.
     clock: Instant,
@@ -138,6 +140,7 @@ impl Trainer {
             group: Group::single(),
             in_flight: VecDeque::new(),
             step: 0,
+            last_loss: None,
             seconds: 0.0,
             clock: Instant::now(),
         })
@@ -232,6 +235,11 @@ impl Trainer {
     /// The device of the model.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The number of updates that have been skipped.
+    pub fn skipped_updates(&self) -> u64 {
+        self.guard.skipped()
     }
 
     /// The number of steps of the whole run.

@@ -34,12 +34,10 @@ impl Trainer {
     /// run). Elsewhere it is the report of this step.
     ///
     /// # Errors
-    /// [`Error::Diverged`] if the guard skipped too many updates in a row.
+    /// [`Error::Diverged`] if the guard skipped too many updates in a row, or if the parameters are such that the model
+    /// cannot be computed; an error of the device.
     pub fn next_steps(&mut self) -> Result<Vec<Step>> {
-        self.submit()?;
-        let mut steps = self.drain(usize::from(self.is_asynchronous() && !self.needs_result()))?;
-        self.evaluate_if_due(&mut steps)?;
-        Ok(steps)
+        self.advance(true).map_err(|e| self.diagnosed(e))
     }
 
     /// Submits one step, waits for it and returns its report; evaluates the model if it is due.
@@ -47,10 +45,17 @@ impl Trainer {
     /// # Errors
     /// As [`Trainer::next_steps`].
     pub fn train_step(&mut self) -> Result<Step> {
-        self.submit()?;
-        let mut steps = self.drain(0)?;
-        self.evaluate_if_due(&mut steps)?;
+        let mut steps = self.advance(false).map_err(|e| self.diagnosed(e))?;
         steps.pop().ok_or_else(|| Error::Invalid("a step without a report".into()))
+    }
+
+    /// Submits one step and evaluates the model if it is due. With `ahead` a step may stay in flight on a GPU.
+    fn advance(&mut self, ahead: bool) -> Result<Vec<Step>> {
+        self.submit()?;
+        let ahead = ahead && self.is_asynchronous() && !self.needs_result();
+        let mut steps = self.drain(usize::from(ahead))?;
+        self.evaluate_if_due(&mut steps)?;
+        Ok(steps)
     }
 
     /// Computes the gradients of the next step and submits its update. [`Trainer::drain`] returns the report.
@@ -69,6 +74,10 @@ impl Trainer {
         let (gradients, losses) = self.gradients()?;
         let mut step = self.report();
         let result = match self.is_asynchronous() {
+            true if gradients.is_empty() => {
+                self.skip_without_targets(&mut step);
+                None
+            }
             true => Some(self.submit_update(&gradients, &losses, step.lr)?),
             false => {
                 self.apply_update(&mut step, gradients, &losses)?;
@@ -107,6 +116,7 @@ impl Trainer {
             lr: scheduled.lr,
             skipped: 0,
             skip: None,
+            is_empty: false,
             hardness: scheduled.hardness,
             candidates: scheduled.candidates,
             tokens: (self.step + 1) * (train.batch * train.context * train.accumulation) as u64,
@@ -130,6 +140,10 @@ impl Trainer {
             let places = places(at, train.batch, self.group.rank(), self.group.world());
             let Batch { inputs, targets, mask, predicted } =
                 self.batches.batch(places, train.context, &self.device)?;
+            // Documents of one token each.
+            if predicted == 0 {
+                continue;
+            }
             let pass = train.select.pass(&mask, progress(train, self.step));
             // The fraction of the whole micro-batch, of which this process may have a part. If every token is predicted in
             // one process the weight is 1 and changes no bit.
@@ -142,8 +156,10 @@ impl Trainer {
                 Some(sums) => sums.add(&vars, &one)?,
             }
         }
-        let sums = sums.ok_or_else(|| Error::out_of_range("train.accumulation", 0, "at least 1"))?;
-        Ok((sums, Tensor::stack(&losses, 0)?))
+        match sums {
+            Some(sums) => Ok((sums, Tensor::stack(&losses, 0)?)),
+            None => Ok((Gradients::default(), Tensor::zeros(1, DType::F32, &self.device)?)),
+        }
     }
 
     /// The loss of a micro-batch times its weight, and the gradients of this product.
@@ -181,7 +197,11 @@ impl Trainer {
         self.device.synchronize()?;
         let vars = self.params.vars();
         self.group.all_reduce(&vars, &mut gradients)?;
-        (step.loss, step.grad_norm) = (gradients.loss()?, gradients.norm(&vars)?);
+        if gradients.is_empty() {
+            self.skip_without_targets(step);
+            return Ok(());
+        }
+        (step.loss, step.grad_norm) = (gradients.loss(), gradients.norm(&vars)?);
         let verdict = self.guard.judge(step.step, step.loss, step.grad_norm)?;
         step.skip = self.skip_reason(step.step, verdict, || {
             Ok(not_finite(&vars, &gradients.store)?.map(str::to_owned))
@@ -192,6 +212,16 @@ impl Trainer {
             self.ema.as_mut().map_or(Ok(()), |ema| ema.update(&vars))?;
         }
         Ok(())
+    }
+
+    /// Completes the report of a step without a token to predict: its update is skipped and counted.
+    fn skip_without_targets(&mut self, step: &mut Step) {
+        self.guard.count_skipped();
+        step.is_empty = true;
+        step.skip = Some("no token to predict".into());
+        if self.group.leads() {
+            tracing::warn!("step {}: update skipped: no token to predict in its documents", step.step);
+        }
     }
 
     /// The reason of the guard, completed by the name of the first parameter whose gradient is not finite.
@@ -230,6 +260,7 @@ impl Trainer {
     fn evaluate_if_due(&mut self, steps: &mut [Step]) -> Result<()> {
         let train = &self.recipe.train;
         let due = self.step.is_multiple_of(train.eval_every) || self.step == train.steps;
+        let due = due && self.has_validation();
         match steps.last_mut() {
             Some(last) if due && last.step == self.step && self.group.leads() => {
                 last.record(self.evaluate()?)

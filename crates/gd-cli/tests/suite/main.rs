@@ -12,6 +12,7 @@ mod documents;
 mod generate;
 mod landscape;
 mod log;
+mod model_files;
 mod op;
 mod program;
 mod resume;

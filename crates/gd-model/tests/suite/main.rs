@@ -14,6 +14,7 @@ mod loss;
 mod optimizer;
 mod packing;
 mod prepared;
+mod pretrained;
 mod recomputation;
 mod smollm2;
 mod tokenizer;

@@ -32,7 +32,10 @@ fn a_buffer_beside_the_weights_is_named_once_and_changes_nothing() -> Result<()>
     assert_eq!(succeeded(&plain)?, succeeded(&with_buffer)?);
     let warnings = String::from_utf8(with_buffer.stderr)?;
     ensure!(warnings.matches("model.layers.0.self_attn.bias").count() == 1, "{warnings}");
-    ensure!(warnings.contains("1 tensors that the model does not use") && warnings.contains(WEIGHTS), "{warnings}");
+    ensure!(
+        warnings.contains("1 tensors that the model does not use") && warnings.contains(WEIGHTS),
+        "{warnings}"
+    );
     ensure!(!String::from_utf8(plain.stderr)?.contains("does not use"));
     Ok(())
 }

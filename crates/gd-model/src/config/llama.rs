@@ -147,19 +147,23 @@ struct Rope {
 pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<ConfigProblem>> {
     let supported = || FAMILIES.map(|(name, _)| name).join(", ");
     let family = match json.get("model_type").and_then(Value::as_str) {
-        Some(name) => {
-            FAMILIES.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, family)| *family).ok_or_else(|| {
+        Some(name) => FAMILIES
+            .iter()
+            .find(|(n, _)| n.eq_ignore_ascii_case(name))
+            .map(|(_, family)| *family)
+            .ok_or_else(|| {
                 let supported = supported();
                 vec![refusal(format!(
                     "model_type {name:?} is not supported ({supported} are, and configs with a gd block)"
                 ))]
-            })?
-        }
+            })?,
         None => return Err(vec![refusal(format!("neither a gd block nor a model_type ({})", supported()))]),
     };
     let mut full = family.defaults();
     if let (Value::Object(full), Value::Object(given)) = (&mut full, json.clone()) {
-        full.extend(given.into_iter().filter(|(key, value)| !value.is_null() || NULLABLE.contains(&key.as_str())));
+        full.extend(
+            given.into_iter().filter(|(key, value)| !value.is_null() || NULLABLE.contains(&key.as_str())),
+        );
     }
     let keys: Keys = parse(full)?;
     // Before anything is allocated per layer.

@@ -66,7 +66,10 @@ pub fn apply(folder: &Path, tokenizer: Tokenizer) -> Result<Tokenizer> {
     }
     if !left_out.is_empty() {
         let (at, list) = (folder.display(), shorten(&left_out));
-        tracing::warn!("{at}: {} added tokens do not fit to the vocabulary and are left out: {list}", left_out.len());
+        tracing::warn!(
+            "{at}: {} added tokens do not fit to the vocabulary and are left out: {list}",
+            left_out.len()
+        );
     }
     let named = |token: &String| tokenizer.token_id(token).is_some() && !tokenizer.is_added(token);
     added.extend(special.into_iter().filter(named).map(|token| AddedToken::from(token, true)));

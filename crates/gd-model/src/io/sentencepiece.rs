@@ -165,8 +165,21 @@ mod tests {
     #[test]
     fn merges_are_those_of_the_definition() {
         let vocabulary = [
-            ("a", -9.0), ("b", -9.0), ("_", -9.0), ("aa", -1.0), ("ab", -1.0), ("ba", -1.0), ("_a", -2.0), ("a_", -2.0),
-            ("aaa", -3.0), ("aba", 0.0), ("_b", -0.0), ("ab_", -4.0), ("_ab", -4.0), ("é", -5.0), ("aé", -1.0),
+            ("a", -9.0),
+            ("b", -9.0),
+            ("_", -9.0),
+            ("aa", -1.0),
+            ("ab", -1.0),
+            ("ba", -1.0),
+            ("_a", -2.0),
+            ("a_", -2.0),
+            ("aaa", -3.0),
+            ("aba", 0.0),
+            ("_b", -0.0),
+            ("ab_", -4.0),
+            ("_ab", -4.0),
+            ("é", -5.0),
+            ("aé", -1.0),
         ];
         let vocab: tokenizers::models::bpe::Vocab =
             vocabulary.iter().zip(0..).map(|((token, _), id)| ((*token).to_owned(), id)).collect();
@@ -195,7 +208,11 @@ mod tests {
             BPE::builder().vocab_and_merges(vocab, Vec::new()).unk_token("?".into()).build().unwrap()
         };
         let ids = |model: &BPE| -> Vec<u32> {
-            Scores::new(vec![0.0; 4], 0..0).tokenize(model, "aééa").into_iter().map(|token| token.id).collect()
+            Scores::new(vec![0.0; 4], 0..0)
+                .tokenize(model, "aééa")
+                .into_iter()
+                .map(|token| token.id)
+                .collect()
         };
         assert_eq!(ids(&model(&["?", "a", "<0xC3>", "<0xA9>"])), [1, 2, 3, 2, 3, 1]);
         assert_eq!(ids(&model(&["?", "a", "<0xC3>"])), [1, 0, 1]);

@@ -19,7 +19,8 @@ const OTHER_PICKLES: [&str; 4] = ["training_args", "optimizer", "scheduler", "rn
 /// Extensions of weights of other frameworks.
 const OTHER_FRAMEWORKS: [&str; 6] = ["h5", "msgpack", "onnx", "npz", "tflite", "nemo"];
 /// Tokenizers in other formats than `tokenizer.json`.
-const OTHER_TOKENIZERS: [&str; 5] = ["tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json"];
+const OTHER_TOKENIZERS: [&str; 5] =
+    ["tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json"];
 
 /// The number of files that a message lists.
 const LISTED: usize = 6;
@@ -41,7 +42,8 @@ pub(super) fn gguf_in(folder: &Path) -> Result<Option<PathBuf>> {
         [] => Err(missing(folder, WEIGHTS, without_weights(folder, &names))),
         [first, ..] if files.len() == 1 || is_split => Ok(Some(folder.join(first))),
         _ => {
-            let reason = format!("the folder has several GGUF files, give the path of one: {}", files.join(", "));
+            let reason =
+                format!("the folder has several GGUF files, give the path of one: {}", files.join(", "));
             Err(missing(folder, WEIGHTS, reason))
         }
     }
@@ -58,9 +60,13 @@ pub(super) fn check_companions(folder: &Path) -> Result<()> {
     }
     if !names.contains(CONFIG) {
         let reason = match names.contains("params.json") {
-            true => "params.json is the format in which the model was first published; convert the model with the \
-                     script of transformers for its family",
-            false => "the folder has weights without the configuration of their model; copy it from where they come from",
+            true => {
+                "params.json is the format in which the model was first published; convert the model with the \
+                     script of transformers for its family"
+            }
+            false => {
+                "the folder has weights without the configuration of their model; copy it from where they come from"
+            }
         };
         return Err(missing(folder, CONFIG, reason.into()));
     }
@@ -84,9 +90,11 @@ pub(super) fn check_companions(folder: &Path) -> Result<()> {
 fn without_weights(folder: &Path, names: &BTreeSet<String>) -> String {
     let safetensors: Vec<&str> =
         with_extension(names, &["safetensors"]).filter(|name| !name.starts_with(ADAPTER_WEIGHTS)).collect();
-    let pickles = with_extension(names, &PICKLES)
-        .find(|name| !name.starts_with(ADAPTER_WEIGHTS) && !OTHER_PICKLES.iter().any(|other| name.starts_with(other)));
-    let is_adapter = names.contains(ADAPTER_CONFIG) || names.iter().any(|name| name.starts_with(ADAPTER_WEIGHTS));
+    let pickles = with_extension(names, &PICKLES).find(|name| {
+        !name.starts_with(ADAPTER_WEIGHTS) && !OTHER_PICKLES.iter().any(|other| name.starts_with(other))
+    });
+    let is_adapter =
+        names.contains(ADAPTER_CONFIG) || names.iter().any(|name| name.starts_with(ADAPTER_WEIGHTS));
     match safetensors.as_slice() {
         [one] if is_shard(one) => {
             return format!(
@@ -102,7 +110,12 @@ fn without_weights(folder: &Path, names: &BTreeSet<String>) -> String {
             );
         }
         [one] => return format!("the weights are in {one}; give the path of that file"),
-        [_, ..] => return format!("several files may hold the weights, give the path of one: {}", shorten(&safetensors)),
+        [_, ..] => {
+            return format!(
+                "several files may hold the weights, give the path of one: {}",
+                shorten(&safetensors)
+            );
+        }
         [] => {}
     }
     if let Some(pickle) = pickles {

@@ -164,7 +164,9 @@ pub(super) fn require_finite(name: &str, tensor: &Tensor) -> candle_core::Result
         Storage::Cpu(CpuStorage::F32(all)) => count_non_finite(&all[values], f32::is_nan, f32::is_infinite),
         Storage::Cpu(CpuStorage::F64(all)) => count_non_finite(&all[values], f64::is_nan, f64::is_infinite),
         Storage::Cpu(CpuStorage::F16(all)) => count_non_finite(&all[values], f16::is_nan, f16::is_infinite),
-        Storage::Cpu(CpuStorage::BF16(all)) => count_non_finite(&all[values], bf16::is_nan, bf16::is_infinite),
+        Storage::Cpu(CpuStorage::BF16(all)) => {
+            count_non_finite(&all[values], bf16::is_nan, bf16::is_infinite)
+        }
         _ => (0, 0),
     };
     if nan + infinite > 0 {

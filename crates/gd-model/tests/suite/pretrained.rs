@@ -253,8 +253,23 @@ fn tensors_beside_the_weights_may_have_any_dtype() -> Result<()> {
     let expected = golden("mistral")?.1;
     let model = Model::new()?;
     let dtypes = [
-        Dtype::BOOL, Dtype::U8, Dtype::I8, Dtype::I16, Dtype::U16, Dtype::I32, Dtype::U32, Dtype::I64, Dtype::U64,
-        Dtype::F8_E4M3, Dtype::F8_E5M2, Dtype::F8_E8M0, Dtype::F16, Dtype::BF16, Dtype::F32, Dtype::F64, Dtype::C64,
+        Dtype::BOOL,
+        Dtype::U8,
+        Dtype::I8,
+        Dtype::I16,
+        Dtype::U16,
+        Dtype::I32,
+        Dtype::U32,
+        Dtype::I64,
+        Dtype::U64,
+        Dtype::F8_E4M3,
+        Dtype::F8_E5M2,
+        Dtype::F8_E8M0,
+        Dtype::F16,
+        Dtype::BF16,
+        Dtype::F32,
+        Dtype::F64,
+        Dtype::C64,
         Dtype::F4,
     ];
     for dtype in dtypes {
@@ -275,7 +290,9 @@ fn tensors_beside_the_weights_may_have_any_dtype() -> Result<()> {
 fn weights_in_integers_or_8_bits_are_refused_with_name_and_dtype() -> Result<()> {
     let weight = "model.layers.1.self_attn.q_proj.weight";
     let model = Model::new()?.without(weight);
-    for dtype in [Dtype::I8, Dtype::U8, Dtype::I32, Dtype::I64, Dtype::F8_E4M3, Dtype::F8_E5M2, Dtype::F8_E4M3FNUZ] {
+    for dtype in
+        [Dtype::I8, Dtype::U8, Dtype::I32, Dtype::I64, Dtype::F8_E4M3, Dtype::F8_E5M2, Dtype::F8_E4M3FNUZ]
+    {
         for scales in [&[][..], &["weight_scale"], &["weight_scale_inv"], &["SCB"]] {
             let mut tensors = vec![(weight.to_owned(), dtype, vec![32, 32])];
             let scale = |name: &&str| (weight.replace("weight", name), Dtype::F32, vec![1]);
@@ -375,12 +392,17 @@ fn added_tokens_beside_the_tokenizer_are_applied() -> Result<()> {
         }
         Ok(folder)
     };
-    let load = |files: &[(&str, &Value)]| -> Result<Loaded> { Ok(pretrained::load(folder(files)?.path(), &CPU)?) };
+    let load =
+        |files: &[(&str, &Value)]| -> Result<Loaded> { Ok(pretrained::load(folder(files)?.path(), &CPU)?) };
     let text = "<|im_start|>hi<tool>";
     for files in [
         &[("tokenizer_config.json", &decoder)][..],
         &[("added_tokens.json", &ids), ("special_tokens_map.json", &special)],
-        &[("added_tokens.json", &ids), ("tokenizer_config.json", &decoder), ("special_tokens_map.json", &special)],
+        &[
+            ("added_tokens.json", &ids),
+            ("tokenizer_config.json", &decoder),
+            ("special_tokens_map.json", &special),
+        ],
     ] {
         let loaded = load(files)?;
         assert_eq!(encode(&loaded, text)?, [256, 104, 105, 257], "{files:?}");
@@ -400,8 +422,16 @@ fn added_tokens_beside_the_tokenizer_are_applied() -> Result<()> {
     let saved = gd_model::io::tokenizer::Tokenizer::load(&again.path().join(TOKENIZER))?;
     assert_eq!(saved.encode(text)?, [256, 104, 105, 257]);
     for (name, content, words) in [
-        ("tokenizer_config.json", json!({ "added_tokens_decoder": { "x": token("a", true) } }), "added_tokens_decoder.x"),
-        ("tokenizer_config.json", json!({ "added_tokens_decoder": { "256": {} } }), "added_tokens_decoder.256"),
+        (
+            "tokenizer_config.json",
+            json!({ "added_tokens_decoder": { "x": token("a", true) } }),
+            "added_tokens_decoder.x",
+        ),
+        (
+            "tokenizer_config.json",
+            json!({ "added_tokens_decoder": { "256": {} } }),
+            "added_tokens_decoder.256",
+        ),
         ("added_tokens.json", json!({ "<tool>": -1 }), "<tool>"),
         ("added_tokens.json", json!([]), "no table"),
     ] {
@@ -420,23 +450,56 @@ fn folders_of_other_kinds_say_what_they_are() -> Result<()> {
         (&[], &[], WEIGHTS, &["the folder is empty"]),
         (model, &[], WEIGHTS, &["no weights", CONFIG, TOKENIZER]),
         (model, &[("pytorch_model.bin", "")], WEIGHTS, &["pytorch_model.bin is a pickle", "safetensors"]),
-        (model, &[("pytorch_model-00001-of-00002.bin", ""), ("training_args.bin", "")], WEIGHTS, &["00002.bin is a pickle"]),
-        (&[], &[("consolidated.00.pth", ""), ("params.json", "{}")], WEIGHTS, &["consolidated.00.pth is a pickle"]),
-        (&[TOKENIZER], &[("adapter_config.json", &adapter), ("adapter_model.safetensors", "")], WEIGHTS,
-            &["LoRA adapter", "\"org/base\"", "merge_and_unload"]),
+        (
+            model,
+            &[("pytorch_model-00001-of-00002.bin", ""), ("training_args.bin", "")],
+            WEIGHTS,
+            &["00002.bin is a pickle"],
+        ),
+        (
+            &[],
+            &[("consolidated.00.pth", ""), ("params.json", "{}")],
+            WEIGHTS,
+            &["consolidated.00.pth is a pickle"],
+        ),
+        (
+            &[TOKENIZER],
+            &[("adapter_config.json", &adapter), ("adapter_model.safetensors", "")],
+            WEIGHTS,
+            &["LoRA adapter", "\"org/base\"", "merge_and_unload"],
+        ),
         (&[], &[("adapter_model.bin", "")], WEIGHTS, &["LoRA adapter", "its base model"]),
-        (model, &[("model-00001-of-00002.safetensors", ""), ("model-00002-of-00002.safetensors", "")], WEIGHTS,
-            &["2 shards", INDEX]),
-        (model, &[("model-00001-of-00001.safetensors", "")], WEIGHTS, &["is a shard", INDEX, "path of the shard"]),
+        (
+            model,
+            &[("model-00001-of-00002.safetensors", ""), ("model-00002-of-00002.safetensors", "")],
+            WEIGHTS,
+            &["2 shards", INDEX],
+        ),
+        (
+            model,
+            &[("model-00001-of-00001.safetensors", "")],
+            WEIGHTS,
+            &["is a shard", INDEX, "path of the shard"],
+        ),
         (model, &[("weights.safetensors", "")], WEIGHTS, &["the weights are in weights.safetensors"]),
-        (model, &[("a.safetensors", ""), ("b.safetensors", "")], WEIGHTS, &["several files", "a.safetensors, b.safetensors"]),
+        (
+            model,
+            &[("a.safetensors", ""), ("b.safetensors", "")],
+            WEIGHTS,
+            &["several files", "a.safetensors, b.safetensors"],
+        ),
         (model, &[("tf_model.h5", "")], WEIGHTS, &["tf_model.h5 is a format"]),
         (&[], &[("snapshots", "")], WEIGHTS, &["Hugging Face cache"]),
         (&[], &[("a.gguf", ""), ("b.gguf", "")], WEIGHTS, &["several GGUF files", "a.gguf, b.gguf"]),
         (&[WEIGHTS, TOKENIZER], &[], CONFIG, &["without the configuration"]),
         (&[WEIGHTS, TOKENIZER], &[("params.json", "{}")], CONFIG, &["params.json"]),
         (&[WEIGHTS, CONFIG], &[("tokenizer.model", "")], TOKENIZER, &["tokenizer.model", "save_pretrained"]),
-        (&[WEIGHTS, CONFIG], &[("vocab.json", ""), ("merges.txt", "")], TOKENIZER, &["vocab.json and merges.txt"]),
+        (
+            &[WEIGHTS, CONFIG],
+            &[("vocab.json", ""), ("merges.txt", "")],
+            TOKENIZER,
+            &["vocab.json and merges.txt"],
+        ),
         (&[WEIGHTS, CONFIG], &[], TOKENIZER, &["no tokenizer"]),
     ];
     let whole = Model::new()?.write()?;

@@ -20,9 +20,7 @@ const MAX_JSON_BYTES: u64 = 16 << 20;
 /// As [`safetensors::load`]; [`Error::Foreign`] or [`Error::ShardName`] for a damaged index; [`Error::MissingTensors`] for a
 /// shard without a tensor that the index lists.
 pub fn load_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
-    let load = |file: &Path| {
-        Ok(Weights { tensors: safetensors::load(file, device)?, ..Weights::default() })
-    };
+    let load = |file: &Path| Ok(Weights { tensors: safetensors::load(file, device)?, ..Weights::default() });
     let weights = load_files(&weights_file(path)?, &load)?;
     weights.require_complete()?;
     Ok(weights.tensors)

@@ -70,12 +70,16 @@ impl Family {
         let norms = ["q", "k"].map(|part| has(&format!("attn_{part}_norm.weight")));
         let mlp_bias = has("ffn_gate.bias");
         let (model_type, class) = match (norms, [q, k, v, output]) {
-            ([false, false], [false, false, false, false] | [true, true, true, true]) => ("llama", "LlamaForCausalLM"),
+            ([false, false], [false, false, false, false] | [true, true, true, true]) => {
+                ("llama", "LlamaForCausalLM")
+            }
             ([false, false], [true, true, true, false]) if !mlp_bias => ("qwen2", "Qwen2ForCausalLM"),
             ([true, true], [false, false, false, false] | [true, true, true, true]) if !mlp_bias => {
                 ("qwen3", "Qwen3ForCausalLM")
             }
-            ([false, true] | [true, false], _) => return Err("only one of queries and keys has a norm".into()),
+            ([false, true] | [true, false], _) => {
+                return Err("only one of queries and keys has a norm".into());
+            }
             _ => return Err("only some of the projections have a bias".into()),
         };
         Ok(Self { model_type, class, attention_bias: q, mlp_bias })

@@ -31,8 +31,8 @@ use crate::io::tokenizer::Tokenizer;
 use config::Architecture;
 use header::{Header, TensorInfo};
 use special_tokens::SpecialTokens;
-pub use split::SplitName;
 use split::Files;
+pub use split::SplitName;
 
 /// The content of a GGUF file with the names and the order of rows of Hugging Face.
 #[derive(Debug)]
@@ -51,9 +51,12 @@ pub struct Gguf {
 
 /// Whether `path` is a file that starts with the magic number of GGUF, or that has the extension `gguf`.
 pub fn is_at(path: &Path) -> bool {
-    let mut start = [0; 4];
-    let has_magic = || File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && &start == b"GGUF";
-    path.is_file() && (path.extension().is_some_and(|extension| extension == "gguf") || has_magic())
+    let has_extension = || path.extension().is_some_and(|extension| extension == "gguf");
+    let has_magic = || {
+        let mut start = [0; 4];
+        File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && &start == b"GGUF"
+    };
+    path.is_file() && (has_extension() || has_magic())
 }
 
 /// Reads a GGUF file onto `device`, with the other parts if it is part of a split model. Besides the weights, memory holds

@@ -30,7 +30,8 @@ impl PreTokenizer {
     /// Names the value and those that are supported.
     pub(super) fn find(name: &str) -> Result<&'static Self, String> {
         ALL.iter().find(|candidate| candidate.names.contains(&name)).ok_or_else(|| {
-            let supported = ALL.iter().map(|candidate| candidate.names.join(", ")).collect::<Vec<_>>().join(", ");
+            let supported =
+                ALL.iter().map(|candidate| candidate.names.join(", ")).collect::<Vec<_>>().join(", ");
             format!("key tokenizer.ggml.pre is {name:?}, which is not supported (supported: {supported})")
         })
     }
@@ -78,7 +79,16 @@ const PUNCTUATION: &str = r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}
 static ALL: [PreTokenizer; 9] = [
     PreTokenizer::new(
         &[
-            "gpt-2", "gpt2", "phi-2", "jina-es", "jina-de", "mpt", "olmo", "jais", "trillion", "granite-docling",
+            "gpt-2",
+            "gpt2",
+            "phi-2",
+            "jina-es",
+            "jina-de",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
             "mellum",
         ],
         &[],

@@ -54,21 +54,27 @@ impl SpecialTokens {
     ) -> Result<Self> {
         let named = |kind: &str, default: Option<usize>| -> Result<Option<usize>> {
             let key = format!("tokenizer.ggml.{kind}_token_id");
-            let is_named = |id: &usize| defaults.get(*id).is_some_and(|name| tokens.get(*id).is_some_and(|token| token == name));
+            let is_named = |id: &usize| {
+                defaults.get(*id).is_some_and(|name| tokens.get(*id).is_some_and(|token| token == name))
+            };
             let default = default.filter(is_named);
             Ok(match header.index(&key, tokens.len())? {
                 None => default,
                 Some(Ok(id)) => Some(id),
                 Some(Err(number)) => {
                     let (at, count) = (path.display(), tokens.len());
-                    tracing::warn!("{at}: key {key} is {number}, which is none of the {count} tokens; it is ignored");
+                    tracing::warn!(
+                        "{at}: key {key} is {number}, which is none of the {count} tokens; it is ignored"
+                    );
                     default
                 }
             })
         };
-        let (unknown, begin, end) = (named("unknown", Some(0))?, named("bos", Some(1))?, named("eos", Some(2))?);
+        let (unknown, begin, end) =
+            (named("unknown", Some(0))?, named("bos", Some(1))?, named("eos", Some(2))?);
         let mut ends: Vec<usize> = Vec::new();
-        let by_name = (0..tokens.len()).filter(|id| may_end(*id) && END_NAMES.contains(&tokens[*id].as_str()));
+        let by_name =
+            (0..tokens.len()).filter(|id| may_end(*id) && END_NAMES.contains(&tokens[*id].as_str()));
         for id in [end, named("eot", None)?, named("eom", None)?].into_iter().flatten().chain(by_name) {
             if !ends.contains(&id) {
                 ends.push(id);

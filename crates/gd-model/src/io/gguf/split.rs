@@ -82,12 +82,16 @@ pub(super) fn open(path: &Path) -> Result<Files> {
     let announced = header.integer("split.tensors.count").map_err(|reason| foreign(path, reason))?;
     let others = siblings(path, &place)?;
     let mut parts = Vec::new();
-    for (other, number) in others.into_iter().zip((1..=place.count).filter(|number| *number != place.number)) {
+    for (other, number) in others.into_iter().zip((1..=place.count).filter(|number| *number != place.number))
+    {
         let (header, file) = open_one(&other)?;
         let expected = Place { number, count: place.count };
         let actual = Place::read(&header).map_err(|reason| foreign(&other, reason))?;
         if actual.as_ref() != Some(&expected) {
-            let reason = format!("its keys split.no and split.count are not those of part {number} of {}", place.count);
+            let reason = format!(
+                "its keys split.no and split.count are not those of part {number} of {}",
+                place.count
+            );
             return Err(foreign(&other, reason));
         }
         parts.push((number, header, file));
@@ -130,15 +134,21 @@ fn siblings(path: &Path, place: &Place) -> Result<Vec<PathBuf>> {
         ))
     };
     let expected = Some((place.number, place.count));
-    if let Some(split) = SplitName::parse(&name).filter(|split| Some((split.number, split.count)) == expected) {
+    if let Some(split) = SplitName::parse(&name).filter(|split| Some((split.number, split.count)) == expected)
+    {
         let sibling = |number: u64| {
             let name = split.with_number(number);
             let sibling = path.with_file_name(&name);
-            if sibling.exists() { Ok(sibling) } else { Err(missing(number, format!("there is no {name} beside it"))) }
+            if sibling.exists() {
+                Ok(sibling)
+            } else {
+                Err(missing(number, format!("there is no {name} beside it")))
+            }
         };
         return others.map(sibling).collect();
     }
-    let candidates = parts_in(path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new(".")))?;
+    let candidates =
+        parts_in(path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new(".")))?;
     others
         .map(|number| {
             let is_part = |(_, at): &&(PathBuf, Place)| *at == Place { number, count: place.count };

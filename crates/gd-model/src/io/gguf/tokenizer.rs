@@ -80,7 +80,11 @@ pub(super) fn tokenizer(path: &Path, header: &Header) -> Result<(Tokenizer, Spec
     };
     // Control, unknown and user-defined tokens in a text are never split.
     let of = |kinds: &'static [i128]| {
-        tokens.iter().zip(&types).filter(move |(_, kind)| kinds.contains(kind)).map(|(token, _)| token.as_str())
+        tokens
+            .iter()
+            .zip(&types)
+            .filter(move |(_, kind)| kinds.contains(kind))
+            .map(|(token, _)| token.as_str())
     };
     let control = of(&[CONTROL, UNKNOWN]).map(|token| AddedToken::from(token, true).normalized(false));
     inner.add_special_tokens(control).map_err(invalid)?;

@@ -328,7 +328,11 @@ fn unsupported_values_and_damage_are_named() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let text = |text: &str| Value::String(text.into());
     let cases: Vec<(&str, Option<Value>, &str)> = vec![
-        ("general.architecture", Some(text("gemma")), "general.architecture is \"gemma\"; llama, mistral3, qwen2, qwen3"),
+        (
+            "general.architecture",
+            Some(text("gemma")),
+            "general.architecture is \"gemma\"; llama, mistral3, qwen2, qwen3",
+        ),
         ("general.alignment", Some(Value::U32(0)), "general.alignment 0"),
         ("general.alignment", Some(Value::U32(24)), "general.alignment 24"),
         ("llama.block_count", None, "llama.block_count is missing"),

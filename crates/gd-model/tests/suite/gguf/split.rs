@@ -14,7 +14,11 @@ use super::{CPU, Metadata, metadata, vocabulary, weights, write};
 const PARTS: usize = 3;
 
 /// Writes a model in three parts with these names. The first has the metadata.
-fn write_parts(folder: &Path, names: [&str; PARTS], change: impl Fn(usize, &mut Metadata)) -> Result<Vec<PathBuf>> {
+fn write_parts(
+    folder: &Path,
+    names: [&str; PARTS],
+    change: impl Fn(usize, &mut Metadata),
+) -> Result<Vec<PathBuf>> {
     let weights = weights(false, vocabulary().0.len())?;
     let mut paths = Vec::new();
     for (part, name) in names.into_iter().enumerate() {
@@ -71,7 +75,8 @@ fn all_parts_are_read_from_any_of_them() -> Result<()> {
 #[test]
 fn missing_and_contradicting_parts_are_named() -> Result<()> {
     let error = |path: &Path| -> Result<String> {
-        let e = gguf::read(path, &CPU).err().ok_or_else(|| anyhow::anyhow!("an error was expected"))?.to_string();
+        let e =
+            gguf::read(path, &CPU).err().ok_or_else(|| anyhow::anyhow!("an error was expected"))?.to_string();
         ensure!(!e.contains('\n'), "{e}");
         Ok(e)
     };
@@ -83,7 +88,10 @@ fn missing_and_contradicting_parts_are_named() -> Result<()> {
         let paths = write_parts(folder.path(), names, |_, _| ())?;
         std::fs::remove_file(&paths[1])?;
         let e = error(&paths[0])?;
-        ensure!(e.contains(names[0]) && e.contains("part 1 of 3 of a split model") && e.contains(reason), "{e}");
+        ensure!(
+            e.contains(names[0]) && e.contains("part 1 of 3 of a split model") && e.contains(reason),
+            "{e}"
+        );
         let e = error(&paths[2])?;
         ensure!(e.contains("part 3 of 3") && e.contains(reason), "{e}");
     }
@@ -95,10 +103,19 @@ fn missing_and_contradicting_parts_are_named() -> Result<()> {
 
     type Change = fn(usize, &mut Metadata);
     let changes: [(Change, &str); 4] = [
-        (|part, keys| drop((part == 1).then(|| keys.insert("split.no".into(), Value::U16(2)))), "not those of part 2 of 3"),
+        (
+            |part, keys| drop((part == 1).then(|| keys.insert("split.no".into(), Value::U16(2)))),
+            "not those of part 2 of 3",
+        ),
         (|part, keys| drop((part == 1).then(|| keys.remove("split.count"))), "not those of part 2 of 3"),
-        (|_, keys| drop(keys.insert("split.tensors.count".into(), Value::I32(9))), "split.tensors.count is 9"),
-        (|part, keys| drop((part == 0).then(|| keys.insert("split.no".into(), Value::U16(3)))), "split.no is 3"),
+        (
+            |_, keys| drop(keys.insert("split.tensors.count".into(), Value::I32(9))),
+            "split.tensors.count is 9",
+        ),
+        (
+            |part, keys| drop((part == 0).then(|| keys.insert("split.no".into(), Value::U16(3)))),
+            "split.no is 3",
+        ),
     ];
     for (change, expected) in changes {
         let folder = tempfile::tempdir()?;

@@ -32,7 +32,8 @@ fn sentencepiece(pieces: &[(&str, f32)], keys: &[(&str, Value)]) -> Result<Token
     let mut scores = vec![Value::F32(0.0); 259];
     scores.extend(pieces.iter().map(|(_, score)| Value::F32(*score)));
     let mut metadata = metadata();
-    metadata.retain(|key, _| !["tokenizer.ggml.merges", "tokenizer.ggml.eos_token_id"].contains(&key.as_str()));
+    metadata
+        .retain(|key, _| !["tokenizer.ggml.merges", "tokenizer.ggml.eos_token_id"].contains(&key.as_str()));
     metadata.extend([
         ("tokenizer.ggml.model".to_owned(), Value::String("llama".into())),
         ("tokenizer.ggml.tokens".to_owned(), texts(&tokens)),
@@ -87,7 +88,8 @@ fn the_first_tokens_of_sentencepiece_need_no_keys() -> Result<()> {
         (vec![("add_space_prefix", Value::Bool(false))], "<s> a"),
     ] {
         let keys: Vec<(String, Value)> = keys.into_iter().map(|(name, value)| (key(name), value)).collect();
-        let keys: Vec<(&str, Value)> = keys.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+        let keys: Vec<(&str, Value)> =
+            keys.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
         assert_eq!(names(&sentencepiece(&pieces, &keys)?, "a")?, expected, "{keys:?}");
     }
     Ok(())
@@ -124,7 +126,8 @@ fn texts_have_the_tokens_of_llama_cpp_with_every_pre_tokenizer() -> Result<()> {
         ensure!(expected.len() == written.len());
         for (text, expected) in written.iter().zip(expected) {
             let actual = digest(&tokenizer.encode(text)?);
-            let expected = (expected[0].as_u64().context("a count")?, expected[1].as_u64().context("a hash")?);
+            let expected =
+                (expected[0].as_u64().context("a count")?, expected[1].as_u64().context("a hash")?);
             ensure!(actual == expected, "{pre}, {text:?}: {actual:?} instead of {expected:?}");
             cases += 1;
         }

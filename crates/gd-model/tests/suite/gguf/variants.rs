@@ -20,10 +20,13 @@ use super::{CPU, HEAD_DIM, file, metadata, texts, vocabulary, weights};
 fn a_factor_without_a_type_is_linear_scaling() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let scaling = |keys: &[(&str, Value)]| -> Result<serde_json::Value> {
-        let path = file(folder.path(), |m| m.extend(keys.iter().map(|(key, value)| ((*key).to_owned(), value.clone()))))?;
+        let path = file(folder.path(), |m| {
+            m.extend(keys.iter().map(|(key, value)| ((*key).to_owned(), value.clone())))
+        })?;
         Ok(gguf::read(&path, &CPU)?.config["rope_scaling"].clone())
     };
-    let (kind, factor, old) = ("llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.scale_linear");
+    let (kind, factor, old) =
+        ("llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.scale_linear");
     let text = |text: &str| Value::String(text.into());
     let linear = json!({ "rope_type": "linear", "factor": 4.0 });
     assert_eq!(scaling(&[(kind, text("linear")), (factor, Value::F32(4.0))])?, linear);
@@ -47,7 +50,8 @@ fn ids_that_are_no_token_are_absent() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut cases = 0;
     for kind in ["bos", "eos", "eot", "eom", "unknown"] {
-        for id in [Value::I32(-1), Value::U32(u32::MAX), Value::I64(-1), Value::U32(14), Value::U64(u64::MAX)] {
+        for id in [Value::I32(-1), Value::U32(u32::MAX), Value::I64(-1), Value::U32(14), Value::U64(u64::MAX)]
+        {
             let key = format!("tokenizer.ggml.{kind}_token_id");
             let path = file(folder.path(), |m| {
                 m.insert(key, id);
@@ -78,8 +82,20 @@ fn ids_that_are_no_token_are_absent() -> Result<()> {
 fn tokens_that_no_key_names_end_a_turn() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let names = [
-        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "</s>",
-        "<eos>", "<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "</s>",
+        "<eos>",
+        "<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<end_of_utterance>",
+        "<｜end▁of▁sentence｜>",
     ];
     for name in names {
         for (kind, ends) in [(3, true), (4, true), (1, false)] {
@@ -146,7 +162,10 @@ fn write_fixture(
     ];
     let mut tokens: Vec<String> = (0..256).map(|id| format!("token {id}")).collect();
     (tokens[0], tokens[1]) = ("a".into(), "aa".into());
-    keys.push(("tokenizer.ggml.tokens".into(), Value::Array(tokens.into_iter().map(Value::String).collect())));
+    keys.push((
+        "tokenizer.ggml.tokens".into(),
+        Value::Array(tokens.into_iter().map(Value::String).collect()),
+    ));
     for (key, value) in [
         ("block_count", number("num_hidden_layers")?),
         ("context_length", number("max_position_embeddings")?),
@@ -156,7 +175,10 @@ fn write_fixture(
         ("attention.head_count_kv", number("num_key_value_heads")?),
         ("attention.key_length", Value::U32(head_dim as u32)),
         ("attention.value_length", Value::U32(head_dim as u32)),
-        ("attention.layer_norm_rms_epsilon", Value::F32(config["rms_norm_eps"].as_f64().context("eps")? as f32)),
+        (
+            "attention.layer_norm_rms_epsilon",
+            Value::F32(config["rms_norm_eps"].as_f64().context("eps")? as f32),
+        ),
         ("rope.freq_base", Value::F32(theta as f32)),
     ] {
         keys.push((format!("{architecture}.{key}"), value));
@@ -221,7 +243,10 @@ fn architectures_of_the_family_give_the_logits_of_the_checkpoint() -> Result<()>
             false => write_fixture(&path, family, architecture, same)?,
         }
         let parts = pretrained::read(&path, &CPU)?;
-        ensure!(parts.config.origin.as_ref().is_some_and(|origin| origin["model_type"] == model_type), "{architecture}");
+        ensure!(
+            parts.config.origin.as_ref().is_some_and(|origin| origin["model_type"] == model_type),
+            "{architecture}"
+        );
         let (actual, expected) = (logits(parts, &ids)?, logits_of_fixture(family, &ids)?);
         let off = (&actual - &expected)?.abs()?.max_all()?.to_scalar::<f32>()?;
         ensure!(off < 2e-5, "{family} as {architecture}: off by {off}");
@@ -230,7 +255,10 @@ fn architectures_of_the_family_give_the_logits_of_the_checkpoint() -> Result<()>
             true => write_fixture(&path, family, architecture, same)?,
             false => write_fixture(&path, family, architecture, adjacent)?,
         }
-        let off = (logits(pretrained::read(&path, &CPU)?, &ids)? - &expected)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        let off = (logits(pretrained::read(&path, &CPU)?, &ids)? - &expected)?
+            .abs()?
+            .max_all()?
+            .to_scalar::<f32>()?;
         ensure!(off > 0.05, "{family} as {architecture}: off by {off} with the other order");
         cases += 1;
     }
@@ -246,7 +274,10 @@ fn incomplete_sets_of_norms_and_biases_are_refused() -> Result<()> {
         (&["attn_q.bias"][..], "only some of the projections"),
         (&["attn_q.bias", "attn_k.bias", "attn_v.bias", "ffn_gate.bias"], "only some of the projections"),
         (&["attn_q_norm.weight"], "only one of queries and keys"),
-        (&["attn_q_norm.weight", "attn_k_norm.weight", "attn_q.bias", "attn_k.bias", "attn_v.bias"], "only some"),
+        (
+            &["attn_q_norm.weight", "attn_k_norm.weight", "attn_q.bias", "attn_k.bias", "attn_v.bias"],
+            "only some",
+        ),
     ] {
         let mut weights = weights(true, vocabulary().0.len())?;
         for name in names {
@@ -280,6 +311,10 @@ fn a_folder_with_one_file_is_that_file_and_values_must_be_finite() -> Result<()>
     weights[0].2 = Tensor::from_vec(values, weights[0].2.dims(), &CPU)?;
     super::write(&path, &metadata(), &weights, GgmlDType::F16)?;
     let e = pretrained::load(&path, &CPU).err().context("an error was expected")?.to_string();
-    ensure!(e.contains("m.gguf: tensor \"model.embed_tokens.weight\"") && e.contains("1 are NaN and 1 are infinite"), "{e}");
+    ensure!(
+        e.contains("m.gguf: tensor \"model.embed_tokens.weight\"")
+            && e.contains("1 are NaN and 1 are infinite"),
+        "{e}"
+    );
     Ok(())
 }

@@ -155,8 +155,8 @@ mod tests {
                 vocabulary.iter().find(|(token, _)| *token == joined).map(|(_, score)| *score)
             };
             let scores: Vec<Option<f64>> = symbols.windows(2).map(score).collect();
-            let Some(best) = scores.iter().flatten().copied().reduce(f64::max) else { return symbols };
-            let at = scores.iter().position(|score| *score == Some(best)).unwrap_or(0);
+            let Some(greatest) = scores.iter().flatten().copied().reduce(f64::max) else { return symbols };
+            let at = scores.iter().position(|score| *score == Some(greatest)).unwrap_or(0);
             let right = symbols.remove(at + 1);
             symbols[at].push_str(&right);
         }

@@ -518,7 +518,7 @@ fn folders_of_other_kinds_say_what_they_are() -> Result<()> {
     }
     // A model with an adapter beside it is a model, and a lone shard can be loaded by its path.
     let folder = Model::new()?.write()?;
-    fs::write(folder.path().join("adapter_config.json"), adapter)?;
+    fs::write(folder.path().join("adapter_config.json"), &adapter)?;
     ensure!(distance(&logits(folder.path())?, &golden("mistral")?.1)? < 2e-5);
     let shard = folder.path().join("model-00001-of-00001.safetensors");
     fs::rename(folder.path().join(WEIGHTS), &shard)?;

@@ -152,8 +152,8 @@ fn siblings(path: &Path, place: &Place) -> Result<Vec<PathBuf>> {
     others
         .map(|number| {
             let is_part = |(_, at): &&(PathBuf, Place)| *at == Place { number, count: place.count };
-            let mut found = candidates.iter().filter(is_part);
-            match (found.next(), found.next()) {
+            let mut parts = candidates.iter().filter(is_part);
+            match (parts.next(), parts.next()) {
                 (Some((part, _)), None) => Ok(part.clone()),
                 (None, _) => Err(missing(number, "no file beside it has the keys of that part".into())),
                 (Some((a, _)), Some((b, _))) => {

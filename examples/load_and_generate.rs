@@ -25,7 +25,7 @@ fn main() -> anyhow::Result<()> {
 
     // Prints the text as it is generated. A token can end in the middle of a character, whose text the decoder returns
     // when the character is complete.
-    let mut text = loaded.tokenizer.stream();
+    let mut text = loaded.tokenizer.stream_after(&ids)?;
     print!("{prompt}");
     generate(&loaded.model, &ids, 60, &mut sampler, &device, |token| {
         if let Some(chunk) = text.push(token)? {

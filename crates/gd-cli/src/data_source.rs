@@ -3,11 +3,14 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use gd_model::config::DocumentFormat;
-use gd_model::data::Prepared;
+use gd_model::config::{DocumentFormat, ModelConfig};
+use gd_model::data::{Prepared, Tokens};
 use gd_model::io::tokenizer::Tokenizer;
 
 use crate::context::usage;
+
+/// Number of tokens of a text that are checked at a time.
+const TOKENS_PER_CHECK: usize = 1 << 16;
 
 /// Flags that define how files are split into documents.
 #[derive(Debug, Clone, clap::Args)]
@@ -57,4 +60,18 @@ pub fn prepared_data_for(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<Opt
         bail!("{}: prepared with another tokenizer than the model's", paths[0].display());
     }
     Ok(Some(prepared))
+}
+
+/// Checks that a model has every token of a text. The tokenizer of a model may have more tokens than the model.
+///
+/// # Errors
+/// Names the first token that the model lacks.
+pub fn check_tokens(tokens: &Tokens, tokenizer: &Tokenizer, model: &ModelConfig) -> Result<()> {
+    if tokenizer.vocab_size() <= model.vocab_size {
+        return Ok(());
+    }
+    for start in (0..tokens.len()).step_by(TOKENS_PER_CHECK) {
+        model.check_ids(&tokens.read(start..tokens.len().min(start + TOKENS_PER_CHECK)))?;
+    }
+    Ok(())
 }

@@ -7,6 +7,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+pub mod color;
 pub mod commands;
 pub mod context;
 pub mod data_source;

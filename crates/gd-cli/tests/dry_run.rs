@@ -38,7 +38,7 @@ fn the_predicted_memory_matches_the_allocator() {
                 let mut mib = Vec::new();
                 for checkpoint_blocks in [false, true] {
                     let mut recipe = Recipe::load(preset).unwrap();
-                    recipe.model.gd.mechanism = vec![mechanism];
+                    recipe.model.gd.mechanism = vec![mechanism.clone()];
                     recipe.model.max_position_embeddings = recipe.model.max_position_embeddings.max(context);
                     (recipe.train.batch, recipe.train.context) = (batch, context);
                     (recipe.train.accumulation, recipe.train.checkpoint_blocks) = (1, checkpoint_blocks);

@@ -14,7 +14,8 @@ const POSITIONS: usize = 2;
 /// The smallest capacity of a cache, in positions; the initial capacity is a multiple of it.
 const MIN_CAPACITY: usize = 256;
 
-/// Keys, values, key prior, the last inputs of the convolution and the running averages of one layer. A selecting layer
+/// Keys, values, key prior, the last inputs of the convolution, the running averages and the state of the mechanism of
+/// one layer. A selecting layer
 /// adds data that it derives from the keys for decoding: on the CPU the keys as 8-bit integers (D + 16 bytes each), on
 /// a GPU their biases. The tensors carry no gradient. Clones share their memory until one of them is appended to.
 ///
@@ -57,6 +58,8 @@ pub struct LayerCache {
     pub(crate) conv: Option<Tensor>,
     /// Running averages of the Beacon's memory.
     pub(crate) average: Option<AverageState>,
+    /// What a mechanism passes on besides keys and values, one number per cached position `[B, M]`.
+    pub(crate) state: Option<Tensor>,
 }
 
 /// Appends `next` to the buffer in `slot`, a new one if there is none; returns all positions.
@@ -71,6 +74,23 @@ fn append(slot: &mut Option<AppendBuffer>, next: &Tensor) -> Result<Tensor> {
     };
     buffer.append(next)?;
     Ok(buffer.get()?)
+}
+
+/// The states of all caches, with zeros for the positions that shorter ones do not have.
+fn stack_states(caches: &[&LayerCache]) -> Result<Option<Tensor>> {
+    let states: Vec<&Tensor> = caches.iter().filter_map(|cache| cache.state.as_ref()).collect();
+    let longest = states.iter().map(|state| state.dim(1)).collect::<Result<Vec<_>>>()?.into_iter().max();
+    let Some(longest) = longest else { return Ok(None) };
+    let rows = states.iter().map(|state| fit_state(state, longest)).collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&rows, 0).map(Some)
+}
+
+/// A state `[B, M]` with zeros up to `positions`, or without those beyond, which are padding.
+pub(crate) fn fit_state(state: &Tensor, positions: usize) -> Result<Tensor> {
+    match positions.checked_sub(state.dim(1)?) {
+        Some(more) => state.pad_with_zeros(1, 0, more),
+        None => state.narrow(1, 0, positions),
+    }
 }
 
 impl LayerCache {
@@ -126,6 +146,7 @@ impl LayerCache {
             precision: caches.iter().find_map(|cache| cache.precision),
             conv: cat(|cache| cache.conv.as_ref())?,
             average: mean.zip(log_weight).map(|(mean, log_weight)| AverageState { mean, log_weight }),
+            state: stack_states(caches)?,
         })
     }
 
@@ -160,6 +181,7 @@ impl LayerCache {
             precision: self.precision,
             conv: self.conv.as_ref().map(|conv| conv.index_select(&rows, 0)).transpose()?,
             average: self.average.as_ref().map(average).transpose()?,
+            state: self.state.as_ref().map(|state| state.index_select(&rows, 0)).transpose()?,
         })
     }
 

@@ -53,7 +53,8 @@ class GdConfig(PretrainedConfig):
         check_supported(gd, GD_KEYS, "gd")
         check_supported(select, SELECT_KEYS, "gd.select")
         check_supported(beacon, BEACON_KEYS, "gd.beacon")
-        check_supported(gd["mechanism"], {"gd", "softmax"}, "gd.mechanism")
+        mechanisms = [m if isinstance(m, str) else m["name"] for m in gd["mechanism"]]
+        check_supported(mechanisms, {"gd", "softmax"}, "gd.mechanism")
         for key, choices in CHOICES.items():
             check_supported([select[key]] if key in select else [], choices, f"gd.select.{key}")
         check_supported([hidden_act], {"silu"}, "hidden_act")

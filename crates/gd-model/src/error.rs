@@ -186,12 +186,12 @@ pub enum Error {
         /// The context of the model in tokens.
         limit: usize,
     },
-    /// A token is outside the vocabulary.
-    #[error("token {token} is not in the vocabulary of {vocab_size}")]
+    /// The text has a token that the model lacks.
+    #[error("token {token} of the text is not in the vocabulary of {vocab_size} tokens of the model")]
     UnknownToken {
         /// The id of the token.
         token: u32,
-        /// The size of the vocabulary.
+        /// The size of the vocabulary of the model.
         vocab_size: usize,
     },
     /// Another process trains in the folder of a run.

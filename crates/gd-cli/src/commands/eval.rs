@@ -10,7 +10,7 @@ use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained;
 
 use crate::context::{Context, usage};
-use crate::data_source::{DocumentArgs, prepared_data_for};
+use crate::data_source::{DocumentArgs, check_tokens, prepared_data_for};
 
 /// A forward pass contains as many windows as fit in this number of tokens.
 const TOKENS_PER_PASS: usize = 2048;
@@ -56,6 +56,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         )));
     }
     let (tokens, bytes) = read_tokens(&args, &loaded.tokenizer)?;
+    check_tokens(&tokens, &loaded.tokenizer, loaded.model.config())?;
     let result = evaluate(&loaded.model, &tokens, bytes, context, TOKENS_PER_PASS / context, &ctx.device)
         .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {

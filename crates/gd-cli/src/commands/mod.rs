@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod landscape;
+pub mod map;
 pub mod op;
 pub mod plot;
 pub mod report;
@@ -24,10 +25,11 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::error::ErrorKind as ClapKind;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand};
 use gd_model::config::device::DeviceChoice;
 use tracing_subscriber::EnvFilter;
 
+use crate::color;
 use crate::context::{Context, exit_code, one_line, usage};
 
 /// Trains, runs and checks Preserve-then-Select language models.
@@ -58,6 +60,9 @@ struct CommonArgs {
     /// Print the result as JSON
     #[arg(long, global = true)]
     json: bool,
+    /// When to color messages: auto is on a terminal, unless NO_COLOR is set
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    color: ColorChoice,
 }
 
 #[derive(Debug, Subcommand)]
@@ -75,6 +80,7 @@ enum Command {
     Report(report::Args),
     BeaconReport(beacon_report::Args),
     Landscape(landscape::Args),
+    Map(map::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
 }
@@ -86,7 +92,8 @@ pub fn definition() -> clap::Command {
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let command = Cli::command().color(color::requested(std::env::args_os()));
+    let cli = match command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(e) if matches!(e.kind(), ClapKind::DisplayHelp | ClapKind::DisplayVersion) => {
             // A closed pipe, as in `gd --help | head`, is not an error.
@@ -102,8 +109,8 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
-    start_log()?;
-    let CommonArgs { device, seed, json } = cli.common;
+    let CommonArgs { device, seed, json, color } = cli.common;
+    start_log(color)?;
     let ctx = Context { device: device.open()?, seed, json };
     match cli.command {
         Command::Train(args) => train::run(args, &ctx),
@@ -119,13 +126,14 @@ fn run(cli: Cli) -> Result<()> {
         Command::Report(args) => report::run(args, &ctx),
         Command::BeaconReport(args) => beacon_report::run(args, &ctx),
         Command::Landscape(args) => landscape::run(args, &ctx),
+        Command::Map(args) => map::run(args, &ctx),
         Command::Bench(args) => bench::run(args, &ctx),
         Command::Doctor(args) => doctor::run(args, &ctx),
     }
 }
 
 /// Writes log messages to stderr, filtered by the environment variable `GD_LOG`.
-fn start_log() -> Result<()> {
+fn start_log(choice: ColorChoice) -> Result<()> {
     let filter = match std::env::var("GD_LOG") {
         Ok(text) => EnvFilter::try_new(&text).map_err(|e| usage(format!("GD_LOG={text}: {e}")))?,
         Err(_) => EnvFilter::new("warn"),
@@ -133,6 +141,7 @@ fn start_log() -> Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(color::on_stderr(choice))
         .without_time()
         .with_target(false)
         .init();

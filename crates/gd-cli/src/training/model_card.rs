@@ -38,7 +38,9 @@ pub(super) fn entries(
 fn mechanism(recipe: &Recipe) -> String {
     let select = &recipe.model.gd.select;
     if !recipe.model.gd.mechanism.contains(&Mechanism::Gd) {
-        "softmax".into()
+        let mut names: Vec<_> = recipe.model.gd.mechanism.iter().map(Mechanism::name).collect();
+        names.dedup();
+        names.join(", ")
     } else if select.estimator == Estimator::Blend && select.candidates > 1 {
         format!("softmax over the {} keys of least energy", select.candidates)
     } else {

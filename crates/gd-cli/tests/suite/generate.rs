@@ -45,7 +45,7 @@ fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, P
     Ok((model, params))
 }
 
-fn models() -> [(&'static str, Value); 4] {
+fn models() -> [(&'static str, Value); 5] {
     let beacon = json!({ "conv_width": 4, "averages": 2, "prior": true, "protected": 2 });
     [
         ("softmax", json!({ "mechanism": ["softmax"] })),
@@ -54,6 +54,10 @@ fn models() -> [(&'static str, Value); 4] {
         (
             "gd with a Beacon",
             json!({ "mechanism": ["softmax", "gd", "gd"], "qk_norm": true, "beacon": beacon }),
+        ),
+        (
+            "other mechanisms",
+            json!({ "mechanism": ["selective", { "name": "topk", "k": 3 }, "differential"] }),
         ),
     ]
 }
@@ -275,7 +279,7 @@ fn invalid_prompts_and_models_are_errors() -> Result<()> {
     fs::write(dir.join("bad.jsonl"), "{\"prompt\": \"a\"}\n{\"text\": \"b\"}\n")?;
     let cases: [(&[&str], i32, &str); 9] = [
         (&["ends", "--prompt", "a"], 1, "ends: eos_token_id -1 is not a token id"),
-        (&["model", "--prompt", "a", "--prompt", ""], 2, "--prompt is empty"),
+        (&["model", "--prompt", ""], 1, "the prompt is empty, and the model has no begin token"),
         (&["model", "--prompt", "a", "--system", "b"], 2, "--chat"),
         (&["model", "--prompt", "a", "--chat"], 2, "--chat: model has no chat template"),
         (&["broken", "--prompt", "a", "--chat"], 1, "chat template: syntax error"),

@@ -2,9 +2,13 @@
 //!
 //! `cargo test -p gd-layer --test suite layer::` runs the tests of one module.
 
+mod blocked_attention;
 mod decoding;
+mod experts;
 mod layer;
 mod layers;
+mod mechanisms;
+mod monotonic;
 mod packed;
 mod rms_norm;
 mod rotary;

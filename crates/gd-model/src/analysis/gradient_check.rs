@@ -100,7 +100,7 @@ mod tests {
     use gd_kernels::Estimator;
 
     use super::*;
-    use crate::analysis::variants::VARIANTS;
+    use crate::analysis::variants::variants;
     use crate::config::Recipe;
 
     #[test]
@@ -113,7 +113,7 @@ mod tests {
                 continue;
             }
             checked.push(base.gd.clone());
-            for v in VARIANTS.iter().filter(|v| v.applies(&base)) {
+            for v in variants().iter().filter(|v| v.applies(&base)) {
                 let (count, faults) = check(&v.config(&base).unwrap(), 1, &Device::Cpu).unwrap();
                 assert!(count > 10 && faults.is_empty(), "{preset}, {}: {faults:?}", v.name);
             }

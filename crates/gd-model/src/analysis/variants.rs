@@ -8,7 +8,7 @@ use crate::model::Transformer;
 use crate::model::params::Params;
 
 /// A variant of a model configuration: a mechanism, with or without the Beacon.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Variant {
     /// The name on the command line.
     pub name: &'static str,
@@ -18,33 +18,33 @@ pub struct Variant {
     beacon: bool,
 }
 
-/// All variants.
-pub const VARIANTS: [Variant; 4] = [
-    Variant {
-        name: "softmax",
-        what: "softmax attention alone",
-        mechanism: Mechanism::Softmax,
-        beacon: false,
-    },
-    Variant {
-        name: "softmax+beacon",
-        what: "softmax attention with the configuration's Beacon",
-        mechanism: Mechanism::Softmax,
-        beacon: true,
-    },
-    Variant {
-        name: "gd",
-        what: "selection as the configuration has it, with its Beacon",
-        mechanism: Mechanism::Gd,
-        beacon: true,
-    },
-    Variant {
-        name: "gd-bare",
-        what: "selection without the Beacon",
-        mechanism: Mechanism::Gd,
-        beacon: false,
-    },
-];
+/// All variants: softmax and selection with and without the Beacon, and every other mechanism without it.
+pub fn variants() -> Vec<Variant> {
+    let variant = |name, what, mechanism, beacon| Variant { name, what, mechanism, beacon };
+    let mut variants = vec![
+        variant("softmax", "softmax attention alone", Mechanism::Softmax, false),
+        variant(
+            "softmax+beacon",
+            "softmax attention with the configuration's Beacon",
+            Mechanism::Softmax,
+            true,
+        ),
+        variant("gd", "selection as the configuration has it, with its Beacon", Mechanism::Gd, true),
+        variant("gd-bare", "selection without the Beacon", Mechanism::Gd, false),
+    ];
+    let others = Mechanism::names().iter().filter_map(|name| match Mechanism::named(name) {
+        Some(mechanism @ Mechanism::Other(_)) => Some((mechanism, name)),
+        _ => None,
+    });
+    variants.extend(others.map(|(mechanism, name)| {
+        let what = match &mechanism {
+            Mechanism::Other(other) => other.info().formula,
+            _ => "",
+        };
+        Variant { name, what, mechanism, beacon: false }
+    }));
+    variants
+}
 
 impl Variant {
     /// The variant of this name.
@@ -52,31 +52,41 @@ impl Variant {
     /// # Errors
     /// [`Error::UnknownName`] with the names of all variants.
     pub fn named(name: &str) -> Result<Self> {
-        VARIANTS.iter().find(|v| v.name == name).copied().ok_or_else(|| Error::UnknownName {
+        let variants = variants();
+        let names: Vec<&str> = variants.iter().map(|v| v.name).collect();
+        let unknown = || Error::UnknownName {
             what: "mechanism",
             name: name.into(),
-            allowed: VARIANTS.iter().map(|v| v.name.to_owned()).collect(),
-            suggestion: nearest(name, &VARIANTS.map(|v| v.name)),
-        })
+            allowed: names.iter().map(|&name| name.to_owned()).collect(),
+            suggestion: nearest(name, &names),
+        };
+        variants.iter().find(|v| v.name == name).cloned().ok_or_else(unknown)
     }
 
-    /// Whether the variant makes sense for this configuration: `softmax+beacon` needs a configuration with a Beacon.
+    /// Whether the variant makes sense for this configuration: `softmax+beacon` needs a configuration with a Beacon, and
+    /// a mechanism must fit the heads.
     pub fn applies(&self, base: &ModelConfig) -> bool {
-        base.gd.beacon.is_some() || !self.beacon || self.mechanism == Mechanism::Gd
+        match &self.mechanism {
+            Mechanism::Gd => true,
+            Mechanism::Softmax => base.gd.beacon.is_some() || !self.beacon,
+            Mechanism::Other(_) => self.config(base).is_ok_and(|config| config.validate().is_ok()),
+        }
     }
 
-    /// The configuration of this variant.
+    /// The configuration of this variant. A mechanism that the configuration has keeps its parameters.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the variant does not [apply](Self::applies) to `base`.
+    /// [`Error::Invalid`] if `softmax+beacon` is asked of a configuration without a Beacon.
     pub fn config(&self, base: &ModelConfig) -> Result<ModelConfig> {
-        if !self.applies(base) {
+        if self.beacon && self.mechanism == Mechanism::Softmax && base.gd.beacon.is_none() {
             return Err(Error::Invalid(format!("{}: the configuration has no Beacon", self.name)));
         }
         let mut config = base.clone();
-        // A configuration with layers of both kinds keeps its selecting layers; `softmax` replaces all of them.
-        if !base.gd.mechanism.contains(&self.mechanism) || self.mechanism == Mechanism::Softmax {
-            config.gd.mechanism = vec![self.mechanism];
+        let same = |mechanism: &Mechanism| mechanism.name() == self.mechanism.name();
+        // A configuration with layers of several kinds keeps its selecting layers; others replace all of them.
+        if self.mechanism != Mechanism::Gd || !base.gd.mechanism.iter().any(same) {
+            let own = base.gd.mechanism.iter().find(|mechanism| same(mechanism));
+            config.gd.mechanism = vec![own.unwrap_or(&self.mechanism).clone()];
         }
         if !self.beacon {
             config.gd.beacon = None;
@@ -123,19 +133,20 @@ mod tests {
 
     #[test]
     fn an_unknown_name_is_an_error_with_all_names() {
-        for v in VARIANTS {
+        for v in variants() {
             assert_eq!(Variant::named(v.name).unwrap(), v);
         }
         let e = Variant::named("linear").unwrap_err().to_string();
-        assert!(e.contains("\"linear\"") && VARIANTS.iter().all(|v| e.contains(v.name)), "{e}");
+        assert!(e.contains("\"linear\"") && variants().iter().all(|v| e.contains(v.name)), "{e}");
     }
 
     #[test]
     fn variants_of_the_preset_get_equal_sizes() {
         let base = Recipe::load("tiny").unwrap().model;
-        let mut configs = VARIANTS.map(|v| v.config(&base).unwrap());
+        let variants = variants();
+        let mut configs: Vec<_> = variants.iter().map(|v| v.config(&base).unwrap()).collect();
         assert_eq!(configs[2], base);
-        let before = configs.each_ref().map(|c| parameters(c).unwrap());
+        let before: Vec<_> = configs.iter().map(|c| parameters(c).unwrap()).collect();
         let largest = *before.iter().max().unwrap();
         assert!(before[0] < largest, "{before:?}");
         let counts = equalize(&mut configs).unwrap();
@@ -153,8 +164,23 @@ mod tests {
     fn softmax_with_a_beacon_needs_a_configuration_with_one() {
         let mut base = Recipe::load("tiny").unwrap().model;
         base.gd.beacon = None;
-        let [_, softmax, gd, _] = VARIANTS;
+        let [softmax, gd] = ["softmax+beacon", "gd"].map(|name| Variant::named(name).unwrap());
         assert!(softmax.config(&base).is_err() && !softmax.applies(&base));
         assert_eq!(gd.config(&base).unwrap(), base);
+    }
+
+    #[test]
+    fn a_mechanism_of_the_configuration_keeps_its_parameters() {
+        let mut base = Recipe::load("tiny").unwrap().model;
+        let own: Mechanism = serde_json::from_value(serde_json::json!({"name": "topk", "k": 3})).unwrap();
+        base.gd.mechanism = vec![own.clone()];
+        let [topk, sparsemax] = ["topk", "sparsemax"].map(|name| Variant::named(name).unwrap());
+        assert_eq!(topk.config(&base).unwrap().gd.mechanism, [own]);
+        assert_eq!(sparsemax.config(&base).unwrap().gd.mechanism[0].name(), "sparsemax");
+        // An odd number of heads has no pairs.
+        base.num_attention_heads = 3;
+        base.num_key_value_heads = 3;
+        let differential = Variant::named("differential").unwrap();
+        assert!(!differential.applies(&base) && sparsemax.applies(&base));
     }
 }

@@ -8,10 +8,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::model::{
-    GdBlock, Mechanism, ModelConfig, RopeParameters, architectures, check_rope_type, check_sizes, dtype,
-    model_type,
+    GdBlock, ModelConfig, RopeParameters, architectures, check_rope_type, check_sizes, dtype, model_type,
 };
-use super::parse;
+use super::{Mechanism, parse};
 use crate::error::{ConfigProblem, Error};
 
 /// The families by `model_type`.

@@ -1,22 +1,12 @@
 //! The configuration of a model: the keys of `config.json`.
 
-use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, RopeScaling};
+use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, MechanismAttention, RopeScaling};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{llama, parse};
+use super::{Mechanism, llama, parse};
 use crate::error::{ConfigProblem, Error, Result};
-
-/// The attention mechanism of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mechanism {
-    /// Softmax attention.
-    Softmax,
-    /// Selection attention.
-    Gd,
-}
 
 /// The configuration of a model: the keys of a Llama `config.json`, and those of this crate in the block `gd`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -249,8 +239,8 @@ impl ModelConfig {
     }
 
     /// The mechanism of a layer.
-    pub fn mechanism(&self, layer: usize) -> Mechanism {
-        self.gd.mechanism[layer.min(self.gd.mechanism.len() - 1)]
+    pub fn mechanism(&self, layer: usize) -> &Mechanism {
+        &self.gd.mechanism[layer.min(self.gd.mechanism.len() - 1)]
     }
 
     /// The sliding window of a layer in tokens; `None` for full attention.
@@ -314,9 +304,9 @@ impl ModelConfig {
         if n != 1 && n != layers {
             return fail(format!("{n} mechanisms for {layers} layers (1 or {layers} expected)"));
         }
-        let n = self.gd.windows.len();
-        if n > 1 && n != layers {
-            return fail(format!("{n} windows for {layers} layers (0, 1 or {layers} expected)"));
+        let windows = self.gd.windows.len();
+        if windows > 1 && windows != layers {
+            return fail(format!("{windows} windows for {layers} layers (0, 1 or {layers} expected)"));
         }
         if let (Some(theta), Some(parameters)) = (self.rope_theta, &self.rope_parameters)
             && theta != parameters.rope_theta
@@ -327,8 +317,25 @@ impl ModelConfig {
             ));
         }
         self.rope_scaling()?;
-        (0..layers.min(n.max(1))).try_for_each(|layer| self.attention(layer).validate())?;
+        // Layers beyond the longer list have the configuration of the last one in it.
+        for layer in 0..n.max(windows) {
+            match self.mechanism(layer) {
+                Mechanism::Other(other) => MechanismAttention::validate(&self.attention(layer), other)?,
+                Mechanism::Softmax | Mechanism::Gd => self.attention(layer).validate()?,
+            }
+        }
         Ok(())
+    }
+
+    /// Checks that the model has every one of these tokens.
+    ///
+    /// # Errors
+    /// [`Error::UnknownToken`] with the first one that it lacks.
+    pub fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        match ids.iter().find(|id| **id as usize >= self.vocab_size) {
+            Some(&token) => Err(Error::UnknownToken { token, vocab_size: self.vocab_size }),
+            None => Ok(()),
+        }
     }
 
     /// Whether the configuration still describes the model of another family that it was translated from.

@@ -1,4 +1,7 @@
-//! Evaluation of a model on a token stream: loss, perplexity, bits per byte and statistics of the heads.
+//! Evaluation of a model on a token stream: loss, perplexity, bits per byte and statistics of the heads. The module
+//! [`selective_prediction`] evaluates predictions that may be rejected.
+
+pub mod selective_prediction;
 
 use std::cell::RefCell;
 

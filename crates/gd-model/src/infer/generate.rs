@@ -15,13 +15,14 @@ const SAMPLE_TOKENS: usize = 200;
 /// Checks that the model can continue `prompt`.
 ///
 /// # Errors
-/// [`Error::PromptLength`] for an empty prompt, or one longer than `max_position_embeddings`.
+/// [`Error::PromptLength`] for an empty prompt, or one longer than `max_position_embeddings`; [`Error::UnknownToken`] for a
+/// token that the model lacks.
 pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
     let limit = model.config().max_position_embeddings;
-    match (1..=limit).contains(&prompt.len()) {
-        true => Ok(()),
-        false => Err(Error::PromptLength { tokens: prompt.len(), limit }),
+    if !(1..=limit).contains(&prompt.len()) {
+        return Err(Error::PromptLength { tokens: prompt.len(), limit });
     }
+    model.config().check_ids(prompt)
 }
 
 /// Continues `prompt` by up to `max_tokens` tokens and returns the new tokens. Generation also ends where the positions of
@@ -50,8 +51,7 @@ pub fn check_prompt(model: &Transformer, prompt: &[u32]) -> Result<()> {
 /// ```
 ///
 /// # Errors
-/// [`Error::PromptLength`] for an empty prompt, or one longer than `max_position_embeddings`; the error of `emit`; logits
-/// that are not finite.
+/// As [`check_prompt`]; the error of `emit`; logits that are not finite.
 pub fn generate(
     model: &Transformer,
     prompt: &[u32],
@@ -182,8 +182,14 @@ pub fn sample(
     let (prompt, end) = (tokenizer.encode(prompt)?, tokenizer.end_of_text());
     let sampling = Sampling { temperature: 0.7, top_p: Some(0.95), ..Sampling::default() };
     let mut sampler = Sampler::new(sampling, seed)?;
-    let mut new =
-        generate(model, &prompt, SAMPLE_TOKENS, &mut sampler, device, |token| Ok(Some(token) != end))?;
-    new.pop_if(|token| Some(*token) == end);
-    tokenizer.decode(&new)
+    let (mut decoder, mut text) = (tokenizer.stream_after(&prompt)?, String::new());
+    generate(model, &prompt, SAMPLE_TOKENS, &mut sampler, device, |token| {
+        if Some(token) == end {
+            return Ok(false);
+        }
+        text.extend(decoder.push(token)?);
+        Ok(true)
+    })?;
+    text.extend(decoder.finish()?);
+    Ok(text)
 }

@@ -6,7 +6,7 @@
 //! | part | forward | backward |
 //! |---|---|---|
 //! | a matrix of W weights | 2 W | 4 W |
-//! | softmax attention | 4 Hq D n | 8 Hq D n |
+//! | softmax attention, and other mechanisms except selection | 4 Hq D n | 8 Hq D n |
 //! | scan | 2 Hq D n | none, because it has no gradient |
 //! | select, each round | 2 Hq D K | 8 Hq D K |
 //! | each running average | 6 Hq D | 12 Hq D |
@@ -39,7 +39,7 @@ pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
             other += 18.0 * averages * hq * d;
         }
         other += match config.mechanism(i) {
-            Mechanism::Softmax => 12.0 * hq * d * keys,
+            Mechanism::Softmax | Mechanism::Other(_) => 12.0 * hq * d * keys,
             Mechanism::Gd => {
                 let select = &config.gd.select;
                 let candidates = (select.candidates as f64).min(keys);

@@ -25,6 +25,9 @@ const COPIED: [&str; 3] =
 /// The key of the end-of-text tokens in `generation_config.json` or `config.json`: an id or a list of ids.
 const EOS_KEY: &str = "eos_token_id";
 
+/// The key of the begin token in `generation_config.json` or `config.json`.
+const BOS_KEY: &str = "bos_token_id";
+
 /// The Python classes with which `transformers` loads a checkpoint of this crate.
 const PYTHON: [(&str, &str); 2] = [
     ("configuration_gd.py", include_str!("../../python/configuration_gd.py")),
@@ -130,11 +133,12 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     let generation = folder.join(checkpoint::GENERATION);
     if generation.exists() {
         let mut stored = checkpoint::load_json(&generation)?;
-        let absent = stored.get(EOS_KEY).is_none_or(Value::is_null);
-        if let (true, Some(keys), Some(ends)) =
-            (absent, stored.as_object_mut(), parts.generation.get(EOS_KEY))
-        {
-            keys.insert(EOS_KEY.into(), ends.clone());
+        for key in [EOS_KEY, BOS_KEY] {
+            let absent = stored.get(key).is_none_or(Value::is_null);
+            if let (true, Some(keys), Some(ids)) = (absent, stored.as_object_mut(), parts.generation.get(key))
+            {
+                keys.insert(key.into(), ids.clone());
+            }
         }
         parts.generation = stored;
     }
@@ -164,8 +168,10 @@ impl Parts {
         tokenizer: Tokenizer,
     ) -> Result<Self> {
         let mut generation = generation_defaults();
-        if let Some(ends) = config.get(EOS_KEY).filter(|ends| !ends.is_null()) {
-            generation[EOS_KEY] = ends.clone();
+        for key in [EOS_KEY, BOS_KEY] {
+            if let Some(ids) = config.get(key).filter(|ids| !ids.is_null()) {
+                generation[key] = ids.clone();
+            }
         }
         let config = ModelConfig::from_json(config)
             .map_err(|problems| Error::Config { source_name: path.display().to_string(), problems })?;
@@ -311,6 +317,38 @@ impl Loaded {
         };
         let is_id = |id: &&Value| !id.is_null() && id.as_i64().is_none_or(|id| id >= 0);
         ids.iter().filter(is_id).map(id).collect()
+    }
+
+    /// The begin token: that of `generation_config.json` or `config.json`, else that of `tokenizer_config.json`; `None` if
+    /// none of them names a token that the model has.
+    pub fn begin_token(&self) -> Option<u32> {
+        let id = self.generation.get(BOS_KEY).and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok());
+        let named = || {
+            let settings = self.files.get(checkpoint::TOKENIZER_CONFIG)?;
+            let settings: Value = serde_json::from_slice(settings).ok()?;
+            let token = settings.get("bos_token")?;
+            let name = token.as_str().or_else(|| token.get("content")?.as_str())?;
+            self.tokenizer.token_id(name)
+        };
+        id.or_else(named).filter(|&id| (id as usize) < self.model.config().vocab_size)
+    }
+
+    /// The ids of a prompt. An empty text is continued from the begin token.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`], and [`Error::Invalid`] for an empty text if the model has no begin token.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.tokenizer.encode(text)?;
+        if !ids.is_empty() {
+            return Ok(ids);
+        }
+        let begin = self.begin_token().ok_or_else(|| {
+            Error::Invalid(
+                "the prompt is empty, and the model has no begin token (bos_token_id) to start from; give it a text"
+                    .into(),
+            )
+        })?;
+        Ok(vec![begin])
     }
 
     /// The chat template among the files of the model, if there is one.

@@ -76,10 +76,12 @@ impl Layers {
     }
 }
 
-/// Removes the learned parameters of the scores of selecting layers, because the new layers start with the scores of
-/// softmax attention.
+/// Removes the learned parameters of the mechanism of layers, because the new layers start with the scores of softmax
+/// attention.
 pub(crate) fn remove_scores(tensors: &mut BTreeMap<String, Tensor>, layers: &[usize]) {
-    let learned: Vec<_> = layers.iter().map(|i| format!("model.layers.{i}.self_attn.gd.")).collect();
+    let of_layer =
+        |i: &usize| ["gd", "mechanism"].map(|block| format!("model.layers.{i}.self_attn.{block}."));
+    let learned: Vec<_> = layers.iter().flat_map(of_layer).collect();
     tensors.retain(|name, _| !learned.iter().any(|start| name.starts_with(start)));
 }
 
@@ -120,7 +122,7 @@ impl Swap {
                 estimator: Estimator::Blend,
                 ..GdConfig::default()
             };
-            let selecting = others().find(|&i| config.mechanism(i) == Mechanism::Gd);
+            let selecting = others().find(|&i| *config.mechanism(i) == Mechanism::Gd);
             if let Some(other) = selecting.filter(|_| config.gd.select != select) {
                 return Err(Error::Invalid(format!(
                     "layer {other} selects already, and in another way; swap it too"
@@ -128,8 +130,8 @@ impl Swap {
             }
             config.gd.select = select;
         }
-        let of = |i| if layers.contains(&i) { self.mechanism } else { config.mechanism(i) };
-        let mut mechanism: Vec<_> = all.clone().map(of).collect();
+        let of = |i| if layers.contains(&i) { &self.mechanism } else { config.mechanism(i) };
+        let mut mechanism: Vec<_> = all.clone().map(|i| of(i).clone()).collect();
         if mechanism.iter().all(|m| *m == mechanism[0]) {
             mechanism.truncate(1);
         }

@@ -68,7 +68,7 @@ pub struct Model {
 pub struct Layer {
     /// The index of the layer.
     pub layer: usize,
-    /// `gd` or `softmax`.
+    /// The mechanism, as in the configuration.
     pub mechanism: Mechanism,
     /// Whether each head reads at most one position per round. Only these layers are recorded.
     pub selects: bool,
@@ -216,9 +216,11 @@ fn backend(device: &Device) -> (String, String) {
 
 /// The error text for a model without a selecting layer.
 fn none_selects(config: &ModelConfig) -> String {
-    let gd = (0..config.num_hidden_layers).filter(|&i| config.mechanism(i) == Mechanism::Gd).count();
+    let mut names: Vec<_> = (0..config.num_hidden_layers).map(|i| config.mechanism(i).name()).collect();
+    let gd = names.iter().filter(|name| **name == Mechanism::Gd.name()).count();
+    names.dedup();
     let how = match gd {
-        0 => "all layers are softmax attention".into(),
+        0 => format!("all layers are {} attention", names.join(" or ")),
         _ => format!("its {gd} gd layers blend more than one candidate (estimator blend)"),
     };
     format!("the model has no layer that selects one position: {how}; a blend of many has no source to trace")
@@ -231,7 +233,7 @@ fn layers(loaded: &Loaded) -> Result<Vec<Layer>> {
         let attention = config.attention(i);
         let (gd, mechanism) = (&attention.gd, config.mechanism(i));
         let name = format!("model.layers.{i}.self_attn.gd.threshold");
-        let threshold = tensors.get(&name).filter(|_| mechanism == Mechanism::Gd);
+        let threshold = tensors.get(&name).filter(|_| *mechanism == Mechanism::Gd);
         let threshold = threshold
             .map(|t| t.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>())
             .transpose()
@@ -241,8 +243,8 @@ fn layers(loaded: &Loaded) -> Result<Vec<Layer>> {
         }
         Ok(Layer {
             layer: i,
-            mechanism,
-            selects: mechanism == Mechanism::Gd && (gd.estimator != Estimator::Blend || gd.candidates == 1),
+            mechanism: mechanism.clone(),
+            selects: *mechanism == Mechanism::Gd && (gd.estimator != Estimator::Blend || gd.candidates == 1),
             heads: attention.num_attention_heads,
             candidates: gd.candidates,
             rounds: gd.rounds,

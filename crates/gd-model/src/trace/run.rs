@@ -69,13 +69,17 @@ pub fn record(
     let mut reader = SequenceReader::new(&loaded.model, device);
     let mut texts = loaded.tokenizer.stream();
     let (mut all, mut next) = (prompt.to_vec(), prompt.to_vec());
+    let mut last = None;
     loop {
         let first = reader.position;
         let (logits, rows) = reader.read(&next, &recorder)?;
         for (i, (&token, rows)) in next.iter().zip(rows).enumerate() {
             let position = (first + i) as u32;
             let text = texts.push(token)?.unwrap_or_default();
-            take(Record { position, token, generated: first + i >= prompt.len(), text, rows })?;
+            let record = Record { position, token, generated: first + i >= prompt.len(), text, rows };
+            if let Some(complete) = last.replace(record) {
+                take(complete)?;
+            }
         }
         let Some(continuation) = &mut continuation else { break };
         let context = loaded.model.config().max_position_embeddings;
@@ -88,6 +92,11 @@ pub fn record(
         }
         all.push(token);
         next = vec![token];
+    }
+    if let Some(mut record) = last {
+        // The text that was held back belongs to the last token.
+        record.text.extend(texts.finish()?);
+        take(record)?;
     }
     Ok(all.split_off(prompt.len()))
 }

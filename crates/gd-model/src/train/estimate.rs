@@ -44,6 +44,9 @@ struct Elements {
     temporary: f64,
 }
 
+/// Matrices of queries by keys that a mechanism other than softmax and selection stores, about the mean of all of them.
+const STORED_BY_COMPOSITION: f64 = 14.0;
+
 /// Block `layer` of a batch of `batch` sequences of `context` tokens.
 fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> Elements {
     let tokens = (batch * context) as f64;
@@ -67,6 +70,12 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
         Mechanism::Softmax => {
             let weights = tokens * heads * context as f64;
             of.stored += 3.6 * weights;
+            of.temporary += 3.2 * weights;
+        }
+        // Compositions of candle operations, each of which stores its result.
+        Mechanism::Other(_) => {
+            let weights = tokens * heads * context as f64;
+            of.stored += STORED_BY_COMPOSITION * weights;
             of.temporary += 3.2 * weights;
         }
     }

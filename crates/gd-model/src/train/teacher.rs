@@ -46,7 +46,7 @@ impl Teacher {
         let Loaded { model, params, generation, files, .. } = parts.build_in(dtype, device)?;
         let differs = |&i: &usize| {
             let (own, taught) = (model.config().mechanism(i), student.mechanism(i));
-            own != taught || (taught == Mechanism::Gd && student.attention(i) != model.config().attention(i))
+            own != taught || (*taught == Mechanism::Gd && student.attention(i) != model.config().attention(i))
         };
         let changed: Vec<usize> = (0..student.num_hidden_layers).filter(differs).collect();
         if changed.is_empty() {

@@ -11,7 +11,7 @@ use candle_nn::{Init, VarBuilder};
 use gd_kernels::cross_entropy::cross_entropy;
 use gd_kernels::{Barrier, Estimator, Gate, Mask};
 use gd_layer::{BeaconConfig, GdConfig, Pass};
-use gd_model::analysis::variants::VARIANTS;
+use gd_model::analysis::variants::variants;
 use gd_model::config::{Mechanism, ModelConfig, PRESETS, Recipe};
 use gd_model::model::Transformer;
 use gd_model::model::params::Params;
@@ -166,7 +166,8 @@ fn every_parameter_of_every_preset_and_mechanism() {
             continue;
         }
         checked.push(base.gd.clone());
-        for v in VARIANTS.iter().filter(|v| v.applies(&base)) {
+        // The gradient of a hard choice is that of its softmax, which the tests of the layer check.
+        for v in variants().iter().filter(|v| v.applies(&base) && v.name != "hard") {
             let (count, faults) = Probe::new(&v.config(&base).unwrap(), 0.0, None).faults();
             assert!(count >= 46 && faults.is_empty(), "{preset}, {}: {faults:#?}", v.name);
         }

@@ -2,6 +2,7 @@
 //!
 //! `cargo test -p gd-model --test suite checkpoint::` runs the tests of one module.
 
+mod chat_template;
 mod checkpoint;
 mod config;
 mod data;
@@ -11,10 +12,14 @@ mod gradients;
 mod guard;
 mod llama;
 mod loss;
+mod max_margin;
+mod mechanism_map;
 mod optimizer;
 mod packing;
 mod prepared;
 mod pretrained;
 mod recomputation;
+mod selective_prediction;
 mod smollm2;
+mod stream;
 mod tokenizer;

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::cross_entropy::{IGNORE, count_targets};
 use gd_layer::Pass;
-use gd_model::analysis::variants::VARIANTS;
+use gd_model::analysis::variants::variants;
 use gd_model::config::{ModelConfig, PRESETS, Recipe};
 use gd_model::data::{Batch, Batches, Permutation, Tokens, places};
 use gd_model::model::Transformer;
@@ -167,7 +167,7 @@ fn configurations() -> Vec<(String, ModelConfig)> {
         (base.hidden_size, base.intermediate_size, base.head_dim) = (32, 48, 8);
         (base.num_attention_heads, base.num_key_value_heads) = (4, 4);
         base.gd.mechanism.truncate(1);
-        for variant in VARIANTS.iter().filter(|v| v.applies(&base)) {
+        for variant in variants().iter().filter(|v| v.applies(&base)) {
             for kv in [4, 2] {
                 let config = ModelConfig { num_key_value_heads: kv, ..variant.config(&base).unwrap() };
                 all.push((format!("{preset}, {}, {kv} key-value heads", variant.name), config));

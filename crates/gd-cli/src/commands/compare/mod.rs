@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use gd_model::analysis::compare::{Comparison, Run};
-use gd_model::analysis::variants::{VARIANTS, Variant, equalize};
+use gd_model::analysis::variants::{Variant, equalize, variants};
 use gd_model::config::{Recipe, Setting};
 use gd_model::data::Corpus;
 use gd_model::io::files::{check_writable, write_file};
@@ -76,7 +76,7 @@ fn help() -> String {
 /// Every mechanism that can be compared, one line each.
 fn mechanisms() -> String {
     let line = |v: &Variant| format!("  {:<15} {}", v.name, v.what);
-    VARIANTS.iter().map(line).collect::<Vec<_>>().join("\n")
+    variants().iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// Runs the command.

@@ -80,7 +80,7 @@ impl Args {
     /// The replacement that the flags describe, if there is one.
     pub(super) fn swap(&self) -> Option<Swap> {
         let Self { layers, k, score, .. } = self;
-        self.attention.map(|mechanism| Swap {
+        self.attention.clone().map(|mechanism| Swap {
             layers: layers.clone(),
             mechanism,
             candidates: *k,

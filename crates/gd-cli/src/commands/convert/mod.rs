@@ -43,7 +43,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 fn print_result(args: &Args, changed: &[usize], loaded: &Loaded, ctx: &Context) -> Result<()> {
     let config = loaded.model.config();
     let layers = config.num_hidden_layers;
-    let selecting = (0..layers).filter(|&i| config.mechanism(i) == Mechanism::Gd).count();
+    let selecting = (0..layers).filter(|&i| *config.mechanism(i) == Mechanism::Gd).count();
     if ctx.json {
         return ctx.print(json!({
             "folder": args.out, "changed": changed, "selecting": selecting,
@@ -65,9 +65,11 @@ fn model_card(args: &Args, changed: &[usize], loaded: &Loaded) -> Vec<(&'static 
         |path: &std::path::Path| path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
     let config = loaded.model.config();
     let select = &config.gd.select;
-    let mechanism = match args.attention {
+    let mechanism = match &args.attention {
         None => "unchanged".to_owned(),
-        Some(Mechanism::Softmax) => format!("softmax in layers {changed:?}"),
+        Some(mechanism @ (Mechanism::Softmax | Mechanism::Other(_))) => {
+            format!("{} in layers {changed:?}", mechanism.name())
+        }
         Some(Mechanism::Gd) => format!(
             "softmax over the {} keys of least energy in layers {changed:?}; score {:?}",
             select.candidates, select.score

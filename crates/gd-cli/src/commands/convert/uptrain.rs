@@ -12,7 +12,7 @@ use gd_model::train::run::{About, Run};
 
 use super::args::Args;
 use crate::context::{Context, usage};
-use crate::data_source::prepared_data_for;
+use crate::data_source::{check_tokens, prepared_data_for};
 use crate::training::{load_recipe, load_texts, new_trainer, run_to_end};
 
 /// Runs the training.
@@ -25,6 +25,9 @@ pub(super) fn run(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
     let flags = &args.uptrain;
     flags.documents.apply(&mut recipe.train.documents);
     let corpus = load_corpus(&flags.data, &recipe, &tokenizer)?;
+    for tokens in [&corpus.train, &corpus.valid] {
+        check_tokens(tokens, &tokenizer, &recipe.model)?;
+    }
     let name = args.out.file_name().unwrap_or(args.out.as_os_str()).to_string_lossy().into_owned();
     let about = About { name, data: flags.data.clone(), seed: ctx.seed() };
     let trainer = new_trainer(group, recipe, Some(teacher), corpus, &about, ctx)?;

@@ -6,7 +6,7 @@ use std::fmt;
 
 use anyhow::{Result, bail};
 use gd_model::analysis::gradient_check::{Fault, check};
-use gd_model::analysis::variants::VARIANTS;
+use gd_model::analysis::variants::variants;
 use gd_model::config::{Recipe, device};
 use serde::Serialize;
 
@@ -70,7 +70,7 @@ impl GradientCheck {
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let base = Recipe::load(&args.config)?.model;
     let mut gradients = Vec::new();
-    for v in VARIANTS.iter().filter(|v| v.applies(&base)) {
+    for v in variants().iter().filter(|v| v.applies(&base)) {
         let (parameters, faults) = check(&v.config(&base)?, ctx.seed(), &ctx.device)?;
         gradients.push(GradientCheck { mechanism: v.name, parameters, faults });
     }

@@ -2,26 +2,23 @@
 
 mod args;
 mod continuation;
+mod prompts;
 
-use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
-use gd_model::Error;
-use gd_model::config::DocumentFormat;
-use gd_model::data::{Documents, is_jsonl};
+use anyhow::{Context as _, Result, anyhow};
 use gd_model::infer::generate::{check_prompt, generate_batch};
 use gd_model::infer::sampler::Sampler;
 use gd_model::infer::stop::StopStrings;
 use gd_model::io::chat_template::ChatTemplate;
-use gd_model::io::files::read_text;
 use gd_model::model::pretrained::{self, Loaded};
-use serde_json::json;
+use serde_json::{Value, json};
 
 pub use args::Args;
 
-use self::continuation::Continuation;
-use crate::context::{Context, flag_error, usage};
+use self::continuation::{Continuation, FinishReason};
+use self::prompts::Prompt;
+use crate::context::{Context, flag_error, one_line, usage};
 
 /// Number of prompts that are decoded as one batch.
 const PROMPTS_PER_BATCH: usize = 32;
@@ -29,140 +26,193 @@ const PROMPTS_PER_BATCH: usize = 32;
 /// Runs the command.
 ///
 /// # Errors
-/// Names the flag, file or value that is not valid.
+/// Names the flag, file or value that is not valid. If a prompt has no answer, the others are answered first.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let sampler = Sampler::new(args.sampling(), ctx.seed()).map_err(flag_error)?;
-    let prompts = prompts(&args)?;
-    let stop = StopStrings::new(args.stop.clone())?;
+    if args.stop.iter().any(String::is_empty) {
+        return Err(usage("--stop is empty"));
+    }
+    let prompts = prompts::read(&args)?;
     let loaded = pretrained::load(&args.model, &ctx.device)?;
     let end_tokens = loaded.end_tokens().with_context(|| args.model.display().to_string())?;
-    let template = chat_template(&args, &loaded)?;
-    let ids = prompts
-        .iter()
-        .map(|prompt| encode(&loaded, template.as_ref(), args.system.as_deref(), prompt))
-        .collect::<gd_model::Result<Vec<_>>>()?;
-    // A single continuation is written to stdout as it is generated.
-    let stream = prompts.len() == 1 && !ctx.json;
-    let mut continuations: Vec<Continuation> = prompts
-        .iter()
-        .map(|prompt| {
-            let decoder = loaded.tokenizer.stream();
-            Continuation::new(prompt, decoder, stop.clone(), stream.then_some(ctx))
-        })
-        .collect();
-    if stream && !args.chat {
-        ctx.write(&prompts[0])?;
-    }
-    let mut first = true;
-    for (batch, ids) in continuations.chunks_mut(PROMPTS_PER_BATCH).zip(ids.chunks(PROMPTS_PER_BATCH)) {
-        let timing = generate(&loaded, batch, ids, args.max_tokens, &sampler, &end_tokens, ctx)?;
-        for (continuation, ids) in batch.iter_mut().zip(ids) {
-            let stopped = continuation.finish()?;
-            if ctx.json {
-                ctx.print(json!({
-                    "prompt": continuation.prompt,
-                    "text": continuation.text,
-                    "prompt_tokens": ids.len(),
-                    "tokens": continuation.tokens,
-                    // Rates of the whole batch.
-                    "prompt_tokens_per_second": timing.prompt_tokens_per_second,
-                    "tokens_per_second": timing.tokens_per_second,
-                    "stopped": stopped,
-                    "passed_over": loaded.skipped,
-                }))?;
-            } else if stream {
-                ctx.print("")?;
-            } else {
-                let separator = if first { "" } else { "\n" };
-                let prompt = if args.chat { "" } else { continuation.prompt };
-                ctx.print(format_args!("{separator}{prompt}{}", continuation.text))?;
+    let special = loaded.tokenizer.special_tokens();
+    let generation = Generation {
+        template: chat_template(&args, &loaded)?,
+        stop: StopStrings::new(args.stop.clone())?.with_special_tokens(&special),
+        // A single continuation is written to stdout as it is generated.
+        stream: (prompts.len() == 1 && !ctx.json).then_some(ctx),
+        loaded: &loaded,
+        args: &args,
+        sampler,
+        end_tokens,
+        ctx,
+    };
+    let (mut failures, mut separator) = (Vec::new(), "");
+    for batch in prompts.chunks(PROMPTS_PER_BATCH) {
+        for (prompt, answer) in batch.iter().zip(generation.answer(batch)) {
+            match answer {
+                Ok(answer) if ctx.json => ctx.print(answer.json(prompt, &loaded))?,
+                Ok(_) if generation.stream.is_some() => ctx.print("")?,
+                Ok(answer) => {
+                    let text = if args.chat { "" } else { &prompt.text };
+                    ctx.print(format_args!("{separator}{text}{}", answer.text))?;
+                    separator = "\n";
+                }
+                Err(error) => {
+                    if ctx.json {
+                        ctx.print(failure(prompt, &error))?;
+                    } else if prompts.len() > 1 {
+                        tracing::error!("{prompt}: {}", one_line(&error));
+                    }
+                    failures.push((prompt, error));
+                }
             }
-            first = false;
         }
     }
-    Ok(())
+    let count = failures.len();
+    match failures.into_iter().next() {
+        None => Ok(()),
+        Some((_, error)) if prompts.len() == 1 => Err(error),
+        Some((prompt, error)) => {
+            let first = one_line(&error);
+            Err(anyhow!("{count} of {} prompts have no answer; {prompt}: {first}", prompts.len()))
+        }
+    }
+}
+
+/// The answer to a prompt.
+struct Answer {
+    text: String,
+    prompt_tokens: usize,
+    /// Number of generated tokens.
+    tokens: usize,
+    finish_reason: FinishReason,
+    timing: Timing,
 }
 
 /// Generation rates of a batch.
+#[derive(Clone, Copy)]
 struct Timing {
     prompt_tokens_per_second: f64,
     /// `None` if no token was generated after the first of each prompt.
     tokens_per_second: Option<f64>,
 }
 
-/// Continues the prompts of a batch. The prompts are read one after the other, each up to its first new token, and
-/// then decoded together.
-fn generate(
-    loaded: &Loaded,
-    batch: &mut [Continuation],
-    ids: &[Vec<u32>],
-    max_tokens: usize,
-    sampler: &Sampler,
-    end_tokens: &[u32],
-    ctx: &Context,
-) -> Result<Timing> {
-    let mut samplers = vec![sampler.clone(); ids.len()];
-    // The callback of `generate_batch` has another error type.
-    let mut error = None;
-    let start = Instant::now();
-    let (mut has_token, mut prefill_end) = (vec![false; ids.len()], start);
-    let on_token = |index: usize, token: u32| {
-        if !std::mem::replace(&mut has_token[index], true) {
-            prefill_end = Instant::now();
-        }
-        if end_tokens.contains(&token) {
-            return Ok(false);
-        }
-        batch[index].push(token).or_else(|e| {
-            error = Some(e);
-            Ok(false)
+impl Answer {
+    /// The line of `--json`.
+    fn json(&self, prompt: &Prompt, loaded: &Loaded) -> Value {
+        json!({
+            "prompt": prompt.text,
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            // Rates of the whole batch.
+            "prompt_tokens_per_second": self.timing.prompt_tokens_per_second,
+            "tokens_per_second": self.timing.tokens_per_second,
+            "finish_reason": self.finish_reason,
+            "stopped": self.finish_reason == FinishReason::Stop,
+            "passed_over": loaded.skipped,
         })
-    };
-    let new = generate_batch(&loaded.model, ids, max_tokens, &mut samplers, &ctx.device, on_token)?;
-    if let Some(e) = error {
-        return Err(e);
     }
-    let prefill_seconds = (prefill_end - start).as_secs_f64();
-    let decode_seconds = prefill_end.elapsed().as_secs_f64();
-    let prompt_tokens: usize = ids.iter().map(Vec::len).sum();
-    let decoded_tokens: usize = new.iter().map(|new| new.len().saturating_sub(1)).sum();
-    for (continuation, new) in batch.iter_mut().zip(&new) {
-        continuation.tokens = new.len();
-    }
-    Ok(Timing {
-        prompt_tokens_per_second: prompt_tokens as f64 / prefill_seconds,
-        tokens_per_second: (decoded_tokens > 0).then(|| decoded_tokens as f64 / decode_seconds),
-    })
 }
 
-/// The prompts of `--prompt` and `--prompts`.
-fn prompts(args: &Args) -> Result<Vec<String>> {
-    let mut prompts = args.prompt.clone();
-    if prompts.iter().any(String::is_empty) {
-        return Err(usage("--prompt is empty"));
+/// The line of `--json` for a prompt without an answer.
+fn failure(prompt: &Prompt, error: &anyhow::Error) -> Value {
+    let mut line = json!({ "prompt": prompt.text, "error": one_line(error) });
+    if let Some(number) = prompt.line {
+        line["line"] = number.into();
     }
-    if args.stop.iter().any(String::is_empty) {
-        return Err(usage("--stop is empty"));
-    }
-    if let Some(path) = &args.prompts {
-        prompts.extend(read_prompts(path)?);
-    }
-    Ok(prompts)
+    line
 }
 
-/// Reads a file of prompts.
-fn read_prompts(path: &Path) -> Result<Vec<String>> {
-    let prompts: Vec<String> = if is_jsonl(path) {
-        let format = DocumentFormat { text_field: "prompt".into(), separator: None };
-        let documents = Documents::open(&[path.to_path_buf()], &format)?;
-        documents.map(|document| Ok(document?.text)).collect::<gd_model::Result<_>>()?
-    } else {
-        read_text(path)?.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
-    };
-    if prompts.is_empty() {
-        return Err(Error::Empty { path: path.into(), reason: "the file has no prompts" }.into());
+/// How prompts are continued.
+struct Generation<'a> {
+    loaded: &'a Loaded,
+    args: &'a Args,
+    template: Option<ChatTemplate>,
+    stop: StopStrings,
+    sampler: Sampler,
+    end_tokens: Vec<u32>,
+    /// Where the text is written while it is generated, if it is.
+    stream: Option<&'a Context>,
+    ctx: &'a Context,
+}
+
+impl Generation<'_> {
+    /// Answers the prompts of a batch. Each has an answer or an error of its own.
+    fn answer(&self, batch: &[Prompt]) -> Vec<Result<Answer>> {
+        let encoded: Vec<_> = batch.iter().map(|prompt| self.encode(&prompt.text)).collect();
+        let valid: Vec<&[u32]> = encoded.iter().flatten().map(Vec::as_slice).collect();
+        let mut answers: Vec<Result<Answer>> = match self.generate(&valid, batch) {
+            Ok(answers) => answers.into_iter().map(Ok).collect(),
+            Err(error) if valid.len() == 1 => vec![Err(error)],
+            // The error may be that of one prompt: alone, each has the same answer as in the batch.
+            Err(_) => valid.iter().map(|ids| Ok(self.generate(&[*ids], batch)?.swap_remove(0))).collect(),
+        };
+        let mut next = answers.drain(..);
+        let answer =
+            |ids: Result<Vec<u32>>| ids.and_then(|_| next.next().context("an answer for each prompt")?);
+        encoded.into_iter().map(answer).collect()
     }
-    Ok(prompts)
+
+    /// The token ids of a prompt, or of the chat that starts with it.
+    fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
+        let ids = match &self.template {
+            Some(template) => {
+                let text = template.render(self.args.system.as_deref(), prompt)?;
+                self.loaded.tokenizer.encode_written(&text)?
+            }
+            None => self.loaded.encode_prompt(prompt)?,
+        };
+        check_prompt(&self.loaded.model, &ids)?;
+        Ok(ids)
+    }
+
+    /// Continues the prompts with these ids. They are read one after the other, each up to its first new token, and then
+    /// decoded together.
+    fn generate(&self, ids: &[&[u32]], batch: &[Prompt]) -> Result<Vec<Answer>> {
+        let continuation = |ids: &&[u32]| {
+            let decoder = self.loaded.tokenizer.stream_after(ids)?;
+            Ok(Continuation::new(decoder, self.stop.clone(), &self.end_tokens, self.stream))
+        };
+        let mut continuations = ids.iter().map(continuation).collect::<Result<Vec<_>>>()?;
+        if let (Some(ctx), [prompt], [_], false) = (self.stream, batch, ids, self.args.chat) {
+            ctx.write(&prompt.text)?;
+        }
+        let mut samplers = vec![self.sampler.clone(); ids.len()];
+        // The callback of `generate_batch` has another error type.
+        let mut error = None;
+        let start = Instant::now();
+        let (mut has_token, mut prefill_end) = (vec![false; ids.len()], start);
+        let on_token = |index: usize, token: u32| {
+            if !std::mem::replace(&mut has_token[index], true) {
+                prefill_end = Instant::now();
+            }
+            continuations[index].push(token).or_else(|e| {
+                error = Some(e);
+                Ok(false)
+            })
+        };
+        let (model, max_tokens) = (&self.loaded.model, self.args.max_tokens);
+        let new = generate_batch(model, ids, max_tokens, &mut samplers, &self.ctx.device, on_token)?;
+        if let Some(e) = error {
+            return Err(e);
+        }
+        let prefill_seconds = (prefill_end - start).as_secs_f64();
+        let decode_seconds = prefill_end.elapsed().as_secs_f64();
+        let prompt_tokens: usize = ids.iter().map(|ids| ids.len()).sum();
+        let decoded_tokens: usize = new.iter().map(|new| new.len().saturating_sub(1)).sum();
+        let timing = Timing {
+            prompt_tokens_per_second: prompt_tokens as f64 / prefill_seconds,
+            tokens_per_second: (decoded_tokens > 0).then(|| decoded_tokens as f64 / decode_seconds),
+        };
+        let answer = |((mut continuation, ids), new): ((Continuation, &&[u32]), Vec<u32>)| {
+            let finish_reason = continuation.finish()?;
+            let (text, prompt_tokens, tokens) = (continuation.text, ids.len(), new.len());
+            Ok(Answer { text, prompt_tokens, tokens, finish_reason, timing })
+        };
+        continuations.into_iter().zip(ids).zip(new).map(answer).collect()
+    }
 }
 
 /// The chat template of the model if `--chat` is given.
@@ -170,23 +220,14 @@ fn chat_template(args: &Args, loaded: &Loaded) -> Result<Option<ChatTemplate>> {
     if !args.chat {
         return Ok(None);
     }
-    match loaded.chat()? {
-        Some(template) => Ok(Some(template)),
-        None => Err(usage(format!("--chat: {} has no chat template", args.model.display()))),
-    }
-}
-
-/// The token ids of a prompt, or of the chat that starts with it.
-fn encode(
-    loaded: &Loaded,
-    template: Option<&ChatTemplate>,
-    system: Option<&str>,
-    prompt: &str,
-) -> gd_model::Result<Vec<u32>> {
-    let ids = match template {
-        Some(template) => loaded.tokenizer.encode_written(&template.render(system, prompt)?)?,
-        None => loaded.tokenizer.encode(prompt)?,
+    let Some(template) = loaded.chat()? else {
+        return Err(usage(format!("--chat: {} has no chat template", args.model.display())));
     };
-    check_prompt(&loaded.model, &ids)?;
-    Ok(ids)
+    match &args.chat_template_kwargs {
+        Some(variables) => {
+            let template = template.with_variables(variables);
+            template.map(Some).map_err(|e| usage(format!("--chat-template-kwargs: {e}")))
+        }
+        None => Ok(Some(template)),
+    }
 }

@@ -50,6 +50,27 @@ With --backward also the gradients of sum(out * dout), with the shapes of their 
 Example:
   gd op select --in x.safetensors --out y.safetensors --k 8 --mask window:64 --gate energy:0.5 --threshold 4 --backward";
 
+const ATTEND_HELP: &str = "\
+Runs one of the attention mechanisms that selection is compared with. `--list` prints each with its stages, parameters,
+tensors and source. Most of them read (B batch, H query heads, Hk key-value heads, N queries, M keys):
+  q           [B,H,N,D]       F32, F64, F16 or BF16 (the latter two are computed in F32)
+  k           [B,Hk,M,D]      as q
+  v           [B,Hk,M,Dv]     as q
+  mask        [N,M]           U8, optional: 1 for a visible key
+  dout        [B,H,N,Dv]      optional, with --backward: gradient of out (default: ones)
+
+Tensors written:
+  out, weights, scores (before the mask), and those that are particular to the mechanism
+  dX for every input X that is not a constant, with --backward: the gradients of sum(out * dout)
+
+A file may hold several cases. With --case a.b, tensors are searched as a.b.NAME, then a.NAME, then NAME, and the
+results are written with the prefix with which the files have them, or else a.b. The JSON file holds parameters for
+all cases under `params` and for each under `cases`: {\"params\": {\"k\": 4}, \"cases\": {\"a.b\": {\"mask\": \"causal\"}}}.
+There, `mask` names the tensor mask.causal. The case `rows` normalises the rows of the tensor rows.z [R,M].
+
+Example:
+  gd op attend --mechanism entmax --in x.safetensors --out y.safetensors --backward";
+
 /// Run one operator on the tensors of a safetensors file
 #[derive(Debug, clap::Args)]
 #[command(
@@ -71,6 +92,35 @@ pub enum Operator {
     /// Select one key per query and head (or none) and return its value row
     #[command(after_help = SELECT_HELP)]
     Select(Box<SelectArgs>),
+    /// Run an attention mechanism: softmax, entmax, top-k and others
+    #[command(after_help = ATTEND_HELP)]
+    Attend(AttendArgs),
+}
+
+/// The flags of `attend`.
+#[derive(Debug, clap::Args)]
+pub struct AttendArgs {
+    /// Print every mechanism with its stages, parameters, tensors and source
+    #[arg(long, conflicts_with_all = ["mechanism", "input", "output"])]
+    pub list: bool,
+    /// Name of the mechanism
+    #[arg(long, value_name = "NAME")]
+    pub mechanism: Option<String>,
+    /// File to read
+    #[arg(long = "in", value_name = "X.safetensors")]
+    pub input: Option<PathBuf>,
+    /// Parameters of the mechanism, and what holds for each case [default: the defaults of the mechanism]
+    #[arg(long, value_name = "P.json")]
+    pub params: Option<PathBuf>,
+    /// Case of the files [default: the tensors without a prefix]
+    #[arg(long, value_name = "CASE", default_value = "")]
+    pub case: String,
+    /// File to write
+    #[arg(long = "out", value_name = "Y.safetensors")]
+    pub output: Option<PathBuf>,
+    /// Also write the gradients of sum(out * dout)
+    #[arg(long)]
+    pub backward: bool,
 }
 
 /// The flags of both operators.
@@ -105,7 +155,8 @@ pub struct ScanArgs {
     /// error bound is sufficient. The result is the same
     #[arg(long, default_value = "native", value_parser = choice(&[("native", Precision::Native), ("certified", Precision::Certified)]))]
     pub precision: Precision,
-    /// Whether NaN or infinity in q or k is an error
+    /// Whether NaN or infinity in q, k, dout or a value row that is read is an error, and an energy that exceeds the
+    /// range of its dtype; without, such energies are counted and written as the greatest number of the dtype
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub checked: bool,
 }

@@ -3,7 +3,9 @@
 //! Shapes: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`. The help texts in `args.rs` list all tensors.
 
 mod args;
+pub mod attend;
 pub(super) mod barrier;
+mod checked;
 pub(super) mod inputs;
 mod output;
 mod problem;
@@ -14,7 +16,7 @@ use anyhow::Result;
 use gd_kernels::{plan, scan};
 use gd_model::io::safetensors::Tensors;
 
-pub use args::{Args, Operator, ScanArgs, SelectArgs};
+pub use args::{Args, AttendArgs, Operator, ScanArgs, SelectArgs};
 
 use self::inputs::Inputs;
 use self::problem::ScanProblem;
@@ -28,6 +30,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     match args.operator {
         Operator::Scan(args) => run_scan(&args, ctx),
         Operator::Select(args) => select::run(&args, ctx),
+        Operator::Attend(args) => attend::run(&args, ctx),
     }
 }
 
@@ -36,9 +39,10 @@ fn run_scan(args: &ScanArgs, ctx: &Context) -> Result<()> {
     let options = problem.options();
     let plan = plan(&problem.q, &problem.k, &options)?;
     let candidates = scan(&problem.q, &problem.k, &options)?;
+    let overflowed = candidates.overflowed()?;
     let mut out = Tensors::from([("index".into(), candidates.index), ("energy".into(), candidates.energy)]);
     out.extend(candidates.protected.map(|p| ("protected".into(), p)));
     // A query abstains if its first candidate is padding.
     let first = out["index"].narrow(3, 0, 1)?;
-    output::finish("scan", &args.output, &plan, &out, &first, ctx)
+    output::finish("scan", &args.output, &plan, &out, (&first, overflowed), ctx)
 }

@@ -30,7 +30,7 @@ pub struct Args {
     #[arg(value_name = "MODEL", required_unless_present = "from")]
     pub model: Option<PathBuf>,
     /// Text to read
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["file", "from"])]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["file", "from"], allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// File with the text to read
     #[arg(long, value_name = "FILE", conflicts_with = "from")]

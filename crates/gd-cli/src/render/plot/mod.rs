@@ -1,12 +1,13 @@
 //! Plots as SVG or PNG files.
 //!
-//! A slice of [`Panel`]s is drawn as charts of curves, one below the other. A [`Figure`] is a line chart with an
-//! optional heat map below it.
+//! A slice of [`Panel`]s is drawn as charts of curves, one below the other, and a slice of [`Scatter`]s as plots of
+//! points. A [`Figure`] is a line chart with an optional heat map below it.
 
 mod figure;
 mod heat_map;
 mod mark;
 mod panel;
+mod scatter;
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -21,6 +22,7 @@ pub use figure::{Figure, Line, LineChart};
 pub use heat_map::{HEAT_MAP_CELLS, HeatMap};
 pub use mark::{Mark, Symbol};
 pub use panel::{Curve, CurveStyle, Panel, reduce_points, smooth};
+pub use scatter::{Scatter, ScatterPoint};
 
 /// Width of every plot in pixels.
 const WIDTH_PX: u32 = 960;

@@ -8,7 +8,8 @@ use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::cross_entropy::{linear_cross_entropy, linear_token_losses};
 use gd_layer::{
-    Attention, GdAttention, LayerCache, Linear, Pass, RmsNorm, RopeScaling, Rotary, SoftmaxAttention, linear,
+    Attention, GdAttention, LayerCache, Linear, MechanismAttention, Pass, RmsNorm, RopeScaling, Rotary,
+    SoftmaxAttention, linear,
 };
 
 use crate::config::{Mechanism, ModelConfig};
@@ -107,6 +108,9 @@ impl Transformer {
             let attention: Box<dyn Attention> = match config.mechanism(i) {
                 Mechanism::Softmax => Box::new(SoftmaxAttention::new(&attention, rotary.clone(), inner)?),
                 Mechanism::Gd => Box::new(GdAttention::new(&attention, rotary.clone(), inner)?),
+                Mechanism::Other(other) => {
+                    Box::new(MechanismAttention::new(&attention, other, i, rotary.clone(), inner)?)
+                }
             };
             Ok(Block {
                 index: i,

@@ -21,6 +21,16 @@ const TABLE: &[(&str, Group)] = &[
     (".gd.alpha", Group::Gain),
     // Deviations of the round weights from (1, 0, ..).
     (".gd.rounds", Group::Gain),
+    // Vectors of further mechanisms.
+    (".mechanism.a", Group::Gain),
+    (".mechanism.b", Group::Gain),
+    (".mechanism.s", Group::Gain),
+    (".mechanism.t", Group::Gain),
+    (".mechanism.gw", Group::Gain),
+    (".mechanism.lk1", Group::Gain),
+    (".mechanism.lk2", Group::Gain),
+    (".mechanism.lq1", Group::Gain),
+    (".mechanism.lq2", Group::Gain),
     ("embed_tokens.weight", Group::Array),
     ("lm_head.weight", Group::Array),
     (".beacon.conv.weight", Group::Array),
@@ -51,7 +61,7 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
-    use crate::analysis::variants::VARIANTS;
+    use crate::analysis::variants::variants;
     use crate::config::{PRESETS, Recipe};
     use crate::model::Transformer;
     use crate::model::params::Params;
@@ -63,7 +73,7 @@ mod tests {
             (base.attention_bias, base.gd.output_gate, base.tie_word_embeddings) = (true, true, false);
             (base.gd.select.threshold, base.gd.select.rounds) = (Some(1.0), 2);
             base.gd.select.gate = gd_kernels::Gate::Coherence;
-            for v in VARIANTS.iter().filter(|v| v.applies(&base)) {
+            for v in variants().iter().filter(|v| v.applies(&base)) {
                 let params = Params::new(0, DType::F32, &Device::Cpu);
                 Transformer::new(&v.config(&base).unwrap(), params.builder()).unwrap();
                 for (name, var) in params.vars() {

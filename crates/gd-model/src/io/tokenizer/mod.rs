@@ -4,7 +4,10 @@
 //! [`END_OF_TEXT`]. Both restore any UTF-8 text exactly, except that BPE encodes the text `<|endoftext|>` as that token. Any
 //! other `tokenizer.json` can be loaded, with its own rules for special tokens.
 
+mod stream;
+
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, LazyLock, Once};
@@ -13,6 +16,7 @@ use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper, Encoding, ModelWrapper, OffsetType};
 
+pub use self::stream::StreamDecoder;
 use crate::error::{Error, Result};
 use crate::io::files::write_file;
 use crate::io::sentencepiece::Scores;
@@ -244,14 +248,12 @@ impl Tokenizer {
         END_OF_TEXT_NAMES.iter().find_map(|name| self.token_id(name))
     }
 
-    /// The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD.
+    /// The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD. Ids that are not in the vocabulary
+    /// have no text: a model may have more of them than its tokenizer.
     ///
     /// # Errors
-    /// [`Error::UnknownToken`] for an id that is not in the vocabulary.
+    /// [`Error::Invalid`] with the reason of the `tokenizers` library.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        for &id in ids {
-            self.check(id)?;
-        }
         catch_panic(|| self.inner.decode(ids, true))
             .map_err(|panic| Error::Invalid(format!("tokenizer: {}", panic_reason(panic))))?
             .map_err(invalid)
@@ -272,9 +274,34 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// The special tokens by name. They have no text when ids are decoded.
+    pub fn special_tokens(&self) -> BTreeMap<String, u32> {
+        let added = self.inner.get_added_tokens_decoder();
+        added.into_iter().filter(|(_, token)| token.special).map(|(id, token)| (token.content, id)).collect()
+    }
+
     /// A decoder of ids that arrive one at a time.
     pub fn stream(&self) -> StreamDecoder<'_> {
-        StreamDecoder { tokenizer: self, bytes: Vec::new(), window: Vec::new(), returned: 0 }
+        StreamDecoder::new(self)
+    }
+
+    /// A decoder of ids that follow those of a prompt. Its chunks together are the text that follows the text of the prompt
+    /// when all ids are decoded together.
+    ///
+    /// ```
+    /// use gd_model::io::tokenizer::Tokenizer;
+    ///
+    /// let bytes = Tokenizer::bytes()?;
+    /// let mut decoder = bytes.stream_after(&bytes.encode("caf")?)?;
+    /// assert_eq!(decoder.push(0xc3)?, None);
+    /// assert_eq!(decoder.push(0xa9)?, Some("é".into()));
+    /// # Ok::<(), gd_model::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn stream_after(&self, prompt: &[u32]) -> Result<StreamDecoder<'_>> {
+        StreamDecoder::after(self, prompt)
     }
 
     fn wrap(inner: tokenizers::Tokenizer, raw: bool) -> Self {
@@ -284,110 +311,17 @@ impl Tokenizer {
         Self { inner, vocab, raw, bytewise, scores: None }
     }
 
-    /// Checks that `id` is in the vocabulary.
-    fn check(&self, id: u32) -> Result<()> {
-        if (id as usize) < self.vocab {
-            return Ok(());
-        }
-        Err(Error::UnknownToken { token: id, vocab_size: self.vocab })
+    /// The name of a token that has a text when it is decoded; `None` for a special token and an id without a token.
+    fn text_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id).filter(|token| !self.inner.get_added_vocabulary().is_special_token(token))
     }
 
-    /// The bytes of a token of a bytewise tokenizer; none for a special token.
+    /// The bytes of a token of a bytewise tokenizer; none for a special token and an id without a token.
     fn token_bytes(&self, id: u32) -> Vec<u8> {
-        if self.raw {
-            return vec![id as u8];
-        }
-        let Some(token) = self.inner.id_to_token(id) else { return Vec::new() };
-        if self.inner.get_added_vocabulary().is_special_token(&token) {
-            return Vec::new();
-        }
+        let Some(token) = self.text_token(id) else { return Vec::new() };
         // An added token may contain characters outside of the alphabet. As in the decoder of the library, it then stands
         // for its own text.
         token.chars().map(byte_of).collect::<Option<_>>().unwrap_or_else(|| token.into_bytes())
-    }
-}
-
-/// Decodes a stream of ids into chunks of whole characters. The chunks, including that of [`StreamDecoder::finish`],
-/// together are the text that [`Tokenizer::decode`] gives for all ids.
-pub struct StreamDecoder<'a> {
-    tokenizer: &'a Tokenizer,
-    /// For bytewise tokenizers: the start of an incomplete character.
-    bytes: Vec<u8>,
-    /// For other tokenizers: the last ids, decoded together because the text of a token may depend on its neighbours.
-    window: Vec<u32>,
-    /// The number of bytes of the text of `window` that have been returned.
-    returned: usize,
-}
-
-/// The number of preceding ids that are decoded together with a new one if the text of a token depends on its neighbours.
-const CONTEXT_TOKENS: usize = 16;
-
-impl StreamDecoder<'_> {
-    /// Adds an id. Returns the text that is complete now; `None` if there is none.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
-    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
-        self.tokenizer.check(id)?;
-        let text = if self.tokenizer.bytewise {
-            self.bytes.extend(self.tokenizer.token_bytes(id));
-            self.whole_characters()
-        } else {
-            self.window.push(id);
-            self.complete_text()?
-        };
-        Ok((!text.is_empty()).then_some(text))
-    }
-
-    /// The rest of the text at the end of the stream; `None` if there is none. An incomplete character becomes U+FFFD.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
-    pub fn finish(&mut self) -> Result<Option<String>> {
-        let text = if self.tokenizer.bytewise {
-            String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned()
-        } else {
-            let text = self.tokenizer.decode(&std::mem::take(&mut self.window))?;
-            text.get(std::mem::take(&mut self.returned)..).unwrap_or_default().to_string()
-        };
-        Ok((!text.is_empty()).then_some(text))
-    }
-
-    /// Removes the complete characters from `bytes` and returns them.
-    fn whole_characters(&mut self) -> String {
-        let mut text = String::new();
-        let mut used = 0;
-        for chunk in self.bytes.utf8_chunks() {
-            text.push_str(chunk.valid());
-            used += chunk.valid().len();
-            // An incomplete sequence at the end may be completed by the next token.
-            let rest = &self.bytes[used..];
-            if rest.is_empty()
-                || std::str::from_utf8(rest).is_err_and(|e| e.valid_up_to() == 0 && e.error_len().is_none())
-            {
-                break;
-            }
-            text.push(char::REPLACEMENT_CHARACTER);
-            used += chunk.invalid().len();
-        }
-        self.bytes.drain(..used);
-        text
-    }
-
-    /// The text of `window` that was not returned yet, if it ends with a complete character.
-    fn complete_text(&mut self) -> Result<String> {
-        let text = self.tokenizer.decode(&self.window)?;
-        // A trailing U+FFFD is an incomplete character.
-        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.window.len() < 2 * CONTEXT_TOKENS {
-            return Ok(String::new());
-        }
-        let new = text.get(self.returned..).unwrap_or_default().to_string();
-        self.returned = text.len();
-        if self.window.len() >= 2 * CONTEXT_TOKENS {
-            self.window.drain(..CONTEXT_TOKENS);
-            self.returned = self.tokenizer.decode(&self.window)?.len();
-        }
-        Ok(new)
     }
 }
 

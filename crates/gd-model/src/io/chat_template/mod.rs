@@ -1,16 +1,22 @@
-//! Chat templates: Jinja with the options of transformers.
+//! Chat templates: Jinja as transformers renders it.
 //!
-//! `trim_blocks` and `lstrip_blocks` are on, values have the methods of Python's types, `tojson` writes as Python's
-//! `json.dumps`, and `raise_exception` is an error with its text. The function `strftime_now` is not defined, so that the
-//! same chat always gives the same text; templates that test for it use their default date.
+//! `trim_blocks` and `lstrip_blocks` are on, values have the methods of Python's types that do not change them, `tojson`
+//! writes as Python's `json.dumps`, `raise_exception` is an error with its text, `strftime_now` is the local time, and
+//! `{% generation %}` blocks are rendered as their content.
+//!
+//! Templates are untrusted. The number of their steps and the size of the texts and lists that they make are limited.
+
+mod functions;
+mod json;
+mod limits;
+mod methods;
+mod rewrite;
 
 use std::collections::BTreeMap;
 
+use minijinja::Environment;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
-use minijinja::{Environment, ErrorKind, context};
-use serde::Serialize;
-use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
+use minijinja::value::Value;
 
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
@@ -18,8 +24,9 @@ use crate::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
 /// The name of the template in its environment.
 const TEMPLATE_NAME: &str = "chat_template";
 
-/// The maximal number of instructions of a template (minijinja's fuel); a chat takes a few thousand.
-const MAX_INSTRUCTIONS: u64 = 10_000_000;
+/// The keys of `tokenizer_config.json` whose tokens a template can use by the same name.
+const TOKEN_KEYS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// A parsed chat template.
 ///
@@ -35,8 +42,8 @@ const MAX_INSTRUCTIONS: u64 = 10_000_000;
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    /// The special tokens by name, such as `bos_token`.
-    tokens: BTreeMap<String, String>,
+    /// The variables besides the chat.
+    variables: BTreeMap<String, Value>,
 }
 
 impl ChatTemplate {
@@ -70,96 +77,67 @@ impl ChatTemplate {
             let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
             Some(((*name).to_owned(), text.to_owned()))
         };
-        let tokens = ["bos_token", "eos_token", "unk_token", "pad_token"].iter().filter_map(token).collect();
-        Self::new(text.to_owned(), tokens).map(Some)
+        Self::new(text.to_owned(), TOKEN_KEYS.iter().filter_map(token).collect()).map(Some)
     }
 
     /// Parses a template. `tokens` are the special tokens by the names that the template uses, such as `bos_token`.
     ///
     /// # Errors
-    /// A syntax error, with its line.
+    /// A syntax error, with its line; a template of more than 1 MiB.
     pub fn new(template: String, tokens: BTreeMap<String, String>) -> Result<Self> {
+        let fuel = limits::instructions(&template)?;
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| invalid(&e))?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function(
-            "raise_exception",
-            |text: String| -> std::result::Result<Value, minijinja::Error> {
-                Err(minijinja::Error::new(ErrorKind::InvalidOperation, text))
-            },
-        );
-        environment.add_filter("tojson", to_json);
-        // Templates are untrusted, and one could otherwise run without end.
-        environment.set_fuel(Some(MAX_INSTRUCTIONS));
+        environment.set_unknown_method_callback(methods::call);
+        environment.set_formatter(limits::write_value);
+        environment.set_fuel(Some(fuel));
+        functions::register(&mut environment);
+        // Jinja2 knows three line breaks and writes one of them.
+        let template = rewrite::rewrite(&template.replace("\r\n", "\n").replace('\r', "\n"));
         environment.add_template_owned(TEMPLATE_NAME, template).map_err(|e| invalid(&e))?;
-        Ok(Self { environment, tokens })
+        let tokens = tokens.into_iter().map(|(name, token)| (name, Value::from(token)));
+        let (add_generation_prompt, none) = (Value::from(true), Value::from(()));
+        let defaults =
+            [("add_generation_prompt", add_generation_prompt), ("tools", none.clone()), ("documents", none)];
+        let defaults = defaults.map(|(name, value)| (name.to_owned(), value));
+        Ok(Self { environment, variables: defaults.into_iter().chain(tokens).collect() })
+    }
+
+    /// Adds variables that the template can use, such as `enable_thinking`: the keys of a JSON object. They take precedence
+    /// over the special tokens and over `tools`, `documents` and `add_generation_prompt`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a text that is not a JSON object, and for the variable `messages`.
+    pub fn with_variables(mut self, object: &str) -> Result<Self> {
+        let variables: BTreeMap<String, Value> = serde_json::from_str(object).map_err(|e| {
+            Error::Invalid(format!("the variables of a chat template are a JSON object: {e}"))
+        })?;
+        if variables.contains_key("messages") {
+            return Err(Error::Invalid(
+                "messages is no variable of a chat template, because it is the chat itself".into(),
+            ));
+        }
+        self.variables.extend(variables);
+        Ok(self)
     }
 
     /// Renders a chat of an optional system message and a user message, followed by the prompt for the model's answer.
     ///
     /// # Errors
-    /// An error that the template raises, for example if it does not support system messages.
+    /// An error that the template raises, for example if it does not support system messages, or a limit that it exceeds.
     pub fn render(&self, system: Option<&str>, user: &str) -> Result<String> {
         let turn = |(role, content): (&str, &str)| Value::from_pairs([("role", role), ("content", content)]);
         let turns = [system.map(|text| ("system", text)), Some(("user", user))];
-        let values = context! {
-            messages => turns.into_iter().flatten().map(turn).collect::<Vec<_>>(),
-            add_generation_prompt => true,
-            tools => Value::from(()),
-            documents => Value::from(()),
-            ..Value::from_pairs(self.tokens.clone())
-        };
-        self.environment.get_template(TEMPLATE_NAME).and_then(|t| t.render(values)).map_err(|e| invalid(&e))
+        let mut variables = self.variables.clone();
+        variables.insert("messages".into(), turns.into_iter().flatten().map(turn).collect());
+        let template = self.environment.get_template(TEMPLATE_NAME);
+        template.and_then(|template| template.render(Value::from_pairs(variables))).map_err(|e| invalid(&e))
     }
 }
 
 fn invalid(e: &minijinja::Error) -> Error {
     Error::Invalid(format!("chat template: {e}"))
-}
-
-/// Formats JSON on one line with a space after `,` and `:`, as Python's `json.dumps`.
-struct PythonFormatter;
-
-impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {
-        out.write_all(b": ")
-    }
-}
-
-/// The filter `tojson` of transformers, with its options `indent` and `ensure_ascii`.
-fn to_json(value: &Value, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
-    fn write<F: Formatter>(value: &Value, form: F) -> std::result::Result<Value, minijinja::Error> {
-        let mut text = Vec::new();
-        let failed = |e: String| minijinja::Error::new(ErrorKind::BadSerialization, e);
-        value
-            .serialize(&mut Serializer::with_formatter(&mut text, form))
-            .map_err(|e| failed(e.to_string()))?;
-        let text = String::from_utf8(text).map_err(|e| failed(e.to_string()))?;
-        Ok(Value::from_safe_string(text))
-    }
-    // Accepted without effect: characters outside ASCII are never escaped, which is the default of transformers.
-    let _ = options.get::<Option<bool>>("ensure_ascii")?;
-    match options.get::<Option<usize>>("indent")? {
-        Some(indent) => write(value, PrettyFormatter::with_indent(" ".repeat(indent.min(16)).as_bytes())),
-        None => write(value, PythonFormatter),
-    }
 }
 
 #[cfg(test)]
@@ -169,22 +147,6 @@ mod tests {
     fn render(template: &str, system: Option<&str>) -> Result<String> {
         let tokens = BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]);
         ChatTemplate::new(template.to_owned(), tokens)?.render(system, " Hi\n<there> ")
-    }
-
-    #[test]
-    fn block_lines_are_trimmed_and_values_have_python_methods() {
-        let template = "{{ bos_token }}\n{% for message in messages %}\n    {% if message.role == 'system' %}\n\
-                        S:{{ message['content'].upper() }}\n    {% elif message['role'] == 'user' %}\n\
-                        U:{{ message.content.strip() }}|{{ loop.first }}\n    {% endif %}\n{% endfor %}\n\
-                        {% if add_generation_prompt and not tools %}A:{% endif %}";
-        assert_eq!(render(template, None).unwrap(), "<s>\nU:Hi\n<there>|True\nA:");
-        assert_eq!(render(template, Some("be kind")).unwrap(), "<s>\nS:BE KIND\nU:Hi\n<there>|False\nA:");
-    }
-
-    #[test]
-    fn json_is_written_as_python_writes_it() {
-        let text = render("{{ messages | tojson }}{{ [1, 'ü<'] | tojson(indent=2) }}", None).unwrap();
-        assert_eq!(text, "[{\"content\": \" Hi\\n<there> \", \"role\": \"user\"}][\n  1,\n  \"ü<\"\n]");
     }
 
     #[test]
@@ -212,10 +174,21 @@ mod tests {
     }
 
     #[test]
-    fn a_template_with_too_many_steps_is_stopped() {
-        let loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
-        let error = render(loops, None).unwrap_err().to_string();
-        assert!(error.contains("fuel"), "{error}");
+    fn variables_are_given_as_a_json_object() {
+        let template =
+            "{{ bos_token }}{{ enable_thinking is defined and not enable_thinking }}{{ tools|tojson }}";
+        let template = ChatTemplate::new(template.to_owned(), BTreeMap::new()).unwrap();
+        assert_eq!(template.render(None, "Hi").unwrap(), "Falsenull");
+        let variables =
+            r#"{"enable_thinking": false, "tools": [{"name": "b", "about": "a"}], "bos_token": "<b>"}"#;
+        let rendered = template.clone().with_variables(variables).unwrap().render(None, "Hi").unwrap();
+        assert_eq!(rendered, r#"<b>True[{"name": "b", "about": "a"}]"#);
+        for (variables, reason) in
+            [("[1]", "a JSON object"), ("{", "a JSON object"), (r#"{"messages": []}"#, "the chat itself")]
+        {
+            let error = template.clone().with_variables(variables).unwrap_err().to_string();
+            assert!(error.contains(reason), "{variables}: {error}");
+        }
     }
 
     #[test]
@@ -224,5 +197,7 @@ mod tests {
         assert!(error.starts_with("chat template: ") && error.contains("no system turn"), "{error}");
         let error = render("{% for %}", None).unwrap_err().to_string();
         assert!(error.starts_with("chat template: syntax error"), "{error}");
+        let error = render("{{ 1 }}\n{{ [].append(1) }}", None).unwrap_err().to_string();
+        assert!(error.contains("append") && error.contains("chat_template:2"), "{error}");
     }
 }

@@ -1,0 +1,186 @@
+//! A layer with one of the attention mechanisms, with the projections, Beacon and cache of `GdAttention`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{Device, Module, Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+use gd_kernels::Mask;
+
+use crate::attention::{Attention, Pass};
+use crate::cache::{LayerCache, fit_state};
+use crate::config::AttentionConfig;
+use crate::heads::{Heads, Projected};
+use crate::mechanisms::{AttentionMechanism, Inputs, Sizes, Weight};
+use crate::rope::Rotary;
+use crate::stats::SelectionStats;
+
+/// Causal self-attention with a mechanism of [`crate::mechanisms`] between projections and output. Projections and
+/// weight names are those of a Llama attention; the learned parameters of the mechanism are under `mechanism`.
+///
+/// # Examples
+/// ```
+/// use std::sync::Arc;
+///
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use gd_layer::mechanisms::{AttentionMechanism, TopK};
+/// use gd_layer::{AttentionConfig, MechanismAttention, RopeScaling, Rotary};
+///
+/// let (device, weights) = (Device::Cpu, VarMap::new());
+/// let vb = VarBuilder::from_varmap(&weights, DType::F32, &device);
+/// let rotary = Arc::new(Rotary::new(8, 64, 10_000.0, RopeScaling::None, DType::F32, &device)?);
+/// let mechanism = AttentionMechanism::TopK(TopK { k: 4 });
+/// let attention = MechanismAttention::new(&AttentionConfig::new(32, 4, 8), &mechanism, 0, rotary, vb)?;
+///
+/// let y = attention.forward(&Tensor::randn(0f32, 1.0, (2, 16, 32), &device)?)?;
+/// assert_eq!(y.dims(), [2, 16, 32]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct MechanismAttention {
+    heads: Heads,
+    mechanism: AttentionMechanism,
+    /// The learned parameters of the mechanism.
+    learned: Inputs,
+}
+
+impl MechanismAttention {
+    /// Reads or creates the weights under `vb`. `layer` is the number of the layer, from 0.
+    ///
+    /// # Errors
+    /// As [`MechanismAttention::validate`], or weights that are missing or of another shape.
+    pub fn new(
+        cfg: &AttentionConfig,
+        mechanism: &AttentionMechanism,
+        layer: usize,
+        rotary: Arc<Rotary>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        Self::validate(cfg, mechanism)?;
+        let mut learned = Inputs::new();
+        for Weight { name, shape, mean, standard_deviation } in mechanism.weights(&sizes(cfg)) {
+            let init = match standard_deviation {
+                0.0 => Init::Const(mean),
+                stdev => Init::Randn { mean, stdev },
+            };
+            learned.insert(name, vb.pp("mechanism").get_with_hints(shape, name, init)?);
+        }
+        Ok(Self { heads: Heads::new(cfg, rotary, vb)?, mechanism: mechanism.in_layer(layer), learned })
+    }
+
+    /// Checks a configuration with this mechanism.
+    ///
+    /// # Errors
+    /// A configuration that contradicts itself, a mechanism that cannot be in a layer, or a Beacon with a key prior,
+    /// which mechanisms do not read.
+    pub fn validate(cfg: &AttentionConfig, mechanism: &AttentionMechanism) -> Result<()> {
+        cfg.validate()?;
+        mechanism.validate_in_layer(&sizes(cfg))?;
+        if cfg.beacon.as_ref().is_some_and(|beacon| beacon.prior) {
+            let name = mechanism.name();
+            candle_core::bail!(
+                "beacon.prior is read by softmax and gd layers only: set it to false for {name}"
+            );
+        }
+        Ok(())
+    }
+
+    /// The inputs of the mechanism.
+    fn inputs(&self, projected: &Projected, cache: Option<&LayerCache>) -> Result<Inputs> {
+        let Projected { q, k, v, mask, .. } = projected;
+        let ((b, _, n, _), m) = (q.dims4()?, k.dim(2)?);
+        let mut inputs = self.learned.clone();
+        inputs.insert("q", q.clone());
+        inputs.insert("k", k.clone());
+        inputs.insert("v", merge_values(v, self.mechanism.info().maps)?);
+        inputs.insert("mask", visible_keys(mask, [b, n, m], q.device())?);
+        let (query, key) = positions(mask, [b, n, m], q.device())?;
+        inputs.insert("query_positions", query);
+        inputs.insert("key_positions", key);
+        let state = cache.and_then(|cache| cache.state.as_ref());
+        if let (Some((input, _)), Some(state)) = (self.mechanism.info().state, state) {
+            inputs.insert(input, fit_state(state, m)?);
+        }
+        Ok(inputs)
+    }
+}
+
+/// The sizes of the layer of a configuration.
+fn sizes(cfg: &AttentionConfig) -> Sizes {
+    Sizes { heads: cfg.num_attention_heads, key_value_heads: cfg.num_key_value_heads, head_dim: cfg.head_dim }
+}
+
+/// The values `[B, Hk, M, D]` of `maps` heads beside each other: `[B, Hk / maps, M, maps * D]`.
+fn merge_values(v: &Tensor, maps: usize) -> Result<Tensor> {
+    let (b, hk, m, d) = v.dims4()?;
+    if maps == 1 {
+        return Ok(v.clone());
+    }
+    v.reshape((b, hk / maps, maps, m, d))?.transpose(2, 3)?.reshape((b, hk / maps, m, maps * d))
+}
+
+/// The reverse of [`merge_values`] for an output.
+fn split_output(y: &Tensor, maps: usize) -> Result<Tensor> {
+    let (b, h, n, d) = y.dims4()?;
+    if maps == 1 {
+        return Ok(y.clone());
+    }
+    y.reshape((b, h, n, maps, d / maps))?.transpose(2, 3)?.reshape((b, h * maps, n, d / maps))
+}
+
+/// The mask as a tensor, u8 `[B|1, 1, N, M]`, 1 where a key is visible. Only the first and the last visible key of each
+/// query are copied to the device.
+fn visible_keys(mask: &Mask, [b, n, m]: [usize; 3], device: &Device) -> Result<Tensor> {
+    mask.validate(b, m)?;
+    let b = if mask.differs() { b } else { 1 };
+    let ranges: Vec<Range<usize>> = (0..b * n).map(|row| mask.visible(row / n, row % n, m)).collect();
+    let column = |f: fn(&Range<usize>) -> u32| {
+        Tensor::from_vec(ranges.iter().map(f).collect::<Vec<_>>(), (b, 1, n, 1), device)
+    };
+    let keys = Tensor::arange(0u32, m as u32, device)?.reshape((1, 1, 1, m))?;
+    keys.broadcast_ge(&column(|range| range.start as u32)?)?
+        * keys.broadcast_lt(&column(|range| range.end as u32)?)?
+}
+
+/// The positions of queries `[B, N]` and keys `[B, M]` in their packed sequence, i64.
+fn positions(mask: &Mask, [b, n, m]: [usize; 3], device: &Device) -> Result<(Tensor, Tensor)> {
+    let start = |b: usize, at: i64| match mask.boundaries() {
+        None => 0,
+        Some(all) => {
+            let boundaries = &all[if all.len() == 1 { 0 } else { b }];
+            let next = boundaries.partition_point(|&boundary| boundary as i64 <= at);
+            boundaries[next.max(1) - 1] as i64
+        }
+    };
+    let of = |first: &dyn Fn(usize) -> i64, length: usize| {
+        let position = |row: usize| {
+            let at = first(row / length) + (row % length) as i64;
+            at - start(row / length, at)
+        };
+        Tensor::from_vec((0..b * length).map(position).collect::<Vec<i64>>(), (b, length), device)
+    };
+    Ok((of(&|b| mask.offset(b), n)?, of(&|_| 0, m)?))
+}
+
+impl Attention for MechanismAttention {
+    fn attend(&self, x: &Tensor, pass: &Pass, mut cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        let projected = self.heads.project(x, pass, cache.as_deref_mut())?;
+        let outputs = self.mechanism.attend(&self.inputs(&projected, cache.as_deref())?)?;
+        if let (Some(cache), Some((_, output))) = (cache, self.mechanism.info().state) {
+            cache.state = Some(outputs.get(output)?.detach());
+        }
+        if let Some(stats) = pass.stats {
+            stats.borrow_mut().push(SelectionStats::of_weights(outputs.get("weights")?)?);
+        }
+        let y = split_output(outputs.get("out")?, self.mechanism.info().maps)?;
+        self.heads.output(y, projected)
+    }
+}
+
+impl Module for MechanismAttention {
+    /// Causal self-attention over x `[B, N, C]`, without a cache.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.attend(x, &Pass::new(&Mask::causal(0)), None)
+    }
+}

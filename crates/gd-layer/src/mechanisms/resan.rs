@@ -1,0 +1,191 @@
+//! Reinforced self-attention, ReSAN (Shen et al. 2018, arXiv 1801.10296): sampled heads read sampled dependents, feature by
+//! feature.
+
+use candle_core::{D, Result, Tensor, bail};
+use candle_nn::ops::sigmoid;
+use serde::{Deserialize, Serialize};
+
+use super::definition::{Definition, Info};
+use super::indices::{arange, matmul, project, visible_softmax};
+use super::inputs::{Inputs, Outputs};
+use super::stages::Computation;
+
+/// Logits are `SCALE tanh(. / SCALE)`.
+const SCALE: f64 = 5.0;
+
+/// Reinforced self-attention. With r = relu(Wr x + br), a token that is selected as a head reads the selected dependents on
+/// its side with a softmax per feature of 5 tanh((Wd r_j + Wh r_i + bl) / 5); another one reads the mean of r over all
+/// tokens on that side.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Resan {
+    /// Which tokens a token reads.
+    pub direction: Direction,
+}
+
+/// Which tokens a token reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// Those before it, j < i.
+    Forward,
+    /// Those after it, j > i.
+    Backward,
+}
+
+impl Default for Resan {
+    fn default() -> Self {
+        Self { direction: Direction::Forward }
+    }
+}
+
+impl Definition for Resan {
+    const INFO: Info = Info {
+        formula: "F r + (1 - F) context, F = sigmoid(Wf1 r + Wf2 context + bf); heads and dependents are Bernoulli samples",
+        source: "Shen et al. 2018",
+        inputs: &[("x", "[B,N,D]")],
+        learned: &[
+            ("W1h", "[A,3D], selector of heads, f = [x; mean x; x * mean x]"),
+            ("b1h", "[A]"),
+            ("w2h", "[A]"),
+            ("b2h", "[1]"),
+            ("W1d", "[A,3D], selector of dependents"),
+            ("b1d", "[A]"),
+            ("w2d", "[A]"),
+            ("b2d", "[1]"),
+            ("Wr", "[F,D]"),
+            ("br", "[F]"),
+            ("Wd", "[F,F]"),
+            ("Wh", "[F,F]"),
+            ("bl", "[F]"),
+            ("Wf1", "[F,F]"),
+            ("Wf2", "[F,F]"),
+            ("bf", "[F]"),
+        ],
+        constants: &[
+            ("valid", "[B,N], 1 for a token and 0 for padding"),
+            ("u_head", "[B,N], uniform in 0..1"),
+            ("u_dep", "[B,N], uniform in 0..1"),
+            ("reward", "[B], optional: with it there is the loss of REINFORCE"),
+        ],
+        parameters: &[("direction", "forward: j < i; backward: j > i")],
+        memory: "N x N x F",
+        not_in_models: Some("its selectors are trained by rewards"),
+        ..Info::DEFAULT
+    };
+
+    fn computation(&self) -> Computation<'_> {
+        Computation::whole("selectors > softmax per feature > fusion gate", |inputs| self.attend(inputs))
+    }
+}
+
+impl Resan {
+    fn attend(&self, inputs: &Inputs) -> Result<Outputs> {
+        let get = |name| inputs.get(name);
+        let (x, valid) = (get("x")?, get("valid")?);
+        let (b, n, _) = x.dims3()?;
+        for name in ["valid", "u_head", "u_dep"] {
+            if get(name)?.dims() != [b, n] {
+                bail!("{name} {:?}: [{b},{n}] expected for x {:?}", get(name)?.dims(), x.dims());
+            }
+        }
+        let head = Selection::sample(inputs, ["W1h", "b1h", "w2h", "b2h", "u_head"])?;
+        let dependent = Selection::sample(inputs, ["W1d", "b1d", "w2d", "b2d", "u_dep"])?;
+        let r = project(x, get("Wr")?)?.broadcast_add(get("br")?)?.relu()?;
+        let side = self.side(n, valid)?;
+        let read = weighted(&r, &side.broadcast_mul(&dependent.action.unsqueeze(1)?)?, inputs)?;
+        let side = side.to_dtype(x.dtype())?;
+        let mean = matmul(&side, &r)?.broadcast_div(&side.sum_keepdim(2)?.maximum(1f64)?)?;
+        let is_head = head.action.unsqueeze(2)?.broadcast_as(r.shape())?;
+        let is_token = valid.to_dtype(x.dtype())?.unsqueeze(2)?;
+        let context = is_head.where_cond(&read, &mean)?.broadcast_mul(&is_token)?;
+        let gate = (project(&r, get("Wf1")?)? + project(&context, get("Wf2")?)?)?;
+        let gate = sigmoid(&gate.broadcast_add(get("bf")?)?)?;
+        let out = ((gate * (r - &context)?)? + &context)?.broadcast_mul(&is_token)?;
+        let log_p = Tensor::stack(&[head.log_probability, dependent.log_probability], 1)?;
+        let mut outputs = Outputs::default();
+        if let Some(reward) = inputs.optional("reward") {
+            let loss = reinforce_loss(&log_p, reward)?;
+            outputs.insert("rl_loss", loss.reshape(1)?);
+            outputs.extra_loss = Some(loss);
+        }
+        for (name, t) in [
+            ("out", out),
+            ("ctx", context),
+            ("p_head", head.probability),
+            ("p_dep", dependent.probability),
+            ("a_head", head.action),
+            ("a_dep", dependent.action),
+            ("logp", log_p),
+        ] {
+            outputs.insert(name, t);
+        }
+        Ok(outputs)
+    }
+
+    /// Which tokens j each token i may read: u8 `[B, N, N]`.
+    fn side(&self, n: usize, valid: &Tensor) -> Result<Tensor> {
+        let at = arange(n, valid.device())?;
+        let (i, j) = (at.unsqueeze(1)?, at.unsqueeze(0)?);
+        let side = match self.direction {
+            Direction::Forward => j.broadcast_lt(&i)?,
+            Direction::Backward => j.broadcast_gt(&i)?,
+        };
+        side.unsqueeze(0)?.broadcast_mul(&valid.unsqueeze(1)?)
+    }
+}
+
+/// The sum of r `[B, N, F]` over the tokens that each token sees (u8 `[B, N, N]`), weighted per feature.
+fn weighted(r: &Tensor, visible: &Tensor, inputs: &Inputs) -> Result<Tensor> {
+    // Read tokens stand in the last dimension: [B, 1, F, N] and [B, N, F, 1].
+    let dependent = project(r, inputs.get("Wd")?)?.t()?.contiguous()?.unsqueeze(1)?;
+    let head = project(r, inputs.get("Wh")?)?.broadcast_add(inputs.get("bl")?)?.unsqueeze(3)?;
+    let logits = ((dependent.broadcast_add(&head)? / SCALE)?.tanh()? * SCALE)?;
+    let weights = visible_softmax(&logits, &visible.unsqueeze(2)?)?;
+    weights.broadcast_mul(&r.t()?.contiguous()?.unsqueeze(1)?)?.sum(D::Minus1)
+}
+
+/// The loss of REINFORCE, `-mean_b reward_b sum log p`, a scalar, of the log-probabilities `[B, 2, N]` of the selections and
+/// rewards `[B]`. Its gradient reaches the selectors alone.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn reinforce_loss(log_probabilities: &Tensor, reward: &Tensor) -> Result<Tensor> {
+    (log_probabilities.flatten_from(1)?.sum(1)? * reward)?.mean_all()?.neg()
+}
+
+/// A sample of one selector, `[B, N]` each; all 0 on padding.
+struct Selection {
+    probability: Tensor,
+    /// u8: 1 where the uniform number is at most the probability.
+    action: Tensor,
+    /// Of the action.
+    log_probability: Tensor,
+}
+
+impl Selection {
+    /// Samples `p = sigmoid(w2 relu(W1 [x; mean x; x * mean x] + b1) + b2)`, with the inputs of these names.
+    fn sample(inputs: &Inputs, [weight1, bias1, weight2, bias2, uniform]: [&str; 5]) -> Result<Self> {
+        let get = |name| inputs.get(name);
+        let (x, valid) = (get("x")?, get("valid")?);
+        let is_token = valid.to_dtype(x.dtype())?;
+        let count = is_token.sum_keepdim(1)?.maximum(1f64)?.unsqueeze(2)?;
+        let sum = x.broadcast_mul(&is_token.unsqueeze(2)?)?.sum_keepdim(1)?;
+        let mean = sum.broadcast_div(&count)?.broadcast_as(x.shape())?;
+        let f = Tensor::cat(&[x, &mean, &(x * &mean)?], 2)?;
+        let hidden = project(&f, get(weight1)?)?.broadcast_add(get(bias1)?)?.relu()?;
+        let logit = project(&hidden, &get(weight2)?.unsqueeze(0)?)?.squeeze(2)?.broadcast_add(get(bias2)?)?;
+        let probability = (sigmoid(&logit)? * &is_token)?;
+        let action = (get(uniform)?.le(&probability.detach())? * valid)?;
+        // ln p of an action and ln(1 - p) = ln sigmoid(-x) of the other, without the logarithm of a rounded 1 - p.
+        let signed = (logit * ((action.to_dtype(x.dtype())? * 2.0)? - 1.0)?)?;
+        let log_probability = (ln_sigmoid(&signed)? * is_token)?;
+        Ok(Self { probability, action, log_probability })
+    }
+}
+
+/// `ln sigmoid(x) = min(x, 0) - ln(1 + exp(-|x|))`.
+fn ln_sigmoid(x: &Tensor) -> Result<Tensor> {
+    let tail = (x.abs()?.neg()?.exp()? + 1.0)?.log()?;
+    (x.neg()?.relu()? + tail)?.neg()
+}

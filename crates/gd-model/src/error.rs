@@ -20,6 +20,14 @@ pub enum Error {
         /// What was expected there, such as `tokenizer file`.
         what: &'static str,
     },
+    /// A folder lacks a file that a model needs.
+    #[error("{path}: no such file: {reason}", path = .path.display())]
+    NoModel {
+        /// The path of the file.
+        path: PathBuf,
+        /// What the folder holds, and what to do.
+        reason: String,
+    },
     /// The operating system refused to read.
     #[error("{path}: cannot read: {source}", path = .path.display())]
     Unreadable {
@@ -400,7 +408,7 @@ impl Error {
 }
 
 /// The first names of a list, so that the message stays on one line.
-fn shorten(names: &[String]) -> String {
+pub(crate) fn shorten(names: &[String]) -> String {
     const LISTED: usize = 4;
     let mut list = names.iter().take(LISTED).cloned().collect::<Vec<_>>().join(", ");
     if names.len() > LISTED {

@@ -16,6 +16,7 @@ mod landscape;
 mod log;
 mod map;
 mod mechanisms;
+mod model_files;
 mod op;
 mod program;
 mod reading;

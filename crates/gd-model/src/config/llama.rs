@@ -1,7 +1,8 @@
 //! Translation of configurations of Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3.
 //!
 //! Absent keys have the defaults of `transformers`, which differ by family. Keys that do not change the result are
-//! ignored. Values that change the result in a way that is not supported are refused.
+//! ignored, such as `pretraining_tp`, which splits matrix products into parts and adds them. Values that change the result
+//! in a way that is not supported are refused.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -39,6 +40,13 @@ impl Family {
         }
     }
 
+    /// Whether `name` is the class of its model, in any case (`LLaMAForCausalLM` in the first conversions), or that of the
+    /// model without the output projection (`LlamaModel`).
+    fn is_architecture(self, name: &str) -> bool {
+        let model = self.architecture().replace("ForCausalLM", "Model");
+        name.eq_ignore_ascii_case(self.architecture()) || name.eq_ignore_ascii_case(&model)
+    }
+
     /// The defaults of absent keys that differ from those of [`Keys`].
     fn defaults(self) -> Value {
         match self {
@@ -65,6 +73,9 @@ impl Family {
         }
     }
 }
+
+/// The keys that have a meaning of their own as `null`. For all others `null` stands for the default.
+const NULLABLE: [&str; 3] = ["sliding_window", "num_key_value_heads", "head_dim"];
 
 /// The keys that are used. A key that may be `null` is an option.
 #[derive(Debug, Deserialize)]
@@ -100,7 +111,6 @@ struct Keys {
     max_window_layers: usize,
     layer_types: Option<Vec<String>>,
     partial_rotary_factor: Option<f64>,
-    pretraining_tp: Option<usize>,
     quantization_config: Option<Value>,
 }
 
@@ -114,9 +124,8 @@ fn max_window_layers() -> usize {
     28
 }
 
-/// `rope_scaling` or `rope_parameters`.
+/// `rope_scaling` or `rope_parameters`. Other keys, such as `finetuned`, have no effect with the supported types.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Rope {
     rope_theta: Option<f64>,
     rope_type: Option<String>,
@@ -137,19 +146,23 @@ struct Rope {
 pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<ConfigProblem>> {
     let supported = || FAMILIES.map(|(name, _)| name).join(", ");
     let family = match json.get("model_type").and_then(Value::as_str) {
-        Some(name) => {
-            FAMILIES.iter().find(|(n, _)| *n == name).map(|(_, family)| *family).ok_or_else(|| {
+        Some(name) => FAMILIES
+            .iter()
+            .find(|(n, _)| n.eq_ignore_ascii_case(name))
+            .map(|(_, family)| *family)
+            .ok_or_else(|| {
                 let supported = supported();
                 vec![refusal(format!(
                     "model_type {name:?} is not supported ({supported} are, and configs with a gd block)"
                 ))]
-            })?
-        }
+            })?,
         None => return Err(vec![refusal(format!("neither a gd block nor a model_type ({})", supported()))]),
     };
     let mut full = family.defaults();
     if let (Value::Object(full), Value::Object(given)) = (&mut full, json.clone()) {
-        full.extend(given);
+        full.extend(
+            given.into_iter().filter(|(key, value)| !value.is_null() || NULLABLE.contains(&key.as_str())),
+        );
     }
     let keys: Keys = parse(full)?;
     // Before anything is allocated per layer.
@@ -179,7 +192,8 @@ pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<ConfigProblem>> 
         tie_word_embeddings: keys.tie_word_embeddings,
         attention_bias,
         mlp_bias: family == Family::Llama && keys.mlp_bias,
-        hidden_act: keys.hidden_act,
+        // Both are x · sigmoid(x).
+        hidden_act: if keys.hidden_act == "swish" { hidden_act() } else { keys.hidden_act },
         dtype: keys.dtype.or(keys.torch_dtype).unwrap_or_else(dtype),
         gd: GdBlock {
             mechanism: vec![Mechanism::Softmax],
@@ -202,15 +216,12 @@ fn refusal(text: String) -> ConfigProblem {
 /// The features of a model of `family` that are not supported.
 fn refusals(keys: &Keys, family: Family) -> Vec<ConfigProblem> {
     let mut problems = Vec::new();
-    if let Some(name) = keys.architectures.iter().flatten().find(|a| *a != family.architecture()) {
+    if let Some(name) = keys.architectures.iter().flatten().find(|name| !family.is_architecture(name)) {
         problems
             .push(refusal(format!("architectures {name:?} is not supported ({} is)", family.architecture())));
     }
     if keys.num_attention_heads == 0 {
         problems.push(Error::out_of_range("num_attention_heads", 0, "at least 1").into());
-    }
-    if let Some(n) = keys.pretraining_tp.filter(|n| *n > 1) {
-        problems.push(refusal(format!("pretraining_tp {n} is not supported (1 is)")));
     }
     if let Some(share) = keys.partial_rotary_factor.filter(|share| *share != 1.0) {
         problems.push(refusal(format!("partial_rotary_factor {share} is not supported (1 is)")));
@@ -236,6 +247,11 @@ fn rope(keys: &Keys) -> Result<RopeParameters, Vec<ConfigProblem>> {
     // The type is checked first, because types that are not supported have other keys.
     let kind = |key: &str| tree.get(key).and_then(Value::as_str);
     kind("rope_type").or(kind("type")).map_or(Ok(()), check_rope_type).map_err(|e| inside(e.to_string()))?;
+    // Parameters by kind of layer.
+    let nested = tree.as_object().into_iter().flatten().find(|(_, value)| value.is_object());
+    if let Some((key, value)) = nested {
+        return Err(inside(format!("{key} {value} is not supported")));
+    }
     let rope: Rope = parse(tree).map_err(|problems| {
         inside(problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
     })?;

@@ -3,17 +3,43 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
-use safetensors::tensor::{Metadata, SafeTensorError, SafeTensors, TensorInfo, View};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo, TensorView, View};
 
 use super::files::stream_file;
 use crate::error::{Error, Result};
 
 /// Tensors by name.
 pub type Tensors = BTreeMap<String, Tensor>;
+
+/// The dtypes that weights may have.
+const WEIGHT_DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64];
+
+/// The weights of a checkpoint.
+#[derive(Debug, Default)]
+pub struct Weights {
+    /// The tensors in f32, f16, bf16 and f64.
+    pub tensors: Tensors,
+    /// The names and dtypes of all other tensors, which are not read: masks, counters, quantised weights.
+    pub other_dtypes: BTreeMap<String, String>,
+    /// The tensors that the index of a checkpoint lists and that are not in their shard, with the path of the shard.
+    pub absent: BTreeMap<String, PathBuf>,
+}
+
+impl Weights {
+    /// Checks that the shards hold all tensors that the index lists.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensors`] with the first incomplete shard and all tensors that it lacks.
+    pub fn require_complete(&self) -> Result<()> {
+        let Some(path) = self.absent.values().min() else { return Ok(()) };
+        let names = self.absent.iter().filter(|(_, shard)| *shard == path).map(|(name, _)| name.clone());
+        Err(Error::MissingTensors { path: path.clone(), names: names.collect() })
+    }
+}
 
 /// The maximal size of a header that is parsed to find the reason why a file was refused.
 const MAX_HEADER_BYTES: usize = 1 << 20;
@@ -25,13 +51,39 @@ const MAX_HEADER_BYTES: usize = 1 << 20;
 /// - [`Error::Truncated`] for a file that ends before the size that its header announces.
 /// - [`Error::Foreign`] for a file of another format.
 pub fn load(path: &Path, device: &Device) -> Result<Tensors> {
-    let bytes = fs::read(path).map_err(|e| Error::read(path, "safetensors file", e))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| diagnose(path, &bytes, &e))?;
-    let load = |(name, view): (&str, safetensors::tensor::TensorView)| {
-        let tensor = view.load(device).map_err(|e| foreign(path, "safetensors", format!("{name}: {e}")))?;
-        Ok((name.to_string(), tensor))
-    };
-    file.iter().map(load).collect()
+    let bytes = read(path)?;
+    let file = parse(path, &bytes)?;
+    file.iter().map(|(name, view)| load_view(path, name, &view, device)).collect()
+}
+
+/// Reads the weights of the safetensors file at `path` onto `device`. Tensors of other dtypes are listed, not read.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_weights(path: &Path, device: &Device) -> Result<Weights> {
+    let bytes = read(path)?;
+    let mut weights = Weights::default();
+    for (name, view) in parse(path, &bytes)?.iter() {
+        if WEIGHT_DTYPES.contains(&view.dtype()) {
+            weights.tensors.extend([load_view(path, name, &view, device)?]);
+        } else {
+            weights.other_dtypes.insert(name.to_owned(), view.dtype().to_string());
+        }
+    }
+    Ok(weights)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|e| Error::read(path, "safetensors file", e))
+}
+
+fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(bytes).map_err(|e| diagnose(path, bytes, &e))
+}
+
+fn load_view(path: &Path, name: &str, view: &TensorView, device: &Device) -> Result<(String, Tensor)> {
+    let tensor = view.load(device).map_err(|e| foreign(path, "safetensors", format!("{name}: {e}")))?;
+    Ok((name.to_owned(), tensor))
 }
 
 /// Writes tensors to the safetensors file at `path`, without metadata. An existing file is replaced atomically.
@@ -83,8 +135,9 @@ pub(super) fn stream(
 
 /// The error of a file that the safetensors crate refused.
 fn diagnose(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
-    const OTHER_FORMATS: [(&[u8], &str); 5] = [
+    const OTHER_FORMATS: [(&[u8], &str); 6] = [
         (b"PK\x03\x04", "it is a zip archive, as PyTorch's .bin and .pt files are"),
+        (b"\x80\x02\x8a\x0a", "it is a pickle, as PyTorch's older .bin and .pt files are"),
         (b"GGUF", "it is a GGUF file"),
         (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself"),
         (b"\x1f\x8b", "it is compressed with gzip"),

@@ -10,6 +10,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
+use super::weights::require_finite;
+
 /// Named parameters, sorted by name. Clones share them.
 #[derive(Clone)]
 pub struct Params {
@@ -188,6 +190,7 @@ impl SimpleBackend for Params {
                 candle_core::bail!("tensor {name:?} is {:?}, not {:?}", tensor.dims(), shape.dims())
             }
             (Some(tensor), _) => {
+                require_finite(name, &tensor)?;
                 let half = matches!(tensor.dtype(), DType::BF16 | DType::F16);
                 let keeps_half = self.source.keeps_half && half && is_widened_by_module(name);
                 (if keeps_half { tensor.clone() } else { tensor.to_dtype(dtype)? }, tensor.dtype())

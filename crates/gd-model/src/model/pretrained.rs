@@ -8,13 +8,15 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::config::ModelConfig;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
 use crate::io::chat_template::ChatTemplate;
 use crate::io::checkpoint::{self, Checkpoint};
 use crate::io::gguf::{self, Gguf};
 use crate::io::tokenizer::Tokenizer;
-use crate::model::Transformer;
+use crate::io::{added_tokens, safetensors};
 use crate::model::params::Params;
+use crate::model::shapes::shapes;
+use crate::model::{Transformer, folder, weights};
 
 /// Files of a checkpoint folder that are copied unchanged when the model is saved.
 const COPIED: [&str; 3] =
@@ -49,8 +51,12 @@ pub struct Parts {
     pub seed: Option<u64>,
     /// Why newer checkpoints in the folder of a run could not be used; empty if the newest was loaded.
     pub skipped: Vec<String>,
-    /// The path in messages.
+    /// The path in messages: that of the configuration.
     pub(crate) path: PathBuf,
+    /// The path of the weights.
+    weights_path: PathBuf,
+    /// The names and dtypes of the tensors beside the weights that were not read.
+    other_dtypes: BTreeMap<String, String>,
 }
 
 /// A loaded model.
@@ -69,8 +75,8 @@ pub struct Loaded {
     pub skipped: Vec<String>,
 }
 
-/// Loads a model from a checkpoint folder, a `.safetensors` file in one, or a GGUF file. From the folder of a run that is
-/// not complete it loads the newest valid checkpoint. The model computes in f32.
+/// Loads a model from a checkpoint folder, a `.safetensors` file in one, a GGUF file, or a folder with one. From the folder
+/// of a run that is not complete it loads the newest valid checkpoint. The model computes in f32.
 ///
 /// ```no_run
 /// use std::path::Path;
@@ -98,30 +104,40 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
 /// Names the file and the reason.
 pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     if gguf::is_at(path) {
-        let Gguf { config, tensors, tokenizer, generation, files } = gguf::read(path, device)?;
-        return Ok(Parts { generation, files, ..Parts::new(path, config, tensors, tokenizer)? });
+        return read_gguf(path, device);
     }
     let (path, skipped) = checkpoint::locate(path)?;
     for reason in &skipped {
         tracing::warn!("{reason}; the model is loaded from {}", path.display());
     }
+    if path.is_dir()
+        && let Some(file) = folder::gguf_in(&path)?
+    {
+        return read_gguf(&file, device);
+    }
     let folder: PathBuf = match path.is_file() {
         true => path.parent().map(Path::to_path_buf).unwrap_or_default(),
         false => path.clone(),
     };
-    let tensors = checkpoint::load_tensors(&path, device)?;
+    let weights_path = checkpoint::weights_file(&path)?;
+    folder::check_companions(&folder)?;
+    let weights = checkpoint::load_weights(&weights_path, device)?;
+    let mut weights = weights::rename(&weights_path, weights)?;
     let file = folder.join(checkpoint::CONFIG);
-    let config = checkpoint::load_json(&file)?;
-    let tokenizer = Tokenizer::load(&folder.join(checkpoint::TOKENIZER))?;
+    let mut config = checkpoint::load_json(&file)?;
+    weights::tie(&weights_path, &mut config, &mut weights)?;
+    weights.require_complete()?;
+    let tokenizer = added_tokens::apply(&folder, Tokenizer::load(&folder.join(checkpoint::TOKENIZER))?)?;
+    let safetensors::Weights { tensors, other_dtypes, .. } = weights;
     let mut parts = Parts::new(&file, config, tensors, tokenizer)?;
     let generation = folder.join(checkpoint::GENERATION);
     if generation.exists() {
         let mut stored = checkpoint::load_json(&generation)?;
         for key in [EOS_KEY, BOS_KEY] {
-            if let (None, Some(map), Some(ids)) =
-                (stored.get(key).cloned(), stored.as_object_mut(), parts.generation.get(key))
+            let absent = stored.get(key).is_none_or(Value::is_null);
+            if let (true, Some(keys), Some(ids)) = (absent, stored.as_object_mut(), parts.generation.get(key))
             {
-                map.insert(key.into(), ids.clone());
+                keys.insert(key.into(), ids.clone());
             }
         }
         parts.generation = stored;
@@ -131,7 +147,12 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
         let content = std::fs::read(&path).map_err(|e| Error::read(&path, "file", e))?;
         parts.files.insert(name.into(), content);
     }
-    Ok(Parts { skipped, ..parts })
+    Ok(Parts { skipped, weights_path, other_dtypes, ..parts })
+}
+
+fn read_gguf(path: &Path, device: &Device) -> Result<Parts> {
+    let Gguf { config, tensors, tokenizer, generation, files } = gguf::read(path, device)?;
+    Ok(Parts { generation, files, ..Parts::new(path, config, tensors, tokenizer)? })
 }
 
 impl Parts {
@@ -163,6 +184,8 @@ impl Parts {
             seed: None,
             skipped: Vec::new(),
             path: path.into(),
+            weights_path: path.into(),
+            other_dtypes: BTreeMap::new(),
         })
     }
 
@@ -208,16 +231,19 @@ impl Parts {
     /// # Errors
     /// As [`Parts::build`].
     pub fn build_in(self, dtype: DType, device: &Device) -> Result<Loaded> {
-        let at = self.path.display();
+        self.config.validate().map_err(|e| Error::Invalid(format!("{}: {e}", self.path.display())))?;
+        let at = self.weights_path.display();
+        self.check_dtypes()?;
         let params = Params::for_inference(self.tensors, self.seed, dtype, device);
         let model = Transformer::new(&self.config, params.frozen())
             .map_err(|e| Error::Invalid(format!("{at}: {e}")))?;
         let mut unused = params.unused();
-        // Files of older versions of transformers hold the rotary frequencies, and some hold a tied projection twice.
+        unused.extend(self.other_dtypes.into_keys());
+        // Files of older versions of transformers hold the rotary frequencies.
         unused.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
-        unused.retain(|name| !(self.config.tie_word_embeddings && name == "lm_head.weight"));
         if !unused.is_empty() {
-            tracing::warn!("{at}: tensors that the model does not use: {}", unused.join(", "));
+            let list = shorten(&unused);
+            tracing::warn!("{at}: {} tensors that the model does not use are ignored: {list}", unused.len());
         }
         Ok(Loaded {
             generation: self.generation,
@@ -225,6 +251,40 @@ impl Parts {
             skipped: self.skipped,
             ..Loaded::new(model, params, self.tokenizer)
         })
+    }
+
+    /// Checks that the tensors of the configuration are there.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensors`], or a tensor that is stored in a dtype that is not read.
+    pub(crate) fn require_complete(&self) -> Result<()> {
+        self.check_dtypes()?;
+        let needed = shapes(&self.config)?;
+        checkpoint::require(&self.weights_path, &self.tensors, needed.keys().map(String::as_str))
+    }
+
+    /// Checks that no parameter of the model is stored in a dtype that is not read, or as integers beside its scales
+    /// (`q_proj.qweight` for `q_proj.weight`).
+    fn check_dtypes(&self) -> Result<()> {
+        if self.other_dtypes.is_empty() {
+            return Ok(());
+        }
+        let in_place_of = |name: &str| {
+            let module = name.strip_suffix("weight").filter(|module| !module.is_empty());
+            let is_part = |other: &str| module.is_some_and(|module| other.starts_with(module));
+            let part = || self.other_dtypes.iter().find(|(other, _)| is_part(other));
+            self.other_dtypes.get_key_value(name).or_else(part)
+        };
+        let needed = shapes(&self.config)?;
+        let missing = needed.keys().filter(|name| !self.tensors.contains_key(*name));
+        match missing.filter_map(|name| in_place_of(name)).next() {
+            None => Ok(()),
+            Some((name, dtype)) => Err(Error::Invalid(format!(
+                "{}: tensor {name:?} is {dtype}; weights in F32, F16, BF16 and F64 are read, quantised ones are not: \
+                 convert the model to BF16, or use a GGUF file",
+                self.weights_path.display()
+            ))),
+        }
     }
 }
 
@@ -241,7 +301,7 @@ impl Loaded {
         }
     }
 
-    /// The end-of-text tokens: those of `generation_config.json`, else that of the tokenizer.
+    /// The end-of-text tokens: those of `generation_config.json`, else that of the tokenizer. Negative ids stand for none.
     ///
     /// # Errors
     /// An `eos_token_id` that is neither a token id nor a list of ids.
@@ -255,7 +315,8 @@ impl Loaded {
             let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
             number.ok_or_else(|| Error::Invalid(format!("{EOS_KEY} {id} is not a token id")))
         };
-        ids.iter().map(id).collect()
+        let is_id = |id: &&Value| !id.is_null() && id.as_i64().is_none_or(|id| id >= 0);
+        ids.iter().filter(is_id).map(id).collect()
     }
 
     /// The begin token: that of `generation_config.json` or `config.json`, else that of `tokenizer_config.json`; `None` if
@@ -304,6 +365,12 @@ impl Loaded {
     /// # Errors
     /// Names the file and the reason.
     pub fn save(&self, folder: &Path, card: &[(&str, String)]) -> Result<()> {
+        if self.tokenizer.has_equal_scores() {
+            tracing::warn!(
+                "{}: tokens with equal scores are merged by their ids with the saved tokenizer.json, not from left to right",
+                folder.display()
+            );
+        }
         let config = self.model.config();
         let mut extra = self.files.clone();
         extra.extend(python_files(config).map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())));

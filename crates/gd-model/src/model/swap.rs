@@ -12,9 +12,7 @@ use gd_layer::GdConfig;
 
 use crate::config::{Mechanism, ModelConfig};
 use crate::error::{Error, Result};
-use crate::io::checkpoint::require;
 use crate::model::pretrained::Parts;
-use crate::model::shapes::shapes;
 
 /// A change of the attention of layers.
 #[derive(Debug, Clone, PartialEq)]
@@ -107,7 +105,7 @@ impl Swap {
     pub fn resolve(&self, parts: &Parts) -> Result<(ModelConfig, Vec<usize>)> {
         let layers = self.layers.numbers(parts.config.num_hidden_layers)?;
         // The model must be complete before the change; the tensors that are missing after it are those of the new layers.
-        require(&parts.path, &parts.tensors, shapes(&parts.config)?.keys().map(String::as_str))?;
+        parts.require_complete()?;
         Ok((self.config(&parts.config, &layers)?, layers))
     }
 

@@ -281,11 +281,48 @@ fn keys_have_the_meaning_and_precedence_of_transformers() {
     let scaling = json!({ "rope_type": "llama3", "type": "llama3", "factor": 2, "low_freq_factor": 1, "high_freq_factor": 4 });
     let rope = read("llama", json!({ "rope_scaling": scaling })).rope_parameters.unwrap();
     assert_eq!((rope.unscaled_context, rope.rope_theta), (Some(128), 200.0));
-    // Keys without effect are ignored.
-    read(
-        "llama",
+}
+
+#[test]
+fn keys_without_effect_change_nothing() {
+    let with = |changes: Value| {
+        let mut config = changed("mistral", json!({}));
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        let mut config = ModelConfig::from_json(config).unwrap();
+        config.origin = None;
+        config
+    };
+    let plain = with(json!({}));
+    for same in [
+        json!({ "pretraining_tp": 2 }),
+        json!({ "architectures": ["MISTRALForCausalLM"] }),
+        json!({ "architectures": ["MistralModel"] }),
+        json!({ "architectures": null }),
+        json!({ "model_type": "Mistral" }),
+        json!({ "_name_or_path": "a/b", "transformers_version": "4.28.0", "use_cache": true, "id2label": { "0": "x" } }),
         json!({ "attention_dropout": 0.1, "rope_interleaved": false, "transformers.js_config": {} }),
-    );
+        json!({ "eos_token_id": -1, "bos_token_id": null, "pad_token_id": [1, 2] }),
+        json!({ "rope_scaling": null, "quantization_config": null, "layer_types": null }),
+        json!({ "tie_word_embeddings": null, "attention_bias": null, "mlp_bias": null, "hidden_act": null }),
+        json!({ "use_sliding_window": null, "max_window_layers": null, "partial_rotary_factor": null }),
+        json!({ "hidden_act": "swish" }),
+    ] {
+        assert_eq!(with(same.clone()), plain, "{same}");
+    }
+    let linear = |more: Value| {
+        let mut scaling = json!({ "rope_type": "linear", "factor": 4.0, "rope_theta": 500.0 });
+        scaling.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        with(json!({ "rope_scaling": scaling, "rope_parameters": null }))
+    };
+    let plain = linear(json!({}));
+    for same in [
+        json!({ "finetuned": true }),
+        json!({ "original_max_position_embeddings": 64, "low_freq_factor": 1.0 }),
+        json!({ "beta_fast": 32, "mscale": null, "attention_factor": null, "long_factor": [1.0, 2.0] }),
+        json!({ "type": "linear" }),
+    ] {
+        assert_eq!(linear(same.clone()), plain, "{same}");
+    }
 }
 
 #[test]
@@ -304,7 +341,6 @@ fn unsupported_configs_are_refused_with_their_value() {
             vec!["SequenceClassification"],
         ),
         ("llama", json!({ "hidden_act": "gelu" }), vec!["hidden_act must be silu, not \"gelu\""]),
-        ("llama", json!({ "pretraining_tp": 2 }), vec!["pretraining_tp 2"]),
         ("llama", json!({ "quantization_config": { "bits": 4 } }), vec!["quantization_config", "\"bits\":4"]),
         ("llama", json!({ "partial_rotary_factor": 0.5 }), vec!["partial_rotary_factor 0.5"]),
         ("llama", json!({ "hidden_size": null }), vec!["hidden_size is missing"]),

@@ -19,6 +19,7 @@ mod mechanism_map;
 mod optimizer;
 mod packing;
 mod prepared;
+mod pretrained;
 mod recomputation;
 mod selective_prediction;
 mod smollm2;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use gd_model::config::Recipe;
 use gd_model::io::checkpoint::{CONFIG, INDEX, TOKENIZER, WEIGHTS, write_tensors};
 use gd_model::io::tokenizer::Tokenizer;
@@ -96,6 +96,13 @@ pub(super) fn model_cases() -> Vec<Case> {
         eval("no_tokenizer", 1, &["no_tokenizer/tokenizer.json"]),
         eval("bad_tokenizer", 1, &["bad_tokenizer/tokenizer.json"]),
         eval("small_vocabulary", 1, &["small_vocabulary", "256", "200"]),
+        eval("not_finite", 1, &["not_finite/model.safetensors", "model.norm.weight", "1 are NaN"]),
+        case(
+            "generate {dir}/not_finite --prompt It",
+            1,
+            &["not_finite/model.safetensors", "model.norm.weight", "1 are NaN"],
+        ),
+        eval("pickle", 1, &["pickle/model.safetensors", "pytorch_model.bin is a pickle", "safetensors"]),
         eval("escape", 1, &["escape/model.safetensors.index.json", "../model.safetensors"]),
         eval_on("", 2, &["--data"]),
         eval_on("--data {dir}/nowhere.txt", 1, &["nowhere.txt"]),
@@ -224,6 +231,12 @@ pub(super) fn write_files(dir: &Path) -> Result<()> {
     let mut tensors = model.params.tensors();
     tensors.remove("model.layers.1.mlp.up_proj.weight").context("the tensor to leave out")?;
     write_tensors(&copy("gap", &[])?.join(WEIGHTS), &tensors)?;
+    let mut tensors = model.params.tensors();
+    let mut norm = tensors["model.norm.weight"].to_vec1::<f32>()?;
+    norm[3] = f32::NAN;
+    tensors.insert("model.norm.weight".into(), Tensor::new(norm, &Device::Cpu)?);
+    write_tensors(&copy("not_finite", &[])?.join(WEIGHTS), &tensors)?;
+    fs::write(copy("pickle", &[WEIGHTS])?.join("pytorch_model.bin"), b"PK\x03\x04")?;
     let config: Value = serde_json::from_slice(&fs::read(good.join(CONFIG))?)?;
     for (name, key, value) in [
         ("other_shape", "intermediate_size", 60),

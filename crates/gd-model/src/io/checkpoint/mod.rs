@@ -27,7 +27,7 @@ pub use disk::{Disk, Output, System};
 pub use folder::{check_replaceable, write_folder, write_tensors};
 pub use manifest::{FolderWriter, MANIFEST, verify};
 pub use store::{Store, StoredCheckpoint, locate};
-pub use tensors::{load_json, load_tensors, require};
+pub use tensors::{load_json, load_tensors, load_weights, require, weights_file};
 
 use crate::error::{Error, Result};
 use crate::io::tokenizer::Tokenizer;

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 
 use super::{INDEX, WEIGHTS};
 use crate::error::{Error, Result};
-use crate::io::safetensors;
+use crate::io::safetensors::{self, Weights};
 
 /// The maximal size of a JSON file. Its values need several times as much memory.
 const MAX_JSON_BYTES: u64 = 16 << 20;
@@ -20,16 +20,36 @@ const MAX_JSON_BYTES: u64 = 16 << 20;
 /// As [`safetensors::load`]; [`Error::Foreign`] or [`Error::ShardName`] for a damaged index; [`Error::MissingTensors`] for a
 /// shard without a tensor that the index lists.
 pub fn load_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    let load = |file: &Path| Ok(Weights { tensors: safetensors::load(file, device)?, ..Weights::default() });
+    let weights = load_files(&weights_file(path)?, &load)?;
+    weights.require_complete()?;
+    Ok(weights.tensors)
+}
+
+/// Reads the weights of a checkpoint as [`load_tensors`] does. Tensors of other dtypes, and those that a shard lacks, are
+/// listed.
+///
+/// # Errors
+/// As [`load_tensors`], except that a tensor that a shard lacks is no error.
+pub fn load_weights(path: &Path, device: &Device) -> Result<Weights> {
+    load_files(&weights_file(path)?, &|file: &Path| safetensors::load_weights(file, device))
+}
+
+/// The file with the weights of a checkpoint folder: `model.safetensors`, else its index. A file stands for itself.
+///
+/// # Errors
+/// [`Error::Missing`] or [`Error::Unreadable`].
+pub fn weights_file(path: &Path) -> Result<PathBuf> {
     let kind = fs::metadata(path).map_err(|e| Error::read(path, "checkpoint", e))?;
     if !kind.is_dir() {
-        let index = path.extension().is_some_and(|e| e == "json");
-        return if index { load_shards(path, device) } else { safetensors::load(path, device) };
+        return Ok(path.into());
     }
     let (weights, index) = (path.join(WEIGHTS), path.join(INDEX));
-    if !weights.exists() && index.exists() {
-        return load_shards(&index, device);
-    }
-    safetensors::load(&weights, device)
+    Ok(if !weights.exists() && index.exists() { index } else { weights })
+}
+
+fn load_files(path: &Path, load: &dyn Fn(&Path) -> Result<Weights>) -> Result<Weights> {
+    if path.extension().is_some_and(|e| e == "json") { load_shards(path, load) } else { load(path) }
 }
 
 /// Checks that `tensors`, read from `path`, contain all `names`.
@@ -59,7 +79,7 @@ pub fn load_json(path: &Path) -> Result<serde_json::Value> {
     serde_json::from_slice(&bytes).map_err(|e| not_json(path, e.to_string()))
 }
 
-fn load_shards(index: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+fn load_shards(index: &Path, load: &dyn Fn(&Path) -> Result<Weights>) -> Result<Weights> {
     let bad =
         |reason: &str| Error::Foreign { path: index.into(), kind: "shard index", reason: reason.into() };
     let json = load_json(index)?;
@@ -73,14 +93,21 @@ fn load_shards(index: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>
         }
         shards.entry(shard).or_default().push(tensor);
     }
-    let mut tensors = BTreeMap::new();
+    let mut weights = Weights::default();
     for (shard, names) in shards {
         let path = index.with_file_name(shard);
-        let mut loaded = safetensors::load(&path, device)?;
-        require(&path, &loaded, names.iter().copied())?;
-        tensors.extend(names.into_iter().filter_map(|name| loaded.remove_entry(name)));
+        let mut loaded = load(&path)?;
+        for name in names {
+            if let Some(tensor) = loaded.tensors.remove_entry(name) {
+                weights.tensors.extend([tensor]);
+            } else if let Some(dtype) = loaded.other_dtypes.remove_entry(name) {
+                weights.other_dtypes.extend([dtype]);
+            } else {
+                weights.absent.insert(name.to_owned(), path.clone());
+            }
+        }
     }
-    Ok(tensors)
+    Ok(weights)
 }
 
 /// Whether a name is a plain file name on every operating system, without a path.

@@ -1,4 +1,4 @@
-//! Converts the metadata of a GGUF file of the llama architecture to a `config.json` of Hugging Face.
+//! Converts the metadata of a GGUF file to a `config.json` of Hugging Face.
 
 use candle_core::quantized::GgmlDType;
 use serde_json::{Value, json};
@@ -13,11 +13,84 @@ const FREQUENCY_FACTORS: (f64, f64) = (1.0, 4.0);
 /// The context length that Llama 3 was pretrained with, in tokens.
 const PRETRAINING_CONTEXT: f64 = 8192.0;
 
+/// The supported values of `general.architecture`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Architecture {
+    Llama,
+    Mistral3,
+    Qwen2,
+    Qwen3,
+}
+
+impl Architecture {
+    const ALL: [Self; 4] = [Self::Llama, Self::Mistral3, Self::Qwen2, Self::Qwen3];
+
+    pub(super) fn read(header: &Header) -> Result<Self> {
+        let name = header.text("general.architecture")?.ok_or("key general.architecture is missing")?;
+        Self::ALL.into_iter().find(|architecture| architecture.name() == name).ok_or_else(|| {
+            let supported = Self::ALL.map(Self::name).join(", ");
+            format!("key general.architecture is {name:?}; {supported} are supported")
+        })
+    }
+
+    /// Its name, with which its keys start.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Mistral3 => "mistral3",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        }
+    }
+
+    /// Whether the rotary embedding rotates adjacent elements of a head.
+    pub(super) fn rotates_adjacent(self) -> bool {
+        matches!(self, Self::Llama | Self::Mistral3)
+    }
+
+    fn key(self, name: &str) -> String {
+        format!("{}.{name}", self.name())
+    }
+}
+
+/// The family of Hugging Face that has the norms and biases of a file, and whether it has all biases of the attention.
+struct Family {
+    model_type: &'static str,
+    class: &'static str,
+    attention_bias: bool,
+    mlp_bias: bool,
+}
+
+impl Family {
+    /// The family by the tensors of the first layer. The architecture does not decide it: files of llama may have the
+    /// biases of Qwen 2, and files of qwen2 none.
+    fn read(header: &Header) -> Result<Self> {
+        let has = |name: &str| header.tensors.contains_key(&format!("blk.0.{name}"));
+        let [q, k, v, output] = ["q", "k", "v", "output"].map(|part| has(&format!("attn_{part}.bias")));
+        let norms = ["q", "k"].map(|part| has(&format!("attn_{part}_norm.weight")));
+        let mlp_bias = has("ffn_gate.bias");
+        let (model_type, class) = match (norms, [q, k, v, output]) {
+            ([false, false], [false, false, false, false] | [true, true, true, true]) => {
+                ("llama", "LlamaForCausalLM")
+            }
+            ([false, false], [true, true, true, false]) if !mlp_bias => ("qwen2", "Qwen2ForCausalLM"),
+            ([true, true], [false, false, false, false] | [true, true, true, true]) if !mlp_bias => {
+                ("qwen3", "Qwen3ForCausalLM")
+            }
+            ([false, true] | [true, false], _) => {
+                return Err("only one of queries and keys has a norm".into());
+            }
+            _ => return Err("only some of the projections have a bias".into()),
+        };
+        Ok(Self { model_type, class, attention_bias: q, mlp_bias })
+    }
+}
+
 /// The `config.json`. `factors` are the values of `rope_freqs.weight`, by which the rotary frequencies are divided.
-pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> {
-    let size = |key: &str| header.size(&format!("llama.{key}"));
-    let need = |key: &str| size(key)?.ok_or_else(|| format!("key llama.{key} is missing"));
-    let float = |key: &str| header.float(&format!("llama.{key}"));
+pub(super) fn config(header: &Header, architecture: Architecture, factors: Option<&[f32]>) -> Result<Value> {
+    let size = |name: &str| header.size(&architecture.key(name));
+    let need = |name: &str| size(name)?.ok_or_else(|| format!("key {} is missing", architecture.key(name)));
+    let float = |name: &str| header.float(&architecture.key(name));
     let (hidden, heads) = (need("embedding_length")?, need("attention.head_count")?);
     let kv_heads = size("attention.head_count_kv")?.unwrap_or(heads);
     if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
@@ -31,26 +104,30 @@ pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> 
         ("expert_count", 0),
         ("attention.sliding_window", 0),
     ];
-    for (key, supported) in supported_values {
-        if let Some(value) = size(key)?.filter(|value| *value != supported) {
-            return Err(format!("key llama.{key} is {value}; {supported} is supported"));
+    for (name, supported) in supported_values {
+        if let Some(value) = size(name)?.filter(|value| *value != supported) {
+            return Err(format!("key {} is {value}; {supported} is supported", architecture.key(name)));
         }
     }
+    for name in ["attention.scale", "attention.temperature_scale"] {
+        if let Some(value) = float(name)?.filter(|value| *value != 0.0) {
+            return Err(format!("key {} is {value}, which is not supported", architecture.key(name)));
+        }
+    }
+    if header.flag(&architecture.key("attention.causal"))? == Some(false) {
+        return Err(format!("key {} is false; true is supported", architecture.key("attention.causal")));
+    }
     let theta = float("rope.freq_base")?.unwrap_or(10_000.0);
-    let has = |name: &str| header.tensors.contains_key(name);
     let embedding = header.tensors.get("token_embd.weight").ok_or("tensor token_embd.weight is missing")?;
     let dtype = match embedding.dtype {
         GgmlDType::F16 => "float16",
         GgmlDType::BF16 => "bfloat16",
         _ => "float32",
     };
-    let biases = ["q", "k", "v", "output"].map(|part| has(&format!("blk.0.attn_{part}.bias")));
-    if biases.contains(&true) && biases.contains(&false) {
-        return Err("only some of the attention projections have a bias".into());
-    }
+    let family = Family::read(header)?;
     let mut config = json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.class],
+        "model_type": family.model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": need("feed_forward_length")?,
@@ -61,32 +138,38 @@ pub(super) fn config(header: &Header, factors: Option<&[f32]>) -> Result<Value> 
         "max_position_embeddings": need("context_length")?,
         "rms_norm_eps": float("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
         "rope_theta": theta,
-        "tie_word_embeddings": !has("output.weight"),
-        "attention_bias": biases[0],
-        "mlp_bias": has("blk.0.ffn_gate.bias"),
+        "tie_word_embeddings": !header.tensors.contains_key("output.weight"),
+        "attention_bias": family.attention_bias,
+        "mlp_bias": family.mlp_bias,
         "hidden_act": "silu",
         "torch_dtype": dtype,
     });
-    if let Some(scaling) = scaling(header, factors, theta, head_dim)? {
+    if let Some(scaling) = scaling(header, architecture, factors, theta, head_dim)? {
         config["rope_scaling"] = scaling;
     }
     Ok(config)
 }
 
-/// The value of `rope_scaling`; `None` if the rotary frequencies are not scaled.
-fn scaling(header: &Header, factors: Option<&[f32]>, theta: f64, head_dim: usize) -> Result<Option<Value>> {
-    let kind = header.text("llama.rope.scaling.type")?.unwrap_or("none");
-    let factor = match header.float("llama.rope.scaling.factor")? {
-        None => header.float("llama.rope.scale_linear")?,
+/// The value of `rope_scaling`; `None` if the rotary frequencies are not scaled. As in llama.cpp, a factor without a type is
+/// that of linear scaling, and a factor of 0 stands for none.
+fn scaling(
+    header: &Header,
+    architecture: Architecture,
+    factors: Option<&[f32]>,
+    theta: f64,
+    head_dim: usize,
+) -> Result<Option<Value>> {
+    let key = architecture.key("rope.scaling.type");
+    let kind = header.text(&key)?.unwrap_or("linear");
+    let factor = match header.float(&architecture.key("rope.scaling.factor"))? {
+        None => header.float(&architecture.key("rope.scale_linear"))?,
         factor => factor,
     };
-    match (kind, factor.unwrap_or(1.0), factors) {
+    match (kind, factor.filter(|factor| *factor != 0.0).unwrap_or(1.0), factors) {
         ("none" | "linear", 1.0, None) | ("none", _, None) => Ok(None),
         ("linear", factor, None) => Ok(Some(json!({ "rope_type": "linear", "factor": factor }))),
         ("none" | "linear", 1.0, Some(factors)) => llama3(factors, theta, head_dim).map(Some),
-        (kind, factor, _) => {
-            Err(format!("key llama.rope.scaling.type is {kind:?} (factor {factor}), which is not supported"))
-        }
+        (kind, factor, _) => Err(format!("key {key} is {kind:?} (factor {factor}), which is not supported")),
     }
 }
 

@@ -143,6 +143,8 @@ impl Value {
 /// The type, shape and position of a tensor in the file.
 #[derive(Debug)]
 pub(super) struct TensorInfo {
+    /// The index of the file among the parts of a split model.
+    pub(super) part: usize,
     pub(super) dtype: GgmlDType,
     /// The dimensions, outermost first.
     pub(super) shape: Vec<usize>,
@@ -202,6 +204,17 @@ impl Header {
         Ok(header)
     }
 
+    /// This header with the tensors of another file, the one with index `part`.
+    pub(super) fn with_part(mut self, other: Self, part: usize) -> Result<Self> {
+        for (name, info) in other.tensors {
+            if self.tensors.contains_key(&name) {
+                return Err(format!("tensor {name} is in two parts"));
+            }
+            self.tensors.insert(name, TensorInfo { part, ..info });
+        }
+        Ok(self)
+    }
+
     /// Replaces the offsets in the data, which starts at byte `data`, by offsets in the file of `length` bytes, and checks
     /// that the tensors lie within the file and do not overlap.
     fn resolve_offsets(&mut self, data: u64, length: u64) -> Result<()> {
@@ -249,7 +262,16 @@ impl Header {
         })
     }
 
-    /// A size or index; less than 2^32, so that the product of two of them does not overflow.
+    /// An index into a list of `length` items; `None` if the key is missing. An integer that is no such index, as -1 in some
+    /// files, is an error that the caller may pass over.
+    pub(super) fn index(&self, key: &str, length: usize) -> Result<Option<std::result::Result<usize, i128>>> {
+        self.get(key, "a number", |value| match value {
+            Value::Integer(x) => Some(usize::try_from(*x).ok().filter(|index| *index < length).ok_or(*x)),
+            _ => None,
+        })
+    }
+
+    /// A size; less than 2^32, so that the product of two of them does not overflow.
     pub(super) fn size(&self, key: &str) -> Result<Option<usize>> {
         self.get(key, "a number from 0 to 4294967295", |value| match value {
             Value::Integer(x) => u32::try_from(*x).ok().map(|x| x as usize),
@@ -289,6 +311,7 @@ impl Header {
     pub(super) fn floats(&self, key: &str) -> Result<Option<Vec<f64>>> {
         self.numbers(key, "a list of numbers", |value| match value {
             Value::Float(x) => Some(x),
+            Value::Integer(x) => Some(x as f64),
             _ => None,
         })
     }
@@ -423,6 +446,6 @@ impl<'a, R: Read + Seek> Input<'a, R> {
         let bytes =
             (elements / block).checked_mul(size).ok_or_else(|| format!("dimensions {dims:?} overflow"))?;
         let shape = dims.iter().rev().map(|&dim| dim as usize).collect();
-        Ok(TensorInfo { dtype: *dtype, shape, start, bytes })
+        Ok(TensorInfo { part: 0, dtype: *dtype, shape, start, bytes })
     }
 }

@@ -1,17 +1,24 @@
-//! Reads GGUF files of the llama architecture, as llama.cpp writes them, and converts them to the content of a Hugging Face
-//! checkpoint.
+//! Reads GGUF files of models of the Llama family, as llama.cpp writes them, and converts them to the content of a Hugging
+//! Face checkpoint.
 //!
-//! The rotary embedding of llama.cpp rotates adjacent elements of a head, that of Hugging Face the elements `i` and
-//! `i + D / 2`. The rows of the query and key projections are permuted accordingly: row `2 i + s` of a head in the GGUF file
-//! is row `s D / 2 + i` in the result.
+//! The rotary embedding of Hugging Face rotates the elements `i` and `i + D / 2` of a head. With the architectures llama and
+//! mistral3, that of llama.cpp rotates adjacent elements: the rows of the query and key projections are permuted, so that row
+//! `2 i + s` of a head in the GGUF file is row `s D / 2 + i` in the result. With qwen2 and qwen3 both are the same.
+//!
+//! The reader is not `candle_core::quantized::gguf_file` of candle 0.11, which divides by a `general.alignment` of 0, holds an
+//! array of bytes in 32 times its size, and accepts tensors that overlap; candle's tokenizer from GGUF reads byte-level BPE
+//! alone and takes the pre-tokenizer of GPT-2 for all that it does not have.
 
 mod config;
 mod header;
+mod pre_tokenizer;
+mod special_tokens;
+mod split;
 mod tokenizer;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use candle_core::quantized::{GgmlDType, ggml_file};
@@ -21,7 +28,11 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::io::checkpoint::TOKENIZER_CONFIG;
 use crate::io::tokenizer::Tokenizer;
+use config::Architecture;
 use header::{Header, TensorInfo};
+use special_tokens::SpecialTokens;
+use split::Files;
+pub use split::SplitName;
 
 /// The content of a GGUF file with the names and the order of rows of Hugging Face.
 #[derive(Debug)]
@@ -38,54 +49,52 @@ pub struct Gguf {
     pub files: BTreeMap<String, Vec<u8>>,
 }
 
-/// Whether `path` is a file that starts with the magic number of GGUF.
+/// Whether `path` is a file that starts with the magic number of GGUF, or that has the extension `gguf`.
 pub fn is_at(path: &Path) -> bool {
-    let mut start = [0; 4];
-    path.is_file()
-        && File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok()
-        && &start == b"GGUF"
+    let has_extension = || path.extension().is_some_and(|extension| extension == "gguf");
+    let has_magic = || {
+        let mut start = [0; 4];
+        File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && &start == b"GGUF"
+    };
+    path.is_file() && (has_extension() || has_magic())
 }
 
-/// Reads a GGUF file onto `device`. Besides the weights, memory holds one tensor in its stored form at a time.
+/// Reads a GGUF file onto `device`, with the other parts if it is part of a split model. Besides the weights, memory holds
+/// one tensor in its stored form at a time.
 ///
 /// # Errors
-/// [`Error::Missing`] or [`Error::Unreadable`]; [`Error::Foreign`] with the key or tensor and its value if the file is
-/// damaged or not supported.
+/// [`Error::Missing`] or [`Error::Unreadable`]; [`Error::Foreign`] with the key or tensor and its value if a file is damaged
+/// or not supported; [`Error::Invalid`] for a part that is missing.
 pub fn read(path: &Path, device: &Device) -> Result<Gguf> {
-    let file = File::open(path).map_err(|e| Error::read(path, "GGUF file", e))?;
-    convert(&mut BufReader::new(file), device).map_err(|reason| Error::Foreign {
-        path: path.into(),
-        kind: "GGUF",
-        reason,
-    })
+    let mut files = split::open(path)?;
+    let foreign = |reason| Error::Foreign { path: path.into(), kind: "GGUF", reason };
+    convert(path, &mut files, device).map_err(foreign)
 }
 
-/// Reads a GGUF file. The error is the reason without the path.
-fn convert(file: &mut (impl Read + Seek), device: &Device) -> std::result::Result<Gguf, String> {
-    let header = Header::read(file)?;
-    match header.text("general.architecture")? {
-        Some("llama") => {}
-        Some(other) => return Err(format!("key general.architecture is {other:?}; llama is supported")),
-        None => return Err("key general.architecture is missing".into()),
-    }
+/// Reads the files of a model. The error is the reason without the path, which is for warnings.
+fn convert(path: &Path, files: &mut Files, device: &Device) -> std::result::Result<Gguf, String> {
+    let Files { header, files } = files;
+    let mut load = |info: &TensorInfo| load(&mut files[info.part], info);
+    let architecture = Architecture::read(header)?;
     let factors = match header.tensors.get("rope_freqs.weight") {
         Some(info) => {
-            let tensor = load(file, info).map_err(|e| format!("tensor rope_freqs.weight: {e}"))?;
+            let tensor = load(info).map_err(|e| format!("tensor rope_freqs.weight: {e}"))?;
             let values = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>());
             Some(values.map_err(|e| e.to_string())?)
         }
         None => None,
     };
-    let mut config = config::config(&header, factors.as_deref())?;
+    let mut config = config::config(header, architecture, factors.as_deref())?;
     let count = |key: &str| config[key].as_u64().unwrap_or_default() as usize;
     let (heads, kv_heads) = (count("num_attention_heads"), count("num_key_value_heads"));
-    let tokenizer = tokenizer::tokenizer(&header, count("vocab_size"))?;
+    let (tokenizer, special) = tokenizer::tokenizer(path, header)?;
     let mut tensors = BTreeMap::new();
     for (stored, info) in header.tensors.iter().filter(|(name, _)| *name != "rope_freqs.weight") {
         let named = |e: &dyn std::fmt::Display| format!("tensor {stored}: {e}");
-        let name = name(stored).ok_or_else(|| named(&"it is not a tensor of the llama architecture"))?;
-        let tensor = load(file, info).map_err(|e| named(&e))?;
-        let tensor = match name.rsplit('.').nth(1) {
+        let unknown = || named(&format!("it is not a tensor of the {} architecture", architecture.name()));
+        let name = name(stored).ok_or_else(unknown)?;
+        let tensor = load(info).map_err(|e| named(&e))?;
+        let tensor = match name.rsplit('.').nth(1).filter(|_| architecture.rotates_adjacent()) {
             Some("q_proj") => rotary_halves(&tensor, heads).map_err(|e| named(&e))?,
             Some("k_proj") => rotary_halves(&tensor, kv_heads).map_err(|e| named(&e))?,
             _ => tensor,
@@ -93,12 +102,12 @@ fn convert(file: &mut (impl Read + Seek), device: &Device) -> std::result::Resul
         let tensor = tensor.to_device(device).map_err(|e| named(&e))?;
         tensors.insert(name, tensor);
     }
-    let (generation, settings) = settings(&header, &tokenizer, &mut config)?;
+    let (generation, settings) = settings(header, &tokenizer, &special, &mut config)?;
     let files = BTreeMap::from([(TOKENIZER_CONFIG.to_owned(), format!("{settings:#}\n").into_bytes())]);
     Ok(Gguf { config, tensors, tokenizer, generation, files })
 }
 
-/// The name in Hugging Face of a tensor of the llama architecture.
+/// The name in Hugging Face of a tensor.
 fn name(stored: &str) -> Option<String> {
     let whole = match stored {
         "token_embd.weight" => Some("model.embed_tokens.weight"),
@@ -119,6 +128,8 @@ fn name(stored: &str) -> Option<String> {
         "attn_k" => "self_attn.k_proj",
         "attn_v" => "self_attn.v_proj",
         "attn_output" => "self_attn.o_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
         "ffn_gate" => "mlp.gate_proj",
         "ffn_up" => "mlp.up_proj",
         "ffn_down" => "mlp.down_proj",
@@ -161,32 +172,25 @@ fn rotary_halves(rows: &Tensor, heads: usize) -> std::result::Result<Tensor, Str
 fn settings(
     header: &Header,
     tokenizer: &Tokenizer,
+    special: &SpecialTokens,
     config: &mut Value,
 ) -> std::result::Result<(Value, Value), String> {
-    let mut settings = json!({});
-    let mut ends = Vec::new();
-    for (kind, name) in [("bos", "bos_token"), ("eos", "eos_token"), ("eot", ""), ("unknown", "unk_token")] {
-        let Some(id) = header.integer(&format!("tokenizer.ggml.{kind}_token_id"))? else { continue };
-        let token = u32::try_from(id).ok().and_then(|id| tokenizer.token(id));
-        let Some(token) = token else {
-            return Err(format!("key tokenizer.ggml.{kind}_token_id is {id}, which is no token"));
-        };
-        match kind {
-            "eos" | "eot" if !ends.contains(&id) => ends.push(id),
-            "bos" => config["bos_token_id"] = id.into(),
-            _ => {}
-        }
-        if !name.is_empty() {
+    let (mut settings, mut generation) = (json!({}), json!({}));
+    let named = [("bos_token", special.begin), ("eos_token", special.end), ("unk_token", special.unknown)];
+    for (name, id) in named {
+        if let Some(token) = id.and_then(|id| tokenizer.token(id as u32)) {
             settings[name] = token.into();
         }
     }
+    if let Some(begin) = special.begin {
+        config["bos_token_id"] = begin.into();
+    }
+    if let Some(first) = special.ends.first() {
+        config["eos_token_id"] = (*first).into();
+        generation["eos_token_id"] = special.ends.clone().into();
+    }
     if let Some(template) = header.text("tokenizer.chat_template")? {
         settings["chat_template"] = template.into();
-    }
-    let mut generation = json!({});
-    if let Some(first) = ends.first() {
-        config["eos_token_id"] = (*first).into();
-        generation["eos_token_id"] = ends.into();
     }
     Ok((generation, settings))
 }

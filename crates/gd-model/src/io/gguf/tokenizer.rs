@@ -1,17 +1,18 @@
 //! The tokenizer in the metadata of a GGUF file.
 //!
 //! `tokenizer.ggml.model` is the kind: `gpt2` is byte-level BPE with its merges; `llama` is SentencePiece BPE, whose merges
-//! follow from the scores of the tokens. `tokenizer.ggml.pre` is the pre-tokenizer of byte-level BPE. The patterns are those
-//! of the `tokenizer.json` files of the models and of llama.cpp's src/llama-vocab.cpp.
+//! follow from the scores of the tokens. `tokenizer.ggml.pre` is the pre-tokenizer of byte-level BPE.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
+use std::path::Path;
 
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as Decoders;
 use tokenizers::decoders::strip::Strip;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
-use tokenizers::normalizers::{NFC, NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
+use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
@@ -20,11 +21,15 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::header::Header;
+use super::pre_tokenizer::PreTokenizer;
+use super::special_tokens::SpecialTokens;
+use crate::io::sentencepiece::Scores;
 use crate::io::tokenizer::Tokenizer;
 
 type Result<T> = std::result::Result<T, String>;
 
 /// Values of `tokenizer.ggml.token_type`.
+const UNKNOWN: i128 = 2;
 const CONTROL: i128 = 3;
 const USER_DEFINED: i128 = 4;
 
@@ -32,85 +37,11 @@ const USER_DEFINED: i128 = 4;
 /// of the token.
 const MAX_TOKEN_CHARS: usize = 1 << 10;
 
+/// The first tokens of a SentencePiece vocabulary.
+const SENTENCEPIECE_TOKENS: [&str; 3] = ["<unk>", "<s>", "</s>"];
+
 /// The character that stands for a space in SentencePiece.
 const SENTENCEPIECE_SPACE: &str = "\u{2581}";
-
-/// A pre-tokenizer of byte-level BPE.
-struct PreTokenizer {
-    /// Its names in `tokenizer.ggml.pre`.
-    names: &'static [&'static str],
-    /// Whether each digit is a token of its own.
-    digits: bool,
-    /// The patterns that split the text, applied in this order; empty for the pattern of GPT-2.
-    patterns: &'static [&'static str],
-    /// Whether the text is normalized to NFC first.
-    nfc: bool,
-    /// Whether a segment that is a token becomes this token regardless of the merges (`ignore_merges`).
-    ignore_merges: bool,
-    /// Whether a text starts with the begin token by default.
-    add_bos: bool,
-}
-
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-
-const PRE_TOKENIZERS: [PreTokenizer; 5] = [
-    PreTokenizer {
-        names: &[
-            "gpt-2",
-            "gpt2",
-            "phi-2",
-            "jina-es",
-            "jina-de",
-            "mpt",
-            "olmo",
-            "jais",
-            "trillion",
-            "granite-docling",
-        ],
-        digits: false,
-        patterns: &[],
-        nfc: false,
-        ignore_merges: false,
-        add_bos: false,
-    },
-    PreTokenizer {
-        names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
-        digits: true,
-        patterns: &[],
-        nfc: false,
-        ignore_merges: false,
-        add_bos: false,
-    },
-    PreTokenizer {
-        names: &["llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"],
-        digits: false,
-        patterns: &[
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ],
-        nfc: false,
-        ignore_merges: true,
-        add_bos: true,
-    },
-    PreTokenizer {
-        names: &["qwen2", "deepseek-r1-qwen", "megrez"],
-        digits: false,
-        patterns: &[
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ],
-        nfc: true,
-        ignore_merges: false,
-        add_bos: false,
-    },
-    // The default of llama.cpp.
-    PreTokenizer {
-        names: &["default"],
-        digits: false,
-        patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-        nfc: false,
-        ignore_merges: false,
-        add_bos: false,
-    },
-];
 
 fn key(name: &str) -> String {
     format!("tokenizer.ggml.{name}")
@@ -120,77 +51,104 @@ fn invalid(e: tokenizers::Error) -> String {
     format!("the tokenizer is inconsistent: {e}")
 }
 
-/// Builds the tokenizer. `vocab_size` is the number of rows of the model's embedding.
-pub(super) fn tokenizer(header: &Header, vocab_size: usize) -> Result<Tokenizer> {
-    let tokens = header.texts(&key("tokens"))?.ok_or("key tokenizer.ggml.tokens is missing")?;
-    if tokens.is_empty() || tokens.len() > vocab_size {
-        return Err(format!("{} tokens for a model with a vocabulary of {vocab_size}", tokens.len()));
+/// Builds the tokenizer, and finds its special tokens. `path` is for warnings.
+pub(super) fn tokenizer(path: &Path, header: &Header) -> Result<(Tokenizer, SpecialTokens)> {
+    let tokens = tokens(header)?;
+    let tokens: &[String] = &tokens;
+    let types = header.integers(&key("token_type"))?.unwrap_or_default();
+    if !types.is_empty() && types.len() != tokens.len() {
+        return Err(format!("{} token types for {} tokens", types.len(), tokens.len()));
     }
-    let mut unique = HashSet::with_capacity(tokens.len());
-    if let Some(duplicate) = tokens.iter().find(|token| !unique.insert(token.as_str())) {
-        return Err(format!("token {duplicate:?} occurs twice"));
-    }
-    drop(unique);
-    let vocab: Vocab = tokens.iter().cloned().zip(0..).collect();
-    let (mut inner, add_bos) = match header.text(&key("model"))? {
-        Some("gpt2") => byte_level(header, vocab)?,
-        Some("llama") => sentencepiece(header, tokens, vocab)?,
+    let is_sentencepiece = match header.text(&key("model"))? {
+        Some("gpt2") => false,
+        Some("llama") => true,
         Some(kind) => {
             return Err(format!("key tokenizer.ggml.model is {kind:?}; gpt2 and llama are supported"));
         }
         None => return Err("key tokenizer.ggml.model is missing".into()),
     };
-    // Control and user-defined tokens in a text are never split.
-    let types = header.integers(&key("token_type"))?.unwrap_or_default();
-    if !types.is_empty() && types.len() != tokens.len() {
-        return Err(format!("{} token types for {} tokens", types.len(), tokens.len()));
-    }
-    let of = |kind| {
-        tokens.iter().zip(&types).filter(move |(_, token_kind)| **token_kind == kind).map(|(token, _)| token)
+    let defaults: &[&str] = if is_sentencepiece { &SENTENCEPIECE_TOKENS } else { &[] };
+    let may_end = |id: usize| types.get(id).is_none_or(|kind| [CONTROL, USER_DEFINED].contains(kind));
+    let special = SpecialTokens::read(path, header, tokens, defaults, may_end)?;
+    let vocab: Vocab = tokens.iter().cloned().zip(0..).collect();
+    let (mut inner, add_bos, scores) = if is_sentencepiece {
+        let (inner, scores) = sentencepiece(header, tokens, vocab, special.unknown)?;
+        (inner, true, Some(scores))
+    } else {
+        let (inner, add_bos) = byte_level(header, vocab)?;
+        (inner, add_bos, None)
     };
-    let special = of(CONTROL).map(|token| AddedToken::from(token.as_str(), true).normalized(false));
-    inner.add_special_tokens(special).map_err(invalid)?;
-    let plain = of(USER_DEFINED).map(|token| AddedToken::from(token.as_str(), false).normalized(false));
+    // Control, unknown and user-defined tokens in a text are never split.
+    let of = |kinds: &'static [i128]| {
+        tokens
+            .iter()
+            .zip(&types)
+            .filter(move |(_, kind)| kinds.contains(kind))
+            .map(|(token, _)| token.as_str())
+    };
+    let control = of(&[CONTROL, UNKNOWN]).map(|token| AddedToken::from(token, true).normalized(false));
+    inner.add_special_tokens(control).map_err(invalid)?;
+    let plain = of(&[USER_DEFINED]).map(|token| AddedToken::from(token, false).normalized(false));
     inner.add_tokens(plain).map_err(invalid)?;
-    let added = |flag: &str, default: bool, id: &str| -> Result<Option<(String, u32)>> {
-        if !header.flag(&key(flag))?.unwrap_or(default) {
-            return Ok(None);
+    let added = |flag: &str, default: bool, id: Option<usize>, name: &str| -> Result<Option<(String, u32)>> {
+        let flag = header.flag(&key(flag))?;
+        if flag == Some(true) && id.is_none() && header.index(&key(name), tokens.len())?.is_none() {
+            return Err(format!("key tokenizer.ggml.{name} is missing"));
         }
-        match header.size(&key(id))? {
-            Some(id) => match tokens.get(id) {
-                Some(token) => Ok(Some((token.clone(), id as u32))),
-                None => Err(format!("token {id} is not in the vocabulary of {}", tokens.len())),
-            },
-            None => Err(format!("key tokenizer.ggml.{id} is missing")),
+        Ok(id.filter(|_| flag.unwrap_or(default)).map(|id| (tokens[id].clone(), id as u32)))
+    };
+    let begin = added("add_bos_token", add_bos, special.begin, "bos_token_id")?;
+    let end = added("add_eos_token", false, special.end, "eos_token_id")?;
+    if begin.is_some() || end.is_some() {
+        inner.with_post_processor(Some(surrounded(begin, end)?));
+    }
+    let tokenizer = Tokenizer::checked(inner)?;
+    Ok(match scores {
+        Some(scores) => (tokenizer.with_scores(scores), special),
+        None => (tokenizer, special),
+    })
+}
+
+/// The tokens by id. As in llama.cpp, an empty token gets a name that no text has.
+fn tokens(header: &Header) -> Result<Cow<'_, [String]>> {
+    let tokens = header.texts(&key("tokens"))?.ok_or("key tokenizer.ggml.tokens is missing")?;
+    if tokens.is_empty() {
+        return Err("key tokenizer.ggml.tokens is an empty list".into());
+    }
+    let tokens = match tokens.iter().any(String::is_empty) {
+        false => Cow::Borrowed(tokens),
+        true => {
+            let named = |(id, token): (usize, &String)| match token.is_empty() {
+                true => format!("[EMPTY_{id}]"),
+                false => token.clone(),
+            };
+            tokens.iter().enumerate().map(named).collect()
         }
     };
-    let begin = added("add_bos_token", add_bos, "bos_token_id")?;
-    let end = added("add_eos_token", false, "eos_token_id")?;
-    if begin.is_some() || end.is_some() {
-        let text = |(token, _): &(String, u32)| token.clone();
-        let template = [begin.as_ref().map(text), Some("$A".to_owned()), end.as_ref().map(text)];
-        let processing = TemplateProcessing::builder()
-            .try_single(template.into_iter().flatten().collect::<Vec<_>>())
-            .and_then(|builder| {
-                let mut special: Vec<_> = begin.into_iter().chain(end).collect();
-                special.dedup();
-                builder.special_tokens(special).build().map_err(|e| e.to_string())
-            })
-            .map_err(|e| format!("the begin and end tokens: {e}"))?;
-        inner.with_post_processor(Some(processing));
+    let mut unique = HashSet::with_capacity(tokens.len());
+    match tokens.iter().find(|token| !unique.insert(token.as_str())) {
+        Some(duplicate) => Err(format!("token {duplicate:?} occurs twice")),
+        None => Ok(tokens),
     }
-    Tokenizer::checked(inner)
+}
+
+/// The post-processor that puts a begin token before a text and an end token after it.
+fn surrounded(begin: Option<(String, u32)>, end: Option<(String, u32)>) -> Result<TemplateProcessing> {
+    let text = |(token, _): &(String, u32)| token.clone();
+    let template = [begin.as_ref().map(text), Some("$A".to_owned()), end.as_ref().map(text)];
+    TemplateProcessing::builder()
+        .try_single(template.into_iter().flatten().collect::<Vec<_>>())
+        .and_then(|builder| {
+            let mut special: Vec<_> = begin.into_iter().chain(end).collect();
+            special.dedup();
+            builder.special_tokens(special).build().map_err(|e| e.to_string())
+        })
+        .map_err(|e| format!("the begin and end tokens: {e}"))
 }
 
 /// Builds a byte-level BPE tokenizer as that of GPT-2. Also returns whether a text starts with the begin token by default.
 fn byte_level(header: &Header, vocab: Vocab) -> Result<(tokenizers::Tokenizer, bool)> {
-    let pre = header.text(&key("pre"))?.unwrap_or("default");
-    let Some(pre_tokenizer) = PRE_TOKENIZERS.iter().find(|candidate| candidate.names.contains(&pre)) else {
-        let supported = PRE_TOKENIZERS.map(|candidate| candidate.names.join(", ")).join(", ");
-        return Err(format!(
-            "key tokenizer.ggml.pre is {pre:?}, which is not supported (supported: {supported})"
-        ));
-    };
+    let pre_tokenizer = PreTokenizer::find(header.text(&key("pre"))?.unwrap_or("default"))?;
     let lines = header.texts(&key("merges"))?.ok_or("key tokenizer.ggml.merges is missing")?;
     let mut merges = Merges::with_capacity(lines.len());
     for line in lines {
@@ -222,15 +180,16 @@ fn byte_level(header: &Header, vocab: Vocab) -> Result<(tokenizers::Tokenizer, b
     steps.push(ByteLevel::new(false, false, pre_tokenizer.patterns.is_empty()).into());
     inner.with_pre_tokenizer(Some(PreTokenizers::new(steps)));
     inner.with_decoder(Some(ByteLevel::new(false, false, false)));
-    if pre_tokenizer.nfc {
-        inner.with_normalizer(Some(NFC)).map_err(invalid)?;
-    }
     Ok((inner, pre_tokenizer.add_bos))
 }
 
-/// Builds a SentencePiece BPE tokenizer. Of all adjacent pairs, the one whose merged token has the highest score is merged
-/// first. Also returns whether a text starts with the begin token by default.
-fn sentencepiece(header: &Header, tokens: &[String], vocab: Vocab) -> Result<(tokenizers::Tokenizer, bool)> {
+/// Builds a SentencePiece BPE tokenizer, and returns the scores that decide the order of its merges.
+fn sentencepiece(
+    header: &Header,
+    tokens: &[String],
+    vocab: Vocab,
+    unknown: Option<usize>,
+) -> Result<(tokenizers::Tokenizer, Scores)> {
     let scores = header.floats(&key("scores"))?.ok_or("key tokenizer.ggml.scores is missing")?;
     if scores.len() != tokens.len() {
         return Err(format!("{} scores for {} tokens", scores.len(), tokens.len()));
@@ -251,14 +210,11 @@ fn sentencepiece(header: &Header, tokens: &[String], vocab: Vocab) -> Result<(to
     }
     pairs.sort_by(|a, b| scores[b.0].total_cmp(&scores[a.0]).then((a.1, a.2).cmp(&(b.1, b.2))));
     let text = |id: u32| tokens[id as usize].clone();
+    let merged: Vec<usize> = pairs.iter().map(|(id, ..)| *id).collect();
     let merges = pairs.into_iter().map(|(_, left, right)| (text(left), text(right))).collect();
-    let unknown = header.size(&key("unknown_token_id"))?.unwrap_or(0);
-    let unknown = tokens
-        .get(unknown)
-        .ok_or_else(|| format!("token {unknown} is not in the vocabulary of {}", tokens.len()))?;
     let model = BPE::builder()
         .vocab_and_merges(vocab, merges)
-        .unk_token(unknown.clone())
+        .unk_token(tokens[unknown.unwrap_or(0)].clone())
         .fuse_unk(true)
         .byte_fallback(true)
         .build();
@@ -279,5 +235,5 @@ fn sentencepiece(header: &Header, tokens: &[String], vocab: Vocab) -> Result<(to
         steps.push(Strip::new(' ', 1, 0).into());
     }
     inner.with_decoder(Some(Decoders::new(steps)));
-    Ok((inner, true))
+    Ok((inner, Scores::new(scores, merged.into_iter())))
 }

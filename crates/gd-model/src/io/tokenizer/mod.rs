@@ -10,15 +10,16 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{LazyLock, Once};
+use std::sync::{Arc, LazyLock, Once};
 
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper};
+use tokenizers::{AddedToken, DecoderWrapper, Encoding, ModelWrapper, OffsetType};
 
 pub use self::stream::StreamDecoder;
 use crate::error::{Error, Result};
 use crate::io::files::write_file;
+use crate::io::sentencepiece::Scores;
 
 /// The number of byte values, which is the size of the smallest vocabulary.
 pub const BYTES: usize = 256;
@@ -59,6 +60,8 @@ pub struct Tokenizer {
     raw: bool,
     /// Whether the decoder is the byte-level alphabet, with which the bytes of a token do not depend on its neighbours.
     bytewise: bool,
+    /// The scores of a SentencePiece vocabulary, which decide the order of merges in the place of the model's ranks.
+    scores: Option<Arc<Scores>>,
 }
 
 impl Tokenizer {
@@ -133,6 +136,43 @@ impl Tokenizer {
         Ok(Self::wrap(inner, raw))
     }
 
+    /// The tokenizer with the merges in the order of `scores`, for a model BPE without a pre-tokenizer.
+    pub(crate) fn with_scores(mut self, scores: Scores) -> Self {
+        self.scores = Some(Arc::new(scores));
+        self
+    }
+
+    /// Whether a text may have other tokens with the `tokenizer.json` of this tokenizer, because tokens with equal scores
+    /// are merged from left to right, and a file states one order of all merges.
+    pub(crate) fn has_equal_scores(&self) -> bool {
+        self.scores.as_ref().is_some_and(|scores| scores.has_equal())
+    }
+
+    /// The tokenizer with added tokens, which are never split. A token that the vocabulary lacks gets the id
+    /// [`Tokenizer::next_added_id`].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the reason of the `tokenizers` library.
+    pub(crate) fn with_added_tokens(mut self, tokens: Vec<AddedToken>) -> Result<Self> {
+        if tokens.is_empty() {
+            return Ok(self);
+        }
+        self.inner.add_tokens(tokens).map_err(invalid)?;
+        Ok(Self { scores: self.scores, ..Self::wrap(self.inner, false) })
+    }
+
+    /// The id that the library gives to the next added token that the vocabulary lacks.
+    pub(crate) fn next_added_id(&self) -> u32 {
+        let size = u32::try_from(self.inner.get_vocab_size(false)).unwrap_or(u32::MAX);
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        added.keys().max().map_or(size, |max| size.max(max.saturating_add(1)))
+    }
+
+    /// Whether a token is an added one.
+    pub(crate) fn is_added(&self, token: &str) -> bool {
+        self.inner.get_added_vocabulary().get_vocab().contains_key(token)
+    }
+
     /// Writes a `tokenizer.json`. An existing file is replaced atomically.
     ///
     /// # Errors
@@ -172,9 +212,20 @@ impl Tokenizer {
             return Ok(text.bytes().map(u32::from).collect());
         }
         // A damaged file may cause a panic for some texts only.
-        let encoding = catch_panic(|| self.inner.encode_fast(text, add_special))
+        let encoding = catch_panic(|| self.encoding(text, add_special))
             .map_err(|panic| Error::Invalid(format!("tokenizer: {}", panic_reason(panic))))?;
         Ok(encoding.map_err(invalid)?.get_ids().to_vec())
+    }
+
+    fn encoding(&self, text: &str, add_special: bool) -> tokenizers::Result<Encoding> {
+        let (Some(scores), ModelWrapper::BPE(model)) = (&self.scores, self.inner.get_model()) else {
+            return self.inner.encode_fast(text, add_special);
+        };
+        // The steps of `encode_fast` with another order of merges.
+        let added = self.inner.get_added_vocabulary();
+        let mut parts = added.extract_and_normalize(self.inner.get_normalizer(), text);
+        parts.tokenize(|part| Ok(scores.tokenize(model, part.get())))?;
+        self.inner.post_process(parts.into_encoding(None, 0, OffsetType::None)?, None, add_special)
     }
 
     /// The ids of a document: those of its text, followed by the end-of-text token if the vocabulary has one. An empty text
@@ -278,7 +329,7 @@ impl Tokenizer {
         let vocab = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
         let bytewise = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
             && matches!(inner.get_model(), ModelWrapper::BPE(_));
-        Self { inner, vocab, raw, bytewise }
+        Self { inner, vocab, raw, bytewise, scores: None }
     }
 
     /// The name of a token that has a text when it is decoded; `None` for a special token and an id without a token.

@@ -1,5 +1,9 @@
 //! GGUF files: tensor types, the order of the rows, tokenizers, and unsupported or damaged files.
 
+mod split;
+mod tokens;
+mod variants;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -288,7 +292,7 @@ fn text_is_split_by_the_named_pre_tokenizer() -> Result<()> {
 /// The ids are those of Python's sentencepiece 0.2.3 for a BPE vocabulary with byte fallback that it trained.
 #[test]
 fn tokens_are_those_of_sentencepiece() -> Result<()> {
-    let golden: serde_json::Value = serde_json::from_str(include_str!("../fixtures/sentencepiece.json"))?;
+    let golden: serde_json::Value = serde_json::from_str(include_str!("../../fixtures/sentencepiece.json"))?;
     let list = |key: &str| golden[key].as_array().cloned().unwrap_or_default();
     let tokens = list("tokens").into_iter().map(|t| Value::String(t.as_str().unwrap_or_default().into()));
     let scores = list("scores").into_iter().map(|x| Value::F32(x.as_f64().unwrap_or(f64::NAN) as f32));
@@ -324,7 +328,11 @@ fn unsupported_values_and_damage_are_named() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let text = |text: &str| Value::String(text.into());
     let cases: Vec<(&str, Option<Value>, &str)> = vec![
-        ("general.architecture", Some(text("gemma")), "general.architecture is \"gemma\"; llama"),
+        (
+            "general.architecture",
+            Some(text("gemma")),
+            "general.architecture is \"gemma\"; llama, mistral3, qwen2, qwen3",
+        ),
         ("general.alignment", Some(Value::U32(0)), "general.alignment 0"),
         ("general.alignment", Some(Value::U32(24)), "general.alignment 24"),
         ("llama.block_count", None, "llama.block_count is missing"),
@@ -338,13 +346,15 @@ fn unsupported_values_and_damage_are_named() -> Result<()> {
         ("llama.rope.scaling.type", Some(text("yarn")), "\"yarn\""),
         ("llama.rope.freq_base", Some(Value::F32(f32::NAN)), "freq_base is NaN"),
         ("tokenizer.ggml.model", Some(text("bert")), "tokenizer.ggml.model is \"bert\""),
-        ("tokenizer.ggml.pre", Some(text("tekken")), "tokenizer.ggml.pre is \"tekken\""),
+        ("tokenizer.ggml.pre", Some(text("bloom")), "tokenizer.ggml.pre is \"bloom\""),
         ("tokenizer.ggml.tokens", Some(texts(&["a", "b", "a"])), "token \"a\" occurs twice"),
         ("tokenizer.ggml.tokens", Some(texts(&["x"; 0])), "tokenizer.ggml.tokens is a list of 0 numbers"),
         ("tokenizer.ggml.merges", Some(texts(&["a 1"])), "merge \"a 1\": there is no token \"a1\""),
         ("tokenizer.ggml.merges", Some(texts(&["ab"])), "merge \"ab\" is no pair"),
         ("tokenizer.ggml.token_type", Some(Value::Array(vec![Value::I32(1)])), "1 token types for 14 tokens"),
-        ("tokenizer.ggml.eos_token_id", Some(Value::U32(14)), "eos_token_id is 14, which is no token"),
+        ("tokenizer.ggml.eos_token_id", Some(text("<|end|>")), "eos_token_id is the text \"<|end|>\""),
+        ("llama.attention.scale", Some(Value::F32(0.5)), "attention.scale is 0.5"),
+        ("llama.attention.causal", Some(Value::Bool(false)), "attention.causal is false"),
         ("tokenizer.ggml.add_bos_token", Some(Value::Bool(true)), "bos_token_id is missing"),
     ];
     let count = cases.len();

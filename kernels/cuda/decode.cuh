@@ -147,18 +147,31 @@ template <int ROWS> __device__ __forceinline__ bool is_last_block(DecodeState<RO
     return true;
 }
 
+// The keys of a KV head in a cache.
+template <class T> struct CachedRows {
+    const DecodeRows<T> &at;
+    const T *k;
+
+    __device__ __forceinline__ const T *row(u32 j) const { return at.key(k, j); }
+};
+
 // Writes index, energy and value row of the winners; ends with a barrier.
 template <class T>
-__device__ __forceinline__ void write_winners(const DecodeRows<T> &at, const T *k, const float *beta,
-                                              const float *prior, const T *v, const float *threshold,
-                                              const uint64_t *rows, i32 *index, float *energy, T *y) {
+__device__ __forceinline__ void write_winners(const DecodeRows<T> &at, const DecodeState<DecodeRows<T>::ROWS> &state,
+                                              const T *k, const float *beta, const float *prior, const T *v,
+                                              const float *threshold, const uint64_t *rows, i32 *index, float *energy,
+                                              T *y) {
     const DecodeParams &p = at.p;
+    CommonOffset offset = unknown_offset();
     for (u32 r = threadIdx.x / 32; r < at.ROWS; r += DECODE_WARPS) {
         if (!at.exists(r)) continue;
         uint64_t code = *reinterpret_cast<const volatile uint64_t *>(rows + r);
         i32 winner = code ? i32(p.tie == TIE_LAST ? u32(code) : ~u32(code)) : -1;
-        u32 h = at.head(r), j = u32(max(winner, 0));
-        float e = admit_winner(this_thread(), p, at.b, h, winner, at.query(r), at.key(k, j), beta, prior, threshold);
+        u32 h = at.head(r);
+        CachedRows<T> keys = {at, k};
+        float e = admit_winner(this_thread(), p, at.b, h, winner, at.query(r), keys, state.row[r], offset, beta,
+                               prior, threshold);
+        u32 j = u32(max(winner, 0));
         size_t out = (size_t(at.b) * p.q_heads + h) * p.queries + (at.first + r) / p.pack;
         const T *value =
             v + size_t(at.page(j)) * p.v_batch + size_t(at.kv) * p.v_head + size_t(at.page_offset(j)) * p.v_row;
@@ -229,7 +242,7 @@ __device__ __forceinline__ void decode(const DecodeParams &p, const T *q, const 
     uint64_t *rows = winners + size_t(at.row_tile) * ROWS;
     merge_top1(state, top, key, p.tie, rows);
     if (!is_last_block(state, counter + at.row_tile, p.splits)) return;
-    write_winners(at, k, beta, prior, v, threshold, rows, index, energy, y);
+    write_winners(at, state, k, beta, prior, v, threshold, rows, index, energy, y);
     // The workspace is zero again for the next launch.
     if (threadIdx.x < ROWS) rows[threadIdx.x] = 0;
     if (threadIdx.x == 0) counter[at.row_tile] = 0;

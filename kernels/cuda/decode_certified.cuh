@@ -293,7 +293,7 @@ __device__ __forceinline__ void decode_certified(const DecodeParams &p, const T 
     warp_candidates.prune();
     warp_candidates.rescore(0);
     merge_top1(state, warp_candidates.top, warp_candidates.key, p.tie, winners);
-    write_winners(at, k, beta, prior, v, threshold, winners, index, energy, y);
+    write_winners(at, state, k, beta, prior, v, threshold, winners, index, energy, y);
     if (threadIdx.x < ROWS) winners[threadIdx.x] = 0, lower[threadIdx.x] = 0;
     if (threadIdx.x < 2) counter[threadIdx.x] = 0;
 }

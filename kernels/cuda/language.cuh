@@ -5,6 +5,8 @@
 #include <math.h>
 
 #define INLINE __device__ __forceinline__
+// A function for rare cases, which must not take registers from its callers.
+#define COLD __device__ __noinline__
 #define DEVICE
 #define SHARED
 #define LOCAL

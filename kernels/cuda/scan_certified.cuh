@@ -495,6 +495,7 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
     }
 
     rows_of_warp.store_state();
+    CommonOffset offset = unknown_offset();
     for (u32 r = 0; r < u32(S::ROWS); r++) {
         u32 row = first + r;
         if (!at.exists(p, row)) continue;
@@ -507,16 +508,16 @@ scan_certified(const CertifiedParams &params, const T *q, const T *k, const floa
         __syncwarp();
         size_t out = at.output_row(p, row);
         if (p.candidates == 1 && !p.protected_slots) {
-            const T *query = query_row(p, at, q, row);
             i32 winner = entries ? list.key[0] : -1;
+            // An infinite score hides the others; such a row is ranked by differences.
             if (rows_of_warp.rows[r].overflowed) {
-                winner = rescan_row(query, keys, biases, range, p.tie);
+                winner = -1;
                 scored = u32(range.hi - range.lo);
             }
-            write_top1(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
+            write_top1(p, at, row, winner, range, offset, q, keys, beta, prior, index, energy, v, threshold, y);
         } else {
-            write_list(this_thread(), p, at, row, list, entries, range, q, keys.first, beta, prior, index, energy,
-                       protected_keys, flags);
+            write_list(this_thread(), p, at, row, list, entries, range, offset, q, keys.first, beta, prior, index,
+                       energy, protected_keys, flags);
         }
         if (lane_id() == 0) rescored[2 * out] = scored, rescored[2 * out + 1] = u32(range.hi - range.lo);
     }

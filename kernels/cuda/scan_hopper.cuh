@@ -277,7 +277,7 @@ __device__ __forceinline__ void scan_tiles(const HopperTile<DP, MT, STAGES> &til
 }
 
 // Runs a block: the producer loads tiles, and both consumer warpgroups call consume(tile, block, ranges, first row,
-// keys, biases, scan), where scan(rows) passes them all scores.
+// keys, scan), where scan(rows) passes them all scores.
 template <class T, int DP, int MT, int STAGES, class Consume>
 __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMap &map, const T *q, const T *k,
                                              const float *bias, const i32 *table, Consume consume) {
@@ -312,7 +312,7 @@ __device__ __forceinline__ void hopper_block(const ScanParams &p, const TensorMa
         Source<T> keys = {k + size_t(at.b) * p.k_batch + size_t(at.kv) * p.k_head, p.k_row, p.keys, p.head_dim, true};
         // The first of the 16 rows that this warp has of every 64.
         u32 first = group * 64 * MT + threadIdx.x / 32 % 4 * 16;
-        consume(tile, at, ranges, first, keys, biases,
+        consume(tile, at, ranges, first, keys,
                 [&](auto &rows) { scan_tiles<T>(tile, p, ranges, group, from, to, number, rows); });
     }
 }
@@ -324,10 +324,10 @@ __device__ __forceinline__ void scan_top1_hopper(const ScanParams &p, const Tens
                                                  const float *threshold, T *y) {
     hopper_block<T, DP, MT, STAGES>(
         p, map, q, k, bias, table,
-        [&](const auto &, const QueryBlock &at, const KeyRanges &ranges, u32 first, const Source<T> &keys,
-            const float *biases, auto scan) {
+        [&](const auto &, const QueryBlock &at, const KeyRanges &ranges, u32 first, const Source<T> &keys, auto scan) {
             Top1Rows rows[MT];
             scan(rows);
+            CommonOffset offset = unknown_offset();
 #pragma unroll
             for (int m = 0; m < MT; m++) {
 #pragma unroll
@@ -337,9 +337,10 @@ __device__ __forceinline__ void scan_top1_hopper(const ScanParams &p, const Tens
                         i32 winner = __shfl_sync(ALL, rows[m].key[half], r * 4);
                         u32 row = first + m * 64 + half * 8 + r;
                         if (!at.exists(p, row)) continue;
-                        const T *query = query_row(p, at, q, row);
-                        if (score == GD_INFINITY) winner = rescan_row(query, keys, biases, ranges.row[row], p.tie);
-                        write_top1(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
+                        // An infinite score hides the others; such a row is ranked by differences.
+                        if (score == GD_INFINITY) winner = -1;
+                        write_top1(p, at, row, winner, ranges.row[row], offset, q, keys, beta, prior, index, energy, v,
+                                   threshold, y);
                     }
                 }
             }
@@ -354,7 +355,7 @@ __device__ __forceinline__ void scan_topk_hopper(const ScanParams &p, const Tens
     hopper_block<T, DP, 1, STAGES>(
         p, map, q, k, bias, table,
         [&](const auto &tile, const QueryBlock &at, const KeyRanges &ranges, u32 first, const Source<T> &keys,
-            const float *, auto scan) {
+            auto scan) {
             HopperTopKRows rows[1] = {
                 HopperTopKRows(tile.lists + size_t(first) * 2 * HOPPER_LIST_CAPACITY, HOPPER_LIST_CAPACITY)};
             scan(rows);

@@ -3,29 +3,16 @@
 #pragma once
 #include "scan.cuh"
 
-// The winner of a row, with every key scored by one lane. For rows in which a score is infinite: such a key is no
-// candidate, but its score hides the others in the running maximum.
+// Writes the result of a row: the key of the best score, `winner` (-1: none), or what ranking by differences puts in
+// its place, with its energy, if the threshold of the head admits it, and its value row. Called by a whole warp.
 template <class T>
-__device__ __noinline__ i32 rescan_row(const T *q, const Source<T> &k, const float *bias, Range range, u32 tie) {
-    float score = -GD_INFINITY;
-    i32 key = -1;
-    for (i32 j = range.lo + i32(lane_id()); j < range.hi; j += 32) {
-        float s = bias[j];
-        for (u32 d = 0; d < k.dim; d++)
-            s = fmaf(to_float(q[d]), to_float(k.first[size_t(j) * k.stride + d]), s);
-        if (finite(s) && (s > score || (s == score && key >= 0 && wins_tie(j, key, tie)))) score = s, key = j;
-    }
-    return argmax_key(score, key, tie);
-}
-
-// Writes the result of a row: key `winner` (-1: none) with its energy, if the threshold of the head admits it, and its
-// value row. Called by a whole warp.
-template <class T>
-__device__ __forceinline__ void write_top1(const ScanParams &p, const QueryBlock &at, u32 row, i32 winner,
-                                           const T *query, const Source<T> &keys, const float *beta, const float *prior,
-                                           i32 *index, float *energy, const T *v, const float *threshold, T *y) {
-    const T *key = keys.first + size_t(max(winner, 0)) * keys.stride;
-    float e = admit_winner(this_thread(), p, at.b, at.head(p, row), winner, query, key, beta, prior, threshold);
+__device__ __forceinline__ void write_top1(const ScanParams &p, const QueryBlock &at, u32 row, i32 winner, Range range,
+                                           CommonOffset &offset, const T *q, const Source<T> &keys, const float *beta,
+                                           const float *prior, i32 *index, float *energy, const T *v,
+                                           const float *threshold, T *y) {
+    StridedKeys<T> rows = {keys.first, keys.stride};
+    float e = admit_winner(this_thread(), p, at.b, at.head(p, row), winner, query_row(p, at, q, row), rows, range,
+                           offset, beta, prior, threshold);
     write_winner(this_thread(), at.output_row(p, row), winner, e, value_row(p, at, v, winner), p.value_dim, index,
                  energy, y);
 }
@@ -103,6 +90,7 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
             }
         });
 
+    CommonOffset offset = unknown_offset();
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
@@ -114,11 +102,9 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
                 float top = -GD_INFINITY;
                 for (u32 t = 0; t < (GD_FAULT(11) ? 3 : 4); t++)
                     top = fmaxf(top, __shfl_sync(ALL, max_score[m][half], r * 4 + t));
-                const T *query = query_row(p, at, q, row);
                 i32 winner = -1;
-                if (top == GD_INFINITY) {
-                    winner = rescan_row(query, keys, biases, range, p.tie);
-                } else if (top > -GD_INFINITY) {
+                // An infinite score hides the others; such a row is ranked by differences.
+                if (finite(top)) {
                     for (u32 t = 0; t < 4; t++) {
                         float score = __shfl_sync(ALL, max_score[m][half], r * 4 + t);
                         i32 tile = __shfl_sync(ALL, max_tile[m][half], r * 4 + t);
@@ -130,7 +116,7 @@ __device__ __forceinline__ void scan_top1(const ScanParams &p, const T *q, const
                         if (j >= 0 && (winner < 0 || wins_tie(j, winner, p.tie))) winner = j;
                     }
                 }
-                write_top1(p, at, row, winner, query, keys, beta, prior, index, energy, v, threshold, y);
+                write_top1(p, at, row, winner, range, offset, q, keys, beta, prior, index, energy, v, threshold, y);
             }
         }
     }

@@ -59,14 +59,15 @@ struct TopKRows {
     __device__ __forceinline__ void write(const ScanParams &p, const QueryBlock &at, const KeyRanges &ranges, u32 first,
                                           const T *q, const Source<T> &keys, const float *beta, const float *prior,
                                           i32 *index, float *energy, const i32 *protected_keys, uint8_t *flags) {
+        CommonOffset offset = unknown_offset();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             for (u32 r = 0; r < 8; r++) {
                 u32 row = first + half * 8 + r, entries = __shfl_sync(ALL, count[half], r * 4);
                 if (!at.exists(p, row)) continue;
                 List list(lists, half * 8 + r, capacity);
-                write_list(this_thread(), p, at, row, list, entries, ranges.row[row], q, keys.first, beta, prior, index,
-                           energy, protected_keys, flags);
+                write_list(this_thread(), p, at, row, list, entries, ranges.row[row], offset, q, keys.first, beta,
+                           prior, index, energy, protected_keys, flags);
             }
         }
     }

@@ -43,6 +43,16 @@ INLINE const device T *key_row(constant DecodeParams &p, const thread DecodeRows
            size_t(page_offset(p, j)) * p.k_row;
 }
 
+// The keys of a KV head in a cache.
+template <class T> struct CachedRows {
+    constant DecodeParams &p;
+    const thread DecodeRows &at;
+    const device i32 *pages;
+    const device T *k;
+
+    const device T *row(u32 j) const { return key_row(p, at, pages, k, j); }
+};
+
 // A key and its score; key -1: none.
 struct ScoredKey {
     float score;
@@ -180,10 +190,11 @@ INLINE void decode(Thread me, constant DecodeParams &p, threadgroup float *queri
 // Merges the winners of all splits. One simdgroup per row.
 template <class T>
 INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q, const device T *k,
-                         const device float *beta, const device float *prior, const device i32 *pages,
-                         const device T *v, const device float *threshold, const device u32 *partial, device i32 *index,
-                         device float *energy, device T *y) {
+                         const device float *beta, const device float *prior, const device i32 *table,
+                         const device i32 *pages, const device T *v, const device float *threshold,
+                         const device u32 *partial, device i32 *index, device float *energy, device T *y) {
     DecodeRows at(p, me.block);
+    CommonOffset offset = unknown_offset();
     for (u32 r = me.warp(); r < ROWS; r += me.warps()) {
         if (!at.exists(p, r)) continue;
         ScoredKey top = {-GD_INFINITY, -1};
@@ -195,10 +206,12 @@ INLINE void decode_merge(Thread me, constant DecodeParams &p, const device T *q,
         for (u32 step = 16; step > 0; step /= 2)
             top = max_across(top, step, p.tie);
         i32 winner = top.key;
-        u32 h = at.head(p, r), j = u32(max(winner, 0));
-        const device T *query = query_row(p, at, q, r), *key = key_row(p, at, pages, k, j);
-        float e = admit_winner(me, p, at.b, h, winner, query, key, beta, prior, threshold);
-        size_t to = (size_t(at.b) * p.q_heads + h) * p.queries + at.query(p, r);
+        u32 h = at.head(p, r), i = at.query(p, r);
+        CachedRows<T> keys = {p, at, pages, k};
+        float e = admit_winner(me, p, at.b, h, winner, query_row(p, at, q, r), keys,
+                               visible_keys(p.mask, table, at.b, i), offset, beta, prior, threshold);
+        u32 j = u32(max(winner, 0));
+        size_t to = (size_t(at.b) * p.q_heads + h) * p.queries + i;
         const device T *value = v + size_t(page_of(p, at, pages, j)) * p.v_batch + size_t(at.kv) * p.v_head +
                                 size_t(page_offset(p, j)) * p.v_row;
         write_winner(me, to, winner, e, value, p.value_dim, index, energy, y);

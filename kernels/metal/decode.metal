@@ -25,12 +25,13 @@
     KERNEL(128)                                                                                                        \
     decode_merge_##T##_metal(constant DecodeParams &p [[buffer(0)]], const device T *q [[buffer(1)]],                  \
                              const device T *k [[buffer(2)]], const device float *beta [[buffer(3)]],                  \
-                             const device float *prior [[buffer(4)]], const device i32 *pages [[buffer(5)]],           \
-                             const device T *v [[buffer(6)]], const device float *threshold [[buffer(7)]],             \
-                             const device u32 *partial [[buffer(8)]], device i32 *index [[buffer(9)]],                 \
-                             device float *energy [[buffer(10)]], device T *y [[buffer(11)]], GD_THREAD) {             \
-        decode_merge<T>(GD_HERE, p, q, k, beta, prior, pages, v, GD_IF_PRESENT(7, threshold), partial, index, energy,  \
-                        y);                                                                                            \
+                             const device float *prior [[buffer(4)]], const device i32 *table [[buffer(5)]],           \
+                             const device i32 *pages [[buffer(6)]], const device T *v [[buffer(7)]],                   \
+                             const device float *threshold [[buffer(8)]], const device u32 *partial [[buffer(9)]],     \
+                             device i32 *index [[buffer(10)]], device float *energy [[buffer(11)]],                    \
+                             device T *y [[buffer(12)]], GD_THREAD) {                                                  \
+        decode_merge<T>(GD_HERE, p, q, k, beta, prior, table, pages, v, GD_IF_PRESENT(8, threshold), partial, index,   \
+                        energy, y);                                                                                    \
     }                                                                                                                  \
     GD_REGISTER(decode_merge_##T##_metal)
 

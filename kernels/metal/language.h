@@ -33,6 +33,7 @@ constant uint gd_rows [[function_constant(2)]];
 #include "../shared/params.h"
 
 #define INLINE inline
+#define COLD inline
 #define DEVICE device
 #define SHARED threadgroup
 #define LOCAL thread

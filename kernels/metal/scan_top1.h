@@ -54,6 +54,7 @@ INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shar
         }
     }
 
+    CommonOffset offset = unknown_offset();
     for (int m = 0; m < MT; m++) {
         for (u32 r = 0; r < 8; r++) {
             u32 row = first + m * 8 + r;
@@ -66,8 +67,9 @@ INLINE void scan_top1(Thread me, constant ScanParams &p, threadgroup uchar *shar
                 bool wins = j >= 0 && (winner < 0 || s > top || (s == top && wins_tie(j, winner, p.tie)));
                 if (wins) top = s, winner = j;
             }
-            const device T *query = query_row(p, at, q, row), *key = keys.first + size_t(max(winner, 0)) * p.k_row;
-            float e = admit_winner(me, p, at.b, at.head(p, row), winner, query, key, beta, prior, threshold);
+            StridedKeys<T> key_rows = {keys.first, p.k_row};
+            float e = admit_winner(me, p, at.b, at.head(p, row), winner, query_row(p, at, q, row), key_rows,
+                                   range_of_row(ranges, row), offset, beta, prior, threshold);
             write_winner(me, at.output_row(p, row), winner, e, value_row(p, at, v, winner), p.value_dim, index, energy,
                          y);
         }

@@ -75,11 +75,12 @@ INLINE void scan_topk(Thread me, constant ScanParams &p, threadgroup uchar *shar
         }
     }
 
+    CommonOffset offset = unknown_offset();
     for (u32 r = 0; r < 8; r++) {
         u32 row = first + r, entries = shuffle(count, r * 4);
         if (!at.exists(p, row)) continue;
         List list(lists, r, LIST_CAPACITY);
-        write_list(me, p, at, row, list, entries, range_of_row(ranges, row), q, keys.first, beta, prior, index, energy,
-                   protected_keys, flags);
+        write_list(me, p, at, row, list, entries, range_of_row(ranges, row), offset, q, keys.first, beta, prior, index,
+                   energy, protected_keys, flags);
     }
 }

@@ -99,27 +99,64 @@ INLINE void compact_lists(Thread me, PARAMS ScanParams &p, SHARED float *lists, 
     }
 }
 
+// Fills a list with the best keys of an ill-conditioned row, relative to key `center` (-1: none); returns their count.
+// The list has room for 32 more than `wanted`. Called by a whole warp.
+template <class T, class Keys>
+COLD u32 list_by_differences(Thread me, const LOCAL RankedRow<T, Keys> &row, i32 center, const LOCAL List &list,
+                             u32 wanted) {
+    float scale = safe_scale(me, row, center), threshold = -GD_INFINITY;
+    u32 count = 0, below = (1u << me.lane()) - 1, visible = u32(row.range.hi - row.range.lo);
+    warp_barrier();
+    for (u32 step = 0; step < visible; step += 32) {
+        // In tie order, because a later key of an equal score does not exceed the threshold.
+        u32 at = step + me.lane();
+        i32 j = row.tie == TIE_LAST ? row.range.hi - 1 - i32(at) : row.range.lo + i32(at);
+        float s = at < visible ? relative_score(row, center, scale, j) : -GD_INFINITY;
+        bool better = s > threshold;
+        u32 hits = vote(better);
+        if (count + bits_set(hits) > list.capacity) {
+            sort_list(me, list, count, wanted, false, row.tie);
+            count = min(count, wanted);
+            threshold = list.score[wanted - 1];
+        }
+        if (better) {
+            u32 to = count + bits_set(hits & below);
+            list.score[to] = s, list.key[to] = j;
+        }
+        count += bits_set(hits);
+    }
+    return count;
+}
+
 // Writes the list of a row of the block, sorted by energy; `keys` points to the key rows of its head.
 template <class T>
 INLINE void write_list(Thread me, PARAMS ScanParams &p, const LOCAL QueryBlock &at, u32 row, const LOCAL List &list,
-                       u32 entries, Range range, const DEVICE T *q, const DEVICE T *keys, const DEVICE float *beta,
-                       const DEVICE float *prior, DEVICE i32 *index, DEVICE float *energy,
+                       u32 entries, Range range, LOCAL CommonOffset &offset, const DEVICE T *q, const DEVICE T *keys,
+                       const DEVICE float *beta, const DEVICE float *prior, DEVICE i32 *index, DEVICE float *energy,
                        const DEVICE i32 *protected_keys, DEVICE uint8_t *flags) {
     u32 h = at.head(p, row);
     sort_list(me, list, entries, p.candidates, false, p.tie);
     entries = min(entries, p.candidates);
+    const DEVICE T *query = query_row(p, at, q, row);
+    const DEVICE float *priors = p.prior_batch ? prior + prior_offset(p, at.b, h) : nullptr;
+    StridedKeys<T> rows = {keys, p.k_row};
+    RankedRow<T, StridedKeys<T>> ranked = {query, rows, range, priors, beta[h], p.score, p.tie, p.head_dim};
+    i32 best = entries ? list.key[0] : -1;
+    if (ill_conditioned(me, ranked, best, entries, p.candidates, offset)) {
+        entries = list_by_differences(me, ranked, best, list, p.candidates);
+        sort_list(me, list, entries, p.candidates, false, p.tie);
+        entries = min(entries, p.candidates);
+    }
     if (p.protected_slots) {
         size_t row_at = size_t(at.b % p.protected_batch) * p.protected_heads + h / (p.q_heads / p.protected_heads);
         row_at = row_at * p.protected_queries + at.query(p, row) % p.protected_queries;
         entries = add_protected(me, list, entries, p, protected_keys + row_at * p.protected_slots, range);
     }
     // Scores are replaced by energies, which are computed as differences and decide the final order.
-    const DEVICE T *query = query_row(p, at, q, row);
     for (u32 e = 0; e < entries; e++) {
         warp_barrier();
         u32 j = u32(list.key[e] & ~PROTECTED);
-        float b = p.prior_batch ? prior[prior_offset(p, at.b, h) + j] : 0.0f;
-        float x = pair_energy(me, p.score, beta[h], b, query, keys + size_t(j) * p.k_row, p.head_dim);
+        float x = pair_energy(me, p.score, beta[h], ranked.prior_of(i32(j)), query, rows.row(j), p.head_dim);
         if (me.lane() == 0) list.score[e] = finite(x) ? x : GD_INFINITY;
     }
     sort_list(me, list, entries, entries, true, p.tie);

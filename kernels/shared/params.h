@@ -67,6 +67,8 @@ enum FeatureBit : u32 {
     FEATURE_PRIOR = 32,
 };
 
+// A vector is near another if its squared norm exceeds their squared distance by this factor.
+constexpr CONSTANT u32 NEAR_FACTOR = 256;
 // Keys to a multiple of which rows of biases and of 8-bit keys are padded.
 constexpr CONSTANT u32 KEY_PADDING = 64;
 // Slots (candidates and protected keys) of a row of select.

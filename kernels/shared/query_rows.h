@@ -1,6 +1,6 @@
 // The query rows of a block of a scan, and the output of a row's winner.
 #pragma once
-#include "row.h"
+#include "ill_conditioned.h"
 
 // The query rows of a block. The rows of `pack` query heads that share a KV head are interleaved, so that one load of
 // the keys serves all of them: row r is query r / pack of head h0 + r % pack.
@@ -36,15 +36,20 @@ INLINE const DEVICE T *value_row(PARAMS ScanParams &p, const LOCAL QueryBlock &a
     return v + size_t(at.b) * p.v_batch + size_t(at.kv) * p.v_head + size_t(max(key, 0)) * p.v_row;
 }
 
-// The energy of a query's winner, whose key row is k (not read where winner is -1). If the energy is not finite or
-// above the threshold of the head, the winner becomes -1 and the energy +inf. Called by a whole warp.
-template <class P, class T>
+// The energy of a query's winner; keys.row(j) is key j of its head, and `range` are those it sees. In an
+// ill-conditioned row another key may become the winner. If there is none, or its energy is not finite or above the
+// threshold of the head, the winner becomes -1 and the energy +inf. Called by a whole warp.
+template <class P, class T, class Keys>
 INLINE float admit_winner(Thread me, PARAMS P &p, u32 b, u32 h, LOCAL i32 &winner, const DEVICE T *query,
-                          const DEVICE T *k, const DEVICE float *beta, const DEVICE float *prior,
-                          const DEVICE float *threshold) {
+                          const LOCAL Keys &keys, Range range, LOCAL CommonOffset &offset, const DEVICE float *beta,
+                          const DEVICE float *prior, const DEVICE float *threshold) {
+    const DEVICE float *priors = p.prior_batch ? prior + prior_offset(p, b, h) : nullptr;
+    RankedRow<T, Keys> row = {query, keys, range, priors, beta[h], p.score, p.tie, p.head_dim};
+    if (ill_conditioned(me, row, winner, winner >= 0 ? 1 : 0, 1, offset))
+        winner = winner_by_differences(me, row, winner);
     if (winner < 0) return GD_INFINITY;
-    float x = p.prior_batch ? prior[prior_offset(p, b, h) + u32(winner)] : 0.0f;
-    float e = pair_energy(me, p.score, beta[h], x, query, k, p.head_dim);
+    const DEVICE T *key = keys.row(u32(winner));
+    float e = pair_energy(me, p.score, row.beta, row.prior_of(winner), query, key, p.head_dim);
     if (finite(e) && !(threshold && e > threshold[h])) return e;
     winner = -1;
     return GD_INFINITY;

@@ -145,25 +145,25 @@ impl Mask {
 
     /// The keys that query `i` of batch entry `b` may see, as a range within `0..keys`.
     pub fn visible(&self, b: usize, i: usize, keys: usize) -> Range<usize> {
-        let m = keys as i64;
-        let pos = i as i64 + self.offset(b);
-        let (mut lo, mut hi) = (0i64, m);
+        // Offset and window may be any number of 64 bits.
+        let (m, pos) = (keys as i128, i as i128 + i128::from(self.offset(b)));
+        let (mut lo, mut hi) = (0, m);
         if self.causal {
             hi = hi.min(pos + 1);
         }
         if let Some(w) = self.window {
-            lo = lo.max(pos + 1 - w as i64);
+            lo = lo.max(pos + 1 - w as i128);
         }
         if let Some(packed) = &self.packed {
             if pos < 0 || pos >= m {
                 return 0..0;
             }
             let own = sequence(packed, b, pos as usize);
-            lo = lo.max(own.start as i64);
-            hi = hi.min(own.end as i64);
+            lo = lo.max(own.start as i128);
+            hi = hi.min(own.end as i128);
         }
         if let Some(lengths) = &self.kv_len {
-            hi = hi.min(lengths[if lengths.len() == 1 { 0 } else { b }] as i64);
+            hi = hi.min(lengths[if lengths.len() == 1 { 0 } else { b }] as i128);
         }
         let lo = lo.clamp(0, m);
         lo as usize..hi.clamp(lo, m) as usize

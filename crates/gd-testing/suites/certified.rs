@@ -10,7 +10,7 @@ use gd_kernels::reference::scan::may_see;
 use gd_kernels::{Precision, Problem};
 
 use crate::decode::Int8Cache;
-use crate::scan::{ScanResult, Uploaded, check_result, problem};
+use crate::scan::{DIFFERENCE_SLACK, SCORE_SLACK, ScanResult, Uploaded, check_result, problem};
 use crate::tensors::{integers, numbers};
 use gd_testing::ensure;
 use gd_testing::problems::{Case, Kind, Spec, View};
@@ -232,6 +232,20 @@ pub(crate) fn check_adverse(gpu: &TestGpu, seed: u64) -> Verdict {
         check_result(&case, &certified.scan)?;
     }
     Ok(())
+}
+
+/// Checks one problem whose values have an offset.
+fn check_offset(gpu: &TestGpu, seed: u64) -> Verdict {
+    let (spec, by_differences) = Spec { protected: None, ..spec(seed + 5000) }.with_offset_of(seed);
+    let case = spec.build(dtype(seed));
+    let ScanResult { index, energy, slots, .. } = check_case(gpu, seed, &case)?.scan;
+    let slack = if by_differences { DIFFERENCE_SLACK } else { SCORE_SLACK };
+    case.check_by_differences(&index, &energy, slots, slack)
+}
+
+#[test]
+fn offsets_do_not_change_the_candidates() {
+    crate::suite("scan, 8-bit keys, offsets", 40, |seed| check_offset(&TestGpu::new(seed + 600), seed));
 }
 
 #[test]

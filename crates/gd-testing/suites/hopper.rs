@@ -6,7 +6,9 @@ use candle_core::DType;
 use gd_kernels::gpu::Gpu;
 use gd_kernels::gpu::kernel::KernelTarget;
 
-use crate::scan::{Uploaded, check_case, check_result, make_infinite, plan, problem, run};
+use crate::scan::{
+    DIFFERENCE_SLACK, SCORE_SLACK, Uploaded, check_case, check_result, make_infinite, plan, problem, run,
+};
 use gd_testing::ensure;
 use gd_testing::problems::{Case, Spec, View};
 use gd_testing::suite::Verdict;
@@ -73,6 +75,18 @@ fn schedules_do_not_change_a_bit() {
             ensure!(same, "schedule {schedule} differs: {}", case.name());
         }
         Ok(())
+    });
+}
+
+#[test]
+fn offsets_do_not_change_the_candidates() {
+    crate::suite("scan on Hopper, offsets", 20, |seed| {
+        let case = case(seed + 1100, &[View::Plain]);
+        let (spec, by_differences) = Spec { protected: None, ..case.spec }.with_offset_of(seed);
+        let (gpu, case) = (TestGpu::new(seed).on_hopper(), spec.build(case.dtype));
+        let result = run(&gpu, &case)?;
+        let slack = if by_differences { DIFFERENCE_SLACK } else { SCORE_SLACK };
+        case.check_by_differences(&result.index, &result.energy, result.slots, slack)
     });
 }
 

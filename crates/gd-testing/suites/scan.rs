@@ -329,6 +329,30 @@ fn infinite_keys_are_no_candidates() {
     crate::suites("scan, infinite keys", [30, 30], 0, check_infinite);
 }
 
+/// How many times the bound of differences the candidates may be off in rows that are ranked by differences, in f32 on
+/// Metal, and in others, by scores.
+pub(crate) const DIFFERENCE_SLACK: f64 = 16.0;
+pub(crate) const SCORE_SLACK: f64 = 300.0;
+
+/// Checks one problem whose values have an offset.
+pub(crate) fn check_offset(gpu: &TestGpu, seed: u64) -> Verdict {
+    let mut spec = Spec::with_dims(seed + 50_000, LIMIT / 2, &DIMS);
+    spec.candidates = if seed.is_multiple_of(2) { 1 } else { spec.candidates.min(32) };
+    spec.protected = None;
+    // Each pair of seeds has one offset.
+    let (spec, by_differences) = spec.with_offset_of(seed / 2);
+    let case = spec.build(DTYPES[(seed / 2 % 3) as usize]);
+    let result = run(gpu, &case)?;
+    let slack = if by_differences { DIFFERENCE_SLACK } else { SCORE_SLACK };
+    case.check_by_differences(&result.index, &result.energy, result.slots, slack)?;
+    if case.spec.candidates == 1 { check_fused(gpu, &case, &result) } else { Ok(()) }
+}
+
+#[test]
+fn offsets_do_not_change_the_candidates() {
+    crate::suites("scan, offsets", [80, 80], 0, check_offset);
+}
+
 #[test]
 fn ties_and_long_lists_occur_in_the_problems() {
     let gpu = TestGpu::new(0);

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
 const INF: f32 = f32::INFINITY;
@@ -40,6 +40,14 @@ fn op(tensors: &BTreeMap<&str, Tensor>, args: &str) -> Result<Answer> {
     ensure!(output.status.success(), "gd op {args}: {}", String::from_utf8_lossy(&output.stderr));
     let written = candle_core::safetensors::load(dir.path().join("y.safetensors"), &Device::Cpu)?;
     Ok((written, serde_json::from_slice(&output.stdout)?))
+}
+
+/// As [`op`] for a call that must fail; the text on stderr.
+fn refused(tensors: &BTreeMap<&str, Tensor>, args: &str) -> Result<String> {
+    match op(tensors, args) {
+        Ok(_) => bail!("gd op {args} succeeded"),
+        Err(e) => Ok(e.to_string()),
+    }
 }
 
 fn ints((tensors, _): &Answer, name: &str) -> Result<Vec<i32>> {
@@ -156,5 +164,98 @@ fn select_returns_one_row_or_none_and_the_gradients() -> Result<()> {
     let dq: f64 = (0..4).map(|j| weights[j] / total * (v[j] - mean) * 2.0 * k[j]).sum();
     let got = f64::from(floats(&answer, "dq")?[0]);
     assert!((got - dq).abs() <= 1e-4 * dq.abs(), "dq {got}, expected {dq}");
+    Ok(())
+}
+
+/// `[1, 1, rows, 8]` of numbers without a pattern in -1..1, times `scale`, plus `offset`.
+fn noise(seed: u64, rows: usize, scale: f32, offset: f32) -> Result<Tensor> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let values: Vec<f32> = (0..rows * 8)
+        .map(|_| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            ((x >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * scale + offset
+        })
+        .collect();
+    Ok(Tensor::from_vec(values, (1, 1, rows, 8), &Device::Cpu)?)
+}
+
+#[test]
+fn a_common_offset_of_queries_and_keys_changes_no_key() -> Result<()> {
+    let x = BTreeMap::from([
+        ("q", noise(1, 50, 1.0, 5000.0)?),
+        ("k", noise(2, 80, 1.0, 5000.0)?),
+        ("v", noise(3, 80, 1.0, 0.0)?),
+    ]);
+    let rows = |name: &str| -> Result<Vec<Vec<f64>>> {
+        Ok(x[name].to_dtype(DType::F64)?.squeeze(0)?.squeeze(0)?.to_vec2()?)
+    };
+    let distance = |q: &[f64], k: &[f64]| q.iter().zip(k).map(|(q, k)| (q - k) * (q - k)).sum::<f64>();
+    let (queries, keys) = (rows("q")?, rows("k")?);
+    let nearest = |q: &Vec<f64>| {
+        let all = keys.iter().map(|k| distance(q, k)).enumerate();
+        all.min_by(|x, y| x.1.total_cmp(&y.1)).map_or(-1, |x| x.0 as i32)
+    };
+    let expected: Vec<i32> = queries.iter().map(nearest).collect();
+    for args in ["select --k 1", "select --k 8", "select --precision certified"] {
+        assert_eq!(ints(&op(&x, args)?, "index")?, expected, "{args}");
+    }
+    Ok(())
+}
+
+#[test]
+fn energies_that_overflow_are_refused_or_counted() -> Result<()> {
+    let x = BTreeMap::from([
+        ("q", noise(1, 3, 1e19, 0.0)?),
+        ("k", noise(2, 5, 1e19, 0.0)?),
+        ("v", noise(3, 5, 1.0, 0.0)?),
+    ]);
+    for operator in ["scan", "select"] {
+        let error = refused(&x, operator)?;
+        assert!(
+            error.contains("the energy of query q[0, 0, 0]") && error.contains("overflows f32"),
+            "{error}"
+        );
+        let answer = op(&x, &format!("{operator} --checked false"))?;
+        assert_eq!(answer.1["abstained"], 0);
+        assert!(answer.1["overflowed"].as_u64() > Some(0), "{}", answer.1);
+    }
+    Ok(())
+}
+
+#[test]
+fn values_and_gradients_that_are_not_finite_are_named() -> Result<()> {
+    let nan = |t: Tensor| -> Result<Tensor> { Ok((t * f64::NAN)?) };
+    let mut x = problem()?;
+    x.insert("dout", nan(rows(&[1.0, 1.0])?)?);
+    let error = refused(&x, "select --backward")?;
+    assert!(error.contains("dout[0, 0, 0, 0] is NaN, not finite"), "{error}");
+    op(&x, "select --backward --checked false")?;
+    // Key 3 is selected by no query, but its value row enters the gradients.
+    let mut x = problem()?;
+    let v = x["v"].clone();
+    x.insert("v", Tensor::cat(&[v.narrow(2, 0, 3)?, nan(v.narrow(2, 3, 1)?)?], 2)?);
+    op(&x, "select --k 4")?;
+    for args in ["select --k 4 --backward", "select --k 4 --hardness 0.5"] {
+        let error = refused(&x, args)?;
+        assert!(error.contains("v[0, 0, 3, 0] is NaN, not finite"), "{args}: {error}");
+    }
+    x.insert("v", nan(v)?);
+    assert!(refused(&x, "select")?.contains("v[0, 0, 0, 0] is NaN"));
+    Ok(())
+}
+
+#[test]
+fn offsets_near_the_ends_of_64_bits_do_not_wrap() -> Result<()> {
+    let x = problem()?;
+    for (args, visible) in [
+        ("scan --k 4 --mask causal --kv-offset 9223372036854775807", 8),
+        ("scan --k 4 --mask window:2 --kv-offset 9223372036854775807", 0),
+        ("scan --k 4 --mask causal --kv-offset -9223372036854775808", 0),
+    ] {
+        let index = ints(&op(&x, args)?, "index")?;
+        assert_eq!(index.iter().filter(|j| **j >= 0).count(), visible, "{args}");
+    }
     Ok(())
 }

@@ -21,14 +21,14 @@ pub struct Candidates {
 
 /// Whether query `i` of batch entry `b` may see key `j` of `keys`.
 pub fn may_see(mask: &Mask, b: usize, i: usize, j: usize, keys: usize) -> bool {
-    let (at, key) = (i as i64 + mask.offset(b), j as i64);
+    let (at, key) = (i as i128 + i128::from(mask.offset(b)), j as i128);
     let in_past = !mask.is_causal() || key <= at;
-    let in_window = mask.window_len().is_none_or(|w| key > at - w as i64);
+    let in_window = mask.window_len().is_none_or(|w| key > at - w as i128);
     let in_same_sequence = mask.boundaries().is_none_or(|boundaries| {
         let ends = &boundaries[if boundaries.len() == 1 { 0 } else { b }];
         // The number of boundaries at or before a position numbers its sequence.
-        let sequence = |x: i64| ends.iter().filter(|&&e| e as i64 <= x).count();
-        (0..keys as i64).contains(&at) && sequence(at) == sequence(key)
+        let sequence = |x: i128| ends.iter().filter(|&&e| e as i128 <= x).count();
+        (0..keys as i128).contains(&at) && sequence(at) == sequence(key)
     });
     let in_length = mask.lengths().is_none_or(|n| j < n[if n.len() == 1 { 0 } else { b }]);
     in_past && in_window && in_same_sequence && in_length

@@ -14,6 +14,9 @@ fn masks() -> impl Strategy<Value = (Mask, usize)> {
         Just(Mask::none()),
         (-6i64..12).prop_map(Mask::causal),
         (1usize..7, -6i64..12).prop_map(|(w, o)| Mask::window(w, o)),
+        any::<i64>().prop_map(Mask::causal),
+        (1usize.., any::<i64>()).prop_map(|(w, o)| Mask::window(w, o)),
+        (1usize..7, prop_oneof![Just(i64::MIN), Just(i64::MAX)]).prop_map(|(w, o)| Mask::window(w, o)),
     ];
     (
         base,

@@ -4,6 +4,7 @@
 //! values: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`.
 
 pub mod choices;
+pub mod offsets;
 
 use std::sync::OnceLock;
 

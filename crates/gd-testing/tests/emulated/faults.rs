@@ -40,6 +40,7 @@ const SHARED_FAULTS: &[Fault] = &[
     (49, "cross entropy: ignored rows have a gradient", crate::training::check_cross_entropy),
     (87, "prior gradient: all heads get that of the first head", crate::select::check),
     (88, "refinement: rows that abstained keep their candidates", crate::rounds::check),
+    (89, "rows with a large common offset are not ranked by differences", crate::scan::check_offset),
 ];
 
 /// Faults of `kernels/cuda`.

@@ -155,7 +155,8 @@ pub struct ScanArgs {
     /// error bound is sufficient. The result is the same
     #[arg(long, default_value = "native", value_parser = choice(&[("native", Precision::Native), ("certified", Precision::Certified)]))]
     pub precision: Precision,
-    /// Whether NaN or infinity in q or k is an error
+    /// Whether NaN or infinity in q, k, dout or a value row that is read is an error, and an energy that exceeds the
+    /// range of its dtype; without, such energies are counted and written as the greatest number of the dtype
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub checked: bool,
 }

@@ -5,6 +5,7 @@
 mod args;
 pub mod attend;
 pub(super) mod barrier;
+mod checked;
 pub(super) mod inputs;
 mod output;
 mod problem;
@@ -38,9 +39,10 @@ fn run_scan(args: &ScanArgs, ctx: &Context) -> Result<()> {
     let options = problem.options();
     let plan = plan(&problem.q, &problem.k, &options)?;
     let candidates = scan(&problem.q, &problem.k, &options)?;
+    let overflowed = candidates.overflowed()?;
     let mut out = Tensors::from([("index".into(), candidates.index), ("energy".into(), candidates.energy)]);
     out.extend(candidates.protected.map(|p| ("protected".into(), p)));
     // A query abstains if its first candidate is padding.
     let first = out["index"].narrow(3, 0, 1)?;
-    output::finish("scan", &args.output, &plan, &out, &first, ctx)
+    output::finish("scan", &args.output, &plan, &out, (&first, overflowed), ctx)
 }

@@ -11,13 +11,13 @@ use serde_json::{Map, Value, json};
 use crate::context::Context;
 
 /// Writes the tensors and prints a summary. `selected` holds one position per query and head, negative if the head
-/// abstains.
+/// abstains, and comes with the number of candidates whose energy overflowed.
 pub(super) fn finish(
     operator: &str,
     path: &Path,
     plan: &ScanPlan,
     out: &Tensors,
-    selected: &Tensor,
+    (selected, overflowed): (&Tensor, usize),
     ctx: &Context,
 ) -> Result<()> {
     let out: Tensors =
@@ -38,12 +38,17 @@ pub(super) fn finish(
             "out": path,
             "queries": selected.len(),
             "abstained": abstained,
+            "overflowed": overflowed,
             "tensors": tensors,
         }));
     }
     let names: Vec<_> = out.keys().map(String::as_str).collect();
+    let overflowed = match overflowed {
+        0 => String::new(),
+        n => format!(", the energies of {n} candidates overflowed"),
+    };
     ctx.print(format_args!(
-        "{operator} on {plan}: {abstained} of {} queries abstained; wrote {} to {}",
+        "{operator} on {plan}: {abstained} of {} queries abstained{overflowed}; wrote {} to {}",
         selected.len(),
         names.join(", "),
         path.display()

@@ -8,7 +8,7 @@ use gd_model::io::safetensors::Tensors;
 use super::args::SelectArgs;
 use super::inputs::Inputs;
 use super::problem::{ScanProblem, energy_dtype};
-use super::{barrier, output};
+use super::{barrier, checked, output};
 use crate::context::Context;
 
 /// The variables of the selection besides those of the scan.
@@ -64,12 +64,36 @@ pub(super) fn run(args: &SelectArgs, ctx: &Context) -> Result<()> {
         ..Select::new(&problem.beta)
     };
     let selected = select(&problem.q, &problem.k, &vars.v, &candidates, &select_options)?;
+    if args.scan.checked {
+        check_values(&inputs, &vars.v, (&selected, &candidates), args)?;
+    }
+    let overflowed = candidates.overflowed()?;
     let mut out = Tensors::new();
     if args.backward {
         out.extend(gradients(&inputs, &problem, &vars, &selected.y)?);
     }
     out.extend(results(selected, candidates));
-    output::finish("select", &args.scan.output, &plan, &out, &out["index"], ctx)
+    output::finish("select", &args.scan.output, &plan, &out, (&out["index"], overflowed), ctx)
+}
+
+/// Refuses NaN and infinities in the value rows that are read, and in the upstream gradient.
+fn check_values(
+    inputs: &Inputs,
+    v: &Tensor,
+    (selected, candidates): (&Selected, &Candidates),
+    args: &SelectArgs,
+) -> Result<()> {
+    let mixed = args.hardness < 1.0 || args.estimator == Estimator::Blend;
+    if args.backward || mixed {
+        checked::value_rows(v, &candidates.index)?;
+    }
+    for index in std::iter::once(&selected.index).chain(selected.later.iter().map(|round| &round.index)) {
+        checked::value_rows(v, index)?;
+    }
+    if args.backward {
+        checked::upstream_gradient(&inputs.dout(&selected.y)?)?;
+    }
+    Ok(())
 }
 
 /// The gradients of sum(y * dout) with respect to all variables.

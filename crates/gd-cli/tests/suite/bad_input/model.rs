@@ -108,7 +108,7 @@ pub(super) fn model_cases() -> Vec<Case> {
         eval_on("--data {dir}/good.txt --context many", 2, &["many", "--context"]),
         case("generate {dir}/nowhere --prompt It", 1, &["nowhere"]),
         case("generate {dir}/cut --prompt It", 1, &["cut/model.safetensors", "truncated"]),
-        generate("--prompt ''", 2, &["--prompt"]),
+        generate("--prompt ''", 1, &["the prompt is empty", "begin token"]),
         generate("--prompt It --stop ''", 2, &["--stop"]),
         generate("--prompt It --temperature -1", 2, &["--temperature", "-1"]),
         generate("--prompt It --temperature nan", 2, &["--temperature", "NaN"]),

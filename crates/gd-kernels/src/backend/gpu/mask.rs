@@ -13,7 +13,7 @@ const MAX_OFFSET: i64 = 1 << 30;
 /// The parameters of a mask over `keys` keys for `queries` queries, and its table, which may be empty.
 ///
 /// # Errors
-/// More than 2^30 queries or keys.
+/// More than 2^30 queries or keys; an offset beyond 2^30 with a window that reaches back from there.
 pub(crate) fn params(
     mask: &Mask,
     batch: usize,
@@ -23,6 +23,15 @@ pub(crate) fn params(
     if queries.max(keys) as i64 >= MAX_OFFSET {
         return Err(Error::Unsupported(format!(
             "a mask over {queries} queries and {keys} keys; fewer than {MAX_OFFSET} are supported"
+        )));
+    }
+    // Clamping an offset leaves all keys visible or none, unless the start of the window depends on it.
+    if let Some(window) = mask.window_len().filter(|&w| w as u128 + keys as u128 >= MAX_OFFSET as u128)
+        && let Some(offset) =
+            (0..batch).map(|b| mask.offset(b)).find(|x| x.saturating_add(queries as i64) > MAX_OFFSET)
+    {
+        return Err(Error::Unsupported(format!(
+            "a window of {window} keys with an offset of {offset}; offsets up to {MAX_OFFSET} are supported for it"
         )));
     }
     let offset = |b: usize| mask.offset(b).clamp(-MAX_OFFSET, MAX_OFFSET) as i32;

@@ -98,6 +98,9 @@ pub enum FeatureBit {
     Prior = 32,
 }
 
+/// A vector is near another if its squared norm exceeds their squared distance by this factor.
+pub const NEAR_FACTOR: u32 = 256;
+
 /// Keys to a multiple of which rows of biases and of 8-bit keys are padded.
 pub const KEY_PADDING: u32 = 64;
 

@@ -8,11 +8,13 @@ use candle_core::Tensor;
 use crate::backend::check::dims4;
 use crate::backend::dispatch::on_cpu;
 #[cfg(feature = "gpu")]
-use crate::backend::dispatch::on_gpu;
+use crate::backend::dispatch::{on_gpu, refused};
 use crate::cache::paged::{PagedCache, gather_pages};
 use crate::cache::{CachedKeys, Int8Keys};
 use crate::error::{Error, Result};
 use crate::ops::scan::options::Scan;
+#[cfg(feature = "gpu")]
+use crate::ops::scan::overflow;
 use crate::ops::scan::scan;
 #[cfg(feature = "gpu")]
 use crate::ops::select::check_sizes;
@@ -110,9 +112,25 @@ pub fn scan_select(
         let (q, k, v) = (q.detach(), k.detach(), v.detach());
         let threshold = threshold.map(Tensor::detach);
         check_sizes(&q, &k, &v)?;
-        on_gpu!(q.device(), G => gpu::tensors::scan_select::<G>([&q, &k, &v], &one, threshold.as_ref()));
+        return checked(&one, fused([&q, &k, &v], &one, threshold.as_ref())?);
     }
     select_winner([q, k, v], &one, threshold)
+}
+
+/// Scan and selection by one kernel, and by the decoding kernels for few queries.
+#[cfg(feature = "gpu")]
+fn fused([q, k, v]: [&Tensor; 3], scan: &Scan, threshold: Option<&Tensor>) -> Result<Selected> {
+    on_gpu!(q.device(), G => gpu::tensors::scan_select::<G>([q, k, v], scan, threshold));
+    refused("scan_select", q)
+}
+
+/// In checked mode, refuses a winner whose energy overflowed.
+#[cfg(feature = "gpu")]
+fn checked(scan: &Scan, selected: Selected) -> Result<Selected> {
+    if scan.checked {
+        overflow::refuse(&selected.energy, &selected.index)?;
+    }
+    Ok(selected)
 }
 
 /// Scans for candidates and selects the winner, without gradients.
@@ -167,7 +185,7 @@ pub fn decode_paged(
             plan_of(&problem, q, &k, &one)?;
             check_on_host(&problem, q, &k, scan)?;
         }
-        on_gpu!(q.device(), G => gpu::tensors::decode_paged::<G>(q, cache, [keys, page], scan, threshold));
+        return checked(scan, fused_paged(q, cache, [keys, page], scan, threshold)?);
     }
     let table = cache.host_table(lengths, page)?;
     let int8: Option<Int8Keys> = match scan.cached {
@@ -176,6 +194,19 @@ pub fn decode_paged(
     };
     let scan = Scan { cached: int8.as_ref().map(CachedKeys::from), ..scan.clone() };
     scan_select(q, &gather_pages(cache.k, &table)?, &gather_pages(cache.v, &table)?, &scan, threshold)
+}
+
+/// [`decode_paged`] by the decoding kernels.
+#[cfg(feature = "gpu")]
+fn fused_paged(
+    q: &Tensor,
+    cache: &PagedCache,
+    sizes: [usize; 2],
+    scan: &Scan,
+    threshold: Option<&Tensor>,
+) -> Result<Selected> {
+    on_gpu!(q.device(), G => gpu::tensors::decode_paged::<G>(q, cache, sizes, scan, threshold));
+    refused("decode_paged", q)
 }
 
 /// Checks queries and mask against a paged cache.

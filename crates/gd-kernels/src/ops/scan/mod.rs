@@ -4,6 +4,7 @@ pub(crate) mod cpu;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 pub(crate) mod options;
+pub(crate) mod overflow;
 pub(crate) mod plan;
 pub(crate) mod problem;
 pub(crate) mod rescored;
@@ -23,7 +24,9 @@ use crate::options::Precision;
 pub struct Candidates {
     /// Key indices `[B, Hq, N, K]`, i32; -1 in unused slots.
     pub index: Tensor,
-    /// Selection energies `[B, Hq, N, K]`, f32 (f64 for f64 tensors); +inf in unused slots.
+    /// Selection energies `[B, Hq, N, K]`, f32 (f64 for f64 tensors); +inf in unused slots. An energy of finite numbers
+    /// that exceeds the range of the dtype is its greatest number, with the sign of the energy
+    /// ([`Candidates::overflowed`]).
     pub energy: Tensor,
     /// 1 where a candidate is protected, u8 `[B, Hq, N, K]`; absent without protected keys.
     pub protected: Option<Tensor>,
@@ -31,11 +34,26 @@ pub struct Candidates {
     pub rescored: Rescored,
 }
 
+impl Candidates {
+    /// The number of candidates whose energy exceeds the range of its dtype. They are the right candidates, but compare as
+    /// equal. The checked mode of a scan refuses them. On a GPU this waits for the device.
+    ///
+    /// # Errors
+    /// An earlier launch that failed, or a failed copy to the host.
+    pub fn overflowed(&self) -> Result<usize> {
+        overflow::count(&self.energy)
+    }
+}
+
 /// The K keys of lowest selection energy for every query, and its protected keys, sorted by (energy, index).
 ///
 /// q is `[B, Hq, N, D]` and k `[B, Hk, M, D]`, of one dtype and device, Hq a multiple of Hk. The energy of key j for
 /// query i is `beta |q_i - k_j|^2 - b_j`, or `-beta <q_i, k_j> - b_j` for [`Score::Dot`](crate::Score::Dot), with the
 /// prior b. The result has no gradient; gradients start at [`select`](crate::select).
+///
+/// Keys are ranked by scores that expand the energy. Where their rounding errors could decide, because queries and keys
+/// have a large common offset or their squares overflow, the row is ranked again by differences: on the CPU and on CUDA
+/// in f64, on Metal in f32. The rule depends on the query and its visible keys alone.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -55,13 +73,32 @@ pub struct Candidates {
 ///
 /// # Errors
 /// [`Error::Invalid`] names the shapes, values or devices that do not fit, [`Error::Unsupported`] the value that no
-/// backend of this build supports.
+/// backend of this build supports. In checked mode, an energy that overflows.
 pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let problem = Problem::new(q, k, scan)?;
     let plan = plan_of(&problem, q, k, scan)?;
-    on_gpu!(q.device(), G => gpu::tensors::scan::<G>(&problem, plan.gpu()?, q, k, scan));
+    run(&problem, plan, q, k, scan)
+}
+
+/// Runs a planned scan and, in checked mode, checks its energies.
+fn run(problem: &Problem, plan: ScanPlan, q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
+    let candidates = run_unchecked(problem, plan, q, k, scan)?;
+    if scan.checked {
+        overflow::refuse(&candidates.energy, &candidates.index)?;
+    }
+    Ok(candidates)
+}
+
+fn run_unchecked(
+    problem: &Problem,
+    plan: ScanPlan,
+    q: &Tensor,
+    k: &Tensor,
+    scan: &Scan,
+) -> Result<Candidates> {
+    on_gpu!(q.device(), G => gpu::tensors::scan::<G>(problem, plan.gpu()?, q, k, scan));
     match plan {
-        ScanPlan::Cpu(plan) => cpu::scan(&problem, &plan, q, k, scan),
+        ScanPlan::Cpu(plan) => cpu::scan(problem, &plan, q, k, scan),
         #[cfg(feature = "gpu")]
         ScanPlan::Gpu(..) => {
             Err(Error::Invalid(format!("{plan}: a plan for a GPU, with tensors on the CPU")))
@@ -84,7 +121,7 @@ pub fn scan_all(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
         )));
     }
     let plan = CpuScanPlan::new(&problem, scan.backend)?;
-    cpu::scan(&problem, &plan, q, k, scan)
+    run(&problem, ScanPlan::Cpu(plan), q, k, scan)
 }
 
 /// The plan that [`scan`] runs for these arguments.

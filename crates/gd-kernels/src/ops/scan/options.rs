@@ -42,9 +42,10 @@ pub struct Scan<'a> {
     /// Protected keys, which are candidates whatever their energy if the mask makes them visible: i32
     /// `[B|1, Hq|Hk|1, N|1, P]`, negative in unused slots. They add P slots to the K of the result.
     pub protected: Option<&'a Tensor>,
-    /// Return an error for NaN and infinities in rows that take part. Without it, a key without a finite energy is
-    /// never a candidate. On a GPU the values of beta, prior and protected keys are checked in this mode only, because
-    /// that waits for the device.
+    /// Return an error for NaN and infinities in rows that take part, and for energies that overflow. Without it, a key
+    /// with NaN or infinities is never a candidate, and overflowed energies are counted
+    /// ([`Candidates::overflowed`](crate::Candidates::overflowed)). On a GPU the values of beta, prior and protected
+    /// keys are checked in this mode only, because that waits for the device.
     pub checked: bool,
     /// How the candidates are found; the result is the same.
     pub precision: Precision,
@@ -111,7 +112,7 @@ impl<'a> Scan<'a> {
         Self { cached: Some(cached.into()), ..self }
     }
 
-    /// Returns errors for NaN and infinities in rows that take part.
+    /// Returns errors for NaN and infinities in rows that take part, and for energies that overflow.
     #[must_use]
     pub fn checked(self) -> Self {
         Self { checked: true, ..self }

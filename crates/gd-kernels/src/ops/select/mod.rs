@@ -24,7 +24,7 @@ pub(crate) use self::validate::sizes as check_sizes;
 use crate::backend::dispatch::on_gpu;
 use crate::backend::graph::with_contiguous_rows;
 use crate::error::Result;
-use crate::ops::scan::Candidates;
+use crate::ops::scan::{Candidates, overflow};
 
 /// The result of [`select()`]. Index, energy, margin, gate and coherence point are those of the first round; energies
 /// are those after the barrier.
@@ -35,7 +35,7 @@ pub struct Selected {
     /// Selected key `[B, Hq, N]`, i32; -1 where the head abstained.
     pub index: Tensor,
     /// Energy of the selected key `[B, Hq, N]`, +inf where the head abstained; f32 (f64 for f64 tensors), as the next
-    /// three.
+    /// three. An energy that exceeds the range of the dtype is its greatest number ([`Selected::overflowed`]).
     pub energy: Tensor,
     /// Energy of the runner-up that the threshold admits minus that of the winner; +inf without one.
     pub margin: Tensor,
@@ -49,6 +49,16 @@ pub struct Selected {
     pub compared: Tensor,
     /// The selections of the further rounds of refinement.
     pub later: Vec<Round>,
+}
+
+impl Selected {
+    /// The number of selected keys whose energy exceeds the range of its dtype. On a GPU this waits for the device.
+    ///
+    /// # Errors
+    /// An earlier launch that failed, or a failed copy to the host.
+    pub fn overflowed(&self) -> Result<usize> {
+        overflow::count(&self.energy)
+    }
 }
 
 /// A further round of refinement.

@@ -203,6 +203,10 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Invalid`] with the reason of the `tokenizers` library.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        // Some decoders of the library need a token.
+        if !ids.iter().any(|&id| self.text_token(id).is_some()) {
+            return Ok(String::new());
+        }
         catch_panic(|| self.inner.decode(ids, true))
             .map_err(|panic| Error::Invalid(format!("tokenizer: {}", panic_reason(panic))))?
             .map_err(invalid)

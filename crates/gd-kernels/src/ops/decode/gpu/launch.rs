@@ -342,9 +342,7 @@ pub fn decode<G: Gpu>(
         buffers.extend(scales.into_iter().chain(results).chain(rest).chain(outputs));
         return launch(plan.kernel, row_tile_count * plan.splits, plan.shared_bytes, buffers);
     };
-    let [beta, prior, _, pages] = scales;
-    let merged = [buffers[0], buffers[1], beta, prior, pages];
-    let merged = merged.into_iter().chain(results).chain(outputs).collect();
+    let merged = [buffers[0], buffers[1]].into_iter().chain(scales).chain(results).chain(outputs).collect();
     buffers.extend(scales.into_iter().chain([Some(x.workspace)]));
     launch(plan.kernel, row_tile_count * plan.splits, plan.shared_bytes, buffers)?;
     launch(merge, row_tile_count, 0, merged)

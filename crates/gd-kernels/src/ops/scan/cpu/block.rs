@@ -6,6 +6,7 @@ use num_traits::{Float, Zero};
 
 use crate::backend::cpu::element::{Element, Real, sum2};
 use crate::ops::scan::cpu::arguments::Arguments;
+use crate::ops::scan::cpu::ill_conditioned::{finite, form_in_f64};
 use crate::ops::scan::problem::Problem;
 use crate::options::{Score, TieBreak};
 
@@ -27,6 +28,9 @@ pub(crate) struct Block<'a, T: Element> {
     pub(crate) index: &'a mut [i32],
     pub(crate) energy: &'a mut [T::Acc],
     pub(crate) flags: &'a mut [u8],
+    /// For the range of keys that starts at the first number and has the second as its length: whether they have a common
+    /// offset. Of the last such range that was looked at.
+    pub(crate) common_offset: Option<([usize; 2], bool)>,
 }
 
 impl<T: Element> Block<'_, T> {
@@ -60,13 +64,18 @@ impl<T: Element> Block<'_, T> {
         (0..panels.len()).map(move |step| if backwards { panels.end - 1 - step } else { panels.start + step })
     }
 
+    /// The prior of the keys, if there is one.
+    #[inline(always)]
+    pub(crate) fn prior_row(&self) -> Option<&[T::Acc]> {
+        self.x.prior.map(|prior| prior.row(self.b, self.h, self.problem.q_heads))
+    }
+
     /// Adds the prior, as scores, to the biases of the keys from `first` on.
     #[inline(always)]
     pub(crate) fn add_prior(&self, bias: &mut [T::Acc], first: usize) {
-        if let Some(prior) = self.x.prior {
+        if let Some(prior) = self.prior_row() {
             let scale = self.prior_scale();
-            let prior = &prior.row(self.b, self.h, self.problem.q_heads)[first..];
-            bias.iter_mut().zip(prior).for_each(|(b, x)| *b = x.mul_add(scale, *b));
+            bias.iter_mut().zip(&prior[first..]).for_each(|(b, x)| *b = x.mul_add(scale, *b));
         }
     }
 
@@ -81,8 +90,9 @@ impl<T: Element> Block<'_, T> {
         }
     }
 
-    /// Writes the candidates of a row, `keys` and the protected ones, sorted by (energy, index). `candidates` is
-    /// scratch memory.
+    /// Writes the candidates of a row, `keys` (by score, the best first) and the protected ones, sorted by (energy,
+    /// index). If the scores of the row are ill-conditioned, other keys take the place of `keys`. `candidates` is scratch
+    /// memory.
     #[inline(always)]
     pub(crate) fn write_candidates(
         &mut self,
@@ -92,6 +102,13 @@ impl<T: Element> Block<'_, T> {
         candidates: &mut Vec<Candidate<T::Acc>>,
     ) {
         let i = self.rows.start + row;
+        let mut ranked = Vec::new();
+        let keys = if self.ill_conditioned(row, visible, keys) {
+            self.rank_in_f64(row, visible, &mut ranked);
+            ranked.as_slice()
+        } else {
+            keys
+        };
         // Loops rather than iterator adaptors: a closure that is not inlined is compiled without the instruction set.
         candidates.clear();
         for &j in keys {
@@ -126,13 +143,14 @@ impl<T: Element> Block<'_, T> {
     fn candidate_energy(&self, i: usize, j: usize) -> T::Acc {
         let q = self.x.q.row(self.b, self.h, i);
         let k = self.x.k.row(self.b, self.h / self.problem.group(), j);
-        let prior = self.x.prior.map_or(T::Acc::zero(), |p| p.row(self.b, self.h, self.problem.q_heads)[j]);
+        let prior = self.prior_row().map_or(T::Acc::zero(), |p| p[j]);
         pair_energy(self.problem.score, self.x.beta[self.h], prior, q, k)
     }
 }
 
 /// `beta |q - k|^2 - b`, or `-beta <q, k> - b`. The difference is formed before it is squared, which stays accurate
-/// where query and key nearly coincide.
+/// where query and key nearly coincide. The energy of finite numbers that exceeds the range of the accumulator is its
+/// greatest number, with the sign of the energy.
 #[inline(always)]
 pub(crate) fn pair_energy<T: Element>(score: Score, beta: T::Acc, prior: T::Acc, q: &[T], k: &[T]) -> T::Acc {
     let sum = match score {
@@ -152,5 +170,29 @@ pub(crate) fn pair_energy<T: Element>(score: Score, beta: T::Acc, prior: T::Acc,
             |q, k| q.up() * k.up(),
         ),
     };
-    beta * sum - prior
+    let energy = beta * sum - prior;
+    if energy.is_finite() { energy } else { overflowed(score, beta, prior, q, k, energy) }
+}
+
+/// An energy that overflowed, computed in f64.
+#[cold]
+#[inline(never)]
+fn overflowed<T: Element>(
+    score: Score,
+    beta: T::Acc,
+    prior: T::Acc,
+    q: &[T],
+    k: &[T],
+    energy: T::Acc,
+) -> T::Acc {
+    if !(finite(q) && finite(k) && prior.is_finite()) {
+        return energy;
+    }
+    let energy = T::Acc::of(beta.wide() * form_in_f64(score, q, k) - prior.wide());
+    // NaN, for numbers in f64, is the difference of two infinities.
+    if energy.is_nan() {
+        T::Acc::max_value()
+    } else {
+        energy.max(T::Acc::min_value()).min(T::Acc::max_value())
+    }
 }

@@ -5,7 +5,8 @@
 //! `<q, k> - |k|^2 / 2 + b / (2 beta)`; the energies of the remaining candidates are then computed from differences.
 //!
 //! `dense` scores every key. `certified` finds the keys that can be candidates with 8-bit integers and error bounds;
-//! `decode` does so for few queries with fast f32 scores; `rescore` then scores those keys as `dense` does.
+//! `decode` does so for few queries with fast f32 scores; `rescore` then scores those keys as `dense` does. Rows for which
+//! the rounding errors of the scores are too large are ranked again by `ill_conditioned`.
 
 pub(crate) mod arguments;
 pub(crate) mod block;
@@ -16,6 +17,7 @@ mod check;
 pub(crate) mod check_on_host;
 mod decode;
 mod dense;
+mod ill_conditioned;
 mod int8;
 mod pack;
 mod rescore;
@@ -137,7 +139,7 @@ fn blocks<'a, T: Element>(
             let rows = first..n.min(first + plan.block_rows);
             let (b, h) = (head / problem.q_heads, head % problem.q_heads);
             let flags = flags.next().unwrap_or_default();
-            blocks.push(Block { problem, x, b, h, rows, slots, index, energy, flags });
+            blocks.push(Block { problem, x, b, h, rows, slots, index, energy, flags, common_offset: None });
         }
     }
     blocks

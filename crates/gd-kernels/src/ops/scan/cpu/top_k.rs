@@ -106,6 +106,12 @@ impl<A: Real> TopK<A> {
         }
     }
 
+    /// Whether a score exceeds the threshold of its row.
+    #[inline(always)]
+    pub(crate) fn admits(&self, row: usize, score: A) -> bool {
+        score > self.threshold[row]
+    }
+
     /// Inserts a score that exceeds the threshold of its row; infinite scores are ignored.
     #[inline(always)]
     pub(crate) fn insert(&mut self, row: usize, score: A, key: u32) {
@@ -189,7 +195,7 @@ impl<A: Real> ScoreSink<A> for TopK<A> {
                 hits ^= 1 << w;
                 let score = tile[w as usize % MAX_KEYS];
                 // The threshold may have risen since the comparison.
-                if score > self.threshold[row + r] {
+                if self.admits(row + r, score) {
                     self.insert(row + r, score, (panel * self.width) as u32 + w);
                 }
             }

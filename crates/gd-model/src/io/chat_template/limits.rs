@@ -16,8 +16,8 @@ const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 const MAX_INSTRUCTIONS: u64 = 10_000_000;
 /// The maximal number of bytes that the instructions of a template may copy from the template itself.
 const MAX_COPIED_BYTES: u64 = 1 << 30;
-/// The maximal number of bytes of the texts and lists that a template makes.
-const MAX_BYTES: usize = 1 << 26;
+/// The maximal number of bytes of the texts and lists that a template makes. Unit tests reach a smaller one sooner.
+const MAX_BYTES: usize = if cfg!(test) { 1 << 22 } else { 1 << 26 };
 /// The number of bytes that a value counts besides its text.
 const VALUE_BYTES: usize = 32;
 /// The maximal depth of lists and dictionaries in each other.

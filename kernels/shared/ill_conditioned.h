@@ -84,7 +84,8 @@ INLINE bool keys_have_offset(Thread me, const LOCAL RankedRow<T, Keys> &row, LOC
 template <class T, class Keys>
 INLINE bool ill_conditioned(Thread me, const LOCAL RankedRow<T, Keys> &row, i32 best, u32 found, u32 wanted,
                             LOCAL CommonOffset &last) {
-    if (GD_FAULT(89)) return false;
+    // Without its fence the Hopper scan computes NaN for every score, which this rule would repair.
+    if (GD_FAULT(61) || GD_FAULT(89)) return false;
     if (found >= u32(row.range.hi - row.range.lo)) return false;
     // A key without a finite score was not found.
     if (found < wanted && admits_more(me, row, found)) return true;

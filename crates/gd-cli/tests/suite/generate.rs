@@ -274,11 +274,11 @@ fn invalid_prompts_and_models_are_errors() -> Result<()> {
     save(&dir.join("model"), &[], None)?;
     save(&dir.join("broken"), &[(CHAT_TEMPLATE, "{% if %}")], None)?;
     save(&dir.join("strict"), &[(CHAT_TEMPLATE, "{{ raise_exception('only two') }}")], None)?;
-    save(&dir.join("ends"), &[], Some(json!({ "eos_token_id": -1 })))?;
+    save(&dir.join("ends"), &[], Some(json!({ "eos_token_id": 1.5 })))?;
     fs::write(dir.join("empty.txt"), "\n")?;
     fs::write(dir.join("bad.jsonl"), "{\"prompt\": \"a\"}\n{\"text\": \"b\"}\n")?;
     let cases: [(&[&str], i32, &str); 9] = [
-        (&["ends", "--prompt", "a"], 1, "ends: eos_token_id -1 is not a token id"),
+        (&["ends", "--prompt", "a"], 1, "ends: eos_token_id 1.5 is not a token id"),
         (&["model", "--prompt", ""], 1, "the prompt is empty, and the model has no begin token"),
         (&["model", "--prompt", "a", "--system", "b"], 2, "--chat"),
         (&["model", "--prompt", "a", "--chat"], 2, "--chat: model has no chat template"),

@@ -67,7 +67,9 @@ pub use sigmoid::Sigmoid;
 pub use sliding_window::SlidingWindow;
 pub use softmax::Softmax;
 pub use sparsemax::Sparsemax;
-pub use stages::{Aggregate, Computation, Mask, Normalise, Normalised, Run, Score, Stages, Support, Warp};
+pub use stages::{
+    Aggregate, Attend, Computation, Mask, Normalise, Normalised, Run, Score, Stages, Support, Warp,
+};
 pub use switch::Switch;
 pub use top_k::{ExplicitSparse, TopK};
 

@@ -174,6 +174,9 @@ impl fmt::Display for Stages {
     }
 }
 
+/// A mechanism as a function of its inputs.
+pub type Attend<'a> = Box<dyn Fn(&Inputs) -> Result<Outputs> + 'a>;
+
 /// How a mechanism is computed.
 pub enum Computation<'a> {
     /// By stages.
@@ -183,7 +186,7 @@ pub enum Computation<'a> {
         /// The steps in words, for the table of mechanisms.
         steps: &'static str,
         /// The outputs for the inputs.
-        attend: Box<dyn Fn(&Inputs) -> Result<Outputs> + 'a>,
+        attend: Attend<'a>,
     },
 }
 

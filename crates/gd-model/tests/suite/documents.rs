@@ -63,7 +63,7 @@ fn every_format_gives_the_same_records() {
         ("mark.jsonl", mark(RECORDS)),
         ("mark.json", mark(pretty)),
         // Two files with a mark each, joined.
-        ("joined.jsonl", RECORDS.split_inclusive('\n').flat_map(|line| mark(line)).collect()),
+        ("joined.jsonl", RECORDS.split_inclusive('\n').flat_map(&mark).collect()),
         ("a.jsonl.gz", gzip(RECORDS.as_bytes())),
         ("a.jsonl.zst", zstd(RECORDS.as_bytes())),
         ("b.json.gz", gzip(&mark(pretty))),

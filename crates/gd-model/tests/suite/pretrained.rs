@@ -298,7 +298,8 @@ fn weights_in_integers_or_8_bits_are_refused_with_name_and_dtype() -> Result<()>
             let scale = |name: &&str| (weight.replace("weight", name), Dtype::F32, vec![1]);
             tensors.extend(scales.iter().map(scale));
             let folder = model.write_with(&tensors)?;
-            check(&error(folder.path())?, &[WEIGHTS, weight, &format!("{dtype:?}"), "BF16"])?;
+            check(&error(folder.path())?, &[WEIGHTS, weight, &format!("{dtype:?}"), "BF16"])
+                .with_context(|| format!("{dtype:?} {scales:?}"))?;
         }
     }
     let packed = weight.replace("weight", "qweight");
@@ -323,7 +324,8 @@ fn weights_that_are_not_finite_are_counted() -> Result<()> {
             damaged.tensors.insert(name.clone(), tensor);
             let text = error(damaged.write()?.path())?;
             let counts = format!("of {} values 2 are NaN and 1 are infinite", last + 1);
-            check(&text, &[WEIGHTS, &format!("{name:?}"), &counts])?;
+            check(&text, &[WEIGHTS, &format!("{name:?}"), &counts])
+                .with_context(|| format!("{family} {name}"))?;
             cases += 1;
         }
     }

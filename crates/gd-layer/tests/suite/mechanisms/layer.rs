@@ -82,7 +82,7 @@ fn sequences_of_different_lengths_are_decoded_together() -> Result<()> {
     let lengths = [6, 3];
     for mechanism in in_layers() {
         let layer = layer(&attention_config(), &mechanism)?;
-        let mut caches = vec![LayerCache::new(), LayerCache::new()];
+        let mut caches = [LayerCache::new(), LayerCache::new()];
         for (b, cache) in caches.iter_mut().enumerate() {
             read(&layer, &x.narrow(0, b, 1)?.narrow(1, 0, lengths[b])?, &[0], cache)?;
         }

@@ -62,10 +62,10 @@ impl Responses {
         Ok(Self { choice: pairs.collect(), confidence: confidence.collect(), out })
     }
 
-    /// The mean squared distance between the outputs and the values of the keys that the queries belong to.
+    /// The mean squared error of the elements of the outputs, against the values of the keys that the queries belong to.
     pub(super) fn mean_squared_error(&self, queries: &Queries, values: &Tensor) -> Result<f64> {
         let difference = (&self.out - chosen(values, &queries.label)?)?;
-        Ok(difference.sqr()?.sum(1)?.mean_all()?.to_scalar::<f64>()?)
+        Ok(difference.sqr()?.mean_all()?.to_scalar::<f64>()?)
     }
 
     /// The share of the answers that are a single value row, within a tenth of its length.

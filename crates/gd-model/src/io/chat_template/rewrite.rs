@@ -210,13 +210,22 @@ impl<'a> Writer<'a> {
     /// Writes the keyword of a statement with the names that it defines, and the value of an assignment.
     fn statement(&mut self, out: &mut String) -> Option<()> {
         let end = match self.peek() {
-            Some("generation") => return Some(self.replace("with", out)),
-            Some("endgeneration") => return Some(self.replace("endwith", out)),
+            Some("generation") => {
+                self.replace("with", out);
+                return Some(());
+            }
+            Some("endgeneration") => {
+                self.replace("endwith", out);
+                return Some(());
+            }
             Some("for") => Some("in"),
             Some("set") => Some("="),
             // What follows is a name or a call, and nothing else may be in its place.
             Some("macro" | "call" | "filter" | "do") => None,
-            _ => return Some(self.copy(out)),
+            _ => {
+                self.copy(out);
+                return Some(());
+            }
         };
         while self.peek().is_some_and(|token| Some(token) != end) {
             self.copy(out);

@@ -40,8 +40,8 @@ impl<'a, T: Element> Block<'a, T> {
         if keys.len() < self.problem.candidates && keys.len() < self.admitted(visible) {
             return true;
         }
-        let Some(&best) = keys.first() else { return false };
-        let (q, k) = (self.x.q.row(self.b, self.h, self.rows.start + row), self.key(best as usize));
+        let Some(&top_key) = keys.first() else { return false };
+        let (q, k) = (self.x.q.row(self.b, self.h, self.rows.start + row), self.key(top_key as usize));
         let (square, distance) = (square(q), squared_distance(q, k));
         let limit = T::Acc::of(MAX_SQUARE_SHARE) * T::Acc::max_value();
         if !(square < limit && distance < limit) {
@@ -56,8 +56,8 @@ impl<'a, T: Element> Block<'a, T> {
     fn keys_have_offset(&mut self, visible: &Range<usize>) -> bool {
         // The keys are those of a range of a power of two, so that most rows of a block share them.
         let (first, size) = (visible.start, 1 << visible.len().ilog2());
-        if let Some((known, answer)) = self.common_offset
-            && known == [first, size]
+        if let Some((range, answer)) = self.common_offset
+            && range == [first, size]
         {
             return answer;
         }

@@ -72,8 +72,8 @@ INLINE bool keys_have_offset(Thread me, const LOCAL RankedRow<T, Keys> &row, LOC
         size *= 2;
     if (last.lo == row.range.lo && last.size == size) return last.found;
     last = {row.range.lo, size, false};
-    u32 from = u32(row.range.lo), quarter = size / 4, half = size / 2;
-    const DEVICE T *a = row.keys.row(from + quarter), *b = row.keys.row(from + half);
+    u32 from = u32(row.range.lo), quarter = size / 4, middle = size / 2;
+    const DEVICE T *a = row.keys.row(from + quarter), *b = row.keys.row(from + middle);
     const DEVICE T *c = row.keys.row(from + 3 * quarter);
     last.found = are_near(me, a, b, row.dim) || are_near(me, b, c, row.dim) || are_near(me, a, c, row.dim);
     return last.found;

@@ -8,8 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use gd_model::config::{ModelConfig, Recipe};
-use gd_model::data::{INDEX as DATA_INDEX, Index, Prepared};
+use gd_model::config::{DocumentFormat, ModelConfig, Recipe};
+use gd_model::data::{Documents, INDEX as DATA_INDEX, Index, Prepared};
 use gd_model::io::chat_template::ChatTemplate;
 use gd_model::io::checkpoint::{
     CONFIG, INDEX, MANIFEST, System, TOKENIZER, WEIGHTS, load_json, load_tensors, verify,
@@ -19,7 +19,7 @@ use gd_model::io::tokenizer::Tokenizer;
 use peak_alloc::PeakAlloc;
 
 /// The readers by name; the corpus has a folder for each.
-pub(crate) const READERS: [&str; 11] = [
+pub(crate) const READERS: [&str; 15] = [
     "safetensors",
     "index",
     "config",
@@ -31,10 +31,17 @@ pub(crate) const READERS: [&str; 11] = [
     "recipe-json",
     "recipe-toml",
     "template",
+    "json-lines",
+    "json-array",
+    "compressed",
+    "parquet",
 ];
 
 /// Bytes that a reader may allocate beyond eight times the size of its input.
 const SLACK_BYTES: usize = 16 << 20;
+
+/// Bytes that a reader of compressed files may allocate.
+const MAX_DECOMPRESSED_BYTES: usize = 1 << 30;
 
 /// A folder with the files that a reader needs beside its input.
 pub(crate) struct ReaderFolder {
@@ -70,8 +77,13 @@ impl ReaderFolder {
     /// # Panics
     /// When the reader panics, or when it allocates more than eight times the size of the input plus 16 MiB.
     pub(crate) fn run(&self, reader: &str, input: &[u8], memory: &PeakAlloc) -> bool {
-        // A template is a program that may produce long texts; its steps are bounded by the reader.
-        let limit = if reader == "template" { usize::MAX } else { 8 * input.len() + SLACK_BYTES };
+        let limit = match reader {
+            // A template is a program that may produce long texts; its steps are bounded by the reader.
+            "template" => usize::MAX,
+            // Compressed files may be any number of times as long as their content.
+            "compressed" | "parquet" => MAX_DECOMPRESSED_BYTES,
+            _ => 8 * input.len() + SLACK_BYTES,
+        };
         bounded(reader, limit, memory, || self.read(reader, input))
     }
 
@@ -137,6 +149,11 @@ impl ReaderFolder {
                 let template = ChatTemplate::new(String::from_utf8_lossy(input).into_owned(), tokens);
                 template.is_ok_and(|template| template.render(Some("system"), "user").is_ok())
             }
+            "json-lines" => documents(file("a.jsonl")),
+            "json-array" => documents(file("a.json")),
+            // The compression is recognised by the content.
+            "compressed" => documents(file("a.jsonl.zst")),
+            "parquet" => documents(file("a.parquet")),
             _ => panic!("no reader {reader}; there are {}", READERS.join(", ")),
         }
     }
@@ -147,6 +164,15 @@ impl ReaderFolder {
         fs::write(self.at(DATA_INDEX), sealed.to_string()).expect("a file");
         Prepared::open(self.folder.path()).is_ok()
     }
+}
+
+/// Whether a file has documents and nothing else.
+fn documents(path: PathBuf) -> bool {
+    let tokens = BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]);
+    let template = ChatTemplate::new("{% for m in messages %}{{ m.content }}{% endfor %}".into(), tokens);
+    let documents = Documents::open(&[path], &DocumentFormat::default());
+    let (Ok(template), Ok(documents)) = (template, documents) else { return false };
+    documents.with_chat_template(Some(template)).all(|document| document.is_ok())
 }
 
 /// The result of `read`, which may allocate `limit` bytes more than were allocated before.

@@ -4,7 +4,7 @@
 # Usage: scripts/ci/compile_kernels.sh [--all | --record]
 #
 # Compiling takes minutes per source, so the result of each is recorded in kernels/cuda/compiled with a hash of the
-# source, all headers and the flags, and only sources with another hash are compiled. The hash ignores comments and white
+# source, the headers that it includes and the flags, and only sources with another hash are compiled. The hash ignores comments and white
 # space, which do not change the code. --all compiles everything; --record compiles everything and writes that file.
 # nvcc is that of CUDA_HOME, or of PATH, or one that scripts/hardware/cuda_toolchain.sh installs below target/.
 # A source *_sm90a.cu uses Hopper's instructions and is compiled for sm_90a only.
@@ -20,9 +20,24 @@ touch "$record"
 
 # A hash of everything that a source's code depends on. Strings are not changed, because they may hold PTX.
 key() {
-    cat "$1" kernels/cuda/*.cuh kernels/shared/*.h kernels/cuda/nvcc.flags | python3 -c 'import hashlib, re, sys
-text = re.sub(r"(\"(?:[^\"\\]|\\.)*\")|//[^\n]*|\\\n|\s+", lambda m: m.group(1) or " ", sys.stdin.read())
-print(hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:32])'
+    python3 - "$1" <<'PYTHON'
+import hashlib, pathlib, re, sys
+
+def parts(path, seen):
+    """The texts of a file and of the headers that it includes, directly or not."""
+    text = path.read_text()
+    seen[path] = text
+    for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE):
+        header = next(h for h in (path.parent / name, pathlib.Path("kernels/shared") / name) if h.exists())
+        if header not in seen:
+            parts(header, seen)
+    return seen
+
+texts = parts(pathlib.Path(sys.argv[1]), {})
+text = "".join(texts[path] for path in sorted(texts)) + open("kernels/cuda/nvcc.flags").read()
+text = re.sub(r'("(?:[^"\\]|\\.)*")|//[^\n]*|\\\n|\s+', lambda m: m.group(1) or " ", text)
+print(hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:32])
+PYTHON
 }
 
 jobs=()

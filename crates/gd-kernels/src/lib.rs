@@ -36,6 +36,7 @@ pub use ops::scan::problem::Problem;
 pub use ops::scan::rescored::Rescored;
 pub use ops::scan::{Candidates, plan, scan, scan_all};
 pub use ops::select::{Round, Select, Selected, select};
+pub use ops::softmax_attention::softmax_attention;
 pub use ops::swiglu::swiglu;
 pub use options::{Barrier, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};
 
@@ -55,11 +56,10 @@ pub mod metal {
     pub use crate::backend::metal::{describe, kernel_hash, open};
 }
 
-/// Launches over buffers, which tests run on an emulated device.
-#[cfg(feature = "gpu")]
+/// Launches over buffers, which tests run on an emulated device and on GPUs.
+#[cfg(feature = "emulate")]
 #[doc(hidden)]
 pub mod gpu {
-    #[cfg(feature = "emulate")]
     pub use crate::backend::gpu::emulate;
     pub use crate::backend::gpu::{
         Arch, Constants, Gpu, Kernel, KernelOp, Launch, Prior, RowSizes, Slice, Tensor4, TensorMap, kernel,

@@ -82,6 +82,14 @@ impl Mask {
         self
     }
 
+    /// The mask of the queries from `first` on.
+    pub fn from_query(mut self, first: usize) -> Self {
+        let moved = |offset: i64| offset.saturating_add(first as i64);
+        self.offset = moved(self.offset);
+        self.offsets = self.offsets.map(|offsets| Arc::new(offsets.iter().copied().map(moved).collect()));
+        self
+    }
+
     /// The offset of query 0 of batch entry `b` on the key axis.
     pub fn offset(&self, b: usize) -> i64 {
         match self.offsets.as_deref().map(Vec::as_slice) {

@@ -4,17 +4,18 @@ use std::sync::Arc;
 
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
-use gd_kernels::{Mask, masked_softmax};
+use gd_kernels::{Mask, softmax_attention};
 
 use crate::attention::{Attention, Pass};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
-use crate::heads::Heads;
+use crate::heads::{Heads, Projected};
 use crate::rope::Rotary;
 use crate::stats::SelectionStats;
 
 /// Softmax attention, `softmax(q k^T / sqrt(D) + prior) v` (Vaswani et al., arXiv 1706.03762), with the learned prior
-/// of a Beacon if there is one. Differentiable in all inputs. The output of a query that sees no key is 0.
+/// of a Beacon if there is one. Differentiable in all inputs. The output of a query that sees no key is 0. On the CPU
+/// neither the forward nor the backward pass stores the weights.
 ///
 /// # Examples
 /// ```
@@ -54,38 +55,14 @@ impl SoftmaxAttention {
 impl Attention for SoftmaxAttention {
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let projected = self.heads.project(x, pass, cache)?;
-        let (b, hq, n, d) = projected.q.dims4()?;
-        let (hk, m) = (projected.k.dim(1)?, projected.k.dim(2)?);
-        let group = hq / hk;
-        // The heads of a group share keys: fold them into the rows of one product.
-        let q = (projected.q.contiguous()? * (d as f64).sqrt().recip())?.reshape((b, hk, group * n, d))?;
-        let scores = q.matmul(&batch_of_matrices(&projected.k)?.t()?)?.reshape((b, hq, n, m))?;
-        let scores = match &projected.prior {
-            Some(p) => {
-                let p = p
-                    .reshape((b, hk, 1, 1, m))?
-                    .broadcast_as((b, hk, group, 1, m))?
-                    .reshape((b, hq, 1, m))?;
-                scores.broadcast_add(&p)?
-            }
-            None => scores,
-        };
-        let weights = masked_softmax(&scores, &projected.mask)?;
+        let Projected { q, k, v, prior, mask, .. } = &projected;
+        let scale = (q.dim(3)? as f64).sqrt().recip();
         if let Some(stats) = pass.stats {
-            stats.borrow_mut().push(SelectionStats::of_weights(&weights)?);
+            stats.borrow_mut().push(SelectionStats::of_softmax([q, k], prior.as_ref(), mask, scale)?);
         }
-        let weights = weights.reshape((b, hk, group * n, m))?;
-        let y = weights.matmul(&batch_of_matrices(&projected.v)?)?.reshape((b, hq, n, d))?;
+        let y = softmax_attention(q, k, v, prior.as_ref(), None, mask, scale)?;
         self.heads.output(y, projected)
     }
-}
-
-/// `t` in a layout that a batched product reads without a copy: itself where the matrices are contiguous and evenly
-/// spaced, as in a cache with capacity for more positions, or else a contiguous copy.
-fn batch_of_matrices(t: &Tensor) -> Result<Tensor> {
-    let (dims, stride) = (t.dims(), t.stride());
-    let even = dims.len() == 4 && stride[3] == 1 && (dims[0] == 1 || stride[0] == dims[1] * stride[1]);
-    if even && stride[2] == dims[3] { Ok(t.clone()) } else { t.contiguous() }
 }
 
 impl Module for SoftmaxAttention {

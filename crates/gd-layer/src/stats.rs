@@ -1,7 +1,10 @@
 //! Statistics of a forward pass, for monitoring.
 
 use candle_core::{DType, Device, Result, Tensor};
-use gd_kernels::{Candidates, Selected};
+use gd_kernels::{Candidates, Mask, Selected, masked_softmax};
+
+/// The greatest number of weights in memory for the statistics of softmax attention: 16 MiB of f32.
+const MAX_WEIGHTS: usize = 1 << 22;
 
 /// Statistics of the selections of a layer in one pass, over batch, heads and queries.
 #[derive(Debug, Clone)]
@@ -51,17 +54,69 @@ impl SelectionStats {
         })
     }
 
-    /// Statistics of a softmax layer with weights `[B, Hq, N, M]`.
+    /// Statistics of softmax attention with `scale` over q `[B, Hq, N, D]`, k `[B, Hk, M, D]` and a prior `[B, Hk, M]`.
+    /// The weights of a few queries at a time are in memory.
+    pub(crate) fn of_softmax(
+        [q, k]: [&Tensor; 2],
+        prior: Option<&Tensor>,
+        mask: &Mask,
+        scale: f64,
+    ) -> Result<Self> {
+        let ((b, hq, n, d), (_, hk, m, _)) = (q.dims4()?, k.dims4()?);
+        let (q, k) = ((q.detach() * scale)?, k.detach().contiguous()?.t()?);
+        let mut sums = WeightSums::new([b, hq, n]);
+        let queries = (MAX_WEIGHTS / (b * hq * m).max(1)).clamp(1, n.max(1));
+        for first in (0..n).step_by(queries) {
+            let count = queries.min(n - first);
+            // The heads of a group share keys: fold them into the rows of one product.
+            let q = q.narrow(2, first, count)?.contiguous()?.reshape((b, hk, hq / hk * count, d))?;
+            let scores = match prior {
+                Some(prior) => q.matmul(&k)?.broadcast_add(&prior.detach().unsqueeze(2)?)?,
+                None => q.matmul(&k)?,
+            };
+            let mask = mask.clone().from_query(first);
+            sums.add(first, &masked_softmax(&scores.reshape((b, hq, count, m))?, &mask)?)?;
+        }
+        Ok(sums.finish())
+    }
+
+    /// Statistics of a layer with weights `[B, Hq, N, M]`.
     pub(crate) fn of_weights(weights: &Tensor) -> Result<Self> {
-        let (b, _, n, m) = weights.dims4()?;
+        let (b, hq, n, _) = weights.dims4()?;
+        let mut sums = WeightSums::new([b, hq, n]);
+        sums.add(0, weights)?;
+        Ok(sums.finish())
+    }
+}
+
+/// Sums over the rows of weights.
+struct WeightSums {
+    sizes: [usize; 3],
+    first_token: f64,
+    empty: usize,
+    entropy: f64,
+    margin: f64,
+    /// Number of rows with two weights, over which `margin` is a sum.
+    margins: usize,
+    picks: Vec<i32>,
+}
+
+impl WeightSums {
+    /// For B, Hq and N.
+    fn new(sizes: [usize; 3]) -> Self {
+        let picks = vec![-1; sizes.iter().product()];
+        Self { sizes, first_token: 0.0, empty: 0, entropy: 0.0, margin: 0.0, margins: 0, picks }
+    }
+
+    /// Adds the weights `[B, Hq, count, M]` of the queries from `first` on.
+    fn add(&mut self, first: usize, weights: &Tensor) -> Result<()> {
+        let (_, _, count, m) = weights.dims4()?;
         let w = weights.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let (mut first, mut empty, mut margin, mut count) = (0f64, 0usize, 0f64, 0usize);
-        let (mut entropy, mut picks) = (0f64, Vec::with_capacity(w.len() / m));
-        for row in w.chunks(m) {
+        for (at, row) in w.chunks(m).enumerate() {
             let (mut top, mut next, mut pick) = (0f32, 0f32, -1);
             for (j, &x) in row.iter().enumerate() {
                 if x > 0.0 {
-                    entropy -= f64::from(x * x.ln());
+                    self.entropy -= f64::from(x * x.ln());
                 }
                 if x > top {
                     (next, top, pick) = (top, x, j as i32);
@@ -69,24 +124,29 @@ impl SelectionStats {
                     next = x;
                 }
             }
-            first += f64::from(row[0]);
-            empty += usize::from(top == 0.0);
-            picks.push(pick);
+            self.first_token += f64::from(row[0]);
+            self.empty += usize::from(top == 0.0);
+            self.picks[at / count * self.sizes[2] + first + at % count] = pick;
             if next > 0.0 {
-                margin += f64::from(top / next).ln();
-                count += 1;
+                self.margin += f64::from(top / next).ln();
+                self.margins += 1;
             }
         }
-        let rows = (w.len() / m) as f64;
-        Ok(Self {
-            abstained: empty as f64 / rows,
-            first_token: first / rows,
-            margin: margin / count.max(1) as f64,
-            entropy: entropy / rows,
-            distinct: distinct(&picks, b, n),
-            picks,
+        Ok(())
+    }
+
+    fn finish(self) -> SelectionStats {
+        let [b, _, n] = self.sizes;
+        let rows = self.picks.len() as f64;
+        SelectionStats {
+            abstained: self.empty as f64 / rows,
+            first_token: self.first_token / rows,
+            margin: self.margin / self.margins.max(1) as f64,
+            entropy: self.entropy / rows,
+            distinct: distinct(&self.picks, b, n),
+            picks: self.picks,
             selected: None,
-        })
+        }
     }
 }
 

@@ -1,9 +1,8 @@
 //! `gd eval`: loss, perplexity and bits per byte of a model on a text.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, anyhow, bail};
-use gd_model::Error;
+use anyhow::{Context as _, Result, bail};
 use gd_model::config::DocumentFormat;
 use gd_model::data::{Documents, Tokens, encode_text};
 use gd_model::eval::evaluate;
@@ -60,7 +59,6 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let (tokens, bytes) = read_tokens(&args, &loaded)?;
     check_tokens(&tokens, &loaded.tokenizer, loaded.model.config())?;
     let result = evaluate(&loaded.model, &tokens, bytes, context, TOKENS_PER_PASS / context, &ctx.device)
-        .map_err(|e| locate(e, &args.model, &loaded))
         .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {
         let mut json = serde_json::to_value(&result)?;
@@ -82,19 +80,6 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         result.heads.first_token,
         result.heads.margin
     ))
-}
-
-/// Adds to the error of a loss that is not finite where the first values are that are not.
-fn locate(error: Error, path: &Path, loaded: &Loaded) -> anyhow::Error {
-    let Error::NotFinite { .. } = error else { return error.into() };
-    match loaded.params.first_not_finite() {
-        Ok(Some(name)) => anyhow!("{error}: {}: {name} has weights that are not finite", path.display()),
-        Ok(None) => anyhow!(
-            "{error}: all weights of {} are finite, but values computed from them are not",
-            path.display()
-        ),
-        Err(e) => e.into(),
-    }
 }
 
 /// Reads the text. Returns its tokens and its length in bytes.

@@ -45,21 +45,14 @@ pub struct LoadedCorpus {
 /// # Errors
 /// Names the file that cannot be read, or data that is too short for the context of the recipe.
 pub fn load_corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<LoadedCorpus> {
-    let loaded = match prepared_data(files)? {
-        Some(Prepared { corpus, tokenizer, .. }) => {
-            LoadedCorpus { summary: DataSummary::new(&corpus, None), corpus, tokenizer }
-        }
-        None => {
-            let (texts, read) = load_texts(files, recipe, None)?;
-            let tokenizer = match recipe.train.tokenizer {
-                TokenizerChoice::Bytes => Tokenizer::bytes()?,
-                TokenizerChoice::Bpe { vocab } => Tokenizer::train_bpe(texts.train.iter(), vocab)?,
-            };
-            encode(&texts, tokenizer, read)?
-        }
-    };
+    let prepared = prepared_data(files)?;
+    let loaded = load(files, recipe, prepared, None, |texts| {
+        Ok(match recipe.train.tokenizer {
+            TokenizerChoice::Bytes => Tokenizer::bytes()?,
+            TokenizerChoice::Bpe { vocab } => Tokenizer::train_bpe(texts.train.iter(), vocab)?,
+        })
+    })?;
     recipe.model.vocab_size = loaded.tokenizer.vocab_size();
-    loaded.corpus.check(recipe.train.context)?;
     Ok(loaded)
 }
 
@@ -73,22 +66,27 @@ pub fn load_corpus_for(
     tokenizer: &Tokenizer,
     template: Option<ChatTemplate>,
 ) -> Result<LoadedCorpus> {
-    let loaded = match prepared_data_for(files, tokenizer)? {
-        Some(Prepared { corpus, tokenizer, .. }) => {
-            LoadedCorpus { summary: DataSummary::new(&corpus, None), corpus, tokenizer }
-        }
-        None => {
-            let (texts, read) = load_texts(files, recipe, template)?;
-            encode(&texts, tokenizer.clone(), read)?
-        }
-    };
-    loaded.corpus.check(recipe.train.context)?;
-    Ok(loaded)
+    load(files, recipe, prepared_data_for(files, tokenizer)?, template, |_| Ok(tokenizer.clone()))
 }
 
-fn encode(texts: &Texts, tokenizer: Tokenizer, read: ReadSummary) -> Result<LoadedCorpus> {
-    let corpus = Corpus::encode(texts, &tokenizer)?;
-    Ok(LoadedCorpus { summary: DataSummary::new(&corpus, Some(read)), corpus, tokenizer })
+/// The prepared data, or the texts in the tokens of the tokenizer that `tokenizer` returns for them.
+fn load(
+    files: &[PathBuf],
+    recipe: &Recipe,
+    prepared: Option<Prepared>,
+    template: Option<ChatTemplate>,
+    tokenizer: impl FnOnce(&Texts) -> Result<Tokenizer>,
+) -> Result<LoadedCorpus> {
+    let (corpus, tokenizer, read) = match prepared {
+        Some(Prepared { corpus, tokenizer, .. }) => (corpus, tokenizer, None),
+        None => {
+            let (texts, read) = load_texts(files, recipe, template)?;
+            let tokenizer = tokenizer(&texts)?;
+            (Corpus::encode(&texts, &tokenizer)?, tokenizer, Some(read))
+        }
+    };
+    corpus.check(recipe.train.context)?;
+    Ok(LoadedCorpus { summary: DataSummary::new(&corpus, read), corpus, tokenizer })
 }
 
 /// Reads the files, or the sample text if there are none, and splits them into training and validation text.

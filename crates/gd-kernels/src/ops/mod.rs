@@ -15,4 +15,5 @@ pub(crate) mod rotary;
 pub(crate) mod running_average;
 pub(crate) mod scan;
 pub(crate) mod select;
+pub(crate) mod softmax_attention;
 pub(crate) mod swiglu;

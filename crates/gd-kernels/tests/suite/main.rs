@@ -16,4 +16,5 @@ mod refusals;
 mod running_average;
 mod scan;
 mod select;
+mod softmax_attention;
 mod theory;

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "parquet")]
+use super::parquet::Rows;
 use super::records::{
     BadRecord, Record, Values, format_of, is_json_lines, json_reason, no_template, record_text,
 };
@@ -98,6 +100,9 @@ enum OpenFile {
     Parts(Lines),
     /// Other JSON.
     Values(Values),
+    /// The rows of a parquet file.
+    #[cfg(feature = "parquet")]
+    Rows(Box<Rows>),
 }
 
 impl fmt::Debug for OpenFile {
@@ -105,6 +110,8 @@ impl fmt::Debug for OpenFile {
         let path = match self {
             Self::Records(lines) | Self::Parts(lines) => &lines.path,
             Self::Values(values) => values.path(),
+            #[cfg(feature = "parquet")]
+            Self::Rows(rows) => rows.path(),
         };
         f.debug_tuple("OpenFile").field(&path).finish()
     }
@@ -216,6 +223,9 @@ impl Documents {
 
     /// Opens a file. Returns its document if it is one as a whole.
     fn open_file(&mut self, path: &Path) -> Result<Option<Document>> {
+        if Format::of(path) == Format::Parquet {
+            return self.open_parquet(path).map(|()| None);
+        }
         let Source { mut reader, mark_bytes } = source::open(path)?;
         (self.open, self.in_file) = (None, 0);
         self.summary.files += 1;
@@ -242,6 +252,19 @@ impl Documents {
         Ok(None)
     }
 
+    #[cfg(feature = "parquet")]
+    fn open_parquet(&mut self, path: &Path) -> Result<()> {
+        self.open = Some(OpenFile::Rows(Box::new(Rows::open(path, &self.format.text_field)?)));
+        self.in_file = 0;
+        self.summary.files += 1;
+        Ok(())
+    }
+
+    #[cfg(not(feature = "parquet"))]
+    fn open_parquet(&mut self, path: &Path) -> Result<()> {
+        Err(source::parquet_unsupported(path))
+    }
+
     /// The next document of the open file; `None` at its end.
     fn next_in_file(&mut self) -> Result<Option<Document>> {
         let (record, path) = match &mut self.open {
@@ -253,6 +276,8 @@ impl Documents {
             }
             Some(OpenFile::Records(lines)) => (lines.record()?, lines.path.clone()),
             Some(OpenFile::Values(values)) => (values.next()?, values.path().to_path_buf()),
+            #[cfg(feature = "parquet")]
+            Some(OpenFile::Rows(rows)) => (rows.next()?, rows.path().to_path_buf()),
         };
         let Some(record) = record else { return Ok(None) };
         let (line, bytes) = (record.line, record.bytes);

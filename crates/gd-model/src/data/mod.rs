@@ -7,6 +7,8 @@ mod documents;
 mod map;
 mod order;
 mod pack;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod prepared;
 mod records;
 mod shard;

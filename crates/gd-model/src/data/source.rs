@@ -31,7 +31,7 @@ pub(super) enum Format {
     Json,
     /// Decided by the content: standard input has no name.
     Unnamed,
-    /// Not read.
+    /// A table, whose rows are records.
     Parquet,
 }
 
@@ -79,12 +79,9 @@ pub(super) struct Source {
 /// Opens a file, or standard input, and decompresses gzip and Zstandard, which are recognised by their first bytes.
 ///
 /// # Errors
-/// A file that cannot be opened, another compression, a parquet file, or text in UTF-16 or UTF-32.
+/// A file that cannot be opened, another compression, a parquet file under another name, or text in UTF-16 or UTF-32.
 pub(super) fn open(path: &Path) -> Result<Source> {
     let unreadable = |e| Error::read(path, "text file", e);
-    if Format::of(path) == Format::Parquet {
-        return Err(parquet(path));
-    }
     let raw: Reader = match is_stdin(path) {
         true => Box::new(stdin().map_err(unreadable)?),
         false => Box::new(BufReader::with_capacity(READ_BYTES, File::open(path).map_err(unreadable)?)),
@@ -143,12 +140,23 @@ fn refuse_binary(path: &Path, head: &[u8]) -> Result<()> {
     }
 }
 
-/// The refusal of a parquet file.
+/// The refusal of a parquet file that is not read as one, by its content.
 fn parquet(path: &Path) -> Error {
     Error::Foreign {
         path: path.into(),
         kind: "text",
-        reason: "parquet files are not read; write their rows as JSON lines, for example with pandas: \
+        reason: "it is a parquet file; such a file is read from disk, uncompressed, with a name that ends in .parquet"
+            .into(),
+    }
+}
+
+/// The refusal of parquet files by a build without the feature that reads them.
+#[cfg(not(feature = "parquet"))]
+pub(super) fn parquet_unsupported(path: &Path) -> Error {
+    Error::Foreign {
+        path: path.into(),
+        kind: "text",
+        reason: "parquet files are read by a build with the feature `parquet`, which this one lacks; or write their rows as JSON lines, for example with pandas: \
                  read_parquet(FILE).to_json(\"rows.jsonl\", orient=\"records\", lines=True)"
             .into(),
     }

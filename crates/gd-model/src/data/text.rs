@@ -9,9 +9,9 @@ use crate::config::DocumentFormat;
 use crate::error::{Error, Result};
 
 /// The extensions of the files that are read from a folder; each may be followed by that of a compressed file.
-const EXTENSIONS: [&str; 5] = ["txt", "md", "text", "jsonl", "ndjson"];
+const EXTENSIONS: [&str; 6] = ["txt", "md", "text", "jsonl", "ndjson", "parquet"];
 
-/// The files of `paths`. A folder is replaced by the text and JSONL files in it and in its subfolders, sorted by name.
+/// The files of `paths`. A folder is replaced by the text, JSONL and parquet files in it and in its subfolders, sorted by name.
 ///
 /// # Errors
 /// A path that does not exist, a folder without such files, or no path.
@@ -27,7 +27,7 @@ pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
         match others.first() {
             _ if files.len() > before && others.is_empty() => {}
             Some(other) if files.len() > before => tracing::warn!(
-                "{}: {} other files are not read, such as {} (.txt, .md, .text, .jsonl and .ndjson are)",
+                "{}: {} other files are not read, such as {} (.txt, .md, .text, .jsonl, .ndjson and .parquet are)",
                 path.display(),
                 others.len(),
                 other.display()
@@ -35,8 +35,7 @@ pub fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
             _ => {
                 return Err(Error::Empty {
                     path: path.clone(),
-                    reason: "the folder has no .txt, .md, .text, .jsonl or .ndjson file, compressed by gzip or \
-                             Zstandard or not",
+                    reason: "the folder has no .txt, .md, .text, .jsonl, .ndjson or .parquet file",
                 });
             }
         }
@@ -56,7 +55,7 @@ pub fn is_jsonl(path: &Path) -> bool {
     Format::of(path) == Format::JsonLines
 }
 
-/// Adds the text and JSONL files in a folder and its subfolders to `files`, and the others to `others`.
+/// Adds the files with such extensions in a folder and its subfolders to `files`, and the others to `others`.
 fn walk(folder: &Path, files: &mut Vec<PathBuf>, others: &mut Vec<PathBuf>) -> Result<()> {
     let unreadable = |e| Error::read(folder, "folder", e);
     let mut entries = std::fs::read_dir(folder)

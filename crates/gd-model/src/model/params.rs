@@ -127,21 +127,6 @@ impl Params {
         Ok(())
     }
 
-    /// The name of the first parameter with a value that is not finite, in the order of the names.
-    ///
-    /// # Errors
-    /// Parameters that cannot be read from their device.
-    pub fn first_not_finite(&self) -> Result<Option<String>> {
-        for (name, tensor) in self.tensors() {
-            let values = tensor.to_dtype(DType::F32)?;
-            // 0 x is 0 for a finite x and NaN for any other.
-            if values.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f32>()?.is_nan() {
-                return Ok(Some(name));
-            }
-        }
-        Ok(None)
-    }
-
     /// The number of elements of all parameters.
     pub fn count(&self) -> usize {
         self.lock().values().map(|p| p.var.elem_count()).sum()

@@ -67,11 +67,8 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
     of.stored += if config.gd.output_gate { 1.7 * query } else { 0.0 };
     match config.mechanism(layer) {
         Mechanism::Gd => of.stored += 4.0 * tokens * heads * config.gd.select.candidates as f64,
-        Mechanism::Softmax => {
-            let weights = tokens * heads * context as f64;
-            of.stored += 3.6 * weights;
-            of.temporary += 3.2 * weights;
-        }
+        // The logarithms of the sums of each row.
+        Mechanism::Softmax => of.stored += tokens * heads,
         // Compositions of candle operations, each of which stores its result.
         Mechanism::Other(_) => {
             let weights = tokens * heads * context as f64;

@@ -122,8 +122,8 @@ fn other_encodings_and_formats_are_refused_by_name() {
         ("bare_be.txt", utf16(text, true), "UTF-16BE"),
         ("wide.txt", with_mark(b"\xff\xfe\0\0", b"a\0\0\0".to_vec()), "UTF-32"),
         ("le.txt.gz", gzip(&with_mark(b"\xff\xfe", utf16(text, false))), "UTF-16"),
-        ("a.parquet", b"PAR1".to_vec(), "parquet files are not read; write their rows as JSON lines"),
-        ("parquet.txt", b"PAR1\x15\x04".to_vec(), "parquet"),
+        ("a.parquet", b"PAR1".to_vec(), "not a valid parquet file"),
+        ("parquet.txt", b"PAR1\x15\x04".to_vec(), "it is a parquet file"),
         ("a.txt.xz", b"\xfd7zXZ\0\0".to_vec(), "xz -d"),
         ("a.txt.bz2", b"BZh91AY&SY".to_vec(), "bzip2 -d"),
         ("a.zip", b"PK\x03\x04\x14".to_vec(), "unzip"),
@@ -140,7 +140,7 @@ fn other_encodings_and_formats_are_refused_by_name() {
     // A folder is read without its other files; one that has no others is an error.
     let folder = dir.path().join("folder");
     std::fs::create_dir(&folder).unwrap();
-    write(&folder, "a.parquet", "PAR1");
+    write(&folder, "a.bin", "PAR1");
     assert!(read(&folder, &DocumentFormat::default()).unwrap_err().contains("no .txt"));
     write(&folder, "a.ndjson.gz", gzip(RECORDS.as_bytes()));
     assert_eq!(read(&folder, &DocumentFormat::default()).unwrap().0, ["one", "two"]);
@@ -290,4 +290,66 @@ proptest! {
             prop_assert_eq!(&read(&path, &DocumentFormat::default()).unwrap().0, &texts, "{}", name);
         }
     }
+}
+
+/// The rows of text.snappy.parquet.
+const PARQUET_ROWS: usize = 18;
+
+#[test]
+fn parquet_files_give_their_rows() {
+    let at = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parquet").join(name);
+    // Rows without a text are bad; the others are read in order, over several row groups.
+    let skipping = DocumentFormat { skip_bad_lines: true, ..DocumentFormat::default() };
+    let (texts, summary) = read(&at("text.snappy.parquet"), &skipping).unwrap();
+    let golden: Vec<String> =
+        serde_json::from_str(&std::fs::read_to_string(at("text.json")).unwrap()).unwrap();
+    assert_eq!(texts, golden);
+    assert_eq!((summary.files, summary.bad_lines, summary.blank_documents), (1, 3, 3));
+    let error = read(&at("text.snappy.parquet"), &DocumentFormat::default()).unwrap_err();
+    assert!(error.contains("text.snappy.parquet:5: \"text\" is not a string"), "{error}");
+    // Another column, and a name that is no column.
+    let by = |field: &str| DocumentFormat { text_field: field.into(), ..DocumentFormat::default() };
+    assert_eq!(read(&at("body.gzip.parquet"), &by("body")).unwrap().0, ["a", "b"]);
+    let error = read(&at("body.gzip.parquet"), &DocumentFormat::default()).unwrap_err();
+    assert!(error.contains("no field \"text\"; the record has \"body\", \"n\""), "{error}");
+    assert_eq!(read(&at("binary.parquet"), &skipping).unwrap().0, ["plain"]);
+    // Chats have all their fields; those without a value are none.
+    let template = "{% for m in messages %}{{ m.role }}{% if m.name %}({{ m.name }}){% endif %}: {{ m.content }}\n\
+                    {% endfor %}";
+    let template = ChatTemplate::new(template.into(), Default::default()).unwrap();
+    let documents = Documents::open(&[at("chats.zstd.parquet")], &DocumentFormat::default()).unwrap();
+    let texts: Vec<_> = documents.with_chat_template(Some(template)).map(|d| d.unwrap().text).collect();
+    assert_eq!(texts, ["user: Hi\nassistant(bot): Hello\n", "system: Be brief.\nuser: ?\n"]);
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["text.snappy.parquet", "binary.parquet"] {
+        std::fs::copy(at(name), folder.path().join(name)).unwrap();
+    }
+    assert_eq!(read(folder.path(), &skipping).unwrap().0.len(), golden.len() + 1);
+    log_cases("parquet", 7);
+}
+
+#[test]
+fn damaged_parquet_files_are_errors() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parquet/text.snappy.parquet");
+    let whole = std::fs::read(&source).unwrap();
+    let skipping = DocumentFormat { skip_bad_lines: true, ..DocumentFormat::default() };
+    let mut cases = 0;
+    for cut in (0..whole.len()).step_by(37) {
+        let path = write(dir.path(), "cut.parquet", &whole[..cut]);
+        assert!(read(&path, &skipping).unwrap_err().contains("cut.parquet"), "{cut} bytes");
+        cases += 1;
+    }
+    // A changed byte is an error, or changes the rows, or concerns a column or a hint that is not read.
+    for at in 0..whole.len() {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0x10;
+        let path = write(dir.path(), "flip.parquet", &damaged);
+        match read(&path, &skipping) {
+            Ok((texts, _)) => assert!(texts.len() <= PARQUET_ROWS, "byte {at}"),
+            Err(error) => assert!(error.contains("flip.parquet"), "byte {at}: {error}"),
+        }
+        cases += 1;
+    }
+    log_cases("parquet-damage", cases);
 }

@@ -100,7 +100,6 @@ fn bits_per_byte_count_text_tokens_over_bytes() {
 fn a_loss_that_is_not_finite_is_an_error() {
     let params = Params::new(3, DType::F32, &CPU);
     let model = Transformer::new(&config(), params.builder()).unwrap();
-    assert_eq!(params.first_not_finite().unwrap(), None);
     let tokens = Tokens::from(vec![1, 2, 3, 4, 5]);
     assert!(evaluate(&model, &tokens, 5, 64, 1, &CPU).unwrap().loss.is_finite());
     let (_, norm) = params.vars().into_iter().find(|(name, _)| name == "model.norm.weight").unwrap();
@@ -108,5 +107,4 @@ fn a_loss_that_is_not_finite_is_an_error() {
     let error = evaluate(&model, &tokens, 5, 64, 1, &CPU).unwrap_err();
     assert!(matches!(error, Error::NotFinite { token: 1, .. }), "{error}");
     assert_eq!(error.to_string(), "the loss of token 1 is NaN");
-    assert_eq!(params.first_not_finite().unwrap().as_deref(), Some("model.norm.weight"));
 }

@@ -4,6 +4,7 @@
 pub(crate) mod amx;
 pub(crate) mod element;
 pub(crate) mod isa;
+pub(crate) mod matrix;
 pub(crate) mod parallel;
 pub(crate) mod prefetch;
 pub(crate) mod quantize;

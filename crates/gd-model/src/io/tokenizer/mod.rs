@@ -6,11 +6,9 @@
 
 mod stream;
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Arc, LazyLock, Once};
+use std::sync::{Arc, LazyLock};
 
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -19,6 +17,7 @@ use tokenizers::{AddedToken, DecoderWrapper, Encoding, ModelWrapper, OffsetType}
 pub use self::stream::StreamDecoder;
 use crate::error::{Error, Result};
 use crate::io::files::write_file;
+use crate::io::panic::catch_panic;
 use crate::io::sentencepiece::Scores;
 
 /// The number of byte values, which is the size of the smallest vocabulary.
@@ -115,7 +114,6 @@ impl Tokenizer {
         let foreign = |reason: String| Error::Foreign { path: path.into(), kind: "tokenizer.json", reason };
         // A damaged file can cause a panic in the library, which slices without checks in places.
         catch_panic(|| Self::checked(tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string())?))
-            .map_err(panic_reason)
             .flatten()
             .map_err(foreign)
     }
@@ -213,7 +211,7 @@ impl Tokenizer {
         }
         // A damaged file may cause a panic for some texts only.
         let encoding = catch_panic(|| self.encoding(text, add_special))
-            .map_err(|panic| Error::Invalid(format!("tokenizer: {}", panic_reason(panic))))?;
+            .map_err(|panic| Error::Invalid(format!("tokenizer: {panic}")))?;
         Ok(encoding.map_err(invalid)?.get_ids().to_vec())
     }
 
@@ -276,7 +274,7 @@ impl Tokenizer {
             return Ok(String::new());
         }
         catch_panic(|| self.inner.decode(ids, true))
-            .map_err(|panic| Error::Invalid(format!("tokenizer: {}", panic_reason(panic))))?
+            .map_err(|panic| Error::Invalid(format!("tokenizer: {panic}")))?
             .map_err(invalid)
     }
 
@@ -369,34 +367,4 @@ fn json(inner: &tokenizers::Tokenizer) -> Result<String> {
 
 fn invalid(e: tokenizers::Error) -> Error {
     Error::Invalid(format!("tokenizer: {e}"))
-}
-
-/// The error text of a panic in the library.
-fn panic_reason(panic: Option<String>) -> String {
-    panic.unwrap_or_else(|| "the file is inconsistent".into())
-}
-
-thread_local! {
-    /// Whether a panic on this thread will be caught, so that the panic hook prints nothing.
-    static QUIET: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Runs `f`. If it panics, returns the message of the panic as an error and prints nothing.
-fn catch_panic<T>(f: impl FnOnce() -> T) -> std::result::Result<T, Option<String>> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let previous = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if !QUIET.get() {
-                previous(info);
-            }
-        }));
-    });
-    QUIET.set(true);
-    let result = catch_unwind(AssertUnwindSafe(f));
-    QUIET.set(false);
-    result.map_err(|panic| {
-        let text = panic.downcast_ref::<String>().cloned();
-        text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_string()))
-    })
 }

@@ -1,0 +1,130 @@
+//! The forward pass: output rows, and the logarithm of the sum of the exponentials of each row's scores.
+
+use std::ops::Range;
+
+use num_traits::{Float, One, Zero};
+
+use super::Problem;
+use super::block::{BLOCK_KEYS, BLOCK_ROWS, KeyBlock, QueryRows, gather, union, within};
+use crate::backend::cpu::element::{Element, Real, maximum, sum1};
+use crate::backend::cpu::matrix::{Matrix, multiply};
+use crate::backend::cpu::parallel::{par_items, vectorize};
+use crate::backend::cpu::view::View;
+
+/// The output `[B, Hq, N, Dv]` and the logarithms `[B, Hq, N]`, minus infinity for a query without keys.
+pub(super) fn forward<T: Element<Acc: 'static>>(
+    problem: &Problem,
+    q: View<'_, T>,
+    k: View<'_, T>,
+    v: View<'_, T>,
+) -> (Vec<T>, Vec<T::Acc>) {
+    let sizes = problem.sizes;
+    let (rows, heads) = (sizes.rows(), sizes.batch * sizes.kv_heads);
+    let mut y = vec![T::zero(); heads * rows * sizes.value_dim];
+    let mut log_sums = vec![T::Acc::neg_infinity(); heads * rows];
+    if y.is_empty() || sizes.keys == 0 {
+        return (y, log_sums);
+    }
+    let mut tasks = Vec::new();
+    let outputs = y.chunks_mut(rows * sizes.value_dim).zip(log_sums.chunks_mut(rows));
+    for (head, (y, log_sums)) in outputs.enumerate() {
+        let parts = y.chunks_mut(BLOCK_ROWS * sizes.value_dim).zip(log_sums.chunks_mut(BLOCK_ROWS));
+        tasks.extend(parts.enumerate().map(|(i, (y, log_sums))| (head, i * BLOCK_ROWS, y, log_sums)));
+    }
+    // The last rows of a causal problem see the most keys: they come first, so that no thread ends with them.
+    tasks.reverse();
+    par_items(tasks, &|_, (head, first, y, log_sums)| {
+        let head = (head / sizes.kv_heads, head % sizes.kv_heads);
+        let queries = QueryRows::new(head.0, head.1, first, log_sums.len());
+        block(problem, [q, k, v], head, &queries, y, log_sums);
+    });
+    (y, log_sums)
+}
+
+/// The output of a block of rows.
+fn block<T: Element<Acc: 'static>>(
+    problem: &Problem,
+    [q, k, v]: [View<'_, T>; 3],
+    head: (usize, usize),
+    queries: &QueryRows,
+    y: &mut [T],
+    log_sums: &mut [T::Acc],
+) {
+    let (rows, dv) = (queries.len(), problem.sizes.value_dim);
+    let (zero, one) = (T::Acc::zero(), T::Acc::one());
+    let visible = queries.visible(problem);
+    let mut q_rows = Vec::new();
+    gather(q, problem.sizes.head_dim, queries.indices(problem), &mut q_rows);
+    let mut states = vec![State { top: T::Acc::neg_infinity(), sum: zero }; rows];
+    if problem.sizes.has_sink {
+        for (state, (a, b, c)) in states.iter_mut().zip(queries.indices(problem)) {
+            *state = State { top: q.row(a, b, c)[problem.sizes.head_dim].up(), sum: one };
+        }
+    }
+    let mut sums = vec![zero; rows * dv];
+    let mut scores = vec![zero; rows * BLOCK_KEYS];
+    let mut keys = KeyBlock::new(problem);
+    for block in blocks(union(&visible)) {
+        keys.load(problem, k, v, head, block);
+        let count = keys.keys.len();
+        let scores = &mut scores[..rows * count];
+        keys.scores(problem, &q_rows, rows, &visible, scores);
+        vectorize(|| {
+            let outputs = sums.chunks_exact_mut(dv).zip(&mut states);
+            for ((row, (sums, state)), visible) in scores.chunks_exact_mut(count).zip(outputs).zip(&visible) {
+                let own = within(visible, &keys.keys);
+                row[..own.start].fill(zero);
+                row[own.end..].fill(zero);
+                state.add(&mut row[own], sums);
+            }
+        });
+        multiply(&mut sums, dv, true, one, Matrix::new(scores, rows, count, count), keys.v());
+    }
+    vectorize(|| {
+        let rows = y.chunks_exact_mut(dv).zip(sums.chunks_exact(dv));
+        for ((state, log_sum), (y, sums)) in states.iter().zip(log_sums).zip(rows) {
+            if state.sum > zero {
+                *log_sum = state.top + state.sum.ln();
+                let scale = state.sum.recip();
+                y.iter_mut().zip(sums).for_each(|(y, &sum)| *y = T::down(sum * scale));
+            }
+        }
+    });
+}
+
+/// The parts of a range between multiples of [`BLOCK_KEYS`], so that the blocks of a row, and with them its rounding
+/// errors, do not depend on what other rows see.
+fn blocks(keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let first = keys.start / BLOCK_KEYS;
+    (first..keys.end.div_ceil(BLOCK_KEYS))
+        .map(move |block| keys.start.max(block * BLOCK_KEYS)..keys.end.min((block + 1) * BLOCK_KEYS))
+}
+
+/// The greatest score of a row so far, and the sum of `exp(score - top)`.
+#[derive(Clone, Copy)]
+struct State<A> {
+    top: A,
+    sum: A,
+}
+
+impl<A: Real> State<A> {
+    /// Replaces scores by their exponentials relative to the greatest score, to which `sums` are scaled as well.
+    #[inline(always)]
+    fn add(&mut self, scores: &mut [A], sums: &mut [A]) {
+        let greatest = maximum(scores);
+        // Excluded keys have the score -inf, and their difference from a greatest score of -inf is NaN.
+        if greatest == A::neg_infinity() {
+            scores.fill(A::zero());
+            return;
+        }
+        if greatest > self.top {
+            let scale = (self.top - greatest).exp_fast();
+            self.sum *= scale;
+            sums.iter_mut().for_each(|sum| *sum *= scale);
+            self.top = greatest;
+        }
+        let top = self.top;
+        scores.iter_mut().for_each(|s| *s = (*s - top).exp_fast());
+        self.sum += sum1(scores, |s| s);
+    }
+}

@@ -1,0 +1,149 @@
+//! Softmax attention with a backward pass. On the CPU neither pass stores the matrix of scores.
+
+mod composed;
+mod cpu;
+
+use candle_core::Tensor;
+
+use crate::backend::dispatch::on_cpu;
+use crate::error::{Error, Result};
+use crate::mask::Mask;
+
+/// Softmax attention, `y_i = sum_j exp(s_ij) v_j / (exp(sink) + sum_j exp(s_ij))` over the keys j that query i sees, with
+/// `s_ij = scale <q_i, k_j> + prior_j` (Vaswani et al., arXiv 1706.03762).
+///
+/// * `q`: `[B, Hq, N, D]`, `k`: `[B, Hk, M, D]`, `v`: `[B, Hk, M, Dv]`, in f64, f32, f16 or bf16; Hk divides Hq.
+/// * `prior`: `[B, Hk, M]`, added to the scores of a key; -inf excludes it.
+/// * `sink`: `[Hq]`, the score of an additional key whose value is 0 (Xiao et al., arXiv 2309.17453); without it the
+///   weights of a query sum to 1.
+/// * `mask`: which of the M keys each of the N queries sees.
+/// * `scale`: the factor of the dot products, usually `1 / sqrt(D)`.
+///
+/// Returns `[B, Hq, N, Dv]` in the dtype of `q`; 0 for a query that sees no key. All tensors get gradients.
+///
+/// On the CPU this is the algorithm of FlashAttention (Dao et al., arXiv 2205.14135): blocks of scores are computed,
+/// normalised by a running maximum and discarded, and the backward pass computes them again, so that the memory is
+/// O(N + M) for each head. The results do not depend on the number of threads. On a GPU it is a composition of candle's
+/// operations, which stores N x M weights.
+///
+/// # Errors
+/// [`Error::Invalid`] for shapes that do not fit, [`Error::Unsupported`] for another dtype.
+///
+/// # Examples
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use gd_kernels::{Mask, softmax_attention};
+///
+/// let q = Tensor::zeros((1, 2, 3, 4), DType::F32, &Device::Cpu)?;
+/// let k = Tensor::zeros((1, 1, 3, 4), DType::F32, &Device::Cpu)?;
+/// let v = Tensor::new(&[[[[1f32], [3.0], [8.0]]]], &Device::Cpu)?;
+/// let y = softmax_attention(&q, &k, &v, None, None, &Mask::causal(0), 0.5)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [1.0, 2.0, 4.0, 1.0, 2.0, 4.0]);
+/// # Ok::<(), gd_kernels::Error>(())
+/// ```
+pub fn softmax_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    prior: Option<&Tensor>,
+    sink: Option<&Tensor>,
+    mask: &Mask,
+    scale: f64,
+) -> Result<Tensor> {
+    let sizes = Sizes::new(q, k, v, prior, sink)?;
+    mask.validate(sizes.batch, sizes.keys)?;
+    if !on_cpu(q.device()) {
+        return Ok(composed::softmax_attention(q, k, v, prior, sink, mask, scale)?);
+    }
+    // candle's operators have at most three arguments with gradients: the prior of a key and the sink of a query are one
+    // more element of their rows.
+    let k = match prior {
+        Some(prior) => Tensor::cat(&[k, &prior.to_dtype(k.dtype())?.unsqueeze(3)?], 3)?,
+        None => k.clone(),
+    };
+    let q = match sink {
+        Some(sink) => {
+            let dims = (sizes.batch, sizes.q_heads, sizes.queries, 1);
+            let sink = sink.to_dtype(q.dtype())?.reshape((1, sizes.q_heads, 1, 1))?.broadcast_as(dims)?;
+            Tensor::cat(&[q, &sink], 3)?
+        }
+        None => q.clone(),
+    };
+    cpu::softmax_attention(&q, &k, v, sizes, mask, scale)
+}
+
+/// The sizes of a problem.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    q_heads: usize,
+    kv_heads: usize,
+    queries: usize,
+    keys: usize,
+    head_dim: usize,
+    value_dim: usize,
+    has_prior: bool,
+    has_sink: bool,
+}
+
+impl Sizes {
+    fn new(
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        prior: Option<&Tensor>,
+        sink: Option<&Tensor>,
+    ) -> Result<Self> {
+        let invalid = |what: String| Err(Error::Invalid(format!("softmax attention: {what}")));
+        let ([b, hq, n, d], [bk, hk, m, dk], [bv, hv, mv, dv]) = (dims(q)?, dims(k)?, dims(v)?);
+        if (b, d) != (bk, dk) || (bk, hk, m) != (bv, hv, mv) || hk == 0 || hq % hk != 0 {
+            return invalid(format!("q {:?}, k {:?} and v {:?} do not fit", q.dims(), k.dims(), v.dims()));
+        }
+        if (q.dtype(), q.dtype()) != (k.dtype(), v.dtype()) {
+            return invalid(format!("q, k and v are {:?}, {:?} and {:?}", q.dtype(), k.dtype(), v.dtype()));
+        }
+        match prior {
+            Some(prior) if prior.dims() != [b, hk, m] => {
+                return invalid(format!("the prior is {:?}, not {:?}", prior.dims(), [b, hk, m]));
+            }
+            _ => {}
+        }
+        match sink {
+            Some(sink) if sink.dims() != [hq] => {
+                return invalid(format!("the sink is {:?}, not {:?}", sink.dims(), [hq]));
+            }
+            _ => {}
+        }
+        Ok(Self {
+            batch: b,
+            q_heads: hq,
+            kv_heads: hk,
+            queries: n,
+            keys: m,
+            head_dim: d,
+            value_dim: dv,
+            has_prior: prior.is_some(),
+            has_sink: sink.is_some(),
+        })
+    }
+
+    /// Query rows that share the keys of a head: those of all its query heads.
+    fn rows(&self) -> usize {
+        self.q_heads / self.kv_heads * self.queries
+    }
+
+    /// The length of a row of q, with the sink.
+    fn q_row(&self) -> usize {
+        self.head_dim + usize::from(self.has_sink)
+    }
+
+    /// The length of a row of k, with the prior.
+    fn k_row(&self) -> usize {
+        self.head_dim + usize::from(self.has_prior)
+    }
+}
+
+fn dims(t: &Tensor) -> Result<[usize; 4]> {
+    let (a, b, c, d) = t.dims4()?;
+    Ok([a, b, c, d])
+}

@@ -1,7 +1,5 @@
 //! Deterministic tensors, finite differences and comparisons for the tests of operators.
 
-use std::time::Instant;
-
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -101,21 +99,4 @@ pub fn same_bits(f: impl Fn() -> Vec<Tensor> + Sync) {
     assert!(!one.is_empty());
     assert_eq!(one, run(2), "2 threads");
     assert_eq!(one, run(3), "3 threads");
-}
-
-/// Prints the shortest of five times of `f` and of its backward pass.
-pub fn report(what: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
-    let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
-    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let mut shortest = [f64::INFINITY; 2];
-    for _ in 0..5 {
-        let start = Instant::now();
-        let y = f(&tensors).unwrap();
-        shortest[0] = shortest[0].min(start.elapsed().as_secs_f64());
-        let objective = y.sum_all().unwrap();
-        let start = Instant::now();
-        objective.backward().unwrap();
-        shortest[1] = shortest[1].min(start.elapsed().as_secs_f64());
-    }
-    println!("{what}: forward {:.3} ms, backward {:.3} ms", shortest[0] * 1e3, shortest[1] * 1e3);
 }

@@ -166,17 +166,3 @@ fn errors_name_the_values() {
     let ids = |t: &Tensor| t.to_dtype(DType::U32).unwrap();
     assert!(error(&ids(&x.abs().unwrap()), &ids(&w.abs().unwrap()), None).contains("U32"));
 }
-
-#[test]
-fn timing() {
-    for c in [128, 512] {
-        let inputs =
-            [noise(1, &[8, 256, c], 2.0), noise(2, &[c, 4], 2.0)].map(|t| t.to_dtype(DType::F32).unwrap());
-        report(&format!("conv 8x256x{c} fused"), &inputs, |t| Ok(causal_conv(&t[0], &t[1], None)?.0));
-        report(&format!("conv 8x256x{c} composed"), &inputs, |t| {
-            let padded = t[0].pad_with_zeros(1, 3, 0)?;
-            let tap = |w: usize| padded.narrow(1, w, 256)?.broadcast_mul(&t[1].narrow(1, w, 1)?.t()?);
-            ((tap(0)? + tap(1)?)? + tap(2)?)? + tap(3)?
-        });
-    }
-}

@@ -251,28 +251,3 @@ fn errors_name_the_values() {
     let narrow = AverageState { mean: narrow.mean.to_dtype(DType::F32).unwrap(), ..narrow };
     assert!(error([&decay, &write, &v], Some(&narrow)).contains("F32"));
 }
-
-#[test]
-fn timing() {
-    for (h, d) in [(8, 16), (8, 64)] {
-        let t = inputs([8, h, h, 256, d]).map(|t| t.to_dtype(DType::F32).unwrap());
-        report(&format!("average 8x{h}x256x{d} fused"), &t, |t| mean(t, None));
-        // The same numbers as a product with the N x N matrix of weights, in candle primitives.
-        report(&format!("average 8x{h}x256x{d} composed"), &t, |t| {
-            let log_decay = (t[0].neg()?.exp()? + 1.0)?.log()?.neg()?.cumsum(2)?;
-            let write = (&t[1] - &log_decay)?.unsqueeze(2)?;
-            let scores = log_decay.unsqueeze(3)?.broadcast_add(&write)?;
-            softmax(&scores)?.matmul(&t[2])
-        });
-    }
-    let one = inputs([1, 1, 1, 20_000, 64]).map(|t| t.to_dtype(DType::F32).unwrap());
-    report("average 1x1x20000x64 fused", &one, |t| mean(t, None));
-    let st = running_average(&one[0], &one[1], &one[2], None).unwrap().1;
-    let step = inputs([1, 1, 1, 1, 64]).map(|t| t.to_dtype(DType::F32).unwrap());
-    report("average one step fused", &step, |t| mean(t, Some(&st)));
-}
-
-fn softmax(x: &Tensor) -> Result<Tensor> {
-    let e = x.broadcast_sub(&x.max_keepdim(3)?.detach())?.exp()?;
-    e.broadcast_div(&e.sum_keepdim(3)?)
-}

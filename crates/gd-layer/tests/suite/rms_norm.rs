@@ -66,15 +66,3 @@ fn errors_name_the_shapes() {
     let e = rms_norm(&ids, &ids.get(0).unwrap(), 1e-5).unwrap_err().to_string();
     assert!(e.contains("U32"), "{e}");
 }
-
-#[test]
-fn timing() {
-    for c in [128, 512] {
-        let inputs =
-            [noise(1, &[2048, c], 2.0), noise(2, &[c], 2.0)].map(|t| t.to_dtype(DType::F32).unwrap());
-        report(&format!("rms_norm 2048x{c} fused"), &inputs, |t| Ok(rms_norm(&t[0], &t[1], 1e-5)?));
-        report(&format!("rms_norm 2048x{c} composed"), &inputs, |t| {
-            candle_nn::ops::rms_norm_slow(&t[0], &t[1], 1e-5)
-        });
-    }
-}

@@ -125,16 +125,3 @@ fn errors_name_the_values() {
     assert!(e.contains("dimension 8 instead of 6"), "{e}");
     assert!(new(8, 1e4).unwrap().apply(&x, 0).unwrap_err().to_string().contains("F64"));
 }
-
-#[test]
-fn timing() {
-    for (h, d) in [(8, 16), (8, 64)] {
-        let x = [noise(1, &[8, 256, h, d], 2.0).to_dtype(DType::F32).unwrap()];
-        let r = rotary(d, 256, DType::F32);
-        let angles = noise(3, &[256, d / 2], 1.0).to_dtype(DType::F32).unwrap();
-        report(&format!("rotary 8x{h}x256x{d} fused"), &x, |t| r.apply(&t[0].transpose(1, 2)?, 0));
-        report(&format!("rotary 8x{h}x256x{d} composed"), &x, |t| {
-            candle_nn::rotary_emb::rope_slow(&t[0].transpose(1, 2)?.contiguous()?, &angles, &angles)
-        });
-    }
-}

@@ -47,12 +47,3 @@ fn errors_name_the_shapes() {
     let e = swiglu(&noise(1, &[3, 8], 1.0), &noise(2, &[3, 7], 1.0)).unwrap_err().to_string();
     assert!(e.contains("[3, 8]") && e.contains("[3, 7]"), "{e}");
 }
-
-#[test]
-fn timing() {
-    for c in [128, 512] {
-        let inputs = [1, 2].map(|seed| noise(seed, &[2048, c], 4.0).to_dtype(DType::F32).unwrap());
-        report(&format!("swiglu 2048x{c} fused"), &inputs, |t| Ok(swiglu(&t[0], &t[1])?));
-        report(&format!("swiglu 2048x{c} composed"), &inputs, |t| t[0].silu()? * &t[1]);
-    }
-}

@@ -171,22 +171,3 @@ fn fused_bits_do_not_depend_on_the_thread_count_and_errors_name_the_values() {
         assert!(values(&got).iter().all(|&x| x == 0.0));
     }
 }
-
-#[test]
-fn timing() {
-    for vocab in [256, 4096] {
-        let (x, ids) = ([noise(1, &[2048, vocab], 4.0).to_dtype(DType::F32).unwrap()], targets(2048, vocab));
-        report(&format!("cross_entropy 2048x{vocab} fused"), &x, |t| Ok(cross_entropy(&t[0], &ids)?));
-        report(&format!("cross_entropy 2048x{vocab} candle"), &x, |t| {
-            candle_nn::loss::cross_entropy(&t[0], &ids)
-        });
-        let inputs = [noise(1, &[2048, 256], 1.0), noise(2, &[vocab, 256], 1.0)];
-        let inputs = inputs.map(|t| t.to_dtype(DType::F32).unwrap());
-        report(&format!("projection and loss 2048x256x{vocab} together"), &inputs, |t| {
-            Ok(linear_cross_entropy(&t[0], &t[1], &ids)?)
-        });
-        report(&format!("projection and loss 2048x256x{vocab} apart"), &inputs, |t| {
-            Ok(cross_entropy(&t[0].matmul(&t[1].t()?)?, &ids)?)
-        });
-    }
-}

@@ -6,6 +6,7 @@
 pub mod beacon_report;
 pub mod bench;
 pub mod compare;
+pub mod completions;
 pub mod config;
 pub mod convert;
 pub mod data;
@@ -13,6 +14,7 @@ pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod landscape;
+pub mod man;
 pub mod map;
 pub mod op;
 pub mod plot;
@@ -85,6 +87,8 @@ enum Command {
     Map(map::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
+    Completions(completions::Args),
+    Man(man::Args),
 }
 
 /// The definition of all commands and their flags, against which tests check the commands in the documentation.
@@ -132,6 +136,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Map(args) => map::run(args, &ctx),
         Command::Bench(args) => bench::run(args, &ctx),
         Command::Doctor(args) => doctor::run(args, &ctx),
+        Command::Completions(args) => completions::run(&args, &ctx),
+        Command::Man(args) => man::run(&args, &ctx),
     }
 }
 

@@ -6,6 +6,7 @@ mod bad_input;
 mod beacon_report;
 mod bench;
 mod cli;
+mod completions;
 mod config;
 mod continuations;
 mod convert;

@@ -8,6 +8,7 @@ use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops;
 use gd_kernels::{
     Estimator, Int8Keys, KeyCache, Mask, Precision, Rescored, Scan, Score, Select, scan, scan_select, select,
+    softmax_attention,
 };
 use gd_layer::norm_prior;
 use rand::SeedableRng;
@@ -119,6 +120,15 @@ pub(super) const CONTENDERS: &[Contender] = &[
         stores_matrix: false,
         only_on: &[],
         prepare: |x| selection_by(x, 1, Precision::Native, Estimator::Winner),
+    },
+    Contender {
+        name: "softmax in blocks",
+        description: "softmax attention without the matrix of weights, with gradients",
+        passes: ALL,
+        work: Work::Blend,
+        stores_matrix: false,
+        only_on: &["cpu"],
+        prepare: blend_in_blocks,
     },
     Contender {
         name: "candle softmax",
@@ -311,6 +321,16 @@ fn blend(x: &Inputs, softmax: fn(&Tensor) -> candle_core::Result<Tensor>) -> Res
         }
         scores = softmax(&scores)?;
         Ok(Output { y: scores.matmul(v)?, winners: None, rescored: None })
+    })
+}
+
+/// Attention in blocks, whose backward pass computes the weights again.
+fn blend_in_blocks(x: &Inputs) -> Result<Runner> {
+    let mask = if x.pass == Pass::Decode { Mask::none() } else { Mask::causal(0) };
+    let scale = x.scale();
+    runner(x, move |q, k, v| {
+        let y = softmax_attention(q, k, v, None, None, &mask, scale)?;
+        Ok(Output { y, winners: None, rescored: None })
     })
 }
 

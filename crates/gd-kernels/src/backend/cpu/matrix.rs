@@ -128,6 +128,7 @@ impl<T: Real> Product<'_, T> {
                 // Rows beyond the last one repeat it.
                 let tile: [&[T]; TILE_ROWS] =
                     std::array::from_fn(|i| &data[(row + i.min(count - 1)) * stride..][..columns]);
+                #[allow(clippy::needless_range_loop, reason = "p is a column of several rows")]
                 for p in 0..columns {
                     let mut column = [T::zero(); TILE_ROWS];
                     for i in 0..TILE_ROWS {

@@ -186,7 +186,7 @@ INLINE float choice_backward(Thread me, PARAMS SelectParams &p, const LOCAL Cand
         float middle[2];
         for (u32 x = 0; x < 2; x++)
             middle[x] = 0.5f * share[x] + (wins[x] ? 0.5f : 0.0f);
-        float rejected = p.null_candidate && choice.winner < 0 ? 0.5f : 0.0f;
+        float rejected = choice.winner < 0 ? 0.5f : 0.0f;
         dtau += jacobian(temperature, middle, 0.5f * null + rejected, a, 2.0f * scale, de);
     }
     float lambda = p.estimator == ESTIMATOR_WINNER ? 0.0f : p.value_floor;

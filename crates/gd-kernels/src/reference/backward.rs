@@ -69,9 +69,9 @@ pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradien
     };
     let forward = (&round.p, params.temperature);
     let (estimated, temperature) = &round.estimated;
-    for (estimator, share, value_share, null, (p, temperature)) in [
-        (Estimator::Blend, 1.0 - hard, 1.0 - hard, true, forward),
-        (params.estimator, hard * floored, hard * rho, params.gradient.null, (estimated, *temperature)),
+    for (estimator, share, value_share, (p, temperature)) in [
+        (Estimator::Blend, 1.0 - hard, 1.0 - hard, forward),
+        (params.estimator, hard * floored, hard * rho, (estimated, *temperature)),
     ] {
         // A share of 0 is skipped: `a` may be NaN by a value that is not used.
         if share == 0.0 {
@@ -79,9 +79,7 @@ pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradien
         }
         let logits = logit_gradient(estimator, p, chosen, a, params.preserve_floor);
         add_scaled(&mut out.energy, -share / temperature, &logits.candidates);
-        if null {
-            out.threshold -= share / temperature * logits.null;
-        }
+        out.threshold -= share / temperature * logits.null;
         let weights = value_weights(estimator, p, chosen, params.preserve_floor, params.value_floor);
         add_scaled(&mut out.value, value_share, &weights);
     }

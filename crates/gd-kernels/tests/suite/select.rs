@@ -146,6 +146,8 @@ fn judge_row(
     }
     let gate_bound = match params.gate {
         Gate::Energy { temperature } => reach / temperature,
+        // The weight of the first of several picks.
+        _ if params.picks > 1 => reach,
         _ => 0.0,
     };
     near("gate", gate[row], want.gate[row], gate_bound + 4.0 * unit + 1e-12);

@@ -105,9 +105,9 @@ impl Choice {
         };
         let mut choice = Self { params, threshold, alpha, rounds };
         let ranked = matches!(choice.params.estimator, Estimator::Candidates | Estimator::Winner);
-        if ranked && gate != Gate::Coherence && rng.random_bool(0.4) {
+        let alone = choice.rounds.is_none() && choice.params.barrier.is_none() && gate != Gate::Coherence;
+        if ranked && alone && rng.random_bool(0.5) {
             choice.params.picks = pick(&mut rng, &[2, 3, 4]);
-            (choice.rounds, choice.params.rounds, choice.params.barrier) = (None, None, None);
         }
         choice
     }

@@ -271,7 +271,7 @@ pub(super) fn backward<A: Real>(
             if let Some(j) = c.winner {
                 s.mixed[j] += half;
             }
-            let null = half * null + if rule.null && c.winner.is_none() { half } else { A::zero() };
+            let null = half * null + if c.winner.is_none() { half } else { A::zero() };
             dtau += jacobian(temperature, &s.mixed, null, a, A::of(2.0) * scale, de);
             floor(s);
         }

@@ -100,7 +100,8 @@ fn a_cache_without_keys_counts_positions() -> Result<()> {
     let mut some = cache.select(&[2, 0])?;
     let last = x.narrow(1, 8, 1)?.contiguous()?.index_select(&Tensor::new(&[2u32, 0], &Device::Cpu)?, 0)?;
     let y = f.layer.attend(&last, &Pass::new(&Mask::causal(8)), Some(&mut some))?;
-    let want = full.narrow(1, 8, 1)?.contiguous()?.index_select(&Tensor::new(&[2u32, 0], &Device::Cpu)?, 0)?;
+    let want =
+        full.narrow(1, 8, 1)?.contiguous()?.index_select(&Tensor::new(&[2u32, 0], &Device::Cpu)?, 0)?;
     assert!(difference(&y, &want)? < 1e-5);
     assert_eq!(LayerCache::stack(&[&cache, &some])?.lengths(), [8, 8, 8, 9, 9]);
     let error = f.layer.attend(&last, &Pass::new(&Mask::causal(5)), Some(&mut some)).expect_err("an offset");

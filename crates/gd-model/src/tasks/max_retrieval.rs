@@ -79,7 +79,7 @@ impl Task for MaxRetrieval {
     }
 
     fn tests(&self) -> Vec<Test> {
-        Test::of_sizes(&[16, 64, 256, 1024, 4096], "items", |n| n + 1, |_| 1024)
+        Test::of_sizes(&[16, 64, 256, 1024, 4096], "items", |n| n + 1, |n| ((1 << 20) / n).min(1024))
     }
 
     fn test(&self, test: &Test, rows: usize, rng: &mut ChaCha8Rng) -> Examples {

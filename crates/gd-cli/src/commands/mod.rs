@@ -19,6 +19,7 @@ pub mod map;
 pub mod op;
 pub mod plot;
 pub mod report;
+pub mod task;
 pub mod trace;
 pub mod train;
 pub mod verify;
@@ -80,6 +81,7 @@ enum Command {
     Trace(trace::Args),
     Verify(verify::Args),
     Compare(compare::Args),
+    Task(task::Args),
     Plot(plot::Args),
     Report(report::Args),
     BeaconReport(beacon_report::Args),
@@ -129,6 +131,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Trace(args) => trace::run(args, &ctx),
         Command::Verify(args) => verify::run(args, &ctx),
         Command::Compare(args) => compare::run(args, &ctx),
+        Command::Task(args) => task::run(args, &ctx),
         Command::Plot(args) => plot::run(args, &ctx),
         Command::Report(args) => report::run(args, &ctx),
         Command::BeaconReport(args) => beacon_report::run(args, &ctx),

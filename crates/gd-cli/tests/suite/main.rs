@@ -22,6 +22,7 @@ mod op;
 mod program;
 mod reading;
 mod resume;
+mod task;
 mod trace;
 mod train_errors;
 mod uptrain;

@@ -197,6 +197,7 @@ pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<ConfigProblem>> 
         dtype: keys.dtype.or(keys.torch_dtype).unwrap_or_else(dtype),
         gd: GdBlock {
             mechanism: vec![Mechanism::Softmax],
+            selecting_heads: Vec::new(),
             windows,
             qk_norm: family == Family::Qwen3,
             output_bias,

@@ -1,6 +1,6 @@
 //! The configuration of a model: the keys of `config.json`.
 
-use gd_kernels::{CANDIDATES, Gate};
+use gd_kernels::{CANDIDATES, Estimator, Gate, MAX_PICKS};
 use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, MechanismAttention, RopeScaling};
 use schemars::JsonSchema;
 use serde::de::IgnoredAny;
@@ -152,6 +152,11 @@ pub struct GdBlock {
     /// layers, or none.
     #[serde(default)]
     pub windows: Vec<Option<usize>>,
+    /// The number of heads of every layer that read keys, the first ones; the other heads are the Beacon's running
+    /// averages alone, without queries, keys and cache. One entry per layer, a single one for all layers, or none for all
+    /// heads. For layers that select and softmax layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub selecting_heads: Vec<usize>,
     /// Whether queries and keys are normalized by RMSNorm.
     #[serde(default)]
     pub qk_norm: bool,
@@ -255,6 +260,12 @@ impl ModelConfig {
         windows.get(layer).or(windows.last()).copied().flatten()
     }
 
+    /// The number of heads of a layer that read keys; `None` for all.
+    pub fn selecting_heads(&self, layer: usize) -> Option<usize> {
+        let heads = &self.gd.selecting_heads;
+        heads.get(layer).or(heads.last()).copied()
+    }
+
     /// The configuration of the attention of a layer.
     pub fn attention(&self, layer: usize) -> AttentionConfig {
         AttentionConfig {
@@ -268,6 +279,7 @@ impl ModelConfig {
             rms_norm_eps: self.rms_norm_eps,
             output_gate: self.gd.output_gate,
             window: self.window(layer),
+            selecting_heads: self.selecting_heads(layer),
             beacon: self.gd.beacon.clone(),
             gd: self.gd.select.clone(),
         }
@@ -314,6 +326,11 @@ impl ModelConfig {
             let text = format!("{windows} windows for {layers} layers (0, 1 or {layers} expected)");
             checks.add(Err(Error::Invalid(text)));
         }
+        let selecting = self.gd.selecting_heads.len();
+        if selecting > 1 && selecting != layers {
+            let text = format!("{selecting} selecting_heads for {layers} layers (0, 1 or {layers} expected)");
+            checks.add(Err(Error::Invalid(text)));
+        }
         if let (Some(theta), Some(parameters)) = (self.rope_theta, &self.rope_parameters)
             && theta != parameters.rope_theta
         {
@@ -330,12 +347,14 @@ impl ModelConfig {
         let check = |layer| -> Result<()> {
             match self.mechanism(layer) {
                 Mechanism::Other(other) => MechanismAttention::validate(&self.attention(layer), other)?,
-                Mechanism::Softmax | Mechanism::Gd => self.attention(layer).validate()?,
+                Mechanism::Softmax | Mechanism::SoftmaxNull | Mechanism::Gd => {
+                    self.attention(layer).validate()?
+                }
             }
             Ok(())
         };
         // Layers beyond the longer list have the configuration of the last one in it.
-        (0..mechanisms.max(windows)).find_map(|layer| check(layer).err()).into_iter().collect()
+        (0..mechanisms.max(windows).max(selecting)).find_map(|layer| check(layer).err()).into_iter().collect()
     }
 
     /// Checks the ranges of the settings of selection and of the Beacon, which the operators would refuse.
@@ -350,9 +369,23 @@ impl ModelConfig {
         for (name, share) in [
             ("gd.select.preserve_floor", select.preserve_floor),
             ("gd.select.value_floor", select.value_floor),
+            ("gd.select.gradient.gate_floor", select.gradient.gate_floor),
         ] {
             checks.require(is_share(share), name, share, "in [0, 1]");
         }
+        let picks = (1..=MAX_PICKS).contains(&select.picks);
+        checks.require(picks, "gd.select.picks", select.picks, format!("in 1..={MAX_PICKS}"));
+        let ranked = matches!(select.estimator, Estimator::Candidates | Estimator::Winner);
+        let barrier = self.gd.beacon.as_ref().is_some_and(|beacon| beacon.barrier.is_some());
+        let alone = select.rounds == 1 && select.gate != Gate::Coherence && ranked && !barrier;
+        let allowed =
+            "1 with rounds, a barrier, the coherence gate or another estimator than candidates and winner";
+        checks.require(alone || select.picks <= 1, "gd.select.picks", select.picks, allowed);
+        let below = (0.0..1.0).contains(&select.exclude_below);
+        checks.require(below, "gd.select.exclude_below", select.exclude_below, "in [0, 1)");
+        let spread = select.gradient.temperature_spread;
+        let fits = spread.is_finite() && spread >= 0.0;
+        checks.require(fits, "gd.select.gradient.temperature_spread", spread, "at least 0");
         checks.require(select.rounds > 0, "gd.select.rounds", select.rounds, "at least 1");
         if let Some(threshold) = select.threshold {
             checks.require(threshold.is_finite(), "gd.select.threshold", threshold, "a finite number");

@@ -78,18 +78,52 @@ pub struct Layer {
     pub candidates: usize,
     /// The number of rounds of selection.
     pub rounds: usize,
+    /// The number of positions that a head reads from one scan. 1 in traces without this key.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub picks: usize,
     /// How keys are scored.
     pub score: Score,
     /// Which of several keys with equal energy wins.
     pub tie: TieBreak,
     /// The gate that multiplies the selected value.
     pub gate: Gate,
+    /// The least energy gate of a read; reads below it are dropped. 1/2 in traces without this key.
+    #[serde(default = "half", skip_serializing_if = "is_half")]
+    pub exclude_below: f64,
     /// The threshold of each head; `None` if the heads have none.
     pub threshold: Option<Vec<f32>>,
     /// The barrier, if there is one.
     pub barrier: Option<Barrier>,
     /// Whether the Beacon adds running averages to the outputs of the heads.
     pub memory: bool,
+}
+
+/// The default of `picks`.
+fn one() -> usize {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde passes a reference
+fn is_one(x: &usize) -> bool {
+    *x == one()
+}
+
+/// The default of `exclude_below`.
+fn half() -> f64 {
+    0.5
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde passes a reference
+fn is_half(x: &f64) -> bool {
+    *x == half()
+}
+
+impl Layer {
+    /// The greatest energy that head `h` can select; `None` without a threshold.
+    pub(super) fn limit(&self, h: usize) -> Option<f32> {
+        let admission = self.gate.admission(self.exclude_below) as f32;
+        self.threshold.as_ref().map(|tau| tau[h] + admission)
+    }
 }
 
 /// The BLAKE3 hash in the notation of the header, `blake3:` and hexadecimal digits.
@@ -171,7 +205,7 @@ impl Header {
         }
         for (i, layer) in self.layers.iter().enumerate() {
             let Layer { heads, rounds, candidates, .. } = *layer;
-            let counts = [heads, rounds, candidates];
+            let counts = [heads, rounds, candidates, layer.picks];
             if layer.layer != i || counts.iter().any(|n| !(1..=MAX_COUNT).contains(n)) {
                 return Err(format!(
                     "layer {} at index {i} has {heads} heads, {rounds} rounds, {candidates} candidates",
@@ -244,13 +278,17 @@ fn layers(loaded: &Loaded) -> Result<Vec<Layer>> {
         Ok(Layer {
             layer: i,
             mechanism: mechanism.clone(),
-            selects: *mechanism == Mechanism::Gd && (gd.estimator != Estimator::Blend || gd.candidates == 1),
-            heads: attention.num_attention_heads,
+            selects: *mechanism == Mechanism::Gd
+                && attention.reading_heads() > 0
+                && (gd.estimator != Estimator::Blend || gd.candidates == 1),
+            heads: attention.reading_heads(),
             candidates: gd.candidates,
             rounds: gd.rounds,
+            picks: gd.picks,
             score: gd.score,
             tie: gd.tie,
             gate: gd.gate,
+            exclude_below: gd.exclude_below,
             threshold,
             barrier: attention.beacon.as_ref().and_then(|b| b.barrier),
             memory: attention.beacon.as_ref().is_some_and(|b| b.averages > 0),

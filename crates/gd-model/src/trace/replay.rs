@@ -101,7 +101,7 @@ impl<'a> Replay<'a> {
                 .map(|(_, slot)| slot)
                 .collect();
             let at = || format!("position {}, layer {}, head {h}", record.position, layer.layer);
-            self.compare(&at, layer, layer.threshold.as_ref().map(|tau| tau[h]), &recorded.slots, &now);
+            self.compare(&at, layer, layer.limit(h), &recorded.slots, &now);
             if recorded.slots.len() > slots {
                 let count = recorded.slots.len();
                 candle_core::bail!("{}: {count} candidates are recorded, but {slots} were scanned", at());
@@ -124,7 +124,7 @@ impl<'a> Replay<'a> {
         &mut self,
         at: &dyn Fn() -> String,
         layer: &Layer,
-        tau: Option<f32>,
+        limit: Option<f32>,
         recorded: &[Slot],
         now: &[Slot],
     ) {
@@ -159,7 +159,7 @@ impl<'a> Replay<'a> {
         let winner = |slots: &[Slot]| {
             let unlifted: Vec<Slot> = slots.iter().map(|s| Slot { lifted: None, ..*s }).collect();
             least_energy(&unlifted, layer.tie)
-                .filter(|s| tau.is_none_or(|tau| s.energy <= tau))
+                .filter(|s| limit.is_none_or(|limit| s.energy <= limit))
                 .map(|s| s.key)
         };
         if winner(now) != winner(recorded) {
@@ -180,6 +180,12 @@ impl<'a> Replay<'a> {
             && near(now.coherence, recorded.coherence, share)
             && near(now.share, recorded.share, share)
             && near(now.memory, recorded.memory, share)
+            && now.picks.len() == recorded.picks.len()
+            && now
+                .picks
+                .iter()
+                .zip(&recorded.picks)
+                .all(|(a, b)| a.0 == b.0 && near(a.1, b.1, tolerance(1.0)))
             && now.slots.len() == recorded.slots.len();
         match (fits, now.later == recorded.later) {
             (true, true) => {}

@@ -24,4 +24,5 @@ mod recomputation;
 mod selective_prediction;
 mod smollm2;
 mod stream;
+mod tasks;
 mod tokenizer;

@@ -151,12 +151,13 @@ fn print_estimate(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
     let vocabulary = vocabulary.map_or(String::new(), |line| format!("{line}\n"));
     ctx.print(format_args!(
         "{}\n{vocabulary}{} parameters\n{} steps of {} tokens\n{:.0} MiB predicted peak memory, in addition to the program \
-         and the text",
+         and the text\n{} bytes of cache per token when decoding in f32",
         data.summary,
         estimate.parameters,
         estimate.steps,
         estimate.tokens_per_step,
-        estimate.peak_memory_mib
+        estimate.peak_memory_mib,
+        estimate.cache_bytes_per_token
     ))
 }
 

@@ -5,8 +5,8 @@
 //! - u32 position (consecutive), u32 token id, u32 flags (1: generated), u16 text length in bytes and UTF-8 text;
 //! - for each head of each selecting layer of the header: i32 selected position (-1: abstained); f32 energy, margin to
 //!   the runner-up (+inf: no runner-up), coherence point u* (NaN: not computed), gate, share of the output norm that
-//!   the selected value has, share that the running average has; i32 position read in each later round (-1: none); u8
-//!   number of candidates, and for each candidate: i32 position, u8 flags (1 protected, 2 rejected by the threshold,
+//!   the selected value has, share that the running average has; i32 position read in each later round (-1: none); for each
+//!   further pick of one scan i32 position (-1: none) and f32 weight; u8 number of candidates, and for each candidate: i32 position, u8 flags (1 protected, 2 rejected by the threshold,
 //!   4 raised by the barrier), f32 energy from the scan, and f32 energy after the barrier if flag 4 is set.
 
 use std::io::Write;
@@ -32,8 +32,8 @@ pub struct TraceView<'a> {
     /// Name of the trace on the page.
     pub name: &'a str,
     /// Header of the trace. The page requires `layers`, a list of objects with `layer` (number), `mechanism` and
-    /// `selects`; if `selects` is true also `heads`, and optionally `rounds` (default 1) and `threshold` (one number
-    /// per head).
+    /// `selects`; if `selects` is true also `heads`, and optionally `rounds` and `picks` (default 1), `gate`,
+    /// `exclude_below` and `threshold` (one number per head).
     pub header: &'a Value,
     /// Head of the trace's hash chain, hexadecimal.
     pub head: &'a str,

@@ -17,9 +17,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
+use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 
 use self::in_flight::InFlight;
+use super::calibrate::calibrate_thresholds;
 use super::churn::Churn;
 use super::ema::Ema;
 use super::guard::Guard;
@@ -28,7 +30,7 @@ use super::parallel::Group;
 use super::state::{State, Stateful};
 use super::teacher::Teacher;
 use crate::config::{Precision, Recipe};
-use crate::data::{Batches, Corpus};
+use crate::data::{Batches, Corpus, places};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
 use crate::model::params::Params;
@@ -124,6 +126,11 @@ impl Trainer {
         let ema = recipe.train.ema.map(ema).transpose()?;
         let guard = Guard::new(recipe.train.guard)?;
         let batches = Batches::new(corpus.train.clone(), seed);
+        if recipe.train.select.calibrate_thresholds {
+            let first = batches.batch(places(0, recipe.train.batch, 0, 1), recipe.train.context, device)?;
+            let forward = |pass: &Pass| Ok(model.hidden(&first.inputs, pass, None).map(drop)?);
+            calibrate_thresholds(&model, &params, forward, &first.mask)?;
+        }
         Ok(Self {
             recipe,
             frozen: Transformer::new(model.config(), params.frozen())?,

@@ -9,7 +9,7 @@ use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo, TensorView, View};
 
-use super::files::stream_file;
+use super::files::{read_file, stream_file};
 use crate::error::{Error, Result};
 
 /// Tensors by name.
@@ -74,7 +74,7 @@ pub fn load_weights(path: &Path, device: &Device) -> Result<Weights> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|e| Error::read(path, "safetensors file", e))
+    read_file(path, "safetensors file")
 }
 
 fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {

@@ -11,6 +11,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result, shorten};
 use crate::io::chat_template::ChatTemplate;
 use crate::io::checkpoint::{self, Checkpoint};
+use crate::io::files::read_file;
 use crate::io::gguf::{self, Gguf};
 use crate::io::tokenizer::Tokenizer;
 use crate::io::{added_tokens, safetensors};
@@ -144,7 +145,7 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     }
     for name in COPIED.into_iter().filter(|name| folder.join(name).exists()) {
         let path = folder.join(name);
-        let content = std::fs::read(&path).map_err(|e| Error::read(&path, "file", e))?;
+        let content = read_file(&path, "file")?;
         parts.files.insert(name.into(), content);
     }
     Ok(Parts { skipped, weights_path, other_dtypes, ..parts })

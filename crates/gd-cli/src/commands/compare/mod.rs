@@ -20,6 +20,7 @@ use self::table::table;
 use crate::context::{Context, usage};
 use crate::render::plot;
 use crate::render::table::{MARKDOWN, TERMINAL};
+use crate::terminal::note;
 use crate::training::{load_corpus, load_recipe, train_all};
 
 /// Train several mechanisms with equal parameters, data and steps, and compare them
@@ -102,7 +103,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let (mut runs, total) = (Vec::new(), args.seeds * variants.len() as u64);
     for seed in (0..args.seeds).map(|i| first_seed.wrapping_add(i)) {
         for (variant, model) in variants.iter().zip(&models) {
-            eprintln!("{}, seed {seed} ({} of {total})", variant.name, runs.len() + 1);
+            note(format_args!("{}, seed {seed} ({} of {total})", variant.name, runs.len() + 1));
             let recipe = Recipe { model: model.clone(), ..base.clone() };
             runs.push(train(variant.name, recipe, &corpus, seed, ctx)?);
         }

@@ -25,3 +25,4 @@ mod resume;
 mod trace;
 mod train_errors;
 mod uptrain;
+mod watchers;

@@ -60,6 +60,9 @@ pub struct Parts {
     other_dtypes: BTreeMap<String, String>,
 }
 
+/// How often a reader looks for the newest checkpoint of a run if it is removed while it is read.
+const LOOKS: usize = 20;
+
 /// A loaded model.
 pub struct Loaded {
     /// The model, without gradients.
@@ -107,20 +110,33 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     if gguf::is_at(path) {
         return read_gguf(path, device);
     }
-    let (path, skipped) = checkpoint::locate(path)?;
+    let mut looks = 0;
+    loop {
+        looks += 1;
+        let (found, skipped) = checkpoint::locate(path)?;
+        match read_located(&found, skipped, device) {
+            // The run has removed the checkpoint meanwhile, because there is a newer one.
+            Err(_) if looks < LOOKS && found != path && !found.exists() => {}
+            result => return result,
+        }
+    }
+}
+
+/// Reads the files of the model at `path`, which is no folder of a run. `skipped` says why newer ones were not used.
+fn read_located(path: &Path, skipped: Vec<String>, device: &Device) -> Result<Parts> {
     for reason in &skipped {
         tracing::warn!("{reason}; the model is loaded from {}", path.display());
     }
     if path.is_dir()
-        && let Some(file) = folder::gguf_in(&path)?
+        && let Some(file) = folder::gguf_in(path)?
     {
         return read_gguf(&file, device);
     }
-    let folder: PathBuf = match path.is_file() {
-        true => path.parent().map(Path::to_path_buf).unwrap_or_default(),
-        false => path.clone(),
+    let folder: PathBuf = match path.is_dir() {
+        true => path.into(),
+        false => path.parent().map(Path::to_path_buf).unwrap_or_default(),
     };
-    let weights_path = checkpoint::weights_file(&path)?;
+    let weights_path = checkpoint::weights_file(path)?;
     folder::check_companions(&folder)?;
     let weights = checkpoint::load_weights(&weights_path, device)?;
     let mut weights = weights::rename(&weights_path, weights)?;

@@ -119,7 +119,9 @@ fn every_parameter_of_a_mechanism_has_a_range() {
     let mut cases = 0;
     for name in Mechanism::names() {
         let Some(mechanism) = AttentionMechanism::named(name) else { continue };
-        let parameters = serde_json::to_value(mechanism).unwrap();
+        let mut parameters = serde_json::to_value(mechanism).unwrap();
+        // TOML has no null.
+        parameters.as_object_mut().unwrap().retain(|_, value| !value.is_null());
         let mut paths = Vec::new();
         numbers(&parameters, String::new(), &mut paths);
         for path in &paths {

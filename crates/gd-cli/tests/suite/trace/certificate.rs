@@ -211,8 +211,8 @@ fn files_that_are_not_traces_are_errors() -> Result<()> {
     let recorded = record(&models()[1].1, "A whale", 0, &[])?;
     type Change<'a> = (&'a str, fn(&mut Header));
     let changes: [Change; 11] = [
-        ("(supported here: gd-trace 2)", |h| h.version = 1),
-        ("other 1", |h| h.format = "other".into()),
+        ("(supported: gd-trace 2)", |h| h.version = 1),
+        ("other 2", |h| h.format = "other".into()),
         ("heads", |h| h.layers[0].heads = usize::MAX),
         ("heads", |h| h.layers[1].heads = 0),
         ("rounds", |h| h.layers[1].rounds = 0),

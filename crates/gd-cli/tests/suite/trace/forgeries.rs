@@ -334,7 +334,8 @@ fn a_small_file_costs_little_memory_and_time() -> Result<()> {
     ensure!(written.len() > 400_000, "{} bytes", written.len());
     let trace = Trace::from_bytes(Path::new("trace"), &written)?;
     trace::verify(&trace, None, None)?;
-    ensure!(trace.decoded()? == records);
+    // As text, because a coherence point that is not computed is NaN.
+    ensure!(format!("{:?}", trace.decoded()?) == format!("{records:?}"));
     Ok(())
 }
 

@@ -34,7 +34,9 @@ fn every_record_has_a_proof_and_no_other_record_has_it() -> Result<()> {
     for position in 0..count {
         let proof = Proof::new(&trace, position)?;
         let proven = proof.check(Some(head), Some(public)).map_err(anyhow::Error::msg)?;
-        ensure!(proven.record == recorded.records[position as usize], "{position}");
+        // As text, because a coherence point that is not computed is NaN.
+        let expected = format!("{:?}", recorded.records[position as usize]);
+        ensure!(format!("{:?}", proven.record) == expected, "{position}");
         let signed = proven.signed.context("not signed")?;
         ensure!(signed.statement.is_some_and(|statement| statement.seconds == SECONDS));
         let json = serde_json::to_value(&proof)?;

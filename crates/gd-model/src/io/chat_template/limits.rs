@@ -246,12 +246,15 @@ mod tests {
     #[test]
     fn steps_are_limited() {
         let loops = "{% set r = range(9999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}";
-        assert!(error(loops).contains("fuel"), "{}", error(loops));
+        // On a slow machine the time is up first.
+        let reason = error(loops);
+        assert!(reason.contains("fuel") || reason.contains("seconds"), "{reason}");
         let long = format!(
             "{{% set r = range(9999) %}}{{% for a in r %}}{{% for b in r %}}{}{{% endfor %}}{{% endfor %}}",
             "long text ".repeat(50_000)
         );
-        assert!(error(&long).contains("fuel"), "{}", error(&long));
+        let reason = error(&long);
+        assert!(reason.contains("fuel"), "{reason}");
         assert!(error(&"x".repeat(2 << 20)).contains("2097152 bytes"));
     }
 

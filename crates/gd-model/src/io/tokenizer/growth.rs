@@ -123,7 +123,7 @@ fn replaced(replace: &Replace, text: &str) -> usize {
 
 /// The maximal length if a regular expression matches between all bytes.
 fn after_regex(replace: &Replace, before: usize) -> usize {
-    before.saturating_add((before + 1).saturating_mul(replace.content.len()))
+    before.saturating_add(before.saturating_add(1).saturating_mul(replace.content.len()))
 }
 
 /// The pattern of a replacement if it is a text and not empty.

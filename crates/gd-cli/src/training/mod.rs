@@ -19,7 +19,7 @@ use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, Run};
 use gd_model::train::{Step, Trainer};
 use serde_json::{Value, json};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
 pub use self::recipe::{
@@ -35,9 +35,12 @@ use crate::terminal::note;
 /// Exit code after a second Ctrl-C: 128 + SIGINT.
 const EXIT_INTERRUPTED: i32 = 130;
 /// Time between two looks at whether a signal has come, to announce the stop.
-const LOOK_INTERVAL: Duration = Duration::from_millis(100);
-/// The signals that stop a run, with their numbers on all systems that have them.
-const STOP_SIGNALS: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// The signals that stop a run.
+#[cfg(unix)]
+const STOP_SIGNALS: [i32; 3] = [signal_hook::consts::SIGHUP, SIGINT, SIGTERM];
+#[cfg(not(unix))]
+const STOP_SIGNALS: [i32; 2] = [SIGINT, SIGTERM];
 
 /// Runs `work` in every process of a distributed job. If it fails in one process, all processes end.
 ///
@@ -218,7 +221,7 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let flag = stop.clone();
     std::thread::spawn(move || {
         while !flag.load(Ordering::Relaxed) {
-            std::thread::sleep(LOOK_INTERVAL);
+            std::thread::sleep(POLL_INTERVAL);
         }
         note("stopping after this step; interrupt again to stop immediately");
     });

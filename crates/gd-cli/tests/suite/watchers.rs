@@ -5,11 +5,17 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
+use gd_model::config::Recipe;
+use gd_model::data::{Corpus, Texts};
+use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained;
+use gd_model::train::Trainer;
+use gd_model::train::run::{About, Run};
 use gd_testing::log_cases;
 use serde_json::{Value, json};
 
@@ -242,5 +248,23 @@ fn errors_that_can_be_known_at_the_start_come_there() -> Result<()> {
     ensure!(fs::read_to_string(dir.join("run/README.md"))?.contains("a{{x}}{{loss}}.txt"));
     // Folders above that of the run are made.
     ensure!(run(dir, &format!("{TRAIN} a/b/c --steps 2"))?["finished"] == true);
+    Ok(())
+}
+
+#[test]
+fn an_error_inside_a_training_saves_the_last_step_first() -> Result<()> {
+    let folder = folder()?;
+    let recipe = Recipe::load(folder.path().join("small.json").to_str().context("path")?)?;
+    let (tokenizer, path) = (Tokenizer::bytes()?, folder.path().join("run"));
+    let texts = Texts::split(&[fs::read_to_string(folder.path().join("text.txt"))?], 0.1)?;
+    let trainer = Trainer::new(recipe, Corpus::encode(&texts, &tokenizer)?, 1, &Device::Cpu)?;
+    let about = About { name: "small".into(), data: Vec::new(), seed: 1 };
+    let mut run = Run::create(&path, trainer, tokenizer, about)?;
+    let failed = run.train(None, &AtomicBool::new(false), |step, _| match step.step {
+        3 => Err(gd_model::Error::Invalid("the watcher failed".into())),
+        _ => Ok(()),
+    });
+    ensure!(failed.err().context("no error")?.to_string() == "the watcher failed");
+    ensure!(newest(&path)? == 3, "the third step is not saved");
     Ok(())
 }

@@ -382,8 +382,8 @@ impl ModelConfig {
             checks.require(is_share(share), name, share, "in [0, 1]");
         }
         let parts = format!("from 1 to {MAX_PARTS}");
-        let is_few = |n: usize| (1..=MAX_PARTS).contains(&n);
-        checks.require(is_few(select.rounds), "gd.select.rounds", select.rounds, &parts);
+        let is_part_count = |n: usize| (1..=MAX_PARTS).contains(&n);
+        checks.require(is_part_count(select.rounds), "gd.select.rounds", select.rounds, &parts);
         if let Some(threshold) = select.threshold {
             checks.require(threshold.is_finite(), "gd.select.threshold", threshold, "a finite number");
         }
@@ -399,7 +399,7 @@ impl ModelConfig {
             );
         }
         let Some(beacon) = &self.gd.beacon else { return };
-        checks.require(is_few(beacon.conv_width), "gd.beacon.conv_width", beacon.conv_width, &parts);
+        checks.require(is_part_count(beacon.conv_width), "gd.beacon.conv_width", beacon.conv_width, &parts);
         let averages = beacon.averages;
         checks.require(averages <= MAX_PARTS, "gd.beacon.averages", averages, format!("at most {MAX_PARTS}"));
         let protects = beacon.protected == 0 || is_count(beacon.protected);

@@ -60,8 +60,8 @@ pub struct Parts {
     other_dtypes: BTreeMap<String, String>,
 }
 
-/// How often a reader looks for the newest checkpoint of a run if it is removed while it is read.
-const LOOKS: usize = 20;
+/// How often a reader tries to read the newest checkpoint of a run if it is removed while it is read.
+const MAX_ATTEMPTS: usize = 20;
 
 /// A loaded model.
 pub struct Loaded {
@@ -110,13 +110,13 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     if gguf::is_at(path) {
         return read_gguf(path, device);
     }
-    let mut looks = 0;
+    let mut attempts = 0;
     loop {
-        looks += 1;
-        let (found, skipped) = checkpoint::locate(path)?;
-        match read_located(&found, skipped, device) {
+        attempts += 1;
+        let (located, skipped) = checkpoint::locate(path)?;
+        match read_located(&located, skipped, device) {
             // The run has removed the checkpoint meanwhile, because there is a newer one.
-            Err(_) if looks < LOOKS && found != path && !found.exists() => {}
+            Err(_) if attempts < MAX_ATTEMPTS && located != path && !located.exists() => {}
             result => return result,
         }
     }

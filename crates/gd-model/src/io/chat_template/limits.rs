@@ -8,6 +8,7 @@ use minijinja::value::{DynObject, Value, ValueKind};
 use minijinja::{ErrorKind, Output, State, escape_formatter};
 
 use crate::error::{Error, Result};
+use crate::io::panic::catch_panic;
 
 /// The result of a function that a template calls.
 pub(super) type Outcome<T> = std::result::Result<T, minijinja::Error>;
@@ -64,7 +65,7 @@ pub(super) fn timed<T: Send + 'static>(render: impl FnOnce() -> Outcome<T> + Sen
     let (sender, receiver) = mpsc::channel();
     let work = move || {
         // After the time is up, nobody receives.
-        let _ = sender.send(render());
+        let _ = sender.send(catch_panic(render).unwrap_or_else(|panic| Err(failed(panic))));
     };
     let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(work);
     thread.map_err(|e| failed(format!("no thread to render in: {e}")))?;

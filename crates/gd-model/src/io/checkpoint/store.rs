@@ -19,8 +19,8 @@ const TEMPORARY: &str = ".tmp";
 const FINAL: &str = ".model.tmp";
 /// The file beside a model in the folder of a run with the number of its steps.
 const STEP: &str = "training_step.json";
-/// How often a reader looks again if checkpoints disappear while it reads them.
-const LOOKS: usize = 20;
+/// How often a reader tries again if checkpoints disappear while it reads them.
+const MAX_ATTEMPTS: usize = 20;
 
 /// The checkpoints in the folder of a run.
 pub struct Store {
@@ -67,9 +67,9 @@ impl Store {
     /// # Errors
     /// The error of the newest checkpoint if all of them are damaged.
     pub fn newest(&self) -> Result<Option<StoredCheckpoint>> {
-        let mut looks = 0;
+        let mut attempts = 0;
         loop {
-            looks += 1;
+            attempts += 1;
             let (mut damaged, mut first) = (Vec::new(), None);
             for step in self.steps()? {
                 match verify(&*self.disk, &self.path(step)) {
@@ -81,7 +81,7 @@ impl Store {
                 }
             }
             let left = self.steps()?;
-            if looks == LOOKS || damaged.iter().all(|(step, _)| left.contains(step)) {
+            if attempts == MAX_ATTEMPTS || damaged.iter().all(|(step, _)| left.contains(step)) {
                 return first.map_or(Ok(None), Err);
             }
         }

@@ -125,6 +125,8 @@ impl Tokenizer {
             growth::check_file(&bytes)?;
             Self::checked(tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string())?)
         })
+        .flatten()
+        .map_err(foreign)
     }
 
     /// Wraps a tokenizer from a file, without truncation and padding. The error is the reason why it cannot be used.

@@ -25,7 +25,7 @@ pub struct Jsonl {
 
 impl Jsonl {
     /// Opens or creates `path` and removes the lines of later steps than `step`, an incomplete line at the end, and damaged
-    /// lines. A file with damaged lines is kept as `NAME.damaged`, with a warning. Step 0 removes every line.
+    /// lines. A file with damaged lines is retained as `NAME.damaged`, with a warning. Step 0 removes every line.
     ///
     /// # Errors
     /// Names the file that cannot be read or written.
@@ -35,7 +35,7 @@ impl Jsonl {
             Err(Error::Missing { .. }) => Vec::new(),
             Err(e) => return Err(e),
         };
-        let (kept, damaged) = match step {
+        let (retained, damaged) = match step {
             0 => (Vec::new(), 0),
             _ => lines_up_to(&text, step),
         };
@@ -48,13 +48,13 @@ impl Jsonl {
                 path.display(),
                 Path::new(&copy).display()
             );
-            write_file(path, &kept)?;
+            write_file(path, &retained)?;
         }
         let error = |e| Error::write(path, e);
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(error)?;
-        // Without damage the kept lines are the start of the file.
-        file.set_len(kept.len() as u64).map_err(error)?;
-        Ok(Self { file, path: path.into(), length: kept.len() as u64, waiting: Vec::new() })
+        // Without damage the retained lines are the start of the file.
+        file.set_len(retained.len() as u64).map_err(error)?;
+        Ok(Self { file, path: path.into(), length: retained.len() as u64, waiting: Vec::new() })
     }
 
     /// Appends a line in a single write, so that a reader sees all of it, or its beginning at the end of the file. After an
@@ -101,20 +101,20 @@ impl Jsonl {
 /// The lines of steps up to `step`, up to the first line of a later one, without damaged lines, and the number of these. The
 /// incomplete line at the end is not damage.
 fn lines_up_to(text: &[u8], step: u64) -> (Vec<u8>, usize) {
-    let (mut kept, mut damaged) = (Vec::new(), 0);
+    let (mut retained, mut damaged) = (Vec::new(), 0);
     for line in text.split_inclusive(|b| *b == b'\n') {
         match serde_json::from_slice::<Map<String, Value>>(line) {
             Ok(parsed) if line.ends_with(b"\n") => {
                 if step_of(&parsed) > step {
                     break;
                 }
-                kept.extend_from_slice(line);
+                retained.extend_from_slice(line);
             }
             _ if line.ends_with(b"\n") => damaged += 1,
             _ => {}
         }
     }
-    (kept, damaged)
+    (retained, damaged)
 }
 
 /// The complete lines of a log. An incomplete line at the end, which may still be being written, is ignored.
@@ -193,7 +193,7 @@ mod tests {
         assert!(error.contains("log") && error.contains("line 2"), "{error}");
     }
     #[test]
-    fn damaged_lines_are_removed_alone_and_the_file_is_kept() {
+    fn damaged_lines_are_removed_alone_and_the_file_is_copied() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let text = b"{\"step\":1}\n{\"st\xff\n{\"step\":2}\nnull\n{\"step\":3}\n{\"step\":4}\n{\"step";

@@ -21,7 +21,7 @@
 //! be unchanged, and all blocks together have at most 32 times the size of the file and 1 MiB. The writer stores a block
 //! unchanged that would be compressed to less than a sixteenth, so it never reaches these limits.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -291,11 +291,9 @@ impl Trace {
         if !block.compressed {
             return Ok(stored.to_vec());
         }
-        let mut bytes = Vec::with_capacity(block.raw);
-        let read = zstd::stream::read::Decoder::new(stored)
-            // Reading one more byte detects a block that is longer than stated.
-            .and_then(|reader| reader.take(block.raw as u64 + 1).read_to_end(&mut bytes));
-        read.map_err(|e| self.damaged(format!("a block does not decompress: {e}")))?;
+        // Into one buffer, so that the frame cannot ask for a window of its own. A longer content is an error.
+        let bytes = zstd::bulk::decompress(stored, block.raw)
+            .map_err(|e| self.damaged(format!("a block does not decompress: {e}")))?;
         match bytes.len() == block.raw {
             true => Ok(bytes),
             false => Err(self.damaged(format!("a block does not have the stated {} bytes", block.raw))),

@@ -195,9 +195,11 @@ fn rope_type() -> String {
 
 /// The maximum of every size of a configuration. It is far above the sizes of models, and so small that the product of
 /// two sizes does not overflow.
-const MAX_SIZE: usize = 1 << 24;
+pub(super) const MAX_SIZE: usize = 1 << 24;
 /// The maximal number of layers.
 const MAX_LAYERS: usize = 1 << 12;
+/// The maximal number of refinement rounds, of running averages per head, and of tokens of a convolution.
+const MAX_PARTS: usize = 1 << 10;
 /// The maximal number of elements in the table of rotary angles.
 const MAX_ANGLES: usize = 1 << 31;
 
@@ -339,6 +341,7 @@ impl ModelConfig {
             checks.add(Err(Error::Invalid(text)));
         }
         checks.add(self.rope_scaling().map(|_| ()));
+        self.check_numbers(&mut checks);
         self.check_selection(&mut checks);
         let problems = checks.into_problems();
         if !problems.is_empty() {
@@ -355,6 +358,31 @@ impl ModelConfig {
         };
         // Layers beyond the longer list have the configuration of the last one in it.
         (0..mechanisms.max(windows).max(selecting)).find_map(|layer| check(layer).err()).into_iter().collect()
+    }
+
+    /// Checks the ranges of the windows, of the epsilon and of the rotary embedding.
+    fn check_numbers(&self, checks: &mut Checks) {
+        for &window in self.gd.windows.iter().flatten() {
+            let fits = (1..=MAX_SIZE).contains(&window);
+            checks.require(fits, "gd.windows", window, format!("from 1 to {MAX_SIZE}"));
+        }
+        let eps = self.rms_norm_eps;
+        checks.require(eps >= 0.0 && eps.is_finite(), "rms_norm_eps", eps, "at least 0");
+        let mut positive = |name: &str, value: Option<f64>| {
+            let Some(value) = value else { return };
+            checks.require(value > 0.0 && value.is_finite(), name, value, "above 0");
+        };
+        positive("rope_theta", self.rope_theta);
+        let Some(rope) = &self.rope_parameters else { return };
+        positive("rope_parameters.rope_theta", Some(rope.rope_theta));
+        positive("rope_parameters.factor", rope.factor);
+        positive("rope_parameters.low_freq_factor", rope.low_freq_factor);
+        positive("rope_parameters.high_freq_factor", rope.high_freq_factor);
+        if let Some(context) = rope.unscaled_context {
+            let name = "rope_parameters.original_max_position_embeddings";
+            let allowed = format!("from 1 to {MAX_SIZE}");
+            checks.require((1..=MAX_SIZE).contains(&context), name, context, allowed);
+        }
     }
 
     /// Checks the ranges of the settings of selection and of the Beacon, which the operators would refuse.
@@ -386,7 +414,9 @@ impl ModelConfig {
         let spread = select.gradient.temperature_spread;
         let fits = spread.is_finite() && spread >= 0.0;
         checks.require(fits, "gd.select.gradient.temperature_spread", spread, "at least 0");
-        checks.require(select.rounds > 0, "gd.select.rounds", select.rounds, "at least 1");
+        let parts = format!("from 1 to {MAX_PARTS}");
+        let is_part_count = |n: usize| (1..=MAX_PARTS).contains(&n);
+        checks.require(is_part_count(select.rounds), "gd.select.rounds", select.rounds, &parts);
         if let Some(threshold) = select.threshold {
             checks.require(threshold.is_finite(), "gd.select.threshold", threshold, "a finite number");
         }
@@ -402,12 +432,19 @@ impl ModelConfig {
             );
         }
         let Some(beacon) = &self.gd.beacon else { return };
+        checks.require(is_part_count(beacon.conv_width), "gd.beacon.conv_width", beacon.conv_width, &parts);
+        let averages = beacon.averages;
+        checks.require(averages <= MAX_PARTS, "gd.beacon.averages", averages, format!("at most {MAX_PARTS}"));
         let protects = beacon.protected == 0 || is_count(beacon.protected);
         checks.require(protects, "gd.beacon.protected", beacon.protected, format!("0 or {counts}"));
         let Some(barrier) = &beacon.barrier else { return };
         let open = barrier.floor > 0.0 && barrier.floor < 1.0;
         checks.require(open, "gd.beacon.barrier.floor", barrier.floor, "in (0, 1)");
-        checks.require(barrier.strength >= 0.0, "gd.beacon.barrier.strength", barrier.strength, "at least 0");
+        let strong = barrier.strength >= 0.0 && barrier.strength.is_finite();
+        checks.require(strong, "gd.beacon.barrier.strength", barrier.strength, "at least 0");
+        for (name, x) in [("margin", barrier.margin), ("slack", barrier.slack)] {
+            checks.require(x.is_finite(), &format!("gd.beacon.barrier.{name}"), x, "a finite number");
+        }
         let trigger = barrier.entropy_trigger;
         checks.require(is_share(trigger), "gd.beacon.barrier.entropy_trigger", trigger, "in [0, 1]");
     }

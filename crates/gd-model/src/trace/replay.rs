@@ -27,10 +27,12 @@ pub struct Outcome {
     pub selections: u64,
     /// The number of selections that differ within the tolerance.
     pub ambiguous: u64,
-    /// The number of selections, energies or tokens that contradict the record.
+    /// The number of selections, energies, tokens or texts that contradict the record.
     pub contradictions: u64,
     /// Descriptions of the first 20 ambiguous or contradicting selections.
     pub findings: Vec<String>,
+    /// What could not be compared, and why.
+    pub unchecked: Vec<String>,
     /// The description of the first contradiction.
     #[serde(skip)]
     pub first_contradiction: Option<String>,

@@ -5,6 +5,7 @@
 mod chat_template;
 mod checkpoint;
 mod config;
+mod config_ranges;
 mod data;
 mod documents;
 mod durable;

@@ -21,6 +21,7 @@ use self::table::{by_position, notes, table};
 use crate::context::{Context, usage};
 use crate::render::plot;
 use crate::render::table::{MARKDOWN, TERMINAL};
+use crate::terminal::note;
 use crate::training::{load_corpus, load_recipe, train_all};
 
 /// Train several mechanisms with equal parameters, data and steps, and compare them
@@ -167,7 +168,7 @@ impl Inputs<'_> {
 
     /// One run.
     fn run(&self, seed: u64, lr: f64, ctx: &Context) -> Result<Run> {
-        eprintln!("{}, seed {seed}, learning rate {lr:e}", self.variant.name);
+        note(format_args!("{}, seed {seed}, learning rate {lr:e}", self.variant.name));
         let mut recipe = Recipe { model: self.model.clone(), ..self.base.clone() };
         recipe.train.lr.peak = lr;
         train(self.variant.name, recipe, self.corpus, seed, ctx)

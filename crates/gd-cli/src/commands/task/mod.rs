@@ -16,6 +16,7 @@ use super::compare::parse_mechanisms;
 use crate::context::{Context, usage};
 use crate::render::plot;
 use crate::render::table::{MARKDOWN, TERMINAL};
+use crate::terminal::note;
 
 /// Steps between two lines of progress.
 const STEPS_PER_LINE: u64 = 100;
@@ -124,18 +125,18 @@ fn saved_or_new(
         let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
         match serde_json::from_slice::<Saved>(&text) {
             Ok(saved) if saved.recipe == recipe && saved.run.tests.len() == tests => return Ok(saved.run),
-            _ => eprintln!("{}: a run of another configuration; it is repeated", path.display()),
+            _ => note(format_args!("{}: a run of another configuration; it is repeated", path.display())),
         }
     }
-    eprintln!("{} on {}, seed {seed}", variant.name, task.name());
+    note(format_args!("{} on {}, seed {seed}", variant.name, task.name()));
     let steps = recipe.train.steps;
     let run = tasks::run(task, (variant.name, &recipe), seed, longest, &ctx.device, |progress| {
         match progress {
             Progress::Step(step, loss) if step.is_multiple_of(STEPS_PER_LINE) || step == steps => {
-                eprintln!("step {step}/{steps}  loss {loss:.4}");
+                note(format_args!("step {step}/{steps}  loss {loss:.4}"));
             }
             Progress::Step(..) => {}
-            Progress::Test(test) => eprintln!("{}: {:.2} %", test.name, 100.0 * test.accuracy),
+            Progress::Test(test) => note(format_args!("{}: {:.2} %", test.name, 100.0 * test.accuracy)),
         }
         Ok(())
     })?;

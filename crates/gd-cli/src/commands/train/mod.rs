@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::context::{Context, usage};
 use crate::data_source::{DocumentArgs, reads_stdin};
+use crate::terminal::note;
 use crate::training::{
     DEFAULT_CONFIG, LoadedCorpus, in_group, load_corpus, load_corpus_for, load_recipe, new_trainer,
     run_to_end, vocabulary_line,
@@ -131,8 +132,8 @@ fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
     let trainer = new_trainer(group, recipe, None, data.corpus, &about, ctx)?;
     let run = Run::create(&out, trainer, data.tokenizer, about)?;
     if group.leads() {
-        eprintln!("{}", data.summary);
-        vocabulary.iter().for_each(|line| eprintln!("{line}"));
+        note(&data.summary);
+        vocabulary.iter().for_each(note);
     }
     Ok(run)
 }
@@ -193,13 +194,13 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
     let data = load_corpus_for(&saved.about.data, &recipe, &saved.tokenizer, template)
         .context("the data of the run (--data gives its new location)")?;
     if group.leads() {
-        eprintln!("{}", data.summary);
+        note(&data.summary);
     }
     let trainer = new_trainer(group, recipe, teacher, data.corpus, &saved.about, ctx)?;
     let skipped_files = saved.damaged().iter().map(|(_, reason)| reason.clone()).collect();
     let run = Run::resume(saved, trainer, &ctx.device)?;
     if group.leads() {
-        eprintln!("resumed from step {}", run.trainer.step());
+        note(format_args!("resumed from step {}", run.trainer.step()));
     }
     Ok((run, skipped_files))
 }

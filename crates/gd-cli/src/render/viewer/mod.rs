@@ -17,7 +17,8 @@ use base64::engine::general_purpose::STANDARD;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+
+use super::policy;
 
 /// The page, with an HTML comment as placeholder for each part.
 const PAGE: &str = include_str!("page.html");
@@ -55,14 +56,8 @@ pub fn page(traces: &[TraceView]) -> Result<String> {
         check(trace).with_context(|| format!("trace {}", trace.name))?;
         data += &embed(n, trace)?;
     }
-    // The policy allows only this script and this style sheet, so that the content of a trace cannot add any.
-    let policy = format!(
-        "default-src 'none'; script-src '{}'; style-src '{}'; img-src data:; base-uri 'none'; form-action 'none'",
-        digest(&script),
-        digest(STYLE)
-    );
     let parts = [
-        ("<!--policy-->", format!("<meta http-equiv=\"Content-Security-Policy\" content=\"{policy}\">")),
+        ("<!--policy-->", policy::element(Some(&script), STYLE)),
         ("<!--style-->", format!("<style>{STYLE}</style>")),
         ("<!--data-->", data),
         ("<!--script-->", format!("<script type=\"module\">{script}</script>")),
@@ -77,11 +72,6 @@ pub fn page(traces: &[TraceView]) -> Result<String> {
         rest = after;
     }
     Ok(page + rest)
-}
-
-/// The hash by which a Content-Security-Policy identifies an inline text.
-fn digest(text: &str) -> String {
-    format!("sha256-{}", STANDARD.encode(Sha256::digest(text)))
 }
 
 /// The elements that contain a trace: name, header and head as JSON, and the records as base64 of gzip.
@@ -126,6 +116,7 @@ mod tests {
 
     use flate2::read::GzDecoder;
 
+    use super::super::policy::digest;
     use super::*;
 
     const EVIL: &str = "</script><img src=x onerror=alert(1)><!--<script>";

@@ -66,6 +66,8 @@ pub struct Trainer {
     /// Submitted steps whose reports have not been returned, oldest first.
     in_flight: VecDeque<InFlight>,
     step: u64,
+    /// Whether an update has begun and not ended. After an error in it, the state is that of no step.
+    is_updating: bool,
     /// The loss of the last step with a token to predict; `None` before the first one since the start.
     last_loss: Option<f64>,
     seconds: f64,
@@ -147,6 +149,7 @@ impl Trainer {
             group: Group::single(),
             in_flight: VecDeque::new(),
             step: 0,
+            is_updating: false,
             last_loss: None,
             seconds: 0.0,
             clock: Instant::now(),
@@ -164,8 +167,11 @@ impl Trainer {
     /// The training state. With the parameters it is all that an exact continuation needs.
     ///
     /// # Errors
-    /// A step in flight (see [`Trainer::drain`]), or a state that cannot be copied.
+    /// A step in flight (see [`Trainer::drain`]), an update that failed, or a state that cannot be copied.
     pub fn state(&mut self) -> Result<State> {
+        if self.is_updating {
+            return Err(Error::Invalid(format!("the update of step {} failed in between", self.step + 1)));
+        }
         if let Some(InFlight { step, .. }) = self.in_flight.front() {
             return Err(Error::Invalid(format!("step {} is in flight; drain it first", step.step)));
         }

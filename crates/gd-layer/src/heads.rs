@@ -126,13 +126,13 @@ impl Heads {
     }
 
     /// Queries, keys and values of x alone, `[B, H, N, D]`, at the positions that follow the cached ones.
-    fn project_new(&self, x: &Tensor, pass: &Pass, mut cache: Option<&mut LayerCache>) -> Result<Projected> {
+    fn project_new(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Projected> {
         let (b, n, _) = x.dims3()?;
         let Some((q_proj, k_proj)) = &self.qk_proj else {
             candle_core::bail!("a layer without reading heads")
         };
         let offsets = offsets(cache.as_deref(), pass.mask, [b, n])?;
-        let Preserved { x, v, memory, gate } = self.preserve(x, pass, cache.as_deref_mut())?;
+        let Preserved { x, v, memory, gate } = self.preserve(x, pass, cache)?;
         let split = |y: Tensor| y.reshape((b, n, (), self.cfg.head_dim));
         let (mut q, mut k) = (split(q_proj.forward(&x)?)?, split(k_proj.forward(&x)?)?);
         if let Some((q_norm, k_norm)) = &self.norms {

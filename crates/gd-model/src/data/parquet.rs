@@ -104,7 +104,7 @@ fn write_json(json: &mut String, field: &Field) {
             });
         }
         Field::ListInternal(list) => {
-            write_all(json, ['[', ']'], list.elements().iter(), |json, value| write_json(json, value));
+            write_all(json, ['[', ']'], list.elements().iter(), write_json);
         }
         Field::MapInternal(map) => {
             write_all(json, ['{', '}'], map.entries().iter(), |json, (key, value)| match key {

@@ -172,7 +172,8 @@ fn change(tree: &mut Tree, operation: &Operation, file: Option<usize>) {
         Operation::Rename(from, to) => {
             if tree.contains_key(from) {
                 take(tree, to);
-                put(tree, to, take(tree, from));
+                let entries = take(tree, from);
+                put(tree, to, entries);
             }
         }
         Operation::Exchange(from, to) => {

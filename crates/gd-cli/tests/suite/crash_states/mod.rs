@@ -143,23 +143,19 @@ fn no_power_failure_loses_what_was_saved() -> Result<()> {
     assert_equal(&folder, copy.path())?;
     let cases: Vec<(usize, Loss)> =
         (0..states).map(|i| (i * operations.len() / states, LOSSES[i % LOSSES.len()])).collect();
+    let (all, files) = (&operations, &files);
     let failures: Vec<String> = cases
         .par_chunks(states.div_ceil(8))
         .flat_map_iter(|cases| {
-            let (mut disk, mut applied) = (Disk::new(&files), 0);
+            let (mut disk, mut applied) = (Disk::new(files), 0);
             cases.iter().filter_map(move |&(at, loss)| {
-                operations[applied..=at].iter().for_each(|(operation, _)| disk.apply(operation));
+                for (operation, _) in &all[applied.min(at + 1)..=at] {
+                    disk.apply(operation);
+                }
                 applied = at + 1;
-                let mut rng = ChaCha8Rng::seed_from_u64(at as u64);
-                let state = |root: &Path| -> Result<()> {
-                    disk.crash(loss, &mut rng, root)?;
-                    check(root, operations[at].1)
-                };
-                let result = tempfile::tempdir().map_err(anyhow::Error::from).and_then(|root| {
-                    let mut state = state;
-                    state(root.path())
-                });
-                result.err().map(|e| format!("after {:?}, loss {loss:?}: {e:#}", operations[at].0))
+                let (operation, saved) = &all[at];
+                let result = survives(&disk, loss, at as u64, *saved);
+                result.err().map(|e| format!("after {operation:?}, loss {loss:?}: {e:#}"))
             })
         })
         .collect();
@@ -172,11 +168,18 @@ fn no_power_failure_loses_what_was_saved() -> Result<()> {
         .enumerate()
         .find(|(_, (_, saved))| saved.steps[0] == Some(2))
         .context("no second step")?;
-    let (root, mut disk) = (tempfile::tempdir()?, Disk::new(&files));
+    let (root, mut disk) = (tempfile::tempdir()?, Disk::new(files));
     operations[..=middle].iter().for_each(|(operation, _)| disk.apply(operation));
     disk.crash(Loss::Everything, &mut ChaCha8Rng::seed_from_u64(1), root.path())?;
     succeeded(&gd(root.path(), &format!("train --resume {RUN}"))?)?;
     Ok(())
+}
+
+/// Makes a state of the disk after a power failure and checks it.
+fn survives(disk: &Disk, loss: Loss, seed: u64, saved: Saved) -> Result<()> {
+    let root = tempfile::tempdir()?;
+    disk.crash(loss, &mut ChaCha8Rng::seed_from_u64(seed), root.path())?;
+    check(root.path(), saved)
 }
 
 /// Compares the files of two folders.

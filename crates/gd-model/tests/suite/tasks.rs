@@ -29,7 +29,7 @@ fn every_task_makes_examples_that_fit_its_vocabulary_and_its_tests() {
         assert_eq!(named(task.name()).unwrap().name(), task.name());
         let (preset, mut rng) = (task.preset(), ChaCha8Rng::seed_from_u64(1));
         let recipe = preset.recipe(&[]).unwrap();
-        let mut check = |examples: gd_model::tasks::Examples, length: Option<usize>| {
+        let check = |examples: gd_model::tasks::Examples, length: Option<usize>| {
             let n = examples.rows * examples.length;
             assert_eq!(examples.answers.len(), n, "{}", task.name());
             assert!(length.is_none_or(|length| length == examples.length), "{}", task.name());

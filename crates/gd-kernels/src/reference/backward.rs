@@ -115,10 +115,10 @@ fn gradient_of_picks(
         add_scaled(&mut out.value, 1.0 - hard, &round.p.candidates);
     }
     let threshold = round.threshold;
-    let kept: Vec<f64> = (0..a.len())
+    let read: Vec<f64> = (0..a.len())
         .map(|j| if j < picks && params.admits(round.energy[j], threshold) { a[j] } else { 0.0 })
         .collect();
-    let exact = jacobian(picked, &kept);
+    let exact = jacobian(picked, &read);
     let gate_temperature = match params.gate {
         Gate::Energy { temperature } => temperature,
         Gate::None | Gate::Coherence => 1.0,

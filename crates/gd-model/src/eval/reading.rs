@@ -91,7 +91,7 @@ pub fn measure_reading(
         let (ids, targets) = (inputs.to_vec2::<u32>()?, targets.to_vec2::<u32>()?);
         let rows = losses.chunks(context).zip(without.chunks(context));
         for ((ids, targets), (losses, without)) in ids.iter().zip(&targets).zip(rows) {
-            let seen = occurred_before(ids, targets, ngram);
+            let ngrams = occurred_before(ids, targets, ngram);
             for (at, (&loss, &without)) in losses.iter().zip(without).enumerate() {
                 if targets[at] == gd_kernels::cross_entropy::IGNORE {
                     continue;
@@ -99,7 +99,7 @@ pub fn measure_reading(
                 all.add(loss);
                 cut.add(without);
                 parts[at * PARTS / context].add(loss);
-                if seen[at] { repeated.add(loss) } else { other.add(loss) }
+                if ngrams[at] { repeated.add(loss) } else { other.add(loss) }
             }
         }
     }
@@ -124,12 +124,12 @@ pub fn measure_reading(
 fn occurred_before(ids: &[u32], targets: &[u32], n: usize) -> Vec<bool> {
     let mut window = ids.to_vec();
     window.extend(targets.last());
-    let mut seen = HashSet::new();
-    let ends_known = |at: usize| {
+    let mut ngrams = HashSet::new();
+    let is_repeated = |at: usize| {
         // The target of position `at` is token `at + 1` of the window.
-        (at + 2).checked_sub(n).is_some_and(|start| !seen.insert(window[start..at + 2].to_vec()))
+        (at + 2).checked_sub(n).is_some_and(|start| !ngrams.insert(window[start..at + 2].to_vec()))
     };
-    (0..targets.len()).map(ends_known).collect()
+    (0..targets.len()).map(is_repeated).collect()
 }
 
 #[cfg(test)]

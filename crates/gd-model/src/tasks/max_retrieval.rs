@@ -24,19 +24,19 @@ fn examples(rows: usize, items: usize, rng: &mut ChaCha8Rng) -> Examples {
     let length = items + 1;
     let (mut features, mut answers) = (Vec::with_capacity(rows * length * FEATURES), Vec::new());
     for _ in 0..rows {
-        let mut best = (-1.0, 0);
+        let mut greatest = (-1.0, 0);
         for _ in 0..items {
             let (priority, class) = (rng.random::<f32>(), rng.random_range(0..CLASSES));
             let mut item = [0f32; FEATURES];
             (item[0], item[1 + class]) = (priority, 1.0);
             features.extend(item);
-            best = if priority > best.0 { (priority, class) } else { best };
+            greatest = if priority > greatest.0 { (priority, class) } else { greatest };
         }
         let mut query = [0f32; FEATURES];
         query[FEATURES - 1] = 1.0;
         features.extend(query);
         answers.extend(no_answers(items));
-        answers.push(best.1 as u32);
+        answers.push(greatest.1 as u32);
     }
     Examples { rows, length, inputs: Inputs::Features(features), answers }
 }
@@ -101,8 +101,8 @@ mod tests {
         assert_eq!(features.len(), 5 * 10 * FEATURES);
         for (row, answers) in features.chunks(10 * FEATURES).zip(made.answers.chunks(10)) {
             let items: Vec<&[f32]> = row.chunks(FEATURES).collect();
-            let best = items[..9].iter().max_by(|a, b| a[0].total_cmp(&b[0])).unwrap();
-            assert_eq!(best[1 + answers[9] as usize], 1.0);
+            let greatest = items[..9].iter().max_by(|a, b| a[0].total_cmp(&b[0])).unwrap();
+            assert_eq!(greatest[1 + answers[9] as usize], 1.0);
             assert!(answers[..9].iter().all(|&a| a == IGNORE));
             assert!(
                 items[..9]

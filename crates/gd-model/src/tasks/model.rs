@@ -72,8 +72,8 @@ impl TaskModel {
             examples.answers.iter().enumerate().filter_map(asked).unzip();
         let count = rows.len();
         let logits = self.decoder.logits(&hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?)?;
-        let best = logits.argmax(1)?.to_vec1::<u32>()?;
-        let correct = best.iter().zip(&answers).filter(|(a, b)| a == b).count();
+        let predicted = logits.argmax(1)?.to_vec1::<u32>()?;
+        let correct = predicted.iter().zip(&answers).filter(|(a, b)| a == b).count();
         let answers = Tensor::new(answers, logits.device())?;
         let loss = candle_nn::loss::cross_entropy(&logits, &answers)?.to_scalar::<f32>()?;
         Ok((f64::from(loss) * count as f64, correct, count))

@@ -148,22 +148,22 @@ impl Inputs<'_> {
         ctx: &Context,
     ) -> Result<Vec<Run>> {
         let Some(first) = seeds.next() else { return Ok(Vec::new()) };
-        let mut best: Option<Run> = None;
+        let mut lowest: Option<Run> = None;
         for &lr in lrs {
             let run = self.run(first, lr, ctx)?;
             if lrs.len() > 1 {
                 let (mechanism, loss) = (self.variant.name, run.result.loss);
                 sweep.push(SweepPoint { mechanism, lr, loss });
             }
-            best = match best {
-                Some(best) if best.result.loss <= run.result.loss => Some(best),
+            lowest = match lowest {
+                Some(lowest) if lowest.result.loss <= run.result.loss => Some(lowest),
                 _ => Some(run),
             };
         }
-        let Some(best) = best else { return Ok(Vec::new()) };
-        let lr = best.lr;
+        let Some(lowest) = lowest else { return Ok(Vec::new()) };
+        let lr = lowest.lr;
         let others = seeds.map(|seed| self.run(seed, lr, ctx));
-        std::iter::once(Ok(best)).chain(others).collect()
+        std::iter::once(Ok(lowest)).chain(others).collect()
     }
 
     /// One run.

@@ -58,8 +58,11 @@ pub struct LayerCache {
     pub(crate) conv: Option<Tensor>,
     /// Running averages of the Beacon's memory.
     pub(crate) average: Option<AverageState>,
-    /// What a mechanism passes on besides keys and values, one number per cached position `[B, M]`.
-    pub(crate) state: Option<Tensor>,
+    /// What a mechanism passes on from pass to pass: one number per cached position `[B, M]`, or tensors `[B, ..]` of constant
+    /// size in place of keys and values.
+    pub(crate) state: Vec<Tensor>,
+    /// The number of positions of every sequence of a layer that does not cache keys.
+    counted: Vec<usize>,
 }
 
 /// Appends `next` to the buffer in `slot`, a new one if there is none; returns all positions.
@@ -76,13 +79,21 @@ fn append(slot: &mut Option<AppendBuffer>, next: &Tensor) -> Result<Tensor> {
     Ok(buffer.get()?)
 }
 
-/// The states of all caches, with zeros for the positions that shorter ones do not have.
-fn stack_states(caches: &[&LayerCache]) -> Result<Option<Tensor>> {
-    let states: Vec<&Tensor> = caches.iter().filter_map(|cache| cache.state.as_ref()).collect();
-    let longest = states.iter().map(|state| state.dim(1)).collect::<Result<Vec<_>>>()?.into_iter().max();
-    let Some(longest) = longest else { return Ok(None) };
-    let rows = states.iter().map(|state| fit_state(state, longest)).collect::<Result<Vec<_>>>()?;
-    Tensor::cat(&rows, 0).map(Some)
+/// The states of all caches. Those with one number per position get zeros for the positions that shorter ones do not have.
+fn stack_states(caches: &[&LayerCache]) -> Result<Vec<Tensor>> {
+    let states: Vec<&Vec<Tensor>> =
+        caches.iter().map(|cache| &cache.state).filter(|s| !s.is_empty()).collect();
+    let Some(first) = states.first() else { return Ok(Vec::new()) };
+    let stack = |i: usize| {
+        let all: Vec<&Tensor> = states.iter().filter_map(|state| state.get(i)).collect();
+        if first[i].rank() != 2 {
+            return Tensor::cat(&all, 0);
+        }
+        let lengths = all.iter().map(|state| state.dim(1)).collect::<Result<Vec<_>>>()?;
+        let longest = lengths.into_iter().max().unwrap_or(0);
+        Tensor::cat(&all.iter().map(|state| fit_state(state, longest)).collect::<Result<Vec<_>>>()?, 0)
+    };
+    (0..first.len()).map(stack).collect()
 }
 
 /// A state `[B, M]` with zeros up to `positions`, or without those beyond, which are padding.
@@ -106,12 +117,18 @@ impl LayerCache {
 
     /// The number of cached positions of the longest sequence.
     pub fn len(&self) -> usize {
-        self.keys.as_ref().map_or(0, AppendBuffer::longest)
+        self.lengths().iter().copied().max().unwrap_or(0)
     }
 
     /// The number of cached positions of every sequence; empty for an empty cache.
     pub fn lengths(&self) -> &[usize] {
-        self.keys.as_ref().map_or(&[], AppendBuffer::lengths)
+        self.keys.as_ref().map_or(&self.counted, AppendBuffer::lengths)
+    }
+
+    /// Counts `positions` more positions of each of `sequences` sequences, of which the layer keeps a state instead of keys.
+    pub(crate) fn count(&mut self, sequences: usize, positions: usize) {
+        self.counted.resize(sequences, 0);
+        self.counted.iter_mut().for_each(|length| *length += positions);
     }
 
     /// One cache with the sequences of all `caches`, which belong to the same layer, in order. An empty cache has no
@@ -147,6 +164,7 @@ impl LayerCache {
             conv: cat(|cache| cache.conv.as_ref())?,
             average: mean.zip(log_weight).map(|(mean, log_weight)| AverageState { mean, log_weight }),
             state: stack_states(caches)?,
+            counted: caches.iter().flat_map(|cache| cache.counted.iter().copied()).collect(),
         })
     }
 
@@ -156,14 +174,16 @@ impl LayerCache {
     /// An index beyond the batch.
     pub fn select(&self, sequences: &[usize]) -> Result<Self> {
         // candle has no empty tensors on a GPU.
-        let Some(keys) = self.keys.as_ref().filter(|_| !sequences.is_empty()) else {
+        let any = self.keys.as_ref().map(AppendBuffer::buffer).or(self.state.first());
+        let Some(any) = any.filter(|_| !sequences.is_empty()) else {
             return Ok(Self { precision: self.precision, ..Self::new() });
         };
-        if let Some(sequence) = sequences.iter().find(|sequence| **sequence >= keys.lengths().len()) {
-            candle_core::bail!("sequence {sequence} of a cache of {}", keys.lengths().len());
+        let lengths = self.lengths();
+        if let Some(sequence) = sequences.iter().find(|sequence| **sequence >= lengths.len()) {
+            candle_core::bail!("sequence {sequence} of a cache of {}", lengths.len());
         }
         let rows: Vec<u32> = sequences.iter().map(|&sequence| sequence as u32).collect();
-        let rows = Tensor::new(rows, keys.buffer().device())?;
+        let rows = Tensor::new(rows, any.device())?;
         let buffers = |part: &Option<AppendBuffer>| -> Result<Option<AppendBuffer>> {
             Ok(part.as_ref().map(|part| part.select(sequences)).transpose()?)
         };
@@ -181,7 +201,8 @@ impl LayerCache {
             precision: self.precision,
             conv: self.conv.as_ref().map(|conv| conv.index_select(&rows, 0)).transpose()?,
             average: self.average.as_ref().map(average).transpose()?,
-            state: self.state.as_ref().map(|state| state.index_select(&rows, 0)).transpose()?,
+            state: self.state.iter().map(|state| state.index_select(&rows, 0)).collect::<Result<_>>()?,
+            counted: sequences.iter().filter_map(|&sequence| self.counted.get(sequence).copied()).collect(),
         })
     }
 

@@ -16,11 +16,17 @@ pub struct Variant {
     pub what: &'static str,
     mechanism: Mechanism,
     beacon: bool,
+    /// Whether only every fourth layer and the last one have the mechanism, and the others linear attention.
+    hybrid: bool,
 }
 
-/// All variants: softmax and selection with and without the Beacon, and every other mechanism without it.
+/// A layer of a hybrid that reads single keys comes after this many linear ones.
+const LINEAR_LAYERS: usize = 3;
+
+/// All variants: softmax and selection with and without the Beacon, every other mechanism without it, and hybrids of linear
+/// attention with softmax and selection.
 pub fn variants() -> Vec<Variant> {
-    let variant = |name, what, mechanism, beacon| Variant { name, what, mechanism, beacon };
+    let variant = |name, what, mechanism, beacon| Variant { name, what, mechanism, beacon, hybrid: false };
     let mut variants = vec![
         variant("softmax", "softmax attention alone", Mechanism::Softmax, false),
         variant(
@@ -41,8 +47,19 @@ pub fn variants() -> Vec<Variant> {
             Mechanism::Other(other) => other.info().formula,
             _ => "",
         };
-        Variant { name, what, mechanism, beacon: false }
+        variant(name, what, mechanism, false)
     }));
+    let hybrid = |name, what, mechanism| Variant { hybrid: true, ..variant(name, what, mechanism, false) };
+    variants.push(hybrid(
+        "linear+softmax",
+        "linear attention, every fourth layer and the last one softmax",
+        Mechanism::Softmax,
+    ));
+    variants.push(hybrid(
+        "linear+gd",
+        "linear attention, every fourth layer and the last one selection without the Beacon",
+        Mechanism::Gd,
+    ));
     variants
 }
 
@@ -67,9 +84,9 @@ impl Variant {
     /// a mechanism must fit the heads.
     pub fn applies(&self, base: &ModelConfig) -> bool {
         match &self.mechanism {
-            Mechanism::Gd => true,
-            Mechanism::Softmax => base.gd.beacon.is_some() || !self.beacon,
-            Mechanism::Other(_) => self.config(base).is_ok_and(|config| config.validate().is_ok()),
+            Mechanism::Gd if !self.hybrid => true,
+            Mechanism::Softmax if !self.hybrid => base.gd.beacon.is_some() || !self.beacon,
+            _ => self.config(base).is_ok_and(|config| config.validate().is_ok()),
         }
     }
 
@@ -82,6 +99,11 @@ impl Variant {
             return Err(Error::Invalid(format!("{}: the configuration has no Beacon", self.name)));
         }
         let mut config = base.clone();
+        if self.hybrid {
+            config.gd.beacon = None;
+            config.gd.mechanism = self.layers(base)?;
+            return Ok(config);
+        }
         let same = |mechanism: &Mechanism| mechanism.name() == self.mechanism.name();
         // A configuration with layers of several kinds keeps its selecting layers; others replace all of them.
         if self.mechanism != Mechanism::Gd || !base.gd.mechanism.iter().any(same) {
@@ -92,6 +114,16 @@ impl Variant {
             config.gd.beacon = None;
         }
         Ok(config)
+    }
+
+    /// The mechanism of every layer of a hybrid.
+    fn layers(&self, base: &ModelConfig) -> Result<Vec<Mechanism>> {
+        let linear =
+            Mechanism::named("linear").ok_or_else(|| Error::Invalid("no linear attention".into()))?;
+        let last = base.num_hidden_layers.saturating_sub(1);
+        let reads_keys = |layer: usize| layer % (LINEAR_LAYERS + 1) == LINEAR_LAYERS || layer == last;
+        let mechanism = |layer| if reads_keys(layer) { &self.mechanism } else { &linear };
+        Ok((0..base.num_hidden_layers).map(mechanism).cloned().collect())
     }
 }
 
@@ -136,8 +168,8 @@ mod tests {
         for v in variants() {
             assert_eq!(Variant::named(v.name).unwrap(), v);
         }
-        let e = Variant::named("linear").unwrap_err().to_string();
-        assert!(e.contains("\"linear\"") && variants().iter().all(|v| e.contains(v.name)), "{e}");
+        let e = Variant::named("reformer").unwrap_err().to_string();
+        assert!(e.contains("\"reformer\"") && variants().iter().all(|v| e.contains(v.name)), "{e}");
     }
 
     #[test]
@@ -158,6 +190,16 @@ mod tests {
             assert_eq!(parameters(config).unwrap(), *count);
         }
         assert_eq!(configs[2], base, "the largest configuration is unchanged");
+    }
+
+    #[test]
+    fn a_hybrid_has_linear_layers_before_every_layer_that_reads_keys() {
+        let mut base = Recipe::load("tiny").unwrap().model;
+        base.num_hidden_layers = 6;
+        let config = Variant::named("linear+gd").unwrap().config(&base).unwrap();
+        let names: Vec<&str> = config.gd.mechanism.iter().map(Mechanism::name).collect();
+        assert_eq!(names, ["linear", "linear", "linear", "gd", "linear", "gd"]);
+        assert!(config.gd.beacon.is_none() && config.validate().is_ok());
     }
 
     #[test]

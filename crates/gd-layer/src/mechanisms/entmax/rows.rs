@@ -41,6 +41,11 @@ pub fn entmax(scores: &Tensor, set: &Tensor, alpha: &Tensor) -> Result<EntmaxRow
     let x = fill(&centred.detach().broadcast_mul(&power)?, set, f64::NEG_INFINITY)?;
     let tau = threshold(&x, set, &power)?;
     let p = root(&x, &tau, &power)?;
+    let offset = row_max(scores, set)?.broadcast_mul(&power)?;
+    let threshold = tau.broadcast_add(&offset)?;
+    if !scores.track_op() && !alpha.track_op() {
+        return Ok(EntmaxRows { weights: p, threshold });
+    }
     let inside = p.gt(&p.zeros_like()?)?;
     let inside_only = |t: Tensor| inside.where_cond(&t, &t.zeros_like()?);
     let log_p = inside_only(p.log()?)?;
@@ -55,8 +60,7 @@ pub fn entmax(scores: &Tensor, set: &Tensor, alpha: &Tensor) -> Result<EntmaxRow
     let by_alpha =
         ((&p - &ratio)?.broadcast_div(&power.sqr()?)? - (p_log_p - shift)?.broadcast_div(&power)?)?;
     let carrier = (carrier + by_alpha.broadcast_mul(alpha)?)?;
-    let offset = row_max(scores, set)?.broadcast_mul(&power)?;
-    Ok(EntmaxRows { weights: straight_through(&p, &carrier)?, threshold: tau.broadcast_add(&offset)? })
+    Ok(EntmaxRows { weights: straight_through(&p, &carrier)?, threshold })
 }
 
 /// relu(x - tau)^(1 / power).

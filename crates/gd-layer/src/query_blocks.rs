@@ -53,8 +53,8 @@ impl Visible {
     /// The keys from the first to the last that these queries see; the first key if they see none.
     fn keys_of(&self, queries: Range<usize>) -> Range<usize> {
         let ranges = self.ranges.chunks(self.queries).flat_map(|entry| &entry[queries.clone()]);
-        let seen = ranges.filter(|range| !range.is_empty()).cloned();
-        seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..1)
+        let nonempty = ranges.filter(|range| !range.is_empty()).cloned();
+        nonempty.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..1)
     }
 }
 

@@ -135,7 +135,7 @@ pub fn packed_linear_attention(
         let weights = matmul(&q, &k.unsqueeze(2)?.t()?)?.broadcast_mul(&sets.pairs)?;
         let top = (top? + matmul(&weights, &v.unsqueeze(2)?)?)?;
         rows.push(quotient([top, (bottom? + weights.sum_keepdim(4)?)?])?);
-        state = state.kept(&sets.keeps)?.with(&k.broadcast_mul(&sets.stays)?, &v)?;
+        state = state.masked(&sets.keeps)?.with(&k.broadcast_mul(&sets.stays)?, &v)?;
     }
     Ok((Tensor::cat(&rows, 3)?.reshape((b, h, n, dv))?, state))
 }

@@ -25,7 +25,7 @@ impl LinearAttentionState {
     }
 
     /// The state, or 0 in the batch entries in which `keeps` `[B|1, 1, 1, 1]` is 0.
-    pub(super) fn kept(&self, keeps: &Tensor) -> Result<Self> {
+    pub(super) fn masked(&self, keeps: &Tensor) -> Result<Self> {
         Ok(Self {
             outer: self.outer.broadcast_mul(keeps)?,
             normaliser: self.normaliser.broadcast_mul(keeps)?,

@@ -96,21 +96,25 @@ fn run_max_margin(source: &Source, _: bool) -> Result<Run> {
     let (device, dtype) = (keys.device(), keys.dtype());
     let mut results = Tensors::new();
     let mut insert = |name: &str, tensor: Tensor| results.insert(source.own_name(name), tensor);
-    let found = max_margin(&choices)?;
-    insert("feasible", Tensor::new(&[u8::from(found.is_some())], device)?);
-    if let Some(found) = found {
+    let solution = max_margin(&choices)?;
+    insert("feasible", Tensor::new(&[u8::from(solution.is_some())], device)?);
+    if let Some(solution) = solution {
         let numbers = |x: &[f64]| Tensor::new(x, device)?.to_dtype(dtype);
-        insert("p_star", numbers(&found.direction)?);
-        insert("margin", numbers(&[found.margin])?);
+        insert("p_star", numbers(&solution.direction)?);
+        insert("margin", numbers(&[solution.margin])?);
         if let Some(p) = source.find("p") {
             let p = wide(p)?.to_vec1::<f64>().context("p: [D] expected")?;
-            if p.len() != found.direction.len() {
-                bail!("p [{}]: as many numbers as keys have, {}, expected", p.len(), found.direction.len());
+            if p.len() != solution.direction.len() {
+                bail!(
+                    "p [{}]: as many numbers as keys have, {}, expected",
+                    p.len(),
+                    solution.direction.len()
+                );
             }
-            insert("cos", numbers(&[found.cosine(&p)])?);
+            insert("cos", numbers(&[solution.cosine(&p)])?);
         }
         let active: Vec<Vec<u8>> =
-            found.active.iter().map(|row| row.iter().map(|a| u8::from(*a)).collect()).collect();
+            solution.active.iter().map(|row| row.iter().map(|a| u8::from(*a)).collect()).collect();
         insert("active", Tensor::new(active, device)?);
     }
     Ok(Run { results, parameters: json!({}) })
@@ -159,9 +163,9 @@ fn selectivenet(source: &Source, options: SelectiveNet, backward: bool) -> Resul
         |name: &'static str| Ok::<_, anyhow::Error>((name, Var::from_tensor(required(source, name)?)?));
     let variables = [variable("loss")?, variable("aux")?, variable("g")?];
     let [loss, auxiliary, gate] = &variables;
-    let found = selectivenet_loss(&loss.1, &auxiliary.1, &gate.1, options)?;
-    let mut results = if backward { gradients(source, &found.loss, &variables)? } else { Tensors::new() };
-    for (name, t) in [("L", found.loss), ("phi", found.coverage), ("risk", found.risk)] {
+    let selective = selectivenet_loss(&loss.1, &auxiliary.1, &gate.1, options)?;
+    let mut results = if backward { gradients(source, &selective.loss, &variables)? } else { Tensors::new() };
+    for (name, t) in [("L", selective.loss), ("phi", selective.coverage), ("risk", selective.risk)] {
         results.insert(source.own_name(name), t.detach().reshape(1)?);
     }
     Ok(results)

@@ -45,3 +45,24 @@ fn a_generation_is_traced_and_verified() {
     let text = run(env!("CARGO_BIN_EXE_trace_generation"));
     assert!(text.contains("verified"), "{text}");
 }
+
+#[test]
+fn an_encoder_decoder_learns_with_every_mechanism_for_states() {
+    let text = run(env!("CARGO_BIN_EXE_sort_and_reverse"));
+    let share = |name: &str, task: &str| -> f64 {
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{text}"));
+        let after = line.split_once(task).unwrap_or_else(|| panic!("{text}")).1;
+        after
+            .split('%')
+            .next()
+            .and_then(|share| share.trim().parse().ok())
+            .unwrap_or_else(|| panic!("{text}"))
+    };
+    for name in ["luong", "bahdanau", "pointer"] {
+        for task in ["copying", "reversing", "sorting"] {
+            assert!(share(name, task) >= 90.0, "{text}");
+        }
+    }
+    // It never goes back to an earlier digit.
+    assert!(share("monotonic", "copying") >= 90.0 && share("monotonic", "reversing") < 60.0, "{text}");
+}

@@ -11,6 +11,7 @@ pub mod reference;
 
 pub use backend::Backend;
 pub use backend::cpu::isa::Isa;
+pub use backend::graph::with_backward;
 #[doc(hidden)]
 pub use backend::support::{CANDIDATES, support_table};
 pub use cache::{

@@ -60,8 +60,9 @@ pub struct LayerCache {
     pub(crate) conv: Option<Tensor>,
     /// Running averages of the Beacon's memory.
     pub(crate) average: Option<AverageState>,
-    /// What a mechanism passes on besides keys and values, one number per cached position `[B, M]`.
-    pub(crate) state: Option<Tensor>,
+    /// What a mechanism passes on from pass to pass: one number per cached position `[B, M]`, or tensors `[B, ..]` of constant
+    /// size in place of keys and values.
+    pub(crate) state: Vec<Tensor>,
 }
 
 /// Appends `next` to the buffer in `slot`, a new one if there is none; returns all positions.
@@ -78,13 +79,21 @@ fn append(slot: &mut Option<AppendBuffer>, next: &Tensor) -> Result<Tensor> {
     Ok(buffer.get()?)
 }
 
-/// The states of all caches, with zeros for the positions that shorter ones do not have.
-fn stack_states(caches: &[&LayerCache]) -> Result<Option<Tensor>> {
-    let states: Vec<&Tensor> = caches.iter().filter_map(|cache| cache.state.as_ref()).collect();
-    let longest = states.iter().map(|state| state.dim(1)).collect::<Result<Vec<_>>>()?.into_iter().max();
-    let Some(longest) = longest else { return Ok(None) };
-    let rows = states.iter().map(|state| fit_state(state, longest)).collect::<Result<Vec<_>>>()?;
-    Tensor::cat(&rows, 0).map(Some)
+/// The states of all caches. Those with one number per position get zeros for the positions that shorter ones do not have.
+fn stack_states(caches: &[&LayerCache]) -> Result<Vec<Tensor>> {
+    let states: Vec<&Vec<Tensor>> =
+        caches.iter().map(|cache| &cache.state).filter(|s| !s.is_empty()).collect();
+    let Some(first) = states.first() else { return Ok(Vec::new()) };
+    let stack = |i: usize| {
+        let all: Vec<&Tensor> = states.iter().filter_map(|state| state.get(i)).collect();
+        if first[i].rank() != 2 {
+            return Tensor::cat(&all, 0);
+        }
+        let lengths = all.iter().map(|state| state.dim(1)).collect::<Result<Vec<_>>>()?;
+        let longest = lengths.into_iter().max().unwrap_or(0);
+        Tensor::cat(&all.iter().map(|state| fit_state(state, longest)).collect::<Result<Vec<_>>>()?, 0)
+    };
+    (0..first.len()).map(stack).collect()
 }
 
 /// A state `[B, M]` with zeros up to `positions`, or without those beyond, which are padding.
@@ -159,7 +168,7 @@ impl LayerCache {
     /// An index beyond the batch.
     pub fn select(&self, sequences: &[usize]) -> Result<Self> {
         // candle has no empty tensors on a GPU.
-        let of_batch = [&self.conv, &self.state].into_iter().flatten();
+        let of_batch = self.conv.iter().chain(&self.state);
         let device = self.keys.as_ref().map(|keys| keys.buffer().device());
         let device = device.or_else(|| self.average.as_ref().map(|average| average.mean.device()));
         let device = device.or_else(|| of_batch.map(Tensor::device).next());
@@ -189,7 +198,7 @@ impl LayerCache {
             precision: self.precision,
             conv: self.conv.as_ref().map(|conv| conv.index_select(&rows, 0)).transpose()?,
             average: self.average.as_ref().map(average).transpose()?,
-            state: self.state.as_ref().map(|state| state.index_select(&rows, 0)).transpose()?,
+            state: self.state.iter().map(|state| state.index_select(&rows, 0)).collect::<Result<_>>()?,
         })
     }
 

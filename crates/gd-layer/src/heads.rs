@@ -60,6 +60,15 @@ pub(crate) struct Projected {
     pub(crate) cut_reads: bool,
 }
 
+/// Where the positions of the rotary embedding are counted from, in rows that hold several sequences.
+#[derive(Debug, Clone, Copy)]
+enum Positions {
+    /// From the start of the row. Scores depend on differences of positions alone.
+    InRow,
+    /// From the start of each sequence.
+    InSequence,
+}
+
 impl Heads {
     /// Reads or creates the weights under `vb`.
     pub(crate) fn new(cfg: &AttentionConfig, rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
@@ -94,10 +103,26 @@ impl Heads {
         pass: &Pass,
         mut cache: Option<&mut LayerCache>,
     ) -> Result<Projected> {
-        let projected = self.project_new(x, pass, cache.as_deref_mut())?;
+        let projected = self.project_new(x, pass, cache.as_deref_mut(), Positions::InRow)?;
         let Some(cache) = cache else { return Ok(projected) };
         let (k, v, prior) = cache.extend(&projected.k, &projected.v, projected.prior.as_ref())?;
         Ok(Projected { k, v, prior, ..projected })
+    }
+
+    /// As [`Heads::project`], but with keys and values of x alone, which the cache does not hold: it counts the positions. They
+    /// are rotated by the position in their own sequence, for mechanisms that depend on more than differences of positions.
+    pub(crate) fn project_without_keys(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        mut cache: Option<&mut LayerCache>,
+    ) -> Result<Projected> {
+        let projected = self.project_new(x, pass, cache.as_deref_mut(), Positions::InSequence)?;
+        let (b, n, _) = x.dims3()?;
+        if let Some(cache) = cache {
+            cache.advance(b, n);
+        }
+        Ok(projected)
     }
 
     /// As [`Heads::project`], but keys, values and priors of x carry gradients; those of the cached positions are
@@ -108,7 +133,7 @@ impl Heads {
         pass: &Pass,
         cache: &mut LayerCache,
     ) -> Result<Projected> {
-        let new = self.project_new(x, pass, Some(cache))?;
+        let new = self.project_new(x, pass, Some(cache), Positions::InRow)?;
         let cached = cache.len();
         let (k, v, prior) = cache.extend(&new.k, &new.v, new.prior.as_ref())?;
         if ![&new.k, &new.v].into_iter().chain(&new.prior).any(Tensor::track_op) {
@@ -126,7 +151,13 @@ impl Heads {
     }
 
     /// Queries, keys and values of x alone, `[B, H, N, D]`, at the positions that follow the cached ones.
-    fn project_new(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Projected> {
+    fn project_new(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut LayerCache>,
+        counted: Positions,
+    ) -> Result<Projected> {
         let (b, n, _) = x.dims3()?;
         let Some((q_proj, k_proj)) = &self.qk_proj else {
             candle_core::bail!("a layer without reading heads")
@@ -138,8 +169,13 @@ impl Heads {
         if let Some((q_norm, k_norm)) = &self.norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
-        let q = self.rotary.apply_each(&q.transpose(1, 2)?, &offsets)?;
-        let k = self.rotary.apply_each(&k.transpose(1, 2)?, &offsets)?;
+        let rotate = |t: Tensor| match (counted, pass.mask.boundaries()) {
+            (Positions::InSequence, Some(boundaries)) => {
+                self.rotary.apply_packed(&t.transpose(1, 2)?, boundaries)
+            }
+            _ => self.rotary.apply_each(&t.transpose(1, 2)?, &offsets),
+        };
+        let (q, k) = (rotate(q)?, rotate(k)?);
         let v = v.narrow(1, 0, self.cfg.reading_key_value_heads())?;
         let prior = match &self.beacon {
             Some(beacon) => beacon.prior(&x)?,

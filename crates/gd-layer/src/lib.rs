@@ -14,6 +14,7 @@ mod mechanism_attention;
 pub mod mechanisms;
 mod norm;
 mod probe;
+mod query_blocks;
 mod rope;
 mod softmax_attention;
 mod stats;

@@ -2,20 +2,24 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Module, Result, Tensor};
+use candle_core::{Device, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::Mask;
 
 use crate::attention::{Attention, Pass};
 use crate::cache::{LayerCache, fit_state};
 use crate::config::AttentionConfig;
-use crate::heads::{Heads, Projected, visible_keys};
-use crate::mechanisms::{AttentionMechanism, Inputs, Sizes, Weight};
+use crate::heads::{Heads, Projected};
+use crate::mechanisms::{AttentionMechanism, Info, Inputs, Outputs, Reads, Sizes, State, Weight};
+use crate::query_blocks::{self, Visible};
 use crate::rope::Rotary;
 use crate::stats::SelectionStats;
 
 /// Causal self-attention with a mechanism of [`crate::mechanisms`] between projections and output. Projections and
 /// weight names are those of a Llama attention; the learned parameters of the mechanism are under `mechanism`.
+///
+/// A mechanism whose queries are independent is computed in blocks of 64 queries, and again in the backward pass, so that no
+/// N × M matrix is stored; a pass with statistics computes all queries at once.
 ///
 /// # Examples
 /// ```
@@ -71,8 +75,8 @@ impl MechanismAttention {
     /// Checks a configuration with this mechanism.
     ///
     /// # Errors
-    /// A configuration that contradicts itself, a mechanism that cannot be in a layer, or a Beacon with a key prior,
-    /// which mechanisms do not read.
+    /// A configuration that contradicts itself, a mechanism that cannot be in a layer, a window with a mechanism that reads all
+    /// keys, or a Beacon with a key prior, which mechanisms do not read.
     pub fn validate(cfg: &AttentionConfig, mechanism: &AttentionMechanism) -> Result<()> {
         cfg.validate()?;
         mechanism.validate_in_layer(&sizes(cfg))?;
@@ -82,36 +86,97 @@ impl MechanismAttention {
         }
         if cfg.beacon.as_ref().is_some_and(|beacon| beacon.prior) {
             let name = mechanism.name();
-            candle_core::bail!(
-                "beacon.prior is read by softmax and gd layers only: set it to false for {name}"
-            );
+            bail!("beacon.prior is read by softmax and gd layers only: set it to false for {name}");
+        }
+        if let Some(window) = cfg.window.filter(|_| mechanism.info().reads != Reads::Interval) {
+            bail!("{} reads all earlier keys: it cannot have a window of {window}", mechanism.name());
         }
         Ok(())
     }
 
-    /// The inputs of the mechanism.
-    fn inputs(&self, projected: &Projected, cache: Option<&LayerCache>) -> Result<Inputs> {
+    /// The inputs of the mechanism, without the mask.
+    fn inputs(&self, x: &Tensor, projected: &Projected, cache: Option<&LayerCache>) -> Result<Inputs> {
         let Projected { q, k, v, mask, .. } = projected;
         let ((b, _, n, _), m) = (q.dims4()?, k.dim(2)?);
+        let info = self.mechanism.info();
         let mut inputs = self.learned.clone();
         inputs.insert("q", q.clone());
         inputs.insert("k", k.clone());
-        inputs.insert("v", merge_values(v, self.mechanism.info().maps)?);
-        inputs.insert("mask", visible_keys(mask, [b, n, m], q.device())?);
+        inputs.insert("v", merge_values(v, info.maps)?);
+        if info.inputs.iter().any(|(name, _)| *name == "x") {
+            inputs.insert("x", x.clone());
+        }
         let (query, key) = positions(mask, [b, n, m], q.device())?;
         inputs.insert("query_positions", query);
         inputs.insert("key_positions", key);
-        let state = cache.and_then(|cache| cache.state.as_ref());
-        if let (Some((input, _)), Some(state)) = (self.mechanism.info().state, state) {
-            inputs.insert(input, fit_state(state, m)?);
+        let state = cache.map_or(&[][..], |cache| &cache.state);
+        for (name, t) in state_inputs(&info).iter().zip(state) {
+            let per_position = matches!(info.state, State::PerPosition { .. });
+            inputs.insert(name, if per_position { fit_state(t, m)? } else { t.clone() });
         }
         Ok(inputs)
+    }
+
+    /// All outputs of the mechanism for all queries at once.
+    fn outputs(&self, inputs: Inputs, visible: &Visible, pass: &Pass) -> Result<Outputs> {
+        let has_mask = self.mechanism.info().constants.iter().any(|(name, _)| *name == "mask");
+        let inputs = match has_mask {
+            true => inputs.clone().with("mask", &visible.all(inputs.get("q")?.device())?),
+            false => inputs,
+        };
+        let outputs = self.mechanism.attend(&inputs)?;
+        // Linear and block-sparse mechanisms have no weights over all keys.
+        if let (Some(stats), Some(weights)) = (pass.stats, outputs.tensors.get("weights")) {
+            stats.borrow_mut().push(SelectionStats::of_weights(weights)?);
+        }
+        Ok(outputs)
+    }
+}
+
+/// The inputs that a cache holds.
+fn state_inputs(info: &Info) -> Vec<&'static str> {
+    match info.state {
+        State::None => Vec::new(),
+        State::PerPosition { input, .. } => vec![input],
+        State::Constant(names) => names.to_vec(),
+    }
+}
+
+/// The outputs that a cache holds for the next pass.
+fn state_outputs(info: &Info, outputs: &Outputs) -> Result<Vec<Tensor>> {
+    let names = match info.state {
+        State::None => Vec::new(),
+        State::PerPosition { output, .. } => vec![output],
+        State::Constant(names) => names.to_vec(),
+    };
+    names.into_iter().map(|name| Ok(outputs.get(name)?.detach())).collect()
+}
+
+/// Checks that the mechanism can read the keys that a mask leaves visible.
+fn check_mask(name: &str, reads: Reads, mask: &Mask) -> Result<()> {
+    let whole = mask.is_causal() && mask.window_len().is_none() && mask.lengths().is_none();
+    match reads {
+        Reads::Interval => Ok(()),
+        Reads::Sequence | Reads::Row if !whole => {
+            bail!("{name} reads all earlier keys: a causal mask without a window expected")
+        }
+        Reads::Row if mask.boundaries().is_some() => {
+            bail!(
+                "{name} divides a row into blocks from its start: rows with several sequences cannot be used"
+            )
+        }
+        Reads::Sequence | Reads::Row => Ok(()),
     }
 }
 
 /// The sizes of the layer of a configuration.
 fn sizes(cfg: &AttentionConfig) -> Sizes {
-    Sizes { heads: cfg.num_attention_heads, key_value_heads: cfg.num_key_value_heads, head_dim: cfg.head_dim }
+    Sizes {
+        hidden_size: cfg.hidden_size,
+        heads: cfg.num_attention_heads,
+        key_value_heads: cfg.num_key_value_heads,
+        head_dim: cfg.head_dim,
+    }
 }
 
 /// The values `[B, Hk, M, D]` of `maps` heads beside each other: `[B, Hk / maps, M, maps * D]`.
@@ -154,16 +219,28 @@ fn positions(mask: &Mask, [b, n, m]: [usize; 3], device: &Device) -> Result<(Ten
 
 impl Attention for MechanismAttention {
     fn attend(&self, x: &Tensor, pass: &Pass, mut cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        let projected = self.heads.project(x, pass, cache.as_deref_mut())?;
-        let outputs = self.mechanism.attend(&self.inputs(&projected, cache.as_deref())?)?;
-        if let (Some(cache), Some((_, output))) = (cache, self.mechanism.info().state) {
-            cache.state = Some(outputs.get(output)?.detach());
+        let (name, info) = (self.mechanism.name(), self.mechanism.info());
+        let mut projected = match info.state {
+            State::Constant(_) => self.heads.project_without_keys(x, pass, cache.as_deref_mut())?,
+            _ => self.heads.project(x, pass, cache.as_deref_mut())?,
+        };
+        if let Some(window) = self.mechanism.window() {
+            projected.mask = projected.mask.windowed(window);
         }
-        if let Some(stats) = pass.stats {
-            stats.borrow_mut().push(SelectionStats::of_weights(outputs.get("weights")?)?);
-        }
-        let y = split_output(outputs.get("out")?, self.mechanism.info().maps)?;
-        self.heads.output(y, projected)
+        check_mask(name, info.reads, &projected.mask)?;
+        let inputs = self.inputs(x, &projected, cache.as_deref())?;
+        let (b, _, n, _) = projected.q.dims4()?;
+        let visible = Visible::new(&projected.mask, [b, n, projected.k.dim(2)?])?;
+        let y = if info.independent_queries && pass.stats.is_none() {
+            query_blocks::attend(&self.mechanism, &inputs, visible)?
+        } else {
+            let outputs = self.outputs(inputs, &visible, pass)?;
+            if let Some(cache) = cache {
+                cache.state = state_outputs(&info, &outputs)?;
+            }
+            outputs.get("out")?.clone()
+        };
+        self.heads.output(split_output(&y, info.maps)?, projected)
     }
 }
 

@@ -144,4 +144,23 @@ impl Rotary {
         }
         Ok(gd_kernels::rotary(x, &self.cos, &self.sin, offsets)?)
     }
+    /// As [`Rotary::apply`], for rows that hold several sequences, each from position 0: `boundaries` has the ends of the
+    /// sequences `[0, e1, e2, .., N]`, for every batch entry or once for all.
+    ///
+    /// # Errors
+    /// As [`Rotary::apply`], or boundaries beyond N.
+    pub(crate) fn apply_packed(&self, x: &Tensor, boundaries: &[Vec<usize>]) -> Result<Tensor> {
+        let sequences = |x: &Tensor, boundaries: &[usize]| {
+            let ranges = boundaries.windows(2).filter(|ends| ends[0] < ends[1]);
+            let parts = ranges.map(|ends| self.apply(&x.narrow(2, ends[0], ends[1] - ends[0])?, 0));
+            Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 2)
+        };
+        match boundaries {
+            [same] => sequences(x, same),
+            each => {
+                let entries = each.iter().enumerate().map(|(b, ends)| sequences(&x.narrow(0, b, 1)?, ends));
+                Tensor::cat(&entries.collect::<Result<Vec<_>>>()?, 0)
+            }
+        }
+    }
 }

@@ -36,7 +36,7 @@ pub const ORDERS: &[Order] = &[
         groups: &[
             &["config"],
             &["derived", "linear", "mechanisms", "norm", "probe", "rope", "stats"],
-            &["cache"],
+            &["cache", "query_blocks"],
             &["attention"],
             &["beacon"],
             &["heads"],

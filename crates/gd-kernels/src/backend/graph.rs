@@ -266,3 +266,45 @@ pub(crate) fn attach3(
     let backward: Backward3 = Box::new(backward);
     a.apply_op3(b, c, Attached::new(name, result, backward))
 }
+
+/// `result`, which has been computed from `inputs` without a graph, as a function of them: `backward(inputs, grad)` gives one
+/// gradient per input, in its shape. With it an operation stores its inputs alone and computes the rest again in the backward
+/// pass. The inputs are of one dtype.
+///
+/// # Errors
+/// Inputs of several dtypes or devices; in the backward pass those of `backward`.
+///
+/// # Examples
+/// ```
+/// use candle_core::{Device, Var};
+/// use gd_kernels::with_backward;
+///
+/// let x = Var::new(&[1f32, 2.0], &Device::Cpu)?;
+/// // A square whose backward pass is written by hand.
+/// let y = with_backward("square", &[x.as_tensor()], &x.detach().sqr()?, |x, grad| Ok(vec![((&x[0] * 2.0)? * grad)?]))?;
+/// let grads = y.sum_all()?.backward()?;
+/// assert_eq!(grads.get(&x).unwrap().to_vec1::<f32>()?, [2.0, 4.0]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn with_backward(
+    name: &'static str,
+    inputs: &[&Tensor],
+    result: &Tensor,
+    backward: impl Fn(&[Tensor], &Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    // An operator of candle has at most three arguments. Side by side, the inputs are one.
+    let shapes: Vec<Shape> = inputs.iter().map(|t| t.shape().clone()).collect();
+    let flat = inputs.iter().map(|t| t.flatten_all()).collect::<Result<Vec<_>>>()?;
+    let flat = Tensor::cat(&flat, 0)?;
+    attach1(name, &flat, Finished::copy_of(result)?, move |flat, _, grad| {
+        let (flat, mut start) = (flat.detach(), 0);
+        let part = |shape: &Shape| {
+            let part = flat.narrow(0, start, shape.elem_count())?.reshape(shape);
+            start += shape.elem_count();
+            part
+        };
+        let parts = shapes.iter().map(part).collect::<Result<Vec<_>>>()?;
+        let grads = backward(&parts, grad)?;
+        Tensor::cat(&grads.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?, 0)
+    })
+}

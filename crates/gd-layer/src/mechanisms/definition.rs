@@ -28,13 +28,17 @@ pub struct Info {
     pub constants: &'static [Named],
     /// Parameters of the configuration with their meaning. The struct of the mechanism has a field of each name.
     pub parameters: &'static [(&'static str, &'static str)],
-    /// Memory of the forward pass besides inputs and outputs.
+    /// Memory of the forward pass besides inputs and outputs. A layer computes blocks of 64 queries if they are
+    /// independent, so that N is at most 64 there.
     pub memory: &'static str,
+    /// Whether the output of a query depends on no other query.
+    pub independent_queries: bool,
     /// Query heads of q that belong to one head of the output, and likewise of k and v: 2 for a difference of two maps.
     pub maps: usize,
-    /// What a cache holds besides keys and values: the output `[B, M]` of one pass that is an input of the next, with
-    /// the names of input and output.
-    pub state: Option<(&'static str, &'static str)>,
+    /// Which keys the queries of a layer may see.
+    pub reads: Reads,
+    /// What a cache holds: the outputs of one pass that are inputs of the next, with the names of input and output.
+    pub state: State,
     /// Why a layer of a model cannot use it; none where it can.
     pub not_in_models: Option<&'static str>,
 }
@@ -49,15 +53,46 @@ impl Info {
         constants: MASK,
         parameters: &[],
         memory: "N x M",
+        independent_queries: true,
         maps: 1,
-        state: None,
+        reads: Reads::Interval,
+        state: State::None,
         not_in_models: None,
     };
+}
+
+/// The sets of keys that the queries of a mechanism can be given in a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reads {
+    /// Any interval of keys, such as a window.
+    Interval,
+    /// All keys of the own sequence up to the own position, also where a row holds several sequences.
+    Sequence,
+    /// All keys of the row up to the own position.
+    Row,
+}
+
+/// What a cache holds of a mechanism.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Keys and values.
+    None,
+    /// Keys and values, and one number per position, `[B, M]`.
+    PerPosition {
+        /// The name of the input.
+        input: &'static str,
+        /// The name of the output of the pass before.
+        output: &'static str,
+    },
+    /// No keys and values, but tensors `[B, ..]` of constant size, each an output and an input of the same name.
+    Constant(&'static [&'static str]),
 }
 
 /// The sizes of a layer, from which the shapes of its learned parameters follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
+    /// Width C of the model.
+    pub hidden_size: usize,
     /// Query heads H.
     pub heads: usize,
     /// Key-value heads Hk.
@@ -84,6 +119,12 @@ impl Weight {
     pub fn constant(name: &'static str, shape: &[usize], value: f64) -> Self {
         Self { name, shape: shape.to_vec(), mean: value, standard_deviation: 0.0 }
     }
+
+    /// A projection `[inputs, outputs]` with initial values of the standard deviation 1 / sqrt(inputs).
+    pub fn projection(name: &'static str, [inputs, outputs]: [usize; 2]) -> Self {
+        let standard_deviation = (inputs as f64).sqrt().recip();
+        Self { name, shape: vec![inputs, outputs], mean: 0.0, standard_deviation }
+    }
 }
 
 /// A mechanism: a struct of its parameters. See `docs/src/add-mechanism.md`.
@@ -105,6 +146,11 @@ pub trait Definition {
     /// The learned parameters of a layer with this mechanism.
     fn weights(&self, _sizes: &Sizes) -> Vec<Weight> {
         Vec::new()
+    }
+
+    /// The keys up to its own that a query sees in a layer; none for all that the mask of the layer leaves visible.
+    fn window(&self) -> Option<usize> {
+        None
     }
 
     /// The mechanism in a layer of a model, where its parameters depend on the number of the layer, from 0.

@@ -61,8 +61,13 @@ impl Inputs {
         self.tensors.get(name)
     }
 
+    /// Names and tensors, in the order of the names.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().map(|(name, t)| (name.as_str(), t))
+    }
+
     /// The same tensors in f32 where they are f16 or bf16, and the narrower dtype if there was one.
-    pub(super) fn widened(&self) -> Result<(Self, Option<DType>)> {
+    pub(crate) fn widened(&self) -> Result<(Self, Option<DType>)> {
         let narrow = |t: &&Tensor| matches!(t.dtype(), DType::F16 | DType::BF16);
         let dtype = self.tensors.values().find(narrow).map(Tensor::dtype);
         let widen = |t: &Tensor| if narrow(&t) { t.to_dtype(DType::F32) } else { Ok(t.clone()) };
@@ -97,10 +102,12 @@ impl Outputs {
         self.tensors.insert(name.to_owned(), tensor);
     }
 
-    /// The same with every f32 tensor in this dtype.
-    pub(super) fn narrowed(mut self, dtype: DType) -> Result<Self> {
-        for tensor in self.tensors.values_mut().filter(|t| t.dtype() == DType::F32) {
-            *tensor = tensor.to_dtype(dtype)?;
+    /// The same with every f32 tensor in this dtype, except those of these names.
+    pub(super) fn narrowed(mut self, dtype: DType, except: &[&str]) -> Result<Self> {
+        for (name, tensor) in &mut self.tensors {
+            if tensor.dtype() == DType::F32 && !except.contains(&name.as_str()) {
+                *tensor = tensor.to_dtype(dtype)?;
+            }
         }
         Ok(self)
     }

@@ -9,6 +9,7 @@
 //! weights, output and gradients 0. Gradients flow to all inputs that the mechanism does not list as constants.
 
 mod additive;
+mod bahdanau;
 mod definition;
 mod differential;
 mod dot;
@@ -20,12 +21,14 @@ mod hopfield;
 mod indices;
 mod inputs;
 mod linear_attention;
+mod luong;
 mod masks;
 mod mocha;
 mod monotonic;
 mod native_sparse;
 mod null_logit;
 mod patterns;
+mod pointer;
 mod reformer;
 mod resan;
 mod routing;
@@ -43,21 +46,25 @@ mod top_k;
 use candle_core::Result;
 use serde::{Deserialize, Serialize};
 
-pub use additive::{Bahdanau, Luong, LuongScore, Pointer};
-pub use definition::{Definition, Info, MASK, Named, QKV, Sizes, Weight};
+pub use bahdanau::Bahdanau;
+pub use definition::{Definition, Info, MASK, Named, QKV, Reads, Sizes, State, Weight};
 pub use differential::Differential;
 pub use energy_transformer::EnergyTransformer;
 pub use entmax::{Alpha, Entmax, EntmaxRows, Learned, entmax};
-pub use gated::Gated;
+pub use gated::{Gated, Gates};
 pub use hard::{Hard, Ties};
 pub use hopfield::Hopfield;
 pub use inputs::{Inputs, Outputs};
-pub use linear_attention::{LinearAttention, LinearAttentionState, linear_attention};
+pub use linear_attention::{
+    LinearAttention, LinearAttentionState, linear_attention, packed_linear_attention,
+};
+pub use luong::{Luong, LuongScore};
 pub use mocha::{Mocha, mocha_hard, mocha_weights};
 pub use monotonic::{Monotonic, monotonic_hard, monotonic_weights};
 pub use native_sparse::NativeSparse;
 pub use null_logit::{Sink, SoftmaxOffByOne};
 pub use patterns::{Pattern, Patterns};
+pub use pointer::Pointer;
 pub use reformer::Reformer;
 pub use resan::{Direction, Resan, reinforce_loss};
 pub use routing::{Routing, update_centroids};
@@ -121,6 +128,13 @@ macro_rules! table {
             pub fn weights(&self, sizes: &Sizes) -> Vec<Weight> {
                 match self {
                     $(Self::$mechanism(mechanism) => mechanism.weights(sizes),)*
+                }
+            }
+
+            /// The keys up to its own that a query sees in a layer; none for all that the mask leaves visible.
+            pub fn window(&self) -> Option<usize> {
+                match self {
+                    $(Self::$mechanism(mechanism) => mechanism.window(),)*
                 }
             }
 
@@ -199,7 +213,7 @@ table! {
 
 impl AttentionMechanism {
     /// The outputs for these inputs, differentiable. Inputs in f16 or bf16 are computed in f32, and the outputs are in
-    /// the dtype of the inputs.
+    /// the dtype of the inputs; a state of constant size, which sums over all positions, stays in f32.
     ///
     /// # Errors
     /// A tensor that is missing or does not fit, or a parameter that cannot be used.
@@ -207,8 +221,12 @@ impl AttentionMechanism {
         self.validate()?;
         let (inputs, narrow) = inputs.widened()?;
         let outputs = self.computation().attend(&inputs)?;
+        let state = match self.info().state {
+            State::Constant(names) => names,
+            State::None | State::PerPosition { .. } => &[],
+        };
         match narrow {
-            Some(dtype) => outputs.narrowed(dtype),
+            Some(dtype) => outputs.narrowed(dtype, state),
             None => Ok(outputs),
         }
     }

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::definition::{Definition, Info};
+use super::definition::{Definition, Info, State};
 use super::masks::{Causal, POSITIONS, positions};
 use super::rows::both;
 use super::stages::{Computation, Run, Stages, Warp};
@@ -24,7 +24,8 @@ impl Definition for Selective {
             POSITIONS[1],
             (PAST, "[B,M], optional: F of queries before these"),
         ],
-        state: Some((PAST, TOTAL)),
+        state: State::PerPosition { input: PAST, output: TOTAL },
+        independent_queries: false,
         ..Info::DEFAULT
     };
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::definition::{Definition, Info, QKV};
 use super::indices::{arange, grouped, matmul, visible_softmax};
 use super::inputs::Outputs;
-use super::stages::Computation;
+use super::stages::{Computation, Stages};
 
 /// Softmax attention of position t over the keys t - window + 1 .. t.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,17 +27,18 @@ impl Definition for SlidingWindow {
         formula: "softmax(q k^T / sqrt(D)) v over the keys t - window + 1 .. t",
         source: "Beltagy et al. 2020 (causal form)",
         inputs: &[QKV[0], ("k", "[B,Hk,N,D]"), ("v", "[B,Hk,N,Dv]")],
-        constants: &[],
+        constants: &[("mask", "[N,M], optional: the keys of the window, in place of window")],
         parameters: &[("window", "keys of the window, at least 1")],
         memory: "N x window",
-        not_in_models: Some(
-            "it takes no mask; `window` of the model's configuration limits the other mechanisms",
-        ),
         ..Info::DEFAULT
     };
 
     fn computation(&self) -> Computation<'_> {
         Computation::whole("scaled dot within blocks > softmax within the window > values", |inputs| {
+            // A layer passes the keys that a block of its queries sees.
+            if inputs.optional("mask").is_some() {
+                return Stages::default().attend(inputs);
+            }
             let mut outputs = Outputs::default();
             let out = sliding_window(inputs.get("q")?, inputs.get("k")?, inputs.get("v")?, self.window)?;
             outputs.insert("out", out);
@@ -50,6 +51,10 @@ impl Definition for SlidingWindow {
             0 => bail!("window 0: at least 1 key expected"),
             _ => Ok(()),
         }
+    }
+
+    fn window(&self) -> Option<usize> {
+        Some(self.window)
     }
 }
 

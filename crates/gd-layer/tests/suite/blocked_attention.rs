@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 use gd_layer::mechanisms::{
     AttentionMechanism, Inputs, LinearAttention, NativeSparse, Outputs, Reformer, Routing, SlidingWindow,
-    linear_attention, update_centroids,
+    linear_attention, packed_linear_attention, update_centroids,
 };
 use gd_testing::tensors::*;
 use proptest::prelude::*;
@@ -100,6 +100,7 @@ fn check_linear(group: usize, n: usize, causal: bool, seed: u64) -> Result<()> {
         let quadratic = weights.broadcast_div(&weights.sum_keepdim(2)?)?.matmul(&head(&v, h / group)?)?;
         assert_close("head", &head(&whole, h)?, &quadratic, 1e-11);
     }
+    check_packed_linear(&[q.clone(), k.clone(), v.clone()], (seed % n as u64) as usize)?;
     // One position at a time, from the state of the last.
     let (mut state, mut rows) = (None, Vec::new());
     for i in 0..n {
@@ -113,6 +114,24 @@ fn check_linear(group: usize, n: usize, causal: bool, seed: u64) -> Result<()> {
     if causal {
         assert_close("decoding", &Tensor::cat(&rows, 2)?, &whole, 1e-11);
     }
+    Ok(())
+}
+
+/// A row with two sequences, the second from `start`, against each of them alone.
+fn check_packed_linear(qkv: &[Tensor; 3], start: usize) -> Result<()> {
+    let n = qkv[0].dim(2)?;
+    let at: Vec<i64> = (0..start as i64).chain(0..(n - start) as i64).collect();
+    let at = Tensor::from_vec(at, (1, n), &Device::Cpu)?;
+    let (packed, state) = packed_linear_attention(&qkv[0], &qkv[1], &qkv[2], &at, None)?;
+    let (mut rows, mut last) = (Vec::new(), None);
+    for (first, len) in [(0, start), (start, n - start)].into_iter().filter(|(_, len)| *len > 0) {
+        let [q, k, v] = [0, 1, 2].map(|i| qkv[i].narrow(2, first, len));
+        let (row, state) = linear_attention(&q?, &k?, &v?, true, None)?;
+        rows.push(row);
+        last = Some(state);
+    }
+    assert_close("packed", &packed, &Tensor::cat(&rows, 2)?, 1e-11);
+    assert_close("state", &state.outer, &last.expect("a sequence").outer, 1e-11);
     Ok(())
 }
 
@@ -131,7 +150,8 @@ fn check_reformer(n: usize, seed: u64) -> Result<()> {
 fn check_routing(n: usize, w: usize, seed: u64) -> Result<()> {
     let [q, k, v] = [0, 1, 2].map(|i| noise(seed + i, &[2, 2, n, 4], 1.0));
     let centroids = noise(seed + 9, &[2, 3, 4], 1.0);
-    let routing = || AttentionMechanism::Routing(Routing { w, causal: false, ema: 0.9 });
+    let routing =
+        || AttentionMechanism::Routing(Routing { w, causal: false, ema: 0.9, ..Routing::default() });
     let routed = |q: &Tensor, k: &Tensor, v: &Tensor| {
         attend(routing(), &[("q", q), ("k", k), ("v", v), ("centroids", &centroids)])
     };
@@ -219,7 +239,7 @@ fn gradients_match_finite_differences() {
     }
     let [q, k, v] = [1, 2, 3].map(|seed| noise(seed, &[1, 2, 6, 4], 1.0));
     let centroids = noise(4, &[2, 2, 4], 1.0);
-    let routing = AttentionMechanism::Routing(Routing { w: 3, causal: true, ema: 0.9 });
+    let routing = AttentionMechanism::Routing(Routing { w: 3, causal: true, scale: Some(1.7), ema: 0.9 });
     check_gradients(&[q, k, v.clone()], |t| {
         routing.attend(&named(&names, t).with("centroids", &centroids))?.get("out").cloned()
     });
@@ -248,6 +268,12 @@ fn invalid_sizes_are_named() -> Result<()> {
     refused(
         AttentionMechanism::LinearAttention(LinearAttention { causal: true }),
         &[("q", &q), ("k", &k), ("v", &short)],
+        "[1, 2, 5, 3]",
+    );
+    let few = q.narrow(2, 0, 5)?;
+    refused(
+        AttentionMechanism::LinearAttention(LinearAttention { causal: true }),
+        &[("q", &few), ("k", &k), ("v", &v)],
         "N = M",
     );
     let sizes = NativeSparse { nsel: 2, ..NativeSparse::default() };

@@ -133,7 +133,7 @@ const SOME_PADDING: [[u8; 5]; 2] = [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]];
 #[test]
 fn padding_is_not_read() -> Result<()> {
     for direction in [Direction::Forward, Direction::Backward] {
-        let mechanism = AttentionMechanism::Resan(Resan { direction });
+        let mechanism = AttentionMechanism::Resan(Resan { direction, ..Resan::default() });
         let tensors = resan_tensors(11);
         let plain = mechanism.attend(&resan_constants(named(&RESAN, &tensors), &SOME_PADDING))?;
         let mut other = tensors.clone();
@@ -171,7 +171,7 @@ fn gradients_match_finite_differences() {
         check_gradients(&energy_tensors(7, 4), |t| mechanism.attend(&named(&ENERGY, t))?.get("x2").cloned());
     }
     for direction in [Direction::Forward, Direction::Backward] {
-        let mechanism = AttentionMechanism::Resan(Resan { direction });
+        let mechanism = AttentionMechanism::Resan(Resan { direction, ..Resan::default() });
         check_gradients(&resan_tensors(13), |t| {
             let outputs = mechanism.attend(&resan_constants(named(&RESAN, t), &SOME_PADDING))?;
             outputs.get("out")?.broadcast_add(outputs.extra_loss.as_ref().expect("a loss"))
@@ -196,5 +196,5 @@ fn invalid_sizes_are_named() {
     refused(energy(1, false), &named(&ENERGY, &energy_tensors(1, 1)), "diag false");
     let inputs = resan_constants(named(&RESAN, &resan_tensors(1)), &SOME_PADDING)
         .with("u_dep", &noise(1, &[2, 4], 1.0));
-    refused(AttentionMechanism::Resan(Resan { direction: Direction::Forward }), &inputs, "u_dep");
+    refused(AttentionMechanism::Resan(Resan::default()), &inputs, "u_dep");
 }

@@ -18,11 +18,18 @@ pub struct Variant {
     beacon: bool,
     /// Whether heads read keys.
     reads: bool,
+    /// Whether only every fourth layer and the last one have the mechanism, and the others linear attention.
+    hybrid: bool,
 }
 
-/// All variants: softmax and selection with and without the Beacon, and every other mechanism without it.
+/// A layer of a hybrid that reads single keys comes after this many linear ones.
+const LINEAR_LAYERS: usize = 3;
+
+/// All variants: softmax and selection with and without the Beacon, every other mechanism without it, and hybrids of linear
+/// attention with softmax and selection.
 pub fn variants() -> Vec<Variant> {
-    let variant = |name, what, mechanism, beacon| Variant { name, what, mechanism, beacon, reads: true };
+    let variant =
+        |name, what, mechanism, beacon| Variant { name, what, mechanism, beacon, reads: true, hybrid: false };
     let mut variants = vec![
         variant("softmax", "softmax attention alone", Mechanism::Softmax, false),
         variant(
@@ -59,8 +66,19 @@ pub fn variants() -> Vec<Variant> {
             Mechanism::Other(other) => other.info().formula,
             _ => "",
         };
-        Variant { name, what, mechanism, beacon: false, reads: true }
+        variant(name, what, mechanism, false)
     }));
+    let hybrid = |name, what, mechanism| Variant { hybrid: true, ..variant(name, what, mechanism, false) };
+    variants.push(hybrid(
+        "linear+softmax",
+        "linear attention, every fourth layer and the last one softmax",
+        Mechanism::Softmax,
+    ));
+    variants.push(hybrid(
+        "linear+gd",
+        "linear attention, every fourth layer and the last one selection without the Beacon",
+        Mechanism::Gd,
+    ));
     variants
 }
 
@@ -85,7 +103,8 @@ impl Variant {
     /// with one, and a mechanism must fit the heads.
     pub fn applies(&self, base: &ModelConfig) -> bool {
         match &self.mechanism {
-            Mechanism::Gd if self.reads => true,
+            Mechanism::Gd if self.reads && !self.hybrid => true,
+            Mechanism::Softmax if !self.hybrid => base.gd.beacon.is_some() || !self.beacon,
             _ => self.config(base).is_ok_and(|config| config.validate().is_ok()),
         }
     }
@@ -100,6 +119,12 @@ impl Variant {
             return Err(Error::Invalid(format!("{}: the configuration has no Beacon", self.name)));
         }
         let mut config = base.clone();
+        if self.hybrid {
+            config.gd.beacon = None;
+            config.gd.selecting_heads = Vec::new();
+            config.gd.mechanism = self.layers(base)?;
+            return Ok(config);
+        }
         let same = |mechanism: &Mechanism| mechanism.name() == self.mechanism.name();
         // A configuration with layers of several kinds keeps its selecting layers; others replace all of them.
         if self.mechanism != Mechanism::Gd || !base.gd.mechanism.iter().any(same) {
@@ -114,6 +139,16 @@ impl Variant {
             config.gd.selecting_heads = vec![0];
         }
         Ok(config)
+    }
+
+    /// The mechanism of every layer of a hybrid.
+    fn layers(&self, base: &ModelConfig) -> Result<Vec<Mechanism>> {
+        let linear =
+            Mechanism::named("linear").ok_or_else(|| Error::Invalid("no linear attention".into()))?;
+        let last = base.num_hidden_layers.saturating_sub(1);
+        let reads_keys = |layer: usize| layer % (LINEAR_LAYERS + 1) == LINEAR_LAYERS || layer == last;
+        let mechanism = |layer| if reads_keys(layer) { &self.mechanism } else { &linear };
+        Ok((0..base.num_hidden_layers).map(mechanism).cloned().collect())
     }
 }
 
@@ -158,8 +193,8 @@ mod tests {
         for v in variants() {
             assert_eq!(Variant::named(v.name).unwrap(), v);
         }
-        let e = Variant::named("linear").unwrap_err().to_string();
-        assert!(e.contains("\"linear\"") && variants().iter().all(|v| e.contains(v.name)), "{e}");
+        let e = Variant::named("reformer").unwrap_err().to_string();
+        assert!(e.contains("\"reformer\"") && variants().iter().all(|v| e.contains(v.name)), "{e}");
     }
 
     #[test]
@@ -172,6 +207,8 @@ mod tests {
         let before: Vec<_> = configs.iter().map(|c| parameters(c).unwrap()).collect();
         let largest = *before.iter().max().unwrap();
         assert!(before[0] < largest, "{before:?}");
+        let top = before.iter().position(|count| *count == largest).unwrap();
+        let unchanged = configs[top].clone();
         let counts = equalize(&mut configs).unwrap();
         // Half a step: in each layer, three matrices change by WIDTH_STEP rows or columns.
         let half = 3 * WIDTH_STEP * base.hidden_size * base.num_hidden_layers / 2;
@@ -180,7 +217,17 @@ mod tests {
             assert!(config.intermediate_size.is_multiple_of(WIDTH_STEP));
             assert_eq!(parameters(config).unwrap(), *count);
         }
-        assert_eq!(configs[gd], base, "the largest configuration is unchanged");
+        assert_eq!(configs[top], unchanged, "the largest configuration is unchanged");
+    }
+
+    #[test]
+    fn a_hybrid_has_linear_layers_before_every_layer_that_reads_keys() {
+        let mut base = Recipe::load("tiny").unwrap().model;
+        base.num_hidden_layers = 6;
+        let config = Variant::named("linear+gd").unwrap().config(&base).unwrap();
+        let names: Vec<&str> = config.gd.mechanism.iter().map(Mechanism::name).collect();
+        assert_eq!(names, ["linear", "linear", "linear", "gd", "linear", "gd"]);
+        assert!(config.gd.beacon.is_none() && config.validate().is_ok());
     }
 
     #[test]

@@ -119,7 +119,7 @@ mod tests {
         let other = json!({"name": "topk", "k": 3});
         assert_eq!(to_value(read(other.clone())).unwrap(), other);
         for (value, part) in [
-            (json!("linear"), "linear"),
+            (json!("reformer"), "reformer"),
             (json!("pointer"), "pointer"),
             (json!({"name": "topk", "q": 3}), "`q`"),
             (json!({"k": 3}), "name"),

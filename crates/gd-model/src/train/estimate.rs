@@ -2,6 +2,7 @@
 //! approximate.
 
 use gd_kernels::cross_entropy::chunk_rows;
+use gd_layer::mechanisms::State;
 use serde::Serialize;
 
 use super::optimizer::Group;
@@ -46,8 +47,11 @@ struct Elements {
     temporary: f64,
 }
 
-/// Matrices of queries by keys that a mechanism other than softmax and selection stores, about the mean of all of them.
+/// Matrices of queries by keys that a mechanism other than softmax and selection stores while it is computed, about the mean
+/// of all of them.
 const STORED_BY_COMPOSITION: f64 = 14.0;
+/// Queries that a layer computes at once where they do not depend on each other, and keys of a chunk of linear attention.
+const BLOCK_LENGTH: usize = 64;
 
 /// Block `layer` of a batch of `batch` sequences of `context` tokens.
 fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> Elements {
@@ -75,11 +79,25 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
         Mechanism::Gd => of.stored += 4.0 * tokens * reading * config.gd.select.candidates as f64,
         // The logarithms of the sums of each row.
         Mechanism::Softmax => of.stored += tokens * reading,
-        // Compositions of candle operations, each of which stores its result.
-        Mechanism::SoftmaxNull | Mechanism::Other(_) => {
+        Mechanism::SoftmaxNull => {
             let weights = tokens * reading * context as f64;
             of.stored += STORED_BY_COMPOSITION * weights;
             of.temporary += 3.2 * weights;
+        }
+        // Compositions of candle operations, each of which stores its result. These figures are counted, not fitted.
+        Mechanism::Other(other) => {
+            let (info, length) = (other.info(), context.min(BLOCK_LENGTH) as f64);
+            if info.independent_queries {
+                // Queries, keys, values and the output stay; the rest exists for one block of queries.
+                let weights = batch as f64 * length * heads * context as f64;
+                of.stored += 2.0 * query + 2.0 * key;
+                of.temporary += (STORED_BY_COMPOSITION + 3.2) * weights;
+            } else {
+                let is_linear = matches!(info.state, State::Constant(_));
+                let weights = tokens * heads * if is_linear { length } else { context as f64 };
+                of.stored += STORED_BY_COMPOSITION * weights;
+                of.temporary += 3.2 * weights;
+            }
         }
     }
     of

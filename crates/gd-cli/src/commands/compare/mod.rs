@@ -28,7 +28,7 @@ use crate::training::{load_corpus, load_recipe, train_all};
 #[derive(Debug, clap::Args)]
 #[command(after_help = help())]
 pub struct Args {
-    /// Mechanisms, separated by commas
+    /// Mechanisms, separated by commas, or `all`
     #[arg(long, value_name = "A,B,..", value_delimiter = ',', default_value = "softmax,gd")]
     pub mechanisms: Vec<String>,
     /// Runs per mechanism, with seeds 0 to N-1, or starting with --seed
@@ -93,11 +93,11 @@ fn mechanisms() -> String {
 /// # Errors
 /// Names the flag, file or value that is not valid.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    let variants = parse_mechanisms(&args.mechanisms)?;
+    let mut base = load_recipe(&args.config, &args.set, args.steps)?;
+    let variants = parse_mechanisms(&args.mechanisms, &base)?;
     if !args.memory.is_empty() {
         return memory::run(&args.config, &variants, &args.memory, ctx);
     }
-    let mut base = load_recipe(&args.config, &args.set, args.steps)?;
     let corpus = load_corpus(&args.data, &mut base)?.corpus;
     if corpus.valid.is_empty() {
         return Err(usage(
@@ -175,8 +175,11 @@ impl Inputs<'_> {
     }
 }
 
-/// The mechanisms with these names.
-pub(super) fn parse_mechanisms(names: &[String]) -> Result<Vec<Variant>> {
+/// The mechanisms with these names; for `all`, those that the configuration can have.
+pub(super) fn parse_mechanisms(names: &[String], base: &Recipe) -> Result<Vec<Variant>> {
+    if matches!(names, [all] if all == "all") {
+        return Ok(variants().into_iter().filter(|variant| variant.applies(&base.model)).collect());
+    }
     let variants = names.iter().map(|name| Variant::named(name)).collect::<gd_model::Result<Vec<_>>>();
     let variants = variants.map_err(|e| usage(format!("--mechanisms: {e}")))?;
     match variants.iter().enumerate().find(|(i, v)| variants[..*i].contains(v)) {

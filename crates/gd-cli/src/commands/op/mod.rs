@@ -3,7 +3,7 @@
 //! Shapes: q `[B, Hq, N, D]`, k `[B, Hk, M, D]`, v `[B, Hk, M, Dv]`. The help texts in `args.rs` list all tensors.
 
 mod args;
-pub mod attend;
+mod attend;
 pub(super) mod barrier;
 mod checked;
 pub(super) mod inputs;

@@ -81,8 +81,8 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         false => ["softmax", "softmax+null", "gd"],
     };
     let variants = match args.mechanisms.is_empty() {
-        true => parse_mechanisms(&default.map(String::from))?,
-        false => parse_mechanisms(&args.mechanisms)?,
+        true => parse_mechanisms(&default.map(String::from), &base)?,
+        false => parse_mechanisms(&args.mechanisms, &base)?,
     };
     let mut models = variants.iter().map(|v| v.config(&base.model)).collect::<gd_model::Result<Vec<_>>>()?;
     equalize(&mut models)?;

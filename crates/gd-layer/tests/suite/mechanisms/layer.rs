@@ -1,11 +1,12 @@
 //! Layers with every mechanism: decoding with a cache, packed sequences, and what is refused.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use gd_kernels::Mask;
-use gd_layer::mechanisms::{AttentionMechanism, TABLE};
+use gd_layer::mechanisms::{AttentionMechanism, Reads, TABLE};
 use gd_layer::{
     Attention, AttentionConfig, BeaconConfig, LayerCache, MechanismAttention, Pass, RopeScaling, Rotary,
 };
@@ -21,9 +22,16 @@ fn attention_config() -> AttentionConfig {
 }
 
 fn layer(cfg: &AttentionConfig, mechanism: &AttentionMechanism) -> Result<MechanismAttention> {
+    Ok(layer_and_weights(cfg, mechanism)?.0)
+}
+
+fn layer_and_weights(
+    cfg: &AttentionConfig,
+    mechanism: &AttentionMechanism,
+) -> Result<(MechanismAttention, VarMap)> {
     let map = VarMap::new();
     let vb = VarBuilder::from_varmap(&map, DType::F64, &Device::Cpu);
-    let rotary = Arc::new(Rotary::new(6, 64, 10_000.0, RopeScaling::None, DType::F64, &Device::Cpu)?);
+    let rotary = Arc::new(Rotary::new(6, 192, 10_000.0, RopeScaling::None, DType::F64, &Device::Cpu)?);
     let layer = MechanismAttention::new(cfg, mechanism, 1, rotary, vb)?;
     // In the order of the names, so that all layers have the same values.
     let mut vars: Vec<_> = map.data().lock().expect("one thread").clone().into_iter().collect();
@@ -32,7 +40,7 @@ fn layer(cfg: &AttentionConfig, mechanism: &AttentionMechanism) -> Result<Mechan
     for (_, var) in vars {
         var.set(&(var.as_tensor() + numbers.tensor(var.dims(), 0.8, DType::F64)?)?)?;
     }
-    Ok(layer)
+    Ok((layer, map))
 }
 
 /// Every mechanism that a layer can have, with parameters that matter for few positions.
@@ -42,12 +50,15 @@ fn in_layers() -> Vec<AttentionMechanism> {
         "patterns" => json!({"name": name, "pattern": "fixed", "l": 3, "c": 1}),
         "entmax" => json!({"name": name, "alpha": "learned"}),
         "hopfield" => json!({"name": name, "T": 2}),
+        "nsa" => json!({"name": name, "l": 2, "stride": 1, "block": 2, "nsel": 3, "w": 3}),
+        "sliding_window" => json!({"name": name, "window": 3}),
         name => json!({ "name": name }),
     };
     let names = TABLE.iter().filter(|(_, info)| info.not_in_models.is_none()).map(|(name, _)| *name);
     let mut all: Vec<_> = names.map(|name| mechanism(particular(name))).collect();
     all.push(mechanism(json!({"name": "patterns", "pattern": "strided", "l": 3})));
     all.push(mechanism(json!({"name": "patterns", "pattern": "longformer", "w": 4, "globals": [1]})));
+    all.push(mechanism(json!({"name": "gated", "gate": "headwise"})));
     all
 }
 
@@ -62,6 +73,9 @@ fn decoding_with_a_cache_gives_the_outputs_of_the_whole_sequence() -> Result<()>
     let x = Numbers(3).tensor(&[2, 9, WIDTH], 1.0, DType::F64)?;
     for mechanism in in_layers() {
         for cfg in [attention_config(), attention_config().with_window(4)] {
+            if cfg.window.is_some() && mechanism.info().reads != Reads::Interval {
+                continue;
+            }
             let layer = layer(&cfg, &mechanism)?;
             let whole = layer.attend(&x, &Pass::new(&Mask::causal(0)), None)?;
             let (mut cache, mut at, mut rows) = (LayerCache::new(), 0, Vec::new());
@@ -113,6 +127,11 @@ fn a_packed_row_gives_the_outputs_of_each_sequence() -> Result<()> {
     for mechanism in in_layers() {
         let layer = layer(&attention_config(), &mechanism)?;
         let packed = Mask::causal(0).packed(vec![vec![0, 4, 9]]);
+        if mechanism.info().reads == Reads::Row {
+            let error = layer.attend(&x, &Pass::new(&packed), None).unwrap_err().to_string();
+            assert!(error.contains(mechanism.name()) && error.contains("several sequences"), "{error}");
+            continue;
+        }
         let whole = layer.attend(&x, &Pass::new(&packed), None)?;
         for (start, n) in [(0, 4), (4, 5)] {
             let alone = layer.attend(&x.narrow(1, start, n)?, &Pass::new(&Mask::causal(0)), None)?;
@@ -120,6 +139,41 @@ fn a_packed_row_gives_the_outputs_of_each_sequence() -> Result<()> {
             assert!(apart < 1e-10, "{mechanism:?} from {start}: {apart}");
         }
     }
+    Ok(())
+}
+
+/// The outputs and the gradients of x and of all weights.
+fn with_gradients(layer: &MechanismAttention, map: &VarMap, x: &Tensor, pass: &Pass) -> Result<Vec<Tensor>> {
+    let x = Var::from_tensor(x)?;
+    let y = layer.attend(&x, pass, None)?;
+    let grads = (&y * Numbers(77).tensor(y.dims(), 1.0, DType::F64)?)?.sum_all()?.backward()?;
+    let mut vars: Vec<_> = map.data().lock().expect("one thread").clone().into_iter().collect();
+    vars.sort_by(|a, b| a.0.cmp(&b.0));
+    let all = vars.iter().map(|(_, var)| var).chain([&x]);
+    let of = |var: &Var| grads.get(var).cloned().map_or_else(|| var.zeros_like(), Ok);
+    [Ok(y.detach())].into_iter().chain(all.map(of)).collect()
+}
+
+#[test]
+fn blocks_of_queries_give_the_outputs_and_gradients_of_all_queries_at_once() -> Result<()> {
+    // More queries than a block has, and two sequences in a row. A pass with statistics computes all queries at once.
+    let x = Numbers(8).tensor(&[2, 150, WIDTH], 1.0, DType::F64)?;
+    let mut compared = 0;
+    for mechanism in in_layers().into_iter().filter(|mechanism| mechanism.info().independent_queries) {
+        let (layer, map) = layer_and_weights(&attention_config(), &mechanism)?;
+        let packed = Mask::causal(0).packed(vec![vec![0, 70, 150], vec![0, 150]]);
+        let mask = if mechanism.info().reads == Reads::Row { Mask::causal(0) } else { packed };
+        let blocks = with_gradients(&layer, &map, &x, &Pass::new(&mask))?;
+        let stats = RefCell::new(Vec::new());
+        let whole = with_gradients(&layer, &map, &x, &Pass { stats: Some(&stats), ..Pass::new(&mask) })?;
+        for (a, b) in blocks.iter().zip(&whole) {
+            let apart = difference(a, b)?;
+            assert!(apart < 1e-10, "{mechanism:?}: {apart}");
+            compared += 1;
+        }
+        assert!(blocks.iter().all(|t| t.abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap() > 0.0));
+    }
+    assert!(compared > 100, "{compared} tensors");
     Ok(())
 }
 
@@ -137,6 +191,12 @@ fn what_a_layer_cannot_have_is_an_error() -> Result<()> {
     }
     assert!(refused(&cfg, json!({"name": "patterns", "pattern": "bigbird"})).contains("random blocks"));
     assert!(refused(&cfg, json!({"name": "topk", "k": 0})).contains("k is 0"));
+    assert!(refused(&cfg, json!({"name": "linear", "causal": false})).contains("causal"));
+    for name in ["linear", "nsa"] {
+        assert!(
+            refused(&attention_config().with_window(4), json!({ "name": name })).contains("a window of 4")
+        );
+    }
     let odd = AttentionConfig::new(WIDTH, 3, 6);
     assert!(refused(&odd, json!({"name": "differential"})).contains("3 heads"));
     let prior = attention_config().with_beacon(BeaconConfig::default());

@@ -105,6 +105,20 @@ fn check_shift(subject: &Subject, sizes: &Sizes, seed: u64) -> Result<()> {
     Ok(())
 }
 
+/// Sparsemax by its definition with sorted scores.
+fn projection(z: &[f64]) -> Vec<f64> {
+    let mut sorted = z.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let (mut sum, mut threshold) = (0.0, 0.0);
+    for (j, x) in sorted.iter().enumerate() {
+        sum += x;
+        if 1.0 + (j + 1) as f64 * x > sum {
+            threshold = (sum - 1.0) / (j + 1) as f64;
+        }
+    }
+    z.iter().map(|x| (x - threshold).max(0.0)).collect()
+}
+
 /// The greatest difference between the weights of two mechanisms on the problem of the first.
 fn between(first: Value, second: Value, sizes: &Sizes, seed: u64) -> Result<f64> {
     let subject = Subject { mechanism: mechanism(first), equivariant: false, shift_invariant: false };
@@ -156,6 +170,20 @@ proptest! {
         // Entmax approaches softmax as alpha approaches 1.
         let near = between(json!({"name": "entmax", "alpha": 1.0001}), json!({"name": "softmax"}), &sizes, seed).unwrap();
         prop_assert!(near < 0.01, "entmax with alpha 1.0001 and softmax differ by {near}");
+    }
+
+    #[test]
+    fn sparsemax_is_the_projection_onto_the_simplex(sizes in sizes(), seed in any::<u64>()) {
+        let subject = Subject {
+            mechanism: mechanism(json!({"name": "sparsemax"})), equivariant: true, shift_invariant: true,
+        };
+        let outputs = subject.attend(&subject.problem(&sizes, false, seed, DType::F64).unwrap()).unwrap();
+        let [scores, weights] =
+            ["scores", "weights"].map(|name| values(outputs.get(name).unwrap()).unwrap());
+        for (z, w) in scores.chunks(sizes.keys).zip(weights.chunks(sizes.keys)) {
+            let expected = projection(z);
+            prop_assert!(w.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-12), "{w:?}, not {expected:?}");
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ const TABLE: &[(&str, Group)] = &[
     (".mechanism.b", Group::Gain),
     (".mechanism.s", Group::Gain),
     (".mechanism.t", Group::Gain),
+    (".mechanism.Wg", Group::Array),
     (".mechanism.gw", Group::Gain),
     (".mechanism.lk1", Group::Gain),
     (".mechanism.lk2", Group::Gain),

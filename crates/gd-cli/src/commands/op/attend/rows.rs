@@ -29,7 +29,7 @@ pub(super) fn run(case: &Case, tensors: &Tensors) -> Result<Tensors> {
             insert("jac", rows.jacobian()?);
         }
         AttentionMechanism::Entmax(_) => {
-            for alpha in case.suffixes("rows.p.") {
+            for alpha in case.source().suffixes("rows.p.") {
                 let value =
                     alpha.parse().with_context(|| format!("the name rows.p.{alpha} ends with no number"))?;
                 let rows = EntmaxCase::new(z, value)?;

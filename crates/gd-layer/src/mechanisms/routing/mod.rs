@@ -1,10 +1,13 @@
 //! The Routing Transformer (Roy et al. 2021, arXiv 2003.05997): queries and keys meet in clusters around centroids.
 
+mod centroids;
+
 use candle_core::{DType, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
+pub use self::centroids::update_centroids;
 use super::definition::{Definition, Info};
-use super::indices::{add_rows, matmul, one_hot, take_rows, top_k_positions, unit_rows, visible_softmax};
+use super::indices::{add_rows, matmul, take_rows, top_k_positions, unit_rows, visible_softmax};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
@@ -16,25 +19,28 @@ pub struct Routing {
     pub w: usize,
     /// Whether a query reads keys at or before its own position only.
     pub causal: bool,
+    /// Factor of the products of unit vectors; none for sqrt(D).
+    pub scale: Option<f64>,
     /// Decay of the moving average of the centroids; see [`update_centroids`].
     pub ema: f64,
 }
 
 impl Default for Routing {
     fn default() -> Self {
-        Self { w: 64, causal: true, ema: 0.999 }
+        Self { w: 64, causal: true, scale: None, ema: 0.999 }
     }
 }
 
 impl Definition for Routing {
     const INFO: Info = Info {
-        formula: "mean over clusters of softmax(sqrt(D) q.k) v, q and k of length 1; a centroid takes its w closest q and k",
+        formula: "mean over clusters of softmax(scale q.k) v, q and k of length 1; a centroid takes its w closest q and k",
         source: "Roy et al. 2021",
         inputs: &[("q", "[B,H,N,D]"), ("k", "[B,H,N,D]"), ("v", "[B,H,N,Dv]")],
         constants: &[("centroids", "[H,C,D] of length 1, moved by averages instead of gradients")],
         parameters: &[
             ("w", "queries and keys of a cluster, at least 1"),
             ("causal", "true: keys at or before the query"),
+            ("scale", "factor of the products of unit vectors; sqrt(D) if absent"),
             ("ema", "decay of the moving average of the centroids, 0 to 1"),
         ],
         memory: "C x w x (w + D + Dv) per head",
@@ -55,6 +61,9 @@ impl Definition for Routing {
         }
         if !(0.0..=1.0).contains(&self.ema) {
             bail!("ema {}: a decay in 0..=1 expected", self.ema);
+        }
+        if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
+            bail!("scale {scale}: a finite number expected");
         }
         Ok(())
     }
@@ -84,7 +93,8 @@ impl Routing {
         let rows = |x: &Tensor, index: &Tensor| {
             take_rows(x, &index.flatten(2, 3)?)?.reshape((b, h, clusters, members, x.dim(3)?))
         };
-        let scores = (matmul(&rows(&unit_q, &query)?, &rows(&unit_k, &key)?.t()?)? * (d as f64).sqrt())?;
+        let scale = self.scale.unwrap_or((d as f64).sqrt());
+        let scores = (matmul(&rows(&unit_q, &query)?, &rows(&unit_k, &key)?.t()?)? * scale)?;
         let visible = match self.causal {
             true => key.unsqueeze(3)?.broadcast_le(&query.unsqueeze(4)?)?,
             false => Tensor::ones(scores.shape(), DType::U8, q.device())?,
@@ -104,24 +114,4 @@ impl Routing {
         outputs.insert("ema.assign", assigned);
         Ok(outputs)
     }
-}
-
-/// The centroids `[H, C, D]` after a step of their moving average: with every unit query and key of the batch assigned
-/// to its nearest centroid (least index at a tie), `μ ← unit(decay · μ + (1 − decay) · unit(mean of its members))`. A
-/// centroid without members stays. Returns the centroids and the assignment, i64 `[H, 2·B·N]`: the queries of all batch
-/// entries, then their keys. Nothing has a gradient.
-///
-/// # Errors
-/// Shapes that do not fit.
-pub fn update_centroids(q: &Tensor, k: &Tensor, centroids: &Tensor, decay: f64) -> Result<(Tensor, Tensor)> {
-    let points = |x: &Tensor| unit_rows(&x.detach())?.transpose(0, 1)?.flatten(1, 2);
-    let (points, centroids) = (Tensor::cat(&[points(q)?, points(k)?], 1)?.contiguous()?, centroids.detach());
-    let nearest = top_k_positions(&matmul(&points, &centroids.t()?)?, 1)?.squeeze(2)?;
-    let assigned = one_hot(&nearest, centroids.dim(1)?, points.dtype())?;
-    // The direction of the mean is that of the sum.
-    let sum = matmul(&assigned.t()?, &points)?;
-    let moved = unit_rows(&((&centroids * decay)? + (unit_rows(&sum)? * (1.0 - decay))?)?)?;
-    let members = assigned.sum(1)?.unsqueeze(2)?.broadcast_as(centroids.shape())?;
-    let centroids = members.gt(0f64)?.where_cond(&moved, &centroids)?;
-    Ok((centroids, nearest.to_dtype(DType::I64)?))
 }

@@ -1,10 +1,13 @@
 //! The attention of the Reformer (Kitaev et al. 2020, arXiv 2001.04451): locality-sensitive hashing sorts positions into
 //! buckets, and each chunk of the sorted sequence reads itself and the chunk before.
 
+mod hashing;
+
 use candle_core::{D, DType, Result, Tensor, bail};
 use candle_nn::ops::softmax;
 use serde::{Deserialize, Serialize};
 
+use self::hashing::{bucket, sorted_order};
 use super::definition::{Definition, Info};
 use super::indices::{arange, matmul, take_rows, unit_rows, visible_softmax};
 use super::inputs::{Inputs, Outputs};
@@ -124,20 +127,6 @@ impl Reformer {
         let own = arange(2 * self.chunk, like.device())?.ge(self.chunk as u32)?;
         has_previous.broadcast_maximum(&own.reshape((1, 1, 2 * self.chunk))?)
     }
-}
-
-/// The bucket of every row of x `[B, H, N, D]` under a rotation `[D, buckets / 2]`: u32 `[B, H, N]`.
-fn bucket(x: &Tensor, rotation: &Tensor) -> Result<Tensor> {
-    let rotated = matmul(&x.detach(), &rotation.detach())?;
-    Tensor::cat(&[&rotated, &rotated.neg()?], D::Minus1)?.argmax(D::Minus1)
-}
-
-/// The positions in the order of (bucket, position): u32 `[B, H, N]`.
-fn sorted_order(bucket: &Tensor) -> Result<Tensor> {
-    let n = bucket.dim(D::Minus1)?;
-    // Numbers that differ, since sorting is not stable on every device.
-    let first = bucket.broadcast_mul(&Tensor::new(n as u32, bucket.device())?)?;
-    first.broadcast_add(&arange(n, bucket.device())?)?.contiguous()?.arg_sort_last_dim(true)
 }
 
 /// Every chunk of x `[B, H, chunks, c, D]` with the one before it in front; the last one before the first.

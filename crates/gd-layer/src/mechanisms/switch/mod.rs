@@ -1,11 +1,14 @@
 //! The Switch layer (Fedus et al. 2022, arXiv 2101.03961): every token goes to one of several feed-forward experts.
 
+mod places;
+
 use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::ops::softmax;
 use serde::{Deserialize, Serialize};
 
+use self::places::Places;
 use super::definition::{Definition, Info};
-use super::indices::{arange, index_or_none, matmul, one_hot, take_rows, top_k_positions};
+use super::indices::{matmul, one_hot, take_rows, top_k_positions};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
@@ -94,41 +97,4 @@ fn feed_forward(x: &Tensor, inputs: &Inputs) -> Result<Tensor> {
     let bias = |name| inputs.get(name)?.unsqueeze(1);
     let hidden = matmul(x, inputs.get("W1")?)?.broadcast_add(&bias("b1")?)?.relu()?;
     matmul(&hidden, inputs.get("W2")?)?.broadcast_add(&bias("b2")?)
-}
-
-/// Where tokens stand among the slots of the experts.
-struct Places {
-    /// The token in every slot `[E · capacity]`; T in an unused one.
-    token: Tensor,
-    /// The slot of every token among those of all experts `[T]`; E · capacity if it was dropped.
-    row: Tensor,
-    /// Its slot at its expert, i64 `[T]`; −1 if it was dropped.
-    slot: Tensor,
-}
-
-impl Places {
-    fn new(expert: &Tensor, experts: usize, capacity: usize) -> Result<Self> {
-        let (tokens, device) = (expert.dim(0)?, expert.device());
-        let constant = |x: usize, like: &Tensor| Tensor::full(x as u32, like.shape(), device);
-        let all = arange(experts, device)?.unsqueeze(0)?;
-        let count_where = |is: Tensor| is.to_dtype(DType::U32)?.sum(0);
-        let start = count_where(expert.unsqueeze(1)?.broadcast_lt(&all)?)?;
-        let count = count_where(expert.unsqueeze(1)?.broadcast_eq(&all)?)?;
-        // Tokens by expert, and in their order within an expert: numbers that differ, since sorting is not stable on
-        // every device.
-        let order =
-            ((expert * constant(tokens, expert)?)? + arange(tokens, device)?)?.arg_sort_last_dim(true)?;
-        let slot = (order.arg_sort_last_dim(true)? - start.index_select(expert, 0)?)?;
-        let fits = slot.lt(capacity as u32)?;
-        let row = ((expert * constant(capacity, expert)?)? + &slot)?;
-        let row = fits.where_cond(&row, &constant(experts * capacity, &row)?)?;
-        let slot = index_or_none(&slot, &fits)?;
-        // The slots of an expert stand at its part of the order.
-        let number = arange(capacity, device)?.unsqueeze(0)?;
-        let used = number.broadcast_lt(&count.unsqueeze(1)?)?.flatten_all()?;
-        let place = start.unsqueeze(1)?.broadcast_add(&number)?.flatten_all()?;
-        let place = used.where_cond(&place, &place.zeros_like()?)?;
-        let token = used.where_cond(&order.index_select(&place, 0)?, &constant(tokens, &place)?)?;
-        Ok(Self { token, row, slot })
-    }
 }

@@ -1,26 +1,29 @@
 //! Reinforced self-attention, ReSAN (Shen et al. 2018, arXiv 1801.10296): sampled heads read sampled dependents, feature by
 //! feature.
 
+mod selection;
+
 use candle_core::{D, Result, Tensor, bail};
 use candle_nn::ops::sigmoid;
 use serde::{Deserialize, Serialize};
 
+use self::selection::Selection;
+pub use self::selection::reinforce_loss;
 use super::definition::{Definition, Info};
 use super::indices::{arange, matmul, project, visible_softmax};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
-/// Logits are `SCALE tanh(. / SCALE)`.
-const SCALE: f64 = 5.0;
-
 /// Reinforced self-attention. With r = relu(Wr x + br), a token that is selected as a head reads the selected dependents on
-/// its side with a softmax per feature of 5 tanh((Wd r_j + Wh r_i + bl) / 5); another one reads the mean of r over all
+/// its side with a softmax per feature of c tanh((Wd r_j + Wh r_i + bl) / c); another one reads the mean of r over all
 /// tokens on that side.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Resan {
     /// Which tokens a token reads.
     pub direction: Direction,
+    /// Bound of the logits, above 0.
+    pub c: f64,
 }
 
 /// Which tokens a token reads.
@@ -35,7 +38,7 @@ pub enum Direction {
 
 impl Default for Resan {
     fn default() -> Self {
-        Self { direction: Direction::Forward }
+        Self { direction: Direction::Forward, c: 5.0 }
     }
 }
 
@@ -68,7 +71,10 @@ impl Definition for Resan {
             ("u_dep", "[B,N], uniform in 0..1"),
             ("reward", "[B], optional: with it there is the loss of REINFORCE"),
         ],
-        parameters: &[("direction", "forward: j < i; backward: j > i")],
+        parameters: &[
+            ("direction", "forward: j < i; backward: j > i"),
+            ("c", "bound of the logits c tanh(. / c), above 0"),
+        ],
         memory: "N x N x F",
         not_in_models: Some("its selectors are trained by rewards"),
         ..Info::DEFAULT
@@ -76,6 +82,13 @@ impl Definition for Resan {
 
     fn computation(&self) -> Computation<'_> {
         Computation::whole("selectors > softmax per feature > fusion gate", |inputs| self.attend(inputs))
+    }
+
+    fn validate(&self) -> Result<()> {
+        if !(self.c > 0.0 && self.c.is_finite()) {
+            bail!("c {}: a number above 0 expected", self.c);
+        }
+        Ok(())
     }
 }
 
@@ -93,7 +106,7 @@ impl Resan {
         let dependent = Selection::sample(inputs, ["W1d", "b1d", "w2d", "b2d", "u_dep"])?;
         let r = project(x, get("Wr")?)?.broadcast_add(get("br")?)?.relu()?;
         let side = self.side(n, valid)?;
-        let read = weighted(&r, &side.broadcast_mul(&dependent.action.unsqueeze(1)?)?, inputs)?;
+        let read = weighted(&r, &side.broadcast_mul(&dependent.action.unsqueeze(1)?)?, inputs, self.c)?;
         let side = side.to_dtype(x.dtype())?;
         let mean = matmul(&side, &r)?.broadcast_div(&side.sum_keepdim(2)?.maximum(1f64)?)?;
         let is_head = head.action.unsqueeze(2)?.broadcast_as(r.shape())?;
@@ -136,56 +149,11 @@ impl Resan {
 }
 
 /// The sum of r `[B, N, F]` over the tokens that each token sees (u8 `[B, N, N]`), weighted per feature.
-fn weighted(r: &Tensor, visible: &Tensor, inputs: &Inputs) -> Result<Tensor> {
+fn weighted(r: &Tensor, visible: &Tensor, inputs: &Inputs, bound: f64) -> Result<Tensor> {
     // Read tokens stand in the last dimension: [B, 1, F, N] and [B, N, F, 1].
     let dependent = project(r, inputs.get("Wd")?)?.t()?.contiguous()?.unsqueeze(1)?;
     let head = project(r, inputs.get("Wh")?)?.broadcast_add(inputs.get("bl")?)?.unsqueeze(3)?;
-    let logits = ((dependent.broadcast_add(&head)? / SCALE)?.tanh()? * SCALE)?;
+    let logits = ((dependent.broadcast_add(&head)? / bound)?.tanh()? * bound)?;
     let weights = visible_softmax(&logits, &visible.unsqueeze(2)?)?;
     weights.broadcast_mul(&r.t()?.contiguous()?.unsqueeze(1)?)?.sum(D::Minus1)
-}
-
-/// The loss of REINFORCE, `-mean_b reward_b sum log p`, a scalar, of the log-probabilities `[B, 2, N]` of the selections and
-/// rewards `[B]`. Its gradient reaches the selectors alone.
-///
-/// # Errors
-/// Shapes that do not fit.
-pub fn reinforce_loss(log_probabilities: &Tensor, reward: &Tensor) -> Result<Tensor> {
-    (log_probabilities.flatten_from(1)?.sum(1)? * reward)?.mean_all()?.neg()
-}
-
-/// A sample of one selector, `[B, N]` each; all 0 on padding.
-struct Selection {
-    probability: Tensor,
-    /// u8: 1 where the uniform number is at most the probability.
-    action: Tensor,
-    /// Of the action.
-    log_probability: Tensor,
-}
-
-impl Selection {
-    /// Samples `p = sigmoid(w2 relu(W1 [x; mean x; x * mean x] + b1) + b2)`, with the inputs of these names.
-    fn sample(inputs: &Inputs, [weight1, bias1, weight2, bias2, uniform]: [&str; 5]) -> Result<Self> {
-        let get = |name| inputs.get(name);
-        let (x, valid) = (get("x")?, get("valid")?);
-        let is_token = valid.to_dtype(x.dtype())?;
-        let count = is_token.sum_keepdim(1)?.maximum(1f64)?.unsqueeze(2)?;
-        let sum = x.broadcast_mul(&is_token.unsqueeze(2)?)?.sum_keepdim(1)?;
-        let mean = sum.broadcast_div(&count)?.broadcast_as(x.shape())?;
-        let f = Tensor::cat(&[x, &mean, &(x * &mean)?], 2)?;
-        let hidden = project(&f, get(weight1)?)?.broadcast_add(get(bias1)?)?.relu()?;
-        let logit = project(&hidden, &get(weight2)?.unsqueeze(0)?)?.squeeze(2)?.broadcast_add(get(bias2)?)?;
-        let probability = (sigmoid(&logit)? * &is_token)?;
-        let action = (get(uniform)?.le(&probability.detach())? * valid)?;
-        // ln p of an action and ln(1 - p) = ln sigmoid(-x) of the other, without the logarithm of a rounded 1 - p.
-        let signed = (logit * ((action.to_dtype(x.dtype())? * 2.0)? - 1.0)?)?;
-        let log_probability = (ln_sigmoid(&signed)? * is_token)?;
-        Ok(Self { probability, action, log_probability })
-    }
-}
-
-/// `ln sigmoid(x) = min(x, 0) - ln(1 + exp(-|x|))`.
-fn ln_sigmoid(x: &Tensor) -> Result<Tensor> {
-    let tail = (x.abs()?.neg()?.exp()? + 1.0)?.log()?;
-    (x.neg()?.relu()? + tail)?.neg()
 }

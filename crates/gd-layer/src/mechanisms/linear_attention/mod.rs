@@ -1,11 +1,16 @@
 //! Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236): a kernel in place of the softmax, with a state of
 //! constant size in place of a cache of keys and values.
 
+mod chunk;
+mod state;
+
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
-use super::definition::{Definition, Info};
-use super::indices::{arange, grouped, matmul};
+use self::chunk::ChunkSets;
+pub use self::state::LinearAttentionState;
+use super::definition::{Definition, Info, Reads, Sizes, State};
+use super::indices::{grouped, matmul};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
@@ -33,17 +38,24 @@ impl Definition for LinearAttention {
         constants: &[
             ("outer", "[B,Hk,D,Dv], state, optional"),
             ("normaliser", "[B,Hk,D,1], state, optional"),
+            ("query_positions", "[B,N], optional: positions within the own sequence, if causal"),
         ],
         parameters: &[("causal", "true: keys at or before the query, N = M")],
         memory: "N x 64 + D x Dv per head",
-        not_in_models: Some("it takes no mask, and its cache is a state"),
+        independent_queries: false,
+        reads: Reads::Sequence,
+        state: State::Constant(&["outer", "normaliser"]),
         ..Info::DEFAULT
     };
 
     fn computation(&self) -> Computation<'_> {
         Computation::whole("features > sums over keys > quotient", |inputs| {
             let (q, k, v) = (inputs.get("q")?, inputs.get("k")?, inputs.get("v")?);
-            let (out, state) = linear_attention(q, k, v, self.causal, given_state(inputs)?.as_ref())?;
+            let state = given_state(inputs)?;
+            let (out, state) = match inputs.optional("query_positions").filter(|_| self.causal) {
+                Some(at) => packed_linear_attention(q, k, v, at, state.as_ref())?,
+                None => linear_attention(q, k, v, self.causal, state.as_ref())?,
+            };
             let mut outputs = Outputs::default();
             outputs.insert("out", out);
             outputs.insert("outer", state.outer);
@@ -51,42 +63,19 @@ impl Definition for LinearAttention {
             Ok(outputs)
         })
     }
+
+    fn validate_in_layer(&self, _sizes: &Sizes) -> Result<()> {
+        if !self.causal {
+            bail!("causal false: a layer of a model reads earlier positions only");
+        }
+        Ok(())
+    }
 }
 
 /// The state among the inputs.
 fn given_state(inputs: &Inputs) -> Result<Option<LinearAttentionState>> {
     let Some(outer) = inputs.optional("outer") else { return Ok(None) };
     Ok(Some(LinearAttentionState { outer: outer.clone(), normaliser: inputs.get("normaliser")?.clone() }))
-}
-
-/// What linear attention remembers of keys and values.
-#[derive(Debug, Clone)]
-pub struct LinearAttentionState {
-    /// `Σ_j φ(k_j) v_jᵀ`, `[B, Hk, D, Dv]`.
-    pub outer: Tensor,
-    /// `Σ_j φ(k_j)`, `[B, Hk, D, 1]`.
-    pub normaliser: Tensor,
-}
-
-impl LinearAttentionState {
-    /// The state before the first key of k `[B, Hk, M, D]` and v `[B, Hk, M, Dv]`.
-    ///
-    /// # Errors
-    /// Tensors of another rank.
-    pub fn empty(k: &Tensor, v: &Tensor) -> Result<Self> {
-        let (b, hk, _, d) = k.dims4()?;
-        let zeros = |width: usize| Tensor::zeros((b, hk, d, width), k.dtype(), k.device());
-        Ok(Self { outer: zeros(v.dim(3)?)?, normaliser: zeros(1)? })
-    }
-
-    /// The state with further keys, given as features φ(k) `[B, Hk, M, D]`, and values `[B, Hk, M, Dv]`.
-    fn with(&self, features: &Tensor, v: &Tensor) -> Result<Self> {
-        let t = features.t()?;
-        Ok(Self {
-            outer: (&self.outer + matmul(&t, v)?)?,
-            normaliser: (&self.normaliser + t.sum_keepdim(3)?)?,
-        })
-    }
 }
 
 /// `y_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j))` with φ(x) = elu(x) + 1, over the keys of `state` and the new ones: all
@@ -106,31 +95,65 @@ pub fn linear_attention(
     state: Option<&LinearAttentionState>,
 ) -> Result<(Tensor, LinearAttentionState)> {
     let (b, h, n, _) = q.dims4()?;
-    let (hk, m, dv) = (k.dim(1)?, k.dim(2)?, v.dim(3)?);
-    if (causal && n != m) || v.dims()[..3] != k.dims()[..3] || k.dim(0)? != b {
-        let (q, k, v) = (q.dims(), k.dims(), v.dims());
-        bail!("q {q:?}, k {k:?}, v {v:?}: [B,H,N,D], [B,Hk,M,D] and [B,Hk,M,Dv] expected, N = M if causal");
+    let dv = v.dim(3)?;
+    if causal {
+        // One sequence, which began before these positions or with the first of them.
+        let at = Tensor::arange(n as i64, 2 * n as i64, q.device())?.unsqueeze(0)?;
+        return packed_linear_attention(q, k, v, &at, state);
     }
-    let features = |x: &Tensor| x.elu(1.0)? + 1.0;
-    let (q, k) = (features(&grouped(q, hk)?)?, features(&k.contiguous()?)?);
-    let mut state = state.map_or_else(|| LinearAttentionState::empty(&k, v), |state| Ok(state.clone()))?;
-    if !causal {
-        state = state.with(&k, v)?;
-        return Ok((quotient(read(&q, &state)?)?.reshape((b, h, n, dv))?, state));
+    let (q, k, state) = features(q, k, v, state)?;
+    let state = state.with(&k, v)?;
+    Ok((quotient(read(&q, &state)?)?.reshape((b, h, n, dv))?, state))
+}
+
+/// Causal [`linear_attention`] of rows that may hold several sequences: `at` `[B|1, N]` (i64) has the position of every query in
+/// its own sequence, and a query reads the keys of that sequence only. The first positions of a row may continue a sequence,
+/// whose keys are in `state`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn packed_linear_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    at: &Tensor,
+    state: Option<&LinearAttentionState>,
+) -> Result<(Tensor, LinearAttentionState)> {
+    let (b, h, n, _) = q.dims4()?;
+    if n != k.dim(2)? {
+        bail!("q {:?}, k {:?}: N = M expected for causal attention", q.dims(), k.dims());
     }
+    let dv = v.dim(3)?;
+    let (q, k, mut state) = features(q, k, v, state)?;
     let mut rows = Vec::new();
     for start in (0..n).step_by(CHUNK) {
         let len = CHUNK.min(n - start);
         let (q, k, v) = (q.narrow(3, start, len)?, k.narrow(2, start, len)?, v.narrow(2, start, len)?);
-        let [top, bottom] = read(&q, &state)?;
-        let at = arange(len, q.device())?;
-        let past = at.unsqueeze(0)?.broadcast_le(&at.unsqueeze(1)?)?.to_dtype(q.dtype())?;
-        let weights = matmul(&q, &k.unsqueeze(2)?.t()?)?.broadcast_mul(&past)?;
-        let top = (top + matmul(&weights, &v.unsqueeze(2)?)?)?;
-        rows.push(quotient([top, (bottom + weights.sum_keepdim(4)?)?])?);
-        state = state.with(&k, &v)?;
+        let sets = ChunkSets::new(&at.narrow(1, start, len)?, q.dtype())?;
+        let before = read(&q, &state)?;
+        let [top, bottom] = before.map(|part| part.broadcast_mul(&sets.reads));
+        let weights = matmul(&q, &k.unsqueeze(2)?.t()?)?.broadcast_mul(&sets.pairs)?;
+        let top = (top? + matmul(&weights, &v.unsqueeze(2)?)?)?;
+        rows.push(quotient([top, (bottom? + weights.sum_keepdim(4)?)?])?);
+        state = state.masked(&sets.keeps)?.with(&k.broadcast_mul(&sets.stays)?, &v)?;
     }
     Ok((Tensor::cat(&rows, 3)?.reshape((b, h, n, dv))?, state))
+}
+
+/// The features of queries `[B, Hk, G, N, D]` and keys, and the state before them.
+fn features(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    state: Option<&LinearAttentionState>,
+) -> Result<(Tensor, Tensor, LinearAttentionState)> {
+    if v.dims()[..3] != k.dims()[..3] || k.dim(0)? != q.dim(0)? {
+        let (q, k, v) = (q.dims(), k.dims(), v.dims());
+        bail!("q {q:?}, k {k:?}, v {v:?}: [B,H,N,D], [B,Hk,M,D] and [B,Hk,M,Dv] expected");
+    }
+    let of = |x: &Tensor| x.elu(1.0)? + 1.0;
+    let state = state.map_or_else(|| LinearAttentionState::empty(k, v), |state| Ok(state.clone()))?;
+    Ok((of(&grouped(q, k.dim(1)?)?)?, of(&k.contiguous()?)?, state))
 }
 
 /// What features of queries `[B, Hk, G, N, D]` read from a state: numerator `[B, Hk, G, N, Dv]` and denominator

@@ -1,12 +1,13 @@
 //! Differential attention (Ye et al., arXiv 2410.05258): the difference of two softmax maps.
 
-use candle_core::{D, Result, Tensor};
+mod stages;
+
+use candle_core::Result;
 use serde::{Deserialize, Serialize};
 
+use self::stages::{Difference, NormedValues, PairedDot};
 use super::definition::{Definition, Info, Named, Sizes, Weight};
-use super::dot::{grouped_matmul, scaled_dot};
-use super::rows::softmax;
-use super::stages::{Aggregate, Computation, Normalise, Normalised, Run, Score, Stages};
+use super::stages::{Computation, Stages};
 
 /// `(softmax_1 - lambda softmax_2) v` and an RMSNorm per head, times 1 - lambda_init.
 ///
@@ -93,68 +94,5 @@ impl Definition for Differential {
         let mut weights: Vec<_> = ["lq1", "lk1", "lq2", "lk2"].map(vector).into();
         weights.push(Weight::constant("gw", &[2 * sizes.head_dim], 1.0));
         weights
-    }
-}
-
-/// The two maps of every head: `[B, 2, H, N, M]`.
-struct PairedDot;
-
-impl Score for PairedDot {
-    fn name(&self) -> &'static str {
-        "scaled dot of pairs"
-    }
-
-    fn score(&self, run: &mut Run) -> Result<Tensor> {
-        let (q, k) = (run.inputs.get("q")?, run.inputs.get("k")?);
-        let (q, k) = (pairs("q", q)?, pairs("k", k)?);
-        let map = |i| scaled_dot(&q.narrow(2, i, 1)?.squeeze(2)?, &k.narrow(2, i, 1)?.squeeze(2)?);
-        Tensor::stack(&[map(0)?, map(1)?], 1)
-    }
-}
-
-/// `[B, 2H, N, D]` as `[B, H, 2, N, D]`.
-fn pairs(name: &str, t: &Tensor) -> Result<Tensor> {
-    let (b, h, n, d) = t.dims4()?;
-    if h % 2 != 0 {
-        candle_core::bail!("{name} {:?}: an even number of heads expected, two for each map", t.dims());
-    }
-    t.reshape((b, h / 2, 2, n, d))
-}
-
-struct Difference {
-    lambda_init: f64,
-}
-
-impl Normalise for Difference {
-    fn name(&self) -> &'static str {
-        "softmax 1 - lambda softmax 2"
-    }
-
-    fn normalise(&self, scores: &Tensor, support: &Tensor, run: &mut Run) -> Result<Normalised> {
-        let inputs = run.inputs;
-        let exp = |q: &str, k: &str| (inputs.get(q)? * inputs.get(k)?)?.sum_all()?.exp();
-        let lambda = ((exp("lq1", "lk1")? - exp("lq2", "lk2")?)? + self.lambda_init)?;
-        run.outputs.insert("lambda", lambda.reshape(1)?);
-        let maps = softmax(scores, support)?;
-        let map = |i| maps.narrow(1, i, 1)?.squeeze(1);
-        Ok((map(0)? - map(1)?.broadcast_mul(&lambda)?)?.into())
-    }
-}
-
-/// The weighted sum of the values, normed per head by its root mean square and scaled.
-struct NormedValues {
-    factor: f64,
-    eps: f64,
-}
-
-impl Aggregate for NormedValues {
-    fn name(&self) -> &'static str {
-        "values, RMSNorm"
-    }
-
-    fn aggregate(&self, weights: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let y = grouped_matmul(weights, run.inputs.get("v")?)?;
-        let rms = (y.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?;
-        y.broadcast_div(&rms)?.broadcast_mul(run.inputs.get("gw")?)? * self.factor
     }
 }

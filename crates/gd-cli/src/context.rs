@@ -1,10 +1,12 @@
 //! What every command gets besides its own flags, and how an error ends the program.
 
 use std::fmt;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 
 use anyhow::Result;
 use candle_core::Device;
+
+use crate::render::terminal::escape_controls;
 
 /// The values of the flags that all commands share.
 #[derive(Debug, Clone)]
@@ -38,6 +40,17 @@ impl Context {
     /// As [`Context::write`].
     pub fn print(&self, text: impl fmt::Display) -> Result<()> {
         self.write(format_args!("{text}\n")).map(|_| ())
+    }
+
+    /// Writes text of a model to stdout, as [`Context::write`]. A terminal gets its control characters escaped.
+    ///
+    /// # Errors
+    /// As [`Context::write`].
+    pub fn write_text(&self, text: &str) -> Result<bool> {
+        match std::io::stdout().is_terminal() {
+            true => self.write(escape_controls(text)),
+            false => self.write(text),
+        }
     }
 
     /// The value of `--seed`, or its default.

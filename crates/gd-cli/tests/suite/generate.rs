@@ -28,7 +28,7 @@ fn model(gd: Value) -> Result<(Transformer, Params)> {
 }
 
 /// As [`model`] for a number of positions and a dtype.
-fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, Params)> {
+pub(crate) fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, Params)> {
     let config: ModelConfig = config::parse(json!({
         "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": positions,
@@ -45,7 +45,7 @@ fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, P
     Ok((model, params))
 }
 
-fn models() -> [(&'static str, Value); 5] {
+pub(crate) fn models() -> [(&'static str, Value); 5] {
     let beacon = json!({ "conv_width": 4, "averages": 2, "prior": true, "protected": 2 });
     [
         ("softmax", json!({ "mechanism": ["softmax"] })),

@@ -5,6 +5,7 @@
 mod bad_input;
 mod beacon_report;
 mod bench;
+mod chat;
 mod cli;
 mod completions;
 mod config;
@@ -22,6 +23,7 @@ mod op;
 mod program;
 mod reading;
 mod resume;
+mod serve;
 mod trace;
 mod train_errors;
 mod uptrain;

@@ -78,20 +78,31 @@ pub fn evaluate(
     batch: usize,
     device: &Device,
 ) -> Result<Evaluation> {
-    observe(model, tokens, bytes, (context, batch), device, |_| ())
+    observe(model, tokens, bytes, (context, batch), device, |_| Ok(()))
 }
 
-/// Evaluates a model as [`evaluate`] and calls `watch` with the statistics of all layers after each batch.
+/// What [`observe`] reports about a batch.
+#[derive(Debug)]
+pub struct Observed<'a> {
+    /// The position of the first target in the text; the others follow it.
+    pub first: usize,
+    /// The loss of every target in nats, 0 for the first token of a document, which is not predicted.
+    pub losses: &'a [f32],
+    /// The statistics of all layers.
+    pub stats: &'a [SelectionStats],
+}
+
+/// Evaluates a model as [`evaluate`] and calls `watch` after each batch.
 ///
 /// # Errors
-/// As [`evaluate`].
+/// As [`evaluate`], and the error of `watch`.
 pub fn observe(
     model: &Transformer,
     tokens: &Tokens,
     bytes: usize,
     (context, batch): (usize, usize),
     device: &Device,
-    mut watch: impl FnMut(&[SelectionStats]),
+    mut watch: impl FnMut(Observed) -> Result<()>,
 ) -> Result<Evaluation> {
     if tokens.len() < 2 {
         return Err(Error::Invalid(format!("a text of {} tokens has nothing to predict", tokens.len())));
@@ -115,7 +126,7 @@ pub fn observe(
         count += predicted;
         // Taken after every pass, because the statistics may hold large tensors.
         let stats = stats.take();
-        watch(&stats);
+        watch(Observed { first, losses: &losses, stats: &stats })?;
         heads.add(&stats, losses.len() as f64 / (tokens.len() - 1) as f64);
     }
     if count == 0 {

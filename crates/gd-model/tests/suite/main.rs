@@ -8,6 +8,7 @@ mod config;
 mod data;
 mod documents;
 mod durable;
+mod engine;
 mod evaluation;
 mod gguf;
 mod gradients;

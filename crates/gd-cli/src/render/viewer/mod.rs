@@ -17,7 +17,8 @@ use base64::engine::general_purpose::STANDARD;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+
+use crate::render::inline_digest as digest;
 
 /// The page, with an HTML comment as placeholder for each part.
 const PAGE: &str = include_str!("page.html");
@@ -77,11 +78,6 @@ pub fn page(traces: &[TraceView]) -> Result<String> {
         rest = after;
     }
     Ok(page + rest)
-}
-
-/// The hash by which a Content-Security-Policy identifies an inline text.
-fn digest(text: &str) -> String {
-    format!("sha256-{}", STANDARD.encode(Sha256::digest(text)))
 }
 
 /// The elements that contain a trace: name, header and head as JSON, and the records as base64 of gzip.

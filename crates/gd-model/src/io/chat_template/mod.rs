@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use minijinja::Environment;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
@@ -27,6 +28,27 @@ const TEMPLATE_NAME: &str = "chat_template";
 /// The keys of `tokenizer_config.json` whose tokens a template can use by the same name.
 const TOKEN_KEYS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// A message of a chat.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Message {
+    /// Who wrote it: `system`, `user`, `assistant`, or another role that the template knows.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+impl Message {
+    /// A message.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+
+    fn value(&self) -> Value {
+        Value::from_pairs([("role", self.role.as_str()), ("content", self.content.as_str())])
+    }
+}
 
 /// A parsed chat template.
 ///
@@ -127,9 +149,16 @@ impl ChatTemplate {
     /// # Errors
     /// An error that the template raises, for example if it does not support system messages, or a limit that it exceeds.
     pub fn render(&self, system: Option<&str>, user: &str) -> Result<String> {
-        let turn = |(role, content): (&str, &str)| Value::from_pairs([("role", role), ("content", content)]);
-        let turns = [system.map(|text| ("system", text)), Some(("user", user))];
-        let messages: Value = turns.into_iter().flatten().map(turn).collect();
+        let chat = [system.map(|text| Message::new("system", text)), Some(Message::new("user", user))];
+        self.render_chat(&chat.into_iter().flatten().collect::<Vec<_>>())
+    }
+
+    /// Renders a chat, followed by the prompt for the model's answer.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_chat(&self, chat: &[Message]) -> Result<String> {
+        let messages: Value = chat.iter().map(Message::value).collect();
         self.render_with([("messages", messages)])
     }
 

@@ -13,6 +13,7 @@ mod continuations;
 mod convert;
 mod data;
 mod documents;
+mod finetune;
 mod generate;
 mod landscape;
 mod log;

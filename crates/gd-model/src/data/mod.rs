@@ -17,7 +17,7 @@ mod summary;
 mod text;
 mod tokens;
 
-pub use documents::{Document, Documents, encode_text};
+pub use documents::{Document, Documents, encode_text, encode_turns};
 pub use order::{Permutation, places};
 pub use pack::{Batch, Batches};
 pub use prepared::{INDEX, Index, Part, Preparation, Prepared, prepare};
@@ -57,8 +57,14 @@ impl Corpus {
     pub fn encode(texts: &Texts, tokenizer: &Tokenizer) -> Result<Self> {
         let framing = tokenizer.framing()?;
         let encode = |documents: &[Text]| -> Result<Tokens> {
-            let ids = documents.par_iter().map(|text| encode_text(tokenizer, &text.text, text.is_chat));
-            Ok(Tokens::documents(ids.collect::<Result<Vec<_>>>()?).with_framing(framing.clone()))
+            let ids = documents.par_iter().map(|text| match &text.turns {
+                Some(turns) => encode_turns(tokenizer, &text.text, turns),
+                None => {
+                    let ids = encode_text(tokenizer, &text.text, text.is_chat)?;
+                    Ok(ids.into_iter().map(|id| (id, true)).collect())
+                }
+            });
+            Ok(Tokens::with_learned(ids.collect::<Result<Vec<_>>>()?).with_framing(framing.clone()))
         };
         let bytes = |documents: &[Text]| documents.iter().map(|text| text.text.len()).sum();
         Ok(Self {
@@ -79,6 +85,9 @@ impl Corpus {
                 hasher.update(&ids.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<_>>());
                 for end in tokens.ends(at..at + HASH_CHUNK_TOKENS) {
                     hasher.update(&((at + end) as u64).to_le_bytes());
+                }
+                if let Some(learned) = tokens.learned(at..at + HASH_CHUNK_TOKENS) {
+                    hasher.update(&learned.into_iter().map(u8::from).collect::<Vec<_>>());
                 }
             }
         }
@@ -113,6 +122,11 @@ fn check(what: &'static str, tokens: &Tokens, context: usize, advice: &'static s
         return Err(Error::Invalid(format!(
             "{what} has no token to predict: every document has a single token"
         )));
+    }
+    let learned = |at: usize| tokens.learned(at..at + HASH_CHUNK_TOKENS);
+    let is_learned = |at: usize| learned(at).is_none_or(|learned| learned.contains(&true));
+    if !(0..tokens.len()).step_by(HASH_CHUNK_TOKENS).any(is_learned) {
+        return Err(Error::Invalid(format!("{what} has no turn of an assistant to learn")));
     }
     Ok(())
 }

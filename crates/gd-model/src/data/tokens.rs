@@ -21,6 +21,8 @@ enum Part {
     Memory {
         ids: Vec<u32>,
         ends: Vec<usize>,
+        /// Which of the ids are to be learned; `None` for all.
+        learned: Option<Vec<bool>>,
     },
     Mapped(Shard),
 }
@@ -73,7 +75,25 @@ impl Tokens {
             ids.extend(document);
             ends.push(ids.len());
         }
-        Self::join(vec![Part::Memory { ids, ends }])
+        Self::join(vec![Part::Memory { ids, ends, learned: None }])
+    }
+
+    /// A stream of documents in memory, with whether each token is to be learned. Others are read, and predicted by
+    /// nothing that counts.
+    pub fn with_learned(documents: Vec<Vec<(u32, bool)>>) -> Self {
+        let all = documents.iter().flatten().all(|(_, learned)| *learned);
+        let flags = documents.iter().flatten().map(|(_, learned)| *learned).collect();
+        let ids = documents.into_iter().map(|document| document.into_iter().map(|(id, _)| id).collect());
+        let tokens = Self::documents(ids);
+        match tokens.read_all() {
+            (ids, ends) if !all => Self::join(vec![Part::Memory { ids, ends, learned: Some(flags) }]),
+            _ => tokens,
+        }
+    }
+
+    /// All ids and ends.
+    fn read_all(&self) -> (Vec<u32>, Vec<usize>) {
+        (self.read(0..self.len()), self.ends(0..self.len()))
     }
 
     /// A stream of shards.
@@ -152,6 +172,21 @@ impl Tokens {
         ids
     }
 
+    /// Whether the tokens of `range` are to be learned; `None` if all tokens of the stream are.
+    pub fn learned(&self, range: Range<usize>) -> Option<Vec<bool>> {
+        if !self.parts.iter().any(|part| matches!(part, Part::Memory { learned: Some(_), .. })) {
+            return None;
+        }
+        let mut all = Vec::with_capacity(range.len());
+        for (part, inside, _) in self.segments(range) {
+            match part {
+                Part::Memory { learned: Some(learned), .. } => all.extend_from_slice(&learned[inside]),
+                _ => all.extend(inside.map(|_| true)),
+            }
+        }
+        Some(all)
+    }
+
     /// The ends of documents in `range`, counted from its start: ascending, in `1..=len`.
     pub fn ends(&self, range: Range<usize>) -> Vec<usize> {
         let mut ends_in_range = Vec::new();
@@ -168,7 +203,8 @@ impl Tokens {
         if !ids.is_empty() && ends.last() != Some(&ids.len()) {
             ends.push(ids.len());
         }
-        Self { framing: self.framing.clone(), ..Self::join(vec![Part::Memory { ids, ends }]) }
+        let learned = self.learned(0..len);
+        Self { framing: self.framing.clone(), ..Self::join(vec![Part::Memory { ids, ends, learned }]) }
     }
 
     /// Consecutive windows of `context` inputs; the last one may be shorter. Every token except the first is the target of

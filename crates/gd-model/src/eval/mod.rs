@@ -122,7 +122,7 @@ pub fn observe(
             return Err(Error::NotFinite { what: "the loss", value: losses[at].into(), token: first + at });
         }
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
-        text.add(first, &losses);
+        text.add(first, &losses, tokens.learned(first..first + losses.len()).as_deref());
         count += predicted;
         // Taken after every pass, because the statistics may hold large tensors.
         let stats = stats.take();
@@ -130,7 +130,7 @@ pub fn observe(
         heads.add(&stats, losses.len() as f64 / (tokens.len() - 1) as f64);
     }
     if count == 0 {
-        return Err(Error::Invalid("documents of one token each have nothing to predict".into()));
+        return Err(Error::Invalid("the text has no token to predict".into()));
     }
     let loss = sum / count as f64;
     let text_bytes = text.bytes(bytes);
@@ -162,14 +162,15 @@ impl TextTargets {
         Self { documents: tokens.text_ranges(), next: 0, sum: 0.0, predicted: 0 }
     }
 
-    /// Adds the losses of the targets from position `first` on. Losses of tokens that are not predicted are 0.
-    fn add(&mut self, first: usize, losses: &[f32]) {
+    /// Adds the losses of the targets from position `first` on. Losses of tokens that are not predicted are 0;
+    /// `learned` are the targets that count, if not all do.
+    fn add(&mut self, first: usize, losses: &[f32], learned: Option<&[bool]>) {
         let end = first + losses.len();
         while let Some((start, text)) = self.documents.get(self.next) {
             // The first token of a document is not predicted.
             let targets = text.start.max(start + 1).max(first)..text.end.min(end);
-            self.predicted += targets.len();
-            for at in targets {
+            for at in targets.filter(|at| learned.is_none_or(|learned| learned[at - first])) {
+                self.predicted += 1;
                 self.sum += f64::from(losses[at - first]);
             }
             if text.end > end {

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result};
+use gd_model::data::counted;
 use gd_model::model::pretrained;
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
@@ -159,29 +160,29 @@ fn answer(text: &str, session: &mut Session, ctx: &Context) -> Result<()> {
     }
 }
 
+/// Follows a command that concerns the chat. With `--json`, what it shows is an object with its name.
 fn follow(command: Command, session: &mut Session, ctx: &Context) -> Result<()> {
+    let show = |name: &str, text: &str| match ctx.json {
+        true => ctx.print(json!({ name: text })),
+        false => ctx.write_text(&format!("{text}\n")).map(|_| ()),
+    };
     match command {
-        Command::System(None) => ctx
-            .write_text(&format!("{}\n", session.system.as_deref().unwrap_or("no system message")))
-            .map(|_| ()),
-        Command::System(text) => {
-            session.system = text;
-            Ok(())
+        Command::System(None) => {
+            return show("system", session.system.as_deref().unwrap_or("no system message"));
         }
-        Command::Reset => {
-            session.reset();
-            Ok(())
-        }
-        Command::Save(path) => session.save(&path),
+        Command::System(text) => session.system = text,
+        Command::Reset => session.reset(),
+        Command::Save(path) => session.save(&path)?,
         Command::Load(path) => {
             let count = session.load(&path)?;
-            ctx.print(format_args!("{count} messages"))
+            return show("loaded", &counted(count, "message"));
         }
-        Command::Set(None) => ctx.print(&session.settings),
-        Command::Set(Some((name, value))) => session.settings.set(&name, &value),
-        Command::Trace => ctx.write_text(&session.sources()?).map(|_| ()),
-        Command::Help | Command::Quit => Ok(()),
+        Command::Set(None) => return show("settings", &session.settings.to_string()),
+        Command::Set(Some((name, value))) => session.settings.set(&name, &value)?,
+        Command::Trace => return show("sources", &session.sources()?),
+        Command::Help | Command::Quit => {}
     }
+    Ok(())
 }
 
 /// A signal stops an answer; without one it ends the program.

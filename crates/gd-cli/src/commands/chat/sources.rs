@@ -29,5 +29,5 @@ pub(super) fn table(tokenizer: &Tokenizer, prompt: &[u32], answer: &[(u32, Vec<S
         });
         table.add_row([text(*id), shown.collect::<Vec<_>>().join(", ")]);
     }
-    format!("{table}\n")
+    table.to_string()
 }

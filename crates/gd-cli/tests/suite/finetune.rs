@@ -60,6 +60,30 @@ fn a_run_goes_on_from_a_model_and_resumes_to_the_same_bits() -> Result<()> {
 }
 
 #[test]
+fn a_model_of_another_family_stays_one() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama/mistral");
+    fs::create_dir(dir.join("base"))?;
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        fs::copy(fixture.join(name), dir.join("base").join(name)).with_context(|| name.to_owned())?;
+    }
+    fs::write(dir.join("text.txt"), &SAMPLE[..20_000])?;
+    let args = "train --from base --data text.txt --set train.batch=1 --set train.accumulation=1 --steps 4";
+    succeeded(&gd(dir, &format!("{args} --out whole"))?)?;
+    succeeded(&gd(dir, &format!("{args} --out parts --stop-after 2"))?)?;
+    succeeded(&gd(dir, "train --resume parts")?)?;
+    for name in ["model.safetensors", "config.json"] {
+        ensure!(fs::read(dir.join("whole").join(name))? == fs::read(dir.join("parts").join(name))?, "{name}");
+    }
+    let config = |folder: &str| -> Result<Value> {
+        Ok(serde_json::from_str(&fs::read_to_string(dir.join(folder).join("config.json"))?)?)
+    };
+    ensure!(config("base")? == config("whole")? && config("whole")?["model_type"] == "mistral");
+    Ok(())
+}
+
+#[test]
 fn of_chats_the_turns_of_the_assistant_are_learned() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let dir = folder.path();

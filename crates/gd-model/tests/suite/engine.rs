@@ -307,3 +307,32 @@ fn limits_and_prompts_that_do_not_fit_are_refused() -> Result<()> {
     assert_eq!(all.values().map(Vec::len).collect::<Vec<_>>(), [1]);
     Ok(())
 }
+
+#[test]
+fn a_cache_is_shortened_to_positions_that_it_has() -> Result<()> {
+    for (name, gd) in models() {
+        let model = model(&gd)?;
+        let mut cache = model.new_cache();
+        let ids = Tensor::new(prompt(5).as_slice(), &CPU)?.unsqueeze(0)?;
+        model.forward(&ids, &Pass::new(&Mask::causal(0)), Some(&mut cache))?;
+        let positional = !matches!(name, "gd with a Beacon" | "selective");
+        let (layer, length) = (&cache[1], prompt(5).len());
+        assert_eq!(layer.is_positional(), positional, "{name}");
+        let error = layer.shortened(length + 1).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("{} positions of a sequence of {length}", length + 1)),
+            "{name}: {error}"
+        );
+        match positional {
+            true => {
+                assert_eq!(layer.shortened(3)?.lengths(), [3], "{name}");
+                assert!(layer.shortened(0)?.is_empty(), "{name}");
+            }
+            false => {
+                let error = layer.shortened(3).unwrap_err().to_string();
+                assert!(error.contains("cannot be shortened to 3"), "{name}: {error}");
+            }
+        }
+    }
+    Ok(())
+}

@@ -18,7 +18,7 @@ static PAGE: LazyLock<String> =
 /// The policy of the page: this style, this script, and requests to this server.
 static POLICY: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "default-src 'none'; style-src '{}'; script-src '{}'; connect-src 'self'; base-uri 'none'; \
+        "default-src 'none'; style-src '{}'; script-src '{}'; connect-src 'self'; img-src data:; base-uri 'none'; \
          form-action 'none'; frame-ancestors 'none'",
         inline_digest(STYLE),
         inline_digest(SCRIPT)

@@ -154,7 +154,12 @@ byId('reset').addEventListener('click', () => {
   byId('chat').replaceChildren();
   byId('sources').hidden = true;
 });
-fetch('v1/models', { headers: headers() })
-  .then((response) => response.json())
-  .then((models) => { byId('model').textContent = models.data[0].id; })
-  .catch(() => {});
+// The name of the model, which a server with a key tells only with it.
+function showModel() {
+  fetch('v1/models', { headers: headers() })
+    .then((response) => (response.ok ? response.json() : null))
+    .then((models) => { if (models) byId('model').textContent = models.data[0].id; })
+    .catch(() => {});
+}
+byId('key').addEventListener('change', showModel);
+showModel();

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Evaluates a model with lm-eval through `gd serve`.
 #
-#     scripts/bench/lm_eval.sh GD MODEL TASKS [LM_EVAL_FLAGS..]
+#     scripts/bench/lm_eval.sh MODEL TASKS [LM_EVAL_FLAGS..]
 #
-# GD is the program, TASKS the names of lm-eval's tasks, separated by commas. Needs `pip install "lm_eval[api]"` and the data
+# $GD is the program (default: target/release/gd), TASKS the names of lm-eval's tasks, separated by commas. Needs `pip install "lm_eval[api]"` and the data
 # of the tasks. The tokenizer of the model must be a folder that transformers reads; prompts are sent as token ids.
 set -euo pipefail
-(($# >= 3)) || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-gd="$1" model="$2" tasks="$3"
-shift 3
+(($# >= 2)) || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+gd="${GD:-target/release/gd}" model="$1" tasks="$2"
+shift 2
 work="$(mktemp -d)"
 "$gd" serve "$model" --port 0 --name model --json >"$work/url" &
 server=$!

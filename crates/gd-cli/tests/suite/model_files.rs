@@ -29,7 +29,7 @@ fn a_model_of_the_hub_is_found_by_its_name() -> Result<()> {
     let by_path = json(dir, &args.replace("org/small", "hf/hub/models--org--small/snapshots/0123abc"))?;
     ensure!(by_name["token_ids"] == by_path["token_ids"], "{by_name} {by_path}");
     let file = args.replace("org/small", "org/small:model.safetensors");
-    ensure!(command(dir, &file).env("HF_HUB_CACHE", dir.join("hf/hub")).status()?.success());
+    ensure!(command(dir, &file).env("HF_HUB_CACHE", dir.join("hf/hub")).output()?.status.success());
     // A model that is not there is a missing path.
     let missing =
         failed(&command(dir, &args.replace("small", "none")).env("HF_HOME", dir.join("hf")).output()?, 1)?;

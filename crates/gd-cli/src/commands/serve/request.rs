@@ -90,7 +90,8 @@ struct CompletionFields {
     prompt: PromptField,
     logprobs: Option<usize>,
     echo: Option<bool>,
-    best_of: Option<usize>,
+    #[serde(rename = "best_of")]
+    candidates: Option<usize>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -169,7 +170,7 @@ impl Completion {
         };
         let mut options = shared.check(server, prompts.len(), DEFAULT_COMPLETION_TOKENS)?;
         options.logprobs = fields.logprobs;
-        if fields.best_of.is_some_and(|count| count != options.n) {
+        if fields.candidates.is_some_and(|count| count != options.n) {
             return Err(ApiError::param("best_of", "best_of is not supported with another value than n"));
         }
         check_top_logprobs("logprobs", options.logprobs)?;

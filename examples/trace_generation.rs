@@ -7,9 +7,9 @@ use std::fs::File;
 
 use candle_core::Device;
 use gd_examples::model_or_demo;
-use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::infer::sampler::Sampling;
 use gd_model::model::pretrained;
-use gd_model::trace::{Continuation, Header, Trace, Writer, hex, record, replay, verify};
+use gd_model::trace::{Generation, Header, Trace, Writer, hex, record, replay, verify};
 
 fn main() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
@@ -20,23 +20,19 @@ fn main() -> anyhow::Result<()> {
     // Record a generation.
     let (seed, sampling) = (7, Sampling { temperature: 0.7, ..Sampling::default() });
     let prompt = loaded.tokenizer.encode("It was the ")?;
-    let header = Header::new(&loaded, "demo", &prompt, Some((sampling, seed)), &[], &device)?;
-    let continuation = Continuation {
-        max_tokens: 20,
-        sampler: Sampler::new(sampling, seed)?,
-        end_tokens: loaded.end_tokens()?,
-    };
+    let generation = Generation { sampling, seed, max_tokens: 20, end_tokens: loaded.end_tokens()? };
+    let header = Header::new(&loaded, "demo", &prompt, Some(&generation), &[], &device)?;
     let file = folder.path().join("demo.trace");
     let mut out = File::create(&file)?;
     let mut writer = Writer::new(&file, &mut out, &header)?;
     let mut last = None;
-    record(&loaded, &header, &prompt, Some(continuation), &device, |record| {
+    let (_, ending) = record(&loaded, &header, &prompt, &device, |record| {
         writer.push(&record)?;
         last = Some(record);
         Ok(())
     })?;
-    let seal = writer.finish()?;
-    println!("{} positions, head {}", seal.count, hex(&seal.head));
+    let seal = writer.finish(ending)?;
+    println!("{} positions up to {ending}, head {}", seal.count, hex(&seal.head));
 
     // The record of the last token has one row for every selecting layer and head.
     let last = last.expect("the prompt has tokens");
@@ -53,8 +49,8 @@ fn main() -> anyhow::Result<()> {
 
     // The verification needs the file and its head, the replay also the model.
     let trace = Trace::read(&file)?;
-    let verified = verify(&trace, Some(seal.head), None)?;
-    let outcome = replay(&trace.header, &verified.records, &loaded, 1e-3, &device)?;
+    verify(&trace, Some(seal.head), None)?;
+    let outcome = replay(&trace.header, &trace.decoded()?, trace.ending, &loaded, 1e-3, &device)?;
     println!(
         "verified; replayed {} selections: {} ambiguous, {} contradictions",
         outcome.selections, outcome.ambiguous, outcome.contradictions

@@ -16,10 +16,11 @@ use gd_model::io::checkpoint::{
 };
 use gd_model::io::gguf;
 use gd_model::io::tokenizer::Tokenizer;
+use gd_model::trace::{self, Proof, Trace};
 use peak_alloc::PeakAlloc;
 
 /// The readers by name; the corpus has a folder for each.
-pub(crate) const READERS: [&str; 15] = [
+pub(crate) const READERS: [&str; 17] = [
     "safetensors",
     "index",
     "config",
@@ -35,6 +36,8 @@ pub(crate) const READERS: [&str; 15] = [
     "json-array",
     "compressed",
     "parquet",
+    "trace",
+    "proof",
 ];
 
 /// Bytes that a reader may allocate beyond eight times the size of its input.
@@ -154,6 +157,17 @@ impl ReaderFolder {
             // The compression is recognised by the content.
             "compressed" => documents(file("a.jsonl.zst")),
             "parquet" => documents(file("a.parquet")),
+            "trace" => {
+                // With a hash of its content, so that the reader passes the check of the hash.
+                let mut sealed = input.to_vec();
+                if let Some((content, hash)) = sealed.split_last_chunk_mut::<32>() {
+                    *hash = *blake3::hash(content).as_bytes();
+                }
+                let trace = Trace::from_bytes(Path::new("a.trace"), &sealed);
+                trace.is_ok_and(|trace| trace::verify(&trace, None, None).is_ok())
+            }
+            "proof" => Proof::from_bytes(Path::new("a.json"), input)
+                .is_ok_and(|proof| proof.check(None, None).is_ok()),
             _ => panic!("no reader {reader}; there are {}", READERS.join(", ")),
         }
     }

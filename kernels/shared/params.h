@@ -246,6 +246,11 @@ struct SelectParams {
     f32 value_floor;
     f32 hardness;         // 0 for a blend
     f32 gate_temperature; // of the energy gate; 0: no gate
+    f32 admission;        // by how much the energy of a winner may exceed the threshold; +inf to admit all
+    f32 gate_floor;       // least factor of the gradient of the scores
+    f32 temperature_spread; // factor of the spread of a row's candidates in the temperature of the estimator
+    u32 picks;            // rows that a query reads: the first ones
+    u32 null_candidate;   // whether the softmax of the estimator has the null slot
     f32 barrier_floor;
     f32 barrier_margin;
     f32 barrier_strength;

@@ -113,7 +113,7 @@ INLINE void select_backward(Thread me, PARAMS SelectParams &p, const DEVICE floa
     const DEVICE T *gradient = d_row(p, at, dy);
     float a[2] = {0, 0};
     // The estimator `winner` needs <dy, v> of the winner alone.
-    bool winner_only = p.estimator == ESTIMATOR_WINNER && p.hardness == 1.0f;
+    bool winner_only = p.estimator == ESTIMATOR_WINNER && p.hardness == 1.0f && p.picks == 1;
     bool used[2];
     for (u32 x = 0; x < 2; x++)
         used[x] = c.key[x] >= 0 && (!winner_only || i32(me.lane() + 32 * x) == choice.winner);

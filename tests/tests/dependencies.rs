@@ -8,7 +8,7 @@ use gd_tests::repository::root;
 
 /// Packages of the command line: argument parser, tables, plots, progress and log output.
 const COMMAND_LINE: [&str; 7] =
-    ["clap", "comfy-table", "ctrlc", "indicatif", "plotters", "png", "tracing-subscriber"];
+    ["clap", "comfy-table", "indicatif", "plotters", "png", "signal-hook", "tracing-subscriber"];
 
 /// The names of the packages that `package` depends on with its default features: the direct dependencies for a
 /// `depth` of 1, all of them without a limit.

@@ -6,7 +6,7 @@ use std::io::{ErrorKind, IsTerminal, Write};
 use anyhow::Result;
 use candle_core::Device;
 
-use crate::render::terminal::escape_controls;
+use crate::terminal::visible;
 
 /// The values of the flags that all commands share.
 #[derive(Debug, Clone)]
@@ -20,14 +20,18 @@ pub struct Context {
 }
 
 impl Context {
-    /// Writes `text` to stdout and flushes it. Returns false if the reader has closed the pipe, which is not an
+    /// Writes `text` to stdout and flushes it. On a terminal, control characters are shown escaped. Returns false if the reader has closed the pipe, which is not an
     /// error.
     ///
     /// # Errors
     /// Reports any other error of stdout.
     pub fn write(&self, text: impl fmt::Display) -> Result<bool> {
         let mut out = std::io::stdout().lock();
-        match write!(out, "{text}").and_then(|()| out.flush()) {
+        let written = match out.is_terminal() {
+            true => out.write_all(visible(&text.to_string()).as_bytes()),
+            false => write!(out, "{text}"),
+        };
+        match written.and_then(|()| out.flush()) {
             Ok(()) => Ok(true),
             Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(false),
             Err(e) => Err(anyhow::Error::new(e).context("cannot write to stdout")),
@@ -40,17 +44,6 @@ impl Context {
     /// As [`Context::write`].
     pub fn print(&self, text: impl fmt::Display) -> Result<()> {
         self.write(format_args!("{text}\n")).map(|_| ())
-    }
-
-    /// Writes text of a model to stdout, as [`Context::write`]. A terminal gets its control characters escaped.
-    ///
-    /// # Errors
-    /// As [`Context::write`].
-    pub fn write_text(&self, text: &str) -> Result<bool> {
-        match std::io::stdout().is_terminal() {
-            true => self.write(escape_controls(text)),
-            false => self.write(text),
-        }
     }
 
     /// The value of `--seed`, or its default.
@@ -76,6 +69,23 @@ pub fn usage(message: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(Usage(message.into()))
 }
 
+/// A check that could not be made completely. It ends the program with exit code 3.
+#[derive(Debug)]
+struct Incomplete(String);
+
+impl fmt::Display for Incomplete {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Incomplete {}
+
+/// Creates an error that ends the program with exit code 3. `message` says what was not checked.
+pub fn incomplete(message: impl Into<String>) -> anyhow::Error {
+    anyhow::Error::new(Incomplete(message.into()))
+}
+
 /// Turns the error of a setting that is out of range into a usage error that names its flag, such as `--top-p` for
 /// `top_p`. Other errors are not changed.
 pub fn flag_error(error: gd_model::Error) -> anyhow::Error {
@@ -87,12 +97,18 @@ pub fn flag_error(error: gd_model::Error) -> anyhow::Error {
     }
 }
 
-/// The exit code for an error: 2 for a usage error, else 1.
+/// The exit code for an error: 2 for a usage error, 3 for a check that could not be made completely, else 1.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    if error.chain().any(|e| e.is::<Usage>()) { 2 } else { 1 }
+    if error.chain().any(|e| e.is::<Usage>()) {
+        2
+    } else if error.chain().any(|e| e.is::<Incomplete>()) {
+        3
+    } else {
+        1
+    }
 }
 
-/// The message of an error and of its causes on one line, outermost first.
+/// The message of an error and of its causes on one line, outermost first, without control characters.
 pub fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
@@ -108,7 +124,7 @@ pub fn one_line(error: &anyhow::Error) -> String {
             line.push_str(&text);
         }
     }
-    line
+    visible(&line)
 }
 
 #[cfg(test)]
@@ -119,6 +135,8 @@ mod tests {
     fn an_error_is_one_line_that_contains_each_cause_once() {
         let e = anyhow::anyhow!("in\nner   cause\n   0: frame\n   1: frame").context("outer");
         assert_eq!(one_line(&e), "outer: in ner cause");
+        let e = anyhow::anyhow!("key \u{1b}[2J\u{9b}x");
+        assert_eq!(one_line(&e), "key \\u001b[2J\\u009bx");
         let e = gd_kernels::Error::from(candle_core::Error::Msg("k is short".into()));
         assert_eq!(one_line(&anyhow::Error::new(e)), "k is short");
     }

@@ -16,4 +16,5 @@ pub mod history;
 pub mod progress;
 pub mod render;
 pub mod subprocess;
+pub mod terminal;
 pub mod training;

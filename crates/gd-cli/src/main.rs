@@ -8,7 +8,7 @@ const STACK_BYTES: usize = 8 << 20;
 /// one from a thread outside it costs a wake-up and a wait, which is more than the loop costs for a small model.
 fn main() -> std::process::ExitCode {
     if let Err(e) = rayon::ThreadPoolBuilder::new().stack_size(STACK_BYTES).build_global() {
-        eprintln!("error: cannot start threads: {e}");
+        gd_cli::terminal::note(format_args!("error: cannot start threads: {e}"));
         return std::process::ExitCode::FAILURE;
     }
     rayon::scope(|_| gd_cli::commands::main())

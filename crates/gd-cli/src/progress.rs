@@ -7,6 +7,8 @@ use anyhow::Result;
 use gd_model::train::{Step, Trainer};
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::terminal::note;
+
 /// Time between two redraws while there is no new progress.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(500);
 /// Steps between two lines of progress if stderr is not a terminal.
@@ -58,13 +60,13 @@ impl TrainingProgress {
         let message = format!("{loss}{valid}  {:.0} tokens/s", step.tokens_per_second);
         if self.print_lines && (step.valid_loss.is_some() || step.step.is_multiple_of(STEPS_PER_LINE)) {
             let left = HumanDuration(Duration::from_secs_f64(step.seconds_left));
-            eprintln!("{}/{} steps  {message}  left {left:#}", step.step, step.total);
+            note(format_args!("{}/{} steps  {message}  left {left:#}", step.step, step.total));
         }
         self.display.set_message(message);
         self.display.set_position(step.step);
         if let Some(sample) = sample {
             let text = format!("sample after {} steps: {sample}", step.step);
-            self.display.suspend(|| eprintln!("{text}"));
+            self.display.suspend(|| note(&text));
         }
     }
 

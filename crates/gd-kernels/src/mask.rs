@@ -84,9 +84,11 @@ impl Mask {
 
     /// The mask of the queries from `first` on.
     pub fn from_query(mut self, first: usize) -> Self {
-        let moved = |offset: i64| offset.saturating_add(first as i64);
-        self.offset = moved(self.offset);
-        self.offsets = self.offsets.map(|offsets| Arc::new(offsets.iter().copied().map(moved).collect()));
+        let first = first as i64;
+        self.offset = self.offset.saturating_add(first);
+        self.offsets = self
+            .offsets
+            .map(|offsets| Arc::new(offsets.iter().map(|offset| offset.saturating_add(first)).collect()));
         self
     }
 

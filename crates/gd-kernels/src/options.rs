@@ -60,6 +60,28 @@ pub enum Estimator {
     Blend,
 }
 
+/// How the estimators of a hard choice form their softmax and its scale. The default is a fixed temperature, the null slot
+/// among the candidates, and the gate as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct CandidateGradient {
+    /// Factor c >= 0 of the spread of a row's candidates: the temperature of the row is `T + c * (mean eps - min eps)`
+    /// over its candidates. The temperature is a constant of the gradient.
+    pub temperature_spread: f64,
+    /// Least factor in [0, 1] of the gradient of the scores. The energy gate rho scales it, so that a head that has
+    /// closed would learn nothing; with a floor f the factor is `max(rho, f)`.
+    pub gate_floor: f64,
+    /// Whether the softmax has the null slot, whose energy is the threshold.
+    pub null: bool,
+}
+
+impl Default for CandidateGradient {
+    fn default() -> Self {
+        Self { temperature_spread: 0.0, gate_floor: 0.0, null: true }
+    }
+}
+
 /// The factor of the selected value row.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
@@ -77,6 +99,18 @@ pub enum Gate {
     /// query and key coincide, `max(alpha, 1 - alpha)` far away. Needs alpha, and is the gate
     /// through which alpha learns.
     Coherence,
+}
+
+impl Gate {
+    /// By how much the energy of a candidate that can be selected may exceed the threshold tau. With the energy gate,
+    /// `rho = sigmoid((tau - eps) / T) >= exclude_below` is `eps <= tau + T ln((1 - exclude_below) / exclude_below)`;
+    /// without it the limit is tau.
+    pub fn admission(self, exclude_below: f64) -> f64 {
+        match self {
+            Self::Energy { temperature } => temperature * ((1.0 - exclude_below) / exclude_below).ln(),
+            Self::None | Self::Coherence => 0.0,
+        }
+    }
 }
 
 /// Which root of the coherence equation is used for a pair whose energy has two wells.

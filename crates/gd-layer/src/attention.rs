@@ -38,6 +38,9 @@ pub struct Pass<'a> {
     pub temperature: Option<f64>,
     /// Added to the thresholds of heads that have one, in the unit of energies.
     pub threshold: Option<f64>,
+    /// Whether the layers compute their output without what their heads read: that of the Beacon alone. The heads still
+    /// read, so that statistics and probes see what they would.
+    pub cut_reads: bool,
     /// Every layer, first to last, appends its statistics here; none to skip their computation.
     pub stats: Option<&'a RefCell<Vec<SelectionStats>>>,
     /// Observes the selecting layers, and may change their candidates.
@@ -56,6 +59,7 @@ impl<'a> Pass<'a> {
             preserve_floor: None,
             temperature: None,
             threshold: None,
+            cut_reads: false,
             stats: None,
             probe: None,
             layer: 0,

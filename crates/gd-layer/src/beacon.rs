@@ -76,7 +76,7 @@ impl Memory {
 
 impl Beacon {
     /// Weights under `vb`: `conv.weight [C, W]`, `memory.weight [3 R Hq, C]`, `memory.bias`,
-    /// `prior.weight [Hk, C]`, each for a part that the config enables.
+    /// `prior.weight [Hk, C]` (Hk that are read), each for a part that the config enables.
     ///
     /// # Errors
     /// Weights that are missing or of another shape.
@@ -91,10 +91,10 @@ impl Beacon {
             0 => None,
             _ => Some(Memory::new(c, heads, r, vb.pp("memory"))?),
         };
-        let prior = match beacon.prior {
+        let prior = match beacon.prior && cfg.reading_heads() > 0 {
             true => {
                 let weight = vb.pp("prior").get_with_hints(
-                    (cfg.num_key_value_heads, c),
+                    (cfg.reading_key_value_heads(), c),
                     "weight",
                     Init::Const(0.0),
                 )?;

@@ -44,7 +44,9 @@ const MIN_CAPACITY: usize = 256;
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct LayerCache {
-    /// Keys `[B, Hk, M, D]`.
+    /// Cached positions of every sequence.
+    lengths: Vec<usize>,
+    /// Keys `[B, Hk, M, D]`; none in a layer whose heads do not read.
     keys: Option<AppendBuffer>,
     /// Values `[B, Hk, M, D]`.
     values: Option<AppendBuffer>,
@@ -106,12 +108,12 @@ impl LayerCache {
 
     /// The number of cached positions of the longest sequence.
     pub fn len(&self) -> usize {
-        self.keys.as_ref().map_or(0, AppendBuffer::longest)
+        self.lengths.iter().copied().max().unwrap_or(0)
     }
 
     /// The number of cached positions of every sequence; empty for an empty cache.
     pub fn lengths(&self) -> &[usize] {
-        self.keys.as_ref().map_or(&[], AppendBuffer::lengths)
+        &self.lengths
     }
 
     /// One cache with the sequences of all `caches`, which belong to the same layer, in order. An empty cache has no
@@ -136,6 +138,7 @@ impl LayerCache {
         let mean = cat(|cache| cache.average.as_ref().map(|a| &a.mean))?;
         let log_weight = cat(|cache| cache.average.as_ref().map(|a| &a.log_weight))?;
         Ok(Self {
+            lengths: caches.iter().flat_map(|cache| cache.lengths.iter().copied()).collect(),
             keys: buffers(|cache| cache.keys.as_ref())?,
             values: buffers(|cache| cache.values.as_ref())?,
             prior: buffers(|cache| cache.prior.as_ref())?,
@@ -156,14 +159,18 @@ impl LayerCache {
     /// An index beyond the batch.
     pub fn select(&self, sequences: &[usize]) -> Result<Self> {
         // candle has no empty tensors on a GPU.
-        let Some(keys) = self.keys.as_ref().filter(|_| !sequences.is_empty()) else {
+        let of_batch = [&self.conv, &self.state].into_iter().flatten();
+        let device = self.keys.as_ref().map(|keys| keys.buffer().device());
+        let device = device.or_else(|| self.average.as_ref().map(|average| average.mean.device()));
+        let device = device.or_else(|| of_batch.map(Tensor::device).next());
+        let Some(device) = device.filter(|_| !sequences.is_empty()) else {
             return Ok(Self { precision: self.precision, ..Self::new() });
         };
-        if let Some(sequence) = sequences.iter().find(|sequence| **sequence >= keys.lengths().len()) {
-            candle_core::bail!("sequence {sequence} of a cache of {}", keys.lengths().len());
+        if let Some(sequence) = sequences.iter().find(|sequence| **sequence >= self.lengths.len()) {
+            candle_core::bail!("sequence {sequence} of a cache of {}", self.lengths.len());
         }
         let rows: Vec<u32> = sequences.iter().map(|&sequence| sequence as u32).collect();
-        let rows = Tensor::new(rows, keys.buffer().device())?;
+        let rows = Tensor::new(rows, device)?;
         let buffers = |part: &Option<AppendBuffer>| -> Result<Option<AppendBuffer>> {
             Ok(part.as_ref().map(|part| part.select(sequences)).transpose()?)
         };
@@ -174,6 +181,7 @@ impl LayerCache {
             })
         };
         Ok(Self {
+            lengths: sequences.iter().map(|&sequence| self.lengths[sequence]).collect(),
             keys: buffers(&self.keys)?,
             values: buffers(&self.values)?,
             prior: buffers(&self.prior)?,
@@ -228,6 +236,12 @@ impl LayerCache {
         self.len() == 0
     }
 
+    /// Counts n more positions of each of the b sequences.
+    pub(crate) fn advance(&mut self, b: usize, n: usize) {
+        self.lengths.resize(b, 0);
+        self.lengths.iter_mut().for_each(|length| *length += n);
+    }
+
     /// Appends k, v `[B, Hk, N, D]` and prior `[B, Hk, N]`; returns those of all cached positions.
     pub(crate) fn extend(
         &mut self,
@@ -236,6 +250,7 @@ impl LayerCache {
         prior: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor, Option<Tensor>)> {
         let prior = prior.map(|p| append(&mut self.prior, p)).transpose()?;
+        self.advance(k.dim(0)?, k.dim(2)?);
         Ok((append(&mut self.keys, k)?, append(&mut self.values, v)?, prior))
     }
 

@@ -1,6 +1,6 @@
 //! The configuration of an attention layer. Every struct reads and writes itself with serde; unknown keys are errors.
 
-use gd_kernels::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
+use gd_kernels::{Barrier, CandidateGradient, CoherenceMode, Estimator, Gate, Score, TieBreak};
 use serde::{Deserialize, Serialize};
 
 /// Shape and parts of an attention layer, softmax or selecting.
@@ -49,6 +49,11 @@ pub struct AttentionConfig {
     /// mask of the pass leaves visible.
     #[serde(default)]
     pub window: Option<usize>,
+    /// The number n of query heads that read keys, the first n of all; none for all heads. The other heads are the
+    /// Beacon's running averages alone: they have no queries and keys, and no cache. A multiple of the heads of a group
+    /// ([`AttentionConfig::group`]); 0 is allowed.
+    #[serde(default)]
+    pub selecting_heads: Option<usize>,
     /// The Beacon; none for a layer without one.
     #[serde(default)]
     pub beacon: Option<BeaconConfig>,
@@ -73,6 +78,7 @@ impl AttentionConfig {
             rms_norm_eps: default_eps(),
             output_gate: false,
             window: None,
+            selecting_heads: None,
             beacon: None,
             gd: GdConfig::default(),
         }
@@ -120,6 +126,12 @@ impl AttentionConfig {
         Self { window: Some(keys), ..self }
     }
 
+    /// The same with `heads` query heads that read keys.
+    #[must_use]
+    pub fn with_selecting_heads(self, heads: usize) -> Self {
+        Self { selecting_heads: Some(heads), ..self }
+    }
+
     /// The same with a Beacon.
     #[must_use]
     pub fn with_beacon(self, beacon: BeaconConfig) -> Self {
@@ -137,6 +149,16 @@ impl AttentionConfig {
         self.num_attention_heads / self.num_key_value_heads
     }
 
+    /// Query heads that read keys.
+    pub fn reading_heads(&self) -> usize {
+        self.selecting_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    /// Key-value heads whose keys and values are read, and cached.
+    pub fn reading_key_value_heads(&self) -> usize {
+        self.reading_heads() / self.group()
+    }
+
     /// Checks the values against each other.
     ///
     /// # Errors
@@ -148,6 +170,16 @@ impl AttentionConfig {
         }
         if head_dim == 0 || hidden_size == 0 {
             candle_core::bail!("hidden_size {hidden_size} and head_dim {head_dim} must be positive");
+        }
+        if let Some(n) = self.selecting_heads.filter(|n| *n > hq || n % (hq / hk) != 0) {
+            candle_core::bail!("selecting_heads {n} is not a multiple of {} up to {hq}", hq / hk);
+        }
+        let averages = self.beacon.as_ref().map_or(0, |beacon| beacon.averages);
+        if self.reading_heads() < hq && averages == 0 {
+            candle_core::bail!(
+                "selecting_heads {} of {hq} leaves heads to the Beacon, which needs beacon.averages of at least 1",
+                self.reading_heads()
+            );
         }
         if self.window == Some(0) {
             candle_core::bail!("a window of 0 keys lets no query see any");
@@ -188,12 +220,20 @@ pub struct GdConfig {
     pub tie: TieBreak,
     /// The factor of the selected row: none, `{"energy": {"temperature": T}}` for ρ = σ((τ − ε)/T), or `coherence`.
     pub gate: Gate,
+    /// Abstention with the energy gate: a read whose gate ρ is below this is dropped, in [0, 1). At 0 none is; at 1/2,
+    /// the default, those whose energy exceeds the threshold.
+    pub exclude_below: f64,
+    /// Rows R in 1..=4 that a query reads from one scan, with weights e^(−ε_r/T)/(e^(−τ/T) + Σ e^(−ε_r/T)), T the
+    /// temperature of the energy gate (without it 1, and no τ). 1 is the plain selection.
+    pub picks: usize,
     /// Gradient of the hard choice.
     pub estimator: Estimator,
     /// Temperature T > 0 of the estimator's softmax.
     pub temperature: f64,
     /// Preserve floor f in [0, 1], the share of the gradient that is spread evenly over the candidates.
     pub preserve_floor: f64,
+    /// Temperature by the spread of a row's candidates, floor of the gate, and null slot of the gradient.
+    pub gradient: CandidateGradient,
     /// Value floor λ in [0, 1], the share of the value gradient that goes to the candidates by weight.
     pub value_floor: f64,
     /// Initial threshold in units of `beta * (|q|^2 + |k|^2)` at unit RMS, that is `2 beta D`; the
@@ -234,6 +274,24 @@ impl GdConfig {
     #[must_use]
     pub fn with_gate(self, gate: Gate) -> Self {
         Self { gate, ..self }
+    }
+
+    /// The same with another least gate of a read.
+    #[must_use]
+    pub fn with_exclude_below(self, exclude_below: f64) -> Self {
+        Self { exclude_below, ..self }
+    }
+
+    /// The same with another number of rows that a query reads.
+    #[must_use]
+    pub fn with_picks(self, picks: usize) -> Self {
+        Self { picks, ..self }
+    }
+
+    /// The same with other options of the estimator's softmax.
+    #[must_use]
+    pub fn with_gradient(self, gradient: CandidateGradient) -> Self {
+        Self { gradient, ..self }
     }
 
     /// The same with another estimator.
@@ -287,9 +345,12 @@ impl Default for GdConfig {
             norm_prior: false,
             tie: TieBreak::First,
             gate: Gate::None,
+            exclude_below: 0.5,
+            picks: 1,
             estimator: Estimator::Candidates,
             temperature: 1.0,
             preserve_floor: 0.02,
+            gradient: CandidateGradient::default(),
             value_floor: 0.0,
             threshold: None,
             rounds: 1,

@@ -58,7 +58,8 @@ const INITIAL_ALPHA: f64 = 0.6;
 #[derive(Debug)]
 pub struct GdAttention {
     heads: Heads,
-    log_beta: Tensor,
+    /// None without heads that read.
+    log_beta: Option<Tensor>,
     threshold: Option<Tensor>,
     alpha_logit: Option<Tensor>,
     rounds: Option<Tensor>,
@@ -74,14 +75,18 @@ impl GdAttention {
     /// A config that contradicts itself, or weights that are missing or of another shape.
     pub fn new(cfg: &AttentionConfig, rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
         let heads = Heads::new(cfg, rotary, vb.clone())?;
-        let (vb, hq, d) = (vb.pp("gd"), cfg.num_attention_heads, cfg.head_dim as f64);
+        let (vb, hq, d) = (vb.pp("gd"), cfg.reading_heads(), cfg.head_dim as f64);
+        if hq == 0 {
+            let (log_beta, threshold, alpha_logit, rounds) = (None, None, None, None);
+            return Ok(Self { heads, log_beta, threshold, alpha_logit, rounds, cache: Mutex::default() });
+        }
         // The initial scores are then those of softmax attention, <q, k> / sqrt(D). Energies contain them as
         // 2 beta <q, k>, and order keys alike if all keys have the same norm or `norm_prior` is set.
         let beta = match cfg.gd.score {
             Score::Dot => 1.0 / d.sqrt(),
             Score::Energy => 0.5 / d.sqrt(),
         };
-        let log_beta = vb.get_with_hints(hq, "beta", Init::Const(beta.ln()))?;
+        let log_beta = Some(vb.get_with_hints(hq, "beta", Init::Const(beta.ln()))?);
         let threshold = match cfg.gd.threshold {
             Some(t) => Some(vb.get_with_hints(hq, "threshold", Init::Const(t * 2.0 * beta * d))?),
             None => None,
@@ -127,6 +132,9 @@ impl GdAttention {
             None => Mask::causal(offset as i64),
         };
         let pass = Pass::new(&mask);
+        if self.log_beta.is_none() {
+            return self.heads.without_reads(x, &pass, Some(&mut cache));
+        }
         let projected = self.heads.project_with_gradients(x, &pass, &mut cache)?;
         self.attend_to(projected, &pass, Some(&mut cache))
     }
@@ -146,7 +154,8 @@ impl GdAttention {
 
     /// The layer's output from its projections.
     fn attend_to(&self, projected: Projected, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        let beta = self.log_beta.exp()?;
+        let Some(log_beta) = &self.log_beta else { candle_core::bail!("a layer without reading heads") };
+        let beta = log_beta.exp()?;
         let norm_prior = |k: &Tensor, learned: Option<&Tensor>| norm_prior(k, &beta, learned);
         // A cached prior has no gradient: where beta has one, the prior is computed again.
         let caches_prior = self.heads.cfg.gd.norm_prior && !beta.track_op();
@@ -189,12 +198,12 @@ impl GdAttention {
         self.heads.output(y, projected)
     }
 
-    /// Whether the output of a pass with hardness 1 is the value row of the winner.
+    /// Whether the output of a pass with hardness 1 is the value row of the winner, or that row times its energy gate.
     fn returns_winner(&self) -> bool {
         let AttentionConfig { gd, beacon, .. } = &self.heads.cfg;
         let barrier = beacon.as_ref().is_some_and(|beacon| beacon.barrier.is_some());
         let mixes = matches!(gd.estimator, Estimator::Blend | Estimator::Dense);
-        gd.gate == Gate::None && gd.rounds == 1 && !barrier && !mixes
+        gd.gate != Gate::Coherence && gd.rounds == 1 && gd.picks == 1 && !barrier && !mixes
     }
 
     /// How decoding uses data derived from the cached keys; none where every key is a candidate.
@@ -209,7 +218,7 @@ impl GdAttention {
         plain && self.returns_winner()
     }
 
-    /// The value rows of the winners `[B, Hq, N, D]`.
+    /// The value rows of the winners, times their energy gates if there are any, `[B, Hq, N, D]`.
     fn winner(
         &self,
         projected: &Projected,
@@ -233,8 +242,19 @@ impl GdAttention {
             protected: protected.as_ref(),
             ..Scan::new(scoring.beta, mask, candidates)
         };
-        let threshold = self.thresholds(pass)?;
-        Ok(decode(q, k, v, &options.with_cached(key_cache), threshold.as_ref())?.y)
+        let (options, threshold) = (options.with_cached(key_cache), self.thresholds(pass)?);
+        let GdConfig { gate, exclude_below, .. } = self.heads.cfg.gd;
+        let (Gate::Energy { temperature }, Some(threshold)) = (gate, &threshold) else {
+            return Ok(decode(q, k, v, &options, threshold.as_ref())?.y);
+        };
+        let limit = (threshold + gate.admission(exclude_below))?;
+        let winner = decode(q, k, v, &options, Some(&limit))?;
+        let threshold = threshold.to_dtype(winner.energy.dtype())?.reshape((1, (), 1))?;
+        // A quotient, not a product with the reciprocal: the bits are those of `select`.
+        let temperature = Tensor::new(temperature, q.device())?.to_dtype(threshold.dtype())?;
+        let logits = threshold.broadcast_sub(&winner.energy)?.broadcast_div(&temperature)?;
+        let rho = candle_nn::ops::sigmoid(&logits)?.unsqueeze(3)?;
+        winner.y.to_dtype(rho.dtype())?.broadcast_mul(&rho)?.to_dtype(winner.y.dtype())
     }
 
     /// The selections, and the candidates that they were made from.
@@ -271,11 +291,13 @@ impl GdAttention {
         let alpha = self.alpha_logit.as_ref().map(candle_nn::ops::sigmoid).transpose()?;
         let rounds = self.rounds.as_ref().map(|r| first_round(r)?.broadcast_add(r)).transpose()?;
         let threshold = self.thresholds(pass)?;
-        let (layer, threshold) = (pass.layer, threshold.as_ref());
+        let admission = gd.gate.admission(gd.exclude_below);
+        let limit = threshold.as_ref().map(|threshold| threshold + admission).transpose()?;
+        let (layer, threshold, limit) = (pass.layer, threshold.as_ref(), limit.as_ref());
         let candidates = match pass.probe {
             Some(probe) => {
                 let scan = &options;
-                probe.preserved(CandidateView { layer, configured, candidates, threshold, q, k, scan })?
+                probe.preserved(CandidateView { layer, configured, candidates, limit, q, k, scan })?
             }
             None => candidates,
         };
@@ -286,9 +308,12 @@ impl GdAttention {
             threshold,
             alpha: alpha.as_ref(),
             gate: gd.gate,
+            exclude_below: gd.exclude_below,
+            picks: gd.picks,
             estimator: gd.estimator,
             temperature: pass.temperature.unwrap_or(gd.temperature),
             preserve_floor: pass.preserve_floor.unwrap_or(gd.preserve_floor),
+            gradient: gd.gradient,
             value_floor: gd.value_floor,
             hardness: pass.hardness,
             barrier: self.heads.cfg.beacon.as_ref().and_then(|b| b.barrier),
@@ -300,7 +325,7 @@ impl GdAttention {
         if let Some(probe) = pass.probe {
             let (memory, output_gate) = (projected.memory.as_ref(), projected.gate.as_ref());
             let (candidates, selected) = (&candidates, &selected);
-            probe.selected(&SelectionView { layer, candidates, selected, threshold, memory, output_gate })?;
+            probe.selected(&SelectionView { layer, candidates, selected, limit, memory, output_gate })?;
         }
         Ok((selected, candidates))
     }
@@ -349,6 +374,9 @@ fn first_round(rounds: &Tensor) -> Result<Tensor> {
 
 impl Attention for GdAttention {
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        if self.log_beta.is_none() {
+            return self.heads.without_reads(x, pass, cache);
+        }
         match cache {
             Some(cache) => {
                 let projected = self.heads.project(x, pass, Some(&mut *cache))?;

@@ -1,6 +1,5 @@
 //! A layer with one of the attention mechanisms, with the projections, Beacon and cache of `GdAttention`.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Module, Result, Tensor};
@@ -10,7 +9,7 @@ use gd_kernels::Mask;
 use crate::attention::{Attention, Pass};
 use crate::cache::{LayerCache, fit_state};
 use crate::config::AttentionConfig;
-use crate::heads::{Heads, Projected};
+use crate::heads::{Heads, Projected, visible_keys};
 use crate::mechanisms::{AttentionMechanism, Inputs, Sizes, Weight};
 use crate::rope::Rotary;
 use crate::stats::SelectionStats;
@@ -77,6 +76,10 @@ impl MechanismAttention {
     pub fn validate(cfg: &AttentionConfig, mechanism: &AttentionMechanism) -> Result<()> {
         cfg.validate()?;
         mechanism.validate_in_layer(&sizes(cfg))?;
+        if let Some(n) = cfg.selecting_heads {
+            let name = mechanism.name();
+            candle_core::bail!("selecting_heads {n} is read by softmax and gd layers only, not by {name}");
+        }
         if cfg.beacon.as_ref().is_some_and(|beacon| beacon.prior) {
             let name = mechanism.name();
             candle_core::bail!(
@@ -127,20 +130,6 @@ fn split_output(y: &Tensor, maps: usize) -> Result<Tensor> {
         return Ok(y.clone());
     }
     y.reshape((b, h, n, maps, d / maps))?.transpose(2, 3)?.reshape((b, h * maps, n, d / maps))
-}
-
-/// The mask as a tensor, u8 `[B|1, 1, N, M]`, 1 where a key is visible. Only the first and the last visible key of each
-/// query are copied to the device.
-fn visible_keys(mask: &Mask, [b, n, m]: [usize; 3], device: &Device) -> Result<Tensor> {
-    mask.validate(b, m)?;
-    let b = if mask.differs() { b } else { 1 };
-    let ranges: Vec<Range<usize>> = (0..b * n).map(|row| mask.visible(row / n, row % n, m)).collect();
-    let column = |f: fn(&Range<usize>) -> u32| {
-        Tensor::from_vec(ranges.iter().map(f).collect::<Vec<_>>(), (b, 1, n, 1), device)
-    };
-    let keys = Tensor::arange(0u32, m as u32, device)?.reshape((1, 1, 1, m))?;
-    keys.broadcast_ge(&column(|range| range.start as u32)?)?
-        * keys.broadcast_lt(&column(|range| range.end as u32)?)?
 }
 
 /// The positions of queries `[B, N]` and keys `[B, M]` in their packed sequence, i64.

@@ -36,8 +36,8 @@ pub struct CandidateView<'a> {
     pub configured: usize,
     /// The candidates of every query.
     pub candidates: Candidates,
-    /// Threshold per query head `[Hq]`, where the heads have one.
-    pub threshold: Option<&'a Tensor>,
+    /// Greatest energy that can be selected per query head `[Hq]`, where the heads have a threshold.
+    pub limit: Option<&'a Tensor>,
     pub(crate) q: &'a Tensor,
     pub(crate) k: &'a Tensor,
     pub(crate) scan: &'a Scan<'a>,
@@ -84,9 +84,10 @@ pub struct SelectionView<'a> {
     pub candidates: &'a Candidates,
     /// The selections.
     pub selected: &'a Selected,
-    /// Threshold per query head `[Hq]`, where the heads have one.
-    pub threshold: Option<&'a Tensor>,
-    /// Output of the Beacon's running averages, which is added to that of the heads, `[B, Hq, N, D]`.
+    /// Greatest energy that can be selected per query head `[Hq]`, where the heads have a threshold.
+    pub limit: Option<&'a Tensor>,
+    /// Output of the Beacon's running averages, which is added to that of the heads, `[B, H, N, D]`, for all heads: those
+    /// that read come first.
     pub memory: Option<&'a Tensor>,
     /// The gate of the heads' output `[B, N, Hq * D]`.
     pub output_gate: Option<&'a Tensor>,

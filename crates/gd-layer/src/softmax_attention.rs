@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use candle_core::{Module, Result, Tensor};
-use candle_nn::VarBuilder;
+use candle_core::{D, DType, Module, Result, Tensor};
+use candle_nn::{Init, VarBuilder};
 use gd_kernels::{Mask, softmax_attention};
 
 use crate::attention::{Attention, Pass};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
-use crate::heads::{Heads, Projected};
+use crate::heads::{Heads, Projected, visible_keys};
 use crate::rope::Rotary;
 use crate::stats::SelectionStats;
 
@@ -39,7 +39,21 @@ use crate::stats::SelectionStats;
 #[derive(Debug, Clone)]
 pub struct SoftmaxAttention {
     heads: Heads,
+    null: Option<NullSlot>,
 }
+
+/// The parameters of softmax over selection energies with a null slot.
+#[derive(Debug, Clone)]
+struct NullSlot {
+    /// `ln beta` `[Hq]`.
+    log_beta: Tensor,
+    /// The energy of the null slot `[Hq]`.
+    threshold: Tensor,
+}
+
+/// The initial energy of the null slot where the configuration has no threshold, in units of `2 beta D`: that of a key
+/// whose inner product with the query is 0.
+const NULL_ENERGY: f64 = 0.5;
 
 impl SoftmaxAttention {
     /// Reads or creates the weights under `vb`: `q_proj`, `k_proj`, `v_proj`, `o_proj` and those of the configured
@@ -48,13 +62,96 @@ impl SoftmaxAttention {
     /// # Errors
     /// A config that contradicts itself, or weights that are missing or of another shape.
     pub fn new(cfg: &AttentionConfig, rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
-        Ok(Self { heads: Heads::new(cfg, rotary, vb)? })
+        Ok(Self { heads: Heads::new(cfg, rotary, vb)?, null: None })
     }
+
+    /// Attention with the score of selection: `softmax(-energies) v` over the keys and a null slot with the value 0, with
+    /// energies `beta |q - k|^2 - prior` and a learned energy of the null slot. It blends what
+    /// [`GdAttention`](crate::GdAttention) selects from, and is its control.
+    ///
+    /// Reads or creates the same weights, and `gd.beta [Hq]` (its logarithm) and `gd.threshold [Hq]`.
+    ///
+    /// # Errors
+    /// As [`SoftmaxAttention::new`].
+    pub fn with_null(cfg: &AttentionConfig, rotary: Arc<Rotary>, vb: VarBuilder) -> Result<Self> {
+        let heads = Heads::new(cfg, rotary, vb.clone())?;
+        let (vb, hq, d) = (vb.pp("gd"), cfg.reading_heads(), cfg.head_dim as f64);
+        if hq == 0 {
+            return Ok(Self { heads, null: None });
+        }
+        // Scores 2 beta <q, k> are then those of softmax attention, <q, k> / sqrt(D).
+        let beta = 0.5 / d.sqrt();
+        let energy = cfg.gd.threshold.unwrap_or(NULL_ENERGY) * 2.0 * beta * d;
+        let log_beta = vb.get_with_hints(hq, "beta", Init::Const(beta.ln()))?;
+        let threshold = vb.get_with_hints(hq, "threshold", Init::Const(energy))?;
+        Ok(Self { heads, null: Some(NullSlot { log_beta, threshold }) })
+    }
+}
+
+impl SoftmaxAttention {
+    /// The output of the layer with a null slot; it stores the weights of all keys.
+    fn blend_with_null(&self, null: &NullSlot, projected: Projected, pass: &Pass) -> Result<Tensor> {
+        let Projected { q, k, v, .. } = &projected;
+        let ((b, hq, n, d), (hk, m)) = (q.dims4()?, (k.dim(1)?, k.dim(2)?));
+        // The heads of a group share keys: fold them into the rows of one product.
+        let rows = q.contiguous()?.reshape((b, hk, hq / hk * n, d))?;
+        let products = rows.matmul(&k.contiguous()?.t()?)?.reshape((b, hq, n, m))?;
+        let weights = null.weights(&products, &projected)?;
+        if let Some(stats) = pass.stats {
+            stats.borrow_mut().push(SelectionStats::of_weights(&weights)?);
+        }
+        let weights = weights.reshape((b, hk, hq / hk * n, m))?;
+        let y = weights.matmul(&v.contiguous()?)?.reshape((b, hq, n, d))?;
+        self.heads.output(y, projected)
+    }
+}
+
+impl NullSlot {
+    /// The weights `[B, Hq, N, M]` of inner products `[B, Hq, N, M]`, without that of the null slot.
+    fn weights(&self, products: &Tensor, projected: &Projected) -> Result<Tensor> {
+        let Projected { q, k, prior, mask, .. } = projected;
+        let (b, hq, n, m) = products.dims4()?;
+        let (hk, dtype) = (k.dim(1)?, products.dtype());
+        let per_head = |t: &Tensor| t.to_dtype(dtype)?.reshape((1, hq, 1, 1));
+        let per_key = |t: &Tensor| {
+            t.to_dtype(dtype)?
+                .reshape((b, hk, 1, 1, m))?
+                .broadcast_as((b, hk, hq / hk, 1, m))?
+                .reshape((b, hq, 1, m))
+        };
+        let beta = per_head(&self.log_beta.exp()?)?;
+        let distance = (products * -2.0)?
+            .broadcast_add(&q.sqr()?.sum_keepdim(D::Minus1)?)?
+            .broadcast_add(&per_key(&k.sqr()?.sum(3)?)?)?;
+        let scores = distance.broadcast_mul(&beta.neg()?)?;
+        let scores = match prior {
+            Some(prior) => scores.broadcast_add(&per_key(prior)?)?,
+            None => scores,
+        };
+        let visible = visible_keys(mask, [b, n, m], scores.device())?.broadcast_as(scores.shape())?;
+        let none =
+            Tensor::new(f32::NEG_INFINITY, scores.device())?.to_dtype(dtype)?.broadcast_as(scores.shape())?;
+        let scores = visible.where_cond(&scores, &none)?;
+        let null = per_head(&self.threshold)?.neg()?.broadcast_as((b, hq, n, 1))?;
+        let all = Tensor::cat(&[&scores, &null], 3)?.to_dtype(wide(dtype))?;
+        candle_nn::ops::softmax(&all, D::Minus1)?.narrow(3, 0, m)?.to_dtype(dtype)
+    }
+}
+
+/// The dtype in which a softmax is computed.
+fn wide(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
 impl Attention for SoftmaxAttention {
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+        if self.heads.cfg.reading_heads() == 0 {
+            return self.heads.without_reads(x, pass, cache);
+        }
         let projected = self.heads.project(x, pass, cache)?;
+        if let Some(null) = &self.null {
+            return self.blend_with_null(null, projected, pass);
+        }
         let Projected { q, k, v, prior, mask, .. } = &projected;
         let scale = (q.dim(3)? as f64).sqrt().recip();
         if let Some(stats) = pass.stats {

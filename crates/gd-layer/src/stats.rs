@@ -6,6 +6,9 @@ use gd_kernels::{Candidates, Mask, Selected, masked_softmax};
 /// The greatest number of weights in memory for the statistics of softmax attention: 16 MiB of f32.
 const MAX_WEIGHTS: usize = 1 << 22;
 
+/// The gate from which a read counts as open.
+const OPEN_GATE: f64 = 0.1;
+
 /// Statistics of the selections of a layer in one pass, over batch, heads and queries.
 #[derive(Debug, Clone)]
 pub struct SelectionStats {
@@ -23,6 +26,10 @@ pub struct SelectionStats {
     pub distinct: f64,
     /// The key of greatest weight for every (batch, head, query) in this order; -1 where the head abstained.
     pub picks: Vec<i32>,
+    /// Mean energy gate, 0 where a head abstained; none for a softmax layer.
+    pub gate: Option<f64>,
+    /// Share of (query, head) pairs with a gate of at least .1; none for a softmax layer.
+    pub open: Option<f64>,
     /// The selections themselves; none for a softmax layer.
     pub selected: Option<Selected>,
 }
@@ -40,6 +47,8 @@ impl SelectionStats {
         let wide =
             |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
         let margin = wide(&selected.margin)?;
+        let gates = wide(&selected.gate)?;
+        let open = gates.iter().filter(|gate| **gate >= OPEN_GATE).count() as f64 / gates.len() as f64;
         let share = |key: i32| picks.iter().filter(|&&j| j == key).count() as f64 / picks.len() as f64;
         let energies = wide(&candidates.energy.detach())?;
         let rows = energies.chunks(candidates.energy.dim(3)?);
@@ -50,6 +59,8 @@ impl SelectionStats {
             entropy: mean(rows.map(|energies| entropy(energies, temperature))),
             distinct: distinct(&picks, b, n),
             picks,
+            gate: Some(mean(gates.into_iter())),
+            open: Some(open),
             selected: Some(Selected { y: selected.y.detach(), ..selected }),
         })
     }
@@ -145,6 +156,8 @@ impl WeightSums {
             entropy: self.entropy / rows,
             distinct: distinct(&self.picks, b, n),
             picks: self.picks,
+            gate: None,
+            open: None,
             selected: None,
         }
     }

@@ -62,13 +62,13 @@ class Weights(nn.Module):
 class Beacon(nn.Module):
     """Causal convolution of the hidden states, running averages of the values, and key prior."""
 
-    def __init__(self, config, beacon):
+    def __init__(self, config, beacon, priors):
         super().__init__()
         c, self.heads, self.averages = config.hidden_size, config.num_attention_heads, beacon["averages"]
         rows = self.heads * self.averages
         self.conv = Weights(weight=(c, beacon["conv_width"])) if beacon["conv_width"] > 1 else None
         self.memory = nn.Linear(c, 3 * rows) if rows else None
-        self.prior = nn.Linear(c, config.num_key_value_heads, bias=False) if beacon["prior"] else None
+        self.prior = nn.Linear(c, priors, bias=False) if beacon["prior"] and priors else None
 
     def mix(self, x):
         """Adds the causal convolution of the hidden states, if there is one."""
@@ -172,24 +172,32 @@ class Attention(nn.Module):
         c, d, gd = config.hidden_size, config.head_dim, config.gd
         self.heads, self.kv_heads, self.d = config.num_attention_heads, config.num_key_value_heads, d
         q, kv, bias = self.heads * d, self.kv_heads * d, config.attention_bias
-        self.q_proj, self.k_proj = nn.Linear(c, q, bias=bias), nn.Linear(c, kv, bias=bias)
+        # The heads that read keys, the first ones; the others are running averages alone.
+        selecting = gd.get("selecting_heads") or [self.heads]
+        self.reading = selecting[min(layer, len(selecting) - 1)]
+        self.group = self.heads // self.kv_heads
+        keys = self.reading // self.group
+        self.q_proj = nn.Linear(c, self.reading * d, bias=bias) if keys else None
+        self.k_proj = nn.Linear(c, keys * d, bias=bias) if keys else None
         self.v_proj, self.o_proj = nn.Linear(c, kv, bias=bias), nn.Linear(q, c, bias=gd.get("output_bias", False))
         self.g_proj = nn.Linear(c, q, bias=False) if gd.get("output_gate") else None
-        self.q_norm = RmsNorm(d, config.rms_norm_eps) if gd.get("qk_norm") else None
-        self.k_norm = RmsNorm(d, config.rms_norm_eps) if gd.get("qk_norm") else None
+        self.q_norm = RmsNorm(d, config.rms_norm_eps) if gd.get("qk_norm") and keys else None
+        self.k_norm = RmsNorm(d, config.rms_norm_eps) if gd.get("qk_norm") and keys else None
         beacon = gd.get("beacon")
         if beacon is not None:
             beacon = {"conv_width": 4, "averages": 2, "prior": True, "protected": 0, "barrier": None, **beacon}
         self.protected = beacon["protected"] if beacon else 0
         self.rule = beacon["barrier"] if beacon else None
-        self.beacon = Beacon(config, beacon) if beacon else None
+        self.beacon = Beacon(config, beacon, keys) if beacon else None
         self.select = {
             "candidates": 8, "score": "energy", "norm_prior": False, "tie": "first", "gate": "none",
             "estimator": "candidates", "temperature": 1.0, "rounds": 1, "coherence": "global",
+            "exclude_below": 0.5, "picks": 1,
             **(gd.get("select") or {}),
         }
         mechanisms, windows = gd["mechanism"], gd.get("windows") or [None]
-        self.gd = Gd(self.heads, self.select) if mechanisms[layer % len(mechanisms)] == "gd" else None
+        selects = keys and mechanisms[layer % len(mechanisms)] == "gd"
+        self.gd = Gd(self.reading, self.select) if selects else None
         self.window = windows[layer % len(windows)]
 
     def visible(self, n, device):
@@ -200,25 +208,33 @@ class Attention(nn.Module):
     def forward(self, x, f):
         b, n, _ = x.shape
         x = self.beacon.mix(x) if self.beacon else x
-        q, k, v = (p(x).view(b, n, -1, self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q.transpose(1, 2), f), rotate(k.transpose(1, 2), f), v.transpose(1, 2)
+        v = self.v_proj(x).view(b, n, -1, self.d).transpose(1, 2)
         memory = self.beacon.running_averages(x, v) if self.beacon and self.beacon.memory else None
-        per_head = lambda t: t.repeat_interleave(self.heads // self.kv_heads, 1)
-        prior = per_head(self.beacon.prior(x).transpose(1, 2)) if self.beacon and self.beacon.prior else None
-        visible = self.visible(n, x.device)
-        if self.gd is None:
-            score = q @ per_head(k).mT / math.sqrt(self.d)
-            score = score if prior is None else score + prior[:, :, None]
-            y = score.masked_fill(~visible, -INF).softmax(-1) @ per_head(v)
-        else:
-            y = self.selection(q, per_head(k), per_head(v), prior, visible)
+        y = self.read(x, v, f) if self.q_proj else memory[:, :0]
+        if self.reading < self.heads:
+            y = torch.cat([y, torch.zeros_like(memory[:, self.reading :])], 1)
         y = y if memory is None else y + memory
         y = y.transpose(1, 2).reshape(b, n, -1)
         if self.g_proj:
             y = y * self.g_proj(x).sigmoid()
         return self.o_proj(y)
+
+    def read(self, x, v, f):
+        """What the heads that read keys read: [B, H, N, D]."""
+        b, n, _ = x.shape
+        q, k = (p(x).view(b, n, -1, self.d) for p in (self.q_proj, self.k_proj))
+        if self.q_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), f), rotate(k.transpose(1, 2), f)
+        v = v[:, : k.shape[1]]
+        per_head = lambda t: t.repeat_interleave(self.group, 1)
+        prior = per_head(self.beacon.prior(x).transpose(1, 2)) if self.beacon and self.beacon.prior else None
+        visible = self.visible(n, x.device)
+        if self.gd is None:
+            score = q @ per_head(k).mT / math.sqrt(self.d)
+            score = score if prior is None else score + prior[:, :, None]
+            return score.masked_fill(~visible, -INF).softmax(-1) @ per_head(v)
+        return self.selection(q, per_head(k), per_head(v), prior, visible)
 
     def energy(self, q, k, prior):
         """Selection energies [B, H, N, M]."""
@@ -250,7 +266,7 @@ class Attention(nn.Module):
         if select["estimator"] != "dense":
             members = members & ((self.ranks(energy) < select["candidates"]) | protected)
         tau = self.gd.threshold[:, None, None] if hasattr(self.gd, "threshold") else None
-        shares = [torch.ones(self.heads, device=q.device)]
+        shares = [torch.ones(self.reading, device=q.device)]
         if hasattr(self.gd, "rounds"):
             shares = list((self.gd.rounds + torch.eye(1, self.gd.rounds.shape[1], device=q.device)).unbind(1))
         y, alive = torch.zeros_like(q), torch.ones_like(energy[..., :1], dtype=torch.bool)
@@ -267,6 +283,16 @@ class Attention(nn.Module):
             members, alive = members & ~winner, alive & admitted
         return y
 
+    def picks(self, energy, limit, null, v):
+        """The values of the keys of least energy, with their weights beside the null slot of the energy gate."""
+        gated = isinstance(self.select["gate"], dict)
+        temperature = self.select["gate"]["energy"]["temperature"] if gated else 1.0
+        picked = (self.ranks(energy) < self.select["picks"]) & energy.isfinite()
+        slots = energy.masked_fill(~picked, INF)
+        slots = torch.cat([slots, null], -1) if gated else slots
+        weights = (slots / -temperature).softmax(-1).nan_to_num()[..., : energy.shape[-1]]
+        return weights.masked_fill(energy > limit, 0) @ v
+
     def round(self, q, k, v, prior, members, protected, tau):
         """One round of selection. Returns its output [B, H, N, D], the winner [B, H, N, M] as a mask, and whether the
         threshold admits the winner [B, H, N, 1]."""
@@ -278,10 +304,17 @@ class Attention(nn.Module):
         winner = members & (self.ranks(energy) == 0)
         least = energy.amin(-1, keepdim=True)
         null = torch.full_like(least, INF) if tau is None else tau.expand_as(least)
-        admitted = members.any(-1, keepdim=True) & (least <= null)
+        limit = null
+        if isinstance(select["gate"], dict):
+            # rho >= exclude_below, as a limit of the energy.
+            below, temperature = select["exclude_below"], select["gate"]["energy"]["temperature"]
+            limit = null + (temperature * math.log((1 - below) / below) if below else INF)
+        admitted = members.any(-1, keepdim=True) & (least <= limit)
         if select["estimator"] == "blend":
             slots = torch.cat([energy, null], -1) / -select["temperature"]
             return slots.softmax(-1)[..., :-1].nan_to_num() @ v, winner, admitted
+        if select["picks"] > 1:
+            return self.picks(energy, limit, null, v), winner, admitted
         rho = torch.ones_like(least)
         if isinstance(select["gate"], dict):
             rho = torch.sigmoid((null - least) / select["gate"]["energy"]["temperature"])

@@ -22,7 +22,8 @@
 //! ## Order of the modules
 //!
 //! A module uses only itself and the modules before it in this order: [`error`], [`io::files`], [`config`], [`io`],
-//! [`data`], [`model`], [`eval`], [`infer`], [`trace`], [`train`], [`analysis`].
+//! [`data`], [`model`], [`eval`], [`infer`], [`trace`], [`train`],
+//! [`tasks`], [`analysis`].
 #![deny(unsafe_code)]
 
 pub mod analysis;
@@ -33,6 +34,7 @@ pub mod eval;
 pub mod infer;
 pub mod io;
 pub mod model;
+pub mod tasks;
 pub mod trace;
 pub mod train;
 

@@ -175,9 +175,10 @@ fn no_reader_panics_or_allocates_more_than_its_input_justifies() -> Result<()> {
             };
             accepted += usize::from(ok);
         }
-        // If all mutations were refused, the test would reach little code. A manifest contains hashes, so almost every
-        // change is refused.
-        ensure!(accepted > 0 || reader == "manifest", "{reader}: none of {runs} inputs was accepted");
+        // If all mutations were refused, the test would reach little code. Some files contain hashes of all of their content,
+        // so almost every change is refused.
+        let hashed = ["manifest", "trace", "proof"].contains(&reader);
+        ensure!(accepted > 0 || hashed, "{reader}: none of {runs} inputs was accepted");
         println!("{reader}: {accepted} of {runs} inputs were accepted");
         log_cases(&format!("fuzz-{reader}"), runs);
     }

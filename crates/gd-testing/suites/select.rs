@@ -133,6 +133,7 @@ pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
         estimator: params.estimator,
         temperature: params.temperature,
         preserve_floor: params.preserve_floor,
+        gradient: params.gradient,
         value_floor: params.value_floor,
         hardness: params.hardness,
         gate_temperature: if let Gate::Energy { temperature } = params.gate {
@@ -140,6 +141,8 @@ pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
         } else {
             None
         },
+        picks: params.picks,
+        admission: params.gate.admission(params.exclude_below),
         barrier: params.barrier,
         ..Rule::default()
     };

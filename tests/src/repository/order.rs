@@ -57,6 +57,7 @@ pub const ORDERS: &[Order] = &[
             &["infer"],
             &["trace"],
             &["train"],
+            &["tasks"],
             &["analysis"],
         ],
         isolated: &[],

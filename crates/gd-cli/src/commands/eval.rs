@@ -139,7 +139,7 @@ fn read_tokens(args: &Args, loaded: &Loaded) -> Result<(Tokens, usize)> {
     let documents = documents.collect::<gd_model::Result<Vec<_>>>().map_err(document_error)?;
     let bytes = documents.iter().map(|d| d.text.len()).sum();
     let tokens = if documents.iter().all(|d| d.is_file) {
-        let text: String = documents.iter().map(|d| d.text.as_str()).collect();
+        let text: String = documents.into_iter().map(|d| d.text).collect();
         Tokens::from(tokenizer.encode(&text)?)
     } else {
         let ids = documents.iter().map(|d| encode_text(tokenizer, &d.text, d.is_chat));

@@ -1,7 +1,7 @@
 //! The command line of `gd`: one module per command with its flags (`Args`) and a function `run(args, ctx)`.
 //!
-//! Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 failure, 2 usage error. An error is
-//! one line on stderr that starts with `error: `.
+//! Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 failure, 2 usage error, 3 an
+//! incomplete check (`gd verify`). An error is one line on stderr that starts with `error: `.
 
 pub mod beacon_report;
 pub mod bench;
@@ -21,11 +21,11 @@ pub mod op;
 pub mod plot;
 pub mod report;
 pub mod serve;
+pub mod task;
 pub mod trace;
 pub mod train;
 pub mod verify;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -36,13 +36,15 @@ use tracing_subscriber::EnvFilter;
 
 use crate::color;
 use crate::context::{Context, exit_code, one_line, usage};
+use crate::terminal::{Stderr, note};
 
 /// Trains, runs and checks Preserve-then-Select language models.
 #[derive(Debug, Parser)]
 #[command(
     name = "gd",
     version,
-    after_help = "Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 failure, 2 usage error.\n\
+    after_help = "Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 failure, 2 usage error, 3 not\n\
+                  everything was checked (verify).\n\
                   GD_LOG=info (or debug) shows more log messages. RAYON_NUM_THREADS sets the number of threads.\n\n\
                   Example: train on the sample text, save, reload and generate:\n  gd train"
 )]
@@ -84,6 +86,7 @@ enum Command {
     Trace(trace::Args),
     Verify(verify::Args),
     Compare(compare::Args),
+    Task(task::Args),
     Plot(plot::Args),
     Report(report::Args),
     BeaconReport(beacon_report::Args),
@@ -135,6 +138,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Trace(args) => trace::run(args, &ctx),
         Command::Verify(args) => verify::run(args, &ctx),
         Command::Compare(args) => compare::run(args, &ctx),
+        Command::Task(args) => task::run(args, &ctx),
         Command::Plot(args) => plot::run(args, &ctx),
         Command::Report(args) => report::run(args, &ctx),
         Command::BeaconReport(args) => beacon_report::run(args, &ctx),
@@ -155,7 +159,9 @@ fn start_log(choice: ColorChoice) -> Result<()> {
     };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Stderr)
+        // Without it, an error of stderr would be a panic.
+        .log_internal_errors(false)
         .with_ansi(color::on_stderr(choice))
         .without_time()
         .with_target(false)
@@ -165,7 +171,7 @@ fn start_log(choice: ColorChoice) -> Result<()> {
 
 fn fail(error: &anyhow::Error) -> ExitCode {
     // If stderr is closed, the message is lost, but the exit code remains.
-    let _ = writeln!(std::io::stderr(), "error: {}", one_line(error));
+    note(format_args!("error: {}", one_line(error)));
     ExitCode::from(exit_code(error))
 }
 

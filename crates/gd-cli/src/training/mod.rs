@@ -3,7 +3,9 @@
 mod model_card;
 mod recipe;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::Result;
 use gd_model::config::Recipe;
@@ -17,6 +19,8 @@ use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, Run};
 use gd_model::train::{Step, Trainer};
 use serde_json::{Value, json};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 
 pub use self::recipe::{
     Chats, DEFAULT_CONFIG, LoadedCorpus, load_corpus, load_corpus_for, load_recipe, vocabulary_line,
@@ -26,9 +30,17 @@ use crate::context::{Context, exit_code, one_line};
 use crate::history::History;
 use crate::progress::TrainingProgress;
 use crate::render::report;
+use crate::terminal::note;
 
 /// Exit code after a second Ctrl-C: 128 + SIGINT.
 const EXIT_INTERRUPTED: i32 = 130;
+/// Time between two looks at whether a signal has come, to announce the stop.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// The signals that stop a run.
+#[cfg(unix)]
+const STOP_SIGNALS: [i32; 3] = [signal_hook::consts::SIGHUP, SIGINT, SIGTERM];
+#[cfg(not(unix))]
+const STOP_SIGNALS: [i32; 2] = [SIGINT, SIGTERM];
 
 /// Runs `work` in every process of a distributed job. If it fails in one process, all processes end.
 ///
@@ -96,17 +108,17 @@ pub fn run_to_end(
     let leads = run.trainer.group().leads();
     if leads {
         let train = &run.trainer.recipe().train;
-        eprintln!(
+        note(format_args!(
             "{}: {} parameters, {} steps of {} tokens",
             run.about().name,
             run.trainer.params.count(),
             train.steps,
             train.batch * train.context * train.accumulation
-        );
+        ));
     }
     let stop = stop_on_signal()?;
     let mut progress = TrainingProgress::new(&run.trainer)?;
-    let finished = run.train(stop_after, stop, |step, sample| {
+    let finished = run.train(stop_after, &stop, |step, sample| {
         progress.show(step, sample.as_deref());
         Ok(())
     })?;
@@ -147,18 +159,26 @@ fn finish_run(run: &mut Run, skipped_files: &[String], ctx: &Context) -> Result<
     let card = model_card::entries(&about, &recipe, &run.trainer, result.as_ref());
     run.finish(&checkpoint::model_card(&card)?, result.as_ref())?;
     let loaded = pretrained::load(&out, &ctx.device)?;
+    let mut not_written = Vec::new();
     let prompt = recipe.train.sample_prompt.clone();
     let text = sample(&loaded.model, &loaded.tokenizer, &prompt, about.seed, &ctx.device)?;
     let sample = format!("{prompt}{text}");
     if let Some(log) = run.log() {
-        log.event(step, &Event::Sample { prompt, text })?;
+        log.event(step, &Event::Sample { prompt, text });
+        not_written.extend(log.failure().map(str::to_owned));
     }
-    report::save(&out.join(report::FILE), &History::load(&out)?)?;
+    // The model is saved; a report that cannot be written is no reason to fail.
+    let reported = History::load(&out).and_then(|history| report::save(&out.join(report::FILE), &history));
+    not_written.extend(reported.err().map(|e| one_line(&e)));
+    for error in &not_written {
+        note(format_args!("warning: the log or the report of the run is not complete: {error}"));
+    }
     if ctx.json {
         let mut json = json!({
             "folder": out, "finished": true, "parameters": run.trainer.params.count(),
             "steps": recipe.train.steps, "seed": about.seed, "skipped_updates": run.trainer.skipped_updates(),
             "loss": null, "ema": ema_result, "sample": sample, "passed_over": skipped_files,
+            "not_written": not_written,
         });
         if let (Some(json), Value::Object(result)) = (json.as_object_mut(), serde_json::to_value(&result)?) {
             json.extend(result);
@@ -192,14 +212,29 @@ fn result_line(result: Option<&Evaluation>, ema_result: Option<&Evaluation>) -> 
     )
 }
 
-/// Returns a flag that Ctrl-C, SIGTERM or SIGHUP sets. A second signal ends the program immediately.
-fn stop_on_signal() -> Result<&'static AtomicBool> {
-    static STOP: AtomicBool = AtomicBool::new(false);
-    ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::Relaxed) {
-            std::process::exit(EXIT_INTERRUPTED);
+/// Returns a flag that Ctrl-C, SIGTERM or SIGHUP sets. A second signal ends the program immediately. A signal that is ignored
+/// at the start of the program, as SIGHUP is by nohup, stays ignored.
+fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let ignored = ignored_signals();
+    for signal in STOP_SIGNALS.into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0) {
+        // The order matters: only the second signal finds the flag set.
+        flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, stop.clone())?;
+        flag::register(signal, stop.clone())?;
+    }
+    let flag = stop.clone();
+    std::thread::spawn(move || {
+        while !flag.load(Ordering::Relaxed) {
+            std::thread::sleep(POLL_INTERVAL);
         }
-        eprintln!("stopping after this step; interrupt again to stop immediately");
-    })?;
-    Ok(&STOP)
+        note("stopping after this step; interrupt again to stop immediately");
+    });
+    Ok(stop)
+}
+
+/// The signals that the program ignores as a bit mask, bit 0 for signal 1. Only Linux tells; elsewhere none.
+fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }

@@ -1,6 +1,7 @@
 //! Runs that are stopped, killed, damaged and resumed. Their results are bit-identical to those of an uninterrupted
 //! run.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -189,7 +190,7 @@ fn a_run_does_not_resume_with_other_inputs() -> Result<()> {
         "train --resume run --json --data moved.txt --config c.json --seed 3 --steps 20 --save-every 7";
     assert_eq!(parsed(&gd(dir, args)?)?["finished"], true);
     // A run that another process is training is an error.
-    let lock = fs::File::open(dir.join("run"))?;
+    let lock = fs::OpenOptions::new().write(true).open(dir.join("run/.lock"))?;
     lock.try_lock()?;
     refused("--data moved.txt", 1, &["another process"])?;
     let error = failed(&gd(dir, "train --config c.json --data moved.txt --out run")?, 1)?;
@@ -296,7 +297,7 @@ fn kills_lose_no_reported_checkpoint() -> Result<()> {
     let dir = dir.path();
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     let mut reported = None;
-    let mut kills = 0;
+    let (mut kills, mut resumed_from) = (0, BTreeSet::new());
     while kills < KILLS {
         let args = match reported {
             None => format!("{START} run"),
@@ -340,11 +341,17 @@ fn kills_lose_no_reported_checkpoint() -> Result<()> {
         })?;
         let logged = logged.iter().filter(|line| !line.contains_key("event")).count() as u64;
         ensure!(logged >= newest.step, "{logged} lines at step {}", newest.step);
+        resumed_from.insert(newest.step);
         ensure!(newest.step < STEPS, "the run ended after {kills} kills, from {from:?}");
     }
     parsed(&gd(dir, "train --resume run --json --save-every 100")?)?;
     parsed(&gd(dir, &format!("{START} whole --save-every 100"))?)?;
     assert_same(&dir.join("whole"), &dir.join("run"), STEPS)?;
+    // The log has the event of every checkpoint that the run was resumed from.
+    let log = gd_model::train::log::read(&dir.join("run/train.jsonl"))?;
+    let events = log.iter().filter(|line| line.get("event") == Some(&json!("checkpoint")));
+    let logged: BTreeSet<u64> = events.filter_map(|line| line["step"].as_u64()).collect();
+    ensure!(resumed_from.is_subset(&logged), "{resumed_from:?}, {logged:?}");
     log_cases("kill", kills);
     Ok(())
 }

@@ -1,13 +1,13 @@
 //! The naive backward pass of [`select`](super::select()): the gradient of the energies by the estimator, then the
 //! chain rule through barrier, scores and refinement to every input.
 
-use super::estimator::{logit_gradient, value_weights};
+use super::estimator::{Slots, jacobian, logit_gradient, preserved, value_weights};
 use super::problem::{Params, Problem};
 use super::refine::residual_query_backward;
 use super::scan::Candidates;
 use super::select::{Round, Row, estimator_candidates};
 use super::{add_scaled, distance2, dot};
-use crate::options::{Estimator, Score};
+use crate::options::{Estimator, Gate, Score};
 
 /// The gradients, each in the shape of its input. Those of the prior and of the parameters are computed even where
 /// these are not given.
@@ -49,7 +49,7 @@ pub struct RoundGradient {
 /// The gradients of one round from `a_j = <dy, v_j>` by member: exact for the share of the blend, by the estimator for
 /// the share of the hard choice.
 pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradient {
-    let (hard, temperature) = (params.hard_share(), params.temperature);
+    let hard = params.hard_share();
     let chosen = round.admitted.then_some(round.winner);
     let mut out = RoundGradient {
         energy: vec![0.0; a.len()],
@@ -58,20 +58,30 @@ pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradien
         t: 0.0,
         alpha: 0.0,
     };
-    for (estimator, share) in [
-        (Estimator::Blend, 1.0 - hard),
-        // The gate scales the selected row, and with it the gradient of the estimator.
-        (params.estimator, hard * round.gate.rho),
+    if let Some(picked) = &round.picked {
+        return gradient_of_picks(round, picked, params, a, out);
+    }
+    // The gate scales the selected row, and with it the gradient of the estimator, that of the scores with a floor.
+    let rho = round.gate.rho;
+    let floored = match params.gate {
+        Gate::Energy { .. } => rho.max(params.gradient.gate_floor),
+        Gate::None | Gate::Coherence => rho,
+    };
+    let forward = (&round.p, params.temperature);
+    let (estimated, temperature) = &round.estimated;
+    for (estimator, share, value_share, (p, temperature)) in [
+        (Estimator::Blend, 1.0 - hard, 1.0 - hard, forward),
+        (params.estimator, hard * floored, hard * rho, (estimated, *temperature)),
     ] {
         // A share of 0 is skipped: `a` may be NaN by a value that is not used.
         if share == 0.0 {
             continue;
         }
-        let logits = logit_gradient(estimator, &round.p, chosen, a, params.preserve_floor);
+        let logits = logit_gradient(estimator, p, chosen, a, params.preserve_floor);
         add_scaled(&mut out.energy, -share / temperature, &logits.candidates);
         out.threshold -= share / temperature * logits.null;
-        let weights = value_weights(estimator, &round.p, chosen, params.preserve_floor, params.value_floor);
-        add_scaled(&mut out.value, share, &weights);
+        let weights = value_weights(estimator, p, chosen, params.preserve_floor, params.value_floor);
+        add_scaled(&mut out.value, value_share, &weights);
     }
     if let Some(winner) = chosen {
         let d_rho = hard * a[winner];
@@ -84,6 +94,53 @@ pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradien
         // Scores are minus energies on both sides of the barrier, so the signs cancel.
         out.energy = lift.pull_back(&out.energy);
     }
+    out
+}
+
+/// Adds the gradients with several picks to `out`: of the soft share as in [`round_gradient`], of the weights of the picks
+/// exactly, and of the other candidates by the estimator, scaled by the weight of all picks.
+fn gradient_of_picks(
+    round: &Round,
+    picked: &Slots,
+    params: &Params,
+    a: &[f64],
+    mut out: RoundGradient,
+) -> RoundGradient {
+    let (hard, picks) = (params.hard_share(), params.picks.min(a.len()));
+    if hard < 1.0 {
+        let soft = jacobian(&round.p, a);
+        let rate = (1.0 - hard) / params.temperature;
+        add_scaled(&mut out.energy, -rate, &soft.candidates);
+        out.threshold -= rate * soft.null;
+        add_scaled(&mut out.value, 1.0 - hard, &round.p.candidates);
+    }
+    let threshold = round.threshold;
+    let kept: Vec<f64> = (0..a.len())
+        .map(|j| if j < picks && params.admits(round.energy[j], threshold) { a[j] } else { 0.0 })
+        .collect();
+    let exact = jacobian(picked, &kept);
+    let gate_temperature = match params.gate {
+        Gate::Energy { temperature } => temperature,
+        Gate::None | Gate::Coherence => 1.0,
+    };
+    add_scaled(&mut out.energy, -hard / gate_temperature, &exact.candidates);
+    out.threshold -= hard / gate_temperature * exact.null;
+    let lambda = if params.estimator == Estimator::Winner { 0.0 } else { params.value_floor };
+    for j in (0..picks).filter(|&j| params.admits(round.energy[j], threshold)) {
+        out.value[j] += hard * (1.0 - lambda) * picked.candidates[j];
+    }
+    if params.estimator == Estimator::Winner {
+        return out;
+    }
+    let (estimated, temperature) = &round.estimated;
+    let mixed = preserved(estimated, params.preserve_floor);
+    let mass = 1.0 - picked.null;
+    add_scaled(&mut out.value, hard * mass * lambda, &mixed.candidates);
+    let others: Vec<f64> = (0..a.len()).map(|j| if j < picks { 0.0 } else { a[j] }).collect();
+    let rest = jacobian(&mixed, &others);
+    let rate = hard * mass.max(params.gradient.gate_floor) / temperature;
+    add_scaled(&mut out.energy, -rate, &rest.candidates);
+    out.threshold -= rate * rest.null;
     out
 }
 

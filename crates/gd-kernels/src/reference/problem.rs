@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use crate::mask::Mask;
-use crate::options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
+use crate::options::{Barrier, CandidateGradient, CoherenceMode, Estimator, Gate, Score, TieBreak};
 
 /// Sizes, tensors and scoring rules of one call.
 #[derive(Debug, Clone, Default)]
@@ -56,12 +56,18 @@ pub struct Params {
     pub rounds: Option<Vec<f64>>,
     /// The factor of the selected row.
     pub gate: Gate,
+    /// The least energy gate of a candidate that can be selected.
+    pub exclude_below: f64,
+    /// The number of candidates that are read.
+    pub picks: usize,
     /// The gradient of the choice.
     pub estimator: Estimator,
     /// The temperature T of the soft choice.
     pub temperature: f64,
     /// The preserve floor f.
     pub preserve_floor: f64,
+    /// Temperature, scale and null slot of the soft choice that the estimators use.
+    pub gradient: CandidateGradient,
     /// The share lambda of the gradient of the values that is weighted by the soft choice.
     pub value_floor: f64,
     /// The share h of the hard choice in the forward pass.
@@ -79,9 +85,12 @@ impl Default for Params {
             alpha: None,
             rounds: None,
             gate: Gate::None,
+            exclude_below: 0.5,
+            picks: 1,
             estimator: Estimator::Candidates,
             temperature: 1.0,
             preserve_floor: 0.0,
+            gradient: CandidateGradient::default(),
             value_floor: 0.0,
             hardness: 1.0,
             barrier: None,
@@ -94,6 +103,18 @@ impl Params {
     /// The number R of refinement rounds.
     pub fn round_count(&self, q_heads: usize) -> usize {
         self.rounds.as_ref().map_or(1, |w| w.len() / q_heads)
+    }
+
+    /// Whether a candidate of this energy can be selected at this threshold.
+    pub fn admits(&self, energy: f64, threshold: Option<f64>) -> bool {
+        let Some(tau) = threshold else { return true };
+        match self.gate {
+            // Compared as energies: rho rounds to 0 and 1.
+            Gate::Energy { temperature } => {
+                energy <= tau + temperature * (1.0 / self.exclude_below - 1.0).ln()
+            }
+            Gate::None | Gate::Coherence => energy <= tau,
+        }
     }
 
     /// The share of the hard choice: `Blend` has none.

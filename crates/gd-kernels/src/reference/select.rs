@@ -9,7 +9,7 @@ use super::problem::{Params, Problem};
 use super::refine::residual_query;
 use super::scan::{Candidates, energy, scan};
 use super::{add_scaled, distance2, theory};
-use crate::options::{Estimator, TieBreak};
+use crate::options::{Estimator, Gate, TieBreak};
 
 /// The result of [`select`]: the choice of the first round, and the sum of the outputs of all rounds.
 #[derive(Debug, Clone)]
@@ -53,14 +53,20 @@ pub struct Round {
     pub energy: Vec<f64>,
     /// The member of least energy.
     pub winner: usize,
+    /// The threshold of the head.
+    pub threshold: Option<f64>,
     /// Whether the threshold admits it; otherwise the round abstains.
     pub admitted: bool,
     /// The energy of the next admitted member minus that of the winner; +infinity without one.
     pub margin: f64,
     /// The gate of the member of least energy, admitted or not, so that it is continuous at the threshold.
     pub gate: GateValue,
-    /// The soft choice.
+    /// The soft choice of the forward pass.
     pub p: Slots,
+    /// The soft choice of the estimator, and its temperature.
+    pub estimated: (Slots, f64),
+    /// With several picks: the weight of every member, 0 from the pick after the last on, and of the null slot.
+    pub picked: Option<Slots>,
     /// The round's output before its refinement weight `[Dv]`.
     pub output: Vec<f64>,
 }
@@ -134,7 +140,7 @@ impl<'a> Row<'a> {
         let lift = params.barrier.as_ref().map(|rule| barrier(&scores, &flags, rule));
         let energy: Vec<f64> = lift.as_ref().map_or(&scores, |l| &l.scores).iter().map(|s| -s).collect();
 
-        let admits = |e: f64| threshold.is_none_or(|tau| e <= tau);
+        let admits = |e: f64| params.admits(e, threshold);
         let earlier = |x: usize, y: usize| match self.problem.tie {
             TieBreak::First => self.keys[members[x]] < self.keys[members[y]],
             TieBreak::Last => self.keys[members[x]] > self.keys[members[y]],
@@ -148,6 +154,10 @@ impl<'a> Row<'a> {
         let alpha = self.of_head(&params.alpha);
         let gate = gate(params.gate, energy[winner], t, threshold, alpha, params.coherence);
         let p = soft_choice(&energy, threshold, params.temperature);
+        let mean = energy.iter().sum::<f64>() / energy.len() as f64;
+        let temperature = params.temperature + params.gradient.temperature_spread * (mean - energy[winner]);
+        let null = threshold.filter(|_| params.gradient.null);
+        let estimated = (soft_choice(&energy, null, temperature), temperature);
         let (hard, admitted) = (params.hard_share(), admits(energy[winner]));
         let mut output = vec![0.0; self.problem.value_dim];
         // Without a soft share the values are not read: they may hold a NaN.
@@ -156,11 +166,48 @@ impl<'a> Row<'a> {
                 add_scaled(&mut output, (1.0 - hard) * p, self.value(slot));
             }
         }
-        if hard > 0.0 && admitted {
-            add_scaled(&mut output, hard * gate.rho, self.value(members[winner]));
+        let picked = (params.picks > 1).then(|| picked(&energy, threshold, params));
+        match &picked {
+            Some(weights) => {
+                for (j, weight) in weights.candidates.iter().enumerate() {
+                    if *weight > 0.0 && admits(energy[j]) && hard > 0.0 {
+                        add_scaled(&mut output, hard * weight, self.value(members[j]));
+                    }
+                }
+            }
+            None if hard > 0.0 && admitted => {
+                add_scaled(&mut output, hard * gate.rho, self.value(members[winner]));
+            }
+            None => {}
         }
-        Round { query, members, lift, energy, winner, admitted, margin, gate, p, output }
+        Round {
+            query,
+            members,
+            lift,
+            energy,
+            winner,
+            threshold,
+            admitted,
+            margin,
+            gate,
+            p,
+            estimated,
+            picked,
+            output,
+        }
     }
+}
+
+/// The softmax over the first picks and, with the energy gate, the null slot, at the temperature of that gate.
+fn picked(energy: &[f64], threshold: Option<f64>, params: &Params) -> Slots {
+    let count = params.picks.min(energy.len());
+    let (null, temperature) = match params.gate {
+        Gate::Energy { temperature } => (threshold, temperature),
+        Gate::None | Gate::Coherence => (None, 1.0),
+    };
+    let mut slots = soft_choice(&energy[..count], null, temperature);
+    slots.candidates.resize(energy.len(), 0.0);
+    slots
 }
 
 /// The candidates that the estimator uses: all visible keys for [`Estimator::Dense`], else those of the scan.
@@ -193,7 +240,8 @@ pub fn select(problem: &Problem, candidates: &Candidates, params: &Params) -> Se
         index.push(slot.map_or(-1, |slot| row.keys[slot] as i32));
         energy.push(chosen.map_or(f64::INFINITY, |r| r.energy[r.winner]));
         margin.push(chosen.map_or(f64::INFINITY, |r| r.margin));
-        gate.push(chosen.map_or(0.0, |r| r.gate.rho));
+        let weight = |r: &Round| r.picked.as_ref().map_or(r.gate.rho, |w| w.candidates[r.winner]);
+        gate.push(chosen.map_or(0.0, weight));
         if let Some(alpha) = row.of_head(&params.alpha) {
             coherence.push(chosen.zip(slot).map_or(0.0, |(round, slot)| {
                 let t = problem.beta[h] * distance2(&round.query, row.key(slot));

@@ -10,7 +10,7 @@ use gd_kernels::reference::{
     Candidates, Gradients, Params, Problem, backward, barrier, distance2, dot, logsumexp, refine, scan,
     select, sigmoid, theory,
 };
-use gd_kernels::{Barrier, CoherenceMode, Estimator, Gate, Mask, Score};
+use gd_kernels::{Barrier, CandidateGradient, CoherenceMode, Estimator, Gate, Mask, Score};
 
 use crate::naive::{assert_close, assert_gradient, finite_difference, problem, rng, uniform};
 
@@ -35,7 +35,7 @@ fn surrogate(
     dy: &[f64],
 ) -> f64 {
     let hard = if params.estimator == Estimator::Blend { 0.0 } else { params.hardness };
-    let (temperature, floor, lambda) = (params.temperature, params.preserve_floor, params.value_floor);
+    let (floor, lambda) = (params.preserve_floor, params.value_floor);
     let mut total = 0.0;
     for (number, (b, h, i)) in problem.rows() {
         let dy = &dy[number * problem.value_dim..][..problem.value_dim];
@@ -71,8 +71,11 @@ fn surrogate(
                 p
             };
             let p = with_null(round.p.candidates.clone(), round.p.null);
+            let (estimated, temperature) = &round.estimated;
+            let temperature = *temperature;
+            let estimated = with_null(estimated.candidates.clone(), estimated.null);
             let count = keys.len() as f64;
-            let preserved: Vec<f64> = p
+            let preserved: Vec<f64> = estimated
                 .iter()
                 .enumerate()
                 .map(|(j, p)| (1.0 - floor) * p + if j < keys.len() { floor / count } else { 0.0 })
@@ -83,17 +86,22 @@ fn surrogate(
             // The output of the round, which the refinement weight multiplies.
             total += weight(params) * dot(dy, &round.output);
             let w = weight(at.1);
-            total += w * (1.0 - hard) * mixture(&p, &change, temperature, &a);
+            total += w * (1.0 - hard) * mixture(&p, &change, params.temperature, &a);
             let rho0 = round.gate.rho;
+            let floored = match params.gate {
+                Gate::Energy { .. } => rho0.max(params.gradient.gate_floor),
+                _ => rho0,
+            };
             let chosen = |j: usize| if round.admitted && j == round.winner { 1.0 } else { 0.0 };
             let one_hot =
                 with_null((0..keys.len()).map(chosen).collect(), 1.0 - f64::from(u8::from(round.admitted)));
             let scores = match params.estimator {
                 Estimator::Candidates | Estimator::Dense => mixture(&preserved, &change, temperature, &a0),
                 Estimator::Reinmax => {
-                    let middle: Vec<f64> = p.iter().zip(&one_hot).map(|(p, d)| 0.5 * (p + d)).collect();
+                    let middle: Vec<f64> =
+                        estimated.iter().zip(&one_hot).map(|(p, d)| 0.5 * (p + d)).collect();
                     2.0 * mixture(&middle, &change, temperature, &a0)
-                        - 0.5 * mixture(&p, &change, temperature, &a0)
+                        - 0.5 * mixture(&estimated, &change, temperature, &a0)
                 }
                 Estimator::Winner | Estimator::Blend => 0.0,
             };
@@ -101,7 +109,7 @@ fn surrogate(
                 Estimator::Winner => (0..keys.len()).map(chosen).collect(),
                 _ => (0..keys.len()).map(|j| (1.0 - lambda) * chosen(j) + lambda * preserved[j]).collect(),
             };
-            total += w * hard * rho0 * (scores + dot(&shares, &a[..keys.len()]));
+            total += w * hard * (floored * scores + rho0 * dot(&shares, &a[..keys.len()]));
             if round.admitted {
                 let rho = match params.gate {
                     Gate::None => 1.0,
@@ -194,6 +202,29 @@ fn every_estimator_and_gate() {
                 assert!(chosen.iter().any(|&j| j >= 0), "{name}: every row abstains");
                 check(&name, &base, &params, 4, &dy);
             }
+        }
+    }
+}
+
+#[test]
+fn a_temperature_by_the_spread_a_floor_of_the_gate_and_no_null() {
+    let mut seed = 200;
+    for estimator in [Estimator::Candidates, Estimator::Reinmax] {
+        for (exclude_below, null) in [(0.0, true), (0.0, false), (0.2, false)] {
+            seed += 1;
+            let mut rng = rng(seed);
+            let base = Problem { mask: Mask::causal(4), ..problem(&mut rng, 7) };
+            let gradient = CandidateGradient { temperature_spread: 0.4, gate_floor: 0.6, null };
+            let gate = Gate::Energy { temperature: 0.7 };
+            let params = Params { gate, exclude_below, gradient, hardness: 0.8, ..settings(estimator) };
+            let dy = uniform(&mut rng, 2 * 4 * 3 * 3);
+            let name = format!("{estimator:?} {gradient:?} below {exclude_below}");
+            let out = select(&base, &scan(&base, 4), &params);
+            let [low, high] = [out.gate.iter().any(|&g| g < 0.6), out.gate.iter().any(|&g| g > 0.6)];
+            assert!(low && high, "{name}: the floor has to matter for some rows and not for others");
+            assert!(out.gate.iter().all(|&g| g == 0.0 || g >= exclude_below), "{name}");
+            assert_eq!(out.index.iter().all(|&j| j >= 0), exclude_below == 0.0, "{name}");
+            check(&name, &base, &params, 4, &dy);
         }
     }
 }

@@ -210,6 +210,9 @@ fn select_refuses_options() {
     with(&|s| s.temperature = f64::INFINITY, &["temperature inf", "finite"]);
     with(&|s| s.gate = Gate::Energy { temperature: -1.0 }, &["gate temperature -1", "> 0"]);
     with(&|s| s.gate = Gate::Energy { temperature: 1.0 }, &["energy gate needs a threshold"]);
+    with(&|s| s.exclude_below = 1.0, &["exclude_below 1", "[0, 1)"]);
+    with(&|s| s.gradient.gate_floor = -0.5, &["gate floor -0.5", "0..=1"]);
+    with(&|s| s.gradient.temperature_spread = f64::NAN, &["temperature spread NaN", ">= 0"]);
     with(&|s| s.gate = Gate::Coherence, &["coherence gate needs alpha"]);
     let vector = |x: &[f32]| Tensor::new(x, &Device::Cpu).unwrap();
     let (short, zero) = (vector(&[1.0]), vector(&[1.0, 0.0, 1.0, 1.0]));

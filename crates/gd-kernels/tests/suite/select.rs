@@ -50,9 +50,12 @@ fn run(case: &Case, choice: &Choice, scanned: &Candidates, dy: Option<&Tensor>) 
         threshold: threshold.as_deref(),
         alpha: alpha.as_deref(),
         gate: params.gate,
+        exclude_below: params.exclude_below,
+        picks: params.picks,
         estimator: params.estimator,
         temperature: params.temperature,
         preserve_floor: params.preserve_floor,
+        gradient: params.gradient,
         value_floor: params.value_floor,
         hardness: params.hardness,
         barrier: params.barrier,
@@ -143,6 +146,8 @@ fn judge_row(
     }
     let gate_bound = match params.gate {
         Gate::Energy { temperature } => reach / temperature,
+        // The weight of the first of several picks.
+        _ if params.picks > 1 => reach,
         _ => 0.0,
     };
     near("gate", gate[row], want.gate[row], gate_bound + 4.0 * unit + 1e-12);

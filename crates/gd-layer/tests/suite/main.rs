@@ -12,4 +12,5 @@ mod monotonic;
 mod packed;
 mod rms_norm;
 mod rotary;
+mod selecting_heads;
 mod swiglu;

@@ -16,11 +16,13 @@ pub struct Variant {
     pub what: &'static str,
     mechanism: Mechanism,
     beacon: bool,
+    /// Whether heads read keys.
+    reads: bool,
 }
 
 /// All variants: softmax and selection with and without the Beacon, and every other mechanism without it.
 pub fn variants() -> Vec<Variant> {
-    let variant = |name, what, mechanism, beacon| Variant { name, what, mechanism, beacon };
+    let variant = |name, what, mechanism, beacon| Variant { name, what, mechanism, beacon, reads: true };
     let mut variants = vec![
         variant("softmax", "softmax attention alone", Mechanism::Softmax, false),
         variant(
@@ -29,6 +31,22 @@ pub fn variants() -> Vec<Variant> {
             Mechanism::Softmax,
             true,
         ),
+        variant(
+            "softmax+null",
+            "softmax over the selection energies with a learned null slot, without the Beacon",
+            Mechanism::SoftmaxNull,
+            false,
+        ),
+        variant(
+            "softmax+beacon+null",
+            "the same with the configuration's Beacon: the control of gd",
+            Mechanism::SoftmaxNull,
+            true,
+        ),
+        Variant {
+            reads: false,
+            ..variant("beacon", "the Beacon alone: no head reads a key", Mechanism::Gd, true)
+        },
         variant("gd", "selection as the configuration has it, with its Beacon", Mechanism::Gd, true),
         variant("gd-bare", "selection without the Beacon", Mechanism::Gd, false),
     ];
@@ -41,7 +59,7 @@ pub fn variants() -> Vec<Variant> {
             Mechanism::Other(other) => other.info().formula,
             _ => "",
         };
-        Variant { name, what, mechanism, beacon: false }
+        Variant { name, what, mechanism, beacon: false, reads: true }
     }));
     variants
 }
@@ -63,22 +81,22 @@ impl Variant {
         variants.iter().find(|v| v.name == name).cloned().ok_or_else(unknown)
     }
 
-    /// Whether the variant makes sense for this configuration: `softmax+beacon` needs a configuration with a Beacon, and
-    /// a mechanism must fit the heads.
+    /// Whether the variant makes sense for this configuration: those with a Beacon other than `gd` need a configuration
+    /// with one, and a mechanism must fit the heads.
     pub fn applies(&self, base: &ModelConfig) -> bool {
         match &self.mechanism {
-            Mechanism::Gd => true,
-            Mechanism::Softmax => base.gd.beacon.is_some() || !self.beacon,
-            Mechanism::Other(_) => self.config(base).is_ok_and(|config| config.validate().is_ok()),
+            Mechanism::Gd if self.reads => true,
+            _ => self.config(base).is_ok_and(|config| config.validate().is_ok()),
         }
     }
 
     /// The configuration of this variant. A mechanism that the configuration has keeps its parameters.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if `softmax+beacon` is asked of a configuration without a Beacon.
+    /// [`Error::Invalid`] if the variant needs a Beacon and the configuration has none.
     pub fn config(&self, base: &ModelConfig) -> Result<ModelConfig> {
-        if self.beacon && self.mechanism == Mechanism::Softmax && base.gd.beacon.is_none() {
+        let needs_beacon = self.beacon && (self.mechanism != Mechanism::Gd || !self.reads);
+        if needs_beacon && base.gd.beacon.is_none() {
             return Err(Error::Invalid(format!("{}: the configuration has no Beacon", self.name)));
         }
         let mut config = base.clone();
@@ -90,6 +108,10 @@ impl Variant {
         }
         if !self.beacon {
             config.gd.beacon = None;
+            config.gd.selecting_heads = Vec::new();
+        }
+        if !self.reads {
+            config.gd.selecting_heads = vec![0];
         }
         Ok(config)
     }
@@ -106,7 +128,7 @@ pub fn parameters(config: &ModelConfig) -> Result<usize> {
 }
 
 /// `intermediate_size` changes by multiples of this.
-const WIDTH_STEP: usize = 4;
+const WIDTH_STEP: usize = 1;
 
 /// Increases `intermediate_size` of every configuration so that its number of parameters is as close as possible to that
 /// of the largest one. Returns the numbers of parameters.
@@ -145,7 +167,8 @@ mod tests {
         let base = Recipe::load("tiny").unwrap().model;
         let variants = variants();
         let mut configs: Vec<_> = variants.iter().map(|v| v.config(&base).unwrap()).collect();
-        assert_eq!(configs[2], base);
+        let gd = variants.iter().position(|v| v.name == "gd").unwrap();
+        assert_eq!(configs[gd], base);
         let before: Vec<_> = configs.iter().map(|c| parameters(c).unwrap()).collect();
         let largest = *before.iter().max().unwrap();
         assert!(before[0] < largest, "{before:?}");
@@ -157,7 +180,7 @@ mod tests {
             assert!(config.intermediate_size.is_multiple_of(WIDTH_STEP));
             assert_eq!(parameters(config).unwrap(), *count);
         }
-        assert_eq!(configs[2], base, "the largest configuration is unchanged");
+        assert_eq!(configs[gd], base, "the largest configuration is unchanged");
     }
 
     #[test]

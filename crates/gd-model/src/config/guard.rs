@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 use super::checks::{Checks, first};
 use crate::error::{Error, Result};
 
+/// The maximal number of steps that are compared with.
+const MAX_WINDOW: usize = 1 << 20;
+
 /// When [`Guard`](crate::train::guard::Guard) skips an update, and when it stops the run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -40,6 +43,7 @@ impl GuardConfig {
         let Self { window, least, sigma, stop_after } = *self;
         let mut checks = Checks::default();
         checks.require(window >= 2, "guard.window", window, "at least 2");
+        checks.require(window <= MAX_WINDOW, "guard.window", window, format!("at most {MAX_WINDOW}"));
         let allowed = format!("in 2..={window} (guard.window)");
         checks.require(window < 2 || (2..=window).contains(&least), "guard.least", least, allowed);
         checks.require(sigma > 0.0, "guard.sigma", sigma, "above 0");

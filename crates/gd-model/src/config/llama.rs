@@ -8,7 +8,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::model::{
-    GdBlock, ModelConfig, RopeParameters, architectures, check_rope_type, check_sizes, dtype, model_type,
+    GdBlock, MAX_SIZE, ModelConfig, RopeParameters, architectures, check_rope_type, check_sizes, dtype,
+    model_type,
 };
 use super::{Mechanism, parse};
 use crate::error::{ConfigProblem, Error};
@@ -197,6 +198,7 @@ pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<ConfigProblem>> 
         dtype: keys.dtype.or(keys.torch_dtype).unwrap_or_else(dtype),
         gd: GdBlock {
             mechanism: vec![Mechanism::Softmax],
+            selecting_heads: Vec::new(),
             windows,
             qk_norm: family == Family::Qwen3,
             output_bias,
@@ -279,6 +281,8 @@ fn windows(keys: &Keys, family: Family) -> Result<Vec<Option<usize>>, ConfigProb
         Family::Mistral => keys.sliding_window,
         Family::Qwen2 | Family::Qwen3 => keys.sliding_window.filter(|_| keys.use_sliding_window),
     };
+    // No context is longer, so a wider window is the same.
+    let window = window.map(|window| window.min(MAX_SIZE));
     if family == Family::Llama || family == Family::Mistral {
         return Ok(window.map(Some).into_iter().collect());
     }

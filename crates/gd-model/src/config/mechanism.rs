@@ -14,6 +14,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub enum Mechanism {
     /// Softmax attention.
     Softmax,
+    /// Softmax over the selection energies, with a learned null slot: the control of selection attention.
+    SoftmaxNull,
     /// Selection attention, with the options of the block `select`.
     Gd,
     /// Another mechanism, with its parameters.
@@ -23,7 +25,7 @@ pub enum Mechanism {
 /// The names of the mechanisms that a layer can have.
 static NAMES: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
     let in_models = TABLE.iter().filter(|(_, info)| info.not_in_models.is_none()).map(|(name, _)| *name);
-    ["gd"].into_iter().chain(in_models).collect()
+    ["gd", "softmax-null"].into_iter().chain(in_models).collect()
 });
 
 impl Mechanism {
@@ -36,6 +38,7 @@ impl Mechanism {
     pub fn named(name: &str) -> Option<Self> {
         match name {
             "gd" => Some(Self::Gd),
+            "softmax-null" => Some(Self::SoftmaxNull),
             name if NAMES.contains(&name) => AttentionMechanism::named(name).map(Self::from),
             _ => None,
         }
@@ -45,6 +48,7 @@ impl Mechanism {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Softmax => "softmax",
+            Self::SoftmaxNull => "softmax-null",
             Self::Gd => "gd",
             Self::Other(other) => other.name(),
         }

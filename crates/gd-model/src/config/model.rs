@@ -1,6 +1,6 @@
 //! The configuration of a model: the keys of `config.json`.
 
-use gd_kernels::{CANDIDATES, Gate};
+use gd_kernels::{CANDIDATES, Estimator, Gate, MAX_PICKS};
 use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, MechanismAttention, RopeScaling};
 use schemars::JsonSchema;
 use serde::de::IgnoredAny;
@@ -152,6 +152,11 @@ pub struct GdBlock {
     /// layers, or none.
     #[serde(default)]
     pub windows: Vec<Option<usize>>,
+    /// The number of heads of every layer that read keys, the first ones; the other heads are the Beacon's running
+    /// averages alone, without queries, keys and cache. One entry per layer, a single one for all layers, or none for all
+    /// heads. For layers that select and softmax layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub selecting_heads: Vec<usize>,
     /// Whether queries and keys are normalized by RMSNorm.
     #[serde(default)]
     pub qk_norm: bool,
@@ -190,9 +195,11 @@ fn rope_type() -> String {
 
 /// The maximum of every size of a configuration. It is far above the sizes of models, and so small that the product of
 /// two sizes does not overflow.
-const MAX_SIZE: usize = 1 << 24;
+pub(super) const MAX_SIZE: usize = 1 << 24;
 /// The maximal number of layers.
 const MAX_LAYERS: usize = 1 << 12;
+/// The maximal number of refinement rounds, of running averages per head, and of tokens of a convolution.
+const MAX_PARTS: usize = 1 << 10;
 /// The maximal number of elements in the table of rotary angles.
 const MAX_ANGLES: usize = 1 << 31;
 
@@ -255,6 +262,12 @@ impl ModelConfig {
         windows.get(layer).or(windows.last()).copied().flatten()
     }
 
+    /// The number of heads of a layer that read keys; `None` for all.
+    pub fn selecting_heads(&self, layer: usize) -> Option<usize> {
+        let heads = &self.gd.selecting_heads;
+        heads.get(layer).or(heads.last()).copied()
+    }
+
     /// The configuration of the attention of a layer.
     pub fn attention(&self, layer: usize) -> AttentionConfig {
         AttentionConfig {
@@ -268,6 +281,7 @@ impl ModelConfig {
             rms_norm_eps: self.rms_norm_eps,
             output_gate: self.gd.output_gate,
             window: self.window(layer),
+            selecting_heads: self.selecting_heads(layer),
             beacon: self.gd.beacon.clone(),
             gd: self.gd.select.clone(),
         }
@@ -314,6 +328,11 @@ impl ModelConfig {
             let text = format!("{windows} windows for {layers} layers (0, 1 or {layers} expected)");
             checks.add(Err(Error::Invalid(text)));
         }
+        let selecting = self.gd.selecting_heads.len();
+        if selecting > 1 && selecting != layers {
+            let text = format!("{selecting} selecting_heads for {layers} layers (0, 1 or {layers} expected)");
+            checks.add(Err(Error::Invalid(text)));
+        }
         if let (Some(theta), Some(parameters)) = (self.rope_theta, &self.rope_parameters)
             && theta != parameters.rope_theta
         {
@@ -322,6 +341,7 @@ impl ModelConfig {
             checks.add(Err(Error::Invalid(text)));
         }
         checks.add(self.rope_scaling().map(|_| ()));
+        self.check_numbers(&mut checks);
         self.check_selection(&mut checks);
         let problems = checks.into_problems();
         if !problems.is_empty() {
@@ -330,12 +350,39 @@ impl ModelConfig {
         let check = |layer| -> Result<()> {
             match self.mechanism(layer) {
                 Mechanism::Other(other) => MechanismAttention::validate(&self.attention(layer), other)?,
-                Mechanism::Softmax | Mechanism::Gd => self.attention(layer).validate()?,
+                Mechanism::Softmax | Mechanism::SoftmaxNull | Mechanism::Gd => {
+                    self.attention(layer).validate()?
+                }
             }
             Ok(())
         };
         // Layers beyond the longer list have the configuration of the last one in it.
-        (0..mechanisms.max(windows)).find_map(|layer| check(layer).err()).into_iter().collect()
+        (0..mechanisms.max(windows).max(selecting)).find_map(|layer| check(layer).err()).into_iter().collect()
+    }
+
+    /// Checks the ranges of the windows, of the epsilon and of the rotary embedding.
+    fn check_numbers(&self, checks: &mut Checks) {
+        for &window in self.gd.windows.iter().flatten() {
+            let fits = (1..=MAX_SIZE).contains(&window);
+            checks.require(fits, "gd.windows", window, format!("from 1 to {MAX_SIZE}"));
+        }
+        let eps = self.rms_norm_eps;
+        checks.require(eps >= 0.0 && eps.is_finite(), "rms_norm_eps", eps, "at least 0");
+        let mut positive = |name: &str, value: Option<f64>| {
+            let Some(value) = value else { return };
+            checks.require(value > 0.0 && value.is_finite(), name, value, "above 0");
+        };
+        positive("rope_theta", self.rope_theta);
+        let Some(rope) = &self.rope_parameters else { return };
+        positive("rope_parameters.rope_theta", Some(rope.rope_theta));
+        positive("rope_parameters.factor", rope.factor);
+        positive("rope_parameters.low_freq_factor", rope.low_freq_factor);
+        positive("rope_parameters.high_freq_factor", rope.high_freq_factor);
+        if let Some(context) = rope.unscaled_context {
+            let name = "rope_parameters.original_max_position_embeddings";
+            let allowed = format!("from 1 to {MAX_SIZE}");
+            checks.require((1..=MAX_SIZE).contains(&context), name, context, allowed);
+        }
     }
 
     /// Checks the ranges of the settings of selection and of the Beacon, which the operators would refuse.
@@ -350,10 +397,26 @@ impl ModelConfig {
         for (name, share) in [
             ("gd.select.preserve_floor", select.preserve_floor),
             ("gd.select.value_floor", select.value_floor),
+            ("gd.select.gradient.gate_floor", select.gradient.gate_floor),
         ] {
             checks.require(is_share(share), name, share, "in [0, 1]");
         }
-        checks.require(select.rounds > 0, "gd.select.rounds", select.rounds, "at least 1");
+        let picks = (1..=MAX_PICKS).contains(&select.picks);
+        checks.require(picks, "gd.select.picks", select.picks, format!("in 1..={MAX_PICKS}"));
+        let ranked = matches!(select.estimator, Estimator::Candidates | Estimator::Winner);
+        let barrier = self.gd.beacon.as_ref().is_some_and(|beacon| beacon.barrier.is_some());
+        let alone = select.rounds == 1 && select.gate != Gate::Coherence && ranked && !barrier;
+        let allowed =
+            "1 with rounds, a barrier, the coherence gate or another estimator than candidates and winner";
+        checks.require(alone || select.picks <= 1, "gd.select.picks", select.picks, allowed);
+        let below = (0.0..1.0).contains(&select.exclude_below);
+        checks.require(below, "gd.select.exclude_below", select.exclude_below, "in [0, 1)");
+        let spread = select.gradient.temperature_spread;
+        let fits = spread.is_finite() && spread >= 0.0;
+        checks.require(fits, "gd.select.gradient.temperature_spread", spread, "at least 0");
+        let parts = format!("from 1 to {MAX_PARTS}");
+        let is_part_count = |n: usize| (1..=MAX_PARTS).contains(&n);
+        checks.require(is_part_count(select.rounds), "gd.select.rounds", select.rounds, &parts);
         if let Some(threshold) = select.threshold {
             checks.require(threshold.is_finite(), "gd.select.threshold", threshold, "a finite number");
         }
@@ -369,12 +432,19 @@ impl ModelConfig {
             );
         }
         let Some(beacon) = &self.gd.beacon else { return };
+        checks.require(is_part_count(beacon.conv_width), "gd.beacon.conv_width", beacon.conv_width, &parts);
+        let averages = beacon.averages;
+        checks.require(averages <= MAX_PARTS, "gd.beacon.averages", averages, format!("at most {MAX_PARTS}"));
         let protects = beacon.protected == 0 || is_count(beacon.protected);
         checks.require(protects, "gd.beacon.protected", beacon.protected, format!("0 or {counts}"));
         let Some(barrier) = &beacon.barrier else { return };
         let open = barrier.floor > 0.0 && barrier.floor < 1.0;
         checks.require(open, "gd.beacon.barrier.floor", barrier.floor, "in (0, 1)");
-        checks.require(barrier.strength >= 0.0, "gd.beacon.barrier.strength", barrier.strength, "at least 0");
+        let strong = barrier.strength >= 0.0 && barrier.strength.is_finite();
+        checks.require(strong, "gd.beacon.barrier.strength", barrier.strength, "at least 0");
+        for (name, x) in [("margin", barrier.margin), ("slack", barrier.slack)] {
+            checks.require(x.is_finite(), &format!("gd.beacon.barrier.{name}"), x, "a finite number");
+        }
         let trigger = barrier.entropy_trigger;
         checks.require(is_share(trigger), "gd.beacon.barrier.entropy_trigger", trigger, "in [0, 1]");
     }

@@ -31,6 +31,10 @@ pub struct SelectSchedule {
     /// value that falls to 0 keeps heads from abstaining early in the training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threshold: Option<Curve>,
+    /// Whether the thresholds start where the mean energy gate over the first batch is 1/2, instead of at
+    /// `gd.select.threshold`. Without the energy gate: where half of the queries abstain.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub calibrate_thresholds: bool,
 }
 
 impl SelectSchedule {

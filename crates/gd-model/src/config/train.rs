@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::checks::{Checks, first, inside};
+use super::model::MAX_SIZE;
 use super::{
     AdamWConfig, DocumentFormat, EmaConfig, GuardConfig, LrSchedule, MuonConfig, SelectSchedule,
     UptrainConfig,
@@ -13,6 +14,13 @@ use crate::error::{Error, Result};
 
 /// The number of byte values, which every vocabulary that is learned contains.
 const BYTES: usize = 256;
+
+/// The maximal number of steps.
+const MAX_STEPS: u64 = 1_000_000_000;
+/// The maximal number of micro-batches, of sequences in one of them, and of checkpoints that are kept.
+const MAX_COUNT: u64 = 1 << 20;
+/// The maximal number of tokens of a step, so that the tokens of a run can be counted.
+const MAX_STEP_TOKENS: u64 = 1 << 31;
 
 /// The tokenizer of a new model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -166,18 +174,28 @@ impl TrainConfig {
     /// All values outside their range.
     pub(super) fn problems(&self) -> Vec<Error> {
         let counts = [
-            ("train.batch", self.batch as u64),
-            ("train.context", self.context as u64),
-            ("train.accumulation", self.accumulation as u64),
-            ("train.keep", self.keep as u64),
-            ("train.save_every", self.save_every.unwrap_or(1)),
-            ("train.steps", self.steps),
-            ("train.eval_every", self.eval_every),
-            ("train.sample_every", self.sample_every.unwrap_or(1)),
+            ("train.batch", self.batch as u64, MAX_COUNT),
+            ("train.context", self.context as u64, MAX_SIZE as u64),
+            ("train.accumulation", self.accumulation as u64, MAX_COUNT),
+            ("train.keep", self.keep as u64, MAX_COUNT),
+            // More than all steps stands for never.
+            ("train.save_every", self.save_every.unwrap_or(1), u64::MAX),
+            ("train.steps", self.steps, MAX_STEPS),
+            ("train.eval_every", self.eval_every, u64::MAX),
+            ("train.sample_every", self.sample_every.unwrap_or(1), u64::MAX),
         ];
         let mut checks = Checks::default();
-        for (name, count) in counts {
+        for (name, count, max) in counts {
             checks.require(count > 0, name, 0, "at least 1");
+            checks.require(count <= max, name, count, format!("at most {max}"));
+        }
+        let [batch, context, accumulation] = [self.batch, self.context, self.accumulation].map(|n| n as u64);
+        let tokens = batch.saturating_mul(context).saturating_mul(accumulation);
+        if tokens > MAX_STEP_TOKENS {
+            checks.add(Err(Error::Invalid(format!(
+                "train.batch {batch} times train.context {context} times train.accumulation {accumulation} exceeds the \
+                 {MAX_STEP_TOKENS} tokens that a step may have"
+            ))));
         }
         checks.require(!self.sample_prompt.is_empty(), "train.sample_prompt", "\"\"", "a text");
         let Self { valid_fraction, clip, .. } = *self;
@@ -200,7 +218,13 @@ impl TrainConfig {
         checks.extend(inside("train", self.adamw.problems()));
         checks.add(self.documents.validate());
         if let TokenizerChoice::Bpe { vocab } = self.tokenizer {
-            checks.require(vocab > BYTES, "train.tokenizer.bpe.vocab", vocab, format!("above {BYTES}"));
+            let allowed = format!("above {BYTES} and at most {MAX_SIZE}");
+            checks.require(
+                (BYTES + 1..=MAX_SIZE).contains(&vocab),
+                "train.tokenizer.bpe.vocab",
+                vocab,
+                allowed,
+            );
         }
         checks.into_problems()
     }

@@ -32,6 +32,10 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::io::tokenizer::Tokenizer;
 use text::check_fraction;
+use tokens::TokenCollector;
+
+/// The size of the text that is tokenized in parallel at a time.
+const CHUNK_BYTES: usize = 8 << 20;
 
 /// The number of tokens that are hashed at a time.
 const HASH_CHUNK_TOKENS: usize = 1 << 16;
@@ -57,14 +61,7 @@ impl Corpus {
     pub fn encode(texts: &Texts, tokenizer: &Tokenizer) -> Result<Self> {
         let framing = tokenizer.framing()?;
         let encode = |documents: &[Text]| -> Result<Tokens> {
-            let ids = documents.par_iter().map(|text| match &text.turns {
-                Some(turns) => encode_turns(tokenizer, &text.text, turns),
-                None => {
-                    let ids = encode_text(tokenizer, &text.text, text.is_chat)?;
-                    Ok(ids.into_iter().map(|id| (id, true)).collect())
-                }
-            });
-            Ok(Tokens::with_learned(ids.collect::<Result<Vec<_>>>()?).with_framing(framing.clone()))
+            Ok(encode(documents, tokenizer)?.with_framing(framing.clone()))
         };
         let bytes = |documents: &[Text]| documents.iter().map(|text| text.text.len()).sum();
         Ok(Self {
@@ -108,6 +105,55 @@ impl Corpus {
             "; train.valid_fraction=0 trains without validation, and a smaller train.context needs less text";
         check("the validation text", &self.valid, context, advice)
     }
+}
+
+/// Tokenizes documents in parallel, with the tokens that are to be learned.
+fn encode_marked(documents: &[Text], tokenizer: &Tokenizer) -> Result<Tokens> {
+    let ids = documents.par_iter().map(|text| match &text.turns {
+        Some(turns) => encode_turns(tokenizer, &text.text, turns),
+        None => {
+            let ids = encode_text(tokenizer, &text.text, text.is_chat)?;
+            Ok(ids.into_iter().map(|id| (id, true)).collect())
+        }
+    });
+    Ok(Tokens::with_learned(ids.collect::<Result<Vec<_>>>()?))
+}
+
+/// Tokenizes documents in parallel, some megabytes at a time, so that their ids of 32 bits are not in memory all at once. A
+/// text of bytes is its own ids, so it can be divided; any other document is tokenized as a whole.
+fn encode(documents: &[Text], tokenizer: &Tokenizer) -> Result<Tokens> {
+    if documents.iter().any(|text| text.turns.is_some()) {
+        return encode_marked(documents, tokenizer);
+    }
+    let bytes = |text: &Text| text.text.len();
+    if tokenizer.is_bytes() {
+        let mut collector = TokenCollector::with_capacity(documents.iter().map(bytes).sum());
+        for document in documents {
+            for part in document.text.as_bytes().chunks(CHUNK_BYTES) {
+                collector.extend(&part.iter().map(|&b| u32::from(b)).collect::<Vec<_>>());
+            }
+            collector.end_document();
+        }
+        return Ok(collector.finish());
+    }
+    let mut collector = TokenCollector::with_capacity(0);
+    let mut rest = documents;
+    while !rest.is_empty() {
+        let mut size = 0;
+        let fits = |text: &&Text| {
+            let starts = size < CHUNK_BYTES;
+            size += bytes(text);
+            starts
+        };
+        let (some, others) = rest.split_at(rest.iter().take_while(fits).count());
+        let ids = some.par_iter().map(|text| encode_text(tokenizer, &text.text, text.is_chat));
+        for document in ids.collect::<Result<Vec<_>>>()? {
+            collector.extend(&document);
+            collector.end_document();
+        }
+        rest = others;
+    }
+    Ok(collector.finish())
 }
 
 /// Checks that `tokens`, which errors call `what`, have at least one window of `context` inputs and a token to predict.

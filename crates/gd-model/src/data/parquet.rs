@@ -1,6 +1,5 @@
 //! The rows of parquet files as records. Of a file that has the text field, that column alone is read.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,6 +10,7 @@ use parquet::schema::types::Type;
 
 use super::records::Record;
 use crate::error::{Error, Result};
+use crate::io::files::open_file;
 use crate::io::panic::catch_panic;
 
 /// A parquet file that is read row by row.
@@ -27,7 +27,7 @@ impl Rows {
     /// # Errors
     /// A file that cannot be read, or that is no parquet file.
     pub(super) fn open(path: &Path, text_field: &str) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::read(path, "parquet file", e))?;
+        let file = open_file(path, "parquet file")?;
         let open = || {
             let reader = SerializedFileReader::new(file)?;
             let columns = projection(reader.metadata().file_metadata().schema(), text_field)?;
@@ -104,7 +104,7 @@ fn write_json(json: &mut String, field: &Field) {
             });
         }
         Field::ListInternal(list) => {
-            write_all(json, ['[', ']'], list.elements().iter(), |json, value| write_json(json, value));
+            write_all(json, ['[', ']'], list.elements().iter(), write_json);
         }
         Field::MapInternal(map) => {
             write_all(json, ['{', '}'], map.entries().iter(), |json, (key, value)| match key {

@@ -7,7 +7,6 @@
 //! | `train-00000.tokens` .. | the training part |
 //! | `valid-00000.tokens` .. | the validation part |
 
-use std::fs;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -16,10 +15,10 @@ use serde::{Deserialize, Serialize};
 use super::documents::{Document, Documents, encode_text};
 use super::shard::{self, Shard, ShardEntry, TokenType};
 use super::text::without_validation;
-use super::{Corpus, Tokens, check_fraction};
+use super::{CHUNK_BYTES, Corpus, Tokens, check_fraction};
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{TOKENIZER, check_replaceable, write_folder};
-use crate::io::files::write_file;
+use crate::io::files::{read_file, write_file};
 use crate::io::tokenizer::Tokenizer;
 
 /// The file name of the index.
@@ -27,9 +26,6 @@ pub const INDEX: &str = "index.json";
 
 /// The version of the format of the index.
 const VERSION: u32 = 1;
-
-/// The size of the text that is tokenized in parallel at a time.
-const CHUNK_BYTES: usize = 8 << 20;
 
 /// The training part or the validation part.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -248,7 +244,7 @@ impl Prepared {
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join(INDEX);
         let bad = |path: &Path, kind, reason| Error::Foreign { path: path.into(), kind, reason };
-        let bytes = fs::read(&path).map_err(|e| Error::read(&path, "index of prepared data", e))?;
+        let bytes = read_file(&path, "index of prepared data")?;
         let Sealed { index, hash: stored_hash } =
             serde_json::from_slice(&bytes).map_err(|e| bad(&path, "data index", e.to_string()))?;
         if index.version != VERSION {
@@ -278,7 +274,7 @@ impl Prepared {
         };
         let (train, valid) = (open(&index.train)?, open(&index.valid)?);
         let file = folder.join(TOKENIZER);
-        let bytes = fs::read(&file).map_err(|e| Error::read(&file, "tokenizer file", e))?;
+        let bytes = read_file(&file, "tokenizer file")?;
         if blake3::hash(&bytes).to_hex().as_str() != index.tokenizer {
             return Err(bad(&file, "tokenizer.json", "its checksum differs from the index".into()));
         }

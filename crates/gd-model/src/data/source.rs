@@ -1,6 +1,5 @@
 //! Opening files of text: standard input, compressed files, and the formats and encodings that are refused.
 
-use std::fs::File;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::path::Path;
 use std::sync::OnceLock;
@@ -8,7 +7,7 @@ use std::sync::OnceLock;
 use flate2::bufread::MultiGzDecoder;
 
 use crate::error::{Error, Result};
-use crate::io::files::byte_order_mark;
+use crate::io::files::{byte_order_mark, open_regular};
 
 /// The path that stands for standard input.
 pub const STDIN: &str = "-";
@@ -84,7 +83,7 @@ pub(super) fn open(path: &Path) -> Result<Source> {
     let unreadable = |e| Error::read(path, "text file", e);
     let raw: Reader = match is_stdin(path) {
         true => Box::new(stdin().map_err(unreadable)?),
-        false => Box::new(BufReader::with_capacity(READ_BYTES, File::open(path).map_err(unreadable)?)),
+        false => Box::new(BufReader::with_capacity(READ_BYTES, open_regular(path).map_err(unreadable)?)),
     };
     let (head, raw) = peek(raw).map_err(unreadable)?;
     let decompressed: Reader = match head.as_slice() {

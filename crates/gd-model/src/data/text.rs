@@ -147,16 +147,17 @@ impl Texts {
         check_fraction(valid_fraction)?;
         let mut result = Self::default();
         for document in documents {
-            let document = document?;
-            let (train, valid) = document.split(valid_fraction);
-            for (side, text) in [(&mut result.train, train), (&mut result.valid, valid)] {
+            let mut document = document?;
+            // Without a copy of the larger part.
+            let at = document.split(valid_fraction).0.len();
+            let valid = match at {
+                0 => std::mem::take(&mut document.text),
+                at => document.text.split_off(at),
+            };
+            for (side, text) in [(&mut result.train, document.text), (&mut result.valid, valid)] {
                 if !text.is_empty() {
                     // A chat is on one side as a whole, so its turns are those of the document.
-                    side.push(Text {
-                        text: text.to_owned(),
-                        is_chat: document.is_chat,
-                        turns: document.turns.clone(),
-                    });
+                    side.push(Text { text, is_chat: document.is_chat, turns: document.turns.clone() });
                 }
             }
         }

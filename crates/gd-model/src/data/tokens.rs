@@ -19,12 +19,82 @@ pub struct Tokens {
 enum Part {
     /// Ids, and the end of each document, counted from the start of the part.
     Memory {
-        ids: Vec<u32>,
+        ids: Ids,
         ends: Vec<usize>,
         /// Which of the ids are to be learned; `None` for all.
         learned: Option<Vec<bool>>,
     },
     Mapped(Shard),
+}
+
+/// Ids in memory: of 16 bits as long as all of them are small, which is half of the memory.
+#[derive(Debug)]
+enum Ids {
+    Small(Vec<u16>),
+    Large(Vec<u32>),
+}
+
+impl Ids {
+    fn len(&self) -> usize {
+        match self {
+            Self::Small(ids) => ids.len(),
+            Self::Large(ids) => ids.len(),
+        }
+    }
+
+    fn read(&self, range: Range<usize>, out: &mut Vec<u32>) {
+        match self {
+            Self::Small(ids) => out.extend(ids[range].iter().map(|&id| u32::from(id))),
+            Self::Large(ids) => out.extend_from_slice(&ids[range]),
+        }
+    }
+
+    fn extend(&mut self, more: &[u32]) {
+        if let Self::Small(ids) = self {
+            let before = ids.len();
+            ids.extend(more.iter().map_while(|&id| u16::try_from(id).ok()));
+            if ids.len() == before + more.len() {
+                return;
+            }
+            ids.truncate(before);
+            *self = Self::Large(ids.iter().map(|&id| u32::from(id)).collect());
+        }
+        if let Self::Large(ids) = self {
+            ids.extend_from_slice(more);
+        }
+    }
+}
+
+/// Collects tokens document by document, without holding the ids of all of them twice.
+#[derive(Debug)]
+pub(super) struct TokenCollector {
+    ids: Ids,
+    ends: Vec<usize>,
+}
+
+impl TokenCollector {
+    /// A collector with space for this number of small ids.
+    pub(super) fn with_capacity(tokens: usize) -> Self {
+        Self { ids: Ids::Small(Vec::with_capacity(tokens)), ends: Vec::new() }
+    }
+
+    /// Adds a part of a document.
+    pub(super) fn extend(&mut self, ids: &[u32]) {
+        self.ids.extend(ids);
+    }
+
+    /// Ends a document. One without tokens is omitted.
+    pub(super) fn end_document(&mut self) {
+        let end = self.ids.len();
+        if self.ends.last().copied().unwrap_or(0) < end {
+            self.ends.push(end);
+        }
+    }
+
+    /// The stream of the documents.
+    pub(super) fn finish(self) -> Tokens {
+        Tokens::join(vec![Part::Memory { ids: self.ids, ends: self.ends, learned: None }])
+    }
 }
 
 impl Part {
@@ -70,30 +140,26 @@ impl From<Vec<u32>> for Tokens {
 impl Tokens {
     /// A stream of documents in memory. Documents without tokens are omitted.
     pub fn documents(documents: impl IntoIterator<Item = Vec<u32>>) -> Self {
-        let (mut ids, mut ends) = (Vec::new(), Vec::new());
-        for document in documents.into_iter().filter(|d| !d.is_empty()) {
-            ids.extend(document);
-            ends.push(ids.len());
+        let mut collector = TokenCollector::with_capacity(0);
+        for document in documents {
+            collector.extend(&document);
+            collector.end_document();
         }
-        Self::join(vec![Part::Memory { ids, ends, learned: None }])
+        collector.finish()
     }
 
     /// A stream of documents in memory, with whether each token is to be learned. Others are read, and predicted by
     /// nothing that counts.
     pub fn with_learned(documents: Vec<Vec<(u32, bool)>>) -> Self {
-        let all = documents.iter().flatten().all(|(_, learned)| *learned);
-        let flags = documents.iter().flatten().map(|(_, learned)| *learned).collect();
-        let ids = documents.into_iter().map(|document| document.into_iter().map(|(id, _)| id).collect());
-        let tokens = Self::documents(ids);
-        match tokens.read_all() {
-            (ids, ends) if !all => Self::join(vec![Part::Memory { ids, ends, learned: Some(flags) }]),
-            _ => tokens,
+        let flags: Vec<bool> = documents.iter().flatten().map(|(_, learned)| *learned).collect();
+        let mut collector = TokenCollector::with_capacity(flags.len());
+        for document in documents {
+            collector.extend(&document.iter().map(|(id, _)| *id).collect::<Vec<_>>());
+            collector.end_document();
         }
-    }
-
-    /// All ids and ends.
-    fn read_all(&self) -> (Vec<u32>, Vec<usize>) {
-        (self.read(0..self.len()), self.ends(0..self.len()))
+        let TokenCollector { ids, ends } = collector;
+        let learned = flags.contains(&false).then_some(flags);
+        Self::join(vec![Part::Memory { ids, ends, learned }])
     }
 
     /// A stream of shards.
@@ -165,7 +231,7 @@ impl Tokens {
         let mut ids = Vec::with_capacity(range.len());
         for (part, inside, _) in self.segments(range) {
             match part {
-                Part::Memory { ids: all, .. } => ids.extend_from_slice(&all[inside]),
+                Part::Memory { ids: all, .. } => all.read(inside, &mut ids),
                 Part::Mapped(shard) => ids.extend(shard.ids(inside)),
             }
         }
@@ -203,8 +269,10 @@ impl Tokens {
         if !ids.is_empty() && ends.last() != Some(&ids.len()) {
             ends.push(ids.len());
         }
+        let mut small = Ids::Small(Vec::new());
+        small.extend(&ids);
         let learned = self.learned(0..len);
-        Self { framing: self.framing.clone(), ..Self::join(vec![Part::Memory { ids, ends, learned }]) }
+        Self { framing: self.framing.clone(), ..Self::join(vec![Part::Memory { ids: small, ends, learned }]) }
     }
 
     /// Consecutive windows of `context` inputs; the last one may be shorter. Every token except the first is the target of
@@ -212,5 +280,23 @@ impl Tokens {
     pub fn windows(&self, context: usize) -> impl Iterator<Item = Range<usize>> {
         let (context, inputs) = (context.max(1), self.len().saturating_sub(1));
         (0..inputs).step_by(context).map(move |at| at..(at + context).min(inputs))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_small_until_one_is_not() {
+        let mut ids = Ids::Small(Vec::new());
+        ids.extend(&[1, 65535]);
+        assert!(matches!(ids, Ids::Small(_)));
+        ids.extend(&[2, 65536, 3]);
+        assert!(matches!(ids, Ids::Large(_)));
+        ids.extend(&[4]);
+        let mut read = Vec::new();
+        ids.read(1..6, &mut read);
+        assert_eq!((ids.len(), read), (6, vec![65535, 2, 65536, 3, 4]));
     }
 }

@@ -1,6 +1,7 @@
 //! Evaluation of a model on a token stream: loss, perplexity, bits per byte and statistics of the heads. The module
-//! [`selective_prediction`] evaluates predictions that may be rejected.
+//! [`selective_prediction`] evaluates predictions that may be rejected, [`reading`] what the reads of the heads are worth.
 
+pub mod reading;
 pub mod selective_prediction;
 
 use std::cell::RefCell;

@@ -2,10 +2,42 @@
 //! new content.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+
+/// Opens a file for reading. A pipe, a socket or a device is refused: it may have no end, or wait for a writer for ever.
+///
+/// # Errors
+/// The system's reason.
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
+    let kind = path.metadata()?.file_type();
+    // Reading a folder gives the error of the system.
+    if !kind.is_file() && !kind.is_dir() {
+        return Err(io::Error::other("it is a pipe, a socket or a device, not a file"));
+    }
+    File::open(path)
+}
+
+/// Opens a file for reading, see [`read_file`]. `what` names what is expected there.
+///
+/// # Errors
+/// [`Error::Missing`] or [`Error::Unreadable`].
+pub fn open_file(path: &Path, what: &'static str) -> Result<File> {
+    open_regular(path).map_err(|e| Error::read(path, what, e))
+}
+
+/// Reads a file. A pipe, a socket or a device is refused. `what` names what is expected there.
+///
+/// # Errors
+/// [`Error::Missing`] or [`Error::Unreadable`].
+pub fn read_file(path: &Path, what: &'static str) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = open_regular(path).and_then(|mut file| file.read_to_end(&mut bytes));
+    read.map_err(|e| Error::read(path, what, e))?;
+    Ok(bytes)
+}
 
 /// Reads a UTF-8 text file. A byte-order mark at its start is no part of the text.
 ///
@@ -13,7 +45,7 @@ use crate::error::{Error, Result};
 /// [`Error::Missing`], [`Error::Unreadable`], [`Error::Empty`], [`Error::InvalidUtf8`], or [`Error::Foreign`] for text in
 /// UTF-16 or UTF-32.
 pub fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| Error::read(path, "text file", e))?;
+    let bytes = read_file(path, "text file")?;
     if bytes.is_empty() {
         return Err(Error::Empty { path: path.into(), reason: "the file is empty" });
     }
@@ -109,6 +141,41 @@ pub(super) fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::write(path, e))
 }
 
+/// Creates a folder and those above it that are missing, and syncs the entry of each new one.
+///
+/// # Errors
+/// [`Error::Unwritable`].
+pub(crate) fn create_folders(folder: &Path) -> Result<()> {
+    if folder == Path::new("") || folder.is_dir() {
+        return Ok(());
+    }
+    let parent = folder.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+    create_folders(parent)?;
+    match fs::create_dir(folder) {
+        Ok(()) => sync_entry(parent),
+        // Another process may have created it in between.
+        Err(_) if folder.is_dir() => Ok(()),
+        Err(e) => Err(Error::write(folder, e)),
+    }
+}
+
+/// Syncs a new or renamed entry of a folder that may belong to another user. Where the system does not let it be opened or
+/// synced, nothing can be done.
+pub(crate) fn sync_entry(folder: &Path) -> Result<()> {
+    match File::open(folder).and_then(|f| f.sync_all()) {
+        Err(e)
+            if matches!(
+                e.kind(),
+                ErrorKind::PermissionDenied | ErrorKind::InvalidInput | ErrorKind::Unsupported
+            ) =>
+        {
+            tracing::debug!("{}: cannot be synced: {e}", folder.display());
+            Ok(())
+        }
+        result => result.map_err(|e| Error::write(folder, e)),
+    }
+}
+
 /// The folder of `path`, which is created if necessary, and the last component of `path`.
 pub(super) fn parent(path: &Path) -> Result<(PathBuf, String)> {
     let name = path.file_name().ok_or_else(|| Error::Invalid(format!("{path:?} names no file or folder")))?;
@@ -116,7 +183,7 @@ pub(super) fn parent(path: &Path) -> Result<(PathBuf, String)> {
         Some(p) if p != Path::new("") => p.to_path_buf(),
         _ => PathBuf::from("."),
     };
-    fs::create_dir_all(&parent).map_err(|e| Error::write(&parent, e))?;
+    create_folders(&parent)?;
     Ok((parent, name.to_string_lossy().into_owned()))
 }
 

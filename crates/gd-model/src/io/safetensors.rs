@@ -1,6 +1,6 @@
 //! Safetensors files: reading, and atomic writing.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo, TensorView, View};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use super::files::stream_file;
+use super::files::{read_file, stream_file};
 use crate::error::{Error, Result};
 
 /// Tensors by name.
@@ -74,11 +75,50 @@ pub fn load_weights(path: &Path, device: &Device) -> Result<Weights> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|e| Error::read(path, "safetensors file", e))
+    read_file(path, "safetensors file")
 }
 
 fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
-    SafeTensors::deserialize(bytes).map_err(|e| diagnose(path, bytes, &e))
+    let file = SafeTensors::deserialize(bytes).map_err(|e| diagnose(path, bytes, &e))?;
+    // The library takes the last of several tensors with the same name.
+    match duplicate(bytes) {
+        Some(name) => Err(foreign(path, "safetensors", format!("it has several tensors {name:?}"))),
+        None => Ok(file),
+    }
+}
+
+/// A name that the header of a valid file has twice.
+fn duplicate(bytes: &[u8]) -> Option<String> {
+    let (length, rest) = bytes.split_first_chunk::<8>()?;
+    let header = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+    serde_json::from_slice::<Names>(header).ok()?.0
+}
+
+/// The first name that a JSON object has twice.
+struct Names(Option<String>);
+
+impl<'de> Deserialize<'de> for Names {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Visit;
+        impl<'de> Visitor<'de> for Visit {
+            type Value = Names;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Names, A::Error> {
+                let (mut names, mut twice) = (HashSet::new(), None);
+                while let Some((name, _)) = map.next_entry::<String, IgnoredAny>()? {
+                    if let Some(name) = names.replace(name) {
+                        twice.get_or_insert(name);
+                    }
+                }
+                Ok(Names(twice))
+            }
+        }
+        deserializer.deserialize_map(Visit)
+    }
 }
 
 fn load_view(path: &Path, name: &str, view: &TensorView, device: &Device) -> Result<(String, Tensor)> {
@@ -197,6 +237,22 @@ mod tests {
         assert!(write(&below_a_file, &back).is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         Ok(())
+    }
+
+    #[test]
+    fn tensors_of_the_same_name_are_refused() {
+        let tensor = r#"{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#;
+        for (header, refused) in
+            [(format!(r#"{{"a":{tensor},"a":{tensor}}}"#), true), (format!(r#"{{"a":{tensor}}}"#), false)]
+        {
+            let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[7]].concat();
+            let error = parse(Path::new("x"), &bytes).err().map(|e| e.to_string());
+            assert_eq!(
+                error.as_deref().is_some_and(|e| e.contains(r#"several tensors "a""#)),
+                refused,
+                "{error:?}"
+            );
+        }
     }
 
     #[test]

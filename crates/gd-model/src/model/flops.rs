@@ -1,6 +1,6 @@
 //! Floating-point operations of training, and the rate of the device. Their ratio is the model FLOPs utilization (MFU).
 //!
-//! Per token, with Hq query heads of dimension D, K candidates, and n the mean number of keys that a query of a context of
+//! Per token, with H heads of dimension D of which Hq read keys, K candidates, and n the mean number of keys that a query of a context of
 //! N tokens sees ((N + 1) / 2 without a window):
 //!
 //! | part | forward | backward |
@@ -9,7 +9,7 @@
 //! | softmax attention, and other mechanisms except selection | 4 Hq D n | 8 Hq D n |
 //! | scan | 2 Hq D n | none, because it has no gradient |
 //! | select, each round | 2 Hq D K | 8 Hq D K |
-//! | each running average | 6 Hq D | 12 Hq D |
+//! | each running average | 6 H D | 12 H D |
 //!
 //! With the estimator `dense` K is n; with `winner` one candidate has a gradient. Embeddings, norms, activations, rotary
 //! embeddings and recomputation are not counted.
@@ -25,21 +25,23 @@ use crate::error::Result;
 /// The floating-point operations of the forward and backward pass per training token in windows of `context` tokens.
 pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
     let (c, d) = (config.hidden_size as f64, config.head_dim as f64);
-    let (hq, hk) = (config.num_attention_heads as f64, config.num_key_value_heads as f64);
+    let (heads, value_heads) = (config.num_attention_heads as f64, config.num_key_value_heads as f64);
     let layer = |i| {
+        let attention = config.attention(i);
+        let (hq, hk) = (attention.reading_heads() as f64, attention.reading_key_value_heads() as f64);
         let keys = keys(context, config.window(i));
         let gate = f64::from(config.gd.output_gate);
-        let mut weights =
-            c * d * (2.0 * hq + 2.0 * hk + gate * hq) + 3.0 * c * config.intermediate_size as f64;
+        let mut weights = c * d * (hq + hk + heads + value_heads + gate * heads)
+            + 3.0 * c * config.intermediate_size as f64;
         let mut other = 0.0;
         if let Some(beacon) = &config.gd.beacon {
             let averages = beacon.averages as f64;
             let conv = if beacon.conv_width > 1 { beacon.conv_width as f64 } else { 0.0 };
-            weights += c * (conv + 3.0 * averages * hq + f64::from(beacon.prior) * hk);
-            other += 18.0 * averages * hq * d;
+            weights += c * (conv + 3.0 * averages * heads + f64::from(beacon.prior) * hk);
+            other += 18.0 * averages * heads * d;
         }
         other += match config.mechanism(i) {
-            Mechanism::Softmax | Mechanism::Other(_) => 12.0 * hq * d * keys,
+            Mechanism::Softmax | Mechanism::SoftmaxNull | Mechanism::Other(_) => 12.0 * hq * d * keys,
             Mechanism::Gd => {
                 let select = &config.gd.select;
                 let candidates = (select.candidates as f64).min(keys);
@@ -75,7 +77,7 @@ pub fn peak(dtype: DType, device: &Device) -> Result<f64> {
     let mut highest = 0f64;
     for _ in 0..5 {
         let started = Instant::now();
-        x.matmul(&x)?;
+        gd_kernels::linear(&x, &x, None)?;
         device.synchronize()?;
         highest = highest.max(2.0 * (n as f64).powi(3) / started.elapsed().as_secs_f64());
     }

@@ -11,6 +11,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result, shorten};
 use crate::io::chat_template::ChatTemplate;
 use crate::io::checkpoint::{self, Checkpoint};
+use crate::io::files::read_file;
 use crate::io::gguf::{self, Gguf};
 use crate::io::tokenizer::Tokenizer;
 use crate::io::{added_tokens, hub, safetensors};
@@ -58,6 +59,9 @@ pub struct Parts {
     /// The names and dtypes of the tensors beside the weights that were not read.
     other_dtypes: BTreeMap<String, String>,
 }
+
+/// How often a reader tries to read the newest checkpoint of a run if it is removed while it is read.
+const MAX_ATTEMPTS: usize = 20;
 
 /// A loaded model.
 pub struct Loaded {
@@ -108,20 +112,33 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     if gguf::is_at(path) {
         return read_gguf(path, device);
     }
-    let (path, skipped) = checkpoint::locate(path)?;
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        let (located, skipped) = checkpoint::locate(path)?;
+        match read_located(&located, skipped, device) {
+            // The run has removed the checkpoint meanwhile, because there is a newer one.
+            Err(_) if attempts < MAX_ATTEMPTS && located != path && !located.exists() => {}
+            result => return result,
+        }
+    }
+}
+
+/// Reads the files of the model at `path`, which is no folder of a run. `skipped` says why newer ones were not used.
+fn read_located(path: &Path, skipped: Vec<String>, device: &Device) -> Result<Parts> {
     for reason in &skipped {
         tracing::warn!("{reason}; the model is loaded from {}", path.display());
     }
     if path.is_dir()
-        && let Some(file) = folder::gguf_in(&path)?
+        && let Some(file) = folder::gguf_in(path)?
     {
         return read_gguf(&file, device);
     }
-    let folder: PathBuf = match path.is_file() {
-        true => path.parent().map(Path::to_path_buf).unwrap_or_default(),
-        false => path.clone(),
+    let folder: PathBuf = match path.is_dir() {
+        true => path.into(),
+        false => path.parent().map(Path::to_path_buf).unwrap_or_default(),
     };
-    let weights_path = checkpoint::weights_file(&path)?;
+    let weights_path = checkpoint::weights_file(path)?;
     folder::check_companions(&folder)?;
     let weights = checkpoint::load_weights(&weights_path, device)?;
     let mut weights = weights::rename(&weights_path, weights)?;
@@ -163,7 +180,7 @@ pub(crate) fn copied_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     let mut files = BTreeMap::new();
     for name in COPIED.into_iter().filter(|name| folder.join(name).exists()) {
         let path = folder.join(name);
-        let content = std::fs::read(&path).map_err(|e| Error::read(&path, "file", e))?;
+        let content = read_file(&path, "file")?;
         files.insert(name.into(), content);
     }
     Ok(files)

@@ -49,8 +49,21 @@ pub(super) fn least_energy(slots: &[Slot], tie: TieBreak) -> Option<&Slot> {
     })
 }
 
+/// The weight of a pick, by its rank from 0; `None` if there is no such candidate.
+fn pick_weight(row: &Row, layer: &Layer, tau: Option<f32>, rank: usize) -> Option<f32> {
+    let (temperature, null) = match layer.gate {
+        Gate::Energy { temperature } => (temperature as f32, tau),
+        Gate::None | Gate::Coherence => (1.0, None),
+    };
+    let energies = || row.slots.iter().take(layer.picks).map(Slot::compared).chain(null);
+    let least = energies().fold(f32::INFINITY, f32::min);
+    let height = |e: f32| ((least - e) / temperature).exp();
+    let total: f32 = energies().map(height).sum();
+    row.slots.get(rank).map(|slot| height(slot.compared()) / total)
+}
+
 fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), String> {
-    let tau = layer.threshold.as_ref().map(|tau| tau[h]);
+    let (tau, limit) = (layer.threshold.as_ref().map(|tau| tau[h]), layer.limit(h));
     for slot in &row.slots {
         if slot.key < 0 || slot.key as usize > position {
             return Err(format!("candidate {} is no position up to its own", slot.key));
@@ -58,9 +71,9 @@ fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), 
         if !slot.energy.is_finite() || !slot.compared().is_finite() {
             return Err(format!("candidate {} has an energy of {}", slot.key, slot.compared()));
         }
-        if slot.rejected != tau.is_some_and(|tau| slot.compared() > tau) {
+        if slot.rejected != limit.is_some_and(|limit| slot.compared() > limit) {
             return Err(format!(
-                "candidate {} of energy {} is {} at a threshold of {tau:?}",
+                "candidate {} of energy {} is {} at a limit of {limit:?}",
                 slot.key,
                 slot.compared(),
                 if slot.rejected { "rejected" } else { "admitted" }
@@ -90,8 +103,10 @@ fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), 
             return Err(format!("{name} {stated}, but the candidates give {computed}"));
         }
     }
+    let picked = |rank: usize| pick_weight(row, layer, tau, rank);
     let gate = match (winner, layer.gate, tau) {
         (None, ..) => Some(0.0),
+        (Some(_), ..) if layer.picks > 1 => picked(0),
         (Some(_), Gate::None, _) => Some(1.0),
         (Some(_), Gate::Energy { temperature }, Some(tau)) => {
             Some((1.0 + (-(tau - energy) / temperature as f32).exp()).recip())
@@ -114,6 +129,17 @@ fn check_row(row: &Row, layer: &Layer, h: usize, position: usize) -> Result<(), 
     let sums = row.share >= 0.0 && row.memory >= 0.0 && parts <= 1.0 + 1e-5;
     if !sums || (!layer.memory && row.memory != 0.0) || (winner.is_none() && row.share != 0.0) {
         return Err(format!("shares {} and {}", row.share, row.memory));
+    }
+    for (at, &(key, weight)) in row.picks.iter().enumerate() {
+        let slot = row.slots.get(at + 1).filter(|slot| !slot.rejected);
+        let (expected, share) =
+            (slot.map_or(-1, |slot| slot.key), slot.and_then(|_| picked(at + 1)).unwrap_or(0.0));
+        let near = (weight - share).abs() <= GATE_TOLERANCE;
+        // A weight that rounds to 0 is no read.
+        let same = key == expected || key == -1 && weight == 0.0;
+        if !same || !near {
+            return Err(format!("pick {} reads {key} with {weight}, not {expected} with {share}", at + 2));
+        }
     }
     if let Some(key) = row.later.iter().find(|&&key| key < -1 || key > position as i32) {
         return Err(format!("a later round reads {key}"));

@@ -10,8 +10,14 @@ use crate::error::{Error, Result};
 use crate::infer::sampler::Sampling;
 use crate::model::pretrained::Loaded;
 
-/// The name and version of the format.
-pub const FORMAT: (&str, u32) = ("gd-trace", 1);
+/// The name of the format.
+pub const FORMAT: &str = "gd-trace";
+
+/// The version of the format that is written. Version 1 is still read.
+pub const VERSION: u32 = 2;
+
+/// The maximal number of layers; more are refused as damaged.
+const MAX_LAYERS: usize = 1024;
 
 /// The maximal number of heads, rounds and candidates of a layer; larger ones are refused as damaged.
 const MAX_COUNT: usize = 1 << 16;
@@ -22,7 +28,7 @@ const MAX_COUNT: usize = 1 << 16;
 pub struct Header {
     /// The name of the format, `gd-trace`.
     pub format: String,
-    /// The version of the format, 1.
+    /// The version of the format, 2 or, of an older trace, 1.
     pub version: u32,
     /// The version of this crate.
     pub gd: String,
@@ -42,6 +48,12 @@ pub struct Header {
     pub sampling: Option<Sampling>,
     /// The seed of the sampling.
     pub seed: u64,
+    /// The maximal number of new tokens; `None` if no tokens were generated, and in version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<usize>,
+    /// The tokens that end the generation; `None` if no tokens were generated, and in version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_tokens: Option<Vec<u32>>,
     /// The interventions during the run.
     pub interventions: Vec<Intervention>,
     /// All layers of the model.
@@ -62,6 +74,19 @@ pub struct Model {
     pub tokenizer: String,
 }
 
+/// How tokens are generated after the prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// The sampling parameters.
+    pub sampling: Sampling,
+    /// The seed of the sampling.
+    pub seed: u64,
+    /// The maximal number of new tokens.
+    pub max_tokens: usize,
+    /// The end tokens, see [`Loaded::end_tokens`]. They end the generation and are not recorded.
+    pub end_tokens: Vec<u32>,
+}
+
 /// The settings of a layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -78,18 +103,52 @@ pub struct Layer {
     pub candidates: usize,
     /// The number of rounds of selection.
     pub rounds: usize,
+    /// The number of positions that a head reads from one scan. 1 in traces without this key.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub picks: usize,
     /// How keys are scored.
     pub score: Score,
     /// Which of several keys with equal energy wins.
     pub tie: TieBreak,
     /// The gate that multiplies the selected value.
     pub gate: Gate,
+    /// The least energy gate of a read; reads below it are dropped. 1/2 in traces without this key.
+    #[serde(default = "half", skip_serializing_if = "is_half")]
+    pub exclude_below: f64,
     /// The threshold of each head; `None` if the heads have none.
     pub threshold: Option<Vec<f32>>,
     /// The barrier, if there is one.
     pub barrier: Option<Barrier>,
     /// Whether the Beacon adds running averages to the outputs of the heads.
     pub memory: bool,
+}
+
+/// The default of `picks`.
+fn one() -> usize {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde passes a reference
+fn is_one(x: &usize) -> bool {
+    *x == one()
+}
+
+/// The default of `exclude_below`.
+fn half() -> f64 {
+    0.5
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde passes a reference
+fn is_half(x: &f64) -> bool {
+    *x == half()
+}
+
+impl Layer {
+    /// The greatest energy that head `h` can select; `None` without a threshold.
+    pub(super) fn limit(&self, h: usize) -> Option<f32> {
+        let admission = self.gate.admission(self.exclude_below) as f32;
+        self.threshold.as_ref().map(|tau| tau[h] + admission)
+    }
 }
 
 /// The BLAKE3 hash in the notation of the header, `blake3:` and hexadecimal digits.
@@ -124,8 +183,8 @@ impl Model {
 }
 
 impl Header {
-    /// The header of a run over `prompt`. `name` is the name of the model, `sampling` the parameters and the seed of the
-    /// sampling if tokens are generated.
+    /// The header of a run over `prompt`. `name` is the name of the model; `generation` says how tokens are generated, if
+    /// they are.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a model without a layer that selects single positions; an error of the device.
@@ -133,7 +192,7 @@ impl Header {
         loaded: &Loaded,
         name: &str,
         prompt: &[u32],
-        sampling: Option<(Sampling, u64)>,
+        generation: Option<&Generation>,
         interventions: &[Intervention],
         device: &Device,
     ) -> Result<Self> {
@@ -144,8 +203,8 @@ impl Header {
         let input: Vec<u8> = prompt.iter().flat_map(|token| token.to_le_bytes()).collect();
         let (device, isa) = backend(device);
         Ok(Self {
-            format: FORMAT.0.into(),
-            version: FORMAT.1,
+            format: FORMAT.into(),
+            version: VERSION,
             gd: env!("CARGO_PKG_VERSION").into(),
             model: Model::of(loaded, name)?,
             input: hash(&input),
@@ -153,25 +212,33 @@ impl Header {
             device,
             isa,
             precision: "f32".into(),
-            sampling: sampling.map(|(sampling, _)| sampling),
-            seed: sampling.map_or(0, |(_, seed)| seed),
+            sampling: generation.map(|g| g.sampling),
+            seed: generation.map_or(0, |g| g.seed),
+            max_tokens: generation.map(|g| g.max_tokens),
+            end_tokens: generation.map(|g| g.end_tokens.clone()),
             interventions: interventions.to_vec(),
             layers,
         })
     }
 
-    /// Checks that a header from a file is consistent.
-    pub(super) fn check(&self) -> std::result::Result<(), String> {
-        let (name, version) = FORMAT;
-        if (self.format.as_str(), self.version) != FORMAT {
+    /// Checks that a header from a file of this version is consistent.
+    pub(super) fn check(&self, version: u32) -> std::result::Result<(), String> {
+        if (self.format.as_str(), self.version) != (FORMAT, version) {
             return Err(format!(
-                "{} {} is not supported (supported: {name} {version})",
+                "{} {} is not supported here (supported: {FORMAT} {version})",
                 self.format, self.version
             ));
         }
+        let generates = version != 1 && self.sampling.is_some();
+        if [self.max_tokens.is_some(), self.end_tokens.is_some()] != [generates; 2] {
+            return Err("its header describes a part of a generation".into());
+        }
+        if self.layers.len() > MAX_LAYERS {
+            return Err(format!("{} layers; the maximum is {MAX_LAYERS}", self.layers.len()));
+        }
         for (i, layer) in self.layers.iter().enumerate() {
             let Layer { heads, rounds, candidates, .. } = *layer;
-            let counts = [heads, rounds, candidates];
+            let counts = [heads, rounds, candidates, layer.picks];
             if layer.layer != i || counts.iter().any(|n| !(1..=MAX_COUNT).contains(n)) {
                 return Err(format!(
                     "layer {} at index {i} has {heads} heads, {rounds} rounds, {candidates} candidates",
@@ -202,6 +269,19 @@ impl Header {
     pub fn same_backend(&self, other: &Self) -> bool {
         let of = |h: &Self| (h.gd.clone(), h.device.clone(), h.isa.clone(), h.precision.clone());
         of(self) == of(other)
+    }
+
+    /// Device, instruction set, dtype and version in words.
+    pub fn backend(&self) -> String {
+        let Self { device, isa, precision, gd, .. } = self;
+        let device = [device.as_str(), isa].join(" ");
+        format!("{} in {precision} by gd {gd}", device.trim())
+    }
+
+    /// How tokens are generated; `None` if they are not, or if the header, of version 1, does not say it.
+    pub(super) fn generation(&self) -> Option<Generation> {
+        let (sampling, max_tokens, end_tokens) = (self.sampling?, self.max_tokens?, self.end_tokens.clone()?);
+        Some(Generation { sampling, seed: self.seed, max_tokens, end_tokens })
     }
 }
 
@@ -244,13 +324,17 @@ fn layers(loaded: &Loaded) -> Result<Vec<Layer>> {
         Ok(Layer {
             layer: i,
             mechanism: mechanism.clone(),
-            selects: *mechanism == Mechanism::Gd && (gd.estimator != Estimator::Blend || gd.candidates == 1),
-            heads: attention.num_attention_heads,
+            selects: *mechanism == Mechanism::Gd
+                && attention.reading_heads() > 0
+                && (gd.estimator != Estimator::Blend || gd.candidates == 1),
+            heads: attention.reading_heads(),
             candidates: gd.candidates,
             rounds: gd.rounds,
+            picks: gd.picks,
             score: gd.score,
             tie: gd.tie,
             gate: gd.gate,
+            exclude_below: gd.exclude_below,
             threshold,
             barrier: attention.beacon.as_ref().and_then(|b| b.barrier),
             memory: attention.beacon.as_ref().is_some_and(|b| b.averages > 0),

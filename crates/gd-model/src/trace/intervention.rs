@@ -180,7 +180,7 @@ pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> 
     let mut energy = view.candidates.energy.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     let flags = &view.candidates.protected;
     let mut flags = flags.as_ref().map(|f| f.flatten_all()?.to_vec1::<u8>()).transpose()?;
-    let tau = view.threshold.map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
+    let limit = view.limit.map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
     for (row, (keys, energies)) in index.chunks_mut(slots).zip(energy.chunks_mut(slots)).enumerate() {
         let (h, i) = (row / n, row % n);
         let mut flags = flags.as_mut().map(|f| &mut f[row * slots..][..slots]);
@@ -200,7 +200,8 @@ pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> 
         if let Some((key, energy)) = forced {
             keys.fill(-1);
             energies.fill(f32::INFINITY);
-            (keys[0], energies[0]) = (key as i32, tau.as_ref().map_or(energy, |tau| energy.min(tau[h])));
+            (keys[0], energies[0]) =
+                (key as i32, limit.as_ref().map_or(energy, |limit| energy.min(limit[h])));
             if let Some(flags) = flags.as_deref_mut() {
                 flags.fill(0);
             }

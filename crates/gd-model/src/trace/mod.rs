@@ -3,7 +3,7 @@
 //!
 //! The hash chain proves that no record was changed, removed or added since its head was stored or signed. It cannot
 //! prevent the owner of a file from writing a new trace with another head. This is detected by a head that was stored
-//! elsewhere, by a signature, or by the replay.
+//! elsewhere, by a signature, or by the replay. [`Proof`] shows that a trace contains a record without its other records.
 //!
 //! The following example records what every head of every layer reads for each token of a prompt.
 //!
@@ -24,7 +24,7 @@
 //! let prompt = loaded.tokenizer.encode("Call me")?;
 //! let header = Header::new(&loaded, "untrained", &prompt, None, &[], &device)?;
 //! let mut records = Vec::new();
-//! record(&loaded, &header, &prompt, None, &device, |record| {
+//! record(&loaded, &header, &prompt, &device, |record| {
 //!     records.push(record);
 //!     Ok(())
 //! })?;
@@ -37,106 +37,112 @@
 mod chain;
 mod check;
 mod effect;
+mod ending;
 mod file;
 mod header;
 mod intervention;
+mod proof;
 mod record;
 mod recorder;
 mod replay;
 mod run;
+mod signature;
 
 pub use chain::{Chain, Hash, Seal, hex};
 pub use check::check;
 pub use effect::{Change, Effect, Pick, effect};
-pub use file::{Signed, Trace, Writer};
-pub use header::{FORMAT, Header, Layer, Model};
+pub use ending::Ending;
+pub use file::{Trace, Writer};
+pub use header::{FORMAT, Generation, Header, Layer, Model, VERSION};
 pub use intervention::{Act, Intervention, Query};
+pub use proof::{Proof, Proven};
 pub use record::{Record, Row, Slot};
 pub use recorder::Recorder;
 pub use replay::Outcome;
-pub use run::{Continuation, record, replay};
+pub use run::{record, replay};
+pub use signature::{Signed, Statement};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// A verified trace.
 #[derive(Debug, Clone)]
 pub struct Verified {
     /// The hashes of the trace.
     pub seal: Seal,
-    /// The records.
-    pub records: Vec<Record>,
+    /// The number of selections, one for each position, selecting layer and head.
+    pub selections: u64,
+    /// The number of selections in which the head abstained.
+    pub abstained: u64,
 }
 
-/// Verifies a trace without the model: the order of the records, chain, root, head, signature, and that each selection has
-/// the least energy of its candidates with the recorded margin. If `expected_head` is given, the head must be equal to it;
-/// if `signer` is given, the trace must be signed by this Ed25519 public key.
+/// Verifies a trace without the model: the order of the records, chain, root, head, signature, that each selection has the
+/// least energy of its candidates with the recorded margin, and that the text can end as it does. If `expected_head` is
+/// given, the head must be equal to it; if `signer` is given, the trace must be signed by this Ed25519 public key. Holds one
+/// block of records in memory at a time.
 ///
 /// # Errors
 /// [`Error::Damaged`] with the first check that fails.
 pub fn verify(trace: &Trace, expected_head: Option<Hash>, signer: Option<Hash>) -> Result<Verified> {
-    let damaged = |reason: String| Err(Error::Damaged { path: trace.path.clone(), reason });
-    let seal = trace.seal()?;
-    let stated = trace.stated;
+    let damaged = |reason: String| Err(trace.damaged(reason));
+    let (mut chain, mut selections, mut abstained) = (Chain::new(trace.header_bytes()), 0, 0);
+    let mut inconsistent = None;
+    for (position, bytes) in trace.records().enumerate() {
+        let bytes = bytes?;
+        chain.push(&bytes);
+        // A wrong hash is reported first, because it explains everything else.
+        if inconsistent.is_some() {
+            continue;
+        }
+        let record = Record::decode(&bytes, &trace.header)
+            .map_err(|e| format!("record {position}: {e}"))
+            .and_then(|record| check(&record, position, &trace.header).map(|()| record));
+        match record {
+            Ok(record) => {
+                selections += record.rows.len() as u64;
+                abstained += record.rows.iter().filter(|row| row.selected < 0).count() as u64;
+            }
+            Err(reason) => inconsistent = Some(reason),
+        }
+    }
+    let seal = chain.seal(trace.ending);
+    check_hashes(&trace.stated, &seal, expected_head)
+        .and_then(|()| signature::check_signature(trace.signed.as_ref(), &seal.head, signer))
+        .and_then(|()| inconsistent.map_or(Ok(()), Err))
+        .and_then(|()| check_length(trace, seal.count as usize))
+        .or_else(damaged)?;
+    Ok(Verified { seal, selections, abstained })
+}
+
+/// Compares the hashes that a file states with those of its records.
+fn check_hashes(stated: &Seal, seal: &Seal, expected_head: Option<Hash>) -> std::result::Result<(), String> {
     for (name, stated, computed) in [
         ("chain", stated.chain, seal.chain),
         ("root", stated.root, seal.root),
         ("head", stated.head, seal.head),
     ] {
         if stated != computed {
-            return damaged(format!("its {name} is {}, the records give {}", hex(&stated), hex(&computed)));
+            return Err(format!("its {name} is {}, the records give {}", hex(&stated), hex(&computed)));
         }
     }
     if stated.count != seal.count {
-        return damaged(format!("its count is {}, but it has {} records", stated.count, seal.count));
+        return Err(format!("its count is {}, but it has {} records", stated.count, seal.count));
     }
-    if let Some(expected) = expected_head.filter(|expected| *expected != seal.head) {
-        return damaged(format!("its head is {}, not the expected {}", hex(&seal.head), hex(&expected)));
-    }
-    if trace.signed.is_some() {
-        check_signature(trace, &seal.head)?;
-    }
-    match (signer, trace.signed.map(|signed| signed.key)) {
-        (Some(_), None) => return damaged("it is not signed".into()),
-        (Some(signer), Some(key)) if signer != key => {
-            return damaged(format!("it is signed by {}, not by {}", hex(&key), hex(&signer)));
+    match expected_head.filter(|expected| *expected != seal.head) {
+        Some(expected) => {
+            Err(format!("its head is {}, not the expected {}", hex(&seal.head), hex(&expected)))
         }
-        _ => {}
+        None => Ok(()),
     }
-    let mut records = Vec::new();
-    for (position, bytes) in trace.records().enumerate() {
-        let record = Record::decode(bytes?, &trace.header)
-            .map_err(|e| format!("record {position}: {e}"))
-            .and_then(|record| check(&record, position, &trace.header).map(|()| record));
-        match record {
-            Ok(record) => records.push(record),
-            Err(reason) => return damaged(reason),
-        }
-    }
-    if records.len() < trace.header.prompt_tokens {
-        return damaged(format!(
-            "{} records for a prompt of {} tokens",
-            records.len(),
-            trace.header.prompt_tokens
-        ));
-    }
-    Ok(Verified { seal, records })
 }
 
-/// Checks the signature of a signed trace over its head.
-#[cfg(feature = "sign")]
-fn check_signature(trace: &Trace, head: &Hash) -> Result<()> {
-    if trace.signature_is_valid(head) {
-        return Ok(());
+/// Checks that the number of records fits the header and the ending.
+fn check_length(trace: &Trace, records: usize) -> std::result::Result<(), String> {
+    let prompt = trace.header.prompt_tokens;
+    if records < prompt {
+        return Err(format!("{records} records for a prompt of {prompt} tokens"));
     }
-    let reason = "the signature of the head by its key is not valid".into();
-    Err(Error::Damaged { path: trace.path.clone(), reason })
-}
-
-/// Refuses a signed trace: without the feature `sign`, its signature cannot be checked.
-#[cfg(not(feature = "sign"))]
-fn check_signature(trace: &Trace, _: &Hash) -> Result<()> {
-    Err(Error::Invalid(format!(
-        "{}: the trace is signed, and this build cannot check signatures (gd-model's feature `sign`)",
-        trace.path.display()
-    )))
+    if records > prompt && trace.header.sampling.is_none() {
+        return Err(format!("{} records are of generated tokens, but it has no sampling", records - prompt));
+    }
+    trace.ending.map_or(Ok(()), |ending| ending.check(&trace.header, records))
 }

@@ -13,6 +13,7 @@
 //! | f32 gate | the factor of the selected value |
 //! | f32 share, f32 memory | shares of the selected value and of the running averages in the norm of the head's output |
 //! | i32 for each round after the first | the position that was read, or -1 |
+//! | i32 and f32 for each pick after the first | the position that was read, or -1, and its weight |
 //! | u8 count, count slots | in the order of the scan: i32 key, u8 flags, f32 energy, f32 lifted energy if flag 4 is set |
 //!
 //! The flags of a slot: 1 protected, 2 rejected, 4 lifted.
@@ -65,6 +66,8 @@ pub struct Row {
     pub memory: f32,
     /// The positions that the rounds after the first read; -1 for none.
     pub later: Vec<i32>,
+    /// The positions that the picks after the first read, -1 for none, and their weights.
+    pub picks: Vec<(i32, f32)>,
     /// The candidates in the order of the scan.
     pub slots: Vec<Slot>,
 }
@@ -105,6 +108,10 @@ impl Record {
                 out.extend(bits(x).to_le_bytes());
             }
             row.later.iter().for_each(|key| out.extend(key.to_le_bytes()));
+            for (key, weight) in &row.picks {
+                out.extend(key.to_le_bytes());
+                out.extend(bits(*weight).to_le_bytes());
+            }
             let count = u8::try_from(row.slots.len()).map_err(|_| {
                 Error::Invalid(format!("{} candidates of one head; the maximum is 255", row.slots.len()))
             })?;
@@ -139,7 +146,7 @@ impl Record {
         let mut rows = Vec::new();
         for layer in header.selecting() {
             for _ in 0..layer.heads {
-                rows.push(row(&mut at, layer.rounds)?);
+                rows.push(row(&mut at, layer.rounds, layer.picks)?);
             }
         }
         match at.bytes.len() {
@@ -154,11 +161,12 @@ pub(super) fn bits(x: f32) -> u32 {
     if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }
 }
 
-fn row(at: &mut Cursor, rounds: usize) -> std::result::Result<Row, String> {
+fn row(at: &mut Cursor, rounds: usize, picks: usize) -> std::result::Result<Row, String> {
     let selected = at.i32()?;
     let [energy, margin, coherence, gate, share, memory] =
         [at.f32()?, at.f32()?, at.f32()?, at.f32()?, at.f32()?, at.f32()?];
     let later = (1..rounds).map(|_| at.i32()).collect::<std::result::Result<_, _>>()?;
+    let picks = (1..picks).map(|_| Ok((at.i32()?, at.f32()?))).collect::<std::result::Result<_, String>>()?;
     let [count] = at.take::<1>()?;
     let mut slots = Vec::with_capacity(usize::from(count));
     for _ in 0..count {
@@ -172,7 +180,7 @@ fn row(at: &mut Cursor, rounds: usize) -> std::result::Result<Row, String> {
         let (protected, rejected) = (flags & PROTECTED != 0, flags & REJECTED != 0);
         slots.push(Slot { key, protected, rejected, energy, lifted });
     }
-    Ok(Row { selected, energy, margin, coherence, gate, share, memory, later, slots })
+    Ok(Row { selected, energy, margin, coherence, gate, share, memory, later, picks, slots })
 }
 
 struct Cursor<'a> {

@@ -116,18 +116,22 @@ fn rows(view: &SelectionView, configured: usize) -> Result<Vec<Row>> {
     let energy = floats(&candidates.energy)?;
     let compared = floats(&selected.compared)?;
     let flags = candidates.protected.as_ref().map(|f| f.flatten_all()?.to_vec1::<u8>()).transpose()?;
-    let tau = view.threshold.map(floats).transpose()?;
+    let limit = view.limit.map(floats).transpose()?;
     let index = selected.index.flatten_all()?.to_vec1::<i32>()?;
     let (least, margin, gate) =
         (floats(&selected.energy)?, floats(&selected.margin)?, floats(&selected.gate)?);
     let coherence = selected.coherence.as_ref().map(floats).transpose()?;
     let later = selected.later.iter().map(|r| r.index.flatten_all()?.to_vec1::<i32>());
     let later = later.collect::<Result<Vec<_>>>()?;
+    let pick = |pick: &gd_kernels::Pick| -> Result<(Vec<i32>, Vec<f32>)> {
+        Ok((pick.index.flatten_all()?.to_vec1()?, floats(&pick.weight)?))
+    };
+    let picks = selected.picks.iter().map(pick).collect::<Result<Vec<_>>>()?;
     let shares = shares(view)?;
     let slot = |at: usize, h: usize| Slot {
         key: keys[at],
         protected: flags.as_ref().is_some_and(|f| f[at] != 0),
-        rejected: tau.as_ref().is_some_and(|tau| compared[at] > tau[h]),
+        rejected: limit.as_ref().is_some_and(|limit| compared[at] > limit[h]),
         energy: energy[at],
         lifted: (compared[at].to_bits() != energy[at].to_bits()).then_some(compared[at]),
     };
@@ -142,11 +146,17 @@ fn rows(view: &SelectionView, configured: usize) -> Result<Vec<Row>> {
             gate: gate[row],
             share: shares[row].0,
             memory: shares[row].1,
+            picks: picks.iter().map(|(index, weight)| named(index[row], weight[row])).collect(),
             later: later.iter().map(|index| index[row]).collect(),
             slots: slots.map(|(_, slot)| slot).collect(),
         }
     };
     Ok((0..heads * n).map(row).collect())
+}
+
+/// A pick with the key -1 if it is not read.
+fn named(key: i32, weight: f32) -> (i32, f32) {
+    if weight > 0.0 { (key, weight) } else { (-1, weight) }
 }
 
 /// The elements of a tensor in f32.
@@ -165,7 +175,8 @@ fn shares(view: &SelectionView) -> Result<Vec<(f32, f32)>> {
     let gate = view.output_gate.map(floats).transpose()?;
     let share = |row: usize| {
         let (h, i) = (row / n, row % n);
-        let gate = |at: usize| gate.as_ref().map_or(1.0, |g| g[(i * heads + h) * d + at]);
+        // The gate of a position has all heads, also those that do not read.
+        let gate = |at: usize| gate.as_ref().map_or(1.0, |g| g[i * (g.len() / n) + h * d + at]);
         let norm = |value: &dyn Fn(usize) -> f32| {
             let sum: f32 = (0..d).map(|at| (value(at) * gate(at)).powi(2)).sum();
             sum.sqrt()

@@ -27,10 +27,12 @@ pub struct Outcome {
     pub selections: u64,
     /// The number of selections that differ within the tolerance.
     pub ambiguous: u64,
-    /// The number of selections, energies or tokens that contradict the record.
+    /// The number of selections, energies, tokens or texts that contradict the record.
     pub contradictions: u64,
     /// Descriptions of the first 20 ambiguous or contradicting selections.
     pub findings: Vec<String>,
+    /// What could not be compared, and why.
+    pub unchecked: Vec<String>,
     /// The description of the first contradiction.
     #[serde(skip)]
     pub first_contradiction: Option<String>,
@@ -101,7 +103,7 @@ impl<'a> Replay<'a> {
                 .map(|(_, slot)| slot)
                 .collect();
             let at = || format!("position {}, layer {}, head {h}", record.position, layer.layer);
-            self.compare(&at, layer, layer.threshold.as_ref().map(|tau| tau[h]), &recorded.slots, &now);
+            self.compare(&at, layer, layer.limit(h), &recorded.slots, &now);
             if recorded.slots.len() > slots {
                 let count = recorded.slots.len();
                 candle_core::bail!("{}: {count} candidates are recorded, but {slots} were scanned", at());
@@ -124,7 +126,7 @@ impl<'a> Replay<'a> {
         &mut self,
         at: &dyn Fn() -> String,
         layer: &Layer,
-        tau: Option<f32>,
+        limit: Option<f32>,
         recorded: &[Slot],
         now: &[Slot],
     ) {
@@ -159,7 +161,7 @@ impl<'a> Replay<'a> {
         let winner = |slots: &[Slot]| {
             let unlifted: Vec<Slot> = slots.iter().map(|s| Slot { lifted: None, ..*s }).collect();
             least_energy(&unlifted, layer.tie)
-                .filter(|s| tau.is_none_or(|tau| s.energy <= tau))
+                .filter(|s| limit.is_none_or(|limit| s.energy <= limit))
                 .map(|s| s.key)
         };
         if winner(now) != winner(recorded) {
@@ -180,6 +182,12 @@ impl<'a> Replay<'a> {
             && near(now.coherence, recorded.coherence, share)
             && near(now.share, recorded.share, share)
             && near(now.memory, recorded.memory, share)
+            && now.picks.len() == recorded.picks.len()
+            && now
+                .picks
+                .iter()
+                .zip(&recorded.picks)
+                .all(|(a, b)| a.0 == b.0 && near(a.1, b.1, tolerance(1.0)))
             && now.slots.len() == recorded.slots.len();
         match (fits, now.later == recorded.later) {
             (true, true) => {}

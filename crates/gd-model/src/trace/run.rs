@@ -4,6 +4,7 @@ use candle_core::{Device, Tensor};
 use gd_kernels::Mask;
 use gd_layer::{LayerCache, Pass};
 
+use super::ending::Ending;
 use super::header::Header;
 use super::record::{Record, Row};
 use super::recorder::Recorder;
@@ -39,38 +40,30 @@ impl<'a> SequenceReader<'a> {
     }
 }
 
-/// How tokens are generated after a prompt.
-pub struct Continuation {
-    /// The maximal number of new tokens.
-    pub max_tokens: usize,
-    /// The sampler.
-    pub sampler: Sampler,
-    /// The end tokens, see [`Loaded::end_tokens`]. They end the generation and are not recorded.
-    pub end_tokens: Vec<u32>,
-}
-
-/// Processes `prompt`, generates tokens as [`generate`](crate::infer::generate::generate) with the same sampler if
-/// `continuation` is given, and calls `take` with the record of every position, including the last new token. Returns the
-/// new tokens.
+/// Processes `prompt`, generates tokens as [`generate`](crate::infer::generate::generate) does if the header describes a
+/// generation, and calls `take` with the record of every position, including the last new token. Returns the new tokens
+/// and why they end.
 ///
 /// # Errors
-/// [`Error::PromptLength`]; an intervention on a layer, head or position that does not exist; the error of `take`.
+/// [`Error::PromptLength`]; an intervention on a layer, head or position that does not exist; sampling parameters that are
+/// out of range; the error of `take`.
 pub fn record(
     loaded: &Loaded,
     header: &Header,
     prompt: &[u32],
-    mut continuation: Option<Continuation>,
     device: &Device,
     mut take: impl FnMut(Record) -> Result<()>,
-) -> Result<Vec<u32>> {
+) -> Result<(Vec<u32>, Ending)> {
     check_prompt(&loaded.model, prompt)?;
     super::intervention::check(&header.interventions, &header.layers, prompt.len())?;
+    let generation = header.generation();
+    let mut sampler = generation.as_ref().map(|g| Sampler::new(g.sampling, g.seed)).transpose()?;
     let recorder = Recorder::new(header);
     let mut reader = SequenceReader::new(&loaded.model, device);
     let mut texts = loaded.tokenizer.stream();
     let (mut all, mut next) = (prompt.to_vec(), prompt.to_vec());
     let mut last = None;
-    loop {
+    let ending = loop {
         let first = reader.position;
         let (logits, rows) = reader.read(&next, &recorder)?;
         for (i, (&token, rows)) in next.iter().zip(rows).enumerate() {
@@ -81,29 +74,34 @@ pub fn record(
                 take(complete)?;
             }
         }
-        let Some(continuation) = &mut continuation else { break };
-        let context = loaded.model.config().max_position_embeddings;
-        if all.len() - prompt.len() == continuation.max_tokens || all.len() == context {
-            break;
+        let Some((generation, sampler)) = generation.as_ref().zip(sampler.as_mut()) else {
+            break Ending::Read;
+        };
+        if all.len() - prompt.len() == generation.max_tokens {
+            break Ending::MaxTokens;
         }
-        let token = continuation.sampler.next(&logits, &all)?;
-        if continuation.end_tokens.contains(&token) {
-            break;
+        if all.len() == loaded.model.config().max_position_embeddings {
+            break Ending::Context;
+        }
+        let token = sampler.next(&logits, &all)?;
+        if generation.end_tokens.contains(&token) {
+            break Ending::EndToken { token };
         }
         all.push(token);
         next = vec![token];
-    }
+    };
     if let Some(mut record) = last {
         // The text that was held back belongs to the last token.
         record.text.extend(texts.finish()?);
         take(record)?;
     }
-    Ok(all.split_off(prompt.len()))
+    Ok((all.split_off(prompt.len()), ending))
 }
 
-/// Processes the recorded tokens again and compares every selection with its record. On the backend of the record, the
-/// generated tokens are compared, too. `tolerance` is the maximal difference of energies on another backend, relative to the
-/// larger of the energy and 1. Differences are not errors; they are counted in the returned [`Outcome`].
+/// Processes the recorded tokens again and compares every selection with its record, and every text with that of its token.
+/// On the backend of the record, the generated tokens and the end token are compared, too. `tolerance` is the maximal
+/// difference of energies on another backend, relative to the larger of the energy and 1. Differences are not errors; they
+/// are counted in the returned [`Outcome`], which also says what could not be compared. `ending` is that of the trace.
 ///
 /// # Errors
 /// [`Error::TraceModel`] if the hashes of the model differ from those of the header; [`Error::Invalid`] if the header
@@ -111,6 +109,7 @@ pub fn record(
 pub fn replay(
     header: &Header,
     records: &[Record],
+    ending: Option<Ending>,
     loaded: &Loaded,
     tolerance: f32,
     device: &Device,
@@ -126,22 +125,22 @@ pub fn replay(
     }
     check_prompt(&loaded.model, &tokens)?;
     super::intervention::check(&header.interventions, &header.layers, prompt)?;
-    let mut sampler = match header.sampling.filter(|_| now.same_backend(header)) {
-        Some(sampling) => Some(Sampler::new(sampling, header.seed)?),
-        None => None,
+    let sampler = header.sampling.map(|sampling| Sampler::new(sampling, header.seed)).transpose()?;
+    let mut replay = Replay::new(header.selecting(), now.same_backend(header), tolerance);
+    compare_texts(records, loaded, &mut replay.outcome)?;
+    compare_limits(header, &tokens, ending, loaded, &mut replay.outcome)?;
+    let end_token = match ending {
+        Some(Ending::EndToken { token }) => Some(token),
+        _ => None,
     };
-    let replay = Replay::new(header.selecting(), now.same_backend(header), tolerance);
     let recorder = Recorder::replaying(header, replay);
+    let mut drawn = Draws { sampler, tokens: &tokens, end_token, prompt, agree: 0, differ: 0 };
     let mut reader = SequenceReader::new(&loaded.model, device);
     while reader.position < tokens.len() {
         let first = reader.position;
         let end = if first < prompt { prompt } else { first + 1 };
         recorder.expect(&records[first..end]);
         let (logits, rows) = reader.read(&tokens[first..end], &recorder)?;
-        let sampled = match (&mut sampler, tokens.get(end)) {
-            (Some(sampler), Some(_)) => Some(sampler.next(&logits, &tokens[..end])?),
-            _ => None,
-        };
         let mut replay = recorder.replay();
         let Some(replay) = replay.as_mut() else { break };
         for (record, rows) in records[first..end].iter().zip(&rows) {
@@ -150,12 +149,111 @@ pub fn replay(
                 replay.row(at, now, recorded);
             }
         }
-        if let Some((sampled, token)) =
-            sampled.zip(tokens.get(end)).filter(|(sampled, token)| sampled != *token)
-        {
-            replay.outcome.contradiction(format!("position {end}: token {token}, but {sampled} is sampled"));
+        drawn.compare(&logits, end, &mut replay.outcome)?;
+    }
+    let mut outcome = recorder.replay().take().map(|replay| replay.outcome).unwrap_or_default();
+    drawn.finish(header, &now, ending, &mut outcome);
+    Ok(outcome)
+}
+
+/// Compares the text of every record with that of its token.
+fn compare_texts(records: &[Record], loaded: &Loaded, outcome: &mut Outcome) -> Result<()> {
+    let mut texts = loaded.tokenizer.stream();
+    for (i, record) in records.iter().enumerate() {
+        let mut text = texts.push(record.token)?.unwrap_or_default();
+        if i + 1 == records.len() {
+            text.extend(texts.finish()?);
+        }
+        if text != record.text {
+            outcome.contradiction(format!(
+                "position {i}: text {:?}, but token {} gives {text:?}",
+                record.text, record.token
+            ));
         }
     }
-    let outcome = recorder.replay().take().map(|replay| replay.outcome).unwrap_or_default();
-    Ok(outcome)
+    Ok(())
+}
+
+/// Compares the end tokens and the length with those of the model.
+fn compare_limits(
+    header: &Header,
+    tokens: &[u32],
+    ending: Option<Ending>,
+    loaded: &Loaded,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let Some(recorded) = &header.end_tokens else { return Ok(()) };
+    let (end_tokens, context) = (loaded.end_tokens()?, loaded.model.config().max_position_embeddings);
+    if *recorded != end_tokens {
+        outcome.contradiction(format!("the end tokens are {recorded:?}, those of the model {end_tokens:?}"));
+    }
+    let new = &tokens[header.prompt_tokens.min(tokens.len())..];
+    if let Some(token) = new.iter().find(|token| end_tokens.contains(token)) {
+        outcome.contradiction(format!("the text continues after the end token {token}"));
+    }
+    let full = tokens.len() == context;
+    match ending {
+        Some(Ending::Context) if !full => outcome.contradiction(format!(
+            "the text ends after {} positions, those of the model are {context}",
+            tokens.len()
+        )),
+        Some(Ending::EndToken { .. }) if full => {
+            outcome.contradiction(format!("no token can be drawn after all {context} positions"));
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The comparison of the drawn tokens with those of the record.
+struct Draws<'a> {
+    sampler: Option<Sampler>,
+    tokens: &'a [u32],
+    /// The end token that was drawn after the last token.
+    end_token: Option<u32>,
+    prompt: usize,
+    agree: usize,
+    differ: usize,
+}
+
+impl Draws<'_> {
+    /// Draws the token at `end` from `logits` and compares it with the recorded one. On another backend a token may differ.
+    fn compare(&mut self, logits: &[f32], end: usize, outcome: &mut Outcome) -> Result<()> {
+        let recorded = self.tokens.get(end).copied().or(self.end_token);
+        let (Some(sampler), Some(token)) = (&mut self.sampler, recorded) else { return Ok(()) };
+        let sampled = sampler.next(logits, &self.tokens[..end])?;
+        if sampled == token {
+            self.agree += 1;
+        } else if outcome.exact {
+            outcome.contradiction(format!("position {end}: token {token}, but {sampled} is sampled"));
+        } else {
+            self.differ += 1;
+        }
+        Ok(())
+    }
+
+    /// Notes what could not be compared.
+    fn finish(&self, header: &Header, now: &Header, ending: Option<Ending>, outcome: &mut Outcome) {
+        let new = self.tokens.len() - self.prompt;
+        if self.sampler.is_none() && new > 0 {
+            outcome.contradiction(format!("{new} tokens are generated, but the trace has no sampling"));
+        }
+        let drawn = self.agree + self.differ;
+        if !outcome.exact {
+            outcome.unchecked.push(format!(
+                "bits: recorded on {}, replayed on {}; energies were compared within the tolerance",
+                header.backend(),
+                now.backend()
+            ));
+        }
+        if !outcome.exact && drawn > 0 {
+            outcome.unchecked.push(format!(
+                "drawn tokens: another backend may draw others; {} of {drawn} would be drawn here",
+                self.agree
+            ));
+        }
+        if ending.is_none() && new > 0 {
+            outcome.unchecked.push("the end: version 1 of the format does not say why the text ends".into());
+        }
+    }
 }

@@ -18,6 +18,8 @@ pub struct RunEstimate {
     pub steps: u64,
     /// Training tokens per step.
     pub tokens_per_step: usize,
+    /// The cache of a decoded token in bytes, over all layers in f32: keys, values and priors of the heads that read.
+    pub cache_bytes_per_token: usize,
     /// The peak memory of the training on the CPU in MiB, without that of the program and the text.
     pub peak_memory_mib: f64,
 }
@@ -55,10 +57,14 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
     let feed = tokens * config.intermediate_size as f64;
     let query = tokens * heads * config.head_dim as f64;
     let key = tokens * (config.num_key_value_heads * config.head_dim) as f64;
+    let attention = config.attention(layer);
+    let reading = attention.reading_heads() as f64;
+    // Queries, keys and what is computed from them shrink with the heads that read; values and averages do not.
+    let share = (1.0 + reading / heads) / 2.0;
     let averages = config.gd.beacon.as_ref().map_or(0.0, |b| b.averages as f64);
     let convolves = config.gd.beacon.as_ref().is_some_and(|b| b.conv_width > 1);
     let mut of = Elements {
-        stored: 5.2 * hidden + 2.8 * feed + 5.9 * query + 3.7 * key,
+        stored: 5.2 * hidden + 2.8 * feed + share * (5.9 * query + 3.7 * key),
         temporary: 9.4 * hidden + 3.7 * feed + 2.0 * query,
     };
     of.stored += averages * (2.5 * query + 10.8 * tokens * heads);
@@ -66,17 +72,27 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
     of.stored += if convolves { 2.5 * hidden } else { 0.0 };
     of.stored += if config.gd.output_gate { 1.7 * query } else { 0.0 };
     match config.mechanism(layer) {
-        Mechanism::Gd => of.stored += 4.0 * tokens * heads * config.gd.select.candidates as f64,
+        Mechanism::Gd => of.stored += 4.0 * tokens * reading * config.gd.select.candidates as f64,
         // The logarithms of the sums of each row.
-        Mechanism::Softmax => of.stored += tokens * heads,
+        Mechanism::Softmax => of.stored += tokens * reading,
         // Compositions of candle operations, each of which stores its result.
-        Mechanism::Other(_) => {
-            let weights = tokens * heads * context as f64;
+        Mechanism::SoftmaxNull | Mechanism::Other(_) => {
+            let weights = tokens * reading * context as f64;
             of.stored += STORED_BY_COMPOSITION * weights;
             of.temporary += 3.2 * weights;
         }
     }
     of
+}
+
+/// The cache of a token in bytes, over all layers in f32.
+pub fn cache_bytes_per_token(config: &ModelConfig) -> usize {
+    let layer = |i: usize| {
+        let attention = config.attention(i);
+        let prior = usize::from(attention.beacon.as_ref().is_some_and(|beacon| beacon.prior));
+        attention.reading_key_value_heads() * (2 * attention.head_dim + prior) * 4
+    };
+    (0..config.num_hidden_layers).map(layer).sum()
 }
 
 /// Estimates the size and the memory of a run of `recipe` in one process. The memory is that of the CPU in f32.
@@ -108,6 +124,7 @@ pub fn estimate(recipe: &Recipe) -> Result<RunEstimate> {
         parameters,
         steps: train.steps,
         tokens_per_step: tokens * train.accumulation,
+        cache_bytes_per_token: cache_bytes_per_token(model),
         peak_memory_mib: elements * 4.0 / f64::from(1 << 20),
     })
 }

@@ -32,6 +32,7 @@
 //! # }
 //! ```
 
+pub mod calibrate;
 mod churn;
 pub mod ema;
 pub mod estimate;

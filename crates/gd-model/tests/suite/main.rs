@@ -5,6 +5,7 @@
 mod chat_template;
 mod checkpoint;
 mod config;
+mod config_ranges;
 mod data;
 mod documents;
 mod durable;
@@ -25,4 +26,5 @@ mod recomputation;
 mod selective_prediction;
 mod smollm2;
 mod stream;
+mod tasks;
 mod tokenizer;

@@ -5,7 +5,7 @@ use gd_kernels::reference::refine::residual_query;
 use gd_kernels::reference::scan::energy;
 use gd_kernels::reference::select::Row;
 use gd_kernels::reference::{Candidates, Params, distance2, logsumexp};
-use gd_kernels::{Barrier, CoherenceMode, Estimator, Gate, Score};
+use gd_kernels::{Barrier, CandidateGradient, CoherenceMode, Estimator, Gate, Score};
 use rand::RngExt;
 
 use super::{Case, acc, pick, rng, rounded, roundoff, uniform};
@@ -95,8 +95,21 @@ impl Choice {
             hardness: pick(&mut rng, &[0.0, 0.3, 1.0, 1.0]),
             barrier,
             coherence: pick(&mut rng, &[CoherenceMode::Global, CoherenceMode::Passage]),
+            picks: 1,
+            exclude_below: pick(&mut rng, &[0.5, 0.5, 0.0, 0.2]),
+            gradient: CandidateGradient {
+                temperature_spread: pick(&mut rng, &[0.0, 0.0, 0.3]),
+                gate_floor: pick(&mut rng, &[0.0, 0.0, 0.25]),
+                null: rng.random_bool(0.7),
+            },
         };
-        Self { params, threshold, alpha, rounds }
+        let mut choice = Self { params, threshold, alpha, rounds };
+        let ranked = matches!(choice.params.estimator, Estimator::Candidates | Estimator::Winner);
+        let alone = choice.rounds.is_none() && choice.params.barrier.is_none() && gate != Gate::Coherence;
+        if ranked && alone && rng.random_bool(0.5) {
+            choice.params.picks = pick(&mut rng, &[2, 3, 4]);
+        }
+        choice
     }
 
     /// A name for messages.
@@ -105,16 +118,19 @@ impl Choice {
         let threshold = p.threshold.as_ref().map(|t| t[0]);
         let rounds = p.rounds.as_ref().map(Vec::len);
         format!(
-            "{:?} {:?} h {} T {} f {} lambda {} tau {threshold:?} alpha {:?} {:?} rounds {rounds:?} {:?}",
+            "{:?} {:?} below {} {:?} h {} T {} f {} lambda {} tau {threshold:?} alpha {:?} {:?} rounds {rounds:?} {:?} picks {}",
             p.estimator,
             p.gate,
+            p.exclude_below,
+            p.gradient,
             p.hardness,
             p.temperature,
             p.preserve_floor,
             p.value_floor,
             p.alpha.as_ref().map(|a| a[0]),
             p.coherence,
-            p.barrier
+            p.barrier,
+            p.picks
         )
     }
 }
@@ -186,9 +202,20 @@ pub fn uncertainty(case: &Case, params: &Params, candidates: &Candidates, number
                 && round.energy[j] - round.energy[round.winner] <= reach
                 && !same(j, round.winner)
         };
-        let admission =
-            |j: usize| tau.is_some_and(|t| t.is_finite() && (round.energy[j] - t).abs() < bounds[j]);
-        let choice = (0..keys.len()).any(near) || admission(round.winner);
+        // By whether the choice changes: the limit is not at the threshold with every gate.
+        let admission = |j: usize| {
+            tau.is_some_and(|t| t.is_finite())
+                && params.admits(round.energy[j] - bounds[j], tau)
+                    != params.admits(round.energy[j] + bounds[j], tau)
+        };
+        let picks = params.picks.min(keys.len());
+        let ranks = |r: usize| {
+            let reach = bounds[r] + bounds[r + 1];
+            reach > 0.0 && round.energy[r + 1] - round.energy[r] <= reach && !same(r, r + 1)
+        };
+        let ranked = params.picks > 1 && (0..picks.min(keys.len() - 1)).any(ranks);
+        let excluded = params.picks > 1 && (0..picks).any(admission);
+        let choice = (0..keys.len()).any(near) || admission(round.winner) || ranked || excluded;
         out.margin |= r == 0 && (0..keys.len()).any(admission);
         match r {
             0 => out.first = choice,
@@ -200,6 +227,7 @@ pub fn uncertainty(case: &Case, params: &Params, candidates: &Candidates, number
             Gate::Coherence => {
                 p.beta[h] * moved * (2.0 * distance2(&round.query, key(round.winner)).sqrt() + moved)
             }
+            Gate::None if params.picks > 1 => largest,
             Gate::None => 0.0,
         };
         out.relative += 2.0 * largest / params.temperature + gate;

@@ -19,6 +19,7 @@ use self::measure::Setup;
 use self::report::{Machine, Report, compiled_for};
 use crate::context::{Context, usage};
 use crate::render::table::TERMINAL;
+use crate::terminal::note;
 
 /// Measure speed and memory of the operators
 #[derive(Debug, clap::Args)]
@@ -136,7 +137,7 @@ fn attention(args: &AttentionArgs, ctx: &Context) -> Result<()> {
             if contenders.is_empty() {
                 continue;
             }
-            eprintln!("{pass} {shape}: {} contenders, {} rounds", contenders.len(), args.repeats);
+            note(format_args!("{pass} {shape}: {} contenders, {} rounds", contenders.len(), args.repeats));
             let lines = measure::group(&setup(shape, pass), &contenders)?;
             rates.push(lines[0].gemm_gflops);
             results.extend(lines);

@@ -6,6 +6,7 @@ mod sources;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result};
@@ -15,6 +16,8 @@ use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
 use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 
 use self::command::{Command, HELP};
 use self::session::{Session, Settings};
@@ -25,10 +28,6 @@ use crate::generation::SamplingArgs;
 const EXIT_INTERRUPTED: i32 = 130;
 /// What precedes the user's messages on a terminal.
 const PROMPT: &str = "> ";
-
-/// Whether an answer is being written, and whether it is to stop.
-static ANSWERING: AtomicBool = AtomicBool::new(false);
-static STOP: AtomicBool = AtomicBool::new(false);
 
 /// Chat with a model in the terminal
 #[derive(Debug, clap::Args)]
@@ -90,14 +89,14 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let mut session = Session::new(&loaded, template, &end_tokens, settings, ctx)?;
     session.stop_at(args.stop)?;
     session.system = args.system;
-    stop_on_signal()?;
+    let signals = Signals::register()?;
     let mut editor = editor(args.history.as_deref())?;
     loop {
         match editor.readline(PROMPT) {
             Ok(line) => {
                 // A history that is full or cannot be extended does not matter.
                 _ = editor.add_history_entry(&line);
-                if !turn(&line, &mut session, ctx)? {
+                if !turn(&line, &mut session, &signals, ctx)? {
                     break;
                 }
             }
@@ -123,12 +122,12 @@ fn editor(history: Option<&std::path::Path>) -> Result<Editor<(), FileHistory>> 
 }
 
 /// Answers a line or follows its command. Returns whether the chat goes on.
-fn turn(line: &str, session: &mut Session, ctx: &Context) -> Result<bool> {
+fn turn(line: &str, session: &mut Session, signals: &Signals, ctx: &Context) -> Result<bool> {
     if line.trim().is_empty() {
         return Ok(true);
     }
     let result = match Command::parse(line) {
-        None => answer(line, session, ctx),
+        None => answer(line, session, signals, ctx),
         Some(Ok(Command::Quit)) => return Ok(false),
         Some(Ok(Command::Help)) => ctx.print(HELP),
         Some(Ok(command)) => follow(command, session, ctx),
@@ -148,11 +147,11 @@ fn turn(line: &str, session: &mut Session, ctx: &Context) -> Result<bool> {
     Ok(true)
 }
 
-fn answer(text: &str, session: &mut Session, ctx: &Context) -> Result<()> {
-    STOP.store(false, Ordering::Relaxed);
-    ANSWERING.store(true, Ordering::Relaxed);
-    let answer = session.answer(text, &STOP, (!ctx.json).then_some(ctx));
-    ANSWERING.store(false, Ordering::Relaxed);
+fn answer(text: &str, session: &mut Session, signals: &Signals, ctx: &Context) -> Result<()> {
+    signals.stop.store(false, Ordering::Relaxed);
+    signals.idle.store(false, Ordering::Relaxed);
+    let answer = session.answer(text, &signals.stop, (!ctx.json).then_some(ctx));
+    signals.idle.store(true, Ordering::Relaxed);
     let answer = answer?;
     match ctx.json {
         true => ctx.print(serde_json::to_value(&answer)?),
@@ -164,7 +163,7 @@ fn answer(text: &str, session: &mut Session, ctx: &Context) -> Result<()> {
 fn follow(command: Command, session: &mut Session, ctx: &Context) -> Result<()> {
     let show = |name: &str, text: &str| match ctx.json {
         true => ctx.print(json!({ name: text })),
-        false => ctx.write_text(&format!("{text}\n")).map(|_| ()),
+        false => ctx.write(format!("{text}\n")).map(|_| ()),
     };
     match command {
         Command::System(None) => {
@@ -185,11 +184,20 @@ fn follow(command: Command, session: &mut Session, ctx: &Context) -> Result<()> 
     Ok(())
 }
 
-/// A signal stops an answer; without one it ends the program.
-fn stop_on_signal() -> Result<()> {
-    ctrlc::set_handler(|| match ANSWERING.load(Ordering::Relaxed) {
-        true => STOP.store(true, Ordering::Relaxed),
-        false => std::process::exit(EXIT_INTERRUPTED),
-    })?;
-    Ok(())
+/// Flags that follow the signals: whether an answer is to stop, and whether none is written, so that a signal ends the
+/// program.
+struct Signals {
+    stop: Arc<AtomicBool>,
+    idle: Arc<AtomicBool>,
+}
+
+impl Signals {
+    fn register() -> Result<Self> {
+        let signals = Self { stop: Arc::default(), idle: Arc::new(AtomicBool::new(true)) };
+        for signal in [SIGINT, SIGTERM] {
+            flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, signals.idle.clone())?;
+            flag::register(signal, signals.stop.clone())?;
+        }
+        Ok(signals)
+    }
 }

@@ -206,7 +206,7 @@ impl<'a> Session<'a> {
         let mut failure = None;
         let mut append = |new: &str| -> Result<bool> {
             text.push_str(new);
-            out.map_or(Ok(true), |ctx| ctx.write_text(new))
+            out.map_or(Ok(true), |ctx| ctx.write(new))
         };
         while !self.engine.is_idle() && !stop.load(Ordering::Relaxed) {
             self.engine.step(|_, event| {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::context::Context;
 use crate::render::table::{TERMINAL, plain_table};
 use crate::subprocess::json_of_process;
+use crate::terminal::note;
 
 /// One measurement.
 #[derive(Debug, Serialize, Deserialize)]
@@ -41,7 +42,7 @@ pub(super) fn run(configs: &[String], variants: &[Variant], contexts: &[u32], ct
         ([variant], [context]) => memory.push(measure(&base, variant, *context as usize, ctx)?),
         _ => {
             for (v, context) in variants.iter().flat_map(|v| contexts.iter().map(move |c| (v, c))) {
-                eprintln!("{} at {context} tokens", v.name);
+                note(format_args!("{} at {context} tokens", v.name));
                 memory.extend(in_subprocess(configs, v, *context, ctx)?);
             }
         }

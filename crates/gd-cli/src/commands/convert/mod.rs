@@ -67,7 +67,7 @@ fn model_card(args: &Args, changed: &[usize], loaded: &Loaded) -> Vec<(&'static 
     let select = &config.gd.select;
     let mechanism = match &args.attention {
         None => "unchanged".to_owned(),
-        Some(mechanism @ (Mechanism::Softmax | Mechanism::Other(_))) => {
+        Some(mechanism @ (Mechanism::Softmax | Mechanism::SoftmaxNull | Mechanism::Other(_))) => {
             format!("{} in layers {changed:?}", mechanism.name())
         }
         Some(Mechanism::Gd) => format!(

@@ -10,6 +10,7 @@ use gd_model::train::run::{About, Run};
 use super::args::Args;
 use crate::context::{Context, usage};
 use crate::data_source::check_tokens;
+use crate::terminal::note;
 use crate::training::{Chats, load_corpus_for, load_recipe, new_trainer, run_to_end};
 
 /// Runs the training.
@@ -27,7 +28,7 @@ pub(super) fn run(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
         check_tokens(tokens, &tokenizer, &recipe.model)?;
     }
     if group.leads() {
-        eprintln!("{}", data.summary);
+        note(&data.summary);
     }
     let name = args.out.file_name().unwrap_or(args.out.as_os_str()).to_string_lossy().into_owned();
     let about = About { name, data: flags.data.clone(), from: None, seed: ctx.seed() };

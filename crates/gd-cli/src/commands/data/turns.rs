@@ -55,7 +55,7 @@ pub(super) fn print(file: &Path, model: &Path, ctx: &Context) -> Result<()> {
             if part[0].1 { format!("[[{whole}]]") } else { whole }
         };
         let shown: String = ids.chunk_by(|a, b| a.1 == b.1).map(part).collect();
-        ctx.write_text(&format!("{shown}\n---\n"))?;
+        ctx.write(format!("{shown}\n---\n"))?;
     }
     ctx.print(format_args!("{learned} of {tokens} tokens of {count} chats are learned"))
 }

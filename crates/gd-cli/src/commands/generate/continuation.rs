@@ -73,7 +73,7 @@ impl<'a> Continuation<'a> {
     fn append(&mut self, text: &str) -> Result<bool> {
         self.text.push_str(text);
         match self.out {
-            Some(ctx) if !text.is_empty() => ctx.write_text(text),
+            Some(ctx) if !text.is_empty() => ctx.write(text),
             _ => Ok(true),
         }
     }

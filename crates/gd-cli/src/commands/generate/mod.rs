@@ -181,7 +181,7 @@ impl Generation<'_> {
             }
         }
         if let (Some(ctx), [prompt], [_], false) = (self.stream, batch, ids, self.args.chat) {
-            ctx.write_text(&prompt.text)?;
+            ctx.write(&prompt.text)?;
         }
         let start = Instant::now();
         while !engine.is_idle() {
@@ -205,7 +205,7 @@ impl Generation<'_> {
             return self.ctx.print("");
         }
         let text = if self.args.chat { "" } else { &prompt.text };
-        self.ctx.write_text(&format!("{separator}{text}{}\n", answer.text)).map(|_| ())
+        self.ctx.write(format!("{separator}{text}{}\n", answer.text)).map(|_| ())
     }
 
     /// The line of `--json`.

@@ -19,6 +19,7 @@ mod worker;
 
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
@@ -26,6 +27,8 @@ use gd_model::config::Mechanism;
 use gd_model::infer::engine::{BatchEngine, EngineLimits};
 use gd_model::model::pretrained;
 use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 use tokio::sync::{Semaphore, watch};
 
 pub use args::Args;
@@ -36,6 +39,9 @@ use self::prompts::Prompts;
 use self::server::{Limits, Server};
 use self::worker::Worker;
 use crate::context::{Context, usage};
+
+/// Time between two looks at whether a signal has come.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Runs the command until a signal ends it.
 ///
@@ -100,6 +106,17 @@ fn model_name(args: &Args) -> String {
 /// The number of signals to end that have arrived.
 fn count_signals() -> Result<watch::Receiver<u32>> {
     let (sender, receiver) = watch::channel(0);
-    ctrlc::set_handler(move || sender.send_modify(|count| *count += 1))?;
+    let arrived = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        flag::register(signal, arrived.clone())?;
+    }
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(SIGNAL_INTERVAL);
+            if arrived.swap(false, Ordering::Relaxed) {
+                sender.send_modify(|count| *count += 1);
+            }
+        }
+    });
     Ok(receiver)
 }

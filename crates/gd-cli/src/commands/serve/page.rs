@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, X_CONTENT_TYPE_OPTIONS};
 use axum::response::IntoResponse;
 
-use crate::render::inline_digest;
+use crate::render::policy::digest;
 
 const TEMPLATE: &str = include_str!("page/page.html");
 const STYLE: &str = include_str!("page/page.css");
@@ -20,8 +20,8 @@ static POLICY: LazyLock<String> = LazyLock::new(|| {
     format!(
         "default-src 'none'; style-src '{}'; script-src '{}'; connect-src 'self'; img-src data:; base-uri 'none'; \
          form-action 'none'; frame-ancestors 'none'",
-        inline_digest(STYLE),
-        inline_digest(SCRIPT)
+        digest(STYLE),
+        digest(SCRIPT)
     )
 });
 
@@ -45,6 +45,6 @@ mod tests {
         for word in ["http:", "https:", "//cdn", "@import", "url(", "innerHTML", "eval("] {
             assert!(!PAGE.contains(word), "{word}");
         }
-        assert!(POLICY.contains(&inline_digest(SCRIPT)) && !POLICY.contains("unsafe"), "{}", *POLICY);
+        assert!(POLICY.contains(&digest(SCRIPT)) && !POLICY.contains("unsafe"), "{}", *POLICY);
     }
 }

@@ -4,14 +4,15 @@ mod args;
 mod output;
 
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::DecodePrivateKey;
-use gd_model::infer::sampler::{Sampler, Sampling};
+use gd_model::infer::sampler::Sampling;
 use gd_model::io::files::{check_writable, read_text, stream_file, write_file};
 use gd_model::model::pretrained::{self, Loaded};
-use gd_model::trace::{self, Continuation, Header, Record, Trace, Writer, hex};
+use gd_model::trace::{self, Generation, Header, Record, Trace, Writer, hex};
 use serde_json::json;
 
 pub use args::Args;
@@ -36,13 +37,18 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     }
     let text = input_text(&args)?;
     let sampling = Sampling { temperature: args.temperature, ..Sampling::default() };
-    let sampler = Sampler::new(sampling, ctx.seed()).map_err(flag_error)?;
+    sampling.validate().map_err(flag_error)?;
     let loaded = pretrained::load(model, &ctx.device)?;
     let prompt = loaded.tokenizer.encode(&text)?;
     let interventions: Vec<_> = interventions.into_iter().map(|i| i.with_position(prompt.len())).collect();
-    let draws = (args.max_tokens > 0).then_some((sampling, ctx.seed()));
+    let generation = match args.max_tokens {
+        0 => None,
+        max_tokens => {
+            Some(Generation { sampling, seed: ctx.seed(), max_tokens, end_tokens: loaded.end_tokens()? })
+        }
+    };
     let name = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
-    let header = Header::new(&loaded, &name, &prompt, draws, &interventions, &ctx.device)
+    let header = Header::new(&loaded, &name, &prompt, generation.as_ref(), &interventions, &ctx.device)
         .with_context(|| model.display().to_string())?;
     let effect = match interventions.is_empty() {
         true => None,
@@ -50,13 +56,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     };
     let mut summary = None;
     if args.out.is_some() || args.html.is_some() {
-        let continuation = match draws {
-            Some(_) => {
-                Some(Continuation { max_tokens: args.max_tokens, sampler, end_tokens: loaded.end_tokens()? })
-            }
-            None => None,
-        };
-        summary = Some(record(&args, &loaded, &header, &prompt, continuation, key.as_ref(), ctx)?);
+        summary = Some(record(&args, &loaded, &header, &prompt, key.as_ref(), ctx)?);
     }
     output::print(ctx, effect.as_ref(), summary.as_ref(), args.max_tokens > 0)
 }
@@ -75,7 +75,6 @@ fn record(
     loaded: &Loaded,
     header: &Header,
     prompt: &[u32],
-    continuation: Option<Continuation>,
     key: Option<&SigningKey>,
     ctx: &Context,
 ) -> Result<Summary> {
@@ -90,21 +89,26 @@ fn record(
     let (mut text, mut selections, mut abstained) = (String::new(), 0, 0);
     let seal = stream_file(path, |out| {
         let mut writer = Writer::new(path, out, header)?;
-        trace::record(loaded, header, prompt, continuation, &ctx.device, |record: Record| {
+        let (_, ending) = trace::record(loaded, header, prompt, &ctx.device, |record: Record| {
             text.push_str(&record.text);
             selections += record.rows.len() as u64;
             abstained += record.rows.iter().filter(|row| row.selected < 0).count() as u64;
             writer.push(&record)
         })?;
         match key {
-            Some(key) => writer.finish_signed(key),
-            None => writer.finish(),
+            Some(key) => writer.finish_signed(ending, key, seconds_since_1970()),
+            None => writer.finish(ending),
         }
     })?;
     if let Some(html) = &args.html {
         write_page(html, std::slice::from_ref(path))?;
     }
     Ok(Summary { seal, text, selections, abstained })
+}
+
+/// The time by the clock of this machine.
+fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 /// Writes the page of the traces of `--from`.
@@ -127,7 +131,12 @@ fn write_page(html: &Path, paths: &[PathBuf]) -> Result<()> {
     for trace in &traces {
         let verified = trace::verify(trace, None, None)?;
         let name = trace.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        parts.push((name, serde_json::to_value(&trace.header)?, hex(&verified.seal.head), &trace.bytes));
+        parts.push((
+            name,
+            serde_json::to_value(&trace.header)?,
+            hex(&verified.seal.head),
+            trace.record_bytes()?,
+        ));
     }
     let views: Vec<TraceView> =
         parts.iter().map(|(name, header, head, records)| TraceView { name, header, head, records }).collect();

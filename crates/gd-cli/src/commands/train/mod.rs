@@ -15,6 +15,7 @@ use serde_json::json;
 
 use crate::context::{Context, usage};
 use crate::data_source::{DocumentArgs, reads_stdin};
+use crate::terminal::note;
 use crate::training::{
     Chats, DEFAULT_CONFIG, LoadedCorpus, in_group, load_corpus, load_corpus_for, load_recipe, new_trainer,
     run_to_end, vocabulary_line,
@@ -142,8 +143,8 @@ fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
     let trainer = new_trainer(group, recipe, source, data.corpus, &about, ctx)?;
     let run = Run::create(&out, trainer, data.tokenizer, about)?;
     if group.leads() {
-        eprintln!("{}", data.summary);
-        vocabulary.iter().for_each(|line| eprintln!("{line}"));
+        note(&data.summary);
+        vocabulary.iter().for_each(note);
     }
     Ok(run)
 }
@@ -162,12 +163,13 @@ fn print_estimate(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
     let vocabulary = vocabulary.map_or(String::new(), |line| format!("{line}\n"));
     ctx.print(format_args!(
         "{}\n{vocabulary}{} parameters\n{} steps of {} tokens\n{:.0} MiB predicted peak memory, in addition to the program \
-         and the text",
+         and the text\n{} bytes of cache per token when decoding in f32",
         data.summary,
         estimate.parameters,
         estimate.steps,
         estimate.tokens_per_step,
-        estimate.peak_memory_mib
+        estimate.peak_memory_mib,
+        estimate.cache_bytes_per_token
     ))
 }
 
@@ -208,7 +210,7 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
     let data = load_corpus_for(&saved.about.data, &recipe, &saved.tokenizer, chats)
         .context("the data of the run (--data gives its new location)")?;
     if group.leads() {
-        eprintln!("{}", data.summary);
+        note(&data.summary);
     }
     let mut trainer = new_trainer(group, recipe, teacher, data.corpus, &saved.about, ctx)?;
     if let Some(inherited) = inherited {
@@ -217,7 +219,7 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
     let skipped_files = saved.damaged().iter().map(|(_, reason)| reason.clone()).collect();
     let run = Run::resume(saved, trainer, &ctx.device)?;
     if group.leads() {
-        eprintln!("resumed from step {}", run.trainer.step());
+        note(format_args!("resumed from step {}", run.trainer.step()));
     }
     Ok((run, skipped_files))
 }

@@ -3,7 +3,19 @@
 use anyhow::Result;
 
 use super::super::plot::{self, Panel};
+use super::super::policy;
 use super::Section;
+
+/// The style sheet of a page.
+const STYLE: &str = "
+body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; }
+th, td { border: 1px solid #ccc; padding: 0.25rem 0.75rem; text-align: left; }
+pre { background: #f5f5f5; padding: 0.75rem; white-space: pre-wrap; }
+svg { max-width: 100%; height: auto; }
+";
+/// The characters that have a meaning in Markdown, or in the HTML that it may contain.
+const MARKDOWN: &str = "\\`*_{}[]()<>#+-.!|~&\"'=:";
 
 /// Renders the sections as Markdown. `save_plot` writes a plot and returns its file name.
 pub(super) fn markdown(
@@ -11,14 +23,14 @@ pub(super) fn markdown(
     sections: &[Section],
     mut save_plot: impl FnMut(&[Panel]) -> Result<String>,
 ) -> Result<String> {
-    let mut text = format!("# {name}\n");
+    let mut text = format!("# {}\n", markdown_text(name));
     for section in sections {
         text.push('\n');
         match section {
             Section::Heading(title) => text += &format!("## {title}\n"),
             Section::Table(header, rows) => text += &markdown_table(header, rows),
-            Section::Paragraph(line) => text += &format!("{line}\n"),
-            Section::Verbatim(block) => text += &format!("~~~~\n{}\n~~~~\n", block.trim_end()),
+            Section::Paragraph(line) => text += &format!("{}\n", markdown_text(line)),
+            Section::Verbatim(block) => text += &fenced(block.trim_end()),
             Section::Curves(panels) => text += &format!("![curves]({})\n", save_plot(panels)?),
         }
     }
@@ -27,14 +39,34 @@ pub(super) fn markdown(
 
 fn markdown_table(header: &[&str], rows: &[Vec<String>]) -> String {
     let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
-    let escape = |cell: &String| cell.replace('|', "\\|").replace('\n', " ");
+    let escape = |cell: &String| markdown_text(cell);
     let mut text = line(header.iter().map(ToString::to_string).collect());
     text += &line(vec!["---".into(); header.len()]);
     rows.iter().for_each(|row| text += &line(row.iter().map(escape).collect()));
     text
 }
 
-/// Renders the sections as one HTML page with inline plots.
+/// A text on one line that Markdown shows as it is.
+fn markdown_text(text: &str) -> String {
+    let mut escaped = String::new();
+    for c in text.chars() {
+        match c {
+            c if MARKDOWN.contains(c) => escaped.extend(['\\', c]),
+            c if c.is_control() => escaped.push(' '),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+/// A block that Markdown shows as it is: its fence is longer than any in it.
+fn fenced(block: &str) -> String {
+    let longest = block.split(|c| c != '~').map(str::len).max().unwrap_or(0);
+    let fence = "~".repeat(4.max(longest + 1));
+    format!("{fence}\n{block}\n{fence}\n")
+}
+
+/// Renders the sections as one HTML page with inline plots. Its Content-Security-Policy allows its style sheet alone.
 pub(super) fn html(name: &str, sections: &[Section]) -> Result<String> {
     let mut body = String::new();
     for section in sections {
@@ -48,11 +80,9 @@ pub(super) fn html(name: &str, sections: &[Section]) -> Result<String> {
     }
     let name = escape(name);
     Ok(format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<title>{name}</title>\n\
-         <style>\nbody {{ font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}\n\
-         table {{ border-collapse: collapse; }}\nth, td {{ border: 1px solid #ccc; padding: 0.25rem 0.75rem; \
-         text-align: left; }}\npre {{ background: #f5f5f5; padding: 0.75rem; white-space: pre-wrap; }}\n\
-         svg {{ max-width: 100%; height: auto; }}\n</style>\n</head>\n<body>\n<h1>{name}</h1>\n{body}</body>\n</html>\n"
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n{}\n<title>{name}</title>\n\
+         <style>{STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n{body}</body>\n</html>\n",
+        policy::element(None, STYLE)
     ))
 }
 
@@ -71,4 +101,31 @@ fn html_table(header: &[&str], rows: &[Vec<String>]) -> String {
 
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EVIL: &str = "a](javascript:x) ![i](http://x/y) <script>alert(1)</script> `c` | ~~~~ \n# h";
+
+    #[test]
+    fn the_page_allows_its_style_sheet_alone_and_text_is_no_markup() {
+        let sections = [Section::Paragraph(EVIL.into()), Section::Verbatim(EVIL.into())];
+        let page = html(EVIL, &sections).unwrap();
+        assert!(
+            page.contains(&policy::element(None, STYLE)) && page.contains(&format!("<style>{STYLE}</style>"))
+        );
+        assert!(!page.contains("<script"), "{page}");
+    }
+
+    #[test]
+    fn markdown_shows_text_as_it_is() {
+        let table = Section::Table(vec!["a"], vec![vec![EVIL.into()]]);
+        let text = markdown(EVIL, &[table, Section::Paragraph(EVIL.into())], |_| Ok(String::new())).unwrap();
+        assert!(!text.contains("<script") && !text.contains("](") && !text.contains("\n# h"), "{text}");
+        assert_eq!(text.matches("\\<script\\>").count(), 3);
+        let block = fenced("x\n~~~~\n<script>");
+        assert_eq!(block, "~~~~~\nx\n~~~~\n<script>\n~~~~~\n");
+    }
 }

@@ -5,8 +5,8 @@
 //! - u32 position (consecutive), u32 token id, u32 flags (1: generated), u16 text length in bytes and UTF-8 text;
 //! - for each head of each selecting layer of the header: i32 selected position (-1: abstained); f32 energy, margin to
 //!   the runner-up (+inf: no runner-up), coherence point u* (NaN: not computed), gate, share of the output norm that
-//!   the selected value has, share that the running average has; i32 position read in each later round (-1: none); u8
-//!   number of candidates, and for each candidate: i32 position, u8 flags (1 protected, 2 rejected by the threshold,
+//!   the selected value has, share that the running average has; i32 position read in each later round (-1: none); for each
+//!   further pick of one scan i32 position (-1: none) and f32 weight; u8 number of candidates, and for each candidate: i32 position, u8 flags (1 protected, 2 rejected by the threshold,
 //!   4 raised by the barrier), f32 energy from the scan, and f32 energy after the barrier if flag 4 is set.
 
 use std::io::Write;
@@ -18,7 +18,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 
-use crate::render::inline_digest as digest;
+use super::policy;
 
 /// The page, with an HTML comment as placeholder for each part.
 const PAGE: &str = include_str!("page.html");
@@ -33,8 +33,8 @@ pub struct TraceView<'a> {
     /// Name of the trace on the page.
     pub name: &'a str,
     /// Header of the trace. The page requires `layers`, a list of objects with `layer` (number), `mechanism` and
-    /// `selects`; if `selects` is true also `heads`, and optionally `rounds` (default 1) and `threshold` (one number
-    /// per head).
+    /// `selects`; if `selects` is true also `heads`, and optionally `rounds` and `picks` (default 1), `gate`,
+    /// `exclude_below` and `threshold` (one number per head).
     pub header: &'a Value,
     /// Head of the trace's hash chain, hexadecimal.
     pub head: &'a str,
@@ -56,14 +56,8 @@ pub fn page(traces: &[TraceView]) -> Result<String> {
         check(trace).with_context(|| format!("trace {}", trace.name))?;
         data += &embed(n, trace)?;
     }
-    // The policy allows only this script and this style sheet, so that the content of a trace cannot add any.
-    let policy = format!(
-        "default-src 'none'; script-src '{}'; style-src '{}'; img-src data:; base-uri 'none'; form-action 'none'",
-        digest(&script),
-        digest(STYLE)
-    );
     let parts = [
-        ("<!--policy-->", format!("<meta http-equiv=\"Content-Security-Policy\" content=\"{policy}\">")),
+        ("<!--policy-->", policy::element(Some(&script), STYLE)),
         ("<!--style-->", format!("<style>{STYLE}</style>")),
         ("<!--data-->", data),
         ("<!--script-->", format!("<script type=\"module\">{script}</script>")),
@@ -122,6 +116,7 @@ mod tests {
 
     use flate2::read::GzDecoder;
 
+    use super::super::policy::digest;
     use super::*;
 
     const EVIL: &str = "</script><img src=x onerror=alert(1)><!--<script>";

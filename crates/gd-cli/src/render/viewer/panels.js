@@ -23,8 +23,8 @@ function describe(trace, position, c) {
 /** Describes one read of a head. The reads of later rounds have no recorded margin. */
 function describeRead(trace, position, { cell, key, round }) {
   if (round === 1) return describe(trace, position, cell);
-  const { layer, head } = trace.cells[cell], distance = `${position - key} back`;
-  return `layer ${layer} head ${head} reads position ${key} ${quoted(trace.text(key))} in round ${round}, ${distance}`;
+  const { layer, head, word } = trace.cells[cell], distance = `${position - key} back`;
+  return `layer ${layer} head ${head} reads position ${key} ${quoted(trace.text(key))} in ${word} ${round}, ${distance}`;
 }
 
 /** A button that chooses a position. */
@@ -104,6 +104,7 @@ class Matrix {
 function outcome({ key, rejected, energy, lifted }, detail, threshold) {
   if (key === detail.selected) return 'selected';
   const round = detail.later.indexOf(key);
+  if (round >= 0 && detail.weights.length) return `pick ${round + 2}, weight ${formatNumber(detail.weights[round])}`;
   if (round >= 0) return `read in round ${round + 2}`;
   if (!rejected) return 'not least';
   const comparison = threshold === null ? '' : `: ${formatNumber(lifted ?? energy)} > ${formatNumber(threshold)}`;

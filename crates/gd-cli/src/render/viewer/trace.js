@@ -9,6 +9,12 @@ const PROTECTED = 1, REJECTED = 2, LIFTED = 4;
 // Size of the fixed part of a cell: i32 selected position, then six f32.
 const CELL_BYTES = 28;
 
+/** By how much an energy may exceed the threshold of a layer: its energy gate is then at least `exclude_below`. */
+function admission(layer) {
+  const temperature = layer.gate?.energy?.temperature, below = layer.exclude_below ?? 0.5;
+  return temperature === undefined ? 0 : temperature * Math.log((1 - below) / below);
+}
+
 class Trace {
   /** `info`: { name, header, head }; `bytes`: the concatenated records. Throws an Error if a record is malformed. */
   constructor(info, bytes) {
@@ -19,15 +25,21 @@ class Trace {
     this.view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
     this.layers = [];
     this.cells = [];
-    // Number of refinement rounds after the first, summed over the cells.
+    // Number of reads after the first (of refinement rounds, or further picks of one scan), summed over the cells.
     this.laterRounds = 0;
     for (const layer of this.header.layers) {
       if (!layer.selects) continue;
-      const entry = { layer: layer.layer, firstCell: this.cells.length, heads: layer.heads, rounds: layer.rounds ?? 1 };
+      const picks = layer.picks ?? 1, word = picks > 1 ? 'pick' : 'round';
+      const entry = {
+        layer: layer.layer, firstCell: this.cells.length, heads: layer.heads, rounds: (layer.rounds ?? 1) + picks - 1,
+      };
       for (let head = 0; head < layer.heads; head++) {
         this.cells.push({
           name: `${layer.layer}.${head}`, layer: layer.layer, row: this.layers.length, head,
-          rounds: entry.rounds, laterIndex: this.laterRounds, threshold: layer.threshold?.[head] ?? null,
+          rounds: entry.rounds, laterIndex: this.laterRounds, word,
+          // A further pick has its weight behind its position.
+          laterBytes: picks > 1 ? 8 : 4,
+          threshold: layer.threshold ? layer.threshold[head] + admission(layer) : null,
         });
         this.laterRounds += entry.rounds - 1;
       }
@@ -94,7 +106,7 @@ class Trace {
       this.selected[index] = this.checkKey(view.getInt32(offset, true), r);
       this.margins[index] = view.getFloat32(offset + 8, true);
       offset += CELL_BYTES;
-      for (let round = 0; round < extraRounds; round++, offset += 4) {
+      for (let round = 0; round < extraRounds; round++, offset += cells[c].laterBytes) {
         this.later[r * this.laterRounds + cells[c].laterIndex + round] = this.checkKey(view.getInt32(offset, true), r);
       }
       let candidates = view.getUint8(offset++);
@@ -127,11 +139,11 @@ class Trace {
 
   /** The positions that cell `c` reads in each of its rounds: [{ cell, key, round, name }]. */
   reads(position, c) {
-    const { name, laterIndex, rounds } = this.cells[c];
+    const { name, laterIndex, rounds, word } = this.cells[c];
     const reads = [{ cell: c, key: this.selection(position, c), round: 1, name }];
     for (let round = 2; round <= rounds; round++) {
       const key = this.later[this.row(position) * this.laterRounds + laterIndex + round - 2];
-      reads.push({ cell: c, key, round, name: `${name} round ${round}` });
+      reads.push({ cell: c, key, round, name: `${name} ${word} ${round}` });
     }
     return reads.filter((read) => read.key !== ABSTAINED);
   }
@@ -146,7 +158,8 @@ class Trace {
     const { view } = this;
     let start = this.cellStart[this.row(position)];
     for (let cell = 0; ; cell++) {
-      const extraRounds = this.cells[cell].rounds - 1, countOffset = start + CELL_BYTES + 4 * extraRounds;
+      const { rounds, laterBytes } = this.cells[cell], extraRounds = rounds - 1;
+      const countOffset = start + CELL_BYTES + laterBytes * extraRounds;
       const float = (n) => view.getFloat32(start + 4 * n, true);
       let entry = countOffset + 1;
       const candidates = Array.from({ length: view.getUint8(countOffset) }, () => {
@@ -165,7 +178,9 @@ class Trace {
         return {
           selected: view.getInt32(start, true), energy: float(1), margin: float(2), coherence: float(3), gate: float(4),
           value: float(5), average: float(6), candidates,
-          later: Array.from({ length: extraRounds }, (_, n) => view.getInt32(start + CELL_BYTES + 4 * n, true)),
+          later: Array.from({ length: extraRounds }, (_, n) => view.getInt32(start + CELL_BYTES + laterBytes * n, true)),
+          weights: Array.from({ length: laterBytes === 8 ? extraRounds : 0 },
+            (_, n) => view.getFloat32(start + CELL_BYTES + 8 * n + 4, true)),
         };
       }
       start = entry;

@@ -34,7 +34,7 @@ fn every_flipped_bit_is_detected() -> Result<()> {
     let (bytes, ..) = small()?;
     verified(&bytes)?;
     let (mut flips, mut alike) = (0, 0);
-    let whole = format!("{:?}", verified(&bytes)?.records);
+    let whole = format!("{:?}", verified(&bytes)?);
     for at in 0..bytes.len() {
         for bit in 0..8 {
             let mut changed = bytes.clone();
@@ -46,10 +46,7 @@ fn every_flipped_bit_is_detected() -> Result<()> {
                 continue;
             }
             if let Ok(accepted) = verified(&sealed_again(changed)) {
-                ensure!(
-                    format!("{:?}", accepted.records) == whole,
-                    "bit {bit} of byte {at} changed a record"
-                );
+                ensure!(format!("{accepted:?}") == whole, "bit {bit} of byte {at} changed a record");
                 alike += 1;
             }
         }
@@ -73,12 +70,14 @@ fn forged(of: &[u8], records: &[&[u8]]) -> Result<Vec<u8>> {
     let mut bytes = of[..header].to_vec();
     if !raw.is_empty() {
         let stored = zstd::bulk::compress(&raw, 1)?;
+        ensure!(stored.len() < raw.len());
         bytes.extend((raw.len() as u32).to_le_bytes());
         bytes.extend((stored.len() as u32).to_le_bytes());
         bytes.extend(stored);
     }
-    // The end of the blocks, the count, three hashes, the signature, and the hash of the file.
-    let end = 4 + 8 + 3 * 32 + 1 + 32 + 64 + 32;
+    // The end of the blocks, the ending, the count, three hashes, the signature, and the hash of the file.
+    let version = env!("CARGO_PKG_VERSION").len();
+    let end = 4 + 5 + 8 + 3 * 32 + 1 + 32 + 8 + 1 + version + 64 + 32;
     bytes.extend(&of[of.len() - end..]);
     Ok(sealed_again(bytes))
 }
@@ -87,7 +86,8 @@ fn forged(of: &[u8], records: &[&[u8]]) -> Result<Vec<u8>> {
 fn deleted_swapped_duplicated_truncated_or_spliced_records_are_detected() -> Result<()> {
     let (bytes, header, records) = small()?;
     let trace = Trace::from_bytes(Path::new("trace"), &bytes)?;
-    let all: Vec<&[u8]> = trace.records().collect::<gd_model::Result<_>>()?;
+    let all: Vec<Vec<u8>> = trace.records().collect::<gd_model::Result<_>>()?;
+    let all: Vec<&[u8]> = all.iter().map(Vec::as_slice).collect();
     verified(&forged(&bytes, &all)?).context("a forged file with the same records")?;
     let n = all.len();
     ensure!(n == records.len() && n > 10);
@@ -116,7 +116,8 @@ fn deleted_swapped_duplicated_truncated_or_spliced_records_are_detected() -> Res
     let other = record(&models()[0].1, "B whale", 6, &[])?;
     let other = written(&other.header, &other.records, None)?;
     let other = Trace::from_bytes(Path::new("other"), &other)?;
-    let foreign: Vec<&[u8]> = other.records().collect::<gd_model::Result<_>>()?;
+    let foreign: Vec<Vec<u8>> = other.records().collect::<gd_model::Result<_>>()?;
+    let foreign: Vec<&[u8]> = foreign.iter().map(Vec::as_slice).collect();
     for i in 0..n {
         let spliced = [&all[..i], &foreign[i..]].concat();
         ensure!(spliced != all);
@@ -126,6 +127,9 @@ fn deleted_swapped_duplicated_truncated_or_spliced_records_are_detected() -> Res
     println!("{tried} forgeries detected");
     log_cases("trace-forgeries", tried);
     // A trace that is written again has another head, and no signature of the key.
+    let mut header = header;
+    header.max_tokens = header.max_tokens.map(|n| n - 1);
+    let header = header;
     let shorter = written(&header, &records[..n - 1], None)?;
     let forged = Trace::from_bytes(Path::new("shorter"), &shorter)?;
     trace::verify(&forged, None, None).context("a valid trace with one record less")?;
@@ -206,14 +210,17 @@ fn files_that_are_not_traces_are_errors() -> Result<()> {
     // Invalid headers with correct hashes.
     let recorded = record(&models()[1].1, "A whale", 0, &[])?;
     type Change<'a> = (&'a str, fn(&mut Header));
-    let changes: [Change; 8] = [
-        ("supported: gd-trace 1", |h| h.version = 2),
-        ("other 1", |h| h.format = "other".into()),
+    let changes: [Change; 11] = [
+        ("(supported: gd-trace 2)", |h| h.version = 1),
+        ("other 2", |h| h.format = "other".into()),
         ("heads", |h| h.layers[0].heads = usize::MAX),
         ("heads", |h| h.layers[1].heads = 0),
         ("rounds", |h| h.layers[1].rounds = 0),
         ("layer 2 at index 1", |h| h.layers[1].layer = 2),
         ("1 thresholds for 4 heads", |h| h.layers[2].threshold = Some(vec![0.5])),
+        ("a part of a generation", |h| h.max_tokens = Some(3)),
+        ("a part of a generation", |h| h.end_tokens = Some(Vec::new())),
+        ("1025 layers", |h| h.layers = vec![h.layers[1].clone(); 1025]),
         ("no layer that selects", |h| h.layers.iter_mut().for_each(|layer| layer.selects = false)),
     ];
     for (word, change) in changes {

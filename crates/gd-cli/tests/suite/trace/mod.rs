@@ -3,6 +3,8 @@
 
 mod certificate;
 mod effects;
+mod forgeries;
+mod proofs;
 mod replays;
 
 use std::path::Path;
@@ -15,7 +17,7 @@ use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::Transformer;
 use gd_model::model::params::Params;
 use gd_model::model::pretrained::Loaded;
-use gd_model::trace::{self, Continuation, Header, Intervention, Record, Trace, Writer};
+use gd_model::trace::{self, Ending, Generation, Header, Intervention, Record, Trace, Writer};
 use serde_json::{Value, json};
 
 const CPU: Device = Device::Cpu;
@@ -74,6 +76,7 @@ struct Recorded {
     header: Header,
     records: Vec<Record>,
     new: Vec<u32>,
+    ending: Ending,
 }
 
 const SAMPLING: Sampling =
@@ -85,46 +88,63 @@ fn record(gd: &Value, prompt: &str, max_tokens: usize, interventions: &[&str]) -
     let interventions = interventions.iter().map(|text| text.parse::<Intervention>());
     let interventions = interventions.collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::msg)?;
     let interventions: Vec<_> = interventions.into_iter().map(|i| i.with_position(prompt.len())).collect();
-    let draws = (max_tokens > 0).then_some((SAMPLING, 7));
-    let header = Header::new(&loaded, "model", &prompt, draws, &interventions, &CPU)?;
-    let continuation = match draws {
-        Some((sampling, seed)) => {
-            Some(Continuation { max_tokens, sampler: Sampler::new(sampling, seed)?, end_tokens: Vec::new() })
+    let generation = match max_tokens {
+        0 => None,
+        n => {
+            Some(Generation { sampling: SAMPLING, seed: 7, max_tokens: n, end_tokens: loaded.end_tokens()? })
         }
-        None => None,
     };
+    let header = Header::new(&loaded, "model", &prompt, generation.as_ref(), &interventions, &CPU)?;
     let mut records = Vec::new();
-    let new = trace::record(&loaded, &header, &prompt, continuation, &CPU, |record| {
+    let (new, ending) = trace::record(&loaded, &header, &prompt, &CPU, |record| {
         records.push(record);
         Ok(())
     })?;
-    Ok(Recorded { loaded, header, records, new })
+    Ok(Recorded { loaded, header, records, new, ending })
 }
 
-/// The bytes of a trace with these records.
+/// A time of signatures, in seconds since the start of 1970.
+const SECONDS: u64 = 1_800_000_000;
+
+/// The bytes of a trace with these records, which ends as its header says or, with tokens that it does not describe, by its
+/// maximum.
 fn written(header: &Header, records: &[Record], key: Option<&ed25519_dalek::SigningKey>) -> Result<Vec<u8>> {
+    let ending = if header.sampling.is_some() { Ending::MaxTokens } else { Ending::Read };
+    written_to(header, records, ending, key)
+}
+
+/// The bytes of a trace with these records that ends so.
+fn written_to(
+    header: &Header,
+    records: &[Record],
+    ending: Ending,
+    key: Option<&ed25519_dalek::SigningKey>,
+) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut writer = Writer::new(Path::new("trace"), &mut bytes, header)?;
     for record in records {
         writer.push(record)?;
     }
     match key {
-        Some(key) => writer.finish_signed(key)?,
-        None => writer.finish()?,
+        Some(key) => writer.finish_signed(ending, key, SECONDS)?,
+        None => writer.finish(ending)?,
     };
     Ok(bytes)
 }
 
-/// Reads and verifies a trace.
-fn verified(bytes: &[u8]) -> gd_model::Result<trace::Verified> {
-    trace::verify(&Trace::from_bytes(Path::new("trace"), bytes)?, None, None)
+/// Reads and verifies a trace, and returns its records.
+fn verified(bytes: &[u8]) -> gd_model::Result<Vec<Record>> {
+    let trace = Trace::from_bytes(Path::new("trace"), bytes)?;
+    trace::verify(&trace, None, None)?;
+    trace.decoded()
 }
 
 #[test]
 fn a_record_contains_the_selections_of_the_model() -> Result<()> {
     let (mut abstained, mut lifted, mut later, mut rejected) = (0, 0, 0, 0);
     for (name, gd) in models() {
-        let Recorded { loaded, header, records, new } = record(&gd, PROMPT, 20, &[])?;
+        let Recorded { loaded, header, records, new, ending } = record(&gd, PROMPT, 20, &[])?;
+        ensure!(ending == Ending::MaxTokens, "{name}: {ending}");
         let prompt = loaded.tokenizer.encode(PROMPT)?;
         ensure!(new.len() == 20 && records.len() == prompt.len() + 20, "{name}: {} records", records.len());
         // The result is the same as without recording.
@@ -175,7 +195,7 @@ fn a_record_contains_the_selections_of_the_model() -> Result<()> {
         }
         let bytes = written(&header, &records, None)?;
         let verified = verified(&bytes).with_context(|| name)?;
-        ensure!(format!("{:?}", verified.records) == format!("{records:?}"), "{name}: changed by the file");
+        ensure!(format!("{verified:?}") == format!("{records:?}"), "{name}: changed by the file");
     }
     for (name, count) in
         [("abstained", abstained), ("lifted", lifted), ("later rounds", later), ("rejected", rejected)]

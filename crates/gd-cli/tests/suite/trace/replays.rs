@@ -6,7 +6,7 @@ use gd_model::trace::{self, Outcome, Record};
 use super::{CPU, PROMPT, Recorded, model, models, record, verified, written};
 
 fn replay(recorded: &Recorded, records: &[Record], tolerance: f32) -> Result<Outcome> {
-    Ok(trace::replay(&recorded.header, records, &recorded.loaded, tolerance, &CPU)?)
+    Ok(trace::replay(&recorded.header, records, Some(recorded.ending), &recorded.loaded, tolerance, &CPU)?)
 }
 
 /// The header with another backend, so that the replay compares with a tolerance.
@@ -23,10 +23,13 @@ fn a_replay_agrees_to_the_bit_and_within_the_tolerance() -> Result<()> {
             let outcome = replay(&recorded, &recorded.records, 0.0)?;
             ensure!(outcome.exact && outcome.selections == selections as u64, "{name}: {outcome:?}");
             ensure!((outcome.ambiguous, outcome.contradictions) == (0, 0), "{name} {acts:?}: {outcome:?}");
+            ensure!(outcome.unchecked.is_empty(), "{name}: {outcome:?}");
             verified(&written(&recorded.header, &recorded.records, None)?).with_context(|| name)?;
             elsewhere(&mut recorded);
             let outcome = replay(&recorded, &recorded.records, 1e-6)?;
             ensure!(!outcome.exact, "{name}");
+            ensure!(outcome.unchecked.len() == 2, "{name}: {outcome:?}");
+            ensure!(outcome.unchecked[1].contains("12 of 12 would be drawn here"), "{name}: {outcome:?}");
             ensure!((outcome.ambiguous, outcome.contradictions) == (0, 0), "{name} {acts:?}: {outcome:?}");
         }
     }
@@ -97,7 +100,7 @@ fn a_replay_with_another_text_or_model_is_an_error() -> Result<()> {
     let e = replay(&recorded, &records, 1e-3).err().context("another prompt")?.to_string();
     ensure!(e.contains("contradicts its tokens"), "{e}");
     let other = model(&gd, 6)?;
-    let e = trace::replay(&recorded.header, &recorded.records, &other, 1e-3, &CPU);
+    let e = trace::replay(&recorded.header, &recorded.records, Some(recorded.ending), &other, 1e-3, &CPU);
     let e = e.err().context("another model")?.to_string();
     ensure!(e.contains("weights differ"), "{e}");
     Ok(())

@@ -7,5 +7,6 @@ pub(crate) mod isa;
 pub(crate) mod matrix;
 pub(crate) mod parallel;
 pub(crate) mod prefetch;
+pub(crate) mod product;
 pub(crate) mod quantize;
 pub(crate) mod view;

@@ -330,6 +330,16 @@ params! {
         hardness: f32,
         /// of the energy gate; 0: no gate
         gate_temperature: f32,
+        /// by how much the energy of a winner may exceed the threshold; +inf to admit all
+        admission: f32,
+        /// least factor of the gradient of the scores
+        gate_floor: f32,
+        /// factor of the spread of a row's candidates in the temperature of the estimator
+        temperature_spread: f32,
+        /// rows that a query reads: the first ones
+        picks: u32,
+        /// whether the softmax of the estimator has the null slot
+        null_candidate: u32,
         barrier_floor: f32,
         barrier_margin: f32,
         barrier_strength: f32,

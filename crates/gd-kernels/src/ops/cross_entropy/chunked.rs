@@ -14,6 +14,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 use super::cpu::PerRow;
 use super::{checked_targets, count, counted_rows};
 use crate::backend::cpu::element::{Element, Real, acc_dtype};
+use crate::backend::cpu::product::product;
 use crate::backend::graph::{Finished, attach2, with_contiguous_rows};
 use crate::error::Result;
 
@@ -50,9 +51,9 @@ pub(super) fn chunked<L: ChunkedLoss>(
     let (mut dhidden, mut dweight) = (Vec::new(), None::<Tensor>);
     for rows in loss.chunks() {
         let x = x.narrow(0, rows.start, rows.len())?;
-        let Some(dlogits) = loss.add(rows, &x.matmul(&projection)?, differentiate)? else { continue };
-        dhidden.push(dlogits.matmul(&w)?);
-        let part = dlogits.t()?.matmul(&x)?.to_dtype(acc_dtype(w.dtype()))?;
+        let Some(dlogits) = loss.add(rows, &product(&x, &projection)?, differentiate)? else { continue };
+        dhidden.push(product(&dlogits, &w)?);
+        let part = product(&dlogits.t()?, &x)?.to_dtype(acc_dtype(w.dtype()))?;
         dweight = Some(match dweight {
             Some(sum) => (sum + part)?,
             None => part,

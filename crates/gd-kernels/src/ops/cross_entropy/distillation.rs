@@ -9,6 +9,7 @@ use super::linear::validate;
 use super::{IGNORE, log_softmax};
 use crate::backend::cpu::element::{Element, Real, by_float, sum2};
 use crate::backend::cpu::parallel::{for_chunks2, rows_per_chunk, vectorize};
+use crate::backend::cpu::product::product;
 use crate::backend::cpu::view::Rows;
 use crate::backend::dispatch::on_cpu;
 use crate::error::{Error, Result};
@@ -56,7 +57,7 @@ pub fn linear_distillation(
     }
     let (teacher_hidden, teacher_projection) = (teacher_hidden.detach(), teacher_weight.detach().t()?);
     let teacher_logits = |start: usize, rows: usize| -> Result<Tensor> {
-        Ok(teacher_hidden.narrow(0, start, rows)?.matmul(&teacher_projection)?)
+        Ok(product(&teacher_hidden.narrow(0, start, rows)?, &teacher_projection)?)
     };
     if !on_cpu(hidden.device()) {
         let loss = DeviceLoss::new(targets, weight, GPU_CHUNK_LOGITS, |rows, logits, targets, weights| {

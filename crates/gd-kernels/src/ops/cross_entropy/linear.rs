@@ -9,6 +9,7 @@ use super::chunked::{CpuLoss, chunk_rows, chunked, chunks_of};
 use super::gpu;
 use super::{cpu, token_losses};
 use crate::backend::cpu::element::{Element, Real, by_float};
+use crate::backend::cpu::product::product;
 use crate::backend::dispatch::on_gpu;
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
@@ -85,7 +86,7 @@ pub fn linear_token_losses(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -
     let (rows, width) = hidden.dims2()?;
     let mut losses = Vec::with_capacity(rows);
     for chunk in chunks_of(rows, chunk_rows(weight.dim(0)?, width)) {
-        let logits = hidden.narrow(0, chunk.start, chunk.len())?.matmul(&projection)?;
+        let logits = product(&hidden.narrow(0, chunk.start, chunk.len())?, &projection)?;
         losses.extend(token_losses(&logits, &targets.narrow(0, chunk.start, chunk.len())?)?);
     }
     Ok(losses)

@@ -3,8 +3,9 @@
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use crate::backend::cpu::element::{Bf16, Element, F16, sum2};
+use crate::backend::cpu::element::{Bf16, Element, F16, Real, sum2};
 use crate::backend::cpu::parallel::{par_chunks, vectorize};
+use crate::backend::cpu::product::{product as matrix_product, product_values};
 use crate::backend::cpu::view::{Rows, cpu_slice};
 use crate::backend::graph::{attach1, attach2, with_contiguous_rows};
 use crate::error::Result;
@@ -20,14 +21,23 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let rows: usize = x.dims().iter().rev().skip(1).product();
     Ok(match (weight.dtype(), rows <= MAX_DIRECT_ROWS) {
         (DType::F16, true) => direct::<F16>(x, weight)?,
-        (DType::F16, false) => product::<F16>(x, weight)?,
+        (DType::F16, false) => widened::<F16>(x, weight)?,
         (_, true) => direct::<Bf16>(x, weight)?,
-        (_, false) => product::<Bf16>(x, weight)?,
+        (_, false) => widened::<Bf16>(x, weight)?,
+    })
+}
+
+/// `x weightᵀ` for two matrices in f32 or f64.
+pub(super) fn product<T: Real>(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
+    let shape = (x.dim(0)?, weight.dim(0)?);
+    let y = product_values::<T>(x, &weight.t()?)?;
+    attach2("linear", x, weight, (y, shape.into()), |x, weight, dy| {
+        Ok([matrix_product(dy, weight)?, matrix_product(&dy.t()?, x)?])
     })
 }
 
 /// More rows: one matrix product with the weights widened to f32.
-fn product<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+fn widened<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let weight = weight.contiguous()?;
     let wide = {
         let (storage, layout) = weight.storage_and_layout();
@@ -68,8 +78,8 @@ fn direct<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> 
     Ok(attach2("linear", &x, &weight, (y, shape.into()), |x, weight, dy| {
         let (outputs, inputs) = weight.dims2()?;
         let rows = dy.reshape(((), outputs))?;
-        let dx = rows.matmul(&weight.to_dtype(DType::F32)?)?.reshape(x.shape())?;
-        let dw = rows.t()?.matmul(&x.reshape(((), inputs))?)?.to_dtype(weight.dtype())?;
+        let dx = matrix_product(&rows, &weight.to_dtype(DType::F32)?)?.reshape(x.shape())?;
+        let dw = matrix_product(&rows.t()?, &x.reshape(((), inputs))?)?.to_dtype(weight.dtype())?;
         Ok([dx, dw])
     })?)
 }
@@ -120,6 +130,8 @@ mod tests {
                 (vec![3], 65, 33),
                 (vec![2, 4], 32, 70),
                 (vec![3, 3], 40, 5),
+                (vec![5, 9], 24, 70),
+                (vec![100], 33, 65),
                 (vec![1, 0], 8, 4),
             ] {
                 if dtype == DType::F32 && lead.contains(&0) {

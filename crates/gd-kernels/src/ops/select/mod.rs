@@ -49,6 +49,8 @@ pub struct Selected {
     pub compared: Tensor,
     /// The selections of the further rounds of refinement.
     pub later: Vec<Round>,
+    /// The picks after the winner, whose weight is `gate`.
+    pub picks: Vec<Pick>,
 }
 
 impl Selected {
@@ -59,6 +61,18 @@ impl Selected {
     pub fn overflowed(&self) -> Result<usize> {
         overflow::count(&self.energy)
     }
+}
+
+/// The most rows that a query reads.
+pub const MAX_PICKS: usize = 4;
+
+/// A row that a query reads besides that of the winner.
+#[derive(Debug, Clone)]
+pub struct Pick {
+    /// Its key `[B, Hq, N]`, i32; -1 where the query has no further candidate.
+    pub index: Tensor,
+    /// Its weight `[B, Hq, N]`, without gradient; 0 where it is excluded and not read.
+    pub weight: Tensor,
 }
 
 /// A further round of refinement.

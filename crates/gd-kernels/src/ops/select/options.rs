@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use crate::options::{Barrier, CoherenceMode, Estimator, Gate, Score, TieBreak};
+use crate::options::{Barrier, CandidateGradient, CoherenceMode, Estimator, Gate, Score, TieBreak};
 
 /// The options of a selection among candidates.
 ///
@@ -31,18 +31,28 @@ pub struct Select<'a> {
     pub score: Score,
     /// Which of several candidates with the same energy wins.
     pub tie: TieBreak,
-    /// Threshold per query head `[Hq]`: candidates with more energy are excluded.
+    /// Threshold tau per query head `[Hq]`: candidates with more energy are excluded, or with the energy gate those whose
+    /// gate is below `exclude_below`.
     pub threshold: Option<&'a Tensor>,
     /// Weight of the query's well per query head `[Hq]`, in (0, 1); when given, coherence points are resolved.
     pub alpha: Option<&'a Tensor>,
     /// The factor of the selected row.
     pub gate: Gate,
+    /// Least energy gate rho in [0, 1) of a candidate that can be selected. At 0 none is excluded; at 1/2, the default,
+    /// those whose energy exceeds the threshold. Without the energy gate it is not used.
+    pub exclude_below: f64,
+    /// Rows R in 1..=4 that a query reads: the first R candidates, with weights `e^(-eps_r / T) / (e^(-tau / T) + sum
+    /// e^(-eps_r / T))`, T the temperature of the energy gate. Without that gate T is 1 and there is no null. More than
+    /// one pick excludes rounds, barrier and coherence gate, and has the gradient of `Candidates` or `Winner`.
+    pub picks: usize,
     /// Gradient of the choice.
     pub estimator: Estimator,
     /// Temperature T > 0 of the estimator's softmax.
     pub temperature: f64,
     /// Preserve floor f in [0, 1]: the share of the estimator's softmax that is spread evenly over the candidates.
     pub preserve_floor: f64,
+    /// Temperature, scale and null slot of the estimator's softmax.
+    pub gradient: CandidateGradient,
     /// Value floor lambda in [0, 1]: the share of the values' gradient that is weighted by the softmax instead of given
     /// to the winner.
     pub value_floor: f64,
@@ -67,9 +77,12 @@ impl<'a> Select<'a> {
             threshold: None,
             alpha: None,
             gate: Gate::default(),
+            exclude_below: 0.5,
+            picks: 1,
             estimator: Estimator::default(),
             temperature: 1.0,
             preserve_floor: 0.0,
+            gradient: CandidateGradient::default(),
             value_floor: 0.0,
             hardness: 1.0,
             barrier: None,
@@ -117,6 +130,27 @@ impl<'a> Select<'a> {
     #[must_use]
     pub fn with_gate(mut self, gate: Gate) -> Self {
         self.gate = gate;
+        self
+    }
+
+    /// Sets the least energy gate in [0, 1) of a candidate that can be selected.
+    #[must_use]
+    pub fn with_exclude_below(mut self, exclude_below: f64) -> Self {
+        self.exclude_below = exclude_below;
+        self
+    }
+
+    /// Sets the number of rows that a query reads, 1..=4.
+    #[must_use]
+    pub fn with_picks(mut self, picks: usize) -> Self {
+        self.picks = picks;
+        self
+    }
+
+    /// Sets temperature, scale and null slot of the estimator's softmax.
+    #[must_use]
+    pub fn with_gradient(mut self, gradient: CandidateGradient) -> Self {
+        self.gradient = gradient;
         self
     }
 
@@ -194,12 +228,19 @@ pub struct Rule {
     pub temperature: f64,
     /// Preserve floor.
     pub preserve_floor: f64,
+    /// Temperature, scale and null slot of the estimator's softmax.
+    pub gradient: CandidateGradient,
     /// Value floor.
     pub value_floor: f64,
     /// Share of the hard forward pass.
     pub hardness: f64,
     /// Temperature of the energy gate; none without that gate.
     pub gate_temperature: Option<f64>,
+    /// By how much the energy of a candidate that can be selected may exceed the threshold: -T logit of `exclude_below`
+    /// with the energy gate, +inf to exclude none, 0 without that gate.
+    pub admission: f64,
+    /// Rows that a query reads.
+    pub picks: usize,
     /// Conditional protection.
     pub barrier: Option<Barrier>,
     /// Which of two wells the coherence point of a query and a key lies in.
@@ -215,12 +256,15 @@ impl Rule {
             estimator: select.estimator,
             temperature: select.temperature,
             preserve_floor: select.preserve_floor,
+            gradient: select.gradient,
             value_floor: select.value_floor,
             hardness: select.hardness,
             gate_temperature: match select.gate {
                 Gate::Energy { temperature } => Some(temperature),
                 Gate::None | Gate::Coherence => None,
             },
+            admission: select.gate.admission(select.exclude_below),
+            picks: select.picks,
             barrier: select.barrier,
             coherence: select.coherence,
         }
@@ -240,9 +284,12 @@ impl Default for Rule {
             estimator: Estimator::default(),
             temperature: 1.0,
             preserve_floor: 0.0,
+            gradient: CandidateGradient::default(),
             value_floor: 0.0,
             hardness: 1.0,
             gate_temperature: None,
+            admission: 0.0,
+            picks: 1,
             barrier: None,
             coherence: CoherenceMode::default(),
         }

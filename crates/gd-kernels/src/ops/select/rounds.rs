@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 
-use super::{Round, Select, Selected, Sizes};
+use super::{Pick, Round, Select, Selected, Sizes};
 use crate::backend::cpu::element::acc_dtype;
 use crate::error::Result;
 use crate::ops::scan::Candidates;
@@ -135,7 +135,36 @@ pub(super) fn run<S: Steps>(
         unreachable!("at least one round")
     };
     let Record { index, energy, margin, gate, .. } = record;
-    Ok(Selected { y: y.to_dtype(v.dtype())?, index, energy, margin, gate, coherence, compared, later })
+    let picks = later_picks(&compared, &candidates.index, &threshold, s)?;
+    Ok(Selected { y: y.to_dtype(v.dtype())?, index, energy, margin, gate, coherence, compared, later, picks })
+}
+
+/// The picks after the winner, from the energies and keys of all candidates `[B, Hq, N, K]`.
+fn later_picks(energy: &Tensor, index: &Tensor, threshold: &Tensor, s: &Select) -> Result<Vec<Pick>> {
+    let count = s.picks.min(index.dim(3)?);
+    if count <= 1 {
+        return Ok(Vec::new());
+    }
+    let (energy, index) = (energy.narrow(3, 0, count)?, index.narrow(3, 0, count)?);
+    let threshold = threshold.detach().reshape((1, (), 1, 1))?;
+    let slots = match s.gate {
+        Gate::Energy { temperature } => {
+            let (b, h, n, _) = energy.dims4()?;
+            (Tensor::cat(&[&energy, &threshold.broadcast_as((b, h, n, 1))?], 3)? / -temperature)?
+        }
+        Gate::None | Gate::Coherence => energy.neg()?,
+    };
+    let heights = slots.broadcast_sub(&slots.max_keepdim(3)?)?.exp()?;
+    let weights = heights.broadcast_div(&heights.sum_keepdim(3)?)?.narrow(3, 0, count)?;
+    // candle has no operations on i32 on a GPU: an unused slot is known by its energy, +inf.
+    let limit = (threshold + s.gate.admission(s.exclude_below))?;
+    let read = energy.broadcast_le(&limit)?.mul(&energy.lt(f32::INFINITY)?)?;
+    let weights = read.where_cond(&weights, &weights.zeros_like()?)?;
+    let pick = |r: usize| -> Result<Pick> {
+        let of = |t: &Tensor| t.narrow(3, r, 1)?.squeeze(3);
+        Ok(Pick { index: of(&index)?, weight: of(&weights)? })
+    };
+    (1..count).map(pick).collect()
 }
 
 /// One round: the choice, and with alpha the coherence point and the coherence gate.

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Select, Sizes};
+use super::{MAX_PICKS, Select, Sizes};
 use crate::backend::check::{check_head, dims4, head_values, positive};
 use crate::backend::cpu::element::acc_dtype;
 use crate::backend::support::require_device;
@@ -97,6 +97,14 @@ pub(super) fn validate(
     unit("preserve floor", s.preserve_floor)?;
     unit("value floor", s.value_floor)?;
     unit("hardness", s.hardness)?;
+    unit("gate floor", s.gradient.gate_floor)?;
+    if !(0.0..1.0).contains(&s.exclude_below) {
+        return Err(Error::Invalid(format!("exclude_below {} is outside [0, 1)", s.exclude_below)));
+    }
+    let spread = s.gradient.temperature_spread;
+    if !(spread.is_finite() && spread >= 0.0) {
+        return Err(Error::Invalid(format!("temperature spread {spread} is not finite and >= 0")));
+    }
     let above_zero = |name: &str, x: f64| match x.is_finite() && x > 0.0 {
         true => Ok(()),
         false => Err(Error::Invalid(format!("{name} {x} is not finite and > 0"))),
@@ -118,6 +126,16 @@ pub(super) fn validate(
         && (r.rank() != 2 || r.dims()[0] != hq || r.dims()[1] == 0)
     {
         return Err(Error::Invalid(format!("rounds {:?} is not [{hq}, rounds >= 1]", r.dims())));
+    }
+    if !(1..=MAX_PICKS).contains(&s.picks) {
+        return Err(Error::Invalid(format!("picks {} is outside 1..={MAX_PICKS}", s.picks)));
+    }
+    let ranked = matches!(s.estimator, Estimator::Candidates | Estimator::Winner);
+    if s.picks > 1 && (s.rounds.is_some() || s.barrier.is_some() || s.gate == Gate::Coherence || !ranked) {
+        return Err(Error::Invalid(format!(
+            "{} picks exclude rounds, barrier, the coherence gate and the estimator {:?}",
+            s.picks, s.estimator
+        )));
     }
     if let Some(b) = s.barrier
         && !(b.floor > 0.0 && b.floor < 1.0 && b.strength >= 0.0)

@@ -20,19 +20,27 @@ pub(super) fn softmax_attention(
     let group = hq / hk;
     // The heads of a group share keys: fold them into the rows of one product.
     let q = (q.contiguous()? * scale)?.reshape((b, hk, group * n, d))?;
-    let scores = q.matmul(&k.contiguous()?.t()?)?;
+    let scores = q.matmul(&batch_of_matrices(k)?.t()?)?;
     let scores = match prior {
         Some(prior) => scores.broadcast_add(&prior.unsqueeze(2)?)?,
         None => scores,
     };
     let scores = scores.reshape((b, hq, n, m))?;
     let weights = masked_softmax(&scores, mask)?;
-    let v = v.contiguous()?;
+    let v = batch_of_matrices(v)?;
     let y = weights.reshape((b, hk, group * n, m))?.matmul(&v)?.reshape((b, hq, n, v.dim(3)?))?;
     match sink {
         Some(sink) => y.broadcast_mul(&share_of_keys(&scores, &weights, sink, hq)?),
         None => Ok(y),
     }
+}
+
+/// `t` in a layout that a batched product reads without a copy: itself where the matrices are contiguous and evenly
+/// spaced, as in a cache with capacity for more positions, or else a contiguous copy.
+fn batch_of_matrices(t: &Tensor) -> Result<Tensor> {
+    let (dims, stride) = (t.dims(), t.stride());
+    let even = stride[3] == 1 && (dims[0] == 1 || stride[0] == dims[1] * stride[1]);
+    if even && stride[2] == dims[3] { Ok(t.clone()) } else { t.contiguous() }
 }
 
 /// The weight that all keys have together beside a sink: `sigmoid(logsumexp(scores) - sink)`.

@@ -9,6 +9,10 @@ use crate::backend::dispatch::on_cpu;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 
+/// The most query rows for the keys of a head, as in a decoding step, with which the weights are stored: they are few, and
+/// copying the keys into blocks would take longer than the products.
+const MAX_COMPOSED_ROWS: usize = 8;
+
 /// Softmax attention, `y_i = sum_j exp(s_ij) v_j / (exp(sink) + sum_j exp(s_ij))` over the keys j that query i sees, with
 /// `s_ij = scale <q_i, k_j> + prior_j` (Vaswani et al., arXiv 1706.03762).
 ///
@@ -23,8 +27,8 @@ use crate::mask::Mask;
 ///
 /// On the CPU this is the algorithm of FlashAttention (Dao et al., arXiv 2205.14135): blocks of scores are computed,
 /// normalised by a running maximum and discarded, and the backward pass computes them again, so that the memory is
-/// O(N + M) for each head. The results do not depend on the number of threads. On a GPU it is a composition of candle's
-/// operations, which stores N x M weights.
+/// O(N + M) for each head. The results do not depend on the number of threads. On a GPU, and for a few queries, it is a
+/// composition of candle's operations, which stores N x M weights.
 ///
 /// # Errors
 /// [`Error::Invalid`] for shapes that do not fit, [`Error::Unsupported`] for another dtype.
@@ -52,7 +56,7 @@ pub fn softmax_attention(
 ) -> Result<Tensor> {
     let sizes = Sizes::new(q, k, v, prior, sink)?;
     mask.validate(sizes.batch, sizes.keys)?;
-    if !on_cpu(q.device()) {
+    if !on_cpu(q.device()) || sizes.rows() <= MAX_COMPOSED_ROWS {
         return Ok(composed::softmax_attention(q, k, v, prior, sink, mask, scale)?);
     }
     // candle's operators have at most three arguments with gradients: the prior of a key and the sink of a query are one

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use gd_kernels::{Barrier, Estimator, Gate};
+use gd_kernels::{Barrier, CandidateGradient, Estimator, Gate};
 use gd_layer::{
     Attention, AttentionConfig, BeaconConfig, GdAttention, GdConfig, RopeScaling, Rotary, SoftmaxAttention,
 };
@@ -72,6 +72,7 @@ pub(crate) fn config(gd: GdConfig, beacon: Option<BeaconConfig>) -> AttentionCon
         rms_norm_eps: 1e-5,
         output_gate: true,
         window: None,
+        selecting_heads: None,
         beacon,
         gd,
     }
@@ -97,7 +98,14 @@ pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
         window: Some(3),
         ..config(GdConfig { norm_prior: true, ..gd(Estimator::Blend, Gate::None, some, 1) }, beacon(0, None))
     };
+    let gradient = CandidateGradient { temperature_spread: 0.3, gate_floor: 0.2, null: false };
+    let soft = GdConfig { exclude_below: 0.0, gradient, ..gd(Estimator::Candidates, gate, some, 1) };
+    let some_excluded = GdConfig { exclude_below: 0.3, ..soft.clone() };
+    let two_heads = AttentionConfig { selecting_heads: Some(2), ..config(soft.clone(), beacon(0, None)) };
     vec![
+        ("soft gate", false, config(soft, beacon(1, None))),
+        ("soft gate with exclusion", false, config(some_excluded, None)),
+        ("two heads of four select", false, two_heads),
         ("blend, prior of the norms, window", true, windowed),
         ("blend", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(0, None))),
         ("blend, barrier", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(2, Some(barrier)))),

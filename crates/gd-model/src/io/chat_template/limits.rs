@@ -1,11 +1,14 @@
 //! Limits on what a template may do. Each of them is far above what a chat needs.
 
 use std::fmt::{self, Write};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use minijinja::value::{DynObject, Value, ValueKind};
 use minijinja::{ErrorKind, Output, State, escape_formatter};
 
 use crate::error::{Error, Result};
+use crate::io::panic::catch_panic;
 
 /// The result of a function that a template calls.
 pub(super) type Outcome<T> = std::result::Result<T, minijinja::Error>;
@@ -18,8 +21,15 @@ const MAX_INSTRUCTIONS: u64 = 10_000_000;
 const MAX_COPIED_BYTES: u64 = 1 << 30;
 /// The maximal number of bytes of the texts and lists that a template makes. Unit tests reach a smaller one sooner.
 const MAX_BYTES: usize = if cfg!(test) { 1 << 22 } else { 1 << 26 };
+/// The maximal number of bytes of a single text or list. An operation may make a list of its characters before its size is
+/// counted, which takes 50 times as much.
+const MAX_VALUE_BYTES: usize = MAX_BYTES / 4;
+/// The maximal time of a rendering.
+const MAX_TIME: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
+/// The stack of the thread of a rendering, as that of a main thread: templates may nest calls.
+const STACK_BYTES: usize = 8 << 20;
 /// The number of bytes that a value counts besides its text.
-const VALUE_BYTES: usize = 32;
+pub(super) const VALUE_BYTES: usize = 32;
 /// The maximal depth of lists and dictionaries in each other.
 const MAX_DEPTH: usize = 100;
 
@@ -37,9 +47,39 @@ pub(super) fn instructions(template: &str) -> Result<u64> {
     Ok(MAX_INSTRUCTIONS.min(MAX_COPIED_BYTES / template.len().max(1) as u64))
 }
 
-/// The bytes that a rendering has made so far.
-#[derive(Default)]
-struct Spent(usize);
+/// What a rendering has used so far.
+struct Spent {
+    bytes: usize,
+    start: Instant,
+}
+
+impl Default for Spent {
+    fn default() -> Self {
+        Self { bytes: 0, start: Instant::now() }
+    }
+}
+
+/// Runs `render` in a thread of its own and returns its result, or an error after 10 seconds. The thread then ends at the next
+/// value that it makes, or when its steps are used up.
+pub(super) fn timed<T: Send + 'static>(render: impl FnOnce() -> Outcome<T> + Send + 'static) -> Outcome<T> {
+    let (sender, receiver) = mpsc::channel();
+    let work = move || {
+        // After the time is up, nobody receives.
+        let _ = sender.send(catch_panic(render).unwrap_or_else(|panic| Err(failed(panic))));
+    };
+    let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(work);
+    thread.map_err(|e| failed(format!("no thread to render in: {e}")))?;
+    receiver.recv_timeout(MAX_TIME).unwrap_or_else(|e| {
+        Err(match e {
+            mpsc::RecvTimeoutError::Timeout => too_slow(),
+            mpsc::RecvTimeoutError::Disconnected => failed("the template cannot be rendered"),
+        })
+    })
+}
+
+fn too_slow() -> minijinja::Error {
+    failed(format!("the template takes more than {} seconds", MAX_TIME.as_secs()))
+}
 
 /// The error of an operation with this text.
 pub(super) fn failed(text: impl Into<std::borrow::Cow<'static, str>>) -> minijinja::Error {
@@ -47,18 +87,28 @@ pub(super) fn failed(text: impl Into<std::borrow::Cow<'static, str>>) -> minijin
 }
 
 fn too_large() -> minijinja::Error {
-    failed(format!("the template makes texts and lists of more than {} MiB", MAX_BYTES >> 20))
+    failed(format!(
+        "the template makes texts and lists of more than {} MiB, or one of more than {} MiB",
+        MAX_BYTES >> 20,
+        MAX_VALUE_BYTES >> 20
+    ))
 }
 
 /// The number of bytes that the rendering may still make.
 pub(super) fn available(state: &mut State) -> usize {
-    MAX_BYTES - state.get_or_insert_extension(Spent::default()).0
+    (MAX_BYTES - state.get_or_insert_extension(Spent::default()).bytes).min(MAX_VALUE_BYTES)
 }
 
 /// Counts bytes that are made. To be called before they are allocated.
 pub(super) fn charge(state: &mut State, bytes: usize) -> Outcome<()> {
-    let Spent(spent) = state.get_or_insert_extension(Spent::default());
-    *spent = spent.checked_add(bytes).filter(|sum| *sum <= MAX_BYTES).ok_or_else(too_large)?;
+    let spent = state.get_or_insert_extension(Spent::default());
+    if spent.start.elapsed() > MAX_TIME {
+        return Err(too_slow());
+    }
+    if bytes > MAX_VALUE_BYTES {
+        return Err(too_large());
+    }
+    spent.bytes = spent.bytes.checked_add(bytes).filter(|sum| *sum <= MAX_BYTES).ok_or_else(too_large)?;
     Ok(())
 }
 
@@ -197,13 +247,27 @@ mod tests {
     #[test]
     fn steps_are_limited() {
         let loops = "{% set r = range(9999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}";
-        assert!(error(loops).contains("fuel"), "{}", error(loops));
+        // On a slow machine the time is up first.
+        let reason = error(loops);
+        assert!(reason.contains("fuel") || reason.contains("seconds"), "{reason}");
         let long = format!(
             "{{% set r = range(9999) %}}{{% for a in r %}}{{% for b in r %}}{}{{% endfor %}}{{% endfor %}}",
             "long text ".repeat(50_000)
         );
-        assert!(error(&long).contains("fuel"), "{}", error(&long));
+        let reason = error(&long);
+        assert!(reason.contains("fuel"), "{reason}");
         assert!(error(&"x".repeat(2 << 20)).contains("2097152 bytes"));
+    }
+
+    /// A few instructions, each of which compares or searches a list, would take hours.
+    #[test]
+    fn time_is_limited() {
+        let lists = "{% set a = range(9999)|list %}{% set b = range(9999)|list %}{% for i in range(9999) %}\
+                     {% for j in range(900) %}{% if a == b and 'x' in a %}{% endif %}{% endfor %}{% endfor %}";
+        let start = std::time::Instant::now();
+        let error = error(lists);
+        assert!(error.contains("seconds"), "{error}");
+        assert!(start.elapsed() < std::time::Duration::from_secs(10), "{:?}", start.elapsed());
     }
 
     /// Doubling in 60 steps, or one step that makes as much, must fail before the memory is taken.
@@ -242,6 +306,9 @@ mod tests {
             "{% set a = [1] %}".to_owned() + &"{% set a = a, a %}".repeat(60) + "{{ a }}",
             "{% set a = namespace(x=1) %}{% set a.b = [a] %}{{ a }}".into(),
             "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = [ns.l] %}{% endfor %}".into(),
+            "{% set ns = namespace(l=[1]) %}{% for i in range(40) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ ns.l|length }}".into(),
+            "{% set s = 'a' * 60000000 %}{{ s|list|length }}{{ s|sort|length }}".into(),
+            "{% set s = 'a' * 16000000 %}{{ s.split('a')|length }}".into(),
             "{{ '%999999999d' % 1 }}".into(),
             "{{ '%999999999d'|format(1) }}".into(),
             "{{ '{:999999999}'.format(1) }}".into(),

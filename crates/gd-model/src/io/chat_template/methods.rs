@@ -6,7 +6,7 @@ use minijinja::value::{Kwargs, Value, ValueKind, from_args};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
 use super::functions::format_braces;
-use super::limits::{Outcome, charge, failed, text};
+use super::limits::{Outcome, VALUE_BYTES, charge, failed, text};
 
 /// The methods that change a list or a dictionary.
 const CHANGING: [&str; 13] = [
@@ -71,7 +71,8 @@ fn string_method(state: &mut State, s: &str, name: &str, args: &[Value]) -> Outc
             if separator == Some("") {
                 return Err(failed("empty separator"));
             }
-            charge(state, s.len())?;
+            let parts = separator.map_or(s.len() / 2, |separator| s.matches(separator).count()).min(limit);
+            charge(state, s.len().saturating_add((parts + 1).saturating_mul(VALUE_BYTES)))?;
             split(s, separator, limit, name == "rsplit").into_iter().map(Value::from).collect()
         }
         "splitlines" => {

@@ -4,7 +4,8 @@
 //! writes as Python's `json.dumps`, `raise_exception` is an error with its text, `strftime_now` is the local time, and
 //! `{% generation %}` blocks are rendered as their content.
 //!
-//! Templates are untrusted. The number of their steps and the size of the texts and lists that they make are limited.
+//! Templates are untrusted. The number of their steps, their time, and the size of the texts and lists that they make are
+//! limited.
 
 mod functions;
 mod json;
@@ -14,6 +15,7 @@ mod rewrite;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use minijinja::Environment;
 use minijinja::syntax::SyntaxConfig;
@@ -67,7 +69,7 @@ impl Message {
 /// ```
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     /// The variables besides the chat.
     variables: BTreeMap<String, Value>,
 }
@@ -127,7 +129,7 @@ impl ChatTemplate {
         let defaults =
             [("add_generation_prompt", add_generation_prompt), ("tools", none.clone()), ("documents", none)];
         let defaults = defaults.map(|(name, value)| (name.to_owned(), value));
-        Ok(Self { environment, variables: defaults.into_iter().chain(tokens).collect() })
+        Ok(Self { environment: environment.into(), variables: defaults.into_iter().chain(tokens).collect() })
     }
 
     /// Adds variables that the template can use, such as `enable_thinking`: the keys of a JSON object. They take precedence
@@ -223,8 +225,9 @@ impl ChatTemplate {
     fn render_with<const N: usize>(&self, chat: [(&str, Value); N]) -> Result<String> {
         let mut variables = self.variables.clone();
         variables.extend(chat.map(|(name, value)| (name.to_owned(), value)));
-        let template = self.environment.get_template(TEMPLATE_NAME);
-        template.and_then(|template| template.render(Value::from_pairs(variables))).map_err(|e| invalid(&e))
+        let environment = self.environment.clone();
+        let render = move || environment.get_template(TEMPLATE_NAME)?.render(Value::from_pairs(variables));
+        limits::timed(render).map_err(|e| invalid(&e))
     }
 }
 

@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 
+use crate::io::files::open_regular;
+
 /// A file system.
 pub trait Disk {
     /// Creates a file, or truncates an existing one, for writing.
@@ -55,7 +57,7 @@ impl Disk for System {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn Read>> {
-        Ok(Box::new(File::open(path)?))
+        Ok(Box::new(open_regular(path)?))
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::disk::{Disk, Output};
 use super::tensors::is_plain_name;
 use crate::error::{Error, Result};
+use crate::io::files::open_regular;
 use crate::io::safetensors::stream;
 
 /// The file name of the manifest.
@@ -73,6 +74,13 @@ pub fn verify(disk: &dyn Disk, folder: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The hash of a file according to the manifest of its folder; `None` if either is missing or cannot be read.
+pub(super) fn digest_of(folder: &Path, name: &str) -> Option<String> {
+    let text = open_regular(&folder.join(MANIFEST)).and_then(io::read_to_string).ok()?;
+    let manifest: Manifest = serde_json::from_str(&text).ok()?;
+    manifest.files.get(name).map(|digest| digest.blake3.clone())
 }
 
 fn digest(disk: &dyn Disk, path: &Path) -> Result<Digest> {

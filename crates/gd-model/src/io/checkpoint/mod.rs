@@ -103,21 +103,26 @@ impl Checkpoint<'_> {
     }
 }
 
-/// The model card: the template with each `{{key}}` replaced by its value.
+/// The model card: the template with each `{{key}}` replaced by its value, in which nothing is replaced.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a key that is not in the template, and for a key of the template without a value.
 pub fn model_card(values: &[(&str, String)]) -> Result<String> {
-    let mut card = include_str!("../../../models/MODEL_CARD.md").to_string();
-    for (key, value) in values {
-        let placeholder = format!("{{{{{key}}}}}");
-        if !card.contains(&placeholder) {
-            return Err(Error::Invalid(format!("the model card has no place for {key:?}")));
-        }
-        card = card.replace(&placeholder, value);
+    let template = include_str!("../../../models/MODEL_CARD.md");
+    if let Some((key, _)) = values.iter().find(|(key, _)| !template.contains(&format!("{{{{{key}}}}}"))) {
+        return Err(Error::Invalid(format!("the model card has no place for {key:?}")));
     }
-    match card.split_once("{{").and_then(|(_, rest)| rest.split_once("}}")) {
-        Some((key, _)) => Err(Error::Invalid(format!("the model card needs a value for {key:?}"))),
-        None => Ok(card),
+    let (mut card, mut rest) = (String::new(), template);
+    while let Some((before, key, after)) = rest
+        .split_once("{{")
+        .and_then(|(before, from)| from.split_once("}}").map(|(key, after)| (before, key, after)))
+    {
+        let value = values.iter().find(|(name, _)| *name == key);
+        let (_, value) =
+            value.ok_or_else(|| Error::Invalid(format!("the model card needs a value for {key:?}")))?;
+        card += before;
+        card += value;
+        rest = after;
     }
+    Ok(card + rest)
 }

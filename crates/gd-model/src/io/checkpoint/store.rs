@@ -6,8 +6,10 @@
 
 use std::path::{Path, PathBuf};
 
+use super::WEIGHTS;
 use super::disk::{Disk, System};
-use super::manifest::{FolderWriter, MANIFEST, verify};
+use super::manifest::{FolderWriter, MANIFEST, digest_of, verify};
+use super::tensors::load_json;
 use crate::error::{Error, Result};
 
 const PREFIX: &str = "checkpoint-";
@@ -15,6 +17,10 @@ const PREFIX: &str = "checkpoint-";
 const TEMPORARY: &str = ".tmp";
 /// The folder in which a model is written before its files are moved into the folder of the run.
 const FINAL: &str = ".model.tmp";
+/// The file beside a model in the folder of a run with the number of its steps.
+const STEP: &str = "training_step.json";
+/// How often a reader tries again if checkpoints disappear while it reads them.
+const MAX_ATTEMPTS: usize = 20;
 
 /// The checkpoints in the folder of a run.
 pub struct Store {
@@ -55,22 +61,30 @@ impl Store {
         Ok(steps)
     }
 
-    /// The newest checkpoint whose files match its manifest; `None` if there is no checkpoint.
+    /// The newest checkpoint whose files match its manifest; `None` if there is no checkpoint. A run may replace its
+    /// checkpoints meanwhile: if one disappears while it is read, this looks again.
     ///
     /// # Errors
     /// The error of the newest checkpoint if all of them are damaged.
     pub fn newest(&self) -> Result<Option<StoredCheckpoint>> {
-        let (mut damaged, mut first) = (Vec::new(), None);
-        for step in self.steps()? {
-            match verify(&*self.disk, &self.path(step)) {
-                Ok(()) => return Ok(Some(StoredCheckpoint { folder: self.path(step), step, damaged })),
-                Err(e) => {
-                    damaged.push((step, e.to_string()));
-                    first.get_or_insert(e);
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let (mut damaged, mut first) = (Vec::new(), None);
+            for step in self.steps()? {
+                match verify(&*self.disk, &self.path(step)) {
+                    Ok(()) => return Ok(Some(StoredCheckpoint { folder: self.path(step), step, damaged })),
+                    Err(e) => {
+                        damaged.push((step, e.to_string()));
+                        first.get_or_insert(e);
+                    }
                 }
             }
+            let left = self.steps()?;
+            if attempts == MAX_ATTEMPTS || damaged.iter().all(|(step, _)| left.contains(step)) {
+                return first.map_or(Ok(None), Err);
+            }
         }
-        first.map_or(Ok(None), Err)
     }
 
     /// Removes the temporary folders of interrupted saves. Called by the one process that writes to the run.
@@ -134,14 +148,17 @@ impl Store {
         Ok(path)
     }
 
-    /// Writes a model, with the files that `fill` writes, into the folder of the run itself. The manifest is removed first
-    /// and written last, so that a mixture of two models is never taken for a model.
+    /// Writes the model after `step` steps, with the files that `fill` writes, into the folder of the run itself. The
+    /// manifest is removed first and written last, so that a mixture of two models is never taken for a model.
     ///
     /// # Errors
     /// As [`Store::save`].
-    pub fn install(&self, fill: impl FnOnce(&mut FolderWriter) -> Result<()>) -> Result<()> {
+    pub fn install(&self, step: u64, fill: impl FnOnce(&mut FolderWriter) -> Result<()>) -> Result<()> {
         let new = self.folder.join(FINAL);
-        self.fill(&new, fill)?;
+        self.fill(&new, |folder| {
+            fill(folder)?;
+            folder.json(STEP, &serde_json::json!({ "step": step }))
+        })?;
         let manifest = self.folder.join(MANIFEST);
         if self.exists(&manifest)? {
             self.remove(&manifest)?;
@@ -221,8 +238,18 @@ fn step_of(name: &str) -> Option<u64> {
     digits.parse().ok().filter(|step: &u64| step.to_string() == digits)
 }
 
+/// Whether the model in the folder of a run, which is valid, is that of `newest`, or of a later step.
+fn is_current(folder: &Path, newest: &StoredCheckpoint) -> bool {
+    let step = load_json(&folder.join(STEP)).ok().and_then(|json| json.get("step")?.as_u64());
+    match step {
+        Some(step) => step >= newest.step,
+        // A model of an older version of this program is that of the checkpoint with the same weights.
+        None => digest_of(folder, WEIGHTS) == digest_of(&newest.folder, WEIGHTS),
+    }
+}
+
 /// The folder from which to load the model at `path`: `path` itself, or the newest valid checkpoint in the folder of a run
-/// without a valid model. Also returns why anything newer was not used.
+/// without a valid model, or with one of an earlier step. Also returns why anything newer, or the model, was not used.
 ///
 /// # Errors
 /// [`Error::Damaged`] if the only model is damaged.
@@ -237,7 +264,12 @@ pub fn locate(path: &Path) -> Result<(PathBuf, Vec<String>)> {
         return Ok((path.into(), Vec::new()));
     }
     let reason = match verify(&System, path) {
-        Ok(()) => return Ok((path.into(), Vec::new())),
+        Ok(()) => match store.newest() {
+            Ok(Some(newest)) if !is_current(path, &newest) => {
+                format!("{}: the model there is of an earlier step of the run", path.display())
+            }
+            _ => return Ok((path.into(), Vec::new())),
+        },
         Err(e) if !checkpoints => return Err(e),
         Err(Error::Missing { path: missing, .. }) if missing == path.join(MANIFEST) => {
             format!("{}: the run has not ended", path.display())

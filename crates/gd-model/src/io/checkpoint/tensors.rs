@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 
 use super::{INDEX, WEIGHTS};
 use crate::error::{Error, Result};
+use crate::io::files::read_file;
 use crate::io::safetensors::{self, Weights};
 
 /// The maximal size of a JSON file. Its values need several times as much memory.
@@ -75,7 +76,7 @@ pub fn load_json(path: &Path) -> Result<serde_json::Value> {
     if size > MAX_JSON_BYTES {
         return Err(not_json(path, format!("{size} bytes; the maximum is {MAX_JSON_BYTES}")));
     }
-    let bytes = fs::read(path).map_err(|e| Error::read(path, "JSON file", e))?;
+    let bytes = read_file(path, "JSON file")?;
     serde_json::from_slice(&bytes).map_err(|e| not_json(path, e.to_string()))
 }
 

@@ -17,7 +17,6 @@ mod split;
 mod tokenizer;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
@@ -27,6 +26,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::io::checkpoint::TOKENIZER_CONFIG;
+use crate::io::files::open_regular;
 use crate::io::tokenizer::Tokenizer;
 use config::Architecture;
 use header::{Header, TensorInfo};
@@ -54,7 +54,7 @@ pub fn is_at(path: &Path) -> bool {
     let has_extension = || path.extension().is_some_and(|extension| extension == "gguf");
     let has_magic = || {
         let mut start = [0; 4];
-        File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && &start == b"GGUF"
+        open_regular(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && &start == b"GGUF"
     };
     path.is_file() && (has_extension() || has_magic())
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::header::Header;
 use crate::error::{Error, Result};
+use crate::io::files::open_file;
 
 /// The name of a part.
 #[derive(Debug, PartialEq, Eq)]
@@ -183,7 +184,7 @@ fn parts_in(folder: &Path) -> Result<Vec<(PathBuf, Place)>> {
 }
 
 fn open_one(path: &Path) -> Result<(Header, BufReader<File>)> {
-    let file = File::open(path).map_err(|e| Error::read(path, "GGUF file", e))?;
+    let file = open_file(path, "GGUF file")?;
     let mut file = BufReader::new(file);
     let header = Header::read(&mut file).map_err(|reason| foreign(path, reason))?;
     Ok((header, file))

@@ -4,6 +4,7 @@
 //! [`END_OF_TEXT`]. Both restore any UTF-8 text exactly, except that BPE encodes the text `<|endoftext|>` as that token. Any
 //! other `tokenizer.json` can be loaded, with its own rules for special tokens.
 
+mod growth;
 mod stream;
 
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ use tokenizers::{AddedToken, DecoderWrapper, Encoding, ModelWrapper, OffsetType}
 
 pub use self::stream::StreamDecoder;
 use crate::error::{Error, Result};
-use crate::io::files::write_file;
+use crate::io::files::{read_file, write_file};
 use crate::io::panic::catch_panic;
 use crate::io::sentencepiece::Scores;
 
@@ -31,6 +32,9 @@ const END_OF_TEXT_NAMES: [&str; 4] = [END_OF_TEXT, "<|end_of_text|>", "</s>", "<
 
 /// The maximal id may exceed twice the number of tokens by this. An embedding has a row for every id, used or not.
 const MAX_UNUSED_IDS: usize = 1 << 16;
+
+/// The length of a run of text from which on a vocabulary is learned from its parts.
+const MAX_WORD_BYTES: usize = 512;
 
 /// The `tokenizer.json` of [`Tokenizer::bytes`].
 static BYTES_JSON: LazyLock<String> =
@@ -59,6 +63,8 @@ pub struct Tokenizer {
     raw: bool,
     /// Whether the decoder is the byte-level alphabet, with which the bytes of a token do not depend on its neighbours.
     bytewise: bool,
+    /// Whether its normaliser could make a text much longer.
+    can_grow: bool,
     /// The scores of a SentencePiece vocabulary, which decide the order of merges in the place of the model's ranks.
     scores: Option<Arc<Scores>>,
 }
@@ -75,7 +81,9 @@ impl Tokenizer {
     }
 
     /// Trains byte-level BPE of at most `vocab` tokens, including [`END_OF_TEXT`], on `texts`. There are fewer tokens
-    /// ([`Tokenizer::vocab_size`]) if no pair of tokens occurs twice any more. The result depends on the texts only.
+    /// ([`Tokenizer::vocab_size`]) if no pair of tokens occurs twice any more. The result depends on the texts only. A run of
+    /// more than 512 bytes with or without white space is learned from in parts, because the time of the library grows with
+    /// the square of the length of a word.
     ///
     /// # Errors
     /// A vocabulary of less than 257 tokens, or texts that are all empty.
@@ -86,7 +94,7 @@ impl Tokenizer {
         if vocab <= BYTES {
             return Err(Error::out_of_range("a BPE vocabulary", vocab, format!("at least {}", BYTES + 1)));
         }
-        let mut texts = texts.filter(|t| !t.as_ref().is_empty()).peekable();
+        let mut texts = texts.filter(|t| !t.as_ref().is_empty()).flat_map(parts).peekable();
         if texts.peek().is_none() {
             return Err(Error::Invalid("a BPE vocabulary cannot be learned from an empty text".into()));
         }
@@ -110,12 +118,15 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Missing`] or [`Error::Unreadable`]; [`Error::Foreign`] for a file that is not a valid tokenizer.
     pub fn load(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|e| Error::read(path, "tokenizer file", e))?;
+        let bytes = read_file(path, "tokenizer file")?;
         let foreign = |reason: String| Error::Foreign { path: path.into(), kind: "tokenizer.json", reason };
         // A damaged file can cause a panic in the library, which slices without checks in places.
-        catch_panic(|| Self::checked(tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string())?))
-            .flatten()
-            .map_err(foreign)
+        catch_panic(|| {
+            growth::check_file(&bytes)?;
+            Self::checked(tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string())?)
+        })
+        .flatten()
+        .map_err(foreign)
     }
 
     /// Wraps a tokenizer from a file, without truncation and padding. The error is the reason why it cannot be used.
@@ -196,6 +207,11 @@ impl Tokenizer {
         self.ids(text, true)
     }
 
+    /// Whether this is the tokenizer of [`Tokenizer::bytes`], whose ids of a text are its bytes.
+    pub(crate) fn is_bytes(&self) -> bool {
+        self.raw
+    }
+
     /// The ids of `text` without additional special tokens, for a text that contains them, such as a rendered chat
     /// template.
     ///
@@ -231,6 +247,9 @@ impl Tokenizer {
     }
 
     fn encoding(&self, text: &str, add_special: bool, offsets: OffsetType) -> tokenizers::Result<Encoding> {
+        if let Some(normalizer) = self.inner.get_normalizer().filter(|_| self.can_grow) {
+            growth::check(normalizer, text)?;
+        }
         let (Some(scores), ModelWrapper::BPE(model)) = (&self.scores, self.inner.get_model()) else {
             return match offsets {
                 OffsetType::None => self.inner.encode_fast(text, add_special),
@@ -345,7 +364,8 @@ impl Tokenizer {
         let vocab = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
         let bytewise = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
             && matches!(inner.get_model(), ModelWrapper::BPE(_));
-        Self { inner, vocab, raw, bytewise, scores: None }
+        let can_grow = inner.get_normalizer().is_some_and(growth::can_grow);
+        Self { inner, vocab, raw, bytewise, can_grow, scores: None }
     }
 
     /// The name of a token that has a text when it is decoded; `None` for a special token and an id without a token.
@@ -360,6 +380,40 @@ impl Tokenizer {
         // for its own text.
         token.chars().map(byte_of).collect::<Option<_>>().unwrap_or_else(|| token.into_bytes())
     }
+}
+
+/// A text to learn a vocabulary from, or a part of it.
+enum Part<S> {
+    Whole(S),
+    Cut(String),
+}
+
+impl<S: AsRef<str>> AsRef<str> for Part<S> {
+    fn as_ref(&self) -> &str {
+        match self {
+            Self::Whole(text) => text.as_ref(),
+            Self::Cut(text) => text,
+        }
+    }
+}
+
+/// Cuts a text in its runs of more than [`MAX_WORD_BYTES`] with or without white space.
+fn parts<S: AsRef<str>>(text: S) -> Vec<Part<S>> {
+    let whole = text.as_ref();
+    let (mut cuts, mut run, mut was_space) = (vec![0], 0, false);
+    for (at, c) in whole.char_indices() {
+        if c.is_whitespace() != was_space {
+            (run, was_space) = (at, !was_space);
+        } else if at - run >= MAX_WORD_BYTES {
+            cuts.push(at);
+            run = at;
+        }
+    }
+    if cuts.len() == 1 {
+        return vec![Part::Whole(text)];
+    }
+    cuts.push(whole.len());
+    cuts.windows(2).map(|ends| Part::Cut(whole[ends[0]..ends[1]].to_owned())).collect()
 }
 
 /// The character that stands for each byte in a byte-level `tokenizer.json` (the byte-to-Unicode table of GPT-2): a

@@ -107,6 +107,9 @@ impl Transformer {
             let (attention, inner) = (config.attention(i), vb.pp("self_attn"));
             let attention: Box<dyn Attention> = match config.mechanism(i) {
                 Mechanism::Softmax => Box::new(SoftmaxAttention::new(&attention, rotary.clone(), inner)?),
+                Mechanism::SoftmaxNull => {
+                    Box::new(SoftmaxAttention::with_null(&attention, rotary.clone(), inner)?)
+                }
                 Mechanism::Gd => Box::new(GdAttention::new(&attention, rotary.clone(), inner)?),
                 Mechanism::Other(other) => {
                     Box::new(MechanismAttention::new(&attention, other, i, rotary.clone(), inner)?)
@@ -159,7 +162,15 @@ impl Transformer {
     /// # Errors
     /// As [`Transformer::forward`].
     pub fn hidden(&self, ids: &Tensor, pass: &Pass, cache: Option<&mut [LayerCache]>) -> Result<Tensor> {
-        let mut x = self.embedded(ids)?;
+        self.hidden_of(self.embedded(ids)?, pass, cache)
+    }
+
+    /// The hidden states `[B, N, C]` after the last norm, from embeddings `[B, N, C]` in the place of those of tokens.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`].
+    pub fn hidden_of(&self, x: Tensor, pass: &Pass, cache: Option<&mut [LayerCache]>) -> Result<Tensor> {
+        let mut x = x;
         let mut caches = match cache {
             Some(caches) if caches.len() != self.blocks.len() => {
                 candle_core::bail!("{} caches for {} layers", caches.len(), self.blocks.len())

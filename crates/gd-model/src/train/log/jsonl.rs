@@ -1,50 +1,92 @@
 //! A file with one JSON object per line, which is appended to and can be truncated to a step.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Write};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::io::files::{read_file, write_file};
+
+/// The maximal size of the lines that wait for a file that cannot be written; later lines are dropped.
+const MAX_WAITING_BYTES: usize = 16 << 20;
 
 /// The file, open for appending.
 #[derive(Debug)]
 pub struct Jsonl {
     file: File,
     path: PathBuf,
+    /// The length of the complete lines in the file.
+    length: u64,
+    /// The lines that could not be written, which are written before the next one.
+    waiting: Vec<u8>,
 }
 
 impl Jsonl {
-    /// Opens or creates `path` and truncates it before the first line that is incomplete or of a later step than `step`.
-    /// Step 0 removes every line.
+    /// Opens or creates `path` and removes the lines of later steps than `step`, an incomplete line at the end, and damaged
+    /// lines. A file with damaged lines is retained as `NAME.damaged`, with a warning. Step 0 removes every line.
     ///
     /// # Errors
     /// Names the file that cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
-        let text = match fs::read(path) {
+        let text = match read_file(path, "log") {
             Ok(text) => text,
-            Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
-            Err(e) => return Err(Error::read(path, "log", e)),
+            Err(Error::Missing { .. }) => Vec::new(),
+            Err(e) => return Err(e),
         };
-        let length: usize = match step {
-            0 => 0,
-            _ => lines(&text).take_while(|(_, line)| step_of(line) <= step).map(|(bytes, _)| bytes).sum(),
+        let (retained, damaged) = match step {
+            0 => (Vec::new(), 0),
+            _ => lines_up_to(&text, step),
         };
+        if damaged > 0 {
+            let mut copy = path.as_os_str().to_os_string();
+            copy.push(".damaged");
+            write_file(Path::new(&copy), &text)?;
+            tracing::warn!(
+                "{}: {damaged} damaged lines were removed; the file as it was is now {}",
+                path.display(),
+                Path::new(&copy).display()
+            );
+            write_file(path, &retained)?;
+        }
         let error = |e| Error::write(path, e);
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(error)?;
-        file.set_len(length as u64).map_err(error)?;
-        Ok(Self { file, path: path.into() })
+        // Without damage the retained lines are the start of the file.
+        file.set_len(retained.len() as u64).map_err(error)?;
+        Ok(Self { file, path: path.into(), length: retained.len() as u64, waiting: Vec::new() })
     }
 
-    /// Appends a line in a single write, so that a reader sees all of it, or its beginning at the end of the file.
+    /// Appends a line in a single write, so that a reader sees all of it, or its beginning at the end of the file. After an
+    /// error the line waits and is written before the next one.
     ///
     /// # Errors
     /// Names the file that cannot be written.
     pub fn append(&mut self, line: &Map<String, Value>) -> Result<()> {
-        let mut text = Value::Object(line.clone()).to_string();
-        text.push('\n');
-        self.file.write_all(text.as_bytes()).map_err(|e| Error::write(&self.path, e))
+        let text = Value::Object(line.clone()).to_string();
+        if self.waiting.len() + text.len() < MAX_WAITING_BYTES {
+            self.waiting.extend(text.as_bytes());
+            self.waiting.push(b'\n');
+        }
+        self.write_waiting().map_err(|e| Error::write(&self.path, e))
+    }
+
+    fn write_waiting(&mut self) -> std::io::Result<()> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        match self.file.write_all(&self.waiting) {
+            Ok(()) => {
+                self.length += self.waiting.len() as u64;
+                self.waiting.clear();
+                Ok(())
+            }
+            Err(e) => {
+                // A part of a line may have been written. If it cannot be removed, the next attempt fails as well.
+                self.file.set_len(self.length)?;
+                Err(e)
+            }
+        }
     }
 
     /// Waits until the file is on the disk.
@@ -52,8 +94,27 @@ impl Jsonl {
     /// # Errors
     /// Names the file that cannot be written.
     pub fn sync(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(|e| Error::write(&self.path, e))
+        self.write_waiting().and_then(|()| self.file.sync_data()).map_err(|e| Error::write(&self.path, e))
     }
+}
+
+/// The lines of steps up to `step`, up to the first line of a later one, without damaged lines, and the number of these. The
+/// incomplete line at the end is not damage.
+fn lines_up_to(text: &[u8], step: u64) -> (Vec<u8>, usize) {
+    let (mut retained, mut damaged) = (Vec::new(), 0);
+    for line in text.split_inclusive(|b| *b == b'\n') {
+        match serde_json::from_slice::<Map<String, Value>>(line) {
+            Ok(parsed) if line.ends_with(b"\n") => {
+                if step_of(&parsed) > step {
+                    break;
+                }
+                retained.extend_from_slice(line);
+            }
+            _ if line.ends_with(b"\n") => damaged += 1,
+            _ => {}
+        }
+    }
+    (retained, damaged)
 }
 
 /// The complete lines of a log. An incomplete line at the end, which may still be being written, is ignored.
@@ -61,7 +122,7 @@ impl Jsonl {
 /// # Errors
 /// Names a file that cannot be read, or a line in it that is not a JSON object.
 pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>> {
-    let text = fs::read(path).map_err(|e| Error::read(path, "log", e))?;
+    let text = read_file(path, "log")?;
     let complete: Vec<_> = lines(&text).collect();
     let bytes: usize = complete.iter().map(|(bytes, _)| bytes).sum();
     if text[bytes..].contains(&b'\n') {
@@ -83,6 +144,8 @@ fn step_of(line: &Map<String, Value>) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use serde_json::json;
 
     use super::*;
@@ -128,5 +191,39 @@ mod tests {
         fs::write(&path, "{\"step\":1}\n{\"step\n{\"step\":3}\n").unwrap();
         let error = read(&path).unwrap_err().to_string();
         assert!(error.contains("log") && error.contains("line 2"), "{error}");
+    }
+    #[test]
+    fn damaged_lines_are_removed_alone_and_the_file_is_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let text = b"{\"step\":1}\n{\"st\xff\n{\"step\":2}\nnull\n{\"step\":3}\n{\"step\":4}\n{\"step";
+        fs::write(&path, text).unwrap();
+        let mut log = Jsonl::open(&path, 3).unwrap();
+        log.append(&line(4)).unwrap();
+        assert_eq!(steps(&path), [1, 2, 3, 4]);
+        assert_eq!(fs::read(dir.path().join("log.damaged")).unwrap(), text);
+        // Damage after the step that is resumed from is removed as well as the rest.
+        fs::write(&path, "{\"step\":1}\n{\"step\":9}\nx\n").unwrap();
+        Jsonl::open(&path, 3).unwrap();
+        assert_eq!(steps(&path), [1]);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_line_that_cannot_be_written_waits() {
+        let full = || OpenOptions::new().append(true).open("/dev/full").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = Jsonl::open(&path, 0).unwrap();
+        log.append(&line(1)).unwrap();
+        let file = std::mem::replace(&mut log.file, full());
+        for step in 2..=3 {
+            let error = log.append(&line(step)).unwrap_err().to_string();
+            assert!(error.contains("log: cannot write"), "{error}");
+        }
+        assert!(log.sync().is_err());
+        log.file = file;
+        log.append(&line(4)).unwrap();
+        assert_eq!(steps(&path), [1, 2, 3, 4]);
     }
 }

@@ -83,73 +83,114 @@ pub enum Event {
     },
 }
 
-/// The log of a run, open for writing.
+/// The log of a run, open for writing. A log that cannot be written does not end the run: the first error is a warning, and
+/// [`Logger::failure`] returns it.
 #[derive(Debug)]
 pub struct Logger {
-    jsonl: Jsonl,
-    tensorboard: TensorBoard,
+    jsonl: Option<Jsonl>,
+    tensorboard: Option<TensorBoard>,
     meter: Meter,
+    failure: Option<String>,
 }
 
 impl Logger {
     /// Opens the log in the existing folder `run` and removes the lines of later steps than `step`; step 0 removes all
-    /// lines. The files for TensorBoard are written again from the remaining lines.
-    ///
-    /// # Errors
-    /// Names the file that cannot be read or written.
-    pub fn open(run: &Path, step: u64, meter: Meter) -> Result<Self> {
-        let jsonl = Jsonl::open(&run.join(FILE), step)?;
-        let mut tensorboard = TensorBoard::create(&run.join(TENSORBOARD), now())?;
-        for line in read(&run.join(FILE))? {
-            tensorboard.line(&line)?;
+    /// lines. The files for TensorBoard are written again from the remaining lines. If the log lacks the event of the
+    /// checkpoint of this step, because the program was stopped before it wrote the line, it is added.
+    pub fn open(run: &Path, step: u64, meter: Meter) -> Self {
+        let mut log = Self { jsonl: None, tensorboard: None, meter, failure: None };
+        let opened = Jsonl::open(&run.join(FILE), step);
+        log.jsonl = log.watched(opened);
+        let created = TensorBoard::create(&run.join(TENSORBOARD), now());
+        log.tensorboard = log.watched(created);
+        let lines = match &log.jsonl {
+            Some(_) => read(&run.join(FILE)),
+            None => Ok(Vec::new()),
+        };
+        let lines = log.watched(lines).unwrap_or_default();
+        lines.iter().for_each(|line| log.scalars(line));
+        let is_checkpoint = |line: &Map<String, Value>| {
+            line.get("event") == Some(&"checkpoint".into()) && line.get("step") == Some(&step.into())
+        };
+        if step > 0 && !lines.iter().any(is_checkpoint) {
+            log.checkpoint(step);
         }
-        Ok(Self { jsonl, tensorboard, meter })
+        log
+    }
+
+    /// The first error, if the log is not complete.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
+    /// Notes the first error.
+    fn watched<T>(&mut self, result: Result<T>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(e) => {
+                if self.failure.is_none() {
+                    tracing::warn!("{e}; the training goes on without a complete log");
+                }
+                self.failure.get_or_insert_with(|| e.to_string());
+                None
+            }
+        }
     }
 
     /// Writes the event of a run that starts or resumes after `step` steps.
-    ///
-    /// # Errors
-    /// Names the file that cannot be written.
-    pub fn start(&mut self, step: u64, parameters: usize, seed: u64) -> Result<()> {
+    pub fn start(&mut self, step: u64, parameters: usize, seed: u64) {
         let event = self.meter.start(parameters, seed);
-        self.event(step, &event)
+        self.event(step, &event);
+    }
+
+    /// Writes the event of the checkpoint of a step.
+    pub fn checkpoint(&mut self, step: u64) {
+        self.event(step, &Event::Checkpoint { path: format!("checkpoint-{step}") });
     }
 
     /// Writes the line of a step, and an event if its update was skipped. The numbers of the line are also written for
     /// TensorBoard, see [`scalars`].
-    ///
-    /// # Errors
-    /// Names the file that cannot be written.
-    pub fn step(&mut self, step: &Step) -> Result<()> {
-        let line = object(&self.meter.line(step))?;
-        self.line(&line)?;
-        match &step.skip {
-            Some(reason) => self.event(step.step, &Event::Skip { reason: reason.clone() }),
-            None => Ok(()),
+    pub fn step(&mut self, step: &Step) {
+        let line = object(&self.meter.line(step));
+        if let Some(line) = self.watched(line) {
+            self.line(&line);
+        }
+        if let Some(reason) = &step.skip {
+            self.event(step.step, &Event::Skip { reason: reason.clone() });
         }
     }
 
-    fn line(&mut self, line: &Map<String, Value>) -> Result<()> {
-        self.jsonl.append(line)?;
-        self.tensorboard.line(line)
+    fn line(&mut self, line: &Map<String, Value>) {
+        if let Some(jsonl) = &mut self.jsonl {
+            let written = jsonl.append(line);
+            self.watched(written);
+        }
+        self.scalars(line);
+    }
+
+    /// Writes the numbers of a line for TensorBoard. After an error nothing more is written there.
+    fn scalars(&mut self, line: &Map<String, Value>) {
+        let Some(mut tensorboard) = self.tensorboard.take() else { return };
+        let written = tensorboard.line(line);
+        self.tensorboard = self.watched(written).map(|()| tensorboard);
     }
 
     /// Writes an event that happened after `step` steps.
-    ///
-    /// # Errors
-    /// Names the file that cannot be written.
-    pub fn event(&mut self, step: u64, event: &Event) -> Result<()> {
-        let mut line = object(event)?;
+    pub fn event(&mut self, step: u64, event: &Event) {
+        let Some(mut line) = self.watched(object(event)) else { return };
         line.insert("step".into(), step.into());
-        self.jsonl.append(&line)
+        if let Some(jsonl) = &mut self.jsonl {
+            let written = jsonl.append(&line);
+            self.watched(written);
+        }
     }
 
     /// Waits until the log is on the disk.
-    ///
-    /// # Errors
-    /// Names the file that cannot be written.
-    pub fn sync(&mut self) -> Result<()> {
-        self.jsonl.sync()
+    pub fn sync(&mut self) {
+        if let Some(jsonl) = &mut self.jsonl {
+            let synced = jsonl.sync();
+            self.watched(synced);
+        }
     }
 }
 
@@ -205,18 +246,21 @@ mod tests {
     fn a_reopened_log_is_continued_after_a_step() {
         let dir = tempfile::tempdir().unwrap();
         let sample = Event::Sample { prompt: "a".into(), text: "b".into() };
-        let mut log = Logger::open(dir.path(), 0, Meter::default()).unwrap();
+        let mut log = Logger::open(dir.path(), 0, Meter::default());
         for step in 1..=3 {
-            log.line(&object(&json!({ "step": step, "loss": 0.5 })).unwrap()).unwrap();
-            log.event(step, &sample).unwrap();
+            log.line(&object(&json!({ "step": step, "loss": 0.5 })).unwrap());
+            log.event(step, &sample);
         }
-        let mut log = Logger::open(dir.path(), 2, Meter::default()).unwrap();
-        log.line(&object(&json!({ "step": 3, "loss": 0.25 })).unwrap()).unwrap();
-        log.sync().unwrap();
+        let mut log = Logger::open(dir.path(), 2, Meter::default());
+        log.line(&object(&json!({ "step": 3, "loss": 0.25 })).unwrap());
+        log.sync();
+        assert_eq!(log.failure(), None);
         let lines = read(&dir.path().join(FILE)).unwrap();
         let steps: Vec<_> =
             lines.iter().map(|l| (l["step"].as_u64().unwrap(), l.contains_key("event"))).collect();
-        assert_eq!(steps, [(1, false), (1, true), (2, false), (2, true), (3, false)]);
+        // The event of the checkpoint is added.
+        assert_eq!(steps, [(1, false), (1, true), (2, false), (2, true), (2, true), (3, false)]);
+        assert_eq!(lines[4]["path"], json!("checkpoint-2"));
         assert_eq!((&lines[1]["event"], &lines[1]["text"]), (&json!("sample"), &json!("b")));
         assert!(lines.iter().all(|l| l["time"].as_f64().unwrap() > 1e9));
         // One file, with a record for its version and one per step.
@@ -229,5 +273,15 @@ mod tests {
             records += 1;
         }
         assert_eq!((at, records), (bytes.len(), 4));
+    }
+    #[test]
+    fn a_log_that_cannot_be_opened_is_a_failure_and_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join(FILE)).unwrap();
+        std::fs::write(dir.path().join(TENSORBOARD), "a file").unwrap();
+        let mut log = Logger::open(dir.path(), 0, Meter::default());
+        log.start(0, 1, 2);
+        log.sync();
+        assert!(log.failure().is_some_and(|failure| failure.contains(FILE)), "{:?}", log.failure());
     }
 }

@@ -14,6 +14,7 @@ mod mpi;
 #[cfg(feature = "nccl")]
 mod nccl;
 
+use std::io::Write;
 use std::rc::Rc;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -203,7 +204,8 @@ impl Group {
 
     /// Prints an error of this rank and ends all ranks with this exit code, because the others would wait for it forever.
     pub fn abort(&self, error: &str, code: u8) -> ! {
-        eprintln!("error: rank {} of {}: {error}", self.rank(), self.world());
+        // A closed stderr must not prevent the end of the others.
+        let _ = writeln!(std::io::stderr(), "error: rank {} of {}: {error}", self.rank(), self.world());
         self.0.abort(code)
     }
 }

@@ -95,7 +95,7 @@ impl Drop for Mpi {
     /// Ends all ranks if this one panics, because the others would wait for it forever.
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("error: rank {} of {} panicked", self.rank(), self.world());
+            let _ = writeln!(std::io::stderr(), "error: rank {} of {} panicked", self.rank(), self.world());
             self.abort(1);
         }
     }

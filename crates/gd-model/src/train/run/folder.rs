@@ -1,13 +1,16 @@
 //! The folder of a run: its lock, and what happens to the content that is there before.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 
 use super::RECIPE;
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{self, Disk, Store, System};
-use crate::io::files::check_writable;
+use crate::io::files::{check_writable, create_folders, sync_entry};
 use crate::train::log;
+
+/// The file whose lock a process holds that trains in the folder.
+const LOCK: &str = ".lock";
 
 /// What is at the place of a new run.
 enum Content {
@@ -35,7 +38,9 @@ fn content(folder: &Path) -> Result<Content> {
     let ours = |name: &String| {
         name.starts_with('.') || [RECIPE, log::FILE, log::TENSORBOARD].contains(&name.as_str())
     };
-    let begun = folder.join(RECIPE).exists() && System.list(folder).is_ok_and(|all| all.iter().all(ours));
+    let begun = System.list(folder).is_ok_and(|all| {
+        all.iter().all(ours) && [RECIPE, LOCK].iter().any(|name| all.iter().any(|other| other == name))
+    });
     Ok(if begun { Content::Begun } else { Content::Other })
 }
 
@@ -47,7 +52,9 @@ fn content(folder: &Path) -> Result<Content> {
 /// - [`Error::Unwritable`].
 pub fn check_folder(folder: &Path) -> Result<()> {
     match content(folder)? {
-        Content::Result => lock(folder).map(drop)?,
+        // A lock would create its file.
+        Content::Result if folder.join(LOCK).exists() => lock(folder).map(drop)?,
+        Content::Result => {}
         Content::Other => checkpoint::check_replaceable(folder)?,
         Content::Missing | Content::Begun => {}
     }
@@ -61,9 +68,8 @@ pub fn check_folder(folder: &Path) -> Result<()> {
 /// - [`Error::Occupied`] if the folder holds something else.
 /// - [`Error::RunLocked`] if another process trains there.
 pub(super) fn prepare_folder(folder: &Path) -> Result<()> {
-    let unwritable = |e| Error::write(folder, e);
     match content(folder)? {
-        Content::Missing => return fs::create_dir_all(folder).map_err(unwritable),
+        Content::Missing => return create_folders(folder),
         Content::Begun => return Ok(()),
         Content::Other => return checkpoint::check_replaceable(folder),
         Content::Result => {}
@@ -79,18 +85,30 @@ pub(super) fn prepare_folder(folder: &Path) -> Result<()> {
     let aside = free.ok_or_else(|| Error::Occupied { path: folder.into() })?;
     fs::rename(folder, &aside).map_err(|e| Error::write(&aside, e))?;
     tracing::warn!("{}: the previous content is now {}", folder.display(), aside.display());
-    fs::create_dir(folder).map_err(unwritable)
+    fs::create_dir(folder).map_err(|e| Error::write(folder, e))?;
+    // The old name must not be lost with the power, nor the new folder.
+    sync_entry(folder.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")))
 }
 
-/// Locks the folder for this process. The lock ends with the process, however that ends.
+/// Locks the folder for this process. The lock ends with the process, however that ends. It is a lock of a file that is open
+/// for writing, because network file systems cannot lock anything else. On a file system without locks there is a warning
+/// instead.
 ///
 /// # Errors
-/// [`Error::RunLocked`] if another process holds the lock.
+/// [`Error::RunLocked`] if another process holds the lock; [`Error::Unwritable`].
 pub(super) fn lock(folder: &Path) -> Result<File> {
-    let file = File::open(folder).map_err(|e| Error::read(folder, "folder", e))?;
+    let path = folder.join(LOCK);
+    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|e| Error::write(&path, e))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::RunLocked { path: folder.into() }),
-        Err(TryLockError::Error(e)) => Err(Error::write(folder, e)),
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(Error::RunLocked { path: folder.into() }),
+        Err(TryLockError::Error(e)) => {
+            tracing::warn!(
+                "{}: cannot be locked ({e}); a second process that trains there would not be noticed",
+                folder.display()
+            );
+        }
     }
+    Ok(file)
 }

@@ -33,7 +33,7 @@ use super::trainer::{Inherited, Trainer};
 use crate::config::{ModelConfig, Recipe};
 use crate::error::{Error, Result, RunInput};
 use crate::eval::Evaluation;
-use crate::infer::generate::sample;
+use crate::infer::generate::{check_prompt, sample};
 use crate::io::checkpoint::{self, FolderWriter, Store, StoredCheckpoint, System, load_json, load_tensors};
 use crate::io::files::write_file;
 use crate::io::tokenizer::Tokenizer;
@@ -130,10 +130,8 @@ impl Saved {
                 reason: format!("version {}; this program reads {VERSION}", record.version),
             });
         }
-        let recipe = folder.join(RECIPE);
-        let recipe = if recipe.exists() { recipe } else { checkpoint.folder.join(RECIPE) };
         Ok(Self {
-            recipe: parse(&recipe, load_json(&recipe)?)?,
+            recipe: recipe(folder, &checkpoint.folder, group.leads())?,
             about: record.about.clone(),
             tokenizer: Tokenizer::load(&checkpoint.folder.join(checkpoint::TOKENIZER))?,
             folder: folder.into(),
@@ -194,6 +192,7 @@ impl Run {
     /// - [`Error::RunLocked`] if another process trains there.
     /// - An error that names the file that cannot be written.
     pub fn create(folder: &Path, trainer: Trainer, tokenizer: Tokenizer, about: About) -> Result<Self> {
+        check_sample_prompt(&trainer, &tokenizer)?;
         let record = Record {
             version: VERSION,
             about,
@@ -261,7 +260,7 @@ impl Run {
                     aside.display(),
                     checkpoint.step
                 );
-                log.event(checkpoint.step, &Event::Fallback { reason })?;
+                log.event(checkpoint.step, &Event::Fallback { reason });
             }
             write_file(&folder.join(RECIPE), &pretty(trainer.recipe())?)?;
         }
@@ -290,8 +289,8 @@ impl Run {
     }
 
     /// Trains to the end of the run, for at most `limit` steps, or until `stop` is set. Saves a checkpoint every
-    /// `save_every` steps, after every evaluation with the lowest loss so far, and at the end; not after a step whose loss
-    /// or gradient is not finite. Calls `watch` with the report of every step and the text that the model generated after
+    /// `save_every` steps, after every evaluation with the lowest loss so far, at the end, and, in a single process, before it
+    /// returns an error; not after a step whose loss or gradient is not finite. Calls `watch` with the report of every step and the text that the model generated after
     /// it, if it is one of `sample_every` steps. Returns whether the run has reached its end.
     ///
     /// # Errors
@@ -308,8 +307,23 @@ impl Run {
                 let checkpoint = self.saved.map(|saved| self.store.path(saved));
                 Error::Diverged { step, loss, lr, reason, checkpoint }
             }
-            other => other,
+            other => {
+                self.save_last_step();
+                other
+            }
         })
+    }
+
+    /// Saves the last step before an error ends the run, if its state is whole and usable. Several processes would have to
+    /// save together, which they cannot after an error of one of them.
+    fn save_last_step(&mut self) {
+        if self.trainer.group().world() > 1 || !self.is_finite || self.saved == Some(self.trainer.step()) {
+            return;
+        }
+        match self.save_usable() {
+            Ok(()) => tracing::warn!("saved step {} before the error", self.trainer.step()),
+            Err(e) => tracing::warn!("step {} could not be saved: {e}", self.trainer.step()),
+        }
     }
 
     /// As [`Run::train`], without the path of the newest checkpoint in errors.
@@ -359,7 +373,7 @@ impl Run {
         let mut lowest = false;
         for step in steps {
             if let Some(log) = &mut self.log {
-                log.step(&step)?;
+                log.step(&step);
             }
             self.is_finite = step.is_empty || (step.loss.is_finite() && step.grad_norm.is_finite());
             watch(&step, self.sample(step.step)?)?;
@@ -378,7 +392,7 @@ impl Run {
         let (prompt, device) = (train.sample_prompt.clone(), self.trainer.device());
         let text = sample(&self.trainer.model, &self.tokenizer, &prompt, self.record.about.seed, device)?;
         let whole = format!("{prompt}{text}");
-        log.event(step, &Event::Sample { prompt, text })?;
+        log.event(step, &Event::Sample { prompt, text });
         Ok(Some(whole))
     }
 
@@ -408,7 +422,7 @@ impl Run {
             return Ok(self.store.path(step));
         };
         // The log must not lack a step of a checkpoint.
-        log.sync()?;
+        log.sync();
         let State { tensors, values } = self.trainer.state()?;
         let record = Record { trainer: values, ..self.record.clone() };
         let (trainer, tokenizer) = (&self.trainer, &self.tokenizer);
@@ -421,7 +435,7 @@ impl Run {
         })?;
         self.saved = Some(step);
         tracing::info!("saved {}", path.display());
-        log.event(step, &Event::Checkpoint { path: format!("checkpoint-{step}") })?;
+        log.checkpoint(step);
         Ok(path)
     }
 
@@ -432,7 +446,7 @@ impl Run {
     /// Names the file and the reason. The checkpoints are unchanged then.
     pub fn finish(&mut self, card: &str, result: Option<&Evaluation>) -> Result<()> {
         let (trainer, tokenizer) = (&self.trainer, &self.tokenizer);
-        self.store.install(|folder| {
+        self.store.install(trainer.step(), |folder| {
             write_model(folder, trainer, tokenizer)?;
             match trainer.ema() {
                 Some(ema) => folder.tensors(checkpoint::EMA_WEIGHTS, &ema.params().tensors()),
@@ -442,8 +456,9 @@ impl Run {
         write_file(&self.folder.join(checkpoint::CARD), card.as_bytes())?;
         let Some(log) = &mut self.log else { return Ok(()) };
         let (loss, bits_per_byte) = (result.map(|r| r.loss), result.map(|r| r.bits_per_byte));
-        log.event(trainer.step(), &Event::End { loss, bits_per_byte, tokens: result.map(|r| r.tokens) })?;
-        log.sync()
+        log.event(trainer.step(), &Event::End { loss, bits_per_byte, tokens: result.map(|r| r.tokens) });
+        log.sync();
+        Ok(())
     }
 }
 
@@ -467,7 +482,35 @@ fn write_model(folder: &mut FolderWriter, trainer: &Trainer, tokenizer: &Tokeniz
 
 fn open_log(folder: &Path, step: u64, trainer: &Trainer, about: &About) -> Result<Logger> {
     let meter = Meter::new(trainer.recipe(), trainer.device(), trainer.group().world())?;
-    let mut log = Logger::open(folder, step, meter)?;
-    log.start(step, trainer.params.count(), about.seed)?;
+    let mut log = Logger::open(folder, step, meter);
+    log.start(step, trainer.params.count(), about.seed);
     Ok(log)
+}
+
+/// The recipe of a saved run: that in its folder, which may be longer than that of the checkpoint. If it is damaged, it is
+/// renamed, and the one of the checkpoint takes its place.
+fn recipe(folder: &Path, checkpoint: &Path, leads: bool) -> Result<Recipe> {
+    let (path, copy) = (folder.join(RECIPE), checkpoint.join(RECIPE));
+    let read = |path: &Path| -> Result<Recipe> { parse(path, load_json(path)?) };
+    match read(&path) {
+        Err(Error::Missing { .. }) => read(&copy),
+        Err(e) => {
+            let recipe = read(&copy)?;
+            tracing::warn!("{e}; the copy in {} is used", checkpoint.display());
+            if leads {
+                let aside = folder.join(format!("{RECIPE}.damaged"));
+                std::fs::rename(&path, &aside).map_err(|e| Error::write(&aside, e))?;
+                write_file(&path, &pretty(&recipe)?)?;
+            }
+            Ok(recipe)
+        }
+        recipe => recipe,
+    }
+}
+
+/// Checks that the model can continue the prompt of the samples, which it does first after many steps or at the end.
+fn check_sample_prompt(trainer: &Trainer, tokenizer: &Tokenizer) -> Result<()> {
+    let prompt = tokenizer.encode(&trainer.recipe().train.sample_prompt)?;
+    check_prompt(&trainer.model, &prompt)
+        .map_err(|e| Error::Invalid(format!("train.sample_prompt, as {} tokens: {e}", prompt.len())))
 }

@@ -3,6 +3,7 @@
 use super::Trainer;
 use crate::data::Tokens;
 use crate::error::{Error, Result};
+use crate::eval::reading::{ReadingReport, measure_reading};
 use crate::eval::{Evaluation, evaluate, observe};
 use crate::model::Transformer;
 use crate::train::schedule::ScheduledValues;
@@ -40,6 +41,15 @@ impl Trainer {
             heads: result.heads,
             churn: self.churn.update(selections.unwrap_or_default()),
         })
+    }
+
+    /// Measures what the reads of the heads are worth on the whole validation text, with n-grams of `ngram` tokens.
+    ///
+    /// # Errors
+    /// As [`measure_reading`].
+    pub fn measure_reading(&self, ngram: usize) -> Result<ReadingReport> {
+        let size = (self.recipe.train.context, self.recipe.train.batch);
+        measure_reading(&self.frozen, &self.corpus.valid, size, ngram, &self.device)
     }
 
     /// Whether there is a validation text.

@@ -17,10 +17,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
+use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::in_flight::InFlight;
+use super::calibrate::calibrate_thresholds;
 use super::churn::Churn;
 use super::ema::Ema;
 use super::guard::Guard;
@@ -29,7 +31,7 @@ use super::parallel::Group;
 use super::state::{State, Stateful};
 use super::teacher::Teacher;
 use crate::config::{Precision, Recipe};
-use crate::data::{Batches, Corpus};
+use crate::data::{Batches, Corpus, places};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
 use crate::model::params::Params;
@@ -75,6 +77,8 @@ pub struct Trainer {
     /// Submitted steps whose reports have not been returned, oldest first.
     in_flight: VecDeque<InFlight>,
     step: u64,
+    /// Whether an update has begun and not ended. After an error in it, the state is that of no step.
+    is_updating: bool,
     /// The loss of the last step with a token to predict; `None` before the first one since the start.
     last_loss: Option<f64>,
     seconds: f64,
@@ -164,6 +168,11 @@ impl Trainer {
         let ema = recipe.train.ema.map(ema).transpose()?;
         let guard = Guard::new(recipe.train.guard)?;
         let batches = Batches::new(corpus.train.clone(), seed);
+        if recipe.train.select.calibrate_thresholds {
+            let first = batches.batch(places(0, recipe.train.batch, 0, 1), recipe.train.context, device)?;
+            let forward = |pass: &Pass| Ok(model.hidden(&first.inputs, pass, None).map(drop)?);
+            calibrate_thresholds(&model, &params, forward, &first.mask)?;
+        }
         Ok(Self {
             recipe,
             frozen: Transformer::new(model.config(), params.frozen())?,
@@ -181,6 +190,7 @@ impl Trainer {
             group: Group::single(),
             in_flight: VecDeque::new(),
             step: 0,
+            is_updating: false,
             last_loss: None,
             seconds: 0.0,
             clock: Instant::now(),
@@ -198,8 +208,11 @@ impl Trainer {
     /// The training state. With the parameters it is all that an exact continuation needs.
     ///
     /// # Errors
-    /// A step in flight (see [`Trainer::drain`]), or a state that cannot be copied.
+    /// A step in flight (see [`Trainer::drain`]), an update that failed, or a state that cannot be copied.
     pub fn state(&mut self) -> Result<State> {
+        if self.is_updating {
+            return Err(Error::Invalid(format!("the update of step {} failed in between", self.step + 1)));
+        }
         if let Some(InFlight { step, .. }) = self.in_flight.front() {
             return Err(Error::Invalid(format!("step {} is in flight; drain it first", step.step)));
         }

@@ -73,6 +73,7 @@ impl Trainer {
         }
         let (gradients, losses) = self.gradients()?;
         let mut step = self.report();
+        self.is_updating = true;
         let result = match self.is_asynchronous() {
             true if gradients.is_empty() => {
                 self.skip_without_targets(&mut step);
@@ -85,6 +86,7 @@ impl Trainer {
             }
         };
         self.step += 1;
+        self.is_updating = false;
         self.in_flight.push_back(InFlight { step, result });
         Ok(())
     }

@@ -49,8 +49,8 @@ fn run(disk: &Memory, reported: &mut Vec<u64>, failures: &mut Vec<String>) {
         }
         note(result.map(drop));
     }
-    note(store.install(fill(9)));
-    note(store.install(fill(10)));
+    note(store.install(9, fill(9)));
+    note(store.install(10, fill(10)));
     note(store.steps().map(drop));
 }
 

@@ -221,6 +221,7 @@ impl<G: TensorGpu> Winners<G> {
             energy,
             coherence: None,
             later: Vec::new(),
+            picks: Vec::new(),
         })
     }
 }

@@ -2,17 +2,20 @@
 
 use std::ops::Range;
 
-use super::Problem;
+use num_traits::Zero;
+
+use super::{Problem, Sizes};
 use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::matrix::{Matrix, multiply};
+use crate::backend::cpu::matrix::{Left, PAD, Padded, multiply, padded};
+use crate::backend::cpu::parallel::par_chunks;
 use crate::backend::cpu::view::View;
 
-/// Query rows of a block.
-pub(super) const BLOCK_ROWS: usize = 64;
-/// Keys of a block. The scores of a block, 64 x 256 numbers, fit the L2 cache together with the keys and values.
+/// Query rows of a block, a multiple of the rows of a register tile.
+pub(super) const BLOCK_ROWS: usize = 96;
+/// Keys of a block. The scores of a block, 96 x 256 numbers, fit the L2 cache together with the keys and values.
 pub(super) const BLOCK_KEYS: usize = 256;
 
-/// Rows of one head as accumulators, without the last element of a row beyond `len`.
+/// The first `len` elements of rows as accumulators, padded with zeros.
 pub(super) fn gather<T: Element>(
     view: View<'_, T>,
     len: usize,
@@ -22,6 +25,92 @@ pub(super) fn gather<T: Element>(
     out.clear();
     for (a, b, c) in rows {
         out.extend(view.row(a, b, c)[..len].iter().map(|x| x.up()));
+        out.resize(out.len().next_multiple_of(padded(len)), T::Acc::zero());
+    }
+}
+
+/// The first `len` elements of the rows of all heads as accumulators, `[B * Hk, M, padded(len)]`.
+pub(super) fn rows_of_heads<T: Element>(problem: &Problem, view: View<'_, T>, len: usize) -> Vec<T::Acc> {
+    let (sizes, row) = (problem.sizes, padded(len));
+    let mut rows = vec![T::Acc::zero(); sizes.batch * sizes.kv_heads * sizes.keys * row];
+    par_chunks(&mut rows, sizes.keys * row, &|head, rows| {
+        for (j, out) in rows.chunks_exact_mut(row).enumerate() {
+            let row = view.row(head / sizes.kv_heads, head % sizes.kv_heads, j);
+            out.iter_mut().zip(&row[..len]).for_each(|(out, x)| *out = x.up());
+        }
+    });
+    rows
+}
+
+/// The same transposed in blocks of keys, `[B * Hk, blocks, len, BLOCK_KEYS]`.
+pub(super) fn columns_of_heads<T: Element>(problem: &Problem, view: View<'_, T>, len: usize) -> Vec<T::Acc> {
+    let sizes = problem.sizes;
+    let blocks = sizes.keys.div_ceil(BLOCK_KEYS);
+    let mut columns = vec![T::Acc::zero(); sizes.batch * sizes.kv_heads * blocks * len * BLOCK_KEYS];
+    par_chunks(&mut columns, len * BLOCK_KEYS, &|i, columns| {
+        let (head, block) = (i / blocks, i % blocks);
+        let keys = block * BLOCK_KEYS..sizes.keys.min((block + 1) * BLOCK_KEYS);
+        for (at, j) in keys.enumerate() {
+            let row = view.row(head / sizes.kv_heads, head % sizes.kv_heads, j);
+            columns[at..].iter_mut().step_by(BLOCK_KEYS).zip(&row[..len]).for_each(|(out, x)| *out = x.up());
+        }
+    });
+    columns
+}
+
+/// Consecutive keys of a head, within a block, and the columns of its scores: those of the keys and up to 15 before, so
+/// that they start at a whole register.
+#[derive(Clone)]
+pub(super) struct KeyRange {
+    /// The number of the head, `b * Hk + h`.
+    pub(super) head: usize,
+    pub(super) keys: Range<usize>,
+}
+
+impl KeyRange {
+    /// The keys of the columns of the scores.
+    pub(super) fn columns(&self) -> Range<usize> {
+        self.keys.start / PAD * PAD..self.keys.end
+    }
+
+    /// The column of the first key.
+    pub(super) fn offset(&self) -> usize {
+        self.keys.start % PAD
+    }
+
+    /// The prior of the keys of the columns, if there is one.
+    pub(super) fn prior<T: Element>(&self, problem: &Problem, k: View<'_, T>) -> Option<Vec<T::Acc>> {
+        let Sizes { kv_heads, head_dim, has_prior, .. } = problem.sizes;
+        let prior = |j| k.row(self.head / kv_heads, self.head % kv_heads, j)[head_dim].up();
+        has_prior.then(|| self.columns().map(prior).collect())
+    }
+
+    /// These keys in the result of [`rows_of_heads`] with rows of `len` elements.
+    pub(super) fn rows<'a, A>(&self, problem: &Problem, rows: &'a [A], len: usize) -> Padded<&'a [A]> {
+        let stride = padded(len);
+        Padded { data: &rows[(self.head * problem.sizes.keys + self.keys.start) * stride..], stride }
+    }
+
+    /// The columns of the scores in the result of [`columns_of_heads`] with `len` rows.
+    fn transposed<'a, A>(&self, problem: &Problem, columns: &'a [A], len: usize) -> Padded<&'a [A]> {
+        let (blocks, from) = (problem.sizes.keys.div_ceil(BLOCK_KEYS), self.columns().start);
+        let block = (self.head * blocks + from / BLOCK_KEYS) * len * BLOCK_KEYS;
+        let end = block + len * BLOCK_KEYS;
+        Padded { data: &columns[block + from % BLOCK_KEYS..end], stride: BLOCK_KEYS }
+    }
+
+    /// The products of `rows` rows of `len` elements with the columns of [`columns_of_heads`], in rows of BLOCK_KEYS.
+    pub(super) fn products<A: Real>(
+        &self,
+        problem: &Problem,
+        (left, rows): (&[A], usize),
+        (columns, len): (&[A], usize),
+        scale: A,
+        out: &mut [A],
+    ) {
+        let left = Left::new(left, rows, len, padded(len));
+        let out = Padded { data: out, stride: BLOCK_KEYS };
+        multiply(out, self.columns().len(), false, scale, left, self.transposed(problem, columns, len));
     }
 }
 
@@ -35,8 +124,10 @@ pub(super) struct QueryRows {
 }
 
 impl QueryRows {
-    pub(super) fn new(batch: usize, kv_head: usize, first: usize, count: usize) -> Self {
-        Self { batch, kv_head, first, count }
+    /// `count` rows from row `first` on of head `b * Hk + h`.
+    pub(super) fn new(problem: &Problem, head: usize, first: usize, count: usize) -> Self {
+        let kv_heads = problem.sizes.kv_heads;
+        Self { batch: head / kv_heads, kv_head: head % kv_heads, first, count }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -69,68 +160,4 @@ pub(super) fn within(range: &Range<usize>, keys: &Range<usize>) -> Range<usize> 
     let start = range.start.clamp(keys.start, keys.end);
     let end = range.end.clamp(start, keys.end);
     start - keys.start..end - keys.start
-}
-
-/// A block of keys and values of one head as accumulators.
-pub(super) struct KeyBlock<A> {
-    pub(super) keys: Range<usize>,
-    k: Vec<A>,
-    v: Vec<A>,
-    prior: Vec<A>,
-    head_dim: usize,
-    value_dim: usize,
-}
-
-impl<A: Real + 'static> KeyBlock<A> {
-    pub(super) fn new(problem: &Problem) -> Self {
-        let (head_dim, value_dim) = (problem.sizes.head_dim, problem.sizes.value_dim);
-        Self { keys: 0..0, k: Vec::new(), v: Vec::new(), prior: Vec::new(), head_dim, value_dim }
-    }
-
-    /// Reads the keys of a head.
-    pub(super) fn load<T: Element<Acc = A>>(
-        &mut self,
-        problem: &Problem,
-        k: View<'_, T>,
-        v: View<'_, T>,
-        (batch, head): (usize, usize),
-        keys: Range<usize>,
-    ) {
-        let rows = || keys.clone().map(|j| (batch, head, j));
-        gather(k, self.head_dim, rows(), &mut self.k);
-        gather(v, self.value_dim, rows(), &mut self.v);
-        self.prior.clear();
-        if problem.sizes.has_prior {
-            self.prior.extend(rows().map(|(a, b, c)| k.row(a, b, c)[self.head_dim].up()));
-        }
-        self.keys = keys;
-    }
-
-    pub(super) fn k(&self) -> Matrix<'_, A> {
-        Matrix::new(&self.k, self.keys.len(), self.head_dim, self.head_dim)
-    }
-
-    pub(super) fn v(&self) -> Matrix<'_, A> {
-        Matrix::new(&self.v, self.keys.len(), self.value_dim, self.value_dim)
-    }
-
-    /// The scores of `rows` queries, `[rows, keys]`; those of keys that a query does not see are undefined.
-    pub(super) fn scores(
-        &self,
-        problem: &Problem,
-        q: &[A],
-        rows: usize,
-        visible: &[Range<usize>],
-        out: &mut [A],
-    ) {
-        let q = Matrix::new(q, rows, self.head_dim, self.head_dim);
-        multiply(out, self.keys.len(), false, A::of(problem.scale), q, self.k().t());
-        if self.prior.is_empty() {
-            return;
-        }
-        for (row, visible) in out.chunks_exact_mut(self.keys.len()).zip(visible) {
-            let own = within(visible, &self.keys);
-            row[own.clone()].iter_mut().zip(&self.prior[own]).for_each(|(s, &p)| *s += p);
-        }
-    }
 }

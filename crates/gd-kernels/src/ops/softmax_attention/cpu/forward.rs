@@ -5,14 +5,16 @@ use std::ops::Range;
 use num_traits::{Float, One, Zero};
 
 use super::Problem;
-use super::block::{BLOCK_KEYS, BLOCK_ROWS, KeyBlock, QueryRows, gather, union, within};
+use super::block::{
+    BLOCK_KEYS, BLOCK_ROWS, KeyRange, QueryRows, columns_of_heads, gather, rows_of_heads, union, within,
+};
 use crate::backend::cpu::element::{Element, Real, maximum, sum1};
-use crate::backend::cpu::matrix::{Matrix, multiply};
+use crate::backend::cpu::matrix::{Left, Padded, multiply, padded};
 use crate::backend::cpu::parallel::{par_items, vectorize};
 use crate::backend::cpu::view::View;
 
 /// The output `[B, Hq, N, Dv]` and the logarithms `[B, Hq, N]`, minus infinity for a query without keys.
-pub(super) fn forward<T: Element<Acc: 'static>>(
+pub(super) fn forward<T: Element>(
     problem: &Problem,
     q: View<'_, T>,
     k: View<'_, T>,
@@ -25,6 +27,13 @@ pub(super) fn forward<T: Element<Acc: 'static>>(
     if y.is_empty() || sizes.keys == 0 {
         return (y, log_sums);
     }
+    let pass = Forward {
+        problem,
+        q,
+        k,
+        keys: columns_of_heads(problem, k, sizes.head_dim),
+        values: rows_of_heads(problem, v, sizes.value_dim),
+    };
     let mut tasks = Vec::new();
     let outputs = y.chunks_mut(rows * sizes.value_dim).zip(log_sums.chunks_mut(rows));
     for (head, (y, log_sums)) in outputs.enumerate() {
@@ -34,62 +43,80 @@ pub(super) fn forward<T: Element<Acc: 'static>>(
     // The last rows of a causal problem see the most keys: they come first, so that no thread ends with them.
     tasks.reverse();
     par_items(tasks, &|_, (head, first, y, log_sums)| {
-        let head = (head / sizes.kv_heads, head % sizes.kv_heads);
-        let queries = QueryRows::new(head.0, head.1, first, log_sums.len());
-        block(problem, [q, k, v], head, &queries, y, log_sums);
+        let queries = QueryRows::new(problem, head, first, log_sums.len());
+        pass.block(head, &queries, y, log_sums);
     });
     (y, log_sums)
 }
 
-/// The output of a block of rows.
-fn block<T: Element<Acc: 'static>>(
-    problem: &Problem,
-    [q, k, v]: [View<'_, T>; 3],
-    head: (usize, usize),
-    queries: &QueryRows,
-    y: &mut [T],
-    log_sums: &mut [T::Acc],
-) {
-    let (rows, dv) = (queries.len(), problem.sizes.value_dim);
-    let (zero, one) = (T::Acc::zero(), T::Acc::one());
-    let visible = queries.visible(problem);
-    let mut q_rows = Vec::new();
-    gather(q, problem.sizes.head_dim, queries.indices(problem), &mut q_rows);
-    let mut states = vec![State { top: T::Acc::neg_infinity(), sum: zero }; rows];
-    if problem.sizes.has_sink {
-        for (state, (a, b, c)) in states.iter_mut().zip(queries.indices(problem)) {
-            *state = State { top: q.row(a, b, c)[problem.sizes.head_dim].up(), sum: one };
+struct Forward<'a, T: Element> {
+    problem: &'a Problem,
+    q: View<'a, T>,
+    k: View<'a, T>,
+    /// The result of [`columns_of_heads`].
+    keys: Vec<T::Acc>,
+    /// The result of [`rows_of_heads`].
+    values: Vec<T::Acc>,
+}
+
+impl<T: Element> Forward<'_, T> {
+    /// The output of a block of rows.
+    fn block(&self, head: usize, queries: &QueryRows, y: &mut [T], log_sums: &mut [T::Acc]) {
+        let (problem, sizes) = (self.problem, self.problem.sizes);
+        let (rows, value_row) = (queries.len(), padded(sizes.value_dim));
+        let (zero, one) = (T::Acc::zero(), T::Acc::one());
+        let visible = queries.visible(problem);
+        let mut q = Vec::new();
+        gather(self.q, sizes.head_dim, queries.indices(problem), &mut q);
+        let mut states = vec![State { top: T::Acc::neg_infinity(), sum: zero }; rows];
+        if sizes.has_sink {
+            for (state, (a, b, c)) in states.iter_mut().zip(queries.indices(problem)) {
+                *state = State { top: self.q.row(a, b, c)[sizes.head_dim].up(), sum: one };
+            }
         }
-    }
-    let mut sums = vec![zero; rows * dv];
-    let mut scores = vec![zero; rows * BLOCK_KEYS];
-    let mut keys = KeyBlock::new(problem);
-    for block in blocks(union(&visible)) {
-        keys.load(problem, k, v, head, block);
-        let count = keys.keys.len();
-        let scores = &mut scores[..rows * count];
-        keys.scores(problem, &q_rows, rows, &visible, scores);
+        let mut sums = vec![zero; rows * value_row];
+        let mut scores = vec![zero; rows * BLOCK_KEYS];
+        for keys in blocks(union(&visible)) {
+            let keys = KeyRange { head, keys };
+            keys.products(
+                problem,
+                (&q, rows),
+                (&self.keys, sizes.head_dim),
+                T::Acc::of(problem.scale),
+                &mut scores,
+            );
+            let prior = keys.prior(problem, self.k);
+            let columns = keys.columns();
+            vectorize(|| {
+                let outputs = sums.chunks_exact_mut(value_row).zip(&mut states);
+                for ((row, (sums, state)), visible) in
+                    scores.chunks_exact_mut(BLOCK_KEYS).zip(outputs).zip(&visible)
+                {
+                    let own = within(visible, &columns);
+                    row[..own.start].fill(zero);
+                    row[own.end..columns.len()].fill(zero);
+                    if let Some(prior) = &prior {
+                        row[own.clone()].iter_mut().zip(&prior[own.clone()]).for_each(|(s, &p)| *s += p);
+                    }
+                    state.add(&mut row[own], sums);
+                }
+            });
+            let weights = Left::new(&scores[keys.offset()..], rows, keys.keys.len(), BLOCK_KEYS);
+            let values = keys.rows(problem, &self.values, sizes.value_dim);
+            let sums = Padded { data: &mut sums[..], stride: value_row };
+            multiply(sums, sizes.value_dim, true, one, weights, values);
+        }
         vectorize(|| {
-            let outputs = sums.chunks_exact_mut(dv).zip(&mut states);
-            for ((row, (sums, state)), visible) in scores.chunks_exact_mut(count).zip(outputs).zip(&visible) {
-                let own = within(visible, &keys.keys);
-                row[..own.start].fill(zero);
-                row[own.end..].fill(zero);
-                state.add(&mut row[own], sums);
+            let rows = y.chunks_exact_mut(sizes.value_dim).zip(sums.chunks_exact(value_row));
+            for ((state, log_sum), (y, sums)) in states.iter().zip(log_sums).zip(rows) {
+                if state.sum > zero {
+                    *log_sum = state.top + state.sum.ln();
+                    let scale = state.sum.recip();
+                    y.iter_mut().zip(sums).for_each(|(y, &sum)| *y = T::down(sum * scale));
+                }
             }
         });
-        multiply(&mut sums, dv, true, one, Matrix::new(scores, rows, count, count), keys.v());
     }
-    vectorize(|| {
-        let rows = y.chunks_exact_mut(dv).zip(sums.chunks_exact(dv));
-        for ((state, log_sum), (y, sums)) in states.iter().zip(log_sums).zip(rows) {
-            if state.sum > zero {
-                *log_sum = state.top + state.sum.ln();
-                let scale = state.sum.recip();
-                y.iter_mut().zip(sums).for_each(|(y, &sum)| *y = T::down(sum * scale));
-            }
-        }
-    });
 }
 
 /// The parts of a range between multiples of [`BLOCK_KEYS`], so that the blocks of a row, and with them its rounding

@@ -1,0 +1,95 @@
+//! Initial thresholds from the first batch.
+
+use candle_core::{DType, Device, Tensor};
+use gd_kernels::{Gate, Mask};
+use gd_layer::{Pass, SelectionStats};
+use std::cell::RefCell;
+
+use crate::config::Mechanism;
+use crate::error::Result;
+use crate::model::Transformer;
+use crate::model::params::Params;
+
+/// Halvings of the interval of a threshold: to the resolution of f32.
+const HALVINGS: usize = 40;
+
+/// Sets the threshold of every selecting head to where the mean over the queries of the pass `forward` of its energy gate
+/// `sigmoid((tau - eps) / T)` is 1/2, with eps the least energy of a query's candidates. Without that gate, to where half
+/// of the queries abstain. Layers without thresholds are unchanged.
+///
+/// # Errors
+/// An error of the device.
+pub fn calibrate_thresholds(
+    model: &Transformer,
+    params: &Params,
+    forward: impl FnOnce(&Pass) -> Result<()>,
+    mask: &Mask,
+) -> Result<()> {
+    let stats = RefCell::new(Vec::new());
+    forward(&Pass { stats: Some(&stats), ..Pass::new(mask) })?;
+    let (config, vars) = (model.config(), params.vars());
+    let reads = |&layer: &usize| config.attention(layer).reading_heads() > 0;
+    let reading = (0..config.num_hidden_layers).filter(reads);
+    for (layer, stats) in reading.zip(stats.take()) {
+        let name = format!("model.layers.{layer}.self_attn.gd.threshold");
+        let var = vars.iter().find(|(other, _)| *other == name).map(|(_, var)| var);
+        if let (Mechanism::Gd, Some(var)) = (config.mechanism(layer), var) {
+            let temperature = match config.gd.select.gate {
+                Gate::Energy { temperature } => temperature,
+                Gate::None | Gate::Coherence => 0.0,
+            };
+            let heads: Vec<f64> =
+                least_energies(&stats)?.iter().map(|energies| threshold(energies, temperature)).collect();
+            var.set(&Tensor::new(heads, &Device::Cpu)?.to_dtype(var.dtype())?.to_device(var.device())?)?;
+        }
+    }
+    Ok(())
+}
+
+/// The least energies of the queries of every head; queries without a candidate have none.
+fn least_energies(stats: &SelectionStats) -> Result<Vec<Vec<f64>>> {
+    let Some(selected) = &stats.selected else { return Ok(Vec::new()) };
+    // [B, H, N, K] -> [H, B N K]
+    let energies = selected.compared.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.transpose(0, 1)?;
+    let slots = energies.dim(3)?;
+    let rows = energies.contiguous()?.flatten_from(1)?.to_vec2::<f64>()?;
+    let least = |row: &[f64]| row.iter().copied().fold(f64::INFINITY, f64::min);
+    Ok(rows.iter().map(|row| row.chunks(slots).map(least).filter(|e| e.is_finite()).collect()).collect())
+}
+
+/// The threshold at which the mean of `sigmoid((tau - eps) / T)` is 1/2; the median at T = 0. 0 without energies.
+fn threshold(energies: &[f64], temperature: f64) -> f64 {
+    let gate = |tau: f64, e: f64| match temperature {
+        0.0 => f64::from(u8::from(e <= tau)),
+        t => 1.0 / (1.0 + ((e - tau) / t).exp()),
+    };
+    let mut low = energies.iter().copied().fold(f64::INFINITY, f64::min);
+    let mut high = energies.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if energies.is_empty() {
+        return 0.0;
+    }
+    for _ in 0..HALVINGS {
+        let middle = (low + high) / 2.0;
+        let mean = energies.iter().map(|&e| gate(middle, e)).sum::<f64>() / energies.len() as f64;
+        if mean < 0.5 { low = middle } else { high = middle }
+    }
+    high
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mean_gate_at_the_threshold_is_one_half() {
+        let energies: Vec<f64> = (0..101).map(|i| (f64::from(i) / 10.0).powi(2)).collect();
+        for temperature in [0.5, 3.0] {
+            let tau = threshold(&energies, temperature);
+            let gate = |e: &f64| 1.0 / (1.0 + ((e - tau) / temperature).exp());
+            let mean = energies.iter().map(gate).sum::<f64>() / 101.0;
+            assert!((mean - 0.5).abs() < 1e-6, "{mean} at {tau}");
+        }
+        assert!((threshold(&energies, 0.0) - 25.0).abs() < 1e-6, "the median");
+        assert_eq!(threshold(&[], 1.0), 0.0);
+    }
+}

@@ -1,4 +1,4 @@
-"""The part of the DevTools protocol of headless Chromium that check_viewer.py needs."""
+"""The part of the DevTools protocol of headless Chromium that check_viewer.py and check_chat_page.py need."""
 
 import base64
 import json
@@ -65,7 +65,7 @@ class Browser:
                 self.tabs[answer["sessionId"]].event(answer["method"], answer["params"])
 
     def open(self, path, ready="document.querySelector('.token.chosen')", width=1280, height=900, dark=False):
-        """Opens the page in a tab and waits until the expression `ready` is true."""
+        """Opens a file or a URL in a tab and waits until the expression `ready` is true."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.tabs[session] = tab = Tab(self, session)
@@ -75,7 +75,7 @@ class Browser:
                  mobile=width < 500)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         tab.send("Emulation.setEmulatedMedia", features=[scheme])
-        tab.send("Page.navigate", url=path.resolve().as_uri())
+        tab.send("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         tab.wait(ready)
         tab.settle()
         return tab

@@ -11,6 +11,7 @@ pub mod color;
 pub mod commands;
 pub mod context;
 pub mod data_source;
+pub mod generation;
 pub mod history;
 pub mod progress;
 pub mod render;

@@ -202,6 +202,44 @@ impl LayerCache {
         })
     }
 
+    /// Whether all of the cache belongs to single positions, so that it can be shortened. The last inputs of a convolution,
+    /// running averages and the states of mechanisms belong to all positions together.
+    pub fn is_positional(&self) -> bool {
+        self.conv.is_none() && self.average.is_none() && self.state.is_none()
+    }
+
+    /// A cache of the first `positions` positions of every sequence, in memory of its own.
+    ///
+    /// # Errors
+    /// More positions than a sequence has, or a cache that is not [positional](LayerCache::is_positional).
+    pub fn shortened(&self, positions: usize) -> Result<Self> {
+        if let Some(length) = self.lengths().iter().find(|length| **length < positions) {
+            candle_core::bail!("{positions} positions of a sequence of {length}");
+        }
+        if !self.is_positional() {
+            candle_core::bail!(
+                "a cache with a state of all its positions cannot be shortened to {positions}"
+            );
+        }
+        let empty = Self { precision: self.precision, ..Self::new() };
+        if positions == 0 {
+            return Ok(empty);
+        }
+        let first = |part: &Option<AppendBuffer>| -> Result<Option<AppendBuffer>> {
+            let Some(part) = part else { return Ok(None) };
+            let mut shortened = None;
+            append(&mut shortened, &part.buffer().narrow(POSITIONS, 0, positions)?)?;
+            Ok(shortened)
+        };
+        // The next pass derives its data again.
+        Ok(Self {
+            keys: first(&self.keys)?,
+            values: first(&self.values)?,
+            prior: first(&self.prior)?,
+            ..empty
+        })
+    }
+
     /// Whether there are no cached positions.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

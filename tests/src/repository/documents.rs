@@ -263,7 +263,9 @@ fn is_path(root: &Path, s: &str) -> bool {
         let stem = part.split('.').next().unwrap_or_default();
         stem.len() > 1 && !part.ends_with(".md") && stem.chars().all(|c| c.is_ascii_uppercase())
     };
+    // What begins with a slash is an endpoint of the server or a command of a chat.
     plain
+        && !first.is_empty()
         && !SKIPPED.contains(&first)
         && first != FETCHED
         && root.join(first).is_dir()

@@ -1,15 +1,19 @@
 //! `gd eval`: loss, perplexity and bits per byte of a model on a text.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
+use gd_model::Error;
 use gd_model::config::DocumentFormat;
 use gd_model::data::{Documents, Tokens, encode_text};
-use gd_model::eval::evaluate;
+use gd_model::eval::{Evaluation, evaluate, observe};
+use gd_model::io::files::stream_file;
 use gd_model::model::pretrained::{self, Loaded};
+use serde_json::json;
 
 use crate::context::{Context, usage};
 use crate::data_source::{DocumentArgs, check_tokens, document_error, prepared_data_for};
+use crate::generation::token_text;
 
 /// A forward pass contains as many windows as fit in this number of tokens.
 const TOKENS_PER_PASS: usize = 2048;
@@ -38,6 +42,9 @@ pub struct Args {
     /// Tokens per window (default: the model's context)
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
+    /// Write a line of JSON for every predicted token: document, position in it, token, text, and loss in nats
+    #[arg(long, value_name = "FILE")]
+    pub per_token: Option<PathBuf>,
 }
 
 /// Runs the command.
@@ -58,7 +65,12 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     }
     let (tokens, bytes) = read_tokens(&args, &loaded)?;
     check_tokens(&tokens, &loaded.tokenizer, loaded.model.config())?;
-    let result = evaluate(&loaded.model, &tokens, bytes, context, TOKENS_PER_PASS / context, &ctx.device)
+    let sizes = (context, TOKENS_PER_PASS / context);
+    let result = match &args.per_token {
+        Some(path) => per_token(path, &loaded, &tokens, bytes, sizes, ctx),
+        None => evaluate(&loaded.model, &tokens, bytes, sizes.0, sizes.1, &ctx.device),
+    };
+    let result = result
         .with_context(|| args.data.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "))?;
     if ctx.json {
         let mut json = serde_json::to_value(&result)?;
@@ -80,6 +92,36 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         result.heads.first_token,
         result.heads.margin
     ))
+}
+
+/// Evaluates, and writes a line of JSON for every predicted token.
+fn per_token(
+    path: &Path,
+    loaded: &Loaded,
+    tokens: &Tokens,
+    bytes: usize,
+    sizes: (usize, usize),
+    ctx: &Context,
+) -> gd_model::Result<Evaluation> {
+    let starts: Vec<usize> = tokens.text_ranges().into_iter().map(|(start, _)| start).collect();
+    stream_file(path, |out| {
+        observe(&loaded.model, tokens, bytes, sizes, &ctx.device, |observed| {
+            let ids = tokens.read(observed.first..observed.first + observed.losses.len());
+            for (at, (id, loss)) in (observed.first..).zip(ids.iter().zip(observed.losses)) {
+                // The document with this position; its first token is not predicted.
+                let document = starts.partition_point(|start| *start <= at) - 1;
+                if starts[document] == at {
+                    continue;
+                }
+                let (position, text) = (at - starts[document], token_text(&loaded.tokenizer, *id));
+                let line = json!({
+                    "document": document, "position": position, "token": id, "text": text, "loss": loss,
+                });
+                writeln!(out, "{line}").map_err(|source| Error::Unwritable { path: path.into(), source })?;
+            }
+            Ok(())
+        })
+    })
 }
 
 /// Reads the text. Returns its tokens and its length in bytes.

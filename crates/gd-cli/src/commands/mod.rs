@@ -5,6 +5,7 @@
 
 pub mod beacon_report;
 pub mod bench;
+pub mod chat;
 pub mod compare;
 pub mod completions;
 pub mod config;
@@ -19,6 +20,7 @@ pub mod map;
 pub mod op;
 pub mod plot;
 pub mod report;
+pub mod serve;
 pub mod task;
 pub mod trace;
 pub mod train;
@@ -77,6 +79,8 @@ enum Command {
     Data(data::Args),
     Eval(eval::Args),
     Generate(generate::Args),
+    Chat(chat::Args),
+    Serve(serve::Args),
     Convert(convert::Args),
     Op(op::Args),
     Trace(trace::Args),
@@ -127,6 +131,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Data(args) => data::run(args, &ctx),
         Command::Eval(args) => eval::run(args, &ctx),
         Command::Generate(args) => generate::run(args, &ctx),
+        Command::Chat(args) => chat::run(args, &ctx),
+        Command::Serve(args) => serve::run(args, &ctx),
         Command::Convert(args) => convert::run(args, &ctx),
         Command::Op(args) => op::run(args, &ctx),
         Command::Trace(args) => trace::run(args, &ctx),

@@ -1,7 +1,7 @@
 //! Output of the program: tables, plots, reports and the trace viewer.
 
 pub mod plot;
-mod policy;
+pub(crate) mod policy;
 pub mod report;
 pub mod run_curves;
 pub mod table;

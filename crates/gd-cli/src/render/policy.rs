@@ -16,6 +16,6 @@ pub(super) fn element(script: Option<&str>, style: &str) -> String {
 }
 
 /// The hash by which a Content-Security-Policy identifies an inline text.
-pub(super) fn digest(text: &str) -> String {
+pub(crate) fn digest(text: &str) -> String {
     format!("sha256-{}", STANDARD.encode(Sha256::digest(text)))
 }

@@ -23,7 +23,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
 pub use self::recipe::{
-    DEFAULT_CONFIG, LoadedCorpus, load_corpus, load_corpus_for, load_recipe, vocabulary_line,
+    Chats, DEFAULT_CONFIG, LoadedCorpus, load_corpus, load_corpus_for, load_recipe, vocabulary_line,
 };
 
 use crate::context::{Context, exit_code, one_line};
@@ -54,20 +54,24 @@ pub fn in_group(ctx: &Context, work: impl FnOnce(&Group) -> Result<()>) -> Resul
     }
 }
 
-/// Creates a trainer that is a member of `group`. With a `teacher` the trainer distills it.
+/// Creates a trainer that is a member of `group`. It goes on from the model `source`, if there is one, or distills it if
+/// the recipe says so.
 ///
 /// # Errors
-/// A recipe, corpus or teacher that do not fit together.
+/// A recipe, corpus or model that do not fit together.
 pub fn new_trainer(
     group: &Group,
     recipe: Recipe,
-    teacher: Option<Parts>,
+    source: Option<Parts>,
     corpus: Corpus,
     about: &About,
     ctx: &Context,
 ) -> Result<Trainer> {
-    let mut trainer = match teacher {
-        Some(teacher) => Trainer::uptrain(recipe, corpus, about.seed, teacher, &ctx.device)?,
+    let mut trainer = match source {
+        Some(teacher) if recipe.train.uptrain.is_some() => {
+            Trainer::uptrain(recipe, corpus, about.seed, teacher, &ctx.device)?
+        }
+        Some(source) => Trainer::finetune(recipe, corpus, about.seed, source, &ctx.device)?,
         None => Trainer::new(recipe, corpus, about.seed, &ctx.device)?,
     };
     trainer.join(group.clone())?;

@@ -46,7 +46,7 @@ pub struct LoadedCorpus {
 /// Names the file that cannot be read, or data that is too short for the context of the recipe.
 pub fn load_corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<LoadedCorpus> {
     let prepared = prepared_data(files)?;
-    let loaded = load(files, recipe, prepared, None, |texts| {
+    let loaded = load(files, recipe, prepared, Chats::default(), |texts| {
         Ok(match recipe.train.tokenizer {
             TokenizerChoice::Bytes => Tokenizer::bytes()?,
             TokenizerChoice::Bpe { vocab } => Tokenizer::train_bpe(texts.train.iter(), vocab)?,
@@ -56,7 +56,16 @@ pub fn load_corpus(files: &[PathBuf], recipe: &mut Recipe) -> Result<LoadedCorpu
     Ok(loaded)
 }
 
-/// Opens prepared data, or reads texts and tokenizes them, for a model with this tokenizer and chat template.
+/// How chats are read.
+#[derive(Debug, Default)]
+pub struct Chats {
+    /// The template that writes them; without one they are errors.
+    pub template: Option<ChatTemplate>,
+    /// Whether only the turns of the assistant are learned.
+    pub marks_turns: bool,
+}
+
+/// Opens prepared data, or reads texts and tokenizes them, for a model with this tokenizer.
 ///
 /// # Errors
 /// As [`load_corpus`], or data that was prepared with another tokenizer.
@@ -64,9 +73,9 @@ pub fn load_corpus_for(
     files: &[PathBuf],
     recipe: &Recipe,
     tokenizer: &Tokenizer,
-    template: Option<ChatTemplate>,
+    chats: Chats,
 ) -> Result<LoadedCorpus> {
-    load(files, recipe, prepared_data_for(files, tokenizer)?, template, |_| Ok(tokenizer.clone()))
+    load(files, recipe, prepared_data_for(files, tokenizer)?, chats, |_| Ok(tokenizer.clone()))
 }
 
 /// The prepared data, or the texts in the tokens of the tokenizer that `tokenizer` returns for them.
@@ -74,13 +83,13 @@ fn load(
     files: &[PathBuf],
     recipe: &Recipe,
     prepared: Option<Prepared>,
-    template: Option<ChatTemplate>,
+    chats: Chats,
     tokenizer: impl FnOnce(&Texts) -> Result<Tokenizer>,
 ) -> Result<LoadedCorpus> {
     let (corpus, tokenizer, read) = match prepared {
         Some(Prepared { corpus, tokenizer, .. }) => (corpus, tokenizer, None),
         None => {
-            let (texts, read) = load_texts(files, recipe, template)?;
+            let (texts, read) = load_texts(files, recipe, chats)?;
             let tokenizer = tokenizer(&texts)?;
             (Corpus::encode(&texts, &tokenizer)?, tokenizer, Some(read))
         }
@@ -90,18 +99,17 @@ fn load(
 }
 
 /// Reads the files, or the sample text if there are none, and splits them into training and validation text.
-fn load_texts(
-    files: &[PathBuf],
-    recipe: &Recipe,
-    template: Option<ChatTemplate>,
-) -> Result<(Texts, ReadSummary)> {
+fn load_texts(files: &[PathBuf], recipe: &Recipe, chats: Chats) -> Result<(Texts, ReadSummary)> {
     let train = &recipe.train;
     if files.is_empty() {
         let bytes = SAMPLE_TEXT.len() as u64;
         let read = ReadSummary { files: 1, documents: 1, bytes, ..ReadSummary::default() };
         return Ok((Texts::split(&[SAMPLE_TEXT.to_owned()], train.valid_fraction)?, read));
     }
-    let mut documents = Documents::open(files, &train.documents)?.with_chat_template(template);
+    let mut documents = Documents::open(files, &train.documents)?.with_chat_template(chats.template);
+    if chats.marks_turns {
+        documents = documents.with_marked_turns();
+    }
     let texts = Texts::from_documents(&mut documents, train.valid_fraction).map_err(document_error)?;
     Ok((texts, documents.summary()))
 }

@@ -28,7 +28,7 @@ fn model(gd: Value) -> Result<(Transformer, Params)> {
 }
 
 /// As [`model`] for a number of positions and a dtype.
-fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, Params)> {
+pub(crate) fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, Params)> {
     let config: ModelConfig = config::parse(json!({
         "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": positions,
@@ -45,7 +45,7 @@ fn model_of(gd: Value, positions: usize, dtype: DType) -> Result<(Transformer, P
     Ok((model, params))
 }
 
-fn models() -> [(&'static str, Value); 5] {
+pub(crate) fn models() -> [(&'static str, Value); 5] {
     let beacon = json!({ "conv_width": 4, "averages": 2, "prior": true, "protected": 2 });
     [
         ("softmax", json!({ "mechanism": ["softmax"] })),
@@ -264,6 +264,85 @@ fn the_program_continues_many_prompts_and_answers_chats() -> Result<()> {
 
     let loaded = pretrained::load(&dir.join("model"), &CPU)?;
     ensure!(loaded.end_tokens()? == [300, ids[at]], "{}", loaded.generation);
+    Ok(())
+}
+
+#[test]
+fn continuations_have_seeds_tokens_and_log_probabilities() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    let defaults = json!({ "do_sample": true, "temperature": 0.7, "top_k": 3 });
+    save(&dir.join("model"), &[], Some(defaults))?;
+    let lines = |args: &str| -> Result<Vec<Value>> {
+        let args: Vec<&str> = args.split(' ').collect();
+        let (code, out, err) =
+            gd(dir, &[&["generate", "model", "--json", "--max-tokens", "8"], &args[..]].concat())?;
+        ensure!(code == 0, "{args:?}: {err}");
+        out.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    };
+    // The sampling of generation_config.json; flags go first.
+    let default = lines("--prompt It_was --seed 5")?;
+    ensure!(
+        default[0]["token_ids"]
+            == lines("--prompt It_was --seed 5 --temperature 0.7 --top-k 3")?[0]["token_ids"]
+    );
+    let greedy = lines("--prompt It_was --temperature 0 --logprobs 2")?;
+    ensure!(
+        greedy[0]["token_ids"]
+            != lines("--prompt It_was --seed 5 --temperature 5 --top-k 200")?[0]["token_ids"]
+    );
+    // Each continuation is that of its seed.
+    let several = lines("--prompt It_was --prompt Call --seed 5 --n 3")?;
+    ensure!(several.len() == 6 && several[0]["token_ids"] == default[0]["token_ids"], "{several:?}");
+    for (at, line) in several.iter().enumerate() {
+        let prompt = ["It_was", "Call"][at / 3];
+        let alone = lines(&format!("--prompt {prompt} --seed {}", 5 + at % 3))?;
+        ensure!(line["token_ids"] == alone[0]["token_ids"] && line["choice"] == at % 3, "{at}: {line}");
+    }
+    // The greedy token is the most probable one, and the log-probabilities are those of the model.
+    let loaded = pretrained::load(&dir.join("model"), &CPU)?;
+    let prompt = loaded.tokenizer.encode("It_was")?;
+    let ids = Tensor::new(prompt.as_slice(), &CPU)?.unsqueeze(0)?;
+    let logits = loaded.model.forward(&ids, &Pass::new(&Mask::causal(0)), None)?.to_dtype(DType::F64)?;
+    let last =
+        candle_nn::ops::log_softmax(&logits, D::Minus1)?.get(0)?.get(prompt.len() - 1)?.to_vec1::<f64>()?;
+    let first = &greedy[0]["logprobs"][0];
+    let (token, logprob) =
+        (first["token"].as_u64().context("a token")?, first["logprob"].as_f64().context("a number")?);
+    ensure!(greedy[0]["token_ids"][0] == token && first["top"][0]["token"] == token, "{first}");
+    ensure!(!((last[token as usize] - logprob).abs() > 1e-4), "{first} {}", last[token as usize]);
+    ensure!(first["top"].as_array().is_some_and(|top| top.len() == 2), "{first}");
+    let (code, _, err) = gd(dir, &["generate", "model", "--prompt", "a", "--logprobs", "2"])?;
+    ensure!(code == 2 && err.contains("--json"), "{code} {err}");
+    Ok(())
+}
+
+#[test]
+fn the_losses_of_all_tokens_are_written() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    save(&dir.join("model"), &[], None)?;
+    fs::write(
+        dir.join("d.jsonl"),
+        "{\"text\": \"It was the best\"}\n{\"text\": \"a\"}\n{\"text\": \"Call me\"}\n",
+    )?;
+    let args =
+        ["eval", "model", "--data", "d.jsonl", "--context", "6", "--per-token", "out/t.jsonl", "--json"];
+    let (code, out, err) = gd(dir, &args)?;
+    ensure!(code == 0, "{err}");
+    let result: Value = serde_json::from_str(&out)?;
+    let text = fs::read_to_string(dir.join("out/t.jsonl"))?;
+    let lines = text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect::<Result<Vec<Value>>>()?;
+    ensure!(result["tokens"] == lines.len() && lines.len() == 20, "{} {result}", lines.len());
+    let sum: f64 = lines.iter().filter_map(|line| line["loss"].as_f64()).sum();
+    let loss = result["loss"].as_f64().context("a loss")?;
+    ensure!(!((sum / 20.0 - loss).abs() > 1e-6), "{} {loss}", sum / 20.0);
+    let words: String = lines.iter().filter_map(|line| line["text"].as_str()).collect();
+    ensure!(words == "t was the bestall me", "{words}");
+    ensure!(
+        lines[14]["document"] == 2 && lines[14]["position"] == 1 && lines[0]["position"] == 1,
+        "{lines:?}"
+    );
     Ok(())
 }
 

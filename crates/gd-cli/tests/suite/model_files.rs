@@ -7,10 +7,34 @@ use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use gd_model::io::checkpoint::{CONFIG, TOKENIZER, WEIGHTS, load_tensors, write_tensors};
 
-use crate::program::{gd, succeeded};
+use crate::program::{SMALL, command, failed, gd, json, parsed, succeeded};
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama/mistral")
+}
+
+#[test]
+fn a_model_of_the_hub_is_found_by_its_name() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    fs::write(dir.join("small.json"), SMALL)?;
+    succeeded(&gd(dir, "train --config small.json --steps 1 --out out/model")?)?;
+    let cached = dir.join("hf/hub/models--org--small");
+    fs::create_dir_all(cached.join("refs"))?;
+    fs::create_dir_all(cached.join("snapshots"))?;
+    fs::write(cached.join("refs/main"), "0123abc")?;
+    fs::rename(dir.join("out/model"), cached.join("snapshots/0123abc"))?;
+    let args = "generate org/small --prompt It --max-tokens 4 --temperature 0 --json";
+    let by_name = parsed(&command(dir, args).env("HF_HOME", dir.join("hf")).output()?)?;
+    let by_path = json(dir, &args.replace("org/small", "hf/hub/models--org--small/snapshots/0123abc"))?;
+    ensure!(by_name["token_ids"] == by_path["token_ids"], "{by_name} {by_path}");
+    let file = args.replace("org/small", "org/small:model.safetensors");
+    ensure!(command(dir, &file).env("HF_HUB_CACHE", dir.join("hf/hub")).output()?.status.success());
+    // A model that is not there is a missing path.
+    let missing =
+        failed(&command(dir, &args.replace("small", "none")).env("HF_HOME", dir.join("hf")).output()?, 1)?;
+    ensure!(missing.contains("org/none"), "{missing}");
+    Ok(())
 }
 
 #[test]

@@ -8,7 +8,7 @@ use serde_path_to_error::Segment;
 
 use super::checks::inside;
 use super::value::{Tree, ValueError};
-use super::{PRESETS, Recipe, Setting, UPTRAIN};
+use super::{FINETUNE, PRESETS, Recipe, Setting, UPTRAIN};
 use crate::error::{ConfigProblem, Error, Result};
 use crate::io::files::read_text;
 
@@ -122,7 +122,7 @@ fn tree(name: &str) -> Result<Value> {
     let malformed = |e: &dyn std::fmt::Display| {
         failed(ConfigProblem::WrongType { key: String::new(), reason: e.to_string() })
     };
-    if let Some((_, text)) = PRESETS.iter().chain([&UPTRAIN]).find(|(preset, _)| *preset == name) {
+    if let Some((_, text)) = PRESETS.iter().chain([&UPTRAIN, &FINETUNE]).find(|(preset, _)| *preset == name) {
         return preset(text);
     }
     let path = Path::new(name);

@@ -64,5 +64,9 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("125M", include_str!("../../models/125M.json")),
 ];
 
+/// The preset of a training that goes on from a model. It has no model, which [`Recipe::load_with`] takes from a
+/// [`Setting`].
+pub const FINETUNE: (&str, &str) = ("finetune", include_str!("../../models/finetune.json"));
+
 /// The preset of uptraining. It has no model, which [`Recipe::load_with`] takes from a [`Setting`].
 pub const UPTRAIN: (&str, &str) = ("uptrain", include_str!("../../models/uptrain.json"));

@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::io::{Cursor, Read};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 #[cfg(feature = "parquet")]
 use super::parquet::Rows;
 use super::records::{
-    BadRecord, Record, Values, format_of, is_json_lines, json_reason, no_template, record_text,
+    BadRecord, Record, RecordText, Values, format_of, is_json_lines, json_reason, no_template, record_text,
 };
 use super::source::{self, Format, Reader, Source};
 use super::summary::ReadSummary;
@@ -33,6 +34,8 @@ pub struct Document {
     pub is_file: bool,
     /// Whether the document is a chat, written by a chat template with its special tokens.
     pub is_chat: bool,
+    /// The byte ranges of the text that are to be learned, see [`Documents::with_marked_turns`]; `None` for all of it.
+    pub turns: Option<Vec<Range<usize>>>,
     /// The number of bytes that were read from its file.
     pub bytes: u64,
 }
@@ -64,6 +67,16 @@ pub fn encode_text(tokenizer: &Tokenizer, text: &str, is_chat: bool) -> Result<V
     if is_chat { tokenizer.encode_written(text) } else { tokenizer.encode_document(text) }
 }
 
+/// The ids of a chat, and for each whether it begins in one of `turns`, the byte ranges that are to be learned.
+///
+/// # Errors
+/// As [`Tokenizer::encode`].
+pub fn encode_turns(tokenizer: &Tokenizer, text: &str, turns: &[Range<usize>]) -> Result<Vec<(u32, bool)>> {
+    let learned = |start: usize| turns.iter().any(|turn| turn.contains(&start));
+    let tokens = tokenizer.encode_with_starts(text)?;
+    Ok(tokens.into_iter().map(|(id, start)| (id, learned(start))).collect())
+}
+
 /// An iterator over the documents of files, in their order.
 ///
 /// Bad lines are logged, the first few of them one by one. Unless [`DocumentFormat::skip_bad_lines`] is set, no documents
@@ -73,6 +86,7 @@ pub struct Documents {
     files: std::vec::IntoIter<PathBuf>,
     format: DocumentFormat,
     template: Option<ChatTemplate>,
+    marks_turns: bool,
     /// The files and folders that were given.
     paths: Vec<PathBuf>,
     /// The file that is being read.
@@ -198,6 +212,7 @@ impl Documents {
             files: text_files(paths)?.into_iter(),
             format: format.clone(),
             template: None,
+            marks_turns: false,
             paths: paths.to_vec(),
             path: None,
             open: None,
@@ -214,6 +229,12 @@ impl Documents {
     #[must_use]
     pub fn with_chat_template(self, template: Option<ChatTemplate>) -> Self {
         Self { template, ..self }
+    }
+
+    /// The same with the turns of the assistant marked in every chat, which a training then learns alone.
+    #[must_use]
+    pub fn with_marked_turns(self) -> Self {
+        Self { marks_turns: true, ..self }
     }
 
     /// What has been read so far.
@@ -243,7 +264,7 @@ impl Documents {
         if format == Format::Text && !divided {
             let bytes = (mark_bytes + content.len()) as u64;
             let text = decode_utf8(path, content, mark_bytes)?;
-            return Ok(Some(Document { text, is_file: true, is_chat: false, bytes }));
+            return Ok(Some(Document { text, is_file: true, is_chat: false, turns: None, bytes }));
         }
         self.open = Some(match format {
             Format::Json if !is_json_lines(&content) => OpenFile::Values(Values::new(path, content)),
@@ -272,7 +293,7 @@ impl Documents {
             Some(OpenFile::Parts(lines)) => {
                 let Some((text, bytes, separated)) = lines.part(&self.format)? else { return Ok(None) };
                 *self.separators.get_or_insert(0) += usize::from(separated);
-                return Ok(Some(Document { text, is_file: false, is_chat: false, bytes }));
+                return Ok(Some(Document { text, is_file: false, is_chat: false, turns: None, bytes }));
             }
             Some(OpenFile::Records(lines)) => (lines.record()?, lines.path.clone()),
             Some(OpenFile::Values(values)) => (values.next()?, values.path().to_path_buf()),
@@ -281,9 +302,9 @@ impl Documents {
         };
         let Some(record) = record else { return Ok(None) };
         let (line, bytes) = (record.line, record.bytes);
-        match record_text(record, &self.format, self.template.as_ref()) {
-            Ok(record) => {
-                Ok(Some(Document { text: record.text, is_file: false, is_chat: record.is_chat, bytes }))
+        match record_text(record, &self.format, self.template.as_ref(), self.marks_turns) {
+            Ok(RecordText { text, is_chat, turns }) => {
+                Ok(Some(Document { text, is_file: false, is_chat, turns, bytes }))
             }
             Err(BadRecord::Malformed(reason)) => Err(Error::Line { path, line, reason }),
             Err(BadRecord::NoTemplate) => Err(no_template(&path, line)),

@@ -17,7 +17,7 @@ mod summary;
 mod text;
 mod tokens;
 
-pub use documents::{Document, Documents, encode_text};
+pub use documents::{Document, Documents, encode_text, encode_turns};
 pub use order::{Permutation, places};
 pub use pack::{Batch, Batches};
 pub use prepared::{INDEX, Index, Part, Preparation, Prepared, prepare};
@@ -83,6 +83,9 @@ impl Corpus {
                 for end in tokens.ends(at..at + HASH_CHUNK_TOKENS) {
                     hasher.update(&((at + end) as u64).to_le_bytes());
                 }
+                if let Some(learned) = tokens.learned(at..at + HASH_CHUNK_TOKENS) {
+                    hasher.update(&learned.into_iter().map(u8::from).collect::<Vec<_>>());
+                }
             }
         }
         hasher.finalize()
@@ -104,9 +107,24 @@ impl Corpus {
     }
 }
 
+/// Tokenizes documents in parallel, with the tokens that are to be learned.
+fn encode_marked(documents: &[Text], tokenizer: &Tokenizer) -> Result<Tokens> {
+    let ids = documents.par_iter().map(|text| match &text.turns {
+        Some(turns) => encode_turns(tokenizer, &text.text, turns),
+        None => {
+            let ids = encode_text(tokenizer, &text.text, text.is_chat)?;
+            Ok(ids.into_iter().map(|id| (id, true)).collect())
+        }
+    });
+    Ok(Tokens::with_learned(ids.collect::<Result<Vec<_>>>()?))
+}
+
 /// Tokenizes documents in parallel, some megabytes at a time, so that their ids of 32 bits are not in memory all at once. A
 /// text of bytes is its own ids, so it can be divided; any other document is tokenized as a whole.
 fn encode(documents: &[Text], tokenizer: &Tokenizer) -> Result<Tokens> {
+    if documents.iter().any(|text| text.turns.is_some()) {
+        return encode_marked(documents, tokenizer);
+    }
     let bytes = |text: &Text| text.text.len();
     if tokenizer.is_bytes() {
         let mut collector = TokenCollector::with_capacity(documents.iter().map(bytes).sum());
@@ -150,6 +168,11 @@ fn check(what: &'static str, tokens: &Tokens, context: usize, advice: &'static s
         return Err(Error::Invalid(format!(
             "{what} has no token to predict: every document has a single token"
         )));
+    }
+    let learned = |at: usize| tokens.learned(at..at + HASH_CHUNK_TOKENS);
+    let is_learned = |at: usize| learned(at).is_none_or(|learned| learned.contains(&true));
+    if !(0..tokens.len()).step_by(HASH_CHUNK_TOKENS).any(is_learned) {
+        return Err(Error::Invalid(format!("{what} has no turn of an assistant to learn")));
     }
     Ok(())
 }

@@ -16,7 +16,8 @@ use crate::error::{Error, Result};
 pub struct Batch {
     /// The input tokens, u32 `[B, N]`.
     pub inputs: Tensor,
-    /// The token after each input, u32 `[B, N]`; [`IGNORE`] for the last token of a document.
+    /// The token after each input, u32 `[B, N]`; [`IGNORE`] for the last token of a document, and where
+    /// the next token is not to be learned ([`Tokens::learned`]).
     pub targets: Tensor,
     /// The number of targets that are not [`IGNORE`].
     pub predicted: usize,
@@ -41,6 +42,13 @@ impl Batch {
             let first = targets.len();
             inputs.extend_from_slice(&ids[..n]);
             targets.extend_from_slice(&ids[1..]);
+            for (at, learned) in
+                tokens.learned(window.start + 1..window.end + 1).into_iter().flatten().enumerate()
+            {
+                if !learned {
+                    targets[first + at] = IGNORE;
+                }
+            }
             let mut row = vec![0];
             for end in tokens.ends(window.clone()) {
                 targets[first + end - 1] = IGNORE;

@@ -1,5 +1,6 @@
 //! Records of JSON files: the text of a record, and the values of a file that is not one record per line.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::de::IgnoredAny;
@@ -32,6 +33,8 @@ pub(super) struct RecordText {
     pub(super) text: String,
     /// Whether it is a chat, written by a chat template with its special tokens.
     pub(super) is_chat: bool,
+    /// The bytes of the turns of the assistant, if they alone are to be learned.
+    pub(super) turns: Option<Vec<Range<usize>>>,
 }
 
 /// Why a record has no text.
@@ -47,11 +50,12 @@ pub(super) fn record_text(
     Record { value: mut record, json, .. }: Record,
     format: &DocumentFormat,
     template: Option<&ChatTemplate>,
+    marks_turns: bool,
 ) -> std::result::Result<RecordText, BadRecord> {
     let field = &format.text_field;
     let malformed = |reason: String| Err(BadRecord::Malformed(reason));
     match record.get_mut(field).map(Value::take) {
-        Some(Value::String(text)) => return Ok(RecordText { text, is_chat: false }),
+        Some(Value::String(text)) => return Ok(RecordText { text, is_chat: false, turns: None }),
         Some(messages @ Value::Array(_)) if field == MESSAGES => record[MESSAGES] = messages,
         Some(_) => return malformed(format!("{field:?} is not a string")),
         None => {}
@@ -74,8 +78,12 @@ pub(super) fn record_text(
         });
     }
     let Some(template) = template else { return Err(BadRecord::NoTemplate) };
-    match template.render_record(&json) {
-        Ok(text) => Ok(RecordText { text, is_chat: true }),
+    let rendered = match marks_turns {
+        true => template.render_turns(&json).map(|(text, turns)| (text, Some(turns))),
+        false => template.render_record(&json).map(|text| (text, None)),
+    };
+    match rendered {
+        Ok((text, turns)) => Ok(RecordText { text, is_chat: true, turns }),
         Err(e) => malformed(e.to_string()),
     }
 }

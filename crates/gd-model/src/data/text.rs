@@ -1,5 +1,6 @@
 //! Text files, and their split into training and validation text.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::documents::{Document, Documents};
@@ -84,6 +85,8 @@ pub struct Text {
     pub text: String,
     /// Whether it is a chat, see [`Document::is_chat`].
     pub is_chat: bool,
+    /// The byte ranges that are to be learned, see [`Document::turns`].
+    pub turns: Option<Vec<Range<usize>>>,
 }
 
 impl AsRef<str> for Text {
@@ -126,8 +129,9 @@ impl Texts {
     /// # Errors
     /// As [`Texts::from_documents`].
     pub fn split(files: &[String], valid_fraction: f64) -> Result<Self> {
-        let document =
-            |text: &String| Ok(Document { text: text.clone(), is_file: true, is_chat: false, bytes: 0 });
+        let document = |text: &String| {
+            Ok(Document { text: text.clone(), is_file: true, is_chat: false, turns: None, bytes: 0 })
+        };
         Self::from_documents(files.iter().map(document), valid_fraction)
     }
 
@@ -152,7 +156,8 @@ impl Texts {
             };
             for (side, text) in [(&mut result.train, document.text), (&mut result.valid, valid)] {
                 if !text.is_empty() {
-                    side.push(Text { text, is_chat: document.is_chat });
+                    // A chat is on one side as a whole, so its turns are those of the document.
+                    side.push(Text { text, is_chat: document.is_chat, turns: document.turns.clone() });
                 }
             }
         }

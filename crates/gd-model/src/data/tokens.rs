@@ -21,6 +21,8 @@ enum Part {
     Memory {
         ids: Ids,
         ends: Vec<usize>,
+        /// Which of the ids are to be learned; `None` for all.
+        learned: Option<Vec<bool>>,
     },
     Mapped(Shard),
 }
@@ -91,7 +93,7 @@ impl TokenCollector {
 
     /// The stream of the documents.
     pub(super) fn finish(self) -> Tokens {
-        Tokens::join(vec![Part::Memory { ids: self.ids, ends: self.ends }])
+        Tokens::join(vec![Part::Memory { ids: self.ids, ends: self.ends, learned: None }])
     }
 }
 
@@ -144,6 +146,20 @@ impl Tokens {
             collector.end_document();
         }
         collector.finish()
+    }
+
+    /// A stream of documents in memory, with whether each token is to be learned. Others are read, and predicted by
+    /// nothing that counts.
+    pub fn with_learned(documents: Vec<Vec<(u32, bool)>>) -> Self {
+        let flags: Vec<bool> = documents.iter().flatten().map(|(_, learned)| *learned).collect();
+        let mut collector = TokenCollector::with_capacity(flags.len());
+        for document in documents {
+            collector.extend(&document.iter().map(|(id, _)| *id).collect::<Vec<_>>());
+            collector.end_document();
+        }
+        let TokenCollector { ids, ends } = collector;
+        let learned = flags.contains(&false).then_some(flags);
+        Self::join(vec![Part::Memory { ids, ends, learned }])
     }
 
     /// A stream of shards.
@@ -222,6 +238,21 @@ impl Tokens {
         ids
     }
 
+    /// Whether the tokens of `range` are to be learned; `None` if all tokens of the stream are.
+    pub fn learned(&self, range: Range<usize>) -> Option<Vec<bool>> {
+        if !self.parts.iter().any(|part| matches!(part, Part::Memory { learned: Some(_), .. })) {
+            return None;
+        }
+        let mut all = Vec::with_capacity(range.len());
+        for (part, inside, _) in self.segments(range) {
+            match part {
+                Part::Memory { learned: Some(learned), .. } => all.extend_from_slice(&learned[inside]),
+                _ => all.extend(inside.map(|_| true)),
+            }
+        }
+        Some(all)
+    }
+
     /// The ends of documents in `range`, counted from its start: ascending, in `1..=len`.
     pub fn ends(&self, range: Range<usize>) -> Vec<usize> {
         let mut ends_in_range = Vec::new();
@@ -240,7 +271,8 @@ impl Tokens {
         }
         let mut small = Ids::Small(Vec::new());
         small.extend(&ids);
-        Self { framing: self.framing.clone(), ..Self::join(vec![Part::Memory { ids: small, ends }]) }
+        let learned = self.learned(0..len);
+        Self { framing: self.framing.clone(), ..Self::join(vec![Part::Memory { ids: small, ends, learned }]) }
     }
 
     /// Consecutive windows of `context` inputs; the last one may be shorter. Every token except the first is the target of

@@ -79,20 +79,31 @@ pub fn evaluate(
     batch: usize,
     device: &Device,
 ) -> Result<Evaluation> {
-    observe(model, tokens, bytes, (context, batch), device, |_| ())
+    observe(model, tokens, bytes, (context, batch), device, |_| Ok(()))
 }
 
-/// Evaluates a model as [`evaluate`] and calls `watch` with the statistics of all layers after each batch.
+/// What [`observe`] reports about a batch.
+#[derive(Debug)]
+pub struct Observed<'a> {
+    /// The position of the first target in the text; the others follow it.
+    pub first: usize,
+    /// The loss of every target in nats, 0 for the first token of a document, which is not predicted.
+    pub losses: &'a [f32],
+    /// The statistics of all layers.
+    pub stats: &'a [SelectionStats],
+}
+
+/// Evaluates a model as [`evaluate`] and calls `watch` after each batch.
 ///
 /// # Errors
-/// As [`evaluate`].
+/// As [`evaluate`], and the error of `watch`.
 pub fn observe(
     model: &Transformer,
     tokens: &Tokens,
     bytes: usize,
     (context, batch): (usize, usize),
     device: &Device,
-    mut watch: impl FnMut(&[SelectionStats]),
+    mut watch: impl FnMut(Observed) -> Result<()>,
 ) -> Result<Evaluation> {
     if tokens.len() < 2 {
         return Err(Error::Invalid(format!("a text of {} tokens has nothing to predict", tokens.len())));
@@ -112,15 +123,15 @@ pub fn observe(
             return Err(Error::NotFinite { what: "the loss", value: losses[at].into(), token: first + at });
         }
         sum += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
-        text.add(first, &losses);
+        text.add(first, &losses, tokens.learned(first..first + losses.len()).as_deref());
         count += predicted;
         // Taken after every pass, because the statistics may hold large tensors.
         let stats = stats.take();
-        watch(&stats);
+        watch(Observed { first, losses: &losses, stats: &stats })?;
         heads.add(&stats, losses.len() as f64 / (tokens.len() - 1) as f64);
     }
     if count == 0 {
-        return Err(Error::Invalid("documents of one token each have nothing to predict".into()));
+        return Err(Error::Invalid("the text has no token to predict".into()));
     }
     let loss = sum / count as f64;
     let text_bytes = text.bytes(bytes);
@@ -152,14 +163,15 @@ impl TextTargets {
         Self { documents: tokens.text_ranges(), next: 0, sum: 0.0, predicted: 0 }
     }
 
-    /// Adds the losses of the targets from position `first` on. Losses of tokens that are not predicted are 0.
-    fn add(&mut self, first: usize, losses: &[f32]) {
+    /// Adds the losses of the targets from position `first` on. Losses of tokens that are not predicted are 0;
+    /// `learned` are the targets that count, if not all do.
+    fn add(&mut self, first: usize, losses: &[f32], learned: Option<&[bool]>) {
         let end = first + losses.len();
         while let Some((start, text)) = self.documents.get(self.next) {
             // The first token of a document is not predicted.
             let targets = text.start.max(start + 1).max(first)..text.end.min(end);
-            self.predicted += targets.len();
-            for at in targets {
+            for at in targets.filter(|at| learned.is_none_or(|learned| learned[at - first])) {
+                self.predicted += 1;
                 self.sum += f64::from(losses[at - first]);
             }
             if text.end > end {

@@ -1,10 +1,10 @@
 //! Text generation: continues prompts token by token with a cache of keys and values.
 
 use candle_core::{DType, Device, Tensor};
-use gd_kernels::Mask;
 use gd_layer::{LayerCache, Pass};
 
 use crate::error::{Error, Result};
+use crate::infer::engine::{BatchEngine, EngineLimits, Event, Request};
 use crate::infer::sampler::{Sampler, Sampling};
 use crate::io::tokenizer::Tokenizer;
 use crate::model::Transformer;
@@ -65,22 +65,12 @@ pub fn generate(
     Ok(new.into_iter().flatten().collect())
 }
 
-/// A sequence that is being continued.
-struct Sequence {
-    /// The index of its prompt.
-    prompt: usize,
-    /// The prompt and its continuation.
-    tokens: Vec<u32>,
-    /// The number of tokens that may still be added.
-    remaining: usize,
-}
-
 /// Continues several prompts as one batch, each with its own sampler. Every prompt gets the tokens that [`generate`] gives
 /// it alone. `emit` is called with the index of the prompt and the new token, and returns whether this sequence continues.
 /// Returns the new tokens of every prompt.
 ///
 /// The prompts are processed one after the other. Afterwards, all unfinished sequences form one batch, in which each has
-/// its own position and its own cache.
+/// its own position and its own cache ([`BatchEngine`]).
 ///
 /// # Errors
 /// As [`generate`], or [`Error::Invalid`] if the numbers of prompts and samplers differ.
@@ -98,57 +88,34 @@ pub fn generate_batch(
     for prompt in prompts {
         check_prompt(model, prompt.as_ref())?;
     }
+    let limits = EngineLimits { sequences: prompts.len().max(1), ..EngineLimits::default() };
+    let mut engine = BatchEngine::new(model, device, limits)?;
+    for (prompt, sampler) in prompts.iter().zip(samplers) {
+        let sample = Box::new(|logits: &[f32], tokens: &[u32]| sampler.next(logits, tokens));
+        engine.submit(Request::sampled_by(prompt.as_ref().to_vec(), max_tokens, sample))?;
+    }
     let mut new = vec![Vec::new(); prompts.len()];
-    // Samples the next token of a sequence from its logits and returns whether the sequence continues.
-    let mut next = |sequence: &mut Sequence, logits: &[f32]| -> Result<bool> {
-        let token = samplers[sequence.prompt].next(logits, &sequence.tokens)?;
-        sequence.tokens.push(token);
-        sequence.remaining -= 1;
-        new[sequence.prompt].push(token);
-        Ok(emit(sequence.prompt, token)? && sequence.remaining > 0)
-    };
-    let (mut sequences, mut caches) = (Vec::new(), Vec::new());
-    for (prompt, tokens) in prompts.iter().enumerate() {
-        let tokens = tokens.as_ref().to_vec();
-        // The last sampled token is not an input, so the sequence may be one token longer than the context.
-        let remaining = max_tokens.min(model.config().max_position_embeddings + 1 - tokens.len());
-        if remaining == 0 {
-            continue;
-        }
-        let mut cache = model.new_cache();
-        let ids = Tensor::new(tokens.as_slice(), device)?.unsqueeze(0)?;
-        let logits = last_logits(model, &ids, &Pass::new(&Mask::causal(0)), &mut cache)?;
-        let mut sequence = Sequence { prompt, tokens, remaining };
-        if next(&mut sequence, &logits[0])? {
-            sequences.push(sequence);
-            caches.push(cache);
-        }
+    let mut failure = None;
+    while failure.is_none() && !engine.is_idle() {
+        engine.step(|id, event| {
+            let goes_on = match event {
+                Event::Prompt(_) => return true,
+                Event::Token(generated) => {
+                    new[id as usize].push(generated.token);
+                    emit(id as usize, generated.token)
+                }
+                Event::Failed(error) => Err(error),
+            };
+            goes_on.unwrap_or_else(|error| {
+                failure.get_or_insert(error);
+                false
+            })
+        })?;
     }
-    let layers = 0..model.config().num_hidden_layers;
-    let stack = |layer| LayerCache::stack(&caches.iter().map(|cache| &cache[layer]).collect::<Vec<_>>());
-    let mut cache = layers.map(stack).collect::<candle_core::Result<Vec<_>>>()?;
-    drop(caches);
-    while !sequences.is_empty() {
-        let ids: Vec<u32> = sequences.iter().filter_map(|sequence| sequence.tokens.last().copied()).collect();
-        let ids = Tensor::new(ids, device)?.unsqueeze(1)?;
-        let positions = sequences.iter().map(|sequence| sequence.tokens.len() as i64 - 1);
-        let mask = Mask::causal(0).with_offsets(positions.collect());
-        let logits = last_logits(model, &ids, &Pass::new(&mask), &mut cache)?;
-        let (mut indices, mut unfinished) = (Vec::new(), Vec::new());
-        for (index, (mut sequence, logits)) in sequences.drain(..).zip(&logits).enumerate() {
-            if next(&mut sequence, logits)? {
-                indices.push(index);
-                unfinished.push(sequence);
-            }
-        }
-        sequences = unfinished;
-        if sequences.len() < logits.len() {
-            for layer in &mut cache {
-                *layer = layer.select(&indices)?;
-            }
-        }
+    match failure {
+        Some(error) => Err(error),
+        None => Ok(new),
     }
-    Ok(new)
 }
 
 /// The logits `[B, V]` after the last of the tokens `ids` `[B, N]`, which follow the positions in `cache`.
@@ -159,8 +126,12 @@ pub(crate) fn last_logits(
     cache: &mut [LayerCache],
 ) -> candle_core::Result<Vec<Vec<f32>>> {
     let hidden = model.hidden(ids, pass, Some(cache))?;
-    let last = hidden.narrow(1, ids.dim(1)? - 1, 1)?;
-    let logits = model.logits(&last)?.detach().to_dtype(DType::F32)?.squeeze(1)?;
+    logits_of(model, &hidden.narrow(1, ids.dim(1)? - 1, 1)?)
+}
+
+/// The logits `[B * N, V]` of hidden states `[B, N, C]`.
+pub(crate) fn logits_of(model: &Transformer, hidden: &Tensor) -> candle_core::Result<Vec<Vec<f32>>> {
+    let logits = model.logits(hidden)?.detach().to_dtype(DType::F32)?.flatten_to(1)?;
     let values = logits.to_vec2()?;
     // On Metal, the failure of an earlier command is reported by `synchronize` only.
     logits.device().synchronize()?;

@@ -3,8 +3,12 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
+
+/// The temperature where nothing states one.
+pub const DEFAULT_TEMPERATURE: f64 = 0.8;
 
 /// Sampling parameters. They apply in this order: repetition penalty, temperature, top-k, top-p, min-p.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +34,32 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// The sampling that `generation_config.json` states, with [`DEFAULT_TEMPERATURE`] and no filters where it states
+    /// nothing. `do_sample: false` is temperature 0, and `top_k: 0` is no filter, as in `transformers`.
+    ///
+    /// # Errors
+    /// Names a value that is not a number or out of range.
+    pub fn from_generation_config(config: &Value) -> Result<Self> {
+        let number = |name: &str| match config.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value.as_f64().map(Some).ok_or_else(|| {
+                Error::Invalid(format!("generation_config.json: {name} is {value}, not a number"))
+            }),
+        };
+        let greedy = config.get("do_sample").is_some_and(|value| *value == Value::Bool(false));
+        let temperature = number("temperature")?.unwrap_or(DEFAULT_TEMPERATURE);
+        let top_k = number("top_k")?.filter(|k| *k > 0.0);
+        let sampling = Self {
+            temperature: if greedy { 0.0 } else { temperature },
+            top_k: top_k.map(|k| k as usize),
+            top_p: number("top_p")?,
+            min_p: number("min_p")?,
+            repetition_penalty: number("repetition_penalty")?.unwrap_or(1.0),
+        };
+        sampling.validate().map_err(|e| Error::Invalid(format!("generation_config.json: {e}")))?;
+        Ok(sampling)
+    }
+
     /// Checks the ranges of all parameters.
     ///
     /// # Errors
@@ -235,6 +265,32 @@ mod tests {
         };
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
+    }
+
+    #[test]
+    fn a_generation_config_gives_the_sampling() {
+        let read = |text: &str| Sampling::from_generation_config(&serde_json::from_str(text).unwrap());
+        let base = Sampling { temperature: DEFAULT_TEMPERATURE, ..Sampling::default() };
+        assert_eq!(read("{}").unwrap(), base);
+        let text = r#"{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": null,
+                       "repetition_penalty": 1.1, "eos_token_id": 2}"#;
+        let all = Sampling {
+            temperature: 0.6,
+            top_k: Some(20),
+            top_p: Some(0.9),
+            min_p: None,
+            repetition_penalty: 1.1,
+        };
+        assert_eq!(read(text).unwrap(), all);
+        let greedy = read(r#"{"do_sample": false, "temperature": 0.6, "top_k": 0}"#).unwrap();
+        assert_eq!(greedy, Sampling { temperature: 0.0, ..base });
+        for (text, names) in [
+            (r#"{"top_p": "a"}"#, "top_p is \"a\""),
+            (r#"{"temperature": -1}"#, "generation_config.json: temperature"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(names), "{error}");
+        }
     }
 
     #[test]

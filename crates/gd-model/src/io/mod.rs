@@ -5,6 +5,7 @@ pub mod chat_template;
 pub mod checkpoint;
 pub mod files;
 pub mod gguf;
+pub mod hub;
 pub(crate) mod panic;
 pub mod safetensors;
 mod sentencepiece;

@@ -14,7 +14,7 @@ use crate::io::checkpoint::{self, Checkpoint};
 use crate::io::files::read_file;
 use crate::io::gguf::{self, Gguf};
 use crate::io::tokenizer::Tokenizer;
-use crate::io::{added_tokens, safetensors};
+use crate::io::{added_tokens, hub, safetensors};
 use crate::model::params::Params;
 use crate::model::shapes::shapes;
 use crate::model::{Transformer, folder, weights};
@@ -80,7 +80,8 @@ pub struct Loaded {
 }
 
 /// Loads a model from a checkpoint folder, a `.safetensors` file in one, a GGUF file, or a folder with one. From the folder
-/// of a run that is not complete it loads the newest valid checkpoint. The model computes in f32.
+/// of a run that is not complete it loads the newest valid checkpoint. Where no file has the path, `ORG/NAME` and
+/// `ORG/NAME:FILE` name a model in the [cache](hub) of the Hugging Face Hub. The model computes in f32.
 ///
 /// ```no_run
 /// use std::path::Path;
@@ -107,6 +108,7 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
 /// # Errors
 /// Names the file and the reason.
 pub fn read(path: &Path, device: &Device) -> Result<Parts> {
+    let path = &located(path);
     if gguf::is_at(path) {
         return read_gguf(path, device);
     }
@@ -159,12 +161,29 @@ fn read_located(path: &Path, skipped: Vec<String>, device: &Device) -> Result<Pa
         }
         parts.generation = stored;
     }
+    parts.files = copied_files(&folder)?;
+    Ok(Parts { skipped, weights_path, other_dtypes, ..parts })
+}
+
+/// The path, or if nothing is there that of the model with this name in the cache of the Hugging Face Hub.
+fn located(path: &Path) -> PathBuf {
+    let cached = || hub::find(&hub::cache_folder()?, path);
+    let missing = path.symlink_metadata().is_err();
+    missing.then(cached).flatten().unwrap_or_else(|| path.into())
+}
+
+/// The files of a folder that are copied unchanged when its model is saved.
+///
+/// # Errors
+/// Names the file that cannot be read.
+pub(crate) fn copied_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut files = BTreeMap::new();
     for name in COPIED.into_iter().filter(|name| folder.join(name).exists()) {
         let path = folder.join(name);
         let content = read_file(&path, "file")?;
-        parts.files.insert(name.into(), content);
+        files.insert(name.into(), content);
     }
-    Ok(Parts { skipped, weights_path, other_dtypes, ..parts })
+    Ok(files)
 }
 
 fn read_gguf(path: &Path, device: &Device) -> Result<Parts> {

@@ -51,4 +51,4 @@ mod trainer;
 
 pub use gradients::Gradients;
 pub use step::{Step, StepEvaluation};
-pub use trainer::Trainer;
+pub use trainer::{Inherited, Trainer};

@@ -5,17 +5,15 @@
 //! ([`linear_distillation`]), while the number of candidates falls
 //! ([`uptrain_schedule`](crate::config::uptrain_schedule)).
 
-use std::collections::BTreeMap;
-
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::cross_entropy::linear_distillation;
 use gd_layer::Pass;
-use serde_json::Value;
 
 use crate::config::{Mechanism, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
 use crate::model::pretrained::{Loaded, Parts};
+use crate::train::trainer::Inherited;
 
 /// The teacher of a run. It is not trained.
 pub struct Teacher {
@@ -23,10 +21,7 @@ pub struct Teacher {
     hash: blake3::Hash,
     /// The layers whose attention differs from that of the student.
     changed: Vec<usize>,
-    /// The sampling defaults of the teacher, which the student inherits.
-    pub generation: Value,
-    /// Further files of the teacher by name, which the student inherits.
-    pub files: BTreeMap<String, Vec<u8>>,
+    inherited: Inherited,
 }
 
 impl Teacher {
@@ -54,12 +49,18 @@ impl Teacher {
                 "no layer differs from that of the teacher, so there is nothing to learn".into(),
             ));
         }
-        Ok(Self { model, hash: params.hash()?, changed, generation, files })
+        let inherited = Inherited { generation, files };
+        Ok(Self { model, hash: params.hash()?, changed, inherited })
     }
 
     /// The hash of its weights.
     pub fn hash(&self) -> blake3::Hash {
         self.hash
+    }
+
+    /// What the student takes over.
+    pub fn inherited(&self) -> &Inherited {
+        &self.inherited
     }
 
     /// The model.

@@ -123,7 +123,7 @@ fn bad_lines_are_named_with_file_and_number() {
 #[test]
 fn the_side_of_a_document_does_not_depend_on_the_others() {
     let side = |text: &str, share| {
-        let document = Document { text: text.into(), is_file: false, is_chat: false, bytes: 0 };
+        let document = Document { text: text.into(), is_file: false, is_chat: false, turns: None, bytes: 0 };
         let (train, valid) = document.split(share);
         assert_eq!(format!("{train}{valid}"), text);
         assert!(train.is_empty() || valid.is_empty());

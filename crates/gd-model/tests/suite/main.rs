@@ -9,6 +9,7 @@ mod config_ranges;
 mod data;
 mod documents;
 mod durable;
+mod engine;
 mod evaluation;
 mod gguf;
 mod gradients;

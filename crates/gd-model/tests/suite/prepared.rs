@@ -184,7 +184,7 @@ fn a_failed_preparation_leaves_nothing() {
     let mut sides = [0; 2];
     for i in 0..20 {
         let text = format!("document {i}");
-        let document = Document { text: text.clone(), is_file: false, is_chat: false, bytes: 0 };
+        let document = Document { text: text.clone(), is_file: false, is_chat: false, turns: None, bytes: 0 };
         let is_train = !document.split(0.2).0.is_empty();
         sides[usize::from(is_train)] += 1;
         fs::write(&one, format!("{{\"text\":\"{text}\"}}\n")).unwrap();

@@ -11,7 +11,7 @@ use super::args::Args;
 use crate::context::{Context, usage};
 use crate::data_source::check_tokens;
 use crate::terminal::note;
-use crate::training::{load_corpus_for, load_recipe, new_trainer, run_to_end};
+use crate::training::{Chats, load_corpus_for, load_recipe, new_trainer, run_to_end};
 
 /// Runs the training.
 ///
@@ -22,8 +22,8 @@ pub(super) fn run(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
     let (mut recipe, tokenizer) = (recipe(args, &teacher)?, teacher.tokenizer.clone());
     let flags = &args.uptrain;
     flags.documents.apply(&mut recipe.train.documents);
-    let template = ChatTemplate::find(&teacher.files)?;
-    let data = load_corpus_for(&flags.data, &recipe, &tokenizer, template)?;
+    let chats = Chats { template: ChatTemplate::find(&teacher.files)?, marks_turns: false };
+    let data = load_corpus_for(&flags.data, &recipe, &tokenizer, chats)?;
     for tokens in [&data.corpus.train, &data.corpus.valid] {
         check_tokens(tokens, &tokenizer, &recipe.model)?;
     }
@@ -31,7 +31,7 @@ pub(super) fn run(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
         note(&data.summary);
     }
     let name = args.out.file_name().unwrap_or(args.out.as_os_str()).to_string_lossy().into_owned();
-    let about = About { name, data: flags.data.clone(), seed: ctx.seed() };
+    let about = About { name, data: flags.data.clone(), from: None, seed: ctx.seed() };
     let trainer = new_trainer(group, recipe, Some(teacher), data.corpus, &about, ctx)?;
     let run = Run::create(&args.out, trainer, tokenizer, about)?;
     run_to_end(run, Vec::new(), flags.stop_after, ctx)

@@ -7,56 +7,61 @@ mod prompts;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow};
-use gd_model::infer::generate::{check_prompt, generate_batch};
-use gd_model::infer::sampler::Sampler;
+use gd_model::infer::engine::{BatchEngine, EngineLimits, Request};
+use gd_model::infer::generate::check_prompt;
+use gd_model::infer::logprobs::TokenLogprobs;
+use gd_model::infer::sampler::{Sampler, Sampling};
 use gd_model::infer::stop::StopStrings;
+use gd_model::infer::text::{FinishReason, TextStream};
 use gd_model::io::chat_template::ChatTemplate;
 use gd_model::model::pretrained::{self, Loaded};
 use serde_json::{Value, json};
 
 pub use args::Args;
 
-use self::continuation::{Continuation, FinishReason};
+use self::continuation::Continuation;
 use self::prompts::Prompt;
-use crate::context::{Context, flag_error, one_line, usage};
+use crate::context::{Context, one_line, usage};
+use crate::generation::logprobs_json;
 
-/// Number of prompts that are decoded as one batch.
-const PROMPTS_PER_BATCH: usize = 32;
+/// Number of sequences that are decoded as one batch.
+const SEQUENCES_PER_BATCH: usize = 32;
 
 /// Runs the command.
 ///
 /// # Errors
 /// Names the flag, file or value that is not valid. If a prompt has no answer, the others are answered first.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    let sampler = Sampler::new(args.sampling(), ctx.seed()).map_err(flag_error)?;
+    args.sampling.validate()?;
     if args.stop.iter().any(String::is_empty) {
         return Err(usage("--stop is empty"));
     }
     let prompts = prompts::read(&args)?;
     let loaded = pretrained::load(&args.model, &ctx.device)?;
-    let end_tokens = loaded.end_tokens().with_context(|| args.model.display().to_string())?;
+    let at = || args.model.display().to_string();
+    let end_tokens = loaded.end_tokens().with_context(at)?;
     let special = loaded.tokenizer.special_tokens();
     let generation = Generation {
         template: chat_template(&args, &loaded)?,
         stop: StopStrings::new(args.stop.clone())?.with_special_tokens(&special),
         // A single continuation is written to stdout as it is generated.
-        stream: (prompts.len() == 1 && !ctx.json).then_some(ctx),
+        stream: (prompts.len() == 1 && args.n == 1 && !ctx.json).then_some(ctx),
+        sampling: args.sampling.sampling(&loaded.generation).with_context(at)?,
         loaded: &loaded,
         args: &args,
-        sampler,
         end_tokens,
         ctx,
     };
     let (mut failures, mut separator) = (Vec::new(), "");
-    for batch in prompts.chunks(PROMPTS_PER_BATCH) {
-        for (prompt, answer) in batch.iter().zip(generation.answer(batch)) {
-            match answer {
-                Ok(answer) if ctx.json => ctx.print(answer.json(prompt, &loaded))?,
-                Ok(_) if generation.stream.is_some() => ctx.print("")?,
-                Ok(answer) => {
-                    let text = if args.chat { "" } else { &prompt.text };
-                    ctx.print(format_args!("{separator}{text}{}", answer.text))?;
-                    separator = "\n";
+    let per_batch = SEQUENCES_PER_BATCH.div_ceil(usize::from(args.n));
+    for batch in prompts.chunks(per_batch) {
+        for (prompt, answers) in batch.iter().zip(generation.answer(batch)) {
+            match answers {
+                Ok(answers) => {
+                    for (choice, answer) in answers.iter().enumerate() {
+                        generation.show(prompt, choice, answer, separator)?;
+                        separator = "\n";
+                    }
                 }
                 Err(error) => {
                     if ctx.json {
@@ -84,8 +89,8 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
 struct Answer {
     text: String,
     prompt_tokens: usize,
-    /// Number of generated tokens.
-    tokens: usize,
+    tokens: Vec<u32>,
+    logprobs: Vec<TokenLogprobs>,
     finish_reason: FinishReason,
     timing: Timing,
 }
@@ -96,24 +101,6 @@ struct Timing {
     prompt_tokens_per_second: f64,
     /// `None` if no token was generated after the first of each prompt.
     tokens_per_second: Option<f64>,
-}
-
-impl Answer {
-    /// The line of `--json`.
-    fn json(&self, prompt: &Prompt, loaded: &Loaded) -> Value {
-        json!({
-            "prompt": prompt.text,
-            "text": self.text,
-            "prompt_tokens": self.prompt_tokens,
-            "tokens": self.tokens,
-            // Rates of the whole batch.
-            "prompt_tokens_per_second": self.timing.prompt_tokens_per_second,
-            "tokens_per_second": self.timing.tokens_per_second,
-            "finish_reason": self.finish_reason,
-            "stopped": self.finish_reason == FinishReason::Stop,
-            "passed_over": loaded.skipped,
-        })
-    }
 }
 
 /// The line of `--json` for a prompt without an answer.
@@ -131,7 +118,7 @@ struct Generation<'a> {
     args: &'a Args,
     template: Option<ChatTemplate>,
     stop: StopStrings,
-    sampler: Sampler,
+    sampling: Sampling,
     end_tokens: Vec<u32>,
     /// Where the text is written while it is generated, if it is.
     stream: Option<&'a Context>,
@@ -139,15 +126,17 @@ struct Generation<'a> {
 }
 
 impl Generation<'_> {
-    /// Answers the prompts of a batch. Each has an answer or an error of its own.
-    fn answer(&self, batch: &[Prompt]) -> Vec<Result<Answer>> {
+    /// Answers the prompts of a batch, each `--n` times. Each prompt has answers or an error of its own.
+    fn answer(&self, batch: &[Prompt]) -> Vec<Result<Vec<Answer>>> {
         let encoded: Vec<_> = batch.iter().map(|prompt| self.encode(&prompt.text)).collect();
         let valid: Vec<&[u32]> = encoded.iter().flatten().map(Vec::as_slice).collect();
-        let mut answers: Vec<Result<Answer>> = match self.generate(&valid, batch) {
-            Ok(answers) => answers.into_iter().map(Ok).collect(),
-            Err(error) if valid.len() == 1 => vec![Err(error)],
-            // The error may be that of one prompt: alone, each has the same answer as in the batch.
-            Err(_) => valid.iter().map(|ids| Ok(self.generate(&[*ids], batch)?.swap_remove(0))).collect(),
+        let mut answers = match self.generate(&valid, batch) {
+            Ok(answers) => answers,
+            // An error of the device is that of all prompts.
+            Err(error) => {
+                let message = one_line(&error);
+                valid.iter().map(|_| Err(anyhow!("{message}"))).collect()
+            }
         };
         let mut next = answers.drain(..);
         let answer =
@@ -170,48 +159,95 @@ impl Generation<'_> {
 
     /// Continues the prompts with these ids. They are read one after the other, each up to its first new token, and then
     /// decoded together.
-    fn generate(&self, ids: &[&[u32]], batch: &[Prompt]) -> Result<Vec<Answer>> {
-        let continuation = |ids: &&[u32]| {
-            let decoder = self.loaded.tokenizer.stream_after(ids)?;
-            Ok(Continuation::new(decoder, self.stop.clone(), &self.end_tokens, self.stream))
+    fn generate(&self, ids: &[&[u32]], batch: &[Prompt]) -> Result<Vec<Result<Vec<Answer>>>> {
+        let choices = usize::from(self.args.n);
+        let limits = EngineLimits {
+            sequences: (ids.len() * choices).max(1),
+            // The cache of a prompt with several continuations is computed once.
+            stored_tokens: if choices > 1 { ids.iter().map(|ids| ids.len()).max().unwrap_or(0) } else { 0 },
+            ..EngineLimits::default()
         };
-        let mut continuations = ids.iter().map(continuation).collect::<Result<Vec<_>>>()?;
+        let mut engine = BatchEngine::new(&self.loaded.model, &self.ctx.device, limits)?;
+        let mut continuations = Vec::with_capacity(limits.sequences);
+        for ids in ids {
+            for choice in 0..choices {
+                let sampler = Sampler::new(self.sampling, self.ctx.seed().wrapping_add(choice as u64))?;
+                let mut request = Request::new(ids.to_vec(), self.args.max_tokens, sampler);
+                request.logprobs = self.args.logprobs.map(usize::from);
+                engine.submit(request)?;
+                let decoder = self.loaded.tokenizer.stream_after(ids)?;
+                let stream = TextStream::new(decoder, self.stop.clone(), &self.end_tokens);
+                continuations.push(Continuation::new(stream, self.stream));
+            }
+        }
         if let (Some(ctx), [prompt], [_], false) = (self.stream, batch, ids, self.args.chat) {
             ctx.write(&prompt.text)?;
         }
-        let mut samplers = vec![self.sampler.clone(); ids.len()];
-        // The callback of `generate_batch` has another error type.
-        let mut error = None;
         let start = Instant::now();
-        let (mut has_token, mut prefill_end) = (vec![false; ids.len()], start);
-        let on_token = |index: usize, token: u32| {
-            if !std::mem::replace(&mut has_token[index], true) {
-                prefill_end = Instant::now();
-            }
-            continuations[index].push(token).or_else(|e| {
-                error = Some(e);
-                Ok(false)
-            })
-        };
-        let (model, max_tokens) = (&self.loaded.model, self.args.max_tokens);
-        let new = generate_batch(model, ids, max_tokens, &mut samplers, &self.ctx.device, on_token)?;
-        if let Some(e) = error {
-            return Err(e);
+        while !engine.is_idle() {
+            engine.step(|id, event| continuations[id as usize].take(event))?;
         }
-        let prefill_seconds = (prefill_end - start).as_secs_f64();
-        let decode_seconds = prefill_end.elapsed().as_secs_f64();
-        let prompt_tokens: usize = ids.iter().map(|ids| ids.len()).sum();
-        let decoded_tokens: usize = new.iter().map(|new| new.len().saturating_sub(1)).sum();
-        let timing = Timing {
-            prompt_tokens_per_second: prompt_tokens as f64 / prefill_seconds,
-            tokens_per_second: (decoded_tokens > 0).then(|| decoded_tokens as f64 / decode_seconds),
-        };
-        let answer = |((mut continuation, ids), new): ((Continuation, &&[u32]), Vec<u32>)| {
-            let finish_reason = continuation.finish()?;
-            let (text, prompt_tokens, tokens) = (continuation.text, ids.len(), new.len());
-            Ok(Answer { text, prompt_tokens, tokens, finish_reason, timing })
-        };
-        continuations.into_iter().zip(ids).zip(new).map(answer).collect()
+        let timing = timing(start, engine.counts().prompt_tokens, &continuations);
+        let mut continuations = continuations.into_iter();
+        let answers = ids.iter().map(|ids| {
+            let of_prompt = continuations.by_ref().take(choices).collect::<Vec<_>>().into_iter();
+            of_prompt.map(|one| answer(one, ids.len(), timing)).collect()
+        });
+        Ok(answers.collect())
+    }
+
+    /// Prints an answer that was not written while it was generated.
+    fn show(&self, prompt: &Prompt, choice: usize, answer: &Answer, separator: &str) -> Result<()> {
+        if self.ctx.json {
+            return self.ctx.print(self.json(prompt, choice, answer));
+        }
+        if self.stream.is_some() {
+            return self.ctx.print("");
+        }
+        let text = if self.args.chat { "" } else { &prompt.text };
+        self.ctx.write(format!("{separator}{text}{}\n", answer.text)).map(|_| ())
+    }
+
+    /// The line of `--json`.
+    fn json(&self, prompt: &Prompt, choice: usize, answer: &Answer) -> Value {
+        let mut line = json!({
+            "prompt": prompt.text,
+            "text": answer.text,
+            "prompt_tokens": answer.prompt_tokens,
+            "tokens": answer.tokens.len(),
+            "token_ids": answer.tokens,
+            // Rates of the whole batch.
+            "prompt_tokens_per_second": answer.timing.prompt_tokens_per_second,
+            "tokens_per_second": answer.timing.tokens_per_second,
+            "finish_reason": answer.finish_reason,
+            "stopped": answer.finish_reason == FinishReason::Stop,
+            "passed_over": self.loaded.skipped,
+        });
+        if self.args.n > 1 {
+            line["choice"] = choice.into();
+        }
+        if self.args.logprobs.is_some() {
+            let tokenizer = &self.loaded.tokenizer;
+            line["logprobs"] = answer.logprobs.iter().map(|token| logprobs_json(tokenizer, token)).collect();
+        }
+        line
+    }
+}
+
+fn answer(mut continuation: Continuation, prompt_tokens: usize, timing: Timing) -> Result<Answer> {
+    let finish_reason = continuation.finish()?;
+    let Continuation { text, tokens, logprobs, .. } = continuation;
+    Ok(Answer { text, prompt_tokens, tokens, logprobs, finish_reason, timing })
+}
+
+/// The rates of a batch that has just ended. Its prompts were read when the last of them had its first token.
+fn timing(start: Instant, prompt_tokens: u64, continuations: &[Continuation]) -> Timing {
+    let prefill_end = continuations.iter().filter_map(|one| one.first_token).max().unwrap_or(start);
+    let decoded: usize = continuations.iter().map(|one| one.tokens.len().saturating_sub(1)).sum();
+    let decode_seconds = prefill_end.elapsed().as_secs_f64();
+    Timing {
+        prompt_tokens_per_second: prompt_tokens as f64 / (prefill_end - start).as_secs_f64(),
+        tokens_per_second: (decoded > 0).then(|| decoded as f64 / decode_seconds),
     }
 }
 

@@ -1,5 +1,7 @@
 //! `gd train`: trains a model, saves it, reloads it and generates a sample.
 
+mod from;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -15,7 +17,7 @@ use crate::context::{Context, usage};
 use crate::data_source::{DocumentArgs, reads_stdin};
 use crate::terminal::note;
 use crate::training::{
-    DEFAULT_CONFIG, LoadedCorpus, in_group, load_corpus, load_corpus_for, load_recipe, new_trainer,
+    Chats, DEFAULT_CONFIG, LoadedCorpus, in_group, load_corpus, load_corpus_for, load_recipe, new_trainer,
     run_to_end, vocabulary_line,
 };
 
@@ -28,7 +30,7 @@ use crate::training::{
                   from there, or from the last checkpoint before a crash, with the same final result.\n\n\
                   Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book\n  \
                   gd train --config base --dry-run\n  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6\n  \
-                  gd train --config tiny --config mine.toml --data chats.jsonl.gz --skip-bad-lines\n  gd train --resume out/book"
+                  gd train --config tiny --config mine.toml --data chats.jsonl.gz --skip-bad-lines\n  gd train --resume out/book\n  gd train --from out/book --data chats.jsonl --out out/tuned"
 )]
 pub struct Args {
     /// Text files (UTF-8), JSON records (.jsonl, .ndjson, .json), folders of them, - for standard input, or one folder of
@@ -38,6 +40,10 @@ pub struct Args {
     /// How files are split into documents
     #[command(flatten)]
     pub documents: DocumentArgs,
+    /// Go on from this model, with its configuration, tokenizer and chat template: a checkpoint folder, a safetensors file
+    /// in one, or a GGUF file. Of records with `messages`, only the turns of the assistant are learned
+    #[arg(long, value_name = "MODEL", conflicts_with = "resume", requires = "data")]
+    pub from: Option<PathBuf>,
     /// Preset of models/, or a TOML or JSON configuration file (default: tiny). Can be repeated: later ones replace
     /// values of earlier ones
     #[arg(long, value_name = "PRESET|FILE")]
@@ -92,10 +98,15 @@ struct NewRun {
     data: LoadedCorpus,
     /// That the tokenizer changed the vocabulary of the configuration, if it did.
     vocabulary: Option<String>,
+    /// The model that it goes on from.
+    source: Option<Parts>,
 }
 
 /// Reads the configuration and the data of a new run, and checks them.
-fn read_inputs(group: &Group, args: &Args) -> Result<NewRun> {
+fn read_inputs(group: &Group, args: &Args, ctx: &Context) -> Result<NewRun> {
+    if let Some(model) = &args.from {
+        return from::read_inputs(group, args, model, ctx);
+    }
     let configs = match args.config.as_slice() {
         [] => vec![DEFAULT_CONFIG.to_owned()],
         configs => configs.to_vec(),
@@ -114,7 +125,7 @@ fn read_inputs(group: &Group, args: &Args) -> Result<NewRun> {
     let vocab_size = recipe.model.vocab_size;
     let data = load_corpus(&args.data, &mut recipe)?;
     let vocabulary = vocabulary_line(vocab_size, &data.tokenizer);
-    Ok(NewRun { recipe, name, out, data, vocabulary })
+    Ok(NewRun { recipe, name, out, data, vocabulary, source: None })
 }
 
 /// Refuses standard input as the data of several processes, of which one alone would get it.
@@ -127,9 +138,9 @@ fn check_stdin(group: &Group, data: &[PathBuf]) -> Result<()> {
 
 /// Creates a new run.
 fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
-    let NewRun { recipe, name, out, data, vocabulary } = read_inputs(group, args)?;
-    let about = About { name, data: args.data.clone(), seed: ctx.seed() };
-    let trainer = new_trainer(group, recipe, None, data.corpus, &about, ctx)?;
+    let NewRun { recipe, name, out, data, vocabulary, source } = read_inputs(group, args, ctx)?;
+    let about = About { name, data: args.data.clone(), from: args.from.clone(), seed: ctx.seed() };
+    let trainer = new_trainer(group, recipe, source, data.corpus, &about, ctx)?;
     let run = Run::create(&out, trainer, data.tokenizer, about)?;
     if group.leads() {
         note(&data.summary);
@@ -140,7 +151,7 @@ fn start(group: &Group, args: &Args, ctx: &Context) -> Result<Run> {
 
 /// Prints the size of a run without training.
 fn print_estimate(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
-    let NewRun { recipe, out, data, vocabulary, .. } = read_inputs(group, args)?;
+    let NewRun { recipe, out, data, vocabulary, .. } = read_inputs(group, args, ctx)?;
     check_folder(&out)?;
     let estimate = estimate::estimate(&recipe)?;
     if ctx.json {
@@ -178,7 +189,10 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
     }
     let mut recipe = saved.recipe.clone();
     recipe.train.validate()?;
-    if recipe.train.uptrain.is_none() {
+    let inherited = saved.about.from.is_some().then(|| saved.inherited()).transpose()?;
+    if inherited.is_some() {
+        recipe.model.origin = saved.model()?.origin;
+    } else if recipe.train.uptrain.is_none() {
         recipe.model.vocab_size = saved.tokenizer.vocab_size();
     }
     check_stdin(group, &saved.about.data)?;
@@ -190,13 +204,18 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
         )));
     }
     let teacher = teacher(&recipe, ctx)?;
-    let template = teacher.as_ref().map_or(Ok(None), |teacher| ChatTemplate::find(&teacher.files))?;
-    let data = load_corpus_for(&saved.about.data, &recipe, &saved.tokenizer, template)
+    let files = teacher.as_ref().map(|teacher| &teacher.files).or(inherited.as_ref().map(|i| &i.files));
+    let template = files.map_or(Ok(None), ChatTemplate::find)?;
+    let chats = Chats { template, marks_turns: inherited.is_some() };
+    let data = load_corpus_for(&saved.about.data, &recipe, &saved.tokenizer, chats)
         .context("the data of the run (--data gives its new location)")?;
     if group.leads() {
         note(&data.summary);
     }
-    let trainer = new_trainer(group, recipe, teacher, data.corpus, &saved.about, ctx)?;
+    let mut trainer = new_trainer(group, recipe, teacher, data.corpus, &saved.about, ctx)?;
+    if let Some(inherited) = inherited {
+        trainer.inherit(inherited);
+    }
     let skipped_files = saved.damaged().iter().map(|(_, reason)| reason.clone()).collect();
     let run = Run::resume(saved, trainer, &ctx.device)?;
     if group.leads() {

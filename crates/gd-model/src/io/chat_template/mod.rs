@@ -14,11 +14,13 @@ mod methods;
 mod rewrite;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use minijinja::Environment;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
@@ -26,9 +28,33 @@ use crate::io::checkpoint::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
 /// The name of the template in its environment.
 const TEMPLATE_NAME: &str = "chat_template";
 
+/// The role of the model.
+const ASSISTANT: &str = "assistant";
+
 /// The keys of `tokenizer_config.json` whose tokens a template can use by the same name.
 const TOKEN_KEYS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// A message of a chat.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Message {
+    /// Who wrote it: `system`, `user`, `assistant`, or another role that the template knows.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+impl Message {
+    /// A message.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+
+    fn value(&self) -> Value {
+        Value::from_pairs([("role", self.role.as_str()), ("content", self.content.as_str())])
+    }
+}
 
 /// A parsed chat template.
 ///
@@ -129,9 +155,16 @@ impl ChatTemplate {
     /// # Errors
     /// An error that the template raises, for example if it does not support system messages, or a limit that it exceeds.
     pub fn render(&self, system: Option<&str>, user: &str) -> Result<String> {
-        let turn = |(role, content): (&str, &str)| Value::from_pairs([("role", role), ("content", content)]);
-        let turns = [system.map(|text| ("system", text)), Some(("user", user))];
-        let messages: Value = turns.into_iter().flatten().map(turn).collect();
+        let chat = [system.map(|text| Message::new("system", text)), Some(Message::new("user", user))];
+        self.render_chat(&chat.into_iter().flatten().collect::<Vec<_>>())
+    }
+
+    /// Renders a chat, followed by the prompt for the model's answer.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_chat(&self, chat: &[Message]) -> Result<String> {
+        let messages: Value = chat.iter().map(Message::value).collect();
         self.render_with([("messages", messages)])
     }
 
@@ -141,6 +174,72 @@ impl ChatTemplate {
     /// # Errors
     /// A message without a role, or an error that the template raises.
     pub fn render_record(&self, record: &[u8]) -> Result<String> {
+        self.render_part(&Record::parse(record)?, usize::MAX, false)
+    }
+
+    /// As [`ChatTemplate::render_record`], with the byte ranges of what the assistant wrote, with the text that ends its
+    /// turns. They are found by rendering the chat up to each turn of the assistant: a turn is what follows the prompt for
+    /// it.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render_record`], and [`Error::Invalid`] for a template that writes a message in another way if
+    /// others follow.
+    pub fn render_turns(&self, record: &[u8]) -> Result<(String, Vec<Range<usize>>)> {
+        let record = Record::parse(record)?;
+        let text = self.render_part(&record, usize::MAX, false)?;
+        let mut turns = Vec::new();
+        for (at, message) in record.messages.iter().enumerate() {
+            if message.get_attr("role").ok().as_ref().and_then(Value::as_str) != Some(ASSISTANT) {
+                continue;
+            }
+            let before = self.render_part(&record, at, true)?;
+            if !text.starts_with(&before) {
+                return Err(Error::Invalid(format!(
+                    "the chat template writes the messages before message {} in another way if others follow, so that what \
+                     the assistant wrote cannot be marked",
+                    at + 1
+                )));
+            }
+            let after = self.render_part(&record, at + 1, false)?;
+            let common = text.chars().zip(after.chars()).take_while(|(a, b)| a == b);
+            let end: usize = common.map(|(c, _)| c.len_utf8()).sum();
+            if end > before.len() {
+                turns.push(before.len()..end);
+            }
+        }
+        Ok((text, turns))
+    }
+
+    /// The first `count` messages of a chat, with the prompt for an answer or without.
+    fn render_part(&self, record: &Record, count: usize, prompt: bool) -> Result<String> {
+        let messages = record.messages.iter().take(count).cloned().collect::<Value>();
+        let chat = [
+            ("messages", messages),
+            ("tools", record.tools.clone()),
+            ("add_generation_prompt", Value::from(prompt)),
+        ];
+        self.render_with(chat)
+    }
+
+    /// Renders the template with these variables, which take precedence over all others.
+    fn render_with<const N: usize>(&self, chat: [(&str, Value); N]) -> Result<String> {
+        let mut variables = self.variables.clone();
+        variables.extend(chat.map(|(name, value)| (name.to_owned(), value)));
+        let environment = self.environment.clone();
+        let render = move || environment.get_template(TEMPLATE_NAME)?.render(Value::from_pairs(variables));
+        limits::timed(render).map_err(|e| invalid(&e))
+    }
+}
+
+/// A chat in a record.
+struct Record {
+    messages: Vec<Value>,
+    tools: Value,
+}
+
+impl Record {
+    /// Reads the messages of a JSON object, each with a role, and its tools.
+    fn parse(record: &[u8]) -> Result<Self> {
         let invalid = || Error::Invalid("\"messages\" is not a list of messages with a role each".into());
         // Not by way of serde_json's values, which lose the order of keys.
         let mut record: BTreeMap<String, Value> = serde_json::from_slice(record).map_err(|_| invalid())?;
@@ -152,17 +251,8 @@ impl ChatTemplate {
             return Err(invalid());
         }
         let tools = record.remove("tools").unwrap_or(Value::from(()));
-        let prompt = Value::from(false);
-        self.render_with([("messages", messages), ("tools", tools), ("add_generation_prompt", prompt)])
-    }
-
-    /// Renders the template with these variables, which take precedence over all others.
-    fn render_with<const N: usize>(&self, chat: [(&str, Value); N]) -> Result<String> {
-        let mut variables = self.variables.clone();
-        variables.extend(chat.map(|(name, value)| (name.to_owned(), value)));
-        let environment = self.environment.clone();
-        let render = move || environment.get_template(TEMPLATE_NAME)?.render(Value::from_pairs(variables));
-        limits::timed(render).map_err(|e| invalid(&e))
+        let messages = messages.try_iter().map_err(|_| invalid())?.collect();
+        Ok(Self { messages, tools })
     }
 }
 
@@ -201,6 +291,29 @@ mod tests {
         files = BTreeMap::from([(TOKENIZER_CONFIG.to_owned(), b"{\"chat_template\": 3}".to_vec())]);
         let error = ChatTemplate::find(&files).unwrap_err().to_string();
         assert!(error.starts_with("tokenizer_config.json: chat_template"), "{error}");
+    }
+
+    #[test]
+    fn the_turns_of_the_assistant_are_marked() {
+        let template = |text: &str| ChatTemplate::new(text.to_owned(), BTreeMap::new()).unwrap();
+        let record = r#"{"messages": [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "A"},
+            {"role": "user", "content": "B"}, {"role": "assistant", "content": "Cé"}]}"#;
+        let text = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}\
+                    {% if add_generation_prompt %}<assistant>{% endif %}";
+        let (rendered, turns) = template(text).render_turns(record.as_bytes()).unwrap();
+        assert_eq!(rendered, "<user>é?</><assistant>A</><user>B</><assistant>Cé</>");
+        let marked: Vec<_> = turns.into_iter().map(|turn| &rendered[turn]).collect();
+        assert_eq!(marked, ["A</>", "Cé</>"]);
+        // A template that writes the end of the text after the last message alone.
+        let (rendered, turns) =
+            template(&format!("{text}{{% if not add_generation_prompt %}}!{{% endif %}}"))
+                .render_turns(record.as_bytes())
+                .unwrap();
+        assert_eq!(turns.into_iter().map(|turn| &rendered[turn]).collect::<Vec<_>>(), ["A</>", "Cé</>!"]);
+        let error =
+            template("{{ messages|length }}{{ messages[0].content }}").render_turns(record.as_bytes());
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("the messages before message 2"), "{error}");
     }
 
     #[test]

@@ -221,28 +221,46 @@ impl Tokenizer {
         self.ids(text, false)
     }
 
+    /// As [`Tokenizer::encode_written`], with the byte in the text at which each token begins.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>> {
+        if self.raw {
+            return Ok(text.bytes().map(u32::from).zip(0..).collect());
+        }
+        let encoding = catch_panic(|| self.encoding(text, false, OffsetType::Byte))
+            .map_err(|panic| Error::Invalid(format!("tokenizer: {panic}")))?
+            .map_err(invalid)?;
+        let starts = encoding.get_offsets().iter().map(|(start, _)| *start);
+        Ok(encoding.get_ids().iter().copied().zip(starts).collect())
+    }
+
     fn ids(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         if self.raw {
             return Ok(text.bytes().map(u32::from).collect());
         }
         // A damaged file may cause a panic for some texts only.
-        let encoding = catch_panic(|| self.encoding(text, add_special))
+        let encoding = catch_panic(|| self.encoding(text, add_special, OffsetType::None))
             .map_err(|panic| Error::Invalid(format!("tokenizer: {panic}")))?;
         Ok(encoding.map_err(invalid)?.get_ids().to_vec())
     }
 
-    fn encoding(&self, text: &str, add_special: bool) -> tokenizers::Result<Encoding> {
+    fn encoding(&self, text: &str, add_special: bool, offsets: OffsetType) -> tokenizers::Result<Encoding> {
         if let Some(normalizer) = self.inner.get_normalizer().filter(|_| self.can_grow) {
             growth::check(normalizer, text)?;
         }
         let (Some(scores), ModelWrapper::BPE(model)) = (&self.scores, self.inner.get_model()) else {
-            return self.inner.encode_fast(text, add_special);
+            return match offsets {
+                OffsetType::None => self.inner.encode_fast(text, add_special),
+                _ => self.inner.encode(text, add_special),
+            };
         };
         // The steps of `encode_fast` with another order of merges.
         let added = self.inner.get_added_vocabulary();
         let mut parts = added.extract_and_normalize(self.inner.get_normalizer(), text);
         parts.tokenize(|part| Ok(scores.tokenize(model, part.get())))?;
-        self.inner.post_process(parts.into_encoding(None, 0, OffsetType::None)?, None, add_special)
+        self.inner.post_process(parts.into_encoding(None, 0, offsets)?, None, add_special)
     }
 
     /// The ids of a document: those of its text, followed by the end-of-text token if the vocabulary has one. An empty text

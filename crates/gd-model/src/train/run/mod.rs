@@ -29,15 +29,15 @@ use super::log::{Event, Logger, Meter};
 use super::parallel::Group;
 use super::state::State;
 use super::step::Step;
-use super::trainer::Trainer;
-use crate::config::Recipe;
+use super::trainer::{Inherited, Trainer};
+use crate::config::{ModelConfig, Recipe};
 use crate::error::{Error, Result, RunInput};
 use crate::eval::Evaluation;
 use crate::infer::generate::{check_prompt, sample};
 use crate::io::checkpoint::{self, FolderWriter, Store, StoredCheckpoint, System, load_json, load_tensors};
 use crate::io::files::write_file;
 use crate::io::tokenizer::Tokenizer;
-use crate::model::pretrained::{generation_defaults, python_files};
+use crate::model::pretrained::{copied_files, generation_defaults, python_files};
 
 /// The file of a run or checkpoint with the resolved configuration.
 pub const RECIPE: &str = "recipe.json";
@@ -56,6 +56,9 @@ pub struct About {
     pub name: String,
     /// Text files and folders, or a folder of prepared data; empty for the sample text.
     pub data: Vec<PathBuf>,
+    /// The model that the training started with, if it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<PathBuf>,
     /// The seed of the parameters and of the order of the data.
     pub seed: u64,
 }
@@ -136,6 +139,27 @@ impl Saved {
             record,
             lock,
         })
+    }
+
+    /// What the model of the run has taken over from the one that its training started with.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read.
+    pub fn inherited(&self) -> Result<Inherited> {
+        let folder = &self.checkpoint.folder;
+        let generation = load_json(&folder.join(checkpoint::GENERATION))?;
+        Ok(Inherited { generation, files: copied_files(folder)? })
+    }
+
+    /// The configuration of the model in the checkpoint. Unlike that of the recipe, it tells whether the model is one of
+    /// another family.
+    ///
+    /// # Errors
+    /// Names the file and every key or value that does not fit.
+    pub fn model(&self) -> Result<ModelConfig> {
+        let path = self.checkpoint.folder.join(checkpoint::CONFIG);
+        let named = |problems| Error::Config { source_name: path.display().to_string(), problems };
+        ModelConfig::from_json(load_json(&path)?).map_err(named)
     }
 
     /// The steps of newer checkpoints, and why they cannot be used.
@@ -438,14 +462,14 @@ impl Run {
     }
 }
 
-/// Writes the files of the model into a checkpoint folder, with those that it inherits from its teacher.
+/// Writes the files of the model into a checkpoint folder, with those that it inherits.
 fn write_model(folder: &mut FolderWriter, trainer: &Trainer, tokenizer: &Tokenizer) -> Result<()> {
     let config = trainer.model.config();
     folder.json(checkpoint::CONFIG, &config.to_json()?)?;
-    match trainer.teacher() {
-        Some(teacher) => {
-            folder.json(checkpoint::GENERATION, &teacher.generation)?;
-            teacher.files.iter().try_for_each(|(name, content)| folder.file(name, content))?;
+    match trainer.inherited() {
+        Some(inherited) => {
+            folder.json(checkpoint::GENERATION, &inherited.generation)?;
+            inherited.files.iter().try_for_each(|(name, content)| folder.file(name, content))?;
         }
         None => folder.json(checkpoint::GENERATION, &generation_defaults())?,
     }

@@ -27,8 +27,10 @@ impl Trainer {
         }
         let mut selections = None;
         let size = (train.context, train.batch);
-        let result = observe(&self.frozen, &tokens, tokens.len(), size, &self.device, |records| {
-            selections.get_or_insert_with(|| records.iter().flat_map(|r| r.picks.iter().copied()).collect());
+        let result = observe(&self.frozen, &tokens, tokens.len(), size, &self.device, |observed| {
+            let picks = || observed.stats.iter().flat_map(|r| r.picks.iter().copied()).collect();
+            selections.get_or_insert_with(picks);
+            Ok(())
         })?;
         let averaged = self.ema.as_ref().map(|ema| {
             evaluate(ema.model(), &tokens, tokens.len(), train.context, train.batch, &self.device)

@@ -19,6 +19,7 @@ use std::time::Instant;
 use candle_core::{Device, Tensor};
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use self::in_flight::InFlight;
 use super::calibrate::calibrate_thresholds;
@@ -36,6 +37,15 @@ use crate::model::Transformer;
 use crate::model::params::Params;
 use crate::model::pretrained::Parts;
 use crate::model::swap::remove_scores;
+
+/// What a model takes over from the one that its training starts with, besides the parameters.
+#[derive(Debug, Clone)]
+pub struct Inherited {
+    /// The sampling defaults: the content of `generation_config.json`.
+    pub generation: Value,
+    /// Further files by name, such as the chat template.
+    pub files: BTreeMap<String, Vec<u8>>,
+}
 
 /// The part of the training state that belongs to no component.
 #[derive(Serialize, Deserialize)]
@@ -59,6 +69,7 @@ pub struct Trainer {
     guard: Guard,
     churn: Churn,
     teacher: Option<Teacher>,
+    inherited: Option<Inherited>,
     batches: Batches,
     corpus: Corpus,
     device: Device,
@@ -112,6 +123,35 @@ impl Trainer {
         Ok(trainer)
     }
 
+    /// The model `source`, trained on. Its configuration is that of `recipe`.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`]; a model that lacks a tensor, or has one of another shape.
+    pub fn finetune(
+        recipe: Recipe,
+        corpus: Corpus,
+        seed: u64,
+        source: Parts,
+        device: &Device,
+    ) -> Result<Self> {
+        source.require_complete()?;
+        let inherited = Inherited { generation: source.generation, files: source.files };
+        let params = Params::stored(source.tensors, None, recipe.train.precision(device).dtype(), device);
+        let mut trainer = Self::start(recipe, corpus, seed, params, device)?;
+        trainer.inherited = Some(inherited);
+        Ok(trainer)
+    }
+
+    /// Sets what the model takes over from the one that its training started with, before a run is resumed.
+    pub fn inherit(&mut self, inherited: Inherited) {
+        self.inherited = Some(inherited);
+    }
+
+    /// What the model takes over from its teacher, or from the model that its training started with.
+    pub fn inherited(&self) -> Option<&Inherited> {
+        self.teacher.as_ref().map(Teacher::inherited).or(self.inherited.as_ref())
+    }
+
     fn start(mut recipe: Recipe, corpus: Corpus, seed: u64, params: Params, device: &Device) -> Result<Self> {
         corpus.check(recipe.train.context)?;
         // A precision that the device decided is written into the recipe, so that a resumed run has it on any device.
@@ -143,6 +183,7 @@ impl Trainer {
             guard,
             churn: Churn::default(),
             teacher: None,
+            inherited: None,
             batches,
             corpus,
             device: device.clone(),

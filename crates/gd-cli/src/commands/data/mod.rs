@@ -1,5 +1,7 @@
 //! `gd data`: tokenizes text into shards for training, and describes a folder of such data.
 
+mod turns;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -66,13 +68,20 @@ pub struct PrepareArgs {
     pub valid_fraction: f64,
 }
 
-/// Verify prepared data and describe it
+/// Verify prepared data and describe it, or show what a training learns of chats
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  gd data inspect data/books --json")]
+#[command(
+    after_help = "With --model, the file has JSON records with `messages`, and the first of them are shown as the template \
+                  of the model writes them. What `gd train --from MODEL` learns, the turns of the assistant, is in [[ ]].\n\n\
+                  Examples:\n  gd data inspect data/books --json\n  gd data inspect chats.jsonl --model out/book"
+)]
 pub struct InspectArgs {
-    /// Folder of prepared data
-    #[arg(value_name = "DIR")]
+    /// Folder of prepared data, or a file of chats
+    #[arg(value_name = "DIR|FILE")]
     pub folder: PathBuf,
+    /// Model whose template writes the chats
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
 }
 
 /// The value of `--tokenizer`.
@@ -107,7 +116,10 @@ impl FromStr for TokenizerSource {
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     match args.command {
         Command::Prepare(args) => run_prepare(&args, ctx),
-        Command::Inspect(args) => print_index(&args.folder, &Prepared::open(&args.folder)?.index, None, ctx),
+        Command::Inspect(InspectArgs { folder, model: None }) => {
+            print_index(&folder, &Prepared::open(&folder)?.index, None, ctx)
+        }
+        Command::Inspect(InspectArgs { folder, model: Some(model) }) => turns::print(&folder, &model, ctx),
     }
 }
 

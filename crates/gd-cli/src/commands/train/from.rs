@@ -1,0 +1,61 @@
+//! `gd train --from`: the inputs of a run that goes on from a model.
+
+use std::path::Path;
+
+use anyhow::Result;
+use gd_model::config::{FINETUNE, Recipe, Setting};
+use gd_model::io::chat_template::ChatTemplate;
+use gd_model::model::pretrained::{self, Parts};
+use gd_model::train::parallel::Group;
+use serde_json::json;
+
+use super::{Args, NewRun, check_stdin};
+use crate::context::{Context, usage};
+use crate::data_source::check_tokens;
+use crate::training::{Chats, load_corpus_for, load_recipe};
+
+/// The maximal context of a training whose configuration states none.
+const MAX_CONTEXT: usize = 512;
+
+/// Reads the model, the configuration and the data of a run, and checks them.
+pub(super) fn read_inputs(group: &Group, args: &Args, model: &Path, ctx: &Context) -> Result<NewRun> {
+    let source = pretrained::read(model, &ctx.device)?;
+    let mut recipe = recipe(args, &source)?;
+    recipe.train.save_every = args.save_every.or(recipe.train.save_every);
+    args.documents.apply(&mut recipe.train.documents);
+    group.check(recipe.train.batch)?;
+    check_stdin(group, &args.data)?;
+    let name = model.file_stem().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+    let out = args.out.clone().unwrap_or_else(|| Path::new("out").join(format!("{name}-tuned")));
+    let chats = Chats { template: ChatTemplate::find(&source.files)?, marks_turns: true };
+    let data = load_corpus_for(&args.data, &recipe, &source.tokenizer, chats)?;
+    for tokens in [&data.corpus.train, &data.corpus.valid] {
+        check_tokens(tokens, &source.tokenizer, &recipe.model)?;
+    }
+    Ok(NewRun { recipe, name, out, data, vocabulary: None, source: Some(source) })
+}
+
+/// The preset of such trainings with the configuration of the model, under the flags.
+fn recipe(args: &Args, source: &Parts) -> Result<Recipe> {
+    let mut model = source.config.clone();
+    // The training is in f32 for every stored data type.
+    model.dtype = "float32".into();
+    let mut origin = model.origin.take();
+    if let Some(origin) = &mut origin {
+        let name = if origin.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
+        origin[name] = json!(model.dtype);
+    }
+    let mut settings = vec![Setting::new("model", serde_json::to_value(&model)?)];
+    if args.config.is_empty() {
+        let context = model.max_position_embeddings.min(MAX_CONTEXT);
+        settings.push(Setting::new("train.context", context));
+    }
+    settings.extend(args.set.iter().cloned());
+    let configs = [&[FINETUNE.0.to_owned()], args.config.as_slice()].concat();
+    let mut recipe = load_recipe(&configs, &settings, args.steps)?;
+    if recipe.train.uptrain.is_some() {
+        return Err(usage("train.uptrain: use `gd convert --uptrain` to start a run that distills a model"));
+    }
+    recipe.model.origin = origin;
+    Ok(recipe)
+}

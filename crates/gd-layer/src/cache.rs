@@ -205,7 +205,7 @@ impl LayerCache {
     /// Whether all of the cache belongs to single positions, so that it can be shortened. The last inputs of a convolution,
     /// running averages and the states of mechanisms belong to all positions together.
     pub fn is_positional(&self) -> bool {
-        self.conv.is_none() && self.average.is_none() && self.state.is_none()
+        self.conv.is_none() && self.average.is_none() && self.state.is_empty()
     }
 
     /// A cache of the first `positions` positions of every sequence, in memory of its own.
@@ -233,6 +233,7 @@ impl LayerCache {
         };
         // The next pass derives its data again.
         Ok(Self {
+            lengths: vec![positions; self.lengths.len()],
             keys: first(&self.keys)?,
             values: first(&self.values)?,
             prior: first(&self.prior)?,

@@ -310,7 +310,7 @@ fn continuations_have_seeds_tokens_and_log_probabilities() -> Result<()> {
     let (token, logprob) =
         (first["token"].as_u64().context("a token")?, first["logprob"].as_f64().context("a number")?);
     ensure!(greedy[0]["token_ids"][0] == token && first["top"][0]["token"] == token, "{first}");
-    ensure!(!((last[token as usize] - logprob).abs() > 1e-4), "{first} {}", last[token as usize]);
+    ensure!((last[token as usize] - logprob).abs() <= 1e-4, "{first} {}", last[token as usize]);
     ensure!(first["top"].as_array().is_some_and(|top| top.len() == 2), "{first}");
     let (code, _, err) = gd(dir, &["generate", "model", "--prompt", "a", "--logprobs", "2"])?;
     ensure!(code == 2 && err.contains("--json"), "{code} {err}");
@@ -336,7 +336,7 @@ fn the_losses_of_all_tokens_are_written() -> Result<()> {
     ensure!(result["tokens"] == lines.len() && lines.len() == 20, "{} {result}", lines.len());
     let sum: f64 = lines.iter().filter_map(|line| line["loss"].as_f64()).sum();
     let loss = result["loss"].as_f64().context("a loss")?;
-    ensure!(!((sum / 20.0 - loss).abs() > 1e-6), "{} {loss}", sum / 20.0);
+    ensure!((sum / 20.0 - loss).abs() <= 1e-6, "{} {loss}", sum / 20.0);
     let words: String = lines.iter().filter_map(|line| line["text"].as_str()).collect();
     ensure!(words == "t was the bestall me", "{words}");
     ensure!(

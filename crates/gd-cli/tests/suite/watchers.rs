@@ -258,7 +258,7 @@ fn an_error_inside_a_training_saves_the_last_step_first() -> Result<()> {
     let (tokenizer, path) = (Tokenizer::bytes()?, folder.path().join("run"));
     let texts = Texts::split(&[fs::read_to_string(folder.path().join("text.txt"))?], 0.1)?;
     let trainer = Trainer::new(recipe, Corpus::encode(&texts, &tokenizer)?, 1, &Device::Cpu)?;
-    let about = About { name: "small".into(), data: Vec::new(), seed: 1 };
+    let about = About { name: "small".into(), data: Vec::new(), seed: 1, from: None };
     let mut run = Run::create(&path, trainer, tokenizer, about)?;
     let failed = run.train(None, &AtomicBool::new(false), |step, _| match step.step {
         3 => Err(gd_model::Error::Invalid("the watcher failed".into())),

@@ -108,7 +108,7 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
 /// # Errors
 /// Names the file and the reason.
 pub fn read(path: &Path, device: &Device) -> Result<Parts> {
-    let path = &located(path);
+    let path: &Path = &located(path);
     if gguf::is_at(path) {
         return read_gguf(path, device);
     }

@@ -200,10 +200,7 @@ fn log_probabilities_are_those_of_the_forward_pass() -> Result<()> {
             assert_eq!(reported.len(), all.len() - 1, "{name}");
             for (at, one) in reported.into_iter().enumerate() {
                 let expected = TokenLogprobs::new(&rows[at], all[at + 1], 3);
-                assert!(
-                    !((one.logprob - expected.logprob).abs() > 1e-4),
-                    "{name}, {at}: {one:?} {expected:?}"
-                );
+                assert!((one.logprob - expected.logprob).abs() <= 1e-4, "{name}, {at}: {one:?} {expected:?}");
                 assert_eq!((one.token, one.top.len()), (all[at + 1], 3), "{name}, {at}");
             }
         }
@@ -230,7 +227,7 @@ fn sources_name_a_position_before_the_token_for_every_selecting_head() -> Result
             for (head, source) in token.sources.iter().enumerate() {
                 assert_eq!((source.layer, source.head), (1, head));
                 assert!(source.position.is_none_or(|position| position < prompt(seed).len() + at));
-                assert!(!(source.margin < 0.0), "{source:?}");
+                assert!(source.margin >= 0.0, "{source:?}");
             }
         }
         let mut alone = BatchEngine::new(&model, &CPU, limits)?;
@@ -257,7 +254,7 @@ fn a_sequence_that_fails_or_is_cancelled_does_not_affect_the_others() -> Result<
     for seed in 2..6 {
         engine.submit(Request::new(prompt(seed), 10, greedy()))?;
     }
-    let (mut all, mut failed): (BTreeMap<u64, Vec<u32>>, Vec<(u64, String)>) = Default::default();
+    let (mut all, mut failed) = (BTreeMap::<u64, Vec<u32>>::new(), Vec::<(u64, String)>::new());
     while !engine.is_idle() {
         engine.step(|id, event| {
             match event {

@@ -179,7 +179,7 @@ fn many_clients_get_the_answers_that_each_gets_alone() -> Result<()> {
         let prompt: String =
             (0..3 + client % 23).map(|at| char::from(b'a' + ((client * 7 + at * 3) % 26) as u8)).collect();
         let tokens = 4 + client * 5 % 29;
-        json!({ "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": client % 2 == 0 })
+        json!({ "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": client.is_multiple_of(2) })
     };
     let ask = |client: usize| -> Result<String> {
         let body = body(client);

@@ -53,10 +53,10 @@ mod tests {
         let logits = [1.0, 3.0, -2.0, 3.0, 0.5];
         let all = TokenLogprobs::new(&logits, 2, 9);
         let total: f64 = all.top.iter().map(|(_, p)| p.exp()).sum();
-        assert!(!((total - 1.0).abs() > 1e-12), "{total}");
+        assert!((total - 1.0).abs() <= 1e-12, "{total}");
         assert_eq!(all.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 3, 0, 4, 2]);
         assert_eq!(all.logprob, all.top[4].1);
-        assert!(!((all.top[0].1 - all.top[2].1 - 2.0).abs() > 1e-12), "{all:?}");
+        assert!((all.top[0].1 - all.top[2].1 - 2.0).abs() <= 1e-12, "{all:?}");
         assert_eq!(TokenLogprobs::new(&logits, 1, 2).top, all.top[..2]);
         assert_eq!(TokenLogprobs::new(&logits, 1, 0).top, []);
         assert_eq!(TokenLogprobs::new(&logits, 5, 0).logprob, f64::NEG_INFINITY);

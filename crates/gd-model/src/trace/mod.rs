@@ -81,7 +81,7 @@ pub struct Verified {
 /// block of records in memory at a time.
 ///
 /// # Errors
-/// [`Error::Damaged`] with the first check that fails.
+/// [`crate::Error::Damaged`] with the first check that fails.
 pub fn verify(trace: &Trace, expected_head: Option<Hash>, signer: Option<Hash>) -> Result<Verified> {
     let damaged = |reason: String| Err(trace.damaged(reason));
     let (mut chain, mut selections, mut abstained) = (Chain::new(trace.header_bytes()), 0, 0);

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::program::{error, gd, json, succeeded};
 
-const SMALL: &str = "task induction --mechanisms gd,beacon --steps 1 --longest 64 --set train.context=256";
+const SMALL: &str = "task induction --mechanisms gd,beacon --steps 2 --longest 64 --set train.context=256";
 
 #[test]
 fn a_repeated_command_continues_with_the_runs_that_are_missing() -> Result<()> {

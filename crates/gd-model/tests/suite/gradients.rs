@@ -169,7 +169,9 @@ fn every_parameter_of_every_preset_and_mechanism() {
         // The gradient of a hard choice is that of its softmax, which the tests of the layer check.
         for v in variants().iter().filter(|v| v.applies(&base) && v.name != "hard") {
             let (count, faults) = Probe::new(&v.config(&base).unwrap(), 0.0, None).faults();
-            assert!(count >= 46 && faults.is_empty(), "{preset}, {}: {faults:#?}", v.name);
+            // A model whose heads read nothing has no queries and keys.
+            let least = if v.name == "beacon" { 30 } else { 46 };
+            assert!(count >= least && faults.is_empty(), "{preset}, {}: {faults:#?}", v.name);
         }
     }
 }

@@ -167,7 +167,8 @@ fn configurations() -> Vec<(String, ModelConfig)> {
         (base.hidden_size, base.intermediate_size, base.head_dim) = (32, 48, 8);
         (base.num_attention_heads, base.num_key_value_heads) = (4, 4);
         base.gd.mechanism.truncate(1);
-        for variant in variants().iter().filter(|v| v.applies(&base)) {
+        // Native sparse attention refuses packed rows: it divides a row into blocks from its start.
+        for variant in variants().iter().filter(|v| v.applies(&base) && v.name != "nsa") {
             for kv in [4, 2] {
                 let config = ModelConfig { num_key_value_heads: kv, ..variant.config(&base).unwrap() };
                 all.push((format!("{preset}, {}, {kv} key-value heads", variant.name), config));

@@ -135,7 +135,7 @@ pub(super) fn model_cases() -> Vec<Case> {
 
 pub(super) fn other_cases() -> Vec<Case> {
     vec![
-        compare("--mechanisms softmax,linear", 2, &["--mechanisms", "linear", "softmax+beacon", "gd-bare"]),
+        compare("--mechanisms softmax,blending", 2, &["--mechanisms", "blending", "softmax+beacon", "gd-bare"]),
         compare("--mechanisms gd,gd", 2, &["--mechanisms", "gd twice"]),
         compare(
             "--mechanisms softmax+beacon --config {dir}/no_beacon.json",
@@ -149,7 +149,7 @@ pub(super) fn other_cases() -> Vec<Case> {
         case("compare --data {dir}/nowhere.txt", 1, &["nowhere.txt"]),
         case("compare --data {dir}/short.txt --config {dir}/small.json", 1, &["18 tokens"]),
         case("compare --memory 0", 2, &["--memory", "0"]),
-        case("compare --memory 16 --mechanisms linear", 2, &["linear"]),
+        case("compare --memory 16 --mechanisms blending", 2, &["blending"]),
         case(
             "compare --memory 16,32 --mechanisms softmax+beacon --config {dir}/no_beacon.json",
             1,

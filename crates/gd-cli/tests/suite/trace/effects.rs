@@ -140,7 +140,7 @@ fn the_program_records_shows_and_verifies() -> Result<()> {
         dir,
         "trace m --file text.txt --max-tokens 10 --seed 3 --out t.trace --html t.html --key key.pem --json",
     )?;
-    let plain = json(dir, "generate m --prompts text.txt --max-tokens 10 --seed 3 --json")?;
+    let plain = json(dir, "generate m --prompts text.txt --max-tokens 10 --seed 3 --top-p 1 --json")?;
     let text = made["text"].as_str().context("text")?;
     let whole = format!("{PROMPT}{}", plain["text"].as_str().context("text")?);
     // An incomplete character has no text.

@@ -23,7 +23,7 @@ use serde_json::Value;
 
 pub use self::folder::check_folder;
 
-use self::folder::{lock, prepare_folder};
+use self::folder::{is_locked_before, lock, prepare_folder};
 use self::inputs::{check_recipe, parse, pretty, recipe_hash, require_same, teacher_hash};
 use super::log::{Event, Logger, Meter};
 use super::parallel::Group;
@@ -117,10 +117,16 @@ impl Saved {
         if !folder.is_dir() {
             return Err(Error::Missing { path: folder.into(), what: "folder of a run" });
         }
+        let newest = || {
+            let empty = Error::Empty { path: folder.into(), reason: "there is no checkpoint" };
+            Store::new(folder, System).newest()?.ok_or(empty)
+        };
+        if !is_locked_before(folder) {
+            // A folder that never held a run stays as it is.
+            newest()?;
+        }
         let lock = if group.leads() { Some(lock(folder)?) } else { None };
-        let checkpoint = Store::new(folder, System).newest()?;
-        let checkpoint =
-            checkpoint.ok_or(Error::Empty { path: folder.into(), reason: "there is no checkpoint" })?;
+        let checkpoint = newest()?;
         let path = checkpoint.folder.join(RECORD);
         let record: Record = parse(&path, load_json(&path)?)?;
         if record.version != VERSION {
@@ -253,6 +259,10 @@ impl Run {
         if trainer.group().leads() {
             store.clean()?;
             let log = log.insert(open_log(&folder, checkpoint.step, &trainer, &record.about)?);
+            if checkpoint.step == 0 {
+                // A log that starts again has lost the event of its first checkpoint.
+                log.checkpoint(0);
+            }
             for (step, reason) in checkpoint.damaged {
                 let aside = store.set_aside(step)?;
                 tracing::warn!(

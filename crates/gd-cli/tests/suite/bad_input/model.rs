@@ -135,7 +135,11 @@ pub(super) fn model_cases() -> Vec<Case> {
 
 pub(super) fn other_cases() -> Vec<Case> {
     vec![
-        compare("--mechanisms softmax,blending", 2, &["--mechanisms", "blending", "softmax+beacon", "gd-bare"]),
+        compare(
+            "--mechanisms softmax,blending",
+            2,
+            &["--mechanisms", "blending", "softmax+beacon", "gd-bare"],
+        ),
         compare("--mechanisms gd,gd", 2, &["--mechanisms", "gd twice"]),
         compare(
             "--mechanisms softmax+beacon --config {dir}/no_beacon.json",

@@ -292,7 +292,7 @@ fn the_hybrid_among_the_examples_trains_resumes_and_generates() -> Result<()> {
     let dir = dir.path();
     fs::write(dir.join("text.txt"), SAMPLE.chars().take(4_000).collect::<String>())?;
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/hybrid.json");
-    fs::copy(example, dir.join("hybrid.json"))?;
+    fs::write(dir.join("hybrid.json"), fs::read(example)?)?;
     let sizes = "--set train.steps=4 --set train.eval_every=2 --set train.batch=2 --set train.context=80 --set train.lr.warmup=1";
     let start = format!("train --config hybrid.json {sizes} --data text.txt --seed 3 --json --out");
     let whole = parsed(&program::gd(dir, &format!("{start} whole"))?)?;

@@ -11,9 +11,16 @@ pub(crate) const SMALL: &str = include_str!("../../../gd-model/tests/fixtures/sm
 /// The text that ships with the repository.
 pub(crate) const SAMPLE: &str = include_str!("../../text/sample.txt");
 
+/// The words of a command line. The path of the repository may contain spaces.
+pub(crate) fn words(args: &str) -> Vec<String> {
+    const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
+    let without_spaces = args.replace(REPOSITORY, "\0");
+    without_spaces.split_whitespace().map(|word| word.replace('\0', REPOSITORY)).collect()
+}
+
 pub(crate) fn command(dir: &Path, args: &str) -> Command {
     let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
-    program.args(args.split_whitespace()).current_dir(dir);
+    program.args(words(args)).current_dir(dir);
     program
 }
 

@@ -229,7 +229,8 @@ fn folder(family: &str) -> Result<tempfile::TempDir> {
     for entry in fs::read_dir(fixture(family))? {
         let entry = entry?;
         if entry.file_name() != "golden.safetensors" {
-            fs::copy(entry.path(), model.join(entry.file_name()))?;
+            // Not a copy, which would be as read-only as the sources may be.
+            fs::write(model.join(entry.file_name()), fs::read(entry.path())?)?;
         }
     }
     fs::write(model.join("tokenizer_config.json"), r#"{"chat_template": "{{ messages }}"}"#)?;

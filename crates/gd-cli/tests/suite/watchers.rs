@@ -86,7 +86,7 @@ fn an_ignored_signal_stays_ignored() -> Result<()> {
     let folder = folder()?;
     let dir = folder.path();
     let program = env!("CARGO_BIN_EXE_gd");
-    let script = format!("trap '' HUP; exec {program} {TRAIN} run --steps 60 --save-every 1");
+    let script = format!("trap '' HUP; exec '{program}' {TRAIN} run --steps 60 --save-every 1");
     let mut training = Command::new("sh")
         .args(["-c", &script])
         .current_dir(dir)

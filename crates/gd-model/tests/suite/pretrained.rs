@@ -78,7 +78,7 @@ impl Model {
     fn folder(&self) -> Result<tempfile::TempDir> {
         let folder = tempfile::tempdir()?;
         fs::write(folder.path().join(CONFIG), self.config.to_string())?;
-        fs::copy(fixture(self.family).join(TOKENIZER), folder.path().join(TOKENIZER))?;
+        fs::write(folder.path().join(TOKENIZER), fs::read(fixture(self.family).join(TOKENIZER))?)?;
         Ok(folder)
     }
 

@@ -1,5 +1,7 @@
 //! Ranks started by MPI, with sums on the CPU.
 
+use std::io::Write as _;
+
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor};
 use mpi::Threading;
 use mpi::environment::Universe;

@@ -13,17 +13,11 @@ import subprocess
 import sys
 import urllib.request
 
+import checks
+from checks import check
 from viewer_browser import Browser, find_chromium
 
 KEY = "check"
-checks = 0
-
-
-def check(condition, *what):
-    global checks
-    checks += 1
-    if not condition:
-        sys.exit(f"check {checks} failed: {' '.join(map(str, what))}")
 
 
 def ask(url, messages):
@@ -102,7 +96,7 @@ def main():
     finally:
         server.terminate()
         server.wait(timeout=60)
-    print(f"{checks} checks of the chat page")
+    print(f"{checks.count} checks of the chat page")
 
 
 if __name__ == "__main__":

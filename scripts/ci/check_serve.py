@@ -15,16 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 
+import checks
+from checks import check
+
 KEY = "check"
 CLIENTS = 16
-checks = 0
-
-
-def check(condition, *what):
-    global checks
-    checks += 1
-    if not condition:
-        sys.exit(f"check {checks} failed: {' '.join(map(str, what))}")
 
 
 def refused(kind, call, **arguments):
@@ -112,7 +107,7 @@ def main():
         server.terminate()
         code = server.wait(timeout=60)
     check(code == 0, "exit code", code)
-    print(f"{checks} checks of gd serve by the openai client {openai.__version__}")
+    print(f"{checks.count} checks of gd serve by the openai client {openai.__version__}")
 
 
 if __name__ == "__main__":

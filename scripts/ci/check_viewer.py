@@ -24,20 +24,14 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import checks
+from checks import check
 from viewer_browser import Browser, find_chromium
 
 EVIL = "</script><img src=x onerror=\"window.evil=1\"><script>window.evil=1</script>"
 WORDS = ["the", " king", " of", " France", ",", " said", " a", " stranger", ".", " He", " could", " not", "\n", "\n\n",
          "\n  ", "\tindent", " ", "", "é", "漢", "字", "🙂", " שלום", EVIL, "—" * 70, " <b>", " &amp;", "x\ny"]
 GENERATED, PROTECTED, REJECTED, LIFTED = 1, 1, 2, 4
-checks = 0
-
-
-def check(condition, *what):
-    global checks
-    checks += 1
-    if not condition:
-        sys.exit(f"check {checks} failed: {' '.join(map(str, what))}")
 
 
 def same(actual, expected, *what):
@@ -522,10 +516,10 @@ def main():
                  "two traces": two_traces, "a broken trace": broken, "a long trace": speed,
                  "widths": lambda browser, build: layouts(browser, build, args.shots)}
         for name, part in parts.items():
-            before = checks
+            before = checks.count
             part(browser, build)
-            print(f"{name}: {checks - before} checks")
-    print(f"viewer: {checks} checks passed")
+            print(f"{name}: {checks.count - before} checks")
+    print(f"viewer: {checks.count} checks passed")
 
 
 if __name__ == "__main__":

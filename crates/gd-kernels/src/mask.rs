@@ -180,6 +180,13 @@ impl Mask {
     }
 }
 
+/// The range from the first to the last key that one of the rows sees, from the visible keys of each.
+pub(crate) fn reach(visible: &[Range<usize>]) -> Range<usize> {
+    let nonempty = visible.iter().filter(|r| !r.is_empty());
+    let (lo, hi) = nonempty.fold((usize::MAX, 0), |(lo, hi), r| (lo.min(r.start), hi.max(r.end)));
+    if lo < hi { lo..hi } else { 0..0 }
+}
+
 /// Fails unless each list rises from 0 to `len`, and there is one list, or one per batch entry.
 pub(crate) fn check_boundaries(packed: &[Vec<usize>], batch: usize, len: usize) -> Result<()> {
     fits("lists of packed boundaries", packed.len(), batch)?;

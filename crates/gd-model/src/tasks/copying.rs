@@ -121,7 +121,7 @@ impl Copying {
     }
 
     fn examples(&self, rows: usize, length: usize, rng: &mut ChaCha8Rng) -> Examples {
-        Examples::of_tokens((0..rows.max(1)).map(|_| self.example(length, rng)))
+        Examples::of_tokens(rows, || self.example(length, rng))
     }
 }
 

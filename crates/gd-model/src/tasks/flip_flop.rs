@@ -45,7 +45,7 @@ fn example(ignore: f64, rng: &mut ChaCha8Rng) -> (Vec<u32>, Vec<u32>) {
 }
 
 fn examples(ignore: f64, rows: usize, rng: &mut ChaCha8Rng) -> Examples {
-    Examples::of_tokens((0..rows.max(1)).map(|_| example(ignore, rng)))
+    Examples::of_tokens(rows, || example(ignore, rng))
 }
 
 impl Task for FlipFlop {

@@ -25,10 +25,6 @@ fn example(length: usize, rng: &mut ChaCha8Rng) -> (Vec<u32>, Vec<u32>) {
     (tokens, answers)
 }
 
-fn examples(rows: usize, length: usize, rng: &mut ChaCha8Rng) -> Examples {
-    Examples::of_tokens((0..rows.max(1)).map(|_| example(length, rng)))
-}
-
 impl Task for InductionHeads {
     fn name(&self) -> &'static str {
         "induction"
@@ -57,7 +53,7 @@ impl Task for InductionHeads {
     }
 
     fn train(&self, tokens: usize, rng: &mut ChaCha8Rng) -> Examples {
-        examples(tokens / TRAIN_LENGTH, TRAIN_LENGTH, rng)
+        Examples::of_tokens(tokens / TRAIN_LENGTH, || example(TRAIN_LENGTH, rng))
     }
 
     fn tests(&self) -> Vec<Test> {
@@ -66,7 +62,7 @@ impl Task for InductionHeads {
     }
 
     fn test(&self, test: &Test, rows: usize, rng: &mut ChaCha8Rng) -> Examples {
-        examples(rows, test.length, rng)
+        Examples::of_tokens(rows, || example(test.length, rng))
     }
 }
 

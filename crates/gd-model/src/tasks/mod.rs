@@ -109,9 +109,9 @@ pub struct Examples {
 }
 
 impl Examples {
-    /// Examples from rows of tokens and answers, all of one length.
-    fn of_tokens(rows: impl IntoIterator<Item = (Vec<u32>, Vec<u32>)>) -> Self {
-        let (tokens, answers): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+    /// At least one and else `rows` examples, whose tokens and answers `example` makes, all of one length.
+    fn of_tokens(rows: usize, mut example: impl FnMut() -> (Vec<u32>, Vec<u32>)) -> Self {
+        let (tokens, answers): (Vec<_>, Vec<_>) = (0..rows.max(1)).map(|_| example()).unzip();
         let (rows, length) = (tokens.len(), tokens.first().map_or(0, Vec::len));
         Self { rows, length, inputs: Inputs::Tokens(tokens.concat()), answers: answers.concat() }
     }

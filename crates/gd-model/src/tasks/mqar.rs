@@ -106,7 +106,7 @@ impl Mqar {
     }
 
     fn examples(&self, rows: usize, pairs: usize, length: usize, rng: &mut ChaCha8Rng) -> Examples {
-        Examples::of_tokens((0..rows.max(1)).map(|_| self.example(pairs, length, rng)))
+        Examples::of_tokens(rows, || self.example(pairs, length, rng))
     }
 }
 

@@ -96,10 +96,6 @@ fn example(length: usize, rng: &mut ChaCha8Rng) -> (Vec<u32>, Vec<u32>) {
     (text.into_iter().map(u32::from).collect(), answers)
 }
 
-fn examples(rows: usize, length: usize, rng: &mut ChaCha8Rng) -> Examples {
-    Examples::of_tokens((0..rows.max(1)).map(|_| example(length, rng)))
-}
-
 impl Task for Needle {
     fn name(&self) -> &'static str {
         "needle"
@@ -128,7 +124,7 @@ impl Task for Needle {
     }
 
     fn train(&self, tokens: usize, rng: &mut ChaCha8Rng) -> Examples {
-        examples(tokens / TRAIN_LENGTH, TRAIN_LENGTH, rng)
+        Examples::of_tokens(tokens / TRAIN_LENGTH, || example(TRAIN_LENGTH, rng))
     }
 
     fn tests(&self) -> Vec<Test> {
@@ -137,7 +133,7 @@ impl Task for Needle {
     }
 
     fn test(&self, test: &Test, rows: usize, rng: &mut ChaCha8Rng) -> Examples {
-        examples(rows, test.length, rng)
+        Examples::of_tokens(rows, || example(test.length, rng))
     }
 }
 

@@ -108,12 +108,12 @@ impl Disk {
     pub(super) fn crash(&self, loss: Loss, rng: &mut ChaCha8Rng, root: &Path) -> Result<()> {
         let mut tree = Tree::new();
         for entry in &self.entries {
-            let kept = match loss {
+            let survives = match loss {
                 Loss::Nothing | Loss::Contents => true,
                 Loss::Everything => entry.synced,
                 Loss::Random => entry.synced || rng.random_bool(0.5),
             };
-            if kept {
+            if survives {
                 change(&mut tree, &entry.operation, entry.file);
             }
         }

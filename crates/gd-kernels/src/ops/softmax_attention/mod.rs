@@ -99,7 +99,8 @@ impl Sizes {
         sink: Option<&Tensor>,
     ) -> Result<Self> {
         let invalid = |what: String| Err(Error::Invalid(format!("softmax attention: {what}")));
-        let ([b, hq, n, d], [bk, hk, m, dk], [bv, hv, mv, dv]) = (dims(q)?, dims(k)?, dims(v)?);
+        let (b, hq, n, d) = q.dims4()?;
+        let ((bk, hk, m, dk), (bv, hv, mv, dv)) = (k.dims4()?, v.dims4()?);
         if (b, d) != (bk, dk) || (bk, hk, m) != (bv, hv, mv) || hk == 0 || hq % hk != 0 {
             return invalid(format!("q {:?}, k {:?} and v {:?} do not fit", q.dims(), k.dims(), v.dims()));
         }
@@ -145,9 +146,4 @@ impl Sizes {
     fn k_row(&self) -> usize {
         self.head_dim + usize::from(self.has_prior)
     }
-}
-
-fn dims(t: &Tensor) -> Result<[usize; 4]> {
-    let (a, b, c, d) = t.dims4()?;
-    Ok([a, b, c, d])
 }

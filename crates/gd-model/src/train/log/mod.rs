@@ -94,12 +94,13 @@ pub struct Logger {
 }
 
 impl Logger {
-    /// Opens the log in the existing folder `run` and removes the lines of later steps than `step`; step 0 removes all
-    /// lines. The files for TensorBoard are written again from the remaining lines. If the log lacks the event of the
-    /// checkpoint of this step, because the program was stopped before it wrote the line, it is added.
-    pub fn open(run: &Path, step: u64, meter: Meter) -> Self {
+    /// Opens the log in the existing folder `run`: that of a new run, or of one that is resumed from the checkpoint of step
+    /// `resumed`. Lines of later steps are removed; step 0 and a new run remove all lines. The files for TensorBoard are
+    /// written again from the remaining lines. If the log lacks the event of the checkpoint, because the program was stopped
+    /// before it wrote the line or because the line was removed, it is added.
+    pub fn open(run: &Path, resumed: Option<u64>, meter: Meter) -> Self {
         let mut log = Self { jsonl: None, tensorboard: None, meter, failure: None };
-        let opened = Jsonl::open(&run.join(FILE), step);
+        let opened = Jsonl::open(&run.join(FILE), resumed.unwrap_or(0));
         log.jsonl = log.watched(opened);
         let created = TensorBoard::create(&run.join(TENSORBOARD), now());
         log.tensorboard = log.watched(created);
@@ -109,10 +110,12 @@ impl Logger {
         };
         let lines = log.watched(lines).unwrap_or_default();
         lines.iter().for_each(|line| log.scalars(line));
-        let is_checkpoint = |line: &Map<String, Value>| {
-            line.get("event") == Some(&"checkpoint".into()) && line.get("step") == Some(&step.into())
+        let is_of = |step: u64| {
+            move |line: &Map<String, Value>| {
+                line.get("event") == Some(&"checkpoint".into()) && line.get("step") == Some(&step.into())
+            }
         };
-        if step > 0 && !lines.iter().any(is_checkpoint) {
+        if let Some(step) = resumed.filter(|&step| !lines.iter().any(is_of(step))) {
             log.checkpoint(step);
         }
         log
@@ -246,12 +249,12 @@ mod tests {
     fn a_reopened_log_is_continued_after_a_step() {
         let dir = tempfile::tempdir().unwrap();
         let sample = Event::Sample { prompt: "a".into(), text: "b".into() };
-        let mut log = Logger::open(dir.path(), 0, Meter::default());
+        let mut log = Logger::open(dir.path(), None, Meter::default());
         for step in 1..=3 {
             log.line(&object(&json!({ "step": step, "loss": 0.5 })).unwrap());
             log.event(step, &sample);
         }
-        let mut log = Logger::open(dir.path(), 2, Meter::default());
+        let mut log = Logger::open(dir.path(), Some(2), Meter::default());
         log.line(&object(&json!({ "step": 3, "loss": 0.25 })).unwrap());
         log.sync();
         assert_eq!(log.failure(), None);
@@ -279,7 +282,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join(FILE)).unwrap();
         std::fs::write(dir.path().join(TENSORBOARD), "a file").unwrap();
-        let mut log = Logger::open(dir.path(), 0, Meter::default());
+        let mut log = Logger::open(dir.path(), None, Meter::default());
         log.start(0, 1, 2);
         log.sync();
         assert!(log.failure().is_some_and(|failure| failure.contains(FILE)), "{:?}", log.failure());

@@ -53,7 +53,7 @@ fn content(folder: &Path) -> Result<Content> {
 pub fn check_folder(folder: &Path) -> Result<()> {
     match content(folder)? {
         // A lock would create its file.
-        Content::Result if is_locked_before(folder) => lock(folder).map(drop)?,
+        Content::Result if folder.join(LOCK).exists() => lock(folder).map(drop)?,
         Content::Result => {}
         Content::Other => checkpoint::check_replaceable(folder)?,
         Content::Missing | Content::Begun => {}
@@ -88,11 +88,6 @@ pub(super) fn prepare_folder(folder: &Path) -> Result<()> {
     fs::create_dir(folder).map_err(|e| Error::write(folder, e))?;
     // The old name must not be lost with the power, nor the new folder.
     sync_entry(folder.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")))
-}
-
-/// Whether a process has locked the folder at some time.
-pub(super) fn is_locked_before(folder: &Path) -> bool {
-    folder.join(LOCK).exists()
 }
 
 /// Locks the folder for this process. The lock ends with the process, however that ends. It is a lock of a file that is open

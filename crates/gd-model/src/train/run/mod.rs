@@ -23,7 +23,7 @@ use serde_json::Value;
 
 pub use self::folder::check_folder;
 
-use self::folder::{is_locked_before, lock, prepare_folder};
+use self::folder::{lock, prepare_folder};
 use self::inputs::{check_recipe, parse, pretty, recipe_hash, require_same, teacher_hash};
 use super::log::{Event, Logger, Meter};
 use super::parallel::Group;
@@ -117,16 +117,14 @@ impl Saved {
         if !folder.is_dir() {
             return Err(Error::Missing { path: folder.into(), what: "folder of a run" });
         }
-        let newest = || {
-            let empty = Error::Empty { path: folder.into(), reason: "there is no checkpoint" };
-            Store::new(folder, System).newest()?.ok_or(empty)
-        };
-        if !is_locked_before(folder) {
-            // A folder that never held a run stays as it is.
-            newest()?;
+        let store = Store::new(folder, System);
+        let empty = || Error::Empty { path: folder.into(), reason: "there is no checkpoint" };
+        if store.steps()?.is_empty() {
+            // Before the lock, whose file would be new in a folder that holds no run.
+            return Err(empty());
         }
         let lock = if group.leads() { Some(lock(folder)?) } else { None };
-        let checkpoint = newest()?;
+        let checkpoint = store.newest()?.ok_or_else(empty)?;
         let path = checkpoint.folder.join(RECORD);
         let record: Record = parse(&path, load_json(&path)?)?;
         if record.version != VERSION {
@@ -215,7 +213,7 @@ impl Run {
             held = Some(lock(folder)?);
             store.clean()?;
             write_file(&folder.join(RECIPE), &pretty(trainer.recipe())?)?;
-            log = Some(open_log(folder, 0, &trainer, &record.about)?);
+            log = Some(open_log(folder, None, &trainer, &record.about)?);
         }
         let folder = folder.to_path_buf();
         let mut run = Self {
@@ -258,11 +256,7 @@ impl Run {
         let mut log = None;
         if trainer.group().leads() {
             store.clean()?;
-            let log = log.insert(open_log(&folder, checkpoint.step, &trainer, &record.about)?);
-            if checkpoint.step == 0 {
-                // A log that starts again has lost the event of its first checkpoint.
-                log.checkpoint(0);
-            }
+            let log = log.insert(open_log(&folder, Some(checkpoint.step), &trainer, &record.about)?);
             for (step, reason) in checkpoint.damaged {
                 let aside = store.set_aside(step)?;
                 tracing::warn!(
@@ -490,10 +484,10 @@ fn write_model(folder: &mut FolderWriter, trainer: &Trainer, tokenizer: &Tokeniz
     folder.tensors(checkpoint::WEIGHTS, &trainer.params.tensors())
 }
 
-fn open_log(folder: &Path, step: u64, trainer: &Trainer, about: &About) -> Result<Logger> {
+fn open_log(folder: &Path, resumed: Option<u64>, trainer: &Trainer, about: &About) -> Result<Logger> {
     let meter = Meter::new(trainer.recipe(), trainer.device(), trainer.group().world())?;
-    let mut log = Logger::open(folder, step, meter);
-    log.start(step, trainer.params.count(), about.seed);
+    let mut log = Logger::open(folder, resumed, meter);
+    log.start(resumed.unwrap_or(0), trainer.params.count(), about.seed);
     Ok(log)
 }
 

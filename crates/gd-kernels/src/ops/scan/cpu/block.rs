@@ -39,13 +39,6 @@ impl<T: Element> Block<'_, T> {
         self.rows.clone().map(|i| self.x.mask.visible(self.b, i, self.problem.keys)).collect()
     }
 
-    /// The range from the first to the last key that is visible to some row.
-    pub(crate) fn reach(visible: &[Range<usize>]) -> Range<usize> {
-        let nonempty = visible.iter().filter(|r| !r.is_empty());
-        let (lo, hi) = nonempty.fold((usize::MAX, 0), |(lo, hi), r| (lo.min(r.start), hi.max(r.end)));
-        if lo < hi { lo..hi } else { 0..0 }
-    }
-
     /// The flat key-value head `b * Hk + h`.
     pub(crate) fn kv_head(&self) -> usize {
         self.b * self.problem.kv_heads + self.h / self.problem.group()

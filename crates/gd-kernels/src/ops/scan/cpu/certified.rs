@@ -18,6 +18,7 @@ use crate::backend::cpu::amx::Tiled;
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::quantize::{KEYS, STEP, quantize};
 use crate::cache::int8_keys::cpu::{Int8Panels, PanelBounds};
+use crate::mask;
 use crate::ops::scan::cpu::block::Block;
 use crate::ops::scan::cpu::bounded_lists::{BoundedLists, capacity};
 use crate::ops::scan::cpu::int8::{Int8Path, Panel, PanelTask, Queries, ROWS, collect};
@@ -178,7 +179,7 @@ impl<T: Element> Certified<'_, '_, '_, T> {
         if let Some(threshold) = self.thresholds(queries, visible) {
             bounded.threshold = threshold;
         }
-        let reach = Block::<T>::reach(visible);
+        let reach = mask::reach(visible);
         let reach = reach.start.max(self.keys.start)..reach.end.min(self.keys.end);
         let mut bits = vec![0; count];
         for p in block.panels(&reach, KEYS) {

@@ -6,6 +6,7 @@ use num_traits::Zero;
 use pulp::{Simd, WithSimd};
 
 use crate::backend::cpu::element::Element;
+use crate::mask;
 use crate::ops::scan::cpu::block::Block;
 use crate::ops::scan::cpu::pack::PackedKeys;
 use crate::ops::scan::cpu::tile;
@@ -65,7 +66,7 @@ impl<T: Element> Dense<'_, T> {
     ) {
         let block = &self.block;
         let (d, width) = (block.problem.head_dim, self.packed.width());
-        let reach = Block::<T>::reach(visible);
+        let reach = mask::reach(visible);
         if reach.is_empty() {
             return;
         }

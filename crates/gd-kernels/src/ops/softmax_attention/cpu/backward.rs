@@ -9,12 +9,13 @@ use num_traits::{One, Zero};
 
 use super::Problem;
 use super::block::{
-    BLOCK_KEYS, BLOCK_ROWS, KeyRange, QueryRows, columns_of_heads, gather, rows_of_heads, union, within,
+    BLOCK_KEYS, BLOCK_ROWS, KeyRange, QueryRows, columns_of_heads, gather, rows_of_heads, within,
 };
 use crate::backend::cpu::element::{Element, Real, sum2};
 use crate::backend::cpu::matrix::{Left, Padded, multiply, padded};
 use crate::backend::cpu::parallel::{par_items, vectorize};
 use crate::backend::cpu::view::View;
+use crate::mask::reach;
 
 /// Query rows that are processed one after the other. Their gradients of a block of keys are summed, and the sums of all
 /// chunks are added in order, so that the result does not depend on the number of threads.
@@ -102,7 +103,7 @@ impl<T: Element> Backward<'_, T> {
         let (rows, d, value_dim) = (queries.len(), sizes.head_dim, sizes.value_dim);
         let (one, scale) = (T::Acc::one(), T::Acc::of(problem.scale));
         let visible = queries.visible(problem);
-        let common = within(&union(&visible), all);
+        let common = within(&reach(&visible), all);
         let adds_sink = all.start == 0 && sizes.has_sink;
         if common.is_empty() && !adds_sink {
             return;

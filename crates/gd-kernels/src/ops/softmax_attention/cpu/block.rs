@@ -148,13 +148,6 @@ impl QueryRows {
     }
 }
 
-/// The keys from the first to the last that one of the rows sees.
-pub(super) fn union(visible: &[Range<usize>]) -> Range<usize> {
-    let ranges = || visible.iter().filter(|range| !range.is_empty());
-    let start = ranges().map(|range| range.start).min().unwrap_or(0);
-    start..ranges().map(|range| range.end).max().unwrap_or(start)
-}
-
 /// The part of `range` in `keys`, counted from the start of `keys`.
 pub(super) fn within(range: &Range<usize>, keys: &Range<usize>) -> Range<usize> {
     let start = range.start.clamp(keys.start, keys.end);

@@ -6,12 +6,13 @@ use num_traits::{Float, One, Zero};
 
 use super::Problem;
 use super::block::{
-    BLOCK_KEYS, BLOCK_ROWS, KeyRange, QueryRows, columns_of_heads, gather, rows_of_heads, union, within,
+    BLOCK_KEYS, BLOCK_ROWS, KeyRange, QueryRows, columns_of_heads, gather, rows_of_heads, within,
 };
 use crate::backend::cpu::element::{Element, Real, maximum, sum1};
 use crate::backend::cpu::matrix::{Left, Padded, multiply, padded};
 use crate::backend::cpu::parallel::{par_items, vectorize};
 use crate::backend::cpu::view::View;
+use crate::mask::reach;
 
 /// The output `[B, Hq, N, Dv]` and the logarithms `[B, Hq, N]`, minus infinity for a query without keys.
 pub(super) fn forward<T: Element>(
@@ -76,7 +77,7 @@ impl<T: Element> Forward<'_, T> {
         }
         let mut sums = vec![zero; rows * value_row];
         let mut scores = vec![zero; rows * BLOCK_KEYS];
-        for keys in blocks(union(&visible)) {
+        for keys in blocks(reach(&visible)) {
             let keys = KeyRange { head, keys };
             keys.products(
                 problem,

@@ -23,7 +23,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
 pub use self::recipe::{
-    Chats, DEFAULT_CONFIG, LoadedCorpus, load_corpus, load_corpus_for, load_recipe, vocabulary_line,
+    Chats, DEFAULT_CONFIG, LoadedCorpus, load_corpus, load_corpus_for, load_recipe, placeholder_corpus,
+    vocabulary_line,
 };
 
 use crate::context::{Context, exit_code, one_line};
@@ -109,11 +110,12 @@ pub fn run_to_end(
     if leads {
         let train = &run.trainer.recipe().train;
         note(format_args!(
-            "{}: {} parameters, {} steps of {} tokens",
+            "{}: {} parameters, {} steps of {} tokens in {}",
             run.about().name,
             run.trainer.params.count(),
             train.steps,
-            train.batch * train.context * train.accumulation
+            train.batch * train.context * train.accumulation,
+            train.precision(run.trainer.device()).name()
         ));
     }
     let stop = stop_on_signal()?;

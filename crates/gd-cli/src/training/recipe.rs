@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use gd_model::config::{Recipe, Setting, TokenizerChoice};
-use gd_model::data::{Corpus, Documents, Prepared, ReadSummary, Texts};
+use gd_model::data::{Corpus, Documents, Prepared, ReadSummary, Texts, Tokens};
 use gd_model::io::chat_template::ChatTemplate;
 use gd_model::io::tokenizer::Tokenizer;
 
@@ -37,6 +37,13 @@ pub struct LoadedCorpus {
     pub tokenizer: Tokenizer,
     /// What was read.
     pub summary: DataSummary,
+}
+
+/// A corpus of `len` tokens for measurements of a training step, whose time and memory do not depend on the values of
+/// the tokens.
+pub fn placeholder_corpus(vocabulary: usize, len: usize) -> Corpus {
+    let tokens = Tokens::from((0..len).map(|i| (i * 31 % vocabulary) as u32).collect::<Vec<_>>());
+    Corpus { train: tokens.clone(), valid: tokens, train_bytes: len, valid_bytes: len }
 }
 
 /// Opens prepared data, or reads and tokenizes texts with the recipe's tokenizer. Sets the vocabulary size of the

@@ -97,12 +97,14 @@ fn a_trained_model_is_evaluated_and_generates_from_its_folder() -> Result<()> {
 #[test]
 fn the_number_of_threads_does_not_change_a_run() -> Result<()> {
     let folder = folder()?;
-    for threads in ["1", "2", "3"] {
-        let args = format!("{TRAIN} threads{threads}");
-        succeeded(&command(folder.path(), &args, &[], &[("RAYON_NUM_THREADS", threads)])?)?;
+    for precision in ["f32", "bf16_mixed"] {
+        for threads in ["1", "2", "3"] {
+            let args = format!("{TRAIN} {precision}{threads} --set train.precision={precision}");
+            succeeded(&command(folder.path(), &args, &[], &[("RAYON_NUM_THREADS", threads)])?)?;
+        }
+        let weights = |n: u32| fs::read(folder.path().join(format!("{precision}{n}")).join(WEIGHTS));
+        assert!(weights(1)? == weights(2)? && weights(1)? == weights(3)?, "{precision}");
     }
-    let weights = |n: u32| fs::read(folder.path().join(format!("threads{n}")).join(WEIGHTS));
-    assert!(weights(1)? == weights(2)? && weights(1)? == weights(3)?);
     Ok(())
 }
 

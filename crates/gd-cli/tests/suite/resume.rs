@@ -113,6 +113,38 @@ fn a_run_in_bf16_saves_f32_master_weights_and_resumes_with_them() -> Result<()> 
 }
 
 #[test]
+fn a_run_in_mixed_precision_stores_f32_and_resumes_in_it() -> Result<()> {
+    let dir = folder(json!({"steps": 12, "eval_every": 4}))?;
+    let dir = dir.path();
+    let wide = parsed(&gd(dir, &format!("{START} wide --set train.precision=f32"))?)?;
+    let mixed = "--set train.precision=bf16_mixed";
+    let whole = parsed(&gd(dir, &format!("{START} whole {mixed}"))?)?;
+    parsed(&gd(dir, &format!("{START} split {mixed} --stop-after 5"))?)?;
+    // A configuration that leaves the precision open does not change that of a run.
+    parsed(&gd(dir, "train --resume split --json --config c.json --set train.precision=auto")?)?;
+    assert_same(&dir.join("whole"), &dir.join("split"), 12)?;
+    let loss = |run: &Value| run["loss"].as_f64().unwrap_or(f64::NAN);
+    let difference = (loss(&wide) - loss(&whole)).abs();
+    assert!(difference > 0.0 && difference < 0.1, "{} and {}", loss(&wide), loss(&whole));
+    let read = |file: &str| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(dir.join(file))?)?) };
+    assert_eq!(read("whole/recipe.json")?["train"]["precision"], "bf16_mixed");
+    assert_eq!(read("whole/config.json")?["dtype"], "float32");
+    let weights =
+        candle_core::safetensors::load(dir.join("whole/model.safetensors"), &candle_core::Device::Cpu)?;
+    assert!(weights.values().all(|weight| weight.dtype() == candle_core::DType::F32));
+    // `auto` is the fastest precision of this machine, and the log has its name.
+    parsed(&gd(dir, &format!("{START} auto --set train.precision=auto --stop-after 1"))?)?;
+    let fastest = match gd_kernels::MatmulPrecision::fastest() {
+        gd_kernels::MatmulPrecision::F32 => "f32",
+        gd_kernels::MatmulPrecision::Bf16 => "bf16_mixed",
+    };
+    let log = fs::read_to_string(dir.join("auto/train.jsonl"))?;
+    let start: Value = serde_json::from_str(log.lines().next().context("an empty log")?)?;
+    assert_eq!(start["precision"], fastest, "{start}");
+    Ok(())
+}
+
+#[test]
 fn a_resumed_run_equals_an_uninterrupted_one() -> Result<()> {
     let bpe = json!({"steps": 14, "accumulation": 3, "batch": 2, "eval_every": 3, "save_every": 4,
                      "tokenizer": {"bpe": {"vocab": 300}}});

@@ -7,6 +7,7 @@
 use std::sync::Mutex;
 
 use crate::backend::cpu::element::Element;
+use crate::backend::span::{Pass, operator_span};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape, Storage,
     Tensor, bail,
@@ -123,6 +124,7 @@ where
     }
 
     fn bwd(&self, a: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let _span = operator_span(self.name, Pass::Backward);
         (self.backward)(a, result, grad).map(Some)
     }
 }
@@ -166,6 +168,7 @@ where
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let _span = operator_span(self.name, Pass::Backward);
         let [da, db] = (self.backward)(a, b, grad)?;
         Ok((Some(da), Some(db)))
     }
@@ -223,6 +226,7 @@ where
         result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let _span = operator_span(self.name, Pass::Backward);
         let [da, db, dc] = (self.backward)([a, b, c], result, grad)?;
         Ok((Some(da), Some(db), Some(dc)))
     }

@@ -10,6 +10,7 @@ pub(crate) mod gpu;
 pub(crate) mod graph;
 #[cfg(feature = "metal")]
 pub(crate) mod metal;
+pub(crate) mod span;
 pub(crate) mod support;
 
 use self::cpu::isa::Isa;

@@ -1,6 +1,7 @@
 //! How a model is trained: the block `train` of a recipe.
 
 use candle_core::{DType, Device};
+use gd_kernels::MatmulPrecision;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -36,22 +37,58 @@ pub enum TokenizerChoice {
     },
 }
 
-/// The precision of a training: the dtype in which the model computes and its parameters are stored.
+/// The precision of a training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Precision {
+    /// The fastest one: bf16 on a CUDA device, `bf16_mixed` on a CPU with AMX, else f32.
+    Auto,
     /// f32.
     F32,
-    /// bf16. The optimizer keeps its moments and a master copy of every parameter in f32.
+    /// Parameters and activations in bf16. The optimizer keeps its moments and a master copy of every parameter in f32.
     Bf16,
+    /// Parameters and activations in f32; the projections of the model and their gradients are products of matrices that
+    /// are rounded to bf16, with sums in f32 ([`gd_kernels::with_matmul_precision`]). Only on the CPU. Evaluations are
+    /// computed in f32.
+    Bf16Mixed,
 }
 
 impl Precision {
-    /// The dtype of candle.
+    /// The precision on `device`: never [`Precision::Auto`].
+    pub fn on(self, device: &Device) -> Self {
+        match self {
+            Self::Auto if device.is_cuda() => Self::Bf16,
+            Self::Auto if device.is_cpu() && MatmulPrecision::fastest() == MatmulPrecision::Bf16 => {
+                Self::Bf16Mixed
+            }
+            Self::Auto => Self::F32,
+            chosen => chosen,
+        }
+    }
+
+    /// The name in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Bf16Mixed => "bf16_mixed",
+        }
+    }
+
+    /// The dtype of parameters and activations.
     pub fn dtype(self) -> DType {
         match self {
-            Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
+            Self::Auto | Self::F32 | Self::Bf16Mixed => DType::F32,
+        }
+    }
+
+    /// The precision of products of f32 matrices.
+    pub fn matmul(self) -> MatmulPrecision {
+        match self {
+            Self::Bf16Mixed => MatmulPrecision::Bf16,
+            Self::Auto | Self::F32 | Self::Bf16 => MatmulPrecision::F32,
         }
     }
 }
@@ -150,7 +187,8 @@ fn keep() -> usize {
 impl TrainConfig {
     /// The precision of a run on `device`.
     pub fn precision(&self, device: &Device) -> Precision {
-        self.precision.unwrap_or(if device.is_cuda() { Precision::Bf16 } else { Precision::F32 })
+        let default = if device.is_cuda() { Precision::Bf16 } else { Precision::F32 };
+        self.precision.unwrap_or(default).on(device)
     }
 
     /// Steps between two checkpoints.

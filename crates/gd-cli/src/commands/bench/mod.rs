@@ -1,9 +1,10 @@
-//! `gd bench`: measures the operators, candle's attention, and the peak rates of the machine.
+//! `gd bench`: measures the operators, candle's attention, the peak rates of the machine, and training steps.
 
 mod contenders;
 mod measure;
 mod report;
 mod shape;
+mod step;
 
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,7 @@ use gd_model::config::device;
 use gd_model::io::files::{check_writable, write_file};
 
 pub use shape::{Pass, Shape};
+pub use step::StepArgs;
 
 use self::contenders::{CONTENDERS, Contender, descriptions};
 use self::measure::Setup;
@@ -36,6 +38,14 @@ pub enum Target {
     /// Selection against softmax attention on random q, k and v
     #[command(after_help = help())]
     Attention(AttentionArgs),
+    /// The time of each operator in a training step
+    #[command(
+        after_help = "The tokens have no meaning: the time of a step does not depend on them. The time of an operator is \
+                      that of the thread that calls it; what candle computes between the operators, and its graph, are \
+                      in the last row.\n\n\
+                      Example:\n  gd bench step --config small --set train.precision=auto"
+    )]
+    Step(StepArgs),
 }
 
 /// The flags of `gd bench attention`.
@@ -99,6 +109,7 @@ fn help() -> String {
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     match args.target {
         Target::Attention(args) => attention(&args, ctx),
+        Target::Step(args) => step::run(&args, ctx),
     }
 }
 

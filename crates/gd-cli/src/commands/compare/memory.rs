@@ -4,7 +4,6 @@
 use anyhow::{Context as _, Result};
 use gd_model::analysis::variants::Variant;
 use gd_model::config::Recipe;
-use gd_model::data::{Corpus, Tokens};
 use gd_model::train::Trainer;
 use gd_model::train::memory::Peak;
 use serde::{Deserialize, Serialize};
@@ -13,6 +12,7 @@ use crate::context::Context;
 use crate::render::table::{TERMINAL, plain_table};
 use crate::subprocess::json_of_process;
 use crate::terminal::note;
+use crate::training::placeholder_corpus;
 
 /// One measurement.
 #[derive(Debug, Serialize, Deserialize)]
@@ -78,12 +78,7 @@ fn measure(base: &Recipe, variant: &Variant, context: usize, ctx: &Context) -> R
     (train.batch, train.accumulation, train.context) = (1, 1, context);
     // No evaluation follows the step: it is not the last one, and it is not a multiple of `eval_every`.
     (train.steps, train.eval_every) = (train.steps.max(2), u64::MAX);
-    // The values of the tokens do not matter, except that neighbors differ.
-    let vocabulary = recipe.model.vocab_size;
-    let tokens: Vec<u32> = (0..=context).map(|i| (i * 31 % vocabulary) as u32).collect();
-    let bytes = tokens.len();
-    let tokens = Tokens::from(tokens);
-    let corpus = Corpus { train: tokens.clone(), valid: tokens, train_bytes: bytes, valid_bytes: bytes };
+    let corpus = placeholder_corpus(recipe.model.vocab_size, context + 1);
     let mut trainer = Trainer::new(recipe, corpus, ctx.seed(), &ctx.device)?;
     let peak = Peak::start();
     trainer.train_step()?;

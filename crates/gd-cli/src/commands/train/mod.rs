@@ -237,7 +237,10 @@ fn update_recipe(saved: &mut Saved, folder: &Path, args: &Args) -> Result<()> {
     train.steps = args.steps.unwrap_or(train.steps);
     train.save_every = args.save_every.or(train.save_every);
     args.documents.apply(&mut train.documents);
-    train.precision.get_or_insert(precision);
+    // A resumed run keeps its precision on any machine.
+    if matches!(train.precision, None | Some(Precision::Auto)) {
+        train.precision = Some(precision);
+    }
     Ok(())
 }
 

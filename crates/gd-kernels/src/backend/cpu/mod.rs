@@ -1,5 +1,6 @@
 //! Code that operators share on the CPU.
 
+pub(crate) mod aligned;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 pub(crate) mod element;

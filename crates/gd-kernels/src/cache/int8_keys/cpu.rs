@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::parallel::vectorize;
 use crate::backend::cpu::quantize::{KEYS, STEP, quantize};
@@ -30,7 +31,7 @@ pub(crate) struct Int8Panels {
 /// The panels of one head: keys `Q + 128` as `[P, D / 4, KEYS, 4]`, and the bounds of each panel.
 #[derive(Debug, Clone, Default)]
 struct HeadPanels {
-    values: Vec<u8>,
+    values: AlignedVec<u8>,
     bounds: Vec<PanelBounds>,
 }
 

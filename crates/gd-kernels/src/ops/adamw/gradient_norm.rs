@@ -6,6 +6,7 @@ use super::cpu;
 #[cfg(feature = "gpu")]
 use super::gpu::{launch::PartialSums, tensors};
 use crate::backend::dispatch::{on_gpu, refused};
+use crate::backend::span::{Pass, operator_span};
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
@@ -30,6 +31,7 @@ impl GradientSquares {
     /// # Errors
     /// No gradient, or one of another dtype.
     pub fn new(gradients: &[&Tensor]) -> Result<Self> {
+        let _span = operator_span("gradient_norm", Pass::Forward);
         let Some(first) = gradients.first() else {
             return Err(Error::Invalid("the norm of an empty list of gradients".into()));
         };

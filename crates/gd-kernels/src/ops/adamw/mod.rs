@@ -15,6 +15,7 @@ use candle_core::{DType, Device, Tensor, Var};
 pub use self::gradient_norm::{GradientSquares, Limits, PendingVerdict, Verdict};
 use crate::backend::cpu::element::acc_dtype;
 use crate::backend::dispatch::{on_cpu, on_gpu, refused};
+use crate::backend::span::{Pass, operator_span};
 use crate::error::{Error, Result};
 
 /// The settings of an optimizer for one update of one parameter.
@@ -201,6 +202,7 @@ impl State {
     /// [`Error::Invalid`] for a gradient of another shape or dtype than the parameter, or the scale of another device.
     #[cfg_attr(not(feature = "gpu"), allow(unused_variables, reason = "only a GPU reads verdicts"))]
     pub fn update(&mut self, parameter: &Var, gradient: &Tensor, step: &Step, scale: &Scale) -> Result<()> {
+        let _span = operator_span("adamw", Pass::Forward);
         if gradient.dims() != parameter.dims() || gradient.dtype() != parameter.dtype() {
             return Err(Error::Invalid(format!(
                 "adamw: the gradient is {:?} {:?}, the parameter {:?} {:?}",

@@ -8,6 +8,7 @@ use candle_core::Tensor;
 
 use crate::backend::dispatch::{on_cpu, on_gpu};
 use crate::backend::graph::with_contiguous_rows;
+use crate::backend::span::{Pass, operator_span};
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 use crate::mask::check_boundaries;
@@ -43,6 +44,7 @@ use crate::mask::check_boundaries;
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn causal_conv(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+    let _span = operator_span("causal_conv", Pass::Forward);
     let (batch, _, channels, width) = validate(x, weight, state)?;
     let past = match state {
         Some(state) => state.detach().contiguous()?,
@@ -64,6 +66,7 @@ pub fn causal_conv(x: &Tensor, weight: &Tensor, state: Option<&Tensor>) -> Resul
 /// # Errors
 /// As [`causal_conv`], and [`Error::Invalid`] for boundaries that do not rise from 0 to N.
 pub fn packed_causal_conv(x: &Tensor, weight: &Tensor, boundaries: &[Vec<usize>]) -> Result<Tensor> {
+    let _span = operator_span("causal_conv", Pass::Forward);
     let (batch, n, channels, width) = validate(x, weight, None)?;
     check_boundaries(boundaries, batch, n)?;
     let past = Tensor::zeros((batch, width - 1, channels), x.dtype(), x.device())?;

@@ -12,6 +12,7 @@ use crate::backend::cpu::parallel::{for_chunks2, rows_per_chunk, vectorize};
 use crate::backend::cpu::product::product;
 use crate::backend::cpu::view::Rows;
 use crate::backend::dispatch::on_cpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::error::{Error, Result};
 
 /// Maximum number of logits of a chunk on a GPU, for each of the two models: 256 MiB in f32. The composition holds
@@ -38,6 +39,7 @@ pub fn linear_distillation(
     (teacher_hidden, teacher_weight): (&Tensor, &Tensor),
     kl: f64,
 ) -> Result<Tensor> {
+    let _span = operator_span("linear_distillation", Pass::Forward);
     const NAME: &str = "linear_distillation";
     validate(NAME, hidden, weight, targets)?;
     validate(NAME, teacher_hidden, teacher_weight, targets)?;

@@ -11,6 +11,7 @@ use super::{cpu, token_losses};
 use crate::backend::cpu::element::{Element, Real, by_float};
 use crate::backend::cpu::product::product;
 use crate::backend::dispatch::on_gpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
@@ -42,6 +43,7 @@ const GPU_CHUNK_LOGITS: usize = 1 << 28;
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let _span = operator_span("linear_cross_entropy", Pass::Forward);
     const NAME: &str = "linear_cross_entropy";
     validate(NAME, hidden, weight, targets)?;
     on_gpu!(hidden.device(), G => {

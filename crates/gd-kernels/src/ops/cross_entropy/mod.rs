@@ -17,6 +17,7 @@ pub use self::chunked::chunk_rows;
 pub use self::distillation::linear_distillation;
 pub use self::linear::{linear_cross_entropy, linear_token_losses};
 use crate::backend::dispatch::on_gpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
@@ -61,6 +62,7 @@ fn count(targets: &[u32]) -> usize {
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let _span = operator_span("cross_entropy", Pass::Forward);
     let vocab = validate(logits, targets)?;
     on_gpu!(logits.device(), G => {
         let losses = gpu::tensors::losses::<G>(logits, targets)?;

@@ -6,6 +6,7 @@ mod gpu;
 use candle_core::Tensor;
 
 use crate::backend::dispatch::on_gpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::error::Result;
 
 /// The rows `ids` of an embedding table.
@@ -31,6 +32,7 @@ use crate::error::Result;
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let _span = operator_span("embedding", Pass::Forward);
     on_gpu!(table.device(), G => crate::ops::embedding::gpu::embedding::<G>(table, ids));
     Ok(table.index_select(ids, 0)?)
 }

@@ -1,13 +1,15 @@
 //! The CPU implementation of [`linear`](super::linear) for f32 activations and half-precision weights.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::backend::cpu::element::{Bf16, Element, F16, Real, sum2};
+use crate::backend::cpu::element::{Bf16, Element, F16, sum2};
 use crate::backend::cpu::parallel::{par_chunks, vectorize};
-use crate::backend::cpu::product::{product as matrix_product, product_values};
+use crate::backend::cpu::product::{
+    MatmulPrecision, f32_product, f64_product, product as matrix_product, with_matmul_precision,
+};
 use crate::backend::cpu::view::{Rows, cpu_slice};
-use crate::backend::graph::{attach1, attach2, with_contiguous_rows};
+use crate::backend::graph::{Finished, attach1, attach2, with_contiguous_rows};
 use crate::error::Result;
 
 /// The most rows of `x` that read the stored weights directly. With more rows, widening the weights once costs less.
@@ -28,11 +30,15 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 /// `x weightᵀ` for two matrices in f32 or f64.
-pub(super) fn product<T: Real>(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
-    let shape = (x.dim(0)?, weight.dim(0)?);
-    let y = product_values::<T>(x, &weight.t()?)?;
-    attach2("linear", x, weight, (y, shape.into()), |x, weight, dy| {
-        Ok([matrix_product(dy, weight)?, matrix_product(&dy.t()?, x)?])
+pub(super) fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
+    let shape = Shape::from((x.dim(0)?, weight.dim(0)?));
+    let precision = MatmulPrecision::current();
+    let y: Finished = match x.dtype() {
+        DType::F64 => (f64_product(x, &weight.t()?)?, shape).into(),
+        _ => (f32_product(x, &weight.t()?)?, shape).into(),
+    };
+    attach2("linear", x, weight, y, move |x, weight, dy| {
+        with_matmul_precision(precision, || Ok([matrix_product(dy, weight)?, matrix_product(&dy.t()?, x)?]))
     })
 }
 
@@ -174,6 +180,32 @@ mod tests {
             }
         }
         assert_eq!(direct_cases, 10);
+        Ok(())
+    }
+
+    /// Rounded factors give rounded results and gradients, also if the backward pass runs outside the scope.
+    #[test]
+    fn mixed_precision_rounds_the_factors_of_all_products() -> Result<()> {
+        let x = Var::from_tensor(&noise(1, &[3, 15, 40], DType::F32)?)?;
+        let weight = Var::from_tensor(&noise(2, &[50, 40], DType::F32)?)?;
+        let dy = noise(4, &[3, 15, 50], DType::F32)?;
+        let y = with_matmul_precision(MatmulPrecision::Bf16, || linear(&x, &weight, None))?;
+        let grads = (&y * &dy)?.sum_all()?.backward()?;
+        let rounded = |t: &Tensor| t.detach().to_dtype(DType::BF16)?.to_dtype(DType::F64);
+        let (xr, wr) = (rounded(&x)?.reshape((45, 40))?, rounded(&weight)?);
+        let dr = rounded(&dy)?.reshape((45, 50))?;
+        let exact = linear(&x, &weight, None)?.to_dtype(DType::F64)?.reshape((45, 50))?;
+        let expected = [
+            (&y, xr.matmul(&wr.t()?)?),
+            (grads.get(&x).unwrap(), dr.matmul(&wr)?),
+            (grads.get(&weight).unwrap(), dr.t()?.matmul(&xr)?),
+        ];
+        let distance = |a: &Tensor, b: &Tensor| (a - b)?.abs()?.max_all()?.to_scalar::<f64>();
+        for (i, (got, expected)) in expected.into_iter().enumerate() {
+            let worst = distance(&got.to_dtype(DType::F64)?.reshape(expected.shape())?, &expected)?;
+            assert!(worst < 1e-4, "result {i}: {worst}");
+        }
+        assert!(distance(&exact, &xr.matmul(&wr.t()?)?)? > 1e-3);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use candle_core::{DType, Tensor};
 
 use crate::backend::cpu::product::computes;
 use crate::backend::dispatch::on_cpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::error::{Error, Result};
 
 /// Projects the last dimension of `x`: `x weightᵀ + bias`.
@@ -19,7 +20,8 @@ use crate::error::{Error, Result};
 /// f16 or bf16 weights with f32 activations give the result of the same weights widened to f32, from half the memory;
 /// the time of a decoding step is mostly that of reading the weights. On the CPU, up to 8 rows of `x` are computed in
 /// one pass over the stored weights; more rows, and other devices, use a matrix product with widened weights. On the CPU
-/// products of 32 rows or more in f32 and f64 are computed in register tiles here, others by candle.
+/// products of 32 rows or more in f32 and f64 are computed in register tiles here, others by candle; those in f32 also with
+/// factors rounded to bf16, see [`with_matmul_precision`](crate::with_matmul_precision).
 ///
 /// # Errors
 /// [`Error::Invalid`] if `x` is a scalar, or its last dimension is not that of `weight`.
@@ -34,6 +36,7 @@ use crate::error::{Error, Result};
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let _span = operator_span("linear", Pass::Forward);
     let (_, inputs) = weight.dims2()?;
     if x.dims().last() != Some(&inputs) {
         return Err(Error::Invalid(format!(
@@ -62,10 +65,7 @@ fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
             dims[x.rank() - 1] = weight.dim(0)?;
             product(&x.reshape(((), inputs))?, weight)?.reshape(dims)
         }
-        [rows, _] if computes(rows, x.dtype(), x.device()) => match x.dtype() {
-            DType::F64 => cpu::product::<f64>(x, weight),
-            _ => cpu::product::<f32>(x, weight),
-        },
+        [rows, _] if computes(rows, x.dtype(), x.device()) => cpu::product(x, weight),
         [ref batch @ .., _, _] => x.matmul(&weight.broadcast_left(batch)?.t()?),
         _ => x.matmul(&weight.t()?),
     }

@@ -7,6 +7,7 @@ use candle_core::Tensor;
 
 use self::additive::additive;
 use crate::backend::dispatch::on_cpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::error::Result;
 use crate::mask::Mask;
 
@@ -34,6 +35,7 @@ use crate::mask::Mask;
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn masked_softmax(scores: &Tensor, mask: &Mask) -> Result<Tensor> {
+    let _span = operator_span("masked_softmax", Pass::Forward);
     let (b, _, _, m) = scores.dims4()?;
     mask.validate(b, m)?;
     if on_cpu(scores.device()) {

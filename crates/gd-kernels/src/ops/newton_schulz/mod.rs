@@ -3,6 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::backend::dispatch::on_cpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::error::Result;
 
 /// The coefficients (a, b, c) of the polynomial `a x + b x³ + c x⁵` of Jordan et al. (Muon, 2024).
@@ -31,6 +32,7 @@ const ITERATIONS: usize = 5;
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn newton_schulz(x: &Tensor) -> Result<Tensor> {
+    let _span = operator_span("newton_schulz", Pass::Forward);
     let (rows, columns) = x.dims2()?;
     // Metal has no f64.
     let wide = if x.device().is_metal() { DType::F32 } else { DType::F64 };

@@ -8,6 +8,7 @@ pub(crate) mod gpu;
 use candle_core::Tensor;
 
 use crate::backend::dispatch::on_gpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
@@ -37,6 +38,7 @@ use crate::error::{Error, Result};
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let _span = operator_span("rms_norm", Pass::Forward);
     let size = x.dims().last().copied().unwrap_or(0);
     if size == 0 || weight.dims() != [size] || weight.dtype() != x.dtype() {
         return Err(Error::Invalid(format!(

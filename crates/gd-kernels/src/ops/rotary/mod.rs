@@ -8,6 +8,7 @@ pub(crate) mod gpu;
 use candle_core::Tensor;
 
 use crate::backend::dispatch::on_gpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
@@ -39,6 +40,7 @@ use crate::error::{Error, Result};
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor, offsets: &[usize]) -> Result<Tensor> {
+    let _span = operator_span("rotary", Pass::Forward);
     validate(x, cos, sin, offsets)?;
     on_gpu!(x.device(), G => gpu::tensors::rotary::<G>(x, [cos, sin], offsets));
     require_device("rotary", x.device())?;

@@ -18,6 +18,7 @@ use candle_core::{DType, Tensor};
 use crate::backend::cpu::element::acc_dtype;
 use crate::backend::dispatch::on_gpu;
 use crate::backend::graph::with_contiguous_rows;
+use crate::backend::span::{Pass, operator_span};
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
@@ -104,6 +105,7 @@ pub fn running_average(
     v: &Tensor,
     state: Option<&AverageState>,
 ) -> Result<(Tensor, AverageState)> {
+    let _span = operator_span("running_average", Pass::Forward);
     let sizes = validate(decay, write, v, state)?;
     let (decay, write, v) = (decay.contiguous()?, write.contiguous()?, with_contiguous_rows(v)?);
     on_gpu!(v.device(), G => gpu::tensors::running_average::<G>(sizes, [&decay, &write, &v], state));

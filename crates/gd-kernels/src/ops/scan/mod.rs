@@ -12,6 +12,7 @@ pub(crate) mod rescored;
 use candle_core::Tensor;
 
 use crate::backend::dispatch::{on_cpu, on_gpu};
+use crate::backend::span::{Pass, operator_span};
 use crate::error::{Error, Result};
 use crate::ops::scan::options::Scan;
 use crate::ops::scan::plan::{ArgumentProperties, CpuScanPlan, ScanPlan};
@@ -75,6 +76,7 @@ impl Candidates {
 /// [`Error::Invalid`] names the shapes, values or devices that do not fit, [`Error::Unsupported`] the value that no
 /// backend of this build supports. In checked mode, an energy that overflows.
 pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
+    let _span = operator_span("scan", Pass::Forward);
     let problem = Problem::new(q, k, scan)?;
     let plan = plan_of(&problem, q, k, scan)?;
     run(&problem, plan, q, k, scan)
@@ -112,6 +114,7 @@ fn run_unchecked(
 /// # Errors
 /// As [`scan`]; tensors on a GPU.
 pub fn scan_all(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
+    let _span = operator_span("scan", Pass::Forward);
     let mut problem = Problem::new(q, k, scan)?;
     (problem.candidates, problem.precision) = (problem.keys, Precision::Native);
     if !on_cpu(q.device()) {

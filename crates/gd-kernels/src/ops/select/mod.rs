@@ -23,6 +23,7 @@ pub(crate) use self::sizes::Sizes;
 pub(crate) use self::validate::sizes as check_sizes;
 use crate::backend::dispatch::on_gpu;
 use crate::backend::graph::with_contiguous_rows;
+use crate::backend::span::{Pass, operator_span};
 use crate::error::Result;
 use crate::ops::scan::{Candidates, overflow};
 
@@ -128,6 +129,7 @@ pub fn select(
     candidates: &Candidates,
     select: &Select,
 ) -> Result<Selected> {
+    let _span = operator_span("select", Pass::Forward);
     let sizes = validate::validate(q, k, v, candidates, select)?;
     let (q, k, v) = (with_contiguous_rows(q)?, with_contiguous_rows(k)?, with_contiguous_rows(v)?);
     let rule = Rule::of(select);

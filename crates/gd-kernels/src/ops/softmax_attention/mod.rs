@@ -6,6 +6,7 @@ mod cpu;
 use candle_core::Tensor;
 
 use crate::backend::dispatch::on_cpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 
@@ -54,6 +55,7 @@ pub fn softmax_attention(
     mask: &Mask,
     scale: f64,
 ) -> Result<Tensor> {
+    let _span = operator_span("softmax_attention", Pass::Forward);
     let sizes = Sizes::new(q, k, v, prior, sink)?;
     mask.validate(sizes.batch, sizes.keys)?;
     if !on_cpu(q.device()) || sizes.rows() <= MAX_COMPOSED_ROWS {

@@ -7,6 +7,7 @@ pub(crate) mod gpu;
 use candle_core::Tensor;
 
 use crate::backend::dispatch::on_gpu;
+use crate::backend::span::{Pass, operator_span};
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
 
@@ -33,6 +34,7 @@ use crate::error::{Error, Result};
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let _span = operator_span("swiglu", Pass::Forward);
     if gate.dims() != up.dims() || gate.dtype() != up.dtype() || gate.rank() == 0 {
         return Err(Error::Invalid(format!(
             "swiglu: gate {:?} {:?} and up {:?} {:?} differ or have no dimension",

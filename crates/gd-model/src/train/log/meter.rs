@@ -1,6 +1,7 @@
 //! The line of a step in the log: the report of the trainer with utilization and memory.
 
 use candle_core::Device;
+use gd_kernels::with_matmul_precision;
 use serde::Serialize;
 
 use super::Event;
@@ -32,6 +33,7 @@ pub struct Meter {
     flops_per_token: f64,
     peak_flops: f64,
     device: String,
+    precision: &'static str,
 }
 
 impl Meter {
@@ -41,9 +43,13 @@ impl Meter {
     /// # Errors
     /// An error of the device.
     pub fn new(recipe: &Recipe, device: &Device, processes: usize) -> Result<Self> {
+        let precision = recipe.train.precision(device);
+        let peak_flops =
+            with_matmul_precision(precision.matmul(), || flops::peak(precision.dtype(), device))?;
         Ok(Self {
             flops_per_token: flops::per_token(&recipe.model, recipe.train.context),
-            peak_flops: flops::peak(recipe.train.precision(device).dtype(), device)? * processes as f64,
+            peak_flops: peak_flops * processes as f64,
+            precision: precision.name(),
             device: device::name(device),
         })
     }
@@ -53,6 +59,7 @@ impl Meter {
         Event::Start {
             version: env!("CARGO_PKG_VERSION"),
             device: self.device.clone(),
+            precision: self.precision,
             threads: rayon::current_num_threads(),
             parameters,
             seed,

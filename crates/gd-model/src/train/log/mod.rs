@@ -36,6 +36,8 @@ pub enum Event {
         version: &'static str,
         /// The name of the device, such as `cuda:0`.
         device: String,
+        /// The precision, as in a configuration.
+        precision: &'static str,
         /// The number of CPU threads.
         threads: usize,
         /// The number of parameters.

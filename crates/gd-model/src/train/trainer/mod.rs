@@ -30,7 +30,7 @@ use super::optimizer::Optimizer;
 use super::parallel::Group;
 use super::state::{State, Stateful};
 use super::teacher::Teacher;
-use crate::config::{Precision, Recipe};
+use crate::config::{Precision, Recipe, device};
 use crate::data::{Batches, Corpus, places};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
@@ -158,6 +158,12 @@ impl Trainer {
         let precision = recipe.train.precision(device);
         let usual = device.is_cpu() && precision == Precision::F32;
         recipe.train.precision = (!usual).then_some(precision);
+        if precision == Precision::Bf16Mixed && !device.is_cpu() {
+            return Err(Error::Invalid(format!(
+                "train.precision: bf16_mixed is for the CPU, and the device is {}; use bf16 or auto",
+                device::name(device)
+            )));
+        }
         if precision == Precision::Bf16 {
             // The saved weights are those of the model, not the master weights.
             recipe.model.dtype = "bfloat16".into();

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
+use gd_kernels::with_matmul_precision;
 use gd_layer::Pass;
 
 use super::Trainer;
@@ -71,7 +72,8 @@ impl Trainer {
             // The losses of the steps before are those of another objective.
             self.guard.reset_window();
         }
-        let (gradients, losses) = self.gradients()?;
+        let precision = train.precision(&self.device).matmul();
+        let (gradients, losses) = with_matmul_precision(precision, || self.gradients())?;
         let mut step = self.report();
         self.is_updating = true;
         let result = match self.is_asynchronous() {

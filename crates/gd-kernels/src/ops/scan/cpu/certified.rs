@@ -14,7 +14,7 @@ use num_traits::Float;
 use pulp::{Simd, WithSimd};
 
 #[cfg(target_arch = "x86_64")]
-use crate::backend::cpu::amx::Tiled;
+use crate::backend::cpu::amx::int8::Tiled;
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::quantize::{KEYS, STEP, quantize};
 use crate::cache::int8_keys::cpu::{Int8Panels, PanelBounds};

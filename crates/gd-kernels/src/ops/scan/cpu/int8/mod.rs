@@ -42,7 +42,7 @@ pub(crate) struct Queries {
     pub(crate) used: usize,
     /// The values in the layout of [`Int8Path::Amx`].
     #[cfg(target_arch = "x86_64")]
-    pub(crate) tiled: Option<crate::backend::cpu::amx::Tiled>,
+    pub(crate) tiled: Option<crate::backend::cpu::amx::int8::Tiled>,
 }
 
 /// A panel and the queries that are multiplied with it.

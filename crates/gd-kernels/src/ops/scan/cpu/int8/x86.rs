@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::backend::cpu::amx::{STRIP, Sums};
+use crate::backend::cpu::amx::int8::{STRIP, Sums};
 use crate::backend::cpu::prefetch::prefetch_line;
 use crate::backend::cpu::quantize::{KEYS, STEP};
 use crate::ops::scan::cpu::bounded_lists::BoundedLists;

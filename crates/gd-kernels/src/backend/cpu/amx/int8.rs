@@ -1,13 +1,10 @@
-//! Products of 8-bit integers with AMX: tiles of 16 queries by 64 bytes times 64 bytes by 16 keys.
-//!
-//! Tiles 0 to 3 hold the sums of 32 queries and 32 keys, tiles 4 and 5 queries, tiles 6 and 7 keys. The intrinsics are not
-//! stable in Rust, so this uses inline assembly. The compiler itself uses no tiles.
+//! Products of 8-bit integers: tiles of 16 queries by 64 bytes times 64 bytes by 16 keys.
 #![allow(unsafe_code)]
 
 use std::arch::asm;
-use std::marker::PhantomData;
-use std::sync::OnceLock;
 
+use crate::backend::cpu::aligned::AlignedVec;
+use crate::backend::cpu::amx::{TileConfig, TileShape};
 use crate::backend::cpu::quantize::{KEYS, STEP};
 
 /// Queries of a strip.
@@ -20,39 +17,11 @@ const MAX_TILE_STEPS: usize = 16;
 #[repr(align(64))]
 pub(crate) struct Sums(pub(crate) [[i32; KEYS]; STRIP]);
 
-/// Whether this process may use AMX.
-pub(crate) fn available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| supported() && permitted())
-}
-
-/// Whether the processor and the operating system support tiles and their integer products.
-fn supported() -> bool {
-    /// Bits of CPUID leaf 7, EDX.
-    const TILE_AND_INT8: u32 = 1 << 24 | 1 << 25;
-    std::arch::is_x86_feature_detected!("avx512vnni")
-        && std::arch::x86_64::__cpuid_count(7, 0).edx & TILE_AND_INT8 == TILE_AND_INT8
-}
-
-/// Linux gives access to the tile registers on request only, because they add 8 KiB to the state of a thread.
-#[cfg(target_os = "linux")]
-fn permitted() -> bool {
-    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
-    const XFEATURE_XTILEDATA: libc::c_long = 18;
-    // SAFETY: the call takes two numbers and accesses no memory; it returns an error where it is not implemented.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn permitted() -> bool {
-    false
-}
-
 /// The queries of a block as tiles.
 pub(crate) struct Tiled {
     /// `[rows, a multiple of STRIP][chunks][chunk_steps][STEP]`. The last chunk ends with the last step; steps that it
     /// shares with the chunk before are 0 in it.
-    values: Vec<i8>,
+    values: AlignedVec<i8>,
     steps: usize,
     chunks: usize,
     /// Steps of a chunk.
@@ -65,8 +34,9 @@ impl Tiled {
     pub(crate) fn new(rows: usize, steps: usize) -> Self {
         let chunks = steps.div_ceil(MAX_TILE_STEPS);
         let chunk_steps = steps.div_ceil(chunks);
-        let values = vec![0; rows.next_multiple_of(STRIP) * chunks * chunk_steps * STEP];
-        Self { values, steps, chunks, chunk_steps, _tiles: TileConfig::new(chunk_steps) }
+        let values = AlignedVec::zeros(rows.next_multiple_of(STRIP) * chunks * chunk_steps * STEP);
+        let tiles = TileConfig::new(TileShape { left_bytes: chunk_steps * STEP, right_rows: chunk_steps });
+        Self { values, steps, chunks, chunk_steps, _tiles: tiles }
     }
 
     /// Sets query `r`.
@@ -132,40 +102,10 @@ impl Tiled {
     }
 }
 
-/// The tile configuration of this thread, released when dropped. It is not `Send`.
-struct TileConfig(PhantomData<*const ()>);
-
-impl TileConfig {
-    fn new(chunk_steps: usize) -> Self {
-        assert!(available(), "AMX is available and permitted");
-        // Palette, start row, 14 reserved bytes, bytes per row of 16 tiles, rows of 16 tiles.
-        let mut config = [0u8; 64];
-        config[0] = 1;
-        for tile in 0..8 {
-            let (rows, bytes) = match tile {
-                4 | 5 => (16, chunk_steps * STEP),
-                6 | 7 => (chunk_steps, 64),
-                _ => (16, 64),
-            };
-            config[16 + 2 * tile] = bytes as u8;
-            config[48 + tile] = rows as u8;
-        }
-        // SAFETY: AMX is available, and the configuration is within the limits of palette 1.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) config.as_ptr(), options(nostack, readonly)) };
-        Self(PhantomData)
-    }
-}
-
-impl Drop for TileConfig {
-    fn drop(&mut self) {
-        // SAFETY: as in `new`.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::amx::available;
 
     #[test]
     fn sums_are_exact_for_every_number_of_steps() {

@@ -3,11 +3,12 @@
 //! Shapes: x `[B, N, C]`, v `[B, Hk, N, D]`; R running averages for each of the Hq heads.
 
 use candle_core::{DType, Module, Result, Tensor};
-use candle_nn::{Init, Linear, VarBuilder};
-use gd_kernels::{Mask, Scan, Score, causal_conv, packed_causal_conv, running_average, scan};
+use candle_nn::{Init, VarBuilder};
+use gd_kernels::{Mask, Scan, Score, causal_conv, gated_sum, packed_causal_conv, running_average, scan};
 
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
+use crate::linear::Linear;
 
 /// The decay logits at bias 0 of the first and the last head; those of the other heads are evenly spaced between. The
 /// half-lives are then from about half a position to about 23 positions.
@@ -119,14 +120,14 @@ impl Beacon {
         x + y
     }
 
-    /// The contribution of the memory to the output of the heads `[B, Hq, N, D]`; none without averages.
-    pub(crate) fn memory_output(
+    /// The running averages of the values; none if the Beacon has none.
+    pub(crate) fn averages(
         &self,
         x: &Tensor,
         v: &Tensor,
         mask: &Mask,
         cache: Option<&mut LayerCache>,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<GatedAverages>> {
         let Some(memory) = &self.memory else { return Ok(None) };
         let (b, n, _) = x.dims3()?;
         let (h, r) = (memory.heads, memory.averages);
@@ -143,9 +144,7 @@ impl Beacon {
         if let Some(cache) = cache {
             cache.average = Some(state);
         }
-        let d = mean.dim(3)?;
-        let gate = candle_nn::ops::sigmoid(&part(2)?)?.reshape((b, h, r, n, 1))?;
-        Ok(Some(mean.reshape((b, h, r, n, d))?.broadcast_mul(&gate)?.sum(2)?))
+        Ok(Some(GatedAverages { mean, gate: part(2)?, heads: h }))
     }
 
     /// The learned prior of the keys `[B, Hk, N]`; none without one.
@@ -169,6 +168,30 @@ impl Beacon {
         let k = Tensor::zeros((b, hk, m, MIN_HEAD_DIM), DType::F32, prior.device())?;
         let top = Scan { prior: Some(&prior), score: Score::Dot, ..Scan::new(&beta, mask, self.protected) };
         Ok(Some(scan(&q, &k, &top)?.index))
+    }
+}
+
+/// The running averages of a Beacon, which are gated and added to the output of the heads.
+#[derive(Debug)]
+pub(crate) struct GatedAverages {
+    /// `[B, Hq R, N, D]`.
+    mean: Tensor,
+    /// The logits of the gates `[B, Hq R, N]`.
+    gate: Tensor,
+    /// Hq.
+    heads: usize,
+}
+
+impl GatedAverages {
+    /// The output of all heads `[B, Hq, N, D]` from that of the first ones.
+    pub(crate) fn added_to(&self, y: &Tensor) -> Result<Tensor> {
+        Ok(gated_sum(&self.mean, &self.gate, y, self.heads)?)
+    }
+
+    /// The contribution to the output of all heads `[B, Hq, N, D]`.
+    pub(crate) fn output(&self) -> Result<Tensor> {
+        let (b, _, n, d) = self.mean.dims4()?;
+        self.added_to(&Tensor::zeros((b, self.heads, n, d), self.mean.dtype(), self.mean.device())?)
     }
 }
 

@@ -10,6 +10,7 @@ use gd_kernels::{
 };
 
 use crate::attention::{Attention, Pass};
+use crate::beacon::GatedAverages;
 use crate::cache::LayerCache;
 use crate::config::{AttentionConfig, GdConfig};
 use crate::derived::DerivedCache;
@@ -323,7 +324,8 @@ impl GdAttention {
         };
         let selected = select(q, k, v, &candidates, &select_options)?;
         if let Some(probe) = pass.probe {
-            let (memory, output_gate) = (projected.memory.as_ref(), projected.gate.as_ref());
+            let memory = projected.averages.as_ref().map(GatedAverages::output).transpose()?;
+            let (memory, output_gate) = (memory.as_ref(), projected.gate.as_ref());
             let (candidates, selected) = (&candidates, &selected);
             probe.selected(&SelectionView { layer, candidates, selected, limit, memory, output_gate })?;
         }

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::VarBuilder;
-use gd_kernels::Mask;
+use gd_kernels::{HeadProjection, Mask, project_from_heads, project_to_heads};
 
 use crate::attention::Pass;
-use crate::beacon::Beacon;
+use crate::beacon::{Beacon, GatedAverages};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 use crate::linear::{Linear, linear};
@@ -39,7 +39,7 @@ struct Preserved {
     x: Tensor,
     /// Values of all heads `[B, Hk, N, D]`.
     v: Tensor,
-    memory: Option<Tensor>,
+    averages: Option<GatedAverages>,
     gate: Option<Tensor>,
 }
 
@@ -52,8 +52,8 @@ pub(crate) struct Projected {
     pub(crate) mask: Mask,
     /// Key prior `[B, Hk, M]`.
     pub(crate) prior: Option<Tensor>,
-    /// Output of the Beacon's running averages for all heads, which is added to that of the heads that read.
-    pub(crate) memory: Option<Tensor>,
+    /// The Beacon's running averages, which are added to the output of the heads that read.
+    pub(crate) averages: Option<GatedAverages>,
     /// The output gate of all heads `[B, N, H * D]`.
     pub(crate) gate: Option<Tensor>,
     /// Whether the output is computed without what the heads read.
@@ -163,19 +163,16 @@ impl Heads {
             candle_core::bail!("a layer without reading heads")
         };
         let offsets = offsets(cache.as_deref(), pass.mask, [b, n])?;
-        let Preserved { x, v, memory, gate } = self.preserve(x, pass, cache)?;
-        let split = |y: Tensor| y.reshape((b, n, (), self.cfg.head_dim));
-        let (mut q, mut k) = (split(q_proj.forward(&x)?)?, split(k_proj.forward(&x)?)?);
-        if let Some((q_norm, k_norm)) = &self.norms {
-            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
-        }
-        let rotate = |t: Tensor| match (counted, pass.mask.boundaries()) {
+        let Preserved { x, v, averages, gate } = self.preserve(x, pass, cache)?;
+        let rotated = |projection: &Linear, norm: Option<&RmsNorm>| match (counted, pass.mask.boundaries()) {
             (Positions::InSequence, Some(boundaries)) => {
-                self.rotary.apply_packed(&t.transpose(1, 2)?, boundaries)
+                self.rotary.apply_packed(&self.to_heads(projection, &x, norm, None)?, boundaries)
             }
-            _ => self.rotary.apply_each(&t.transpose(1, 2)?, &offsets),
+            _ => self.to_heads(projection, &x, norm, Some(&offsets)),
         };
-        let (q, k) = (rotate(q)?, rotate(k)?);
+        let norms = self.norms.as_ref();
+        let q = rotated(q_proj, norms.map(|(q_norm, _)| q_norm))?;
+        let k = rotated(k_proj, norms.map(|(_, k_norm)| k_norm))?;
         let v = v.narrow(1, 0, self.cfg.reading_key_value_heads())?;
         let prior = match &self.beacon {
             Some(beacon) => beacon.prior(&x)?,
@@ -185,26 +182,49 @@ impl Heads {
             Some(window) => pass.mask.clone().windowed(window),
             None => pass.mask.clone(),
         };
-        Ok(Projected { q, k, v, mask, prior, memory, gate, cut_reads: pass.cut_reads })
+        Ok(Projected { q, k, v, mask, prior, averages, gate, cut_reads: pass.cut_reads })
     }
 
     /// Convolution, values, running averages and output gate of x `[B, N, C]`.
     fn preserve(&self, x: &Tensor, pass: &Pass, mut cache: Option<&mut LayerCache>) -> Result<Preserved> {
-        let (b, n, c) = x.dims3()?;
-        if c != self.cfg.hidden_size {
+        if x.dims3()?.2 != self.cfg.hidden_size {
             candle_core::bail!("x {:?} does not have hidden_size {}", x.dims(), self.cfg.hidden_size);
         }
         let x = match &self.beacon {
             Some(beacon) => beacon.convolve(x, pass.mask, cache.as_deref_mut())?,
             None => x.clone(),
         };
-        let v = self.v_proj.forward(&x)?.reshape((b, n, (), self.cfg.head_dim))?.transpose(1, 2)?;
-        let memory = match &self.beacon {
-            Some(beacon) => beacon.memory_output(&x, &v, pass.mask, cache)?,
+        let v = self.to_heads(&self.v_proj, &x, None, None)?;
+        let averages = match &self.beacon {
+            Some(beacon) => beacon.averages(&x, &v, pass.mask, cache)?,
             None => None,
         };
         let gate = self.g_proj.as_ref().map(|g| candle_nn::ops::sigmoid(&g.forward(&x)?)).transpose()?;
-        Ok(Preserved { x, v, memory, gate })
+        Ok(Preserved { x, v, averages, gate })
+    }
+
+    /// The heads `[B, H, N, D]` of a projection of x `[B, N, C]`, normalised and rotated where these are given.
+    fn to_heads(
+        &self,
+        projection: &Linear,
+        x: &Tensor,
+        norm: Option<&RmsNorm>,
+        offsets: Option<&[usize]>,
+    ) -> Result<Tensor> {
+        let head_dim = self.cfg.head_dim;
+        if projection.bias().is_none() {
+            let norm = norm.map(|norm| (norm.weight(), norm.eps()));
+            let rotation = offsets.map(|offsets| self.rotary.rotation(offsets));
+            let heads = HeadProjection { head_dim, norm, rotation };
+            return Ok(project_to_heads(x, projection.weight(), &heads)?);
+        }
+        let (b, n, _) = x.dims3()?;
+        let y = projection.forward(x)?.reshape((b, n, (), head_dim))?;
+        let y = norm.map_or(Ok(y.clone()), |norm| norm.forward(&y))?.transpose(1, 2)?;
+        match offsets {
+            Some(offsets) => self.rotary.apply_each(&y, offsets),
+            None => Ok(y),
+        }
     }
 
     /// The output `[B, N, C]` of a layer whose heads do not read, from the Beacon alone.
@@ -216,34 +236,33 @@ impl Heads {
     ) -> Result<Tensor> {
         let (b, n, _) = x.dims3()?;
         offsets(cache.as_deref(), pass.mask, [b, n])?;
-        let Preserved { memory, gate, .. } = self.preserve(x, pass, cache.as_deref_mut())?;
+        let Preserved { averages, gate, .. } = self.preserve(x, pass, cache.as_deref_mut())?;
         if let Some(cache) = cache {
             cache.advance(b, n);
         }
-        let Some(memory) = memory else { candle_core::bail!("a layer without reading heads needs averages") };
-        self.project_output(memory, gate)
+        let Some(averages) = averages else {
+            candle_core::bail!("a layer without reading heads needs averages")
+        };
+        self.project_output(&averages.output()?, gate)
     }
 
-    /// The output of the layer `[B, N, C]` from that of the heads that read `[B, Hq, N, D]`: memory, output gate and
+    /// The output of the layer `[B, N, C]` from that of the heads that read `[B, Hq, N, D]`: averages, output gate and
     /// `o_proj`.
     pub(crate) fn output(&self, y: Tensor, projected: Projected) -> Result<Tensor> {
-        let heads = self.cfg.num_attention_heads;
-        let y = match (projected.cut_reads, projected.memory) {
-            (true, Some(memory)) => memory,
+        let y = match (projected.cut_reads, &projected.averages) {
+            (true, Some(averages)) => averages.output()?,
             (true, None) => y.zeros_like()?,
             (false, None) => y,
-            (false, Some(memory)) if y.dim(1)? == heads => (y + memory)?,
-            (false, Some(memory)) => {
-                let reading = y.dim(1)?;
-                let sum = (y + memory.narrow(1, 0, reading)?)?;
-                Tensor::cat(&[&sum, &memory.narrow(1, reading, heads - reading)?], 1)?
-            }
+            (false, Some(averages)) => averages.added_to(&y)?,
         };
-        self.project_output(y, projected.gate)
+        self.project_output(&y, projected.gate)
     }
 
     /// The output gate and `o_proj` on the output of all heads `[B, H, N, D]`.
-    fn project_output(&self, y: Tensor, gate: Option<Tensor>) -> Result<Tensor> {
+    fn project_output(&self, y: &Tensor, gate: Option<Tensor>) -> Result<Tensor> {
+        if gate.is_none() && self.o_proj.bias().is_none() {
+            return Ok(project_from_heads(y, self.o_proj.weight())?);
+        }
         let (b, _, n, _) = y.dims4()?;
         let y = y.transpose(1, 2)?.reshape((b, n, ()))?;
         let y = match gate {

@@ -1,6 +1,7 @@
 //! Rotary position embedding, half-split as in Llama; see [`gd_kernels::rotary`].
 
 use candle_core::{DType, Device, Result, Tensor, bail};
+use gd_kernels::Rotation;
 
 /// How the frequencies are scaled for a context that is longer than in training.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -122,6 +123,11 @@ impl Rotary {
     /// The number of positions that can be embedded.
     pub fn max_positions(&self) -> usize {
         self.cos.dims()[0]
+    }
+
+    /// The rotation by these angles of rows that start at these positions.
+    pub(crate) fn rotation<'a>(&'a self, offsets: &'a [usize]) -> Rotation<'a> {
+        Rotation { cos: &self.cos, sin: &self.sin, offsets }
     }
 
     /// Rotates row `n` of every head of `x` `[B, H, N, D]` to position `offset + n`.

@@ -1,12 +1,12 @@
 //! The CPU implementation of [`linear`](super::linear) for f32 activations and half-precision weights.
 
-use candle_core::{DType, Shape, Tensor};
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::backend::cpu::element::{Bf16, Element, F16, sum2};
 use crate::backend::cpu::parallel::{par_chunks, vectorize};
 use crate::backend::cpu::product::{
-    MatmulPrecision, f32_product, f64_product, product as matrix_product, with_matmul_precision,
+    MatmulPrecision, Multiply, product as matrix_product, with_matmul_precision,
 };
 use crate::backend::cpu::view::{Rows, cpu_slice};
 use crate::backend::graph::{Finished, attach1, attach2, with_contiguous_rows};
@@ -29,17 +29,35 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// `x weightᵀ` for two matrices in f32 or f64.
+/// `x weightᵀ` in f32 or f64 for x `[.., I]`. The leading dimensions are rows of one product here and not in the graph, where
+/// each change of shape costs a copy of the gradient.
 pub(super) fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
-    let shape = Shape::from((x.dim(0)?, weight.dim(0)?));
     let precision = MatmulPrecision::current();
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = weight.dim(0)?;
+    }
+    let (rows, right) = (rows_of(x)?, weight.detach().t()?);
     let y: Finished = match x.dtype() {
-        DType::F64 => (f64_product(x, &weight.t()?)?, shape).into(),
-        _ => (f32_product(x, &weight.t()?)?, shape).into(),
+        DType::F64 => (f64::product(&rows, &right)?, shape.into()).into(),
+        _ => (f32::product(&rows, &right)?, shape.into()).into(),
     };
     attach2("linear", x, weight, y, move |x, weight, dy| {
-        with_matmul_precision(precision, || Ok([matrix_product(dy, weight)?, matrix_product(&dy.t()?, x)?]))
+        with_matmul_precision(precision, || {
+            let (x_rows, dy_rows) = (rows_of(x)?, rows_of(dy)?);
+            let dx = matrix_product(&dy_rows, weight)?.reshape(x.shape())?;
+            Ok([dx, matrix_product(&dy_rows.t()?, &x_rows)?])
+        })
     })
+}
+
+/// `[.., I]` as a matrix, without a graph.
+pub(crate) fn rows_of(t: &Tensor) -> candle_core::Result<Tensor> {
+    match t.dims() {
+        [_, _] => Ok(t.detach()),
+        [.., width] => t.detach().reshape(((), *width)),
+        [] => candle_core::bail!("a scalar has no rows"),
+    }
 }
 
 /// More rows: one matrix product with the weights widened to f32.

@@ -1,6 +1,6 @@
 //! A projection whose weights may be stored in half precision: `y = x Wᵀ + b`.
 
-mod cpu;
+pub(crate) mod cpu;
 
 use candle_core::{DType, Tensor};
 
@@ -59,13 +59,14 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 /// `x weightᵀ` for tensors of one dtype. Contiguous leading dimensions are folded into the rows of one product, which is
 /// much quicker than a batch of products.
 fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
+    let rows: usize = x.dims().iter().rev().skip(1).product();
     match *x.dims() {
+        [.., _, _] if computes(rows, x.dtype(), x.device()) => cpu::product(x, weight),
         [.., _, inputs] if x.rank() > 2 && x.is_contiguous() => {
             let mut dims = x.dims().to_vec();
             dims[x.rank() - 1] = weight.dim(0)?;
             product(&x.reshape(((), inputs))?, weight)?.reshape(dims)
         }
-        [rows, _] if computes(rows, x.dtype(), x.device()) => cpu::product(x, weight),
         [ref batch @ .., _, _] => x.matmul(&weight.broadcast_left(batch)?.t()?),
         _ => x.matmul(&weight.t()?),
     }

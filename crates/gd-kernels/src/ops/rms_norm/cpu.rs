@@ -33,7 +33,7 @@ fn widened<T: Element>(weight: &Tensor) -> candle_core::Result<Vec<T::Acc>> {
 
 /// `1 / sqrt(mean(x^2) + eps)` of one row.
 #[inline(always)]
-fn inverse_rms<T: Element>(x: &[T], eps: f64) -> T::Acc {
+pub(crate) fn inverse_rms<T: Element>(x: &[T], eps: f64) -> T::Acc {
     let squares = sum2(x, x, |a: T, b: T| a.up() * b.up());
     (squares / T::Acc::of(x.len() as f64) + T::Acc::of(eps)).sqrt().recip()
 }
@@ -58,7 +58,7 @@ fn forward<T: Element>(x: &Rows<T>, weight: &[T::Acc], eps: f64) -> Vec<T> {
 
 /// With `r = 1 / rms`: `dx = r (w dy - x r^2 mean(w dy x))` and `dw = sum over rows of dy x r`. Each chunk of rows
 /// adds up its own `dw`; the sums of the chunks are then added in order.
-fn backward<T: Element>(
+pub(crate) fn backward<T: Element>(
     x: &Tensor,
     weight: &Tensor,
     dy: &Tensor,
@@ -77,19 +77,30 @@ fn backward<T: Element>(
         vectorize(|| {
             for (j, dx) in dx.chunks_exact_mut(len).enumerate() {
                 let (x, dy) = (x_rows.row(chunk * rows + j), dy_rows.row(chunk * rows + j));
-                let r = inverse_rms(x, eps);
-                let projection = sum3(x, dy, &w, |x: T, dy: T, w| x.up() * dy.up() * w);
-                let scale = projection * r * r / T::Acc::of(len as f64);
-                for ((((dx, dw), &x), &dy), &w) in dx.iter_mut().zip(dw.iter_mut()).zip(x).zip(dy).zip(&w) {
-                    let (x, dy) = (x.up(), dy.up());
-                    *dx = T::down(r * (w * dy - x * scale));
-                    *dw += dy * x * r;
-                }
+                row_gradients((x, &w, dy), eps, dx, dw);
             }
         });
     });
     let dw: Vec<T> = sum_rows(&partial_dw, len).into_iter().map(T::down).collect();
     Ok([Tensor::from_vec(dx, x.shape(), x.device())?, Tensor::from_vec(dw, len, x.device())?])
+}
+
+/// The gradient of a row, and its part of that of the weight, which is added to `dw`.
+#[inline(always)]
+pub(crate) fn row_gradients<T: Element>(
+    (x, w, dy): (&[T], &[T::Acc], &[T]),
+    eps: f64,
+    dx: &mut [T],
+    dw: &mut [T::Acc],
+) {
+    let r = inverse_rms(x, eps);
+    let projection = sum3(x, dy, w, |x: T, dy: T, w| x.up() * dy.up() * w);
+    let scale = projection * r * r / T::Acc::of(x.len() as f64);
+    for ((((dx, dw), &x), &dy), &w) in dx.iter_mut().zip(dw.iter_mut()).zip(x).zip(dy).zip(w) {
+        let (x, dy) = (x.up(), dy.up());
+        *dx = T::down(r * (w * dy - x * scale));
+        *dw += dy * x * r;
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467):
 //! `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 

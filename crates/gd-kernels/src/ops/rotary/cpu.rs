@@ -2,7 +2,7 @@
 
 use candle_core::{Shape, Tensor};
 
-use crate::backend::cpu::element::{Element, acc_dtype, by_float};
+use crate::backend::cpu::element::{Element, Real, acc_dtype, by_float};
 use crate::backend::cpu::parallel::{for_chunks, rows_per_chunk, vectorize};
 use crate::backend::cpu::view::Rows;
 use crate::backend::graph::{attach1, with_contiguous_rows};
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 /// Whether a pass rotates by the angles or by their negatives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Direction {
+pub(crate) enum Direction {
     Forward,
     Backward,
 }
@@ -48,7 +48,6 @@ fn rotate<T: Element>(
     let x = with_contiguous_rows(x)?;
     let shape = x.shape().clone();
     let (_, h, n, d) = x.dims4()?;
-    let half = d / 2;
     let ((xs, xl), (cs, cl), (ss, sl)) =
         (x.storage_and_layout(), cos.storage_and_layout(), sin.storage_and_layout());
     let input = Rows::<T>::new(&xs, xl)?;
@@ -62,19 +61,43 @@ fn rotate<T: Element>(
                 let offset = if let [offset] = offsets { *offset } else { offsets[i / (h * n)] };
                 let position = offset + i % n;
                 let (cos, sin) = (cos.row(position), sin.row(position));
-                let (x1, x2) = input.row(i).split_at(half);
-                let (y1, y2) = y.split_at_mut(half);
-                let out = y1.iter_mut().zip(y2);
-                for ((((y1, y2), &x1), &x2), (&c, &s)) in out.zip(x1).zip(x2).zip(cos.iter().zip(sin)) {
-                    let s = if direction == Direction::Backward { -s } else { s };
-                    let (x1, x2) = (x1.up(), x2.up());
-                    *y1 = T::down(x1 * c - x2 * s);
-                    *y2 = T::down(x2 * c + x1 * s);
-                }
+                rotate_row(input.row(i), (cos, sin), y, direction);
             }
         });
     });
     Ok((y, shape))
+}
+
+/// A row rotated by the angles with these cosines and sines.
+#[inline(always)]
+pub(crate) fn rotate_row<T: Element>(
+    x: &[T],
+    (cos, sin): (&[T::Acc], &[T::Acc]),
+    y: &mut [T],
+    direction: Direction,
+) {
+    let (x1, x2) = x.split_at(x.len() / 2);
+    let (y1, y2) = y.split_at_mut(x.len() / 2);
+    let out = y1.iter_mut().zip(y2);
+    for ((((y1, y2), &x1), &x2), (&c, &s)) in out.zip(x1).zip(x2).zip(cos.iter().zip(sin)) {
+        let s = if direction == Direction::Backward { -s } else { s };
+        let (x1, x2) = (x1.up(), x2.up());
+        *y1 = T::down(x1 * c - x2 * s);
+        *y2 = T::down(x2 * c + x1 * s);
+    }
+}
+
+/// The elements of cosines and sines of the first `positions` positions.
+///
+/// # Errors
+/// Angles in another type than `T`, or fewer positions.
+pub(crate) fn angles<T: Real>(
+    cos: &Tensor,
+    sin: &Tensor,
+    positions: usize,
+) -> candle_core::Result<[Vec<T>; 2]> {
+    let values = |t: &Tensor| t.detach().narrow(0, 0, positions)?.flatten_all()?.to_vec1::<T>();
+    Ok([values(cos)?, values(sin)?])
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864), half-split as in Llama: element `i` of the first half of
 //! a row and element `i` of the second half are a pair, which is rotated by the angle `position * theta^(-2i / D)`.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 
@@ -41,26 +41,26 @@ use crate::error::{Error, Result};
 /// ```
 pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor, offsets: &[usize]) -> Result<Tensor> {
     let _span = operator_span("rotary", Pass::Forward);
-    validate(x, cos, sin, offsets)?;
+    validate(x.dims(), cos, sin, offsets)?;
     on_gpu!(x.device(), G => gpu::tensors::rotary::<G>(x, [cos, sin], offsets));
     require_device("rotary", x.device())?;
     cpu::rotary(x, [cos, sin], offsets)
 }
 
-fn validate(x: &Tensor, cos: &Tensor, sin: &Tensor, offsets: &[usize]) -> Result<()> {
-    let fits = match (x.dims(), cos.dims()) {
+/// Checks the angles and offsets for x of shape `x`.
+pub(crate) fn validate(x: &[usize], cos: &Tensor, sin: &Tensor, offsets: &[usize]) -> Result<()> {
+    let fits = match (x, cos.dims()) {
         ([_, _, _, d], [_, pairs]) => 2 * pairs == *d && *d > 0 && cos.dims() == sin.dims(),
         _ => false,
     };
     if !fits {
         return Err(Error::Invalid(format!(
-            "rotary: x {:?}, cos {:?} and sin {:?}; [B, H, N, D] and [positions, D / 2] expected",
-            x.dims(),
+            "rotary: x {x:?}, cos {:?} and sin {:?}; [B, H, N, D] and [positions, D / 2] expected",
             cos.dims(),
             sin.dims()
         )));
     }
-    let (batch, rows, positions) = (x.dims()[0], x.dims()[2], cos.dims()[0]);
+    let (batch, rows, positions) = (x[0], x[2], cos.dims()[0]);
     if offsets.len() != 1 && offsets.len() != batch {
         return Err(Error::Invalid(format!(
             "rotary: {} offsets for a batch of {batch} (1 or {batch} expected)",

@@ -59,18 +59,43 @@ fn backward<T: Element>(gate: &Tensor, up: &Tensor, dy: &Tensor) -> candle_core:
             let out = dgate.chunks_exact_mut(len.max(1)).zip(dup.chunks_exact_mut(len.max(1)));
             for (j, (dgate, dup)) in out.enumerate() {
                 let i = chunk * rows + j;
-                let inputs = g.row(i).iter().zip(u.row(i)).zip(d.row(i));
-                for ((dgate, dup), ((&g, &u), &d)) in dgate.iter_mut().zip(dup).zip(inputs) {
-                    let (g, u, d) = (g.up(), u.up(), d.up());
-                    let s = sigmoid(g);
-                    *dgate = T::down(d * u * s * (T::Acc::one() + g * (T::Acc::one() - s)));
-                    *dup = T::down(d * g * s);
-                }
+                row_gradients([g.row(i), u.row(i), d.row(i)], dgate, dup);
             }
         });
     });
     let tensor = |v: Vec<T>| Tensor::from_vec(v, gate.shape(), gate.device());
     Ok([tensor(dgate)?, tensor(dup)?])
+}
+
+/// The gradients of gate and up side by side, for a matrix with both side by side.
+pub(crate) fn joined_gradients<T: Element>(gate_up: &Tensor, dy: &Tensor) -> candle_core::Result<Vec<T>> {
+    let ((j, jl), (d, dl)) = (gate_up.storage_and_layout(), dy.storage_and_layout());
+    let (joined, d) = (Rows::<T>::new(&j, jl)?, Rows::<T>::new(&d, dl)?);
+    let len = d.len();
+    let rows = rows_per_chunk(2 * len);
+    let mut out = vec![T::zero(); joined.count() * 2 * len];
+    for_chunks(&mut out, rows * 2 * len, |chunk, out| {
+        vectorize(|| {
+            for (j, out) in out.chunks_exact_mut((2 * len).max(1)).enumerate() {
+                let i = chunk * rows + j;
+                let ((g, u), (dgate, dup)) = (joined.row(i).split_at(len), out.split_at_mut(len));
+                row_gradients([g, u, d.row(i)], dgate, dup);
+            }
+        });
+    });
+    Ok(out)
+}
+
+/// The gradients of a row of gates and ups.
+#[inline(always)]
+fn row_gradients<T: Element>([g, u, d]: [&[T]; 3], dgate: &mut [T], dup: &mut [T]) {
+    let inputs = g.iter().zip(u).zip(d);
+    for ((dgate, dup), ((&g, &u), &d)) in dgate.iter_mut().zip(dup).zip(inputs) {
+        let (g, u, d) = (g.up(), u.up(), d.up());
+        let s = sigmoid(g);
+        *dgate = T::down(d * u * s * (T::Acc::one() + g * (T::Acc::one() - s)));
+        *dup = T::down(d * g * s);
+    }
 }
 
 #[cfg(test)]

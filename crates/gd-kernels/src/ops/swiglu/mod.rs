@@ -1,6 +1,6 @@
 //! The gated activation of a feed-forward block (Shazeer, arXiv 2002.05202): `y = silu(gate) * up`.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::cross_entropy::{linear_cross_entropy, linear_token_losses};
+use gd_kernels::{feed_forward, swiglu};
 use gd_layer::{
     Attention, GdAttention, LayerCache, Linear, MechanismAttention, Pass, RmsNorm, RopeScaling, Rotary,
     SoftmaxAttention, linear,
@@ -33,8 +34,14 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.down.forward(&gd_kernels::swiglu(&self.gate.forward(x)?, &self.up.forward(x)?)?)
+    /// x plus the output for x, normalised by `norm`.
+    fn added_to(&self, x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
+        let projections = [&self.gate, &self.up, &self.down];
+        if projections.iter().all(|projection| projection.bias().is_none()) {
+            return Ok(feed_forward(x, (norm.weight(), norm.eps()), projections.map(Linear::weight))?);
+        }
+        let y = norm.forward(x)?;
+        x + self.down.forward(&swiglu(&self.gate.forward(&y)?, &self.up.forward(&y)?)?)?
     }
 }
 
@@ -60,9 +67,7 @@ impl Block {
 
     /// The output of the block for an input `x` and the output of the attention.
     fn add(&self, x: &Tensor, attended: &Tensor) -> Result<Tensor> {
-        let x = (x + attended)?;
-        let y = self.mlp.forward(&self.post_norm.forward(&x)?)?;
-        x + y
+        self.mlp.added_to(&(x + attended)?, &self.post_norm)
     }
 }
 

@@ -181,56 +181,28 @@ impl Tiles {
         Self { _config: TileConfig::new(TileShape { left_bytes: 2 * TILE_TERMS, right_rows: TILE_LINES }) }
     }
 
-    /// Writes the product of the tiles `steps` of a left strip with those of a right one, 32 by 32 sums, to `out`, whose
-    /// rows start at multiples of `stride`; adds it if `add` is set. Buffers at cache lines make this faster.
+    /// Writes the product of the tiles `steps` of a left strip with those of a right one to `out`.
     ///
     /// # Panics
-    /// If a slice is too short.
+    /// Without steps, or if a strip has fewer.
     pub(crate) fn multiply(
         &self,
         left: &[u16],
         right: &[u16],
         steps: std::ops::Range<usize>,
-        out: &mut [f32],
-        stride: usize,
-        add: bool,
+        out: &mut Sums,
     ) {
-        let lower = left.len() / 2;
-        let far = right.len() / 2;
-        assert!(steps.end * TILE_ELEMENTS <= lower.min(far) && stride >= STRIP);
-        assert!(out.len() >= (STRIP - 1) * stride + STRIP && !steps.is_empty());
+        let (lower, far) = (left.len() / 2, right.len() / 2);
+        assert!(!steps.is_empty() && steps.end * TILE_ELEMENTS <= lower.min(far));
         let (left, right) = (&left[steps.start * TILE_ELEMENTS..], &right[steps.start * TILE_ELEMENTS..]);
-        let sums = out.as_mut_ptr();
         // SAFETY: the tiles are configured while `self` lives, in its thread: 16 rows of 64 bytes each. Both halves of the
-        // strips have the tiles `steps`, and `out` 32 rows of 32 sums at a distance of `stride` elements.
+        // strips have the tiles `steps`, and `out` 32 rows of 128 bytes.
         unsafe {
-            let (right_sums, lower_sums) = (sums.add(TILE_LINES), sums.add(TILE_LINES * stride));
-            let last_sums = lower_sums.add(TILE_LINES);
-            if add {
-                asm!(
-                    "tileloadd tmm0, [{sums} + {stride}*1]",
-                    "tileloadd tmm1, [{right_sums} + {stride}*1]",
-                    "tileloadd tmm2, [{lower_sums} + {stride}*1]",
-                    "tileloadd tmm3, [{last_sums} + {stride}*1]",
-                    sums = in(reg) sums,
-                    right_sums = in(reg) right_sums,
-                    lower_sums = in(reg) lower_sums,
-                    last_sums = in(reg) last_sums,
-                    stride = in(reg) 4 * stride,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    options(nostack, readonly),
-                );
-            } else {
-                asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    options(nostack, nomem),
-                );
-            }
             asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
                 "2:",
                 "tileloadd tmm6, [{near} + {line}*1]",
                 "tileloadd tmm4, [{upper} + {line}*1]",
@@ -246,25 +218,30 @@ impl Tiles {
                 "add {far}, 1024",
                 "dec {left}",
                 "jnz 2b",
-                "tilestored [{sums} + {stride}*1], tmm0",
-                "tilestored [{right_sums} + {stride}*1], tmm1",
-                "tilestored [{lower_sums} + {stride}*1], tmm2",
-                "tilestored [{last_sums} + {stride}*1], tmm3",
+                "tilestored [{out} + {row}*1], tmm0",
+                "tilestored [{out} + {row}*1 + 64], tmm1",
+                "tilestored [{out} + {row}*1 + 2048], tmm2",
+                "tilestored [{out} + {row}*1 + 2112], tmm3",
                 upper = inout(reg) left.as_ptr() => _,
                 lower = inout(reg) left.as_ptr().add(lower) => _,
                 near = inout(reg) right.as_ptr() => _,
                 far = inout(reg) right.as_ptr().add(far) => _,
                 line = in(reg) 2 * TILE_TERMS,
                 left = inout(reg) steps.len() => _,
-                sums = in(reg) sums,
-                right_sums = in(reg) right_sums,
-                lower_sums = in(reg) lower_sums,
-                last_sums = in(reg) last_sums,
-                stride = in(reg) 4 * stride,
+                out = in(reg) out.0.as_mut_ptr(),
+                row = in(reg) 4 * STRIP,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
         }
     }
+}
+
+/// The product of two strips. At cache lines, because storing a tile whose rows cross them takes several times as long.
+#[repr(align(64))]
+pub(crate) struct Sums(pub(crate) [[f32; STRIP]; STRIP]);
+
+impl Sums {
+    pub(crate) const ZERO: Self = Self([[0.0; STRIP]; STRIP]);
 }

@@ -34,29 +34,34 @@ pub(crate) fn product(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
     }
     let shape = (a.dim(0)?, b.dim(1)?);
     match a.dtype() {
-        DType::F64 => Tensor::from_vec(f64_product(&a, &b)?, shape, &Device::Cpu),
-        _ => Tensor::from_vec(f32_product(&a, &b)?, shape, &Device::Cpu),
+        DType::F64 => Tensor::from_vec(f64::product(&a, &b)?, shape, &Device::Cpu),
+        _ => Tensor::from_vec(f32::product(&a, &b)?, shape, &Device::Cpu),
     }
 }
 
-/// The elements of `a b` for f32 `a: [M, K]` and `b: [K, N]` on the CPU, of any strides, in the current
-/// [`MatmulPrecision`].
-///
-/// # Errors
-/// Another dtype, rank or device.
-pub(crate) fn f32_product(a: &Tensor, b: &Tensor) -> candle_core::Result<Vec<f32>> {
-    match MatmulPrecision::current() {
-        MatmulPrecision::F32 => with_matrices(a, b, registers::multiplied),
-        MatmulPrecision::Bf16 => with_matrices(a, b, rounded::multiplied),
+/// A type whose matrices are multiplied here.
+pub(crate) trait Multiply: Real {
+    /// The elements of `a b` for `a: [M, K]` and `b: [K, N]` of this type on the CPU, of any strides; for f32 in the current
+    /// [`MatmulPrecision`].
+    ///
+    /// # Errors
+    /// Another dtype, rank or device.
+    fn product(a: &Tensor, b: &Tensor) -> candle_core::Result<Vec<Self>>;
+}
+
+impl Multiply for f32 {
+    fn product(a: &Tensor, b: &Tensor) -> candle_core::Result<Vec<Self>> {
+        match MatmulPrecision::current() {
+            MatmulPrecision::F32 => with_matrices(a, b, registers::multiplied),
+            MatmulPrecision::Bf16 => with_matrices(a, b, rounded::multiplied),
+        }
     }
 }
 
-/// As [`f32_product`] for f64.
-///
-/// # Errors
-/// Another dtype, rank or device.
-pub(crate) fn f64_product(a: &Tensor, b: &Tensor) -> candle_core::Result<Vec<f64>> {
-    with_matrices(a, b, registers::multiplied)
+impl Multiply for f64 {
+    fn product(a: &Tensor, b: &Tensor) -> candle_core::Result<Vec<Self>> {
+        with_matrices(a, b, registers::multiplied)
+    }
 }
 
 fn with_matrices<T: Real>(

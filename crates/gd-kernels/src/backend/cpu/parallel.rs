@@ -1,7 +1,10 @@
 //! Loops over chunks of an output, run in parallel where the output is large enough.
 
+use std::cell::RefCell;
+
 use rayon::prelude::*;
 
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::element::Real;
 
 /// Output elements below which a loop runs on the calling thread.
@@ -77,6 +80,23 @@ pub(crate) fn par_chunks2<T: Send, U: Send>(
 /// Calls `f(i, item i)` for all items in parallel.
 pub(crate) fn par_items<X: Send>(items: Vec<X>, f: &(dyn Fn(usize, X) + Sync)) {
     items.into_par_iter().enumerate().for_each(|(i, x)| f(i, x));
+}
+
+thread_local! {
+    /// The buffer of [`with_scratch`], which keeps its pages from call to call.
+    static SCRATCH: RefCell<AlignedVec<u8>> = RefCell::default();
+}
+
+/// Calls `f` with a buffer of `len` elements of any value that belongs to this thread.
+pub(crate) fn with_scratch<T: bytemuck::Pod, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
+    // A call within `f` gets a buffer of its own.
+    let mut buffer = SCRATCH.take();
+    if buffer.len() < len * size_of::<T>() {
+        buffer.resize(len * size_of::<T>(), 0);
+    }
+    let result = f(&mut bytemuck::cast_slice_mut(&mut buffer[..len * size_of::<T>()])[..len]);
+    SCRATCH.set(buffer);
+    result
 }
 
 /// Adds the equally long rows of `parts`, first to last.

@@ -1,19 +1,26 @@
 //! [`feed_forward`](super::feed_forward) as one operator, for trainings in f32 and f64 on the CPU.
+//!
+//! Rows are processed in blocks, so that what lies between x and y stays in the cache. The graph holds x alone: the backward
+//! pass computes a block again, which takes less time than reading it from memory, and adds its part to the gradients of the
+//! parameters before it goes on to the next one.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
-use crate::backend::cpu::product::{MatmulPrecision, Multiply, product, with_matmul_precision};
-use crate::backend::cpu::view::add_rows;
+use crate::backend::cpu::element::Element;
+use crate::backend::cpu::parallel::{par_chunks, par_items, sum_rows, vectorize, with_scratch};
+use crate::backend::cpu::product::{MatmulPrecision, Matrix, Multiply, with_matmul_precision};
+use crate::backend::cpu::view::cpu_slice;
 use crate::backend::graph::attach3;
 use crate::backend::span::{Pass, operator_span};
-use crate::ops::linear::cpu::rows_of;
-use crate::ops::rms_norm::cpu::backward as norm_backward;
-use crate::ops::rms_norm::rms_norm;
-use crate::ops::swiglu::cpu::joined_gradients;
-use crate::ops::swiglu::swiglu;
+use crate::ops::rms_norm::cpu::{normalize_row, row_gradients as norm_gradients};
+use crate::ops::swiglu::cpu::{row as swiglu_row, row_gradients as swiglu_gradients};
 
 /// The name of the operator in candle's graph.
 const NAME: &str = "feed_forward";
+/// Rows of a task.
+const TASK_ROWS: usize = 64;
+/// Rows whose part of the gradients of the parameters is computed at once, a multiple of the rows of a task.
+const BLOCK_ROWS: usize = 512;
 
 /// The block for tensors of one dtype, which have been validated.
 pub(super) fn feed_forward(
@@ -29,46 +36,195 @@ pub(super) fn feed_forward(
     }
 }
 
-/// Gate and up `[2 F, C]`, and the weight of the normalisation `[C]`.
-fn parts(inner: &Tensor) -> Result<(Tensor, Tensor)> {
-    let inner = inner.detach();
-    let rows = inner.dim(0)? - 1;
-    Ok((inner.narrow(0, 0, rows)?, inner.get(rows)?))
-}
-
 fn fused<T: Multiply>(x: &Tensor, inner: &Tensor, down: &Tensor, eps: f64) -> Result<Tensor> {
     let span = operator_span(NAME, Pass::Forward);
     let precision = MatmulPrecision::current();
-    let rows = rows_of(x)?;
-    let (gate_up, norm) = parts(inner)?;
-    let width = down.dim(1)?;
-    let normed = rms_norm(&rows, &norm, eps)?;
-    let projected = product(&normed, &gate_up.t()?)?;
-    let hidden = swiglu(&projected.narrow(1, 0, width)?, &projected.narrow(1, width, width)?)?;
-    let mut y = T::product(&hidden, &down.detach().t()?)?;
-    add_rows(&mut y, &rows)?;
+    let y =
+        with_slices::<T, _>([x, inner, down], |[x, inner, down]| Block::new(inner, down, eps).forward(x))?;
     drop(span);
     attach3(NAME, [x, inner, down], (y, x.shape().clone()), move |[x, inner, down], _, dy| {
-        with_matmul_precision(precision, || {
-            let (rows, dy) = (rows_of(x)?, rows_of(dy)?);
-            let (gate_up, norm) = parts(inner)?;
-            let dhidden = product(&dy, down)?;
-            let ddown = product(&dy.t()?, &hidden)?;
-            let dprojected = joined_gradients::<T>(&projected, &dhidden)?;
-            let dprojected = Tensor::from_vec(dprojected, projected.shape(), projected.device())?;
-            let dgate_up = product(&dprojected.t()?, &normed)?;
-            let [dx, dnorm] = norm_backward::<T>(&rows, &norm, &product(&dprojected, &gate_up)?, eps)?;
-            let dx = (dx + dy)?.reshape(x.shape())?;
-            Ok([dx, Tensor::cat(&[dgate_up, dnorm.unsqueeze(0)?], 0)?, ddown])
-        })
+        let (shapes, device) = ([x.shape(), inner.shape(), down.shape()], &Device::Cpu);
+        let dy = dy.contiguous()?;
+        let gradients = with_slices::<T, _>([x, inner, down], |[x, inner, down]| {
+            let (storage, layout) = dy.storage_and_layout();
+            let dy = &cpu_slice::<T>(&storage)?[layout.start_offset()..][..x.len()];
+            let backward = || Block::new(inner, down, eps).backward(x, dy);
+            Result::Ok(with_matmul_precision(precision, backward))
+        })??;
+        let [dx, dinner, ddown] = gradients;
+        Ok([
+            Tensor::from_vec(dx, shapes[0], device)?,
+            Tensor::from_vec(dinner, shapes[1], device)?,
+            Tensor::from_vec(ddown, shapes[2], device)?,
+        ])
     })
+}
+
+/// Calls `f` with the elements of three tensors in row-major order.
+fn with_slices<T: Element, R>(tensors: [&Tensor; 3], f: impl FnOnce([&[T]; 3]) -> R) -> Result<R> {
+    let [a, b, c] = tensors.map(|t| t.detach().contiguous());
+    let (a, b, c) = (a?, b?, c?);
+    let ((sa, la), (sb, lb), (sc, lc)) =
+        (a.storage_and_layout(), b.storage_and_layout(), c.storage_and_layout());
+    Ok(f([
+        &cpu_slice::<T>(&sa)?[la.start_offset()..][..a.elem_count()],
+        &cpu_slice::<T>(&sb)?[lb.start_offset()..][..b.elem_count()],
+        &cpu_slice::<T>(&sc)?[lc.start_offset()..][..c.elem_count()],
+    ]))
+}
+
+/// The parameters.
+struct Block<'a, T: Multiply> {
+    /// Gate and up `[2 F, C]`, and the normalisation's weight `[C]`.
+    gate_up: Matrix<'a, T>,
+    norm: &'a [T],
+    eps: f64,
+    down: Matrix<'a, T>,
+    /// `[C, 2 F]` and `[F, C]`.
+    gate_up_t: T::Packed,
+    down_t: T::Packed,
+    channels: usize,
+    width: usize,
+}
+
+impl<'a, T: Multiply> Block<'a, T> {
+    fn new(inner: &'a [T], down: &'a [T], eps: f64) -> Self {
+        // inner has (2 F + 1) C elements, down has F C.
+        let channels = inner.len() - 2 * down.len();
+        let (gate_up, norm) = inner.split_at(2 * down.len());
+        let width = down.len() / channels;
+        let (gate_up, down) = (Matrix::of_rows(gate_up, channels), Matrix::of_rows(down, width));
+        let (gate_up_t, down_t) = (T::pack(gate_up.t()), T::pack(down.t()));
+        Self { gate_up, norm, eps, down, gate_up_t, down_t, channels, width }
+    }
+
+    /// Of some rows: the normalised ones `[rows, C]`, their gates and ups `[rows, 2 F]`, and the activations `[rows, F]`.
+    fn activate(&self, x: &[T], normed: &mut [T], gate_up: &mut [T], hidden: &mut [T]) {
+        let (c, f) = (self.channels, self.width);
+        vectorize(
+            #[inline(always)]
+            || {
+                for (x, normed) in x.chunks_exact(c).zip(normed.chunks_exact_mut(c)) {
+                    normalize_row((x, self.norm), self.eps, normed);
+                }
+            },
+        );
+        T::multiply(Matrix::of_rows(normed, c), &self.gate_up_t, gate_up, false);
+        vectorize(
+            #[inline(always)]
+            || {
+                for (gate_up, hidden) in gate_up.chunks_exact(2 * f).zip(hidden.chunks_exact_mut(f)) {
+                    let (gate, up) = gate_up.split_at(f);
+                    swiglu_row(gate, up, hidden);
+                }
+            },
+        );
+    }
+
+    fn forward(&self, x: &[T]) -> Vec<T> {
+        let (c, f) = (self.channels, self.width);
+        let mut y = vec![T::zero(); x.len()];
+        par_chunks(&mut y, TASK_ROWS * c, &|task, y| {
+            let x = &x[task * TASK_ROWS * c..][..y.len()];
+            let rows = y.len() / c;
+            with_scratch(rows * (c + 3 * f), |scratch| {
+                let (normed, rest) = scratch.split_at_mut(rows * c);
+                let (gate_up, hidden) = rest.split_at_mut(rows * 2 * f);
+                self.activate(x, normed, gate_up, hidden);
+                T::multiply(Matrix::of_rows(hidden, f), &self.down_t, y, false);
+            });
+            y.iter_mut().zip(x).for_each(|(y, &x)| *y += x);
+        });
+        y
+    }
+
+    /// The gradients of x, of gate, up and the weight of the normalisation, and of down.
+    fn backward(&self, x: &[T], dy: &[T]) -> [Vec<T>; 3] {
+        let (c, f) = (self.channels, self.width);
+        let (gate_up, down) = (T::pack(self.gate_up), T::pack(self.down));
+        let zeros = |len| vec![T::zero(); len];
+        let mut dx = zeros(x.len());
+        let (mut dgate_up, mut ddown) = (zeros(2 * f * c), zeros(c * f));
+        let mut dnorm = zeros((x.len() / c).div_ceil(TASK_ROWS) * c);
+        let block_rows = BLOCK_ROWS.min(x.len() / c);
+        let (mut normed, mut hidden) = (zeros(block_rows * c), zeros(block_rows * f));
+        let mut dprojected = zeros(block_rows * 2 * f);
+        let blocks =
+            x.chunks(BLOCK_ROWS * c).zip(dy.chunks(BLOCK_ROWS * c)).zip(dx.chunks_mut(BLOCK_ROWS * c));
+        for (((x, dy), dx), dnorm) in blocks.zip(dnorm.chunks_mut(BLOCK_ROWS / TASK_ROWS * c)) {
+            let rows = x.len() / c;
+            let tasks: Vec<_> = x
+                .chunks(TASK_ROWS * c)
+                .zip(dy.chunks(TASK_ROWS * c))
+                .zip(dx.chunks_mut(TASK_ROWS * c).zip(dnorm.chunks_mut(c)))
+                .zip(normed.chunks_mut(TASK_ROWS * c).zip(hidden.chunks_mut(TASK_ROWS * f)))
+                .zip(dprojected.chunks_mut(TASK_ROWS * 2 * f))
+                .collect();
+            par_items(tasks, &|_, ((((x, dy), (dx, dnorm)), (normed, hidden)), dprojected)| {
+                let rows = x.len() / c;
+                let (normed, hidden) = (&mut normed[..rows * c], &mut hidden[..rows * f]);
+                let dprojected = &mut dprojected[..rows * 2 * f];
+                self.row_gradients([x, dy], [&gate_up, &down], [normed, hidden, dprojected, dx, dnorm]);
+            });
+            let (normed, hidden) = (&normed[..rows * c], &hidden[..rows * f]);
+            let dprojected = Matrix::of_rows(&dprojected[..rows * 2 * f], 2 * f);
+            T::multiply_all(dprojected.t(), &T::pack(Matrix::of_rows(normed, c)), &mut dgate_up, true);
+            T::multiply_all(
+                Matrix::of_rows(dy, c).t(),
+                &T::pack(Matrix::of_rows(hidden, f)),
+                &mut ddown,
+                true,
+            );
+        }
+        dgate_up.extend(sum_rows(&dnorm, c));
+        [dx, dgate_up, ddown]
+    }
+
+    /// Of some rows: the normalised ones, the activations, the gradients of gates and ups, those of x, and the part of that
+    /// of the weight of the normalisation, which is added to zeros.
+    fn row_gradients(
+        &self,
+        [x, dy]: [&[T]; 2],
+        [gate_up, down]: [&T::Packed; 2],
+        [normed, hidden, dprojected, dx, dnorm]: [&mut [T]; 5],
+    ) {
+        let (c, f) = (self.channels, self.width);
+        let rows = x.len() / c;
+        with_scratch(rows * (c + 3 * f), |scratch| {
+            let (dnormed, rest) = scratch.split_at_mut(rows * c);
+            let (projected, dhidden) = rest.split_at_mut(rows * 2 * f);
+            self.activate(x, normed, projected, hidden);
+            T::multiply(Matrix::of_rows(dy, c), down, dhidden, false);
+            vectorize(
+                #[inline(always)]
+                || {
+                    let rows = projected.chunks_exact(2 * f).zip(dhidden.chunks_exact(f));
+                    for ((projected, dhidden), out) in rows.zip(dprojected.chunks_exact_mut(2 * f)) {
+                        let ((gate, up), (dgate, dup)) = (projected.split_at(f), out.split_at_mut(f));
+                        swiglu_gradients([gate, up, dhidden], dgate, dup);
+                    }
+                },
+            );
+            T::multiply(Matrix::of_rows(dprojected, 2 * f), gate_up, dnormed, false);
+            vectorize(
+                #[inline(always)]
+                || {
+                    let rows = x.chunks_exact(c).zip(dnormed.chunks_exact(c)).zip(dy.chunks_exact(c));
+                    for (((x, dnormed), dy), dx) in rows.zip(dx.chunks_exact_mut(c)) {
+                        norm_gradients((x, self.norm, dnormed), self.eps, dx, dnorm);
+                        dx.iter_mut().zip(dy).for_each(|(dx, &dy)| *dx += dy);
+                    }
+                },
+            );
+        });
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::feed_forward;
     use crate::ops::agreement::{agree, noise};
+    use crate::{feed_forward, rms_norm, swiglu};
 
     #[test]
     fn the_operator_agrees_with_its_composition() -> Result<()> {
@@ -77,7 +233,7 @@ mod tests {
             let (gate, up) = (n.broadcast_matmul(&t[2].t()?)?, n.broadcast_matmul(&t[3].t()?)?);
             &t[0] + swiglu(&gate, &up)?.broadcast_matmul(&t[4].t()?)?
         };
-        for lead in [&[40][..], &[3, 17], &[2, 3]] {
+        for lead in [&[40][..], &[3, 17], &[2, 3], &[600]] {
             let dtype = DType::F64;
             let x = noise(1, &[lead, &[10]].concat(), dtype)?;
             let weights =

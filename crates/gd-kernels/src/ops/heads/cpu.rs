@@ -4,13 +4,15 @@ use candle_core::{DType, Tensor};
 
 use super::{HeadProjection, Rotation};
 use crate::backend::cpu::parallel::{for_chunks, for_chunks2, rows_per_chunk, sum_rows, vectorize};
-use crate::backend::cpu::product::{MatmulPrecision, Multiply, product, with_matmul_precision};
+use crate::backend::cpu::product::{
+    MatmulPrecision, Multiply, product, product_values, with_matmul_precision,
+};
 use crate::backend::cpu::view::Rows;
 use crate::backend::graph::{attach2, attach3, with_contiguous_rows};
 use crate::backend::span::{Pass, operator_span};
 use crate::error::Result;
 use crate::ops::linear::cpu::rows_of;
-use crate::ops::rms_norm::cpu::{inverse_rms, row_gradients};
+use crate::ops::rms_norm::cpu::{normalize_row, row_gradients};
 use crate::ops::rotary::cpu::{Direction, angles, rotate_row};
 
 /// The names of the operators in candle's graph.
@@ -88,10 +90,7 @@ impl<T: Multiply> Steps<T> {
                     let product = &products[from * d..][..d];
                     let normed = match &self.norm {
                         Some(weight) => {
-                            let r = inverse_rms(product, self.eps);
-                            for ((y, &x), &w) in normed.iter_mut().zip(product).zip(weight) {
-                                *y = x * r * w;
-                            }
+                            normalize_row((product, weight), self.eps, &mut normed);
                             &normed
                         }
                         None => product,
@@ -159,7 +158,7 @@ fn to_heads<T: Multiply>(x: &Tensor, weight: &Tensor, heads: &HeadProjection<'_>
             None => None,
         },
     };
-    let products = T::product(&rows_of(x)?, &weight.detach().t()?)?;
+    let products = product_values::<T>(&rows_of(x)?, &weight.detach().t()?)?;
     let y = (steps.forward(&products), (batch, outputs / d, n, d).into());
     drop(span);
     // Only a normalisation needs the products again.
@@ -212,13 +211,13 @@ fn from_heads<T: Multiply>(y: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let precision = MatmulPrecision::current();
     let (batch, heads, n, d) = y.dims4()?;
     let rows = side_by_side::<T>(y)?;
-    let out = T::product(&rows, &weight.detach().t()?)?;
+    let out = product_values::<T>(&rows, &weight.detach().t()?)?;
     let shape = (batch, n, weight.dim(0)?).into();
     drop(span);
     Ok(attach2(FROM_HEADS, y, weight, (out, shape), move |_, weight, dy| {
         with_matmul_precision(precision, || {
             let dy = rows_of(dy)?;
-            let drows = T::product(&dy, &weight.detach())?;
+            let drows = product_values::<T>(&dy, &weight.detach())?;
             // Without steps, the heads are the transposed rows.
             let steps = Steps::<T> {
                 sizes: Sizes { batch, heads, rows: n, head_dim: d },

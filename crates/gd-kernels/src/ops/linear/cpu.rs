@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::backend::cpu::element::{Bf16, Element, F16, sum2};
 use crate::backend::cpu::parallel::{par_chunks, vectorize};
 use crate::backend::cpu::product::{
-    MatmulPrecision, Multiply, product as matrix_product, with_matmul_precision,
+    MatmulPrecision, product as matrix_product, product_values, with_matmul_precision,
 };
 use crate::backend::cpu::view::{Rows, cpu_slice};
 use crate::backend::graph::{Finished, attach1, attach2, with_contiguous_rows};
@@ -39,8 +39,8 @@ pub(super) fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor
     }
     let (rows, right) = (rows_of(x)?, weight.detach().t()?);
     let y: Finished = match x.dtype() {
-        DType::F64 => (f64::product(&rows, &right)?, shape.into()).into(),
-        _ => (f32::product(&rows, &right)?, shape.into()).into(),
+        DType::F64 => (product_values::<f64>(&rows, &right)?, shape.into()).into(),
+        _ => (product_values::<f32>(&rows, &right)?, shape.into()).into(),
     };
     attach2("linear", x, weight, y, move |x, weight, dy| {
         with_matmul_precision(precision, || {

@@ -33,7 +33,7 @@ fn widened<T: Element>(weight: &Tensor) -> candle_core::Result<Vec<T::Acc>> {
 
 /// `1 / sqrt(mean(x^2) + eps)` of one row.
 #[inline(always)]
-pub(crate) fn inverse_rms<T: Element>(x: &[T], eps: f64) -> T::Acc {
+fn inverse_rms<T: Element>(x: &[T], eps: f64) -> T::Acc {
     let squares = sum2(x, x, |a: T, b: T| a.up() * b.up());
     (squares / T::Acc::of(x.len() as f64) + T::Acc::of(eps)).sqrt().recip()
 }
@@ -46,19 +46,25 @@ fn forward<T: Element>(x: &Rows<T>, weight: &[T::Acc], eps: f64) -> Vec<T> {
         vectorize(|| {
             for (j, y) in y.chunks_exact_mut(len).enumerate() {
                 let x = x.row(chunk * rows + j);
-                let r = inverse_rms(x, eps);
-                for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-                    *y = T::down(x.up() * r * w);
-                }
+                normalize_row((x, weight), eps, y);
             }
         });
     });
     y
 }
 
+/// A row of the result.
+#[inline(always)]
+pub(crate) fn normalize_row<T: Element>((x, weight): (&[T], &[T::Acc]), eps: f64, y: &mut [T]) {
+    let r = inverse_rms(x, eps);
+    for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+        *y = T::down(x.up() * r * w);
+    }
+}
+
 /// With `r = 1 / rms`: `dx = r (w dy - x r^2 mean(w dy x))` and `dw = sum over rows of dy x r`. Each chunk of rows
 /// adds up its own `dw`; the sums of the chunks are then added in order.
-pub(crate) fn backward<T: Element>(
+fn backward<T: Element>(
     x: &Tensor,
     weight: &Tensor,
     dy: &Tensor,

@@ -34,10 +34,7 @@ fn forward<T: Element>(gate: &Rows<T>, up: &Rows<T>) -> Vec<T> {
         vectorize(|| {
             for (j, y) in y.chunks_exact_mut(len.max(1)).enumerate() {
                 let i = chunk * rows + j;
-                for ((y, &g), &u) in y.iter_mut().zip(gate.row(i)).zip(up.row(i)) {
-                    let g = g.up();
-                    *y = T::down(g * sigmoid(g) * u.up());
-                }
+                row(gate.row(i), up.row(i), y);
             }
         });
     });
@@ -67,28 +64,18 @@ fn backward<T: Element>(gate: &Tensor, up: &Tensor, dy: &Tensor) -> candle_core:
     Ok([tensor(dgate)?, tensor(dup)?])
 }
 
-/// The gradients of gate and up side by side, for a matrix with both side by side.
-pub(crate) fn joined_gradients<T: Element>(gate_up: &Tensor, dy: &Tensor) -> candle_core::Result<Vec<T>> {
-    let ((j, jl), (d, dl)) = (gate_up.storage_and_layout(), dy.storage_and_layout());
-    let (joined, d) = (Rows::<T>::new(&j, jl)?, Rows::<T>::new(&d, dl)?);
-    let len = d.len();
-    let rows = rows_per_chunk(2 * len);
-    let mut out = vec![T::zero(); joined.count() * 2 * len];
-    for_chunks(&mut out, rows * 2 * len, |chunk, out| {
-        vectorize(|| {
-            for (j, out) in out.chunks_exact_mut((2 * len).max(1)).enumerate() {
-                let i = chunk * rows + j;
-                let ((g, u), (dgate, dup)) = (joined.row(i).split_at(len), out.split_at_mut(len));
-                row_gradients([g, u, d.row(i)], dgate, dup);
-            }
-        });
-    });
-    Ok(out)
+/// A row of the result.
+#[inline(always)]
+pub(crate) fn row<T: Element>(gate: &[T], up: &[T], y: &mut [T]) {
+    for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
+        let g = g.up();
+        *y = T::down(g * sigmoid(g) * u.up());
+    }
 }
 
 /// The gradients of a row of gates and ups.
 #[inline(always)]
-fn row_gradients<T: Element>([g, u, d]: [&[T]; 3], dgate: &mut [T], dup: &mut [T]) {
+pub(crate) fn row_gradients<T: Element>([g, u, d]: [&[T]; 3], dgate: &mut [T], dup: &mut [T]) {
     let inputs = g.iter().zip(u).zip(d);
     for ((dgate, dup), ((&g, &u), &d)) in dgate.iter_mut().zip(dup).zip(inputs) {
         let (g, u, d) = (g.up(), u.up(), d.up());

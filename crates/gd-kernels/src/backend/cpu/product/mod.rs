@@ -1,15 +1,17 @@
 //! The product of two large matrices, on all threads: in f32 and f64 with the same bits for every instruction set and
 //! number of threads, or of f32 matrices rounded to bf16.
 
+mod packed;
 mod precision;
 mod registers;
-mod rounded;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
+pub(crate) use packed::Multiply;
 pub use precision::{MatmulPrecision, with_matmul_precision};
 
 use candle_core::{DType, Device, Layout, Tensor};
 
-use crate::backend::cpu::element::Real;
 use crate::backend::cpu::view::cpu_slice;
 use crate::backend::dispatch::on_cpu;
 
@@ -34,51 +36,29 @@ pub(crate) fn product(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
     }
     let shape = (a.dim(0)?, b.dim(1)?);
     match a.dtype() {
-        DType::F64 => Tensor::from_vec(f64::product(&a, &b)?, shape, &Device::Cpu),
-        _ => Tensor::from_vec(f32::product(&a, &b)?, shape, &Device::Cpu),
+        DType::F64 => Tensor::from_vec(product_values::<f64>(&a, &b)?, shape, &Device::Cpu),
+        _ => Tensor::from_vec(product_values::<f32>(&a, &b)?, shape, &Device::Cpu),
     }
 }
 
-/// A type whose matrices are multiplied here.
-pub(crate) trait Multiply: Real {
-    /// The elements of `a b` for `a: [M, K]` and `b: [K, N]` of this type on the CPU, of any strides; for f32 in the current
-    /// [`MatmulPrecision`].
-    ///
-    /// # Errors
-    /// Another dtype, rank or device.
-    fn product(a: &Tensor, b: &Tensor) -> candle_core::Result<Vec<Self>>;
-}
-
-impl Multiply for f32 {
-    fn product(a: &Tensor, b: &Tensor) -> candle_core::Result<Vec<Self>> {
-        match MatmulPrecision::current() {
-            MatmulPrecision::F32 => with_matrices(a, b, registers::multiplied),
-            MatmulPrecision::Bf16 => with_matrices(a, b, rounded::multiplied),
-        }
-    }
-}
-
-impl Multiply for f64 {
-    fn product(a: &Tensor, b: &Tensor) -> candle_core::Result<Vec<Self>> {
-        with_matrices(a, b, registers::multiplied)
-    }
-}
-
-fn with_matrices<T: Real>(
-    a: &Tensor,
-    b: &Tensor,
-    multiplied: impl FnOnce(Matrix<'_, T>, Matrix<'_, T>) -> Vec<T>,
-) -> candle_core::Result<Vec<T>> {
+/// The elements of `a b` for `a: [M, K]` and `b: [K, N]` of type `T` on the CPU, of any strides; in f32 in the current
+/// [`MatmulPrecision`].
+///
+/// # Errors
+/// Another dtype, rank or device.
+pub(crate) fn product_values<T: Multiply>(a: &Tensor, b: &Tensor) -> candle_core::Result<Vec<T>> {
     let (a, b) = (with_contiguous_dimension(a)?, with_contiguous_dimension(b)?);
     let ((a_storage, a_layout), (b_storage, b_layout)) = (a.storage_and_layout(), b.storage_and_layout());
     let left = Matrix::new(cpu_slice::<T>(&a_storage)?, a_layout);
     let right = Matrix::new(cpu_slice::<T>(&b_storage)?, b_layout);
-    Ok(multiplied(left, right))
+    let mut out = vec![T::zero(); left.rows * right.columns];
+    T::multiply_all(left, &T::pack(right), &mut out, false);
+    Ok(out)
 }
 
 /// A matrix with one contiguous dimension.
-#[derive(Clone, Copy)]
-struct Matrix<'a, T> {
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix<'a, T> {
     data: &'a [T],
     rows: usize,
     columns: usize,
@@ -91,12 +71,34 @@ impl<'a, T> Matrix<'a, T> {
     fn new(storage: &'a [T], layout: &Layout) -> Self {
         let (dims, strides) = (layout.dims(), layout.stride());
         let (rows, columns, row_stride, column_stride) = (dims[0], dims[1], strides[0], strides[1]);
-        let len = match rows * columns {
+        let data = &storage[layout.start_offset()..];
+        Self { data, rows, columns, row_stride, column_stride }.trimmed()
+    }
+
+    /// Without the elements behind the last one.
+    fn trimmed(self) -> Self {
+        let len = match self.rows * self.columns {
             0 => 0,
-            _ => (rows - 1) * row_stride + (columns - 1) * column_stride + 1,
+            _ => (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride + 1,
         };
-        let data = &storage[layout.start_offset()..][..len];
-        Self { data, rows, columns, row_stride, column_stride }
+        Self { data: &self.data[..len], ..self }
+    }
+
+    /// The contiguous rows of `columns` elements.
+    pub(crate) fn of_rows(data: &'a [T], columns: usize) -> Self {
+        let rows = data.len() / columns.max(1);
+        Self { data, rows, columns, row_stride: columns, column_stride: 1 }
+    }
+
+    /// The transpose.
+    pub(crate) fn t(self) -> Self {
+        let Self { data, rows, columns, row_stride, column_stride } = self;
+        Self { data, rows: columns, columns: rows, row_stride: column_stride, column_stride: row_stride }
+    }
+
+    /// Some of the rows.
+    fn rows(self, range: std::ops::Range<usize>) -> Self {
+        Self { data: &self.data[range.start * self.row_stride..], rows: range.len(), ..self }.trimmed()
     }
 }
 

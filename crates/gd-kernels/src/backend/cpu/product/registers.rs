@@ -1,5 +1,5 @@
-//! Products by register tiles, with the bits of a chain of fused multiply-adds over blocks of [`DEPTH`] terms for each
-//! element of the result.
+//! Products by register tiles: each element of the result is a chain of fused multiply-adds over blocks of [`DEPTH`] terms,
+//! so that its bits depend neither on the number of threads nor on the instruction set.
 
 use crate::backend::cpu::element::Real;
 use crate::backend::cpu::matrix::{Left, Padded, multiply, padded};
@@ -9,52 +9,56 @@ use crate::backend::cpu::product::Matrix;
 /// Columns of a panel: four registers of 16 numbers.
 const PANEL: usize = 64;
 /// Terms that are added in registers. A panel of so many rows fits the L2 cache.
-const DEPTH: usize = 512;
-/// Rows of a task, a multiple of the rows of a register tile.
-const TASK_ROWS: usize = 96;
+pub(super) const DEPTH: usize = 512;
 
-/// The elements of `a b`.
-pub(super) fn multiplied<T: Real>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
-    let (m, n, k) = (a.rows, b.columns, a.columns);
-    let panels = n.div_ceil(PANEL);
-    let mut right = vec![T::zero(); panels * k * PANEL];
-    par_chunks(&mut right, k * PANEL, &|panel, out| pack(b, panel * PANEL, out));
-    let mut out = vec![T::zero(); m * n];
-    if out.is_empty() {
-        return out;
+/// A right factor `[K, N]` in panels of [`PANEL`] columns, so that a register tile reads it in order.
+#[derive(Debug)]
+pub(crate) struct Panels<T> {
+    /// `[N / PANEL][K][PANEL]`.
+    values: Vec<T>,
+    rows: usize,
+    columns: usize,
+}
+
+impl<T: Real> Panels<T> {
+    /// Copies the factor, on all threads.
+    pub(super) fn new(b: Matrix<'_, T>) -> Self {
+        let mut values = vec![T::zero(); b.columns.div_ceil(PANEL) * b.rows * PANEL];
+        par_chunks(&mut values, b.rows * PANEL, &|panel, out| pack(b, panel * PANEL, out));
+        Self { values, rows: b.rows, columns: b.columns }
     }
-    par_chunks(&mut out, TASK_ROWS * n, &|task, out| {
-        let rows = out.len() / n;
-        let first = task * TASK_ROWS;
-        let (mut left, mut edge) = (Vec::new(), vec![T::zero(); rows * PANEL]);
+
+    /// Writes the product of `a` with this factor to `out`, or adds it; on this thread.
+    pub(super) fn multiply(&self, a: Matrix<'_, T>, out: &mut [T], add: bool) {
+        let (k, n) = (self.rows, self.columns);
+        let (mut left, mut edge) = (Vec::new(), vec![T::zero(); a.rows * PANEL]);
+        if k == 0 && !add {
+            out.fill(T::zero());
+        }
         for from in (0..k).step_by(DEPTH) {
             let depth = DEPTH.min(k - from);
-            let left = part(a, first..first + rows, from..from + depth, &mut left);
-            for panel in 0..panels {
-                let data = &right[(panel * k + from) * PANEL..][..depth * PANEL];
-                let (right, column) = (Padded { data, stride: PANEL }, panel * PANEL);
+            let left = part(a, from..from + depth, &mut left);
+            let add = add || from > 0;
+            for (panel, data) in self.values.chunks_exact(k * PANEL).enumerate() {
+                let right = Padded { data: &data[from * PANEL..][..depth * PANEL], stride: PANEL };
+                let column = panel * PANEL;
                 let columns = PANEL.min(n - column);
                 if padded(columns) == columns {
                     let out = Padded { data: &mut out[column..], stride: n };
-                    multiply(out, columns, from > 0, T::one(), left, right);
+                    multiply(out, columns, add, T::one(), left, right);
                     continue;
                 }
                 // The last columns do not fill a register.
-                multiply(
-                    Padded { data: &mut edge[..], stride: PANEL },
-                    columns,
-                    false,
-                    T::one(),
-                    left,
-                    right,
-                );
+                let padded_edge = Padded { data: &mut edge[..], stride: PANEL };
+                multiply(padded_edge, columns, false, T::one(), left, right);
                 for (out, edge) in out.chunks_exact_mut(n).zip(edge.chunks_exact(PANEL)) {
-                    out[column..].iter_mut().zip(edge).for_each(|(out, &x)| *out += x);
+                    for (out, &x) in out[column..].iter_mut().zip(edge) {
+                        *out = if add { *out + x } else { x };
+                    }
                 }
             }
         }
-    });
-    out
+    }
 }
 
 /// Copies the columns of `b` from `first` on into a panel; those beyond the last one stay as they are.
@@ -77,21 +81,22 @@ fn pack<T: Real>(b: Matrix<'_, T>, first: usize, out: &mut [T]) {
     }
 }
 
-/// A part of the left factor. If its columns are contiguous, they are copied, so that a tile reads them in order.
+/// Columns of the left factor. If are contiguous, they are copied, so that a tile reads them in order.
 fn part<'a, T: Real>(
     a: Matrix<'a, T>,
-    rows: std::ops::Range<usize>,
     columns: std::ops::Range<usize>,
     buffer: &'a mut Vec<T>,
 ) -> Left<'a, T> {
     if a.column_stride == 1 {
-        let data = &a.data[rows.start * a.row_stride + columns.start..];
-        return Left::new(data, rows.len(), columns.len(), a.row_stride.max(columns.len()));
+        let stride = a.row_stride.max(columns.len());
+        return Left::new(&a.data[columns.start..], a.rows, columns.len(), stride);
     }
+    // A register tile reads at least as many rows as it has.
+    let stride = a.rows.next_multiple_of(PANEL);
     buffer.clear();
-    buffer.resize(columns.len() * TASK_ROWS, T::zero());
-    for (out, p) in buffer.chunks_exact_mut(TASK_ROWS).zip(columns.clone()) {
-        out[..rows.len()].copy_from_slice(&a.data[p * a.column_stride + rows.start..][..rows.len()]);
+    buffer.resize(columns.len() * stride, T::zero());
+    for (out, p) in buffer.chunks_exact_mut(stride).zip(columns.clone()) {
+        out[..a.rows].copy_from_slice(&a.data[p * a.column_stride..][..a.rows]);
     }
-    Left::transposed(buffer, columns.len(), rows.len(), TASK_ROWS)
+    Left::transposed(buffer, columns.len(), a.rows, stride)
 }

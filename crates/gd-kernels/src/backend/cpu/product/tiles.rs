@@ -1,0 +1,83 @@
+//! Products of f32 matrices that are rounded to bf16, with AMX.
+
+use crate::backend::cpu::aligned::AlignedVec;
+use crate::backend::cpu::amx::bf16::{Lines, STRIP, Side, Sums, TILE_TERMS, Tiles, pack, strip_len};
+use crate::backend::cpu::parallel::{par_chunks, vectorize};
+use crate::backend::cpu::product::Matrix;
+
+/// Tiles of a strip of the right factor that are used for all rows in turn: they fit the L1 cache.
+const BLOCK_STEPS: usize = 16;
+
+/// A right factor `[K, N]`, rounded, in strips of [`STRIP`] columns.
+#[derive(Debug)]
+pub(crate) struct Strips {
+    values: AlignedVec<u16>,
+    rows: usize,
+    columns: usize,
+}
+
+impl Strips {
+    /// Copies the factor, on all threads.
+    pub(super) fn new(b: Matrix<'_, f32>) -> Self {
+        let columns = Lines {
+            data: b.data,
+            lines: b.columns,
+            terms: b.rows,
+            line_stride: b.column_stride,
+            term_stride: b.row_stride,
+        };
+        let strip = strip_len(b.rows);
+        let mut values = AlignedVec::zeros(b.columns.div_ceil(STRIP) * strip);
+        par_chunks(&mut values, strip, &|i, out| pack(columns, Side::Right, i * STRIP, out));
+        Self { values, rows: b.rows, columns: b.columns }
+    }
+
+    /// Writes the product of `a`, rounded, with this factor to `out`, or adds it; on this thread.
+    pub(super) fn multiply(&self, a: Matrix<'_, f32>, out: &mut [f32], add: bool) {
+        let (strip, steps) = (strip_len(self.rows), self.rows.div_ceil(TILE_TERMS));
+        if steps == 0 && !add {
+            out.fill(0.0);
+        }
+        let rows = Lines {
+            data: a.data,
+            lines: a.rows,
+            terms: a.columns,
+            line_stride: a.row_stride,
+            term_stride: a.column_stride,
+        };
+        let mut left = AlignedVec::zeros(a.rows.div_ceil(STRIP) * strip);
+        for (i, left) in left.chunks_exact_mut(strip.max(1)).enumerate() {
+            pack(rows, Side::Left, i * STRIP, left);
+        }
+        let (tiles, mut sums) = (Tiles::new(), Sums::ZERO);
+        for from in (0..steps).step_by(BLOCK_STEPS) {
+            let block = from..steps.min(from + BLOCK_STEPS);
+            for (j, right) in self.values.chunks_exact(strip).enumerate() {
+                for (left, out) in left.chunks_exact(strip).zip(out.chunks_mut(STRIP * self.columns)) {
+                    tiles.multiply(left, right, block.clone(), &mut sums);
+                    store(&sums, add || from > 0, out, self.columns, j * STRIP);
+                }
+            }
+        }
+    }
+}
+
+/// Writes sums to rows of `n` elements from column `first` on, as far as there are rows and columns; adds them if `add` is
+/// set.
+fn store(sums: &Sums, add: bool, out: &mut [f32], n: usize, first: usize) {
+    vectorize(
+        #[inline(always)]
+        || {
+            for (out, sums) in out.chunks_exact_mut(n).zip(&sums.0) {
+                let out = &mut out[first..];
+                let columns = out.len().min(STRIP);
+                match (out.first_chunk_mut::<STRIP>(), add) {
+                    (Some(out), false) => *out = *sums,
+                    (Some(out), true) => out.iter_mut().zip(sums).for_each(|(out, x)| *out += x),
+                    (None, false) => out.copy_from_slice(&sums[..columns]),
+                    (None, true) => out.iter_mut().zip(sums).for_each(|(out, x)| *out += x),
+                }
+            }
+        },
+    );
+}

@@ -2,8 +2,7 @@
 
 use candle_core::{CpuStorage, Layout, Storage, Tensor, bail};
 
-use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::parallel::{for_chunks, rows_per_chunk};
+use crate::backend::cpu::element::Element;
 use crate::error::{Error, Result};
 
 /// A `[d0, d1, d2, len]` tensor whose rows are slices.
@@ -119,20 +118,4 @@ impl<'a, T: Element> Rows<'a, T> {
         }
         &self.data[at..at + self.len]
     }
-}
-
-/// Adds the elements of `t`, in row-major order, to `out`.
-///
-/// # Errors
-/// Another dtype or device.
-pub(crate) fn add_rows<T: Real>(out: &mut [T], t: &Tensor) -> candle_core::Result<()> {
-    let (storage, layout) = t.storage_and_layout();
-    let rows = Rows::<T>::new(&storage, layout)?;
-    let (len, chunk) = (rows.len(), rows_per_chunk(rows.len()));
-    for_chunks(out, chunk * len, |i, out| {
-        for (j, out) in out.chunks_exact_mut(len.max(1)).enumerate() {
-            out.iter_mut().zip(rows.row(i * chunk + j)).for_each(|(out, &x)| *out += x);
-        }
-    });
-    Ok(())
 }

@@ -96,8 +96,13 @@ impl<'a, T> Matrix<'a, T> {
         Self { data, rows: columns, columns: rows, row_stride: column_stride, column_stride: row_stride }
     }
 
+    /// The number of rows.
+    pub(crate) fn row_count(&self) -> usize {
+        self.rows
+    }
+
     /// Some of the rows.
-    fn rows(self, range: std::ops::Range<usize>) -> Self {
+    pub(crate) fn rows(self, range: std::ops::Range<usize>) -> Self {
         Self { data: &self.data[range.start * self.row_stride..], rows: range.len(), ..self }.trimmed()
     }
 }

@@ -91,7 +91,7 @@ impl<T: Element> Dense<'_, T> {
                 let scores = tile::scores::<T::Acc, S, R>(simd, q, keys, &bias);
                 let scores = match visible.iter().all(|r| r.start <= first && r.end >= first + width) {
                     true => scores,
-                    false => tile::masked::<T::Acc, S, R>(scores, visible, first),
+                    false => tile::masked::<T::Acc, S, R>(simd, scores, visible, first),
                 };
                 sink.add(simd, group * R, &scores, p);
             }

@@ -36,24 +36,26 @@ pub(crate) fn scores<A: Real, S: Simd, const R: usize>(
 /// The scores with minus infinity for keys that are not visible to a row; the panel starts at key `first`.
 #[inline(always)]
 pub(crate) fn masked<A: Real, S: Simd, const R: usize>(
+    simd: S,
     mut scores: [[A::Lanes<S>; REGISTERS]; R],
     visible: &[Range<usize>],
     first: usize,
 ) -> [[A::Lanes<S>; REGISTERS]; R] {
+    let mut keys = [A::zero(); MAX_KEYS];
+    for (w, key) in keys.iter_mut().enumerate() {
+        *key = A::of(w as f64);
+    }
+    let keys = A::lanes::<S>(&keys);
+    let hidden = A::neg_infinity().splat(simd);
     for (r, scores) in scores.iter_mut().enumerate() {
         let range = visible.get(r).cloned().unwrap_or_default();
-        let mut mask = [A::neg_infinity(); MAX_KEYS];
-        for (w, o) in mask.iter_mut().enumerate() {
-            if range.contains(&(first + w)) {
-                *o = A::zero();
-            }
+        // Bounds between two keys.
+        let bound = |key: usize| A::of(key as f64 - first as f64 - 0.5).splat(simd);
+        let (start, end) = (bound(range.start), bound(range.end));
+        for (score, &key) in scores.iter_mut().zip(keys) {
+            let from_start = A::pick(simd, A::greater(simd, key, start), *score, hidden);
+            *score = A::pick(simd, A::greater(simd, end, key), from_start, hidden);
         }
-        let mut all = mask;
-        A::lanes_mut::<S>(&mut all)[..REGISTERS].copy_from_slice(scores);
-        for (s, &o) in all.iter_mut().zip(&mask) {
-            *s = if o < A::zero() { o } else { *s };
-        }
-        scores.copy_from_slice(&A::lanes::<S>(&all)[..REGISTERS]);
     }
     scores
 }

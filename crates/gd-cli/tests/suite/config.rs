@@ -81,7 +81,7 @@ fn all_problems_of_a_configuration_are_reported_at_once() -> Result<()> {
             "model.gd.select.candidates must be one of [1, 2, 4, 8, 16, 32, 64], not 3",
         ),
         ("model.gd.mechanism=[\"gd\",3]", "model.gd.mechanism.1"),
-        ("train.precision.x.y=1", "train.precision \"x\" is unknown"),
+        ("train.precision.x.y=1", "train.precision.x.y: train.precision is \"auto\", not a table"),
         ("train.context.x=1", "train.context.x: train.context is 256, not a table"),
     ];
     let args = settings.map(|(setting, _)| format!("--set {setting}")).join(" ");

@@ -83,19 +83,19 @@ pub(crate) fn par_items<X: Send>(items: Vec<X>, f: &(dyn Fn(usize, X) + Sync)) {
 }
 
 thread_local! {
-    /// The buffer of [`with_scratch`], which keeps its pages from call to call.
-    static SCRATCH: RefCell<AlignedVec<u8>> = RefCell::default();
+    /// The buffers of [`with_scratch`] that are not in use, which keep their pages from call to call.
+    static SCRATCH: RefCell<Vec<AlignedVec<u8>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Calls `f` with a buffer of `len` elements of any value that belongs to this thread.
+/// Calls `f` with a buffer of this thread at a cache line: `len` elements of any value.
 pub(crate) fn with_scratch<T: bytemuck::Pod, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
-    // A call within `f` gets a buffer of its own.
-    let mut buffer = SCRATCH.take();
+    // A call within `f` gets another buffer.
+    let mut buffer = SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default();
     if buffer.len() < len * size_of::<T>() {
         buffer.resize(len * size_of::<T>(), 0);
     }
     let result = f(&mut bytemuck::cast_slice_mut(&mut buffer[..len * size_of::<T>()])[..len]);
-    SCRATCH.set(buffer);
+    SCRATCH.with_borrow_mut(|buffers| buffers.push(buffer));
     result
 }
 

@@ -53,35 +53,36 @@ pub(crate) fn pack(factor: Lines<'_>, side: Side, first: usize, out: &mut [u16])
     assert!(crate::backend::cpu::amx::available(), "AMX is available");
     assert!(factor.line_stride == 1 || factor.term_stride == 1);
     assert_eq!(out.len(), strip_len(factor.terms));
-    for (half, out) in out.chunks_exact_mut(strip_len(factor.terms) / 2).enumerate() {
-        let first = first + half * TILE_LINES;
-        if first < factor.lines {
-            // SAFETY: machines with AMX have these instructions, as `available` checks.
-            unsafe { pack_tiles(factor, side, first, out) };
-        } else {
-            out.fill(0);
+    let (near, far) = out.split_at_mut(strip_len(factor.terms) / 2);
+    let steps = near.chunks_exact_mut(TILE_ELEMENTS).zip(far.chunks_exact_mut(TILE_ELEMENTS));
+    // Both tiles of a step in turn, whose lines are neighbours in memory where the lines of a term are contiguous.
+    for (step, (near, far)) in steps.enumerate() {
+        for (out, first) in [(near, first), (far, first + TILE_LINES)] {
+            if first < factor.lines {
+                // SAFETY: machines with AMX have these instructions, as `available` checks.
+                unsafe { pack_tile(factor, side, first, step * TILE_TERMS, out) };
+            } else {
+                out.fill(0);
+            }
         }
     }
 }
 
+/// Copies the tile of the lines and terms from these on.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn pack_tiles(factor: Lines<'_>, side: Side, first: usize, out: &mut [u16]) {
+fn pack_tile(factor: Lines<'_>, side: Side, line: usize, term: usize, out: &mut [u16]) {
     let Lines { data, lines, terms, line_stride, term_stride } = factor;
-    let lines = TILE_LINES.min(lines - first);
-    for (i, out) in out.chunks_exact_mut(TILE_ELEMENTS).enumerate() {
-        let term = i * TILE_TERMS;
-        let data = &data[first * line_stride + term * term_stride..];
-        let terms = TILE_TERMS.min(terms - term);
-        // The order in which the factor lies is the one that its tiles have, or they are transposed.
-        let (pairs, by) = match term_stride {
-            1 => (by_lines(data, line_stride, lines, terms), Side::Left),
-            _ => (by_terms(data, term_stride, lines, terms), Side::Right),
-        };
-        let pairs = if by == side { pairs } else { transposed(pairs) };
-        for (out, pairs) in out.chunks_exact_mut(TILE_TERMS).zip(pairs) {
-            // SAFETY: `out` has 32 elements of 16 bits.
-            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) };
-        }
+    let (lines, terms) = (TILE_LINES.min(lines - line), TILE_TERMS.min(terms - term));
+    let data = &data[line * line_stride + term * term_stride..];
+    // The order in which the factor lies is the one that its tiles have, or they are transposed.
+    let (pairs, by) = match term_stride {
+        1 => (by_lines(data, line_stride, lines, terms), Side::Left),
+        _ => (by_terms(data, term_stride, lines, terms), Side::Right),
+    };
+    let pairs = if by == side { pairs } else { transposed(pairs) };
+    for (out, pairs) in out.chunks_exact_mut(TILE_TERMS).zip(pairs) {
+        // SAFETY: `out` has 32 elements of 16 bits.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) };
     }
 }
 

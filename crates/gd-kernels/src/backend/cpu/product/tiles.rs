@@ -2,7 +2,7 @@
 
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::amx::bf16::{Lines, STRIP, Side, Sums, TILE_TERMS, Tiles, pack, strip_len};
-use crate::backend::cpu::parallel::{par_chunks, vectorize};
+use crate::backend::cpu::parallel::{par_chunks, vectorize, with_scratch};
 use crate::backend::cpu::product::Matrix;
 
 /// Tiles of a strip of the right factor that are used for all rows in turn: they fit the L1 cache.
@@ -34,10 +34,10 @@ impl Strips {
 
     /// Writes the product of `a`, rounded, with this factor to `out`, or adds it; on this thread.
     pub(super) fn multiply(&self, a: Matrix<'_, f32>, out: &mut [f32], add: bool) {
-        let (strip, steps) = (strip_len(self.rows), self.rows.div_ceil(TILE_TERMS));
-        if steps == 0 && !add {
+        if self.rows == 0 && !add {
             out.fill(0.0);
         }
+        let strip = strip_len(self.rows);
         let rows = Lines {
             data: a.data,
             lines: a.rows,
@@ -45,10 +45,17 @@ impl Strips {
             line_stride: a.row_stride,
             term_stride: a.column_stride,
         };
-        let mut left = AlignedVec::zeros(a.rows.div_ceil(STRIP) * strip);
-        for (i, left) in left.chunks_exact_mut(strip.max(1)).enumerate() {
-            pack(rows, Side::Left, i * STRIP, left);
-        }
+        with_scratch(a.rows.div_ceil(STRIP) * strip, |left| {
+            for (i, left) in left.chunks_exact_mut(strip.max(1)).enumerate() {
+                pack(rows, Side::Left, i * STRIP, left);
+            }
+            self.multiply_strips(left, out, add);
+        });
+    }
+
+    /// Writes the product of packed rows with this factor to `out`, or adds it.
+    fn multiply_strips(&self, left: &[u16], out: &mut [f32], add: bool) {
+        let (strip, steps) = (strip_len(self.rows), self.rows.div_ceil(TILE_TERMS));
         let (tiles, mut sums) = (Tiles::new(), Sums::ZERO);
         for from in (0..steps).step_by(BLOCK_STEPS) {
             let block = from..steps.min(from + BLOCK_STEPS);

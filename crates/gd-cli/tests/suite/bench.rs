@@ -1,4 +1,4 @@
-//! `gd bench attention` on a small shape.
+//! `gd bench` on small shapes.
 
 use std::fs;
 use std::path::Path;
@@ -101,5 +101,32 @@ fn the_report_goes_to_a_file_and_the_tables_to_stdout() -> Result<()> {
     let error = String::from_utf8_lossy(&none.stderr);
     assert_eq!(none.status.code(), Some(2), "{error}");
     assert!(error.contains("candle flash") && error.contains("fwdbwd"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_parts_of_a_step_add_up_to_it() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut program = Command::new(env!("CARGO_BIN_EXE_gd"));
+    let args = "bench step --steps 2 --set train.batch=1 --set train.context=40 --set train.precision=bf16_mixed --json";
+    let report =
+        program.args(args.split_whitespace()).arg("--device=cpu").current_dir(dir.path()).output()?;
+    let report: Value = serde_json::from_str(&succeeded(&report)?)?;
+    assert_eq!((&report["tokens"], &report["precision"]), (&40.into(), &"bf16_mixed".into()));
+    let parts = report["parts"].as_array().cloned().unwrap_or_default();
+    let of = |name: &str, pass: &str| {
+        let part = parts.iter().find(|part| part["name"] == name);
+        part.and_then(|part| part[pass].as_f64()).unwrap_or_default()
+    };
+    for name in ["scan", "feed_forward", "project_to_heads", "project_from_heads", "gated_sum", "adamw"] {
+        assert!(of(name, "forward_ms") > 0.0, "{name}: {report}");
+    }
+    for name in
+        ["choose", "feed_forward", "project_to_heads", "project_from_heads", "gated_sum", "causal_conv"]
+    {
+        assert!(of(name, "backward_ms") > 0.0, "{name}: {report}");
+    }
+    let total: f64 = parts.iter().filter_map(|part| part["share"].as_f64()).sum();
+    assert!((total - 1.0).abs() < 1e-9, "{total}");
     Ok(())
 }

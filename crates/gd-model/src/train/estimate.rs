@@ -36,9 +36,8 @@ fn parameters(config: &ModelConfig) -> Result<(usize, usize)> {
     Ok((all, matrices))
 }
 
-/// The number of elements that a training step holds besides the parameters. The coefficients were fitted to the peak of
-/// the allocator in 89 small runs of both mechanisms with and without each part (root mean square error 6 %). They are
-/// close to a count of the arrays in the code.
+/// The number of elements that a training step holds besides the parameters. What is stored is a count of the arrays in the
+/// graph; what is temporary was fitted to the peak of the allocator in small runs of both mechanisms.
 #[derive(Clone, Copy, Default)]
 struct Elements {
     /// Activations that the graph of a block stores for its backward pass.
@@ -52,6 +51,9 @@ struct Elements {
 const STORED_BY_COMPOSITION: f64 = 14.0;
 /// Queries that a layer computes at once where they do not depend on each other, and keys of a chunk of linear attention.
 const BLOCK_LENGTH: usize = 64;
+
+/// Rows for which the feed-forward block computes the gradients of its parameters at once.
+const FEED_FORWARD_ROWS: f64 = 512.0;
 
 /// Block `layer` of a batch of `batch` sequences of `context` tokens.
 fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> Elements {
@@ -67,18 +69,29 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
     let share = (1.0 + reading / heads) / 2.0;
     let averages = config.gd.beacon.as_ref().map_or(0.0, |b| b.averages as f64);
     let convolves = config.gd.beacon.as_ref().is_some_and(|b| b.conv_width > 1);
+    let width = config.intermediate_size as f64 / config.hidden_size as f64;
     let mut of = Elements {
-        stored: 5.2 * hidden + 2.8 * feed + share * (5.9 * query + 3.7 * key),
-        temporary: 9.4 * hidden + 3.7 * feed + 2.0 * query,
+        // Of hidden states: the input, the normalised one, the output of the attention, and the sum of both.
+        stored: 4.0 * hidden + share * (2.0 * query + key) + key,
+        temporary: 7.5 * hidden + 2.0 * query,
     };
-    of.stored += averages * (2.5 * query + 10.8 * tokens * heads);
+    if config.mlp_bias {
+        of.stored += hidden + 2.8 * feed;
+        of.temporary += 3.7 * feed;
+    } else {
+        // A copy of gate and up side by side.
+        of.stored += 2.0 * (config.intermediate_size * config.hidden_size) as f64;
+        let rows = (tokens.min(FEED_FORWARD_ROWS) / tokens) * hidden;
+        of.temporary += 0.3 * rows * (1.0 + 3.0 * width);
+    }
+    of.stored += averages * (query + 10.8 * tokens * heads) + if averages > 0.0 { query } else { 0.0 };
     of.temporary += averages * 3.0 * query;
-    of.stored += if convolves { 2.5 * hidden } else { 0.0 };
-    of.stored += if config.gd.output_gate { 1.7 * query } else { 0.0 };
+    of.stored += if convolves { 2.0 * hidden } else { 0.0 };
+    of.stored += if config.gd.output_gate { 2.7 * query } else { 0.0 };
     match config.mechanism(layer) {
         Mechanism::Gd => of.stored += 4.0 * tokens * reading * config.gd.select.candidates as f64,
-        // The logarithms of the sums of each row.
-        Mechanism::Softmax => of.stored += tokens * reading,
+        // Contiguous keys and values, and the logarithms of the sums of each row.
+        Mechanism::Softmax => of.stored += 1.5 * key + tokens * reading,
         Mechanism::SoftmaxNull => {
             let weights = tokens * reading * context as f64;
             of.stored += STORED_BY_COMPOSITION * weights;

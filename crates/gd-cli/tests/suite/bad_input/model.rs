@@ -167,6 +167,8 @@ pub(super) fn other_cases() -> Vec<Case> {
         case("bench attention --pass fwd,sideways", 2, &["sideways", "fwdbwd"]),
         case("bench attention --repeats 0", 2, &["0", "--repeats"]),
         case("bench attention --only flash", 2, &["`flash`", "candle flash"]),
+        case("bench step --steps 0", 2, &["0", "--steps"]),
+        case("bench step --set train.batch=0", 1, &["train.batch must be at least 1, not 0"]),
         case("bench attention {dir}/report.json", 2, &["report.json", "--json"]),
         case("bench attention --json {dir}/text.txt/report.json", 1, &["text.txt"]),
         case("bench attention --json {dir}/hollow", 1, &["hollow"]),

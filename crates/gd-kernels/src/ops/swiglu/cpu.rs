@@ -9,6 +9,9 @@ use crate::backend::cpu::view::Rows;
 use crate::backend::graph::{attach2, with_contiguous_rows};
 use crate::error::Result;
 
+/// Elements that are computed together.
+const LANES: usize = 16;
+
 /// Applies the activation to validated tensors.
 pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (gate, up) = (with_contiguous_rows(gate)?, with_contiguous_rows(up)?);
@@ -76,12 +79,27 @@ pub(crate) fn row<T: Element>(gate: &[T], up: &[T], y: &mut [T]) {
 /// The gradients of a row of gates and ups.
 #[inline(always)]
 pub(crate) fn row_gradients<T: Element>([g, u, d]: [&[T]; 3], dgate: &mut [T], dup: &mut [T]) {
-    let inputs = g.iter().zip(u).zip(d);
-    for ((dgate, dup), ((&g, &u), &d)) in dgate.iter_mut().zip(dup).zip(inputs) {
+    let gradients = |g: T, u: T, d: T| {
         let (g, u, d) = (g.up(), u.up(), d.up());
         let s = sigmoid(g);
-        *dgate = T::down(d * u * s * (T::Acc::one() + g * (T::Acc::one() - s)));
-        *dup = T::down(d * g * s);
+        (T::down(d * u * s * (T::Acc::one() + g * (T::Acc::one() - s))), T::down(d * g * s))
+    };
+    // In local arrays: with two outputs and three inputs, the compiler does not prove that slices do not overlap.
+    let (g, g_rest) = g.as_chunks::<LANES>();
+    let (u, u_rest) = u.as_chunks::<LANES>();
+    let (d, d_rest) = d.as_chunks::<LANES>();
+    let (dgate, dgate_rest) = dgate.as_chunks_mut::<LANES>();
+    let (dup, dup_rest) = dup.as_chunks_mut::<LANES>();
+    for ((dgate, dup), ((g, u), d)) in dgate.iter_mut().zip(dup).zip(g.iter().zip(u).zip(d)) {
+        let (mut of_gate, mut of_up) = ([T::zero(); LANES], [T::zero(); LANES]);
+        for i in 0..LANES {
+            (of_gate[i], of_up[i]) = gradients(g[i], u[i], d[i]);
+        }
+        (*dgate, *dup) = (of_gate, of_up);
+    }
+    let rest = g_rest.iter().zip(u_rest).zip(d_rest);
+    for ((dgate, dup), ((&g, &u), &d)) in dgate_rest.iter_mut().zip(dup_rest).zip(rest) {
+        (*dgate, *dup) = gradients(g, u, d);
     }
 }
 

@@ -80,7 +80,11 @@ fn store(sums: &Sums, add: bool, out: &mut [f32], n: usize, first: usize) {
                 let columns = out.len().min(STRIP);
                 match (out.first_chunk_mut::<STRIP>(), add) {
                     (Some(out), false) => *out = *sums,
-                    (Some(out), true) => out.iter_mut().zip(sums).for_each(|(out, x)| *out += x),
+                    (Some(out), true) => {
+                        let mut row = *out;
+                        row.iter_mut().zip(sums).for_each(|(x, sum)| *x += sum);
+                        *out = row;
+                    }
                     (None, false) => out.copy_from_slice(&sums[..columns]),
                     (None, true) => out.iter_mut().zip(sums).for_each(|(out, x)| *out += x),
                 }

@@ -15,6 +15,7 @@ pub mod generation;
 pub mod history;
 pub mod progress;
 pub mod render;
+pub mod saved_runs;
 pub mod subprocess;
 pub mod terminal;
 pub mod training;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use gd_kernels::Score;
 use gd_model::config::Mechanism;
@@ -12,7 +12,7 @@ use gd_model::model::pretrained;
 use gd_model::model::swap::{Layers, Swap};
 use serde_json::Value;
 
-use crate::program::{gd, json};
+use crate::program::{error, gd, json};
 
 #[path = "../../../gd-model/examples/swap.rs"]
 #[allow(dead_code)]
@@ -81,6 +81,60 @@ fn blending_all_keys_equals_softmax_and_blending_some_does_not() -> Result<()> {
 }
 
 #[test]
+fn a_layer_becomes_every_mechanism_that_layers_can_have() -> Result<()> {
+    let folder = folder()?;
+    let dir = folder.path();
+    let model = fixture("llama");
+    let softmax = loss(dir, &model)?;
+    let convert = |attention: &str, out: &str| {
+        json(dir, &format!("convert {} --attention {attention} --json --out {out}", model.display()))
+    };
+    let mut new = 0;
+    for name in Mechanism::names() {
+        let converted = convert(name, name)?;
+        assert_eq!(converted["changed"], serde_json::json!([0, 1, 2]), "{name}");
+        let learned = converted["new_parameters"].as_u64().context("a number")?;
+        new += usize::from(learned > 0);
+        // One scale per head.
+        assert!(*name != "ssmax" || learned == 3 * 4, "{name}: {learned}");
+        let own = loss(dir, name)?;
+        // Without updates and with windows beyond the text these are softmax attention.
+        let same = ["softmax", "hopfield", "sliding_window"].contains(name);
+        assert!(
+            own.is_finite() && ((own - softmax).abs() < 1e-5) == same,
+            "{name}: {own}, softmax {softmax}"
+        );
+        let text =
+            json(dir, &format!("generate {name} --prompt Whether --temperature 0 --max-tokens 3 --json"))?;
+        assert!(text["text"].is_string(), "{name}: {text}");
+    }
+    assert!(new > 4, "{new} mechanisms with learned parameters");
+    for (attention, out) in
+        [(r#"{"name":"topk","k":64}"#, "topk64"), (r#"{"name":"explicit_sparse","k":64}"#, "sparse64")]
+    {
+        convert(attention, out)?;
+        assert!((loss(dir, out)? - softmax).abs() < 1e-5, "{attention}");
+    }
+    // The weights were not trained, and the learned parameters of the mechanism go with it.
+    json(dir, "convert differential --attention softmax --json --out back")?;
+    assert!((loss(dir, "back")? - softmax).abs() < 1e-6);
+    Ok(())
+}
+
+#[test]
+fn a_mechanism_that_does_not_fit_a_layer_is_named() -> Result<()> {
+    let folder = folder()?;
+    let dir = folder.path();
+    let model = fixture("mistral");
+    for name in ["linear", "nsa"] {
+        let message = error(dir, &format!("convert {} --attention {name} --out new", model.display()), 1)?;
+        assert!(message.contains(name) && message.contains("window"), "{message}");
+    }
+    assert!(!dir.join("new").exists());
+    Ok(())
+}
+
+#[test]
 fn without_a_new_attention_the_model_is_saved_unchanged() -> Result<()> {
     let folder = folder()?;
     let model = fixture("qwen2");
@@ -102,7 +156,10 @@ fn invalid_flags_are_errors() -> Result<()> {
         (format!("convert {model} --out there"), 2, ["there", "exists already"]),
         (format!("convert {model} --out new --k 4"), 2, ["--attention", ""]),
         (format!("convert {model} --out new --attention gd --k 3"), 2, ["--k 3", "64"]),
-        (format!("convert {model} --out new --attention linear"), 2, ["linear", "softmax"]),
+        (format!("convert {model} --out new --attention linar"), 2, ["linar", "linear"]),
+        (format!("convert {model} --out new --attention reformer"), 2, ["reformer", "one tensor"]),
+        (format!("convert {model} --out new --attention {{\"name\":\"topk\",\"q\":3}}"), 2, ["`q`", "`k`"]),
+        (format!("convert {model} --out new --attention topk --k 4"), 2, ["--k", "--attention gd"]),
         (format!("convert {model} --out new --attention gd --layers some"), 2, ["some", "--layers"]),
         (format!("convert {model} --out new --attention gd --layers 1,3"), 1, ["layer 3", "0 to 2"]),
         (format!("convert {model} --out new --attention gd --layers last:4"), 1, ["last 4", "3 layers"]),

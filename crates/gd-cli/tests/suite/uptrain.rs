@@ -286,6 +286,27 @@ fn a_resumed_run_equals_an_uninterrupted_one_and_has_the_files_of_its_teacher() 
 }
 
 #[test]
+fn another_mechanism_learns_from_the_teacher_and_resumes() -> Result<()> {
+    let folder = folder("qwen3")?;
+    let dir = folder.path();
+    let start = format!(
+        "convert model --attention ssmax --uptrain --data text.txt --steps 6 {SHORT} --seed 5 --json"
+    );
+    let whole = json(dir, &format!("{start} --out whole"))?;
+    ensure!(whole["finished"] == true && whole["steps"] == 6, "{whole}");
+    json(dir, &format!("{start} --stop-after 3 --out split"))?;
+    json(dir, "train --resume split --json")?;
+    let weights = |run: &str| fs::read(dir.join(run).join("model.safetensors"));
+    ensure!(weights("whole")? == weights("split")?, "the weights of a resumed run differ");
+    // The scales of the heads, which the teacher does not have, start at 0.43 and learn.
+    let tensors = candle_core::safetensors::load(dir.join("whole/model.safetensors"), &CPU)?;
+    let scales =
+        tensors.get("model.layers.0.self_attn.mechanism.s").context("no scales")?.to_vec1::<f32>()?;
+    ensure!(scales.iter().all(|s| *s != 0.43 && (s - 0.43).abs() < 0.2), "{scales:?}");
+    Ok(())
+}
+
+#[test]
 fn a_run_resumes_only_with_its_teacher() -> Result<()> {
     let folder = folder("qwen2")?;
     let dir = folder.path();

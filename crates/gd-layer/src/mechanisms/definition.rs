@@ -162,6 +162,16 @@ pub trait Definition {
         self.clone()
     }
 
+    /// The mechanism as it is compared with others at this context length in tokens, where its defaults would make it the
+    /// same as another mechanism. It differs from the defaults in nothing else.
+    #[must_use]
+    fn at_context(&self, _tokens: usize) -> Self
+    where
+        Self: Clone,
+    {
+        self.clone()
+    }
+
     /// Checks whether a layer of these sizes can use the mechanism.
     ///
     /// # Errors

@@ -37,6 +37,11 @@ impl Definition for Hopfield {
         Computation::Stages(Stages { score: Box::new(Retrieval(self.clone())), ..Stages::default() })
     }
 
+    /// At least one update: without updates it is softmax attention.
+    fn at_context(&self, _tokens: usize) -> Self {
+        Self { updates: self.updates.max(1), ..self.clone() }
+    }
+
     fn validate(&self) -> Result<()> {
         match self.beta {
             Some(beta) if !(beta > 0.0 && beta.is_finite()) => {

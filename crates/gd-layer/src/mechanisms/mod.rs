@@ -146,6 +146,15 @@ macro_rules! table {
                 }
             }
 
+            /// The mechanism as it is compared with others at this context length in tokens, where its parameters would
+            /// make it the same as another mechanism.
+            #[must_use]
+            pub fn at_context(&self, tokens: usize) -> Self {
+                match self {
+                    $(Self::$mechanism(mechanism) => Self::$mechanism(mechanism.at_context(tokens)),)*
+                }
+            }
+
             /// Checks whether a layer of these sizes can use the mechanism, and the parameters.
             ///
             /// # Errors

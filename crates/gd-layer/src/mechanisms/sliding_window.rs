@@ -56,6 +56,11 @@ impl Definition for SlidingWindow {
     fn window(&self) -> Option<usize> {
         Some(self.window)
     }
+
+    /// At most an eighth of the context: a longer window is full attention for most queries.
+    fn at_context(&self, tokens: usize) -> Self {
+        Self { window: self.window.min((tokens / 8).max(1)) }
+    }
 }
 
 /// The output of [`SlidingWindow`] for q `[B, H, N, D]`, k `[B, Hk, N, D]`, v `[B, Hk, N, Dv]`: `[B, H, N, Dv]`.

@@ -1,15 +1,18 @@
 //! Comparison of attention mechanisms over training runs with several seeds.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use crate::config::Mechanism;
 use crate::eval::Evaluation;
 use crate::eval::reading::ReadingReport;
 
 /// One training run.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Run {
-    /// The mechanism's name.
-    pub mechanism: &'static str,
+    /// The name of the variant.
+    pub mechanism: String,
+    /// The mechanism of every layer, or one for all, with the parameters that are not its defaults.
+    pub layers: Vec<Mechanism>,
     /// The seed of the initialization and of the data order.
     pub seed: u64,
     /// The peak learning rate.
@@ -36,8 +39,10 @@ pub struct Run {
 /// One mechanism: means over its seeds, unless stated otherwise.
 #[derive(Debug, Clone, Serialize)]
 pub struct Summary {
-    /// The mechanism's name.
-    pub mechanism: &'static str,
+    /// The name of the variant.
+    pub mechanism: String,
+    /// The mechanism of every layer, or one for all, with the parameters that are not its defaults.
+    pub layers: Vec<Mechanism>,
     /// The number of parameters.
     pub parameters: usize,
     /// Validation loss, nats per token.
@@ -84,8 +89,8 @@ pub struct Comparison {
 /// A learning rate of a sweep.
 #[derive(Debug, Clone, Serialize)]
 pub struct SweepPoint {
-    /// The mechanism's name.
-    pub mechanism: &'static str,
+    /// The name of the variant.
+    pub mechanism: String,
     /// The peak learning rate.
     pub lr: f64,
     /// Validation loss, nats per token.
@@ -127,7 +132,8 @@ impl Summary {
         let loss = mean(runs, |r| r.result.loss);
         let squares: f64 = runs.iter().map(|r| (r.result.loss - loss).powi(2)).sum();
         Self {
-            mechanism: runs[0].mechanism,
+            mechanism: runs[0].mechanism.clone(),
+            layers: runs[0].layers.clone(),
             parameters: runs[0].parameters,
             loss,
             spread: (runs.len() > 1).then(|| (squares / (runs.len() - 1) as f64).sqrt()),
@@ -183,10 +189,11 @@ mod tests {
     use super::*;
     use crate::eval::HeadStats;
 
-    fn run(mechanism: &'static str, seed: u64, loss: f64) -> Run {
+    fn run(mechanism: &str, seed: u64, loss: f64) -> Run {
         let heads = HeadStats { abstained: 0.25, first_token: 0.5, margin: loss, ..HeadStats::default() };
         Run {
-            mechanism,
+            mechanism: mechanism.into(),
+            layers: vec![Mechanism::Softmax],
             seed,
             lr: 3e-3,
             intermediate_size: 8,
@@ -218,7 +225,7 @@ mod tests {
         let runs = vec![run("a", 0, 2.0), run("b", 0, 2.2), run("a", 1, 4.0), run("b", 1, 3.2)];
         let c = Comparison::new(runs, Vec::new(), 20, 8, 4);
         let [a, b] = &c.mechanisms[..] else { panic!("{c:?}") };
-        assert_eq!((a.mechanism, a.loss, a.difference_percent), ("a", 3.0, 0.0));
+        assert_eq!((a.mechanism.as_str(), a.loss, a.difference_percent), ("a", 3.0, 0.0));
         assert!((a.spread.unwrap() - 2f64.sqrt()).abs() < 1e-12, "{a:?}");
         assert!((b.difference_percent + 10.0).abs() < 1e-9, "{b:?}");
         assert_eq!((a.peak_memory_mib, a.top1_margin, a.abstain_rate), (Some(40.0), 3.0, 0.25));

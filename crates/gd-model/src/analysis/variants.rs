@@ -109,7 +109,8 @@ impl Variant {
         }
     }
 
-    /// The configuration of this variant. A mechanism that the configuration has keeps its parameters.
+    /// The configuration of this variant. A mechanism that the configuration has keeps its parameters; another one has
+    /// those of [`Mechanism::at_context`] for the maximal context.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the variant needs a Beacon and the configuration has none.
@@ -128,8 +129,9 @@ impl Variant {
         let same = |mechanism: &Mechanism| mechanism.name() == self.mechanism.name();
         // A configuration with layers of several kinds keeps its selecting layers; others replace all of them.
         if self.mechanism != Mechanism::Gd || !base.gd.mechanism.iter().any(same) {
-            let own = base.gd.mechanism.iter().find(|mechanism| same(mechanism));
-            config.gd.mechanism = vec![own.unwrap_or(&self.mechanism).clone()];
+            let own = base.gd.mechanism.iter().find(|mechanism| same(mechanism)).cloned();
+            let default = || self.mechanism.at_context(base.max_position_embeddings);
+            config.gd.mechanism = vec![own.unwrap_or_else(default)];
         }
         if !self.beacon {
             config.gd.beacon = None;

@@ -44,6 +44,16 @@ impl Mechanism {
         }
     }
 
+    /// The mechanism as it is compared with others at this context length in tokens, where its parameters would make it the
+    /// same as another mechanism.
+    #[must_use]
+    pub fn at_context(&self, tokens: usize) -> Self {
+        match self {
+            Self::Other(other) => Self::Other(other.at_context(tokens)),
+            Self::Softmax | Self::SoftmaxNull | Self::Gd => self.clone(),
+        }
+    }
+
     /// The name.
     pub fn name(&self) -> &'static str {
         match self {

@@ -9,14 +9,14 @@ use std::ops::Range;
 
 use candle_core::Device;
 use gd_layer::{Pass, SelectionStats};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Tokens};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
 
 /// The evaluation of a model on a text.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// The mean loss in nats per predicted token.
     pub loss: f64,
@@ -37,7 +37,7 @@ pub struct Evaluation {
 }
 
 /// Statistics of the heads: means over layers, heads and queries.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct HeadStats {
     /// The fraction of (query, head) pairs that abstained.
     pub abstained: f64,

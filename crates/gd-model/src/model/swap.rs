@@ -1,7 +1,8 @@
 //! Changes the attention mechanism of layers of a pretrained model; the weights stay.
 //!
 //! A softmax layer that becomes a selecting layer blends the values of the K keys with the highest scores by the softmax
-//! of these scores. With all keys as candidates this is softmax attention.
+//! of these scores. With all keys as candidates this is softmax attention. A layer with another mechanism reads the same
+//! queries, keys and values in its own way; the learned parameters of the mechanism are new, with its initial values.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -12,6 +13,7 @@ use gd_layer::GdConfig;
 
 use crate::config::{Mechanism, ModelConfig};
 use crate::error::{Error, Result};
+use crate::model::params::Params;
 use crate::model::pretrained::Parts;
 
 /// A change of the attention of layers.
@@ -76,20 +78,35 @@ impl Layers {
     }
 }
 
-/// Removes the learned parameters of the mechanism of layers, because the new layers start with the scores of softmax
-/// attention.
+/// The blocks of an attention that hold the learned parameters of its mechanism: those of selection, and those of others.
+const LEARNED: [&str; 2] = ["gd", "mechanism"];
+
+/// Whether a parameter belongs to one of these blocks of one of these layers.
+fn is_in(name: &str, blocks: &[&str], layers: &[usize]) -> bool {
+    let starts =
+        |layer: &usize, block: &str| name.starts_with(&format!("model.layers.{layer}.self_attn.{block}."));
+    layers.iter().any(|layer| blocks.iter().any(|block| starts(layer, block)))
+}
+
+/// Removes the learned parameters of the mechanism of layers: a new mechanism starts with its own initial values.
 pub(crate) fn remove_scores(tensors: &mut BTreeMap<String, Tensor>, layers: &[usize]) {
-    let of_layer =
-        |i: &usize| ["gd", "mechanism"].map(|block| format!("model.layers.{i}.self_attn.{block}."));
-    let learned: Vec<_> = layers.iter().flat_map(of_layer).collect();
-    tensors.retain(|name, _| !learned.iter().any(|start| name.starts_with(start)));
+    tensors.retain(|name, _| !is_in(name, &LEARNED, layers));
+}
+
+/// The number of the learned parameters that the mechanisms of `layers` other than selection have. A conversion leaves them
+/// at their initial values; those of selection start as softmax attention.
+pub fn new_parameters(params: &Params, layers: &[usize]) -> usize {
+    let vars = params.vars();
+    let new = vars.iter().filter(|(name, _)| is_in(name, &LEARNED[1..], layers));
+    new.map(|(_, var)| var.elem_count()).sum()
 }
 
 impl Swap {
     /// Changes the layers of a model. Returns their numbers.
     ///
     /// # Errors
-    /// A layer that the model does not have, other selecting layers with other settings, or missing tensors.
+    /// A layer that the model does not have, other selecting layers with other settings, a mechanism that does not fit the
+    /// heads or windows of a layer, or missing tensors.
     pub fn apply(&self, parts: &mut Parts) -> Result<Vec<usize>> {
         let (config, layers) = self.resolve(parts)?;
         parts.config = config;
@@ -136,6 +153,7 @@ impl Swap {
             mechanism.truncate(1);
         }
         config.gd.mechanism = mechanism;
+        config.validate()?;
         Ok(config)
     }
 }

@@ -153,6 +153,10 @@ impl Task for Copying {
         }
     }
 
+    fn writes_a_string(&self) -> bool {
+        true
+    }
+
     fn train(&self, tokens: usize, rng: &mut ChaCha8Rng) -> Examples {
         let length = rng.random_range(self.train.0..=self.train.1);
         self.examples(tokens / self.positions(length), length, rng)

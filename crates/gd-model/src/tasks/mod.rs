@@ -4,6 +4,7 @@
 //! accuracy are those of the answers alone. [`run()`] trains a model on a task and tests it. A further task is a module
 //! with an implementation of [`Task`], and a line in [`TASKS`].
 
+mod composition;
 mod copying;
 mod flip_flop;
 mod induction;
@@ -18,14 +19,16 @@ use candle_core::{Device, Tensor};
 use gd_kernels::cross_entropy::IGNORE;
 use rand_chacha::ChaCha8Rng;
 
+pub use self::composition::Composition;
 pub use self::copying::Copying;
 pub use self::flip_flop::FlipFlop;
 pub use self::induction::InductionHeads;
 pub use self::max_retrieval::MaxRetrieval;
+pub use self::model::ENCODER_DECODERS;
 pub use self::mqar::Mqar;
 pub use self::needle::Needle;
 pub use self::preset::Preset;
-pub use self::run::{Progress, TaskRun, TestResult, run};
+pub use self::run::{Contender, Progress, TaskRun, TestResult, run};
 use crate::config::nearest;
 use crate::error::{Error, Result};
 
@@ -39,6 +42,16 @@ pub trait Task: Sync {
 
     /// The model and the training that a CPU completes in minutes.
     fn preset(&self) -> Preset;
+
+    /// The mechanisms that the task compares unless others are named; none for selection and its controls.
+    fn mechanisms(&self) -> Option<&'static [&'static str]> {
+        None
+    }
+
+    /// Whether an example is a string, and then one that is written from it: what an encoder-decoder can do.
+    fn writes_a_string(&self) -> bool {
+        false
+    }
 
     /// The number of features of an item, for a task whose inputs are not tokens.
     fn features(&self) -> Option<usize> {
@@ -143,6 +156,7 @@ pub const TASKS: &[&dyn Task] = &[
     &Copying::SELECTIVE,
     &InductionHeads,
     &Needle,
+    &Composition,
 ];
 
 /// The task of this name.

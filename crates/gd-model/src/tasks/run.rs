@@ -4,16 +4,16 @@ use std::time::Instant;
 
 use candle_core::{DType, Device};
 use gd_layer::Pass;
+use gd_layer::mechanisms::AttentionMechanism;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::model::{TaskModel, mask};
-use super::{Task, Test};
+use super::model::{TaskModel, mask, task_model, test};
+use super::{ENCODER_DECODERS, Task, Test};
 use crate::config::Recipe;
 use crate::error::{Error, Result};
 use crate::model::params::Params;
-use crate::train::calibrate::calibrate_thresholds;
 use crate::train::optimizer::{Optimizer, clip_scale, global_norm};
 
 /// Positions of a batch in a test, at most, unless one example is longer.
@@ -61,6 +61,27 @@ pub struct TestResult {
     pub gate: Option<f64>,
 }
 
+/// What is trained on a task.
+#[derive(Debug, Clone, Copy)]
+pub struct Contender<'a> {
+    /// The mechanism's name. One of [`ENCODER_DECODERS`](super::ENCODER_DECODERS) stands for an encoder-decoder with this
+    /// attention, any other one for the decoder of the recipe.
+    pub name: &'a str,
+    /// The model and its training. An encoder-decoder has its width and vocabulary.
+    pub recipe: &'a Recipe,
+}
+
+impl Contender<'_> {
+    /// The attention between encoder and decoder; none for a decoder.
+    pub(super) fn encoder_attention(&self) -> Result<Option<AttentionMechanism>> {
+        if !ENCODER_DECODERS.contains(&self.name) {
+            return Ok(None);
+        }
+        let unknown = || Error::Invalid(format!("{}: no such mechanism", self.name));
+        AttentionMechanism::named(self.name).map(Some).ok_or_else(unknown)
+    }
+}
+
 /// What a run reports.
 #[derive(Debug, Clone, Copy)]
 pub enum Progress<'a> {
@@ -78,7 +99,7 @@ fn generator(seed: u64, purpose: &str) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(*hasher.finalize().as_bytes())
 }
 
-/// Trains a model of `recipe` on a task and tests it in every test of at most `longest` positions. A training batch has
+/// Trains a model on a task and tests it in every test of at most `longest` positions. A training batch has
 /// `train.batch * train.context` positions, about. The examples depend on task and seed, not on the model; those of the
 /// tests are the same for every seed.
 ///
@@ -86,7 +107,7 @@ fn generator(seed: u64, purpose: &str) -> ChaCha8Rng {
 /// A recipe that contradicts itself, a loss that is not finite, an error of the device or of `watch`.
 pub fn run(
     task: &dyn Task,
-    (mechanism, recipe): (&str, &Recipe),
+    contender: Contender,
     seed: u64,
     longest: usize,
     device: &Device,
@@ -94,18 +115,19 @@ pub fn run(
 ) -> Result<TaskRun> {
     let started = Instant::now();
     let params = Params::new(seed, DType::F32, device);
-    let model = TaskModel::new(&recipe.model, task.features(), params.builder())?;
-    let train_loss = train(task, recipe, seed, (&model, &params), &mut watch)?;
-    let frozen = TaskModel::new(&recipe.model, task.features(), params.frozen())?;
+    let recipe = contender.recipe;
+    let model = task_model(task, &contender, params.builder())?;
+    let train_loss = train(task, recipe, seed, (&*model, &params), &mut watch)?;
+    let frozen = task_model(task, &contender, params.frozen())?;
     let mut tests = Vec::new();
     for test in task.tests().iter().filter(|test| test.length <= longest) {
-        let result = examine(task, test, &frozen)?;
+        let result = examine(task, test, &*frozen)?;
         watch(Progress::Test(&result))?;
         tests.push(result);
     }
     Ok(TaskRun {
         task: task.name().into(),
-        mechanism: mechanism.into(),
+        mechanism: contender.name.into(),
         seed,
         parameters: params.count(),
         steps: recipe.train.steps,
@@ -120,7 +142,7 @@ fn train(
     task: &dyn Task,
     recipe: &Recipe,
     seed: u64,
-    (model, params): (&TaskModel, &Params),
+    (model, params): (&dyn TaskModel, &Params),
     watch: &mut impl FnMut(Progress) -> Result<()>,
 ) -> Result<f64> {
     let (train, vars, mask) = (&recipe.train, params.vars(), mask());
@@ -130,12 +152,7 @@ fn train(
     for step in 0..train.steps {
         let examples = task.train(train.batch * train.context, &mut rng);
         if step == 0 && train.select.calibrate_thresholds {
-            calibrate_thresholds(
-                &model.decoder,
-                params,
-                |pass| model.hidden(&examples, pass).map(drop),
-                &mask,
-            )?;
+            model.calibrate(&examples, params)?;
         }
         let pass = train.select.pass(&mask, step as f64 / train.steps.max(1) as f64);
         let loss = model.loss(&examples, &pass)?;
@@ -155,37 +172,27 @@ fn train(
 }
 
 /// Tests a model.
-fn examine(task: &dyn Task, test: &Test, model: &TaskModel) -> Result<TestResult> {
-    let mut rng = generator(0, &format!("test {} of {}", test.name, task.name()));
-    let (rows, mask) = ((TEST_TOKENS / test.length).max(1), mask());
+fn examine(task: &dyn Task, of: &Test, model: &dyn TaskModel) -> Result<TestResult> {
+    let mut rng = generator(0, &format!("test {} of {}", of.name, task.name()));
+    let (rows, mask) = ((TEST_TOKENS / of.length).max(1), mask());
     let (mut loss, mut correct, mut answers, mut without) = (0.0, 0, 0, 0);
-    let mut left = test.examples;
+    let mut left = of.examples;
     while left > 0 {
-        let examples = task.test(test, rows.min(left), &mut rng);
+        let examples = task.test(of, rows.min(left), &mut rng);
         left -= examples.rows.min(left);
-        let (sum, right, all) = model.test(&examples, &Pass::new(&mask))?;
+        let (sum, right, all) = test(model, &examples, &Pass::new(&mask))?;
         (loss, correct, answers) = (loss + sum, correct + right, answers + all);
-        without += model.test(&examples, &Pass { cut_reads: true, ..Pass::new(&mask) })?.1;
+        without += test(model, &examples, &Pass { cut_reads: true, ..Pass::new(&mask) })?.1;
     }
     let share = |n: usize| n as f64 / answers.max(1) as f64;
     Ok(TestResult {
-        name: test.name.clone(),
-        size: test.size,
+        name: of.name.clone(),
+        size: of.size,
         accuracy: share(correct),
         errors: answers - correct,
         answers,
         loss: loss / answers.max(1) as f64,
         accuracy_without_reads: share(without),
-        gate: gate(task, test, model)?,
+        gate: model.gate(&task.test(of, 1, &mut generator(1, "the gate")))?,
     })
-}
-
-/// The mean gate of the heads that select in some examples of a test.
-fn gate(task: &dyn Task, test: &Test, model: &TaskModel) -> Result<Option<f64>> {
-    let (stats, mask) = (std::cell::RefCell::new(Vec::new()), mask());
-    let examples = task.test(test, 1, &mut generator(1, "the gate"));
-    model.hidden(&examples, &Pass { stats: Some(&stats), ..Pass::new(&mask) })?;
-    let stats = stats.take();
-    let gates = stats.iter().filter_map(|layer| layer.gate).collect::<Vec<_>>();
-    Ok((!gates.is_empty()).then(|| gates.iter().sum::<f64>() / gates.len() as f64))
 }

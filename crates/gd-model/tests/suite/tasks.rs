@@ -3,18 +3,22 @@
 use candle_core::Device;
 use gd_kernels::cross_entropy::IGNORE;
 use gd_model::config::Setting;
-use gd_model::tasks::{Inputs, Progress, TASKS, Task, TaskRun, named, run};
+use gd_model::tasks::{Contender, ENCODER_DECODERS, Inputs, Progress, TASKS, Task, TaskRun, named, run};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-/// A run of a few steps of a model that is smaller than that of the task.
+/// A run of a few steps with batches that are smaller than those of the task.
 fn short(task: &dyn Task, steps: u64, more: &[&str], longest: usize) -> (TaskRun, Vec<f64>) {
+    short_of("gd", task, steps, more, longest)
+}
+
+fn short_of(name: &str, task: &dyn Task, steps: u64, more: &[&str], longest: usize) -> (TaskRun, Vec<f64>) {
     let mut preset = task.preset();
     (preset.steps, preset.tokens) = (steps, 256);
     let settings: Vec<Setting> = more.iter().map(|text| text.parse().unwrap()).collect();
     let recipe = preset.recipe(&settings).unwrap();
     let mut losses = Vec::new();
-    let run = run(task, ("gd", &recipe), 3, longest, &Device::Cpu, |progress| {
+    let run = run(task, Contender { name, recipe: &recipe }, 3, longest, &Device::Cpu, |progress| {
         if let Progress::Step(_, loss) = progress {
             losses.push(loss);
         }
@@ -82,4 +86,31 @@ fn training_reduces_the_loss_of_the_answers() {
     let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
     assert!(mean(&losses[25..]) < mean(&losses[..3]) - 0.01, "{losses:?}");
     assert!(run.tests.is_empty(), "tests beyond the longest are left out");
+}
+
+#[test]
+fn attention_over_encoder_states_learns_to_write_a_string_backwards() {
+    let task = named("reverse").unwrap();
+    for name in ENCODER_DECODERS {
+        let (run, losses) = short_of(name, task, 60, &["train.lr.warmup=2", "train.lr.peak=1e-2"], 32);
+        let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+        let (first, last) = (mean(&losses[..5]), mean(&losses[55..]));
+        assert!(last < first, "{name}: {losses:?}");
+        let [test] = &run.tests[..] else { panic!("{run:?}") };
+        assert_eq!(test.answers, 4096);
+        // Monotonic attention does not go back: of a reversed string it can only point to the first letter it comes to.
+        let learns = *name != "monotonic";
+        assert!((test.accuracy > 0.3) == learns, "{name}: {}", test.accuracy);
+        assert!(test.accuracy_without_reads < 0.1, "{name}: {}", test.accuracy_without_reads);
+        assert_eq!((run.mechanism.as_str(), test.gate), (*name, None));
+    }
+}
+
+#[test]
+fn an_encoder_decoder_needs_a_string_to_read() {
+    let task = named("induction").unwrap();
+    let recipe = task.preset().recipe(&[]).unwrap();
+    let contender = Contender { name: "pointer", recipe: &recipe };
+    let error = run(task, contender, 0, 64, &Device::Cpu, |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("copy, reverse, sort"), "{error}");
 }

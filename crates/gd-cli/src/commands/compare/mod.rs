@@ -16,11 +16,13 @@ use gd_model::eval::reading::ReadingReport;
 use gd_model::io::files::{check_writable, write_file};
 use gd_model::train::Trainer;
 use gd_model::train::memory::Peak;
+use serde::{Deserialize, Serialize};
 
 use self::table::{by_position, notes, table};
 use crate::context::{Context, usage};
 use crate::render::plot;
 use crate::render::table::{MARKDOWN, TERMINAL};
+use crate::saved_runs::saved_or_new;
 use crate::terminal::note;
 use crate::training::{load_corpus, load_recipe, train_all};
 
@@ -50,7 +52,7 @@ pub struct Args {
     /// seeds with its best one (default: that of the configuration)
     #[arg(long, value_name = "LR,..", value_delimiter = ',')]
     pub lrs: Vec<f64>,
-    /// Folder for the table and the curves
+    /// Folder for the runs, the table and the curves. Runs that it already has are not repeated
     #[arg(long, value_name = "DIR", default_value = "out/compare")]
     pub out: PathBuf,
     /// Do not train. Measure the peak memory of one training step at these context lengths
@@ -73,7 +75,10 @@ fn help() -> String {
          margin, the loss without what the heads read, the mean gate, the share of reads with a gate of at least .1, and \
          the losses on tokens whose n-gram (n = 3 for bytes, else 2) occurred before in the window and on all others. If \
          cutting all reads costs every mechanism less than .005 nats, a line says that the table does not measure \
-         reading. The folder receives table.md, curves.svg and compare.json with all runs.\n\n\
+         reading. The folder receives a file for each run in runs/, table.md, curves.svg and compare.json with all runs; a \
+         repeated command continues with the runs that are missing. nsa, sliding_window and hopfield, which with their \
+         defaults are softmax attention at short contexts, have smaller sizes and one update (--config with an own \
+         mechanism keeps its sizes).\n\n\
          --memory prints the memory in MiB that a training step on one sequence of each length needs in addition to \
          the memory in use before it. Each step is measured in a separate process.\n\n\
          Examples:\n  gd compare --mechanisms softmax,gd --seeds 3 --out out/compare\n  \
@@ -105,13 +110,14 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         ));
     }
     check_writable(&args.out)?;
+    let data = corpus.hash().to_string();
     let mut models = variants.iter().map(|v| v.config(&base.model)).collect::<gd_model::Result<Vec<_>>>()?;
     equalize(&mut models)?;
     let lrs = if args.lrs.is_empty() { vec![base.train.lr.peak] } else { args.lrs.clone() };
     let (mut runs, mut sweep) = (Vec::new(), Vec::new());
     for (variant, model) in variants.iter().zip(&models) {
         let seeds = (0..args.seeds).map(|i| ctx.seed().wrapping_add(i));
-        let inputs = Inputs { variant, model, base: &base, corpus: &corpus };
+        let inputs = Inputs { variant, model, base: &base, corpus: &corpus, data: &data, out: &args.out };
         runs.extend(inputs.runs(seeds, &lrs, &mut sweep, ctx)?);
     }
     let train = &base.train;
@@ -136,6 +142,17 @@ struct Inputs<'a> {
     model: &'a ModelConfig,
     base: &'a Recipe,
     corpus: &'a Corpus,
+    /// The hash of the corpus.
+    data: &'a str,
+    /// The folder of the command.
+    out: &'a Path,
+}
+
+/// What determines a run besides its mechanism, seed and learning rate, which its file is named after.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Key {
+    recipe: Recipe,
+    data: String,
 }
 
 impl Inputs<'_> {
@@ -152,7 +169,7 @@ impl Inputs<'_> {
         for &lr in lrs {
             let run = self.run(first, lr, ctx)?;
             if lrs.len() > 1 {
-                let (mechanism, loss) = (self.variant.name, run.result.loss);
+                let (mechanism, loss) = (self.variant.name.to_owned(), run.result.loss);
                 sweep.push(SweepPoint { mechanism, lr, loss });
             }
             lowest = match lowest {
@@ -166,12 +183,22 @@ impl Inputs<'_> {
         std::iter::once(Ok(lowest)).chain(others).collect()
     }
 
-    /// One run.
+    /// One run, which the folder may have already.
     fn run(&self, seed: u64, lr: f64, ctx: &Context) -> Result<Run> {
-        note(format_args!("{}, seed {seed}, learning rate {lr:e}", self.variant.name));
+        let name = self.variant.name;
         let mut recipe = Recipe { model: self.model.clone(), ..self.base.clone() };
         recipe.train.lr.peak = lr;
-        train(self.variant.name, recipe, self.corpus, seed, ctx)
+        let path = self.out.join("runs").join(format!("{name}-seed{seed}-lr{lr:e}.json"));
+        let key = Key { recipe: recipe.clone(), data: self.data.into() };
+        saved_or_new(
+            &path,
+            key,
+            |_| true,
+            || {
+                note(format_args!("{name}, seed {seed}, learning rate {lr:e}"));
+                train(name, recipe, self.corpus, seed, ctx)
+            },
+        )
     }
 }
 
@@ -189,8 +216,9 @@ pub(super) fn parse_mechanisms(names: &[String], base: &Recipe) -> Result<Vec<Va
 }
 
 /// Trains a model and evaluates it.
-fn train(mechanism: &'static str, recipe: Recipe, corpus: &Corpus, seed: u64, ctx: &Context) -> Result<Run> {
+fn train(mechanism: &str, recipe: Recipe, corpus: &Corpus, seed: u64, ctx: &Context) -> Result<Run> {
     let (intermediate_size, lr) = (recipe.model.intermediate_size, recipe.train.lr.peak);
+    let layers = recipe.model.gd.mechanism.clone();
     let peak = Peak::start();
     let mut trainer = Trainer::new(recipe, corpus.clone(), seed, &ctx.device)?;
     let (mut train_loss, mut valid_loss) = (Vec::new(), Vec::new());
@@ -200,7 +228,8 @@ fn train(mechanism: &'static str, recipe: Recipe, corpus: &Corpus, seed: u64, ct
     })?;
     let peak_memory_mib = peak.and_then(Peak::mib);
     Ok(Run {
-        mechanism,
+        mechanism: mechanism.into(),
+        layers,
         seed,
         lr,
         intermediate_size,

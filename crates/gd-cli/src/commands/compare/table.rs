@@ -2,6 +2,7 @@
 
 use comfy_table::{Table, TableStyle};
 use gd_model::analysis::compare::{Comparison, LEAST_COST_OF_CUT};
+use serde_json::Value;
 
 use crate::render::table::plain_table;
 
@@ -30,7 +31,7 @@ pub(super) fn table(comparison: &Comparison, style: TableStyle) -> Table {
     for s in &comparison.mechanisms {
         let spread = s.spread.map_or(String::new(), |d| format!(" ± {d:.4}"));
         table.add_row(vec![
-            s.mechanism.to_owned(),
+            s.mechanism.clone(),
             s.parameters.to_string(),
             format!("{:.4}{spread}", s.loss),
             format!("{:+.2} %", s.difference_percent),
@@ -60,12 +61,16 @@ pub(super) fn by_position(comparison: &Comparison, style: TableStyle) -> Table {
     let mut table = plain_table(style, &header);
     for s in &comparison.mechanisms {
         let losses = s.reading.by_position.iter().map(|loss| format!("{loss:.4}"));
-        table.add_row(std::iter::once(s.mechanism.to_owned()).chain(losses));
+        table.add_row(std::iter::once(s.mechanism.clone()).chain(losses));
     }
     table
 }
 
-/// What is to be known about the table: the n-grams, the learning rates, and whether it measures reading.
+/// Steps below which the order of the rows says little about the mechanisms.
+const FEW_STEPS: u64 = 1000;
+
+/// What is to be known about the table: the n-grams, parameters of mechanisms that are not the defaults, the learning rates,
+/// how few the steps are, and whether the table measures reading.
 pub(super) fn notes(comparison: &Comparison) -> String {
     let mut lines = Vec::new();
     if let Some(s) = comparison.mechanisms.first() {
@@ -73,6 +78,15 @@ pub(super) fn notes(comparison: &Comparison) -> String {
         lines.push(format!(
             "repeated: loss on the {share:.1} % of tokens whose {n}-gram occurred before in the window; other: on the rest"
         ));
+    }
+    for s in &comparison.mechanisms {
+        let layers = s.layers.iter().filter_map(|layer| serde_json::to_value(layer).ok());
+        let mut changed: Vec<String> =
+            layers.filter(Value::is_object).map(|layer| layer.to_string()).collect();
+        changed.dedup();
+        if !changed.is_empty() {
+            lines.push(format!("{}: {}", s.mechanism, changed.join(", ")));
+        }
     }
     for s in &comparison.mechanisms {
         let of = comparison.sweep.iter().filter(|point| point.mechanism == s.mechanism);
@@ -86,6 +100,13 @@ pub(super) fn notes(comparison: &Comparison) -> String {
             ));
         }
     }
+    if comparison.steps < FEW_STEPS {
+        lines.push(format!(
+            "After {} steps the losses are those of the start of a training: they show that every mechanism learns and what \
+             it costs, not which one is better.",
+            comparison.steps
+        ));
+    }
     if !comparison.measures_reading() {
         lines.push(format!(
             "This table does not measure reading: cutting all reads costs no mechanism {LEAST_COST_OF_CUT} nats per token."
@@ -97,16 +118,18 @@ pub(super) fn notes(comparison: &Comparison) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use gd_model::analysis::compare::{Run, SweepPoint};
+    use gd_model::config::Mechanism;
     use gd_model::eval::reading::ReadingReport;
     use gd_model::eval::{Evaluation, HeadStats};
 
     use super::*;
     use crate::render::table::MARKDOWN;
 
-    pub(in super::super) fn run(mechanism: &'static str, seed: u64, loss: f64) -> Run {
+    pub(in super::super) fn run(mechanism: &str, seed: u64, loss: f64) -> Run {
         let heads = HeadStats { abstained: 0.25, first_token: 0.5, margin: loss, ..HeadStats::default() };
         Run {
-            mechanism,
+            mechanism: mechanism.into(),
+            layers: vec![Mechanism::Softmax],
             seed,
             lr: 3e-3,
             intermediate_size: 8,
@@ -144,12 +167,17 @@ pub(super) mod tests {
 
     #[test]
     fn a_table_without_reads_says_so_and_a_sweep_is_listed() {
-        let point = |lr, loss| SweepPoint { mechanism: "a", lr, loss };
+        let point = |lr, loss| SweepPoint { mechanism: "a".into(), lr, loss };
         let sweep = vec![point(1e-3, 2.5), point(3e-3, 2.0)];
         let mut runs = vec![run("a", 0, 2.0)];
         let text = notes(&Comparison::new(runs.clone(), sweep, 20, 8, 4));
         assert!(text.contains("does not measure reading"), "{text}");
         assert!(text.contains("a at learning rate 3e-3 (loss at 1e-3: 2.5000, 3e-3: 2.0000)"), "{text}");
+        assert!(text.contains("After 20 steps") && !text.contains("a: "), "{text}");
+        let window = serde_json::json!({"name": "sliding_window", "window": 32});
+        runs[0].layers = vec![serde_json::from_value(window.clone()).unwrap(); 2];
+        let text = notes(&Comparison::new(runs.clone(), Vec::new(), 1000, 8, 4));
+        assert!(text.contains(&format!("a: {window}\n")) && !text.contains("steps"), "{text}");
         runs[0].reading.loss_without_reads += 0.02;
         let c = Comparison::new(runs, Vec::new(), 20, 8, 16);
         assert!(!notes(&c).contains("does not measure"));

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use candle_core::DType;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gd_kernels::Score;
+use gd_layer::mechanisms::AttentionMechanism;
 use gd_model::config::{Mechanism, Setting};
 use gd_model::model::swap::{Layers, Swap};
+use serde_json::Value;
 
 use crate::data_source::DocumentArgs;
 
@@ -16,29 +18,32 @@ use crate::data_source::DocumentArgs;
     after_help = "MODEL is a checkpoint of Llama, Mistral, Qwen2 or Qwen3, or one of this program. Without --attention \
                   the model is saved unchanged, a GGUF file as safetensors. A softmax layer becomes a selecting layer \
                   that takes the softmax over the K keys of least energy; if K is the number of keys, it computes the \
-                  same as before. With --uptrain the converted model then distills the source model in a run like \
+                  same as before. Any other mechanism that a layer can have (gd op attend --list) reads the same queries, \
+                  keys and values in its own way; its own learned parameters start with their initial values. With --uptrain the converted model then distills the source model in a run like \
                   those of gd train: first only the changed layers, then the whole model, while the number of keys \
                   decreases to K. gd train --resume DIR continues such a run.\n\n\
                   Examples:\n  gd convert models/SmolLM2-135M --attention gd --layers last:10 --k 8 --out out/smol-gd\n  gd convert model.gguf --dtype bf16 --out out/model\n  \
+                  gd convert models/SmolLM2-135M --attention '{\"name\": \"topk\", \"k\": 16}' --out out/smol-topk\n  \
                   gd convert models/SmolLM2-135M --attention gd --k 1 --uptrain --data corpus/ --steps 2000 --out out/smol-1"
 )]
 pub struct Args {
     /// Model: a checkpoint folder, a safetensors file in one, or a GGUF file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
-    /// New attention mechanism
-    #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(["gd", "softmax"]).map(parse_mechanism))]
+    /// New attention mechanism: a name, or an object with its parameters
+    #[arg(long, value_name = "NAME|JSON", value_parser = parse_mechanism)]
     pub attention: Option<Mechanism>,
     /// Layers to change: all, last:N, or layer numbers from 0, as in 0,3,5
     #[arg(long, value_name = "LAYERS", default_value = "all", requires = "attention")]
     pub layers: Layers,
-    /// Number of keys per query in a selecting layer: 1, 2, 4, 8, 16, 32 or 64
-    #[arg(long, value_name = "K", default_value_t = 8, requires = "attention")]
-    pub k: usize,
-    /// Score of a selecting layer: the dot product, or the energy with the key prior that gives the same order
-    #[arg(long, value_name = "SCORE", default_value = "dot", requires = "attention",
+    /// Number of keys per query in a selecting layer: 1, 2, 4, 8, 16, 32 or 64 (default: 8)
+    #[arg(long, value_name = "K", requires = "attention")]
+    pub k: Option<usize>,
+    /// Score of a selecting layer: the dot product, or the energy with the key prior that gives the same order (default:
+    /// dot)
+    #[arg(long, value_name = "SCORE", requires = "attention",
           value_parser = PossibleValuesParser::new(["dot", "energy"]).map(parse_score))]
-    pub score: Score,
+    pub score: Option<Score>,
     /// Data type of the stored weights (default: that of the source model)
     #[arg(long, value_name = "DTYPE", conflicts_with = "uptrain", value_parser = PossibleValuesParser::new(["f32", "f16", "bf16"]).try_map(|name| name.parse::<DType>()))]
     pub dtype: Option<DType>,
@@ -77,20 +82,41 @@ pub struct UptrainArgs {
 }
 
 impl Args {
+    /// The number of keys per query of a selecting layer.
+    pub(super) fn k(&self) -> usize {
+        self.k.unwrap_or(DEFAULT_K)
+    }
+
+    /// Whether the new layers select.
+    pub(super) fn selects(&self) -> bool {
+        self.attention == Some(Mechanism::Gd)
+    }
+
     /// The replacement that the flags describe, if there is one.
     pub(super) fn swap(&self) -> Option<Swap> {
-        let Self { layers, k, score, .. } = self;
         self.attention.clone().map(|mechanism| Swap {
-            layers: layers.clone(),
+            layers: self.layers.clone(),
             mechanism,
-            candidates: *k,
-            score: *score,
+            candidates: self.k(),
+            score: self.score.unwrap_or(Score::Dot),
         })
     }
 }
 
-fn parse_mechanism(name: String) -> Mechanism {
-    if name == "gd" { Mechanism::Gd } else { Mechanism::Softmax }
+/// Keys per query of a selecting layer.
+const DEFAULT_K: usize = 8;
+
+/// The mechanism of a name, or of a JSON object with its parameters.
+fn parse_mechanism(text: &str) -> Result<Mechanism, String> {
+    let refused = AttentionMechanism::named(text).and_then(|mechanism| mechanism.info().not_in_models);
+    if let Some(reason) = refused {
+        return Err(format!("the mechanism {text} cannot be in a layer: {reason}"));
+    }
+    let value = match text.trim_start().starts_with('{') {
+        true => serde_json::from_str(text).map_err(|e| e.to_string())?,
+        false => Value::from(text),
+    };
+    serde_json::from_value(value).map_err(|e| e.to_string())
 }
 
 fn parse_score(name: String) -> Score {

@@ -8,6 +8,7 @@ use gd_kernels::CANDIDATES;
 use gd_model::config::Mechanism;
 use gd_model::io::files::check_writable;
 use gd_model::model::pretrained::{self, Loaded};
+use gd_model::model::swap::new_parameters;
 use serde_json::json;
 
 pub use args::Args;
@@ -20,8 +21,17 @@ use crate::training::in_group;
 /// # Errors
 /// Names the flag, file or value that is not valid.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    if !CANDIDATES.contains(&args.k) {
-        return Err(usage(format!("--k {}: expected one of {CANDIDATES:?}", args.k)));
+    if !CANDIDATES.contains(&args.k()) {
+        return Err(usage(format!("--k {}: expected one of {CANDIDATES:?}", args.k())));
+    }
+    if let Some(mechanism) =
+        args.attention.as_ref().filter(|_| !args.selects() && (args.k.is_some() || args.score.is_some()))
+    {
+        let name = mechanism.name();
+        return Err(usage(format!(
+            "--k and --score are settings of selecting layers (--attention gd), not of {name}; parameters of other \
+             mechanisms are part of --attention, as in '{{\"name\": \"topk\", \"k\": 16}}'"
+        )));
     }
     if args.out.symlink_metadata().is_ok() {
         return Err(usage(format!("--out {}: exists already", args.out.display())));
@@ -44,15 +54,17 @@ fn print_result(args: &Args, changed: &[usize], loaded: &Loaded, ctx: &Context) 
     let config = loaded.model.config();
     let layers = config.num_hidden_layers;
     let selecting = (0..layers).filter(|&i| *config.mechanism(i) == Mechanism::Gd).count();
+    let new = new_parameters(&loaded.params, changed);
     if ctx.json {
         return ctx.print(json!({
             "folder": args.out, "changed": changed, "selecting": selecting,
-            "layers": layers, "parameters": loaded.params.count(),
+            "layers": layers, "parameters": loaded.params.count(), "new_parameters": new,
             "passed_over": loaded.skipped,
         }));
     }
+    let untrained = if new == 0 { String::new() } else { format!(", {new} of them new and untrained") };
     ctx.print(format_args!(
-        "{} layers changed; {selecting} of {layers} select; {} parameters\nsaved {}",
+        "{} layers changed; {selecting} of {layers} select; {} parameters{untrained}\nsaved {}",
         changed.len(),
         loaded.params.count(),
         args.out.display()

@@ -45,7 +45,9 @@ fn recipe(args: &Args, teacher: &Parts) -> Result<Recipe> {
     };
     // The training is in f32 for every stored data type.
     (model.dtype, model.origin) = ("float32".into(), None);
-    (model.gd.select.candidates, model.gd.select.estimator) = training_candidates(args.k);
+    if args.selects() {
+        (model.gd.select.candidates, model.gd.select.estimator) = training_candidates(args.k());
+    }
     let Some(teacher_path) = args.model.to_str() else {
         return Err(usage(format!("{}: --uptrain requires a path in UTF-8", args.model.display())));
     };
@@ -57,8 +59,11 @@ fn recipe(args: &Args, teacher: &Parts) -> Result<Recipe> {
         let settings = [&given[..], more, &args.uptrain.set].concat();
         load_recipe(&[UPTRAIN.0], &settings, args.uptrain.steps)
     };
+    if !args.selects() {
+        return load(&[]);
+    }
     // The number of keys decreases from the end of the layer alignment on, which --set may have changed.
     let align = load(&[])?.train.uptrain.map_or(0.0, |uptrain| uptrain.align);
-    let select = Setting::new("train.select", serde_json::to_value(uptrain_schedule(args.k, align))?);
+    let select = Setting::new("train.select", serde_json::to_value(uptrain_schedule(args.k(), align))?);
     load(&[select])
 }

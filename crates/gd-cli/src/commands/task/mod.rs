@@ -4,11 +4,11 @@ mod table;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
-use gd_model::analysis::variants::{Variant, equalize};
+use anyhow::Result;
+use gd_model::analysis::variants::equalize;
 use gd_model::config::{Recipe, Setting};
 use gd_model::io::files::{check_writable, write_file};
-use gd_model::tasks::{self, Progress, TASKS, Task, TaskRun};
+use gd_model::tasks::{self, Contender, ENCODER_DECODERS, Progress, TASKS, Task, TaskRun};
 use serde::{Deserialize, Serialize};
 
 use self::table::{chart, table};
@@ -16,6 +16,7 @@ use super::compare::parse_mechanisms;
 use crate::context::{Context, usage};
 use crate::render::plot;
 use crate::render::table::{MARKDOWN, TERMINAL};
+use crate::saved_runs::saved_or_new;
 use crate::terminal::note;
 
 /// Steps between two lines of progress.
@@ -28,7 +29,7 @@ pub struct Args {
     /// The task
     #[arg(value_name = "TASK")]
     pub task: String,
-    /// Mechanisms, separated by commas (default: gd and its controls)
+    /// Mechanisms, separated by commas (default: gd and its controls, or those of the task)
     #[arg(long, value_name = "A,B,..", value_delimiter = ',')]
     pub mechanisms: Vec<String>,
     /// Runs per mechanism, with seeds 0 to N-1, or starting with --seed
@@ -51,9 +52,13 @@ pub struct Args {
 fn help() -> String {
     let line = |task: &&dyn Task| format!("  {:<15} {}", task.name(), task.about());
     let tasks = TASKS.iter().map(line).collect::<Vec<_>>().join("\n");
+    let strings = TASKS.iter().filter(|task| task.writes_a_string()).map(|task| task.name());
+    let strings = strings.collect::<Vec<_>>().join(", ");
     format!(
         "Tasks:\n{tasks}\n\n\
-         The mechanisms are those of `gd compare`; their models have equal numbers of parameters. Loss and accuracy are \
+         The mechanisms are those of `gd compare`; their models have equal numbers of parameters. Where a string is \
+         written from another one ({strings}), luong, bahdanau, pointer and monotonic are the attention of a small \
+         encoder-decoder instead. Loss and accuracy are \
          those of the answers alone. `cut` is the accuracy without what the heads read. The folder receives a file for \
          each run, table.md, task.svg and task.json.\n\n\
          Examples:\n  gd task mqar-small --mechanisms softmax+beacon+null,gd --seeds 3\n  \
@@ -61,12 +66,10 @@ fn help() -> String {
     )
 }
 
-/// A run with what determines it.
-#[derive(Debug, Serialize, Deserialize)]
-struct Saved {
+/// What determines a run besides the task, the mechanism and the seed, which its file is named after.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Key {
     recipe: Recipe,
-    #[serde(flatten)]
-    run: TaskRun,
 }
 
 /// Runs the command.
@@ -76,23 +79,25 @@ struct Saved {
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let task = tasks::named(&args.task).map_err(|e| usage(e.to_string()))?;
     let base = recipe(task, &args)?;
-    let default = match base.model.gd.beacon.is_some() {
-        true => ["softmax+beacon+null", "gd", "beacon"],
-        false => ["softmax", "softmax+null", "gd"],
+    let controls: &[&str] = match base.model.gd.beacon.is_some() {
+        true => &["softmax+beacon+null", "gd", "beacon"],
+        false => &["softmax", "softmax+null", "gd"],
     };
-    let variants = match args.mechanisms.is_empty() {
-        true => parse_mechanisms(&default.map(String::from), &base)?,
-        false => parse_mechanisms(&args.mechanisms, &base)?,
+    let names = match args.mechanisms.is_empty() {
+        true => task.mechanisms().unwrap_or(controls).iter().map(|&name| name.to_owned()).collect(),
+        false => args.mechanisms.clone(),
     };
-    let mut models = variants.iter().map(|v| v.config(&base.model)).collect::<gd_model::Result<Vec<_>>>()?;
-    equalize(&mut models)?;
+    let contenders = contenders(task, &names, &base)?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("out/task").join(task.name()));
     check_writable(&out)?;
     let mut runs = Vec::new();
     for seed in (0..args.seeds).map(|i| ctx.seed().wrapping_add(i)) {
-        for (variant, model) in variants.iter().zip(&models) {
-            let recipe = Recipe { model: model.clone(), ..base.clone() };
-            runs.push(saved_or_new(task, (variant, recipe), seed, (&out, args.longest), ctx)?);
+        for (name, recipe) in &contenders {
+            let path = out.join(format!("{name}-seed{seed}.json"));
+            let tests = task.tests().iter().filter(|test| test.length <= args.longest).count();
+            let is_complete = |run: &TaskRun| run.tests.len() == tests;
+            let new = || train(task, Contender { name, recipe }, seed, args.longest, ctx);
+            runs.push(saved_or_new(&path, Key { recipe: recipe.clone() }, is_complete, new)?);
         }
     }
     write_file(&out.join("task.json"), serde_json::to_string_pretty(&runs)?.as_bytes())?;
@@ -111,26 +116,24 @@ fn recipe(task: &dyn Task, args: &Args) -> Result<Recipe> {
     Ok(preset.recipe(&args.set)?)
 }
 
-/// The run of this recipe and seed in the folder, or a new one, which is saved there.
-fn saved_or_new(
-    task: &dyn Task,
-    (variant, recipe): (&Variant, Recipe),
-    seed: u64,
-    (out, longest): (&Path, usize),
-    ctx: &Context,
-) -> Result<TaskRun> {
-    let path = out.join(format!("{}-seed{seed}.json", variant.name));
-    let tests = task.tests().iter().filter(|test| test.length <= longest).count();
-    if path.exists() {
-        let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
-        match serde_json::from_slice::<Saved>(&text) {
-            Ok(saved) if saved.recipe == recipe && saved.run.tests.len() == tests => return Ok(saved.run),
-            _ => note(format_args!("{}: a run of another configuration; it is repeated", path.display())),
-        }
-    }
-    note(format_args!("{} on {}, seed {seed}", variant.name, task.name()));
-    let steps = recipe.train.steps;
-    let run = tasks::run(task, (variant.name, &recipe), seed, longest, &ctx.device, |progress| {
+/// The names and recipes of the models: decoders with equal numbers of parameters, then encoder-decoders.
+fn contenders(task: &dyn Task, names: &[String], base: &Recipe) -> Result<Vec<(String, Recipe)>> {
+    let is_encoder = |name: &&String| ENCODER_DECODERS.contains(&name.as_str());
+    let (encoders, decoders): (Vec<&String>, Vec<&String>) = names.iter().partition(is_encoder);
+    let decoders: Vec<String> = decoders.into_iter().cloned().collect();
+    let variants = parse_mechanisms(&decoders, base)?;
+    let mut models = variants.iter().map(|v| v.config(&base.model)).collect::<gd_model::Result<Vec<_>>>()?;
+    equalize(&mut models)?;
+    let recipe = |model| Recipe { model, ..base.clone() };
+    let decoders = variants.iter().zip(models).map(|(v, model)| (v.name.to_owned(), recipe(model)));
+    Ok(decoders.chain(encoders.into_iter().map(|name| (name.clone(), base.clone()))).collect())
+}
+
+/// Trains and tests a model, and reports its progress.
+fn train(task: &dyn Task, contender: Contender, seed: u64, longest: usize, ctx: &Context) -> Result<TaskRun> {
+    note(format_args!("{} on {}, seed {seed}", contender.name, task.name()));
+    let steps = contender.recipe.train.steps;
+    let run = tasks::run(task, contender, seed, longest, &ctx.device, |progress| {
         match progress {
             Progress::Step(step, loss) if step.is_multiple_of(STEPS_PER_LINE) || step == steps => {
                 note(format_args!("step {step}/{steps}  loss {loss:.4}"));
@@ -140,7 +143,5 @@ fn saved_or_new(
         }
         Ok(())
     })?;
-    let saved = Saved { recipe, run };
-    write_file(&path, serde_json::to_string_pretty(&saved)?.as_bytes())?;
-    Ok(saved.run)
+    Ok(run)
 }

@@ -1,25 +1,22 @@
-//! The three branches of Native Sparse Attention.
+//! What the branches of Native Sparse Attention read, and the branch over compressed keys.
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::NativeSparse;
-use crate::mechanisms::indices::{
-    arange, grouped, index_or_none, matmul, take_rows, top_k_positions, visible_softmax,
-};
+use crate::mechanisms::indices::{arange, grouped, matmul, visible_softmax};
 use crate::mechanisms::inputs::Inputs;
-use crate::mechanisms::sliding_window::sliding_window;
 
 /// Queries, keys and values of the branches.
 pub(super) struct Branches<'a> {
-    sizes: &'a NativeSparse,
+    pub(super) sizes: &'a NativeSparse,
     /// `[B, H, N, D]`.
-    q: &'a Tensor,
+    pub(super) q: &'a Tensor,
     /// `[B, Hk, M, D]`.
-    k: &'a Tensor,
+    pub(super) k: &'a Tensor,
     /// `[B, Hk, M, Dv]`.
-    v: &'a Tensor,
+    pub(super) v: &'a Tensor,
     /// The positions of the queries, u32 `[B|1, 1, N, 1]`.
-    at: Tensor,
+    pub(super) at: Tensor,
 }
 
 impl<'a> Branches<'a> {
@@ -39,7 +36,7 @@ impl<'a> Branches<'a> {
     }
 
     /// The scaled dot products of queries, grouped by their key-value heads, with `keys`.
-    fn scores(&self, q: &Tensor, keys: &Tensor) -> Result<Tensor> {
+    pub(super) fn scores(&self, q: &Tensor, keys: &Tensor) -> Result<Tensor> {
         matmul(q, &keys.t()?)? * (self.q.dim(3)? as f64).sqrt().recip()
     }
 
@@ -75,68 +72,5 @@ impl<'a> Branches<'a> {
         let shares = (0..count).flat_map(|c| (0..blocks).map(move |j| share(c, j)));
         let shares = Tensor::from_iter(shares, device)?.reshape((count, blocks))?.to_dtype(self.q.dtype())?;
         Ok((out, matmul(&weights.detach().sum(2)?, &shares)?))
-    }
-
-    /// The blocks of every query in ascending order, from scores `[B, Hk, N, blocks]`: i64 `[B, Hk, N, min(nsel, blocks)]`,
-    /// -1 where fewer blocks start at or before the query.
-    pub(super) fn chosen_blocks(&self, scores: &Tensor) -> Result<Tensor> {
-        let NativeSparse { block, nsel, ninit, nlocal, .. } = *self.sizes;
-        let (shape, device) = (scores.shape(), scores.device());
-        let start = Tensor::arange_step(0u32, (scores.dim(3)? * block) as u32, block as u32, device)?;
-        let visible = start.broadcast_le(&self.at)?;
-        // The query's own block is less than `nlocal` blocks behind.
-        let is_local = (&start + (nlocal * block) as f64)?.broadcast_gt(&self.at)?;
-        let always = start.lt((ninit * block) as u32)?.broadcast_maximum(&is_local)?;
-        let constant = |x: f64| Tensor::full(x, shape, device)?.to_dtype(scores.dtype());
-        let choose = |set: &Tensor, a: &Tensor, b: &Tensor| set.broadcast_as(shape)?.where_cond(a, b);
-        let rank = choose(&always, &constant(f64::INFINITY)?, scores)?;
-        let rank = choose(&visible, &rank, &constant(f64::NEG_INFINITY)?)?;
-        let chosen = top_k_positions(&rank, nsel)?;
-        let is_visible = (&chosen * block as f64)?.broadcast_le(&self.at)?;
-        index_or_none(&chosen, &is_visible)
-    }
-
-    /// The chosen blocks with -1 up to `nsel` columns.
-    pub(super) fn padded(&self, index: &Tensor) -> Result<Tensor> {
-        let (b, hk, n, columns) = index.dims4()?;
-        match self.sizes.nsel - columns {
-            0 => Ok(index.clone()),
-            missing => {
-                let unused = Tensor::full(-1i64, (b, hk, n, missing), index.device())?;
-                Tensor::cat(&[index, &unused], 3)?.contiguous()
-            }
-        }
-    }
-
-    /// Attention of every query over the tokens of its blocks up to its own position: `[B, H, N, Dv]`.
-    pub(super) fn selected(&self, index: &Tensor) -> Result<Tensor> {
-        let ((b, h, n, _), hk) = (self.q.dims4()?, self.k.dim(1)?);
-        let (block, device) = (self.sizes.block, self.q.device());
-        let used = index.ge(0i64)?;
-        let start = (used.where_cond(index, &index.zeros_like()?)?.to_dtype(DType::U32)? * block as f64)?;
-        let token = start.unsqueeze(4)?.broadcast_add(&arange(block, device)?)?.flatten(3, 4)?;
-        let used = used.unsqueeze(4)?.repeat((1, 1, 1, 1, block))?.flatten(3, 4)?;
-        let query = self.at.broadcast_as(token.shape())?.contiguous()?;
-        let past = token.le(&query)?;
-        // Tokens behind the query are not read; its own stands in their place.
-        let token = past.where_cond(&token, &query)?.flatten(2, 3)?;
-        let rows = |x: &Tensor| take_rows(x, &token)?.reshape((b, hk, n, (), x.dim(D::Minus1)?));
-        let q = grouped(self.q, hk)?.transpose(2, 3)?.contiguous()?;
-        let weights = visible_softmax(&self.scores(&q, &rows(self.k)?)?, &(past * used)?.unsqueeze(3)?)?;
-        matmul(&weights, &rows(self.v)?)?.transpose(2, 3)?.reshape((b, h, n, ()))
-    }
-
-    /// Attention of every query over the last `w` tokens up to its own position: `[B, H, N, Dv]`.
-    pub(super) fn window(&self) -> Result<Tensor> {
-        let ((b, h, n, _), (_, hk, m, _), w) = (self.q.dims4()?, self.k.dims4()?, self.sizes.w);
-        if n == m {
-            return sliding_window(self.q, self.k, self.v, w);
-        }
-        // A block of queries, or a step of decoding: scores of all keys are few.
-        let key = arange(m, self.q.device())?;
-        let near = (&key + w as f64)?.broadcast_gt(&self.at)?;
-        let visible = key.broadcast_le(&self.at)?.broadcast_mul(&near)?.unsqueeze(2)?;
-        let weights = visible_softmax(&self.scores(&grouped(self.q, hk)?, &self.k.unsqueeze(2)?)?, &visible)?;
-        matmul(&weights, &self.v.unsqueeze(2)?)?.reshape((b, h, n, ()))
     }
 }

@@ -2,6 +2,7 @@
 //! of keys and one over a sliding window, mixed by gates.
 
 mod branches;
+mod selection;
 
 use candle_core::{Result, Tensor, bail};
 use candle_nn::ops::sigmoid;
@@ -61,7 +62,7 @@ impl Definition for NativeSparse {
             ("nlocal", "blocks up to the own one, always taken"),
             ("w", "tokens of the sliding window"),
         ],
-        memory: "N x M / stride + N x nsel x block x (D + Dv) + N x w",
+        memory: "N x M / stride + 64 x M; N x nsel x block x (D + Dv) where M is above nsel x block x (D + Dv)",
         reads: Reads::Row,
         ..Info::DEFAULT
     };
@@ -86,6 +87,23 @@ impl Definition for NativeSparse {
         Ok(())
     }
 
+    /// At most a quarter of the context in the selected blocks and an eighth in the window: more is full attention for most
+    /// queries. A block is twice as long as a compressed key, as in the defaults, but at most 1/32 of the context.
+    fn at_context(&self, tokens: usize) -> Self {
+        let part = |of: usize, parts: usize| (of / parts).max(1);
+        let block = self.block.min(part(tokens, 32));
+        let l = self.l.min(part(block, 2));
+        let least = self.ninit + self.nlocal + 1;
+        Self {
+            l,
+            stride: self.stride.min(part(l, 2)),
+            block,
+            nsel: self.nsel.min(part(tokens, 4 * block).max(least)),
+            w: self.w.min(part(tokens, 8)),
+            ..self.clone()
+        }
+    }
+
     fn weights(&self, sizes: &Sizes) -> Vec<Weight> {
         vec![Weight::projection("Wg", [sizes.hidden_size, 3 * sizes.heads])]
     }
@@ -97,8 +115,7 @@ impl NativeSparse {
         let branches = Branches::new(self, inputs)?;
         let (compressed, scores) = branches.compressed()?;
         let index = branches.chosen_blocks(&scores)?;
-        let selected = branches.selected(&index)?;
-        let window = branches.window()?;
+        let [selected, window] = branches.selected_and_window(&index)?;
         let gated = |branch: &Tensor, i: usize| branch.broadcast_mul(&gates.narrow(3, i, 1)?);
         let out = ((gated(&compressed, 0)? + gated(&selected, 1)?)? + gated(&window, 2)?)?;
         let mut outputs = Outputs::default();

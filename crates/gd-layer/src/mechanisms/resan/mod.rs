@@ -1,16 +1,18 @@
 //! Reinforced self-attention, ReSAN (Shen et al. 2018, arXiv 1801.10296): sampled heads read sampled dependents, feature by
 //! feature.
 
+mod context;
 mod selection;
 
-use candle_core::{D, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use candle_nn::ops::sigmoid;
 use serde::{Deserialize, Serialize};
 
+use self::context::weighted;
 use self::selection::Selection;
 pub use self::selection::reinforce_loss;
 use super::definition::{Definition, Info};
-use super::indices::{arange, matmul, project, visible_softmax};
+use super::indices::{matmul, project};
 use super::inputs::{Inputs, Outputs};
 use super::stages::Computation;
 
@@ -105,7 +107,7 @@ impl Resan {
         let head = Selection::sample(inputs, ["W1h", "b1h", "w2h", "b2h", "u_head"])?;
         let dependent = Selection::sample(inputs, ["W1d", "b1d", "w2d", "b2d", "u_dep"])?;
         let r = project(x, get("Wr")?)?.broadcast_add(get("br")?)?.relu()?;
-        let side = self.side(n, valid)?;
+        let side = self.direction.side(n, valid)?;
         let read = weighted(&r, &side.broadcast_mul(&dependent.action.unsqueeze(1)?)?, inputs, self.c)?;
         let side = side.to_dtype(x.dtype())?;
         let mean = matmul(&side, &r)?.broadcast_div(&side.sum_keepdim(2)?.maximum(1f64)?)?;
@@ -135,25 +137,4 @@ impl Resan {
         }
         Ok(outputs)
     }
-
-    /// Which tokens j each token i may read: u8 `[B, N, N]`.
-    fn side(&self, n: usize, valid: &Tensor) -> Result<Tensor> {
-        let at = arange(n, valid.device())?;
-        let (i, j) = (at.unsqueeze(1)?, at.unsqueeze(0)?);
-        let side = match self.direction {
-            Direction::Forward => j.broadcast_lt(&i)?,
-            Direction::Backward => j.broadcast_gt(&i)?,
-        };
-        side.unsqueeze(0)?.broadcast_mul(&valid.unsqueeze(1)?)
-    }
-}
-
-/// The sum of r `[B, N, F]` over the tokens that each token sees (u8 `[B, N, N]`), weighted per feature.
-fn weighted(r: &Tensor, visible: &Tensor, inputs: &Inputs, bound: f64) -> Result<Tensor> {
-    // Read tokens stand in the last dimension: [B, 1, F, N] and [B, N, F, 1].
-    let dependent = project(r, inputs.get("Wd")?)?.t()?.contiguous()?.unsqueeze(1)?;
-    let head = project(r, inputs.get("Wh")?)?.broadcast_add(inputs.get("bl")?)?.unsqueeze(3)?;
-    let logits = ((dependent.broadcast_add(&head)? / bound)?.tanh()? * bound)?;
-    let weights = visible_softmax(&logits, &visible.unsqueeze(2)?)?;
-    weights.broadcast_mul(&r.t()?.contiguous()?.unsqueeze(1)?)?.sum(D::Minus1)
 }

@@ -1,17 +1,22 @@
-//! The model of a task: a decoder, and for items with features an embedding of them.
+//! The decoder of a task, and for items with features an embedding of them.
+
+use std::cell::RefCell;
 
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use gd_kernels::Mask;
+use gd_kernels::cross_entropy::IGNORE;
 use gd_layer::{Linear, Pass};
 
-use super::{Examples, Inputs};
+use super::{TaskModel, mask};
 use crate::config::ModelConfig;
 use crate::model::Transformer;
+use crate::model::params::Params;
+use crate::tasks::{Examples, Inputs};
+use crate::train::calibrate::calibrate_thresholds;
 
 /// A decoder that reads tokens or items with features.
-pub(super) struct TaskModel {
-    pub(super) decoder: Transformer,
+pub(super) struct Decoder {
+    decoder: Transformer,
     features: Option<FeatureEmbedding>,
 }
 
@@ -32,15 +37,15 @@ impl FeatureEmbedding {
     }
 }
 
-impl TaskModel {
+impl Decoder {
     pub(super) fn new(config: &ModelConfig, features: Option<usize>, vb: VarBuilder) -> crate::Result<Self> {
         let embedding = |n| FeatureEmbedding::new(n, config.hidden_size, vb.pp("features"));
         Ok(Self { features: features.map(embedding).transpose()?, decoder: Transformer::new(config, vb)? })
     }
 
     /// The hidden states `[B, N, C]` of examples.
-    pub(super) fn hidden(&self, examples: &Examples, pass: &Pass) -> crate::Result<Tensor> {
-        let inputs = examples.inputs(&pass_device(&self.decoder)?)?;
+    fn hidden(&self, examples: &Examples, pass: &Pass) -> crate::Result<Tensor> {
+        let inputs = examples.inputs(self.decoder.head_weight()?.device())?;
         Ok(match (&examples.inputs, &self.features) {
             (Inputs::Features(_), Some(embedding)) => {
                 let x = embedding.second.forward(&embedding.first.forward(&inputs)?.gelu()?)?;
@@ -49,43 +54,34 @@ impl TaskModel {
             _ => self.decoder.hidden(&inputs, pass, None)?,
         })
     }
+}
 
-    /// The mean loss of the answers, with gradients.
-    pub(super) fn loss(&self, examples: &Examples, pass: &Pass) -> crate::Result<Tensor> {
+impl TaskModel for Decoder {
+    fn loss(&self, examples: &Examples, pass: &Pass) -> crate::Result<Tensor> {
         let hidden = self.hidden(examples, pass)?;
-        Ok(self.decoder.head_loss(&hidden, &self.answers(examples)?)?)
-    }
-
-    /// The answers `[B, N]`.
-    fn answers(&self, examples: &Examples) -> crate::Result<Tensor> {
         let shape = (examples.rows, examples.length);
-        Ok(Tensor::from_slice(&examples.answers, shape, &pass_device(&self.decoder)?)?)
+        let answers = Tensor::from_slice(&examples.answers, shape, hidden.device())?;
+        Ok(self.decoder.head_loss(&hidden, &answers)?)
     }
 
-    /// The sum of the losses of the answers, the number of correct ones, and the number of all.
-    pub(super) fn test(&self, examples: &Examples, pass: &Pass) -> crate::Result<(f64, usize, usize)> {
+    fn answers(&self, examples: &Examples, pass: &Pass) -> crate::Result<(Tensor, Vec<u32>)> {
         let hidden = self.hidden(examples, pass)?.detach().flatten_to(1)?;
-        let asked = |(at, answer): (usize, &u32)| {
-            (*answer != gd_kernels::cross_entropy::IGNORE).then_some((at as u32, *answer))
-        };
+        let asked = |(at, answer): (usize, &u32)| (*answer != IGNORE).then_some((at as u32, *answer));
         let (rows, answers): (Vec<u32>, Vec<u32>) =
             examples.answers.iter().enumerate().filter_map(asked).unzip();
-        let count = rows.len();
-        let logits = self.decoder.logits(&hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?)?;
-        let predicted = logits.argmax(1)?.to_vec1::<u32>()?;
-        let correct = predicted.iter().zip(&answers).filter(|(a, b)| a == b).count();
-        let answers = Tensor::new(answers, logits.device())?;
-        let loss = candle_nn::loss::cross_entropy(&logits, &answers)?.to_scalar::<f32>()?;
-        Ok((f64::from(loss) * count as f64, correct, count))
+        let rows = Tensor::new(rows, hidden.device())?;
+        Ok((self.decoder.logits(&hidden.index_select(&rows, 0)?)?, answers))
     }
-}
 
-/// The device of a model.
-fn pass_device(decoder: &Transformer) -> Result<candle_core::Device> {
-    Ok(decoder.head_weight()?.device().clone())
-}
+    fn calibrate(&self, examples: &Examples, params: &Params) -> crate::Result<()> {
+        calibrate_thresholds(&self.decoder, params, |pass| self.hidden(examples, pass).map(drop), &mask())
+    }
 
-/// The causal mask of examples.
-pub(super) fn mask() -> Mask {
-    Mask::causal(0)
+    fn gate(&self, examples: &Examples) -> crate::Result<Option<f64>> {
+        let (stats, mask) = (RefCell::new(Vec::new()), mask());
+        self.hidden(examples, &Pass { stats: Some(&stats), ..Pass::new(&mask) })?;
+        let stats = stats.take();
+        let gates = stats.iter().filter_map(|layer| layer.gate).collect::<Vec<_>>();
+        Ok((!gates.is_empty()).then(|| gates.iter().sum::<f64>() / gates.len() as f64))
+    }
 }

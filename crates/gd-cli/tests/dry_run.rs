@@ -1,5 +1,5 @@
 //! `gd train --dry-run` predicts the exact number of parameters and the peak memory within 15 %, for
-//! mechanisms that are compositions of operations within 25 %, and writes nothing.
+//! mechanisms that are compositions of operations within 30 %, and writes nothing.
 
 use std::process::Command;
 
@@ -85,7 +85,7 @@ fn the_predicted_memory_matches_the_allocator() {
             let mut recipe = Recipe::load("tiny").unwrap();
             recipe.model.gd.beacon = None;
             (recipe.train.batch, recipe.train.context) = (batch, context);
-            check(&recipe, &Mechanism::named(name).unwrap(), 0.25, &mut faults);
+            check(&recipe, &Mechanism::named(name).unwrap(), 0.3, &mut faults);
         }
     }
     assert!(faults.is_empty(), "{faults:#?}");

@@ -87,7 +87,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         true => task.mechanisms().unwrap_or(controls).iter().map(|&name| name.to_owned()).collect(),
         false => args.mechanisms.clone(),
     };
-    let contenders = contenders(task, &names, &base)?;
+    let contenders = contenders(&names, &base)?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("out/task").join(task.name()));
     check_writable(&out)?;
     let mut runs = Vec::new();
@@ -117,7 +117,7 @@ fn recipe(task: &dyn Task, args: &Args) -> Result<Recipe> {
 }
 
 /// The names and recipes of the models: decoders with equal numbers of parameters, then encoder-decoders.
-fn contenders(task: &dyn Task, names: &[String], base: &Recipe) -> Result<Vec<(String, Recipe)>> {
+fn contenders(names: &[String], base: &Recipe) -> Result<Vec<(String, Recipe)>> {
     let is_encoder = |name: &&String| ENCODER_DECODERS.contains(&name.as_str());
     let (encoders, decoders): (Vec<&String>, Vec<&String>) = names.iter().partition(is_encoder);
     let decoders: Vec<String> = decoders.into_iter().cloned().collect();

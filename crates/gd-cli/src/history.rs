@@ -24,7 +24,7 @@ pub enum Axis {
 /// The log and the configuration of a run.
 #[derive(Debug)]
 pub struct History {
-    /// Name of the folder.
+    /// Name of the folder, or its path where several runs have the same name.
     pub name: String,
     /// Lines of the log that describe a step. There is at least one.
     pub steps: Vec<Map<String, Value>>,
@@ -55,6 +55,21 @@ impl History {
         let name = canonical.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
         let recipe = fs::read(folder.join(RECIPE)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
         Ok(Self { name, steps, events, recipe })
+    }
+
+    /// Reads several runs, and tells those with the same name apart by their paths.
+    ///
+    /// # Errors
+    /// As [`History::load`].
+    pub fn load_all(paths: &[PathBuf]) -> Result<Vec<Self>> {
+        let mut runs = paths.iter().map(|path| Self::load(path)).collect::<Result<Vec<_>>>()?;
+        let names: Vec<String> = runs.iter().map(|run| run.name.clone()).collect();
+        for (run, path) in runs.iter_mut().zip(paths) {
+            if names.iter().filter(|name| **name == run.name).count() > 1 {
+                run.name = path.display().to_string();
+            }
+        }
+        Ok(runs)
     }
 
     /// The names of the numbers that the steps contain.

@@ -37,7 +37,7 @@ pub struct Args {
 /// # Errors
 /// Names the run, file or number that is not valid.
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
-    let runs = args.runs.iter().map(|path| History::load(path)).collect::<Result<Vec<_>>>()?;
+    let runs = History::load_all(&args.runs)?;
     for name in &args.y {
         if !runs.iter().any(|run| run.names().contains(name)) {
             let names: Vec<_> = runs[0].names().into_iter().collect();

@@ -1,7 +1,9 @@
 //! Output of the program: tables, plots, reports and the trace viewer.
 
+pub mod numbers;
 pub mod plot;
 pub(crate) mod policy;
+pub mod quantity;
 pub mod report;
 pub mod run_curves;
 pub mod table;

@@ -158,7 +158,7 @@ fn finish_run(run: &mut Run, skipped_files: &[String], ctx: &Context) -> Result<
         false => (None, None),
     };
     let (about, recipe) = (run.about().clone(), run.trainer.recipe().clone());
-    let card = model_card::entries(&about, &recipe, &run.trainer, result.as_ref());
+    let card = model_card::entries(&out, &about, &recipe, &run.trainer, result.as_ref());
     run.finish(&checkpoint::model_card(&card)?, result.as_ref())?;
     let loaded = pretrained::load(&out, &ctx.device)?;
     let mut not_written = Vec::new();
@@ -170,7 +170,7 @@ fn finish_run(run: &mut Run, skipped_files: &[String], ctx: &Context) -> Result<
         not_written.extend(log.failure().map(str::to_owned));
     }
     // The model is saved; a report that cannot be written is no reason to fail.
-    let reported = History::load(&out).and_then(|history| report::save(&out.join(report::FILE), &history));
+    let reported = History::load(&out).and_then(|run| report::save(&out.join(report::FILE), &[run]));
     not_written.extend(reported.err().map(|e| one_line(&e)));
     for error in &not_written {
         note(format_args!("warning: the log or the report of the run is not complete: {error}"));

@@ -1,13 +1,19 @@
 //! The values of a trained model's card.
 
+use std::fs;
+use std::path::Path;
+
 use gd_kernels::Estimator;
 use gd_model::config::{Mechanism, Recipe};
 use gd_model::eval::Evaluation;
 use gd_model::train::Trainer;
 use gd_model::train::run::About;
 
-/// The placeholders of the model card template and their values.
+use crate::render::numbers::grouped;
+
+/// The placeholders of the model card template and their values, for the run in the folder `out`.
 pub(super) fn entries(
+    out: &Path,
     about: &About,
     recipe: &Recipe,
     trainer: &Trainer,
@@ -18,22 +24,25 @@ pub(super) fn entries(
             let teacher = uptrain.teacher.file_name().unwrap_or(uptrain.teacher.as_os_str());
             format!("{} with its attention replaced and trained again.", teacher.to_string_lossy())
         }
-        None => "A small language model trained with gd.".into(),
+        None => format!("A small language model trained with gd from the configuration {}.", about.name),
     };
     let data: Vec<_> = about.data.iter().map(|p| p.display().to_string()).collect();
     let data = if data.is_empty() { "the sample text of the repository".to_owned() } else { data.join(", ") };
     let loss = result.map_or("not measured: there is no validation text".to_owned(), |result| {
         format!("{:.4} nats per token, {:.4} bits per byte", result.loss, result.bits_per_byte)
     });
+    // The canonical path has a last component even if the folder is given as `.`.
+    let folder = fs::canonicalize(out).unwrap_or_else(|_| out.to_path_buf());
+    let name = folder.file_name().map_or(about.name.clone(), |name| name.to_string_lossy().into_owned());
     vec![
-        ("name", about.name.clone()),
+        ("name", name),
         ("summary", summary),
-        ("parameters", trainer.params.count().to_string()),
+        ("parameters", grouped(trainer.params.count() as u64)),
         ("mechanism", mechanism(recipe)),
         ("tokenizer", format!("`tokenizer.json`, {} tokens", recipe.model.vocab_size)),
         ("context", recipe.model.max_position_embeddings.to_string()),
         ("data", data),
-        ("steps", recipe.train.steps.to_string()),
+        ("steps", grouped(recipe.train.steps)),
         ("loss", loss),
     ]
 }

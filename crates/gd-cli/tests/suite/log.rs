@@ -105,24 +105,51 @@ fn reports(dir: &Path) -> Result<()> {
     let html = fs::read_to_string(dir.join("one/report.html"))?;
     succeeded(&gd(dir, "report one --out again.html")?)?;
     assert_eq!(fs::read_to_string(dir.join("again.html"))?, html);
-    let parameters = &lines(&dir.join("one"))?[0]["parameters"];
     for text in [
         "<h1>one</h1>",
-        "<svg",
-        &format!("<td>{parameters}</td>"),
-        "20 of 20",
+        "<dt>steps</dt><dd><b>20 of 20</b>",
+        "<dt>training tokens</dt><dd><b>2,560</b>",
         "bits per byte",
-        "After 16 steps",
-        "&lt;b&gt;",
-        "\"hidden_size\": 32",
+        "<h3>validation loss <small>nats per token</small></h3>",
+        "<h3>margin to the runner-up <small>energy</small></h3>",
+        "<h3>tokens per second ",
+        "evaluation</span>",
+        "checkpoint</span>",
+        "prefers-color-scheme: dark",
+        "After 16 steps, from &quot;&lt;b&gt;&quot;",
+        "<div class=\"sample\"><b>&lt;b&gt;</b>",
+        "&quot;hidden_size&quot;: 32",
     ] {
         assert!(html.contains(text), "{text} is missing:\n{html}");
     }
+    // One evaluation in ten steps: two points in the chart of the validation loss and in that of the training loss.
+    let chart = |title: &str| -> Result<&str> {
+        let (_, rest) = html.split_once(&format!("<h3>{title} ")).context(title.to_owned())?;
+        Ok(rest.split_once("</figure>").context("the end of a chart")?.0)
+    };
+    for title in ["training loss", "validation loss"] {
+        assert_eq!(chart(title)?.matches("class=\"point").count(), 2, "{title}");
+        assert!(chart(title)?.contains("class=\"checkpoint\""), "{title}");
+    }
     // The report fetches nothing, and text of the model does not become markup.
-    assert!(!html.contains("<b>") && !html.contains("src=") && !html.contains("href="), "{html}");
+    let links = ["<b><", "src=", "href=", "url(", "https:"];
+    assert!(links.iter().all(|link| !html.contains(link)), "{html}");
     succeeded(&gd(dir, "report one --out one.md")?)?;
     let text = fs::read_to_string(dir.join("one.md"))?;
     assert!(text.starts_with("# one\n") && text.contains("| steps | 20 of 20 |"), "{text}");
     assert!(text.contains("(one.1.svg)") && dir.join("one.1.svg").exists());
+    // Several runs side by side.
+    let error = failed(&gd(dir, "report one two")?, 2)?;
+    assert!(error.contains("2 runs needs --out"), "{error}");
+    succeeded(&gd(dir, "report one two --out both.html")?)?;
+    let html = fs::read_to_string(dir.join("both.html"))?;
+    for text in
+        ["<h1>one and two</h1>", "<th>one</th><th>two</th>", "<td>seed</td><td>0</td><td>2</td>", "line c1"]
+    {
+        assert!(html.contains(text), "{text} is missing:\n{html}");
+    }
+    // The card of the model names the run and its configuration.
+    let card = fs::read_to_string(dir.join("two/README.md"))?;
+    assert!(card.contains("# two\n") && card.contains("configuration small."), "{card}");
     Ok(())
 }

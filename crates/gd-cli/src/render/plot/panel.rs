@@ -15,7 +15,9 @@ const MAX_CHUNKS: usize = 1000;
 /// How a curve is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CurveStyle {
-    /// A thin line.
+    /// A pale thin line, the background of a smoothed one.
+    Faint,
+    /// A line.
     Line,
     /// A thick line with a circle at every point.
     Points,
@@ -119,8 +121,8 @@ impl Panel {
             let color = COLORS[curve.color % COLORS.len()];
             let visible: Vec<_> = curve.points.iter().filter(|p| p.1 <= high).copied().collect();
             let line = match curve.style {
-                CurveStyle::Line => color.mix(0.6).stroke_width(1),
-                CurveStyle::Points => color.stroke_width(2),
+                CurveStyle::Faint => color.mix(0.35).stroke_width(1),
+                CurveStyle::Line | CurveStyle::Points => color.stroke_width(2),
             };
             let series = chart.draw_series(LineSeries::new(visible.iter().copied(), line))?;
             if let Some(label) = &curve.label {

@@ -2,45 +2,64 @@
 
 use anyhow::Result;
 
-use super::super::plot::{self, Panel};
+use super::super::plot::Panel;
 use super::super::policy;
-use super::Section;
+use super::chart::{Chart, Mark, Style};
+use super::summary::Figure;
+use super::{COLORS, Section};
 
-/// The style sheet of a page.
-const STYLE: &str = "
-body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; }
-th, td { border: 1px solid #ccc; padding: 0.25rem 0.75rem; text-align: left; }
-pre { background: #f5f5f5; padding: 0.75rem; white-space: pre-wrap; }
-svg { max-width: 100%; height: auto; }
-";
+/// The style sheet and the script of a page.
+const STYLE: &str = include_str!("page.css");
+const SCRIPT: &str = include_str!("page.js");
 /// The characters that have a meaning in Markdown, or in the HTML that it may contain.
 const MARKDOWN: &str = "\\`*_{}[]()<>#+-.!|~&\"'=:";
 
 /// Renders the sections as Markdown. `save_plot` writes a plot and returns its file name.
 pub(super) fn markdown(
-    name: &str,
+    title: &str,
     sections: &[Section],
     mut save_plot: impl FnMut(&[Panel]) -> Result<String>,
 ) -> Result<String> {
-    let mut text = format!("# {}\n", markdown_text(name));
+    let mut text = format!("# {}\n", markdown_text(title));
     for section in sections {
         text.push('\n');
         match section {
             Section::Heading(title) => text += &format!("## {title}\n"),
+            Section::Figures(figures) => {
+                let rows: Vec<_> = figures.iter().map(|f| vec![f.name.to_owned(), cell(f)]).collect();
+                text += &markdown_table(&[String::new(), String::new()], &rows);
+            }
             Section::Table(header, rows) => text += &markdown_table(header, rows),
             Section::Paragraph(line) => text += &format!("{}\n", markdown_text(line)),
-            Section::Verbatim(block) => text += &fenced(block.trim_end()),
-            Section::Curves(panels) => text += &format!("![curves]({})\n", save_plot(panels)?),
+            Section::Sample { prompt, text: sample } => {
+                text += &fenced(format!("{prompt}{sample}").trim_end())
+            }
+            Section::Details(summary, block) => {
+                text += &format!("{}\n\n{}", markdown_text(summary), fenced(block.trim_end()));
+            }
+            Section::Charts { charts, .. } => {
+                let panels: Vec<Panel> = charts.iter().map(Chart::panel).collect();
+                text += &format!("![curves]({})\n\n", save_plot(&panels)?);
+                for chart in charts {
+                    let notes = [&[chart.quantity.explanation.to_owned()], chart.notes.as_slice()].concat();
+                    let line = format!("{}: {}", chart.quantity.title, notes.join(" ").trim());
+                    text += &format!("- {}\n", markdown_text(&line));
+                }
+            }
         }
     }
     Ok(text)
 }
 
-fn markdown_table(header: &[&str], rows: &[Vec<String>]) -> String {
+/// The value of a figure with its unit, in one cell of a table.
+pub(super) fn cell(figure: &Figure) -> String {
+    format!("{} {}", figure.value, figure.unit).trim_end().to_owned()
+}
+
+fn markdown_table(header: &[String], rows: &[Vec<String>]) -> String {
     let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
     let escape = |cell: &String| markdown_text(cell);
-    let mut text = line(header.iter().map(ToString::to_string).collect());
+    let mut text = line(header.iter().map(escape).collect());
     text += &line(vec!["---".into(); header.len()]);
     rows.iter().for_each(|row| text += &line(row.iter().map(escape).collect()));
     text
@@ -66,41 +85,124 @@ fn fenced(block: &str) -> String {
     format!("{fence}\n{block}\n{fence}\n")
 }
 
-/// Renders the sections as one HTML page with inline plots. Its Content-Security-Policy allows its style sheet alone.
-pub(super) fn html(name: &str, sections: &[Section]) -> Result<String> {
-    let mut body = String::new();
+/// Renders the sections as one HTML page with inline charts. Its Content-Security-Policy allows its style sheet and its
+/// script alone.
+pub(super) fn html(title: &str, sections: &[Section]) -> Result<String> {
+    let (mut body, mut data) = (String::new(), Vec::new());
     for section in sections {
         match section {
             Section::Heading(title) => body += &format!("<h2>{}</h2>\n", escape(title)),
+            Section::Figures(figures) => body += &tiles(figures),
             Section::Table(header, rows) => body += &html_table(header, rows),
             Section::Paragraph(line) => body += &format!("<p>{}</p>\n", escape(line)),
-            Section::Verbatim(block) => body += &format!("<pre>{}</pre>\n", escape(block)),
-            Section::Curves(panels) => body += &format!("{}\n", plot::svg(&panels[..])?),
+            Section::Sample { prompt, text } => {
+                body += &format!("<div class=\"sample\"><b>{}</b>{}</div>\n", escape(prompt), escape(text));
+            }
+            Section::Details(summary, block) => {
+                let (summary, block) = (escape(summary), escape(block));
+                body += &format!("<details><summary>{summary}</summary><pre>{block}</pre></details>\n");
+            }
+            Section::Charts { charts, runs } => {
+                body += &legend(charts, runs);
+                body += "<div class=\"charts\">\n";
+                for chart in charts {
+                    body += &figure(chart, data.len());
+                    data.push(chart.data());
+                }
+                body += "</div>\n";
+            }
         }
     }
-    let name = escape(name);
+    // A text without `<` cannot end the element.
+    let data = serde_json::to_string(&data)?.replace('<', "\\u003c");
+    let (title, policy) = (escape(title), policy::element(Some(SCRIPT), STYLE));
     Ok(format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n{}\n<title>{name}</title>\n\
-         <style>{STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n{body}</body>\n</html>\n",
-        policy::element(None, STYLE)
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n{policy}\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
+         <style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n{body}</main>\n\
+         <script type=\"application/json\" id=\"charts\">{data}</script>\n\
+         <script type=\"module\">{SCRIPT}</script>\n</body>\n</html>\n"
     ))
 }
 
-fn html_table(header: &[&str], rows: &[Vec<String>]) -> String {
-    let line = |tag: &str, cells: &mut dyn Iterator<Item = String>| {
-        let cells: String = cells.map(|c| format!("<{tag}>{}</{tag}>", escape(&c))).collect();
-        format!("<tr>{cells}</tr>\n")
+fn tiles(figures: &[Figure]) -> String {
+    let tile = |f: &Figure| {
+        format!(
+            "<div class=\"tile\"><dt>{}</dt><dd><b>{}</b><small>{}</small></dd></div>\n",
+            escape(f.name),
+            escape(&f.value),
+            escape(&f.unit)
+        )
     };
-    let mut text = String::from("<table>\n");
-    if header.iter().any(|h| !h.is_empty()) {
-        text += &line("th", &mut header.iter().map(ToString::to_string));
-    }
-    rows.iter().for_each(|row| text += &line("td", &mut row.iter().cloned()));
-    text + "</table>\n"
+    let (large, small): (Vec<_>, Vec<_>) = figures.iter().partition(|f| f.headline);
+    let rows: Vec<_> = small.into_iter().map(|f| vec![f.name.to_owned(), cell(f)]).collect();
+    let large: String = large.into_iter().map(tile).collect();
+    format!("<dl class=\"tiles\">\n{large}</dl>\n{}", html_table(&[], &rows))
 }
 
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+/// A chart with its title, what it says, and a line for the values under the pointer.
+fn figure(chart: &Chart, index: usize) -> String {
+    let quantity = &chart.quantity;
+    let unit =
+        if quantity.unit.is_empty() { String::new() } else { format!(" <small>{}</small>", quantity.unit) };
+    let paragraph =
+        |text: &str| if text.is_empty() { String::new() } else { format!("<p>{}</p>", escape(text)) };
+    format!(
+        "<figure><figcaption><h3>{}{unit}</h3>{}{}</figcaption>\n{}<p class=\"readout\"></p></figure>\n",
+        escape(&quantity.title),
+        paragraph(quantity.explanation),
+        paragraph(&chart.notes.join(" ")),
+        chart.svg(index)
+    )
+}
+
+/// What the colors and marks of charts mean, of those that the charts have.
+fn legend(charts: &[Chart], runs: &[String]) -> String {
+    let icon = |shape: &str| format!("<svg viewBox=\"0 0 24 12\" aria-hidden=\"true\">{shape}</svg>");
+    let mut entries = Vec::new();
+    if runs.len() > 1 {
+        for (color, run) in runs.iter().enumerate() {
+            let line = format!("<path class=\"line c{}\" d=\"M1 6h22\"/>", color % COLORS);
+            entries.push(icon(&line) + &escape(run));
+        }
+    }
+    let has_style = |style: Style| charts.iter().flat_map(|c| &c.series).any(|s| s.style == style);
+    let has_mark = |mark: Mark| charts.iter().flat_map(|c| &c.marks).any(|m| m.0 == mark);
+    let has_cut = charts.iter().any(|c| c.notes.iter().any(|note| note.contains("cut off")));
+    for (shown, shape, text) in [
+        (has_style(Style::Faint), "<path class=\"faint c0\" d=\"M1 9l7 -6l7 6l8 -6\"/>", "every step"),
+        (has_style(Style::Points), "<circle class=\"point c0\" cx=\"12\" cy=\"6\" r=\"4\"/>", "evaluation"),
+        (
+            has_mark(Mark::Checkpoint),
+            "<path class=\"checkpoint\" d=\"M12 1l5 5l-5 5l-5 -5z\"/>",
+            "checkpoint",
+        ),
+        (has_mark(Mark::Skipped), "<path class=\"skipped\" d=\"M8 2l8 8m0 -8l-8 8\"/>", "skipped update"),
+        (has_cut, "<path class=\"cut c0\" d=\"M12 2l-5 8h10z\"/>", "value that is cut off"),
+    ] {
+        if shown {
+            entries.push(icon(shape) + text);
+        }
+    }
+    let entries: String = entries.iter().map(|entry| format!("<span>{entry}</span>")).collect();
+    format!("<p class=\"legend\">{entries}</p>\n")
+}
+
+fn html_table(header: &[String], rows: &[Vec<String>]) -> String {
+    let line = |tag: &str, cells: &[String]| {
+        let cells: String = cells.iter().map(|c| format!("<{tag}>{}</{tag}>", escape(c))).collect();
+        format!("<tr>{cells}</tr>\n")
+    };
+    let mut text = String::from("<div class=\"wide\"><table>\n");
+    if !header.is_empty() {
+        text += &line("th", header);
+    }
+    rows.iter().for_each(|row| text += &line("td", row));
+    text + "</table></div>\n"
+}
+
+pub(super) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 #[cfg(test)]
@@ -110,18 +212,23 @@ mod tests {
     const EVIL: &str = "a](javascript:x) ![i](http://x/y) <script>alert(1)</script> `c` | ~~~~ \n# h";
 
     #[test]
-    fn the_page_allows_its_style_sheet_alone_and_text_is_no_markup() {
-        let sections = [Section::Paragraph(EVIL.into()), Section::Verbatim(EVIL.into())];
+    fn the_page_allows_its_style_sheet_and_script_alone_and_text_is_no_markup() {
+        let sections = [
+            Section::Paragraph(EVIL.into()),
+            Section::Sample { prompt: EVIL.into(), text: EVIL.into() },
+            Section::Details(EVIL.into(), EVIL.into()),
+        ];
         let page = html(EVIL, &sections).unwrap();
-        assert!(
-            page.contains(&policy::element(None, STYLE)) && page.contains(&format!("<style>{STYLE}</style>"))
-        );
-        assert!(!page.contains("<script"), "{page}");
+        assert!(page.contains(&policy::element(Some(SCRIPT), STYLE)));
+        assert!(page.contains(&format!("<style>{STYLE}</style>")));
+        // The data of the charts and the script.
+        assert_eq!((page.matches("<script").count(), page.matches("</script").count()), (2, 2), "{page}");
+        assert!(!page.contains("style=\""), "the policy forbids inline styles");
     }
 
     #[test]
     fn markdown_shows_text_as_it_is() {
-        let table = Section::Table(vec!["a"], vec![vec![EVIL.into()]]);
+        let table = Section::Table(vec!["a".into()], vec![vec![EVIL.into()]]);
         let text = markdown(EVIL, &[table, Section::Paragraph(EVIL.into())], |_| Ok(String::new())).unwrap();
         assert!(
             !text.replace("\\<", "").contains("<script") && !text.contains("](") && !text.contains("\n# h"),

@@ -1,7 +1,9 @@
-//! The report of a run: summary, curves, selection statistics, samples, problems and configuration.
+//! The report of runs: figures, curves, selection statistics, samples, problems and configuration.
 
+mod chart;
 mod markup;
 mod summary;
+mod svg;
 
 use std::path::Path;
 
@@ -9,45 +11,61 @@ use anyhow::Result;
 use gd_model::io::files::write_file;
 use serde_json::{Map, Value};
 
-use self::summary::summary;
-use super::plot::{self, Panel};
-use super::run_curves::panels;
-use crate::history::{Axis, History};
+use self::chart::Chart;
+use self::summary::{Figure, figures};
+use super::numbers::grouped;
+use super::plot;
+use crate::history::History;
 
 /// Name of the report in the folder of a run.
 pub const FILE: &str = "report.html";
-/// The report shows this many of the last samples.
+/// The report of one run shows this many of the last samples; that of several shows one of each.
 const MAX_SAMPLES: usize = 3;
-/// The report lists this many of the last skipped updates and fallbacks.
+/// The report lists this many of the last skipped updates and fallbacks of a run.
 const MAX_PROBLEMS: usize = 20;
 /// The quantities of the log that have a curve, if the log has them.
-const CURVES: [&str; 5] = ["loss", "valid_loss", "lr", "grad_norm", "tokens_per_second"];
+const CURVES: [&str; 7] =
+    ["loss", "valid_loss", "valid_loss_ema", "grad_norm", "lr", "tokens_per_second", "resident_mib"];
 /// Prefix of the names of the selection statistics in the log.
 const HEADS_PREFIX: &str = "heads/";
+/// The number of colors of runs in the style sheet.
+const COLORS: usize = 6;
 
 /// A section of the report.
 enum Section {
     Heading(&'static str),
-    /// Rows below a header.
-    Table(Vec<&'static str>, Vec<Vec<String>>),
+    /// The figures of a single run.
+    Figures(Vec<Figure>),
+    /// Rows below a header, which may be empty.
+    Table(Vec<String>, Vec<Vec<String>>),
     Paragraph(String),
-    /// Preformatted text.
-    Verbatim(String),
-    Curves(Vec<Panel>),
+    /// Text that the model generated after a prompt.
+    Sample {
+        prompt: String,
+        text: String,
+    },
+    /// Preformatted text that is folded until it is asked for, and its title.
+    Details(String, String),
+    /// Charts of these runs.
+    Charts {
+        charts: Vec<Chart>,
+        runs: Vec<String>,
+    },
 }
 
-/// Writes the report of a run. If the file name ends in `.md`, the report is Markdown with its curves in SVG files
-/// next to it. Otherwise it is one self-contained HTML file.
+/// Writes the report of one run, or of several side by side. If the file name ends in `.md`, the report is Markdown with its
+/// curves in SVG files next to it. Otherwise it is one self-contained HTML file.
 ///
 /// # Errors
 /// Names the file that cannot be written.
-pub fn save(path: &Path, run: &History) -> Result<()> {
-    let sections = sections(run);
+pub fn save(path: &Path, runs: &[History]) -> Result<()> {
+    let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
+    let (title, sections) = (names.join(" and "), sections(runs));
     if path.extension().is_none_or(|e| e != "md") {
-        return Ok(write_file(path, markup::html(&run.name, &sections)?.as_bytes())?);
+        return Ok(write_file(path, markup::html(&title, &sections)?.as_bytes())?);
     }
     let mut plots = 0;
-    let text = markup::markdown(&run.name, &sections, |panels| {
+    let text = markup::markdown(&title, &sections, |panels| {
         plots += 1;
         let file = path.with_extension(format!("{plots}.svg"));
         plot::save(&file, panels)?;
@@ -56,73 +74,100 @@ pub fn save(path: &Path, run: &History) -> Result<()> {
     Ok(write_file(path, text.as_bytes())?)
 }
 
-fn sections(run: &History) -> Vec<Section> {
-    let mut sections = vec![Section::Table(vec!["", ""], summary(run))];
-    let logged = run.names();
-    let curves: Vec<String> =
-        CURVES.iter().filter(|name| logged.contains(**name)).map(ToString::to_string).collect();
-    sections.push(Section::Heading("Curves"));
-    sections.push(Section::Curves(panels(std::slice::from_ref(run), Axis::Step, &curves)));
-    let statistics: Vec<String> =
-        logged.iter().filter(|name| name.starts_with(HEADS_PREFIX) || *name == "churn").cloned().collect();
-    if !statistics.is_empty() {
-        sections.push(Section::Heading("Selection"));
-        sections.push(Section::Table(
-            vec!["statistic", "first", "minimum", "maximum", "last"],
-            statistics_table(run, &statistics),
-        ));
-        sections.push(Section::Curves(panels(std::slice::from_ref(run), Axis::Step, &statistics)));
-    }
-    sections.extend(samples(run));
-    sections.extend(problems(run));
-    if let Some(recipe) = &run.recipe {
+fn sections(runs: &[History]) -> Vec<Section> {
+    let mut sections = vec![match runs {
+        [run] => Section::Figures(figures(run)),
+        _ => side_by_side(runs),
+    }];
+    let mut charts = |title, names: &[&str]| {
+        let charts: Vec<Chart> = names.iter().filter_map(|name| Chart::new(name, runs)).collect();
+        if !charts.is_empty() {
+            sections.push(Section::Heading(title));
+            sections
+                .push(Section::Charts { charts, runs: runs.iter().map(|run| run.name.clone()).collect() });
+        }
+    };
+    charts("Curves", &CURVES);
+    let logged: std::collections::BTreeSet<String> = runs.iter().flat_map(History::names).collect();
+    let of_selection = |name: &&String| name.starts_with(HEADS_PREFIX) || **name == "churn";
+    let statistics: Vec<&str> = logged.iter().filter(of_selection).map(String::as_str).collect();
+    charts("Selection", &statistics);
+    sections.extend(samples(runs));
+    sections.extend(problems(runs));
+    if runs.iter().any(|run| run.recipe.is_some()) {
         sections.push(Section::Heading("Configuration"));
-        sections.push(Section::Verbatim(format!("{recipe:#}")));
+    }
+    for run in runs {
+        let recipe = run.recipe.iter();
+        sections.extend(recipe.map(|recipe| Section::Details(run.name.clone(), format!("{recipe:#}"))));
     }
     sections
 }
 
-fn statistics_table(run: &History, names: &[String]) -> Vec<Vec<String>> {
-    let row = |name: &String| {
-        let values: Vec<f64> = run.series(name, Axis::Step).into_iter().map(|p| p.1).collect();
-        let (min, max) = values.iter().fold((f64::MAX, f64::MIN), |(l, g), x| (l.min(*x), g.max(*x)));
-        let cells = [values.first().copied(), Some(min), Some(max), values.last().copied()];
-        let cell = |x: Option<f64>| x.map_or(String::new(), |x| format!("{x:.4}"));
-        [name.trim_start_matches(HEADS_PREFIX).to_owned()].into_iter().chain(cells.map(cell)).collect()
+/// A table with a row for each figure that one of the runs has, and a column for each run.
+fn side_by_side(runs: &[History]) -> Section {
+    let all: Vec<Vec<Figure>> = runs.iter().map(figures).collect();
+    let mut names: Vec<&'static str> = Vec::new();
+    for figure in all.iter().flatten() {
+        if !names.contains(&figure.name) {
+            names.push(figure.name);
+        }
+    }
+    let cell = |name: &str, figures: &Vec<Figure>| {
+        figures.iter().find(|f| f.name == name).map_or(String::new(), markup::cell)
     };
-    names.iter().map(row).collect()
+    let row = |name: &&str| {
+        [(*name).to_owned()].into_iter().chain(all.iter().map(|figures| cell(name, figures))).collect()
+    };
+    let header = [String::new()].into_iter().chain(runs.iter().map(|run| run.name.clone())).collect();
+    Section::Table(header, names.iter().map(row).collect())
 }
 
-/// The last samples, newest first.
-fn samples(run: &History) -> Vec<Section> {
-    let samples: Vec<_> = run.events.iter().filter(|e| is_event(e, "sample")).collect();
+/// The last samples of the runs, newest first.
+fn samples(runs: &[History]) -> Vec<Section> {
     let mut sections = Vec::new();
-    if !samples.is_empty() {
-        sections.push(Section::Heading("Samples"));
+    for run in runs {
+        let samples = run.events.iter().rev().filter(|e| is_event(e, "sample"));
+        for sample in samples.take(if runs.len() == 1 { MAX_SAMPLES } else { 1 }) {
+            let (prompt, text) = (text(sample, "prompt"), text(sample, "text"));
+            let steps = grouped(step(sample));
+            let of = if runs.len() == 1 { String::new() } else { format!("{}: ", run.name) };
+            let source =
+                if prompt.is_empty() { "without a prompt".into() } else { format!("from {prompt:?}") };
+            sections.push(Section::Paragraph(format!("{of}After {steps} steps, {source}:")));
+            sections.push(Section::Sample { prompt, text });
+        }
     }
-    for sample in samples.iter().rev().take(MAX_SAMPLES) {
-        let (prompt, text) = (text(sample, "prompt"), text(sample, "text"));
-        sections.push(Section::Paragraph(format!("After {} steps, from {prompt:?}:", step(sample))));
-        sections.push(Section::Verbatim(format!("{prompt}{text}")));
+    if !sections.is_empty() {
+        sections.insert(0, Section::Heading("Samples"));
     }
     sections
 }
 
 /// Skipped updates, and checkpoints that could not be used.
-fn problems(run: &History) -> Vec<Section> {
-    let problems: Vec<_> =
-        run.events.iter().filter(|e| is_event(e, "skip") || is_event(e, "fallback")).collect();
-    let mut sections = Vec::new();
-    if problems.is_empty() {
-        return sections;
+fn problems(runs: &[History]) -> Vec<Section> {
+    let (mut rows, mut left_out) = (Vec::new(), 0);
+    for run in runs {
+        let problems: Vec<_> =
+            run.events.iter().filter(|e| is_event(e, "skip") || is_event(e, "fallback")).collect();
+        left_out += problems.len().saturating_sub(MAX_PROBLEMS);
+        rows.extend(
+            problems
+                .iter()
+                .rev()
+                .take(MAX_PROBLEMS)
+                .rev()
+                .map(|e| vec![run.name.clone(), grouped(step(e)), text(e, "event"), text(e, "reason")]),
+        );
     }
-    sections.push(Section::Heading("Skipped updates and fallbacks"));
-    if problems.len() > MAX_PROBLEMS {
-        sections.push(Section::Paragraph(format!("The last {MAX_PROBLEMS} of {}:", problems.len())));
+    if rows.is_empty() {
+        return Vec::new();
     }
-    let row = |e: &&Map<String, Value>| vec![step(e).to_string(), text(e, "event"), text(e, "reason")];
-    let rows = problems[problems.len().saturating_sub(MAX_PROBLEMS)..].iter().map(row).collect();
-    sections.push(Section::Table(vec!["step", "event", "reason"], rows));
+    let mut sections = vec![Section::Heading("Skipped updates and fallbacks")];
+    if left_out > 0 {
+        sections.push(Section::Paragraph(format!("{} earlier ones are left out.", grouped(left_out as u64))));
+    }
+    sections.push(Section::Table(["run", "step", "event", "reason"].map(str::to_owned).into(), rows));
     sections
 }
 

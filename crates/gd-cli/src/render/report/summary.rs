@@ -1,54 +1,77 @@
-//! The summary table of a report.
+//! The figures at the top of a report.
 
 use serde_json::{Map, Value};
 
+use super::super::numbers::{duration, grouped, memory, scaled, short};
 use super::{is_event, step, text};
 use crate::history::{Axis, History, number};
 
-/// The rows (name, value) of the summary. Rates are medians over the steps.
-pub(super) fn summary(run: &History) -> Vec<Vec<String>> {
-    let (mut rows, last) = (Vec::new(), &run.steps[run.steps.len() - 1]);
-    let mut row = |name: &str, value: Option<String>| {
-        rows.extend(value.map(|value| vec![name.to_owned(), value]));
-    };
+/// A figure of a run.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Figure {
+    pub(super) name: &'static str,
+    pub(super) value: String,
+    /// The unit, or what the value refers to; may be empty.
+    pub(super) unit: String,
+    /// Whether the report of a single run shows it large.
+    pub(super) headline: bool,
+}
+
+/// The figures of a run, the most important ones first. Rates are medians over the steps.
+pub(super) fn figures(run: &History) -> Vec<Figure> {
+    let (mut figures, last) = (Vec::new(), &run.steps[run.steps.len() - 1]);
     let event = |name: &str| run.events.iter().rev().find(|e| is_event(e, name));
     let count = |name: &str| Some(run.events.iter().filter(|e| is_event(e, name)).count()).filter(|n| *n > 0);
     let value = |e: Option<&Map<String, Value>>, key: &str| e.and_then(|e| number(e, key));
     let valid = run.series("valid_loss", Axis::Step);
     let lowest = valid.iter().copied().reduce(|a, b| if b.1 < a.1 { b } else { a });
     let (start, end) = (event("start"), event("end"));
+    let mut add = |headline: bool, name, value: Option<String>, unit: &str| {
+        figures.extend(value.map(|value| Figure { name, value, unit: unit.to_owned(), headline }));
+    };
+    let loss = |x: f64| format!("{x:.4}");
 
-    row("parameters", value(start, "parameters").map(|n| format!("{n}")));
-    row(
-        "steps",
-        Some(match number(last, "total") {
-            Some(total) => format!("{} of {total}", step(last)),
-            None => step(last).to_string(),
-        }),
+    let whole = value(end, "loss");
+    add(true, "validation loss", whole.map(loss), "nats per token, whole validation text");
+    if let Some((at, x)) = lowest {
+        let unit = format!("nats per token, after {} steps", grouped(at as u64));
+        add(whole.is_none(), "lowest validation loss during training", Some(loss(x)), &unit);
+    }
+    let no_validation = whole.is_none() && lowest.is_none();
+    add(no_validation, "training loss of the last step", number(last, "loss").map(loss), "nats per token");
+    add(true, "bits per byte", value(end, "bits_per_byte").map(loss), "");
+    add(true, "parameters", value(start, "parameters").map(scaled), "");
+    add(true, "training tokens", number(last, "tokens").map(scaled), "");
+    let steps = match number(last, "total") {
+        Some(total) => format!("{} of {}", grouped(step(last)), grouped(total as u64)),
+        None => grouped(step(last)),
+    };
+    add(true, "steps", Some(steps), "");
+    add(true, "tokens per second", median(run, "tokens_per_second").map(|x| short(x.round())), "median");
+    add(true, "time", seconds(run).map(duration), "");
+    add(true, "peak memory", number(last, "peak_mib").map(memory), "");
+    add(
+        false,
+        "model FLOPs utilization",
+        median(run, "mfu").map(|x| format!("{:.1} %", 100.0 * x)),
+        "median",
     );
-    row("training tokens", number(last, "tokens").map(|n| n.to_string()));
-    row("training loss of the last step", number(last, "loss").map(|x| format!("{x:.4} nats per token")));
-    row("lowest validation loss during training", lowest.map(|(at, x)| format!("{x:.4} after {at} steps")));
-    row("loss of the whole validation text", value(end, "loss").map(|x| format!("{x:.4} nats per token")));
-    row("bits per byte", value(end, "bits_per_byte").map(|x| format!("{x:.4}")));
-    row("tokens per second", median(run, "tokens_per_second").map(|x| format!("{x:.0}")));
-    row("model FLOPs utilization", median(run, "mfu").map(|x| format!("{:.1} %", 100.0 * x)));
-    row(
-        "floating-point operations",
-        value(start, "flops_per_token").map(|x| format!("{:.2} M per token", x / 1e6)),
-    );
-    row("peak memory", number(last, "peak_mib").map(|x| format!("{x:.0} MiB")));
-    row("time", duration(run));
-    row("seed", value(start, "seed").map(|n| n.to_string()));
-    row(
-        "machine",
-        start.map(|s| format!("{}, {} threads", text(s, "device"), value(Some(s), "threads").unwrap_or(0.0))),
-    );
-    row("version", start.map(|s| format!("gd {}", text(s, "version"))));
-    row("starts", count("start").filter(|n| *n > 1).map(|n| n.to_string()));
-    row("checkpoints", count("checkpoint").map(|n| n.to_string()));
-    row("skipped updates", count("skip").map(|n| n.to_string()));
-    rows
+    let flops = value(start, "flops_per_token").map(|x| format!("{} FLOP", scaled(x)));
+    add(false, "operations per token", flops, "");
+    let peak = value(start, "peak_flops").map(|x| format!("{} GFLOP/s", short(x / 1e9)));
+    add(false, "rate of a matrix product", peak, "");
+    add(false, "seed", value(start, "seed").map(|n| n.to_string()), "");
+    let threads = value(start, "threads").unwrap_or(0.0);
+    let machine = start.map(|s| match text(s, "device").as_str() {
+        "cpu" => format!("CPU, {threads} threads"),
+        device => device.to_owned(),
+    });
+    add(false, "machine", machine, "");
+    add(false, "version", start.map(|s| format!("gd {}", text(s, "version"))), "");
+    add(false, "starts", count("start").filter(|n| *n > 1).map(|n| n.to_string()), "");
+    add(false, "checkpoints", count("checkpoint").map(|n| n.to_string()), "");
+    add(false, "skipped updates", count("skip").map(|n| n.to_string()), "");
+    figures
 }
 
 fn median(run: &History, name: &str) -> Option<f64> {
@@ -58,13 +81,7 @@ fn median(run: &History, name: &str) -> Option<f64> {
 }
 
 /// Time from the first to the last line of the log, including the pauses between several starts.
-fn duration(run: &History) -> Option<String> {
+fn seconds(run: &History) -> Option<f64> {
     let times = || run.events.iter().chain(&run.steps).filter_map(|line| number(line, "time"));
-    let seconds = times().fold(f64::MIN, f64::max) - times().fold(f64::MAX, f64::min);
-    let minutes = seconds / 60.0;
-    (seconds >= 0.0).then(|| match minutes {
-        120.0.. => format!("{:.1} hours", minutes / 60.0),
-        2.0.. => format!("{minutes:.1} minutes"),
-        _ => format!("{seconds:.1} seconds"),
-    })
+    Some(times().fold(f64::MIN, f64::max) - times().fold(f64::MAX, f64::min)).filter(|s| *s >= 0.0)
 }

@@ -27,7 +27,7 @@ pub use gd_attention::{GdAttention, norm_prior};
 pub use linear::{Linear, linear};
 pub use mechanism_attention::MechanismAttention;
 pub use norm::RmsNorm;
-pub use probe::{CandidateView, Probe, SelectionView};
+pub use probe::{BlendView, CandidateView, Probe, SelectionView};
 pub use rope::{RopeScaling, Rotary};
 pub use softmax_attention::SoftmaxAttention;
 pub use stats::SelectionStats;

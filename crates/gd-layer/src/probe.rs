@@ -1,4 +1,5 @@
-//! Observation of the candidates and selections of a pass, with the possibility to change the candidates.
+//! Observation of the candidates and selections of a pass, with the possibility to change the candidates, and of the
+//! greatest weights of softmax layers.
 
 use std::fmt::Debug;
 
@@ -25,6 +26,69 @@ pub trait Probe: Debug {
     /// # Errors
     /// Ends the pass.
     fn selected(&self, view: &SelectionView) -> Result<()>;
+
+    /// The number of greatest weights per query that a softmax layer passes to [`blended`](Self::blended). With 0 it
+    /// computes none.
+    fn greatest_weights(&self, _layer: usize) -> usize {
+        0
+    }
+
+    /// Called by a softmax layer with the greatest weights of every query, if
+    /// [`greatest_weights`](Self::greatest_weights) asks for some.
+    ///
+    /// # Errors
+    /// Ends the pass.
+    fn blended(&self, _view: &BlendView) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The greatest weights of a softmax layer.
+#[derive(Debug)]
+pub struct BlendView<'a> {
+    /// The index of the layer.
+    pub layer: usize,
+    /// For every (batch, head, query) in this order, its greatest weights in descending order, each with its key. Of equal
+    /// weights that of the first key comes first. Keys without weight are left out.
+    pub weights: &'a [Vec<(i32, f32)>],
+}
+
+/// Collects the greatest weights of the queries of a pass.
+pub(crate) struct GreatestWeights {
+    count: usize,
+    /// Number of queries.
+    n: usize,
+    weights: Vec<Vec<(i32, f32)>>,
+}
+
+impl GreatestWeights {
+    /// For `count` weights of each query of B sequences, Hq heads and N queries.
+    pub(crate) fn new(count: usize, [b, hq, n]: [usize; 3]) -> Self {
+        Self { count, n, weights: vec![Vec::new(); b * hq * n] }
+    }
+
+    /// Adds the weights `[B, Hq, rows, M]` of the queries from `first` on.
+    pub(crate) fn add(&mut self, first: usize, weights: &Tensor) -> Result<()> {
+        let (_, _, rows, m) = weights.dims4()?;
+        let all = weights.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        for (at, row) in all.chunks(m).enumerate() {
+            let mut order: Vec<i32> = (0..m as i32).filter(|&j| row[j as usize] > 0.0).collect();
+            let descending = |&a: &i32, &b: &i32| row[b as usize].total_cmp(&row[a as usize]).then(a.cmp(&b));
+            if order.len() > self.count {
+                order.select_nth_unstable_by(self.count, descending);
+                order.truncate(self.count);
+            }
+            order.sort_unstable_by(descending);
+            self.weights[at / rows * self.n + first + at % rows] =
+                order.into_iter().map(|j| (j, row[j as usize])).collect();
+        }
+        Ok(())
+    }
+
+    /// Passes the weights to a probe.
+    pub(crate) fn report(&self, probe: &dyn Probe, layer: usize) -> Result<()> {
+        probe.blended(&BlendView { layer, weights: &self.weights })
+    }
 }
 
 /// The candidates of a layer, before it selects.
@@ -91,4 +155,18 @@ pub struct SelectionView<'a> {
     pub memory: Option<&'a Tensor>,
     /// The gate of the heads' output `[B, N, Hq * D]`.
     pub output_gate: Option<&'a Tensor>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_greatest_weights_are_in_order_and_keep_their_queries() {
+        let weights =
+            Tensor::new(&[[[[0.1f32, 0.4, 0.4, 0.1], [1.0, 0.0, 0.0, 0.0]]]], &Device::Cpu).unwrap();
+        let mut greatest = GreatestWeights::new(3, [1, 1, 3]);
+        greatest.add(1, &weights).unwrap();
+        assert_eq!(greatest.weights, [vec![], vec![(1, 0.4), (2, 0.4), (0, 0.1)], vec![(0, 1.0)]]);
+    }
 }

@@ -10,8 +10,9 @@ use crate::attention::{Attention, Pass};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 use crate::heads::{Heads, Projected, visible_keys};
+use crate::probe::{GreatestWeights, Probe};
 use crate::rope::Rotary;
-use crate::stats::SelectionStats;
+use crate::stats::{SelectionStats, softmax_weights};
 
 /// Softmax attention, `softmax(q k^T / sqrt(D) + prior) v` (Vaswani et al., arXiv 1706.03762), with the learned prior
 /// of a Beacon if there is one. Differentiable in all inputs. The output of a query that sees no key is 0. On the CPU
@@ -100,6 +101,11 @@ impl SoftmaxAttention {
         if let Some(stats) = pass.stats {
             stats.borrow_mut().push(SelectionStats::of_weights(&weights)?);
         }
+        if let Some((probe, count)) = asked(pass) {
+            let mut greatest = GreatestWeights::new(count, [b, hq, n]);
+            greatest.add(0, &weights)?;
+            greatest.report(probe, pass.layer)?;
+        }
         let weights = weights.reshape((b, hk, hq / hk * n, m))?;
         let y = weights.matmul(&v.contiguous()?)?.reshape((b, hq, n, d))?;
         self.heads.output(y, projected)
@@ -138,6 +144,12 @@ impl NullSlot {
     }
 }
 
+/// The probe of a pass, if it asks for the greatest weights of this layer, and their number.
+fn asked<'a>(pass: &Pass<'a>) -> Option<(&'a dyn Probe, usize)> {
+    let probe = pass.probe?;
+    Some((probe, probe.greatest_weights(pass.layer))).filter(|(_, count)| *count > 0)
+}
+
 /// The dtype in which a softmax is computed.
 fn wide(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
@@ -156,6 +168,13 @@ impl Attention for SoftmaxAttention {
         let scale = (q.dim(3)? as f64).sqrt().recip();
         if let Some(stats) = pass.stats {
             stats.borrow_mut().push(SelectionStats::of_softmax([q, k], prior.as_ref(), mask, scale)?);
+        }
+        if let Some((probe, count)) = asked(pass) {
+            let (b, hq, n, _) = q.dims4()?;
+            let mut greatest = GreatestWeights::new(count, [b, hq, n]);
+            let add = |first: usize, weights: &Tensor| greatest.add(first, weights);
+            softmax_weights([q, k], prior.as_ref(), mask, scale, add)?;
+            greatest.report(probe, pass.layer)?;
         }
         let y = softmax_attention(q, k, v, prior.as_ref(), None, mask, scale)?;
         self.heads.output(y, projected)

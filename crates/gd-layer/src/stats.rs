@@ -65,29 +65,16 @@ impl SelectionStats {
         })
     }
 
-    /// Statistics of softmax attention with `scale` over q `[B, Hq, N, D]`, k `[B, Hk, M, D]` and a prior `[B, Hk, M]`.
-    /// The weights of a few queries at a time are in memory.
+    /// Statistics of softmax attention, see [`softmax_weights`].
     pub(crate) fn of_softmax(
-        [q, k]: [&Tensor; 2],
+        qk: [&Tensor; 2],
         prior: Option<&Tensor>,
         mask: &Mask,
         scale: f64,
     ) -> Result<Self> {
-        let ((b, hq, n, d), (_, hk, m, _)) = (q.dims4()?, k.dims4()?);
-        let (q, k) = ((q.detach() * scale)?, k.detach().contiguous()?.t()?);
+        let (b, hq, n, _) = qk[0].dims4()?;
         let mut sums = WeightSums::new([b, hq, n]);
-        let queries = (MAX_WEIGHTS / (b * hq * m).max(1)).clamp(1, n.max(1));
-        for first in (0..n).step_by(queries) {
-            let count = queries.min(n - first);
-            // The heads of a group share keys: fold them into the rows of one product.
-            let q = q.narrow(2, first, count)?.contiguous()?.reshape((b, hk, hq / hk * count, d))?;
-            let scores = match prior {
-                Some(prior) => q.matmul(&k)?.broadcast_add(&prior.detach().unsqueeze(2)?)?,
-                None => q.matmul(&k)?,
-            };
-            let mask = mask.clone().from_query(first);
-            sums.add(first, &masked_softmax(&scores.reshape((b, hq, count, m))?, &mask)?)?;
-        }
+        softmax_weights(qk, prior, mask, scale, |first, weights| sums.add(first, weights))?;
         Ok(sums.finish())
     }
 
@@ -98,6 +85,32 @@ impl SelectionStats {
         sums.add(0, weights)?;
         Ok(sums.finish())
     }
+}
+
+/// Computes the weights of softmax attention with `scale` over q `[B, Hq, N, D]`, k `[B, Hk, M, D]` and a prior
+/// `[B, Hk, M]`. `each` gets the weights `[B, Hq, count, M]` of a few queries at a time and the first of these queries.
+pub(crate) fn softmax_weights(
+    [q, k]: [&Tensor; 2],
+    prior: Option<&Tensor>,
+    mask: &Mask,
+    scale: f64,
+    mut each: impl FnMut(usize, &Tensor) -> Result<()>,
+) -> Result<()> {
+    let ((b, hq, n, d), (_, hk, m, _)) = (q.dims4()?, k.dims4()?);
+    let (q, k) = ((q.detach() * scale)?, k.detach().contiguous()?.t()?);
+    let queries = (MAX_WEIGHTS / (b * hq * m).max(1)).clamp(1, n.max(1));
+    for first in (0..n).step_by(queries) {
+        let count = queries.min(n - first);
+        // The heads of a group share keys: fold them into the rows of one product.
+        let q = q.narrow(2, first, count)?.contiguous()?.reshape((b, hk, hq / hk * count, d))?;
+        let scores = match prior {
+            Some(prior) => q.matmul(&k)?.broadcast_add(&prior.detach().unsqueeze(2)?)?,
+            None => q.matmul(&k)?,
+        };
+        let mask = mask.clone().from_query(first);
+        each(first, &masked_softmax(&scores.reshape((b, hq, count, m))?, &mask)?)?;
+    }
+    Ok(())
 }
 
 /// Sums over the rows of weights.

@@ -266,6 +266,14 @@ pub enum Error {
         /// The ranks that differ from rank 0.
         ranks: Vec<usize>,
     },
+    /// No layer of a model reads single positions, so that there is nothing to trace.
+    #[error(
+        "the model has no layer that selects one position: {reason}; a blend of many has no source to trace"
+    )]
+    NothingSelects {
+        /// What its layers do.
+        reason: String,
+    },
     /// A trace was recorded with another model.
     #[error("the trace is of another model: the {part} differ")]
     TraceModel {

@@ -8,8 +8,7 @@ use serde::Serialize;
 
 use super::header::Header;
 use super::intervention::{Intervention, Query};
-use super::record::Row;
-use super::recorder::Recorder;
+use super::recorder::{Reads, Recorder};
 use crate::error::Result;
 use crate::infer::generate::check_prompt;
 use crate::model::pretrained::Loaded;
@@ -78,14 +77,14 @@ pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device)
     check_prompt(&loaded.model, prompt)?;
     super::intervention::check(&header.interventions, &header.layers, prompt.len())?;
     let plain = Header { interventions: Vec::new(), ..header.clone() };
-    let read = |header: &Header| -> Result<(Tensor, Vec<Vec<Row>>)> {
+    let read = |header: &Header| -> Result<(Tensor, Vec<Reads>)> {
         let (mask, recorder) = (Mask::causal(0), Recorder::new(header));
         let ids = Tensor::new(prompt, device)?.unsqueeze(0)?;
         let pass = Pass { probe: Some(&recorder), ..Pass::new(&mask) };
         let hidden = loaded.model.hidden(&ids, &pass, None)?.squeeze(0)?;
         Ok((hidden, recorder.take(prompt.len())?))
     };
-    let ((before, rows), (after, changed)) = (read(&plain)?, read(header)?);
+    let ((before, reads), (after, changed)) = (read(&plain)?, read(header)?);
     let first = |i: &Intervention| match i.query {
         Query::At(query) => query,
         Query::All => 0,
@@ -108,9 +107,9 @@ pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device)
     }
     let (p, q) = last;
     let (mut picks, mut others, mut selections) = (Vec::new(), 0, 0);
-    for (query, (rows, changed)) in rows.iter().zip(&changed).enumerate() {
+    for (query, (rows, changed)) in reads.iter().zip(&changed).enumerate() {
         let heads = header.selecting().flat_map(|layer| (0..layer.heads).map(|h| (layer.layer, h)));
-        for ((layer, head), (row, now)) in heads.zip(rows.iter().zip(changed)) {
+        for ((layer, head), (row, now)) in heads.zip(rows.rows.iter().zip(&changed.rows)) {
             selections += 1;
             let (before, after) = (row.selected, now.selected);
             if header.interventions.iter().any(|i| i.applies(layer, head, query)) {
@@ -122,7 +121,7 @@ pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device)
     }
     Ok(Effect {
         kl: divergence(&p, &q),
-        total_variation: p.iter().zip(&q).map(|(p, q)| (p.exp() - q.exp()).abs()).sum::<f64>() / 2.0,
+        total_variation: total_variation(&p, &q),
         mean_kl: sum / (prompt.len() - first) as f64,
         first,
         tokens: tokens(loaded, &p, &q)?,
@@ -132,8 +131,21 @@ pub fn effect(loaded: &Loaded, header: &Header, prompt: &[u32], device: &Device)
     })
 }
 
+impl Effect {
+    /// Whether neither a selection nor the distribution of the next token is another one.
+    pub fn is_none(&self) -> bool {
+        let same = self.picks.iter().all(|pick| pick.before == pick.after);
+        same && self.others == 0 && self.kl == 0.0 && self.mean_kl == 0.0
+    }
+}
+
+/// The total variation distance of distributions given by their log-probabilities.
+pub(super) fn total_variation(p: &[f64], q: &[f64]) -> f64 {
+    p.iter().zip(q).map(|(p, q)| (p.exp() - q.exp()).abs()).sum::<f64>() / 2.0
+}
+
 /// The Kullback-Leibler divergence `sum p ln(p / q)` of distributions given by their log-probabilities.
-fn divergence(p: &[f64], q: &[f64]) -> f64 {
+pub(super) fn divergence(p: &[f64], q: &[f64]) -> f64 {
     p.iter().zip(q).filter(|(p, _)| p.is_finite()).map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
 }
 

@@ -2,7 +2,7 @@
 //!
 //! | bytes | content |
 //! |---|---|
-//! | `GDTRACE2` | magic number |
+//! | `GDTRACE3` | magic number |
 //! | u32 n, n bytes | the header as JSON |
 //! | blocks of u32 raw, u32 stored, stored bytes | `raw` bytes of records, each a u32 length and its bytes; as a zstd frame, or unchanged if `stored` equals `raw` |
 //! | u32 0 | end of the blocks |
@@ -14,7 +14,8 @@
 //! The last hash detects damage to the file. The hashes of [`Seal`] depend on the header, the records and the ending only, not
 //! on their compression.
 //!
-//! Version 1 (`GDTRACE1`) is still read. It has no ending, its signature (u8 1, key, signature) covers the head alone, and all
+//! Version 2 (`GDTRACE2`) is still read. Its records do not name the runner-up of a head with a single candidate, and have no
+//! weights of softmax layers. Version 1 (`GDTRACE1`) is still read, too. It also has no ending, its signature (u8 1, key, signature) covers the head alone, and all
 //! of its blocks are zstd frames.
 //!
 //! A reader holds one block at a time. So that a small file cannot cost much memory or time, a block of more than 2 MiB must
@@ -70,18 +71,23 @@ pub struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    /// Writes the header of a trace to `out`. `path` is used in error messages only.
+    /// Writes the header of a trace to `out`, in version 2 or 3 of the format, as the header says. `path` is used in error
+    /// messages only.
     ///
     /// # Errors
-    /// [`Error::Unwritable`] with the path and the system's reason.
+    /// [`Error::Unwritable`] with the path and the system's reason; [`Error::Invalid`] for another version.
     pub fn new(path: &Path, out: &'a mut dyn Write, header: &Header) -> Result<Self> {
+        if !(2..=VERSION).contains(&header.version) {
+            let (version, path) = (header.version, path.display());
+            return Err(Error::Invalid(format!("{path}: version {version} of the format is not written")));
+        }
         let text = serde_json::to_vec(header)
             .map_err(|e| Error::Invalid(format!("the header cannot be written as JSON: {e}")))?;
         let chain = Chain::new(&text);
         let mut writer =
             Self { path: path.into(), out, file_hash: blake3::Hasher::new(), chain, block: Vec::new() };
         writer.put(MAGIC)?;
-        writer.put(&[b'0' + VERSION as u8])?;
+        writer.put(&[b'0' + header.version as u8])?;
         writer.put(&length(text.len())?)?;
         writer.put(&text)?;
         Ok(writer)
@@ -220,10 +226,10 @@ impl Trace {
 
     fn from_vec(path: &Path, file: Vec<u8>) -> Result<Self> {
         let version = match file.strip_prefix(MAGIC) {
-            Some([version @ b'1'..=b'2', ..]) => u32::from(version - b'0'),
+            Some([version @ b'1'..=b'3', ..]) => u32::from(version - b'0'),
             _ => {
                 let reason =
-                    format!("it does not start with {:?} and 1 or 2", String::from_utf8_lossy(MAGIC));
+                    format!("it does not start with {:?} and 1, 2 or 3", String::from_utf8_lossy(MAGIC));
                 return Err(Error::Foreign { path: path.into(), kind: "trace", reason });
             }
         };

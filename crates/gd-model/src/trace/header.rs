@@ -13,8 +13,11 @@ use crate::model::pretrained::Loaded;
 /// The name of the format.
 pub const FORMAT: &str = "gd-trace";
 
-/// The version of the format that is written. Version 1 is still read.
-pub const VERSION: u32 = 2;
+/// The version of the format that is written. Versions 1 and 2 are still read.
+pub const VERSION: u32 = 3;
+
+/// The number of greatest weights that are recorded for each head of a softmax layer, if they are.
+const BLEND_WEIGHTS: usize = 8;
 
 /// The maximal number of layers; more are refused as damaged.
 const MAX_LAYERS: usize = 1024;
@@ -22,13 +25,16 @@ const MAX_LAYERS: usize = 1024;
 /// The maximal number of heads, rounds and candidates of a layer; larger ones are refused as damaged.
 const MAX_COUNT: usize = 1 << 16;
 
+/// The maximal number of weights of a head, whose number is a byte of the record.
+const MAX_WEIGHTS: usize = 255;
+
 /// The header of a trace.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Header {
     /// The name of the format, `gd-trace`.
     pub format: String,
-    /// The version of the format, 2 or, of an older trace, 1.
+    /// The version of the format, 3 or, of an older trace, 1 or 2.
     pub version: u32,
     /// The version of this crate.
     pub gd: String,
@@ -95,8 +101,11 @@ pub struct Layer {
     pub layer: usize,
     /// The mechanism, as in the configuration.
     pub mechanism: Mechanism,
-    /// Whether each head reads at most one position per round. Only these layers are recorded.
+    /// Whether each head reads at most one position per round. The selections of these layers are recorded.
     pub selects: bool,
+    /// The number of greatest weights that are recorded for each head of a softmax layer; 0 if none are.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub weights: usize,
     /// The number of query heads.
     pub heads: usize,
     /// The number of candidates per query, without additional protected ones.
@@ -133,6 +142,11 @@ fn is_one(x: &usize) -> bool {
     *x == one()
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde passes a reference
+fn is_zero(x: &usize) -> bool {
+    *x == 0
+}
+
 /// The default of `exclude_below`.
 fn half() -> f64 {
     0.5
@@ -144,6 +158,11 @@ fn is_half(x: &f64) -> bool {
 }
 
 impl Layer {
+    /// Whether records describe its heads.
+    fn is_recorded(&self) -> bool {
+        self.selects || self.weights > 0
+    }
+
     /// The greatest energy that head `h` can select; `None` without a threshold.
     pub(super) fn limit(&self, h: usize) -> Option<f32> {
         let admission = self.gate.admission(self.exclude_below) as f32;
@@ -187,7 +206,7 @@ impl Header {
     /// they are.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a model without a layer that selects single positions; an error of the device.
+    /// [`Error::NothingSelects`] for a model without a layer that selects single positions; an error of the device.
     pub fn new(
         loaded: &Loaded,
         name: &str,
@@ -196,10 +215,43 @@ impl Header {
         interventions: &[Intervention],
         device: &Device,
     ) -> Result<Self> {
-        let layers = layers(loaded)?;
-        if !layers.iter().any(|layer| layer.selects) {
-            return Err(Error::Invalid(none_selects(loaded.model.config())));
+        let header = Self::with_weights(loaded, name, prompt, generation, interventions, 0, device)?;
+        match header.layers.iter().any(|layer| layer.selects) {
+            true => Ok(header),
+            false => Err(none_selects(loaded.model.config())),
         }
+    }
+
+    /// The header of a run that records the greatest weights of softmax layers, too.
+    ///
+    /// # Errors
+    /// [`Error::NothingSelects`] for a model without a layer that selects and without a softmax layer; an error of the device.
+    pub fn with_blends(
+        loaded: &Loaded,
+        name: &str,
+        prompt: &[u32],
+        generation: Option<&Generation>,
+        interventions: &[Intervention],
+        device: &Device,
+    ) -> Result<Self> {
+        let header =
+            Self::with_weights(loaded, name, prompt, generation, interventions, BLEND_WEIGHTS, device)?;
+        match header.layers.iter().any(Layer::is_recorded) {
+            true => Ok(header),
+            false => Err(none_selects(loaded.model.config())),
+        }
+    }
+
+    fn with_weights(
+        loaded: &Loaded,
+        name: &str,
+        prompt: &[u32],
+        generation: Option<&Generation>,
+        interventions: &[Intervention],
+        weights: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let layers = layers(loaded, weights)?;
         let input: Vec<u8> = prompt.iter().flat_map(|token| token.to_le_bytes()).collect();
         let (device, isa) = backend(device);
         Ok(Self {
@@ -225,7 +277,7 @@ impl Header {
     pub(super) fn check(&self, version: u32) -> std::result::Result<(), String> {
         if (self.format.as_str(), self.version) != (FORMAT, version) {
             return Err(format!(
-                "{} {} is not supported here (supported: {FORMAT} {version})",
+                "{} {} is not supported (supported here: {FORMAT} {version})",
                 self.format, self.version
             ));
         }
@@ -233,24 +285,28 @@ impl Header {
         if [self.max_tokens.is_some(), self.end_tokens.is_some()] != [generates; 2] {
             return Err("its header describes a part of a generation".into());
         }
+        if version < 3 && self.layers.iter().any(|layer| layer.weights > 0) {
+            return Err(format!("version {version} has no weights of softmax layers"));
+        }
         if self.layers.len() > MAX_LAYERS {
             return Err(format!("{} layers; the maximum is {MAX_LAYERS}", self.layers.len()));
         }
         for (i, layer) in self.layers.iter().enumerate() {
             let Layer { heads, rounds, candidates, .. } = *layer;
             let counts = [heads, rounds, candidates, layer.picks];
-            if layer.layer != i || counts.iter().any(|n| !(1..=MAX_COUNT).contains(n)) {
+            let blends = layer.weights > 0 && (layer.selects || layer.weights > MAX_WEIGHTS);
+            if layer.layer != i || blends || counts.iter().any(|n| !(1..=MAX_COUNT).contains(n)) {
                 return Err(format!(
-                    "layer {} at index {i} has {heads} heads, {rounds} rounds, {candidates} candidates",
-                    layer.layer
+                    "layer {} at index {i} has {heads} heads, {rounds} rounds, {candidates} candidates, {} weights",
+                    layer.layer, layer.weights
                 ));
             }
             if let Some(tau) = layer.threshold.as_ref().filter(|tau| tau.len() != heads) {
                 return Err(format!("layer {i} has {} thresholds for {heads} heads", tau.len()));
             }
         }
-        if self.prompt_tokens == 0 || !self.layers.iter().any(|layer| layer.selects) {
-            return Err(format!("a prompt of {} tokens, or no layer that selects", self.prompt_tokens));
+        if self.prompt_tokens == 0 || !self.layers.iter().any(Layer::is_recorded) {
+            return Err(format!("a prompt of {} tokens, or no layer that is recorded", self.prompt_tokens));
         }
         Ok(())
     }
@@ -258,6 +314,16 @@ impl Header {
     /// The layers that select, in order.
     pub fn selecting(&self) -> impl Iterator<Item = &Layer> {
         self.layers.iter().filter(|layer| layer.selects)
+    }
+
+    /// The softmax layers whose greatest weights are recorded, in order.
+    pub fn blending(&self) -> impl Iterator<Item = &Layer> {
+        self.layers.iter().filter(|layer| layer.weights > 0)
+    }
+
+    /// Whether records name the runner-up of a head with a single candidate. In versions 1 and 2 of the format they do not.
+    pub(super) fn names_runner_up(&self) -> bool {
+        self.version >= 3
     }
 
     /// The number of heads of all selecting layers, which is the number of rows of a record.
@@ -294,19 +360,20 @@ fn backend(device: &Device) -> (String, String) {
     }
 }
 
-/// The error text for a model without a selecting layer.
-fn none_selects(config: &ModelConfig) -> String {
+/// The error for a model without a selecting layer.
+fn none_selects(config: &ModelConfig) -> Error {
     let mut names: Vec<_> = (0..config.num_hidden_layers).map(|i| config.mechanism(i).name()).collect();
     let gd = names.iter().filter(|name| **name == Mechanism::Gd.name()).count();
     names.dedup();
-    let how = match gd {
+    let reason = match gd {
         0 => format!("all layers are {} attention", names.join(" or ")),
         _ => format!("its {gd} gd layers blend more than one candidate (estimator blend)"),
     };
-    format!("the model has no layer that selects one position: {how}; a blend of many has no source to trace")
+    Error::NothingSelects { reason }
 }
 
-fn layers(loaded: &Loaded) -> Result<Vec<Layer>> {
+/// The layers of a model, of which softmax layers record `weights` weights.
+fn layers(loaded: &Loaded, weights: usize) -> Result<Vec<Layer>> {
     let config = loaded.model.config();
     let tensors = loaded.params.tensors();
     let layer = |i: usize| -> Result<Layer> {
@@ -327,6 +394,10 @@ fn layers(loaded: &Loaded) -> Result<Vec<Layer>> {
             selects: *mechanism == Mechanism::Gd
                 && attention.reading_heads() > 0
                 && (gd.estimator != Estimator::Blend || gd.candidates == 1),
+            weights: match mechanism {
+                Mechanism::Softmax | Mechanism::SoftmaxNull if attention.reading_heads() > 0 => weights,
+                _ => 0,
+            },
             heads: attention.reading_heads(),
             candidates: gd.candidates,
             rounds: gd.rounds,

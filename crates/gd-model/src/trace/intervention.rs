@@ -157,23 +157,39 @@ impl From<Intervention> for String {
     }
 }
 
-/// The number of candidates that a layer with `configured` candidates must scan for, so that `configured` are left after the
-/// banned ones are removed.
-pub(super) fn scanned_candidates(all: &[Intervention], layer: usize, configured: usize) -> usize {
+/// The number of candidates that a layer with `configured` candidates must scan for, so that `configured` and, if there is
+/// only one and `runner_up` is to be named, that one are left after the banned ones are removed.
+pub(super) fn scanned_candidates(
+    all: &[Intervention],
+    layer: usize,
+    configured: usize,
+    runner_up: bool,
+) -> usize {
     let bans = |i: &&Intervention| i.layer == layer && matches!(i.act, Act::Ban(_));
-    let needed = configured + all.iter().filter(bans).count();
+    let needed = configured + usize::from(runner_up && configured == 1) + all.iter().filter(bans).count();
     if needed == configured {
         return configured;
     }
     CANDIDATES.into_iter().find(|&k| k >= needed).unwrap_or(configured)
 }
 
-/// Applies the interventions of a layer to the candidates of one sequence, whose query 0 is at position `start`.
-pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> Result<Candidates> {
+/// A key that was scanned only as the runner-up, and its energy.
+pub(super) type RunnerUp = Option<(i32, f32)>;
+
+/// Applies the interventions of a layer to the candidates of one sequence, whose query 0 is at position `start`. If
+/// `runner_up` is to be named and the layer has one candidate, the key after it is removed from the candidates and returned,
+/// for each head and query; otherwise the list is empty.
+pub(super) fn apply(
+    all: &[Intervention],
+    view: CandidateView,
+    start: usize,
+    runner_up: bool,
+) -> Result<(Candidates, Vec<RunnerUp>)> {
     let layer = view.layer;
     let of_layer: Vec<_> = all.iter().filter(|i| i.layer == layer).copied().collect();
-    if of_layer.is_empty() {
-        return Ok(view.candidates);
+    let names_next = runner_up && view.configured == 1;
+    if of_layer.is_empty() && !names_next {
+        return Ok((view.candidates, Vec::new()));
     }
     let (_, heads, n, slots) = view.candidates.index.dims4()?;
     let mut index = view.candidates.index.flatten_all()?.to_vec1::<i32>()?;
@@ -181,6 +197,7 @@ pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> 
     let flags = &view.candidates.protected;
     let mut flags = flags.as_ref().map(|f| f.flatten_all()?.to_vec1::<u8>()).transpose()?;
     let limit = view.limit.map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
+    let mut runners_up = Vec::new();
     for (row, (keys, energies)) in index.chunks_mut(slots).zip(energy.chunks_mut(slots)).enumerate() {
         let (h, i) = (row / n, row % n);
         let mut flags = flags.as_mut().map(|f| &mut f[row * slots..][..slots]);
@@ -208,21 +225,27 @@ pub(super) fn apply(all: &[Intervention], view: CandidateView, start: usize) -> 
         }
         // Removes the additional candidates that the layer would not have had without the larger scan.
         let left = keys.iter_mut().enumerate().filter(|(_, key)| **key >= 0);
+        let mut next = None;
         for (_, (slot, key)) in left.enumerate().filter(|(rank, _)| *rank >= view.configured) {
             if flags.as_ref().is_none_or(|f| f[slot] == 0) {
+                next = next.or(Some((*key, energies[slot])));
                 *key = -1;
             }
+        }
+        if names_next {
+            runners_up.push(next);
         }
         pack(keys, energies, flags);
     }
     let shape = (1, heads, n, slots);
     let device = view.candidates.index.device().clone();
-    Ok(Candidates {
+    let candidates = Candidates {
         index: Tensor::from_vec(index, shape, &device)?,
         energy: Tensor::from_vec(energy, shape, &device)?,
         protected: flags.map(|flags| Tensor::from_vec(flags, shape, &device)).transpose()?,
         rescored: view.candidates.rescored.clone(),
-    })
+    };
+    Ok((candidates, runners_up))
 }
 
 /// Moves the remaining candidates to the front and fills the other slots with padding.

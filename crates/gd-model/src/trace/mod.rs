@@ -38,6 +38,7 @@ mod chain;
 mod check;
 mod effect;
 mod ending;
+pub mod export;
 mod file;
 mod header;
 mod intervention;
@@ -47,6 +48,7 @@ mod recorder;
 mod replay;
 mod run;
 mod signature;
+mod sweep;
 
 pub use chain::{Chain, Hash, Seal, hex};
 pub use check::check;
@@ -56,11 +58,12 @@ pub use file::{Trace, Writer};
 pub use header::{FORMAT, Generation, Header, Layer, Model, VERSION};
 pub use intervention::{Act, Intervention, Query};
 pub use proof::{Proof, Proven};
-pub use record::{Record, Row, Slot};
-pub use recorder::Recorder;
+pub use record::{Blend, Record, Row, Slot};
+pub use recorder::{Reads, Recorder};
 pub use replay::Outcome;
 pub use run::{record, replay};
 pub use signature::{Signed, Statement};
+pub use sweep::{HeadEffect, Sweep, SweepAct, sweep};
 
 use crate::error::Result;
 

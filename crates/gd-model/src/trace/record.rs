@@ -16,13 +16,16 @@
 //! | i32 and f32 for each pick after the first | the position that was read, or -1, and its weight |
 //! | u8 count, count slots | in the order of the scan: i32 key, u8 flags, f32 energy, f32 lifted energy if flag 4 is set |
 //!
-//! The flags of a slot: 1 protected, 2 rejected, 4 lifted.
+//! The flags of a slot: 1 protected, 2 rejected, 4 lifted, 8 scanned only as the runner-up (from version 3 on). For every head
+//! of each softmax layer whose weights are recorded, u8 count and count pairs of i32 key and f32 weight follow.
+
+use serde::Serialize;
 
 use super::header::Header;
 use crate::error::{Error, Result};
 
 /// A candidate of a head.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Slot {
     /// The position of the key.
     pub key: i32,
@@ -30,6 +33,8 @@ pub struct Slot {
     pub protected: bool,
     /// Whether its energy is above the threshold of the head.
     pub rejected: bool,
+    /// Whether it was scanned only to name the runner-up of a head with a single candidate, which could not select it.
+    pub runner_up: bool,
     /// The energy from the scan.
     pub energy: f32,
     /// The energy after the barrier, if the barrier changed it.
@@ -39,6 +44,10 @@ pub struct Slot {
 const PROTECTED: u8 = 1;
 const REJECTED: u8 = 2;
 const LIFTED: u8 = 4;
+const RUNNER_UP: u8 = 8;
+
+/// The greatest weights of a softmax head at a position, in descending order, each with its key.
+pub type Blend = Vec<(i32, f32)>;
 
 impl Slot {
     /// The energy that decides the selection: after the barrier if it changed the energy, otherwise that of the scan.
@@ -48,13 +57,13 @@ impl Slot {
 }
 
 /// The selection of a head at a position.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
     /// The position that was read; -1 if the head abstained.
     pub selected: i32,
     /// The energy of the selected position; +inf if the head abstained.
     pub energy: f32,
-    /// The energy difference to the next candidate that the threshold admits; +inf if there is none.
+    /// The energy difference to the runner-up, the next key that the threshold admits; +inf if there is none.
     pub margin: f32,
     /// The coherence point u*; NaN if the layer does not compute it.
     pub coherence: f32,
@@ -73,7 +82,7 @@ pub struct Row {
 }
 
 /// The record of a position.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Record {
     /// The position, from 0.
     pub position: u32,
@@ -85,6 +94,8 @@ pub struct Record {
     pub text: String,
     /// One row for each head of every selecting layer, layer by layer.
     pub rows: Vec<Row>,
+    /// The greatest weights of each head of every softmax layer whose weights are recorded, layer by layer.
+    pub blends: Vec<Blend>,
 }
 
 impl Record {
@@ -122,10 +133,21 @@ impl Record {
                 out.push(
                     flag(slot.protected, PROTECTED)
                         | flag(slot.rejected, REJECTED)
-                        | flag(slot.lifted.is_some(), LIFTED),
+                        | flag(slot.lifted.is_some(), LIFTED)
+                        | flag(slot.runner_up, RUNNER_UP),
                 );
                 out.extend(bits(slot.energy).to_le_bytes());
                 slot.lifted.iter().for_each(|x| out.extend(bits(*x).to_le_bytes()));
+            }
+        }
+        for blend in &self.blends {
+            let count = u8::try_from(blend.len()).map_err(|_| {
+                Error::Invalid(format!("{} weights of one head; the maximum is 255", blend.len()))
+            })?;
+            out.push(count);
+            for (key, weight) in blend {
+                out.extend(key.to_le_bytes());
+                out.extend(bits(*weight).to_le_bytes());
             }
         }
         Ok(())
@@ -149,8 +171,14 @@ impl Record {
                 rows.push(row(&mut at, layer.rounds, layer.picks)?);
             }
         }
+        let mut blends = Vec::new();
+        for _ in 0..header.blending().map(|layer| layer.heads).sum() {
+            let [count] = at.take::<1>()?;
+            let pair = |_| Ok((at.i32()?, at.f32()?));
+            blends.push((0..count).map(pair).collect::<std::result::Result<_, String>>()?);
+        }
         match at.bytes.len() {
-            0 => Ok(Self { position, token, generated: flags == 1, text, rows }),
+            0 => Ok(Self { position, token, generated: flags == 1, text, rows, blends }),
             more => Err(format!("{more} bytes too many")),
         }
     }
@@ -172,13 +200,14 @@ fn row(at: &mut Cursor, rounds: usize, picks: usize) -> std::result::Result<Row,
     for _ in 0..count {
         let key = at.i32()?;
         let [flags] = at.take::<1>()?;
-        if flags & !(PROTECTED | REJECTED | LIFTED) != 0 {
+        if flags & !(PROTECTED | REJECTED | LIFTED | RUNNER_UP) != 0 {
             return Err(format!("invalid flags {flags:#x} of a candidate"));
         }
         let energy = at.f32()?;
         let lifted = if flags & LIFTED != 0 { Some(at.f32()?) } else { None };
         let (protected, rejected) = (flags & PROTECTED != 0, flags & REJECTED != 0);
-        slots.push(Slot { key, protected, rejected, energy, lifted });
+        let runner_up = flags & RUNNER_UP != 0;
+        slots.push(Slot { key, protected, rejected, runner_up, energy, lifted });
     }
     Ok(Row { selected, energy, margin, coherence, gate, share, memory, later, picks, slots })
 }

@@ -3,16 +3,26 @@
 use std::cell::{RefCell, RefMut};
 
 use candle_core::{DType, Result, Tensor, bail};
-use gd_kernels::Candidates;
-use gd_layer::{CandidateView, Probe, SelectionView};
+use gd_kernels::{Candidates, TieBreak};
+use gd_layer::{BlendView, CandidateView, Probe, SelectionView};
 
+use super::check::{before, margin};
 use super::header::Header;
-use super::intervention;
-use super::record::{Record, Row, Slot};
+use super::intervention::{self, RunnerUp};
+use super::record::{Blend, Record, Row, Slot};
 use super::replay::Replay;
 
-/// Records the selections of all selecting layers in forward passes over one sequence, and applies the interventions of the
-/// header. In a replay, it compares the candidates with the recorded ones and lets every layer select from the latter.
+/// What the heads of a position read.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Reads {
+    /// One row for each head of every selecting layer.
+    pub rows: Vec<Row>,
+    /// The greatest weights of each head of every softmax layer whose weights are recorded.
+    pub blends: Vec<Blend>,
+}
+
+/// Records the selections of all selecting layers and the greatest weights of softmax layers in forward passes over one
+/// sequence, and applies the interventions of the header. In a replay, it compares the candidates with the recorded ones and lets every layer select from the latter.
 #[derive(Debug)]
 pub struct Recorder<'a> {
     header: &'a Header,
@@ -25,6 +35,10 @@ struct State<'a> {
     start: usize,
     /// The rows of every selecting layer that has reported in this pass, by head, then by query.
     layers: Vec<Vec<Row>>,
+    /// The weights of every softmax layer that has reported in this pass, by head, then by query.
+    blends: Vec<Vec<Blend>>,
+    /// The runners-up of the layer that selects next, by head, then by query; empty if it has several candidates.
+    runners_up: Vec<RunnerUp>,
     replay: Option<Replay<'a>>,
 }
 
@@ -34,29 +48,36 @@ impl<'a> Recorder<'a> {
         Self { header, state: RefCell::default() }
     }
 
+    /// A recorder for consecutive passes over a sequence whose first `start` positions are processed already.
+    pub(super) fn continuing(header: &'a Header, start: usize) -> Self {
+        let state = State { start, ..State::default() };
+        Self { header, state: RefCell::new(state) }
+    }
+
     /// A recorder that replays recorded rows.
     pub(super) fn replaying(header: &'a Header, replay: Replay<'a>) -> Self {
         let state = State { replay: Some(replay), ..State::default() };
         Self { header, state: RefCell::new(state) }
     }
 
-    /// Returns the rows of the last pass over `n` positions: for each position, one row for each head of every selecting
-    /// layer.
+    /// Returns what the heads read in the last pass over `n` positions.
     ///
     /// # Errors
-    /// A selecting layer that did not report in this pass.
-    pub fn take(&self, n: usize) -> Result<Vec<Vec<Row>>> {
+    /// A layer that did not report in this pass.
+    pub fn take(&self, n: usize) -> Result<Vec<Reads>> {
         let mut state = self.state.borrow_mut();
         state.start += n;
-        let layers = std::mem::take(&mut state.layers);
-        if layers.len() != self.header.selecting().count() {
-            bail!("{} layers reported, {} select", layers.len(), self.header.selecting().count());
+        let (layers, blends) = (std::mem::take(&mut state.layers), std::mem::take(&mut state.blends));
+        let expected = [self.header.selecting().count(), self.header.blending().count()];
+        if [layers.len(), blends.len()] != expected {
+            bail!("{} and {} layers reported, {expected:?} select and blend", layers.len(), blends.len());
         }
-        let mut positions: Vec<Vec<Row>> = (0..n).map(|_| Vec::with_capacity(self.header.rows())).collect();
-        for rows in layers {
-            for (at, row) in rows.into_iter().enumerate() {
-                positions[at % n].push(row);
-            }
+        let mut positions = vec![Reads::default(); n];
+        for (at, row) in layers.into_iter().flat_map(|rows| rows.into_iter().enumerate()) {
+            positions[at % n].rows.push(row);
+        }
+        for (at, blend) in blends.into_iter().flat_map(|blends| blends.into_iter().enumerate()) {
+            positions[at % n].blends.push(blend);
         }
         Ok(positions)
     }
@@ -76,7 +97,11 @@ impl<'a> Recorder<'a> {
 
 impl Probe for Recorder<'_> {
     fn candidates(&self, layer: usize, configured: usize) -> usize {
-        intervention::scanned_candidates(&self.header.interventions, layer, configured)
+        if !self.header.layers[layer].selects {
+            return configured;
+        }
+        let runner_up = self.header.names_runner_up();
+        intervention::scanned_candidates(&self.header.interventions, layer, configured, runner_up)
     }
 
     fn preserved(&self, view: CandidateView) -> Result<Candidates> {
@@ -86,7 +111,10 @@ impl Probe for Recorder<'_> {
         if !self.header.layers[layer].selects {
             return Ok(view.candidates);
         }
-        let candidates = intervention::apply(&self.header.interventions, view, start)?;
+        let runner_up = self.header.names_runner_up();
+        let (candidates, runners_up) =
+            intervention::apply(&self.header.interventions, view, start, runner_up)?;
+        state.runners_up = runners_up;
         match &mut state.replay {
             Some(replay) => replay.candidates(&self.header.layers[layer], index, candidates),
             None => Ok(candidates),
@@ -97,9 +125,38 @@ impl Probe for Recorder<'_> {
         if !self.header.layers[view.layer].selects {
             return Ok(());
         }
-        let rows = rows(view, self.header.layers[view.layer].candidates)?;
-        self.state.borrow_mut().layers.push(rows);
+        let tie = self.header.layers[view.layer].tie;
+        let mut rows = rows(view, self.header.layers[view.layer].candidates)?;
+        let mut state = self.state.borrow_mut();
+        let limit = view.limit.map(floats).transpose()?;
+        let queries = view.selected.index.dim(2)?;
+        for (at, (row, next)) in rows.iter_mut().zip(std::mem::take(&mut state.runners_up)).enumerate() {
+            let limit = limit.as_ref().map(|limit| limit[at / queries]);
+            next.into_iter().for_each(|next| add_runner_up(row, next, limit, tie));
+        }
+        state.layers.push(rows);
         Ok(())
+    }
+
+    fn greatest_weights(&self, layer: usize) -> usize {
+        self.header.layers[layer].weights
+    }
+
+    fn blended(&self, view: &BlendView) -> Result<()> {
+        self.state.borrow_mut().blends.push(view.weights.to_vec());
+        Ok(())
+    }
+}
+
+/// Adds the key that was scanned only as the runner-up to the candidates of a row, in the order of the scan, and computes the
+/// margin again. `limit` is the greatest energy that the head can select.
+fn add_runner_up(row: &mut Row, (key, energy): (i32, f32), limit: Option<f32>, tie: TieBreak) {
+    let rejected = limit.is_some_and(|limit| energy > limit);
+    let slot = Slot { key, protected: false, rejected, runner_up: true, energy, lifted: None };
+    let at = row.slots.iter().position(|other| before(&slot, other, tie)).unwrap_or(row.slots.len());
+    row.slots.insert(at, slot);
+    if row.selected >= 0 {
+        row.margin = margin(&row.slots, row.selected, row.energy);
     }
 }
 
@@ -132,6 +189,7 @@ fn rows(view: &SelectionView, configured: usize) -> Result<Vec<Row>> {
         key: keys[at],
         protected: flags.as_ref().is_some_and(|f| f[at] != 0),
         rejected: limit.as_ref().is_some_and(|limit| compared[at] > limit[h]),
+        runner_up: false,
         energy: energy[at],
         lifted: (compared[at].to_bits() != energy[at].to_bits()).then_some(compared[at]),
     };

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::check::least_energy;
 use super::header::Layer;
-use super::record::{Record, Row, Slot, bits};
+use super::record::{Blend, Record, Row, Slot, bits};
 
 /// The maximal number of findings with a description; further ones are only counted.
 const MAX_FINDINGS: usize = 20;
@@ -96,19 +96,22 @@ impl<'a> Replay<'a> {
                 .filter(|&at| keys[at] >= 0)
                 .map(|at| {
                     let protected = flags.as_ref().is_some_and(|f| f[at] != 0);
-                    Slot { key: keys[at], protected, rejected: false, energy: energies[at], lifted: None }
+                    let (energy, lifted) = (energies[at], None);
+                    Slot { key: keys[at], protected, rejected: false, runner_up: false, energy, lifted }
                 })
                 .enumerate()
                 .filter(|(rank, slot)| *rank < layer.candidates || slot.protected)
                 .map(|(_, slot)| slot)
                 .collect();
             let at = || format!("position {}, layer {}, head {h}", record.position, layer.layer);
-            self.compare(&at, layer, layer.limit(h), &recorded.slots, &now);
-            if recorded.slots.len() > slots {
-                let count = recorded.slots.len();
+            // The runner-up that could not be selected is compared with the row.
+            let recorded: Vec<Slot> = recorded.slots.iter().filter(|s| !s.runner_up).copied().collect();
+            self.compare(&at, layer, layer.limit(h), &recorded, &now);
+            if recorded.len() > slots {
+                let count = recorded.len();
                 candle_core::bail!("{}: {count} candidates are recorded, but {slots} were scanned", at());
             }
-            for (at, slot) in (row * slots..).zip(&recorded.slots) {
+            for (at, slot) in (row * slots..).zip(&recorded) {
                 (index[at], energy[at], protected[at]) = (slot.key, slot.energy, u8::from(slot.protected));
             }
         }
@@ -169,6 +172,16 @@ impl<'a> Replay<'a> {
         }
     }
 
+    /// Compares the greatest weights of a softmax head with the record. On another backend near weights may change places.
+    pub(super) fn blend(&mut self, at: impl Fn() -> String, now: &Blend, recorded: &Blend) {
+        let equal = |a: &(i32, f32), b: &(i32, f32)| a.0 == b.0 && bits(a.1) == bits(b.1);
+        let near = |a: &(i32, f32), b: &(i32, f32)| (a.1 - b.1).abs() <= SHARE_TOLERANCE;
+        let fits = |a: &(i32, f32), b: &(i32, f32)| if self.outcome.exact { equal(a, b) } else { near(a, b) };
+        if now.len() != recorded.len() || !now.iter().zip(recorded).all(|(a, b)| fits(a, b)) {
+            self.outcome.contradiction(format!("{}: weights {now:?}, recorded {recorded:?}", at()));
+        }
+    }
+
     /// Compares the selection of a head from the recorded candidates with the record.
     pub(super) fn row(&mut self, at: impl Fn() -> String, now: &Row, recorded: &Row) {
         let near = |a: f32, b: f32, tolerance: f32| bits(a) == bits(b) || (a - b).abs() <= tolerance;
@@ -188,7 +201,8 @@ impl<'a> Replay<'a> {
                 .iter()
                 .zip(&recorded.picks)
                 .all(|(a, b)| a.0 == b.0 && near(a.1, b.1, tolerance(1.0)))
-            && now.slots.len() == recorded.slots.len();
+            && now.slots.len() == recorded.slots.len()
+            && (!self.outcome.exact || runner_up(now) == runner_up(recorded));
         match (fits, now.later == recorded.later) {
             (true, true) => {}
             // The margins of later rounds are not recorded.
@@ -203,4 +217,9 @@ impl<'a> Replay<'a> {
             _ => self.outcome.contradiction(format!("{}: {now:?}, recorded {recorded:?}", at())),
         }
     }
+}
+
+/// The key that was scanned only as the runner-up, with the bits of its energy.
+fn runner_up(row: &Row) -> Option<(i32, u32)> {
+    row.slots.iter().find(|slot| slot.runner_up).map(|slot| (slot.key, bits(slot.energy)))
 }

@@ -6,8 +6,8 @@ use gd_layer::{LayerCache, Pass};
 
 use super::ending::Ending;
 use super::header::Header;
-use super::record::{Record, Row};
-use super::recorder::Recorder;
+use super::record::Record;
+use super::recorder::{Reads, Recorder};
 use super::replay::{Outcome, Replay};
 use crate::error::{Error, Result};
 use crate::infer::generate::{check_prompt, last_logits};
@@ -16,7 +16,8 @@ use crate::model::Transformer;
 use crate::model::pretrained::Loaded;
 
 /// Processes a sequence chunk by chunk with a cache.
-struct SequenceReader<'a> {
+#[derive(Clone)]
+pub(super) struct SequenceReader<'a> {
     model: &'a Transformer,
     device: &'a Device,
     cache: Vec<LayerCache>,
@@ -25,12 +26,13 @@ struct SequenceReader<'a> {
 }
 
 impl<'a> SequenceReader<'a> {
-    fn new(model: &'a Transformer, device: &'a Device) -> Self {
+    pub(super) fn new(model: &'a Transformer, device: &'a Device) -> Self {
         Self { model, device, cache: model.new_cache(), position: 0 }
     }
 
-    /// Processes the next tokens. Returns the logits `[V]` after the last one, and the rows of every position.
-    fn read(&mut self, tokens: &[u32], recorder: &Recorder) -> Result<(Vec<f32>, Vec<Vec<Row>>)> {
+    /// Processes the next tokens. Returns the logits `[V]` after the last one, and what the heads read at
+    /// every position.
+    pub(super) fn read(&mut self, tokens: &[u32], recorder: &Recorder) -> Result<(Vec<f32>, Vec<Reads>)> {
         let mask = Mask::causal(self.position as i64);
         let ids = Tensor::new(tokens, self.device)?.unsqueeze(0)?;
         let pass = Pass { probe: Some(recorder), ..Pass::new(&mask) };
@@ -65,11 +67,11 @@ pub fn record(
     let mut last = None;
     let ending = loop {
         let first = reader.position;
-        let (logits, rows) = reader.read(&next, &recorder)?;
-        for (i, (&token, rows)) in next.iter().zip(rows).enumerate() {
+        let (logits, reads) = reader.read(&next, &recorder)?;
+        for (i, (&token, Reads { rows, blends })) in next.iter().zip(reads).enumerate() {
             let position = (first + i) as u32;
             let text = texts.push(token)?.unwrap_or_default();
-            let record = Record { position, token, generated: first + i >= prompt.len(), text, rows };
+            let record = Record { position, token, generated: first + i >= prompt.len(), text, rows, blends };
             if let Some(complete) = last.replace(record) {
                 take(complete)?;
             }
@@ -116,7 +118,11 @@ pub fn replay(
 ) -> Result<Outcome> {
     let tokens: Vec<u32> = records.iter().map(|record| record.token).collect();
     let prompt = header.prompt_tokens.min(tokens.len());
-    let now = Header::new(loaded, "", &tokens[..prompt], None, &header.interventions, device)?;
+    let interventions = header.interventions.as_slice();
+    let now = match header.blending().next() {
+        Some(_) => Header::with_blends(loaded, "", &tokens[..prompt], None, interventions, device)?,
+        None => Header::new(loaded, "", &tokens[..prompt], None, interventions, device)?,
+    };
     if let Some(part) = header.model.differs(&now.model) {
         return Err(Error::TraceModel { part });
     }
@@ -140,13 +146,17 @@ pub fn replay(
         let first = reader.position;
         let end = if first < prompt { prompt } else { first + 1 };
         recorder.expect(&records[first..end]);
-        let (logits, rows) = reader.read(&tokens[first..end], &recorder)?;
+        let (logits, reads) = reader.read(&tokens[first..end], &recorder)?;
         let mut replay = recorder.replay();
         let Some(replay) = replay.as_mut() else { break };
-        for (record, rows) in records[first..end].iter().zip(&rows) {
-            for (row, (now, recorded)) in rows.iter().zip(&record.rows).enumerate() {
+        for (record, reads) in records[first..end].iter().zip(&reads) {
+            for (row, (now, recorded)) in reads.rows.iter().zip(&record.rows).enumerate() {
                 let at = || format!("position {}, row {row}", record.position);
                 replay.row(at, now, recorded);
+            }
+            for (head, (now, recorded)) in reads.blends.iter().zip(&record.blends).enumerate() {
+                let at = || format!("position {}, softmax head {head}", record.position);
+                replay.blend(at, now, recorded);
             }
         }
         drawn.compare(&logits, end, &mut replay.outcome)?;

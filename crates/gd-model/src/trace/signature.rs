@@ -49,7 +49,7 @@ impl Signed {
         key_id(&self.key)
     }
 
-    /// The bytes in a file of version 2, with the kind of the signature.
+    /// The bytes in a file of version 2 or 3, with the kind of the signature.
     #[cfg(feature = "sign")]
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![2];
@@ -90,7 +90,7 @@ pub(super) fn read_signature(rest: &mut &[u8], version: u32) -> Result<Option<Si
     match (array(rest)?, version) {
         ([0], _) => Ok(None),
         ([1], 1) => Ok(Some(Signed { key: array(rest)?, signature: array(rest)?, statement: None })),
-        ([2], 2) => {
+        ([2], 2 | 3) => {
             let (key, seconds) = (array(rest)?, u64::from_le_bytes(array(rest)?));
             let [length] = array(rest)?;
             let text = std::str::from_utf8(take(rest, usize::from(length))?).map_err(|e| e.to_string())?;

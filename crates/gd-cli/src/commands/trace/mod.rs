@@ -1,12 +1,13 @@
-//! `gd trace`: records which position every head reads, and measures the effect of a selection.
+//! `gd trace`: records which position every head reads, and measures the effect of selections.
 
 mod args;
 mod output;
+mod sweep;
 
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::DecodePrivateKey;
 use gd_model::infer::sampler::Sampling;
@@ -19,6 +20,7 @@ pub use args::Args;
 
 use self::output::Summary;
 use crate::context::{Context, flag_error, usage};
+use crate::render::plot;
 use crate::render::viewer::{self, TraceView};
 
 /// Runs the command.
@@ -28,11 +30,14 @@ use crate::render::viewer::{self, TraceView};
 pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let Some(model) = &args.model else { return show_recorded(&args, ctx) };
     let interventions = args.interventions()?;
-    if args.out.is_none() && args.html.is_none() && interventions.is_empty() {
-        return Err(usage("gd trace needs --out, --html, or an intervention (--force, --ban or --ablate)"));
+    let records = args.out.is_some() || args.html.is_some() || args.export.is_some();
+    if !records && interventions.is_empty() && args.sweep.is_none() {
+        return Err(usage(
+            "gd trace needs --out, --html, --export, an intervention (--force, --ban or --ablate), or --sweep",
+        ));
     }
     let key = args.key.as_deref().map(signing_key).transpose()?;
-    for file in [&args.out, &args.html].into_iter().flatten() {
+    for file in [&args.out, &args.html, &args.export, &args.plot].into_iter().flatten() {
         check_writable(file.parent().unwrap_or(Path::new(".")))?;
     }
     let text = input_text(&args)?;
@@ -48,17 +53,40 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         }
     };
     let name = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
-    let header = Header::new(&loaded, &name, &prompt, generation.as_ref(), &interventions, &ctx.device)
-        .with_context(|| model.display().to_string())?;
+    let make = if args.blend { Header::with_blends } else { Header::new };
+    let header = make(&loaded, &name, &prompt, generation.as_ref(), &interventions, &ctx.device)
+        .map_err(|e| with_remedy(e, model))?;
+    if let Some(act) = args.sweep {
+        let sweep = trace::sweep(&loaded, &header, &prompt, act.into(), &ctx.device)?;
+        if let Some(plot) = &args.plot {
+            plot::save(plot, &sweep::grid(&sweep))?;
+        }
+        sweep::print(ctx, &sweep, &prompt, &loaded.tokenizer)?;
+        if !records {
+            return Ok(());
+        }
+    }
     let effect = match interventions.is_empty() {
         true => None,
         false => Some(trace::effect(&loaded, &header, &prompt, &ctx.device)?),
     };
     let mut summary = None;
-    if args.out.is_some() || args.html.is_some() {
+    if records {
         summary = Some(record(&args, &loaded, &header, &prompt, key.as_ref(), ctx)?);
     }
     output::print(ctx, effect.as_ref(), summary.as_ref(), args.max_tokens > 0)
+}
+
+/// An error of a model, and what can be done if none of its layers selects.
+fn with_remedy(error: gd_model::Error, model: &Path) -> anyhow::Error {
+    let model = model.display();
+    match error {
+        gd_model::Error::NothingSelects { .. } => anyhow::anyhow!(
+            "{model}: {error}. `gd trace {model} --blend` records the greatest weights of softmax heads; \
+             `gd convert {model} --attention gd --k 1 --out DIR` makes a model that selects"
+        ),
+        error => anyhow::Error::new(error).context(model.to_string()),
+    }
 }
 
 fn input_text(args: &Args) -> Result<String> {
@@ -103,6 +131,9 @@ fn record(
     if let Some(html) = &args.html {
         write_page(html, std::slice::from_ref(path))?;
     }
+    if let Some(file) = &args.export {
+        export(file, path)?;
+    }
     Ok(Summary { seal, text, selections, abstained })
 }
 
@@ -111,17 +142,41 @@ fn seconds_since_1970() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// Writes the page of the traces of `--from`.
+/// Writes the page of the traces of `--from`, or one of them for other programs.
 fn show_recorded(args: &Args, ctx: &Context) -> Result<()> {
-    let Some(html) = &args.html else { return Err(usage("--from needs --html")) };
+    if args.html.is_none() && args.export.is_none() {
+        return Err(usage("--from needs --html or --export"));
+    }
     if args.from.len() > 2 {
         return Err(usage(format!(
             "--from is given {} times; a page shows one trace or two",
             args.from.len()
         )));
     }
-    write_page(html, &args.from)?;
-    if ctx.json { ctx.print(json!({ "html": html })) } else { ctx.print(html.display()) }
+    if let Some(html) = &args.html {
+        write_page(html, &args.from)?;
+    }
+    match (&args.export, args.from.as_slice()) {
+        (Some(file), [path]) => export(file, path)?,
+        (Some(_), paths) => {
+            return Err(usage(format!("--export takes one trace; --from is given {} times", paths.len())));
+        }
+        (None, _) => {}
+    }
+    if ctx.json {
+        return ctx.print(json!({ "html": args.html, "export": args.export }));
+    }
+    [&args.html, &args.export].into_iter().flatten().try_for_each(|file| ctx.print(file.display()))
+}
+
+/// Verifies a trace and writes it as its name says: arrays in an archive of NumPy, or lines of JSON.
+fn export(file: &Path, path: &Path) -> Result<()> {
+    let trace = Trace::read(path)?;
+    trace::verify(&trace, None, None)?;
+    if file.extension().is_some_and(|e| e == "npz") {
+        return Ok(write_file(file, &trace::export::npz(&trace)?)?);
+    }
+    Ok(stream_file(file, |out| trace::export::json_lines(&trace, out))?)
 }
 
 /// Verifies recorded traces and writes a page that shows them.

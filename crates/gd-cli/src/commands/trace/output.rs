@@ -46,7 +46,7 @@ pub(super) fn print(
 }
 
 fn print_json(ctx: &Context, effect: Option<&Effect>, summary: Option<&Summary>) -> Result<()> {
-    let mut out = json!({ "effect": effect });
+    let mut out = json!({ "effect": effect, "changed": effect.map(|effect| !effect.is_none()) });
     if let Some(Summary { seal, text, selections, abstained }) = summary {
         out["text"] = Value::from(text.as_str());
         out["head"] = Value::from(hex(&seal.head));
@@ -58,17 +58,25 @@ fn print_json(ctx: &Context, effect: Option<&Effect>, summary: Option<&Summary>)
     ctx.print(out)
 }
 
+/// The position of a key, or that there is none.
+pub(super) fn key_name(key: i32) -> String {
+    if key < 0 { "nothing".to_owned() } else { key.to_string() }
+}
+
 fn print_effect(ctx: &Context, effect: &Effect) -> Result<()> {
     for pick in &effect.picks {
-        let key_name = |key: i32| if key < 0 { "nothing".to_owned() } else { key.to_string() };
-        ctx.print(format_args!(
-            "layer {} head {} at {}: reads {} instead of {}",
-            pick.layer,
-            pick.head,
-            pick.query,
-            key_name(pick.after),
-            key_name(pick.before)
-        ))?;
+        let place = format!("layer {} head {} at {}", pick.layer, pick.head, pick.query);
+        let (before, after) = (key_name(pick.before), key_name(pick.after));
+        match pick.before == pick.after {
+            true => ctx.print(format_args!("{place}: reads {after} as before"))?,
+            false => ctx.print(format_args!("{place}: reads {after} instead of {before}"))?,
+        }
+    }
+    if effect.is_none() {
+        return ctx.print(format_args!(
+            "nothing changed: the next token has the same distribution, and all {} selections are the same",
+            effect.selections
+        ));
     }
     ctx.print(format_args!(
         "next token: KL {:.6} nats, total variation {:.6}; mean KL from position {} on {:.6} nats; {} of {} other \

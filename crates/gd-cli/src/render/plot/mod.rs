@@ -1,9 +1,10 @@
 //! Plots as SVG or PNG files.
 //!
 //! A slice of [`Panel`]s is drawn as charts of curves, one below the other, and a slice of [`Scatter`]s as plots of
-//! points. A [`Figure`] is a line chart with an optional heat map below it.
+//! points. A [`Figure`] is a line chart with an optional heat map below it. A [`Grid`] shows one value in each cell.
 
 mod figure;
+mod grid;
 mod heat_map;
 mod mark;
 mod panel;
@@ -19,6 +20,7 @@ use plotters::prelude::*;
 use plotters::style::register_font;
 
 pub use figure::{Figure, Line, LineChart};
+pub use grid::Grid;
 pub use heat_map::{HEAT_MAP_CELLS, HeatMap};
 pub use mark::{Mark, Symbol};
 pub use panel::{Curve, CurveStyle, Panel, reduce_points, smooth};

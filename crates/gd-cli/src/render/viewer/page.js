@@ -2,6 +2,10 @@
 
 const OPTIONS = { shows: document.querySelector('#shows'), shade: document.querySelector('#shade') };
 const LINKED = document.querySelector('#linked');
+// Number of reads that are shown at first: those with the largest margins.
+const STRONGEST = 5;
+// What the arrows show, besides single heads and layers.
+const STRONGEST_READS = 'strongest', ALL_HEADS = 'all', ONE_HEAD = 'head';
 // Delay of the path counts after the last key press if they need BigInt, which is slow on long texts.
 const PATHS_DELAY_MS = 150;
 
@@ -10,7 +14,9 @@ class View {
     const prefix = `t${number}`;
     this.trace = trace;
     this.chosen = chosen;
-    // The head that is shown alone (-1: all heads), the cell with the focus, and the positions to go back to.
+    // What the arrows show, the head that is shown alone (-1: none), the cell with the focus, and the positions to go back
+    // to.
+    this.which = STRONGEST_READS;
     this.selected = -1;
     this.cursor = 0;
     this.history = [];
@@ -34,6 +40,9 @@ class View {
         this.setStatus(`position ${position} ${quoted(trace.text(position))}${count}`);
       },
     });
+    this.choice = part('.which');
+    const recorded = [...new Set(trace.heads.map((head) => head.layer))];
+    this.choice.append(...recorded.map((layer) => el('option', { value: `layer ${layer}` }, `layer ${layer}`)));
     this.panels = {};
     for (const name of ['candidates', 'shares', 'totals', 'proof']) this.panels[name] = part(`.${name}`);
     this.panels.totals.querySelector('.body').append(...totals(trace));
@@ -47,15 +56,17 @@ class View {
   }
 
   listen(part) {
-    part('.all').addEventListener('click', () => this.selectHead(-1));
+    this.choice.addEventListener('change', () => this.show(this.choice.value));
     part('.search').addEventListener('submit', (event) => {
       event.preventDefault();
       this.find(this.search.value);
     });
     this.section.addEventListener('click', (event) => {
       const link = event.target.closest('[data-go]'), cell = event.target.closest('[data-cell][role=gridcell]');
+      const layer = event.target.closest('.layer');
       if (link) this.choose(Number(link.dataset.go));
       if (cell) this.selectHead(this.matrix.cells.indexOf(cell));
+      if (layer) this.show(`layer ${layer.dataset.layer}`);
     });
     this.section.addEventListener('focusin', (event) => {
       active = this;
@@ -85,14 +96,34 @@ class View {
     }
   }
 
-  /** Shows one head alone, or all heads if `cell` is -1 or is already shown alone. */
+  /** Shows one head alone, or the strongest reads if it is already shown alone. */
   selectHead(cell) {
-    const selected = cell === this.selected ? -1 : cell;
+    this.show(cell === this.selected ? STRONGEST_READS : ONE_HEAD, cell);
+  }
+
+  /** Shows the strongest reads, all heads, the heads of a layer (`layer N`) or one head. */
+  show(which, cell = -1) {
     for (const view of LINKED.checked && difference ? views : [this]) {
-      view.selected = selected;
-      if (selected >= 0) view.cursor = selected;
+      view.which = which;
+      view.selected = which === ONE_HEAD ? cell : -1;
+      if (which === ONE_HEAD) view.cursor = cell;
       view.refresh();
     }
+  }
+
+  /** The reads that the arrows show. Of a softmax layer that is not shown alone, only the greatest weight of each head. */
+  reads() {
+    const { trace, chosen, which } = this;
+    if (which === STRONGEST_READS) {
+      const reads = trace.strongest(chosen, STRONGEST);
+      return reads.length || trace.cells.length ? reads : trace.reads(chosen, 0);
+    }
+    if (which === ONE_HEAD) return trace.reads(chosen, this.selected);
+    const shown = (head) => which === ALL_HEADS || which === `layer ${head.layer}`;
+    return [...trace.heads.keys()].filter((c) => shown(trace.heads[c])).flatMap((c) => {
+      const reads = trace.reads(chosen, c);
+      return c < trace.cells.length ? reads : reads.slice(0, 1);
+    });
   }
 
   /** Goes to a position if `query` is a number, else to the next token that contains `query`. */
@@ -112,9 +143,9 @@ class View {
 
   /** Goes to the position that the selected head reads, or the head with the focus if none is selected. */
   follow() {
-    const cell = this.selected >= 0 ? this.selected : this.cursor, key = this.trace.selection(this.chosen, cell);
-    if (key === ABSTAINED) return this.setStatus(describe(this.trace, this.chosen, cell));
-    this.choose(key);
+    const cell = this.selected >= 0 ? this.selected : this.cursor, [read] = this.trace.reads(this.chosen, cell);
+    if (!read) return this.setStatus(describe(this.trace, this.chosen, cell));
+    this.choose(read.key);
   }
 
   /** Requests a redraw in the next frame. Several requests before that frame cause one redraw. */
@@ -144,10 +175,8 @@ class View {
   draw() {
     const { trace, chosen, selected } = this;
     this.updatePaths();
-    const cells = selected >= 0 ? [selected] : trace.cells.keys(), reads = [];
-    for (const cell of cells) {
-      for (const read of trace.reads(chosen, cell)) reads.push({ ...read, label: describeRead(trace, chosen, read) });
-    }
+    const reads = this.reads().map((read) => ({ ...read, label: describeRead(trace, chosen, read) }));
+    this.choice.value = this.which;
     const other = difference ? views.find((view) => view !== this).trace : null;
     const common = other && other.row(chosen) >= 0 ? other : null;
     const level = OPTIONS.shade.checked && this.levels ? this.levels[this.paths.level] : null;
@@ -169,13 +198,15 @@ class View {
     this.chosenText.textContent = `position ${chosen} ${quoted(trace.texts[row])}, id ${trace.ids[row]}, ${origin}`;
     const abstained = trace.cells.filter((_, c) => trace.selection(chosen, c) === ABSTAINED).length;
     const differing = common ? `, ${difference.counts[chosen]} select another position` : '';
+    const strongest = Math.min(STRONGEST, trace.cells.length - abstained);
+    const shown = this.which === STRONGEST_READS && trace.cells.length ? `; the arrows show the ${strongest} clearest reads` : '';
     this.setStatus(selected >= 0 ? describe(trace, chosen, selected)
-      : `position ${chosen}: ${trace.cells.length - abstained} heads read, ${abstained} abstained${differing}`);
+      : `position ${chosen}: ${trace.cells.length - abstained} heads read, ${abstained} abstained${differing}${shown}`);
   }
 
   /** Handles a key in the matrix. Returns whether it has a function there. */
   matrixKey(key) {
-    const { heads } = this.trace.layers[this.trace.cells[this.cursor].row];
+    const heads = this.trace.heads.length;
     const moves = {
       ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -heads], End: [0, heads],
     };
@@ -226,8 +257,9 @@ const KEYS = {
   m: () => active.matrix.cells[active.cursor]?.focus(),
   r: () => active.pane.svg.querySelector('.arrow')?.focus(),
   t: () => active.pane.scroll.focus(),
-  a: () => active.selectHead(-1),
-  Escape: () => (active.selectHead(-1), active.pane.scroll.focus()),
+  a: () => active.show(ALL_HEADS),
+  l: () => active.show(`layer ${active.trace.heads[active.cursor].layer}`),
+  Escape: () => (active.show(STRONGEST_READS), active.pane.scroll.focus()),
   f: () => active.follow(),
   b: () => active.history.length && active.choose(active.history.pop(), false),
   s: () => toggle(OPTIONS.shade),

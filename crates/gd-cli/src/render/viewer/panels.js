@@ -11,20 +11,31 @@ const formatPercent = (x) => (Number.isNaN(x) ? '–' : `${(100 * x).toFixed(1)}
 /** Formats an integer with a narrow space between groups of three digits. */
 const formatCount = (n) => n.toLocaleString('en-US').replace(/,/g, '\u202f');
 
-/** Describes in a sentence what a head selects at a position. */
+/** Describes in a sentence what a head reads at a position. */
 function describe(trace, position, c) {
-  const { layer, head } = trace.cells[c], name = `layer ${layer} head ${head}`, key = trace.selection(position, c);
+  const { layer, head } = trace.heads[c], name = `layer ${layer} head ${head}`;
+  if (c >= trace.cells.length) {
+    const weights = trace.weights(position, c - trace.cells.length);
+    const sum = weights.reduce((total, { weight }) => total + weight, 0);
+    return `${name} blends all keys; the ${weights.length} greatest weights are ${formatPercent(sum)} of all`;
+  }
+  const key = trace.selection(position, c);
   if (key === ABSTAINED) return `${name} abstained`;
-  const margin = trace.margin(position, c);
+  const margin = trace.margin(position, c), { gate } = trace.detail(position, c);
   const lead = Number.isFinite(margin) ? `margin ${formatNumber(margin)}` : 'no runner-up';
-  return `${name} reads position ${key} ${quoted(trace.text(key))}, ${position - key} back, ${lead}`;
+  const factor = gate === 1 ? '' : `, gate ρ ${formatNumber(gate)}`;
+  return `${name} reads position ${key} ${quoted(trace.text(key))}, ${position - key} back, ${lead}${factor}`;
 }
 
-/** Describes one read of a head. The reads of later rounds have no recorded margin. */
-function describeRead(trace, position, { cell, key, round }) {
+/** Describes one read of a head. The reads of later rounds have no recorded margin; further picks have a weight. */
+function describeRead(trace, position, { cell, key, round, weight }) {
+  const { layer, head, word } = trace.heads[cell];
+  const read = `layer ${layer} head ${head} reads position ${key} ${quoted(trace.text(key))}`;
+  if (weight !== undefined) return `${read} with weight ${formatPercent(weight)}, ${position - key} back`;
   if (round === 1) return describe(trace, position, cell);
-  const { layer, head, word } = trace.cells[cell], distance = `${position - key} back`;
-  return `layer ${layer} head ${head} reads position ${key} ${quoted(trace.text(key))} in ${word} ${round}, ${distance}`;
+  const picked = trace.detail(position, cell).weights[round - 2];
+  const part = picked === undefined ? '' : `, weight ${formatNumber(picked)}`;
+  return `${read} in ${word} ${round}${part}, ${position - key} back`;
 }
 
 /** A button that chooses a position. */
@@ -41,50 +52,66 @@ function table(head, rows) {
   return el('table', {}, el('thead', {}, toRow('th', head)), el('tbody', {}, ...body));
 }
 
-/** The grid of layers and heads: one cell per head with the position that it selects. */
+// A layer with more heads shows colors without numbers, so that all of them fit.
+const MAX_WRITTEN_HEADS = 16;
+
+/** The grid of layers and heads: one cell per head with the position that it selects, or that has the greatest weight. Layers
+ *  that are not recorded are listed below. */
 class Matrix {
   constructor(root, trace) {
     this.trace = trace;
-    this.cells = [];
     const margins = trace.totals.map((total) => total.margin).filter((margin) => margin > 0);
     // The margin at which a cell has half of the full color.
     this.meanMargin = margins.reduce((sum, margin) => sum + margin, 0) / margins.length || 1;
-    const width = Math.max(...trace.layers.map((layer) => layer.heads), 1);
+    const { layers } = trace.header, recorded = layers.filter((layer) => layer.selects || layer.weights);
+    const first = recorded.findIndex((layer) => layer.selects);
+    // The first selecting layer is the first row; softmax layers before it follow after the others.
+    const order = recorded.slice(Math.max(first, 0)).concat(recorded.slice(0, Math.max(first, 0)));
+    const width = Math.max(...recorded.map((layer) => layer.heads), 1);
     const heads = Array.from({ length: width }, (_, head) => el('th', { scope: 'col' }, String(head)));
+    root.classList.toggle('dense', width > MAX_WRITTEN_HEADS);
+    // Cells by head number, and the rows of head numbers in the order of the grid.
+    this.cells = new Array(trace.heads.length);
+    this.rows = [];
     root.append(el('thead', {}, el('tr', {}, el('th', { scope: 'col' }, 'layer'), ...heads)));
-    root.append(el('tbody', {}, ...trace.header.layers.map((layer) => this.createRow(layer, width))));
+    root.append(el('tbody', {}, ...order.map((layer) => this.createRow(layer))));
+    const others = layers.filter((layer) => !layer.selects && !layer.weights);
+    if (others.length) {
+      const names = [...new Set(others.map((layer) => mechanismName(layer)))].join(', ');
+      const list = ranges(others.map((layer) => layer.layer)), plural = others.length > 1;
+      const text = `${plural ? 'Layers' : 'Layer'} ${list} (${names}) blend${plural ? '' : 's'}: no single source.`;
+      root.after(el('p', { class: 'note blends' }, text));
+    }
   }
 
-  createRow(layer, width) {
-    const row = el('tr', {}, el('th', { scope: 'row' }, String(layer.layer)));
-    if (!layer.selects) {
-      row.append(el('td', { class: 'blends', colspan: width }, `${layer.mechanism}: blends, no single source`));
-      return row;
-    }
-    const { firstCell } = this.trace.layers.find((entry) => entry.layer === layer.layer);
-    for (let head = 0; head < layer.heads; head++) {
-      const { name, row: layerRow } = this.trace.cells[firstCell + head], color = `c${layerRow % LAYER_COLORS}`;
-      const cell = el('td', { role: 'gridcell', class: color, tabindex: '-1', 'data-cell': name });
-      this.cells.push(cell);
+  createRow({ layer, selects, heads }) {
+    const { trace } = this, start = trace.heads.findIndex((head) => head.layer === layer);
+    const button = el('button', { type: 'button', class: 'layer', 'data-layer': layer, tabindex: '-1' }, String(layer));
+    button.title = `show all heads of layer ${layer}`;
+    const row = el('tr', {}, el('th', { scope: 'row' }, button)), numbers = [];
+    for (let c = start; c < start + heads; c++) {
+      const { name, row: layerRow } = trace.heads[c];
+      const kind = selects ? `c${layerRow % LAYER_COLORS}` : 'blend';
+      const cell = el('td', { role: 'gridcell', class: kind, tabindex: '-1', 'data-cell': name });
+      this.cells[c] = cell;
+      numbers.push(c);
       row.append(cell);
     }
+    this.rows.push(numbers);
     return row;
   }
 
-  /** Shows the selections at a position. `selected` is the head that is shown alone (-1: all heads), `cursor` the
-   *  cell that takes the focus, `shows` 'distance' or 'position', `other` the trace to compare with or null. */
+  /** Shows the reads at a position. `selected` is the head that is shown alone (-1: none), `cursor` the cell that takes the
+   *  focus, `shows` 'distance' or 'position', `other` the trace to compare with or null. */
   update(position, selected, cursor, shows, other) {
     const { trace } = this;
     this.cells.forEach((cell, c) => {
-      const key = trace.selection(position, c), margin = trace.margin(position, c), abstained = key === ABSTAINED;
-      const differs = other !== null && other.selection(position, c) !== key;
-      const value = shows === 'distance' ? position - key : key;
-      cell.textContent = abstained ? '∅' : `${value}${Number.isFinite(margin) ? '' : '∞'}`;
-      cell.classList.toggle('abstained', abstained);
-      cell.classList.toggle('differs', differs);
-      const strength = abstained ? 0 : Number.isFinite(margin) ? margin / (margin + this.meanMargin) : 1;
-      cell.style.setProperty('--strength', `${(6 + 44 * Math.max(0, strength)).toFixed(1)}%`);
+      const blend = c >= trace.cells.length;
+      if (blend) this.updateBlend(cell, position, c, shows);
+      else this.updateCell(cell, position, c, shows, other);
+      const differs = !blend && other !== null && other.selection(position, c) !== trace.selection(position, c);
       const label = describe(trace, position, c) + (differs ? '; the other trace selects another position' : '');
+      cell.classList.toggle('differs', differs);
       cell.setAttribute('aria-label', label);
       cell.title = label;
       cell.setAttribute('aria-selected', c === selected);
@@ -92,21 +119,54 @@ class Matrix {
     });
   }
 
+  updateCell(cell, position, c, shows) {
+    const { trace } = this;
+    const key = trace.selection(position, c), margin = trace.margin(position, c), abstained = key === ABSTAINED;
+    const value = shows === 'distance' ? position - key : key;
+    cell.textContent = abstained ? '∅' : `${value}${Number.isFinite(margin) ? '' : '∞'}`;
+    cell.classList.toggle('abstained', abstained);
+    const strength = abstained ? 0 : Number.isFinite(margin) ? margin / (margin + this.meanMargin) : 1;
+    cell.style.setProperty('--strength', `${(6 + 44 * Math.max(0, strength)).toFixed(1)}%`);
+  }
+
+  updateBlend(cell, position, c, shows) {
+    const [top] = this.trace.weights(position, c - this.trace.cells.length);
+    if (!top) return (cell.textContent = '–');
+    const value = shows === 'distance' ? position - top.key : top.key;
+    cell.replaceChildren(String(value), el('small', {}, `${(100 * top.weight).toFixed(0)} %`));
+    cell.style.setProperty('--strength', `${(44 * top.weight).toFixed(1)}%`);
+  }
+
   /** The cell that is `rows` rows below and `columns` columns to the right of cell `c`, clamped to the grid. */
   neighbor(c, rows, columns) {
-    const { layers, cells } = this.trace, { row, head } = cells[c];
-    const layer = layers[Math.min(layers.length - 1, Math.max(0, row + rows))];
-    return layer.firstCell + Math.min(layer.heads - 1, Math.max(0, head + columns));
+    const at = this.rows.findIndex((row) => row.includes(c)), column = this.rows[at].indexOf(c) + columns;
+    const row = this.rows[Math.min(this.rows.length - 1, Math.max(0, at + rows))];
+    return row[Math.min(row.length - 1, Math.max(0, column))];
   }
 }
 
+/** The name of a layer's mechanism, which can be an object with parameters. */
+const mechanismName = ({ mechanism }) => mechanism?.name ?? String(mechanism);
+
+/** Ascending numbers as text, with runs of them as ranges: `0–3, 7`. */
+function ranges(numbers) {
+  const runs = [];
+  for (const n of numbers) {
+    if (runs.length && runs.at(-1)[1] === n - 1) runs.at(-1)[1] = n;
+    else runs.push([n, n]);
+  }
+  return runs.map(([from, to]) => (from === to ? String(from) : `${from}–${to}`)).join(', ');
+}
+
 /** Why a candidate was selected or not. */
-function outcome({ key, rejected, energy, lifted }, detail, threshold) {
-  if (key === detail.selected) return 'selected';
+function outcome({ key, rejected, runnerUp, energy, lifted }, detail, threshold) {
+  if (key === detail.selected) {
+    return detail.weights.length ? `selected, weight ${formatNumber(detail.gate)}` : 'selected';
+  }
   const round = detail.later.indexOf(key);
   if (round >= 0 && detail.weights.length) return `pick ${round + 2}, weight ${formatNumber(detail.weights[round])}`;
   if (round >= 0) return `read in round ${round + 2}`;
-  if (!rejected) return 'not least';
+  if (!rejected) return runnerUp ? 'runner-up, no candidate' : 'not least';
   const comparison = threshold === null ? '' : `: ${formatNumber(lifted ?? energy)} > ${formatNumber(threshold)}`;
   return `rejected by the threshold${comparison}`;
 }
@@ -114,6 +174,7 @@ function outcome({ key, rejected, energy, lifted }, detail, threshold) {
 /** The candidates of one head at a position, with the outcome for each. */
 function candidates(trace, position, c) {
   if (c < 0) return [el('p', { class: 'note' }, 'Choose a head in the matrix.')];
+  if (c >= trace.cells.length) return blended(trace, position, c);
   const detail = trace.detail(position, c), { name, threshold } = trace.cells[c];
   const rows = detail.candidates.map((candidate) => {
     const { key, energy, lifted } = candidate;
@@ -125,12 +186,27 @@ function candidates(trace, position, c) {
     return row;
   });
   const summary = [
-    describe(trace, position, c), `energy ${formatNumber(detail.energy)}`, `gate ${formatNumber(detail.gate)}`,
+    describe(trace, position, c), `energy ${formatNumber(detail.energy)}`, `gate ρ ${formatNumber(detail.gate)}`,
     `coherence point u* ${Number.isNaN(detail.coherence) ? 'not computed' : formatNumber(detail.coherence)}`,
   ];
   const list = rows.length ? table(['key', 'energy', 'energy after the barrier', 'protected', 'outcome'], rows)
     : el('p', {}, 'The head had no candidates.');
   return [el('p', {}, el('b', {}, name), ` ${summary.join('; ')}.`), el('div', { class: 'wide' }, list)];
+}
+
+/** The greatest weights of a softmax head. */
+function blended(trace, position, c) {
+  const { name } = trace.heads[c];
+  const rows = trace.weights(position, c - trace.cells.length).map(({ key, weight }) => {
+    const chart = el('div', { class: 'share-chart', role: 'img', 'aria-label': formatPercent(weight) });
+    const bar = el('span', { class: 'value' });
+    bar.style.width = `${100 * weight}%`;
+    chart.append(bar);
+    return el('tr', { 'data-key': key }, ...[positionLink(trace, key), formatPercent(weight), chart].map((x) => el('td', {}, x)));
+  });
+  const note = 'A softmax head has no single source: its output is the sum of all values, times their weights.';
+  return [el('p', {}, el('b', {}, name), ` ${describe(trace, position, c)}.`), table(['key', 'weight', ''], rows),
+    el('p', { class: 'note' }, note)];
 }
 
 /** The table of paths: one row per selecting layer, the last layer first. The chosen row shades the text. */

@@ -4,6 +4,9 @@
 
 // Pixels: distance of two lines, height of the text in a line, offset of the first line, horizontal padding.
 const LINE_PX = 32, TEXT_PX = 20, TOP_PX = 14, PADDING_PX = 8;
+// A text of at most this many lines has wide gaps between them and a gutter to the left. Its arrows run through these, in
+// lanes of this distance in pixels, and never across a word.
+const MAX_ROUTED_LINES = 10, ROUTED_LINE_PX = 76, GUTTER_PX = 46, LANE_PX = 5, LANES = 7, CORNER_PX = 5;
 // Lines that are drawn above and below the visible ones.
 const OVERSCAN_LINES = 3;
 // Average width of a character of an arrow label, in pixels.
@@ -68,18 +71,35 @@ class TextPane {
 
   /** Breaks the text into lines if the width of the pane has changed. */
   resize() {
-    const width = this.scroll.clientWidth - 2 * PADDING_PX;
+    const inner = this.scroll.clientWidth - 2 * PADDING_PX;
     this.height = this.scroll.clientHeight;
-    if (width <= 0 || width === this.width) return this.draw();
-    this.width = width;
+    if (inner <= 0 || inner === this.inner) return this.draw();
+    this.inner = inner;
     const style = getComputedStyle(this.lines);
     this.canvas = document.createElement('canvas').getContext('2d');
     this.canvas.font = `${style.fontStyle} ${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+    this.useGaps(true);
     this.layOut();
-    this.lines.style.height = `${this.lineStart.length * LINE_PX + TOP_PX}px`;
+    if (this.lineStart.length > MAX_ROUTED_LINES) {
+      this.useGaps(false);
+      this.layOut();
+    }
+    const textHeight = this.lineStart.length * this.linePx + this.topPx;
+    this.lines.style.height = `${textHeight}px`;
+    this.scroll.parentElement.style.setProperty('--text', `${textHeight + 2}px`);
+    this.height = this.scroll.clientHeight;
     this.clear();
     if (this.state.chosen >= 0) this.scrollToChosen();
     this.draw();
+  }
+
+  /** Sets the distances of lines: wide ones with a gutter for the arrows of short texts, or narrow ones. */
+  useGaps(wide) {
+    this.routed = wide;
+    this.linePx = wide ? ROUTED_LINE_PX : LINE_PX;
+    this.topPx = wide ? ROUTED_LINE_PX - TEXT_PX - 4 : TOP_PX;
+    this.leftPx = wide ? GUTTER_PX : PADDING_PX;
+    this.width = this.inner + PADDING_PX - this.leftPx;
   }
 
   /** Splits the text into segments (a token, or a part of one that spans lines) and assigns them to lines. */
@@ -164,16 +184,16 @@ class TextPane {
 
   /** Number of lines by which Page Up and Page Down move. */
   get pageLines() {
-    return Math.max(1, Math.floor(this.height / LINE_PX) - 1);
+    return Math.max(1, Math.floor(this.height / this.linePx) - 1);
   }
 
   /** Scrolls the chosen token into view, with one line of context above and below it. */
   scrollToChosen() {
     const line = this.line(this.state.chosen);
     if (line < 0 || !this.height) return;
-    const top = line * LINE_PX, { scrollTop } = this.scroll;
-    if (top < scrollTop + LINE_PX) this.scroll.scrollTop = top - LINE_PX;
-    else if (top + 2 * LINE_PX > scrollTop + this.height) this.scroll.scrollTop = top + 2 * LINE_PX - this.height;
+    const { linePx } = this, top = line * linePx, { scrollTop } = this.scroll;
+    if (top < scrollTop + linePx) this.scroll.scrollTop = top - linePx;
+    else if (top + 2 * linePx > scrollTop + this.height) this.scroll.scrollTop = top + 2 * linePx - this.height;
   }
 
   /** Shows a state: the chosen position, its reads [{ cell, key, name, label }], the path counts that shade the
@@ -190,8 +210,8 @@ class TextPane {
   draw() {
     if (!this.segments || !this.height) return;
     const top = this.scroll.scrollTop, lastLine = this.lineStart.length - 1;
-    const first = Math.max(0, Math.floor(top / LINE_PX) - OVERSCAN_LINES);
-    const last = Math.min(lastLine, Math.ceil((top + this.height) / LINE_PX) + OVERSCAN_LINES);
+    const first = Math.max(0, Math.floor(top / this.linePx) - OVERSCAN_LINES);
+    const last = Math.min(lastLine, Math.ceil((top + this.height) / this.linePx) + OVERSCAN_LINES);
     for (const [number, line] of this.drawnLines) {
       if (number < first || number > last) {
         line.remove();
@@ -207,13 +227,13 @@ class TextPane {
   /** Creates the elements of a line. */
   createLine(number) {
     const line = el('div', { class: 'line', role: 'presentation' }), { segments } = this;
-    line.style.top = `${number * LINE_PX + TOP_PX}px`;
+    line.style.top = `${number * this.linePx + this.topPx}px`;
     const end = this.lineStart[number + 1] ?? segments.token.length;
     for (let n = this.lineStart[number]; n < end; n++) {
       const position = this.trace.first + segments.token[n];
       const token = el('span', { id: `${this.prefix}-${n}`, role: 'option', 'data-position': position });
       token.textContent = segments.text[n];
-      token.style.left = `${segments.x[n] + PADDING_PX}px`;
+      token.style.left = `${segments.x[n] + this.leftPx}px`;
       token.title = `${position}: ${quoted(this.trace.text(position))}, id ${this.trace.ids[segments.token[n]]}`;
       line.append(token);
     }
@@ -252,11 +272,11 @@ class TextPane {
    *  the visible part, 1 if it is below, else 0. */
   screenPlace(position, top) {
     const row = this.trace.row(position);
-    if (row < 0) return { x: PADDING_PX, y: 0, width: 8, line: -1, out: -1 };
-    const segment = this.segmentOf[row], line = this.lineOf[row], y = line * LINE_PX + TOP_PX - top;
-    const out = y + LINE_PX < 6 ? -1 : y > this.height - 6 ? 1 : 0;
+    if (row < 0) return { x: this.leftPx, y: 0, width: 8, line: -1, out: -1 };
+    const segment = this.segmentOf[row], line = this.lineOf[row], y = line * this.linePx + this.topPx - top;
+    const out = y + TEXT_PX < -6 ? -1 : y > this.height - 6 ? 1 : 0;
     const width = this.segments.width[segment];
-    return { x: this.segments.x[segment] + width / 2 + PADDING_PX, y, width, line, out };
+    return { x: this.segments.x[segment] + width / 2 + this.leftPx, y, width, line, out };
   }
 
   drawArrows(top) {
@@ -265,7 +285,7 @@ class TextPane {
       if (!targets.has(read.key)) targets.set(read.key, []);
       targets.get(read.key).push(read);
     }
-    let arrowCount = 0, labelCount = 0;
+    let arrowCount = 0, labelCount = 0, lane = 0;
     const placed = [];
     for (const [key, group] of targets) {
       const to = this.screenPlace(key, top);
@@ -273,8 +293,9 @@ class TextPane {
       const step = Math.min(4, to.width / group.length);
       group.forEach((read, n) => {
         const shift = (n - (group.length - 1) / 2) * step;
-        this.drawArrow(arrowCount++, read, from, { ...to, x: to.x + shift }, n);
+        this.drawArrow(arrowCount++, read, from, { ...to, x: to.x + shift }, this.routed ? lane : n);
       });
+      lane++;
       if (this.drawLabel(labelCount, group, key, to, placed)) labelCount++;
     }
     for (let n = arrowCount; n < this.arrows.length && this.arrows[n].isConnected; n++) this.arrows[n].remove();
@@ -299,16 +320,53 @@ class TextPane {
 
   /** Draws arrow number `n`. `spread` separates the arrows that lead to the same token. */
   drawArrow(n, read, from, to, spread) {
-    const group = (this.arrows[n] ??= this.createArrow()), cell = this.trace.cells[read.cell];
+    const group = (this.arrows[n] ??= this.createArrow()), cell = this.trace.heads[read.cell];
     if (!group.isConnected) this.svg.append(group);
     group.dataset.cell = read.cell;
-    group.setAttribute('class', `arrow c${cell.row % LAYER_COLORS}`);
+    const kind = read.weight === undefined ? `c${cell.row % LAYER_COLORS}` : 'cblend';
+    group.setAttribute('class', `arrow ${kind}`);
+    // The arrows of a blend are as strong as the weights.
+    group.style.opacity = read.weight === undefined ? '' : (0.25 + 0.75 * Math.sqrt(read.weight)).toFixed(2);
     group.setAttribute('aria-label', read.label);
-    const [curve, tip] = this.arrowPaths(from, to, spread), [hitPath, linePath, tipPath] = group.children;
+    const paths = this.routed && !from.out && !to.out && to.line >= 0 ? this.routedPaths(from, to, spread)
+      : this.arrowPaths(from, to, spread);
+    const [curve, tip] = paths, [hitPath, linePath, tipPath] = group.children;
     hitPath.setAttribute('d', curve);
     linePath.setAttribute('d', curve);
     linePath.setAttribute('stroke-dasharray', DASHES[cell.head % DASHES.length]);
     tipPath.setAttribute('d', tip);
+  }
+
+  /** SVG path data of an arrow between the lines: it leaves its token upwards, runs in the gap above its line, in the gutter
+   *  if more than one line lies between, and in the gap at the other token. Earlier tokens never lie below. */
+  routedPaths(from, to, spread) {
+    const lane = 10 + LANE_PX * (spread % LANES), start = [from.x, from.y - 1], r = CORNER_PX;
+    const above = from.y - lane;
+    let points, tip;
+    if (to.line === from.line) {
+      // A token that reads itself gets a loop.
+      const shift = Math.abs(to.x - from.x) < 2 ? 7 : 0;
+      points = [[from.x + shift, start[1]], [from.x + shift, above], [to.x - shift, above], [to.x - shift, to.y - 1]];
+      tip = [to.x - shift, to.y - 1, -5];
+    } else {
+      const below = to.y + this.linePx - lane, end = [to.x, to.y + TEXT_PX + 1];
+      const gutter = 6 + LANE_PX * (spread % LANES);
+      points = to.line === from.line - 1 ? [start, [from.x, above], [to.x, above], end]
+        : [start, [from.x, above], [gutter, above], [gutter, below], [to.x, below], end];
+      tip = [...end, 5];
+    }
+    let path = `M${points[0][0]} ${points[0][1]}`;
+    for (let n = 1; n < points.length - 1; n++) {
+      const [before, at, after] = [points[n - 1], points[n], points[n + 1]];
+      // A point at a distance of at most r from the corner, in the direction of another one.
+      const toward = ([x, y]) => {
+        const length = Math.hypot(x - at[0], y - at[1]) || 1, part = Math.min(r, length / 2) / length;
+        return `${at[0] + (x - at[0]) * part} ${at[1] + (y - at[1]) * part}`;
+      };
+      path += `L${toward(before)}Q${at[0]} ${at[1]} ${toward(after)}`;
+    }
+    const [x, y] = points.at(-1), [tipX, tipY, height] = tip;
+    return [`${path}L${x} ${y}`, `M${tipX - 3} ${tipY + height}L${tipX} ${tipY}L${tipX + 3} ${tipY + height}`];
   }
 
   /** SVG path data of an arrow's curve and tip. */
@@ -339,7 +397,7 @@ class TextPane {
     const more = group.length > 3 ? ` +${group.length - 3}` : '';
     const content = to.out ? `${to.out < 0 ? '↑' : '↓'}${key}: ${names}${more}` : names + more;
     const half = (content.length * LABEL_CHAR_PX) / 2 + 2, shift = to.out ? half + 4 : 0;
-    const x = Math.min(Math.max(to.x + shift, half), this.width + PADDING_PX - half);
+    const x = Math.min(Math.max(to.x + shift, half), this.width + this.leftPx - half);
     // A visible token has its label in the gap above it. For a token out of view there are four rows at the edge.
     const rows = to.out === 0 ? [Math.max(9, to.y - 3)] : [0, 1, 2, 3].map((row) => (to.out < 0 ? 10 + 11 * row
       : this.height - 4 - 11 * row));

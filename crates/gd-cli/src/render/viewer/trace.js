@@ -1,11 +1,12 @@
 // A decoded trace and the statistics that are computed from it. This file does not use the document.
 //
-// Shapes: T records (one per token) and C cells (one per head of each selecting layer, in the order of the header).
+// Shapes: T records (one per token) and C cells (one per head of each selecting layer, in the order of the header). The heads
+// of softmax layers whose greatest weights are recorded follow as blends: head number C + b is blend b.
 // Positions count the tokens of the text. Record r describes the token at position first + r.
 
 const ABSTAINED = -1;
 const GENERATED = 1;
-const PROTECTED = 1, REJECTED = 2, LIFTED = 4;
+const PROTECTED = 1, REJECTED = 2, LIFTED = 4, RUNNER_UP = 8;
 // Size of the fixed part of a cell: i32 selected position, then six f32.
 const CELL_BYTES = 28;
 
@@ -25,9 +26,13 @@ class Trace {
     this.view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
     this.layers = [];
     this.cells = [];
+    this.blends = [];
     // Number of reads after the first (of refinement rounds, or further picks of one scan), summed over the cells.
     this.laterRounds = 0;
     for (const layer of this.header.layers) {
+      for (let head = 0; head < (layer.weights ? layer.heads : 0); head++) {
+        this.blends.push({ name: `${layer.layer}.${head}`, layer: layer.layer, head, mechanism: layer.mechanism });
+      }
       if (!layer.selects) continue;
       const picks = layer.picks ?? 1, word = picks > 1 ? 'pick' : 'round';
       const entry = {
@@ -45,6 +50,8 @@ class Trace {
       }
       this.layers.push(entry);
     }
+    // Every head that is recorded: `head(c)` for a cell or a blend.
+    this.heads = this.cells.concat(this.blends);
     this.findRecords();
     this.decode();
     this.totals = this.computeTotals();
@@ -74,6 +81,7 @@ class Trace {
     this.ids = new Uint32Array(length);
     this.generated = new Uint8Array(length);
     this.cellStart = new Float64Array(length);
+    this.blendStart = new Float64Array(length);
     this.selected = new Int32Array(length * width);
     this.margins = new Float32Array(length * width);
     this.later = new Int32Array(length * this.laterRounds);
@@ -112,6 +120,12 @@ class Trace {
       let candidates = view.getUint8(offset++);
       for (; candidates > 0; candidates--) offset += view.getUint8(offset + 4) & LIFTED ? 13 : 9;
     }
+    this.blendStart[r] = offset;
+    for (let b = 0; b < this.blends.length; b++) {
+      for (let count = view.getUint8(offset++); count > 0; count--, offset += 8) {
+        this.checkKey(view.getInt32(offset, true), r);
+      }
+    }
     if (offset !== this.ends[r]) throw new Error(`record ${r} is longer than its heads`);
   }
 
@@ -137,8 +151,23 @@ class Trace {
     return this.selected[this.row(position) * this.cells.length + c];
   }
 
-  /** The positions that cell `c` reads in each of its rounds: [{ cell, key, round, name }]. */
+  /** The greatest weights of blend `b`: [{ key, weight }]. */
+  weights(position, b) {
+    const { view } = this;
+    let offset = this.blendStart[this.row(position)];
+    for (; b > 0; b--) offset += 1 + 8 * view.getUint8(offset);
+    return Array.from({ length: view.getUint8(offset) }, (_, n) => (
+      { key: view.getInt32(offset + 1 + 8 * n, true), weight: view.getFloat32(offset + 5 + 8 * n, true) }));
+  }
+
+  /** The positions that head `c` reads: those of a cell in each of its rounds [{ cell, key, round, name }], or those of the
+   *  greatest weights of a blend [{ cell, key, weight, name }]. */
   reads(position, c) {
+    if (c >= this.cells.length) {
+      const { name } = this.heads[c], percent = (weight) => `${(100 * weight).toFixed(0)} %`;
+      return this.weights(position, c - this.cells.length)
+        .map(({ key, weight }) => ({ cell: c, key, weight, round: 1, name: `${name} ${percent(weight)}` }));
+    }
     const { name, laterIndex, rounds, word } = this.cells[c];
     const reads = [{ cell: c, key: this.selection(position, c), round: 1, name }];
     for (let round = 2; round <= rounds; round++) {
@@ -151,6 +180,13 @@ class Trace {
   /** Energy of the runner-up minus energy of the selected key; Infinity without a runner-up. */
   margin(position, c) {
     return this.margins[this.row(position) * this.cells.length + c];
+  }
+
+  /** The `count` first reads of cells with the largest margins. A key without a runner-up comes after all others. */
+  strongest(position, count) {
+    const rank = (c) => (Number.isFinite(this.margin(position, c)) ? this.margin(position, c) : -1);
+    return [...this.cells.keys()].filter((c) => this.selection(position, c) !== ABSTAINED)
+      .sort((a, b) => rank(b) - rank(a) || a - b).slice(0, count).map((c) => this.reads(position, c)[0]);
   }
 
   /** All recorded values of one cell at one position. */
@@ -168,6 +204,7 @@ class Trace {
           key: view.getInt32(entry, true),
           protected: (flags & PROTECTED) !== 0,
           rejected: (flags & REJECTED) !== 0,
+          runnerUp: (flags & RUNNER_UP) !== 0,
           energy: view.getFloat32(entry + 5, true),
           lifted: flags & LIFTED ? view.getFloat32(entry + 9, true) : null,
         };

@@ -210,9 +210,11 @@ fn files_that_are_not_traces_are_errors() -> Result<()> {
     // Invalid headers with correct hashes.
     let recorded = record(&models()[1].1, "A whale", 0, &[])?;
     type Change<'a> = (&'a str, fn(&mut Header));
-    let changes: [Change; 11] = [
-        ("(supported: gd-trace 2)", |h| h.version = 1),
-        ("other 2", |h| h.format = "other".into()),
+    let changes: [Change; 13] = [
+        ("version 2 has no weights", |h| (h.version, h.layers[0].weights) = (2, 8)),
+        ("3 weights", |h| h.layers[0].weights = 3),
+        ("256 weights", |h| (h.layers[0].selects, h.layers[0].weights) = (false, 256)),
+        ("other 3", |h| h.format = "other".into()),
         ("heads", |h| h.layers[0].heads = usize::MAX),
         ("heads", |h| h.layers[1].heads = 0),
         ("rounds", |h| h.layers[1].rounds = 0),
@@ -221,7 +223,7 @@ fn files_that_are_not_traces_are_errors() -> Result<()> {
         ("a part of a generation", |h| h.max_tokens = Some(3)),
         ("a part of a generation", |h| h.end_tokens = Some(Vec::new())),
         ("1025 layers", |h| h.layers = vec![h.layers[1].clone(); 1025]),
-        ("no layer that selects", |h| h.layers.iter_mut().for_each(|layer| layer.selects = false)),
+        ("no layer that is recorded", |h| h.layers.iter_mut().for_each(|layer| layer.selects = false)),
     ];
     for (word, change) in changes {
         let mut header = recorded.header.clone();
@@ -229,5 +231,11 @@ fn files_that_are_not_traces_are_errors() -> Result<()> {
         let e = error(&written(&header, &recorded.records, None)?)?;
         ensure!(e.contains(word) && e.contains("damaged"), "{word}: {e}");
     }
+    // A file of another version than its header.
+    let mut older = bytes[..bytes.len() - 32].to_vec();
+    older[7] = b'2';
+    let hash = blake3::hash(&older);
+    older.extend(hash.as_bytes());
+    ensure!(error(&older)?.contains("(supported here: gd-trace 2)"), "{}", error(&older)?);
     Ok(())
 }

@@ -117,7 +117,7 @@ fn the_effect_is_the_divergence_of_two_runs() -> Result<()> {
     Ok(())
 }
 
-fn saved(gd: &serde_json::Value, seed: u64, folder: &Path) -> Result<()> {
+pub(super) fn saved(gd: &serde_json::Value, seed: u64, folder: &Path) -> Result<()> {
     let card =
         ["name", "summary", "parameters", "mechanism", "tokenizer", "context", "data", "steps", "loss"];
     Ok(model(gd, seed)?.save(folder, &card.map(|key| (key, "test".to_owned())))?)

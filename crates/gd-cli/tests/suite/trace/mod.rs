@@ -1,11 +1,13 @@
 //! Traces: the records contain the selections of the model, every change of a file is detected, and a replay agrees
 //! only with the recorded model and text.
 
+mod blends;
 mod certificate;
 mod effects;
 mod forgeries;
 mod proofs;
 mod replays;
+mod runners_up;
 
 use std::path::Path;
 

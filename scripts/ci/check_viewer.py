@@ -31,7 +31,9 @@ from viewer_browser import Browser, find_chromium
 EVIL = "</script><img src=x onerror=\"window.evil=1\"><script>window.evil=1</script>"
 WORDS = ["the", " king", " of", " France", ",", " said", " a", " stranger", ".", " He", " could", " not", "\n", "\n\n",
          "\n  ", "\tindent", " ", "", "é", "漢", "字", "🙂", " שלום", EVIL, "—" * 70, " <b>", " &amp;", "x\ny"]
-GENERATED, PROTECTED, REJECTED, LIFTED = 1, 1, 2, 4
+GENERATED, PROTECTED, REJECTED, LIFTED, RUNNER_UP = 1, 1, 2, 4, 8
+# Number of reads that are shown at first.
+STRONGEST = 5
 
 
 def same(actual, expected, *what):
@@ -43,12 +45,14 @@ def to_f32(x):
 
 
 class RandomTrace:
-    """A random trace. `layers` lists (heads, rounds, threshold or None), or the mechanism of a layer that blends."""
+    """A random trace. `layers` lists (heads, rounds, threshold or None) of a layer that selects, the number of heads of a
+    softmax layer whose greatest weights are recorded, or the mechanism of a layer that is not recorded."""
 
     def __init__(self, seed, tokens, layers, first=0):
         self.random = random.Random(seed)
         self.first, self.end = first, first + tokens
-        self.layers = [entry for entry in enumerate(layers) if not isinstance(entry[1], str)]
+        self.layers = [entry for entry in enumerate(layers) if isinstance(entry[1], tuple)]
+        self.blends = [(n, head) for n, heads in enumerate(layers) if isinstance(heads, int) for head in range(heads)]
         self.header = {"format": "gd-trace", "version": 1, "gd": "0.1.0", "seed": 2**63 + 1, "device": "cpu",
                        "isa": "avx512", "precision": "native", "interventions": [EVIL], "sampling": None,
                        "input": "blake3:" + "0f" * 32, "prompt_tokens": tokens // 2,
@@ -59,14 +63,23 @@ class RandomTrace:
         self.ids = [self.random.randrange(50_000) for _ in range(tokens)]
         self.cells = [(layer, head) for layer, (heads, _, _) in self.layers for head in range(heads)]
         self.rows = [[self.cell(p, *place) for place in self.cells] for p in range(first, self.end)]
+        self.weights = [[self.blend(p) for _ in self.blends] for p in range(first, self.end)]
 
     @staticmethod
     def layer(n, kind):
         if isinstance(kind, str):
             return {"layer": n, "mechanism": kind, "selects": False}
+        if isinstance(kind, int):
+            return {"layer": n, "mechanism": "softmax", "selects": False, "heads": kind, "weights": 8}
         heads, rounds, threshold = kind
         bounds = None if threshold is None else [threshold] * heads
         return {"layer": n, "mechanism": "gd", "selects": True, "heads": heads, "rounds": rounds, "threshold": bounds}
+
+    def blend(self, p):
+        """The greatest weights of a softmax head, in descending order."""
+        keys = self.random.sample(range(p + 1), min(p + 1, 8))
+        parts = sorted((self.random.random() + 0.01 for _ in keys), reverse=True)
+        return [(key, to_f32(part / sum(parts))) for key, part in zip(keys, parts)]
 
     def cell(self, p, layer, head):
         rng = self.random
@@ -80,7 +93,8 @@ class RandomTrace:
             flags = PROTECTED * (rng.random() < 0.2)
             flags |= REJECTED * (threshold is not None and energy > threshold)
             lifted = LIFTED * (n == 1 and rng.random() < 0.2)
-            candidates.append({"key": key, "flags": flags | lifted, "energy": to_f32(energy),
+            runner_up = RUNNER_UP * (n == len(keys) - 1 > 1 and not flags and not lifted)
+            candidates.append({"key": key, "flags": flags | lifted | runner_up, "energy": to_f32(energy),
                                "lifted": to_f32(energy - 0.005)})
         admitted = [c for c in candidates if not c["flags"] & REJECTED]
         if not admitted or rng.random() < 0.05:
@@ -90,7 +104,8 @@ class RandomTrace:
         value = rng.random()
         selected, energy = (admitted[0]["key"], admitted[0]["energy"]) if admitted else (-1, math.inf)
         return {"selected": selected, "energy": energy, "margin": margin,
-                "coherence": rng.random() if rng.random() < 0.8 else math.nan, "gate": 1.0,
+                "coherence": rng.random() if rng.random() < 0.8 else math.nan,
+                "gate": 0.5 if head == 1 else 1.0,
                 "value": to_f32(value), "average": to_f32((1 - value) * rng.random()), "later": later,
                 "candidates": candidates}
 
@@ -116,6 +131,8 @@ class RandomTrace:
                     body += struct.pack("<iBf", k["key"], k["flags"], k["energy"])
                     if k["flags"] & LIFTED:
                         body += struct.pack("<f", k["lifted"])
+            for weights in self.weights[n]:
+                body += bytes([len(weights)]) + b"".join(struct.pack("<if", *pair) for pair in weights)
             out += struct.pack("<I", len(body)) + body
         return bytes(out)
 
@@ -190,7 +207,15 @@ def near(text, x):
 def matrix(tab, trace, p, view=1):
     cells = tab.js(f"""[...document.querySelectorAll('.trace:nth-of-type({view}) .matrix [data-cell]')].map((c) =>
         [c.dataset.cell, c.textContent, c.getAttribute('aria-label'), c.className.includes('abstained')])""")
-    same([c[0] for c in cells], [f"{layer}.{head}" for layer, head in trace.cells], "the heads in the matrix")
+    names = [f"{layer}.{head}" for layer, head in trace.cells + trace.blends]
+    same(sorted(c[0] for c in cells), sorted(names), "the heads in the matrix")
+    if trace.cells:
+        same(cells[0][0], names[0], "the first head in the matrix")
+    cells.sort(key=lambda c: names.index(c[0]))
+    for (name, text, label, _), weights in zip(cells[len(trace.cells):], trace.weights[p - trace.first]):
+        key, weight = weights[0]
+        same(text, f"{p - key}{100 * weight:.0f} %", f"position {p} softmax head {name}")
+        check(f"blends all keys; the {len(weights)} greatest weights" in label, label)
     for (name, text, label, abstained), c in zip(cells, trace.row(p)):
         expected = c["selected"] < 0
         same(abstained, expected, f"position {p} head {name}: whether it abstained")
@@ -200,8 +225,9 @@ def matrix(tab, trace, p, view=1):
         no_runner_up = math.isinf(c["margin"])
         same(text, f"{p - c['selected']}{'∞' if no_runner_up else ''}", f"position {p} head {name}")
         check(f"reads position {c['selected']} " in label, label)
+        same("gate ρ 0.5" in label, c["gate"] == 0.5, f"the gate of {name} in {label}")
         shown = re.search(r"margin (\S+)|(no runner-up)", label)
-        check(bool(shown[2]) if no_runner_up else near(shown[1].rstrip(";"), c["margin"]), label, c["margin"])
+        check(bool(shown[2]) if no_runner_up else near(shown[1].rstrip(";,"), c["margin"]), label, c["margin"])
 
 
 def paths(tab, trace, p, sample=None):
@@ -233,12 +259,28 @@ def candidates(tab, trace, p, c):
         check(near(lifted, k["lifted"]) if k["flags"] & LIFTED else lifted == "", f"lift of {key}: {lifted}")
         same(protected == "yes", bool(k["flags"] & PROTECTED), f"protection of {key}")
         word = ("selected" if key == cell["selected"] else "round" if key in cell["later"]
-                else "threshold" if k["flags"] & REJECTED else "not least")
+                else "threshold" if k["flags"] & REJECTED else "runner-up" if k["flags"] & RUNNER_UP else "not least")
         check(word in outcome and (word != "threshold" or f"> {threshold:g}" in outcome),
               f"outcome of {key}: {outcome}, {word}")
-    reads = tab.js("""[...document.querySelectorAll('.arrow')].map((a) => a.getAttribute('aria-label'))""")
+    reads = labels(tab)
     expected = [key for key in [cell["selected"], *cell["later"]] if key >= 0]
     check(len(reads) <= len(expected) and all(f"layer {layer} head {head} " in r for r in reads), reads, expected)
+
+
+def labels(tab):
+    """The descriptions of the arrows."""
+    return tab.js("[...document.querySelectorAll('.arrow')].map((a) => a.getAttribute('aria-label'))")
+
+
+def clearest(tab, trace, p):
+    """The arrows at first are those of the largest margins, as far as they are in view."""
+    ranked = [(-c["margin"] if math.isfinite(c["margin"]) else 1, n) for n, c in enumerate(trace.row(p))
+              if c["selected"] >= 0]
+    names = ["layer {} head {} ".format(*trace.cells[n]) for _, n in sorted(ranked)[:STRONGEST]]
+    shown = labels(tab)
+    check(len(shown) <= len(names) and all(any(s.startswith(name) for name in names) for s in shown), shown, names)
+    status = tab.js("document.querySelector('.status').textContent")
+    check(f"the {len(names)} clearest reads" in status, status)
 
 
 def totals(tab, trace):
@@ -267,7 +309,8 @@ def one_trace(browser, build):
     for text in [*trace.header["model"].values()][1:] + [trace.header["input"], str(2**63 + 1), EVIL, "not chained"]:
         check(text in hashes, f"{text} is not among the hashes: {hashes}")
     blends = tab.js("document.querySelector('.blends').textContent")
-    same(blends, "softmax: blends, no single source", "the layer that does not select")
+    same(blends, "Layer 1 (softmax) blends: no single source.", "the layer that does not select")
+    clearest(tab, trace, 299)
     rng, p = random.Random(2), 299
     for step in range(40):
         key = rng.choice(["j", "k", "ArrowLeft", "ArrowRight", "search", "Home", "End", "k", "k"])
@@ -284,6 +327,7 @@ def one_trace(browser, build):
         tab.settle()
         same(chosen(tab), p, f"the token chosen after key {step}, {key}")
         matrix(tab, trace, p)
+        clearest(tab, trace, p)
         if step % 4 == 0:
             paths(tab, trace, p)
     # Up reverses Down, and Page Down moves further than one line.
@@ -325,6 +369,15 @@ def one_trace(browser, build):
     tab.settle()
     same(chosen(tab), 199, "the way back")
     same(tab.js("document.querySelectorAll('.matrix [aria-selected=true]').length"), 0, "no head alone")
+    # All heads of a layer, by the key and by the number of the layer.
+    for layer in [3, 2]:
+        tab.press("l") if layer == 3 else tab.js("document.querySelector('.layer[data-layer=\"2\"]').click()")
+        tab.settle()
+        shown, expected = labels(tab), trace.reads(199, layer)
+        check(0 < len(shown) <= len(expected) and all(s.startswith(f"layer {layer} ") for s in shown), shown, expected)
+        same(tab.js("document.querySelector('.which').value"), f"layer {layer}", "the choice of the arrows")
+    tab.press("a")
+    tab.settle()
     # The arrows of all heads: one for each read that is not out of view on the side of the token itself.
     expected = sum(len(trace.reads(199, layer)) for layer, _ in trace.layers)
     drawn = tab.js("document.querySelectorAll('.arrow').length")
@@ -363,6 +416,79 @@ def one_trace(browser, build):
     same(refused, "refused", "a fetch from the page")
     check(any("Content Security Policy" in error for error in tab.errors), "the policy did not forbid it:", tab.errors)
     return trace
+
+
+def blends(browser, build):
+    """Softmax heads show their greatest weights as a blend; heads that select come first."""
+    trace = RandomTrace(11, 200, ["softmax", 4, (4, 1, None), 3, (2, 1, 2.0)])
+    tab = browser.open(build.page(("blends", trace)))
+    clearest(tab, trace, 199)
+    for p in [199, 198, 120]:
+        tab.press("/")
+        tab.type(str(p))
+        tab.press("Enter")
+        tab.press("Escape")
+        tab.settle()
+        matrix(tab, trace, p)
+        for name, weights in zip(trace.blends, trace.weights[p]):
+            tab.js("document.querySelector('[data-cell=\"{}.{}\"]').click()".format(*name))
+            tab.settle()
+            rows = tab.js("""[...document.querySelectorAll('.candidates tr[data-key]')].map((r) =>
+                [+r.dataset.key, r.children[1].textContent])""")
+            same(rows, [[key, f"{100 * weight:.1f} %"] for key, weight in weights], f"the weights of {name} at {p}")
+            shown = labels(tab)
+            check(len(shown) <= 8 and all("with weight" in s for s in shown), shown)
+    clean(tab)
+    # A trace of a model without selection.
+    only = RandomTrace(12, 60, [3, 3])
+    tab = browser.open(build.page(("only", only)))
+    matrix(tab, only, 59)
+    check(len(labels(tab)) > 0, "no arrow of a blend")
+    clean(tab)
+
+
+def short_text(browser, build):
+    """The arrows of a text of a few lines cross no word, and the pane is as tall as the text."""
+    for width in [1280, 400]:
+        trace = prose(13, tokens=60)
+        tab = browser.open(build.page(("short", trace)), width=width)
+        for step in range(12):
+            tab.press("k" if step % 2 else "ArrowUp")
+            if step % 3 == 0:
+                tab.press("a")
+            tab.settle()
+            crossed = tab.js("""(() => {
+                const boxes = [...document.querySelectorAll('.token')].map((t) => [t, t.getBoundingClientRect()]);
+                const origin = document.querySelector('.arrows').getBoundingClientRect(), crossed = [];
+                for (const path of document.querySelectorAll('.arrow .line')) {
+                    const length = path.getTotalLength();
+                    // The ends touch the words that they belong to.
+                    for (let at = 4; at < length - 4; at += 3) {
+                        const { x, y } = path.getPointAtLength(at), px = x + origin.x, py = y + origin.y;
+                        const inside = (b) => px > b.left && px < b.right && py > b.top + 2 && py < b.bottom - 2;
+                        const hit = boxes.find((entry) => inside(entry[1])), label = path.parentNode.ariaLabel;
+                        if (hit) crossed.push(`${label} crosses ${hit[0].textContent}`);
+                    }
+                }
+                return crossed;
+            })()""")
+            same(sorted(set(crossed)), [], f"words that arrows cross at a width of {width}")
+        pane, text = tab.js("['.pane', '.lines'].map((name) => document.querySelector(name).clientHeight)")
+        check(pane <= text + 2, f"the pane is {pane} tall, its text {text}")
+        clean(tab)
+
+
+def many_heads(browser, build):
+    """All columns of the matrix are in its panel."""
+    for heads, width in [(9, 1280), (9, 400), (32, 1280), (32, 400)]:
+        trace = RandomTrace(14, 30, ["softmax"] * 3 + [(heads, 1, None)] * 2)
+        tab = browser.open(build.page(("wide", trace)), width=width)
+        inner, table = tab.js("(({ parentElement, scrollWidth }) => [parentElement.clientWidth, scrollWidth])"
+                              "(document.querySelector('.matrix'))")
+        check(table <= inner, f"the matrix of {heads} heads is {table} wide in {inner}")
+        same(tab.js("document.querySelector('.matrix tbody th').textContent"), "3", "the first layer of the matrix")
+        same(tab.js("document.querySelector('.blends').textContent"),
+             "Layers 0–2 (softmax) blend: no single source.", "the layers that are not recorded")
 
 
 def clean(tab):
@@ -494,10 +620,10 @@ def layouts(browser, build, shots):
                 tab.shot(shots / f"{stem}-panels.png")
 
 
-def prose(seed, change=0.0):
-    trace = RandomTrace(seed, 420, [(4, 1, None), (4, 1, 2.5), "softmax", (4, 1, 2.5)])
+def prose(seed, change=0.0, tokens=420):
+    trace = RandomTrace(seed, tokens, [(4, 1, None), (4, 1, 2.5), "softmax", (4, 1, 2.5)])
     text = (Path(__file__).resolve().parents[2] / "models/text/sample.txt").read_text()[:10000]
-    trace.texts = re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)[:420]
+    trace.texts = re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)[:tokens]
     if change:
         trace.change(change, seed)
     return trace
@@ -512,7 +638,8 @@ def main():
         args.shots.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, Browser(find_chromium()) as browser:
         build = Build(args.target, folder)
-        parts = {"one trace": one_trace, "counts above 2^53": deep, "a trace that starts late": late_start,
+        parts = {"one trace": one_trace, "blends": blends, "a short text": short_text, "many heads": many_heads,
+                 "counts above 2^53": deep, "a trace that starts late": late_start,
                  "two traces": two_traces, "a broken trace": broken, "a long trace": speed,
                  "widths": lambda browser, build: layouts(browser, build, args.shots)}
         for name, part in parts.items():

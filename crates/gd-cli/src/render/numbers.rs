@@ -42,6 +42,15 @@ pub fn short(x: f64) -> String {
     format!("{x:.*}", decimals(size) + 1)
 }
 
+/// A round number without zeros at its end.
+pub fn tick_label(x: f64) -> String {
+    let text = short(x);
+    let (digits, exponent) = text.split_once('e').map_or((text.as_str(), ""), |(d, e)| (d, e));
+    let digits =
+        if digits.contains('.') { digits.trim_end_matches('0').trim_end_matches('.') } else { digits };
+    if exponent.is_empty() { digits.to_owned() } else { format!("{digits}e{exponent}") }
+}
+
 /// Digits after the point that give a number three digits.
 fn decimals(x: f64) -> usize {
     match x.abs() {
@@ -91,6 +100,9 @@ mod tests {
         }
         for (x, text) in [(917_504.0, "0.92 M"), (1.03e7, "10.3 M"), (1.345e8, "134 M"), (1.71e9, "1.71 B")] {
             assert_eq!(scaled(x), text);
+        }
+        for (x, text) in [(0.5, "0.5"), (2.25, "2.25"), (2000.0, "2,000"), (3e-4, "3e-4"), (0.0, "0")] {
+            assert_eq!(tick_label(x), text);
         }
         assert_eq!(scaled(20_480.0), "20,480");
         for (x, text) in [

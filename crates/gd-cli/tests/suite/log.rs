@@ -78,7 +78,9 @@ fn log(dir: &Path) -> Result<()> {
 fn pictures(dir: &Path) -> Result<()> {
     succeeded(&gd(dir, "plot one two --out both.svg --x tokens --y loss,valid_loss,mfu")?)?;
     let svg = fs::read_to_string(dir.join("both.svg"))?;
-    for text in ["<svg", "nats per token", "mfu", "tokens", "one", "two", "#0072B2", "#009E73"] {
+    for text in
+        ["<svg", "nats per token", "model FLOPs utilization", "tokens", "one", "two", "#0072B2", "#009E73"]
+    {
         assert!(svg.contains(text), "{text} is missing");
     }
     succeeded(&gd(dir, "plot one --out one.png --x time --y lr,grad_norm")?)?;

@@ -56,15 +56,12 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let make = if args.blend { Header::with_blends } else { Header::new };
     let header = make(&loaded, &name, &prompt, generation.as_ref(), &interventions, &ctx.device)
         .map_err(|e| with_remedy(e, model))?;
-    if let Some(act) = args.sweep {
-        let sweep = trace::sweep(&loaded, &header, &prompt, act.into(), &ctx.device)?;
-        if let Some(plot) = &args.plot {
-            plot::save(plot, &sweep::grid(&sweep))?;
-        }
-        sweep::print(ctx, &sweep, &prompt, &loaded.tokenizer)?;
-        if !records {
-            return Ok(());
-        }
+    let sweep = match args.sweep {
+        None => None,
+        Some(act) => Some(trace::sweep(&loaded, &header, &prompt, act.into(), &ctx.device)?),
+    };
+    if let Some((plot, sweep)) = args.plot.as_ref().zip(sweep.as_ref()) {
+        plot::save(plot, &sweep::grid(sweep))?;
     }
     let effect = match interventions.is_empty() {
         true => None,
@@ -73,6 +70,12 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let mut summary = None;
     if records {
         summary = Some(record(&args, &loaded, &header, &prompt, key.as_ref(), ctx)?);
+    }
+    if ctx.json {
+        return output::print_json(ctx, effect.as_ref(), sweep.as_ref(), summary.as_ref());
+    }
+    if let Some(sweep) = &sweep {
+        sweep::print(ctx, sweep, &prompt, &loaded.tokenizer)?;
     }
     output::print(ctx, effect.as_ref(), summary.as_ref(), args.max_tokens > 0)
 }

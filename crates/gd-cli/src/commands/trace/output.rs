@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use comfy_table::Table;
-use gd_model::trace::{Effect, Seal, hex};
+use gd_model::trace::{Effect, Seal, Sweep, hex};
 use serde_json::{Value, json};
 
 use crate::context::Context;
@@ -26,9 +26,6 @@ pub(super) fn print(
     summary: Option<&Summary>,
     show_text: bool,
 ) -> Result<()> {
-    if ctx.json {
-        return print_json(ctx, effect, summary);
-    }
     if let Some(effect) = effect {
         print_effect(ctx, effect)?;
     }
@@ -45,8 +42,15 @@ pub(super) fn print(
     Ok(())
 }
 
-fn print_json(ctx: &Context, effect: Option<&Effect>, summary: Option<&Summary>) -> Result<()> {
-    let mut out = json!({ "effect": effect, "changed": effect.map(|effect| !effect.is_none()) });
+/// Prints one JSON object with the effects and the summary of a trace.
+pub(super) fn print_json(
+    ctx: &Context,
+    effect: Option<&Effect>,
+    sweep: Option<&Sweep>,
+    summary: Option<&Summary>,
+) -> Result<()> {
+    let mut out =
+        json!({ "effect": effect, "sweep": sweep, "changed": effect.map(|effect| !effect.is_none()) });
     if let Some(Summary { seal, text, selections, abstained }) = summary {
         out["text"] = Value::from(text.as_str());
         out["head"] = Value::from(hex(&seal.head));

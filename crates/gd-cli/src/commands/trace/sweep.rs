@@ -4,7 +4,6 @@ use anyhow::Result;
 use comfy_table::Table;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::trace::{HeadEffect, Sweep, SweepAct};
-use serde_json::json;
 
 use super::output::key_name;
 use crate::context::Context;
@@ -16,9 +15,6 @@ const MAX_ROWS: usize = 20;
 
 /// Prints the effects, the greatest first. `prompt` are the tokens that the heads read.
 pub(super) fn print(ctx: &Context, sweep: &Sweep, prompt: &[u32], tokenizer: &Tokenizer) -> Result<()> {
-    if ctx.json {
-        return ctx.print(json!({ "sweep": sweep }));
-    }
     let act = match sweep.act {
         SweepAct::Ban => "each head cannot read what it reads",
         SweepAct::Ablate => "each head abstains",

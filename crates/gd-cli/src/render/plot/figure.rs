@@ -5,13 +5,12 @@ use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
 use super::heat_map::{CELL_PX, HEAT_MAP_CELLS, HeatMap};
-use super::mark::{Axes, Chart, Mark, draw_marks, legend_text};
-use super::{COLORS, DrawResult, FONT, Picture, WIDTH_PX, axis_label};
+use super::mark::{Mark, draw_marks};
+use super::style::{
+    Axes, COLORS, LABEL_AREA_PX, MARGIN_PX, TITLE_HEIGHT_PX, WIDTH_PX, draw_axes, draw_title, legend_text,
+};
+use super::{DrawResult, Picture};
 
-/// Width of the labels to the left of a chart, and height of those below it.
-pub(super) const LABEL_AREA_PX: (u32, u32) = (84, 48);
-pub(super) const MARGIN_PX: u32 = 16;
-const TITLE_HEIGHT_PX: u32 = 40;
 const CHART_HEIGHT_PX: u32 = 300;
 /// Total height of the line chart with title, labels and margin.
 const LINE_CHART_HEIGHT_PX: u32 = TITLE_HEIGHT_PX + CHART_HEIGHT_PX + LABEL_AREA_PX.1 + MARGIN_PX;
@@ -81,41 +80,10 @@ pub(super) fn split_area<B: DrawingBackend>(
 where
     B::ErrorType: 'static,
 {
-    area.draw(&Text::new(title.to_owned(), (MARGIN_PX as i32, 12), (FONT, 20)))?;
-    let (_, below) = area.split_vertically(TITLE_HEIGHT_PX);
-    let (plot, legend) =
-        below.split_horizontally(MARGIN_PX + LABEL_AREA_PX.0 + HEAT_MAP_CELLS.0 as u32 * CELL_PX);
+    let below = draw_title(area, title)?;
+    let chart = 2 * MARGIN_PX + LABEL_AREA_PX.0 + HEAT_MAP_CELLS.0 as u32 * CELL_PX;
+    let (plot, legend) = below.split_horizontally(chart);
     Ok([plot, legend])
-}
-
-/// Draws labelled axes.
-pub(super) fn draw_axes<'a, B: DrawingBackend>(
-    plot: &'a DrawingArea<B, Shift>,
-    (x_label, y_label): (&str, &str),
-    axes: &Axes,
-) -> DrawResult<Chart<'a, B>>
-where
-    B::ErrorType: 'static,
-{
-    let [x, y] = axes.clone();
-    let (width, height) = (x.end - x.start, y.end - y.start);
-    let mut chart = ChartBuilder::on(plot)
-        .margin_left(MARGIN_PX)
-        .margin_bottom(MARGIN_PX)
-        .x_label_area_size(LABEL_AREA_PX.1)
-        .y_label_area_size(LABEL_AREA_PX.0)
-        .build_cartesian_2d(x, y)?;
-    chart
-        .configure_mesh()
-        .x_desc(x_label)
-        .y_desc(y_label)
-        .label_style((FONT, 16))
-        .axis_desc_style((FONT, 18))
-        .light_line_style(WHITE)
-        .x_label_formatter(&|x| axis_label(*x, width))
-        .y_label_formatter(&|y| axis_label(*y, height))
-        .draw()?;
-    Ok(chart)
 }
 
 impl LineChart {

@@ -5,7 +5,8 @@ use plotters::prelude::*;
 use plotters::style::colors::colormaps::ViridisRGB;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::{DrawResult, FONT, Picture, WIDTH_PX};
+use super::style::{AXIS_PX, FONT, INK, LABEL_PX, TITLE_PX, WIDTH_PX, text};
+use super::{DrawResult, Picture};
 use crate::render::numbers::short;
 
 /// Space for the title, for the labels to the left and below, and for the color scale to the right.
@@ -71,11 +72,11 @@ impl Picture for Grid {
         };
         let (middle, end) = (Pos::new(HPos::Center, VPos::Center), Pos::new(HPos::Right, VPos::Center));
         let start = Pos::new(HPos::Left, VPos::Center);
-        write(16, 24, self.title.clone(), 20, start, &BLACK)?;
+        write(16, 24, self.title.clone(), TITLE_PX, start, &INK)?;
         let label_every = (24 / width).max(1) as usize;
         for (at, (label, values)) in self.rows.iter().enumerate() {
             let y = top + at as i32 * height;
-            write(left - 10, y + height / 2, label.clone(), 16, end, &BLACK)?;
+            write(left - 10, y + height / 2, label.clone(), LABEL_PX, end, &INK)?;
             for (column, &value) in values.iter().enumerate() {
                 let (x, share) =
                     (left + column as i32 * width, if greatest > 0.0 { value / greatest } else { 0.0 });
@@ -90,11 +91,11 @@ impl Picture for Grid {
         let below = top + self.rows.len() as i32 * height;
         for column in (0..self.columns() as usize).step_by(label_every) {
             let x = left + column as i32 * width + width / 2;
-            write(x, below + 14, column.to_string(), 16, middle, &BLACK)?;
+            write(x, below + 14, column.to_string(), LABEL_PX, middle, &INK)?;
         }
         let center = left + self.columns() as i32 * width / 2;
-        write(center, below + 38, self.x.clone(), 18, middle, &BLACK)?;
-        write(left - 10, top - 14, self.y.clone(), 18, end, &BLACK)?;
+        write(center, below + 38, self.x.clone(), AXIS_PX, middle, &INK)?;
+        write(left - 10, top - 14, self.y.clone(), AXIS_PX, end, &INK)?;
         self.draw_scale(root, greatest)
     }
 }
@@ -106,14 +107,14 @@ impl Grid {
     {
         let left = (WIDTH_PX - SCALE_PX) as i32 + 24;
         let (top, bottom) = (TOP_PX as i32 + 30, TOP_PX as i32 + 30 + SCALE_HEIGHT_PX);
-        root.draw(&Text::new(self.value.clone(), (left, TOP_PX as i32), (FONT, 16)))?;
+        root.draw(&text(self.value.as_str(), (left, TOP_PX as i32), LABEL_PX))?;
         for step in 0..COLOR_STEPS {
             let y = |step: i32| bottom - step * SCALE_HEIGHT_PX / COLOR_STEPS;
             let color = ViridisRGB.get_color(f64::from(step) / f64::from(COLOR_STEPS - 1));
             root.draw(&Rectangle::new([(left, y(step + 1)), (left + 20, y(step))], color.filled()))?;
         }
         for (value, y) in [(greatest, top), (greatest / 2.0, (top + bottom) / 2), (0.0, bottom)] {
-            root.draw(&Text::new(short(value), (left + 28, y - 8), (FONT, 16)))?;
+            root.draw(&text(short(value), (left + 28, y - 8), LABEL_PX))?;
         }
         Ok(())
     }

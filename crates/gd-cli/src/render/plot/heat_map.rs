@@ -4,9 +4,10 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::colors::colormaps::ViridisRGB;
 
-use super::figure::{draw_axes, split_area};
-use super::mark::{Axes, Mark, draw_marks};
-use super::{DrawResult, FONT, axis_label};
+use super::DrawResult;
+use super::figure::split_area;
+use super::mark::{Mark, draw_marks};
+use super::style::{Axes, LABEL_PX, axis_label, draw_axes, text};
 
 /// Columns and rows of the values of a heat map. A cell is a square, so the plane should have this aspect ratio.
 pub const HEAT_MAP_CELLS: (usize, usize) = (320, 240);
@@ -120,7 +121,7 @@ impl HeatMap {
         B::ErrorType: 'static,
     {
         let bottom = SCALE_TOP_PX + (SCALE_TICKS as i32 - 1) * TICK_DISTANCE_PX;
-        legend.draw(&Text::new(self.value.clone(), (14, 0), (FONT, 16)))?;
+        legend.draw(&text(self.value.as_str(), (14, 0), LABEL_PX))?;
         for step in 0..COLOR_STEPS {
             let y = |step: usize| bottom - (step as i32 * (bottom - SCALE_TOP_PX)) / COLOR_STEPS as i32;
             legend.draw(&Rectangle::new([(14, y(step + 1)), (34, y(step))], color(step).filled()))?;
@@ -129,7 +130,7 @@ impl HeatMap {
             let y = bottom - (tick as i32 * (bottom - SCALE_TOP_PX)) / (SCALE_TICKS as i32 - 1);
             let value = scale.value_at(tick as f64 / (SCALE_TICKS as f64 - 1.0));
             let label = axis_label(value, scale.max - scale.min);
-            legend.draw(&Text::new(label, (42, y - 8), (FONT, 16)))?;
+            legend.draw(&text(label, (42, y - 8), LABEL_PX))?;
         }
         Ok(bottom + 24)
     }
@@ -137,8 +138,9 @@ impl HeatMap {
 
 #[cfg(test)]
 mod tests {
-    use super::super::figure::{Figure, LABEL_AREA_PX, LineChart, MARGIN_PX};
-    use super::super::{Picture, Symbol, WIDTH_PX, save};
+    use super::super::figure::{Figure, LineChart};
+    use super::super::style::{LABEL_AREA_PX, MARGIN_PX, WIDTH_PX};
+    use super::super::{Picture, Symbol, save};
     use super::*;
 
     #[test]

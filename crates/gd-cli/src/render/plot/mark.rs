@@ -1,18 +1,10 @@
 //! Marked points and the legend of a figure.
 
-use std::ops::Range;
-
-use plotters::chart::ChartContext;
 use plotters::coord::Shift;
-use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
-use super::{COLORS, DrawResult, FONT};
-
-/// A chart with linear axes.
-pub(super) type Chart<'a, B> = ChartContext<'a, B, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
-/// The ranges of the x and the y axis.
-pub(super) type Axes = [Range<f64>; 2];
+use super::DrawResult;
+use super::style::{COLORS, Chart, legend_text};
 
 /// The shape of a mark. Shapes distinguish marks without color.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,20 +97,4 @@ where
         }
     }
     Ok(())
-}
-
-/// Writes the lines of a legend entry and returns the pixel row of the next entry.
-pub(super) fn legend_text<B: DrawingBackend>(
-    legend: &DrawingArea<B, Shift>,
-    mut row: i32,
-    text: &str,
-) -> DrawResult<i32>
-where
-    B::ErrorType: 'static,
-{
-    for line in text.split('\n') {
-        legend.draw(&Text::new(line.to_owned(), (48, row + 2), (FONT, 16)))?;
-        row += 19;
-    }
-    Ok(row + 7)
 }

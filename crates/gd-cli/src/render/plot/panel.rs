@@ -3,7 +3,8 @@
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use super::{COLORS, DrawResult, FONT, Picture, WIDTH_PX, axis_label};
+use super::style::{COLORS, LEGEND_PX, WIDTH_PX, draw_axes, draw_title, legend_text};
+use super::{DrawResult, Picture};
 
 /// Height of the panel of a plot with one panel.
 const SINGLE_PANEL_HEIGHT_PX: u32 = 600;
@@ -101,49 +102,28 @@ impl Panel {
         B::ErrorType: 'static,
     {
         let ([left, right], [low, high]) = (self.x_range(), self.y_range());
-        let mut chart = ChartBuilder::on(area);
-        chart.margin(16).x_label_area_size(48).y_label_area_size(84);
-        if !self.title.is_empty() {
-            chart.caption(&self.title, (FONT, 20));
-        }
-        let mut chart = chart.build_cartesian_2d(left..right, low..high)?;
-        chart
-            .configure_mesh()
-            .x_desc(&self.x)
-            .y_desc(&self.y)
-            .label_style((FONT, 16))
-            .axis_desc_style((FONT, 18))
-            .light_line_style(WHITE)
-            .x_label_formatter(&|x| axis_label(*x, right - left))
-            .y_label_formatter(&|y| axis_label(*y, high - low))
-            .draw()?;
+        let below = draw_title(area, &self.title)?;
+        // The legend is beside the chart, so that it covers no curve.
+        let has_legend = self.curves.iter().any(|c| c.label.is_some());
+        let legend_px = if has_legend { LEGEND_PX } else { 0 };
+        let (plot, legend) = below.split_horizontally(WIDTH_PX - legend_px);
+        let mut chart = draw_axes(&plot, (&self.x, &self.y), &[left..right, low..high])?;
+        let mut row = 0;
         for curve in &self.curves {
             let color = COLORS[curve.color % COLORS.len()];
-            let visible: Vec<_> = curve.points.iter().filter(|p| p.1 <= high).copied().collect();
+            let points = || curve.points.iter().copied();
             let line = match curve.style {
                 CurveStyle::Faint => color.mix(0.35).stroke_width(1),
                 CurveStyle::Line | CurveStyle::Points => color.stroke_width(2),
             };
-            let series = chart.draw_series(LineSeries::new(visible.iter().copied(), line))?;
-            if let Some(label) = &curve.label {
-                series
-                    .label(label)
-                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], color.stroke_width(3)));
-            }
+            chart.draw_series(LineSeries::new(points(), line))?;
             if curve.style == CurveStyle::Points {
-                chart.draw_series(visible.iter().map(|&p| Circle::new(p, 4, color.filled())))?;
+                chart.draw_series(points().map(|p| Circle::new(p, 4, color.filled())))?;
             }
-        }
-        if self.curves.iter().any(|c| c.label.is_some()) {
-            chart
-                .configure_series_labels()
-                .position(SeriesLabelPosition::UpperRight)
-                .margin(12)
-                .legend_area_size(34)
-                .label_font((FONT, 18))
-                .background_style(WHITE)
-                .border_style(BLACK.mix(0.3))
-                .draw()?;
+            if let Some(label) = &curve.label {
+                legend.draw(&PathElement::new([(14, row + 10), (40, row + 10)], color.stroke_width(3)))?;
+                row = legend_text(&legend, row, label)?;
+            }
         }
         Ok(())
     }
@@ -158,20 +138,16 @@ impl Panel {
         if low > high { [0.0, 1.0] } else { [low.min(0.0), high.max(low.min(0.0) + 1e-3)] }
     }
 
-    /// The y axis ends at the maximum of the last seven eighths of the x axis. The steep start of a loss curve is
-    /// cut off so that the differences at the end are visible.
+    /// The y axis has the full range of the values.
     fn y_range(&self) -> [f64; 2] {
-        let [left, right] = self.x_range();
-        let start = left + (right - left) / 8.0;
-        let low = self.points().map(|p| p.1).fold(f64::MAX, f64::min);
-        let high = self.points().filter(|p| p.0 >= start).map(|p| p.1).fold(f64::MIN, f64::max);
+        let (low, high) = self.points().fold((f64::MAX, f64::MIN), |(l, h), p| (l.min(p.1), h.max(p.1)));
         if low > high {
             return [0.0, 1.0];
         }
         // A constant curve gets an axis as long as its value, or 1 if the value is 0.
         let spread = match high > low {
             true => high - low,
-            false if high == 0.0 => 20.0,
+            false if high == 0.0 => 1.0,
             false => high.abs(),
         };
         let padding = 0.05 * spread.max(0.02 * high.abs());

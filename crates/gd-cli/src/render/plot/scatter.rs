@@ -4,9 +4,9 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::colors::colormaps::ViridisRGB;
 
-use super::figure::{draw_axes, split_area};
-use super::mark::{Axes, legend_text};
-use super::{DrawResult, FONT, Picture, WIDTH_PX};
+use super::figure::split_area;
+use super::style::{Axes, INK, LABEL_PX, WIDTH_PX, draw_axes, legend_text, text};
+use super::{DrawResult, Picture};
 
 /// Height of a plot with its title and labels.
 const PLOT_HEIGHT_PX: u32 = 720;
@@ -83,16 +83,16 @@ impl Scatter {
         for point in &self.points {
             let ([x, x_low, x_high], [y, y_low, y_high]) = (point.x, point.y);
             for ends in [[pixel(x_low, y), pixel(x_high, y)], [pixel(x, y_low), pixel(x, y_high)]] {
-                screen.draw(&PathElement::new(ends.to_vec(), BLACK.mix(0.6).stroke_width(2)))?;
+                screen.draw(&PathElement::new(ends.to_vec(), INK.mix(0.6).stroke_width(2)))?;
             }
         }
         let centers: Vec<(i32, i32)> = self.points.iter().map(|p| pixel(p.x[0], p.y[0])).collect();
         let numbers = number_positions(&centers);
         for ((point, &center), &number) in self.points.iter().zip(&centers).zip(&numbers) {
-            screen.draw(&PathElement::new(vec![center, number], BLACK.mix(0.4).stroke_width(1)))?;
+            screen.draw(&PathElement::new(vec![center, number], INK.mix(0.4).stroke_width(1)))?;
             draw_point(&screen, center, point.value)?;
             let corner = (number.0 - NUMBER_PX.0 / 2 + 2, number.1 - NUMBER_PX.1 / 2);
-            screen.draw(&Text::new(point.number.to_string(), corner, (FONT, 15)))?;
+            screen.draw(&text(point.number.to_string(), corner, LABEL_PX))?;
         }
         self.draw_legend(&legend)
     }
@@ -103,7 +103,7 @@ impl Scatter {
     {
         let mut row = 0;
         for line in self.value.split('\n') {
-            legend.draw(&Text::new(line.to_owned(), (14, row), (FONT, 16)))?;
+            legend.draw(&text(line, (14, row), LABEL_PX))?;
             row += 18;
         }
         row += 4;
@@ -113,7 +113,7 @@ impl Scatter {
             legend.draw(&Rectangle::new([(x(step), row), (x(step + 1), row + 16)], color.filled()))?;
         }
         for (label, x) in [("0", 14), ("1", 14 + SCALE_PX - 6)] {
-            legend.draw(&Text::new(label, (x, row + 20), (FONT, 16)))?;
+            legend.draw(&text(label, (x, row + 20), LABEL_PX))?;
         }
         row += 48;
         for point in &self.points {
@@ -133,7 +133,7 @@ where
     B::ErrorType: 'static,
 {
     let fill = value.map_or(WHITE, color);
-    area.draw(&Circle::new(center, RADIUS_PX, BLACK.filled()))?;
+    area.draw(&Circle::new(center, RADIUS_PX, INK.filled()))?;
     Ok(area.draw(&Circle::new(center, RADIUS_PX - 1, fill.filled()))?)
 }
 

@@ -12,6 +12,8 @@ const MIN_CLIPPED_VALUES: usize = 10;
 const TAIL: f64 = 0.02;
 /// How many times the range of the values without tails a value may lie outside of it before it is cut off.
 const OUTLIER_RANGES: f64 = 1.5;
+/// Quantities of every step that vary so much that a smoothed line shows their course.
+const SMOOTHED: [&str; 3] = ["loss", "grad_norm", "tokens_per_second"];
 /// A range of values that are not negative starts at 0 if its lowest one is below this share of the highest.
 const FROM_ZERO: f64 = 0.4;
 
@@ -75,13 +77,13 @@ impl Chart {
             let mut add = |label, style, points| series.push(Series { label, color, style, points });
             let sparse = 2 * points.len() < run.steps.len() || name.starts_with("valid_loss");
             marks.extend(marked(run, &points));
-            if name == "loss" {
+            if SMOOTHED.contains(&name) {
                 let raw: Vec<f64> = points.iter().map(|p| p.1).collect();
                 let smoothed = points.iter().zip(smooth(&raw)).map(|(p, y)| (p.0, y)).collect();
                 add(label(""), Style::Faint, points);
                 add(label("smoothed"), Style::Line, smoothed);
                 let valid = self::points(run, "valid_loss", quantity.scale);
-                if !valid.is_empty() {
+                if name == "loss" && !valid.is_empty() {
                     add(label("validation"), Style::Points, valid);
                 }
             } else {
@@ -181,7 +183,8 @@ fn range(series: &[Series], quantity: &Quantity) -> ([f64; 2], Vec<String>) {
 /// The last value of every series with the extremes of a single one, unless it is constant.
 fn last_values(name: &str, series: &[Series], quantity: &Quantity) -> Option<String> {
     let percent = if quantity.unit == "%" { " %" } else { "" };
-    let shown: Vec<&Series> = series.iter().filter(|s| name != "loss" || s.style == Style::Line).collect();
+    let shown: Vec<&Series> =
+        series.iter().filter(|s| !SMOOTHED.contains(&name) || s.style == Style::Line).collect();
     let last = |s: &&Series| {
         let value = s.points.last().map_or(f64::NAN, |p| p.1);
         let label = if shown.len() > 1 { format!("{} ", s.label) } else { String::new() };
@@ -190,7 +193,7 @@ fn last_values(name: &str, series: &[Series], quantity: &Quantity) -> Option<Str
     let text = format!("At the end {}", shown.iter().map(last).collect::<Vec<_>>().join(", "));
     let [only] = shown[..] else { return Some(format!("{text}.")) };
     let (low, high) = only.points.iter().fold((f64::MAX, f64::MIN), |(l, h), p| (l.min(p.1), h.max(p.1)));
-    (low < high).then(|| format!("{text}, from {} to {}{percent} before.", short(low), short(high)))
+    (low < high).then(|| format!("{text}; from {} to {}{percent} in all.", short(low), short(high)))
 }
 
 #[cfg(test)]

@@ -148,11 +148,11 @@ fn figure(chart: &Chart, index: usize) -> String {
     let paragraph =
         |text: &str| if text.is_empty() { String::new() } else { format!("<p>{}</p>", escape(text)) };
     format!(
-        "<figure><figcaption><h3>{}{unit}</h3>{}{}</figcaption>\n{}<p class=\"readout\"></p></figure>\n",
+        "<figure><h3>{}{unit}</h3>\n{}<p class=\"readout\"></p><figcaption>{}{}</figcaption></figure>\n",
         escape(&quantity.title),
+        chart.svg(index),
         paragraph(quantity.explanation),
-        paragraph(&chart.notes.join(" ")),
-        chart.svg(index)
+        paragraph(&chart.notes.join(" "))
     )
 }
 

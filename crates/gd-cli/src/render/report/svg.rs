@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::super::numbers::{short, ticks};
+use super::super::numbers::{tick_label, ticks};
 use super::chart::{Chart, Mark, Style};
 
 /// The size of a chart, and the edges of its plot area, in pixels of a chart that is not scaled.
@@ -59,7 +59,7 @@ impl Chart {
                 "<text class=\"y\" x=\"{}\" y=\"{:.1}\">{}</text>\n",
                 LEFT - 6.0,
                 y + 4.0,
-                short(tick)
+                tick_label(tick)
             );
         }
         for tick in ticks(self.x, 4) {
@@ -70,7 +70,7 @@ impl Chart {
             *svg += &format!(
                 "<text class=\"{class}\" x=\"{x:.1}\" y=\"{}\">{}</text>\n",
                 BOTTOM + 17.0,
-                short(tick)
+                tick_label(tick)
             );
         }
         *svg += &format!("<path class=\"axis\" d=\"M{LEFT} {BOTTOM}H{RIGHT}\"/>\n");

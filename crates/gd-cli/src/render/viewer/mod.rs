@@ -7,7 +7,10 @@
 //!   the runner-up (+inf: no runner-up), coherence point u* (NaN: not computed), gate, share of the output norm that
 //!   the selected value has, share that the running average has; i32 position read in each later round (-1: none); for each
 //!   further pick of one scan i32 position (-1: none) and f32 weight; u8 number of candidates, and for each candidate: i32 position, u8 flags (1 protected, 2 rejected by the threshold,
-//!   4 raised by the barrier), f32 energy from the scan, and f32 energy after the barrier if flag 4 is set.
+//!   4 raised by the barrier, 8 scanned only as the runner-up), f32 energy from the scan, and f32 energy after the barrier if
+//!   flag 4 is set;
+//! - for each head of each layer of the header with `weights`: u8 number of its greatest weights, and for each of them i32
+//!   position and f32 weight.
 
 use std::io::Write;
 

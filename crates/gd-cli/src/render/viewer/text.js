@@ -296,7 +296,8 @@ class TextPane {
         this.drawArrow(arrowCount++, read, from, { ...to, x: to.x + shift }, this.routed ? lane : n);
       });
       lane++;
-      if (this.drawLabel(labelCount, group, key, to, placed)) labelCount++;
+      const beside = this.routed && !to.out && to.line === from.line;
+      if (this.drawLabel(labelCount, group, key, { ...to, beside }, placed)) labelCount++;
     }
     for (let n = arrowCount; n < this.arrows.length && this.arrows[n].isConnected; n++) this.arrows[n].remove();
     for (let n = labelCount; n < this.labels.length && this.labels[n].isConnected; n++) this.labels[n].remove();
@@ -328,7 +329,7 @@ class TextPane {
     // The arrows of a blend are as strong as the weights.
     group.style.opacity = read.weight === undefined ? '' : (0.25 + 0.75 * Math.sqrt(read.weight)).toFixed(2);
     group.setAttribute('aria-label', read.label);
-    const paths = this.routed && !from.out && !to.out && to.line >= 0 ? this.routedPaths(from, to, spread)
+    const paths = this.routed && from.line >= 0 && to.line >= 0 ? this.routedPaths(from, to, spread)
       : this.arrowPaths(from, to, spread);
     const [curve, tip] = paths, [hitPath, linePath, tipPath] = group.children;
     hitPath.setAttribute('d', curve);
@@ -397,7 +398,9 @@ class TextPane {
     const more = group.length > 3 ? ` +${group.length - 3}` : '';
     const content = to.out ? `${to.out < 0 ? '↑' : '↓'}${key}: ${names}${more}` : names + more;
     const half = (content.length * LABEL_CHAR_PX) / 2 + 2, shift = to.out ? half + 4 : 0;
-    const x = Math.min(Math.max(to.x + shift, half), this.width + this.leftPx - half);
+    // An arrow that leaves a short text does so in the gutter; one of the same line ends above its token, beside the label.
+    const center = to.out && this.routed ? this.leftPx : to.beside ? to.x + half + 3 : to.x;
+    const x = Math.min(Math.max(center + shift, half), this.width + this.leftPx - half);
     // A visible token has its label in the gap above it. For a token out of view there are four rows at the edge.
     const rows = to.out === 0 ? [Math.max(9, to.y - 3)] : [0, 1, 2, 3].map((row) => (to.out < 0 ? 10 + 11 * row
       : this.height - 4 - 11 * row));

@@ -4,7 +4,11 @@
 //! little-endian. The data is a protocol-buffer `Event` with the fields `wall_time` (1, double), `step` (2, int64), and
 //! `file_version` (3, string) or `summary` (5). A summary repeats `value` (1), each with `tag` (1, string) and
 //! `simple_value` (2, float).
+//!
+//! Tags are grouped: `loss/`, `selection/`, `optimizer/` and `system/`. A number that is the same in every step has no tag: it
+//! is written once it differs from its first value, after its first and last constant ones.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,11 +21,49 @@ use crate::error::{Error, Result};
 /// The prefix of the file names.
 const PREFIX: &str = "events.out.tfevents.";
 
+/// A value of a number at a step.
+#[derive(Debug, Clone, Copy)]
+struct Point {
+    step: u64,
+    /// In seconds since 1970.
+    time: f64,
+    value: f32,
+}
+
+/// A number of the steps so far.
+#[derive(Debug)]
+enum Seen {
+    /// It has been the same; its first point and the last one.
+    Constant(Point, Point),
+    Varying,
+}
+
 /// A file of scalars, open for writing.
 #[derive(Debug)]
 pub struct TensorBoard {
     file: File,
     path: PathBuf,
+    seen: HashMap<String, Seen>,
+}
+
+/// The tag of a number of the log.
+fn tag(name: &str) -> String {
+    let tag = match name {
+        "loss" => "loss/train",
+        "valid_loss" => "loss/valid",
+        "valid_loss_ema" => "loss/valid_ema",
+        "lr" => "optimizer/learning_rate",
+        "grad_norm" => "optimizer/gradient_norm",
+        "skipped" => "optimizer/skipped_updates",
+        "churn" | "hardness" | "candidates" => return format!("selection/{name}"),
+        _ => {
+            return match name.strip_prefix("heads/") {
+                Some(statistic) => format!("selection/{statistic}"),
+                None => format!("system/{name}"),
+            };
+        }
+    };
+    tag.into()
 }
 
 impl TensorBoard {
@@ -40,7 +82,7 @@ impl TensorBoard {
         }
         let path = folder.join(format!("{PREFIX}{:010}.gd", wall_time as u64));
         let file = File::create(&path).map_err(|e| Error::write(&path, e))?;
-        let mut new = Self { file, path };
+        let mut new = Self { file, path, seen: HashMap::new() };
         let mut version = double(1, wall_time);
         version.extend(bytes(3, b"brain.Event:2"));
         new.write(&version)?;
@@ -55,14 +97,45 @@ impl TensorBoard {
         if line.contains_key("event") {
             return Ok(());
         }
+        let time = line.get("time").and_then(Value::as_f64).unwrap_or(0.0);
+        let step = line.get("step").and_then(Value::as_u64).unwrap_or(0);
+        let mut varying = Vec::new();
+        for (name, value) in scalars(line) {
+            let (tag, point) = (tag(&name), Point { step, time, value: value as f32 });
+            match self.seen.get_mut(&tag) {
+                None => {
+                    self.seen.insert(tag, Seen::Constant(point, point));
+                }
+                Some(Seen::Constant(first, last)) if first.value.to_bits() == point.value.to_bits() => {
+                    *last = point
+                }
+                Some(Seen::Constant(first, last)) => {
+                    let (first, last) = (*first, *last);
+                    self.points(&[(&tag, first)])?;
+                    if last.step != first.step {
+                        self.points(&[(&tag, last)])?;
+                    }
+                    self.seen.insert(tag.clone(), Seen::Varying);
+                    varying.push((tag, point));
+                }
+                Some(Seen::Varying) => varying.push((tag, point)),
+            }
+        }
+        let varying: Vec<(&str, Point)> = varying.iter().map(|(tag, point)| (tag.as_str(), *point)).collect();
+        self.points(&varying)
+    }
+
+    /// Writes points of one step, with their tags.
+    fn points(&mut self, points: &[(&str, Point)]) -> Result<()> {
+        let Some((_, Point { step, time, .. })) = points.first() else { return Ok(()) };
         let mut summary = Vec::new();
-        for (tag, value) in scalars(line) {
+        for (tag, point) in points {
             let mut entry = bytes(1, tag.as_bytes());
-            entry.extend(float(2, value as f32));
+            entry.extend(float(2, point.value));
             summary.extend(bytes(1, &entry));
         }
-        let mut event = double(1, line.get("time").and_then(Value::as_f64).unwrap_or(0.0));
-        event.extend(integer(2, line.get("step").and_then(Value::as_u64).unwrap_or(0)));
+        let mut event = double(1, *time);
+        event.extend(integer(2, *step));
         event.extend(bytes(5, &summary));
         self.write(&event)
     }
@@ -159,6 +232,36 @@ mod tests {
             assert_eq!(varint(x), expected);
         }
         assert_eq!(varint(u64::MAX).len(), 10);
+    }
+
+    #[test]
+    fn tags_are_grouped() {
+        for (name, expected) in [
+            ("valid_loss", "loss/valid"),
+            ("heads/margin", "selection/margin"),
+            ("churn", "selection/churn"),
+            ("lr", "optimizer/learning_rate"),
+            ("peak_mib", "system/peak_mib"),
+        ] {
+            assert_eq!(tag(name), expected);
+        }
+    }
+
+    #[test]
+    fn a_constant_is_written_once_it_changes_with_its_first_and_last_value() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut new = TensorBoard::create(dir.path(), 2.0).unwrap();
+        let header = fs::read(&new.path).unwrap().len();
+        let mut length = |step: u64, lr: f64| {
+            let line = serde_json::json!({ "step": step, "time": 1.0, "lr": lr, "total": 9 });
+            new.line(line.as_object().unwrap()).unwrap();
+            fs::read(&new.path).unwrap().len() - header
+        };
+        assert_eq!([length(1, 0.5), length(2, 0.5), length(3, 0.5)], [0; 3]);
+        // Steps 1, 3 and 4 of the learning rate, in records of the same length; `total` stays the same.
+        let three = length(4, 0.25);
+        assert!(three > 0 && three % 3 == 0);
+        assert_eq!(length(5, 0.25), three / 3 * 4);
     }
 
     #[test]

@@ -39,6 +39,11 @@ pub fn short(x: f64) -> String {
         let sign = if x <= -0.5 { "-" } else { "" };
         return format!("{sign}{}", grouped(size.round() as u64));
     }
+    if size < 1.0 {
+        // Three digits after the zeros.
+        let zeros = (-size.log10()).floor().max(0.0) as usize;
+        return format!("{x:.*}", zeros + 3);
+    }
     format!("{x:.*}", decimals(size) + 1)
 }
 
@@ -108,6 +113,8 @@ mod tests {
         for (x, text) in [
             (0.0, "0"),
             (2.34567, "2.346"),
+            (0.00184, "0.00184"),
+            (0.5, "0.500"),
             (12.3456, "12.35"),
             (345.67, "345.7"),
             (1234.5, "1,235"),

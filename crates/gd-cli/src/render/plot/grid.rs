@@ -10,7 +10,7 @@ use super::{DrawResult, Picture};
 use crate::render::numbers::short;
 
 /// Space for the title, for the labels to the left and below, and for the color scale to the right.
-const TOP_PX: u32 = 56;
+const TOP_PX: u32 = 76;
 const LEFT_PX: u32 = 76;
 const BOTTOM_PX: u32 = 56;
 const SCALE_PX: u32 = 150;
@@ -105,9 +105,9 @@ impl Grid {
     where
         B::ErrorType: 'static,
     {
-        let left = (WIDTH_PX - SCALE_PX) as i32 + 24;
+        let left = (LEFT_PX + self.columns() * self.cell_width()) as i32 + 32;
         let (top, bottom) = (TOP_PX as i32 + 30, TOP_PX as i32 + 30 + SCALE_HEIGHT_PX);
-        root.draw(&text(self.value.as_str(), (left, TOP_PX as i32), LABEL_PX))?;
+        root.draw(&text(self.value.as_str(), (left, TOP_PX as i32 - 2), LABEL_PX))?;
         for step in 0..COLOR_STEPS {
             let y = |step: i32| bottom - step * SCALE_HEIGHT_PX / COLOR_STEPS;
             let color = ViridisRGB.get_color(f64::from(step) / f64::from(COLOR_STEPS - 1));

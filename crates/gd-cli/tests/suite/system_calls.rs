@@ -44,21 +44,30 @@ const RESUME: &str = "train --resume run --json";
 /// A command, and how often it makes each call.
 struct Traced {
     args: &'static str,
-    /// The step of the run in the folder that the command meets.
+    /// The folder that the command meets.
+    base: tempfile::TempDir,
+    /// The step of the run there.
     from: Option<u64>,
     counts: BTreeMap<&'static str, usize>,
 }
 
 impl Traced {
     fn new(args: &'static str, from: Option<u64>) -> Result<Self> {
-        let dir = folder(from)?;
+        let base = tempfile::tempdir()?;
+        fs::write(base.path().join("small.json"), SMALL)?;
+        fs::write(base.path().join("text.txt"), SAMPLE.chars().take(3000).collect::<String>())?;
+        if let Some(step) = from {
+            run_json(base.path(), &format!("{TRAIN} --stop-after {step}"))?;
+        }
+        let dir = tempfile::tempdir()?;
+        copy(base.path(), dir.path())?;
         let trace = format!("trace={}", CALLS.join(","));
         parsed(&traced(dir.path(), &["-e", &trace], args)?)?;
         let text = String::from_utf8_lossy(&fs::read(dir.path().join("strace.txt"))?).into_owned();
         let count = |call: &str| text.lines().filter(|line| line.contains(&format!(" {call}("))).count();
         let counts: BTreeMap<_, _> = CALLS.into_iter().map(|call| (call, count(call))).collect();
         ensure!(counts["fsync"] > 20 && counts["write"] > 30, "{args}: {counts:?}");
-        Ok(Self { args, from, counts })
+        Ok(Self { args, base, from, counts })
     }
 
     /// About `wished` calls: of each kind in proportion, at least some of each, spread over the command.
@@ -75,15 +84,19 @@ impl Traced {
     }
 }
 
-/// A folder with the data, and with a run of `from` steps.
-fn folder(from: Option<u64>) -> Result<tempfile::TempDir> {
-    let dir = tempfile::tempdir()?;
-    fs::write(dir.path().join("small.json"), SMALL)?;
-    fs::write(dir.path().join("text.txt"), SAMPLE.chars().take(3000).collect::<String>())?;
-    if let Some(step) = from {
-        run_json(dir.path(), &format!("{TRAIN} --stop-after {step}"))?;
+/// Copies what is in a folder.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        match entry.file_type()?.is_dir() {
+            true => {
+                fs::create_dir(&target).map_err(Into::into).and_then(|()| copy(&entry.path(), &target))?
+            }
+            false => fs::copy(entry.path(), target).map(drop)?,
+        }
     }
-    Ok(dir)
+    Ok(())
 }
 
 /// Runs the program under strace with more options of it.
@@ -98,8 +111,9 @@ fn traced(dir: &Path, options: &[&str], args: &str) -> Result<Output> {
 
 /// Lets call number `at` of its kind fail, or all from that on, and checks the run and its continuation.
 fn check(command: &Traced, call: &str, at: usize, error: &str, lasting: bool) -> Result<()> {
-    let dir = folder(command.from)?;
+    let dir = tempfile::tempdir()?;
     let dir = dir.path();
+    copy(command.base.path(), dir)?;
     let when = if lasting { format!("{at}+") } else { at.to_string() };
     let case = format!("{}: {call} number {when} fails with {error}", command.args);
     let (trace, inject) = (format!("trace={call}"), format!("inject={call}:error={error}:when={when}"));
@@ -117,7 +131,8 @@ fn check(command: &Traced, call: &str, at: usize, error: &str, lasting: bool) ->
     let step = run.is_dir().then(|| newest(&run)).transpose()?.flatten();
     ensure!(step >= command.from, "{case}: {step:?} is left: {text}");
     let Some(step) = step else { return Ok(()) };
-    let resumed = run_json(dir, RESUME).with_context(|| format!("{case}, resumed from step {step}: {text}"))?;
+    let resumed =
+        run_json(dir, RESUME).with_context(|| format!("{case}, resumed from step {step}: {text}"))?;
     ensure!(resumed["finished"] == true, "{case}: {resumed}");
     pretrained::load(&run, &Device::Cpu).map_err(|e| anyhow::anyhow!("{case}: {e}"))?;
     Ok(())

@@ -87,6 +87,14 @@ fn bpe_compresses_and_depends_on_the_text_alone() {
 }
 
 #[test]
+fn a_bpe_vocabulary_has_a_range() {
+    for vocab in [0, 1, 256, (1 << 24) + 1, 1 << 31, 1 << 62, usize::MAX] {
+        let error = Tokenizer::train_bpe([SAMPLE].into_iter(), vocab).map(drop).unwrap_err().to_string();
+        assert!(error.contains("from 257 to 16777216") && error.contains(&vocab.to_string()), "{error}");
+    }
+}
+
+#[test]
 fn stream_yields_whole_characters_only() {
     let tokenizer = Tokenizer::bytes().unwrap();
     let mut decoder = tokenizer.stream();

@@ -2,7 +2,7 @@
 # Runs the suites of reliability with larger counts than .ci/run: 10,000 crash states, 500 kills, 1000 injected errors, 1000
 # reads of checkpoints that are being replaced, 100 power cuts of ext4 and xfs each, and 64 clients of gd serve for a minute.
 #
-#   scripts/ci/reliability.sh                    all of them, two hours on 2 cores
+#   scripts/ci/reliability.sh                    all of them, about an hour on 2 cores
 #   scripts/ci/reliability.sh kills reads        some: states kills errors reads power serve
 #
 # Needs what .ci/run needs, and root for the power cuts. Each suite fails by itself where something is lost; at the end the

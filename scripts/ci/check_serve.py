@@ -3,14 +3,19 @@
 
     python3 -m venv venv && venv/bin/pip install openai
     venv/bin/python scripts/ci/check_serve.py target/debug/gd MODEL
+    venv/bin/python scripts/ci/check_serve.py target/debug/gd MODEL --clients 64 --seconds 60
 
 MODEL needs a chat template and a layer that selects. Starts the server on a free port, and checks completions, chats, streams, log-probabilities,
-errors, and that many clients at once get the answers that each gets alone. Exit code 1 where something differs.
+errors, and that many clients at once get the answers that each gets alone, once or for as long as `--seconds` says. Exit code 1
+where something differs or is lost.
 """
 
+import argparse
 import json
 import subprocess
 import sys
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -19,7 +24,6 @@ import checks
 from checks import check
 
 KEY = "check"
-CLIENTS = 16
 
 
 def refused(kind, call, **arguments):
@@ -79,21 +83,42 @@ def errors(client, model, url):
     check(refused(openai.AuthenticationError, stranger.models.list).code == "invalid_api_key")
 
 
-def together(client, model):
-    def ask(number):
+def together(client, model, url, clients, seconds):
+    """Many clients, each of which asks again and again until the time is over; at least once."""
+    def ask(number, stream=False):
         prompt = "".join(chr(97 + (number * 7 + at * 3) % 26) for at in range(3 + number % 17))
-        answer = client.completions.create(model=model, prompt=prompt, max_tokens=16, temperature=0)
-        return answer.choices[0].text
+        answer = client.completions.create(model=model, prompt=prompt, max_tokens=16, temperature=0, stream=stream)
+        return "".join(part.choices[0].text for part in answer) if stream else answer.choices[0].text
 
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = list(pool.map(ask, range(CLIENTS)))
-    for number, text in enumerate(answers):
-        check(ask(number) == text, number, repr(text))
+    alone = [ask(number) for number in range(clients)]
+    end = time.monotonic() + seconds
+
+    def repeat(number):
+        count = 0
+        while count == 0 or time.monotonic() < end:
+            text = ask(number, stream=(number + count) % 2 == 0)
+            check(text == alone[number], number, repr(text), repr(alone[number]))
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(clients) as pool:
+        counts = list(pool.map(repeat, range(clients)))
+    # Nothing of them is left in the server.
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        metrics = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[:1] != "#")
+    check(float(metrics["gd_sequences_running"]) == 0, metrics["gd_sequences_running"])
+    print(f"{clients} clients asked {sum(counts)} times in {seconds} s, each at least {min(counts)} times: every answer is "
+          "the one that the client gets alone")
 
 
 def main():
-    program, model = sys.argv[1:]
-    arguments = [program, "serve", model, "--port", "0", "--json", "--name", "model"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("gd")
+    parser.add_argument("model")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=0)
+    args = parser.parse_args()
+    arguments = [args.gd, "serve", args.model, "--port", "0", "--json", "--name", "model"]
     server = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={"GD_API_KEY": KEY})
     try:
         url = json.loads(server.stdout.readline())["url"]
@@ -102,7 +127,7 @@ def main():
         completions(client, "model")
         chats(client, "model")
         errors(client, "model", url)
-        together(client, "model")
+        together(client, "model", url, args.clients, args.seconds)
     finally:
         server.terminate()
         code = server.wait(timeout=60)

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
-use gd_testing::log_cases;
+use gd_testing::{case_count, log_cases};
 use peak_alloc::PeakAlloc;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngExt, SeedableRng};
@@ -153,7 +153,7 @@ fn check_the_measurement() {
 #[test]
 fn no_reader_panics_or_allocates_more_than_its_input_justifies() -> Result<()> {
     check_the_measurement();
-    let runs = std::env::var("GD_FUZZ").ok().map(|n| n.parse()).transpose()?.unwrap_or(RUNS);
+    let runs = case_count("GD_FUZZ", RUNS);
     let folder = ReaderFolder::new(&corpus_folder())?;
     for (at, reader) in READERS.into_iter().enumerate() {
         let corpus = corpus(reader)?;

@@ -22,3 +22,14 @@ pub fn log_cases(name: &str, count: usize) {
         }
     }
 }
+
+/// The number of cases that a suite runs: that of the environment variable `variable`, or else `default`.
+///
+/// # Panics
+/// When the variable holds no number, since the suite would run fewer cases than it was asked for.
+pub fn case_count(variable: &str, default: usize) -> usize {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{variable}={text:?} is not a number of cases")),
+        Err(_) => default,
+    }
+}

@@ -11,6 +11,6 @@ pub mod problems;
 pub mod suite;
 pub mod tensors;
 
-pub use self::cases::log_cases;
+pub use self::cases::{case_count, log_cases};
 #[cfg(feature = "emulator")]
 pub use self::emulator::{Buffer, Emulator, Layouts, layouts, registered};

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use gd_testing::log_cases;
+use gd_testing::{case_count, log_cases};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
@@ -333,17 +333,21 @@ fn a_signal_ends_a_run_with_a_checkpoint() -> Result<()> {
     Ok(())
 }
 
-/// Kills a run at random times and resumes it, 100 times.
+/// How often a run is killed; `GD_KILLS` sets another number.
+const KILLS: usize = 100;
+
+/// Kills a run at random times and resumes it.
 #[test]
 fn kills_lose_no_reported_checkpoint() -> Result<()> {
-    const KILLS: usize = 100;
-    const STEPS: u64 = 420;
-    let dir = folder(json!({"steps": STEPS, "batch": 1, "context": 16, "eval_every": 50, "save_every": 1}))?;
+    let wanted_kills = case_count("GD_KILLS", KILLS);
+    // More steps than are done between the kills.
+    let last = 4 * wanted_kills as u64 + 20;
+    let dir = folder(json!({"steps": last, "batch": 1, "context": 16, "eval_every": 50, "save_every": 1}))?;
     let dir = dir.path();
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     let mut reported = None;
     let (mut kills, mut resumed_from) = (0, BTreeSet::new());
-    while kills < KILLS {
+    while kills < wanted_kills {
         let args = match reported {
             None => format!("{START} run"),
             Some(_) => "train --resume run --json".to_owned(),
@@ -387,11 +391,11 @@ fn kills_lose_no_reported_checkpoint() -> Result<()> {
         let logged = logged.iter().filter(|line| !line.contains_key("event")).count() as u64;
         ensure!(logged >= newest.step, "{logged} lines at step {}", newest.step);
         resumed_from.insert(newest.step);
-        ensure!(newest.step < STEPS, "the run ended after {kills} kills, from {from:?}");
+        ensure!(newest.step < last, "the run ended after {kills} kills, from {from:?}");
     }
     parsed(&gd(dir, "train --resume run --json --save-every 100")?)?;
     parsed(&gd(dir, &format!("{START} whole --save-every 100"))?)?;
-    assert_same(&dir.join("whole"), &dir.join("run"), STEPS)?;
+    assert_same(&dir.join("whole"), &dir.join("run"), last)?;
     // The log has the event of every checkpoint that the run was resumed from.
     let log = gd_model::train::log::read(&dir.join("run/train.jsonl"))?;
     let events = log.iter().filter(|line| line.get("event") == Some(&json!("checkpoint")));

@@ -16,13 +16,16 @@ use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained;
 use gd_model::train::Trainer;
 use gd_model::train::run::{About, Run};
-use gd_testing::log_cases;
+use gd_testing::{case_count, log_cases};
 use serde_json::{Value, json};
 
 use crate::program::{SAMPLE, SMALL, command, error, gd, json as run, parsed, succeeded};
 
 const TRAIN: &str = "train --config small.json --data text.txt --json --out";
 const SHORT: &str = "train --config small.json --data text.txt --steps 6 --json --out";
+
+/// The number of reads of checkpoints that are being replaced; `GD_READS` sets another one.
+const READS: usize = 200;
 
 fn folder() -> Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
@@ -105,7 +108,8 @@ fn an_ignored_signal_stays_ignored() -> Result<()> {
 
 #[test]
 fn readers_meet_only_whole_checkpoints() -> Result<()> {
-    const READS: usize = 200;
+    let wanted = case_count("GD_READS", READS);
+    let limit = Duration::from_secs(wanted.max(240) as u64);
     let folder = folder()?;
     let dir = folder.path();
     // Every step replaces the only checkpoint.
@@ -117,14 +121,15 @@ fn readers_meet_only_whole_checkpoints() -> Result<()> {
         std::thread::sleep(Duration::from_millis(5));
     }
     let (mut steps, mut reads) = (0, 0);
-    while (reads < READS || steps < 20) && started.elapsed() < Duration::from_secs(240) {
+    while (reads < wanted || steps < 20) && started.elapsed() < limit {
         let loaded = pretrained::load(&dir.join("run"), &Device::Cpu);
         ensure!(loaded.is_ok(), "read {reads}: {:?}", loaded.err().map(|e| e.to_string()));
         reads += 1;
         steps = newest(&dir.join("run"))?.max(steps);
     }
     ensure!(Command::new("kill").args(["-TERM", &training.id().to_string()]).status()?.success());
-    ensure!(training.wait()?.success() && steps >= 20, "{steps} steps during {reads} reads");
+    ensure!(training.wait()?.success(), "the training failed");
+    ensure!(reads >= wanted && steps >= 20, "{steps} steps during {reads} reads");
     log_cases("concurrent-readers", reads);
     Ok(())
 }

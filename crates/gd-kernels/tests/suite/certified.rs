@@ -12,7 +12,7 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
 /// The number of adversarial problems, unless `GD_CERTIFIED_CASES` sets another.
-const CASES: u64 = 2000;
+const CASES: usize = 2000;
 
 /// Index, energy and flags to the bit.
 fn bits(scanned: &Candidates) -> Vec<Vec<u64>> {
@@ -185,12 +185,9 @@ fn numbers(rng: &mut ChaCha8Rng, trap: Trap, n: usize, m: usize, d: usize) -> [V
 
 #[test]
 fn adversarial_problems() {
-    let cases = match std::env::var("GD_CERTIFIED_CASES") {
-        Ok(text) => text.parse().expect("GD_CERTIFIED_CASES is a number"),
-        Err(_) => CASES,
-    };
+    let cases = gd_testing::case_count("GD_CERTIFIED_CASES", CASES);
     let (mut filtered, mut left) = (0, 0);
-    for seed in 0..cases {
+    for seed in 0..cases as u64 {
         let mut rng = rng(seed ^ 0xce27);
         let trap = TRAPS[(seed % TRAPS.len() as u64) as usize];
         let (n, m) = (rng.random_range(1..90), pick(&mut rng, &[1, 5, 33, 200, 321, 600]));
@@ -233,8 +230,8 @@ fn adversarial_problems() {
     println!(
         "{cases} adversarial problems: {filtered} plain ones filtered well, {left} left to the native scan"
     );
-    assert!(filtered as u64 * 500 >= cases && left as u64 * 50 >= cases, "{filtered} and {left} of {cases}");
-    gd_testing::log_cases("certified", cases as usize);
+    assert!(filtered * 500 >= cases && left * 50 >= cases, "{filtered} and {left} of {cases}");
+    gd_testing::log_cases("certified", cases);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::{
-    Backend, Candidates, Int8Keys, Isa, KeyCache, Mask, PagedCache, Precision, Scan, Score, SequenceCache,
-    TieBreak, decode, decode_paged, scan, scan_select,
+    Backend, Candidates, Int8Keys, Isa, KeyCache, Mask, PagedCache, Precision, Scan, Score, Select,
+    SequenceCache, TieBreak, decode, decode_paged, scan, scan_select, select,
 };
 use gd_testing::problems::offsets::OFFSETS;
 use gd_testing::problems::{Case, Spec, pools, rng, values};
@@ -199,13 +199,13 @@ fn overflowed_energies_are_counted_or_refused_and_their_keys_are_right() {
             let (got, energy) = (index(&scanned), values(&scanned.energy));
             assert!(got.iter().all(|j| *j >= 0), "{name}: {got:?}");
             let greatest = f64::from(f32::MAX);
+            let how = Select { score, ..Select::new(&beta) };
+            let selected = values(&select(&q, &k, &k, &scanned, &how).unwrap().index);
             for (row, (e, j)) in least(&q, &k, score).into_iter().enumerate() {
-                let overflows = e.abs() > greatest;
                 let first = &got[row * candidates..(row + 1) * candidates];
-                // Energies that overflow are equal, and their keys in the order of the tie rule.
-                let found = if overflows { first.contains(&(j as i32)) } else { first[0] == j as i32 };
-                assert!(found, "{name}, row {row}: {first:?} instead of {j}");
-                let want = if overflows { greatest.copysign(e) } else { e };
+                assert_eq!(first[0], j as i32, "{name}, row {row}: {first:?}");
+                assert_eq!(selected[row], j as f64, "{name}, row {row}");
+                let want = if e.abs() > greatest { greatest.copysign(e) } else { e };
                 let off = (energy[row * candidates] - want).abs();
                 assert!(off <= 1e-5 * want.abs(), "{name}: {} instead of {want}", energy[row * candidates]);
             }

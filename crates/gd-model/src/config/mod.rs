@@ -41,6 +41,7 @@ pub use muon::MuonConfig;
 pub use schema::{KeyInfo, keys, schema};
 pub use select_schedule::SelectSchedule;
 pub use setting::Setting;
+pub(crate) use train::BPE_VOCAB;
 pub use train::{Precision, TokenizerChoice, TrainConfig};
 pub use uptrain::{UptrainConfig, training_candidates, uptrain_schedule};
 

@@ -1,5 +1,7 @@
 //! How a model is trained: the block `train` of a recipe.
 
+use std::ops::RangeInclusive;
+
 use candle_core::{DType, Device};
 use gd_kernels::MatmulPrecision;
 use schemars::JsonSchema;
@@ -15,6 +17,9 @@ use crate::error::{Error, Result};
 
 /// The number of byte values, which every vocabulary that is learned contains.
 const BYTES: usize = 256;
+
+/// The number of tokens of a BPE vocabulary that is learned.
+pub(crate) const BPE_VOCAB: RangeInclusive<usize> = BYTES + 1..=MAX_SIZE;
 
 /// The maximal number of steps.
 const MAX_STEPS: u64 = 1_000_000_000;
@@ -256,13 +261,8 @@ impl TrainConfig {
         checks.extend(inside("train", self.adamw.problems()));
         checks.add(self.documents.validate());
         if let TokenizerChoice::Bpe { vocab } = self.tokenizer {
-            let allowed = format!("above {BYTES} and at most {MAX_SIZE}");
-            checks.require(
-                (BYTES + 1..=MAX_SIZE).contains(&vocab),
-                "train.tokenizer.bpe.vocab",
-                vocab,
-                allowed,
-            );
+            let allowed = format!("from {} to {}", BPE_VOCAB.start(), BPE_VOCAB.end());
+            checks.require(BPE_VOCAB.contains(&vocab), "train.tokenizer.bpe.vocab", vocab, allowed);
         }
         checks.into_problems()
     }

@@ -150,7 +150,10 @@ pub(crate) fn create_folders(folder: &Path) -> Result<()> {
         return Ok(());
     }
     let parent = folder.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
-    create_folders(parent)?;
+    // A disk that has failed does not even show the working folder.
+    if parent != folder {
+        create_folders(parent)?;
+    }
     match fs::create_dir(folder) {
         Ok(()) => sync_entry(parent),
         // Another process may have created it in between.

@@ -87,6 +87,27 @@ fn bpe_compresses_and_depends_on_the_text_alone() {
 }
 
 #[test]
+fn a_bpe_vocabulary_has_a_range() {
+    for vocab in [0, 1, 256, (1 << 24) + 1, 1 << 31, 1 << 62, usize::MAX] {
+        let error = Tokenizer::train_bpe([SAMPLE].into_iter(), vocab).map(drop).unwrap_err().to_string();
+        assert!(error.contains("from 257 to 16777216") && error.contains(&vocab.to_string()), "{error}");
+    }
+}
+
+#[test]
+fn a_long_word_is_learned_from_in_parts_of_512_bytes() {
+    let part = |c: &str| format!("c{}b", c.repeat(510));
+    let word = ["d", "e", "f", "g", "h"].map(part).concat();
+    let tokens = |text: &str| {
+        let tokenizer = Tokenizer::train_bpe([text].into_iter(), 400).unwrap();
+        tokenizer.encode("bc").unwrap().len()
+    };
+    // The pair occurs four times, between the parts alone.
+    assert_eq!(tokens(&word), 2);
+    assert_eq!(tokens(&word[256..]), 1);
+}
+
+#[test]
 fn stream_yields_whole_characters_only() {
     let tokenizer = Tokenizer::bytes().unwrap();
     let mut decoder = tokenizer.stream();

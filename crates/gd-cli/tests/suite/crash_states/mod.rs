@@ -15,7 +15,7 @@ use candle_core::Device;
 use gd_model::data::Prepared;
 use gd_model::io::checkpoint::{Store, System, load_json, locate, verify};
 use gd_model::model::pretrained;
-use gd_testing::log_cases;
+use gd_testing::{case_count, log_cases};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -124,7 +124,7 @@ fn no_power_failure_loses_what_was_saved() -> Result<()> {
         log_cases("crash-states", 0);
         return Ok(());
     }
-    let states = std::env::var("GD_CRASH_STATES").ok().and_then(|n| n.parse().ok()).unwrap_or(STATES);
+    let states = case_count("GD_CRASH_STATES", STATES);
     let files = [
         ("small.json", SMALL.into()),
         ("text.txt", SAMPLE.chars().take(3000).collect::<String>().into_bytes()),

@@ -16,6 +16,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper, Encoding, ModelWrapper, OffsetType};
 
 pub use self::stream::StreamDecoder;
+use crate::config::BPE_VOCAB;
 use crate::error::{Error, Result};
 use crate::io::files::{read_file, write_file};
 use crate::io::panic::catch_panic;
@@ -86,13 +87,14 @@ impl Tokenizer {
     /// the square of the length of a word.
     ///
     /// # Errors
-    /// A vocabulary of less than 257 tokens, or texts that are all empty.
+    /// A vocabulary of less than 257 or more than 16,777,216 tokens, or texts that are all empty.
     pub fn train_bpe<S>(texts: impl Iterator<Item = S> + Send, vocab: usize) -> Result<Self>
     where
         S: AsRef<str> + Send,
     {
-        if vocab <= BYTES {
-            return Err(Error::out_of_range("a BPE vocabulary", vocab, format!("at least {}", BYTES + 1)));
+        if !BPE_VOCAB.contains(&vocab) {
+            let allowed = format!("from {} to {}", BPE_VOCAB.start(), BPE_VOCAB.end());
+            return Err(Error::out_of_range("a BPE vocabulary", vocab, allowed));
         }
         let mut texts = texts.filter(|t| !t.as_ref().is_empty()).flat_map(parts).peekable();
         if texts.peek().is_none() {

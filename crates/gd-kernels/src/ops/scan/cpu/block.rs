@@ -123,6 +123,11 @@ impl<T: Element> Block<'_, T> {
             let by_index = if self.problem.tie == TieBreak::First { a.1.cmp(&b.1) } else { b.1.cmp(&a.1) };
             a.0.partial_cmp(&b.0).unwrap_or(std::cmp::Ordering::Equal).then(by_index)
         });
+        if candidates.first().is_some_and(|c| is_overflowed(c.0))
+            || candidates.last().is_some_and(|c| is_overflowed(c.0))
+        {
+            self.sort_overflowed(i, candidates);
+        }
         let base = row * self.slots;
         for (slot, &(e, j, flag)) in candidates.iter().enumerate() {
             (self.energy[base + slot], self.index[base + slot]) = (e, j);
@@ -130,6 +135,22 @@ impl<T: Element> Block<'_, T> {
                 self.flags[base + slot] = 1;
             }
         }
+    }
+
+    /// Sorts candidates, sorted by (energy, index), by what their energies are in f64 where they overflowed.
+    #[cold]
+    #[inline(never)]
+    fn sort_overflowed(&self, i: usize, candidates: &mut [Candidate<T::Acc>]) {
+        let q = self.x.q.row(self.b, self.h, i);
+        let energy = |c: &Candidate<T::Acc>| {
+            let k = self.x.k.row(self.b, self.h / self.problem.group(), c.1 as usize);
+            let prior = self.prior_row().map_or(T::Acc::zero(), |p| p[c.1 as usize]);
+            match is_overflowed(c.0) {
+                true => energy_in_f64(self.problem.score, self.x.beta[self.h], prior, q, k),
+                false => c.0.wide(),
+            }
+        };
+        candidates.sort_by(|a, b| energy(a).total_cmp(&energy(b)));
     }
 
     #[inline(always)]
@@ -181,11 +202,19 @@ fn overflowed<T: Element>(
     if !(finite(q) && finite(k) && prior.is_finite()) {
         return energy;
     }
-    let energy = T::Acc::of(beta.wide() * form_in_f64(score, q, k) - prior.wide());
-    // NaN, for numbers in f64, is the difference of two infinities.
-    if energy.is_nan() {
-        T::Acc::max_value()
-    } else {
-        energy.max(T::Acc::min_value()).min(T::Acc::max_value())
-    }
+    let energy = energy_in_f64(score, beta, prior, q, k);
+    T::Acc::of(energy).max(T::Acc::min_value()).min(T::Acc::max_value())
+}
+
+/// The energy of finite numbers in f64.
+fn energy_in_f64<T: Element>(score: Score, beta: T::Acc, prior: T::Acc, q: &[T], k: &[T]) -> f64 {
+    let energy = beta.wide() * form_in_f64(score, q, k) - prior.wide();
+    // NaN is the difference of two infinities.
+    if energy.is_nan() { f64::MAX } else { energy }
+}
+
+/// Whether an energy is the greatest number, with either sign, which stands for those beyond it.
+#[inline(always)]
+pub(crate) fn is_overflowed<A: Real>(energy: A) -> bool {
+    energy.abs() == A::max_value()
 }

@@ -5,6 +5,7 @@
 //! for every row, and no null slot.
 
 use crate::backend::cpu::element::Real;
+use crate::ops::scan::cpu::block::is_overflowed;
 use crate::ops::select::{MAX_PICKS, Rule};
 use crate::options::{Estimator, TieBreak};
 
@@ -97,7 +98,8 @@ pub(super) fn choose<A: Real>(rule: &RowRule<A>, row: Row<'_, A>) -> RowChoice<A
     for (slot, (&e, &j)) in energy.iter().zip(key).enumerate().filter(|(_, (_, j))| **j >= 0) {
         let wins = nearest.is_none_or(|other| {
             let earlier = (j < key[other]) == (rule.tie == TieBreak::First);
-            e < energy[other] || (e == energy[other] && earlier)
+            // Energies that overflowed are equal; a scan has sorted their keys by what they were.
+            e < energy[other] || (e == energy[other] && earlier && !is_overflowed(e))
         });
         if wins {
             nearest = Some(slot);

@@ -53,7 +53,6 @@ fn assert_same(a: &Path, b: &Path, last: u64) -> Result<()> {
         "manifest.json",
         "model.safetensors",
         "tokenizer.json",
-        "README.md",
         "recipe.json",
         &format!("{newest}/model.safetensors"),
         &format!("{newest}/state.safetensors"),
@@ -64,6 +63,14 @@ fn assert_same(a: &Path, b: &Path, last: u64) -> Result<()> {
             |run: &Path| fs::read(run.join(file)).with_context(|| format!("{}: {file}", run.display()));
         ensure!(read(a)? == read(b)?, "{file} differs");
     }
+    // The model card names the folder of the run.
+    let card = |run: &Path| -> Result<String> {
+        let name = run.file_name().context("a run without a name")?.to_string_lossy().into_owned();
+        let card = fs::read_to_string(run.join("README.md"))?;
+        ensure!(card.contains(&name), "the model card does not name {name}: {card}");
+        Ok(card.replace(&name, "RUN"))
+    };
+    ensure!(card(a)? == card(b)?, "README.md differs");
     let averaged = |run: &Path| fs::read(run.join("model_ema.safetensors")).ok();
     ensure!(averaged(a) == averaged(b), "the averaged weights differ");
     let state = |run: &Path| -> Result<Value> {

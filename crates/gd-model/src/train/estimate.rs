@@ -49,6 +49,8 @@ struct Elements {
 /// Matrices of queries by keys that a mechanism other than softmax and selection stores while it is computed, about the mean
 /// of all of them.
 const STORED_BY_COMPOSITION: f64 = 14.0;
+/// Such matrices of one block of queries, stored and temporary ones, about the mean of those that compute in blocks.
+const BLOCK_OF_COMPOSITION: f64 = 24.5;
 /// Queries that a layer computes at once where they do not depend on each other, and keys of a chunk of linear attention.
 const BLOCK_LENGTH: usize = 64;
 
@@ -104,7 +106,7 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
                 // Queries, keys, values and the output stay; the rest exists for one block of queries.
                 let weights = batch as f64 * length * heads * context as f64;
                 of.stored += 2.0 * query + 2.0 * key;
-                of.temporary += (STORED_BY_COMPOSITION + 3.2) * weights;
+                of.temporary += BLOCK_OF_COMPOSITION * weights;
             } else {
                 let is_linear = matches!(info.state, State::Constant(_));
                 let weights = tokens * heads * if is_linear { length } else { context as f64 };

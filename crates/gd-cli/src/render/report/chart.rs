@@ -145,7 +145,9 @@ fn marked(run: &History, points: &[(f64, f64)]) -> Vec<(Mark, f64, f64)> {
 
 /// The range of the y axis, and what it leaves out.
 fn range(series: &[Series], quantity: &Quantity) -> ([f64; 2], Vec<String>) {
-    let all = || series.iter().flat_map(|s| &s.points);
+    // A smoothed line spreads an outlier over many steps: the values themselves decide.
+    let smoothed = series.iter().any(|s| s.style == Style::Faint);
+    let all = || series.iter().filter(|s| !(smoothed && s.style == Style::Line)).flat_map(|s| &s.points);
     let mut values: Vec<f64> = all().map(|p| p.1).collect();
     values.sort_by(f64::total_cmp);
     let (least, greatest) = (values[0], values[values.len() - 1]);

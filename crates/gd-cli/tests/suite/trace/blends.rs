@@ -31,7 +31,7 @@ fn recorded(gd: &Value) -> Result<(Loaded, Header, Vec<Record>)> {
 
 #[test]
 fn softmax_heads_record_their_greatest_weights() -> Result<()> {
-    for gd in [hybrid(), json!({ "mechanism": ["softmax"] }), json!({ "mechanism": ["softmax+null", "gd"] })]
+    for gd in [hybrid(), json!({ "mechanism": ["softmax"] }), json!({ "mechanism": ["softmax-null", "gd"] })]
     {
         let (loaded, header, records) = recorded(&gd)?;
         let layers = header.blending().count();
@@ -42,7 +42,7 @@ fn softmax_heads_record_their_greatest_weights() -> Result<()> {
                 // Weights can be 0 in f32.
                 ensure!(blend.len() <= keys.min(8) && sum <= 1.0001, "{blend:?}");
                 // All keys together have all weight, except that of a null slot.
-                let whole = (sum - 1.0).abs() < 1e-4 || gd["mechanism"][0] == "softmax+null";
+                let whole = (sum - 1.0).abs() < 1e-4 || gd["mechanism"][0] == "softmax-null";
                 ensure!(keys > 8 || whole, "{blend:?}");
             }
         }

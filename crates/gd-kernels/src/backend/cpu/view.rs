@@ -59,6 +59,24 @@ pub(crate) fn cpu_slice<T: Element>(storage: &Storage) -> candle_core::Result<&[
     }
 }
 
+/// Calls `f` with the elements of tensors in row-major order.
+///
+/// # Errors
+/// Another dtype or device.
+pub(crate) fn with_slices<T: Element, R, const N: usize>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[T]; N]) -> R,
+) -> candle_core::Result<R> {
+    let tensors = tensors.iter().map(|t| t.detach().contiguous());
+    let tensors = tensors.collect::<candle_core::Result<Vec<_>>>()?;
+    let stored: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
+    let mut slices = [&[][..]; N];
+    for ((slice, (storage, layout)), t) in slices.iter_mut().zip(&stored).zip(&tensors) {
+        *slice = &cpu_slice::<T>(storage)?[layout.start_offset()..][..t.elem_count()];
+    }
+    Ok(f(slices))
+}
+
 /// The rows (last dimension) of a tensor of any strides, numbered in row-major order.
 pub(crate) struct Rows<'a, T> {
     data: &'a [T],

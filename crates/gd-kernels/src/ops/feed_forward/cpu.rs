@@ -6,10 +6,9 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use crate::backend::cpu::element::Element;
 use crate::backend::cpu::parallel::{par_chunks, par_items, sum_rows, vectorize, with_scratch};
 use crate::backend::cpu::product::{MatmulPrecision, Matrix, Multiply, with_matmul_precision};
-use crate::backend::cpu::view::cpu_slice;
+use crate::backend::cpu::view::with_slices;
 use crate::backend::graph::attach3;
 use crate::backend::span::{Pass, operator_span};
 use crate::ops::rms_norm::cpu::{normalize_row, row_gradients as norm_gradients};
@@ -40,37 +39,19 @@ fn fused<T: Multiply>(x: &Tensor, inner: &Tensor, down: &Tensor, eps: f64) -> Re
     let span = operator_span(NAME, Pass::Forward);
     let precision = MatmulPrecision::current();
     let y =
-        with_slices::<T, _>([x, inner, down], |[x, inner, down]| Block::new(inner, down, eps).forward(x))?;
+        with_slices::<T, _, _>([x, inner, down], |[x, inner, down]| Block::new(inner, down, eps).forward(x))?;
     drop(span);
     attach3(NAME, [x, inner, down], (y, x.shape().clone()), move |[x, inner, down], _, dy| {
         let (shapes, device) = ([x.shape(), inner.shape(), down.shape()], &Device::Cpu);
-        let dy = dy.contiguous()?;
-        let gradients = with_slices::<T, _>([x, inner, down], |[x, inner, down]| {
-            let (storage, layout) = dy.storage_and_layout();
-            let dy = &cpu_slice::<T>(&storage)?[layout.start_offset()..][..x.len()];
-            let backward = || Block::new(inner, down, eps).backward(x, dy);
-            Result::Ok(with_matmul_precision(precision, backward))
-        })??;
-        let [dx, dinner, ddown] = gradients;
+        let [dx, dinner, ddown] = with_slices::<T, _, _>([x, inner, down, dy], |[x, inner, down, dy]| {
+            with_matmul_precision(precision, || Block::new(inner, down, eps).backward(x, dy))
+        })?;
         Ok([
             Tensor::from_vec(dx, shapes[0], device)?,
             Tensor::from_vec(dinner, shapes[1], device)?,
             Tensor::from_vec(ddown, shapes[2], device)?,
         ])
     })
-}
-
-/// Calls `f` with the elements of three tensors in row-major order.
-fn with_slices<T: Element, R>(tensors: [&Tensor; 3], f: impl FnOnce([&[T]; 3]) -> R) -> Result<R> {
-    let [a, b, c] = tensors.map(|t| t.detach().contiguous());
-    let (a, b, c) = (a?, b?, c?);
-    let ((sa, la), (sb, lb), (sc, lc)) =
-        (a.storage_and_layout(), b.storage_and_layout(), c.storage_and_layout());
-    Ok(f([
-        &cpu_slice::<T>(&sa)?[la.start_offset()..][..a.elem_count()],
-        &cpu_slice::<T>(&sb)?[lb.start_offset()..][..b.elem_count()],
-        &cpu_slice::<T>(&sc)?[lc.start_offset()..][..c.elem_count()],
-    ]))
 }
 
 /// The parameters.

@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{BLOCK_ROWS, Sizes, TASK_ROWS, with_slice};
+use super::{BLOCK_ROWS, Sizes, TASK_ROWS};
 use crate::backend::cpu::parallel::{par_chunks, with_scratch};
 use crate::backend::cpu::product::{MatmulPrecision, Matrix, Multiply, with_matmul_precision};
-use crate::backend::cpu::view::Rows;
+use crate::backend::cpu::view::{Rows, with_slices};
 use crate::backend::graph::{attach2, with_contiguous_rows};
 use crate::backend::span::{Pass, operator_span};
 use crate::error::Result;
@@ -31,21 +31,19 @@ fn fused<T: Multiply>(y: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor
     let out = {
         let (storage, layout) = y.storage_and_layout();
         let y = Rows::<T>::new(&storage, layout)?;
-        with_slice::<T, _>(weight, |weight| forward(sizes, &y, Matrix::of_rows(weight, sizes.width())))?
+        with_slices::<T, _, _>([weight], |[weight]| {
+            forward(sizes, &y, Matrix::of_rows(weight, sizes.width()))
+        })?
     };
     drop(span);
     attach2(NAME, y, weight, (out, (batch, rows, outputs).into()), move |y, weight, dy| {
         let (dheads, dweight) = {
             let (storage, layout) = y.storage_and_layout();
             let y = Rows::<T>::new(&storage, layout)?;
-            with_slice::<T, _>(weight, |weight| {
-                with_slice::<T, _>(dy, |dy| {
-                    let weight = Matrix::of_rows(weight, sizes.width());
-                    with_matmul_precision(precision, || {
-                        backward(sizes, &y, weight, Matrix::of_rows(dy, outputs))
-                    })
-                })
-            })??
+            with_slices::<T, _, _>([weight, dy], |[weight, dy]| {
+                let (weight, dy) = (Matrix::of_rows(weight, sizes.width()), Matrix::of_rows(dy, outputs));
+                with_matmul_precision(precision, || backward(sizes, &y, weight, dy))
+            })?
         };
         Ok([
             Tensor::from_vec(dheads, y.shape(), &Device::Cpu)?,

@@ -6,11 +6,7 @@
 mod from_heads;
 mod to_heads;
 
-use candle_core::{Result, Tensor};
-
-use crate::backend::cpu::element::Element;
 use crate::backend::cpu::parallel::par_items;
-use crate::backend::cpu::view::cpu_slice;
 
 pub(super) use from_heads::project_from_heads;
 pub(super) use to_heads::project_to_heads;
@@ -61,13 +57,6 @@ impl Sizes {
         }
         par_items(tasks, &|_, task| f(task));
     }
-}
-
-/// Calls `f` with the elements of a tensor in row-major order.
-fn with_slice<T: Element, R>(t: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
-    let t = t.detach().contiguous()?;
-    let (storage, layout) = t.storage_and_layout();
-    Ok(f(&cpu_slice::<T>(&storage)?[layout.start_offset()..][..t.elem_count()]))
 }
 
 #[cfg(test)]

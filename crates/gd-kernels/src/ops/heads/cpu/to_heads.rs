@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{BLOCK_ROWS, Sizes, TASK_ROWS, with_slice};
+use super::{BLOCK_ROWS, Sizes, TASK_ROWS};
 use crate::backend::cpu::parallel::{par_items, sum_rows, vectorize, with_scratch};
 use crate::backend::cpu::product::{MatmulPrecision, Matrix, Multiply, with_matmul_precision};
-use crate::backend::cpu::view::Rows;
+use crate::backend::cpu::view::{Rows, with_slices};
 use crate::backend::graph::{attach2, attach3, with_contiguous_rows};
 use crate::backend::span::{Pass, operator_span};
 use crate::error::Result;
@@ -46,21 +46,19 @@ fn fused<T: Multiply>(
             None => None,
         },
     };
-    let y = with_slice::<T, _>(x, |x| {
-        with_slice::<T, _>(weight, |weight| steps.forward(x, Matrix::of_rows(weight, channels)))
-    })??;
+    let y = with_slices::<T, _, _>([x, weight], |[x, weight]| {
+        steps.forward(x, Matrix::of_rows(weight, channels))
+    })?;
     let y = (y, (batch, outputs / d, n, d).into());
     drop(span);
     let backward = move |x: &Tensor, weight: &Tensor, dy: &Tensor| -> candle_core::Result<[Tensor; 3]> {
         let dy = with_contiguous_rows(dy)?;
         let (storage, layout) = dy.storage_and_layout();
         let dy = Rows::<T>::new(&storage, layout)?;
-        let [dx, dweight, dnorm] = with_slice::<T, _>(x, |x| {
-            with_slice::<T, _>(weight, |weight| {
-                let weight = Matrix::of_rows(weight, channels);
-                with_matmul_precision(precision, || steps.backward(x, weight, &dy))
-            })
-        })??;
+        let [dx, dweight, dnorm] = with_slices::<T, _, _>([x, weight], |[x, weight]| {
+            let weight = Matrix::of_rows(weight, channels);
+            with_matmul_precision(precision, || steps.backward(x, weight, &dy))
+        })?;
         Ok([
             Tensor::from_vec(dx, x.shape(), &Device::Cpu)?,
             Tensor::from_vec(dweight, weight.shape(), &Device::Cpu)?,

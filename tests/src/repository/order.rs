@@ -23,7 +23,7 @@ pub const ORDERS: &[Order] = &[
                 "ops/running_average",
                 "ops/swiglu",
             ],
-            &["ops/cross_entropy", "ops/softmax_attention"],
+            &["ops/cross_entropy", "ops/feed_forward", "ops/gated_sum", "ops/heads", "ops/softmax_attention"],
             &["ops/scan"],
             &["ops/select"],
             &["ops/decode", "ops/embedding"],

@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn known_numbers_have_words_and_others_their_name() {
+    fn numbers_of_a_log_have_words_and_others_their_name() {
         let churn = quantity("churn");
         assert_eq!((churn.unit, churn.scale, churn.axis()), ("%", 100.0, "%"));
         assert!(!churn.explanation.is_empty());

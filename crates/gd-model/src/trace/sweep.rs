@@ -122,5 +122,5 @@ pub fn sweep(
 
 /// The index of the greatest number, the first of equal ones.
 fn greatest(numbers: &[f64]) -> usize {
-    (1..numbers.len()).fold(0, |best, at| if numbers[at] > numbers[best] { at } else { best })
+    (1..numbers.len()).fold(0, |greatest, at| if numbers[at] > numbers[greatest] { at } else { greatest })
 }

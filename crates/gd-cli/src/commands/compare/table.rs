@@ -67,7 +67,7 @@ pub(super) fn by_position(comparison: &Comparison, style: TableStyle) -> Table {
 }
 
 /// Steps below which the order of the rows says little about the mechanisms.
-const FEW_STEPS: u64 = 1000;
+const SHORT_RUN_STEPS: u64 = 1000;
 
 /// What is to be known about the table: the n-grams, parameters of mechanisms that are not the defaults, the learning rates,
 /// how few the steps are, and whether the table measures reading.
@@ -100,7 +100,7 @@ pub(super) fn notes(comparison: &Comparison) -> String {
             ));
         }
     }
-    if comparison.steps < FEW_STEPS {
+    if comparison.steps < SHORT_RUN_STEPS {
         lines.push(format!(
             "After {} steps the losses are those of the start of a training: they show that every mechanism learns and what \
              it costs, not which one is better.",

@@ -31,7 +31,8 @@ fn recorded(gd: &Value) -> Result<(Loaded, Header, Vec<Record>)> {
 
 #[test]
 fn softmax_heads_record_their_greatest_weights() -> Result<()> {
-    for gd in [hybrid(), json!({ "mechanism": ["softmax"] }), json!({ "mechanism": ["softmax-null", "gd"] })]
+    for gd in
+        [hybrid(), json!({ "mechanism": ["softmax"] }), json!({ "mechanism": ["softmax-null", "gd", "gd"] })]
     {
         let (loaded, header, records) = recorded(&gd)?;
         let layers = header.blending().count();

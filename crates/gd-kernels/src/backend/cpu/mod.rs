@@ -1,8 +1,8 @@
 //! Code that operators share on the CPU.
 
-pub(crate) mod aligned;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
+pub(crate) mod cache_line;
 pub(crate) mod element;
 pub(crate) mod isa;
 pub(crate) mod matrix;

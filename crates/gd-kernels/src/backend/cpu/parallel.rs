@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use crate::backend::cpu::aligned::AlignedVec;
+use crate::backend::cpu::cache_line::AlignedVec;
 use crate::backend::cpu::element::Real;
 
 /// Output elements below which a loop runs on the calling thread.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::backend::cpu::aligned::AlignedVec;
+use crate::backend::cpu::cache_line::AlignedVec;
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::parallel::vectorize;
 use crate::backend::cpu::quantize::{KEYS, STEP, quantize};

@@ -30,9 +30,9 @@ struct Point {
     value: f32,
 }
 
-/// A number of the steps so far.
+/// The course of a number over the steps so far.
 #[derive(Debug)]
-enum Seen {
+enum Course {
     /// It has been the same; its first point and the last one.
     Constant(Point, Point),
     Varying,
@@ -43,7 +43,7 @@ enum Seen {
 pub struct TensorBoard {
     file: File,
     path: PathBuf,
-    seen: HashMap<String, Seen>,
+    courses: HashMap<String, Course>,
 }
 
 /// The tag of a number of the log.
@@ -82,7 +82,7 @@ impl TensorBoard {
         }
         let path = folder.join(format!("{PREFIX}{:010}.gd", wall_time as u64));
         let file = File::create(&path).map_err(|e| Error::write(&path, e))?;
-        let mut new = Self { file, path, seen: HashMap::new() };
+        let mut new = Self { file, path, courses: HashMap::new() };
         let mut version = double(1, wall_time);
         version.extend(bytes(3, b"brain.Event:2"));
         new.write(&version)?;
@@ -102,23 +102,23 @@ impl TensorBoard {
         let mut varying = Vec::new();
         for (name, value) in scalars(line) {
             let (tag, point) = (tag(&name), Point { step, time, value: value as f32 });
-            match self.seen.get_mut(&tag) {
+            match self.courses.get_mut(&tag) {
                 None => {
-                    self.seen.insert(tag, Seen::Constant(point, point));
+                    self.courses.insert(tag, Course::Constant(point, point));
                 }
-                Some(Seen::Constant(first, last)) if first.value.to_bits() == point.value.to_bits() => {
+                Some(Course::Constant(first, last)) if first.value.to_bits() == point.value.to_bits() => {
                     *last = point
                 }
-                Some(Seen::Constant(first, last)) => {
+                Some(Course::Constant(first, last)) => {
                     let (first, last) = (*first, *last);
                     self.points(&[(&tag, first)])?;
                     if last.step != first.step {
                         self.points(&[(&tag, last)])?;
                     }
-                    self.seen.insert(tag.clone(), Seen::Varying);
+                    self.courses.insert(tag.clone(), Course::Varying);
                     varying.push((tag, point));
                 }
-                Some(Seen::Varying) => varying.push((tag, point)),
+                Some(Course::Varying) => varying.push((tag, point)),
             }
         }
         let varying: Vec<(&str, Point)> = varying.iter().map(|(tag, point)| (tag.as_str(), *point)).collect();

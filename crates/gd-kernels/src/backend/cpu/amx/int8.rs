@@ -3,8 +3,8 @@
 
 use std::arch::asm;
 
-use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::amx::{TileConfig, TileShape};
+use crate::backend::cpu::cache_line::AlignedVec;
 use crate::backend::cpu::quantize::{KEYS, STEP};
 
 /// Queries of a strip.

@@ -158,7 +158,7 @@ mod tests {
 
     /// A NaN or an infinity stays in its row and column, also in the last rows and columns of a tile.
     #[test]
-    fn values_that_are_not_finite_are_kept() {
+    fn values_that_are_not_finite_stay_in_their_rows() {
         let (m, n, k) = (40, 35, 33);
         let (mut a, b) = (vec![1f32; m * k], vec![1f32; k * n]);
         (a[39 * k + 32], a[2 * k]) = (f32::NAN, f32::INFINITY);

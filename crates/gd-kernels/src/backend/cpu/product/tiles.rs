@@ -1,7 +1,7 @@
 //! Products of f32 matrices that are rounded to bf16, with AMX.
 
-use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::amx::bf16::{Lines, STRIP, Side, Sums, TILE_TERMS, Tiles, pack, strip_len};
+use crate::backend::cpu::cache_line::AlignedVec;
 use crate::backend::cpu::parallel::{par_chunks, vectorize, with_scratch};
 use crate::backend::cpu::product::Matrix;
 

@@ -18,7 +18,7 @@ const QUERIES: usize = 8;
 /// Features of an item: how many functions are still to be applied, an argument, and a value.
 const FEATURES: usize = (MAX_FUNCTIONS + 1) + 2 * DOMAIN;
 
-/// Random functions f_1 .. f_L from a set of [`DOMAIN`] elements into itself, each as a table with one item per argument,
+/// Random functions f_1 .. f_L from a set of 16 elements into itself, each as a table with one item per argument,
 /// then queries q; the answer to a query is f_L(.. f_1(q)).
 ///
 /// The table of f_L stands first and that of f_1 last. No item of a table can therefore read the function that is applied

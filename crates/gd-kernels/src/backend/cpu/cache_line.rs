@@ -29,6 +29,7 @@ impl<T> Default for AlignedVec<T> {
 
 impl<T: Pod> AlignedVec<T> {
     /// `len` zeros.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "the tiles of AMX use it"))]
     pub(crate) fn zeros(len: usize) -> Self {
         let mut new = Self::default();
         new.set_len(len);

@@ -63,8 +63,9 @@ fn an_encoder_decoder_learns_with_every_mechanism_for_states() {
             assert!(share(name, task) >= 90.0, "{text}");
         }
     }
-    // The dot product of states does not learn to sort in so few steps; how far the others come depends on the last bits.
-    assert!(["bahdanau", "pointer"].iter().all(|name| share(name, "sorting") >= 60.0), "{text}");
+    // The dot product of states does not learn to sort in so few steps; how far Bahdanau attention comes depends on the last
+    // bits.
+    assert!(share("pointer", "sorting") >= 90.0 && share("bahdanau", "sorting") >= 60.0, "{text}");
     // It never goes back to an earlier digit.
     assert!(share("monotonic", "copying") >= 90.0 && share("monotonic", "reversing") < 60.0, "{text}");
 }

@@ -211,20 +211,13 @@ impl Heads {
         norm: Option<&RmsNorm>,
         offsets: Option<&[usize]>,
     ) -> Result<Tensor> {
-        let head_dim = self.cfg.head_dim;
-        if projection.bias().is_none() {
-            let norm = norm.map(|norm| (norm.weight(), norm.eps()));
-            let rotation = offsets.map(|offsets| self.rotary.rotation(offsets));
-            let heads = HeadProjection { head_dim, norm, rotation };
-            return Ok(project_to_heads(x, projection.weight(), &heads)?);
-        }
-        let (b, n, _) = x.dims3()?;
-        let y = projection.forward(x)?.reshape((b, n, (), head_dim))?;
-        let y = norm.map_or(Ok(y.clone()), |norm| norm.forward(&y))?.transpose(1, 2)?;
-        match offsets {
-            Some(offsets) => self.rotary.apply_each(&y, offsets),
-            None => Ok(y),
-        }
+        let heads = HeadProjection {
+            head_dim: self.cfg.head_dim,
+            bias: projection.bias(),
+            norm: norm.map(|norm| (norm.weight(), norm.eps())),
+            rotation: offsets.map(|offsets| self.rotary.rotation(offsets)),
+        };
+        Ok(project_to_heads(x, projection.weight(), &heads)?)
     }
 
     /// The output `[B, N, C]` of a layer whose heads do not read, from the Beacon alone.
@@ -260,16 +253,11 @@ impl Heads {
 
     /// The output gate and `o_proj` on the output of all heads `[B, H, N, D]`.
     fn project_output(&self, y: &Tensor, gate: Option<Tensor>) -> Result<Tensor> {
-        if gate.is_none() && self.o_proj.bias().is_none() {
-            return Ok(project_from_heads(y, self.o_proj.weight())?);
-        }
-        let (b, _, n, _) = y.dims4()?;
-        let y = y.transpose(1, 2)?.reshape((b, n, ()))?;
-        let y = match gate {
-            Some(gate) => (y * gate)?,
-            None => y,
+        let Some(gate) = gate else {
+            return Ok(project_from_heads(y, self.o_proj.weight(), self.o_proj.bias())?);
         };
-        self.o_proj.forward(&y)
+        let (b, _, n, _) = y.dims4()?;
+        self.o_proj.forward(&(y.transpose(1, 2)?.reshape((b, n, ()))? * gate)?)
     }
 }
 

@@ -215,11 +215,7 @@ impl Header {
         interventions: &[Intervention],
         device: &Device,
     ) -> Result<Self> {
-        let header = Self::with_weights(loaded, name, prompt, generation, interventions, 0, device)?;
-        match header.layers.iter().any(|layer| layer.selects) {
-            true => Ok(header),
-            false => Err(none_selects(loaded.model.config())),
-        }
+        Self::with_weights(loaded, name, prompt, generation, interventions, 0, device)
     }
 
     /// The header of a run that records the greatest weights of softmax layers, too.
@@ -234,12 +230,7 @@ impl Header {
         interventions: &[Intervention],
         device: &Device,
     ) -> Result<Self> {
-        let header =
-            Self::with_weights(loaded, name, prompt, generation, interventions, BLEND_WEIGHTS, device)?;
-        match header.layers.iter().any(Layer::is_recorded) {
-            true => Ok(header),
-            false => Err(none_selects(loaded.model.config())),
-        }
+        Self::with_weights(loaded, name, prompt, generation, interventions, BLEND_WEIGHTS, device)
     }
 
     fn with_weights(
@@ -252,6 +243,9 @@ impl Header {
         device: &Device,
     ) -> Result<Self> {
         let layers = layers(loaded, weights)?;
+        if !layers.iter().any(Layer::is_recorded) {
+            return Err(none_selects(loaded.model.config()));
+        }
         let input: Vec<u8> = prompt.iter().flat_map(|token| token.to_le_bytes()).collect();
         let (device, isa) = backend(device);
         Ok(Self {

@@ -1,6 +1,6 @@
 //! `gd bench step`: the time of the parts of a training step.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -29,8 +29,8 @@ const WARM_UP_STEPS: u64 = 2;
 /// The flags of `gd bench step`.
 #[derive(Debug, clap::Args)]
 pub struct StepArgs {
-    /// Preset of models/, or a TOML or JSON configuration file (default: tiny). Can be repeated
-    #[arg(long, value_name = "PRESET|FILE")]
+    /// Preset of models/, or a TOML or JSON configuration file. Can be repeated
+    #[arg(long, value_name = "PRESET|FILE", default_value = DEFAULT_CONFIG)]
     pub config: Vec<String>,
     /// Override a value of the configuration by its dotted path. Can be repeated
     #[arg(long, value_name = "KEY=VALUE")]
@@ -65,8 +65,7 @@ struct Part {
 
 /// Trains a few steps on tokens without meaning and prints the time of every operator.
 pub(super) fn run(args: &StepArgs, ctx: &Context) -> Result<()> {
-    let configs = if args.config.is_empty() { vec![DEFAULT_CONFIG.to_owned()] } else { args.config.clone() };
-    let mut recipe = load_recipe(&configs, &args.set, None)?;
+    let mut recipe = load_recipe(&args.config, &args.set, None)?;
     let train = &mut recipe.train;
     // No evaluation is due: no measured step is the last one, or a multiple of `eval_every`.
     (train.steps, train.eval_every) = (train.steps.max(WARM_UP_STEPS + args.steps + 1), u64::MAX);
@@ -111,8 +110,7 @@ fn parts(seconds: &[f64], steps: &[BTreeMap<Operator, Duration>]) -> Vec<Part> {
         let share = (forward_ms + backward_ms) / step_ms;
         Part { name: name.to_owned(), forward_ms, backward_ms, share }
     };
-    let names: std::collections::BTreeSet<&str> =
-        steps.iter().flatten().map(|(operator, _)| operator.name.as_str()).collect();
+    let names: BTreeSet<&str> = steps.iter().flatten().map(|(operator, _)| operator.name.as_str()).collect();
     let time = |name: &str, backward: bool| {
         let operator = Operator { name: name.to_owned(), backward };
         let of =

@@ -19,14 +19,19 @@ fn hybrid() -> Value {
 
 fn recorded(gd: &Value) -> Result<(Loaded, Header, Vec<Record>)> {
     let loaded = model(gd, 5)?;
+    let (header, records) = record(&loaded)?;
+    Ok((loaded, header, records))
+}
+
+fn record(loaded: &Loaded) -> Result<(Header, Vec<Record>)> {
     let prompt = loaded.tokenizer.encode(PROMPT)?;
-    let header = Header::with_blends(&loaded, "m", &prompt, None, &[], &CPU)?;
+    let header = Header::with_blends(loaded, "m", &prompt, None, &[], &CPU)?;
     let mut records = Vec::new();
-    trace::record(&loaded, &header, &prompt, &CPU, |record| {
+    trace::record(loaded, &header, &prompt, &CPU, |record| {
         records.push(record);
         Ok(())
     })?;
-    Ok((loaded, header, records))
+    Ok((header, records))
 }
 
 #[test]
@@ -83,13 +88,7 @@ fn the_weights_are_those_of_softmax_attention() -> Result<()> {
     let (_, q) =
         vars.iter().find(|(name, _)| name.ends_with("layers.0.self_attn.q_proj.weight")).context("q")?;
     q.set(&q.zeros_like()?)?;
-    let prompt = loaded.tokenizer.encode(PROMPT)?;
-    let header = Header::with_blends(&loaded, "m", &prompt, None, &[], &CPU)?;
-    let mut records = Vec::new();
-    trace::record(&loaded, &header, &prompt, &CPU, |record| {
-        records.push(record);
-        Ok(())
-    })?;
+    let (_, records) = record(&loaded)?;
     let blend = &records[19].blends[2];
     let keys: Vec<i32> = blend.iter().map(|b| b.0).collect();
     ensure!(keys == (0..8).collect::<Vec<_>>(), "{keys:?}");

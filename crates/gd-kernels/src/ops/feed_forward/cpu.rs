@@ -7,7 +7,9 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::backend::cpu::parallel::{par_chunks, par_items, sum_rows, vectorize, with_scratch};
-use crate::backend::cpu::product::{MatmulPrecision, Matrix, Multiply, with_matmul_precision};
+use crate::backend::cpu::product::{
+    BLOCK_ROWS, MatmulPrecision, Matrix, Multiply, TASK_ROWS, with_matmul_precision,
+};
 use crate::backend::cpu::view::with_slices;
 use crate::backend::graph::attach3;
 use crate::backend::span::{Pass, operator_span};
@@ -16,10 +18,6 @@ use crate::ops::swiglu::cpu::{row as swiglu_row, row_gradients as swiglu_gradien
 
 /// The name of the operator in candle's graph.
 const NAME: &str = "feed_forward";
-/// Rows of a task.
-const TASK_ROWS: usize = 64;
-/// Rows whose part of the gradients of the parameters is computed at once, a multiple of the rows of a task.
-const BLOCK_ROWS: usize = 512;
 
 /// The block for tensors of one dtype, which have been validated.
 pub(super) fn feed_forward(
@@ -61,9 +59,8 @@ struct Block<'a, T: Multiply> {
     norm: &'a [T],
     eps: f64,
     down: Matrix<'a, T>,
-    /// `[C, 2 F]` and `[F, C]`.
+    /// `[C, 2 F]`.
     gate_up_t: T::Packed,
-    down_t: T::Packed,
     channels: usize,
     width: usize,
 }
@@ -75,8 +72,7 @@ impl<'a, T: Multiply> Block<'a, T> {
         let (gate_up, norm) = inner.split_at(2 * down.len());
         let width = down.len() / channels;
         let (gate_up, down) = (Matrix::of_rows(gate_up, channels), Matrix::of_rows(down, width));
-        let (gate_up_t, down_t) = (T::pack(gate_up.t()), T::pack(down.t()));
-        Self { gate_up, norm, eps, down, gate_up_t, down_t, channels, width }
+        Self { gate_up, norm, eps, down, gate_up_t: T::pack(gate_up.t()), channels, width }
     }
 
     /// Of some rows: the normalised ones `[rows, C]`, their gates and ups `[rows, 2 F]`, and the activations `[rows, F]`.
@@ -104,6 +100,7 @@ impl<'a, T: Multiply> Block<'a, T> {
 
     fn forward(&self, x: &[T]) -> Vec<T> {
         let (c, f) = (self.channels, self.width);
+        let down = T::pack(self.down.t());
         let mut y = vec![T::zero(); x.len()];
         par_chunks(&mut y, TASK_ROWS * c, &|task, y| {
             let x = &x[task * TASK_ROWS * c..][..y.len()];
@@ -112,7 +109,7 @@ impl<'a, T: Multiply> Block<'a, T> {
                 let (normed, rest) = scratch.split_at_mut(rows * c);
                 let (gate_up, hidden) = rest.split_at_mut(rows * 2 * f);
                 self.activate(x, normed, gate_up, hidden);
-                T::multiply(Matrix::of_rows(hidden, f), &self.down_t, y, false);
+                T::multiply(Matrix::of_rows(hidden, f), &down, y, false);
             });
             y.iter_mut().zip(x).for_each(|(y, &x)| *y += x);
         });

@@ -15,6 +15,8 @@ use crate::ops::rotary::{self, rotary};
 pub struct HeadProjection<'a> {
     /// D.
     pub head_dim: usize,
+    /// A bias `[H D]` of the projection.
+    pub bias: Option<&'a Tensor>,
     /// A normalisation of every head: its weight `[D]`, and the number that it adds to the mean of the squares; see
     /// [`rms_norm`](crate::rms_norm).
     pub norm: Option<(&'a Tensor, f64)>,
@@ -36,8 +38,7 @@ pub struct Rotation<'a> {
 /// The heads `[B, H, N, D]` of the projection `x weightᵀ` of `x` `[B, N, C]` by `weight` `[H D, C]`, normalised and rotated as
 /// `heads` says.
 ///
-/// `x`, `weight` and the weight of the normalisation get gradients. On the CPU a training in f32 or f64 computes this as one
-/// operator, for the reason given at [`feed_forward`](crate::feed_forward); elsewhere it is composed of
+/// All of them get gradients. On the CPU a training in f32 or f64 without a bias computes this as one operator, for the reason given at [`feed_forward`](crate::feed_forward); elsewhere it is composed of
 /// [`linear`](crate::linear), [`rms_norm`](crate::rms_norm) and [`rotary`](crate::rotary).
 ///
 /// # Errors
@@ -50,12 +51,12 @@ pub struct Rotation<'a> {
 ///
 /// let x = Tensor::ones((2, 5, 8), DType::F32, &Device::Cpu)?;
 /// let weight = Tensor::ones((12, 8), DType::F32, &Device::Cpu)?;
-/// let heads = HeadProjection { head_dim: 4, norm: None, rotation: None };
+/// let heads = HeadProjection { head_dim: 4, bias: None, norm: None, rotation: None };
 /// assert_eq!(project_to_heads(&x, &weight, &heads)?.dims(), [2, 3, 5, 4]);
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn project_to_heads(x: &Tensor, weight: &Tensor, heads: &HeadProjection<'_>) -> Result<Tensor> {
-    let HeadProjection { head_dim, norm, rotation } = *heads;
+    let HeadProjection { head_dim, bias, norm, rotation } = *heads;
     let ([b, n, c], [outputs, inputs]) = (x.dims(), weight.dims()) else {
         return Err(invalid("project_to_heads", x, weight, head_dim));
     };
@@ -68,13 +69,13 @@ pub fn project_to_heads(x: &Tensor, weight: &Tensor, heads: &HeadProjection<'_>)
     let parameters = parameters.iter().flatten();
     let one_dtype = parameters.clone().all(|t| t.dtype() == x.dtype());
     let differentiate = parameters.chain(&[x]).any(|t| t.track_op());
-    if one_dtype && differentiate && computes(b * n, x.dtype(), x.device()) {
+    if bias.is_none() && one_dtype && differentiate && computes(b * n, x.dtype(), x.device()) {
         if let Some(Rotation { cos, sin, offsets }) = rotation {
             rotary::validate(&[b, outputs / head_dim, n, head_dim], cos, sin, offsets)?;
         }
         return cpu::project_to_heads(x, weight, heads);
     }
-    let y = linear(x, weight, None)?.reshape((b, n, (), head_dim))?;
+    let y = linear(x, weight, bias)?.reshape((b, n, (), head_dim))?;
     let y = match norm {
         Some((weight, eps)) => rms_norm(&y, weight, eps)?,
         None => y,
@@ -86,9 +87,11 @@ pub fn project_to_heads(x: &Tensor, weight: &Tensor, heads: &HeadProjection<'_>)
     }
 }
 
-/// The projection `[B, N, C]` of the heads `y` `[B, H, N, D]`, side by side in every row, by `weight` `[C, H D]`.
+/// The projection `[B, N, C]` of the heads `y` `[B, H, N, D]`, side by side in every row, by `weight` `[C, H D]`, plus `bias`
+/// `[C]`.
 ///
-/// Both get gradients. As [`project_to_heads`], it is one operator where a training computes it on the CPU.
+/// All of them get gradients. As [`project_to_heads`], it is one operator where a training computes it on the CPU without a
+/// bias.
 ///
 /// # Errors
 /// As [`project_to_heads`].
@@ -99,10 +102,10 @@ pub fn project_to_heads(x: &Tensor, weight: &Tensor, heads: &HeadProjection<'_>)
 ///
 /// let y = Tensor::ones((2, 3, 5, 4), DType::F32, &Device::Cpu)?;
 /// let weight = Tensor::ones((8, 12), DType::F32, &Device::Cpu)?;
-/// assert_eq!(gd_kernels::project_from_heads(&y, &weight)?.dims(), [2, 5, 8]);
+/// assert_eq!(gd_kernels::project_from_heads(&y, &weight, None)?.dims(), [2, 5, 8]);
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
-pub fn project_from_heads(y: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn project_from_heads(y: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (&[b, h, n, d], &[_, inputs]) = (y.dims(), weight.dims()) else {
         return Err(invalid("project_from_heads", y, weight, 0));
     };
@@ -110,10 +113,11 @@ pub fn project_from_heads(y: &Tensor, weight: &Tensor) -> Result<Tensor> {
         return Err(invalid("project_from_heads", y, weight, d));
     }
     let differentiate = y.track_op() || weight.track_op();
-    if y.dtype() == weight.dtype() && differentiate && computes(b * n, y.dtype(), y.device()) {
+    let fits = y.dtype() == weight.dtype() && computes(b * n, y.dtype(), y.device());
+    if bias.is_none() && differentiate && fits {
         return cpu::project_from_heads(y, weight);
     }
-    linear(&y.transpose(1, 2)?.reshape((b, n, h * d))?, weight, None)
+    linear(&y.transpose(1, 2)?.reshape((b, n, h * d))?, weight, bias)
 }
 
 fn invalid(name: &str, x: &Tensor, weight: &Tensor, head_dim: usize) -> Error {

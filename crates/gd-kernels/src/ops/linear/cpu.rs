@@ -100,10 +100,9 @@ fn direct<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> 
         multiply(&Rows::<f32>::new(&xs, xl)?, &Rows::<T>::new(&ws, wl)?)
     };
     Ok(attach2("linear", &x, &weight, (y, shape.into()), |x, weight, dy| {
-        let (outputs, inputs) = weight.dims2()?;
-        let rows = dy.reshape(((), outputs))?;
+        let rows = rows_of(dy)?;
         let dx = matrix_product(&rows, &weight.to_dtype(DType::F32)?)?.reshape(x.shape())?;
-        let dw = matrix_product(&rows.t()?, &x.reshape(((), inputs))?)?.to_dtype(weight.dtype())?;
+        let dw = matrix_product(&rows.t()?, &rows_of(x)?)?.to_dtype(weight.dtype())?;
         Ok([dx, dw])
     })?)
 }

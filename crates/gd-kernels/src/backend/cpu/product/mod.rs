@@ -18,6 +18,11 @@ use crate::backend::dispatch::on_cpu;
 /// With fewer rows, copying the right factor would take too large a part of the time.
 const MIN_ROWS: usize = 32;
 
+/// Rows of a task of an operator that computes several products with the same rows.
+pub(crate) const TASK_ROWS: usize = 64;
+/// Rows whose part of the gradients of the parameters such an operator computes at once, a multiple of the rows of a task.
+pub(crate) const BLOCK_ROWS: usize = 512;
+
 /// Whether products with so many rows of this dtype are computed here.
 pub(crate) fn computes(rows: usize, dtype: DType, device: &Device) -> bool {
     rows >= MIN_ROWS && matches!(dtype, DType::F32 | DType::F64) && on_cpu(device)

@@ -9,7 +9,7 @@ use crate::backend::cpu::product::Matrix;
 /// Columns of a panel: four registers of 16 numbers.
 const PANEL: usize = 64;
 /// Terms that are added in registers. A panel of so many rows fits the L2 cache.
-pub(super) const DEPTH: usize = 512;
+const DEPTH: usize = 512;
 
 /// A right factor `[K, N]` in panels of [`PANEL`] columns, so that a register tile reads it in order.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ impl<T: Real> Panels<T> {
     /// Writes the product of `a` with this factor to `out`, or adds it; on this thread.
     pub(super) fn multiply(&self, a: Matrix<'_, T>, out: &mut [T], add: bool) {
         let (k, n) = (self.rows, self.columns);
-        let (mut left, mut edge) = (Vec::new(), vec![T::zero(); a.rows * PANEL]);
+        let (mut left, mut edge) = (Vec::new(), Vec::new());
         if k == 0 && !add {
             out.fill(T::zero());
         }
@@ -49,6 +49,7 @@ impl<T: Real> Panels<T> {
                     continue;
                 }
                 // The last columns do not fill a register.
+                edge.resize(a.rows * PANEL, T::zero());
                 let padded_edge = Padded { data: &mut edge[..], stride: PANEL };
                 multiply(padded_edge, columns, false, T::one(), left, right);
                 for (out, edge) in out.chunks_exact_mut(n).zip(edge.chunks_exact(PANEL)) {
@@ -81,7 +82,7 @@ fn pack<T: Real>(b: Matrix<'_, T>, first: usize, out: &mut [T]) {
     }
 }
 
-/// Columns of the left factor. If are contiguous, they are copied, so that a tile reads them in order.
+/// Columns of the left factor. If the elements of a column are contiguous, they are copied, so that a tile reads them in order.
 fn part<'a, T: Real>(
     a: Matrix<'a, T>,
     columns: std::ops::Range<usize>,

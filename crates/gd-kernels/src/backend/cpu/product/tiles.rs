@@ -19,13 +19,7 @@ pub(crate) struct Strips {
 impl Strips {
     /// Copies the factor, on all threads.
     pub(super) fn new(b: Matrix<'_, f32>) -> Self {
-        let columns = Lines {
-            data: b.data,
-            lines: b.columns,
-            terms: b.rows,
-            line_stride: b.column_stride,
-            term_stride: b.row_stride,
-        };
+        let columns = lines(b.t());
         let strip = strip_len(b.rows);
         let mut values = AlignedVec::zeros(b.columns.div_ceil(STRIP) * strip);
         par_chunks(&mut values, strip, &|i, out| pack(columns, Side::Right, i * STRIP, out));
@@ -38,13 +32,7 @@ impl Strips {
             out.fill(0.0);
         }
         let strip = strip_len(self.rows);
-        let rows = Lines {
-            data: a.data,
-            lines: a.rows,
-            terms: a.columns,
-            line_stride: a.row_stride,
-            term_stride: a.column_stride,
-        };
+        let rows = lines(a);
         with_scratch(a.rows.div_ceil(STRIP) * strip, |left| {
             for (i, left) in left.chunks_exact_mut(strip.max(1)).enumerate() {
                 pack(rows, Side::Left, i * STRIP, left);
@@ -67,6 +55,12 @@ impl Strips {
             }
         }
     }
+}
+
+/// The rows of a matrix as those of a left factor.
+fn lines(m: Matrix<'_, f32>) -> Lines<'_> {
+    let Matrix { data, rows, columns, row_stride, column_stride } = m;
+    Lines { data, lines: rows, terms: columns, line_stride: row_stride, term_stride: column_stride }
 }
 
 /// Writes sums to rows of `n` elements from column `first` on, as far as there are rows and columns; adds them if `add` is

@@ -7,14 +7,10 @@ mod from_heads;
 mod to_heads;
 
 use crate::backend::cpu::parallel::par_items;
+use crate::backend::cpu::product::TASK_ROWS;
 
 pub(super) use from_heads::project_from_heads;
 pub(super) use to_heads::project_to_heads;
-
-/// Rows of a task.
-const TASK_ROWS: usize = 64;
-/// Rows whose part of the gradient of the weight is computed at once, a multiple of the rows of a task.
-const BLOCK_ROWS: usize = 512;
 
 /// The sizes of heads `[B, H, N, D]`.
 #[derive(Clone, Copy)]
@@ -78,7 +74,12 @@ mod tests {
                 let inputs = if with_norm { &inputs[..] } else { &inputs[..2] };
                 let fused = |t: &[Tensor]| {
                     let rotation = offsets.map(|offsets| Rotation { cos: &cos, sin: &sin, offsets });
-                    let heads = HeadProjection { head_dim: d, norm: t.get(2).map(|w| (w, 1e-3)), rotation };
+                    let heads = HeadProjection {
+                        head_dim: d,
+                        bias: None,
+                        norm: t.get(2).map(|w| (w, 1e-3)),
+                        rotation,
+                    };
                     Ok(project_to_heads(&t[0], &t[1], &heads)?)
                 };
                 agree(inputs, fused, |t| {
@@ -106,7 +107,7 @@ mod tests {
         let inputs = [noise(1, &[b, n, h, d], DType::F64)?, noise(2, &[c, h * d], DType::F64)?];
         agree(
             &inputs,
-            |t| Ok(project_from_heads(&t[0].transpose(1, 2)?, &t[1])?),
+            |t| Ok(project_from_heads(&t[0].transpose(1, 2)?, &t[1], None)?),
             |t| t[0].reshape((b, n, h * d))?.broadcast_matmul(&t[1].t()?),
         )
     }
@@ -114,10 +115,10 @@ mod tests {
     #[test]
     fn shapes_that_do_not_fit_are_errors() -> Result<()> {
         let t = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu);
-        let heads = HeadProjection { head_dim: 5, norm: None, rotation: None };
+        let heads = HeadProjection { head_dim: 5, bias: None, norm: None, rotation: None };
         let error = project_to_heads(&t(&[1, 40, 4])?, &t(&[12, 4])?, &heads).unwrap_err().to_string();
         assert!(error.contains("[12, 4]") && error.contains("dimension of 5"), "{error}");
-        let error = project_from_heads(&t(&[1, 3, 40, 4])?, &t(&[8, 13])?).unwrap_err().to_string();
+        let error = project_from_heads(&t(&[1, 3, 40, 4])?, &t(&[8, 13])?, None).unwrap_err().to_string();
         assert!(error.contains("[8, 13]"), "{error}");
         Ok(())
     }

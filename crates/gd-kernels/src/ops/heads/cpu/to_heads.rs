@@ -2,9 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{BLOCK_ROWS, Sizes, TASK_ROWS};
+use super::Sizes;
 use crate::backend::cpu::parallel::{par_items, sum_rows, vectorize, with_scratch};
-use crate::backend::cpu::product::{MatmulPrecision, Matrix, Multiply, with_matmul_precision};
+use crate::backend::cpu::product::{
+    BLOCK_ROWS, MatmulPrecision, Matrix, Multiply, TASK_ROWS, with_matmul_precision,
+};
 use crate::backend::cpu::view::{Rows, with_slices};
 use crate::backend::graph::{attach2, attach3, with_contiguous_rows};
 use crate::backend::span::{Pass, operator_span};

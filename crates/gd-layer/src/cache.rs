@@ -14,7 +14,7 @@ const POSITIONS: usize = 2;
 /// The smallest capacity of a cache, in positions; the initial capacity is a multiple of it.
 const MIN_CAPACITY: usize = 256;
 
-/// Keys, values, key prior, the last inputs of the convolution, the running averages and the state of the mechanism of
+/// Keys, values, key prior, the last inputs of the convolution and of induction heads, the running averages and the state of the mechanism of
 /// one layer. A selecting layer
 /// adds data that it derives from the keys for decoding: on the CPU the keys as 8-bit integers (D + 16 bytes each), on
 /// a GPU their biases. The tensors carry no gradient. Clones share their memory until one of them is appended to.
@@ -58,6 +58,8 @@ pub struct LayerCache {
     precision: Option<Precision>,
     /// Last inputs of the causal convolution `[B, W-1, C]`.
     pub(crate) conv: Option<Tensor>,
+    /// Last input of the key projection of induction heads `[B, 1, C]`.
+    pub(crate) last_input: Option<Tensor>,
     /// Running averages of the Beacon's memory.
     pub(crate) average: Option<AverageState>,
     /// What a mechanism passes on from pass to pass: one number per cached position `[B, M]`, or tensors `[B, ..]` of constant
@@ -157,6 +159,7 @@ impl LayerCache {
                 .transpose()?,
             precision: caches.iter().find_map(|cache| cache.precision),
             conv: cat(|cache| cache.conv.as_ref())?,
+            last_input: cat(|cache| cache.last_input.as_ref())?,
             average: mean.zip(log_weight).map(|(mean, log_weight)| AverageState { mean, log_weight }),
             state: stack_states(caches)?,
         })
@@ -168,7 +171,7 @@ impl LayerCache {
     /// An index beyond the batch.
     pub fn select(&self, sequences: &[usize]) -> Result<Self> {
         // candle has no empty tensors on a GPU.
-        let of_batch = self.conv.iter().chain(&self.state);
+        let of_batch = self.conv.iter().chain(&self.last_input).chain(&self.state);
         let device = self.keys.as_ref().map(|keys| keys.buffer().device());
         let device = device.or_else(|| self.average.as_ref().map(|average| average.mean.device()));
         let device = device.or_else(|| of_batch.map(Tensor::device).next());
@@ -197,15 +200,16 @@ impl LayerCache {
             derived: self.derived.as_ref().map(|derived| derived.select(sequences)).transpose()?,
             precision: self.precision,
             conv: self.conv.as_ref().map(|conv| conv.index_select(&rows, 0)).transpose()?,
+            last_input: self.last_input.as_ref().map(|x| x.index_select(&rows, 0)).transpose()?,
             average: self.average.as_ref().map(average).transpose()?,
             state: self.state.iter().map(|state| state.index_select(&rows, 0)).collect::<Result<_>>()?,
         })
     }
 
-    /// Whether all of the cache belongs to single positions, so that it can be shortened. The last inputs of a convolution,
-    /// running averages and the states of mechanisms belong to all positions together.
+    /// Whether all of the cache belongs to single positions, so that it can be shortened. The last inputs of a convolution
+    /// and of induction heads, running averages and the states of mechanisms belong to all positions together.
     pub fn is_positional(&self) -> bool {
-        self.conv.is_none() && self.average.is_none() && self.state.is_empty()
+        self.conv.is_none() && self.last_input.is_none() && self.average.is_none() && self.state.is_empty()
     }
 
     /// A cache of the first `positions` positions of every sequence, in memory of its own.

@@ -54,6 +54,12 @@ pub struct AttentionConfig {
     /// ([`AttentionConfig::group`]); 0 is allowed.
     #[serde(default)]
     pub selecting_heads: Option<usize>,
+    /// The number n of query heads that match by content and read what follows the match, the first n of those that read.
+    /// Their queries and keys are not rotated, and the key at a position is that of the position before it (0 at the
+    /// first): a query reads the value that followed an earlier occurrence of its own token, as the induction heads of
+    /// Olsson et al., arXiv 2209.11895, do in two layers. A multiple of the heads of a group; 0 for none.
+    #[serde(default)]
+    pub induction_heads: usize,
     /// The Beacon; none for a layer without one.
     #[serde(default)]
     pub beacon: Option<BeaconConfig>,
@@ -79,6 +85,7 @@ impl AttentionConfig {
             output_gate: false,
             window: None,
             selecting_heads: None,
+            induction_heads: 0,
             beacon: None,
             gd: GdConfig::default(),
         }
@@ -132,6 +139,12 @@ impl AttentionConfig {
         Self { selecting_heads: Some(heads), ..self }
     }
 
+    /// The same with `heads` query heads that read what follows a match of their content.
+    #[must_use]
+    pub fn with_induction_heads(self, heads: usize) -> Self {
+        Self { induction_heads: heads, ..self }
+    }
+
     /// The same with a Beacon.
     #[must_use]
     pub fn with_beacon(self, beacon: BeaconConfig) -> Self {
@@ -173,6 +186,13 @@ impl AttentionConfig {
         }
         if let Some(n) = self.selecting_heads.filter(|n| *n > hq || n % (hq / hk) != 0) {
             candle_core::bail!("selecting_heads {n} is not a multiple of {} up to {hq}", hq / hk);
+        }
+        let (induction, reading) = (self.induction_heads, self.reading_heads());
+        if induction > reading || induction % (hq / hk) != 0 {
+            candle_core::bail!(
+                "induction_heads {induction} is not a multiple of {} up to {reading}",
+                hq / hk
+            );
         }
         let averages = self.beacon.as_ref().map_or(0, |beacon| beacon.averages);
         if self.reading_heads() < hq && averages == 0 {

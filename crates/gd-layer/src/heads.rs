@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::VarBuilder;
-use gd_kernels::{HeadProjection, Mask, project_from_heads, project_to_heads};
+use gd_kernels::{
+    HeadProjection, Mask, causal_conv, packed_causal_conv, project_from_heads, project_to_heads,
+};
 
 use crate::attention::Pass;
 use crate::beacon::{Beacon, GatedAverages};
@@ -155,7 +157,7 @@ impl Heads {
         &self,
         x: &Tensor,
         pass: &Pass,
-        cache: Option<&mut LayerCache>,
+        mut cache: Option<&mut LayerCache>,
         counted: Positions,
     ) -> Result<Projected> {
         let (b, n, _) = x.dims3()?;
@@ -163,7 +165,7 @@ impl Heads {
             candle_core::bail!("a layer without reading heads")
         };
         let offsets = offsets(cache.as_deref(), pass.mask, [b, n])?;
-        let Preserved { x, v, averages, gate } = self.preserve(x, pass, cache)?;
+        let Preserved { x, v, averages, gate } = self.preserve(x, pass, cache.as_deref_mut())?;
         let rotated = |projection: &Linear, norm: Option<&RmsNorm>| match (counted, pass.mask.boundaries()) {
             (Positions::InSequence, Some(boundaries)) => {
                 self.rotary.apply_packed(&self.to_heads(projection, &x, norm, None)?, boundaries)
@@ -171,8 +173,23 @@ impl Heads {
             _ => self.to_heads(projection, &x, norm, Some(&offsets)),
         };
         let norms = self.norms.as_ref();
-        let q = rotated(q_proj, norms.map(|(q_norm, _)| q_norm))?;
-        let k = rotated(k_proj, norms.map(|(_, k_norm)| k_norm))?;
+        let (q_norm, k_norm) = (norms.map(|(q_norm, _)| q_norm), norms.map(|(_, k_norm)| k_norm));
+        let (q, k) = match self.cfg.induction_heads {
+            0 => (rotated(q_proj, q_norm)?, rotated(k_proj, k_norm)?),
+            heads => {
+                let before = preceding(&x, pass.mask, cache)?;
+                let parts = |projection: &Linear, x: &Tensor, norm: Option<&RmsNorm>, heads: usize| {
+                    let (width, all) = (heads * self.cfg.head_dim, projection.weight().dim(0)?);
+                    let by_content = self.to_heads(&projection.outputs(0, width)?, x, norm, None)?;
+                    if width == all {
+                        return Ok(by_content);
+                    }
+                    Tensor::cat(&[by_content, rotated(&projection.outputs(width, all - width)?, norm)?], 1)
+                };
+                let key_heads = heads / self.cfg.group();
+                (parts(q_proj, &x, q_norm, heads)?, parts(k_proj, &before, k_norm, key_heads)?)
+            }
+        };
         let v = v.narrow(1, 0, self.cfg.reading_key_value_heads())?;
         let prior = match &self.beacon {
             Some(beacon) => beacon.prior(&x)?,
@@ -259,6 +276,23 @@ impl Heads {
         let (b, _, n, _) = y.dims4()?;
         self.o_proj.forward(&(y.transpose(1, 2)?.reshape((b, n, ()))? * gate)?)
     }
+}
+
+/// The row before each of x `[B, N, C]`; 0 before the first of a sequence.
+fn preceding(x: &Tensor, mask: &Mask, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+    // A convolution whose filters are 1 at the position before and 0 at their own.
+    let channels = x.dim(2)?;
+    let filters: Vec<f32> = [1.0, 0.0].repeat(channels);
+    let filters = Tensor::from_vec(filters, (channels, 2), x.device())?.to_dtype(x.dtype())?;
+    if let Some(boundaries) = mask.boundaries() {
+        return Ok(packed_causal_conv(x, &filters, boundaries)?);
+    }
+    let last = cache.as_ref().and_then(|cache| cache.last_input.clone());
+    let (before, last) = causal_conv(x, &filters, last.as_ref())?;
+    if let Some(cache) = cache {
+        cache.last_input = Some(last);
+    }
+    Ok(before)
 }
 
 /// The mask as a tensor, u8 `[B|1, 1, N, M]`, 1 where a key is visible. Only the first and the last visible key of each

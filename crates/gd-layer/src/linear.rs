@@ -26,6 +26,12 @@ impl Linear {
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
+
+    /// The projection to `count` of the outputs, from `first` on.
+    pub(crate) fn outputs(&self, first: usize, count: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, first, count);
+        Ok(Self { weight: part(&self.weight)?, bias: self.bias.as_ref().map(part).transpose()? })
+    }
 }
 
 impl Module for Linear {

@@ -5,6 +5,7 @@
 mod blocked_attention;
 mod decoding;
 mod experts;
+mod induction_heads;
 mod layer;
 mod layers;
 mod mechanisms;

@@ -138,7 +138,7 @@ impl Variant {
             config.gd.selecting_heads = Vec::new();
         }
         if !self.reads {
-            config.gd.selecting_heads = vec![0];
+            (config.gd.selecting_heads, config.gd.induction_heads) = (vec![0], Vec::new());
         }
         Ok(config)
     }

@@ -199,6 +199,7 @@ pub(super) fn translate(json: Value) -> Result<ModelConfig, Vec<ConfigProblem>> 
         gd: GdBlock {
             mechanism: vec![Mechanism::Softmax],
             selecting_heads: Vec::new(),
+            induction_heads: Vec::new(),
             windows,
             qk_norm: family == Family::Qwen3,
             output_bias,

@@ -157,6 +157,11 @@ pub struct GdBlock {
     /// heads. For layers that select and softmax layers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub selecting_heads: Vec<usize>,
+    /// The number of heads of every layer, the first ones, that match content without positions and read what follows the
+    /// match: their queries and keys are not rotated, and the key at a position is that of the position before it. One
+    /// entry per layer, a single one for all layers, or none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub induction_heads: Vec<usize>,
     /// Whether queries and keys are normalized by RMSNorm.
     #[serde(default)]
     pub qk_norm: bool,
@@ -268,6 +273,12 @@ impl ModelConfig {
         heads.get(layer).or(heads.last()).copied()
     }
 
+    /// The number of heads of a layer that read what follows a match of their content.
+    pub fn induction_heads(&self, layer: usize) -> usize {
+        let heads = &self.gd.induction_heads;
+        heads.get(layer).or(heads.last()).copied().unwrap_or(0)
+    }
+
     /// The configuration of the attention of a layer.
     pub fn attention(&self, layer: usize) -> AttentionConfig {
         AttentionConfig {
@@ -282,6 +293,7 @@ impl ModelConfig {
             output_gate: self.gd.output_gate,
             window: self.window(layer),
             selecting_heads: self.selecting_heads(layer),
+            induction_heads: self.induction_heads(layer),
             beacon: self.gd.beacon.clone(),
             gd: self.gd.select.clone(),
         }
@@ -333,6 +345,11 @@ impl ModelConfig {
             let text = format!("{selecting} selecting_heads for {layers} layers (0, 1 or {layers} expected)");
             checks.add(Err(Error::Invalid(text)));
         }
+        let induction = self.gd.induction_heads.len();
+        if induction > 1 && induction != layers {
+            let text = format!("{induction} induction_heads for {layers} layers (0, 1 or {layers} expected)");
+            checks.add(Err(Error::Invalid(text)));
+        }
         if let (Some(theta), Some(parameters)) = (self.rope_theta, &self.rope_parameters)
             && theta != parameters.rope_theta
         {
@@ -357,7 +374,8 @@ impl ModelConfig {
             Ok(())
         };
         // Layers beyond the longer list have the configuration of the last one in it.
-        (0..mechanisms.max(windows).max(selecting)).find_map(|layer| check(layer).err()).into_iter().collect()
+        let longest = mechanisms.max(windows).max(selecting).max(induction);
+        (0..longest).find_map(|layer| check(layer).err()).into_iter().collect()
     }
 
     /// Checks the ranges of the windows, of the epsilon and of the rotary embedding.

@@ -73,6 +73,7 @@ pub(crate) fn config(gd: GdConfig, beacon: Option<BeaconConfig>) -> AttentionCon
         output_gate: true,
         window: None,
         selecting_heads: None,
+        induction_heads: 0,
         beacon,
         gd,
     }
@@ -101,11 +102,13 @@ pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
     let gradient = CandidateGradient { temperature_spread: 0.3, gate_floor: 0.2, null: false };
     let soft = GdConfig { exclude_below: 0.0, gradient, ..gd(Estimator::Candidates, gate, some, 1) };
     let some_excluded = GdConfig { exclude_below: 0.3, ..soft.clone() };
+    let induction = AttentionConfig { induction_heads: 2, ..config(soft.clone(), beacon(1, None)) };
     let two_heads = AttentionConfig { selecting_heads: Some(2), ..config(soft.clone(), beacon(0, None)) };
     vec![
         ("soft gate", false, config(soft, beacon(1, None))),
         ("soft gate with exclusion", false, config(some_excluded, None)),
         ("two heads of four select", false, two_heads),
+        ("two induction heads", false, induction),
         ("blend, prior of the norms, window", true, windowed),
         ("blend", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(0, None))),
         ("blend, barrier", true, config(gd(Estimator::Blend, Gate::None, some, 1), beacon(2, Some(barrier)))),

@@ -102,6 +102,7 @@ impl Task for Composition {
             feed_forward: 128,
             positions: length(MAX_FUNCTIONS),
             rotary: false,
+            induction_heads: 0,
             beacon: false,
             steps: 3000,
             tokens: 1024,

@@ -145,6 +145,7 @@ impl Task for Copying {
             feed_forward: 128,
             positions: self.positions(longest),
             rotary: true,
+            induction_heads: 2,
             beacon: true,
             steps: 2000,
             tokens: 1024,

@@ -67,6 +67,7 @@ impl Task for FlipFlop {
             feed_forward: 128,
             positions: LENGTH,
             rotary: true,
+            induction_heads: 0,
             beacon: true,
             steps: 1000,
             tokens: 4 * LENGTH,

@@ -44,6 +44,7 @@ impl Task for InductionHeads {
             feed_forward: 128,
             positions: 1 << 16,
             rotary: true,
+            induction_heads: 2,
             beacon: true,
             steps: 2000,
             tokens: 8 * TRAIN_LENGTH,

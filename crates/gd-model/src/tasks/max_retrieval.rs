@@ -60,6 +60,7 @@ impl Task for MaxRetrieval {
             feed_forward: 64,
             positions: 4097,
             rotary: false,
+            induction_heads: 0,
             beacon: false,
             steps: 2500,
             tokens: 1024,

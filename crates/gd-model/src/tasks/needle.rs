@@ -115,6 +115,7 @@ impl Task for Needle {
             feed_forward: 128,
             positions: 4096,
             rotary: true,
+            induction_heads: 2,
             beacon: true,
             steps: 2000,
             tokens: 8 * TRAIN_LENGTH,

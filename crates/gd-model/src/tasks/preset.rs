@@ -24,6 +24,8 @@ pub struct Preset {
     pub positions: usize,
     /// Whether queries and keys are rotated by their positions.
     pub rotary: bool,
+    /// Heads of every layer that match content without positions and read what follows the match.
+    pub induction_heads: usize,
     /// Whether the layers have a Beacon.
     pub beacon: bool,
     /// Optimizer steps.
@@ -68,6 +70,9 @@ impl Preset {
         if !self.rotary {
             let none = json!({"rope_theta": 10000.0, "rope_type": "linear", "factor": NO_ROTATION});
             all.push(set("model.rope_parameters", none));
+        }
+        if self.induction_heads > 0 {
+            all.push(set("model.gd.induction_heads", json!([self.induction_heads])));
         }
         if !self.beacon {
             all.push(set("model.gd.beacon", serde_json::Value::Null));

@@ -34,40 +34,9 @@ fi
 dir="${1:-target/nvidia-gpu}"
 out="${2:-$dir/out}"
 mkdir -p "$out"
-gd="$dir/gd"
 operators="$dir/operators"
-for program in "$gd" "$operators"; do
-    if [[ ! -x "$program" ]]; then
-        echo "error: $program is missing: scripts/hardware/nvidia_gpu.sh --build $dir makes it" >&2
-        exit 2
-    fi
-done
-if ! nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader >"$out/gpu" 2>&1; then
-    echo "error: nvidia-smi finds no GPU: $(cat "$out/gpu")" >&2
-    exit 2
-fi
-cat "$out/gpu"
-
-# The CUDA libraries that the loader does not find in its default folders.
-missing() { ldd "$gd" "$operators" | sed -n 's/^\s*\(lib[^ ]*\) => not found.*/\1/p' | sort -u; }
-for library in $(missing); do
-    places=("${CUDA_HOME:-/usr/local/cuda}/lib64")
-    while IFS= read -r place; do places+=("$place"); done < <(
-        python3 -c 'import glob, sys
-for root in sys.path:
-    print(*glob.glob(root + "/nvidia/*/lib"), sep="\n")' 2>/dev/null
-    )
-    for place in "${places[@]}"; do
-        if [[ -e "$place/$library" ]]; then
-            export LD_LIBRARY_PATH="$place${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-            break
-        fi
-    done
-done
-if [[ -n "$(missing)" ]]; then
-    echo "error: libraries are missing:" $(missing) >&2
-    exit 2
-fi
+. scripts/hardware/gpu_programs.sh "$dir" "$out" gd operators
+gd="$dir/gd"
 
 SECONDS=0
 failed=()

@@ -90,34 +90,50 @@ impl SoftmaxAttention {
 }
 
 impl SoftmaxAttention {
-    /// The output of the layer with a null slot; it stores the weights of all keys.
+    /// The output of the layer with a null slot.
     fn blend_with_null(&self, null: &NullSlot, projected: Projected, pass: &Pass) -> Result<Tensor> {
-        let Projected { q, k, v, .. } = &projected;
-        let ((b, hq, n, d), (hk, m)) = (q.dims4()?, (k.dim(1)?, k.dim(2)?));
-        // The heads of a group share keys: fold them into the rows of one product.
-        let rows = q.contiguous()?.reshape((b, hk, hq / hk * n, d))?;
-        let products = rows.matmul(&k.contiguous()?.t()?)?.reshape((b, hq, n, m))?;
-        let weights = null.weights(&products, &projected)?;
-        if let Some(stats) = pass.stats {
-            stats.borrow_mut().push(SelectionStats::of_weights(&weights)?);
+        let Projected { q, k, v, prior, mask, .. } = &projected;
+        if pass.stats.is_some() || asked(pass).is_some() {
+            let weights = null.weights(&projected)?;
+            if let Some(stats) = pass.stats {
+                stats.borrow_mut().push(SelectionStats::of_weights(&weights)?);
+            }
+            if let Some((probe, count)) = asked(pass) {
+                let (b, hq, n, _) = q.dims4()?;
+                let mut greatest = GreatestWeights::new(count, [b, hq, n]);
+                greatest.add(0, &weights)?;
+                greatest.report(probe, pass.layer)?;
+            }
         }
-        if let Some((probe, count)) = asked(pass) {
-            let mut greatest = GreatestWeights::new(count, [b, hq, n]);
-            greatest.add(0, &weights)?;
-            greatest.report(probe, pass.layer)?;
-        }
-        let weights = weights.reshape((b, hk, hq / hk * n, m))?;
-        let y = weights.matmul(&v.contiguous()?)?.reshape((b, hq, n, d))?;
+        let (q, k, sink) = null.operands(q, k)?;
+        let y = softmax_attention(&q, &k, v, prior.as_ref(), Some(&sink), mask, 1.0)?;
         self.heads.output(y, projected)
     }
 }
 
 impl NullSlot {
-    /// The weights `[B, Hq, N, M]` of inner products `[B, Hq, N, M]`, without that of the null slot.
-    fn weights(&self, products: &Tensor, projected: &Projected) -> Result<Tensor> {
+    /// Queries, keys and sinks whose softmax attention with scale 1 has the weights of q and k: the scores
+    /// `2 beta <q, k> - beta |k|^2` and the sink `beta |q|^2 - threshold` are those of the energies and of the null slot,
+    /// each with `beta |q|^2` added.
+    fn operands(&self, q: &Tensor, k: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let ((b, hq, n, _), dtype) = (q.dims4()?, q.dtype());
+        let per_head = |t: &Tensor| t.to_dtype(dtype)?.reshape((1, hq, 1, 1));
+        let beta = per_head(&self.log_beta.exp()?)?;
+        let queries = q.broadcast_mul(&(&beta * 2.0)?)?;
+        let queries = Tensor::cat(&[queries, beta.neg()?.broadcast_as((b, hq, n, 1))?], D::Minus1)?;
+        let keys = Tensor::cat(&[k, &k.sqr()?.sum_keepdim(D::Minus1)?], D::Minus1)?;
+        let norms = q.sqr()?.sum_keepdim(D::Minus1)?.broadcast_mul(&beta)?;
+        Ok((queries, keys, norms.broadcast_sub(&per_head(&self.threshold)?)?.squeeze(D::Minus1)?))
+    }
+
+    /// The weights `[B, Hq, N, M]`, without that of the null slot.
+    fn weights(&self, projected: &Projected) -> Result<Tensor> {
         let Projected { q, k, prior, mask, .. } = projected;
-        let (b, hq, n, m) = products.dims4()?;
-        let (hk, dtype) = (k.dim(1)?, products.dtype());
+        let ((b, hq, n, d), (hk, m)) = (q.dims4()?, (k.dim(1)?, k.dim(2)?));
+        // The heads of a group share keys: fold them into the rows of one product.
+        let rows = q.contiguous()?.reshape((b, hk, hq / hk * n, d))?;
+        let products = rows.matmul(&k.contiguous()?.t()?)?.reshape((b, hq, n, m))?;
+        let dtype = products.dtype();
         let per_head = |t: &Tensor| t.to_dtype(dtype)?.reshape((1, hq, 1, 1));
         let per_key = |t: &Tensor| {
             t.to_dtype(dtype)?

@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 use gd_kernels::Mask;
-use gd_layer::{Attention, AttentionConfig, BeaconConfig, GdConfig, LayerCache, Pass, RopeScaling, Rotary};
+use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, LayerCache, Pass, RopeScaling, Rotary};
 
 use crate::layers::{Fixture, Numbers, config, fixture};
 

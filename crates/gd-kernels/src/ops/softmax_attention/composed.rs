@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::sink_of_queries;
 use crate::mask::Mask;
 use crate::ops::masked_softmax::masked_softmax;
 
@@ -30,7 +31,7 @@ pub(super) fn softmax_attention(
     let v = batch_of_matrices(v)?;
     let y = weights.reshape((b, hk, group * n, m))?.matmul(&v)?.reshape((b, hq, n, v.dim(3)?))?;
     match sink {
-        Some(sink) => y.broadcast_mul(&share_of_keys(&scores, &weights, sink, hq)?),
+        Some(sink) => y.broadcast_mul(&share_of_keys(&scores, &weights, sink)?),
         None => Ok(y),
     }
 }
@@ -46,12 +47,12 @@ fn batch_of_matrices(t: &Tensor) -> Result<Tensor> {
 /// The weight that all keys have together beside a sink: `sigmoid(logsumexp(scores) - sink)`.
 ///
 /// The logarithm of the sum follows from the score s and the weight w of one key, `s - ln(w)`.
-fn share_of_keys(scores: &Tensor, weights: &Tensor, sink: &Tensor, heads: usize) -> Result<Tensor> {
+fn share_of_keys(scores: &Tensor, weights: &Tensor, sink: &Tensor) -> Result<Tensor> {
     // A query without keys has no weight, and its output is 0 whatever its share is.
     let least = if scores.dtype() == DType::F16 { 1e-7 } else { 1e-30 };
     let greatest = weights.detach().argmax_keepdim(3)?;
     let total = (scores.gather(&greatest, 3)? - (weights.gather(&greatest, 3)? + least)?.log()?)?;
-    let sink = sink.to_dtype(scores.dtype())?.reshape((1, heads, 1, 1))?;
+    let sink = sink_of_queries(sink)?.to_dtype(scores.dtype())?;
     let half = (total.broadcast_sub(&sink)? * 0.5)?;
     (half.tanh()? + 1.0)? * 0.5
 }

@@ -19,8 +19,8 @@ const MAX_COMPOSED_ROWS: usize = 8;
 ///
 /// * `q`: `[B, Hq, N, D]`, `k`: `[B, Hk, M, D]`, `v`: `[B, Hk, M, Dv]`, in f64, f32, f16 or bf16; Hk divides Hq.
 /// * `prior`: `[B, Hk, M]`, added to the scores of a key; -inf excludes it.
-/// * `sink`: `[Hq]`, the score of an additional key whose value is 0 (Xiao et al., arXiv 2309.17453); without it the
-///   weights of a query sum to 1.
+/// * `sink`: `[Hq]`, or `[B, Hq, N]` for every query its own, the score of an additional key whose value is 0 (Xiao et
+///   al., arXiv 2309.17453); without it the weights of a query sum to 1.
 /// * `mask`: which of the M keys each of the N queries sees.
 /// * `scale`: the factor of the dot products, usually `1 / sqrt(D)`.
 ///
@@ -70,12 +70,20 @@ pub fn softmax_attention(
     let q = match sink {
         Some(sink) => {
             let dims = (sizes.batch, sizes.q_heads, sizes.queries, 1);
-            let sink = sink.to_dtype(q.dtype())?.reshape((1, sizes.q_heads, 1, 1))?.broadcast_as(dims)?;
+            let sink = sink_of_queries(sink)?.to_dtype(q.dtype())?.broadcast_as(dims)?;
             Tensor::cat(&[q, &sink], 3)?
         }
         None => q.clone(),
     };
     cpu::softmax_attention(&q, &k, v, sizes, mask, scale)
+}
+
+/// A sink as a column beside the scores, `[1, Hq, 1, 1]` or `[B, Hq, N, 1]`.
+fn sink_of_queries(sink: &Tensor) -> candle_core::Result<Tensor> {
+    match sink.rank() {
+        1 => sink.reshape((1, (), 1, 1)),
+        _ => sink.unsqueeze(3),
+    }
 }
 
 /// The sizes of a problem.
@@ -116,8 +124,8 @@ impl Sizes {
             _ => {}
         }
         match sink {
-            Some(sink) if sink.dims() != [hq] => {
-                return invalid(format!("the sink is {:?}, not {:?}", sink.dims(), [hq]));
+            Some(sink) if sink.dims() != [hq] && sink.dims() != [b, hq, n] => {
+                return invalid(format!("the sink is {:?}, not {:?} or {:?}", sink.dims(), [hq], [b, hq, n]));
             }
             _ => {}
         }

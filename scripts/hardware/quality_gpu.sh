@@ -12,7 +12,7 @@
 # same number of steps.
 #
 # Environment: QUALITY_CONFIG (a preset or a file; default 125M), QUALITY_SECONDS (of the four trainings; default 330),
-# QUALITY_DEVICE (default cuda:0), QUALITY_TASK_STEPS (default 600).
+# QUALITY_TASKS (default "mqar needle"), QUALITY_TASK_STEPS (default 600).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mechanisms=gd,softmax+beacon+null,beacon,softmax
@@ -35,7 +35,7 @@ mkdir -p "$out"
 . scripts/hardware/gpu_programs.sh "$dir" "$out" gd
 config="${QUALITY_CONFIG:-125M}"
 # Four batches a step instead of the recipe's, so that a few minutes have some hundred steps.
-train=(--device "${QUALITY_DEVICE:-cuda:0}" --config "$config" --data "$dir/data" --seed 1 --set train.accumulation=4
+train=(--device cuda:0 --config "$config" --data "$dir/data" --seed 1 --set train.accumulation=4
     --mechanisms "$mechanisms" --json)
 
 [[ -e "$out/steps" ]] || {
@@ -54,8 +54,8 @@ echo "$steps steps of each model"
 "$dir/gd" compare "${train[@]}" --steps "$steps" --set "train.lr.warmup=$((steps / 10))" --out "$out/text" \
     >"$out/text.json"
 cat "$out/text/table.md"
-for task in mqar needle; do
-    "$dir/gd" task "$task" --device "${QUALITY_DEVICE:-cuda:0}" --mechanisms gd,softmax+beacon+null --longest 4096 \
+for task in ${QUALITY_TASKS-mqar needle}; do
+    "$dir/gd" task "$task" --device cuda:0 --mechanisms gd,softmax+beacon+null --longest 4096 \
         --steps "${QUALITY_TASK_STEPS:-600}" --out "$out/$task" >"$out/$task.log"
     cat "$out/$task/table.md"
 done

@@ -63,5 +63,13 @@ for compute in 80 90; do
         compare "cpu-$precision" "$run" "$([[ $precision == f32 ]] && echo 1e-5 || echo 5e-3)"
     done
 done
+echo "== the script of the larger models"
+mkdir "$out/bin" "$out/quality"
+printf '#!/bin/sh\necho "no GPU, 0, 0 MiB"\n' >"$out/bin/nvidia-smi"
+chmod +x "$out/bin/nvidia-smi"
+cp "$gd" "$out/quality/gd"
+cp -r "$out/text" "$out/quality/data"
+PATH="$out/bin:$PATH" QUALITY_CONFIG=crates/gd-model/tests/fixtures/small.json QUALITY_SECONDS=1 QUALITY_TASKS= \
+    scripts/hardware/quality_gpu.sh "$out/quality" "$out/quality/out" | grep -E '^\| (gd|softmax|beacon)'
 echo "the most frequent calls on 9.0:"
 awk '{ n[$1] += $2 } END { for (k in n) print n[k], k }' "$out/calls-90" | sort -rn | sed -n '1,12p'

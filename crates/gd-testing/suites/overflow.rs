@@ -41,7 +41,13 @@ fn case(seed: u64) -> Case {
 }
 
 /// The slots of a choice of the first candidates, without a threshold.
-fn selected(gpu: &TestGpu, case: &Case, index: &[i32], energy: &[f64], slots: usize) -> Result<Vec<i32>, String> {
+fn selected(
+    gpu: &TestGpu,
+    case: &Case,
+    index: &[i32],
+    energy: &[f64],
+    slots: usize,
+) -> Result<Vec<i32>, String> {
     let fail = |e: gd_kernels::Error| e.to_string();
     let (s, p) = (sizes(case, slots), &case.problem);
     let rule = Rule { score: p.score, tie: p.tie, ..Rule::default() };

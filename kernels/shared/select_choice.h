@@ -67,8 +67,8 @@ INLINE Choice choose(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &
     for (int step = 16; step > 0; step /= 2) {
         float e = shuffle_xor(lowest, step);
         i32 j = shuffle_xor(key, step), s = shuffle_xor(slot, step);
-        bool first = GD_FAULT(21) && e == lowest ? wins_tie(key, j, p.tie)
-                                                 : comes_first(e, j, s, lowest, key, slot, p.tie);
+        bool first =
+            GD_FAULT(21) && e == lowest ? wins_tie(key, j, p.tie) : comes_first(e, j, s, lowest, key, slot, p.tie);
         bool wins = j >= 0 && (key < 0 || first);
         if (wins) lowest = e, key = j, slot = s;
     }

@@ -128,6 +128,30 @@ COLD u32 list_by_differences(Thread me, const LOCAL RankedRow<T, Keys> &row, i32
     return count;
 }
 
+// Sorts those entries of a list, sorted by energy, that overflowed to `energy`: by their scores relative to that of key
+// `center` (-1: none). Called by a whole warp.
+template <class T, class Keys>
+COLD void sort_overflowed(Thread me, const LOCAL RankedRow<T, Keys> &row, i32 center, const LOCAL List &list,
+                          u32 entries, float energy) {
+    u32 from = 0, count = 0;
+    for (u32 first = 0; first < entries; first += 32) {
+        u32 e = first + me.lane();
+        float x = e < entries ? list.score[e] : GD_INFINITY;
+        from += bits_set(vote(x < energy)), count += bits_set(vote(x == energy));
+    }
+    List part = list;
+    part.score += from, part.key += from;
+    float scale = safe_scale(me, row, center);
+    for (u32 e = 0; e < count; e++)
+        if (!(squared_norm(me, row.keys.row(u32(part.key[e] & ~PROTECTED)), row.dim) < MAX_SQUARE)) scale = SCALE_DOWN;
+    for (u32 e = me.lane(); e < count; e += 32)
+        part.score[e] = relative_score(row, center, scale, part.key[e] & ~PROTECTED);
+    sort_list(me, part, count, count, false, row.tie);
+    for (u32 e = me.lane(); e < count; e += 32)
+        part.score[e] = energy;
+    warp_barrier();
+}
+
 // Writes the list of a row of the block, sorted by energy; `keys` points to the key rows of its head.
 template <class T>
 INLINE void write_list(Thread me, PARAMS ScanParams &p, const LOCAL QueryBlock &at, u32 row, const LOCAL List &list,
@@ -141,11 +165,13 @@ INLINE void write_list(Thread me, PARAMS ScanParams &p, const LOCAL QueryBlock &
     const DEVICE float *priors = p.prior_batch ? prior + prior_offset(p, at.b, h) : nullptr;
     StridedKeys<T> rows = {keys, p.k_row};
     RankedRow<T, StridedKeys<T>> ranked = {query, rows, range, priors, beta[h], p.score, p.tie, p.head_dim};
-    i32 best = entries ? list.key[0] : -1;
+    // Without the mark of a protected key, which another lane may have added by now.
+    i32 best = entries ? list.key[0] & ~PROTECTED : -1;
     if (ill_conditioned(me, ranked, best, entries, p.candidates, offset)) {
         entries = list_by_differences(me, ranked, best, list, p.candidates);
         sort_list(me, list, entries, p.candidates, false, p.tie);
         entries = min(entries, p.candidates);
+        best = entries ? list.key[0] & ~PROTECTED : -1;
     }
     if (p.protected_slots) {
         size_t row_at = size_t(at.b % p.protected_batch) * p.protected_heads + h / (p.q_heads / p.protected_heads);
@@ -153,13 +179,19 @@ INLINE void write_list(Thread me, PARAMS ScanParams &p, const LOCAL QueryBlock &
         entries = add_protected(me, list, entries, p, protected_keys + row_at * p.protected_slots, range);
     }
     // Scores are replaced by energies, which are computed as differences and decide the final order.
+    bool overflows = false;
     for (u32 e = 0; e < entries; e++) {
         warp_barrier();
         u32 j = u32(list.key[e] & ~PROTECTED);
         float x = pair_energy(me, p.score, beta[h], ranked.prior_of(i32(j)), query, rows.row(j), p.head_dim);
+        overflows |= fabs(x) == MAX_ENERGY;
         if (me.lane() == 0) list.score[e] = finite(x) ? x : GD_INFINITY;
     }
     sort_list(me, list, entries, entries, true, p.tie);
+    if (overflows && !GD_FAULT(90)) {
+        sort_overflowed(me, ranked, best, list, entries, -MAX_ENERGY);
+        sort_overflowed(me, ranked, best, list, entries, MAX_ENERGY);
+    }
     size_t out = at.output_row(p, row) * p.slots;
     for (u32 e = me.lane(); e < p.slots; e += 32) {
         bool used = e < entries && list.score[e] < GD_INFINITY;

@@ -47,21 +47,29 @@ INLINE float pick_weights(Thread me, PARAMS SelectParams &p, const LOCAL Candida
     return null / total;
 }
 
+// Whether energy x of key i in slot s comes before energy y of key j in slot t. Energies that overflowed are equal; a
+// scan has sorted their keys by what they were.
+INLINE bool comes_first(float x, i32 i, i32 s, float y, i32 j, i32 t, u32 tie) {
+    if (x != y) return x < y;
+    return fabs(x) == MAX_ENERGY && !GD_FAULT(91) ? s < t : wins_tie(i, j, tie);
+}
+
 INLINE Choice choose(Thread me, PARAMS SelectParams &p, const LOCAL Candidates &c, float tau) {
     float lowest = GD_INFINITY;
     i32 key = -1, slot = -1;
 #pragma unroll
     for (u32 x = 0; x < 2; x++) {
-        bool wins = c.key[x] >= 0 &&
-                    (key < 0 || c.energy[x] < lowest || (c.energy[x] == lowest && wins_tie(c.key[x], key, p.tie)));
-        if (wins) lowest = c.energy[x], key = c.key[x], slot = i32(me.lane() + 32 * x);
+        i32 s = i32(me.lane() + 32 * x);
+        bool wins = c.key[x] >= 0 && (key < 0 || comes_first(c.energy[x], c.key[x], s, lowest, key, slot, p.tie));
+        if (wins) lowest = c.energy[x], key = c.key[x], slot = s;
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
         float e = shuffle_xor(lowest, step);
         i32 j = shuffle_xor(key, step), s = shuffle_xor(slot, step);
-        bool wins = j >= 0 && (key < 0 || e < lowest ||
-                               (e == lowest && (GD_FAULT(21) ? wins_tie(key, j, p.tie) : wins_tie(j, key, p.tie))));
+        bool first =
+            GD_FAULT(21) && e == lowest ? wins_tie(key, j, p.tie) : comes_first(e, j, s, lowest, key, slot, p.tie);
+        bool wins = j >= 0 && (key < 0 || first);
         if (wins) lowest = e, key = j, slot = s;
     }
     Choice out = {slot, -1, lowest, GD_INFINITY, 1.0f};

@@ -49,7 +49,7 @@ fn case(seed: u64) -> Case {
     spec.build(DTYPES[(seed % 3) as usize])
 }
 
-fn sizes(case: &Case, slots: usize) -> Sizes {
+pub(crate) fn sizes(case: &Case, slots: usize) -> Sizes {
     let p = &case.problem;
     Sizes {
         batch: p.batch,

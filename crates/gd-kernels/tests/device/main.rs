@@ -21,6 +21,8 @@ mod gradients;
 mod graph;
 #[path = "../../../gd-testing/suites/hopper.rs"]
 mod hopper;
+#[path = "../../../gd-testing/suites/overflow.rs"]
+mod overflow;
 #[cfg(feature = "cuda")]
 #[path = "../../../gd-testing/suites/prefill.rs"]
 mod prefill;

@@ -216,6 +216,7 @@ mod tests {
         let half = 3 * WIDTH_STEP * base.hidden_size * base.num_hidden_layers / 2;
         for (config, count) in configs.iter().zip(&counts) {
             assert!(count.abs_diff(largest) <= half, "{counts:?} of {largest}");
+            assert!(1000 * count.abs_diff(largest) <= largest, "{counts:?} differ by more than 0.1 %");
             assert!(config.intermediate_size.is_multiple_of(WIDTH_STEP));
             assert_eq!(parameters(config).unwrap(), *count);
         }

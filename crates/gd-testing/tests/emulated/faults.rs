@@ -41,6 +41,8 @@ const SHARED_FAULTS: &[Fault] = &[
     (87, "prior gradient: all heads get that of the first head", crate::select::check),
     (88, "refinement: rows that abstained keep their candidates", crate::rounds::check),
     (89, "rows with a large common offset are not ranked by differences", crate::scan::check_offset),
+    (90, "candidates whose energies overflow are in the order of their keys", crate::overflow::check),
+    (91, "select: of energies that overflow, ties are broken by keys", crate::overflow::check),
 ];
 
 /// Faults of `kernels/cuda`.

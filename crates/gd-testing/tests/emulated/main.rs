@@ -23,6 +23,8 @@ mod kernels;
 mod layers;
 mod metal_bindings;
 mod model_training;
+#[path = "../../suites/overflow.rs"]
+mod overflow;
 mod params;
 mod plans;
 #[path = "../../suites/prefill.rs"]

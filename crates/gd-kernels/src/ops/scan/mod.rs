@@ -37,8 +37,8 @@ pub struct Candidates {
 
 impl Candidates {
     /// The number of candidates whose energy exceeds the range of its dtype. They are the right candidates, and their stored
-    /// energies are equal. On the CPU they are sorted, and one of them is selected, by what the energies are in f64; on a GPU
-    /// by the tie rule. The checked mode of a scan refuses them. On a GPU this waits for the device.
+    /// energies are equal. They are sorted, and one of them is selected, by what the energies are in f64 (on Metal by
+    /// differences in f32). The checked mode of a scan refuses them. On a GPU this waits for the device.
     ///
     /// # Errors
     /// An earlier launch that failed, or a failed copy to the host.

@@ -121,7 +121,8 @@ def generating(gd, model, folder):
         batch = model.generate(padded, attention_mask=mask, use_cache=use_cache, **options)[:, width:].tolist()
         compare_tokens(batch, f"batch, use_cache={use_cache}")
     # Beams reorder the cache: the score of each is the mean log-probability of its tokens, computed here without a cache.
-    beams = model.generate(padded, attention_mask=mask, num_beams=3, return_dict_in_generate=True, **options)
+    beams = model.generate(padded, attention_mask=mask, num_beams=3, return_dict_in_generate=True, output_scores=True,
+                           **options)
     mask = torch.cat([mask, torch.ones(len(ids), NEW_TOKENS, dtype=torch.long)], 1)
     with torch.no_grad():
         logs = model(beams.sequences, attention_mask=mask).logits[:, width - 1:-1].log_softmax(-1)

@@ -113,8 +113,10 @@ fn record(
     let path = match &args.out {
         Some(path) => path,
         None => {
-            temporary = tempfile::NamedTempFile::new()?.into_temp_path();
-            &temporary.to_path_buf()
+            // The page names its trace by the file.
+            temporary = tempfile::tempdir()?;
+            let name = args.html.as_deref().and_then(Path::file_stem).unwrap_or("trace".as_ref());
+            &temporary.path().join(name).with_extension("trace")
         }
     };
     let (mut text, mut selections, mut abstained) = (String::new(), 0, 0);

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Builds the program for distribution: a stripped binary, its shell completions and manual pages, the licences of all
-# packages that it contains, and checksums, in one archive.
+# packages that it contains, and checksums, in one archive. Builds the Python package as a wheel, too.
 #
 # Usage: scripts/release.sh OUT
 #
-# Writes OUT/gd-VERSION-TARGET.tar.gz and OUT/gd-VERSION-TARGET.tar.gz.sha256. Needs Rust, a C compiler and Python 3.
-# The same sources and compiler give the same archive, byte for byte.
+# Writes OUT/gd-VERSION-TARGET.tar.gz, OUT/gd_attention-VERSION-cp310-abi3-PLATFORM.whl and a .sha256 beside each. Needs Rust, a
+# C compiler and Python 3 with venv and pip. The same sources and compiler give the same archive, byte for byte.
 set -euo pipefail
-(($# == 1)) || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+(($# == 1)) || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1"
 out="$(cd "$1" && pwd)"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -34,3 +34,6 @@ python3 scripts/licenses.py "$host" >"$folder/THIRD-PARTY-LICENSES.txt"
 tar -C "$work" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - "$name" | gzip -n >"$out/$name.tar.gz"
 (cd "$out" && sha256sum "$name.tar.gz" >"$name.tar.gz.sha256")
 echo "$out/$name.tar.gz"
+wheel="$(scripts/python/wheel.sh "$out")"
+(cd "$out" && sha256sum "$(basename "$wheel")" >"$(basename "$wheel").sha256")
+echo "$wheel"

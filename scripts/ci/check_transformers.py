@@ -7,7 +7,8 @@
 
 The fixtures of tests/fixtures/llama, saved again by `gd convert`, must load as the classes of their families
 and give the same bits. Selecting models, trained for a few steps and converted, must load through the Python
-files beside them and give the program's logits. Prints the greatest difference of each.
+files beside them and give the program's logits. Prints the greatest difference of each. `generate` must give the tokens of
+`gd generate`, with a cache and without one, for one prompt and for a batch of prompts of different lengths.
 """
 
 import json
@@ -27,6 +28,9 @@ SMALL = ROOT / "crates/gd-model/tests/fixtures/small.json"
 CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
            "qwen3": "Qwen3ForCausalLM"}
 BOUND = 1e-4
+# The tokenizer of the trained models is that of bytes.
+PROMPTS = ["It was", "A letter of ink, and then", "Words"]
+NEW_TOKENS = 24
 BARRIER = {"floor": 0.2, "margin": 2.0, "strength": 1.5, "entropy_trigger": 0.5, "slack": 0.5}
 BEACON = {"conv_width": 4, "averages": 2, "prior": True, "protected": 2, "barrier": BARRIER}
 
@@ -95,6 +99,51 @@ def compare(program, folder, work):
     return model, found["ids"], (logits(model, found["ids"].tolist()) - found["logits"]).abs().max().item()
 
 
+def generating(gd, model, folder):
+    """Compares greedy generations with those of the program. Returns the number of compared tokens, and the greatest difference
+    between logits with a cache and without one."""
+    prompts = [run_json(gd, folder, prompt) for prompt in PROMPTS]
+    ids, expected = [p["ids"] for p in prompts], [p["token_ids"] for p in prompts]
+    count = 0
+
+    def compare_tokens(found, what):
+        nonlocal count
+        assert found == expected, (folder.name, what, found, expected)
+        count += sum(map(len, found))
+
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    for use_cache in (False, True):
+        one = [model.generate(torch.tensor([i]), use_cache=use_cache, **options)[0, len(i):].tolist() for i in ids]
+        compare_tokens(one, f"one prompt, use_cache={use_cache}")
+        width = max(map(len, ids))
+        padded = torch.tensor([[0] * (width - len(i)) + i for i in ids])
+        mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
+        batch = model.generate(padded, attention_mask=mask, use_cache=use_cache, **options)[:, width:].tolist()
+        compare_tokens(batch, f"batch, use_cache={use_cache}")
+    # Beams reorder the cache: the score of each is the mean log-probability of its tokens, computed here without a cache.
+    beams = model.generate(padded, attention_mask=mask, num_beams=3, return_dict_in_generate=True, output_scores=True,
+                           **options)
+    mask = torch.cat([mask, torch.ones(len(ids), NEW_TOKENS, dtype=torch.long)], 1)
+    with torch.no_grad():
+        logs = model(beams.sequences, attention_mask=mask).logits[:, width - 1:-1].log_softmax(-1)
+    scores = logs.gather(2, beams.sequences[:, width:, None]).mean((1, 2))
+    off = (scores - beams.sequences_scores).abs().max().item()
+    # Parts of one sequence through the cache.
+    whole, cache = logits(model, ids[-1]), None
+    with torch.no_grad():
+        for start, end in ((0, 3), (3, 4), (4, len(ids[-1]))):
+            output = model(torch.tensor([ids[-1][start:end]]), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            off = max(off, (output.logits[0] - whole[start:end]).abs().max().item())
+    return count, off
+
+
+def run_json(gd, folder, prompt):
+    """What the program generates greedily, and the ids of the prompt."""
+    args = ("generate", folder, "--prompt", prompt, "--max-tokens", NEW_TOKENS, "--temperature", 0, "--json")
+    return json.loads(run(gd, *args)) | {"ids": list(prompt.encode())}
+
+
 def selecting(gd, program, work):
     """Models that select: trained here, and converted from another family."""
     small, worst = json.loads(SMALL.read_text()), 0.0
@@ -110,10 +159,9 @@ def selecting(gd, program, work):
         shake(work / name, name == "passage")
         model, ids, off = compare(program, work / name, work)
         worst = max(worst, off)
-        print(f"{name}: off by {off:.1e}")
-    # The last of them also generates, and saved by transformers loads again.
-    said = model.generate(ids[None, :8].long(), max_new_tokens=4, do_sample=False)[0]
-    assert said[-1] == logits(model, said[:-1].tolist())[-1].argmax(), said
+        steps, cached = generating(gd, model, work / name)
+        worst = max(worst, cached)
+        print(f"{name}: off by {off:.1e}, {steps} generated tokens equal, logits with the cache off by {cached:.1e}")
     for family in CLASSES:
         for score in ("dot", "energy"):
             folder = work / f"{family}-{score}"

@@ -97,7 +97,8 @@ def candidates(tab, trace, p, c):
         check(near(energy, k["energy"]), f"energy of {key}: {energy}, {k['energy']} expected")
         check(near(lifted, k["lifted"]) if k["flags"] & LIFTED else lifted == "", f"lift of {key}: {lifted}")
         same(protected == "yes", bool(k["flags"] & PROTECTED), f"protection of {key}")
-        word = ("selected" if key == cell["selected"] else "round" if key in cell["later"]
+        later = "pick" if cell["weights"] else "round"
+        word = ("selected" if key == cell["selected"] else later if key in cell["later"]
                 else "threshold" if k["flags"] & REJECTED else "runner-up" if k["flags"] & RUNNER_UP else "not least")
         check(word in outcome and (word != "threshold" or f"> {threshold:g}" in outcome),
               f"outcome of {key}: {outcome}, {word}")
@@ -149,6 +150,8 @@ def one_trace(browser, build):
         check(text in hashes, f"{text} is not among the hashes: {hashes}")
     blends = tab.js("document.querySelector('.blends').textContent")
     same(blends, "Layer 1 (softmax) blends: no single source.", "the layer that does not select")
+    displays = tab.js("[...new Set([...document.querySelectorAll('td')].map((d) => getComputedStyle(d).display))]")
+    same(displays, ["table-cell"], "the layout of the cells of tables")
     clearest(tab, trace, 299)
     rng, p = random.Random(2), 299
     for step in range(40):
@@ -283,6 +286,40 @@ def blends(browser, build):
     tab = browser.open(build.page(("only", only)))
     matrix(tab, only, 59)
     check(len(labels(tab)) > 0, "no arrow of a blend")
+    clean(tab)
+
+
+def picks(browser, build):
+    """A head that reads several keys of one scan shows the weight of each."""
+    trace = RandomTrace(15, 120, [(3, 1, None, 3), (2, 1, 2.0), (2, 1, 2.5, 2)])
+    tab = browser.open(build.page(("picks", trace)))
+    read = 0
+    for p in [119, 118, 60, 3, 0]:
+        tab.press("/")
+        tab.type(str(p))
+        tab.press("Enter")
+        tab.press("Escape")
+        tab.settle()
+        for at, (name, c) in enumerate(zip(trace.cells, trace.row(p))):
+            if not (weights := [*zip(c["later"], c["weights"])]):
+                continue
+            tab.js("document.querySelector('[data-cell=\"{}.{}\"]').click()".format(*name))
+            tab.settle()
+            rows = dict(tab.js("""[...document.querySelectorAll('.candidates tr[data-key]')].map((r) =>
+                [+r.dataset.key, r.lastElementChild.textContent])"""))
+            expected = [(c["selected"], "selected", c["gate"])] if c["selected"] >= 0 else []
+            expected += [(key, f"pick {n}", weight) for n, (key, weight) in enumerate(weights, 2) if key >= 0]
+            for key, word, weight in expected:
+                label, value = rows[key].split(", weight ")
+                same(label, word, f"the outcome of {key} at {p} in {name}")
+                check(near(value, weight), f"weight of {key} at {p} in {name}: {value}, {weight}")
+            # The arrows of the further picks have their weights.
+            for key, word, weight in expected[1:]:
+                arrows = [a for a in labels(tab) if f"reads position {key} " in a and f" in {word}, weight " in a]
+                check(len(arrows) <= 1 and all(near(a.split("weight ")[1].split(",")[0], weight) for a in arrows), arrows)
+                read += len(arrows)
+            candidates(tab, trace, p, at)
+    check(read > 10, f"{read} arrows of further picks")
     clean(tab)
 
 
@@ -468,7 +505,8 @@ def main():
         args.shots.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, Browser(find_chromium()) as browser:
         build = Build(args.target, folder)
-        parts = {"one trace": one_trace, "blends": blends, "a short text": short_text, "many heads": many_heads,
+        parts = {"one trace": one_trace, "blends": blends, "several picks": picks,
+                 "a short text": short_text, "many heads": many_heads,
                  "counts above 2^53": deep, "a trace that starts late": late_start,
                  "two traces": two_traces, "a broken trace": broken, "a long trace": speed,
                  "widths": lambda browser, build: layouts(browser, build, args.shots)}
@@ -477,6 +515,7 @@ def main():
             part(browser, build)
             print(f"{name}: {checks.count - before} checks")
     print(f"viewer: {checks.count} checks passed")
+    checks.log_cases("viewer")
 
 
 if __name__ == "__main__":

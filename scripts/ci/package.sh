@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # Includes changes that are not committed.
 CARGO_PROFILE_DEV_DEBUG=false CARGO_INCREMENTAL=0 cargo package --workspace --allow-dirty \
-    --exclude gd-examples --exclude gd-features --exclude gd-testing --exclude gd-tests
+    --exclude gd-examples --exclude gd-features --exclude gd-python --exclude gd-testing --exclude gd-tests

@@ -21,13 +21,15 @@ def to_f32(x):
 
 
 class RandomTrace:
-    """A random trace. `layers` lists (heads, rounds, threshold or None) of a layer that selects, the number of heads of a
-    softmax layer whose greatest weights are recorded, or the mechanism of a layer that is not recorded."""
+    """A random trace. `layers` lists (heads, rounds, threshold or None) of a layer that selects, with a fourth number if its
+    heads have several picks, the number of heads of a softmax layer whose greatest weights are recorded, or the mechanism of a
+    layer that is not recorded."""
 
     def __init__(self, seed, tokens, layers, first=0):
         self.random = random.Random(seed)
         self.first, self.end = first, first + tokens
-        self.layers = [entry for entry in enumerate(layers) if isinstance(entry[1], tuple)]
+        self.layers = [(n, kind[:3]) for n, kind in enumerate(layers) if isinstance(kind, tuple)]
+        self.picks = {n: kind[3] for n, kind in enumerate(layers) if isinstance(kind, tuple) and len(kind) > 3}
         self.blends = [(n, head) for n, heads in enumerate(layers) if isinstance(heads, int) for head in range(heads)]
         self.header = {"format": "gd-trace", "version": 1, "gd": "0.1.0", "seed": 2**63 + 1, "device": "cpu",
                        "isa": "avx512", "precision": "native", "interventions": [EVIL], "sampling": None,
@@ -47,9 +49,10 @@ class RandomTrace:
             return {"layer": n, "mechanism": kind, "selects": False}
         if isinstance(kind, int):
             return {"layer": n, "mechanism": "softmax", "selects": False, "heads": kind, "weights": 8}
-        heads, rounds, threshold = kind
+        heads, rounds, threshold, *picks = kind
         bounds = None if threshold is None else [threshold] * heads
-        return {"layer": n, "mechanism": "gd", "selects": True, "heads": heads, "rounds": rounds, "threshold": bounds}
+        layer = {"layer": n, "mechanism": "gd", "selects": True, "heads": heads, "rounds": rounds, "threshold": bounds}
+        return layer | ({"picks": picks[0]} if picks else {})
 
     def blend(self, p):
         """The greatest weights of a softmax head, in descending order."""
@@ -76,14 +79,16 @@ class RandomTrace:
         if not admitted or rng.random() < 0.05:
             admitted = []
         margin = to_f32(admitted[1]["energy"] - admitted[0]["energy"]) if len(admitted) > 1 else math.inf
-        later = [admitted[n]["key"] if n < len(admitted) else -1 for n in range(1, rounds)]
+        picks = self.picks.get(layer, 1)
+        later = [admitted[n]["key"] if n < len(admitted) else -1 for n in range(1, rounds + picks - 1)]
+        weights = [to_f32(rng.random()) if key >= 0 else 0.0 for key in later] if picks > 1 else []
         value = rng.random()
         selected, energy = (admitted[0]["key"], admitted[0]["energy"]) if admitted else (-1, math.inf)
         return {"selected": selected, "energy": energy, "margin": margin,
                 "coherence": rng.random() if rng.random() < 0.8 else math.nan,
                 "gate": 0.5 if head == 1 else 1.0,
                 "value": to_f32(value), "average": to_f32((1 - value) * rng.random()), "later": later,
-                "candidates": candidates}
+                "weights": weights, "candidates": candidates}
 
     def change(self, share, seed):
         """Changes the selection in a share of the cells to a random candidate."""
@@ -102,7 +107,11 @@ class RandomTrace:
             for c in row:
                 body += struct.pack("<iffffff", c["selected"], c["energy"], c["margin"], c["coherence"], c["gate"],
                                     c["value"], c["average"])
-                body += struct.pack(f"<{len(c['later'])}i", *c["later"]) + bytes([len(c["candidates"])])
+                if c["weights"]:
+                    body += b"".join(struct.pack("<if", *pair) for pair in zip(c["later"], c["weights"]))
+                else:
+                    body += struct.pack(f"<{len(c['later'])}i", *c["later"])
+                body += bytes([len(c["candidates"])])
                 for k in c["candidates"]:
                     body += struct.pack("<iBf", k["key"], k["flags"], k["energy"])
                     if k["flags"] & LIFTED:

@@ -75,6 +75,4 @@ class GdConfig(PretrainedConfig):
         self.mlp_bias = mlp_bias
         self.hidden_act = hidden_act
         self.gd = gd
-        # There is no cache: every forward pass processes the whole sequence.
-        kwargs["use_cache"] = False
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

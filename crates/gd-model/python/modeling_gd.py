@@ -1,7 +1,8 @@
 """A selection-attention model in plain PyTorch, with the same results as the Rust implementation.
 
-Inference only, without a cache, O(N^2) in the sequence length N. Shapes: hidden states [B, N, C], queries
-[B, H, N, D], keys and values [B, Hk, N, D], or [B, H, N, D] after they are repeated for each query head.
+Inference only, with a cache, O(N M) for N new positions and M positions in all. Batches are padded on the left. Shapes:
+hidden states [B, N, C], queries [B, H, N, D], keys and values [B, Hk, M, D], or [B, H, M, D] after they are repeated for each
+query head. The new positions are the last N of the M.
 """
 
 import math
@@ -10,11 +11,71 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_gd import GdConfig
 
 INF = float("inf")
+
+
+class GdCache:
+    """What the layers remember of the positions so far, by name: keys, values and priors, the last inputs of the causal
+    convolution, and the state of the running averages. Every tensor has the batch as its first dimension."""
+
+    is_compileable = False
+
+    def __init__(self):
+        self.layers = []
+        self.length = 0
+
+    def layer(self, index):
+        """The tensors of a layer, a dictionary that the layer changes."""
+        while len(self.layers) <= index:
+            self.layers.append({})
+        return self.layers[index]
+
+    def get_seq_length(self, layer_idx=0):
+        return self.length
+
+    def _each(self, change):
+        for layer in self.layers:
+            for name, tensor in layer.items():
+                layer[name] = change(tensor)
+
+    def reorder_cache(self, beam_idx):
+        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices):
+        self._each(lambda tensor: tensor[indices])
+
+    def batch_repeat_interleave(self, repeats):
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+
+class Context:
+    """The positions of one forward pass: `positions` [B, N] of the new ones in their sequences, `visible` [B, M] for which
+    positions hold a token, and the rotary frequencies."""
+
+    def __init__(self, visible, n, frequencies):
+        self.visible, self.n, self.frequencies = visible, n, frequencies
+        self.positions = (visible.long().cumsum(-1) - 1).clamp(min=0)[:, -n:]
+
+    def keys(self, window):
+        """Whether key j is visible to query i, at most `window` positions back: [B, 1, N, M]."""
+        m = self.visible.shape[1]
+        i = torch.arange(m - self.n, m, device=self.visible.device)[:, None]
+        j = torch.arange(m, device=self.visible.device)[None, :]
+        return ((j <= i) & (j > i - (window or m)))[None, None] & self.visible[:, None, None, :]
+
+
+def append(cache, name, tensor, dim):
+    """The tensor of this name in the cache of a layer, with the new one behind it along `dim`."""
+    if cache is None:
+        return tensor
+    if name in cache:
+        tensor = torch.cat([cache[name], tensor], dim)
+    cache[name] = tensor
+    return tensor
 
 
 class RmsNorm(nn.Module):
@@ -42,9 +103,9 @@ def frequencies(config):
     return f
 
 
-def rotate(x, f):
+def rotate(x, context):
     """Rotates the pairs (i, i + D/2) of each row of [B, H, N, D] by its position times the frequencies."""
-    angles = torch.arange(x.shape[2], dtype=torch.float64, device=x.device)[:, None] * f.to(x.device)
+    angles = context.positions[:, None, :, None].double() * context.frequencies.to(x.device)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -70,12 +131,17 @@ class Beacon(nn.Module):
         self.memory = nn.Linear(c, 3 * rows) if rows else None
         self.prior = nn.Linear(c, priors, bias=False) if beacon["prior"] and priors else None
 
-    def mix(self, x):
-        """Adds the causal convolution of the hidden states, if there is one."""
+    def mix(self, x, context, cache):
+        """Adds the causal convolution of the hidden states, if there is one. Before the first token they are zero."""
         if self.conv is None:
             return x
         taps = self.conv.weight
-        padded = F.pad(x, (0, 0, taps.shape[1] - 1, 0))
+        past = taps.shape[1] - 1
+        x = torch.where(context.visible[:, -context.n :, None], x, 0)
+        before = cache.get("conv") if cache is not None else None
+        padded = F.pad(x, (0, 0, past, 0)) if before is None else torch.cat([before, x], 1)
+        if cache is not None:
+            cache["conv"] = padded[:, -past:]
         windows = padded.unfold(1, taps.shape[1], 1)  # [B, N, C, W], oldest position first
         return x + (windows * taps).sum(-1)
 
@@ -85,17 +151,25 @@ class Beacon(nn.Module):
         both = [logits if r % 2 == 0 else logits.flip(0) for r in range(self.averages)]
         return torch.stack(both, 1).flatten()
 
-    def running_averages(self, x, v):
+    def running_averages(self, x, v, context, cache):
         """The gated running averages of the values, summed over the averages of each head: [B, H, N, D]."""
         (b, n, _), h, r = x.shape, self.heads, self.averages
         decay, write, gate = self.memory(x).view(b, n, 3, h * r).permute(2, 0, 3, 1)  # each [B, H R, N]
+        write = write.double().masked_fill(~context.visible[:, None, -n:], -INF)
         log_keep = F.logsigmoid(decay + self.decay_offsets(x)[:, None])
         # The logarithm of the weight of position s at position t is write_s + sum of log_keep over s < u <= t.
         total = log_keep.double().cumsum(-1)
-        logs = write.double()[:, :, None, :] + total[..., :, None] - total[..., None, :]
+        logs = write[:, :, None, :] + total[..., :, None] - total[..., None, :]
         logs = logs.masked_fill(torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1), -INF)
         v = v.repeat_interleave(h * r // v.shape[1], 1)
-        mean = logs.softmax(-1).to(v.dtype) @ v
+        if cache is not None and "mean" in cache:
+            # The positions before count as one, with their average and their weight.
+            logs = torch.cat([(cache["log_weight"][..., None] + total)[..., None], logs], -1)
+            v = torch.cat([cache["mean"][:, :, None], v], 2)
+        # A row without a token has no weight.
+        mean = logs.softmax(-1).nan_to_num().to(v.dtype) @ v
+        if cache is not None:
+            cache["mean"], cache["log_weight"] = mean[:, :, -1], logs[:, :, -1].logsumexp(-1)
         return (mean * gate.sigmoid()[..., None]).view(b, h, r, n, -1).sum(2)
 
 
@@ -200,17 +274,13 @@ class Attention(nn.Module):
         self.gd = Gd(self.reading, self.select) if selects else None
         self.window = windows[layer % len(windows)]
 
-    def visible(self, n, device):
-        """Whether key j is visible to query i: [N, N]."""
-        i, j = torch.arange(n, device=device)[:, None], torch.arange(n, device=device)[None, :]
-        return (j <= i) & (j > i - (self.window or n))
-
-    def forward(self, x, f):
+    def forward(self, x, context, cache):
         b, n, _ = x.shape
-        x = self.beacon.mix(x) if self.beacon else x
+        x = self.beacon.mix(x, context, cache) if self.beacon else x
         v = self.v_proj(x).view(b, n, -1, self.d).transpose(1, 2)
-        memory = self.beacon.running_averages(x, v) if self.beacon and self.beacon.memory else None
-        y = self.read(x, v, f) if self.q_proj else memory[:, :0]
+        has_memory = self.beacon and self.beacon.memory
+        memory = self.beacon.running_averages(x, v, context, cache) if has_memory else None
+        y = self.read(x, v, context, cache) if self.q_proj else memory[:, :0]
         if self.reading < self.heads:
             y = torch.cat([y, torch.zeros_like(memory[:, self.reading :])], 1)
         y = y if memory is None else y + memory
@@ -219,21 +289,24 @@ class Attention(nn.Module):
             y = y * self.g_proj(x).sigmoid()
         return self.o_proj(y)
 
-    def read(self, x, v, f):
+    def read(self, x, v, context, cache):
         """What the heads that read keys read: [B, H, N, D]."""
         b, n, _ = x.shape
         q, k = (p(x).view(b, n, -1, self.d) for p in (self.q_proj, self.k_proj))
         if self.q_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), f), rotate(k.transpose(1, 2), f)
-        v = v[:, : k.shape[1]]
+        q, k = rotate(q.transpose(1, 2), context), rotate(k.transpose(1, 2), context)
+        k, v = append(cache, "k", k, 2), append(cache, "v", v[:, : k.shape[1]], 2)
         per_head = lambda t: t.repeat_interleave(self.group, 1)
-        prior = per_head(self.beacon.prior(x).transpose(1, 2)) if self.beacon and self.beacon.prior else None
-        visible = self.visible(n, x.device)
+        prior = None
+        if self.beacon and self.beacon.prior:
+            prior = per_head(append(cache, "prior", self.beacon.prior(x).transpose(1, 2), 2))
+        visible = context.keys(self.window)
         if self.gd is None:
             score = q @ per_head(k).mT / math.sqrt(self.d)
             score = score if prior is None else score + prior[:, :, None]
-            return score.masked_fill(~visible, -INF).softmax(-1) @ per_head(v)
+            # A row without a token has no weight.
+            return score.masked_fill(~visible, -INF).softmax(-1).nan_to_num() @ per_head(v)
         return self.selection(q, per_head(k), per_head(v), prior, visible)
 
     def energy(self, q, k, prior):
@@ -342,8 +415,8 @@ class Block(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, f):
-        x = x + self.self_attn(self.input_layernorm(x), f)
+    def forward(self, x, context, cache):
+        x = x + self.self_attn(self.input_layernorm(x), context, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -354,10 +427,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids, f):
+    def forward(self, ids, context, cache):
         x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x, f)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, context, None if cache is None else cache.layer(index))
         return self.norm(x)
 
 
@@ -380,17 +453,46 @@ class GdForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *_):
+        if generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation is not None:
+            name = generation_config.cache_implementation
+            raise ValueError(f"cache_implementation {name!r} is not implemented in modeling_gd.py")
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = GdCache()
 
-    def forward(self, input_ids, attention_mask=None, **kwargs):
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("padding is not implemented in modeling_gd.py: sequences must have the same length")
-        for name in ("inputs_embeds", "past_key_values", "labels"):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, past_key_values=None, **_):
+        if past_key_values is not None:
+            input_ids = input_ids[:, past_key_values.get_seq_length() :]
+        use_cache = past_key_values is not None
+        return {
+            "input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+        """`attention_mask` [B, M] is 0 for padding, which must be on the left, and covers the positions in the cache."""
+        for name in ("inputs_embeds", "labels"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not implemented in modeling_gd.py")
-        if input_ids.shape[1] > self.config.max_position_embeddings:
-            positions = self.config.max_position_embeddings
-            raise ValueError(f"{input_ids.shape[1]} tokens exceed the {positions} positions of the model")
-        hidden = self.model(input_ids, frequencies(self.config))
-        return CausalLMOutput(logits=self.lm_head(hidden))
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = GdCache()
+        if cache is not None and not isinstance(cache, GdCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}, not a GdCache")
+        b, n = input_ids.shape
+        m = n + (cache.length if cache is not None else 0)
+        visible = torch.ones(b, m, device=input_ids.device) if attention_mask is None else attention_mask
+        if tuple(visible.shape) != (b, m):
+            raise ValueError(f"attention_mask {list(visible.shape)} is not [{b}, {m}]")
+        visible = visible.bool()
+        if bool((visible[:, :-1] & ~visible[:, 1:]).any()):
+            raise ValueError("padding must be on the left: attention_mask has a 0 after a 1")
+        tokens, positions = int(visible.sum(-1).max()), self.config.max_position_embeddings
+        if tokens > positions:
+            raise ValueError(f"{tokens} tokens exceed the {positions} positions of the model")
+        hidden = self.model(input_ids, Context(visible, n, frequencies(self.config)), cache)
+        if cache is not None:
+            cache.length = m
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=cache)

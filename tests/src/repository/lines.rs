@@ -34,9 +34,14 @@ const REGISTRIES: [&str; 5] = [
     concat!("registry.npm", "js"),
     concat!("deb.deb", "ian.org"),
 ];
-/// Where unsafe code is allowed: the operators, the emulator that executes their kernels, and memory-mapped files.
-const UNSAFE_ALLOWED: [&str; 3] =
-    ["crates/gd-kernels/", "crates/gd-testing/", "crates/gd-model/src/data/map.rs"];
+/// Where unsafe code is allowed: the operators, the emulator that executes their kernels, memory-mapped files, and arrays of
+/// Python.
+const UNSAFE_ALLOWED: [&str; 4] = [
+    "crates/gd-kernels/",
+    "crates/gd-testing/",
+    "crates/gd-model/src/data/map.rs",
+    "crates/gd-python/src/array.rs",
+];
 /// Unsafe code.
 const UNSAFE: [&str; 4] = [
     concat!("uns", "afe {"),

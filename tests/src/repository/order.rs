@@ -66,4 +66,4 @@ pub const ORDERS: &[Order] = &[
 
 /// Folders whose names must not use a refused word.
 pub const TERMS_ENFORCED: &[&str] =
-    &["crates/gd-cli/", "crates/gd-kernels/", "crates/gd-layer/", "crates/gd-model/"];
+    &["crates/gd-cli/", "crates/gd-kernels/", "crates/gd-layer/", "crates/gd-model/", "crates/gd-python/"];

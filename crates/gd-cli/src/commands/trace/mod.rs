@@ -13,7 +13,7 @@ use ed25519_dalek::pkcs8::DecodePrivateKey;
 use gd_model::infer::sampler::Sampling;
 use gd_model::io::files::{check_writable, read_text, stream_file, write_file};
 use gd_model::model::pretrained::{self, Loaded};
-use gd_model::trace::{self, Generation, Header, Record, Trace, Writer, hex};
+use gd_model::trace::{self, Generation, Header, Record, Trace, Writer};
 use serde_json::json;
 
 pub use args::Args;
@@ -21,7 +21,7 @@ pub use args::Args;
 use self::output::Summary;
 use crate::context::{Context, flag_error, usage};
 use crate::render::plot;
-use crate::render::viewer::{self, TraceView};
+use crate::render::viewer;
 
 /// Runs the command.
 ///
@@ -113,8 +113,10 @@ fn record(
     let path = match &args.out {
         Some(path) => path,
         None => {
-            temporary = tempfile::NamedTempFile::new()?.into_temp_path();
-            &temporary.to_path_buf()
+            // The page names its trace by the file.
+            temporary = tempfile::tempdir()?;
+            let name = args.html.as_deref().and_then(Path::file_stem).unwrap_or("trace".as_ref());
+            &temporary.path().join(name).with_extension("trace")
         }
     };
     let (mut text, mut selections, mut abstained) = (String::new(), 0, 0);
@@ -185,20 +187,7 @@ fn export(file: &Path, path: &Path) -> Result<()> {
 /// Verifies recorded traces and writes a page that shows them.
 fn write_page(html: &Path, paths: &[PathBuf]) -> Result<()> {
     let traces = paths.iter().map(|path| Trace::read(path)).collect::<gd_model::Result<Vec<_>>>()?;
-    let mut parts = Vec::new();
-    for trace in &traces {
-        let verified = trace::verify(trace, None, None)?;
-        let name = trace.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        parts.push((
-            name,
-            serde_json::to_value(&trace.header)?,
-            hex(&verified.seal.head),
-            trace.record_bytes()?,
-        ));
-    }
-    let views: Vec<TraceView> =
-        parts.iter().map(|(name, header, head, records)| TraceView { name, header, head, records }).collect();
-    write_file(html, viewer::page(&views)?.as_bytes())?;
+    write_file(html, viewer::page_of(&traces)?.as_bytes())?;
     Ok(())
 }
 

@@ -129,7 +129,7 @@ fn points(run: &History, name: &str, scale: f64) -> Vec<(f64, f64)> {
     points.filter(|p| p.1.is_finite()).collect()
 }
 
-/// The skipped updates and checkpoints of a run, on its curve.
+/// The skipped updates and checkpoints of a run, on its curve. Before its first point there is no place for them.
 fn marked(run: &History, points: &[(f64, f64)]) -> Vec<(Mark, f64, f64)> {
     let kind = |line: &_| match (is_event(line, "skip"), is_event(line, "checkpoint")) {
         (true, _) => Some((Mark::Skipped, step(line) as f64)),
@@ -140,7 +140,7 @@ fn marked(run: &History, points: &[(f64, f64)]) -> Vec<(Mark, f64, f64)> {
         let at = points.partition_point(|p| p.0 < x).min(points.len() - 1);
         (mark, x, points[at].1)
     };
-    run.events.iter().filter_map(kind).map(on_curve).collect()
+    run.events.iter().filter_map(kind).filter(|(_, x)| *x >= points[0].0).map(on_curve).collect()
 }
 
 /// The range of the y axis, and what it leaves out.
@@ -243,5 +243,7 @@ mod tests {
         let events = [json!({ "event": "skip", "step": 2 }), json!({ "event": "checkpoint", "step": 9 })];
         let chart = Chart::new("lr", &[run("lr", &[1.0, 2.0, 3.0], &events)]).unwrap();
         assert_eq!(chart.marks, [(Mark::Skipped, 2.0, 2.0), (Mark::Checkpoint, 9.0, 3.0)]);
+        let before = [json!({ "event": "checkpoint", "step": 0 })];
+        assert_eq!(Chart::new("lr", &[run("lr", &[1.0, 2.0], &before)]).unwrap().marks, []);
     }
 }

@@ -67,6 +67,8 @@ pub(super) fn figures(run: &History) -> Vec<Figure> {
         device => device.to_owned(),
     });
     add(false, "machine", machine, "");
+    let precision = start.map(|s| text(s, "precision")).filter(|name| !name.is_empty());
+    add(false, "precision", precision, "");
     add(false, "version", start.map(|s| format!("gd {}", text(s, "version"))), "");
     add(false, "starts", count("start").filter(|n| *n > 1).map(|n| n.to_string()), "");
     add(false, "checkpoints", count("checkpoint").map(|n| n.to_string()), "");

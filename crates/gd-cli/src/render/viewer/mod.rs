@@ -19,6 +19,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use gd_model::trace::{self, Trace, hex};
 use serde_json::{Value, json};
 
 use super::policy;
@@ -75,6 +76,23 @@ pub fn page(traces: &[TraceView]) -> Result<String> {
         rest = after;
     }
     Ok(page + rest)
+}
+
+/// Verifies one trace or two and creates their page, in which each has the name of its file.
+///
+/// # Errors
+/// A trace that is damaged; as [`page`].
+pub fn page_of(traces: &[Trace]) -> Result<String> {
+    let mut parts = Vec::new();
+    for trace in traces {
+        let verified = trace::verify(trace, None, None)?;
+        let name = trace.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let header = serde_json::to_value(&trace.header)?;
+        parts.push((name, header, hex(&verified.seal.head), trace.record_bytes()?));
+    }
+    let views: Vec<TraceView> =
+        parts.iter().map(|(name, header, head, records)| TraceView { name, header, head, records }).collect();
+    page(&views)
 }
 
 /// The elements that contain a trace: name, header and head as JSON, and the records as base64 of gzip.

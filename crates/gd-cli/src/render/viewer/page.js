@@ -48,10 +48,12 @@ class View {
     this.panels.totals.querySelector('.body').append(...totals(trace));
     this.panels.proof.querySelector('.body').append(...hashes(trace));
     const { length } = trace, generated = trace.generated.reduce((sum, flag) => sum + flag, 0);
-    const summary = `${formatCount(length)} tokens, ${formatCount(generated)} of them generated`;
+    const share = generated ? `${formatCount(generated)} of them generated` : 'none of them generated';
+    const summary = `${formatCount(length)} tokens, ${share}`;
     const swatch = ({ layer }, n) => el('span', { class: `swatch c${n % LAYER_COLORS}` }, `layer ${layer}`);
     const swatches = trace.layers.map(swatch);
-    part('.legend').append(`${summary}. `, el('span', { class: 'generated' }, 'generated'), ' ', ...swatches);
+    const marks = generated ? [el('span', { class: 'generated' }, 'generated'), ' '] : [];
+    part('.legend').append(`${summary}. `, ...marks, ...swatches);
     this.listen(part);
   }
 

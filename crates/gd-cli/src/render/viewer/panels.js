@@ -222,7 +222,7 @@ class Paths {
         this.level = n;
         onChange();
       });
-      const cells = ['positions', 'paths', 'top'].map((kind) => el('td', { class: kind }));
+      const cells = ['positions', 'paths', 'most'].map((kind) => el('td', { class: kind }));
       return el('tr', { 'data-layer': layer.layer }, el('td', {}, radio), el('td', {}, String(layer.layer)), ...cells);
     });
     root.append(table(['shade', 'layer', 'positions', 'paths', 'positions with the most paths'], this.rows));

@@ -215,7 +215,9 @@ pub enum Error {
         actual: String,
     },
     /// A model could not be fetched by its name.
-    #[error("{name}: no such file or folder, and no model of the Hugging Face Hub could be fetched by this name: {reason}")]
+    #[error(
+        "{name}: no such file or folder, and no model of the Hugging Face Hub could be fetched by this name: {reason}"
+    )]
     Hub {
         /// The name of the model.
         name: String,

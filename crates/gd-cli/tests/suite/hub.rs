@@ -90,7 +90,9 @@ fn hash(name: &str, content: &[u8]) -> String {
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     match name == WEIGHTS {
         true => hex(&Sha256::digest(content)),
-        false => hex(&Sha1::new_with_prefix(format!("blob {}\0", content.len())).chain_update(content).finalize()),
+        false => {
+            hex(&Sha1::new_with_prefix(format!("blob {}\0", content.len())).chain_update(content).finalize())
+        }
     }
 }
 
@@ -110,7 +112,11 @@ fn answer(stream: TcpStream, state: &Mutex<State>) -> Result<()> {
     state.log.push(format!("{path} {range}"));
     let mut out = stream;
     let mut reply = |status: &str, more: &str, body: &[u8], sent: usize| -> Result<()> {
-        write!(out, "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n{more}\r\n", body.len())?;
+        write!(
+            out,
+            "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n{more}\r\n",
+            body.len()
+        )?;
         Ok(out.write_all(&body[..sent])?)
     };
     if state.is_private && headers.get("authorization") != Some(&format!("Bearer {TOKEN}")) {
@@ -121,7 +127,8 @@ fn answer(stream: TcpStream, state: &Mutex<State>) -> Result<()> {
         let body = json!({ "sha": COMMIT, "siblings": siblings }).to_string();
         return reply("200 OK", "Content-Type: application/json\r\n", body.as_bytes(), body.len());
     }
-    let file = path.strip_prefix("/org/model/resolve/main/").and_then(|name| Some((name, state.files.get(name)?)));
+    let file =
+        path.strip_prefix("/org/model/resolve/main/").and_then(|name| Some((name, state.files.get(name)?)));
     let Some((name, content)) = file else { return reply("404 Not Found", "", b"", 0) };
     let etag = hash(name, content);
     let (first, last) = range.trim_start_matches("bytes=").split_once('-').unwrap_or(("0", ""));
@@ -175,7 +182,8 @@ fn a_model_is_fetched_by_its_name_over_a_connection_that_breaks() -> Result<()> 
     // As huggingface_hub lays it out, and without what was needed meanwhile.
     let model = dir.join("hf/hub/models--org--model");
     ensure!(fs::read_to_string(model.join("refs/main"))? == COMMIT);
-    let (link, weights) = (model.join("snapshots").join(COMMIT).join(WEIGHTS), fs::read(dir.join("model").join(WEIGHTS))?);
+    let (link, weights) =
+        (model.join("snapshots").join(COMMIT).join(WEIGHTS), fs::read(dir.join("model").join(WEIGHTS))?);
     let blob = model.join("blobs").join(hash(WEIGHTS, &weights));
     ensure!(link.is_symlink() && fs::canonicalize(&link)? == fs::canonicalize(&blob)?, "{}", link.display());
     ensure!(fs::read(&link)? == weights && !dir.join("hf/hub/.gd-downloads").exists());

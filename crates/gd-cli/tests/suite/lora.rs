@@ -35,7 +35,10 @@ fn an_adapter_is_trained_resumed_to_the_same_bits_merged_and_read() -> Result<()
     prepare(dir)?;
     let weights = read(&dir.join("base/model.safetensors"))?;
     let plan = run_json(dir, &format!("{ARGS} --out whole --dry-run --json"))?;
-    let full = run_json(dir, "train --from base --data text.txt --set train.batch=2 --set train.accumulation=1 --dry-run --json")?;
+    let full = run_json(
+        dir,
+        "train --from base --data text.txt --set train.batch=2 --set train.accumulation=1 --dry-run --json",
+    )?;
     let count = |plan: &Value, key: &str| plan[key].as_u64().with_context(|| format!("{key}: {plan}"));
     ensure!(count(&full, "trained_parameters")? == count(&full, "parameters")?, "{full}");
     let trained = count(&plan, "trained_parameters")?;
@@ -46,7 +49,10 @@ fn an_adapter_is_trained_resumed_to_the_same_bits_merged_and_read() -> Result<()
 
     succeeded(&gd(dir, &format!("{ARGS} --out whole"))?)?;
     let settings: Value = serde_json::from_slice(&read(&dir.join("whole/adapter_config.json"))?)?;
-    ensure!(settings["r"] == 4 && settings["lora_alpha"] == 8.0 && settings["peft_type"] == "LORA", "{settings}");
+    ensure!(
+        settings["r"] == 4 && settings["lora_alpha"] == 8.0 && settings["peft_type"] == "LORA",
+        "{settings}"
+    );
     ensure!(!dir.join("whole/model.safetensors").exists() && dir.join("whole/report.html").exists());
     ensure!(weights == read(&dir.join("base/model.safetensors"))?, "the base changed");
 
@@ -122,7 +128,11 @@ fn what_does_not_fit_is_refused() -> Result<()> {
         ("--from base --data text.txt --lora rank=4", 2, "r=N, alpha=X and targets"),
         ("--from base --data text.txt --lora r=0", 1, "train.lora.r"),
         ("--from base --data text.txt --lora targets=query", 1, "allowed are down_proj, gate_proj"),
-        ("--from base --data text.txt --lora r=4 --set train.ema.decay=0.9", 1, "train.ema cannot be combined"),
+        (
+            "--from base --data text.txt --lora r=4 --set train.ema.decay=0.9",
+            1,
+            "train.ema cannot be combined",
+        ),
         ("--data text.txt --set train.lora.base=base", 2, "use --from and --lora"),
     ] {
         let message = error(dir, &format!("train {args} --out new"), code)?;

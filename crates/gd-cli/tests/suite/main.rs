@@ -16,6 +16,7 @@ mod data;
 mod documents;
 mod finetune;
 mod generate;
+mod guides;
 mod hub;
 mod landscape;
 mod log;

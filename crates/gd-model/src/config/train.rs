@@ -281,8 +281,6 @@ impl TrainConfig {
             ("train.select.calibrate_thresholds", self.select.calibrate_thresholds),
         ];
         let others = others.into_iter().filter(|(_, is_set)| *is_set && self.lora.is_some());
-        others
-            .map(|(name, _)| Error::Invalid(format!("{name} cannot be combined with train.lora")))
-            .collect()
+        others.map(|(name, _)| Error::Invalid(format!("{name} cannot be combined with train.lora"))).collect()
     }
 }

@@ -73,7 +73,8 @@ pub fn encode_text(tokenizer: &Tokenizer, text: &str, is_chat: bool) -> Result<V
 /// As [`Tokenizer::encode`].
 pub fn encode_turns(tokenizer: &Tokenizer, text: &str, turns: &[Range<usize>]) -> Result<Vec<(u32, bool)>> {
     // As transformers marks the tokens of a generation block.
-    let learned = |token: &Range<usize>| turns.iter().any(|turn| turn.start < token.end && token.start < turn.end);
+    let learned =
+        |token: &Range<usize>| turns.iter().any(|turn| turn.start < token.end && token.start < turn.end);
     let tokens = tokenizer.encode_with_ranges(text)?.into_iter();
     Ok(tokens.map(|(id, range)| (id, learned(&range))).collect())
 }

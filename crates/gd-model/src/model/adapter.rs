@@ -7,8 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use ::safetensors::View;
 use candle_core::{DType, Device, Tensor};
-use safetensors::View;
 use serde_json::{Value, json};
 
 use crate::config::{ALL_LINEAR, LoraConfig, ModelConfig};
@@ -94,6 +94,14 @@ pub fn targets(lora: &LoraConfig, config: &ModelConfig) -> Result<BTreeMap<Strin
     Ok(all.into_iter().filter(|(path, _)| lora.targets.iter().any(|target| fits(path, target))).collect())
 }
 
+/// The number of parameters of an adapter of a model of the configuration `config`.
+///
+/// # Errors
+/// As [`targets`].
+pub fn size(lora: &LoraConfig, config: &ModelConfig) -> Result<usize> {
+    Ok(targets(lora, config)?.values().map(|[outputs, inputs]| lora.r * (outputs + inputs)).sum())
+}
+
 /// The hash of the names, dtypes, shapes and values of the weights of a model.
 pub fn hash(parts: &Parts) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
@@ -176,7 +184,8 @@ impl Adapter {
         let other = |(name, usual): &(&'static str, Value)| {
             settings.get(name).filter(|value| *value != usual && !is_empty(value)).map(|value| (*name, value))
         };
-        let bias = settings.get("bias").filter(|bias| bias.as_str() != Some("none")).map(|bias| ("bias", bias));
+        let bias =
+            settings.get("bias").filter(|bias| bias.as_str() != Some("none")).map(|bias| ("bias", bias));
         let alphas = settings.get("alpha_pattern").filter(|value| !is_empty(value));
         let other = UNSUPPORTED.iter().find_map(other).or(bias).or(alphas.map(|v| ("alpha_pattern", v)));
         if let Some((name, value)) = other {
@@ -186,7 +195,9 @@ impl Adapter {
         let alpha = alpha.ok_or_else(|| refused("lora_alpha is not a number".into()))?;
         let base = settings.get("base_model_name_or_path").and_then(Value::as_str).map(PathBuf::from);
         let hash = match folder.join(BASE) {
-            file if file.exists() => load_json(&file)?.get("blake3").and_then(Value::as_str).map(str::to_owned),
+            file if file.exists() => {
+                load_json(&file)?.get("blake3").and_then(Value::as_str).map(str::to_owned)
+            }
             _ => None,
         };
         Ok(Self {
@@ -221,8 +232,14 @@ impl Adapter {
         if let Some(expected) = &self.base_hash {
             let actual = hash(base).to_hex();
             if actual.as_str() != expected {
-                let [expected, actual] = [expected.as_str(), actual.as_str()].map(|h| h.chars().take(16).collect());
-                return Err(Error::WrongBase { path: self.folder.clone(), base: base.path.clone(), expected, actual });
+                let [expected, actual] =
+                    [expected.as_str(), actual.as_str()].map(|h| h.chars().take(16).collect());
+                return Err(Error::WrongBase {
+                    path: self.folder.clone(),
+                    base: base.path.clone(),
+                    expected,
+                    actual,
+                });
             }
         }
         let missing: Vec<String> = self

@@ -52,9 +52,8 @@ pub(super) fn gguf_in(folder: &Path) -> Result<Option<PathBuf>> {
 /// Whether a path is a file, or a folder with weights.
 #[cfg(feature = "hub")]
 pub(super) fn has_weights(path: &Path) -> bool {
-    let is_weights = |name: &String| {
-        [WEIGHTS, INDEX, ADAPTER_WEIGHTS].contains(&name.as_str()) || name.ends_with(".gguf")
-    };
+    let is_weights =
+        |name: &String| [WEIGHTS, INDEX, ADAPTER_WEIGHTS].contains(&name.as_str()) || name.ends_with(".gguf");
     path.is_file() || list(path).is_ok_and(|names| names.iter().any(is_weights))
 }
 

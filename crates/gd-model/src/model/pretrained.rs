@@ -216,9 +216,9 @@ fn located(path: &Path) -> Result<PathBuf> {
         return Ok(path.into());
     };
     let cached = || hub::find(&hub::cache_folder()?, &name);
-    let found = cached();
+    let stored = cached();
     #[cfg(feature = "hub")]
-    if found.as_deref().is_none_or(|found| !folder::has_weights(found)) {
+    if stored.as_deref().is_none_or(|stored| !folder::has_weights(stored)) {
         // In a folder that exists, a name is that of a file with a mistake in it.
         if path.parent().is_some_and(Path::is_dir) {
             return Ok(path.into());
@@ -226,7 +226,7 @@ fn located(path: &Path) -> Result<PathBuf> {
         hub::fetch(&name)?;
         return Ok(cached().unwrap_or_else(|| path.into()));
     }
-    Ok(found.unwrap_or_else(|| path.into()))
+    Ok(stored.unwrap_or_else(|| path.into()))
 }
 
 /// The files of a folder that are copied unchanged when its model is saved.

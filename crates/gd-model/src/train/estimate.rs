@@ -1,16 +1,14 @@
 //! An estimate of the size and the memory of a run before it starts. The number of parameters is exact, the memory
 //! approximate.
 
-use std::collections::BTreeMap;
-
 use gd_kernels::cross_entropy::chunk_rows;
 use gd_layer::mechanisms::State;
 use serde::Serialize;
 
 use super::optimizer::Group;
-use crate::config::{LoraConfig, Mechanism, ModelConfig, Recipe};
+use crate::config::{Mechanism, ModelConfig, Recipe};
 use crate::error::Result;
-use crate::model::adapter::targets;
+use crate::model::adapter::{size, targets};
 use crate::model::shapes::shapes;
 
 /// The size and the memory of a run.
@@ -148,10 +146,7 @@ pub fn estimate(recipe: &Recipe) -> Result<RunEstimate> {
     let (model, train) = (&recipe.model, &recipe.train);
     let (parameters, matrices) = parameters(model)?;
     let adapted = train.lora.as_ref().map(|lora| targets(lora, model)).transpose()?;
-    let of_adapter = |lora: &LoraConfig| {
-        adapted.iter().flat_map(BTreeMap::values).map(|[outputs, inputs]| lora.r * (outputs + inputs)).sum()
-    };
-    let trained = train.lora.as_ref().map_or(parameters, of_adapter);
+    let trained = train.lora.as_ref().map_or(Ok(parameters), |lora| size(lora, model))?;
     // Weights, two moments and the gradient; Muon has one moment, and accumulation a second gradient. Weights that are not
     // trained have none of these.
     let frozen = if train.lora.is_some() { parameters } else { 0 };
@@ -164,8 +159,8 @@ pub fn estimate(recipe: &Recipe) -> Result<RunEstimate> {
         adapted.as_ref().is_some_and(|adapted| adapted.contains_key(&path))
     };
     let layers = 0..model.num_hidden_layers;
-    let size = (train.batch, train.context);
-    let blocks: Vec<Elements> = layers.map(|i| block(model, i, size, &|name| is_adapted(i, name))).collect();
+    let batch = (train.batch, train.context);
+    let blocks: Vec<Elements> = layers.map(|i| block(model, i, batch, &|name| is_adapted(i, name))).collect();
     let tokens = train.batch * train.context;
     let max = |of: fn(&Elements) -> f64| blocks.iter().map(of).fold(0.0, f64::max);
     elements += max(|b| b.temporary);

@@ -12,10 +12,10 @@ use gd_model::config::{LoraConfig, Mechanism, ModelConfig, Recipe};
 use gd_model::data::{Corpus, Tokens};
 use gd_model::io::checkpoint::{self, load_tensors};
 use gd_model::io::tokenizer::Tokenizer;
+use gd_model::model::Transformer;
 use gd_model::model::adapter::{self, Adapter, targets};
 use gd_model::model::params::Params;
 use gd_model::model::pretrained::{self, Parts};
-use gd_model::model::Transformer;
 use gd_model::train::Trainer;
 use gd_model::train::run::{About, Run};
 
@@ -77,7 +77,8 @@ fn models() -> Result<Vec<(&'static str, ModelConfig)>> {
     (small.num_attention_heads, small.num_key_value_heads, small.head_dim) = (4, 2, 8);
     (small.gd.output_gate, small.tie_word_embeddings, small.vocab_size) = (true, true, 40);
     let mut softmax = small.clone();
-    (softmax.gd.mechanism, softmax.gd.beacon, softmax.gd.output_gate) = (vec![Mechanism::Softmax], None, false);
+    (softmax.gd.mechanism, softmax.gd.beacon, softmax.gd.output_gate) =
+        (vec![Mechanism::Softmax], None, false);
     let mut biased = softmax.clone();
     (biased.attention_bias, biased.mlp_bias, biased.gd.qk_norm) = (true, true, false);
     let mut other = softmax.clone();
@@ -113,7 +114,8 @@ fn gradients_are_those_of_a_dense_training_and_frozen_weights_have_none() -> Res
             // The dense model has the sums of the weights.
             for (name, var) in dense.vars() {
                 if let Some(path) = name.strip_suffix(".weight").filter(|path| paths.contains(*path)) {
-                    let [a, b] = ["A", "B"].map(|m| matrices[&format!("{path}.lora_{m}.weight")].as_detached_tensor());
+                    let [a, b] =
+                        ["A", "B"].map(|m| matrices[&format!("{path}.lora_{m}.weight")].as_detached_tensor());
                     var.set(&(&base[&name] + (b.matmul(&a)? * lora.scale())?)?)?;
                 }
             }
@@ -129,10 +131,12 @@ fn gradients_are_those_of_a_dense_training_and_frozen_weights_have_none() -> Res
             let (expected, found) = (expected.backward()?, found.backward()?);
             let weights = dense.vars();
             for path in &paths {
-                let (_, weight) = weights.iter().find(|(name, _)| *name == format!("{path}.weight")).context("a weight")?;
+                let (_, weight) =
+                    weights.iter().find(|(name, _)| *name == format!("{path}.weight")).context("a weight")?;
                 let dw = expected.get(weight).context("a dense gradient")?;
                 let [a, b] = ["A", "B"].map(|m| &matrices[&format!("{path}.lora_{m}.weight")]);
-                let of = |matrix| found.get(matrix).with_context(|| format!("{name}: {path} has no gradient"));
+                let of =
+                    |matrix| found.get(matrix).with_context(|| format!("{name}: {path} has no gradient"));
                 let (da, db) = (of(a)?, of(b)?);
                 let largest = da.abs()?.max_all()?.to_scalar::<f64>()?;
                 ensure!(largest > 1e-8, "{name}: the gradient of {path} is 0");
@@ -185,7 +189,8 @@ fn a_trained_adapter_computes_the_same_when_it_is_merged() -> Result<()> {
         recipe.train.checkpoint_blocks = checkpoint_blocks;
         let trainer = Trainer::finetune(recipe.clone(), corpus.clone(), 2, read()?, &Device::Cpu)?;
         let copies = |(name, t): (String, Tensor)| Ok((name, t.copy()?));
-        let before: BTreeMap<_, _> = trainer.params.tensors().into_iter().map(copies).collect::<Result<_>>()?;
+        let before: BTreeMap<_, _> =
+            trainer.params.tensors().into_iter().map(copies).collect::<Result<_>>()?;
         let about = About { name: "adapter".into(), data: Vec::new(), from: None, seed: 2 };
         let out = dir.path().join(format!("adapter-{checkpoint_blocks}"));
         let mut run = Run::create(&out, trainer, Tokenizer::bytes()?, about)?;
@@ -229,7 +234,8 @@ fn settings_that_do_not_fit_are_refused() -> Result<()> {
         recipe.train.lora = Some(lora);
         recipe
     };
-    let error = Trainer::finetune(with(lora(2, &["q_proj", "x_proj"])), corpus.clone(), 0, read()?, &Device::Cpu);
+    let error =
+        Trainer::finetune(with(lora(2, &["q_proj", "x_proj"])), corpus.clone(), 0, read()?, &Device::Cpu);
     let error = error.err().context("an error")?.to_string();
     ensure!(error.contains("\"x_proj\"") && error.contains("allowed are down_proj, gate_proj"), "{error}");
     ensure!(error.contains("v_proj, all-linear"), "{error}");

@@ -100,7 +100,9 @@ fn model_card(args: &Args, changed: &[usize], loaded: &Loaded) -> Vec<(&'static 
         (
             "summary",
             match &args.adapter {
-                Some(adapter) => format!("{} with the adapter {}.", file_name(&args.model), file_name(adapter)),
+                Some(adapter) => {
+                    format!("{} with the adapter {}.", file_name(&args.model), file_name(adapter))
+                }
                 None => format!(
                     "{} with its attention replaced, without further training.",
                     file_name(&args.model)

@@ -266,9 +266,10 @@ fn source(recipe: &Recipe, ctx: &Context) -> Result<Option<Parts>> {
         (Some(uptrain), _) => {
             (&uptrain.teacher, "the teacher model (--set train.uptrain.original=PATH gives its new location)")
         }
-        (None, Some(lora)) => {
-            (&lora.base, "the model that the adapter belongs to (--set train.lora.base=PATH gives its new location)")
-        }
+        (None, Some(lora)) => (
+            &lora.base,
+            "the model that the adapter belongs to (--set train.lora.base=PATH gives its new location)",
+        ),
         (None, None) => return Ok(None),
     };
     Ok(Some(pretrained::read(path, &ctx.device).context(what)?))

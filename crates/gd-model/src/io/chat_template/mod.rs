@@ -299,7 +299,9 @@ impl Record {
 }
 
 fn cut_block() -> Error {
-    Error::Invalid("the chat template writes a part of a generation block, so that its text cannot be marked".into())
+    Error::Invalid(
+        "the chat template writes a part of a generation block, so that its text cannot be marked".into(),
+    )
 }
 
 fn invalid(e: &minijinja::Error) -> Error {

@@ -93,7 +93,9 @@ pub fn fetch(name: &Name<'_>) -> Result<()> {
     make_folder(reference.parent().unwrap_or(&folder))?;
     fs::write(&reference, &info.sha).map_err(|e| Error::write(&reference, e))?;
     // What is left are links and locks.
-    if let Err(e) = fs::remove_dir_all(downloads.join(repo.folder_name())).and_then(|()| fs::remove_dir(&downloads)) {
+    if let Err(e) =
+        fs::remove_dir_all(downloads.join(repo.folder_name())).and_then(|()| fs::remove_dir(&downloads))
+    {
         tracing::debug!("{}: {e}", downloads.display());
     }
     Ok(())
@@ -241,7 +243,9 @@ fn message(error: &ApiError, endpoint: &str, has_token: bool) -> String {
     let ApiError::RequestError(request) = error else { return format!("{endpoint}: {error}") };
     match (&**request, has_token) {
         (ureq::Error::StatusCode(status @ (401 | 403)), true) => {
-            format!("{endpoint} answers {status}: the token (HF_TOKEN) gives no access to it, or it does not exist")
+            format!(
+                "{endpoint} answers {status}: the token (HF_TOKEN) gives no access to it, or it does not exist"
+            )
         }
         (ureq::Error::StatusCode(status @ (401 | 403)), false) => format!(
             "{endpoint} answers {status}: it does not exist, or needs an access token, which HF_TOKEN can hold"

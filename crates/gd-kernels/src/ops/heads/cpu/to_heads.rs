@@ -53,22 +53,23 @@ fn fused<T: Multiply>(
     })?;
     let y = (y, (batch, outputs / d, n, d).into());
     drop(span);
-    let backward = move |x: &Tensor, weight: &Tensor, dy: &Tensor| -> candle_core::Result<[Option<Tensor>; 3]> {
-        let dy = with_contiguous_rows(dy)?;
-        let (storage, layout) = dy.storage_and_layout();
-        let dy = Rows::<T>::new(&storage, layout)?;
-        let is_trained = weight.track_op();
-        let (dx, dweight, dnorm) = with_slices::<T, _, _>([x, weight], |[x, weight]| {
-            let weight = Matrix::of_rows(weight, channels);
-            with_matmul_precision(precision, || steps.backward(x, weight, &dy, is_trained))
-        })?;
-        let dweight = dweight.map(|values| Tensor::from_vec(values, weight.shape(), &Device::Cpu));
-        Ok([
-            Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?),
-            dweight.transpose()?,
-            Some(Tensor::from_vec(dnorm, d, &Device::Cpu)?),
-        ])
-    };
+    let backward =
+        move |x: &Tensor, weight: &Tensor, dy: &Tensor| -> candle_core::Result<[Option<Tensor>; 3]> {
+            let dy = with_contiguous_rows(dy)?;
+            let (storage, layout) = dy.storage_and_layout();
+            let dy = Rows::<T>::new(&storage, layout)?;
+            let is_trained = weight.track_op();
+            let (dx, dweight, dnorm) = with_slices::<T, _, _>([x, weight], |[x, weight]| {
+                let weight = Matrix::of_rows(weight, channels);
+                with_matmul_precision(precision, || steps.backward(x, weight, &dy, is_trained))
+            })?;
+            let dweight = dweight.map(|values| Tensor::from_vec(values, weight.shape(), &Device::Cpu));
+            Ok([
+                Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?),
+                dweight.transpose()?,
+                Some(Tensor::from_vec(dnorm, d, &Device::Cpu)?),
+            ])
+        };
     match heads.norm {
         Some((norm, _)) => {
             attach3(NAME, [x, weight, norm], y, move |[x, weight, _], _, dy| backward(x, weight, dy))

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Compares the models that the program saves with the results of Python's transformers for them.
 
-    python3 -m venv venv && venv/bin/pip install torch transformers
+    python3 -m venv venv && venv/bin/pip install torch transformers peft
     cargo build --release -p gd-model -p gd-cli --bins --examples
     venv/bin/python scripts/ci/check_transformers.py [target/release]
 
 The fixtures of tests/fixtures/llama, saved again by `gd convert`, must load as the classes of their families
 and give the same bits. Selecting models, trained for a few steps and converted, must load through the Python
-files beside them and give the program's logits. Prints the greatest difference of each. `generate` must give the tokens of
-`gd generate`, with a cache and without one, for one prompt and for a batch of prompts of different lengths.
+files beside them and give the program's logits. Adapters that the program trains (`gd train --lora`) must load in peft,
+on the models that they were trained on, and give the program's logits. Prints the greatest difference of each. `generate`
+must give the tokens of `gd generate`, with a cache and without one, for one prompt and for a batch of prompts of different
+lengths.
 """
 
 import json
@@ -18,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -172,6 +175,32 @@ def selecting(gd, program, work):
     return worst
 
 
+def adapters(gd, program, work):
+    """Adapters of models of other families, of different ranks and projections, and of a selecting model."""
+    worst, text = 0.0, work / "text.txt"
+    bases = {family: (FIXTURES / family, {}) for family in CLASSES}
+    bases["selecting"] = (work / "barrier-rounds", {"trust_remote_code": True})
+    projections = ["all-linear", "q_proj,v_proj", "down_proj", "all-linear", "all-linear"]
+    for (name, (base, options)), targets in zip(bases.items(), projections):
+        folder, lora = work / f"{name}-adapter", f"r=3,alpha=5,targets={targets}"
+        run(gd, "train", "--from", base, "--data", text, "--lora", lora, "--steps", 5, "--set", "train.lr.peak=0.02",
+            "--set", "train.batch=1", "--set", "train.context=32", "--set", "train.valid_fraction=0", "--out", folder)
+        out = work / "adapted.safetensors"
+        run(program, folder, text, out)
+        found = load_file(out)
+        model = PeftModel.from_pretrained(load(base, **options), folder).eval()
+        ids = found["ids"].tolist()
+        adapted = logits(model, ids)
+        with model.disable_adapter():
+            moved = (logits(model, ids) - adapted).abs().max().item()
+        assert moved > 0.01, f"{name}: the adapter moves logits by {moved}"
+        off = (adapted - found["logits"]).abs().max().item()
+        # The program adds the adapter to the stored weights in f32.
+        worst = max(worst, off)
+        print(f"{name}, adapter of {targets}: off by {off:.1e}, moved by {moved:.2f}")
+    return worst
+
+
 def refusals(work):
     """A config with a part that the Python files do not have."""
     path = work / "as-it-is" / "config.json"
@@ -196,7 +225,7 @@ def main():
         work = Path(folder)
         (work / "text.txt").write_text("All work is made of words, and words of letters; letters of ink.")
         families(gd, work)
-        worst = selecting(gd, program, work)
+        worst = max(selecting(gd, program, work), adapters(gd, program, work))
         refusals(work)
     print(f"greatest difference {worst:.1e}, at most {BOUND} allowed")
     if not worst <= BOUND:

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Renders the templates of crates/gd-model/tests/fixtures/chat_templates as transformers renders them, with Jinja2.
 
-    python3 -m venv venv && venv/bin/pip install jinja2
+    python3 -m venv venv && venv/bin/pip install jinja2 transformers
     venv/bin/python scripts/golden/chat_templates.py
 
-Writes `golden.json` beside the templates: a list of renderings, each with the template (the name of a file, or its
-text), the variables as JSON, the turns, and the text, or `null` if Jinja2 reports an error.
+Writes two files beside the templates. `golden.json` is a list of renderings, each with the template (the name of a file,
+or its text), the variables as JSON, the turns, and the text, or `null` if Jinja2 reports an error. `masks.json` is a
+list of chats with a template and a tokenizer, and the tokens with transformers' mask of those of the assistant.
 """
 
 import json
@@ -115,6 +116,26 @@ SNIPPETS = r"""
 """
 
 
+# Templates with generation blocks: white space, macros, several blocks in a turn, none for some of the messages.
+GENERATION = [
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}[{{ m.role }}] {{ m.content }}\n{% endif %}{% endfor %}",
+    "{%- for m in messages %}\n<|{{ m.role }}|>\n  {%- if m.role == 'assistant' %}\n  {%- generation -%}\n  "
+    "{{ m.content | trim }}\n  {%- endgeneration %}\n{{ eos_token }}\n  {%- else %}{{ m.content }}{% endif %}\n{%- endfor %}",
+    "{% macro turn(m) %}{% generation %}\n{{ m.content }}\n{% endgeneration %}\n{% endmacro %}"
+    "{% for m in messages %}{{ turn(m) if m.role == 'assistant' else m.content + ':' }}{% endfor %}",
+    "{% for m in messages %}{{ m.role[0] }} {% if loop.last %}{% generation %}{{ m.content[:3] }}{% endgeneration %} and "
+    "{% generation %}{{ m.content[3:] }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+]
+CHATS = [
+    [("user", "What is 2?"), ("assistant", "A number.")],
+    [("system", "Be brief."), ("user", "Über “é”?"), ("assistant", " É, ü and \n more. "), ("user", "🙂"),
+     ("assistant", "🙂 yes")],
+    [("user", "Alone")],
+    [("user", "An empty answer"), ("assistant", "")],
+]
+
+
 class Generation(Extension):
     """`{% generation %}` blocks, which transformers uses to find the tokens of the assistant. They have a scope."""
 
@@ -154,6 +175,25 @@ def render(env, text, variables, system, user):
         return None
 
 
+def masks():
+    from transformers import PreTrainedTokenizerFast
+
+    cases = []
+    for family in ["llama", "qwen3"]:
+        path = f"tests/fixtures/llama/{family}/tokenizer.json"
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(FOLDER.parents[4] / path), **TOKENS)
+        for template in GENERATION:
+            for chat in CHATS:
+                messages = [{"role": role, "content": content} for role, content in chat]
+                out = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=True,
+                                                    return_assistant_tokens_mask=True)
+                record = json.dumps({"messages": messages}, ensure_ascii=False)
+                cases.append(dict(tokenizer=path, template=template, record=record, ids=out["input_ids"],
+                                  mask=out["assistant_masks"]))
+    (FOLDER / "masks.json").write_text(json.dumps(cases, ensure_ascii=False, indent=0).replace(",\n", ", ") + "\n")
+    print(f"{len(cases)} masks, {sum(any(case['mask']) for case in cases)} of them with tokens of the assistant")
+
+
 def main():
     env, cases = environment(), []
     for file in sorted(FOLDER.glob("*.jinja")):
@@ -175,6 +215,7 @@ def main():
     (FOLDER / "golden.json").write_text(json.dumps(cases, ensure_ascii=False, indent=0) + "\n")
     failed = sum(case["text"] is None for case in cases)
     print(f"{len(cases)} renderings, of which {failed} are errors")
+    masks()
 
 
 if __name__ == "__main__":

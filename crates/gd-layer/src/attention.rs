@@ -8,6 +8,7 @@ use candle_core::{Result, Tensor};
 use gd_kernels::Mask;
 
 use crate::cache::LayerCache;
+use crate::linear::Linear;
 use crate::probe::Probe;
 use crate::stats::SelectionStats;
 
@@ -20,6 +21,10 @@ pub trait Attention: Send + Sync {
     /// # Errors
     /// Shapes, offsets or options that do not fit.
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor>;
+
+    /// The projections of the layer by the names of their weights: `q_proj`, `k_proj`, `v_proj`, `o_proj` and `g_proj`, as
+    /// far as the layer has them.
+    fn projections_mut(&mut self) -> Vec<(&'static str, &mut Linear)>;
 }
 
 /// The options of a forward pass, the same for all layers. [`Pass::new`] gives the defaults; set the other fields as

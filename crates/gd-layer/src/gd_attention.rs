@@ -15,6 +15,7 @@ use crate::cache::LayerCache;
 use crate::config::{AttentionConfig, GdConfig};
 use crate::derived::DerivedCache;
 use crate::heads::{Heads, Projected};
+use crate::linear::Linear;
 use crate::probe::{CandidateView, SelectionView};
 use crate::rope::Rotary;
 use crate::stats::SelectionStats;
@@ -386,6 +387,10 @@ impl Attention for GdAttention {
             }
             None => self.attend_to(self.heads.project(x, pass, None)?, pass, None),
         }
+    }
+
+    fn projections_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
+        self.heads.projections_mut()
     }
 }
 

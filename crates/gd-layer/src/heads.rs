@@ -97,6 +97,16 @@ impl Heads {
         })
     }
 
+    /// The projections by the names of their weights.
+    pub(crate) fn projections_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
+        let mut all = vec![("v_proj", &mut self.v_proj), ("o_proj", &mut self.o_proj)];
+        if let Some((q_proj, k_proj)) = &mut self.qk_proj {
+            all.extend([("q_proj", q_proj), ("k_proj", k_proj)]);
+        }
+        all.extend(self.g_proj.as_mut().map(|g_proj| ("g_proj", g_proj)));
+        all
+    }
+
     /// Queries of x, and keys, values and priors of the cached positions followed by those of x. With a cache, the
     /// latter three carry no gradient.
     pub(crate) fn project(
@@ -228,6 +238,12 @@ impl Heads {
         norm: Option<&RmsNorm>,
         offsets: Option<&[usize]>,
     ) -> Result<Tensor> {
+        if projection.is_adapted() {
+            let (b, n, _) = x.dims3()?;
+            let y = projection.forward(x)?.reshape((b, n, (), self.cfg.head_dim))?;
+            let y = norm.map_or(Ok(y.clone()), |norm| norm.forward(&y))?.transpose(1, 2)?;
+            return offsets.map_or(Ok(y.clone()), |offsets| self.rotary.apply_each(&y, offsets));
+        }
         let heads = HeadProjection {
             head_dim: self.cfg.head_dim,
             bias: projection.bias(),
@@ -270,11 +286,12 @@ impl Heads {
 
     /// The output gate and `o_proj` on the output of all heads `[B, H, N, D]`.
     fn project_output(&self, y: &Tensor, gate: Option<Tensor>) -> Result<Tensor> {
-        let Some(gate) = gate else {
+        if gate.is_none() && !self.o_proj.is_adapted() {
             return Ok(project_from_heads(y, self.o_proj.weight(), self.o_proj.bias())?);
-        };
+        }
         let (b, _, n, _) = y.dims4()?;
-        self.o_proj.forward(&(y.transpose(1, 2)?.reshape((b, n, ()))? * gate)?)
+        let y = y.transpose(1, 2)?.reshape((b, n, ()))?;
+        self.o_proj.forward(&gate.map_or(Ok(y.clone()), |gate| y * gate)?)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
+use gd_kernels::{LowRank, low_rank_linear};
 
 /// A projection: x `[.., I]` -> `[.., O]` in the dtype of x; see [`gd_kernels::linear`] for weights in f16 or bf16
 /// under f32 activations.
@@ -9,15 +10,48 @@ use candle_nn::{Init, VarBuilder};
 pub struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    adapter: Option<Adapter>,
+}
+
+/// A trained matrix of low rank beside the frozen weight of a projection (LoRA), whose sum is `W + scale B A`.
+#[derive(Debug, Clone)]
+struct Adapter {
+    /// `[R, I]`.
+    a: Tensor,
+    /// `[O, R]`.
+    b: Tensor,
+    scale: f64,
 }
 
 impl Linear {
     /// From weight `[O, I]` and bias `[O]`.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
+        Self { weight, bias, adapter: None }
     }
 
-    /// The weight `[O, I]` as it is stored.
+    /// Adds an adapter of rank `rank` and factor `scale` with weights under `vb`, by the names of the library PEFT:
+    /// `lora_A.weight` `[R, I]` and `lora_B.weight` `[O, R]`. From then on the weight and the bias get no gradient.
+    ///
+    /// New weights are those of PEFT: A is uniform in `± 1 / sqrt(I)`, B is 0.
+    ///
+    /// # Errors
+    /// Weights that are missing or of another shape.
+    pub fn adapt(&mut self, rank: usize, scale: f64, vb: VarBuilder) -> Result<()> {
+        let (outputs, inputs) = self.weight.dims2()?;
+        let bound = (inputs as f64).sqrt().recip();
+        let uniform = Init::Uniform { lo: -bound, up: bound };
+        let a = vb.pp("lora_A").get_with_hints((rank, inputs), "weight", uniform)?;
+        let b = vb.pp("lora_B").get_with_hints((outputs, rank), "weight", Init::Const(0.0))?;
+        self.adapter = Some(Adapter { a, b, scale });
+        Ok(())
+    }
+
+    /// Whether the projection has an adapter, so that its [`weight`](Linear::weight) is not all of it.
+    pub fn is_adapted(&self) -> bool {
+        self.adapter.is_some()
+    }
+
+    /// The weight `[O, I]` as it is stored, without that of an adapter.
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
@@ -36,7 +70,12 @@ impl Linear {
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(gd_kernels::linear(x, &self.weight, self.bias.as_ref())?)
+        Ok(match &self.adapter {
+            None => gd_kernels::linear(x, &self.weight, self.bias.as_ref())?,
+            Some(Adapter { a, b, scale }) => {
+                low_rank_linear(x, &self.weight, self.bias.as_ref(), LowRank { a, b, scale: *scale })?
+            }
+        })
     }
 }
 

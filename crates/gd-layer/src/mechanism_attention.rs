@@ -10,6 +10,7 @@ use crate::attention::{Attention, Pass};
 use crate::cache::{LayerCache, fit_state};
 use crate::config::AttentionConfig;
 use crate::heads::{Heads, Projected};
+use crate::linear::Linear;
 use crate::mechanisms::{AttentionMechanism, Info, Inputs, Outputs, Reads, Sizes, State, Weight};
 use crate::query_blocks::{self, Visible};
 use crate::rope::Rotary;
@@ -241,6 +242,10 @@ impl Attention for MechanismAttention {
             outputs.get("out")?.clone()
         };
         self.heads.output(split_output(&y, info.maps)?, projected)
+    }
+
+    fn projections_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
+        self.heads.projections_mut()
     }
 }
 

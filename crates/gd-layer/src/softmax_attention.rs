@@ -10,6 +10,7 @@ use crate::attention::{Attention, Pass};
 use crate::cache::LayerCache;
 use crate::config::AttentionConfig;
 use crate::heads::{Heads, Projected, visible_keys};
+use crate::linear::Linear;
 use crate::probe::{GreatestWeights, Probe};
 use crate::rope::Rotary;
 use crate::stats::{SelectionStats, softmax_weights};
@@ -194,6 +195,10 @@ impl Attention for SoftmaxAttention {
         }
         let y = softmax_attention(q, k, v, prior.as_ref(), None, mask, scale)?;
         self.heads.output(y, projected)
+    }
+
+    fn projections_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
+        self.heads.projections_mut()
     }
 }
 

@@ -214,6 +214,29 @@ pub enum Error {
         /// The first digits of its hash now.
         actual: String,
     },
+    /// A model could not be fetched by its name.
+    #[error(
+        "{name}: no such file or folder, and no model of the Hugging Face Hub could be fetched by this name: {reason}"
+    )]
+    Hub {
+        /// The name of the model.
+        name: String,
+        /// What prevented it.
+        reason: String,
+    },
+    /// An adapter was trained on another model than the one that it is to be added to.
+    #[error("{path}: the adapter was trained on another model than {base}: the hash of its weights was {expected} and is {actual}",
+        path = .path.display(), base = .base.display())]
+    WrongBase {
+        /// The folder of the adapter.
+        path: PathBuf,
+        /// The model.
+        base: PathBuf,
+        /// The first digits of the hash of the weights that the adapter was trained on.
+        expected: String,
+        /// The first digits of that of the weights of the model.
+        actual: String,
+    },
     /// A run cannot be resumed with another number of steps, because a step that it has done would have been another
     /// one, or because it has done more steps than that.
     #[error("{path}: a run of {from} steps that has done {done} cannot be resumed as one of {to}{why}", path = .path.display(),
@@ -305,6 +328,8 @@ pub enum RunInput {
     Configuration,
     /// The weights of the teacher that the model learns from.
     Teacher,
+    /// The weights of the model that the adapter belongs to.
+    Base,
 }
 
 impl fmt::Display for RunInput {
@@ -313,6 +338,7 @@ impl fmt::Display for RunInput {
             Self::Data => "data",
             Self::Configuration => "configuration",
             Self::Teacher => "model that this one learns from",
+            Self::Base => "model that the adapter belongs to",
         })
     }
 }

@@ -109,10 +109,11 @@ pub fn run_to_end(
     let leads = run.trainer.group().leads();
     if leads {
         let train = &run.trainer.recipe().train;
+        let (trained, all) = (run.trainer.params.count(), run.trainer.parameter_count());
+        let of = if trained == all { String::new() } else { format!(" of {all}") };
         note(format_args!(
-            "{}: {} parameters, {} steps of {} tokens in {}",
+            "{}: {trained}{of} parameters, {} steps of {} tokens in {}",
             run.about().name,
-            run.trainer.params.count(),
             train.steps,
             train.batch * train.context * train.accumulation,
             train.precision(run.trainer.device()).name()

@@ -19,12 +19,23 @@ pub(super) fn entries(
     trainer: &Trainer,
     result: Option<&Evaluation>,
 ) -> Vec<(&'static str, String)> {
-    let summary = match &recipe.train.uptrain {
-        Some(uptrain) => {
+    let summary = match (&recipe.train.uptrain, &recipe.train.lora) {
+        (_, Some(lora)) => {
+            let base = lora.base.file_name().unwrap_or(lora.base.as_os_str()).to_string_lossy();
+            format!(
+                "A LoRA adapter of {base} (r {}, alpha {}, {}).",
+                lora.r,
+                lora.alpha,
+                lora.targets.join(", ")
+            )
+        }
+        (Some(uptrain), None) => {
             let teacher = uptrain.teacher.file_name().unwrap_or(uptrain.teacher.as_os_str());
             format!("{} with its attention replaced and trained again.", teacher.to_string_lossy())
         }
-        None => format!("A small language model trained with gd from the configuration {}.", about.name),
+        (None, None) => {
+            format!("A small language model trained with gd from the configuration {}.", about.name)
+        }
     };
     let data: Vec<_> = about.data.iter().map(|p| p.display().to_string()).collect();
     let data = if data.is_empty() { "the sample text of the repository".to_owned() } else { data.join(", ") };

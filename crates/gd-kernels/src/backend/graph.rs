@@ -131,7 +131,7 @@ where
 
 impl<F> CustomOp2 for Attached<F>
 where
-    F: Fn(&Tensor, &Tensor, &Tensor) -> Result<[Tensor; 2]>,
+    F: Fn(&Tensor, &Tensor, &Tensor) -> Result<[Option<Tensor>; 2]>,
 {
     fn name(&self) -> &'static str {
         self.name
@@ -170,13 +170,13 @@ where
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let _span = operator_span(self.name, Pass::Backward);
         let [da, db] = (self.backward)(a, b, grad)?;
-        Ok((Some(da), Some(db)))
+        Ok((tracked(a, da), tracked(b, db)))
     }
 }
 
 impl<F> CustomOp3 for Attached<F>
 where
-    F: Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Tensor; 3]>,
+    F: Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Option<Tensor>; 3]>,
 {
     fn name(&self) -> &'static str {
         self.name
@@ -228,14 +228,20 @@ where
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let _span = operator_span(self.name, Pass::Backward);
         let [da, db, dc] = (self.backward)([a, b, c], result, grad)?;
-        Ok((Some(da), Some(db), Some(dc)))
+        Ok((tracked(a, da), tracked(b, db), tracked(c, dc)))
     }
 }
 
 // Boxed, so that the operator is compiled once for each number of arguments and not for each backward pass.
 type Backward1 = Box<dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + Send + Sync>;
-type Backward2 = Box<dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<[Tensor; 2]> + Send + Sync>;
-type Backward3 = Box<dyn Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Tensor; 3]> + Send + Sync>;
+type Backward2 = Box<dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<[Option<Tensor>; 2]> + Send + Sync>;
+type Backward3 = Box<dyn Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Option<Tensor>; 3]> + Send + Sync>;
+
+/// The gradient of an argument, if a variable depends on it. candle would store it otherwise, too: with frozen weights,
+/// gradients as large as the model.
+fn tracked(argument: &Tensor, gradient: Option<Tensor>) -> Option<Tensor> {
+    gradient.filter(|_| argument.track_op())
+}
 
 /// `result` as a function of `a`; `backward(a, result, grad)` gives the gradient of `a`.
 pub(crate) fn attach1(
@@ -248,26 +254,28 @@ pub(crate) fn attach1(
     a.apply_op1(Attached::new(name, result, backward))
 }
 
-/// `result` as a function of `a` and `b`; `backward(a, b, grad)` gives their gradients.
-pub(crate) fn attach2(
+/// `result` as a function of `a` and `b`; `backward(a, b, grad)` gives their gradients, and may leave out those of
+/// arguments that no variable contributes to ([`Tensor::track_op`]).
+pub(crate) fn attach2<G: Into<Option<Tensor>>>(
     name: &'static str,
     a: &Tensor,
     b: &Tensor,
     result: impl Into<Finished>,
-    backward: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<[Tensor; 2]> + Send + Sync + 'static,
+    backward: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<[G; 2]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    let backward: Backward2 = Box::new(backward);
+    let backward: Backward2 = Box::new(move |a, b, grad| Ok(backward(a, b, grad)?.map(Into::into)));
     a.apply_op2(b, Attached::new(name, result, backward))
 }
 
-/// `result` as a function of three arguments; `backward(args, result, grad)` gives their gradients.
-pub(crate) fn attach3(
+/// `result` as a function of three arguments; `backward(args, result, grad)` gives their gradients, as for [`attach2`].
+pub(crate) fn attach3<G: Into<Option<Tensor>>>(
     name: &'static str,
     [a, b, c]: [&Tensor; 3],
     result: impl Into<Finished>,
-    backward: impl Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Tensor; 3]> + Send + Sync + 'static,
+    backward: impl Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[G; 3]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    let backward: Backward3 = Box::new(backward);
+    let backward: Backward3 =
+        Box::new(move |args, result, grad| Ok(backward(args, result, grad)?.map(Into::into)));
     a.apply_op3(b, c, Attached::new(name, result, backward))
 }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::checks::{Checks, first, inside};
 use super::model::MAX_SIZE;
 use super::{
-    AdamWConfig, DocumentFormat, EmaConfig, GuardConfig, LrSchedule, MuonConfig, SelectSchedule,
+    AdamWConfig, DocumentFormat, EmaConfig, GuardConfig, LoraConfig, LrSchedule, MuonConfig, SelectSchedule,
     UptrainConfig,
 };
 use crate::error::{Error, Result};
@@ -168,6 +168,9 @@ pub struct TrainConfig {
     /// is that of the teacher.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uptrain: Option<UptrainConfig>,
+    /// Settings of an adapter of low rank, which is trained in the place of the weights of a model (`gd train --from`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
 }
 
 fn accumulation() -> usize {
@@ -256,6 +259,8 @@ impl TrainConfig {
         checks.extend(self.select.problems());
         checks.add(self.ema.as_ref().map_or(Ok(()), EmaConfig::validate));
         checks.extend(self.uptrain.as_ref().map_or(Vec::new(), UptrainConfig::problems));
+        checks.extend(self.lora.as_ref().map_or(Vec::new(), LoraConfig::problems));
+        checks.extend(self.contradicting_lora());
         let muon = self.muon.as_ref().map_or(Vec::new(), MuonConfig::problems);
         checks.extend(inside("train", muon));
         checks.extend(inside("train", self.adamw.problems()));
@@ -265,5 +270,17 @@ impl TrainConfig {
             checks.require(BPE_VOCAB.contains(&vocab), "train.tokenizer.bpe.vocab", vocab, allowed);
         }
         checks.into_problems()
+    }
+
+    /// Settings that a run with an adapter cannot have.
+    fn contradicting_lora(&self) -> Vec<Error> {
+        let others = [
+            ("train.uptrain", self.uptrain.is_some()),
+            ("train.muon", self.muon.is_some()),
+            ("train.ema", self.ema.is_some()),
+            ("train.select.calibrate_thresholds", self.select.calibrate_thresholds),
+        ];
+        let others = others.into_iter().filter(|(_, is_set)| *is_set && self.lora.is_some());
+        others.map(|(name, _)| Error::Invalid(format!("{name} cannot be combined with train.lora"))).collect()
     }
 }

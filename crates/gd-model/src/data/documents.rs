@@ -67,14 +67,16 @@ pub fn encode_text(tokenizer: &Tokenizer, text: &str, is_chat: bool) -> Result<V
     if is_chat { tokenizer.encode_written(text) } else { tokenizer.encode_document(text) }
 }
 
-/// The ids of a chat, and for each whether it begins in one of `turns`, the byte ranges that are to be learned.
+/// The ids of a chat, and for each whether a part of its text is in one of `turns`, the byte ranges that are to be learned.
 ///
 /// # Errors
 /// As [`Tokenizer::encode`].
 pub fn encode_turns(tokenizer: &Tokenizer, text: &str, turns: &[Range<usize>]) -> Result<Vec<(u32, bool)>> {
-    let learned = |start: usize| turns.iter().any(|turn| turn.contains(&start));
-    let tokens = tokenizer.encode_with_starts(text)?;
-    Ok(tokens.into_iter().map(|(id, start)| (id, learned(start))).collect())
+    // As transformers marks the tokens of a generation block.
+    let learned =
+        |token: &Range<usize>| turns.iter().any(|turn| turn.start < token.end && token.start < turn.end);
+    let tokens = tokenizer.encode_with_ranges(text)?.into_iter();
+    Ok(tokens.map(|(id, range)| (id, learned(&range))).collect())
 }
 
 /// An iterator over the documents of files, in their order.

@@ -12,7 +12,7 @@
 //! | each running average | 6 H D | 12 H D |
 //!
 //! With the estimator `dense` K is n; with `winner` one candidate has a gradient. Embeddings, norms, activations, rotary
-//! embeddings and recomputation are not counted.
+//! embeddings and recomputation are not counted. A matrix that is not trained has 2 W in the backward pass.
 
 use std::time::Instant;
 
@@ -24,6 +24,18 @@ use crate::error::Result;
 
 /// The floating-point operations of the forward and backward pass per training token in windows of `context` tokens.
 pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
+    let (weights, other) = parts(config, context);
+    6.0 * weights + other
+}
+
+/// As [`per_token`], where an adapter of `adapter` parameters is trained in the place of the weights.
+pub fn per_token_of_adapter(config: &ModelConfig, context: usize, adapter: usize) -> f64 {
+    let (weights, other) = parts(config, context);
+    4.0 * weights + 6.0 * adapter as f64 + other
+}
+
+/// The weights of all matrices that a token is multiplied with, and the operations of the rest.
+fn parts(config: &ModelConfig, context: usize) -> (f64, f64) {
     let (c, d) = (config.hidden_size as f64, config.head_dim as f64);
     let (heads, value_heads) = (config.num_attention_heads as f64, config.num_key_value_heads as f64);
     let layer = |i| {
@@ -53,10 +65,10 @@ pub fn per_token(config: &ModelConfig, context: usize) -> f64 {
                 hq * d * (2.0 * keys + select.rounds as f64 * (2.0 * forward + 8.0 * backward))
             }
         };
-        6.0 * weights + other
+        (weights, other)
     };
-    let layers: f64 = (0..config.num_hidden_layers).map(layer).sum();
-    layers + 6.0 * c * config.vocab_size as f64
+    let head = (c * config.vocab_size as f64, 0.0);
+    (0..config.num_hidden_layers).map(layer).fold(head, |sum, part| (sum.0 + part.0, sum.1 + part.1))
 }
 
 /// The mean number of keys that the queries of a context of `context` tokens see.
@@ -102,6 +114,8 @@ mod tests {
         config.gd.beacon = None;
         let weights = 4 * (4 * 128 * 128 + 3 * 128 * 384) + 128 * 256;
         assert_eq!(per_token(&config, 256), f64::from(6 * weights + 4 * 6 * 128 * 257));
+        let adapted = f64::from(4 * weights + 4 * 6 * 128 * 257 + 6 * 1000);
+        assert_eq!(per_token_of_adapter(&config, 256, 1000), adapted);
     }
 
     #[test]

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{CONFIG, INDEX, TOKENIZER, WEIGHTS, load_json};
 use crate::io::gguf::SplitName;
+use crate::model::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
 
-/// The settings of a LoRA adapter, and the start of the names of its weights, as the library `peft` writes them.
-const ADAPTER_CONFIG: &str = "adapter_config.json";
-const ADAPTER_WEIGHTS: &str = "adapter_model.";
+/// The start of the names of the weights of an adapter.
+const ADAPTER_FILE: &str = "adapter_model.";
 
 /// Extensions of pickles, which may hold weights.
 const PICKLES: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
@@ -47,6 +47,14 @@ pub(super) fn gguf_in(folder: &Path) -> Result<Option<PathBuf>> {
             Err(missing(folder, WEIGHTS, reason))
         }
     }
+}
+
+/// Whether a path is a file, or a folder with weights.
+#[cfg(feature = "hub")]
+pub(super) fn has_weights(path: &Path) -> bool {
+    let is_weights =
+        |name: &String| [WEIGHTS, INDEX, ADAPTER_WEIGHTS].contains(&name.as_str()) || name.ends_with(".gguf");
+    path.is_file() || list(path).is_ok_and(|names| names.iter().any(is_weights))
 }
 
 /// Checks that a checkpoint folder has a configuration and a tokenizer beside the weights.
@@ -89,12 +97,12 @@ pub(super) fn check_companions(folder: &Path) -> Result<()> {
 /// What a folder without weights in a format that is read holds, and what to do.
 fn without_weights(folder: &Path, names: &BTreeSet<String>) -> String {
     let safetensors: Vec<&str> =
-        with_extension(names, &["safetensors"]).filter(|name| !name.starts_with(ADAPTER_WEIGHTS)).collect();
+        with_extension(names, &["safetensors"]).filter(|name| !name.starts_with(ADAPTER_FILE)).collect();
     let pickles = with_extension(names, &PICKLES).find(|name| {
-        !name.starts_with(ADAPTER_WEIGHTS) && !OTHER_PICKLES.iter().any(|other| name.starts_with(other))
+        !name.starts_with(ADAPTER_FILE) && !OTHER_PICKLES.iter().any(|other| name.starts_with(other))
     });
     let is_adapter =
-        names.contains(ADAPTER_CONFIG) || names.iter().any(|name| name.starts_with(ADAPTER_WEIGHTS));
+        names.contains(ADAPTER_CONFIG) || names.iter().any(|name| name.starts_with(ADAPTER_FILE));
     match safetensors.as_slice() {
         [one] if is_shard(one) => {
             return format!(
@@ -140,15 +148,14 @@ fn without_weights(folder: &Path, names: &BTreeSet<String>) -> String {
     format!("the folder has no weights, only {}", shorten(&all))
 }
 
-/// The message for a folder with an adapter and without a model.
+/// The message for a folder with an adapter that cannot be read, or with a part of one.
 fn adapter(folder: &Path) -> String {
     let settings = load_json(&folder.join(ADAPTER_CONFIG)).unwrap_or_default();
-    let text = |key: &str| settings.get(key).and_then(|value| value.as_str()).map(|text| format!("{text:?}"));
-    let kind = settings.get("peft_type").and_then(|kind| kind.as_str()).unwrap_or("LoRA");
-    let kind = if kind.eq_ignore_ascii_case("lora") { "LoRA" } else { kind };
-    let base = text("base_model_name_or_path").unwrap_or_else(|| "its base model".into());
+    let base = settings.get("base_model_name_or_path").and_then(|value| value.as_str());
+    let base = base.map_or("its base model".into(), |text| format!("{text:?}"));
     format!(
-        "the folder has a {kind} adapter, not a model; merge it into {base} (peft: merge_and_unload) and save the result"
+        "the folder has an adapter, but not both of {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, which are read; save it again \
+         as safetensors, or merge it into {base} (peft: merge_and_unload) and save the result"
     )
 }
 

@@ -1,5 +1,6 @@
 //! The language model: parameters, transformer and loss, and loading pretrained models.
 
+pub mod adapter;
 pub mod flops;
 mod folder;
 pub mod params;

@@ -15,6 +15,7 @@ use crate::io::files::read_file;
 use crate::io::gguf::{self, Gguf};
 use crate::io::tokenizer::Tokenizer;
 use crate::io::{added_tokens, hub, safetensors};
+use crate::model::adapter::{ADAPTER_CONFIG, Adapter};
 use crate::model::params::Params;
 use crate::model::shapes::shapes;
 use crate::model::{Transformer, folder, weights};
@@ -60,6 +61,9 @@ pub struct Parts {
     other_dtypes: BTreeMap<String, String>,
 }
 
+/// How many adapters may lie over each other: the base of an adapter may be a run that has trained one.
+const MAX_ADAPTERS: usize = 8;
+
 /// How often a reader tries to read the newest checkpoint of a run if it is removed while it is read.
 const MAX_ATTEMPTS: usize = 20;
 
@@ -80,8 +84,9 @@ pub struct Loaded {
 }
 
 /// Loads a model from a checkpoint folder, a `.safetensors` file in one, a GGUF file, or a folder with one. From the folder
-/// of a run that is not complete it loads the newest valid checkpoint. Where no file has the path, `ORG/NAME` and
-/// `ORG/NAME:FILE` name a model in the [cache](hub) of the Hugging Face Hub. The model computes in f32.
+/// of a run that is not complete it loads the newest valid checkpoint. A folder with an [adapter](crate::model::adapter) and no model stands
+/// for its base with the adapter added. Where no file has the path, `ORG/NAME` and
+/// `ORG/NAME:FILE` name a model of the Hugging Face [Hub](hub) in its cache. The model computes in f32.
 ///
 /// ```no_run
 /// use std::path::Path;
@@ -108,7 +113,12 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
 /// # Errors
 /// Names the file and the reason.
 pub fn read(path: &Path, device: &Device) -> Result<Parts> {
-    let path: &Path = &located(path);
+    read_below(path, device, MAX_ADAPTERS)
+}
+
+/// As [`read`], where at most `adapters` adapters may lie over the model.
+fn read_below(path: &Path, device: &Device, adapters: usize) -> Result<Parts> {
+    let path: &Path = &located(path)?;
     if gguf::is_at(path) {
         return read_gguf(path, device);
     }
@@ -116,7 +126,7 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
     loop {
         attempts += 1;
         let (located, skipped) = checkpoint::locate(path)?;
-        match read_located(&located, skipped, device) {
+        match read_located(&located, skipped, device, adapters) {
             // The run has removed the checkpoint meanwhile, because there is a newer one.
             Err(_) if attempts < MAX_ATTEMPTS && located != path && !located.exists() => {}
             result => return result,
@@ -125,9 +135,12 @@ pub fn read(path: &Path, device: &Device) -> Result<Parts> {
 }
 
 /// Reads the files of the model at `path`, which is no folder of a run. `skipped` says why newer ones were not used.
-fn read_located(path: &Path, skipped: Vec<String>, device: &Device) -> Result<Parts> {
+fn read_located(path: &Path, skipped: Vec<String>, device: &Device, adapters: usize) -> Result<Parts> {
     for reason in &skipped {
         tracing::warn!("{reason}; the model is loaded from {}", path.display());
+    }
+    if Adapter::is_at(path) {
+        return Ok(Parts { skipped, ..read_adapted(path, device, adapters)? });
     }
     if path.is_dir()
         && let Some(file) = folder::gguf_in(path)?
@@ -165,11 +178,55 @@ fn read_located(path: &Path, skipped: Vec<String>, device: &Device) -> Result<Pa
     Ok(Parts { skipped, weights_path, other_dtypes, ..parts })
 }
 
-/// The path, or if nothing is there that of the model with this name in the cache of the Hugging Face Hub.
-fn located(path: &Path) -> PathBuf {
-    let cached = || hub::find(&hub::cache_folder()?, path);
-    let missing = path.symlink_metadata().is_err();
-    missing.then(cached).flatten().unwrap_or_else(|| path.into())
+/// Reads the base of the adapter in `folder` and adds the adapter to its weights, in f32. Tokenizer, sampling defaults and
+/// chat template are those beside the adapter where there are some.
+fn read_adapted(folder: &Path, device: &Device, adapters: usize) -> Result<Parts> {
+    let adapter = Adapter::read(folder, device)?;
+    let base = adapter.base()?;
+    if adapters == 0 {
+        return Err(Error::Invalid(format!("{}: more than {MAX_ADAPTERS} adapters", folder.display())));
+    }
+    let mut parts = read_below(base, device, adapters - 1).map_err(|e| match e {
+        Error::Missing { .. } | Error::NoModel { .. } => Error::Invalid(format!(
+            "{}: the base of the adapter cannot be read: {e}; `gd convert --adapter {} MODEL` takes its new place",
+            folder.join(ADAPTER_CONFIG).display(),
+            folder.display()
+        )),
+        other => other,
+    })?;
+    adapter.merge(&mut parts, Some(DType::F32))?;
+    if folder.join(checkpoint::TOKENIZER).exists() {
+        let tokenizer = Tokenizer::load(&folder.join(checkpoint::TOKENIZER))?;
+        parts.tokenizer = added_tokens::apply(folder, tokenizer)?;
+    }
+    if folder.join(checkpoint::GENERATION).exists() {
+        parts.generation = checkpoint::load_json(&folder.join(checkpoint::GENERATION))?;
+    }
+    parts.files.extend(copied_files(folder)?);
+    Ok(parts)
+}
+
+/// The path, or if nothing is there that of the model with this name: in the cache of the Hugging Face Hub, into which it is
+/// fetched if it is not there (feature `hub`).
+///
+/// # Errors
+/// [`Error::Hub`].
+fn located(path: &Path) -> Result<PathBuf> {
+    let Some(name) = hub::Name::parse(path).filter(|_| path.symlink_metadata().is_err()) else {
+        return Ok(path.into());
+    };
+    let cached = || hub::find(&hub::cache_folder()?, &name);
+    let stored = cached();
+    #[cfg(feature = "hub")]
+    if stored.as_deref().is_none_or(|stored| !folder::has_weights(stored)) {
+        // In a folder that exists, a name is that of a file with a mistake in it.
+        if path.parent().is_some_and(Path::is_dir) {
+            return Ok(path.into());
+        }
+        hub::fetch(&name)?;
+        return Ok(cached().unwrap_or_else(|| path.into()));
+    }
+    Ok(stored.unwrap_or_else(|| path.into()))
 }
 
 /// The files of a folder that are copied unchanged when its model is saved.

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::optimizer::Group;
 use crate::config::{Mechanism, ModelConfig, Recipe};
 use crate::error::Result;
+use crate::model::adapter::{size, targets};
 use crate::model::shapes::shapes;
 
 /// The size and the memory of a run.
@@ -15,6 +16,8 @@ use crate::model::shapes::shapes;
 pub struct RunEstimate {
     /// The number of parameters.
     pub parameters: usize,
+    /// The number of those that are trained: all of them, or those of an adapter.
+    pub trained_parameters: usize,
     /// The number of optimizer steps.
     pub steps: u64,
     /// Training tokens per step.
@@ -57,8 +60,14 @@ const BLOCK_LENGTH: usize = 64;
 /// Rows for which the feed-forward block computes the gradients of its parameters at once.
 const FEED_FORWARD_ROWS: f64 = 512.0;
 
-/// Block `layer` of a batch of `batch` sequences of `context` tokens.
-fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> Elements {
+/// Block `layer` of a batch of `batch` sequences of `context` tokens, in which `is_adapted` says which projections have an
+/// adapter.
+fn block(
+    config: &ModelConfig,
+    layer: usize,
+    (batch, context): (usize, usize),
+    is_adapted: &dyn Fn(&str) -> bool,
+) -> Elements {
     let tokens = (batch * context) as f64;
     let heads = config.num_attention_heads as f64;
     let hidden = tokens * config.hidden_size as f64;
@@ -77,7 +86,8 @@ fn block(config: &ModelConfig, layer: usize, batch: usize, context: usize) -> El
         stored: 4.0 * hidden + share * (2.0 * query + key) + key,
         temporary: 7.5 * hidden + 2.0 * query,
     };
-    if config.mlp_bias {
+    let mlp = ["gate_proj", "up_proj", "down_proj"];
+    if config.mlp_bias || mlp.iter().any(|name| is_adapted(&format!("mlp.{name}"))) {
         of.stored += hidden + 2.8 * feed;
         of.temporary += 3.7 * feed;
     } else {
@@ -135,13 +145,22 @@ pub fn cache_bytes_per_token(config: &ModelConfig) -> usize {
 pub fn estimate(recipe: &Recipe) -> Result<RunEstimate> {
     let (model, train) = (&recipe.model, &recipe.train);
     let (parameters, matrices) = parameters(model)?;
-    // Weights, two moments and the gradient; Muon has one moment, and accumulation a second gradient.
-    let mut elements = 4.0 * parameters as f64;
+    let adapted = train.lora.as_ref().map(|lora| targets(lora, model)).transpose()?;
+    let trained = train.lora.as_ref().map_or(Ok(parameters), |lora| size(lora, model))?;
+    // Weights, two moments and the gradient; Muon has one moment, and accumulation a second gradient. Weights that are not
+    // trained have none of these.
+    let frozen = if train.lora.is_some() { parameters } else { 0 };
+    let mut elements = 4.0 * trained as f64 + frozen as f64;
     elements -= if train.muon.is_some() { matrices as f64 } else { 0.0 };
-    elements += if train.ema.is_some() { parameters as f64 } else { 0.0 };
-    elements += if train.accumulation > 1 { parameters as f64 } else { 0.0 };
+    elements += if train.ema.is_some() { trained as f64 } else { 0.0 };
+    elements += if train.accumulation > 1 { trained as f64 } else { 0.0 };
+    let is_adapted = |layer: usize, name: &str| {
+        let path = format!("model.layers.{layer}.{name}");
+        adapted.as_ref().is_some_and(|adapted| adapted.contains_key(&path))
+    };
     let layers = 0..model.num_hidden_layers;
-    let blocks: Vec<Elements> = layers.map(|i| block(model, i, train.batch, train.context)).collect();
+    let batch = (train.batch, train.context);
+    let blocks: Vec<Elements> = layers.map(|i| block(model, i, batch, &|name| is_adapted(i, name))).collect();
     let tokens = train.batch * train.context;
     let max = |of: fn(&Elements) -> f64| blocks.iter().map(of).fold(0.0, f64::max);
     elements += max(|b| b.temporary);
@@ -152,9 +171,10 @@ pub fn estimate(recipe: &Recipe) -> Result<RunEstimate> {
     // The output loss: logits of a chunk of rows, and the weights' gradient.
     let rows = tokens.min(chunk_rows(model.vocab_size, model.hidden_size));
     elements += 0.3 * (rows * model.vocab_size) as f64;
-    elements += 1.2 * (model.vocab_size * model.hidden_size) as f64;
+    elements += if train.lora.is_none() { 1.2 * (model.vocab_size * model.hidden_size) as f64 } else { 0.0 };
     Ok(RunEstimate {
-        parameters,
+        parameters: frozen + trained,
+        trained_parameters: trained,
         steps: train.steps,
         tokens_per_step: tokens * train.accumulation,
         cache_bytes_per_token: cache_bytes_per_token(model),

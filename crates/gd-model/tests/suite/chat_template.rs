@@ -5,7 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use gd_model::data::encode_turns;
 use gd_model::io::chat_template::ChatTemplate;
+use gd_model::io::tokenizer::Tokenizer;
 use gd_testing::log_cases;
 use serde::Deserialize;
 
@@ -49,6 +51,37 @@ fn renderings_equal_those_of_jinja2() -> Result<()> {
     }
     ensure!(differences.is_empty(), "{} of {}:\n{}", differences.len(), cases.len(), differences.join("\n"));
     log_cases("chat-templates", cases.len());
+    Ok(())
+}
+
+/// The mask of the assistant's tokens by transformers.
+#[derive(Deserialize)]
+struct Masked {
+    /// The path of the tokenizer in the repository.
+    tokenizer: String,
+    template: String,
+    record: String,
+    ids: Vec<u32>,
+    mask: Vec<u8>,
+}
+
+/// Templates with generation blocks and the masks of scripts/golden/chat_templates.py.
+#[test]
+fn tokens_of_generation_blocks_are_those_of_transformers() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let path = root.join("tests/fixtures/chat_templates/masks.json");
+    let cases: Vec<Masked> = serde_json::from_str(&fs::read_to_string(path)?)?;
+    let tokens: BTreeMap<_, _> =
+        [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(k, v)| (k.into(), v.into())).into();
+    for Masked { tokenizer, template, record, ids, mask } in &cases {
+        let tokenizer = Tokenizer::load(&root.join("../..").join(tokenizer))?;
+        let chat = ChatTemplate::new(template.clone(), tokens.clone())?;
+        let (text, turns) = chat.render_turns(record.as_bytes())?;
+        let marked = encode_turns(&tokenizer, &text, &turns)?;
+        let expected: Vec<_> = ids.iter().copied().zip(mask.iter().map(|m| *m == 1)).collect();
+        ensure!(marked == expected, "{template} {record}: {marked:?}, not {expected:?}");
+    }
+    log_cases("generation-masks", cases.len());
     Ok(())
 }
 

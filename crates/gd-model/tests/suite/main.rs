@@ -15,6 +15,7 @@ mod gguf;
 mod gradients;
 mod guard;
 mod llama;
+mod lora;
 mod loss;
 mod max_margin;
 mod mechanism_map;

@@ -466,11 +466,11 @@ fn folders_of_other_kinds_say_what_they_are() -> Result<()> {
         ),
         (
             &[TOKENIZER],
-            &[("adapter_config.json", &adapter), ("adapter_model.safetensors", "")],
+            &[("adapter_config.json", &adapter), ("adapter_model.bin", "")],
             WEIGHTS,
-            &["LoRA adapter", "\"org/base\"", "merge_and_unload"],
+            &["an adapter", "\"org/base\"", "merge_and_unload"],
         ),
-        (&[], &[("adapter_model.bin", "")], WEIGHTS, &["LoRA adapter", "its base model"]),
+        (&[], &[("adapter_model.bin", "")], WEIGHTS, &["an adapter", "its base model"]),
         (
             model,
             &[("model-00001-of-00002.safetensors", ""), ("model-00002-of-00002.safetensors", "")],

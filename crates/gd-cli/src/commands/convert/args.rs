@@ -23,6 +23,7 @@ use crate::data_source::DocumentArgs;
                   those of gd train: first only the changed layers, then the whole model, while the number of keys \
                   decreases to K. gd train --resume DIR continues such a run.\n\n\
                   Examples:\n  gd convert models/SmolLM2-135M --attention gd --layers last:10 --k 8 --out out/smol-gd\n  gd convert model.gguf --dtype bf16 --out out/model\n  \
+                  gd convert models/SmolLM2-135M --adapter out/adapter --out out/merged\n  \
                   gd convert models/SmolLM2-135M --attention '{\"name\": \"topk\", \"k\": 16}' --out out/smol-topk\n  \
                   gd convert models/SmolLM2-135M --attention gd --k 1 --uptrain --data corpus/ --steps 2000 --out out/smol-1"
 )]
@@ -30,6 +31,9 @@ pub struct Args {
     /// Model: a checkpoint folder, a safetensors file in one, or a GGUF file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Add this adapter (LoRA, as PEFT saves it) to the weights of MODEL. The sums have the data type of the weights
+    #[arg(long, value_name = "DIR", conflicts_with = "uptrain")]
+    pub adapter: Option<PathBuf>,
     /// New attention mechanism: a name, or an object with its parameters
     #[arg(long, value_name = "NAME|JSON", value_parser = parse_mechanism)]
     pub attention: Option<Mechanism>,

@@ -4,9 +4,12 @@ mod args;
 mod uptrain;
 
 use anyhow::Result;
+use candle_core::DType;
 use gd_kernels::CANDIDATES;
 use gd_model::config::Mechanism;
+use gd_model::io::checkpoint::locate;
 use gd_model::io::files::check_writable;
+use gd_model::model::adapter::Adapter;
 use gd_model::model::pretrained::{self, Loaded};
 use gd_model::model::swap::new_parameters;
 use serde_json::json;
@@ -41,6 +44,11 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         return in_group(ctx, |group| uptrain::run(group, &args, ctx));
     }
     let mut parts = pretrained::read(&args.model, &ctx.device)?;
+    if let Some(folder) = &args.adapter {
+        let (located, _) = locate(folder)?;
+        // With --dtype, the sums are rounded once.
+        Adapter::read(&located, &ctx.device)?.merge(&mut parts, args.dtype.map(|_| DType::F32))?;
+    }
     let changed = args.swap().map_or(Ok(Vec::new()), |swap| swap.apply(&mut parts))?;
     if let Some(dtype) = args.dtype {
         parts.cast(dtype)?;
@@ -91,7 +99,15 @@ fn model_card(args: &Args, changed: &[usize], loaded: &Loaded) -> Vec<(&'static 
         ("name", file_name(&args.out)),
         (
             "summary",
-            format!("{} with its attention replaced, without further training.", file_name(&args.model)),
+            match &args.adapter {
+                Some(adapter) => {
+                    format!("{} with the adapter {}.", file_name(&args.model), file_name(adapter))
+                }
+                None => format!(
+                    "{} with its attention replaced, without further training.",
+                    file_name(&args.model)
+                ),
+            },
         ),
         ("parameters", loaded.params.count().to_string()),
         ("mechanism", mechanism),

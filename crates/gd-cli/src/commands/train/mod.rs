@@ -1,6 +1,7 @@
 //! `gd train`: trains a model, saves it, reloads it and generates a sample.
 
 mod from;
+mod lora;
 
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,8 @@ use gd_model::train::estimate;
 use gd_model::train::parallel::Group;
 use gd_model::train::run::{About, RECIPE, Run, Saved, check_folder};
 use serde_json::json;
+
+pub use self::lora::LoraArg;
 
 use crate::context::{Context, usage};
 use crate::data_source::{DocumentArgs, reads_stdin};
@@ -30,7 +33,8 @@ use crate::training::{
                   from there, or from the last checkpoint before a crash, with the same final result.\n\n\
                   Examples:\n  gd train\n  gd train --data book.txt notes.txt --config tiny --steps 600 --seed 1 --out out/book\n  \
                   gd train --config base --dry-run\n  gd train --set train.lr.peak=1e-3 --set model.num_hidden_layers=6\n  \
-                  gd train --config tiny --config mine.toml --data chats.jsonl.gz --skip-bad-lines\n  gd train --resume out/book\n  gd train --from out/book --data chats.jsonl --out out/tuned"
+                  gd train --config tiny --config mine.toml --data chats.jsonl.gz --skip-bad-lines\n  gd train --resume out/book\n  gd train --from out/book --data chats.jsonl --out out/tuned\n  \
+                  gd train --from out/book --data chats.jsonl --lora r=16,alpha=32,targets=all-linear --out out/adapter"
 )]
 pub struct Args {
     /// Text files (UTF-8), JSON records (.jsonl, .ndjson, .json), folders of them, - for standard input, or one folder of
@@ -44,6 +48,11 @@ pub struct Args {
     /// in one, or a GGUF file. Of records with `messages`, only the turns of the assistant are learned
     #[arg(long, value_name = "MODEL", conflicts_with = "resume", requires = "data")]
     pub from: Option<PathBuf>,
+    /// Train an adapter of low rank (LoRA) and leave the weights of the model as they are: its rank, its factor alpha, and
+    /// the projections that it changes, or all-linear (default: r=8,alpha=8,targets=q_proj,v_proj). The result is an adapter
+    /// as PEFT saves it
+    #[arg(long, value_name = "r=N,alpha=X,targets=NAMES", requires = "from")]
+    pub lora: Option<LoraArg>,
     /// Preset of models/, or a TOML or JSON configuration file (default: tiny). Can be repeated: later ones replace
     /// values of earlier ones
     #[arg(long, value_name = "PRESET|FILE")]
@@ -115,6 +124,9 @@ fn read_inputs(group: &Group, args: &Args, ctx: &Context) -> Result<NewRun> {
     if recipe.train.uptrain.is_some() {
         return Err(usage("train.uptrain: use `gd convert --uptrain` to start a run that distills a model"));
     }
+    if recipe.train.lora.is_some() {
+        return Err(usage("train.lora: an adapter belongs to a model; use --from and --lora"));
+    }
     recipe.train.save_every = args.save_every.or(recipe.train.save_every);
     args.documents.apply(&mut recipe.train.documents);
     group.check(recipe.train.batch)?;
@@ -161,8 +173,12 @@ fn print_estimate(group: &Group, args: &Args, ctx: &Context) -> Result<()> {
         return ctx.print(json);
     }
     let vocabulary = vocabulary.map_or(String::new(), |line| format!("{line}\n"));
+    let trained = match estimate.trained_parameters {
+        trained if trained == estimate.parameters => String::new(),
+        trained => format!(", {trained} of them trained"),
+    };
     ctx.print(format_args!(
-        "{}\n{vocabulary}{} parameters\n{} steps of {} tokens\n{:.0} MiB predicted peak memory, in addition to the program \
+        "{}\n{vocabulary}{} parameters{trained}\n{} steps of {} tokens\n{:.0} MiB predicted peak memory, in addition to the program \
          and the text\n{} bytes of cache per token when decoding in f32",
         data.summary,
         estimate.parameters,
@@ -203,8 +219,8 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
              file"
         )));
     }
-    let teacher = teacher(&recipe, ctx)?;
-    let files = teacher.as_ref().map(|teacher| &teacher.files).or(inherited.as_ref().map(|i| &i.files));
+    let source = source(&recipe, ctx)?;
+    let files = inherited.as_ref().map(|i| &i.files).or(source.as_ref().map(|source| &source.files));
     let template = files.map_or(Ok(None), ChatTemplate::find)?;
     let chats = Chats { template, marks_turns: inherited.is_some() };
     let data = load_corpus_for(&saved.about.data, &recipe, &saved.tokenizer, chats)
@@ -212,7 +228,7 @@ fn resume(group: &Group, folder: &Path, args: &Args, ctx: &Context) -> Result<(R
     if group.leads() {
         note(&data.summary);
     }
-    let mut trainer = new_trainer(group, recipe, teacher, data.corpus, &saved.about, ctx)?;
+    let mut trainer = new_trainer(group, recipe, source, data.corpus, &saved.about, ctx)?;
     if let Some(inherited) = inherited {
         trainer.inherit(inherited);
     }
@@ -244,9 +260,17 @@ fn update_recipe(saved: &mut Saved, folder: &Path, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Reads the model that a run distills, if its recipe names one.
-fn teacher(recipe: &Recipe, ctx: &Context) -> Result<Option<Parts>> {
-    let Some(uptrain) = &recipe.train.uptrain else { return Ok(None) };
-    let parts = pretrained::read(&uptrain.teacher, &ctx.device);
-    Ok(Some(parts.context("the teacher model (--set train.uptrain.original=PATH gives its new location)")?))
+/// Reads the model that a run distills, or whose adapter it trains, if its recipe names one.
+fn source(recipe: &Recipe, ctx: &Context) -> Result<Option<Parts>> {
+    let (path, what) = match (&recipe.train.uptrain, &recipe.train.lora) {
+        (Some(uptrain), _) => {
+            (&uptrain.teacher, "the teacher model (--set train.uptrain.original=PATH gives its new location)")
+        }
+        (None, Some(lora)) => (
+            &lora.base,
+            "the model that the adapter belongs to (--set train.lora.base=PATH gives its new location)",
+        ),
+        (None, None) => return Ok(None),
+    };
+    Ok(Some(pretrained::read(path, &ctx.device).context(what)?))
 }

@@ -46,6 +46,7 @@ pub(super) fn chunked<L: ChunkedLoss>(
 ) -> Result<Tensor> {
     let (hidden, weight) = (with_contiguous_rows(hidden)?, with_contiguous_rows(weight)?);
     let differentiate = hidden.track_op() || weight.track_op();
+    let is_trained = weight.track_op();
     let (x, w) = (hidden.detach(), weight.detach());
     let projection = w.t()?;
     let (mut dhidden, mut dweight) = (Vec::new(), None::<Tensor>);
@@ -53,6 +54,9 @@ pub(super) fn chunked<L: ChunkedLoss>(
         let x = x.narrow(0, rows.start, rows.len())?;
         let Some(dlogits) = loss.add(rows, &product(&x, &projection)?, differentiate)? else { continue };
         dhidden.push(product(&dlogits, &w)?);
+        if !is_trained {
+            continue;
+        }
         let part = product(&dlogits.t()?, &x)?.to_dtype(acc_dtype(w.dtype()))?;
         dweight = Some(match dweight {
             Some(sum) => (sum + part)?,
@@ -60,10 +64,14 @@ pub(super) fn chunked<L: ChunkedLoss>(
         });
     }
     let mean = loss.mean()?;
-    let Some(dweight) = dweight else { return Ok(mean) };
-    let (dhidden, dweight) = (Tensor::cat(&dhidden, 0)?, dweight.to_dtype(w.dtype())?);
+    if dhidden.is_empty() {
+        return Ok(mean);
+    }
+    let dhidden = Tensor::cat(&dhidden, 0)?;
+    let dweight = dweight.map(|gradient| gradient.to_dtype(w.dtype())).transpose()?;
     Ok(attach2(name, &hidden, &weight, Finished::copy_of(&mean)?, move |_, _, grad| {
-        Ok([L::scaled(&dhidden, grad)?, L::scaled(&dweight, grad)?])
+        let dweight = dweight.as_ref().map(|gradient| L::scaled(gradient, grad));
+        Ok([Some(L::scaled(&dhidden, grad)?), dweight.transpose()?])
     })?)
 }
 

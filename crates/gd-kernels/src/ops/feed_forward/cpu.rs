@@ -41,13 +41,16 @@ fn fused<T: Multiply>(x: &Tensor, inner: &Tensor, down: &Tensor, eps: f64) -> Re
     drop(span);
     attach3(NAME, [x, inner, down], (y, x.shape().clone()), move |[x, inner, down], _, dy| {
         let (shapes, device) = ([x.shape(), inner.shape(), down.shape()], &Device::Cpu);
-        let [dx, dinner, ddown] = with_slices::<T, _, _>([x, inner, down, dy], |[x, inner, down, dy]| {
-            with_matmul_precision(precision, || Block::new(inner, down, eps).backward(x, dy))
+        let is_trained = inner.track_op() || down.track_op();
+        let (dx, parameters) = with_slices::<T, _, _>([x, inner, down, dy], |[x, inner, down, dy]| {
+            with_matmul_precision(precision, || Block::new(inner, down, eps).backward(x, dy, is_trained))
         })?;
+        let dx = Some(Tensor::from_vec(dx, shapes[0], device)?);
+        let Some([dinner, ddown]) = parameters else { return Ok([dx, None, None]) };
         Ok([
-            Tensor::from_vec(dx, shapes[0], device)?,
-            Tensor::from_vec(dinner, shapes[1], device)?,
-            Tensor::from_vec(ddown, shapes[2], device)?,
+            dx,
+            Some(Tensor::from_vec(dinner, shapes[1], device)?),
+            Some(Tensor::from_vec(ddown, shapes[2], device)?),
         ])
     })
 }
@@ -116,13 +119,14 @@ impl<'a, T: Multiply> Block<'a, T> {
         y
     }
 
-    /// The gradients of x, of gate, up and the weight of the normalisation, and of down.
-    fn backward(&self, x: &[T], dy: &[T]) -> [Vec<T>; 3] {
+    /// The gradients of x, and where the parameters are trained those of gate, up and the weight of the normalisation, and of
+    /// down.
+    fn backward(&self, x: &[T], dy: &[T], is_trained: bool) -> (Vec<T>, Option<[Vec<T>; 2]>) {
         let (c, f) = (self.channels, self.width);
         let (gate_up, down) = (T::pack(self.gate_up), T::pack(self.down));
         let zeros = |len| vec![T::zero(); len];
         let mut dx = zeros(x.len());
-        let (mut dgate_up, mut ddown) = (zeros(2 * f * c), zeros(c * f));
+        let mut parameters = is_trained.then(|| [zeros(2 * f * c), zeros(c * f)]);
         let mut dnorm = zeros((x.len() / c).div_ceil(TASK_ROWS) * c);
         let block_rows = BLOCK_ROWS.min(x.len() / c);
         let (mut normed, mut hidden) = (zeros(block_rows * c), zeros(block_rows * f));
@@ -144,18 +148,17 @@ impl<'a, T: Multiply> Block<'a, T> {
                 let dprojected = &mut dprojected[..rows * 2 * f];
                 self.row_gradients([x, dy], [&gate_up, &down], [normed, hidden, dprojected, dx, dnorm]);
             });
+            let Some([dgate_up, ddown]) = &mut parameters else { continue };
             let (normed, hidden) = (&normed[..rows * c], &hidden[..rows * f]);
             let dprojected = Matrix::of_rows(&dprojected[..rows * 2 * f], 2 * f);
-            T::multiply_all(dprojected.t(), &T::pack(Matrix::of_rows(normed, c)), &mut dgate_up, true);
-            T::multiply_all(
-                Matrix::of_rows(dy, c).t(),
-                &T::pack(Matrix::of_rows(hidden, f)),
-                &mut ddown,
-                true,
-            );
+            T::multiply_all(dprojected.t(), &T::pack(Matrix::of_rows(normed, c)), dgate_up, true);
+            let hidden = T::pack(Matrix::of_rows(hidden, f));
+            T::multiply_all(Matrix::of_rows(dy, c).t(), &hidden, ddown, true);
         }
-        dgate_up.extend(sum_rows(&dnorm, c));
-        [dx, dgate_up, ddown]
+        if let Some([dgate_up, _]) = &mut parameters {
+            dgate_up.extend(sum_rows(&dnorm, c));
+        }
+        (dx, parameters)
     }
 
     /// Of some rows: the normalised ones, the activations, the gradients of gates and ups, those of x, and the part of that

@@ -46,7 +46,8 @@ pub(super) fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor
         with_matmul_precision(precision, || {
             let (x_rows, dy_rows) = (rows_of(x)?, rows_of(dy)?);
             let dx = matrix_product(&dy_rows, weight)?.reshape(x.shape())?;
-            Ok([dx, matrix_product(&dy_rows.t()?, &x_rows)?])
+            let dweight = weight.track_op().then(|| matrix_product(&dy_rows.t()?, &x_rows));
+            Ok([Some(dx), dweight.transpose()?])
         })
     })
 }
@@ -102,8 +103,8 @@ fn direct<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> 
     Ok(attach2("linear", &x, &weight, (y, shape.into()), |x, weight, dy| {
         let rows = rows_of(dy)?;
         let dx = matrix_product(&rows, &weight.to_dtype(DType::F32)?)?.reshape(x.shape())?;
-        let dw = matrix_product(&rows.t()?, &rows_of(x)?)?.to_dtype(weight.dtype())?;
-        Ok([dx, dw])
+        let dw = || matrix_product(&rows.t()?, &rows_of(x)?)?.to_dtype(weight.dtype());
+        Ok([Some(dx), weight.track_op().then(dw).transpose()?])
     })?)
 }
 

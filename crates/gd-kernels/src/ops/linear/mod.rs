@@ -1,8 +1,11 @@
 //! A projection whose weights may be stored in half precision: `y = x Wᵀ + b`.
 
 pub(crate) mod cpu;
+mod low_rank;
 
 use candle_core::{DType, Tensor};
+
+pub use self::low_rank::{LowRank, low_rank_linear};
 
 use crate::backend::cpu::product::computes;
 use crate::backend::dispatch::on_cpu;

@@ -2,7 +2,7 @@
 //!
 //! `trim_blocks` and `lstrip_blocks` are on, values have the methods of Python's types that do not change them, `tojson`
 //! writes as Python's `json.dumps`, `raise_exception` is an error with its text, `strftime_now` is the local time, and
-//! `{% generation %}` blocks are rendered as their content.
+//! `{% generation %}` blocks are rendered as their content and mark what the assistant wrote.
 //!
 //! Templates are untrusted. The number of their steps, their time, and the size of the texts and lists that they make are
 //! limited.
@@ -70,6 +70,8 @@ impl Message {
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
+    /// Whether it has `{% generation %}` blocks.
+    has_generation: bool,
     /// The variables besides the chat.
     variables: BTreeMap<String, Value>,
 }
@@ -123,13 +125,15 @@ impl ChatTemplate {
         functions::register(&mut environment);
         // Jinja2 knows three line breaks and writes one of them.
         let template = rewrite::rewrite(&template.replace("\r\n", "\n").replace('\r', "\n"));
+        let has_generation = template.contains(rewrite::GENERATION[0]);
         environment.add_template_owned(TEMPLATE_NAME, template).map_err(|e| invalid(&e))?;
         let tokens = tokens.into_iter().map(|(name, token)| (name, Value::from(token)));
         let (add_generation_prompt, none) = (Value::from(true), Value::from(()));
         let defaults =
             [("add_generation_prompt", add_generation_prompt), ("tools", none.clone()), ("documents", none)];
         let defaults = defaults.map(|(name, value)| (name.to_owned(), value));
-        Ok(Self { environment: environment.into(), variables: defaults.into_iter().chain(tokens).collect() })
+        let variables = defaults.into_iter().chain(tokens).collect();
+        Ok(Self { environment: environment.into(), has_generation, variables })
     }
 
     /// Adds variables that the template can use, such as `enable_thinking`: the keys of a JSON object. They take precedence
@@ -177,14 +181,17 @@ impl ChatTemplate {
         self.render_part(&Record::parse(record)?, usize::MAX, false)
     }
 
-    /// As [`ChatTemplate::render_record`], with the byte ranges of what the assistant wrote, with the text that ends its
-    /// turns. They are found by rendering the chat up to each turn of the assistant: a turn is what follows the prompt for
-    /// it.
+    /// As [`ChatTemplate::render_record`], with the byte ranges of what the assistant wrote. They are the contents of the
+    /// `{% generation %}` blocks of a template that has them. Those of other templates are found by rendering the chat up to
+    /// each turn of the assistant: a turn is what follows the prompt for it, with the text that ends it.
     ///
     /// # Errors
-    /// As [`ChatTemplate::render_record`], and [`Error::Invalid`] for a template that writes a message in another way if
-    /// others follow.
+    /// As [`ChatTemplate::render_record`], and [`Error::Invalid`] for a template without such blocks that writes a message in
+    /// another way if others follow, or with one that writes a part of a block.
     pub fn render_turns(&self, record: &[u8]) -> Result<(String, Vec<Range<usize>>)> {
+        if self.has_generation {
+            return self.render_blocks(record);
+        }
         let record = Record::parse(record)?;
         let text = self.render_part(&record, usize::MAX, false)?;
         let mut turns = Vec::new();
@@ -208,6 +215,41 @@ impl ChatTemplate {
             }
         }
         Ok((text, turns))
+    }
+
+    /// A chat and the byte ranges of its `{% generation %}` blocks that are not empty.
+    fn render_blocks(&self, record: &[u8]) -> Result<(String, Vec<Range<usize>>)> {
+        // Marks that neither the chat nor the template can contain, without characters that filters change.
+        let nonce = blake3::hash(record).to_hex();
+        let marks = [format!("\u{e000}{nonce}<\u{e001}"), format!("\u{e000}{nonce}>\u{e001}")];
+        let mut marked = self.clone();
+        let variables = rewrite::GENERATION.iter().zip(&marks);
+        marked.variables.extend(variables.map(|(name, mark)| ((*name).into(), Value::from(mark.as_str()))));
+        let rendered = marked.render_record(record)?;
+        let (mut text, mut blocks, mut rest) = (String::new(), Vec::new(), rendered.as_str());
+        while let Some((before, from)) = rest.split_once(&marks[0]) {
+            // A block inside another one is a part of it.
+            let (mut depth, mut inner) = (1, from);
+            text.push_str(before);
+            let start = text.len();
+            while depth > 0 {
+                let [open, close] = [0, 1].map(|i| inner.find(&marks[i]));
+                let Some(close) = close else { return Err(cut_block()) };
+                let at = open.filter(|open| *open < close).unwrap_or(close);
+                depth = if at == close { depth - 1 } else { depth + 1 };
+                text.push_str(&inner[..at]);
+                inner = &inner[at + marks[0].len()..];
+            }
+            if text.len() > start {
+                blocks.push(start..text.len());
+            }
+            rest = inner;
+        }
+        if rest.contains(&marks[1]) {
+            return Err(cut_block());
+        }
+        text.push_str(rest);
+        Ok((text, blocks))
     }
 
     /// The first `count` messages of a chat, with the prompt for an answer or without.
@@ -254,6 +296,12 @@ impl Record {
         let messages = messages.try_iter().map_err(|_| invalid())?.collect();
         Ok(Self { messages, tools })
     }
+}
+
+fn cut_block() -> Error {
+    Error::Invalid(
+        "the chat template writes a part of a generation block, so that its text cannot be marked".into(),
+    )
 }
 
 fn invalid(e: &minijinja::Error) -> Error {
@@ -314,6 +362,29 @@ mod tests {
             template("{{ messages|length }}{{ messages[0].content }}").render_turns(record.as_bytes());
         let error = error.unwrap_err().to_string();
         assert!(error.contains("the messages before message 2"), "{error}");
+    }
+
+    #[test]
+    fn generation_blocks_mark_what_the_assistant_wrote() {
+        let turns = |template: &str| {
+            let record = r#"{"messages": [{"role": "user", "content": "é?"}, {"role": "assistant", "content": " A "}]}"#;
+            let (text, turns) =
+                ChatTemplate::new(template.into(), BTreeMap::new())?.render_turns(record.as_bytes())?;
+            let marked = turns.into_iter().map(|turn| text[turn].to_owned()).collect::<Vec<_>>();
+            Ok::<_, Error>((text, marked))
+        };
+        let (text, marked) = turns(
+            "{% for m in messages %}{% if m.role == 'user' %}u:{{ m.content }};{% else %}a:\n  {%- generation -%}\n \
+             {{ m.content }}<end>\n {%- endgeneration %}\n;{% endif %}{% endfor %}",
+        )
+        .unwrap();
+        assert_eq!((text.as_str(), marked), ("u:é?;a: A <end>;", vec![" A <end>".to_owned()]));
+        // Blocks that are empty, nested, or written by a macro.
+        let nested = "{% generation %}{% endgeneration %}{% macro m() %}{% generation %}a{% generation %}b\
+                      {% endgeneration %}{% endgeneration %}{% endmacro %}x{{ m() }}y";
+        assert_eq!(turns(nested).unwrap(), ("xaby".into(), vec!["ab".into()]));
+        let error = turns("{% set x %}{% generation %}abc{% endgeneration %}{% endset %}{{ x[:-3] }}");
+        assert!(error.unwrap_err().to_string().contains("a part of a generation block"));
     }
 
     #[test]

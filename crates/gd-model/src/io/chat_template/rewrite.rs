@@ -3,7 +3,7 @@
 //!
 //! | in the template | rewritten |
 //! |---|---|
-//! | `{% generation %}` … `{% endgeneration %}` | `{% with %}` … `{% endwith %}`, which also has a scope of its own |
+//! | `{% generation %}` … `{% endgeneration %}` | `{% with %}` … `{% endwith %}`, which also has a scope of its own, and the variables [`GENERATION`] before and after its content |
 //! | `a % b` | a call of [`MODULO`], which formats strings as Python does |
 //! | what makes a value: `a + b`, `a ~ b`, `a * b`, `[a]`, `{a: b}`, `(a, b)`, `a[b:c]`, `a(b)`, `a|b` | an argument of a call of [`LIMITED`], which counts the size of the value |
 //! | `set a.b = c` | `set a.b = ` and a call of [`ATTRIBUTE`], which refuses namespaces |
@@ -19,6 +19,10 @@ pub(super) const LIMITED: &str = "__limited__";
 
 /// The function that returns its argument if it can be an attribute of a namespace.
 pub(super) const ATTRIBUTE: &str = "__attribute__";
+
+/// The variables that are written before and after the content of a `{% generation %}` block. Where they are not defined,
+/// they have no text.
+pub(super) const GENERATION: [&str; 2] = ["__generation__", "__endgeneration__"];
 
 /// The maximal depth of nested brackets, which is more than minijinja allows.
 const MAX_DEPTH: usize = 160;
@@ -210,12 +214,13 @@ impl<'a> Writer<'a> {
     /// Writes the keyword of a statement with the names that it defines, and the value of an assignment.
     fn statement(&mut self, out: &mut String) -> Option<()> {
         let end = match self.peek() {
+            // The last tag is one of a block, so that the control of white space after it stays.
             Some("generation") => {
-                self.replace("with", out);
+                self.replace(&format!("with %}}{{{{ {} }}}}{{% with", GENERATION[0]), out);
                 return Some(());
             }
             Some("endgeneration") => {
-                self.replace("endwith", out);
+                self.replace(&format!("endwith %}}{{{{ {} }}}}{{% endwith", GENERATION[1]), out);
                 return Some(());
             }
             Some("for") => Some("in"),

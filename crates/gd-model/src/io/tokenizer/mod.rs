@@ -8,6 +8,7 @@ mod growth;
 mod stream;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
@@ -223,19 +224,19 @@ impl Tokenizer {
         self.ids(text, false)
     }
 
-    /// As [`Tokenizer::encode_written`], with the byte in the text at which each token begins.
+    /// As [`Tokenizer::encode_written`], with the bytes in the text that each token stands for.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
-    pub fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>> {
+    pub fn encode_with_ranges(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
         if self.raw {
-            return Ok(text.bytes().map(u32::from).zip(0..).collect());
+            return Ok(text.bytes().enumerate().map(|(at, byte)| (byte.into(), at..at + 1)).collect());
         }
         let encoding = catch_panic(|| self.encoding(text, false, OffsetType::Byte))
             .map_err(|panic| Error::Invalid(format!("tokenizer: {panic}")))?
             .map_err(invalid)?;
-        let starts = encoding.get_offsets().iter().map(|(start, _)| *start);
-        Ok(encoding.get_ids().iter().copied().zip(starts).collect())
+        let ranges = encoding.get_offsets().iter().map(|&(start, end)| start..end);
+        Ok(encoding.get_ids().iter().copied().zip(ranges).collect())
     }
 
     fn ids(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {

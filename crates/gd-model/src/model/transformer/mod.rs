@@ -2,6 +2,7 @@
 //!
 //! Shapes: ids `[B, N]` (u32), hidden states `[B, N, C]`, logits `[B, N, V]`. The weights have the names of Llama.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use candle_core::{DType, Module, Result, Tensor};
@@ -37,7 +38,7 @@ impl Mlp {
     /// x plus the output for x, normalised by `norm`.
     fn added_to(&self, x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
         let projections = [&self.gate, &self.up, &self.down];
-        if projections.iter().all(|projection| projection.bias().is_none()) {
+        if projections.iter().all(|projection| projection.bias().is_none() && !projection.is_adapted()) {
             return Ok(feed_forward(x, (norm.weight(), norm.eps()), projections.map(Linear::weight))?);
         }
         let y = norm.forward(x)?;
@@ -63,6 +64,15 @@ impl Block {
     fn attend(&self, x: &Tensor, pass: &Pass, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let pass = Pass { layer: self.index, ..*pass };
         self.attention.attend(&self.input_norm.forward(x)?, &pass, cache)
+    }
+
+    /// The projections by their names in the block.
+    fn projections_mut(&mut self) -> Vec<(String, &mut Linear)> {
+        let Mlp { gate, up, down } = &mut self.mlp;
+        let mlp = [("gate_proj", gate), ("up_proj", up), ("down_proj", down)];
+        let mlp = mlp.into_iter().map(|(name, projection)| (format!("mlp.{name}"), projection));
+        let attention = self.attention.projections_mut().into_iter();
+        attention.map(|(name, projection)| (format!("self_attn.{name}"), projection)).chain(mlp).collect()
     }
 
     /// The output of the block for an input `x` and the output of the attention.
@@ -142,6 +152,29 @@ impl Transformer {
             config: config.clone(),
             dtype: vb.dtype(),
         })
+    }
+
+    /// Adds an adapter of rank `rank` and factor `scale` to every projection of the blocks whose path `targets` contains,
+    /// such as `model.layers.0.self_attn.q_proj`, with weights of `vb` below that path; see [`Linear::adapt`].
+    ///
+    /// # Errors
+    /// Weights that are missing or of another shape.
+    pub fn adapt(
+        &mut self,
+        targets: &BTreeSet<String>,
+        rank: usize,
+        scale: f64,
+        vb: &VarBuilder,
+    ) -> Result<()> {
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            for (name, projection) in block.projections_mut() {
+                let path = format!("model.layers.{i}.{name}");
+                if targets.contains(&path) {
+                    projection.adapt(rank, scale, vb.pp(path))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The configuration.

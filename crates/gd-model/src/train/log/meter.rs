@@ -8,7 +8,7 @@ use super::Event;
 use crate::config::Recipe;
 use crate::config::device;
 use crate::error::Result;
-use crate::model::flops;
+use crate::model::{adapter, flops};
 use crate::train::memory;
 use crate::train::step::Step;
 
@@ -46,8 +46,13 @@ impl Meter {
         let precision = recipe.train.precision(device);
         let peak_flops =
             with_matmul_precision(precision.matmul(), || flops::peak(precision.dtype(), device))?;
+        let (model, context) = (&recipe.model, recipe.train.context);
+        let flops_per_token = match &recipe.train.lora {
+            Some(lora) => flops::per_token_of_adapter(model, context, adapter::size(lora, model)?),
+            None => flops::per_token(model, context),
+        };
         Ok(Self {
-            flops_per_token: flops::per_token(&recipe.model, recipe.train.context),
+            flops_per_token,
             peak_flops: peak_flops * processes as f64,
             precision: precision.name(),
             device: device::name(device),

@@ -14,6 +14,8 @@ pub enum Group {
 /// Groups by the end of the name; the first match counts.
 const TABLE: &[(&str, Group)] = &[
     ("_proj.weight", Group::Matrix),
+    ("lora_A.weight", Group::Array),
+    ("lora_B.weight", Group::Array),
     ("norm.weight", Group::Gain),
     (".bias", Group::Gain),
     (".gd.beta", Group::Gain),

@@ -56,15 +56,23 @@ pub(super) fn teacher_hash(trainer: &Trainer) -> Option<String> {
     trainer.teacher().map(|teacher| teacher.hash().to_hex().to_string())
 }
 
+/// The hash of the weights of the model whose adapter is trained, if the run trains one.
+pub(super) fn base_hash(trainer: &Trainer) -> Option<String> {
+    trainer.base_hash().map(|hash| hash.to_hex().to_string())
+}
+
 /// The hash of the settings in a recipe that the result of a run depends on.
 pub(super) fn recipe_hash(recipe: &Recipe) -> Result<String> {
     let mut recipe = recipe.clone();
     (recipe.train.save_every, recipe.train.keep, recipe.train.sample_every) = (None, 0, None);
     recipe.train.sample_prompt.clear();
     recipe.train.precision = recipe.train.precision.filter(|p| *p != Precision::F32);
-    // The teacher may have moved. Its weights have a hash of their own.
+    // The teacher and the base of an adapter may have moved. Their weights have hashes of their own.
     if let Some(uptrain) = &mut recipe.train.uptrain {
         uptrain.teacher.clear();
+    }
+    if let Some(lora) = &mut recipe.train.lora {
+        lora.base.clear();
     }
     Ok(blake3::hash(&pretty(&recipe)?).to_hex().to_string())
 }

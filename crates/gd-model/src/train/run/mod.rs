@@ -24,7 +24,7 @@ use serde_json::Value;
 pub use self::folder::check_folder;
 
 use self::folder::{lock, prepare_folder};
-use self::inputs::{check_recipe, parse, pretty, recipe_hash, require_same, teacher_hash};
+use self::inputs::{base_hash, check_recipe, parse, pretty, recipe_hash, require_same, teacher_hash};
 use super::log::{Event, Logger, Meter};
 use super::parallel::Group;
 use super::state::State;
@@ -37,6 +37,7 @@ use crate::infer::generate::{check_prompt, sample};
 use crate::io::checkpoint::{self, FolderWriter, Store, StoredCheckpoint, System, load_json, load_tensors};
 use crate::io::files::write_file;
 use crate::io::tokenizer::Tokenizer;
+use crate::model::adapter;
 use crate::model::pretrained::{copied_files, generation_defaults, python_files};
 
 /// The file of a run or checkpoint with the resolved configuration.
@@ -85,6 +86,9 @@ struct Record {
     /// The hash of the weights of the teacher, if there is one.
     #[serde(default, rename = "original_hash", skip_serializing_if = "Option::is_none")]
     teacher_hash: Option<String>,
+    /// The hash of the weights of the model whose adapter is trained, if the run trains one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base_hash: Option<String>,
     #[serde(rename = "best")]
     lowest_loss: Option<LowestLoss>,
     /// The values of [`Trainer::state`].
@@ -203,6 +207,7 @@ impl Run {
             data_hash: trainer.corpus().hash().to_hex().to_string(),
             recipe_hash: recipe_hash(trainer.recipe())?,
             teacher_hash: teacher_hash(&trainer),
+            base_hash: base_hash(&trainer),
             lowest_loss: None,
             trainer: Value::Null,
         };
@@ -235,7 +240,7 @@ impl Run {
     /// the saved one if no step that was done would have been another one.
     ///
     /// # Errors
-    /// - [`Error::RunChanged`] if data, recipe or teacher are not those of the run.
+    /// - [`Error::RunChanged`] if data, recipe, teacher or base are not those of the run.
     /// - [`Error::RunLength`] if the number of steps cannot change so.
     /// - An error that names the file that cannot be read or written.
     pub fn resume(saved: Saved, mut trainer: Trainer, device: &Device) -> Result<Self> {
@@ -244,12 +249,18 @@ impl Run {
         require_same(&folder, RunInput::Data, Some(&record.data_hash), Some(&data))?;
         let teacher = teacher_hash(&trainer);
         require_same(&folder, RunInput::Teacher, record.teacher_hash.as_deref(), teacher.as_deref())?;
+        let base = base_hash(&trainer);
+        require_same(&folder, RunInput::Base, record.base_hash.as_deref(), base.as_deref())?;
         let path = checkpoint.folder.join(RECIPE);
         let trained: Recipe = parse(&path, load_json(&path)?)?;
         check_recipe(&folder, &trained, trainer.recipe(), checkpoint.step)?;
         let tensors = load_tensors(&checkpoint.folder.join(STATE), device)?;
         let values = record.trainer.take();
-        trainer.restore(&load_tensors(&checkpoint.folder, device)?, State { tensors, values })?;
+        let params = match trainer.base_hash() {
+            Some(_) => adapter::load_tensors(&checkpoint.folder, device)?,
+            None => load_tensors(&checkpoint.folder, device)?,
+        };
+        trainer.restore(&params, State { tensors, values })?;
         trainer.require_equal()?;
         record.recipe_hash = recipe_hash(trainer.recipe())?;
         let store = Store::new(&folder, System);
@@ -466,7 +477,7 @@ impl Run {
     }
 }
 
-/// Writes the files of the model into a checkpoint folder, with those that it inherits.
+/// Writes the files of the model, or of its adapter, into a checkpoint folder, with those that it inherits.
 fn write_model(folder: &mut FolderWriter, trainer: &Trainer, tokenizer: &Tokenizer) -> Result<()> {
     let config = trainer.model.config();
     folder.json(checkpoint::CONFIG, &config.to_json()?)?;
@@ -478,6 +489,9 @@ fn write_model(folder: &mut FolderWriter, trainer: &Trainer, tokenizer: &Tokeniz
         None => folder.json(checkpoint::GENERATION, &generation_defaults())?,
     }
     folder.file(checkpoint::TOKENIZER, tokenizer.to_json()?.as_bytes())?;
+    if let (Some(lora), Some(base)) = (&trainer.recipe().train.lora, trainer.base_hash()) {
+        return adapter::write(folder, lora, config, trainer.params.tensors(), base);
+    }
     for (name, text) in python_files(config) {
         folder.file(name, text.as_bytes())?;
     }

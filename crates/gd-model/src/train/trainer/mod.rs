@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
+use candle_nn::VarBuilder;
 use gd_layer::Pass;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -33,10 +34,10 @@ use super::teacher::Teacher;
 use crate::config::{Precision, Recipe, device};
 use crate::data::{Batches, Corpus, places};
 use crate::error::{Error, Result};
-use crate::model::Transformer;
 use crate::model::params::Params;
 use crate::model::pretrained::Parts;
 use crate::model::swap::remove_scores;
+use crate::model::{Transformer, adapter};
 
 /// What a model takes over from the one that its training starts with, besides the parameters.
 #[derive(Debug, Clone)]
@@ -45,6 +46,13 @@ pub struct Inherited {
     pub generation: Value,
     /// Further files by name, such as the chat template.
     pub files: BTreeMap<String, Vec<u8>>,
+}
+
+/// The frozen model under the adapter of a run.
+struct Base {
+    params: Params,
+    /// The hash of its weights.
+    hash: blake3::Hash,
 }
 
 /// The part of the training state that belongs to no component.
@@ -62,8 +70,9 @@ pub struct Trainer {
     pub model: Transformer,
     /// The same model over the same parameters, without gradients.
     frozen: Transformer,
-    /// The parameters of the model.
+    /// The parameters that are trained: those of the model, or those of its adapter.
     pub params: Params,
+    base: Option<Base>,
     optimizer: Optimizer,
     ema: Option<Ema>,
     guard: Guard,
@@ -97,8 +106,11 @@ impl Trainer {
                 "train.uptrain: the run needs a teacher; use Trainer::uptrain".into(),
             ));
         }
+        if recipe.train.lora.is_some() {
+            return Err(Error::Invalid("train.lora: the run needs a model; use Trainer::finetune".into()));
+        }
         let params = Params::new(seed, recipe.train.precision(device).dtype(), device);
-        Self::start(recipe, corpus, seed, params, device)
+        Self::start(recipe, corpus, seed, (None, params), device)
     }
 
     /// The model `teacher` with the attention mechanism of `recipe`, which learns from it as `train.uptrain` says.
@@ -118,12 +130,13 @@ impl Trainer {
         let teacher = Teacher::new(teacher, &recipe.model, dtype, device)?;
         remove_scores(&mut tensors, teacher.changed());
         let params = Params::stored(tensors, Some(seed), dtype, device);
-        let mut trainer = Self::start(recipe, corpus, seed, params, device)?;
+        let mut trainer = Self::start(recipe, corpus, seed, (None, params), device)?;
         trainer.teacher = Some(teacher);
         Ok(trainer)
     }
 
-    /// The model `source`, trained on. Its configuration is that of `recipe`.
+    /// The model `source`, trained on. Its configuration is that of `recipe`. With `train.lora` its weights are frozen, and an
+    /// adapter is trained, which is initialized from `seed`.
     ///
     /// # Errors
     /// As [`Trainer::new`]; a model that lacks a tensor, or has one of another shape.
@@ -135,8 +148,14 @@ impl Trainer {
         device: &Device,
     ) -> Result<Self> {
         source.require_complete()?;
+        let dtype = recipe.train.precision(device).dtype();
+        let hash = recipe.train.lora.is_some().then(|| adapter::hash(&source));
         let inherited = Inherited { generation: source.generation, files: source.files };
-        let params = Params::stored(source.tensors, None, recipe.train.precision(device).dtype(), device);
+        let params = Params::stored(source.tensors, None, dtype, device);
+        let params = match hash {
+            Some(hash) => (Some(Base { params, hash }), Params::new(seed, dtype, device)),
+            None => (None, params),
+        };
         let mut trainer = Self::start(recipe, corpus, seed, params, device)?;
         trainer.inherited = Some(inherited);
         Ok(trainer)
@@ -152,7 +171,14 @@ impl Trainer {
         self.teacher.as_ref().map(Teacher::inherited).or(self.inherited.as_ref())
     }
 
-    fn start(mut recipe: Recipe, corpus: Corpus, seed: u64, params: Params, device: &Device) -> Result<Self> {
+    /// A trainer of `params`, which are those of the model, or of an adapter of the model `base`.
+    fn start(
+        mut recipe: Recipe,
+        corpus: Corpus,
+        seed: u64,
+        (base, params): (Option<Base>, Params),
+        device: &Device,
+    ) -> Result<Self> {
         corpus.check(recipe.train.context)?;
         // A precision that the device decided is written into the recipe, so that a resumed run has it on any device.
         let precision = recipe.train.precision(device);
@@ -168,7 +194,17 @@ impl Trainer {
             // The saved weights are those of the model, not the master weights.
             recipe.model.dtype = "bfloat16".into();
         }
-        let model = Transformer::new(&recipe.model, params.builder())?;
+        let build = |builder: &dyn Fn(&Params) -> VarBuilder<'static>| match (&base, &recipe.train.lora) {
+            (Some(base), Some(lora)) => {
+                let mut model = Transformer::new(&recipe.model, base.params.frozen())?;
+                let targets = adapter::targets(lora, &recipe.model)?.into_keys().collect();
+                model.adapt(&targets, lora.r, lora.scale(), &builder(&params))?;
+                Ok::<_, Error>(model)
+            }
+            _ => Transformer::new(&recipe.model, builder(&params)),
+        };
+        let model = build(&Params::builder)?;
+        let frozen = build(&Params::frozen)?;
         let optimizer = Optimizer::new(params.vars(), recipe.train.adamw, recipe.train.muon)?;
         let ema = |config| Ema::new(config, model.config(), &params, device);
         let ema = recipe.train.ema.map(ema).transpose()?;
@@ -181,9 +217,10 @@ impl Trainer {
         }
         Ok(Self {
             recipe,
-            frozen: Transformer::new(model.config(), params.frozen())?,
+            frozen,
             model,
             params,
+            base,
             optimizer,
             ema,
             guard,
@@ -316,6 +353,16 @@ impl Trainer {
     /// The teacher that the model learns from, if it has one.
     pub fn teacher(&self) -> Option<&Teacher> {
         self.teacher.as_ref()
+    }
+
+    /// The hash of the weights of the model whose adapter is trained, if the run trains one.
+    pub fn base_hash(&self) -> Option<blake3::Hash> {
+        self.base.as_ref().map(|base| base.hash)
+    }
+
+    /// The number of parameters of the model, with those of its adapter.
+    pub fn parameter_count(&self) -> usize {
+        self.params.count() + self.base.as_ref().map_or(0, |base| base.params.count())
     }
 
     /// The averaged parameters, if the run has them.

@@ -39,18 +39,17 @@ fn fused<T: Multiply>(y: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor
     };
     drop(span);
     attach2(NAME, y, weight, (out, (batch, rows, outputs).into()), move |y, weight, dy| {
+        let is_trained = weight.track_op();
         let (dheads, dweight) = {
             let (storage, layout) = y.storage_and_layout();
             let y = Rows::<T>::new(&storage, layout)?;
             with_slices::<T, _, _>([weight, dy], |[weight, dy]| {
                 let (weight, dy) = (Matrix::of_rows(weight, sizes.width()), Matrix::of_rows(dy, outputs));
-                with_matmul_precision(precision, || backward(sizes, &y, weight, dy))
+                with_matmul_precision(precision, || backward(sizes, &y, weight, dy, is_trained))
             })?
         };
-        Ok([
-            Tensor::from_vec(dheads, y.shape(), &Device::Cpu)?,
-            Tensor::from_vec(dweight, weight.shape(), &Device::Cpu)?,
-        ])
+        let dweight = dweight.map(|values| Tensor::from_vec(values, weight.shape(), &Device::Cpu));
+        Ok([Some(Tensor::from_vec(dheads, y.shape(), &Device::Cpu)?), dweight.transpose()?])
     })
 }
 
@@ -76,13 +75,14 @@ fn forward<T: Multiply>(sizes: Sizes, y: &Rows<'_, T>, weight: Matrix<'_, T>) ->
     out
 }
 
-/// The gradients of the heads `[B, H, N, D]` and of the weight.
+/// The gradients of the heads `[B, H, N, D]` and, where it is trained, of the weight.
 fn backward<T: Multiply>(
     sizes: Sizes,
     y: &Rows<'_, T>,
     weight: Matrix<'_, T>,
     dy: Matrix<'_, T>,
-) -> (Vec<T>, Vec<T>) {
+    is_trained: bool,
+) -> (Vec<T>, Option<Vec<T>>) {
     let (width, d) = (sizes.width(), sizes.head_dim);
     let packed = T::pack(weight);
     let mut dheads = vec![T::zero(); sizes.len()];
@@ -97,6 +97,9 @@ fn backward<T: Multiply>(
             }
         });
     });
+    if !is_trained {
+        return (dheads, None);
+    }
     let all = sizes.batch * sizes.rows;
     let mut dweight = vec![T::zero(); weight.row_count() * width];
     let mut rows = vec![T::zero(); BLOCK_ROWS.min(all) * width];
@@ -109,5 +112,5 @@ fn backward<T: Multiply>(
         let dy = dy.rows(first..first + count);
         T::multiply_all(dy.t(), &T::pack(Matrix::of_rows(rows, width)), &mut dweight, true);
     }
-    (dheads, dweight)
+    (dheads, Some(dweight))
 }

@@ -53,20 +53,23 @@ fn fused<T: Multiply>(
     })?;
     let y = (y, (batch, outputs / d, n, d).into());
     drop(span);
-    let backward = move |x: &Tensor, weight: &Tensor, dy: &Tensor| -> candle_core::Result<[Tensor; 3]> {
-        let dy = with_contiguous_rows(dy)?;
-        let (storage, layout) = dy.storage_and_layout();
-        let dy = Rows::<T>::new(&storage, layout)?;
-        let [dx, dweight, dnorm] = with_slices::<T, _, _>([x, weight], |[x, weight]| {
-            let weight = Matrix::of_rows(weight, channels);
-            with_matmul_precision(precision, || steps.backward(x, weight, &dy))
-        })?;
-        Ok([
-            Tensor::from_vec(dx, x.shape(), &Device::Cpu)?,
-            Tensor::from_vec(dweight, weight.shape(), &Device::Cpu)?,
-            Tensor::from_vec(dnorm, d, &Device::Cpu)?,
-        ])
-    };
+    let backward =
+        move |x: &Tensor, weight: &Tensor, dy: &Tensor| -> candle_core::Result<[Option<Tensor>; 3]> {
+            let dy = with_contiguous_rows(dy)?;
+            let (storage, layout) = dy.storage_and_layout();
+            let dy = Rows::<T>::new(&storage, layout)?;
+            let is_trained = weight.track_op();
+            let (dx, dweight, dnorm) = with_slices::<T, _, _>([x, weight], |[x, weight]| {
+                let weight = Matrix::of_rows(weight, channels);
+                with_matmul_precision(precision, || steps.backward(x, weight, &dy, is_trained))
+            })?;
+            let dweight = dweight.map(|values| Tensor::from_vec(values, weight.shape(), &Device::Cpu));
+            Ok([
+                Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?),
+                dweight.transpose()?,
+                Some(Tensor::from_vec(dnorm, d, &Device::Cpu)?),
+            ])
+        };
     match heads.norm {
         Some((norm, _)) => {
             attach3(NAME, [x, weight, norm], y, move |[x, weight, _], _, dy| backward(x, weight, dy))
@@ -140,15 +143,21 @@ impl<T: Multiply> Steps<T> {
         }
     }
 
-    /// The gradients of x, of the weight of the projection, and of that of the normalisation.
-    fn backward(&self, x: &[T], weight: Matrix<'_, T>, dy: &Rows<'_, T>) -> [Vec<T>; 3] {
+    /// The gradients of x, of the weight of the projection where it is trained, and of that of the normalisation.
+    fn backward(
+        &self,
+        x: &[T],
+        weight: Matrix<'_, T>,
+        dy: &Rows<'_, T>,
+        is_trained: bool,
+    ) -> (Vec<T>, Option<Vec<T>>, Vec<T>) {
         let (sizes, c, d) = (self.sizes, self.channels, self.sizes.head_dim);
         let width = sizes.width();
         // Only a normalisation needs the products again.
         let forward = self.norm.as_ref().map(|_| T::pack(weight.t()));
         let packed = T::pack(weight);
         let zeros = |len| vec![T::zero(); len];
-        let (mut dx, mut dweight) = (zeros(x.len()), zeros(width * c));
+        let (mut dx, mut dweight) = (zeros(x.len()), is_trained.then(|| zeros(width * c)));
         let mut dnorm = zeros((x.len() / c).div_ceil(TASK_ROWS) * d);
         let mut dproducts = zeros(BLOCK_ROWS.min(x.len() / c) * width);
         let blocks = x.chunks(BLOCK_ROWS * c).zip(dx.chunks_mut(BLOCK_ROWS * c));
@@ -164,10 +173,12 @@ impl<T: Multiply> Steps<T> {
                 self.product_gradients(Matrix::of_rows(x, c), forward.as_ref(), first, dy, dproducts, dnorm);
                 T::multiply(Matrix::of_rows(dproducts, width), &packed, dx, false);
             });
-            let dproducts = Matrix::of_rows(&dproducts[..x.len() / c * width], width);
-            T::multiply_all(dproducts.t(), &T::pack(Matrix::of_rows(x, c)), &mut dweight, true);
+            if let Some(dweight) = &mut dweight {
+                let dproducts = Matrix::of_rows(&dproducts[..x.len() / c * width], width);
+                T::multiply_all(dproducts.t(), &T::pack(Matrix::of_rows(x, c)), dweight, true);
+            }
         }
-        [dx, dweight, sum_rows(&dnorm, d)]
+        (dx, dweight, sum_rows(&dnorm, d))
     }
 
     /// The gradients of the products of rows from `first` on, and their part of that of the weight of the normalisation,

@@ -1,20 +1,27 @@
-//! Models by name in the cache of the Hugging Face Hub, as `huggingface_hub` lays it out. Nothing is fetched.
+//! Models by name: in the cache of the Hugging Face Hub, as `huggingface_hub` lays it out, and with the feature `hub` from the
+//! Hub itself ([`fetch`]).
 //!
 //! ```text
 //! models--ORG--NAME/refs/main            the revision, a name of a folder
 //! models--ORG--NAME/snapshots/REVISION/  the files of the model
 //! ```
 
+#[cfg(feature = "hub")]
+mod fetch;
+
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Component, Path, PathBuf};
+
+#[cfg(feature = "hub")]
+pub use fetch::fetch;
 
 /// The revision that is read.
 const REVISION: &str = "main";
 
 /// The cache: `HF_HUB_CACHE`, else the folder `hub` in `HF_HOME`, else that in `~/.cache/huggingface`.
 pub fn cache_folder() -> Option<PathBuf> {
-    let set =
-        |name: &str| std::env::var_os(name).filter(|value: &OsString| !value.is_empty()).map(PathBuf::from);
+    let set = |name: &str| variable(name).map(PathBuf::from);
     let home = || {
         let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
         Some(cache.join("huggingface"))
@@ -22,41 +29,70 @@ pub fn cache_folder() -> Option<PathBuf> {
     set("HF_HUB_CACHE").or_else(|| Some(set("HF_HOME").or_else(home)?.join("hub")))
 }
 
-/// The folder or file of a model in the cache `cache` that `name` names: `ORG/NAME`, or `ORG/NAME:FILE` for one of its
-/// files. `None` for a text of another form, and for a model or file that the cache does not have.
+/// The value of a variable of the environment, if it is set and not empty.
+fn variable(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
+/// The name of a model of the Hub, or of one of its files: `ORG/NAME` or `ORG/NAME:FILE`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Name<'a> {
+    organisation: &'a str,
+    model: &'a str,
+    file: Option<&'a str>,
+}
+
+impl<'a> Name<'a> {
+    /// The name that a text stands for; `None` for a text of another form.
+    pub fn parse(text: &'a Path) -> Option<Self> {
+        let text = text.to_str()?;
+        let (repository, file) = match text.split_once(':') {
+            Some((repository, file)) => (repository, Some(file)),
+            None => (text, None),
+        };
+        let (organisation, model) = repository.split_once('/')?;
+        let is_below = |file: &str| {
+            let mut components = Path::new(file).components();
+            !file.is_empty() && components.all(|part| matches!(part, Component::Normal(_)))
+        };
+        let fits = [organisation, model].into_iter().all(is_name) && file.is_none_or(is_below);
+        fits.then_some(Self { organisation, model, file })
+    }
+
+    /// `ORG/NAME`.
+    pub fn repository(&self) -> String {
+        format!("{}/{}", self.organisation, self.model)
+    }
+}
+
+impl fmt::Display for Name<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.repository())?;
+        self.file.map_or(Ok(()), |file| write!(f, ":{file}"))
+    }
+}
+
+/// The folder or file of a model in the cache `cache`. `None` for a model or file that the cache does not have.
 ///
 /// ```
 /// use std::path::Path;
-/// use gd_model::io::hub;
+/// use gd_model::io::hub::{Name, find};
 ///
 /// let cache = tempfile::tempdir().unwrap();
 /// let model = cache.path().join("models--org--name");
 /// std::fs::create_dir_all(model.join("snapshots/1f2e")).unwrap();
 /// std::fs::create_dir_all(model.join("refs")).unwrap();
 /// std::fs::write(model.join("refs/main"), "1f2e").unwrap();
-/// assert_eq!(hub::find(cache.path(), Path::new("org/name")), Some(model.join("snapshots/1f2e")));
-/// assert_eq!(hub::find(cache.path(), Path::new("org/other")), None);
+/// let named = |text| Name::parse(Path::new(text)).unwrap();
+/// assert_eq!(find(cache.path(), &named("org/name")), Some(model.join("snapshots/1f2e")));
+/// assert_eq!(find(cache.path(), &named("org/other")), None);
 /// ```
-pub fn find(cache: &Path, name: &Path) -> Option<PathBuf> {
-    let (repository, file) = match name.to_str()?.split_once(':') {
-        Some((repository, file)) => (repository, Some(file)),
-        None => (name.to_str()?, None),
-    };
-    let (organisation, model) = repository.split_once('/')?;
-    if ![organisation, model].into_iter().all(is_name) {
-        return None;
-    }
-    let folder = cache.join(format!("models--{organisation}--{model}"));
+pub fn find(cache: &Path, name: &Name<'_>) -> Option<PathBuf> {
+    let folder = cache.join(format!("models--{}--{}", name.organisation, name.model));
     let revision = std::fs::read_to_string(folder.join("refs").join(REVISION)).ok()?;
     let revision = Some(revision.trim()).filter(|revision| is_name(revision))?;
     let snapshot = folder.join("snapshots").join(revision);
-    let path = match file {
-        Some(file) => {
-            let is_below = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
-            snapshot.join(Some(file).filter(|file| is_below && !file.is_empty())?)
-        }
-        None => snapshot,
-    };
+    let path = name.file.map_or(snapshot.clone(), |file| snapshot.join(file));
     path.exists().then_some(path)
 }
 
@@ -79,7 +115,7 @@ mod tests {
         std::fs::write(model.join("refs/main"), "main-1\n").unwrap();
         std::fs::write(model.join("snapshots/main-1/sub/m.gguf"), "").unwrap();
         std::fs::write(cache.path().join("secret"), "").unwrap();
-        let find = |name: &str| super::find(cache.path(), Path::new(name));
+        let find = |name: &str| super::find(cache.path(), &Name::parse(Path::new(name))?);
         let snapshot = model.join("snapshots/main-1");
         assert_eq!(find("a/b-1.5"), Some(snapshot.clone()));
         assert_eq!(find("a/b-1.5:sub/m.gguf"), Some(snapshot.join("sub/m.gguf")));

@@ -64,7 +64,15 @@ impl Linear {
     /// The projection to `count` of the outputs, from `first` on.
     pub(crate) fn outputs(&self, first: usize, count: usize) -> Result<Self> {
         let part = |x: &Tensor| x.narrow(0, first, count);
-        Ok(Self { weight: part(&self.weight)?, bias: self.bias.as_ref().map(part).transpose()? })
+        let adapter = self
+            .adapter
+            .as_ref()
+            .map(|adapter| -> Result<Adapter> { Ok(Adapter { b: part(&adapter.b)?, ..adapter.clone() }) });
+        Ok(Self {
+            weight: part(&self.weight)?,
+            bias: self.bias.as_ref().map(part).transpose()?,
+            adapter: adapter.transpose()?,
+        })
     }
 }
 

@@ -3,7 +3,8 @@
 from transformers import PretrainedConfig
 
 # The keys that modeling_gd.py supports. The keys of the gradient estimator only affect training.
-GD_KEYS = {"mechanism", "windows", "qk_norm", "output_bias", "output_gate", "beacon", "select", "selecting_heads"}
+GD_KEYS = {"mechanism", "windows", "qk_norm", "output_bias", "output_gate", "beacon", "select", "selecting_heads",
+           "induction_heads"}
 SELECT_KEYS = {
     "candidates", "score", "norm_prior", "tie", "gate", "estimator", "temperature", "threshold", "rounds", "coherence",
     "preserve_floor", "value_floor", "exclude_below", "gradient", "picks",

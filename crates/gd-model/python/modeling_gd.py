@@ -249,6 +249,9 @@ class Attention(nn.Module):
         # The heads that read keys, the first ones; the others are running averages alone.
         selecting = gd.get("selecting_heads") or [self.heads]
         self.reading = selecting[min(layer, len(selecting) - 1)]
+        # Those that match content without positions, the first ones.
+        induction = gd.get("induction_heads") or [0]
+        self.induction = induction[min(layer, len(induction) - 1)]
         self.group = self.heads // self.kv_heads
         keys = self.reading // self.group
         self.q_proj = nn.Linear(c, self.reading * d, bias=bias) if keys else None
@@ -289,13 +292,30 @@ class Attention(nn.Module):
             y = y * self.g_proj(x).sigmoid()
         return self.o_proj(y)
 
+    def to_heads(self, x, projection, norm):
+        """The heads [B, H, N, D] of a projection, normalised if there is a norm."""
+        heads = projection(x).view(*x.shape[:2], -1, self.d)
+        return (norm(heads) if norm else heads).transpose(1, 2)
+
+    def preceding(self, x, context, cache):
+        """The row before each row of x [B, N, C]; zeros before the first token."""
+        x = torch.where(context.visible[:, -context.n :, None], x, 0)
+        first = cache.get("last_input") if cache is not None else None
+        first = torch.zeros_like(x[:, :1]) if first is None else first
+        if cache is not None:
+            cache["last_input"] = x[:, -1:]
+        return torch.cat([first, x[:, :-1]], 1)
+
     def read(self, x, v, context, cache):
         """What the heads that read keys read: [B, H, N, D]."""
-        b, n, _ = x.shape
-        q, k = (p(x).view(b, n, -1, self.d) for p in (self.q_proj, self.k_proj))
-        if self.q_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), context), rotate(k.transpose(1, 2), context)
+        q, k = self.to_heads(x, self.q_proj, self.q_norm), self.to_heads(x, self.k_proj, self.k_norm)
+        q_by_content, q, k = q[:, : self.induction], rotate(q, context), rotate(k, context)
+        if self.induction:
+            # The key at a position is that of the position before it.
+            before = self.to_heads(self.preceding(x, context, cache), self.k_proj, self.k_norm)
+            heads = self.induction // self.group
+            q = torch.cat([q_by_content, q[:, self.induction :]], 1)
+            k = torch.cat([before[:, :heads], k[:, heads:]], 1)
         k, v = append(cache, "k", k, 2), append(cache, "v", v[:, : k.shape[1]], 2)
         per_head = lambda t: t.repeat_interleave(self.group, 1)
         prior = None

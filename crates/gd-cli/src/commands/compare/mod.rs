@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use gd_model::analysis::compare::{Comparison, Run, SweepPoint};
 use gd_model::analysis::variants::{Variant, equalize, variants};
-use gd_model::config::{ModelConfig, Recipe, Setting, TokenizerChoice};
+use gd_model::config::{ModelConfig, Recipe, Setting};
 use gd_model::data::Corpus;
 use gd_model::eval::reading::ReadingReport;
 use gd_model::io::files::{check_writable, write_file};
@@ -235,7 +235,7 @@ fn train(mechanism: &str, recipe: Recipe, corpus: &Corpus, seed: u64, ctx: &Cont
         intermediate_size,
         parameters: trainer.params.count(),
         result: trainer.validate()?,
-        reading: reading(&trainer)?,
+        reading: reading(&trainer, corpus)?,
         tokens_per_second: trainer.tokens_per_second(),
         peak_memory_mib,
         train_loss,
@@ -244,10 +244,10 @@ fn train(mechanism: &str, recipe: Recipe, corpus: &Corpus, seed: u64, ctx: &Cont
 }
 
 /// What the reads of a trained model are worth on its validation text.
-fn reading(trainer: &Trainer) -> Result<ReadingReport> {
-    let train = &trainer.recipe().train;
+fn reading(trainer: &Trainer, corpus: &Corpus) -> Result<ReadingReport> {
     // Two bytes say little about the third, two subword tokens are a phrase.
-    let ngram = if train.tokenizer == TokenizerChoice::Bytes { 3 } else { 2 };
+    let tokens_are_bytes = corpus.valid.len() == corpus.valid_bytes;
+    let ngram = if tokens_are_bytes { 3 } else { 2 };
     Ok(trainer.measure_reading(ngram)?)
 }
 

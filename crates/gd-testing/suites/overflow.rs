@@ -83,7 +83,7 @@ pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
     let winners = selected(gpu, &case, &result.index, &result.energy, result.slots)?;
     let greatest = f64::from(f32::MAX);
     for (row, (b, h, i)) in p.rows() {
-        let at = |text: String| Err(format!("{text}, row {b} {h} {i} of {}", case.name()));
+        let at = |text: String| format!("{text}, row {b} {h} {i} of {}", case.name());
         let slots = row * want.width..(row + 1) * want.width;
         let (index, energy) = (&result.index[slots.clone()], &result.energy[slots.clone()]);
         let query = &p.q[p.q_at(b, h, i)];
@@ -97,23 +97,18 @@ pub(crate) fn check(gpu: &TestGpu, seed: u64) -> Verdict {
             if got == key && key < 0 {
                 continue;
             }
+            let wrong = at(format!("key {got} instead of {key} in {index:?}"));
             let listed = all.index[row * all.width..(row + 1) * all.width].iter().position(|j| *j == got);
-            let Some(place) = listed.filter(|_| got >= 0 && key >= 0) else {
-                return at(format!("key {got} instead of {key} in {index:?}"));
-            };
+            let Some(place) = listed.filter(|_| got >= 0 && key >= 0) else { return Err(wrong) };
             let exact = all.energy[row * all.width + place];
             let off = (exact - want.energy[slot]).abs();
-            if !(off <= bound(got as usize) + bound(key as usize)) {
-                return at(format!("key {got} of energy {exact} instead of {key} in {index:?}"));
-            }
+            ensure!(off <= bound(got as usize) + bound(key as usize), "{wrong}");
             let limited = exact.clamp(-greatest, greatest);
-            if !((e - limited).abs() <= 1e-4 * limited.abs()) {
-                return at(format!("energy {e} instead of {limited}"));
-            }
+            let close = (e - limited).abs() <= 1e-4 * limited.abs();
+            ensure!(close, "{}", at(format!("energy {e} instead of {limited}")));
         }
-        if winners[row] != index[0] {
-            return at(format!("key {} is selected instead of {}", winners[row], index[0]));
-        }
+        let winner = winners[row];
+        ensure!(winner == index[0], "{}", at(format!("key {winner} is selected instead of {}", index[0])));
     }
     Ok(())
 }

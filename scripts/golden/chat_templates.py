@@ -181,12 +181,12 @@ def masks():
     cases = []
     for family in ["llama", "qwen3"]:
         path = f"tests/fixtures/llama/{family}/tokenizer.json"
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(FOLDER.parents[4] / path), **TOKENS)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(FOLDER.parents[4] / path))
         for template in GENERATION:
             for chat in CHATS:
                 messages = [{"role": role, "content": content} for role, content in chat]
                 out = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=True,
-                                                    return_assistant_tokens_mask=True)
+                                                    return_assistant_tokens_mask=True, **TOKENS)
                 record = json.dumps({"messages": messages}, ensure_ascii=False)
                 cases.append(dict(tokenizer=path, template=template, record=record, ids=out["input_ids"],
                                   mask=out["assistant_masks"]))

@@ -1,11 +1,16 @@
 //! `gd train --dry-run` predicts the exact number of parameters and the peak memory within 15 %, for
 //! mechanisms that are compositions of operations within 30 %, and writes nothing.
 
+use std::path::Path;
 use std::process::Command;
 
-use candle_core::Device;
-use gd_model::config::{Mechanism, Recipe};
+use candle_core::{DType, Device};
+use gd_model::config::{LoraConfig, Mechanism, ModelConfig, Recipe};
 use gd_model::data::{Corpus, Tokens};
+use gd_model::io::tokenizer::Tokenizer;
+use gd_model::model::Transformer;
+use gd_model::model::params::Params;
+use gd_model::model::pretrained::Parts;
 use gd_model::train::Trainer;
 use gd_model::train::estimate::estimate;
 use peak_alloc::PeakAlloc;
@@ -20,13 +25,29 @@ fn measured(mut recipe: Recipe) -> (usize, f64) {
     let n = tokens.len();
     let tokens = Tokens::from(tokens);
     let corpus = Corpus { train: tokens.clone(), valid: tokens, train_bytes: n, valid_bytes: n };
-    let before = ALLOCATOR.current_usage();
-    let mut trainer = Trainer::new(recipe, corpus, 3, &Device::Cpu).unwrap();
+    let source = recipe.train.lora.is_some().then(|| base(&recipe.model));
+    let before = ALLOCATOR.current_usage() - source.as_ref().map_or(0, |(_, bytes)| *bytes);
+    let mut trainer = match source {
+        Some((parts, _)) => Trainer::finetune(recipe, corpus, 3, parts, &Device::Cpu),
+        None => Trainer::new(recipe, corpus, 3, &Device::Cpu),
+    }
+    .unwrap();
     ALLOCATOR.reset_peak_usage();
     for _ in 0..2 {
         trainer.train_step().unwrap();
     }
-    (trainer.params.count(), (ALLOCATOR.peak_usage() - before) as f64 / f64::from(1 << 20))
+    (trainer.parameter_count(), (ALLOCATOR.peak_usage() - before) as f64 / f64::from(1 << 20))
+}
+
+/// A model with random weights, and their size in bytes.
+fn base(config: &ModelConfig) -> (Parts, usize) {
+    let before = ALLOCATOR.current_usage();
+    let params = Params::new(1, DType::F32, &Device::Cpu);
+    Transformer::new(config, params.frozen()).unwrap();
+    let tokenizer = Tokenizer::bytes().unwrap();
+    let parts = Parts::new(Path::new("base"), config.to_json().unwrap(), params.tensors(), tokenizer).unwrap();
+    drop(params);
+    (parts, ALLOCATOR.current_usage() - before)
 }
 
 /// Compares prediction and measurement with and without recomputed blocks, for a mechanism in all layers. Adds predictions
@@ -37,6 +58,7 @@ fn check(recipe: &Recipe, mechanism: &Mechanism, tolerance: f64, faults: &mut Ve
         let mut recipe = recipe.clone();
         let context = recipe.train.context;
         recipe.model.gd.mechanism = vec![mechanism.clone()];
+        let lora = recipe.train.lora.as_ref().map(|lora| lora.targets.join(","));
         recipe.model.max_position_embeddings = recipe.model.max_position_embeddings.max(context);
         (recipe.train.accumulation, recipe.train.checkpoint_blocks) = (1, checkpoint_blocks);
         let (estimate, batch) = (estimate(&recipe).unwrap(), recipe.train.batch);
@@ -44,7 +66,8 @@ fn check(recipe: &Recipe, mechanism: &Mechanism, tolerance: f64, faults: &mut Ve
         assert_eq!(estimate.parameters, parameters, "{mechanism:?}");
         let error = estimate.peak_memory_mib / peak - 1.0;
         let what = format!(
-            "{mechanism:?} {batch}x{context}, recomputed {checkpoint_blocks}: {:.1} MiB, measured {peak:.1} ({:+.1} %)",
+            "{mechanism:?} {batch}x{context}, adapter of {lora:?}, recomputed {checkpoint_blocks}: {:.1} MiB, measured \
+             {peak:.1} ({:+.1} %)",
             estimate.peak_memory_mib,
             100.0 * error
         );
@@ -69,6 +92,15 @@ fn the_predicted_memory_matches_the_allocator() {
                 check(&recipe, &mechanism, 0.15, &mut faults);
             }
         }
+    }
+    for (targets, mechanism) in
+        [(&["q_proj", "v_proj"][..], Mechanism::Gd), (&["all-linear"], Mechanism::Softmax)]
+    {
+        let mut recipe = Recipe::load("small").unwrap();
+        (recipe.train.batch, recipe.train.context) = (1, 256);
+        let targets = targets.iter().map(|name| (*name).to_owned()).collect();
+        recipe.train.lora = Some(LoraConfig { base: "base".into(), r: 16, alpha: 32.0, targets });
+        check(&recipe, &mechanism, 0.15, &mut faults);
     }
     // Compositions of operations, in blocks of queries or with matrices of all queries by all keys.
     for (name, context, batch) in [

@@ -103,7 +103,9 @@ impl Borrowed {
             if view.device().device_type != DLDeviceType::CPU {
                 let device = view.device();
                 let (kind, id) = (device.device_type.0, device.device_id);
-                return Err(invalid(format!("{name} is on the DLPack device ({kind}, {id}), not on the CPU")));
+                return Err(invalid(format!(
+                    "{name} is on the DLPack device ({kind}, {id}), not on the CPU"
+                )));
             }
             let dims: Vec<usize> = view.shape().iter().map(|&size| size as usize).collect();
             let strides = view.strides_or_compact().map_err(invalid)?;

@@ -44,7 +44,8 @@ impl Gradients {
             let mut objective: Option<Tensor> = None;
             for (name, gradient) in gradients.iter() {
                 let result = self.results.get(name).filter(|result| result.track_op());
-                let result = result.ok_or_else(|| invalid(format!("{name} is not a result with a gradient")))?;
+                let result =
+                    result.ok_or_else(|| invalid(format!("{name} is not a result with a gradient")))?;
                 let product = (result * gradient).and_then(|product| product.sum_all()).map_err(invalid)?;
                 objective = Some(match objective {
                     None => product,

@@ -14,7 +14,11 @@ use crate::gradients::{Gradients, Outcome};
 use crate::mask::Mask;
 use crate::options::Options;
 
-fn scan_options<'a>(arguments: &'a Arguments, mask: &'a Mask, options: &Options<'_, '_>) -> PyResult<Scan<'a>> {
+fn scan_options<'a>(
+    arguments: &'a Arguments,
+    mask: &'a Mask,
+    options: &Options<'_, '_>,
+) -> PyResult<Scan<'a>> {
     let defaults = Scan::new(arguments.get("beta")?, &mask.mask, options.value("candidates", 1)?);
     Ok(Scan {
         prior: arguments.optional("prior"),
@@ -105,7 +109,8 @@ fn selected(selected: Selected) -> Vec<(String, Tensor)> {
         results.extend([(format!("rounds.{n}.index"), round.index), (format!("rounds.{n}.y"), round.y)]);
     }
     for (n, pick) in picks.into_iter().enumerate() {
-        results.extend([(format!("picks.{n}.index"), pick.index), (format!("picks.{n}.weight"), pick.weight)]);
+        results
+            .extend([(format!("picks.{n}.index"), pick.index), (format!("picks.{n}.weight"), pick.weight)]);
     }
     results
 }

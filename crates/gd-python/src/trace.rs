@@ -51,6 +51,7 @@ impl Trace {
 
     /// The page of the viewer.
     fn page(&self, py: Python<'_>) -> PyResult<String> {
-        py.detach(|| viewer::page_of(std::slice::from_ref(&self.trace))).map_err(|e| invalid(format!("{e:#}")))
+        py.detach(|| viewer::page_of(std::slice::from_ref(&self.trace)))
+            .map_err(|e| invalid(format!("{e:#}")))
     }
 }

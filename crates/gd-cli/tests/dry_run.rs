@@ -45,7 +45,8 @@ fn base(config: &ModelConfig) -> (Parts, usize) {
     let params = Params::new(1, DType::F32, &Device::Cpu);
     Transformer::new(config, params.frozen()).unwrap();
     let tokenizer = Tokenizer::bytes().unwrap();
-    let parts = Parts::new(Path::new("base"), config.to_json().unwrap(), params.tensors(), tokenizer).unwrap();
+    let parts =
+        Parts::new(Path::new("base"), config.to_json().unwrap(), params.tensors(), tokenizer).unwrap();
     drop(params);
     (parts, ALLOCATOR.current_usage() - before)
 }

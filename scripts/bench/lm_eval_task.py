@@ -45,7 +45,7 @@ def main():
         if 40 <= len(words) <= 120:
             paragraph = " ".join(words)
             context, word = paragraph.rsplit(" ", 1)
-            lines.append(dict(paragraph=paragraph, context=context, word=" " + word))
+            lines.append(dict(paragraph=paragraph, context=context, word=word))
     data = folder / "paragraphs.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     where = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\n"

@@ -451,7 +451,8 @@ mod tests {
         }
         assert_eq!(
             rewrite("{%- generation -%}\n x\n{%+ endgeneration %}"),
-            "{%- with -%}\n x\n{%+ endwith %}"
+            "{%- with %}{{ __generation__ }}{% with -%}\n x\n\
+             {%+ endwith %}{{ __endgeneration__ }}{% endwith %}"
         );
         let lines = "{{ a\n %\n b }}\n{{ c }}";
         assert_eq!(rewrite(lines).matches('\n').count(), lines.matches('\n').count());

@@ -104,11 +104,8 @@ fn block(
         Mechanism::Gd => of.stored += 4.0 * tokens * reading * config.gd.select.candidates as f64,
         // Contiguous keys and values, and the logarithms of the sums of each row.
         Mechanism::Softmax => of.stored += 1.5 * key + tokens * reading,
-        Mechanism::SoftmaxNull => {
-            let weights = tokens * reading * context as f64;
-            of.stored += STORED_BY_COMPOSITION * weights;
-            of.temporary += 3.2 * weights;
-        }
+        // The same, and queries and keys with their squares and with one more element each.
+        Mechanism::SoftmaxNull => of.stored += 3.5 * key + 3.0 * query + tokens * reading,
         // Compositions of candle operations, each of which stores its result. These figures are counted, not fitted.
         Mechanism::Other(other) => {
             let (info, length) = (other.info(), context.min(BLOCK_LENGTH) as f64);

@@ -84,6 +84,8 @@ pub(crate) struct TopK<A: Real> {
     threshold: Vec<A>,
     /// Lists of K entries, each behind a sentinel that is greater than all, so that every entry has a predecessor.
     list: Vec<A::Ranked>,
+    /// Whether a score overflowed to infinity: such a row has no list, and its keys are ranked by differences.
+    overflowed: Vec<bool>,
     capacity: usize,
     width: usize,
     backwards: bool,
@@ -95,12 +97,14 @@ impl<A: Real> TopK<A> {
     pub(crate) fn new(rows: usize, capacity: usize, width: usize, backwards: bool) -> Self {
         let mut list = vec![A::neg_infinity().ranked(0); rows * (capacity + 1)];
         list.iter_mut().step_by(capacity + 1).for_each(|e| *e = A::infinity().ranked(u32::MAX));
-        Self { threshold: vec![A::neg_infinity(); rows], list, capacity, width, backwards }
+        let (threshold, overflowed) = (vec![A::neg_infinity(); rows], vec![false; rows]);
+        Self { threshold, list, overflowed, capacity, width, backwards }
     }
 
     /// Empties all lists.
     pub(crate) fn clear(&mut self) {
         self.threshold.fill(A::neg_infinity());
+        self.overflowed.fill(false);
         for list in self.list.chunks_exact_mut(self.capacity + 1) {
             list[1..].fill(A::neg_infinity().ranked(0));
         }
@@ -112,10 +116,11 @@ impl<A: Real> TopK<A> {
         score > self.threshold[row]
     }
 
-    /// Inserts a score that exceeds the threshold of its row; infinite scores are ignored.
+    /// Inserts a score that exceeds the threshold of its row.
     #[inline(always)]
     pub(crate) fn insert(&mut self, row: usize, score: A, key: u32) {
         if score == A::infinity() {
+            self.overflowed[row] = true;
             return;
         }
         let entry = score.ranked(if self.backwards { key } else { !key });
@@ -138,10 +143,13 @@ impl<A: Real> TopK<A> {
         self.threshold[row] = A::unranked(list[self.capacity]).0;
     }
 
-    /// Writes the keys of a row into `keys`, in descending order of the scores.
+    /// Writes the keys of a row into `keys`, in descending order of the scores; none if one of the scores overflowed.
     #[inline(always)]
     pub(crate) fn keys(&self, row: usize, keys: &mut Vec<u32>) {
         keys.clear();
+        if self.overflowed[row] {
+            return;
+        }
         let list = &self.list[row * (self.capacity + 1)..(row + 1) * (self.capacity + 1)];
         for &entry in &list[1..] {
             let (score, tie) = A::unranked(entry);

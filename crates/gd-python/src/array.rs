@@ -228,7 +228,7 @@ fn borrow(name: &str, view: &TensorRef<'_>) -> PyResult<CpuStorage> {
         _ if dtype.is::<f64>() => CpuStorage::F64(elements(view)?),
         _ if dtype.matches(DLDataType::F16) => CpuStorage::F16(elements(view)?),
         _ if dtype.matches(DLDataType::BF16) => CpuStorage::BF16(elements(view)?),
-        _ if dtype.is::<u8>() || dtype.matches(DLDataType::BOOL) => CpuStorage::U8(elements(view)?),
+        _ if dtype.is::<u8>() => CpuStorage::U8(elements(view)?),
         _ if dtype.is::<u32>() => CpuStorage::U32(elements(view)?),
         _ if dtype.is::<i32>() => CpuStorage::I32(elements(view)?),
         _ if dtype.is::<i64>() => CpuStorage::I64(elements(view)?),
@@ -236,7 +236,7 @@ fn borrow(name: &str, view: &TensorRef<'_>) -> PyResult<CpuStorage> {
             let (code, bits, lanes) = (dtype.code.0, dtype.bits, dtype.lanes);
             return Err(invalid(format!(
                 "{name} has the DLPack dtype (code {code}, {bits} bits, {lanes} lanes), which is not one of float64, float32, \
-                 float16, bfloat16, uint8, bool, uint32, int32 and int64"
+                 float16, bfloat16, uint8, uint32, int32 and int64"
             )));
         }
     })

@@ -114,6 +114,7 @@ def test_running_average_follows_the_recurrence(rng, dtype):
 def test_softmax_attention(rng):
     q, k, v = inputs(rng)
     mask = reference.visible(gd.Mask.causal(3), 5, 8)
+    assert mask.dtype == np.bool_
     outputs = gd.attend(q, k, v, mechanism="softmax", mask=mask)
     scores = q @ np.repeat(k, 2, 1).swapaxes(-1, -2) / 4
     weights = np.where(mask, np.exp(scores), 0)
@@ -126,7 +127,8 @@ def test_softmax_attention(rng):
 def test_mechanisms_by_name(rng, name):
     assert name in gd.MECHANISMS
     q, k, v = inputs(rng)
-    assert gd.attend(q, k, v, mechanism=name)["out"].shape == (2, 4, 5, 8)
+    learned = {"s": np.full(4, 0.5)} if name == "ssmax" else {}
+    assert gd.attend(q, k, v, mechanism=name, **learned)["out"].shape == (2, 4, 5, 8)
 
 
 def test_a_mechanism_with_parameters(rng):

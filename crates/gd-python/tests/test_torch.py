@@ -1,5 +1,8 @@
 """Tensors of PyTorch: memory, autograd and gradcheck. Run where PyTorch is installed."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from documents import examples
@@ -29,15 +32,20 @@ def check(function, inputs):
     [
         {"estimator": "blend", "temperature": 2.0},
         {"estimator": "blend", "score": "dot"},
-        {"estimator": "winner", "threshold": 30.0, "gate": GATE},
+        {"estimator": "winner", "threshold": 9.0, "gate": GATE},
         {"estimator": "winner", "alpha": 0.3, "gate": "coherence"},
     ],
 )
 def test_gradcheck_of_select(options):
     q, k, v = qkv()
     beta = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
-    found = gd.scan(q, k, beta=beta, candidates=4, score=options.get("score", "energy"))
-    check(lambda q, k, v, beta: gd.select(q, k, v, found, beta=beta, **options).y, (q, k, v, beta))
+
+    def function(q, k, v, beta):
+        # The energies of the candidates are those of the perturbed tensors.
+        found = gd.scan(q, k, beta=beta, candidates=4, score=options.get("score", "energy"))
+        return gd.select(q, k, v, found, beta=beta, **options).y
+
+    check(function, (q, k, v, beta))
 
 
 def test_gradcheck_of_the_values_of_a_hard_choice():
@@ -50,9 +58,9 @@ def test_gradcheck_of_per_head_arguments():
     q, k, v = qkv(grad=False)
     prior, beta, threshold = tensors((1, 1, 6), (2,), (2,))
     beta, threshold = (t.detach().abs().add(offset).requires_grad_() for t, offset in [(beta, 0.5), (threshold, 20)])
-    found = gd.scan(q, k, beta=beta, candidates=4, prior=prior)
 
     def function(prior, beta, threshold):
+        found = gd.scan(q, k, beta=beta, candidates=4, prior=prior)
         options = {"estimator": "blend", "temperature": 2.0}
         return gd.select(q, k, v, found, beta=beta, prior=prior, threshold=threshold, **options).y
 
@@ -106,27 +114,31 @@ def test_gradients_equal_those_for_numpy():
     assert all(np.array_equal(t.numpy(), theirs[n]) for t, n in zip(ours, "qkv", strict=True))
 
 
-def test_memory_is_not_copied():
-    """The elements that a call reads are those of the tensor, and what it returns is the memory of Rust."""
-    q, k, v = qkv(torch.float32, grad=False)
-    found = gd.scan(q, k, beta=0.5, candidates=4)
-    assert not gd.select(q, k, v, found, beta=0.5).y.requires_grad
-    # Keys of half the memory of the process would need a copy: time tells it from none.
-    import time
+def peak_growth(function):
+    """The bytes by which the peak of the process's memory exceeds what it used before a call."""
+    Path("/proc/self/clear_refs").write_text("5")  # The peak starts again.
 
+    def kib(field):
+        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    before = kib("VmRSS")
+    function()
+    return 1024 * (kib("VmHWM") - before)
+
+
+def test_memory_is_not_copied():
+    """A call reads the elements of a tensor where they are."""
     big = torch.randn(1, 1, 1 << 18, 64)
     one = torch.randn(1, 1, 1, 64)
     mask = gd.Mask.none().kv_len([1])
+    assert peak_growth(big.clone) > 0.9 * big.nbytes
+    assert peak_growth(lambda: gd.decode(one, big, big, beta=0.5, mask=mask)) < 0.1 * big.nbytes
 
-    def seconds(f):
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            f()
-            times.append(time.perf_counter() - start)
-        return min(times)
 
-    assert seconds(lambda: gd.decode(one, big, big, beta=0.5, mask=mask)) < seconds(big.clone) / 4
+def test_a_call_without_gradients_returns_none():
+    q, k, v = qkv(torch.float32, grad=False)
+    found = gd.scan(q, k, beta=0.5, candidates=4)
+    assert not gd.select(q, k, v, found, beta=0.5).y.requires_grad
 
 
 def test_a_tensor_that_was_changed_in_place_is_reported():
@@ -159,7 +171,7 @@ def test_a_layer_trains():
 
 
 def test_a_tensor_on_another_device_is_an_error():
-    with pytest.raises((ValueError, BufferError)):
+    with pytest.raises(ValueError, match="q is on the device meta, not on the CPU"):
         gd.scan(torch.empty(1, 1, 2, 8, device="meta"), torch.empty(1, 1, 2, 8, device="meta"), beta=0.5, candidates=1)
 
 

@@ -39,9 +39,24 @@ def is_torch(array: object) -> bool:
 
 
 def given(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays that are not None; what is no array, such as a list or a number, as an array of NumPy."""
+    """The arrays that are not None; what is no array, such as a list or a number, as an array of NumPy, and bool as uint8."""
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    return {name: array if hasattr(array, "__dlpack__") else np.asarray(array) for name, array in arrays.items()}
+    return {
+        name: _with_bytes(name, array if hasattr(array, "__dlpack__") else np.asarray(array))
+        for name, array in arrays.items()
+    }
+
+
+def _with_bytes(name: str, array: Any) -> Any:
+    """An array of bool as one of uint8 in the same memory; others as they are. A tensor of a GPU is an error."""
+    if is_torch(array):
+        import torch
+
+        if array.device.type != "cpu":
+            raise ValueError(f"{name} is on the device {array.device}, not on the CPU")
+        return array.view(torch.uint8) if array.dtype == torch.bool else array
+    is_bool = getattr(array, "dtype", None) == np.bool_
+    return array.view(np.uint8) if is_bool else array
 
 
 def per_head(value: Any, like: Any) -> Any:

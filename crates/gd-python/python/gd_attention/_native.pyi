@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, final
 
+__all__ = [
+    "Array", "Gradients", "Mask", "attend", "mechanisms", "Model", "decode", "defaults", "running_average", "scan",
+    "select", "Trace", "__version__",
+]
 __version__: str
 
 @final

@@ -262,7 +262,11 @@ def _selected(results: dict[str, Any]) -> Selected:
     later = (n for n in range(len(results)) if f"rounds.{n}.index" in results)
     picks = (n for n in range(len(results)) if f"picks.{n}.index" in results)
     return Selected(
-        *(results[name] for name in ("y", "index", "energy", "margin", "gate")),
+        results["y"],
+        results["index"],
+        results["energy"],
+        results["margin"],
+        results["gate"],
         results.get("coherence"),
         results["compared"],
         tuple(Round(results[f"rounds.{n}.index"], results[f"rounds.{n}.y"]) for n in later),

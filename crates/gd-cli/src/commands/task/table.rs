@@ -81,12 +81,14 @@ pub(super) fn chart(task: &dyn Task, runs: &[TaskRun]) -> Figure {
     let (low, high) =
         sizes.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &s| (l.min(x(s)), h.max(x(s))));
     let (low, high) = if low < high { (low, high) } else { (0.0, 1.0) };
+    // Lines at the edge of the axes are inside of them.
+    let margin = 0.02 * (high - low);
     Figure {
         line_chart: LineChart {
             title: format!("{}: correct answers by the size of the test", task.name()),
             x: if doubles { "log2 of the size".into() } else { "size".into() },
             y: "correct answers in %".into(),
-            axes: [low..high, 0.0..100.0],
+            axes: [low - margin..high + margin, -2.0..102.0],
             lines: groups.iter().enumerate().map(line).collect(),
             marks: Vec::new(),
         },
@@ -137,5 +139,10 @@ mod tests {
         assert_eq!(text.lines().count(), 2 + 4);
         let figure = svg(&chart(named("mqar-small").unwrap(), &runs)).unwrap();
         assert!(figure.contains("softmax") && !figure.contains("NaN"));
+        // Lines at the edges of the axes are drawn: one, and its entry in the legend.
+        for accuracy in [0.0, 0.5, 1.0] {
+            let figure = svg(&chart(named("mqar-small").unwrap(), &[run("gd", 0, accuracy)])).unwrap();
+            assert_eq!(figure.matches("stroke-width=\"2\"").count(), 2, "{accuracy}");
+        }
     }
 }

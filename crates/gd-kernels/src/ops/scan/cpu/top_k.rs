@@ -84,8 +84,6 @@ pub(crate) struct TopK<A: Real> {
     threshold: Vec<A>,
     /// Lists of K entries, each behind a sentinel that is greater than all, so that every entry has a predecessor.
     list: Vec<A::Ranked>,
-    /// Whether a score overflowed to infinity: such a row has no list, and its keys are ranked by differences.
-    overflowed: Vec<bool>,
     capacity: usize,
     width: usize,
     backwards: bool,
@@ -97,14 +95,12 @@ impl<A: Real> TopK<A> {
     pub(crate) fn new(rows: usize, capacity: usize, width: usize, backwards: bool) -> Self {
         let mut list = vec![A::neg_infinity().ranked(0); rows * (capacity + 1)];
         list.iter_mut().step_by(capacity + 1).for_each(|e| *e = A::infinity().ranked(u32::MAX));
-        let (threshold, overflowed) = (vec![A::neg_infinity(); rows], vec![false; rows]);
-        Self { threshold, list, overflowed, capacity, width, backwards }
+        Self { threshold: vec![A::neg_infinity(); rows], list, capacity, width, backwards }
     }
 
     /// Empties all lists.
     pub(crate) fn clear(&mut self) {
         self.threshold.fill(A::neg_infinity());
-        self.overflowed.fill(false);
         for list in self.list.chunks_exact_mut(self.capacity + 1) {
             list[1..].fill(A::neg_infinity().ranked(0));
         }
@@ -116,11 +112,10 @@ impl<A: Real> TopK<A> {
         score > self.threshold[row]
     }
 
-    /// Inserts a score that exceeds the threshold of its row.
+    /// Inserts a score that exceeds the threshold of its row; infinite scores are ignored.
     #[inline(always)]
     pub(crate) fn insert(&mut self, row: usize, score: A, key: u32) {
         if score == A::infinity() {
-            self.overflowed[row] = true;
             return;
         }
         let entry = score.ranked(if self.backwards { key } else { !key });
@@ -143,13 +138,10 @@ impl<A: Real> TopK<A> {
         self.threshold[row] = A::unranked(list[self.capacity]).0;
     }
 
-    /// Writes the keys of a row into `keys`, in descending order of the scores; none if one of the scores overflowed.
+    /// Writes the keys of a row into `keys`, in descending order of the scores.
     #[inline(always)]
     pub(crate) fn keys(&self, row: usize, keys: &mut Vec<u32>) {
         keys.clear();
-        if self.overflowed[row] {
-            return;
-        }
         let list = &self.list[row * (self.capacity + 1)..(row + 1) * (self.capacity + 1)];
         for &entry in &list[1..] {
             let (score, tie) = A::unranked(entry);

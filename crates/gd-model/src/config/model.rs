@@ -396,6 +396,10 @@ impl ModelConfig {
         positive("rope_parameters.factor", rope.factor);
         positive("rope_parameters.low_freq_factor", rope.low_freq_factor);
         positive("rope_parameters.high_freq_factor", rope.high_freq_factor);
+        if let (Some(low), Some(high)) = (rope.low_freq_factor, rope.high_freq_factor) {
+            let name = "rope_parameters.high_freq_factor";
+            checks.require(high > low, name, high, format!("above low_freq_factor {low}"));
+        }
         if let Some(context) = rope.unscaled_context {
             let name = "rope_parameters.original_max_position_embeddings";
             let allowed = format!("from 1 to {MAX_SIZE}");

@@ -48,7 +48,7 @@ SELECTING = {
     "blend-dot": {"beacon": BEACON | {"averages": 1, "conv_width": 1},
                   "select": {"score": "dot", "estimator": "blend", "temperature": 0.7, "threshold": 2.0}},
     "softmax": {"mechanism": ["gd", "softmax"]},
-    "induction-heads": {"mechanism": ["gd", "softmax"], "induction_heads": [1, 2]},
+    "induction-heads": {"mechanism": ["gd", "softmax"], "induction_heads": [2, 2]},
 }
 
 

@@ -94,8 +94,9 @@ impl SoftmaxAttention {
     /// The output of the layer with a null slot.
     fn blend_with_null(&self, null: &NullSlot, projected: Projected, pass: &Pass) -> Result<Tensor> {
         let Projected { q, k, v, prior, mask, .. } = &projected;
+        let [q, k, sink] = null.operands(q, k)?;
         if pass.stats.is_some() || asked(pass).is_some() {
-            let weights = null.weights(&projected)?;
+            let weights = null_weights([&q, &k, &sink], prior.as_ref(), mask)?;
             if let Some(stats) = pass.stats {
                 stats.borrow_mut().push(SelectionStats::of_weights(&weights)?);
             }
@@ -106,7 +107,6 @@ impl SoftmaxAttention {
                 greatest.report(probe, pass.layer)?;
             }
         }
-        let (q, k, sink) = null.operands(q, k)?;
         let y = softmax_attention(&q, &k, v, prior.as_ref(), Some(&sink), mask, 1.0)?;
         self.heads.output(y, projected)
     }
@@ -116,7 +116,7 @@ impl NullSlot {
     /// Queries, keys and sinks whose softmax attention with scale 1 has the weights of q and k: the scores
     /// `2 beta <q, k> - beta |k|^2` and the sink `beta |q|^2 - threshold` are those of the energies and of the null slot,
     /// each with `beta |q|^2` added.
-    fn operands(&self, q: &Tensor, k: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+    fn operands(&self, q: &Tensor, k: &Tensor) -> Result<[Tensor; 3]> {
         let ((b, hq, n, _), dtype) = (q.dims4()?, q.dtype());
         let per_head = |t: &Tensor| t.to_dtype(dtype)?.reshape((1, hq, 1, 1));
         let beta = per_head(&self.log_beta.exp()?)?;
@@ -124,41 +124,27 @@ impl NullSlot {
         let queries = Tensor::cat(&[queries, beta.neg()?.broadcast_as((b, hq, n, 1))?], D::Minus1)?;
         let keys = Tensor::cat(&[k, &k.sqr()?.sum_keepdim(D::Minus1)?], D::Minus1)?;
         let norms = q.sqr()?.sum_keepdim(D::Minus1)?.broadcast_mul(&beta)?;
-        Ok((queries, keys, norms.broadcast_sub(&per_head(&self.threshold)?)?.squeeze(D::Minus1)?))
+        Ok([queries, keys, norms.broadcast_sub(&per_head(&self.threshold)?)?.squeeze(D::Minus1)?])
     }
+}
 
-    /// The weights `[B, Hq, N, M]`, without that of the null slot.
-    fn weights(&self, projected: &Projected) -> Result<Tensor> {
-        let Projected { q, k, prior, mask, .. } = projected;
-        let ((b, hq, n, d), (hk, m)) = (q.dims4()?, (k.dim(1)?, k.dim(2)?));
-        // The heads of a group share keys: fold them into the rows of one product.
-        let rows = q.contiguous()?.reshape((b, hk, hq / hk * n, d))?;
-        let products = rows.matmul(&k.contiguous()?.t()?)?.reshape((b, hq, n, m))?;
-        let dtype = products.dtype();
-        let per_head = |t: &Tensor| t.to_dtype(dtype)?.reshape((1, hq, 1, 1));
-        let per_key = |t: &Tensor| {
-            t.to_dtype(dtype)?
-                .reshape((b, hk, 1, 1, m))?
-                .broadcast_as((b, hk, hq / hk, 1, m))?
-                .reshape((b, hq, 1, m))
-        };
-        let beta = per_head(&self.log_beta.exp()?)?;
-        let distance = (products * -2.0)?
-            .broadcast_add(&q.sqr()?.sum_keepdim(D::Minus1)?)?
-            .broadcast_add(&per_key(&k.sqr()?.sum(3)?)?)?;
-        let scores = distance.broadcast_mul(&beta.neg()?)?;
-        let scores = match prior {
-            Some(prior) => scores.broadcast_add(&per_key(prior)?)?,
-            None => scores,
-        };
-        let visible = visible_keys(mask, [b, n, m], scores.device())?.broadcast_as(scores.shape())?;
-        let none =
-            Tensor::new(f32::NEG_INFINITY, scores.device())?.to_dtype(dtype)?.broadcast_as(scores.shape())?;
-        let scores = visible.where_cond(&scores, &none)?;
-        let null = per_head(&self.threshold)?.neg()?.broadcast_as((b, hq, n, 1))?;
-        let all = Tensor::cat(&[&scores, &null], 3)?.to_dtype(wide(dtype))?;
-        candle_nn::ops::softmax(&all, D::Minus1)?.narrow(3, 0, m)?.to_dtype(dtype)
-    }
+/// The weights `[B, Hq, N, M]` of the softmax attention of [`NullSlot::operands`], without that of the null slot.
+fn null_weights([q, k, sink]: [&Tensor; 3], prior: Option<&Tensor>, mask: &Mask) -> Result<Tensor> {
+    let ((b, hq, n, d), (hk, m), dtype) = (q.dims4()?, (k.dim(1)?, k.dim(2)?), q.dtype());
+    // The heads of a group share keys: fold them into the rows of one product.
+    let rows = q.contiguous()?.reshape((b, hk, hq / hk * n, d))?;
+    let scores = rows.matmul(&k.contiguous()?.t()?)?;
+    let scores = match prior {
+        Some(prior) => scores.broadcast_add(&prior.to_dtype(dtype)?.unsqueeze(2)?)?,
+        None => scores,
+    };
+    let scores = scores.reshape((b, hq, n, m))?;
+    let visible = visible_keys(mask, [b, n, m], scores.device())?.broadcast_as(scores.shape())?;
+    let none =
+        Tensor::new(f32::NEG_INFINITY, scores.device())?.to_dtype(dtype)?.broadcast_as(scores.shape())?;
+    let scores = visible.where_cond(&scores, &none)?;
+    let all = Tensor::cat(&[&scores, &sink.unsqueeze(3)?], 3)?.to_dtype(wide(dtype))?;
+    candle_nn::ops::softmax(&all, D::Minus1)?.narrow(3, 0, m)?.to_dtype(dtype)
 }
 
 /// The probe of a pass, if it asks for the greatest weights of this layer, and their number.

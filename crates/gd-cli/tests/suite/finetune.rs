@@ -4,27 +4,17 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::program::{SAMPLE, SMALL, error, gd, json as run_json, succeeded};
+use crate::program::{error, gd, json as run_json, succeeded, train_small, write_chats, write_mistral};
 
 const TEMPLATE: &str = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}";
 
 /// Trains the small model, with a chat template beside it, and writes chats.
 fn prepare(dir: &Path) -> Result<()> {
-    fs::write(dir.join("small.json"), SMALL)?;
-    fs::write(dir.join("text.txt"), &SAMPLE[..20_000])?;
-    succeeded(&gd(dir, "train --config small.json --data text.txt --steps 8 --out base")?)?;
+    train_small(dir)?;
     fs::write(dir.join("base/chat_template.jinja"), TEMPLATE)?;
-    let chat = |at: usize| {
-        let messages = json!([
-            { "role": "user", "content": format!("What is {at}?") },
-            { "role": "assistant", "content": format!("A number, {}.", at * 7) },
-        ]);
-        format!("{}\n", json!({ "messages": messages }))
-    };
-    fs::write(dir.join("chats.jsonl"), (0..60).map(chat).collect::<String>())?;
-    Ok(())
+    write_chats(dir)
 }
 
 fn steps(folder: &Path) -> Result<Vec<Value>> {
@@ -63,13 +53,7 @@ fn a_run_goes_on_from_a_model_and_resumes_to_the_same_bits() -> Result<()> {
 fn a_model_of_another_family_stays_one() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let dir = folder.path();
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama/mistral");
-    fs::create_dir(dir.join("base"))?;
-    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
-        let content = fs::read(fixture.join(name)).with_context(|| name.to_owned())?;
-        fs::write(dir.join("base").join(name), content)?;
-    }
-    fs::write(dir.join("text.txt"), &SAMPLE[..20_000])?;
+    write_mistral(dir)?;
     let args = "train --from base --data text.txt --set train.batch=1 --set train.accumulation=1 --steps 4";
     succeeded(&gd(dir, &format!("{args} --out whole"))?)?;
     succeeded(&gd(dir, &format!("{args} --out parts --stop-after 2"))?)?;

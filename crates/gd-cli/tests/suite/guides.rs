@@ -10,10 +10,9 @@ use candle_core::DType;
 use gd_model::io::tokenizer::Tokenizer;
 use gd_model::model::pretrained::Loaded;
 use gd_tests::repository::commands;
-use serde_json::json;
 
 use crate::generate::{model_of, models};
-use crate::program::{SAMPLE, succeeded};
+use crate::program::{SAMPLE, succeeded, write_chats};
 
 const TEMPLATE: &str = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:";
 
@@ -39,14 +38,7 @@ fn prepare(dir: &Path) -> Result<()> {
     let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/gguf/q8_0.gguf");
     fs::copy(&gguf, dir.join(quantised).join("snapshots/2e/model-q8_0.gguf"))
         .with_context(|| gguf.display().to_string())?;
-    let chat = |at: usize| {
-        let messages = json!([
-            { "role": "user", "content": format!("What is {at}?") },
-            { "role": "assistant", "content": format!("A number, {}.", at * 7) },
-        ]);
-        format!("{}\n", json!({ "messages": messages }))
-    };
-    fs::write(dir.join("chats.jsonl"), (0..60).map(chat).collect::<String>())?;
+    write_chats(dir)?;
     fs::write(dir.join("more.txt"), &SAMPLE[..5_000])?;
     Ok(fs::write(dir.join("key.txt"), "secret\n")?)
 }

@@ -6,19 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::program::{SAMPLE, SMALL, error, gd, json as run_json, succeeded};
+use crate::program::{error, gd, json as run_json, succeeded, train_small, write_mistral};
 
 const ARGS: &str = "train --from base --data text.txt --set train.batch=2 --set train.accumulation=1 --steps 20 \
                     --set train.lr.peak=1e-2 --lora r=4,alpha=8,targets=all-linear";
 const EVAL: &str = "--data text.txt --json";
-
-/// Trains the small model and writes a text.
-fn prepare(dir: &Path) -> Result<()> {
-    fs::write(dir.join("small.json"), SMALL)?;
-    fs::write(dir.join("text.txt"), &SAMPLE[..20_000])?;
-    succeeded(&gd(dir, "train --config small.json --data text.txt --steps 8 --out base")?)?;
-    Ok(())
-}
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| path.display().to_string())
@@ -32,7 +24,7 @@ fn loss(dir: &Path, model: &str) -> Result<f64> {
 fn an_adapter_is_trained_resumed_to_the_same_bits_merged_and_read() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let dir = folder.path();
-    prepare(dir)?;
+    train_small(dir)?;
     let weights = read(&dir.join("base/model.safetensors"))?;
     let plan = run_json(dir, &format!("{ARGS} --out whole --dry-run --json"))?;
     let full = run_json(
@@ -93,12 +85,7 @@ fn an_adapter_is_trained_resumed_to_the_same_bits_merged_and_read() -> Result<()
 fn an_adapter_of_another_family_is_one_of_peft() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let dir = folder.path();
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama/mistral");
-    fs::create_dir(dir.join("base"))?;
-    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
-        fs::write(dir.join("base").join(name), read(&fixture.join(name))?)?;
-    }
-    fs::write(dir.join("text.txt"), &SAMPLE[..20_000])?;
+    write_mistral(dir)?;
     let args = ARGS.replace("targets=all-linear", "targets=q_proj,down_proj");
     succeeded(&gd(dir, &format!("{args} --out run"))?)?;
     let settings: Value = serde_json::from_slice(&read(&dir.join("run/adapter_config.json"))?)?;
@@ -122,7 +109,7 @@ fn an_adapter_of_another_family_is_one_of_peft() -> Result<()> {
 fn what_does_not_fit_is_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let dir = folder.path();
-    prepare(dir)?;
+    train_small(dir)?;
     for (args, code, names) in [
         ("--data text.txt --lora r=4", 2, "--from"),
         ("--from base --data text.txt --lora rank=4", 2, "r=N, alpha=X and targets"),

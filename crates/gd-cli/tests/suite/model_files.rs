@@ -1,17 +1,13 @@
 //! Models from other programs: warnings, and their effect on results.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use gd_model::io::checkpoint::{CONFIG, TOKENIZER, WEIGHTS, load_tensors, write_tensors};
 
-use crate::program::{SMALL, command, failed, gd, json, parsed, succeeded};
-
-fn fixture() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama/mistral")
-}
+use crate::program::{SMALL, command, failed, gd, json, mistral, parsed, succeeded};
 
 #[test]
 fn a_model_of_the_hub_is_found_by_its_name() -> Result<()> {
@@ -45,14 +41,14 @@ fn a_buffer_beside_the_weights_is_named_once_and_changes_nothing() -> Result<()>
     let model = dir.join("model");
     fs::create_dir(&model)?;
     for name in [CONFIG, TOKENIZER] {
-        fs::write(model.join(name), fs::read(fixture().join(name))?)?;
+        fs::write(model.join(name), fs::read(mistral().join(name))?)?;
     }
-    let mut tensors = load_tensors(&fixture(), &Device::Cpu)?;
+    let mut tensors = load_tensors(&mistral(), &Device::Cpu)?;
     let mask = Tensor::ones((4, 4), DType::U8, &Device::Cpu)?;
     tensors.insert("model.layers.0.self_attn.bias".into(), mask);
     write_tensors(&model.join(WEIGHTS), &tensors)?;
     let args = |model: &Path| format!("eval {} --data text.txt", model.display());
-    let (plain, with_buffer) = (gd(dir, &args(&fixture()))?, gd(dir, &args(&model))?);
+    let (plain, with_buffer) = (gd(dir, &args(&mistral()))?, gd(dir, &args(&model))?);
     assert_eq!(succeeded(&plain)?, succeeded(&with_buffer)?);
     let warnings = String::from_utf8(with_buffer.stderr)?;
     ensure!(warnings.matches("model.layers.0.self_attn.bias").count() == 1, "{warnings}");

@@ -1,10 +1,11 @@
 //! Calls of the program by tests. The arguments are separated by spaces; `dir` is the working directory.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use anyhow::{Result, ensure};
-use serde_json::Value;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 
 /// The configuration of a model that trains in a second.
 pub(crate) const SMALL: &str = include_str!("../../../gd-model/tests/fixtures/small.json");
@@ -16,6 +17,41 @@ pub(crate) fn words(args: &str) -> Vec<String> {
     const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
     let without_spaces = args.replace(REPOSITORY, "\0");
     without_spaces.split_whitespace().map(|word| word.replace('\0', REPOSITORY)).collect()
+}
+
+/// The checkpoint of another family among the fixtures.
+pub(crate) fn mistral() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama/mistral")
+}
+
+/// Writes a text and the checkpoint of another family, `base`.
+pub(crate) fn write_mistral(dir: &Path) -> Result<()> {
+    fs::create_dir(dir.join("base"))?;
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        let content = fs::read(mistral().join(name)).with_context(|| name.to_owned())?;
+        fs::write(dir.join("base").join(name), content)?;
+    }
+    Ok(fs::write(dir.join("text.txt"), &SAMPLE[..20_000])?)
+}
+
+/// Writes a text and trains the small model on it, `base`.
+pub(crate) fn train_small(dir: &Path) -> Result<()> {
+    fs::write(dir.join("small.json"), SMALL)?;
+    fs::write(dir.join("text.txt"), &SAMPLE[..20_000])?;
+    succeeded(&gd(dir, "train --config small.json --data text.txt --steps 8 --out base")?)?;
+    Ok(())
+}
+
+/// Writes chats of a question and an answer, `chats.jsonl`.
+pub(crate) fn write_chats(dir: &Path) -> Result<()> {
+    let chat = |at: usize| {
+        let messages = json!([
+            { "role": "user", "content": format!("What is {at}?") },
+            { "role": "assistant", "content": format!("A number, {}.", at * 7) },
+        ]);
+        format!("{}\n", json!({ "messages": messages }))
+    };
+    Ok(fs::write(dir.join("chats.jsonl"), (0..60).map(chat).collect::<String>())?)
 }
 
 pub(crate) fn command(dir: &Path, args: &str) -> Command {

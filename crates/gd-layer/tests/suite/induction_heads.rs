@@ -5,14 +5,10 @@ use candle_nn::ops::{sigmoid, softmax};
 use gd_kernels::Mask;
 use gd_layer::{AttentionConfig, BeaconConfig, GdConfig, LayerCache, Pass, RopeScaling, Rotary};
 
-use crate::layers::{Fixture, Numbers, config, fixture};
+use crate::layers::{Fixture, Numbers, attend_in_parts, config, difference, fixture};
 
 fn induction(heads: usize, beacon: Option<BeaconConfig>) -> AttentionConfig {
     AttentionConfig { induction_heads: heads, ..config(GdConfig::default(), beacon) }
-}
-
-fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
-    (a - b)?.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar()
 }
 
 /// Softmax attention of [`config`] over x `[B, N, C]` with induction heads, by candle operations on the matrix of all
@@ -103,12 +99,9 @@ fn a_cache_continues_induction_heads() -> Result<()> {
         let f = fixture(&induction(2, beacon), selects, DType::F32, 5)?;
         let x = Numbers(7).tensor(&[3, 9, 12], 1.0, DType::F32)?;
         let full = f.layer.attend(&x, &Pass::new(&Mask::causal(0)), None)?;
-        let (mut cache, mut out) = (LayerCache::new(), Vec::new());
-        for (at, n) in [(0, 4), (4, 1), (5, 3)] {
-            let mask = Mask::causal(at as i64);
-            out.push(f.layer.attend(&x.narrow(1, at, n)?, &Pass::new(&mask), Some(&mut cache))?);
-        }
-        assert!(difference(&Tensor::cat(&out, 1)?, &full.narrow(1, 0, 8)?)? < 1e-5);
+        let mut cache = LayerCache::new();
+        let out = attend_in_parts(f.layer.as_ref(), &x, &[4, 1, 3], &mut cache)?;
+        assert!(difference(&out, &full.narrow(1, 0, 8)?)? < 1e-5);
         assert!(!cache.is_positional(), "the last input belongs to all positions");
         // Sequences in another order, stacked from two caches.
         let mut some = LayerCache::stack(&[&cache.select(&[2])?, &cache.select(&[0])?])?;

@@ -10,7 +10,7 @@ use gd_layer::{
     SoftmaxAttention,
 };
 
-use crate::layers::{Fixture, Numbers, config, fixture};
+use crate::layers::{Fixture, Numbers, attend_in_parts, config, difference, fixture};
 
 fn heads(n: usize) -> AttentionConfig {
     let gd = GdConfig {
@@ -33,10 +33,6 @@ fn share(from: &Fixture, to: &Fixture) -> Result<Vec<String>> {
         }
     }
     Ok(others)
-}
-
-fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
-    (a - b)?.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar()
 }
 
 #[test]
@@ -89,13 +85,9 @@ fn a_cache_without_keys_counts_positions() -> Result<()> {
     let f = fixture(&heads(0), true, DType::F32, 5)?;
     let x = Numbers(7).tensor(&[3, 9, 12], 1.0, DType::F32)?;
     let full = f.layer.attend(&x, &Pass::new(&Mask::causal(0)), None)?;
-    let (mut cache, mut out) = (LayerCache::new(), Vec::new());
-    for (at, n) in [(0, 4), (4, 1), (5, 3)] {
-        let mask = Mask::causal(at as i64);
-        out.push(f.layer.attend(&x.narrow(1, at, n)?, &Pass::new(&mask), Some(&mut cache))?);
-        assert_eq!(cache.lengths(), [at + n; 3]);
-    }
-    assert!(difference(&Tensor::cat(&out, 1)?, &full.narrow(1, 0, 8)?)? < 1e-5);
+    let mut cache = LayerCache::new();
+    let out = attend_in_parts(f.layer.as_ref(), &x, &[4, 1, 3], &mut cache)?;
+    assert!(difference(&out, &full.narrow(1, 0, 8)?)? < 1e-5);
     // Two of the sequences, in another order.
     let mut some = cache.select(&[2, 0])?;
     let last = x.narrow(1, 8, 1)?.contiguous()?.index_select(&Tensor::new(&[2u32, 0], &Device::Cpu)?, 0)?;

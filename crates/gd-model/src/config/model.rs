@@ -224,6 +224,11 @@ pub(super) fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
 const NOT_OF_THE_MODEL: [&str; 6] =
     ["_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"];
 
+/// The entry of a layer in a list with one for every layer, a single one for all layers, or none.
+fn of_layer<T: Copy>(entries: &[T], layer: usize) -> Option<T> {
+    entries.get(layer).or(entries.last()).copied()
+}
+
 impl ModelConfig {
     /// Reads a `config.json`. Without a block `gd` it is that of another family, which is translated.
     ///
@@ -263,20 +268,17 @@ impl ModelConfig {
 
     /// The sliding window of a layer in tokens; `None` for full attention.
     pub fn window(&self, layer: usize) -> Option<usize> {
-        let windows = &self.gd.windows;
-        windows.get(layer).or(windows.last()).copied().flatten()
+        of_layer(&self.gd.windows, layer).flatten()
     }
 
     /// The number of heads of a layer that read keys; `None` for all.
     pub fn selecting_heads(&self, layer: usize) -> Option<usize> {
-        let heads = &self.gd.selecting_heads;
-        heads.get(layer).or(heads.last()).copied()
+        of_layer(&self.gd.selecting_heads, layer)
     }
 
     /// The number of heads of a layer that read what follows a match of their content.
     pub fn induction_heads(&self, layer: usize) -> usize {
-        let heads = &self.gd.induction_heads;
-        heads.get(layer).or(heads.last()).copied().unwrap_or(0)
+        of_layer(&self.gd.induction_heads, layer).unwrap_or(0)
     }
 
     /// The configuration of the attention of a layer.
@@ -336,19 +338,14 @@ impl ModelConfig {
             let text = format!("{mechanisms} mechanisms for {layers} layers (1 or {layers} expected)");
             checks.add(Err(Error::Invalid(text)));
         }
-        if windows > 1 && windows != layers {
-            let text = format!("{windows} windows for {layers} layers (0, 1 or {layers} expected)");
-            checks.add(Err(Error::Invalid(text)));
-        }
-        let selecting = self.gd.selecting_heads.len();
-        if selecting > 1 && selecting != layers {
-            let text = format!("{selecting} selecting_heads for {layers} layers (0, 1 or {layers} expected)");
-            checks.add(Err(Error::Invalid(text)));
-        }
-        let induction = self.gd.induction_heads.len();
-        if induction > 1 && induction != layers {
-            let text = format!("{induction} induction_heads for {layers} layers (0, 1 or {layers} expected)");
-            checks.add(Err(Error::Invalid(text)));
+        let (selecting, induction) = (self.gd.selecting_heads.len(), self.gd.induction_heads.len());
+        for (name, entries) in
+            [("windows", windows), ("selecting_heads", selecting), ("induction_heads", induction)]
+        {
+            if entries > 1 && entries != layers {
+                let text = format!("{entries} {name} for {layers} layers (0, 1 or {layers} expected)");
+                checks.add(Err(Error::Invalid(text)));
+            }
         }
         if let (Some(theta), Some(parameters)) = (self.rope_theta, &self.rope_parameters)
             && theta != parameters.rope_theta

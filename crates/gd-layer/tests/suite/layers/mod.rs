@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use gd_kernels::{Barrier, CandidateGradient, Estimator, Gate};
+use gd_kernels::{Barrier, CandidateGradient, Estimator, Gate, Mask};
 use gd_layer::{
-    Attention, AttentionConfig, BeaconConfig, GdAttention, GdConfig, RopeScaling, Rotary, SoftmaxAttention,
+    Attention, AttentionConfig, BeaconConfig, GdAttention, GdConfig, LayerCache, Pass, RopeScaling, Rotary,
+    SoftmaxAttention,
 };
 
 /// A small generator of numbers in (-1, 1).
@@ -57,6 +58,28 @@ pub(crate) fn fixture(cfg: &AttentionConfig, selects: bool, dtype: DType, seed: 
         })?;
     }
     Ok(Fixture { layer, vars })
+}
+
+/// The greatest absolute difference of two tensors.
+pub(crate) fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
+    (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.max_all()?.to_scalar()
+}
+
+/// The outputs of a layer for the first positions of x, in parts that each continue the cache.
+pub(crate) fn attend_in_parts(
+    layer: &dyn Attention,
+    x: &Tensor,
+    parts: &[usize],
+    cache: &mut LayerCache,
+) -> Result<Tensor> {
+    let mut out = Vec::new();
+    for &rows in parts {
+        let at = cache.len();
+        let mask = Mask::causal(at as i64);
+        out.push(layer.attend(&x.narrow(1, at, rows)?, &Pass::new(&mask), Some(&mut *cache))?);
+        assert_eq!(cache.lengths(), vec![at + rows; x.dim(0)?]);
+    }
+    Tensor::cat(&out, 1)
 }
 
 /// Grouped-query attention, odd sizes, every part that has parameters.

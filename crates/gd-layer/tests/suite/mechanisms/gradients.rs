@@ -71,7 +71,7 @@ fn a_hard_choice_has_the_gradient_of_its_softmax() -> Result<()> {
         let out = softmax(&q)?;
         let loss = (&out * Numbers(99).tensor(out.dims(), 1.0, DType::F64)?)?.sum_all()?;
         let soft = loss.backward()?.get(&q).expect("a gradient").clone();
-        let apart = super::problem::difference(&hard, &soft)?;
+        let apart = crate::layers::difference(&hard, &soft)?;
         assert!(apart < 1e-12, "{:?}: {apart}", subject.mechanism);
     }
     Ok(())

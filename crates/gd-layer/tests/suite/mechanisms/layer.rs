@@ -12,8 +12,9 @@ use gd_layer::{
 };
 use serde_json::{Value, json};
 
-use super::problem::{difference, mechanism};
+use super::problem::mechanism;
 use crate::layers::Numbers;
+use crate::layers::difference;
 
 const WIDTH: usize = 12;
 

@@ -1,6 +1,6 @@
 //! Random problems for every mechanism.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use gd_layer::mechanisms::{AttentionMechanism, Inputs, Outputs};
 use serde_json::{Value, json};
 
@@ -157,9 +157,4 @@ fn random_mask(sizes: &Sizes, numbers: &mut Numbers) -> Result<Tensor> {
     let Sizes { queries: n, keys: m, .. } = *sizes;
     let visible = |at: usize| u8::from(numbers.next() > -0.33 && at >= m);
     Tensor::from_vec((0..n * m).map(visible).collect(), (n, m), &Device::Cpu)
-}
-
-/// The greatest difference of two tensors.
-pub(super) fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
-    (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.flatten_all()?.max(D::Minus1)?.to_scalar()
 }

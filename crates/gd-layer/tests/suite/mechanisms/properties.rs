@@ -5,8 +5,9 @@ use gd_layer::mechanisms::{AttentionMechanism, TABLE};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::problem::{Sizes, Subject, difference, mechanism, subjects};
+use super::problem::{Sizes, Subject, mechanism, subjects};
 use crate::layers::Numbers;
+use crate::layers::difference;
 
 fn sizes() -> impl Strategy<Value = Sizes> {
     (1usize..3, 1usize..4, 1usize..7, 0usize..5).prop_map(|(key_value_heads, group, queries, more)| Sizes {

@@ -179,8 +179,7 @@ fn squared_distance<T: Element>(x: &[T], y: &[T]) -> T::Acc {
 /// Whether a squared norm or distance may leave terms of a score outside of the range of the accumulator.
 #[inline(always)]
 fn is_large<A: Real>(square: A) -> bool {
-    // NaN and infinities are.
-    !(square < A::of(MAX_SQUARE_SHARE) * A::max_value())
+    square.is_nan() || square >= A::of(MAX_SQUARE_SHARE) * A::max_value()
 }
 
 /// Whether a query is so long that its keys are ranked in f64 whatever they are.

@@ -75,7 +75,7 @@ def values(browser, page, run):
     tab.press("ArrowLeft")
     check(shown() < before, before)
     # Charts are named in words, and what a statistic says is below it.
-    titles = tab.js("[...document.querySelectorAll('h3')].map((title) => title.firstChild.textContent)")
+    titles = tab.js("[...document.querySelectorAll('h3')].map((title) => title.firstChild.textContent.trim())")
     check(not any("/" in title or "_" in title for title in titles) and "training loss" in titles, titles)
 
 

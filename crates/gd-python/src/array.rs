@@ -12,7 +12,7 @@ use dlpark::ffi::{DLDataType, DLDevice, DLDeviceType, DLManagedTensor, DLManaged
 use dlpark::interop::candle::candle_tensor_from_dlpack;
 use dlpark::python::{DlpackExporter, ExportRequest, ImportedDlpack, export_dlpack, from_dlpack};
 use dlpark::{DlpackElement, DlpackFlags, Managed, ManagedTensorBase, TensorRef};
-use pyo3::exceptions::PyBufferError;
+use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -100,8 +100,12 @@ struct Borrowed {
 impl Borrowed {
     fn new(name: &str, object: &Bound<'_, PyAny>, variable: bool) -> PyResult<Self> {
         let named = |reason: &dyn Display| invalid(format!("{name}: {reason}"));
+        let py = object.py();
         let owner = from_dlpack(object.as_borrowed(), None, None).map_err(|e| {
-            if e.is_instance_of::<PyBufferError>(object.py()) { named(e.value(object.py())) } else { e }
+            match e.is_instance_of::<PyBufferError>(py) || e.is_instance_of::<PyValueError>(py) {
+                true => named(e.value(py)),
+                false => e,
+            }
         })?;
         let (storage, dims, order) = {
             let view = owner.validate().map_err(|e| named(&e))?;
@@ -132,7 +136,7 @@ impl Borrowed {
         Ok(borrowed)
     }
 
-    /// A copy, for an array with gaps or repeated elements.
+    /// A copy, for an array with gaps or repeated elements, or without any.
     fn copied(name: &str, owner: &ImportedDlpack, variable: bool) -> PyResult<Self> {
         let named = |reason: &dyn Display| invalid(format!("{name}: {reason}"));
         let view = owner.validate().map_err(|e| named(&e))?;
@@ -198,10 +202,11 @@ impl InplaceOp1 for TakeOut {
 }
 
 /// The dimensions in the order of the memory, the slowest first; none if the elements have gaps between them, repeat, or run
-/// backwards.
+/// backwards, or if there are none.
 fn memory_order(dims: &[usize], strides: &[i64]) -> Option<Vec<usize>> {
     if dims.contains(&0) {
-        return Some((0..dims.len()).collect());
+        // Nothing is to be borrowed, and candle refuses to take elements out of a tensor with such strides.
+        return None;
     }
     let mut order: Vec<usize> = (0..dims.len()).collect();
     // A dimension of size 1 can have any stride, and stays in its place as far as the others allow.
@@ -250,9 +255,6 @@ fn supported(name: &str, dtype: DLDataType) -> PyResult<DType> {
 fn borrow(dtype: DType, view: &TensorRef<'_>) -> Result<CpuStorage, String> {
     fn elements<T: DlpackElement>(view: &TensorRef<'_>) -> Result<Vec<T>, String> {
         let len = view.num_elements();
-        if len == 0 {
-            return Ok(Vec::new());
-        }
         // SAFETY: the array describes its own memory.
         let first = unsafe { view.offset_data_ptr::<T>() }.map_err(|e| e.to_string())?;
         // SAFETY: the pointer is not null and aligned, and `len` elements of the dtype of the array, which `offset_data_ptr` has

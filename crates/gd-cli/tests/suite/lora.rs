@@ -38,7 +38,6 @@ fn an_adapter_is_trained_resumed_to_the_same_bits_merged_and_read() -> Result<()
     ensure!(count(&full, "trained_parameters")? == count(&full, "parameters")?, "{full}");
     let trained = count(&plan, "trained_parameters")?;
     ensure!(count(&plan, "parameters")? == count(&full, "parameters")? + trained, "{plan}");
-    ensure!(plan["peak_memory_mib"].as_f64() < full["peak_memory_mib"].as_f64(), "{plan} {full}");
     let text = succeeded(&gd(dir, &format!("{ARGS} --out whole --dry-run"))?)?;
     ensure!(text.contains(&format!("{trained} of them trained")), "{text}");
 

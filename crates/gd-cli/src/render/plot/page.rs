@@ -90,10 +90,10 @@ mod tests {
             (299 * part(1) + 587 * part(3) + 114 * part(5)) / 1000
         };
         for color in colors(&light) {
-            let dark = match style.split_once(&format!("[fill=\"{color}\"] {{ fill: ")) {
-                Some((_, rest)) => &rest[..7],
-                None => color,
-            };
+            let rule = ["fill", "stroke"]
+                .iter()
+                .find_map(|name| style.split_once(&format!("[{name}=\"{color}\"] {{ {name}: ")));
+            let dark = rule.map_or(color, |(_, rest)| &rest[..7]);
             // The paper and the lines of the grid are dark, everything else is light.
             let expected = if ["#FFFFFF", "#DFE2E8"].contains(&color) { 0..75 } else { 130..256 };
             assert!(expected.contains(&brightness(dark)), "{color} is {dark}");

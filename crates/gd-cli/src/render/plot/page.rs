@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dark_scheme_replaces_what_would_not_be_seen_on_its_paper() {
+    fn the_dark_scheme_replaces_colors_that_are_too_close_to_its_paper() {
         let (light, text) = (light(&[panel()][..], Layout::Wide).unwrap(), svg(&[panel()][..]).unwrap());
         let (style, rest) = text.split_once("</style>").unwrap();
         assert!(light.ends_with(rest) && style.contains("prefers-color-scheme: dark"));

@@ -207,6 +207,7 @@ fn the_server_names_its_model_and_shows_its_page() -> Result<()> {
     let folder = tempfile::tempdir()?;
     save(folder.path(), 64)?;
     let server = Served::start(folder.path(), "--name small")?;
+    ensure!(server.address.starts_with("127.0.0.1:"), "{}", server.address);
     let models = server.get("/v1/models")?.json()?;
     ensure!(models["object"] == "list" && models["data"][0]["id"] == "small", "{models}");
     ensure!(server.get("/v1/models/small")?.json()?["object"] == "model");

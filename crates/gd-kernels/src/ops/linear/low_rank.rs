@@ -77,22 +77,22 @@ pub fn low_rank_linear(
     dropout.map_or(Ok(()), Dropout::validate)?;
     let scale = scale * dropout.map_or(1.0, Dropout::factor);
     // What is left of rows after dropout, without its factor. The backward pass computes the mask again and does not store it.
-    let kept = move |rows: Tensor| match dropout {
+    let masked = move |rows: Tensor| match dropout {
         Some(dropout) => &rows * dropout.mask(&rows)?,
         None => Ok(rows),
     };
     let precision = MatmulPrecision::current();
     let weight = weight.detach();
     let y = linear(&x.detach(), &weight, bias.map(Tensor::detach).as_ref())?;
-    let low = product(&product(&kept(rows_of(x)?)?, &a.t()?)?, &b.t()?)?;
+    let low = product(&product(&masked(rows_of(x)?)?, &a.t()?)?, &b.t()?)?;
     let y = Finished::copy_of(&(&y + (low.reshape(y.shape())? * scale)?)?)?;
     Ok(attach3(NAME, [x, a, b], y, move |[x, a, b], _, dy| {
         with_matmul_precision(precision, || {
-            let (rows, dy) = (kept(rows_of(x)?)?, rows_of(dy)?);
+            let (rows, dy) = (masked(rows_of(x)?)?, rows_of(dy)?);
             let dlow = (product(&dy, b)? * scale)?;
             let dx = || {
                 let dx = product(&dy, &weight.to_dtype(dy.dtype())?)?;
-                (dx + kept(product(&dlow, a)?)?)?.reshape(x.shape())
+                (dx + masked(product(&dlow, a)?)?)?.reshape(x.shape())
             };
             let db = (product(&dy.t()?, &product(&rows, &a.t()?)?)? * scale)?;
             let dx = x.track_op().then(dx).transpose()?;
@@ -146,8 +146,8 @@ mod tests {
                 Ok(low_rank_linear(&t[0], &weight, None, added)?)
             },
             |t| {
-                let kept = ((&t[0] * &mask)? * (1.0 / 0.6))?;
-                let low = kept.broadcast_matmul(&t[1].t()?)?.broadcast_matmul(&t[2].t()?)?;
+                let masked = ((&t[0] * &mask)? * (1.0 / 0.6))?;
+                let low = masked.broadcast_matmul(&t[1].t()?)?.broadcast_matmul(&t[2].t()?)?;
                 t[0].broadcast_matmul(&weight.t()?)? + (low * 1.5)?
             },
         )?;

@@ -5,10 +5,11 @@ use plotters::style::RGBColor;
 use super::style::{DARK_COLORS, DARK_PAPER};
 use crate::render::html::{escape, policy};
 
-/// The style sheet of a page without that of the dark scheme. The wide form is scaled down to 700 pixels at most.
+/// The style sheet of a page without the dark colors of its pictures. The wide form is scaled down to 700 pixels at most.
 const STYLE: &str = "
 :root { color-scheme: light dark; }
 body { margin: 0; background: #ffffff; }
+@media (prefers-color-scheme: dark) { body { background: #14171c; } }
 svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .narrow { display: none; }
 @media (max-width: 700px) { .wide { display: none; } .narrow { display: block; } }
@@ -29,10 +30,7 @@ fn dark(files: &[&str]) -> String {
     };
     let paper = DARK_PAPER.map(|pair| rule(":not(text)", pair)).concat();
     let colors = DARK_COLORS.map(|pair| rule("", pair)).concat();
-    format!(
-        "@media (prefers-color-scheme: dark) {{\nbody {{ background: {}; }}\n{paper}{colors}}}\n",
-        hex(DARK_PAPER[0].1)
-    )
+    format!("@media (prefers-color-scheme: dark) {{\n{paper}{colors}}}\n")
 }
 
 /// Adds the dark color scheme to the text of an SVG file in light colors.

@@ -10,8 +10,9 @@
 
 use anyhow::{Context, Result};
 use candle_core::{D, DType, Device, Tensor};
-use candle_nn::{AdamW, Embedding, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
+use candle_nn::{AdamW, Embedding, Linear, Module, Optimizer, ParamsAdamW, VarBuilder};
 use gd_layer::mechanisms::{AttentionMechanism, Inputs};
+use gd_model::model::params::Params;
 
 /// Different digits; the decoder starts with one more symbol.
 const DIGITS: usize = 10;
@@ -155,10 +156,11 @@ fn shifted(answers: &Tensor) -> Result<Tensor> {
 /// Trains a model and returns the share of correct digits on new sequences.
 fn train(mechanism: AttentionMechanism, task: Task, steps: usize) -> Result<f64> {
     let mut numbers = Numbers(0x9E37_79B9_7F4A_7C15);
-    let weights = VarMap::new();
-    let model = Model::new(mechanism, VarBuilder::from_varmap(&weights, DType::F32, &Device::Cpu))?;
-    let mut optimizer =
-        AdamW::new(weights.all_vars(), ParamsAdamW { lr: 1e-2, weight_decay: 0.0, ..Default::default() })?;
+    // Initial values that follow from a seed: those of a VarMap on the CPU differ from run to run.
+    let params = Params::new(1, DType::F32, &Device::Cpu);
+    let model = Model::new(mechanism, params.builder())?;
+    let vars = params.vars().into_iter().map(|(_, var)| var).collect();
+    let mut optimizer = AdamW::new(vars, ParamsAdamW { lr: 1e-2, weight_decay: 0.0, ..Default::default() })?;
     for _ in 0..steps {
         let [inputs, answers] = task.batch(&mut numbers)?;
         optimizer.backward_step(&model.loss(&inputs, &answers)?)?;

@@ -227,6 +227,34 @@ fn overflowed_energies_are_counted_or_refused_and_their_keys_are_right() {
 }
 
 #[test]
+fn checked_mode_refuses_dot_products_that_overflow_for_some_keys_alone() {
+    // The greatest product exceeds f32, so that a scan does not find its key; the others fit.
+    let (q, mut k) = (vec![1e15f32; 2 * 8], vec![1e10f32; 5 * 8]);
+    k[3 * 8..4 * 8].fill(1e25);
+    let mut tensors = |far: f32| {
+        k[3 * 8 + 5] = far;
+        let q = Tensor::from_vec(q.clone(), (1, 2, 1, 8), &Device::Cpu).unwrap();
+        (q, Tensor::from_vec(k.clone(), (1, 1, 5, 8), &Device::Cpu).unwrap())
+    };
+    let (beta, mask) = (Tensor::ones(2, DType::F32, &Device::Cpu).unwrap(), Mask::none());
+    for precision in [Precision::Native, Precision::Certified] {
+        let dot = Scan { score: Score::Dot, precision, ..Scan::new(&beta, &mask, 1) };
+        let (q, k) = tensors(2e25);
+        let e = scan(&q, &k, &dot.clone().checked()).unwrap_err().to_string();
+        assert!(e.contains("q[0, 0, 0]") && e.contains("1.0e15"), "{e}");
+        assert!(e.contains("k[0, 0, 3]") && e.contains("2.0e25"), "{e}");
+        // A key that no query sees is not checked.
+        let first = Mask::causal(2);
+        assert!(scan(&q, &k, &Scan { mask: &first, ..dot.clone() }.checked()).is_ok());
+        // A longer query is ranked in f64, and its energy fits if beta makes it so.
+        let q = (q * 1e5).unwrap();
+        let small = Tensor::full(1e-10f32, 2, &Device::Cpu).unwrap();
+        let scanned = scan(&q, &k, &Scan { beta: &small, ..dot }.checked()).unwrap();
+        assert_eq!(index(&scanned), [3, 3]);
+    }
+}
+
+#[test]
 fn an_energy_that_fits_is_right_where_its_squares_overflow() {
     let (q, k) = (normal(5, [1, 1, 3, 8], 1e20, 0.0), normal(6, [1, 1, 9, 8], 1e20, 0.0));
     let (beta, mask) = (Tensor::new(&[1e-38f32], &Device::Cpu).unwrap(), Mask::none());

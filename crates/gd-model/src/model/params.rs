@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_nn::init::NormalOrUniform;
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use rand::SeedableRng;
@@ -240,7 +241,18 @@ fn initial(seed: u64, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
             let uniform = Uniform::new(lo as f32, up as f32).map_err(|e| wrong(&e))?;
             (0..n).map(|_| uniform.sample(&mut rng)).collect()
         }
-        Init::Kaiming { .. } => return Err(wrong(&"the Kaiming initialization is not supported")),
+        Init::Kaiming { dist, fan, non_linearity } => {
+            let stdev = non_linearity.gain() / (fan.for_shape(shape) as f64).sqrt();
+            let init = match dist {
+                NormalOrUniform::Normal => Init::Randn { mean: 0.0, stdev },
+                // The standard deviation of a uniform distribution is its bound divided by √3.
+                NormalOrUniform::Uniform => {
+                    let bound = 3f64.sqrt() * stdev;
+                    Init::Uniform { lo: -bound, up: bound }
+                }
+            };
+            return initial(seed, name, shape, init);
+        }
     };
     Tensor::from_vec(values, shape.clone(), &Device::Cpu)
 }

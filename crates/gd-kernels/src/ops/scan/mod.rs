@@ -75,7 +75,7 @@ impl Candidates {
 ///
 /// # Errors
 /// [`Error::Invalid`] names the shapes, values or devices that do not fit, [`Error::Unsupported`] the value that no
-/// backend of this build supports. In checked mode, an energy that overflows.
+/// backend of this build supports. In checked mode, an energy that overflows, and dot products that may.
 pub fn scan(q: &Tensor, k: &Tensor, scan: &Scan) -> Result<Candidates> {
     let _span = operator_span("scan", Pass::Forward);
     let problem = Problem::new(q, k, scan)?;

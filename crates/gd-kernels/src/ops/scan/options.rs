@@ -42,10 +42,11 @@ pub struct Scan<'a> {
     /// Protected keys, which are candidates whatever their energy if the mask makes them visible: i32
     /// `[B|1, Hq|Hk|1, N|1, P]`, negative in unused slots. They add P slots to the K of the result.
     pub protected: Option<&'a Tensor>,
-    /// Return an error for NaN and infinities in rows that take part, and for energies that overflow. Without it, a key
-    /// with NaN or infinities is never a candidate, and overflowed energies are counted
-    /// ([`Candidates::overflowed`](crate::Candidates::overflowed)). On a GPU the values of beta, prior and protected
-    /// keys are checked in this mode only, because that waits for the device.
+    /// Return an error for NaN and infinities in rows that take part, for energies that overflow, and for dot products that
+    /// may overflow. Without it, a key with NaN or infinities is never a candidate, overflowed energies are counted
+    /// ([`Candidates::overflowed`](crate::Candidates::overflowed)), and keys whose dot product with a query of a norm below
+    /// 2^60 overflows are not found. On a GPU the values of beta, prior and protected keys are checked in this mode only,
+    /// because that waits for the device.
     pub checked: bool,
     /// How the candidates are found; the result is the same.
     pub precision: Precision,
@@ -112,7 +113,7 @@ impl<'a> Scan<'a> {
         Self { cached: Some(cached.into()), ..self }
     }
 
-    /// Returns errors for NaN and infinities in rows that take part, and for energies that overflow.
+    /// Returns errors for NaN and infinities in rows that take part, and for energies and dot products that overflow.
     #[must_use]
     pub fn checked(self) -> Self {
         Self { checked: true, ..self }

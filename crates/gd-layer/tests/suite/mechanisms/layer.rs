@@ -39,7 +39,9 @@ fn layer_and_weights(
     vars.sort_by(|a, b| a.0.cmp(&b.0));
     let mut numbers = Numbers(31);
     for (_, var) in vars {
-        var.set(&(var.as_tensor() + numbers.tensor(var.dims(), 0.8, DType::F64)?)?)?;
+        let noise = numbers.tensor(var.dims(), 0.8, DType::F64)?;
+        // Candle does not seed the initial values of matrices; those of vectors are constants.
+        var.set(&if var.rank() > 1 { noise } else { (var.as_tensor() + noise)? })?;
     }
     Ok((layer, map))
 }

@@ -1,16 +1,19 @@
-//! The checked mode of a scan: rows that take part must be finite.
+//! The checked mode of a scan: rows that take part must be finite, and their dot products within the range of a scan.
 
 use num_traits::Float;
 use rayon::prelude::*;
 
-use crate::backend::cpu::element::Element;
+use crate::backend::cpu::element::{Element, Real};
 use crate::error::{Error, Result};
 use crate::ops::scan::cpu::arguments::Arguments;
+use crate::ops::scan::cpu::ill_conditioned::has_large_norm;
 use crate::ops::scan::problem::Problem;
+use crate::options::Score;
 
-/// Refuses a NaN or an infinity in a query that has a visible key, or in a key that is visible to some query. Rows that
-/// are not read, such as padding, are not checked.
-pub(crate) fn finite<T: Element>(problem: &Problem, x: &Arguments<'_, T>) -> Result<()> {
+/// Refuses a NaN or an infinity in a query that has a visible key, or in a key that is visible to some query, and dot
+/// products that may overflow for some keys of a query and not for others. Rows that are not read, such as padding, are
+/// not checked.
+pub(crate) fn rows<T: Element>(problem: &Problem, x: &Arguments<'_, T>) -> Result<()> {
     for b in 0..problem.batch {
         let mut rows = Vec::new();
         // The queries that read key j are the sum of `edge[..=j]`: +1 at the start of every range, -1 at its end.
@@ -36,8 +39,46 @@ pub(crate) fn finite<T: Element>(problem: &Problem, x: &Arguments<'_, T>) -> Res
         for h in 0..problem.kv_heads {
             check_rows("k", &keys, [b, h], |j| x.k.row(b, h, j))?;
         }
+        if problem.score == Score::Dot {
+            for h in 0..problem.q_heads {
+                check_dot_products(problem, x, [b, h], &rows, &keys)?;
+            }
+        }
     }
     Ok(())
+}
+
+/// Refuses a query whose dot products may overflow although it is not long enough to be ranked in f64 for its length
+/// alone: a scan does not find the keys whose products overflow. `|<q, k>|` is at most D times the greatest elements of
+/// both.
+fn check_dot_products<T: Element>(
+    problem: &Problem,
+    x: &Arguments<'_, T>,
+    [b, h]: [usize; 2],
+    rows: &[usize],
+    keys: &[usize],
+) -> Result<()> {
+    let greatest = |row: &[T]| row.iter().map(|x| x.up().wide().abs()).fold(0.0, f64::max);
+    let kv_head = h / problem.group();
+    let longest = keys
+        .par_iter()
+        .map(|&j| (greatest(x.k.row(b, kv_head, j)), j))
+        .max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+    let Some((largest_key, j)) = longest else { return Ok(()) };
+    let range = T::Acc::max_value().wide() / problem.head_dim as f64;
+    let overflows = |&i: &usize| {
+        let q = x.q.row(b, h, i);
+        !has_large_norm(q) && greatest(q) > range / largest_key
+    };
+    match rows.par_iter().copied().find_first(|i| overflows(i)) {
+        Some(i) => Err(Error::Invalid(format!(
+            "the dot product of query q[{b}, {h}, {i}], with an element of magnitude {:.1e}, and key k[{b}, {kv_head}, {j}], \
+             with one of {largest_key:.1e}, may overflow {:.1e}; scale q or k down",
+            greatest(x.q.row(b, h, i)),
+            T::Acc::max_value().wide(),
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn check_rows<'a, T: Element>(

@@ -28,7 +28,7 @@ pub(crate) fn check_on_host(problem: &Problem, q: &Tensor, k: &Tensor, scan: &Sc
             let x = Arguments {
                 q, k, beta: &beta, prior: prior.as_ref(), protected: None, mask: scan.mask, int8: None,
             };
-            check::finite(problem, &x)
+            check::rows(problem, &x)
         }))
     })
 }

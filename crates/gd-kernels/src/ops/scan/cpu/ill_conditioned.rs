@@ -43,8 +43,7 @@ impl<'a, T: Element> Block<'a, T> {
         let Some(&top_key) = keys.first() else { return false };
         let (q, k) = (self.x.q.row(self.b, self.h, self.rows.start + row), self.key(top_key as usize));
         let (square, distance) = (square(q), squared_distance(q, k));
-        let limit = T::Acc::of(MAX_SQUARE_SHARE) * T::Acc::max_value();
-        if !(square < limit && distance < limit) {
+        if is_large::<T::Acc>(square) || is_large::<T::Acc>(distance) {
             return true;
         }
         self.problem.score == Score::Energy && is_near(square, distance) || self.keys_have_offset(visible)
@@ -175,6 +174,18 @@ fn squared_distance<T: Element>(x: &[T], y: &[T]) -> T::Acc {
             difference * difference
         },
     )
+}
+
+/// Whether a squared norm or distance may leave terms of a score outside of the range of the accumulator.
+#[inline(always)]
+fn is_large<A: Real>(square: A) -> bool {
+    // NaN and infinities are.
+    !(square < A::of(MAX_SQUARE_SHARE) * A::max_value())
+}
+
+/// Whether a query is so long that its keys are ranked in f64 whatever they are.
+pub(super) fn has_large_norm<T: Element>(q: &[T]) -> bool {
+    is_large(square(q))
 }
 
 /// Whether a vector of this squared norm is near another at this squared distance.

@@ -79,7 +79,7 @@ pub(crate) fn scan(
                 q, k, beta: &beta, prior: prior.as_ref(), protected: protected.as_ref(), mask: scan.mask, int8,
             };
             if scan.checked {
-                check::finite(problem, &x)?;
+                check::rows(problem, &x)?;
             }
             Ok(run(problem, plan, &x))
         }))?;

@@ -1,5 +1,7 @@
 //! Scatter plots of labelled points with intervals and a color scale.
 
+use std::ops::Range;
+
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::colors::colormaps::ViridisRGB;
@@ -16,7 +18,7 @@ const RADIUS_PX: i32 = 7;
 /// Width and height that the number of a point takes.
 const NUMBER_PX: (i32, i32) = (20, 15);
 /// Distances from a point at which its number is tried.
-const NUMBER_DISTANCES_PX: [i32; 4] = [17, 30, 46, 64];
+const NUMBER_DISTANCES_PX: [i32; 5] = [17, 30, 46, 64, 84];
 /// Directions in which its number is tried, in eighths of a turn from the right, upwards first.
 const DIRECTIONS: [(i32, i32); 8] = [(1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1)];
 /// Length of the color scale, its height with its labels, and the height of a line of its title.
@@ -110,7 +112,7 @@ impl Scatter {
             }
         }
         let centers: Vec<(i32, i32)> = self.points.iter().map(|p| pixel(p.x[0], p.y[0])).collect();
-        let numbers = number_positions(&centers);
+        let numbers = number_positions(&centers, &plot.get_pixel_range());
         for ((point, &center), &number) in self.points.iter().zip(&centers).zip(&numbers) {
             screen.draw(&PathElement::new(vec![center, number], INK.mix(0.4).stroke_width(1)))?;
             draw_point(&screen, center, point.value)?;
@@ -166,9 +168,9 @@ fn color(value: f64) -> RGBColor {
     ViridisRGB.get_color(value.clamp(0.0, 1.0))
 }
 
-/// Where the numbers of points are centered: the nearest position of those that are tried at which a number covers no
-/// point and no other number.
-fn number_positions(centers: &[(i32, i32)]) -> Vec<(i32, i32)> {
+/// Where the numbers of points are centered: the nearest position of those that are tried at which a number lies inside of
+/// the ranges of pixels and covers no point and no other number.
+fn number_positions(centers: &[(i32, i32)], (xs, ys): &(Range<i32>, Range<i32>)) -> Vec<(i32, i32)> {
     let mut placed: Vec<(i32, i32)> = Vec::new();
     let overlaps = |a: (i32, i32), b: (i32, i32), width: i32, height: i32| {
         (a.0 - b.0).abs() < width && (a.1 - b.1).abs() < height
@@ -182,7 +184,11 @@ fn number_positions(centers: &[(i32, i32)]) -> Vec<(i32, i32)> {
             let clear_of_points = centers
                 .iter()
                 .all(|&c| !overlaps(*at, c, NUMBER_PX.0 / 2 + margin, NUMBER_PX.1 / 2 + margin));
-            clear_of_points && placed.iter().all(|&other| !overlaps(*at, other, NUMBER_PX.0, NUMBER_PX.1))
+            let inside = [at.0 - NUMBER_PX.0 / 2, at.0 + NUMBER_PX.0 / 2].iter().all(|x| xs.contains(x))
+                && [at.1 - NUMBER_PX.1 / 2, at.1 + NUMBER_PX.1 / 2].iter().all(|y| ys.contains(y));
+            inside
+                && clear_of_points
+                && placed.iter().all(|&other| !overlaps(*at, other, NUMBER_PX.0, NUMBER_PX.1))
         };
         let position = tried.clone().find(is_free).or_else(|| tried.clone().next()).unwrap_or((x, y));
         placed.push(position);
@@ -230,15 +236,17 @@ mod tests {
     }
 
     #[test]
-    fn numbers_cover_neither_points_nor_each_other() {
-        let centers: Vec<(i32, i32)> = (0..6).map(|i| (100, 100 + 6 * i)).collect();
-        let numbers = number_positions(&centers);
+    fn numbers_cover_neither_points_nor_each_other_and_stay_inside() {
+        // Eight points that lie close together at the right edge.
+        let centers: Vec<(i32, i32)> = (0..8).map(|i| (390, 100 + 6 * i)).collect();
+        let numbers = number_positions(&centers, &(0..400, 0..300));
         for (i, a) in numbers.iter().enumerate() {
             let apart = |b: &(i32, i32), width: i32, height: i32| {
                 (a.0 - b.0).abs() >= width || (a.1 - b.1).abs() >= height
             };
             assert!(numbers[..i].iter().all(|b| apart(b, NUMBER_PX.0, NUMBER_PX.1)), "{numbers:?}");
             assert!(centers.iter().all(|b| apart(b, RADIUS_PX, RADIUS_PX)), "{numbers:?}");
+            assert!(a.0 + NUMBER_PX.0 / 2 < 400, "{numbers:?}");
         }
     }
 }

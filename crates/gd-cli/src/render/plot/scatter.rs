@@ -18,7 +18,7 @@ const RADIUS_PX: i32 = 7;
 /// Width and height that the number of a point takes.
 const NUMBER_PX: (i32, i32) = (20, 15);
 /// Distances from a point at which its number is tried.
-const NUMBER_DISTANCES_PX: [i32; 5] = [17, 30, 46, 64, 84];
+const NUMBER_DISTANCES_PX: [i32; 7] = [17, 30, 46, 64, 84, 106, 130];
 /// Directions in which its number is tried, in eighths of a turn from the right, upwards first.
 const DIRECTIONS: [(i32, i32); 8] = [(1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1)];
 /// Length of the color scale, its height with its labels, and the height of a line of its title.
@@ -237,8 +237,8 @@ mod tests {
 
     #[test]
     fn numbers_cover_neither_points_nor_each_other_and_stay_inside() {
-        // Eight points that lie close together at the right edge.
-        let centers: Vec<(i32, i32)> = (0..8).map(|i| (390, 100 + 6 * i)).collect();
+        // Twelve points that lie close together at the right edge.
+        let centers: Vec<(i32, i32)> = (0..12).map(|i| (390, 100 + 6 * i)).collect();
         let numbers = number_positions(&centers, &(0..400, 0..300));
         for (i, a) in numbers.iter().enumerate() {
             let apart = |b: &(i32, i32), width: i32, height: i32| {

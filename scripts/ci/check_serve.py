@@ -5,18 +5,22 @@
     venv/bin/python scripts/ci/check_serve.py target/debug/gd MODEL
     venv/bin/python scripts/ci/check_serve.py target/debug/gd MODEL --clients 64 --seconds 60
 
-MODEL needs a chat template and a layer that selects. Starts the server on a free port, and checks completions, chats, streams, log-probabilities,
-errors, and that many clients at once get the answers that each gets alone, once or for as long as `--seconds` says. Exit code 1
-where something differs or is lost.
+MODEL needs a chat template and a layer that selects. Starts the server on a free port, and checks completions, chats, streams,
+log-probabilities, errors, the example of the guide, and that many clients at once get the answers that each gets alone, once or
+for as long as `--seconds` says. Exit code 1 where something differs or is lost.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import re
 import subprocess
 import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 
@@ -111,6 +115,18 @@ def together(client, model, url, clients, seconds):
           "the one that the client gets alone")
 
 
+def guide(url):
+    """The example of docs/src/serving.md, which prints an answer."""
+    page = (Path(__file__).resolve().parents[2] / "docs/src/serving.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for there, here in [("http://127.0.0.1:8080", url), ('"book"', '"model"'), ('"none"', repr(KEY))]:
+        check(there in code, there, code)
+        code = code.replace(there, here)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "serving.md", "exec"), {})
+    check(printed.getvalue(), "the example prints nothing")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("gd")
@@ -127,6 +143,7 @@ def main():
         completions(client, "model")
         chats(client, "model")
         errors(client, "model", url)
+        guide(url)
         together(client, "model", url, args.clients, args.seconds)
     finally:
         server.terminate()

@@ -183,7 +183,7 @@ def adapters(gd, program, work):
     bases["selecting"] = (work / "barrier-rounds", {"trust_remote_code": True})
     projections = ["all-linear", "q_proj,v_proj", "down_proj", "all-linear", "all-linear"]
     for (name, (base, options)), targets in zip(bases.items(), projections):
-        folder, lora = work / f"{name}-adapter", f"r=3,alpha=5,targets={targets}"
+        folder, lora = work / f"{name}-adapter", f"r=3,alpha=5,dropout=0.1,targets={targets}"
         run(gd, "train", "--from", base, "--data", text, "--lora", lora, "--steps", 5, "--set", "train.lr.peak=0.02",
             "--set", "train.batch=1", "--set", "train.context=32", "--set", "train.valid_fraction=0", "--out", folder)
         out = work / "adapted.safetensors"

@@ -1,5 +1,5 @@
-//! `gd train --dry-run` predicts the exact number of parameters and the peak memory within 15 %, for
-//! mechanisms that are compositions of operations within 30 %, and writes nothing.
+//! `gd train --dry-run` predicts the exact number of parameters and the peak memory within 15 %, of adapters within
+//! 10 %, for mechanisms that are compositions of operations within 30 %, and writes nothing.
 
 use std::path::Path;
 use std::process::Command;
@@ -100,8 +100,9 @@ fn the_predicted_memory_matches_the_allocator() {
         let mut recipe = Recipe::load("small").unwrap();
         (recipe.train.batch, recipe.train.context) = (1, 256);
         let targets = targets.iter().map(|name| (*name).to_owned()).collect();
-        recipe.train.lora = Some(LoraConfig { base: "base".into(), r: 16, alpha: 32.0, targets });
-        check(&recipe, &mechanism, 0.15, &mut faults);
+        recipe.train.lora =
+            Some(LoraConfig { base: "base".into(), r: 16, alpha: 32.0, dropout: 0.1, targets });
+        check(&recipe, &mechanism, 0.1, &mut faults);
     }
     // Compositions of operations, in blocks of queries or with matrices of all queries by all keys.
     for (name, context, batch) in [

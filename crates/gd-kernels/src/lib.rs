@@ -33,7 +33,7 @@ pub use ops::embedding::embedding;
 pub use ops::feed_forward::feed_forward;
 pub use ops::gated_sum::gated_sum;
 pub use ops::heads::{HeadProjection, Rotation, project_from_heads, project_to_heads};
-pub use ops::linear::{LowRank, linear, low_rank_linear};
+pub use ops::linear::{Dropout, LowRank, linear, low_rank_linear};
 pub use ops::masked_softmax::masked_softmax;
 pub use ops::newton_schulz::newton_schulz;
 pub use ops::rms_norm::rms_norm;

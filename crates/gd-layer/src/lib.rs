@@ -2,6 +2,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod adapter_dropout;
 mod attention;
 mod beacon;
 mod cache;
@@ -19,6 +20,7 @@ mod rope;
 mod softmax_attention;
 mod stats;
 
+pub use adapter_dropout::AdapterDropout;
 pub use attention::{Attention, Pass};
 pub use beacon::Beacon;
 pub use cache::LayerCache;

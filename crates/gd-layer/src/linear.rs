@@ -1,8 +1,12 @@
 //! A projection whose weights may be stored in half precision: `y = x Wᵀ + b`.
 
+use std::sync::Arc;
+
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::{LowRank, low_rank_linear};
+
+use crate::adapter_dropout::AdapterDropout;
 
 /// A projection: x `[.., I]` -> `[.., O]` in the dtype of x; see [`gd_kernels::linear`] for weights in f16 or bf16
 /// under f32 activations.
@@ -21,6 +25,8 @@ struct Adapter {
     /// `[O, R]`.
     b: Tensor,
     scale: f64,
+    /// Dropout in trainings, and the seed of this projection.
+    dropout: Option<(Arc<AdapterDropout>, u64)>,
 }
 
 impl Linear {
@@ -42,8 +48,15 @@ impl Linear {
         let uniform = Init::Uniform { lo: -bound, up: bound };
         let a = vb.pp("lora_A").get_with_hints((rank, inputs), "weight", uniform)?;
         let b = vb.pp("lora_B").get_with_hints((outputs, rank), "weight", Init::Const(0.0))?;
-        self.adapter = Some(Adapter { a, b, scale });
+        self.adapter = Some(Adapter { a, b, scale, dropout: None });
         Ok(())
+    }
+
+    /// Gives the adapter, if there is one, dropout of its inputs. `seed` is that of this projection.
+    pub fn set_dropout(&mut self, dropout: &Arc<AdapterDropout>, seed: u64) {
+        if let Some(adapter) = &mut self.adapter {
+            adapter.dropout = Some((dropout.clone(), seed));
+        }
     }
 
     /// Whether the projection has an adapter, so that its [`weight`](Linear::weight) is not all of it.
@@ -80,8 +93,10 @@ impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match &self.adapter {
             None => gd_kernels::linear(x, &self.weight, self.bias.as_ref())?,
-            Some(Adapter { a, b, scale }) => {
-                low_rank_linear(x, &self.weight, self.bias.as_ref(), LowRank { a, b, scale: *scale })?
+            Some(Adapter { a, b, scale, dropout }) => {
+                let dropout = dropout.as_ref().and_then(|(dropout, seed)| dropout.of(*seed, x));
+                let added = LowRank { a, b, scale: *scale, dropout };
+                low_rank_linear(x, &self.weight, self.bias.as_ref(), added)?
             }
         })
     }

@@ -2,15 +2,17 @@
 #![allow(unsafe_code, reason = "DLPack hands over pointers")]
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 
 use candle_core::backprop::GradStore;
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, Tensor};
 use dlpark::allocation::dynamic::Initialized;
 use dlpark::ffi::{DLDataType, DLDevice, DLDeviceType, DLManagedTensor, DLManagedTensorVersioned};
 use dlpark::interop::candle::candle_tensor_from_dlpack;
 use dlpark::python::{DlpackExporter, ExportRequest, ImportedDlpack, export_dlpack, from_dlpack};
 use dlpark::{DlpackElement, DlpackFlags, Managed, ManagedTensorBase, TensorRef};
+use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -97,9 +99,16 @@ struct Borrowed {
 
 impl Borrowed {
     fn new(name: &str, object: &Bound<'_, PyAny>, variable: bool) -> PyResult<Self> {
-        let owner = from_dlpack(object.as_borrowed(), None, None)?;
+        let named = |reason: &dyn Display| invalid(format!("{name}: {reason}"));
+        let py = object.py();
+        let owner = from_dlpack(object.as_borrowed(), None, None).map_err(|e| {
+            match e.is_instance_of::<PyBufferError>(py) || e.is_instance_of::<PyValueError>(py) {
+                true => named(e.value(py)),
+                false => e,
+            }
+        })?;
         let (storage, dims, order) = {
-            let view = owner.validate().map_err(invalid)?;
+            let view = owner.validate().map_err(|e| named(&e))?;
             if view.device().device_type != DLDeviceType::CPU {
                 let device = view.device();
                 let (kind, id) = (device.device_type.0, device.device_id);
@@ -107,12 +116,13 @@ impl Borrowed {
                     "{name} is on the DLPack device ({kind}, {id}), not on the CPU"
                 )));
             }
+            let dtype = supported(name, view.dtype())?;
             let dims: Vec<usize> = view.shape().iter().map(|&size| size as usize).collect();
-            let strides = view.strides_or_compact().map_err(invalid)?;
-            let Some(order) = memory_order(&dims, &strides) else {
-                return Self::copied(&owner, variable);
-            };
-            (borrow(name, &view)?, dims, order)
+            let strides = view.strides_or_compact().map_err(|e| named(&e))?;
+            match memory_order(&dims, &strides) {
+                Some(order) => (borrow(dtype, &view).map_err(|e| named(&e))?, dims, order),
+                None => return Self::copied(name, &owner, variable),
+            }
         };
         let stored_dims: Vec<usize> = order.iter().map(|&dim| dims[dim]).collect();
         let stored = Tensor::from_storage(Storage::Cpu(storage), stored_dims, BackpropOp::none(), variable);
@@ -126,14 +136,24 @@ impl Borrowed {
         Ok(borrowed)
     }
 
-    /// A copy, for an array with gaps or repeated elements.
-    fn copied(owner: &ImportedDlpack, variable: bool) -> PyResult<Self> {
+    /// A copy, for an array with gaps or repeated elements, or without any.
+    fn copied(name: &str, owner: &ImportedDlpack, variable: bool) -> PyResult<Self> {
+        let named = |reason: &dyn Display| invalid(format!("{name}: {reason}"));
+        let view = owner.validate().map_err(|e| named(&e))?;
+        // Repeated elements take no memory of their own before they are copied.
+        let bytes = view.num_bytes();
+        if Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
+            return Err(named(&format!(
+                "no memory for a copy of {bytes} bytes of {:?} elements",
+                view.shape()
+            )));
+        }
         // SAFETY: the array describes its own memory, which it holds while `owner` lives.
         let tensor = match owner {
             ImportedDlpack::Legacy(managed) => unsafe { candle_tensor_from_dlpack(managed) },
             ImportedDlpack::Versioned(managed) => unsafe { candle_tensor_from_dlpack(managed) },
         };
-        let mut tensor = tensor.map_err(invalid)?;
+        let mut tensor = tensor.map_err(|e| named(&e))?;
         if variable {
             tensor = candle_core::Var::from_tensor(&tensor).map_err(invalid)?.as_tensor().clone();
         }
@@ -182,10 +202,11 @@ impl InplaceOp1 for TakeOut {
 }
 
 /// The dimensions in the order of the memory, the slowest first; none if the elements have gaps between them, repeat, or run
-/// backwards.
+/// backwards, or if there are none.
 fn memory_order(dims: &[usize], strides: &[i64]) -> Option<Vec<usize>> {
     if dims.contains(&0) {
-        return Some((0..dims.len()).collect());
+        // Nothing is to be borrowed, and candle refuses to take elements out of a tensor with such strides.
+        return None;
     }
     let mut order: Vec<usize> = (0..dims.len()).collect();
     // A dimension of size 1 can have any stride, and stays in its place as far as the others allow.
@@ -203,35 +224,22 @@ fn memory_order(dims: &[usize], strides: &[i64]) -> Option<Vec<usize>> {
         if stride(dim).is_some_and(|stride| stride != expected) {
             return None;
         }
-        expected *= i64::try_from(dims[dim]).ok()?;
+        expected = i64::try_from(dims[dim]).ok().and_then(|size| size.checked_mul(expected))?;
     }
     Some(order)
 }
 
-/// The elements of an array as the storage of a tensor, which must be taken out of it again by [`TakeOut`].
-fn borrow(name: &str, view: &TensorRef<'_>) -> PyResult<CpuStorage> {
-    fn elements<T: DlpackElement>(view: &TensorRef<'_>) -> PyResult<Vec<T>> {
-        let len = view.num_elements();
-        if len == 0 {
-            return Ok(Vec::new());
-        }
-        // SAFETY: the array describes its own memory.
-        let first = unsafe { view.offset_data_ptr::<T>() }.map_err(invalid)?;
-        // SAFETY: the pointer is aligned, and `len` elements of the dtype of the array, which the caller has compared, follow
-        // it without gaps. The vector is never dropped, grown or written: operators read the elements of their inputs only, and
-        // `TakeOut` removes it before the array is released.
-        Ok(unsafe { Vec::from_raw_parts(first.cast_mut(), len, len) })
-    }
-    let dtype = view.dtype();
+/// The dtype of tensors with the elements of the array `name`.
+fn supported(name: &str, dtype: DLDataType) -> PyResult<DType> {
     Ok(match dtype {
-        _ if dtype.is::<f32>() => CpuStorage::F32(elements(view)?),
-        _ if dtype.is::<f64>() => CpuStorage::F64(elements(view)?),
-        _ if dtype.matches(DLDataType::F16) => CpuStorage::F16(elements(view)?),
-        _ if dtype.matches(DLDataType::BF16) => CpuStorage::BF16(elements(view)?),
-        _ if dtype.is::<u8>() => CpuStorage::U8(elements(view)?),
-        _ if dtype.is::<u32>() => CpuStorage::U32(elements(view)?),
-        _ if dtype.is::<i32>() => CpuStorage::I32(elements(view)?),
-        _ if dtype.is::<i64>() => CpuStorage::I64(elements(view)?),
+        _ if dtype.is::<f32>() => DType::F32,
+        _ if dtype.is::<f64>() => DType::F64,
+        _ if dtype.matches(DLDataType::F16) => DType::F16,
+        _ if dtype.matches(DLDataType::BF16) => DType::BF16,
+        _ if dtype.is::<u8>() => DType::U8,
+        _ if dtype.is::<u32>() => DType::U32,
+        _ if dtype.is::<i32>() => DType::I32,
+        _ if dtype.is::<i64>() => DType::I64,
         _ => {
             let (code, bits, lanes) = (dtype.code.0, dtype.bits, dtype.lanes);
             return Err(invalid(format!(
@@ -239,6 +247,31 @@ fn borrow(name: &str, view: &TensorRef<'_>) -> PyResult<CpuStorage> {
                  float16, bfloat16, uint8, uint32, int32 and int64"
             )));
         }
+    })
+}
+
+/// The elements of an array of [`supported`] dtype as the storage of a tensor, which must be taken out of it again by
+/// [`TakeOut`].
+fn borrow(dtype: DType, view: &TensorRef<'_>) -> Result<CpuStorage, String> {
+    fn elements<T: DlpackElement>(view: &TensorRef<'_>) -> Result<Vec<T>, String> {
+        let len = view.num_elements();
+        // SAFETY: the array describes its own memory.
+        let first = unsafe { view.offset_data_ptr::<T>() }.map_err(|e| e.to_string())?;
+        // SAFETY: the pointer is not null and aligned, and `len` elements of the dtype of the array, which `offset_data_ptr` has
+        // compared, follow it without gaps. The vector is never dropped, grown or written: operators read the elements of their
+        // inputs only, and `TakeOut` removes it before the array is released.
+        Ok(unsafe { Vec::from_raw_parts(first.cast_mut(), len, len) })
+    }
+    Ok(match dtype {
+        DType::F32 => CpuStorage::F32(elements(view)?),
+        DType::F64 => CpuStorage::F64(elements(view)?),
+        DType::F16 => CpuStorage::F16(elements(view)?),
+        DType::BF16 => CpuStorage::BF16(elements(view)?),
+        DType::U8 => CpuStorage::U8(elements(view)?),
+        DType::U32 => CpuStorage::U32(elements(view)?),
+        DType::I32 => CpuStorage::I32(elements(view)?),
+        DType::I64 => CpuStorage::I64(elements(view)?),
+        other => return Err(format!("elements of {other:?} are not read in place")),
     })
 }
 

@@ -170,6 +170,29 @@ def test_a_layer_trains():
     assert losses[0] > 5 and losses[-1] == 0
 
 
+def test_a_view_with_the_negative_bit_is_read_as_its_values():
+    q, _, _ = qkv(torch.float32, grad=False)
+    k = torch.randn(1, 1, 6, 8, dtype=torch.complex64).conj().imag
+    assert k.is_neg()
+    found, expected = (gd.scan(q, keys, beta=0.5, candidates=4) for keys in (k, k.resolve_neg().contiguous()))
+    assert torch.equal(found.index, expected.index) and torch.equal(found.energy, expected.energy)
+
+
+def test_an_output_that_was_changed_in_place_is_reported():
+    q, k, v = qkv()
+    weights = gd.attend(q, k, v, mechanism="sigmoid")["weights"]
+    loss = weights.square().sum()
+    weights.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_tensor_without_dense_memory_names_the_argument():
+    q, k, _ = qkv(torch.float32, grad=False)
+    with pytest.raises((ValueError, RuntimeError), match="k|[Ss]parse"):
+        gd.scan(q, k.to_sparse(), beta=0.5, candidates=1)
+
+
 def test_a_tensor_on_another_device_is_an_error():
     with pytest.raises(ValueError, match="q is on the device meta, not on the CPU"):
         gd.scan(torch.empty(1, 1, 2, 8, device="meta"), torch.empty(1, 1, 2, 8, device="meta"), beta=0.5, candidates=1)

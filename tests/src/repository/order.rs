@@ -34,7 +34,7 @@ pub const ORDERS: &[Order] = &[
     Order {
         sources: "crates/gd-layer/src/",
         groups: &[
-            &["config"],
+            &["adapter_dropout", "config"],
             &["derived", "linear", "mechanisms", "norm", "probe", "rope", "stats"],
             &["cache", "query_blocks"],
             &["attention"],

@@ -21,7 +21,7 @@ pub struct Args {
     /// Folders of runs
     #[arg(value_name = "RUN", required = true)]
     pub runs: Vec<PathBuf>,
-    /// Plot to write: PNG if the name ends in .png, else SVG
+    /// Plot to write: PNG if the name ends in .png, a page if it ends in .html, else SVG
     #[arg(long, value_name = "FILE", default_value = "curves.svg")]
     pub out: PathBuf,
     /// Quantity of the x axis

@@ -1,9 +1,9 @@
 //! `gd chat` with lines from a pipe.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Output, Stdio};
+use std::process::{ChildStdout, Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
@@ -16,7 +16,12 @@ use crate::program::{command, failed, parsed, succeeded};
 
 /// Saves a model with random weights, byte tokens and a chat template. The first layer does not select.
 fn save(folder: &Path, template: Option<&str>) -> Result<()> {
-    let (model, params) = model_of(models()[3].1.clone(), 300, DType::F32)?;
+    save_with(folder, template, 300)
+}
+
+/// The same with a context of `positions`.
+fn save_with(folder: &Path, template: Option<&str>, positions: usize) -> Result<()> {
+    let (model, params) = model_of(models()[3].1.clone(), positions, DType::F32)?;
     let mut loaded = Loaded::new(model, params, Tokenizer::bytes()?);
     if let Some(template) = template {
         loaded.files.insert("chat_template.jinja".into(), template.into());
@@ -102,6 +107,64 @@ fn commands_save_load_reset_and_set() -> Result<()> {
     ensure!(shown == settings, "{shown:?}");
     let shown = succeeded(&chat(dir, "--temperature 0", &["Hi", "/trace"])?)?;
     ensure!(shown.contains("read by most heads") && shown.contains(" x"), "{shown}");
+    Ok(())
+}
+
+/// What a program shows, up to this text.
+fn read_to(screen: &mut impl Read, text: &str) -> Result<String> {
+    let (mut seen, mut byte) = (Vec::new(), [0]);
+    while !seen.ends_with(text.as_bytes()) {
+        ensure!(screen.read(&mut byte)? == 1, "no {text:?} in {:?}", String::from_utf8_lossy(&seen));
+        seen.push(byte[0]);
+    }
+    Ok(String::from_utf8_lossy(&seen).into_owned())
+}
+
+/// `script` gives the program a terminal. Keys are sent when what is before them is on the screen.
+#[test]
+fn in_a_terminal_lines_are_edited_and_ctrl_c_stops_an_answer_and_not_the_chat() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    save_with(&dir.join("model"), Some(TEMPLATE), 100_000)?;
+    let line = format!("'{}' chat model --temperature 0 --history h", env!("CARGO_BIN_EXE_gd"));
+    let mut script = Command::new("timeout");
+    script.args(["120", "script", "-qfec", &line, "/dev/null"]).current_dir(dir).env("TERM", "xterm");
+    let mut process = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut keys = process.stdin.take().context("stdin")?;
+    let screen = &mut process.stdout.take().context("stdout")?;
+    // Keys that are sent when the program waits for a line: it takes nothing that is typed before.
+    let mut send = |screen: &mut ChildStdout, after: &str, line: &[u8]| -> Result<()> {
+        read_to(screen, after)?;
+        Ok(keys.write_all(line)?)
+    };
+    let prompt = "> \r\x1b[2C";
+    // Two letters too many are removed; a digit is written before the last one.
+    send(screen, prompt, b"/set max_tokens=9xy\x7f\x7f\r")?;
+    send(screen, prompt, b"/set\r")?;
+    read_to(screen, "max_tokens=9 seed=")?;
+    send(screen, prompt, b"/set max_tokens=9000\x1b[D5\r")?;
+    send(screen, prompt, b"/set\r")?;
+    read_to(screen, "max_tokens=90050 seed=")?;
+    send(screen, prompt, b"Hi\r")?;
+    read_to(screen, "\n")?;
+    // The answer has begun, and would have 90,050 tokens.
+    screen.read_exact(&mut [0; 40])?;
+    send(screen, "", b"\x03")?;
+    send(screen, prompt, b"/set\r")?;
+    read_to(screen, "max_tokens=90050 seed=")?;
+    // At the prompt, Ctrl-C ends nothing either, and an arrow key gives an earlier line.
+    send(screen, prompt, b"\x03")?;
+    read_to(screen, "ends the chat")?;
+    send(screen, prompt, b"/set max_tokens=3\r")?;
+    send(screen, prompt, b"\x1b[A\x1b[A\x1b[A\r")?;
+    read_to(screen, "Hi")?;
+    send(screen, prompt, b"/quit\r")?;
+    std::io::copy(screen, &mut std::io::sink())?;
+    let status = process.wait()?;
+    ensure!(status.success(), "{status}");
+    let history = fs::read_to_string(dir.join("h"))?;
+    let last: Vec<&str> = history.lines().rev().take(3).collect();
+    ensure!(last == ["/quit", "Hi", "/set max_tokens=3"], "{history:?}");
     Ok(())
 }
 

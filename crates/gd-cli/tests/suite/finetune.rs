@@ -6,7 +6,9 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::program::{error, gd, json as run_json, succeeded, train_small, write_chats, write_mistral};
+use crate::program::{
+    SAMPLE, error, gd, json as run_json, succeeded, train_small, write_chats, write_mistral,
+};
 
 const TEMPLATE: &str = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}";
 
@@ -65,6 +67,25 @@ fn a_model_of_another_family_stays_one() -> Result<()> {
         Ok(serde_json::from_str(&fs::read_to_string(dir.join(folder).join("config.json"))?)?)
     };
     ensure!(config("base")? == config("whole")? && config("whole")?["model_type"] == "mistral");
+    Ok(())
+}
+
+#[test]
+fn a_gguf_file_is_trained_on_whole_and_by_an_adapter() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/gguf/q8_0.gguf");
+    fs::copy(&file, dir.join("model.gguf")).with_context(|| file.display().to_string())?;
+    fs::write(dir.join("text.txt"), &SAMPLE[..5_000])?;
+    let loss = |model: &str| -> Result<f64> {
+        run_json(dir, &format!("eval {model} --data text.txt --json"))?["loss"].as_f64().context("a loss")
+    };
+    let args = "train --from model.gguf --data text.txt --set train.batch=2 --set train.accumulation=1 \
+                --set train.context=16 --set train.lr.peak=1e-2 --steps 12";
+    succeeded(&gd(dir, &format!("{args} --out whole"))?)?;
+    succeeded(&gd(dir, &format!("{args} --lora r=4,targets=all-linear --out adapter"))?)?;
+    let (before, whole, adapter) = (loss("model.gguf")?, loss("whole")?, loss("adapter")?);
+    ensure!(whole < before && adapter < before, "{before} {whole} {adapter}");
     Ok(())
 }
 

@@ -23,7 +23,7 @@ fn a_repeated_command_continues_with_the_runs_that_are_missing() -> Result<()> {
     let (log, table) = (String::from_utf8_lossy(&again.stderr).into_owned(), succeeded(&again)?);
     ensure!(log.contains("beacon on induction") && !log.contains("gd on induction"), "{log}");
     ensure!(table.contains("64 tokens") && table.contains("cut %"), "{table}");
-    for file in ["table.md", "task.svg", "task.json", "gd-seed0.json"] {
+    for file in ["table.md", "task.svg", "task.html", "task.json", "gd-seed0.json"] {
         ensure!(dir.path().join("t").join(file).exists(), "{file}");
     }
     // Another configuration is another run.

@@ -25,6 +25,9 @@ pub struct LoraConfig {
     /// This matrix is multiplied by alpha / r. Above 0.
     #[serde(default = "alpha")]
     pub alpha: f64,
+    /// The probability with which the training drops an element of the input of an adapter, from 0 to below 1.
+    #[serde(default)]
+    pub dropout: f64,
     /// The projections that get such a matrix, by the ends of their names, or `all-linear` for all projections of the blocks.
     #[serde(default = "targets")]
     pub targets: Vec<String>,
@@ -57,9 +60,11 @@ impl LoraConfig {
     /// All values outside their range.
     pub(super) fn problems(&self) -> Vec<Error> {
         let mut checks = Checks::default();
-        let (r, alpha) = (self.r, self.alpha);
+        let (r, alpha, dropout) = (self.r, self.alpha, self.dropout);
         checks.require((1..=MAX_SIZE).contains(&r), "train.lora.r", r, format!("from 1 to {MAX_SIZE}"));
         checks.require(alpha > 0.0 && alpha.is_finite(), "train.lora.alpha", alpha, "above 0");
+        let is_probability = (0.0..1.0).contains(&dropout);
+        checks.require(is_probability, "train.lora.dropout", dropout, "from 0 to below 1");
         checks.require(!self.targets.is_empty(), "train.lora.targets", "[]", "at least one projection");
         checks.into_problems()
     }

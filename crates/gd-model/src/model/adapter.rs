@@ -128,7 +128,7 @@ pub fn write(
     let names: BTreeSet<&str> = modules.keys().map(|path| name_of(path)).collect();
     let settings = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": true, "bias": "none",
-        "base_model_name_or_path": lora.base, "r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": 0.0,
+        "base_model_name_or_path": lora.base, "r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
         "target_modules": names, "init_lora_weights": true, "use_rslora": false, "use_dora": false,
         "fan_in_fan_out": false, "modules_to_save": null,
     });

@@ -86,6 +86,10 @@ fn block(
         stored: 4.0 * hidden + share * (2.0 * query + key) + key,
         temporary: 7.5 * hidden + 2.0 * query,
     };
+    // Beside an adapter a projection is an operator of its own, which stores its result before norms and rotation.
+    let projections = [("q_proj", query), ("k_proj", key), ("v_proj", key), ("o_proj", query)];
+    let adapted = projections.iter().filter(|(name, _)| is_adapted(&format!("self_attn.{name}")));
+    of.stored += 1.4 * adapted.map(|(_, elements)| elements).sum::<f64>();
     let mlp = ["gate_proj", "up_proj", "down_proj"];
     if config.mlp_bias || mlp.iter().any(|name| is_adapted(&format!("mlp.{name}"))) {
         of.stored += hidden + 2.8 * feed;
@@ -167,7 +171,7 @@ pub fn estimate(recipe: &Recipe) -> Result<RunEstimate> {
     };
     // The output loss: logits of a chunk of rows, and the weights' gradient.
     let rows = tokens.min(chunk_rows(model.vocab_size, model.hidden_size));
-    elements += 0.3 * (rows * model.vocab_size) as f64;
+    elements += 0.5 * (rows * model.vocab_size) as f64;
     elements += if train.lora.is_none() { 1.2 * (model.vocab_size * model.hidden_size) as f64 } else { 0.0 };
     Ok(RunEstimate {
         parameters: frozen + trained,

@@ -34,7 +34,7 @@ fn distance(a: &Tensor, b: &Tensor) -> Result<f64> {
 
 fn lora(r: usize, names: &[&str]) -> LoraConfig {
     let targets = names.iter().map(|name| (*name).to_owned()).collect();
-    LoraConfig { base: "base".into(), r, alpha: 1.5 * r as f64, targets }
+    LoraConfig { base: "base".into(), r, alpha: 1.5 * r as f64, dropout: 0.0, targets }
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn base(folder: &Path) -> Result<(Recipe, Corpus)> {
 fn a_trained_adapter_computes_the_same_when_it_is_merged() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let (mut recipe, corpus) = base(&dir.path().join("base"))?;
-    recipe.train.lora = Some(lora(4, &["all-linear"]));
+    recipe.train.lora = Some(LoraConfig { dropout: 0.3, ..lora(4, &["all-linear"]) });
     let read = || pretrained::read(&dir.path().join("base"), &Device::Cpu);
     let mut losses = Vec::new();
     for checkpoint_blocks in [false, true] {
@@ -226,6 +226,42 @@ fn a_trained_adapter_computes_the_same_when_it_is_merged() -> Result<()> {
 }
 
 #[test]
+fn dropout_is_that_of_the_training_alone_and_differs_by_step_and_seed() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (mut recipe, mut corpus) = base(&dir.path().join("base"))?;
+    // Every window is the same text, and nothing is learned, so that losses differ by dropout alone.
+    corpus.train = Tokens::from(vec![7u32; 2000]);
+    recipe.train.lr.peak = 1e-30;
+    (recipe.train.batch, recipe.train.accumulation) = (1, 1);
+    let losses = |dropout: f64, seed: u64| -> Result<Vec<f64>> {
+        let mut recipe = recipe.clone();
+        recipe.train.lora = Some(LoraConfig { dropout, ..lora(4, &["all-linear"]) });
+        let parts = pretrained::read(&dir.path().join("base"), &Device::Cpu)?;
+        let mut trainer = Trainer::finetune(recipe, corpus.clone(), seed, parts, &Device::Cpu)?;
+        // B is 0 at first, and the adapter without effect.
+        for (name, var) in trainer.params.vars() {
+            let values =
+                (0..var.elem_count()).map(|i| ((i * 7 % 11) as f32 - 5.0) * 0.05).collect::<Vec<_>>();
+            let value = if name.contains("lora_B") {
+                Tensor::from_vec(values, var.dims(), &Device::Cpu)?
+            } else {
+                continue;
+            };
+            var.set(&value)?;
+        }
+        let before = trainer.evaluate()?.loss;
+        let losses = (0..3).map(|_| Ok(trainer.train_step()?.loss)).collect::<Result<_>>()?;
+        ensure!(trainer.evaluate()?.loss == before, "dropout in an evaluation");
+        Ok(losses)
+    };
+    let distinct = |losses: &[f64]| losses.iter().map(|loss| loss.to_bits()).collect::<BTreeSet<_>>().len();
+    let (without, with) = (losses(0.0, 2)?, losses(0.3, 2)?);
+    ensure!(distinct(&with) == 3 && with.iter().all(|loss| !without.contains(loss)), "{without:?} {with:?}");
+    ensure!(with == losses(0.3, 2)?, "not repeated");
+    Ok(())
+}
+
+#[test]
 fn settings_that_do_not_fit_are_refused() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let (recipe, corpus) = base(&dir.path().join("base"))?;
@@ -240,7 +276,12 @@ fn settings_that_do_not_fit_are_refused() -> Result<()> {
     let error = error.err().context("an error")?.to_string();
     ensure!(error.contains("\"x_proj\"") && error.contains("allowed are down_proj, gate_proj"), "{error}");
     ensure!(error.contains("v_proj, all-linear"), "{error}");
-    for (lora, name) in [(lora(0, &["q_proj"]), "train.lora.r"), (lora(2, &[]), "train.lora.targets")] {
+    let dropout = LoraConfig { dropout: 1.0, ..lora(2, &["q_proj"]) };
+    for (lora, name) in [
+        (lora(0, &["q_proj"]), "train.lora.r"),
+        (lora(2, &[]), "train.lora.targets"),
+        (dropout, "train.lora.dropout"),
+    ] {
         let error = with(lora).train.validate().unwrap_err().to_string();
         ensure!(error.contains(name), "{error}");
     }

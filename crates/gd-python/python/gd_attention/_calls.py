@@ -54,6 +54,8 @@ def _with_bytes(name: str, array: Any) -> Any:
 
         if array.device.type != "cpu":
             raise ValueError(f"{name} is on the device {array.device}, not on the CPU")
+        # The memory of such a view, as the imaginary part of a conjugate is one, holds the values with the other sign.
+        array = array.resolve_neg()
         return array.view(torch.uint8) if array.dtype == torch.bool else array
     is_bool = getattr(array, "dtype", None) == np.bool_
     return array.view(np.uint8) if is_bool else array

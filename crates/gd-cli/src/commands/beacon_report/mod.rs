@@ -41,7 +41,7 @@ pub struct Args {
     /// Safetensors file to write, with the scores after the barrier
     #[arg(long = "out", value_name = "Y")]
     pub output: Option<PathBuf>,
-    /// Plot of gamma before and after the barrier: PNG if the name ends in .png, else SVG
+    /// Plot of gamma before and after the barrier: PNG if the name ends in .png, a page if it ends in .html, else SVG
     #[arg(long, value_name = "FILE")]
     pub figure: Option<PathBuf>,
 }

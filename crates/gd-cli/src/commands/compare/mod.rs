@@ -75,7 +75,7 @@ fn help() -> String {
          margin, the loss without what the heads read, the mean gate, the share of reads with a gate of at least .1, and \
          the losses on tokens whose n-gram (n = 3 for bytes, else 2) occurred before in the window and on all others. If \
          cutting all reads costs every mechanism less than .005 nats, a line says that the table does not measure \
-         reading. The folder receives a file for each run in runs/, table.md, curves.svg and compare.json with all runs; a \
+         reading. The folder receives a file for each run in runs/, table.md, curves.svg, curves.html and compare.json with all runs; a \
          repeated command continues with the runs that are missing. nsa, sliding_window and hopfield, which with their \
          defaults are softmax attention at short contexts, have smaller sizes and one update (--config with an own \
          mechanism keeps its sizes).\n\n\
@@ -256,5 +256,6 @@ fn write_files(folder: &Path, result: &Comparison) -> Result<()> {
         format!("{}\n\n{}\n\n{}\n", table(result, MARKDOWN), by_position(result, MARKDOWN), notes(result));
     write_file(&folder.join("compare.json"), serde_json::to_string_pretty(result)?.as_bytes())?;
     write_file(&folder.join("table.md"), table.as_bytes())?;
-    plot::save(&folder.join("curves.svg"), &[curves::panel(&result.runs)][..])
+    let panels = [curves::panel(&result.runs)];
+    ["curves.svg", "curves.html"].iter().try_for_each(|file| plot::save(&folder.join(file), &panels[..]))
 }

@@ -32,7 +32,7 @@ pub struct Args {
     /// Safetensors file with queries and keys
     #[arg(long = "in", value_name = "X")]
     pub input: PathBuf,
-    /// Plot to write: PNG if the name ends in .png, else SVG
+    /// Plot to write: PNG if the name ends in .png, a page if it ends in .html, else SVG
     #[arg(long, value_name = "FILE", default_value = "landscape.svg")]
     pub out: PathBuf,
     /// Batch entry

@@ -33,7 +33,7 @@ pub struct Args {
     /// Key banks of the recall task
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub seeds: usize,
-    /// Plot to write: PNG if the name ends in .png, else SVG
+    /// Plot to write: PNG if the name ends in .png, a page if it ends in .html, else SVG
     #[arg(long, value_name = "FILE", default_value = "map.svg")]
     pub out: PathBuf,
 }

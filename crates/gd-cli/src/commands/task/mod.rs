@@ -60,7 +60,7 @@ fn help() -> String {
          written from another one ({strings}), luong, bahdanau, pointer and monotonic are the attention of a small \
          encoder-decoder instead. Loss and accuracy are \
          those of the answers alone. `cut` is the accuracy without what the heads read. The folder receives a file for \
-         each run, table.md, task.svg and task.json.\n\n\
+         each run, table.md, task.svg, task.html and task.json.\n\n\
          Examples:\n  gd task mqar-small --mechanisms softmax+beacon+null,gd --seeds 3\n  \
          gd task max-retrieval --mechanisms softmax,gd --set model.gd.select.temperature=0.5"
     )
@@ -102,7 +102,8 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     }
     write_file(&out.join("task.json"), serde_json::to_string_pretty(&runs)?.as_bytes())?;
     write_file(&out.join("table.md"), format!("{}\n", table(&runs, MARKDOWN)).as_bytes())?;
-    plot::save(&out.join("task.svg"), &chart(task, &runs))?;
+    let chart = chart(task, &runs);
+    ["task.svg", "task.html"].iter().try_for_each(|file| plot::save(&out.join(file), &chart))?;
     if ctx.json {
         return ctx.print(serde_json::to_string(&runs)?);
     }

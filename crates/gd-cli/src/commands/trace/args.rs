@@ -72,7 +72,7 @@ pub struct Args {
     /// Ban what each head reads, or let it abstain, one head at a time, and report the effect on the next token
     #[arg(long, value_enum, value_name = "ACT", conflicts_with_all = ["force", "ban", "ablate", "from"])]
     pub sweep: Option<Sweep>,
-    /// Heat map of the effects of --sweep to write: PNG if the name ends in .png, else SVG
+    /// Heat map of the effects of --sweep to write: PNG if the name ends in .png, a page if it ends in .html, else SVG
     #[arg(long, value_name = "FILE", requires = "sweep")]
     pub plot: Option<PathBuf>,
     /// Ed25519 key (PKCS#8 PEM) that signs the trace

@@ -29,13 +29,17 @@ impl FromStr for LoraArg {
                     let r: u64 = value.parse().map_err(|_| format!("r={value} is not a number"))?;
                     block.insert("r".into(), json!(r));
                 }
-                (Some(("alpha", value)), _) => {
-                    let alpha: f64 = value.parse().map_err(|_| format!("alpha={value} is not a number"))?;
-                    block.insert("alpha".into(), json!(alpha));
+                (Some((name @ ("alpha" | "dropout"), value)), _) => {
+                    let number: f64 = value.parse().map_err(|_| format!("{name}={value} is not a number"))?;
+                    block.insert(name.into(), json!(number));
                 }
                 (Some(("targets", value)), _) => targets = Some(vec![value]),
                 (None, Some(targets)) if !part.is_empty() => targets.push(part),
-                _ => return Err(format!("{part:?}: r=N, alpha=X and targets=NAME,NAME are expected")),
+                _ => {
+                    return Err(format!(
+                        "{part:?}: r=N, alpha=X, dropout=P and targets=NAME,NAME are expected"
+                    ));
+                }
             }
         }
         if let Some(targets) = targets {
@@ -57,10 +61,10 @@ mod tests {
             Ok(json!({ "base": "b", "r": 16, "alpha": 32.0, "targets": ["q_proj", "v_proj"] }))
         );
         assert_eq!(
-            of("targets=all-linear,r=4"),
-            Ok(json!({ "base": "b", "r": 4, "targets": ["all-linear"] }))
+            of("targets=all-linear,r=4,dropout=0.05"),
+            Ok(json!({ "base": "b", "r": 4, "dropout": 0.05, "targets": ["all-linear"] }))
         );
-        for text in ["", "16", "r=x", "rank=4", "q_proj", "r=4,,", "alpha="] {
+        for text in ["", "16", "r=x", "rank=4", "q_proj", "r=4,,", "alpha=", "dropout=x"] {
             assert!(of(text).is_err(), "{text}");
         }
     }

@@ -48,10 +48,10 @@ pub struct Args {
     /// in one, or a GGUF file. Of records with `messages`, only the turns of the assistant are learned
     #[arg(long, value_name = "MODEL", conflicts_with = "resume", requires = "data")]
     pub from: Option<PathBuf>,
-    /// Train an adapter of low rank (LoRA) and leave the weights of the model as they are: its rank, its factor alpha, and
-    /// the projections that it changes, or all-linear (default: r=8,alpha=8,targets=q_proj,v_proj). The result is an adapter
-    /// as PEFT saves it
-    #[arg(long, value_name = "r=N,alpha=X,targets=NAMES", requires = "from")]
+    /// Train an adapter of low rank (LoRA) and leave the weights of the model as they are: its rank, its factor alpha, the
+    /// dropout of its inputs, and the projections that it changes, or all-linear (default:
+    /// r=8,alpha=8,dropout=0,targets=q_proj,v_proj). The result is an adapter as PEFT saves it
+    #[arg(long, value_name = "r=N,alpha=X,dropout=P,targets=NAMES", requires = "from")]
     pub lora: Option<LoraArg>,
     /// Preset of models/, or a TOML or JSON configuration file (default: tiny). Can be repeated: later ones replace
     /// values of earlier ones

@@ -4,16 +4,13 @@ use plotters::coord::Shift;
 use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
-use super::heat_map::{CELL_PX, HEAT_MAP_CELLS, HeatMap};
-use super::mark::{Mark, draw_marks};
-use super::style::{
-    Axes, COLORS, LABEL_AREA_PX, MARGIN_PX, TITLE_HEIGHT_PX, WIDTH_PX, draw_axes, draw_title, legend_text,
-};
+use super::heat_map::{HEAT_MAP_CELLS, HeatMap, cell_px};
+use super::mark::{Mark, draw_marks, mark_labels};
+use super::style::{Axes, COLORS, Layout, draw_axes, draw_title, legend_height, legend_text};
 use super::{DrawResult, Picture};
 
+/// Height of a line chart without labels and margin.
 const CHART_HEIGHT_PX: u32 = 300;
-/// Total height of the line chart with title, labels and margin.
-const LINE_CHART_HEIGHT_PX: u32 = TITLE_HEIGHT_PX + CHART_HEIGHT_PX + LABEL_AREA_PX.1 + MARGIN_PX;
 /// A dashed line draws the first 6 of every 10 points.
 const DASH_POINTS: (usize, usize) = (6, 10);
 
@@ -57,42 +54,54 @@ pub struct Figure {
 }
 
 impl Picture for Figure {
-    fn size(&self) -> (u32, u32) {
-        let heat_map_px = TITLE_HEIGHT_PX + HEAT_MAP_CELLS.1 as u32 * CELL_PX + LABEL_AREA_PX.1 + MARGIN_PX;
-        (WIDTH_PX, LINE_CHART_HEIGHT_PX + if self.heat_map.is_some() { heat_map_px } else { 0 })
+    fn size(&self, layout: Layout) -> (u32, u32) {
+        let heat_map = self.heat_map.as_ref().map_or(0, |map| map.height(layout));
+        (layout.width(), self.line_chart.height(layout) + heat_map)
     }
 
-    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> DrawResult
+    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>, layout: Layout) -> DrawResult
     where
         B::ErrorType: 'static,
     {
-        let (top, bottom) = root.split_vertically(LINE_CHART_HEIGHT_PX);
-        self.line_chart.draw(&top)?;
-        self.heat_map.as_ref().map_or(Ok(()), |map| map.draw(&bottom))
+        let (top, bottom) = root.split_vertically(self.line_chart.height(layout));
+        self.line_chart.draw(&top, layout)?;
+        self.heat_map.as_ref().map_or(Ok(()), |map| map.draw(&bottom, layout))
     }
 }
 
-/// Draws a title and splits the area below it into a chart area of fixed width and a legend area to its right.
+/// The size of a chart of this height with its labels and margins. Its width is that of a heat map.
+pub(super) fn chart_size(layout: Layout, height: u32) -> (u32, u32) {
+    let (left, below) = layout.label_area();
+    let width = 2 * layout.margin() + left + HEAT_MAP_CELLS.0 as u32 * cell_px(layout);
+    (width, height + below + layout.margin())
+}
+
+/// Draws a title and splits the area below it into a chart of this height and a legend.
 pub(super) fn split_area<B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
     title: &str,
+    height: u32,
+    layout: Layout,
 ) -> DrawResult<[DrawingArea<B, Shift>; 2]>
 where
     B::ErrorType: 'static,
 {
-    let below = draw_title(area, title)?;
-    let chart = 2 * MARGIN_PX + LABEL_AREA_PX.0 + HEAT_MAP_CELLS.0 as u32 * CELL_PX;
-    let (plot, legend) = below.split_horizontally(chart);
-    Ok([plot, legend])
+    Ok(layout.split(&draw_title(area, title, layout)?, chart_size(layout, height)))
 }
 
 impl LineChart {
-    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> DrawResult
+    fn height(&self, layout: Layout) -> u32 {
+        let labels = self.lines.iter().map(|line| line.label.as_str()).chain(mark_labels(&self.marks));
+        let chart = layout.title_height(&self.title) + chart_size(layout, CHART_HEIGHT_PX).1;
+        chart + layout.below(legend_height(labels))
+    }
+
+    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>, layout: Layout) -> DrawResult
     where
         B::ErrorType: 'static,
     {
-        let [plot, legend] = split_area(area, &self.title)?;
-        let mut chart = draw_axes(&plot, (&self.x, &self.y), &self.axes)?;
+        let [plot, legend] = split_area(area, &self.title, CHART_HEIGHT_PX, layout)?;
+        let mut chart = draw_axes(&plot, (&self.x, &self.y), &self.axes, layout)?;
         let mut row = 0;
         for line in &self.lines {
             let style = COLORS[line.color % COLORS.len()].stroke_width(2);

@@ -5,12 +5,12 @@ use plotters::prelude::*;
 use plotters::style::colors::colormaps::ViridisRGB;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::style::{AXIS_PX, FONT, INK, LABEL_PX, TITLE_PX, WIDTH_PX, text};
+use super::style::{AXIS_PX, FONT, INK, LABEL_PX, Layout, draw_title, text};
 use super::{DrawResult, Picture};
 use crate::render::numbers::short;
 
-/// Space for the title, for the labels to the left and below, and for the color scale to the right.
-const TOP_PX: u32 = 76;
+/// Space for the labels above, to the left, and below, and for the color scale to the right.
+const TOP_PX: u32 = 32;
 const LEFT_PX: u32 = 76;
 const BOTTOM_PX: u32 = 56;
 const SCALE_PX: u32 = 150;
@@ -45,8 +45,8 @@ impl Grid {
         self.rows.iter().map(|row| row.1.len()).max().unwrap_or(0).max(1) as u32
     }
 
-    fn cell_width(&self) -> u32 {
-        ((WIDTH_PX - LEFT_PX - SCALE_PX) / self.columns()).clamp(1, CELL_PX.0)
+    fn cell_width(&self, layout: Layout) -> u32 {
+        ((layout.width() - LEFT_PX - SCALE_PX) / self.columns()).clamp(1, CELL_PX.0)
     }
 
     fn greatest(&self) -> f64 {
@@ -55,24 +55,24 @@ impl Grid {
 }
 
 impl Picture for Grid {
-    fn size(&self) -> (u32, u32) {
+    fn size(&self, layout: Layout) -> (u32, u32) {
         let cells = self.rows.len().max(1) as u32 * CELL_PX.1;
-        (WIDTH_PX, TOP_PX + BOTTOM_PX + cells.max(SCALE_HEIGHT_PX as u32 + 40))
+        let height = TOP_PX + BOTTOM_PX + cells.max(SCALE_HEIGHT_PX as u32 + 40);
+        (layout.width(), layout.title_height(&self.title) + height)
     }
 
-    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> DrawResult
+    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>, layout: Layout) -> DrawResult
     where
         B::ErrorType: 'static,
     {
-        let (width, height, greatest) = (self.cell_width() as i32, CELL_PX.1 as i32, self.greatest());
+        let root = &draw_title(root, &self.title, layout)?;
+        let (width, height, greatest) = (self.cell_width(layout) as i32, CELL_PX.1 as i32, self.greatest());
         let (left, top) = (LEFT_PX as i32, TOP_PX as i32);
         let write = |x: i32, y: i32, text: String, size: i32, anchor: Pos, color: &RGBColor| -> DrawResult {
             let style = TextStyle::from((FONT, size).into_font()).pos(anchor).color(color);
             Ok(root.draw(&Text::new(text, (x, y), style))?)
         };
         let (middle, end) = (Pos::new(HPos::Center, VPos::Center), Pos::new(HPos::Right, VPos::Center));
-        let start = Pos::new(HPos::Left, VPos::Center);
-        write(16, 24, self.title.clone(), TITLE_PX, start, &INK)?;
         let label_every = (24 / width).max(1) as usize;
         for (at, (label, values)) in self.rows.iter().enumerate() {
             let y = top + at as i32 * height;
@@ -96,16 +96,21 @@ impl Picture for Grid {
         let center = left + self.columns() as i32 * width / 2;
         write(center, below + 38, self.x.clone(), AXIS_PX, middle, &INK)?;
         write(left - 10, top - 14, self.y.clone(), AXIS_PX, end, &INK)?;
-        self.draw_scale(root, greatest)
+        self.draw_scale(root, layout, greatest)
     }
 }
 
 impl Grid {
-    fn draw_scale<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>, greatest: f64) -> DrawResult
+    fn draw_scale<B: DrawingBackend>(
+        &self,
+        root: &DrawingArea<B, Shift>,
+        layout: Layout,
+        greatest: f64,
+    ) -> DrawResult
     where
         B::ErrorType: 'static,
     {
-        let left = (LEFT_PX + self.columns() * self.cell_width()) as i32 + 32;
+        let left = (LEFT_PX + self.columns() * self.cell_width(layout)) as i32 + 32;
         let (top, bottom) = (TOP_PX as i32 + 30, TOP_PX as i32 + 30 + SCALE_HEIGHT_PX);
         root.draw(&text(self.value.as_str(), (left, TOP_PX as i32 - 2), LABEL_PX))?;
         for step in 0..COLOR_STEPS {

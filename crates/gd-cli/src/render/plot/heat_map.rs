@@ -5,14 +5,12 @@ use plotters::prelude::*;
 use plotters::style::colors::colormaps::ViridisRGB;
 
 use super::DrawResult;
-use super::figure::split_area;
-use super::mark::{Mark, draw_marks};
-use super::style::{Axes, LABEL_PX, axis_label, draw_axes, text};
+use super::figure::{chart_size, split_area};
+use super::mark::{Mark, draw_marks, mark_labels};
+use super::style::{Axes, LABEL_PX, Layout, axis_label, draw_axes, legend_height, text};
 
 /// Columns and rows of the values of a heat map. A cell is a square, so the plane should have this aspect ratio.
 pub const HEAT_MAP_CELLS: (usize, usize) = (320, 240);
-/// Width and height of a cell.
-pub(super) const CELL_PX: u32 = 2;
 /// Distinct colors of a heat map.
 const COLOR_STEPS: usize = 32;
 /// Labels of the color scale.
@@ -21,6 +19,16 @@ const SCALE_TICKS: usize = 6;
 const SCALE_TOP_PX: i32 = 26;
 /// Distance of two labels of the color scale.
 const TICK_DISTANCE_PX: i32 = 30;
+/// Height of the color scale with its title and the space below it.
+const SCALE_HEIGHT_PX: i32 = SCALE_TOP_PX + (SCALE_TICKS as i32 - 1) * TICK_DISTANCE_PX + 24;
+
+/// Width and height of a cell.
+pub(super) const fn cell_px(layout: Layout) -> u32 {
+    match layout {
+        Layout::Wide => 2,
+        Layout::Narrow => 1,
+    }
+}
 
 /// Values over a plane.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,12 +93,19 @@ impl HeatMap {
         })
     }
 
-    pub(super) fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> DrawResult
+    pub(super) fn height(&self, layout: Layout) -> u32 {
+        let legend = SCALE_HEIGHT_PX as u32 + legend_height(mark_labels(&self.marks));
+        let (_, chart) = chart_size(layout, HEAT_MAP_CELLS.1 as u32 * cell_px(layout));
+        layout.title_height(&self.title) + chart + layout.below(legend)
+    }
+
+    pub(super) fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>, layout: Layout) -> DrawResult
     where
         B::ErrorType: 'static,
     {
-        let [plot, legend] = split_area(area, &self.title)?;
-        let mut chart = draw_axes(&plot, (&self.x, &self.y), &self.axes)?;
+        let height = HEAT_MAP_CELLS.1 as u32 * cell_px(layout);
+        let [plot, legend] = split_area(area, &self.title, height, layout)?;
+        let mut chart = draw_axes(&plot, (&self.x, &self.y), &self.axes, layout)?;
         let [x, y] = &self.axes;
         let (columns, rows) = HEAT_MAP_CELLS;
         let cell = [(x.end - x.start) / columns as f64, (y.end - y.start) / rows as f64];
@@ -120,7 +135,7 @@ impl HeatMap {
     where
         B::ErrorType: 'static,
     {
-        let bottom = SCALE_TOP_PX + (SCALE_TICKS as i32 - 1) * TICK_DISTANCE_PX;
+        let bottom = SCALE_HEIGHT_PX - 24;
         legend.draw(&text(self.value.as_str(), (14, 0), LABEL_PX))?;
         for step in 0..COLOR_STEPS {
             let y = |step: usize| bottom - (step as i32 * (bottom - SCALE_TOP_PX)) / COLOR_STEPS as i32;
@@ -132,14 +147,13 @@ impl HeatMap {
             let label = axis_label(value, scale.max - scale.min);
             legend.draw(&text(label, (42, y - 8), LABEL_PX))?;
         }
-        Ok(bottom + 24)
+        Ok(SCALE_HEIGHT_PX)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::figure::{Figure, LineChart};
-    use super::super::style::{LABEL_AREA_PX, MARGIN_PX, WIDTH_PX};
     use super::super::{Picture, Symbol, save};
     use super::*;
 
@@ -192,14 +206,14 @@ mod tests {
             let figure = Figure { line_chart: line_chart.clone(), heat_map: Some(heat_map(value)) };
             save(&path, &figure).unwrap();
             let image = resvg::tiny_skia::Pixmap::load_png(&path).unwrap();
-            let (width, height) = figure.size();
-            assert_eq!(width, WIDTH_PX);
+            let layout = Layout::Wide;
+            let (width, height) = figure.size(layout);
             // Images may have more pixels than the plane has units.
             let scale = f64::from(image.width()) / f64::from(width);
             move |x: f64, y: f64| {
-                let left = f64::from(MARGIN_PX + LABEL_AREA_PX.0);
-                let bottom = f64::from(height - MARGIN_PX - LABEL_AREA_PX.1);
-                let unit = f64::from(CELL_PX) * HEAT_MAP_CELLS.0 as f64 / 4.0;
+                let left = f64::from(layout.margin() + layout.label_area().0);
+                let bottom = f64::from(height - layout.margin() - layout.label_area().1);
+                let unit = f64::from(cell_px(layout)) * HEAT_MAP_CELLS.0 as f64 / 4.0;
                 let at = |plane: f64| (plane * scale) as u32;
                 let pixel = image.pixel(at(left + x * unit), at(bottom - y * unit)).unwrap();
                 [pixel.red(), pixel.green(), pixel.blue()].into_iter().map(u32::from).sum::<u32>()

@@ -76,6 +76,17 @@ where
     }
 }
 
+/// The labels of marks, each of them once.
+pub(super) fn mark_labels(marks: &[Mark]) -> Vec<&str> {
+    let mut labels: Vec<&str> = Vec::new();
+    for mark in marks {
+        if !mark.label.is_empty() && !labels.contains(&mark.label.as_str()) {
+            labels.push(&mark.label);
+        }
+    }
+    labels
+}
+
 /// Draws marks in a chart and lists them in the legend, starting at pixel row `row`. Equal labels are listed once.
 pub(super) fn draw_marks<B: DrawingBackend>(
     chart: &Chart<B>,
@@ -87,14 +98,13 @@ where
     B::ErrorType: 'static,
 {
     let (plot, screen) = (chart.plotting_area(), chart.plotting_area().use_screen_coord());
-    let mut listed: Vec<&str> = Vec::new();
     for mark in marks {
         draw_mark(&screen, plot.map_coordinate(&mark.at), mark)?;
-        if !mark.label.is_empty() && !listed.contains(&mark.label.as_str()) {
-            listed.push(&mark.label);
-            draw_mark(legend, (28, row + 10), mark)?;
-            row = legend_text(legend, row, &mark.label)?;
-        }
+    }
+    for label in mark_labels(marks) {
+        let Some(mark) = marks.iter().find(|mark| mark.label == label) else { continue };
+        draw_mark(legend, (28, row + 10), mark)?;
+        row = legend_text(legend, row, label)?;
     }
     Ok(())
 }

@@ -3,13 +3,17 @@
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use super::style::{COLORS, LEGEND_PX, WIDTH_PX, draw_axes, draw_title, legend_text};
+use super::style::{COLORS, Layout, draw_axes, draw_title, legend_height, legend_text};
 use super::{DrawResult, Picture};
 
 /// Height of the panel of a plot with one panel.
 const SINGLE_PANEL_HEIGHT_PX: u32 = 600;
 /// Height of each panel of a plot with several panels.
 const PANEL_HEIGHT_PX: u32 = 300;
+/// Height of the chart of a narrow panel.
+const NARROW_CHART_HEIGHT_PX: u32 = 260;
+/// Width of the legend to the right of a chart.
+const LEGEND_PX: u32 = 220;
 /// [`reduce_points`] splits a curve into at most this many chunks.
 const MAX_CHUNKS: usize = 1000;
 
@@ -80,34 +84,51 @@ pub fn reduce_points(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
 }
 
 impl Picture for [Panel] {
-    fn size(&self) -> (u32, u32) {
-        let height = if self.len() > 1 { PANEL_HEIGHT_PX } else { SINGLE_PANEL_HEIGHT_PX };
-        (WIDTH_PX, height * self.len().max(1) as u32)
+    fn size(&self, layout: Layout) -> (u32, u32) {
+        (layout.width(), self.iter().map(|panel| panel.height(layout, self.len())).sum::<u32>().max(1))
     }
 
-    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> DrawResult
+    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>, layout: Layout) -> DrawResult
     where
         B::ErrorType: 'static,
     {
-        for (area, panel) in root.split_evenly((self.len().max(1), 1)).iter().zip(self) {
-            panel.draw(area)?;
+        let mut rest = root.clone();
+        for panel in self {
+            let (area, below) = rest.split_vertically(panel.height(layout, self.len()));
+            panel.draw(&area, layout)?;
+            rest = below;
         }
         Ok(())
     }
 }
 
 impl Panel {
-    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> DrawResult
+    /// The height of one of `count` panels.
+    fn height(&self, layout: Layout, count: usize) -> u32 {
+        match layout {
+            Layout::Wide if count > 1 => PANEL_HEIGHT_PX,
+            Layout::Wide => SINGLE_PANEL_HEIGHT_PX,
+            Layout::Narrow => {
+                layout.title_height(&self.title) + NARROW_CHART_HEIGHT_PX + legend_height(self.labels())
+            }
+        }
+    }
+
+    /// The entries of the legend.
+    fn labels(&self) -> impl Iterator<Item = &str> {
+        self.curves.iter().filter_map(|curve| curve.label.as_deref())
+    }
+
+    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>, layout: Layout) -> DrawResult
     where
         B::ErrorType: 'static,
     {
         let ([left, right], [low, high]) = (self.x_range(), self.y_range());
-        let below = draw_title(area, &self.title)?;
-        // The legend is beside the chart, so that it covers no curve.
-        let has_legend = self.curves.iter().any(|c| c.label.is_some());
-        let legend_px = if has_legend { LEGEND_PX } else { 0 };
-        let (plot, legend) = below.split_horizontally(WIDTH_PX - legend_px);
-        let mut chart = draw_axes(&plot, (&self.x, &self.y), &[left..right, low..high])?;
+        let below = draw_title(area, &self.title, layout)?;
+        // The legend is outside of the chart, so that it covers no curve.
+        let legend_px = if self.labels().next().is_some() { LEGEND_PX } else { 0 };
+        let [plot, legend] = layout.split(&below, (layout.width() - legend_px, NARROW_CHART_HEIGHT_PX));
+        let mut chart = draw_axes(&plot, (&self.x, &self.y), &[left..right, low..high], layout)?;
         let mut row = 0;
         for curve in &self.curves {
             let color = COLORS[curve.color % COLORS.len()];

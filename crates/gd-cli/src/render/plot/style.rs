@@ -9,22 +9,17 @@ use plotters::prelude::*;
 
 use super::DrawResult;
 
-/// Width of every plot in pixels.
-pub(super) const WIDTH_PX: u32 = 960;
 pub(super) const FONT: &str = "sans-serif";
 /// Sizes of text in pixels.
 pub(super) const TITLE_PX: i32 = 19;
 pub(super) const AXIS_PX: i32 = 16;
 pub(super) const LABEL_PX: i32 = 15;
-/// Space that a title takes, and the margin around a plot.
-pub(super) const TITLE_HEIGHT_PX: u32 = 44;
-pub(super) const MARGIN_PX: u32 = 16;
-/// Width of the labels to the left of a chart, and height of those below it.
-pub(super) const LABEL_AREA_PX: (u32, u32) = (84, 52);
-/// Width of the legend to the right of a chart.
-pub(super) const LEGEND_PX: u32 = 220;
-/// Height of a line of a legend.
+/// Height of the first line of a title with the space around it, and of each further line.
+const TITLE_HEIGHT_PX: u32 = 44;
+const TITLE_LINE_PX: u32 = 22;
+/// Height of a line of a legend, and the space below an entry.
 const LEGEND_LINE_PX: i32 = 19;
+const LEGEND_GAP_PX: i32 = 7;
 /// The ink of text, and that of the lines of a grid.
 pub(super) const INK: RGBColor = RGBColor(38, 42, 51);
 const GRID: RGBColor = RGBColor(223, 226, 232);
@@ -37,6 +32,111 @@ pub(super) const COLORS: [RGBColor; 6] = [
     RGBColor(230, 159, 0),
     RGBColor(86, 180, 233),
 ];
+
+/// In the dark scheme: the counterparts of the paper and of black, which do not apply to text, because text in these colors
+/// lies on a color of its own.
+pub(super) const DARK_PAPER: [(RGBColor, RGBColor); 2] =
+    [(WHITE, RGBColor(20, 23, 28)), (BLACK, RGBColor(233, 235, 239))];
+/// In the dark scheme: the counterparts of ink, grid, and of those colors of lines that are too dark there.
+pub(super) const DARK_COLORS: [(RGBColor, RGBColor); 6] = [
+    (INK, RGBColor(233, 235, 239)),
+    (GRID, RGBColor(58, 65, 77)),
+    (COLORS[0], RGBColor(76, 159, 219)),
+    (COLORS[1], RGBColor(29, 191, 147)),
+    (COLORS[2], RGBColor(236, 122, 43)),
+    (COLORS[3], RGBColor(222, 154, 193)),
+];
+
+/// The form of a picture: its width, and the place of its legend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// 960 pixels, the legend to the right of the chart.
+    Wide,
+    /// 400 pixels, as on a phone, the legend below the chart.
+    Narrow,
+}
+
+impl Layout {
+    /// Width of every picture in pixels.
+    pub const fn width(self) -> u32 {
+        match self {
+            Self::Wide => 960,
+            Self::Narrow => 400,
+        }
+    }
+
+    /// The margin around a chart.
+    pub(super) const fn margin(self) -> u32 {
+        match self {
+            Self::Wide => 16,
+            Self::Narrow => 8,
+        }
+    }
+
+    /// Width of the labels to the left of a chart, and height of those below it.
+    pub(super) const fn label_area(self) -> (u32, u32) {
+        match self {
+            Self::Wide => (84, 52),
+            Self::Narrow => (64, 52),
+        }
+    }
+
+    /// The greatest number of labels of an x axis.
+    const fn x_labels(self) -> usize {
+        match self {
+            Self::Wide => 11,
+            Self::Narrow => 5,
+        }
+    }
+
+    /// The lines of a title, which is broken between words where it is wider than the picture.
+    fn title_lines(self, title: &str) -> Vec<String> {
+        let font = (FONT, TITLE_PX).into_font();
+        let fits = |line: &str| {
+            font.box_size(line).is_ok_and(|(width, _)| width + 2 * self.margin() <= self.width())
+        };
+        let mut lines: Vec<String> = Vec::new();
+        for word in title.split_whitespace() {
+            match lines.last_mut() {
+                Some(line) if fits(&format!("{line} {word}")) => {
+                    line.push(' ');
+                    line.push_str(word);
+                }
+                _ => lines.push(word.to_owned()),
+            }
+        }
+        lines
+    }
+
+    /// Height of a title with the space around it. Without a title, that is a margin.
+    pub(super) fn title_height(self, title: &str) -> u32 {
+        match self.title_lines(title).len() as u32 {
+            0 => self.margin(),
+            lines => TITLE_HEIGHT_PX + (lines - 1) * TITLE_LINE_PX,
+        }
+    }
+
+    /// Splits an area into a chart of this size, labels and margins included, and its legend.
+    pub(super) fn split<B: DrawingBackend>(
+        self,
+        area: &DrawingArea<B, Shift>,
+        (width, height): (u32, u32),
+    ) -> [DrawingArea<B, Shift>; 2] {
+        let (chart, legend) = match self {
+            Self::Wide => area.split_horizontally(width),
+            Self::Narrow => area.split_vertically(height),
+        };
+        [chart, legend]
+    }
+
+    /// The height that a legend of this height adds to the picture: none where it lies beside the chart.
+    pub(super) const fn below(self, legend: u32) -> u32 {
+        match self {
+            Self::Wide => 0,
+            Self::Narrow => legend,
+        }
+    }
+}
 
 /// A chart with linear axes.
 pub(super) type Chart<'a, B> = ChartContext<'a, B, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
@@ -52,19 +152,20 @@ pub(super) fn text(
     Text::new(content.into(), at, (FONT, size).into_font().color(&INK))
 }
 
-/// Draws a title and returns the area below it. Without a title, that is all of the area.
+/// Draws a title and returns the area below it. Without a title, that is all of the area but a margin.
 pub(super) fn draw_title<B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
     title: &str,
+    layout: Layout,
 ) -> DrawResult<DrawingArea<B, Shift>>
 where
     B::ErrorType: 'static,
 {
-    if title.is_empty() {
-        return Ok(area.clone().margin(MARGIN_PX, 0, 0, 0));
+    for (at, line) in layout.title_lines(title).into_iter().enumerate() {
+        let y = 14 + at as i32 * TITLE_LINE_PX as i32;
+        area.draw(&text(line, (layout.margin() as i32, y), TITLE_PX))?;
     }
-    area.draw(&text(title, (MARGIN_PX as i32, 14), TITLE_PX))?;
-    Ok(area.split_vertically(TITLE_HEIGHT_PX).1)
+    Ok(area.split_vertically(layout.title_height(title)).1)
 }
 
 /// Draws labelled axes.
@@ -72,6 +173,7 @@ pub(super) fn draw_axes<'a, B: DrawingBackend>(
     plot: &'a DrawingArea<B, Shift>,
     (x_label, y_label): (&str, &str),
     axes: &Axes,
+    layout: Layout,
 ) -> DrawResult<Chart<'a, B>>
 where
     B::ErrorType: 'static,
@@ -79,16 +181,17 @@ where
     let [x, y] = axes.clone();
     let (width, height) = (x.end - x.start, y.end - y.start);
     let mut chart = ChartBuilder::on(plot)
-        .margin_left(MARGIN_PX)
-        .margin_right(MARGIN_PX)
-        .margin_bottom(MARGIN_PX)
-        .x_label_area_size(LABEL_AREA_PX.1)
-        .y_label_area_size(LABEL_AREA_PX.0)
+        .margin_left(layout.margin())
+        .margin_right(layout.margin())
+        .margin_bottom(layout.margin())
+        .x_label_area_size(layout.label_area().1)
+        .y_label_area_size(layout.label_area().0)
         .build_cartesian_2d(x, y)?;
     chart
         .configure_mesh()
         .x_desc(x_label)
         .y_desc(y_label)
+        .x_labels(layout.x_labels())
         .label_style((FONT, LABEL_PX).into_font().color(&INK))
         .axis_desc_style((FONT, AXIS_PX).into_font().color(&INK))
         .axis_style(INK)
@@ -113,7 +216,13 @@ where
         legend.draw(&text(line, (48, row + 2), LABEL_PX))?;
         row += LEGEND_LINE_PX;
     }
-    Ok(row + 7)
+    Ok(row + LEGEND_GAP_PX)
+}
+
+/// The height of a legend of these entries.
+pub(super) fn legend_height<'a>(entries: impl IntoIterator<Item = &'a str>) -> u32 {
+    let height = |entry: &str| entry.split('\n').count() as i32 * LEGEND_LINE_PX + LEGEND_GAP_PX;
+    entries.into_iter().map(height).sum::<i32>() as u32
 }
 
 /// Formats the label of an axis with as many digits as its span requires.

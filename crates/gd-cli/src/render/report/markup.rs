@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 
+use super::super::html::{escape, policy};
 use super::super::plot::Panel;
-use super::super::policy;
 use super::chart::{Chart, Mark, Style};
 use super::summary::Figure;
 use super::{COLORS, Section};
@@ -115,7 +115,7 @@ pub(super) fn html(title: &str, sections: &[Section]) -> Result<String> {
     }
     // A text without `<` cannot end the element.
     let data = serde_json::to_string(&data)?.replace('<', "\\u003c");
-    let (title, policy) = (escape(title), policy::element(Some(SCRIPT), STYLE));
+    let (title, policy) = (escape(title), policy(Some(SCRIPT), STYLE));
     Ok(format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n{policy}\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
@@ -201,10 +201,6 @@ fn html_table(header: &[String], rows: &[Vec<String>]) -> String {
     text + "</table></div>\n"
 }
 
-pub(super) fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,7 +215,7 @@ mod tests {
             Section::Details(EVIL.into(), EVIL.into()),
         ];
         let page = html(EVIL, &sections).unwrap();
-        assert!(page.contains(&policy::element(Some(SCRIPT), STYLE)));
+        assert!(page.contains(&policy(Some(SCRIPT), STYLE)));
         assert!(page.contains(&format!("<style>{STYLE}</style>")));
         // The data of the charts and the script.
         assert_eq!((page.matches("<script").count(), page.matches("</script").count()), (2, 2), "{page}");

@@ -30,7 +30,7 @@ impl Chart {
             "<svg viewBox=\"0 0 {} {}\" data-chart=\"{index}\" tabindex=\"0\" role=\"img\" aria-label=\"{}\">\n",
             SIZE[0],
             SIZE[1],
-            super::markup::escape(&label)
+            super::super::html::escape(&label)
         );
         self.axes(&mut svg);
         self.series.iter().for_each(|series| {

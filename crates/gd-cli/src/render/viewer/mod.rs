@@ -22,7 +22,7 @@ use flate2::write::GzEncoder;
 use gd_model::trace::{self, Trace, hex};
 use serde_json::{Value, json};
 
-use super::policy;
+use super::html::policy;
 
 /// The page, with an HTML comment as placeholder for each part.
 const PAGE: &str = include_str!("page.html");
@@ -61,7 +61,7 @@ pub fn page(traces: &[TraceView]) -> Result<String> {
         data += &embed(n, trace)?;
     }
     let parts = [
-        ("<!--policy-->", policy::element(Some(&script), STYLE)),
+        ("<!--policy-->", policy(Some(&script), STYLE)),
         ("<!--style-->", format!("<style>{STYLE}</style>")),
         ("<!--data-->", data),
         ("<!--script-->", format!("<script type=\"module\">{script}</script>")),
@@ -137,7 +137,7 @@ mod tests {
 
     use flate2::read::GzDecoder;
 
-    use super::super::policy::digest;
+    use super::super::html::digest;
     use super::*;
 
     const EVIL: &str = "</script><img src=x onerror=alert(1)><!--<script>";

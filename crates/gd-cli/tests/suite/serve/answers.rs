@@ -68,6 +68,25 @@ fn completions_are_those_of_the_command_line() -> Result<()> {
 }
 
 #[test]
+fn sampling_is_that_of_the_model_unless_a_flag_or_the_request_states_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    save(dir, 64)?;
+    std::fs::write(dir.join("model/generation_config.json"), r#"{ "do_sample": false }"#)?;
+    let greedy = generated(dir, "--prompt It_was --max-tokens 12")?;
+    let mut body = json!({ "prompt": "It_was", "max_tokens": 12, "seed": 1 });
+    let answer = Served::start(dir, "")?.answer("/v1/completions", &body)?;
+    ensure!(text(&answer["choices"][0]) == greedy["text"], "{answer} {greedy}");
+    let server = Served::start(dir, "--temperature 2")?;
+    let sampled = server.answer("/v1/completions", &body)?;
+    ensure!(text(&sampled["choices"][0]) != greedy["text"], "{sampled}");
+    body["temperature"] = 0.into();
+    let answer = server.answer("/v1/completions", &body)?;
+    ensure!(text(&answer["choices"][0]) == greedy["text"], "{answer} {greedy}");
+    Ok(())
+}
+
+#[test]
 fn echo_gives_the_log_probabilities_of_the_prompt() -> Result<()> {
     let folder = tempfile::tempdir()?;
     save(folder.path(), 64)?;

@@ -37,7 +37,7 @@ fn save(dir: &Path, positions: usize) -> Result<()> {
 }
 
 /// A server in a process of its own, which ends with this value.
-struct Served {
+pub(crate) struct Served {
     process: Child,
     address: String,
 }
@@ -75,7 +75,12 @@ impl Reply {
 impl Served {
     /// Starts a server for the folder `model` in `dir`.
     fn start(dir: &Path, args: &str) -> Result<Self> {
-        let mut program = command(dir, &format!("serve model --port 0 --json {args}"));
+        Self::of(dir, "model", args)
+    }
+
+    /// Starts a server for a model in `dir`.
+    pub(crate) fn of(dir: &Path, model: &str, args: &str) -> Result<Self> {
+        let mut program = command(dir, &format!("serve {model} --port 0 --json {args}"));
         let mut process = program.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
         let mut line = String::new();
         BufReader::new(process.stdout.take().context("stdout")?).read_line(&mut line)?;
@@ -120,7 +125,7 @@ impl Served {
     }
 
     /// The answer to a valid request.
-    fn answer(&self, path: &str, body: &Value) -> Result<Value> {
+    pub(crate) fn answer(&self, path: &str, body: &Value) -> Result<Value> {
         let reply = self.post(path, body)?;
         ensure!(reply.status == 200, "{body}: {}", reply.error()?);
         reply.json()
@@ -202,6 +207,7 @@ fn the_server_names_its_model_and_shows_its_page() -> Result<()> {
     let folder = tempfile::tempdir()?;
     save(folder.path(), 64)?;
     let server = Served::start(folder.path(), "--name small")?;
+    ensure!(server.address.starts_with("127.0.0.1:"), "{}", server.address);
     let models = server.get("/v1/models")?.json()?;
     ensure!(models["object"] == "list" && models["data"][0]["id"] == "small", "{models}");
     ensure!(server.get("/v1/models/small")?.json()?["object"] == "model");

@@ -1,10 +1,12 @@
 //! A projection whose weights may be stored in half precision: `y = x Wᵀ + b`.
 
 pub(crate) mod cpu;
+mod dropout;
 mod low_rank;
 
 use candle_core::{DType, Tensor};
 
+pub use self::dropout::Dropout;
 pub use self::low_rank::{LowRank, low_rank_linear};
 
 use crate::backend::cpu::product::computes;

@@ -10,8 +10,8 @@ use candle_nn::{Init, VarBuilder};
 use gd_kernels::cross_entropy::{linear_cross_entropy, linear_token_losses};
 use gd_kernels::{feed_forward, swiglu};
 use gd_layer::{
-    Attention, GdAttention, LayerCache, Linear, MechanismAttention, Pass, RmsNorm, RopeScaling, Rotary,
-    SoftmaxAttention, linear,
+    AdapterDropout, Attention, GdAttention, LayerCache, Linear, MechanismAttention, Pass, RmsNorm,
+    RopeScaling, Rotary, SoftmaxAttention, linear,
 };
 
 use crate::config::{Mechanism, ModelConfig};
@@ -175,6 +175,20 @@ impl Transformer {
             }
         }
         Ok(())
+    }
+
+    /// Gives all adapters of the model dropout of their inputs, each with a seed of its own, which depends on `seed` and its
+    /// path.
+    pub fn set_adapter_dropout(&mut self, dropout: &Arc<AdapterDropout>, seed: u64) {
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            for (name, projection) in block.projections_mut() {
+                let mut hasher = blake3::Hasher::new();
+                hasher.update(&seed.to_le_bytes()).update(format!("model.layers.{i}.{name}").as_bytes());
+                let mut of_projection = [0; 8];
+                hasher.finalize_xof().fill(&mut of_projection);
+                projection.set_dropout(dropout, u64::from_le_bytes(of_projection));
+            }
+        }
     }
 
     /// The configuration.

@@ -14,11 +14,12 @@ mod in_flight;
 mod training_loop;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
-use gd_layer::Pass;
+use gd_layer::{AdapterDropout, Pass};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -73,6 +74,8 @@ pub struct Trainer {
     /// The parameters that are trained: those of the model, or those of its adapter.
     pub params: Params,
     base: Option<Base>,
+    /// Dropout of the inputs of the adapter, if it has some.
+    dropout: Option<Arc<AdapterDropout>>,
     optimizer: Optimizer,
     ema: Option<Ema>,
     guard: Guard,
@@ -194,11 +197,14 @@ impl Trainer {
             // The saved weights are those of the model, not the master weights.
             recipe.model.dtype = "bfloat16".into();
         }
+        let dropout = recipe.train.lora.as_ref().map(|lora| lora.dropout).filter(|dropout| *dropout > 0.0);
+        let dropout = dropout.map(|dropout| Arc::new(AdapterDropout::new(dropout)));
         let build = |builder: &dyn Fn(&Params) -> VarBuilder<'static>| match (&base, &recipe.train.lora) {
             (Some(base), Some(lora)) => {
                 let mut model = Transformer::new(&recipe.model, base.params.frozen())?;
                 let targets = adapter::targets(lora, &recipe.model)?.into_keys().collect();
                 model.adapt(&targets, lora.r, lora.scale(), &builder(&params))?;
+                dropout.iter().for_each(|dropout| model.set_adapter_dropout(dropout, seed));
                 Ok::<_, Error>(model)
             }
             _ => Transformer::new(&recipe.model, builder(&params)),
@@ -221,6 +227,7 @@ impl Trainer {
             model,
             params,
             base,
+            dropout,
             optimizer,
             ema,
             guard,

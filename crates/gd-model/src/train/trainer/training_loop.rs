@@ -142,6 +142,7 @@ impl Trainer {
         for micro in 0..train.accumulation as u64 {
             let at = self.step * train.accumulation as u64 + micro;
             let places = places(at, train.batch, self.group.rank(), self.group.world());
+            let first = places.start;
             let Batch { inputs, targets, mask, predicted } =
                 self.batches.batch(places, train.context, &self.device)?;
             // Documents of one token each.
@@ -152,7 +153,10 @@ impl Trainer {
             // The fraction of the whole micro-batch, of which this process may have a part. If every token is predicted in
             // one process the weight is 1 and changes no bit.
             let weight = predicted as f64 / (train.batch * train.context) as f64;
-            let (loss, store) = self.objective((&inputs, &targets), &pass, &vars, weight)?;
+            self.dropout.iter().for_each(|dropout| dropout.start(first));
+            let objective = self.objective((&inputs, &targets), &pass, &vars, weight);
+            self.dropout.iter().for_each(|dropout| dropout.stop());
+            let (loss, store) = objective?;
             losses.push(loss.detach().to_dtype(DType::F32)?);
             let one = Gradients { loss: 0.0, weight, store };
             match &mut sums {

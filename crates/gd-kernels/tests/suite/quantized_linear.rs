@@ -204,7 +204,10 @@ fn the_result_has_the_dtype_of_x() -> Result<()> {
         let wide = quantized_linear(&x.to_dtype(DType::F32)?, &matrix, None)?;
         assert_close(&format!("{dtype:?}"), &y, &wide, bound);
     }
-    assert_eq!(quantized_linear(&Tensor::zeros((0, 64), DType::F32, &Device::Cpu)?, &matrix, None)?.dims(), [0, 20]);
+    assert_eq!(
+        quantized_linear(&Tensor::zeros((0, 64), DType::F32, &Device::Cpu)?, &matrix, None)?.dims(),
+        [0, 20]
+    );
     Ok(())
 }
 
@@ -214,7 +217,8 @@ fn wrong_arguments_are_named() -> Result<()> {
     let (mut blocks, _) = random_blocks(GgmlDType::Q5_0, [20, 64]);
     let matrix = QuantizedMatrix::new(GgmlDType::Q5_0, [20, 64], &blocks)?;
     let f32s = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu);
-    let product = |x: &Tensor, bias: Option<&Tensor>| quantized_linear(x, &matrix, bias).unwrap_err().to_string();
+    let product =
+        |x: &Tensor, bias: Option<&Tensor>| quantized_linear(x, &matrix, bias).unwrap_err().to_string();
     let var = Var::zeros((2, 64), DType::F32, &Device::Cpu)?;
     let cases = [
         (new(GgmlDType::Q2K, [1, 256], &[0; 84]), "type Q2K; Q4_0"),
@@ -225,7 +229,10 @@ fn wrong_arguments_are_named() -> Result<()> {
         (product(&Tensor::new(1f32, &Device::Cpu)?, None), "x [] is not that"),
         (product(&f32s(&[2, 64])?.to_dtype(DType::F64)?, None), "x in F64"),
         (product(var.as_tensor(), None), "gradients"),
-        (matrix.dequantize_rows(&[3, 20]).unwrap_err().to_string(), "row 20 of a quantized matrix of 20 rows"),
+        (
+            matrix.dequantize_rows(&[3, 20]).unwrap_err().to_string(),
+            "row 20 of a quantized matrix of 20 rows",
+        ),
         (matrix.embedding(&f32s(&[2])?).unwrap_err().to_string(), "ids in F32"),
     ];
     for (error, expected) in cases {

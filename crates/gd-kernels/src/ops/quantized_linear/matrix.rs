@@ -88,7 +88,8 @@ impl QuantizedMatrix {
             )));
         }
         let tiles = rows.div_ceil(TILE);
-        let (value_bytes, scale_bytes) = (columns / GROUP * format.value_bytes(), columns / size * format.scale_bytes());
+        let (value_bytes, scale_bytes) =
+            (columns / GROUP * format.value_bytes(), columns / size * format.scale_bytes());
         let mut matrix = Self {
             dtype,
             format,
@@ -97,20 +98,29 @@ impl QuantizedMatrix {
             values: AlignedVec::zeros(tiles * value_bytes),
             scales: AlignedVec::zeros(tiles * scale_bytes),
         };
-        par_chunks2((&mut matrix.values, value_bytes), (&mut matrix.scales, scale_bytes), &|tile, values, scales| {
-            let blocks = &blocks[tile * TILE * row_bytes..];
-            for (lane, row) in blocks.chunks_exact(row_bytes).take(TILE).enumerate() {
-                for (at, block) in row.chunks_exact(bytes).enumerate() {
-                    let block = Block::read(dtype, block);
-                    let groups = format.groups();
-                    for (group, integers) in block.values[..groups].iter().enumerate() {
-                        let at = (at * groups + group) * format.value_bytes();
-                        store_values(format, integers, lane, &mut values[at..at + format.value_bytes()]);
+        par_chunks2(
+            (&mut matrix.values, value_bytes),
+            (&mut matrix.scales, scale_bytes),
+            &|tile, values, scales| {
+                let blocks = &blocks[tile * TILE * row_bytes..];
+                for (lane, row) in blocks.chunks_exact(row_bytes).take(TILE).enumerate() {
+                    for (at, block) in row.chunks_exact(bytes).enumerate() {
+                        let block = Block::read(dtype, block);
+                        let groups = format.groups();
+                        for (group, integers) in block.values[..groups].iter().enumerate() {
+                            let at = (at * groups + group) * format.value_bytes();
+                            store_values(format, integers, lane, &mut values[at..at + format.value_bytes()]);
+                        }
+                        store_scales(
+                            format,
+                            &block,
+                            lane,
+                            &mut scales[at * format.scale_bytes()..][..format.scale_bytes()],
+                        );
                     }
-                    store_scales(format, &block, lane, &mut scales[at * format.scale_bytes()..][..format.scale_bytes()]);
                 }
-            }
-        });
+            },
+        );
         match matrix.non_finite_scales() {
             0 => Ok(matrix),
             count => Err(Error::Invalid(format!(
@@ -175,7 +185,10 @@ impl QuantizedMatrix {
     /// As there, and for another dtype or rank.
     pub fn embedding(&self, ids: &Tensor) -> Result<Tensor> {
         if ids.dtype() != DType::U32 {
-            return Err(Error::Invalid(format!("ids in {:?} for the rows of a quantized matrix; U32 expected", ids.dtype())));
+            return Err(Error::Invalid(format!(
+                "ids in {:?} for the rows of a quantized matrix; U32 expected",
+                ids.dtype()
+            )));
         }
         self.dequantize_rows(&ids.to_vec1::<u32>()?)
     }

@@ -202,7 +202,10 @@ impl Lanes for Avx2 {
     fn load_half(bytes: &[u8; 2 * TILE]) -> [__m256; 2] {
         let at = bytes.as_ptr();
         unsafe {
-            [_mm256_cvtph_ps(_mm_loadu_si128(at.cast())), _mm256_cvtph_ps(_mm_loadu_si128(at.add(TILE).cast()))]
+            [
+                _mm256_cvtph_ps(_mm_loadu_si128(at.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(at.add(TILE).cast())),
+            ]
         }
     }
 

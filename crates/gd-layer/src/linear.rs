@@ -174,3 +174,28 @@ pub fn linear(inputs: usize, outputs: usize, bias: bool, residual: bool, vb: Var
     };
     Ok(Linear::new(weight, bias))
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    #[test]
+    fn some_outputs_are_those_of_the_whole_projection() -> Result<()> {
+        let weight = Tensor::arange(0f32, 24.0 * 32.0, &Device::Cpu)?.reshape((24, 32))?.sin()?;
+        let bias = Tensor::arange(0f32, 24.0, &Device::Cpu)?;
+        let stored = QTensor::quantize(&weight, GgmlDType::Q8_0)?;
+        let matrix = Arc::new(QuantizedMatrix::new(GgmlDType::Q8_0, [24, 32], &stored.data()?)?);
+        let mut quantized = Linear::new(Tensor::zeros((24, 32), DType::F32, &Device::Cpu)?, Some(bias));
+        quantized.set_quantized(matrix)?;
+        let x = Tensor::arange(0f32, 96.0, &Device::Cpu)?.reshape((3, 32))?.cos()?;
+        let (all, weight) = (quantized.forward(&x)?, quantized.weight()?);
+        let part = quantized.outputs(5, 9)?.outputs(2, 4)?;
+        assert_eq!(part.dims()?, (4, 32));
+        assert_eq!(part.forward(&x)?.to_vec2::<f32>()?, all.narrow(1, 7, 4)?.to_vec2::<f32>()?);
+        assert_eq!(part.weight()?.to_vec2::<f32>()?, weight.narrow(0, 7, 4)?.to_vec2::<f32>()?);
+        Ok(())
+    }
+}

@@ -16,6 +16,9 @@ const TASK_WEIGHTS: usize = 1 << 16;
 /// Products below which the work stays on the calling thread.
 const MIN_PARALLEL_PRODUCTS: usize = 1 << 17;
 
+/// Rows whose results for one output are a cache line.
+const ROWS_PER_LINE: usize = 16;
+
 /// y `[rows, outputs]`; every weight is read once.
 pub(super) fn multiply(rows: &Rows16, weight: &QuantizedMatrix) -> Vec<f32> {
     multiply_by(tile::kernel(), rows, weight)
@@ -45,5 +48,47 @@ fn multiply_by(kernel: tile::Kernel, rows: &Rows16, weight: &QuantizedMatrix) ->
     if count == 1 {
         return transposed;
     }
-    (0..count).flat_map(|r| transposed.iter().skip(r).step_by(count).copied()).collect()
+    let mut y = vec![0f32; outputs * count];
+    // A block of rows is a cache line of every output.
+    par_chunks(&mut y, ROWS_PER_LINE * outputs, &|block, y| {
+        let first = block * ROWS_PER_LINE;
+        for (output, values) in transposed.chunks_exact(count).enumerate() {
+            for (row, value) in y.chunks_exact_mut(outputs).zip(&values[first..]) {
+                row[output] = *value;
+            }
+        }
+    });
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{DType, Result};
+
+    use super::*;
+    use crate::ops::agreement::noise;
+
+    #[test]
+    fn all_instruction_sets_give_the_same_bits() -> Result<()> {
+        use GgmlDType::*;
+        let kernels: Vec<_> = Isa::available().into_iter().map(|isa| (isa, tile::kernel_of(isa))).collect();
+        for dtype in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K] {
+            let dims = [21, 512];
+            let stored = QTensor::quantize(&noise(1, &dims, DType::F32)?, dtype)?;
+            let matrix = QuantizedMatrix::new(dtype, dims, &stored.data()?)?;
+            let x = noise(2, &[6, dims[1]], DType::F32)?;
+            let (storage, layout) = x.storage_and_layout();
+            let rows = Rows16::new(&storage, layout)?;
+            let bits = |kernel| -> Vec<u32> {
+                multiply_by(kernel, &rows, &matrix).iter().map(|y| y.to_bits()).collect()
+            };
+            // The last one is portable.
+            let expected = bits(kernels[kernels.len() - 1].1);
+            for (isa, kernel) in &kernels {
+                assert_eq!(bits(*kernel), expected, "{dtype:?} {isa:?}");
+            }
+        }
+        Ok(())
+    }
 }

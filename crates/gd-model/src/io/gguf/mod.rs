@@ -46,6 +46,8 @@ pub use write::{Model, Written, write};
 
 /// The key of the architecture of a model.
 const ARCHITECTURE: &str = "general.architecture";
+/// The key of the chat template.
+const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 /// The tensor of the divisors of the rotary frequencies.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
@@ -166,7 +168,7 @@ fn settings(
         config["eos_token_id"] = (*first).into();
         generation["eos_token_id"] = special.ends.clone().into();
     }
-    if let Some(template) = header.text("tokenizer.chat_template")? {
+    if let Some(template) = header.text(CHAT_TEMPLATE)? {
         settings["chat_template"] = template.into();
     }
     Ok((generation, settings))

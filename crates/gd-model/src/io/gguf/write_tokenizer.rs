@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::quantized::gguf_file::Value;
 use serde_json::Value as Json;
 
+use super::CHAT_TEMPLATE;
 use super::pre_tokenizer::PreTokenizer;
 use super::tokenizer::{CONTROL, USER_DEFINED, key};
 use super::write::{Metadata, Model};
@@ -36,6 +37,11 @@ pub(super) fn describe(model: &Model<'_>, metadata: &mut Metadata) -> Result<()>
             json["normalizer"]["type"]
         ));
     }
+    let merges = json["model"]["merges"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let merges = merges.iter().map(merge).collect::<Result<Vec<_>>>()?;
+    if merges.is_empty() {
+        return Err("the tokenizer has no merges; GGUF has no tokenizer of single bytes".into());
+    }
     let mut add = |name: &str, value: Value| {
         metadata.insert(key(name), value);
     };
@@ -44,11 +50,6 @@ pub(super) fn describe(model: &Model<'_>, metadata: &mut Metadata) -> Result<()>
     let (tokens, types) = tokens(&json, model.config.vocab_size)?;
     add("tokens", Value::Array(tokens.into_iter().map(Value::String).collect()));
     add("token_type", Value::Array(types.into_iter().map(|kind| Value::I32(kind as i32)).collect()));
-    let merges = json["model"]["merges"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let merges = merges.iter().map(merge).collect::<Result<Vec<_>>>()?;
-    if merges.is_empty() {
-        return Err("the tokenizer has no merges; GGUF has no tokenizer of single bytes".into());
-    }
     add("merges", Value::Array(merges.into_iter().map(Value::String).collect()));
     let id = |name: &str| {
         let first = |ids: &Json| ids.as_array().map_or(ids.as_u64(), |ids| ids.first()?.as_u64());
@@ -67,7 +68,7 @@ pub(super) fn describe(model: &Model<'_>, metadata: &mut Metadata) -> Result<()>
         adds_begin && model.tokenizer.encode("a").is_ok_and(|ids| ids.first() == framing.first());
     add("add_bos_token", Value::Bool(adds_begin));
     if let Some(template) = ChatTemplate::source(model.files).map_err(|e| e.to_string())? {
-        add("chat_template", Value::String(template));
+        metadata.insert(CHAT_TEMPLATE.to_owned(), Value::String(template));
     }
     Ok(())
 }

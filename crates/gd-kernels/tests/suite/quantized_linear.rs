@@ -90,7 +90,7 @@ fn products_are_those_of_the_weights() -> Result<()> {
         for [outputs, inputs] in sizes(dtype) {
             let (blocks, weights) = random_blocks(dtype, [outputs, inputs]);
             let matrix = QuantizedMatrix::new(dtype, [outputs, inputs], &blocks)?;
-            for lead in [&[1][..], &[2], &[3], &[1, 5], &[2, 4], &[41]] {
+            for lead in [&[1][..], &[2], &[3], &[1, 5], &[2, 4], &[41], &[3, 23]] {
                 // The scales of groups of activations differ by orders of magnitude.
                 let x = noise(3, &[lead, &[inputs]].concat(), 2.0);
                 let sizes = noise(4, &[inputs / 32, 1], 5.0).exp()?.broadcast_as((inputs / 32, 32))?;
@@ -166,14 +166,18 @@ fn results_do_not_depend_on_threads_or_on_the_batch() -> Result<()> {
         let (blocks, _) = random_blocks(dtype, dims);
         let matrix = QuantizedMatrix::new(dtype, dims, &blocks)?;
         let x = noise(3, &[7, dims[1]], 2.0).to_dtype(DType::F32)?;
-        same_bits(|| vec![quantized_linear(&x, &matrix, None).unwrap()]);
+        let prompt = noise(4, &[70, dims[1]], 2.0).to_dtype(DType::F32)?;
+        same_bits(|| [&x, &prompt].map(|x| quantized_linear(x, &matrix, None).unwrap()).to_vec());
         let together = quantized_linear(&x, &matrix, None)?;
         for r in 0..7 {
             let alone = quantized_linear(&x.narrow(0, r, 1)?, &matrix, None)?;
             assert_eq!(values(&alone), values(&together.narrow(0, r, 1)?), "{dtype:?}, row {r}");
         }
-        let strided = x.t()?.contiguous()?.t()?;
-        assert_eq!(values(&quantized_linear(&strided, &matrix, None)?), values(&together), "{dtype:?}");
+        for x in [x, prompt] {
+            let strided = x.t()?.contiguous()?.t()?;
+            let [a, b] = [quantized_linear(&x, &matrix, None)?, quantized_linear(&strided, &matrix, None)?];
+            assert_eq!(values(&a), values(&b), "{dtype:?}");
+        }
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use candle_core::{DType, Tensor};
 
 pub use self::matrix::QuantizedMatrix;
 
+use crate::backend::cpu::view::cpu_slice;
 use crate::backend::dispatch::on_cpu;
 use crate::backend::graph::with_contiguous_rows;
 use crate::backend::span::{Pass, operator_span};
@@ -23,11 +24,13 @@ use crate::error::{Error, Result};
 ///
 /// Returns `[.., O]` in the dtype of `x`.
 ///
-/// The activations are rounded to 16-bit integers with one scale per 32 elements, the greatest magnitude of the 32 divided
-/// by 32767, so that a product differs from that of the dequantised weights by at most 2⁻¹⁶ of that magnitude per element,
-/// about the rounding of a sum in f32. Sums within a block are exact integers, and those over the blocks are one chain of
-/// fused multiply-adds in f32: the result has the same bits for every instruction set, for any number of threads, and for
-/// any split of the rows of `x`. A row of `x` with a NaN or an infinity gives a row of NaN.
+/// Up to 63 rows of `x` are multiplied by the integers of the blocks. The activations are rounded to 16-bit integers with one
+/// scale per 32 elements, the greatest magnitude of the 32 divided by 32767, so that a product differs from that of the
+/// dequantised weights by at most 2⁻¹⁶ of that magnitude per element, about the rounding of a sum in f32. Sums within a block
+/// are exact integers, and those over the blocks are one chain of fused multiply-adds in f32. More rows are multiplied by
+/// weights that are dequantised to f32, a block of outputs at a time. Both give the same bits for every instruction set and
+/// any number of threads, and a row has the same result for any other rows beside it, as long as their number is on the same
+/// side of 64. A row of `x` with a NaN or an infinity gives results that are not finite.
 ///
 /// # Errors
 /// [`Error::Invalid`] if `x` is a scalar, or its last dimension is not that of `weight`; [`Error::Unsupported`] for f64, for
@@ -75,10 +78,20 @@ pub fn quantized_linear(x: &Tensor, weight: &QuantizedMatrix, bias: Option<&Tens
     if let Some(last) = shape.last_mut() {
         *last = outputs;
     }
-    let y = {
-        let wide = with_contiguous_rows(&x.to_dtype(DType::F32)?)?;
-        let (storage, layout) = wide.storage_and_layout();
-        cpu::multiply(&rows::Rows16::new(&storage, layout)?, weight)
+    let rows: usize = x.dims().iter().rev().skip(1).product();
+    let x32 = x.to_dtype(DType::F32)?;
+    let y = match rows < cpu::MIN_DEQUANTIZED_ROWS {
+        true => {
+            let x32 = with_contiguous_rows(&x32)?;
+            let (storage, layout) = x32.storage_and_layout();
+            cpu::multiply(&rows::Rows16::new(&storage, layout)?, weight)
+        }
+        false => {
+            let x32 = x32.contiguous()?;
+            let (storage, layout) = x32.storage_and_layout();
+            let (from, to) = layout.contiguous_offsets().unwrap_or_default();
+            cpu::multiply_dequantized(&cpu_slice::<f32>(&storage)?[from..to], weight)
+        }
     };
     let y = Tensor::from_vec(y, shape, x.device())?;
     let y = match bias {

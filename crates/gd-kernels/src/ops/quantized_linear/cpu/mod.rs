@@ -5,27 +5,32 @@ mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use self::tile::Kernel;
 use super::blocks::GROUP;
 use super::matrix::{QuantizedMatrix, TILE};
 use super::rows::Rows16;
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::parallel::par_chunks;
+use crate::backend::cpu::product::{Matrix, Multiply};
 
 /// Weights of a task.
 const TASK_WEIGHTS: usize = 1 << 16;
 /// Products below which the work stays on the calling thread.
 const MIN_PARALLEL_PRODUCTS: usize = 1 << 17;
-
+/// Rows of activations from which on dequantising the weights costs less than the slower products of integers.
+pub(super) const MIN_DEQUANTIZED_ROWS: usize = 64;
+/// Weights that are dequantised at a time.
+const DEQUANTIZED_WEIGHTS: usize = 1 << 20;
 /// Rows whose results for one output are a cache line.
 const ROWS_PER_LINE: usize = 16;
 
-/// y `[rows, outputs]`; every weight is read once.
+/// y `[rows, outputs]` by products of integers; every weight is read once.
 pub(super) fn multiply(rows: &Rows16, weight: &QuantizedMatrix) -> Vec<f32> {
     multiply_by(tile::kernel(), rows, weight)
 }
 
 /// The same by a given kernel.
-fn multiply_by(kernel: tile::Kernel, rows: &Rows16, weight: &QuantizedMatrix) -> Vec<f32> {
+fn multiply_by(kernel: Kernel, rows: &Rows16, weight: &QuantizedMatrix) -> Vec<f32> {
     let ([outputs, inputs], count) = (weight.dims(), rows.count);
     // Transposed, so that the results of a tile are contiguous.
     let mut transposed = vec![0f32; outputs * count];
@@ -33,12 +38,12 @@ fn multiply_by(kernel: tile::Kernel, rows: &Rows16, weight: &QuantizedMatrix) ->
         return transposed;
     }
     let tiles_per_task = match outputs * inputs * count < MIN_PARALLEL_PRODUCTS {
-        true => outputs,
+        true => outputs.div_ceil(TILE),
         false => (TASK_WEIGHTS / (inputs * TILE)).max(1),
     };
     let task = |at: usize, out: &mut [f32]| {
         for (i, out) in out.chunks_mut(TILE * count).enumerate() {
-            kernel(weight.format, weight.tile(at * tiles_per_task + i), rows, out);
+            (kernel.multiply)(weight.format, weight.tile(at * tiles_per_task + i), rows, out);
         }
     };
     match transposed.len() <= tiles_per_task * TILE * count {
@@ -61,6 +66,38 @@ fn multiply_by(kernel: tile::Kernel, rows: &Rows16, weight: &QuantizedMatrix) ->
     y
 }
 
+/// y `[rows, outputs]` for x `[rows, inputs]` by products in f32, with blocks of dequantised weights.
+pub(super) fn multiply_dequantized(x: &[f32], weight: &QuantizedMatrix) -> Vec<f32> {
+    dequantized_by(tile::kernel(), x, weight)
+}
+
+/// The same by a given kernel.
+fn dequantized_by(kernel: Kernel, x: &[f32], weight: &QuantizedMatrix) -> Vec<f32> {
+    let [outputs, inputs] = weight.dims();
+    let rows = Matrix::of_rows(x, inputs);
+    let count = rows.row_count();
+    let mut y = vec![0f32; outputs * count];
+    let tiles = (DEQUANTIZED_WEIGHTS / (inputs * TILE)).clamp(1, outputs.div_ceil(TILE).max(1));
+    let width = tiles * TILE;
+    let (mut weights, mut part) = (vec![0f32; inputs * width], vec![0f32; count * width]);
+    for first in (0..outputs).step_by(width) {
+        let tiles = (outputs - first).div_ceil(TILE).min(tiles);
+        // The columns behind the last tile have the weights of the block before, and their products are not used.
+        par_chunks(&mut weights, GROUP * width, &|group, out| {
+            for i in 0..tiles {
+                let tile = weight.tile(first / TILE + i);
+                (kernel.dequantize)(weight.format, tile, group, &mut out[i * TILE..], width);
+            }
+        });
+        f32::multiply_all(rows, &f32::pack(Matrix::of_rows(&weights, width)), &mut part, false);
+        let used = (outputs - first).min(width);
+        for (y, part) in y.chunks_exact_mut(outputs).zip(part.chunks_exact(width)) {
+            y[first..first + used].copy_from_slice(&part[..used]);
+        }
+    }
+    y
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::quantized::{GgmlDType, QTensor};
@@ -80,8 +117,14 @@ mod tests {
             let x = noise(2, &[6, dims[1]], DType::F32)?;
             let (storage, layout) = x.storage_and_layout();
             let rows = Rows16::new(&storage, layout)?;
+            let values = x.flatten_all()?.to_vec1::<f32>()?;
             let bits = |kernel| -> Vec<u32> {
-                multiply_by(kernel, &rows, &matrix).iter().map(|y| y.to_bits()).collect()
+                let products = multiply_by(kernel, &rows, &matrix);
+                products
+                    .iter()
+                    .chain(&dequantized_by(kernel, &values, &matrix))
+                    .map(|y| y.to_bits())
+                    .collect()
             };
             // The last one is portable.
             let expected = bits(kernels[kernels.len() - 1].1);

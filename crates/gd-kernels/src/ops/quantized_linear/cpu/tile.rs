@@ -1,5 +1,7 @@
 //! The product of rows of activations with a tile of weights.
 
+use std::sync::LazyLock;
+
 use super::lanes::{Lanes, Portable};
 #[cfg(target_arch = "x86_64")]
 use super::x86;
@@ -13,45 +15,73 @@ const PAIRS: usize = GROUP / 2;
 /// Bytes of one f16 for each row of a tile.
 const HALF_BYTES: usize = 2 * TILE;
 
-/// Writes the products of all rows with a tile, its integers and its scales, to `out` `[rows of the tile, rows]`, where the
-/// last tile may have fewer than 16 rows.
-pub(super) type Kernel = fn(Format, (&[u8], &[u8]), &Rows16, &mut [f32]);
+/// The integers and the scales of a tile.
+pub(super) type Tile<'a> = (&'a [u8], &'a [u8]);
+
+/// The code for an instruction set.
+#[derive(Clone, Copy)]
+pub(super) struct Kernel {
+    /// Writes the products of all rows with a tile to `[rows of the tile, rows]`, where the last tile may have fewer than 16
+    /// rows.
+    pub(super) multiply: fn(Format, Tile<'_>, &Rows16, &mut [f32]),
+    /// See [`dequantize_group`].
+    pub(super) dequantize: fn(Format, Tile<'_>, usize, &mut [f32], usize),
+}
 
 /// The quickest kernel of this machine.
 pub(super) fn kernel() -> Kernel {
-    Isa::available().into_iter().next().map_or(portable, kernel_of)
+    static KERNEL: LazyLock<Kernel> =
+        LazyLock::new(|| Isa::available().first().map_or(PORTABLE, |isa| kernel_of(*isa)));
+    *KERNEL
 }
 
 /// The kernel of an instruction set that the machine has.
 pub(super) fn kernel_of(isa: Isa) -> Kernel {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni | Isa::Avx512Amx => x86::avx512_vnni,
+        Isa::Avx512Vnni | Isa::Avx512Amx => x86::AVX512_VNNI,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => x86::avx512,
+        Isa::Avx512 => x86::AVX512,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 if std::arch::is_x86_feature_detected!("f16c") => x86::avx2,
-        _ => portable,
+        Isa::Avx2 if std::arch::is_x86_feature_detected!("f16c") => x86::AVX2,
+        _ => PORTABLE,
     }
 }
 
-fn portable(format: Format, tile: (&[u8], &[u8]), rows: &Rows16, out: &mut [f32]) {
-    multiply::<Portable>(format, tile, rows, out);
+const PORTABLE: Kernel = Kernel { multiply: multiply::<Portable>, dequantize: dequantize::<Portable> };
+
+/// Calls a function with the parameters of a format.
+macro_rules! by_format {
+    ($format:expr, $function:ident::<$lanes:ident>($($argument:expr),*)) => {
+        match ($format.bits, $format.scales) {
+            (4, Scales::Symmetric) => $function::<$lanes, 4, SYMMETRIC>($($argument),*),
+            (4, Scales::Affine) => $function::<$lanes, 4, AFFINE>($($argument),*),
+            (4, Scales::AffineK) => $function::<$lanes, 4, AFFINE_K>($($argument),*),
+            (5, Scales::Symmetric) => $function::<$lanes, 5, SYMMETRIC>($($argument),*),
+            (5, Scales::Affine) => $function::<$lanes, 5, AFFINE>($($argument),*),
+            (5, Scales::AffineK) => $function::<$lanes, 5, AFFINE_K>($($argument),*),
+            (8, Scales::Symmetric) => $function::<$lanes, 8, SYMMETRIC>($($argument),*),
+            _ => $function::<$lanes, 6, SYMMETRIC_K>($($argument),*),
+        }
+    };
 }
 
-/// A [`Kernel`].
+/// [`Kernel::multiply`].
 #[inline(always)]
-pub(super) fn multiply<V: Lanes>(format: Format, tile: (&[u8], &[u8]), rows: &Rows16, out: &mut [f32]) {
-    match (format.bits, format.scales) {
-        (4, Scales::Symmetric) => all_rows::<V, 4, SYMMETRIC>(tile, rows, out),
-        (4, Scales::Affine) => all_rows::<V, 4, AFFINE>(tile, rows, out),
-        (4, Scales::AffineK) => all_rows::<V, 4, AFFINE_K>(tile, rows, out),
-        (5, Scales::Symmetric) => all_rows::<V, 5, SYMMETRIC>(tile, rows, out),
-        (5, Scales::Affine) => all_rows::<V, 5, AFFINE>(tile, rows, out),
-        (5, Scales::AffineK) => all_rows::<V, 5, AFFINE_K>(tile, rows, out),
-        (8, Scales::Symmetric) => all_rows::<V, 8, SYMMETRIC>(tile, rows, out),
-        _ => all_rows::<V, 6, SYMMETRIC_K>(tile, rows, out),
-    }
+pub(super) fn multiply<V: Lanes>(format: Format, tile: Tile<'_>, rows: &Rows16, out: &mut [f32]) {
+    by_format!(format, all_rows::<V>(tile, rows, out));
+}
+
+/// [`Kernel::dequantize`].
+#[inline(always)]
+pub(super) fn dequantize<V: Lanes>(
+    format: Format,
+    tile: Tile<'_>,
+    group: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    by_format!(format, dequantize_group::<V>(tile, group, out, stride));
 }
 
 // The variants of `Scales` as parameters of functions.
@@ -72,11 +102,7 @@ const fn format<const BITS: usize, const SCALES: u8>() -> Format {
 
 /// The rows in groups of four, whose sums are in registers.
 #[inline(always)]
-fn all_rows<V: Lanes, const BITS: usize, const SCALES: u8>(
-    tile: (&[u8], &[u8]),
-    rows: &Rows16,
-    out: &mut [f32],
-) {
+fn all_rows<V: Lanes, const BITS: usize, const SCALES: u8>(tile: Tile<'_>, rows: &Rows16, out: &mut [f32]) {
     let mut first = 0;
     while first < rows.count {
         first += match rows.count - first {
@@ -91,7 +117,7 @@ fn all_rows<V: Lanes, const BITS: usize, const SCALES: u8>(
 /// `R` rows from `first` on. Returns `R`.
 #[inline(always)]
 fn some_rows<V: Lanes, const BITS: usize, const SCALES: u8, const R: usize>(
-    (values, scales): (&[u8], &[u8]),
+    (values, scales): Tile<'_>,
     rows: &Rows16,
     first: usize,
     out: &mut [f32],
@@ -119,10 +145,16 @@ fn some_rows<V: Lanes, const BITS: usize, const SCALES: u8, const R: usize>(
                 *sums = V::splat(-format.zero() * sum);
             }
             let registers = if halves == 1 { 0..4 } else { half * 2..half * 2 + 2 };
-            match BITS {
-                8 => add_bytes(&mut sums, values, &pairs),
-                _ => add_nibbles::<V, BITS, R>(&mut sums, values, registers, &pairs),
-            }
+            unpack::<V, BITS>(
+                values,
+                registers,
+                #[inline(always)]
+                |step, w| {
+                    for r in 0..R {
+                        sums[r] = sums[r].add_products(w, pairs[r][step]);
+                    }
+                },
+            );
             for r in 0..R {
                 let at = (first + r) * groups + group;
                 let factor = V::times(scale[half], V::splat_float(rows.scales[at]));
@@ -168,28 +200,23 @@ fn scales_of<V: Lanes, const SCALES: u8>(block: &[u8], group: usize) -> ([V::Flo
     }
 }
 
-/// Adds the products of a group of 8-bit values.
+/// Calls `f` with the numbers of the pairs of values of a group and the registers of these pairs. `registers` is a range of
+/// quarters of the group.
 #[inline(always)]
-fn add_bytes<V: Lanes, const R: usize>(sums: &mut [V; R], values: &[u8], pairs: &[&[u32; PAIRS]; R]) {
-    let mask = V::splat(0x00FF_00FF);
-    for (i, register) in values.chunks_exact(REGISTER_BYTES).enumerate() {
-        let register = V::load(chunk(register));
-        for (step, w) in [register.and(mask), register.shift_right::<8>().and(mask)].into_iter().enumerate() {
-            for r in 0..R {
-                sums[r] = sums[r].add_products(w, pairs[r][2 * i + step]);
-            }
-        }
-    }
-}
-
-/// Adds the products of a group of values of 4, 5 or 6 bits, those of which the low bits are in `registers`.
-#[inline(always)]
-fn add_nibbles<V: Lanes, const BITS: usize, const R: usize>(
-    sums: &mut [V; R],
+fn unpack<V: Lanes, const BITS: usize>(
     values: &[u8],
     registers: std::ops::Range<usize>,
-    pairs: &[&[u32; PAIRS]; R],
+    mut f: impl FnMut(usize, V),
 ) {
+    if BITS == 8 {
+        let mask = V::splat(0x00FF_00FF);
+        for (i, register) in values.chunks_exact(REGISTER_BYTES).enumerate() {
+            let register = V::load(chunk(register));
+            f(2 * i, register.and(mask));
+            f(2 * i + 1, register.shift_right::<8>().and(mask));
+        }
+        return;
+    }
     let mask = V::splat(0x000F_000F);
     let mut high = V::splat(0);
     for i in registers {
@@ -210,11 +237,38 @@ fn add_nibbles<V: Lanes, const BITS: usize, const R: usize>(
                 w = w.or(high.shift_left::<4>().and(V::splat(0x0030_0030)));
                 high = high.shift_right::<2>();
             }
-            for r in 0..R {
-                sums[r] = sums[r].add_products(w, pairs[r][4 * i + step]);
-            }
+            f(4 * i + step, w);
         }
     }
+}
+
+/// Writes the weights of a group, whose number in the row is `group`, to the starts of 32 rows of `out`, which begin at a
+/// distance of `stride` elements: a row has the weights of one column of the tile.
+#[inline(always)]
+fn dequantize_group<V: Lanes, const BITS: usize, const SCALES: u8>(
+    (values, scales): Tile<'_>,
+    group: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let format = format::<BITS, SCALES>();
+    let values = &values[group * BITS * REGISTER_BYTES..][..BITS * REGISTER_BYTES];
+    let block = &scales[group / format.groups() * format.scale_bytes()..][..format.scale_bytes()];
+    let (scale, min) = scales_of::<V, SCALES>(block, group % GROUPS_PER_BLOCK);
+    let (one, zero) = (V::splat_float(1.0), V::splat_float(-format.zero() as f32));
+    unpack::<V, BITS>(
+        values,
+        0..4,
+        #[inline(always)]
+        |step, w| {
+            let scale = scale[step / (PAIRS / 2)];
+            for (i, integer) in [w.and(V::splat(0xFFFF)), w.shift_right::<16>()].into_iter().enumerate() {
+                let product = V::times(scale, V::fused(integer.to_float(), one, zero));
+                let weight = if let Some(min) = min { V::fused(product, one, min) } else { product };
+                out[(2 * step + i) * stride..][..TILE].copy_from_slice(&V::array(weight));
+            }
+        },
+    );
 }
 
 /// The first bytes of a slice that has enough of them.

@@ -4,40 +4,41 @@
 use std::arch::x86_64::*;
 
 use super::lanes::Lanes;
-use super::tile::multiply;
+use super::tile::{Kernel, Tile, dequantize, multiply};
 use crate::ops::quantized_linear::blocks::Format;
 use crate::ops::quantized_linear::matrix::{REGISTER_BYTES, TILE};
 use crate::ops::quantized_linear::rows::Rows16;
 
-/// The kernel with AVX-512 and VNNI, which the machine has.
-pub(super) fn avx512_vnni(format: Format, tile: (&[u8], &[u8]), rows: &Rows16, out: &mut [f32]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
-    fn run(format: Format, tile: (&[u8], &[u8]), rows: &Rows16, out: &mut [f32]) {
-        multiply::<Avx512<true>>(format, tile, rows, out);
-    }
-    // SAFETY: `kernel_of` returns this kernel for machines with these instructions alone.
-    unsafe { run(format, tile, rows, out) }
+/// A [`Kernel`] of functions that are compiled for these instructions.
+macro_rules! kernel {
+    ($lanes:ty, $features:literal) => {{
+        fn products(format: Format, tile: Tile<'_>, rows: &Rows16, out: &mut [f32]) {
+            #[target_feature(enable = $features)]
+            fn run(format: Format, tile: Tile<'_>, rows: &Rows16, out: &mut [f32]) {
+                multiply::<$lanes>(format, tile, rows, out);
+            }
+            // SAFETY: `kernel_of` returns this kernel for machines with these instructions alone.
+            unsafe { run(format, tile, rows, out) }
+        }
+        fn weights(format: Format, tile: Tile<'_>, group: usize, out: &mut [f32], stride: usize) {
+            #[target_feature(enable = $features)]
+            fn run(format: Format, tile: Tile<'_>, group: usize, out: &mut [f32], stride: usize) {
+                dequantize::<$lanes>(format, tile, group, out, stride);
+            }
+            // SAFETY: `kernel_of` returns this kernel for machines with these instructions alone.
+            unsafe { run(format, tile, group, out, stride) }
+        }
+        Kernel { multiply: products, dequantize: weights }
+    }};
 }
 
-/// The kernel with AVX-512, which the machine has.
-pub(super) fn avx512(format: Format, tile: (&[u8], &[u8]), rows: &Rows16, out: &mut [f32]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-    fn run(format: Format, tile: (&[u8], &[u8]), rows: &Rows16, out: &mut [f32]) {
-        multiply::<Avx512<false>>(format, tile, rows, out);
-    }
-    // SAFETY: `kernel_of` returns this kernel for machines with these instructions alone.
-    unsafe { run(format, tile, rows, out) }
-}
-
-/// The kernel with AVX2, FMA and F16C, which the machine has.
-pub(super) fn avx2(format: Format, tile: (&[u8], &[u8]), rows: &Rows16, out: &mut [f32]) {
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn run(format: Format, tile: (&[u8], &[u8]), rows: &Rows16, out: &mut [f32]) {
-        multiply::<Avx2>(format, tile, rows, out);
-    }
-    // SAFETY: `kernel_of` returns this kernel for machines with these instructions alone.
-    unsafe { run(format, tile, rows, out) }
-}
+/// With AVX-512 and VNNI.
+pub(super) const AVX512_VNNI: Kernel =
+    kernel!(Avx512<true>, "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma");
+/// With AVX-512.
+pub(super) const AVX512: Kernel = kernel!(Avx512<false>, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma");
+/// With AVX2, FMA and F16C.
+pub(super) const AVX2: Kernel = kernel!(Avx2, "avx2,fma,f16c");
 
 /// One register of AVX-512; `VNNI` says whether products are added by one instruction.
 #[derive(Clone, Copy)]

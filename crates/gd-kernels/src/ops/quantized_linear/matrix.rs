@@ -237,13 +237,14 @@ fn store_values(format: Format, integers: &[u8; GROUP], lane: usize, out: &mut [
     let mut words = [0u32; 8];
     let mut put = |(register, shift): (usize, usize), value: u32| words[register] |= value << shift;
     match format.bits {
-        8 => (0..GROUP).for_each(|i| put(byte_place(i), integers[i].into())),
+        8 => integers.iter().enumerate().for_each(|(i, integer)| put(byte_place(i), u32::from(*integer))),
         bits => {
-            (0..GROUP).for_each(|i| put(low_place(i), u32::from(integers[i] & 0xF)));
-            let high = bits - 4;
-            for i in 0..GROUP * high.min(1) {
-                let (register, shift) = high_place(i, high);
-                put((4 + register, shift), u32::from(integers[i] >> 4));
+            integers.iter().enumerate().for_each(|(i, integer)| put(low_place(i), u32::from(integer & 0xF)));
+            if let high @ 1.. = bits - 4 {
+                for (i, integer) in integers.iter().enumerate() {
+                    let (register, shift) = high_place(i, high);
+                    put((4 + register, shift), u32::from(integer >> 4));
+                }
             }
         }
     }

@@ -69,8 +69,8 @@ fn what_is_written_is_read_back() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("q.gguf");
     let mut cases = 0;
-    for quantization in Quantization::ALL {
-        let tied = cases % 2 == 0;
+    for (i, quantization) in Quantization::ALL.into_iter().enumerate() {
+        let tied = i % 2 == 0;
         let (loaded, tensors) = source(folder.path(), tied)?;
         let written = loaded.write_gguf(&path, quantization)?;
         let read = gguf::read(&path, &CPU)?;

@@ -77,22 +77,26 @@ fn dequantized_by(kernel: Kernel, x: &[f32], weight: &QuantizedMatrix) -> Vec<f3
     let rows = Matrix::of_rows(x, inputs);
     let count = rows.row_count();
     let mut y = vec![0f32; outputs * count];
-    let tiles = (DEQUANTIZED_WEIGHTS / (inputs * TILE)).clamp(1, outputs.div_ceil(TILE).max(1));
-    let width = tiles * TILE;
-    let (mut weights, mut part) = (vec![0f32; inputs * width], vec![0f32; count * width]);
-    for first in (0..outputs).step_by(width) {
-        let tiles = (outputs - first).div_ceil(TILE).min(tiles);
-        // The columns behind the last tile have the weights of the block before, and their products are not used.
-        par_chunks(&mut weights, GROUP * width, &|group, out| {
+    let total = outputs.div_ceil(TILE);
+    let blocks = (total * TILE * inputs).div_ceil(DEQUANTIZED_WEIGHTS).max(1);
+    let tiles_per_block = total.div_ceil(blocks).max(1);
+    let len = tiles_per_block * TILE;
+    let (mut weights, mut part) = (vec![0f32; inputs * len], vec![0f32; count * len]);
+    for first in (0..total).step_by(tiles_per_block) {
+        let tiles = tiles_per_block.min(total - first);
+        let width = tiles * TILE;
+        let (weights, part) = (&mut weights[..inputs * width], &mut part[..count * width]);
+        par_chunks(weights, GROUP * width, &|group, out| {
             for i in 0..tiles {
-                let tile = weight.tile(first / TILE + i);
+                let tile = weight.tile(first + i);
                 (kernel.dequantize)(weight.format, tile, group, &mut out[i * TILE..], width);
             }
         });
-        f32::multiply_all(rows, &f32::pack(Matrix::of_rows(&weights, width)), &mut part, false);
-        let used = (outputs - first).min(width);
+        f32::multiply_all(rows, &f32::pack(Matrix::of_rows(weights, width)), part, false);
+        let from = first * TILE;
+        let used = (outputs - from).min(width);
         for (y, part) in y.chunks_exact_mut(outputs).zip(part.chunks_exact(width)) {
-            y[first..first + used].copy_from_slice(&part[..used]);
+            y[from..from + used].copy_from_slice(&part[..used]);
         }
     }
     y

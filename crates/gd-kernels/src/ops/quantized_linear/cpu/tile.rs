@@ -155,18 +155,18 @@ fn some_rows<V: Lanes, const BITS: usize, const SCALES: u8, const R: usize>(
                     }
                 },
             );
-            for r in 0..R {
+            for (r, total) in totals.iter_mut().enumerate() {
                 let at = (first + r) * groups + group;
                 let factor = V::times(scale[half], V::splat_float(rows.scales[at]));
-                totals[r] = V::fused(sums[r].to_float(), factor, totals[r]);
+                *total = V::fused(sums[r].to_float(), factor, *total);
             }
         }
         if let Some(min) = min {
-            for r in 0..R {
+            for (r, total) in totals.iter_mut().enumerate() {
                 let at = (first + r) * groups + group;
                 let [a, b] = rows.sums[at];
                 let sum = rows.scales[at] * (a + b) as f32;
-                totals[r] = V::fused(min, V::splat_float(sum), totals[r]);
+                *total = V::fused(min, V::splat_float(sum), *total);
             }
         }
     }

@@ -36,6 +36,7 @@ pub use ops::heads::{HeadProjection, Rotation, project_from_heads, project_to_he
 pub use ops::linear::{Dropout, LowRank, linear, low_rank_linear};
 pub use ops::masked_softmax::masked_softmax;
 pub use ops::newton_schulz::newton_schulz;
+pub use ops::quantized_linear::{QuantizedMatrix, quantized_linear};
 pub use ops::rms_norm::rms_norm;
 pub use ops::rotary::rotary;
 pub use ops::running_average::{AverageState, running_average};

@@ -189,7 +189,7 @@ impl Heads {
             heads => {
                 let before = preceding(&x, pass.mask, cache)?;
                 let parts = |projection: &Linear, x: &Tensor, norm: Option<&RmsNorm>, heads: usize| {
-                    let (width, all) = (heads * self.cfg.head_dim, projection.weight().dim(0)?);
+                    let (width, all) = (heads * self.cfg.head_dim, projection.dims()?.0);
                     let by_content = self.to_heads(&projection.outputs(0, width)?, x, norm, None)?;
                     if width == all {
                         return Ok(by_content);
@@ -238,19 +238,19 @@ impl Heads {
         norm: Option<&RmsNorm>,
         offsets: Option<&[usize]>,
     ) -> Result<Tensor> {
-        if projection.is_adapted() {
+        let Some(weight) = projection.plain_weight() else {
             let (b, n, _) = x.dims3()?;
             let y = projection.forward(x)?.reshape((b, n, (), self.cfg.head_dim))?;
             let y = norm.map_or(Ok(y.clone()), |norm| norm.forward(&y))?.transpose(1, 2)?;
             return offsets.map_or(Ok(y.clone()), |offsets| self.rotary.apply_each(&y, offsets));
-        }
+        };
         let heads = HeadProjection {
             head_dim: self.cfg.head_dim,
             bias: projection.bias(),
             norm: norm.map(|norm| (norm.weight(), norm.eps())),
             rotation: offsets.map(|offsets| self.rotary.rotation(offsets)),
         };
-        Ok(project_to_heads(x, projection.weight(), &heads)?)
+        Ok(project_to_heads(x, weight, &heads)?)
     }
 
     /// The output `[B, N, C]` of a layer whose heads do not read, from the Beacon alone.
@@ -286,8 +286,8 @@ impl Heads {
 
     /// The output gate and `o_proj` on the output of all heads `[B, H, N, D]`.
     fn project_output(&self, y: &Tensor, gate: Option<Tensor>) -> Result<Tensor> {
-        if gate.is_none() && !self.o_proj.is_adapted() {
-            return Ok(project_from_heads(y, self.o_proj.weight(), self.o_proj.bias())?);
+        if let (None, Some(weight)) = (&gate, self.o_proj.plain_weight()) {
+            return Ok(project_from_heads(y, weight, self.o_proj.bias())?);
         }
         let (b, _, n, _) = y.dims4()?;
         let y = y.transpose(1, 2)?.reshape((b, n, ()))?;

@@ -18,6 +18,7 @@ pub const ORDERS: &[Order] = &[
                 "ops/linear",
                 "ops/masked_softmax",
                 "ops/newton_schulz",
+                "ops/quantized_linear",
                 "ops/rms_norm",
                 "ops/rotary",
                 "ops/running_average",

@@ -236,3 +236,39 @@ fn weights_are_stored_in_the_requested_dtype() -> Result<()> {
     assert!(error.contains(name) && error.contains("float16"), "{error}");
     Ok(())
 }
+
+#[test]
+fn quantised_files_are_written_and_continued() -> Result<()> {
+    let folder = folder()?;
+    let dir = folder.path();
+    let corpus = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/gguf").join(name);
+    let convert = |model: &Path, flags: &str| format!("convert {} {flags}", model.display());
+    let model = corpus("q4_0.gguf");
+    let written = json(dir, &convert(&model, "--quantize q4_1 --out q.gguf --json"))?;
+    ensure!(written["architecture"] == "llama" && written["type"] == "q4_1", "{written}");
+    ensure!(written["bytes"] == fs::metadata(dir.join("q.gguf"))?.len(), "{written}");
+    ensure!(written["tensors"]["Q4_1"].as_u64() == Some(7), "{written}");
+    let selecting = json(dir, &convert(&model, "--attention gd --k 2 --quantize q8_0 --out gd.gguf --json"))?;
+    ensure!(selecting["architecture"] == "gd", "{selecting}");
+    let text = |model: &str| -> Result<Value> {
+        Ok(json(dir, &format!("generate {model} --prompt ab --temperature 0 --max-tokens 8 --json"))?["token_ids"].clone())
+    };
+    for quantised in ["q.gguf", "gd.gguf"] {
+        // The same weights, dequantised.
+        gd(dir, &convert(Path::new(quantised), &format!("--out {quantised}-f32")))?;
+        assert_eq!(text(quantised)?, text(&format!("{quantised}-f32"))?, "{quantised}");
+    }
+    let plain = gd(dir, &convert(&model, "--attention gd --k 2 --quantize q8_0 --out other.gguf"))?;
+    let plain = String::from_utf8(plain.stdout)?;
+    ensure!(plain.contains("which llama.cpp does not read"), "{plain}");
+
+    let refused = |flags: &str, code| error(dir, &convert(&model, flags), code);
+    let message = refused("--quantize q4_1 --out q.gguf", 2)?;
+    ensure!(message.contains("q.gguf: exists already"), "{message}");
+    let message = refused("--quantize q4_1 --dtype f16 --out new.gguf", 2)?;
+    ensure!(message.contains("--dtype"), "{message}");
+    let message = error(dir, &convert(&fixture("qwen2"), "--quantize q4_0 --out new.gguf"), 1)?;
+    ensure!(message.contains("new.gguf: "), "{message}");
+    ensure!(!dir.join("new.gguf").exists());
+    Ok(())
+}

@@ -13,6 +13,7 @@ pub(crate) mod heads;
 pub(crate) mod linear;
 pub(crate) mod masked_softmax;
 pub(crate) mod newton_schulz;
+pub(crate) mod quantized_linear;
 pub(crate) mod rms_norm;
 pub(crate) mod rotary;
 pub(crate) mod running_average;

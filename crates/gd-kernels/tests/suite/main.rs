@@ -11,6 +11,7 @@ mod iris;
 mod key_cache;
 mod naive;
 mod paged;
+mod quantized_linear;
 mod reference;
 mod refusals;
 mod running_average;

@@ -11,6 +11,7 @@ mod layers;
 mod mechanisms;
 mod monotonic;
 mod packed;
+mod quantized;
 mod rms_norm;
 mod rotary;
 mod selecting_heads;

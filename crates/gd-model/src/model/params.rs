@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::init::NormalOrUniform;
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
+use gd_kernels::QuantizedMatrix;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal, Uniform};
@@ -17,6 +18,7 @@ use super::weights::require_finite;
 #[derive(Clone)]
 pub struct Params {
     vars: Arc<Mutex<BTreeMap<String, Parameter>>>,
+    quantized: Arc<BTreeMap<String, Arc<QuantizedMatrix>>>,
     source: Source,
     dtype: DType,
     device: Device,
@@ -55,7 +57,7 @@ impl Params {
         device: &Device,
     ) -> Self {
         let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed, keeps_half: false };
-        Self { vars: Arc::default(), source, dtype, device: device.clone() }
+        Self { vars: Arc::default(), quantized: Arc::default(), source, dtype, device: device.clone() }
     }
 
     /// As [`Params::stored`], for a model that is not trained: the embedding and the projections stay in half precision
@@ -69,6 +71,18 @@ impl Params {
         let mut params = Self::stored(tensors, seed, dtype, device);
         params.source.keeps_half = true;
         params
+    }
+
+    /// With quantised matrices in the place of tensors of their names. A module that requests one gets zeros without memory
+    /// of their own; [`Transformer::set_quantized`](super::Transformer::set_quantized) replaces them.
+    pub fn with_quantized(mut self, matrices: BTreeMap<String, Arc<QuantizedMatrix>>) -> Self {
+        self.quantized = Arc::new(matrices);
+        self
+    }
+
+    /// The quantised matrices by name.
+    pub fn quantized(&self) -> &BTreeMap<String, Arc<QuantizedMatrix>> {
+        &self.quantized
     }
 
     /// The builder of modules over these parameters.
@@ -87,13 +101,13 @@ impl Params {
         self.lock().iter().map(|(name, p)| (name.clone(), p.var.clone())).collect()
     }
 
-    /// The tensors of the parameters, detached.
+    /// The tensors of the parameters, detached; without those of quantised matrices.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
         self.lock().iter().map(|(name, p)| (name.clone(), p.var.as_detached_tensor())).collect()
     }
 
     /// The tensors of the parameters in the dtypes of the checkpoint. Values that were not changed have the bits that were
-    /// read.
+    /// read, and quantised matrices are dequantised.
     ///
     /// # Errors
     /// An error of the device.
@@ -101,7 +115,17 @@ impl Params {
         let stored = |(name, p): (&String, &Parameter)| {
             Ok((name.clone(), p.var.as_detached_tensor().to_dtype(p.stored)?))
         };
-        self.lock().iter().map(stored).collect()
+        let mut tensors: BTreeMap<_, _> = self.lock().iter().map(stored).collect::<Result<_>>()?;
+        self.add_dequantized(&mut tensors)?;
+        Ok(tensors)
+    }
+
+    /// Adds the quantised matrices as tensors in f32.
+    fn add_dequantized(&self, tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
+        for (name, matrix) in &*self.quantized {
+            tensors.insert(name.clone(), matrix.dequantize()?);
+        }
+        Ok(())
     }
 
     /// Replaces the values of all parameters by the tensors of the same names. Other tensors are ignored.
@@ -130,15 +154,17 @@ impl Params {
 
     /// The number of elements of all parameters.
     pub fn count(&self) -> usize {
-        self.lock().values().map(|p| p.var.elem_count()).sum()
+        let quantized = self.quantized.values().map(|matrix| matrix.dims().iter().product::<usize>());
+        self.lock().values().map(|p| p.var.elem_count()).chain(quantized).sum()
     }
 
-    /// The blake3 hash of the names, shapes and values.
+    /// The blake3 hash of the names, shapes and values; for quantised matrices, of the dequantised values.
     ///
     /// # Errors
     /// Parameters that cannot be read from their device.
     pub fn hash(&self) -> Result<blake3::Hash> {
-        let tensors = self.tensors();
+        let mut tensors = self.tensors();
+        self.add_dequantized(&mut tensors)?;
         let bytes = safetensors::serialize(&tensors, None).map_err(candle_core::Error::wrap)?;
         Ok(blake3::hash(&bytes))
     }
@@ -170,6 +196,12 @@ impl SimpleBackend for Params {
             }
             return Ok(var.as_tensor().clone());
         }
+        if let Some(matrix) = self.quantized.get(name) {
+            if shape.dims() != matrix.dims() {
+                candle_core::bail!("tensor {name:?} is {:?}, not {:?}", matrix.dims(), shape.dims());
+            }
+            return Tensor::zeros((), dtype, device)?.broadcast_as(shape);
+        }
         // Removed, so that a tensor that is cast is not stored twice.
         let (value, stored) = match (self.unrequested().remove(name), self.source.seed) {
             (Some(tensor), _) if tensor.shape() != &shape => {
@@ -197,7 +229,10 @@ impl SimpleBackend for Params {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.source.seed.is_some() || self.lock().contains_key(name) || self.unrequested().contains_key(name)
+        self.source.seed.is_some()
+            || self.quantized.contains_key(name)
+            || self.lock().contains_key(name)
+            || self.unrequested().contains_key(name)
     }
 }
 

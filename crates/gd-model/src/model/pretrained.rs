@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use gd_kernels::QuantizedMatrix;
 use serde_json::Value;
 
 use crate::config::ModelConfig;
@@ -12,7 +14,7 @@ use crate::error::{Error, Result, shorten};
 use crate::io::chat_template::ChatTemplate;
 use crate::io::checkpoint::{self, Checkpoint};
 use crate::io::files::read_file;
-use crate::io::gguf::{self, Gguf};
+use crate::io::gguf::{self, Gguf, Quantization, Written};
 use crate::io::tokenizer::Tokenizer;
 use crate::io::{added_tokens, hub, safetensors};
 use crate::model::adapter::{ADAPTER_CONFIG, Adapter};
@@ -43,6 +45,8 @@ pub struct Parts {
     pub config: ModelConfig,
     /// The weights in their stored dtypes, by the names of Llama.
     pub tensors: BTreeMap<String, Tensor>,
+    /// The weights that stay in the blocks of a GGUF file ([`read_quantized`]), by the names of Llama.
+    pub quantized: BTreeMap<String, Arc<QuantizedMatrix>>,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
     /// The sampling defaults: the content of `generation_config.json`.
@@ -108,25 +112,43 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
     read(path, device)?.build(device)
 }
 
+/// As [`load`], for generating text: on the CPU the projections and the embedding that a GGUF file has in blocks of integers
+/// stay so, and take the memory of the file. The model computes with the same weights as that of [`load`], in
+/// [`quantized_linear`](gd_kernels::quantized_linear), and has no gradients.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_quantized(path: &Path, device: &Device) -> Result<Loaded> {
+    read_quantized(path, device)?.build(device)
+}
+
 /// Reads the files of a model, as [`load`] does, without building it.
 ///
 /// # Errors
 /// Names the file and the reason.
 pub fn read(path: &Path, device: &Device) -> Result<Parts> {
-    read_below(path, device, MAX_ADAPTERS)
+    read_below(path, device, MAX_ADAPTERS, false)
 }
 
-/// As [`read`], where at most `adapters` adapters may lie over the model.
-fn read_below(path: &Path, device: &Device, adapters: usize) -> Result<Parts> {
+/// Reads the files of a model, as [`load_quantized`] does, without building it.
+///
+/// # Errors
+/// Names the file and the reason.
+pub fn read_quantized(path: &Path, device: &Device) -> Result<Parts> {
+    read_below(path, device, MAX_ADAPTERS, device.is_cpu())
+}
+
+/// As [`read`], or if `quantized` is set [`read_quantized`], where at most `adapters` adapters may lie over the model.
+fn read_below(path: &Path, device: &Device, adapters: usize, quantized: bool) -> Result<Parts> {
     let path: &Path = &located(path)?;
     if gguf::is_at(path) {
-        return read_gguf(path, device);
+        return read_gguf(path, device, quantized);
     }
     let mut attempts = 0;
     loop {
         attempts += 1;
         let (located, skipped) = checkpoint::locate(path)?;
-        match read_located(&located, skipped, device, adapters) {
+        match read_located(&located, skipped, device, adapters, quantized) {
             // The run has removed the checkpoint meanwhile, because there is a newer one.
             Err(_) if attempts < MAX_ATTEMPTS && located != path && !located.exists() => {}
             result => return result,
@@ -135,7 +157,13 @@ fn read_below(path: &Path, device: &Device, adapters: usize) -> Result<Parts> {
 }
 
 /// Reads the files of the model at `path`, which is no folder of a run. `skipped` says why newer ones were not used.
-fn read_located(path: &Path, skipped: Vec<String>, device: &Device, adapters: usize) -> Result<Parts> {
+fn read_located(
+    path: &Path,
+    skipped: Vec<String>,
+    device: &Device,
+    adapters: usize,
+    quantized: bool,
+) -> Result<Parts> {
     for reason in &skipped {
         tracing::warn!("{reason}; the model is loaded from {}", path.display());
     }
@@ -145,7 +173,7 @@ fn read_located(path: &Path, skipped: Vec<String>, device: &Device, adapters: us
     if path.is_dir()
         && let Some(file) = folder::gguf_in(path)?
     {
-        return read_gguf(&file, device);
+        return read_gguf(&file, device, quantized);
     }
     let folder: PathBuf = match path.is_dir() {
         true => path.into(),
@@ -186,7 +214,7 @@ fn read_adapted(folder: &Path, device: &Device, adapters: usize) -> Result<Parts
     if adapters == 0 {
         return Err(Error::Invalid(format!("{}: more than {MAX_ADAPTERS} adapters", folder.display())));
     }
-    let mut parts = read_below(base, device, adapters - 1).map_err(|e| match e {
+    let mut parts = read_below(base, device, adapters - 1, false).map_err(|e| match e {
         Error::Missing { .. } | Error::NoModel { .. } => Error::Invalid(format!(
             "{}: the base of the adapter cannot be read: {e}; `gd convert --adapter {} MODEL` takes its new place",
             folder.join(ADAPTER_CONFIG).display(),
@@ -243,9 +271,10 @@ pub(crate) fn copied_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     Ok(files)
 }
 
-fn read_gguf(path: &Path, device: &Device) -> Result<Parts> {
-    let Gguf { config, tensors, tokenizer, generation, files } = gguf::read(path, device)?;
-    Ok(Parts { generation, files, ..Parts::new(path, config, tensors, tokenizer)? })
+fn read_gguf(path: &Path, device: &Device, quantized: bool) -> Result<Parts> {
+    let gguf = if quantized { gguf::read_quantized(path)? } else { gguf::read(path, device)? };
+    let Gguf { config, tensors, quantized, tokenizer, generation, files } = gguf;
+    Ok(Parts { quantized, generation, files, ..Parts::new(path, config, tensors, tokenizer)? })
 }
 
 impl Parts {
@@ -271,6 +300,7 @@ impl Parts {
         Ok(Self {
             config,
             tensors,
+            quantized: BTreeMap::new(),
             tokenizer,
             generation,
             files: BTreeMap::new(),
@@ -327,9 +357,11 @@ impl Parts {
         self.config.validate().map_err(|e| Error::Invalid(format!("{}: {e}", self.path.display())))?;
         let at = self.weights_path.display();
         self.check_dtypes()?;
-        let params = Params::for_inference(self.tensors, self.seed, dtype, device);
-        let model = Transformer::new(&self.config, params.frozen())
-            .map_err(|e| Error::Invalid(format!("{at}: {e}")))?;
+        let params =
+            Params::for_inference(self.tensors, self.seed, dtype, device).with_quantized(self.quantized);
+        let invalid = |e: &dyn std::fmt::Display| Error::Invalid(format!("{at}: {e}"));
+        let mut model = Transformer::new(&self.config, params.frozen()).map_err(|e| invalid(&e))?;
+        model.set_quantized(params.quantized()).map_err(|e| invalid(&e))?;
         let mut unused = params.unused();
         unused.extend(self.other_dtypes.into_keys());
         // Files of older versions of transformers hold the rotary frequencies.
@@ -353,7 +385,8 @@ impl Parts {
     pub(crate) fn require_complete(&self) -> Result<()> {
         self.check_dtypes()?;
         let needed = shapes(&self.config)?;
-        checkpoint::require(&self.weights_path, &self.tensors, needed.keys().map(String::as_str))
+        let needed = needed.keys().map(String::as_str).filter(|name| !self.quantized.contains_key(*name));
+        checkpoint::require(&self.weights_path, &self.tensors, needed)
     }
 
     /// Checks that no parameter of the model is stored in a dtype that is not read, or as integers beside its scales
@@ -478,6 +511,24 @@ impl Loaded {
                 extra: &extra,
             },
         )
+    }
+}
+
+impl Loaded {
+    /// Writes a GGUF file with quantised matrices; see [`gguf::write`]. A model that llama.cpp does not read is written with
+    /// the architecture `gd`.
+    ///
+    /// # Errors
+    /// As [`gguf::write`].
+    pub fn write_gguf(&self, path: &Path, quantization: Quantization) -> Result<Written> {
+        let model = gguf::Model {
+            config: self.model.config(),
+            tensors: &self.params.stored_tensors()?,
+            tokenizer: &self.tokenizer,
+            generation: &self.generation,
+            files: &self.files,
+        };
+        gguf::write(path, &model, quantization)
     }
 }
 

@@ -11,8 +11,10 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::io::safetensors::Weights;
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+/// The name of the embedding.
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The name of the output projection.
+pub(super) const HEAD: &str = "lm_head.weight";
 const TIED: &str = "tie_word_embeddings";
 
 /// The prefix of all parameters except the output projection.

@@ -71,7 +71,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     if args.stop.iter().any(String::is_empty) {
         return Err(usage("--stop is empty"));
     }
-    let loaded = pretrained::load(&args.model, &ctx.device)?;
+    let loaded = pretrained::load_quantized(&args.model, &ctx.device)?;
     let at = || args.model.display().to_string();
     let Some(mut template) = loaded.chat()? else {
         return Err(usage(format!("{} has no chat template", at())));

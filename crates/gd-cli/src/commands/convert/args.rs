@@ -7,6 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gd_kernels::Score;
 use gd_layer::mechanisms::AttentionMechanism;
 use gd_model::config::{Mechanism, Setting};
+use gd_model::io::gguf::Quantization;
 use gd_model::model::swap::{Layers, Swap};
 use serde_json::Value;
 
@@ -23,6 +24,7 @@ use crate::data_source::DocumentArgs;
                   those of gd train: first only the changed layers, then the whole model, while the number of keys \
                   decreases to K. gd train --resume DIR continues such a run.\n\n\
                   Examples:\n  gd convert models/SmolLM2-135M --attention gd --layers last:10 --k 8 --out out/smol-gd\n  gd convert model.gguf --dtype bf16 --out out/model\n  \
+                  gd convert models/SmolLM2-135M --quantize q4_k_m --out out/model.gguf\n  \
                   gd convert models/SmolLM2-135M --adapter out/adapter --out out/merged\n  \
                   gd convert models/SmolLM2-135M --attention '{\"name\": \"topk\", \"k\": 16}' --out out/smol-topk\n  \
                   gd convert models/SmolLM2-135M --attention gd --k 1 --uptrain --data corpus/ --steps 2000 --out out/smol-1"
@@ -51,11 +53,15 @@ pub struct Args {
     /// Data type of the stored weights (default: that of the source model)
     #[arg(long, value_name = "DTYPE", conflicts_with = "uptrain", value_parser = PossibleValuesParser::new(["f32", "f16", "bf16"]).try_map(|name| name.parse::<DType>()))]
     pub dtype: Option<DType>,
+    /// Write a GGUF file with weights in blocks of integers: q8_0, q6_k, q5_k_m, q5_1, q5_0, q4_k_m, q4_1 or q4_0. llama.cpp
+    /// reads it if all layers have softmax attention
+    #[arg(long, value_name = "TYPE", conflicts_with_all = ["uptrain", "dtype"])]
+    pub quantize: Option<Quantization>,
     /// The flags of the training
     #[command(flatten)]
     pub uptrain: UptrainArgs,
-    /// Folder for the new model, which must not exist
-    #[arg(long, value_name = "DIR")]
+    /// Folder for the new model, or with --quantize the file, which must not exist
+    #[arg(long, value_name = "PATH")]
     pub out: PathBuf,
 }
 

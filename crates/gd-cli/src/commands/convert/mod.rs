@@ -9,6 +9,7 @@ use gd_kernels::CANDIDATES;
 use gd_model::config::Mechanism;
 use gd_model::io::checkpoint::locate;
 use gd_model::io::files::check_writable;
+use gd_model::io::gguf::{Quantization, Written};
 use gd_model::model::adapter::Adapter;
 use gd_model::model::pretrained::{self, Loaded};
 use gd_model::model::swap::new_parameters;
@@ -54,6 +55,10 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         parts.cast(dtype)?;
     }
     let loaded = parts.build(&ctx.device)?;
+    if let Some(quantization) = args.quantize {
+        let written = loaded.write_gguf(&args.out, quantization)?;
+        return print_file(&args, quantization, &written, ctx);
+    }
     loaded.save(&args.out, &model_card(&args, &changed, &loaded))?;
     print_result(&args, &changed, &loaded, ctx)
 }
@@ -76,6 +81,26 @@ fn print_result(args: &Args, changed: &[usize], loaded: &Loaded, ctx: &Context) 
         changed.len(),
         loaded.params.count(),
         args.out.display()
+    ))
+}
+
+/// Prints what a GGUF file holds.
+fn print_file(args: &Args, quantization: Quantization, written: &Written, ctx: &Context) -> Result<()> {
+    let bytes = args.out.metadata()?.len();
+    if ctx.json {
+        return ctx.print(json!({
+            "file": args.out, "bytes": bytes, "type": quantization.name(),
+            "architecture": written.architecture, "tensors": written.types,
+        }));
+    }
+    let types: Vec<String> = written.types.iter().map(|(name, count)| format!("{count} {name}")).collect();
+    ctx.print(format_args!(
+        "tensors: {}\nsaved {}: {:.1} MiB, architecture {}{}",
+        types.join(", "),
+        args.out.display(),
+        bytes as f64 / (1 << 20) as f64,
+        written.architecture,
+        if written.architecture == "gd" { ", which llama.cpp does not read" } else { "" }
     ))
 }
 

@@ -83,24 +83,8 @@ impl ChatTemplate {
     /// # Errors
     /// A template that cannot be parsed, or a `tokenizer_config.json` of another form.
     pub fn find(files: &BTreeMap<String, Vec<u8>>) -> Result<Option<Self>> {
-        let named = |name: &str, e: &dyn std::fmt::Display| Error::Invalid(format!("{name}: {e}"));
-        let settings: serde_json::Value = match files.get(TOKENIZER_CONFIG) {
-            Some(text) => serde_json::from_slice(text).map_err(|e| named(TOKENIZER_CONFIG, &e))?,
-            None => serde_json::Value::Null,
-        };
-        let text = match (files.get(CHAT_TEMPLATE), settings.get("chat_template")) {
-            (Some(text), _) => std::str::from_utf8(text).map_err(|e| named(CHAT_TEMPLATE, &e))?,
-            (None, None | Some(serde_json::Value::Null)) => return Ok(None),
-            (None, Some(serde_json::Value::String(text))) => text,
-            // A list of named templates.
-            (None, Some(named_templates)) => {
-                let default =
-                    named_templates.as_array().into_iter().flatten().find(|t| t["name"] == "default");
-                default.and_then(|t| t["template"].as_str()).ok_or_else(|| {
-                    named(TOKENIZER_CONFIG, &"chat_template is neither a text nor a list with a default")
-                })?
-            }
-        };
+        let settings = settings(files)?;
+        let Some(text) = text(files, &settings)? else { return Ok(None) };
         // A token is a string, or an object with the string as `content`.
         let token = |name: &&str| {
             let value = settings.get(name)?;
@@ -108,6 +92,14 @@ impl ChatTemplate {
             Some(((*name).to_owned(), text.to_owned()))
         };
         Self::new(text.to_owned(), TOKEN_KEYS.iter().filter_map(token).collect()).map(Some)
+    }
+
+    /// The text of the template among the files of a model, which is not parsed; `None` if there is none.
+    ///
+    /// # Errors
+    /// A `tokenizer_config.json` of another form.
+    pub(crate) fn source(files: &BTreeMap<String, Vec<u8>>) -> Result<Option<String>> {
+        Ok(text(files, &settings(files)?)?.map(str::to_owned))
     }
 
     /// Parses a template. `tokens` are the special tokens by the names that the template uses, such as `bos_token`.
@@ -306,6 +298,37 @@ fn cut_block() -> Error {
 
 fn invalid(e: &minijinja::Error) -> Error {
     Error::Invalid(format!("chat template: {e}"))
+}
+
+/// The content of `tokenizer_config.json`; null if there is none.
+fn settings(files: &BTreeMap<String, Vec<u8>>) -> Result<serde_json::Value> {
+    match files.get(TOKENIZER_CONFIG) {
+        Some(text) => serde_json::from_slice(text).map_err(|e| named(TOKENIZER_CONFIG, &e)),
+        None => Ok(serde_json::Value::Null),
+    }
+}
+
+/// The text of the template.
+fn text<'a>(
+    files: &'a BTreeMap<String, Vec<u8>>,
+    settings: &'a serde_json::Value,
+) -> Result<Option<&'a str>> {
+    match (files.get(CHAT_TEMPLATE), settings.get("chat_template")) {
+        (Some(text), _) => std::str::from_utf8(text).map(Some).map_err(|e| named(CHAT_TEMPLATE, &e)),
+        (None, None | Some(serde_json::Value::Null)) => Ok(None),
+        (None, Some(serde_json::Value::String(text))) => Ok(Some(text)),
+        // A list of named templates.
+        (None, Some(named_templates)) => {
+            let default = named_templates.as_array().into_iter().flatten().find(|t| t["name"] == "default");
+            default.and_then(|t| t["template"].as_str()).map(Some).ok_or_else(|| {
+                named(TOKENIZER_CONFIG, &"chat_template is neither a text nor a list with a default")
+            })
+        }
+    }
+}
+
+fn named(name: &str, e: &dyn std::fmt::Display) -> Error {
+    Error::Invalid(format!("{name}: {e}"))
 }
 
 #[cfg(test)]

@@ -9,9 +9,9 @@ type Result<T> = std::result::Result<T, String>;
 
 /// The low and the high frequency factor of Llama 3's rotary scaling, in turns within the pretraining context. Lower
 /// frequencies are divided by the scaling factor, higher ones do not change, and those in between are interpolated.
-const FREQUENCY_FACTORS: (f64, f64) = (1.0, 4.0);
+pub(super) const FREQUENCY_FACTORS: (f64, f64) = (1.0, 4.0);
 /// The context length that Llama 3 was pretrained with, in tokens.
-const PRETRAINING_CONTEXT: f64 = 8192.0;
+pub(super) const PRETRAINING_CONTEXT: f64 = 8192.0;
 
 /// The supported values of `general.architecture`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +29,7 @@ impl Architecture {
         let name = header.text("general.architecture")?.ok_or("key general.architecture is missing")?;
         Self::ALL.into_iter().find(|architecture| architecture.name() == name).ok_or_else(|| {
             let supported = Self::ALL.map(Self::name).join(", ");
-            format!("key general.architecture is {name:?}; {supported} are supported")
+            format!("key general.architecture is {name:?}; {supported} and gd are supported")
         })
     }
 
@@ -185,11 +185,7 @@ fn llama3(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value> {
     }
     let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
     for (i, &actual) in factors.iter().enumerate() {
-        let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
-        let turns = PRETRAINING_CONTEXT * frequency / std::f64::consts::TAU;
-        let (low, high) = FREQUENCY_FACTORS;
-        let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-        let expected = 1.0 / (smooth + (1.0 - smooth) / factor);
+        let expected = llama3_divisor(i, factor, theta, head_dim);
         // False for NaN.
         let near = (f64::from(actual) - expected).abs() <= 1e-3 * expected;
         if !near {
@@ -205,4 +201,13 @@ fn llama3(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value> {
         "high_freq_factor": FREQUENCY_FACTORS.1,
         "original_max_position_embeddings": PRETRAINING_CONTEXT as u64,
     }))
+}
+
+/// The divisor of rotary frequency `i` in Llama 3's scaling by `factor`.
+pub(super) fn llama3_divisor(i: usize, factor: f64, theta: f64, head_dim: usize) -> f64 {
+    let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
+    let turns = PRETRAINING_CONTEXT * frequency / std::f64::consts::TAU;
+    let (low, high) = FREQUENCY_FACTORS;
+    let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+    1.0 / (smooth + (1.0 - smooth) / factor)
 }

@@ -255,6 +255,11 @@ impl Header {
         pick(value).map(Some).ok_or_else(wrong)
     }
 
+    /// The keys.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.values.keys().map(String::as_str)
+    }
+
     pub(super) fn integer(&self, key: &str) -> Result<Option<u64>> {
         self.get(key, "a number from 0 on", |value| match value {
             Value::Integer(x) => u64::try_from(*x).ok(),

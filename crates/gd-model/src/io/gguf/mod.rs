@@ -1,5 +1,5 @@
 //! Reads GGUF files of models of the Llama family, as llama.cpp writes them, and converts them to the content of a Hugging
-//! Face checkpoint.
+//! Face checkpoint; writes such files with quantised weights.
 //!
 //! The rotary embedding of Hugging Face rotates the elements `i` and `i + D / 2` of a head. With the architectures llama and
 //! mistral3, that of llama.cpp rotates adjacent elements: the rows of the query and key projections are permuted, so that row
@@ -11,17 +11,24 @@
 
 mod config;
 mod header;
+mod own;
 mod pre_tokenizer;
+mod quantization;
 mod special_tokens;
 mod split;
+mod tensors;
 mod tokenizer;
+mod write;
+mod write_config;
+mod write_tokenizer;
 
 use std::collections::BTreeMap;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
-use candle_core::quantized::{GgmlDType, ggml_file};
 use candle_core::{DType, Device, Tensor};
+use gd_kernels::QuantizedMatrix;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
@@ -29,10 +36,20 @@ use crate::io::checkpoint::TOKENIZER_CONFIG;
 use crate::io::files::open_regular;
 use crate::io::tokenizer::Tokenizer;
 use config::Architecture;
-use header::{Header, TensorInfo};
+use header::Header;
+pub use quantization::Quantization;
 use special_tokens::SpecialTokens;
 use split::Files;
 pub use split::SplitName;
+use tensors::{Loader, Weights};
+pub use write::{Model, Written, write};
+
+/// The key of the architecture of a model.
+const ARCHITECTURE: &str = "general.architecture";
+/// The key of the chat template.
+const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
+/// The tensor of the divisors of the rotary frequencies.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// The content of a GGUF file with the names and the order of rows of Hugging Face.
 #[derive(Debug)]
@@ -41,6 +58,8 @@ pub struct Gguf {
     pub config: Value,
     /// The weights by name: in f16 or bf16 as in the file, all other types converted to f32.
     pub tensors: BTreeMap<String, Tensor>,
+    /// The weights that stay in the blocks of the file ([`read_quantized`]), by name.
+    pub quantized: BTreeMap<String, Arc<QuantizedMatrix>>,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
     /// The content of `generation_config.json`: the end tokens.
@@ -66,19 +85,40 @@ pub fn is_at(path: &Path) -> bool {
 /// [`Error::Missing`] or [`Error::Unreadable`]; [`Error::Foreign`] with the key or tensor and its value if a file is damaged
 /// or not supported; [`Error::Invalid`] for a part that is missing.
 pub fn read(path: &Path, device: &Device) -> Result<Gguf> {
+    open(path, device, false)
+}
+
+/// As [`read`], onto the CPU, where projections and embeddings that the file has in blocks of integers stay so.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_quantized(path: &Path) -> Result<Gguf> {
+    open(path, &Device::Cpu, true)
+}
+
+fn open(path: &Path, device: &Device, quantized: bool) -> Result<Gguf> {
     let mut files = split::open(path)?;
     let foreign = |reason| Error::Foreign { path: path.into(), kind: "GGUF", reason };
-    convert(path, &mut files, device).map_err(foreign)
+    convert(path, &mut files, device, quantized).map_err(foreign)
 }
 
 /// Reads the files of a model. The error is the reason without the path, which is for warnings.
-fn convert(path: &Path, files: &mut Files, device: &Device) -> std::result::Result<Gguf, String> {
+fn convert(
+    path: &Path,
+    files: &mut Files,
+    device: &Device,
+    quantized: bool,
+) -> std::result::Result<Gguf, String> {
     let Files { header, files } = files;
-    let mut load = |info: &TensorInfo| load(&mut files[info.part], info);
+    let mut loader = Loader { files, device, quantized };
+    if header.text(ARCHITECTURE)? == Some(own::ARCHITECTURE) {
+        return own::read(header, &mut loader);
+    }
     let architecture = Architecture::read(header)?;
-    let factors = match header.tensors.get("rope_freqs.weight") {
+    let factors = match header.tensors.get(ROPE_FACTORS) {
         Some(info) => {
-            let tensor = load(info).map_err(|e| format!("tensor rope_freqs.weight: {e}"))?;
+            let tensor = tensors::load(&mut loader.files[info.part], info);
+            let tensor = tensor.map_err(|e| format!("tensor {ROPE_FACTORS}: {e}"))?;
             let values = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>());
             Some(values.map_err(|e| e.to_string())?)
         }
@@ -88,83 +128,22 @@ fn convert(path: &Path, files: &mut Files, device: &Device) -> std::result::Resu
     let count = |key: &str| config[key].as_u64().unwrap_or_default() as usize;
     let (heads, kv_heads) = (count("num_attention_heads"), count("num_key_value_heads"));
     let (tokenizer, special) = tokenizer::tokenizer(path, header)?;
-    let mut tensors = BTreeMap::new();
-    for (stored, info) in header.tensors.iter().filter(|(name, _)| *name != "rope_freqs.weight") {
-        let named = |e: &dyn std::fmt::Display| format!("tensor {stored}: {e}");
-        let unknown = || named(&format!("it is not a tensor of the {} architecture", architecture.name()));
-        let name = name(stored).ok_or_else(unknown)?;
-        let tensor = load(info).map_err(|e| named(&e))?;
-        let tensor = match name.rsplit('.').nth(1).filter(|_| architecture.rotates_adjacent()) {
-            Some("q_proj") => rotary_halves(&tensor, heads).map_err(|e| named(&e))?,
-            Some("k_proj") => rotary_halves(&tensor, kv_heads).map_err(|e| named(&e))?,
-            _ => tensor,
+    let mut weights = Weights::default();
+    for (stored, info) in header.tensors.iter().filter(|(name, _)| *name != ROPE_FACTORS) {
+        let named = |e: String| format!("tensor {stored}: {e}");
+        let unknown = || named(format!("it is not a tensor of the {} architecture", architecture.name()));
+        let name = tensors::name(stored).ok_or_else(unknown)?;
+        let heads = match name.rsplit('.').nth(1).filter(|_| architecture.rotates_adjacent()) {
+            Some("q_proj") => Some(heads),
+            Some("k_proj") => Some(kv_heads),
+            _ => None,
         };
-        let tensor = tensor.to_device(device).map_err(|e| named(&e))?;
-        tensors.insert(name, tensor);
+        loader.load(name, info, heads, &mut weights).map_err(named)?;
     }
     let (generation, settings) = settings(header, &tokenizer, &special, &mut config)?;
     let files = BTreeMap::from([(TOKENIZER_CONFIG.to_owned(), format!("{settings:#}\n").into_bytes())]);
-    Ok(Gguf { config, tensors, tokenizer, generation, files })
-}
-
-/// The name in Hugging Face of a tensor.
-fn name(stored: &str) -> Option<String> {
-    let whole = match stored {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
-    };
-    if let Some(name) = whole {
-        return Some(name.to_owned());
-    }
-    let (layer, rest) = stored.strip_prefix("blk.")?.split_once('.')?;
-    let layer: u32 = layer.parse().ok()?;
-    let (part, kind) = rest.split_once('.')?;
-    let part = match part {
-        "attn_norm" => "input_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return None,
-    };
-    ["weight", "bias"].contains(&kind).then(|| format!("model.layers.{layer}.{part}.{kind}"))
-}
-
-/// Reads a tensor: f16 and bf16 as in the file, all other types converted to f32.
-fn load(file: &mut (impl Read + Seek), info: &TensorInfo) -> std::result::Result<Tensor, String> {
-    let mut raw = vec![0; info.bytes as usize];
-    file.seek(SeekFrom::Start(info.start))
-        .and_then(|_| file.read_exact(&mut raw))
-        .map_err(|e| e.to_string())?;
-    let plain = |dtype| Tensor::from_raw_buffer(&raw, dtype, &info.shape, &Device::Cpu);
-    let tensor = match info.dtype {
-        GgmlDType::F32 => plain(DType::F32),
-        GgmlDType::F16 => plain(DType::F16),
-        GgmlDType::BF16 => plain(DType::BF16),
-        dtype => ggml_file::qtensor_from_ggml(dtype, &raw, info.shape.clone(), &Device::Cpu)
-            .and_then(|blocks| blocks.dequantize(&Device::Cpu)),
-    };
-    tensor.map_err(|e| e.to_string())
-}
-
-/// Permutes the rows of a query or key projection, or the elements of its bias, from pairs of adjacent rows to the two
-/// halves of each head.
-fn rotary_halves(rows: &Tensor, heads: usize) -> std::result::Result<Tensor, String> {
-    let count = rows.dims().first().copied().unwrap_or(0);
-    // Checked here, because an error of candle may carry a backtrace of many MiB.
-    if heads == 0 || !count.is_multiple_of(2 * heads) {
-        return Err(format!("{count} rows do not divide into {heads} heads of pairs"));
-    }
-    let pairs = rows.reshape((heads, count / heads / 2, 2, ())).and_then(|pairs| pairs.transpose(1, 2));
-    pairs.and_then(|halves| halves.reshape(rows.shape())).map_err(|e| e.to_string())
+    let Weights { tensors, quantized } = weights;
+    Ok(Gguf { config, tensors, quantized, tokenizer, generation, files })
 }
 
 /// The contents of `generation_config.json` and `tokenizer_config.json`. Adds the ids of the begin and end tokens to
@@ -189,7 +168,7 @@ fn settings(
         config["eos_token_id"] = (*first).into();
         generation["eos_token_id"] = special.ends.clone().into();
     }
-    if let Some(template) = header.text("tokenizer.chat_template")? {
+    if let Some(template) = header.text(CHAT_TEMPLATE)? {
         settings["chat_template"] = template.into();
     }
     Ok((generation, settings))

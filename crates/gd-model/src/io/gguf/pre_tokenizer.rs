@@ -35,7 +35,23 @@ impl PreTokenizer {
             format!("key tokenizer.ggml.pre is {name:?}, which is not supported (supported: {supported})")
         })
     }
+
+    /// The name of the pre-tokenizer with these steps; `None` if there is none.
+    pub(super) fn name_of(digits: bool, patterns: &[String], ignore_merges: bool) -> Option<&'static str> {
+        // The contractions as the tokenizer.json of models has them, and as llama.cpp has them.
+        let plain = |pattern: &String| pattern.replace(CONTRACTIONS.0, CONTRACTIONS.1);
+        let patterns: Vec<String> = patterns.iter().map(plain).collect();
+        let is_same = |candidate: &&Self| {
+            (candidate.digits, candidate.ignore_merges) == (digits, ignore_merges)
+                && patterns == candidate.patterns
+        };
+        ALL.iter().find(is_same)?.names.first().copied()
+    }
 }
+
+/// A pattern for contractions in any case, with a flag and with sets of letters.
+const CONTRACTIONS: (&str, &str) =
+    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]");
 
 /// The pattern of GPT-2.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";

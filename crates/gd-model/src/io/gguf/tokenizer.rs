@@ -30,8 +30,8 @@ type Result<T> = std::result::Result<T, String>;
 
 /// Values of `tokenizer.ggml.token_type`.
 const UNKNOWN: i128 = 2;
-const CONTROL: i128 = 3;
-const USER_DEFINED: i128 = 4;
+pub(super) const CONTROL: i128 = 3;
+pub(super) const USER_DEFINED: i128 = 4;
 
 /// The maximal length in characters of a token of a SentencePiece vocabulary. The search for its merges tries every split
 /// of the token.
@@ -43,7 +43,8 @@ const SENTENCEPIECE_TOKENS: [&str; 3] = ["<unk>", "<s>", "</s>"];
 /// The character that stands for a space in SentencePiece.
 const SENTENCEPIECE_SPACE: &str = "\u{2581}";
 
-fn key(name: &str) -> String {
+/// The key of this name.
+pub(super) fn key(name: &str) -> String {
     format!("tokenizer.ggml.{name}")
 }
 

@@ -123,13 +123,17 @@ impl Tokenizer {
     pub fn load(path: &Path) -> Result<Self> {
         let bytes = read_file(path, "tokenizer file")?;
         let foreign = |reason: String| Error::Foreign { path: path.into(), kind: "tokenizer.json", reason };
+        Self::from_json(&bytes).map_err(foreign)
+    }
+
+    /// The tokenizer of the content of a `tokenizer.json`. The error is the reason why it cannot be used.
+    pub(crate) fn from_json(json: &[u8]) -> std::result::Result<Self, String> {
         // A damaged file can cause a panic in the library, which slices without checks in places.
         catch_panic(|| {
-            growth::check_file(&bytes)?;
-            Self::checked(tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string())?)
+            growth::check_file(json)?;
+            Self::checked(tokenizers::Tokenizer::from_bytes(json).map_err(|e| e.to_string())?)
         })
         .flatten()
-        .map_err(foreign)
     }
 
     /// Wraps a tokenizer from a file, without truncation and padding. The error is the reason why it cannot be used.

@@ -2,19 +2,20 @@
 //!
 //! Shapes: ids `[B, N]` (u32), hidden states `[B, N, C]`, logits `[B, N, V]`. The weights have the names of Llama.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use gd_kernels::cross_entropy::{linear_cross_entropy, linear_token_losses};
-use gd_kernels::{feed_forward, swiglu};
+use gd_kernels::{QuantizedMatrix, feed_forward, swiglu};
 use gd_layer::{
     AdapterDropout, Attention, GdAttention, LayerCache, Linear, MechanismAttention, Pass, RmsNorm,
     RopeScaling, Rotary, SoftmaxAttention, linear,
 };
 
 use crate::config::{Mechanism, ModelConfig};
+use crate::model::weights::{EMBEDDING, HEAD};
 
 mod checkpointed;
 mod layer_alignment;
@@ -37,9 +38,11 @@ impl Mlp {
 
     /// x plus the output for x, normalised by `norm`.
     fn added_to(&self, x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
-        let projections = [&self.gate, &self.up, &self.down];
-        if projections.iter().all(|projection| projection.bias().is_none() && !projection.is_adapted()) {
-            return Ok(feed_forward(x, (norm.weight(), norm.eps()), projections.map(Linear::weight))?);
+        let weight =
+            |projection: &Linear| projection.plain_weight().filter(|_| projection.bias().is_none()).cloned();
+        if let (Some(gate), Some(up), Some(down)) = (weight(&self.gate), weight(&self.up), weight(&self.down))
+        {
+            return Ok(feed_forward(x, (norm.weight(), norm.eps()), [&gate, &up, &down])?);
         }
         let y = norm.forward(x)?;
         x + self.down.forward(&swiglu(&self.gate.forward(&y)?, &self.up.forward(&y)?)?)?
@@ -81,9 +84,15 @@ impl Block {
     }
 }
 
+/// The embedding table `[V, C]`.
+enum Embedding {
+    Tensor(Tensor),
+    Quantized(Arc<QuantizedMatrix>),
+}
+
 /// A decoder-only language model.
 pub struct Transformer {
-    embed: Tensor,
+    embed: Embedding,
     blocks: Vec<Block>,
     norm: RmsNorm,
     head: Linear,
@@ -145,7 +154,7 @@ impl Transformer {
             false => vb.pp("lm_head").get_with_hints((v, c), "weight", normal)?,
         };
         Ok(Self {
-            embed,
+            embed: Embedding::Tensor(embed),
             blocks,
             norm,
             head: Linear::new(head, None),
@@ -188,6 +197,46 @@ impl Transformer {
                 hasher.finalize_xof().fill(&mut of_projection);
                 projection.set_dropout(dropout, u64::from_le_bytes(of_projection));
             }
+        }
+    }
+
+    /// Replaces weights by quantised ones, by their names: those of the projections of the blocks, as
+    /// `model.layers.0.self_attn.q_proj.weight`, of the embedding and of the output projection. A tied output projection is
+    /// replaced together with the embedding. The model computes on the CPU then, and has no gradients.
+    ///
+    /// # Errors
+    /// A name that is none of these, or a matrix of another shape.
+    pub fn set_quantized(&mut self, matrices: &BTreeMap<String, Arc<QuantizedMatrix>>) -> Result<()> {
+        let mut left: BTreeSet<&str> = matrices.keys().map(String::as_str).collect();
+        let mut take = |name: &str| {
+            left.remove(name);
+            matrices.get(name).cloned()
+        };
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            for (name, projection) in block.projections_mut() {
+                let name = format!("model.layers.{i}.{name}.weight");
+                if let Some(matrix) = take(&name) {
+                    projection.set_quantized(matrix)?;
+                }
+            }
+        }
+        let head = match self.config.tie_word_embeddings {
+            true => EMBEDDING,
+            false => HEAD,
+        };
+        if let Some(matrix) = take(head) {
+            self.head.set_quantized(matrix)?;
+        }
+        if let Some(matrix) = take(EMBEDDING) {
+            let expected = [self.config.vocab_size, self.config.hidden_size];
+            if matrix.dims() != expected {
+                candle_core::bail!("{EMBEDDING}: a quantized matrix {:?}, not {expected:?}", matrix.dims());
+            }
+            self.embed = Embedding::Quantized(matrix);
+        }
+        match left.first() {
+            None => Ok(()),
+            Some(name) => candle_core::bail!("{name} is no projection or embedding, which can be quantized"),
         }
     }
 
@@ -265,8 +314,12 @@ impl Transformer {
     /// The embeddings `[B, N, C]` of ids `[B, N]`.
     fn embedded(&self, ids: &Tensor) -> Result<Tensor> {
         let (b, n) = ids.dims2()?;
-        let rows = gd_kernels::embedding(&self.embed, &ids.flatten_all()?)?.to_dtype(self.dtype)?;
-        rows.reshape((b, n, self.config.hidden_size))
+        let ids = ids.flatten_all()?;
+        let rows = match &self.embed {
+            Embedding::Tensor(table) => gd_kernels::embedding(table, &ids)?,
+            Embedding::Quantized(matrix) => matrix.embedding(&ids)?,
+        };
+        rows.to_dtype(self.dtype)?.reshape((b, n, self.config.hidden_size))
     }
 
     /// The mean cross entropy of `targets` `[B, N]` from the hidden states `[B, N, C]` after the last norm, in nats.
@@ -282,6 +335,6 @@ impl Transformer {
     /// # Errors
     /// An error of the device.
     pub fn head_weight(&self) -> Result<Tensor> {
-        self.head.weight().to_dtype(self.dtype)
+        self.head.weight()?.to_dtype(self.dtype)
     }
 }

@@ -3,6 +3,7 @@
 mod split;
 mod tokens;
 mod variants;
+mod write;
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -38,6 +38,7 @@ pub use load::parse;
 pub use lora::{ALL_LINEAR, LoraConfig};
 pub use lr_schedule::{LrSchedule, LrShape};
 pub use mechanism::Mechanism;
+pub(crate) use model::{EMBEDDING, HEAD};
 pub use model::{GdBlock, ModelConfig, RopeParameters};
 pub use muon::MuonConfig;
 pub use schema::{KeyInfo, keys, schema};

@@ -11,6 +11,11 @@ use super::checks::{Checks, first};
 use super::{Mechanism, llama, parse};
 use crate::error::{ConfigProblem, Error, Result};
 
+/// The name of the embedding among the weights.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The name of the output projection, if it is not tied to the embedding.
+pub(crate) const HEAD: &str = "lm_head.weight";
+
 /// The configuration of a model: the keys of a Llama `config.json`, and those of this crate in the block `gd`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -466,6 +471,14 @@ impl ModelConfig {
         }
         let trigger = barrier.entropy_trigger;
         checks.require(is_share(trigger), "gd.beacon.barrier.entropy_trigger", trigger, "in [0, 1]");
+    }
+
+    /// The name of the weight of the output projection, that of the embedding if both are tied.
+    pub(crate) fn output_weight(&self) -> &'static str {
+        match self.tie_word_embeddings {
+            true => EMBEDDING,
+            false => HEAD,
+        }
     }
 
     /// Checks that the model has every one of these tokens.

@@ -512,9 +512,7 @@ impl Loaded {
             },
         )
     }
-}
 
-impl Loaded {
     /// Writes a GGUF file with quantised matrices; see [`gguf::write`]. A model that llama.cpp does not read is written with
     /// the architecture `gd`.
     ///

@@ -8,13 +8,10 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use serde_json::Value;
 
+use crate::config::{EMBEDDING, HEAD};
 use crate::error::{Error, Result};
 use crate::io::safetensors::Weights;
 
-/// The name of the embedding.
-pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
-/// The name of the output projection.
-pub(super) const HEAD: &str = "lm_head.weight";
 const TIED: &str = "tie_word_embeddings";
 
 /// The prefix of all parameters except the output projection.

@@ -74,6 +74,14 @@ impl Format {
         }
     }
 
+    /// Scales in f16 of a block.
+    pub(super) fn floats(self) -> usize {
+        match self.scales {
+            Scales::Symmetric | Scales::SymmetricK => 1,
+            Scales::Affine | Scales::AffineK => 2,
+        }
+    }
+
     /// Groups of a block.
     pub(super) fn groups(self) -> usize {
         match self.scales {

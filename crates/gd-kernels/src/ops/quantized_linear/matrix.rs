@@ -131,12 +131,8 @@ impl QuantizedMatrix {
 
     /// The number of scales in f16 that are NaN or infinite.
     fn non_finite_scales(&self) -> usize {
-        let floats = match self.format.scales {
-            Scales::Symmetric | Scales::SymmetricK => 1,
-            Scales::Affine | Scales::AffineK => 2,
-        };
         let count = |block: &[u8]| {
-            let halves = block[..floats * HALF_BYTES].chunks_exact(2);
+            let halves = block[..self.format.floats() * HALF_BYTES].chunks_exact(2);
             halves.filter(|half| !f16::from_le_bytes([half[0], half[1]]).is_finite()).count()
         };
         self.scales.par_chunks(self.format.scale_bytes()).map(count).sum()
@@ -272,10 +268,7 @@ fn load_value(format: Format, values: &[u8], lane: usize, i: usize) -> u8 {
 
 /// Writes the scales of a block of one row.
 fn store_scales(format: Format, block: &Block, lane: usize, out: &mut [u8]) {
-    let floats = match format.scales {
-        Scales::Symmetric | Scales::SymmetricK => 1,
-        Scales::Affine | Scales::AffineK => 2,
-    };
+    let floats = format.floats();
     for (out, float) in out.chunks_exact_mut(HALF_BYTES).zip(&block.floats[..floats]) {
         out[lane * 2..][..2].copy_from_slice(&float.to_le_bytes());
     }

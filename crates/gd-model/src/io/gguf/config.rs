@@ -4,6 +4,7 @@ use candle_core::quantized::GgmlDType;
 use serde_json::{Value, json};
 
 use super::header::Header;
+use super::{ARCHITECTURE, ROPE_FACTORS};
 
 type Result<T> = std::result::Result<T, String>;
 
@@ -26,10 +27,10 @@ impl Architecture {
     const ALL: [Self; 4] = [Self::Llama, Self::Mistral3, Self::Qwen2, Self::Qwen3];
 
     pub(super) fn read(header: &Header) -> Result<Self> {
-        let name = header.text("general.architecture")?.ok_or("key general.architecture is missing")?;
+        let name = header.text(ARCHITECTURE)?.ok_or_else(|| format!("key {ARCHITECTURE} is missing"))?;
         Self::ALL.into_iter().find(|architecture| architecture.name() == name).ok_or_else(|| {
             let supported = Self::ALL.map(Self::name).join(", ");
-            format!("key general.architecture is {name:?}; {supported} and gd are supported")
+            format!("key {ARCHITECTURE} is {name:?}; {supported} and gd are supported")
         })
     }
 
@@ -178,7 +179,7 @@ fn scaling(
 fn llama3(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value> {
     if factors.len() != head_dim / 2 {
         return Err(format!(
-            "tensor rope_freqs.weight has {} values for heads of {head_dim}; {} expected",
+            "tensor {ROPE_FACTORS} has {} values for heads of {head_dim}; {} expected",
             factors.len(),
             head_dim / 2
         ));
@@ -190,7 +191,7 @@ fn llama3(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value> {
         let near = (f64::from(actual) - expected).abs() <= 1e-3 * expected;
         if !near {
             return Err(format!(
-                "value {i} of tensor rope_freqs.weight is {actual}; Llama 3's scaling by {factor} has {expected}"
+                "value {i} of tensor {ROPE_FACTORS} is {actual}; Llama 3's scaling by {factor} has {expected}"
             ));
         }
     }

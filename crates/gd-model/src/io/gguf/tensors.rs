@@ -10,14 +10,9 @@ use candle_core::{DType, Device, Tensor};
 use gd_kernels::QuantizedMatrix;
 
 use super::header::TensorInfo;
-use crate::config::ModelConfig;
+use crate::config::{EMBEDDING, HEAD, ModelConfig};
 
 type Result<T> = std::result::Result<T, String>;
-
-/// The name of the embedding.
-pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
-/// The name of the output projection.
-pub(super) const HEAD: &str = "lm_head.weight";
 
 /// The names of tensors outside of the layers, in GGUF and in Hugging Face.
 const WHOLE: [(&str, &str); 3] =

@@ -118,11 +118,7 @@ fn dtype(
     if !tensors::is_projection(name) {
         return Ok(GgmlDType::F32);
     }
-    let output = match config.tie_word_embeddings {
-        true => tensors::EMBEDDING,
-        false => tensors::HEAD,
-    };
-    quantization.type_of(name, columns, config.num_hidden_layers, name == output)
+    quantization.type_of(name, columns, config.num_hidden_layers, name == config.output_weight())
 }
 
 /// A writer that knows its position, which is all that is asked of it.

@@ -14,8 +14,7 @@ use gd_layer::{
     RopeScaling, Rotary, SoftmaxAttention, linear,
 };
 
-use crate::config::{Mechanism, ModelConfig};
-use crate::model::weights::{EMBEDDING, HEAD};
+use crate::config::{EMBEDDING, Mechanism, ModelConfig};
 
 mod checkpointed;
 mod layer_alignment;
@@ -220,11 +219,7 @@ impl Transformer {
                 }
             }
         }
-        let head = match self.config.tie_word_embeddings {
-            true => EMBEDDING,
-            false => HEAD,
-        };
-        if let Some(matrix) = take(head) {
+        if let Some(matrix) = take(self.config.output_weight()) {
             self.head.set_quantized(matrix)?;
         }
         if let Some(matrix) = take(EMBEDDING) {

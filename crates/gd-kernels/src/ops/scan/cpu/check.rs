@@ -40,7 +40,7 @@ pub(crate) fn rows<T: Element>(problem: &Problem, x: &Arguments<'_, T>) -> Resul
             check_rows("k", &keys, [b, h], |j| x.k.row(b, h, j))?;
         }
         if problem.score == Score::Dot {
-            for h in 0..problem.q_heads {
+            for h in 0..problem.kv_heads {
                 check_dot_products(problem, x, [b, h], &rows, &keys)?;
             }
         }
@@ -48,30 +48,29 @@ pub(crate) fn rows<T: Element>(problem: &Problem, x: &Arguments<'_, T>) -> Resul
     Ok(())
 }
 
-/// Refuses a query whose dot products may overflow although it is not long enough to be ranked in f64 for its length
-/// alone: a scan does not find the keys whose products overflow. `|<q, k>|` is at most D times the greatest elements of
-/// both.
+/// Refuses a query of the group of a key-value head whose dot products may overflow although it is not long enough to be
+/// ranked in f64 for its length alone: a scan does not find the keys whose products overflow. `|<q, k>|` is at most D times
+/// the greatest elements of both.
 fn check_dot_products<T: Element>(
     problem: &Problem,
     x: &Arguments<'_, T>,
-    [b, h]: [usize; 2],
+    [b, kv_head]: [usize; 2],
     rows: &[usize],
     keys: &[usize],
 ) -> Result<()> {
     let greatest = |row: &[T]| row.iter().map(|x| x.up().wide().abs()).fold(0.0, f64::max);
-    let kv_head = h / problem.group();
     let longest = keys
         .par_iter()
         .map(|&j| (greatest(x.k.row(b, kv_head, j)), j))
         .max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
     let Some((largest_key, j)) = longest else { return Ok(()) };
     let range = T::Acc::max_value().wide() / problem.head_dim as f64;
-    let overflows = |&i: &usize| {
-        let q = x.q.row(b, h, i);
-        !has_large_norm(q) && greatest(q) > range / largest_key
-    };
-    match rows.par_iter().copied().find_first(|i| overflows(i)) {
-        Some(i) => Err(Error::Invalid(format!(
+    let overflows = |q: &[T]| !has_large_norm(q) && greatest(q) > range / largest_key;
+    let group = problem.group();
+    let refused = (kv_head * group..(kv_head + 1) * group)
+        .find_map(|h| rows.par_iter().find_first(|&&i| overflows(x.q.row(b, h, i))).map(|i| (h, i)));
+    match refused {
+        Some((h, &i)) => Err(Error::Invalid(format!(
             "the dot product of query q[{b}, {h}, {i}], with an element of magnitude {:.1e}, and key k[{b}, {kv_head}, {j}], \
              with one of {largest_key:.1e}, may overflow {:.1e}; scale q or k down",
             greatest(x.q.row(b, h, i)),

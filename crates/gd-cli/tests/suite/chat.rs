@@ -126,7 +126,8 @@ fn in_a_terminal_lines_are_edited_and_ctrl_c_stops_an_answer_and_not_the_chat() 
     let folder = tempfile::tempdir()?;
     let dir = folder.path();
     save_with(&dir.join("model"), Some(TEMPLATE), 100_000)?;
-    let line = format!("'{}' chat model --temperature 0 --history h", env!("CARGO_BIN_EXE_gd"));
+    // Without exec, a shell that waits for the program (dash) ends by the Ctrl-C that it got meanwhile, too.
+    let line = format!("exec '{}' chat model --temperature 0 --history h", env!("CARGO_BIN_EXE_gd"));
     let mut script = Command::new("timeout");
     script.args(["120", "script", "-qfec", &line, "/dev/null"]).current_dir(dir).env("TERM", "xterm");
     let mut process = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;

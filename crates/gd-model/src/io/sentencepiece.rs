@@ -65,6 +65,11 @@ impl Scores {
         Self { scores, has_equal }
     }
 
+    /// One score for each token, by id.
+    pub(crate) fn by_id(&self) -> &[f64] {
+        &self.scores
+    }
+
     /// Whether two tokens have the same score, so that the order of their merges depends on the text. The format
     /// `tokenizer.json` cannot express that.
     pub(crate) fn has_equal(&self) -> bool {

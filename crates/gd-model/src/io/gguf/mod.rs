@@ -20,6 +20,7 @@ mod tensors;
 mod tokenizer;
 mod write;
 mod write_config;
+mod write_sentencepiece;
 mod write_tokenizer;
 
 use std::collections::BTreeMap;

@@ -29,7 +29,7 @@ use crate::io::tokenizer::Tokenizer;
 type Result<T> = std::result::Result<T, String>;
 
 /// Values of `tokenizer.ggml.token_type`.
-const UNKNOWN: i128 = 2;
+pub(super) const UNKNOWN: i128 = 2;
 pub(super) const CONTROL: i128 = 3;
 pub(super) const USER_DEFINED: i128 = 4;
 
@@ -41,7 +41,7 @@ const MAX_TOKEN_CHARS: usize = 1 << 10;
 const SENTENCEPIECE_TOKENS: [&str; 3] = ["<unk>", "<s>", "</s>"];
 
 /// The character that stands for a space in SentencePiece.
-const SENTENCEPIECE_SPACE: &str = "\u{2581}";
+pub(super) const SENTENCEPIECE_SPACE: &str = "\u{2581}";
 
 /// The key of this name.
 pub(super) fn key(name: &str) -> String {

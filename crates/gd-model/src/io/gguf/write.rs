@@ -55,7 +55,8 @@ pub struct Written {
 /// # Errors
 /// [`Error::Invalid`] with the tensor and its width if that is no multiple of the block, and for what a file for llama.cpp
 /// cannot hold: layers with a window, scaled rotary frequencies beyond those of Llama 3, and tokenizers other than byte-level
-/// BPE with a pre-tokenizer that has a name in GGUF; [`Error::Unwritable`].
+/// BPE with a pre-tokenizer that has a name in GGUF and SentencePiece BPE whose merges follow from scores;
+/// [`Error::Unwritable`].
 pub fn write(path: &Path, model: &Model<'_>, quantization: Quantization) -> Result<Written> {
     let invalid = |reason: String| Error::Invalid(format!("{}: {reason}", path.display()));
     let architecture = Architecture::of(model.config).map_err(invalid)?;

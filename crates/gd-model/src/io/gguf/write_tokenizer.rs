@@ -1,4 +1,4 @@
-//! The metadata of a tokenizer, for llama.cpp: byte-level BPE with a pre-tokenizer that has a name in GGUF.
+//! The metadata of a tokenizer, for llama.cpp: byte-level BPE with a pre-tokenizer that has a name in GGUF, and SentencePiece.
 
 use std::collections::BTreeMap;
 
@@ -7,8 +7,9 @@ use serde_json::Value as Json;
 
 use super::CHAT_TEMPLATE;
 use super::pre_tokenizer::PreTokenizer;
-use super::tokenizer::{CONTROL, USER_DEFINED, key};
+use super::tokenizer::{CONTROL, UNKNOWN, USER_DEFINED, key};
 use super::write::{Metadata, Model};
+use super::write_sentencepiece as sentencepiece;
 use crate::io::chat_template::ChatTemplate;
 
 type Result<T> = std::result::Result<T, String>;
@@ -16,6 +17,7 @@ type Result<T> = std::result::Result<T, String>;
 /// Values of `tokenizer.ggml.token_type` beside those that are read.
 const NORMAL: i128 = 1;
 const UNUSED: i128 = 5;
+const BYTE: i128 = 6;
 
 /// Adds the keys of the tokenizer, of the special tokens and of the chat template.
 ///
@@ -24,17 +26,10 @@ const UNUSED: i128 = 5;
 pub(super) fn describe(model: &Model<'_>, metadata: &mut Metadata) -> Result<()> {
     let json = model.tokenizer.to_json().map_err(|e| e.to_string())?;
     let json: Json = serde_json::from_str(&json).map_err(|e| format!("the tokenizer: {e}"))?;
-    let (kind, byte_fallback) = (&json["model"]["type"], json["model"]["byte_fallback"] == Json::Bool(true));
-    if kind != "BPE" || byte_fallback {
-        let what = if byte_fallback { "SentencePiece".into() } else { kind.to_string() };
+    let kind = &json["model"]["type"];
+    if kind != "BPE" {
         return Err(format!(
-            "the tokenizer is {what}; byte-level BPE can be written (the convert_hf_to_gguf.py of llama.cpp writes others)"
-        ));
-    }
-    if !json["normalizer"].is_null() && json["normalizer"]["type"] != "NFC" {
-        return Err(format!(
-            "the tokenizer has the normalizer {}, which GGUF lacks",
-            json["normalizer"]["type"]
+            "the tokenizer is {kind}; byte-pair encoding can be written (the convert_hf_to_gguf.py of llama.cpp writes others)"
         ));
     }
     let merges = json["model"]["merges"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -42,15 +37,43 @@ pub(super) fn describe(model: &Model<'_>, metadata: &mut Metadata) -> Result<()>
     if merges.is_empty() {
         return Err("the tokenizer has no merges; GGUF has no tokenizer of single bytes".into());
     }
+    let (tokens, mut types) = tokens(&json, model.config.vocab_size)?;
     let mut add = |name: &str, value: Value| {
         metadata.insert(key(name), value);
     };
-    add("model", Value::String("gpt2".into()));
-    add("pre", Value::String(pre_tokenizer(&json)?.into()));
-    let (tokens, types) = tokens(&json, model.config.vocab_size)?;
+    if json["model"]["byte_fallback"] == Json::Bool(true) {
+        add("model", Value::String("llama".into()));
+        add("pre", Value::String("default".into()));
+        add("add_space_prefix", Value::Bool(sentencepiece::adds_space_prefix(&json)?));
+        let mut scores = match model.tokenizer.scores() {
+            Some(scores) => scores.iter().map(|&score| score as f32).collect(),
+            None => sentencepiece::scores(&json, &merges, &tokens)?,
+        };
+        scores.resize(tokens.len(), 0.0);
+        add("scores", Value::Array(scores.into_iter().map(Value::F32).collect()));
+        let unknown = json["model"]["unk_token"].as_str();
+        for (id, (token, kind)) in tokens.iter().zip(&mut types).enumerate() {
+            if Some(token.as_str()) == unknown {
+                *kind = UNKNOWN;
+                add("unknown_token_id", Value::U32(id as u32));
+            } else if is_byte(token) {
+                *kind = BYTE;
+            }
+        }
+    } else {
+        if !json["normalizer"].is_null() && json["normalizer"]["type"] != "NFC" {
+            return Err(format!(
+                "the tokenizer has the normalizer {}, which GGUF lacks",
+                json["normalizer"]["type"]
+            ));
+        }
+        add("model", Value::String("gpt2".into()));
+        add("pre", Value::String(pre_tokenizer(&json)?.into()));
+        let merges = merges.into_iter().map(|(left, right)| Value::String(format!("{left} {right}")));
+        add("merges", Value::Array(merges.collect()));
+    }
     add("tokens", Value::Array(tokens.into_iter().map(Value::String).collect()));
     add("token_type", Value::Array(types.into_iter().map(|kind| Value::I32(kind as i32)).collect()));
-    add("merges", Value::Array(merges.into_iter().map(Value::String).collect()));
     let id = |name: &str| {
         let first = |ids: &Json| ids.as_array().map_or(ids.as_u64(), |ids| ids.first()?.as_u64());
         first(&model.generation[name]).or_else(|| first(model.config.origin.as_ref()?.get(name)?))
@@ -91,13 +114,18 @@ fn tokens(json: &Json, vocab_size: usize) -> Result<(Vec<String>, Vec<i128>)> {
     Ok((0..vocab_size).map(of).unzip())
 }
 
-/// A merge in one line.
-fn merge(json: &Json) -> Result<String> {
-    let pair = || Some([json[0].as_str()?, json[1].as_str()?].join(" "));
-    json.as_str()
-        .map(str::to_owned)
-        .or_else(pair)
-        .ok_or_else(|| format!("the tokenizer has the merge {json}"))
+/// The two tokens of a merge.
+fn merge(json: &Json) -> Result<(String, String)> {
+    let line = || json.as_str()?.split_once(' ');
+    let pair = || Some((json[0].as_str()?, json[1].as_str()?));
+    let (left, right) = line().or_else(pair).ok_or_else(|| format!("the tokenizer has the merge {json}"))?;
+    Ok((left.to_owned(), right.to_owned()))
+}
+
+/// Whether this is the token of a byte in SentencePiece, such as `<0x0A>`.
+fn is_byte(token: &str) -> bool {
+    let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+    digits.is_some_and(|digits| digits.len() == 2 && u8::from_str_radix(digits, 16).is_ok())
 }
 
 /// The name of the pre-tokenizer.

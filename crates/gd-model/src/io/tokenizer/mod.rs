@@ -158,6 +158,11 @@ impl Tokenizer {
         self
     }
 
+    /// The scores of the tokens by id, if the order of merges is that of scores.
+    pub(crate) fn scores(&self) -> Option<&[f64]> {
+        self.scores.as_deref().map(Scores::by_id)
+    }
+
     /// Whether a text may have other tokens with the `tokenizer.json` of this tokenizer, because tokens with equal scores
     /// are merged from left to right, and a file states one order of all merges.
     pub(crate) fn has_equal_scores(&self) -> bool {

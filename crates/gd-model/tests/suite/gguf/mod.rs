@@ -4,6 +4,7 @@ mod split;
 mod tokens;
 mod variants;
 mod write;
+mod write_sentencepiece;
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -21,7 +21,7 @@ fn tokenizer(folder: &Path, metadata: &Metadata, tokens: usize) -> Result<Tokeni
 }
 
 /// A SentencePiece vocabulary: special tokens, bytes, and tokens with scores. `keys` are added to the metadata.
-fn sentencepiece(pieces: &[(&str, f32)], keys: &[(&str, Value)]) -> Result<Tokenizer> {
+pub(super) fn sentencepiece(pieces: &[(&str, f32)], keys: &[(&str, Value)]) -> Result<Tokenizer> {
     let bytes: Vec<String> = (0..256).map(|byte| format!("<0x{byte:02X}>")).collect();
     let mut tokens = vec!["<unk>", "<s>", "</s>"];
     let mut kinds = vec![2, 3, 3];
@@ -44,7 +44,7 @@ fn sentencepiece(pieces: &[(&str, f32)], keys: &[(&str, Value)]) -> Result<Token
     tokenizer(tempfile::tempdir()?.path(), &metadata, tokens.len())
 }
 
-fn names(tokenizer: &Tokenizer, text: &str) -> Result<String> {
+pub(super) fn names(tokenizer: &Tokenizer, text: &str) -> Result<String> {
     let ids = tokenizer.encode(text)?;
     Ok(ids.iter().map(|&id| tokenizer.token(id).unwrap_or_default()).collect::<Vec<_>>().join(" "))
 }

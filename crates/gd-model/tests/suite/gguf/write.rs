@@ -34,7 +34,7 @@ fn source(folder: &Path, tied: bool) -> Result<(Loaded, BTreeMap<String, Tensor>
 }
 
 /// A model of the Llama family with initial weights.
-fn initial(change: impl FnOnce(&mut serde_json::Value), tokenizer: Tokenizer) -> Result<Loaded> {
+pub(super) fn initial(change: impl FnOnce(&mut serde_json::Value), tokenizer: Tokenizer) -> Result<Loaded> {
     let mut config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.vocab_size(),
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

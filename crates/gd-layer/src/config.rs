@@ -204,6 +204,9 @@ impl AttentionConfig {
         if self.window == Some(0) {
             candle_core::bail!("a window of 0 keys lets no query see any");
         }
+        if self.gd.threshold_by_length && self.gd.threshold.is_none() {
+            candle_core::bail!("gd.threshold_by_length needs gd.threshold, the initial threshold");
+        }
         if let Some(beacon) = &self.beacon {
             if beacon.conv_width == 0 {
                 candle_core::bail!("beacon.conv_width is 0; 1 is the plain projection");
@@ -259,6 +262,9 @@ pub struct GdConfig {
     /// Initial threshold in units of `beta * (|q|^2 + |k|^2)` at unit RMS, that is `2 beta D`; the
     /// head learns it from there. None: a head never abstains. The energy gate needs it.
     pub threshold: Option<f64>,
+    /// Whether the threshold of a query follows the number n of keys that it sees: τ + c ln n, with a slope c per head that
+    /// is learned from 0. It needs a threshold.
+    pub threshold_by_length: bool,
     /// Refinement rounds with learned weights; 1 is the plain selection.
     pub rounds: usize,
     /// Which of two wells the coherence point of a query and a key lies in.
@@ -344,6 +350,12 @@ impl GdConfig {
         Self { threshold, ..self }
     }
 
+    /// The same with thresholds that follow the number of visible keys, or not.
+    #[must_use]
+    pub fn with_threshold_by_length(self, threshold_by_length: bool) -> Self {
+        Self { threshold_by_length, ..self }
+    }
+
     /// The same with another number of refinement rounds.
     #[must_use]
     pub fn with_rounds(self, rounds: usize) -> Self {
@@ -373,6 +385,7 @@ impl Default for GdConfig {
             gradient: CandidateGradient::default(),
             value_floor: 0.0,
             threshold: None,
+            threshold_by_length: false,
             rounds: 1,
             coherence: CoherenceMode::Global,
         }

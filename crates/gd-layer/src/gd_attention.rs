@@ -19,6 +19,7 @@ use crate::linear::Linear;
 use crate::probe::{CandidateView, SelectionView};
 use crate::rope::Rotary;
 use crate::stats::SelectionStats;
+use crate::threshold::{Threshold, by_query};
 
 /// The initial weight of the query's well: near 1/2, where the two wells tie, but not at it.
 const INITIAL_ALPHA: f64 = 0.6;
@@ -27,8 +28,8 @@ const INITIAL_ALPHA: f64 = 0.6;
 ///
 /// Each head scans all visible keys for the candidates of least energy and selects the value of one of them, or
 /// abstains. Projections and weight names are those of a Llama attention. Added per head under `gd` are `beta [Hq]`
-/// (its logarithm), and if configured `threshold [Hq]`, `alpha [Hq]` (its logit) and `rounds [Hq, R]` (deviation from
-/// (1, 0, ..)).
+/// (its logarithm), and if configured `threshold [Hq]`, `threshold_slope [Hq]`, `alpha [Hq]` (its logit) and
+/// `rounds [Hq, R]` (deviation from (1, 0, ..)).
 ///
 /// Through [`Module`] it is causal self-attention over x `[B, N, C]`; [`GdAttention::forward`] has the signature of the
 /// attention of candle's own models and holds a cache; [`Attention::attend`] takes mask, options and cache.
@@ -62,7 +63,7 @@ pub struct GdAttention {
     heads: Heads,
     /// None without heads that read.
     log_beta: Option<Tensor>,
-    threshold: Option<Tensor>,
+    threshold: Option<Threshold>,
     alpha_logit: Option<Tensor>,
     rounds: Option<Tensor>,
     // In a mutex so that `forward` takes `&self`: an inherent `&mut self` method would lose to
@@ -90,7 +91,7 @@ impl GdAttention {
         };
         let log_beta = Some(vb.get_with_hints(hq, "beta", Init::Const(beta.ln()))?);
         let threshold = match cfg.gd.threshold {
-            Some(t) => Some(vb.get_with_hints(hq, "threshold", Init::Const(t * 2.0 * beta * d))?),
+            Some(t) => Some(Threshold::new(&cfg.gd, hq, t * 2.0 * beta * d, &vb)?),
             None => None,
         };
         let alpha_logit = match cfg.gd.gate {
@@ -146,11 +147,17 @@ impl GdAttention {
         *self.cache.lock().unwrap_or_else(PoisonError::into_inner) = LayerCache::new();
     }
 
-    /// The thresholds of the heads in this pass `[Hq]`; none without thresholds.
-    fn thresholds(&self, pass: &Pass) -> Result<Option<Tensor>> {
-        match (&self.threshold, pass.threshold) {
-            (Some(threshold), Some(more)) => Ok(Some((threshold + more)?)),
-            (threshold, _) => Ok(threshold.clone()),
+    /// The thresholds of this pass, of the heads `[Hq]` or of every query `[B, Hq, N]`; none without thresholds.
+    fn thresholds(&self, pass: &Pass, projected: &Projected) -> Result<Option<Tensor>> {
+        let of_pass = |t: &Threshold| t.of_queries(pass.threshold, &projected.mask, projected.sizes()?);
+        self.threshold.as_ref().map(of_pass).transpose()
+    }
+
+    /// What the number of visible keys adds to the thresholds `[B, Hq, N]`, if they follow it.
+    fn threshold_shift(&self, projected: &Projected) -> Result<Option<Tensor>> {
+        match &self.threshold {
+            Some(threshold) => threshold.shift(&projected.mask, projected.sizes()?),
+            None => Ok(None),
         }
     }
 
@@ -192,7 +199,8 @@ impl GdAttention {
                 if let Some(stats) = pass.stats {
                     let temperature = pass.temperature.unwrap_or(self.heads.cfg.gd.temperature);
                     let of_pass = SelectionStats::of_selection(selected, &candidates, temperature)?;
-                    stats.borrow_mut().push(of_pass);
+                    let threshold_shift = self.threshold_shift(&projected)?;
+                    stats.borrow_mut().push(SelectionStats { threshold_shift, ..of_pass });
                 }
                 y
             }
@@ -244,14 +252,14 @@ impl GdAttention {
             protected: protected.as_ref(),
             ..Scan::new(scoring.beta, mask, candidates)
         };
-        let (options, threshold) = (options.with_cached(key_cache), self.thresholds(pass)?);
+        let (options, threshold) = (options.with_cached(key_cache), self.thresholds(pass, projected)?);
         let GdConfig { gate, exclude_below, .. } = self.heads.cfg.gd;
         let (Gate::Energy { temperature }, Some(threshold)) = (gate, &threshold) else {
             return Ok(decode(q, k, v, &options, threshold.as_ref())?.y);
         };
         let limit = (threshold + gate.admission(exclude_below))?;
         let winner = decode(q, k, v, &options, Some(&limit))?;
-        let threshold = threshold.to_dtype(winner.energy.dtype())?.reshape((1, (), 1))?;
+        let threshold = by_query(&threshold.to_dtype(winner.energy.dtype())?)?;
         // A quotient, not a product with the reciprocal: the bits are those of `select`.
         let temperature = Tensor::new(temperature, q.device())?.to_dtype(threshold.dtype())?;
         let logits = threshold.broadcast_sub(&winner.energy)?.broadcast_div(&temperature)?;
@@ -292,9 +300,11 @@ impl GdAttention {
         };
         let alpha = self.alpha_logit.as_ref().map(candle_nn::ops::sigmoid).transpose()?;
         let rounds = self.rounds.as_ref().map(|r| first_round(r)?.broadcast_add(r)).transpose()?;
-        let threshold = self.thresholds(pass)?;
+        let threshold = self.thresholds(pass, projected)?;
         let admission = gd.gate.admission(gd.exclude_below);
-        let limit = threshold.as_ref().map(|threshold| threshold + admission).transpose()?;
+        let (b, hq, n, _) = q.dims4()?;
+        let of_queries = |tau: &Tensor| by_query(&(tau + admission)?)?.broadcast_as((b, hq, n));
+        let limit = threshold.as_ref().map(of_queries).transpose()?;
         let (layer, threshold, limit) = (pass.layer, threshold.as_ref(), limit.as_ref());
         let candidates = match pass.probe {
             Some(probe) => {

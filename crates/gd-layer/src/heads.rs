@@ -62,6 +62,14 @@ pub(crate) struct Projected {
     pub(crate) cut_reads: bool,
 }
 
+impl Projected {
+    /// The numbers of sequences, queries and keys `[B, N, M]`.
+    pub(crate) fn sizes(&self) -> Result<[usize; 3]> {
+        let (b, _, n, _) = self.q.dims4()?;
+        Ok([b, n, self.k.dim(2)?])
+    }
+}
+
 /// Where the positions of the rotary embedding are counted from, in rows that hold several sequences.
 #[derive(Debug, Clone, Copy)]
 enum Positions {

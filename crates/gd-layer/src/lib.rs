@@ -19,6 +19,7 @@ mod query_blocks;
 mod rope;
 mod softmax_attention;
 mod stats;
+mod threshold;
 
 pub use adapter_dropout::AdapterDropout;
 pub use attention::{Attention, Pass};

@@ -100,7 +100,7 @@ pub struct CandidateView<'a> {
     pub configured: usize,
     /// The candidates of every query.
     pub candidates: Candidates,
-    /// Greatest energy that can be selected per query head `[Hq]`, where the heads have a threshold.
+    /// Greatest energy that can be selected for every query `[B, Hq, N]`, where the heads have a threshold.
     pub limit: Option<&'a Tensor>,
     pub(crate) q: &'a Tensor,
     pub(crate) k: &'a Tensor,
@@ -148,7 +148,7 @@ pub struct SelectionView<'a> {
     pub candidates: &'a Candidates,
     /// The selections.
     pub selected: &'a Selected,
-    /// Greatest energy that can be selected per query head `[Hq]`, where the heads have a threshold.
+    /// Greatest energy that can be selected for every query `[B, Hq, N]`, where the heads have a threshold.
     pub limit: Option<&'a Tensor>,
     /// Output of the Beacon's running averages, which is added to that of the heads, `[B, H, N, D]`, for all heads: those
     /// that read come first.

@@ -14,6 +14,7 @@ use crate::linear::Linear;
 use crate::probe::{GreatestWeights, Probe};
 use crate::rope::Rotary;
 use crate::stats::{SelectionStats, softmax_weights};
+use crate::threshold::{Threshold, by_query};
 
 /// Softmax attention, `softmax(q k^T / sqrt(D) + prior) v` (Vaswani et al., arXiv 1706.03762), with the learned prior
 /// of a Beacon if there is one. Differentiable in all inputs. The output of a query that sees no key is 0. On the CPU
@@ -49,8 +50,8 @@ pub struct SoftmaxAttention {
 struct NullSlot {
     /// `ln beta` `[Hq]`.
     log_beta: Tensor,
-    /// The energy of the null slot `[Hq]`.
-    threshold: Tensor,
+    /// The energy of the null slot.
+    threshold: Threshold,
 }
 
 /// The initial energy of the null slot where the configuration has no threshold, in units of `2 beta D`: that of a key
@@ -71,7 +72,8 @@ impl SoftmaxAttention {
     /// energies `beta |q - k|^2 - prior` and a learned energy of the null slot. It blends what
     /// [`GdAttention`](crate::GdAttention) selects from, and is its control.
     ///
-    /// Reads or creates the same weights, and `gd.beta [Hq]` (its logarithm) and `gd.threshold [Hq]`.
+    /// Reads or creates the same weights, and `gd.beta [Hq]` (its logarithm), `gd.threshold [Hq]` and, with
+    /// `threshold_by_length`, `gd.threshold_slope [Hq]`.
     ///
     /// # Errors
     /// As [`SoftmaxAttention::new`].
@@ -85,7 +87,7 @@ impl SoftmaxAttention {
         let beta = 0.5 / d.sqrt();
         let energy = cfg.gd.threshold.unwrap_or(NULL_ENERGY) * 2.0 * beta * d;
         let log_beta = vb.get_with_hints(hq, "beta", Init::Const(beta.ln()))?;
-        let threshold = vb.get_with_hints(hq, "threshold", Init::Const(energy))?;
+        let threshold = Threshold::new(&cfg.gd, hq, energy, &vb)?;
         Ok(Self { heads, null: Some(NullSlot { log_beta, threshold }) })
     }
 }
@@ -93,8 +95,8 @@ impl SoftmaxAttention {
 impl SoftmaxAttention {
     /// The output of the layer with a null slot.
     fn blend_with_null(&self, null: &NullSlot, projected: Projected, pass: &Pass) -> Result<Tensor> {
-        let Projected { q, k, v, prior, mask, .. } = &projected;
-        let [q, k, sink] = null.operands(q, k)?;
+        let Projected { v, prior, mask, .. } = &projected;
+        let [q, k, sink] = null.operands(&projected)?;
         if pass.stats.is_some() || asked(pass).is_some() {
             let weights = null_weights([&q, &k, &sink], prior.as_ref(), mask)?;
             if let Some(stats) = pass.stats {
@@ -116,7 +118,8 @@ impl NullSlot {
     /// Queries, keys and sinks whose softmax attention with scale 1 has the weights of q and k: the scores
     /// `2 beta <q, k> - beta |k|^2` and the sink `beta |q|^2 - threshold` are those of the energies and of the null slot,
     /// each with `beta |q|^2` added.
-    fn operands(&self, q: &Tensor, k: &Tensor) -> Result<[Tensor; 3]> {
+    fn operands(&self, projected: &Projected) -> Result<[Tensor; 3]> {
+        let Projected { q, k, mask, .. } = projected;
         let ((b, hq, n, _), dtype) = (q.dims4()?, q.dtype());
         let per_head = |t: &Tensor| t.to_dtype(dtype)?.reshape((1, hq, 1, 1));
         let beta = per_head(&self.log_beta.exp()?)?;
@@ -124,7 +127,9 @@ impl NullSlot {
         let queries = Tensor::cat(&[queries, beta.neg()?.broadcast_as((b, hq, n, 1))?], D::Minus1)?;
         let keys = Tensor::cat(&[k, &k.sqr()?.sum_keepdim(D::Minus1)?], D::Minus1)?;
         let norms = q.sqr()?.sum_keepdim(D::Minus1)?.broadcast_mul(&beta)?;
-        Ok([queries, keys, norms.broadcast_sub(&per_head(&self.threshold)?)?.squeeze(D::Minus1)?])
+        let threshold = self.threshold.of_queries(None, mask, projected.sizes()?)?;
+        let threshold = by_query(&threshold.to_dtype(dtype)?)?.unsqueeze(3)?;
+        Ok([queries, keys, norms.broadcast_sub(&threshold)?.squeeze(D::Minus1)?])
     }
 }
 

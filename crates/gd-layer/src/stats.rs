@@ -32,6 +32,8 @@ pub struct SelectionStats {
     pub open: Option<f64>,
     /// The selections themselves; none for a softmax layer.
     pub selected: Option<Selected>,
+    /// What the number of visible keys adds to the thresholds of the heads `[B, Hq, N]`; none where they do not follow it.
+    pub threshold_shift: Option<Tensor>,
 }
 
 impl SelectionStats {
@@ -62,6 +64,7 @@ impl SelectionStats {
             gate: Some(mean(gates.into_iter())),
             open: Some(open),
             selected: Some(Selected { y: selected.y.detach(), ..selected }),
+            threshold_shift: None,
         })
     }
 
@@ -172,6 +175,7 @@ impl WeightSums {
             gate: None,
             open: None,
             selected: None,
+            threshold_shift: None,
         }
     }
 }

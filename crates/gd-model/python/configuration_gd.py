@@ -7,7 +7,7 @@ GD_KEYS = {"mechanism", "windows", "qk_norm", "output_bias", "output_gate", "bea
            "induction_heads"}
 SELECT_KEYS = {
     "candidates", "score", "norm_prior", "tie", "gate", "estimator", "temperature", "threshold", "rounds", "coherence",
-    "preserve_floor", "value_floor", "exclude_below", "gradient", "picks",
+    "preserve_floor", "value_floor", "exclude_below", "gradient", "picks", "threshold_by_length",
 }
 BEACON_KEYS = {"conv_width", "averages", "prior", "protected", "barrier"}
 CHOICES = {

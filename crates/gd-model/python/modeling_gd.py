@@ -223,13 +223,16 @@ def barrier(score, members, protected, rule):
 
 
 class Gd(nn.Module):
-    """Per-head parameters of a selecting layer: log beta and, if configured, threshold, alpha logit and rounds."""
+    """Per-head parameters of a selecting layer: log beta and, if configured, threshold, its slope in the logarithm of the
+    number of visible keys, alpha logit and rounds."""
 
     def __init__(self, heads, select):
         super().__init__()
         shapes = {"beta": heads}
         if select.get("threshold") is not None:
             shapes["threshold"] = heads
+        if select.get("threshold_by_length"):
+            shapes["threshold_slope"] = heads
         if select["gate"] == "coherence":
             shapes["alpha"] = heads
         if select["rounds"] > 1:
@@ -359,6 +362,10 @@ class Attention(nn.Module):
         if select["estimator"] != "dense":
             members = members & ((self.ranks(energy) < select["candidates"]) | protected)
         tau = self.gd.threshold[:, None, None] if hasattr(self.gd, "threshold") else None
+        if hasattr(self.gd, "threshold_slope"):
+            # By the number of keys that each query sees.
+            length = visible.sum(-1, keepdim=True).clamp(min=1).to(tau.dtype).log()
+            tau = tau + self.gd.threshold_slope[:, None, None] * length
         shares = [torch.ones(self.reading, device=q.device)]
         if hasattr(self.gd, "rounds"):
             shares = list((self.gd.rounds + torch.eye(1, self.gd.rounds.shape[1], device=q.device)).unbind(1))

@@ -94,6 +94,19 @@ fn selection(
     (change, unused): Change,
     rounds: usize,
 ) {
+    let heads = vec![shape[1]];
+    selection_at(what, shape, (dtype, bound), (change, unused), rounds, &heads);
+}
+
+/// The same with thresholds of the shape `tau`, per head or per query.
+fn selection_at(
+    what: &str,
+    shape: [usize; 7],
+    (dtype, bound): (DType, f64),
+    (change, unused): Change,
+    rounds: usize,
+    tau: &[usize],
+) {
     let [b, hq, hk, n, m, d, dv] = shape;
     let float = |t: Tensor| t.to_dtype(dtype).unwrap();
     let wide = |t: Tensor| t.to_dtype(DType::F32).unwrap();
@@ -103,7 +116,7 @@ fn selection(
         float(noise(3, &[b, hk, m, dv])),
         // beta, threshold, alpha, rounds, prior
         wide((noise(4, &[hq]).abs().unwrap() + 0.5).unwrap()),
-        wide((noise(5, &[hq]) + 0.6 * d as f64).unwrap()),
+        wide((noise(5, tau) + 0.6 * d as f64).unwrap()),
         wide(((noise(6, &[hq]) * 0.3).unwrap() + 0.5).unwrap()),
         wide((noise(7, &[hq, rounds]) + 1.0).unwrap()),
         wide(noise(8, &[b, hk, m])),
@@ -167,6 +180,12 @@ fn selections_and_gradients_match_the_cpu() {
             }
         }
     }
+    // Thresholds per query, and v with heads at unequal distances.
+    for (i, at) in [(0, 0), (2, 1), (5, 2)] {
+        let (shape, change) = (shapes()[at], changes[i]);
+        let tau = [shape[0], shape[1], shape[3]];
+        selection_at(&format!("threshold per query {i}"), shape, (DType::F32, 2e-4), change, 2, &tau);
+    }
     // In half precision with enough rows for Hopper's kernel.
     for (i, dtype) in [(0, DType::BF16), (5, DType::F16)] {
         let bound = if dtype == DType::BF16 { 2e-2 } else { 2e-3 };
@@ -225,16 +244,21 @@ fn fused_scans_and_decoding_steps_match_the_cpu() -> Result<()> {
             for score in [Score::Energy, Score::Dot] {
                 let (q, k, v) =
                     (wide(1, &[b, hq, queries, d]), wide(2, &[b, hk, m, d]), wide(3, &[b, hk, m, dv]));
-                let (beta, threshold) = (Tensor::full(0.5f32, hq, &Device::Cpu)?, wide(4, &[hq]));
-                let threshold = (threshold + 0.3 * d as f64)?;
+                let beta = Tensor::full(0.5f32, hq, &Device::Cpu)?;
+                let [per_head, per_query] = [&[hq][..], &[b, hq, queries]]
+                    .map(|shape| (wide(4, shape) + 0.3 * d as f64).expect("a sum"));
                 let mask = Mask::causal((m - queries) as i64);
                 let run = |device: &Device| -> Result<Vec<Tensor>> {
                     let on = |t: &Tensor| t.to_device(device);
-                    let (q, k, v, beta, threshold) = (on(&q)?, on(&k)?, on(&v)?, on(&beta)?, on(&threshold)?);
+                    let (q, k, v, beta) = (on(&q)?, on(&k)?, on(&v)?, on(&beta)?);
                     let how = Scan { score, ..Scan::new(&beta, &mask, 1) };
-                    let s = scan_select(&q, &k, &v, &how, Some(&threshold))?;
-                    let energy = s.energy.clamp(-1e3, 1e3)?;
-                    [s.y, s.index, energy, s.gate].iter().map(|t| t.to_device(&Device::Cpu)).collect()
+                    let mut results = Vec::new();
+                    for threshold in [&per_head, &per_query] {
+                        let s = scan_select(&q, &k, &v, &how, Some(&on(threshold)?))?;
+                        let energy = s.energy.clamp(-1e3, 1e3)?;
+                        results.extend([s.y, s.index, energy, s.gate]);
+                    }
+                    results.iter().map(|t| t.to_device(&Device::Cpu)).collect()
                 };
                 let expected = run(&Device::Cpu)?;
                 for target in targets() {

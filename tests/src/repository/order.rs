@@ -36,7 +36,7 @@ pub const ORDERS: &[Order] = &[
         sources: "crates/gd-layer/src/",
         groups: &[
             &["adapter_dropout", "config"],
-            &["derived", "linear", "mechanisms", "norm", "probe", "rope", "stats"],
+            &["derived", "linear", "mechanisms", "norm", "probe", "rope", "stats", "threshold"],
             &["cache", "query_blocks"],
             &["attention"],
             &["beacon"],

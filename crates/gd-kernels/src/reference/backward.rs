@@ -154,7 +154,7 @@ pub fn backward(problem: &Problem, candidates: &Candidates, params: &Params, dy:
         v: vec![0.0; problem.v.len()],
         beta: vec![0.0; heads],
         prior: vec![0.0; problem.batch * heads * problem.keys],
-        threshold: vec![0.0; heads],
+        threshold: vec![0.0; params.threshold.as_ref().map_or(heads, Vec::len)],
         alpha: vec![0.0; heads],
         rounds: vec![0.0; heads * count],
     };
@@ -176,7 +176,7 @@ pub fn backward(problem: &Problem, candidates: &Candidates, params: &Params, dy:
             let a: Vec<f64> =
                 round.members.iter().map(|&slot| weights[r] * dot(dy, row.value(slot))).collect();
             let gradient = round_gradient(round, params, &a);
-            out.threshold[h] += gradient.threshold;
+            out.threshold[params.threshold_at((number, h), problem.row_count())] += gradient.threshold;
             out.alpha[h] += gradient.alpha;
             for (j, &slot) in round.members.iter().enumerate() {
                 let d_t = if j == round.winner { gradient.t } else { 0.0 };

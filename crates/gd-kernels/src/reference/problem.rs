@@ -48,7 +48,7 @@ pub struct Problem {
 /// The parameters of the choice among the candidates.
 #[derive(Debug, Clone)]
 pub struct Params {
-    /// Threshold tau `[Hq]`; without one every candidate is admitted and there is no null slot.
+    /// Threshold tau `[Hq]` or `[B, Hq, N]`; without one every candidate is admitted and there is no null slot.
     pub threshold: Option<Vec<f64>>,
     /// Weight of the query's well `[Hq]`, in (0, 1).
     pub alpha: Option<Vec<f64>>,
@@ -105,6 +105,11 @@ impl Params {
         self.rounds.as_ref().map_or(1, |w| w.len() / q_heads)
     }
 
+    /// The index of the threshold of row `row`, which is of head `h`, among `rows` rows.
+    pub fn threshold_at(&self, (row, h): (usize, usize), rows: usize) -> usize {
+        if self.threshold.as_ref().is_some_and(|tau| tau.len() == rows) { row } else { h }
+    }
+
     /// Whether a candidate of this energy can be selected at this threshold.
     pub fn admits(&self, energy: f64, threshold: Option<f64>) -> bool {
         let Some(tau) = threshold else { return true };
@@ -127,8 +132,13 @@ impl Problem {
     /// The rows `(b, h, i)` (batch entry, query head, query) in storage order, each with its number.
     pub fn rows(&self) -> impl Iterator<Item = (usize, (usize, usize, usize))> + use<> {
         let (heads, queries) = (self.q_heads, self.queries);
-        (0..self.batch * heads * queries)
+        (0..self.row_count())
             .map(move |row| (row, (row / (heads * queries), row / queries % heads, row % queries)))
+    }
+
+    /// The number of rows B Hq N.
+    pub fn row_count(&self) -> usize {
+        self.batch * self.q_heads * self.queries
     }
 
     /// The range of a query in `q`.

@@ -53,7 +53,7 @@ pub struct Round {
     pub energy: Vec<f64>,
     /// The member of least energy.
     pub winner: usize,
-    /// The threshold of the head.
+    /// The threshold of the row.
     pub threshold: Option<f64>,
     /// Whether the threshold admits it; otherwise the round abstains.
     pub admitted: bool,
@@ -129,8 +129,10 @@ impl<'a> Row<'a> {
     }
 
     fn round(&self, query: Vec<f64>, members: Vec<usize>) -> Round {
-        let ((b, h, _), params, beta) = (self.place, self.params, self.problem.beta[self.place.1]);
-        let threshold = self.of_head(&params.threshold);
+        let ((b, h, i), params, beta) = (self.place, self.params, self.problem.beta[self.place.1]);
+        let row = (b * self.problem.q_heads + h) * self.problem.queries + i;
+        let at = params.threshold_at((row, h), self.problem.row_count());
+        let threshold = params.threshold.as_ref().map(|tau| tau[at]);
         let score = |&slot: &usize| {
             let prior = self.problem.prior_of(b, h, self.keys[slot]);
             -energy(&query, self.key(slot), beta, prior, self.problem.score)

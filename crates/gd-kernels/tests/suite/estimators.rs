@@ -42,7 +42,8 @@ fn surrogate(
         let slots: Vec<usize> =
             (0..scanned.width).filter(|c| scanned.index[number * scanned.width + c] >= 0).collect();
         let key_of = |slot: usize| scanned.index[number * scanned.width + slots[slot]] as usize;
-        let tau = params.threshold.as_ref().map(|t| t[h]);
+        let at_row = params.threshold_at((number, h), problem.row_count());
+        let tau = params.threshold.as_ref().map(|t| t[at_row]);
         let mut query = problem.q[problem.q_at(b, h, i)].to_vec();
         for (r, round) in frozen[number].iter().enumerate() {
             let weight = |p: &Params| p.rounds.as_ref().map_or(1.0, |w| w[h * p.round_count(4) + r]);
@@ -63,7 +64,7 @@ fn surrogate(
                 eps = barrier(&scores, &flags, rule).scores.iter().map(|s| -s).collect();
             }
             let mut change: Vec<f64> = eps.iter().zip(&round.energy).map(|(e, e0)| e - e0).collect();
-            change.extend(tau.map(|t| t - at.1.threshold.as_ref().expect("as in params")[h]));
+            change.extend(tau.map(|t| t - at.1.threshold.as_ref().expect("as in params")[at_row]));
 
             // With weight 0 for the null slot where there is none, `mixture` ignores it.
             let with_null = |mut p: Vec<f64>, null: f64| {
@@ -276,6 +277,20 @@ fn barrier_and_protected_keys() {
         let lifted = lifts.iter().filter(|l| l.activated).count() - raised;
         assert!(raised > 0 && lifted > 0 && raised + lifted < 24, "{raised} raised, {lifted} lifted of 24");
         check(&format!("{estimator:?} barrier"), &base, &params, 3, &dy);
+    }
+}
+
+#[test]
+fn thresholds_per_query() {
+    let mut rng = rng(22);
+    let base = problem(&mut rng, 6);
+    let dy = uniform(&mut rng, 2 * 4 * 3 * 3);
+    for estimator in ALL {
+        let threshold = Some(uniform(&mut rng, 24).iter().map(|x| 1.5 + x).collect());
+        let gate = Gate::Energy { temperature: 0.8 };
+        let params = Params { threshold, gate, hardness: 0.6, exclude_below: 0.2, ..settings(estimator) };
+        let gradients = check(&format!("{estimator:?} threshold per query"), &base, &params, 4, &dy);
+        assert_eq!(gradients.threshold.len(), 24);
     }
 }
 

@@ -226,6 +226,15 @@ fn select_refuses_options() {
     };
     with_vector(&short, false, &["threshold [1]", "[4]"]);
     with_vector(&nan, false, &["threshold of head 2 is NaN"]);
+    let per_query = g.q.narrow(3, 0, 1).unwrap().squeeze(3).unwrap().contiguous().unwrap();
+    let other = Tensor::cat(&[&per_query, &per_query], 2).unwrap();
+    with_vector(
+        &other,
+        false,
+        &[&format!("threshold {:?}", other.dims()), &format!("{:?}", per_query.dims())],
+    );
+    let nan_of_a_query = (&per_query * f64::NAN).unwrap();
+    with_vector(&nan_of_a_query, false, &["threshold of head 0 is NaN"]);
     with_vector(&short, true, &["alpha [1]", "[4]"]);
     with_vector(&nan, true, &["alpha of head 2 is NaN", "(0, 1)"]);
     with_vector(&zero, true, &["alpha of head 0 is 1", "(0, 1)"]);

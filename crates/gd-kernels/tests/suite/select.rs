@@ -10,7 +10,7 @@ use gd_kernels::reference::{
     Candidates as ReferenceCandidates, Gradients, backward, select as reference_select,
 };
 use gd_kernels::{
-    Barrier, Candidates, CoherenceMode, Estimator, Gate, Mask, Scan, Select, scan, scan_all, select,
+    Barrier, Candidates, CoherenceMode, Estimator, Gate, Mask, Scan, Select, decode, scan, scan_all, select,
 };
 use gd_testing::problems::choices::{Choice, Uncertainty, estimator, uncertainty};
 use gd_testing::problems::{Case, Kind, Spec, acc, pools, rng, roundoff, uniform, values};
@@ -205,6 +205,7 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
     .unwrap();
     case.poison_unread_values(&scanned);
     let choice = Choice::new(seed, &case, &values(&scanned.energy));
+    let choice = if seed.is_multiple_of(3) { choice.with_threshold_per_query(seed, &case) } else { choice };
     let (p, params) = (&case.problem, &choice.params);
     let name = || format!("{} {}", case.name(), choice.name());
     let converted = convert(&scanned);
@@ -400,11 +401,15 @@ fn of_smooth(t: &[Tensor], set: impl Fn(&mut Select)) -> candle_core::Result<Ten
 
 /// Checks all inputs of [`smooth`] but those that the result does not depend on.
 fn differences(without: &[usize], set: impl Fn(&mut Select) + Copy) {
-    let all = smooth();
+    differences_at(&smooth(), without, set);
+}
+
+/// As [`differences`], at other values of the inputs.
+fn differences_at(all: &[Tensor], without: &[usize], set: impl Fn(&mut Select) + Copy) {
     let used: Vec<usize> = (0..all.len()).filter(|n| !without.contains(n)).collect();
     let inputs: Vec<Tensor> = used.iter().map(|&n| all[n].clone()).collect();
     check_gradients(&inputs, |inputs| {
-        let mut t = all.clone();
+        let mut t = all.to_vec();
         used.iter().zip(inputs).for_each(|(&n, x)| t[n] = x.clone());
         of_smooth(&t, set)
     });
@@ -441,6 +446,44 @@ fn the_gradient_of_the_winner_passes_its_gate() {
                 s.barrier = barrier;
                 s.coherence = coherence;
             });
+        }
+    }
+}
+
+#[test]
+fn a_threshold_per_query_has_the_gradient_of_the_forward_pass() {
+    let mut all = smooth();
+    let noise = uniform(&mut rng(78), 2 * 4 * 3).iter().map(|x| 1.5 + 0.5 * x).collect();
+    all[5] = Tensor::from_vec(noise, (2, 4, 3), &Device::Cpu).unwrap();
+    differences_at(&all, &[6], |s| (s.estimator, s.temperature) = (Estimator::Blend, 0.7));
+    let gate = Gate::Energy { temperature: 0.8 };
+    for barrier in [None, Some(BARRIER)] {
+        differences_at(&all, &[6], |s| {
+            (s.estimator, s.gate, s.barrier) = (Estimator::Winner, gate, barrier);
+        });
+    }
+    differences_at(&all, &[6, 7], |s| {
+        (s.estimator, s.gate, s.picks) = (Estimator::Winner, gate, 3);
+        (s.rounds, s.exclude_below) = (None, 0.0);
+    });
+}
+
+#[test]
+fn decoding_compares_every_winner_with_the_threshold_of_its_query() {
+    let [q, k, v, beta, ..] = &smooth()[..] else { unreachable!("eight tensors") };
+    let mask = Mask::causal(4);
+    for candidates in [1, 4] {
+        let options = Scan::new(beta, &mask, candidates);
+        let free = decode(q, k, v, &options, None).unwrap();
+        let energies = values(&free.energy);
+        // Just above the energy of every second winner, and just below that of the others.
+        let tau: Vec<f64> =
+            energies.iter().enumerate().map(|(row, e)| e + if row % 2 == 0 { 1e-9 } else { -1e-9 }).collect();
+        let tau = Tensor::from_vec(tau, (2, 4, 3), &Device::Cpu).unwrap();
+        let winners = decode(q, k, v, &options, Some(&tau)).unwrap();
+        let (index, all) = (values(&winners.index), values(&free.index));
+        for row in 0..24 {
+            assert_eq!(index[row], if row % 2 == 0 { all[row] } else { -1.0 }, "row {row}");
         }
     }
 }

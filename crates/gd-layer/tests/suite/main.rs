@@ -16,3 +16,4 @@ mod rms_norm;
 mod rotary;
 mod selecting_heads;
 mod swiglu;
+mod threshold_by_length;

@@ -114,11 +114,13 @@ fn heads_that_do_not_divide_into_groups_or_have_no_memory_are_refused() {
 fn softmax_with_a_null_slot_is_the_blend_of_all_candidates() -> Result<()> {
     let gd =
         GdConfig { estimator: Estimator::Blend, candidates: 16, threshold: Some(1.2), ..GdConfig::default() };
-    for (selecting, window) in [(None, None), (Some(2), Some(5))] {
+    for (selecting, window, threshold_by_length) in
+        [(None, None, false), (Some(2), Some(5), false), (None, Some(5), true)]
+    {
         let cfg = AttentionConfig {
             window,
             selecting_heads: selecting,
-            ..config(gd.clone(), Some(BeaconConfig::default()))
+            ..config(GdConfig { threshold_by_length, ..gd.clone() }, Some(BeaconConfig::default()))
         };
         let f = fixture(&cfg, true, DType::F64, 3)?;
         let map = VarMap::new();

@@ -444,6 +444,8 @@ impl ModelConfig {
         if let Some(threshold) = select.threshold {
             checks.require(threshold.is_finite(), "gd.select.threshold", threshold, "a finite number");
         }
+        let followed = select.threshold.is_some() || !select.threshold_by_length;
+        checks.require(followed, "gd.select.threshold", "null", "a number with threshold_by_length");
         if let Gate::Energy { temperature } = select.gate {
             let warm = temperature > 0.0 && temperature.is_finite();
             checks.require(warm, "gd.select.gate.energy.temperature", temperature, "above 0");

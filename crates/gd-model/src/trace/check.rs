@@ -116,7 +116,7 @@ fn check_row(
     position: usize,
     names_runner_up: bool,
 ) -> Result<(), String> {
-    let (tau, limit) = (layer.threshold.as_ref().map(|tau| tau[h]), layer.limit(h));
+    let (tau, limit) = (layer.threshold_at(h, position), layer.limit(h, position));
     for slot in &row.slots {
         if slot.key < 0 || slot.key as usize > position {
             return Err(format!("candidate {} is no position up to its own", slot.key));

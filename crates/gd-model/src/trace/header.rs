@@ -126,10 +126,31 @@ pub struct Layer {
     pub exclude_below: f64,
     /// The threshold of each head; `None` if the heads have none.
     pub threshold: Option<Vec<f32>>,
+    /// How the thresholds follow the number of visible keys; `None` if they do not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threshold_by_length: Option<ThresholdByLength>,
     /// The barrier, if there is one.
     pub barrier: Option<Barrier>,
     /// Whether the Beacon adds running averages to the outputs of the heads.
     pub memory: bool,
+}
+
+/// How the thresholds of a layer follow the number n of keys that a query sees: tau + slope ln n.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ThresholdByLength {
+    /// The slope of each head.
+    pub slope: Vec<f32>,
+    /// The number of most recent keys that a query sees at most; `None` for all.
+    pub window: Option<usize>,
+}
+
+impl ThresholdByLength {
+    /// What is added to the threshold of head `h` at a position, in the operations of the layer.
+    fn shift(&self, h: usize, position: usize) -> f32 {
+        let visible = self.window.map_or(position + 1, |window| window.min(position + 1));
+        self.slope[h] * (visible as f64).ln() as f32
+    }
 }
 
 /// The default of `picks`.
@@ -163,10 +184,16 @@ impl Layer {
         self.selects || self.weights > 0
     }
 
-    /// The greatest energy that head `h` can select; `None` without a threshold.
-    pub(super) fn limit(&self, h: usize) -> Option<f32> {
+    /// The threshold of head `h` for the query at a position; `None` without thresholds.
+    pub(super) fn threshold_at(&self, h: usize, position: usize) -> Option<f32> {
+        let tau = self.threshold.as_ref()?[h];
+        Some(self.threshold_by_length.as_ref().map_or(tau, |by_length| tau + by_length.shift(h, position)))
+    }
+
+    /// The greatest energy that head `h` can select for the query at a position; `None` without a threshold.
+    pub(super) fn limit(&self, h: usize, position: usize) -> Option<f32> {
         let admission = self.gate.admission(self.exclude_below) as f32;
-        self.threshold.as_ref().map(|tau| tau[h] + admission)
+        self.threshold_at(h, position).map(|tau| tau + admission)
     }
 }
 
@@ -298,6 +325,14 @@ impl Header {
             if let Some(tau) = layer.threshold.as_ref().filter(|tau| tau.len() != heads) {
                 return Err(format!("layer {i} has {} thresholds for {heads} heads", tau.len()));
             }
+            if let Some(by_length) = &layer.threshold_by_length
+                && (by_length.slope.len() != heads || by_length.window == Some(0))
+            {
+                let (slopes, window) = (by_length.slope.len(), by_length.window);
+                return Err(format!(
+                    "layer {i} has {slopes} slopes for {heads} heads, a window of {window:?}"
+                ));
+            }
         }
         if self.prompt_tokens == 0 || !self.layers.iter().any(Layer::is_recorded) {
             return Err(format!("a prompt of {} tokens, or no layer that is recorded", self.prompt_tokens));
@@ -373,15 +408,17 @@ fn layers(loaded: &Loaded, weights: usize) -> Result<Vec<Layer>> {
     let layer = |i: usize| -> Result<Layer> {
         let attention = config.attention(i);
         let (gd, mechanism) = (&attention.gd, config.mechanism(i));
-        let name = format!("model.layers.{i}.self_attn.gd.threshold");
-        let threshold = tensors.get(&name).filter(|_| *mechanism == Mechanism::Gd);
-        let threshold = threshold
-            .map(|t| t.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>())
-            .transpose()
-            .map_err(Error::from)?;
-        if let Some(x) = threshold.iter().flatten().find(|x| !x.is_finite()) {
-            return Err(Error::Invalid(format!("{name} holds {x}")));
-        }
+        let of_heads = |weight: &str| -> Result<Option<Vec<f32>>> {
+            let name = format!("model.layers.{i}.self_attn.gd.{weight}");
+            let values = tensors.get(&name).filter(|_| *mechanism == Mechanism::Gd);
+            let values = values.map(|t| t.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>()).transpose()?;
+            match values.iter().flatten().find(|x| !x.is_finite()) {
+                Some(x) => Err(Error::Invalid(format!("{name} holds {x}"))),
+                None => Ok(values),
+            }
+        };
+        let threshold_by_length =
+            of_heads("threshold_slope")?.map(|slope| ThresholdByLength { slope, window: attention.window });
         Ok(Layer {
             layer: i,
             mechanism: mechanism.clone(),
@@ -400,7 +437,8 @@ fn layers(loaded: &Loaded, weights: usize) -> Result<Vec<Layer>> {
             tie: gd.tie,
             gate: gd.gate,
             exclude_below: gd.exclude_below,
-            threshold,
+            threshold: of_heads("threshold")?,
+            threshold_by_length,
             barrier: attention.beacon.as_ref().and_then(|b| b.barrier),
             memory: attention.beacon.as_ref().is_some_and(|b| b.averages > 0),
         })

@@ -196,7 +196,7 @@ pub(super) fn apply(
     let mut energy = view.candidates.energy.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     let flags = &view.candidates.protected;
     let mut flags = flags.as_ref().map(|f| f.flatten_all()?.to_vec1::<u8>()).transpose()?;
-    let limit = view.limit.map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
+    let limit = view.limit.map(|t| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()).transpose()?;
     let mut runners_up = Vec::new();
     for (row, (keys, energies)) in index.chunks_mut(slots).zip(energy.chunks_mut(slots)).enumerate() {
         let (h, i) = (row / n, row % n);
@@ -218,7 +218,7 @@ pub(super) fn apply(
             keys.fill(-1);
             energies.fill(f32::INFINITY);
             (keys[0], energies[0]) =
-                (key as i32, limit.as_ref().map_or(energy, |limit| energy.min(limit[h])));
+                (key as i32, limit.as_ref().map_or(energy, |limit| energy.min(limit[row])));
             if let Some(flags) = flags.as_deref_mut() {
                 flags.fill(0);
             }

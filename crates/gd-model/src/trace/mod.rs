@@ -55,7 +55,7 @@ pub use check::check;
 pub use effect::{Change, Effect, Pick, effect};
 pub use ending::Ending;
 pub use file::{Trace, Writer};
-pub use header::{FORMAT, Generation, Header, Layer, Model, VERSION};
+pub use header::{FORMAT, Generation, Header, Layer, Model, ThresholdByLength, VERSION};
 pub use intervention::{Act, Intervention, Query};
 pub use proof::{Proof, Proven};
 pub use record::{Blend, Record, Row, Slot};

@@ -129,9 +129,8 @@ impl Probe for Recorder<'_> {
         let mut rows = rows(view, self.header.layers[view.layer].candidates)?;
         let mut state = self.state.borrow_mut();
         let limit = view.limit.map(floats).transpose()?;
-        let queries = view.selected.index.dim(2)?;
         for (at, (row, next)) in rows.iter_mut().zip(std::mem::take(&mut state.runners_up)).enumerate() {
-            let limit = limit.as_ref().map(|limit| limit[at / queries]);
+            let limit = limit.as_ref().map(|limit| limit[at]);
             next.into_iter().for_each(|next| add_runner_up(row, next, limit, tie));
         }
         state.layers.push(rows);
@@ -185,16 +184,16 @@ fn rows(view: &SelectionView, configured: usize) -> Result<Vec<Row>> {
     };
     let picks = selected.picks.iter().map(pick).collect::<Result<Vec<_>>>()?;
     let shares = shares(view)?;
-    let slot = |at: usize, h: usize| Slot {
+    let slot = |at: usize, row: usize| Slot {
         key: keys[at],
         protected: flags.as_ref().is_some_and(|f| f[at] != 0),
-        rejected: limit.as_ref().is_some_and(|limit| compared[at] > limit[h]),
+        rejected: limit.as_ref().is_some_and(|limit| compared[at] > limit[row]),
         runner_up: false,
         energy: energy[at],
         lifted: (compared[at].to_bits() != energy[at].to_bits()).then_some(compared[at]),
     };
     let row = |row: usize| {
-        let used = (row * slots..(row + 1) * slots).filter(|&at| keys[at] >= 0).map(|at| slot(at, row / n));
+        let used = (row * slots..(row + 1) * slots).filter(|&at| keys[at] >= 0).map(|at| slot(at, row));
         let slots = used.enumerate().filter(|(rank, slot)| *rank < configured || slot.protected);
         Row {
             selected: index[row],

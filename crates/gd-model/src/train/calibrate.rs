@@ -14,8 +14,9 @@ use crate::model::params::Params;
 const HALVINGS: usize = 40;
 
 /// Sets the threshold of every selecting head to where the mean over the queries of the pass `forward` of its energy gate
-/// `sigmoid((tau - eps) / T)` is 1/2, with eps the least energy of a query's candidates. Without that gate, to where half
-/// of the queries abstain. Layers without thresholds are unchanged.
+/// `sigmoid((tau - eps) / T)` is 1/2, with eps the least energy of a query's candidates, minus what the number of visible
+/// keys adds to the threshold of the query. Without that gate, to where half of the queries abstain. Layers without
+/// thresholds are unchanged.
 ///
 /// # Errors
 /// An error of the device.
@@ -50,7 +51,11 @@ pub fn calibrate_thresholds(
 fn least_energies(stats: &SelectionStats) -> Result<Vec<Vec<f64>>> {
     let Some(selected) = &stats.selected else { return Ok(Vec::new()) };
     // [B, H, N, K] -> [H, B N K]
-    let energies = selected.compared.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.transpose(0, 1)?;
+    let energies = match &stats.threshold_shift {
+        Some(shift) => selected.compared.broadcast_sub(&shift.detach().unsqueeze(3)?)?,
+        None => selected.compared.clone(),
+    };
+    let energies = energies.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.transpose(0, 1)?;
     let slots = energies.dim(3)?;
     let rows = energies.contiguous()?.flatten_from(1)?.to_vec2::<f64>()?;
     let least = |row: &[f64]| row.iter().copied().fold(f64::INFINITY, f64::min);
@@ -78,7 +83,42 @@ fn threshold(energies: &[f64], temperature: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use gd_layer::GdConfig;
+
     use super::*;
+    use crate::config::Recipe;
+
+    #[test]
+    fn thresholds_that_follow_the_length_start_where_the_mean_gate_is_one_half() {
+        let mut config = Recipe::load("tiny").unwrap().model;
+        config.num_hidden_layers = 1;
+        config.gd.beacon = None;
+        config.gd.select = GdConfig {
+            gate: Gate::Energy { temperature: 0.8 },
+            exclude_below: 0.0,
+            threshold: Some(0.5),
+            threshold_by_length: true,
+            ..GdConfig::default()
+        };
+        let params = Params::new(3, DType::F32, &Device::Cpu);
+        let model = Transformer::new(&config, params.builder()).unwrap();
+        let slopes: Vec<_> =
+            params.vars().into_iter().filter(|(name, _)| name.ends_with(".threshold_slope")).collect();
+        let [(_, slope)] = &slopes[..] else { panic!("{} slopes", slopes.len()) };
+        slope
+            .set(&Tensor::new(&[-2f32, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0], &Device::Cpu).unwrap())
+            .unwrap();
+        let ids: Vec<u32> = (0..48).map(|i| i * i * 7 % 256).collect();
+        let ids = Tensor::from_vec(ids, (2, 24), &Device::Cpu).unwrap();
+        let mask = Mask::causal(0).packed(vec![vec![0, 5, 24], vec![0, 1, 24]]);
+        let forward = |pass: &Pass| Ok(model.forward(&ids, pass, None).map(drop)?);
+        calibrate_thresholds(&model, &params, forward, &mask).unwrap();
+        let stats = RefCell::new(Vec::new());
+        forward(&Pass { stats: Some(&stats), ..Pass::new(&mask) }).unwrap();
+        let gate = stats.take().remove(0).selected.unwrap().gate;
+        let means = gate.mean((0, 2)).unwrap().to_vec1::<f32>().unwrap();
+        assert!(means.len() == 8 && means.iter().all(|mean| (mean - 0.5).abs() < 1e-4), "{means:?}");
+    }
 
     #[test]
     fn the_mean_gate_at_the_threshold_is_one_half() {

@@ -37,13 +37,19 @@ fn model(gd: &Value) -> Result<Transformer> {
 }
 
 /// Models with caches that can be shortened, and with states that cannot.
-fn models() -> [(&'static str, Value); 4] {
+fn models() -> [(&'static str, Value); 5] {
     let beacon = json!({ "conv_width": 3, "averages": 1, "prior": true, "protected": 1 });
     [
         ("softmax", json!({ "mechanism": ["softmax"] })),
         ("gd", json!({ "mechanism": ["gd"], "select": { "candidates": 4 } })),
         ("gd with a Beacon", json!({ "mechanism": ["softmax", "gd"], "beacon": beacon })),
         ("selective", json!({ "mechanism": ["selective"] })),
+        (
+            "thresholds by length",
+            json!({ "mechanism": ["gd"], "windows": [null, 9], "select": {
+                "candidates": 4, "threshold": 0.7, "threshold_by_length": true, "exclude_below": 0.3,
+                "gate": { "energy": { "temperature": 0.5 } } } }),
+        ),
     ]
 }
 

@@ -178,16 +178,18 @@ fn every_parameter_of_every_preset_and_mechanism() {
 
 #[test]
 fn every_parameter_of_models_with_every_part() {
-    use Mechanism::{Gd, Softmax};
+    use Mechanism::{Gd, Softmax, SoftmaxNull};
     let plain = GdConfig { candidates: 4, threshold: Some(1.2), ..GdConfig::default() };
     let hard = |gate| GdConfig { estimator: Estimator::Winner, gate, rounds: 2, ..plain.clone() };
-    let energy = hard(Gate::Energy { temperature: 0.7 });
+    let energy = GdConfig { threshold_by_length: true, ..hard(Gate::Energy { temperature: 0.7 }) };
     let mut coherent = full(hard(Gate::Coherence), vec![Gd]);
     // The coherence gate depends on the distance only, not on prior and threshold.
     coherent.gd.select.threshold = None;
     coherent.gd.beacon = Some(BeaconConfig { prior: false, ..BeaconConfig::default() });
+    let by_length = GdConfig { threshold_by_length: true, ..plain.clone() };
     for (name, config, hardness) in [
         ("blend", full(plain, vec![Gd, Softmax, Gd]), 0.0),
+        ("blend, null slot by length", full(by_length, vec![Gd, SoftmaxNull, Gd]), 0.0),
         ("winner, energy gate", full(energy, vec![Gd]), 1.0),
         ("winner, coherence gate", coherent, 1.0),
     ] {

@@ -11,7 +11,11 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use gd_kernels::Mask;
 use gd_layer::Pass;
+use gd_model::config::{self, ModelConfig};
 use gd_model::io::checkpoint::{CONFIG, INDEX, TOKENIZER, WEIGHTS, load_json, load_tensors, write_tensors};
+use gd_model::io::tokenizer::Tokenizer;
+use gd_model::model::Transformer;
+use gd_model::model::params::Params;
 use gd_model::model::pretrained::{self, Loaded};
 use gd_testing::log_cases;
 use safetensors::tensor::{Dtype, TensorView, View};
@@ -526,5 +530,61 @@ fn folders_of_other_kinds_say_what_they_are() -> Result<()> {
     fs::rename(folder.path().join(WEIGHTS), &shard)?;
     ensure!(distance(&logits(&shard)?, &golden("mistral")?.1)? < 2e-5);
     log_cases("folder-kinds", cases.len());
+    Ok(())
+}
+
+#[test]
+fn thresholds_by_length_are_saved_and_needed() -> Result<()> {
+    let config = |by_length: bool| -> Result<ModelConfig> {
+        let config = json!({
+            "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+            "gd": { "mechanism": ["gd"], "select": {
+                "threshold": 0.5, "threshold_by_length": by_length, "gate": { "energy": { "temperature": 0.7 } } } },
+        });
+        config::parse(config).map_err(|problems| anyhow::anyhow!("{problems:?}"))
+    };
+    let built = |config: &ModelConfig| -> Result<Loaded> {
+        let params = Params::new(5, DType::F32, &CPU);
+        let model = Transformer::new(config, params.frozen())?;
+        // The output projections start at 0.
+        let changed = |name: &str| name.contains(".gd.threshold") || name.ends_with("o_proj.weight");
+        for (name, var) in params.vars().iter().filter(|(name, _)| changed(name)) {
+            let noise: Vec<f32> = (0..var.elem_count()).map(|i| (i as f32 * 12.9898 + 0.5).sin()).collect();
+            var.set(&(var.as_tensor() + Tensor::from_vec(noise, var.shape(), &CPU)?)?)
+                .with_context(|| name.clone())?;
+        }
+        Ok(Loaded::new(model, params, Tokenizer::bytes()?))
+    };
+    let ids = Tensor::arange(3u32, 40, &CPU)?.unsqueeze(0)?;
+    let logits = |loaded: &Loaded| -> Result<Vec<f32>> {
+        let y = loaded.model.forward(&ids, &Pass::new(&Mask::causal(0)), None)?;
+        Ok(y.flatten_all()?.to_vec1()?)
+    };
+    let (with, without) = (built(&config(true)?)?, built(&config(false)?)?);
+    ensure!(logits(&with)? != logits(&without)?);
+    let root = tempfile::tempdir()?;
+    let card: Vec<(&str, String)> =
+        ["name", "summary", "parameters", "mechanism", "tokenizer", "context", "data", "steps", "loss"]
+            .map(|key| (key, key.to_owned()))
+            .into();
+    for (name, loaded) in [("with", &with), ("without", &without)] {
+        let folder = root.path().join(name);
+        loaded.save(&folder, &card)?;
+        ensure!(logits(&pretrained::load(&folder, &CPU)?)? == logits(loaded)?, "{name}");
+        let slopes =
+            load_tensors(&folder, &CPU)?.into_keys().filter(|name| name.ends_with(".threshold_slope"));
+        ensure!(slopes.count() == if name == "with" { 2 } else { 0 });
+    }
+    // A checkpoint whose configuration asks for slopes must have them; one without the key has none.
+    let path = root.path().join("without").join(CONFIG);
+    let mut stored = load_json(&path)?;
+    stored["gd"]["select"]["threshold_by_length"] = json!(true);
+    fs::write(&path, stored.to_string())?;
+    let error = pretrained::load(&root.path().join("without"), &CPU).err().context("loaded")?.to_string();
+    ensure!(error.contains("threshold_slope"), "{error}");
+    stored["gd"]["select"].as_object_mut().context("a table")?.remove("threshold_by_length");
+    fs::write(&path, stored.to_string())?;
+    ensure!(logits(&pretrained::load(&root.path().join("without"), &CPU)?)? == logits(&without)?);
     Ok(())
 }

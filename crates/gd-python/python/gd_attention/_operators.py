@@ -163,7 +163,8 @@ def select(
         candidates: From `scan` of the same q and k.
         beta: Inverse bandwidth of every query head, [Hq], or a number for all heads; > 0.
         prior: The key prior of the scan.
-        threshold: tau of every query head, [Hq], or a number: candidates with more energy are excluded.
+        threshold: tau of every query head, [Hq], or query, [B, Hq, N], or a number: candidates with more energy are
+            excluded.
         alpha: Weight of the query's well for every query head, [Hq], or a number; in (0, 1). With it coherence points are
             resolved.
         rounds: Weights of the refinement rounds, [Hq, R]; one round of weight 1 if None.
@@ -238,7 +239,8 @@ def decode(
         k: Keys [B, Hk, M, D] of the same dtype.
         v: Values [B, Hk, M, Dv] of the same dtype.
         candidates: K of the scan. With more than one, the margin to the runner-up is computed, and protected keys are read.
-        threshold: tau of every query head, [Hq], or a number: a query whose winner has more energy abstains.
+        threshold: tau of every query head, [Hq], or query, [B, Hq, N], or a number: a query whose winner has more energy
+            abstains.
         beta, mask, prior, protected, score, tie, precision, checked: As in `scan`.
 
     Raises:

@@ -19,7 +19,7 @@ pub const ESTIMATORS: [Estimator; 5] =
 pub struct Choice {
     /// For the reference.
     pub params: Params,
-    /// Thresholds `[Hq]`.
+    /// Thresholds `[Hq]` or `[B, Hq, N]`.
     pub threshold: Option<Tensor>,
     /// Mixture weights `[Hq]`.
     pub alpha: Option<Tensor>,
@@ -112,6 +112,18 @@ impl Choice {
         choice
     }
 
+    /// The same with a threshold for every query in the place of one for every head, around that of its head.
+    pub fn with_threshold_per_query(mut self, seed: u64, case: &Case) -> Self {
+        let (p, mut rng) = (&case.problem, rng(seed ^ 0x7a11));
+        if let Some(tau) = self.params.threshold.take() {
+            let mut near = |tau: f64| tau + rng.random_range(-0.2..0.2) * (0.1 + tau.abs().min(1e6));
+            let of_queries: Vec<f64> = p.rows().map(|(_, (_, h, _))| near(tau[h])).collect();
+            let (tensor, values) = rounded(&of_queries, &[p.batch, p.q_heads, p.queries], acc(case.dtype));
+            (self.threshold, self.params.threshold) = (Some(tensor), Some(values));
+        }
+        self
+    }
+
     /// A name for messages.
     pub fn name(&self) -> String {
         let p = &self.params;
@@ -158,7 +170,7 @@ pub fn uncertainty(case: &Case, params: &Params, candidates: &Candidates, number
     let row = Row::new(p, params, candidates, number);
     let per_head = p.q_heads * p.queries;
     let (b, h) = (number / per_head, number / p.queries % p.q_heads);
-    let tau = params.threshold.as_ref().map(|t| t[h]);
+    let tau = params.threshold.as_ref().map(|t| t[params.threshold_at((number, h), p.row_count())]);
     let slots: Vec<usize> = (number * candidates.width..(number + 1) * candidates.width)
         .filter(|&c| candidates.index[c] >= 0)
         .collect();

@@ -38,7 +38,8 @@ pub struct TraceView<'a> {
     pub name: &'a str,
     /// Header of the trace. The page requires `layers`, a list of objects with `layer` (number), `mechanism` and
     /// `selects`; if `selects` is true also `heads`, and optionally `rounds` and `picks` (default 1), `gate`,
-    /// `exclude_below` and `threshold` (one number per head).
+    /// `exclude_below`, `threshold` (one number per head) and `threshold_by_length` (`slope`, one number per head, and
+    /// `window`).
     pub header: &'a Value,
     /// Head of the trace's hash chain, hexadecimal.
     pub head: &'a str,

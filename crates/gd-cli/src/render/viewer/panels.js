@@ -175,7 +175,8 @@ function outcome({ key, rejected, runnerUp, energy, lifted }, detail, threshold)
 function candidates(trace, position, c) {
   if (c < 0) return [el('p', { class: 'note' }, 'Choose a head in the matrix.')];
   if (c >= trace.cells.length) return blended(trace, position, c);
-  const detail = trace.detail(position, c), { name, threshold } = trace.cells[c];
+  const detail = trace.detail(position, c), { name, threshold: fixed, byLength, head } = trace.cells[c];
+  const threshold = byLength === null ? fixed : fixed + lengthShift(byLength, head, position);
   const rows = detail.candidates.map((candidate) => {
     const { key, energy, lifted } = candidate;
     const row = el('tr', { 'data-key': key, class: key === detail.selected ? 'selected' : null });

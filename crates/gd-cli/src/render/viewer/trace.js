@@ -16,6 +16,11 @@ function admission(layer) {
   return temperature === undefined ? 0 : temperature * Math.log((1 - below) / below);
 }
 
+/** What the number of keys that the query at a position sees adds to the threshold of a head. */
+function lengthShift({ slope, window }, head, position) {
+  return slope[head] * Math.log(Math.min(position + 1, window ?? Infinity));
+}
+
 class Trace {
   /** `info`: { name, header, head }; `bytes`: the concatenated records. Throws an Error if a record is malformed. */
   constructor(info, bytes) {
@@ -45,6 +50,7 @@ class Trace {
           // A further pick has its weight behind its position.
           laterBytes: picks > 1 ? 8 : 4,
           threshold: layer.threshold ? layer.threshold[head] + admission(layer) : null,
+          byLength: layer.threshold_by_length ?? null,
         });
         this.laterRounds += entry.rounds - 1;
       }

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use gd_model::infer::sampler::Sampling;
 use gd_model::model::pretrained::Loaded;
-use gd_model::trace::{self, Chain, Ending, Header, Record, Trace};
+use gd_model::trace::{self, Chain, Ending, Header, Record, ThresholdByLength, Trace};
 use gd_testing::log_cases;
 
 use super::{CPU, Recorded, models, record, written_to};
@@ -367,5 +367,31 @@ fn an_end_token_is_recorded_and_checked() -> Result<()> {
     let full = record(&models()[0].1, PROMPT, 1000, &[])?;
     ensure!(full.ending == Ending::Context && full.records.len() == 64, "{}", full.ending);
     ensure!(Forgery::of(&full).judge(&full.loaded)? == Verdict::Passed);
+    Ok(())
+}
+
+#[test]
+fn thresholds_by_length_are_those_of_every_position() -> Result<()> {
+    let recorded = record(&models()[4].1, PROMPT, 6, &[])?;
+    let refused = |words: &str, change: &dyn Fn(&mut ThresholdByLength)| -> Result<()> {
+        let mut header = recorded.header.clone();
+        let by_length = header.layers[2].threshold_by_length.as_mut().context("slopes")?;
+        change(by_length);
+        let verified = || -> Result<()> {
+            let bytes = written_to(&header, &recorded.records, recorded.ending, None)?;
+            trace::verify(&Trace::from_bytes(Path::new("trace"), &bytes)?, None, None)?;
+            Ok(())
+        };
+        let Err(error) = verified() else { anyhow::bail!("accepted, {words}") };
+        ensure!(format!("{error:#}").contains(words), "{words}: {error:#}");
+        Ok(())
+    };
+    refused("layer 2", &|by_length| by_length.slope[0] += 0.5)?;
+    refused("layer 2", &|by_length| by_length.window = None)?;
+    refused("layer 2", &|by_length| by_length.window = Some(6))?;
+    refused("3 slopes for 4 heads", &|by_length| by_length.slope.truncate(3))?;
+    // As it is, the trace is verified.
+    let bytes = written_to(&recorded.header, &recorded.records, recorded.ending, None)?;
+    trace::verify(&Trace::from_bytes(Path::new("trace"), &bytes)?, None, None)?;
     Ok(())
 }

@@ -26,7 +26,7 @@ const CPU: Device = Device::Cpu;
 const PROMPT: &str = "Call me Ishmael. Some years ago, never";
 
 /// Configurations that together set every field of a record, with their names.
-fn models() -> [(&'static str, Value); 4] {
+fn models() -> [(&'static str, Value); 5] {
     let beacon = json!({ "conv_width": 4, "averages": 2, "prior": true });
     let barrier = json!({
         "conv_width": 4, "averages": 0, "prior": true, "protected": 2,
@@ -48,6 +48,12 @@ fn models() -> [(&'static str, Value); 4] {
                 "candidates": 4, "rounds": 2, "gate": "coherence", "tie": "last", "score": "dot" } }),
         ),
         ("of one candidate", json!({ "mechanism": ["gd"], "qk_norm": true, "select": { "candidates": 1 } })),
+        (
+            "thresholds by length, gated, a window",
+            json!({ "mechanism": ["gd"], "qk_norm": true, "windows": [null, null, 7], "select": {
+                "candidates": 4, "threshold": 0.6, "threshold_by_length": true, "exclude_below": 0.3, "picks": 2,
+                "gate": { "energy": { "temperature": 0.7 } } } }),
+        ),
     ]
 }
 

@@ -101,6 +101,16 @@ impl<B: From<Tensor>> Rows<B> {
         Ok(Self { buffer: t.into(), offset, strides: [b, h, n], dim })
     }
 
+    /// The buffer of a tensor `[B, H, N, D]` as one of `[1, B H, N, D]`, copied if its heads are not at equal distances.
+    pub(crate) fn with_heads_of_all_entries(t: &Tensor) -> Result<Self> {
+        let heads = t.dims4()?.1;
+        let rows = Self::new(t)?;
+        if t.dim(0)? == 1 || rows.strides[0] == heads * rows.strides[1] {
+            return Ok(rows);
+        }
+        Self::new(&t.detach().contiguous()?)
+    }
+
     pub(crate) fn tensor4(&self) -> Tensor4<'_, B> {
         Tensor4 { data: Slice { buffer: &self.buffer, offset: self.offset }, strides: self.strides }
     }

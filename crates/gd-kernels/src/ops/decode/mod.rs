@@ -5,16 +5,20 @@ pub(crate) mod gpu;
 
 use candle_core::Tensor;
 
-use crate::backend::check::dims4;
+use crate::backend::check::{check_head, dims4};
 use crate::backend::dispatch::on_cpu;
 #[cfg(feature = "gpu")]
 use crate::backend::dispatch::{on_gpu, refused};
 use crate::cache::paged::{PagedCache, gather_pages};
 use crate::cache::{CachedKeys, Int8Keys};
 use crate::error::{Error, Result};
+#[cfg(feature = "gpu")]
+use crate::ops::scan::Candidates;
 use crate::ops::scan::options::Scan;
 #[cfg(feature = "gpu")]
 use crate::ops::scan::overflow;
+#[cfg(feature = "gpu")]
+use crate::ops::scan::rescored::Rescored;
 use crate::ops::scan::scan;
 #[cfg(feature = "gpu")]
 use crate::ops::select::check_sizes;
@@ -37,7 +41,8 @@ pub(crate) const MAX_QUERIES: usize = 16;
 ///   cached biases or the 8-bit keys; more queries run as [`scan`](crate::scan) and [`select`](crate::select).
 ///
 /// All of these return the same winner, except for energies that are equal up to rounding. Candidates with more energy
-/// than `threshold` `[Hq]` are excluded; a query without an admitted key abstains (index -1, y = 0).
+/// than `threshold`, `[Hq]` or per query `[B, Hq, N]`, are excluded; a query without an admitted key abstains (index -1,
+/// y = 0).
 /// The result has no gradient. `scan.protected` is read where several candidates are found
 /// ([`decode_reads_protected`]); a search for the winner only does not need it, because protection does not change which
 /// key has the lowest energy.
@@ -112,9 +117,35 @@ pub fn scan_select(
         let (q, k, v) = (q.detach(), k.detach(), v.detach());
         let threshold = threshold.map(Tensor::detach);
         check_sizes(&q, &k, &v)?;
-        return checked(&one, fused([&q, &k, &v], &one, threshold.as_ref())?);
+        // The kernels have thresholds per head; those per query are compared with the winners.
+        let per_head = threshold.as_ref().filter(|tau| tau.rank() == 1);
+        let winners = checked(&one, fused([&q, &k, &v], &one, per_head)?)?;
+        return match threshold.as_ref().filter(|tau| tau.rank() != 1) {
+            Some(tau) => admitted([&q, &k, &v], &one, &winners, tau),
+            None => Ok(winners),
+        };
     }
     select_winner([q, k, v], &one, threshold)
+}
+
+/// The winners that thresholds `[B, Hq, N]` admit, with their value rows.
+#[cfg(feature = "gpu")]
+fn admitted(
+    [q, k, v]: [&Tensor; 3],
+    scan: &Scan,
+    winners: &Selected,
+    threshold: &Tensor,
+) -> Result<Selected> {
+    let candidates = Candidates {
+        index: winners.index.unsqueeze(3)?,
+        energy: winners.energy.unsqueeze(3)?,
+        protected: None,
+        rescored: Rescored::ALL,
+    };
+    let (beta, Scan { score, tie, .. }) = (scan.beta.detach(), scan);
+    let how = Select { score: *score, tie: *tie, threshold: Some(threshold), ..Select::new(&beta) };
+    let selected = select(q, k, v, &candidates, &how)?;
+    Ok(Selected { compared: selected.energy.unsqueeze(3)?, ..selected })
 }
 
 /// Scan and selection by one kernel, and by the decoding kernels for few queries.
@@ -161,8 +192,8 @@ fn select_winner([q, k, v]: [&Tensor; 3], options: &Scan, threshold: Option<&Ten
 /// are computed in every call, on a GPU for all pages.
 ///
 /// # Errors
-/// As [`decode`]; pages that are not a multiple of 64 keys, a table of another dtype or shape, a table that names pages
-/// that do not exist; cached data of other pages.
+/// As [`decode`]; thresholds that are not `[Hq]`; pages that are not a multiple of 64 keys, a table of another dtype or
+/// shape, a table that names pages that do not exist; cached data of other pages.
 pub fn decode_paged(
     q: &Tensor,
     cache: &PagedCache,
@@ -171,6 +202,7 @@ pub fn decode_paged(
 ) -> Result<Selected> {
     let [keys, page] = cache.sizes()?;
     check_paged(q, cache, scan, keys)?;
+    threshold.map_or(Ok(()), |tau| check_head("threshold", tau, q.dim(1)?))?;
     let whole = [keys];
     let lengths = scan.mask.lengths().unwrap_or(&whole);
     #[cfg(feature = "gpu")]

@@ -31,8 +31,8 @@ pub struct Select<'a> {
     pub score: Score,
     /// Which of several candidates with the same energy wins.
     pub tie: TieBreak,
-    /// Threshold tau per query head `[Hq]`: candidates with more energy are excluded, or with the energy gate those whose
-    /// gate is below `exclude_below`.
+    /// Threshold tau per query head `[Hq]` or per query `[B, Hq, N]`: candidates with more energy are excluded, or with the
+    /// energy gate those whose gate is below `exclude_below`.
     pub threshold: Option<&'a Tensor>,
     /// Weight of the query's well per query head `[Hq]`, in (0, 1); when given, coherence points are resolved.
     pub alpha: Option<&'a Tensor>,
@@ -112,7 +112,7 @@ impl<'a> Select<'a> {
         self
     }
 
-    /// Sets the threshold per query head `[Hq]`.
+    /// Sets the threshold per query head `[Hq]` or per query `[B, Hq, N]`.
     #[must_use]
     pub fn with_threshold(mut self, threshold: impl Into<Option<&'a Tensor>>) -> Self {
         self.threshold = threshold.into();

@@ -32,8 +32,8 @@ pub(super) trait Steps {
     /// The energies after the barrier, given u8 flags `[B, Hq, N, K]` of the protected candidates.
     fn barrier(&self, energy: &Tensor, keys: &Self::Keys, protected: &Tensor) -> Result<Tensor>;
 
-    /// The output `[B, Hq, N, Dv]` of the choice at these energies and thresholds `[Hq]`, with this share of the hard
-    /// forward pass, and the record of the choice.
+    /// The output `[B, Hq, N, Dv]` of the choice at these energies and thresholds `[Hq]` or `[B, Hq, N]`, with this share
+    /// of the hard forward pass, and the record of the choice.
     fn choose(
         &self,
         energy_v_threshold: [&Tensor; 3],
@@ -146,7 +146,10 @@ fn later_picks(energy: &Tensor, index: &Tensor, threshold: &Tensor, s: &Select) 
         return Ok(Vec::new());
     }
     let (energy, index) = (energy.narrow(3, 0, count)?, index.narrow(3, 0, count)?);
-    let threshold = threshold.detach().reshape((1, (), 1, 1))?;
+    let threshold = match threshold.rank() {
+        1 => threshold.detach().reshape((1, (), 1, 1))?,
+        _ => threshold.detach().unsqueeze(3)?,
+    };
     let slots = match s.gate {
         Gate::Energy { temperature } => {
             let (b, h, n, _) = energy.dims4()?;

@@ -41,6 +41,14 @@ impl Sizes {
         Self { slots: 1, ..*self }
     }
 
+    /// The sizes of the same rows as heads of one query each, in one batch entry: B = 1, Hq = B Hq N, Hk = B Hk, N = 1. A
+    /// value per head is then one per row.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn rows_as_heads(&self) -> Self {
+        let (q_heads, kv_heads) = (self.rows(), self.batch * self.kv_heads);
+        Self { batch: 1, q_heads, kv_heads, queries: 1, ..*self }
+    }
+
     /// `[B, Hq, N]`.
     pub(crate) fn row_shape(&self) -> (usize, usize, usize) {
         (self.batch, self.q_heads, self.queries)

@@ -119,8 +119,14 @@ pub(super) fn validate(
     if s.gate == Gate::Coherence && s.alpha.is_none() {
         return Err(Error::Invalid("the coherence gate needs alpha".into()));
     }
-    for (name, t) in [("beta", Some(s.beta)), ("threshold", s.threshold), ("alpha", s.alpha)] {
+    for (name, t) in [("beta", Some(s.beta)), ("alpha", s.alpha)] {
         t.map_or(Ok(()), |t| check_head(name, t, hq))?;
+    }
+    if let Some(tau) = s.threshold.filter(|t| t.dims() != [hq] && t.dims() != [b, hq, n]) {
+        return Err(Error::Invalid(format!(
+            "threshold {:?} is neither [{hq}], one value per query head, nor [{b}, {hq}, {n}], one per query",
+            tau.dims()
+        )));
     }
     if let Some(r) = s.rounds
         && (r.rank() != 2 || r.dims()[0] != hq || r.dims()[1] == 0)
@@ -172,8 +178,9 @@ pub(super) fn check_values(sizes: &Sizes, candidates: &Candidates, s: &Select) -
     }
     positive("beta", &head_values::<f64>("beta", s.beta, sizes.q_heads)?)?;
     if let Some(tau) = s.threshold {
-        let tau = head_values::<f64>("threshold", tau, sizes.q_heads)?;
-        if let Some(h) = tau.iter().position(|x| x.is_nan()) {
+        let values = tau.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        if let Some(at) = values.iter().position(|x| x.is_nan()) {
+            let h = if tau.rank() == 1 { at } else { sizes.coordinates(at)[1] };
             return Err(Error::Invalid(format!("threshold of head {h} is NaN")));
         }
     }

@@ -127,7 +127,25 @@ pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
     let some_excluded = GdConfig { exclude_below: 0.3, ..soft.clone() };
     let induction = AttentionConfig { induction_heads: 2, ..config(soft.clone(), beacon(1, None)) };
     let two_heads = AttentionConfig { selecting_heads: Some(2), ..config(soft.clone(), beacon(0, None)) };
+    let by_length = |gd: GdConfig| GdConfig { threshold_by_length: true, ..gd };
+    let windowed_soft =
+        AttentionConfig { window: Some(5), ..config(by_length(soft.clone()), beacon(1, None)) };
+    let gated_winner = by_length(gd(Estimator::Winner, gate, some, 1));
+    let several = GdConfig { picks: 3, ..by_length(some_excluded.clone()) };
     vec![
+        ("threshold by length, soft gate, window", false, windowed_soft),
+        ("threshold by length, three picks", false, config(several, beacon(0, None))),
+        (
+            "threshold by length, no gate",
+            false,
+            config(by_length(gd(Estimator::Candidates, Gate::None, some, 1)), None),
+        ),
+        ("threshold by length, winner, energy gate", true, config(gated_winner, beacon(2, None))),
+        (
+            "threshold by length, blend",
+            true,
+            config(by_length(gd(Estimator::Blend, Gate::None, some, 1)), beacon(0, None)),
+        ),
         ("soft gate", false, config(soft, beacon(1, None))),
         ("soft gate with exclusion", false, config(some_excluded, None)),
         ("two heads of four select", false, two_heads),

@@ -20,6 +20,7 @@ const TABLE: &[(&str, Group)] = &[
     (".bias", Group::Gain),
     (".gd.beta", Group::Gain),
     (".gd.threshold", Group::Gain),
+    (".gd.threshold_slope", Group::Gain),
     (".gd.alpha", Group::Gain),
     // Deviations of the round weights from (1, 0, ..).
     (".gd.rounds", Group::Gain),
@@ -75,6 +76,7 @@ mod tests {
             let mut base = Recipe::load(preset).unwrap().model;
             (base.attention_bias, base.gd.output_gate, base.tie_word_embeddings) = (true, true, false);
             (base.gd.select.threshold, base.gd.select.rounds) = (Some(1.0), 2);
+            base.gd.select.threshold_by_length = true;
             base.gd.select.gate = gd_kernels::Gate::Coherence;
             for v in variants().iter().filter(|v| v.applies(&base)) {
                 let params = Params::new(0, DType::F32, &Device::Cpu);

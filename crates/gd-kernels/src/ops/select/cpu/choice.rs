@@ -9,7 +9,7 @@ use crate::backend::cpu::element::{Element, Real, sum2};
 use crate::backend::cpu::view::View;
 use crate::ops::select::Rule;
 
-/// `(energy [B, Hq, N, K], v [B, Hk, M, Dv], threshold [Hq]) -> y [B, Hq, N, Dv]`; energy and
+/// `(energy [B, Hq, N, K], v [B, Hk, M, Dv], threshold [Hq] or [B, Hq, N]) -> y [B, Hq, N, Dv]`; energy and
 /// threshold in the accumulator type, a threshold of +inf excludes nothing.
 pub(super) struct Choice {
     pub(super) rule: Rule,
@@ -33,6 +33,13 @@ pub(super) struct Choices<A> {
 }
 
 impl Choice {
+    /// The threshold of a row, from one per row or one per head.
+    #[inline(always)]
+    fn threshold<A: Copy>(&self, tau: &[A], row: usize) -> A {
+        let sizes = &self.keys.sizes;
+        if tau.len() == sizes.q_heads { tau[sizes.coordinates(row)[1]] } else { tau[row] }
+    }
+
     /// The choices at these energies.
     pub(super) fn choices<A: Real>(&self, energy: &[A], tau: &[A]) -> Choices<A> {
         let (rule, sizes) = (RowRule::<A>::of(&self.rule), &self.keys.sizes);
@@ -47,7 +54,7 @@ impl Choice {
         };
         for (row, energy) in energy.chunks(sizes.slots).enumerate() {
             let key = self.keys.row(row);
-            let c = choose(&rule, Row { energy, key, threshold: tau[sizes.coordinates(row)[1]] });
+            let c = choose(&rule, Row { energy, key, threshold: self.threshold(tau, row) });
             out.slot.push(c.winner.map_or(-1, |slot| slot as i32));
             out.index.push(c.winner.map_or(-1, |j| key[j]));
             out.nearest.push(c.nearest.map_or(-1, |j| key[j]));
@@ -69,9 +76,9 @@ impl Choice {
             || (vec![zero; slots], vec![zero; len]),
             #[inline(always)]
             |row, (w, sum), out| {
-                let [b, h, hk, _] = sizes.coordinates(row);
+                let [b, _, hk, _] = sizes.coordinates(row);
                 let (energy, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
-                let candidates = Row { energy, key, threshold: tau[h] };
+                let candidates = Row { energy, key, threshold: self.threshold(tau, row) };
                 weights(&rule, &choose(&rule, candidates), candidates, w);
                 sum.fill(zero);
                 // A row of weight 0 is not read: a NaN in it must not reach the output.
@@ -106,7 +113,7 @@ impl Choice {
             |row, (a, scratch), de, rest| {
                 let [b, h, hk, i] = sizes.coordinates(row);
                 let (energy, key) = (&energy[row * slots..(row + 1) * slots], self.keys.row(row));
-                let candidates = Row { energy, key, threshold: tau[h] };
+                let candidates = Row { energy, key, threshold: self.threshold(tau, row) };
                 let dy = dy.row(b, h, i);
                 for (a, &j) in a.iter_mut().zip(key) {
                     *a =
@@ -131,6 +138,7 @@ impl Choice {
                 }
             },
         );
-        (de, dv, head_sums(sizes, &dtau))
+        let dtau = if tau.len() == sizes.q_heads { head_sums(sizes, &dtau) } else { dtau };
+        (de, dv, dtau)
     }
 }

@@ -135,7 +135,8 @@ impl<G: TensorGpu> Steps for GpuSteps<G> {
         hardness: f64,
     ) -> Result<(Tensor, Record)> {
         let (device, keys, sizes) = (self.device.clone(), keys.clone(), self.sizes);
-        let plan = SelectPlan::new(&sizes, &Rule { hardness, ..self.rule }, &device.arch())?;
+        let of_choice = if tau.rank() == 1 { sizes } else { sizes.rows_as_heads() };
+        let plan = SelectPlan::new(&of_choice, &Rule { hardness, ..self.rule }, &device.arch())?;
         let rows = sizes.rows();
         let y = device.allocate(rows * sizes.value_dim * sizes.dtype.size_in_bytes())?;
         let column = || device.allocate(4 * rows);
@@ -176,7 +177,11 @@ impl<G: TensorGpu> Steps for GpuSteps<G> {
         };
         let result = device.finished(y, sizes.dtype, sizes.output_shape())?;
         let y = attach3("choose", [energy, v, tau], result, move |[energy, v, tau], _, dy| {
-            let (x, dy) = (Choice::new([energy, v, tau])?, Rows::new(dy)?);
+            let x = Choice::new([energy, v, tau])?;
+            let dy = match tau.rank() {
+                1 => Rows::new(dy)?,
+                _ => Rows::new(&dy.contiguous()?.reshape((1, sizes.rows(), 1, sizes.value_dim))?)?,
+            };
             let [de, dv, dtau] = device.gradients([energy, v, tau])?;
             gpu::choose_backward(
                 &*device,
@@ -283,7 +288,7 @@ impl<B: From<Tensor>> Operands<B> {
     }
 }
 
-/// The inputs of a choice.
+/// The inputs of a choice. With a threshold per row, v has the key-value heads of all batch entries in one.
 struct Choice<B> {
     energy: Vector<B>,
     v: Rows<B>,
@@ -293,7 +298,11 @@ struct Choice<B> {
 impl<B: From<Tensor>> Choice<B> {
     fn new([energy, v, tau]: [&Tensor; 3]) -> Result<Self> {
         let energy = Vector::new(energy, DType::F32)?;
-        Ok(Self { energy, v: Rows::new(v)?, tau: Vector::new(tau, DType::F32)? })
+        let v = match tau.rank() {
+            1 => Rows::new(v)?,
+            _ => Rows::with_heads_of_all_entries(v)?,
+        };
+        Ok(Self { energy, v, tau: Vector::new(tau, DType::F32)? })
     }
 
     fn candidates<'a>(&'a self, keys: &'a Keys<B>) -> gpu::Candidates<'a, B> {

@@ -16,6 +16,7 @@ pub mod reference;
 pub use backend::Backend;
 pub use backend::cpu::isa::Isa;
 pub use backend::cpu::product::{MatmulPrecision, with_matmul_precision};
+pub use backend::dispatch::on_pool;
 pub use backend::graph::with_backward;
 #[doc(hidden)]
 pub use backend::support::{CANDIDATES, support_table};

@@ -90,7 +90,7 @@ fn products_are_those_of_the_weights() -> Result<()> {
         for [outputs, inputs] in sizes(dtype) {
             let (blocks, weights) = random_blocks(dtype, [outputs, inputs]);
             let matrix = QuantizedMatrix::new(dtype, [outputs, inputs], &blocks)?;
-            for lead in [&[1][..], &[2], &[3], &[1, 5], &[2, 4], &[41], &[3, 23]] {
+            for lead in [&[1][..], &[2], &[3], &[1, 5], &[2, 4], &[41], &[3, 23], &[101]] {
                 // The scales of groups of activations differ by orders of magnitude.
                 let x = noise(3, &[lead, &[inputs]].concat(), 2.0);
                 let sizes = noise(4, &[inputs / 32, 1], 5.0).exp()?.broadcast_as((inputs / 32, 32))?;
@@ -172,6 +172,12 @@ fn results_do_not_depend_on_threads_or_on_the_batch() -> Result<()> {
         for r in 0..7 {
             let alone = quantized_linear(&x.narrow(0, r, 1)?, &matrix, None)?;
             assert_eq!(values(&alone), values(&together.narrow(0, r, 1)?), "{dtype:?}, row {r}");
+        }
+        let together = quantized_linear(&prompt, &matrix, None)?;
+        for (first, rows) in [(0, 40), (29, 41)] {
+            let fewer = quantized_linear(&prompt.narrow(0, first, rows)?, &matrix, None)?;
+            let expected = together.narrow(0, first, rows)?;
+            assert_eq!(values(&fewer), values(&expected), "{dtype:?}, {rows} rows from {first} on");
         }
         for x in [x, prompt] {
             let strided = x.t()?.contiguous()?.t()?;

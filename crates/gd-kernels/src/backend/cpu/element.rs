@@ -348,10 +348,11 @@ pub(crate) type Bf16 = bf16;
 /// registers.
 const LANES: usize = 32;
 
+/// The sum of the lanes, whose number is a power of two: the upper half is added to the lower one until one is left.
 #[inline(always)]
-fn add_up<R: Real>(lanes: [R; LANES]) -> R {
+pub(crate) fn add_up<R: Real, const N: usize>(lanes: [R; N]) -> R {
     let mut lanes = lanes;
-    let mut width = LANES / 2;
+    let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
             let upper = lanes[i + width];

@@ -5,6 +5,7 @@ pub(crate) mod amx;
 pub(crate) mod cache_line;
 pub(crate) mod element;
 pub(crate) mod isa;
+pub(crate) mod lanes;
 pub(crate) mod matrix;
 pub(crate) mod parallel;
 pub(crate) mod prefetch;

@@ -82,6 +82,17 @@ pub(crate) fn par_items<X: Send>(items: Vec<X>, f: &(dyn Fn(usize, X) + Sync)) {
     items.into_par_iter().enumerate().for_each(|(i, x)| f(i, x));
 }
 
+/// The parts of a matrix with rows of `len` elements that tasks over its columns write: for each task `width` columns of every
+/// row, and fewer for the last one.
+pub(crate) fn column_tasks<T>(matrix: &mut [T], len: usize, width: usize) -> Vec<Vec<&mut [T]>> {
+    let rows = matrix.len() / len.max(1);
+    let mut tasks: Vec<Vec<&mut [T]>> = (0..len.div_ceil(width)).map(|_| Vec::with_capacity(rows)).collect();
+    for row in matrix.chunks_exact_mut(len.max(1)) {
+        tasks.iter_mut().zip(row.chunks_mut(width)).for_each(|(task, part)| task.push(part));
+    }
+    tasks
+}
+
 thread_local! {
     /// The buffers of [`with_scratch`] that are not in use, which keep their pages from call to call.
     static SCRATCH: RefCell<Vec<AlignedVec<u8>>> = const { RefCell::new(Vec::new()) };

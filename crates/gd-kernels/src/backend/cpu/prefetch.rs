@@ -4,8 +4,14 @@
 /// Prefetches a row into the cache, on x86-64.
 #[inline(always)]
 pub(crate) fn prefetch<T>(row: &[T]) {
+    prefetch_at(row, 0);
+}
+
+/// Prefetches as many bytes as a slice has, from `distance` bytes behind its start on. They may lie beyond its allocation.
+#[inline(always)]
+pub(crate) fn prefetch_at<T>(row: &[T], distance: usize) {
     for byte in (0..size_of_val(row)).step_by(64) {
-        prefetch_line(row.as_ptr().cast::<u8>().wrapping_add(byte));
+        prefetch_line(row.as_ptr().cast::<u8>().wrapping_add(distance + byte));
     }
 }
 

@@ -1,10 +1,11 @@
-//! The CPU implementation of [`linear`](super::linear) for f32 activations and half-precision weights.
+//! The CPU implementation of [`linear`](super::linear) for f32 activations.
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use crate::backend::cpu::element::{Bf16, Element, F16, sum2};
-use crate::backend::cpu::parallel::{par_chunks, vectorize};
+use super::direct::{self, Stored};
+use crate::backend::cpu::element::{Bf16, Element, F16};
+use crate::backend::cpu::parallel::vectorize;
 use crate::backend::cpu::product::{
     MatmulPrecision, product as matrix_product, product_values, with_matmul_precision,
 };
@@ -12,20 +13,25 @@ use crate::backend::cpu::view::{Rows, cpu_slice};
 use crate::backend::graph::{Finished, attach1, attach2, with_contiguous_rows};
 use crate::error::Result;
 
-/// The most rows of `x` that read the stored weights directly. With more rows, widening the weights once costs less.
+/// The most rows of `x` that read the stored weights directly. With more rows, a matrix product costs less, for which weights
+/// in half precision are widened once.
 const MAX_DIRECT_ROWS: usize = 8;
 
-/// Weight elements per task.
+/// Weight elements that a task widens.
 const TASK_ELEMENTS: usize = 1 << 15;
 
-/// Projects f32 `x` by f16 or bf16 `weight`, both validated.
+/// Projects f32 `x` by f32, f16 or bf16 `weight`, both validated.
 pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let rows: usize = x.dims().iter().rev().skip(1).product();
-    Ok(match (weight.dtype(), rows <= MAX_DIRECT_ROWS) {
-        (DType::F16, true) => direct::<F16>(x, weight)?,
-        (DType::F16, false) => widened::<F16>(x, weight)?,
-        (_, true) => direct::<Bf16>(x, weight)?,
-        (_, false) => widened::<Bf16>(x, weight)?,
+    let is_direct = rows <= MAX_DIRECT_ROWS;
+    Ok(match weight.dtype() {
+        DType::F16 if is_direct => direct::<F16>(x, weight)?,
+        DType::F16 => widened::<F16>(x, weight)?,
+        DType::BF16 if is_direct => direct::<Bf16>(x, weight)?,
+        DType::BF16 => widened::<Bf16>(x, weight)?,
+        // Columns of weights are not copied for a product.
+        _ if is_direct && weight.stride().last() == Some(&1) => direct::<f32>(x, weight)?,
+        _ => super::product(x, weight)?,
     })
 }
 
@@ -90,7 +96,7 @@ fn widen<T: Element<Acc = f32>>(narrow: &[T]) -> Vec<f32> {
 }
 
 /// Up to [`MAX_DIRECT_ROWS`] rows: one pass over the stored weights.
-fn direct<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+fn direct<T: Stored>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (x, weight) = (with_contiguous_rows(x)?, with_contiguous_rows(weight)?);
     let mut shape = x.dims().to_vec();
     if let Some(last) = shape.last_mut() {
@@ -98,7 +104,7 @@ fn direct<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> 
     }
     let y = {
         let ((xs, xl), (ws, wl)) = (x.storage_and_layout(), weight.storage_and_layout());
-        multiply(&Rows::<f32>::new(&xs, xl)?, &Rows::<T>::new(&ws, wl)?)
+        direct::multiply(&Rows::<f32>::new(&xs, xl)?, &Rows::<T>::new(&ws, wl)?)
     };
     Ok(attach2("linear", &x, &weight, (y, shape.into()), |x, weight, dy| {
         let rows = rows_of(dy)?;
@@ -106,33 +112,6 @@ fn direct<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> 
         let dw = || matrix_product(&rows.t()?, &rows_of(x)?)?.to_dtype(weight.dtype());
         Ok([Some(dx), weight.track_op().then(dw).transpose()?])
     })?)
-}
-
-/// y `[rows of x, rows of weight]`; every weight is read once.
-fn multiply<T: Element<Acc = f32>>(x: &Rows<f32>, weight: &Rows<T>) -> Vec<f32> {
-    let (rows, outputs) = (x.count(), weight.count());
-    let outputs_per_task = (TASK_ELEMENTS / weight.len().max(1)).max(1);
-    // Transposed, so that the results of a task are contiguous.
-    let mut transposed = vec![0f32; outputs * rows];
-    if rows > 0 {
-        par_chunks(&mut transposed, outputs_per_task * rows, &|task, out| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for (j, out) in out.chunks_exact_mut(rows).enumerate() {
-                        let w = weight.row(task * outputs_per_task + j);
-                        for (r, y) in out.iter_mut().enumerate() {
-                            *y = sum2(x.row(r), w, |x, w: T| x * w.up());
-                        }
-                    }
-                },
-            );
-        });
-    }
-    if rows == 1 {
-        return transposed;
-    }
-    (0..rows).flat_map(|r| transposed.iter().skip(r).step_by(rows).copied()).collect()
 }
 
 #[cfg(test)]
@@ -158,17 +137,13 @@ mod tests {
                 (vec![100], 33, 65),
                 (vec![1, 0], 8, 4),
             ] {
-                if dtype == DType::F32 && lead.contains(&0) {
-                    // candle's matrix product fails without rows.
-                    continue;
-                }
                 let shape = [&lead[..], &[inputs]].concat();
                 let x = Var::from_tensor(&noise(1, &shape, DType::F32)?)?;
                 let weight = Var::from_tensor(&noise(2, &[outputs, inputs], dtype)?)?;
                 let bias = noise(3, &[outputs], dtype)?;
                 let y = linear(&x, &weight, Some(&bias))?;
                 let rows: usize = lead.iter().product();
-                direct_cases += usize::from(rows <= MAX_DIRECT_ROWS && dtype != DType::F32);
+                direct_cases += usize::from(rows <= MAX_DIRECT_ROWS);
                 let dy = noise(4, y.dims(), DType::F32)?;
                 let grads = (&y * &dy)?.sum_all()?.backward()?;
                 let wide = |t: &Tensor| t.detach().to_dtype(DType::F64);
@@ -197,7 +172,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(direct_cases, 10);
+        assert_eq!(direct_cases, 15);
         Ok(())
     }
 
@@ -229,16 +204,41 @@ mod tests {
 
     #[test]
     fn a_batch_gives_each_row_what_it_gives_alone() -> Result<()> {
-        let (x, w) = (noise(1, &[5, 48], DType::F32)?, noise(2, &[31, 48], DType::BF16)?);
-        let strided = noise(1, &[48, 5], DType::F32)?.t()?;
-        for x in [x, strided] {
-            let together = linear(&x, &w, None)?.to_vec2::<f32>()?;
-            for (r, row) in together.iter().enumerate() {
-                assert_eq!(&linear(&x.narrow(0, r, 1)?, &w, None)?.to_vec2::<f32>()?[0], row);
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let (x, w) = (noise(1, &[8, 81], DType::F32)?, noise(2, &[1700, 81], dtype)?);
+            let strided = noise(1, &[81, 8], DType::F32)?.t()?;
+            for x in [x, strided] {
+                let alone = |r| linear(&x.narrow(0, r, 1)?, &w, None)?.to_vec2::<f32>();
+                for rows in 1..=8 {
+                    let together = linear(&x.narrow(0, 0, rows)?, &w, None)?.to_vec2::<f32>()?;
+                    for (r, row) in together.iter().enumerate() {
+                        assert!(alone(r)?[0] == *row, "{dtype:?}, row {r} of {rows}");
+                    }
+                }
             }
         }
-        let error = linear(&noise(1, &[2, 47], DType::F32)?, &w, None).unwrap_err().to_string();
+        let (x, w) = (noise(1, &[2, 47], DType::F32)?, noise(2, &[31, 48], DType::BF16)?);
+        let error = linear(&x, &w, None).unwrap_err().to_string();
         assert!(error.contains("[2, 47]") && error.contains("[31, 48]"), "{error}");
+        Ok(())
+    }
+
+    /// Weights in half precision give the bits of the same weights in f32.
+    #[test]
+    fn direct_products_have_the_bits_of_widened_weights_of_any_strides() -> Result<()> {
+        let x = noise(1, &[3, 1, 70], DType::F32)?;
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let all = noise(2, &[40, 90], dtype)?;
+            let weight = all.narrow(0, 5, 33)?.narrow(1, 9, 70)?;
+            let wide = weight.to_dtype(DType::F32)?.force_contiguous()?;
+            let expected = linear(&x, &wide, None)?.flatten_all()?.to_vec1::<f32>()?;
+            let got = linear(&x, &weight, None)?.flatten_all()?.to_vec1::<f32>()?;
+            assert_eq!(got, expected, "{dtype:?}");
+            // Columns instead of rows are contiguous.
+            let got = linear(&x, &weight.t()?.contiguous()?.t()?, None)?.flatten_all()?.to_vec1::<f32>()?;
+            let close = got.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= 1e-5 * (1.0 + b.abs()));
+            assert!(close && (dtype == DType::F32 || got == expected), "{dtype:?}");
+        }
         Ok(())
     }
 }

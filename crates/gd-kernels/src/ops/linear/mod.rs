@@ -1,6 +1,7 @@
 //! A projection whose weights may be stored in half precision: `y = x Wᵀ + b`.
 
 pub(crate) mod cpu;
+mod direct;
 mod dropout;
 mod low_rank;
 
@@ -23,8 +24,10 @@ use crate::error::{Error, Result};
 /// Returns `[.., O]` in the dtype of `x`. All tensors get gradients, in their own dtypes.
 ///
 /// f16 or bf16 weights with f32 activations give the result of the same weights widened to f32, from half the memory;
-/// the time of a decoding step is mostly that of reading the weights. On the CPU, up to 8 rows of `x` are computed in
-/// one pass over the stored weights; more rows, and other devices, use a matrix product with widened weights. On the CPU
+/// the time of a decoding step is mostly that of reading the weights. On the CPU, up to 8 rows of `x` in f32 are computed in
+/// one pass over the stored weights in f32, f16 or bf16. A row then has the same bits in any of these dtypes that represent its
+/// weights, for any other rows beside it, any number of threads and any instruction set; weights in f32 whose rows are not
+/// contiguous are left to candle. More rows, and other devices, use a matrix product with widened weights. On the CPU
 /// products of 32 rows or more in f32 and f64 are computed in register tiles here, others by candle; those in f32 also with
 /// factors rounded to bf16, see [`with_matmul_precision`](crate::with_matmul_precision).
 ///
@@ -50,8 +53,8 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             weight.dims()
         )));
     }
-    let half = matches!(weight.dtype(), DType::BF16 | DType::F16);
-    let y = match half && x.dtype() == DType::F32 && on_cpu(x.device()) {
+    let is_stored = matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16);
+    let y = match is_stored && x.dtype() == DType::F32 && on_cpu(x.device()) {
         true => cpu::linear(x, weight)?,
         false => product(x, &weight.to_dtype(x.dtype())?)?,
     };

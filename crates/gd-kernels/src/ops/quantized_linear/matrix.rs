@@ -13,13 +13,12 @@ use rayon::prelude::*;
 
 use super::blocks::{Block, Format, GROUP, GROUPS_PER_BLOCK, Scales};
 use crate::backend::cpu::cache_line::AlignedVec;
+use crate::backend::cpu::lanes::{LANES, REGISTER_BYTES};
 use crate::backend::cpu::parallel::{par_chunks, par_chunks2};
 use crate::error::{Error, Result};
 
 /// Rows of a tile.
-pub(super) const TILE: usize = 16;
-/// Bytes of a register.
-pub(super) const REGISTER_BYTES: usize = 64;
+pub(super) const TILE: usize = LANES;
 /// Bytes of the low 4 bits of a group in a tile.
 pub(super) const LOW_BYTES: usize = 4 * REGISTER_BYTES;
 /// Bytes of one f16 for each row of a tile.

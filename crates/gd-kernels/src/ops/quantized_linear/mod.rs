@@ -24,13 +24,13 @@ use crate::error::{Error, Result};
 ///
 /// Returns `[.., O]` in the dtype of `x`.
 ///
-/// Up to 63 rows of `x` are multiplied by the integers of the blocks. The activations are rounded to 16-bit integers with one
+/// Up to 39 rows of `x` are multiplied by the integers of the blocks. The activations are rounded to 16-bit integers with one
 /// scale per 32 elements, the greatest magnitude of the 32 divided by 32767, so that a product differs from that of the
 /// dequantised weights by at most 2⁻¹⁶ of that magnitude per element, about the rounding of a sum in f32. Sums within a block
 /// are exact integers, and those over the blocks are one chain of fused multiply-adds in f32. More rows are multiplied by
-/// weights that are dequantised to f32, a block of outputs at a time. Both give the same bits for every instruction set and
+/// weights that are dequantised to f32, 64 outputs at a time. Both give the same bits for every instruction set and
 /// any number of threads, and a row has the same result for any other rows beside it, as long as their number is on the same
-/// side of 64. A row of `x` with a NaN or an infinity gives results that are not finite.
+/// side of 40. A row of `x` with a NaN or an infinity gives results that are not finite.
 ///
 /// # Errors
 /// [`Error::Invalid`] if `x` is a scalar, or its last dimension is not that of `weight`; [`Error::Unsupported`] for f64, for

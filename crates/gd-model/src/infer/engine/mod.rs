@@ -11,7 +11,7 @@ mod sources;
 use std::collections::VecDeque;
 
 use candle_core::{Device, Tensor};
-use gd_kernels::Mask;
+use gd_kernels::{Mask, on_pool};
 use gd_layer::{LayerCache, Pass, Probe};
 
 pub use self::sources::Source;
@@ -434,8 +434,11 @@ impl<'a> BatchEngine<'a> {
         let positions = self.running.iter().map(|sequence| sequence.tokens.len() as i64 - 1);
         let mask = Mask::causal(0).with_offsets(positions.collect());
         let probe = self.running.iter().any(|sequence| sequence.sources).then(SourceProbe::default);
-        let pass = Pass { probe: probe.as_ref().map(|probe| probe as &dyn Probe), ..Pass::new(&mask) };
-        let logits = last_logits(self.model, &ids, &pass, &mut self.cache)?;
+        let (model, cache, observer) = (self.model, &mut self.cache, probe.as_ref());
+        let logits = on_pool(self.device, || {
+            let pass = Pass { probe: observer.map(|probe| probe as &dyn Probe), ..Pass::new(&mask) };
+            last_logits(model, &ids, &pass, cache)
+        })?;
         let mut stays = Vec::with_capacity(logits.len());
         for (at, (sequence, logits)) in self.running.iter_mut().zip(&logits).enumerate() {
             let probe = probe.as_ref().filter(|_| sequence.sources);

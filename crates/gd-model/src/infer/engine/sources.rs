@@ -1,6 +1,6 @@
 //! Which positions the selecting layers read when a token was predicted.
 
-use std::cell::RefCell;
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Result};
 use gd_layer::{Probe, SelectionView};
@@ -32,13 +32,13 @@ struct Layer {
 /// Records the selections for the last query of every sequence in one forward pass.
 #[derive(Debug, Default)]
 pub(super) struct SourceProbe {
-    layers: RefCell<Vec<Layer>>,
+    layers: Mutex<Vec<Layer>>,
 }
 
 impl SourceProbe {
     /// The sources of a sequence, by its index in the batch: layer by layer, head by head.
     pub(super) fn of(&self, sequence: usize) -> Vec<Source> {
-        let layers = self.layers.borrow();
+        let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
         let source = |layer: &Layer, head: usize| {
             let at = sequence * layer.heads + head;
             Some(Source {
@@ -57,7 +57,7 @@ impl Probe for SourceProbe {
         let (_, heads, queries) = view.selected.index.dims3()?;
         let index = view.selected.index.narrow(2, queries - 1, 1)?;
         let margin = view.selected.margin.narrow(2, queries - 1, 1)?;
-        self.layers.borrow_mut().push(Layer {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner).push(Layer {
             index: view.layer,
             heads,
             positions: index.flatten_all()?.to_vec1()?,

@@ -9,6 +9,7 @@ mod tiles;
 
 pub(crate) use packed::Multiply;
 pub use precision::{MatmulPrecision, with_matmul_precision};
+pub(crate) use registers::{PANEL, multiply_panels};
 
 use candle_core::{DType, Device, Layout, Tensor};
 

@@ -7,7 +7,7 @@ use crate::backend::cpu::parallel::par_chunks;
 use crate::backend::cpu::product::Matrix;
 
 /// Columns of a panel: four registers of 16 numbers.
-const PANEL: usize = 64;
+pub(crate) const PANEL: usize = 64;
 /// Terms that are added in registers. A panel of so many rows fits the L2 cache.
 const DEPTH: usize = 512;
 
@@ -16,7 +16,6 @@ const DEPTH: usize = 512;
 pub(crate) struct Panels<T> {
     /// `[N / PANEL][K][PANEL]`.
     values: Vec<T>,
-    rows: usize,
     columns: usize,
 }
 
@@ -25,37 +24,48 @@ impl<T: Real> Panels<T> {
     pub(super) fn new(b: Matrix<'_, T>) -> Self {
         let mut values = vec![T::zero(); b.columns.div_ceil(PANEL) * b.rows * PANEL];
         par_chunks(&mut values, b.rows * PANEL, &|panel, out| pack(b, panel * PANEL, out));
-        Self { values, rows: b.rows, columns: b.columns }
+        Self { values, columns: b.columns }
     }
 
     /// Writes the product of `a` with this factor to `out`, or adds it; on this thread.
     pub(super) fn multiply(&self, a: Matrix<'_, T>, out: &mut [T], add: bool) {
-        let (k, n) = (self.rows, self.columns);
-        let (mut left, mut edge) = (Vec::new(), Vec::new());
-        if k == 0 && !add {
-            out.fill(T::zero());
-        }
-        for from in (0..k).step_by(DEPTH) {
-            let depth = DEPTH.min(k - from);
-            let left = part(a, from..from + depth, &mut left);
-            let add = add || from > 0;
-            for (panel, data) in self.values.chunks_exact(k * PANEL).enumerate() {
-                let right = Padded { data: &data[from * PANEL..][..depth * PANEL], stride: PANEL };
-                let column = panel * PANEL;
-                let columns = PANEL.min(n - column);
-                if padded(columns) == columns {
-                    let out = Padded { data: &mut out[column..], stride: n };
-                    multiply(out, columns, add, T::one(), left, right);
-                    continue;
-                }
-                // The last columns do not fill a register.
-                edge.resize(a.rows * PANEL, T::zero());
-                let padded_edge = Padded { data: &mut edge[..], stride: PANEL };
-                multiply(padded_edge, columns, false, T::one(), left, right);
-                for (out, edge) in out.chunks_exact_mut(n).zip(edge.chunks_exact(PANEL)) {
-                    for (out, &x) in out[column..].iter_mut().zip(edge) {
-                        *out = if add { *out + x } else { x };
-                    }
+        multiply_panels(a, (&self.values, self.columns), out, add);
+    }
+}
+
+/// Writes the product of `a` with the panels `[N / PANEL][K][PANEL]` of a right factor of `n` columns to `out`, or adds it; on
+/// this thread.
+pub(crate) fn multiply_panels<T: Real>(
+    a: Matrix<'_, T>,
+    (panels, n): (&[T], usize),
+    out: &mut [T],
+    add: bool,
+) {
+    let k = a.columns;
+    let (mut left, mut edge) = (Vec::new(), Vec::new());
+    if k == 0 && !add {
+        out.fill(T::zero());
+    }
+    for from in (0..k).step_by(DEPTH) {
+        let depth = DEPTH.min(k - from);
+        let left = part(a, from..from + depth, &mut left);
+        let add = add || from > 0;
+        for (panel, data) in panels.chunks_exact(k * PANEL).enumerate() {
+            let right = Padded { data: &data[from * PANEL..][..depth * PANEL], stride: PANEL };
+            let column = panel * PANEL;
+            let columns = PANEL.min(n - column);
+            if padded(columns) == columns {
+                let out = Padded { data: &mut out[column..], stride: n };
+                multiply(out, columns, add, T::one(), left, right);
+                continue;
+            }
+            // The last columns do not fill a register.
+            edge.resize(a.rows * PANEL, T::zero());
+            let padded_edge = Padded { data: &mut edge[..], stride: PANEL };
+            multiply(padded_edge, columns, false, T::one(), left, right);
+            for (out, edge) in out.chunks_exact_mut(n).zip(edge.chunks_exact(PANEL)) {
+                for (out, &x) in out[column..].iter_mut().zip(edge) {
+                    *out = if add { *out + x } else { x };
                 }
             }
         }

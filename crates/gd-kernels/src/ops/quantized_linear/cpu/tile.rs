@@ -1,13 +1,9 @@
 //! The product of rows of activations with a tile of weights.
 
-use std::sync::LazyLock;
-
-use super::lanes::{Lanes, Portable};
-#[cfg(target_arch = "x86_64")]
-use super::x86;
-use super::{GROUP, Isa};
+use super::GROUP;
+use crate::backend::cpu::lanes::{Lanes, REGISTER_BYTES, WithLanes};
 use crate::ops::quantized_linear::blocks::{Format, GROUPS_PER_BLOCK, Scales};
-use crate::ops::quantized_linear::matrix::{LOW_BYTES, REGISTER_BYTES, TILE};
+use crate::ops::quantized_linear::matrix::{LOW_BYTES, TILE};
 use crate::ops::quantized_linear::rows::Rows16;
 
 /// Pairs of activations of a group.
@@ -17,38 +13,6 @@ const HALF_BYTES: usize = 2 * TILE;
 
 /// The integers and the scales of a tile.
 pub(super) type Tile<'a> = (&'a [u8], &'a [u8]);
-
-/// The code for an instruction set.
-#[derive(Clone, Copy)]
-pub(super) struct Kernel {
-    /// Writes the products of all rows with a tile to `[rows of the tile, rows]`, where the last tile may have fewer than 16
-    /// rows.
-    pub(super) multiply: fn(Format, Tile<'_>, &Rows16, &mut [f32]),
-    /// See [`dequantize_group`].
-    pub(super) dequantize: fn(Format, Tile<'_>, usize, &mut [f32], usize),
-}
-
-/// The quickest kernel of this machine.
-pub(super) fn kernel() -> Kernel {
-    static KERNEL: LazyLock<Kernel> =
-        LazyLock::new(|| Isa::available().first().map_or(PORTABLE, |isa| kernel_of(*isa)));
-    *KERNEL
-}
-
-/// The kernel of an instruction set that the machine has.
-pub(super) fn kernel_of(isa: Isa) -> Kernel {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni | Isa::Avx512Amx => x86::AVX512_VNNI,
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => x86::AVX512,
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 if std::arch::is_x86_feature_detected!("f16c") => x86::AVX2,
-        _ => PORTABLE,
-    }
-}
-
-const PORTABLE: Kernel = Kernel { multiply: multiply::<Portable>, dequantize: dequantize::<Portable> };
 
 /// Calls a function with the parameters of a format.
 macro_rules! by_format {
@@ -66,22 +30,41 @@ macro_rules! by_format {
     };
 }
 
-/// [`Kernel::multiply`].
-#[inline(always)]
-pub(super) fn multiply<V: Lanes>(format: Format, tile: Tile<'_>, rows: &Rows16, out: &mut [f32]) {
-    by_format!(format, all_rows::<V>(tile, rows, out));
+/// Writes the products of all rows with a tile to `[rows of the tile, rows]`, where the last tile may have fewer than 16 rows.
+pub(super) struct Multiply<'a> {
+    pub(super) format: Format,
+    pub(super) tile: Tile<'a>,
+    pub(super) rows: &'a Rows16,
+    pub(super) out: &'a mut [f32],
 }
 
-/// [`Kernel::dequantize`].
-#[inline(always)]
-pub(super) fn dequantize<V: Lanes>(
-    format: Format,
-    tile: Tile<'_>,
-    group: usize,
-    out: &mut [f32],
-    stride: usize,
-) {
-    by_format!(format, dequantize_group::<V>(tile, group, out, stride));
+impl WithLanes for Multiply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_lanes<V: Lanes>(self) {
+        by_format!(self.format, all_rows::<V>(self.tile, self.rows, self.out));
+    }
+}
+
+/// Writes the weights of a group to the starts of 32 rows of `out`; see [`dequantize_group`].
+pub(super) struct Dequantize<'a> {
+    pub(super) format: Format,
+    pub(super) tile: Tile<'a>,
+    /// The number of the group in the row.
+    pub(super) group: usize,
+    pub(super) out: &'a mut [f32],
+    /// Elements from one row of `out` to the next.
+    pub(super) stride: usize,
+}
+
+impl WithLanes for Dequantize<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_lanes<V: Lanes>(self) {
+        by_format!(self.format, dequantize_group::<V>(self.tile, self.group, self.out, self.stride));
+    }
 }
 
 // The variants of `Scales` as parameters of functions.

@@ -3,49 +3,48 @@
 
 use std::arch::x86_64::*;
 
-use super::lanes::Lanes;
-use super::tile::{Kernel, Tile, dequantize, multiply};
-use crate::ops::quantized_linear::blocks::Format;
-use crate::ops::quantized_linear::matrix::{REGISTER_BYTES, TILE};
-use crate::ops::quantized_linear::rows::Rows16;
+use super::{LANES, Lanes, REGISTER_BYTES, WithLanes};
 
-/// A [`Kernel`] of functions that are compiled for these instructions.
-macro_rules! kernel {
-    ($lanes:ty, $features:literal) => {{
-        fn products(format: Format, tile: Tile<'_>, rows: &Rows16, out: &mut [f32]) {
+/// Defines a function that runs code compiled for these instructions.
+macro_rules! run_with {
+    ($(#[$doc:meta])* $name:ident, $lanes:ty, $features:literal) => {
+        $(#[$doc])*
+        pub(super) fn $name<W: WithLanes>(code: W) -> W::Output {
             #[target_feature(enable = $features)]
-            fn run(format: Format, tile: Tile<'_>, rows: &Rows16, out: &mut [f32]) {
-                multiply::<$lanes>(format, tile, rows, out);
+            fn run<W: WithLanes>(code: W) -> W::Output {
+                code.with_lanes::<$lanes>()
             }
-            // SAFETY: `kernel_of` returns this kernel for machines with these instructions alone.
-            unsafe { run(format, tile, rows, out) }
+            // SAFETY: `with_lanes` calls this on machines with these instructions alone.
+            unsafe { run(code) }
         }
-        fn weights(format: Format, tile: Tile<'_>, group: usize, out: &mut [f32], stride: usize) {
-            #[target_feature(enable = $features)]
-            fn run(format: Format, tile: Tile<'_>, group: usize, out: &mut [f32], stride: usize) {
-                dequantize::<$lanes>(format, tile, group, out, stride);
-            }
-            // SAFETY: `kernel_of` returns this kernel for machines with these instructions alone.
-            unsafe { run(format, tile, group, out, stride) }
-        }
-        Kernel { multiply: products, dequantize: weights }
-    }};
+    };
 }
 
-/// With AVX-512 and VNNI.
-pub(super) const AVX512_VNNI: Kernel =
-    kernel!(Avx512<true>, "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma");
-/// With AVX-512.
-pub(super) const AVX512: Kernel = kernel!(Avx512<false>, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma");
-/// With AVX2, FMA and F16C.
-pub(super) const AVX2: Kernel = kernel!(Avx2, "avx2,fma,f16c");
+run_with!(
+    /// With AVX-512 and VNNI.
+    avx512_vnni,
+    Avx512<true>,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma"
+);
+run_with!(
+    /// With AVX-512.
+    avx512,
+    Avx512<false>,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
+);
+run_with!(
+    /// With AVX2, FMA and F16C.
+    avx2,
+    Avx2,
+    "avx2,fma,f16c"
+);
 
 /// One register of AVX-512; `VNNI` says whether products are added by one instruction.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512<const VNNI: bool>(__m512i);
 
-// SAFETY of the calls below: the kernels above are called on machines with their instructions alone, and the arrays have the
-// sizes that are loaded and stored.
+// SAFETY of the calls below: `with_lanes` runs code with these registers on machines with their instructions alone, and the
+// arrays have the sizes that are loaded and stored.
 impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     type Float = __m512;
 
@@ -101,18 +100,36 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    fn load_half(bytes: &[u8; 2 * TILE]) -> __m512 {
+    fn load_float(x: &[f32; LANES]) -> __m512 {
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_half(bytes: &[u8; 2 * LANES]) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes.as_ptr().cast())) }
     }
 
     #[inline(always)]
-    fn load_unsigned(bytes: &[u8; TILE]) -> __m512 {
+    fn load_bfloat(bytes: &[u8; 2 * LANES]) -> __m512 {
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bytes.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+
+    #[inline(always)]
+    fn load_unsigned(bytes: &[u8; LANES]) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) }
     }
 
     #[inline(always)]
-    fn load_signed(bytes: &[u8; TILE]) -> __m512 {
+    fn load_signed(bytes: &[u8; LANES]) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn plus(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
     }
 
     #[inline(always)]
@@ -126,8 +143,8 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    fn array(x: __m512) -> [f32; TILE] {
-        let mut array = [0.0; TILE];
+    fn array(x: __m512) -> [f32; LANES] {
+        let mut array = [0.0; LANES];
         unsafe { _mm512_storeu_ps(array.as_mut_ptr(), x) };
         array
     }
@@ -200,18 +217,38 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn load_half(bytes: &[u8; 2 * TILE]) -> [__m256; 2] {
+    fn load_float(x: &[f32; LANES]) -> [__m256; 2] {
+        let at = x.as_ptr();
+        unsafe { [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8))] }
+    }
+
+    #[inline(always)]
+    fn load_half(bytes: &[u8; 2 * LANES]) -> [__m256; 2] {
         let at = bytes.as_ptr();
         unsafe {
             [
                 _mm256_cvtph_ps(_mm_loadu_si128(at.cast())),
-                _mm256_cvtph_ps(_mm_loadu_si128(at.add(TILE).cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(at.add(LANES).cast())),
             ]
         }
     }
 
     #[inline(always)]
-    fn load_unsigned(bytes: &[u8; TILE]) -> [__m256; 2] {
+    fn load_bfloat(bytes: &[u8; 2 * LANES]) -> [__m256; 2] {
+        let at = bytes.as_ptr();
+        unsafe {
+            [at, at.add(LANES)].map(
+                #[inline(always)]
+                |at| {
+                    let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+                },
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn load_unsigned(bytes: &[u8; LANES]) -> [__m256; 2] {
         let at = bytes.as_ptr();
         unsafe {
             [
@@ -222,7 +259,7 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn load_signed(bytes: &[u8; TILE]) -> [__m256; 2] {
+    fn load_signed(bytes: &[u8; LANES]) -> [__m256; 2] {
         let at = bytes.as_ptr();
         unsafe {
             [
@@ -230,6 +267,11 @@ impl Lanes for Avx2 {
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.add(8).cast()))),
             ]
         }
+    }
+
+    #[inline(always)]
+    fn plus(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
     }
 
     #[inline(always)]
@@ -243,8 +285,8 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn array(x: [__m256; 2]) -> [f32; TILE] {
-        let mut array = [0.0; TILE];
+    fn array(x: [__m256; 2]) -> [f32; LANES] {
+        let mut array = [0.0; LANES];
         unsafe {
             _mm256_storeu_ps(array.as_mut_ptr(), x[0]);
             _mm256_storeu_ps(array.as_mut_ptr().add(8), x[1]);

@@ -1,12 +1,49 @@
-//! Registers of 16 lanes.
+//! Registers of 16 lanes: one interface for the instruction sets of which products of rows use the same operations.
 
-use half::f16;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
-use crate::ops::quantized_linear::matrix::{REGISTER_BYTES, TILE};
+use std::sync::LazyLock;
+
+use crate::backend::cpu::element::{Bf16, Element, F16};
+use crate::backend::cpu::isa::Isa;
+
+/// Lanes of a register.
+pub(crate) const LANES: usize = 16;
+/// Bytes of a register.
+pub(crate) const REGISTER_BYTES: usize = 4 * LANES;
+
+/// The fastest instruction set of this machine.
+pub(crate) fn fastest_isa() -> Isa {
+    static ISA: LazyLock<Isa> = LazyLock::new(|| Isa::available().first().copied().unwrap_or(Isa::Portable));
+    *ISA
+}
+
+/// Code over registers of any instruction set.
+pub(crate) trait WithLanes {
+    /// What it returns.
+    type Output;
+
+    /// Runs the code. Implementations are `#[inline(always)]`, so that they are compiled for the instructions of `V`.
+    fn with_lanes<V: Lanes>(self) -> Self::Output;
+}
+
+/// Runs `code` with the registers of an instruction set that the machine has.
+pub(crate) fn with_lanes<W: WithLanes>(isa: Isa, code: W) -> W::Output {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni | Isa::Avx512Amx => x86::avx512_vnni(code),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => x86::avx512(code),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 if std::arch::is_x86_feature_detected!("f16c") => x86::avx2(code),
+        _ => code.with_lanes::<Portable>(),
+    }
+}
 
 /// 16 lanes of 32 bits, each of which is an integer or two integers of 16 bits, and 16 lanes in f32. All implementations
 /// give the same bits.
-pub(super) trait Lanes: Copy {
+pub(crate) trait Lanes: Copy {
     /// 16 lanes in f32.
     type Float: Copy;
 
@@ -29,23 +66,29 @@ pub(super) trait Lanes: Copy {
 
     /// The same number in all lanes.
     fn splat_float(x: f32) -> Self::Float;
+    /// 16 numbers.
+    fn load_float(x: &[f32; LANES]) -> Self::Float;
     /// 16 numbers in f16.
-    fn load_half(bytes: &[u8; 2 * TILE]) -> Self::Float;
+    fn load_half(bytes: &[u8; 2 * LANES]) -> Self::Float;
+    /// 16 numbers in bf16.
+    fn load_bfloat(bytes: &[u8; 2 * LANES]) -> Self::Float;
     /// 16 integers from 0 to 255.
-    fn load_unsigned(bytes: &[u8; TILE]) -> Self::Float;
+    fn load_unsigned(bytes: &[u8; LANES]) -> Self::Float;
     /// 16 integers from -128 to 127.
-    fn load_signed(bytes: &[u8; TILE]) -> Self::Float;
+    fn load_signed(bytes: &[u8; LANES]) -> Self::Float;
+    /// The sums.
+    fn plus(a: Self::Float, b: Self::Float) -> Self::Float;
     /// The products.
     fn times(a: Self::Float, b: Self::Float) -> Self::Float;
     /// `a b + c`, rounded once.
     fn fused(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
     /// The lanes.
-    fn array(x: Self::Float) -> [f32; TILE];
+    fn array(x: Self::Float) -> [f32; LANES];
 }
 
 /// Lanes in an array, for processors whose instructions are not used here.
 #[derive(Clone, Copy)]
-pub(super) struct Portable([u32; TILE]);
+pub(crate) struct Portable([u32; LANES]);
 
 impl Portable {
     #[inline(always)]
@@ -55,11 +98,11 @@ impl Portable {
 }
 
 impl Lanes for Portable {
-    type Float = [f32; TILE];
+    type Float = [f32; LANES];
 
     #[inline(always)]
     fn splat(x: i32) -> Self {
-        Self([x.cast_unsigned(); TILE])
+        Self([x.cast_unsigned(); LANES])
     }
 
     #[inline(always)]
@@ -99,42 +142,57 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    fn to_float(self) -> [f32; TILE] {
+    fn to_float(self) -> [f32; LANES] {
         self.0.map(|x| x.cast_signed() as f32)
     }
 
     #[inline(always)]
-    fn splat_float(x: f32) -> [f32; TILE] {
-        [x; TILE]
+    fn splat_float(x: f32) -> [f32; LANES] {
+        [x; LANES]
     }
 
     #[inline(always)]
-    fn load_half(bytes: &[u8; 2 * TILE]) -> [f32; TILE] {
-        std::array::from_fn(|i| f16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32())
+    fn load_float(x: &[f32; LANES]) -> [f32; LANES] {
+        *x
     }
 
     #[inline(always)]
-    fn load_unsigned(bytes: &[u8; TILE]) -> [f32; TILE] {
+    fn load_half(bytes: &[u8; 2 * LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| F16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).up())
+    }
+
+    #[inline(always)]
+    fn load_bfloat(bytes: &[u8; 2 * LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| Bf16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).up())
+    }
+
+    #[inline(always)]
+    fn load_unsigned(bytes: &[u8; LANES]) -> [f32; LANES] {
         bytes.map(f32::from)
     }
 
     #[inline(always)]
-    fn load_signed(bytes: &[u8; TILE]) -> [f32; TILE] {
+    fn load_signed(bytes: &[u8; LANES]) -> [f32; LANES] {
         bytes.map(|x| f32::from(x.cast_signed()))
     }
 
     #[inline(always)]
-    fn times(a: [f32; TILE], b: [f32; TILE]) -> [f32; TILE] {
+    fn plus(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn times(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
         std::array::from_fn(|i| a[i] * b[i])
     }
 
     #[inline(always)]
-    fn fused(a: [f32; TILE], b: [f32; TILE], c: [f32; TILE]) -> [f32; TILE] {
+    fn fused(a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
 
     #[inline(always)]
-    fn array(x: [f32; TILE]) -> [f32; TILE] {
+    fn array(x: [f32; LANES]) -> [f32; LANES] {
         x
     }
 }

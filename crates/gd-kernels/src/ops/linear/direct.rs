@@ -1,0 +1,205 @@
+//! Few rows of activations: one pass over the weights as they are stored.
+//!
+//! The time is that of reading the weights. A task reads a contiguous range of them, in order, and prefetches what follows.
+
+use half::slice::HalfFloatSliceExt;
+
+use crate::backend::cpu::element::{Bf16, Element, F16, add_up};
+use crate::backend::cpu::isa::Isa;
+use crate::backend::cpu::lanes::{LANES, Lanes, WithLanes, fastest_isa, with_lanes};
+use crate::backend::cpu::parallel::{column_tasks, par_items};
+use crate::backend::cpu::prefetch::prefetch_at;
+use crate::backend::cpu::view::Rows;
+
+/// Elements of a row that are multiplied in one step: those of two registers, whose sums do not depend on each other.
+const STEP: usize = 2 * LANES;
+/// Rows of activations that are multiplied by a row of weights together.
+const MAX_GROUP_ROWS: usize = 4;
+/// Bytes of the weights of a task.
+const TASK_BYTES: usize = 1 << 17;
+/// Bytes between a weight that is multiplied and the one that is prefetched meanwhile.
+const PREFETCH_DISTANCE_BYTES: usize = 1 << 12;
+
+/// An element type of the weights.
+pub(super) trait Stored: Element<Acc = f32> {
+    /// The elements as f32.
+    fn load<V: Lanes>(x: &[Self; LANES]) -> V::Float;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn load<V: Lanes>(x: &[f32; LANES]) -> V::Float {
+        V::load_float(x)
+    }
+}
+
+impl Stored for F16 {
+    #[inline(always)]
+    fn load<V: Lanes>(x: &[F16; LANES]) -> V::Float {
+        V::load_half(bytes_of(x.reinterpret_cast()))
+    }
+}
+
+impl Stored for Bf16 {
+    #[inline(always)]
+    fn load<V: Lanes>(x: &[Bf16; LANES]) -> V::Float {
+        V::load_bfloat(bytes_of(x.reinterpret_cast()))
+    }
+}
+
+/// The bytes of 16 numbers.
+#[inline(always)]
+fn bytes_of(x: &[u16]) -> &[u8; 2 * LANES] {
+    let Some(bytes) = bytemuck::cast_slice(x).first_chunk() else { unreachable!("16 numbers") };
+    bytes
+}
+
+/// y `[rows of x, rows of weight]`; every weight is read once from memory.
+pub(super) fn multiply<T: Stored>(x: &Rows<f32>, weight: &Rows<T>) -> Vec<f32> {
+    multiply_with(fastest_isa(), x, weight)
+}
+
+/// The same with a given instruction set.
+fn multiply_with<T: Stored>(isa: Isa, x: &Rows<f32>, weight: &Rows<T>) -> Vec<f32> {
+    let (rows, outputs) = (x.count(), weight.count());
+    let mut y = vec![0f32; rows * outputs];
+    if y.is_empty() {
+        return y;
+    }
+    let task_outputs = (TASK_BYTES / (weight.len() * size_of::<T>()).max(1)).max(1);
+    let tasks = column_tasks(&mut y, outputs, task_outputs);
+    let run = |i: usize, mut out: Vec<&mut [f32]>| {
+        with_lanes(isa, Task { x, weight, first: i * task_outputs, out: &mut out });
+    };
+    match tasks.len() {
+        1 => tasks.into_iter().for_each(|task| run(0, task)),
+        _ => par_items(tasks, &run),
+    }
+    y
+}
+
+/// The products of all rows of x with some rows of the weights.
+struct Task<'a, 'y, T> {
+    x: &'a Rows<'a, f32>,
+    weight: &'a Rows<'a, T>,
+    /// The first row of the weights.
+    first: usize,
+    /// For each row of x, one element for each row of the weights.
+    out: &'a mut [&'y mut [f32]],
+}
+
+impl<T: Stored> WithLanes for Task<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_lanes<V: Lanes>(mut self) {
+        for row in (0..self.out.len()).step_by(MAX_GROUP_ROWS) {
+            match self.out.len() - row {
+                1 => self.group::<V, 1>(row),
+                2 => self.group::<V, 2>(row),
+                3 => self.group::<V, 3>(row),
+                _ => self.group::<V, MAX_GROUP_ROWS>(row),
+            }
+        }
+    }
+}
+
+impl<T: Stored> Task<'_, '_, T> {
+    /// `R` rows of x from `row` on.
+    #[inline(always)]
+    fn group<V: Lanes, const R: usize>(&mut self, row: usize) {
+        let mut x = [&[][..]; R];
+        for (r, x) in x.iter_mut().enumerate() {
+            *x = self.x.row(row + r);
+        }
+        for j in 0..self.out[row].len() {
+            let products = row_products::<V, T, R>(x, self.weight.row(self.first + j));
+            for (r, product) in products.into_iter().enumerate() {
+                self.out[row + r][j] = product;
+            }
+        }
+    }
+}
+
+/// The products of `R` rows with one row of weights. The order of the additions is the same for all `R`.
+#[inline(always)]
+fn row_products<V: Lanes, T: Stored, const R: usize>(x: [&[f32]; R], weight: &[T]) -> [f32; R] {
+    let (steps, rest) = weight.as_chunks::<STEP>();
+    let mut sums = [[V::splat_float(0.0); 2]; R];
+    for (i, step) in steps.iter().enumerate() {
+        prefetch_at(step, PREFETCH_DISTANCE_BYTES);
+        for (half, w) in step.as_chunks::<LANES>().0.iter().enumerate() {
+            let w = T::load::<V>(w);
+            for r in 0..R {
+                let Some(x) = x[r][i * STEP + half * LANES..].first_chunk() else {
+                    unreachable!("rows of one length")
+                };
+                sums[r][half] = V::plus(sums[r][half], V::times(V::load_float(x), w));
+            }
+        }
+    }
+    let mut totals = [0.0; R];
+    for r in 0..R {
+        let mut tail = 0.0;
+        for (x, w) in x[r][steps.len() * STEP..].iter().zip(rest) {
+            tail += x * w.up();
+        }
+        totals[r] = add_up(V::array(V::plus(sums[r][0], sums[r][1]))) + tail;
+    }
+    totals
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Result, Tensor};
+
+    use super::*;
+    use crate::backend::cpu::view::cpu_slice;
+    use crate::ops::agreement::noise;
+
+    fn bits<T: Stored>(isa: Isa, x: &Tensor, weight: &Tensor) -> Result<Vec<u32>> {
+        let ((xs, xl), (ws, wl)) = (x.storage_and_layout(), weight.storage_and_layout());
+        let y = multiply_with(isa, &Rows::new(&xs, xl)?, &Rows::<T>::new(&ws, wl)?);
+        Ok(y.into_iter().map(f32::to_bits).collect())
+    }
+
+    /// The sums of both registers of a step and the rest, as the order of the additions has them.
+    fn expected<T: Stored>(x: &Tensor, weight: &Tensor) -> Result<Vec<u32>> {
+        let ((xs, _), (ws, _)) = (x.storage_and_layout(), weight.storage_and_layout());
+        let (x, w, inputs) = (cpu_slice::<f32>(&xs)?, cpu_slice::<T>(&ws)?, weight.dim(1)?);
+        let product = |x: &[f32], w: &[T]| {
+            let (mut lanes, mut tail) = ([0f32; STEP], 0f32);
+            let whole = inputs / STEP * STEP;
+            for i in 0..inputs {
+                let product = x[i] * w[i].up();
+                if i < whole { lanes[i % STEP] += product } else { tail += product }
+            }
+            (add_up(lanes) + tail).to_bits()
+        };
+        let rows = x.chunks_exact(inputs).flat_map(|x| w.chunks_exact(inputs).map(move |w| (x, w)));
+        Ok(rows.map(|(x, w)| product(x, w)).collect())
+    }
+
+    /// With tasks of any number on any number of threads.
+    #[test]
+    fn all_instruction_sets_and_numbers_of_threads_give_the_same_bits() -> Result<()> {
+        for (rows, inputs, outputs) in [(1, 576, 1537), (2, 7, 3), (3, 33, 40), (6, 100, 2000), (8, 64, 65)] {
+            let x = noise(1, &[rows, inputs], DType::F32)?;
+            let weight = |dtype| noise(2, &[outputs, inputs], dtype);
+            let [w32, w16, wb16] = [weight(DType::F32)?, weight(DType::F16)?, weight(DType::BF16)?];
+            let all = |isa| -> Result<_> {
+                Ok([bits::<f32>(isa, &x, &w32)?, bits::<F16>(isa, &x, &w16)?, bits::<Bf16>(isa, &x, &wb16)?])
+            };
+            let expected =
+                [expected::<f32>(&x, &w32)?, expected::<F16>(&x, &w16)?, expected::<Bf16>(&x, &wb16)?];
+            for isa in Isa::available() {
+                for threads in [1, 3] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    let got = pool.map_err(candle_core::Error::wrap)?.install(|| all(isa))?;
+                    assert!(got == expected, "{isa:?}, {threads} threads: {rows} x {inputs} x {outputs}");
+                }
+            }
+        }
+        Ok(())
+    }
+}

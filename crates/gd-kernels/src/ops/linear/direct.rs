@@ -2,6 +2,8 @@
 //!
 //! The time is that of reading the weights. A task reads a contiguous range of them, in order, and prefetches what follows.
 
+use std::array;
+
 use half::slice::HalfFloatSliceExt;
 
 use crate::backend::cpu::element::{Bf16, Element, F16, add_up};
@@ -95,56 +97,74 @@ impl<T: Stored> WithLanes for Task<'_, '_, T> {
     fn with_lanes<V: Lanes>(mut self) {
         for row in (0..self.out.len()).step_by(MAX_GROUP_ROWS) {
             match self.out.len() - row {
-                1 => self.group::<V, 1>(row),
-                2 => self.group::<V, 2>(row),
-                3 => self.group::<V, 3>(row),
-                _ => self.group::<V, MAX_GROUP_ROWS>(row),
+                1 => self.group::<V, 1, 4>(row),
+                2 => self.group::<V, 2, 2>(row),
+                3 => self.group::<V, 3, 1>(row),
+                _ => self.group::<V, MAX_GROUP_ROWS, 1>(row),
             }
         }
     }
 }
 
 impl<T: Stored> Task<'_, '_, T> {
-    /// `R` rows of x from `row` on.
+    /// `R` rows of x from `row` on, `W` rows of weights at a time.
     #[inline(always)]
-    fn group<V: Lanes, const R: usize>(&mut self, row: usize) {
-        let mut x = [&[][..]; R];
-        for (r, x) in x.iter_mut().enumerate() {
-            *x = self.x.row(row + r);
+    fn group<V: Lanes, const R: usize, const W: usize>(&mut self, row: usize) {
+        let x: [&[f32]; R] = array::from_fn(|r| self.x.row(row + r));
+        let outputs = self.out[row].len();
+        let whole = outputs / W * W;
+        for j in (0..whole).step_by(W) {
+            self.products::<V, R, W>(x, row, j);
         }
-        for j in 0..self.out[row].len() {
-            let products = row_products::<V, T, R>(x, self.weight.row(self.first + j));
-            for (r, product) in products.into_iter().enumerate() {
-                self.out[row + r][j] = product;
-            }
+        for j in whole..outputs {
+            self.products::<V, R, 1>(x, row, j);
+        }
+    }
+
+    /// The products of `R` rows of x from `row` on with `W` rows of weights from the `j`th on.
+    #[inline(always)]
+    fn products<V: Lanes, const R: usize, const W: usize>(&mut self, x: [&[f32]; R], row: usize, j: usize) {
+        let products = row_products::<V, T, R, W>(x, array::from_fn(|w| self.weight.row(self.first + j + w)));
+        for (r, products) in products.into_iter().enumerate() {
+            self.out[row + r][j..j + W].copy_from_slice(&products);
         }
     }
 }
 
-/// The products of `R` rows with one row of weights. The order of the additions is the same for all `R`.
+/// The products of `R` rows with `W` rows of weights. The order of the additions is the same for all `R` and `W`.
 #[inline(always)]
-fn row_products<V: Lanes, T: Stored, const R: usize>(x: [&[f32]; R], weight: &[T]) -> [f32; R] {
-    let (steps, rest) = weight.as_chunks::<STEP>();
-    let mut sums = [[V::splat_float(0.0); 2]; R];
-    for (i, step) in steps.iter().enumerate() {
-        prefetch_at(step, PREFETCH_DISTANCE_BYTES);
-        for (half, w) in step.as_chunks::<LANES>().0.iter().enumerate() {
-            let w = T::load::<V>(w);
-            for r in 0..R {
-                let Some(x) = x[r][i * STEP + half * LANES..].first_chunk() else {
-                    unreachable!("rows of one length")
-                };
-                sums[r][half] = V::plus(sums[r][half], V::times(V::load_float(x), w));
+fn row_products<V: Lanes, T: Stored, const R: usize, const W: usize>(
+    x: [&[f32]; R],
+    weights: [&[T]; W],
+) -> [[f32; W]; R] {
+    let parts = weights.map(|weight| weight.as_chunks::<STEP>());
+    let steps = parts.iter().map(|(steps, _)| steps.len()).min().unwrap_or_default();
+    let mut sums = [[[V::splat_float(0.0); 2]; W]; R];
+    for i in 0..steps {
+        for (steps, _) in parts {
+            prefetch_at(&steps[i], PREFETCH_DISTANCE_BYTES);
+        }
+        for half in 0..2 {
+            for w in 0..W {
+                let weight = T::load::<V>(&parts[w].0[i].as_chunks::<LANES>().0[half]);
+                for r in 0..R {
+                    let Some(x) = x[r][i * STEP + half * LANES..].first_chunk() else {
+                        unreachable!("rows of one length")
+                    };
+                    sums[r][w][half] = V::plus(sums[r][w][half], V::times(V::load_float(x), weight));
+                }
             }
         }
     }
-    let mut totals = [0.0; R];
+    let mut totals = [[0.0; W]; R];
     for r in 0..R {
-        let mut tail = 0.0;
-        for (x, w) in x[r][steps.len() * STEP..].iter().zip(rest) {
-            tail += x * w.up();
+        for w in 0..W {
+            let mut tail = 0.0;
+            for (x, weight) in x[r][steps * STEP..].iter().zip(parts[w].1) {
+                tail += x * weight.up();
+            }
+            totals[r][w] = add_up(V::array(V::plus(sums[r][w][0], sums[r][w][1]))) + tail;
         }
-        totals[r] = add_up(V::array(V::plus(sums[r][0], sums[r][1]))) + tail;
     }
     totals
 }

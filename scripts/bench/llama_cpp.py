@@ -18,6 +18,7 @@ Needs `pip install xllamacpp gguf` (llama.cpp built for AVX2, and its file forma
 
 import argparse
 import json
+import multiprocessing
 import os
 import pathlib
 import statistics
@@ -78,7 +79,12 @@ def models(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> dict[st
         return folder / name
 
     if kind in ("f32", "f16"):
-        write_gguf(args.model, folder / f"{kind}.gguf", kind)
+        # Not in this process: Linux counts its greatest memory as that of the programs that it starts.
+        writer = multiprocessing.Process(target=write_gguf, args=(args.model, folder / f"{kind}.gguf", kind))
+        writer.start()
+        writer.join()
+        if writer.exitcode != 0:
+            sys.exit(f"error: {kind}.gguf was not written")
         softmax = converted(f"{kind}-softmax", "--dtype", kind)
         return {LLAMA: folder / f"{kind}.gguf", "softmax": softmax, f"k = {args.k}": converted(f"{kind}-gd", "--dtype", kind, *select)}
     softmax = converted(f"{kind}.gguf", "--quantize", kind)

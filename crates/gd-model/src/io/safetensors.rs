@@ -52,9 +52,12 @@ const MAX_HEADER_BYTES: usize = 1 << 20;
 /// - [`Error::Truncated`] for a file that ends before the size that its header announces.
 /// - [`Error::Foreign`] for a file of another format.
 pub fn load(path: &Path, device: &Device) -> Result<Tensors> {
-    let bytes = read(path)?;
-    let file = parse(path, &bytes)?;
-    file.iter().map(|(name, view)| load_view(path, name, &view, device)).collect()
+    let mut tensors = Tensors::new();
+    for_each(path, |name, view| {
+        tensors.insert(name.to_owned(), load_view(path, name, view, device)?);
+        Ok(())
+    })?;
+    Ok(tensors)
 }
 
 /// Reads the weights of the safetensors file at `path` onto `device`. Tensors of other dtypes are listed, not read.
@@ -62,28 +65,44 @@ pub fn load(path: &Path, device: &Device) -> Result<Tensors> {
 /// # Errors
 /// As [`load`].
 pub fn load_weights(path: &Path, device: &Device) -> Result<Weights> {
-    let bytes = read(path)?;
     let mut weights = Weights::default();
-    for (name, view) in parse(path, &bytes)?.iter() {
+    for_each(path, |name, view| {
         if WEIGHT_DTYPES.contains(&view.dtype()) {
-            weights.tensors.extend([load_view(path, name, &view, device)?]);
+            weights.tensors.insert(name.to_owned(), load_view(path, name, view, device)?);
         } else {
             weights.other_dtypes.insert(name.to_owned(), view.dtype().to_string());
         }
-    }
+        Ok(())
+    })?;
     Ok(weights)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
-    read_file(path, "safetensors file")
+/// Calls `f` with every tensor of a file, the last one in the file first. What it has seen is freed, so that memory does not
+/// hold the whole file beside all tensors that are made of it.
+fn for_each(path: &Path, mut f: impl FnMut(&str, &TensorView) -> Result<()>) -> Result<()> {
+    let mut bytes = read_file(path, "safetensors file")?;
+    let (header_bytes, metadata) = parse(path, &bytes)?;
+    let data_start = size_of::<u64>() + header_bytes;
+    let mut infos: Vec<(String, &TensorInfo)> = metadata.tensors().into_iter().collect();
+    infos.sort_by_key(|(_, info)| std::cmp::Reverse(info.data_offsets));
+    for (name, info) in infos {
+        let (start, end) = (data_start + info.data_offsets.0, data_start + info.data_offsets.1);
+        let view = TensorView::new(info.dtype, info.shape.clone(), &bytes[start..end])
+            .map_err(|e| diagnose(path, &bytes, &e))?;
+        f(&name, &view)?;
+        bytes.truncate(start);
+        bytes.shrink_to_fit();
+    }
+    Ok(())
 }
 
-fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
-    let file = SafeTensors::deserialize(bytes).map_err(|e| diagnose(path, bytes, &e))?;
+/// The size of the header and what it says.
+fn parse(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata)> {
+    let parsed = SafeTensors::read_metadata(bytes).map_err(|e| diagnose(path, bytes, &e))?;
     // The library takes the last of several tensors with the same name.
     match duplicate(bytes) {
         Some(name) => Err(foreign(path, "safetensors", format!("it has several tensors {name:?}"))),
-        None => Ok(file),
+        None => Ok(parsed),
     }
 }
 
@@ -121,9 +140,8 @@ impl<'de> Deserialize<'de> for Names {
     }
 }
 
-fn load_view(path: &Path, name: &str, view: &TensorView, device: &Device) -> Result<(String, Tensor)> {
-    let tensor = view.load(device).map_err(|e| foreign(path, "safetensors", format!("{name}: {e}")))?;
-    Ok((name.to_owned(), tensor))
+fn load_view(path: &Path, name: &str, view: &TensorView, device: &Device) -> Result<Tensor> {
+    view.load(device).map_err(|e| foreign(path, "safetensors", format!("{name}: {e}")))
 }
 
 /// Writes tensors to the safetensors file at `path`, without metadata. An existing file is replaced atomically.

@@ -8,9 +8,11 @@ mod cases;
 #[cfg(feature = "emulator")]
 mod emulator;
 pub mod problems;
+mod properties;
 pub mod suite;
 pub mod tensors;
 
 pub use self::cases::{case_count, log_cases};
 #[cfg(feature = "emulator")]
 pub use self::emulator::{Buffer, Emulator, Layouts, layouts, registered};
+pub use self::properties::properties;

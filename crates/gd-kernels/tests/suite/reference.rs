@@ -5,6 +5,7 @@ use gd_kernels::reference::average::{average, average_backward, average_direct, 
 use gd_kernels::reference::scan::may_see;
 use gd_kernels::reference::{Params, Problem, dot, scan, select};
 use gd_kernels::{Gate, Mask, Score, TieBreak};
+use gd_testing::properties;
 use proptest::prelude::*;
 
 use crate::naive::{assert_close, assert_gradient, finite_difference, problem, rng, uniform};
@@ -39,7 +40,7 @@ fn masks() -> impl Strategy<Value = (Mask, usize)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(properties(512))]
 
     #[test]
     fn a_mask_is_the_same_by_position_and_by_interval((mask, keys) in masks()) {

@@ -5,6 +5,7 @@ use gd_kernels::reference::theory::{
 };
 use gd_kernels::reference::{Problem, barrier, dot, logsumexp, refine, scan};
 use gd_kernels::{Barrier, CoherenceMode, Score, TieBreak};
+use gd_testing::properties;
 use proptest::prelude::*;
 
 use crate::naive::{assert_gradient, finite_difference};
@@ -34,7 +35,7 @@ fn sign_changes(t: f64, alpha: f64) -> usize {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(properties(256))]
 
     #[test]
     fn energy_off_the_passage_is_higher_by_the_squared_residual(

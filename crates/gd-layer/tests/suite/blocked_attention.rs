@@ -5,6 +5,7 @@ use gd_layer::mechanisms::{
     AttentionMechanism, Inputs, LinearAttention, NativeSparse, Outputs, Reformer, Routing, SlidingWindow,
     linear_attention, packed_linear_attention, update_centroids,
 };
+use gd_testing::properties;
 use gd_testing::tensors::*;
 use proptest::prelude::*;
 
@@ -40,7 +41,7 @@ fn same(a: &Tensor, b: &Tensor) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(properties(48))]
 
     #[test]
     fn a_sliding_window_equals_a_band_mask(

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use gd_layer::mechanisms::{AttentionMechanism, Direction, EnergyTransformer, Inputs, Resan, Switch};
+use gd_testing::properties;
 use gd_testing::tensors::*;
 use proptest::prelude::*;
 
@@ -55,7 +56,7 @@ fn check_switch(seed: u64, tokens: usize, experts: usize, capacity_factor: f64) 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(properties(48))]
 
     #[test]
     fn tokens_go_through_their_expert_in_order(

@@ -6,6 +6,7 @@ use gd_layer::mechanisms::{
     AttentionMechanism, Inputs, Mocha, Monotonic, mocha_hard, mocha_weights, monotonic_hard,
     monotonic_weights,
 };
+use gd_testing::properties;
 use gd_testing::tensors::*;
 use proptest::prelude::*;
 
@@ -71,7 +72,7 @@ fn check(b: usize, n: usize, m: usize, window: usize, seed: u64) -> Result<()> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(properties(64))]
 
     #[test]
     fn weights_follow_the_recurrence(

@@ -11,8 +11,10 @@ use crate::error::{Error, Result};
 
 /// A point counts as 0 if its norm is at most this fraction of that of the longest row.
 const ZERO: f64 = 1e-9;
-/// Weights, and gains of the squared norm relative to its scale, below this are rounding errors.
+/// Weights, and gains of the squared norm relative to the norm, below this are rounding errors.
 const ROUNDING: f64 = 1e-13;
+/// Steps that correct p*.
+const REFINEMENTS: usize = 2;
 /// A constraint counts as active if it exceeds 1 by no more than this.
 const ACTIVE: f64 = 1e-8;
 
@@ -51,9 +53,7 @@ impl MaxMargin {
 /// no sequence of at least two tokens.
 pub fn max_margin(choices: &Choices) -> Result<Option<MaxMargin>> {
     let rows = choices.rows()?;
-    let Some(x) = least_norm(&rows) else { return Ok(None) };
-    let squared = dot(&x, &x);
-    let direction: Vec<f64> = x.iter().map(|x| x / squared).collect();
+    let Some(direction) = shortest_direction(&rows) else { return Ok(None) };
     let is_active = |(s, keys): (usize, &Vec<Vec<f64>>)| {
         let chosen = &keys[choices.chosen[s]];
         let active = |t: usize| {
@@ -62,7 +62,8 @@ pub fn max_margin(choices: &Choices) -> Result<Option<MaxMargin>> {
         (0..keys.len()).map(active).collect()
     };
     let active = choices.keys.iter().enumerate().map(is_active).collect();
-    Ok(Some(MaxMargin { direction, margin: squared.sqrt(), active }))
+    let margin = 1.0 / dot(&direction, &direction).sqrt();
+    Ok(Some(MaxMargin { direction, margin, active }))
 }
 
 impl Choices {
@@ -101,12 +102,12 @@ impl Choices {
     }
 }
 
-/// The point of least norm in the convex hull of the rows; none if it is 0.
+/// p* for these rows; none if the point x of least norm in their convex hull is 0.
 ///
-/// It is kept as a convex combination of affinely independent rows. Each step adds the row that lies furthest in the
+/// x is kept as a convex combination of affinely independent rows. Each step adds the row that lies furthest in the
 /// direction of the origin, and removes rows until the point of least norm of their affine hull is inside their
 /// convex hull.
-fn least_norm(rows: &[Vec<f64>]) -> Option<Vec<f64>> {
+fn shortest_direction(rows: &[Vec<f64>]) -> Option<Vec<f64>> {
     // Lengths of at most 1 make the tolerances relative.
     let scale = rows.iter().map(|a| dot(a, a)).fold(0.0, f64::max).sqrt();
     let rows: Vec<Vec<f64>> = rows.iter().map(|a| a.iter().map(|x| x / scale).collect()).collect();
@@ -121,13 +122,30 @@ fn least_norm(rows: &[Vec<f64>]) -> Option<Vec<f64>> {
             return None;
         }
         let next = closest(&x)?;
-        let is_closer = dot(&rows[next], &x) < squared - ROUNDING && !corners.contains(&next);
+        let is_closer =
+            dot(&rows[next], &x) < squared - ROUNDING * squared.sqrt() && !corners.contains(&next);
         // Every step makes x shorter, until rounding prevents it.
         if !is_closer || squared >= least || !add_corner(&rows, next, &mut corners, &mut weights) {
-            return Some(x.iter().map(|x| x * scale).collect());
+            return Some(equalised(&rows, &corners, &x).iter().map(|p| p / scale).collect());
         }
         least = squared;
     }
+}
+
+/// `x / ‖x‖²` with products of 1 with the corners. The rounding errors of x are divided by ‖x‖², which is small where the
+/// margin is, so that what a product lacks to 1 is added by the combination of corners of least norm that has it.
+fn equalised(rows: &[Vec<f64>], corners: &[usize], x: &[f64]) -> Vec<f64> {
+    let squared = dot(x, x);
+    let mut p: Vec<f64> = x.iter().map(|x| x / squared).collect();
+    for _ in 0..REFINEMENTS {
+        let equation = |a: &usize| -> Vec<f64> {
+            let products = corners.iter().map(|&b| dot(&rows[*a], &rows[b]));
+            products.chain([1.0 - dot(&rows[*a], &p)]).collect()
+        };
+        let Some(weights) = solution(corners.iter().map(equation).collect()) else { break };
+        p.iter_mut().zip(combination(rows, corners, &weights)).for_each(|(p, change)| *p += change);
+    }
+    p
 }
 
 /// Adds a corner, and removes corners until the weights of the point of least norm of their affine hull are positive. Returns
@@ -172,7 +190,15 @@ fn affine_weights(rows: &[Vec<f64>], corners: &[usize]) -> Option<Vec<f64>> {
     let equation = |a: &usize| -> Vec<f64> {
         corners.iter().map(|&b| 1.0 + dot(&rows[*a], &rows[b])).chain([1.0]).collect()
     };
-    let mut system: Vec<Vec<f64>> = corners.iter().map(equation).collect();
+    let solution = solution(corners.iter().map(equation).collect())?;
+    let sum: f64 = solution.iter().sum();
+    (n > 0).then(|| solution.iter().map(|u| u / sum).collect())
+}
+
+/// The solution of linear equations with a positive definite matrix, each given as its coefficients and its right side. None
+/// if rounding makes the matrix singular.
+fn solution(mut system: Vec<Vec<f64>>) -> Option<Vec<f64>> {
+    let n = system.len();
     // Elimination with pivots on the diagonal is stable for a positive definite matrix.
     for i in 0..n {
         let pivot = system[i].clone();
@@ -184,9 +210,7 @@ fn affine_weights(rows: &[Vec<f64>], corners: &[usize]) -> Option<Vec<f64>> {
             system[j].iter_mut().zip(&pivot).for_each(|(x, p)| *x -= factor * p);
         }
     }
-    let solution: Vec<f64> = (0..n).map(|i| system[i][n] / system[i][i]).collect();
-    let sum: f64 = solution.iter().sum();
-    (n > 0).then(|| solution.iter().map(|u| u / sum).collect())
+    Some((0..n).map(|i| system[i][n] / system[i][i]).collect())
 }
 
 fn difference(a: &[f64], b: &[f64]) -> Vec<f64> {

@@ -139,6 +139,7 @@ fn text(units: impl Iterator<Item = Unit>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use gd_testing::properties;
     use proptest::prelude::*;
 
     use super::*;
@@ -195,6 +196,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(properties(256))]
+
         // The output is the text before the first stop string, for any division into chunks.
         #[test]
         fn chunk_boundaries_do_not_matter(

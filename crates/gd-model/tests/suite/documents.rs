@@ -11,7 +11,7 @@ use gd_model::data::{Corpus, Documents, ReadSummary, Texts};
 use gd_model::io::chat_template::ChatTemplate;
 use gd_model::io::files::read_text;
 use gd_model::io::tokenizer::Tokenizer;
-use gd_testing::log_cases;
+use gd_testing::{log_cases, properties};
 use proptest::prelude::*;
 
 const RECORDS: &str = "{\"text\": \"one\"}\n{\"text\": \"two\"}\n";
@@ -271,6 +271,8 @@ fn a_single_document_is_for_training() {
 }
 
 proptest! {
+    #![proptest_config(properties(256))]
+
     /// Records written in any format give their texts, whatever characters these have.
     #[test]
     fn records_of_any_text_are_read_in_every_format(texts in prop::collection::vec("\\PC{1,20}", 1..8)) {

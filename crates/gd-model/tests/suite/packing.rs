@@ -9,6 +9,7 @@ use gd_model::config::{ModelConfig, PRESETS, Recipe};
 use gd_model::data::{Batch, Batches, Permutation, Tokens, places};
 use gd_model::model::Transformer;
 use gd_model::model::params::Params;
+use gd_testing::properties;
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -67,7 +68,7 @@ fn rows(t: &candle_core::Tensor) -> Vec<Vec<u32>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #![proptest_config(properties(64))]
 
     #[test]
     fn any_length_is_permuted(len in 1u64..5000, seed: u64) {

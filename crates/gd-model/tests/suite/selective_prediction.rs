@@ -7,8 +7,8 @@ use gd_model::eval::selective_prediction::{
     Ranking, SelectiveNet, aurc, chow, least_aurc, selectivenet_loss,
 };
 use gd_model::io::safetensors::{self, Tensors};
-use gd_testing::log_cases;
 use gd_testing::tensors::{check_gradients, noise, values};
+use gd_testing::{log_cases, properties};
 use proptest::prelude::*;
 
 fn reference() -> Tensors {
@@ -81,7 +81,7 @@ fn the_gradient_of_selectivenet_matches_finite_differences() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(properties(256))]
 
     /// Against the definitions: pairs for AUROC, and for AURC the mean over orders of ties, by a repetition of every prediction.
     #[test]

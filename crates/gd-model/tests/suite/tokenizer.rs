@@ -2,6 +2,7 @@
 
 use gd_model::Error;
 use gd_model::io::tokenizer::Tokenizer;
+use gd_testing::properties;
 use proptest::prelude::*;
 
 const SAMPLE: &str = include_str!("../../models/text/sample.txt");
@@ -118,6 +119,8 @@ fn stream_yields_whole_characters_only() {
 }
 
 proptest! {
+    #![proptest_config(properties(256))]
+
     #[test]
     fn any_text_round_trips(text in any::<String>()) {
         for tokenizer in [Tokenizer::bytes().unwrap(), bpe_once()] {

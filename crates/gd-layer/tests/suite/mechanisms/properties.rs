@@ -2,6 +2,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 use gd_layer::mechanisms::{AttentionMechanism, TABLE};
+use gd_testing::properties;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -129,7 +130,7 @@ fn between(first: Value, second: Value, sizes: &Sizes, seed: u64) -> Result<f64>
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(properties(24))]
 
     #[test]
     fn weights_are_a_distribution_or_zero(sizes in sizes(), seed in any::<u64>()) {

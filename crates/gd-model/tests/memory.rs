@@ -4,6 +4,7 @@ use std::hint::black_box;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use gd_kernels::cross_entropy::{cross_entropy, linear_cross_entropy};
+use gd_model::io::safetensors;
 use gd_model::train::memory::Peak;
 
 const MIB: usize = 1 << 20;
@@ -18,7 +19,31 @@ fn peaks() -> Result<()> {
     assert!(peak.mib().is_some_and(|m| m > above), "{peak:?}");
     let next = Peak::start().and_then(Peak::above_start).unwrap_or(f64::NAN);
     assert!(next < 10.0, "{next} MiB");
+    a_file_is_not_held_beside_its_tensors()?;
     the_output_loss_does_not_store_all_logits()
+}
+
+/// A file is freed while its tensors are made.
+fn a_file_is_not_held_beside_its_tensors() -> Result<()> {
+    const TENSORS: usize = 16;
+    const TENSOR_MIB: usize = 4;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("model.safetensors");
+    // One number in memory, and written as many.
+    let tensor = |i: usize| {
+        let elements = TENSOR_MIB * MIB / size_of::<f32>();
+        Ok((format!("t{i}"), Tensor::new(&[i as f32], &Device::Cpu)?.broadcast_as(elements)?))
+    };
+    let failed = candle_core::Error::wrap;
+    safetensors::write(&path, &(0..TENSORS).map(tensor).collect::<Result<_>>()?).map_err(failed)?;
+    let peak = Peak::start();
+    let tensors = safetensors::load(&path, &Device::Cpu).map_err(failed)?;
+    let above = peak.and_then(Peak::above_start).unwrap_or(f64::NAN) as usize / TENSOR_MIB;
+    for i in 0..TENSORS {
+        assert_eq!(tensors[&format!("t{i}")].mean_all()?.to_scalar::<f32>()?, i as f32);
+    }
+    assert!((TENSORS - 4..TENSORS + 4).contains(&above), "memory of {above} tensors");
+    Ok(())
 }
 
 /// The 1111 x 32,000 logits have 136 MiB in f32.

@@ -46,6 +46,8 @@ SELECTING = {
     "threshold-by-length": {"windows": [None, 7],
                             "select": {"candidates": 2, "gate": {"energy": {"temperature": 0.5}}, "threshold": 0.8,
                                        "exclude_below": 0.2, "threshold_by_length": True}},
+    "margin-gate": {"select": {"candidates": 4, "gate": {"margin": {"temperature": 0.5}}, "threshold": 0.1,
+                               "exclude_below": 0.4, "picks": 2}},
     "coherence-gate": {"qk_norm": False, "select": {"gate": "coherence", "estimator": "dense", "rounds": 2}},
     "passage": {"beacon": None, "select": {"gate": "coherence", "coherence": "passage", "norm_prior": True}},
     "blend-dot": {"beacon": BEACON | {"averages": 1, "conv_width": 1},

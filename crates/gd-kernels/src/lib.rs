@@ -46,7 +46,7 @@ pub use ops::scan::plan::{CpuScanPlan, ScanPlan, Walk};
 pub use ops::scan::problem::Problem;
 pub use ops::scan::rescored::Rescored;
 pub use ops::scan::{Candidates, plan, scan, scan_all};
-pub use ops::select::{MAX_PICKS, Pick, Round, Select, Selected, select};
+pub use ops::select::{MAX_PICKS, Pick, Round, Select, Selected, above_runner_up, select};
 pub use ops::softmax_attention::softmax_attention;
 pub use ops::swiglu::swiglu;
 pub use options::{Barrier, CandidateGradient, CoherenceMode, Estimator, Gate, Precision, Score, TieBreak};

@@ -95,6 +95,15 @@ pub enum Gate {
         /// The temperature T > 0.
         temperature: f64,
     },
+    /// The energy gate with a threshold that each query measures from its runner-up: `y = rho * v_j*` with
+    /// `rho = sigmoid((tau + eps_2 - eps_1) / T)`, where `eps_1` is the energy of the winner and `eps_2` that of the next
+    /// candidate, so that a clearer choice counts more. `rho` is 1 for a query with a single candidate. With R picks
+    /// `eps_2` is the energy of the first candidate that is not read. Needs a threshold and the candidates in order of
+    /// their energies: it excludes rounds and barrier.
+    Margin {
+        /// The temperature T > 0.
+        temperature: f64,
+    },
     /// `y = rho * v_j*` with `rho = exp(-E*)`, the mixture density at the coherence point: 1 where
     /// query and key coincide, `max(alpha, 1 - alpha)` far away. Needs alpha, and is the gate
     /// through which alpha learns.
@@ -102,14 +111,19 @@ pub enum Gate {
 }
 
 impl Gate {
-    /// By how much the energy of a candidate that can be selected may exceed the threshold tau. With the energy gate,
-    /// `rho = sigmoid((tau - eps) / T) >= exclude_below` is `eps <= tau + T ln((1 - exclude_below) / exclude_below)`;
-    /// without it the limit is tau.
-    pub fn admission(self, exclude_below: f64) -> f64 {
+    /// The temperature T of a gate `sigmoid((tau - eps) / T)`; none for other gates.
+    pub fn temperature(self) -> Option<f64> {
         match self {
-            Self::Energy { temperature } => temperature * ((1.0 - exclude_below) / exclude_below).ln(),
-            Self::None | Self::Coherence => 0.0,
+            Self::Energy { temperature } | Self::Margin { temperature } => Some(temperature),
+            Self::None | Self::Coherence => None,
         }
+    }
+
+    /// By how much the energy of a candidate that can be selected may exceed the threshold tau of the query. With the energy
+    /// and margin gates, `rho = sigmoid((tau - eps) / T) >= exclude_below` is
+    /// `eps <= tau + T ln((1 - exclude_below) / exclude_below)`; without them the limit is tau.
+    pub fn admission(self, exclude_below: f64) -> f64 {
+        self.temperature().map_or(0.0, |t| t * ((1.0 - exclude_below) / exclude_below).ln())
     }
 }
 

@@ -204,6 +204,14 @@ impl AttentionConfig {
         if self.window == Some(0) {
             candle_core::bail!("a window of 0 keys lets no query see any");
         }
+        if let Gate::Margin { .. } = self.gd.gate
+            && self.gd.candidates <= self.gd.picks
+        {
+            let GdConfig { candidates, picks, .. } = &self.gd;
+            candle_core::bail!(
+                "the margin gate needs more gd.candidates than gd.picks, not {candidates} for {picks}"
+            );
+        }
         if self.gd.threshold_by_length && self.gd.threshold.is_none() {
             candle_core::bail!("gd.threshold_by_length needs gd.threshold, the initial threshold");
         }
@@ -241,9 +249,10 @@ pub struct GdConfig {
     pub norm_prior: bool,
     /// Which of several keys with the same energy wins: that of the lowest index (`first`) or of the highest (`last`).
     pub tie: TieBreak,
-    /// The factor of the selected row: none, `{"energy": {"temperature": T}}` for ρ = σ((τ − ε)/T), or `coherence`.
+    /// The factor of the selected row: none, `{"energy": {"temperature": T}}` for ρ = σ((τ − ε)/T),
+    /// `{"margin": {"temperature": T}}` for ρ = σ((τ + ε₂ − ε)/T) with the energy ε₂ of the runner-up, or `coherence`.
     pub gate: Gate,
-    /// Abstention with the energy gate: a read whose gate ρ is below this is dropped, in [0, 1). At 0 none is; at 1/2,
+    /// Abstention with the energy or margin gate: a read whose gate ρ is below this is dropped, in [0, 1). At 0 none is; at 1/2,
     /// the default, those whose energy exceeds the threshold.
     pub exclude_below: f64,
     /// Rows R in 1..=4 that a query reads from one scan, with weights e^(−ε_r/T)/(e^(−τ/T) + Σ e^(−ε_r/T)), T the

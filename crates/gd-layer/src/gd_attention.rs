@@ -19,7 +19,7 @@ use crate::linear::Linear;
 use crate::probe::{CandidateView, SelectionView};
 use crate::rope::Rotary;
 use crate::stats::SelectionStats;
-use crate::threshold::{Threshold, by_query};
+use crate::threshold::{Threshold, by_query, limit};
 
 /// The initial weight of the query's well: near 1/2, where the two wells tie, but not at it.
 const INITIAL_ALPHA: f64 = 0.6;
@@ -100,7 +100,7 @@ impl GdAttention {
                 "alpha",
                 Init::Const((INITIAL_ALPHA / (1.0 - INITIAL_ALPHA)).ln()),
             )?),
-            Gate::None | Gate::Energy { .. } => None,
+            Gate::None | Gate::Energy { .. } | Gate::Margin { .. } => None,
         };
         let rounds = match cfg.gd.rounds {
             1 => None,
@@ -208,12 +208,14 @@ impl GdAttention {
         self.heads.output(y, projected)
     }
 
-    /// Whether the output of a pass with hardness 1 is the value row of the winner, or that row times its energy gate.
+    /// Whether the output of a pass with hardness 1 is the value row of the winner, or that row times its energy gate, so that
+    /// no other candidate is needed.
     fn returns_winner(&self) -> bool {
         let AttentionConfig { gd, beacon, .. } = &self.heads.cfg;
         let barrier = beacon.as_ref().is_some_and(|beacon| beacon.barrier.is_some());
         let mixes = matches!(gd.estimator, Estimator::Blend | Estimator::Dense);
-        gd.gate != Gate::Coherence && gd.rounds == 1 && gd.picks == 1 && !barrier && !mixes
+        let of_winner = matches!(gd.gate, Gate::None | Gate::Energy { .. });
+        of_winner && gd.rounds == 1 && gd.picks == 1 && !barrier && !mixes
     }
 
     /// How decoding uses data derived from the cached keys; none where every key is a candidate.
@@ -301,14 +303,11 @@ impl GdAttention {
         let alpha = self.alpha_logit.as_ref().map(candle_nn::ops::sigmoid).transpose()?;
         let rounds = self.rounds.as_ref().map(|r| first_round(r)?.broadcast_add(r)).transpose()?;
         let threshold = self.thresholds(pass, projected)?;
-        let admission = gd.gate.admission(gd.exclude_below);
-        let (b, hq, n, _) = q.dims4()?;
-        let of_queries = |tau: &Tensor| by_query(&(tau + admission)?)?.broadcast_as((b, hq, n));
-        let limit = threshold.as_ref().map(of_queries).transpose()?;
-        let (layer, threshold, limit) = (pass.layer, threshold.as_ref(), limit.as_ref());
+        let (layer, threshold) = (pass.layer, threshold.as_ref());
         let candidates = match pass.probe {
             Some(probe) => {
-                let scan = &options;
+                let (limit, scan) = (limit(gd, threshold, &candidates)?, &options);
+                let limit = limit.as_ref();
                 probe.preserved(CandidateView { layer, configured, candidates, limit, q, k, scan })?
             }
             None => candidates,
@@ -337,7 +336,8 @@ impl GdAttention {
         if let Some(probe) = pass.probe {
             let memory = projected.averages.as_ref().map(GatedAverages::output).transpose()?;
             let (memory, output_gate) = (memory.as_ref(), projected.gate.as_ref());
-            let (candidates, selected) = (&candidates, &selected);
+            let (limit, candidates, selected) = (limit(gd, threshold, &candidates)?, &candidates, &selected);
+            let limit = limit.as_ref();
             probe.selected(&SelectionView { layer, candidates, selected, limit, memory, output_gate })?;
         }
         Ok((selected, candidates))

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use gd_kernels::Mask;
+use gd_kernels::{Candidates, Gate, Mask, above_runner_up};
 
 use crate::config::GdConfig;
 
@@ -59,6 +59,25 @@ impl Threshold {
         let logs = logs.to_device(slope.device())?.broadcast_as((b, 1, n))?;
         Ok(Some(slope.to_dtype(wide)?.reshape((1, (), 1))?.broadcast_mul(&logs)?))
     }
+}
+
+/// Greatest energy that a query can select among these candidates, `[B, Hq, N]`, given thresholds `[Hq]` or `[B, Hq, N]`.
+pub(crate) fn limit(
+    gd: &GdConfig,
+    threshold: Option<&Tensor>,
+    candidates: &Candidates,
+) -> Result<Option<Tensor>> {
+    let Some(threshold) = threshold else { return Ok(None) };
+    let (b, hq, n, _) = candidates.energy.dims4()?;
+    let threshold = match gd.gate {
+        Gate::Margin { .. } => {
+            let threshold = threshold.to_dtype(candidates.energy.dtype())?;
+            above_runner_up(&candidates.energy, &threshold, gd.picks)?
+        }
+        Gate::None | Gate::Energy { .. } | Gate::Coherence => threshold.clone(),
+    };
+    let limit = by_query(&(threshold + gd.gate.admission(gd.exclude_below))?)?;
+    Ok(Some(limit.broadcast_as((b, hq, n))?))
 }
 
 /// Thresholds `[Hq]` or `[B, Hq, N]` in a shape that fits `[B, Hq, N]`.

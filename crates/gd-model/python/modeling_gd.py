@@ -383,10 +383,16 @@ class Attention(nn.Module):
             members, alive = members & ~winner, alive & admitted
         return y
 
+    @property
+    def gate_temperature(self):
+        """The temperature of the energy or margin gate."""
+        (gate,) = self.select["gate"].values()
+        return gate["temperature"]
+
     def picks(self, energy, limit, null, v):
-        """The values of the keys of least energy, with their weights beside the null slot of the energy gate."""
+        """The values of the keys of least energy, with their weights beside the null slot of the gate."""
         gated = isinstance(self.select["gate"], dict)
-        temperature = self.select["gate"]["energy"]["temperature"] if gated else 1.0
+        temperature = self.gate_temperature if gated else 1.0
         picked = (self.ranks(energy) < self.select["picks"]) & energy.isfinite()
         slots = energy.masked_fill(~picked, INF)
         slots = torch.cat([slots, null], -1) if gated else slots
@@ -404,10 +410,13 @@ class Attention(nn.Module):
         winner = members & (self.ranks(energy) == 0)
         least = energy.amin(-1, keepdim=True)
         null = torch.full_like(least, INF) if tau is None else tau.expand_as(least)
+        if "margin" in select["gate"]:
+            # The threshold is relative to the first candidate that is not read.
+            null = null + energy.masked_fill(self.ranks(energy) < select["picks"], INF).amin(-1, keepdim=True)
         limit = null
         if isinstance(select["gate"], dict):
             # rho >= exclude_below, as a limit of the energy.
-            below, temperature = select["exclude_below"], select["gate"]["energy"]["temperature"]
+            below, temperature = select["exclude_below"], self.gate_temperature
             limit = null + (temperature * math.log((1 - below) / below) if below else INF)
         admitted = members.any(-1, keepdim=True) & (least <= limit)
         if select["estimator"] == "blend":
@@ -417,7 +426,7 @@ class Attention(nn.Module):
             return self.picks(energy, limit, null, v), winner, admitted
         rho = torch.ones_like(least)
         if isinstance(select["gate"], dict):
-            rho = torch.sigmoid((null - least) / select["gate"]["energy"]["temperature"])
+            rho = torch.sigmoid((null - least) / self.gate_temperature)
         elif select["gate"] == "coherence":
             t = self.gd.beta.exp()[:, None, None] * ((winner.to(k.dtype) @ k) - q).square().sum(-1, keepdim=True)
             rho = density(t, self.gd.alpha.sigmoid()[:, None, None], select["coherence"]).to(q.dtype)

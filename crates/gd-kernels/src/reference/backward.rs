@@ -49,6 +49,16 @@ pub struct RoundGradient {
 /// The gradients of one round from `a_j = <dy, v_j>` by member: exact for the share of the blend, by the estimator for
 /// the share of the hard choice.
 pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradient {
+    let mut out = gradient_at_threshold(round, params, a);
+    // Where the threshold is measured from the runner-up, so is its gradient.
+    if let (Gate::Margin { .. }, true) = (params.gate, params.picks < a.len()) {
+        out.energy[params.picks] += out.threshold;
+    }
+    out
+}
+
+/// [`round_gradient`] with the threshold of the row as a parameter of its own.
+fn gradient_at_threshold(round: &Round, params: &Params, a: &[f64]) -> RoundGradient {
     let hard = params.hard_share();
     let chosen = round.admitted.then_some(round.winner);
     let mut out = RoundGradient {
@@ -64,7 +74,7 @@ pub fn round_gradient(round: &Round, params: &Params, a: &[f64]) -> RoundGradien
     // The gate scales the selected row, and with it the gradient of the estimator, that of the scores with a floor.
     let rho = round.gate.rho;
     let floored = match params.gate {
-        Gate::Energy { .. } => rho.max(params.gradient.gate_floor),
+        Gate::Energy { .. } | Gate::Margin { .. } => rho.max(params.gradient.gate_floor),
         Gate::None | Gate::Coherence => rho,
     };
     let forward = (&round.p, params.temperature);
@@ -120,7 +130,7 @@ fn gradient_of_picks(
         .collect();
     let exact = jacobian(picked, &read);
     let gate_temperature = match params.gate {
-        Gate::Energy { temperature } => temperature,
+        Gate::Energy { temperature } | Gate::Margin { temperature } => temperature,
         Gate::None | Gate::Coherence => 1.0,
     };
     add_scaled(&mut out.energy, -hard / gate_temperature, &exact.candidates);

@@ -20,7 +20,8 @@ pub struct GateValue {
 }
 
 /// The gate of a key with the given energy and `t = beta |q - k|^2`: `sigmoid((threshold - energy) / temperature)` for
-/// [`Gate::Energy`], the mixture density at the coherence point for [`Gate::Coherence`], 1 for [`Gate::None`].
+/// [`Gate::Energy`] and [`Gate::Margin`], whose threshold is that of the query, the mixture density at the coherence point for
+/// [`Gate::Coherence`], 1 for [`Gate::None`].
 ///
 /// # Panics
 /// If the gate needs a threshold or an alpha and there is none.
@@ -35,8 +36,8 @@ pub fn gate(
     let open = GateValue { rho: 1.0, d_energy: 0.0, d_threshold: 0.0, d_t: 0.0, d_alpha: 0.0 };
     match gate {
         Gate::None => open,
-        Gate::Energy { temperature } => {
-            let x = (threshold.expect("the energy gate needs a threshold") - energy) / temperature;
+        Gate::Energy { temperature } | Gate::Margin { temperature } => {
+            let x = (threshold.expect("this gate needs a threshold") - energy) / temperature;
             let rho = sigmoid(x);
             let slope = rho * sigmoid(-x) / temperature;
             GateValue { rho, d_energy: -slope, d_threshold: slope, ..open }

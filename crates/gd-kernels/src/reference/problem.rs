@@ -115,7 +115,7 @@ impl Params {
         let Some(tau) = threshold else { return true };
         match self.gate {
             // Compared as energies: rho rounds to 0 and 1.
-            Gate::Energy { temperature } => {
+            Gate::Energy { temperature } | Gate::Margin { temperature } => {
                 energy <= tau + temperature * (1.0 / self.exclude_below - 1.0).ln()
             }
             Gate::None | Gate::Coherence => energy <= tau,

@@ -53,7 +53,7 @@ pub struct Round {
     pub energy: Vec<f64>,
     /// The member of least energy.
     pub winner: usize,
-    /// The threshold of the row.
+    /// The threshold of the row, with the margin gate relative to no other energy.
     pub threshold: Option<f64>,
     /// Whether the threshold admits it; otherwise the round abstains.
     pub admitted: bool,
@@ -132,7 +132,6 @@ impl<'a> Row<'a> {
         let ((b, h, i), params, beta) = (self.place, self.params, self.problem.beta[self.place.1]);
         let row = (b * self.problem.q_heads + h) * self.problem.queries + i;
         let at = params.threshold_at((row, h), self.problem.row_count());
-        let threshold = params.threshold.as_ref().map(|tau| tau[at]);
         let score = |&slot: &usize| {
             let prior = self.problem.prior_of(b, h, self.keys[slot]);
             -energy(&query, self.key(slot), beta, prior, self.problem.score)
@@ -142,6 +141,11 @@ impl<'a> Row<'a> {
         let lift = params.barrier.as_ref().map(|rule| barrier(&scores, &flags, rule));
         let energy: Vec<f64> = lift.as_ref().map_or(&scores, |l| &l.scores).iter().map(|s| -s).collect();
 
+        let threshold = params.threshold.as_ref().map(|tau| match params.gate {
+            // The candidates are in ascending order.
+            Gate::Margin { .. } => energy.get(params.picks).map_or(f64::INFINITY, |next| next + tau[at]),
+            _ => tau[at],
+        });
         let admits = |e: f64| params.admits(e, threshold);
         let earlier = |x: usize, y: usize| match self.problem.tie {
             TieBreak::First => self.keys[members[x]] < self.keys[members[y]],
@@ -204,7 +208,7 @@ impl<'a> Row<'a> {
 fn picked(energy: &[f64], threshold: Option<f64>, params: &Params) -> Slots {
     let count = params.picks.min(energy.len());
     let (null, temperature) = match params.gate {
-        Gate::Energy { temperature } => (threshold, temperature),
+        Gate::Energy { temperature } | Gate::Margin { temperature } => (threshold, temperature),
         Gate::None | Gate::Coherence => (None, 1.0),
     };
     let mut slots = soft_choice(&energy[..count], null, temperature);

@@ -43,7 +43,6 @@ fn surrogate(
             (0..scanned.width).filter(|c| scanned.index[number * scanned.width + c] >= 0).collect();
         let key_of = |slot: usize| scanned.index[number * scanned.width + slots[slot]] as usize;
         let at_row = params.threshold_at((number, h), problem.row_count());
-        let tau = params.threshold.as_ref().map(|t| t[at_row]);
         let mut query = problem.q[problem.q_at(b, h, i)].to_vec();
         for (r, round) in frozen[number].iter().enumerate() {
             let weight = |p: &Params| p.rounds.as_ref().map_or(1.0, |w| w[h * p.round_count(4) + r]);
@@ -63,8 +62,12 @@ fn surrogate(
                     .collect();
                 eps = barrier(&scores, &flags, rule).scores.iter().map(|s| -s).collect();
             }
+            let tau = params.threshold.as_ref().map(|t| match params.gate {
+                Gate::Margin { .. } => t[at_row] + eps[params.picks],
+                _ => t[at_row],
+            });
             let mut change: Vec<f64> = eps.iter().zip(&round.energy).map(|(e, e0)| e - e0).collect();
-            change.extend(tau.map(|t| t - at.1.threshold.as_ref().expect("as in params")[at_row]));
+            change.extend(tau.zip(round.threshold).map(|(t, t0)| t - t0));
 
             // With weight 0 for the null slot where there is none, `mixture` ignores it.
             let with_null = |mut p: Vec<f64>, null: f64| {
@@ -90,7 +93,7 @@ fn surrogate(
             total += w * (1.0 - hard) * mixture(&p, &change, params.temperature, &a);
             let rho0 = round.gate.rho;
             let floored = match params.gate {
-                Gate::Energy { .. } => rho0.max(params.gradient.gate_floor),
+                Gate::Energy { .. } | Gate::Margin { .. } => rho0.max(params.gradient.gate_floor),
                 _ => rho0,
             };
             let chosen = |j: usize| if round.admitted && j == round.winner { 1.0 } else { 0.0 };
@@ -114,7 +117,7 @@ fn surrogate(
             if round.admitted {
                 let rho = match params.gate {
                     Gate::None => 1.0,
-                    Gate::Energy { temperature } => {
+                    Gate::Energy { temperature } | Gate::Margin { temperature } => {
                         sigmoid((tau.expect("gate") - eps[round.winner]) / temperature)
                     }
                     Gate::Coherence => {
@@ -291,6 +294,33 @@ fn thresholds_per_query() {
         let params = Params { threshold, gate, hardness: 0.6, exclude_below: 0.2, ..settings(estimator) };
         let gradients = check(&format!("{estimator:?} threshold per query"), &base, &params, 4, &dy);
         assert_eq!(gradients.threshold.len(), 24);
+    }
+}
+
+#[test]
+fn a_gate_by_the_margin_to_the_runner_up() {
+    let mut seed = 300;
+    for estimator in ALL {
+        for (exclude_below, null) in [(0.0, true), (0.0, false), (0.4, false)] {
+            seed += 1;
+            let mut rng = rng(seed);
+            let base = Problem { mask: Mask::causal(4), ..problem(&mut rng, 7) };
+            let gradient = CandidateGradient { gate_floor: 0.6, null, ..CandidateGradient::default() };
+            let (gate, threshold) = (Gate::Margin { temperature: 0.3 }, Some(vec![-0.2, 0.1, 0.3, -0.4]));
+            let params =
+                Params { gate, exclude_below, gradient, threshold, hardness: 0.8, ..settings(estimator) };
+            let dy = uniform(&mut rng, 2 * 4 * 3 * 3);
+            let name = format!("{estimator:?}, margin gate, {gradient:?} below {exclude_below}");
+            let out = select(&base, &scan(&base, 4), &params);
+            let rho = |margin: f64, tau: f64| sigmoid((margin + tau) / 0.3);
+            for (row, (&margin, &rho_of_row)) in out.margin.iter().zip(&out.gate).enumerate() {
+                let tau = [-0.2, 0.1, 0.3, -0.4][row / 3 % 4];
+                let abstains = out.index[row] < 0;
+                assert!(abstains || margin.is_infinite() || (rho_of_row - rho(margin, tau)).abs() < 1e-12);
+            }
+            assert_eq!(out.index.iter().all(|&j| j >= 0), exclude_below == 0.0, "{name}");
+            check(&name, &base, &params, 4, &dy);
+        }
     }
 }
 

@@ -210,6 +210,13 @@ fn select_refuses_options() {
     with(&|s| s.temperature = f64::INFINITY, &["temperature inf", "finite"]);
     with(&|s| s.gate = Gate::Energy { temperature: -1.0 }, &["gate temperature -1", "> 0"]);
     with(&|s| s.gate = Gate::Energy { temperature: 1.0 }, &["energy gate needs a threshold"]);
+    let margin = Gate::Margin { temperature: 1.0 };
+    with(&|s| s.gate = Gate::Margin { temperature: 0.0 }, &["gate temperature 0", "> 0"]);
+    with(&|s| s.gate = margin, &["margin gate needs a threshold"]);
+    let weights = g.beta.unsqueeze(1).unwrap();
+    let excluded =
+        Select { gate: margin, threshold: Some(&g.beta), rounds: Some(&weights), ..Select::new(&g.beta) };
+    refused(select(&g.q, &g.k, &g.v, &c, &excluded), &["margin gate excludes rounds and barrier"]);
     with(&|s| s.exclude_below = 1.0, &["exclude_below 1", "[0, 1)"]);
     with(&|s| s.gradient.gate_floor = -0.5, &["gate floor -0.5", "0..=1"]);
     with(&|s| s.gradient.temperature_spread = f64::NAN, &["temperature spread NaN", ">= 0"]);

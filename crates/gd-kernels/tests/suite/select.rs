@@ -146,6 +146,12 @@ fn judge_row(
     }
     let gate_bound = match params.gate {
         Gate::Energy { temperature } => reach / temperature,
+        // The threshold, too, is rounded: it is that of the head plus the energy of the runner-up.
+        Gate::Margin { temperature } => {
+            let (energy, margin) = (want.energy[row], want.margin[row]);
+            let size = 1.0 + if margin.is_finite() { energy.abs() + margin } else { 0.0 };
+            (2.0 * reach + 4.0 * unit * size) / temperature
+        }
         // The weight of the first of several picks.
         _ if params.picks > 1 => reach,
         _ => 0.0,
@@ -206,6 +212,7 @@ fn examine(seed: u64, dtype: DType, tally: &mut Tally) {
     case.poison_unread_values(&scanned);
     let choice = Choice::new(seed, &case, &values(&scanned.energy));
     let choice = if seed.is_multiple_of(3) { choice.with_threshold_per_query(seed, &case) } else { choice };
+    let choice = if seed.is_multiple_of(4) { choice.with_margin_gate(seed, &case) } else { choice };
     let (p, params) = (&case.problem, &choice.params);
     let name = || format!("{} {}", case.name(), choice.name());
     let converted = convert(&scanned);
@@ -466,6 +473,48 @@ fn a_threshold_per_query_has_the_gradient_of_the_forward_pass() {
         (s.estimator, s.gate, s.picks) = (Estimator::Winner, gate, 3);
         (s.rounds, s.exclude_below) = (None, 0.0);
     });
+}
+
+#[test]
+fn the_margin_gate_has_the_gradient_of_the_forward_pass() {
+    let gate = Gate::Margin { temperature: 0.8 };
+    for (exclude_below, hardness) in [(0.0, 1.0), (0.5, 1.0), (0.0, 0.4)] {
+        differences(&[6, 7], |s| {
+            (s.estimator, s.gate, s.rounds) = (Estimator::Winner, gate, None);
+            (s.exclude_below, s.hardness) = (exclude_below, hardness);
+        });
+    }
+    differences(&[6, 7], |s| {
+        (s.estimator, s.gate, s.picks) = (Estimator::Winner, gate, 3);
+        (s.rounds, s.exclude_below) = (None, 0.0);
+    });
+}
+
+/// A query with one candidate has no runner-up: its gate is 1, and nothing of its gradients is undefined.
+#[test]
+fn a_single_candidate_passes_the_margin_gate() {
+    let [q, k, v, beta, ..] = &smooth()[..] else { unreachable!("eight tensors") };
+    let tau = Var::from_tensor(&Tensor::new(&[-3f64, -1.0, 0.0, 2.0], &Device::Cpu).unwrap()).unwrap();
+    let q = Var::from_tensor(q).unwrap();
+    // The first query sees one key, the second two.
+    let mask = Mask::causal(0);
+    let scanned = scan(&q, k, &Scan::new(beta, &mask, 4)).unwrap();
+    let options =
+        Select { threshold: Some(&tau), gate: Gate::Margin { temperature: 0.5 }, ..Select::new(beta) };
+    let options = Select { exclude_below: 0.0, ..options };
+    let out = select(&q, k, v, &scanned, &options).unwrap();
+    let (gates, margins) = (values(&out.gate), values(&out.margin));
+    for row in 0..24 {
+        let tau = [-3f64, -1.0, 0.0, 2.0][row / 3 % 4];
+        let expected = if row % 3 == 0 { 1.0 } else { 1.0 / (1.0 + (-(margins[row] + tau) / 0.5).exp()) };
+        assert!((gates[row] - expected).abs() < 1e-12, "row {row}: {} is not {expected}", gates[row]);
+    }
+    let grads = out.y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    for (name, var) in [("q", &q), ("threshold", &tau)] {
+        let gradient = values(grads.get(var).unwrap());
+        assert!(gradient.iter().all(|x| x.is_finite()), "{name}: {gradient:?}");
+        assert!(gradient.iter().any(|x| *x != 0.0), "{name}");
+    }
 }
 
 #[test]

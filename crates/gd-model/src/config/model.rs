@@ -446,16 +446,24 @@ impl ModelConfig {
         }
         let followed = select.threshold.is_some() || !select.threshold_by_length;
         checks.require(followed, "gd.select.threshold", "null", "a number with threshold_by_length");
-        if let Gate::Energy { temperature } = select.gate {
-            let warm = temperature > 0.0 && temperature.is_finite();
-            checks.require(warm, "gd.select.gate.energy.temperature", temperature, "above 0");
-            let absent = "null";
+        if let Some(temperature) = select.gate.temperature() {
+            let margin = matches!(select.gate, Gate::Margin { .. });
+            let (name, gate) = match margin {
+                true => ("gd.select.gate.margin.temperature", "a number with the margin gate"),
+                false => ("gd.select.gate.energy.temperature", "a number with the energy gate"),
+            };
+            checks.require(temperature > 0.0 && temperature.is_finite(), name, temperature, "above 0");
+            checks.require(select.threshold.is_some(), "gd.select.threshold", "null", gate);
+            let allowed = "1, without a barrier, with the margin gate";
             checks.require(
-                select.threshold.is_some(),
-                "gd.select.threshold",
-                absent,
-                "a number with the energy gate",
+                !margin || select.rounds == 1 && !barrier,
+                "gd.select.rounds",
+                select.rounds,
+                allowed,
             );
+            let more = format!("above gd.select.picks, {}, with the margin gate", select.picks);
+            let enough = !margin || select.candidates > select.picks;
+            checks.require(enough, "gd.select.candidates", select.candidates, more);
         }
         let Some(beacon) = &self.gd.beacon else { return };
         checks.require(is_part_count(beacon.conv_width), "gd.beacon.conv_width", beacon.conv_width, &parts);

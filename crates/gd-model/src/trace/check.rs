@@ -87,9 +87,9 @@ pub(super) fn margin(slots: &[Slot], selected: i32, energy: f32) -> f32 {
 
 /// The weight of a pick, by its rank from 0; `None` if there is no such candidate.
 fn pick_weight(row: &Row, layer: &Layer, tau: Option<f32>, rank: usize) -> Option<f32> {
-    let (temperature, null) = match layer.gate {
-        Gate::Energy { temperature } => (temperature as f32, tau),
-        Gate::None | Gate::Coherence => (1.0, None),
+    let (temperature, null) = match layer.gate.temperature() {
+        Some(temperature) => (temperature as f32, tau),
+        None => (1.0, None),
     };
     let energies = || row.slots.iter().take(layer.picks).map(Slot::compared).chain(null);
     let least = energies().fold(f32::INFINITY, f32::min);
@@ -116,7 +116,7 @@ fn check_row(
     position: usize,
     names_runner_up: bool,
 ) -> Result<(), String> {
-    let (tau, limit) = (layer.threshold_at(h, position), layer.limit(h, position));
+    let (tau, limit) = (layer.threshold_at(h, position, &row.slots), layer.limit(h, position, &row.slots));
     for slot in &row.slots {
         if slot.key < 0 || slot.key as usize > position {
             return Err(format!("candidate {} is no position up to its own", slot.key));
@@ -161,7 +161,7 @@ fn check_row(
         (None, ..) => Some(0.0),
         (Some(_), ..) if layer.picks > 1 => picked(0),
         (Some(_), Gate::None, _) => Some(1.0),
-        (Some(_), Gate::Energy { temperature }, Some(tau)) => {
+        (Some(_), Gate::Energy { temperature } | Gate::Margin { temperature }, Some(tau)) => {
             Some((1.0 + (-(tau - energy) / temperature as f32).exp()).recip())
         }
         _ => None,

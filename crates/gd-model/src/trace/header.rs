@@ -5,6 +5,7 @@ use gd_kernels::{Barrier, Estimator, Gate, Isa, Score, TieBreak};
 use serde::{Deserialize, Serialize};
 
 use super::Intervention;
+use super::record::Slot;
 use crate::config::{Mechanism, ModelConfig};
 use crate::error::{Error, Result};
 use crate::infer::sampler::Sampling;
@@ -184,16 +185,25 @@ impl Layer {
         self.selects || self.weights > 0
     }
 
-    /// The threshold of head `h` for the query at a position; `None` without thresholds.
-    pub(super) fn threshold_at(&self, h: usize, position: usize) -> Option<f32> {
+    /// The threshold of head `h` for the query at a position with these candidates; `None` without thresholds.
+    pub(super) fn threshold_at(&self, h: usize, position: usize, candidates: &[Slot]) -> Option<f32> {
         let tau = self.threshold.as_ref()?[h];
-        Some(self.threshold_by_length.as_ref().map_or(tau, |by_length| tau + by_length.shift(h, position)))
+        let tau =
+            self.threshold_by_length.as_ref().map_or(tau, |by_length| tau + by_length.shift(h, position));
+        match self.gate {
+            Gate::Margin { .. } => {
+                let runner_up = candidates.get(self.picks).map_or(f32::INFINITY, |slot| slot.energy);
+                Some(runner_up + tau)
+            }
+            Gate::None | Gate::Energy { .. } | Gate::Coherence => Some(tau),
+        }
     }
 
-    /// The greatest energy that head `h` can select for the query at a position; `None` without a threshold.
-    pub(super) fn limit(&self, h: usize, position: usize) -> Option<f32> {
+    /// The greatest energy that head `h` can select for the query at a position with these candidates; `None` without a
+    /// threshold.
+    pub(super) fn limit(&self, h: usize, position: usize, candidates: &[Slot]) -> Option<f32> {
         let admission = self.gate.admission(self.exclude_below) as f32;
-        self.threshold_at(h, position).map(|tau| tau + admission)
+        self.threshold_at(h, position, candidates).map(|tau| tau + admission)
     }
 }
 

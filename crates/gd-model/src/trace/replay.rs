@@ -106,7 +106,8 @@ impl<'a> Replay<'a> {
             let at = || format!("position {}, layer {}, head {h}", record.position, layer.layer);
             // The runner-up that could not be selected is compared with the row.
             let recorded: Vec<Slot> = recorded.slots.iter().filter(|s| !s.runner_up).copied().collect();
-            self.compare(&at, layer, layer.limit(h, record.position as usize), &recorded, &now);
+            let limit = layer.limit(h, record.position as usize, &recorded);
+            self.compare(&at, layer, limit, &recorded, &now);
             if recorded.len() > slots {
                 let count = recorded.len();
                 candle_core::bail!("{}: {count} candidates are recorded, but {slots} were scanned", at());

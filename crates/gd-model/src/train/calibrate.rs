@@ -1,8 +1,8 @@
 //! Initial thresholds from the first batch.
 
 use candle_core::{DType, Device, Tensor};
-use gd_kernels::{Gate, Mask};
-use gd_layer::{Pass, SelectionStats};
+use gd_kernels::{Gate, Mask, above_runner_up};
+use gd_layer::{GdConfig, Pass, SelectionStats};
 use std::cell::RefCell;
 
 use crate::config::Mechanism;
@@ -35,26 +35,31 @@ pub fn calibrate_thresholds(
         let name = format!("model.layers.{layer}.self_attn.gd.threshold");
         let var = vars.iter().find(|(other, _)| *other == name).map(|(_, var)| var);
         if let (Mechanism::Gd, Some(var)) = (config.mechanism(layer), var) {
-            let temperature = match config.gd.select.gate {
-                Gate::Energy { temperature } => temperature,
-                Gate::None | Gate::Coherence => 0.0,
-            };
-            let heads: Vec<f64> =
-                least_energies(&stats)?.iter().map(|energies| threshold(energies, temperature)).collect();
+            let temperature = config.gd.select.gate.temperature().unwrap_or(0.0);
+            let heads: Vec<f64> = least_energies(&stats, &config.gd.select)?
+                .iter()
+                .map(|energies| threshold(energies, temperature))
+                .collect();
             var.set(&Tensor::new(heads, &Device::Cpu)?.to_dtype(var.dtype())?.to_device(var.device())?)?;
         }
     }
     Ok(())
 }
 
-/// The least energies of the queries of every head; queries without a candidate have none.
-fn least_energies(stats: &SelectionStats) -> Result<Vec<Vec<f64>>> {
+/// The least energies of the queries of every head, relative to what the threshold of the query has beside that of the head;
+/// queries without a candidate, and with the margin gate those without a runner-up, have none.
+fn least_energies(stats: &SelectionStats, select: &GdConfig) -> Result<Vec<Vec<f64>>> {
     let Some(selected) = &stats.selected else { return Ok(Vec::new()) };
     // [B, H, N, K] -> [H, B N K]
-    let energies = match &stats.threshold_shift {
+    let mut energies = match &stats.threshold_shift {
         Some(shift) => selected.compared.broadcast_sub(&shift.detach().unsqueeze(3)?)?,
         None => selected.compared.clone(),
     };
+    if let Gate::Margin { .. } = select.gate {
+        let none = Tensor::zeros(energies.dim(1)?, energies.dtype(), energies.device())?;
+        let runner_up = above_runner_up(&selected.compared, &none, select.picks)?;
+        energies = energies.broadcast_sub(&runner_up.unsqueeze(3)?)?;
+    }
     let energies = energies.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.transpose(0, 1)?;
     let slots = energies.dim(3)?;
     let rows = energies.contiguous()?.flatten_from(1)?.to_vec2::<f64>()?;
@@ -83,18 +88,24 @@ fn threshold(energies: &[f64], temperature: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use gd_layer::GdConfig;
 
     use super::*;
     use crate::config::Recipe;
 
     #[test]
-    fn thresholds_that_follow_the_length_start_where_the_mean_gate_is_one_half() {
+    fn thresholds_start_where_the_mean_gate_is_one_half() {
+        for gate in [Gate::Energy { temperature: 0.8 }, Gate::Margin { temperature: 0.8 }] {
+            mean_gate_is_one_half(gate);
+        }
+    }
+
+    /// With thresholds that follow the length.
+    fn mean_gate_is_one_half(gate: Gate) {
         let mut config = Recipe::load("tiny").unwrap().model;
         config.num_hidden_layers = 1;
         config.gd.beacon = None;
         config.gd.select = GdConfig {
-            gate: Gate::Energy { temperature: 0.8 },
+            gate,
             exclude_below: 0.0,
             threshold: Some(0.5),
             threshold_by_length: true,
@@ -115,9 +126,31 @@ mod tests {
         calibrate_thresholds(&model, &params, forward, &mask).unwrap();
         let stats = RefCell::new(Vec::new());
         forward(&Pass { stats: Some(&stats), ..Pass::new(&mask) }).unwrap();
-        let gate = stats.take().remove(0).selected.unwrap().gate;
-        let means = gate.mean((0, 2)).unwrap().to_vec1::<f32>().unwrap();
-        assert!(means.len() == 8 && means.iter().all(|mean| (mean - 0.5).abs() < 1e-4), "{means:?}");
+        let selected = stats.take().remove(0).selected.unwrap();
+        // A query without a runner-up has no margin: its gate is 1, and it does not count.
+        let counted =
+            |rho: f32, margin: f32| matches!(gate, Gate::Energy { .. }) || margin.is_finite() || rho < 1.0;
+        let [rho, margin] = [selected.gate, selected.margin].map(|t| {
+            t.transpose(0, 1)
+                .unwrap()
+                .contiguous()
+                .unwrap()
+                .flatten_from(1)
+                .unwrap()
+                .to_vec2::<f32>()
+                .unwrap()
+        });
+        assert_eq!(rho.len(), 8);
+        for (rho, margin) in rho.iter().zip(&margin) {
+            let rho: Vec<f32> = rho
+                .iter()
+                .zip(margin)
+                .filter(|(rho, margin)| counted(**rho, **margin))
+                .map(|(rho, _)| *rho)
+                .collect();
+            let mean = rho.iter().sum::<f32>() / rho.len() as f32;
+            assert!(rho.len() > 40 && (mean - 0.5).abs() < 1e-4, "{gate:?}: {mean} over {}", rho.len());
+        }
     }
 
     #[test]

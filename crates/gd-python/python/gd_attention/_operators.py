@@ -170,8 +170,9 @@ def select(
         rounds: Weights of the refinement rounds, [Hq, R]; one round of weight 1 if None.
         score: The score of the scan.
         tie: Which of several candidates with the same energy wins.
-        gate: The factor of the selected row: "none", "coherence", or {"energy": {"temperature": T}}.
-        exclude_below: Least energy gate in [0, 1) of a candidate that can be selected.
+        gate: The factor of the selected row: "none", "coherence", {"energy": {"temperature": T}}, or
+            {"margin": {"temperature": T}} for a threshold that is relative to the energy of the runner-up.
+        exclude_below: Least energy or margin gate in [0, 1) of a candidate that can be selected.
         picks: Rows in 1..=4 that a query reads.
         estimator: The gradient of the hard choice. "blend" makes the forward pass itself the soft mixture.
         temperature: T > 0 of the estimator's softmax.

@@ -124,6 +124,22 @@ impl Choice {
         self
     }
 
+    /// The same with the gate by the margin to the runner-up, where the other options admit it; its thresholds are small, so
+    /// that some rows abstain and some do not.
+    pub fn with_margin_gate(mut self, seed: u64, case: &Case) -> Self {
+        let (p, mut rng) = (&case.problem, rng(seed ^ 0x3a96));
+        if self.params.rounds.is_some() || self.params.barrier.is_some() {
+            return self;
+        }
+        self.params.gate = Gate::Margin { temperature: pick(&mut rng, &[0.5, 1.0, 3.0]) };
+        let per_query = self.params.threshold.as_ref().is_some_and(|tau| tau.len() != p.q_heads);
+        let shape = if per_query { vec![p.batch, p.q_heads, p.queries] } else { vec![p.q_heads] };
+        let tau: Vec<f64> = (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
+        let (tensor, values) = rounded(&tau, &shape, acc(case.dtype));
+        (self.threshold, self.params.threshold) = (Some(tensor), Some(values));
+        self
+    }
+
     /// A name for messages.
     pub fn name(&self) -> String {
         let p = &self.params;
@@ -170,7 +186,6 @@ pub fn uncertainty(case: &Case, params: &Params, candidates: &Candidates, number
     let row = Row::new(p, params, candidates, number);
     let per_head = p.q_heads * p.queries;
     let (b, h) = (number / per_head, number / p.queries % p.q_heads);
-    let tau = params.threshold.as_ref().map(|t| t[params.threshold_at((number, h), p.row_count())]);
     let slots: Vec<usize> = (number * candidates.width..(number + 1) * candidates.width)
         .filter(|&c| candidates.index[c] >= 0)
         .collect();
@@ -215,10 +230,15 @@ pub fn uncertainty(case: &Case, params: &Params, candidates: &Candidates, number
                 && !same(j, round.winner)
         };
         // By whether the choice changes: the limit is not at the threshold with every gate.
+        let tau = round.threshold;
+        let measured = matches!(params.gate, Gate::Margin { .. }).then_some(params.picks);
+        let of_runner_up = measured.filter(|&next| next < keys.len());
+        let tau_bound =
+            of_runner_up.map_or(0.0, |next| bounds[next] + 4.0 * u * (1.0 + round.energy[next].abs()));
         let admission = |j: usize| {
+            let reach = bounds[j] + tau_bound;
             tau.is_some_and(|t| t.is_finite())
-                && params.admits(round.energy[j] - bounds[j], tau)
-                    != params.admits(round.energy[j] + bounds[j], tau)
+                && params.admits(round.energy[j] - reach, tau) != params.admits(round.energy[j] + reach, tau)
         };
         let picks = params.picks.min(keys.len());
         let ranks = |r: usize| {
@@ -236,6 +256,7 @@ pub fn uncertainty(case: &Case, params: &Params, candidates: &Candidates, number
         let largest = bounds.iter().copied().fold(0.0, f64::max);
         let gate = match params.gate {
             Gate::Energy { temperature } => largest / temperature,
+            Gate::Margin { temperature } => 2.0 * largest / temperature,
             Gate::Coherence => {
                 p.beta[h] * moved * (2.0 * distance2(&round.query, key(round.winner)).sqrt() + moved)
             }

@@ -173,7 +173,7 @@ pub struct SelectArgs {
     /// Maximum energy of a selected key, for every head [default: no limit]
     #[arg(long, value_name = "T", allow_negative_numbers = true, value_parser = number)]
     pub threshold: Option<f64>,
-    /// Factor of the selected value row: none, energy, energy:TEMPERATURE or coherence
+    /// Factor of the selected value row: none, energy, energy:TEMPERATURE, margin, margin:TEMPERATURE or coherence
     #[arg(long, value_name = "GATE", default_value = "none", value_parser = gate)]
     pub gate: Gate,
     /// Number of selection rounds, each with weight 1 [default: 1]

@@ -33,16 +33,15 @@ impl std::str::FromStr for MaskKind {
 
 /// Parses the value of `--gate`.
 pub(super) fn gate(s: &str) -> Result<Gate, String> {
-    let energy = |t: &str| match positive(t) {
-        Ok(temperature) => Ok(Gate::Energy { temperature }),
-        Err(e) => Err(format!("a gate temperature of `{t}`: {e}")),
-    };
+    let temperature = |t: &str| positive(t).map_err(|e| format!("a gate temperature of `{t}`: {e}"));
     match s.split_once(':') {
         None if s == "none" => Ok(Gate::None),
         None if s == "coherence" => Ok(Gate::Coherence),
-        None if s == "energy" => energy("1"),
-        Some(("energy", t)) => energy(t),
-        _ => Err("expected none, energy, energy:TEMPERATURE or coherence".into()),
+        None if s == "energy" => Ok(Gate::Energy { temperature: 1.0 }),
+        None if s == "margin" => Ok(Gate::Margin { temperature: 1.0 }),
+        Some(("energy", t)) => Ok(Gate::Energy { temperature: temperature(t)? }),
+        Some(("margin", t)) => Ok(Gate::Margin { temperature: temperature(t)? }),
+        _ => Err("expected none, energy, energy:TEMPERATURE, margin, margin:TEMPERATURE or coherence".into()),
     }
 }
 
@@ -87,6 +86,8 @@ mod tests {
         }
         assert_eq!(gate("energy"), Ok(Gate::Energy { temperature: 1.0 }));
         assert_eq!(gate("energy:0.25"), Ok(Gate::Energy { temperature: 0.25 }));
+        assert_eq!(gate("margin"), Ok(Gate::Margin { temperature: 1.0 }));
+        assert_eq!(gate("margin:0.5"), Ok(Gate::Margin { temperature: 0.5 }));
         for bad in ["", "energy:", "energy:0", "energy:-1", "energy:nan", "energy:inf", "coherence:1"] {
             assert!(gate(bad).is_err(), "{bad:?} was accepted");
         }

@@ -175,8 +175,8 @@ function outcome({ key, rejected, runnerUp, energy, lifted }, detail, threshold)
 function candidates(trace, position, c) {
   if (c < 0) return [el('p', { class: 'note' }, 'Choose a head in the matrix.')];
   if (c >= trace.cells.length) return blended(trace, position, c);
-  const detail = trace.detail(position, c), { name, threshold: fixed, byLength, head } = trace.cells[c];
-  const threshold = byLength === null ? fixed : fixed + lengthShift(byLength, head, position);
+  const detail = trace.detail(position, c), { name } = trace.cells[c];
+  const threshold = trace.limit(position, c, detail.candidates);
   const rows = detail.candidates.map((candidate) => {
     const { key, energy, lifted } = candidate;
     const row = el('tr', { 'data-key': key, class: key === detail.selected ? 'selected' : null });

@@ -10,9 +10,9 @@ const PROTECTED = 1, REJECTED = 2, LIFTED = 4, RUNNER_UP = 8;
 // Size of the fixed part of a cell: i32 selected position, then six f32.
 const CELL_BYTES = 28;
 
-/** By how much an energy may exceed the threshold of a layer: its energy gate is then at least `exclude_below`. */
+/** By how much an energy may exceed the threshold of a layer: its energy or margin gate is then at least `exclude_below`. */
 function admission(layer) {
-  const temperature = layer.gate?.energy?.temperature, below = layer.exclude_below ?? 0.5;
+  const temperature = (layer.gate?.energy ?? layer.gate?.margin)?.temperature, below = layer.exclude_below ?? 0.5;
   return temperature === undefined ? 0 : temperature * Math.log((1 - below) / below);
 }
 
@@ -51,6 +51,8 @@ class Trace {
           laterBytes: picks > 1 ? 8 : 4,
           threshold: layer.threshold ? layer.threshold[head] + admission(layer) : null,
           byLength: layer.threshold_by_length ?? null,
+          // With the margin gate the threshold is relative to the candidate of this rank.
+          runnerUp: layer.gate?.margin ? picks : null,
         });
         this.laterRounds += entry.rounds - 1;
       }
@@ -186,6 +188,14 @@ class Trace {
   /** Energy of the runner-up minus energy of the selected key; Infinity without a runner-up. */
   margin(position, c) {
     return this.margins[this.row(position) * this.cells.length + c];
+  }
+
+  /** The greatest energy that a cell can select at a position among these candidates; null without a threshold. */
+  limit(position, c, candidates) {
+    const { threshold, byLength, head, runnerUp } = this.cells[c];
+    if (threshold === null) return null;
+    const shift = byLength === null ? 0 : lengthShift(byLength, head, position);
+    return threshold + shift + (runnerUp === null ? 0 : candidates[runnerUp]?.energy ?? Infinity);
   }
 
   /** The `count` first reads of cells with the largest margins. A key without a runner-up comes after all others. */

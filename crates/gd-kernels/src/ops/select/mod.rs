@@ -18,6 +18,7 @@ use candle_core::Tensor;
 use self::cpu::CpuSteps;
 pub(crate) use self::options::Rule;
 pub use self::options::Select;
+pub use self::rounds::above_runner_up;
 pub(crate) use self::sizes::Sizes;
 #[cfg(feature = "gpu")]
 pub(crate) use self::validate::sizes as check_sizes;

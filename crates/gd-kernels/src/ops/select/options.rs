@@ -32,17 +32,17 @@ pub struct Select<'a> {
     /// Which of several candidates with the same energy wins.
     pub tie: TieBreak,
     /// Threshold tau per query head `[Hq]` or per query `[B, Hq, N]`: candidates with more energy are excluded, or with the
-    /// energy gate those whose gate is below `exclude_below`.
+    /// energy gate those whose gate is below `exclude_below`. The margin gate adds it to the energy of the runner-up.
     pub threshold: Option<&'a Tensor>,
     /// Weight of the query's well per query head `[Hq]`, in (0, 1); when given, coherence points are resolved.
     pub alpha: Option<&'a Tensor>,
     /// The factor of the selected row.
     pub gate: Gate,
-    /// Least energy gate rho in [0, 1) of a candidate that can be selected. At 0 none is excluded; at 1/2, the default,
-    /// those whose energy exceeds the threshold. Without the energy gate it is not used.
+    /// Least energy or margin gate rho in [0, 1) of a candidate that can be selected. At 0 none is excluded; at 1/2, the
+    /// default, those whose energy exceeds the threshold. Without these gates it is not used.
     pub exclude_below: f64,
     /// Rows R in 1..=4 that a query reads: the first R candidates, with weights `e^(-eps_r / T) / (e^(-tau / T) + sum
-    /// e^(-eps_r / T))`, T the temperature of the energy gate. Without that gate T is 1 and there is no null. More than
+    /// e^(-eps_r / T))`, T the temperature of the energy or margin gate. Without these T is 1 and there is no null. More than
     /// one pick excludes rounds, barrier and coherence gate, and has the gradient of `Candidates` or `Winner`.
     pub picks: usize,
     /// Gradient of the choice.
@@ -234,10 +234,10 @@ pub struct Rule {
     pub value_floor: f64,
     /// Share of the hard forward pass.
     pub hardness: f64,
-    /// Temperature of the energy gate; none without that gate.
+    /// Temperature of the energy or margin gate; none without these gates.
     pub gate_temperature: Option<f64>,
     /// By how much the energy of a candidate that can be selected may exceed the threshold: -T logit of `exclude_below`
-    /// with the energy gate, +inf to exclude none, 0 without that gate.
+    /// with the energy or margin gate, +inf to exclude none, 0 without these gates.
     pub admission: f64,
     /// Rows that a query reads.
     pub picks: usize,
@@ -259,10 +259,7 @@ impl Rule {
             gradient: select.gradient,
             value_floor: select.value_floor,
             hardness: select.hardness,
-            gate_temperature: match select.gate {
-                Gate::Energy { temperature } => Some(temperature),
-                Gate::None | Gate::Coherence => None,
-            },
+            gate_temperature: select.gate.temperature(),
             admission: select.gate.admission(select.exclude_below),
             picks: select.picks,
             barrier: select.barrier,

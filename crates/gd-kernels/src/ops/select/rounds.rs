@@ -85,7 +85,7 @@ pub(super) fn run<S: Steps>(
     let acc = acc_dtype(q.dtype());
     let vector = |t: &Tensor| -> Result<Tensor> { Ok(t.to_dtype(acc)?.contiguous()?) };
     let beta = vector(s.beta)?;
-    let threshold = match s.threshold {
+    let mut threshold = match s.threshold {
         Some(t) => vector(t)?,
         None => Tensor::full(f32::INFINITY, sizes.q_heads, q.device())?.to_dtype(acc)?,
     };
@@ -108,6 +108,9 @@ pub(super) fn run<S: Steps>(
         };
         if let (Some(_), Some(protected)) = (s.barrier, &candidates.protected) {
             energy = steps.barrier(&energy, &keys, protected)?;
+        }
+        if let Gate::Margin { .. } = s.gate {
+            threshold = above_runner_up(&energy, &threshold, s.picks)?;
         }
         let outcome = choose(steps, [&query, k, v], [&energy, &threshold, &beta], &keys, s)?;
         // Weighted and added in the accumulator type: the gradient of the weights is a sum over all rows.
@@ -139,6 +142,29 @@ pub(super) fn run<S: Steps>(
     Ok(Selected { y: y.to_dtype(v.dtype())?, index, energy, margin, gate, coherence, compared, later, picks })
 }
 
+/// The thresholds of the queries `[B, Hq, N]` with [`Gate::Margin`]: the energy of the first candidate that is not read, +inf
+/// for a query without one, plus `threshold` `[Hq]` or `[B, Hq, N]`.
+///
+/// * `energy`: of the candidates in ascending order, `[B, Hq, N, K]`.
+/// * `picks`: the number of candidates that a query reads.
+///
+/// Differentiable in both tensors, which have one dtype.
+///
+/// # Errors
+/// Shapes or dtypes that do not fit.
+pub fn above_runner_up(energy: &Tensor, threshold: &Tensor, picks: usize) -> Result<Tensor> {
+    let (b, h, n, slots) = energy.dims4()?;
+    let threshold = match threshold.rank() {
+        1 => threshold.reshape((1, (), 1))?,
+        _ => threshold.clone(),
+    };
+    let runner_up = match picks < slots {
+        true => energy.narrow(3, picks, 1)?.squeeze(3)?,
+        false => Tensor::full(f32::INFINITY, (b, h, n), energy.device())?.to_dtype(energy.dtype())?,
+    };
+    Ok(runner_up.broadcast_add(&threshold)?)
+}
+
 /// The picks after the winner, from the energies and keys of all candidates `[B, Hq, N, K]`.
 fn later_picks(energy: &Tensor, index: &Tensor, threshold: &Tensor, s: &Select) -> Result<Vec<Pick>> {
     let count = s.picks.min(index.dim(3)?);
@@ -150,12 +176,12 @@ fn later_picks(energy: &Tensor, index: &Tensor, threshold: &Tensor, s: &Select) 
         1 => threshold.detach().reshape((1, (), 1, 1))?,
         _ => threshold.detach().unsqueeze(3)?,
     };
-    let slots = match s.gate {
-        Gate::Energy { temperature } => {
+    let slots = match s.gate.temperature() {
+        Some(temperature) => {
             let (b, h, n, _) = energy.dims4()?;
             (Tensor::cat(&[&energy, &threshold.broadcast_as((b, h, n, 1))?], 3)? / -temperature)?
         }
-        Gate::None | Gate::Coherence => energy.neg()?,
+        None => energy.neg()?,
     };
     let heights = slots.broadcast_sub(&slots.max_keepdim(3)?)?.exp()?;
     let weights = heights.broadcast_div(&heights.sum_keepdim(3)?)?.narrow(3, 0, count)?;

@@ -110,10 +110,15 @@ pub(super) fn validate(
         false => Err(Error::Invalid(format!("{name} {x} is not finite and > 0"))),
     };
     above_zero("temperature", s.temperature)?;
-    if let Gate::Energy { temperature } = s.gate {
+    if let Some(temperature) = s.gate.temperature() {
         above_zero("gate temperature", temperature)?;
+        let margin = matches!(s.gate, Gate::Margin { .. });
         if s.threshold.is_none() {
-            return Err(Error::Invalid("the energy gate needs a threshold".into()));
+            let gate = if margin { "margin" } else { "energy" };
+            return Err(Error::Invalid(format!("the {gate} gate needs a threshold")));
+        }
+        if margin && (s.rounds.is_some() || s.barrier.is_some()) {
+            return Err(Error::Invalid("the margin gate excludes rounds and barrier".into()));
         }
     }
     if s.gate == Gate::Coherence && s.alpha.is_none() {

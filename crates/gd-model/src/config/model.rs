@@ -454,13 +454,10 @@ impl ModelConfig {
             };
             checks.require(temperature > 0.0 && temperature.is_finite(), name, temperature, "above 0");
             checks.require(select.threshold.is_some(), "gd.select.threshold", "null", gate);
-            let allowed = "1, without a barrier, with the margin gate";
-            checks.require(
-                !margin || select.rounds == 1 && !barrier,
-                "gd.select.rounds",
-                select.rounds,
-                allowed,
-            );
+            let once = !margin || select.rounds == 1;
+            checks.require(once, "gd.select.rounds", select.rounds, "1 with the margin gate");
+            let absent = !margin || !barrier;
+            checks.require(absent, "gd.beacon.barrier", "a barrier", "null with the margin gate");
             let more = format!("above gd.select.picks, {}, with the margin gate", select.picks);
             let enough = !margin || select.candidates > select.picks;
             checks.require(enough, "gd.select.candidates", select.candidates, more);

@@ -37,7 +37,7 @@ fn model(gd: &Value) -> Result<Transformer> {
 }
 
 /// Models with caches that can be shortened, and with states that cannot.
-fn models() -> [(&'static str, Value); 5] {
+fn models() -> [(&'static str, Value); 6] {
     let beacon = json!({ "conv_width": 3, "averages": 1, "prior": true, "protected": 1 });
     [
         ("softmax", json!({ "mechanism": ["softmax"] })),
@@ -49,6 +49,12 @@ fn models() -> [(&'static str, Value); 5] {
             json!({ "mechanism": ["gd"], "windows": [null, 9], "select": {
                 "candidates": 4, "threshold": 0.7, "threshold_by_length": true, "exclude_below": 0.3,
                 "gate": { "energy": { "temperature": 0.5 } } } }),
+        ),
+        (
+            "margin gate",
+            json!({ "mechanism": ["gd"], "select": {
+                "candidates": 4, "threshold": 0.05, "exclude_below": 0.3,
+                "gate": { "margin": { "temperature": 0.5 } } } }),
         ),
     ]
 }

@@ -182,6 +182,9 @@ fn every_parameter_of_models_with_every_part() {
     let plain = GdConfig { candidates: 4, threshold: Some(1.2), ..GdConfig::default() };
     let hard = |gate| GdConfig { estimator: Estimator::Winner, gate, rounds: 2, ..plain.clone() };
     let energy = GdConfig { threshold_by_length: true, ..hard(Gate::Energy { temperature: 0.7 }) };
+    let margin = GdConfig { rounds: 1, threshold: Some(0.05), ..hard(Gate::Margin { temperature: 0.7 }) };
+    let mut by_margin = full(margin, vec![Gd]);
+    by_margin.gd.beacon.iter_mut().for_each(|beacon| beacon.barrier = None);
     let mut coherent = full(hard(Gate::Coherence), vec![Gd]);
     // The coherence gate depends on the distance only, not on prior and threshold.
     coherent.gd.select.threshold = None;
@@ -191,6 +194,7 @@ fn every_parameter_of_models_with_every_part() {
         ("blend", full(plain, vec![Gd, Softmax, Gd]), 0.0),
         ("blend, null slot by length", full(by_length, vec![Gd, SoftmaxNull, Gd]), 0.0),
         ("winner, energy gate", full(energy, vec![Gd]), 1.0),
+        ("winner, margin gate", by_margin, 1.0),
         ("winner, coherence gate", coherent, 1.0),
     ] {
         let (count, faults) = Probe::new(&config, hardness, None).faults();

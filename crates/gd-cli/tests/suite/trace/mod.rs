@@ -26,7 +26,7 @@ const CPU: Device = Device::Cpu;
 const PROMPT: &str = "Call me Ishmael. Some years ago, never";
 
 /// Configurations that together set every field of a record, with their names.
-fn models() -> [(&'static str, Value); 5] {
+fn models() -> [(&'static str, Value); 6] {
     let beacon = json!({ "conv_width": 4, "averages": 2, "prior": true });
     let barrier = json!({
         "conv_width": 4, "averages": 0, "prior": true, "protected": 2,
@@ -53,6 +53,12 @@ fn models() -> [(&'static str, Value); 5] {
             json!({ "mechanism": ["gd"], "qk_norm": true, "windows": [null, null, 7], "select": {
                 "candidates": 4, "threshold": 0.6, "threshold_by_length": true, "exclude_below": 0.3, "picks": 2,
                 "gate": { "energy": { "temperature": 0.7 } } } }),
+        ),
+        (
+            "gated by the margin",
+            json!({ "mechanism": ["gd"], "qk_norm": true, "beacon": beacon, "select": {
+                "candidates": 4, "threshold": 0.02, "exclude_below": 0.4, "picks": 2,
+                "gate": { "margin": { "temperature": 0.7 } } } }),
         ),
     ]
 }

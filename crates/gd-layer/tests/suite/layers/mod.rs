@@ -131,6 +131,9 @@ pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
     let windowed_soft =
         AttentionConfig { window: Some(5), ..config(by_length(soft.clone()), beacon(1, None)) };
     let gated_winner = by_length(gd(Estimator::Winner, gate, some, 1));
+    let (by_margin, some_margin) = (Gate::Margin { temperature: 0.7 }, Some(-0.05));
+    let margin_picks =
+        GdConfig { gate: by_margin, threshold: some_margin, picks: 2, ..some_excluded.clone() };
     let several = GdConfig { picks: 3, ..by_length(some_excluded.clone()) };
     vec![
         ("threshold by length, soft gate, window", false, windowed_soft),
@@ -146,6 +149,12 @@ pub(crate) fn selecting() -> Vec<(&'static str, bool, AttentionConfig)> {
             true,
             config(by_length(gd(Estimator::Blend, Gate::None, some, 1)), beacon(0, None)),
         ),
+        (
+            "margin gate, winner",
+            true,
+            config(gd(Estimator::Winner, by_margin, some_margin, 1), beacon(2, None)),
+        ),
+        ("margin gate with exclusion, two picks", false, config(margin_picks, beacon(1, None))),
         ("soft gate", false, config(soft, beacon(1, None))),
         ("soft gate with exclusion", false, config(some_excluded, None)),
         ("two heads of four select", false, two_heads),

@@ -155,7 +155,7 @@ fn decoding_with_cached_key_data_equals_native_decoding() -> Result<()> {
         let uncached = Transformer::new(model.config(), params.builder())?;
         let ids = |b: usize, at: usize| ((at * 29 + b * 71 + at * at * 3) % 256) as u32;
         let prompts = |b: usize| Tensor::new((0..LENGTHS[b]).map(|at| ids(b, at)).collect::<Vec<_>>(), &CPU);
-        let native = || vec![LayerCache::with_precision(Precision::Native); 3];
+        let native = || vec![LayerCache::new().with_precision(Precision::Native); 3];
         let (mut cached, mut plain) = (Vec::new(), Vec::new());
         for b in 0..3 {
             let (mut one, mut other, prompt) = (model.new_cache(), native(), prompts(b)?.unsqueeze(0)?);

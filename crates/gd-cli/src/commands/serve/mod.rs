@@ -53,7 +53,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let listener = TcpListener::bind((args.host, args.port))
         .map_err(|e| usage(format!("--host {} --port {}: {e}", args.host, args.port)))?;
     let address = listener.local_addr()?;
-    let loaded = pretrained::load_quantized(&args.model, &ctx.device)?;
+    let loaded = args.cache.load(&args.model, ctx)?;
     let at = || args.model.display().to_string();
     let context = loaded.model.config().max_position_embeddings;
     let layers = loaded.model.config().num_hidden_layers;

@@ -15,15 +15,15 @@ use gd_layer::{
 use crate::decoding::{bits, cases, frozen};
 use crate::layers::{Numbers, attend_in_parts, config, difference, fixture};
 
-const HALF: [DType; 2] = [DType::F16, DType::BF16];
+/// The dtypes of the cache, with their relative rounding errors.
+const HALF: [(DType, f64); 2] = [(DType::F16, 1.0 / 2048.0), (DType::BF16, 1.0 / 256.0)];
 
-/// Layers over tensors without gradients, each with whether its bits do not depend on how a text is divided, whatever the
-/// parts are: softmax attention sums in another order for a few queries.
-fn layers() -> Result<Vec<(String, bool, Box<dyn Attention>)>> {
-    let mut all: Vec<(String, bool, Box<dyn Attention>)> = Vec::new();
+/// Layers over tensors without gradients.
+fn layers() -> Result<Vec<(String, Box<dyn Attention>)>> {
+    let mut all: Vec<(String, Box<dyn Attention>)> = Vec::new();
     for (name, cfg) in cases() {
         let f = fixture(&cfg, true, DType::F32, 21)?;
-        all.push((name.into(), true, Box::new(frozen(&f, &cfg, DType::F32)?)));
+        all.push((name.into(), Box::new(frozen(&f, &cfg, DType::F32)?)));
     }
     let windowed = AttentionConfig { window: Some(40), ..config(GdConfig::default(), None) };
     let no_prior = BeaconConfig { prior: false, ..BeaconConfig::default() };
@@ -33,13 +33,13 @@ fn layers() -> Result<Vec<(String, bool, Box<dyn Attention>)>> {
         ("softmax, window", windowed),
     ] {
         let (vb, rotary) = weights(&cfg)?;
-        all.push((name.into(), false, Box::new(SoftmaxAttention::new(&cfg, rotary.clone(), vb.clone())?)));
-        all.push((format!("{name}, null"), false, Box::new(SoftmaxAttention::with_null(&cfg, rotary, vb)?)));
+        all.push((name.into(), Box::new(SoftmaxAttention::new(&cfg, rotary.clone(), vb.clone())?)));
+        all.push((format!("{name}, null"), Box::new(SoftmaxAttention::with_null(&cfg, rotary, vb)?)));
     }
     let cfg = config(GdConfig::default(), Some(no_prior));
     let (vb, rotary) = weights(&cfg)?;
     let top_k = AttentionMechanism::TopK(TopK { k: 4 });
-    all.push(("top-k".into(), false, Box::new(MechanismAttention::new(&cfg, &top_k, 0, rotary, vb)?)));
+    all.push(("top-k".into(), Box::new(MechanismAttention::new(&cfg, &top_k, 0, rotary, vb)?)));
     Ok(all)
 }
 
@@ -55,25 +55,31 @@ fn weights(cfg: &AttentionConfig) -> Result<(VarBuilder<'static>, Arc<Rotary>)> 
     Ok((VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu), Arc::new(rotary)))
 }
 
+/// To the bit, wherever a cache in f32 gives the same bits too: running averages and products of a few rows have orders of
+/// summation of their own, and a number that differs in its last bit may be rounded to the next one in 16 bits.
 #[test]
-fn a_text_in_parts_has_the_bits_of_the_text_in_one() -> Result<()> {
+fn a_text_in_parts_has_the_outputs_of_the_text_in_one() -> Result<()> {
     let x = Numbers(31).tensor(&[2, 150, 12], 1.0, DType::F32)?;
-    for (name, exact, layer) in layers()? {
-        for dtype in HALF {
-            let read = |parts: &[usize]| {
+    let mut exact = 0;
+    for (name, layer) in layers()? {
+        for parts in [&[70, 80][..], &[9, 128, 13], &[1, 128, 1, 20]] {
+            let read = |dtype: DType, parts: &[usize]| {
                 let mut cache = LayerCache::new().with_dtype(dtype).with_capacity(20);
                 attend_in_parts(layer.as_ref(), &x, parts, &mut cache)
             };
-            let whole = bits(&read(&[150])?)?;
-            let parts: &[&[usize]] =
-                if exact { &[&[70, 80], &[1, 128, 1, 20]] } else { &[&[70, 80], &[9, 128, 13]] };
-            for parts in parts {
-                // Products of a few rows by weights have an order of their own: the weights of these layers are small enough.
-                assert!(difference(&read(parts)?, &read(&[150])?)? < 2e-6, "{name}, {dtype:?}, {parts:?}");
-                assert_eq!(bits(&read(parts)?)?, whole, "{name}, {dtype:?}, {parts:?}");
+            let same = |dtype| {
+                Ok::<_, candle_core::Error>(bits(&read(dtype, parts)?)? == bits(&read(dtype, &[150])?)?)
+            };
+            let exact_in_f32 = same(DType::F32)?;
+            for (dtype, unit) in HALF {
+                let off = difference(&read(dtype, parts)?, &read(dtype, &[150])?)?;
+                assert!(off < 8.0 * unit, "{name}, {dtype:?}, {parts:?}: {off}");
+                assert!(!exact_in_f32 || same(dtype)?, "{name}, {dtype:?}, {parts:?}: {off}");
+                exact += usize::from(exact_in_f32);
             }
         }
     }
+    assert!(exact >= 20, "{exact}");
     Ok(())
 }
 
@@ -82,10 +88,10 @@ fn a_text_in_parts_has_the_bits_of_the_text_in_one() -> Result<()> {
 fn the_error_is_that_of_rounded_keys_and_values() -> Result<()> {
     let x = Numbers(31).tensor(&[1, 60, 12], 1.0, DType::F32)?;
     let mut compared = 0;
-    for (name, _, layer) in layers()?.into_iter().filter(|(name, ..)| name.starts_with("softmax")) {
+    for (name, layer) in layers()?.into_iter().filter(|(name, _)| name.starts_with("softmax")) {
         let read = |cache: LayerCache| attend_in_parts(layer.as_ref(), &x, &[50, 1, 9], &mut { cache });
         let want = read(LayerCache::new())?;
-        for (dtype, unit) in [(DType::F16, 2f64.powi(-11)), (DType::BF16, 2f64.powi(-8))] {
+        for (dtype, unit) in HALF {
             let got = read(LayerCache::new().with_dtype(dtype))?;
             for (first, rows) in [(0, 50), (50, 1), (51, 9)] {
                 let part = |t: &Tensor| t.narrow(1, first, rows);
@@ -103,8 +109,8 @@ fn the_error_is_that_of_rounded_keys_and_values() -> Result<()> {
 fn shortened_caches_continue_as_if_the_rest_had_not_been_read() -> Result<()> {
     let x = Numbers(31).tensor(&[1, 90, 12], 1.0, DType::F32)?;
     let mut shortened = 0;
-    for (name, _, layer) in layers()? {
-        for dtype in HALF {
+    for (name, layer) in layers()? {
+        for (dtype, _) in HALF {
             let (mut all, mut some) =
                 (LayerCache::new().with_dtype(dtype), LayerCache::new().with_dtype(dtype));
             attend_in_parts(layer.as_ref(), &x, &[90], &mut all)?;

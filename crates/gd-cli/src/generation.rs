@@ -78,7 +78,7 @@ pub enum CacheDtype {
 pub struct CacheArgs {
     /// Dtype of cached keys and values: 16 bits take half the memory (default: f16 on the CPU if the weights are quantised or
     /// in 16 bits, else f32)
-    #[arg(long, value_name = "DTYPE", hide_possible_values = false)]
+    #[arg(long, value_name = "DTYPE")]
     pub cache_dtype: Option<CacheDtype>,
 }
 

@@ -14,7 +14,7 @@ use gd_model::infer::sampler::{Sampler, Sampling};
 use gd_model::infer::stop::StopStrings;
 use gd_model::infer::text::{FinishReason, TextStream};
 use gd_model::io::chat_template::ChatTemplate;
-use gd_model::model::pretrained::{self, Loaded};
+use gd_model::model::pretrained::Loaded;
 use serde_json::{Value, json};
 
 pub use args::Args;

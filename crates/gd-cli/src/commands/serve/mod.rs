@@ -25,7 +25,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow};
 use gd_model::config::Mechanism;
 use gd_model::infer::engine::{BatchEngine, EngineLimits};
-use gd_model::model::pretrained;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;

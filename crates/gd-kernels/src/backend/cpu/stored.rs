@@ -2,7 +2,7 @@
 
 use half::slice::HalfFloatSliceExt;
 
-use crate::backend::cpu::element::{Bf16, Element, F16, add_up};
+use crate::backend::cpu::element::{Bf16, Element, F16};
 use crate::backend::cpu::lanes::{LANES, Lanes};
 use crate::backend::cpu::prefetch::prefetch_at;
 
@@ -77,7 +77,7 @@ pub(crate) fn row_products<V: Lanes, T: Stored, const R: usize, const W: usize>(
             for (x, row) in x[r][steps * STEP..].iter().zip(parts[w].1) {
                 tail += x * row.up();
             }
-            totals[r][w] = add_up(V::array(V::plus(sums[r][w][0], sums[r][w][1]))) + tail;
+            totals[r][w] = V::total(V::plus(sums[r][w][0], sums[r][w][1])) + tail;
         }
     }
     totals

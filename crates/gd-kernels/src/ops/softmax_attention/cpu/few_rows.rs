@@ -5,7 +5,6 @@
 //! values weighted by these. The parts are then added in their order, each scaled to the greatest score of all, so that
 //! the bits depend neither on the number of threads nor on what else is in the batch.
 
-use std::array;
 use std::ops::Range;
 
 use candle_core::{DType, Tensor};
@@ -18,13 +17,13 @@ use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{LANES, Lanes, WithLanes, fastest_isa, with_lanes};
 use crate::backend::cpu::parallel::{par_chunks, vectorize};
 use crate::backend::cpu::prefetch::prefetch_at;
-use crate::backend::cpu::stored::{PREFETCH_DISTANCE_BYTES, STEP, Stored, row_products};
+use crate::backend::cpu::stored::{PREFETCH_DISTANCE_BYTES, Stored};
 use crate::backend::cpu::view::{View, with_slices, with_view};
 use crate::backend::graph::with_contiguous_rows;
 use crate::error::{Error, Result};
 
 /// Keys of a part.
-const PART_KEYS: usize = 256;
+const PART_KEYS: usize = 128;
 /// Query rows that a key is multiplied by together.
 const MAX_GROUP_ROWS: usize = 4;
 /// Bytes of keys and values below which all parts run on the calling thread: about ten microseconds of work.
@@ -173,10 +172,10 @@ impl<S: Stored> WithLanes for Part<'_, S> {
             for first in (0..group).step_by(MAX_GROUP_ROWS) {
                 // The heads of a group see the same keys.
                 match group - first {
-                    1 => self.rows::<V, 1, 4>(query, first, &keys),
-                    2 => self.rows::<V, 2, 2>(query, first, &keys),
-                    3 => self.rows::<V, 3, 1>(query, first, &keys),
-                    _ => self.rows::<V, MAX_GROUP_ROWS, 1>(query, first, &keys),
+                    1 => self.rows::<V, 1>(query, first, &keys),
+                    2 => self.rows::<V, 2>(query, first, &keys),
+                    3 => self.rows::<V, 3>(query, first, &keys),
+                    _ => self.rows::<V, MAX_GROUP_ROWS>(query, first, &keys),
                 }
             }
         }
@@ -184,17 +183,12 @@ impl<S: Stored> WithLanes for Part<'_, S> {
 }
 
 impl<S: Stored> Part<'_, S> {
-    /// The rows of a query in `R` heads of the group from the `first` on, `W` keys at a time.
+    /// The rows of a query in `R` heads of the group from the `first` on.
     #[inline(always)]
-    fn rows<V: Lanes, const R: usize, const W: usize>(
-        &mut self,
-        query: usize,
-        first: usize,
-        keys: &Range<usize>,
-    ) {
+    fn rows<V: Lanes, const R: usize>(&mut self, query: usize, first: usize, keys: &Range<usize>) {
         let sizes = self.inputs.problem.sizes;
         let (len, count) = (part_row(sizes), keys.len());
-        let mut scores = self.scores::<V, R, W>(query, first, keys);
+        let mut scores = self.scores::<V, R>(query, first, keys);
         for r in 0..R {
             let out = &mut self.out[((first + r) * sizes.queries + query) * len..][..len];
             let scores = &mut scores[r][..count];
@@ -222,15 +216,8 @@ impl<S: Stored> Part<'_, S> {
             );
         }
         let whole = sizes.value_dim / LANES * LANES;
-        let mut column = 0;
-        while column < whole {
-            if column + STEP <= whole {
-                self.weighted::<V, R, 2>((query, first), keys, &scores, column);
-                column += STEP;
-            } else {
-                self.weighted::<V, R, 1>((query, first), keys, &scores, column);
-                column += LANES;
-            }
+        for column in (0..whole).step_by(LANES) {
+            self.weighted::<V, R>((query, first), keys, &scores, column);
         }
         let (b, h) = (self.head / sizes.kv_heads, self.head % sizes.kv_heads);
         for r in 0..R {
@@ -245,7 +232,7 @@ impl<S: Stored> Part<'_, S> {
 
     /// The scores of those rows.
     #[inline(always)]
-    fn scores<V: Lanes, const R: usize, const W: usize>(
+    fn scores<V: Lanes, const R: usize>(
         &self,
         query: usize,
         first: usize,
@@ -255,29 +242,20 @@ impl<S: Stored> Part<'_, S> {
         let (sizes, scale) = (problem.sizes, problem.scale as f32);
         let (b, h, d) = (self.head / sizes.kv_heads, self.head % sizes.kv_heads, sizes.head_dim);
         let row = (self.head * (sizes.q_heads / sizes.kv_heads) + first) * sizes.queries + query;
-        let x: [&[f32]; R] = array::from_fn(|r| &queries[(row + r * sizes.queries) * d..][..d]);
+        let mut x: [&[f32]; R] = [&[]; R];
+        for r in 0..R {
+            x[r] = &queries[(row + r * sizes.queries) * d..][..d];
+        }
         let mut scores = [[0f32; PART_KEYS]; R];
-        let whole = keys.len() / W * W;
-        for at in (0..whole).step_by(W) {
-            let rows = array::from_fn(|w| self.k.row(b, h, keys.start + at + w));
-            let products = row_products::<V, S, R, W>(x, rows);
+        for (at, j) in keys.clone().enumerate() {
+            let products = products::<V, S, R>(&x, self.k.row(b, h, j));
             for r in 0..R {
-                scores[r][at..at + W].copy_from_slice(&products[r]);
+                scores[r][at] = products[r] * scale;
             }
         }
-        for at in whole..keys.len() {
-            let products = row_products::<V, S, R, 1>(x, [self.k.row(b, h, keys.start + at)]);
-            for r in 0..R {
-                scores[r][at] = products[r][0];
-            }
-        }
-        let prior = prior.map(|prior| &prior[self.head * sizes.keys..][keys.clone()]);
-        for scores in &mut scores {
-            let scores = &mut scores[..keys.len()];
-            for score in scores.iter_mut() {
-                *score *= scale;
-            }
-            if let Some(prior) = prior {
+        if let Some(prior) = prior {
+            let prior = &prior[self.head * sizes.keys..][keys.clone()];
+            for scores in &mut scores {
                 for (score, prior) in scores.iter_mut().zip(prior) {
                     *score += prior;
                 }
@@ -286,10 +264,9 @@ impl<S: Stored> Part<'_, S> {
         scores
     }
 
-    /// The values of `C` registers from `column` on, weighted by `weights`: for every column one chain of sums in the order
-    /// of the keys.
+    /// The values of the register from `column` on, weighted: for every column one chain of sums in the order of the keys.
     #[inline(always)]
-    fn weighted<V: Lanes, const R: usize, const C: usize>(
+    fn weighted<V: Lanes, const R: usize>(
         &mut self,
         (query, first): (usize, usize),
         keys: &Range<usize>,
@@ -298,27 +275,50 @@ impl<S: Stored> Part<'_, S> {
     ) {
         let sizes = self.inputs.problem.sizes;
         let (b, h) = (self.head / sizes.kv_heads, self.head % sizes.kv_heads);
-        let mut sums = [[V::splat_float(0.0); C]; R];
+        let mut sums = [V::splat_float(0.0); R];
         for (at, j) in keys.clone().enumerate() {
-            let row = &self.v.row(b, h, j)[column..column + C * LANES];
+            let Some(row) = self.v.row(b, h, j)[column..].first_chunk() else {
+                unreachable!("a whole register")
+            };
             prefetch_at(row, PREFETCH_DISTANCE_BYTES);
-            let registers = row.as_chunks::<LANES>().0;
-            for c in 0..C {
-                let x = S::load::<V>(&registers[c]);
-                for r in 0..R {
-                    sums[r][c] = V::plus(sums[r][c], V::times(V::splat_float(weights[r][at]), x));
-                }
+            let x = S::load::<V>(row);
+            for r in 0..R {
+                sums[r] = V::plus(sums[r], V::times(V::splat_float(weights[r][at % PART_KEYS]), x));
             }
         }
         let len = part_row(sizes);
         for r in 0..R {
             let out = &mut self.out[((first + r) * sizes.queries + query) * len..][..len];
-            for c in 0..C {
-                let at = 2 + column + c * LANES;
-                out[at..at + LANES].copy_from_slice(&V::array(sums[r][c]));
-            }
+            out[2 + column..][..LANES].copy_from_slice(&V::array(sums[r]));
         }
     }
+}
+
+/// The products of `R` rows with a stored row of the same length.
+#[inline(always)]
+fn products<V: Lanes, S: Stored, const R: usize>(x: &[&[f32]; R], row: &[S]) -> [f32; R] {
+    let (registers, rest) = row.as_chunks::<LANES>();
+    prefetch_at(row, PREFETCH_DISTANCE_BYTES);
+    let mut chunks: [&[[f32; LANES]]; R] = [&[]; R];
+    for r in 0..R {
+        chunks[r] = &x[r].as_chunks::<LANES>().0[..registers.len()];
+    }
+    let mut sums = [V::splat_float(0.0); R];
+    for i in 0..registers.len() {
+        let y = S::load::<V>(&registers[i]);
+        for r in 0..R {
+            sums[r] = V::plus(sums[r], V::times(V::load_float(&chunks[r][i]), y));
+        }
+    }
+    let mut totals = [0.0; R];
+    for r in 0..R {
+        let mut tail = 0.0;
+        for (x, y) in x[r][registers.len() * LANES..].iter().zip(rest) {
+            tail += x * y.up();
+        }
+        totals[r] = V::total(sums[r]) + tail;
+    }
+    totals
 }
 
 #[cfg(test)]

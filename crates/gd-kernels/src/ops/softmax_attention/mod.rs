@@ -31,9 +31,9 @@ const MAX_FEW_ROWS: usize = 8;
 ///
 /// On the CPU this is the algorithm of FlashAttention (Dao et al., arXiv 2205.14135): blocks of scores are computed,
 /// normalised by a running maximum and discarded, and the backward pass computes them again, so that the memory is
-/// O(N + M) for each head. For a few queries without gradients, as in a decoding step, keys and values are read in place
-/// and divided among threads. The results do not depend on the number of threads. On a GPU, and for a few queries with
-/// gradients or in f64, it is a composition of candle's operations, which stores N x M weights.
+/// O(N + M) for each head. For a few queries, as in a decoding step, keys and values are read in place and divided
+/// among threads; their backward pass, and a few queries in f64, are a composition of candle's operations, which stores
+/// N x M weights, as everything is on a GPU. The results do not depend on the number of threads.
 ///
 /// # Errors
 /// [`Error::Invalid`] for shapes and dtypes that do not fit, [`Error::Unsupported`] for another dtype.
@@ -63,14 +63,18 @@ pub fn softmax_attention(
     let sizes = Sizes::new(q, k, v, prior, sink)?;
     mask.validate(sizes.batch, sizes.keys)?;
     refuse_mixed_gradients("softmax attention", [q, k, v], &[prior, sink])?;
-    let tracked = [Some(q), Some(k), Some(v), prior, sink].into_iter().flatten().any(Tensor::track_op);
     let few = sizes.rows() <= MAX_FEW_ROWS;
-    if !on_cpu(q.device()) || few && (tracked || q.dtype() == DType::F64) {
+    if !on_cpu(q.device()) || few && q.dtype() == DType::F64 {
         return Ok(composed::softmax_attention(q, k, v, prior, sink, mask, scale)?);
     }
     let problem = cpu::Problem { sizes, mask: mask.clone(), scale };
     if few {
-        return cpu::few_rows::softmax_attention([q, k, v], prior, sink, &problem);
+        let y = cpu::few_rows::softmax_attention([q, k, v], prior, sink, &problem)?;
+        let tracked = [Some(q), Some(k), Some(v), prior, sink].into_iter().flatten().any(Tensor::track_op);
+        if tracked && y.elem_count() > 0 {
+            return Ok(composed::with_gradients(&y, [q, k, v], prior, sink, mask, scale)?);
+        }
+        return Ok(y);
     }
     // candle's operators have at most three arguments with gradients: the sink of a query and the prior of a key are one
     // more element of their rows.

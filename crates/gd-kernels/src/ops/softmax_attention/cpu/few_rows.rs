@@ -29,8 +29,8 @@ const MAX_GROUP_ROWS: usize = 4;
 /// Bytes of keys and values below which all parts run on the calling thread: about ten microseconds of work.
 const MIN_PARALLEL_BYTES: usize = 1 << 17;
 
-/// [`softmax_attention`](super::super::softmax_attention) for validated tensors without gradients, of which q is in f32, f16
-/// or bf16. The arithmetic is in f32.
+/// [`softmax_attention`](super::super::softmax_attention) for validated tensors, of which q is in f32, f16 or bf16. The
+/// arithmetic is in f32, and the result has no gradient.
 pub(in super::super) fn softmax_attention(
     [q, k, v]: [&Tensor; 3],
     prior: Option<&Tensor>,
@@ -38,7 +38,7 @@ pub(in super::super) fn softmax_attention(
     problem: &Problem,
 ) -> Result<Tensor> {
     let sizes = problem.sizes;
-    let wide = |t: &Tensor| -> Result<Tensor> { Ok(t.to_dtype(DType::F32)?.contiguous()?) };
+    let wide = |t: &Tensor| -> Result<Tensor> { Ok(t.detach().to_dtype(DType::F32)?.contiguous()?) };
     let sinks = |sink: &Tensor| -> Result<Tensor> {
         wide(&sink_of_queries(sink)?.broadcast_as((sizes.batch, sizes.q_heads, sizes.queries, 1))?)
     };
@@ -46,7 +46,7 @@ pub(in super::super) fn softmax_attention(
     let prior = prior.map(wide).transpose()?;
     let sink = sink.map(sinks).transpose()?;
     let (prior, sink) = (prior.as_ref().unwrap_or(&queries), sink.as_ref().unwrap_or(&queries));
-    let (k, v) = (with_contiguous_rows(k)?, with_contiguous_rows(v)?);
+    let (k, v) = (with_contiguous_rows(&k.detach())?, with_contiguous_rows(&v.detach())?);
     let y = with_slices([&queries, prior, sink], |[queries, prior, sink]| {
         let inputs = Inputs {
             problem,

@@ -122,7 +122,18 @@ fn sequences_that_come_and_go_get_the_tokens_that_they_get_alone() -> Result<()>
         }
         for (id, new) in &all {
             let limit = if id.is_multiple_of(5) { 3 } else { 20 };
-            let alone = generate(&model, &prompt(*id as usize), limit, &mut greedy(), &CPU, |_| Ok(true))?;
+            let alone = match dtype {
+                DType::F32 => {
+                    generate(&model, &prompt(*id as usize), limit, &mut greedy(), &CPU, |_| Ok(true))?
+                }
+                // In parts of other lengths, the last bits of keys and values may differ, and then what they are rounded to.
+                _ => {
+                    let limits = EngineLimits { sequences: 1, stored_tokens: 0, ..limits };
+                    let mut engine = BatchEngine::new(&model, &CPU, limits)?;
+                    engine.submit(Request::new(prompt(*id as usize), limit, greedy()))?;
+                    tokens(&run(&mut engine)?.into_values().next().unwrap_or_default())
+                }
+            };
             assert_eq!(*new, alone, "{name}, {dtype:?}, sequence {id}");
             cases += 1;
         }

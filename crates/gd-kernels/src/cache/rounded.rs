@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_beyond_the_dtype_are_refused_and_infinities_kept() {
+    fn numbers_beyond_the_dtype_are_refused_and_infinities_are_stored() {
         let row = |x: f32| Tensor::new(&[1.0, x], &Device::Cpu).unwrap();
         for (dtype, fits, too_large) in [(DType::F16, 65_519.0, -65_520.0), (DType::BF16, 3.38e38, 3.4e38)] {
             assert_eq!(rounded_for_cache(&row(fits), dtype).unwrap().dtype(), dtype);

@@ -13,7 +13,7 @@ use crate::mask::Mask;
 
 /// The most query rows for the keys of a head, as in a decoding step, for which the keys are not copied into blocks: that
 /// would take longer than the products.
-const MAX_FEW_ROWS: usize = 8;
+const MAX_DECODE_ROWS: usize = 8;
 
 /// Softmax attention, `y_i = sum_j exp(s_ij) v_j / (exp(sink) + sum_j exp(s_ij))` over the keys j that query i sees, with
 /// `s_ij = scale <q_i, k_j> + prior_j` (Vaswani et al., arXiv 1706.03762).
@@ -63,13 +63,13 @@ pub fn softmax_attention(
     let sizes = Sizes::new(q, k, v, prior, sink)?;
     mask.validate(sizes.batch, sizes.keys)?;
     refuse_mixed_gradients("softmax attention", [q, k, v], &[prior, sink])?;
-    let few = sizes.rows() <= MAX_FEW_ROWS;
-    if !on_cpu(q.device()) || few && q.dtype() == DType::F64 {
+    let decodes = sizes.rows() <= MAX_DECODE_ROWS;
+    if !on_cpu(q.device()) || decodes && q.dtype() == DType::F64 {
         return Ok(composed::softmax_attention(q, k, v, prior, sink, mask, scale)?);
     }
     let problem = cpu::Problem { sizes, mask: mask.clone(), scale };
-    if few {
-        let y = cpu::few_rows::softmax_attention([q, k, v], prior, sink, &problem)?;
+    if decodes {
+        let y = cpu::decode::softmax_attention([q, k, v], prior, sink, &problem)?;
         let tracked = [Some(q), Some(k), Some(v), prior, sink].into_iter().flatten().any(Tensor::track_op);
         if tracked && y.elem_count() > 0 {
             return Ok(composed::with_gradients(&y, [q, k, v], prior, sink, mask, scale)?);

@@ -3,7 +3,7 @@
 
 mod backward;
 mod block;
-pub(super) mod few_rows;
+pub(super) mod decode;
 mod forward;
 
 use candle_core::{DType, Device, Shape, Tensor};

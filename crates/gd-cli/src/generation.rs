@@ -1,12 +1,16 @@
 //! What the commands that generate text share: sampling flags, and how tokens are shown.
 
+use std::path::Path;
+
 use anyhow::Result;
+use candle_core::DType;
 use gd_model::infer::logprobs::TokenLogprobs;
 use gd_model::infer::sampler::Sampling;
 use gd_model::io::tokenizer::Tokenizer;
+use gd_model::model::pretrained::{self, Loaded};
 use serde_json::{Value, json};
 
-use crate::context::flag_error;
+use crate::context::{Context, flag_error};
 
 /// The flags of sampling. Those that are not given have the values of the model's generation_config.json.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -55,6 +59,44 @@ impl SamplingArgs {
             min_p: self.min_p.or(defaults.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
         }
+    }
+}
+
+/// A dtype of cached keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum CacheDtype {
+    /// 32 bits.
+    F32,
+    /// 16 bits, of which 10 are those of the mantissa; numbers up to 65504.
+    F16,
+    /// 16 bits, of which 7 are those of the mantissa; numbers as large as in f32.
+    Bf16,
+}
+
+/// The flags of the cache.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct CacheArgs {
+    /// Dtype of cached keys and values: 16 bits take half the memory (default: f16 on the CPU if the weights are quantised or
+    /// in 16 bits, else f32)
+    #[arg(long, value_name = "DTYPE")]
+    pub cache_dtype: Option<CacheDtype>,
+}
+
+impl CacheArgs {
+    /// Loads a model whose caches have this dtype.
+    ///
+    /// # Errors
+    /// As [`pretrained::load_quantized`]; a dtype that the device does not have.
+    pub fn load(&self, model: &Path, ctx: &Context) -> Result<Loaded> {
+        let mut loaded = pretrained::load_quantized(model, &ctx.device)?;
+        let dtype = match self.cache_dtype {
+            Some(CacheDtype::F32) => DType::F32,
+            Some(CacheDtype::F16) => DType::F16,
+            Some(CacheDtype::Bf16) => DType::BF16,
+            None => loaded.default_cache_dtype(),
+        };
+        loaded.model.set_cache_dtype(dtype).map_err(flag_error)?;
+        Ok(loaded)
     }
 }
 

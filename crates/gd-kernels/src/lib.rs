@@ -22,7 +22,7 @@ pub use backend::graph::with_backward;
 pub use backend::support::{CANDIDATES, support_table};
 pub use cache::{
     AppendBuffer, CachedKeys, DecodeUse, Int8Keys, KeyBias, KeyCache, KeyShape, PagedCache, SequenceCache,
-    WritePosition,
+    WritePosition, rounded_for_cache,
 };
 pub use error::{Error, Result};
 pub use mask::Mask;

@@ -3,8 +3,8 @@
 //! A cache holds a batch of sequences, each with its own number of positions. Positions beyond the end of a shorter
 //! sequence are padding, which the mask hides from every query.
 
-use candle_core::{Result, Tensor};
-use gd_kernels::{AppendBuffer, AverageState, DecodeUse, Precision, Score, SequenceCache};
+use candle_core::{DType, Result, Tensor};
+use gd_kernels::{AppendBuffer, AverageState, DecodeUse, Precision, Score, SequenceCache, rounded_for_cache};
 
 use crate::derived::{DerivedCache, DerivedOptions, KeyPrior};
 
@@ -14,10 +14,15 @@ const POSITIONS: usize = 2;
 /// The smallest capacity of a cache, in positions; the initial capacity is a multiple of it.
 const MIN_CAPACITY: usize = 256;
 
-/// Keys, values, key prior, the last inputs of the convolution and of induction heads, the running averages and the state of the mechanism of
-/// one layer. A selecting layer
-/// adds data that it derives from the keys for decoding: on the CPU the keys as 8-bit integers (D + 16 bytes each), on
-/// a GPU their biases. The tensors carry no gradient. Clones share their memory until one of them is appended to.
+/// Keys, values, key prior, the last inputs of the convolution and of induction heads, the running averages and the state
+/// of the mechanism of one layer. A selecting layer adds data that it derives from the keys for decoding: on the CPU the
+/// keys as 8-bit integers (D + 16 bytes each), on a GPU their biases. The tensors carry no gradient. Clones share their
+/// memory until one of them is appended to.
+///
+/// On the CPU, a layer that computes in f32 can cache keys and values in f16 or bf16 ([`LayerCache::with_dtype`]). They are
+/// rounded when they are appended, and every query, those of the same pass included, reads the rounded ones; so does the
+/// derived data. All else stays in the dtype of the layer. Softmax attention and selection read the rounded keys and values
+/// in place; other mechanisms widen them in each pass.
 ///
 /// # Examples
 /// ```
@@ -54,8 +59,7 @@ pub struct LayerCache {
     prior: Option<AppendBuffer>,
     /// None before the first pass of a selecting layer, and in a softmax layer.
     derived: Option<DerivedCache>,
-    /// Precision of decoding; none for the default of the device.
-    precision: Option<Precision>,
+    options: Options,
     /// Last inputs of the causal convolution `[B, W-1, C]`.
     pub(crate) conv: Option<Tensor>,
     /// Last input of the key projection of induction heads `[B, 1, C]`.
@@ -67,13 +71,25 @@ pub struct LayerCache {
     pub(crate) state: Vec<Tensor>,
 }
 
-/// Appends `next` to the buffer in `slot`, a new one if there is none; returns all positions.
-fn append(slot: &mut Option<AppendBuffer>, next: &Tensor) -> Result<Tensor> {
+/// How a cache is configured.
+#[derive(Debug, Clone, Copy, Default)]
+struct Options {
+    /// The dtype of keys and values; none for that of the layer.
+    dtype: Option<DType>,
+    /// Precision of decoding; none for the default of the device.
+    precision: Option<Precision>,
+    /// Positions for which memory is allocated at first.
+    capacity: usize,
+}
+
+/// Appends `next` to the buffer in `slot`, a new one for at least `capacity` positions if there is none; returns all
+/// positions.
+fn append(slot: &mut Option<AppendBuffer>, next: &Tensor, capacity: usize) -> Result<Tensor> {
     let buffer = match slot {
         Some(buffer) => buffer,
         none => {
             let mut dims = next.dims().to_vec();
-            dims[POSITIONS] = dims[POSITIONS].next_multiple_of(MIN_CAPACITY);
+            dims[POSITIONS] = dims[POSITIONS].max(capacity).next_multiple_of(MIN_CAPACITY);
             none.insert(AppendBuffer::new(&dims, next.dtype(), next.device())?)
         }
     };
@@ -112,9 +128,27 @@ impl LayerCache {
         Self::default()
     }
 
-    /// An empty cache for decoding at this precision, instead of the default of the device. The results are the same.
-    pub fn with_precision(precision: Precision) -> Self {
-        Self { precision: Some(precision), ..Self::default() }
+    /// Sets the precision of decoding, instead of the default of the device. The results are the same.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.options.precision = Some(precision);
+        self
+    }
+
+    /// Sets the dtype in which an empty cache stores keys and values, instead of that of the layer: on the CPU f16 or bf16
+    /// for a layer in f32. A pass that appends a finite number beyond the range of the dtype (f16: 65504) is an error.
+    #[must_use]
+    pub fn with_dtype(mut self, dtype: DType) -> Self {
+        self.options.dtype = Some(dtype);
+        self
+    }
+
+    /// Sets the number of positions for which an empty cache allocates memory at first. A cache with more positions grows,
+    /// at least to the double, which copies it.
+    #[must_use]
+    pub fn with_capacity(mut self, positions: usize) -> Self {
+        self.options.capacity = positions;
+        self
     }
 
     /// The number of cached positions of the longest sequence.
@@ -157,7 +191,11 @@ impl LayerCache {
                 .filter(|derived| !derived.is_empty())
                 .map(|derived| DerivedCache::stack(&derived))
                 .transpose()?,
-            precision: caches.iter().find_map(|cache| cache.precision),
+            options: Options {
+                dtype: caches.iter().find_map(|cache| cache.options.dtype),
+                precision: caches.iter().find_map(|cache| cache.options.precision),
+                capacity: caches.iter().map(|cache| cache.options.capacity).max().unwrap_or(0),
+            },
             conv: cat(|cache| cache.conv.as_ref())?,
             last_input: cat(|cache| cache.last_input.as_ref())?,
             average: mean.zip(log_weight).map(|(mean, log_weight)| AverageState { mean, log_weight }),
@@ -176,7 +214,7 @@ impl LayerCache {
         let device = device.or_else(|| self.average.as_ref().map(|average| average.mean.device()));
         let device = device.or_else(|| of_batch.map(Tensor::device).next());
         let Some(device) = device.filter(|_| !sequences.is_empty()) else {
-            return Ok(Self { precision: self.precision, ..Self::new() });
+            return Ok(Self { options: self.options, ..Self::new() });
         };
         if let Some(sequence) = sequences.iter().find(|sequence| **sequence >= self.lengths.len()) {
             candle_core::bail!("sequence {sequence} of a cache of {}", self.lengths.len());
@@ -198,7 +236,7 @@ impl LayerCache {
             values: buffers(&self.values)?,
             prior: buffers(&self.prior)?,
             derived: self.derived.as_ref().map(|derived| derived.select(sequences)).transpose()?,
-            precision: self.precision,
+            options: self.options,
             conv: self.conv.as_ref().map(|conv| conv.index_select(&rows, 0)).transpose()?,
             last_input: self.last_input.as_ref().map(|x| x.index_select(&rows, 0)).transpose()?,
             average: self.average.as_ref().map(average).transpose()?,
@@ -225,14 +263,16 @@ impl LayerCache {
                 "a cache with a state of all its positions cannot be shortened to {positions}"
             );
         }
-        let empty = Self { precision: self.precision, ..Self::new() };
+        let options = Options { capacity: 0, ..self.options };
+        let empty = Self { options, ..Self::new() };
         if positions == 0 {
             return Ok(empty);
         }
         let first = |part: &Option<AppendBuffer>| -> Result<Option<AppendBuffer>> {
             let Some(part) = part else { return Ok(None) };
             let mut shortened = None;
-            append(&mut shortened, &part.buffer().narrow(POSITIONS, 0, positions)?)?;
+            let stored = part.buffer().narrow(POSITIONS, 0, positions)?;
+            append(&mut shortened, &stored, positions)?;
             Ok(shortened)
         };
         // The next pass derives its data again.
@@ -256,16 +296,21 @@ impl LayerCache {
         self.lengths.iter_mut().for_each(|length| *length += n);
     }
 
-    /// Appends k, v `[B, Hk, N, D]` and prior `[B, Hk, N]`; returns those of all cached positions.
+    /// Appends k, v `[B, Hk, N, D]` and prior `[B, Hk, N]`; returns those of all cached positions, keys and values in the
+    /// dtype of the cache.
     pub(crate) fn extend(
         &mut self,
         k: &Tensor,
         v: &Tensor,
         prior: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor, Option<Tensor>)> {
-        let prior = prior.map(|p| append(&mut self.prior, p)).transpose()?;
+        // Before anything is appended, so that a number beyond the range of the dtype leaves the cache as it was.
+        let stored = |t: &Tensor| rounded_for_cache(t, self.options.dtype.unwrap_or(t.dtype()));
+        let (k, v) = (stored(k)?, stored(v)?);
+        let capacity = self.options.capacity;
+        let prior = prior.map(|p| append(&mut self.prior, p, capacity)).transpose()?;
         self.advance(k.dim(0)?, k.dim(2)?);
-        Ok((append(&mut self.keys, k)?, append(&mut self.values, v)?, prior))
+        Ok((append(&mut self.keys, &k, capacity)?, append(&mut self.values, &v, capacity)?, prior))
     }
 
     /// The derived data of a selecting layer, updated to all cached positions: data for decoding with this score, if
@@ -277,7 +322,7 @@ impl LayerCache {
         prior: Option<&KeyPrior>,
     ) -> Result<Option<&DerivedCache>> {
         let Some(keys) = &self.keys else { return Ok(None) };
-        let options = DerivedOptions { score, reads, precision: self.precision, prior };
+        let options = DerivedOptions { score, reads, precision: self.options.precision, prior };
         let derived = self.derived.get_or_insert_default();
         derived.update(keys, self.prior.as_ref(), &options)?;
         Ok(Some(derived))

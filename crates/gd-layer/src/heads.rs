@@ -63,6 +63,11 @@ pub(crate) struct Projected {
 }
 
 impl Projected {
+    /// Keys and values in the dtype of the queries. A cache may hold them in another one.
+    pub(crate) fn widened(&self) -> Result<[Tensor; 2]> {
+        Ok([self.k.to_dtype(self.q.dtype())?, self.v.to_dtype(self.q.dtype())?])
+    }
+
     /// The numbers of sequences, queries and keys `[B, N, M]`.
     pub(crate) fn sizes(&self) -> Result<[usize; 3]> {
         let (b, _, n, _) = self.q.dims4()?;

@@ -97,13 +97,14 @@ impl MechanismAttention {
 
     /// The inputs of the mechanism, without the mask.
     fn inputs(&self, x: &Tensor, projected: &Projected, cache: Option<&LayerCache>) -> Result<Inputs> {
-        let Projected { q, k, v, mask, .. } = projected;
+        let Projected { q, mask, .. } = projected;
+        let [k, v] = projected.widened()?;
         let ((b, _, n, _), m) = (q.dims4()?, k.dim(2)?);
         let info = self.mechanism.info();
         let mut inputs = self.learned.clone();
         inputs.insert("q", q.clone());
-        inputs.insert("k", k.clone());
-        inputs.insert("v", merge_values(v, info.maps)?);
+        inputs.insert("v", merge_values(&v, info.maps)?);
+        inputs.insert("k", k);
         if info.inputs.iter().any(|(name, _)| *name == "x") {
             inputs.insert("x", x.clone());
         }

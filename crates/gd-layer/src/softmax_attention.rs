@@ -95,8 +95,9 @@ impl SoftmaxAttention {
 impl SoftmaxAttention {
     /// The output of the layer with a null slot.
     fn blend_with_null(&self, null: &NullSlot, projected: Projected, pass: &Pass) -> Result<Tensor> {
-        let Projected { v, prior, mask, .. } = &projected;
-        let [q, k, sink] = null.operands(&projected)?;
+        let Projected { prior, mask, .. } = &projected;
+        let [keys, v] = projected.widened()?;
+        let [q, k, sink] = null.operands(&projected, &keys)?;
         if pass.stats.is_some() || asked(pass).is_some() {
             let weights = null_weights([&q, &k, &sink], prior.as_ref(), mask)?;
             if let Some(stats) = pass.stats {
@@ -109,7 +110,7 @@ impl SoftmaxAttention {
                 greatest.report(probe, pass.layer)?;
             }
         }
-        let y = softmax_attention(&q, &k, v, prior.as_ref(), Some(&sink), mask, 1.0)?;
+        let y = softmax_attention(&q, &k, &v, prior.as_ref(), Some(&sink), mask, 1.0)?;
         self.heads.output(y, projected)
     }
 }
@@ -117,9 +118,9 @@ impl SoftmaxAttention {
 impl NullSlot {
     /// Queries, keys and sinks whose softmax attention with scale 1 has the weights of q and k: the scores
     /// `2 beta <q, k> - beta |k|^2` and the sink `beta |q|^2 - threshold` are those of the energies and of the null slot,
-    /// each with `beta |q|^2` added.
-    fn operands(&self, projected: &Projected) -> Result<[Tensor; 3]> {
-        let Projected { q, k, mask, .. } = projected;
+    /// each with `beta |q|^2` added. k are the keys in the dtype of the queries.
+    fn operands(&self, projected: &Projected, k: &Tensor) -> Result<[Tensor; 3]> {
+        let Projected { q, mask, .. } = projected;
         let ((b, hq, n, _), dtype) = (q.dims4()?, q.dtype());
         let per_head = |t: &Tensor| t.to_dtype(dtype)?.reshape((1, hq, 1, 1));
         let beta = per_head(&self.log_beta.exp()?)?;
@@ -175,13 +176,18 @@ impl Attention for SoftmaxAttention {
         let Projected { q, k, v, prior, mask, .. } = &projected;
         let scale = (q.dim(3)? as f64).sqrt().recip();
         if let Some(stats) = pass.stats {
-            stats.borrow_mut().push(SelectionStats::of_softmax([q, k], prior.as_ref(), mask, scale)?);
+            stats.borrow_mut().push(SelectionStats::of_softmax(
+                [q, &projected.widened()?[0]],
+                prior.as_ref(),
+                mask,
+                scale,
+            )?);
         }
         if let Some((probe, count)) = asked(pass) {
             let (b, hq, n, _) = q.dims4()?;
             let mut greatest = GreatestWeights::new(count, [b, hq, n]);
             let add = |first: usize, weights: &Tensor| greatest.add(first, weights);
-            softmax_weights([q, k], prior.as_ref(), mask, scale, add)?;
+            softmax_weights([q, &projected.widened()?[0]], prior.as_ref(), mask, scale, add)?;
             greatest.report(probe, pass.layer)?;
         }
         let y = softmax_attention(q, k, v, prior.as_ref(), None, mask, scale)?;

@@ -155,7 +155,7 @@ fn decoding_with_cached_key_data_equals_native_decoding() -> Result<()> {
         let uncached = Transformer::new(model.config(), params.builder())?;
         let ids = |b: usize, at: usize| ((at * 29 + b * 71 + at * at * 3) % 256) as u32;
         let prompts = |b: usize| Tensor::new((0..LENGTHS[b]).map(|at| ids(b, at)).collect::<Vec<_>>(), &CPU);
-        let native = || vec![LayerCache::with_precision(Precision::Native); 3];
+        let native = || vec![LayerCache::new().with_precision(Precision::Native); 3];
         let (mut cached, mut plain) = (Vec::new(), Vec::new());
         for b in 0..3 {
             let (mut one, mut other, prompt) = (model.new_cache(), native(), prompts(b)?.unsqueeze(0)?);
@@ -314,6 +314,31 @@ fn continuations_have_seeds_tokens_and_log_probabilities() -> Result<()> {
     ensure!(first["top"].as_array().is_some_and(|top| top.len() == 2), "{first}");
     let (code, _, err) = gd(dir, &["generate", "model", "--prompt", "a", "--logprobs", "2"])?;
     ensure!(code == 2 && err.contains("--json"), "{code} {err}");
+    Ok(())
+}
+
+#[test]
+fn keys_and_values_have_the_dtype_of_the_flag_or_that_of_the_weights() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let dir = folder.path();
+    save(&dir.join("model"), &[], None)?;
+    let (code, _, err) = gd(dir, &["convert", "model", "--dtype", "bf16", "--out", "half"])?;
+    ensure!(code == 0, "{err}");
+    let read = |model: &str, dtype: &[&str]| -> Result<Value> {
+        let args = ["generate", model, "--prompt", "It was", "--temperature", "0", "--max-tokens", "3"];
+        let (code, out, err) = gd(dir, &[&args[..], &["--logprobs", "1", "--json"], dtype].concat())?;
+        ensure!(code == 0, "{dtype:?}: {err}");
+        Ok(serde_json::from_str::<Value>(&out)?["logprobs"].clone())
+    };
+    for (model, default) in [("model", "f32"), ("half", "f16")] {
+        let all = ["f32", "f16", "bf16"].map(|dtype| read(model, &["--cache-dtype", dtype]));
+        let [f32, f16, bf16] = all;
+        let (f32, f16, bf16) = (f32?, f16?, bf16?);
+        ensure!(f32 != f16 && f16 != bf16 && f32 != bf16, "{model}: {f32} {f16} {bf16}");
+        ensure!(read(model, &[])? == if default == "f32" { f32 } else { f16 }, "{model}");
+    }
+    let (code, _, err) = gd(dir, &["generate", "model", "--prompt", "a", "--cache-dtype", "q8"])?;
+    ensure!(code == 2 && err.contains("q8") && err.contains("f32, f16, bf16"), "{code} {err}");
     Ok(())
 }
 

@@ -1,8 +1,9 @@
 //! Checks of arguments that several operators share.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::backend::cpu::element::Real;
+use crate::backend::dispatch::on_cpu;
 use crate::error::{Error, Result};
 
 /// The four dimensions of an operator's tensor, none of them 0.
@@ -12,6 +13,37 @@ pub(crate) fn dims4(name: &str, t: &Tensor) -> Result<(usize, usize, usize, usiz
         [_, _, _, _] => Err(Error::Invalid(format!("{name} {:?} is empty", t.dims()))),
         _ => Err(Error::Invalid(format!("{name} {:?} is not of rank 4 [batch, heads, rows, dim]", t.dims()))),
     }
+}
+
+/// Refuses keys or values of another dtype than the queries q. On the CPU, those of a cache may be in f16 or bf16 where q is
+/// in f32. `op` names the operator.
+pub(crate) fn check_stored(op: &str, q: &Tensor, name: &str, stored: &Tensor) -> Result<()> {
+    let (dtype, half) = (q.dtype(), [DType::F16, DType::BF16].contains(&stored.dtype()));
+    if stored.dtype() == dtype || half && dtype == DType::F32 && on_cpu(q.device()) {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "{op}: q is {dtype:?}, {name} is {:?}; they have one dtype, but on the CPU keys and values may be F16 or BF16 where \
+         q is F32",
+        stored.dtype()
+    )))
+}
+
+/// Refuses gradients through keys and values of another dtype than the queries.
+pub(crate) fn refuse_mixed_gradients(
+    op: &str,
+    [q, k, v]: [&Tensor; 3],
+    others: &[Option<&Tensor>],
+) -> Result<()> {
+    let dtypes = [q, k, v].map(Tensor::dtype);
+    let tracked = || [q, k, v].into_iter().chain(others.iter().copied().flatten()).any(Tensor::track_op);
+    if dtypes.iter().any(|dtype| *dtype != dtypes[0]) && tracked() {
+        let [q, k, v] = dtypes;
+        return Err(Error::Invalid(format!(
+            "{op}: q, k and v are {q:?}, {k:?} and {v:?}; only tensors of one dtype have gradients"
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses a per-head parameter that is not `[heads]`.

@@ -144,6 +144,13 @@ impl SequenceCache for AppendBuffer {
 
     fn stack(caches: &[&Self]) -> Result<Self> {
         let Some(first) = caches.first() else { return Err(Error::Invalid("no caches to stack".into())) };
+        if let Some(other) = caches.iter().find(|cache| cache.buffer.dtype() != first.buffer.dtype()) {
+            return Err(Error::Invalid(format!(
+                "caches of {:?} and {:?} cannot be stacked",
+                first.buffer.dtype(),
+                other.buffer.dtype()
+            )));
+        }
         let lengths: Vec<usize> = caches.iter().flat_map(|cache| cache.lengths.iter().copied()).collect();
         let longest = caches.iter().map(|cache| cache.longest()).max().unwrap_or(0);
         let mut dims = first.buffer.dims().to_vec();

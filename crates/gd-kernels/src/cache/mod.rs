@@ -11,6 +11,7 @@ pub(crate) mod key_cache;
 pub(crate) mod key_shape;
 pub(crate) mod paged;
 pub(crate) mod position;
+mod rounded;
 pub(crate) mod sequence_cache;
 
 pub use self::append_buffer::AppendBuffer;
@@ -20,4 +21,5 @@ pub use self::key_cache::{CachedKeys, DecodeUse, KeyCache};
 pub use self::key_shape::KeyShape;
 pub use self::paged::PagedCache;
 pub use self::position::WritePosition;
+pub use self::rounded::rounded_for_cache;
 pub use self::sequence_cache::SequenceCache;

@@ -6,6 +6,7 @@ mod beacon;
 mod causal_conv;
 mod certified;
 mod estimators;
+mod half_cache;
 mod ill_conditioned;
 mod iris;
 mod key_cache;

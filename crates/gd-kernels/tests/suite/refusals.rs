@@ -57,7 +57,8 @@ fn scan_refuses_shapes_and_dtypes() {
     refused(run(&g.q, &zeros(&[3, 2, 5, 8])), &["q [2, 4, 3, 8]", "k [3, 2, 5, 8]", "batch"]);
     refused(run(&g.q, &zeros(&[2, 2, 5, 7])), &["k [2, 2, 5, 7]", "head_dim"]);
     refused(run(&g.q, &zeros(&[2, 3, 5, 8])), &["4 query heads", "3 key heads"]);
-    refused(run(&g.q, &g.k.to_dtype(DType::F16).unwrap()), &["q is F32", "k is F16"]);
+    refused(run(&g.q, &g.k.to_dtype(DType::F64).unwrap()), &["q is F32", "k is F64"]);
+    refused(run(&g.q.to_dtype(DType::F16).unwrap(), &g.k), &["q is F16", "k is F32"]);
     let whole = |t: &Tensor| t.to_dtype(DType::U32).unwrap();
     refused(run(&whole(&g.q), &whole(&g.k)), &["dtype u32", "supported", "f32, f16, bf16, f64"]);
     refused(run(&zeros(&[2, 4, 3, 1025]), &zeros(&[2, 2, 5, 1025])), &["head_dim 1025", "1..=1024"]);
@@ -162,7 +163,8 @@ fn select_refuses_shapes_and_candidates() {
     refused(run(&g.q, &zeros(&[2, 2, 5, 7]), &g.v, &good_candidates), &["q [2, 4, 3, 8]", "k [2, 2, 5, 7]"]);
     refused(run(&g.q, &zeros(&[2, 3, 5, 8]), &g.v, &good_candidates), &["k [2, 3, 5, 8]"]);
     refused(run(&g.q, &g.k, &zeros(&[2, 2, 6, 6]), &good_candidates), &["k [2, 2, 5, 8]", "v [2, 2, 6, 6]"]);
-    refused(run(&g.q, &g.k, &g.v.to_dtype(DType::BF16).unwrap(), &good_candidates), &["F32, F32, BF16"]);
+    let wide = g.v.to_dtype(DType::F64).unwrap();
+    refused(run(&g.q, &g.k, &wide, &good_candidates), &["q is F32", "v is F64"]);
 
     let change = |f: &dyn Fn(&Candidates) -> Candle<Candidates>| f(&good_candidates).unwrap();
     let other = |index: Tensor, energy: Tensor| Candidates {

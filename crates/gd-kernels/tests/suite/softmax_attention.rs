@@ -30,7 +30,7 @@ fn attend(t: &[Tensor], mask: &Mask) -> Result<Tensor> {
 }
 
 /// Every sum of the definition, with plain exponentials.
-fn naive(t: &[Tensor], mask: &Mask) -> Tensor {
+pub(crate) fn naive(t: &[Tensor], mask: &Mask, scale: f64) -> Tensor {
     let (b, hq, n, d) = t[0].dims4().unwrap();
     let (_, hk, m, dv) = t[2].dims4().unwrap();
     let all: Vec<Vec<f64>> = t.iter().map(values).collect();
@@ -43,7 +43,7 @@ fn naive(t: &[Tensor], mask: &Mask) -> Tensor {
         let mut sums = vec![0.0; dv];
         for j in (0..m).filter(|&j| mask.visible(batch, query, m).contains(&j)) {
             let dot: f64 = (0..d).map(|x| all[0][row * d + x] * all[1][(kv * m + j) * d + x]).sum();
-            let weight = (SCALE * dot + all.get(3).map_or(0.0, |prior| prior[kv * m + j])).exp();
+            let weight = (scale * dot + all.get(3).map_or(0.0, |prior| prior[kv * m + j])).exp();
             total += weight;
             sums.iter_mut().enumerate().for_each(|(x, sum)| *sum += weight * all[2][(kv * m + j) * dv + x]);
         }
@@ -81,7 +81,7 @@ fn equals_the_defining_quotient() {
         for mask in &masks {
             for inputs in [&t[..3], &t[..4], &t, &with_sinks_of_queries(&t)] {
                 let got = attend(inputs, mask).unwrap();
-                assert_close("softmax attention", &got, &naive(inputs, mask), 1e-12);
+                assert_close("softmax attention", &got, &naive(inputs, mask, SCALE), 1e-12);
                 cases += 1;
             }
         }

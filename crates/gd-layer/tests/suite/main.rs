@@ -5,6 +5,7 @@
 mod blocked_attention;
 mod decoding;
 mod experts;
+mod half_cache;
 mod induction_heads;
 mod layer;
 mod layers;

@@ -85,6 +85,12 @@ impl Params {
         &self.quantized
     }
 
+    /// Whether matrices are quantised or stored in 16 bits.
+    pub(crate) fn has_narrow_matrices(&self) -> bool {
+        let half = |p: &Parameter| [DType::F16, DType::BF16].contains(&p.var.dtype());
+        !self.quantized.is_empty() || self.lock().values().any(half)
+    }
+
     /// The builder of modules over these parameters.
     pub fn builder(&self) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(self.clone()), self.dtype, self.device.clone())

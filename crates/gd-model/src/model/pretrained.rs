@@ -427,6 +427,16 @@ impl Loaded {
         }
     }
 
+    /// The dtype in which programs that generate text cache keys and values if nothing else is asked for: on the CPU f16 where
+    /// matrices of the model are quantised or stored in 16 bits, else the dtype in which the model computes.
+    pub fn default_cache_dtype(&self) -> DType {
+        if self.params.has_narrow_matrices() && self.model.can_cache(DType::F16) {
+            DType::F16
+        } else {
+            self.model.dtype()
+        }
+    }
+
     /// The end-of-text tokens: those of `generation_config.json`, else that of the tokenizer. Negative ids stand for none.
     ///
     /// # Errors

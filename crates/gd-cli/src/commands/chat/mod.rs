@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result};
 use gd_model::data::counted;
-use gd_model::model::pretrained;
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
@@ -22,7 +21,7 @@ use signal_hook::flag;
 use self::command::{Command, HELP};
 use self::session::{Session, Settings};
 use crate::context::{Context, one_line, usage};
-use crate::generation::SamplingArgs;
+use crate::generation::{CacheArgs, SamplingArgs};
 
 /// Exit code after a signal that does not stop an answer.
 const EXIT_INTERRUPTED: i32 = 130;
@@ -54,6 +53,9 @@ pub struct Args {
     /// Sampling
     #[command(flatten)]
     pub sampling: SamplingArgs,
+    /// Cache
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Stop an answer before this text or special token. Can be repeated
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
@@ -71,7 +73,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     if args.stop.iter().any(String::is_empty) {
         return Err(usage("--stop is empty"));
     }
-    let loaded = pretrained::load_quantized(&args.model, &ctx.device)?;
+    let loaded = args.cache.load(&args.model, ctx)?;
     let at = || args.model.display().to_string();
     let Some(mut template) = loaded.chat()? else {
         return Err(usage(format!("{} has no chat template", at())));

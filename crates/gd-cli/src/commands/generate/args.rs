@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::generation::SamplingArgs;
+use crate::generation::{CacheArgs, SamplingArgs};
 
 /// Continue a prompt. The prompt and its continuation are written to stdout as they are generated
 #[derive(Debug, clap::Args)]
@@ -39,6 +39,9 @@ pub struct Args {
     /// Sampling
     #[command(flatten)]
     pub sampling: SamplingArgs,
+    /// Cache
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Number of continuations of each prompt. Their seeds are --seed, --seed + 1, …
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub n: u16,

@@ -14,7 +14,7 @@ use gd_model::infer::sampler::{Sampler, Sampling};
 use gd_model::infer::stop::StopStrings;
 use gd_model::infer::text::{FinishReason, TextStream};
 use gd_model::io::chat_template::ChatTemplate;
-use gd_model::model::pretrained::{self, Loaded};
+use gd_model::model::pretrained::Loaded;
 use serde_json::{Value, json};
 
 pub use args::Args;
@@ -37,7 +37,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
         return Err(usage("--stop is empty"));
     }
     let prompts = prompts::read(&args)?;
-    let loaded = pretrained::load_quantized(&args.model, &ctx.device)?;
+    let loaded = args.cache.load(&args.model, ctx)?;
     let at = || args.model.display().to_string();
     let end_tokens = loaded.end_tokens().with_context(at)?;
     let special = loaded.tokenizer.special_tokens();

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
-use crate::generation::SamplingArgs;
+use crate::generation::{CacheArgs, SamplingArgs};
 
 /// Serve a model over HTTP, in the interface of OpenAI, with a chat page at `/`
 #[derive(Debug, clap::Args)]
@@ -33,6 +33,9 @@ pub struct Args {
     /// Sampling where a request states none
     #[command(flatten)]
     pub sampling: SamplingArgs,
+    /// Cache
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Maximum number of sequences that are decoded together
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = positive)]
     pub batch: usize,

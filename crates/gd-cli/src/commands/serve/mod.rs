@@ -25,7 +25,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow};
 use gd_model::config::Mechanism;
 use gd_model::infer::engine::{BatchEngine, EngineLimits};
-use gd_model::model::pretrained;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -53,7 +52,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<()> {
     let listener = TcpListener::bind((args.host, args.port))
         .map_err(|e| usage(format!("--host {} --port {}: {e}", args.host, args.port)))?;
     let address = listener.local_addr()?;
-    let loaded = pretrained::load_quantized(&args.model, &ctx.device)?;
+    let loaded = args.cache.load(&args.model, ctx)?;
     let at = || args.model.display().to_string();
     let context = loaded.model.config().max_position_embeddings;
     let layers = loaded.model.config().num_hidden_layers;

@@ -333,6 +333,37 @@ macro_rules! by_float {
 }
 pub(crate) use by_float;
 
+/// As [`by_float`] for queries of dtype `$dtype` and keys or values of dtype `$stored`: `$t` and `$s` are bound to their
+/// element types, which are the same, or f32 and one of half precision.
+macro_rules! by_stored {
+    ($name:expr, $dtype:expr, $stored:expr, $t:ident, $s:ident => $body:expr) => {
+        match ($dtype, $stored) {
+            (::candle_core::DType::F32, ::candle_core::DType::F16) => {
+                type $t = f32;
+                type $s = $crate::backend::cpu::element::F16;
+                $body
+            }
+            (::candle_core::DType::F32, ::candle_core::DType::BF16) => {
+                type $t = f32;
+                type $s = $crate::backend::cpu::element::Bf16;
+                $body
+            }
+            (dtype, stored) if dtype != stored => {
+                return Err($crate::error::Error::Unsupported(format!(
+                    "{}: queries of {dtype:?} and keys or values of {stored:?}",
+                    $name
+                ))
+                .into());
+            }
+            (dtype, _) => $crate::backend::cpu::element::by_float!($name, dtype, $t => {
+                type $s = $t;
+                $body
+            }),
+        }
+    };
+}
+pub(crate) use by_stored;
+
 /// The accumulator dtype of a tensor dtype.
 pub(crate) fn acc_dtype(dtype: DType) -> DType {
     if dtype == DType::F64 { dtype } else { DType::F32 }

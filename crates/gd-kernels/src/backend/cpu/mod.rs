@@ -11,4 +11,5 @@ pub(crate) mod parallel;
 pub(crate) mod prefetch;
 pub(crate) mod product;
 pub(crate) mod quantize;
+pub(crate) mod stored;
 pub(crate) mod view;

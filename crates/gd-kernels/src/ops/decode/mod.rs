@@ -30,7 +30,7 @@ pub(crate) const MAX_QUERIES: usize = 16;
 /// One decoding step: the key of lowest energy of every query and its value row.
 ///
 /// q is `[B, Hq, N, D]` with one or a few queries per sequence, k `[B, Hk, M, D]` and v `[B, Hk, M, Dv]` a key-value
-/// cache; the mask says which keys are filled and visible. Data derived from the keys is passed as
+/// cache, on the CPU in f16 or bf16 also where q is in f32; the mask says which keys are filled and visible. Data derived from the keys is passed as
 /// [`Scan::cached`](crate::Scan::cached) and makes the step faster; what of it is read, and which code runs, is decided
 /// here:
 ///

@@ -3,12 +3,13 @@
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use super::direct::{self, Stored};
+use super::direct;
 use crate::backend::cpu::element::{Bf16, Element, F16};
 use crate::backend::cpu::parallel::vectorize;
 use crate::backend::cpu::product::{
     MatmulPrecision, product as matrix_product, product_values, with_matmul_precision,
 };
+use crate::backend::cpu::stored::Stored;
 use crate::backend::cpu::view::{Rows, cpu_slice};
 use crate::backend::graph::{Finished, attach1, attach2, with_contiguous_rows};
 use crate::error::Result;

@@ -4,57 +4,16 @@
 
 use std::array;
 
-use half::slice::HalfFloatSliceExt;
-
-use crate::backend::cpu::element::{Bf16, Element, F16, add_up};
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::lanes::{LANES, Lanes, WithLanes, fastest_isa, with_lanes};
+use crate::backend::cpu::lanes::{Lanes, WithLanes, fastest_isa, with_lanes};
 use crate::backend::cpu::parallel::{column_tasks, par_items};
-use crate::backend::cpu::prefetch::prefetch_at;
+use crate::backend::cpu::stored::{Stored, row_products};
 use crate::backend::cpu::view::Rows;
 
-/// Elements of a row that are multiplied in one step: those of two registers, whose sums do not depend on each other.
-const STEP: usize = 2 * LANES;
 /// Rows of activations that are multiplied by a row of weights together.
 const MAX_GROUP_ROWS: usize = 4;
 /// Bytes of the weights of a task.
 const TASK_BYTES: usize = 1 << 17;
-/// Bytes between a weight that is multiplied and the one that is prefetched meanwhile.
-const PREFETCH_DISTANCE_BYTES: usize = 1 << 12;
-
-/// An element type of the weights.
-pub(super) trait Stored: Element<Acc = f32> {
-    /// The elements as f32.
-    fn load<V: Lanes>(x: &[Self; LANES]) -> V::Float;
-}
-
-impl Stored for f32 {
-    #[inline(always)]
-    fn load<V: Lanes>(x: &[f32; LANES]) -> V::Float {
-        V::load_float(x)
-    }
-}
-
-impl Stored for F16 {
-    #[inline(always)]
-    fn load<V: Lanes>(x: &[F16; LANES]) -> V::Float {
-        V::load_half(bytes_of(x.reinterpret_cast()))
-    }
-}
-
-impl Stored for Bf16 {
-    #[inline(always)]
-    fn load<V: Lanes>(x: &[Bf16; LANES]) -> V::Float {
-        V::load_bfloat(bytes_of(x.reinterpret_cast()))
-    }
-}
-
-/// The bytes of 16 numbers.
-#[inline(always)]
-fn bytes_of(x: &[u16]) -> &[u8; 2 * LANES] {
-    let Some(bytes) = bytemuck::cast_slice(x).first_chunk() else { unreachable!("16 numbers") };
-    bytes
-}
 
 /// y `[rows of x, rows of weight]`; every weight is read once from memory.
 pub(super) fn multiply<T: Stored>(x: &Rows<f32>, weight: &Rows<T>) -> Vec<f32> {
@@ -131,49 +90,13 @@ impl<T: Stored> Task<'_, '_, T> {
     }
 }
 
-/// The products of `R` rows with `W` rows of weights. The order of the additions is the same for all `R` and `W`.
-#[inline(always)]
-fn row_products<V: Lanes, T: Stored, const R: usize, const W: usize>(
-    x: [&[f32]; R],
-    weights: [&[T]; W],
-) -> [[f32; W]; R] {
-    let parts = weights.map(|weight| weight.as_chunks::<STEP>());
-    let steps = parts.iter().map(|(steps, _)| steps.len()).min().unwrap_or_default();
-    let mut sums = [[[V::splat_float(0.0); 2]; W]; R];
-    for i in 0..steps {
-        for (steps, _) in parts {
-            prefetch_at(&steps[i], PREFETCH_DISTANCE_BYTES);
-        }
-        for half in 0..2 {
-            for w in 0..W {
-                let weight = T::load::<V>(&parts[w].0[i].as_chunks::<LANES>().0[half]);
-                for r in 0..R {
-                    let Some(x) = x[r][i * STEP + half * LANES..].first_chunk() else {
-                        unreachable!("rows of one length")
-                    };
-                    sums[r][w][half] = V::plus(sums[r][w][half], V::times(V::load_float(x), weight));
-                }
-            }
-        }
-    }
-    let mut totals = [[0.0; W]; R];
-    for r in 0..R {
-        for w in 0..W {
-            let mut tail = 0.0;
-            for (x, weight) in x[r][steps * STEP..].iter().zip(parts[w].1) {
-                tail += x * weight.up();
-            }
-            totals[r][w] = add_up(V::array(V::plus(sums[r][w][0], sums[r][w][1]))) + tail;
-        }
-    }
-    totals
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Result, Tensor};
 
     use super::*;
+    use crate::backend::cpu::element::{Bf16, F16, add_up};
+    use crate::backend::cpu::stored::STEP;
     use crate::backend::cpu::view::cpu_slice;
     use crate::ops::agreement::noise;
 

@@ -49,7 +49,8 @@ impl Candidates {
 
 /// The K keys of lowest selection energy for every query, and its protected keys, sorted by (energy, index).
 ///
-/// q is `[B, Hq, N, D]` and k `[B, Hk, M, D]`, of one dtype and device, Hq a multiple of Hk. The energy of key j for
+/// q is `[B, Hq, N, D]` and k `[B, Hk, M, D]`, of one dtype and device, Hq a multiple of Hk. On the CPU, k may be in f16 or
+/// bf16 where q is in f32; the result is that for k widened to f32, to the bit. The energy of key j for
 /// query i is `beta |q_i - k_j|^2 - b_j`, or `-beta <q_i, k_j> - b_j` for [`Score::Dot`](crate::Score::Dot), with the
 /// prior b. The result has no gradient; gradients start at [`select`](crate::select).
 ///

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::backend::check::dims4;
+use crate::backend::check::{check_stored, dims4};
 use crate::cache::KeyShape;
 use crate::error::{Error, Result};
 use crate::ops::scan::options::Scan;
@@ -26,8 +26,10 @@ pub struct Problem {
     pub head_dim: usize,
     /// K, without protected keys.
     pub candidates: usize,
-    /// Element type of q and k.
+    /// Element type of q.
     pub dtype: DType,
+    /// Element type of k: that of q or, on the CPU, f16 or bf16 where q is f32.
+    pub key_dtype: DType,
     /// How keys are scored.
     pub score: Score,
     /// Which of several keys with the same energy comes first.
@@ -56,9 +58,7 @@ impl Problem {
                 "{q_heads} query heads are not a multiple of {kv_heads} key heads"
             )));
         }
-        if q.dtype() != k.dtype() {
-            return Err(Error::Invalid(format!("q is {:?}, k is {:?}", q.dtype(), k.dtype())));
-        }
+        check_stored("scan", q, "k", k)?;
         if !q.device().same_device(k.device()) {
             return Err(Error::Invalid("q and k are on different devices".into()));
         }
@@ -75,6 +75,7 @@ impl Problem {
             head_dim,
             candidates: scan.candidates,
             dtype: q.dtype(),
+            key_dtype: k.dtype(),
             score: scan.score,
             tie: scan.tie,
             precision: scan.precision_on(q.device()),
@@ -88,8 +89,8 @@ impl Problem {
 
     /// The shape of the keys.
     pub(crate) fn key_shape(&self) -> KeyShape {
-        let Self { batch, kv_heads, head_dim, dtype, score, .. } = *self;
-        KeyShape { sequences: batch, kv_heads, head_dim, dtype, score }
+        let Self { batch, kv_heads, head_dim, key_dtype, score, .. } = *self;
+        KeyShape { sequences: batch, kv_heads, head_dim, dtype: key_dtype, score }
     }
 
     /// The shape of a key prior; refuses one that is not `[B|1, Hq|Hk, M]`.

@@ -32,7 +32,7 @@ use crate::ops::scan::{Candidates, overflow};
 /// are those after the barrier.
 #[derive(Debug, Clone)]
 pub struct Selected {
-    /// Output `[B, Hq, N, Dv]`, dtype of v, differentiable.
+    /// Output `[B, Hq, N, Dv]`, dtype of q, differentiable.
     pub y: Tensor,
     /// Selected key `[B, Hq, N]`, i32; -1 where the head abstained.
     pub index: Tensor,
@@ -93,7 +93,8 @@ pub struct Round {
 /// choice is that of the [`Estimator`](crate::Estimator).
 ///
 /// * `q`: `[B, Hq, N, D]`; `k`: `[B, Hk, M, D]`; `v`: `[B, Hk, M, Dv]`, of one dtype and device: f64, f32, f16 or bf16
-///   on the CPU; f32, f16 or bf16 on a GPU. Hq is a multiple of Hk; query head h reads key-value head `h / (Hq / Hk)`.
+///   on the CPU; f32, f16 or bf16 on a GPU. On the CPU, without gradients, k and v may be in f16 or bf16 where q is in f32.
+///   Hq is a multiple of Hk; query head h reads key-value head `h / (Hq / Hk)`.
 /// * `candidates`: from a [`scan`](crate::scan) of the same q and k. On a GPU at most 64 a query.
 ///
 /// Differentiable in q, k, v and in the tensors of `select`: prior, beta, alpha, threshold and rounds. Forward and

@@ -139,7 +139,7 @@ pub(super) fn run<S: Steps>(
     };
     let Record { index, energy, margin, gate, .. } = record;
     let picks = later_picks(&compared, &candidates.index, &threshold, s)?;
-    Ok(Selected { y: y.to_dtype(v.dtype())?, index, energy, margin, gate, coherence, compared, later, picks })
+    Ok(Selected { y: y.to_dtype(q.dtype())?, index, energy, margin, gate, coherence, compared, later, picks })
 }
 
 /// The thresholds of the queries `[B, Hq, N]` with [`Gate::Margin`]: the energy of the first candidate that is not read, +inf
@@ -217,7 +217,7 @@ fn choose<S: Steps>(
     // Without an energy gate, the gate of the record is 1, or 0 where the row abstains.
     record.gate = record.gate.gt(0.0)?.where_cond(&density.detach(), &record.gate)?;
     let scaled =
-        |y: &Tensor| -> Result<Tensor> { Ok(y.broadcast_mul(&density.unsqueeze(3)?.to_dtype(v.dtype())?)?) };
+        |y: &Tensor| -> Result<Tensor> { Ok(y.broadcast_mul(&density.unsqueeze(3)?.to_dtype(y.dtype())?)?) };
     let hard = s.hardness;
     // The gate scales the selected row alone, not the soft mixture.
     let y = match (s.estimator == Estimator::Blend || hard == 0.0, hard == 1.0) {

@@ -25,7 +25,7 @@ pub struct Sizes {
     pub value_dim: usize,
     /// K: candidates of a query, protected ones included.
     pub slots: usize,
-    /// The dtype of q, k and v.
+    /// The dtype of q and of the output. That of k and v is the same, but on the CPU f16 or bf16 where this is f32.
     pub dtype: DType,
 }
 

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::{MAX_PICKS, Select, Sizes};
-use crate::backend::check::{check_head, dims4, head_values, positive};
+use crate::backend::check::{check_head, check_stored, dims4, head_values, positive, refuse_mixed_gradients};
 use crate::backend::cpu::element::acc_dtype;
 use crate::backend::support::require_device;
 use crate::error::{Error, Result};
@@ -30,9 +30,8 @@ pub(crate) fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Sizes> {
             v.dims()
         )));
     }
-    if k.dtype() != q.dtype() || v.dtype() != q.dtype() {
-        return Err(Error::Invalid(format!("q, k, v are {:?}, {:?}, {:?}", q.dtype(), k.dtype(), v.dtype())));
-    }
+    check_stored("select", q, "k", k)?;
+    check_stored("select", q, "v", v)?;
     if !(q.device().same_device(k.device()) && q.device().same_device(v.device())) {
         return Err(Error::Invalid("q, k and v are on different devices".into()));
     }
@@ -58,6 +57,7 @@ pub(super) fn validate(
     s: &Select,
 ) -> Result<Sizes> {
     let sizes = sizes(q, k, v)?;
+    refuse_mixed_gradients("select", [q, k, v], &[Some(s.beta), s.prior, s.threshold, s.alpha, s.rounds])?;
     let Sizes { batch: b, q_heads: hq, kv_heads: hk, queries: n, keys: m, head_dim: d, .. } = sizes;
     let (cb, ch, cn, slots) = candidates.index.dims4()?;
     if (cb, ch, cn) != (b, hq, n) || candidates.energy.dims() != candidates.index.dims() {
@@ -166,6 +166,7 @@ pub(super) fn validate(
             head_dim: d,
             candidates: slots,
             dtype: q.dtype(),
+            key_dtype: k.dtype(),
             score: s.score,
             tie: s.tie,
             precision: Precision::Native,

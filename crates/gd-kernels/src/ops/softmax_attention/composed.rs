@@ -1,8 +1,9 @@
 //! Softmax attention composed of candle's operations, which have gradients on every device.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, Var};
 
 use super::sink_of_queries;
+use crate::backend::graph::with_backward;
 use crate::mask::Mask;
 use crate::ops::masked_softmax::masked_softmax;
 
@@ -34,6 +35,31 @@ pub(super) fn softmax_attention(
         Some(sink) => y.broadcast_mul(&share_of_keys(&scores, &weights, sink)?),
         None => Ok(y),
     }
+}
+
+/// `y`, the result of [`softmax_attention`] without gradients, as a function of its tensors, with the gradients of the
+/// composition, which is computed again in the backward pass.
+pub(super) fn with_gradients(
+    y: &Tensor,
+    [q, k, v]: [&Tensor; 3],
+    prior: Option<&Tensor>,
+    sink: Option<&Tensor>,
+    mask: &Mask,
+    scale: f64,
+) -> Result<Tensor> {
+    let (mask, has_prior) = (mask.clone(), prior.is_some());
+    let same_dtype = |t: &Tensor| t.to_dtype(q.dtype());
+    let others = prior.into_iter().chain(sink).map(same_dtype).collect::<Result<Vec<_>>>()?;
+    let inputs: Vec<&Tensor> = [q, k, v].into_iter().chain(&others).collect();
+    with_backward("softmax-attention", &inputs, y, move |tensors, dy| {
+        let leaves = tensors.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+        let [q, k, v, others @ ..] = leaves.as_slice() else { unreachable!("three tensors and more") };
+        let (prior, sink) = if has_prior { (others.first(), others.get(1)) } else { (None, others.first()) };
+        let y = softmax_attention(q, k, v, prior.map(|t| &**t), sink.map(|t| &**t), &mask, scale)?;
+        let gradients = (y * dy)?.sum_all()?.backward()?;
+        let of = |leaf: &Var| gradients.get(leaf).map_or_else(|| leaf.zeros_like(), |grad| Ok(grad.clone()));
+        leaves.iter().map(of).collect()
+    })
 }
 
 /// `t` in a layout that a batched product reads without a copy: itself where the matrices are contiguous and evenly

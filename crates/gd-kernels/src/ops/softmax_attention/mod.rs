@@ -3,21 +3,24 @@
 mod composed;
 mod cpu;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
+use crate::backend::check::{check_stored, refuse_mixed_gradients};
 use crate::backend::dispatch::on_cpu;
 use crate::backend::span::{Pass, operator_span};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 
-/// The most query rows for the keys of a head, as in a decoding step, with which the weights are stored: they are few, and
-/// copying the keys into blocks would take longer than the products.
-const MAX_COMPOSED_ROWS: usize = 8;
+/// The most query rows for the keys of a head, as in a decoding step, for which the keys are not copied into blocks: that
+/// would take longer than the products.
+const MAX_DECODE_ROWS: usize = 8;
 
 /// Softmax attention, `y_i = sum_j exp(s_ij) v_j / (exp(sink) + sum_j exp(s_ij))` over the keys j that query i sees, with
 /// `s_ij = scale <q_i, k_j> + prior_j` (Vaswani et al., arXiv 1706.03762).
 ///
-/// * `q`: `[B, Hq, N, D]`, `k`: `[B, Hk, M, D]`, `v`: `[B, Hk, M, Dv]`, in f64, f32, f16 or bf16; Hk divides Hq.
+/// * `q`: `[B, Hq, N, D]`, `k`: `[B, Hk, M, D]`, `v`: `[B, Hk, M, Dv]`, in f64, f32, f16 or bf16; Hk divides Hq. On the
+///   CPU, without gradients, k and v may both be in f16 or bf16 where q is in f32, as in a cache. The result is that for k
+///   and v widened to f32, to the bit.
 /// * `prior`: `[B, Hk, M]`, added to the scores of a key; -inf excludes it.
 /// * `sink`: `[Hq]`, or `[B, Hq, N]` for every query its own, the score of an additional key whose value is 0 (Xiao et
 ///   al., arXiv 2309.17453); without it the weights of a query sum to 1.
@@ -28,11 +31,12 @@ const MAX_COMPOSED_ROWS: usize = 8;
 ///
 /// On the CPU this is the algorithm of FlashAttention (Dao et al., arXiv 2205.14135): blocks of scores are computed,
 /// normalised by a running maximum and discarded, and the backward pass computes them again, so that the memory is
-/// O(N + M) for each head. The results do not depend on the number of threads. On a GPU, and for a few queries, it is a
-/// composition of candle's operations, which stores N x M weights.
+/// O(N + M) for each head. For a few queries, as in a decoding step, keys and values are read in place and divided
+/// among threads; their backward pass, and a few queries in f64, are a composition of candle's operations, which stores
+/// N x M weights, as everything is on a GPU. The results do not depend on the number of threads.
 ///
 /// # Errors
-/// [`Error::Invalid`] for shapes that do not fit, [`Error::Unsupported`] for another dtype.
+/// [`Error::Invalid`] for shapes and dtypes that do not fit, [`Error::Unsupported`] for another dtype.
 ///
 /// # Examples
 /// ```
@@ -58,15 +62,22 @@ pub fn softmax_attention(
     let _span = operator_span("softmax_attention", Pass::Forward);
     let sizes = Sizes::new(q, k, v, prior, sink)?;
     mask.validate(sizes.batch, sizes.keys)?;
-    if !on_cpu(q.device()) || sizes.rows() <= MAX_COMPOSED_ROWS {
+    refuse_mixed_gradients("softmax attention", [q, k, v], &[prior, sink])?;
+    let decodes = sizes.rows() <= MAX_DECODE_ROWS;
+    if !on_cpu(q.device()) || decodes && q.dtype() == DType::F64 {
         return Ok(composed::softmax_attention(q, k, v, prior, sink, mask, scale)?);
     }
-    // candle's operators have at most three arguments with gradients: the prior of a key and the sink of a query are one
+    let problem = cpu::Problem { sizes, mask: mask.clone(), scale };
+    if decodes {
+        let y = cpu::decode::softmax_attention([q, k, v], prior, sink, &problem)?;
+        let tracked = [Some(q), Some(k), Some(v), prior, sink].into_iter().flatten().any(Tensor::track_op);
+        if tracked && y.elem_count() > 0 {
+            return Ok(composed::with_gradients(&y, [q, k, v], prior, sink, mask, scale)?);
+        }
+        return Ok(y);
+    }
+    // candle's operators have at most three arguments with gradients: the sink of a query and the prior of a key are one
     // more element of their rows.
-    let k = match prior {
-        Some(prior) => Tensor::cat(&[k, &prior.to_dtype(k.dtype())?.unsqueeze(3)?], 3)?,
-        None => k.clone(),
-    };
     let q = match sink {
         Some(sink) => {
             let dims = (sizes.batch, sizes.q_heads, sizes.queries, 1);
@@ -75,7 +86,14 @@ pub fn softmax_attention(
         }
         None => q.clone(),
     };
-    cpu::softmax_attention(&q, &k, v, sizes, mask, scale)
+    if k.dtype() != q.dtype() {
+        return cpu::softmax_attention_of_stored([&q, k, v], prior, &problem);
+    }
+    let k = match prior {
+        Some(prior) => Tensor::cat(&[k, &prior.to_dtype(k.dtype())?.unsqueeze(3)?], 3)?,
+        None => k.clone(),
+    };
+    cpu::softmax_attention([&q, &k, v], problem)
 }
 
 /// A sink as a column beside the scores, `[1, Hq, 1, 1]` or `[B, Hq, N, 1]`.
@@ -114,8 +132,9 @@ impl Sizes {
         if (b, d) != (bk, dk) || (bk, hk, m) != (bv, hv, mv) || hk == 0 || hq % hk != 0 {
             return invalid(format!("q {:?}, k {:?} and v {:?} do not fit", q.dims(), k.dims(), v.dims()));
         }
-        if (q.dtype(), q.dtype()) != (k.dtype(), v.dtype()) {
-            return invalid(format!("q, k and v are {:?}, {:?} and {:?}", q.dtype(), k.dtype(), v.dtype()));
+        check_stored("softmax attention", q, "k", k)?;
+        if k.dtype() != v.dtype() {
+            return invalid(format!("k and v are {:?} and {:?}", k.dtype(), v.dtype()));
         }
         match prior {
             Some(prior) if prior.dims() != [b, hk, m] => {

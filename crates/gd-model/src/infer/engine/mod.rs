@@ -24,6 +24,13 @@ use crate::infer::logprobs::TokenLogprobs;
 use crate::infer::sampler::Sampler;
 use crate::model::Transformer;
 
+/// Tokens of a prompt that are read at a time by default: more are hardly faster, and their hidden states take more memory.
+const TOKENS_PER_STEP: usize = 512;
+
+/// New tokens for which the cache of a prompt has memory from the start. It grows for longer answers, which are not known
+/// beforehand.
+const RESERVED_TOKENS: usize = 1024;
+
 /// How much a [`BatchEngine`] does at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineLimits {
@@ -36,9 +43,9 @@ pub struct EngineLimits {
 }
 
 impl Default for EngineLimits {
-    /// One sequence at a time, whole prompts, nothing stored.
+    /// One sequence at a time, 512 tokens of a prompt at a time, nothing stored.
     fn default() -> Self {
-        Self { sequences: 1, tokens_per_step: usize::MAX, stored_tokens: 0 }
+        Self { sequences: 1, tokens_per_step: TOKENS_PER_STEP, stored_tokens: 0 }
     }
 }
 
@@ -364,7 +371,13 @@ impl<'a> BatchEngine<'a> {
                 (next.cache, next.read, next.logits) = (prefix.cache, prefix.tokens, prefix.logits);
                 next.reused = next.read;
             }
-            None => next.cache = self.model.new_cache(),
+            None => {
+                // The last token of a sequence is not an input.
+                let new = next.sequence.remaining.min(RESERVED_TOKENS).saturating_sub(1);
+                let positions = next.sequence.tokens.len() + new;
+                let caches = self.model.new_cache().into_iter();
+                next.cache = caches.map(|cache| cache.with_capacity(positions)).collect();
+            }
         }
         self.counts.reused_tokens += next.reused as u64;
         Ok(())

@@ -98,6 +98,8 @@ pub struct Transformer {
     config: ModelConfig,
     /// The dtype of the hidden states. Embedding and projections may be stored in half precision.
     dtype: DType,
+    /// That of the keys and values in new caches.
+    cache_dtype: DType,
 }
 
 impl Transformer {
@@ -159,6 +161,7 @@ impl Transformer {
             head: Linear::new(head, None),
             config: config.clone(),
             dtype: vb.dtype(),
+            cache_dtype: vb.dtype(),
         })
     }
 
@@ -240,9 +243,42 @@ impl Transformer {
         &self.config
     }
 
-    /// Empty caches, one per layer.
+    /// Empty caches, one per layer, which store keys and values in the dtype of [`Transformer::set_cache_dtype`].
     pub fn new_cache(&self) -> Vec<LayerCache> {
-        vec![LayerCache::new(); self.blocks.len()]
+        vec![LayerCache::new().with_dtype(self.cache_dtype); self.blocks.len()]
+    }
+
+    /// Sets the dtype in which new caches store keys and values, initially that of the model. On the CPU, a model that computes
+    /// in f32 can store them in f16 or bf16; see [`LayerCache::with_dtype`].
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) for another dtype.
+    pub fn set_cache_dtype(&mut self, dtype: DType) -> crate::Result<()> {
+        if self.can_cache(dtype) {
+            self.cache_dtype = dtype;
+            return Ok(());
+        }
+        let all = [DType::F64, DType::F32, DType::F16, DType::BF16];
+        let allowed: Vec<&str> =
+            all.into_iter().filter(|dtype| self.can_cache(*dtype)).map(|dtype| dtype.as_str()).collect();
+        let device = if self.is_on_cpu() { "the CPU" } else { "a GPU" };
+        let allowed = format!("{} for this model on {device}", allowed.join(", "));
+        Err(crate::Error::out_of_range("cache_dtype", dtype.as_str(), allowed))
+    }
+
+    /// Whether caches can store keys and values in `dtype`.
+    pub(crate) fn can_cache(&self, dtype: DType) -> bool {
+        let narrow = self.dtype == DType::F32 && [DType::F16, DType::BF16].contains(&dtype);
+        dtype == self.dtype || narrow && self.is_on_cpu()
+    }
+
+    fn is_on_cpu(&self) -> bool {
+        self.norm.weight().device().is_cpu()
+    }
+
+    /// The dtype in which the model computes.
+    pub(crate) fn dtype(&self) -> DType {
+        self.dtype
     }
 
     /// The logits `[B, N, V]` of ids `[B, N]`, u32. With caches, the ids continue the cached positions.

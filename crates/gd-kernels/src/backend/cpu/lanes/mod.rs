@@ -5,7 +5,7 @@ mod x86;
 
 use std::sync::LazyLock;
 
-use crate::backend::cpu::element::{Bf16, Element, F16};
+use crate::backend::cpu::element::{Bf16, Element, F16, add_up};
 use crate::backend::cpu::isa::Isa;
 
 /// Lanes of a register.
@@ -82,6 +82,8 @@ pub(crate) trait Lanes: Copy {
     fn times(a: Self::Float, b: Self::Float) -> Self::Float;
     /// `a b + c`, rounded once.
     fn fused(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
+    /// The sum of the lanes in the order of [`add_up`].
+    fn total(x: Self::Float) -> f32;
     /// The lanes.
     fn array(x: Self::Float) -> [f32; LANES];
 }
@@ -189,6 +191,11 @@ impl Lanes for Portable {
     #[inline(always)]
     fn fused(a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    #[inline(always)]
+    fn total(x: [f32; LANES]) -> f32 {
+        add_up(x)
     }
 
     #[inline(always)]

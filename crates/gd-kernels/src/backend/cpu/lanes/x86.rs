@@ -143,10 +143,31 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn total(x: __m512) -> f32 {
+        unsafe {
+            let upper = _mm512_extractf32x8_ps::<1>(x);
+            total_of_eight(_mm256_add_ps(_mm512_castps512_ps256(x), upper))
+        }
+    }
+
+    #[inline(always)]
     fn array(x: __m512) -> [f32; LANES] {
         let mut array = [0.0; LANES];
         unsafe { _mm512_storeu_ps(array.as_mut_ptr(), x) };
         array
+    }
+}
+
+/// The sum of eight lanes: the upper half is added to the lower one until one is left.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn total_of_eight(x: __m256) -> f32 {
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
     }
 }
 
@@ -282,6 +303,11 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn fused(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    fn total([a, b]: [__m256; 2]) -> f32 {
+        unsafe { total_of_eight(_mm256_add_ps(a, b)) }
     }
 
     #[inline(always)]

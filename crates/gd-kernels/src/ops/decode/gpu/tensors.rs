@@ -77,6 +77,7 @@ pub(crate) fn decode_paged<G: TensorGpu>(
         head_dim,
         candidates: 1,
         dtype: q.dtype(),
+        key_dtype: q.dtype(),
         score: scan.score,
         tie: scan.tie,
         precision: decode_precision(scan),

@@ -54,9 +54,10 @@ impl Protected {
     }
 }
 
-/// The arguments of a scan; q and k are `[B, H, rows, D]`.
+/// The arguments of a scan; q and k are `[B, H, rows, D]`. The keys may be stored in fewer bits than the queries are
+/// computed in, as in a cache: queries are in the accumulator type.
 pub(crate) struct Arguments<'a, T: Element> {
-    pub(crate) q: View<'a, T>,
+    pub(crate) q: View<'a, T::Acc>,
     pub(crate) k: View<'a, T>,
     pub(crate) beta: &'a [T::Acc],
     pub(crate) prior: Option<&'a Prior<T::Acc>>,

@@ -166,7 +166,13 @@ impl<T: Element> Block<'_, T> {
 /// where query and key nearly coincide. The energy of finite numbers that exceeds the range of the accumulator is its
 /// greatest number, with the sign of the energy.
 #[inline(always)]
-pub(crate) fn pair_energy<T: Element>(score: Score, beta: T::Acc, prior: T::Acc, q: &[T], k: &[T]) -> T::Acc {
+pub(crate) fn pair_energy<Q: Element, K: Element<Acc = Q::Acc>>(
+    score: Score,
+    beta: Q::Acc,
+    prior: Q::Acc,
+    q: &[Q],
+    k: &[K],
+) -> Q::Acc {
     let sum = match score {
         Score::Energy => sum2(
             q,
@@ -191,23 +197,23 @@ pub(crate) fn pair_energy<T: Element>(score: Score, beta: T::Acc, prior: T::Acc,
 /// An energy that overflowed, computed in f64.
 #[cold]
 #[inline(never)]
-fn overflowed<T: Element>(
+fn overflowed<Q: Element, K: Element<Acc = Q::Acc>>(
     score: Score,
-    beta: T::Acc,
-    prior: T::Acc,
-    q: &[T],
-    k: &[T],
-    energy: T::Acc,
-) -> T::Acc {
+    beta: Q::Acc,
+    prior: Q::Acc,
+    q: &[Q],
+    k: &[K],
+    energy: Q::Acc,
+) -> Q::Acc {
     if !(finite(q) && finite(k) && prior.is_finite()) {
         return energy;
     }
     let energy = energy_in_f64(score, beta, prior, q, k);
-    T::Acc::of(energy).max(T::Acc::min_value()).min(T::Acc::max_value())
+    Q::Acc::of(energy).max(Q::Acc::min_value()).min(Q::Acc::max_value())
 }
 
 /// The energy of finite numbers in f64.
-fn energy_in_f64<T: Element>(score: Score, beta: T::Acc, prior: T::Acc, q: &[T], k: &[T]) -> f64 {
+fn energy_in_f64<Q: Element, K: Element>(score: Score, beta: Q::Acc, prior: Q::Acc, q: &[Q], k: &[K]) -> f64 {
     let energy = beta.wide() * form_in_f64(score, q, k) - prior.wide();
     // NaN is the difference of two infinities.
     if energy.is_nan() { f64::MAX } else { energy }

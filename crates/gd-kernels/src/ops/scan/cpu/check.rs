@@ -58,14 +58,13 @@ fn check_dot_products<T: Element>(
     rows: &[usize],
     keys: &[usize],
 ) -> Result<()> {
-    let greatest = |row: &[T]| row.iter().map(|x| x.up().wide().abs()).fold(0.0, f64::max);
     let longest = keys
         .par_iter()
         .map(|&j| (greatest(x.k.row(b, kv_head, j)), j))
         .max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
     let Some((largest_key, j)) = longest else { return Ok(()) };
     let range = T::Acc::max_value().wide() / problem.head_dim as f64;
-    let overflows = |q: &[T]| !has_large_norm(q) && greatest(q) > range / largest_key;
+    let overflows = |q: &[T::Acc]| !has_large_norm(q) && greatest(q) > range / largest_key;
     let group = problem.group();
     let refused = (kv_head * group..(kv_head + 1) * group)
         .find_map(|h| rows.par_iter().find_first(|&&i| overflows(x.q.row(b, h, i))).map(|i| (h, i)));
@@ -78,6 +77,11 @@ fn check_dot_products<T: Element>(
         ))),
         None => Ok(()),
     }
+}
+
+/// The greatest magnitude in a row.
+fn greatest<T: Element>(row: &[T]) -> f64 {
+    row.iter().map(|x| x.up().wide().abs()).fold(0.0, f64::max)
 }
 
 fn check_rows<'a, T: Element>(

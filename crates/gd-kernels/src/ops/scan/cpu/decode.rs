@@ -159,7 +159,7 @@ impl<A: Real> Head<A> {
         let (d, visible) = (block.problem.head_dim, block.visible());
         let mut q = vec![A::of(0.0); visible.len() * d];
         for (q, i) in q.chunks_exact_mut(d).zip(block.rows.clone()) {
-            q.iter_mut().zip(block.x.q.row(block.b, block.h, i)).for_each(|(q, x)| *q = x.up());
+            q.copy_from_slice(block.x.q.row(block.b, block.h, i));
         }
         let norm: Vec<f32> =
             q.chunks_exact(d).map(|q| dot::<A, S>(simd, q, q).sqrt() + SUBNORMAL_NORM_ERROR).collect();

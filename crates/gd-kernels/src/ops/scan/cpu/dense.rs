@@ -74,8 +74,8 @@ impl<T: Element> Dense<'_, T> {
         let mut q = vec![T::Acc::zero(); visible.len().next_multiple_of(R) * d];
         for (row, i) in block.rows.clone().enumerate() {
             let group = &mut q[row / R * R * d..];
-            for (slot, x) in group[row % R..].iter_mut().step_by(R).zip(block.x.q.row(block.b, block.h, i)) {
-                *slot = x.up();
+            for (slot, &x) in group[row % R..].iter_mut().step_by(R).zip(block.x.q.row(block.b, block.h, i)) {
+                *slot = x;
             }
         }
         let mut bias = vec![T::Acc::zero(); width];

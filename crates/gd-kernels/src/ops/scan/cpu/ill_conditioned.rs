@@ -118,7 +118,7 @@ impl<'a, T: Element> Block<'a, T> {
         const TOGETHER: usize = 4;
         let mut q = Vec::with_capacity(self.problem.head_dim);
         for &x in self.x.q.row(self.b, self.h, self.rows.start + row) {
-            q.push(x.up().wide());
+            q.push(x.wide());
         }
         let beta = self.x.beta[self.h].wide();
         let mut top_k = TopK::<f64>::new(1, self.problem.candidates, KEYS, self.backwards());
@@ -164,7 +164,7 @@ fn square<T: Element>(x: &[T]) -> T::Acc {
 
 /// `|x - y|^2`.
 #[inline(always)]
-fn squared_distance<T: Element>(x: &[T], y: &[T]) -> T::Acc {
+fn squared_distance<X: Element, Y: Element<Acc = X::Acc>>(x: &[X], y: &[Y]) -> X::Acc {
     sum2(
         x,
         y,
@@ -229,7 +229,7 @@ fn forms<T: Element, const C: usize>(
 }
 
 /// `sum (q - k)^2`, or `-<q, k>`, in f64.
-pub(super) fn form_in_f64<T: Element>(score: Score, q: &[T], k: &[T]) -> f64 {
+pub(super) fn form_in_f64<Q: Element, K: Element>(score: Score, q: &[Q], k: &[K]) -> f64 {
     let q: Vec<f64> = q.iter().map(|x| x.up().wide()).collect();
     let [sum] = match score {
         Score::Energy => forms(&q, [k], |sum, q, k| (q - k).mul_add(q - k, sum)),

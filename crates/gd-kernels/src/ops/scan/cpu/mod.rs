@@ -29,7 +29,7 @@ use num_traits::Float;
 use rayon::prelude::*;
 
 use crate::backend::check::{head_values, positive};
-use crate::backend::cpu::element::{Element, by_float};
+use crate::backend::cpu::element::{Element, acc_dtype, by_float};
 use crate::backend::cpu::view::with_view;
 use crate::backend::graph::with_contiguous_rows;
 use crate::cache::int8_keys::cpu::Int8Panels;
@@ -66,15 +66,16 @@ pub(crate) fn scan(
     k: &Tensor,
     scan: &Scan,
 ) -> Result<Candidates> {
-    let (q, k) = (with_contiguous_rows(q)?, with_contiguous_rows(k)?);
+    let q = with_contiguous_rows(&q.detach().to_dtype(acc_dtype(problem.dtype))?)?;
+    let k = with_contiguous_rows(k)?;
     let protected = scan.protected.map(|p| protected_keys(p, problem)).transpose()?;
     let int8 = cached_int8(scan, problem)?;
-    by_float!("scan", problem.dtype, T => {
+    by_float!("scan", problem.key_dtype, T => {
         type A = <T as Element>::Acc;
         let beta = head_values::<A>("beta", scan.beta, problem.q_heads)?;
         positive("beta", &beta)?;
         let prior = scan.prior.map(|p| prior_values(p, problem)).transpose()?;
-        let out = with_view::<T, _>(&q, |q| with_view::<T, _>(&k, |k| {
+        let out = with_view::<A, _>(&q, |q| with_view::<T, _>(&k, |k| {
             let x = Arguments {
                 q, k, beta: &beta, prior: prior.as_ref(), protected: protected.as_ref(), mask: scan.mask, int8,
             };

@@ -112,7 +112,7 @@ impl<T: Element> Rescore<'_, '_, T> {
         /// Elements that are processed without a bounds check.
         const UNROLL: usize = 8;
         let (block, d) = (&self.block, self.block.problem.head_dim);
-        let mut rows: [(&[T], &[T]); C] = [(&[], &[]); C];
+        let mut rows: [(&[T::Acc], &[T]); C] = [(&[], &[]); C];
         let mut acc = [T::Acc::zero(); C];
         for c in 0..C {
             let (i, j) = (pairs[c].0 as usize, pairs[c].1 as usize);
@@ -122,10 +122,10 @@ impl<T: Element> Rescore<'_, '_, T> {
             block.add_prior(&mut bias, j);
             acc[c] = bias[0];
         }
-        let step = |acc: &mut T::Acc, q: T, k: T| *acc = q.up().mul_add(k.up(), *acc);
+        let step = |acc: &mut T::Acc, q: T::Acc, k: T| *acc = q.mul_add(k.up(), *acc);
         let chunks = rows.map(|(q, k)| (q.as_chunks::<UNROLL>().0, k.as_chunks::<UNROLL>().0));
         for p in 0..d / UNROLL {
-            let chunk: [(&[T; UNROLL], &[T; UNROLL]); C] = chunks.map(|(q, k)| (&q[p], &k[p]));
+            let chunk: [(&[T::Acc; UNROLL], &[T; UNROLL]); C] = chunks.map(|(q, k)| (&q[p], &k[p]));
             for x in 0..UNROLL {
                 for c in 0..C {
                     step(&mut acc[c], chunk[c].0[x], chunk[c].1[x]);

@@ -65,8 +65,13 @@ impl Choice {
         out
     }
 
-    /// The output of every row.
-    pub(super) fn forward<T: Element>(&self, energy: &[T::Acc], v: View<'_, T>, tau: &[T::Acc]) -> Vec<T> {
+    /// The output of every row, from values of any element type with the accumulator of T.
+    pub(super) fn forward<T: Element, S: Element<Acc = T::Acc>>(
+        &self,
+        energy: &[T::Acc],
+        v: View<'_, S>,
+        tau: &[T::Acc],
+    ) -> Vec<T> {
         let (rule, sizes) = (RowRule::<T::Acc>::of(&self.rule), &self.keys.sizes);
         let (slots, len, zero) = (sizes.slots, v.dims[3], T::Acc::of(0.0));
         let mut y = vec![T::down(zero); sizes.rows() * len];

@@ -78,25 +78,35 @@ pub(super) struct Density {
 }
 
 /// `|q - k|^2` in f64.
-fn squared_distance<T: Element>(q: &[T], k: &[T]) -> f64 {
+fn squared_distance<T: Element, S: Element>(q: &[T], k: &[S]) -> f64 {
     q.iter().zip(k).map(|(q, k)| (q.up().wide() - k.up().wide()).powi(2)).sum()
 }
 
 impl Density {
     /// The density of every row.
-    pub(super) fn forward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, aux: &[T::Acc]) -> Vec<T::Acc> {
+    pub(super) fn forward<T: Element, S: Element>(
+        &self,
+        q: View<'_, T>,
+        k: View<'_, S>,
+        aux: &[T::Acc],
+    ) -> Vec<T::Acc> {
         self.map(q, k, aux, |t, alpha| density(t, alpha, self.mode).0)
     }
 
     /// The coherence point u* of every row; 0, the query itself, where there is no key.
-    pub(super) fn points<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, aux: &[T::Acc]) -> Vec<T::Acc> {
+    pub(super) fn points<T: Element, S: Element>(
+        &self,
+        q: View<'_, T>,
+        k: View<'_, S>,
+        aux: &[T::Acc],
+    ) -> Vec<T::Acc> {
         self.map(q, k, aux, |t, alpha| coherence_point(t, alpha, self.mode))
     }
 
-    fn map<T: Element>(
+    fn map<T: Element, S: Element>(
         &self,
         q: View<'_, T>,
-        k: View<'_, T>,
+        k: View<'_, S>,
         aux: &[T::Acc],
         f: impl Fn(f64, f64) -> f64 + Sync,
     ) -> Vec<T::Acc> {

@@ -26,7 +26,12 @@ impl Energy {
     }
 
     /// The energies.
-    pub(super) fn forward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>, aux: &[T::Acc]) -> Vec<T::Acc> {
+    pub(super) fn forward<T: Element, S: Element<Acc = T::Acc>>(
+        &self,
+        q: View<'_, T>,
+        k: View<'_, S>,
+        aux: &[T::Acc],
+    ) -> Vec<T::Acc> {
         let (beta, prior) = self.aux(aux);
         let sizes = &self.keys.sizes;
         let mut out = vec![T::Acc::of(f64::INFINITY); self.keys.index.len()];

@@ -23,7 +23,7 @@ use self::energy::Energy;
 use self::residual::Residual;
 use super::rounds::{Record, Steps};
 use super::{Rule, Sizes};
-use crate::backend::cpu::element::{Element, by_float};
+use crate::backend::cpu::element::{Element, by_float, by_stored};
 use crate::backend::cpu::view::with_view;
 use crate::backend::graph::{attach1, attach2, attach3, with_contiguous_rows};
 use crate::error::Result;
@@ -87,13 +87,13 @@ impl Steps for CpuSteps {
     ) -> Result<Tensor> {
         let energy = Energy { keys: keys.clone(), score: self.rule.score, prior: self.prior };
         let shape = keys.sizes.slot_shape().into();
-        by_float!("select", q.dtype(), T => {
+        by_stored!("select", q.dtype(), k.dtype(), T, S => {
             type A = <T as Element>::Acc;
             let forward = match scanned {
                 Some(scanned) => values::<A>(scanned)?,
                 None => {
                     let aux = values::<A>(aux)?;
-                    with_view::<T, _>(q, |q| with_view::<T, _>(k, |k| Ok(energy.forward(q, k, &aux))))?
+                    with_view::<T, _>(q, |q| with_view::<S, _>(k, |k| Ok(energy.forward(q, k, &aux))))?
                 }
             };
             Ok(attach3("candidate-energy", [q, k, aux], (forward, shape), move |[q, k, aux], _, grad| {
@@ -132,11 +132,11 @@ impl Steps for CpuSteps {
     ) -> Result<(Tensor, Record)> {
         let choice = Choice { rule: Rule { hardness, ..self.rule }, keys: keys.clone() };
         let (device, sizes) = (v.device(), &keys.sizes);
-        by_float!("select", v.dtype(), T => {
+        by_stored!("select", self.sizes.dtype, v.dtype(), T, S => {
             type A = <T as Element>::Acc;
             let (e, t) = (values::<A>(energy)?, values::<A>(threshold)?);
             let choices = choice.choices(&e, &t);
-            let y = with_view::<T, _>(v, |v| Ok(choice.forward(&e, v, &t)))?;
+            let y = with_view::<S, _>(v, |v| Ok(choice.forward::<T, S>(&e, v, &t)))?;
             let y = attach3("choose", [energy, v, threshold], (y, sizes.output_shape().into()),
                 move |[energy, v, threshold], _, dy| {
                     let (e, t) = (values::<A>(energy)?, values::<A>(threshold)?);
@@ -168,9 +168,9 @@ impl Steps for CpuSteps {
 
     fn coherence(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys>) -> Result<Tensor> {
         let density = Density { mode: self.rule.coherence, keys: keys.clone() };
-        by_float!("select", q.dtype(), T => {
+        by_stored!("select", q.dtype(), k.dtype(), T, S => {
             let aux = values::<<T as Element>::Acc>(aux)?;
-            let points = with_view::<T, _>(q, |q| with_view::<T, _>(k, |k| Ok(density.points(q, k, &aux))))?;
+            let points = with_view::<T, _>(q, |q| with_view::<S, _>(k, |k| Ok(density.points(q, k, &aux))))?;
             Ok(Tensor::from_vec(points, keys.sizes.row_shape(), q.device())?)
         })
     }
@@ -178,11 +178,11 @@ impl Steps for CpuSteps {
     fn density(&self, [q, k, aux]: [&Tensor; 3], keys: &Arc<Keys>) -> Result<Tensor> {
         let density = Density { mode: self.rule.coherence, keys: keys.clone() };
         let shape = keys.sizes.row_shape().into();
-        by_float!("select", q.dtype(), T => {
+        by_stored!("select", q.dtype(), k.dtype(), T, S => {
             type A = <T as Element>::Acc;
             let rho = {
                 let aux = values::<A>(aux)?;
-                with_view::<T, _>(q, |q| with_view::<T, _>(k, |k| Ok(density.forward(q, k, &aux))))?
+                with_view::<T, _>(q, |q| with_view::<S, _>(k, |k| Ok(density.forward(q, k, &aux))))?
             };
             Ok(attach3("coherence-density", [q, k, aux], (rho, shape), move |[q, k, aux], _, grad| {
                 let (values_aux, grad) = (values::<A>(aux)?, values::<A>(grad)?);
@@ -201,8 +201,8 @@ impl Steps for CpuSteps {
 
     fn residual(&self, [q, k]: [&Tensor; 2], keys: &Arc<Keys>) -> Result<Tensor> {
         let residual = Residual { keys: keys.clone() };
-        by_float!("select", q.dtype(), T => {
-            let r = with_view::<T, _>(q, |q| with_view::<T, _>(k, |k| Ok(residual.forward(q, k))))?;
+        by_stored!("select", q.dtype(), k.dtype(), T, S => {
+            let r = with_view::<T, _>(q, |q| with_view::<S, _>(k, |k| Ok(residual.forward(q, k))))?;
             Ok(attach2("query-residual", q, k, (r, q.shape().clone()), move |q, k, dr| {
                 let dr = with_contiguous_rows(dr)?;
                 let (dq, dk) = with_view::<T, _>(q, |qv| {

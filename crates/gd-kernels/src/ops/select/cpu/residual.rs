@@ -16,7 +16,7 @@ pub(super) struct Residual {
 
 /// `|delta|^2` and `<q, delta>` for `delta = k - q`.
 #[inline(always)]
-fn products<T: Element>(q: &[T], k: &[T]) -> (T::Acc, T::Acc) {
+fn products<T: Element, S: Element<Acc = T::Acc>>(q: &[T], k: &[S]) -> (T::Acc, T::Acc) {
     let zero = T::Acc::of(0.0);
     q.iter().zip(k).fold((zero, zero), |(length, along), (q, k)| {
         let delta = k.up() - q.up();
@@ -26,7 +26,11 @@ fn products<T: Element>(q: &[T], k: &[T]) -> (T::Acc, T::Acc) {
 
 impl Residual {
     /// The residual queries.
-    pub(super) fn forward<T: Element>(&self, q: View<'_, T>, k: View<'_, T>) -> Vec<T> {
+    pub(super) fn forward<T: Element, S: Element<Acc = T::Acc>>(
+        &self,
+        q: View<'_, T>,
+        k: View<'_, S>,
+    ) -> Vec<T> {
         let mut out = vec![T::down(T::Acc::of(0.0)); self.keys.sizes.rows() * q.dims[3]];
         for_rows(
             &mut out,

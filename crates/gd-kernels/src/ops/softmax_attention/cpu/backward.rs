@@ -9,7 +9,8 @@ use num_traits::{One, Zero};
 
 use super::Problem;
 use super::block::{
-    BLOCK_KEYS, BLOCK_ROWS, KeyRange, QueryRows, columns_of_heads, gather, rows_of_heads, within,
+    BLOCK_KEYS, BLOCK_ROWS, KeyRange, QueryRows, columns_of_heads, gather, prior_of_rows, rows_of_heads,
+    within,
 };
 use crate::backend::cpu::element::{Element, Real, sum2};
 use crate::backend::cpu::matrix::{Left, Padded, multiply, padded};
@@ -37,7 +38,7 @@ pub(super) fn backward<T: Element>(
     let pass = Backward {
         problem,
         q,
-        k,
+        prior: sizes.has_prior.then(|| prior_of_rows(problem, k)),
         y,
         dy,
         keys: rows_of_heads(problem, k, sizes.head_dim),
@@ -53,7 +54,8 @@ pub(super) fn backward<T: Element>(
 struct Backward<'a, T: Element> {
     problem: &'a Problem,
     q: View<'a, T>,
-    k: View<'a, T>,
+    /// That of all keys `[B * Hk, M]`.
+    prior: Option<Vec<T::Acc>>,
     y: View<'a, T>,
     dy: View<'a, T>,
     /// The result of [`rows_of_heads`] for k, and of [`columns_of_heads`] for k and v.
@@ -128,14 +130,15 @@ impl<T: Element> Backward<'_, T> {
         gather(self.q, d, queries.indices(problem), q);
         keys.products(problem, (q, rows), (&self.key_columns, d), scale, weights);
         keys.products(problem, (dy, rows), (&self.value_columns, value_dim), one, slopes);
-        let (prior, columns) = (keys.prior(problem, self.k), keys.columns());
+        let prior = self.prior.as_ref().map(|prior| keys.prior(problem, prior));
+        let columns = keys.columns();
         vectorize(|| {
             let blocks = weights.chunks_exact_mut(BLOCK_KEYS).zip(slopes.chunks_exact_mut(BLOCK_KEYS));
             for (((p, ds), visible), (&log_sum, &delta)) in
                 blocks.zip(&visible).zip(log_sums.iter().zip(&deltas))
             {
                 let own = within(visible, &columns);
-                if let Some(prior) = &prior {
+                if let Some(prior) = prior {
                     p[own.clone()].iter_mut().zip(&prior[own.clone()]).for_each(|(s, &x)| *s += x);
                 }
                 weigh(&mut p[..columns.len()], &mut ds[..columns.len()], own, log_sum, delta);

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use num_traits::Zero;
 
-use super::{Problem, Sizes};
+use super::Problem;
 use crate::backend::cpu::element::{Element, Real};
 use crate::backend::cpu::matrix::{Left, PAD, Padded, multiply, padded};
 use crate::backend::cpu::parallel::par_chunks;
@@ -58,6 +58,13 @@ pub(super) fn columns_of_heads<T: Element>(problem: &Problem, view: View<'_, T>,
     columns
 }
 
+/// The prior of all keys `[B * Hk, M]`, the last elements of the rows of k.
+pub(super) fn prior_of_rows<T: Element>(problem: &Problem, k: View<'_, T>) -> Vec<T::Acc> {
+    let sizes = problem.sizes;
+    let heads = (0..sizes.batch * sizes.kv_heads).map(|head| (head / sizes.kv_heads, head % sizes.kv_heads));
+    heads.flat_map(|(b, h)| (0..sizes.keys).map(move |j| k.row(b, h, j)[sizes.head_dim].up())).collect()
+}
+
 /// Consecutive keys of a head, within a block, and the columns of its scores: those of the keys and up to 15 before, so
 /// that they start at a whole register.
 #[derive(Clone)]
@@ -78,11 +85,9 @@ impl KeyRange {
         self.keys.start % PAD
     }
 
-    /// The prior of the keys of the columns, if there is one.
-    pub(super) fn prior<T: Element>(&self, problem: &Problem, k: View<'_, T>) -> Option<Vec<T::Acc>> {
-        let Sizes { kv_heads, head_dim, has_prior, .. } = problem.sizes;
-        let prior = |j| k.row(self.head / kv_heads, self.head % kv_heads, j)[head_dim].up();
-        has_prior.then(|| self.columns().map(prior).collect())
+    /// The prior of the keys of the columns, from that of all keys `[B * Hk, M]`.
+    pub(super) fn prior<'a, A>(&self, problem: &Problem, prior: &'a [A]) -> &'a [A] {
+        &prior[self.head * problem.sizes.keys..][self.columns()]
     }
 
     /// These keys in the result of [`rows_of_heads`] with rows of `len` elements.

@@ -15,11 +15,15 @@ use crate::backend::cpu::view::View;
 use crate::mask::reach;
 
 /// The output `[B, Hq, N, Dv]` and the logarithms `[B, Hq, N]`, minus infinity for a query without keys.
-pub(super) fn forward<T: Element>(
+///
+/// Keys and values may be stored in another element type than the queries, with the same accumulator; `prior` is that of
+/// all keys `[B * Hk, M]`.
+pub(super) fn forward<T: Element, S: Element<Acc = T::Acc>>(
     problem: &Problem,
     q: View<'_, T>,
-    k: View<'_, T>,
-    v: View<'_, T>,
+    k: View<'_, S>,
+    v: View<'_, S>,
+    prior: Option<&[T::Acc]>,
 ) -> (Vec<T>, Vec<T::Acc>) {
     let sizes = problem.sizes;
     let (rows, heads) = (sizes.rows(), sizes.batch * sizes.kv_heads);
@@ -31,7 +35,7 @@ pub(super) fn forward<T: Element>(
     let pass = Forward {
         problem,
         q,
-        k,
+        prior,
         keys: columns_of_heads(problem, k, sizes.head_dim),
         values: rows_of_heads(problem, v, sizes.value_dim),
     };
@@ -53,7 +57,7 @@ pub(super) fn forward<T: Element>(
 struct Forward<'a, T: Element> {
     problem: &'a Problem,
     q: View<'a, T>,
-    k: View<'a, T>,
+    prior: Option<&'a [T::Acc]>,
     /// The result of [`columns_of_heads`].
     keys: Vec<T::Acc>,
     /// The result of [`rows_of_heads`].
@@ -86,7 +90,7 @@ impl<T: Element> Forward<'_, T> {
                 T::Acc::of(problem.scale),
                 &mut scores,
             );
-            let prior = keys.prior(problem, self.k);
+            let prior = self.prior.map(|prior| keys.prior(problem, prior));
             let columns = keys.columns();
             vectorize(|| {
                 let outputs = sums.chunks_exact_mut(value_row).zip(&mut states);
@@ -96,7 +100,7 @@ impl<T: Element> Forward<'_, T> {
                     let own = within(visible, &columns);
                     row[..own.start].fill(zero);
                     row[own.end..columns.len()].fill(zero);
-                    if let Some(prior) = &prior {
+                    if let Some(prior) = prior {
                         row[own.clone()].iter_mut().zip(&prior[own.clone()]).for_each(|(s, &p)| *s += p);
                     }
                     state.add(&mut row[own], sums);

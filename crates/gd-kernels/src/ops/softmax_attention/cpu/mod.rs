@@ -3,40 +3,36 @@
 
 mod backward;
 mod block;
+pub(super) mod decode;
 mod forward;
 
-use candle_core::{Device, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 
+use self::block::prior_of_rows;
 use super::Sizes;
-use crate::backend::cpu::element::{Element, by_float};
+use crate::backend::cpu::element::{Bf16, Element, F16, by_float};
 use crate::backend::cpu::view::with_view;
 use crate::backend::graph::{attach3, with_contiguous_rows};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mask::Mask;
 
 /// A problem apart from its tensors.
 #[derive(Clone)]
-struct Problem {
-    sizes: Sizes,
-    mask: Mask,
-    scale: f64,
+pub(super) struct Problem {
+    pub(super) sizes: Sizes,
+    pub(super) mask: Mask,
+    pub(super) scale: f64,
 }
 
 /// [`softmax_attention`](super::softmax_attention) for validated tensors, with the sink as last element of the rows of q
 /// and the prior as last element of the rows of k.
-pub(super) fn softmax_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    sizes: Sizes,
-    mask: &Mask,
-    scale: f64,
-) -> Result<Tensor> {
-    let problem = Problem { sizes, mask: mask.clone(), scale };
+pub(super) fn softmax_attention([q, k, v]: [&Tensor; 3], problem: Problem) -> Result<Tensor> {
+    let sizes = problem.sizes;
     let (q, k, v) = (with_contiguous_rows(q)?, with_contiguous_rows(k)?, with_contiguous_rows(v)?);
     by_float!("softmax attention", q.dtype(), T => {
-        let (y, log_sums) = with_view::<T, _>(&q, |q| with_view(&k, |k| with_view(&v, |v| {
-            Ok(forward::forward(&problem, q, k, v))
+        let (y, log_sums) = with_view::<T, _>(&q, |q| with_view::<T, _>(&k, |k| with_view::<T, _>(&v, |v| {
+            let prior = sizes.has_prior.then(|| prior_of_rows(&problem, k));
+            Ok(forward::forward(&problem, q, k, v, prior.as_deref()))
         })))?;
         let shape = Shape::from((sizes.batch, sizes.q_heads, sizes.queries, sizes.value_dim));
         Ok(attach3("softmax-attention", [&q, &k, &v], (y, shape), move |[q, k, v], y, dy| {
@@ -44,6 +40,34 @@ pub(super) fn softmax_attention(
             Ok(gradients::<T>(&problem, [q, k, v], y, &dy, &log_sums)?)
         })?)
     })
+}
+
+/// The same without gradients, for q in f32, with the sink as last element of its rows, and k and v in half precision.
+pub(super) fn softmax_attention_of_stored(
+    [q, k, v]: [&Tensor; 3],
+    prior: Option<&Tensor>,
+    problem: &Problem,
+) -> Result<Tensor> {
+    fn run<S: Element<Acc = f32>>(
+        [q, k, v]: [&Tensor; 3],
+        prior: Option<&[f32]>,
+        problem: &Problem,
+    ) -> Result<Vec<f32>> {
+        with_view::<f32, _>(q, |q| {
+            with_view::<S, _>(k, |k| {
+                with_view::<S, _>(v, |v| Ok(forward::forward(problem, q, k, v, prior).0))
+            })
+        })
+    }
+    let (q, k, v) = (with_contiguous_rows(q)?, with_contiguous_rows(k)?, with_contiguous_rows(v)?);
+    let prior = prior.map(|prior| prior.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()).transpose()?;
+    let y = match k.dtype() {
+        DType::F16 => run::<F16>([&q, &k, &v], prior.as_deref(), problem)?,
+        DType::BF16 => run::<Bf16>([&q, &k, &v], prior.as_deref(), problem)?,
+        other => return Err(Error::Unsupported(format!("softmax attention: q is F32, k is {other:?}"))),
+    };
+    let Sizes { batch, q_heads, queries, value_dim, .. } = problem.sizes;
+    Ok(Tensor::from_vec(y, (batch, q_heads, queries, value_dim), &Device::Cpu)?)
 }
 
 /// The gradients of q, k and v.

@@ -31,7 +31,7 @@ impl Awake {
             let (own, runs) = (rayon::current_thread_index(), runs.clone());
             rayon::spawn_broadcast(move |thread| {
                 if Some(thread.index()) != own {
-                    look_for_work(&runs);
+                    execute_work(&runs);
                 }
             });
         }
@@ -46,7 +46,7 @@ impl Drop for Awake {
 }
 
 /// Executes the work of the pool until the pass ends, or for [`MAX_IDLE_ROUNDS`] without work.
-fn look_for_work(pass_runs: &AtomicBool) {
+fn execute_work(pass_runs: &AtomicBool) {
     let mut idle_rounds = 0;
     while idle_rounds < MAX_IDLE_ROUNDS && pass_runs.load(Ordering::Acquire) {
         if rayon::yield_now() == Some(Yield::Executed) {
@@ -82,7 +82,7 @@ mod tests {
         let runs = AtomicBool::new(true);
         pool(1).scope(|scope| {
             scope.spawn(|_| runs.store(false, Ordering::Release));
-            look_for_work(&runs);
+            execute_work(&runs);
             assert!(!runs.load(Ordering::Acquire));
         });
     }
@@ -90,7 +90,7 @@ mod tests {
     #[test]
     fn a_thread_without_work_stops_looking_for_it() {
         for threads in [1, 2] {
-            pool(threads).install(|| look_for_work(&AtomicBool::new(true)));
+            pool(threads).install(|| execute_work(&AtomicBool::new(true)));
         }
     }
 

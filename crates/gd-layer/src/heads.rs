@@ -43,6 +43,8 @@ struct Preserved {
     v: Tensor,
     averages: Option<GatedAverages>,
     gate: Option<Tensor>,
+    /// The products of x with the projections of queries and keys, if they were computed together with the values.
+    queries_keys: Option<[Tensor; 2]>,
 }
 
 /// The inputs of softmax or selection attention.
@@ -188,26 +190,36 @@ impl Heads {
             candle_core::bail!("a layer without reading heads")
         };
         let offsets = offsets(cache.as_deref(), pass.mask, [b, n])?;
-        let Preserved { x, v, averages, gate } = self.preserve(x, pass, cache.as_deref_mut())?;
-        let rotated = |projection: &Linear, norm: Option<&RmsNorm>| match (counted, pass.mask.boundaries()) {
-            (Positions::InSequence, Some(boundaries)) => {
-                self.rotary.apply_packed(&self.to_heads(projection, &x, norm, None)?, boundaries)
-            }
-            _ => self.to_heads(projection, &x, norm, Some(&offsets)),
+        let together = self.qk_proj.as_ref().filter(|_| self.cfg.induction_heads == 0);
+        let Preserved { x, v, averages, gate, queries_keys } =
+            self.preserve(x, pass, cache.as_deref_mut(), together)?;
+        let boundaries = pass.mask.boundaries().filter(|_| matches!(counted, Positions::InSequence));
+        let rotated = |heads: &dyn Fn(Option<&[usize]>) -> Result<Tensor>| match boundaries {
+            Some(boundaries) => self.rotary.apply_packed(&heads(None)?, boundaries),
+            None => heads(Some(&offsets)),
         };
         let norms = self.norms.as_ref();
         let (q_norm, k_norm) = (norms.map(|(q_norm, _)| q_norm), norms.map(|(_, k_norm)| k_norm));
-        let (q, k) = match self.cfg.induction_heads {
-            0 => (rotated(q_proj, q_norm)?, rotated(k_proj, k_norm)?),
-            heads => {
+        let (q, k) = match (queries_keys, self.cfg.induction_heads) {
+            (Some([q, k]), _) => (
+                rotated(&|offsets| self.heads_of(&q, q_norm, offsets))?,
+                rotated(&|offsets| self.heads_of(&k, k_norm, offsets))?,
+            ),
+            (None, 0) => (
+                rotated(&|offsets| self.to_heads(q_proj, &x, q_norm, offsets))?,
+                rotated(&|offsets| self.to_heads(k_proj, &x, k_norm, offsets))?,
+            ),
+            (None, heads) => {
                 let before = preceding(&x, pass.mask, cache)?;
-                let parts = |projection: &Linear, x: &Tensor, norm: Option<&RmsNorm>, heads: usize| {
+                let parts = |projection: &Linear, rows: &Tensor, norm: Option<&RmsNorm>, heads: usize| {
                     let (width, all) = (heads * self.cfg.head_dim, projection.dims()?.0);
-                    let by_content = self.to_heads(&projection.outputs(0, width)?, x, norm, None)?;
+                    let by_content = self.to_heads(&projection.outputs(0, width)?, rows, norm, None)?;
                     if width == all {
                         return Ok(by_content);
                     }
-                    Tensor::cat(&[by_content, rotated(&projection.outputs(width, all - width)?, norm)?], 1)
+                    let rest = projection.outputs(width, all - width)?;
+                    let by_position = rotated(&|offsets| self.to_heads(&rest, &x, norm, offsets))?;
+                    Tensor::cat(&[by_content, by_position], 1)
                 };
                 let key_heads = heads / self.cfg.group();
                 (parts(q_proj, &x, q_norm, heads)?, parts(k_proj, &before, k_norm, key_heads)?)
@@ -225,8 +237,15 @@ impl Heads {
         Ok(Projected { q, k, v, mask, prior, averages, gate, cut_reads: pass.cut_reads })
     }
 
-    /// Convolution, values, running averages and output gate of x `[B, N, C]`.
-    fn preserve(&self, x: &Tensor, pass: &Pass, mut cache: Option<&mut LayerCache>) -> Result<Preserved> {
+    /// Convolution, values, running averages and output gate of x `[B, N, C]`, and outside of trainings the products with the
+    /// projections `qk_proj`.
+    fn preserve(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        mut cache: Option<&mut LayerCache>,
+        qk_proj: Option<&(Linear, Linear)>,
+    ) -> Result<Preserved> {
         if x.dims3()?.2 != self.cfg.hidden_size {
             candle_core::bail!("x {:?} does not have hidden_size {}", x.dims(), self.cfg.hidden_size);
         }
@@ -234,13 +253,26 @@ impl Heads {
             Some(beacon) => beacon.convolve(x, pass.mask, cache.as_deref_mut())?,
             None => x.clone(),
         };
-        let v = self.to_heads(&self.v_proj, &x, None, None)?;
+        let (v, queries_keys) = match qk_proj.filter(|qk_proj| !self.is_trained(&x, qk_proj)) {
+            Some((q_proj, k_proj)) => {
+                let [q, k, v] = Linear::forward_all([q_proj, k_proj, &self.v_proj], &x)?;
+                (self.heads_of(&v, None, None)?, Some([q, k]))
+            }
+            None => (self.to_heads(&self.v_proj, &x, None, None)?, None),
+        };
         let averages = match &self.beacon {
             Some(beacon) => beacon.averages(&x, &v, pass.mask, cache)?,
             None => None,
         };
         let gate = self.g_proj.as_ref().map(|g| candle_nn::ops::sigmoid(&g.forward(&x)?)).transpose()?;
-        Ok(Preserved { x, v, averages, gate })
+        Ok(Preserved { x, v, averages, gate, queries_keys })
+    }
+
+    /// Whether queries, keys or values of x have gradients, each of which is one operator together with norm and rotation then.
+    fn is_trained(&self, x: &Tensor, (q_proj, k_proj): &(Linear, Linear)) -> bool {
+        let weights = [q_proj, k_proj, &self.v_proj].into_iter().filter_map(Linear::plain_weight);
+        let norms = self.norms.iter().flat_map(|(q_norm, k_norm)| [q_norm.weight(), k_norm.weight()]);
+        [x].into_iter().chain(weights).chain(norms).any(Tensor::track_op)
     }
 
     /// The heads `[B, H, N, D]` of a projection of x `[B, N, C]`, normalised and rotated where these are given.
@@ -252,10 +284,7 @@ impl Heads {
         offsets: Option<&[usize]>,
     ) -> Result<Tensor> {
         let Some(weight) = projection.plain_weight() else {
-            let (b, n, _) = x.dims3()?;
-            let y = projection.forward(x)?.reshape((b, n, (), self.cfg.head_dim))?;
-            let y = norm.map_or(Ok(y.clone()), |norm| norm.forward(&y))?.transpose(1, 2)?;
-            return offsets.map_or(Ok(y.clone()), |offsets| self.rotary.apply_each(&y, offsets));
+            return self.heads_of(&projection.forward(x)?, norm, offsets);
         };
         let heads = HeadProjection {
             head_dim: self.cfg.head_dim,
@@ -264,6 +293,14 @@ impl Heads {
             rotation: offsets.map(|offsets| self.rotary.rotation(offsets)),
         };
         Ok(project_to_heads(x, weight, &heads)?)
+    }
+
+    /// The same from the product `[B, N, H D]` of the projection.
+    fn heads_of(&self, y: &Tensor, norm: Option<&RmsNorm>, offsets: Option<&[usize]>) -> Result<Tensor> {
+        let (b, n, _) = y.dims3()?;
+        let y = y.reshape((b, n, (), self.cfg.head_dim))?;
+        let y = norm.map_or(Ok(y.clone()), |norm| norm.forward(&y))?.transpose(1, 2)?;
+        offsets.map_or(Ok(y.clone()), |offsets| self.rotary.apply_each(&y, offsets))
     }
 
     /// The output `[B, N, C]` of a layer whose heads do not read, from the Beacon alone.
@@ -275,7 +312,7 @@ impl Heads {
     ) -> Result<Tensor> {
         let (b, n, _) = x.dims3()?;
         offsets(cache.as_deref(), pass.mask, [b, n])?;
-        let Preserved { averages, gate, .. } = self.preserve(x, pass, cache.as_deref_mut())?;
+        let Preserved { averages, gate, .. } = self.preserve(x, pass, cache.as_deref_mut(), None)?;
         if let Some(cache) = cache {
             cache.advance(b, n);
         }

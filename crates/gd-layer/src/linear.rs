@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
-use gd_kernels::{LowRank, QuantizedMatrix, low_rank_linear, quantized_linear};
+use gd_kernels::{LowRank, QuantizedMatrix, linears, low_rank_linear, quantized_linear, quantized_linears};
 
 use crate::adapter_dropout::AdapterDropout;
 
@@ -129,6 +129,34 @@ impl Linear {
         self.bias.as_ref()
     }
 
+    /// The outputs of several projections for the same x: those of [`Linear::forward`](Module::forward), with the same bits.
+    /// Where it can, it computes all of them in one operator; see [`gd_kernels::linears`] and
+    /// [`gd_kernels::quantized_linears`].
+    ///
+    /// # Errors
+    /// As `forward`.
+    pub fn forward_all<const N: usize>(projections: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        let plain = projections.map(|p| Some((p.plain_weight()?, p.bias())));
+        if let Some(plain) = all_of(plain) {
+            return Ok(linears(x, plain)?);
+        }
+        let quantized = projections.map(|p| Some((p.whole_matrix()?, p.bias())));
+        if let Some(quantized) = all_of(quantized) {
+            return Ok(quantized_linears(x, quantized)?);
+        }
+        let outputs = projections.iter().map(|p| p.forward(x)).collect::<Result<Vec<_>>>()?;
+        let Ok(outputs) = outputs.try_into() else { unreachable!("an output for each projection") };
+        Ok(outputs)
+    }
+
+    /// The quantised matrix whose rows are the weight.
+    fn whole_matrix(&self) -> Option<&QuantizedMatrix> {
+        match &self.weight {
+            Weight::Quantized { matrix, count, .. } if *count == matrix.dims()[0] => Some(matrix),
+            _ => None,
+        }
+    }
+
     /// The projection to `count` of the outputs, from `first` on. That of a quantised weight computes all outputs.
     pub(crate) fn outputs(&self, first: usize, count: usize) -> Result<Self> {
         let part = |x: &Tensor| x.narrow(0, first, count);
@@ -155,16 +183,21 @@ impl Module for Linear {
                 let dropout = dropout.as_ref().and_then(|(dropout, seed)| dropout.of(*seed, x));
                 Ok(low_rank_linear(x, weight, bias, LowRank { a, b, scale: *scale, dropout })?)
             }
-            (Weight::Quantized { matrix, count, .. }, _) if *count == matrix.dims()[0] => {
-                Ok(quantized_linear(x, matrix, bias)?)
-            }
             (Weight::Quantized { matrix, first, count }, _) => {
+                if let Some(matrix) = self.whole_matrix() {
+                    return Ok(quantized_linear(x, matrix, bias)?);
+                }
                 let all = quantized_linear(x, matrix, None)?;
                 let y = all.narrow(all.rank() - 1, *first, *count)?;
                 bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(&bias.to_dtype(y.dtype())?))
             }
         }
     }
+}
+
+/// The values if there are all of them.
+fn all_of<T, const N: usize>(values: [Option<T>; N]) -> Option<[T; N]> {
+    values.into_iter().flatten().collect::<Vec<_>>().try_into().ok()
 }
 
 /// A projection with weights under `vb`: `weight [outputs, inputs]` and, with `bias`, `bias [outputs]`.

@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
+use crate::backend::cpu::awake::Awake;
 use crate::backend::cpu::product::{MatmulPrecision, with_matmul_precision};
 #[cfg(feature = "emulate")]
 pub(crate) use crate::backend::gpu::emulated;
@@ -42,6 +43,8 @@ pub(crate) fn on_cpu(device: &Device) -> bool {
 
 /// Runs a pass of many operators on tensors of `device`: on the CPU, on a thread of rayon's pool, which starts the parallel
 /// loops of the operators itself. Any other thread sleeps in each of these loops until the pool has run it, and is woken then.
+/// The other threads of the pool look for work until the pass ends, and do not sleep between its loops; where they find none
+/// for long, they offer their cores to other threads, and sleep after about a millisecond.
 ///
 /// The result is that of `pass` alone; products have the [`MatmulPrecision`] of the calling thread.
 ///
@@ -59,7 +62,10 @@ pub fn on_pool<R: Send>(device: &Device, pass: impl FnOnce() -> R + Send) -> R {
         return pass();
     }
     let precision = MatmulPrecision::current();
-    rayon::scope(|_| with_matmul_precision(precision, pass))
+    rayon::scope(|_| {
+        let _awake = Awake::new();
+        with_matmul_precision(precision, pass)
+    })
 }
 
 /// The error of an operator that runs on GPUs only.

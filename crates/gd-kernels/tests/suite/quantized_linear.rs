@@ -2,7 +2,7 @@
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use gd_kernels::{QuantizedMatrix, quantized_linear};
+use gd_kernels::{QuantizedMatrix, quantized_linear, quantized_linears};
 use gd_testing::log_cases;
 use gd_testing::tensors::*;
 use half::f16;
@@ -185,6 +185,31 @@ fn results_do_not_depend_on_threads_or_on_the_batch() -> Result<()> {
             assert_eq!(values(&a), values(&b), "{dtype:?}");
         }
     }
+    Ok(())
+}
+
+/// Together with matrices of other types and sizes.
+#[test]
+fn several_projections_have_the_bits_of_each_alone() -> Result<()> {
+    let matrix =
+        |dtype, outputs| QuantizedMatrix::new(dtype, [outputs, 512], &random_blocks(dtype, [outputs, 512]).0);
+    let (a, b, c) =
+        (matrix(GgmlDType::Q4_1, 530)?, matrix(GgmlDType::Q6K, 7)?, matrix(GgmlDType::Q8_0, 200)?);
+    let bias = noise(5, &[200], 1.0).to_dtype(DType::F32)?;
+    for rows in [0, 1, 3, 50] {
+        let x = noise(3, &[rows, 512], 2.0).to_dtype(DType::F32)?;
+        let together = quantized_linears(&x, [(&a, None), (&b, None), (&c, Some(&bias))])?;
+        let alone = [(&a, None), (&b, None), (&c, Some(&bias))];
+        for ((matrix, bias), together) in alone.into_iter().zip(&together) {
+            let alone = quantized_linear(&x, matrix, bias)?;
+            assert_eq!(alone.dims(), together.dims());
+            assert_eq!(values(&alone), values(together), "{matrix:?}, {rows} rows");
+        }
+    }
+    let other = QuantizedMatrix::new(GgmlDType::Q8_0, [1, 32], &[0; 34])?;
+    let x = Tensor::zeros((1, 512), DType::F32, &Device::Cpu)?;
+    let error = quantized_linears(&x, [(&a, None), (&other, None)]).unwrap_err().to_string();
+    assert!(error.contains("x [1, 512] is not that of the weight [1, 32]"), "{error}");
     Ok(())
 }
 

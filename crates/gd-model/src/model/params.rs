@@ -26,8 +26,25 @@ pub struct Params {
 
 /// A parameter, and its dtype in the checkpoint.
 struct Parameter {
-    var: Var,
+    value: Value,
     stored: DType,
+}
+
+/// The value of a parameter.
+enum Value {
+    /// Of a model that can be trained.
+    Trained(Var),
+    /// Of a model that is not: the tensor that was read, where a variable would be a copy of it.
+    Fixed(Tensor),
+}
+
+impl Parameter {
+    fn tensor(&self) -> &Tensor {
+        match &self.value {
+            Value::Trained(var) => var.as_tensor(),
+            Value::Fixed(tensor) => tensor,
+        }
+    }
 }
 
 /// The source of the values of new parameters: the tensor of a checkpoint, else initial values that are drawn from the
@@ -38,8 +55,8 @@ struct Source {
     /// The tensors that no module has requested yet.
     tensors: Arc<Mutex<BTreeMap<String, Tensor>>>,
     seed: Option<u64>,
-    /// Whether matrices in half precision keep their dtype.
-    keeps_half: bool,
+    /// Whether the parameters are not trained: matrices in half precision keep their dtype, and tensors are not copied.
+    is_fixed: bool,
 }
 
 impl Params {
@@ -56,12 +73,13 @@ impl Params {
         dtype: DType,
         device: &Device,
     ) -> Self {
-        let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed, keeps_half: false };
+        let source = Source { tensors: Arc::new(Mutex::new(tensors)), seed, is_fixed: false };
         Self { vars: Arc::default(), quantized: Arc::default(), source, dtype, device: device.clone() }
     }
 
     /// As [`Params::stored`], for a model that is not trained: the embedding and the projections stay in half precision
-    /// if they are stored so. The model computes in `dtype` with the same results and half the memory.
+    /// if they are stored so. The model computes in `dtype` with the same results and half the memory, and there are no
+    /// variables: [`Params::vars`] is empty.
     pub fn for_inference(
         tensors: BTreeMap<String, Tensor>,
         seed: Option<u64>,
@@ -69,7 +87,7 @@ impl Params {
         device: &Device,
     ) -> Self {
         let mut params = Self::stored(tensors, seed, dtype, device);
-        params.source.keeps_half = true;
+        params.source.is_fixed = true;
         params
     }
 
@@ -102,14 +120,19 @@ impl Params {
         VarBuilder::from_backend(Box::new(Frozen(self.clone())), self.dtype, self.device.clone())
     }
 
-    /// The parameters that modules have requested, sorted by name.
+    /// The variables that modules have requested, sorted by name.
     pub fn vars(&self) -> Vec<(String, Var)> {
-        self.lock().iter().map(|(name, p)| (name.clone(), p.var.clone())).collect()
+        let parameters = self.lock();
+        let var = |(name, p): (&String, &Parameter)| match &p.value {
+            Value::Trained(var) => Some((name.clone(), var.clone())),
+            Value::Fixed(_) => None,
+        };
+        parameters.iter().filter_map(var).collect()
     }
 
     /// The tensors of the parameters, detached; without those of quantised matrices.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
-        self.lock().iter().map(|(name, p)| (name.clone(), p.var.as_detached_tensor())).collect()
+        self.lock().iter().map(|(name, p)| (name.clone(), p.tensor().detach())).collect()
     }
 
     /// The tensors of the parameters in the dtypes of the checkpoint. Values that were not changed have the bits that were
@@ -118,9 +141,8 @@ impl Params {
     /// # Errors
     /// An error of the device.
     pub fn stored_tensors(&self) -> Result<BTreeMap<String, Tensor>> {
-        let stored = |(name, p): (&String, &Parameter)| {
-            Ok((name.clone(), p.var.as_detached_tensor().to_dtype(p.stored)?))
-        };
+        let stored =
+            |(name, p): (&String, &Parameter)| Ok((name.clone(), p.tensor().detach().to_dtype(p.stored)?));
         let mut tensors: BTreeMap<_, _> = self.lock().iter().map(stored).collect::<Result<_>>()?;
         self.add_dequantized(&mut tensors)?;
         Ok(tensors)
@@ -134,13 +156,13 @@ impl Params {
         Ok(())
     }
 
-    /// Replaces the values of all parameters by the tensors of the same names. Other tensors are ignored.
+    /// Replaces the values of all variables by the tensors of the same names. Other tensors are ignored.
     ///
     /// # Errors
-    /// Names a tensor that is missing, or of another shape or dtype. The parameters are unchanged then.
+    /// Names a tensor that is missing, or of another shape or dtype. The variables are unchanged then.
     pub fn set(&self, tensors: &BTreeMap<String, Tensor>) -> crate::Result<()> {
-        let vars = self.lock();
-        for (name, Parameter { var, .. }) in vars.iter() {
+        let vars = self.vars();
+        for (name, var) in &vars {
             let Some(stored) = tensors.get(name) else {
                 return Err(crate::Error::Invalid(format!("the checkpoint has no tensor {name:?}")));
             };
@@ -152,7 +174,7 @@ impl Params {
                 });
             }
         }
-        for (name, Parameter { var, .. }) in vars.iter() {
+        for (name, var) in &vars {
             var.set(&tensors[name].to_device(&self.device)?)?;
         }
         Ok(())
@@ -161,7 +183,7 @@ impl Params {
     /// The number of elements of all parameters.
     pub fn count(&self) -> usize {
         let quantized = self.quantized.values().map(|matrix| matrix.dims().iter().product::<usize>());
-        self.lock().values().map(|p| p.var.elem_count()).chain(quantized).sum()
+        self.lock().values().map(|p| p.tensor().elem_count()).chain(quantized).sum()
     }
 
     /// The blake3 hash of the names, shapes and values; for quantised matrices, of the dequantised values.
@@ -192,15 +214,16 @@ impl Params {
 impl SimpleBackend for Params {
     fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
         let mut vars = self.lock();
-        if let Some(Parameter { var, .. }) = vars.get(name) {
-            if var.shape() != &shape {
+        if let Some(parameter) = vars.get(name) {
+            let tensor = parameter.tensor();
+            if tensor.shape() != &shape {
                 candle_core::bail!(
                     "parameter {name} has the shape {:?}, and {:?} is requested",
-                    var.shape(),
+                    tensor.shape(),
                     shape
                 );
             }
-            return Ok(var.as_tensor().clone());
+            return Ok(tensor.clone());
         }
         if let Some(matrix) = self.quantized.get(name) {
             if shape.dims() != matrix.dims() {
@@ -216,7 +239,7 @@ impl SimpleBackend for Params {
             (Some(tensor), _) => {
                 require_finite(name, &tensor)?;
                 let half = matches!(tensor.dtype(), DType::BF16 | DType::F16);
-                let keeps_half = self.source.keeps_half && half && is_widened_by_module(name);
+                let keeps_half = self.source.is_fixed && half && is_widened_by_module(name);
                 (if keeps_half { tensor.clone() } else { tensor.to_dtype(dtype)? }, tensor.dtype())
             }
             (None, Some(seed)) => (initial(seed, name, &shape, init)?.to_dtype(dtype)?, dtype),
@@ -224,9 +247,14 @@ impl SimpleBackend for Params {
                 candle_core::bail!("the checkpoint has no tensor {name:?} ({:?} expected)", shape.dims())
             }
         };
-        let var = Var::from_tensor(&value.to_device(device)?)?;
-        let tensor = var.as_tensor().clone();
-        vars.insert(name.to_owned(), Parameter { var, stored });
+        let value = value.to_device(device)?;
+        let value = match self.source.is_fixed {
+            true => Value::Fixed(value.contiguous()?),
+            false => Value::Trained(Var::from_tensor(&value)?),
+        };
+        let parameter = Parameter { value, stored };
+        let tensor = parameter.tensor().clone();
+        vars.insert(name.to_owned(), parameter);
         Ok(tensor)
     }
 

@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
+pub(crate) mod awake;
 pub(crate) mod cache_line;
 pub(crate) mod element;
 pub(crate) mod isa;

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use crate::backend::cpu::product::computes;
 use crate::error::{Error, Result};
-use crate::ops::linear::linear;
+use crate::ops::linear::{linear, linears};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::swiglu::swiglu;
 
@@ -63,6 +63,6 @@ pub fn feed_forward(x: &Tensor, norm: (&Tensor, f64), [gate, up, down]: [&Tensor
         return Ok(cpu::feed_forward(x, norm, [gate, up, down])?);
     }
     let n = rms_norm(x, norm.0, norm.1)?;
-    let y = linear(&swiglu(&linear(&n, gate, None)?, &linear(&n, up, None)?)?, down, None)?;
-    Ok((x + y)?)
+    let [gate, up] = linears(&n, [(gate, None), (up, None)])?;
+    Ok((x + linear(&swiglu(&gate, &up)?, down, None)?)?)
 }

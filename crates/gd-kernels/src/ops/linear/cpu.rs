@@ -3,13 +3,13 @@
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use super::direct;
+use super::direct::{self, Weights};
 use crate::backend::cpu::element::{Bf16, Element, F16};
-use crate::backend::cpu::parallel::vectorize;
+use crate::backend::cpu::parallel::{vectorize, with_scratch};
 use crate::backend::cpu::product::{
-    MatmulPrecision, product as matrix_product, product_values, with_matmul_precision,
+    MatmulPrecision, Matrix, PANEL, computes, multiply_by_columns, pack, product as matrix_product,
+    product_values, with_matmul_precision,
 };
-use crate::backend::cpu::stored::Stored;
 use crate::backend::cpu::view::{Rows, cpu_slice};
 use crate::backend::graph::{Finished, attach1, attach2, with_contiguous_rows};
 use crate::error::Result;
@@ -21,19 +21,58 @@ const MAX_DIRECT_ROWS: usize = 8;
 /// Weight elements that a task widens.
 const TASK_ELEMENTS: usize = 1 << 15;
 
-/// Projects f32 `x` by f32, f16 or bf16 `weight`, both validated.
-pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+/// Whether `weight` is of a type whose stored values f32 activations are multiplied by.
+fn is_stored(weight: &Tensor) -> bool {
+    matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// Whether the rows of `x` are multiplied by the weights as they are stored ([`direct`]).
+pub(super) fn is_direct(x: &Tensor, weight: &Tensor) -> bool {
     let rows: usize = x.dims().iter().rev().skip(1).product();
-    let is_direct = rows <= MAX_DIRECT_ROWS;
-    Ok(match weight.dtype() {
-        DType::F16 if is_direct => direct::<F16>(x, weight)?,
-        DType::F16 => widened::<F16>(x, weight)?,
-        DType::BF16 if is_direct => direct::<Bf16>(x, weight)?,
-        DType::BF16 => widened::<Bf16>(x, weight)?,
-        // Columns of weights are not copied for a product.
-        _ if is_direct && weight.stride().last() == Some(&1) => direct::<f32>(x, weight)?,
-        _ => super::product(x, weight)?,
+    // Columns of weights in f32 are not copied for a product.
+    let is_read = weight.dtype() != DType::F32 || weight.stride().last() == Some(&1);
+    x.dtype() == DType::F32 && is_stored(weight) && rows <= MAX_DIRECT_ROWS && is_read
+}
+
+/// The product of validated `x` and `weight` by a matrix product, with weights in half precision widened to the type of `x`.
+pub(super) fn many_rows(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let rows: usize = x.dims().iter().rev().skip(1).product();
+    let is_exact = MatmulPrecision::current() == MatmulPrecision::F32;
+    let by_columns = computes(rows, x.dtype(), x.device()) && is_exact && !x.track_op() && !weight.track_op();
+    Ok(match (x.dtype(), weight.dtype()) {
+        (DType::F32, DType::F16) if by_columns => widened_by_columns::<F16>(x, weight)?,
+        (DType::F32, DType::BF16) if by_columns => widened_by_columns::<Bf16>(x, weight)?,
+        (DType::F32, DType::F16) => widened::<F16>(x, weight)?,
+        (DType::F32, DType::BF16) => widened::<Bf16>(x, weight)?,
+        _ => super::product(x, &weight.to_dtype(x.dtype())?)?,
     })
+}
+
+/// The product with weights in half precision, of which each task widens some outputs in its cache.
+fn widened_by_columns<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (rows, weight) = (rows_of(x)?.contiguous()?, with_contiguous_rows(weight)?);
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = weight.dim(0)?;
+    }
+    let ((xs, xl), (ws, wl)) = (rows.storage_and_layout(), weight.storage_and_layout());
+    let (left, right) = (Matrix::new(cpu_slice::<f32>(&xs)?, xl), Rows::<T>::new(&ws, wl)?);
+    let y = multiply_by_columns(left, right.count(), &|i, panel| {
+        let outputs = i * PANEL..right.count().min((i + 1) * PANEL);
+        with_scratch(outputs.len() * right.len(), |wide| {
+            let rows = outputs.clone().zip(wide.chunks_exact_mut(right.len().max(1)));
+            vectorize(
+                #[inline(always)]
+                || {
+                    rows.for_each(|(output, wide)| {
+                        T::widened(right.row(output), wide);
+                    });
+                },
+            );
+            pack(Matrix::of_rows(wide, right.len()).t(), 0, panel);
+        });
+    });
+    Ok(Tensor::from_vec(y, shape, x.device())?)
 }
 
 /// `x weightᵀ` in f32 or f64 for x `[.., I]`. The leading dimensions are rows of one product here and not in the graph, where
@@ -68,7 +107,7 @@ pub(crate) fn rows_of(t: &Tensor) -> candle_core::Result<Tensor> {
     }
 }
 
-/// More rows: one matrix product with the weights widened to f32.
+/// With gradients, or too few rows for products here: one matrix product with the weights widened to f32 in memory.
 fn widened<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let weight = weight.contiguous()?;
     let wide = {
@@ -96,23 +135,30 @@ fn widen<T: Element<Acc = f32>>(narrow: &[T]) -> Vec<f32> {
     wide
 }
 
-/// Up to [`MAX_DIRECT_ROWS`] rows: one pass over the stored weights.
-fn direct<T: Stored>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (x, weight) = (with_contiguous_rows(x)?, with_contiguous_rows(weight)?);
-    let mut shape = x.dims().to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = weight.dim(0)?;
-    }
-    let y = {
-        let ((xs, xl), (ws, wl)) = (x.storage_and_layout(), weight.storage_and_layout());
-        direct::multiply(&Rows::<f32>::new(&xs, xl)?, &Rows::<T>::new(&ws, wl)?)
+/// The products of up to [`MAX_DIRECT_ROWS`] rows with several weights: one pass over them as they are stored.
+pub(super) fn direct(x: &Tensor, weights: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let x = with_contiguous_rows(x)?;
+    let weights = weights.iter().map(|weight| with_contiguous_rows(weight));
+    let weights = weights.collect::<candle_core::Result<Vec<_>>>()?;
+    let products = {
+        let (storage, layout) = x.storage_and_layout();
+        let stored: Vec<_> = weights.iter().map(Tensor::storage_and_layout).collect();
+        let rows = stored.iter().map(|(storage, layout)| Weights::new(storage, layout));
+        direct::multiply(&Rows::new(&storage, layout)?, &rows.collect::<candle_core::Result<Vec<_>>>()?)
     };
-    Ok(attach2("linear", &x, &weight, (y, shape.into()), |x, weight, dy| {
-        let rows = rows_of(dy)?;
-        let dx = matrix_product(&rows, &weight.to_dtype(DType::F32)?)?.reshape(x.shape())?;
-        let dw = || matrix_product(&rows.t()?, &rows_of(x)?)?.to_dtype(weight.dtype());
-        Ok([Some(dx), weight.track_op().then(dw).transpose()?])
-    })?)
+    let attach = |(weight, y): (&Tensor, Vec<f32>)| {
+        let mut shape = x.dims().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = weight.dim(0)?;
+        }
+        Ok(attach2("linear", &x, weight, (y, shape.into()), |x, weight, dy| {
+            let rows = rows_of(dy)?;
+            let dx = matrix_product(&rows, &weight.to_dtype(DType::F32)?)?.reshape(x.shape())?;
+            let dw = || matrix_product(&rows.t()?, &rows_of(x)?)?.to_dtype(weight.dtype());
+            Ok([Some(dx), weight.track_op().then(dw).transpose()?])
+        })?)
+    };
+    weights.iter().zip(products).map(attach).collect()
 }
 
 #[cfg(test)]
@@ -120,8 +166,8 @@ mod tests {
     use candle_core::{Result, Var};
 
     use super::*;
-    use crate::linear;
     use crate::ops::agreement::noise;
+    use crate::{linear, linears};
 
     /// Values and gradients from f64.
     #[test]
@@ -221,6 +267,50 @@ mod tests {
         let (x, w) = (noise(1, &[2, 47], DType::F32)?, noise(2, &[31, 48], DType::BF16)?);
         let error = linear(&x, &w, None).unwrap_err().to_string();
         assert!(error.contains("[2, 47]") && error.contains("[31, 48]"), "{error}");
+        Ok(())
+    }
+
+    /// With few rows and with many, with types that are multiplied in different ways, and with gradients.
+    #[test]
+    fn several_projections_are_those_of_each_alone() -> Result<()> {
+        let bias = noise(5, &[33], DType::F32)?;
+        for rows in [0, 1, 8, 9, 50] {
+            let x = Var::from_tensor(&noise(1, &[rows, 70], DType::F32)?)?;
+            let columns = noise(3, &[70, 12], DType::F32)?.t()?;
+            let weights = [noise(2, &[33, 70], DType::F16)?, noise(3, &[1000, 70], DType::F32)?, columns];
+            let [a, b, c] = &weights;
+            for projections in
+                [[(a, Some(&bias)), (b, None), (a, None)], [(a, Some(&bias)), (b, None), (c, None)]]
+            {
+                let together = linears(&x, projections)?;
+                for ((weight, bias), together) in projections.into_iter().zip(&together) {
+                    let alone = linear(&x, weight, bias)?;
+                    assert_eq!(alone.to_vec2::<f32>()?, together.to_vec2::<f32>()?, "{rows} rows");
+                    let gradient = |y: &Tensor| -> Result<_> {
+                        y.sqr()?.sum_all()?.backward()?.get(&x).map(|dx| dx.to_vec2::<f32>()).transpose()
+                    };
+                    assert_eq!(gradient(&alone)?, gradient(together)?, "{rows} rows");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Weights in half precision give the bits of the same weights in f32, also where they are widened.
+    #[test]
+    fn many_rows_have_the_bits_of_widened_weights() -> Result<()> {
+        for (rows, inputs, outputs) in [(9, 5, 3), (40, 70, 130), (100, 600, 65), (97, 33, 64)] {
+            let x = noise(1, &[rows, inputs], DType::F32)?;
+            for dtype in [DType::F16, DType::BF16] {
+                let weight = noise(2, &[outputs + 2, inputs + 3], dtype)?
+                    .narrow(0, 1, outputs)?
+                    .narrow(1, 2, inputs)?;
+                let wide = weight.to_dtype(DType::F32)?;
+                let expected = linear(&x, &wide, None)?.to_vec2::<f32>()?;
+                let got = linear(&x, &weight, None)?.to_vec2::<f32>()?;
+                assert!(got == expected, "{dtype:?} {rows} {inputs} {outputs}");
+            }
+        }
         Ok(())
     }
 

@@ -4,6 +4,9 @@
 
 use std::array;
 
+use candle_core::{DType, Layout, Storage};
+
+use crate::backend::cpu::element::{Bf16, F16};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, WithLanes, fastest_isa, with_lanes};
 use crate::backend::cpu::parallel::{column_tasks, par_items};
@@ -15,28 +18,62 @@ const MAX_GROUP_ROWS: usize = 4;
 /// Bytes of the weights of a task.
 const TASK_BYTES: usize = 1 << 17;
 
-/// y `[rows of x, rows of weight]`; every weight is read once from memory.
-pub(super) fn multiply<T: Stored>(x: &Rows<f32>, weight: &Rows<T>) -> Vec<f32> {
-    multiply_with(fastest_isa(), x, weight)
+/// The rows of weights in the type in which they are stored.
+pub(super) enum Weights<'a> {
+    F32(Rows<'a, f32>),
+    F16(Rows<'a, F16>),
+    Bf16(Rows<'a, Bf16>),
+}
+
+impl<'a> Weights<'a> {
+    /// Reads `storage` through `layout`, whose last dimension is contiguous.
+    pub(super) fn new(storage: &'a Storage, layout: &Layout) -> candle_core::Result<Self> {
+        match storage.dtype() {
+            DType::F16 => Ok(Self::F16(Rows::new(storage, layout)?)),
+            DType::BF16 => Ok(Self::Bf16(Rows::new(storage, layout)?)),
+            _ => Ok(Self::F32(Rows::new(storage, layout)?)),
+        }
+    }
+
+    /// The number of rows, and the bytes of each.
+    fn sizes(&self) -> [usize; 2] {
+        match self {
+            Self::F32(rows) => [rows.count(), rows.len() * size_of::<f32>()],
+            Self::F16(rows) => [rows.count(), rows.len() * size_of::<F16>()],
+            Self::Bf16(rows) => [rows.count(), rows.len() * size_of::<Bf16>()],
+        }
+    }
+}
+
+/// For each of the weights, y `[rows of x, rows of weights]`, in one parallel loop; every weight is read once from memory.
+pub(super) fn multiply(x: &Rows<f32>, weights: &[Weights<'_>]) -> Vec<Vec<f32>> {
+    multiply_with(fastest_isa(), x, weights)
 }
 
 /// The same with a given instruction set.
-fn multiply_with<T: Stored>(isa: Isa, x: &Rows<f32>, weight: &Rows<T>) -> Vec<f32> {
-    let (rows, outputs) = (x.count(), weight.count());
-    let mut y = vec![0f32; rows * outputs];
-    if y.is_empty() {
-        return y;
+fn multiply_with(isa: Isa, x: &Rows<f32>, weights: &[Weights<'_>]) -> Vec<Vec<f32>> {
+    let rows = x.count();
+    let mut products: Vec<_> = weights.iter().map(|w| vec![0f32; rows * w.sizes()[0]]).collect();
+    let mut tasks = Vec::new();
+    for (weights, y) in weights.iter().zip(&mut products) {
+        let [outputs, row_bytes] = weights.sizes();
+        let task_outputs = (TASK_BYTES / row_bytes.max(1)).max(1);
+        let parts = column_tasks(y, outputs, task_outputs).into_iter().enumerate();
+        tasks.extend(parts.map(|(i, out)| (weights, i * task_outputs, out)));
     }
-    let task_outputs = (TASK_BYTES / (weight.len() * size_of::<T>()).max(1)).max(1);
-    let tasks = column_tasks(&mut y, outputs, task_outputs);
-    let run = |i: usize, mut out: Vec<&mut [f32]>| {
-        with_lanes(isa, Task { x, weight, first: i * task_outputs, out: &mut out });
+    let run = |(weights, first, mut out): (&Weights<'_>, usize, Vec<&mut [f32]>)| {
+        let out = &mut out;
+        match weights {
+            Weights::F32(weight) => with_lanes(isa, Task { x, weight, first, out }),
+            Weights::F16(weight) => with_lanes(isa, Task { x, weight, first, out }),
+            Weights::Bf16(weight) => with_lanes(isa, Task { x, weight, first, out }),
+        }
     };
     match tasks.len() {
-        1 => tasks.into_iter().for_each(|task| run(0, task)),
-        _ => par_items(tasks, &run),
+        1 => tasks.into_iter().for_each(run),
+        _ => par_items(tasks, &|_, task| run(task)),
     }
-    y
+    products
 }
 
 /// The products of all rows of x with some rows of the weights.
@@ -100,10 +137,13 @@ mod tests {
     use crate::backend::cpu::view::cpu_slice;
     use crate::ops::agreement::noise;
 
-    fn bits<T: Stored>(isa: Isa, x: &Tensor, weight: &Tensor) -> Result<Vec<u32>> {
-        let ((xs, xl), (ws, wl)) = (x.storage_and_layout(), weight.storage_and_layout());
-        let y = multiply_with(isa, &Rows::new(&xs, xl)?, &Rows::<T>::new(&ws, wl)?);
-        Ok(y.into_iter().map(f32::to_bits).collect())
+    /// The products with all weights.
+    fn bits(isa: Isa, x: &Tensor, weights: &[Tensor]) -> Result<Vec<Vec<u32>>> {
+        let (xs, xl) = x.storage_and_layout();
+        let stored: Vec<_> = weights.iter().map(Tensor::storage_and_layout).collect();
+        let weights = stored.iter().map(|(storage, layout)| Weights::new(storage, layout));
+        let products = multiply_with(isa, &Rows::new(&xs, xl)?, &weights.collect::<Result<Vec<_>>>()?);
+        Ok(products.into_iter().map(|y| y.into_iter().map(f32::to_bits).collect()).collect())
     }
 
     /// The sums of both registers of a step and the rest, as the order of the additions has them.
@@ -123,23 +163,29 @@ mod tests {
         Ok(rows.map(|(x, w)| product(x, w)).collect())
     }
 
-    /// With tasks of any number on any number of threads.
+    /// With tasks of any number on any number of threads, alone and together with other weights.
     #[test]
     fn all_instruction_sets_and_numbers_of_threads_give_the_same_bits() -> Result<()> {
         for (rows, inputs, outputs) in [(1, 576, 1537), (2, 7, 3), (3, 33, 40), (6, 100, 2000), (8, 64, 65)] {
             let x = noise(1, &[rows, inputs], DType::F32)?;
-            let weight = |dtype| noise(2, &[outputs, inputs], dtype);
-            let [w32, w16, wb16] = [weight(DType::F32)?, weight(DType::F16)?, weight(DType::BF16)?];
-            let all = |isa| -> Result<_> {
-                Ok([bits::<f32>(isa, &x, &w32)?, bits::<F16>(isa, &x, &w16)?, bits::<Bf16>(isa, &x, &wb16)?])
-            };
-            let expected =
-                [expected::<f32>(&x, &w32)?, expected::<F16>(&x, &w16)?, expected::<Bf16>(&x, &wb16)?];
+            let weight = |dtype, outputs| noise(2, &[outputs, inputs], dtype);
+            let weights =
+                [weight(DType::F32, outputs)?, weight(DType::F16, 3)?, weight(DType::BF16, outputs)?];
+            let expected = vec![
+                expected::<f32>(&x, &weights[0])?,
+                expected::<F16>(&x, &weights[1])?,
+                expected::<Bf16>(&x, &weights[2])?,
+            ];
             for isa in Isa::available() {
                 for threads in [1, 3] {
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-                    let got = pool.map_err(candle_core::Error::wrap)?.install(|| all(isa))?;
-                    assert!(got == expected, "{isa:?}, {threads} threads: {rows} x {inputs} x {outputs}");
+                    let pool = pool.map_err(candle_core::Error::wrap)?;
+                    let case = format!("{isa:?}, {threads} threads: {rows} x {inputs} x {outputs}");
+                    assert!(pool.install(|| bits(isa, &x, &weights))? == expected, "{case}");
+                    for (weight, expected) in weights.iter().zip(&expected) {
+                        let alone = pool.install(|| bits(isa, &x, std::slice::from_ref(weight)))?;
+                        assert!(alone == [expected.clone()], "{case}, alone");
+                    }
                 }
             }
         }

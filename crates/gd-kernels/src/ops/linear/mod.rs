@@ -5,7 +5,7 @@ mod direct;
 mod dropout;
 mod low_rank;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 pub use self::dropout::Dropout;
 pub use self::low_rank::{LowRank, low_rank_linear};
@@ -44,23 +44,65 @@ use crate::error::{Error, Result};
 /// # Ok::<(), gd_kernels::Error>(())
 /// ```
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let [y] = linears(x, [(weight, bias)])?;
+    Ok(y)
+}
+
+/// Projects the last dimension of `x` by several weights, each with a bias or none: the results of [`linear`], with the same
+/// bits. On the CPU, up to 8 rows of `x` in f32 are multiplied by all weights in one parallel loop, so that the threads wait
+/// for one another once and not for each weight.
+///
+/// # Errors
+/// As [`linear`].
+///
+/// # Examples
+/// ```
+/// use candle_core::{Device, Tensor};
+///
+/// let (a, b) = (Tensor::new(&[[1f32, 2.0]], &Device::Cpu)?, Tensor::new(&[[3f32, 4.0], [5.0, 6.0]], &Device::Cpu)?);
+/// let x = Tensor::new(&[[1f32, 10.0]], &Device::Cpu)?;
+/// let [y, z] = gd_kernels::linears(&x, [(&a, None), (&b, None)])?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[21.0]]);
+/// assert_eq!(z.to_vec2::<f32>()?, [[43.0, 65.0]]);
+/// # Ok::<(), gd_kernels::Error>(())
+/// ```
+pub fn linears<const N: usize>(
+    x: &Tensor,
+    projections: [(&Tensor, Option<&Tensor>); N],
+) -> Result<[Tensor; N]> {
     let _span = operator_span("linear", Pass::Forward);
-    let (_, inputs) = weight.dims2()?;
-    if x.dims().last() != Some(&inputs) {
-        return Err(Error::Invalid(format!(
-            "linear: the last dimension of x {:?} is not that of the weight {:?}",
-            x.dims(),
-            weight.dims()
-        )));
+    let weights = projections.map(|(weight, _)| weight);
+    for weight in weights {
+        let (_, inputs) = weight.dims2()?;
+        if x.dims().last() != Some(&inputs) {
+            return Err(Error::Invalid(format!(
+                "linear: the last dimension of x {:?} is not that of the weight {:?}",
+                x.dims(),
+                weight.dims()
+            )));
+        }
     }
-    let is_stored = matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16);
-    let y = match is_stored && x.dtype() == DType::F32 && on_cpu(x.device()) {
-        true => cpu::linear(x, weight)?,
-        false => product(x, &weight.to_dtype(x.dtype())?)?,
+    let mut products = match on_cpu(x.device()) && weights.iter().all(|weight| cpu::is_direct(x, weight)) {
+        true => cpu::direct(x, &weights)?,
+        false => weights.iter().map(|weight| project(x, weight)).collect::<Result<Vec<_>>>()?,
     };
-    match bias {
-        Some(bias) => Ok(y.broadcast_add(&bias.to_dtype(y.dtype())?)?),
-        None => Ok(y),
+    for (y, (_, bias)) in products.iter_mut().zip(projections) {
+        if let Some(bias) = bias {
+            *y = y.broadcast_add(&bias.to_dtype(y.dtype())?)?;
+        }
+    }
+    let Ok(products) = products.try_into() else { unreachable!("a product for each weight") };
+    Ok(products)
+}
+
+/// `x weightᵀ` for validated tensors.
+fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    if !on_cpu(x.device()) {
+        return Ok(product(x, &weight.to_dtype(x.dtype())?)?);
+    }
+    match cpu::is_direct(x, weight) {
+        true => Ok(cpu::direct(x, &[weight])?.remove(0)),
+        false => cpu::many_rows(x, weight),
     }
 }
 

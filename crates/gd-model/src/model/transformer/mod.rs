@@ -44,7 +44,8 @@ impl Mlp {
             return Ok(feed_forward(x, (norm.weight(), norm.eps()), [&gate, &up, &down])?);
         }
         let y = norm.forward(x)?;
-        x + self.down.forward(&swiglu(&self.gate.forward(&y)?, &self.up.forward(&y)?)?)?
+        let [gate, up] = Linear::forward_all([&self.gate, &self.up], &y)?;
+        x + self.down.forward(&swiglu(&gate, &up)?)?
     }
 }
 

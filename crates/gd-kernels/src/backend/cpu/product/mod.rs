@@ -1,15 +1,17 @@
 //! The product of two large matrices, on all threads: in f32 and f64 with the same bits for every instruction set and
 //! number of threads, or of f32 matrices rounded to bf16.
 
+mod columns;
 mod packed;
 mod precision;
 mod registers;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
+pub(crate) use columns::multiply_by_columns;
 pub(crate) use packed::Multiply;
 pub use precision::{MatmulPrecision, with_matmul_precision};
-pub(crate) use registers::{PANEL, multiply_panels};
+pub(crate) use registers::{PANEL, pack};
 
 use candle_core::{DType, Device, Layout, Tensor};
 
@@ -57,6 +59,9 @@ pub(crate) fn product_values<T: Multiply>(a: &Tensor, b: &Tensor) -> candle_core
     let ((a_storage, a_layout), (b_storage, b_layout)) = (a.storage_and_layout(), b.storage_and_layout());
     let left = Matrix::new(cpu_slice::<T>(&a_storage)?, a_layout);
     let right = Matrix::new(cpu_slice::<T>(&b_storage)?, b_layout);
+    if left.column_stride == 1 && T::is_exact() {
+        return Ok(multiply_by_columns(left, right.columns, &|i, panel| pack(right, i * PANEL, panel)));
+    }
     let mut out = vec![T::zero(); left.rows * right.columns];
     T::multiply_all(left, &T::pack(right), &mut out, false);
     Ok(out)
@@ -74,7 +79,7 @@ pub(crate) struct Matrix<'a, T> {
 
 impl<'a, T> Matrix<'a, T> {
     /// The matrix with this layout in a storage.
-    fn new(storage: &'a [T], layout: &Layout) -> Self {
+    pub(crate) fn new(storage: &'a [T], layout: &Layout) -> Self {
         let (dims, strides) = (layout.dims(), layout.stride());
         let (rows, columns, row_stride, column_stride) = (dims[0], dims[1], strides[0], strides[1]);
         let data = &storage[layout.start_offset()..];

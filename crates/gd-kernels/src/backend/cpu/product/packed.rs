@@ -16,6 +16,9 @@ pub(crate) trait Multiply: Real + bytemuck::Pod {
     /// A right factor, copied once for products with many blocks of rows.
     type Packed: Send + Sync;
 
+    /// Whether products in the current [`MatmulPrecision`] are those of the elements as they are.
+    fn is_exact() -> bool;
+
     /// Copies a right factor, on all threads; for products in the current [`MatmulPrecision`].
     fn pack(b: Matrix<'_, Self>) -> Self::Packed;
 
@@ -35,6 +38,10 @@ pub(crate) trait Multiply: Real + bytemuck::Pod {
 
 impl Multiply for f64 {
     type Packed = Panels<f64>;
+
+    fn is_exact() -> bool {
+        true
+    }
 
     fn pack(b: Matrix<'_, Self>) -> Self::Packed {
         Panels::new(b)
@@ -60,6 +67,10 @@ pub(crate) enum PackedF32 {
 
 impl Multiply for f32 {
     type Packed = PackedF32;
+
+    fn is_exact() -> bool {
+        MatmulPrecision::current() == MatmulPrecision::F32
+    }
 
     fn pack(b: Matrix<'_, Self>) -> PackedF32 {
         match MatmulPrecision::current() {

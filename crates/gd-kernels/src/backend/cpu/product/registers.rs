@@ -35,7 +35,7 @@ impl<T: Real> Panels<T> {
 
 /// Writes the product of `a` with the panels `[N / PANEL][K][PANEL]` of a right factor of `n` columns to `out`, or adds it; on
 /// this thread.
-pub(crate) fn multiply_panels<T: Real>(
+pub(super) fn multiply_panels<T: Real>(
     a: Matrix<'_, T>,
     (panels, n): (&[T], usize),
     out: &mut [T],
@@ -73,7 +73,7 @@ pub(crate) fn multiply_panels<T: Real>(
 }
 
 /// Copies the columns of `b` from `first` on into a panel; those beyond the last one stay as they are.
-fn pack<T: Real>(b: Matrix<'_, T>, first: usize, out: &mut [T]) {
+pub(crate) fn pack<T: Real>(b: Matrix<'_, T>, first: usize, out: &mut [T]) {
     /// Rows that are copied together, so that columns are read and the panel is written by whole cache lines.
     const ROWS: usize = 16;
     let columns = PANEL.min(b.columns - first);

@@ -8,8 +8,8 @@ use super::matrix::{QuantizedMatrix, TILE};
 use super::rows::Rows16;
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{fastest_isa, with_lanes};
-use crate::backend::cpu::parallel::{column_tasks, par_chunks, par_items, with_scratch};
-use crate::backend::cpu::product::{Matrix, PANEL, multiply_panels};
+use crate::backend::cpu::parallel::{par_chunks, par_items};
+use crate::backend::cpu::product::{Matrix, PANEL, multiply_by_columns};
 
 /// Weights of a task.
 const TASK_WEIGHTS: usize = 1 << 16;
@@ -18,46 +18,49 @@ const MIN_PARALLEL_PRODUCTS: usize = 1 << 17;
 /// Rows of activations from which on dequantising the weights costs less than the slower products of integers. Measured for
 /// Q4_1, Q8_0 and Q4_K: the integers are quicker with 32 rows, and slower with 40.
 pub(super) const MIN_DEQUANTIZED_ROWS: usize = 40;
-/// Rows of activations that are multiplied by dequantised weights at a time.
-const DEQUANTIZED_TASK_ROWS: usize = 96;
 /// Rows whose results for one output are a cache line.
 const ROWS_PER_LINE: usize = 16;
 
-/// y `[rows, outputs]` by products of integers; every weight is read once.
-pub(super) fn multiply(rows: &Rows16, weight: &QuantizedMatrix) -> Vec<f32> {
-    multiply_by(fastest_isa(), rows, weight)
+/// For each of the weights, y `[rows, outputs]` by products of integers, in one parallel loop; every weight is read once.
+pub(super) fn multiply(rows: &Rows16, weights: &[&QuantizedMatrix]) -> Vec<Vec<f32>> {
+    multiply_by(fastest_isa(), rows, weights)
 }
 
 /// The same with a given instruction set.
-fn multiply_by(isa: Isa, rows: &Rows16, weight: &QuantizedMatrix) -> Vec<f32> {
-    let ([outputs, inputs], count) = (weight.dims(), rows.count);
+fn multiply_by(isa: Isa, rows: &Rows16, weights: &[&QuantizedMatrix]) -> Vec<Vec<f32>> {
+    let count = rows.count;
     // Transposed, so that the results of a tile are contiguous.
-    let mut transposed = vec![0f32; outputs * count];
-    if transposed.is_empty() {
-        return transposed;
+    let mut transposed: Vec<_> = weights.iter().map(|weight| vec![0f32; weight.dims()[0] * count]).collect();
+    let mut tasks = Vec::new();
+    for (weight, out) in weights.iter().zip(&mut transposed) {
+        let tiles_per_task = (TASK_WEIGHTS / (weight.dims()[1] * TILE)).max(1);
+        let parts = out.chunks_mut((tiles_per_task * TILE * count).max(1)).enumerate();
+        tasks.extend(parts.map(|(i, out)| (*weight, i * tiles_per_task, out)));
     }
-    let tiles_per_task = match outputs * inputs * count < MIN_PARALLEL_PRODUCTS {
-        true => outputs.div_ceil(TILE),
-        false => (TASK_WEIGHTS / (inputs * TILE)).max(1),
-    };
-    let task = |at: usize, out: &mut [f32]| {
+    let run = |(weight, first, out): (&QuantizedMatrix, usize, &mut [f32])| {
         for (i, out) in out.chunks_mut(TILE * count).enumerate() {
-            let tile = weight.tile(at * tiles_per_task + i);
-            with_lanes(isa, Multiply { format: weight.format, tile, rows, out });
+            with_lanes(isa, Multiply { format: weight.format, tile: weight.tile(first + i), rows, out });
         }
     };
-    match transposed.len() <= tiles_per_task * TILE * count {
-        true => task(0, &mut transposed),
-        false => par_chunks(&mut transposed, tiles_per_task * TILE * count, &task),
+    let products: usize = weights.iter().map(|weight| weight.dims().iter().product::<usize>() * count).sum();
+    match products < MIN_PARALLEL_PRODUCTS {
+        true => tasks.into_iter().for_each(run),
+        false => par_items(tasks, &|_, task| run(task)),
     }
-    if count == 1 {
+    let outputs = weights.iter().map(|weight| weight.dims()[0]);
+    transposed.into_iter().zip(outputs).map(|(values, outputs)| transpose(values, outputs, count)).collect()
+}
+
+/// `[rows, outputs]` from `[outputs, rows]`.
+fn transpose(transposed: Vec<f32>, outputs: usize, rows: usize) -> Vec<f32> {
+    if rows <= 1 {
         return transposed;
     }
-    let mut y = vec![0f32; outputs * count];
+    let mut y = vec![0f32; outputs * rows];
     // A block of rows is a cache line of every output.
     par_chunks(&mut y, ROWS_PER_LINE * outputs, &|block, y| {
         let first = block * ROWS_PER_LINE;
-        for (output, values) in transposed.chunks_exact(count).enumerate() {
+        for (output, values) in transposed.chunks_exact(rows).enumerate() {
             for (row, value) in y.chunks_exact_mut(outputs).zip(&values[first..]) {
                 row[output] = *value;
             }
@@ -71,35 +74,18 @@ pub(super) fn multiply_dequantized(x: &[f32], weight: &QuantizedMatrix) -> Vec<f
     dequantized_by(fastest_isa(), x, weight)
 }
 
-/// The same with a given instruction set. A task dequantises the weights of some outputs in the layout of the products, in
-/// which they stay in the cache, and multiplies all rows by them.
+/// The same with a given instruction set.
 fn dequantized_by(isa: Isa, x: &[f32], weight: &QuantizedMatrix) -> Vec<f32> {
     let [outputs, inputs] = weight.dims();
-    let rows = Matrix::of_rows(x, inputs);
-    let mut y = vec![0f32; outputs * rows.row_count()];
-    let tasks = column_tasks(&mut y, outputs, PANEL);
-    par_items(tasks, &|panel, mut out| {
-        let tiles = out.first().map_or(0, |out| out.len().div_ceil(TILE));
-        let width = tiles * TILE;
-        with_scratch(inputs * PANEL + DEQUANTIZED_TASK_ROWS * width, |scratch| {
-            let (weights, part) = scratch.split_at_mut(inputs * PANEL);
-            for i in 0..tiles {
-                let tile = weight.tile(panel * (PANEL / TILE) + i);
-                for (group, out) in weights.chunks_exact_mut(GROUP * PANEL).enumerate() {
-                    let (format, out) = (weight.format, &mut out[i * TILE..]);
-                    with_lanes(isa, Dequantize { format, tile, group, out, stride: PANEL });
-                }
+    multiply_by_columns(Matrix::of_rows(x, inputs), outputs, &|i, panel| {
+        let first = i * (PANEL / TILE);
+        for tile in first..outputs.div_ceil(TILE).min(first + PANEL / TILE) {
+            for (group, out) in panel.chunks_exact_mut(GROUP * PANEL).enumerate() {
+                let (format, out) = (weight.format, &mut out[(tile - first) * TILE..]);
+                with_lanes(isa, Dequantize { format, tile: weight.tile(tile), group, out, stride: PANEL });
             }
-            for (block, out) in out.chunks_mut(DEQUANTIZED_TASK_ROWS).enumerate() {
-                let (first, part) = (block * DEQUANTIZED_TASK_ROWS, &mut part[..out.len() * width]);
-                multiply_panels(rows.rows(first..first + out.len()), (weights, width), part, false);
-                for (out, part) in out.iter_mut().zip(part.chunks_exact(width)) {
-                    out.copy_from_slice(&part[..out.len()]);
-                }
-            }
-        });
-    });
-    y
+        }
+    })
 }
 
 #[cfg(test)]
@@ -122,7 +108,7 @@ mod tests {
             let rows = Rows16::new(&storage, layout)?;
             let values = x.flatten_all()?.to_vec1::<f32>()?;
             let bits = |isa| -> Vec<u32> {
-                let products = multiply_by(isa, &rows, &matrix);
+                let products = multiply_by(isa, &rows, &[&matrix]).concat();
                 products.iter().chain(&dequantized_by(isa, &values, &matrix)).map(|y| y.to_bits()).collect()
             };
             let expected = bits(Isa::Portable);

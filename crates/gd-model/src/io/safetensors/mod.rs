@@ -1,16 +1,18 @@
 //! Safetensors files: reading, and atomic writing.
 
+mod read;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
-use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo, TensorView, View};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo, View};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use super::files::{read_file, stream_file};
+use self::read::Header;
+use super::files::stream_file;
 use crate::error::{Error, Result};
 
 /// Tensors by name.
@@ -52,12 +54,7 @@ const MAX_HEADER_BYTES: usize = 1 << 20;
 /// - [`Error::Truncated`] for a file that ends before the size that its header announces.
 /// - [`Error::Foreign`] for a file of another format.
 pub fn load(path: &Path, device: &Device) -> Result<Tensors> {
-    let mut tensors = Tensors::new();
-    for_each(path, |name, view| {
-        tensors.insert(name.to_owned(), load_view(path, name, view, device)?);
-        Ok(())
-    })?;
-    Ok(tensors)
+    Header::read(path)?.load(device, |_| true)
 }
 
 /// Reads the weights of the safetensors file at `path` onto `device`. Tensors of other dtypes are listed, not read.
@@ -65,45 +62,11 @@ pub fn load(path: &Path, device: &Device) -> Result<Tensors> {
 /// # Errors
 /// As [`load`].
 pub fn load_weights(path: &Path, device: &Device) -> Result<Weights> {
-    let mut weights = Weights::default();
-    for_each(path, |name, view| {
-        if WEIGHT_DTYPES.contains(&view.dtype()) {
-            weights.tensors.insert(name.to_owned(), load_view(path, name, view, device)?);
-        } else {
-            weights.other_dtypes.insert(name.to_owned(), view.dtype().to_string());
-        }
-        Ok(())
-    })?;
-    Ok(weights)
-}
-
-/// Calls `f` with every tensor of a file, the last one in the file first. What it has seen is freed, so that memory does not
-/// hold the whole file beside all tensors that are made of it.
-fn for_each(path: &Path, mut f: impl FnMut(&str, &TensorView) -> Result<()>) -> Result<()> {
-    let mut bytes = read_file(path, "safetensors file")?;
-    let (header_bytes, metadata) = parse(path, &bytes)?;
-    let data_start = size_of::<u64>() + header_bytes;
-    let mut infos: Vec<(String, &TensorInfo)> = metadata.tensors().into_iter().collect();
-    infos.sort_by_key(|(_, info)| std::cmp::Reverse(info.data_offsets));
-    for (name, info) in infos {
-        let (start, end) = (data_start + info.data_offsets.0, data_start + info.data_offsets.1);
-        let view = TensorView::new(info.dtype, info.shape.clone(), &bytes[start..end])
-            .map_err(|e| diagnose(path, &bytes, &e))?;
-        f(&name, &view)?;
-        bytes.truncate(start);
-        bytes.shrink_to_fit();
-    }
-    Ok(())
-}
-
-/// The size of the header and what it says.
-fn parse(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata)> {
-    let parsed = SafeTensors::read_metadata(bytes).map_err(|e| diagnose(path, bytes, &e))?;
-    // The library takes the last of several tensors with the same name.
-    match duplicate(bytes) {
-        Some(name) => Err(foreign(path, "safetensors", format!("it has several tensors {name:?}"))),
-        None => Ok(parsed),
-    }
+    let header = Header::read(path)?;
+    let is_weight = |dtype| WEIGHT_DTYPES.contains(&dtype);
+    let others = header.tensors().into_iter().filter(|(_, info)| !is_weight(info.dtype));
+    let other_dtypes = others.map(|(name, info)| (name, info.dtype.to_string())).collect();
+    Ok(Weights { tensors: header.load(device, is_weight)?, other_dtypes, ..Weights::default() })
 }
 
 /// A name that the header of a valid file has twice.
@@ -138,10 +101,6 @@ impl<'de> Deserialize<'de> for Names {
         }
         deserializer.deserialize_map(Visit)
     }
-}
-
-fn load_view(path: &Path, name: &str, view: &TensorView, device: &Device) -> Result<Tensor> {
-    view.load(device).map_err(|e| foreign(path, "safetensors", format!("{name}: {e}")))
 }
 
 /// Writes tensors to the safetensors file at `path`, without metadata. An existing file is replaced atomically.
@@ -191,8 +150,8 @@ pub(super) fn stream(
     Ok(())
 }
 
-/// The error of a file that the safetensors crate refused.
-fn diagnose(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
+/// The error of a file of `actual` bytes that the safetensors crate refused, from its first bytes, which end with the header.
+fn diagnose(path: &Path, bytes: &[u8], actual: u64, error: &SafeTensorError) -> Error {
     const OTHER_FORMATS: [(&[u8], &str); 6] = [
         (b"PK\x03\x04", "it is a zip archive, as PyTorch's .bin and .pt files are"),
         (b"\x80\x02\x8a\x0a", "it is a pickle, as PyTorch's older .bin and .pt files are"),
@@ -205,7 +164,6 @@ fn diagnose(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
         return foreign(path, "safetensors", (*reason).into());
     }
     // Layout: length of the header (u64), header (JSON), data.
-    let actual = bytes.len() as u64;
     let (Some(length), true) = (bytes.first_chunk::<8>(), bytes.get(8).is_none_or(|&b| b == b'{')) else {
         return if bytes.len() < 8 {
             Error::Truncated { path: path.into(), needed: 8, actual }
@@ -257,14 +215,48 @@ mod tests {
         Ok(())
     }
 
+    /// One of them is read by several tasks, and ends within the last one.
+    #[test]
+    fn tensors_of_all_dtypes_read_back() -> Result<()> {
+        use candle_core::DType::{BF16, F16, F32, F64, I64, U8};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let large = Tensor::arange(0u32, 2_500_001, &Device::Cpu)?;
+        let small = Tensor::arange(0u32, 77, &Device::Cpu)?.reshape((7, 11))?;
+        let mut tensors = Tensors::from([("large".to_owned(), large.to_dtype(F32)?)]);
+        for dtype in [BF16, F16, F32, F64, I64, U8] {
+            tensors.insert(format!("{dtype:?}"), small.to_dtype(dtype)?);
+        }
+        tensors.insert("empty".into(), Tensor::zeros((0, 3), F16, &Device::Cpu)?);
+        write(&path, &tensors)?;
+        let back = load(&path, &Device::Cpu)?;
+        assert_eq!(back.len(), tensors.len());
+        for (name, tensor) in &tensors {
+            let values = |t: &Tensor| t.to_dtype(F64)?.flatten_all()?.to_vec1::<f64>();
+            let back = &back[name];
+            assert_eq!((back.dtype(), back.dims()), (tensor.dtype(), tensor.dims()), "{name}");
+            assert!(values(back)? == values(tensor)?, "{name}");
+        }
+        let weights = load_weights(&path, &Device::Cpu)?;
+        assert_eq!(
+            weights.other_dtypes,
+            BTreeMap::from([("I64", "I64"), ("U8", "U8")].map(|(a, b)| (a.into(), b.into())))
+        );
+        assert_eq!(weights.tensors.len() + 2, tensors.len());
+        Ok(())
+    }
+
     #[test]
     fn tensors_of_the_same_name_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
         let tensor = r#"{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#;
         for (header, refused) in
             [(format!(r#"{{"a":{tensor},"a":{tensor}}}"#), true), (format!(r#"{{"a":{tensor}}}"#), false)]
         {
             let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[7]].concat();
-            let error = parse(Path::new("x"), &bytes).err().map(|e| e.to_string());
+            fs::write(&path, &bytes).unwrap();
+            let error = load(&path, &Device::Cpu).err().map(|e| e.to_string());
             assert_eq!(
                 error.as_deref().is_some_and(|e| e.contains(r#"several tensors "a""#)),
                 refused,

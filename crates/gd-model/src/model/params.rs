@@ -325,3 +325,26 @@ fn initial(seed: u64, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
     };
     Tensor::from_vec(values, shape.clone(), &Device::Cpu)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Those of a model that is trained are variables with copies of their own.
+    #[test]
+    fn parameters_for_inference_are_the_tensors_that_were_read() -> Result<()> {
+        let tensor = Tensor::arange(0f32, 6.0, &Device::Cpu)?.reshape((2, 3))?;
+        let of_file = || BTreeMap::from([("q_proj.weight".to_owned(), tensor.clone())]);
+        for (params, is_fixed) in [
+            (Params::for_inference(of_file(), None, DType::F32, &Device::Cpu), true),
+            (Params::stored(of_file(), None, DType::F32, &Device::Cpu), false),
+        ] {
+            let parameter = params.builder().get((2, 3), "q_proj.weight")?;
+            let ((a, _), (b, _)) = (parameter.storage_and_layout(), tensor.storage_and_layout());
+            assert_eq!(std::ptr::eq(&*a, &*b), is_fixed);
+            assert_eq!((parameter.is_variable(), params.vars().is_empty()), (!is_fixed, is_fixed));
+            assert_eq!(params.count(), 6);
+        }
+        Ok(())
+    }
+}

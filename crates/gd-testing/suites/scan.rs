@@ -44,6 +44,7 @@ pub(crate) fn problem(case: &Case) -> Problem {
         head_dim: p.dim,
         candidates: case.spec.candidates,
         dtype: case.dtype,
+        key_dtype: case.dtype,
         score: p.score,
         tie: p.tie,
         precision: Precision::Native,

@@ -105,7 +105,7 @@ impl Params {
 
     /// Whether matrices are quantised or stored in 16 bits.
     pub(crate) fn has_narrow_matrices(&self) -> bool {
-        let half = |p: &Parameter| [DType::F16, DType::BF16].contains(&p.var.dtype());
+        let half = |p: &Parameter| [DType::F16, DType::BF16].contains(&p.tensor().dtype());
         !self.quantized.is_empty() || self.lock().values().any(half)
     }
 

@@ -24,6 +24,7 @@ fn problem() -> Problem {
         head_dim: 128,
         candidates: 8,
         dtype: DType::BF16,
+        key_dtype: DType::BF16,
         score: Score::Energy,
         tie: TieBreak::First,
         precision: Precision::Native,

@@ -220,9 +220,9 @@ impl<S: Stored> Part<'_, S> {
             self.weighted::<V, R>((query, first), keys, &scores, column);
         }
         let (b, h) = (self.head / sizes.kv_heads, self.head % sizes.kv_heads);
-        for r in 0..R {
+        for (r, scores) in scores.iter().enumerate() {
             let out = &mut self.out[((first + r) * sizes.queries + query) * len..][..len];
-            for (weight, j) in scores[r].iter().zip(keys.clone()) {
+            for (weight, j) in scores.iter().zip(keys.clone()) {
                 for (out, x) in out[2 + whole..].iter_mut().zip(&self.v.row(b, h, j)[whole..]) {
                     *out += weight * x.up();
                 }
@@ -287,9 +287,9 @@ impl<S: Stored> Part<'_, S> {
             }
         }
         let len = part_row(sizes);
-        for r in 0..R {
+        for (r, sum) in sums.into_iter().enumerate() {
             let out = &mut self.out[((first + r) * sizes.queries + query) * len..][..len];
-            out[2 + column..][..LANES].copy_from_slice(&V::array(sums[r]));
+            out[2 + column..][..LANES].copy_from_slice(&V::array(sum));
         }
     }
 }

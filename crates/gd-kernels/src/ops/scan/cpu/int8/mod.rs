@@ -6,6 +6,8 @@
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod x86;
 
 use crate::backend::cpu::isa::Isa;
@@ -60,6 +62,9 @@ pub(crate) struct PanelTask<'a> {
 pub(crate) enum Int8Path {
     /// Loops that are compiled for the instruction set of their caller.
     Plain,
+    /// The same with AVX2 for the products, which this machine has.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
     /// AVX-512 with VNNI, which this machine has.
     #[cfg(target_arch = "x86_64")]
     Vnni,
@@ -76,6 +81,8 @@ impl Int8Path {
             Isa::Avx512Vnni => Int8Path::Vnni,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Amx => Int8Path::Amx,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::Avx512 => Int8Path::Avx2,
             _ => Int8Path::Plain,
         }
     }
@@ -97,7 +104,10 @@ impl Int8Path {
 #[inline(always)]
 pub(crate) fn collect(path: Int8Path, task: &PanelTask<'_>, out: &mut BoundedLists) -> u64 {
     match path {
-        Int8Path::Plain => plain(task, out),
+        Int8Path::Plain => bounds(task, out, plain_sums),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a plan names AVX2, or AVX-512, which includes it, only on machines that have it.
+        Int8Path::Avx2 => bounds(task, out, |start, q, r, keys| unsafe { avx2::sums(start, q, r, keys) }),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a plan names VNNI only on machines that have it, and `Int8Path::of` takes the plan's instruction set.
         Int8Path::Vnni => unsafe { x86::vnni(task, out) },
@@ -107,8 +117,28 @@ pub(crate) fn collect(path: Int8Path, task: &PanelTask<'_>, out: &mut BoundedLis
     }
 }
 
+/// The sums of query `r` of a group `[D / 4][ROWS][4]` with the keys of a panel `[D / 4][KEYS][4]`, from `start` on.
 #[inline(always)]
-fn plain(task: &PanelTask<'_>, out: &mut BoundedLists) -> u64 {
+fn plain_sums(start: i32, queries: &[i8], r: usize, keys: &[u8]) -> [i32; KEYS] {
+    let mut sums = [start; KEYS];
+    for (q, keys) in queries.chunks_exact(ROWS * STEP).zip(keys.chunks_exact(KEYS * STEP)) {
+        let q: [i32; STEP] = std::array::from_fn(|s| i32::from(q[r * STEP + s]));
+        for (sum, k) in sums.iter_mut().zip(keys.chunks_exact(STEP)) {
+            for s in 0..STEP {
+                *sum += q[s] * i32::from(k[s]);
+            }
+        }
+    }
+    sums
+}
+
+/// [`collect`] with the sums of one query at a time.
+#[inline(always)]
+fn bounds(
+    task: &PanelTask<'_>,
+    out: &mut BoundedLists,
+    sums_of: impl Fn(i32, &[i8], usize, &[u8]) -> [i32; KEYS],
+) -> u64 {
     let PanelTask { queries, panel, active, visible } = task;
     let mut full = 0;
     let group_len = panel.values.len() / KEYS * ROWS;
@@ -118,15 +148,7 @@ fn plain(task: &PanelTask<'_>, out: &mut BoundedLists) -> u64 {
         }
         for r in 0..queries.used {
             let row = g * ROWS + r;
-            let mut sums = [queries.start[row]; KEYS];
-            for (q, keys) in values.chunks_exact(ROWS * STEP).zip(panel.values.chunks_exact(KEYS * STEP)) {
-                let q: [i32; STEP] = std::array::from_fn(|s| i32::from(q[r * STEP + s]));
-                for (sum, k) in sums.iter_mut().zip(keys.chunks_exact(STEP)) {
-                    for s in 0..STEP {
-                        *sum += q[s] * i32::from(k[s]);
-                    }
-                }
-            }
+            let sums = sums_of(queries.start[row], values, r, panel.values);
             let (scale, norm, threshold) = (queries.scale[row], queries.norm[row], out.threshold[row]);
             let mut upper = [0f32; KEYS];
             let mut any = false;

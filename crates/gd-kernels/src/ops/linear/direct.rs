@@ -92,9 +92,12 @@ impl<T: Stored> WithLanes for Task<'_, '_, T> {
     #[inline(always)]
     fn with_lanes<V: Lanes>(mut self) {
         for row in (0..self.out.len()).step_by(MAX_GROUP_ROWS) {
+            // As many rows of weights as there are registers for the sums of.
             match self.out.len() - row {
-                1 => self.group::<V, 1, 4>(row),
-                2 => self.group::<V, 2, 2>(row),
+                1 if V::HAS_MANY_REGISTERS => self.group::<V, 1, 4>(row),
+                1 => self.group::<V, 1, 2>(row),
+                2 if V::HAS_MANY_REGISTERS => self.group::<V, 2, 2>(row),
+                2 => self.group::<V, 2, 1>(row),
                 3 => self.group::<V, 3, 1>(row),
                 _ => self.group::<V, MAX_GROUP_ROWS, 1>(row),
             }

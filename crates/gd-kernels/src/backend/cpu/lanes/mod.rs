@@ -46,6 +46,8 @@ pub(crate) fn with_lanes<W: WithLanes>(isa: Isa, code: W) -> W::Output {
 pub(crate) trait Lanes: Copy {
     /// 16 lanes in f32.
     type Float: Copy;
+    /// Whether the processor has 32 registers of 16 lanes, so that a loop can hold 16 sums of 16 lanes in them.
+    const HAS_MANY_REGISTERS: bool = false;
 
     /// The same integer in all lanes.
     fn splat(x: i32) -> Self;

@@ -47,6 +47,7 @@ pub(super) struct Avx512<const VNNI: bool>(__m512i);
 // arrays have the sizes that are loaded and stored.
 impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     type Float = __m512;
+    const HAS_MANY_REGISTERS: bool = true;
 
     #[inline(always)]
     fn splat(x: i32) -> Self {

@@ -5,6 +5,7 @@
 //! values weighted by these. The parts are then added in their order, each scaled to the greatest score of all, so that
 //! the bits depend neither on the number of threads nor on what else is in the batch.
 
+use std::array;
 use std::ops::Range;
 
 use candle_core::{DType, Tensor};
@@ -216,8 +217,19 @@ impl<S: Stored> Part<'_, S> {
             );
         }
         let whole = sizes.value_dim / LANES * LANES;
-        for column in (0..whole).step_by(LANES) {
-            self.weighted::<V, R>((query, first), keys, &scores, column);
+        let mut column = 0;
+        // With few rows several columns at a time, so that one sum does not wait for another.
+        while R == 1 && column + 4 * LANES <= whole {
+            self.weighted::<V, R, 4>((query, first), keys, &scores, column);
+            column += 4 * LANES;
+        }
+        while R <= 2 && column + 2 * LANES <= whole {
+            self.weighted::<V, R, 2>((query, first), keys, &scores, column);
+            column += 2 * LANES;
+        }
+        while column < whole {
+            self.weighted::<V, R, 1>((query, first), keys, &scores, column);
+            column += LANES;
         }
         let (b, h) = (self.head / sizes.kv_heads, self.head % sizes.kv_heads);
         for (r, scores) in scores.iter().enumerate() {
@@ -247,10 +259,20 @@ impl<S: Stored> Part<'_, S> {
             x[r] = &queries[(row + r * sizes.queries) * d..][..d];
         }
         let mut scores = [[0f32; PART_KEYS]; R];
-        for (at, j) in keys.clone().enumerate() {
-            let products = products::<V, S, R>(&x, self.k.row(b, h, j));
-            for r in 0..R {
-                scores[r][at] = products[r] * scale;
+        // Several keys at a time, so that one sum does not wait for another.
+        let mut at = 0;
+        while R == 1 && at + 4 <= keys.len() {
+            let rows = array::from_fn(|w| self.k.row(b, h, keys.start + at + w));
+            let [products] = products::<V, S, 1, 4>([x[0]], rows);
+            for (score, product) in scores[0][at..].iter_mut().zip(products) {
+                *score = product * scale;
+            }
+            at += 4;
+        }
+        for at in at..keys.len() {
+            let products = products::<V, S, R, 1>(x, [self.k.row(b, h, keys.start + at)]);
+            for (scores, [product]) in scores.iter_mut().zip(products) {
+                scores[at] = product * scale;
             }
         }
         if let Some(prior) = prior {
@@ -264,9 +286,9 @@ impl<S: Stored> Part<'_, S> {
         scores
     }
 
-    /// The values of the register from `column` on, weighted: for every column one chain of sums in the order of the keys.
+    /// The values of `C` registers from `column` on, weighted: for every column one chain of sums in the order of the keys.
     #[inline(always)]
-    fn weighted<V: Lanes, const R: usize>(
+    fn weighted<V: Lanes, const R: usize, const C: usize>(
         &mut self,
         (query, first): (usize, usize),
         keys: &Range<usize>,
@@ -275,48 +297,59 @@ impl<S: Stored> Part<'_, S> {
     ) {
         let sizes = self.inputs.problem.sizes;
         let (b, h) = (self.head / sizes.kv_heads, self.head % sizes.kv_heads);
-        let mut sums = [V::splat_float(0.0); R];
+        let mut sums = [[V::splat_float(0.0); C]; R];
         for (at, j) in keys.clone().enumerate() {
-            let Some(row) = self.v.row(b, h, j)[column..].first_chunk() else {
-                unreachable!("a whole register")
-            };
+            let row = &self.v.row(b, h, j)[column..][..C * LANES];
             prefetch_at(row, PREFETCH_DISTANCE_BYTES);
-            let x = S::load::<V>(row);
-            for r in 0..R {
-                sums[r] = V::plus(sums[r], V::times(V::splat_float(weights[r][at % PART_KEYS]), x));
+            for c in 0..C {
+                let Some(x) = row[c * LANES..].first_chunk() else { unreachable!("a whole register") };
+                let x = S::load::<V>(x);
+                for r in 0..R {
+                    let weight = V::splat_float(weights[r][at % PART_KEYS]);
+                    sums[r][c] = V::plus(sums[r][c], V::times(weight, x));
+                }
             }
         }
         let len = part_row(sizes);
-        for (r, sum) in sums.into_iter().enumerate() {
+        for (r, sums) in sums.into_iter().enumerate() {
             let out = &mut self.out[((first + r) * sizes.queries + query) * len..][..len];
-            out[2 + column..][..LANES].copy_from_slice(&V::array(sum));
+            for (c, sum) in sums.into_iter().enumerate() {
+                out[2 + column + c * LANES..][..LANES].copy_from_slice(&V::array(sum));
+            }
         }
     }
 }
 
-/// The products of `R` rows with a stored row of the same length.
+/// The products of `R` rows with `W` stored rows of the same length. The order of the additions is the same for all `R` and `W`.
 #[inline(always)]
-fn products<V: Lanes, S: Stored, const R: usize>(x: &[&[f32]; R], row: &[S]) -> [f32; R] {
-    let (registers, rest) = row.as_chunks::<LANES>();
-    prefetch_at(row, PREFETCH_DISTANCE_BYTES);
-    let mut chunks: [&[[f32; LANES]]; R] = [&[]; R];
-    for r in 0..R {
-        chunks[r] = &x[r].as_chunks::<LANES>().0[..registers.len()];
+fn products<V: Lanes, S: Stored, const R: usize, const W: usize>(
+    x: [&[f32]; R],
+    rows: [&[S]; W],
+) -> [[f32; W]; R] {
+    let registers = rows[0].len() / LANES;
+    for row in rows {
+        prefetch_at(row, PREFETCH_DISTANCE_BYTES);
     }
-    let mut sums = [V::splat_float(0.0); R];
-    for i in 0..registers.len() {
-        let y = S::load::<V>(&registers[i]);
-        for r in 0..R {
-            sums[r] = V::plus(sums[r], V::times(V::load_float(&chunks[r][i]), y));
+    let mut sums = [[V::splat_float(0.0); W]; R];
+    for i in 0..registers {
+        for w in 0..W {
+            let Some(y) = rows[w][i * LANES..].first_chunk() else { unreachable!("rows of one length") };
+            let y = S::load::<V>(y);
+            for r in 0..R {
+                let Some(x) = x[r][i * LANES..].first_chunk() else { unreachable!("rows of one length") };
+                sums[r][w] = V::plus(sums[r][w], V::times(V::load_float(x), y));
+            }
         }
     }
-    let mut totals = [0.0; R];
+    let mut totals = [[0.0; W]; R];
     for r in 0..R {
-        let mut tail = 0.0;
-        for (x, y) in x[r][registers.len() * LANES..].iter().zip(rest) {
-            tail += x * y.up();
+        for w in 0..W {
+            let mut tail = 0.0;
+            for (x, y) in x[r][registers * LANES..].iter().zip(&rows[w][registers * LANES..]) {
+                tail += x * y.up();
+            }
+            totals[r][w] = V::total(sums[r][w]) + tail;
         }
-        totals[r] = V::total(sums[r]) + tail;
     }
     totals
 }

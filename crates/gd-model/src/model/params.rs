@@ -159,9 +159,16 @@ impl Params {
     /// Replaces the values of all variables by the tensors of the same names. Other tensors are ignored.
     ///
     /// # Errors
-    /// Names a tensor that is missing, or of another shape or dtype. The variables are unchanged then.
+    /// Names a tensor that is missing, or of another shape or dtype, or a parameter that is no variable. The variables are
+    /// unchanged then.
     pub fn set(&self, tensors: &BTreeMap<String, Tensor>) -> crate::Result<()> {
         let vars = self.vars();
+        let fixed =
+            |(name, p): (&String, &Parameter)| matches!(p.value, Value::Fixed(_)).then(|| name.clone());
+        if let Some(name) = self.lock().iter().find_map(fixed) {
+            let what = format!("the parameter {name:?} of a model for inference cannot be set");
+            return Err(crate::Error::Invalid(what));
+        }
         for (name, var) in &vars {
             let Some(stored) = tensors.get(name) else {
                 return Err(crate::Error::Invalid(format!("the checkpoint has no tensor {name:?}")));
@@ -340,10 +347,12 @@ mod tests {
             (Params::stored(of_file(), None, DType::F32, &Device::Cpu), false),
         ] {
             let parameter = params.builder().get((2, 3), "q_proj.weight")?;
-            let ((a, _), (b, _)) = (parameter.storage_and_layout(), tensor.storage_and_layout());
-            assert_eq!(std::ptr::eq(&*a, &*b), is_fixed);
+            {
+                let ((a, _), (b, _)) = (parameter.storage_and_layout(), tensor.storage_and_layout());
+                assert_eq!(std::ptr::eq(&*a, &*b), is_fixed);
+            }
             assert_eq!((parameter.is_variable(), params.vars().is_empty()), (!is_fixed, is_fixed));
-            assert_eq!(params.count(), 6);
+            assert_eq!((params.count(), params.set(&of_file()).is_err()), (6, is_fixed));
         }
         Ok(())
     }

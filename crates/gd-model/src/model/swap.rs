@@ -96,9 +96,9 @@ pub(crate) fn remove_scores(tensors: &mut BTreeMap<String, Tensor>, layers: &[us
 /// The number of the learned parameters that the mechanisms of `layers` other than selection have. A conversion leaves them
 /// at their initial values; those of selection start as softmax attention.
 pub fn new_parameters(params: &Params, layers: &[usize]) -> usize {
-    let vars = params.vars();
-    let new = vars.iter().filter(|(name, _)| is_in(name, &LEARNED[1..], layers));
-    new.map(|(_, var)| var.elem_count()).sum()
+    let tensors = params.tensors();
+    let new = tensors.iter().filter(|(name, _)| is_in(name, &LEARNED[1..], layers));
+    new.map(|(_, tensor)| tensor.elem_count()).sum()
 }
 
 impl Swap {

@@ -18,5 +18,6 @@ mod refusals;
 mod running_average;
 mod scan;
 mod select;
+mod select_rules;
 mod softmax_attention;
 mod theory;

@@ -8,7 +8,7 @@ use gd_kernels::{
 };
 use gd_testing::log_cases;
 use gd_testing::problems::choices::{Choice, estimator};
-use gd_testing::problems::{Case, Spec, pools};
+use gd_testing::problems::{Spec, pools};
 use gd_testing::tensors::{assert_close, noise, values};
 
 use crate::softmax_attention::naive;
@@ -124,30 +124,6 @@ fn candidate_bits(c: &Candidates) -> Vec<u64> {
     bits(&all)
 }
 
-fn options<'a>(case: &Case, choice: &'a Choice, beta: &'a Tensor, prior: Option<&'a Tensor>) -> Select<'a> {
-    let (p, params) = (&case.problem, &choice.params);
-    Select {
-        prior,
-        score: p.score,
-        tie: p.tie,
-        threshold: choice.threshold.as_ref(),
-        alpha: choice.alpha.as_ref(),
-        gate: params.gate,
-        exclude_below: params.exclude_below,
-        picks: params.picks,
-        estimator: params.estimator,
-        temperature: params.temperature,
-        preserve_floor: params.preserve_floor,
-        gradient: params.gradient,
-        value_floor: params.value_floor,
-        hardness: params.hardness,
-        barrier: params.barrier,
-        rounds: params.rounds.as_ref().and(choice.rounds.as_ref()),
-        coherence: params.coherence,
-        ..Select::new(beta)
-    }
-}
-
 /// Generated problems: all options, strides, ties, priors, protected keys and masks.
 #[test]
 fn scans_and_selections_are_those_of_widened_keys_and_values() {
@@ -182,7 +158,7 @@ fn scans_and_selections_are_those_of_widened_keys_and_values() {
                 _ => expected,
             };
             let choice = Choice::new(seed, &case, &values(&among.energy));
-            let how = options(&case, &choice, &case.beta, case.prior.as_ref());
+            let how = choice.select(&case, &case.beta).with_prior(case.prior.as_ref());
             let all = |k: &Tensor, v: &Tensor| {
                 let s = select(&q, k, v, &among, &how).unwrap();
                 assert_eq!(s.y.dtype(), DType::F32);

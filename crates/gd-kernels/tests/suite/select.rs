@@ -39,26 +39,13 @@ fn run(case: &Case, choice: &Choice, scanned: &Candidates, dy: Option<&Tensor>) 
     let [q, k, v, beta] = [&case.q.base, &case.k.base, &case.v.base, &case.beta].map(leaf);
     let [prior, threshold, alpha, rounds] =
         [&case.prior, &choice.threshold, &choice.alpha, &choice.rounds].map(optional);
-    let (p, params) = (&case.problem, &choice.params);
+    let p = &case.problem;
     let options = Select {
         prior: prior.as_deref(),
-        score: p.score,
-        tie: p.tie,
         threshold: threshold.as_deref(),
         alpha: alpha.as_deref(),
-        gate: params.gate,
-        exclude_below: params.exclude_below,
-        picks: params.picks,
-        estimator: params.estimator,
-        temperature: params.temperature,
-        preserve_floor: params.preserve_floor,
-        gradient: params.gradient,
-        value_floor: params.value_floor,
-        hardness: params.hardness,
-        barrier: params.barrier,
         rounds: rounds.as_deref(),
-        coherence: params.coherence,
-        ..Select::new(&beta)
+        ..choice.select(case, &beta)
     };
     let [qt, kt, vt] = [(&case.q, &q), (&case.k, &k), (&case.v, &v)].map(|(s, t)| s.view.of(t));
     let out = select(&qt, &kt, &vt, scanned, &options)

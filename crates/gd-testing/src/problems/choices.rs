@@ -5,7 +5,7 @@ use gd_kernels::reference::refine::residual_query;
 use gd_kernels::reference::scan::energy;
 use gd_kernels::reference::select::Row;
 use gd_kernels::reference::{Candidates, Params, distance2, logsumexp};
-use gd_kernels::{Barrier, CandidateGradient, CoherenceMode, Estimator, Gate, Score};
+use gd_kernels::{Barrier, CandidateGradient, CoherenceMode, Estimator, Gate, Score, Select};
 use rand::RngExt;
 
 use super::{Case, acc, pick, rng, rounded, roundoff, uniform};
@@ -138,6 +138,30 @@ impl Choice {
         let (tensor, values) = rounded(&tau, &shape, acc(case.dtype));
         (self.threshold, self.params.threshold) = (Some(tensor), Some(values));
         self
+    }
+
+    /// The options of the operator for a problem, without its prior.
+    pub fn select<'a>(&'a self, case: &Case, beta: &'a Tensor) -> Select<'a> {
+        let (p, params) = (&case.problem, &self.params);
+        Select {
+            score: p.score,
+            tie: p.tie,
+            threshold: self.threshold.as_ref(),
+            alpha: self.alpha.as_ref(),
+            gate: params.gate,
+            exclude_below: params.exclude_below,
+            picks: params.picks,
+            estimator: params.estimator,
+            temperature: params.temperature,
+            preserve_floor: params.preserve_floor,
+            gradient: params.gradient,
+            value_floor: params.value_floor,
+            hardness: params.hardness,
+            barrier: params.barrier,
+            rounds: self.rounds.as_ref(),
+            coherence: params.coherence,
+            ..Select::new(beta)
+        }
     }
 
     /// A name for messages.

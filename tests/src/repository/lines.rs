@@ -34,9 +34,10 @@ const REGISTRIES: [&str; 5] = [
     concat!("registry.npm", "js"),
     concat!("deb.deb", "ian.org"),
 ];
-/// Where unsafe code is allowed: the operators, the emulator that executes their kernels, memory-mapped files, and arrays of
-/// Python.
-const UNSAFE_ALLOWED: [&str; 4] = [
+/// Where unsafe code is allowed: the operators, the emulator that executes their kernels, memory-mapped files, arrays of
+/// Python, and the environment of the program.
+const UNSAFE_ALLOWED: [&str; 5] = [
+    "crates/gd-cli/src/main.rs",
     "crates/gd-kernels/",
     "crates/gd-testing/",
     "crates/gd-model/src/data/map.rs",

@@ -78,20 +78,28 @@ fn keys(context: usize, window: Option<usize>) -> f64 {
     (w * (w + 1.0) / 2.0 + (n - w) * w) / n
 }
 
-/// The rate of a large matrix product in `dtype` on the device in FLOP/s: the highest of five measurements. It is the
-/// denominator of the utilization, because there is no table of the peak rates of all devices.
+/// The rate of a large matrix product in `dtype` on the device in FLOP/s: the highest of products of growing matrices, and
+/// of three of the first size that takes at least 4 ms. It is the denominator of the utilization, because there is no table
+/// of the peak rates of all devices.
 ///
 /// # Errors
 /// An error of the device.
 pub fn peak(dtype: DType, device: &Device) -> Result<f64> {
-    let n = if device.is_cpu() { 1024 } else { 8192 };
-    let x = Tensor::ones((n, n), dtype, device)?;
     let mut highest = 0f64;
-    for _ in 0..5 {
+    let mut size = 256;
+    let mut repeats = 3;
+    while repeats > 0 {
+        let x = Tensor::ones((size, size), dtype, device)?;
         let started = Instant::now();
         gd_kernels::linear(&x, &x, None)?;
         device.synchronize()?;
-        highest = highest.max(2.0 * (n as f64).powi(3) / started.elapsed().as_secs_f64());
+        let seconds = started.elapsed().as_secs_f64();
+        highest = highest.max(2.0 * (size as f64).powi(3) / seconds);
+        if seconds < 4e-3 && size < 8192 {
+            size *= 2;
+        } else {
+            repeats -= 1;
+        }
     }
     Ok(highest)
 }

@@ -134,6 +134,11 @@ fn length(x: &Tensor) -> f64 {
     x.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
 }
 
+/// The model with the same layers, heads and parts, narrower.
+fn narrow(model: ModelConfig) -> ModelConfig {
+    ModelConfig { vocab_size: 61, hidden_size: 40, intermediate_size: 56, head_dim: 10, ..model }
+}
+
 /// A small model with the parts that the presets do not have: grouped-query attention, biases, an untied head, an output gate,
 /// thresholds, protected keys with a barrier, and layers of both kinds.
 fn full(select: GdConfig, mechanism: Vec<Mechanism>) -> ModelConfig {
@@ -158,10 +163,10 @@ fn full(select: GdConfig, mechanism: Vec<Mechanism>) -> ModelConfig {
 
 #[test]
 fn every_parameter_of_every_preset_and_mechanism() {
-    // Presets with the same `gd` block differ only in size, so the first (smallest) one of them is enough.
+    // Presets with the same `gd` block differ only in size, so one of them is enough.
     let mut checked = Vec::new();
     for (preset, _) in PRESETS {
-        let base = Recipe::load(preset).unwrap().model;
+        let base = narrow(Recipe::load(preset).unwrap().model);
         if checked.contains(&base.gd) {
             continue;
         }

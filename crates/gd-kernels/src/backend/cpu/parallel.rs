@@ -1,6 +1,7 @@
 //! Loops over chunks of an output, run in parallel where the output is large enough.
 
 use std::cell::RefCell;
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
@@ -53,8 +54,8 @@ pub(crate) fn for_chunks2<T: Send, U: Send>(
     }
 }
 
-// The bodies of the parallel loops below are trait objects: with generic bodies, the code of rayon is compiled for each
-// of them, which took a third of the time to compile this crate.
+// Every parallel loop below is one over task numbers with a trait object as its body, so that rayon's code is compiled once and
+// not for each type of body and of item: that took a third of the time to compile this crate.
 
 /// The body of a loop over chunks.
 type ChunkBody<'a, T> = &'a (dyn Fn(usize, &mut [T]) + Sync);
@@ -62,9 +63,31 @@ type ChunkBody<'a, T> = &'a (dyn Fn(usize, &mut [T]) + Sync);
 /// The body of a loop over the chunks of two slices.
 type ChunkBody2<'a, T, U> = &'a (dyn Fn(usize, &mut [T], &mut [U]) + Sync);
 
+/// Calls `f(i)` for the tasks 0 to `count` in parallel.
+fn par_tasks(count: usize, f: &(dyn Fn(usize) + Sync)) {
+    (0..count).into_par_iter().with_max_len(1).for_each(f);
+}
+
+/// Calls `f(i, item i)` for all items in parallel.
+pub(crate) fn par_items<X: Send>(items: Vec<X>, f: &(dyn Fn(usize, X) + Sync)) {
+    // Each lock is taken once.
+    let items: Vec<_> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    par_tasks(items.len(), &|i| {
+        let item = items[i].lock().unwrap_or_else(PoisonError::into_inner).take();
+        item.into_iter().for_each(|item| f(i, item));
+    });
+}
+
+/// As [`par_items`], with the results in the order of the items.
+pub(crate) fn par_map<X: Send, R: Send>(items: Vec<X>, f: &(dyn Fn(usize, X) -> R + Sync)) -> Vec<R> {
+    let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
+    par_items(items.into_iter().zip(&mut results).collect(), &|i, (item, result)| *result = Some(f(i, item)));
+    results.into_iter().flatten().collect()
+}
+
 /// Calls `f(i, chunk i of out)` for all chunks in parallel.
 pub(crate) fn par_chunks<T: Send>(out: &mut [T], chunk: usize, f: ChunkBody<'_, T>) {
-    out.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(i, c)| f(i, c));
+    par_items(out.chunks_mut(chunk.max(1)).collect(), f);
 }
 
 /// As [`par_chunks`] over two outputs with chunk lengths of their own and the same number of chunks.
@@ -73,13 +96,8 @@ pub(crate) fn par_chunks2<T: Send, U: Send>(
     (b, b_chunk): (&mut [U], usize),
     f: ChunkBody2<'_, T, U>,
 ) {
-    let chunks = a.par_chunks_mut(a_chunk.max(1)).zip(b.par_chunks_mut(b_chunk.max(1)));
-    chunks.enumerate().for_each(|(i, (a, b))| f(i, a, b));
-}
-
-/// Calls `f(i, item i)` for all items in parallel.
-pub(crate) fn par_items<X: Send>(items: Vec<X>, f: &(dyn Fn(usize, X) + Sync)) {
-    items.into_par_iter().enumerate().for_each(|(i, x)| f(i, x));
+    let chunks = a.chunks_mut(a_chunk.max(1)).zip(b.chunks_mut(b_chunk.max(1)));
+    par_items(chunks.collect(), &|i, (a, b)| f(i, a, b));
 }
 
 /// The parts of a matrix with rows of `len` elements that tasks over its columns write: for each task `width` columns of every

@@ -3,19 +3,17 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use crate::backend::cpu::cache_line::AlignedVec;
 use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::parallel::vectorize;
+use crate::backend::cpu::parallel::{par_items, vectorize};
 use crate::backend::cpu::quantize::{KEYS, STEP, quantize};
 use crate::backend::cpu::view::View;
 use crate::backend::support::MAX_HEAD_DIM;
 use crate::cache::position::{WritePosition, ends};
 use crate::options::Score;
 
-/// Panels that a task of [`Int8Panels::write`] handles at least.
-const MIN_PANELS_PER_TASK: usize = 4;
+/// Panels that a task of [`Int8Panels::write`] handles.
+const PANELS_PER_TASK: usize = 4;
 
 /// The quantised keys of all heads `[sequences, Hk]`; they may grow.
 #[derive(Debug, Clone)]
@@ -103,8 +101,12 @@ impl Int8Panels {
                 .zip(&mut each.bounds[touched.clone()]);
             tasks.extend(values.zip(touched).map(|(panel, p)| (entry, head % kv_heads, first, p, panel)));
         }
-        tasks.into_par_iter().with_min_len(MIN_PANELS_PER_TASK).for_each(
-            |(entry, h, first, p, (values, bounds))| {
+        let mut jobs = Vec::new();
+        while !tasks.is_empty() {
+            jobs.push(tasks.split_off(tasks.len().saturating_sub(PANELS_PER_TASK)));
+        }
+        par_items(jobs, &|_, job| {
+            for (entry, h, first, p, (values, bounds)) in job {
                 vectorize(
                     #[inline(always)]
                     || {
@@ -116,8 +118,8 @@ impl Int8Panels {
                         bounds.set_biases(keys, score, row);
                     },
                 );
-            },
-        );
+            }
+        });
     }
 
     /// Some of the sequences, which exist, in any order.

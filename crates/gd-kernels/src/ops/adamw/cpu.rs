@@ -4,10 +4,10 @@
 use std::cell::RefCell;
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Shape, Tensor, Var, WithDType};
-use rayon::prelude::*;
 
 use super::{SavedState, Step};
 use crate::backend::cpu::element::{Element, Real};
+use crate::backend::cpu::parallel::{par_items, par_map};
 use crate::error::{Error, Result};
 
 /// Elements per task.
@@ -178,10 +178,10 @@ impl<A: Real> Coefficients<A> {
 /// Parameters `p`, gradients `g` and moments `m`, `v`, all of one length.
 fn update<A: Real>(p: &mut [A], g: &[A], m: &mut [A], v: &mut [A], coefficients: &Coefficients<A>) {
     let tasks = p
-        .par_chunks_mut(TASK_ELEMENTS)
-        .zip(g.par_chunks(TASK_ELEMENTS))
-        .zip(m.par_chunks_mut(TASK_ELEMENTS).zip(v.par_chunks_mut(TASK_ELEMENTS)));
-    tasks.for_each(|((p, g), (m, v))| {
+        .chunks_mut(TASK_ELEMENTS)
+        .zip(g.chunks(TASK_ELEMENTS))
+        .zip(m.chunks_mut(TASK_ELEMENTS).zip(v.chunks_mut(TASK_ELEMENTS)));
+    par_items(tasks.collect(), &|_, ((p, g), (m, v))| {
         for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
             *p = coefficients.apply(*p, g, m, v);
         }
@@ -196,11 +196,11 @@ fn update_half<P: Element<Acc = f32>>(
     coefficients: &Coefficients<f32>,
 ) {
     let tasks = p
-        .par_chunks_mut(TASK_ELEMENTS)
-        .zip(g.par_chunks(TASK_ELEMENTS))
-        .zip(m.par_chunks_mut(TASK_ELEMENTS).zip(v.par_chunks_mut(TASK_ELEMENTS)))
-        .zip(w.par_chunks_mut(TASK_ELEMENTS));
-    tasks.for_each(|(((p, g), (m, v)), w)| {
+        .chunks_mut(TASK_ELEMENTS)
+        .zip(g.chunks(TASK_ELEMENTS))
+        .zip(m.chunks_mut(TASK_ELEMENTS).zip(v.chunks_mut(TASK_ELEMENTS)))
+        .zip(w.chunks_mut(TASK_ELEMENTS));
+    par_items(tasks.collect(), &|_, (((p, g), (m, v)), w)| {
         for ((((p, &g), m), v), w) in p.iter_mut().zip(g).zip(m).zip(v).zip(w) {
             *w = coefficients.apply(*w, g.up(), m, v);
             *p = P::down(*w);
@@ -226,6 +226,6 @@ pub(super) fn square_sum(gradient: &Tensor) -> Result<f64> {
 }
 
 fn sum_chunks<T: Copy + Sync>(x: &[T], wide: impl Fn(T) -> f64 + Sync) -> f64 {
-    let chunk = |x: &[T]| x.iter().map(|&x| wide(x) * wide(x)).sum::<f64>();
-    x.par_chunks(TASK_ELEMENTS).map(chunk).collect::<Vec<_>>().iter().sum()
+    let chunk = |_, x: &[T]| x.iter().map(|&x| wide(x) * wide(x)).sum::<f64>();
+    par_map(x.chunks(TASK_ELEMENTS).collect(), &chunk).iter().sum()
 }

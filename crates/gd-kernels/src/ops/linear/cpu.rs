@@ -1,11 +1,10 @@
 //! The CPU implementation of [`linear`](super::linear) for f32 activations.
 
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 
 use super::direct::{self, Weights};
 use crate::backend::cpu::element::{Bf16, Element, F16};
-use crate::backend::cpu::parallel::{vectorize, with_scratch};
+use crate::backend::cpu::parallel::{par_items, vectorize, with_scratch};
 use crate::backend::cpu::product::{
     MatmulPrecision, Matrix, PANEL, computes, multiply_by_columns, pack, product as matrix_product,
     product_values, with_matmul_precision,
@@ -124,7 +123,8 @@ fn widened<T: Element<Acc = f32>>(x: &Tensor, weight: &Tensor) -> Result<Tensor>
 /// The elements in f32, on all threads.
 fn widen<T: Element<Acc = f32>>(narrow: &[T]) -> Vec<f32> {
     let mut wide = vec![0f32; narrow.len()];
-    wide.par_chunks_mut(TASK_ELEMENTS).zip(narrow.par_chunks(TASK_ELEMENTS)).for_each(|(wide, narrow)| {
+    let tasks = wide.chunks_mut(TASK_ELEMENTS).zip(narrow.chunks(TASK_ELEMENTS));
+    par_items(tasks.collect(), &|_, (wide, narrow)| {
         vectorize(
             #[inline(always)]
             || {

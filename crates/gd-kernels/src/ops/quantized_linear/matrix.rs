@@ -9,14 +9,15 @@
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use half::f16;
-use rayon::prelude::*;
 
 use super::blocks::{Block, Format, GROUP, GROUPS_PER_BLOCK, Scales};
 use crate::backend::cpu::cache_line::AlignedVec;
 use crate::backend::cpu::lanes::{LANES, REGISTER_BYTES};
-use crate::backend::cpu::parallel::{par_chunks, par_chunks2};
+use crate::backend::cpu::parallel::{par_chunks, par_chunks2, par_map};
 use crate::error::{Error, Result};
 
+/// Blocks of scales that a task looks through.
+const BLOCKS_PER_TASK: usize = 1024;
 /// Rows of a tile.
 pub(super) const TILE: usize = LANES;
 /// Bytes of the low 4 bits of a group in a tile.
@@ -134,7 +135,11 @@ impl QuantizedMatrix {
             let halves = block[..self.format.floats() * HALF_BYTES].chunks_exact(2);
             halves.filter(|half| !f16::from_le_bytes([half[0], half[1]]).is_finite()).count()
         };
-        self.scales.par_chunks(self.format.scale_bytes()).map(count).sum()
+        let size = self.format.scale_bytes();
+        let counts = par_map(self.scales.chunks(size * BLOCKS_PER_TASK).collect(), &|_, blocks| {
+            blocks.chunks(size).map(count).sum::<usize>()
+        });
+        counts.iter().sum()
     }
 
     /// The numbers of rows and columns, `[O, I]`.

@@ -32,12 +32,19 @@ pub(crate) trait WithLanes {
 pub(crate) fn with_lanes<W: WithLanes>(isa: Isa, code: W) -> W::Output {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni | Isa::Avx512Amx => x86::avx512_vnni(code),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => x86::avx512(code),
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Amx => x86::avx512(code),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 if std::arch::is_x86_feature_detected!("f16c") => x86::avx2(code),
         _ => code.with_lanes::<Portable>(),
+    }
+}
+
+/// As [`with_lanes`], for code that multiplies integers, which takes the instructions of VNNI where the machine has them.
+pub(crate) fn with_integer_lanes<W: WithLanes>(isa: Isa, code: W) -> W::Output {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni | Isa::Avx512Amx => x86::avx512_vnni(code),
+        _ => with_lanes(isa, code),
     }
 }
 

@@ -7,7 +7,7 @@ use super::blocks::GROUP;
 use super::matrix::{QuantizedMatrix, TILE};
 use super::rows::Rows16;
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::lanes::{fastest_isa, with_lanes};
+use crate::backend::cpu::lanes::{fastest_isa, with_integer_lanes, with_lanes};
 use crate::backend::cpu::parallel::{par_chunks, par_items};
 use crate::backend::cpu::product::{Matrix, PANEL, multiply_by_columns};
 
@@ -39,7 +39,10 @@ fn multiply_by(isa: Isa, rows: &Rows16, weights: &[&QuantizedMatrix]) -> Vec<Vec
     }
     let run = |(weight, first, out): (&QuantizedMatrix, usize, &mut [f32])| {
         for (i, out) in out.chunks_mut(TILE * count).enumerate() {
-            with_lanes(isa, Multiply { format: weight.format, tile: weight.tile(first + i), rows, out });
+            with_integer_lanes(
+                isa,
+                Multiply { format: weight.format, tile: weight.tile(first + i), rows, out },
+            );
         }
     };
     let products: usize = weights.iter().map(|weight| weight.dims().iter().product::<usize>() * count).sum();

@@ -1,14 +1,17 @@
 //! The checked mode of a scan: rows that take part must be finite, and their dot products within the range of a scan.
 
 use num_traits::Float;
-use rayon::prelude::*;
 
 use crate::backend::cpu::element::{Element, Real};
+use crate::backend::cpu::parallel::par_map;
 use crate::error::{Error, Result};
 use crate::ops::scan::cpu::arguments::Arguments;
 use crate::ops::scan::cpu::ill_conditioned::has_large_norm;
 use crate::ops::scan::problem::Problem;
 use crate::options::Score;
+
+/// Rows that a task checks.
+const CHUNK_ROWS: usize = 256;
 
 /// Refuses a NaN or an infinity in a query that has a visible key, or in a key that is visible to some query, and dot
 /// products that may overflow for some keys of a query and not for others. Rows that are not read, such as padding, are
@@ -58,18 +61,22 @@ fn check_dot_products<T: Element>(
     rows: &[usize],
     keys: &[usize],
 ) -> Result<()> {
-    let longest = keys
-        .par_iter()
-        .map(|&j| (greatest(x.k.row(b, kv_head, j)), j))
-        .max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+    let of_chunk = |keys: &[usize]| {
+        let each = keys.iter().map(|&j| (greatest(x.k.row(b, kv_head, j)), j));
+        each.max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)))
+    };
+    let of_chunks = chunks(keys, &of_chunk).into_iter().flatten();
+    let longest = of_chunks.max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
     let Some((largest_key, j)) = longest else { return Ok(()) };
     let range = T::Acc::max_value().wide() / problem.head_dim as f64;
     let overflows = |q: &[T::Acc]| !has_large_norm(q) && greatest(q) > range / largest_key;
     let group = problem.group();
-    let refused = (kv_head * group..(kv_head + 1) * group)
-        .find_map(|h| rows.par_iter().find_first(|&&i| overflows(x.q.row(b, h, i))).map(|i| (h, i)));
+    let refused = (kv_head * group..(kv_head + 1) * group).find_map(|h| {
+        let of_chunk = |rows: &[usize]| rows.iter().copied().find(|&i| overflows(x.q.row(b, h, i)));
+        chunks(rows, &of_chunk).into_iter().flatten().next().map(|i| (h, i))
+    });
     match refused {
-        Some((h, &i)) => Err(Error::Invalid(format!(
+        Some((h, i)) => Err(Error::Invalid(format!(
             "the dot product of query q[{b}, {h}, {i}], with an element of magnitude {:.1e}, and key k[{b}, {kv_head}, {j}], \
              with one of {largest_key:.1e}, may overflow {:.1e}; scale q or k down",
             greatest(x.q.row(b, h, i)),
@@ -77,6 +84,11 @@ fn check_dot_products<T: Element>(
         ))),
         None => Ok(()),
     }
+}
+
+/// The results of `f` for chunks of the rows, in parallel.
+fn chunks<R: Send>(rows: &[usize], f: &(dyn Fn(&[usize]) -> R + Sync)) -> Vec<R> {
+    par_map(rows.chunks(CHUNK_ROWS).collect(), &|_, rows| f(rows))
 }
 
 /// The greatest magnitude in a row.
@@ -91,7 +103,7 @@ fn check_rows<'a, T: Element>(
     row: impl Fn(usize) -> &'a [T] + Sync,
 ) -> Result<()> {
     let not_finite = |&i: &usize| row(i).iter().position(|x| !x.up().is_finite()).map(|d| (i, d));
-    match rows.par_iter().find_map_first(not_finite) {
+    match chunks(rows, &|rows| rows.iter().find_map(not_finite)).into_iter().flatten().next() {
         Some((i, d)) => {
             Err(Error::Invalid(format!("{name}[{b}, {h}, {i}, {d}] is {}, not finite", row(i)[d].up())))
         }

@@ -8,9 +8,9 @@
 use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
-use rayon::prelude::*;
 
 use crate::backend::cpu::element::{Element, Real};
+use crate::backend::cpu::parallel::par_map;
 use crate::backend::cpu::prefetch::prefetch;
 use crate::backend::cpu::quantize::KEYS;
 use crate::cache::int8_keys::cpu::Int8Panels;
@@ -52,36 +52,35 @@ pub(crate) fn run<'a, T: Element>(
 ) -> Vec<Rescoring<Block<'a, T>>> {
     let (group, chunks) = (problem.group(), problem.keys.div_ceil(CHUNK_KEYS));
     let flops = problem.batch * problem.q_heads * problem.queries * problem.keys * problem.head_dim;
-    // Tasks that run on one thread one after the other.
-    let tasks_per_job = if flops < MIN_PARALLEL_FLOPS { usize::MAX } else { 1 };
     let tasks = blocks.chunks(group).flat_map(|blocks| (0..chunks).map(move |c| (blocks, c * CHUNK_KEYS)));
     let tasks: Vec<(&[Block<'a, T>], usize)> = tasks.collect();
     // For every task, the lists of each head; none if the head must be scanned densely.
-    let bounded: Vec<Vec<Option<BoundedLists>>> = tasks
-        .into_par_iter()
-        .with_min_len(tasks_per_job)
-        .with_max_len(tasks_per_job)
-        .map(|(blocks, first)| {
-            let keys = first..problem.keys.min(first + CHUNK_KEYS);
-            match int8 {
-                Some(int8) => {
-                    let of = |block: &Block<'a, T>| {
-                        let path = path.for_rows(block.rows.len());
-                        arch.dispatch(Certified { block, int8, path, keys: keys.clone() })
-                    };
-                    blocks.iter().map(of).collect()
-                }
-                None => arch.dispatch(KeyChunk { blocks, keys }),
+    let bounded: Vec<Vec<Option<BoundedLists>>> = map(flops, tasks, &|_, (blocks, first)| {
+        let keys = first..problem.keys.min(first + CHUNK_KEYS);
+        match int8 {
+            Some(int8) => {
+                let of = |block: &Block<'a, T>| {
+                    let path = path.for_rows(block.rows.len());
+                    arch.dispatch(Certified { block, int8, path, keys: keys.clone() })
+                };
+                blocks.iter().map(of).collect()
             }
-        })
-        .collect();
-    let each = blocks.into_par_iter().with_min_len(tasks_per_job).with_max_len(tasks_per_job).enumerate();
-    each.map(|(at, block)| {
+            None => arch.dispatch(KeyChunk { blocks, keys }),
+        }
+    });
+    map(flops, blocks, &|at, block| {
         let tasks = &bounded[at / group * chunks..(at / group + 1) * chunks];
         let bounded = tasks.iter().map(|bounded| bounded[at % group].as_ref()).collect();
         arch.dispatch(Rescore { block, bounded, int8 })
     })
-    .collect()
+}
+
+/// The results of tasks that take `flops` in all, on all threads or on this one.
+fn map<X: Send, R: Send>(flops: usize, tasks: Vec<X>, f: &(dyn Fn(usize, X) -> R + Sync)) -> Vec<R> {
+    match flops < MIN_PARALLEL_FLOPS {
+        true => tasks.into_iter().enumerate().map(|(i, task)| f(i, task)).collect(),
+        false => par_map(tasks, f),
+    }
 }
 
 /// The query heads of a key-value head, and a chunk of its keys.

@@ -26,10 +26,10 @@ mod top_k;
 
 use candle_core::Tensor;
 use num_traits::Float;
-use rayon::prelude::*;
 
 use crate::backend::check::{head_values, positive};
 use crate::backend::cpu::element::{Element, acc_dtype, by_float};
+use crate::backend::cpu::parallel::{par_items, par_map};
 use crate::backend::cpu::view::with_view;
 use crate::backend::graph::with_contiguous_rows;
 use crate::cache::int8_keys::cpu::Int8Panels;
@@ -115,8 +115,7 @@ fn run<T: Element>(problem: &Problem, plan: &CpuScanPlan, x: &Arguments<'_, T>) 
     let (dense, rescored) = rescore_blocks(problem, plan, x, blocks, arch);
     if !dense.is_empty() {
         let packed = PackedKeys::new(x.k, plan.panel_keys, problem.score);
-        let each = dense.into_par_iter().with_max_len(1);
-        each.for_each(|block| arch.dispatch(Dense { block, packed: &packed }));
+        par_items(dense, &|_, block| arch.dispatch(Dense { block, packed: &packed }));
     }
     Outputs { rescored: rescored.unwrap_or(1.0), ..out }
 }
@@ -162,13 +161,12 @@ fn rescore_blocks<'a, T: Element>(
     let rescored: Vec<Rescoring<Block<'a, T>>> = match (plan.walk, int8) {
         (Walk::Decode, int8) => decode::run(arch, problem, int8, path, blocks),
         (Walk::Blocks, Some(int8)) => {
-            let each = blocks.into_par_iter().with_max_len(1);
-            let certify = |block| {
+            let certify = |_, block| {
                 let bounded = arch.dispatch(Certified { block: &block, int8, path, keys: 0..problem.keys });
                 let bounded = bounded.as_ref().map(|bounded| vec![bounded]);
                 arch.dispatch(Rescore { block, bounded, int8: Some(int8) })
             };
-            each.map(certify).collect()
+            par_map(blocks, &certify)
         }
         (Walk::Blocks, None) => return (blocks, None),
     };

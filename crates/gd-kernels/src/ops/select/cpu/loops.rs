@@ -1,11 +1,9 @@
 //! Loops over query rows and keys that the steps of `select` share.
 
-use rayon::prelude::*;
-
 use super::Keys;
 use super::inverse_index::InverseIndex;
 use crate::backend::cpu::element::{Element, Real};
-use crate::backend::cpu::parallel::{par_chunks, par_chunks2, par_items, vectorize};
+use crate::backend::cpu::parallel::{par_chunks, par_chunks2, par_items, par_map, vectorize};
 use crate::ops::select::Sizes;
 
 /// Query rows per task; fixed, so that results do not depend on the number of threads.
@@ -64,7 +62,7 @@ pub(super) fn key_gradient<T: Element>(
     let Sizes { batch, q_heads, kv_heads, queries, keys: key_count, slots, .. } = keys.sizes;
     let per_head = q_heads / kv_heads * queries * slots;
     let inverses: Vec<InverseIndex> =
-        keys.index.par_chunks(per_head).map(|rows| InverseIndex::new(rows, key_count)).collect();
+        par_map(keys.index.chunks(per_head).collect(), &|_, rows| InverseIndex::new(rows, key_count));
     let mut out = vec![T::down(T::Acc::of(0.0)); batch * kv_heads * key_count * len];
     let blocks = key_count.div_ceil(TASK_KEYS);
     let mut tasks: Vec<&mut [T]> = Vec::with_capacity(inverses.len() * blocks);

@@ -114,7 +114,7 @@ impl Task for Needle {
             head_dim: 16,
             feed_forward: 128,
             positions: 4096,
-            rotary: true,
+            rotary: false,
             induction_heads: 2,
             beacon: true,
             steps: 2000,

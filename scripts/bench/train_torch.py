@@ -11,7 +11,8 @@ per second of a run, the peak of the resident memory, and the ratio to the faste
 
 PyTorch's model is what a user would write: embedding, RMSNorm, scaled_dot_product_attention with RoPE, SwiGLU, tied
 output projection, clipped gradients and fused AdamW; eager or compiled, in f32 or in bf16 autocast. Ours are softmax
-attention and selection (gd), without and with Beacon, in f32 and in the precision `auto`. Build the program first, with
+attention and selection (gd) in all heads, without and with Beacon, and the preset, in which few heads select, in f32 and
+in the precision `auto`. Selection is hard in all steps. Build the program first, with
 `cargo build --release`, and install PyTorch with `pip install torch`; torch.compile needs a C++ compiler.
 """
 
@@ -36,12 +37,14 @@ TORCH = {
     "bf16": (True, False),
     "bf16 compiled": (True, True),
 }
-BARE = {"model.gd.beacon": "null", "model.gd.qk_norm": "false"}
+ALL_HEADS = {"model.gd.selecting_heads": "[]"}
+BARE = {"model.gd.beacon": "null", "model.gd.qk_norm": "false", **ALL_HEADS}
 OURS = {
     "softmax": {"model.gd.mechanism": '["softmax"]', **BARE},
-    "softmax + Beacon": {"model.gd.mechanism": '["softmax"]'},
+    "softmax + Beacon": {"model.gd.mechanism": '["softmax"]', **ALL_HEADS},
     "gd": BARE,
-    "gd + Beacon": {},
+    "gd + Beacon": ALL_HEADS,
+    "the preset": {},
 }
 PRECISIONS = ["f32", "auto"]
 
@@ -88,6 +91,7 @@ def run_gd(args: argparse.Namespace, case: dict, name: str, precision: str) -> t
         "train.precision": precision,
         "train.eval_every": 1000000,
         "train.save_every": 1000000,
+        "train.select.hardness": 1,
         **OURS[name],
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,8 @@ const OPEN_GATE: f64 = 0.1;
 pub struct SelectionStats {
     /// Share of (query, head) pairs that abstained.
     pub abstained: f64,
-    /// Mean weight on position 0 (for a selecting layer: share of queries that select it).
+    /// Mean weight on position 0. That of a read is its gate, 1 without one, so that without gates it is the share of
+    /// queries that select position 0.
     pub first_token: f64,
     /// Mean margin over the selections with a runner-up: its energy minus that of the winner. For a softmax layer the
     /// log of the ratio of the two greatest weights.
@@ -51,12 +52,16 @@ impl SelectionStats {
         let margin = wide(&selected.margin)?;
         let gates = wide(&selected.gate)?;
         let open = gates.iter().filter(|gate| **gate >= OPEN_GATE).count() as f64 / gates.len() as f64;
-        let share = |key: i32| picks.iter().filter(|&&j| j == key).count() as f64 / picks.len() as f64;
+        let abstained = picks.iter().filter(|&&j| j < 0).count() as f64 / picks.len() as f64;
+        let mut on_first = weight_on_first(&picks, &gates);
+        for pick in &selected.picks {
+            on_first += weight_on_first(&pick.index.flatten_all()?.to_vec1::<i32>()?, &wide(&pick.weight)?);
+        }
         let energies = wide(&candidates.energy.detach())?;
         let rows = energies.chunks(candidates.energy.dim(3)?);
         Ok(Self {
-            abstained: share(-1),
-            first_token: share(0),
+            abstained,
+            first_token: on_first / picks.len() as f64,
             margin: mean(margin.into_iter().filter(|m| m.is_finite())),
             entropy: mean(rows.map(|energies| entropy(energies, temperature))),
             distinct: distinct(&picks, b, n),
@@ -180,6 +185,11 @@ impl WeightSums {
     }
 }
 
+/// The sum of the weights of the reads of position 0.
+fn weight_on_first(keys: &[i32], weights: &[f64]) -> f64 {
+    keys.iter().zip(weights).filter(|(key, _)| **key == 0).map(|(_, weight)| weight).sum()
+}
+
 /// The mean, or 0 of no values.
 fn mean(values: impl Iterator<Item = f64>) -> f64 {
     let (sum, count) = values.fold((0.0, 0usize), |(sum, count), x| (sum + x, count + 1));
@@ -223,6 +233,8 @@ fn distinct(picks: &[i32], b: usize, n: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use gd_kernels::{Gate, Scan, Select, scan, select};
+
     use super::*;
 
     #[test]
@@ -234,6 +246,41 @@ mod tests {
         // Weights 2/3 and 1/3.
         let expected = -(2.0 / 3.0 * (2f64 / 3.0).ln() + 1.0 / 3.0 * (1f64 / 3.0).ln());
         close(entropy(&[0.0, 2.0 * 2f64.ln()], 2.0), expected);
+    }
+
+    #[test]
+    fn reads_of_the_first_token_count_by_their_weights() {
+        let device = &Device::Cpu;
+        let [q, k, v] = [5, 9, 3].map(|seed| {
+            let values: Vec<f32> = (0..48).map(|i| ((i * i * seed % 31) as f32 - 15.0) / 15.0).collect();
+            Tensor::from_vec(values, (1, 2, 6, 4), device).unwrap()
+        });
+        let (beta, mask) = (Tensor::new(&[0.5f32, 0.75], device).unwrap(), Mask::causal(0));
+        let candidates = scan(&q, &k, &Scan::new(&beta, &mask, 4)).unwrap();
+        let threshold = Tensor::new(&[0.25f32, 0.5], device).unwrap();
+        let options = Select {
+            threshold: Some(&threshold),
+            gate: Gate::Margin { temperature: 1.0 },
+            exclude_below: 0.0,
+            picks: 2,
+            ..Select::new(&beta)
+        };
+        let selected = select(&q, &k, &v, &candidates, &options).unwrap();
+        let host =
+            |t: &Tensor| t.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
+        let ranks =
+            [(&selected.index, &selected.gate), (&selected.picks[0].index, &selected.picks[0].weight)];
+        let (mut expected, mut reads) = (0.0, [0, 0]);
+        for (rank, (keys, weights)) in ranks.into_iter().enumerate() {
+            for (key, weight) in host(keys).into_iter().zip(host(weights)) {
+                expected += if key == 0.0 { weight / 12.0 } else { 0.0 };
+                reads[rank] += usize::from(key == 0.0 && weight > 0.0);
+            }
+        }
+        assert!(reads[0] > 1 && reads[1] > 0, "{reads:?}");
+        let stats = SelectionStats::of_selection(selected, &candidates, 1.0).unwrap();
+        assert!((stats.first_token - expected).abs() < 1e-12, "{} {expected}", stats.first_token);
+        assert_eq!(stats.abstained, 0.0);
     }
 
     #[test]

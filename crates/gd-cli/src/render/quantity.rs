@@ -43,9 +43,9 @@ pub fn quantity(name: &str) -> Quantity {
             "Share of heads and queries that read nothing, because no key was within the threshold.",
         ),
         "heads/first_token" => (
-            "reads of the first token",
+            "weight on the first token",
             "%",
-            "Share of reads that go to position 0. Heads that have nothing to read often go there.",
+            "Mean weight of position 0, that of a read being its gate. Heads that have nothing to read often go there.",
         ),
         "heads/margin" => (
             "margin to the runner-up",

@@ -1,7 +1,7 @@
 //! Floating-point operations of training, and the rate of the device. Their ratio is the model FLOPs utilization (MFU).
 //!
-//! Per token, with H heads of dimension D of which Hq read keys, K candidates, and n the mean number of keys that a query of a context of
-//! N tokens sees ((N + 1) / 2 without a window):
+//! Per token, with H heads of dimension D of which Hq read keys, K candidates, and n the mean number of keys that a query of
+//! a context of N tokens sees ((N + 1) / 2 without a window):
 //!
 //! | part | forward | backward |
 //! |---|---|---|
@@ -112,15 +112,17 @@ mod tests {
     #[test]
     fn operations_per_token_equal_a_count_by_hand() {
         let mut config = Recipe::load("tiny").unwrap().model;
-        // 4 layers of (4 projections, SwiGLU, convolution, memory, prior), and the output.
-        let weights = 4 * (4 * 128 * 128 + 3 * 128 * 384 + 128 * (4 + 3 * 2 * 8 + 8)) + 128 * 256;
+        // 4 layers of (2 projections of the 2 heads that select, 2 of all 8, SwiGLU, convolution, memory, prior), and the
+        // output.
+        let weights =
+            4 * (2 * 128 * 32 + 2 * 128 * 128 + 3 * 128 * 448 + 128 * (4 + 3 * 2 * 8 + 2)) + 128 * 256;
         let averages = 4 * 18 * 2 * 128;
-        let scan = 4 * 128 * 257;
-        let select = 4 * 128 * 10 * 8;
+        let scan = 4 * 32 * 257;
+        let select = 4 * 32 * 10 * 8;
         assert_eq!(per_token(&config, 256), f64::from(6 * weights + averages + scan + select));
         config.gd.mechanism = vec![Mechanism::Softmax];
-        config.gd.beacon = None;
-        let weights = 4 * (4 * 128 * 128 + 3 * 128 * 384) + 128 * 256;
+        (config.gd.beacon, config.gd.selecting_heads) = (None, Vec::new());
+        let weights = 4 * (4 * 128 * 128 + 3 * 128 * 448) + 128 * 256;
         assert_eq!(per_token(&config, 256), f64::from(6 * weights + 4 * 6 * 128 * 257));
         let adapted = f64::from(4 * weights + 4 * 6 * 128 * 257 + 6 * 1000);
         assert_eq!(per_token_of_adapter(&config, 256, 1000), adapted);

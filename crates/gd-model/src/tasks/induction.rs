@@ -43,7 +43,7 @@ impl Task for InductionHeads {
             head_dim: 16,
             feed_forward: 128,
             positions: 1 << 16,
-            rotary: true,
+            rotary: false,
             induction_heads: 2,
             beacon: true,
             steps: 2000,

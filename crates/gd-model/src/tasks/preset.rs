@@ -56,6 +56,14 @@ impl Preset {
             set("model.num_key_value_heads", json!(self.heads)),
             set("model.head_dim", json!(self.head_dim)),
             set("model.intermediate_size", json!(self.feed_forward)),
+            // All heads read, because the tasks need little else. One key has the answer, so that one is read, with the gate by
+            // its margin to the runner-up; in a text several keys may be as good.
+            set("model.gd.selecting_heads", json!([])),
+            set("model.gd.select.gate", json!({"margin": {"temperature": 1.0}})),
+            set("model.gd.select.threshold", json!(0.0)),
+            set("model.gd.select.picks", json!(1)),
+            set("train.select.calibrate_thresholds", json!(false)),
+            set("train.select.candidates", serde_json::Value::Null),
             set("model.max_position_embeddings", json!(self.positions)),
             set("train.steps", json!(self.steps)),
             set("train.batch", json!(1)),

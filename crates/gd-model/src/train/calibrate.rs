@@ -88,7 +88,6 @@ fn threshold(energies: &[f64], temperature: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
     use crate::config::Recipe;
 
@@ -103,7 +102,7 @@ mod tests {
     fn mean_gate_is_one_half(gate: Gate) {
         let mut config = Recipe::load("tiny").unwrap().model;
         config.num_hidden_layers = 1;
-        config.gd.beacon = None;
+        (config.gd.beacon, config.gd.selecting_heads) = (None, Vec::new());
         config.gd.select = GdConfig {
             gate,
             exclude_below: 0.0,

@@ -105,8 +105,11 @@ fn settings_override_and_are_checked_with_the_rest() {
     assert_eq!((recipe.train.lr.peak, recipe.model.num_hidden_layers), (1e-3, 6));
     assert_eq!(recipe.train.lr.shape, LrShape::Wsd { decay: 0.2 });
     assert_eq!(recipe.train.tokenizer, TokenizerChoice::Bpe { vocab: 300 });
-    let bare = Recipe::load_with("tiny", &[set("model.gd.beacon=null")]).unwrap();
-    assert_eq!(bare.model.gd.beacon, None);
+    // Heads that read nothing are the Beacon alone.
+    let bare = [set("model.gd.beacon=null"), set("model.gd.selecting_heads=[]")];
+    let error = Recipe::load_with("tiny", &bare[..1]).unwrap_err().to_string();
+    assert!(error.contains("selecting_heads 2 of 8"), "{error}");
+    assert_eq!(Recipe::load_with("tiny", &bare).unwrap().model.gd.beacon, None);
 }
 
 #[test]
@@ -141,12 +144,13 @@ fn the_documentation_states_every_presets_size() {
     for (name, _) in PRESETS {
         let Recipe { model, train } = Recipe::load(name).unwrap();
         let row = format!(
-            "| {name} | {} | {} | {} | {} × {} | {} | {} | {} |",
+            "| {name} | {} | {} | {} | {} × {} | {} | {} | {} | {} |",
             count(&model).unwrap(),
             model.num_hidden_layers,
             model.hidden_size,
             model.num_attention_heads,
             model.head_dim,
+            model.attention(0).reading_heads(),
             model.vocab_size,
             train.context,
             train.batch * train.context * train.accumulation,

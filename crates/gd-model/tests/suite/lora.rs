@@ -78,6 +78,7 @@ fn models() -> Result<Vec<(&'static str, ModelConfig)>> {
     (small.num_attention_heads, small.num_key_value_heads, small.head_dim) = (4, 2, 8);
     (small.gd.output_gate, small.tie_word_embeddings, small.vocab_size) = (true, true, 40);
     let mut softmax = small.clone();
+    softmax.gd.selecting_heads = Vec::new();
     (softmax.gd.mechanism, softmax.gd.beacon, softmax.gd.output_gate) =
         (vec![Mechanism::Softmax], None, false);
     let mut biased = softmax.clone();

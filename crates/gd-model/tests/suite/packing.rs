@@ -158,9 +158,9 @@ fn read(model: &Transformer, tokens: &Tokens, hardness: f64) -> (Vec<Vec<f64>>, 
     (logits.to_vec2().unwrap(), sum)
 }
 
-/// Every mechanism of every preset, also with shared key-value heads.
+/// Every mechanism of every preset that has options of its own, also with shared key-value heads.
 fn configurations() -> Vec<(String, ModelConfig)> {
-    let mut all = Vec::new();
+    let (mut all, mut seen) = (Vec::new(), Vec::new());
     for (preset, _) in PRESETS {
         let mut base = Recipe::load(preset).unwrap().model;
         // The result does not depend on width and depth.
@@ -168,6 +168,11 @@ fn configurations() -> Vec<(String, ModelConfig)> {
         (base.hidden_size, base.intermediate_size, base.head_dim) = (32, 48, 8);
         (base.num_attention_heads, base.num_key_value_heads) = (4, 4);
         base.gd.mechanism.truncate(1);
+        base.gd.selecting_heads = vec![2];
+        if seen.contains(&base.gd) {
+            continue;
+        }
+        seen.push(base.gd.clone());
         // Native sparse attention refuses packed rows: it divides a row into blocks from its start.
         for variant in variants().iter().filter(|v| v.applies(&base) && v.name != "nsa") {
             for kv in [4, 2] {

@@ -66,6 +66,9 @@ mod tests {
 
     use super::*;
     use crate::analysis::variants::variants;
+    use gd_kernels::Gate;
+    use gd_layer::GdConfig;
+
     use crate::config::{PRESETS, Recipe};
     use crate::model::Transformer;
     use crate::model::params::Params;
@@ -75,9 +78,13 @@ mod tests {
         for (preset, _) in PRESETS.iter().take(1) {
             let mut base = Recipe::load(preset).unwrap().model;
             (base.attention_bias, base.gd.output_gate, base.tie_word_embeddings) = (true, true, false);
-            (base.gd.select.threshold, base.gd.select.rounds) = (Some(1.0), 2);
-            base.gd.select.threshold_by_length = true;
-            base.gd.select.gate = gd_kernels::Gate::Coherence;
+            base.gd.select = GdConfig {
+                threshold: Some(1.0),
+                threshold_by_length: true,
+                rounds: 2,
+                gate: Gate::Coherence,
+                ..GdConfig::default()
+            };
             for v in variants().iter().filter(|v| v.applies(&base)) {
                 let params = Params::new(0, DType::F32, &Device::Cpu);
                 Transformer::new(&v.config(&base).unwrap(), params.builder()).unwrap();

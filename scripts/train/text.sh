@@ -20,10 +20,20 @@ if [[ ! -f "$out/data/index.json" ]]; then
         --out "$out/data"
 fi
 
+# compare NAME CONTEXT MECHANISMS SEEDS FLAG..: trainings at a context with the same tokens per step.
+compare() {
+    gd compare --config "$config" --data "$out/data" --mechanisms "$3" --seeds "$4" \
+        --set "train.context=$2" --set "train.batch=$((4096 / $2))" --out "$out/$1" "${@:5}"
+}
 for context in 512 1024; do
-    gd compare --config "$config" --data "$out/data" --mechanisms beacon,softmax+beacon+null,gd --seeds "$seeds" \
-        --set "train.context=$context" --set "train.batch=$((4096 / context))" --out "$out/context-$context"
+    compare "context-$context" "$context" beacon,softmax+beacon+null,gd "$seeds"
+    compare "context-$context-one-key" "$context" gd "$seeds" --set model.gd.select.picks=1
 done
+# What the parts of the recipe are worth, one seed each.
+compare two-keys 1024 gd 1 --set model.gd.select.picks=2
+compare few-candidates 1024 gd 1 --set model.gd.select.picks=1 --set train.select.candidates=8
+compare margin-gate 1024 gd 1 --set model.gd.select.picks=1 --set train.select.calibrate_thresholds=false \
+    --set 'model.gd.select.gate={"margin":{"temperature":1.0}}' --set model.gd.select.threshold=0
 
 # length NAME SEED FLAG..: one training at 256 tokens, and evaluations of whole texts at longer contexts.
 length() {

@@ -161,7 +161,7 @@ fn what_does_not_fit_is_refused() -> Result<()> {
             1,
             "train.ema cannot be combined",
         ),
-        ("--data text.txt --set train.lora.base=base", 2, "use --from and --lora"),
+        ("--config small.json --data text.txt --set train.lora.base=base", 2, "use --from and --lora"),
     ] {
         let message = error(dir, &format!("train {args} --out new"), code)?;
         ensure!(message.contains(names), "{args}: {message}");

@@ -63,12 +63,11 @@ impl Group {
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
-
-    use super::*;
-    use crate::analysis::variants::variants;
     use gd_kernels::Gate;
     use gd_layer::GdConfig;
 
+    use super::*;
+    use crate::analysis::variants::variants;
     use crate::config::{PRESETS, Recipe};
     use crate::model::Transformer;
     use crate::model::params::Params;

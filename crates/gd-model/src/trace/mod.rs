@@ -28,7 +28,8 @@
 //!     records.push(record);
 //!     Ok(())
 //! })?;
-//! assert_eq!((records.len(), records[0].rows.len()), (7, 4 * 8));
+//! // Two heads of each of the four layers select.
+//! assert_eq!((records.len(), records[0].rows.len()), (7, 4 * 2));
 //! // The first token sees only itself.
 //! assert!(records[0].rows.iter().all(|row| row.selected == 0));
 //! # Ok::<(), gd_model::Error>(())

@@ -1,5 +1,5 @@
 //! Models by name: in the cache of the Hugging Face Hub, as `huggingface_hub` lays it out, and with the feature `hub` from the
-//! Hub itself ([`fetch`]).
+//! Hub itself (`fetch`).
 //!
 //! ```text
 //! models--ORG--NAME/refs/main            the revision, a name of a folder

@@ -12,7 +12,7 @@ per second of a run, the peak of the resident memory, and the ratio to the faste
 PyTorch's model is what a user would write: embedding, RMSNorm, scaled_dot_product_attention with RoPE, SwiGLU, tied
 output projection, clipped gradients and fused AdamW; eager or compiled, in f32 or in bf16 autocast. Ours are softmax
 attention and selection (gd) in all heads, without and with Beacon, and the preset, in which few heads select, in f32 and
-in the precision `auto`. Selection is hard in all steps. Build the program first, with
+in the precision `auto`. All steps are as after the schedule of the preset. Build the program first, with
 `cargo build --release`, and install PyTorch with `pip install torch`; torch.compile needs a C++ compiler.
 """
 
@@ -91,6 +91,7 @@ def run_gd(args: argparse.Namespace, case: dict, name: str, precision: str) -> t
         "train.precision": precision,
         "train.eval_every": 1000000,
         "train.save_every": 1000000,
+        "train.select.candidates": "null",
         "train.select.hardness": 1,
         **OURS[name],
     }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lints every crate with the features cuda, mpi and nccl on a machine without CUDA. scripts/ci/stand_in_nvcc.sh gives
+# Lints every crate with the features cuda and nccl on a machine without CUDA. scripts/ci/stand_in_nvcc.sh gives
 # the build scripts empty kernels; scripts/ci/compile_kernels.sh compiles the real ones.
 # Needs MPI and libclang, for the feature nccl.
 set -euo pipefail

@@ -7,14 +7,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 apple=aarch64-apple-darwin
-target="${CARGO_TARGET_DIR:-target}"
+# A separate folder, because scripts/ci/stand_in_cc.sh gives the build scripts empty libraries.
+target="${CARGO_TARGET_DIR:-target}/check-metal"
 mkdir -p "$target"
 target="$(cd "$target" && pwd)"
 
 rustup target list --installed | grep -q "^$apple\$" || rustup target add "$apple"
 rm -rf "$target/$apple"/*/build/gd-kernels-*
 CC_aarch64_apple_darwin="$PWD/scripts/ci/stand_in_cc.sh" AR_aarch64_apple_darwin="$PWD/scripts/ci/stand_in_cc.sh" \
-    SDKROOT=/ cargo clippy --target "$apple" --features gd-cli/metal -p gd-cli -p gd-model -p gd-layer -p gd-kernels \
+    SDKROOT=/ CARGO_TARGET_DIR="$target" \
+    cargo clippy --target "$apple" --features gd-cli/metal -p gd-cli -p gd-model -p gd-layer -p gd-kernels \
     --lib --bins --test device -- -D warnings
 
 texts=("$target/$apple"/debug/build/gd-kernels-*/out/metal/*.metal)

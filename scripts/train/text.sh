@@ -6,7 +6,7 @@
 #
 # Fetches the manuals of Python, PostgreSQL and Rust (19 MB, permissive licences), learns a vocabulary of 2048 tokens and
 # compares the three at contexts of 512 and 1024 tokens. Then trains them at 256 tokens and evaluates at 256, 1024 and
-# 4096. Every run is saved when it is complete. Started again, the script continues with the runs that OUT does not have.
+# 4096. Started again, the script continues with the runs that OUT does not have.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out="${1:-out/text}"
@@ -38,9 +38,14 @@ compare margin-gate 1024 gd 1 --set model.gd.select.picks=1 --set train.select.c
 # length NAME SEED FLAG..: one training at 256 tokens, and evaluations of whole texts at longer contexts.
 length() {
     local run="$out/length/$1-$2"
-    [[ -f "$run/model.safetensors" ]] ||
-        gd train --config "$config" --data "$out/data" --seed "$2" --out "$run" --save-every 100000 \
+    if [[ -f "$run/model.safetensors" ]]; then
+        echo "$run is complete"
+    elif compgen -G "$run/checkpoint-*" >/dev/null; then
+        gd train --resume "$run"
+    else
+        gd train --config "$config" --data "$out/data" --seed "$2" --out "$run" \
             --set train.context=256 --set train.batch=16 "${@:3}"
+    fi
     for context in 256 1024 4096; do
         [[ -f "$run/eval-$context.json" ]] && continue
         gd eval "$run" --data "$out/data" --context "$context" --json >"$run/part.json"
